@@ -1,0 +1,61 @@
+"""Size budgets of src: files, functions, parameters, fields of a spec. Prints what exceeds and exits 1."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+FILE_LINES, FUNCTION_LINES, PARAMETERS, FIELDS = 400, 60, 8, 15
+SOURCE = Path(__file__).parent.parent / "src" / "rung"
+BASES = {"Protocol", "Spec", "BaseModel", "Module", "Function", "Exception", "NamedTuple", "SafeLoader"}
+"""Inheritance stays with protocols, specs, torch modules and functions, and exceptions."""
+
+
+def main() -> int:
+    """0 when everything is within budget."""
+    problems = [problem for file in sorted(SOURCE.rglob("*.py")) for problem in check(file)]
+    print("\n".join(problems) or "all within budget")
+    return int(bool(problems))
+
+
+def check(file: Path) -> Iterator[str]:
+    """Problems of one file."""
+    text = file.read_text()
+    name = str(file.relative_to(SOURCE.parent))
+    if (lines := len(text.splitlines())) > FILE_LINES:
+        yield f"{name}: {lines} lines, at most {FILE_LINES}"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from check_function(name, node)
+        if isinstance(node, ast.ClassDef):
+            yield from check_class(name, node)
+
+
+def check_function(name: str, node: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
+    """Length and parameters, `self` and `cls` not counted."""
+    length = (node.end_lineno or node.lineno) - node.lineno + 1
+    if length > FUNCTION_LINES:
+        yield f"{name}:{node.lineno} {node.name}: {length} lines, at most {FUNCTION_LINES}"
+    taken = [
+        a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs) if a.arg not in ("self", "cls")
+    ]
+    if len(taken) > PARAMETERS:
+        yield f"{name}:{node.lineno} {node.name}: {len(taken)} parameters, at most {PARAMETERS}"
+
+
+def check_class(name: str, node: ast.ClassDef) -> Iterator[str]:
+    """Fields of a spec, and bases."""
+    bases = {ast.unparse(base).split("[")[0].split(".")[-1] for base in node.bases}
+    if "Spec" in bases:
+        fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and "ClassVar" not in ast.unparse(n.annotation)]
+        if len(fields) > FIELDS:
+            yield f"{name}:{node.lineno} {node.name}: {len(fields)} fields, at most {FIELDS}"
+    strange = {b for b in bases if b not in BASES and not b.startswith("_") and not b.endswith("Error")}
+    if strange - {"KeyboardInterrupt"}:
+        yield f"{name}:{node.lineno} {node.name} inherits from {', '.join(sorted(strange))}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

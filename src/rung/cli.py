@@ -1,0 +1,259 @@
+"""The command line: verbs parse, call once and print. Everything heavy is imported inside a verb."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rung import __version__
+from rung.errors import RungError
+
+BUG, INTERRUPTED = 1, 130
+
+app = typer.Typer(
+    help="Adapt a language model to a task, climb only as high as the task needs, and prove each step.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+data_app = typer.Typer(help="Look at data before anything is trained.", no_args_is_help=True)
+models_app = typer.Typer(help="List the bases Rung knows by name, or bring one.", invoke_without_command=True)
+app.add_typer(data_app, name="data")
+app.add_typer(models_app, name="models")
+
+Config = Annotated[str, typer.Argument(help="A YAML config.", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key=value, for example engine.epochs=2", metavar="[KEY=VALUE]...")
+]
+Run = Annotated[str, typer.Argument(help="A run folder, or the name of a base.", metavar="RUN")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")]
+
+
+@models_app.callback()
+def models(context: typer.Context, as_json: AsJson = False) -> None:
+    """List the bases Rung knows by name, with size and licence."""
+    if context.invoked_subcommand:
+        return
+    from rung.model.fetch import base_folder
+    from rung.spec.catalog import CATALOG
+
+    rows = [{**b.model_dump(), "here": (base_folder(b) / "config.json").exists()} for b in CATALOG.values()]
+    lines = [
+        f"{r['name']:<16} {r['parameters'] / 1e6:.0f}M parameters  {r['licence']:<11} "
+        f"{r['download_bytes'] / 1e6:.0f} MB to download  {'here' if r['here'] else 'not fetched'}\n    {r['note']}"
+        for r in rows
+    ]
+    _show({"models": rows}, [*lines, "Also: any transformers folder, GGUF file, run folder or hub id."], as_json)
+
+
+@models_app.command()
+def fetch(name: Annotated[str, typer.Argument(help="A name from: rung models")], as_json: AsJson = False) -> None:
+    """Bring a base into the cache, verified and converted once."""
+    from rung.errors import ConfigError, did_you_mean
+    from rung.spec.catalog import CATALOG
+
+    if name not in CATALOG:
+        near = did_you_mean(name, list(CATALOG))
+        raise ConfigError(
+            "no such base", given=name, allowed=", ".join(CATALOG), hint=f"did you mean {near}?" if near else None
+        )
+    from rung.model.fetch import fetch as bring
+
+    path = bring(name)
+    _show({"path": str(path)}, [f"{name} is in {path}"], as_json)
+
+
+@data_app.command("check")
+def data_check(
+    file: Annotated[str, typer.Argument(help="A data file, a `datasets` name, or a config.", metavar="FILE")],
+    show: Annotated[int, typer.Option("--show", help="Print this many rows with the supervised tokens coloured.")] = 0,
+    model: Annotated[str | None, typer.Option("--model", help="Count in tokens of this base.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Format, rows kept and rejected with reasons, lengths, duplicates, leakage. Exit 2 when a row is rejected."""
+    from rung.pipeline.check import check_data
+
+    report, lines = check_data(file, show=show, model=model)
+    _show(report, lines, as_json)
+    if report["rejected"]:
+        raise typer.Exit(2)
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop before the first step; write nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train one run."""
+    from rung.spec.io import load
+
+    spec = load(config, overrides or ()).spec
+    from rung import run
+    from rung.report.tables import dry_run_lines, run_lines
+
+    if dry_run:
+        found = run.dry_run(spec)
+        return _show(found, dry_run_lines(found), as_json)
+    manifest = run.train(spec, resume=resume, overwrite=overwrite)
+    from rung.report.html import build
+
+    report = build(Path(spec.output))
+    _show({**manifest, "report": str(report)}, run_lines(manifest, spec.output, str(report)), as_json)
+
+
+@app.command()
+def climb(config: Config, overrides: Overrides = None, overwrite: Overwrite = False, as_json: AsJson = False) -> None:
+    """Measure the rungs on one held-out test set, print the ladder, recommend. Goes on where it stands."""
+    from rung.spec.io import load
+
+    spec = load(config, overrides or ()).spec
+    from rung.pipeline.climb import Climb
+    from rung.report.html import build
+    from rung.report.tables import ladder_lines
+
+    ladder = Climb(spec, overwrite=overwrite).run().to_json()
+    build(Path(spec.output))
+    _show(ladder, ladder_lines(ladder), as_json)
+
+
+@app.command("eval")
+def evaluate(
+    target: Run,
+    overrides: Overrides = None,
+    config: Annotated[str | None, typer.Option("--config", help="The task; none is the run's own.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most this many test items.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score a run, or a base, on a task's test split."""
+    from rung.pipeline.score import score
+
+    result = score(target, config=config, overrides=overrides or (), limit=limit)
+    from rung.report.tables import score_lines
+
+    _show(result, score_lines(result), as_json)
+
+
+@app.command()
+def chat(
+    target: Run,
+    compare: Annotated[bool, typer.Option("--compare", help="Answer with the base too, side by side.")] = False,
+    question: Annotated[str | None, typer.Option("--question", help="Ask this and leave.")] = None,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 256,
+    system: Annotated[str | None, typer.Option("--system", help="A system turn.")] = None,
+) -> None:
+    """Talk to a run or a base. An empty line or Ctrl-D leaves; /new starts over."""
+    from rung.pipeline.chat import Conversation
+
+    Conversation(target, compare=compare, temperature=temperature, max_new_tokens=max_new_tokens, system=system).talk(
+        question
+    )
+
+
+@app.command()
+def merge(
+    target: Run,
+    folder: Annotated[Path, typer.Argument(help="Where to write the merged model.")],
+    as_json: AsJson = False,
+) -> None:
+    """Fold an adapter into its base and write a plain transformers model, checked in a fresh process."""
+    from rung.pipeline.merge import merge_run
+
+    result = merge_run(Path(target), folder)
+    _show(
+        result,
+        [f"merged into {folder}", f"largest difference of log-probabilities: {result['difference']:.2e}"],
+        as_json,
+    )
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run or climb folder.", metavar="RUN")], as_json: AsJson = False
+) -> None:
+    """Rebuild the HTML report of a run or a climb."""
+    from rung.report.html import build
+
+    path = build(folder)
+    _show({"report": str(path)}, [str(path)], as_json)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a config, for editors."""
+    from rung.spec.run import RunSpec
+
+    typer.echo(json.dumps(RunSpec.model_json_schema(), indent=2))
+
+
+@app.command()
+def show(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Print the resolved config and where each value came from."""
+    from rung.spec.io import load, to_dict
+    from rung.spec.io import show as shown
+
+    loaded = load(config, overrides or ())
+    _show({"spec": to_dict(loaded.spec), "origins": dict(loaded.origins)}, shown(loaded).splitlines(), as_json)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"rung {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Adapt a language model to a task, climb only as high as the task needs, and prove each step."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a verb and leave with its exit code: 0, 2 input at fault, 3 refused, 1 a bug, 130 interrupted."""
+    sys.exit(_exit_code(sys.argv[1:] if arguments is None else arguments))
+
+
+def _exit_code(arguments: list[str]) -> int:
+    from click.exceptions import Abort, ClickException
+
+    try:
+        code = app(arguments, standalone_mode=False)
+    except RungError as error:
+        if "--json" in arguments:
+            typer.echo(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code}))
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, Abort):
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception:
+        traceback.print_exc()
+        print("\nThis is a bug in Rung: the traceback above is what a report needs.", file=sys.stderr)
+        return BUG
+    return int(code or 0)
+
+
+def _show(value: Any, lines: list[str], as_json: bool) -> None:
+    """One JSON object, or lines for a person."""
+    typer.echo(json.dumps(value, indent=2, default=str) if as_json else "\n".join(lines))

@@ -1,0 +1,268 @@
+"""What `rung data check` says about a data set, before anything is trained on it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rung.data.formats import Detection, read_records
+from rung.data.mix import weighted_paths
+from rung.data.near import GRAMS, Near, near_duplicates, words
+from rung.data.read import Rejected
+from rung.data.split import Splits, assign, duplicates, overlaps
+from rung.data.tokenise import Tokenised
+from rung.errors import DataError, GateError
+from rung.spec.data import DataSpec, LossOn
+from rung.types import Example, Record
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.table import Table
+    from rich.text import Text
+
+    from rung.data.chat import Chat
+
+SHOWN = 10
+"""Rows of each kind that the printed report names; the JSON has all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Spread of the documents' lengths."""
+
+    unit: str  # "tokens" or "characters"
+    minimum: int
+    median: float
+    p95: float
+    maximum: int
+
+
+@dataclass(frozen=True, slots=True)
+class Diversity:
+    """How varied the answers are (Li et al. 2016: distinct n-grams per n-gram)."""
+
+    distinct_1: float
+    distinct_2: float
+    most_common: str
+    most_common_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything `check` computed. It prints itself on a rich console."""
+
+    detections: dict[str, Detection]
+    kept: int
+    rejected: tuple[Rejected, ...]
+    splits: dict[str, int]
+    lengths: Lengths | None
+    duplicates: tuple[tuple[str, str], ...]
+    """Rows that ask what an earlier row asks, with that row."""
+    overlap: tuple[tuple[str, str], ...]
+    """Training rows whose prompt also stands in a held-out split, with that row."""
+    near: dict[int, tuple[Near, ...]]
+    """Per n: held-out rows that share an n-gram of words with the training split."""
+    diversity: Diversity | None
+    supervised_share: float | None
+    """Supervised tokens over all tokens; None without a tokenizer."""
+
+    @property
+    def ok(self) -> bool:
+        """True when every row can be used and no training prompt is held out."""
+        return not self.rejected and not self.overlap
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return {
+            "ok": self.ok,
+            "formats": {
+                path: {"format": d.format, "mapping": d.mapping, "columns": d.counts, "unused": list(d.unused)}
+                for path, d in self.detections.items()
+            },
+            "rows": {"kept": self.kept, "rejected": len(self.rejected)},
+            "rejected": [{"path": r.source.path, "line": r.source.line, "reason": r.reason} for r in self.rejected],
+            "splits": self.splits,
+            "lengths": asdict(self.lengths) if self.lengths else None,
+            "duplicate_prompts": [list(pair) for pair in self.duplicates],
+            "overlap": [list(pair) for pair in self.overlap],
+            "near_duplicates": {str(n): [near.to_json() for near in found] for n, found in self.near.items()},
+            "diversity": asdict(self.diversity) if self.diversity else None,
+            "supervised_share": self.supervised_share,
+        }
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Print the numbers, then the rows behind them."""
+        from rich.markup import escape
+
+        yield _table(self)
+        for title, lines in _details(self).items():
+            if lines:
+                yield ""
+                yield f"[bold]{title}[/bold]"
+                yield from (f"  {escape(line)}" for line in lines[:SHOWN])
+                if len(lines) > SHOWN:
+                    yield f"  and {len(lines) - SHOWN} more"
+
+
+def check(target: str | DataSpec, chat: Chat | None = None, *, loss_on: LossOn | None = None) -> Report:
+    """Look at every row of a file or a data spec. With `chat`, lengths are in tokens and every row is tokenised.
+
+    Raises:
+        DataError: a source cannot be read at all, or its columns fit no format. Bad rows are reported, never raised.
+    """
+    spec = DataSpec(path=target) if isinstance(target, str) else target
+    detections: dict[str, Detection] = {}
+    rejected: list[Rejected] = []
+    own = [r for p in weighted_paths(spec) for r in _load(spec, p.path, detections, rejected)]
+    held = {
+        name: _load(spec, value, detections, rejected, held_out=True)
+        for name, value in (("validation", spec.validation), ("test", spec.test))
+        if isinstance(value, str)
+    }
+    own, lengths, share = _measure(own, chat, loss_on or spec.loss_on, rejected)
+    parts = assign(own, validation=_share(spec.validation), test=_share(spec.test))
+    parts = Splits(parts.train, tuple(held.get("validation", parts.validation)), tuple(held.get("test", parts.test)))
+    held_out = (*parts.validation, *parts.test)
+    return Report(
+        detections=detections,
+        kept=len(own) + sum(len(records) for records in held.values()),
+        rejected=tuple(sorted(rejected, key=lambda r: r.source)),
+        splits={"train": len(parts.train), "validation": len(parts.validation), "test": len(parts.test)},
+        lengths=lengths,
+        duplicates=tuple((str(a.source), str(b.source)) for a, b in duplicates(own)),
+        overlap=tuple((str(a.source), str(b.source)) for a, b in overlaps(parts.train, held_out)),
+        near={n: near_duplicates(parts.train, held_out, n) for n in GRAMS},
+        diversity=_diversity([r.answer for r in own if r.answer]),
+        supervised_share=share,
+    )
+
+
+def coloured(example: Example, chat: Chat) -> Text:
+    """The document as text: what is learned in green, what is only read dimmed, every token in a shade of its own."""
+    from rich.text import Text
+
+    shades = {True: ("bold green", "bold bright_green"), False: ("dim", "dim italic")}
+    text = Text()
+    for i, (piece, learned) in enumerate(_pieces(example, chat)):
+        text.append(piece, style=shades[learned][i % 2])
+    return text
+
+
+def _pieces(example: Example, chat: Chat) -> Iterator[tuple[str, bool]]:
+    """Token texts; tokens that share the bytes of one character come as one piece."""
+    waiting: list[int] = []
+    last = len(example) - 1
+    for i, (token, learned) in enumerate(zip(example.ids.tolist(), example.supervised.tolist(), strict=True)):
+        waiting.append(token)
+        piece = chat.decode([waiting])[0]
+        changes = i == last or bool(example.supervised[i + 1]) != learned
+        if changes or not piece.endswith("\ufffd"):
+            yield piece, learned
+            waiting = []
+
+
+def _load(
+    spec: DataSpec, path: str, detections: dict[str, Detection], rejected: list[Rejected], *, held_out: bool = False
+) -> list[Record]:
+    loaded = read_records(spec, path, held_out=held_out)
+    detections[path] = loaded.detection
+    rejected += loaded.rejected
+    return list(loaded.records)
+
+
+def _measure(
+    records: list[Record], chat: Chat | None, loss_on: LossOn, rejected: list[Rejected]
+) -> tuple[list[Record], Lengths | None, float | None]:
+    """Lengths and supervised share; rows that the template or the preflight refuses move to `rejected`."""
+    if chat is None:
+        return records, _lengths([_characters(r) for r in records], "characters"), None
+    tokenised: Tokenised | None = None
+    try:
+        tokenised = chat.examples(records, loss_on=loss_on)
+        chat.preflight(tokenised)
+    except (DataError, GateError):
+        records = [r for r in records if not _refused(r, chat, loss_on, rejected)]
+        tokenised = chat.examples(records, loss_on=loss_on) if records else None
+    if tokenised is None:
+        return records, None, None
+    share = tokenised.supervised_tokens / int(tokenised.lengths.sum())
+    return records, _lengths(tokenised.lengths.tolist(), "tokens"), share
+
+
+def _refused(record: Record, chat: Chat, loss_on: LossOn, rejected: list[Rejected]) -> bool:
+    try:
+        chat.preflight(chat.examples([record], loss_on=loss_on))
+    except DataError as error:
+        rejected.append(Rejected(record.source, error.summary))
+    except GateError as error:
+        rejected.append(Rejected(record.source, (error.hint or error.summary).removeprefix(f"{record.source}: ")))
+    else:
+        return False
+    return True
+
+
+def _characters(record: Record) -> int:
+    return len(record.text or record.context or "") + sum(len(m.content) for m in record.messages)
+
+
+def _lengths(lengths: Sequence[int], unit: str) -> Lengths | None:
+    if not lengths:
+        return None
+    median, p95 = np.quantile(lengths, [0.5, 0.95])
+    return Lengths(unit, min(lengths), float(median), float(p95), max(lengths))
+
+
+def _diversity(answers: Sequence[str]) -> Diversity | None:
+    if not answers:
+        return None
+    split = [words(a) for a in answers]
+    ones = [w for answer in split for w in answer]
+    twos = [pair for answer in split for pair in zip(answer, answer[1:], strict=False)]
+    text, count = Counter(answers).most_common(1)[0]
+    return Diversity(
+        len(set(ones)) / len(ones) if ones else 0.0,
+        len(set(twos)) / len(twos) if twos else 0.0,
+        text,
+        count / len(answers),
+    )
+
+
+def _share(value: float | str) -> float:
+    return 0.0 if isinstance(value, str) else value
+
+
+def _table(report: Report) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for path, detection in report.detections.items():
+        table.add_row(escape(path), escape(str(detection)))
+    table.add_row("rows", f"{report.kept} kept, {len(report.rejected)} rejected")
+    table.add_row("splits", ", ".join(f"{name} {n}" for name, n in report.splits.items()))
+    if size := report.lengths:
+        spread = f"min {size.minimum}, median {size.median:g}, p95 {size.p95:g}, max {size.maximum}"
+        table.add_row("length", f"{spread} {size.unit}")
+    if report.supervised_share is not None:
+        table.add_row("supervised", f"{report.supervised_share:.1%} of the tokens")
+    if d := report.diversity:
+        table.add_row("distinct-1, distinct-2", f"{d.distinct_1:.3f}, {d.distinct_2:.3f} of the answers' words")
+        table.add_row("most common answer", escape(f"{d.most_common_share:.1%}: {d.most_common[:60]!r}"))
+    table.add_row("duplicate prompts", str(len(report.duplicates)))
+    table.add_row("train prompts held out", str(len(report.overlap)))
+    for n, found in report.near.items():
+        table.add_row(f"held-out rows sharing {n} words", str(len(found)))
+    return table
+
+
+def _details(report: Report) -> dict[str, list[str]]:
+    return {
+        "rejected": [str(r) for r in report.rejected],
+        "duplicate prompts": [f"{a} = {b}" for a, b in report.duplicates],
+        "train prompts held out": [f"{a} = {b}" for a, b in report.overlap],
+        **{f"sharing {n} words with the training split": [str(x) for x in found] for n, found in report.near.items()},
+    }

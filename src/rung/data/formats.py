@@ -1,0 +1,298 @@
+"""Which columns mean what: raw rows of the known formats to `Record`s."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from rung.data import turns
+from rung.data.read import Rejected, Row, Rows, read_rows
+from rung.errors import DataError, did_you_mean
+from rung.spec.data import DataSpec, Format
+from rung.types import Message, Record, Source
+
+
+class Columns(NamedTuple):
+    """Our names of a format's columns."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    answer: str | None = None
+
+
+FORMATS: dict[Format, Columns] = {
+    "messages": Columns(("messages",), ("tools",)),
+    "sharegpt": Columns(("conversations",), ("system", "tools")),
+    "alpaca": Columns(("instruction", "output"), ("input", "system", "history"), "output"),
+    "prompt_completion": Columns(("prompt", "completion"), (), "completion"),
+    "question_answer": Columns(("question", "answer"), ("context", "system"), "answer"),
+    "text": Columns(("text",)),
+}
+_COMMON = ("weight",)
+_ANSWER_LIKE = frozenset({"answer", "answers", "output", "completion", "response", "target", "gold", "solution"})
+_LABEL_LIKE = _ANSWER_LIKE | {"label", "category", "class"}
+
+
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """The format found, and the columns it reads."""
+
+    format: Format
+    mapping: dict[str, str]
+    """Our name to the column in the file, for the columns that are there."""
+    counts: dict[str, int]
+    """Rows with a value, per column of the file."""
+    rows: int
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Columns that nothing reads."""
+        return tuple(c for c in self.counts if c not in self.mapping.values())
+
+    def __str__(self) -> str:
+        read = ", ".join(
+            f"{ours} <- {theirs} ({self.counts[theirs]} of {self.rows} rows)" for ours, theirs in self.mapping.items()
+        )
+        rest = f"; not read: {', '.join(self.unused)}" if self.unused else ""
+        return f"{self.format}: {read}{rest}"
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """One source as records, with every row that was left out."""
+
+    records: tuple[Record, ...]
+    rejected: tuple[Rejected, ...]
+    detection: Detection
+    path: str
+
+    @property
+    def format(self) -> Format:
+        """The format read."""
+        return self.detection.format
+
+    @property
+    def mapping(self) -> dict[str, str]:
+        """Our name to the column read."""
+        return self.detection.mapping
+
+
+def detect(rows: Rows, map: Mapping[str, str], format: Format = "auto", group: str | None = None) -> Detection:
+    """Find the format from all rows.
+
+    Raises:
+        DataError: a column named in `map` or `group` is missing, no format fits, or more than one reading is possible.
+    """
+    counts: Counter[str] = Counter()
+    for _, row in rows.rows:
+        counts.update({str(c): 0 for c in row if c not in counts})
+        counts.update(str(c) for c, value in row.items() if value is not None)
+    _check_names(rows.path, map, group, counts)
+    if format == "auto":
+        fitting = [f for f in FORMATS if _fits(FORMATS[f], map, counts)]
+    else:
+        fitting = [format]
+        if missing := [c for c in FORMATS[format].required if map.get(c, c) not in counts]:
+            raise _unknown(rows.path, counts, f"no column {missing[0]!r}, which the format {format} needs")
+    if not fitting:
+        raise _unknown(rows.path, counts, "the columns fit no known format")
+    if len(fitting) > 1:
+        readings = {f: counts[map.get(FORMATS[f].required[0], FORMATS[f].required[0])] for f in fitting}
+        raise _ambiguous(rows.path, counts, "the rows can be read as " + _listed(readings))
+    found = fitting[0]
+    columns = FORMATS[found]
+    ours = (*columns.required, *columns.optional, *_COMMON)
+    mapping = {name: map.get(name, name) for name in ours if map.get(name, name) in counts}
+    if group:
+        mapping["group"] = group
+    detection = Detection(found, mapping, dict(counts), len(rows.rows))
+    if format == "auto" and (rivals := _rivals(detection, map)):
+        raise _ambiguous(rows.path, counts, f"{rivals[0]!r} and {rivals[1]!r} could both be what is to be learned")
+    return detection
+
+
+def to_record(format: Format, row: Row, source: Source, map: Mapping[str, str], group: str | None = None) -> Record:
+    """Turn one row into a record.
+
+    Raises:
+        DataError: with the reason why this row cannot be an example; its `summary` is the reason alone.
+    """
+
+    def get(name: str) -> Any:
+        return row.get(map.get(name, name))
+
+    try:
+        weight = _weight(get("weight"))
+        key = None if group is None else _group(row.get(group), group)
+        if format == "text":
+            text = turns.text_of(get("text"), "text")
+            return Record((), source, group=key, weight=weight, text=text)
+        messages = _messages(format, get)
+        turns.check_order(messages)
+        return Record(
+            messages,
+            source,
+            context=turns.optional_text(get("context"), "context") if format == "question_answer" else None,
+            tools=turns.tools_text(get("tools")) if format in ("messages", "sharegpt") else None,
+            group=key,
+            weight=weight,
+        )
+    except DataError as error:
+        raise DataError(error.summary, where=str(source)) from error
+
+
+def load_records(spec: DataSpec, path: str, *, held_out: bool = False) -> Loaded:
+    """Read one source of a data spec and apply `data.rejects`. In a held-out file the `group` column may be absent.
+
+    Raises:
+        DataError: the source cannot be read, or rows are rejected and `data.rejects` is `error`, or none is left.
+    """
+    loaded = read_records(spec, path, held_out=held_out)
+    if loaded.rejected and (spec.rejects == "error" or not loaded.records):
+        raise _rejection(loaded)
+    return loaded
+
+
+def read_records(spec: DataSpec, path: str, *, held_out: bool = False) -> Loaded:
+    """Like `load_records`, but rejected rows are only listed.
+
+    Raises:
+        DataError: the source cannot be read at all, or its columns fit no format.
+    """
+    rows = read_rows(path)
+    group = spec.group
+    if held_out and not any(group in row for _, row in rows.rows):
+        group = None
+    detection = detect(rows, spec.map, spec.format, group)
+    records: list[Record] = []
+    rejected = list(rows.rejected)
+    for source, row in rows.rows:
+        try:
+            records.append(to_record(detection.format, row, source, spec.map, group))
+        except DataError as error:
+            rejected.append(Rejected(source, error.summary))
+    rejected.sort(key=lambda r: r.source.line)
+    return Loaded(tuple(records), tuple(rejected), detection, path)
+
+
+def _rejection(loaded: Loaded) -> DataError:
+    rejected, kept = loaded.rejected, len(loaded.records)
+    lines = [f"line {r.source.line}: {r.reason}" for r in rejected[:10]]
+    more = [f"and {len(rejected) - 10} more"] if len(rejected) > 10 else []
+    remedy = "mend them, or set data.rejects: drop" if kept else "no row is left; check data.format and data.map"
+    return DataError(
+        f"{len(rejected)} of {len(rejected) + kept} rows cannot be used",
+        where=loaded.path,
+        hint="\n  ".join([*lines, *more, remedy]),
+    )
+
+
+def _messages(format: Format, get: Any) -> tuple[Message, ...]:
+    match format:
+        case "messages":
+            return turns.from_messages(get("messages"))
+        case "sharegpt":
+            return (*_system(get), *turns.from_sharegpt(get("conversations")))
+        case "alpaca":
+            question = turns.text_of(get("instruction"), "instruction")
+            if extra := turns.optional_text(get("input"), "input"):
+                question = f"{question}\n{extra}"
+            answer = turns.text_of(get("output"), "output")
+            return (*_system(get), *turns.from_history(get("history")), *_pair(question, answer))
+        case "prompt_completion":
+            prompt, completion = get("prompt"), get("completion")
+            if isinstance(prompt, list) and isinstance(completion, list):
+                return (*turns.from_messages(prompt, "prompt"), *turns.from_messages(completion, "completion"))
+            if isinstance(prompt, list) or isinstance(completion, list):
+                raise DataError("prompt and completion must both be text or both be lists of messages")
+            return _pair(turns.text_of(prompt, "prompt"), turns.text_of(completion, "completion"))
+        case _:
+            pair = _pair(turns.text_of(get("question"), "question"), turns.text_of(get("answer"), "answer"))
+            return (*_system(get), *pair)
+
+
+def _pair(question: str, answer: str) -> tuple[Message, Message]:
+    return Message("user", question), Message("assistant", answer)
+
+
+def _system(get: Any) -> tuple[Message, ...]:
+    system = turns.optional_text(get("system"), "system")
+    return (Message("system", system),) if system else ()
+
+
+def _weight(value: object) -> float:
+    if value is None:
+        return 1.0
+    try:
+        weight = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise DataError(f"weight is {value!r}, not a positive number")
+    return weight
+
+
+def _group(value: object, name: str) -> str:
+    if value is None or value == "" or isinstance(value, list | dict):
+        raise DataError(f"no value in the group column {name!r}")
+    return turns.encodable(str(value), name)
+
+
+def _fits(columns: Columns, map: Mapping[str, str], counts: Mapping[str, int]) -> bool:
+    """All required columns are there, and every name in `map` is one of the format's."""
+    known = {*columns.required, *columns.optional, *_COMMON}
+    return set(map) <= known and all(map.get(c, c) in counts for c in columns.required)
+
+
+def _rivals(detection: Detection, map: Mapping[str, str]) -> tuple[str, str] | None:
+    """Two columns that could both be what is learned, unless `map` says which."""
+    answer = FORMATS[detection.format].answer
+    if answer in map or "text" in map:
+        return None
+    like = _LABEL_LIKE if detection.format == "text" else _ANSWER_LIKE if answer else frozenset[str]()
+    rival = next((c for c in detection.unused if c.lower() in like), None)
+    return (answer or "text", rival) if rival else None
+
+
+def _check_names(path: str, map: Mapping[str, str], group: str | None, counts: Mapping[str, int]) -> None:
+    known = sorted({name for c in FORMATS.values() for name in (*c.required, *c.optional)} | {*_COMMON})
+    for ours, theirs in map.items():
+        if ours not in known:
+            near = did_you_mean(ours, known)
+            hint = f"did you mean {near}?" if near else "data.map is {our name: column in the file}"
+            raise DataError(f"data.map: {ours!r} is no column of ours", allowed=", ".join(known), hint=hint)
+        if theirs not in counts:
+            raise _unknown(path, counts, f"data.map names a column that is not there: {theirs!r}")
+    if group is not None and group not in counts:
+        raise _unknown(path, counts, f"data.group names a column that is not there: {group!r}")
+
+
+def _listed(counts: Mapping[Any, int]) -> str:
+    return ", ".join(f"{name} ({n} rows)" for name, n in counts.items())
+
+
+def _known_formats() -> str:
+    return "; ".join(f"{f} ({', '.join(c.required)})" for f, c in FORMATS.items())
+
+
+def _unknown(path: str, counts: Mapping[str, int], summary: str) -> DataError:
+    return DataError(
+        summary,
+        where=path,
+        given=f"columns {_listed(counts)}",
+        allowed=_known_formats(),
+        hint="name the columns with data.map, for example data.map: {question: query, answer: gold}",
+    )
+
+
+def _ambiguous(path: str, counts: Mapping[str, int], summary: str) -> DataError:
+    return DataError(
+        f"ambiguous: {summary}",
+        where=path,
+        given=f"columns {_listed(counts)}",
+        allowed=_known_formats(),
+        hint="decide with data.format, or with data.map, for example data.map: {question: query, answer: gold}",
+    )

@@ -1,0 +1,200 @@
+"""Values of a row to checked turns. All raise `DataError` with the bare reason; the caller adds the line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+from rung.data.read import parse_json
+from rung.errors import DataError
+from rung.types import Message, Role
+
+ROLES: tuple[Role, ...] = get_args(Role)
+_SHAREGPT_ROLES: dict[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "observation": "tool",
+    "tool": "tool",
+}
+_FOLLOWS: dict[Role | None, tuple[Role, ...]] = {
+    None: ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+
+
+def text_of(value: object, name: str) -> str:
+    """The value as text that can be trained on.
+
+    Raises:
+        DataError: it is missing, empty, not text, or not encodable.
+    """
+    if value is None:
+        raise DataError(f"no {name}")
+    if isinstance(value, bool | int | float):
+        raise DataError(f'{name} is the {_kind(value)} {value}, not text: quote it ("{value}")')
+    if not isinstance(value, str):
+        raise DataError(f"{name} is a {_kind(value)}, not text")
+    if not value.strip():
+        raise DataError(f"empty {name}")
+    return encodable(value, name)
+
+
+def optional_text(value: object, name: str) -> str | None:
+    """Like `text_of`, but a missing or empty value is None."""
+    return None if value is None or value == "" else text_of(value, name)
+
+
+def encodable(value: str, name: str) -> str:
+    """Refuse lone surrogates, which JSON escapes can smuggle in and no tokenizer takes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{name} holds half a character (a lone surrogate) at position {error.start}") from error
+    return value
+
+
+def from_messages(value: object, name: str = "messages") -> tuple[Message, ...]:
+    """A list of {role, content, tool_calls, name} objects, or its JSON text, to turns, in whatever order."""
+    return tuple(_message(item, f"{name}[{i}]") for i, item in enumerate(_list(value, name)))
+
+
+def from_sharegpt(value: object) -> tuple[Message, ...]:
+    """A list of {from, value} objects to turns."""
+    turns = []
+    for i, item in enumerate(_list(value, "conversations")):
+        if not isinstance(item, Mapping):
+            raise DataError(f"conversations[{i}] is a {_kind(item)}, not an object with from and value")
+        role, content = item.get("from"), item.get("value")
+        if role == "function_call":
+            calls = _json_value(text_of(content, f"value of conversations[{i}]"), f"value of conversations[{i}]")
+            turns.append(Message("assistant", "", tool_calls=tool_calls_text(calls)))
+        elif isinstance(role, str) and role in _SHAREGPT_ROLES:
+            turns.append(_turn(_SHAREGPT_ROLES[role], content, f"conversations[{i}]"))
+        else:
+            known = ", ".join([*_SHAREGPT_ROLES, "function_call"])
+            raise DataError(f"unknown role {role!r} in conversations[{i}]; known: {known}")
+    return tuple(turns)
+
+
+def from_history(value: object) -> tuple[Message, ...]:
+    """Alpaca's list of [question, answer] pairs to turns."""
+    turns: list[Message] = []
+    for i, pair in enumerate(_list(value, "history") if value else ()):
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise DataError(f"history[{i}] is not a pair of question and answer")
+        turns += [_turn("user", pair[0], f"history[{i}]"), _turn("assistant", pair[1], f"history[{i}]")]
+    return tuple(turns)
+
+
+def tool_calls_text(value: object) -> str:
+    """Tool calls as JSON text; a bare {name, arguments} is wrapped, and arguments given as JSON text are parsed."""
+    value = _json_value(value, "tool_calls") if isinstance(value, str) else value
+    calls = value if isinstance(value, list) else [value]
+    return json.dumps([_tool_call(call) for call in calls], ensure_ascii=False)
+
+
+def tools_text(value: object) -> str | None:
+    """Tool schemas as JSON text, or None where there are none."""
+    value = _json_value(value, "tools") if isinstance(value, str) and value else value
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
+        raise DataError("tools is not a list of objects")
+    return json.dumps(value, ensure_ascii=False)
+
+
+def check_order(messages: Sequence[Message]) -> None:
+    """Refuse conversations that cannot be trained on.
+
+    Raises:
+        DataError: no assistant turn, a last turn of someone else, or turns in an order no template knows.
+    """
+    if not any(m.role == "assistant" for m in messages):
+        raise DataError("no assistant turn")
+    previous: Message | None = None
+    for i, message in enumerate(messages):
+        if message.role not in _FOLLOWS[previous.role if previous else None]:
+            after = f"after {previous.role}" if previous else "at the start"
+            raise DataError(f"wrong role order: turn {i + 1} is {message.role} {after}")
+        if message.role == "tool" and previous and previous.role == "assistant" and not previous.tool_calls:
+            raise DataError(f"wrong role order: turn {i + 1} is tool, but the turn before calls none")
+        previous = message
+    if messages[-1].role != "assistant":
+        raise DataError(f"the last turn is {messages[-1].role}, not assistant")
+
+
+def _message(item: object, name: str) -> Message:
+    if not isinstance(item, Mapping):
+        raise DataError(f"{name} is a {_kind(item)}, not an object with role and content")
+    role = next((r for r in ROLES if r == item.get("role")), None)
+    if role is None:
+        raise DataError(f"unknown role {item.get('role')!r} in {name}; known: {', '.join(ROLES)}")
+    content = item.get("content")
+    if isinstance(content, list):
+        content = _joined_parts(content, name)
+    calls = item.get("tool_calls")
+    if calls and role == "assistant":
+        text = "" if content is None else content
+        if not isinstance(text, str):
+            raise DataError(f"content of {name} is a {_kind(text)}, not text")
+        return Message(role, encodable(text, name), tool_calls=tool_calls_text(calls))
+    return _turn(role, content, name, tool=item.get("name") if role == "tool" else None)
+
+
+def _turn(role: Role, content: object, name: str, tool: object = None) -> Message:
+    if content == "" and role in ("system", "tool"):  # an empty result, or "no system prompt", says something
+        return Message(role, "", name=tool if isinstance(tool, str) else None)
+    what = {"user": "question", "assistant": "answer"}.get(role, "content")
+    return Message(role, text_of(content, f"{what} in {name}"), name=tool if isinstance(tool, str) else None)
+
+
+def _joined_parts(parts: Sequence[object], name: str) -> str:
+    texts = [p.get("text") for p in parts if isinstance(p, Mapping) and p.get("type", "text") == "text"]
+    if len(texts) != len(parts) or not all(isinstance(t, str) for t in texts):
+        raise DataError(f"content of {name} has parts that are not text")
+    return "".join(str(t) for t in texts)
+
+
+def _tool_call(call: object) -> dict[str, Any]:
+    if not isinstance(call, Mapping):
+        raise DataError(f"a tool call is a {_kind(call)}, not an object")
+    function = call.get("function", call)
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise DataError("a tool call names no function")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        arguments = _json_value(arguments, "arguments of a tool call") if arguments else {}
+    rest = {key: value for key, value in call.items() if key == "id"} if "function" in call else {}
+    return {**rest, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _list(value: object, name: str) -> list[Any]:
+    if isinstance(value, str):
+        value = _json_value(value, name)
+    if not isinstance(value, list):
+        raise DataError(f"no {name}" if value is None else f"{name} is a {_kind(value)}, not a list")
+    if not value:
+        raise DataError(f"empty {name}")
+    return value
+
+
+def _json_value(value: str, name: str) -> Any:
+    try:
+        return parse_json(value)
+    except ValueError as error:
+        raise DataError(f"{name} is not JSON: {error}") from error
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, bool):
+        return "truth value"
+    if isinstance(value, int | float):
+        return "number"
+    return {"dict": "object", "str": "text", "NoneType": "null"}.get(type(value).__name__, type(value).__name__)

@@ -1,0 +1,1 @@
+"""How a step runs: the only place that packs, divides, clips, steps and saves."""

@@ -1,0 +1,126 @@
+"""Gates 2 and 3: what must hold before the first step, and what must have moved by the second.
+
+Gate 1 stands in `data.chat`, gate 4 in `checkpoint.write_folder`, gate 5 in `publish.parity`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rung.engine.pack import pack, pack_separately
+from rung.engine.record import Gate
+from rung.errors import GateError
+from rung.method.base import Method
+from rung.model.generate import Sampling, generate
+from rung.model.policy import Policy
+from rung.types import Example
+
+TOLERANCE: dict[torch.dtype, float] = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.5}
+"""Largest difference of log-probabilities between two ways to compute the same thing, in nats. A wrong mask or position
+moves them by whole nats; sums in another order move them by less than this on models of billions of parameters."""
+
+
+def check_trainable(method: Method, optimiser: torch.optim.Optimizer) -> Gate:
+    """What the method declares is what the optimiser holds. An empty set is a failure too."""
+    declared = method.declared_parameters()
+    held = sum(p.numel() for group in optimiser.param_groups for p in group["params"])
+    return _gate("step0.trainable", held == declared > 0, f"{held:,} in the optimiser", f"{declared:,} declared")
+
+
+@torch.no_grad()
+def check_identity(policy: Policy, method: Method, probe: Sequence[Example]) -> Gate | None:
+    """With the method on, the model answers bit for bit like the base. Methods that move the base are it."""
+    if method.artefact != "adapter" or not method.starts_as_base:
+        return None
+    batch = pack(probe, sum(map(len, probe)), device=policy.device)[0]
+    difference = float((policy.logprobs(batch) - policy.reference_logprobs(batch)).abs().max())
+    limit = TOLERANCE[_dtype(policy)] * 1e-2  # the same sums plus zeros
+    return _gate("step0.identity", difference <= limit, difference, limit)
+
+
+@torch.no_grad()
+def check_packing(policy: Policy, probe: Sequence[Example]) -> Gate:
+    """Log-probabilities of packed documents, prefixes shared, equal those of each document alone."""
+    packed = pack(probe, sum(map(len, probe)), device=policy.device)[0]
+    together = policy.logprobs(packed)
+    order = sorted(probe, key=lambda e: e.ids.tolist())
+    alone = torch.cat([policy.logprobs(batch) for batch in pack_separately(order, policy.device)])
+    difference = float((together - alone).abs().max())
+    limit = TOLERANCE[_dtype(policy)]
+    return _gate("step0.packing", difference <= limit, difference, limit)
+
+
+@torch.no_grad()
+def check_decoding(policy: Policy, probe: Sequence[Example], tokens: int = 4) -> Gate:
+    """Log-probabilities of a greedy answer, made token by token, equal those of the answer read in one go."""
+    prompts = [e.ids[: max(1, int(e.supervised.argmax()))].tolist() for e in probe]
+    answers = generate(policy, prompts, stop_ids=(), sampling=Sampling(tokens))
+    worst = 0.0
+    for prompt, answer, example in zip(prompts, answers, probe, strict=True):
+        ids = np.array([*prompt, *answer.ids], dtype=np.int32)
+        supervised = np.arange(len(ids)) >= len(prompt)
+        read = policy.logprobs(pack_separately([Example(ids, supervised, example.source)], policy.device)[0])
+        worst = max(worst, float((read.cpu() - torch.tensor(answer.logprobs)).abs().max()))
+    limit = TOLERANCE[_dtype(policy)]
+    return _gate("step0.decoding", worst <= limit, worst, limit)
+
+
+def frozen_digest(model: nn.Module) -> dict[str, int]:
+    """An exact 64-bit reduction of every tensor that must not move."""
+    frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
+    return {name: int(torch.hash_tensor(value.detach()).item()) for name, value in frozen if value.numel()}
+
+
+class Movement:
+    """Gate 3: every declared tensor received a gradient and moved its optimiser state; nothing else changed a bit."""
+
+    def __init__(self, model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> None:
+        self.model, self.trainable = model, trainable
+        self.before = frozen_digest(model)
+        self.moved: set[str] = set()
+        self.steps = 0
+
+    def see(self, optimiser: torch.optim.Optimizer) -> Gate | None:
+        """Look at the gradients right after an optimiser step; the verdict comes with the second."""
+        for name, parameter in self.trainable.items():
+            gradient = parameter.grad
+            state: Mapping[str, Tensor] = optimiser.state.get(parameter, {})
+            if gradient is not None and bool(gradient.any()) and bool(state["exp_avg"].any()):
+                self.moved.add(name)
+        self.steps += 1
+        return self._verdict() if self.steps == 2 else None
+
+    def _verdict(self) -> Gate:
+        still = sorted(set(self.trainable) - self.moved)
+        after = frozen_digest(self.model)
+        changed = sorted(name for name, value in self.before.items() if after.get(name) != value)
+        measured = f"{len(self.moved)} of {len(self.trainable)} tensors moved, {len(changed)} frozen ones changed"
+        if still or changed:
+            named = f"; not moved: {still[:2]}" if still else f"; changed: {changed[:2]}"
+            return Gate("movement", "failed", measured + named, "all, 0")
+        return Gate("movement", "passed", measured, "all, 0")
+
+
+def not_reached() -> Gate:
+    """What a run of fewer than two steps says."""
+    return Gate("movement", "not_reached", "fewer than two steps", "all, 0")
+
+
+def enforce(gate: Gate) -> Gate:
+    """Raise `GateError` for a failed gate."""
+    if gate.state == "failed":
+        raise GateError(f"gate {gate.name} failed", given=gate.measured, allowed=str(gate.limit))
+    return gate
+
+
+def _dtype(policy: Policy) -> torch.dtype:
+    low = policy.base.compute_dtype
+    return low if low is torch.bfloat16 else next(policy.model.parameters()).dtype
+
+
+def _gate(name: str, held: bool, measured: object, limit: object) -> Gate:
+    return Gate(name, "passed" if held else "failed", measured, limit)

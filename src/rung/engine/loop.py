@@ -1,0 +1,260 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from rung.engine import checkpoint
+from rung.engine.gates import Movement, enforce, not_reached
+from rung.engine.optim import make_optimiser, rate_at
+from rung.engine.pack import pack, pack_separately
+from rung.engine.progress import Bar, say
+from rung.engine.record import RunFolder, peak_memory_bytes
+from rung.engine.step import accumulate, mean_loss
+from rung.errors import DataError, GateError
+from rung.method.base import Method, load_state, state_of
+from rung.model.policy import Policy
+from rung.objective.base import Objective
+from rung.spec.engine import EngineSpec
+from rung.types import Example, PackedBatch
+
+SKIPS_BEFORE_STOP = 3
+"""Steps in a row that may be skipped because their loss or gradient was not finite."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user stopped the run; its checkpoint is saved."""
+
+
+@dataclass
+class Progress:
+    """What changes as a run goes on, besides weights and optimiser: all of it is JSON."""
+
+    step: int = 0
+    """Optimiser steps taken, skipped ones included."""
+    seconds: float = 0.0
+    tokens: int = 0
+    loss: float = math.nan
+    skipped: int = 0
+    best: float | None = None
+    """Lowest validation loss so far, in nats per token."""
+    best_step: int = 0
+    misses: int = 0
+    """Measurements in a row that did not improve the best."""
+    validation: float | None = None
+
+
+@dataclass
+class Trainer:
+    """Runs the steps of one run. `peak_rate` is the resolved learning rate, `budget` the resolved micro-batch."""
+
+    policy: Policy
+    method: Method
+    objective: Objective
+    spec: EngineSpec
+    peak_rate: float
+    budget: int
+    seed: int
+    folder: RunFolder
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        self.optimiser = make_optimiser(self.method.trainable(), self.spec.optimiser)
+        self.checkpoints = self.folder.path / "checkpoints"
+
+    def total_steps(self, rows: int) -> int:
+        """Optimiser steps of a whole run over this many rows."""
+        per_epoch = -(-rows // self.spec.examples_per_step)
+        total = math.ceil(self.spec.epochs * per_epoch - 1e-9)
+        return min(total, self.spec.max_steps or total)
+
+    def restore(self) -> bool:
+        """Take up the newest checkpoint that verifies, if there is one."""
+        found = checkpoint.newest(self.checkpoints, say)
+        if found is None:
+            return False
+        weights, progress = checkpoint.read_checkpoint(found, self.optimiser)
+        load_state(self.method, weights)
+        self.progress = Progress(**progress)
+        self.folder.trim_log(self.progress.step)
+        say(f"resumed from {found.name}")
+        return True
+
+    def run(self, train: Sequence[Example], validation: Sequence[Example]) -> Progress:
+        """Take every remaining step. Raises `Interrupted` after saving, `GateError` when a gate fails."""
+        if not train:
+            raise DataError("no training rows are left", hint="look at the counts of: rung data check")
+        total = self.total_steps(len(train))
+        movement = Movement(self.policy.model, self.method.trainable()) if self.progress.step == 0 else None
+        self.policy.model.train()
+        try:
+            with _interruptible() as stopping, Bar("train", total, self.progress.step) as bar:
+                while self.progress.step < total:
+                    entry = self._step(self._window(train), total, movement)
+                    last = self.progress.step == total
+                    enough = self._measure(validation, entry, last)
+                    self.folder.log(entry)
+                    bar.advance(loss=f"{entry['loss']:.4f}", rate=f"{entry['learning_rate']:.1e}")
+                    if stopping():
+                        self._save()
+                        raise Interrupted
+                    if enough:
+                        say(f"no better validation loss in {self.progress.misses} measurements: stopped early")
+                        break
+                    if not last and self.spec.checkpoint_every and self.progress.step % self.spec.checkpoint_every == 0:
+                        self._save()
+        finally:
+            self.policy.model.eval()
+            self.folder.close()
+        if movement is not None and movement.steps < 2:
+            self.folder.gate(not_reached())
+        self._keep_best()
+        return self.progress
+
+    def _window(self, train: Sequence[Example]) -> list[Example]:
+        """The documents of the next step: a pure function of seed and step."""
+        per_step = self.spec.examples_per_step
+        per_epoch = -(-len(train) // per_step)
+        epoch, place = divmod(self.progress.step, per_epoch)
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(train))
+        return [train[i] for i in order[place * per_step : (place + 1) * per_step]]
+
+    def _pack(self, examples: Sequence[Example]) -> list[PackedBatch]:
+        if not self.spec.packed:
+            return pack_separately(examples, self.policy.device)
+        sharing = self.spec.share_prefixes and self.method.shares_prefixes()
+        return pack(examples, self.budget, share_prefixes=sharing, device=self.policy.device)
+
+    def _step(self, examples: Sequence[Example], total: int, movement: Movement | None) -> dict[str, Any]:
+        started = time.perf_counter()
+        batches = self._pack(examples)
+        self.optimiser.zero_grad(set_to_none=True)
+        rate = rate_at(
+            self.progress.step, total=total, peak=self.peak_rate, schedule=self.spec.schedule, warmup=self.spec.warmup
+        )
+        loss = accumulate(self.policy, self.objective, batches)
+        parameters = list(self.method.trainable().values())
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.spec.clip or math.inf)
+        finite = bool(torch.isfinite(norm) & torch.isfinite(loss))
+        if finite:
+            for group in self.optimiser.param_groups:
+                group["lr"] = rate
+            self.optimiser.step()
+            self.progress.skipped = 0
+        seconds = time.perf_counter() - started
+        tokens = sum(batch.document_tokens for batch in batches)
+        self.progress.step += 1
+        self.progress.seconds += seconds
+        self.progress.tokens += tokens
+        self.progress.loss = float(loss)
+        if not finite:
+            self._skip(examples, float(loss), float(norm))
+        elif movement is not None and (gate := movement.see(self.optimiser)):
+            self.folder.gate(gate)
+            say(str(gate))
+            enforce(gate)
+        return {
+            "step": self.progress.step,
+            "loss": float(loss),
+            "learning_rate": rate,
+            "grad_norm": float(norm),
+            "tokens": tokens,
+            "seconds": round(seconds, 4),
+            **({} if finite else {"skipped": True}),
+        }
+
+    def _skip(self, examples: Sequence[Example], loss: float, norm: float) -> None:
+        """A step that is not finite never touches the weights; several in a row end the run."""
+        self.progress.skipped += 1
+        say(f"step {self.progress.step} skipped: loss {loss}, gradient norm {norm}")
+        if self.progress.skipped >= SKIPS_BEFORE_STOP:
+            rows = [str(example.source) for example in examples]
+            self.folder.update(not_finite={"step": self.progress.step, "rows": rows})
+            raise GateError(
+                f"loss or gradient was not finite in {SKIPS_BEFORE_STOP} steps running",
+                where=str(self.folder.path),
+                given=f"loss {loss}, gradient norm {norm}; rows of the last step stand in run.json under not_finite",
+                hint="lower engine.learning_rate, or look at those rows",
+            )
+
+    def _measure(self, validation: Sequence[Example], entry: dict[str, Any], last: bool) -> bool:
+        """Validation loss when it is due; True when patience has run out."""
+        due = last or (self.spec.eval_every is not None and self.progress.step % self.spec.eval_every == 0)
+        if not validation or not due:
+            return False
+        self.policy.model.eval()
+        value = mean_loss(self.policy, self.objective, pack(validation, self.budget, device=self.policy.device))
+        self.policy.model.train()
+        self.progress.validation = entry["validation_loss"] = value
+        if self.progress.best is None or value < self.progress.best:
+            self.progress.best, self.progress.best_step, self.progress.misses = value, self.progress.step, 0
+            if self.spec.patience is not None:
+                self._write(self.checkpoints / "best")
+            return False
+        self.progress.misses += 1
+        return self.spec.patience is not None and self.progress.misses > self.spec.patience
+
+    def _keep_best(self) -> None:
+        """With patience the run ends with the weights of the lowest validation loss."""
+        best = self.checkpoints / "best"
+        if self.spec.patience is None or self.progress.best_step == self.progress.step or not best.exists():
+            return
+        if problem := checkpoint.verify(best):
+            raise GateError(f"the best checkpoint cannot be used: {problem}", where=str(best))
+        load_state(self.method, checkpoint.read_weights(best))
+        self.progress.validation = self.progress.best
+        say(f"kept the weights of step {self.progress.best_step}")
+
+    def _save(self) -> None:
+        self._write(self.checkpoints / f"step-{self.progress.step:08d}")
+        checkpoint.prune(self.checkpoints, self.spec.keep)
+
+    def _write(self, folder: Any) -> None:
+        checkpoint.write_checkpoint(folder, state_of(self.method), self.optimiser, asdict(self.progress))
+
+
+def summary(progress: Progress, method: Method) -> Mapping[str, Any]:
+    """The run's own numbers for `run.json`; times are without loading, evaluation and saving."""
+    return {
+        "steps": progress.step,
+        "train_seconds": round(progress.seconds, 3),
+        "tokens_per_second": round(progress.tokens / progress.seconds, 1) if progress.seconds else None,
+        "tokens": progress.tokens,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "trainable_parameters": sum(p.numel() for p in method.trainable().values()),
+        "train_loss": progress.loss,
+        "validation_loss": progress.validation,
+        "best_step": progress.best_step,
+    }
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """SIGINT and SIGTERM let the step finish first; a second one stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        say("stopping after this step; once more stops at once")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,187 @@
+"""The run folder: `run.json` says what the run is and how it stands, `log.jsonl` holds one object a step."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from rung.errors import CheckpointError
+
+State = Literal["passed", "failed", "not_reached"]
+GENERATED = ("run.json", "log.jsonl", "checkpoints", "adapter", "model", "rungs", "report.html", "items.jsonl")
+"""What a run writes into its folder, and what `--overwrite` therefore may remove."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What a gate measured."""
+
+    name: str
+    state: State
+    measured: Any
+    limit: Any
+
+    def __str__(self) -> str:
+        return f"gate {self.name}: {self.state.replace('_', ' ')} ({self.measured}; limit {self.limit})"
+
+
+@dataclass
+class RunFolder:
+    """One run's folder. `manifest` is what `run.json` holds; `write` makes it so, atomically."""
+
+    path: Path
+    manifest: dict[str, Any] = field(default_factory=dict)
+    _log: IO[str] | None = None
+
+    @staticmethod
+    def check(path: Path, spec: Mapping[str, Any], *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+        """The manifest of the run to go on with, or None for a new one; touches nothing.
+
+        Raises `CheckpointError` for a folder that holds another run or anything else, and for a resume with another
+        config.
+        """
+        existing = read_manifest(path) if (path / "run.json").exists() else None
+        if existing is None:
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                raise CheckpointError(
+                    "this is a file" if path.is_file() else "this folder is not empty and holds no run",
+                    where=str(path),
+                    hint="name another output=...",
+                )
+            return None
+        if overwrite:
+            return None
+        if not resume:
+            raise CheckpointError(
+                f"this folder holds a run already (status {existing.get('status')})",
+                where=str(path),
+                hint="go on with --resume, start anew with --overwrite, or name another output=...",
+            )
+        if changed := sorted(_changed(existing["spec"], spec)):
+            raise CheckpointError(
+                "the run in this folder has another config", where=str(path), given="differs in " + ", ".join(changed)
+            )
+        return existing
+
+    @staticmethod
+    def claim(path: Path, spec: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False) -> RunFolder:
+        """Take a folder for a run, after `check`; `overwrite` removes what a run wrote there, and nothing else."""
+        existing = RunFolder.check(path, spec, resume=resume, overwrite=overwrite)
+        if existing is not None:
+            return RunFolder(path, existing)
+        if overwrite:
+            for name in GENERATED:
+                target = path / name
+                shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"could not make this folder: {error.strerror}", where=str(path)) from error
+        folder = RunFolder(path, {"status": "started", "spec": dict(spec), "gates": [], "versions": versions()})
+        folder.write()
+        return folder
+
+    def update(self, **values: Any) -> None:
+        """Set values of the manifest and write it."""
+        self.manifest.update(values)
+        self.write()
+
+    def gate(self, gate: Gate) -> None:
+        """Keep a gate's result; a later result of the same name replaces it."""
+        kept = [g for g in self.manifest["gates"] if g["name"] != gate.name]
+        entry = {"name": gate.name, "state": gate.state, "measured": gate.measured, "limit": gate.limit}
+        self.update(gates=[*kept, entry])
+
+    def write(self) -> None:
+        """Make `run.json` what the manifest says."""
+        write_json(self.path / "run.json", self.manifest)
+
+    def log(self, entry: Mapping[str, Any]) -> None:
+        """Append one object to `log.jsonl`."""
+        if self._log is None:
+            self._log = (self.path / "log.jsonl").open("a", encoding="utf-8")
+        self._log.write(json.dumps(entry) + "\n")
+        self._log.flush()
+
+    def trim_log(self, step: int) -> None:
+        """Forget logged steps after `step`: a resumed run takes them again."""
+        path = self.path / "log.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            path.write_text("".join(line + "\n" for line in kept))
+
+    def close(self) -> None:
+        """Close the log."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a run folder. Raises `CheckpointError` when there is none or it cannot be read."""
+    try:
+        manifest: dict[str, Any] = json.loads((path / "run.json").read_text())
+    except FileNotFoundError:
+        raise CheckpointError("this is not a run folder: it has no run.json", where=str(path)) from None
+    except ValueError as error:
+        raise CheckpointError(f"run.json cannot be read: {error}", where=str(path)) from error
+    return manifest
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The logged steps of a run; empty when nothing was logged."""
+    log = path / "log.jsonl"
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file in one go."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise CheckpointError(f"could not write: {error.strerror or error}", where=str(path)) from error
+
+
+def versions() -> dict[str, str]:
+    """What computed the run."""
+    names = ("rung", "torch", "transformers", "peft", "tokenizers", "safetensors")
+    return {"python": platform.python_version(), "machine": platform.machine(), **{n: version(n) for n in names}}
+
+
+def reset_peak_memory() -> None:
+    """Start measuring the peak anew where the kernel allows it (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident memory of this process since the last reset, in bytes."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _changed(old: Any, new: Any, at: str = "") -> list[str]:
+    """Dotted names of the settings in which two specs differ."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = set(old) | set(new)
+        return [
+            name for key in keys for name in _changed(old.get(key), new.get(key), f"{at}.{key}" if at else str(key))
+        ]
+    same = json.dumps(old, sort_keys=True, default=str) == json.dumps(new, sort_keys=True, default=str)
+    return [] if same else [at]

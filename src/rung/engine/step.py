@@ -1,0 +1,49 @@
+"""One optimiser step's gradient: count first, then accumulate sums divided by the count of the whole window.
+
+Averaging the means of micro-batches would weight the tokens of sparse micro-batches more (transformers#34191).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from rung.errors import DataError
+from rung.model.policy import Policy
+from rung.objective.base import Objective
+from rung.types import Counts, PackedBatch
+
+
+def count_window(objective: Objective, window: Iterable[PackedBatch]) -> Counts:
+    """The divisor of a window."""
+    return reduce(Counts.__add__, (objective.count(batch) for batch in window), Counts())
+
+
+def accumulate(policy: Policy, objective: Objective, window: Sequence[PackedBatch]) -> Tensor:
+    """Fill .grad with the gradient of (sum / count of the window); return the loss in nats per unit, a scalar.
+
+    Raises `DataError` when nothing in the window is supervised.
+    """
+    totals = count_window(objective, window)
+    if totals.tokens <= 0:
+        where = window[0].sources[0] if window and window[0].sources else None
+        raise DataError("no supervised token in this step", where=str(where), hint="run: rung data check")
+    shares = []
+    for batch in window:
+        loss = torch.stack([term.total / totals[term.unit] for term in objective.loss(policy, batch)]).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        shares.append(loss.detach())  # no .item(): it would wait for the device
+    return torch.stack(shares).sum()
+
+
+@torch.no_grad()
+def mean_loss(policy: Policy, objective: Objective, batches: Iterable[PackedBatch]) -> float:
+    """Loss over a whole set: sums and counts are added and divided once, so the batches do not matter."""
+    total, counts = 0.0, Counts()
+    for batch in batches:
+        counts = counts + objective.count(batch)
+        total += sum(float(term.total) for term in objective.loss(policy, batch))
+    return total / counts.tokens if counts.tokens else float("nan")

@@ -1,0 +1,1 @@
+"""Answers to held-out questions, scored item by item."""

@@ -1,0 +1,207 @@
+"""A task is held-out questions, a framing and metrics; its result is one score per item and what the answers cost."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rung.data.chat import Chat
+from rung.engine.budget import tokens_per_micro_batch
+from rung.engine.pack import pack
+from rung.engine.progress import Bar
+from rung.errors import DataError
+from rung.evaluate.baselines import Framing
+from rung.model.generate import Sampling, generate
+from rung.model.policy import Policy
+from rung.scoring.metrics import METRICS
+from rung.scoring.stats import Interval, ratio_interval, score_interval
+from rung.spec.evaluate import EvaluateSpec
+from rung.types import Example, Record, Source
+
+PERPLEXITY = "perplexity"
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One question, its answer and its scores."""
+
+    source: str
+    group: str | None
+    question: str
+    context: str | None
+    expected: str
+    answer: str
+    scores: dict[str, float]
+    prompt_tokens: int
+    stopped: bool
+    """False when the answer was cut at `max_new_tokens`."""
+    nats: float | None = None
+    """Negative log-likelihood of the expected answer, where perplexity is measured."""
+    answer_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Per-item results; every summary is computed from them."""
+
+    items: tuple[Item, ...]
+    seconds_per_query: float
+    metrics: tuple[str, ...] = field(default=())
+
+    @property
+    def clusters(self) -> list[str]:
+        """Cluster of each item: its group, or itself."""
+        return [item.group if item.group is not None else item.source for item in self.items]
+
+    @property
+    def prompt_tokens(self) -> float:
+        """Mean tokens of a prompt: the price paid at every query."""
+        return float(np.mean([item.prompt_tokens for item in self.items]))
+
+    def scores(self, metric: str) -> NDArray[np.float64]:
+        """Score of each item; nats per token for perplexity."""
+        if metric == PERPLEXITY:
+            return np.array([(i.nats or 0.0) / (i.answer_tokens or 1) for i in self.items])
+        return np.array([item.scores[metric] for item in self.items])
+
+    def weights(self, metric: str) -> NDArray[np.float64] | None:
+        """Tokens of each item for perplexity, which weighs an item by its length; otherwise none."""
+        return np.array([float(i.answer_tokens or 1) for i in self.items]) if metric == PERPLEXITY else None
+
+    def interval(self, metric: str) -> Interval:
+        """Mean and 95 % interval."""
+        if metric == PERPLEXITY:
+            nats = [item.nats or 0.0 for item in self.items]
+            return ratio_interval(nats, [item.answer_tokens or 1 for item in self.items], self.clusters)
+        return score_interval(self.scores(metric), self.clusters, binary=METRICS[metric].binary)
+
+    def summary(self) -> dict[str, Any]:
+        """For `run.json`."""
+        return {
+            "scores": {name: self.interval(name).to_json() for name in self.metrics},
+            "examples": len(self.items),
+            "clusters": len(set(self.clusters)),
+            "prompt_tokens": round(self.prompt_tokens, 1),
+            "seconds_per_query": round(self.seconds_per_query, 4),
+            "cut_off": sum(not item.stopped for item in self.items),
+        }
+
+    def write(self, path: Path) -> None:
+        """One JSON object an item, after a first line with what belongs to all."""
+        head = {"seconds_per_query": self.seconds_per_query, "metrics": list(self.metrics)}
+        lines = [head, *(asdict(item) for item in self.items)]
+        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+
+    @staticmethod
+    def read(path: Path) -> Evaluation:
+        """What `write` wrote."""
+        head, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return Evaluation(tuple(Item(**line) for line in lines), head["seconds_per_query"], tuple(head["metrics"]))
+
+
+def evaluate(
+    policy: Policy,
+    chat: Chat,
+    records: Sequence[Record],
+    framing: Framing,
+    spec: EvaluateSpec,
+    *,
+    title: str = "evaluate",
+) -> Evaluation:
+    """Answer every record greedily and score it.
+
+    Seconds per query are wall time over all items, shared prefixes encoded once, as a server would.
+    Raises `DataError` for records without a question under metrics that need one.
+    """
+    generated = [name for name in spec.metrics if name != PERPLEXITY]
+    without = next((record for record in records if not record.messages), None)
+    if without is not None:
+        raise DataError(
+            "plain text has no question to answer",
+            where=str(without.source),
+            hint="evaluate rows with a question and an answer",
+        )
+    prompts = [chat.prompt_ids(framing.turns(record), tools=record.tools) for record in records]
+    limit = policy.base.context - spec.max_new_tokens
+    if longest := max((p for p in prompts if len(p) > limit), key=len, default=None):
+        where = str(records[prompts.index(longest)].source)
+        raise DataError(
+            f"this prompt has {len(longest)} tokens and the model takes {limit} before an answer",
+            where=where,
+            hint="lower evaluate.shots, shorten the contexts, or use a base with a longer context",
+        )
+    answers, stopped, seconds = [""] * len(records), [True] * len(records), 0.0
+    if generated:
+        answers, stopped, seconds = _answer(policy, chat, prompts, spec, title)
+    nats: Sequence[tuple[float | None, int | None]] = [(None, None)] * len(records)
+    if PERPLEXITY in spec.metrics:
+        nats = _likelihoods(policy, chat, records, prompts)
+    items = tuple(
+        Item(
+            source=str(record.source),
+            group=record.group,
+            question=record.question,
+            context=record.context if framing.context else None,
+            expected=expected_text(record),
+            answer=answer,
+            scores={name: METRICS[name].function(answer, expected_text(record)) for name in generated},
+            prompt_tokens=len(prompt),
+            stopped=done,
+            nats=likelihood[0],
+            answer_tokens=likelihood[1],
+        )
+        for record, prompt, answer, done, likelihood in zip(records, prompts, answers, stopped, nats, strict=True)
+    )
+    return Evaluation(items, seconds / max(1, len(items)), spec.metrics)
+
+
+def expected_text(record: Record) -> str:
+    """The expected answer; a call of a tool is its JSON text."""
+    return record.answer or record.messages[-1].tool_calls or ""
+
+
+def _answer(
+    policy: Policy, chat: Chat, prompts: Sequence[list[int]], spec: EvaluateSpec, title: str
+) -> tuple[list[str], list[bool], float]:
+    started = time.perf_counter()
+    with Bar(title, len(prompts)) as bar:
+        answers = generate(
+            policy,
+            prompts,
+            stop_ids=chat.stop_ids,
+            sampling=Sampling(spec.max_new_tokens),
+            batch=spec.batch,
+            on_batch=bar.advance,
+        )
+    seconds = time.perf_counter() - started
+    texts = [chat.assistant_text([*a.ids, *(chat.stop_ids[:1] if a.stopped else ())]).strip() for a in answers]
+    return texts, [a.stopped for a in answers], seconds
+
+
+@torch.no_grad()
+def _likelihoods(
+    policy: Policy, chat: Chat, records: Sequence[Record], prompts: Sequence[list[int]]
+) -> Sequence[tuple[float | None, int | None]]:
+    """Nats and tokens of each expected answer with its stop, given the prompt of this framing."""
+    examples = []
+    for record, prompt in zip(records, prompts, strict=True):
+        answer = chat.encode([chat.parts(record, "answer")[-1].text], inner=True)[0]
+        ids = np.array([*prompt, *answer], dtype=np.int32)
+        examples.append(Example(ids, np.arange(len(ids)) >= len(prompt), record.source))
+    budget = tokens_per_micro_batch(policy.model.config, policy.device.type)
+    found: dict[Source, tuple[float, int]] = {}
+    for batch in pack(examples, budget, device=policy.device):  # worked examples in front are computed once a batch
+        nats = torch.zeros(batch.sequences, device=policy.device).index_add_(
+            0, batch.loss.owner, -policy.logprobs(batch)
+        )
+        tokens = torch.bincount(batch.loss.owner, minlength=batch.sequences)
+        found |= dict(zip(batch.sources, zip(nats.tolist(), tokens.tolist(), strict=True), strict=True))
+    return [found[record.source] for record in records]

@@ -1,0 +1,1 @@
+"""Which numbers may move: full fine-tuning, the head alone, LoRA."""

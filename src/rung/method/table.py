@@ -1,0 +1,22 @@
+"""The table of methods: the contract suite runs over its lines, so nothing escapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from rung.method.base import Method
+from rung.method.full import Full, Head
+from rung.method.lora import Lora
+from rung.spec.method import MethodSpec
+
+METHODS: dict[str, Callable[[PreTrainedModel, Any], Method]] = {"full": Full, "head": Head, "lora": Lora}
+
+
+def attach(model: PreTrainedModel, spec: MethodSpec, *, seed: int) -> Method:
+    """Free the numbers a spec names. The draw of new numbers depends on the seed alone."""
+    torch.manual_seed(seed)
+    return METHODS[spec.kind](model, spec)

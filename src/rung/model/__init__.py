@@ -1,0 +1,1 @@
+"""The base model: loading it, attention over segment trees, the head, generation."""

@@ -1,0 +1,189 @@
+"""The one decoder, used by evaluation, chat and later by rollouts.
+
+Prompts that begin alike share the work: their longest common prefix is encoded once and its keys and values are
+repeated over the batch. Rows that have stopped leave the batch.
+
+Suffixes: B rows, S slots (prefix, padding and own tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from rung.model.policy import Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 is greedy."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Generated tokens without the stop, and whether a stop was reached."""
+
+    ids: list[int]
+    stopped: bool
+    logprobs: list[float]
+    """Log-probability in nats of each generated token, the stop included when it was reached."""
+
+
+@torch.no_grad()
+def generate(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop_ids: Sequence[int],
+    sampling: Sampling,
+    batch: int = 32,
+    on_token: Callable[[int], None] | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """Answers in the order of the prompts. Short and long prompts are batched with their like.
+
+    `on_token` receives each token as it is made and is for a single prompt; `on_batch` the number of prompts just
+    answered. Raises `ValueError` for an empty prompt.
+    """
+    if any(not prompt for prompt in prompts):
+        raise ValueError("a prompt needs at least one token")
+    answers: list[Answer | None] = [None] * len(prompts)
+    shared = _common_prefix(prompts)
+    longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
+    if longest > _sliding_window(policy):
+        shared = 0  # a window counts slots, and padding between the prefix and a row's own tokens would take some
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    random = torch.Generator(policy.device).manual_seed(sampling.seed)
+    with policy.autocast():
+        prefix = _encode(policy, prompts[0][:shared]) if shared else None
+        for at in range(0, len(order), batch):
+            rows = order[at : at + batch]
+            rests = [list(prompts[i][shared:]) for i in rows]
+            decoding = _Decoding(policy, prefix, shared, rests, frozenset(stop_ids), sampling, random)
+            for i, answer in zip(rows, decoding.run(on_token), strict=True):
+                answers[i] = answer
+            if on_batch is not None:
+                on_batch(len(rows))
+    return [answer for answer in answers if answer is not None]
+
+
+class _Decoding:
+    """One batch on its way to its answers."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        prefix: DynamicCache | None,
+        shared: int,
+        rests: list[list[int]],
+        stop_ids: frozenset[int],
+        sampling: Sampling,
+        random: torch.Generator,
+    ) -> None:
+        self.policy, self.stop_ids, self.sampling, self.random = policy, stop_ids, sampling, random
+        longest = max(len(rest) for rest in rests)
+        device = policy.device
+        self.ids_BS = torch.zeros(len(rests), longest, dtype=torch.long, device=device)
+        self.mask_BS = torch.zeros(len(rests), shared + longest, dtype=torch.long, device=device)
+        self.mask_BS[:, :shared] = 1
+        self.positions_BS = torch.zeros_like(self.ids_BS)
+        for row, rest in enumerate(rests):  # padding stands between the shared prefix and a row's own tokens
+            own = slice(longest - len(rest), longest)
+            self.ids_BS[row, own] = torch.tensor(rest, device=device)
+            self.mask_BS[row, shared + own.start :] = 1
+            self.positions_BS[row, own] = torch.arange(shared, shared + len(rest), device=device)
+        self.cache = _repeated(prefix, len(rests)) if prefix is not None else DynamicCache()
+        self.alive = list(range(len(rests)))
+        self.tokens: list[list[int]] = [[] for _ in rests]
+        self.logprobs: list[list[float]] = [[] for _ in rests]
+        self.stopped = [False] * len(rests)
+
+    def run(self, on_token: Callable[[int], None] | None) -> list[Answer]:
+        ids, positions = self.ids_BS, self.positions_BS
+        for _ in range(self.sampling.max_new_tokens):
+            out = self.policy.model(
+                input_ids=ids,
+                attention_mask=self.mask_BS,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            chosen, logprob = self._choose(out.logits[:, -1].float())
+            kept = self._take(chosen.tolist(), logprob.tolist(), on_token)
+            if not kept:
+                break
+            self._compact(kept, len(chosen))
+            ids = chosen[kept, None]
+            positions = positions[kept, -1:] + 1
+            self.mask_BS = torch.cat([self.mask_BS, self.mask_BS.new_ones(len(kept), 1)], dim=1)
+        return [Answer(*parts) for parts in zip(self.tokens, self.stopped, self.logprobs, strict=True)]
+
+    def _choose(self, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs = torch.log_softmax(logits_BV, dim=-1)
+        if self.sampling.temperature == 0.0:
+            chosen = logprobs.argmax(dim=-1)
+        else:
+            scaled = torch.softmax(logits_BV / self.sampling.temperature, dim=-1)
+            chosen = torch.multinomial(scaled, 1, generator=self.random)[:, 0]
+        return chosen, logprobs.gather(1, chosen[:, None])[:, 0]
+
+    def _take(self, chosen: list[int], logprobs: list[float], on_token: Callable[[int], None] | None) -> list[int]:
+        """Record one token per living row; return the positions within the batch that go on."""
+        kept = []
+        for position, (row, token, logprob) in enumerate(zip(self.alive, chosen, logprobs, strict=True)):
+            self.logprobs[row].append(logprob)
+            if token in self.stop_ids:
+                self.stopped[row] = True
+                continue
+            self.tokens[row].append(token)
+            kept.append(position)
+            if on_token is not None:
+                on_token(token)
+        self.alive = [self.alive[position] for position in kept]
+        return kept
+
+    def _compact(self, kept: list[int], size: int) -> None:
+        if len(kept) == size:
+            return
+        rows = torch.tensor(kept, device=self.mask_BS.device)
+        self.cache.batch_select_indices(rows)
+        self.mask_BS = self.mask_BS[rows]
+
+
+def _encode(policy: Policy, ids: Sequence[int]) -> DynamicCache:
+    cache = DynamicCache()
+    row = torch.tensor([list(ids)], device=policy.device)
+    policy.model(input_ids=row, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+def _repeated(prefix: DynamicCache, rows: int) -> DynamicCache:
+    """A batch of copies that share the prefix's keys and values until the first append."""
+    copy = DynamicCache()
+    for number, layer in enumerate(prefix.layers):
+        copy.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), number)
+    return copy
+
+
+def _sliding_window(policy: Policy) -> float:
+    config = policy.model.config
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return window or float("inf")
+
+
+def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that all prompts begin with, leaving each at least one of its own."""
+    if len(prompts) < 2:
+        return 0
+    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))
+    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return min(shared, *(len(prompt) - 1 for prompt in prompts))

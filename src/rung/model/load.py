@@ -1,0 +1,256 @@
+"""From a name to a base: the only file that knows transformers' Auto classes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging
+
+from rung.errors import CheckpointError, ConfigError, PlanError, did_you_mean
+from rung.model import attention
+from rung.model.fetch import fetch
+from rung.spec.catalog import CATALOG
+from rung.spec.model import ModelSpec
+from rung.spec.support import refusal_of_model
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base and what must be known to load it again."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    name: str
+    """As the user gave it."""
+    fingerprint: str
+    """Of the weights, independent of the dtype they are loaded in."""
+    compute_dtype: torch.dtype
+
+    @property
+    def context(self) -> int:
+        """Longest document in tokens."""
+        return int(getattr(self.model.config, "max_position_embeddings", None) or 2**20)
+
+
+def load_base(spec: ModelSpec, *, device: torch.device | None = None) -> Base:
+    """Load model and tokenizer, ready for segment trees, in eval mode, nothing trainable.
+
+    Raises `ConfigError` for an unknown name, `PlanError` for an architecture Rung cannot take.
+    """
+    attention.register()
+    logging.disable_progress_bar()  # a bar of half a second on stderr helps nobody
+    where = _resolve(spec.name)
+    if isinstance(where, Path) and (where / "run.json").exists():
+        return _load_run_as_base(spec, where, device)
+    compute = compute_dtype(spec.dtype, device)
+    model, tokenizer = _load(where, spec.revision, compute)
+    return _finished(model, tokenizer, spec.name, fingerprint(where, model.config), compute, device)
+
+
+def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
+    """The tokenizer alone, no weights."""
+    where = _resolve(spec.name)
+    if isinstance(where, Path) and (where / "run.json").exists():
+        inside = next((where / name for name in ("model", "adapter") if (where / name).is_dir()), where)
+        return _from_pretrained(AutoTokenizer, inside, None)
+    if isinstance(where, Path) and where.suffix == ".gguf":
+        return _gguf_tokenizer(where)
+    return _from_pretrained(AutoTokenizer, where, spec.revision)
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write a GGUF file as a transformers folder: safetensors in float32 and the tokenizer."""
+    model, tokenizer = _load(gguf, None, torch.float32)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def compute_dtype(wanted: str, device: torch.device | None = None) -> torch.dtype:
+    """The dtype products run in. `auto` takes bfloat16 only where hardware multiplies it."""
+    if wanted != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
+    if device is not None and device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def fingerprint(where: Path | str, config: Any) -> str:
+    """Names the weights, whatever dtype they are loaded in: SHA-256 over the files, or a hub id with its commit."""
+    if isinstance(where, str):
+        return f"{where}@{getattr(config, '_commit_hash', None)}"
+    files = [where] if where.is_file() else sorted(where.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _resolve(name: str) -> Path | str:
+    """A folder or GGUF file on disk, or a hub id."""
+    if name in CATALOG:
+        return fetch(name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if (path / "run.json").exists() or (path / "config.json").exists():
+            return path
+        raise ConfigError(
+            "this folder holds neither a model (config.json) nor a run (run.json)", where="model.name", given=name
+        )
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return path
+        raise ConfigError(
+            "this file is not a model", where="model.name", given=name, allowed="a .gguf file or a folder"
+        )
+    looks_like_hub = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.parent.exists()
+    if looks_like_hub:
+        return name
+    near = did_you_mean(name, list(CATALOG))
+    raise ConfigError(
+        "no such model",
+        where="model.name",
+        given=name,
+        allowed=f"{', '.join(CATALOG)}, a folder, a .gguf file, a run folder, or a hub id owner/name",
+        hint=f"did you mean {near}?" if near else None,
+    )
+
+
+def _load(
+    where: Path | str, revision: str | None, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    if isinstance(where, Path) and where.suffix == ".gguf":
+        config = AutoConfig.from_pretrained(where.parent, gguf_file=where.name)
+        _refuse(config)
+        model = AutoModelForCausalLM.from_pretrained(
+            where.parent, gguf_file=where.name, quantization_config=GgufConfig(dequantize=True), dtype=dtype
+        )
+        return model, _gguf_tokenizer(where)
+    config = _from_pretrained(AutoConfig, where, revision)
+    _refuse(config)
+    # Dropout that a base ships with (GPT-2, Phi-2: 0.1) would make packed and unpacked runs differ.
+    for name in ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "dropout"):
+        if isinstance(getattr(config, name, None), float):
+            setattr(config, name, 0.0)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            where,
+            config=config,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=attention.NAME,
+            use_safetensors=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(_first_line(error), where="model.name", given=str(where)) from error
+    return model, tokenizer
+
+
+def _from_pretrained(auto: Any, where: Path | str, revision: str | None) -> Any:
+    try:
+        return auto.from_pretrained(where, revision=revision)
+    except (OSError, ValueError) as error:
+        hint = (
+            "hub ids need a network; folders, GGUF files and `rung models` do not" if isinstance(where, str) else None
+        )
+        raise ConfigError(_first_line(error), where="model.name", given=str(where), hint=hint) from error
+
+
+def _refuse(config: Any) -> None:
+    if reason := refusal_of_model(
+        config.model_type, encoder_decoder=bool(getattr(config, "is_encoder_decoder", False))
+    ):
+        raise PlanError(reason, where="model.name", given=config.model_type)
+
+
+def _finished(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    name: str,
+    weights: str,
+    compute: torch.dtype,
+    device: torch.device | None,
+) -> Base:
+    if len(tokenizer) < 2 or tokenizer.decode(tokenizer.encode("a b", add_special_tokens=False)).strip() != "a b":
+        raise CheckpointError("the tokenizer does not give text back", where=name, given=f"{len(tokenizer)} tokens")
+    model.set_attn_implementation(attention.NAME)
+    model.requires_grad_(False)
+    model.eval()
+    if device is not None:
+        model.to(device)
+    return Base(model, tokenizer, name, weights, compute)
+
+
+def _load_run_as_base(spec: ModelSpec, run: Path, device: torch.device | None) -> Base:
+    """A finished run as a starting point: its full model, or its base with the adapter folded in."""
+    manifest = json.loads((run / "run.json").read_text())
+    compute = compute_dtype(spec.dtype, device)
+    if (run / "model").is_dir():
+        model, tokenizer = _load(run / "model", None, compute)
+        return _finished(model, tokenizer, spec.name, fingerprint(run / "model", model.config), compute, device)
+    if not (run / "adapter").is_dir():
+        raise CheckpointError("this run has no finished adapter or model", where=str(run), given=manifest.get("status"))
+    base = load_base(ModelSpec.model_validate({**manifest["spec"]["model"], "dtype": spec.dtype}), device=device)
+    check_fingerprint(manifest, base, run)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft calls a deprecated transformers name
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(base.model, str(run / "adapter")).merge_and_unload()
+    weights = hashlib.sha256(f"{base.fingerprint} {fingerprint(run / 'adapter', None)}".encode()).hexdigest()
+    return _finished(model, base.tokenizer, spec.name, weights, compute, device)
+
+
+def check_fingerprint(manifest: dict[str, Any], base: Base, run: Path) -> None:
+    """An adapter on another base is a different model: refuse it."""
+    expected = manifest["fingerprints"]["base"]
+    if base.fingerprint != expected:
+        raise CheckpointError(
+            "this run was trained on another base",
+            where=str(run),
+            given=f"{base.name}: {base.fingerprint[:16]}",
+            allowed=f"the base with fingerprint {expected[:16]}",
+        )
+
+
+def _gguf_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
+    """A GGUF file's tokenizer, mended where transformers loses something.
+
+    GGUF files of the SmolLM family say `pre = smollm`; transformers builds a plain byte-level pre-tokenizer from them
+    and loses the splitting of digits, so numbers would reach the model in pieces it never saw. It also pads with the
+    end of turn, which the family does not.
+    """
+    from gguf import GGUFReader
+
+    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    field = GGUFReader(str(gguf)).fields.get("tokenizer.ggml.pre")
+    if field is None or bytes(field.parts[field.data[0]]).decode() != "smollm":
+        return tokenizer
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
+    )
+    tokenizer.pad_token = "<|endoftext|>"  # noqa: S105 - a token of text, not a secret
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,11 @@
+"""The table of objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rung.objective.base import Objective
+from rung.objective.sft import Sft
+
+OBJECTIVES: dict[str, Callable[[Any], Objective]] = {"sft": Sft}

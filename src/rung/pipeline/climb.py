@@ -1,0 +1,251 @@
+"""How high must I climb? Measures the rungs on one held-out test set and recommends the lowest that is enough."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rung import run as running
+from rung.engine.progress import say
+from rung.engine.record import RunFolder, peak_memory_bytes, read_manifest, reset_peak_memory, write_json
+from rung.errors import CheckpointError
+from rung.evaluate.baselines import Framing, choose_shots
+from rung.evaluate.task import PERPLEXITY, Evaluation, evaluate
+from rung.model.load import Base
+from rung.model.policy import Policy
+from rung.scoring.stats import Difference, Interval
+from rung.scoring.verdict import Verdict, gain_over, score_of, verdict
+from rung.spec.climb import RungSpec
+from rung.spec.io import for_rung, to_dict
+from rung.spec.run import RunSpec
+from rung.types import Record
+
+UNTUNED = ("zero_shot", "few_shot")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One rung of the printed ladder. Costs of a rung with several training seeds are means over them."""
+
+    rung: str
+    kind: str
+    sees: str
+    """What stands in the prompt besides the question."""
+    scores: dict[str, Interval]
+    gain: Difference | None
+    """Paired difference to the rung below, in points of the deciding metric."""
+    trainable_parameters: int
+    train_seconds: float
+    peak_memory_bytes: int
+    prompt_tokens: float
+    seconds_per_query: float
+    folder: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            **asdict(self),
+            "scores": {name: interval.to_json() for name, interval in self.scores.items()},
+            "gain": self.gain.to_json() if self.gain else None,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """What `rung climb` measured."""
+
+    rows: tuple[Row, ...]
+    verdict: Verdict
+    metric: str
+    examples: int
+    clusters: int
+    folder: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "metric": self.metric,
+            "examples": self.examples,
+            "clusters": self.clusters,
+            "ladder": [row.to_json() for row in self.rows],
+            "verdict": self.verdict.to_json(),
+            "folder": self.folder,
+            "report": str(Path(self.folder) / "report.html"),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """A rung's results: one evaluation per training seed, and what the runs cost."""
+
+    spec: RungSpec
+    evaluations: tuple[Evaluation, ...]
+    costs: tuple[dict[str, Any], ...]
+
+
+class Climb:
+    """A climb in its folder. Finished rungs found there are not repeated; an unfinished one goes on."""
+
+    def __init__(self, spec: RunSpec, *, overwrite: bool = False) -> None:
+        self.spec = spec
+        self.path = Path(spec.output)
+        for rung in spec.climb.rungs:  # a rung that cannot be is an error before anything is spent
+            if rung.kind not in UNTUNED:
+                for_rung(spec, rung, spec.output, spec.seed)
+        resume = (self.path / "run.json").exists() and not overwrite
+        if resume and "climb" not in read_manifest(self.path):
+            raise CheckpointError(
+                "this folder holds a single run, not a climb", where=str(self.path), hint="name another output=..."
+            )
+        existing = RunFolder.check(self.path, to_dict(spec), resume=resume, overwrite=overwrite)
+        self.finished = existing is not None and existing["status"] == "finished"
+        self._overwrite = overwrite
+        self._fresh: Base | None = None
+
+    def run(self) -> Ladder:
+        """Measure what is missing and judge the whole."""
+        splits = running.read_splits(self.spec)
+        records = running.test_records(self.spec, splits)
+        base = running.load(self.spec.model)
+        data = running.tokenise(self.spec, splits, base)
+        self._fresh = base
+        resume = (self.path / "run.json").exists() and not self._overwrite
+        folder = RunFolder.claim(self.path, to_dict(self.spec), resume=resume, overwrite=self._overwrite)
+        folder.update(climb=True, status="running", data=data.summary(), fingerprints={"base": base.fingerprint})
+        try:
+            measured = [self._measure(rung, data, records) for rung in self.spec.climb.rungs]
+        except KeyboardInterrupt:
+            folder.update(status="interrupted")
+            raise
+        ladder = judge(self.spec, measured)
+        folder.update(status="finished", ladder=ladder.to_json())
+        return ladder
+
+    def _measure(self, rung: RungSpec, data: running.Data, records: Sequence[Record]) -> _Measured:
+        """One rung, from its folder where it is finished."""
+        evaluations, costs = [], []
+        for number in range(1 if rung.kind in UNTUNED else self.spec.climb.seeds):
+            folder = rung_folder(self.path, rung, number, self.spec.climb.seeds)
+            if not (folder / "result.json").exists():
+                say(
+                    f"rung {rung.label}"
+                    + (f", seed {number}" if self.spec.climb.seeds > 1 and rung.kind not in UNTUNED else "")
+                )
+                if rung.kind in UNTUNED:
+                    self._ask(rung, folder, data, records)
+                else:
+                    self._tune(rung, folder, number, data, records)
+            evaluations.append(Evaluation.read(folder / "items.jsonl"))
+            costs.append(json.loads((folder / "result.json").read_text()))
+        return _Measured(rung, tuple(evaluations), tuple(costs))
+
+    def _ask(self, rung: RungSpec, folder: Path, data: running.Data, records: Sequence[Record]) -> None:
+        """An untuned rung: the base with the strongest prompt the config has."""
+        count = (rung.shots or self.spec.evaluate.shots) if rung.kind == "few_shot" else 0
+        shots = choose_shots(data.splits.train, count, self.spec.seed)
+        framing = Framing(self.spec.evaluate.instruction, shots, self.spec.evaluate.context == "given")
+        reset_peak_memory()
+        policy = Policy(self._base(), running.Untouched())
+        result = evaluate(policy, data.chat, records, framing, self.spec.evaluate, title=rung.label)
+        cost = {"trainable_parameters": 0, "train_seconds": 0.0, "shots": [str(shot.source) for shot in shots]}
+        _store(folder, result, cost)
+
+    def _tune(self, rung: RungSpec, folder: Path, number: int, data: running.Data, records: Sequence[Record]) -> None:
+        """A tuned rung: a run in a folder of its own, then the bare question."""
+        spec = for_rung(self.spec, rung, str(folder), self.spec.seed + number)
+        begun = (folder / "run.json").exists()
+        if begun and read_manifest(folder)["status"] == "finished":
+            policy, chat, _ = running.open_run(folder)
+        else:
+            policy, _ = running.train_on(spec, self._base(), data, resume=begun)
+            self._fresh = None  # its model has been tuned
+            chat = data.chat
+        manifest = read_manifest(folder)
+        framing = Framing(context=spec.evaluate.context == "given")
+        result = evaluate(policy, chat, records, framing, spec.evaluate, title=rung.label)
+        keys = ("trainable_parameters", "train_seconds", "tokens_per_second")
+        _store(folder, result, {key: manifest[key] for key in keys})
+
+    def _base(self) -> Base:
+        """A base that no rung has touched."""
+        if self._fresh is None:
+            self._fresh = running.load(self.spec.model)
+        return self._fresh
+
+
+def rung_folder(path: Path, rung: RungSpec, number: int, seeds: int) -> Path:
+    """Where a rung's run stands inside a climb's folder."""
+    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in rung.label).strip(".") or rung.kind
+    inside = path / "rungs" / name
+    return inside / f"seed-{number}" if seeds > 1 and rung.kind not in UNTUNED else inside
+
+
+def judge(spec: RunSpec, measured: Sequence[_Measured]) -> Ladder:
+    """The ladder and its verdict, from the stored per-item scores alone."""
+    metric = spec.evaluate.metrics[0]
+    first = measured[0].evaluations[0]
+    weights = first.weights(metric)
+    tables = [np.stack([e.scores(metric) for e in m.evaluations]) for m in measured]
+    lower = metric == PERPLEXITY
+    found = verdict(
+        [(m.spec.label, table) for m, table in zip(measured, tables, strict=True)],
+        math.log1p(spec.climb.margin) if lower else spec.climb.margin,
+        spec.climb.target,
+        clusters=first.clusters,
+        weights=weights,
+        lower_is_better=lower,
+        seed=spec.seed,
+    )
+    rows = []
+    for i, m in enumerate(measured):
+        gain = gain_over(tables[i - 1], tables[i], first.clusters, weights=weights, seed=spec.seed) if i else None
+        rows.append(_row(spec, m, gain))
+    return Ladder(tuple(rows), found, metric, len(first.items), len(set(first.clusters)), spec.output)
+
+
+def _row(spec: RunSpec, measured: _Measured, gain: Difference | None) -> Row:
+    rung, evaluations, costs = measured.spec, measured.evaluations, measured.costs
+    context = "context" if spec.evaluate.context == "given" and any(i.context for i in evaluations[0].items) else ""
+    instruction = "instruction" if rung.kind in UNTUNED and spec.evaluate.instruction else ""
+    shots = f"{len(costs[0]['shots'])} shots" if costs[0].get("shots") else ""
+
+    def mean(key: str) -> float:
+        return float(np.mean([cost[key] for cost in costs]))
+
+    return Row(
+        rung=rung.label,
+        kind=rung.kind,
+        sees=", ".join(part for part in (instruction, shots, context) if part) or "the question",
+        scores={name: _score(evaluations, name) for name in spec.evaluate.metrics},
+        gain=gain,
+        trainable_parameters=int(costs[0]["trainable_parameters"]),
+        train_seconds=mean("train_seconds"),
+        peak_memory_bytes=int(max(cost["peak_memory_bytes"] for cost in costs)),
+        prompt_tokens=float(np.mean([e.prompt_tokens for e in evaluations])),
+        seconds_per_query=float(np.mean([e.seconds_per_query for e in evaluations])),
+        folder=str(rung_folder(Path(spec.output), rung, 0, spec.climb.seeds)),
+    )
+
+
+def _score(evaluations: Sequence[Evaluation], metric: str) -> Interval:
+    if len(evaluations) == 1:
+        return evaluations[0].interval(metric)
+    first = evaluations[0]
+    table = np.stack([e.scores(metric) for e in evaluations])
+    score = score_of(table, first.clusters, weights=first.weights(metric))
+    if metric != PERPLEXITY:
+        return score
+    return replace(score, mean=math.exp(score.mean), low=math.exp(score.low), high=math.exp(score.high))
+
+
+def _store(folder: Path, result: Evaluation, cost: dict[str, Any]) -> None:
+    """Keep a rung's items and, last, the file that says it is finished."""
+    folder.mkdir(parents=True, exist_ok=True)
+    result.write(folder / "items.jsonl")
+    write_json(folder / "result.json", {**cost, **result.summary(), "peak_memory_bytes": peak_memory_bytes()})

@@ -1,0 +1,68 @@
+"""`rung merge`: folds a run's adapter into its base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rung import run as running
+from rung.data.chat import Chat
+from rung.engine import gates
+from rung.engine.checkpoint import write_folder
+from rung.engine.pack import pack_separately
+from rung.errors import CheckpointError
+from rung.method.base import Method
+from rung.model.policy import Policy
+from rung.publish.parity import check_parity, reload_logprobs
+from rung.types import Example, Source
+
+PROBE = "In fiscal year 2023 revenue rose to 412 million, and costs fell by 3.5%. What changed?"
+
+
+def merge_run(run: Path, folder: Path) -> dict[str, Any]:
+    """Write the merged model and prove it (gate 5). In float32, from the pristine base.
+
+    Raises `CheckpointError` when there is nothing to merge or the folder is taken, `GateError` when the written model
+    is not the run's.
+    """
+    if not (run / "adapter").is_dir():
+        raise CheckpointError(
+            "this run has no adapter to merge", where=str(run), hint="a full or head run is merged already"
+        )
+    if folder.exists():
+        raise CheckpointError("this folder exists already", where=str(folder))
+    policy, chat, _ = running.open_run(run)
+    rows = _rows(chat)
+    ours, base = _logprobs(policy, rows), _reference(policy, rows)
+    method: Method = policy.method  # type: ignore[assignment]
+    merged = method.merge().float()
+
+    def fill(aside: Path) -> None:
+        merged.save_pretrained(aside)  # type: ignore[operator]
+        running.write_text_side(aside, chat)
+
+    write_folder(folder, fill)
+    theirs = reload_logprobs(folder, rows)
+    gate = gates.enforce(check_parity(ours, theirs))
+    moved = max(float((a - b).abs().max()) for a, b in zip(base, theirs, strict=True))
+    return {"path": str(folder), "difference": gate.measured, "limit": gate.limit, "moved_from_base": moved}
+
+
+def _rows(chat: Chat) -> list[list[int]]:
+    return [chat.encode([PROBE])[0], chat.encode([PROBE[::-1]])[0]]
+
+
+@torch.no_grad()
+def _logprobs(policy: Policy, rows: list[list[int]]) -> list[torch.Tensor]:
+    examples = [
+        Example(np.array(r, dtype=np.int32), np.arange(len(r)) > 0, Source("probe", i)) for i, r in enumerate(rows)
+    ]
+    return [policy.logprobs(batch).float().cpu() for batch in pack_separately(examples, policy.device)]
+
+
+def _reference(policy: Policy, rows: list[list[int]]) -> list[torch.Tensor]:
+    with policy.method.disabled():
+        return _logprobs(policy, rows)

@@ -1,0 +1,49 @@
+"""`rung eval`: scores a run or a base on a task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rung import run as running
+from rung.engine.record import RunFolder, read_manifest
+from rung.errors import ConfigError
+from rung.spec.io import load, parse
+from rung.spec.run import RunSpec
+
+
+def score(target: str, *, config: str | None, overrides: Sequence[str], limit: int | None) -> dict[str, Any]:
+    """Score `target` on the test split of `config`, or of the run itself.
+
+    A run scored on its own task keeps the result in its folder. Raises `ConfigError` when a base comes without a task.
+    """
+    path = Path(target)
+    is_run = (path / "run.json").exists()
+    if is_run and "climb" in read_manifest(path):
+        raise ConfigError("this is a climb, not a run", given=target, hint=f"its runs stand in {path / 'rungs'}")
+    if overrides and config is None:
+        raise ConfigError("overrides go with --config", given=" ".join(overrides))
+    task = _task(path, config, overrides, is_run)
+    if limit is not None:
+        task = task.model_copy(update={"evaluate": task.evaluate.model_copy(update={"limit": limit})})
+    records = running.test_records(task, running.read_splits(task))
+    if is_run:
+        policy, chat, _ = running.open_run(path)
+    else:
+        policy, chat = running.open_base(task.model.model_copy(update={"name": target}))
+    result = running.score(policy, chat, task, records, tuned=is_run)
+    summary = {"target": target, "task": config or target, **result.summary()}
+    if is_run and config is None and limit is None:
+        result.write(path / "items.jsonl")
+        manifest = read_manifest(path)
+        RunFolder(path, manifest).update(metrics={**manifest.get("metrics", {}), **result.summary()})
+    return summary
+
+
+def _task(path: Path, config: str | None, overrides: Sequence[str], is_run: bool) -> RunSpec:
+    if config is not None:
+        return load(config, overrides).spec
+    if is_run:
+        return parse(read_manifest(path)["spec"], str(path / "run.json"))
+    raise ConfigError("a base has no task of its own", given=str(path), hint="name one with --config CONFIG")

@@ -1,0 +1,1 @@
+"""Handing a model over: folding an adapter in, and proving that the result is the same model."""

@@ -1,0 +1,130 @@
+"""Which items to show side by side: first those on which the rungs differ, each pattern of right and wrong in turn."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rung.report.folder import PERPLEXITY, Rung, is_binary
+from rung.report.human import significant
+
+Item = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """One metric's judgement of one answer."""
+
+    metric: str
+    text: str
+    tone: str
+    """good, bad or plain."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one rung answered."""
+
+    rung: str
+    text: str
+    stopped: bool
+    marks: tuple[Mark, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One question with every rung's answer."""
+
+    source: str
+    group: str | None
+    question: str
+    context: str | None
+    expected: str
+    answers: tuple[Answer, ...]
+
+
+def choose(rungs: Sequence[Rung], metrics: Sequence[str], limit: int = 10) -> list[Example]:
+    """At most `limit` items that every rung answered; the same folder always gives the same ones.
+
+    Rare patterns would drown in frequent ones, so patterns take turns, and within one so do the clusters.
+    """
+    answered = [{item["source"]: item for item in rung.items} for rung in rungs if rung.items]
+    labels = [rung.label for rung in rungs if rung.items]
+    if not answered:
+        return []
+    shared = [source for source in answered[0] if all(source in items for items in answered)]
+    rows = [[items[source] for items in answered] for source in shared]
+    chosen = [rows[i] for i in _in_turn(rows, metrics)[:limit]]
+    return [_example(row, labels, metrics) for row in chosen]
+
+
+def _in_turn(rows: Sequence[Sequence[Item]], metrics: Sequence[str]) -> list[int]:
+    """Numbers of the rows, those to show first in front."""
+    patterns = [_pattern(row, metrics[:1]) for row in rows]
+    kinds = [_interest(row, metrics) for row in rows]
+    seen: Counter[Hashable] = Counter()
+    turn_of_cluster = []
+    for i, row in enumerate(rows):
+        key = (kinds[i], patterns[i], row[0].get("group") or row[0]["source"])
+        turn_of_cluster.append(seen[key])
+        seen[key] += 1
+    by_cluster = sorted(range(len(rows)), key=lambda i: (turn_of_cluster[i], i))
+    turn: dict[int, int] = {}
+    for i in by_cluster:
+        turn[i] = seen[kinds[i], patterns[i]]
+        seen[kinds[i], patterns[i]] += 1
+    return sorted(range(len(rows)), key=lambda i: (kinds[i], turn[i], i))
+
+
+def _interest(row: Sequence[Item], metrics: Sequence[str]) -> int:
+    """0 where the rungs differ by the deciding metric, 1 where they differ by another one, 2 where they agree."""
+    for rank, judged in enumerate((metrics[:1], metrics)):
+        if len({part for part in zip(*_pattern(row, judged), strict=True)} or {()}) > 1:
+            return rank
+    return 2
+
+
+def _pattern(row: Sequence[Item], metrics: Sequence[str]) -> tuple[tuple[bool, ...], ...]:
+    """Who did well, by each metric: a row of booleans, one a rung."""
+    return tuple(_well(row, metric) for metric in metrics)
+
+
+def _well(row: Sequence[Item], metric: str) -> tuple[bool, ...]:
+    if metric == PERPLEXITY:  # no answer is right by it: the likeliest is told from the rest
+        nats = [_nats(item) for item in row]
+        best = min((n for n in nats if n is not None), default=None)
+        return tuple(n == best for n in nats)
+    return tuple(item.get("scores", {}).get(metric, 0.0) >= 0.5 for item in row)
+
+
+def _example(row: Sequence[Item], labels: Sequence[str], metrics: Sequence[str]) -> Example:
+    first = row[0]
+    answers = tuple(
+        Answer(label, item.get("answer", ""), bool(item.get("stopped", True)), _marks(item, metrics))
+        for label, item in zip(labels, row, strict=True)
+    )
+    # The context may be withheld from one rung only: it is the item's all the same.
+    context = next((item["context"] for item in row if item.get("context")), None)
+    question, expected = first.get("question", ""), first.get("expected", "")
+    return Example(first["source"], first.get("group"), question, context, expected, answers)
+
+
+def _marks(item: Item, metrics: Sequence[str]) -> tuple[Mark, ...]:
+    marks = []
+    for metric in metrics:
+        if metric == PERPLEXITY:
+            if (nats := _nats(item)) is not None:
+                marks.append(Mark(metric, f"{significant(nats, 3)} nats per token", "plain"))
+        elif (score := item.get("scores", {}).get(metric)) is not None:
+            if is_binary(metric):
+                marks.append(Mark(metric, "right" if score else "wrong", "good" if score else "bad"))
+            else:
+                marks.append(Mark(metric, f"{score:.2f}", "plain"))
+    return tuple(marks)
+
+
+def _nats(item: Item) -> float | None:
+    nats = item.get("nats")
+    return None if nats is None else float(nats) / (item.get("answer_tokens") or 1)

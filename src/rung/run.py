@@ -1,0 +1,270 @@
+"""Composes a `RunSpec` into objects and starts it: the only place that sees both tables."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rung.data.cache import cached_examples
+from rung.data.chat import Chat, Preflight, Tokenised
+from rung.data.mix import load_data
+from rung.data.split import Splits
+from rung.engine import gates
+from rung.engine.budget import tokens_per_micro_batch
+from rung.engine.checkpoint import write_folder
+from rung.engine.loop import Interrupted, Trainer, summary
+from rung.engine.progress import say, stage
+from rung.engine.record import Gate, RunFolder, read_manifest, reset_peak_memory
+from rung.errors import CheckpointError, ConfigError, DataError, RungError
+from rung.evaluate.baselines import Framing
+from rung.evaluate.task import Evaluation, evaluate
+from rung.method.base import Method
+from rung.method.table import attach
+from rung.model.load import Base, check_fingerprint, load_base
+from rung.model.policy import Policy
+from rung.objective.table import OBJECTIVES
+from rung.spec.io import parse, to_dict
+from rung.spec.model import ModelSpec
+from rung.spec.run import RunSpec
+from rung.types import Record
+
+PROBES = 4
+"""Training documents that the step-0 gates look at: the shortest, which cost nothing."""
+
+
+def device() -> torch.device:
+    """Where a run computes. The CUDA path is dispatched but was not measured."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Data:
+    """A config's data, read once and used by every rung."""
+
+    splits: Splits
+    chat: Chat
+    train: Tokenised
+    validation: Tokenised | None
+    preflight: Preflight
+
+    def summary(self) -> dict[str, Any]:
+        """Counts for `run.json`."""
+        return {"splits": self.splits.summary(), "train": self.train.summary(), "preflight": self.preflight.to_json()}
+
+
+def read_splits(spec: RunSpec) -> Splits:
+    """The three parts of the data. Needs no model, so bad data is found before anything is loaded."""
+    with stage("reading data"):
+        return load_data(spec.data, spec.seed)
+
+
+def tokenise(spec: RunSpec, splits: Splits, base: Base) -> Data:
+    """Examples for training and validation, through the cache, with gate 1 passed."""
+    chat = Chat(base.tokenizer, spec.model.template)
+    longest = min(spec.data.max_length or base.context, base.context)
+
+    def examples(records: Sequence[Record]) -> Tokenised:
+        return cached_examples(
+            chat, records, loss_on=spec.data.loss_on, max_length=longest, overflow=spec.data.overflow
+        )
+
+    with stage("tokenising"):
+        train = examples(splits.train)
+        validation = examples(splits.validation) if splits.validation else None
+    if validation is not None:
+        chat.preflight(validation)
+    return Data(splits, chat, train, validation, chat.preflight(train))
+
+
+def train(spec: RunSpec, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Train one run into its folder and return its manifest.
+
+    Nothing is written before data and model have proved usable. Raises `RungError`s, and `Interrupted` when stopped.
+    """
+    output = Path(spec.output)
+    RunFolder.check(output, to_dict(spec), resume=resume, overwrite=overwrite)
+    if resume and (output / "run.json").exists() and (done := read_manifest(output))["status"] == "finished":
+        return done
+    splits = read_splits(spec)
+    base = load(spec.model)
+    data = tokenise(spec, splits, base)
+    _, folder = train_on(spec, base, data, resume=resume, overwrite=overwrite)
+    return folder.manifest
+
+
+def dry_run(spec: RunSpec) -> dict[str, Any]:
+    """Everything up to the first step: data, model, preflight; writes nothing."""
+    splits = read_splits(spec)
+    base = load(spec.model)
+    data = tokenise(spec, splits, base)
+    method = attach(base.model, spec.method, seed=spec.seed)
+    steps_per_epoch = -(-len(data.train.examples) // spec.engine.examples_per_step)
+    return {
+        **data.summary(),
+        "steps_per_epoch": steps_per_epoch,
+        "tokens_per_micro_batch": _budget(spec, base),
+        "trainable_parameters": method.declared_parameters(),
+        "learning_rate": spec.learning_rate,
+    }
+
+
+def load(spec: ModelSpec) -> Base:
+    """The base of a spec on the device in use."""
+    with stage(f"loading {spec.name}"):
+        return load_base(spec, device=device())
+
+
+def train_on(
+    spec: RunSpec, base: Base, data: Data, *, resume: bool = False, overwrite: bool = False
+) -> tuple[Policy, RunFolder]:
+    """Train on data already read; the policy comes back in eval mode with the run's final weights."""
+    folder = RunFolder.claim(Path(spec.output), to_dict(spec), resume=resume, overwrite=overwrite)
+    method = attach(base.model, spec.method, seed=spec.seed)
+    policy = Policy(base, method)
+    folder.update(
+        status="running",
+        fingerprints=_fingerprints(base, data),
+        data=data.summary(),
+        device=policy.device.type,
+        compute_dtype=str(base.compute_dtype).removeprefix("torch."),
+        learning_rate=spec.learning_rate,
+        tokens_per_micro_batch=_budget(spec, base),
+    )
+    trainer = Trainer(
+        policy, method, OBJECTIVES[spec.objective.kind](spec.objective), spec.engine, spec.learning_rate,
+        _budget(spec, base), spec.seed, folder,
+    )  # fmt: skip
+    try:
+        if not (resume and trainer.restore()):
+            folder.trim_log(0)
+            _pass_gates(policy, method, trainer, data, folder)
+        torch.manual_seed(spec.seed) if trainer.progress.step == 0 else None
+        reset_peak_memory()
+        trainer.run(data.train.examples, data.validation.examples if data.validation else ())
+        folder.update(**summary(trainer.progress, method))
+        _publish(folder, method, data.chat)
+    except Interrupted:
+        folder.update(status="interrupted", **summary(trainer.progress, method))
+        raise
+    except RungError as error:
+        folder.update(status="failed", error=str(error))
+        raise
+    folder.update(status="finished", metrics={"validation_loss": trainer.progress.validation})
+    return policy, folder
+
+
+def open_run(path: Path) -> tuple[Policy, Chat, RunSpec]:
+    """A finished run, ready to answer: its base with its method on top. Raises `CheckpointError` on another base."""
+    manifest = read_manifest(path)
+    if manifest.get("status") != "finished" or not {"adapter", "model"} & {p.name for p in path.iterdir()}:
+        raise CheckpointError(
+            f"this run is not finished (status {manifest.get('status')})",
+            where=str(path),
+            hint="go on with: rung train --resume",
+        )
+    spec = parse(manifest["spec"], str(path / "run.json"))
+    if (path / "model").is_dir():
+        base = load(ModelSpec(name=str(path), dtype=spec.model.dtype))  # its own tokenizer and template are inside
+        return Policy(base, Untouched()), Chat(base.tokenizer), spec
+    base = load(spec.model)
+    check_fingerprint(manifest, base, path)
+    method = attach(base.model, spec.method, seed=spec.seed)
+    method.load(path / "adapter")
+    return Policy(base, method), Chat(base.tokenizer, spec.model.template), spec
+
+
+def open_base(spec: ModelSpec) -> tuple[Policy, Chat]:
+    """A base alone, ready to answer."""
+    base = load(spec)
+    return Policy(base, Untouched()), Chat(base.tokenizer, spec.template)
+
+
+class Untouched:
+    """What a policy holds when nothing is tuned: off and on are the same."""
+
+    def disabled(self) -> torch.no_grad:
+        """Nothing to switch off."""
+        return torch.no_grad()
+
+
+def test_records(spec: RunSpec, splits: Splits) -> tuple[Record, ...]:
+    """The held-out items, at most `evaluate.limit` of them in the order of the seed."""
+    if not splits.test:
+        raise ConfigError(
+            "there is no test split to score on", where="data.test", given=spec.data.test, hint="set data.test: 0.1"
+        )
+    order = np.random.default_rng([spec.seed, 2]).permutation(len(splits.test))
+    chosen = sorted(order[: spec.evaluate.limit])
+    return tuple(splits.test[i] for i in chosen)
+
+
+def score(policy: Policy, chat: Chat, spec: RunSpec, records: Sequence[Record], *, tuned: bool) -> Evaluation:
+    """Score test records; an untuned model gets `evaluate.instruction`."""
+    framing = Framing(None if tuned else spec.evaluate.instruction, context=spec.evaluate.context == "given")
+    return evaluate(policy, chat, records, framing, spec.evaluate)
+
+
+def _pass_gates(policy: Policy, method: Method, trainer: Trainer, data: Data, folder: RunFolder) -> None:
+    """Gates 1 and 2; each is recorded before it is enforced."""
+    folder.gate(Gate("preflight", "passed", data.preflight.to_json(), "0 failing rows"))
+    probe = sorted(data.train.examples, key=len)[:PROBES]
+    if not probe:
+        raise DataError("no training rows are left", hint="look at the counts of: rung data check")
+    found = [
+        gates.check_trainable(method, trainer.optimiser),
+        gates.check_identity(policy, method, probe),
+        gates.check_packing(policy, probe),
+        gates.check_decoding(policy, probe),
+    ]
+    for gate in found:
+        if gate is not None:
+            folder.gate(gate)
+            say(str(gate))
+            gates.enforce(gate)
+
+
+def _publish(folder: RunFolder, method: Method, chat: Chat) -> None:
+    """Gate 4: the artefact with everything serving needs, whole or not at all."""
+
+    def fill(aside: Path) -> None:
+        method.save(aside)
+        write_text_side(aside, chat)
+
+    write_folder(folder.path / method.artefact, fill)
+    gate = Gate("save", "passed", "every tensor finite and not empty, hashes in manifest.json", "all")
+    folder.gate(gate)
+    say(str(gate))
+
+
+def write_text_side(target: Path, chat: Chat) -> None:
+    """Tokenizer, template and stop ids, so that a server frames text exactly as training did."""
+    from transformers import GenerationConfig
+
+    own = chat.tokenizer.chat_template
+    chat.tokenizer.chat_template = chat.template
+    try:
+        chat.tokenizer.save_pretrained(target)
+    finally:
+        chat.tokenizer.chat_template = own
+    pad = chat.tokenizer.pad_token_id
+    config = GenerationConfig(eos_token_id=list(chat.stop_ids), pad_token_id=chat.stop_ids[0] if pad is None else pad)
+    config.save_pretrained(target)
+
+
+def _budget(spec: RunSpec, base: Base) -> int:
+    given = spec.engine.tokens_per_micro_batch
+    return tokens_per_micro_batch(base.model.config, device().type) if given == "auto" else given
+
+
+def _fingerprints(base: Base, data: Data) -> dict[str, str]:
+    return {
+        "base": base.fingerprint,
+        "data": data.splits.fingerprint,
+        "text": hashlib.sha256(data.chat.identity().encode()).hexdigest(),
+    }

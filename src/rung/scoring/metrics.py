@@ -1,0 +1,258 @@
+"""Scores of one answer against the expected one: text in, a number from 0 to 1 out.
+
+`numeric` stands beside `exact` so that a tuned rung never wins by formatting alone.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+RELATIVE_TOLERANCE = 1e-6
+
+_ARTICLES = frozenset({"a", "an", "the"})
+_QUOTES = "\"'\u2018\u2019\u201c\u201d"
+_BRACKETS = "()[]{}"
+
+_SCALES = {
+    1e3: ("k", "thousand", "thousands"),
+    1e6: ("m", "mm", "mn", "mln", "million", "millions"),
+    1e9: ("b", "bn", "billion", "billions"),
+    1e12: ("tn", "trillion", "trillions"),
+}
+_SCALE = {word: scale for scale, words in _SCALES.items() for word in words}
+_CURRENCY = {
+    **dict.fromkeys(("us$", "$", "usd", "us dollars", "dollar", "dollars"), "USD"),
+    **dict.fromkeys(("\u20ac", "eur", "euro", "euros"), "EUR"),
+    **dict.fromkeys(("\u00a3", "gbp", "pound", "pounds"), "GBP"),
+    **dict.fromkeys(("\u00a5", "jpy", "yen"), "JPY"),
+    "chf": "CHF",
+}
+
+
+def _words(known: dict[str, Any]) -> str:
+    longest_first = sorted(known, key=len, reverse=True)
+    return "|".join(re.escape(w) + (r"\b" if w[-1].isalpha() else "") for w in longest_first)
+
+
+_QUANTITY = re.compile(
+    rf"""
+    (?<![\w.])                                     # FY2023, Q4 and 1.2.3 hold no number of their own
+    (?P<loss>(?:loss|deficit)\ of\ )?
+    (?P<open>\()? (?P<minus>[-\u2212])?
+    (?:(?P<before>us\$|[$\u20ac\u00a3\u00a5]|usd|eur|gbp|jpy|chf)\s*)?
+    (?P<open_late>\()? (?P<minus_late>[-\u2212])?
+    (?P<numeral>(?>(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|\.\d+))
+    (?!(?:st|nd|rd|th)\b)
+    (?P<close>\))?
+    (?:[\s-]*(?P<scale>{_words(_SCALE)}))?
+    (?:\s*(?P<percent>%|percent(?:age\ points?)?\b|per\ cent\b|pct\b))?
+    (?:\s*(?P<after>{_words(_CURRENCY)}))?
+    (?P<close_late>\))?
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+_MONTH = (
+    r"(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?"
+    r"|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\b\.?"
+)
+_DATE = re.compile(
+    rf"(?:\b(?:in|for|during|since|year|fiscal|fy|ended|{_MONTH})(?:\ \d\d?,)?\s*|\()(?:19|20)\d\d\Z"
+    rf"|\b{_MONTH}\ \d\d?\Z",
+    re.IGNORECASE,
+)
+_MONTH_NEXT = re.compile(rf"\ {_MONTH}", re.IGNORECASE)
+_UP = re.compile(r"\b(?:rose|risen|up|increas\w*|grew|grown|gain\w*)\b", re.IGNORECASE)
+_DOWN = re.compile(r"\b(?:fell|fallen|down|decreas\w*|declin\w*|dropp?\w*|shrank)\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """A number as written: `USD (1.2) million` is numeral -1.2, scale 1e6, currency USD."""
+
+    numeral: float
+    scale: float | None = None
+    percent: bool = False
+    currency: str | None = None
+    is_date: bool = False
+    """A year behind a word for time (`in 2023`, `FY 2023`, `(2023)`), or a day or year beside a month's name."""
+
+    @property
+    def value(self) -> float:
+        """The number meant: 412 million is 4.12e8, 12.5% is 12.5."""
+        return self.numeral * (self.scale or 1.0)
+
+    def __abs__(self) -> Quantity:
+        return replace(self, numeral=abs(self.numeral))
+
+    @property
+    def marked(self) -> bool:
+        """Whether it carries a currency, percent or scale mark."""
+        return bool(self.scale or self.percent or self.currency)
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One row of the table."""
+
+    name: str
+    function: Callable[[str, str], float]
+    binary: bool
+    """Only 0 and 1 occur, so the interval can be Wilson's and the paired test McNemar's."""
+    higher_is_better: bool
+    doc: str
+
+
+def exact(answer: str, expected: str) -> float:
+    """1 when the texts are equal but for outer whitespace, else 0. Case and every full stop count."""
+    return float(answer.strip() == expected.strip())
+
+
+def normalised(answer: str, expected: str) -> float:
+    """1 when the words are equal, else 0: `The Revenue.` equals `revenue`.
+
+    Like SQuAD (Rajpurkar et al. 2016): casefolded, whitespace collapsed, articles a/an/the dropped. Unlike SQuAD, which
+    makes 4.1 equal to 41 and -5 to 5, only punctuation *around* a word goes, and numbers keep sign, brackets and point.
+    """
+    return float(normalise(answer) == normalise(expected))
+
+
+def numeric(answer: str, expected: str) -> float:
+    """1 when the quantity in the answer is the expected one, else 0: `$1.2bn` equals `USD 1,200 million`.
+
+    Which number counts: the first behind the last `####`; else the last with a currency, percent or scale mark; else
+    the last that is not part of a date (see `Quantity.is_date`); else the last. Digits glued to letters (FY2023, Q4)
+    are no number. Brackets, a minus (ASCII or U+2212) and `loss of` make it negative. Points are decimals, commas
+    group thousands.
+
+    What is equal: the same value after scaling, within 1e-6 relative. A side without a scale, or with no mark at all
+    facing a percentage, is also right when the bare numerals agree (`412` for `USD 412 million`, `12.5` for `12.5%`).
+    Two different currencies never agree. Where the expected answer states a direction (`fell by 3`), magnitudes are
+    compared and the opposite direction (`rose by 3`) is wrong. When the expected answer holds no number, the score is
+    `normalised`, so that `Not disclosed.` can be right.
+    """
+    wanted = quantity(expected)
+    if wanted is None:
+        return normalised(answer, expected)
+    found = quantity(answer)
+    if found is None:
+        return 0.0
+    if way := _direction(expected):
+        opposite = (_direction(answer) or (-1 if found.numeral < 0 else 0)) == -way
+        return float(not opposite and _agree(abs(found), abs(wanted)))
+    return float(_agree(found, wanted))
+
+
+def token_f1(answer: str, expected: str) -> float:
+    """Harmonic mean of word precision and recall (SQuAD, Rajpurkar et al. 2016) on the words of `normalise`.
+
+    `net revenue rose` against `revenue rose` is 0.8. Two empty texts score 1, as in SQuAD 2.0.
+    """
+    found, wanted = normalise(answer), normalise(expected)
+    if not found or not wanted:
+        return float(found == wanted)
+    shared = sum((Counter(found) & Counter(wanted)).values())
+    return 2.0 * shared / (len(found) + len(wanted))
+
+
+def rouge_l(answer: str, expected: str) -> float:
+    """F-measure of the longest common subsequence (Lin 2004), by the rouge-score package, no stemming.
+
+    Its tokeniser keeps ASCII letters and digits only: do not use it for text in other scripts.
+    """
+    return float(_rouge_scorer().score(expected, answer)["rougeL"].fmeasure)
+
+
+def normalise(text: str) -> tuple[str, ...]:
+    """The words that `normalised` and `token_f1` compare.
+
+    Articles stay when there is nothing else, or the choice `A` would equal an empty answer.
+    """
+    words = [w for w in map(_bare_word, text.casefold().replace("\u2212", "-").split()) if w]
+    return tuple([w for w in words if w not in _ARTICLES] or words)
+
+
+def quantity(text: str) -> Quantity | None:
+    """The one number that counts in a text, by the rule of `numeric`; None when there is none."""
+    if "####" in text and (final := _quantities(text.rpartition("####")[2])):
+        return final[0]
+    found = _quantities(text)
+    for candidates in ([q for q in found if q.marked], [q for q in found if not q.is_date], found):
+        if candidates:
+            return candidates[-1]
+    return None
+
+
+def _quantities(text: str) -> list[Quantity]:
+    return [_read(match) for match in _QUANTITY.finditer(text)]
+
+
+def _read(match: re.Match[str]) -> Quantity:
+    part = match.groupdict()
+    bracketed = (part["open"] or part["open_late"]) and (part["close"] or part["close_late"])
+    negative = part["minus"] or part["minus_late"] or bracketed or part["loss"]
+    number = float(part["numeral"].replace(",", ""))
+    currency = part["before"] or part["after"]
+    quantity = Quantity(
+        numeral=-number if negative else number,
+        scale=_SCALE[part["scale"].lower()] if part["scale"] else None,
+        percent=bool(part["percent"]),
+        currency=_CURRENCY[currency.lower()] if currency else None,
+    )
+    if not quantity.marked and _is_date(match):
+        return Quantity(number, is_date=True)
+    return quantity
+
+
+def _is_date(match: re.Match[str]) -> bool:
+    text, start, end = match.string, match.start("numeral"), match.end("numeral")
+    day_first = end - start <= 2 and _MONTH_NEXT.match(text, end)
+    return bool(day_first or _DATE.search(text[max(0, start - 24) : end]))
+
+
+def _agree(one: Quantity, other: Quantity) -> bool:
+    same_numeral = math.isclose(one.numeral, other.numeral, rel_tol=RELATIVE_TOLERANCE)
+    if one.currency and other.currency and one.currency != other.currency:
+        return False
+    if one.percent != other.percent:  # percent is a unit of its own, but a number without any mark may stand for it
+        return same_numeral and not (one.marked and other.marked)
+    if one.scale is None or other.scale is None:
+        return same_numeral or math.isclose(one.value, other.value, rel_tol=RELATIVE_TOLERANCE)
+    return math.isclose(one.value, other.value, rel_tol=RELATIVE_TOLERANCE)
+
+
+def _direction(text: str) -> int:
+    """1 when the text says up, -1 when it says down, 0 when neither or both."""
+    return bool(_UP.search(text)) - bool(_DOWN.search(text))
+
+
+def _bare_word(word: str) -> str:
+    if any(c.isalpha() for c in word):
+        return word.strip(".,;:!?" + _QUOTES + _BRACKETS)
+    return word.lstrip(",;:!?" + _QUOTES).rstrip(".,;:!?" + _QUOTES)  # (37) is a negative number, .5 is not 5
+
+
+@cache
+def _rouge_scorer() -> Any:
+    # Here and not above: it pulls in nltk, so only those who ask for it wait.
+    from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped,unused-ignore]
+
+    return RougeScorer(["rougeL"], use_stemmer=False)
+
+
+METRICS: dict[str, Metric] = {
+    name: Metric(name, function, binary, True, (function.__doc__ or "").split("\n", 1)[0])
+    for name, function, binary in (
+        ("exact", exact, True),
+        ("normalised", normalised, True),
+        ("numeric", numeric, True),
+        ("token_f1", token_f1, False),
+        ("rouge_l", rouge_l, False),
+    )
+}
+"""Every metric that compares two texts. Perplexity compares none: see `stats.ratio_interval`."""

@@ -1,0 +1,330 @@
+"""How sure a score is: intervals of 95 % for one system, for the difference of two, and for a ratio.
+
+Scores are stored per item; everything here is a pure function of them. Items of one cluster (a filing, a document) are
+not independent, so whole clusters are resampled. An interval never has zero width: where a sample shows no spread, an
+exact bound takes its place, and where no bound exists it is infinite (null in JSON).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import special, stats  # type: ignore[import-untyped,unused-ignore]
+
+Floats = NDArray[np.float64]
+Clusters = Sequence[Hashable] | None
+"""One cluster id an item. An item whose id is None is a cluster of its own; None for all means no clusters."""
+
+ALPHA = 0.05
+Z = NormalDist().inv_cdf(1 - ALPHA / 2)
+POWER_Z = NormalDist().inv_cdf(0.8)
+SAMPLES = 10_000
+TINY = 1e-12  # cluster means that should be equal differ by rounding
+SIGN_TEST_MINIMUM = 6
+"""Below six differing clusters even a unanimous sign test has p > 0.05, so no interval may exclude zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean score with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    examples: int
+    clusters: int
+    method: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers; an infinite bound is null."""
+        return _jsonable(asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Paired difference of two systems on the same examples, in points of the metric, second minus first."""
+
+    mean: float
+    low: float
+    high: float
+    examples: int
+    clusters: int
+    method: str
+    p_value: float | None = None
+    """Exact McNemar; only for binary scores without clusters, where it is valid."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers; an infinite bound is null."""
+        return _jsonable(asdict(self))
+
+
+def wilson(successes: float, n: float) -> Interval:
+    """Score interval of a proportion (Wilson 1927). 8 of 10 is [0.490, 0.943]; 0 of 20 is [0, 0.161].
+
+    `n` may be an effective number, such as a number of clusters.
+    """
+    if not 0 <= successes <= n or n <= 0:
+        raise ValueError(f"needs 0 <= successes <= n and n > 0, got {successes} of {n}")
+    share = successes / n
+    centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    low = 0.0 if successes == 0 else centre - half
+    high = 1.0 if successes == n else centre + half
+    return Interval(share, low, high, int(n), int(n), "wilson")
+
+
+def t_interval(scores: ArrayLike) -> Interval:
+    """Student's interval of a mean of independent scores. 1, 2, 3, 4, 5 is 3 +- 1.963.
+
+    Without spread (or with one item) it falls back to Wilson on the number of items, see `cluster_bootstrap`.
+    """
+    values = _scores(scores)
+    n = len(values)
+    mean = float(values.mean())
+    if np.ptp(values) == 0:
+        return _without_spread(values, mean, n)
+    half = float(special.stdtrit(n - 1, 1 - ALPHA / 2) * values.std(ddof=1) / math.sqrt(n))
+    return Interval(mean, mean - half, mean + half, n, n, "t")
+
+
+def cluster_bootstrap(
+    scores: ArrayLike,
+    clusters: Clusters,
+    seed: int = 0,
+    samples: int = SAMPLES,
+    *,
+    weights: ArrayLike | None = None,
+) -> Interval:
+    """Interval of a (weighted) mean, clusters resampled with replacement.
+
+    Expanded percentile interval (Hesterberg 2015, arXiv 1411.5279, section 5.3): the plain percentile is too narrow by
+    about sqrt((C-1)/C) * z/t with C clusters, so wider percentiles of the replicates are taken. Not BCa: its
+    acceleration is estimated from C numbers and is noise at the few dozen clusters of a usual test set.
+
+    Where all clusters agree (all right, all wrong) the bootstrap has no width. For scores within 0 and 1 Wilson on the
+    number of *clusters* takes its place: no distribution on [0, 1] with that mean varies more than a binary one.
+    """
+    values, sizes = _scores(scores), _weights(weights, scores)
+    sums, totals = _per_cluster(clusters, values * sizes, sizes)
+    mean, c = float(sums.sum() / totals.sum()), len(sums)
+    if np.ptp(sums / totals) < TINY:
+        return _without_spread(values, mean, c)
+    low, high = _expanded_percentiles(resample(sums, totals, seed, samples), c)
+    return Interval(mean, low, high, len(values), c, "cluster bootstrap")
+
+
+def score_interval(
+    scores: ArrayLike, clusters: Clusters = None, *, binary: bool, weights: ArrayLike | None = None, seed: int = 0
+) -> Interval:
+    """The right interval for one system.
+
+    Cluster bootstrap when some cluster holds several items (or items have weights), else Wilson for binary scores,
+    else t: normal-theory intervals are too narrow for shares at a few hundred items (Bowyer et al. 2025).
+    """
+    values = _scores(scores)
+    if weights is not None or _grouped(clusters, len(values)):
+        return cluster_bootstrap(values, clusters, seed, weights=weights)
+    if binary:
+        if not is_binary(values):
+            raise ValueError("scores said to be binary hold something else than 0 and 1")
+        return wilson(float(values.sum()), len(values))
+    return t_interval(values)
+
+
+def paired_difference(
+    first: ArrayLike,
+    second: ArrayLike,
+    clusters: Clusters = None,
+    seed: int = 0,
+    *,
+    samples: int = SAMPLES,
+    weights: ArrayLike | None = None,
+    ids: tuple[Sequence[Hashable], Sequence[Hashable]] | None = None,
+) -> Difference:
+    """Second minus first on the same items, clusters resampled (Miller 2024, arXiv 2411.00640, on paired differences).
+
+    `ids` are the items' names in both lists; unequal ones, or unequal lengths, raise ValueError. Where fewer than
+    `SIGN_TEST_MINIMUM` clusters differ, the interval is widened to the bound of `_discordant_bound`: two systems that
+    agree on all 60 items may still differ by 0.049 (the rule of three, 3/n).
+    """
+    a, b = _scores(first), _scores(second)
+    if len(a) != len(b) or (ids is not None and list(ids[0]) != list(ids[1])):
+        raise ValueError(f"not the same items: {len(a)} and {len(b)} scores; a comparison is paired or it is none")
+    gain, sizes = b - a, _weights(weights, a)
+    sums, totals = _per_cluster(clusters, gain * sizes, sizes)
+    mean, c, per_cluster = float(sums.sum() / totals.sum()), len(sums), sums / totals
+    low, high, method = -math.inf, math.inf, "unbounded"
+    if spread := bool(np.ptp(per_cluster) > TINY):
+        low, high = _expanded_percentiles(resample(sums, totals, seed, samples), c)
+        method = "paired cluster bootstrap"
+    differing = int((np.abs(per_cluster) > TINY).sum())
+    if _within_0_1(np.concatenate([a, b])) and (not spread or differing < min(SIGN_TEST_MINIMUM, c)):
+        floor_low, floor_high = _discordant_bound(per_cluster)
+        low, high = (min(low, floor_low), max(high, floor_high)) if spread else (floor_low, floor_high)
+        method = "exact bound on differing clusters"
+    testable = weights is None and is_binary(a) and is_binary(b) and not _grouped(clusters, len(a))
+    return Difference(mean, low, high, len(a), c, method, mcnemar(a, b) if testable else None)
+
+
+def mcnemar(first: ArrayLike, second: ArrayLike) -> float:
+    """Exact two-sided p-value that two systems are right equally often (McNemar 1947, binomial form).
+
+    Only items that one got right and the other wrong count: 1 against 9 gives 0.0215. Invalid for clustered items.
+    """
+    a, b = _scores(first), _scores(second)
+    if len(a) != len(b) or not (is_binary(a) and is_binary(b)):
+        raise ValueError("McNemar's test needs paired scores of 0 and 1")
+    gained, lost = int((b > a).sum()), int((b < a).sum())
+    return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
+def ratio_interval(
+    totals: ArrayLike, counts: ArrayLike, clusters: Clusters = None, seed: int = 0, samples: int = SAMPLES
+) -> Interval:
+    """Perplexity exp(sum of nats / sum of tokens) of items with `totals` nats over `counts` tokens.
+
+    The ratio of sums, not the mean of ratios: an item counts by its length. Its interval is the exponential of the
+    cluster bootstrap's. 2 * log(8) nats over 2 tokens is perplexity 8.
+    """
+    tokens = _weights(counts, totals)
+    inner = cluster_bootstrap(_scores(totals) / tokens, clusters, seed, samples, weights=tokens)
+    if inner.method != "cluster bootstrap":  # nats have no upper bound, so nothing is known without spread
+        return Interval(math.exp(inner.mean), 0.0, math.inf, inner.examples, inner.clusters, "unbounded")
+    low, high = math.exp(inner.low), math.exp(inner.high)
+    return Interval(math.exp(inner.mean), low, high, inner.examples, inner.clusters, inner.method)
+
+
+def examples_needed(
+    differences: ArrayLike,
+    margin: float,
+    clusters: Clusters = None,
+    *,
+    weights: ArrayLike | None = None,
+    seed_variance: float = 0.0,
+) -> int | None:
+    """Items it takes, clustered as here, to tell with 80 % power on which side of -`margin` the difference lies.
+
+    n = (z_{0.975} + z_{0.8})^2 V / d^2 (Miller 2024, sample-size formula), where V = n * clustered error^2 and d is the
+    distance of the observed mean difference from -margin, but at least half the margin: a mean that sits on it by
+    chance would ask for infinitely many. `seed_variance` does not shrink with n, so it is taken from d^2 first.
+    None: no number of items will do, the seeds scatter too much. Without any spread it is the rule of three:
+    log(0.05) / log(1 - margin) clusters, 59 for a margin of 0.05.
+    """
+    values, sizes = _scores(differences), _weights(weights, differences)
+    n, error = len(values), clustered_error(values, clusters, weights=sizes)
+    if error == 0.0 and abs(values[0]) <= TINY:
+        if margin <= 0:
+            return None
+        per_cluster = n / len(_per_cluster(clusters, sizes)[0])
+        return math.ceil(per_cluster * (1 if margin >= 1 else math.log(ALPHA) / math.log1p(-margin)))
+    factor = (Z + POWER_Z) ** 2
+    distance = max(abs(float(np.average(values, weights=sizes)) + margin), margin / 2)
+    room = distance**2 - factor * seed_variance
+    return max(2, math.ceil(factor * n * error**2 / room)) if room > 0 else None
+
+
+def clustered_error(scores: ArrayLike, clusters: Clusters = None, *, weights: ArrayLike | None = None) -> float:
+    """Clustered standard error of a mean, sqrt(sum_c (sum_i (s_ci - mean))^2) / n (Miller 2024), in the score's points.
+
+    With every item its own cluster it is the population standard deviation over sqrt(n).
+    """
+    values, sizes = _scores(scores), _weights(weights, scores)
+    (residuals,) = _per_cluster(clusters, sizes * (values - np.average(values, weights=sizes)))
+    return float(np.sqrt((residuals**2).sum()) / sizes.sum())
+
+
+def resample(sums: Floats, sizes: Floats, seed: int, samples: int = SAMPLES) -> Floats:
+    """Ratio sum(sums) / sum(sizes) of `samples` draws of clusters with replacement, shape [samples].
+
+    The standard error is the standard deviation of these, not that over sqrt(samples).
+    """
+    rng, c = np.random.default_rng(seed), len(sums)
+    rows = max(1, 2_000_000 // c)  # draws at once, so that memory stays at tens of megabytes
+    parts = []
+    for start in range(0, samples, rows):
+        drawn = rng.integers(c, size=(min(rows, samples - start), c))
+        parts.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
+    return np.concatenate(parts)
+
+
+def is_binary(scores: Floats) -> bool:
+    """Whether only 0 and 1 occur."""
+    return bool(np.isin(scores, (0.0, 1.0)).all())
+
+
+def _expanded_percentiles(replicates: Floats, c: int) -> tuple[float, float]:
+    reach = float(special.stdtrit(c - 1, 1 - ALPHA / 2)) * math.sqrt(c / (c - 1))
+    tail = NormalDist().cdf(-reach)
+    low, high = np.quantile(replicates, (tail, 1 - tail))
+    return float(low), float(high)
+
+
+def _without_spread(values: Floats, mean: float, units: int) -> Interval:
+    if not _within_0_1(values):
+        return Interval(mean, -math.inf, math.inf, len(values), units, "unbounded")
+    floor = wilson(min(mean, 1.0) * units, units)
+    return Interval(mean, floor.low, floor.high, len(values), units, "wilson floor")
+
+
+def _within_0_1(values: Floats) -> bool:
+    return bool(values.min() >= 0 and values.max() <= 1)
+
+
+def _discordant_bound(per_cluster: Floats) -> tuple[float, float]:
+    """Bounds of a mean difference within [-1, 1] when few of the clusters differ at all.
+
+    The difference is q (2 t - 1): a share q of clusters differs, a share t of those for the better. q is held below its
+    one-sided 95 % Clopper-Pearson bound and t within its two-sided one; the corners bound the difference. With no
+    differing cluster among C that is +-(1 - 0.05^(1/C)), the exact form of the rule of three.
+    """
+    c, better, worse = len(per_cluster), int((per_cluster > TINY).sum()), int((per_cluster < -TINY).sum())
+    differ = better + worse
+    share = 1.0 if differ == c else float(special.betaincinv(differ + 1, c - differ, 1 - ALPHA))
+    low = float(special.betaincinv(better, worse + 1, ALPHA / 2)) if better else 0.0
+    high = float(special.betaincinv(better + 1, worse, 1 - ALPHA / 2)) if worse else 1.0
+    return share * (2 * low - 1), share * (2 * high - 1)
+
+
+def _cluster_codes(clusters: Clusters, n: int) -> NDArray[np.intp]:
+    if clusters is None:
+        return np.arange(n)
+    if len(clusters) != n:
+        raise ValueError(f"{len(clusters)} cluster ids for {n} scores")
+    codes: dict[Hashable, int] = {}
+    keys = [("item", i) if c is None else ("cluster", c) for i, c in enumerate(clusters)]
+    return np.array([codes.setdefault(key, len(codes)) for key in keys], dtype=np.intp)
+
+
+def _per_cluster(clusters: Clusters, *columns: Floats) -> list[Floats]:
+    """Sum of each column within each cluster."""
+    codes = _cluster_codes(clusters, len(columns[0]))
+    return [np.bincount(codes, weights=column).astype(np.float64) for column in columns]
+
+
+def _grouped(clusters: Clusters, n: int) -> bool:
+    return bool(_cluster_codes(clusters, n).max() + 1 < n)
+
+
+def _scores(scores: ArrayLike) -> Floats:
+    values = np.asarray(scores, dtype=np.float64)
+    if values.ndim != 1 or values.size == 0 or not np.isfinite(values).all():
+        raise ValueError("scores must be a non-empty list of finite numbers, one an item")
+    return values
+
+
+def _weights(weights: ArrayLike | None, scores: ArrayLike) -> Floats:
+    n = len(_scores(scores))
+    sizes = np.ones(n) if weights is None else _scores(weights)
+    if len(sizes) != n or (sizes <= 0).any():
+        raise ValueError(f"weights (or token counts) must be positive and as many as the {n} scores")
+    return sizes
+
+
+def _jsonable(fields: dict[str, Any]) -> dict[str, Any]:
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in fields.items()}

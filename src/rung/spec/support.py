@@ -1,0 +1,28 @@
+"""What cannot be combined, each with its reason. A user who asks for it gets the reason as the error."""
+
+from __future__ import annotations
+
+_SEGMENT_FREE = "its layers carry state from token to token, which packing cannot isolate"
+
+MODEL_REFUSALS: dict[str, str] = {
+    "falcon": "falcon computes attention inside its own module and takes no other attention function",
+    "mamba": _SEGMENT_FREE,
+    "mamba2": _SEGMENT_FREE,
+    "falcon_mamba": _SEGMENT_FREE,
+    "rwkv": _SEGMENT_FREE,
+    "jamba": _SEGMENT_FREE,
+    "bamba": _SEGMENT_FREE,
+    "zamba": _SEGMENT_FREE,
+    "zamba2": _SEGMENT_FREE,
+    "recurrent_gemma": _SEGMENT_FREE,
+}
+
+PROVED_MODELS = ("llama", "qwen2", "qwen3", "mistral", "phi", "phi3", "gemma", "gemma2", "gemma3_text", "gpt2")
+"""Architectures whose packed logits are proved equal to unpacked ones by a test. Others run behind the step-0 gate."""
+
+
+def refusal_of_model(model_type: str, *, encoder_decoder: bool) -> str | None:
+    """Why this architecture cannot be trained here, or None."""
+    if encoder_decoder:
+        return "encoder-decoder models are not supported: a segment tree has one row of tokens, they need two"
+    return MODEL_REFUSALS.get(model_type)

@@ -1,0 +1,147 @@
+"""The shapes that cross module borders. Importing this file stays light: torch is only named in annotations.
+
+Suffixes: T tokens of a packed row, N entries of a loss index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+Role = Literal["system", "user", "assistant", "tool"]
+Unit = Literal["tokens", "sequences", "pairs"]
+
+
+class Source(NamedTuple):
+    """Where a row came from; `line` counts from 1 (for parquet, json and hub data it is the row number)."""
+
+    path: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.path} line {self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `tool_calls` is JSON text, never a nested object: a columnar store would invent null fields."""
+
+    role: Role
+    content: str
+    tool_calls: str | None = None
+    name: str | None = None
+    """The tool's name on a `tool` turn, where the data gives one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One row of data in the single internal form.
+
+    `messages` never hold the context: `data.chat` puts it in front of the first user turn, so that evaluation can
+    withhold it. `text` is set for plain-text rows, which have no turns at all.
+    """
+
+    messages: tuple[Message, ...]
+    source: Source
+    context: str | None = None
+    tools: str | None = None
+    """JSON text of the tool schemas offered to the model."""
+    group: str | None = None
+    """Rows of one group go to one split and are one cluster in every interval."""
+    weight: float = 1.0
+    text: str | None = None
+
+    @property
+    def question(self) -> str:
+        """Text of the last user turn: what a person asked."""
+        return next((m.content for m in reversed(self.messages) if m.role == "user"), self.text or "")
+
+    @property
+    def answer(self) -> str:
+        """Text of the final assistant turn: what is expected."""
+        return self.messages[-1].content if self.messages and self.messages[-1].role == "assistant" else ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Example:
+    """One tokenised document.
+
+    `ids` is int32 [T]. `supervised` is bool [T]: True where the token must be predicted; never the first.
+    """
+
+    ids: np.ndarray
+    supervised: np.ndarray
+    source: Source
+    weight: float = 1.0
+    group: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Segment(NamedTuple):
+    """Rows [start, end) of a packed batch. It attends to its ancestors and, causally, to itself."""
+
+    start: int
+    end: int
+    parent: int | None
+    """Index of the parent in the batch's list of segments; a parent always stands before its children."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossIndex:
+    """N predictions: the hidden state at `source` must predict `target`, with `weight`, for sequence `owner`.
+
+    A list, not one target per position: the last token of a shared prompt predicts the first token of every child.
+    """
+
+    source: torch.Tensor  # int64 [N], row positions
+    target: torch.Tensor  # int64 [N], token ids
+    weight: torch.Tensor  # float32 [N]
+    owner: torch.Tensor  # int64 [N], index of the sequence within the batch
+    columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Further per-entry values an objective needs, each [N]."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """One flat row of real tokens; there is no padding anywhere."""
+
+    ids: torch.Tensor  # int64 [T]
+    positions: torch.Tensor  # int64 [T], restarting per document
+    segments: tuple[Segment, ...]
+    loss: LossIndex
+    sequences: int
+    """How many documents the batch holds."""
+    document_tokens: int
+    """Tokens as the user counts them: each document's own, whether or not a prefix is shared."""
+    sources: Sequence[Source] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What a loss is divided by, summed over a window of batches and over all ranks."""
+
+    tokens: float = 0.0
+    sequences: float = 0.0
+    pairs: float = 0.0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.tokens + other.tokens, self.sequences + other.sequences, self.pairs + other.pairs)
+
+    def __getitem__(self, unit: Unit) -> float:
+        return {"tokens": self.tokens, "sequences": self.sequences, "pairs": self.pairs}[unit]
+
+
+@dataclass(frozen=True, slots=True)
+class LossTerm:
+    """A **sum** of losses in nats with the unit it is counted in; the engine alone divides."""
+
+    total: torch.Tensor
+    unit: Unit
+    name: str = "loss"

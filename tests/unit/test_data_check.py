@@ -1,0 +1,106 @@
+"""The report of `rung data check`."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from transformers import PreTrainedTokenizerFast
+
+from rung.data.chat import Chat
+from rung.data.check import check, coloured
+from rung.data.near import near_duplicates
+from rung.spec.data import DataSpec
+from rung.types import Message, Record, Source
+
+LONG = "a farmer has twelve hens and each of them lays two eggs on every day of the week"
+
+
+def write(folder: Path, name: str, rows: list[Any]) -> str:
+    file = folder / name
+    file.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return str(file)
+
+
+def printed(thing: object) -> str:
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(thing)
+    return console.export_text()
+
+
+def test_report_of_a_mixed_file(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    rows: list[Any] = [{"question": f"question [{i}]", "answer": "yes" if i % 2 else "no it is not"} for i in range(40)]
+    rows += ["broken", {"question": "q", "answer": 3}, {"question": "Question  [5]", "answer": "no"}]
+    rows += [{"question": "stop", "answer": "a <|im_end|> b"}]
+    report = check(write(tmp_path, "d.jsonl", rows))
+    assert (report.kept, len(report.rejected), report.supervised_share) == (42, 2, None)
+    assert report.lengths is not None and report.lengths.unit == "characters"
+    assert not report.ok and sum(report.splits.values()) == 42
+    with_tokens = check(write(tmp_path, "d.jsonl", rows), Chat(tiny_tokenizer))
+    assert [r.source.line for r in with_tokens.rejected] == [41, 42, 44]
+    assert with_tokens.rejected[-1].reason == "the answer holds a stop token of the template"
+    assert with_tokens.lengths is not None and with_tokens.lengths.unit == "tokens"
+    assert with_tokens.supervised_share is not None and 0 < with_tokens.supervised_share < 0.5
+    assert [a.rpartition(" ")[2] for pair in with_tokens.duplicates for a in pair] == ["43", "6"]
+    diversity = with_tokens.diversity
+    assert diversity is not None and diversity.most_common_share == pytest.approx(20 / 41)
+    data = with_tokens.to_json()
+    assert json.loads(json.dumps(data)) == data and data["rejected"][1]["line"] == 42
+    text = printed(with_tokens)
+    assert "41 kept, 3 rejected" in text and "line 42: answer is the number 3" in text
+
+
+def test_overlap_and_near_duplicates_across_files(tmp_path: Path) -> None:
+    train = write(tmp_path, "train.jsonl", [{"question": LONG, "answer": "a"}, {"question": "same", "answer": "a"}])
+    held = [
+        {"question": f"Surely, {LONG}!", "answer": "a"},
+        {"question": " ".join(LONG.split()[:9]) + " so what", "answer": "a"},
+        {"question": "SAME", "answer": "a"},
+    ]
+    spec = DataSpec(path=train, test=write(tmp_path, "test.jsonl", held), validation=0)
+    report = check(spec)
+    assert len(report.overlap) == 1 and not report.ok
+    assert [n.held_out.rpartition(" ")[2] for n in report.near[8]] == ["1", "2"]
+    assert [n.matched for n in report.near[13]] == [LONG]
+    assert report.near[8][1].matched == " ".join(LONG.split()[:9])
+    assert 0.5 < report.near[13][0].containment < 1
+    assert "sharing 13 words" in printed(report)
+
+
+def test_near_duplicates_of_short_rows_are_none() -> None:
+    row = Record((Message("user", "short"), Message("assistant", "a")), Source("d", 1))
+    assert near_duplicates([row], [row], 8) == ()
+    text = Record((), Source("d", 2), text=LONG)
+    assert near_duplicates([text], [text], 8)[0].containment == 1
+
+
+def test_coloured_shows_every_byte_and_what_is_learned(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    chat = Chat(tiny_tokenizer)
+    row = Record((Message("user", "q 🙂"), Message("assistant", "a 🙂")), Source("d", 1))
+    text = coloured(chat.examples([row]).examples[0], chat)
+    assert text.plain == "<|im_start|>user\nq 🙂<|im_end|>\n<|im_start|>assistant\na 🙂<|im_end|>"
+    green = "".join(text.plain[s.start : s.end] for s in text.spans if "green" in str(s.style))
+    assert green == "a 🙂<|im_end|>"
+
+
+def test_a_chat_that_refuses_every_row_still_reports(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    report = check(write(tmp_path, "d.jsonl", [{"question": "q", "answer": "<|im_end|> x"}]), Chat(tiny_tokenizer))
+    assert (report.kept, report.lengths, report.supervised_share) == (0, None, None)
+
+
+def test_the_data_package_loads_without_torch() -> None:
+    code = "import sys, rung.data, rung.data.check; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_real_gsm8k_near_duplicates(real_data: Path) -> None:
+    folder = real_data / "gsm8k"
+    report = check(DataSpec(path=str(folder / "train.jsonl"), validation=0, test=str(folder / "test.jsonl")))
+    assert report.kept == 3319 and not report.rejected
+    assert 0 < len(report.near[13]) < len(report.near[8]) <= 80

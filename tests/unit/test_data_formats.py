@@ -1,0 +1,241 @@
+"""Rows to records: every format, every refusal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rung.data.formats import FORMATS, detect, load_records, to_record
+from rung.data.read import Row, Rows
+from rung.errors import DataError
+from rung.spec.data import DataSpec, Format
+from rung.types import Message, Record, Source
+
+AT = Source("d.jsonl", 3)
+CALL = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+
+
+def rows(*values: Row) -> Rows:
+    return Rows("d.jsonl", [(Source("d.jsonl", i), v) for i, v in enumerate(values, start=1)])
+
+
+def convert(row: Row, map: dict[str, str] | None = None, group: str | None = None) -> Record:
+    found = detect(rows(row), map or {}, group=group)
+    return to_record(found.format, row, AT, map or {}, group)
+
+
+def turns(record: Record) -> list[tuple[str, str]]:
+    return [(m.role, m.content) for m in record.messages]
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str | None, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more}
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "expected"),
+    [
+        ({"messages": [user("q"), assistant("a")]}, "messages", [("user", "q"), ("assistant", "a")]),
+        (
+            {"messages": json.dumps([{"role": "system", "content": ""}, user("q"), assistant("a")])},
+            "messages",
+            [("system", ""), ("user", "q"), ("assistant", "a")],
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, assistant("a")]},
+            "messages",
+            [("user", "q"), ("assistant", "a")],
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
+            "sharegpt",
+            [("system", "s"), ("user", "q"), ("assistant", "a")],
+        ),
+        (
+            {"instruction": "i", "input": "x", "output": "o", "history": [["q", "a"]], "system": ""},
+            "alpaca",
+            [("user", "q"), ("assistant", "a"), ("user", "i\nx"), ("assistant", "o")],
+        ),
+        ({"instruction": "i", "input": "", "output": "o"}, "alpaca", [("user", "i"), ("assistant", "o")]),
+        ({"prompt": "p", "completion": " c"}, "prompt_completion", [("user", "p"), ("assistant", " c")]),
+        (
+            {"prompt": [user("p")], "completion": [assistant("c")]},
+            "prompt_completion",
+            [("user", "p"), ("assistant", "c")],
+        ),
+        (
+            {"question": "q", "answer": "a", "system": "s", "context": None},
+            "question_answer",
+            [("system", "s"), ("user", "q"), ("assistant", "a")],
+        ),
+        ({"text": "t"}, "text", []),
+    ],
+)
+def test_every_format(row: Row, format: Format, expected: list[tuple[str, str]]) -> None:
+    assert detect(rows(row), {}).format == format
+    record = convert(row)
+    assert turns(record) == expected
+    assert record.source == AT and record.weight == 1.0
+    assert record.text == row.get("text")
+
+
+def test_every_format_is_tried_above() -> None:
+    marks = test_every_format.pytestmark  # type: ignore[attr-defined]
+    assert {case[1] for case in marks[0].args[1]} == set(FORMATS)
+
+
+def test_optional_columns() -> None:
+    row = {"q": "Q", "gold": "A", "context": "C", "weight": "2.5", "filing": 7}
+    record = convert(row, {"question": "q", "answer": "gold"}, "filing")
+    assert record == Record((Message("user", "Q"), Message("assistant", "A")), AT, "C", None, "7", 2.5)
+
+
+def test_tools_are_json_text_and_arguments_are_parsed() -> None:
+    tools = [{"name": "f", "parameters": {"x": {"default": None}}}]
+    messages = [
+        user("q"),
+        assistant(None, tool_calls=[CALL]),
+        {"role": "tool", "content": "", "name": "f"},
+        assistant("a"),
+    ]
+    record = convert({"messages": messages, "tools": tools})
+    assert json.loads(record.tools or "") == tools
+    assert json.loads(record.messages[1].tool_calls or "") == [
+        {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    ]
+    assert record.messages[2] == Message("tool", "", name="f")
+    shared = convert(
+        {
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+                {"from": "observation", "value": "r"},
+                {"from": "gpt", "value": "a"},
+            ],
+            "tools": json.dumps(tools),
+        }
+    )
+    assert shared.messages[1].tool_calls == record.messages[1].tool_calls
+    assert shared.tools == record.tools
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"question": "q", "answer": None}, "no answer"),
+        ({"question": "q", "answer": "  "}, "empty answer"),
+        ({"question": "q", "answer": 42}, 'answer is the number 42, not text: quote it ("42")'),
+        ({"question": "q", "answer": True}, "answer is the truth value True"),
+        ({"question": "q", "answer": ["a"]}, "answer is a list, not text"),
+        ({"question": "", "answer": "a"}, "empty question"),
+        ({"question": "q", "answer": "\ud83d"}, "lone surrogate"),
+        ({"question": "q", "answer": "a", "weight": 0}, "weight is 0, not a positive number"),
+        ({"question": "q", "answer": "a", "weight": "x"}, "weight is 'x'"),
+        ({"question": "q", "answer": "a", "context": 3}, "context is the number 3"),
+        ({"messages": [user("q"), user("r"), assistant("a")]}, "wrong role order: turn 2 is user after user"),
+        ({"messages": [assistant("a")]}, "wrong role order: turn 1 is assistant at the start"),
+        ({"messages": [user("q"), assistant("a"), {"role": "tool", "content": "r"}]}, "the turn before calls none"),
+        ({"messages": [{"role": "boss", "content": "q"}]}, "unknown role 'boss'"),
+        ({"messages": [user("q")]}, "no assistant turn"),
+        ({"messages": [user("q"), assistant("a"), user("r")]}, "the last turn is user, not assistant"),
+        ({"messages": [user("q"), assistant("")]}, "empty answer in messages[1]"),
+        ({"messages": [user("q"), assistant(None)]}, "no answer in messages[1]"),
+        ({"messages": []}, "empty messages"),
+        ({"messages": "["}, "messages is not JSON"),
+        ({"messages": ["q"]}, "messages[0] is a text, not an object"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "parts that are not text"),
+        ({"messages": [user("q"), assistant("a", tool_calls=[3])]}, "a tool call is a number"),
+        ({"messages": [user("q"), assistant("a", tool_calls=[{}])]}, "a tool call names no function"),
+        ({"messages": [user("q"), assistant("a")], "tools": "{"}, "tools is not JSON"),
+        ({"messages": [user("q"), assistant("a")], "tools": [1]}, "tools is not a list of objects"),
+        ({"conversations": [{"from": "alien", "value": "q"}]}, "unknown role 'alien'"),
+        ({"conversations": [3]}, "conversations[0] is a number"),
+        ({"instruction": "i", "output": "o", "history": [["q"]]}, "history[0] is not a pair"),
+        ({"prompt": "p", "completion": [assistant("c")]}, "both be text or both be lists"),
+        ({"text": ""}, "empty text"),
+    ],
+)
+def test_bad_rows_say_why(row: Row, reason: str) -> None:
+    with pytest.raises(DataError) as caught:
+        convert(row)
+    assert reason in caught.value.summary
+    assert caught.value.where == "d.jsonl line 3"
+
+
+def test_group_must_have_a_value() -> None:
+    with pytest.raises(DataError, match="no value in the group column 'g'"):
+        convert({"question": "q", "answer": "a", "g": None}, group="g")
+
+
+def test_detection_looks_at_all_rows_and_counts() -> None:
+    found = detect(rows(*[{"question": "q", "answer": "a"}] * 5, {"question": "q", "answer": "a", "context": "c"}), {})
+    assert found.mapping == {"question": "question", "answer": "answer", "context": "context"}
+    assert found.counts["context"] == 1
+    assert "context <- context (1 of 6 rows)" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("values", "map", "group", "message"),
+    [
+        ([{"question": "q", "answer": "a", "output": "o"}], {}, None, "'answer' and 'output' could both be"),
+        ([{"text": "t", "category": "c"}], {}, None, "'text' and 'category' could both be"),
+        ([{"text": "t"}, {"question": "q", "answer": "a"}], {}, None, r"question_answer \(1 rows\), text \(1 rows\)"),
+        ([{"foo": "q", "bar": "a"}], {}, None, r"fit no known format(?s:.*)foo \(1 rows\)(?s:.*)data.map"),
+        (
+            [{"q": "q", "answer": "a"}],
+            {"question": "query"},
+            None,
+            "data.map names a column that is not there: 'query'",
+        ),
+        ([{"q": "q", "answer": "a"}], {"qestion": "q"}, None, "did you mean question"),
+        ([{"question": "q", "answer": "a"}], {}, "filing", "data.group names a column that is not there: 'filing'"),
+    ],
+)
+def test_unclear_columns_are_refused(values: list[Row], map: dict[str, str], group: str | None, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        detect(rows(*values), map, group=group)
+
+
+def test_map_or_format_decides() -> None:
+    both = rows({"question": "q", "answer": "a", "output": "o"})
+    assert detect(both, {"answer": "output"}).mapping["answer"] == "output"
+    assert detect(both, {}, "question_answer").mapping["answer"] == "answer"
+    banking = rows({"text": "t", "category": "c"})
+    assert detect(banking, {"question": "text", "answer": "category"}).format == "question_answer"
+    assert detect(banking, {}, "text").unused == ("category",)
+    with pytest.raises(DataError, match="no column 'instruction', which the format alpaca needs"):
+        detect(banking, {}, "alpaca")
+
+
+def test_rejects_policy(tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    good = '{"question": "q", "answer": "a"}'
+    file.write_text("\n".join([good, *['{"question": "q", "answer": 4}'] * 12, "broken", good]))
+    with pytest.raises(DataError) as caught:
+        load_records(DataSpec(path=str(file)), str(file))
+    text = str(caught.value)
+    assert "13 of 15 rows cannot be used" in text and "line 2: answer is the number 4" in text
+    assert "line 11:" in text and "line 12:" not in text and "and 3 more" in text and "data.rejects: drop" in text
+    loaded = load_records(DataSpec(path=str(file), rejects="drop"), str(file))
+    assert [r.source.line for r in loaded.records] == [1, 15]
+    assert [r.source.line for r in loaded.rejected] == list(range(2, 15))
+    assert loaded.format == "question_answer" and loaded.mapping == {"question": "question", "answer": "answer"}
+    file.write_text('{"question": "q", "answer": 4}')
+    with pytest.raises(DataError, match="no row is left"):
+        load_records(DataSpec(path=str(file), rejects="drop"), str(file))
+
+
+def test_held_out_file_may_lack_the_group(tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_text('{"question": "q", "answer": "a"}')
+    spec = DataSpec(path=str(file), group="g")
+    assert load_records(spec, str(file), held_out=True).records[0].group is None
+    with pytest.raises(DataError, match="data.group"):
+        load_records(spec, str(file))

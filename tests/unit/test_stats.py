@@ -1,0 +1,286 @@
+"""Statistics in the corners: no spread, one item, few clusters, two seeds; and the verdict on a ladder."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from rung.scoring.stats import (
+    cluster_bootstrap,
+    clustered_error,
+    examples_needed,
+    mcnemar,
+    paired_difference,
+    ratio_interval,
+    score_interval,
+    t_interval,
+    wilson,
+)
+from rung.scoring.verdict import Verdict, gain_over, score_of, verdict
+
+
+def bounds(estimate: object) -> tuple[float, float]:
+    return estimate.low, estimate.high  # type: ignore[attr-defined]
+
+
+# --- one system ---
+
+
+def test_known_values() -> None:
+    assert bounds(wilson(8, 10)) == pytest.approx((0.490, 0.943), abs=5e-4)
+    assert bounds(t_interval([1, 2, 3, 4, 5])) == pytest.approx((3 - 1.963, 3 + 1.963), abs=5e-4)
+    assert clustered_error([0, 1, 0, 1], ["a", "a", "b", "b"]) == 0.0
+    assert clustered_error([0, 0, 1, 1], ["a", "a", "b", "b"]) == pytest.approx(math.sqrt(2) / 4)
+    assert mcnemar([1] * 9 + [0], [0] * 9 + [1]) == pytest.approx(0.0215, abs=5e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, 0.5])
+def test_clusters_that_agree_fall_back_to_wilson_on_their_number(share: float) -> None:
+    ids = [i // 4 for i in range(40)]
+    scores = [float(i % 4 < 4 * share) for i in range(40)]
+    found = score_interval(scores, ids, binary=True)
+    assert found.method == "wilson floor"
+    assert bounds(found) == bounds(wilson(10 * share, 10))
+    assert (found.examples, found.clusters) == (40, 10)
+
+
+@pytest.mark.parametrize("score", [0.0, 1.0, 0.4])
+def test_one_item_is_never_certain(score: float) -> None:
+    for found in (t_interval([score]), cluster_bootstrap([score], ["a"])):
+        assert found.low <= score <= found.high
+        assert found.high - found.low > 0.7
+
+
+def test_without_spread_and_bounds_nothing_is_known_and_json_says_null() -> None:
+    found = t_interval([3.0, 3.0])
+    assert bounds(found) == (-math.inf, math.inf)
+    assert found.to_json()["low"] is None
+    assert json.loads(json.dumps(found.to_json(), allow_nan=False))["mean"] == 3.0
+
+
+def test_the_method_follows_the_data() -> None:
+    scores = [0.0, 1.0, 1.0, 0.0, 1.0]
+    assert score_interval(scores, binary=True).method == "wilson"
+    assert score_interval([0.1, 0.5, 0.2], binary=False).method == "t"
+    assert score_interval(scores, list("abcde"), binary=True).method == "wilson"
+    assert score_interval(scores, list("aabcd"), binary=True).method == "cluster bootstrap"
+    assert score_interval(scores, ["a", None, None, None, None], binary=True).clusters == 5
+    with pytest.raises(ValueError, match="binary"):
+        score_interval([0.5, 1.0], binary=True)
+
+
+def test_the_same_seed_gives_the_same_interval_and_order_of_ids_does_not_matter() -> None:
+    scores, ids = np.random.default_rng(0).random(30), [i // 3 for i in range(30)]
+    one = cluster_bootstrap(scores, ids, seed=1)
+    assert one == cluster_bootstrap(scores, [f"filing {i}" for i in ids], seed=1)
+    assert bounds(one) != bounds(cluster_bootstrap(scores, ids, seed=2))
+
+
+def test_weights_count_an_item_many_times() -> None:
+    weighted = cluster_bootstrap([0.2, 0.8, 0.5], None, weights=[1, 3, 2])
+    repeated = cluster_bootstrap([0.2, 0.8, 0.8, 0.8, 0.5, 0.5], list("abbbcc"))
+    assert (weighted.mean, *bounds(weighted)) == pytest.approx((repeated.mean, *bounds(repeated)))
+
+
+@pytest.mark.parametrize("bad", [[], [math.nan], [[0.0, 1.0]], [math.inf, 1.0]])
+def test_scores_that_are_none_are_refused(bad: list[float]) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        t_interval(bad)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: wilson(3, 2),
+        lambda: wilson(0, 0),
+        lambda: cluster_bootstrap([0.0, 1.0], ["a"]),
+        lambda: ratio_interval([1.0, 2.0], [3, 0]),
+        lambda: mcnemar([0.5, 1.0], [1.0, 1.0]),
+        lambda: paired_difference([0.0, 1.0], [1.0]),
+        lambda: paired_difference([0.0, 1.0], [1.0, 0.0], ids=(["a", "b"], ["b", "a"])),
+    ],
+)
+def test_wrong_shapes_are_refused(call: Callable[[], object]) -> None:
+    with pytest.raises(ValueError):
+        call()
+
+
+def test_perplexity_is_the_ratio_of_sums() -> None:
+    found = ratio_interval([math.log(2) * 10, math.log(8) * 90], [10, 90])
+    assert found.mean == pytest.approx(math.exp((math.log(2) * 10 + math.log(8) * 90) / 100))
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(5, 50, size=300)
+    found = ratio_interval(tokens * rng.normal(2.0, 0.3, size=300), tokens)
+    assert found.low < math.exp(2.0) < found.high
+    assert math.log(found.high / found.low) == pytest.approx(2 * 1.96 * 0.3 / math.sqrt(300), rel=0.25)
+    assert bounds(ratio_interval([0.5, 1.0], [1, 2])) == (0.0, math.inf)
+
+
+# --- two systems ---
+
+
+def test_the_difference_is_second_minus_first_and_pairing_narrows_it() -> None:
+    rng = np.random.default_rng(0)
+    first = rng.random(200)
+    second = first + 0.05 + rng.normal(0, 0.01, size=200)
+    found = paired_difference(first, second)
+    assert found.mean == pytest.approx(0.05, abs=0.002)
+    assert 0.045 < found.low < found.mean < found.high < 0.055
+    flipped = paired_difference(second, first)
+    assert bounds(flipped) == pytest.approx((-found.high, -found.low), abs=5e-4)
+
+
+def test_two_systems_that_agree_everywhere_may_still_differ() -> None:
+    scores = [0.0, 1.0] * 30
+    found = paired_difference(scores, scores)
+    assert bounds(found) == pytest.approx((-(1 - 0.05 ** (1 / 60)), 1 - 0.05 ** (1 / 60)))
+    assert found.high == pytest.approx(3 / 60, rel=0.05)  # the rule of three
+    assert found.p_value == 1.0
+    clustered = paired_difference(scores, scores, [i // 6 for i in range(60)])
+    assert clustered.high == pytest.approx(1 - 0.05 ** (1 / 10))
+    assert clustered.p_value is None
+
+
+def test_five_wins_and_no_loss_do_not_exclude_zero_but_six_do() -> None:
+    first = np.zeros(50)
+    for wins, excludes in ((1, False), (5, False), (6, True)):
+        second = np.r_[np.ones(wins), np.zeros(50 - wins)]
+        assert (paired_difference(first, second).low > 0) is excludes
+        assert (mcnemar(first, second) < 0.05) is excludes
+
+
+def test_a_constant_gain_is_not_certain() -> None:
+    found = paired_difference([0.0] * 20, [1.0] * 20)
+    assert found.mean == found.high == 1.0
+    assert found.low == pytest.approx(2 * 0.025 ** (1 / 20) - 1)  # Clopper-Pearson at 20 of 20
+    assert bounds(paired_difference([2.0, 3.0], [3.0, 4.0])) == (-math.inf, math.inf)
+
+
+# --- how many items ---
+
+
+def test_examples_needed_is_the_formula() -> None:
+    differences = np.random.default_rng(0).normal(-0.01, 0.2, size=500)
+    expected = (1.959964 + 0.841621) ** 2 * differences.var() / (differences.mean() + 0.05) ** 2
+    assert examples_needed(differences, 0.05) == math.ceil(expected)
+    ids = [i // 5 for i in range(500)]
+    effect = (clustered_error(differences, ids) / clustered_error(differences)) ** 2
+    assert examples_needed(differences, 0.05, ids) == pytest.approx(expected * effect, abs=1)
+    assert (examples_needed(differences, 0.05, seed_variance=1e-4) or 0) > expected
+    assert examples_needed(differences, 0.05, seed_variance=1.0) is None
+    on_the_margin = differences - differences.mean() - 0.05
+    assert examples_needed(on_the_margin, 0.05) == math.ceil(7.8489 * differences.var() / 0.025**2)
+
+
+def test_examples_needed_without_spread_is_the_rule_of_three() -> None:
+    assert examples_needed([0.0] * 10, 0.05) == 59
+    assert examples_needed([0.0] * 10, 0.05, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]) == 117
+    assert examples_needed([0.0] * 10, 0.0) is None
+    zeros = np.zeros(59)
+    assert paired_difference(zeros, zeros).low >= -0.05 > paired_difference(zeros[1:], zeros[1:]).low
+
+
+# --- the verdict ---
+
+
+def ladder(n: int = 400, **shares: float) -> list[tuple[str, np.ndarray]]:
+    """Rungs that are right on nested sets of items."""
+    return [(name, (np.arange(n) < share * n).astype(float)) for name, share in shares.items()]
+
+
+def reasons(found: Verdict) -> dict[str, str]:
+    return {rung.name: rung.reason for rung in found.rungs}
+
+
+def test_the_lowest_rung_within_the_margin_is_recommended() -> None:
+    found = verdict(ladder(zero=0.3, few=0.79, lora=0.8), margin=0.05)
+    assert reasons(found) == {"zero": "worse", "few": "within margin", "lora": "best"}
+    assert (found.recommended, found.safe, found.best, found.examples_needed) == ("few", "few", "lora", None)
+    assert found.text.startswith("few is enough: 0.790 [")
+    assert [rung.enough for rung in found.rungs] == [False, True, True]
+
+
+def test_the_best_is_recommended_when_all_below_are_worse() -> None:
+    found = verdict(ladder(zero=0.1, lora=0.8), margin=0.05)
+    assert found.recommended == "lora"
+    assert bounds(found.rungs[1].difference) == (0.0, 0.0)
+    assert found.rungs[0].difference.mean == pytest.approx(-0.7)
+
+
+def test_a_small_test_set_cannot_tell_and_says_how_many_would() -> None:
+    rng = np.random.default_rng(0)
+    few, lora = (rng.random(40) < 0.76).astype(float), (rng.random(40) < 0.8).astype(float)
+    found = verdict([("zero", np.zeros(40)), ("few", few), ("lora", lora)], margin=0.05)
+    assert reasons(found)["few"] == "cannot tell"
+    assert found.recommended is None
+    assert found.safe == "lora"
+    assert found.examples_needed is not None
+    assert found.examples_needed > 40
+    assert f"needs about {found.examples_needed} examples (has 40)" in found.text
+    assert json.loads(json.dumps(found.to_json(), allow_nan=False))["rungs"][1]["enough"] is False
+
+
+def test_the_target_counts_only_when_the_lower_end_reaches_it() -> None:
+    rungs = ladder(zero=0.62, lora=0.9)
+    assert verdict(rungs, margin=0.05, target=0.5).recommended == "zero"
+    assert reasons(verdict(rungs, margin=0.05, target=0.5))["zero"] == "reaches target"
+    assert verdict(rungs, margin=0.05, target=0.61).recommended == "lora"
+    unreached = verdict(rungs, margin=0.05, target=0.95)
+    assert unreached.recommended == "lora"
+    assert "No rung is sure to reach the target 0.95" in unreached.text
+
+
+def test_lower_is_better_turns_everything_round() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.normal(2.0, 0.3, size=300)
+    rungs = [("zero", base + 0.5), ("few", base + 0.01 + rng.normal(0, 0.02, 300)), ("lora", base)]
+    found = verdict(rungs, margin=0.05, lower_is_better=True, weights=rng.integers(5, 30, size=300))
+    assert reasons(found) == {"zero": "cannot tell", "few": "within margin", "lora": "best"}  # zero: no spread at all
+    rungs[0] = ("zero", base + 0.5 + rng.normal(0, 0.02, 300))
+    found = verdict(rungs, margin=0.05, lower_is_better=True)
+    assert reasons(found) == {"zero": "worse", "few": "within margin", "lora": "best"}
+    assert verdict(rungs, margin=0.05, lower_is_better=True, target=3.0).recommended == "zero"
+
+
+def test_the_spread_between_training_seeds_widens_the_interval() -> None:
+    (_, few), (_, lora) = ladder(few=0.79, lora=0.8)
+    agreeing = np.stack([lora, lora])
+    apart = np.stack([lora, *(v for _, v in ladder(worse=0.6))])
+    same = verdict([("few", few), ("lora", agreeing)], margin=0.05)
+    assert same.rungs[1].score == verdict([("few", few), ("lora", lora)], margin=0.05).rungs[1].score
+    wide = verdict([("few", few), ("lora", apart)], margin=0.05)
+    # Means 0.8 and 0.6: s^2 / S = 0.01, so one standard error of 0.1 with about one degree of freedom.
+    assert wide.rungs[1].score.high - wide.rungs[1].score.mean > 10 * 0.1
+    assert wide.rungs[1].score.method.endswith("training seeds")
+    assert reasons(wide) == {"few": "best", "lora": "cannot tell"}
+    assert wide.recommended == "few"
+
+
+def test_seeds_that_scatter_beyond_the_margin_ask_for_seeds() -> None:
+    rungs = ladder(few=0.7, one=0.98, two=0.6)
+    found = verdict([rungs[0], ("lora", np.stack([rungs[1][1], rungs[2][1]]))], margin=0.05)
+    assert found.recommended is None
+    assert found.examples_needed is None
+    assert "more training seeds" in found.text
+
+
+def test_a_tie_goes_to_the_lower_rung_and_an_empty_ladder_is_refused() -> None:
+    assert verdict(ladder(zero=0.8, lora=0.8), margin=0.05).best == "zero"
+    with pytest.raises(ValueError):
+        verdict([], margin=0.05)
+    with pytest.raises(ValueError):
+        verdict(ladder(zero=0.8), margin=-0.1)
+
+
+def test_one_rung_and_one_step_up_count_the_seeds_as_the_verdict_does() -> None:
+    rungs = ladder(few=0.7, one=0.9, two=0.8)
+    few, lora = rungs[0][1], np.stack([rungs[1][1], rungs[2][1]])
+    judged = verdict([("few", few), ("lora", lora)], margin=0.05)
+    assert score_of(lora) == judged.rungs[1].score
+    step = gain_over(few, lora)
+    assert step.mean == pytest.approx(0.15)
+    assert bounds(step) == pytest.approx([-b for b in bounds(judged.rungs[0].difference)][::-1], abs=5e-3)
