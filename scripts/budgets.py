@@ -9,7 +9,7 @@ from pathlib import Path
 
 FILE_LINES, FUNCTION_LINES, PARAMETERS, FIELDS = 400, 60, 8, 15
 SOURCE = Path(__file__).parent.parent / "src" / "rung"
-BASES = {"Protocol", "Spec", "BaseModel", "Module", "Function", "Exception", "NamedTuple", "SafeLoader"}
+BASES = {"DynamicLayer", "Protocol", "Spec", "BaseModel", "Module", "Function", "Exception", "NamedTuple", "SafeLoader"}
 """Inheritance stays with protocols, specs, torch modules and functions, and exceptions."""
 
 

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from rung.errors import PlanError
+from rung.model.kv import Prefix, attend_one_token
 from rung.types import Segment
 
 NAME = "rung"
@@ -40,40 +41,32 @@ def tree_attention(
     """Attention as transformers calls it; returns [B, Q, H, D] and no weights.
 
     With `segments` (a sequence of `Segment`, batch size 1) each segment attends to its ancestors and, causally, to
-    itself. Raises `PlanError` for an argument it does not know, because ignoring one would change the model.
+    itself. Without them the mask and the cache decide, and `prefix` stands in front of every row. Raises `PlanError` for an argument it does not know, because ignoring one would change the model.
     """
     segments: Sequence[Segment] | None = kwargs.pop("segments", None)
     softcap: float | None = kwargs.pop("softcap", None)
     window: int | None = kwargs.pop("sliding_window", None)
+    before: Prefix | None = kwargs.pop("prefix", None)
     kwargs.pop("is_causal", None)
     if unknown := sorted(k for k, v in kwargs.items() if v is not None and k not in _HARMLESS):
         raise PlanError(
             f"{type(module).__name__} passes attention arguments that Rung does not know: {', '.join(unknown)}",
             hint="this architecture is not supported yet",
         )
-    # On CPU the flash kernel wants as many key as query heads; elsewhere grouped heads are native.
-    groups = query_BHQD.shape[1] // key_BKSD.shape[1]
     if segments is None:
-        length = query_BHQD.shape[2]
-        causal = attention_mask is None and length > 1 and softcap is None  # no mask is sent for a plain prefill
-        if attention_mask is None and length > 1 and not causal:
-            attention_mask = _path_mask(0, length, window, query_BHQD.device)
-        elif attention_mask is not None and length > 1:
-            # A padding position sees nothing; softmax over nothing is NaN, and NaN times a zero weight stays NaN.
-            attention_mask = attention_mask | ~attention_mask.any(dim=-1, keepdim=True)
-        key, value = _repeat(key_BKSD, groups), _repeat(value_BKSD, groups)
-        out = _attend(query_BHQD, key, value, attention_mask, scaling, softcap, causal=causal)
-        return out.transpose(1, 2).contiguous(), None
+        prefix = before[module.layer_idx] if before is not None else None  # type: ignore[index]
+        return _decode(query_BHQD, key_BKSD, value_BKSD, attention_mask, prefix, (scaling, softcap, window)), None
+    groups = query_BHQD.shape[1] // key_BKSD.shape[1]
     pieces = []
     for segment in segments:
         path = _path(segments, segment)
         rows = slice(segment.start, segment.end)
-        before = sum(s.end - s.start for s in path)
+        ancestors = sum(s.end - s.start for s in path)
         key = _along(key_BKSD, path, rows)
         value = _along(value_BKSD, path, rows)
         length = segment.end - segment.start
-        plain = before == 0 and softcap is None and (window is None or length <= window)
-        mask = None if plain else _path_mask(before, length, window, key.device)
+        plain = ancestors == 0 and softcap is None and (window is None or length <= window)
+        mask = None if plain else _path_mask(ancestors, length, window, key.device)
         pieces.append(
             _attend(
                 query_BHQD[:, :, rows],
@@ -87,6 +80,38 @@ def tree_attention(
             )
         )
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    prefix: tuple[Tensor, Tensor] | None,
+    shape: tuple[float | None, float | None, int | None],
+) -> Tensor:
+    """Prompts and their continuation, row by row: bool mask [B, 1, Q, S] of the rows' own keys, or None for causal."""
+    scaling, softcap, window = shape
+    length, width = query.shape[2:]
+    if length == 1:
+        seen = None if mask is None else mask[:, 0, 0].expand(len(query), -1)
+        scale = width**-0.5 if scaling is None else scaling
+        return attend_one_token(query[:, :, 0], prefix, key, value, seen, scale, softcap)[:, None]
+    if mask is None and (softcap is not None or window is not None or prefix is not None):
+        mask = _path_mask(0, length, window, query.device)[None, None]
+    if mask is not None:
+        # A padding position sees nothing; softmax over nothing is NaN, and NaN times a zero weight stays NaN.
+        mask = mask | ~mask.any(dim=-1, keepdim=True)
+    if prefix is not None and mask is not None:
+        rows, shared = len(query), prefix[0].shape[2]
+        key, value = (
+            torch.cat([shared_part.expand(rows, -1, -1, -1), own], dim=2)
+            for shared_part, own in zip(prefix, (key, value), strict=True)
+        )
+        mask = torch.cat([mask.new_ones(*mask.shape[:3], shared), mask], dim=3)
+    groups = query.shape[1] // key.shape[1]
+    out = _attend(query, _repeat(key, groups), _repeat(value, groups), mask, scaling, softcap, causal=mask is None)
+    return out.transpose(1, 2).contiguous()
 
 
 def register() -> None:
@@ -120,6 +145,7 @@ def _path_mask(before: int, length: int, window: int | None, device: torch.devic
 
 
 def _repeat(tensor_BKSD: Tensor, groups: int) -> Tensor:
+    """Key/value heads as many as query heads: the flash kernel of the processor wants them so."""
     if groups == 1:
         return tensor_BKSD
     b, k, s, d = tensor_BKSD.shape

@@ -1,9 +1,8 @@
 """The one decoder, used by evaluation, chat and later by rollouts.
 
-Prompts that begin alike share the work: their longest common prefix is encoded once and its keys and values are
-repeated over the batch. Rows that have stopped leave the batch.
+Prompts that begin alike share the work: their longest common prefix is encoded once and held once for all rows. Rows that have stopped leave the batch.
 
-Suffixes: B rows, S slots (prefix, padding and own tokens).
+Suffixes: B rows, S slots (padding and own tokens, without the prefix).
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from rung.model.kv import Prefix, own_cache, prefix_of
 from rung.model.policy import Policy
 
 
@@ -81,7 +80,7 @@ class _Decoding:
     def __init__(
         self,
         policy: Policy,
-        prefix: DynamicCache | None,
+        prefix: Prefix | None,
         shared: int,
         rests: list[list[int]],
         stop_ids: frozenset[int],
@@ -92,15 +91,15 @@ class _Decoding:
         longest = max(len(rest) for rest in rests)
         device = policy.device
         self.ids_BS = torch.zeros(len(rests), longest, dtype=torch.long, device=device)
-        self.mask_BS = torch.zeros(len(rests), shared + longest, dtype=torch.long, device=device)
-        self.mask_BS[:, :shared] = 1
+        self.mask_BS = torch.zeros_like(self.ids_BS)
         self.positions_BS = torch.zeros_like(self.ids_BS)
-        for row, rest in enumerate(rests):  # padding stands between the shared prefix and a row's own tokens
+        for row, rest in enumerate(rests):  # padding stands in front of a row's own tokens
             own = slice(longest - len(rest), longest)
             self.ids_BS[row, own] = torch.tensor(rest, device=device)
-            self.mask_BS[row, shared + own.start :] = 1
+            self.mask_BS[row, own] = 1
             self.positions_BS[row, own] = torch.arange(shared, shared + len(rest), device=device)
-        self.cache = _repeated(prefix, len(rests)) if prefix is not None else DynamicCache()
+        self.prefix = prefix
+        self.cache = own_cache()
         self.alive = list(range(len(rests)))
         self.tokens: list[list[int]] = [[] for _ in rests]
         self.logprobs: list[list[float]] = [[] for _ in rests]
@@ -114,6 +113,7 @@ class _Decoding:
                 attention_mask=self.mask_BS,
                 position_ids=positions,
                 past_key_values=self.cache,
+                prefix=self.prefix,
                 use_cache=True,
                 logits_to_keep=1,
             )
@@ -159,19 +159,11 @@ class _Decoding:
         self.mask_BS = self.mask_BS[rows]
 
 
-def _encode(policy: Policy, ids: Sequence[int]) -> DynamicCache:
-    cache = DynamicCache()
+def _encode(policy: Policy, ids: Sequence[int]) -> Prefix:
+    cache = own_cache()
     row = torch.tensor([list(ids)], device=policy.device)
     policy.model(input_ids=row, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return cache
-
-
-def _repeated(prefix: DynamicCache, rows: int) -> DynamicCache:
-    """A batch of copies that share the prefix's keys and values until the first append."""
-    copy = DynamicCache()
-    for number, layer in enumerate(prefix.layers):
-        copy.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), number)
-    return copy
+    return prefix_of(cache)
 
 
 def _sliding_window(policy: Policy) -> float:

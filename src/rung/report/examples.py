@@ -80,10 +80,8 @@ def _in_turn(rows: Sequence[Sequence[Item]], metrics: Sequence[str]) -> list[int
 
 def _interest(row: Sequence[Item], metrics: Sequence[str]) -> int:
     """0 where the rungs differ by the deciding metric, 1 where they differ by another one, 2 where they agree."""
-    for rank, judged in enumerate((metrics[:1], metrics)):
-        if len({part for part in zip(*_pattern(row, judged), strict=True)} or {()}) > 1:
-            return rank
-    return 2
+    judged = [len(set(well)) > 1 for well in _pattern(row, metrics)]
+    return 0 if judged[:1] == [True] else 1 if any(judged) else 2
 
 
 def _pattern(row: Sequence[Item], metrics: Sequence[str]) -> tuple[tuple[bool, ...], ...]:

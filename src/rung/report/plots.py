@@ -186,7 +186,9 @@ def _said(estimate: Json, digits: int) -> str:
 @contextmanager
 def _settings(salt: str) -> Iterator[None]:
     with mpl.rc_context({**_RC, "svg.hashsalt": salt}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)  # the page has the font
+        warnings.filterwarnings(
+            "ignore", message="Glyph .* missing from", category=UserWarning
+        )  # the page has the font
         yield
 
 

@@ -1,0 +1,196 @@
+"""What the page and the terminal both say: the rows of the ladder, what was trained, the gates, what to do next."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rung.report.folder import PERPLEXITY, UNTUNED
+from rung.report.human import NONE, Json, bounds, count, decimals, duration, fixed, memory, p_value, significant
+
+ALL_ROLES = {"q", "k", "v", "o", "gate", "up", "down"}
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """An estimate with its uncertainty, as text."""
+
+    mean: str = ""
+    bounds: str = ""
+    p: str = ""
+    tone: str = ""
+    """good or bad where the interval excludes no change at all."""
+
+    def __str__(self) -> str:
+        return " ".join(part for part in (self.mean, self.bounds) if part)
+
+
+@dataclass(frozen=True, slots=True)
+class LadderRow:
+    """One rung, ready to print."""
+
+    rung: str
+    note: str
+    """recommended, safe or best; empty for the others."""
+    sees: str
+    scores: tuple[Cell, ...]
+    gain: Cell
+    trainable: str
+    train: str
+    memory: str
+    tokens: str
+    seconds: str
+
+
+def ladder_rows(rows: Sequence[tuple[str, Json]], metrics: Sequence[str], verdict: Json | None) -> list[LadderRow]:
+    """Rows of (label, measured) as text; the decimals of a column are those its least certain number can bear."""
+    digits = {m: decimals(row.get("scores", {}).get(m) for _, row in rows) for m in metrics}
+    gain_digits = decimals(row.get("gain") for _, row in rows)
+    lower = metrics[:1] == [PERPLEXITY]
+    return [
+        LadderRow(
+            label,
+            _note(label, verdict),
+            row.get("sees", ""),
+            tuple(_score(row.get("scores", {}).get(m), digits[m]) for m in metrics),
+            _gain(row.get("gain"), gain_digits, lower_is_better=lower),
+            count(row.get("trainable_parameters") or None),
+            duration(row.get("train_seconds") or None),
+            memory(row.get("peak_memory_bytes")),
+            _rounded(row.get("prompt_tokens")),
+            _seconds(row.get("seconds_per_query")),
+        )
+        for label, row in rows
+    ]
+
+
+def gain_unit(metrics: Sequence[str]) -> str:
+    """What a gain is counted in."""
+    return "nats per token, below 0 is better" if metrics[:1] == [PERPLEXITY] else "points of the score"
+
+
+def method_text(method: Json) -> str:
+    """A method in words."""
+    kind = str(method.get("kind", ""))
+    if kind == "full":
+        return "full: every weight"
+    if kind == "head":
+        return "head: the output head alone"
+    if kind != "lora":
+        return kind
+    layers, targets = method.get("layers"), method.get("targets") or ()
+    extra = [name for name in ("dora", "rslora") if method.get(name)]
+    parts = [
+        f"LoRA rank {method.get('rank')}, alpha {method.get('alpha', 0):g}",
+        "all linear layers" if set(targets) == ALL_ROLES else "on " + " ".join(map(str, targets)),
+        "every layer" if layers is None else "layers " + ", ".join(map(str, layers)),
+        f"dropout {method['dropout']:g}" if method.get("dropout") else "",
+        *extra,
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def gates_text(gates: Sequence[Json]) -> str:
+    """All gates in one line; those that did not pass by name."""
+    states: dict[str, list[str]] = {"failed": [], "not_reached": [], "passed": []}
+    for gate in gates:
+        states.setdefault(gate["state"], []).append(gate["name"])
+    parts = [f"{len(states['passed'])} passed"] if states["passed"] else []
+    for state in ("failed", "not_reached"):
+        if states[state]:
+            parts.insert(
+                0 if state == "failed" else len(parts), f"{', '.join(states[state])} {state.replace('_', ' ')}"
+            )
+    return ", ".join(parts) or "none reached"
+
+
+def measured_text(value: Any) -> str:
+    """What a gate measured, or its limit."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key.replace('_', ' ')} {measured_text(part)}" for key, part in value.items())
+    if isinstance(value, float):
+        return significant(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def after_climb(ladder: Json) -> list[str]:
+    """Commands that fit the verdict, each followed by why."""
+    verdict, commands = ladder["verdict"], []
+    if needed := verdict.get("examples_needed"):
+        name = shlex.quote(f"{ladder['folder']}-{needed}")
+        commands.append(
+            f"rung climb CONFIG evaluate.limit={needed} output={name}  # or a larger data.test: to settle it"
+        )
+    if tuned := _tuned_folder(ladder):
+        quoted = shlex.quote(tuned)
+        commands.append(f"rung chat {quoted} --compare  # base and tuned side by side")
+        if verdict.get("recommended") and _row(ladder, verdict["recommended"])["folder"] == tuned:
+            commands.append(
+                f"rung merge {quoted} {shlex.quote(ladder['folder'] + '-merged')}  # a plain model to serve"
+            )
+    return commands
+
+
+def after_run(manifest: Json, output: str) -> list[str]:
+    """Commands that fit how a run ended, each followed by why."""
+    quoted, status = shlex.quote(output), manifest.get("status")
+    if status != "finished":
+        return ["rung train CONFIG --resume  # goes on from its last checkpoint, with the same config"]
+    scored = "scores" in manifest.get("metrics", {})
+    score = [] if scored else [f"rung eval {quoted}  # its score on held-out questions"]
+    return [*score, f"rung chat {quoted} --compare  # base and tuned side by side"]
+
+
+def artefact(manifest: Json, output: str) -> str:
+    """Where the tuned weights are."""
+    kind = manifest.get("spec", {}).get("method", {}).get("kind")
+    return str(Path(output) / ("adapter" if kind == "lora" else "model"))
+
+
+def _tuned_folder(ladder: Json) -> str | None:
+    """The run to talk to: the recommended rung, the best one, or the highest of the tuned."""
+    tuned = [row for row in ladder["ladder"] if row["kind"] not in UNTUNED]
+    if not tuned:
+        return None
+    for name in (ladder["verdict"].get("recommended"), ladder["verdict"].get("best")):
+        if found := next((row for row in tuned if row["rung"] == name), None):
+            return str(found["folder"])
+    sign = -1 if ladder["metric"] == PERPLEXITY else 1
+    return str(max(tuned, key=lambda row: sign * row["scores"][ladder["metric"]]["mean"])["folder"])
+
+
+def _row(ladder: Json, name: str) -> Json:
+    return next(row for row in ladder["ladder"] if row["rung"] == name)
+
+
+def _note(label: str, verdict: Json | None) -> str:
+    if verdict is None:
+        return ""
+    if label == (verdict.get("recommended") or verdict.get("safe")):
+        return "recommended" if verdict.get("recommended") else "safe"
+    return "best" if label == verdict.get("best") else ""
+
+
+def _score(estimate: Json | None, digits: int) -> Cell:
+    return Cell(fixed(estimate["mean"], digits), bounds(estimate, digits)) if estimate else Cell(NONE)
+
+
+def _gain(estimate: Json | None, digits: int, *, lower_is_better: bool) -> Cell:
+    if estimate is None:
+        return Cell(NONE)
+    low, high = estimate.get("low"), estimate.get("high")
+    up, down = low is not None and low > 0, high is not None and high < 0
+    tone = ("bad" if up == lower_is_better else "good") if up or down else ""
+    mean = fixed(estimate["mean"], digits, signed=True)
+    return Cell(mean, bounds(estimate, digits), p_value(estimate.get("p_value")), tone)
+
+
+def _rounded(number: float | None) -> str:
+    return NONE if number is None else f"{number:,.0f}"
+
+
+def _seconds(number: float | None) -> str:
+    return NONE if number is None else f"{significant(number)} s"

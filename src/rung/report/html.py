@@ -1,0 +1,79 @@
+"""One self-contained page about a run or a climb: no scripts, nothing loaded from anywhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+
+from rung.errors import CheckpointError
+from rung.report import sections
+from rung.report.examples import choose
+from rung.report.folder import Source, read
+
+
+def build(folder: Path) -> Path:
+    """Write `report.html` into a run or climb folder, in one go, and return its path.
+
+    The same folder always gives the same bytes. Raises `CheckpointError` when the folder holds no run or cannot be
+    written to.
+    """
+    target = folder / "report.html"
+    aside = target.with_name(f".{target.name}.{os.getpid()}")
+    page = render(read(folder))
+    try:
+        aside.write_bytes(page.encode("utf-8", "replace"))  # data may hold lone surrogates
+        os.replace(aside, target)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise CheckpointError(f"could not write: {error.strerror or error}", where=str(target)) from error
+    return target
+
+
+def render(source: Source) -> str:
+    """The page as text."""
+    return _template().render(
+        title=source.path.resolve().name,
+        source=source,
+        status=sections.status(source),
+        facts=sections.facts(source),
+        ladder=sections.ladder(source),
+        judged=sections.judged(source),
+        score_plots=sections.score_plots(source),
+        cost_plots=sections.cost_plots(source),
+        curves=sections.curves(source),
+        examples=choose(source.rungs, source.metrics),
+        trained=sections.trained(source),
+        data=sections.data(source),
+        gates=sections.gates(source),
+        versions=sections.versions(source),
+        config=sections.config(source),
+    )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["minus"] = _minus
+    environment.filters["present"] = _present
+    return environment.get_template("template.html")
+
+
+def _minus(text: str) -> str:
+    """Typeset negative numbers."""
+    return text.replace("-", "\u2212")
+
+
+def _present(pairs: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is absent."""
+    return {name: value for name, value in pairs.items() if value not in (None, "")}

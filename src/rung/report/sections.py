@@ -1,0 +1,261 @@
+"""The parts of the page, each from a folder and each empty where the folder holds nothing for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from markupsafe import Markup
+
+from rung.report import plots
+from rung.report.facts import LadderRow, after_climb, after_run, gain_unit, ladder_rows, measured_text, method_text
+from rung.report.folder import PERPLEXITY, Run, Source
+from rung.report.human import count, duration, loss, memory
+
+Pairs = dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What stands on top."""
+
+    tone: str
+    """good, warn or bad."""
+    kicker: str
+    text: str
+    details: tuple[str, ...] = ()
+    """Errors as they were raised."""
+    commands: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A ladder ready for the page."""
+
+    metrics: tuple[str, ...]
+    gain_unit: str | None
+    """None where no gains were computed yet."""
+    rows: tuple[LadderRow, ...]
+    notes: tuple[str, ...]
+
+
+def status(source: Source) -> Status:
+    """The verdict; or how the run ended and what to do about it."""
+    manifest = source.manifest
+    if not source.is_climb:
+        return _run_status(manifest)
+    if source.ladder:
+        verdict = source.ladder["verdict"]
+        tone, kicker = ("good", "Verdict") if verdict.get("recommended") else ("warn", "Verdict: not settled")
+        return Status(tone, kicker, verdict["text"], commands=tuple(after_climb(source.ladder)))
+    done = sum(bool(rung.row) for rung in source.rungs)
+    asked = len(source.spec.get("climb", {}).get("rungs", ())) or len(source.rungs)
+    text = f"{done} of {asked} rungs are measured; without all of them there is no verdict."
+    errors = tuple(f"{run.label}: {run.manifest['error']}" for run in source.runs if run.manifest.get("error"))
+    interrupted = manifest.get("status") == "interrupted"
+    kicker = "This climb failed" if errors else "Interrupted" if interrupted else "This climb is not finished"
+    command = "rung climb CONFIG  # the same config goes on where it stands, finished rungs are not repeated"
+    return Status("bad" if errors else "warn", kicker, text, errors, (command,))
+
+
+def facts(source: Source) -> Pairs:
+    """A few key numbers."""
+    manifest, spec = source.manifest, source.spec
+    found = {"base": str(spec.get("model", {}).get("name", ""))}
+    if source.is_climb:
+        climb, ladder = spec.get("climb", {}), source.ladder
+        found["deciding score"] = str(next(iter(spec.get("evaluate", {}).get("metrics", ())), ""))
+        if ladder:
+            found["held-out questions"] = f"{ladder['examples']:,} in {ladder['clusters']:,} clusters"
+        if "margin" in climb:
+            found["margin"] = f"{climb['margin']:g}"
+        if climb.get("target") is not None:
+            found["target"] = f"{climb['target']:g}"
+        found["training seeds"] = str(climb.get("seeds", ""))
+        return found
+    found["method"] = str(spec.get("method", {}).get("kind", ""))
+    measured = {
+        "validation loss": loss(manifest.get("validation_loss")),
+        "training time": duration(manifest.get("train_seconds")),
+        "peak memory": memory(manifest.get("peak_memory_bytes")),
+        "trainable parameters": count(manifest.get("trainable_parameters")),
+    }
+    return found | {name: text for name, text in measured.items() if text != "–"}
+
+
+def ladder(source: Source) -> Table | None:
+    """Scores and costs: the rungs of a climb, or the single run once it has been scored."""
+    measured = [rung for rung in source.rungs if rung.row.get("scores")]
+    if not measured:
+        return None
+    verdict = source.ladder["verdict"] if source.ladder else None
+    rows = [(rung.label, rung.row if source.is_climb else {**source.manifest, **rung.row}) for rung in measured]
+    notes = [
+        f"{rung.label}: {rung.cut_off} of {len(rung.items)} answers were cut at evaluate.max_new_tokens."
+        for rung in measured
+        if rung.cut_off and rung.items
+    ]
+    metrics = source.metrics
+    unit = gain_unit(metrics) if source.ladder else None
+    return Table(metrics, unit, tuple(ladder_rows(rows, metrics, verdict)), tuple(notes))
+
+
+def judged(source: Source) -> Markup | None:
+    """The differences that the verdict rests on."""
+    if not source.ladder or len(source.ladder["verdict"]["rungs"]) < 2:
+        return None
+    verdict, lower = source.ladder["verdict"], source.ladder["metric"] == PERPLEXITY
+    margin = source.spec.get("climb", {}).get("margin", 0.0)
+    unit = "nats per token" if lower else f"points of {source.ladder['metric']}"
+    limit = math.log1p(margin) if lower else margin
+    return plots.differences(verdict["rungs"], verdict["best"], limit, unit, lower_is_better=lower)
+
+
+def score_plots(source: Source) -> list[Markup]:
+    """Scores from 0 to 1 in one plot, perplexity in its own."""
+    rows = [(rung.label, rung.row["scores"]) for rung in source.rungs if rung.row.get("scores")]
+    target, deciding = source.spec.get("climb", {}).get("target"), source.metrics[:1]
+    if len(rows) < 2:
+        return []
+    groups = [[m for m in source.metrics if (m == PERPLEXITY) == apart] for apart in (False, True)]
+    return [plots.scores(rows, group, target if group[:1] == list(deciding) else None) for group in groups if group]
+
+
+def cost_plots(source: Source) -> list[Markup]:
+    """The deciding score against what every query costs."""
+    rows = [rung for rung in source.rungs if rung.row.get("scores")]
+    if len(rows) < 2:
+        return []
+    metric = source.metrics[0]
+    return [
+        plots.cost([(r.label, r.row["scores"][metric], r.row[key]) for r in rows], metric, label)
+        for key, label in (("prompt_tokens", "prompt tokens per query"), ("seconds_per_query", "seconds per query"))
+        if all(key in r.row for r in rows)
+    ]
+
+
+def curves(source: Source) -> list[tuple[str, Markup]]:
+    """Loss curves of each tuned rung."""
+    logs = [(rung.label, [run.log for run in rung.runs if plots.has_curve(run.log)]) for rung in source.rungs]
+    return [(label, plots.losses(label, found)) for label, found in logs if found]
+
+
+def trained(source: Source) -> list[tuple[str, Pairs]]:
+    """What was trained, one entry a training run."""
+    return [(run.label, _trained(run)) for run in source.runs]
+
+
+def data(source: Source) -> Pairs:
+    """What the data held, and what of it was used."""
+    found = source.manifest.get("data", {})
+    splits, train = found.get("splits", {}), found.get("train", {})
+    lines: Pairs = {}
+    for one in splits.get("sets", ()):
+        weight = f", weight {one['weight']:g}" if one.get("weight", 1.0) != 1.0 else ""
+        lines[str(one.get("path"))] = f"{one.get('kept', 0):,} rows kept, {one.get('rejected', 0):,} rejected{weight}"
+    for part in ("train", "validation", "test"):
+        if counts := splits.get(part):
+            lines[part] = f"{counts['rows']:,} rows in {counts.get('groups', 0):,} groups"
+            if copies := counts.get("duplicate_prompts"):
+                lines[part] += f", {copies:,} duplicate prompts"
+    if splits:
+        copies = sum(splits.get(part, {}).get("duplicate_prompts", 0) for part in ("train", "validation", "test"))
+        lines["duplicate prompts"] = f"{copies:,}"
+        lines["dropped for overlap"] = f"{splits.get('overlap_dropped', 0):,}"
+    if train:
+        lines["training tokens"] = f"{train['tokens']:,}, of which {train['supervised_tokens']:,} supervised"
+        lines["longest row"] = f"{train['longest']:,} tokens"
+        lines["dropped or trimmed"] = f"{train['dropped']:,} dropped, {train['trimmed']:,} trimmed for length"
+    prints = {name: str(value) for name, value in source.manifest.get("fingerprints", {}).items()}
+    if fingerprint := splits.get("fingerprint", prints.get("data")):
+        prints["data"] = str(fingerprint)
+    return lines | {f"{name} fingerprint": value for name, value in prints.items()}
+
+
+def gates(source: Source) -> list[tuple[str, list[Pairs]]]:
+    """Each run's gates with what they measured."""
+    return [
+        (
+            run.label,
+            [
+                {
+                    "name": str(gate["name"]),
+                    "state": str(gate["state"]),
+                    "measured": measured_text(gate.get("measured")),
+                    "limit": measured_text(gate.get("limit")),
+                }
+                for gate in run.manifest.get("gates", ())
+            ],
+        )
+        for run in source.runs
+        if run.manifest.get("gates")
+    ]
+
+
+def versions(source: Source) -> Pairs:
+    """What computed it."""
+    found = dict(source.manifest.get("versions", {}))
+    run: Mapping[str, Any] = source.runs[0].manifest if source.runs else {}
+    extra = {"device": run.get("device"), "computed in": run.get("compute_dtype")}
+    return {name: str(value) for name, value in {**found, **extra}.items() if value}
+
+
+def config(source: Source) -> str:
+    """The resolved config as YAML."""
+    return yaml.safe_dump(dict(source.spec), sort_keys=False, allow_unicode=True, width=100) if source.spec else ""
+
+
+def _run_status(manifest: Mapping[str, Any]) -> Status:
+    state, spec = str(manifest.get("status")), manifest.get("spec", {})
+    commands = tuple(after_run(manifest, str(spec.get("output", "RUN"))))
+    steps = f"{manifest['steps']:,} steps" if manifest.get("steps") else "no step"
+    if state == "finished":
+        said = f"{method_text(spec.get('method', {}))}. {steps}"
+        if manifest.get("validation_loss") is not None:
+            said += f", validation loss {loss(manifest['validation_loss'])} nats per token"
+        return Status("good", "Finished", f"{said}.", commands=commands)
+    if state == "interrupted":
+        text = f"Stopped by the user after {steps}; its checkpoint is saved."
+        return Status("warn", "Interrupted", text, commands=commands)
+    if state != "failed":
+        text = "It was running when this page was made. If nothing runs any more, it was killed."
+        return Status("warn", "Not finished", text, commands=commands)
+    failed = [gate["name"] for gate in manifest.get("gates", ()) if gate.get("state") == "failed"]
+    text = f"Gate {', '.join(failed)} did not pass: its numbers stand below." if failed else "The error was:"
+    details = [str(manifest.get("error") or "no message was recorded")]
+    if rows := manifest.get("not_finite", {}).get("rows"):
+        details.append("rows of the last step:\n" + "\n".join(f"  {row}" for row in rows))
+    commands = (
+        *(f"{command}; once the cause is gone" for command in commands),
+        "rung train CONFIG --overwrite  # starts anew, where the config has to change",
+    )
+    return Status("bad", "This run failed", text, tuple(details), commands)
+
+
+def _trained(run: Run) -> Pairs:
+    manifest, spec = run.manifest, run.manifest.get("spec", {})
+    engine, model = spec.get("engine", {}), spec.get("model", {})
+    rate, speed = manifest.get("learning_rate"), manifest.get("tokens_per_second")
+    schedule = f"{rate:g}, {engine.get('schedule')}, warm-up {engine.get('warmup', 0):.0%}" if rate else ""
+    steps = f"{manifest['steps']:,}" if manifest.get("steps") else ""
+    best = manifest.get("best_step")
+    lines = {
+        "method": method_text(spec.get("method", {})),
+        "base": str(model.get("name", "")),
+        "base fingerprint": str(manifest.get("fingerprints", {}).get("base", ""))[:16],
+        "trainable": f"{manifest['trainable_parameters']:,}" if manifest.get("trainable_parameters") else "",
+        "learning rate": schedule,
+        "steps": f"{steps} of {engine.get('examples_per_step')} documents each" if steps else "",
+        "tokens": f"{manifest['tokens']:,}" if manifest.get("tokens") else "",
+        "time": duration(manifest["train_seconds"]) if manifest.get("train_seconds") else "",
+        "speed": f"{speed:,.0f} tokens/s" if speed else "",
+        "peak memory": memory(manifest["peak_memory_bytes"]) if manifest.get("peak_memory_bytes") else "",
+        "training loss": f"{loss(manifest['train_loss'])} in the last step" if steps else "",
+        "validation loss": loss(manifest["validation_loss"]) if manifest.get("validation_loss") is not None else "",
+        "lowest at step": f"{best:,}" if best and best != manifest.get("steps") else "",
+        "status": str(manifest.get("status")) if manifest.get("status") != "finished" else "",
+    }
+    return {name: text for name, text in lines.items() if text}

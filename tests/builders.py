@@ -1,0 +1,61 @@
+"""Examples, batches and policies for tests of everything above the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from models import tiny_model
+from transformers import PreTrainedModel
+
+from rung.method.base import Method
+from rung.method.table import attach
+from rung.model.load import Base
+from rung.model.policy import Policy
+from rung.spec.method import METHOD_SPECS
+from rung.types import Example, Source
+
+
+class Nothing:
+    """The method of an untuned policy."""
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        yield
+
+
+def policy_of(model: PreTrainedModel, method: object | None = None) -> Policy:
+    return Policy(Base(model, None, "tiny", "tiny", torch.float32), method or Nothing())  # type: ignore[arg-type]
+
+
+def tuned(
+    kind: str, shape: str = "llama", *, dtype: torch.dtype = torch.float32, **spec: object
+) -> tuple[Policy, Method]:
+    """A tiny model with a method attached and its trained numbers drawn anew, so that they matter."""
+    model = tiny_model(shape, dtype=dtype)
+    method = attach(model, METHOD_SPECS[kind](**spec), seed=0)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in method.trainable().values():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(0.05 * noise.to(parameter.dtype))
+    return policy_of(model, method), method
+
+
+def example(ids: Sequence[int], prompt: int, *, weight: float = 1.0, line: int = 1) -> Example:
+    """A document whose first `prompt` tokens are read and whose others are learned."""
+    whole = np.array(ids, dtype=np.int32)
+    return Example(whole, np.arange(len(whole)) >= max(1, prompt), Source("test", line), weight)
+
+
+def documents(seed: int = 0, count: int = 6, *, shared: int = 0, longest: int = 30) -> list[Example]:
+    """Random documents, all beginning with the same `shared` tokens."""
+    rng = np.random.default_rng(seed)
+    head = rng.integers(3, 320, size=shared).tolist()
+    made = []
+    for line in range(count):
+        own = rng.integers(3, 320, size=int(rng.integers(4, longest))).tolist()
+        made.append(example([*head, *own], shared + int(rng.integers(1, 4)), weight=1.0 + line % 2, line=line + 1))
+    return made

@@ -1,0 +1,110 @@
+"""Packed rows and trees against transformers' own eager attention, one document at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from builders import documents, policy_of
+from models import LAYER_NORM_SHAPES, SHAPES, tiny_model
+from tolerances import FLOAT64, RMS_NORM
+
+from rung.engine.pack import pack, pack_separately
+from rung.engine.step import accumulate
+from rung.errors import PlanError
+from rung.model import attention
+from rung.objective.sft import Sft
+from rung.spec.objective import SftSpec
+from rung.types import Example, PackedBatch, Segment
+
+
+def tolerance(shape: str) -> float:
+    return FLOAT64 if shape in LAYER_NORM_SHAPES else RMS_NORM
+
+
+def eager_logprobs(shape: str, examples: list[Example]) -> torch.Tensor:
+    """The oracle: transformers' eager attention and a full log-softmax, no line of Rung's model package."""
+    model = tiny_model(shape, dtype=torch.float64)
+    model.set_attn_implementation("eager")
+    found = []
+    for e in sorted(examples, key=lambda e: e.ids.tolist()):
+        ids = torch.from_numpy(e.ids.astype("int64"))
+        logprobs = model(input_ids=ids[None], use_cache=False).logits[0].log_softmax(-1)
+        at = torch.from_numpy(e.supervised.nonzero()[0])
+        found.append(logprobs[at - 1, ids[at]])
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shared", [0, 20])
+def test_packed_equals_unpacked(shape: str, shared: int) -> None:
+    examples = documents(1, shared=shared)
+    policy = policy_of(tiny_model(shape, dtype=torch.float64))
+    batches = pack(examples, 10_000)
+    assert len(batches) == 1
+    assert any(s.parent is not None for s in batches[0].segments) == (shared > 0)
+    packed = policy.logprobs(batches[0])
+    alone = torch.cat([policy.logprobs(b) for b in pack_separately(sorted(examples, key=lambda e: e.ids.tolist()))])
+    assert (packed - alone).abs().max() < FLOAT64
+    # transformers' eager softmax computes in float32 whatever the dtype
+    assert (packed - eager_logprobs(shape, examples)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_of_a_tree_equal_those_of_separate_rows(shape: str) -> None:
+    examples = documents(2, shared=18)
+    gradients = []
+    for batches in (pack(examples, 10_000), pack_separately(examples)):
+        model = tiny_model(shape, dtype=torch.float64).requires_grad_(True)
+        loss = accumulate(policy_of(model), Sft(SftSpec()), batches)
+        gradients.append((loss, {n: p.grad for n, p in model.named_parameters()}))
+    (loss, tree), (other_loss, rows) = gradients
+    assert abs(loss - other_loss) < tolerance(shape)
+    for name, gradient in tree.items():
+        if gradient is None:  # an embedding that no position uses, in neither
+            assert rows[name] is None
+            continue
+        scale = rows[name].abs().max().clamp(min=1e-6)
+        assert (gradient - rows[name]).abs().max() / scale < tolerance(shape) * 10, name
+
+
+def test_changing_one_document_leaves_the_others_bit_identical() -> None:
+    policy = policy_of(tiny_model("mistral"))
+    examples = documents(3, count=3)
+    batch = pack(examples, 10_000)[0]
+    before = policy.logits(batch)
+    first = batch.segments[0]
+    ids = batch.ids.clone()
+    ids[first.start : first.end] = (ids[first.start : first.end] + 17) % 300 + 3
+    changed = PackedBatch(ids, batch.positions, batch.segments, batch.loss, batch.sequences, batch.document_tokens)
+    after = policy.logits(changed)
+    assert torch.equal(before[first.end :], after[first.end :])
+    assert not torch.equal(before[: first.end], after[: first.end])
+
+
+def test_a_wrong_parent_is_noticed() -> None:
+    """The mutation: a tree whose children lost their parent gives other log-probabilities."""
+    policy = policy_of(tiny_model("llama", dtype=torch.float64))
+    batch = pack(documents(4, shared=20), 10_000)[0]
+    orphans = tuple(Segment(s.start, s.end, None) for s in batch.segments)
+    broken = PackedBatch(batch.ids, batch.positions, orphans, batch.loss, batch.sequences, batch.document_tokens)
+    assert (policy.logprobs(batch) - policy.logprobs(broken)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("shape", ["llama", "gemma2", "gpt2"])
+def test_recomputation_sees_the_same_segments(shape: str) -> None:
+    examples = documents(5, shared=18)
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model(shape, dtype=torch.float64).requires_grad_(True)
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        accumulate(policy_of(model), Sft(SftSpec()), pack(examples, 10_000))
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_unknown_attention_arguments_are_refused() -> None:
+    q = torch.zeros(1, 1, 2, 4)
+    with pytest.raises(PlanError, match="s_aux"):
+        attention.tree_attention(torch.nn.Identity(), q, q, q, None, s_aux=torch.zeros(1))
