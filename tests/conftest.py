@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -51,3 +52,47 @@ def real_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("RUNG_DATA names no folder")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A folder that transformers loads: a random llama of two layers with the tiny tokenizer."""
+    from models import tiny_model
+
+    folder = tmp_path_factory.mktemp("bases") / "tiny-llama"
+    tiny_model(max_position_embeddings=512).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 questions in 40 groups whose answers a tiny model can learn."""
+    file = tmp_path_factory.mktemp("data") / "questions.jsonl"
+    rows = [
+        {
+            "context": f"box {i % 40}",
+            "question": f"what is in it, {i}?",
+            "answer": "apples" if i % 2 else "pears",
+            "box": i % 40,
+        }
+        for i in range(120)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_base: Path, questions: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A config of a run that takes a second; its output is `run` in the test's own folder."""
+    monkeypatch.setenv("RUNG_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"model: {{name: {tiny_base}, dtype: float32}}\n"
+        f"data: {{path: {questions}, group: box}}\n"
+        "method: {kind: lora, rank: 4}\n"
+        "engine: {examples_per_step: 8, max_steps: 6, learning_rate: 1.0e-2}\n"
+        "evaluate: {metrics: [exact, numeric, perplexity], max_new_tokens: 8, shots: 2, instruction: Name the fruit.}\n"
+        f"output: {tmp_path / 'run'}\n"
+    )
+    return file

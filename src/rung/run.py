@@ -124,8 +124,8 @@ def train_on(
     spec: RunSpec, base: Base, data: Data, *, resume: bool = False, overwrite: bool = False
 ) -> tuple[Policy, RunFolder]:
     """Train on data already read; the policy comes back in eval mode with the run's final weights."""
+    method = attach(base.model, spec.method, seed=spec.seed)  # first: a method that cannot be leaves no folder behind
     folder = RunFolder.claim(Path(spec.output), to_dict(spec), resume=resume, overwrite=overwrite)
-    method = attach(base.model, spec.method, seed=spec.seed)
     policy = Policy(base, method)
     folder.update(
         status="running",

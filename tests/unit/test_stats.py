@@ -284,3 +284,9 @@ def test_one_rung_and_one_step_up_count_the_seeds_as_the_verdict_does() -> None:
     step = gain_over(few, lora)
     assert step.mean == pytest.approx(0.15)
     assert bounds(step) == pytest.approx([-b for b in bounds(judged.rungs[0].difference)][::-1], abs=5e-3)
+
+
+def test_a_ladder_without_a_single_right_answer_recommends_nothing() -> None:
+    found = verdict([("zero_shot", np.zeros(20)), ("lora", np.zeros(20))], 0.05)
+    assert found.recommended is None
+    assert found.text.startswith("No rung scores at all")

@@ -19,6 +19,7 @@ from rung.data.chat import Chat
 from rung.data.split import fingerprint
 from rung.data.tokenise import Long, Overflow, Tokenised
 from rung.paths import cache_folder
+from rung.errors import CheckpointError
 from rung.spec.data import LossOn
 from rung.types import Example, Record
 
@@ -73,14 +74,19 @@ def _store(file: Path, made: Tokenised) -> None:
         "details": np.frombuffer(json.dumps(details).encode(), dtype=np.uint8),
     }
     digest = _digest(tensors)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-    os.close(handle)
+    temporary: str | None = None
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+        os.close(handle)
         save_file(tensors, temporary, metadata={"sha256": digest})
         os.replace(temporary, file)
+    except (OSError, SafetensorError) as error:
+        hint = "free some disk space, or set RUNG_CACHE to a folder with room"
+        raise CheckpointError(f"could not write the cache: {error}", where=str(file.parent), hint=hint) from error
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
 
 
 def _load(file: Path, records: Sequence[Record]) -> Tokenised | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -36,12 +37,10 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         for path in [*aside.rglob("*"), aside]:
             _flush(path)
         _replace(aside, folder)
-    except OSError as error:
-        raise CheckpointError(
-            f"could not write: {error.strerror or error}",
-            where=str(folder),
-            hint="free some disk space and use --resume",
-        ) from error
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        hint = "free some disk space and use --resume"
+        raise CheckpointError(f"could not write: {reason}", where=str(folder), hint=hint) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     _flush(folder.parent)

@@ -37,7 +37,18 @@ def pack(
             filled, cost = 0, len(example)
         groups[-1].append(example)
         filled += cost
-    return [_batch(group, share_prefixes, device) for group in groups]
+    return [batch for group in groups for batch in _within(group, budget, share_prefixes, device)]
+
+
+def _within(
+    group: Sequence[Example], budget: int, share_prefixes: bool, device: torch.device | None
+) -> list[PackedBatch]:
+    """The costs above take a prefix as shared by neighbours; where the tree shares a little less, halves fit."""
+    batch = _batch(group, share_prefixes, device)
+    if len(batch.ids) <= budget or len(group) == 1:
+        return [batch]
+    half = len(group) // 2
+    return [b for part in (group[:half], group[half:]) for b in _within(part, budget, share_prefixes, device)]
 
 
 def pack_separately(examples: Sequence[Example], device: torch.device | None = None) -> list[PackedBatch]:

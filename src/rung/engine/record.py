@@ -115,7 +115,7 @@ class RunFolder:
         """Forget logged steps after `step`: a resumed run takes them again."""
         path = self.path / "log.jsonl"
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            kept = [line for line in path.read_text().split("\n") if line and json.loads(line)["step"] <= step]
             path.write_text("".join(line + "\n" for line in kept))
 
     def close(self) -> None:
@@ -139,7 +139,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The logged steps of a run; empty when nothing was logged."""
     log = path / "log.jsonl"
-    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return [json.loads(line) for line in log.read_text().split("\n") if line] if log.exists() else []
 
 
 def write_json(path: Path, value: Any) -> None:

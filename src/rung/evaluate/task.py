@@ -103,7 +103,7 @@ class Evaluation:
     @staticmethod
     def read(path: Path) -> Evaluation:
         """What `write` wrote."""
-        head, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        head, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
         return Evaluation(tuple(Item(**line) for line in lines), head["seconds_per_query"], tuple(head["metrics"]))
 
 

@@ -98,7 +98,7 @@ class Lora:
 
     def merge(self) -> nn.Module:
         """The base with B A added; raises when a merged weight is not finite."""
-        merged: nn.Module = self.peft.merge_and_unload(safe_merge=True)
+        merged: nn.Module = quiet(self.peft.merge_and_unload, safe_merge=True)
         head = self.model.get_output_embeddings()
         if head is not None and head.weight is not self.model.get_input_embeddings().weight:
             self.model.config.tie_word_embeddings = False  # a head trained whole beside the adapter is its own now
@@ -109,9 +109,14 @@ class Lora:
 
 
 def quiet(call: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call into peft without the warning it raises about its own use of a deprecated transformers name."""
+    """Call into peft without two warnings: of its own use of a deprecated transformers name, and of tied layers.
+
+    A copy of a tied layer that is trained beside the adapter is untied here by `merge`, which says so in the config.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        for about_ties in ("Model has `tie_word_embeddings=True`", "Input and output embeddings are no longer tied"):
+            warnings.filterwarnings("ignore", message=about_ties, category=UserWarning)
         return call(*args, **kwargs)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from rung import run as running
 from rung.engine.progress import say
 from rung.engine.record import RunFolder, peak_memory_bytes, read_manifest, reset_peak_memory, write_json
-from rung.errors import CheckpointError
+from rung.errors import CheckpointError, RungError
 from rung.evaluate.baselines import Framing, choose_shots
 from rung.evaluate.task import PERPLEXITY, Evaluation, evaluate
 from rung.model.load import Base
@@ -122,6 +122,9 @@ class Climb:
             measured = [self._measure(rung, data, records) for rung in self.spec.climb.rungs]
         except KeyboardInterrupt:
             folder.update(status="interrupted")
+            raise
+        except RungError as error:
+            folder.update(status="failed", error=str(error))
             raise
         ladder = judge(self.spec, measured)
         folder.update(status="finished", ladder=ladder.to_json())

@@ -49,7 +49,7 @@ def ladder_rows(rows: Sequence[tuple[str, Json]], metrics: Sequence[str], verdic
     """Rows of (label, measured) as text; the decimals of a column are those its least certain number can bear."""
     digits = {m: decimals(row.get("scores", {}).get(m) for _, row in rows) for m in metrics}
     gain_digits = decimals(row.get("gain") for _, row in rows)
-    lower = metrics[:1] == [PERPLEXITY]
+    lower = metrics[0] == PERPLEXITY
     return [
         LadderRow(
             label,
@@ -69,7 +69,7 @@ def ladder_rows(rows: Sequence[tuple[str, Json]], metrics: Sequence[str], verdic
 
 def gain_unit(metrics: Sequence[str]) -> str:
     """What a gain is counted in."""
-    return "nats per token, below 0 is better" if metrics[:1] == [PERPLEXITY] else "points of the score"
+    return "nats per token, below 0 is better" if metrics[0] == PERPLEXITY else "points of the score"
 
 
 def method_text(method: Json) -> str:
@@ -86,7 +86,7 @@ def method_text(method: Json) -> str:
     parts = [
         f"LoRA rank {method.get('rank')}, alpha {method.get('alpha', 0):g}",
         "all linear layers" if set(targets) == ALL_ROLES else "on " + " ".join(map(str, targets)),
-        "every layer" if layers is None else "layers " + ", ".join(map(str, layers)),
+        "" if layers is None else "layers " + ", ".join(map(str, layers)),
         f"dropout {method['dropout']:g}" if method.get("dropout") else "",
         *extra,
     ]
@@ -112,7 +112,7 @@ def measured_text(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key.replace('_', ' ')} {measured_text(part)}" for key, part in value.items())
     if isinstance(value, float):
-        return significant(value)
+        return f"{value:.2g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
@@ -127,7 +127,7 @@ def after_climb(ladder: Json) -> list[str]:
     if tuned := _tuned_folder(ladder):
         quoted = shlex.quote(tuned)
         commands.append(f"rung chat {quoted} --compare  # base and tuned side by side")
-        if verdict.get("recommended") and _row(ladder, verdict["recommended"])["folder"] == tuned:
+        if any(row["folder"] == tuned and row["rung"] == verdict.get("recommended") for row in ladder["ladder"]):
             commands.append(
                 f"rung merge {quoted} {shlex.quote(ladder['folder'] + '-merged')}  # a plain model to serve"
             )
@@ -160,10 +160,6 @@ def _tuned_folder(ladder: Json) -> str | None:
             return str(found["folder"])
     sign = -1 if ladder["metric"] == PERPLEXITY else 1
     return str(max(tuned, key=lambda row: sign * row["scores"][ladder["metric"]]["mean"])["folder"])
-
-
-def _row(ladder: Json, name: str) -> Json:
-    return next(row for row in ladder["ladder"] if row["rung"] == name)
 
 
 def _note(label: str, verdict: Json | None) -> str:

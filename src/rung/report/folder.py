@@ -37,10 +37,6 @@ class Rung:
     """Answers that ended at `max_new_tokens`."""
     runs: tuple[Run, ...]
 
-    @property
-    def tuned(self) -> bool:
-        return bool(self.runs) or bool(self.row.get("trainable_parameters"))
-
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -53,6 +49,7 @@ class Source:
 
     @property
     def is_climb(self) -> bool:
+        """Whether several rungs stand here."""
         return "climb" in self.manifest
 
     @property
@@ -62,11 +59,13 @@ class Source:
 
     @property
     def spec(self) -> Mapping[str, Any]:
+        """The resolved config."""
         spec: Mapping[str, Any] = self.manifest.get("spec", {})
         return spec
 
     @property
     def runs(self) -> tuple[Run, ...]:
+        """Every training run, all seeds of all rungs."""
         return tuple(run for rung in self.rungs for run in rung.runs)
 
     @property

@@ -52,7 +52,7 @@ def scores(rows: Sequence[tuple[str, Mapping[str, Json]]], metrics: Sequence[str
     """Score of each rung by each metric, with its 95 % interval."""
 
     def draw(axes: Any) -> None:
-        step = 0.8 / len(metrics)
+        step = 0.7 / len(metrics)
         for number, metric in enumerate(metrics):
             for place, (_, found) in enumerate(rows):
                 if metric in found:
@@ -63,7 +63,7 @@ def scores(rows: Sequence[tuple[str, Mapping[str, Json]]], metrics: Sequence[str
             axes.axvline(target, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=f"target {target:g}")
         axes.set_xlim(left=0)
         _categories(axes, [label for label, _ in rows])
-        axes.set_xlabel(("perplexity, lower is better" if metrics == ["perplexity"] else "score") + ", 95 % interval")
+        axes.set_xlabel(("perplexity, lower is better" if metrics[0] == "perplexity" else "score") + ", 95 % interval")
         if len(metrics) > 1 or target is not None:
             _legend(axes)
 
@@ -86,8 +86,9 @@ def differences(rows: Sequence[Json], best: str, margin: float, unit: str, *, lo
         axes.axvline(limit, color=SERIES[1], linewidth=1.2, linestyle=(0, (4, 3)), label=f"margin {margin:.2g}")
         for place, row in enumerate(others):
             _whisker(axes, row["difference"], place, 0, None)
+        axes.locator_params(axis="x", nbins=6)
         _categories(axes, [row["name"] for row in others])
-        axes.set_xlabel(f"paired difference to {_clip(best)}, {unit}, 95 % interval")
+        axes.set_xlabel(f"difference to {_clip(best)}, {unit}")
         _legend(axes)
 
     digits = decimals(row["difference"] for row in others)
@@ -104,7 +105,7 @@ def cost(points: Sequence[tuple[str, Json, float]], metric: str, x_label: str) -
             low, high = _finite(score)
             style = {"color": SERIES[number % len(SERIES)], "marker": _MARKERS[number % len(_MARKERS)]}
             span = [[score["mean"] - low], [high - score["mean"]]]
-            axes.errorbar([x], [score["mean"]], yerr=span, label=_clip(label), linestyle="none", **style)
+            axes.errorbar([x], [score["mean"]], yerr=span, label=_clip(label), linestyle="none", clip_on=False, **style)
         axes.set_xlim(0, 1.1 * max([x for *_, x in points], default=0) or 1)
         axes.set_ylim(bottom=0)
         axes.set_xlabel(x_label)
@@ -152,7 +153,7 @@ def _whisker(axes: Any, estimate: Json, place: float, number: int, label: str | 
     colour, mean = SERIES[number % len(SERIES)], estimate["mean"]
     axes.plot([low, high], [place, place], color=colour, linewidth=1.8, solid_capstyle="round")
     style = {"color": colour, "marker": _MARKERS[number % len(_MARKERS)], "markersize": 6 if number == 0 else 4.5}
-    axes.plot([mean], [place], linestyle="none", label=label, **style)
+    axes.plot([mean], [place], linestyle="none", label=label, clip_on=False, **style)
     for bound, arrow in ((estimate["low"], "<"), (estimate["high"], ">")):
         if bound is None:  # no bound is known: an arrow that points outwards
             axes.plot([mean], [place], linestyle="none", color=colour, marker=arrow, markersize=9, fillstyle="none")
@@ -166,13 +167,15 @@ def _finite(estimate: Json) -> tuple[float, float]:
 
 def _categories(axes: Any, labels: Sequence[str]) -> None:
     axes.set_yticks(range(len(labels)), [_clip(label) for label in labels], color=INK)
-    axes.set_ylim(len(labels) - 0.5, -0.5)  # the lowest rung on top, as in the table
+    axes.set_ylim(len(labels) - 0.4, -0.6)  # the lowest rung on top, as in the table
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
 
 
 def _legend(axes: Any) -> None:
-    axes.figure.legend(loc="outside upper left", ncols=3, handlelength=1.4, columnspacing=1.2, fontsize=8.5)
+    handles, _ = axes.get_legend_handles_labels()
+    columns = 2 if len(handles) == 4 else 3
+    axes.figure.legend(loc="outside upper left", ncols=columns, handlelength=1.4, columnspacing=1.2, fontsize=8.5)
 
 
 def _clip(label: str, limit: int = 22) -> str:
@@ -196,7 +199,7 @@ def _svg(name: str, draw: Draw, height: float, text: str) -> Markup:
     """Draw and make it fit the page: its colours, its font, ids of its own, no XML head, no fixed size."""
     out = io.StringIO()
     with _settings(name):
-        figure = Figure(figsize=(5.2, height), layout="constrained")
+        figure = Figure(figsize=(4.7, height), layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure.add_subplot())
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})

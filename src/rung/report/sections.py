@@ -39,7 +39,7 @@ class Table:
     gain_unit: str | None
     """None where no gains were computed yet."""
     rows: tuple[LadderRow, ...]
-    notes: tuple[str, ...]
+    note: str
 
 
 def status(source: Source) -> Status:
@@ -93,14 +93,11 @@ def ladder(source: Source) -> Table | None:
         return None
     verdict = source.ladder["verdict"] if source.ladder else None
     rows = [(rung.label, rung.row if source.is_climb else {**source.manifest, **rung.row}) for rung in measured]
-    notes = [
-        f"{rung.label}: {rung.cut_off} of {len(rung.items)} answers were cut at evaluate.max_new_tokens."
-        for rung in measured
-        if rung.cut_off and rung.items
-    ]
+    cut = [f"{r.label} {r.cut_off} of {len(r.items)}" for r in measured if r.cut_off and r.items]
+    note = f"Answers cut at evaluate.max_new_tokens: {', '.join(cut)}." if cut else ""
     metrics = source.metrics
     unit = gain_unit(metrics) if source.ladder else None
-    return Table(metrics, unit, tuple(ladder_rows(rows, metrics, verdict)), tuple(notes))
+    return Table(metrics, unit, tuple(ladder_rows(rows, metrics, verdict)), note)
 
 
 def judged(source: Source) -> Markup | None:
@@ -153,9 +150,10 @@ def data(source: Source) -> Pairs:
     found = source.manifest.get("data", {})
     splits, train = found.get("splits", {}), found.get("train", {})
     lines: Pairs = {}
-    for one in splits.get("sets", ()):
+    for number, one in enumerate(splits.get("sets", ()), start=1):
         weight = f", weight {one['weight']:g}" if one.get("weight", 1.0) != 1.0 else ""
-        lines[str(one.get("path"))] = f"{one.get('kept', 0):,} rows kept, {one.get('rejected', 0):,} rejected{weight}"
+        counts = f"{one.get('kept', 0):,} rows kept, {one.get('rejected', 0):,} rejected{weight}"
+        lines["file" if number == 1 else f"file {number}"] = f"{one.get('path')}: {counts}"
     for part in ("train", "validation", "test"):
         if counts := splits.get(part):
             lines[part] = f"{counts['rows']:,} rows in {counts.get('groups', 0):,} groups"
@@ -229,7 +227,7 @@ def _run_status(manifest: Mapping[str, Any]) -> Status:
     if rows := manifest.get("not_finite", {}).get("rows"):
         details.append("rows of the last step:\n" + "\n".join(f"  {row}" for row in rows))
     commands = (
-        *(f"{command}; once the cause is gone" for command in commands),
+        "rung train CONFIG --resume  # goes on with the same config, once the cause is gone",
         "rung train CONFIG --overwrite  # starts anew, where the config has to change",
     )
     return Status("bad", "This run failed", text, tuple(details), commands)
@@ -248,7 +246,7 @@ def _trained(run: Run) -> Pairs:
         "base fingerprint": str(manifest.get("fingerprints", {}).get("base", ""))[:16],
         "trainable": f"{manifest['trainable_parameters']:,}" if manifest.get("trainable_parameters") else "",
         "learning rate": schedule,
-        "steps": f"{steps} of {engine.get('examples_per_step')} documents each" if steps else "",
+        "steps": f"{steps}, each of {engine.get('examples_per_step')} documents" if steps else "",
         "tokens": f"{manifest['tokens']:,}" if manifest.get("tokens") else "",
         "time": duration(manifest["train_seconds"]) if manifest.get("train_seconds") else "",
         "speed": f"{speed:,.0f} tokens/s" if speed else "",

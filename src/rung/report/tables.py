@@ -42,7 +42,8 @@ def run_lines(manifest: dict[str, Any], output: str, report: str) -> list[str]:
     if manifest.get("steps"):
         speed = f"{manifest['tokens_per_second']:,.0f} tokens/s, " if manifest.get("tokens_per_second") else ""
         lines |= {
-            "trained": f"{count(manifest.get('trainable_parameters'))} parameters, {method_text(spec.get('method', {}))}",
+            "trained": f"{count(manifest.get('trainable_parameters'))} parameters, "
+            + method_text(spec.get("method", {})),
             "loss": f"{loss(manifest.get('train_loss'))} in the last step{validation} nats per token",
             "speed": f"{speed}{manifest['steps']:,} steps, {manifest.get('tokens', 0):,} tokens in "
             f"{duration(manifest.get('train_seconds'))}",
@@ -54,7 +55,12 @@ def run_lines(manifest: dict[str, Any], output: str, report: str) -> list[str]:
         lines[artefact(manifest, "").strip("/")] = artefact(manifest, output)
     if error := manifest.get("error"):
         lines["error"] = str(error)
-    return ["", f"{manifest.get('status')}: {output}", *_pairs(lines), *_outlook(report, after_run(manifest, output))]
+    return [
+        "",
+        _sayable(f"{manifest.get('status')}: {output}"),
+        *_pairs(lines),
+        *_outlook(report, after_run(manifest, output)),
+    ]
 
 
 def dry_run_lines(found: dict[str, Any]) -> list[str]:
@@ -83,11 +89,8 @@ def score_lines(result: dict[str, Any]) -> list[str]:
         digits = decimals([estimate])
         lines[name] = f"{fixed(estimate['mean'], digits)} {bounds(estimate, digits)}"
     cost = f"{result['prompt_tokens']:,.0f} prompt tokens, {significant(result['seconds_per_query'])} s"
-    told = [
-        "",
-        f"{result['target']}: {result['examples']:,} held-out questions in {result['clusters']:,} clusters, 95 % intervals",
-        *_pairs({**lines, "a query": cost}),
-    ]
+    size = f"{result['examples']:,} held-out questions in {result['clusters']:,} clusters, 95 % intervals"
+    told = ["", _sayable(f"{result['target']}: {size}"), *_pairs({**lines, "a query": cost})]
     if cut := result.get("cut_off"):
         told += ["", f"{cut:,} answers were cut at evaluate.max_new_tokens: raise it, or they count as they stand."]
     return told

@@ -188,10 +188,13 @@ def _reason(
 
 
 def _conclude(rungs: tuple[RungVerdict, ...], best: str, margin: float, target: float | None) -> Verdict:
+    if all(r.score.mean == 0.0 for r in rungs) and not any(r.reason == "reaches target" for r in rungs):
+        text = f"No rung scores at all: {_shown(rungs[0].score)}. Look at the answers before climbing higher."
+        return Verdict(None, rungs[0].name, best, rungs, None, text)
     height = next(i for i, r in enumerate(rungs) if r.enough)  # the best rung always is
     safe, undecided = rungs[height], [r for r in rungs[:height] if r.reason == "cannot tell"]
     why = {
-        "best": f"no rung scores higher and every lower one is worse by more than {margin:g}",
+        "best": "no rung scores higher" + (f" and every lower one is worse by more than {margin:g}" if height else ""),
         "reaches target": f"its interval lies at or beyond the target {target}",
         "within margin": f"it is not worse than {best} by more than {margin:g}",
     }

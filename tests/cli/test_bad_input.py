@@ -1,0 +1,165 @@
+"""Each mistake is one message with place, reason and remedy, exit code 2 or 3, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+
+import pytest
+from processes import files_below, inside, process
+
+GOOD = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(30)]
+
+
+def lines(rows: list[object]) -> str:
+    return "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+
+
+def changed(at: int, row: object) -> str:
+    return lines([*GOOD[: at - 1], row, *GOOD[at:]])
+
+
+DATA: dict[str, tuple[str, list[str]]] = {
+    "empty file": ("", ["bad.jsonl", "empty"]),
+    "broken JSON on line 17": (changed(17, '{"question": "q", "answer": '), ["line 17", "JSON", "data.rejects"]),
+    "a row without an answer": (changed(9, {"question": "q"}), ["line 9", "no answer", "data.rejects"]),
+    "an empty answer": (changed(9, {"question": "q", "answer": "  "}), ["line 9", "empty answer"]),
+    "a label that is not text": (changed(4, {"question": "q", "answer": 7}), ["line 4", "number 7", "quote it"]),
+    "two columns that could be the answer": (
+        lines([{**row, "output": "other"} for row in GOOD]),
+        ["answer", "output", "map"],
+    ),
+    "unknown columns": (lines([{"foo": "x", "bar": "y"}] * 3), ["foo", "bar", "map"]),
+    "a context longer than the model": (
+        changed(6, {"context": "word " * 3000, "question": "q", "answer": "a"}),
+        ["line 6", "max_length", "overflow"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_bad_data(name: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, words = DATA[name]
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(text)
+    before = files_below(tmp_path)
+    code, out, err = inside(capsys, "train", config, f"data.path={bad}", "data.group=null", "data.test=0")
+    assert code == 2, err
+    for word in words:
+        assert word in err
+    assert "Traceback" not in err and out == ""
+    assert not (tmp_path / "run").exists()
+    assert {f for f in files_below(tmp_path) - before if not f.startswith("cache")} == set()
+
+
+CONFIG: dict[str, tuple[list[str], int, list[str]]] = {
+    "missing data": (["data.path=nowhere.jsonl"], 2, ["nowhere.jsonl", "no such file"]),
+    "unknown model": (["model.name=smolm2-135m"], 2, ["model.name", "did you mean smollm2-135m?"]),
+    "a folder that is no model": (["model.name=tests"], 2, ["config.json"]),
+    "misspelt key": (["method.rnak=3"], 2, ["did you mean method.rank?"]),
+    "key of another group": (["engine.rank=3"], 2, ["engine.rank", "method.rank"]),
+    "wrong type": (["engine.epochs=many"], 2, ["engine.epochs", "number"]),
+    "unknown method": (["method={kind: lorra}"], 2, ["lorra", "'lora'"]),
+    "no such layer": (["method.layers=[9]"], 2, ["method.layers", "0 to 1"]),
+    "no such group column": (["data.group=boks"], 2, ["boks", "box"]),
+    "template without a file": (["model.template=my.jinja"], 2, ["my.jinja"]),
+}
+
+
+@pytest.mark.parametrize("name", CONFIG)
+def test_bad_config(name: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides, expected, words = CONFIG[name]
+    code, out, err = inside(capsys, "train", config, *overrides)
+    assert code == expected, err
+    for word in words:
+        assert word in err
+    assert "Traceback" not in err and out == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_template_that_errors(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    template = tmp_path / "bad.jinja"
+    template.write_text("{{ raise_exception('only poems here') }}")
+    code, _, err = inside(capsys, "train", config, f"model.template={template}")
+    assert code == 2 and "only poems here" in err and "model.template" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_yaml_errors_name_the_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "broken.yaml"
+    for text, words in (
+        ("data: {path: x}\nmethod: [\n", ["broken.yaml line"]),
+        ("data: {path: x}\noutput: a\noutput: b\n", ["line 3", "stands twice"]),
+        ("- a\n", ["mapping"]),
+        ("data: {path: x}\nengine:\n  epohcs: 3\noutput: r\n", ["line 3", "engine.epochs"]),
+    ):
+        file.write_text(text)
+        code, _, err = inside(capsys, "train", file)
+        assert code == 2, err
+        assert all(word in err for word in words), err
+
+
+def test_a_rejected_row_can_be_dropped_and_is_counted(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(changed(17, "{broken"))
+    code, _, err = inside(capsys, "train", config, f"data.path={bad}", "data.group=null", "data.rejects=drop")
+    assert code == 0, err
+    sets = json.loads((tmp_path / "run" / "run.json").read_text())["data"]["splits"]["sets"]
+    assert sets[0]["rejected"] == 1
+
+
+def test_folder_of_another_run(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inside(capsys, "train", config)[0] == 0
+    kept = (tmp_path / "run" / "run.json").read_bytes()
+    code, _, err = inside(capsys, "train", config)
+    assert code == 3 and "--resume" in err and "--overwrite" in err
+    code, _, err = inside(capsys, "train", config, "method.rank=2", "--resume")
+    assert code == 3 and "method.rank" in err
+    assert (tmp_path / "run" / "run.json").read_bytes() == kept
+    assert inside(capsys, "train", config, "method.rank=2", "--overwrite")[0] == 0
+
+
+def test_folder_with_something_else(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    for flags in ([], ["--overwrite"]):
+        code, _, err = inside(capsys, "train", config, *flags)
+        assert code == 3 and "not empty" in err
+    assert (tmp_path / "run" / "thesis.tex").read_text() == "years of work"
+
+
+def test_no_disk_space(config: Path, tmp_path: Path) -> None:
+    """A limit on file sizes stands for a full disk: the same write fails in the same place."""
+
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    code, _, err = process("train", config, "method.rank=64", preexec=small_files)
+    assert code == 3, err
+    assert "could not write" in err and "disk space" in err
+    assert not list((tmp_path / "run").glob("*adapter*")) and not list((tmp_path / "run").glob(".*"))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+def test_overlapping_test_file(config: Path, questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = inside(capsys, "train", config, f"data.test={questions}")
+    assert code == 2 and "data.overlap" in err
+
+
+def test_json_errors_are_json(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = inside(capsys, "train", config, "method.rnak=3", "--json")
+    assert code == 2 and json.loads(out)["exit_code"] == 2
+
+
+def test_data_check_exits_2_for_a_rejected_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(changed(17, "{broken"))
+    code, out, _ = inside(capsys, "data", "check", bad, "--json")
+    assert code == 2
+    assert json.loads(out)["rejected"][0]["line"] == 17
+    good = tmp_path / "good.jsonl"
+    good.write_text(lines(GOOD))
+    assert inside(capsys, "data", "check", good)[0] == 0

@@ -1,0 +1,182 @@
+"""Every line of the table of methods keeps the contract, on every shape it may meet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from builders import documents, policy_of, tuned
+from models import SHAPES, tiny_model
+from tolerances import FLOAT32_NATS
+
+from rung.engine.gates import check_identity, check_trainable, frozen_digest
+from rung.engine.optim import make_optimiser
+from rung.engine.pack import pack
+from rung.engine.step import accumulate
+from rung.errors import CheckpointError, ConfigError
+from rung.method.base import load_state, state_of
+from rung.method.table import METHODS, attach
+from rung.model.generate import Sampling, generate
+from rung.objective.table import OBJECTIVES
+from rung.spec.engine import OptimiserSpec
+from rung.spec.method import METHOD_SPECS
+from rung.spec.objective import SftSpec
+
+VARIANTS: list[tuple[str, dict[str, object]]] = [
+    ("full", {}),
+    ("head", {}),
+    ("lora", {}),
+    ("lora", {"rslora": True, "rank": 4, "alpha": 5.0}),
+    ("lora", {"dora": True, "targets": ("q", "v")}),
+    ("lora", {"init": "gaussian", "layers": (1,)}),
+    ("lora", {"init": "orthogonal", "rank": 8}),
+    ("lora", {"modules_to_save": ("lm_head",), "targets": ("o", "down")}),
+]
+IDS = ["-".join([kind, *map(str, spec)]) for kind, spec in VARIANTS]
+
+
+def test_every_method_has_a_variant_here_and_a_spec() -> None:
+    assert set(METHODS) == set(METHOD_SPECS) == {kind for kind, _ in VARIANTS}
+
+
+@pytest.mark.parametrize(("kind", "spec"), VARIANTS, ids=IDS)
+def test_starts_as_the_base_and_declares_what_moves(kind: str, spec: dict[str, object]) -> None:
+    examples = documents()
+    before = policy_of(tiny_model()).logprobs(pack(examples, 10_000)[0])
+    model = tiny_model()
+    method = attach(model, METHOD_SPECS[kind](**spec), seed=3)
+    policy = policy_of(model, method)
+    assert (policy.logprobs(pack(examples, 10_000)[0]) - before).abs().max() < FLOAT32_NATS
+    assert check_trainable(method, make_optimiser(method.trainable(), OptimiserSpec())).state == "passed"
+    gate = check_identity(policy, method, examples)
+    assert (gate is None) == (method.artefact == "model")
+    assert gate is None or gate.state == "passed"
+
+
+@pytest.mark.parametrize(("kind", "spec"), VARIANTS, ids=IDS)
+@pytest.mark.parametrize("shape", ["llama", "gpt2", "phi3", "gemma2"])
+def test_two_steps_move_what_is_declared_and_nothing_else(kind: str, spec: dict[str, object], shape: str) -> None:
+    model = tiny_model(shape)
+    method = attach(model, METHOD_SPECS[kind](**spec), seed=3)
+    policy = policy_of(model, method)
+    optimiser = make_optimiser(method.trainable(), OptimiserSpec())
+    optimiser.param_groups[0]["lr"] = optimiser.param_groups[-1]["lr"] = 1e-2
+    frozen, start = frozen_digest(model), {n: p.detach().clone() for n, p in method.trainable().items()}
+    objective = OBJECTIVES["sft"](SftSpec())
+    for _ in range(2):
+        optimiser.zero_grad()
+        accumulate(policy, objective, pack(documents(shared=17), 10_000))
+        optimiser.step()
+    assert frozen_digest(model) == frozen
+    still = [n for n, p in method.trainable().items() if torch.equal(p, start[n])]
+    assert still == []
+
+
+@pytest.mark.parametrize(("kind", "spec"), VARIANTS, ids=IDS)
+def test_saved_files_give_the_same_model_again(kind: str, spec: dict[str, object], tmp_path: Path) -> None:
+    batch = pack(documents(), 10_000)[0]
+    policy, method = tuned(kind, **spec)
+    method.save(tmp_path / "saved")
+    model = tiny_model()
+    again = attach(model, METHOD_SPECS[kind](**spec), seed=99)
+    other = policy_of(model, again)
+    assert not torch.equal(other.logprobs(batch), policy.logprobs(batch))
+    again.load(tmp_path / "saved")
+    assert torch.equal(other.logprobs(batch), policy.logprobs(batch))
+
+
+@pytest.mark.parametrize(("kind", "spec"), VARIANTS, ids=IDS)
+def test_trained_numbers_change_reading_and_answering(kind: str, spec: dict[str, object]) -> None:
+    batch = pack(documents(), 10_000)[0]
+    policy, method = tuned(kind, **spec)
+    before = policy.logprobs(batch)
+    answers = [a.logprobs for a in generate(policy, [[5, 6, 7]], stop_ids=[], sampling=Sampling(6))]
+    with torch.no_grad():
+        for parameter in method.trainable().values():
+            parameter.copy_(parameter.flatten().flip(0).view_as(parameter))
+    assert (policy.logprobs(batch) - before).abs().max() > 1e-3
+    assert [a.logprobs for a in generate(policy, [[5, 6, 7]], stop_ids=[], sampling=Sampling(6))] != answers
+
+
+@pytest.mark.parametrize(("kind", "spec"), [v for v in VARIANTS if v[0] != "full"], ids=[i for i in IDS if i != "full"])
+def test_switching_off_gives_the_base_bit_for_bit(kind: str, spec: dict[str, object]) -> None:
+    batch = pack(documents(), 10_000)[0]
+    base = policy_of(tiny_model()).logprobs(batch)
+    policy, _ = tuned(kind, **spec)
+    tuned_once = policy.logprobs(batch)
+    for _ in range(50):
+        assert torch.equal(policy.reference_logprobs(batch), base)
+    assert torch.equal(policy.logprobs(batch), tuned_once) and not torch.equal(tuned_once, base)
+
+
+@pytest.mark.parametrize(("kind", "spec"), VARIANTS, ids=IDS)
+@pytest.mark.parametrize("shape", ["llama", "gpt2", "phi3"])
+def test_merged_equals_unmerged_after_a_reload_by_transformers(
+    kind: str, spec: dict[str, object], shape: str, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    batch = pack(documents(), 10_000, share_prefixes=False)[0]
+    policy, method = tuned(kind, shape, **spec)
+    before = policy.logprobs(batch).detach()
+    method.merge().save_pretrained(tmp_path)  # type: ignore[operator]
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="rung").eval()
+    assert type(plain).__name__ == type(policy.model).__name__
+    assert (policy_of(plain).logprobs(batch) - before).abs().max() < FLOAT32_NATS
+
+
+def test_lora_loads_in_plain_peft(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    policy, method = tuned("lora", rslora=True, rank=4)
+    method.save(tmp_path)
+    plain = tiny_model()
+    plain.set_attn_implementation("eager")
+    theirs = PeftModel.from_pretrained(plain, str(tmp_path)).eval()
+    row = torch.tensor([[5, 6, 7, 8, 9]])
+    ours = policy.model(row, use_cache=False).logits
+    assert (theirs(row, use_cache=False).logits - ours).abs().max() < FLOAT32_NATS
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_state_round_trip_and_foreign_state(kind: str) -> None:
+    policy, method = tuned(kind)
+    state = {n: v.clone() for n, v in state_of(method).items()}
+    _, other = tuned(kind)
+    with torch.no_grad():
+        for parameter in other.trainable().values():
+            parameter.zero_()
+    load_state(other, state)
+    assert all(torch.equal(v, state[n]) for n, v in state_of(other).items())
+    name = next(iter(state))
+    with pytest.raises(CheckpointError, match="1 missing, 1 left over"):
+        load_state(other, {("renamed" if n == name else n): v for n, v in state.items()})
+    with pytest.raises(CheckpointError, match="another shape"):
+        load_state(other, {**state, name: state[name][:1]})
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_lora_finds_its_targets_by_structure(shape: str) -> None:
+    model = tiny_model(shape)
+    method = attach(model, METHOD_SPECS["lora"](targets=("q", "o", "down")), seed=0)
+    layers = {n.split(".lora_")[0] for n in method.trainable()}
+    assert len(layers) == 3 * 2
+    assert not any("lm_head" in n or "embed" in n for n in layers)
+
+
+def test_wrong_targets_layers_and_modules_are_config_errors() -> None:
+    with pytest.raises(ConfigError, match=r"allowed: .*q"):
+        attach(tiny_model("gpt2"), METHOD_SPECS["lora"](targets=("gate",)), seed=0)
+    with pytest.raises(ConfigError, match="0 to 1"):
+        attach(tiny_model(), METHOD_SPECS["lora"](layers=(0, 7)), seed=0)
+    with pytest.raises(ConfigError, match="no such module"):
+        attach(tiny_model(), METHOD_SPECS["lora"](modules_to_save=("head",)), seed=0)
+    with pytest.raises(ConfigError, match="method.init"):
+        attach(tiny_model(), METHOD_SPECS["lora"](init="orthogonal", rank=3), seed=0)
+
+
+def test_full_in_bfloat16_trains_in_float32() -> None:
+    model = tiny_model(dtype=torch.bfloat16)
+    method = attach(model, METHOD_SPECS["full"](), seed=0)
+    assert {p.dtype for p in method.trainable().values()} == {torch.float32}

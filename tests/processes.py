@@ -1,0 +1,44 @@
+"""The command line as a real process, and in this one where only messages and exit codes matter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rung.cli import _exit_code
+
+
+def start(*arguments: object, preexec: Callable[[], None] | None = None, **env: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-W", "error::ResourceWarning", "-m", "rung", *map(str, arguments)]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **env},
+        preexec_fn=preexec,
+    )
+
+
+def process(*arguments: object, preexec: Callable[[], None] | None = None, **env: str) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr."""
+    with start(*arguments, preexec=preexec, **env) as running:
+        out, err = running.communicate(timeout=300)
+    return running.returncode, out, err
+
+
+def inside(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """The same without a new process."""
+    capsys.readouterr()
+    code = _exit_code([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def files_below(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*")}

@@ -1,0 +1,113 @@
+"""Packing into segment trees."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from builders import documents, example
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rung.engine.pack import MIN_SHARED, pack, pack_separately
+from rung.types import Example, PackedBatch
+
+HEAD = list(range(100, 100 + MIN_SHARED))
+
+
+def unrolled(batch: PackedBatch) -> list[tuple[list[int], list[int], list[float]]]:
+    """Each document's predicted tokens in order, with the tokens its sources stand on, from the batch alone."""
+    found = []
+    for owner in range(batch.sequences):
+        mine = batch.loss.owner == owner
+        sources = batch.ids[batch.loss.source[mine]].tolist()
+        found.append((sources, batch.loss.target[mine].tolist(), batch.loss.weight[mine].tolist()))
+    return found
+
+
+def expected(examples: list[Example]) -> list[tuple[list[int], list[int], list[float]]]:
+    found = []
+    for e in sorted(examples, key=lambda e: e.ids.tolist()):
+        at = np.flatnonzero(e.supervised)
+        found.append((e.ids[at - 1].tolist(), e.ids[at].tolist(), [e.weight] * len(at)))
+    return found
+
+
+def path_of(batch: PackedBatch, index: int) -> list[int]:
+    segment = batch.segments[index]
+    before = path_of(batch, segment.parent) if segment.parent is not None else []
+    return [*before, *batch.ids[segment.start : segment.end].tolist()]
+
+
+def test_a_shared_prompt_is_laid_down_once() -> None:
+    batch = pack([example([*HEAD, 1, 2], 17), example([*HEAD, 3, 4], 17), example([*HEAD, 1, 2], 17)], 1000)[0]
+    assert len(batch.ids) == MIN_SHARED + 4
+    assert batch.document_tokens == 3 * (MIN_SHARED + 2)
+    assert [s.parent for s in batch.segments] == [None, 0, 0]
+    # the last token of the prompt predicts the first answer token of every child
+    assert batch.loss.source.tolist().count(MIN_SHARED) == 2
+
+
+def test_three_levels() -> None:
+    deeper = [*HEAD, *range(200, 200 + MIN_SHARED)]
+    batch = pack([example([*deeper, 1, 5], 3), example([*deeper, 1, 4], 3), example([*HEAD, 7], 3)], 1000)[0]
+    assert len(batch.ids) == (2 * MIN_SHARED + 1) + 1 + 1 + 1
+    assert max(len(path_of(batch, i)) for i in range(len(batch.segments))) == 2 * MIN_SHARED + 2
+
+
+def test_a_document_that_is_a_prefix_of_another() -> None:
+    examples = [example(HEAD, 3), example([*HEAD, 9, 9], 3)]
+    batch = pack(examples, 1000)[0]
+    assert len(batch.ids) == MIN_SHARED + 2
+    assert unrolled(batch) == expected(examples)
+
+
+def test_short_common_beginnings_are_not_shared() -> None:
+    batch = pack([example([1, 2, 3, 4], 1), example([1, 2, 3, 5], 1)], 1000)[0]
+    assert all(s.parent is None for s in batch.segments) and len(batch.ids) == 8
+
+
+def test_sharing_can_be_switched_off() -> None:
+    batch = pack([example([*HEAD, 1], 3), example([*HEAD, 2], 3)], 1000, share_prefixes=False)[0]
+    assert all(s.parent is None for s in batch.segments) and len(batch.ids) == 2 * (MIN_SHARED + 1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.lists(st.integers(0, 3), min_size=1, max_size=12)), min_size=1, max_size=12
+    ),
+    st.integers(16, 80),
+    st.booleans(),
+)
+def test_every_prediction_survives(parts: list[tuple[int, list[int]]], budget: int, share: bool) -> None:
+    """Whatever is shared or split, each document's (source, target, weight) entries are its own."""
+    heads = [[], HEAD, [*HEAD, *range(50, 50 + MIN_SHARED)], list(range(50, 70))]
+    examples = [example([*heads[h], 299, *own], 1, weight=1.0 + h) for h, own in parts]
+    batches = pack(examples, budget, share_prefixes=share)
+    assert sorted(e for b in batches for e in unrolled(b)) == sorted(expected(examples))
+    assert sum(b.document_tokens for b in batches) == sum(map(len, examples))
+    for batch in batches:
+        assert len(batch.ids) <= budget or batch.sequences == 1
+        covered = [i for s in batch.segments for i in range(s.start, s.end)]
+        assert covered == list(range(len(batch.ids)))
+        for i, segment in enumerate(batch.segments):
+            assert segment.parent is None or segment.parent < i
+            end = len(path_of(batch, i))
+            assert batch.positions[segment.start : segment.end].tolist() == list(
+                range(end - (segment.end - segment.start), end)
+            )
+
+
+def test_one_document_a_batch() -> None:
+    examples = documents(count=3)
+    batches = pack_separately(examples)
+    assert [b.ids.tolist() for b in batches] == [e.ids.tolist() for e in examples]
+
+
+@pytest.mark.parametrize("budget", [16, 64, 4096])
+def test_batches_are_filled_evenly(budget: int) -> None:
+    sizes = [len(b.ids) for b in pack(documents(3, count=40), budget)]
+    total = sum(sizes)
+    assert len(sizes) <= 2 * -(-total // budget) + 1
+    assert torch.tensor(sizes).max() <= max(budget, 30)

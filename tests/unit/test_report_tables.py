@@ -1,0 +1,195 @@
+"""What the terminal says, at the widths people have."""
+
+from __future__ import annotations
+
+import copy
+import io
+import sys
+from typing import Any
+
+import pytest
+
+from rung.report.facts import gates_text, measured_text, method_text
+from rung.report.human import bounds, count, decimals, duration, fixed, memory, p_value, significant
+from rung.report.tables import dry_run_lines, ladder_lines, run_lines, score_lines
+
+
+def estimate(mean: float, low: float | None, high: float | None, **more: Any) -> dict[str, Any]:
+    return {"mean": mean, "low": low, "high": high, "examples": 60, "clusters": 20, **more}
+
+
+def row(kind: str, score: float, gain: dict[str, Any] | None, tokens: float) -> dict[str, Any]:
+    tuned = kind == "lora"
+    return {
+        "rung": kind, "kind": kind, "sees": "context", "gain": gain,
+        "scores": {"exact": estimate(score, score - 0.09, score + 0.09), "numeric": estimate(0.7, 0.6, 0.8)},
+        "trainable_parameters": 4884480 if tuned else 0, "train_seconds": 192.4 if tuned else 0.0,
+        "peak_memory_bytes": 2411261952, "prompt_tokens": tokens, "seconds_per_query": 0.6269,
+        "folder": f"runs/c/rungs/{kind}",
+    }  # fmt: skip
+
+
+LADDER: dict[str, Any] = {
+    "metric": "exact", "examples": 60, "clusters": 20, "folder": "runs/c", "report": "runs/c/report.html",
+    "ladder": [
+        row("zero_shot", 0.1, None, 126.58),
+        row("few_shot", 0.3, estimate(0.2, -0.01, 0.41), 623.58),
+        row("lora", 0.8, estimate(0.5, 0.4, 0.6, p_value=0.0004), 136.58),
+    ],
+    "verdict": {"recommended": "lora", "safe": "lora", "best": "lora", "text": "lora is enough."},
+}  # fmt: skip
+RUN: dict[str, Any] = {
+    "status": "finished", "steps": 6, "train_seconds": 71.825, "tokens_per_second": 124.5, "tokens": 8943,
+    "peak_memory_bytes": 3129454592, "trainable_parameters": 4884480, "train_loss": 1.6997, "validation_loss": 1.4527,
+    "spec": {"method": {"kind": "lora", "rank": 16, "alpha": 32.0, "targets": ["q", "v"], "layers": None}},
+    "gates": [{"name": "preflight", "state": "passed"}, {"name": "movement", "state": "not_reached"}], "metrics": {},
+    "data": {"splits": {"train": {"rows": 1293}}, "train": {"supervised_tokens": 20132}},
+}  # fmt: skip
+
+
+@pytest.fixture(params=[120, 100, 80])
+def width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setenv("COLUMNS", str(request.param))
+    return int(request.param)
+
+
+def test_the_ladder_fits_and_loses_nothing(width: int) -> None:
+    lines = ladder_lines(LADDER)
+    text = "\n".join(lines)
+    assert all(len(line) <= width for line in lines)
+    estimates = ("0.80", "[0.71, 0.89]", "0.70", "[0.60, 0.80]", "+0.50", "[0.40, 0.60]", "[-0.01, 0.41]")
+    costs = ("4.9M", "3 min 12 s", "2.4 GB", "624", "0.63 s")
+    words = ("exact", "numeric", "lora is enough.", "60 held-out questions in 20 clusters")
+    for part in (*estimates, *costs, *words):
+        assert part in text, part
+    assert "> lora" in text and "  zero_shot" in text and "\x1b" not in text
+
+
+def test_a_wide_ladder_is_one_line_a_rung(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    (line,) = [line for line in ladder_lines(LADDER) if line.startswith("> lora")]
+    assert line.split() == (
+        "> lora 0.80 [0.71, 0.89] 0.70 [0.60, 0.80] +0.50 [0.40, 0.60] 4.9M 3 min 12 s 2.4 GB 137 0.63 s".split()
+    )
+
+
+@pytest.mark.parametrize("columns", [20, 40, 60])
+def test_a_narrow_terminal_still_gets_scores(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = "\n".join(ladder_lines(LADDER))
+    assert "lora is enough." in text
+    assert columns == 20 or "[0.71, 0.89]" in text
+
+
+def test_the_outlook_fits_the_verdict(width: int) -> None:
+    def outlook(**verdict: Any) -> str:
+        ladder = copy.deepcopy(LADDER)
+        ladder["verdict"] |= verdict
+        return "\n".join(ladder_lines(ladder))
+
+    tuned = outlook()
+    assert "report  runs/c/report.html" in tuned and "rung chat runs/c/rungs/lora --compare" in tuned
+    assert "rung merge runs/c/rungs/lora runs/c-merged" in tuned
+    untuned = outlook(recommended="few_shot", safe="few_shot")
+    assert "> few_shot" in untuned and "rung merge" not in untuned and "rung chat runs/c/rungs/lora" in untuned
+    undecided = outlook(recommended=None, examples_needed=260)
+    assert "rung climb CONFIG evaluate.limit=260 output=runs/c-260" in undecided and "rung merge" not in undecided
+    assert "safe" in undecided or width >= 120
+
+
+def test_infinite_bounds_hostile_names_and_one_metric() -> None:
+    ladder = copy.deepcopy(LADDER)
+    ladder["ladder"][2] |= {"rung": "[bold]lora[/] \u4e2d", "gain": estimate(0.5, None, None)}
+    for one in ladder["ladder"]:
+        del one["scores"]["numeric"]
+    ladder["ladder"][1]["scores"]["exact"] |= {"high": None}
+    text = "\n".join(ladder_lines(ladder))
+    assert "[bold]lora[/] \u4e2d" in text and "+0.50 (-∞, ∞)" in text and "[0.21, ∞)" in text
+
+
+def test_colour_only_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        encoding = "utf-8"
+
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    assert "\x1b[1;32m" in "\n".join(ladder_lines(LADDER))
+
+
+def test_a_result_is_not_lost_to_an_ascii_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    for lines in (ladder_lines(LADDER), run_lines({**RUN, "error": "naïve"}, "runs/é", "runs/é/report.html")):
+        "\n".join(lines).encode("ascii")
+
+
+def test_run_lines_say_what_was_measured_and_what_is_next() -> None:
+    text = "\n".join(run_lines(RUN, "runs/my run", "runs/my run/report.html"))
+    measured = ("1.700 in the last step, validation 1.453 nats", "124 tokens/s", "1 min 12 s", "3.1 GB")
+    trained = ("4.9M parameters, LoRA rank 16, alpha 32, on q v", "20,132 supervised", "1 passed, movement not reached")
+    ahead = ("runs/my run/adapter", "rung eval 'runs/my run'", "rung chat 'runs/my run' --compare")
+    for part in ("finished: runs/my run", *measured, *trained, *ahead):
+        assert part in text, part
+    failed = "\n".join(run_lines({"status": "failed", "error": "no\n  given: 3"}, "r", "r/report.html"))
+    assert "failed: r" in failed and "--resume" in failed and "adapter" not in failed and "None" not in failed
+
+
+def test_dry_run_lines() -> None:
+    found = {
+        "splits": {
+            **{"train": {"rows": 90}, "validation": {"rows": 4}, "test": {"rows": 6}},
+            "sets": [{"kept": 100, "rejected": 2}],
+        },
+        "train": {"tokens": 1000, "supervised_tokens": 250, "longest": 40}, "preflight": {"rows": 90, "failing": 0},
+        "steps_per_epoch": 6, "tokens_per_micro_batch": 776, "trainable_parameters": 4884480, "learning_rate": 5e-4,
+    }  # fmt: skip
+    text = "\n".join(dry_run_lines(found))
+    for part in (
+        "100 read, 2 rejected; 90 train, 4 validation, 6 test",
+        "250 supervised (25%)",
+        "0 of 90 rows fail",
+        "4,884,480",
+    ):
+        assert part in text
+
+
+def test_score_lines() -> None:
+    result = {
+        "target": "runs/x", "scores": {"exact": estimate(0.5, 0.38, 0.62), "perplexity": estimate(8.21, None, None)},
+        "examples": 60, "clusters": 20, "prompt_tokens": 136.6, "seconds_per_query": 0.6269, "cut_off": 7,
+    }  # fmt: skip
+    text = "\n".join(score_lines(result))
+    for part in ("0.50 [0.38, 0.62]", "8.21 (-∞, ∞)", "137 prompt tokens, 0.63 s", "7 answers were cut"):
+        assert part in text
+    assert "cut" not in "\n".join(score_lines({**result, "cut_off": 0}))
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (count(4884480), "4.9M"), (count(999_950), "1.0M"), (count(126), "126"), (count(1.5e9), "1.5B"),
+        (count(None), "–"), (memory(2411261952), "2.4 GB"), (memory(98e6), "98 MB"), (memory(12), "12 B"),
+        (memory(None), "–"), (duration(192.4), "3 min 12 s"), (duration(59.7), "1 min 0 s"),
+        (duration(7265), "2 h 1 min"), (duration(18.7), "19 s"), (duration(0.6269), "0.63 s"),
+        (duration(9.96), "10 s"), (duration(90000), "1 d 1 h"), (duration(None), "–"),
+        (significant(2.098e-05), "2.1e-05"), (significant(1234.5), "1234"), (significant(0), "0"),
+        (significant(0.63), "0.63"), (fixed(-0.001, 2), "0.00"), (fixed(0.25, 2, signed=True), "+0.25"),
+        (fixed(0.0, 2, signed=True), "0.00"), (p_value(None), ""), (p_value(0.0004), "p < 0.001"),
+        (p_value(0.0215), "p = 0.021"), (bounds({"low": None, "high": 1.0}, 1), "(-∞, 1.0]"),
+        (decimals([estimate(0.5, 0.38, 0.62)]), 2), (decimals([estimate(0.5, 0.49, 0.51)]), 3),
+        (decimals([estimate(12.3, 11.1, 13.6)]), 1), (decimals([estimate(1.0, None, None), None]), 2),
+        (decimals([estimate(0.5, 0.49, 0.51), estimate(0.5, 0.4, 0.6)]), 2), (decimals([estimate(250, 200, 300)]), 0),
+        (measured_text({"rows": 1293, "failing_rows": 0}), "rows 1,293, failing rows 0"),
+        (measured_text(0.002), "0.002"), (method_text({"kind": "full"}), "full: every weight"),
+        (method_text({"kind": "other"}), "other"),
+        (method_text({"kind": "lora", "rank": 4, "alpha": 8, "targets": ["q"], "layers": [0, 2], "dora": True}),
+         "LoRA rank 4, alpha 8, on q, layers 0, 2, dora"),
+        (gates_text([{"name": "a", "state": "failed"}, {"name": "b", "state": "passed"}]), "a failed, 1 passed"),
+        (gates_text([]), "none reached"),
+    ],
+)  # fmt: skip
+def test_numbers_and_words(said: object, expected: object) -> None:
+    assert said == expected

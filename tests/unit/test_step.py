@@ -1,0 +1,134 @@
+"""One normaliser over the whole window: every way to cut a step gives the same gradient."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from builders import documents, example, policy_of, tuned
+from models import tiny_model
+from tolerances import FLOAT64, RMS_NORM
+
+from rung.engine.budget import activation_bytes_per_token, tokens_per_micro_batch
+from rung.engine.optim import make_optimiser, rate_at
+from rung.engine.pack import pack, pack_separately
+from rung.engine.step import accumulate, mean_loss
+from rung.errors import DataError
+from rung.objective.sft import Sft, nll
+from rung.spec.engine import OptimiserSpec
+from rung.spec.objective import SftSpec
+from rung.types import Counts, Example, LossTerm, PackedBatch
+
+SFT = Sft(SftSpec())
+
+
+def gradients(batches: list[PackedBatch]) -> tuple[float, list[torch.Tensor]]:
+    policy, method = tuned("lora", "gpt2", dtype=torch.float64)
+    loss = accumulate(policy, SFT, batches)
+    return float(loss), [p.grad for p in method.trainable().values()]
+
+
+def close(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all((x - y).abs().max() < FLOAT64 for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("count", [8, 5])
+def test_every_partition_gives_one_gradient(count: int) -> None:
+    """8x1, 1x8, 2x4, a tree, and a window of unequal lengths and weights."""
+    examples = documents(1, count=count, shared=17)
+    loss, expected = gradients(pack_separately(examples))
+    halves = [*pack(examples[::2], 10_000), *pack(examples[1::2], 10_000)]
+    for batches in (pack(examples, 10_000), pack(examples, 40), halves, pack(examples, 60, share_prefixes=False)):
+        other, found = gradients(batches)
+        assert abs(other - loss) < FLOAT64 and close(found, expected)
+
+
+def test_the_mean_of_means_is_another_gradient() -> None:
+    """The mutation that transformers#34191 shipped: dividing each micro-batch by its own count."""
+    examples = documents(1, count=4)
+    _, expected = gradients(pack_separately(examples))
+    policy, method = tuned("lora", "gpt2", dtype=torch.float64)
+    for batch in pack_separately(examples):
+        (SFT.loss(policy, batch)[0].total / SFT.count(batch).tokens / 4).backward()
+    assert not close([p.grad for p in method.trainable().values()], expected)
+
+
+def test_loss_equals_cross_entropy_of_transformers() -> None:
+    policy = policy_of(tiny_model("gpt2", dtype=torch.float64))
+    e = documents(2, count=1)[0]
+    labels = torch.from_numpy(e.ids.astype("int64")).masked_fill(torch.from_numpy(~e.supervised), -100)
+    theirs = policy.model(
+        input_ids=torch.from_numpy(e.ids.astype("int64"))[None], labels=labels[None], use_cache=False
+    ).loss
+    assert abs(mean_loss(policy, SFT, pack([e], 100)) - float(theirs)) < 1e-6  # transformers' loss is in float32
+
+
+def test_a_row_of_weight_two_counts_as_two_rows() -> None:
+    light, heavy = example([5, 6, 7, 8], 2), example([9, 10, 11, 12, 13], 2, weight=2.0)
+    twice = example([9, 10, 11, 12, 13], 2)
+    assert close(gradients(pack([light, heavy], 100))[1], gradients(pack([light, twice, twice], 100))[1])
+
+
+def test_evaluation_loss_does_not_depend_on_batches() -> None:
+    policy = policy_of(tiny_model("llama", dtype=torch.float64))
+    examples = documents(3, count=9)
+    losses = {
+        mean_loss(policy, SFT, pack(chosen, budget))
+        for budget in (30, 70, 9999)
+        for chosen in (examples, examples[::-1])
+    }
+    assert max(losses) - min(losses) < RMS_NORM
+
+
+def test_nothing_supervised_is_an_error_and_moves_nothing() -> None:
+    policy, method = tuned("lora")
+    silent = Example(example([5, 6, 7], 1).ids, torch.zeros(3, dtype=torch.bool).numpy(), example([5], 1).source)
+    with pytest.raises(DataError, match="no supervised token"):
+        accumulate(policy, SFT, pack([silent], 100))
+    assert all(p.grad is None for p in method.trainable().values())
+
+
+def test_nll_of_a_uniform_guess() -> None:
+    assert math.isclose(float(nll(torch.full((3,), -math.log(8.0)), torch.ones(3))), 3 * math.log(8.0), rel_tol=1e-6)
+
+
+def test_counts_add_and_name_their_units() -> None:
+    total = Counts(tokens=3, sequences=1) + Counts(tokens=4, pairs=2)
+    assert (total["tokens"], total["sequences"], total["pairs"]) == (7, 1, 2)
+    assert LossTerm(torch.zeros(()), unit="pairs").name == "loss"
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_rates_against_closed_forms(schedule: str) -> None:
+    rates = [rate_at(s, total=100, peak=2.0, schedule=schedule, warmup=0.1) for s in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    halfway = {"cosine": 1.0, "linear": 1.0, "constant": 2.0}[schedule]
+    assert rates[55] == pytest.approx(halfway)
+    assert all(r > 0 for r in rates)
+    assert rates[10] == 2.0 and (
+        schedule == "constant" or all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    )
+
+
+def test_decay_spares_vectors() -> None:
+    named = {"matrix": torch.nn.Parameter(torch.ones(2, 2)), "bias": torch.nn.Parameter(torch.ones(2))}
+    optimiser = make_optimiser(named, OptimiserSpec(weight_decay=0.1))
+    for group in optimiser.param_groups:
+        group["lr"] = 1.0
+    for parameter in named.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser.step()
+    assert torch.allclose(named["matrix"].data, torch.full((2, 2), 0.9)) and torch.equal(
+        named["bias"].data, torch.ones(2)
+    )
+
+
+def test_budget_follows_from_the_shape() -> None:
+    config = tiny_model().config
+    assert activation_bytes_per_token(config) == 4 * 2 * (4 * 32 + 2 * 16 + 2 * 48)
+    assert tokens_per_micro_batch(config, "cpu") == 4096
+    config.num_hidden_layers, config.hidden_size = 80, 8192
+    config.intermediate_size = 28672
+    assert tokens_per_micro_batch(config, "cpu") == 256
+    assert tokens_per_micro_batch(config, "cuda") == 16_384
