@@ -1,0 +1,184 @@
+"""What a finished run is good for: scoring, talking, merging, reporting, and being a base itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_model
+from processes import inside
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+
+@pytest.fixture
+def run(config: Path, tmp_path: Path, capsys: Any) -> Path:
+    assert inside(capsys, "train", config)[0] == 0
+    return tmp_path / "run"
+
+
+def test_eval_keeps_items_and_metrics(run: Path, config: Path, capsys: Any) -> None:
+    code, out, err = inside(capsys, "eval", run, "--json")
+    assert code == 0, err
+    scores = json.loads(out)["scores"]
+    assert scores.keys() == {"exact", "numeric", "perplexity"}
+    items = [json.loads(line) for line in (run / "items.jsonl").read_text().split("\n")[1:] if line]
+    assert len(items) == scores["exact"]["examples"] > 5
+    assert scores["exact"]["mean"] == pytest.approx(sum(i["scores"]["exact"] for i in items) / len(items))
+    nats, tokens = sum(i["nats"] for i in items), sum(i["answer_tokens"] for i in items)
+    assert scores["perplexity"]["mean"] == pytest.approx(torch.tensor(nats / tokens).exp().item(), rel=1e-6)
+    assert json.loads((run / "run.json").read_text())["metrics"]["scores"] == scores
+    assert inside(capsys, "eval", run, "--limit", 3)[0] == 0
+
+
+def test_eval_of_a_base_on_a_task(config: Path, tiny_base: Path, capsys: Any) -> None:
+    code, out, _ = inside(capsys, "eval", tiny_base, "--config", config, "--limit", 4, "--json")
+    assert code == 0 and json.loads(out)["examples"] == 4
+    code, _, err = inside(capsys, "eval", tiny_base)
+    assert code == 2 and "--config" in err
+
+
+def test_perplexity_against_transformers(run: Path, config: Path, tiny_base: Path, capsys: Any) -> None:
+    assert inside(capsys, "eval", tiny_base, "--config", config, "--json")[0] == 0
+    assert inside(capsys, "eval", run)[0] == 0
+    item = json.loads((run / "items.jsonl").read_text().split("\n")[1])
+    assert inside(capsys, "merge", run, run.parent / "merged")[0] == 0
+    model = AutoModelForCausalLM.from_pretrained(run.parent / "merged").eval()
+    tokenizer = AutoTokenizer.from_pretrained(run.parent / "merged")
+    turns = [{"role": "user", "content": f"{item['context']}\n\n{item['question']}"}]
+    prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    ids = [
+        *tokenizer(prompt, add_special_tokens=False)["input_ids"],
+        *tokenizer(item["expected"] + "<|im_end|>")["input_ids"],
+    ]
+    logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1).detach()
+    learned = range(len(ids) - item["answer_tokens"], len(ids))
+    assert item["nats"] == pytest.approx(-sum(float(logprobs[i - 1, ids[i]]) for i in learned), abs=1e-3)
+
+
+def test_merge_is_checked_and_refuses_what_it_cannot(run: Path, tmp_path: Path, capsys: Any) -> None:
+    code, out, err = inside(capsys, "merge", run, tmp_path / "merged", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["difference"] < found["limit"] < found["moved_from_base"]
+    assert inside(capsys, "merge", run, tmp_path / "merged")[0] == 3
+    assert inside(capsys, "merge", tmp_path / "nowhere", tmp_path / "m2")[0] == 3
+
+
+def test_merged_but_changed_model_fails_parity(run: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    """The mutation: a merge that loses the adapter."""
+    from rung.method.lora import Lora
+
+    monkeypatch.setattr(Lora, "merge", lambda self: self.peft.unload())
+    code, _, err = inside(capsys, "merge", run, tmp_path / "merged")
+    assert code == 3 and "publish.parity" in err
+
+
+@pytest.mark.parametrize("flags", [[], ["--compare"]])
+def test_chat_answers_one_question(flags: list[str], run: Path, capsys: Any) -> None:
+    code, out, err = inside(capsys, "chat", run, "--question", "what is in it?", "--max-new-tokens", 5, *flags)
+    assert code == 0, err
+    assert out.strip()
+    assert ("base" in out) == bool(flags)
+
+
+def test_conversation_remembers_and_forgets(run: Path) -> None:
+    from rung.pipeline.chat import Conversation
+
+    talk = Conversation(str(run), compare=True, temperature=0.0, max_new_tokens=4, system="Be brief.")
+    talk.say("one")
+    talk.say("two")
+    for speaker in talk.speakers:
+        assert [m.role for m in speaker.turns] == ["system", "user", "assistant", "user", "assistant"]
+    assert talk.speakers[0].turns[2] != talk.speakers[1].turns[2]
+    talk.forget()
+    assert [len(s.turns) for s in talk.speakers] == [1, 1]
+
+
+def test_wrong_base_is_refused(run: Path, tiny_base: Path, tmp_path: Path, capsys: Any, tiny_tokenizer: Any) -> None:
+    manifest = json.loads((run / "run.json").read_text())
+    other = tmp_path / "other"
+    tiny_model(seed=5, max_position_embeddings=512).save_pretrained(other)
+    tiny_tokenizer.save_pretrained(other)
+    manifest["spec"]["model"]["name"] = str(other)
+    (run / "run.json").write_text(json.dumps(manifest))
+    code, _, err = inside(capsys, "eval", run)
+    assert code == 3 and "another base" in err
+
+
+def test_renamed_adapter_key_is_refused(run: Path, capsys: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = run / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    tensors[name.replace("lora_A", "lora_X")] = tensors.pop(name)
+    save_file(tensors, file)
+    code, _, err = inside(capsys, "eval", run)
+    assert code == 3 and "1 missing, 1 left over" in err
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "head"])
+def test_a_run_is_a_base(method: str, config: Path, tmp_path: Path, capsys: Any) -> None:
+    assert inside(capsys, "train", config, f"method={{kind: {method}}}")[0] == 0
+    first = tmp_path / "run"
+    code, out, err = inside(capsys, "train", config, f"model.name={first}", f"output={tmp_path / 'second'}", "--json")
+    assert code == 0, err
+    assert (
+        json.loads(out)["fingerprints"]["base"] != json.loads((first / "run.json").read_text())["fingerprints"]["base"]
+    )
+    start = json.loads((tmp_path / "second" / "log.jsonl").read_text().split("\n")[0])["loss"]
+    assert start < json.loads((first / "log.jsonl").read_text().split("\n")[0])["loss"]
+    assert inside(capsys, "eval", tmp_path / "second", "--limit", 2)[0] == 0
+
+
+def test_full_run_loads_in_plain_transformers(config: Path, tmp_path: Path, capsys: Any) -> None:
+    from rung.run import open_run
+
+    assert inside(capsys, "train", config, "method={kind: full}", "engine.learning_rate=1.0e-3")[0] == 0
+    folder = tmp_path / "run" / "model"
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    row = torch.tensor([[5, 6, 7, 8, 9]])
+    policy, chat, _ = open_run(tmp_path / "run")
+    assert (plain(row).logits - policy.model(row, use_cache=False).logits).abs().max() < 1e-5
+    assert AutoTokenizer.from_pretrained(folder).chat_template == chat.template
+    assert plain.generation_config.eos_token_id == [4]
+
+
+def test_a_base_without_template_learns_to_stop(
+    config: Path, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, capsys: Any
+) -> None:
+    """GPT-2 and Phi-2 have no turn to end; with the plain template their end-of-text token becomes the stop."""
+    base = tmp_path / "gpt2"
+    tiny_model("gpt2").save_pretrained(base)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tiny_tokenizer.backend_tokenizer, eos_token="</s>", bos_token="</s>", pad_token="</s>"
+    )
+    tokenizer.save_pretrained(base)
+    code, _, err = inside(capsys, "train", config, f"model.name={base}")
+    assert code == 2 and "model.template: plain" in err
+    settings = [f"model.name={base}", "model.template=plain", "method={kind: full}", "engine.max_steps=60"]
+    assert inside(capsys, "train", config, *settings, "engine.learning_rate=5.0e-3", "engine.epochs=20")[0] == 0
+    _, out, _ = inside(capsys, "eval", base, "--config", config, "model.template=plain", "--json")
+    before = json.loads(out)
+    _, out, _ = inside(capsys, "eval", tmp_path / "run", "--json")
+    after = json.loads(out)
+    assert before["cut_off"] == before["examples"] and after["cut_off"] == 0
+    assert after["scores"]["exact"]["mean"] > before["scores"]["exact"]["mean"] == 0.0
+
+
+def test_report_is_rebuilt(run: Path, capsys: Any) -> None:
+    before = (run / "report.html").read_bytes()
+    (run / "report.html").unlink()
+    assert inside(capsys, "report", run)[0] == 0
+    assert (run / "report.html").read_bytes() == before
+    assert inside(capsys, "report", run.parent / "nowhere")[0] == 3
+
+
+def test_a_moved_run_still_works(run: Path, tmp_path: Path, capsys: Any) -> None:
+    moved = tmp_path / "elsewhere"
+    shutil.move(run, moved)
+    assert inside(capsys, "eval", moved, "--limit", 2)[0] == 0

@@ -1,0 +1,120 @@
+"""The ladder: measured on one test set, taken up where it stands, judged with intervals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import inside
+
+
+@pytest.fixture
+def climb(config: Path) -> Path:
+    config.write_text(config.read_text() + "climb: {rungs: [zero_shot, few_shot, head, lora, full]}\n")
+    return config
+
+
+def test_ladder_of_five_rungs(climb: Path, tmp_path: Path, capsys: Any) -> None:
+    code, out, err = inside(capsys, "climb", climb, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    rows = {row["rung"]: row for row in found["ladder"]}
+    assert list(rows) == ["zero_shot", "few_shot", "head", "lora", "full"]
+    assert rows["zero_shot"]["trainable_parameters"] == rows["zero_shot"]["train_seconds"] == 0
+    assert rows["zero_shot"]["gain"] is None and rows["lora"]["gain"]["examples"] == found["examples"]
+    assert rows["head"]["trainable_parameters"] == 320 * 32
+    assert rows["few_shot"]["prompt_tokens"] > rows["zero_shot"]["prompt_tokens"] > rows["lora"]["prompt_tokens"]
+    assert rows["few_shot"]["sees"] == "instruction, 2 shots, context" and rows["lora"]["sees"] == "context"
+    assert all(row["seconds_per_query"] > 0 and row["peak_memory_bytes"] > 1e8 for row in rows.values())
+    assert found["verdict"]["text"]
+    runs = {
+        name: json.loads((tmp_path / "run" / "rungs" / name / "run.json").read_text())
+        for name in ("head", "lora", "full")
+    }
+    # the config's rate is the config's method's; another method starts from its own default
+    assert {name: run["learning_rate"] for name, run in runs.items()} == {"head": 5e-4, "lora": 1e-2, "full": 5e-5}
+    items = {
+        name: [
+            json.loads(x)["source"]
+            for x in (tmp_path / "run" / "rungs" / name / "items.jsonl").read_text().split("\n")[1:-1]
+        ]
+        for name in rows
+    }
+    assert len({tuple(sources) for sources in items.values()}) == 1
+    shots = json.loads((tmp_path / "run" / "rungs" / "few_shot" / "result.json").read_text())["shots"]
+    assert len(shots) == 2 and not set(shots) & set(items["few_shot"])
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_finished_rungs_are_not_repeated(climb: Path, tmp_path: Path, capsys: Any) -> None:
+    settings = ["climb.rungs=[zero_shot, lora]"]
+    _, first, _ = inside(capsys, "climb", climb, *settings, "--json")
+    items = tmp_path / "run" / "rungs" / "zero_shot" / "items.jsonl"
+    stamp = items.stat().st_mtime_ns
+    (tmp_path / "run" / "rungs" / "lora" / "result.json").unlink()
+    code, again, err = inside(capsys, "climb", climb, *settings, "--json")
+    assert code == 0 and "rung lora" in err and "rung zero_shot" not in err and "train 1/6" not in err
+    assert items.stat().st_mtime_ns == stamp
+    scores = [[row["scores"] for row in json.loads(out)["ladder"]] for out in (first, again)]
+    assert scores[0] == scores[1]
+    code, _, err = inside(capsys, "climb", climb, "climb.rungs=[zero_shot]")
+    assert code == 3 and "climb.rungs" in err
+
+
+def test_seeds_widen_and_make_runs_of_their_own(climb: Path, tmp_path: Path, capsys: Any) -> None:
+    settings = ["climb.rungs=[zero_shot, lora]", "climb.seeds=2", "evaluate.metrics=[token_f1]"]
+    code, out, err = inside(capsys, "climb", climb, *settings, "--json")
+    assert code == 0, err
+    runs = [tmp_path / "run" / "rungs" / "lora" / f"seed-{n}" for n in (0, 1)]
+    seeds = [json.loads((run / "run.json").read_text())["spec"]["seed"] for run in runs]
+    assert seeds == [0, 1]
+    assert (runs[0] / "log.jsonl").read_text() != (runs[1] / "log.jsonl").read_text()
+    assert json.loads(out)["ladder"][1]["scores"]["token_f1"]["examples"] == json.loads(out)["examples"]
+
+
+def test_rungs_with_settings_of_their_own(climb: Path, tmp_path: Path, capsys: Any) -> None:
+    rungs = "[few_shot, {kind: few_shot, name: one-shot, shots: 1}, {kind: lora, name: lora-r2, method: {rank: 2}, engine: {max_steps: 2}}]"
+    code, out, err = inside(capsys, "climb", climb, f"climb.rungs={rungs}", "--json")
+    assert code == 0, err
+    run = json.loads((tmp_path / "run" / "rungs" / "lora-r2" / "run.json").read_text())
+    assert run["spec"]["method"]["rank"] == 2 and run["steps"] == 2
+    prompts = [row["prompt_tokens"] for row in json.loads(out)["ladder"]]
+    assert prompts[0] > prompts[1] > prompts[2]
+
+
+@pytest.mark.parametrize(
+    ("rungs", "words"),
+    [
+        ("[zero_shot, lora, lora]", "stands twice"),
+        ("[lorra]", "'lora'"),
+        ("[]", "at least one rung"),
+        ("[{kind: zero_shot, method: {rank: 2}}]", "trains nothing"),
+        ("[{kind: lora, method: {rnak: 2}}]", "did you mean method.rank?"),
+        ("[{kind: lora, shots: 2}]", "only few_shot"),
+    ],
+)
+def test_bad_rungs(rungs: str, words: str, climb: Path, tmp_path: Path, capsys: Any) -> None:
+    code, _, err = inside(capsys, "climb", climb, f"climb.rungs={rungs}")
+    assert code == 2 and words in err, err
+    assert not (tmp_path / "run").exists()
+
+
+def test_context_can_be_withheld(climb: Path, capsys: Any) -> None:
+    settings = ["climb.rungs=[zero_shot]", "--json"]
+    _, given, _ = inside(capsys, "climb", climb, *settings)
+    _, withheld, _ = inside(capsys, "climb", climb, "evaluate.context=withheld", *settings, "--overwrite")
+    rows = [json.loads(out)["ladder"][0] for out in (given, withheld)]
+    assert rows[0]["prompt_tokens"] > rows[1]["prompt_tokens"]
+    assert rows[1]["sees"] == "instruction"
+
+
+def test_single_run_and_climb_do_not_mix(climb: Path, tmp_path: Path, capsys: Any) -> None:
+    assert inside(capsys, "train", climb)[0] == 0
+    code, _, err = inside(capsys, "climb", climb)
+    assert code == 3 and "not a climb" in err
+    assert inside(capsys, "climb", climb, "climb.rungs=[zero_shot]", f"output={tmp_path / 'c'}")[0] == 0
+    for verb in (["chat", tmp_path / "c", "--question", "x"], ["eval", tmp_path / "c"]):
+        code, _, err = inside(capsys, *verb)
+        assert code == 2 and "rungs" in err

@@ -1,0 +1,245 @@
+"""A run from config to artefact, its folder, and going on after an interruption."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import inside, process, start
+from safetensors.torch import load_file
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run.json").read_text())
+
+
+def test_run_folder(config: Path, tmp_path: Path) -> None:
+    """In a process of its own: stdout is one JSON object, the rest goes to stderr."""
+    code, out, err = process("train", config, "engine.eval_every=3", "--json")
+    assert code == 0, err
+    run = tmp_path / "run"
+    found = manifest(run)
+    assert json.loads(out)["status"] == found["status"] == "finished"
+    assert {g["name"]: g["state"] for g in found["gates"]} == {
+        "preflight": "passed",
+        "step0.trainable": "passed",
+        "step0.identity": "passed",
+        "step0.packing": "passed",
+        "step0.decoding": "passed",
+        "movement": "passed",
+        "save": "passed",
+    }
+    assert found["steps"] == 6 and found["train_seconds"] > 0 and found["peak_memory_bytes"] > 1e8
+    assert found["tokens_per_second"] == pytest.approx(found["tokens"] / found["train_seconds"], rel=0.01)
+    assert found["trainable_parameters"] == 4 * 2 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))
+    assert {"spec", "fingerprints", "versions", "metrics"} <= found.keys()
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in log] == [1, 2, 3, 4, 5, 6]
+    assert {"loss", "learning_rate", "grad_norm", "tokens", "seconds"} <= log[0].keys()
+    assert [("validation_loss" in e) for e in log] == [False, False, True, False, False, True]
+    assert sum(e["tokens"] for e in log) == found["tokens"]
+    assert (run / "report.html").stat().st_size > 5_000
+    assert not list(run.glob(".*")) and not (run / "checkpoints").exists()
+    saved = json.loads((run / "adapter" / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [4]  # <|im_end|>, which is not the tokenizer's eos
+
+
+def test_short_run_says_that_movement_was_not_reached(config: Path, tmp_path: Path, capsys: Any) -> None:
+    assert inside(capsys, "train", config, "engine.max_steps=1")[0] == 0
+    assert [g["state"] for g in manifest(tmp_path / "run")["gates"] if g["name"] == "movement"] == ["not_reached"]
+
+
+def test_a_frozen_tensor_that_moves_fails_the_movement_gate(
+    config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mutation: an optimiser step that also touches a frozen norm."""
+    from rung.engine import loop
+
+    def meddling(policy: Any, objective: Any, window: Any) -> torch.Tensor:
+        with torch.no_grad():
+            policy.model.model.norm.weight[0] += 1e-3
+        return genuine(policy, objective, window)
+
+    genuine = loop.accumulate
+    monkeypatch.setattr(loop, "accumulate", meddling)
+    code, _, err = inside(capsys, "train", config)
+    assert code == 3 and "gate movement failed" in err and "model.norm.weight" in err
+    assert manifest(tmp_path / "run")["status"] == "failed"
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_not_finite_never_steps_and_stops_after_three(
+    config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rung.engine import loop
+
+    genuine, seen = loop.accumulate, []
+
+    def poisoned(policy: Any, objective: Any, window: Any) -> torch.Tensor:
+        loss = genuine(policy, objective, window)
+        parameters = [p for p in policy.model.parameters() if p.requires_grad]
+        if len(seen) >= 2:
+            parameters[0].grad[0] = float("inf")
+        seen.append([p.detach().clone() for p in parameters])
+        return loss
+
+    monkeypatch.setattr(loop, "accumulate", poisoned)
+    code, _, err = inside(capsys, "train", config, "engine.clip=null")
+    assert code == 3 and "not finite in 3 steps" in err
+    assert all(torch.equal(a, b) for a, b in zip(seen[2], seen[4], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(seen[0], seen[1], strict=True))
+    found = manifest(tmp_path / "run")
+    assert found["not_finite"]["rows"] and found["status"] == "failed"
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "head"])
+def test_resume_gives_the_run_that_was_never_stopped(method: str, config: Path, tmp_path: Path, capsys: Any) -> None:
+    dropout = ["method.dropout=0.1"] if method == "lora" else []
+    settings = [f"method={{kind: {method}}}", *dropout, "engine.checkpoint_every=2", "engine.eval_every=3"]
+    assert inside(capsys, "train", config, *settings, f"output={tmp_path / 'whole'}")[0] == 0
+    assert inside(capsys, "train", config, *settings)[0] == 0
+    run = tmp_path / "run"
+    # as if killed during step 5: no artefact, the checkpoint of step 4, a log that is one step further
+    found = manifest(run)
+    for name in ("adapter", "model"):
+        if (run / name).exists():
+            for file in (run / name).iterdir():
+                file.unlink()
+            (run / name).rmdir()
+    (run / "run.json").write_text(json.dumps({**found, "status": "running"}))
+    code, _, err = inside(capsys, "train", config, *settings, "--resume")
+    assert code == 0 and "resumed from step-00000004" in err
+    file = "adapter/adapter_model.safetensors" if method == "lora" else "model/model.safetensors"
+    whole, resumed = load_file(tmp_path / "whole" / file), load_file(run / file)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    losses = [
+        [json.loads(x)["loss"] for x in (f / "log.jsonl").read_text().splitlines()] for f in (run, tmp_path / "whole")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_damaged_checkpoints_are_passed_over(config: Path, tmp_path: Path, capsys: Any) -> None:
+    assert inside(capsys, "train", config, "engine.checkpoint_every=2")[0] == 0
+    run = tmp_path / "run"
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+    weights = run / "checkpoints" / "step-00000004" / "weights.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(bytes(raw))
+    (run / "run.json").write_text(json.dumps({**manifest(run), "status": "running"}))
+    code, _, err = inside(capsys, "train", config, "engine.checkpoint_every=2", "--resume")
+    assert code == 0
+    assert "step-00000004 passed over: weights.safetensors is not what its manifest says" in err
+    assert "resumed from step-00000002" in err
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_saves_and_goes_on(sent: signal.Signals, config: Path, tmp_path: Path) -> None:
+    settings = ["engine.max_steps=null", "engine.epochs=400"]
+    running = start("train", config, *settings)
+    log = tmp_path / "run" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 3) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running.send_signal(sent)
+    _, err = running.communicate(timeout=120)
+    assert running.returncode == 130, err
+    assert "Traceback" not in err
+    found = manifest(tmp_path / "run")
+    assert found["status"] == "interrupted" and found["steps"] >= 3
+    assert (tmp_path / "run" / "checkpoints" / f"step-{found['steps']:08d}" / "manifest.json").exists()
+
+
+def test_finished_run_prints_its_result_on_resume(config: Path, capsys: Any) -> None:
+    assert inside(capsys, "train", config)[0] == 0
+    code, out, _ = inside(capsys, "train", config, "--resume", "--json")
+    assert code == 0 and json.loads(out)["status"] == "finished"
+
+
+def test_patience_keeps_the_best_weights(config: Path, tmp_path: Path, capsys: Any) -> None:
+    settings = [
+        "engine.eval_every=1",
+        "engine.patience=1",
+        "engine.learning_rate=3.0",
+        "engine.clip=null",
+        "engine.max_steps=12",
+    ]
+    code, _, err = inside(capsys, "train", config, *settings)
+    assert code == 0, err
+    found = manifest(tmp_path / "run")
+    assert "stopped early" in err and f"kept the weights of step {found['best_step']}" in err
+    losses = [json.loads(x)["validation_loss"] for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert found["validation_loss"] == min(losses) != losses[-1]
+
+
+def test_dry_run_writes_nothing(config: Path, tmp_path: Path, capsys: Any) -> None:
+    code, out, _ = inside(capsys, "train", config, "--dry-run", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["trainable_parameters"] > 0 and found["train"]["examples"] > 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_that_must_not_change_the_result(config: Path, tmp_path: Path, capsys: Any) -> None:
+    """Equivalence: micro-batches, packing and prefix sharing are matters of speed."""
+    runs = {
+        "auto": [],
+        "small": ["engine.tokens_per_micro_batch=40"],
+        "unpacked": ["engine.packed=false"],
+        "unshared": ["engine.share_prefixes=false"],
+    }
+    losses = {}
+    for name, settings in runs.items():
+        assert inside(capsys, "train", config, *settings, f"output={tmp_path / name}")[0] == 0
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        losses[name] = torch.tensor([json.loads(line)["loss"] for line in lines], dtype=torch.float64)
+    for name in runs:
+        drift = losses[name] - losses["auto"]
+        assert drift.abs().max() < 1e-4 and drift.mean().abs() < 2e-5, name
+
+
+def test_every_engine_setting_changes_something(config: Path, tmp_path: Path, capsys: Any) -> None:
+    """A dead option is a bug: each of these gives another course of the loss or another artefact."""
+    base = ["engine.max_steps=4"]
+
+    def course(*settings: str) -> str:
+        folder = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+        assert inside(capsys, "train", config, *base, *settings, f"output={folder}")[0] == 0
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        return json.dumps([[e["loss"], e["learning_rate"], e["tokens"]] for e in lines])
+
+    reference = course()
+    assert course() == reference
+    for setting in (
+        "engine.learning_rate=1.0e-3",
+        "engine.schedule=constant",
+        "engine.warmup=0.5",
+        "engine.clip=0.01",
+        "engine.examples_per_step=4",
+        "engine.max_steps=3",
+        "engine.optimiser.weight_decay=0.5",
+        "engine.optimiser.beta1=0.1",
+        "engine.optimiser.beta2=0.5",
+        "engine.optimiser.epsilon=0.1",
+        "seed=1",
+        "method.rank=2",
+        "method.alpha=1",
+        "method.dropout=0.5",
+        "method.rslora=true",
+        "method.dora=true",
+        "method.init=gaussian",
+        "method.layers=[0]",
+        "method.targets=[q]",
+        "method.modules_to_save=[lm_head]",
+        "data.limit=20",
+        "data.loss_on=all",
+        "data.validation=0.3",
+        "model.template=plain",
+        "model.dtype=bfloat16",
+    ):
+        assert course(setting) != reference, setting
+    assert course("engine.max_steps=null", "engine.epochs=0.5").count("[") < course("engine.max_steps=null").count("[")
