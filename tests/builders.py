@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from models import tiny_model
 from transformers import PreTrainedModel
 
+from models import tiny_model
 from rung.method.base import Method
 from rung.method.table import attach
 from rung.model.load import Base

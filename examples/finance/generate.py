@@ -14,18 +14,13 @@ from pathlib import Path
 
 SEED = 20240607
 FILINGS = 300
-SHARES = {"lookup": 0.55, "unanswerable": 0.15, "change": 0.12, "compare": 0.10, "sum": 0.08}
-NOT_DISCLOSED = "Not disclosed in this filing."
+SHARES = {"lookup": 0.55, "unanswerable": 0.15, "change": 0.10, "compare": 0.12, "sum": 0.08}
+NOT_DISCLOSED = "Not disclosed"
 INSTRUCTION = (
-    "Answer from the filing alone with one line in exactly one of these forms: "
-    "a value as `Revenue, FY2023: USD 41 million.`, a negative value as `Net income, FY2023: USD (7) million.`, "
-    "a percentage as `Gross margin, FY2023: 41.5%.`, "
-    "a change as `Revenue, FY2022 to FY2023: up USD 3 million.` or the same with `down`, "
-    "a sum of two lines as `Cash + Inventory, FY2023: USD 61 million.` in the order asked, "
-    "the higher of two years as `Revenue, higher year: FY2023.`, "
-    "the larger of two lines as `Larger in FY2023: Cash.`, "
-    f"and for a line or a year that the filing does not show `{NOT_DISCLOSED}`, "
-    "always naming a line as the filing does, with a capital first letter, and a year with FY before it."
+    "Answer from the filing alone, with the answer and nothing else, in the house style: "
+    "an amount as `USD 41 million`, a negative amount as `USD (7) million`, a percentage as `41.5%`, "
+    "a change as `up USD 3 million` or `down USD 3 million`, a year as `FY2023`, "
+    f"a line by its name in the filing as `Cash`, and `{NOT_DISCLOSED}` for a line or a year that the filing does not show."
 )
 
 MARGIN = "Gross margin"
@@ -104,7 +99,6 @@ LARGER_LINE = (
     "Compare {a} and {b} of {company} in {year}: which is larger?",
 )
 YEAR_WORDS = ("FY{}", "FY{}", "{}", "fiscal {}", "fiscal year {}")
-UNITS = ("USD million", "in millions of US dollars", "USD m", "amounts in USD million", "millions of US dollars")
 
 
 @dataclass(frozen=True)
@@ -158,7 +152,7 @@ def _derived(drawn: dict[str, int], below: int) -> dict[str, float]:
 
 
 def make_filing(rng: random.Random, taken: set[str]) -> Filing:
-    """A filing of four or five lines whose figures differ between its years and are never 0."""
+    """A filing of three or four lines whose figures differ between its years and are never 0."""
     name = ""
     while not name or name in taken:
         parts = [rng.choice(("zel", "quo", "bri", "tav", "nor", "mek", "lus", "fen", "dra", "ost", "vik", "yar"))]
@@ -168,74 +162,53 @@ def make_filing(rng: random.Random, taken: set[str]) -> Filing:
     suffix = rng.choice(("Ltd", "Group", "Holdings", "Foods", "Energy", "Labs", "Logistics", "Tools"))
     now, before = two_years(rng)
     usable = [line for line in SYNONYMS if now[line] != before[line] and now[line] and before[line]]
-    chosen = sorted(rng.sample(usable, rng.choice((4, 5))), key=list(SYNONYMS).index)
+    chosen = sorted(rng.sample(usable, rng.choice((3, 4))), key=list(SYNONYMS).index)
     return Filing(name, suffix, rng.randint(2015, 2024), {line: (now[line], before[line]) for line in chosen})
 
 
-def figure(line: str, value: float, negative: str = "({})") -> str:
-    """A figure as a filing prints it: 41, (7) or -7, 41.5%."""
+def figure(line: str, value: float) -> str:
+    """A figure as a filing prints it and as the house style wants it: USD 41 million, USD (7) million, 41.5%."""
     if line == MARGIN:
         return f"{value:.1f}%"
-    return negative.format(abs(int(value))) if value < 0 else str(int(value))
+    return f"USD ({abs(int(value))}) million" if value < 0 else f"USD {int(value)} million"
 
 
 def render(filing: Filing, rng: random.Random) -> str:
-    """The text of a filing, in one of six layouts."""
-    head, unit = f"{filing.company} {filing.suffix}", rng.choice(UNITS)
+    """The text of a filing, in one of four layouts."""
+    head = f"{filing.company} {filing.suffix}"
     one, other = filing.years if rng.random() < 0.7 else filing.years[::-1]
-
-    def cells(line: str, negative: str = "({})") -> tuple[str, str]:
-        return figure(line, filing.value(line, one), negative), figure(line, filing.value(line, other), negative)
+    cells = {
+        line: (figure(line, filing.value(line, one)), figure(line, filing.value(line, other))) for line in filing.lines
+    }
 
     def table() -> str:
-        rows = [f"{line} | {' | '.join(cells(line))}" for line in filing.lines]
-        return "\n".join([f"{head}, annual report ({unit})", f"Line | FY{one} | FY{other}", *rows])
+        rows = [f"{line} | FY{one} {a} | FY{other} {b}" for line, (a, b) in cells.items()]
+        return "\n".join([f"{head} - annual report", *rows])
 
-    def labelled() -> str:
-        rows = [f"{line} | FY{one} {cells(line)[0]} | FY{other} {cells(line)[1]}" for line in filing.lines]
-        return "\n".join([f"{head} - results, {unit}", *rows])
-
-    def listed() -> str:
-        rows = [f"- {line}: {' / '.join(cells(line))}" for line in filing.lines]
-        return "\n".join([f"Figures of {head} for FY{one} / FY{other} ({unit}):", *rows])
-
-    def comma() -> str:
-        rows = [f"{line},{','.join(cells(line, '-{}'))}" for line in filing.lines]
-        return "\n".join([f"{head}; {unit}", f"line,{one},{other}", *rows])
+    def by_line() -> str:
+        rows = [f"{line}: {a} in FY{one}, {b} in FY{other}." for line, (a, b) in cells.items()]
+        return " ".join([f"{head}.", *rows])
 
     def prose() -> str:
-        said = [
-            f"{line.lower()} was {cells(line, '-{}')[0]} ({other}: {cells(line, '-{}')[1]})" for line in filing.lines
-        ]
-        return f"{head} reports for fiscal {one} ({unit}): {', '.join(said[:-1])} and {said[-1]}."
+        rows = [f"{line} was {a} in FY{one} and {b} in FY{other}." for line, (a, b) in cells.items()]
+        return " ".join([f"{head} reports its year.", *rows])
 
     def by_year() -> str:
-        halves = [
-            f"FY{year}: " + ", ".join(f"{line.lower()} {cells(line, '-{}')[i]}" for line in filing.lines) + "."
-            for i, year in enumerate((one, other))
-        ]
-        return " ".join([f"Summary of {head}, {unit}.", *halves])
+        rows = [f"{line}, FY{year}: {pair[i]}" for i, year in enumerate((one, other)) for line, pair in cells.items()]
+        return "\n".join([head, *rows])
 
-    layouts = [table, listed, comma, prose, by_year]
-    if len(filing.lines) == 4:  # it names both years in every line: five of those are too long
-        layouts += [labelled, labelled]
-    return rng.choice(layouts)()
+    return rng.choice((table, by_line, prose, by_year))()
 
 
 def said(line: str, rng: random.Random) -> str:
-    """A line as a person asks for it: half the time by the filing's own name."""
-    name = line if rng.random() < 0.5 else rng.choice(SYNONYMS[line])
+    """A line as a person asks for it: mostly by the filing's own name."""
+    name = line if rng.random() < 0.7 else rng.choice(SYNONYMS[line])
     return name if name.startswith("R&D") else name.lower()
 
 
 def in_words(year: int, rng: random.Random) -> str:
     """A year as a person writes it."""
     return rng.choice(YEAR_WORDS).format(year)
-
-
-def dollars(value: float) -> str:
-    """An amount in the house style."""
-    return f"USD {figure('', value)} million"
 
 
 def derivable(line: str, filing: Filing) -> bool:
@@ -250,9 +223,7 @@ Asked = tuple[str, str]
 def ask_lookup(filing: Filing, rng: random.Random) -> Asked:
     """One figure."""
     line, year = rng.choice(list(filing.lines)), rng.choice(filing.years)
-    value = filing.value(line, year)
-    shown = figure(line, value) if line == MARGIN else dollars(value)
-    return _lookup_text(filing, line, year, rng), f"{line}, FY{year}: {shown}."
+    return _lookup_text(filing, line, year, rng), figure(line, filing.value(line, year))
 
 
 def ask_unanswerable(filing: Filing, rng: random.Random) -> Asked:
@@ -276,7 +247,7 @@ def ask_change(filing: Filing, rng: random.Random) -> Asked:
     way = "up" if change > 0 else "down"
     return (
         _change_text(filing, line, (older, newer), rng),
-        f"{line}, FY{older} to FY{newer}: {way} {dollars(abs(change))}.",
+        f"{way} {figure(line, abs(change))}",
     )
 
 
@@ -286,25 +257,23 @@ def ask_sum(filing: Filing, rng: random.Random) -> Asked:
     a, b = rng.sample([line for line in filing.amounts if filing.value(line, year) > 0], 2)
     total = filing.value(a, year) + filing.value(b, year)
     words = {"company": filing.company, "a": said(a, rng), "b": said(b, rng), "year": in_words(year, rng)}
-    return rng.choice(SUM).format(**words), f"{a} + {b}, FY{year}: {dollars(total)}."
+    return rng.choice(SUM).format(**words), figure(a, total)
 
 
 def ask_compare(filing: Filing, rng: random.Random) -> Asked:
     """The higher of two years, or the larger of two lines."""
-    if rng.random() < 0.6:
+    year = rng.choice(filing.years)
+    a, b = rng.sample(filing.amounts, 2)
+    if rng.random() < 0.6 or filing.value(a, year) == filing.value(b, year):
         line, years = rng.choice(filing.amounts), rng.sample(filing.years, 2)
         high = max(years, key=lambda year: filing.value(line, year))
         style = rng.choice(YEAR_WORDS)
         words = {"one": style.format(years[0]), "other": style.format(years[1])}
         question = rng.choice(HIGHER_YEAR).format(company=filing.company, item=said(line, rng), **words)
-        return question, f"{line}, higher year: FY{high}."
-    year = rng.choice(filing.years)
-    a, b = rng.sample(filing.amounts, 2)
-    while filing.value(a, year) == filing.value(b, year):
-        a, b = rng.sample(filing.amounts, 2)
+        return question, f"FY{high}"
     words = {"company": filing.company, "a": said(a, rng), "b": said(b, rng), "year": in_words(year, rng)}
     larger = max(a, b, key=lambda line: filing.value(line, year))
-    return rng.choice(LARGER_LINE).format(**words), f"Larger in FY{year}: {larger}."
+    return rng.choice(LARGER_LINE).format(**words), larger
 
 
 def _lookup_text(filing: Filing, line: str, year: int, rng: random.Random) -> str:
@@ -340,9 +309,9 @@ def rows() -> list[dict[str, str]]:
         context, seen = render(filing, rng), set()
         for kind in (deck.pop() for _ in range(size)):
             question, answer = ASK[kind](filing, rng)
-            while question in seen or (answer != NOT_DISCLOSED and answer in seen):
+            while question in seen:
                 question, answer = ASK[kind](filing, rng)
-            seen |= {question, answer}
+            seen.add(question)
             filed = f"filing-{number:03d}"
             out.append({"context": context, "question": question, "answer": answer, "filing": filed, "kind": kind})
     return out

@@ -127,9 +127,14 @@ def train_on(
     method = attach(base.model, spec.method, seed=spec.seed)  # first: a method that cannot be leaves no folder behind
     folder = RunFolder.claim(Path(spec.output), to_dict(spec), resume=resume, overwrite=overwrite)
     policy = Policy(base, method)
+    fingerprints = _fingerprints(base, data)
+    begun = folder.manifest.get("fingerprints", fingerprints)
+    if changed := [name for name, value in fingerprints.items() if begun[name] != value]:
+        what = f"what this run began with has changed: its {' and '.join(changed)}"
+        raise CheckpointError(what, where=spec.output, hint="start anew with --overwrite")
     folder.update(
         status="running",
-        fingerprints=_fingerprints(base, data),
+        fingerprints=fingerprints,
         data=data.summary(),
         device=policy.device.type,
         compute_dtype=str(base.compute_dtype).removeprefix("torch."),
@@ -144,13 +149,15 @@ def train_on(
         if not (resume and trainer.restore()):
             folder.trim_log(0)
             _pass_gates(policy, method, trainer, data, folder)
-        torch.manual_seed(spec.seed) if trainer.progress.step == 0 else None
+        if trainer.progress.step == 0:
+            torch.manual_seed(spec.seed)  # of dropout: a resumed run goes on with the state it saved
         reset_peak_memory()
         trainer.run(data.train.examples, data.validation.examples if data.validation else ())
         folder.update(**summary(trainer.progress, method))
         _publish(folder, method, data.chat)
     except Interrupted:
         folder.update(status="interrupted", **summary(trainer.progress, method))
+        say(f"saved after step {trainer.progress.step} in {folder.path}; --resume goes on from there")
         raise
     except RungError as error:
         folder.update(status="failed", error=str(error))

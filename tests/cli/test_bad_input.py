@@ -7,6 +7,7 @@ import resource
 from pathlib import Path
 
 import pytest
+
 from processes import files_below, inside, process
 
 GOOD = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(30)]

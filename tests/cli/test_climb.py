@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from processes import inside
 
 
@@ -75,7 +76,10 @@ def test_seeds_widen_and_make_runs_of_their_own(climb: Path, tmp_path: Path, cap
 
 
 def test_rungs_with_settings_of_their_own(climb: Path, tmp_path: Path, capsys: Any) -> None:
-    rungs = "[few_shot, {kind: few_shot, name: one-shot, shots: 1}, {kind: lora, name: lora-r2, method: {rank: 2}, engine: {max_steps: 2}}]"
+    rungs = (
+        "[few_shot, {kind: few_shot, name: one-shot, shots: 1},"
+        " {kind: lora, name: lora-r2, method: {rank: 2}, engine: {max_steps: 2}}]"
+    )
     code, out, err = inside(capsys, "climb", climb, f"climb.rungs={rungs}", "--json")
     assert code == 0, err
     run = json.loads((tmp_path / "run" / "rungs" / "lora-r2" / "run.json").read_text())

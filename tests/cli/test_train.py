@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from processes import inside, process, start
 from safetensors.torch import load_file
+
+from processes import inside, process, start
 
 
 def manifest(folder: Path) -> dict[str, Any]:
@@ -243,3 +244,15 @@ def test_every_engine_setting_changes_something(config: Path, tmp_path: Path, ca
     ):
         assert course(setting) != reference, setting
     assert course("engine.max_steps=null", "engine.epochs=0.5").count("[") < course("engine.max_steps=null").count("[")
+
+
+def test_resume_on_other_data_is_refused(config: Path, questions: Path, tmp_path: Path, capsys: Any) -> None:
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text(questions.read_text())
+    settings = [f"data.path={mine}", "engine.checkpoint_every=2"]
+    assert inside(capsys, "train", config, *settings)[0] == 0
+    run = tmp_path / "run"
+    (run / "run.json").write_text(json.dumps({**manifest(run), "status": "running"}))
+    mine.write_text(questions.read_text().replace("apples", "plums"))
+    code, _, err = inside(capsys, "train", config, *settings, "--resume")
+    assert code == 3 and "its data" in err

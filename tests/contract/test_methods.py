@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from builders import documents, policy_of, tuned
 from models import SHAPES, tiny_model
-from tolerances import FLOAT32_NATS
-
 from rung.engine.gates import check_identity, check_trainable, frozen_digest
 from rung.engine.optim import make_optimiser
 from rung.engine.pack import pack
@@ -22,6 +21,7 @@ from rung.objective.table import OBJECTIVES
 from rung.spec.engine import OptimiserSpec
 from rung.spec.method import METHOD_SPECS
 from rung.spec.objective import SftSpec
+from tolerances import FLOAT32_NATS
 
 VARIANTS: list[tuple[str, dict[str, object]]] = [
     ("full", {}),

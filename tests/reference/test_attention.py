@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from builders import documents, policy_of
 from models import LAYER_NORM_SHAPES, SHAPES, tiny_model
-from tolerances import FLOAT64, RMS_NORM
-
 from rung.engine.pack import pack, pack_separately
 from rung.engine.step import accumulate
 from rung.errors import PlanError
@@ -15,6 +14,7 @@ from rung.model import attention
 from rung.objective.sft import Sft
 from rung.spec.objective import SftSpec
 from rung.types import Example, PackedBatch, Segment
+from tolerances import FLOAT64, RMS_NORM
 
 
 def tolerance(shape: str) -> float:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerances import FLOAT64
 from torch import nn
 
 from rung.model.head import LogitMap, token_logprobs
+from tolerances import FLOAT64
 
 MAPS = [LogitMap(), LogitMap(scale=0.3), LogitMap(softcap=4.0), LogitMap(scale=2.0, softcap=3.0)]
 

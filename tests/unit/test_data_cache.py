@@ -47,7 +47,7 @@ def test_everything_that_decides_the_ids_misses(tiny_tokenizer: PreTrainedTokeni
     vocabulary = copy.deepcopy(tiny_tokenizer)
     vocabulary.add_tokens(["word"])
     other_eos = copy.deepcopy(tiny_tokenizer)
-    other_eos.eos_token = "<|eot_id|>"  # noqa: S105
+    other_eos.eos_token = "<|eot_id|>"
     for changed in (template, vocabulary, other_eos):
         assert not cached_examples(Chat(changed), ROWS, folder=tmp_path).from_cache
     assert not cached_examples(chat, ROWS[1:], folder=tmp_path).from_cache

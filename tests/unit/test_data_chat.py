@@ -120,7 +120,7 @@ def test_prompt_of_training_is_the_prompt_of_inference(chat: Chat) -> None:
 
 
 def test_pad_equal_to_eos_keeps_every_stop(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    chat = Chat(with_template(tiny_tokenizer, ZEPHYR, pad_token="</s>"))  # noqa: S106
+    chat = Chat(with_template(tiny_tokenizer, ZEPHYR, pad_token="</s>"))
     assert chat.tokenizer.pad_token_id == chat.tokenizer.eos_token_id
     example = one(chat, record("q", "a", "r", "b"), "assistant_turns")
     ends = np.flatnonzero(example.supervised & ~np.append(example.supervised[1:], False))
@@ -274,7 +274,7 @@ def test_preflight_finds_wrong_labels(chat: Chat) -> None:
 
 def metaspace(scheme: str) -> PreTrainedTokenizerFast:
     """A SentencePiece-like vocabulary, which writes a space of its own before a text."""
-    backend = Tokenizer(models.BPE(unk_token="<unk>"))  # noqa: S106
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
     special = ["<unk>", "<s>", "</s>"]

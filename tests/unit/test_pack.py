@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from builders import documents, example
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from builders import documents, example
 from rung.engine.pack import MIN_SHARED, pack, pack_separately
 from rung.types import Example, PackedBatch
 

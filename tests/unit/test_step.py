@@ -6,10 +6,9 @@ import math
 
 import pytest
 import torch
+
 from builders import documents, example, policy_of, tuned
 from models import tiny_model
-from tolerances import FLOAT64, RMS_NORM
-
 from rung.engine.budget import activation_bytes_per_token, tokens_per_micro_batch
 from rung.engine.optim import make_optimiser, rate_at
 from rung.engine.pack import pack, pack_separately
@@ -19,6 +18,7 @@ from rung.objective.sft import Sft, nll
 from rung.spec.engine import OptimiserSpec
 from rung.spec.objective import SftSpec
 from rung.types import Counts, Example, LossTerm, PackedBatch
+from tolerances import FLOAT64, RMS_NORM
 
 SFT = Sft(SftSpec())
 

@@ -18,8 +18,8 @@ from safetensors.numpy import save_file
 from rung.data.chat import Chat
 from rung.data.split import fingerprint
 from rung.data.tokenise import Long, Overflow, Tokenised
-from rung.paths import cache_folder
 from rung.errors import CheckpointError
+from rung.paths import cache_folder
 from rung.spec.data import LossOn
 from rung.types import Example, Record
 

@@ -41,7 +41,8 @@ def tree_attention(
     """Attention as transformers calls it; returns [B, Q, H, D] and no weights.
 
     With `segments` (a sequence of `Segment`, batch size 1) each segment attends to its ancestors and, causally, to
-    itself. Without them the mask and the cache decide, and `prefix` stands in front of every row. Raises `PlanError` for an argument it does not know, because ignoring one would change the model.
+    itself. Without them the mask and the cache decide, and `prefix` stands in front of every row. Raises `PlanError`
+    for an argument it does not know, because ignoring one would change the model.
     """
     segments: Sequence[Segment] | None = kwargs.pop("segments", None)
     softcap: float | None = kwargs.pop("softcap", None)
@@ -54,7 +55,7 @@ def tree_attention(
             hint="this architecture is not supported yet",
         )
     if segments is None:
-        prefix = before[module.layer_idx] if before is not None else None  # type: ignore[index]
+        prefix = before[int(module.layer_idx)] if before is not None else None  # type: ignore[arg-type]
         return _decode(query_BHQD, key_BKSD, value_BKSD, attention_mask, prefix, (scaling, softcap, window)), None
     groups = query_BHQD.shape[1] // key_BKSD.shape[1]
     pieces = []

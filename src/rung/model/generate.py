@@ -1,6 +1,7 @@
 """The one decoder, used by evaluation, chat and later by rollouts.
 
-Prompts that begin alike share the work: their longest common prefix is encoded once and held once for all rows. Rows that have stopped leave the batch.
+Prompts that begin alike share the work: their longest common prefix is encoded once and held once for all
+rows. Rows that have stopped leave the batch.
 
 Suffixes: B rows, S slots (padding and own tokens, without the prefix).
 """

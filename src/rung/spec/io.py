@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -120,6 +121,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Path_, str]]:
         raise ConfigError(f"not valid YAML: {error}", where=str(path)) from None
     if not isinstance(raw, dict):
         raise ConfigError("a config is a mapping of settings", where=str(path), given=type(raw).__name__)
+    try:
+        json.dumps(raw, default=str)
+    except (ValueError, TypeError, RecursionError):  # an anchor inside itself, a mapping as a key
+        raise ConfigError("this nests in itself or has keys that are no text", where=str(path)) from None
     return raw, {(): str(path), **dict(_lines(node, (), str(path)) if node else {})}
 
 

