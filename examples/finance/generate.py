@@ -20,7 +20,8 @@ INSTRUCTION = (
     "Answer from the filing alone, with the answer and nothing else, in the house style: "
     "an amount as `USD 41 million`, a negative amount as `USD (7) million`, a percentage as `41.5%`, "
     "a change as `up USD 3 million` or `down USD 3 million`, a year as `FY2023`, "
-    f"a line by its name in the filing as `Cash`, and `{NOT_DISCLOSED}` for a line or a year that the filing does not show."
+    "a line by its name in the filing as `Cash`, "
+    f"and `{NOT_DISCLOSED}` for a line or a year that the filing does not show."
 )
 
 MARGIN = "Gross margin"

@@ -1,0 +1,127 @@
+"""Each gate passes on a sound model and fails on a broken one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from builders import documents, policy_of, tuned
+from models import tiny_model
+from rung.engine import gates
+from rung.engine.checkpoint import newest, prune, verify, write_folder
+from rung.engine.optim import make_optimiser
+from rung.errors import CheckpointError, GateError
+from rung.method.table import attach
+from rung.model import attention
+from rung.spec.engine import OptimiserSpec
+from rung.spec.method import LoraSpec
+
+
+@pytest.fixture
+def leaking(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Attention that forgets the segments: every token sees everything before it."""
+    genuine = attention.tree_attention
+
+    def leaky(module: object, *args: object, segments: object = None, **kwargs: object) -> object:
+        return genuine(module, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(attention, "tree_attention", leaky)  # `register` hands transformers whatever stands there
+    yield
+    monkeypatch.undo()
+    attention.register()
+
+
+@pytest.mark.parametrize("shape", ["llama", "gpt2", "gemma2"])
+def test_packing(shape: str) -> None:
+    assert gates.check_packing(policy_of(tiny_model(shape)), documents(shared=18)).state == "passed"
+
+
+def test_packing_that_leaks(leaking: None) -> None:
+    gate = gates.check_packing(policy_of(tiny_model()), documents())
+    assert gate.state == "failed" and gate.measured > gate.limit
+    with pytest.raises(GateError, match=r"step0\.packing"):
+        gates.enforce(gate)
+
+
+def test_decoding_and_its_mutation(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gates.check_decoding(policy_of(tiny_model()), documents()).state == "passed"
+    genuine = attention.attend_one_token
+    monkeypatch.setattr(
+        attention,
+        "attend_one_token",
+        lambda q, p, k, v, *rest: genuine(q, p, k[:, :, 1:], v[:, :, 1:], None, *rest[1:]),
+    )
+    assert gates.check_decoding(policy_of(tiny_model()), documents()).state == "failed"
+
+
+def test_identity_and_its_mutation() -> None:
+    model = tiny_model()
+    method = attach(model, LoraSpec(), seed=0)
+    policy = policy_of(model, method)
+    gate = gates.check_identity(policy, method, documents())
+    assert gate is not None and gate.state == "passed" and gate.measured == 0.0
+    trained, lora = tuned("lora")
+    gate = gates.check_identity(trained, lora, documents())
+    assert gate is not None and gate.state == "failed"
+
+
+def test_trainable_and_its_mutation() -> None:
+    _, method = tuned("lora")
+    optimiser = make_optimiser(method.trainable(), OptimiserSpec())
+    assert gates.check_trainable(method, optimiser).state == "passed"
+    next(iter(method.trainable().values())).requires_grad_(False)
+    assert gates.check_trainable(method, make_optimiser(method.trainable(), OptimiserSpec())).state == "failed"
+
+
+def test_movement_names_what_stood_still() -> None:
+    policy, method = tuned("lora")
+    movement = gates.Movement(policy.model, method.trainable())
+    optimiser = make_optimiser(method.trainable(), OptimiserSpec())
+    verdict = None
+    for _ in range(2):
+        for i, parameter in enumerate(method.trainable().values()):
+            parameter.grad = torch.zeros_like(parameter) if i == 3 else torch.ones_like(parameter)
+        optimiser.step()
+        verdict = movement.see(optimiser)
+    assert verdict is not None and verdict.state == "failed" and "not moved" in str(verdict.measured)
+    assert list(method.trainable())[3] in str(verdict.measured)
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(0), torch.tensor([1.0, float("nan")]), torch.tensor([float("inf")])])
+def test_save_refuses_and_keeps_the_old_folder(bad: torch.Tensor, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    write_folder(folder, lambda aside: save_file({"w": torch.ones(2)}, aside / "w.safetensors"))
+    before = (folder / "w.safetensors").read_bytes()
+    with pytest.raises(GateError, match="tensor w"):
+        write_folder(folder, lambda aside: save_file({"w": bad}, aside / "w.safetensors"))
+    assert (folder / "w.safetensors").read_bytes() == before and verify(folder) is None
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_verify_finds_every_damage(tmp_path: Path) -> None:
+    def fill(aside: Path) -> None:
+        save_file({"w": torch.ones(64)}, aside / "w.safetensors")
+
+    for number in range(5):
+        write_folder(tmp_path / f"step-{number}", fill)
+    flipped = bytearray((tmp_path / "step-4" / "w.safetensors").read_bytes())
+    flipped[-3] ^= 4
+    (tmp_path / "step-4" / "w.safetensors").write_bytes(bytes(flipped))
+    (tmp_path / "step-3" / "w.safetensors").write_bytes(bytes(flipped[:40]))
+    (tmp_path / "step-2" / "manifest.json").write_text("{}")
+    (tmp_path / "step-1" / "w.safetensors").unlink()
+    warnings: list[str] = []
+    assert newest(tmp_path, warnings.append) == tmp_path / "step-0"
+    assert [w.split()[1] for w in warnings] == ["step-4", "step-3", "step-2", "step-1"]
+    prune(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-3", "step-4"]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="could not write"):
+        write_folder(tmp_path / "file" / "below", lambda aside: None)
