@@ -259,10 +259,17 @@ def _table(report: Report) -> Table:
     return table
 
 
+def _on_one_line(text: str, width: int = 110) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
 def _details(report: Report) -> dict[str, list[str]]:
     return {
         "rejected": [str(r) for r in report.rejected],
         "duplicate prompts": [f"{a} = {b}" for a, b in report.duplicates],
         "train prompts held out": [f"{a} = {b}" for a, b in report.overlap],
-        **{f"sharing {n} words with the training split": [str(x) for x in found] for n, found in report.near.items()},
+        **{
+            f"sharing {n} words with the training split (most alike first)": [_on_one_line(str(x)) for x in found]
+            for n, found in report.near.items()
+        },
     }
