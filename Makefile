@@ -7,6 +7,7 @@ RUNG := $(VENV)/bin/rung
 
 demo: install
 	@HF_HUB_OFFLINE=1 $(RUNG) climb examples/finance/climb.yaml
+	@echo "        (rung is in $(VENV)/bin: source $(VENV)/bin/activate)"
 
 test: dev
 	@scripts/check

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from rung.objective.table import OBJECTIVES
 from rung.spec.io import parse, to_dict
 from rung.spec.model import ModelSpec
 from rung.spec.run import RunSpec
+from rung.spec.support import PROVED_MODELS
 from rung.types import Record
 
 PROBES = 4
@@ -69,6 +70,9 @@ def tokenise(spec: RunSpec, splits: Splits, base: Base) -> Data:
     chat = Chat(base.tokenizer, spec.model.template)
     longest = min(spec.data.max_length or base.context, base.context)
 
+    if spec.evaluate.context == "withheld":  # a tuned model must be trained on what it will be asked
+        splits = replace(splits, train=_closed_book(splits.train), validation=_closed_book(splits.validation))
+
     def examples(records: Sequence[Record]) -> Tokenised:
         return cached_examples(
             chat, records, loss_on=spec.data.loss_on, max_length=longest, overflow=spec.data.overflow
@@ -80,6 +84,10 @@ def tokenise(spec: RunSpec, splits: Splits, base: Base) -> Data:
     if validation is not None:
         chat.preflight(validation)
     return Data(splits, chat, train, validation, chat.preflight(train))
+
+
+def _closed_book(records: Sequence[Record]) -> tuple[Record, ...]:
+    return tuple(replace(record, context=None) for record in records)
 
 
 def train(spec: RunSpec, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -127,6 +135,8 @@ def train_on(
     method = attach(base.model, spec.method, seed=spec.seed)  # first: a method that cannot be leaves no folder behind
     folder = RunFolder.claim(Path(spec.output), to_dict(spec), resume=resume, overwrite=overwrite)
     policy = Policy(base, method)
+    if (shape := base.model.config.model_type) not in PROVED_MODELS:
+        say(f"{shape} is not among the architectures proved by a test; the step-0 gates decide")
     fingerprints = _fingerprints(base, data)
     begun = folder.manifest.get("fingerprints", fingerprints)
     if changed := [name for name, value in fingerprints.items() if begun[name] != value]:

@@ -122,3 +122,38 @@ def test_single_run_and_climb_do_not_mix(climb: Path, tmp_path: Path, capsys: An
     for verb in (["chat", tmp_path / "c", "--question", "x"], ["eval", tmp_path / "c"]):
         code, _, err = inside(capsys, *verb)
         assert code == 2 and "rungs" in err
+
+
+def test_a_finished_climb_is_printed_without_a_model(
+    climb: Path, tiny_base: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    settings = ["climb.rungs=[zero_shot, lora]", "--json"]
+    _, first, _ = inside(capsys, "climb", climb, *settings)
+    from rung import run
+
+    monkeypatch.setattr(run, "load", lambda spec: pytest.fail("a model was loaded"))
+    code, again, _ = inside(capsys, "climb", climb, *settings)
+    assert code == 0 and json.loads(again) == json.loads(first)
+
+
+def test_rungs_on_other_data_do_not_stand_in_one_ladder(
+    climb: Path, questions: Path, tmp_path: Path, capsys: Any
+) -> None:
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text(questions.read_text())
+    settings = [f"data.path={mine}", "climb.rungs=[zero_shot]"]
+    assert inside(capsys, "climb", climb, *settings)[0] == 0
+    mine.write_text(questions.read_text().replace("apples", "plums"))
+    code, _, err = inside(capsys, "climb", climb, *settings)
+    assert code == 3 and "data have changed" in err and "--overwrite" in err
+    assert inside(capsys, "climb", climb, *settings, "--overwrite")[0] == 0
+
+
+def test_withheld_context_is_withheld_in_training_too(climb: Path, tmp_path: Path, capsys: Any) -> None:
+    for name in ("given", "withheld"):
+        settings = [f"evaluate.context={name}", f"output={tmp_path / name}", "climb.rungs=[lora]"]
+        assert inside(capsys, "climb", climb, *settings)[0] == 0
+    tokens = [
+        json.loads((tmp_path / n / "rungs" / "lora" / "run.json").read_text())["tokens"] for n in ("given", "withheld")
+    ]
+    assert tokens[0] > tokens[1]

@@ -61,3 +61,10 @@ def test_every_setting_explains_itself() -> None:
         for name, field in spec.get("properties", {}).items():
             assert name in ("kind",) or field.get("description"), f"{spec['title']}.{name}"
     assert json.dumps(schema)
+
+
+def test_proved_architectures_are_the_tested_ones() -> None:
+    from models import SHAPES
+    from rung.spec.support import PROVED_MODELS
+
+    assert set(PROVED_MODELS) == set(SHAPES)

@@ -111,3 +111,17 @@ def test_batches_are_filled_evenly(budget: int) -> None:
     total = sum(sizes)
     assert len(sizes) <= 2 * -(-total // budget) + 1
     assert torch.tensor(sizes).max() <= max(budget, 30)
+
+
+@pytest.mark.soak
+@settings(max_examples=20_000, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=60), min_size=1, max_size=20),
+    st.integers(16, 200),
+    st.booleans(),
+)
+def test_every_prediction_survives_long(rows: list[list[int]], budget: int, share: bool) -> None:
+    examples = [example([*row, 299], 1) for row in rows]
+    batches = pack(examples, budget, share_prefixes=share)
+    assert sorted(e for b in batches for e in unrolled(b)) == sorted(expected(examples))
+    assert all(len(b.ids) <= budget or b.sequences == 1 for b in batches)

@@ -103,50 +103,70 @@ class Climb:
             raise CheckpointError(
                 "this folder holds a single run, not a climb", where=str(self.path), hint="name another output=..."
             )
-        existing = RunFolder.check(self.path, to_dict(spec), resume=resume, overwrite=overwrite)
-        self.finished = existing is not None and existing["status"] == "finished"
+        RunFolder.check(self.path, to_dict(spec), resume=resume, overwrite=overwrite)
         self._overwrite = overwrite
         self._fresh: Base | None = None
 
     def run(self) -> Ladder:
-        """Measure what is missing and judge the whole."""
+        """Measure what is missing and judge the whole; with nothing missing, no model is loaded."""
         splits = running.read_splits(self.spec)
+        if not self._overwrite:
+            self._refuse_other_data(splits.fingerprint)
+            if all(
+                (folder / "result.json").exists() for rung in self.spec.climb.rungs for folder in self._folders(rung)
+            ):
+                return judge(self.spec, [self._stored(rung) for rung in self.spec.climb.rungs])
         records = running.test_records(self.spec, splits)
-        base = running.load(self.spec.model)
+        self._fresh = base = running.load(self.spec.model)
         data = running.tokenise(self.spec, splits, base)
-        self._fresh = base
         resume = (self.path / "run.json").exists() and not self._overwrite
         folder = RunFolder.claim(self.path, to_dict(self.spec), resume=resume, overwrite=self._overwrite)
-        folder.update(climb=True, status="running", data=data.summary(), fingerprints={"base": base.fingerprint})
+        fingerprints = {"base": base.fingerprint, "data": splits.fingerprint}
+        folder.update(climb=True, status="running", data=data.summary(), fingerprints=fingerprints)
         try:
-            measured = [self._measure(rung, data, records) for rung in self.spec.climb.rungs]
+            for rung in self.spec.climb.rungs:
+                self._measure(rung, data, records)
         except KeyboardInterrupt:
             folder.update(status="interrupted")
             raise
         except RungError as error:
             folder.update(status="failed", error=str(error))
             raise
-        ladder = judge(self.spec, measured)
+        ladder = judge(self.spec, [self._stored(rung) for rung in self.spec.climb.rungs])
         folder.update(status="finished", ladder=ladder.to_json())
         return ladder
 
-    def _measure(self, rung: RungSpec, data: running.Data, records: Sequence[Record]) -> _Measured:
-        """One rung, from its folder where it is finished."""
-        evaluations, costs = [], []
-        for number in range(1 if rung.kind in UNTUNED else self.spec.climb.seeds):
-            folder = rung_folder(self.path, rung, number, self.spec.climb.seeds)
-            if not (folder / "result.json").exists():
-                say(
-                    f"rung {rung.label}"
-                    + (f", seed {number}" if self.spec.climb.seeds > 1 and rung.kind not in UNTUNED else "")
-                )
-                if rung.kind in UNTUNED:
-                    self._ask(rung, folder, data, records)
-                else:
-                    self._tune(rung, folder, number, data, records)
-            evaluations.append(Evaluation.read(folder / "items.jsonl"))
-            costs.append(json.loads((folder / "result.json").read_text()))
-        return _Measured(rung, tuple(evaluations), tuple(costs))
+    def _refuse_other_data(self, fingerprint: str) -> None:
+        """Rungs measured on different items must not stand in one ladder."""
+        begun = read_manifest(self.path).get("fingerprints", {}) if (self.path / "run.json").exists() else {}
+        if begun.get("data", fingerprint) != fingerprint:
+            raise CheckpointError(
+                "the data have changed since this climb began", where=str(self.path), hint="start anew with --overwrite"
+            )
+
+    def _folders(self, rung: RungSpec) -> list[Path]:
+        """Where a rung's results stand: one folder a training seed."""
+        seeds = 1 if rung.kind in UNTUNED else self.spec.climb.seeds
+        return [rung_folder(self.path, rung, number, seeds) for number in range(seeds)]
+
+    def _stored(self, rung: RungSpec) -> _Measured:
+        """A finished rung, from its files."""
+        folders = self._folders(rung)
+        evaluations = tuple(Evaluation.read(folder / "items.jsonl") for folder in folders)
+        costs = tuple(json.loads((folder / "result.json").read_text()) for folder in folders)
+        return _Measured(rung, evaluations, costs)
+
+    def _measure(self, rung: RungSpec, data: running.Data, records: Sequence[Record]) -> None:
+        """What is missing of one rung."""
+        folders = self._folders(rung)
+        for number, folder in enumerate(folders):
+            if (folder / "result.json").exists():
+                continue
+            say(f"rung {rung.label}" + (f", seed {number}" if len(folders) > 1 else ""))
+            if rung.kind in UNTUNED:
+                self._ask(rung, folder, data, records)
+            else:
+                self._tune(rung, folder, number, data, records)
 
     def _ask(self, rung: RungSpec, folder: Path, data: running.Data, records: Sequence[Record]) -> None:
         """An untuned rung: the base with the strongest prompt the config has."""
@@ -183,10 +203,10 @@ class Climb:
 
 
 def rung_folder(path: Path, rung: RungSpec, number: int, seeds: int) -> Path:
-    """Where a rung's run stands inside a climb's folder."""
+    """Where one of a rung's `seeds` runs stands inside a climb's folder."""
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in rung.label).strip(".") or rung.kind
     inside = path / "rungs" / name
-    return inside / f"seed-{number}" if seeds > 1 and rung.kind not in UNTUNED else inside
+    return inside / f"seed-{number}" if seeds > 1 else inside
 
 
 def judge(spec: RunSpec, measured: Sequence[_Measured]) -> Ladder:
@@ -232,7 +252,7 @@ def _row(spec: RunSpec, measured: _Measured, gain: Difference | None) -> Row:
         peak_memory_bytes=int(max(cost["peak_memory_bytes"] for cost in costs)),
         prompt_tokens=float(np.mean([e.prompt_tokens for e in evaluations])),
         seconds_per_query=float(np.mean([e.seconds_per_query for e in evaluations])),
-        folder=str(rung_folder(Path(spec.output), rung, 0, spec.climb.seeds)),
+        folder=str(rung_folder(Path(spec.output), rung, 0, len(evaluations))),
     )
 
 

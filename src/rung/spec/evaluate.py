@@ -21,7 +21,7 @@ class EvaluateSpec(Spec):
     shots: NonNegativeInt = 4
     """Worked examples in front of each question of the few-shot rung, taken from the training split."""
     context: Literal["given", "withheld"] = "given"
-    """Whether the row's own context stands in the prompt."""
+    """Whether the row's own context stands in the prompt, of tuned rungs in training too."""
     max_new_tokens: PositiveInt = 64
     """Longest answer in tokens."""
     limit: PositiveInt | None = None
