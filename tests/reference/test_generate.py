@@ -7,7 +7,7 @@ import torch
 
 from builders import policy_of, tuned
 from models import SHAPES, tiny_model
-from rung.model.generate import Sampling, _common_prefix, generate
+from rung.model.generate import Sampling, _batches, _common_prefix, generate
 
 PROMPTS = [[5, 6, 7, 40, 41], [5, 6, 7, 90], [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [5, 6, 7, 300, 200, 100, 50]]
 
@@ -71,3 +71,9 @@ def test_an_empty_prompt_is_refused() -> None:
 )
 def test_common_prefix_leaves_a_token_to_everyone(prompts: list[list[int]], shared: int) -> None:
     assert _common_prefix(prompts) == shared
+
+
+def test_long_prompts_come_in_smaller_batches() -> None:
+    lengths = [10, 20, 30, 9_000, 9_000, 20_000]
+    assert list(_batches(range(6), lengths, 2)) == [[0, 1], [2], [3], [4], [5]]
+    assert list(_batches(range(3), lengths, 32)) == [[0, 1, 2]]

@@ -8,7 +8,7 @@ Suffixes: B rows, S slots (padding and own tokens, without the prefix).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor
 
 from rung.model.kv import Prefix, own_cache, prefix_of
 from rung.model.policy import Policy
+
+PREFILL_TOKENS = 16_384
+"""Prompt tokens encoded at once: long prompts come in smaller batches, so that memory does not follow their length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +67,7 @@ def generate(
     random = torch.Generator(policy.device).manual_seed(sampling.seed)
     with policy.autocast():
         prefix = _encode(policy, prompts[0][:shared]) if shared else None
-        for at in range(0, len(order), batch):
-            rows = order[at : at + batch]
+        for rows in _batches(order, [len(prompt) - shared for prompt in prompts], batch):
             rests = [list(prompts[i][shared:]) for i in rows]
             decoding = _Decoding(policy, prefix, shared, rests, frozenset(stop_ids), sampling, random)
             for i, answer in zip(rows, decoding.run(on_token), strict=True):
@@ -158,6 +160,18 @@ class _Decoding:
         rows = torch.tensor(kept, device=self.mask_BS.device)
         self.cache.batch_select_indices(rows)
         self.mask_BS = self.mask_BS[rows]
+
+
+def _batches(order: Sequence[int], lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Rows in ascending order of length, at most `most` and at most `PREFILL_TOKENS` padded tokens at once."""
+    rows: list[int] = []
+    for row in order:
+        if rows and (len(rows) == most or (len(rows) + 1) * lengths[row] > PREFILL_TOKENS):
+            yield rows
+            rows = []
+        rows.append(row)
+    if rows:
+        yield rows
 
 
 def _encode(policy: Policy, ids: Sequence[int]) -> Prefix:
