@@ -26,8 +26,8 @@ class Nothing:
         yield
 
 
-def policy_of(model: PreTrainedModel, method: object | None = None) -> Policy:
-    return Policy(Base(model, None, "tiny", "tiny", torch.float32), method or Nothing())  # type: ignore[arg-type]
+def policy_of(model: PreTrainedModel, method: object | None = None, *, compute: torch.dtype = torch.float32) -> Policy:
+    return Policy(Base(model, None, "tiny", "tiny", compute), method or Nothing())  # type: ignore[arg-type]
 
 
 def tuned(

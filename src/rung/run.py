@@ -26,7 +26,7 @@ from rung.evaluate.baselines import Framing
 from rung.evaluate.task import Evaluation, evaluate
 from rung.method.base import Method
 from rung.method.table import attach
-from rung.model.load import Base, check_fingerprint, load_base
+from rung.model.load import Base, check_fingerprint, load_base, load_tokenizer
 from rung.model.policy import Policy
 from rung.objective.table import OBJECTIVES
 from rung.spec.io import parse, to_dict
@@ -142,6 +142,7 @@ def train_on(
     if changed := [name for name, value in fingerprints.items() if begun[name] != value]:
         what = f"what this run began with has changed: its {' and '.join(changed)}"
         raise CheckpointError(what, where=spec.output, hint="start anew with --overwrite")
+    folder.manifest.pop("error", None)
     folder.update(
         status="running",
         fingerprints=fingerprints,
@@ -193,7 +194,7 @@ def open_run(path: Path) -> tuple[Policy, Chat, RunSpec]:
     check_fingerprint(manifest, base, path)
     method = attach(base.model, spec.method, seed=spec.seed)
     method.load(path / "adapter")
-    return Policy(base, method), Chat(base.tokenizer, spec.model.template), spec
+    return Policy(base, method), Chat(load_tokenizer(ModelSpec(name=str(path)))), spec  # the template trained with
 
 
 def open_base(spec: ModelSpec) -> tuple[Policy, Chat]:

@@ -26,7 +26,7 @@ def test_eval_keeps_items_and_metrics(run: Path, config: Path, capsys: Any) -> N
     assert code == 0, err
     scores = json.loads(out)["scores"]
     assert scores.keys() == {"exact", "numeric", "perplexity"}
-    items = [json.loads(line) for line in (run / "items.jsonl").read_text().split("\n")[1:] if line]
+    items = [json.loads(line) for line in (run / "eval.jsonl").read_text().split("\n")[1:] if line]
     assert len(items) == scores["exact"]["examples"] > 5
     assert scores["exact"]["mean"] == pytest.approx(sum(i["scores"]["exact"] for i in items) / len(items))
     nats, tokens = sum(i["nats"] for i in items), sum(i["answer_tokens"] for i in items)
@@ -45,7 +45,7 @@ def test_eval_of_a_base_on_a_task(config: Path, tiny_base: Path, capsys: Any) ->
 def test_perplexity_against_transformers(run: Path, config: Path, tiny_base: Path, capsys: Any) -> None:
     assert inside(capsys, "eval", tiny_base, "--config", config, "--json")[0] == 0
     assert inside(capsys, "eval", run)[0] == 0
-    item = json.loads((run / "items.jsonl").read_text().split("\n")[1])
+    item = json.loads((run / "eval.jsonl").read_text().split("\n")[1])
     assert inside(capsys, "merge", run, run.parent / "merged")[0] == 0
     model = AutoModelForCausalLM.from_pretrained(run.parent / "merged").eval()
     tokenizer = AutoTokenizer.from_pretrained(run.parent / "merged")
@@ -183,3 +183,32 @@ def test_a_moved_run_still_works(run: Path, tmp_path: Path, capsys: Any) -> None
     moved = tmp_path / "elsewhere"
     shutil.move(run, moved)
     assert inside(capsys, "eval", moved, "--limit", 2)[0] == 0
+
+
+def test_a_run_keeps_its_template_as_a_base(config: Path, tmp_path: Path, capsys: Any) -> None:
+    from rung.run import open_run
+
+    template = tmp_path / "mine.jinja"
+    template.write_text(
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    assert inside(capsys, "train", config, f"model.template={template}")[0] == 0
+    settings = [f"model.name={tmp_path / 'run'}", f"output={tmp_path / 'second'}"]
+    text = template.read_text()
+    template.unlink()
+    assert inside(capsys, "train", config, *settings)[0] == 0
+    for run in ("run", "second"):
+        assert open_run(tmp_path / run)[1].template == text
+
+
+def test_a_conversation_survives_what_it_cannot_take(run: Path, capsys: Any) -> None:
+    from rung.errors import DataError
+    from rung.pipeline.chat import Conversation
+
+    talk = Conversation(str(run), compare=False, temperature=0.7, max_new_tokens=3, system=None)
+    talk.say("half a character: \udcff")
+    with pytest.raises(DataError, match="longer than"):
+        talk.say("word " * 2000)
+    talk.say("and on")
+    assert [m.role for m in talk.speakers[0].turns] == ["user", "assistant", "user", "assistant"]

@@ -145,7 +145,7 @@ def test_rungs_on_other_data_do_not_stand_in_one_ladder(
     assert inside(capsys, "climb", climb, *settings)[0] == 0
     mine.write_text(questions.read_text().replace("apples", "plums"))
     code, _, err = inside(capsys, "climb", climb, *settings)
-    assert code == 3 and "data have changed" in err and "--overwrite" in err
+    assert code == 3 and "the data has changed" in err and "--overwrite" in err
     assert inside(capsys, "climb", climb, *settings, "--overwrite")[0] == 0
 
 
@@ -157,3 +157,49 @@ def test_withheld_context_is_withheld_in_training_too(climb: Path, tmp_path: Pat
         json.loads((tmp_path / n / "rungs" / "lora" / "run.json").read_text())["tokens"] for n in ("given", "withheld")
     ]
     assert tokens[0] > tokens[1]
+
+
+def test_rungs_that_answered_other_questions_are_not_compared(climb: Path, tmp_path: Path, capsys: Any) -> None:
+    settings = ["climb.rungs=[zero_shot, few_shot]"]
+    assert inside(capsys, "climb", climb, *settings)[0] == 0
+    items = tmp_path / "run" / "rungs" / "few_shot" / "items.jsonl"
+    items.write_text(items.read_text().replace('"expected": "apples"', '"expected": "kiwis"'))
+    code, _, err = inside(capsys, "climb", climb, *settings)
+    assert code == 3 and "answered other questions" in err
+
+
+def test_eval_of_a_rung_leaves_the_ladder_alone(climb: Path, tmp_path: Path, capsys: Any) -> None:
+    settings = ["climb.rungs=[zero_shot, lora]", "climb.seeds=2", "evaluate.limit=8"]
+    _, first, _ = inside(capsys, "climb", climb, *settings, "--json")
+    assert inside(capsys, "eval", tmp_path / "run" / "rungs" / "lora" / "seed-1")[0] == 0
+    _, again, _ = inside(capsys, "climb", climb, *settings, "--json")
+    assert json.loads(first) == json.loads(again)
+
+
+def test_names_that_would_share_a_folder(climb: Path, capsys: Any) -> None:
+    rungs = "[{kind: lora, name: r 8}, {kind: lora, name: R=8, method: {rank: 2}}]"
+    code, _, err = inside(capsys, "climb", climb, f"climb.rungs={rungs}")
+    assert code == 2 and "share a folder" in err
+
+
+def test_what_cannot_be_climbed_leaves_no_folder(climb: Path, tmp_path: Path, capsys: Any) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"some words {i}"}) + "\n" for i in range(60)))
+    for settings, words in (
+        ([f"data.path={texts}", "data.group=null"], "no question"),
+        (["evaluate.shots=200"], "200 worked examples"),
+    ):
+        code, _, err = inside(capsys, "climb", climb, *settings)
+        assert code == 2 and words in err, err
+    assert not (tmp_path / "run").exists()
+
+
+def test_perplexity_decides(climb: Path, capsys: Any) -> None:
+    settings = ["climb.rungs=[zero_shot, lora]", "evaluate.metrics=[perplexity]", "climb.target=1000"]
+    code, out, err = inside(capsys, "climb", climb, *settings, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    means = {row["rung"]: row["scores"]["perplexity"]["mean"] for row in found["ladder"]}
+    assert means["lora"] < means["zero_shot"] < 1000
+    assert found["verdict"]["recommended"] == "zero_shot" and "target 1000" in found["verdict"]["text"]
+    assert f"{means['zero_shot']:.3f}" in found["verdict"]["text"]

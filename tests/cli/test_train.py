@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -256,3 +257,78 @@ def test_resume_on_other_data_is_refused(config: Path, questions: Path, tmp_path
     mine.write_text(questions.read_text().replace("apples", "plums"))
     code, _, err = inside(capsys, "train", config, *settings, "--resume")
     assert code == 3 and "its data" in err
+
+
+def unfinished(run: Path) -> None:
+    (run / "run.json").write_text(json.dumps({**manifest(run), "status": "running", "error": "an old one"}))
+
+
+def test_movement_is_judged_after_a_resume_at_step_one(config: Path, tmp_path: Path, capsys: Any) -> None:
+    settings = ["engine.checkpoint_every=1", "engine.keep=9"]
+    assert inside(capsys, "train", config, *settings)[0] == 0
+    run = tmp_path / "run"
+    for checkpoint in (run / "checkpoints").iterdir():
+        if checkpoint.name != "step-00000001":
+            shutil.rmtree(checkpoint)
+    unfinished(run)
+    found = manifest(run)
+    found["gates"] = [g for g in found["gates"] if g["name"] not in ("movement", "save")]
+    (run / "run.json").write_text(json.dumps(found))
+    with (run / "log.jsonl").open("a") as log:
+        log.write('{"step": 99, "lo')  # torn by the kill
+    code, _, err = inside(capsys, "train", config, *settings, "--resume")
+    assert code == 0 and "resumed from step-00000001" in err
+    assert [g["state"] for g in manifest(run)["gates"] if g["name"] == "movement"] == ["passed"]
+    assert "error" not in manifest(run)
+    assert [json.loads(x)["step"] for x in (run / "log.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_sigkill_and_resume(config: Path, tmp_path: Path) -> None:
+    settings = ["engine.max_steps=60", "engine.epochs=60", "engine.checkpoint_every=5"]
+    assert process("train", config, *settings, f"output={tmp_path / 'whole'}")[0] == 0
+    running = start("train", config, *settings)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    running.kill()
+    running.communicate()
+    code, _, err = process("train", config, *settings, "--resume")
+    assert code == 0 and "resumed from step-" in err
+    file = "adapter/adapter_model.safetensors"
+    whole, resumed = load_file(tmp_path / "whole" / file), load_file(tmp_path / "run" / file)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_settings_that_would_do_nothing_are_refused(config: Path, tmp_path: Path, capsys: Any) -> None:
+    for settings, words in (
+        (["engine.patience=2"], "eval_every"),
+        (["engine.eval_every=2", "data.validation=0"], "data.validation"),
+        (["evaluate.shots=0"], "evaluate.shots"),
+        (["method={kind: head, rank: 4}"], "it is a setting of lora"),
+    ):
+        code, _, err = inside(capsys, "train", config, *settings)
+        assert code == 2 and words in err, err
+    assert not (tmp_path / "run").exists()
+
+
+def test_paths_may_be_written_in_any_way(config: Path, questions: Path, tmp_path: Path, capsys: Any) -> None:
+    twisted = f"{questions.parent}/./{questions.name}"
+    assert inside(capsys, "train", config, f"data.path={twisted}")[0] == 0
+    twice = [f"data.path=[{{path: {twisted}}}, {{path: {questions}}}]", f"output={tmp_path / 'other'}"]
+    code, _, err = inside(capsys, "train", config, *twice)
+    assert code == 2 and "twice" in err
+
+
+def test_a_run_json_that_is_no_manifest(config: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "run").mkdir()
+    for text in ("{}", "[1]", "{", ""):
+        (tmp_path / "run" / "run.json").write_text(text)
+        code, _, err = inside(capsys, "train", config, "--resume")
+        assert code == 3 and "run.json" in err, err
+
+
+def test_broken_gguf(config: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "bad.gguf").write_text("not a model")
+    code, _, err = inside(capsys, "train", config, f"model.name={tmp_path / 'bad.gguf'}")
+    assert code == 2 and "GGUF" in err and "Traceback" not in err

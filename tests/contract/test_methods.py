@@ -180,3 +180,17 @@ def test_full_in_bfloat16_trains_in_float32() -> None:
     model = tiny_model(dtype=torch.bfloat16)
     method = attach(model, METHOD_SPECS["full"](), seed=0)
     assert {p.dtype for p in method.trainable().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("kind", "spec"), VARIANTS, ids=IDS)
+def test_bfloat16_compute_gives_nearly_the_gradient_of_float32(kind: str, spec: dict[str, object]) -> None:
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model(dtype=dtype)
+        method = attach(model, METHOD_SPECS[kind](**spec), seed=3)
+        policy = policy_of(model, method, compute=dtype)
+        assert all(p.dtype is torch.float32 for p in method.trainable().values())
+        accumulate(policy, OBJECTIVES["sft"](SftSpec()), pack(documents(shared=17), 10_000))
+        gradients.append(torch.cat([p.grad.flatten() for p in method.trainable().values() if p.grad is not None]))
+    exact, low = gradients
+    assert (exact - low).norm() / exact.norm() < 0.05  # bfloat16 keeps 8 bits of mantissa

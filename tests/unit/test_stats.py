@@ -238,12 +238,12 @@ def test_lower_is_better_turns_everything_round() -> None:
     rng = np.random.default_rng(0)
     base = rng.normal(2.0, 0.3, size=300)
     rungs = [("zero", base + 0.5), ("few", base + 0.01 + rng.normal(0, 0.02, 300)), ("lora", base)]
-    found = verdict(rungs, margin=0.05, lower_is_better=True, weights=rng.integers(5, 30, size=300))
+    found = verdict(rungs, margin=0.05, in_nats=True, weights=rng.integers(5, 30, size=300))
     assert reasons(found) == {"zero": "cannot tell", "few": "within margin", "lora": "best"}  # zero: no spread at all
     rungs[0] = ("zero", base + 0.5 + rng.normal(0, 0.02, 300))
-    found = verdict(rungs, margin=0.05, lower_is_better=True)
+    found = verdict(rungs, margin=0.05, in_nats=True)
     assert reasons(found) == {"zero": "worse", "few": "within margin", "lora": "best"}
-    assert verdict(rungs, margin=0.05, lower_is_better=True, target=3.0).recommended == "zero"
+    assert verdict(rungs, margin=0.05, in_nats=True, target=3.0).recommended == "zero"
 
 
 def test_the_spread_between_training_seeds_widens_the_interval() -> None:

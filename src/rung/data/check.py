@@ -178,7 +178,7 @@ def _measure(
     records: list[Record], chat: Chat | None, loss_on: LossOn, rejected: list[Rejected]
 ) -> tuple[list[Record], Lengths | None, float | None]:
     """Lengths and supervised share; rows that the template or the preflight refuses move to `rejected`."""
-    if chat is None:
+    if chat is None or not records:
         return records, _lengths([_characters(r) for r in records], "characters"), None
     tokenised: Tokenised | None = None
     try:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from math import floor
+from pathlib import Path
 
 import numpy as np
 
@@ -34,7 +35,7 @@ def load_data(spec: DataSpec, seed: int) -> Splits:
         validation=held["validation"].records if held["validation"] else None,
         test=held["test"].records if held["test"] else None,
     )
-    train = cap(reweigh(splits.train, {p.path: p.weight for p in paths}), spec.limit, seed)
+    train = cap(reweigh(splits.train, {str(Path(p.path)): p.weight for p in paths}), spec.limit, seed)
     notes = {
         **splits.notes,
         "rows_before_weights": len(splits.train),
@@ -51,7 +52,7 @@ def weighted_paths(spec: DataSpec) -> tuple[WeightedPath, ...]:
         ConfigError: none, or one twice.
     """
     paths = (WeightedPath(path=spec.path),) if isinstance(spec.path, str) else spec.path
-    names = [p.path for p in paths]
+    names = [str(Path(p.path)) for p in paths]  # as read_rows writes it into every source
     if not names:
         raise ConfigError("data.path names no data set", allowed="a path, or a list of {path, weight}")
     if twice := [n for n in names if names.count(n) > 1]:

@@ -120,6 +120,8 @@ def tokenise(
         documents = [_trim(chat, d, limit) for d in documents]
     kept = [i for i, d in enumerate(documents) if len(d.ids) <= limit]
     if not kept:
+        if not documents:
+            raise DataError("there are no rows to tokenise")
         raise DataError("no document is left", given=f"{len(long)} of {len(documents)} dropped for their length")
     examples = tuple(_example(records[i], documents[i]) for i in kept)
     checked, differing = _boundaries(chat, [records[i] for i in kept], loss_on)

@@ -95,7 +95,8 @@ class Trainer:
         if not train:
             raise DataError("no training rows are left", hint="look at the counts of: rung data check")
         total = self.total_steps(len(train))
-        movement = Movement(self.policy.model, self.method.trainable()) if self.progress.step == 0 else None
+        judged = any(gate["name"] == "movement" for gate in self.folder.manifest["gates"])
+        movement = None if judged else Movement(self.policy.model, self.method.trainable())
         self.policy.model.train()
         try:
             with _interruptible() as stopping, Bar("train", total, self.progress.step) as bar:

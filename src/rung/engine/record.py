@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import resource
@@ -16,7 +17,10 @@ from typing import IO, Any, Literal
 from rung.errors import CheckpointError
 
 State = Literal["passed", "failed", "not_reached"]
-GENERATED = ("run.json", "log.jsonl", "checkpoints", "adapter", "model", "rungs", "report.html", "items.jsonl")
+GENERATED = (
+    *("run.json", "log.jsonl", "checkpoints", "adapter", "model", "rungs", "report.html"),
+    *("items.jsonl", "result.json", "eval.jsonl"),
+)
 """What a run writes into its folder, and what `--overwrite` therefore may remove."""
 
 
@@ -59,13 +63,15 @@ class RunFolder:
             return None
         if overwrite:
             return None
+        if not {"spec", "gates"} <= existing.keys():
+            raise CheckpointError("run.json is not the manifest of a run", where=str(path), hint="use --overwrite")
         if not resume:
             raise CheckpointError(
                 f"this folder holds a run already (status {existing.get('status')})",
                 where=str(path),
                 hint="go on with --resume, start anew with --overwrite, or name another output=...",
             )
-        if changed := sorted(_changed(existing["spec"], spec)):
+        if changed := sorted(_changed({**existing["spec"], "output": None}, {**spec, "output": None})):
             raise CheckpointError(
                 "the run in this folder has another config", where=str(path), given="differs in " + ", ".join(changed)
             )
@@ -108,15 +114,18 @@ class RunFolder:
         """Append one object to `log.jsonl`."""
         if self._log is None:
             self._log = (self.path / "log.jsonl").open("a", encoding="utf-8")
-        self._log.write(json.dumps(entry) + "\n")
+        finite = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()
+        }  # JSON has no NaN
+        self._log.write(json.dumps(finite) + "\n")
         self._log.flush()
 
     def trim_log(self, step: int) -> None:
         """Forget logged steps after `step`: a resumed run takes them again."""
         path = self.path / "log.jsonl"
         if path.exists():
-            kept = [line for line in path.read_text().split("\n") if line and json.loads(line)["step"] <= step]
-            path.write_text("".join(line + "\n" for line in kept))
+            kept = [entry for entry in read_log(self.path) if entry["step"] <= step]
+            path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
 
     def close(self) -> None:
         """Close the log."""
@@ -131,15 +140,28 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((path / "run.json").read_text())
     except FileNotFoundError:
         raise CheckpointError("this is not a run folder: it has no run.json", where=str(path)) from None
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise CheckpointError(f"run.json cannot be read: {error}", where=str(path)) from error
+    if not isinstance(manifest, dict) or "status" not in manifest:
+        raise CheckpointError("run.json is not the manifest of a run", where=str(path))
     return manifest
 
 
+def is_climb(path: Path) -> bool:
+    """Whether a folder holds a climb, whose runs stand below it."""
+    return (path / "run.json").exists() and "climb" in read_manifest(path)
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The logged steps of a run; empty when nothing was logged."""
+    """The logged steps of a run; empty when nothing was logged. A last line that a kill tore is passed over."""
     log = path / "log.jsonl"
-    return [json.loads(line) for line in log.read_text().split("\n") if line] if log.exists() else []
+    entries: list[dict[str, Any]] = []
+    for line in log.read_text().split("\n") if log.exists() else []:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            continue
+    return entries
 
 
 def write_json(path: Path, value: Any) -> None:

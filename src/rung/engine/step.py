@@ -14,7 +14,7 @@ from torch import Tensor
 from rung.errors import DataError
 from rung.model.policy import Policy
 from rung.objective.base import Objective
-from rung.types import Counts, PackedBatch
+from rung.types import Counts, PackedBatch, Unit
 
 
 def count_window(objective: Objective, window: Iterable[PackedBatch]) -> Counts:
@@ -42,8 +42,10 @@ def accumulate(policy: Policy, objective: Objective, window: Sequence[PackedBatc
 @torch.no_grad()
 def mean_loss(policy: Policy, objective: Objective, batches: Iterable[PackedBatch]) -> float:
     """Loss over a whole set: sums and counts are added and divided once, so the batches do not matter."""
-    total, counts = 0.0, Counts()
+    totals: dict[Unit, float] = {}
+    counts = Counts()
     for batch in batches:
         counts = counts + objective.count(batch)
-        total += sum(float(term.total) for term in objective.loss(policy, batch))
-    return total / counts.tokens if counts.tokens else float("nan")
+        for term in objective.loss(policy, batch):
+            totals[term.unit] = totals.get(term.unit, 0.0) + float(term.total)
+    return sum(total / counts[unit] if counts[unit] else float("nan") for unit, total in totals.items())

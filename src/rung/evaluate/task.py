@@ -118,17 +118,12 @@ def evaluate(
 ) -> Evaluation:
     """Answer every record greedily and score it.
 
-    Seconds per query are wall time over all items, shared prefixes encoded once, as a server would.
+    Seconds per query are wall time over all items, shared prefixes encoded once, as a server would: of answering, or,
+    where only perplexity is measured, of reading the expected answer.
     Raises `DataError` for records without a question under metrics that need one.
     """
     generated = [name for name in spec.metrics if name != PERPLEXITY]
-    without = next((record for record in records if not record.messages), None)
-    if without is not None:
-        raise DataError(
-            "plain text has no question to answer",
-            where=str(without.source),
-            hint="evaluate rows with a question and an answer",
-        )
+    require_questions(records)
     prompts = [chat.prompt_ids(framing.turns(record), tools=record.tools) for record in records]
     limit = policy.base.context - spec.max_new_tokens
     if longest := max((p for p in prompts if len(p) > limit), key=len, default=None):
@@ -143,7 +138,9 @@ def evaluate(
         answers, stopped, seconds = _answer(policy, chat, prompts, spec, title)
     nats: Sequence[tuple[float | None, int | None]] = [(None, None)] * len(records)
     if PERPLEXITY in spec.metrics:
+        started = time.perf_counter()
         nats = _likelihoods(policy, chat, records, prompts)
+        seconds = seconds or time.perf_counter() - started
     items = tuple(
         Item(
             source=str(record.source),
@@ -161,6 +158,14 @@ def evaluate(
         for record, prompt, answer, done, likelihood in zip(records, prompts, answers, stopped, nats, strict=True)
     )
     return Evaluation(items, seconds / max(1, len(items)), spec.metrics)
+
+
+def require_questions(records: Sequence[Record]) -> None:
+    """Raise `DataError` for plain text: it has no question to answer."""
+    without = next((record for record in records if not record.messages), None)
+    if without is not None:
+        hint = "evaluate rows with a question and an answer"
+        raise DataError("plain text has no question to answer", where=str(without.source), hint=hint)
 
 
 def expected_text(record: Record) -> str:
@@ -195,6 +200,8 @@ def _likelihoods(
     for record, prompt in zip(records, prompts, strict=True):
         answer = chat.encode([chat.parts(record, "answer")[-1].text], inner=True)[0]
         ids = np.array([*prompt, *answer], dtype=np.int32)
+        if len(ids) > policy.base.context:
+            raise DataError("prompt and expected answer are longer than the model's context", where=str(record.source))
         examples.append(Example(ids, np.arange(len(ids)) >= len(prompt), record.source))
     budget = tokens_per_micro_batch(policy.model.config, policy.device.type)
     found: dict[Source, tuple[float, int]] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -60,17 +60,15 @@ class Full(_MovesTheBase):
         self.model.requires_grad_(True)
 
     def declared_parameters(self) -> int:
-        """All of the base, or its head."""
+        """All of the base."""
         return sum(p.numel() for p in self.model.parameters())
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """The base alone, or `PlanError` where it is gone."""
+    def disabled(self) -> AbstractContextManager[None]:
+        """Raises `PlanError`: the base has moved."""
         raise PlanError(
             "full fine-tuning moves the base itself, so the base is no longer there to compare with",
             hint="load the base a second time",
         )
-        yield
 
 
 class Head(_MovesTheBase):
@@ -97,13 +95,13 @@ class Head(_MovesTheBase):
         model.config.tie_word_embeddings = False
 
     def declared_parameters(self) -> int:
-        """All of the base, or its head."""
+        """Vocabulary times width, and the bias where there is one."""
         outputs, inputs = self.original.weight.shape
         return int(outputs * inputs + (outputs if self.original.bias is not None else 0))
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The base alone, or `PlanError` where it is gone."""
+        """The base with its own head, inside the context."""
         self.model.set_output_embeddings(self.original)
         try:
             yield

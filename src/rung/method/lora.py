@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -55,6 +56,9 @@ class Lora:
             self.peft: PeftModel = quiet(get_peft_model, model, config)
         except ValueError as error:  # an initialisation that this rank cannot have
             raise ConfigError(str(error), where="method.init", given=spec.init) from error
+        for parameter in self.trainable().values():  # peft leaves modules trained whole in the base's bfloat16
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """A, B, magnitudes, and modules trained whole."""

@@ -141,7 +141,9 @@ def token_logprobs(
     A uniform head gives -log V.
     """
     linear = effective_linear(head)
+    weight: Tensor = linear.weight  # type: ignore[assignment]
+    # A head that moves is float32 beside bfloat16 layers, and the backward pass runs outside autocast.
     result: Tensor = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-        h_NH, linear.weight, getattr(linear, "bias", None), target_N, logit_map, tile
+        h_NH.to(weight.dtype), weight, getattr(linear, "bias", None), target_N, logit_map, tile
     )
     return result

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from rung.errors import CheckpointError, ConfigError, PlanError, did_you_mean
+from rung.errors import CheckpointError, ConfigError, PlanError, RungError, did_you_mean
 from rung.model import attention
 from rung.model.fetch import fetch
 from rung.spec.catalog import CATALOG
@@ -68,7 +68,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
     if isinstance(where, Path) and (where / "run.json").exists():
         inside = next((where / name for name in ("model", "adapter") if (where / name).is_dir()), where)
         return _from_pretrained(AutoTokenizer, inside, None)
-    if isinstance(where, Path) and where.suffix == ".gguf":
+    if isinstance(where, Path) and where.suffix.lower() == ".gguf":
         return _gguf_tokenizer(where)
     return _from_pretrained(AutoTokenizer, where, spec.revision)
 
@@ -115,7 +115,7 @@ def _resolve(name: str) -> Path | str:
             "this folder holds neither a model (config.json) nor a run (run.json)", where="model.name", given=name
         )
     if path.is_file():
-        if path.suffix == ".gguf":
+        if path.suffix.lower() == ".gguf":
             return path
         raise ConfigError(
             "this file is not a model", where="model.name", given=name, allowed="a .gguf file or a folder"
@@ -136,19 +136,11 @@ def _resolve(name: str) -> Path | str:
 def _load(
     where: Path | str, revision: str | None, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    if isinstance(where, Path) and where.suffix == ".gguf":
-        config = AutoConfig.from_pretrained(where.parent, gguf_file=where.name)
-        _refuse(config)
-        model = AutoModelForCausalLM.from_pretrained(
-            where.parent, gguf_file=where.name, quantization_config=GgufConfig(dequantize=True), dtype=dtype
-        )
-        return model, _gguf_tokenizer(where)
+    if isinstance(where, Path) and where.suffix.lower() == ".gguf":
+        return _load_gguf(where, dtype)
     config = _from_pretrained(AutoConfig, where, revision)
     _refuse(config)
-    # Dropout that a base ships with (GPT-2, Phi-2: 0.1) would make packed and unpacked runs differ.
-    for name in ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "dropout"):
-        if isinstance(getattr(config, name, None), float):
-            setattr(config, name, 0.0)
+    _without_dropout(config)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             where,
@@ -162,6 +154,34 @@ def _load(
     except (OSError, ValueError) as error:
         raise ConfigError(_first_line(error), where="model.name", given=str(where)) from error
     return model, tokenizer
+
+
+def _load_gguf(where: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    try:
+        config = AutoConfig.from_pretrained(where.parent, gguf_file=where.name)
+        _refuse(config)
+        _without_dropout(config)
+        model = AutoModelForCausalLM.from_pretrained(
+            where.parent,
+            config=config,
+            gguf_file=where.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=dtype,
+        )
+        return model, _gguf_tokenizer(where)
+    except RungError:
+        raise
+    except Exception as error:  # the reader fails in many ways on a file that is no GGUF
+        raise ConfigError(
+            f"this GGUF file cannot be read: {_first_line(error)}", where="model.name", given=str(where)
+        ) from error
+
+
+def _without_dropout(config: Any) -> None:
+    """Dropout that a base ships with (GPT-2, Phi-2: 0.1) would make packed and unpacked runs differ."""
+    for name in ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "dropout"):
+        if isinstance(getattr(config, name, None), float):
+            setattr(config, name, 0.0)
 
 
 def _from_pretrained(auto: Any, where: Path | str, revision: str | None) -> Any:
@@ -216,7 +236,7 @@ def _load_run_as_base(spec: ModelSpec, run: Path, device: torch.device | None) -
 
         model = PeftModel.from_pretrained(base.model, str(run / "adapter")).merge_and_unload()
     weights = hashlib.sha256(f"{base.fingerprint} {fingerprint(run / 'adapter', None)}".encode()).hexdigest()
-    return _finished(model, base.tokenizer, spec.name, weights, compute, device)
+    return _finished(model, load_tokenizer(spec), spec.name, weights, compute, device)
 
 
 def check_fingerprint(manifest: dict[str, Any], base: Base, run: Path) -> None:

@@ -14,7 +14,7 @@ from rich.panel import Panel
 
 from rung import run as running
 from rung.data.chat import Chat
-from rung.engine.record import read_manifest
+from rung.engine.record import is_climb, read_manifest
 from rung.errors import ConfigError, DataError
 from rung.model.generate import Sampling, generate
 from rung.model.policy import Policy
@@ -101,8 +101,18 @@ class Conversation:
 
     def say(self, text: str) -> None:
         """Put a question to every speaker."""
+        text = text.encode("utf-8", "replace").decode()  # a terminal may send half a character
+        before = [list(speaker.turns) for speaker in self.speakers]
         for speaker in self.speakers:
             speaker.turns.append(Message("user", text))
+        try:
+            self._answer()
+        except DataError:  # too long: the conversation goes on without this question
+            for speaker, turns in zip(self.speakers, before, strict=True):
+                speaker.turns[:] = turns
+            raise
+
+    def _answer(self) -> None:
         if len(self.speakers) == 1:
             self.speakers[0].answer(self.sampling, stream=True)
             sys.stdout.write("\n")
@@ -119,7 +129,7 @@ def _speakers(target: str, compare: bool) -> list[Speaker]:
             raise ConfigError("--compare wants a run: a base has nothing to be compared with", given=target)
         policy, chat = running.open_base(ModelSpec(name=target))
         return [Speaker(target, policy, chat, nullcontext, [])]
-    if "climb" in read_manifest(path):
+    if is_climb(path):
         raise ConfigError("this is a climb, not a run", given=target, hint=f"its runs stand in {path / 'rungs'}")
     policy, chat, spec = running.open_run(path)
     tuned = Speaker(f"tuned ({spec.method.kind})", policy, chat, nullcontext, [])

@@ -45,6 +45,8 @@ def _rows(target: str | DataSpec, chat: Chat, count: int) -> list[Text]:
     """The first rows as the model will see them."""
     spec = target if isinstance(target, DataSpec) else DataSpec(path=target)
     records = read_records(spec, weighted_paths(spec)[0].path).records[:count]
+    if not records:
+        return []
     tokenised = chat.examples(records, loss_on=spec.loss_on)
     return [
         Text.assemble((f"{example.source}\n", "bold"), coloured(example, chat), "\n") for example in tokenised.examples

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from rung import run as running
+from rung.data.split import Splits
 from rung.engine.progress import say
-from rung.engine.record import RunFolder, peak_memory_bytes, read_manifest, reset_peak_memory, write_json
+from rung.engine.record import RunFolder, is_climb, peak_memory_bytes, read_manifest, reset_peak_memory, write_json
 from rung.errors import CheckpointError, RungError
 from rung.evaluate.baselines import Framing, choose_shots
-from rung.evaluate.task import PERPLEXITY, Evaluation, evaluate
+from rung.evaluate.task import PERPLEXITY, Evaluation, evaluate, require_questions
 from rung.model.load import Base
 from rung.model.policy import Policy
 from rung.scoring.stats import Difference, Interval
@@ -99,7 +100,7 @@ class Climb:
             if rung.kind not in UNTUNED:
                 for_rung(spec, rung, spec.output, spec.seed)
         resume = (self.path / "run.json").exists() and not overwrite
-        if resume and "climb" not in read_manifest(self.path):
+        if resume and not is_climb(self.path):
             raise CheckpointError(
                 "this folder holds a single run, not a climb", where=str(self.path), hint="name another output=..."
             )
@@ -110,14 +111,18 @@ class Climb:
     def run(self) -> Ladder:
         """Measure what is missing and judge the whole; with nothing missing, no model is loaded."""
         splits = running.read_splits(self.spec)
+        self._refuse_other("data", splits.fingerprint)
         if not self._overwrite:
-            self._refuse_other_data(splits.fingerprint)
             if all(
                 (folder / "result.json").exists() for rung in self.spec.climb.rungs for folder in self._folders(rung)
             ):
                 return judge(self.spec, [self._stored(rung) for rung in self.spec.climb.rungs])
         records = running.test_records(self.spec, splits)
+        require_questions(records)
+        for rung in self.spec.climb.rungs:
+            self._shots(rung, splits)
         self._fresh = base = running.load(self.spec.model)
+        self._refuse_other("base", base.fingerprint)
         data = running.tokenise(self.spec, splits, base)
         resume = (self.path / "run.json").exists() and not self._overwrite
         folder = RunFolder.claim(self.path, to_dict(self.spec), resume=resume, overwrite=self._overwrite)
@@ -136,13 +141,13 @@ class Climb:
         folder.update(status="finished", ladder=ladder.to_json())
         return ladder
 
-    def _refuse_other_data(self, fingerprint: str) -> None:
-        """Rungs measured on different items must not stand in one ladder."""
-        begun = read_manifest(self.path).get("fingerprints", {}) if (self.path / "run.json").exists() else {}
-        if begun.get("data", fingerprint) != fingerprint:
-            raise CheckpointError(
-                "the data have changed since this climb began", where=str(self.path), hint="start anew with --overwrite"
-            )
+    def _refuse_other(self, what: str, fingerprint: str) -> None:
+        """Rungs measured on other data or another base must not stand in one ladder."""
+        known = (self.path / "run.json").exists() and not self._overwrite
+        begun = read_manifest(self.path).get("fingerprints", {}) if known else {}
+        if begun.get(what, fingerprint) != fingerprint:
+            summary = f"the {what} has changed since this climb began"
+            raise CheckpointError(summary, where=str(self.path), hint="start anew with --overwrite")
 
     def _folders(self, rung: RungSpec) -> list[Path]:
         """Where a rung's results stand: one folder a training seed."""
@@ -170,14 +175,18 @@ class Climb:
 
     def _ask(self, rung: RungSpec, folder: Path, data: running.Data, records: Sequence[Record]) -> None:
         """An untuned rung: the base with the strongest prompt the config has."""
-        count = (rung.shots or self.spec.evaluate.shots) if rung.kind == "few_shot" else 0
-        shots = choose_shots(data.splits.train, count, self.spec.seed)
+        shots = self._shots(rung, data.splits)
         framing = Framing(self.spec.evaluate.instruction, shots, self.spec.evaluate.context == "given")
         reset_peak_memory()
         policy = Policy(self._base(), running.Untouched())
         result = evaluate(policy, data.chat, records, framing, self.spec.evaluate, title=rung.label)
         cost = {"trainable_parameters": 0, "train_seconds": 0.0, "shots": [str(shot.source) for shot in shots]}
         _store(folder, result, cost)
+
+    def _shots(self, rung: RungSpec, splits: Splits) -> tuple[Record, ...]:
+        """The worked examples of a rung; raises `DataError` when the training split has too few."""
+        count = (rung.shots or self.spec.evaluate.shots) if rung.kind == "few_shot" else 0
+        return choose_shots(splits.train, count, self.spec.seed)
 
     def _tune(self, rung: RungSpec, folder: Path, number: int, data: running.Data, records: Sequence[Record]) -> None:
         """A tuned rung: a run in a folder of its own, then the bare question."""
@@ -204,8 +213,7 @@ class Climb:
 
 def rung_folder(path: Path, rung: RungSpec, number: int, seeds: int) -> Path:
     """Where one of a rung's `seeds` runs stands inside a climb's folder."""
-    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in rung.label).strip(".") or rung.kind
-    inside = path / "rungs" / name
+    inside = path / "rungs" / rung.slug
     return inside / f"seed-{number}" if seeds > 1 else inside
 
 
@@ -213,16 +221,22 @@ def judge(spec: RunSpec, measured: Sequence[_Measured]) -> Ladder:
     """The ladder and its verdict, from the stored per-item scores alone."""
     metric = spec.evaluate.metrics[0]
     first = measured[0].evaluations[0]
+    for m in measured:
+        if any(
+            [(i.source, i.expected) for i in e.items] != [(i.source, i.expected) for i in first.items]
+            for e in m.evaluations
+        ):
+            raise CheckpointError(f"rung {m.spec.label} answered other questions than the first", where=spec.output)
     weights = first.weights(metric)
     tables = [np.stack([e.scores(metric) for e in m.evaluations]) for m in measured]
     lower = metric == PERPLEXITY
     found = verdict(
         [(m.spec.label, table) for m, table in zip(measured, tables, strict=True)],
         math.log1p(spec.climb.margin) if lower else spec.climb.margin,
-        spec.climb.target,
+        math.log(spec.climb.target) if lower and spec.climb.target else spec.climb.target,
         clusters=first.clusters,
         weights=weights,
-        lower_is_better=lower,
+        in_nats=lower,
         seed=spec.seed,
     )
     rows = []

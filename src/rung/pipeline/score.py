@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rung import run as running
-from rung.engine.record import RunFolder, read_manifest
+from rung.engine.record import RunFolder, is_climb, read_manifest
 from rung.errors import ConfigError
 from rung.spec.io import load, parse
 from rung.spec.run import RunSpec
@@ -20,7 +20,7 @@ def score(target: str, *, config: str | None, overrides: Sequence[str], limit: i
     """
     path = Path(target)
     is_run = (path / "run.json").exists()
-    if is_run and "climb" in read_manifest(path):
+    if is_climb(path):
         raise ConfigError("this is a climb, not a run", given=target, hint=f"its runs stand in {path / 'rungs'}")
     if overrides and config is None:
         raise ConfigError("overrides go with --config", given=" ".join(overrides))
@@ -35,7 +35,7 @@ def score(target: str, *, config: str | None, overrides: Sequence[str], limit: i
     result = running.score(policy, chat, task, records, tuned=is_run)
     summary = {"target": target, "task": config or target, **result.summary()}
     if is_run and config is None and limit is None:
-        result.write(path / "items.jsonl")
+        result.write(path / "eval.jsonl")  # items.jsonl belongs to the climb that a run may stand in
         manifest = read_manifest(path)
         RunFolder(path, manifest).update(metrics={**manifest.get("metrics", {}), **result.summary()})
     return summary

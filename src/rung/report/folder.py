@@ -121,7 +121,8 @@ def _rung(label: str, folder: Path, row: Mapping[str, Any] | None) -> Rung:
 
 
 def _items(folder: Path) -> tuple[Mapping[str, Any], ...]:
-    return tuple(line for line in _lines(folder / "items.jsonl") if "answer" in line)  # the first line is no item
+    kept = next((folder / name for name in ("items.jsonl", "eval.jsonl") if (folder / name).exists()), None)
+    return tuple(line for line in _lines(kept) if "answer" in line) if kept else ()  # the first line is no item
 
 
 def _object(path: Path) -> Mapping[str, Any]:

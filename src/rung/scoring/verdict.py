@@ -52,7 +52,7 @@ class Verdict:
 
     recommended: str | None
     """The lowest rung that is enough; None when a rung below it cannot be told either way."""
-    safe: str
+    safe: str | None
     """The lowest rung that is enough, whether or not a lower one might be too."""
     best: str
     rungs: tuple[RungVerdict, ...]
@@ -86,7 +86,7 @@ def verdict(
     *,
     clusters: Clusters = None,
     weights: ArrayLike | None = None,
-    lower_is_better: bool = False,
+    in_nats: bool = False,
     seed: int = 0,
 ) -> Verdict:
     """Judge a ladder, lowest rung first; each rung is (name, scores [items] or [training seeds, items]).
@@ -97,11 +97,12 @@ def verdict(
     the best mean on these same items, the lower rung on a tie. Intervals are 95 % each, not corrected for many rungs.
 
     Several training seeds add the variance between their means (see `_widened`). For perplexity pass nats per token,
-    token counts as `weights`, `lower_is_better`, the logarithm of the target, and a margin in nats.
+    token counts as `weights`, `in_nats` (lower is then better, and the text speaks of perplexity), the logarithm of
+    the target, and a margin in nats.
     """
     if not rungs or margin < 0:
         raise ValueError("a verdict needs at least one rung and a margin of at least 0")
-    sign = -1.0 if lower_is_better else 1.0
+    sign = -1.0 if in_nats else 1.0
     measured = [_measure(name, scores, clusters, weights, seed) for name, scores in rungs]
     best = max(measured, key=lambda m: sign * m.score.mean)
     judged = []
@@ -119,7 +120,7 @@ def verdict(
             needed = examples_needed(gain, margin, clusters, weights=weights, seed_variance=noise)
             needed = needed and _rounded_up(max(needed, len(gain) + 1))
         judged.append(RungVerdict(rung.name, rung.score, difference, reason, needed))
-    return _conclude(tuple(judged), best.name, margin, target)
+    return _conclude(tuple(judged), best.name, margin, target, in_nats)
 
 
 def score_of(
@@ -187,33 +188,36 @@ def _reason(
     return "worse" if kindest < -margin else "cannot tell"
 
 
-def _conclude(rungs: tuple[RungVerdict, ...], best: str, margin: float, target: float | None) -> Verdict:
+def _conclude(rungs: tuple[RungVerdict, ...], best: str, margin: float, target: float | None, in_nats: bool) -> Verdict:
+    by = f"{math.expm1(margin):.0%}" if in_nats else f"{margin:g}"
+    goal = None if target is None else f"{math.exp(target) if in_nats else target:g}"
+
+    def shown(score: Interval) -> str:
+        mean, low, high = (math.exp(x) if in_nats else x for x in (score.mean, score.low, score.high))
+        return f"{mean:.3f} [{low:.3f}, {high:.3f}], {score.examples} examples, {score.clusters} clusters"
+
     if all(r.score.mean == 0.0 for r in rungs) and not any(r.reason == "reaches target" for r in rungs):
-        text = f"No rung scores at all: {_shown(rungs[0].score)}. Look at the answers before climbing higher."
-        return Verdict(None, rungs[0].name, best, rungs, None, text)
+        text = f"No rung scores at all: {shown(rungs[0].score)}. Look at the answers before climbing higher."
+        return Verdict(None, None, best, rungs, None, text)
     height = next(i for i, r in enumerate(rungs) if r.enough)  # the best rung always is
     safe, undecided = rungs[height], [r for r in rungs[:height] if r.reason == "cannot tell"]
     why = {
-        "best": "no rung scores higher" + (f" and every lower one is worse by more than {margin:g}" if height else ""),
-        "reaches target": f"its interval lies at or beyond the target {target}",
-        "within margin": f"it is not worse than {best} by more than {margin:g}",
+        "best": "no rung scores higher" + (f" and every lower one is worse by more than {by}" if height else ""),
+        "reaches target": f"its interval lies at or beyond the target {goal}",
+        "within margin": f"it is not worse than {best} by more than {by}",
     }
     needed = max((r.examples_needed or 0 for r in undecided), default=0) or None
     if not undecided:
-        text = f"{safe.name} is enough: {_shown(safe.score)}; {why[safe.reason]}."
+        text = f"{safe.name} is enough: {shown(safe.score)}; {why[safe.reason]}."
     else:
         names = " and ".join(r.name for r in undecided)
         more = "more examples alone will not do, it takes more training seeds or another margin"
         if needed:
             more = f"needs about {needed} examples (has {safe.score.examples})"
-        text = f"Cannot tell whether {names} would be enough: {more}. {safe.name} is safe: {_shown(safe.score)}."
+        text = f"Cannot tell whether {names} would be enough: {more}. {safe.name} is safe: {shown(safe.score)}."
     if target is not None and not any(r.reason == "reaches target" for r in rungs):
-        text += f" No rung is sure to reach the target {target:g}."
+        text += f" No rung is sure to reach the target {goal}."
     return Verdict(None if undecided else safe.name, safe.name, best, rungs, needed, text)
-
-
-def _shown(score: Interval) -> str:
-    return f"{score.mean:.3f} [{score.low:.3f}, {score.high:.3f}], {score.examples} examples, {score.clusters} clusters"
 
 
 def _rounded_up(n: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from rung.spec.base import Share, Spec
 
@@ -29,6 +29,11 @@ class RungSpec(Spec):
         """Name in the ladder."""
         return self.name or self.kind
 
+    @property
+    def slug(self) -> str:
+        """Name of its folder."""
+        return "".join(c if c.isalnum() or c in "-_." else "-" for c in self.label.lower()).strip(".") or self.kind
+
 
 class ClimbSpec(Spec):
     """The ladder."""
@@ -37,8 +42,8 @@ class ClimbSpec(Spec):
     """Rungs to measure, lowest first."""
     margin: Share = 0.05
     """A rung is enough when its interval excludes being worse than the best by more than this."""
-    target: Share | None = None
-    """A rung is also enough when its score reaches this."""
+    target: PositiveFloat | None = None
+    """A rung is also enough when its score surely reaches this (perplexity: stays below)."""
     seeds: PositiveInt = 1
     """Training runs per tuned rung. Above 1 the spread between them widens the intervals."""
 
@@ -55,6 +60,9 @@ class ClimbSpec(Spec):
             raise ValueError("a ladder needs at least one rung")
         if twice := sorted({label for label in labels if labels.count(label) > 1}):
             raise ValueError(f"rung {twice[0]!r} stands twice; give each a `name`")
+        slugs = [r.slug for r in rungs]
+        if alike := [r.label for r in rungs if slugs.count(r.slug) > 1]:
+            raise ValueError(f"rungs {' and '.join(map(repr, alike))} would share a folder; give each another `name`")
         for r in rungs:
             tuned = r.kind not in ("zero_shot", "few_shot")
             if not tuned and (r.method or r.engine):

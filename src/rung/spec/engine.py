@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from rung.spec.base import Share, Spec
 
@@ -55,3 +55,9 @@ class EngineSpec(Spec):
     """Stop when this many measurements in a row did not improve the best validation loss, and keep the best weights."""
     keep: PositiveInt = 2
     """Checkpoints kept, newest first; the best by validation loss is kept besides."""
+
+    @model_validator(mode="after")
+    def _patience_needs_measurements(self) -> EngineSpec:
+        if self.patience is not None and self.eval_every is None:
+            raise ValueError("patience counts measurements: set eval_every too")
+        return self

@@ -178,10 +178,8 @@ def _places(value: Any, place: Path_) -> Iterator[Path_]:
 
 
 def _validate(raw: dict[str, Any], lines: Mapping[Path_, str]) -> RunSpec:
-    # A method or objective given by an override without `kind` keeps the default kind.
-    for group, default in (("method", "lora"),):
-        if isinstance(raw.get(group), dict) and "kind" not in raw[group]:
-            raw = {**raw, group: {"kind": default, **raw[group]}}
+    if isinstance(raw.get("method"), dict) and "kind" not in raw["method"]:
+        raw = {**raw, "method": {"kind": "lora", **raw["method"]}}
     try:
         spec = RunSpec.model_validate(raw)
     except ValidationError as error:
@@ -202,7 +200,10 @@ def _explain(error: ValidationError, raw: dict[str, Any], lines: Mapping[Path_, 
         parent = _dotted(place[:-1])
         kind = f"{parent} {raw['method'].get('kind')}" if place[:-1] == ("method",) else parent or "a run"
         near = did_you_mean(str(place[-1]), known)
+        kinds = [k for k, s in METHOD_SPECS.items() if place[:-1] == ("method",) and place[-1] in s.model_fields]
         hint = f"did you mean {_dotted((*place[:-1], near))}?" if near else _elsewhere(str(place[-1]))
+        if kinds:
+            hint = f"it is a setting of {', '.join(kinds)}; an override method={{kind: ...}} replaces the whole group"
         return ConfigError(
             f"{name} is not a setting of {kind}",
             where=where,

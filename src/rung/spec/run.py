@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, model_validator
 
 from rung.spec.base import Spec
 from rung.spec.climb import ClimbSpec
@@ -35,6 +35,14 @@ class RunSpec(Spec):
     """The run folder."""
     seed: NonNegativeInt = 0
     """Seed of the order of rows, of the initialisation and of the choice of shots."""
+
+    @model_validator(mode="after")
+    def _nothing_asked_for_in_vain(self) -> RunSpec:
+        if self.engine.eval_every is not None and self.data.validation == 0:
+            raise ValueError("engine.eval_every measures on the validation split, and data.validation is 0")
+        if any(r.kind == "few_shot" and (r.shots or self.evaluate.shots) == 0 for r in self.climb.rungs):
+            raise ValueError("the few_shot rung needs evaluate.shots above 0")
+        return self
 
     @property
     def learning_rate(self) -> float:
