@@ -97,7 +97,8 @@ def test_the_outlook_fits_the_verdict(width: int) -> None:
     assert "safe" in undecided or width >= 120
 
 
-def test_infinite_bounds_hostile_names_and_one_metric() -> None:
+def test_infinite_bounds_hostile_names_and_one_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     ladder = copy.deepcopy(LADDER)
     ladder["ladder"][2] |= {"rung": "[bold]lora[/] \u4e2d", "gain": estimate(0.5, None, None)}
     for one in ladder["ladder"]:
