@@ -161,7 +161,7 @@ def test_a_base_without_template_learns_to_stop(
     tokenizer.save_pretrained(base)
     code, _, err = inside(capsys, "train", config, f"model.name={base}")
     assert code == 2 and "model.template: plain" in err
-    settings = [f"model.name={base}", "model.template=plain", "method={kind: full}", "engine.max_steps=60"]
+    settings = [f"model.name={base}", "model.template=plain", "method={kind: full}", "engine.max_steps=120"]
     assert inside(capsys, "train", config, *settings, "engine.learning_rate=5.0e-3", "engine.epochs=20")[0] == 0
     _, out, _ = inside(capsys, "eval", base, "--config", config, "model.template=plain", "--json")
     before = json.loads(out)

