@@ -153,9 +153,15 @@ def train_on(
         tokens_per_micro_batch=_budget(spec, base),
     )
     trainer = Trainer(
-        policy, method, OBJECTIVES[spec.objective.kind](spec.objective), spec.engine, spec.learning_rate,
-        _budget(spec, base), spec.seed, folder,
-    )  # fmt: skip
+        policy,
+        method,
+        objective=OBJECTIVES[spec.objective.kind](spec.objective),
+        spec=spec.engine,
+        peak_rate=spec.learning_rate,
+        budget=_budget(spec, base),
+        seed=spec.seed,
+        folder=folder,
+    )
     try:
         if not (resume and trainer.restore()):
             folder.trim_log(0)
