@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -212,9 +213,9 @@ def open_base(spec: ModelSpec) -> tuple[Policy, Chat]:
 class Untouched:
     """What a policy holds when nothing is tuned: off and on are the same."""
 
-    def disabled(self) -> torch.no_grad:
+    def disabled(self) -> AbstractContextManager[None]:
         """Nothing to switch off."""
-        return torch.no_grad()
+        return nullcontext()
 
 
 def test_records(spec: RunSpec, splits: Splits) -> tuple[Record, ...]:
@@ -237,6 +238,7 @@ def score(policy: Policy, chat: Chat, spec: RunSpec, records: Sequence[Record], 
 def _pass_gates(policy: Policy, method: Method, trainer: Trainer, data: Data, folder: RunFolder) -> None:
     """Gates 1 and 2; each is recorded before it is enforced."""
     folder.gate(Gate("preflight", "passed", data.preflight.to_json(), "0 failing rows"))
+    say(f"gate preflight: passed ({data.preflight.failing} of {data.preflight.rows} rows failing; limit 0)")
     probe = sorted(data.train.examples, key=len)[:PROBES]
     if not probe:
         raise DataError("no training rows are left", hint="look at the counts of: rung data check")

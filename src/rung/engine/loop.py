@@ -118,7 +118,9 @@ class Trainer:
             self.policy.model.eval()
             self.folder.close()
         if movement is not None and movement.steps < 2:
-            self.folder.gate(not_reached())
+            gate = not_reached()
+            self.folder.gate(gate)
+            say(str(gate))
         self._keep_best()
         return self.progress
 

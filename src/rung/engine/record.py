@@ -114,9 +114,8 @@ class RunFolder:
         """Append one object to `log.jsonl`."""
         if self._log is None:
             self._log = (self.path / "log.jsonl").open("a", encoding="utf-8")
-        finite = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()
-        }  # JSON has no NaN
+        # JSON has no NaN
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         self._log.write(json.dumps(finite) + "\n")
         self._log.flush()
 

@@ -46,9 +46,8 @@ def choose_shots(train: Sequence[Record], count: int, seed: int) -> tuple[Record
 
     Raises `DataError` when the split has fewer rows than asked for.
     """
-    usable = list(
-        {(r.context, r.messages): r for r in train if r.messages}.values()
-    )  # a weighted row stands there twice
+    # A weighted row stands in the split several times.
+    usable = list({(r.context, r.messages): r for r in train if r.messages}.values())
     if len(usable) < count:
         raise DataError(
             f"{count} worked examples are wanted and the training split has {len(usable)} rows", where="evaluate.shots"

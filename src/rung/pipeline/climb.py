@@ -112,11 +112,9 @@ class Climb:
         """Measure what is missing and judge the whole; with nothing missing, no model is loaded."""
         splits = running.read_splits(self.spec)
         self._refuse_other("data", splits.fingerprint)
-        if not self._overwrite:
-            if all(
-                (folder / "result.json").exists() for rung in self.spec.climb.rungs for folder in self._folders(rung)
-            ):
-                return judge(self.spec, [self._stored(rung) for rung in self.spec.climb.rungs])
+        finished = all((f / "result.json").exists() for rung in self.spec.climb.rungs for f in self._folders(rung))
+        if finished and not self._overwrite:
+            return self._judge()
         records = running.test_records(self.spec, splits)
         require_questions(records)
         for rung in self.spec.climb.rungs:
@@ -127,6 +125,7 @@ class Climb:
         resume = (self.path / "run.json").exists() and not self._overwrite
         folder = RunFolder.claim(self.path, to_dict(self.spec), resume=resume, overwrite=self._overwrite)
         fingerprints = {"base": base.fingerprint, "data": splits.fingerprint}
+        folder.manifest.pop("error", None)  # of an earlier try
         folder.update(climb=True, status="running", data=data.summary(), fingerprints=fingerprints)
         try:
             for rung in self.spec.climb.rungs:
@@ -137,9 +136,12 @@ class Climb:
         except RungError as error:
             folder.update(status="failed", error=str(error))
             raise
-        ladder = judge(self.spec, [self._stored(rung) for rung in self.spec.climb.rungs])
+        ladder = self._judge()
         folder.update(status="finished", ladder=ladder.to_json())
         return ladder
+
+    def _judge(self) -> Ladder:
+        return judge(self.spec, [self._stored(rung) for rung in self.spec.climb.rungs])
 
     def _refuse_other(self, what: str, fingerprint: str) -> None:
         """Rungs measured on other data or another base must not stand in one ladder."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rung.data.chat import Chat
 from rung.engine import gates
 from rung.engine.checkpoint import write_folder
 from rung.engine.pack import pack_separately
-from rung.errors import CheckpointError
+from rung.errors import CheckpointError, GateError
 from rung.method.base import Method
 from rung.model.policy import Policy
 from rung.publish.parity import check_parity, reload_logprobs
@@ -45,8 +46,12 @@ def merge_run(run: Path, folder: Path) -> dict[str, Any]:
         running.write_text_side(aside, chat)
 
     write_folder(folder, fill)
-    theirs = reload_logprobs(folder, rows)
-    gate = gates.enforce(check_parity(ours, theirs))
+    try:
+        theirs = reload_logprobs(folder, rows)
+        gate = gates.enforce(check_parity(ours, theirs))
+    except GateError:
+        shutil.rmtree(folder)  # a model that is not the run's must not lie around as if it were
+        raise
     moved = max(float((a - b).abs().max()) for a, b in zip(base, theirs, strict=True))
     return {"path": str(folder), "difference": gate.measured, "limit": gate.limit, "moved_from_base": moved}
 

@@ -12,6 +12,7 @@ import torch
 
 from rung.engine.gates import TOLERANCE
 from rung.engine.record import Gate
+from rung.errors import GateError
 
 _READ = """
 import json, sys, torch
@@ -26,7 +27,10 @@ json.dump(chosen, sys.stdout)
 
 
 def reload_logprobs(folder: Path, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Log-probability of every token but the first of each row, from plain transformers in another process."""
+    """Log-probability of every token but the first of each row, from plain transformers in another process.
+
+    Raises `GateError` when the model does not load there.
+    """
     done = subprocess.run(  # noqa: S603 - our own words only
         [sys.executable, "-W", "ignore", "-c", _READ, str(folder)],
         input=json.dumps([list(row) for row in rows]),
@@ -35,7 +39,8 @@ def reload_logprobs(folder: Path, rows: Sequence[Sequence[int]]) -> list[torch.T
         check=False,
     )
     if done.returncode:
-        raise RuntimeError(f"the written model does not load: {done.stderr.strip().splitlines()[-1:]}")
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise GateError("gate publish.parity failed: the written model does not load", where=str(folder), given=reason)
     return [torch.tensor(row) for row in json.loads(done.stdout)]
 
 

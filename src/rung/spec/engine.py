@@ -13,7 +13,7 @@ class OptimiserSpec(Spec):
     """AdamW (Loshchilov and Hutter 2019, algorithm 2)."""
 
     weight_decay: NonNegativeFloat = 0.0
-    """Decoupled decay, applied to matrices only, never to biases, norms or embeddings' scales."""
+    """Decoupled decay, applied to matrices only, never to biases or norms."""
     beta1: Share = 0.9
     """Decay of the first moment."""
     beta2: Share = 0.999
@@ -48,7 +48,7 @@ class EngineSpec(Spec):
     optimiser: OptimiserSpec = OptimiserSpec()
     """AdamW's own settings."""
     checkpoint_every: PositiveInt | None = None
-    """Optimiser steps between checkpoints; none saves at the end and when interrupted."""
+    """Optimiser steps between checkpoints; none saves only when interrupted."""
     eval_every: PositiveInt | None = None
     """Optimiser steps between measurements of the validation loss; none measures it at the end."""
     patience: NonNegativeInt | None = None
