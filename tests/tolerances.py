@@ -6,6 +6,9 @@ FLOAT64 = 1e-9
 RMS_NORM = 1e-7
 """transformers' RMSNorm computes in float32 inside, whatever the dtype, and bottoms out here."""
 
+LLAMA_GRADIENT = 1e-6
+"""The same for whole gradients against transformers as it comes; against a norm in float64 they reach FLOAT64."""
+
 FLOAT32 = 1e-5
 """Relative, for sums of a few thousand float32 products in another order."""
 

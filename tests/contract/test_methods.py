@@ -16,6 +16,7 @@ from rung.engine.step import accumulate
 from rung.errors import CheckpointError, ConfigError
 from rung.method.base import load_state, state_of
 from rung.method.table import METHODS, attach
+from rung.model.fuse import fuse
 from rung.model.generate import Sampling, generate
 from rung.objective.table import OBJECTIVES
 from rung.spec.engine import OptimiserSpec
@@ -102,7 +103,9 @@ def test_trained_numbers_change_reading_and_answering(kind: str, spec: dict[str,
 @pytest.mark.parametrize(("kind", "spec"), [v for v in VARIANTS if v[0] != "full"], ids=[i for i in IDS if i != "full"])
 def test_switching_off_gives_the_base_bit_for_bit(kind: str, spec: dict[str, object]) -> None:
     batch = pack(documents(), 10_000)[0]
-    base = policy_of(tiny_model()).logprobs(batch)
+    fused = tiny_model()
+    fuse(fused)
+    base = policy_of(fused).logprobs(batch)
     policy, _ = tuned(kind, **spec)
     tuned_once = policy.logprobs(batch)
     for _ in range(50):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from rung.model.head import LogitMap, token_logprobs
+from rung.model.head import LogitMap, Tile, token_logprobs
 from tolerances import FLOAT64
 
 MAPS = [LogitMap(), LogitMap(scale=0.3), LogitMap(softcap=4.0), LogitMap(scale=2.0, softcap=3.0)]
@@ -30,7 +30,7 @@ def test_values_and_gradients(logit_map: LogitMap, bias: bool, frozen: bool) -> 
     results = []
     for call in (
         lambda h: naive(h, head, target, logit_map),
-        lambda h: token_logprobs(h, head, target, logit_map, tile=4),
+        lambda h: token_logprobs(h, head, target, logit_map, tile=Tile(4, 3)),
     ):
         h = torch.randn(9, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
         head.zero_grad()
@@ -46,7 +46,7 @@ def test_gradcheck() -> None:
     head = nn.Linear(3, 5, dtype=torch.float64).requires_grad_(False)
     h = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     target = torch.tensor([0, 4, 2, 2])
-    assert torch.autograd.gradcheck(lambda x: token_logprobs(x, head, target, LogitMap(), tile=3), (h,))
+    assert torch.autograd.gradcheck(lambda x: token_logprobs(x, head, target, LogitMap(), tile=Tile(3, 2)), (h,))
 
 
 def test_extreme_logits_stay_finite() -> None:

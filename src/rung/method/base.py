@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rung.errors import CheckpointError
+from rung.model.fused import Part
 
 
 class Method(Protocol):
@@ -32,6 +33,10 @@ class Method(Protocol):
 
     def disabled(self) -> AbstractContextManager[None]:
         """The base alone, inside the context. Raises `PlanError` where the base itself has moved."""
+        ...
+
+    def part(self, module: nn.Module) -> Part | None:
+        """How a linear computes with this method, for `model/fuse.py`; None where only the module itself can."""
         ...
 
     def shares_prefixes(self) -> bool:

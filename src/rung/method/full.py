@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from rung.errors import ConfigError, PlanError
 from rung.method.base import same_keys
+from rung.model.fuse import plain_part
+from rung.model.fused import Part
 from rung.spec.method import FullSpec, HeadSpec
 
 
@@ -26,6 +28,10 @@ class _MovesTheBase:
     def trainable(self) -> dict[str, nn.Parameter]:
         """What moves, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def part(self, module: nn.Module) -> Part | None:
+        """A linear as it stands."""
+        return plain_part(module)
 
     def shares_prefixes(self) -> bool:
         """Always: nothing is drawn at random."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import Linear as PeftLinear
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,6 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from rung.errors import ConfigError
 from rung.method.base import same_keys
+from rung.model.fuse import plain_part
+from rung.model.fused import Part
 from rung.model.targets import select
 from rung.spec.method import LoraSpec
 
@@ -79,6 +82,20 @@ class Lora:
         """The base alone, inside the context."""
         with self.peft.disable_adapter():
             yield
+
+    def part(self, module: nn.Module) -> Part | None:
+        """What peft's layer computes at this moment; None with dropout, DoRA, or whatever else it must do itself."""
+        if type(module) is not PeftLinear:
+            return plain_part(module)
+        layer: Any = module
+        base = plain_part(layer.base_layer)
+        if base is None or layer.disable_adapters or layer.merged:
+            return base
+        (name,) = layer.active_adapters
+        if not isinstance(layer.lora_dropout[name], nn.Identity) or name in layer.lora_variant or layer.lora_bias[name]:
+            return None
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        return base._replace(a=a, b=b, scale=float(layer.scaling[name]))
 
     def shares_prefixes(self) -> bool:
         """Unless dropout would differ between copies of a prefix."""

@@ -11,12 +11,19 @@ from transformers import PreTrainedModel
 from rung.method.base import Method
 from rung.method.full import Full, Head
 from rung.method.lora import Lora
+from rung.model.fuse import fuse
 from rung.spec.method import MethodSpec
 
 METHODS: dict[str, Callable[[PreTrainedModel, Any], Method]] = {"full": Full, "head": Head, "lora": Lora}
 
 
-def attach(model: PreTrainedModel, spec: MethodSpec, *, seed: int) -> Method:
-    """Free the numbers a spec names. The draw of new numbers depends on the seed alone."""
+def attach(model: PreTrainedModel, spec: MethodSpec, *, seed: int, fused: bool = True) -> Method:
+    """Free the numbers a spec names. The draw of new numbers depends on the seed alone.
+
+    `fused` puts Rung's own functions under the modules; the numbers are the same within rounding.
+    """
     torch.manual_seed(seed)
-    return METHODS[spec.kind](model, spec)
+    method = METHODS[spec.kind](model, spec)
+    if fused:
+        fuse(model, method.part)
+    return method

@@ -24,6 +24,7 @@ from transformers.utils import logging
 from rung.errors import CheckpointError, ConfigError, PlanError, RungError, did_you_mean
 from rung.model import attention
 from rung.model.fetch import fetch
+from rung.model.fuse import fuse
 from rung.spec.catalog import CATALOG
 from rung.spec.model import ModelSpec
 from rung.spec.support import refusal_of_model
@@ -59,7 +60,7 @@ def load_base(spec: ModelSpec, *, device: torch.device | None = None) -> Base:
         return _load_run_as_base(spec, where, device)
     compute = compute_dtype(spec.dtype, device)
     model, tokenizer = _load(where, spec.revision, compute)
-    return _finished(model, tokenizer, spec.name, fingerprint(where, model.config), compute, device)
+    return _finished(model, tokenizer, spec, fingerprint(where, model.config), compute, device)
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
@@ -204,19 +205,23 @@ def _refuse(config: Any) -> None:
 def _finished(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    name: str,
+    spec: ModelSpec,
     weights: str,
     compute: torch.dtype,
     device: torch.device | None,
 ) -> Base:
     if len(tokenizer) < 2 or tokenizer.decode(tokenizer.encode("a b", add_special_tokens=False)).strip() != "a b":
-        raise CheckpointError("the tokenizer does not give text back", where=name, given=f"{len(tokenizer)} tokens")
+        raise CheckpointError(
+            "the tokenizer does not give text back", where=spec.name, given=f"{len(tokenizer)} tokens"
+        )
     model.set_attn_implementation(attention.NAME)
     model.requires_grad_(False)
     model.eval()
     if device is not None:
         model.to(device)
-    return Base(model, tokenizer, name, weights, compute)
+    if spec.fused:
+        fuse(model)
+    return Base(model, tokenizer, spec.name, weights, compute)
 
 
 def _load_run_as_base(spec: ModelSpec, run: Path, device: torch.device | None) -> Base:
@@ -225,7 +230,7 @@ def _load_run_as_base(spec: ModelSpec, run: Path, device: torch.device | None) -
     compute = compute_dtype(spec.dtype, device)
     if (run / "model").is_dir():
         model, tokenizer = _load(run / "model", None, compute)
-        return _finished(model, tokenizer, spec.name, fingerprint(run / "model", model.config), compute, device)
+        return _finished(model, tokenizer, spec, fingerprint(run / "model", model.config), compute, device)
     if not (run / "adapter").is_dir():
         raise CheckpointError("this run has no finished adapter or model", where=str(run), given=manifest.get("status"))
     base = load_base(ModelSpec.model_validate({**manifest["spec"]["model"], "dtype": spec.dtype}), device=device)
@@ -236,7 +241,7 @@ def _load_run_as_base(spec: ModelSpec, run: Path, device: torch.device | None) -
 
         model = PeftModel.from_pretrained(base.model, str(run / "adapter")).merge_and_unload()
     weights = hashlib.sha256(f"{base.fingerprint} {fingerprint(run / 'adapter', None)}".encode()).hexdigest()
-    return _finished(model, load_tokenizer(spec), spec.name, weights, compute, device)
+    return _finished(model, load_tokenizer(spec), spec, weights, compute, device)
 
 
 def check_fingerprint(manifest: dict[str, Any], base: Base, run: Path) -> None:

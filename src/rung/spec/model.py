@@ -18,3 +18,6 @@ class ModelSpec(Spec):
     """Compute type. `auto` is float32 on processors without AVX512-BF16 or AMX, where bfloat16 is many times slower."""
     template: str = "auto"
     """`auto` is the tokenizer's own chat template; `plain` is Rung's own for bases that have none; or a .jinja file."""
+    fused: bool = True
+    """Compute through Rung's own functions, which keep less and share inputs; false uses transformers' and peft's own
+    forward: slower, the same result within rounding. For comparing and for finding faults."""

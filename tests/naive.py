@@ -1,0 +1,81 @@
+"""The oracle of everything that skips work: transformers and peft as they come, one document at a time, autograd.
+
+No line of Rung's model or engine package runs here but the loading of the method under test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from transformers import PreTrainedModel
+
+from models import tiny_model
+from rung.method.base import Method
+from rung.method.table import attach
+from rung.spec.method import METHOD_SPECS
+from rung.types import Example
+
+
+def naive(
+    kind: str, shape: str = "llama", *, dtype: torch.dtype = torch.float32, wide_norms: bool = False, **spec: object
+) -> tuple[PreTrainedModel, Method]:
+    """A tiny model under transformers' own attention and peft's own forward, its trained numbers drawn anew.
+
+    `wide_norms` lets RMSNorm compute in the model's own type: transformers computes it in float32 whatever the type,
+    which hides everything below 1e-6.
+    """
+    model = tiny_model(shape, dtype=dtype)
+    method = attach(model, METHOD_SPECS[kind](**spec), seed=0, fused=False)
+    if shape != "gemma2":  # its softcap runs in eager alone, with a softmax in float32: Rung's, unpacked, is exact
+        model.set_attn_implementation("sdpa")
+    redraw(method)
+    if wide_norms:
+        for module in model.modules():
+            if "RMSNorm" in type(module).__name__:
+                module.forward = partial(_norm, module, 1.0 if "Gemma" in type(module).__name__ else 0.0)
+    return model, method
+
+
+def _norm(module: nn.Module, offset: float, x: torch.Tensor) -> torch.Tensor:
+    eps = getattr(module, "variance_epsilon", None) or module.eps
+    return (offset + module.weight) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def redraw(method: Method) -> None:
+    """Trained numbers at random, so that none is a zero that hides a fault."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in method.trainable().values():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(0.05 * noise.to(parameter.dtype))
+
+
+def naive_loss(model: PreTrainedModel, examples: Sequence[Example]) -> torch.Tensor:
+    """Weighted mean negative log-likelihood of the supervised tokens; `.grad` is filled."""
+    model.zero_grad()
+    total = sum(e.weight * int(e.supervised.sum()) for e in examples)
+    value = torch.zeros((), dtype=torch.float64)
+    for e in examples:
+        ids = torch.from_numpy(e.ids.astype("int64"))
+        logits = model(input_ids=ids[None], use_cache=False).logits[0]
+        at = torch.from_numpy(e.supervised.nonzero()[0])
+        loss = e.weight * F.cross_entropy(logits[at - 1], ids[at], reduction="sum") / total
+        loss.backward()  # type: ignore[no-untyped-call]
+        value += loss.detach().to(torch.float64)
+    return value
+
+
+def gradients(method: Method) -> dict[str, torch.Tensor]:
+    """Of everything that moves; a number without a gradient has a zero one."""
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in method.trainable().items()}
+
+
+def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """Norm of the difference of two sets of gradients, over the norm of the second."""
+    assert ours.keys() == theirs.keys()
+    a, b = (torch.cat([g.flatten().double() for g in found.values()]) for found in (ours, theirs))
+    return float((a - b).norm() / b.norm())
