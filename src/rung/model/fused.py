@@ -40,8 +40,12 @@ class Part(NamedTuple):
 
 
 def linears(x: Tensor, parts: Sequence[Part]) -> tuple[Tensor, ...]:
-    """Several linears of one input [..., I]: the low-rank products of all go as one, the input is kept once."""
-    return _Linears.apply(x, tuple(p.scale for p in parts), *_flat(parts))  # type: ignore[no-any-return, no-untyped-call]
+    """Several linears of one input [..., I]: the low-rank products of all go as one, the input is kept once.
+
+    An input that `rms_norm` made is not kept at all: the backward pass makes it again.
+    """
+    normed: _Normed | None = getattr(x, _MADE_BY, None)
+    return _Linears.apply(x, normed, tuple(p.scale for p in parts), *_flat(parts))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def gated_linear(gate: Tensor, up: Tensor, activation: Activation, part: Part) -> Tensor:
@@ -54,28 +58,58 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
 
     Computes in float32 or wider. Keeps its input and one number a row.
     """
-    return _RmsNorm.apply(x, weight, eps, offset)  # type: ignore[no-any-return, no-untyped-call]
+    y, rstd = _RmsNorm.apply(x, weight, eps, offset)  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled():
+        setattr(y, _MADE_BY, _Normed(x.detach(), weight.detach(), rstd, offset))
+    return y  # type: ignore[no-any-return]
+
+
+_MADE_BY = "_rung_normed"
+
+
+class _Normed(NamedTuple):
+    """What an output of `rms_norm` can be made from again."""
+
+    x: Tensor
+    weight: Tensor
+    rstd: Tensor
+    offset: float
+
+    def make(self) -> Tensor:
+        y = self.x * self.rstd  # in the type of rstd, at least float32
+        y.mul_(self.weight if not self.offset else self.weight.to(y.dtype) + self.offset)
+        return y.to(self.x.dtype if self.offset else torch.promote_types(self.x.dtype, self.weight.dtype))
 
 
 class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scales: tuple[float, ...], *flat: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, normed: _Normed | None, scales: tuple[float, ...], *flat: Tensor | None
+    ) -> tuple[Tensor, ...]:
         parts = _parts(flat, scales)
-        compute = _compute_dtype(x, parts)
-        x_NI = x.reshape(-1, x.shape[-1]).to(compute)
+        x_NI = x.reshape(-1, x.shape[-1]).to(_compute_dtype(x, parts))
         outputs, low_NR = _forward(x_NI, parts)
-        ctx.scales, ctx.shape, ctx.dtype = scales, x.shape, x.dtype
-        ctx.save_for_backward(x_NI if any(ctx.needs_input_grad[2:]) else None, low_NR, *flat)
+        ctx.scales, ctx.shape, ctx.dtype, ctx.compute = scales, x.shape, x.dtype, x_NI.dtype
+        ctx.offset = None if normed is None else normed.offset
+        kept = None
+        if any(ctx.needs_input_grad[3:]):
+            kept = [x_NI] if normed is None else [normed.x, normed.weight, normed.rstd]
+        ctx.kept = len(kept or ())
+        ctx.save_for_backward(*(kept or ()), low_NR, *flat)
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x_NI, low_NR, *flat = ctx.saved_tensors
+        low_NR, *flat = ctx.saved_tensors[ctx.kept :]
+        kept = ctx.saved_tensors[: ctx.kept]
+        x_NI = kept[0] if ctx.kept == 1 else None
+        if ctx.kept > 1:
+            x_NI = _Normed(kept[0], kept[1], kept[2], ctx.offset).make().view(-1, ctx.shape[-1]).to(ctx.compute)
         parts = _parts(flat, ctx.scales)
         rows = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
-        need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
+        need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         d_x, d_flat = _backward(rows, x_NI, low_NR, parts, need_x, need)
-        return (None if d_x is None else d_x.view(ctx.shape).to(ctx.dtype)), None, *d_flat
+        return (None if d_x is None else d_x.view(ctx.shape).to(ctx.dtype)), None, None, *d_flat
 
 
 class _GatedLinear(torch.autograd.Function):
@@ -112,18 +146,21 @@ class _GatedLinear(torch.autograd.Function):
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.offset = offset
+        ctx.mark_non_differentiable(rstd)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, rstd)
-        y: Tensor = (wide * rstd).mul_(weight if not offset else weight.to(wide.dtype) + offset)
-        return y.to(x.dtype if offset else torch.promote_types(x.dtype, weight.dtype))
+        return _Normed(x, weight, rstd, offset).make(), rstd
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None
         x, weight, rstd = ctx.saved_tensors
-        unit = x * rstd  # in the type of rstd, at least float32
+        unit = x * rstd
         grad = grad.to(unit.dtype)
         d_weight = None
         if ctx.needs_input_grad[1]:
