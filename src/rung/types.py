@@ -108,6 +108,21 @@ class LossIndex:
     """Further per-entry values an objective needs, each [N]."""
 
 
+class Below(NamedTuple):
+    """Hidden states that enter a layer, computed before: the layers below it do not run."""
+
+    layer: int
+    states: torch.Tensor  # [T, H]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SharedPrefix:
+    """Tokens that several rows of one step begin with: computed once, their keys and values stand before each row."""
+
+    ids: torch.Tensor  # int64 [P], positions 0 to P - 1
+    below: Below | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
     """One flat row of real tokens; there is no padding anywhere."""
@@ -120,7 +135,13 @@ class PackedBatch:
     """How many documents the batch holds."""
     document_tokens: int
     """Tokens as the user counts them: each document's own, whether or not a prefix is shared."""
-    sources: Sequence[Source] = ()
+    documents: Sequence[Example] = ()
+    """By sequence: what the row was made of."""
+    rows: Sequence[np.ndarray] = ()
+    """By sequence: where its tokens stand in the row, from the first that is not in the prefix; int64."""
+    prefix: SharedPrefix | None = None
+    """What every root of the row comes after; no entry of the loss index looks into it."""
+    below: Below | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,8 +191,8 @@ def test_settings_that_must_not_change_the_result(config: Path, tmp_path: Path, 
     runs = {
         "auto": [],
         "small": ["engine.tokens_per_micro_batch=40"],
-        "unpacked": ["engine.packed=false"],
-        "unshared": ["engine.share_prefixes=false"],
+        "unpacked": ["engine.packing=none"],
+        "unshared": ["engine.packing=flat"],
     }
     losses = {}
     for name, settings in runs.items():

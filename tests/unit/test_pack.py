@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builders import documents, example
-from rung.engine.pack import MIN_SHARED, pack, pack_separately
+from rung.engine.pack import MIN_AHEAD, MIN_SHARED, pack, pack_separately
 from rung.types import Example, PackedBatch
 
 HEAD = list(range(100, 100 + MIN_SHARED))
@@ -125,3 +125,49 @@ def test_every_prediction_survives_long(rows: list[list[int]], budget: int, shar
     batches = pack(examples, budget, share_prefixes=share)
     assert sorted(e for b in batches for e in unrolled(b)) == sorted(expected(examples))
     assert all(len(b.ids) <= budget or b.sequences == 1 for b in batches)
+
+
+LONG = list(range(3, 3 + MIN_AHEAD + 20))
+
+
+def test_what_several_batches_begin_with_runs_ahead_of_them() -> None:
+    examples = [example([*LONG, 100 + i, 7, 8, i], len(LONG) + 1) for i in range(40)]
+    batches = pack(examples, 60)
+    assert len(batches) > 1 and len({id(b.prefix) for b in batches}) == 1
+    assert batches[0].prefix.ids.tolist() == LONG
+    assert sum(len(b.ids) for b in batches) == 40 * 4
+    assert all(int(b.positions.min()) == len(LONG) for b in batches)
+    assert sum(b.document_tokens for b in batches) == 40 * (len(LONG) + 4)
+    assert [d for b in batches for d in unrolled(b)] == expected(examples)
+
+
+def test_nothing_supervised_runs_ahead() -> None:
+    """The prediction of the first supervised token is made within the rows."""
+    examples = [example([*LONG, 100 + i, 7], MIN_AHEAD + 5) for i in range(40)]
+    batches = pack(examples, 60)
+    assert {len(b.prefix.ids) for b in batches} == {MIN_AHEAD + 4}
+    assert [d for b in batches for d in unrolled(b)] == expected(examples)
+    early = [example([*LONG, 100 + i, 7], MIN_AHEAD - 5) for i in range(40)]
+    assert {b.prefix for b in pack(early, 60)} == {None}
+
+
+def test_two_groups_run_ahead_of_their_own_rows_and_the_rest_fills_together() -> None:
+    other = [t + 150 for t in LONG]
+    groups = [*([*LONG, 300 + i, 1] for i in range(30)), *([*other, 300 + i, 1] for i in range(30))]
+    examples = [example(ids, len(LONG) + 1) for ids in groups] + [example([250 + i, 2], 1) for i in range(10)]
+    batches = pack(examples, 40)
+    assert {tuple(b.prefix.ids.tolist()) for b in batches if b.prefix} == {tuple(LONG), tuple(other)}
+    assert sum(b.sequences for b in batches if b.prefix is None) == 10
+    assert [d for b in batches for d in unrolled(b)] == expected(examples)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(1, 30)), min_size=1, max_size=30))
+def test_whatever_runs_ahead_every_prediction_is_made_once(shape: list[tuple[int, int, int]]) -> None:
+    examples = []
+    for i, (first, second, own) in enumerate(shape):
+        ids = [*([first] * MIN_AHEAD), *([second] * MIN_AHEAD), *range(10 + i, 10 + i + own)]
+        examples.append(example(ids, 2 * MIN_AHEAD))
+    batches = pack(examples, 200)
+    assert [d for b in batches for d in unrolled(b)] == expected(examples)
+    assert all(len(b.ids) <= 200 or b.sequences == 1 for b in batches)

@@ -21,8 +21,10 @@ from rung.engine.pack import pack, pack_separately
 from rung.engine.progress import Bar, say
 from rung.engine.record import RunFolder, peak_memory_bytes
 from rung.engine.step import accumulate, mean_loss
+from rung.engine.trunk import TrunkCache
 from rung.errors import DataError, GateError
 from rung.method.base import Method, load_state, state_of
+from rung.model.layers import lowest_moving_layer
 from rung.model.policy import Policy
 from rung.objective.base import Objective
 from rung.spec.engine import EngineSpec
@@ -71,6 +73,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.optimiser = make_optimiser(self.method.trainable(), self.spec.optimiser)
         self.checkpoints = self.folder.path / "checkpoints"
+        self.trunk: TrunkCache | None = None
 
     def total_steps(self, rows: int) -> int:
         """Optimiser steps of a whole run over this many rows."""
@@ -98,6 +101,7 @@ class Trainer:
         judged = any(gate["name"] == "movement" for gate in self.folder.manifest["gates"])
         movement = None if judged else Movement(self.policy.model, self.method.trainable())
         self.policy.model.train()
+        self.trunk = self._trunk(len(train))
         try:
             with _interruptible() as stopping, Bar("train", total, self.progress.step) as bar:
                 while self.progress.step < total:
@@ -117,6 +121,9 @@ class Trainer:
         finally:
             self.policy.model.eval()
             self.folder.close()
+            if self.trunk is not None:
+                self.folder.update(trunk=self.trunk.summary())
+                self.trunk.close()
         if movement is not None and movement.steps < 2:
             gate = not_reached()
             self.folder.gate(gate)
@@ -133,10 +140,21 @@ class Trainer:
         return [train[i] for i in order[place * per_step : (place + 1) * per_step]]
 
     def _pack(self, examples: Sequence[Example]) -> list[PackedBatch]:
-        if not self.spec.packed:
-            return pack_separately(examples, self.policy.device)
-        sharing = self.spec.share_prefixes and self.method.shares_prefixes()
-        return pack(examples, self.budget, share_prefixes=sharing, device=self.policy.device)
+        if self.spec.packing == "none":
+            batches = pack_separately(examples, self.policy.device)
+        else:
+            sharing = self.spec.packing == "tree" and self.method.shares_prefixes()
+            batches = pack(examples, self.budget, share_prefixes=sharing, device=self.policy.device)
+        return batches if self.trunk is None else self.trunk.feed(batches)
+
+    def _trunk(self, rows: int) -> TrunkCache | None:
+        """A cache of the layers that do not move, where they would run a second time."""
+        first_epoch = -(-rows // self.spec.examples_per_step)
+        layer = lowest_moving_layer(self.policy.model, self.method.trainable())
+        if not self.spec.cache_trunk or layer == 0 or self.total_steps(rows) <= first_epoch:
+            return None
+        say(f"layers below {layer} do not move: each document passes them once")
+        return TrunkCache(self.policy, layer, self.folder.path / "trunk", self.budget)
 
     def _step(self, examples: Sequence[Example], total: int, movement: Movement | None) -> dict[str, Any]:
         started = time.perf_counter()

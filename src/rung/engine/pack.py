@@ -7,48 +7,120 @@ tokens, which brings equal beginnings together.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from rung.types import Example, LossIndex, PackedBatch, Segment
+from rung.types import Example, LossIndex, PackedBatch, Segment, SharedPrefix
 
 MIN_SHARED = 16
 """Shorter common beginnings cost more in bookkeeping than they save."""
+
+MIN_AHEAD = 64
+"""A beginning that several batches of a step share runs once, ahead of them, when it has at least this many tokens."""
 
 
 def pack(
     examples: Sequence[Example], budget: int, *, share_prefixes: bool = True, device: torch.device | None = None
 ) -> list[PackedBatch]:
-    """Batches of at most `budget` computed tokens each (a longer document stands alone), together all examples."""
+    """Batches of at most `budget` computed tokens each (a longer document stands alone), together all examples.
+
+    Batches with the same `prefix` stand next to each other; its tokens are not part of their rows.
+    """
     ordered = sorted(examples, key=lambda e: e.ids.tolist())
-    costs = [len(e) for e in ordered]
-    if share_prefixes:
-        for i in range(1, len(ordered)):
-            common = _common(ordered[i - 1].ids, ordered[i].ids)
-            costs[i] -= common if common >= MIN_SHARED else 0
+    if not share_prefixes:
+        return _fill(_Group(ordered, [0] * len(ordered), 0), budget, False, device)
+    common = [0, *(_common(a.ids, b.ids) for a, b in pairwise(ordered))]
+    found: list[PackedBatch] = []
+    for run, ahead in _merged(_plan(ordered, common, range(len(ordered)), budget)):
+        group = _Group(ordered[run.start : run.stop], common[run.start : run.stop], ahead)
+        found += _fill(group, budget, share_prefixes, device)
+    return found
+
+
+class _Group(NamedTuple):
+    """Neighbours in the sorted order, what each has in common with the one before, and what runs ahead of them all."""
+
+    examples: Sequence[Example]
+    common: Sequence[int]
+    ahead: int
+
+    def costs(self) -> list[int]:
+        """Tokens to compute for each, if all stood in one row."""
+        shared = [0, *(c - self.ahead if c - self.ahead >= MIN_SHARED else 0 for c in self.common[1:])]
+        return [len(e) - self.ahead - s for e, s in zip(self.examples, shared, strict=True)]
+
+
+def _plan(
+    ordered: Sequence[Example], common: Sequence[int], run: range, budget: int, depth: int = 0
+) -> list[tuple[range, int, int]]:
+    """Cut a run into (part, tokens to run ahead, tokens saved by it) so that most is saved.
+
+    A beginning runs ahead only when nothing in it is supervised: then every prediction is made within the rows.
+    """
+    group = _Group(ordered[run.start : run.stop], common[run.start : run.stop], 0)
+    rows = -(-sum(group.costs()) // budget)
+    if rows < 2 or len(run) < 2 or depth > 64:
+        return [(run, 0, 0)]
+    shared = min(common[i] for i in run[1:])
+    predicted = [int(e.supervised[1:].argmax()) if e.supervised[1:].any() else len(e) - 1 for e in group.examples]
+    ahead = min(shared, *predicted, *(len(e) - 1 for e in group.examples))
+    whole = (run, ahead, (rows - 1) * ahead) if ahead >= MIN_AHEAD else (run, 0, 0)
+    cuts = [run.start, *(i for i in run[1:] if common[i] == shared), run.stop]
+    parts = [piece for a, b in pairwise(cuts) for piece in _plan(ordered, common, range(a, b), budget, depth + 1)]
+    return parts if sum(saved for _, _, saved in parts) > whole[2] else [whole]
+
+
+def _merged(parts: Sequence[tuple[range, int, int]]) -> list[tuple[range, int]]:
+    """Neighbours with nothing ahead of them fill batches together."""
+    merged: list[tuple[range, int]] = []
+    for run, ahead, _ in parts:
+        if merged and not ahead and not merged[-1][1]:
+            merged[-1] = (range(merged[-1][0].start, run.stop), 0)
+        else:
+            merged.append((run, ahead))
+    return merged
+
+
+def _fill(group: _Group, budget: int, share_prefixes: bool, device: torch.device | None) -> list[PackedBatch]:
+    costs = group.costs()
     # Equal batches need less memory than full ones and a small rest, in the same time.
     target = min(budget, -(-sum(costs) // max(1, -(-sum(costs) // budget))))
-    groups: list[list[Example]] = []
+    rows: list[list[Example]] = []
     filled = budget + 1
-    for example, cost in zip(ordered, costs, strict=True):
+    for example, cost in zip(group.examples, costs, strict=True):
         if filled + cost > budget or filled >= target:
-            groups.append([])
-            filled, cost = 0, len(example)
-        groups[-1].append(example)
+            rows.append([])
+            filled, cost = 0, len(example) - group.ahead
+        rows[-1].append(example)
         filled += cost
-    return [batch for group in groups for batch in _within(group, budget, share_prefixes, device)]
+    prefix = SharedPrefix(_tensor([group.examples[0].ids[: group.ahead]], device)) if group.ahead else None
+    return [batch for row in rows for batch in _within(row, budget, share_prefixes, device, prefix)]
 
 
 def _within(
-    group: Sequence[Example], budget: int, share_prefixes: bool, device: torch.device | None
+    group: Sequence[Example],
+    budget: int,
+    share_prefixes: bool,
+    device: torch.device | None,
+    prefix: SharedPrefix | None,
 ) -> list[PackedBatch]:
     """The costs above take a prefix as shared by neighbours; where the tree shares a little less, halves fit."""
-    batch = _batch(group, share_prefixes, device)
+    batch = _batch(group, share_prefixes, device, prefix)
     if len(batch.ids) <= budget or len(group) == 1:
         return [batch]
     half = len(group) // 2
-    return [b for part in (group[:half], group[half:]) for b in _within(part, budget, share_prefixes, device)]
+    halves = (group[:half], group[half:])
+    return [b for part in halves for b in _within(part, budget, share_prefixes, device, prefix)]
+
+
+def pack_together(examples: Sequence[Example], budget: int, device: torch.device | None = None) -> list[PackedBatch]:
+    """Like `pack`, with every document whole in its row: nothing runs ahead."""
+    ordered = sorted(examples, key=lambda e: e.ids.tolist())
+    common = [0, *(_common(a.ids, b.ids) for a, b in pairwise(ordered))]
+    return _fill(_Group(ordered, common, 0), budget, True, device)
 
 
 def pack_separately(examples: Sequence[Example], device: torch.device | None = None) -> list[PackedBatch]:
@@ -107,19 +179,21 @@ class _Row:
             start = i
 
 
-def _batch(examples: Sequence[Example], share_prefixes: bool, device: torch.device | None) -> PackedBatch:
-    row = _Row(examples)
+def _batch(
+    examples: Sequence[Example], share_prefixes: bool, device: torch.device | None, prefix: SharedPrefix | None = None
+) -> PackedBatch:
+    row, ahead = _Row(examples), 0 if prefix is None else len(prefix.ids)
     if share_prefixes:
-        row.add_tree(range(len(examples)), 0, None)
+        row.add_tree(range(len(examples)), ahead, None)
     else:
         for i, example in enumerate(examples):
-            row.add(range(i, i + 1), 0, len(example), None)
+            row.add(range(i, i + 1), ahead, len(example), None)
     source, target, weight, owner = [], [], [], []
-    for i, example in enumerate(examples):
-        rows = np.concatenate(row.rows[i])
+    places = [np.concatenate(rows) for rows in row.rows]
+    for i, (example, rows) in enumerate(zip(examples, places, strict=True)):
         predicted = np.flatnonzero(example.supervised)
         predicted = predicted[predicted > 0]
-        source.append(rows[predicted - 1])
+        source.append(rows[predicted - 1 - ahead])
         target.append(example.ids[predicted])
         weight.append(np.full(len(predicted), example.weight, dtype=np.float32))
         owner.append(np.full(len(predicted), i))
@@ -131,7 +205,9 @@ def _batch(examples: Sequence[Example], share_prefixes: bool, device: torch.devi
         loss=loss,
         sequences=len(examples),
         document_tokens=sum(len(e) for e in examples),
-        sources=[e.source for e in examples],
+        documents=tuple(examples),
+        rows=tuple(places),
+        prefix=prefix,
     )
 
 

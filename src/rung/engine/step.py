@@ -29,10 +29,10 @@ def accumulate(policy: Policy, objective: Objective, window: Sequence[PackedBatc
     """
     totals = count_window(objective, window)
     if totals.tokens <= 0:
-        where = window[0].sources[0] if window and window[0].sources else None
+        where = window[0].documents[0].source if window and window[0].documents else None
         raise DataError("no supervised token in this step", where=str(where), hint="run: rung data check")
     shares = []
-    for batch in window:
+    for batch in policy.in_turn(window):
         loss = torch.stack([term.total / totals[term.unit] for term in objective.loss(policy, batch)]).sum()
         loss.backward()  # type: ignore[no-untyped-call]
         shares.append(loss.detach())  # no .item(): it would wait for the device
@@ -44,7 +44,7 @@ def mean_loss(policy: Policy, objective: Objective, batches: Iterable[PackedBatc
     """Loss over a whole set: sums and counts are added and divided once, so the batches do not matter."""
     totals: dict[Unit, float] = {}
     counts = Counts()
-    for batch in batches:
+    for batch in policy.in_turn(batches):
         counts = counts + objective.count(batch)
         for term in objective.loss(policy, batch):
             totals[term.unit] = totals.get(term.unit, 0.0) + float(term.total)

@@ -205,10 +205,12 @@ def _likelihoods(
         examples.append(Example(ids, np.arange(len(ids)) >= len(prompt), record.source))
     budget = tokens_per_micro_batch(policy.model.config, policy.device.type)
     found: dict[Source, tuple[float, int]] = {}
-    for batch in pack(examples, budget, device=policy.device):  # worked examples in front are computed once a batch
+    for batch in policy.in_turn(pack(examples, budget, device=policy.device)):  # worked examples in front run once
         nats = torch.zeros(batch.sequences, device=policy.device).index_add_(
             0, batch.loss.owner, -policy.logprobs(batch)
         )
         tokens = torch.bincount(batch.loss.owner, minlength=batch.sequences)
-        found |= dict(zip(batch.sources, zip(nats.tolist(), tokens.tolist(), strict=True), strict=True))
+        found |= dict(
+            zip([d.source for d in batch.documents], zip(nats.tolist(), tokens.tolist(), strict=True), strict=True)
+        )
     return [found[record.source] for record in records]

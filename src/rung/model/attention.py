@@ -9,7 +9,7 @@ Suffixes: H heads, K key/value heads, Q queries, S keys, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,12 +41,13 @@ def tree_attention(
     """Attention as transformers calls it; returns [B, Q, H, D] and no weights.
 
     With `segments` (a sequence of `Segment`, batch size 1) each segment attends to its ancestors and, causally, to
-    itself; `shared` (keys and values by layer) stands before every root. Without them the mask and the cache decide,
-    and `prefix` stands in front of every row. Raises `PlanError` for an argument it does not know, because ignoring one
-    would change the model.
+    itself; `shared` (keys and values by layer) stands before every root, and `capture` receives the row's own. Without
+    segments the mask and the cache decide, and `prefix` stands in front of every row. Raises `PlanError` for an
+    argument it does not know, because ignoring one would change the model.
     """
     segments: Sequence[Segment] | None = kwargs.pop("segments", None)
-    shared: Sequence[KeysValues] | None = kwargs.pop("shared", None)
+    shared: Mapping[int, KeysValues] | None = kwargs.pop("shared", None)
+    captured: dict[int, KeysValues] | None = kwargs.pop("capture", None)
     before: Prefix | None = kwargs.pop("prefix", None)
     rule = Rule(scaling, kwargs.pop("softcap", None), kwargs.pop("sliding_window", None), dropout)
     kwargs.pop("is_causal", None)
@@ -55,7 +56,10 @@ def tree_attention(
             f"{type(module).__name__} passes attention arguments that Rung does not know: {', '.join(unknown)}",
             hint="this architecture is not supported yet",
         )
-    layer = int(module.layer_idx) if shared is not None or before is not None else 0  # type: ignore[arg-type]
+    needed = shared is not None or before is not None or captured is not None
+    layer = int(module.layer_idx) if needed else 0  # type: ignore[arg-type]
+    if captured is not None:
+        captured[layer] = key_BKSD, value_BKSD
     if segments is None:
         prefix = before[layer] if before is not None else None
         return _decode(query_BHQD, key_BKSD, value_BKSD, attention_mask, prefix, rule), None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -10,8 +12,10 @@ from torch import Tensor, nn
 
 from rung.errors import PlanError
 from rung.model.head import LogitMap, token_logprobs
+from rung.model.layers import feeding, recording
 from rung.model.load import Base
-from rung.types import PackedBatch
+from rung.model.tree import KeysValues
+from rung.types import Below, PackedBatch, Segment, SharedPrefix
 
 
 class Switchable(Protocol):
@@ -30,6 +34,10 @@ class Policy:
         self.method = method
         self.model = base.model
         self.logit_map = LogitMap.of(base.model.config)
+        self._shared: SharedPrefix | None = None
+        self._ahead: dict[bool, _Ahead] = {}
+        """Of the prefix at hand, with the method on (False) or off."""
+        self._off = False
 
     @property
     def device(self) -> torch.device:
@@ -52,18 +60,71 @@ class Policy:
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """Last hidden state of every token, [T, H], after the final norm."""
+        shared = None if batch.prefix is None else self._before(batch.prefix)
+        with self._from(batch.below):
+            return self._trunk(batch.ids, batch.positions, batch.segments, shared=shared)
+
+    @torch.no_grad()
+    def states_below(self, batch: PackedBatch, layer: int) -> Tensor:
+        """Hidden states [T, H] that enter `layer`, counted from 0; the number of layers means the final norm."""
+        with recording(self.model, layer) as states:
+            self._trunk(batch.ids, batch.positions, batch.segments)
+            return states()
+
+    def _from(self, below: Below | None) -> AbstractContextManager[None]:
+        return nullcontext() if below is None else feeding(self.model, below.layer, below.states)
+
+    def _trunk(self, ids_T: Tensor, positions_T: Tensor, segments: Sequence[Segment], **attention: object) -> Tensor:
         trunk = getattr(self.model, self.model.base_model_prefix)
         with self.autocast():
             out = trunk(
-                input_ids=batch.ids[None],
-                position_ids=batch.positions[None],
+                input_ids=ids_T[None],
+                position_ids=positions_T[None],
                 # A mask of four dimensions is passed through untouched: the segments say who sees whom.
-                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.ids.device),
-                segments=batch.segments,
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids_T.device),
+                segments=segments,
                 use_cache=False,
+                **attention,
             )
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
+
+    def in_turn(self, batches: Iterable[PackedBatch]) -> Iterator[PackedBatch]:
+        """The batches one by one, each with its prefix at hand: the way to run what `pack` made.
+
+        After the last row of a prefix, the prefix receives their gradients.
+        """
+        for prefix, rows in groupby(batches, key=lambda batch: batch.prefix):
+            with self.sharing(prefix):
+                yield from rows
+
+    @contextmanager
+    def sharing(self, prefix: SharedPrefix | None) -> Iterator[None]:
+        """Rows with this prefix run inside; on leaving, the prefix receives their gradients all at once.
+
+        The prefix runs at the first need. Its keys and values are leaves for the rows, so each row's backward pass ends
+        there; what they collected is then back-propagated once. The sum is the gradient of the unshared rows.
+        """
+        self._shared = prefix
+        try:
+            yield
+            if (ahead := self._ahead.get(False)) is not None:
+                ahead.backward()
+        finally:
+            self._shared = None
+            self._ahead.clear()
+
+    def _before(self, prefix: SharedPrefix) -> dict[int, KeysValues]:
+        if prefix is not self._shared:  # kept any longer its keys and values would be those of older weights
+            raise RuntimeError("rows with a shared prefix run inside Policy.in_turn or Policy.sharing")
+        if self._off not in self._ahead:
+            captured: dict[int, KeysValues] = {}
+            length = len(prefix.ids)
+            positions = torch.arange(length, device=prefix.ids.device)
+            with self._from(prefix.below):
+                self._trunk(prefix.ids, positions, (Segment(0, length, None),), capture=captured)
+            self._ahead[self._off] = _Ahead(captured)
+        return self._ahead[self._off].leaves
 
     def logprobs(self, batch: PackedBatch) -> Tensor:
         """Log-probability in nats of each entry of the loss index, [N]."""
@@ -73,11 +134,38 @@ class Policy:
 
     def reference_logprobs(self, batch: PackedBatch) -> Tensor:
         """The same from the base alone, without gradient."""
-        with torch.no_grad(), self.method.disabled():
-            return self.logprobs(batch)
+        self._off = True
+        try:
+            with torch.no_grad(), self.method.disabled():
+                return self.logprobs(batch)
+        finally:
+            self._off = False
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """All logits [T, V]: for probes on short batches only."""
         hidden = self.hidden_states(batch)
         with self.autocast():
             return self.logit_map.apply_(self.head(hidden).clone())
+
+
+class _Ahead:
+    """Keys and values of a prefix by layer: as computed, and cut off as leaves."""
+
+    def __init__(self, computed: dict[int, KeysValues]) -> None:
+        self.computed = computed
+        self.leaves = {layer: (_leaf(key), _leaf(value)) for layer, (key, value) in computed.items()}
+
+    def backward(self) -> None:
+        """Pass on what the leaves collected."""
+        pairs = [
+            (tensor, leaf.grad)
+            for layer, leaves in self.leaves.items()
+            for tensor, leaf in zip(self.computed[layer], leaves, strict=True)
+        ]
+        reached = [(tensor, gradient) for tensor, gradient in pairs if gradient is not None]
+        if reached:
+            torch.autograd.backward([t for t, _ in reached], [g for _, g in reached])
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)

@@ -33,10 +33,12 @@ class EngineSpec(Spec):
     """Documents whose gradients make one optimiser step."""
     tokens_per_micro_batch: Annotated[int, Field(ge=16)] | Literal["auto"] = "auto"
     """Tokens computed at once. It sets memory and speed, never the result; `auto` follows from the model's shape."""
-    packed: bool = True
-    """False computes one document at a time: slower, the same result. For comparing and for finding faults."""
-    share_prefixes: bool = True
-    """Compute a prompt that several documents of one micro-batch begin with once."""
+    packing: Literal["tree", "flat", "none"] = "tree"
+    """`tree` computes what several documents of a step begin with once; `flat` packs whole documents; `none` computes
+    one document at a time. The result is the same: the slower ones are for comparing and for finding faults."""
+    cache_trunk: bool = True
+    """Keep what enters the lowest layer that moves in a file of the run folder from the first epoch on, when there are
+    layers below it and more than one epoch. Costs 4 bytes a token and unit of width while the run lasts."""
     learning_rate: PositiveFloat | None = None
     """Peak rate; none takes the method's default (lora 5e-4, head 5e-4, full 5e-5)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -1,0 +1,108 @@
+"""The frozen trunk: what enters the lowest layer that moves is computed once for each document and read from then on.
+
+Exact, because nothing below that layer moves during a run: the same weights and the same tokens give the same states.
+The file is named by weights, layer and type, its entries by the tokens of a document. Every read is checked against the
+sum taken when it was written. Reads go through the file system's cache, not through a mapping: mapped pages would count
+as memory of the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rung.engine.pack import pack_together
+from rung.errors import CheckpointError
+from rung.model.policy import Policy
+from rung.types import Below, Example, PackedBatch, SharedPrefix
+
+
+class _Entry(NamedTuple):
+    offset: int
+    size: int
+    checksum: int
+
+
+class TrunkCache:
+    """Hidden states that enter `layer`, by document. `budget` tokens are computed at once."""
+
+    def __init__(self, policy: Policy, layer: int, folder: Path, budget: int) -> None:
+        self.policy, self.layer, self.budget = policy, layer, budget
+        self.dtype = torch.bfloat16 if policy.base.compute_dtype is torch.bfloat16 else None
+        identity = f"{policy.base.fingerprint} {layer} {policy.base.compute_dtype}"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.states"
+        self.file = self.path.open("w+b")
+        self.entries: dict[bytes, _Entry] = {}
+        self.end = 0
+
+    def feed(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+        """The same rows with the states of every document, computed where they are not known yet."""
+        documents = {_key(d): d for batch in batches for d in batch.documents}
+        self._compute([d for key, d in documents.items() if key not in self.entries])
+        prefixes: dict[SharedPrefix, SharedPrefix] = {}
+        return [self._with_states(batch, prefixes) for batch in batches]
+
+    def close(self) -> None:
+        """Drop the file: another run has other documents."""
+        self.file.close()
+        self.path.unlink(missing_ok=True)
+
+    def summary(self) -> dict[str, int]:
+        """For `run.json`."""
+        return {"layer": self.layer, "documents": len(self.entries), "bytes": self.end}
+
+    def _compute(self, documents: Sequence[Example]) -> None:
+        if not documents:
+            return
+        for batch in pack_together(documents, self.budget, self.policy.device):
+            states = self.policy.states_below(batch, self.layer).cpu()
+            for document, rows in zip(batch.documents, batch.rows, strict=True):
+                self._write(document, states[torch.from_numpy(rows)])
+
+    def _write(self, document: Example, states_TH: Tensor) -> None:
+        self.dtype = states_TH.dtype
+        raw = states_TH.contiguous().view(torch.uint8).numpy().tobytes()
+        os.pwrite(self.file.fileno(), raw, self.end)
+        self.entries[_key(document)] = _Entry(self.end, len(raw), zlib.crc32(raw))
+        self.end += len(raw)
+
+    def _read(self, document: Example) -> Tensor:
+        entry = self.entries[_key(document)]
+        raw = bytearray(os.pread(self.file.fileno(), entry.size, entry.offset))
+        if len(raw) != entry.size or zlib.crc32(raw) != entry.checksum:
+            raise CheckpointError(
+                "cached hidden states are not what was written",
+                where=str(self.path),
+                hint="the disk may be full or failing; engine.cache_trunk=false does without",
+            )
+        assert self.dtype is not None  # noqa: S101 -- for the type checker: something was written
+        return torch.frombuffer(raw, dtype=self.dtype).view(len(document), -1)
+
+    def _with_states(self, batch: PackedBatch, prefixes: dict[SharedPrefix, SharedPrefix]) -> PackedBatch:
+        ahead = 0 if batch.prefix is None else len(batch.prefix.ids)
+        states_TH: Tensor | None = None
+        for document, rows in zip(batch.documents, batch.rows, strict=True):
+            own = self._read(document)
+            if states_TH is None:
+                states_TH = own.new_empty(len(batch.ids), own.shape[1])
+            states_TH[torch.from_numpy(rows)] = own[ahead:]
+            if batch.prefix is not None and batch.prefix not in prefixes:
+                below = Below(self.layer, own[:ahead].to(self.policy.device))
+                prefixes[batch.prefix] = replace(batch.prefix, below=below)
+        assert states_TH is not None  # noqa: S101 -- a row holds at least one document
+        prefix = None if batch.prefix is None else prefixes[batch.prefix]
+        return replace(batch, below=Below(self.layer, states_TH.to(self.policy.device)), prefix=prefix)
+
+
+def _key(document: Example) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(document.ids).tobytes(), digest_size=16).digest()

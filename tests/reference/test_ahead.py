@@ -1,0 +1,94 @@
+"""A beginning that runs once for several micro-batches, against every document alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from builders import documents, policy_of, tuned
+from models import SHAPES, tiny_model
+from naive import distance, gradients, naive, naive_loss
+from rung.engine.pack import MIN_AHEAD, pack
+from rung.engine.step import accumulate, mean_loss
+from rung.model import policy as policy_module
+from rung.model.fuse import fuse
+from rung.model.policy import Policy
+from rung.objective.sft import Sft
+from rung.spec.objective import SftSpec
+from rung.types import Example
+from tolerances import FLOAT32, FLOAT64
+
+BUDGET = 40
+
+
+def examples(seed: int = 3) -> list[Example]:
+    return documents(seed, count=7, shared=MIN_AHEAD + 9)
+
+
+def rows_of(given: list[Example]) -> int:
+    return sum(batch.prefix is not None for batch in pack(given, BUDGET))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("kind", "spec"), [("lora", {}), ("lora", {"layers": (1,)}), ("full", {})], ids=str)
+def test_gradients_equal_the_naive_ones(shape: str, kind: str, spec: dict[str, object]) -> None:
+    assert rows_of(examples()) > 2
+    for dtype, limit in ((torch.float64, FLOAT64), (torch.float32, FLOAT32)):
+        model, plain = naive(kind, shape, dtype=dtype, wide_norms=dtype is torch.float64, **spec)
+        expected = naive_loss(model, examples())
+        policy, method = tuned(kind, shape, dtype=dtype, **spec)
+        loss = accumulate(policy, Sft(SftSpec()), pack(examples(), BUDGET))
+        assert float(loss) == pytest.approx(float(expected), rel=limit)
+        assert distance(gradients(method), gradients(plain)) < limit
+        value = mean_loss(policy, Sft(SftSpec()), pack(examples(), BUDGET))
+        assert value == pytest.approx(float(expected), rel=limit)
+
+
+def test_reference_logprobs_come_from_the_base_with_its_own_prefix() -> None:
+    policy, _ = tuned("lora", dtype=torch.float64)
+    model = tiny_model(dtype=torch.float64)
+    fuse(model)
+    base = policy_of(model)
+    for batch in pack(examples(), BUDGET):
+        with policy.sharing(batch.prefix):
+            on, off = policy.logprobs(batch), policy.reference_logprobs(batch)
+        with base.sharing(batch.prefix):
+            same = base.logprobs(batch)
+        assert (off - same).abs().max() < FLOAT64 and (on - off).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("broken", ["not passed on", "positions", "poisoned"])
+def test_a_broken_prefix_is_noticed(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = naive("lora", dtype=torch.float64)
+    naive_loss(model, examples())
+    policy, method = tuned("lora", dtype=torch.float64)
+    batches = pack(examples(), BUDGET)
+    if broken == "not passed on":
+        monkeypatch.setattr(policy_module._Ahead, "backward", lambda self: None)
+    if broken == "positions":
+        for batch in batches:
+            batch.positions.sub_(1)
+    if broken == "poisoned":
+        own = Policy._before
+
+        def poisoned(self: Policy, prefix: object) -> object:
+            leaves = own(self, prefix)  # type: ignore[arg-type]
+            leaves[0][1].data[..., 3, :] += 0.5
+            return leaves
+
+        monkeypatch.setattr(Policy, "_before", poisoned)
+    accumulate(policy, Sft(SftSpec()), batches)
+    assert distance(gradients(method), gradients(plain)) > 1e-3
+
+
+def test_a_prefix_is_forgotten_after_its_rows() -> None:
+    """The next step has other weights: keys and values of the last one would be stale."""
+    policy, method = tuned("lora")
+    batches = pack(examples(), BUDGET)
+    before = mean_loss(policy, Sft(SftSpec()), batches)
+    with torch.no_grad():
+        for parameter in method.trainable().values():
+            parameter.add_(0.05)
+    assert abs(mean_loss(policy, Sft(SftSpec()), batches) - before) > 1e-3
+    with pytest.raises(RuntimeError, match="shared prefix"):
+        policy.logprobs(batches[0])

@@ -1,0 +1,123 @@
+"""Layers that do not move, run once: against every layer run every time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+import torch
+
+from builders import documents, tuned
+from models import SHAPES, tiny_model
+from naive import distance, gradients, naive, naive_loss
+from rung.engine.pack import MIN_AHEAD, pack, pack_separately
+from rung.engine.step import accumulate
+from rung.engine.trunk import TrunkCache
+from rung.errors import CheckpointError
+from rung.method.table import attach
+from rung.model.layers import lowest_moving_layer
+from rung.model.policy import Policy
+from rung.objective.sft import Sft
+from rung.spec.method import METHOD_SPECS
+from rung.spec.objective import SftSpec
+from tolerances import FLOAT32, FLOAT64
+
+UPPER = [("lora", {"layers": (1,)}, 1), ("head", {}, 2)]
+
+
+@pytest.fixture
+def trunk(tmp_path: Path) -> Iterator[Callable[[Policy], TrunkCache]]:
+    """Caches of layer 1 that are closed at the end."""
+    with ExitStack() as stack:
+        yield lambda policy: stack.enter_context(closing(TrunkCache(policy, 1, tmp_path, 50)))
+
+
+def lowest(kind: str, spec: dict[str, object], shape: str = "llama") -> int:
+    model = tiny_model(shape)
+    return lowest_moving_layer(model, attach(model, METHOD_SPECS[kind](**spec), seed=0).trainable())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("kind", "spec", "layer"), UPPER, ids=["lora", "head"])
+@pytest.mark.parametrize("shared", [0, MIN_AHEAD + 9])
+def test_gradients_equal_the_naive_ones(
+    shape: str, kind: str, spec: dict[str, object], layer: int, shared: int, tmp_path: Path
+) -> None:
+    assert lowest(kind, spec, shape) == layer
+    examples = documents(6, count=7, shared=shared)
+    for dtype, limit in ((torch.float64, FLOAT64), (torch.float32, FLOAT32)):
+        model, plain = naive(kind, shape, dtype=dtype, wide_norms=dtype is torch.float64, **spec)
+        expected = naive_loss(model, examples)
+        policy, method = tuned(kind, shape, dtype=dtype, **spec)
+        cache = TrunkCache(policy, layer, tmp_path, 50)
+        for _ in range(2):  # written, then read
+            policy.model.zero_grad()
+            loss = accumulate(policy, Sft(SftSpec()), cache.feed(pack(examples, 50)))
+            assert float(loss) == pytest.approx(float(expected), rel=limit)
+            assert distance(gradients(method), gradients(plain)) < limit
+        assert cache.summary()["documents"] == len(examples)
+        cache.close()
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_the_layers_below_do_not_run_again(
+    trunk: Callable[[Policy], TrunkCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, _ = tuned("lora", layers=(1,))
+    cache = trunk(policy)
+    examples = documents(6)
+    cache.feed(pack(examples, 50))
+    calls: list[int] = []
+    for number, layer in enumerate(policy.model.model.layers):
+        layer.register_forward_hook(lambda *_, number=number: calls.append(number))
+    accumulate(policy, Sft(SftSpec()), cache.feed(pack_separately(examples)))  # packed otherwise: the states are found
+    assert set(calls) == {1}
+
+
+@pytest.mark.parametrize("broken", ["poisoned", "cut off"])
+def test_a_damaged_file_is_detected(broken: str, trunk: Callable[[Policy], TrunkCache]) -> None:
+    policy, _ = tuned("lora", layers=(1,))
+    cache = trunk(policy)
+    batches = pack(documents(6), 50)
+    cache.feed(batches)
+    with cache.path.open("r+b") as opened:
+        if broken == "poisoned":
+            opened.seek(1000)
+            byte = opened.read(1)
+            opened.seek(1000)
+            opened.write(bytes([byte[0] ^ 1]))
+        else:
+            opened.truncate(1000)
+    with pytest.raises(CheckpointError, match="not what was written"):
+        cache.feed(batches)
+
+
+def test_states_of_another_document_are_noticed(trunk: Callable[[Policy], TrunkCache]) -> None:
+    """The mutation: entries mixed up move the gradient by far more than the tolerance."""
+    examples = documents(6)
+    model, plain = naive("lora", dtype=torch.float64, layers=(1,))
+    naive_loss(model, examples)
+    policy, method = tuned("lora", dtype=torch.float64, layers=(1,))
+    cache = trunk(policy)
+    batches = cache.feed(pack(examples, 500))
+    batches[0].below.states.copy_(batches[0].below.states.roll(1, dims=0))
+    accumulate(policy, Sft(SftSpec()), batches)
+    assert distance(gradients(method), gradients(plain)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec", "layer"),
+    [
+        ("full", {}, 0),
+        ("lora", {}, 0),
+        ("lora", {"layers": (0,)}, 0),
+        ("lora", {"layers": (1,), "modules_to_save": ("embed_tokens",)}, 0),
+        ("lora", {"layers": (1,), "modules_to_save": ("norm",)}, 0),
+        ("lora", {"layers": (1,), "modules_to_save": ("lm_head",)}, 1),
+        *UPPER,
+    ],
+)
+def test_the_lowest_layer_that_moves(kind: str, spec: dict[str, object], layer: int) -> None:
+    assert lowest(kind, spec) == layer
