@@ -1,8 +1,9 @@
-# Two commands: `make demo` shows what Rung does, `make test` runs everything CI runs.
-.PHONY: demo test soak install dev clean
+# Three commands: `make demo` shows what Rung does, `make test` runs everything CI runs, `make bench` compares its speed.
+.PHONY: demo test soak bench install dev clean
 .DEFAULT_GOAL := demo
 
 VENV := .venv
+PEERS := .venv-peers
 RUNG := $(VENV)/bin/rung
 
 demo: install
@@ -15,6 +16,10 @@ test: dev
 soak: dev
 	@scripts/check -m soak
 
+# An hour and more: nothing else should run beside it. BENCH="--only a,b --pairs 5 --resume" passes options on.
+bench: install $(PEERS)/.installed
+	@$(VENV)/bin/python -m benchmarks.bench $(BENCH)
+
 install: $(VENV)/.installed
 
 dev: $(VENV)/.dev
@@ -25,5 +30,8 @@ $(VENV)/.installed: constraints.txt pyproject.toml scripts/install
 $(VENV)/.dev: constraints.txt pyproject.toml scripts/install
 	@scripts/install $(VENV) dev
 
+$(PEERS)/.installed: benchmarks/constraints-peers.txt scripts/install-peers
+	@scripts/install-peers $(PEERS)
+
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) .mypy_cache .pytest_cache .ruff_cache

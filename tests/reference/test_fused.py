@@ -187,9 +187,9 @@ def test_a_broken_function_is_noticed(broken: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_what_is_fused_and_what_is_left() -> None:
-    assert fuse(tiny_model()) == {"norms": 5, "gated": 2, "linears": 10}
+    assert fuse(tiny_model()) == {"norms": 5, "gated": 2, "linears": 15}
     assert fuse(tiny_model("gemma2"))["norms"] == 9
-    assert fuse(tiny_model("gpt2")) == {"norms": 0, "gated": 0, "linears": 0}
+    assert fuse(tiny_model("gpt2")) == {"norms": 0, "gated": 0, "linears": 9}
     for spec in ({"dropout": 0.1}, {"dora": True}):
         policy, method = tuned("lora", **spec)
         layer = policy.model.get_submodule(method.names[0])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from builders import documents, example, policy_of, tuned
 from models import tiny_model
-from rung.engine.budget import activation_bytes_per_token, tokens_per_micro_batch
+from rung.engine import budget
+from rung.engine.budget import activation_bytes_per_token, layers_to_recompute, tokens_per_micro_batch
 from rung.engine.optim import make_optimiser, rate_at
 from rung.engine.pack import pack, pack_separately
 from rung.engine.step import accumulate, mean_loss
@@ -132,3 +134,72 @@ def test_budget_follows_from_the_shape() -> None:
     config.intermediate_size = 28672
     assert tokens_per_micro_batch(config, "cpu") == 256
     assert tokens_per_micro_batch(config, "cuda") == 16_384
+
+
+def test_the_auto_budget_follows_from_the_shape_alone() -> None:
+    config = SimpleNamespace(
+        num_hidden_layers=30, hidden_size=576, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536
+    )
+    assert activation_bytes_per_token(config) == 4 * 30 * (4 * 576 + 2 * 192 + 2 * 1536)
+    assert tokens_per_micro_batch(config, "cpu") == 776
+    assert tokens_per_micro_batch(config, "cuda") == 16_384
+
+
+def test_only_a_document_that_does_not_fit_is_computed_again_and_only_as_much_as_needed() -> None:
+    config = SimpleNamespace(
+        num_hidden_layers=10, hidden_size=8, num_attention_heads=2, num_key_value_heads=2, intermediate_size=16
+    )
+    a_layer = 4 * (4 * 8 + 2 * 8 + 2 * 16)
+    assert layers_to_recompute(config, 100, limit=100 * 10 * a_layer) == range(0)
+    assert layers_to_recompute(config, 100, limit=100 * 10 * a_layer - 1) == range(0, 1)
+    assert layers_to_recompute(config, 100, lowest=6, limit=100 * 4 * a_layer - 1) == range(6, 7)
+    assert layers_to_recompute(config, 100, limit=1) == range(0, 10)
+    kept = sum(a_layer if i >= 4 else 4 * 8 for i in range(10))
+    assert layers_to_recompute(config, 100, limit=100 * kept) == range(0, 4)
+
+
+@pytest.mark.parametrize("spec", [{}, {"dropout": 0.5}, {"layers": (1,)}], ids=str)
+def test_layers_computed_again_give_the_same_gradients_bit_for_bit(spec: dict[str, object]) -> None:
+    gradients = []
+    for again in (range(0), range(0, 1), range(0, 2)):
+        policy, method = tuned("lora", **spec)
+        policy.model.train()
+        policy.layers_to_recompute = lambda tokens, again=again: again
+        torch.manual_seed(3)
+        accumulate(policy, Sft(SftSpec()), pack(documents(2), 60))
+        gradients.append([p.grad for p in method.trainable().values()])
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*gradients, strict=True))
+
+
+def test_layers_computed_again_keep_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = []
+    for again in (range(0), range(0, 2)):
+        policy, _ = tuned("lora")
+        policy.layers_to_recompute = lambda tokens, again=again: again
+        storages: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor, storages: dict[int, int] = storages) -> torch.Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        parameters = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            policy.logprobs(pack(documents(2, longest=60), 1000)[0])
+        kept.append(sum(size for at, size in storages.items() if at not in parameters))
+    assert kept[1] < 0.4 * kept[0]
+
+
+def test_the_probe_takes_the_smallest_budget_that_is_nearly_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([9.0, 9.0, 4.1, 4.5, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0])
+    monkeypatch.setattr(budget, "_timed", lambda *_: next(seconds))
+    policy, method = tuned("lora")
+    assert budget.probe(policy, Sft(SftSpec()), documents(1, count=200)) == 512
+
+
+def test_the_probe_leaves_nothing_behind() -> None:
+    policy, method = tuned("lora", dropout=0.1)
+    before = {n: p.detach().clone() for n, p in method.trainable().items()}
+    state = torch.get_rng_state()
+    assert budget.probe(policy, Sft(SftSpec()), documents(1, count=3)) in budget.CANDIDATES
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, before[n]) and p.grad is None for n, p in method.trainable().items())

@@ -1,14 +1,29 @@
-"""How many tokens to compute at once, from the shape of the model alone, so that a resume computes the same."""
+"""How many tokens to compute at once: from the shape of the model alone, or measured once."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from typing import Any
+
+import torch
+
+from rung.engine.pack import pack
+from rung.engine.step import accumulate
+from rung.model.policy import Policy
+from rung.objective.base import Objective
+from rung.types import Example
 
 ACTIVATION_BYTES = 512 * 2**20
 """What the activations of one micro-batch may hold on a processor."""
 FEWEST, MOST = 256, 4096
 """Below some hundred rows matrix products slow down; beyond a few thousand nothing is gained on a processor."""
 CUDA_TOKENS = 16_384
+LONGEST_BYTES = 8 * ACTIVATION_BYTES
+"""What a single document may hold; one that needs more has its first layers computed again in the backward pass."""
+CANDIDATES = (256, 512, 768, 1024, 1536, 2048)
+WORTH = 1.03
+"""A larger micro-batch holds more memory: it must be this much faster to be taken."""
 
 
 def tokens_per_micro_batch(config: Any, device_type: str) -> int:
@@ -20,9 +35,52 @@ def tokens_per_micro_batch(config: Any, device_type: str) -> int:
 
 def activation_bytes_per_token(config: Any) -> int:
     """Bytes kept for the backward pass per token in float32: 4 * layers * (4 H + 2 H_kv + 2 H_mlp)."""
+    return int(config.num_hidden_layers) * _layer_bytes(config)
+
+
+def layers_to_recompute(config: Any, tokens: int, lowest: int = 0, limit: int = LONGEST_BYTES) -> range:
+    """Which layers a row of this many tokens must compute again so that what it keeps fits into `limit` bytes.
+
+    Layers below `lowest` do not move and keep nothing. A layer computed again keeps its input: 4 H bytes a token.
+    """
+    moving, kept = config.num_hidden_layers - lowest, 4 * config.hidden_size
+    over = tokens * moving * _layer_bytes(config) - limit
+    count = 0 if over <= 0 else min(moving, -(-over // (tokens * (_layer_bytes(config) - kept))))
+    return range(lowest, lowest + int(count))
+
+
+def probe(policy: Policy, objective: Objective, examples: Sequence[Example]) -> int:
+    """The smallest of the candidate budgets that is nearly as fast as the fastest, measured on these documents.
+
+    Each is timed twice on the same documents, the better time counts. Gradients are thrown away.
+    """
+    total, chosen = 0, []
+    for example in examples:
+        chosen.append(example)
+        if (total := total + len(example)) >= CANDIDATES[-1]:
+            break
+    seconds = {}
+    for budget in CANDIDATES:
+        window = pack(chosen, budget, device=policy.device)
+        seconds[budget] = min(_timed(policy, objective, window) for _ in range(2))
+        if budget >= total:  # more would be the same
+            break
+    policy.model.zero_grad(set_to_none=True)
+    fastest = min(seconds.values())
+    return next(budget for budget, taken in seconds.items() if taken <= WORTH * fastest)
+
+
+def _timed(policy: Policy, objective: Objective, window: Any) -> float:
+    started = time.perf_counter()
+    with torch.random.fork_rng():
+        accumulate(policy, objective, window)
+    return time.perf_counter() - started
+
+
+def _layer_bytes(config: Any) -> int:
     width = config.hidden_size
     heads = config.num_attention_heads
     head_width = getattr(config, "head_dim", None) or width // heads
     kv = (getattr(config, "num_key_value_heads", None) or heads) * head_width
     mlp = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
-    return int(4 * config.num_hidden_layers * (4 * width + 2 * kv + 2 * mlp))
+    return int(4 * (4 * width + 2 * kv + 2 * mlp))

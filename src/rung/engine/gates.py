@@ -118,8 +118,9 @@ def enforce(gate: Gate) -> Gate:
 
 
 def _dtype(policy: Policy) -> torch.dtype:
-    low = policy.base.compute_dtype
-    return low if low is torch.bfloat16 else next(policy.model.parameters()).dtype
+    compute = policy.base.compute_dtype
+    held = next(policy.model.parameters()).dtype  # a base held in bfloat16 may compute in float32
+    return compute if compute is torch.bfloat16 else torch.promote_types(compute, held)
 
 
 def _gate(name: str, held: bool, measured: object, limit: object) -> Gate:

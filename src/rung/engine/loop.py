@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from rung.engine import checkpoint
+from rung.engine.budget import layers_to_recompute
 from rung.engine.gates import Movement, enforce, not_reached
 from rung.engine.optim import make_optimiser, rate_at
 from rung.engine.pack import pack, pack_separately
@@ -26,6 +28,7 @@ from rung.errors import DataError, GateError
 from rung.method.base import Method, load_state, state_of
 from rung.model.layers import lowest_moving_layer
 from rung.model.policy import Policy
+from rung.model.tree import has_flat_kernel
 from rung.objective.base import Objective
 from rung.spec.engine import EngineSpec
 from rung.types import Example, PackedBatch
@@ -74,6 +77,9 @@ class Trainer:
         self.optimiser = make_optimiser(self.method.trainable(), self.spec.optimiser)
         self.checkpoints = self.folder.path / "checkpoints"
         self.trunk: TrunkCache | None = None
+        self.sharing = False
+        self.lowest = lowest_moving_layer(self.policy.model, self.method.trainable())
+        self.policy.layers_to_recompute = partial(layers_to_recompute, self.policy.model.config, lowest=self.lowest)
 
     def total_steps(self, rows: int) -> int:
         """Optimiser steps of a whole run over this many rows."""
@@ -102,6 +108,7 @@ class Trainer:
         movement = None if judged else Movement(self.policy.model, self.method.trainable())
         self.policy.model.train()
         self.trunk = self._trunk(len(train))
+        self.sharing = self._sharing()
         try:
             with _interruptible() as stopping, Bar("train", total, self.progress.step) as bar:
                 while self.progress.step < total:
@@ -143,14 +150,25 @@ class Trainer:
         if self.spec.packing == "none":
             batches = pack_separately(examples, self.policy.device)
         else:
-            sharing = self.spec.packing == "tree" and self.method.shares_prefixes()
-            batches = pack(examples, self.budget, share_prefixes=sharing, device=self.policy.device)
+            batches = pack(examples, self.budget, share_prefixes=self.sharing, device=self.policy.device)
         return batches if self.trunk is None else self.trunk.feed(batches)
+
+    def _sharing(self) -> bool:
+        """Whether beginnings are computed once; says why not where the config asks for it."""
+        if self.spec.packing != "tree":
+            return False
+        if not self.method.shares_prefixes():
+            say("adapter dropout: no shared prefixes, each copy of one is dropped differently")
+            return False
+        if has_flat_kernel(self.policy.device):
+            say("variable-length flash attention knows no trees: shared prefixes are unrolled")
+            return False
+        return True
 
     def _trunk(self, rows: int) -> TrunkCache | None:
         """A cache of the layers that do not move, where they would run a second time."""
         first_epoch = -(-rows // self.spec.examples_per_step)
-        layer = lowest_moving_layer(self.policy.model, self.method.trainable())
+        layer = self.lowest
         if not self.spec.cache_trunk or layer == 0 or self.total_steps(rows) <= first_epoch:
             return None
         say(f"layers below {layer} do not move: each document passes them once")

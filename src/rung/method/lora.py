@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from rung.errors import ConfigError
 from rung.method.base import same_keys
 from rung.model.fuse import plain_part
 from rung.model.fused import Part
+from rung.model.resident import held_narrow, seeming_wide
 from rung.model.targets import select
 from rung.spec.method import LoraSpec
 
@@ -55,8 +56,12 @@ class Lora:
             fan_in_fan_out=any(isinstance(model.get_submodule(n), Conv1D) for n in self.names),
             task_type="CAUSAL_LM",
         )
+        if spec.dora and held_narrow(model):
+            model.float()  # peft takes the norms of the columns in the type the weights are held in
         try:
-            self.peft: PeftModel = quiet(get_peft_model, model, config)
+            targets = [model.get_submodule(name) for name in self.names]
+            with nullcontext() if spec.dora else seeming_wide(targets):
+                self.peft: PeftModel = quiet(get_peft_model, model, config)
         except ValueError as error:  # an initialisation that this rank cannot have
             raise ConfigError(str(error), where="method.init", given=spec.init) from error
         for parameter in self.trainable().values():  # peft leaves modules trained whole in the base's bfloat16
@@ -119,6 +124,7 @@ class Lora:
 
     def merge(self) -> nn.Module:
         """The base with B A added; raises when a merged weight is not finite."""
+        self.model.float()  # B A would be rounded away in bfloat16
         merged: nn.Module = quiet(self.peft.merge_and_unload, safe_merge=True)
         head = self.model.get_output_embeddings()
         if head is not None and head.weight is not self.model.get_input_embeddings().weight:

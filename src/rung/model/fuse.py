@@ -34,7 +34,10 @@ def plain_part(module: nn.Module) -> Part | None:
 
 
 def fuse(model: nn.Module, part_of: PartOf = plain_part) -> dict[str, int]:
-    """Install everything that fits; returns how many norms, gated blocks and linears compute through our functions."""
+    """Install everything that fits; returns how many norms, gated blocks and linears compute through our functions.
+
+    All linears do, adapted or not: a weight may be narrower than its input, and the fused function widens it.
+    """
     unfuse(model)
     counts = {"norms": 0, "gated": 0, "linears": 0}
     for module in list(model.modules()):
@@ -50,8 +53,7 @@ def fuse(model: nn.Module, part_of: PartOf = plain_part) -> dict[str, int]:
                     member.forward = _Fused(member, part_of, shared)
                 done.update(shared.members)
     for module in list(model.modules()):
-        adapted = module not in done and (part := part_of(module)) is not None and part.a is not None
-        if adapted:
+        if module not in done and part_of(module) is not None:
             module.forward = _Fused(module, part_of)
             done.add(module)
     counts["linears"] = len(done)

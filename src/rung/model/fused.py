@@ -100,8 +100,8 @@ class _Linears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        low_NR, *flat = ctx.saved_tensors[ctx.kept :]
-        kept = ctx.saved_tensors[: ctx.kept]
+        saved = ctx.saved_tensors  # once: recomputation counts the readings
+        kept, (low_NR, *flat) = saved[: ctx.kept], saved[ctx.kept :]
         x_NI = kept[0] if ctx.kept == 1 else None
         if ctx.kept > 1:
             x_NI = _Normed(kept[0], kept[1], kept[2], ctx.offset).make().view(-1, ctx.shape[-1]).to(ctx.compute)

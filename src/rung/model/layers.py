@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rung.errors import PlanError
 from rung.model.targets import layer_number
@@ -51,6 +52,11 @@ class _Record(_StandIn):
         return out
 
 
+class _Again(_StandIn):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(self.__dict__["original"], *args, use_reentrant=False, **kwargs)
+
+
 def layer_count(model: nn.Module) -> int:
     """How many layers the model's trunk loops over."""
     return len(_list_of(model)[2])
@@ -84,6 +90,13 @@ def recording(model: nn.Module, layer: int) -> Iterator[Callable[[], Tensor]]:
 
     with _replaced(model, stand_in):
         yield seen
+
+
+@contextmanager
+def computing_again(model: nn.Module, which: range) -> Iterator[None]:
+    """Inside, these layers keep their input alone and compute again in the backward pass (Chen et al. 2016)."""
+    with _replaced(model, lambda i, own: own if i not in which or isinstance(own, _StandIn) else _Again(own)):
+        yield
 
 
 def lowest_moving_layer(model: nn.Module, trainable: Iterable[str]) -> int:

@@ -25,6 +25,7 @@ from rung.errors import CheckpointError, ConfigError, PlanError, RungError, did_
 from rung.model import attention
 from rung.model.fetch import fetch
 from rung.model.fuse import fuse
+from rung.model.resident import compute_in_float32, lost_precision, stored_in_bfloat16
 from rung.spec.catalog import CATALOG
 from rung.spec.model import ModelSpec
 from rung.spec.support import refusal_of_model
@@ -59,7 +60,13 @@ def load_base(spec: ModelSpec, *, device: torch.device | None = None) -> Base:
     if isinstance(where, Path) and (where / "run.json").exists():
         return _load_run_as_base(spec, where, device)
     compute = compute_dtype(spec.dtype, device)
-    model, tokenizer = _load(where, spec.revision, compute)
+    narrow = spec.fused and compute is torch.float32 and isinstance(where, Path) and where.is_dir()
+    narrow = narrow and stored_in_bfloat16(Path(where))
+    model, tokenizer = _load(where, spec.revision, torch.bfloat16 if narrow else compute)
+    if narrow and lost_precision(model):
+        model, narrow = _load(where, spec.revision, compute)[0], False
+    if narrow:
+        compute_in_float32(model)
     return _finished(model, tokenizer, spec, fingerprint(where, model.config), compute, device)
 
 

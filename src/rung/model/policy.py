@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import groupby
 from typing import Protocol
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rung.errors import PlanError
 from rung.model.head import LogitMap, token_logprobs
-from rung.model.layers import feeding, recording
+from rung.model.layers import computing_again, feeding, recording
 from rung.model.load import Base
 from rung.model.tree import KeysValues
 from rung.types import Below, PackedBatch, Segment, SharedPrefix
@@ -34,6 +34,8 @@ class Policy:
         self.method = method
         self.model = base.model
         self.logit_map = LogitMap.of(base.model.config)
+        self.layers_to_recompute: Callable[[int], range] = lambda tokens: range(0)
+        """Which layers a row of so many tokens computes again in the backward pass, so that it fits."""
         self._shared: SharedPrefix | None = None
         self._ahead: dict[bool, _Ahead] = {}
         """Of the prefix at hand, with the method on (False) or off."""
@@ -76,7 +78,8 @@ class Policy:
 
     def _trunk(self, ids_T: Tensor, positions_T: Tensor, segments: Sequence[Segment], **attention: object) -> Tensor:
         trunk = getattr(self.model, self.model.base_model_prefix)
-        with self.autocast():
+        again = self.layers_to_recompute(len(ids_T)) if torch.is_grad_enabled() else range(0)
+        with self.autocast(), computing_again(self.model, again) if again else nullcontext():
             out = trunk(
                 input_ids=ids_T[None],
                 position_ids=positions_T[None],

@@ -1,5 +1,8 @@
 """Attention within a packed row: each segment attends to what stands before the row, to its ancestors, and to itself.
 
+Flat rows go to transformers' variable-length flash attention where CUDA and the kernel are there: a launch per segment
+would starve a graphics card. (Dispatch is tested; the kernel itself was not measured.)
+
 On a processor all segments of a row are one function whose backward pass keeps queries, keys, values, outputs and a
 number per query; keys are repeated for grouped queries only while they are used.
 
@@ -9,11 +12,14 @@ Suffixes: H heads, K key/value heads, T tokens of the row, Q queries and S keys 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+from transformers import modeling_flash_attention_utils as flash_utils
+from transformers.utils import is_flash_attn_2_available
 
 from rung.types import Segment
 
@@ -39,7 +45,15 @@ def attend_tree(
     rule: Rule,
 ) -> Tensor:
     """Returns [1, T, H, D]."""
-    if query_1HTD.device.type == "cpu" and rule.softcap is None and not rule.dropout:
+    device = query_1HTD.device.type
+    if torch.is_autocast_enabled(device):  # rotary angles in float32 leave queries and keys wider than values
+        low = torch.get_autocast_dtype(device)
+        query_1HTD, key_1KTD, value_1KTD = query_1HTD.to(low), key_1KTD.to(low), value_1KTD.to(low)
+        before = before and (before[0].to(low), before[1].to(low))
+    flat = before is None and all(s.parent is None for s in segments)
+    if flat and has_flat_kernel(query_1HTD.device) and query_1HTD.dtype in (torch.bfloat16, torch.float16):
+        return _attend_flat(query_1HTD, key_1KTD, value_1KTD, tuple(segments), rule)
+    if device == "cpu" and rule.softcap is None and not rule.dropout:
         given = before if before is not None else (None, None)
         return _FlashTree.apply(query_1HTD, key_1KTD, value_1KTD, *given, tuple(segments), rule)  # type: ignore[no-any-return, no-untyped-call]
     keys, values = _Laid(key_1KTD, before and before[0]), _Laid(value_1KTD, before and before[1])
@@ -49,6 +63,42 @@ def attend_tree(
         key, value = (repeat(laid.along(path, rows), groups) for laid in (keys, values))
         pieces.append(attend(query_1HTD[:, :, rows], key, value, mask, rule, causal=mask is None))
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous()
+
+
+def has_flat_kernel(device: torch.device) -> bool:
+    """Whether rows without shared parts run in one launch here. The engine then unrolls its trees."""
+    return device.type == "cuda" and bool(is_flash_attn_2_available())
+
+
+def _attend_flat(
+    query_1HTD: Tensor, key_1KTD: Tensor, value_1KTD: Tensor, segments: tuple[Segment, ...], rule: Rule
+) -> Tensor:
+    borders, longest = _borders(segments, query_1HTD.device)
+    out: Tensor = flash_utils._flash_attention_forward(
+        query_1HTD.transpose(1, 2),
+        key_1KTD.transpose(1, 2),
+        value_1KTD.transpose(1, 2),
+        None,
+        query_length=query_1HTD.shape[2],
+        is_causal=True,
+        dropout=rule.dropout,
+        softmax_scale=rule.scaling,
+        sliding_window=rule.window,
+        softcap=rule.softcap,
+        cu_seq_lens_q=borders,
+        cu_seq_lens_k=borders,
+        max_length_q=longest,
+        max_length_k=longest,
+        attn_implementation="flash_attention_2",
+    )
+    return out
+
+
+@lru_cache(maxsize=8)
+def _borders(segments: tuple[Segment, ...], device: torch.device) -> tuple[Tensor, int]:
+    """Starts of the documents and the end, and the longest: the same for all layers of a row."""
+    ends = torch.tensor([0, *(s.end for s in segments)], dtype=torch.int32, device=device)
+    return ends, max(s.end - s.start for s in segments)
 
 
 class _FlashTree(torch.autograd.Function):

@@ -31,8 +31,9 @@ class EngineSpec(Spec):
     """Stop after this many optimiser steps, whatever `epochs` says."""
     examples_per_step: PositiveInt = 16
     """Documents whose gradients make one optimiser step."""
-    tokens_per_micro_batch: Annotated[int, Field(ge=16)] | Literal["auto"] = "auto"
-    """Tokens computed at once. It sets memory and speed, never the result; `auto` follows from the model's shape."""
+    tokens_per_micro_batch: Annotated[int, Field(ge=16)] | Literal["auto", "probe"] = "auto"
+    """Tokens computed at once. It sets memory and speed, never the result; `auto` follows from the model's shape,
+    `probe` measures once on this machine and keeps what it found in run.json, so that a resume computes the same."""
     packing: Literal["tree", "flat", "none"] = "tree"
     """`tree` computes what several documents of a step begin with once; `flat` packs whole documents; `none` computes
     one document at a time. The result is the same: the slower ones are for comparing and for finding faults."""

@@ -1,0 +1,41 @@
+"""Answers by Rung, as `rung eval` makes them: `.venv/bin/python -m benchmarks.ours_eval JOB.json RESULT.json`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.memory import peak, reset_peak, resident
+from rung.model.generate import Sampling, generate
+from rung.run import open_base
+from rung.spec.evaluate import EvaluateSpec
+from rung.spec.model import ModelSpec
+
+IMPORTED = resident()
+
+
+def answer(job: dict[str, Any]) -> dict[str, Any]:
+    """Answer all prompts greedily with the settings that an evaluation has by default."""
+    policy, _ = open_base(ModelSpec(name=job["base"], dtype="float32"))
+    spec = EvaluateSpec(max_new_tokens=job["max_new_tokens"])
+    reset_peak()
+    started = time.perf_counter()
+    sampling = Sampling(spec.max_new_tokens)
+    answers = generate(policy, job["prompts"], stop_ids=job["stop_ids"], sampling=sampling, batch=spec.batch)
+    seconds = time.perf_counter() - started
+    return {
+        "seconds": seconds,
+        "answers": [a.ids for a in answers],
+        "imported_bytes": IMPORTED,
+        "peak_bytes": peak(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(answer(json.loads(Path(sys.argv[1]).read_text()))))

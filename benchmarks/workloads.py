@@ -1,0 +1,147 @@
+"""What is run, as data: six kinds of work, and the settings a peer's user could reasonably try for each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+RANK, ALPHA = 16, 32
+BASE = "smollm2-135m"
+UPPER_HALF = tuple(range(15, 30))
+PACK_TOKENS = 1024
+"""Length of a peer's packed row: its own default `max_length`."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What Rung wants to reach: ratios to the peer; a speed ratio above 1 and a memory ratio below 1 are good."""
+
+    default: float
+    tuned: float | None = None
+    memory: float | None = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training run, the same for all sides: AdamW (0.9, 0.999, 1e-8, no decay), clip 1.0, cosine, no warm-up."""
+
+    key: str
+    title: str
+    target: Target
+    steps: int = 10
+    method: Literal["lora", "full"] = "lora"
+    learning_rate: float = 2e-4
+    layers: tuple[int, ...] | None = None
+    """Layers with an adapter, counted from 0; none is all."""
+    epochs: int = 1
+    examples_per_step: int = 8
+    """8 is also the batch that TRL takes by default."""
+    plain: bool = False
+    """Rows are plain text: no template, so no common beginning, and every token is learned."""
+    system: bool = False
+    """Every row begins with the same system turn of 200 tokens."""
+    seed: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Distinct rows; `steps` counts the steps of all epochs."""
+        return self.examples_per_step * (self.steps // self.epochs)
+
+    def shortened(self) -> Training:
+        """For `--quick`: two small steps an epoch, enough to see that everything runs."""
+        return replace(self, steps=2 * self.epochs, examples_per_step=4)
+
+    def config(self, data: str, output: str) -> dict[str, Any]:
+        """The same work as a config of `rung train`."""
+        layers = {"layers": list(self.layers)} if self.layers else {}
+        lora = {"kind": "lora", "rank": RANK, "alpha": ALPHA, **layers}
+        return {
+            "model": {"name": BASE, "dtype": "float32"},
+            "data": {"path": data, "validation": 0, "test": 0},
+            "method": lora if self.method == "lora" else {"kind": "full"},
+            "engine": {
+                "epochs": self.epochs,
+                "examples_per_step": self.examples_per_step,
+                "learning_rate": self.learning_rate,
+                "schedule": "cosine",
+                "warmup": 0,
+                "clip": 1.0,
+            },
+            "output": output,
+            "seed": self.seed,
+        }
+
+
+@dataclass(frozen=True)
+class Answering:
+    """Greedy answers to held-out questions, worked examples in front of each."""
+
+    key: str
+    title: str
+    target: Target
+    questions: int = 40
+    shots: int = 4
+    max_new_tokens: int = 64
+    seed: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Questions and worked examples."""
+        return self.questions + self.shots
+
+    def shortened(self) -> Answering:
+        """For `--quick`."""
+        return replace(self, questions=6, max_new_tokens=6)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Settings of a peer that differ from its defaults."""
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    micro_batches: int = 1
+    """Into which a step's rows are divided. Packing computes one packed row at a time instead."""
+
+
+Workload = Training | Answering
+
+WORKLOADS: dict[str, Workload] = {
+    work.key: work
+    for work in (
+        Training("a", "SFT LoRA, loss on answers", Target(4.0, 2.4, 0.30)),
+        Training("b", "SFT LoRA, plain text, loss on everything", Target(3.0, 2.1, 0.35), plain=True),
+        Training("c", "SFT full fine-tuning", Target(2.7, 1.6, 0.60), steps=6, method="full", learning_rate=2e-5),
+        Training("d", "SFT LoRA, shared system turn of 200 tokens", Target(5.0, 3.0, 0.30), system=True),
+        Answering("e", "40 answers, four worked examples in front", Target(3.0)),
+        Training("f", "SFT LoRA, layers 15-29 only, 3 epochs", Target(5.0, 3.0, 0.30), 12, layers=UPPER_HALF, epochs=3),
+    )
+}
+
+_FREE = {"gradient_checkpointing": False}
+TRAINING_CANDIDATES = (
+    Candidate("no checkpointing", _FREE),
+    Candidate("no checkpointing, 2 micro-batches", _FREE, micro_batches=2),
+    Candidate("no checkpointing, 4 micro-batches", _FREE, micro_batches=4),
+    Candidate("no checkpointing, one row at a time", _FREE, micro_batches=8),
+    Candidate("no checkpointing, grouped by length", {**_FREE, "train_sampling_strategy": "group_by_length"}),
+    Candidate(f"no checkpointing, packing {PACK_TOKENS}", {**_FREE, "packing": True, "max_length": PACK_TOKENS}),
+)
+ANSWERING_DEFAULT = Candidate("batches of 20", {"batch": 20})
+ANSWERING_CANDIDATES = (
+    Candidate("batches of 10", {"batch": 10}),
+    Candidate("batches of 40", {"batch": 40}),
+    Candidate("prefix cached by hand, batches of 20", {"batch": 20, "prefix": True}),
+    Candidate("prefix cached by hand, batches of 40", {"batch": 40, "prefix": True}),
+)
+
+
+def candidates(work: Workload) -> tuple[Candidate, ...]:
+    """What the peer is tuned over."""
+    return TRAINING_CANDIDATES if isinstance(work, Training) else ANSWERING_CANDIDATES
+
+
+def default(work: Workload) -> Candidate:
+    """The peer as it comes."""
+    return Candidate("as it comes") if isinstance(work, Training) else ANSWERING_DEFAULT

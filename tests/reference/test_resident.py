@@ -1,0 +1,98 @@
+"""A bfloat16 file computed in float32: bit for bit the base that was widened when it was loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerFast
+
+from builders import documents
+from models import tiny_model
+from rung.engine.pack import pack
+from rung.engine.step import accumulate
+from rung.method.table import attach
+from rung.model import load
+from rung.model.generate import Sampling, generate
+from rung.model.load import Base, load_base
+from rung.model.policy import Policy
+from rung.model.resident import stored_in_bfloat16
+from rung.objective.sft import Sft
+from rung.spec.method import METHOD_SPECS
+from rung.spec.model import ModelSpec
+from rung.spec.objective import SftSpec
+
+
+def written(folder: Path, tokenizer: PreTrainedTokenizerFast, shape: str, dtype: torch.dtype) -> Path:
+    tiny_model(shape, dtype=torch.bfloat16).to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def held(base: Base) -> int:
+    return sum(p.nbytes for p in base.model.parameters())
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen2", "gemma2", "gpt2", "phi3"])
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [
+        ("lora", {}),
+        ("lora", {"dora": True}),
+        ("lora", {"modules_to_save": ("lm_head",)}),
+        ("lora", {"dropout": 0.5}),
+        ("head", {}),
+        ("full", {}),
+    ],
+    ids=str,
+)
+def test_bit_for_bit(
+    shape: str,
+    kind: str,
+    spec: dict[str, object],
+    tmp_path: Path,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = []
+    folder = written(tmp_path / "narrow", tiny_tokenizer, shape, torch.bfloat16)
+    assert stored_in_bfloat16(folder)
+    for narrow_now in (True, False):
+        monkeypatch.setattr(load, "stored_in_bfloat16", lambda _, narrow_now=narrow_now: narrow_now)
+        base = load_base(ModelSpec(name=str(folder), dtype="float32"))
+        bytes_held = held(base)
+        method = attach(base.model, METHOD_SPECS[kind](**spec), seed=0)
+        policy = Policy(base, method)
+        torch.manual_seed(0)
+        loss = accumulate(policy, Sft(SftSpec()), pack(documents(), 1000))
+        answer = generate(policy, [[5, 6, 7], [8, 9]], stop_ids=[], sampling=Sampling(6))
+        gradients = {n: p.grad for n, p in method.trainable().items()}
+        found.append((loss, gradients, [a.ids for a in answer], [a.logprobs for a in answer], bytes_held))
+    narrow, wide = found
+    assert torch.equal(narrow[0], wide[0]) and narrow[2:4] == wide[2:4]
+    assert narrow[1].keys() == wide[1].keys()
+    assert all(g is None and wide[1][n] is None or torch.equal(g, wide[1][n]) for n, g in narrow[1].items())
+    # Gemma's embedding scale is no part of the file and would be rounded: that base is widened when it is loaded
+    assert narrow[4] <= (1.0 if shape == "gemma2" else 0.55) * wide[4]
+
+
+def test_one_wide_tensor_makes_a_file_wide(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    assert not stored_in_bfloat16(written(tmp_path, tiny_tokenizer, "llama", torch.float32))
+    save_file({"a": torch.zeros(2, dtype=torch.bfloat16), "b": torch.zeros(2)}, tmp_path / "model.safetensors")
+    assert not stored_in_bfloat16(tmp_path)
+
+
+def test_merging_rounds_nothing_away(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    folder = written(tmp_path / "narrow", tiny_tokenizer, "llama", torch.bfloat16)
+    base = load_base(ModelSpec(name=str(folder), dtype="float32"))
+    method = attach(base.model, METHOD_SPECS["lora"](), seed=0)
+    with torch.no_grad():
+        for parameter in method.trainable().values():
+            parameter.add_(1e-4)
+    policy = Policy(base, method)
+    batch = pack(documents(), 1000)[0]
+    before = policy.logprobs(batch).detach()
+    method.merge()
+    assert (policy.logprobs(batch) - before).abs().max() < 1e-5
