@@ -29,7 +29,7 @@ class Training:
     key: str
     title: str
     target: Target
-    steps: int = 10
+    steps: int = 4
     method: Literal["lora", "full"] = "lora"
     learning_rate: float = 2e-4
     layers: tuple[int, ...] | None = None
@@ -112,10 +112,10 @@ WORKLOADS: dict[str, Workload] = {
     for work in (
         Training("a", "SFT LoRA, loss on answers", Target(4.0, 2.4, 0.30)),
         Training("b", "SFT LoRA, plain text, loss on everything", Target(3.0, 2.1, 0.35), plain=True),
-        Training("c", "SFT full fine-tuning", Target(2.7, 1.6, 0.60), steps=6, method="full", learning_rate=2e-5),
+        Training("c", "SFT full fine-tuning", Target(2.7, 1.6, 0.60), steps=3, method="full", learning_rate=2e-5),
         Training("d", "SFT LoRA, shared system turn of 200 tokens", Target(5.0, 3.0, 0.30), system=True),
         Answering("e", "40 answers, four worked examples in front", Target(3.0)),
-        Training("f", "SFT LoRA, layers 15-29 only, 3 epochs", Target(5.0, 3.0, 0.30), 12, layers=UPPER_HALF, epochs=3),
+        Training("f", "SFT LoRA, layers 15-29 only, 3 epochs", Target(5.0, 3.0, 0.30), 6, layers=UPPER_HALF, epochs=3),
     )
 }
 
@@ -124,8 +124,6 @@ TRAINING_CANDIDATES = (
     Candidate("no checkpointing", _FREE),
     Candidate("no checkpointing, 2 micro-batches", _FREE, micro_batches=2),
     Candidate("no checkpointing, 4 micro-batches", _FREE, micro_batches=4),
-    Candidate("no checkpointing, one row at a time", _FREE, micro_batches=8),
-    Candidate("no checkpointing, grouped by length", {**_FREE, "train_sampling_strategy": "group_by_length"}),
     Candidate(f"no checkpointing, packing {PACK_TOKENS}", {**_FREE, "packing": True, "max_length": PACK_TOKENS}),
 )
 ANSWERING_DEFAULT = Candidate("batches of 20", {"batch": 20})

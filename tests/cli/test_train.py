@@ -193,6 +193,8 @@ def test_settings_that_must_not_change_the_result(config: Path, tmp_path: Path, 
         "small": ["engine.tokens_per_micro_batch=40"],
         "unpacked": ["engine.packing=none"],
         "unshared": ["engine.packing=flat"],
+        "plain": ["model.fused=false"],
+        "probed": ["engine.tokens_per_micro_batch=probe"],
     }
     losses = {}
     for name, settings in runs.items():
@@ -202,6 +204,35 @@ def test_settings_that_must_not_change_the_result(config: Path, tmp_path: Path, 
     for name in runs:
         drift = losses[name] - losses["auto"]
         assert drift.abs().max() < 1e-4 and drift.mean().abs() < 2e-5, name
+
+
+def test_frozen_layers_run_once_a_document_and_nothing_else_changes(config: Path, tmp_path: Path, capsys: Any) -> None:
+    settings = ["method.layers=[1]", "engine.max_steps=null", "engine.epochs=2"]
+    losses = []
+    for name, cached in (("cached", True), ("computed", False)):
+        given = [*settings, f"engine.cache_trunk={str(cached).lower()}", f"output={tmp_path / name}"]
+        code, _, err = inside(capsys, "train", config, *given)
+        assert code == 0 and ("layers below 1 do not move" in err) == cached
+        found = manifest(tmp_path / name)
+        assert ("trunk" in found) == cached and not (tmp_path / name / "trunk").exists()
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        losses.append(torch.tensor([json.loads(line)["loss"] for line in lines]))
+    assert manifest(tmp_path / "cached")["trunk"] == {"layer": 1, "documents": 78, "bytes": found["tokens"] // 2 * 32 * 4}
+    assert (losses[0] - losses[1]).abs().max() < 1e-4
+
+
+def test_a_probed_micro_batch_is_kept_by_a_resume(
+    config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["engine.tokens_per_micro_batch=probe", "engine.checkpoint_every=2"]
+    monkeypatch.setattr("rung.run.probe", lambda *_: 333)
+    assert inside(capsys, "train", config, *settings)[0] == 0
+    run = tmp_path / "run"
+    assert manifest(run)["tokens_per_micro_batch"] == 333
+    (run / "run.json").write_text(json.dumps({**manifest(run), "status": "running"}))
+    monkeypatch.setattr("rung.run.probe", lambda *_: pytest.fail("measured again"))
+    assert inside(capsys, "train", config, *settings, "--resume")[0] == 0
+    assert manifest(run)["tokens_per_micro_batch"] == 333
 
 
 def test_every_engine_setting_changes_something(config: Path, tmp_path: Path, capsys: Any) -> None:

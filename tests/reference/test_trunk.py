@@ -31,7 +31,7 @@ UPPER = [("lora", {"layers": (1,)}, 1), ("head", {}, 2)]
 def trunk(tmp_path: Path) -> Iterator[Callable[[Policy], TrunkCache]]:
     """Caches of layer 1 that are closed at the end."""
     with ExitStack() as stack:
-        yield lambda policy: stack.enter_context(closing(TrunkCache(policy, 1, tmp_path, 50)))
+        yield lambda policy: stack.enter_context(closing(TrunkCache(policy, 1, tmp_path / "trunk", 50)))
 
 
 def lowest(kind: str, spec: dict[str, object], shape: str = "llama") -> int:
@@ -51,7 +51,7 @@ def test_gradients_equal_the_naive_ones(
         model, plain = naive(kind, shape, dtype=dtype, wide_norms=dtype is torch.float64, **spec)
         expected = naive_loss(model, examples)
         policy, method = tuned(kind, shape, dtype=dtype, **spec)
-        cache = TrunkCache(policy, layer, tmp_path, 50)
+        cache = TrunkCache(policy, layer, tmp_path / "trunk", 50)
         for _ in range(2):  # written, then read
             policy.model.zero_grad()
             loss = accumulate(policy, Sft(SftSpec()), cache.feed(pack(examples, 50)))

@@ -47,6 +47,19 @@ def test_packing_that_leaks(leaking: None) -> None:
         gates.enforce(gate)
 
 
+@pytest.mark.parametrize("shape", ["llama", "gemma2", "gpt2"])
+def test_our_own_functions_and_their_mutation(shape: str) -> None:
+    policy, _ = tuned("lora", shape)
+    before = [vars(m).get("forward") for m in policy.model.modules()]
+    gate = gates.check_fused(policy, documents(shared=18))
+    assert gate is not None and gate.state == "passed"
+    assert [vars(m).get("forward") for m in policy.model.modules()] == before
+    if shape != "gpt2":
+        policy.model.model.norm.forward.eps = 0.5
+        gate = gates.check_fused(policy, documents(shared=18))
+        assert gate is not None and gate.state == "failed"
+
+
 def test_decoding_and_its_mutation(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gates.check_decoding(policy_of(tiny_model()), documents()).state == "passed"
     genuine = attention.attend_one_token

@@ -15,8 +15,10 @@ from rung.engine.pack import pack, pack_separately
 from rung.engine.record import Gate
 from rung.errors import GateError
 from rung.method.base import Method
+from rung.model.fuse import own_forwards
 from rung.model.generate import Sampling, generate
 from rung.model.policy import Policy
+from rung.model.resident import held_narrow
 from rung.types import Example
 
 TOLERANCE: dict[torch.dtype, float] = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.5}
@@ -52,6 +54,20 @@ def check_packing(policy: Policy, probe: Sequence[Example]) -> Gate:
     difference = float((together - alone).abs().max())
     limit = TOLERANCE[_dtype(policy)]
     return _gate("step0.packing", difference <= limit, difference, limit)
+
+
+@torch.no_grad()
+def check_fused(policy: Policy, probe: Sequence[Example]) -> Gate | None:
+    """Rung's own functions give what transformers' and peft's forward gives. A base held narrow has only ours."""
+    if held_narrow(policy.model):
+        return None
+    batch = pack(probe, sum(map(len, probe)), device=policy.device)[0]
+    ours = policy.logprobs(batch)
+    with own_forwards(policy.model):
+        theirs = policy.logprobs(batch)
+    difference = float((ours - theirs).abs().max())
+    limit = TOLERANCE[_dtype(policy)]
+    return _gate("step0.fused", difference <= limit, difference, limit)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -55,7 +56,7 @@ class TrunkCache:
     def close(self) -> None:
         """Drop the file: another run has other documents."""
         self.file.close()
-        self.path.unlink(missing_ok=True)
+        shutil.rmtree(self.path.parent, ignore_errors=True)
 
     def summary(self) -> dict[str, int]:
         """For `run.json`."""

@@ -6,7 +6,8 @@ own forward unless ours agrees with it. The files a run writes do not change, on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,9 +63,24 @@ def fuse(model: nn.Module, part_of: PartOf = plain_part) -> dict[str, int]:
 
 def unfuse(model: nn.Module) -> None:
     """Give every module its own forward back."""
-    for module in model.modules():
-        if isinstance(vars(module).get("forward"), _Fused | _Norm | _Gated):
-            del module.forward
+    for module in _fused_modules(model):
+        del module.forward
+
+
+@contextmanager
+def own_forwards(model: nn.Module) -> Iterator[None]:
+    """Inside, every module computes as transformers and peft wrote it: the oracle of the step-0 gate."""
+    taken = {module: module.forward for module in _fused_modules(model)}
+    unfuse(model)
+    try:
+        yield
+    finally:
+        for module, ours in taken.items():
+            module.forward = ours
+
+
+def _fused_modules(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(vars(m).get("forward"), _Fused | _Norm | _Gated)]
 
 
 class _SharedInput:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from rung.model.product import linear, product
+
 Activation = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
 """A function and its backward pass (gradient, input) -> gradient."""
 
@@ -198,11 +200,11 @@ def _forward(x_NI: Tensor, parts: Sequence[Part]) -> tuple[list[Tensor], Tensor 
     """The outputs, and x A^T of every adapted part side by side."""
     dtype = x_NI.dtype
     adapted = [p.a for p in parts if p.a is not None]
-    low_NR = x_NI @ torch.cat(adapted).to(dtype).T if adapted else None
+    low_NR = linear(x_NI, torch.cat(adapted).to(dtype)) if adapted else None
     outputs, at = [], 0
     for p in parts:
         weight = p.weight.to(dtype)
-        y = x_NI @ weight.T if p.bias is None else torch.addmm(p.bias.to(dtype), x_NI, weight.T)
+        y = linear(x_NI, weight, None if p.bias is None else p.bias.to(dtype))
         if p.b is not None and low_NR is not None:
             rank = p.b.shape[1]
             y.addmm_(low_NR[:, at : at + rank], p.b.to(dtype).T, alpha=p.scale)
@@ -232,21 +234,22 @@ def _backward(
         dtype = g_NO.dtype
         need_weight, need_bias, _, need_b = need[4 * i : 4 * i + 4]
         if p.b is not None and low_NR is not None and d_low is not None:
-            d_low[:, columns] = (g_NO @ p.b.to(dtype)).mul_(p.scale)
+            d_low[:, columns] = product(g_NO, p.b.to(dtype)).mul_(p.scale)
             if need_b:
-                d_flat[4 * i + 3] = (g_NO.T @ low_NR[:, columns]).mul_(p.scale).to(p.b.dtype)
+                d_flat[4 * i + 3] = product(low_NR[:, columns].T, g_NO).T.mul(p.scale).to(p.b.dtype)
         if need_weight and x_NI is not None:
-            d_flat[4 * i] = (g_NO.T @ x_NI).to(p.weight.dtype)
+            d_flat[4 * i] = product(g_NO.T, x_NI).to(p.weight.dtype)
         if need_bias and p.bias is not None:
             d_flat[4 * i + 1] = g_NO.sum(0).to(p.bias.dtype)
         if need_x:
             weight = p.weight.to(dtype)
-            d_x = g_NO @ weight if d_x is None else d_x.addmm_(g_NO, weight)
+            along = product(g_NO, weight)
+            d_x = along if d_x is None else d_x.add_(along)
     adapted = [(i, p.a) for i, p in enumerate(parts) if p.a is not None]
     if d_low is not None and d_x is not None:
         d_x.addmm_(d_low, torch.cat([a for _, a in adapted]).to(d_low.dtype))
     if d_low is not None and x_NI is not None:
-        d_a = torch.split(d_low.T @ x_NI, [len(a) for _, a in adapted])
+        d_a = torch.split(product(d_low.T, x_NI), [len(a) for _, a in adapted])
         for (i, a), rows in zip(adapted, d_a, strict=True):
             d_flat[4 * i + 2] = rows.to(a.dtype) if need[4 * i + 2] else None
     return d_x, d_flat

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rung.model.product import linear, product
+
 
 class Tile(NamedTuple):
     """How many entries and how many vocabulary rows meet at once."""
@@ -113,9 +115,9 @@ class _TokenLogprobs(torch.autograd.Function):
                 d_z.scatter_add_(1, at[:, None], inside[:, None].to(d_z.dtype))
                 d_z = d_z.mul_(slope).mul_(grad).to(ctx.compute)
                 if grad_h is not None:
-                    grad_h[rows] += d_z @ weight
+                    grad_h[rows] += product(d_z, weight)
                 if grad_w is not None:
-                    grad_w[columns] += d_z.T @ h
+                    grad_w[columns] += product(d_z.T, h)
                 if grad_b is not None:
                     grad_b[columns] += d_z.sum(0)
         return grad_h, grad_w, grad_b, None, None, None
@@ -137,15 +139,10 @@ class _Head:
 
     def tiles(self, h_NH: Tensor, exact: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Columns, their rows of W in the compute type, their logits [N, C] in the exact one, to be overwritten."""
-        scratch = h_NH.new_empty(len(h_NH) * min(self.columns, len(self.weight_VH)))
         for columns in _slices(len(self.weight_VH), self.columns):
             weight = self.weight_VH[columns].to(self.compute)
-            z = scratch[: len(h_NH) * len(weight)].view(len(h_NH), len(weight))
-            if self.bias_V is None:
-                torch.mm(h_NH, weight.T, out=z)
-            else:
-                torch.addmm(self.bias_V[columns].to(self.compute), h_NH, weight.T, out=z)
-            yield columns, weight, self.logit_map.apply_(z.to(exact))
+            bias = None if self.bias_V is None else self.bias_V[columns].to(self.compute)
+            yield columns, weight, self.logit_map.apply_(linear(h_NH, weight, bias).to(exact))
 
     def scan(self, h_NH: Tensor, target_N: Tensor, exact: torch.dtype, *, direction: bool) -> _Scan:
         """One pass over the vocabulary: log-sum-exp, the targets' logits and, if asked for, the direction."""
@@ -165,7 +162,7 @@ class _Head:
             if mean is not None:
                 mean.mul_(shrink)
                 odds = odds.mul_(slope).to(self.compute)
-                mean = mean.addmm_(odds, weight) if odds.dtype == mean.dtype else mean.add_(odds @ weight)
+                mean.add_(product(odds, weight))
         if mean is not None:
             slope = self.logit_map.derivative(logit)
             mean = (self.weight_VH[target_N].to(exact) * slope).sub_(mean.div_(total)).to(h_NH.dtype)
