@@ -34,9 +34,10 @@ STEPS = 3
 def make_base(folder: Path) -> None:
     """Random weights in bfloat16, and a tokenizer beside them."""
     import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     from rung.model.load import load_tokenizer
     from rung.spec.model import ModelSpec
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = load_tokenizer(ModelSpec())
     torch.manual_seed(0)
@@ -53,6 +54,7 @@ def measure(folder: Path, form: str) -> None:
 
     import numpy as np
     import torch
+
     from rung.engine.optim import make_optimiser
     from rung.engine.pack import pack
     from rung.engine.step import accumulate
@@ -113,7 +115,10 @@ def main() -> int:
     finally:
         shutil.rmtree(folder)
     same = all(run["losses"] == found["widened"][0]["losses"] for runs in found.values() for run in runs)
-    middle = {form: {k: median(float(r[k]) for r in runs) for k in ("tokens_per_second", "peak", "weights")} for form, runs in found.items()}  # type: ignore[arg-type]
+    middle = {
+        form: {k: median(float(r[k]) for r in runs) for k in ("tokens_per_second", "peak", "weights")}
+        for form, runs in found.items()
+    }  # type: ignore[arg-type]
     for what in ("tokens_per_second", "peak", "weights"):
         held, widened = middle["held"][what], middle["widened"][what]
         print(f"{what:18s} held {held:.4g}  widened {widened:.4g}  ratio {held / widened:.2f}")

@@ -9,8 +9,11 @@ from pathlib import Path
 
 FILE_LINES, FUNCTION_LINES, PARAMETERS, FIELDS = 400, 60, 8, 15
 SOURCE = Path(__file__).parent.parent / "src" / "rung"
-BASES = {"DynamicLayer", "Protocol", "Spec", "BaseModel", "Module", "Function", "Exception", "NamedTuple", "SafeLoader"}
-"""Inheritance stays with protocols, specs, torch modules and functions, and exceptions."""
+BASES = {
+    *("Protocol", "Spec", "BaseModel", "Module", "Function", "Exception", "NamedTuple"),
+    *("DynamicLayer", "SafeLoader", "Sequence", "Lazy"),
+}
+"""Inheritance stays with protocols (a sequence is one), specs, torch modules and functions, and exceptions."""
 
 
 def main() -> int:

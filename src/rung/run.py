@@ -15,9 +15,10 @@ import torch
 from rung.data.cache import cached_examples
 from rung.data.chat import Chat, Preflight, Tokenised
 from rung.data.mix import load_data
+from rung.data.records import Records
 from rung.data.split import Splits
 from rung.engine import gates
-from rung.engine.budget import tokens_per_micro_batch
+from rung.engine.budget import probe, tokens_per_micro_batch
 from rung.engine.checkpoint import write_folder
 from rung.engine.loop import Interrupted, Trainer, summary
 from rung.engine.progress import say, stage
@@ -87,8 +88,8 @@ def tokenise(spec: RunSpec, splits: Splits, base: Base) -> Data:
     return Data(splits, chat, train, validation, chat.preflight(train))
 
 
-def _closed_book(records: Sequence[Record]) -> tuple[Record, ...]:
-    return tuple(replace(record, context=None) for record in records)
+def _closed_book(records: Records) -> Records:
+    return Records.of(replace(record, context=None) for record in records)
 
 
 def train(spec: RunSpec, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def dry_run(spec: RunSpec) -> dict[str, Any]:
     splits = read_splits(spec)
     base = load(spec.model)
     data = tokenise(spec, splits, base)
-    method = attach(base.model, spec.method, seed=spec.seed)
+    method = attach(base.model, spec.method, seed=spec.seed, fused=spec.model.fused)
     steps_per_epoch = -(-len(data.train.examples) // spec.engine.examples_per_step)
     return {
         **data.summary(),
@@ -133,7 +134,8 @@ def train_on(
     spec: RunSpec, base: Base, data: Data, *, resume: bool = False, overwrite: bool = False
 ) -> tuple[Policy, RunFolder]:
     """Train on data already read; the policy comes back in eval mode with the run's final weights."""
-    method = attach(base.model, spec.method, seed=spec.seed)  # first: a method that cannot be leaves no folder behind
+    # first: a method that cannot be leaves no folder behind
+    method = attach(base.model, spec.method, seed=spec.seed, fused=spec.model.fused)
     folder = RunFolder.claim(Path(spec.output), to_dict(spec), resume=resume, overwrite=overwrite)
     policy = Policy(base, method)
     if (shape := base.model.config.model_type) not in PROVED_MODELS:
@@ -151,7 +153,6 @@ def train_on(
         device=policy.device.type,
         compute_dtype=str(base.compute_dtype).removeprefix("torch."),
         learning_rate=spec.learning_rate,
-        tokens_per_micro_batch=_budget(spec, base),
     )
     trainer = Trainer(
         policy,
@@ -167,6 +168,7 @@ def train_on(
         if not (resume and trainer.restore()):
             folder.trim_log(0)
             _pass_gates(policy, method, trainer, data, folder)
+        _settle_budget(trainer, data)
         if trainer.progress.step == 0:
             torch.manual_seed(spec.seed)  # of dropout: a resumed run goes on with the state it saved
         reset_peak_memory()
@@ -199,7 +201,7 @@ def open_run(path: Path) -> tuple[Policy, Chat, RunSpec]:
         return Policy(base, Untouched()), Chat(base.tokenizer), spec
     base = load(spec.model)
     check_fingerprint(manifest, base, path)
-    method = attach(base.model, spec.method, seed=spec.seed)
+    method = attach(base.model, spec.method, seed=spec.seed, fused=spec.model.fused)
     method.load(path / "adapter")
     return Policy(base, method), Chat(load_tokenizer(ModelSpec(name=str(path)))), spec  # the template trained with
 
@@ -218,15 +220,14 @@ class Untouched:
         return nullcontext()
 
 
-def test_records(spec: RunSpec, splits: Splits) -> tuple[Record, ...]:
+def test_records(spec: RunSpec, splits: Splits) -> Records:
     """The held-out items, at most `evaluate.limit` of them in the order of the seed."""
     if not splits.test:
         raise ConfigError(
             "there is no test split to score on", where="data.test", given=spec.data.test, hint="set data.test: 0.1"
         )
     order = np.random.default_rng([spec.seed, 2]).permutation(len(splits.test))
-    chosen = sorted(order[: spec.evaluate.limit])
-    return tuple(splits.test[i] for i in chosen)
+    return splits.test.select(np.sort(order[: spec.evaluate.limit]))
 
 
 def score(policy: Policy, chat: Chat, spec: RunSpec, records: Sequence[Record], *, tuned: bool) -> Evaluation:
@@ -239,13 +240,15 @@ def _pass_gates(policy: Policy, method: Method, trainer: Trainer, data: Data, fo
     """Gates 1 and 2; each is recorded before it is enforced."""
     folder.gate(Gate("preflight", "passed", data.preflight.to_json(), "0 failing rows"))
     say(f"gate preflight: passed ({data.preflight.failing} of {data.preflight.rows} rows failing; limit 0)")
-    probe = sorted(data.train.examples, key=len)[:PROBES]
+    shortest = np.argsort(data.train.lengths, kind="stable")[:PROBES]
+    probe = [data.train.examples[int(i)] for i in shortest]
     if not probe:
         raise DataError("no training rows are left", hint="look at the counts of: rung data check")
     found = [
         gates.check_trainable(method, trainer.optimiser),
         gates.check_identity(policy, method, probe),
         gates.check_packing(policy, probe),
+        gates.check_fused(policy, probe),
         gates.check_decoding(policy, probe),
     ]
     for gate in found:
@@ -283,9 +286,21 @@ def write_text_side(target: Path, chat: Chat) -> None:
     config.save_pretrained(target)
 
 
+def _settle_budget(trainer: Trainer, data: Data) -> None:
+    """A run keeps the micro-batch it began with: sums in another order would not be the same bits."""
+    begun = trainer.folder.manifest.get("tokens_per_micro_batch")
+    if begun is not None:
+        trainer.budget = begun
+    elif trainer.spec.tokens_per_micro_batch == "probe":
+        with stage("measuring micro-batches"):
+            trainer.budget = probe(trainer.policy, trainer.objective, data.train.examples)
+        say(f"{trainer.budget} tokens a micro-batch")
+    trainer.folder.update(tokens_per_micro_batch=trainer.budget)
+
+
 def _budget(spec: RunSpec, base: Base) -> int:
     given = spec.engine.tokens_per_micro_batch
-    return tokens_per_micro_batch(base.model.config, device().type) if given == "auto" else given
+    return given if isinstance(given, int) else tokens_per_micro_batch(base.model.config, device().type)
 
 
 def _fingerprints(base: Base, data: Data) -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import groupby, pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builders import documents, example
-from rung.engine.pack import MIN_AHEAD, MIN_SHARED, pack, pack_separately
+from rung.engine.pack import MIN_AHEAD, MIN_SHARED, largest_first, pack, pack_in_slices, pack_separately
 from rung.types import Example, PackedBatch
 
 HEAD = list(range(100, 100 + MIN_SHARED))
@@ -171,3 +173,25 @@ def test_whatever_runs_ahead_every_prediction_is_made_once(shape: list[tuple[int
     batches = pack(examples, 200)
     assert [d for b in batches for d in unrolled(b)] == expected(examples)
     assert all(len(b.ids) <= 200 or b.sequences == 1 for b in batches)
+
+
+def test_the_largest_runs_first_and_rows_of_a_prefix_stay_together() -> None:
+    groups = [
+        *([*LONG, 300 + i, *range(i % 5)] for i in range(30)),
+        *([t + 150 for t in LONG] + [i, 1] for i in range(30)),
+    ]
+    examples = [example(ids, len(LONG) + 1) for ids in groups] + [example(range(10, 14 + i), 1) for i in range(25)]
+    batches = pack(examples, 40)
+    ordered = largest_first(batches)
+    assert sorted(map(id, ordered)) == sorted(map(id, batches)) and list(map(id, ordered)) != list(map(id, batches))
+    runs = [list(rows) for _, rows in groupby(ordered, key=lambda b: b.prefix)]
+    assert len(runs) == len({b.prefix for b in batches})
+    assert all(len(a.ids) >= len(b.ids) for rows in runs for a, b in pairwise(rows))
+
+
+def test_slices_hold_every_document_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rung.engine.pack.SLICE", 4)
+    examples = documents(2, count=11)
+    batches = list(pack_in_slices(examples, 60))
+    assert sorted(d.source.line for b in batches for d in b.documents) == [e.source.line for e in examples]
+    assert max(b.sequences for b in batches) <= 4

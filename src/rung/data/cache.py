@@ -5,26 +5,34 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from rung.data.chat import Chat
-from rung.data.split import fingerprint
-from rung.data.tokenise import Long, Overflow, Tokenised
+from rung.data.flat import ROW, Flat, Tokenised
+from rung.data.records import fingerprint
+from rung.data.spool import HINT, Blob, Region
+from rung.data.tokenise import Overflow, tokenise
 from rung.errors import CheckpointError
 from rung.paths import cache_folder
 from rung.spec.data import LossOn
-from rung.types import Example, Record
+from rung.types import Record
 
-CODE_VERSION = 1
-"""Raise it with every change to what chat.py or tokenise.py produce."""
+CODE_VERSION = 2
+"""Raise it with every change to what chat.py, tokenise.py or flat.py produce."""
+_TENSORS = {
+    "ids": ("I32", 4),
+    "supervised": ("BOOL", 1),
+    "texts": ("U8", 1),
+    "rows": ("U8", 1),
+    "dropped": ("I64", 8),
+    "trimmed": ("I64", 8),
+}
+"""Tensors of a file in their order, each flat: type and bytes of a value."""
 
 
 def cached_examples(
@@ -43,11 +51,11 @@ def cached_examples(
     """
     name = cache_key(chat, records, loss_on=loss_on, max_length=max_length, overflow=overflow)
     file = (folder or cache_folder() / "tokenised") / f"{name}.safetensors"
-    if (found := _load(file, records)) is not None:
-        return found
-    made = chat.examples(records, loss_on=loss_on, max_length=max_length, overflow=overflow)
+    if (found := _load(file)) is not None:
+        return Tokenised.of(found, records, from_cache=True)
+    made = tokenise(chat, records, loss_on=loss_on, max_length=max_length, overflow=overflow)
     _store(file, made)
-    return made
+    return Tokenised.of(made, records)
 
 
 def cache_key(
@@ -58,74 +66,73 @@ def cache_key(
     return sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _store(file: Path, made: Tokenised) -> None:
-    details = {
-        "expected": made.expected,
-        "dropped": [(x.record, x.length) for x in made.dropped],
-        "trimmed": [(x.record, x.length) for x in made.trimmed],
-        "boundary": [made.boundary_checked, made.boundary_differences],
-    }
-    tensors = {
-        "ids": np.concatenate([e.ids for e in made.examples]),
-        "supervised": np.concatenate([e.supervised for e in made.examples]),
-        "lengths": made.lengths,
-        "kept": np.array(made.kept, dtype=np.int64),
-        "starts": np.array(made.starts, dtype=np.int64),
-        "details": np.frombuffer(json.dumps(details).encode(), dtype=np.uint8),
-    }
-    digest = _digest(tensors)
+def _store(file: Path, made: Flat) -> None:
+    """Write the file a piece at a time, which safetensors' own writer cannot do; any reader of safetensors takes it."""
+    tables = Blob.new()
+    regions = {name: getattr(made, name) for name in ("ids", "supervised", "texts")}
+    for name in ("rows", "dropped", "trimmed"):
+        data = getattr(made, name).tobytes()
+        regions[name] = Region(tables, tables.append(data), len(data))
+    boundary = json.dumps([made.boundary_checked, made.boundary_differences])
+    header: dict[str, Any] = {"__metadata__": {"boundary": boundary, "sha256": _digest(regions, boundary)}}
+    end = 0
+    for name, (dtype, width) in _TENSORS.items():
+        start, end = end, end + regions[name].size
+        header[name] = {"dtype": dtype, "shape": [regions[name].size // width], "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
     temporary: str | None = None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-        os.close(handle)
-        save_file(tensors, temporary, metadata={"sha256": digest})
+        with open(handle, "wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for name in _TENSORS:
+                out.writelines(regions[name].pieces())
         os.replace(temporary, file)
-    except (OSError, SafetensorError) as error:
-        hint = "free some disk space, or set RUNG_CACHE to a folder with room"
-        raise CheckpointError(f"could not write the cache: {error}", where=str(file.parent), hint=hint) from error
+    except OSError as error:
+        raise CheckpointError(f"could not write the cache: {error}", where=str(file.parent), hint=HINT) from error
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
 
 
-def _load(file: Path, records: Sequence[Record]) -> Tokenised | None:
-    """The stored examples with the sources, weights and groups of `records`; None when there is no whole file."""
+def _load(file: Path) -> Flat | None:
+    """The stored documents; None when there is no whole file."""
     try:
-        with safe_open(str(file), framework="numpy") as stored:
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-            if (stored.metadata() or {}).get("sha256") != _digest(tensors):
-                return None
-    except (OSError, SafetensorError):
+        blob = Blob.open(file)
+        size = int.from_bytes(blob.read(0, 8), "little")
+        if size > blob.size:
+            return None
+        header: dict[str, Any] = json.loads(blob.read(8, size))
+        spans = {name: header[name]["data_offsets"] for name in _TENSORS}
+        regions = {name: Region(blob, 8 + size + start, end - start) for name, (start, end) in spans.items()}
+        boundary = header["__metadata__"]["boundary"]
+        if header["__metadata__"]["sha256"] != _digest(regions, boundary):
+            return None
+    except (OSError, ValueError, LookupError, TypeError, CheckpointError):
         return None
-    details: dict[str, Any] = json.loads(tensors["details"].tobytes())
-    kept = tuple(int(i) for i in tensors["kept"])
-    cuts = np.cumsum(tensors["lengths"])[:-1]
-    rows = zip(kept, np.split(tensors["ids"], cuts), np.split(tensors["supervised"], cuts), strict=True)
-    made = Tokenised(
-        tuple(_example(records[i], ids, supervised) for i, ids, supervised in rows),
-        kept,
-        tuple(details["expected"]),
-        tuple(int(i) for i in tensors["starts"]),
-        dropped=_longs(details["dropped"], records),
-        trimmed=_longs(details["trimmed"], records),
-        boundary_checked=details["boundary"][0],
-        boundary_differences=details["boundary"][1],
+    checked, differing = json.loads(boundary)
+
+    def table(name: str) -> bytes:
+        return regions[name].read(0, regions[name].size)
+
+    return Flat(
+        ids=regions["ids"],
+        supervised=regions["supervised"],
+        texts=regions["texts"],
+        rows=np.frombuffer(table("rows"), ROW),
+        dropped=np.frombuffer(table("dropped"), "<i8").reshape(-1, 2),
+        trimmed=np.frombuffer(table("trimmed"), "<i8").reshape(-1, 2),
+        boundary_checked=checked,
+        boundary_differences=differing,
     )
-    return replace(made, from_cache=True)
 
 
-def _example(record: Record, ids: np.ndarray, supervised: np.ndarray) -> Example:
-    return Example(ids, supervised, record.source, weight=record.weight, group=record.group)
-
-
-def _longs(stored: list[list[int]], records: Sequence[Record]) -> tuple[Long, ...]:
-    return tuple(Long(i, records[i].source, length) for i, length in stored)
-
-
-def _digest(tensors: dict[str, np.ndarray]) -> str:
-    digest = sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(tensors[name]).tobytes())
+def _digest(regions: Mapping[str, Region], boundary: str) -> str:
+    digest = sha256(boundary.encode())
+    for name in _TENSORS:
+        digest.update(f"{name} {regions[name].size}\n".encode())
+        for piece in regions[name].pieces():
+            digest.update(piece)
     return digest.hexdigest()

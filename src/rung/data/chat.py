@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from rung.data.tokenise import Overflow, Preflight, Tokenised, preflight, tokenise
+from rung.data.flat import Tokenised
+from rung.data.tokenise import Overflow, Preflight, preflight, tokenise
 from rung.errors import ConfigError, DataError
 from rung.spec.data import LossOn
 from rung.types import Message, Record, Source
@@ -124,7 +125,8 @@ class Chat:
             DataError: the template refuses a row or rewrites its history, a document is too long under `error`, no
                 document is left, or a plain text meets a tokenizer without an end-of-text token.
         """
-        return tokenise(self, records, loss_on=loss_on, max_length=max_length, overflow=overflow)
+        flat = tokenise(self, records, loss_on=loss_on, max_length=max_length, overflow=overflow)
+        return Tokenised.of(flat, records)
 
     def preflight(self, tokenised: Tokenised) -> Preflight:
         """Gate 1: measure every row. Raises GateError where one fails."""

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rung.data.flat import Tokenised
 from rung.data.formats import Detection, read_records
 from rung.data.mix import weighted_paths
-from rung.data.near import GRAMS, Near, near_duplicates, words
+from rung.data.near import GRAMS, Distinct, Near, gram_hashes, near_duplicates, words
 from rung.data.read import Rejected
-from rung.data.split import Splits, assign, duplicates, overlaps
-from rung.data.tokenise import Tokenised
+from rung.data.records import Records, characters
+from rung.data.split import Splits, assign, crossing, repeated
+from rung.data.spool import chunks
 from rung.errors import DataError, GateError
 from rung.spec.data import DataSpec, LossOn
 from rung.types import Example, Record
@@ -117,7 +119,7 @@ def check(target: str | DataSpec, chat: Chat | None = None, *, loss_on: LossOn |
     spec = DataSpec(path=target) if isinstance(target, str) else target
     detections: dict[str, Detection] = {}
     rejected: list[Rejected] = []
-    own = [r for p in weighted_paths(spec) for r in _load(spec, p.path, detections, rejected)]
+    own = Records.joined([_load(spec, p.path, detections, rejected) for p in weighted_paths(spec)])
     held = {
         name: _load(spec, value, detections, rejected, held_out=True)
         for name, value in (("validation", spec.validation), ("test", spec.test))
@@ -125,20 +127,24 @@ def check(target: str | DataSpec, chat: Chat | None = None, *, loss_on: LossOn |
     }
     own, lengths, share = _measure(own, chat, loss_on or spec.loss_on, rejected)
     parts = assign(own, validation=_share(spec.validation), test=_share(spec.test))
-    parts = Splits(parts.train, tuple(held.get("validation", parts.validation)), tuple(held.get("test", parts.test)))
-    held_out = (*parts.validation, *parts.test)
+    parts = Splits(parts.train, held.get("validation", parts.validation), held.get("test", parts.test))
+    held_out = Records.joined([parts.validation, parts.test])
     return Report(
         detections=detections,
         kept=len(own) + sum(len(records) for records in held.values()),
         rejected=tuple(sorted(rejected, key=lambda r: r.source)),
         splits={"train": len(parts.train), "validation": len(parts.validation), "test": len(parts.test)},
         lengths=lengths,
-        duplicates=tuple((str(a.source), str(b.source)) for a, b in duplicates(own)),
-        overlap=tuple((str(a.source), str(b.source)) for a, b in overlaps(parts.train, held_out)),
+        duplicates=_named(own, own, repeated(own)),
+        overlap=_named(parts.train, held_out, crossing(parts.train, held_out)),
         near={n: near_duplicates(parts.train, held_out, n) for n in GRAMS},
-        diversity=_diversity([r.answer for r in own if r.answer]),
+        diversity=_diversity(own),
         supervised_share=share,
     )
+
+
+def _named(left: Records, right: Records, pairs: tuple[np.ndarray, np.ndarray]) -> tuple[tuple[str, str], ...]:
+    return tuple((str(left.source(i)), str(right.source(k))) for i, k in zip(*pairs, strict=True))
 
 
 def coloured(example: Example, chat: Chat) -> Text:
@@ -167,30 +173,32 @@ def _pieces(example: Example, chat: Chat) -> Iterator[tuple[str, bool]]:
 
 def _load(
     spec: DataSpec, path: str, detections: dict[str, Detection], rejected: list[Rejected], *, held_out: bool = False
-) -> list[Record]:
+) -> Records:
     loaded = read_records(spec, path, held_out=held_out)
     detections[path] = loaded.detection
     rejected += loaded.rejected
-    return list(loaded.records)
+    return loaded.records
 
 
 def _measure(
-    records: list[Record], chat: Chat | None, loss_on: LossOn, rejected: list[Rejected]
-) -> tuple[list[Record], Lengths | None, float | None]:
+    records: Records, chat: Chat | None, loss_on: LossOn, rejected: list[Rejected]
+) -> tuple[Records, Lengths | None, float | None]:
     """Lengths and supervised share; rows that the template or the preflight refuses move to `rejected`."""
     if chat is None or not records:
-        return records, _lengths([_characters(r) for r in records], "characters"), None
+        sizes = np.fromiter(map(characters, records), dtype=np.int64, count=len(records))
+        return records, _lengths(sizes, "characters"), None
     tokenised: Tokenised | None = None
     try:
         tokenised = chat.examples(records, loss_on=loss_on)
         chat.preflight(tokenised)
     except (DataError, GateError):
-        records = [r for r in records if not _refused(r, chat, loss_on, rejected)]
+        usable = [i for i, r in enumerate(records) if not _refused(r, chat, loss_on, rejected)]
+        records = records.select(np.array(usable, dtype=np.int64))
         tokenised = chat.examples(records, loss_on=loss_on) if records else None
     if tokenised is None:
         return records, None, None
     share = tokenised.supervised_tokens / int(tokenised.lengths.sum())
-    return records, _lengths(tokenised.lengths.tolist(), "tokens"), share
+    return records, _lengths(tokenised.lengths, "tokens"), share
 
 
 def _refused(record: Record, chat: Chat, loss_on: LossOn, rejected: list[Rejected]) -> bool:
@@ -205,29 +213,33 @@ def _refused(record: Record, chat: Chat, loss_on: LossOn, rejected: list[Rejecte
     return True
 
 
-def _characters(record: Record) -> int:
-    return len(record.text or record.context or "") + sum(len(m.content) for m in record.messages)
-
-
-def _lengths(lengths: Sequence[int], unit: str) -> Lengths | None:
-    if not lengths:
+def _lengths(lengths: np.ndarray, unit: str) -> Lengths | None:
+    if not len(lengths):
         return None
     median, p95 = np.quantile(lengths, [0.5, 0.95])
-    return Lengths(unit, min(lengths), float(median), float(p95), max(lengths))
+    return Lengths(unit, int(lengths.min()), float(median), float(p95), int(lengths.max()))
 
 
-def _diversity(answers: Sequence[str]) -> Diversity | None:
+def _diversity(records: Records) -> Diversity | None:
+    """From hashes of words, pairs and answers: the texts of all answers are never in memory together."""
+    ones, twos = Distinct(), Distinct()
+    answers, rows = array("q"), array("q")
+    given = ((i, answer) for i, answer in enumerate(r.answer for r in records) if answer)
+    for chunk in chunks(given, lambda x: len(x[1]), count=1024, limit=1 << 20):
+        own = [words(answer) for _, answer in chunk]
+        ones.add(gram_hashes(own, 1)[0])
+        twos.add(gram_hashes(own, 2)[0])
+        answers.extend(hash(answer) for _, answer in chunk)
+        rows.extend(i for i, _ in chunk)
     if not answers:
         return None
-    split = [words(a) for a in answers]
-    ones = [w for answer in split for w in answer]
-    twos = [pair for answer in split for pair in zip(answer, answer[1:], strict=False)]
-    text, count = Counter(answers).most_common(1)[0]
+    _, first, counts = np.unique(np.array(answers), return_index=True, return_counts=True)
+    most = int(first[counts == counts.max()].min())  # of answers equally common the first
     return Diversity(
-        len(set(ones)) / len(ones) if ones else 0.0,
-        len(set(twos)) / len(twos) if twos else 0.0,
-        text,
-        count / len(answers),
+        len(ones.values()) / ones.total if ones.total else 0.0,
+        len(twos.values()) / twos.total if twos.total else 0.0,
+        records[rows[most]].answer,
+        int(counts.max()) / len(answers),
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from rung.data import turns
-from rung.data.read import Rejected, Row, Rows, read_rows
+from rung.data.read import Given, Rejected, Row, Rows, stream_rows
+from rung.data.records import Records, Writer
+from rung.data.spool import Texts, View
 from rung.errors import DataError, did_you_mean
 from rung.spec.data import DataSpec, Format
 from rung.types import Message, Record, Source
@@ -64,8 +65,8 @@ class Detection:
 class Loaded:
     """One source as records, with every row that was left out."""
 
-    records: tuple[Record, ...]
-    rejected: tuple[Rejected, ...]
+    records: Records
+    rejected: Sequence[Rejected]
     detection: Detection
     path: str
 
@@ -81,36 +82,53 @@ class Loaded:
 
 
 def detect(rows: Rows, map: Mapping[str, str], format: Format = "auto", group: str | None = None) -> Detection:
-    """Find the format from all rows.
+    """Find the format from all rows of a source in memory; see `_detect`."""
+    census = Census()
+    for _, row in rows.rows:
+        census.add(row)
+    return _detect(rows.path, census, map, format, group)
+
+
+class Census:
+    """Rows with a value, per column, in the order in which the columns appear."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        self.rows = 0
+
+    def add(self, row: Row) -> None:
+        """Count one row."""
+        self.rows += 1
+        for column, value in row.items():
+            name = str(column)
+            self.counts[name] = self.counts.get(name, 0) + (value is not None)
+
+
+def _detect(path: str, census: Census, map: Mapping[str, str], format: Format, group: str | None) -> Detection:
+    """Find the format from what all rows hold.
 
     Raises:
         DataError: a column named in `map` or `group` is missing, no format fits, or more than one reading is possible.
     """
-    counts: Counter[str] = Counter()
-    for _, row in rows.rows:
-        counts.update({str(c): 0 for c in row if c not in counts})
-        counts.update(str(c) for c, value in row.items() if value is not None)
-    _check_names(rows.path, map, group, counts)
-    if format == "auto":
-        fitting = [f for f in FORMATS if _fits(FORMATS[f], map, counts)]
-    else:
-        fitting = [format]
-        if missing := [c for c in FORMATS[format].required if map.get(c, c) not in counts]:
-            raise _unknown(rows.path, counts, f"no column {missing[0]!r}, which the format {format} needs")
+    counts = census.counts
+    _check_names(path, map, group, counts)
+    fitting = _fitting(map, counts) if format == "auto" else [format]
+    if format != "auto" and (missing := [c for c in FORMATS[format].required if map.get(c, c) not in counts]):
+        raise _unknown(path, counts, f"no column {missing[0]!r}, which the format {format} needs")
     if not fitting:
-        raise _unknown(rows.path, counts, "the columns fit no known format")
+        raise _unknown(path, counts, "the columns fit no known format")
     if len(fitting) > 1:
         readings = {f: counts[map.get(FORMATS[f].required[0], FORMATS[f].required[0])] for f in fitting}
-        raise _ambiguous(rows.path, counts, "the rows can be read as " + _listed(readings))
+        raise _ambiguous(path, counts, "the rows can be read as " + _listed(readings))
     found = fitting[0]
     columns = FORMATS[found]
     ours = (*columns.required, *columns.optional, *_COMMON)
     mapping = {name: map.get(name, name) for name in ours if map.get(name, name) in counts}
     if group:
         mapping["group"] = group
-    detection = Detection(found, mapping, dict(counts), len(rows.rows))
+    detection = Detection(found, mapping, dict(counts), census.rows)
     if format == "auto" and (rivals := _rivals(detection, map)):
-        raise _ambiguous(rows.path, counts, f"{rivals[0]!r} and {rivals[1]!r} could both be what is to be learned")
+        raise _ambiguous(path, counts, f"{rivals[0]!r} and {rivals[1]!r} could both be what is to be learned")
     return detection
 
 
@@ -162,20 +180,61 @@ def read_records(spec: DataSpec, path: str, *, held_out: bool = False) -> Loaded
     Raises:
         DataError: the source cannot be read at all, or its columns fit no format.
     """
-    rows = read_rows(path)
+    reading = _Reading(spec, path)
     group = spec.group
-    if held_out and not any(group in row for _, row in rows.rows):
+    if held_out and group is not None and group not in reading.census.counts:
         group = None
-    detection = detect(rows, spec.map, spec.format, group)
-    records: list[Record] = []
-    rejected = list(rows.rejected)
-    for source, row in rows.rows:
+    detection = _detect(reading.name, reading.census, spec.map, spec.format, group)
+    if (reading.format, reading.group) != (detection.format, group):
+        reading = _Reading(spec, path, (detection.format, group))
+    return Loaded(reading.records, reading.rejected, detection, path)
+
+
+class _Reading:
+    """One pass over a source: columns counted, rows converted on the way.
+
+    The format is known for certain only when the pass is over. So it is `given`, or guessed from the first row; the
+    rare wrong guess costs a second pass.
+    """
+
+    def __init__(self, spec: DataSpec, path: str, given: tuple[Format, str | None] | None = None) -> None:
+        self.name = path
+        self.census = Census()
+        self.format: Format | None = None
+        self.group: str | None = None
+        self._given = given
+        self._spec = spec
+        writer, rejected = Writer(), Texts()
+        for item in stream_rows(path):
+            reason = item.reason if isinstance(item, Rejected) else self._convert(item, writer)
+            if reason is not None:
+                rejected.add(item.source.line, reason)
+            self.name = item.source.path
+        name = self.name
+        self.records = writer.records()
+        self.rejected = View(lambda i: _rejected(name, *rejected.at(i)), range(len(rejected)))
+
+    def _convert(self, item: Given, writer: Writer) -> str | None:
+        """Write a row down as a record, or say why it cannot be one."""
+        if not self.census.rows:
+            self.format, self.group = self._given or self._guess(item.row)
+        self.census.add(item.row)
+        if self.format is None:
+            return None  # a second pass will
         try:
-            records.append(to_record(detection.format, row, source, spec.map, group))
+            writer.add(to_record(self.format, item.row, item.source, self._spec.map, self.group))
         except DataError as error:
-            rejected.append(Rejected(source, error.summary))
-    rejected.sort(key=lambda r: r.source.line)
-    return Loaded(tuple(records), tuple(rejected), detection, path)
+            return error.summary
+        return None
+
+    def _guess(self, row: Row) -> tuple[Format | None, str | None]:
+        format, group = self._spec.format, self._spec.group
+        fitting = _fitting(self._spec.map, row) if format == "auto" else [format]
+        return fitting[0] if len(fitting) == 1 else None, group if group in row else None
+
+
+def _rejected(path: str, line: int, reason: str) -> Rejected:
+    return Rejected(Source(path, line), reason)
 
 
 def _rejection(loaded: Loaded) -> DataError:
@@ -241,7 +300,11 @@ def _group(value: object, name: str) -> str:
     return turns.encodable(str(value), name)
 
 
-def _fits(columns: Columns, map: Mapping[str, str], counts: Mapping[str, int]) -> bool:
+def _fitting(map: Mapping[str, str], counts: Mapping[str, Any]) -> list[Format]:
+    return [name for name, columns in FORMATS.items() if _fits(columns, map, counts)]
+
+
+def _fits(columns: Columns, map: Mapping[str, str], counts: Mapping[str, Any]) -> bool:
     """All required columns are there, and every name in `map` is one of the format's."""
     known = {*columns.required, *columns.optional, *_COMMON}
     return set(map) <= known and all(map.get(c, c) in counts for c in columns.required)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from hashlib import sha256
 from math import floor
@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from rung.data.formats import Loaded, load_records
-from rung.data.split import Splits, fingerprint, split
+from rung.data.records import Records, lines
+from rung.data.split import Splits, split
 from rung.errors import ConfigError
 from rung.spec.data import DataSpec, WeightedPath
 from rung.types import Record
@@ -30,7 +31,7 @@ def load_data(spec: DataSpec, seed: int) -> Splits:
     sets = [load_records(spec, p.path) for p in paths]
     held = {name: _held_out(spec, value) for name, value in (("validation", spec.validation), ("test", spec.test))}
     splits = split(
-        [r for loaded in sets for r in loaded.records],
+        Records.joined([loaded.records for loaded in sets]),
         spec,
         validation=held["validation"].records if held["validation"] else None,
         test=held["test"].records if held["test"] else None,
@@ -60,32 +61,37 @@ def weighted_paths(spec: DataSpec) -> tuple[WeightedPath, ...]:
     return paths
 
 
-def reweigh(records: Sequence[Record], weights: Mapping[str, float]) -> tuple[Record, ...]:
+def reweigh(records: Iterable[Record], weights: Mapping[str, float]) -> Records:
     """Repeat the records of each set `weight` times; the fraction is taken evenly in the order of their hashes.
 
     Weight 2 gives every record twice, 0.5 every second one, 1.5 every one and every second one again. Within a set the
     order of the file is kept.
     """
-    mixed: list[Record] = []
+    given = Records.of(records)
+    mixed = [np.empty(0, dtype=np.int64)]
     for path, weight in weights.items():
-        own = [r for r in records if r.source.path == path]
+        own = given.of_path(path)
         whole, share = floor(weight), weight - floor(weight)
-        order = sorted(range(len(own)), key=lambda i: (_digest(own[i]), i))
-        extra = sorted(i for rank, i in enumerate(order) if floor((rank + 1) * share) > floor(rank * share))
-        mixed += own * whole + [own[i] for i in extra]
-    return tuple(mixed)
+        mixed += [own] * whole
+        if share:
+            digests = np.frombuffer(b"".join(map(_digest, lines(given.select(own)))), ">u8").reshape(-1, 2)
+            order = np.lexsort((digests[:, 1], digests[:, 0]))
+            drawn = [i for rank, i in enumerate(order) if floor((rank + 1) * share) > floor(rank * share)]
+            mixed.append(own[np.sort(drawn)] if drawn else own[:0])
+    return given.select(np.concatenate(mixed))
 
 
-def cap(records: Sequence[Record], limit: int | None, seed: int) -> tuple[Record, ...]:
+def cap(records: Iterable[Record], limit: int | None, seed: int) -> Records:
     """At most `limit` records, drawn by the seed; a smaller limit takes a subset of a larger one's rows."""
-    if limit is None or limit >= len(records):
-        return tuple(records)
-    drawn = np.random.default_rng([seed, _LIMIT_STREAM]).permutation(len(records))[:limit]
-    return tuple(records[i] for i in sorted(drawn.tolist()))
+    given = Records.of(records)
+    if limit is None or limit >= len(given):
+        return given
+    return given.select(np.sort(np.random.default_rng([seed, _LIMIT_STREAM]).permutation(len(given))[:limit]))
 
 
-def _digest(record: Record) -> bytes:
-    return sha256(fingerprint([record]).encode()).digest()
+def _digest(line: bytes) -> bytes:
+    """128 bits by which the rows of a set are put in an order of their own."""
+    return sha256(sha256(line).hexdigest().encode()).digest()[:16]
 
 
 def _held_out(spec: DataSpec, value: float | str) -> Loaded | None:

@@ -7,16 +7,24 @@ match carries its text and how much of the row it covers.
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import chain
 from typing import Any
 
+import numpy as np
+
+from rung.data.records import Records, characters
+from rung.data.spool import chunks
 from rung.types import Record
 
 GRAMS = (8, 13)
 """Lengths looked at: 13 as in GPT-3's contamination study (Brown et al. 2020, appendix C), 8 to see what comes near."""
 _WORD = re.compile(r"\w+")
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no word of an n-gram is lost
+_MERGE = 1 << 20
+_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,29 +51,116 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.casefold())
 
 
+def gram_hashes(texts: Sequence[list[str]], n: int) -> tuple[np.ndarray, np.ndarray]:
+    """A 64-bit hash of each n-gram of words (uint64), and which text it stands in. Good within one process only."""
+    lengths = [len(text) for text in texts]
+    own = np.fromiter(map(hash, chain.from_iterable(texts)), dtype=np.int64, count=sum(lengths)).view(np.uint64)
+    count = max(0, len(own) - n + 1)
+    hashes = np.zeros(count, dtype=np.uint64)
+    for i in range(n):
+        hashes = hashes * _FACTOR + own[i : i + count]
+    owner = np.repeat(np.arange(len(texts)), lengths)
+    inside = owner[:count] == owner[len(own) - count :]
+    return hashes[inside], owner[:count][inside]
+
+
+class Distinct:
+    """Hashes, each kept once."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._known = np.empty(0, dtype=np.uint64)
+        self._waiting: list[np.ndarray] = []
+        self._room = _MERGE
+
+    def add(self, hashes: np.ndarray) -> None:
+        """Take in some more."""
+        self.total += len(hashes)
+        self._waiting.append(hashes)
+        self._room -= len(hashes)
+        if self._room <= 0:
+            self.values()
+
+    def values(self) -> np.ndarray:
+        """All of them, sorted: uint64."""
+        every = np.concatenate([self._known, *self._waiting])
+        self._waiting.clear()
+        every.sort()  # np.unique takes several times the room and the time
+        self._known = every[np.concatenate([[True], every[1:] != every[:-1]])] if len(every) else every
+        self._room = max(_MERGE, len(self._known) // 2)
+        return self._known
+
+
 def near_duplicates(train: Iterable[Record], held_out: Iterable[Record], n: int) -> tuple[Near, ...]:
-    """Held-out rows that share at least one n-gram of words with a training row, most covered first."""
-    rows = [(record, _asked(record)) for record in held_out]
-    wanted = {gram for _, asked in rows for gram in _grams(asked, n)}
-    holders: dict[str, list[Record]] = {}
-    for record in train:
-        for gram in set(_grams(_asked(record), n)) & wanted:
-            holders.setdefault(gram, []).append(record)
-    found = [_nearest(record, asked, holders, n) for record, asked in rows]
-    return tuple(sorted((x for x in found if x), key=lambda x: -x.containment))
+    """Held-out rows that share at least one n-gram of words with a training row, most covered first.
+
+    Of the training rows that share equally many the first is named.
+    """
+    train, held_out = Records.of(train), Records.of(held_out)
+    wanted = Distinct()
+    for _, texts in _texts(held_out):
+        wanted.add(gram_hashes(texts, n)[0])
+    holders = _Holders(train, wanted.values(), n)
+    found = [near for start, texts in _texts(held_out) for near in holders.nearest(held_out, start, texts)]
+    return tuple(sorted(found, key=lambda x: -x.containment))
 
 
-def _nearest(record: Record, asked: list[str], holders: dict[str, list[Record]], n: int) -> Near | None:
-    grams = _grams(asked, n)
-    votes = Counter(id(r) for gram in set(grams) for r in holders.get(gram, ()))
-    if not votes:
+class _Holders:
+    """Which training rows hold which of the wanted n-grams."""
+
+    def __init__(self, train: Records, wanted: np.ndarray, n: int) -> None:
+        self.train, self.n, self._wanted = train, n, wanted
+        pairs = [np.empty((0, 2), dtype=np.int64)]  # index of the n-gram, training row
+        for start, texts in _texts(train):
+            grams, owner = self._places(texts)
+            pairs.append(np.unique(np.stack([grams, owner + start], axis=1), axis=0))
+        grams, rows = np.concatenate(pairs).T
+        self._rows = rows[np.argsort(grams, kind="stable")]
+        self._ends = np.concatenate([[0], np.cumsum(np.bincount(grams, minlength=len(wanted)))])
+        # Rows of one template share the same n-grams with thousands of others.
+        self._best = lru_cache(maxsize=1024)(self._most_votes)
+
+    def nearest(self, held_out: Records, start: int, texts: Sequence[list[str]]) -> Iterator[Near]:
+        """What was found for the rows from `start` on, whose words are `texts`."""
+        grams, owner = self._places(texts)
+        held = self._ends[grams + 1] > self._ends[grams]
+        grams, owner = grams[held], owner[held]
+        for i in np.unique(owner).tolist():
+            best = self._best(tuple(np.unique(grams[owner == i]).tolist()))
+            near = _compared(texts[i], _asked(self.train[best]), self.n)
+            if near is not None:
+                yield Near(str(held_out.source(start + i)), str(self.train.source(best)), *near)
+
+    def _places(self, texts: Sequence[list[str]]) -> tuple[np.ndarray, np.ndarray]:
+        """The n-grams of texts that are wanted, by their index, and the text of each."""
+        hashes, owner = gram_hashes(texts, self.n)
+        if not len(self._wanted):
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        at = np.minimum(np.searchsorted(self._wanted, hashes), len(self._wanted) - 1)
+        known = self._wanted[at] == hashes
+        return at[known], owner[known]
+
+    def _most_votes(self, grams: tuple[int, ...]) -> int:
+        votes = np.concatenate([self._rows[self._ends[g] : self._ends[g + 1]] for g in grams])
+        return int(np.bincount(votes).argmax())
+
+
+def _compared(asked: list[str], theirs: list[str], n: int) -> tuple[float, str] | None:
+    """Share of the n-grams of a text that another holds, and the longest run of words in both."""
+    known = set(_grams(theirs, n))
+    shared = [gram in known for gram in _grams(asked, n)]
+    if not any(shared):  # two n-grams of one hash
         return None
-    best = votes.most_common(1)[0][0]
-    shared = [any(id(r) == best for r in holders.get(gram, ())) for gram in grams]
-    train = next(r for gram in grams for r in holders.get(gram, ()) if id(r) == best)
     start, length = _longest_run(shared)
-    text = " ".join(asked[start : start + length + n - 1])
-    return Near(str(record.source), str(train.source), sum(shared) / len(grams), text)
+    return sum(shared) / len(shared), " ".join(asked[start : start + length + n - 1])
+
+
+def _texts(records: Records) -> Iterator[tuple[int, list[list[str]]]]:
+    """What is asked, in words, some rows at a time with the index of the first."""
+    start = 0
+    for chunk in chunks(records, characters, count=_ROWS, limit=_MERGE):
+        yield start, [_asked(record) for record in chunk]
+        start += len(chunk)
 
 
 def _longest_run(flags: list[bool]) -> tuple[int, int]:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TextIO
 
 from rung.errors import DataError
 from rung.types import Source
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+PIECE = 1 << 20
+"""Characters of a .json file that are read at once."""
+BATCH = 256
+"""Rows of a parquet file that are decoded at once."""
+
+_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class Rejected(NamedTuple):
@@ -28,34 +34,75 @@ class Rejected(NamedTuple):
         return f"{self.source}: {self.reason}"
 
 
+class Given(NamedTuple):
+    """A row that could be parsed."""
+
+    source: Source
+    row: Row
+
+
+class _Broken(NamedTuple):
+    """What stands in place of a row that cannot be parsed."""
+
+    reason: str
+
+
+Item = tuple[int, object]
+"""A line and the value on it: a row, a `_Broken`, or something else that is no row."""
+
+
 @dataclass(slots=True)
 class Rows:
-    """What a file holds: rows that could be read, and rows that could not."""
+    """A whole source in memory: rows that could be read, and rows that could not."""
 
     path: str
     rows: list[tuple[Source, Row]] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
 
-    def add(self, line: int, value: object) -> None:
-        """Keep an object; anything else is a rejected row."""
-        if isinstance(value, dict):
-            self.rows.append((Source(self.path, line), value))
-        else:
-            self.reject(line, f"not an object with columns but a {type(value).__name__}")
-
-    def reject(self, line: int, reason: str) -> None:
-        """Remember why the row on this line cannot be used."""
-        self.rejected.append(Rejected(Source(self.path, line), reason))
-
 
 def read_rows(path: str) -> Rows:
+    """All that `stream_rows` gives, for sources of few rows."""
+    rows = Rows(path)
+    for item in stream_rows(path):
+        if isinstance(item, Rejected):
+            rows.rejected.append(item)
+        else:
+            rows.rows.append(item)
+    return rows
+
+
+def stream_rows(path: str) -> Iterator[Given | Rejected]:
     """Read a .jsonl, .json, .csv or .parquet file, or a `datasets` name (`name`, `name:split`, `name/config:split`).
 
-    A broken line of a .jsonl or .csv file is a rejected row; the caller's policy decides about it.
+    One row at a time, in the order of the source; only a .json file that is not a plain list stands in memory as a
+    whole. A broken line of a .jsonl or .csv file is a rejected row; the caller's policy decides about it.
 
     Raises:
         DataError: the source is missing, a folder, empty, undecodable, or no row of it can be read.
     """
+    name, items = _open(path)
+    read = refused = 0
+    first: Rejected | None = None
+    for line, value in items:
+        source = Source(name, line)
+        if isinstance(value, dict):
+            read += 1
+            yield Given(source, value)
+            continue
+        rejected = Rejected(source, _reason(value))
+        first = first or rejected
+        refused += 1
+        yield rejected
+    if not read:
+        named = f"; the first: {first}" if first else ""
+        raise DataError(f"holds no readable row{named}", where=path, given=f"{refused} rejected rows")
+
+
+def _reason(value: object) -> str:
+    return value.reason if isinstance(value, _Broken) else f"not an object with columns but a {type(value).__name__}"
+
+
+def _open(path: str) -> tuple[str, Iterator[Item]]:
     file = Path(path)
     reader = _READERS.get(file.suffix.lower())
     if file.is_dir():
@@ -64,17 +111,12 @@ def read_rows(path: str) -> Rows:
     if not file.exists():
         if reader or path.startswith(("/", "./", "../", "~")):
             _missing(file)
-        rows = _read_hub(path)
-    elif reader is None:
+        return path, _read_hub(path)
+    if reader is None:
         raise DataError("unknown kind of file", where=path, given=file.suffix, allowed=", ".join(SUFFIXES))
-    elif file.stat().st_size == 0:
+    if file.stat().st_size == 0:
         raise DataError("the file is empty", where=path)
-    else:
-        rows = reader(file)
-    if not rows.rows:
-        first = f"; the first: {rows.rejected[0]}" if rows.rejected else ""
-        raise DataError(f"holds no readable row{first}", where=path, given=f"{len(rows.rejected)} rejected rows")
-    return rows
+    return str(file), reader(file)
 
 
 def _missing(file: Path) -> NoReturn:
@@ -88,17 +130,19 @@ def _missing(file: Path) -> NoReturn:
     raise DataError("no such file", where=str(file), hint=hint)
 
 
-def _decode(file: Path) -> str:
-    data = file.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"byte 0x{data[error.start]:02x} is not UTF-8 ({error.reason})",
-            where=f"{file} line {line}",
-            hint="save the file as UTF-8",
-        ) from error
+def _text(file: Path, newline: str) -> TextIO:
+    """The file as text, after a look at all of it: nothing is used of a file that is not UTF-8."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"byte 0x{line[error.start]:02x} is not UTF-8 ({error.reason})",
+                    where=f"{file} line {number}",
+                    hint="save the file as UTF-8",
+                ) from error
+    return file.open(encoding="utf-8-sig", newline=newline)
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> Row:
@@ -119,23 +163,78 @@ def parse_json(text: str) -> Any:
     return json.loads(text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
 
 
-def _read_jsonl(file: Path) -> Rows:
-    rows = Rows(str(file))
-    # Not splitlines(): U+2028 and U+0085 are legal inside JSON strings.
-    for number, line in enumerate(_decode(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.add(number, parse_json(line.rstrip("\r")))
-        except json.JSONDecodeError as error:
-            rows.reject(number, f"broken JSON: {error.msg} (column {error.colno})")
-        except (ValueError, RecursionError) as error:
-            rows.reject(number, f"refused JSON: {error}")
-    return rows
+def _read_jsonl(file: Path) -> Iterator[Item]:
+    # Lines end in \n alone: U+2028 and U+0085 are legal inside JSON strings.
+    with _text(file, newline="\n") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield number, parse_json(line.rstrip("\n").rstrip("\r"))
+            except json.JSONDecodeError as error:
+                yield number, _Broken(f"broken JSON: {error.msg} (column {error.colno})")
+            except (ValueError, RecursionError) as error:
+                yield number, _Broken(f"refused JSON: {error}")
 
 
-def _read_json(file: Path) -> Rows:
-    text = _decode(file)
+def _read_json(file: Path) -> Iterator[Item]:
+    number = 0
+    try:
+        for number, item in enumerate(_elements(file), start=1):
+            yield number, item
+    except (ValueError, RecursionError):  # not a plain list, or broken: a look at the whole says what
+        yield from enumerate(_whole_json(file)[number:], start=number + 1)
+
+
+def _elements(file: Path) -> Iterator[Any]:
+    """The values of a list, one after the other, with only a piece of the file in memory.
+
+    Raises:
+        ValueError: the file is no list, or broken somewhere.
+    """
+    decoder = json.JSONDecoder(object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
+    with _text(file, newline="") as text:
+        buffer = text.read(PIECE)
+        at = _behind_space(buffer, 0)
+        if not buffer.startswith("[", at):
+            raise ValueError("no list")
+        at += 1
+        while True:
+            found = _element(decoder, buffer, at)
+            if found is None:
+                more = text.read(max(PIECE, len(buffer) - at))
+                if not more:
+                    raise ValueError("broken off")
+                buffer, at = buffer[at:] + more, 0
+                continue
+            value, end = found
+            yield value
+            at = end + 1
+            if buffer[end] == "]":
+                break
+        rest = buffer[at:] + text.read()
+        if _behind_space(rest, 0) < len(rest):
+            raise ValueError("more behind the list")
+
+
+def _element(decoder: json.JSONDecoder, buffer: str, at: int) -> tuple[Any, int] | None:
+    """The value at this place and where the sign behind it stands; None when one of them is not there (yet)."""
+    try:
+        value, end = decoder.raw_decode(buffer, _behind_space(buffer, at))
+    except json.JSONDecodeError:
+        return None
+    end = _behind_space(buffer, end)
+    return (value, end) if buffer.startswith((",", "]"), end) else None
+
+
+def _behind_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
+
+
+def _whole_json(file: Path) -> list[Any]:
+    with _text(file, newline="") as whole:
+        text = whole.read()
     try:
         value = parse_json(text)
     except json.JSONDecodeError as error:
@@ -151,36 +250,32 @@ def _read_json(file: Path) -> Rows:
         value = value.get("data")
     if not isinstance(value, list):
         raise DataError("not a list of objects", where=str(file), allowed='[{...}, ...] or {"data": [{...}, ...]}')
-    rows = Rows(str(file))
-    for number, item in enumerate(value, start=1):
-        rows.add(number, item)
-    return rows
+    return value
 
 
 def _csv_lines(file: Path) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, refuses long contexts
-    reader = csv.reader(io.StringIO(_decode(file), newline=""), strict=True)
     start = 1
     try:
-        for fields in reader:
-            yield start, fields
-            start = reader.line_num + 1
+        with _text(file, newline="") as lines:
+            reader = csv.reader(lines, strict=True)
+            for fields in reader:
+                yield start, fields
+                start = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"broken CSV: {error}", where=f"{file} line {start}", hint="check the quotes") from error
 
 
-def _read_csv(file: Path) -> Rows:
+def _read_csv(file: Path) -> Iterator[Item]:
     lines = _csv_lines(file)
     header = next(lines, (1, []))[1]
     if twice := sorted({name for name in header if header.count(name) > 1}):
         raise DataError(f"column {twice[0]!r} stands twice in the header", where=f"{file} line 1")
-    rows = Rows(str(file))
     for number, fields in lines:
         if len(fields) == len(header):
-            rows.add(number, dict(zip(header, fields, strict=True)))
+            yield number, dict(zip(header, fields, strict=True))
         elif fields:
-            rows.reject(number, f"{len(fields)} fields, but the header names {len(header)}")
-    return rows
+            yield number, _Broken(f"{len(fields)} fields, but the header names {len(header)}")
 
 
 def _prune(value: Any) -> Any:
@@ -192,18 +287,21 @@ def _prune(value: Any) -> Any:
     return value
 
 
-def _read_parquet(file: Path) -> Rows:
+def _read_parquet(file: Path) -> Iterator[Item]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    number = 0
     try:
-        table = pq.read_table(file)
+        with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 16) as table:  # else whole row groups are held
+            for batch in table.iter_batches(batch_size=BATCH):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, {name: _prune(value) for name, value in row.items()}
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"broken parquet: {error}", where=str(file)) from error
-    rows = Rows(str(file))
-    for number, row in enumerate(table.to_pylist(), start=1):
-        rows.add(number, {name: _prune(value) for name, value in row.items()})
-    return rows
+    finally:
+        pa.default_memory_pool().release_unused()
 
 
 def _hub_candidates(name: str) -> list[tuple[str, str | None]]:
@@ -217,7 +315,7 @@ def _hub_candidates(name: str) -> list[tuple[str, str | None]]:
             return [(name, None)]
 
 
-def _read_hub(path: str) -> Rows:
+def _read_hub(path: str) -> Iterator[Item]:
     import datasets  # not at the top: it takes a second to import
 
     name, _, split = path.partition(":")
@@ -239,13 +337,11 @@ def _read_hub(path: str) -> Rows:
             allowed=f"a {', '.join(SUFFIXES)} file, or name, name:split, name/config:split",
             hint="without a network, save the set as a file and give its path",
         )
-    rows = Rows(path)
     for number, row in enumerate(loaded, start=1):
-        rows.add(number, {column: _prune(value) for column, value in row.items()})
-    return rows
+        yield number, {column: _prune(value) for column, value in row.items()}
 
 
-_READERS: dict[str, Callable[[Path], Rows]] = {
+_READERS: dict[str, Callable[[Path], Iterator[Item]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,

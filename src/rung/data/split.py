@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
+import numpy as np
+
+from rung.data.records import Records, fingerprint, firsts, normalised_prompt
 from rung.errors import ConfigError, DataError
 from rung.spec.data import DataSpec
 from rung.types import Record
+
+__all__ = ["Splits", "assign", "duplicates", "normalised_prompt", "overlaps", "position", "split"]
 
 Pair = tuple[Record, Record]
 
@@ -19,9 +23,9 @@ Pair = tuple[Record, Record]
 class Splits:
     """The three parts of a data spec, and what was counted on the way."""
 
-    train: tuple[Record, ...]
-    validation: tuple[Record, ...]
-    test: tuple[Record, ...]
+    train: Records
+    validation: Records
+    test: Records
     notes: dict[str, Any] = field(default_factory=dict)
     """Counts of what was dropped or kept aside, as JSON."""
 
@@ -36,67 +40,64 @@ class Splits:
         return sha256("".join(fingerprint(p) for p in (self.train, self.validation, self.test)).encode()).hexdigest()
 
 
-def fingerprint(records: Iterable[Record]) -> str:
-    """SHA-256 over the content of records, in order, without their sources."""
-    digest = sha256()
-    for r in records:
-        turns = [(m.role, m.content, m.tool_calls, m.name) for m in r.messages]
-        digest.update(json.dumps([turns, r.context, r.tools, r.group, r.weight, r.text]).encode())
-        digest.update(b"\n")
-    return digest.hexdigest()
-
-
-def normalised_prompt(record: Record) -> str:
-    """What is asked, casefolded and with white space collapsed: context and all turns before the final answer."""
-    if record.text is not None:
-        return _normalise(record.text)
-    turns = [f"{m.role}: {m.content} {m.tool_calls or ''}" for m in record.messages[:-1]]
-    return _normalise("\n".join([record.context or "", *turns]))
-
-
 def position(record: Record) -> float:
     """Where the record's group, or else its prompt, falls in [0, 1): the same in every process and on every machine."""
-    key = f"prompt\0{normalised_prompt(record)}" if record.group is None else f"group\0{record.group}"
+    return float(_positions(Records.of([record]))[0])
+
+
+def _positions(records: Records) -> np.ndarray:
+    """`position` of each record, from its hashes: float64 [n]."""
+    groups = records.groups()
+    key = np.where(groups.any(axis=1), groups[:, 0], records.prompts()[:, 0])
     # 53 bits: exactly representable, so the value is always below 1
-    return (int.from_bytes(sha256(key.encode()).digest()[:8], "big") >> 11) / 2.0**53
+    at: np.ndarray = (key >> np.uint64(11)) / 2.0**53
+    return at
 
 
 def assign(records: Iterable[Record], *, validation: float, test: float) -> Splits:
     """Cut by threshold: [0, test) is the test, the next `validation` of the range is validation, the rest trains."""
-    train: list[Record] = []
-    held: list[Record] = []
-    tested: list[Record] = []
-    for record in records:
-        at = position(record)
-        (tested if at < test else held if at < test + validation else train).append(record)
-    return Splits(tuple(train), tuple(held), tuple(tested))
+    own = Records.of(records)
+    at = _positions(own)
+    held = (at >= test) & (at < test + validation)
+    return Splits(
+        train=own.select(np.flatnonzero(at >= test + validation)),
+        validation=own.select(np.flatnonzero(held)),
+        test=own.select(np.flatnonzero(at < test)),
+    )
 
 
 def overlaps(left: Iterable[Record], right: Iterable[Record]) -> list[Pair]:
     """Each record of `left` whose normalised prompt also stands in `right`, with the first such record there."""
-    seen: dict[str, Record] = {}
-    for record in right:
-        seen.setdefault(normalised_prompt(record), record)
-    return [(r, seen[key]) for r in left if (key := normalised_prompt(r)) in seen]
+    left, right = Records.of(left), Records.of(right)
+    return [(left[i], right[k]) for i, k in zip(*crossing(left, right), strict=True)]
+
+
+def crossing(left: Records, right: Records) -> tuple[np.ndarray, np.ndarray]:
+    """Indices in `left` and `right` of the pairs of `overlaps`."""
+    found = firsts(np.concatenate([right.prompts(), left.prompts()]))[len(right) :]
+    crossing = np.flatnonzero(found < len(right))
+    return crossing, found[crossing]
 
 
 def duplicates(records: Iterable[Record]) -> list[Pair]:
     """Each record whose normalised prompt stood in an earlier one, with that one."""
-    seen: dict[str, Record] = {}
-    pairs = []
-    for record in records:
-        first = seen.setdefault(normalised_prompt(record), record)
-        if first is not record:
-            pairs.append((record, first))
-    return pairs
+    own = Records.of(records)
+    return [(own[i], own[k]) for i, k in zip(*repeated(own), strict=True)]
+
+
+def repeated(records: Records) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the pairs of `duplicates`."""
+    found = firsts(records.prompts())
+    again = np.flatnonzero(found != np.arange(len(records)))
+    return again, found[again]
 
 
 def split(
-    records: Sequence[Record],
+    records: Iterable[Record],
     spec: DataSpec,
     *,
-    validation: Sequence[Record] | None = None,
-    test: Sequence[Record] | None = None,
+    validation: Iterable[Record] | None = None,
+    test: Iterable[Record] | None = None,
 ) -> Splits:
     """Split by the shares of `spec`; `validation` and `test` are given where the spec names files.
 
@@ -107,50 +108,53 @@ def split(
     shares = {"validation": _share(spec.validation), "test": _share(spec.test)}
     if sum(shares.values()) >= 1:
         raise ConfigError("data.validation and data.test leave no training rows", given=shares, allowed="a sum below 1")
-    parts = assign(records, validation=shares["validation"], test=shares["test"])
+    own = Records.of(records)
+    parts = assign(own, validation=shares["validation"], test=shares["test"])
     parts = Splits(
         parts.train,
-        parts.validation if validation is None else tuple(validation),
-        parts.test if test is None else tuple(test),
+        parts.validation if validation is None else Records.of(validation),
+        parts.test if test is None else Records.of(test),
     )
-    _refuse_empty(parts, shares, len(records))
+    _refuse_empty(parts, shares, len(own))
     return _without_overlap(parts, spec)
 
 
 def _without_overlap(parts: Splits, spec: DataSpec) -> Splits:
-    leaks = {
-        "train and validation": overlaps(parts.train, parts.validation),
-        "train and test": overlaps(parts.train, parts.test),
-        "validation and test": overlaps(parts.validation, parts.test),
+    pairs = {
+        "train and validation": (parts.train, parts.validation),
+        "train and test": (parts.train, parts.test),
+        "validation and test": (parts.validation, parts.test),
     }
+    leaks = {names: crossing(left, right) for names, (left, right) in pairs.items()}
     if spec.overlap == "error":
-        for names, pairs in leaks.items():
-            if pairs:
-                raise _overlap_error(names, pairs)
-    leaked = {id(left) for names, pairs in leaks.items() if names.startswith("train") for left, _ in pairs}
-    train = tuple(r for r in parts.train if id(r) not in leaked)
+        for names, (left, right) in pairs.items():
+            if len(leaks[names][0]):
+                raise _overlap_error(names, left.select(leaks[names][0]), right.select(leaks[names][1]))
+    leaked = np.union1d(leaks["train and validation"][0], leaks["train and test"][0])
+    train = parts.train.select(np.delete(np.arange(len(parts.train)), leaked)) if len(leaked) else parts.train
     if not train:
         raise DataError(
             "every training prompt also stands in the validation or test split",
             given=f"{len(leaked)} training rows",
             hint="hold out another file or a share",
         )
-    groups = {r.group for r in (*parts.validation, *parts.test) if r.group is not None}
+    held_out = _distinct_groups(parts.validation, parts.test)
+    shared = len(held_out) + len(_distinct_groups(train)) - len(_distinct_groups(parts.validation, parts.test, train))
     notes = {
         "overlap_dropped": len(leaked),
-        "overlap_validation_test": len(leaks["validation and test"]),
-        "groups_shared_with_held_out": len(groups & {r.group for r in train}),
+        "overlap_validation_test": len(leaks["validation and test"][0]),
+        "groups_shared_with_held_out": shared,
     }
     return Splits(train, parts.validation, parts.test, notes)
 
 
-def _overlap_error(names: str, pairs: list[Pair]) -> DataError:
-    shown = [f"{left.source} = {right.source}" for left, right in pairs[:5]]
+def _overlap_error(names: str, left: Records, right: Records) -> DataError:
+    shown = [f"{left.source(i)} = {right.source(i)}" for i in range(min(5, len(left)))]
     trains = names.startswith("train")
     remedy = "data.overlap: drop_train leaves the training rows out" if trains else "take these rows out of one file"
-    if any(left.group is not None for left, _ in pairs):
+    if left.groups().any():
         remedy += "; the same prompt in two groups also crosses"
-    return DataError(f"{len(pairs)} prompts stand in both {names}", hint="\n  ".join([*shown, remedy]))
+    return DataError(f"{len(left)} prompts stand in both {names}", hint="\n  ".join([*shown, remedy]))
 
 
 def _refuse_empty(parts: Splits, shares: dict[str, float], rows: int) -> None:
@@ -172,10 +176,14 @@ def _share(value: float | str) -> float:
     return 0.0 if isinstance(value, str) else value
 
 
-def _normalise(text: str) -> str:
-    return " ".join(text.casefold().split())
+def _distinct_groups(*parts: Records) -> np.ndarray:
+    """Hashes of the groups of all parts together, each once."""
+    groups = np.concatenate([part.groups() for part in parts])
+    found: np.ndarray = groups[groups.any(axis=1)]
+    once: np.ndarray = found[firsts(found) == np.arange(len(found))]
+    return once
 
 
-def _counts(part: tuple[Record, ...]) -> dict[str, int]:
-    groups = {r.group for r in part if r.group is not None}
-    return {"rows": len(part), "groups": len(groups), "duplicate_prompts": len(duplicates(part))}
+def _counts(part: Records) -> dict[str, int]:
+    groups, (again, _) = _distinct_groups(part), repeated(part)
+    return {"rows": len(part), "groups": len(groups), "duplicate_prompts": len(again)}

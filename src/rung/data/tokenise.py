@@ -3,78 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from rung.data.flat import Document, Flat, FlatWriter, Tokenised
+from rung.data.records import characters
+from rung.data.spool import chunks
 from rung.errors import ConfigError, DataError, GateError
 from rung.spec.data import LossOn
-from rung.types import Example, Record, Source
+from rung.types import Example, Record
 
 if TYPE_CHECKING:
     from rung.data.chat import Chat
 
-T = TypeVar("T")
 Overflow = Literal["error", "drop", "trim_prompt"]
-CHUNK = 1024
-"""Rows tokenised or decoded in one call."""
+CHUNK = 512
+"""Rows tokenised or decoded in one call, at most."""
+CHUNK_CHARACTERS = 1 << 20
+"""Characters (or tokens) of one call, at most: a tokenizer's working memory is a hundred times its text."""
 BOUNDARY_SAMPLE = 1000
 """Rows, evenly spaced, for which the whole text is tokenised at once to count differences."""
-
-
-class Long(NamedTuple):
-    """A document beyond the length allowed."""
-
-    record: int
-    """Index of its record among those given."""
-    source: Source
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class Tokenised:
-    """Examples, and what the policies did to the others."""
-
-    examples: tuple[Example, ...]
-    kept: tuple[int, ...]
-    """Index of each example's record among those given."""
-    expected: tuple[str, ...]
-    """The text that decoding each example's supervised tokens must give: answers with their stops as rendered."""
-    starts: tuple[int, ...]
-    """Where the compared tokens of each example begin; 0 for a plain text, whose first token counts too."""
-    dropped: tuple[Long, ...] = ()
-    trimmed: tuple[Long, ...] = ()
-    boundary_checked: int = 0
-    boundary_differences: int = 0
-    """Of `boundary_checked` rows, those that tokenise otherwise as one piece. Reported, never used."""
-    from_cache: bool = False
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each example."""
-        return np.array([len(e) for e in self.examples], dtype=np.int64)
-
-    @property
-    def supervised_tokens(self) -> int:
-        """Tokens that are learned, over all examples."""
-        return sum(int(e.supervised.sum()) for e in self.examples)
-
-    def summary(self) -> dict[str, Any]:
-        """Counts, ready for JSON."""
-        return {
-            "examples": len(self.examples),
-            "tokens": int(self.lengths.sum()),
-            "supervised_tokens": self.supervised_tokens,
-            "longest": int(self.lengths.max(initial=0)),
-            "dropped": len(self.dropped),
-            "trimmed": len(self.trimmed),
-            "boundary_checked": self.boundary_checked,
-            "boundary_differences": self.boundary_differences,
-            "from_cache": self.from_cache,
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,43 +49,43 @@ class Preflight:
         return asdict(self)
 
 
-class _Document(NamedTuple):
-    ids: list[int]
-    supervised: np.ndarray
-    start: int
-    prompt: int  # tokens before the first supervised span: what may be trimmed
-    expected: str
-
-
 def tokenise(
     chat: Chat, records: Sequence[Record], *, loss_on: LossOn, max_length: int | None, overflow: Overflow
-) -> Tokenised:
+) -> Flat:
     """The work behind `Chat.examples`; see there."""
-    documents = list(_documents(chat, records, loss_on))
-    limit = max_length if max_length is not None else max((len(d.ids) for d in documents), default=0)
-    long = [Long(i, records[i].source, len(d.ids)) for i, d in enumerate(documents) if len(d.ids) > limit]
+    writer = FlatWriter()
+    conversations = array("q")  # records that are kept and have turns
+    long, stuck = array("q"), array("q")  # record and length, one after the other
+    limit = sys.maxsize if max_length is None else max_length
+    for i, (record, document) in enumerate(_documents(chat, records, loss_on)):
+        length = len(document.ids)
+        if length > limit:
+            long.extend((i, length))
+            if overflow != "trim_prompt":
+                continue
+            if length - max(document.prompt - 1, 0) > limit:  # one prompt token stays: it predicts the answer's first
+                stuck.extend((i, length))
+                continue
+            document = _trim(chat, document, limit)
+        writer.add(i, document)
+        if record.text is None:
+            conversations.append(i)
     if long and overflow == "error":
-        raise _too_long("longer than data.max_length", long, limit, len(documents))
-    if long and overflow == "trim_prompt":
-        # one prompt token stays: it predicts the answer's first
-        stuck = [x for x in long if x.length - max(documents[x.record].prompt - 1, 0) > limit]
-        if stuck:
-            raise _too_long("longer than data.max_length even without their prompt", stuck, limit, len(documents))
-        documents = [_trim(chat, d, limit) for d in documents]
-    kept = [i for i, d in enumerate(documents) if len(d.ids) <= limit]
-    if not kept:
-        if not documents:
+        raise _too_long("longer than data.max_length", long, limit, records)
+    if stuck:
+        raise _too_long("longer than data.max_length even without their prompt", stuck, limit, records)
+    if not len(writer):
+        if not len(records):
             raise DataError("there are no rows to tokenise")
-        raise DataError("no document is left", given=f"{len(long)} of {len(documents)} dropped for their length")
-    examples = tuple(_example(records[i], documents[i]) for i in kept)
-    checked, differing = _boundaries(chat, [records[i] for i in kept], loss_on)
-    return Tokenised(
-        examples,
-        tuple(kept),
-        tuple(documents[i].expected for i in kept),
-        tuple(documents[i].start for i in kept),
-        dropped=tuple(long) if overflow == "drop" else (),
-        trimmed=tuple(long) if overflow == "trim_prompt" else (),
+        raise DataError("no document is left", given=f"{len(long) // 2} of {len(records)} dropped for their length")
+    step = max(1, -(-len(conversations) // BOUNDARY_SAMPLE))
+    checked, differing = _boundaries(chat, (records[i] for i in conversations[::step]), loss_on)
+    beyond, none = np.array(long, dtype=np.int64).reshape(-1, 2), np.empty((0, 2), dtype=np.int64)
+    return Flat(
+        *writer.regions(),
+        rows=writer.rows(),
+        dropped=beyond if overflow == "drop" else none,
+        trimmed=beyond if overflow == "trim_prompt" else none,
         boundary_checked=checked,
         boundary_differences=differing,
     )
@@ -143,25 +97,25 @@ def preflight(chat: Chat, tokenised: Tokenised) -> Preflight:
     Raises:
         GateError: with the first ten failing rows and what is wrong with each.
     """
-    failures: list[tuple[Source, str]] = []
-    normalised = 0
-    rows = list(zip(tokenised.examples, tokenised.expected, tokenised.starts, strict=True))
-    for chunk in _chunks(rows):
+    failing = normalised = 0
+    shown: list[str] = []
+    rows = zip(tokenised.examples, tokenised.expected, tokenised.starts, strict=True)
+    for chunk in chunks(rows, lambda row: len(row[0]), count=CHUNK, limit=CHUNK_CHARACTERS):
         for (example, expected, start), text in zip(chunk, _decoded(chat, chunk), strict=True):
-            if reason := _fault(chat, example, start):
-                failures.append((example.source, reason))
-            elif text != expected:
+            reason = _fault(chat, example, start)
+            if reason is None and text != expected:
                 if text == _normalised(chat, expected):
                     normalised += 1
                 else:
-                    failures.append((example.source, _difference(text, expected)))
-    if failures:
-        lines = [f"{source}: {reason}" for source, reason in failures[:10]]
-        raise GateError(
-            f"preflight: {len(failures)} of {len(rows)} rows would not train what they say", hint="\n  ".join(lines)
-        )
+                    reason = _difference(text, expected)
+            if reason is not None:
+                failing += 1
+                shown += [f"{example.source}: {reason}"] if failing <= 10 else []
+    total = len(tokenised.examples)
+    if failing:
+        raise GateError(f"preflight: {failing} of {total} rows would not train what they say", hint="\n  ".join(shown))
     return Preflight(
-        rows=len(rows),
+        rows=total,
         failing=0,
         tokens=int(tokenised.lengths.sum()),
         supervised_tokens=tokenised.supervised_tokens,
@@ -171,8 +125,8 @@ def preflight(chat: Chat, tokenised: Tokenised) -> Preflight:
     )
 
 
-def _documents(chat: Chat, records: Sequence[Record], loss_on: LossOn) -> Iterator[_Document]:
-    for chunk in _chunks(records):
+def _documents(chat: Chat, records: Iterable[Record], loss_on: LossOn) -> Iterator[tuple[Record, Document]]:
+    for chunk in chunks(records, characters, count=CHUNK, limit=CHUNK_CHARACTERS):
         parts = [chat.parts(r, loss_on) if r.text is None else None for r in chunk]
         texts = [[p.text for p in ps] if ps else [r.text or ""] for r, ps in zip(chunk, parts, strict=True)]
         pieces = iter(_encoded(chat, texts))
@@ -184,10 +138,10 @@ def _documents(chat: Chat, records: Sequence[Record], loss_on: LossOn) -> Iterat
                     [(p.supervised, p.text, next(pieces)) for p in own], everything=loss_on == "all"
                 )
             chat.check_bos(document.ids, str(record.source))
-            yield document
+            yield record, document
 
 
-def _plain(chat: Chat, record: Record, ids: list[int]) -> _Document:
+def _plain(chat: Chat, record: Record, ids: list[int]) -> Document:
     """Raw text with its stop; everything after the first token is learned."""
     if chat.eos_id is None:
         raise ConfigError("plain text needs an end-of-text token, and the tokenizer has none", where=str(record.source))
@@ -196,18 +150,18 @@ def _plain(chat: Chat, record: Record, ids: list[int]) -> _Document:
     supervised = np.ones(len(whole), dtype=bool)
     supervised[0] = False
     expected = f"{chat.tokenizer.bos_token if head else ''}{record.text}{chat.tokenizer.eos_token}"
-    return _Document(whole, supervised, 0, 0, expected)
+    return Document(whole, supervised, 0, 0, expected)
 
 
-def _conversation(pieces: list[tuple[bool, str, list[int]]], *, everything: bool) -> _Document:
+def _conversation(pieces: list[tuple[bool, str, list[int]]], *, everything: bool) -> Document:
     ids = list(chain.from_iterable(piece for _, _, piece in pieces))
     supervised = np.repeat([s or everything for s, _, _ in pieces], [len(piece) for _, _, piece in pieces])
     supervised[0] = False
     prompt = len(pieces[0][2])
-    return _Document(ids, supervised, prompt, prompt, "".join(text for answer, text, _ in pieces if answer))
+    return Document(ids, supervised, prompt, prompt, "".join(text for answer, text, _ in pieces if answer))
 
 
-def _trim(chat: Chat, document: _Document, limit: int) -> _Document:
+def _trim(chat: Chat, document: Document, limit: int) -> Document:
     """Cut the earliest tokens of the prompt, but keep a leading BOS."""
     excess = len(document.ids) - limit
     if excess <= 0:
@@ -221,32 +175,29 @@ def _trim(chat: Chat, document: _Document, limit: int) -> _Document:
     )
 
 
-def _too_long(what: str, long: list[Long], limit: int, rows: int) -> DataError:
-    lines = [f"{source}: {length} tokens" for _, source, length in long[:10]]
-    more = [f"and {len(long) - 10} more"] if len(long) > 10 else []
+def _too_long(what: str, long: Sequence[int], limit: int, records: Sequence[Record]) -> DataError:
+    """`long` holds index and length of each, one after the other."""
+    count = len(long) // 2
+    shown = zip(long[0:20:2], long[1:20:2], strict=True)
+    lines = [f"{records[i].source}: {length} tokens" for i, length in shown]
+    more = [f"and {count - 10} more"] if count > 10 else []
     return DataError(
-        f"{len(long)} of {rows} documents are {what}",
+        f"{count} of {len(records)} documents are {what}",
         given=f"data.max_length: {limit}",
         hint="\n  ".join([*lines, *more, "raise data.max_length, or set data.overflow: drop or trim_prompt"]),
     )
 
 
-def _example(record: Record, document: _Document) -> Example:
-    ids = np.array(document.ids, dtype=np.int32)
-    return Example(ids, document.supervised, record.source, weight=record.weight, group=record.group)
-
-
-def _boundaries(chat: Chat, records: Sequence[Record], loss_on: LossOn) -> tuple[int, int]:
-    chats = [r for r in records if r.text is None]
-    step = max(1, -(-len(chats) // BOUNDARY_SAMPLE))
-    sample = [[p.text for p in chat.parts(r, loss_on)] for r in chats[::step]]
-    pieces = iter(_encoded(chat, sample))
-    wholes = chat.encode(["".join(texts) for texts in sample])
-    differing = sum(
-        whole != list(chain.from_iterable(next(pieces) for _ in texts))
-        for whole, texts in zip(wholes, sample, strict=True)
-    )
-    return len(sample), differing
+def _boundaries(chat: Chat, sample: Iterable[Record], loss_on: LossOn) -> tuple[int, int]:
+    """Conversations looked at, and those whose whole text has other ids than its pieces."""
+    checked = differing = 0
+    for chunk in chunks(sample, characters, count=CHUNK, limit=CHUNK_CHARACTERS):
+        documents = [[p.text for p in chat.parts(r, loss_on)] for r in chunk]
+        pieces = iter(_encoded(chat, documents))
+        for whole, texts in zip(chat.encode(["".join(texts) for texts in documents]), documents, strict=True):
+            checked += 1
+            differing += whole != list(chain.from_iterable(next(pieces) for _ in texts))
+    return checked, differing
 
 
 def _encoded(chat: Chat, documents: list[list[str]]) -> list[list[int]]:
@@ -294,8 +245,3 @@ def _normalised(chat: Chat, text: str) -> str | None:
 def _difference(text: str, expected: str) -> str:
     at = len(os.path.commonprefix([text, expected]))
     return f"decodes to {text[at : at + 30]!r} where the template wrote {expected[at : at + 30]!r} (character {at})"
-
-
-def _chunks(items: Sequence[T]) -> Iterator[Sequence[T]]:
-    for start in range(0, len(items), CHUNK):
-        yield items[start : start + CHUNK]

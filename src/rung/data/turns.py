@@ -97,7 +97,7 @@ def tool_calls_text(value: object) -> str:
     """Tool calls as JSON text; a bare {name, arguments} is wrapped, and arguments given as JSON text are parsed."""
     value = _json_value(value, "tool_calls") if isinstance(value, str) else value
     calls = value if isinstance(value, list) else [value]
-    return json.dumps([_tool_call(call) for call in calls], ensure_ascii=False)
+    return encodable(json.dumps([_tool_call(call) for call in calls], ensure_ascii=False), "tool_calls")
 
 
 def tools_text(value: object) -> str | None:
@@ -107,7 +107,7 @@ def tools_text(value: object) -> str | None:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
         raise DataError("tools is not a list of objects")
-    return json.dumps(value, ensure_ascii=False)
+    return encodable(json.dumps(value, ensure_ascii=False), "tools")
 
 
 def check_order(messages: Sequence[Message]) -> None:
@@ -149,10 +149,11 @@ def _message(item: object, name: str) -> Message:
 
 
 def _turn(role: Role, content: object, name: str, tool: object = None) -> Message:
+    tool = encodable(tool, "name") if isinstance(tool, str) else None
     if content == "" and role in ("system", "tool"):  # an empty result, or "no system prompt", says something
-        return Message(role, "", name=tool if isinstance(tool, str) else None)
+        return Message(role, "", name=tool)
     what = {"user": "question", "assistant": "answer"}.get(role, "content")
-    return Message(role, text_of(content, f"{what} in {name}"), name=tool if isinstance(tool, str) else None)
+    return Message(role, text_of(content, f"{what} in {name}"), name=tool)
 
 
 def _joined_parts(parts: Sequence[object], name: str) -> str:

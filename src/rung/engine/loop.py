@@ -19,7 +19,7 @@ from rung.engine import checkpoint
 from rung.engine.budget import layers_to_recompute
 from rung.engine.gates import Movement, enforce, not_reached
 from rung.engine.optim import make_optimiser, rate_at
-from rung.engine.pack import pack, pack_separately
+from rung.engine.pack import largest_first, pack, pack_in_slices, pack_separately
 from rung.engine.progress import Bar, say
 from rung.engine.record import RunFolder, peak_memory_bytes
 from rung.engine.step import accumulate, mean_loss
@@ -151,6 +151,7 @@ class Trainer:
             batches = pack_separately(examples, self.policy.device)
         else:
             batches = pack(examples, self.budget, share_prefixes=self.sharing, device=self.policy.device)
+            batches = largest_first(batches)
         return batches if self.trunk is None else self.trunk.feed(batches)
 
     def _sharing(self) -> bool:
@@ -232,7 +233,8 @@ class Trainer:
         if not validation or not due:
             return False
         self.policy.model.eval()
-        value = mean_loss(self.policy, self.objective, pack(validation, self.budget, device=self.policy.device))
+        batches = pack_in_slices(validation, self.budget, share_prefixes=self.sharing, device=self.policy.device)
+        value = mean_loss(self.policy, self.objective, batches)
         self.policy.model.train()
         self.progress.validation = entry["validation_loss"] = value
         if self.progress.best is None or value < self.progress.best:

@@ -6,8 +6,8 @@ tokens, which brings equal beginnings together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +18,8 @@ from rung.types import Example, LossIndex, PackedBatch, Segment, SharedPrefix
 MIN_SHARED = 16
 """Shorter common beginnings cost more in bookkeeping than they save."""
 
+SLICE = 512
+"""Documents packed together where the whole set is only summed over."""
 MIN_AHEAD = 64
 """A beginning that several batches of a step share runs once, ahead of them, when it has at least this many tokens."""
 
@@ -38,6 +40,25 @@ def pack(
         group = _Group(ordered[run.start : run.stop], common[run.start : run.stop], ahead)
         found += _fill(group, budget, share_prefixes, device)
     return found
+
+
+def pack_in_slices(
+    examples: Sequence[Example], budget: int, *, share_prefixes: bool = True, device: torch.device | None = None
+) -> Iterator[PackedBatch]:
+    """Batches of a set of any size, of which only a slice is in memory at once."""
+    for at in range(0, len(examples), SLICE):
+        yield from pack(examples[at : at + SLICE], budget, share_prefixes=share_prefixes, device=device)
+
+
+def largest_first(batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+    """The same batches; what a small one needs then fits where a larger one has been.
+
+    The allocator cannot put a larger row where a smaller one was, so rising sizes leave holes. Batches of one prefix
+    stay together.
+    """
+    together = [list(group) for _, group in groupby(batches, key=lambda batch: batch.prefix)]
+    together.sort(key=lambda group: -max(len(batch.ids) for batch in group))
+    return [batch for group in together for batch in sorted(group, key=lambda batch: -len(batch.ids))]
 
 
 class _Group(NamedTuple):

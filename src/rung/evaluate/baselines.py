@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rung.data.chat import in_context
+from rung.data.records import distinct
 from rung.errors import DataError
 from rung.types import Message, Record
 
@@ -46,18 +47,22 @@ def choose_shots(train: Sequence[Record], count: int, seed: int) -> tuple[Record
 
     Raises `DataError` when the split has fewer rows than asked for.
     """
-    # A weighted row stands in the split several times.
-    usable = list({(r.context, r.messages): r for r in train if r.messages}.values())
+    if not count:
+        return ()
+    usable = distinct(train)  # a weighted row stands in the split several times
     if len(usable) < count:
         raise DataError(
             f"{count} worked examples are wanted and the training split has {len(usable)} rows", where="evaluate.shots"
         )
-    order = np.random.default_rng([seed, 1]).permutation(len(usable))
-    chosen: list[Record] = []
+    order = usable[np.random.default_rng([seed, 1]).permutation(len(usable))].tolist()
+    chosen: dict[int, Record] = {}
     groups: set[str | None] = set()
     for i in order:
-        if len(chosen) < count and (usable[i].group is None or usable[i].group not in groups):
-            chosen.append(usable[i])
-            groups.add(usable[i].group)
-    rest = (usable[i] for i in order if usable[i] not in chosen)
-    return (*chosen, *(next(rest) for _ in range(count - len(chosen))))
+        if len(chosen) == count:
+            break
+        record = train[i]
+        if record.group is None or record.group not in groups:
+            chosen[i] = record
+            groups.add(record.group)
+    rest = (i for i in order if i not in chosen)
+    return (*chosen.values(), *(train[next(rest)] for _ in range(count - len(chosen))))
