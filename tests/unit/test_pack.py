@@ -195,3 +195,9 @@ def test_slices_hold_every_document_once(monkeypatch: pytest.MonkeyPatch) -> Non
     batches = list(pack_in_slices(examples, 60))
     assert sorted(d.source.line for b in batches for d in b.documents) == [e.source.line for e in examples]
     assert max(b.sequences for b in batches) <= 4
+
+
+def test_rows_are_as_few_as_the_budget_allows_and_as_equal_as_they_can_be() -> None:
+    examples = [example([i * 20 + j for j in range(n)], 1) for i, n in enumerate([9, 9, 9, 9, 9, 9, 3, 3])]
+    assert [len(b.ids) for b in pack(examples, 36)] == [27, 33]  # filled to the brim it would be 36 and 24
+    assert [len(b.ids) for b in pack(examples, 20)] == [18, 18, 18, 6]

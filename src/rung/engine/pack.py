@@ -106,19 +106,29 @@ def _merged(parts: Sequence[tuple[range, int, int]]) -> list[tuple[range, int]]:
 
 
 def _fill(group: _Group, budget: int, share_prefixes: bool, device: torch.device | None) -> list[PackedBatch]:
-    costs = group.costs()
-    # Equal batches need less memory than full ones and a small rest, in the same time.
-    target = min(budget, -(-sum(costs) // max(1, -(-sum(costs) // budget))))
-    rows: list[list[Example]] = []
-    filled = budget + 1
-    for example, cost in zip(group.examples, costs, strict=True):
-        if filled + cost > budget or filled >= target:
-            rows.append([])
-            filled, cost = 0, len(example) - group.ahead
-        rows[-1].append(example)
-        filled += cost
+    # As many rows as the budget needs, as equal as they can be: the largest sets the memory, and rows of one size leave
+    # no holes in the heap.
+    fewest = len(_cut(group, budget))
+    low, high = 1, budget
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_cut(group, middle)) <= fewest else (middle + 1, high)
+    rows = [group.examples[row.start : row.stop] for row in _cut(group, low)]
     prefix = SharedPrefix(_tensor([group.examples[0].ids[: group.ahead]], device)) if group.ahead else None
     return [batch for row in rows for batch in _within(row, budget, share_prefixes, device, prefix)]
+
+
+def _cut(group: _Group, most: int) -> list[range]:
+    """Neighbours in rows of at most `most` computed tokens; a longer document stands alone."""
+    rows: list[range] = []
+    filled = 0
+    for i, (example, cost) in enumerate(zip(group.examples, group.costs(), strict=True)):
+        if not rows or filled + cost > most:
+            rows.append(range(i, i))
+            filled, cost = 0, len(example) - group.ahead  # the first of a row shares with nobody
+        rows[-1] = range(rows[-1].start, i + 1)
+        filled += cost
+    return rows
 
 
 def _within(
