@@ -42,8 +42,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "bos_token_id": 2,
         "eos_token_id": 2,
     },
+    "opt": {**_LLAMA_LIKE, "word_embed_proj_dim": 32, "ffn_dim": 48},
 }
-LAYER_NORM_SHAPES = ("gpt2", "phi")
+LAYER_NORM_SHAPES = ("gpt2", "opt", "phi")
 """RMSNorm in transformers computes in float32 inside, so only these reach float64's own accuracy."""
 
 
@@ -53,7 +54,7 @@ def tiny_model(
     """A random model of a shape, in eval mode, dropout off, all parameters drawn anew and nothing trainable."""
     attention.register()
     config = AutoConfig.for_model(shape, **{**SHAPES[shape], **changes})
-    for name in ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"):
+    for name in ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout"):
         if hasattr(config, name):
             setattr(config, name, 0.0)
     generator = torch.Generator().manual_seed(seed)

@@ -28,6 +28,7 @@ from rung.evaluate.baselines import Framing
 from rung.evaluate.task import Evaluation, evaluate
 from rung.method.base import Method
 from rung.method.table import attach
+from rung.model.fuse import left_alone
 from rung.model.load import Base, check_fingerprint, load_base, load_tokenizer
 from rung.model.policy import Policy
 from rung.objective.table import OBJECTIVES
@@ -145,6 +146,8 @@ def train_on(
     if changed := [name for name, value in fingerprints.items() if begun[name] != value]:
         what = f"what this run began with has changed: its {' and '.join(changed)}"
         raise CheckpointError(what, where=spec.output, hint="start anew with --overwrite")
+    if alone := left_alone(base.model, method.part) if spec.model.fused else []:
+        say(f"{len(alone)} adapted linears compute through peft's own forward (dropout, DoRA): slower, same result")
     folder.manifest.pop("error", None)
     folder.update(
         status="running",
@@ -153,6 +156,7 @@ def train_on(
         device=policy.device.type,
         compute_dtype=str(base.compute_dtype).removeprefix("torch."),
         learning_rate=spec.learning_rate,
+        not_fused=len(alone),
     )
     trainer = Trainer(
         policy,
@@ -293,7 +297,7 @@ def _settle_budget(trainer: Trainer, data: Data) -> None:
         trainer.budget = begun
     elif trainer.spec.tokens_per_micro_batch == "probe":
         with stage("measuring micro-batches"):
-            trainer.budget = probe(trainer.policy, trainer.objective, data.train.examples)
+            trainer.budget = probe(trainer.policy, trainer.objective, data.train.examples, trainer.pack)
         say(f"{trainer.budget} tokens a micro-batch")
     trainer.folder.update(tokens_per_micro_batch=trainer.budget)
 

@@ -121,6 +121,7 @@ class SharedPrefix:
 
     ids: torch.Tensor  # int64 [P], positions 0 to P - 1
     below: Below | None = None
+    """As in `PackedBatch`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +143,7 @@ class PackedBatch:
     prefix: SharedPrefix | None = None
     """What every root of the row comes after; no entry of the loss index looks into it."""
     below: Below | None = None
+    """What enters the lowest layer that moves, for every token of the row; None where the embeddings do."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
-from builders import documents
+from builders import documents, policy_of
 from models import tiny_model
 from rung.engine.pack import pack
 from rung.engine.step import accumulate
@@ -82,6 +83,26 @@ def test_one_wide_tensor_makes_a_file_wide(tmp_path: Path, tiny_tokenizer: PreTr
     assert not stored_in_bfloat16(written(tmp_path, tiny_tokenizer, "llama", torch.float32))
     save_file({"a": torch.zeros(2, dtype=torch.bfloat16), "b": torch.zeros(2)}, tmp_path / "model.safetensors")
     assert not stored_in_bfloat16(tmp_path)
+
+
+def test_a_run_on_a_narrow_base_loses_nothing_as_a_base(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    name = str(written(tmp_path / "narrow", tiny_tokenizer, "llama", torch.bfloat16))
+    base = load_base(ModelSpec(name=name, dtype="float32"))
+    method = attach(base.model, METHOD_SPECS["lora"](), seed=0)
+    with torch.no_grad():
+        for parameter in method.trainable().values():
+            parameter.add_(1e-4)
+    run = tmp_path / "run"
+    method.save(run / "adapter")
+    tiny_tokenizer.save_pretrained(run / "adapter")
+    spec = {"spec": {"model": {"name": name}}, "fingerprints": {"base": base.fingerprint}}
+    (run / "run.json").write_text(json.dumps(spec))
+    batch = pack(documents(), 1000)[0]
+    before = Policy(base, method).logprobs(batch)
+    again = load_base(ModelSpec(name=str(run), dtype="float32"))
+    assert (policy_of(again.model).logprobs(batch) - before).abs().max() < 1e-5
 
 
 def test_merging_rounds_nothing_away(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
-from pathlib import Path
+import os
 
 import pytest
 import torch
@@ -18,20 +16,12 @@ from rung.engine.trunk import TrunkCache
 from rung.errors import CheckpointError
 from rung.method.table import attach
 from rung.model.layers import lowest_moving_layer
-from rung.model.policy import Policy
 from rung.objective.sft import Sft
 from rung.spec.method import METHOD_SPECS
 from rung.spec.objective import SftSpec
 from tolerances import FLOAT32, FLOAT64
 
 UPPER = [("lora", {"layers": (1,)}, 1), ("head", {}, 2)]
-
-
-@pytest.fixture
-def trunk(tmp_path: Path) -> Iterator[Callable[[Policy], TrunkCache]]:
-    """Caches of layer 1 that are closed at the end."""
-    with ExitStack() as stack:
-        yield lambda policy: stack.enter_context(closing(TrunkCache(policy, 1, tmp_path / "trunk", 50)))
 
 
 def lowest(kind: str, spec: dict[str, object], shape: str = "llama") -> int:
@@ -43,7 +33,7 @@ def lowest(kind: str, spec: dict[str, object], shape: str = "llama") -> int:
 @pytest.mark.parametrize(("kind", "spec", "layer"), UPPER, ids=["lora", "head"])
 @pytest.mark.parametrize("shared", [0, MIN_AHEAD + 9])
 def test_gradients_equal_the_naive_ones(
-    shape: str, kind: str, spec: dict[str, object], layer: int, shared: int, tmp_path: Path
+    shape: str, kind: str, spec: dict[str, object], layer: int, shared: int
 ) -> None:
     assert lowest(kind, spec, shape) == layer
     examples = documents(6, count=7, shared=shared)
@@ -51,22 +41,18 @@ def test_gradients_equal_the_naive_ones(
         model, plain = naive(kind, shape, dtype=dtype, wide_norms=dtype is torch.float64, **spec)
         expected = naive_loss(model, examples)
         policy, method = tuned(kind, shape, dtype=dtype, **spec)
-        cache = TrunkCache(policy, layer, tmp_path / "trunk", 50)
+        cache = TrunkCache(policy, layer, 50)
         for _ in range(2):  # written, then read
             policy.model.zero_grad()
             loss = accumulate(policy, Sft(SftSpec()), cache.feed(pack(examples, 50)))
             assert float(loss) == pytest.approx(float(expected), rel=limit)
             assert distance(gradients(method), gradients(plain)) < limit
         assert cache.summary()["documents"] == len(examples)
-        cache.close()
-        assert list(tmp_path.iterdir()) == []
 
 
-def test_the_layers_below_do_not_run_again(
-    trunk: Callable[[Policy], TrunkCache], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_layers_below_do_not_run_again() -> None:
     policy, _ = tuned("lora", layers=(1,))
-    cache = trunk(policy)
+    cache = TrunkCache(policy, 1, 50)
     examples = documents(6)
     cache.feed(pack(examples, 50))
     calls: list[int] = []
@@ -76,32 +62,28 @@ def test_the_layers_below_do_not_run_again(
     assert set(calls) == {1}
 
 
-@pytest.mark.parametrize("broken", ["poisoned", "cut off"])
-def test_a_damaged_file_is_detected(broken: str, trunk: Callable[[Policy], TrunkCache]) -> None:
+@pytest.mark.parametrize(("broken", "said"), [("poisoned", "not what was written"), ("cut off", "cut short")])
+def test_a_damaged_file_is_detected(broken: str, said: str) -> None:
     policy, _ = tuned("lora", layers=(1,))
-    cache = trunk(policy)
+    cache = TrunkCache(policy, 1, 50)
     batches = pack(documents(6), 50)
     cache.feed(batches)
-    with cache.path.open("r+b") as opened:
-        if broken == "poisoned":
-            opened.seek(1000)
-            byte = opened.read(1)
-            opened.seek(1000)
-            opened.write(bytes([byte[0] ^ 1]))
-        else:
-            opened.truncate(1000)
-    with pytest.raises(CheckpointError, match="not what was written"):
+    byte, file = cache.states.read(1000, 1), cache.states._descriptor
+    if broken == "poisoned":
+        os.pwrite(file, bytes([byte[0] ^ 1]), 1000)
+    else:
+        os.truncate(file, 1000)
+    with pytest.raises(CheckpointError, match=said):
         cache.feed(batches)
 
 
-def test_states_of_another_document_are_noticed(trunk: Callable[[Policy], TrunkCache]) -> None:
+def test_states_of_another_document_are_noticed() -> None:
     """The mutation: entries mixed up move the gradient by far more than the tolerance."""
     examples = documents(6)
     model, plain = naive("lora", dtype=torch.float64, layers=(1,))
     naive_loss(model, examples)
     policy, method = tuned("lora", dtype=torch.float64, layers=(1,))
-    cache = trunk(policy)
-    batches = cache.feed(pack(examples, 500))
+    batches = TrunkCache(policy, 1, 50).feed(pack(examples, 500))
     batches[0].below.states.copy_(batches[0].below.states.roll(1, dims=0))
     accumulate(policy, Sft(SftSpec()), batches)
     assert distance(gradients(method), gradients(plain)) > 1e-3

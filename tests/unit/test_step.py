@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -166,12 +167,14 @@ def test_layers_computed_again_give_the_same_gradients_bit_for_bit(spec: dict[st
         policy.model.train()
         policy.layers_to_recompute = lambda tokens, again=again: again
         torch.manual_seed(3)
-        accumulate(policy, Sft(SftSpec()), pack(documents(2), 60))
+        accumulate(policy, Sft(SftSpec()), pack_separately(documents(2)))
         gradients.append([p.grad for p in method.trainable().values()])
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*gradients, strict=True))
 
 
-def test_layers_computed_again_keep_less(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("count", [1, 6])
+def test_layers_of_a_single_document_computed_again_keep_less(count: int) -> None:
+    """A row of several documents is what the budget asks for: it keeps everything."""
     kept = []
     for again in (range(0), range(0, 2)):
         policy, _ = tuned("lora")
@@ -184,22 +187,29 @@ def test_layers_computed_again_keep_less(monkeypatch: pytest.MonkeyPatch) -> Non
 
         parameters = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-            policy.logprobs(pack(documents(2, longest=60), 1000)[0])
+            policy.logprobs(pack(documents(2, count=count, longest=60), 1000)[0])
         kept.append(sum(size for at, size in storages.items() if at not in parameters))
-    assert kept[1] < 0.4 * kept[0]
+    assert (kept[1] < 0.4 * kept[0]) == (count == 1)
 
 
 def test_the_probe_takes_the_smallest_budget_that_is_nearly_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([9.0, 9.0, 4.1, 4.5, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0])
     monkeypatch.setattr(budget, "_timed", lambda *_: next(seconds))
     policy, method = tuned("lora")
-    assert budget.probe(policy, Sft(SftSpec()), documents(1, count=200)) == 512
+    assert budget.probe(policy, Sft(SftSpec()), documents(1, count=200), pack) == 512
 
 
 def test_the_probe_leaves_nothing_behind() -> None:
     policy, method = tuned("lora", dropout=0.1)
     before = {n: p.detach().clone() for n, p in method.trainable().items()}
     state = torch.get_rng_state()
-    assert budget.probe(policy, Sft(SftSpec()), documents(1, count=3)) in budget.CANDIDATES
+    seen = []
+
+    def rows(examples: Sequence[Example], tokens: int) -> list[PackedBatch]:
+        seen.append((len(examples), tokens))
+        return pack(examples, tokens, share_prefixes=False)
+
+    assert budget.probe(policy, Sft(SftSpec()), documents(1, count=3), rows) == 256
+    assert seen == [(3, 256)] and not policy.model.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, before[n]) and p.grad is None for n, p in method.trainable().items())

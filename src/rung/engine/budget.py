@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from rung.engine.pack import pack
 from rung.engine.step import accumulate
 from rung.model.policy import Policy
 from rung.objective.base import Objective
-from rung.types import Example
+from rung.types import Example, PackedBatch
 
 ACTIVATION_BYTES = 512 * 2**20
 """What the activations of one micro-batch may hold on a processor."""
@@ -20,7 +19,7 @@ FEWEST, MOST = 256, 4096
 """Below some hundred rows matrix products slow down; beyond a few thousand nothing is gained on a processor."""
 CUDA_TOKENS = 16_384
 LONGEST_BYTES = 8 * ACTIVATION_BYTES
-"""What a single document may hold; one that needs more has its first layers computed again in the backward pass."""
+"""What a single document may hold on a processor; one that needs more has its first layers computed again."""
 CANDIDATES = (256, 512, 768, 1024, 1536, 2048)
 WORTH = 1.03
 """A larger micro-batch holds more memory: it must be this much faster to be taken."""
@@ -38,8 +37,15 @@ def activation_bytes_per_token(config: Any) -> int:
     return int(config.num_hidden_layers) * _layer_bytes(config)
 
 
-def layers_to_recompute(config: Any, tokens: int, lowest: int = 0, limit: int = LONGEST_BYTES) -> range:
-    """Which layers a row of this many tokens must compute again so that what it keeps fits into `limit` bytes.
+def longest_document_bytes(device: torch.device) -> int:
+    """What the activations of one document may hold: half of a graphics card's memory (not measured)."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory) // 2
+    return LONGEST_BYTES
+
+
+def layers_to_recompute(config: Any, tokens: int, *, lowest: int = 0, limit: int = LONGEST_BYTES) -> range:
+    """Which layers a document of this many tokens must compute again so that what it keeps fits into `limit` bytes.
 
     Layers below `lowest` do not move and keep nothing. A layer computed again keeps its input: 4 H bytes a token.
     """
@@ -49,10 +55,16 @@ def layers_to_recompute(config: Any, tokens: int, lowest: int = 0, limit: int = 
     return range(lowest, lowest + int(count))
 
 
-def probe(policy: Policy, objective: Objective, examples: Sequence[Example]) -> int:
+def probe(
+    policy: Policy,
+    objective: Objective,
+    examples: Sequence[Example],
+    rows: Callable[[Sequence[Example], int], Sequence[PackedBatch]],
+) -> int:
     """The smallest of the candidate budgets that is nearly as fast as the fastest, measured on these documents.
 
-    Each is timed twice on the same documents, the better time counts. Gradients are thrown away.
+    `rows` packs documents within a budget as the run will. Each budget is timed twice on the same documents, in train
+    mode, and the better time counts. Gradients are thrown away; generators are left as they were.
     """
     total, chosen = 0, []
     for example in examples:
@@ -60,17 +72,19 @@ def probe(policy: Policy, objective: Objective, examples: Sequence[Example]) -> 
         if (total := total + len(example)) >= CANDIDATES[-1]:
             break
     seconds = {}
+    policy.model.train()
     for budget in CANDIDATES:
-        window = pack(chosen, budget, device=policy.device)
+        window = rows(chosen, budget)
         seconds[budget] = min(_timed(policy, objective, window) for _ in range(2))
         if budget >= total:  # more would be the same
             break
+    policy.model.eval()
     policy.model.zero_grad(set_to_none=True)
     fastest = min(seconds.values())
     return next(budget for budget, taken in seconds.items() if taken <= WORTH * fastest)
 
 
-def _timed(policy: Policy, objective: Objective, window: Any) -> float:
+def _timed(policy: Policy, objective: Objective, window: Sequence[PackedBatch]) -> float:
     started = time.perf_counter()
     with torch.random.fork_rng():
         accumulate(policy, objective, window)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from rung.engine import checkpoint
-from rung.engine.budget import layers_to_recompute
+from rung.engine.budget import layers_to_recompute, longest_document_bytes
 from rung.engine.gates import Movement, enforce, not_reached
 from rung.engine.optim import make_optimiser, rate_at
 from rung.engine.pack import largest_first, pack, pack_in_slices, pack_separately
@@ -77,9 +77,14 @@ class Trainer:
         self.optimiser = make_optimiser(self.method.trainable(), self.spec.optimiser)
         self.checkpoints = self.folder.path / "checkpoints"
         self.trunk: TrunkCache | None = None
-        self.sharing = False
+        self.sharing = self._sharing()
         self.lowest = lowest_moving_layer(self.policy.model, self.method.trainable())
-        self.policy.layers_to_recompute = partial(layers_to_recompute, self.policy.model.config, lowest=self.lowest)
+        self.policy.layers_to_recompute = partial(
+            layers_to_recompute,
+            self.policy.model.config,
+            lowest=self.lowest,
+            limit=longest_document_bytes(self.policy.device),
+        )
 
     def total_steps(self, rows: int) -> int:
         """Optimiser steps of a whole run over this many rows."""
@@ -108,7 +113,6 @@ class Trainer:
         movement = None if judged else Movement(self.policy.model, self.method.trainable())
         self.policy.model.train()
         self.trunk = self._trunk(len(train))
-        self.sharing = self._sharing()
         try:
             with _interruptible() as stopping, Bar("train", total, self.progress.step) as bar:
                 while self.progress.step < total:
@@ -130,7 +134,7 @@ class Trainer:
             self.folder.close()
             if self.trunk is not None:
                 self.folder.update(trunk=self.trunk.summary())
-                self.trunk.close()
+                self.trunk = None  # and its file
         if movement is not None and movement.steps < 2:
             gate = not_reached()
             self.folder.gate(gate)
@@ -146,13 +150,11 @@ class Trainer:
         order = np.random.default_rng([self.seed, epoch]).permutation(len(train))
         return [train[i] for i in order[place * per_step : (place + 1) * per_step]]
 
-    def _pack(self, examples: Sequence[Example]) -> list[PackedBatch]:
+    def pack(self, examples: Sequence[Example], budget: int) -> list[PackedBatch]:
+        """The rows of these documents, in the way this run packs."""
         if self.spec.packing == "none":
-            batches = pack_separately(examples, self.policy.device)
-        else:
-            batches = pack(examples, self.budget, share_prefixes=self.sharing, device=self.policy.device)
-            batches = largest_first(batches)
-        return batches if self.trunk is None else self.trunk.feed(batches)
+            return pack_separately(examples, self.policy.device)
+        return largest_first(pack(examples, budget, share_prefixes=self.sharing, device=self.policy.device))
 
     def _sharing(self) -> bool:
         """Whether beginnings are computed once; says why not where the config asks for it."""
@@ -169,15 +171,15 @@ class Trainer:
     def _trunk(self, rows: int) -> TrunkCache | None:
         """A cache of the layers that do not move, where they would run a second time."""
         first_epoch = -(-rows // self.spec.examples_per_step)
-        layer = self.lowest
-        if not self.spec.cache_trunk or layer == 0 or self.total_steps(rows) <= first_epoch:
+        if not self.spec.cache_trunk or self.lowest == 0 or self.total_steps(rows) <= first_epoch:
             return None
-        say(f"layers below {layer} do not move: each document passes them once")
-        return TrunkCache(self.policy, layer, self.folder.path / "trunk", self.budget)
+        say(f"layers below {self.lowest} do not move: each document passes them once")
+        return TrunkCache(self.policy, self.lowest, self.budget)
 
     def _step(self, examples: Sequence[Example], total: int, movement: Movement | None) -> dict[str, Any]:
         started = time.perf_counter()
-        batches = self._pack(examples)
+        batches = self.pack(examples, self.budget)
+        batches = batches if self.trunk is None else self.trunk.feed(batches)
         self.optimiser.zero_grad(set_to_none=True)
         rate = rate_at(
             self.progress.step, total=total, peak=self.peak_rate, schedule=self.spec.schedule, warmup=self.spec.warmup

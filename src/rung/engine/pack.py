@@ -31,15 +31,24 @@ def pack(
 
     Batches with the same `prefix` stand next to each other; its tokens are not part of their rows.
     """
-    ordered = sorted(examples, key=lambda e: e.ids.tolist())
+    ordered, common = _in_order(examples)
     if not share_prefixes:
         return _fill(_Group(ordered, [0] * len(ordered), 0), budget, False, device)
-    common = [0, *(_common(a.ids, b.ids) for a, b in pairwise(ordered))]
     found: list[PackedBatch] = []
     for run, ahead in _merged(_plan(ordered, common, range(len(ordered)), budget)):
         group = _Group(ordered[run.start : run.stop], common[run.start : run.stop], ahead)
         found += _fill(group, budget, share_prefixes, device)
     return found
+
+
+def pack_together(examples: Sequence[Example], budget: int, device: torch.device | None = None) -> list[PackedBatch]:
+    """Like `pack`, with every document whole in its row: nothing runs ahead."""
+    return _fill(_Group(*_in_order(examples), 0), budget, True, device)
+
+
+def pack_separately(examples: Sequence[Example], device: torch.device | None = None) -> list[PackedBatch]:
+    """One document a batch: the plain way, for comparison."""
+    return [_batch([example], False, device) for example in examples]
 
 
 def pack_in_slices(
@@ -72,6 +81,12 @@ class _Group(NamedTuple):
         """Tokens to compute for each, if all stood in one row."""
         shared = [0, *(c - self.ahead if c - self.ahead >= MIN_SHARED else 0 for c in self.common[1:])]
         return [len(e) - self.ahead - s for e, s in zip(self.examples, shared, strict=True)]
+
+
+def _in_order(examples: Sequence[Example]) -> tuple[list[Example], list[int]]:
+    """Sorted by tokens, with what each has in common with the one before."""
+    ordered = sorted(examples, key=lambda e: e.ids.tolist())
+    return ordered, [0, *(_common(a.ids, b.ids) for a, b in pairwise(ordered))]
 
 
 def _plan(
@@ -108,21 +123,22 @@ def _merged(parts: Sequence[tuple[range, int, int]]) -> list[tuple[range, int]]:
 def _fill(group: _Group, budget: int, share_prefixes: bool, device: torch.device | None) -> list[PackedBatch]:
     # As many rows as the budget needs, as equal as they can be: the largest sets the memory, and rows of one size leave
     # no holes in the heap.
-    fewest = len(_cut(group, budget))
+    costs = group.costs()
+    fewest = len(_cut(group, costs, budget))
     low, high = 1, budget
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if len(_cut(group, middle)) <= fewest else (middle + 1, high)
-    rows = [group.examples[row.start : row.stop] for row in _cut(group, low)]
+        low, high = (low, middle) if len(_cut(group, costs, middle)) <= fewest else (middle + 1, high)
+    rows = [group.examples[row.start : row.stop] for row in _cut(group, costs, low)]
     prefix = SharedPrefix(_tensor([group.examples[0].ids[: group.ahead]], device)) if group.ahead else None
     return [batch for row in rows for batch in _within(row, budget, share_prefixes, device, prefix)]
 
 
-def _cut(group: _Group, most: int) -> list[range]:
+def _cut(group: _Group, costs: Sequence[int], most: int) -> list[range]:
     """Neighbours in rows of at most `most` computed tokens; a longer document stands alone."""
     rows: list[range] = []
     filled = 0
-    for i, (example, cost) in enumerate(zip(group.examples, group.costs(), strict=True)):
+    for i, (example, cost) in enumerate(zip(group.examples, costs, strict=True)):
         if not rows or filled + cost > most:
             rows.append(range(i, i))
             filled, cost = 0, len(example) - group.ahead  # the first of a row shares with nobody
@@ -145,18 +161,6 @@ def _within(
     half = len(group) // 2
     halves = (group[:half], group[half:])
     return [b for part in halves for b in _within(part, budget, share_prefixes, device, prefix)]
-
-
-def pack_together(examples: Sequence[Example], budget: int, device: torch.device | None = None) -> list[PackedBatch]:
-    """Like `pack`, with every document whole in its row: nothing runs ahead."""
-    ordered = sorted(examples, key=lambda e: e.ids.tolist())
-    common = [0, *(_common(a.ids, b.ids) for a, b in pairwise(ordered))]
-    return _fill(_Group(ordered, common, 0), budget, True, device)
-
-
-def pack_separately(examples: Sequence[Example], device: torch.device | None = None) -> list[PackedBatch]:
-    """One document a batch: the plain way, for comparison."""
-    return [_batch([example], False, device) for example in examples]
 
 
 class _Row:

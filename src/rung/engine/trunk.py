@@ -1,26 +1,23 @@
 """The frozen trunk: what enters the lowest layer that moves is computed once for each document and read from then on.
 
 Exact, because nothing below that layer moves during a run: the same weights and the same tokens give the same states.
-The file is named by weights, layer and type, its entries by the tokens of a document. Every read is checked against the
-sum taken when it was written. Reads go through the file system's cache, not through a mapping: mapped pages would count
-as memory of the process.
+The states stand in a file of the run's own, which goes when the process does; an entry is found by the tokens of its
+document, and every read is checked against the sum taken when it was written.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rung.data.spool import Blob
 from rung.engine.pack import pack_together
 from rung.errors import CheckpointError
 from rung.model.policy import Policy
@@ -31,20 +28,16 @@ class _Entry(NamedTuple):
     offset: int
     size: int
     checksum: int
+    dtype: torch.dtype
 
 
 class TrunkCache:
     """Hidden states that enter `layer`, by document. `budget` tokens are computed at once."""
 
-    def __init__(self, policy: Policy, layer: int, folder: Path, budget: int) -> None:
+    def __init__(self, policy: Policy, layer: int, budget: int) -> None:
         self.policy, self.layer, self.budget = policy, layer, budget
-        self.dtype = torch.bfloat16 if policy.base.compute_dtype is torch.bfloat16 else None
-        identity = f"{policy.base.fingerprint} {layer} {policy.base.compute_dtype}"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.states"
-        self.file = self.path.open("w+b")
+        self.states = Blob.new()
         self.entries: dict[bytes, _Entry] = {}
-        self.end = 0
 
     def feed(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
         """The same rows with the states of every document, computed where they are not known yet."""
@@ -53,14 +46,9 @@ class TrunkCache:
         prefixes: dict[SharedPrefix, SharedPrefix] = {}
         return [self._with_states(batch, prefixes) for batch in batches]
 
-    def close(self) -> None:
-        """Drop the file: another run has other documents."""
-        self.file.close()
-        shutil.rmtree(self.path.parent, ignore_errors=True)
-
     def summary(self) -> dict[str, int]:
         """For `run.json`."""
-        return {"layer": self.layer, "documents": len(self.entries), "bytes": self.end}
+        return {"layer": self.layer, "documents": len(self.entries), "bytes": self.states.size}
 
     def _compute(self, documents: Sequence[Example]) -> None:
         if not documents:
@@ -71,23 +59,20 @@ class TrunkCache:
                 self._write(document, states[torch.from_numpy(rows)])
 
     def _write(self, document: Example, states_TH: Tensor) -> None:
-        self.dtype = states_TH.dtype
         raw = states_TH.contiguous().view(torch.uint8).numpy().tobytes()
-        os.pwrite(self.file.fileno(), raw, self.end)
-        self.entries[_key(document)] = _Entry(self.end, len(raw), zlib.crc32(raw))
-        self.end += len(raw)
+        offset = self.states.append(raw)
+        self.entries[_key(document)] = _Entry(offset, len(raw), zlib.crc32(raw), states_TH.dtype)
 
     def _read(self, document: Example) -> Tensor:
         entry = self.entries[_key(document)]
-        raw = bytearray(os.pread(self.file.fileno(), entry.size, entry.offset))
-        if len(raw) != entry.size or zlib.crc32(raw) != entry.checksum:
+        raw = bytearray(self.states.read(entry.offset, entry.size))
+        if zlib.crc32(raw) != entry.checksum:
             raise CheckpointError(
                 "cached hidden states are not what was written",
-                where=str(self.path),
-                hint="the disk may be full or failing; engine.cache_trunk=false does without",
+                where=self.states.name,
+                hint="the disk may be failing; engine.cache_trunk=false does without",
             )
-        assert self.dtype is not None  # noqa: S101 -- for the type checker: something was written
-        return torch.frombuffer(raw, dtype=self.dtype).view(len(document), -1)
+        return torch.frombuffer(raw, dtype=entry.dtype).view(len(document), -1)
 
     def _with_states(self, batch: PackedBatch, prefixes: dict[SharedPrefix, SharedPrefix]) -> PackedBatch:
         ahead = 0 if batch.prefix is None else len(batch.prefix.ids)

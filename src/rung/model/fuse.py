@@ -61,6 +61,11 @@ def fuse(model: nn.Module, part_of: PartOf = plain_part) -> dict[str, int]:
     return counts
 
 
+def left_alone(model: nn.Module, part_of: PartOf) -> list[str]:
+    """Names of adapted linears that compute through their library's own forward (dropout, DoRA)."""
+    return [name for name, m in model.named_modules() if hasattr(m, "base_layer") and part_of(m) is None]
+
+
 def unfuse(model: nn.Module) -> None:
     """Give every module its own forward back."""
     for module in _fused_modules(model):

@@ -84,8 +84,8 @@ class _TokenLogprobs(torch.autograd.Function):
         logprob_N = torch.empty_like(lse_N)
         direction_NH = torch.empty_like(h_NH) if keep_direction else None
         with torch.autocast(h_NH.device.type, enabled=False):
+            head = _Head(weight_VH, bias_V, logit_map, compute, tile.columns)
             for rows in _slices(len(h_NH), tile.entries):
-                head = _Head(weight_VH, bias_V, logit_map, compute, tile.columns)
                 found = head.scan(h_NH[rows], target_N[rows], exact, direction=keep_direction)
                 lse_N[rows], logprob_N[rows] = found.lse_N, found.logit_N - found.lse_N
                 if direction_NH is not None and found.direction_NH is not None:

@@ -102,12 +102,15 @@ def computing_again(model: nn.Module, which: range) -> Iterator[None]:
 def lowest_moving_layer(model: nn.Module, trainable: Iterable[str]) -> int:
     """The first layer that holds, or has below it, a number that moves; the number of layers where only the head does.
 
-    0 where anything outside the layers moves that is not the output head: embeddings lie below all layers.
+    0 where anything outside the layers moves that is not the output head: embeddings lie below all layers. 0 also where
+    no list of layers is found.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     own = {id(p) for p in head.parameters()} if head is not None else set()
     below = {id(p) for p in model.get_input_embeddings().parameters()}  # type: ignore[operator]
     parameters = dict(model.named_parameters())
+    if _find(model) is None:
+        return 0
     lowest = layer_count(model)
     for name in trainable:
         number = layer_number(f".{name}")
@@ -129,8 +132,16 @@ def _replaced(model: nn.Module, stand_in: Callable[[int, nn.Module], nn.Module])
 
 
 def _list_of(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
-    trunk: Any = getattr(model, str(model.base_model_prefix))
-    for name in _NAMES:
-        if isinstance(layers := getattr(trunk, name, None), nn.ModuleList):
-            return trunk, name, layers
-    raise PlanError("this model's layers are not where Rung looks for them", allowed=", ".join(_NAMES))
+    if (found := _find(model)) is None:
+        raise PlanError("this model's layers are not where Rung looks for them", allowed=", ".join(_NAMES))
+    return found
+
+
+def _find(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList] | None:
+    """The outermost list of layers, with its owner and its name there (OPT keeps it in a decoder of its own)."""
+    trunk: nn.Module = getattr(model, str(model.base_model_prefix))
+    for owner in trunk.modules():
+        for name in _NAMES:
+            if isinstance(layers := getattr(owner, name, None), nn.ModuleList):
+                return owner, name, layers
+    return None

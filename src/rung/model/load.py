@@ -242,11 +242,12 @@ def _load_run_as_base(spec: ModelSpec, run: Path, device: torch.device | None) -
         raise CheckpointError("this run has no finished adapter or model", where=str(run), given=manifest.get("status"))
     base = load_base(ModelSpec.model_validate({**manifest["spec"]["model"], "dtype": spec.dtype}), device=device)
     check_fingerprint(manifest, base, run)
+    base.model.float()  # bfloat16 would round B A away
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft calls a deprecated transformers name
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(base.model, str(run / "adapter")).merge_and_unload()
+        model = PeftModel.from_pretrained(base.model, str(run / "adapter")).merge_and_unload().to(compute)
     weights = hashlib.sha256(f"{base.fingerprint} {fingerprint(run / 'adapter', None)}".encode()).hexdigest()
     return _finished(model, load_tokenizer(spec), spec, weights, compute, device)
 

@@ -35,7 +35,7 @@ class Policy:
         self.model = base.model
         self.logit_map = LogitMap.of(base.model.config)
         self.layers_to_recompute: Callable[[int], range] = lambda tokens: range(0)
-        """Which layers a row of so many tokens computes again in the backward pass, so that it fits."""
+        """Which layers a document of so many tokens computes again in the backward pass, so that it fits."""
         self._shared: SharedPrefix | None = None
         self._ahead: dict[bool, _Ahead] = {}
         """Of the prefix at hand, with the method on (False) or off."""
@@ -64,21 +64,24 @@ class Policy:
         """Last hidden state of every token, [T, H], after the final norm."""
         shared = None if batch.prefix is None else self._before(batch.prefix)
         with self._from(batch.below):
-            return self._trunk(batch.ids, batch.positions, batch.segments, shared=shared)
+            return self._trunk(batch.ids, batch.positions, batch.segments, alone=batch.sequences == 1, shared=shared)
 
     @torch.no_grad()
     def states_below(self, batch: PackedBatch, layer: int) -> Tensor:
         """Hidden states [T, H] that enter `layer`, counted from 0; the number of layers means the final norm."""
         with recording(self.model, layer) as states:
-            self._trunk(batch.ids, batch.positions, batch.segments)
+            self._trunk(batch.ids, batch.positions, batch.segments, alone=False)
             return states()
 
     def _from(self, below: Below | None) -> AbstractContextManager[None]:
         return nullcontext() if below is None else feeding(self.model, below.layer, below.states)
 
-    def _trunk(self, ids_T: Tensor, positions_T: Tensor, segments: Sequence[Segment], **attention: object) -> Tensor:
+    def _trunk(
+        self, ids_T: Tensor, positions_T: Tensor, segments: Sequence[Segment], *, alone: bool, **attention: object
+    ) -> Tensor:
+        """`alone`: the row is one document, which cannot be cut; larger rows are what the budget asks for."""
         trunk = getattr(self.model, self.model.base_model_prefix)
-        again = self.layers_to_recompute(len(ids_T)) if torch.is_grad_enabled() else range(0)
+        again = self.layers_to_recompute(len(ids_T)) if alone and torch.is_grad_enabled() else range(0)
         with self.autocast(), computing_again(self.model, again) if again else nullcontext():
             out = trunk(
                 input_ids=ids_T[None],
@@ -125,7 +128,7 @@ class Policy:
             length = len(prefix.ids)
             positions = torch.arange(length, device=prefix.ids.device)
             with self._from(prefix.below):
-                self._trunk(prefix.ids, positions, (Segment(0, length, None),), capture=captured)
+                self._trunk(prefix.ids, positions, (Segment(0, length, None),), alone=True, capture=captured)
             self._ahead[self._off] = _Ahead(captured)
         return self._ahead[self._off].leaves
 

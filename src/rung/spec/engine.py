@@ -38,7 +38,7 @@ class EngineSpec(Spec):
     """`tree` computes what several documents of a step begin with once; `flat` packs whole documents; `none` computes
     one document at a time. The result is the same: the slower ones are for comparing and for finding faults."""
     cache_trunk: bool = True
-    """Keep what enters the lowest layer that moves in a file of the run folder from the first epoch on, when there are
+    """Keep what enters the lowest layer that moves in a file beside the cache from the first epoch on, when there are
     layers below it and more than one epoch. Costs 4 bytes a token and unit of width while the run lasts."""
     learning_rate: PositiveFloat | None = None
     """Peak rate; none takes the method's default (lora 5e-4, head 5e-4, full 5e-5)."""

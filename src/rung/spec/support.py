@@ -15,9 +15,10 @@ MODEL_REFUSALS: dict[str, str] = {
     "zamba": _SEGMENT_FREE,
     "zamba2": _SEGMENT_FREE,
     "recurrent_gemma": _SEGMENT_FREE,
+    "stablelm": "its layers do not pass on to attention where documents begin, so packing cannot keep them apart",
 }
 
-PROVED_MODELS = ("llama", "qwen2", "qwen3", "mistral", "phi", "phi3", "gemma", "gemma2", "gemma3_text", "gpt2")
+PROVED_MODELS = ("llama", "qwen2", "qwen3", "mistral", "phi", "phi3", "gemma", "gemma2", "gemma3_text", "gpt2", "opt")
 """Architectures whose packed logits are proved equal to unpacked ones by a test. Others run behind the step-0 gate."""
 
 
