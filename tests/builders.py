@@ -10,16 +10,24 @@ import torch
 from transformers import PreTrainedModel
 
 from models import tiny_model
+from rung.engine.sample import Sample
 from rung.method.base import Method
 from rung.method.table import attach
 from rung.model.load import Base
-from rung.model.policy import Policy
+from rung.model.policy import Policy, Virtual
+from rung.objective.sft import Sft
 from rung.spec.method import METHOD_SPECS
+from rung.spec.objective import SftSpec
 from rung.types import Example, Source
 
 
 class Nothing:
     """The method of an untuned policy."""
+
+    virtual_tokens = 0
+
+    def virtual(self) -> Virtual:
+        return {}
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -36,12 +44,23 @@ def tuned(
     """A tiny model with a method attached and its trained numbers drawn anew, so that they matter."""
     model = tiny_model(shape, dtype=dtype)
     method = attach(model, METHOD_SPECS[kind](**spec), seed=0)  # type: ignore[arg-type]
+    policy = calibrated(policy_of(model, method), method)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in method.trainable().values():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.add_(0.05 * noise.to(parameter.dtype))
-    return policy_of(model, method), method
+    return policy, method
+
+
+def calibrated(policy: Policy, method: Method) -> Policy:
+    """The same policy, its method's start read off a few documents where it has one.
+
+    A sample of one is for the tokenizer, which these models have not: such starts have tests of their own.
+    """
+    if method.sample_size > 1:
+        method.calibrate(Sample(policy, Sft(SftSpec()), documents(8, count=24), 100))
+    return policy
 
 
 def example(ids: Sequence[int], prompt: int, *, weight: float = 1.0, line: int = 1) -> Example:

@@ -19,10 +19,11 @@ from rung.data.records import Records
 from rung.data.split import Splits
 from rung.engine import gates
 from rung.engine.budget import probe, tokens_per_micro_batch
-from rung.engine.checkpoint import write_folder
+from rung.engine.checkpoint import verify, write_folder
 from rung.engine.loop import Interrupted, Trainer, summary
 from rung.engine.progress import say, stage
 from rung.engine.record import Gate, RunFolder, read_manifest, reset_peak_memory
+from rung.engine.sample import Sample
 from rung.errors import CheckpointError, ConfigError, DataError, RungError
 from rung.evaluate.baselines import Framing
 from rung.evaluate.task import Evaluation, evaluate
@@ -30,7 +31,7 @@ from rung.method.base import Method
 from rung.method.table import attach
 from rung.model.fuse import left_alone
 from rung.model.load import Base, check_fingerprint, load_base, load_tokenizer
-from rung.model.policy import Policy
+from rung.model.policy import Policy, Virtual
 from rung.objective.table import OBJECTIVES
 from rung.spec.io import parse, to_dict
 from rung.spec.model import ModelSpec
@@ -169,6 +170,7 @@ def train_on(
         folder=folder,
     )
     try:
+        _calibrate(trainer, data, folder, resume=resume)
         if not (resume and trainer.restore()):
             folder.trim_log(0)
             _pass_gates(policy, method, trainer, data, folder)
@@ -219,6 +221,12 @@ def open_base(spec: ModelSpec) -> tuple[Policy, Chat]:
 class Untouched:
     """What a policy holds when nothing is tuned: off and on are the same."""
 
+    virtual_tokens = 0
+
+    def virtual(self) -> Virtual:
+        """Nothing."""
+        return {}
+
     def disabled(self) -> AbstractContextManager[None]:
         """Nothing to switch off."""
         return nullcontext()
@@ -260,6 +268,23 @@ def _pass_gates(policy: Policy, method: Method, trainer: Trainer, data: Data, fo
             folder.gate(gate)
             say(str(gate))
             gates.enforce(gate)
+
+
+def _calibrate(trainer: Trainer, data: Data, folder: RunFolder, *, resume: bool) -> None:
+    """A start that is read off weights or data is kept in the run folder: a resume takes up the very same."""
+    method, start = trainer.method, folder.path / "start"
+    if not method.sample_size:
+        return
+    if resume and start.is_dir():
+        if problem := verify(start):
+            raise CheckpointError(f"the run's start cannot be used: {problem}", where=str(start))
+        method.load(start)
+        return
+    order = np.random.default_rng([trainer.seed, 3]).permutation(len(data.train.examples))[: method.sample_size]
+    examples = [data.train.examples[int(i)] for i in order]
+    with stage("reading the start off the base"):
+        method.calibrate(Sample(trainer.policy, trainer.objective, examples, trainer.budget))
+    write_folder(start, method.save)
 
 
 def _publish(folder: RunFolder, method: Method, chat: Chat) -> None:

@@ -18,7 +18,7 @@ import torch
 from rung.engine import checkpoint
 from rung.engine.budget import layers_to_recompute, longest_document_bytes
 from rung.engine.gates import Movement, enforce, not_reached
-from rung.engine.optim import make_optimiser, rate_at
+from rung.engine.optim import make_optimiser, move_only, rate_at, set_rate
 from rung.engine.pack import largest_first, pack, pack_in_slices, pack_separately
 from rung.engine.progress import Bar, say
 from rung.engine.record import RunFolder, peak_memory_bytes
@@ -74,7 +74,7 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
-        self.optimiser = make_optimiser(self.method.trainable(), self.spec.optimiser)
+        self.optimiser = make_optimiser(self.method.trainable(), self.spec.optimiser, self.method.rate_factor)
         self.checkpoints = self.folder.path / "checkpoints"
         self.trunk: TrunkCache | None = None
         self.sharing = self._sharing()
@@ -184,13 +184,15 @@ class Trainer:
         rate = rate_at(
             self.progress.step, total=total, peak=self.peak_rate, schedule=self.spec.schedule, warmup=self.spec.warmup
         )
+        moving = self.method.moving(self.progress.step)
+        if moving is not None:
+            move_only(self.optimiser, self.method.trainable(), moving)
         loss = accumulate(self.policy, self.objective, batches)
         parameters = list(self.method.trainable().values())
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.spec.clip or math.inf)
         finite = bool(torch.isfinite(norm) & torch.isfinite(loss))
         if finite:
-            for group in self.optimiser.param_groups:
-                group["lr"] = rate
+            set_rate(self.optimiser, rate)
             self.optimiser.step()
             self.progress.skipped = 0
         seconds = time.perf_counter() - started
@@ -201,7 +203,7 @@ class Trainer:
         self.progress.loss = float(loss)
         if not finite:
             self._skip(examples, float(loss), float(norm))
-        elif movement is not None and (gate := movement.see(self.optimiser)):
+        elif movement is not None and (gate := movement.see(self.optimiser, moving)):
             self.folder.gate(gate)
             say(str(gate))
             enforce(gate)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import nn
@@ -11,14 +11,36 @@ from torch import nn
 from rung.spec.engine import OptimiserSpec
 
 
-def make_optimiser(trainable: Mapping[str, nn.Parameter], spec: OptimiserSpec) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only. The learning rate is set at every step by `rate_at`."""
-    matrices = [p for p in trainable.values() if p.dim() > 1]
-    others = [p for p in trainable.values() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": spec.weight_decay}, {"params": others, "weight_decay": 0.0}]
+def make_optimiser(
+    trainable: Mapping[str, nn.Parameter], spec: OptimiserSpec, rate_factor: Callable[[str], float] = lambda _: 1.0
+) -> torch.optim.AdamW:
+    """AdamW with decay on matrices only. `set_rate` sets the learning rate at every step."""
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in trainable.items():
+        groups.setdefault((parameter.dim() > 1, rate_factor(name)), []).append(parameter)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=0.0, betas=(spec.beta1, spec.beta2), eps=spec.epsilon
+        [
+            {"params": members, "weight_decay": spec.weight_decay if matrix else 0.0, "rate_factor": factor}
+            for (matrix, factor), members in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+        ],
+        lr=0.0,
+        betas=(spec.beta1, spec.beta2),
+        eps=spec.epsilon,
     )
+
+
+def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    """The run's rate of this step, times each group's own factor."""
+    for group in optimiser.param_groups:
+        group["lr"] = rate * group["rate_factor"]
+
+
+def move_only(optimiser: torch.optim.Optimizer, trainable: Mapping[str, nn.Parameter], names: Collection[str]) -> None:
+    """Freeze what is not named, and drop its moments: those of layers that come and go would pile up."""
+    for name, parameter in trainable.items():
+        parameter.requires_grad_(name in names)
+        if name not in names:
+            optimiser.state.pop(parameter, None)
 
 
 def rate_at(step: int, *, total: int, peak: float, schedule: str, warmup: float) -> float:

@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from rung.errors import CheckpointError
 from rung.model.fused import Part
+from rung.model.policy import Virtual
+
+
+class Sample(Protocol):
+    """Training documents that a method may look at before the first step."""
+
+    tokens: int
+    """How many tokens `read` passes through the model."""
+    tokenizer: Any
+    """The base's own."""
+
+    def read(self) -> None:
+        """Run them once, without gradient; every linear is called as a module, so hooks see its inputs."""
+        ...
+
+    def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """The gradient of the objective's loss, as one step over all of them would have it."""
+        ...
+
+    def keys_values(self, ids: Sequence[int]) -> Mapping[int, tuple[Tensor, Tensor]]:
+        """Keys and values [1, K, T, D] of these tokens in the base, by layer, from position 0 on."""
+        ...
 
 
 class Method(Protocol):
@@ -23,12 +45,36 @@ class Method(Protocol):
     starts_as_base: bool
     """Whether the model answers exactly like the base before the first step."""
 
+    sample_size: int
+    """Training documents that `calibrate` looks at; 0 where it has nothing to do."""
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """What moves, by name, in a stable order."""
         ...
 
+    def moving(self, step: int) -> Collection[str] | None:
+        """Which of them move in this optimiser step, counted from 0; None is all. The others' gradients are off."""
+        ...
+
+    def rate_factor(self, name: str) -> float:
+        """Learning rate of a trainable over the run's."""
+        ...
+
+    def calibrate(self, sample: Sample) -> None:
+        """Set what starts from weights, activations or gradients. Once, before the first step of a run."""
+        ...
+
     def declared_parameters(self) -> int:
         """How many numbers should move, from the formula of the method and the shapes of the base."""
+        ...
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many positions it puts before every document; 0 where it is off."""
+        ...
+
+    def virtual(self) -> Virtual:
+        """What stands there, with its graph: embeddings [P, H], or keys and values by layer."""
         ...
 
     def disabled(self) -> AbstractContextManager[None]:
@@ -54,6 +100,28 @@ class Method(Protocol):
     def merge(self) -> nn.Module:
         """The model with the method folded in, on its own: afterwards this method is spent."""
         ...
+
+
+class Simple:
+    """What most methods have nothing of."""
+
+    sample_size = 0
+    virtual_tokens = 0
+
+    def virtual(self) -> Virtual:
+        """Nothing stands before a document."""
+        return {}
+
+    def moving(self, step: int) -> Collection[str] | None:
+        """All of it."""
+        return None
+
+    def rate_factor(self, name: str) -> float:
+        """The run's rate."""
+        return 1.0
+
+    def calibrate(self, sample: Sample) -> None:
+        """Nothing to do."""
 
 
 def state_of(method: Method) -> dict[str, Tensor]:

@@ -12,13 +12,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rung.errors import ConfigError, PlanError
-from rung.method.base import same_keys
+from rung.method.base import Simple, same_keys
 from rung.model.fuse import plain_part
 from rung.model.fused import Part
 from rung.spec.method import FullSpec, HeadSpec
 
 
-class _MovesTheBase:
+class _MovesTheBase(Simple):
     """Shared by both: a moved model is saved whole, so that transformers loads it as it is."""
 
     artefact = "model"

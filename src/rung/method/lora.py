@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear as PeftLinear
@@ -18,19 +20,27 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rung.errors import ConfigError
-from rung.method.base import same_keys
+from rung.method import start
+from rung.method.base import Sample, Simple, same_keys
+from rung.method.calibrate import gradients, second_moments
 from rung.model.fuse import plain_part
 from rung.model.fused import Part
 from rung.model.resident import held_narrow, seeming_wide
-from rung.model.targets import select
-from rung.spec.method import LoraSpec
+from rung.model.targets import layer_number, roles_of, select
+from rung.spec.method import CALIBRATED, SUBTRACTED, LoraSpec
 
 WEIGHTS = "adapter_model.safetensors"
-_INIT: dict[str, Any] = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
+OWN, OFFSET = "default", "offset"
+"""Names of the two halves within peft: what moves, and the frozen start with its sign turned."""
+_INIT: dict[str, Any] = {"gaussian": "gaussian", "orthogonal": "orthogonal"}
 
 
-class Lora:
-    """W + (alpha / rank) B A on the chosen linears; the base never moves (Hu et al. 2021, eq. 3)."""
+class Lora(Simple):
+    """W + (alpha / rank) B A on the chosen linears; the base never moves (Hu et al. 2021, eq. 3).
+
+    A start B0 A0 that is not zero is held a second time, frozen and with its sign turned, so that W + s (B A - B0 A0)
+    begins as W. Saved, both halves are one plain adapter of twice the rank.
+    """
 
     kind = "lora"
     artefact = "adapter"
@@ -39,43 +49,58 @@ class Lora:
     def __init__(self, model: PreTrainedModel, spec: LoraSpec) -> None:
         self.model = model
         self.spec = spec
+        self.seed = torch.initial_seed()  # what `attach` has just set
         self.names = select(model, spec.targets, spec.layers)
-        self._shapes = [_shape(model.get_submodule(name)) for name in self.names]
-        known = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-        if unknown := sorted(set(spec.modules_to_save) - known):
-            raise ConfigError("no such module", where="method.modules_to_save", given=", ".join(unknown))
-        config = LoraConfig(
-            r=spec.rank,
-            lora_alpha=spec.alpha,
-            lora_dropout=spec.dropout,
-            target_modules=self.names,
-            use_rslora=spec.rslora,
-            use_dora=spec.dora,
-            init_lora_weights=_INIT[spec.init],
-            modules_to_save=list(spec.modules_to_save) or None,
-            fan_in_fan_out=any(isinstance(model.get_submodule(n), Conv1D) for n in self.names),
-            task_type="CAUSAL_LM",
-        )
+        self.sample_size = spec.init_examples if spec.init in CALIBRATED else 0
+        self.subtracts = spec.init in SUBTRACTED
+        self.shapes = {name: _shape(model.get_submodule(name)) for name in self.names}
+        self.ranks = {name: _rank(name, spec) for name in self.names}
+        self._check()
         if spec.dora and held_narrow(model):
             model.float()  # peft takes the norms of the columns in the type the weights are held in
         try:
             targets = [model.get_submodule(name) for name in self.names]
             with nullcontext() if spec.dora else seeming_wide(targets):
-                self.peft: PeftModel = quiet(get_peft_model, model, config)
+                self.peft: PeftModel = quiet(get_peft_model, model, self._config(list(spec.modules_to_save)))
+                if self.subtracts:
+                    quiet(self.peft.add_adapter, OFFSET, self._config([]))
         except ValueError as error:  # an initialisation that this rank cannot have
             raise ConfigError(str(error), where="method.init", given=spec.init) from error
-        for parameter in self.trainable().values():  # peft leaves modules trained whole in the base's bfloat16
+        self._trainable = {
+            name: p for name, p in model.named_parameters() if p.requires_grad and f".{OFFSET}." not in name
+        }
+        self._offsets = [p for name, p in model.named_parameters() if f".{OFFSET}." in name]
+        if self.subtracts:
+            for layer in self._layers().values():
+                layer.set_adapter([OWN, OFFSET])
+        for parameter in self._offsets:  # zero until `calibrate` or `load` says otherwise
+            parameter.requires_grad_(False)
+            parameter.data = torch.zeros_like(parameter.data, dtype=torch.float32)
+        for parameter in self._trainable.values():  # peft leaves modules trained whole in the base's bfloat16
             if parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """A, B, magnitudes, and modules trained whole."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return dict(self._trainable)
+
+    def moving(self, step: int) -> Collection[str] | None:
+        """With `sampled_layers`, those of the layers drawn for this period; a pure function of seed and step."""
+        if self.spec.sampled_layers is None:
+            return None
+        layers = sorted({number for name in self.names if (number := layer_number(f".{name}")) is not None})
+        random = np.random.default_rng([self.seed, step // self.spec.resample_every])
+        drawn = set(random.choice(layers, size=self.spec.sampled_layers, replace=False).tolist())
+        return {name for name in self._trainable if layer_number(f".{name}") in {None, *drawn}}
+
+    def rate_factor(self, name: str) -> float:
+        """LoRA+ moves B faster than A."""
+        return self.spec.rate_ratio if ".lora_B." in name else 1.0
 
     def declared_parameters(self) -> int:
         """Sum of r (inputs + outputs) over the targets, plus outputs with DoRA, plus modules trained whole."""
-        low_rank = sum(self.spec.rank * (inputs + outputs) for inputs, outputs in self._shapes)
-        magnitudes = sum(outputs for _, outputs in self._shapes) if self.spec.dora else 0
+        low_rank = sum(self.ranks[name] * sum(shape) for name, shape in self.shapes.items())
+        magnitudes = sum(outputs for _, outputs in self.shapes.values()) if self.spec.dora else 0
         whole = 0
         for name, module in self.model.named_modules():
             if name.rsplit(".", 1)[-1] in self.spec.modules_to_save:
@@ -85,8 +110,12 @@ class Lora:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The base alone, inside the context."""
+        own = [*self._trainable.values(), *self._offsets]
+        moved = [p.requires_grad for p in own]
         with self.peft.disable_adapter():
             yield
+        for parameter, flag in zip(own, moved, strict=True):  # peft switches all of them on again
+            parameter.requires_grad_(flag)
 
     def part(self, module: nn.Module) -> Part | None:
         """What peft's layer computes at this moment; None with dropout, DoRA, or whatever else it must do itself."""
@@ -96,23 +125,43 @@ class Lora:
         base = plain_part(layer.base_layer)
         if base is None or layer.disable_adapters or layer.merged:
             return base
-        (name,) = layer.active_adapters
-        if not isinstance(layer.lora_dropout[name], nn.Identity) or name in layer.lora_variant or layer.lora_bias[name]:
+        names = layer.active_adapters
+        if any(not isinstance(layer.lora_dropout[n], nn.Identity) or layer.lora_bias[n] for n in names):
             return None
-        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-        return base._replace(a=a, b=b, scale=float(layer.scaling[name]))
+        if any(name in layer.lora_variant for name in names):
+            return None
+        a, b = ([factor[n].weight for n in names] for factor in (layer.lora_A, layer.lora_B))
+        both = (a[0], b[0]) if len(names) == 1 else (torch.cat(a), torch.cat(b, dim=1))
+        return base._replace(a=both[0], b=both[1], scale=float(layer.scaling[names[0]]))
 
     def shares_prefixes(self) -> bool:
         """Unless dropout would differ between copies of a prefix."""
         return self.spec.dropout == 0.0
 
+    def calibrate(self, sample: Sample) -> None:
+        """Set A and B as `init` says, and the frozen half so that the model is still the base."""
+        with torch.random.fork_rng(devices=[]):  # svd_lowrank draws
+            torch.manual_seed(self.seed)
+            for name, (b_OR, a_RI) in self._starts(sample):
+                layer = self._layers()[name]
+                layer.lora_A[OWN].weight.data.copy_(a_RI)
+                layer.lora_B[OWN].weight.data.copy_(b_OR)
+                if self.subtracts:
+                    layer.lora_A[OFFSET].weight.data.copy_(a_RI)
+                    layer.lora_B[OFFSET].weight.data.copy_(-b_OR)
+
     def save(self, folder: Path) -> None:
-        """Write peft's two files."""
+        """Write peft's two files; with a frozen half, one adapter of twice the rank."""
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: value.detach().contiguous().cpu() for name, value in self._state().items()}
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-        config = self.peft.peft_config["default"].to_dict()
+        config = self.peft.peft_config[OWN].to_dict()
         config["inference_mode"] = True
+        if self.subtracts:
+            double = math.sqrt(2.0) if self.spec.rslora else 2.0
+            config.update(r=2 * config["r"], lora_alpha=double * config["lora_alpha"])
+            config["rank_pattern"] = {key: 2 * rank for key, rank in config["rank_pattern"].items()}
+            config["alpha_pattern"] = {key: double * alpha for key, alpha in config["alpha_pattern"].items()}
         plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
         (folder / "adapter_config.json").write_text(json.dumps(plain, indent=2, default=str) + "\n")
 
@@ -120,7 +169,8 @@ class Lora:
         """Read them; keys missing or left over raise `CheckpointError`."""
         state = load_file(folder / WEIGHTS)
         same_keys(state.keys(), self._state().keys(), str(folder))
-        quiet(set_peft_model_state_dict, self.peft, state)
+        for adapter, half in _halves(state).items() if self.subtracts else [(OWN, state)]:
+            quiet(set_peft_model_state_dict, self.peft, half, adapter_name=adapter)
 
     def merge(self) -> nn.Module:
         """The base with B A added; raises when a merged weight is not finite."""
@@ -131,8 +181,83 @@ class Lora:
             self.model.config.tie_word_embeddings = False  # a head trained whole beside the adapter is its own now
         return merged
 
+    def _config(self, modules_to_save: list[str]) -> LoraConfig:
+        spec = self.spec
+        alpha = 2.0 * spec.rank if spec.alpha is None else spec.alpha
+        others = {name: rank for name, rank in self.ranks.items() if rank != spec.rank}
+        return LoraConfig(
+            r=spec.rank,
+            lora_alpha=alpha,
+            rank_pattern=others,
+            alpha_pattern={name: 2.0 * rank for name, rank in others.items()} if spec.alpha is None else {},
+            lora_dropout=spec.dropout,
+            target_modules=self.names,
+            use_rslora=spec.rslora,
+            use_dora=spec.dora,
+            init_lora_weights=_INIT.get(spec.init, True),
+            modules_to_save=modules_to_save or None,
+            fan_in_fan_out=any(isinstance(self.model.get_submodule(n), Conv1D) for n in self.names),
+            task_type="CAUSAL_LM",
+        )
+
+    def _check(self) -> None:
+        spec = self.spec
+        known = {name.rsplit(".", 1)[-1] for name, _ in self.model.named_modules()}
+        if unknown := sorted(set(spec.modules_to_save) - known):
+            raise ConfigError("no such module", where="method.modules_to_save", given=", ".join(unknown))
+        for name, (inputs, outputs) in self.shapes.items():
+            most = start.largest_rank(spec.init, outputs, inputs)
+            if self.sample_size and self.ranks[name] > most:
+                raise ConfigError(
+                    f"init {spec.init} has no start of this rank for {name}, a matrix of {outputs} x {inputs}",
+                    where="method.rank",
+                    given=self.ranks[name],
+                    allowed=f"1 to {most}",
+                )
+        count = len({layer_number(f".{name}") for name in self.names})
+        if spec.sampled_layers is not None and spec.sampled_layers > count:
+            raise ConfigError(
+                "more layers are to be drawn than have an adapter",
+                where="method.sampled_layers",
+                given=spec.sampled_layers,
+                allowed=f"1 to {count}",
+            )
+
+    def _layers(self) -> dict[str, Any]:
+        return {name: self.model.get_submodule(name) for name in self.names}
+
+    def _starts(self, sample: Sample) -> Iterator[tuple[str, start.Pair]]:
+        init, layers = self.spec.init, self._layers()
+        if init in ("pissa", "olora"):
+            for name, layer in layers.items():
+                weight = _dense(layer)
+                rank, scale = self.ranks[name], float(layer.scaling[OWN])
+                yield name, start.pissa(weight, rank, scale) if init == "pissa" else start.olora(weight, rank)
+        elif init == "lora_ga":
+            for name, gradient in gradients({n: layer.base_layer.weight for n, layer in layers.items()}, sample):
+                turned = gradient.T if isinstance(layers[name].base_layer, Conv1D) else gradient
+                yield name, start.lora_ga(turned, self.ranks[name])
+        else:
+            widths = {name: inputs for name, (inputs, _) in self.shapes.items()}
+            for name, moment in second_moments(layers, widths, sample):
+                weight, rank = _dense(layers[name]), self.ranks[name]
+                if init == "eva":
+                    yield name, start.eva(weight, moment, rank)
+                else:
+                    scale, knowledge = float(layers[name].scaling[OWN]), init == "corda_knowledge"
+                    yield name, start.corda(weight, moment, rank, scale, knowledge=knowledge)
+
     def _state(self) -> dict[str, Tensor]:
-        return dict(quiet(get_peft_model_state_dict, self.peft, save_embedding_layers=False))
+        own = self._half(OWN)
+        if not self.subtracts:
+            return own
+        offset = self._half(OFFSET)
+        return {k: torch.cat([v, offset[k]], dim=_axis(k)) if k in offset else v for k, v in own.items()}
+
+    def _half(self, adapter: str) -> dict[str, Tensor]:
+        return dict(
+            quiet(get_peft_model_state_dict, self.peft, adapter_name=adapter, save_embedding_layers=False)
+        )
 
 
 def quiet(call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -145,6 +270,37 @@ def quiet(call: Any, *args: Any, **kwargs: Any) -> Any:
         for about_ties in ("Model has `tie_word_embeddings=True`", "Input and output embeddings are no longer tied"):
             warnings.filterwarnings("ignore", message=about_ties, category=UserWarning)
         return call(*args, **kwargs)
+
+
+def _axis(key: str) -> int:
+    """The axis of a factor that counts ranks."""
+    return 0 if ".lora_A." in key else 1
+
+
+def _halves(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """A saved adapter of twice the rank, taken apart; what has no ranks belongs to the half that moved."""
+    halves: dict[str, dict[str, Tensor]] = {OWN: {}, OFFSET: {}}
+    for key, value in state.items():
+        if ".lora_A." not in key and ".lora_B." not in key:
+            halves[OWN][key] = value
+            continue
+        for adapter, half in zip(halves, value.chunk(2, dim=_axis(key)), strict=True):
+            halves[adapter][key] = half.contiguous()
+    return halves
+
+
+def _rank(name: str, spec: LoraSpec) -> int:
+    """The most specific entry of `ranks`: layer and role, then layer, then role (of a fused projection, its first)."""
+    layer, roles = layer_number(name), roles_of(name)
+    keys = [*(f"{layer}.{role}" for role in roles), str(layer), *roles]
+    return next((spec.ranks[key] for key in keys if key in spec.ranks), spec.rank)
+
+
+def _dense(layer: Any) -> Tensor:
+    """The base's weight [O, I] in float32 or wider."""
+    part = plain_part(layer.base_layer)
+    assert part is not None  # noqa: S101 -- for the type checker: targets are linears
+    return part.weight.detach().to(torch.promote_types(part.weight.dtype, torch.float32))
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

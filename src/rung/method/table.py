@@ -9,12 +9,22 @@ import torch
 from transformers import PreTrainedModel
 
 from rung.method.base import Method
+from rung.method.bottleneck import Bottleneck
 from rung.method.full import Full, Head
 from rung.method.lora import Lora
+from rung.method.prefix import Prefix
+from rung.method.soft_prompt import Prompt
 from rung.model.fuse import fuse
 from rung.spec.method import MethodSpec
 
-METHODS: dict[str, Callable[[PreTrainedModel, Any], Method]] = {"full": Full, "head": Head, "lora": Lora}
+METHODS: dict[str, Callable[[PreTrainedModel, Any], Method]] = {
+    "full": Full,
+    "head": Head,
+    "lora": Lora,
+    "bottleneck": Bottleneck,
+    "prompt": Prompt,
+    "prefix": Prefix,
+}
 
 
 def attach(model: PreTrainedModel, spec: MethodSpec, *, seed: int, fused: bool = True) -> Method:

@@ -182,8 +182,9 @@ class _Gated:
         self.own = module.forward
 
     def __call__(self, x: Tensor) -> Any:
-        part = self.part_of(self.module.down_proj)  # type: ignore[arg-type]
-        if part is None:
+        last: Any = self.module.down_proj
+        part = self.part_of(last)
+        if part is None or last._forward_hooks or last._forward_pre_hooks:  # hooks want it called as a module
             return self.own(x)
         gate, up = self.module.gate_proj(x), self.module.up_proj(x)  # type: ignore[operator]
         return gated_linear(gate, up, self.activation, part)

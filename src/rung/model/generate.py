@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rung.errors import PlanError
 from rung.model.kv import Prefix, own_cache, prefix_of
-from rung.model.policy import Policy
+from rung.model.policy import Policy, joined
 
 PREFILL_TOKENS = 16_384
 """Prompt tokens encoded at once: long prompts come in smaller batches, so that memory does not follow their length."""
@@ -60,16 +61,23 @@ def generate(
         raise ValueError("a prompt needs at least one token")
     answers: list[Answer | None] = [None] * len(prompts)
     shared = _common_prefix(prompts)
-    longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
+    virtual = policy.method.virtual_tokens
+    longest = virtual + max(map(len, prompts), default=0) + sampling.max_new_tokens
     if longest > _sliding_window(policy):
+        if virtual:
+            raise PlanError(
+                "virtual tokens would leave the model's sliding window while it answers",
+                given=f"{longest} tokens with {virtual} virtual ones",
+                allowed=f"at most {_sliding_window(policy)}",
+            )
         shared = 0  # a window counts slots, and padding between the prefix and a row's own tokens would take some
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     random = torch.Generator(policy.device).manual_seed(sampling.seed)
     with policy.autocast():
-        prefix = _encode(policy, prompts[0][:shared]) if shared else None
+        prefix = _encode(policy, prompts[0][:shared])
         for rows in _batches(order, [len(prompt) - shared for prompt in prompts], batch):
             rests = [list(prompts[i][shared:]) for i in rows]
-            decoding = _Decoding(policy, prefix, shared, rests, frozenset(stop_ids), sampling, random)
+            decoding = _Decoding(policy, prefix, virtual + shared, rests, frozenset(stop_ids), sampling, random)
             for i, answer in zip(rows, decoding.run(on_token), strict=True):
                 answers[i] = answer
             if on_batch is not None:
@@ -84,7 +92,7 @@ class _Decoding:
         self,
         policy: Policy,
         prefix: Prefix | None,
-        shared: int,
+        before: int,
         rests: list[list[int]],
         stop_ids: frozenset[int],
         sampling: Sampling,
@@ -100,7 +108,7 @@ class _Decoding:
             own = slice(longest - len(rest), longest)
             self.ids_BS[row, own] = torch.tensor(rest, device=device)
             self.mask_BS[row, own] = 1
-            self.positions_BS[row, own] = torch.arange(shared, shared + len(rest), device=device)
+            self.positions_BS[row, own] = torch.arange(before, before + len(rest), device=device)
         self.prefix = prefix
         self.cache = own_cache()
         self.alive = list(range(len(rests)))
@@ -174,11 +182,26 @@ def _batches(order: Sequence[int], lengths: Sequence[int], most: int) -> Iterato
         yield rows
 
 
-def _encode(policy: Policy, ids: Sequence[int]) -> Prefix:
+def _encode(policy: Policy, ids: Sequence[int]) -> Prefix | None:
+    """Keys and values of what stands before every row: virtual tokens, then the ids that all prompts begin with."""
+    found = policy.virtual()
+    virtual = None if found is None else [found[layer] for layer in sorted(found)]
+    if not ids:
+        return virtual
     cache = own_cache()
     row = torch.tensor([list(ids)], device=policy.device)
-    policy.model(input_ids=row, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return prefix_of(cache)
+    start = policy.method.virtual_tokens
+    positions = torch.arange(start, start + len(ids), device=policy.device)[None]
+    policy.model(
+        input_ids=row,
+        position_ids=positions,
+        past_key_values=cache,
+        prefix=virtual,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    own = prefix_of(cache)
+    return own if virtual is None else [joined(*pair) for pair in zip(virtual, own, strict=True)]
 
 
 def _sliding_window(policy: Policy) -> float:

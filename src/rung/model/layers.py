@@ -59,7 +59,12 @@ class _Again(_StandIn):
 
 def layer_count(model: nn.Module) -> int:
     """How many layers the model's trunk loops over."""
-    return len(_list_of(model)[2])
+    return len(layers_of(model))
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The layers that the model's trunk loops over. Raises `PlanError` where they are not found."""
+    return _list_of(model)[2]
 
 
 @contextmanager
@@ -102,8 +107,8 @@ def computing_again(model: nn.Module, which: range) -> Iterator[None]:
 def lowest_moving_layer(model: nn.Module, trainable: Iterable[str]) -> int:
     """The first layer that holds, or has below it, a number that moves; the number of layers where only the head does.
 
-    0 where anything outside the layers moves that is not the output head: embeddings lie below all layers. 0 also where
-    no list of layers is found.
+    0 where anything outside the layers moves that is not the output head: embeddings lie below all layers, and so do
+    virtual tokens, which are no part of the model. 0 also where no list of layers is found.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     own = {id(p) for p in head.parameters()} if head is not None else set()
@@ -116,7 +121,7 @@ def lowest_moving_layer(model: nn.Module, trainable: Iterable[str]) -> int:
         number = layer_number(f".{name}")
         if number is not None:
             lowest = min(lowest, number)
-        elif id(parameters[name]) not in own or id(parameters[name]) in below:
+        elif name not in parameters or id(parameters[name]) not in own or id(parameters[name]) in below:
             return 0
     return lowest
 

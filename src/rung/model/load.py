@@ -240,6 +240,14 @@ def _load_run_as_base(spec: ModelSpec, run: Path, device: torch.device | None) -
         return _finished(model, tokenizer, spec, fingerprint(run / "model", model.config), compute, device)
     if not (run / "adapter").is_dir():
         raise CheckpointError("this run has no finished adapter or model", where=str(run), given=manifest.get("status"))
+    kind = json.loads((run / "adapter" / "adapter_config.json").read_text()).get("peft_type")
+    if kind != "LORA":
+        raise PlanError(
+            "this run's adapter cannot be folded into its base, so the run is no base for another",
+            where="model.name",
+            given=f"{run}, {kind}",
+            allowed="runs of full, head and lora",
+        )
     base = load_base(ModelSpec.model_validate({**manifest["spec"]["model"], "dtype": spec.dtype}), device=device)
     check_fingerprint(manifest, base, run)
     base.model.float()  # bfloat16 would round B A away

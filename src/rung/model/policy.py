@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import groupby
 from typing import Protocol
@@ -18,8 +18,21 @@ from rung.model.tree import KeysValues
 from rung.types import Below, PackedBatch, Segment, SharedPrefix
 
 
+Virtual = Tensor | Mapping[int, KeysValues]
+"""What stands before every document: embeddings [P, H] that pass through the model, or keys and values by layer."""
+
+
 class Switchable(Protocol):
     """The part of a method that a policy needs."""
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many positions stand before every document; 0 for most methods, and where the method is off."""
+        ...
+
+    def virtual(self) -> Virtual:
+        """What stands there, with its graph. Asked for only when there is something."""
+        ...
 
     def disabled(self) -> AbstractContextManager[None]:
         """The base alone, inside the context."""
@@ -39,6 +52,8 @@ class Policy:
         self._shared: SharedPrefix | None = None
         self._ahead: dict[bool, _Ahead] = {}
         """Of the prefix at hand, with the method on (False) or off."""
+        self._virtual: _Ahead | None = None
+        self._in_turn = False
         self._off = False
 
     @property
@@ -62,14 +77,15 @@ class Policy:
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """Last hidden state of every token, [T, H], after the final norm."""
-        shared = None if batch.prefix is None else self._before(batch.prefix)
+        shared = self._before(batch.prefix)
+        positions = batch.positions + self.method.virtual_tokens
         with self._from(batch.below):
-            return self._trunk(batch.ids, batch.positions, batch.segments, alone=batch.sequences == 1, shared=shared)
+            return self._trunk(batch.ids, positions, batch.segments, alone=batch.sequences == 1, shared=shared)
 
     @torch.no_grad()
     def states_below(self, batch: PackedBatch, layer: int) -> Tensor:
         """Hidden states [T, H] that enter `layer`, counted from 0; the number of layers means the final norm."""
-        with recording(self.model, layer) as states:
+        with recording(self.model, layer) as states:  # virtual tokens move layer 0, so there are none here
             self._trunk(batch.ids, batch.positions, batch.segments, alone=False)
             return states()
 
@@ -77,17 +93,21 @@ class Policy:
         return nullcontext() if below is None else feeding(self.model, below.layer, below.states)
 
     def _trunk(
-        self, ids_T: Tensor, positions_T: Tensor, segments: Sequence[Segment], *, alone: bool, **attention: object
+        self, entering: Tensor, positions_T: Tensor, segments: Sequence[Segment], *, alone: bool, **attention: object
     ) -> Tensor:
-        """`alone`: the row is one document, which cannot be cut; larger rows are what the budget asks for."""
+        """Ids [T] or embeddings [T, H] through the layers.
+
+        `alone`: the row is one document, which cannot be cut; larger rows are what the budget asks for.
+        """
         trunk = getattr(self.model, self.model.base_model_prefix)
-        again = self.layers_to_recompute(len(ids_T)) if alone and torch.is_grad_enabled() else range(0)
+        again = self.layers_to_recompute(len(entering)) if alone and torch.is_grad_enabled() else range(0)
+        given = "inputs_embeds" if entering.is_floating_point() else "input_ids"
         with self.autocast(), computing_again(self.model, again) if again else nullcontext():
             out = trunk(
-                input_ids=ids_T[None],
+                **{given: entering[None]},
                 position_ids=positions_T[None],
                 # A mask of four dimensions is passed through untouched: the segments say who sees whom.
-                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids_T.device),
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=entering.device),
                 segments=segments,
                 use_cache=False,
                 **attention,
@@ -98,11 +118,18 @@ class Policy:
     def in_turn(self, batches: Iterable[PackedBatch]) -> Iterator[PackedBatch]:
         """The batches one by one, each with its prefix at hand: the way to run what `pack` made.
 
-        After the last row of a prefix, the prefix receives their gradients.
+        After the last row of a prefix, the prefix receives their gradients; after the last of all, the virtual tokens
+        receive theirs.
         """
-        for prefix, rows in groupby(batches, key=lambda batch: batch.prefix):
-            with self.sharing(prefix):
-                yield from rows
+        self._in_turn = True
+        try:
+            for prefix, rows in groupby(batches, key=lambda batch: batch.prefix):
+                with self.sharing(prefix):
+                    yield from rows
+            if self._virtual is not None:
+                self._virtual.backward()
+        finally:
+            self._virtual, self._in_turn = None, False
 
     @contextmanager
     def sharing(self, prefix: SharedPrefix | None) -> Iterator[None]:
@@ -120,17 +147,42 @@ class Policy:
             self._shared = None
             self._ahead.clear()
 
-    def _before(self, prefix: SharedPrefix) -> dict[int, KeysValues]:
+    def virtual(self) -> Mapping[int, KeysValues] | None:
+        """Keys and values of the method's virtual tokens, if it has any; computed once for batches in turn."""
+        if not (count := self.method.virtual_tokens):
+            return None
+        if self._virtual is not None:
+            return self._virtual.leaves
+        computed = self.method.virtual()
+        if isinstance(computed, Tensor):
+            computed = self.captured(computed)
+        if not self._in_turn:
+            return computed
+        self._virtual = _Ahead(computed)
+        return self._virtual.leaves
+
+    def captured(
+        self, entering: Tensor, start: int = 0, before: Mapping[int, KeysValues] | None = None
+    ) -> dict[int, KeysValues]:
+        """Keys and values, by layer, of ids [T] or embeddings [T, H] that stand from position `start` on."""
+        captured: dict[int, KeysValues] = {}
+        positions = torch.arange(start, start + len(entering), device=entering.device)
+        own = (Segment(0, len(entering), None),)
+        self._trunk(entering, positions, own, alone=True, shared=before, capture=captured)
+        return captured
+
+    def _before(self, prefix: SharedPrefix | None) -> Mapping[int, KeysValues] | None:
+        """Keys and values that every root of a row comes after: virtual tokens, then the prefix."""
+        virtual = self.virtual()
+        if prefix is None:
+            return virtual
         if prefix is not self._shared:  # kept any longer its keys and values would be those of older weights
             raise RuntimeError("rows with a shared prefix run inside Policy.in_turn or Policy.sharing")
         if self._off not in self._ahead:
-            captured: dict[int, KeysValues] = {}
-            length = len(prefix.ids)
-            positions = torch.arange(length, device=prefix.ids.device)
             with self._from(prefix.below):
-                self._trunk(prefix.ids, positions, (Segment(0, length, None),), alone=True, capture=captured)
-            self._ahead[self._off] = _Ahead(captured)
-        return self._ahead[self._off].leaves
+                self._ahead[self._off] = _Ahead(self.captured(prefix.ids, self.method.virtual_tokens, virtual))
+        own = self._ahead[self._off].leaves
+        return own if virtual is None else {layer: joined(virtual[layer], own[layer]) for layer in own}
 
     def logprobs(self, batch: PackedBatch) -> Tensor:
         """Log-probability in nats of each entry of the loss index, [N]."""
@@ -157,7 +209,7 @@ class Policy:
 class _Ahead:
     """Keys and values of a prefix by layer: as computed, and cut off as leaves."""
 
-    def __init__(self, computed: dict[int, KeysValues]) -> None:
+    def __init__(self, computed: Mapping[int, KeysValues]) -> None:
         self.computed = computed
         self.leaves = {layer: (_leaf(key), _leaf(value)) for layer, (key, value) in computed.items()}
 
@@ -171,6 +223,11 @@ class _Ahead:
         reached = [(tensor, gradient) for tensor, gradient in pairs if gradient is not None]
         if reached:
             torch.autograd.backward([t for t, _ in reached], [g for _, g in reached])
+
+
+def joined(first: KeysValues, second: KeysValues) -> KeysValues:
+    """One after the other, along the positions."""
+    return torch.cat([first[0], second[0]], dim=2), torch.cat([first[1], second[1]], dim=2)
 
 
 def _leaf(tensor: Tensor) -> Tensor:

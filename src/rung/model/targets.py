@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -49,13 +49,13 @@ def linears_by_role(model: nn.Module) -> dict[Role, list[str]]:
     found: dict[Role, list[str]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and layer_number(name) is not None:
-            for role in _roles_of(name):
+            for role in roles_of(name):
                 found.setdefault(role, []).append(name)
     return found
 
 
-def select(model: nn.Module, roles: Iterable[Role], layers: Iterable[int] | None) -> list[str]:
-    """Modules that play any of `roles` in the given layers (all when None).
+def select(model: nn.Module, roles: Iterable[Role], layers: Iterable[int] | str | None) -> list[str]:
+    """Modules that play any of `roles` in the given layers: numbers, a range "15-29", a third by name, None for all.
 
     A gated model has no separate `gate` in architectures without one: a role that is absent is passed over as long as
     another is found. Raises `ConfigError` when nothing is left or a layer does not exist.
@@ -69,15 +69,28 @@ def select(model: nn.Module, roles: Iterable[Role], layers: Iterable[int] | None
             given=", ".join(roles),
             allowed=", ".join(by_role) or "none of its modules are known to Rung",
         )
-    if layers is None:
-        return names
-    wanted, present = set(layers), {layer_number(name) for name in names}
-    if missing := sorted(wanted - present):
-        top = max(n for n in present if n is not None)
-        raise ConfigError("no such layer", where="method.layers", given=missing, allowed=f"0 to {top}")
+    wanted = layers_named(layers, {number for name in names if (number := layer_number(name)) is not None})
     return [name for name in names if layer_number(name) in wanted]
 
 
-def _roles_of(name: str) -> tuple[Role, ...]:
+def layers_named(layers: Iterable[int] | str | None, present: Collection[int]) -> set[int]:
+    """Numbers of the layers meant, out of those present. Raises `ConfigError` for one that is not there."""
+    top = max(present)
+    if layers is None:
+        return set(present)
+    if isinstance(layers, str):
+        third = max(1, (top + 1) // 3)
+        thirds = {"first": (0, third - 1), "middle": (third, top - third), "last": (top + 1 - third, top)}
+        first, last = thirds.get(layers) or (int(number) for number in layers.split("-"))
+        layers = range(first, last + 1)
+        if not layers:
+            raise ConfigError("no layer lies in this range", where="method.layers", given=f"{first}-{last}")
+    if missing := sorted(set(layers) - set(present)):
+        raise ConfigError("no such layer", where="method.layers", given=missing, allowed=f"0 to {top}")
+    return set(layers)
+
+
+def roles_of(name: str) -> tuple[Role, ...]:
+    """Roles that a module of this name plays; none for one that is not known."""
     parts = name.split(".")
     return _ROLES.get(parts[-1]) or _ROLES.get(".".join(parts[-2:]), ())

@@ -79,18 +79,39 @@ def method_text(method: Json) -> str:
         return "full: every weight"
     if kind == "head":
         return "head: the output head alone"
-    if kind != "lora":
-        return kind
-    layers, targets = method.get("layers"), method.get("targets") or ()
-    extra = [name for name in ("dora", "rslora") if method.get(name)]
+    if kind == "lora":
+        return _lora_text(method)
+    layers = _layers_text(method.get("layers"))
+    sizes = {
+        "bottleneck": f"{method.get('placement')} adapters of width {method.get('width')}{layers and ', ' + layers}",
+        "prompt": f"prompt of {method.get('virtual_tokens')} virtual tokens",
+        "prefix": f"prefix of {method.get('virtual_tokens')} virtual tokens in every layer",
+    }
+    return sizes.get(kind, kind)
+
+
+def _lora_text(method: Json) -> str:
+    targets, rank = method.get("targets") or (), method.get("rank") or 0
+    ranks, init, ratio = method.get("ranks") or {}, method.get("init", "default"), method.get("rate_ratio", 1.0)
+    sampled = method.get("sampled_layers")
     parts = [
-        f"LoRA rank {method.get('rank')}, alpha {method.get('alpha', 0):g}",
+        f"LoRA rank {rank}, alpha {method.get('alpha') or 2 * rank:g}",
+        ", ".join(f"{place}: {own}" for place, own in ranks.items()),
         "all linear layers" if set(targets) == ALL_ROLES else "on " + " ".join(map(str, targets)),
-        "" if layers is None else "layers " + ", ".join(map(str, layers)),
+        _layers_text(method.get("layers")),
+        f"{sampled} layers at a time" if sampled else "",
+        f"started by {init}" if init != "default" else "",
         f"dropout {method['dropout']:g}" if method.get("dropout") else "",
-        *extra,
+        f"B {ratio:g} times as fast" if ratio != 1.0 else "",
+        *(name for name in ("dora", "rslora") if method.get(name)),
     ]
     return ", ".join(part for part in parts if part)
+
+
+def _layers_text(layers: object) -> str:
+    if layers is None:
+        return ""
+    return "layers " + (layers if isinstance(layers, str) else ", ".join(map(str, layers)))  # type: ignore[call-overload]
 
 
 def gates_text(gates: Sequence[Json]) -> str:
@@ -147,7 +168,7 @@ def after_run(manifest: Json, output: str) -> list[str]:
 def artefact(manifest: Json, output: str) -> str:
     """Where the tuned weights are."""
     kind = manifest.get("spec", {}).get("method", {}).get("kind")
-    return str(Path(output) / ("adapter" if kind == "lora" else "model"))
+    return str(Path(output) / ("model" if kind in ("full", "head") else "adapter"))
 
 
 def _tuned_folder(ladder: Json) -> str | None:

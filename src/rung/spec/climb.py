@@ -8,7 +8,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from rung.spec.base import Share, Spec
 
-RungKind = Literal["zero_shot", "few_shot", "head", "lora", "full"]
+RungKind = Literal["zero_shot", "few_shot", "prompt", "prefix", "head", "bottleneck", "lora", "full"]
 
 
 class RungSpec(Spec):

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from rung.spec.base import ALL_LINEAR, Role, Share, Spec
+
+Layers = (
+    tuple[NonNegativeInt, ...]
+    | Literal["first", "middle", "last"]
+    | Annotated[str, Field(pattern=r"^\d+-\d+$")]
+    | None
+)
+"""Numbers counted from 0, a range such as 15-29, or a third of the layers by name; none is all."""
+Init = Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "corda_knowledge", "lora_ga"]
+_PLACE = r"^((q|k|v|o|gate|up|down)|\d+|\d+\.(q|k|v|o|gate|up|down))$"
 
 
 class FullSpec(Spec):
@@ -30,23 +40,108 @@ class LoraSpec(Spec):
     kind: Literal["lora"] = "lora"
     rank: PositiveInt = 16
     """Columns of B. Trainable parameters grow linearly with it."""
-    alpha: PositiveFloat = 32.0
-    """Numerator of the scale: the update is multiplied by alpha / rank."""
+    ranks: dict[Annotated[str, Field(pattern=_PLACE)], PositiveInt] = {}
+    """Other ranks by role (down), layer (3) or both (3.down); the most specific one counts."""
+    alpha: PositiveFloat | None = None
+    """Numerator of the scale: the update is multiplied by alpha / rank. None is twice the rank, whatever the rank."""
     dropout: Share = 0.0
     """Dropout on the adapter's input. Above 0 prefix sharing is off: copies of a prefix would differ."""
     targets: tuple[Role, ...] = Field(default=ALL_LINEAR, min_length=1)
     """Roles (q, k, v, o, gate, up, down), not module names; a fused projection counts as any of its roles."""
-    layers: tuple[NonNegativeInt, ...] | None = None
-    """Numbers of the layers that get an adapter, counted from 0; none is all."""
+    layers: Layers = None
+    """Layers that get an adapter: numbers counted from 0, a range (15-29), or first, middle, last for a third of them;
+    none is all."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) (Kalajdzievski 2023, eq. 4)."""
     dora: bool = False
     """Learn magnitude and direction apart (Liu et al. 2024, eq. 5)."""
-    init: Literal["default", "gaussian", "orthogonal"] = "default"
-    """Start of A (and, for orthogonal, B) that leaves the base alone."""
+    init: Init = "default"
+    """Start of A and B. From pissa on it is read off the weights (pissa, olora), the activations (eva, corda) or the
+    gradient (lora_ga). The base never moves: a start that is not zero is subtracted by a frozen half of the adapter."""
+    init_examples: PositiveInt = 64
+    """Training documents that activations and gradients of such a start are taken from."""
+    rate_ratio: PositiveFloat = 1.0
+    """Learning rate of B over that of A (LoRA+, Hayou et al. 2024, section 4); 16 is the paper's choice."""
+    sampled_layers: PositiveInt | None = None
+    """Move only so many layers at a time, drawn anew every `resample_every` steps (LISA, Pan et al. 2024)."""
+    resample_every: PositiveInt = 20
+    """Optimiser steps between draws of `sampled_layers`."""
     modules_to_save: tuple[str, ...] = ()
     """Names of modules trained whole beside the adapter and saved with it, for example [lm_head]."""
 
+    @model_validator(mode="after")
+    def _can_be_combined(self) -> LoraSpec:
+        if self.init in SUBTRACTED and self.dora:
+            raise ValueError(f"init {self.init} subtracts its start, which a direction learned apart (dora) has not")
+        if self.init in SUBTRACTED and self.dropout:
+            raise ValueError(f"init {self.init} subtracts its start, which dropout would do only at random")
+        return self
 
-MethodSpec = Annotated[FullSpec | HeadSpec | LoraSpec, Field(discriminator="kind")]
-METHOD_SPECS: dict[str, type[FullSpec | HeadSpec | LoraSpec]] = {"full": FullSpec, "head": HeadSpec, "lora": LoraSpec}
+
+SUBTRACTED = frozenset({"pissa", "olora", "corda", "corda_knowledge", "lora_ga"})
+"""Starts that are not zero: a frozen half of the adapter takes them off the base again."""
+CALIBRATED = SUBTRACTED | {"eva"}
+"""Starts made before the first step from weights, activations or gradients."""
+
+
+class BottleneckSpec(Spec):
+    """A narrow network beside or behind each block: x + up(activation(down(x))) (Houlsby et al. 2019, section 2.1)."""
+
+    DEFAULT_LEARNING_RATE: ClassVar[float] = 1e-3
+    kind: Literal["bottleneck"] = "bottleneck"
+    placement: Literal["houlsby", "pfeiffer", "parallel"] = "houlsby"
+    """`houlsby`: behind attention and behind the feed-forward block, before each residual sum; `pfeiffer`: once a
+    layer, on its output (Pfeiffer et al. 2020); `parallel`: beside the feed-forward block, from its input
+    (He et al. 2022)."""
+    width: PositiveInt = 64
+    """Numbers in the middle. Trainable parameters grow linearly with it."""
+    activation: Literal["relu", "gelu", "silu", "tanh"] = "gelu"
+    """Between down and up."""
+    scale: PositiveFloat = 1.0
+    """Factor of the adapter's output; He et al. take 4 for `parallel`."""
+    layers: Layers = None
+    """As for lora."""
+
+
+class PromptSpec(Spec):
+    """Learned embeddings in front of every document (Lester et al. 2021)."""
+
+    DEFAULT_LEARNING_RATE: ClassVar[float] = 3e-2
+    kind: Literal["prompt"] = "prompt"
+    virtual_tokens: Annotated[int, Field(ge=1, le=500)] = 20
+    """Embeddings that are learned."""
+    init: Literal["random", "vocabulary", "text"] = "vocabulary"
+    """`random`: normal, as wide as the base's embeddings; `vocabulary`: embeddings of different tokens, drawn from the
+    most frequent; `text`: those of `init_text`, repeated or cut to fit."""
+    init_text: str | None = None
+    """What the prompt says before it is learned, for `init: text`."""
+
+    @model_validator(mode="after")
+    def _text_goes_with_init(self) -> PromptSpec:
+        if (self.init == "text") != bool(self.init_text):
+            raise ValueError("init: text and init_text go together")
+        return self
+
+
+class PrefixSpec(Spec):
+    """Learned keys and values before every document, in every layer (Li and Liang 2021, eq. 3)."""
+
+    DEFAULT_LEARNING_RATE: ClassVar[float] = 1e-2
+    kind: Literal["prefix"] = "prefix"
+    virtual_tokens: Annotated[int, Field(ge=1, le=500)] = 20
+    """Keys and values that are learned in each layer."""
+    projection: PositiveInt | None = None
+    """Width of a network that makes them from learned embeddings while training (Li and Liang 2021, section 4.3); its
+    output alone is saved. None learns them as they are (Liu et al. 2022)."""
+
+
+AnySpec = FullSpec | HeadSpec | LoraSpec | BottleneckSpec | PromptSpec | PrefixSpec
+MethodSpec = Annotated[AnySpec, Field(discriminator="kind")]
+METHOD_SPECS: dict[str, type[AnySpec]] = {
+    "full": FullSpec,
+    "head": HeadSpec,
+    "lora": LoraSpec,
+    "bottleneck": BottleneckSpec,
+    "prompt": PromptSpec,
+    "prefix": PrefixSpec,
+}

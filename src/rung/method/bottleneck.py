@@ -1,0 +1,169 @@
+"""Bottleneck adapters for decoders that normalise before each block: Houlsby's, Pfeiffer's, and the parallel one.
+
+With x the residual stream and f a block (its norm included), a layer becomes
+
+    houlsby    x + f(x) + Ad(f(x))       behind attention and behind the feed-forward block
+    pfeiffer   y + Ad(y), y the layer    once a layer
+    parallel   x + f(x) + s Ad(norm(x))  beside the feed-forward block
+    Ad(h) = up(activation(down(h)))
+
+up starts at zero, so the model starts as the base. The adapters hang on forward hooks: no module changes its place or
+its name, so taking them off leaves the base bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from transformers import PreTrainedModel
+
+from rung.errors import ConfigError, PlanError
+from rung.method.base import Simple, same_keys
+from rung.model.fuse import plain_part
+from rung.model.fused import Part
+from rung.model.layers import layers_of
+from rung.model.targets import layer_number, layers_named, linears_by_role
+from rung.spec.method import BottleneckSpec
+
+WEIGHTS = "adapter_model.safetensors"
+NAME = "bottleneck"
+"""Of the submodule that a host gets."""
+START = 0.02
+"""Standard deviation of down at the start."""
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+class Adapter(nn.Module):
+    """up(activation(down(h))) on the last axis (Houlsby et al. 2019, section 2.1)."""
+
+    def __init__(self, features: int, spec: BottleneckSpec, like: Tensor) -> None:
+        super().__init__()
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self.down = nn.Linear(features, spec.width, device=like.device, dtype=dtype)
+        self.up = nn.Linear(spec.width, features, device=like.device, dtype=dtype)
+        self.activation, self.scale = _ACTIVATIONS[spec.activation], spec.scale
+        nn.init.normal_(self.down.weight, std=START)
+        for start in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(start)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """The same shape and, under autocast too, the type of `h`."""
+        wide = h.to(torch.promote_types(h.dtype, self.down.weight.dtype))
+        return self.scale * self.up(self.activation(self.down(wide))).to(h.dtype)
+
+
+class Bottleneck(Simple):
+    """A narrow network behind or beside blocks of every chosen layer; the base never moves."""
+
+    kind = NAME
+    artefact = "adapter"
+    starts_as_base = True
+
+    def __init__(self, model: PreTrainedModel, spec: BottleneckSpec) -> None:
+        self.model, self.spec = model, spec
+        self.on = True
+        features = int(model.config.hidden_size)
+        like = next(model.parameters())
+        self.hosts = _hosts(model, spec)
+        for host in self.hosts.values():
+            host.add_module(NAME, Adapter(features, spec, like))
+            host.register_forward_hook(self._beside if spec.placement == "parallel" else self._behind)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """down and up of every adapter."""
+        return {
+            f"{name}.{NAME}.{own}": parameter
+            for name, host in self.hosts.items()
+            for own, parameter in host.get_submodule(NAME).named_parameters()
+        }
+
+    def declared_parameters(self) -> int:
+        """Adapters times 2 H w + w + H."""
+        features, width = int(self.model.config.hidden_size), self.spec.width
+        return len(self.hosts) * (2 * features * width + width + features)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base alone, inside the context."""
+        before, self.on = self.on, False
+        try:
+            yield
+        finally:
+            self.on = before
+
+    def part(self, module: nn.Module) -> Part | None:
+        """A linear as it stands: the adapters are called beside it."""
+        return plain_part(module)
+
+    def shares_prefixes(self) -> bool:
+        """Always: nothing is drawn at random."""
+        return True
+
+    def save(self, folder: Path) -> None:
+        """Weights by the names of their hosts, and what is needed to build them again."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: p.detach().contiguous().cpu() for name, p in self.trainable().items()}
+        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        config = {"peft_type": "RUNG_BOTTLENECK", "task_type": "CAUSAL_LM", **self.spec.model_dump(mode="json")}
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    def load(self, folder: Path) -> None:
+        """Read them; keys missing or left over raise `CheckpointError`."""
+        state, own = load_file(folder / WEIGHTS), self.trainable()
+        same_keys(state.keys(), own.keys(), str(folder))
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+
+    def merge(self) -> nn.Module:
+        """Raises `PlanError`: what is not linear has no place in a weight."""
+        raise PlanError(
+            "a bottleneck adapter cannot be folded into the base: its activation is not linear",
+            hint="serve the base with the adapter, or train a lora",
+        )
+
+    def _behind(self, host: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        if not self.on:
+            return output
+        if isinstance(output, tuple):
+            return (output[0] + host.get_submodule(NAME)(output[0]), *output[1:])
+        return output + host.get_submodule(NAME)(output)
+
+    def _beside(self, host: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        return output + host.get_submodule(NAME)(inputs[0]) if self.on else output
+
+
+def _hosts(model: PreTrainedModel, spec: BottleneckSpec) -> dict[str, nn.Module]:
+    """The modules whose output an adapter joins, by name. Raises `ConfigError` where the model has none of the kind."""
+    layers = layers_of(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    wanted = layers_named(spec.layers, range(len(layers)))
+    if spec.placement == "pfeiffer":
+        return {names[id(layer)]: layer for number, layer in enumerate(layers) if number in wanted}
+    by_role = linears_by_role(model)
+    found = [*by_role.get("o", ()), *by_role.get("down", ())] if spec.placement == "houlsby" else by_role.get("down", ())
+    if spec.placement == "parallel":  # beside the whole block, which must be a module of its own
+        blocks = dict.fromkeys(name.rpartition(".")[0] for name in found)
+        found = [name for name in blocks if id(model.get_submodule(name)) not in {id(layer) for layer in layers}]
+    chosen = {name: model.get_submodule(name) for name in found if layer_number(f"{name}.") in wanted}
+    if not chosen:
+        raise ConfigError(
+            "this model has no blocks of the kind that this adapter stands at",
+            where="method.placement",
+            given=spec.placement,
+            allowed="pfeiffer, which needs layers alone",
+        )
+    return chosen

@@ -1,0 +1,90 @@
+"""Starts of a low-rank pair B [O, R], A [R, I] that are read off weights, activations or gradients.
+
+Each is a pure function in float32 or wider. `scale` is what the pair will be multiplied by (alpha / rank).
+
+Suffixes: O outputs, I inputs, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rung.errors import ConfigError
+
+GAMMA = 16.0
+"""LoRA-GA's factor on the scale of its start: the value of the paper's experiments (Wang et al. 2024)."""
+
+
+class Pair(NamedTuple):
+    """The two factors of an update."""
+
+    b_OR: Tensor
+    a_RI: Tensor
+
+
+def pissa(weight_OI: Tensor, rank: int, scale: float) -> Pair:
+    """Principal singular values and vectors: scale * B A is the best approximation of W (Meng et al. 2024, section 3)."""
+    u, s, vh = torch.linalg.svd(weight_OI, full_matrices=False)
+    root = (s[:rank] / scale).sqrt()
+    return Pair(u[:, :rank] * root, root[:, None] * vh[:rank])
+
+
+def olora(weight_OI: Tensor, rank: int) -> Pair:
+    """The first columns of Q and rows of R where W = Q R (Büyükakyüz 2024, section 3)."""
+    q, r = torch.linalg.qr(weight_OI)
+    return Pair(q[:, :rank].contiguous(), r[:rank].contiguous())
+
+
+def corda(weight_OI: Tensor, moment_II: Tensor, rank: int, scale: float, *, knowledge: bool) -> Pair:
+    """Singular vectors of W C, C the second moment of the inputs (Yang et al. 2024, section 3).
+
+    The largest ones, which the documents use most; with `knowledge` the smallest, so that what the documents need is
+    preserved. Raises `ConfigError` where C cannot be inverted.
+    """
+    moment, inverse = _inverted(moment_II)
+    u, s, vh = torch.linalg.svd(weight_OI @ moment, full_matrices=False)
+    chosen = slice(len(s) - rank, len(s)) if knowledge else slice(rank)
+    root = (s[chosen] / scale).sqrt()
+    return Pair(u[:, chosen] * root, root[:, None] * (vh[chosen] @ inverse))
+
+
+def eva(weight_OI: Tensor, moment_II: Tensor, rank: int) -> Pair:
+    """A spans the directions in which the inputs vary most, B is zero (Paischer et al. 2024, section 3)."""
+    _, vectors = torch.linalg.eigh(moment_II)  # ascending
+    return Pair(weight_OI.new_zeros(len(weight_OI), rank), vectors[:, -rank:].flip(1).T.contiguous())
+
+
+def lora_ga(gradient_OI: Tensor, rank: int) -> Pair:
+    """Singular vectors of the gradient, different ones for B and A (Wang et al. 2024, section 3).
+
+    The first step then changes the product by nearly the direction of the full gradient. Scaled by O^(1/4) / sqrt(GAMMA).
+    """
+    outputs = len(gradient_OI)
+    u, _, v = torch.svd_lowrank(gradient_OI, q=min(4 * rank, *gradient_OI.shape), niter=4)
+    factor = outputs**0.25 / GAMMA**0.5
+    return Pair(u[:, rank : 2 * rank] * factor, (v[:, :rank] * factor).T.contiguous())
+
+
+def largest_rank(init: str, outputs: int, inputs: int) -> int:
+    """The largest rank a start can have for a matrix of this shape."""
+    most = min(outputs, inputs)
+    return {"lora_ga": most // 2, "eva": inputs}.get(init, most)
+
+
+def _inverted(moment_II: Tensor) -> tuple[Tensor, Tensor]:
+    """The moment with as much of its mean diagonal added as its inverse needs, and the inverse."""
+    identity = torch.eye(len(moment_II), dtype=moment_II.dtype, device=moment_II.device)
+    damp = 0.01 * moment_II.diagonal().mean() * identity
+    for doublings in range(10):
+        damped = moment_II + damp * 2**doublings
+        inverse = torch.linalg.inv(damped)
+        if bool((damped @ inverse - identity).norm() < 0.05):
+            return damped, inverse
+    raise ConfigError(
+        "the inputs of a layer vary too little for this start",
+        where="method.init",
+        hint="raise method.init_examples, or take another start",
+    )
