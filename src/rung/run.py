@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from torch import nn
 
 from rung.data.cache import cached_examples
 from rung.data.chat import Chat, Preflight, Tokenised
@@ -29,7 +30,8 @@ from rung.evaluate.baselines import Framing
 from rung.evaluate.task import Evaluation, evaluate
 from rung.method.base import Method
 from rung.method.table import attach
-from rung.model.fuse import left_alone
+from rung.model.fuse import fuse, left_alone
+from rung.model.fused import Part
 from rung.model.load import Base, check_fingerprint, load_base, load_tokenizer
 from rung.model.policy import Policy, Virtual
 from rung.objective.table import OBJECTIVES
@@ -120,7 +122,7 @@ def dry_run(spec: RunSpec) -> dict[str, Any]:
     return {
         **data.summary(),
         "steps_per_epoch": steps_per_epoch,
-        "tokens_per_micro_batch": _budget(spec, base),
+        "tokens_per_micro_batch": budget_of(spec, base),
         "trainable_parameters": method.declared_parameters(),
         "learning_rate": spec.learning_rate,
     }
@@ -148,7 +150,8 @@ def train_on(
         what = f"what this run began with has changed: its {' and '.join(changed)}"
         raise CheckpointError(what, where=spec.output, hint="start anew with --overwrite")
     if alone := left_alone(base.model, method.part) if spec.model.fused else []:
-        say(f"{len(alone)} adapted linears compute through peft's own forward (dropout, DoRA): slower, same result")
+        why = "dropout, DoRA, or a quantised base"
+        say(f"{len(alone)} adapted linears compute through peft's own forward ({why}): slower, same result")
     folder.manifest.pop("error", None)
     folder.update(
         status="running",
@@ -165,7 +168,7 @@ def train_on(
         objective=OBJECTIVES[spec.objective.kind](spec.objective),
         spec=spec.engine,
         peak_rate=spec.learning_rate,
-        budget=_budget(spec, base),
+        budget=budget_of(spec, base),
         seed=spec.seed,
         folder=folder,
     )
@@ -218,6 +221,19 @@ def open_base(spec: ModelSpec) -> tuple[Policy, Chat]:
     return Policy(base, Untouched()), Chat(base.tokenizer, spec.template)
 
 
+@runtime_checkable
+class Quantised(Protocol):
+    """A method on a base that can be widened."""
+
+    def dequantise(self) -> None:
+        """Hold the base in full width from now on."""
+        ...
+
+    def part(self, module: nn.Module) -> Part | None:
+        """As in `Method`."""
+        ...
+
+
 class Untouched:
     """What a policy holds when nothing is tuned: off and on are the same."""
 
@@ -244,6 +260,9 @@ def test_records(spec: RunSpec, splits: Splits) -> Records:
 
 def score(policy: Policy, chat: Chat, spec: RunSpec, records: Sequence[Record], *, tuned: bool) -> Evaluation:
     """Score test records; an untuned model gets `evaluate.instruction`."""
+    if spec.evaluate.dequantise and isinstance(policy.method, Quantised):
+        policy.method.dequantise()
+        fuse(policy.model, policy.method.part)
     framing = Framing(None if tuned else spec.evaluate.instruction, context=spec.evaluate.context == "given")
     return evaluate(policy, chat, records, framing, spec.evaluate)
 
@@ -327,7 +346,8 @@ def _settle_budget(trainer: Trainer, data: Data) -> None:
     trainer.folder.update(tokens_per_micro_batch=trainer.budget)
 
 
-def _budget(spec: RunSpec, base: Base) -> int:
+def budget_of(spec: RunSpec, base: Base) -> int:
+    """Tokens computed at once, as far as the config and the base decide it."""
     given = spec.engine.tokens_per_micro_batch
     return given if isinstance(given, int) else tokens_per_micro_batch(base.model.config, device().type)
 

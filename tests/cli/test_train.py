@@ -168,7 +168,7 @@ def test_patience_keeps_the_best_weights(config: Path, tmp_path: Path, capsys: A
     settings = [
         "engine.eval_every=1",
         "engine.patience=1",
-        "engine.learning_rate=3.0",
+        "engine.learning_rate=12.0",
         "engine.clip=null",
         "engine.max_steps=12",
     ]

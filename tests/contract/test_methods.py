@@ -15,9 +15,11 @@ from rung.engine.pack import pack
 from rung.engine.step import accumulate
 from rung.errors import CheckpointError, ConfigError, PlanError
 from rung.method.base import load_state, state_of
+from rung.method.quantised import quantise
 from rung.method.table import METHODS, attach
 from rung.model.fuse import fuse
 from rung.model.generate import Sampling, generate
+from rung.model.policy import Policy
 from rung.objective.table import OBJECTIVES
 from rung.spec.engine import OptimiserSpec
 from rung.spec.method import METHOD_SPECS
@@ -39,6 +41,8 @@ VARIANTS: list[tuple[str, dict[str, object]]] = [
     ("lora", {"init": "corda", "rank": 4, "alpha": 3.0}),
     ("lora", {"init": "lora_ga", "rank": 4, "modules_to_save": ("lm_head",)}),
     ("lora", {"ranks": {"down": 4, "1": 2, "1.q": 3}, "rank": 8}),
+    ("qlora", {}),
+    ("qlora", {"bits": 8, "rank": 4, "rslora": True, "layers": (1,)}),
     ("bottleneck", {"width": 4}),
     ("bottleneck", {"width": 4, "placement": "pfeiffer", "activation": "relu", "layers": (1,)}),
     ("bottleneck", {"width": 4, "placement": "parallel", "activation": "silu", "scale": 4.0}),
@@ -51,6 +55,15 @@ NOT_MERGED = {"bottleneck": "not linear", "prompt": "virtual tokens", "prefix": 
 IDS = ["-".join([kind, *map(str, spec)]) for kind, spec in VARIANTS]
 
 
+def base_of(kind: str, spec: dict[str, object]) -> Policy:
+    """What a method stands on: the model itself, or what quantising made of it."""
+    model = tiny_model()
+    if kind == "qlora":
+        quantise(model, METHOD_SPECS[kind](**spec))
+    fuse(model)
+    return policy_of(model)
+
+
 def test_every_method_has_a_variant_here_and_a_spec() -> None:
     assert set(METHODS) == set(METHOD_SPECS) == {kind for kind, _ in VARIANTS}
 
@@ -58,7 +71,7 @@ def test_every_method_has_a_variant_here_and_a_spec() -> None:
 @pytest.mark.parametrize(("kind", "spec"), VARIANTS, ids=IDS)
 def test_starts_as_the_base_and_declares_what_moves(kind: str, spec: dict[str, object]) -> None:
     examples = documents()
-    before = policy_of(tiny_model()).logprobs(pack(examples, 10_000)[0])
+    before = base_of(kind, spec).logprobs(pack(examples, 10_000)[0])
     model = tiny_model()
     method = attach(model, METHOD_SPECS[kind](**spec), seed=3)
     policy = calibrated(policy_of(model, method), method)
@@ -118,9 +131,7 @@ def test_trained_numbers_change_reading_and_answering(kind: str, spec: dict[str,
 @pytest.mark.parametrize(("kind", "spec"), [v for v in VARIANTS if v[0] != "full"], ids=[i for i in IDS if i != "full"])
 def test_switching_off_gives_the_base_bit_for_bit(kind: str, spec: dict[str, object]) -> None:
     batch = pack(documents(), 10_000)[0]
-    fused = tiny_model()
-    fuse(fused)
-    base = policy_of(fused).logprobs(batch)
+    base = base_of(kind, spec).logprobs(batch)
     policy, _ = tuned(kind, **spec)
     tuned_once = policy.logprobs(batch)
     for _ in range(50):
@@ -226,4 +237,5 @@ def test_bfloat16_compute_gives_nearly_the_gradient_of_float32(kind: str, spec: 
         accumulate(policy, OBJECTIVES["sft"](SftSpec()), pack(documents(shared=17), 10_000))
         gradients.append(torch.cat([p.grad.flatten() for p in method.trainable().values() if p.grad is not None]))
     exact, low = gradients
-    assert (exact - low).norm() / exact.norm() < 0.05  # bfloat16 keeps 8 bits of mantissa
+    limit = 0.2 if kind == "qlora" else 0.05  # bfloat16 keeps 8 bits of mantissa, and moves weights between two levels
+    assert (exact - low).norm() / exact.norm() < limit

@@ -103,13 +103,16 @@ def read_checkpoint(folder: Path, optimiser: torch.optim.Optimizer) -> tuple[dic
     for key, value in state.items():
         number, name = key.split(".", 1)
         parameter = parameters[int(number)]
-        optimiser.state[parameter][name] = value if name == "step" else value.to(parameter.device)
+        if name == "step":  # torch counts in a float tensor, bitsandbytes in a plain number
+            optimiser.state[parameter][name] = int(value) if value.dtype is torch.int64 else value
+        else:
+            optimiser.state[parameter][name] = value.to(parameter.device)
     return read_weights(folder), json.loads((folder / "progress.json").read_text())
 
 
 def _optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
-        f"{number}.{name}": value.detach().contiguous().cpu()
+        f"{number}.{name}": torch.as_tensor(value).detach().contiguous().cpu()
         for number, parameter in enumerate(_numbered(optimiser))
         for name, value in optimiser.state.get(parameter, {}).items()
     }

@@ -113,7 +113,8 @@ class Movement:
         for name, parameter in self.trainable.items():
             gradient = parameter.grad
             state: Mapping[str, Tensor] = optimiser.state.get(parameter, {})
-            if gradient is not None and bool(gradient.any()) and bool(state["exp_avg"].any()):
+            moment = state.get("exp_avg", state.get("state1"))  # torch's name, and that of moments in 8 bits
+            if gradient is not None and moment is not None and bool(gradient.any()) and bool(moment.any()):
                 self.moved.add(name)
         self.steps += 1
         return self._verdict() if self.steps == 2 else None

@@ -4,29 +4,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
+from rung.engine.progress import say
+from rung.errors import PlanError
 from rung.spec.engine import OptimiserSpec
 
 
 def make_optimiser(
     trainable: Mapping[str, nn.Parameter], spec: OptimiserSpec, rate_factor: Callable[[str], float] = lambda _: 1.0
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     """AdamW with decay on matrices only. `set_rate` sets the learning rate at every step."""
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in trainable.items():
         groups.setdefault((parameter.dim() > 1, rate_factor(name)), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": members, "weight_decay": spec.weight_decay if matrix else 0.0, "rate_factor": factor}
-            for (matrix, factor), members in sorted(groups.items(), key=lambda item: item[0], reverse=True)
-        ],
-        lr=0.0,
-        betas=(spec.beta1, spec.beta2),
-        eps=spec.epsilon,
-    )
+    made = [
+        {"params": members, "weight_decay": spec.weight_decay if matrix else 0.0, "rate_factor": factor}
+        for (matrix, factor), members in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+    ]
+    kind = torch.optim.AdamW if spec.moments == "float32" else _in_eight_bits(next(iter(trainable.values())).device)
+    return kind(made, lr=0.0, betas=(spec.beta1, spec.beta2), eps=spec.epsilon)
+
+
+def _in_eight_bits(device: torch.device) -> Any:
+    """AdamW of bitsandbytes. Raises `PlanError` where the library is not installed."""
+    try:
+        from bitsandbytes import optim
+    except ImportError as error:
+        raise PlanError(
+            "moments in 8 bits need bitsandbytes",
+            where="engine.optimiser.moments",
+            given="int8",
+            hint="pip install 'rung[quantised]'",
+        ) from error
+    if device.type == "cuda":
+        return optim.PagedAdamW8bit
+    say("moments in 8 bits, without paging: that needs a graphics card")
+    return optim.AdamW8bit
 
 
 def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:

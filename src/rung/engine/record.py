@@ -18,7 +18,7 @@ from rung.errors import CheckpointError
 
 State = Literal["passed", "failed", "not_reached"]
 GENERATED = (
-    *("run.json", "log.jsonl", "checkpoints", "adapter", "model", "rungs", "report.html"),
+    *("run.json", "log.jsonl", "checkpoints", "start", "adapter", "model", "rungs", "report.html"),
     *("items.jsonl", "result.json", "eval.jsonl"),
 )
 """What a run writes into its folder, and what `--overwrite` therefore may remove."""

@@ -176,10 +176,14 @@ class Lora(Simple):
         """The base with B A added; raises when a merged weight is not finite."""
         self.model.float()  # B A would be rounded away in bfloat16
         merged: nn.Module = quiet(self.peft.merge_and_unload, safe_merge=True)
+        self.untie()
+        return merged
+
+    def untie(self) -> None:
+        """Let the config say that a head trained whole beside the adapter is its own now."""
         head = self.model.get_output_embeddings()
         if head is not None and head.weight is not self.model.get_input_embeddings().weight:
-            self.model.config.tie_word_embeddings = False  # a head trained whole beside the adapter is its own now
-        return merged
+            self.model.config.tie_word_embeddings = False
 
     def _config(self, modules_to_save: list[str]) -> LoraConfig:
         spec = self.spec
@@ -304,7 +308,9 @@ def _dense(layer: Any) -> Tensor:
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs of a linear; GPT-2's Conv1D stores its weight transposed."""
+    """Inputs and outputs of a linear; GPT-2's Conv1D stores its weight transposed, a quantised one in no shape."""
+    if hasattr(module, "in_features"):
+        return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
     weight: Tensor = module.weight  # type: ignore[assignment]
     first, second = weight.shape
     return (first, second) if isinstance(module, Conv1D) else (second, first)

@@ -68,6 +68,16 @@ def lora_ga(gradient_OI: Tensor, rank: int) -> Pair:
     return Pair(u[:, rank : 2 * rank] * factor, (v[:, :rank] * factor).T.contiguous())
 
 
+def loftq(weight_OI: Tensor, quantised_OI: Tensor, rank: int, scale: float) -> Pair:
+    """scale * B A is the best approximation of what quantising took away (Li et al. 2023, algorithm 1, one round).
+
+    One round, because further ones would quantise another matrix: the quantised base stays that of W.
+    """
+    u, s, v = torch.svd_lowrank(weight_OI - quantised_OI, q=min(2 * rank, *weight_OI.shape), niter=4)
+    root = (s[:rank] / scale).sqrt()
+    return Pair(u[:, :rank] * root, (v[:, :rank] * root).T.contiguous())
+
+
 def largest_rank(init: str, outputs: int, inputs: int) -> int:
     """The largest rank a start can have for a matrix of this shape."""
     most = min(outputs, inputs)

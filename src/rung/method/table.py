@@ -13,6 +13,7 @@ from rung.method.bottleneck import Bottleneck
 from rung.method.full import Full, Head
 from rung.method.lora import Lora
 from rung.method.prefix import Prefix
+from rung.method.quantised import Qlora
 from rung.method.soft_prompt import Prompt
 from rung.model.fuse import fuse
 from rung.spec.method import MethodSpec
@@ -21,6 +22,7 @@ METHODS: dict[str, Callable[[PreTrainedModel, Any], Method]] = {
     "full": Full,
     "head": Head,
     "lora": Lora,
+    "qlora": Qlora,
     "bottleneck": Bottleneck,
     "prompt": Prompt,
     "prefix": Prefix,

@@ -20,6 +20,9 @@ class OptimiserSpec(Spec):
     """Decay of the second moment."""
     epsilon: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
+    moments: Literal["float32", "int8"] = "float32"
+    """`int8` keeps both moments in 8 bits (Dettmers et al. 2022; bitsandbytes), on a graphics card in memory that pages
+    out; tensors of fewer than 4,096 numbers stay in float32."""
 
 
 class EngineSpec(Spec):

@@ -26,5 +26,7 @@ class EvaluateSpec(Spec):
     """Longest answer in tokens."""
     limit: PositiveInt | None = None
     """Use at most this many test items, taken in the order of the seed."""
+    dequantise: bool = False
+    """Answer from a copy of a quantised base in full width: the same numbers, faster, in more memory (qlora only)."""
     batch: PositiveInt = 32
     """Questions answered at once."""

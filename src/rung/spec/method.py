@@ -15,7 +15,9 @@ Layers = (
     | None
 )
 """Numbers counted from 0, a range such as 15-29, or a third of the layers by name; none is all."""
-Init = Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "corda_knowledge", "lora_ga"]
+Init = Literal[
+    "default", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "corda_knowledge", "lora_ga", "loftq"
+]
 _PLACE = r"^((q|k|v|o|gate|up|down)|\d+|\d+\.(q|k|v|o|gate|up|down))$"
 
 
@@ -33,11 +35,10 @@ class HeadSpec(Spec):
     kind: Literal["head"] = "head"
 
 
-class LoraSpec(Spec):
-    """Low-rank update W + (alpha / rank) * B @ A (Hu et al. 2021, eq. 3)."""
+class LowRank(Spec):
+    """What lora and qlora have in common."""
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 5e-4
-    kind: Literal["lora"] = "lora"
     rank: PositiveInt = 16
     """Columns of B. Trainable parameters grow linearly with it."""
     ranks: dict[Annotated[str, Field(pattern=_PLACE)], PositiveInt] = {}
@@ -70,11 +71,43 @@ class LoraSpec(Spec):
     """Names of modules trained whole beside the adapter and saved with it, for example [lm_head]."""
 
     @model_validator(mode="after")
-    def _can_be_combined(self) -> LoraSpec:
+    def _can_be_combined(self) -> LowRank:
         if self.init in SUBTRACTED and self.dora:
             raise ValueError(f"init {self.init} subtracts its start, which a direction learned apart (dora) has not")
         if self.init in SUBTRACTED and self.dropout:
             raise ValueError(f"init {self.init} subtracts its start, which dropout would do only at random")
+        return self
+
+
+class LoraSpec(LowRank):
+    """Low-rank update W + (alpha / rank) * B @ A (Hu et al. 2021, eq. 3)."""
+
+    kind: Literal["lora"] = "lora"
+
+    @model_validator(mode="after")
+    def _nothing_is_quantised(self) -> LoraSpec:
+        if self.init == "loftq":
+            raise ValueError("init loftq makes up for what quantising takes away: it goes with kind: qlora")
+        return self
+
+
+class QloraSpec(LowRank):
+    """The same update beside a base held in 4 or 8 bits (Dettmers et al. 2023)."""
+
+    kind: Literal["qlora"] = "qlora"
+    bits: Literal[4, 8] = 4
+    """4: NF4 in blocks of 64; 8: int8 with a scale for each output."""
+    double_quantised: bool = True
+    """Quantise the scales of the blocks too, in 4 bits: 0.127 instead of 0.5 bit a number for them."""
+
+    @model_validator(mode="after")
+    def _starts_beside_a_quantised_base(self) -> QloraSpec:
+        if self.init in CALIBRATED:
+            raise ValueError(f"init {self.init} is read off matrices in full width: it goes with kind: lora")
+        if self.dora:
+            raise ValueError("dora takes the norms of whole columns, which a quantised base would widen at every step")
+        if self.init == "loftq" and self.ranks:
+            raise ValueError("init loftq takes one rank for all: leave ranks out")
         return self
 
 
@@ -135,12 +168,13 @@ class PrefixSpec(Spec):
     output alone is saved. None learns them as they are (Liu et al. 2022)."""
 
 
-AnySpec = FullSpec | HeadSpec | LoraSpec | BottleneckSpec | PromptSpec | PrefixSpec
+AnySpec = FullSpec | HeadSpec | LoraSpec | QloraSpec | BottleneckSpec | PromptSpec | PrefixSpec
 MethodSpec = Annotated[AnySpec, Field(discriminator="kind")]
 METHOD_SPECS: dict[str, type[AnySpec]] = {
     "full": FullSpec,
     "head": HeadSpec,
     "lora": LoraSpec,
+    "qlora": QloraSpec,
     "bottleneck": BottleneckSpec,
     "prompt": PromptSpec,
     "prefix": PrefixSpec,

@@ -40,6 +40,8 @@ class RunSpec(Spec):
     def _nothing_asked_for_in_vain(self) -> RunSpec:
         if self.engine.eval_every is not None and self.data.validation == 0:
             raise ValueError("engine.eval_every measures on the validation split, and data.validation is 0")
+        if self.evaluate.dequantise and "qlora" not in {self.method.kind, *(r.kind for r in self.climb.rungs)}:
+            raise ValueError("evaluate.dequantise widens a quantised base, and no method here quantises one (qlora)")
         if any(r.kind == "few_shot" and (r.shots or self.evaluate.shots) == 0 for r in self.climb.rungs):
             raise ValueError("the few_shot rung needs evaluate.shots above 0")
         return self

@@ -1,0 +1,128 @@
+"""Several adapters into one: pure functions on the true updates, in float32 or wider.
+
+An update of one matrix is held as its factors, D = B A with the scale already in B, or as the matrix itself. peft's own
+routine merges A and B apart, which adds terms that no adapter had, and keeps a scale that no longer fits.
+
+Suffixes: O outputs, I inputs, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rung.errors import CheckpointError
+
+How = Literal["sum", "ties", "dare", "magnitude"]
+
+
+class Factors(NamedTuple):
+    """One update: D = B A."""
+
+    b_OR: Tensor
+    a_RI: Tensor
+
+    @property
+    def dense(self) -> Tensor:
+        """The matrix [O, I]."""
+        return self.b_OR @ self.a_RI
+
+
+class Reduced(NamedTuple):
+    """A matrix as factors of a stated rank, and what that lost: the norm of the rest over the norm of the whole."""
+
+    factors: Factors
+    lost: float
+
+
+def factors_of(state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> dict[str, Factors]:
+    """The updates of a saved LoRA by module name, each with its own scale (rank and alpha patterns, rsLoRA) in B.
+
+    Raises `CheckpointError` for an adapter that is no plain LoRA.
+    """
+    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("lora_bias"):
+        raise CheckpointError(
+            "only plain LoRA adapters can be fused",
+            where=where,
+            given="DoRA" if config.get("use_dora") else config.get("peft_type"),
+        )
+    found: dict[str, Factors] = {}
+    for key, a in state.items():
+        if not key.endswith(".lora_A.weight"):
+            if ".lora_" not in key:
+                raise CheckpointError("a module trained whole cannot be fused", where=where, given=key)
+            continue
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        b = state[key.replace(".lora_A.", ".lora_B.")]
+        alpha = _of(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
+        scale = alpha / (math.sqrt(len(a)) if config.get("use_rslora") else len(a))
+        found[name] = Factors(scale * b.float(), a.float())
+    return found
+
+
+def concatenated(updates: Sequence[Factors], weights: Sequence[float]) -> Factors:
+    """sum_i w_i D_i exactly, in the sum of the ranks."""
+    b = torch.cat([w * u.b_OR for w, u in zip(weights, updates, strict=True)], dim=1)
+    return Factors(b, torch.cat([u.a_RI for u in updates]))
+
+
+def combined(
+    updates: Sequence[Tensor], weights: Sequence[float], how: How, *, density: float, generator: torch.Generator
+) -> Tensor:
+    """One matrix from several [O, I]."""
+    weighted = [w * d for w, d in zip(weights, updates, strict=True)]
+    if how == "sum":
+        return torch.stack(weighted).sum(0)
+    if how == "magnitude":
+        return torch.stack([trimmed(d, density) for d in weighted]).sum(0)
+    if how == "dare":
+        return torch.stack([dropped(d, density, generator) for d in weighted]).sum(0)
+    return ties([trimmed(d, density) for d in weighted])
+
+
+def trimmed(update: Tensor, density: float) -> Tensor:
+    """The share `density` of entries that are largest in magnitude; zero elsewhere."""
+    kept = max(1, round(density * update.numel()))
+    threshold = update.abs().flatten().kthvalue(update.numel() - kept + 1).values
+    return update * (update.abs() >= threshold)
+
+
+def dropped(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    """Entries kept with probability `density` and scaled up by its inverse (Yu et al. 2023, section 3)."""
+    kept = torch.rand(update.shape, generator=generator, dtype=update.dtype) < density
+    return update * kept / density
+
+
+def ties(updates: Sequence[Tensor]) -> Tensor:
+    """Of trimmed updates: elect the sign of the larger mass, average what agrees (Yadav et al. 2023, algorithm 1)."""
+    stacked = torch.stack(list(updates))
+    elected = stacked.sum(0).sign()
+    agrees = (stacked.sign() == elected) & (elected != 0)
+    return (stacked * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+
+
+def reduced(update: Tensor, rank: int) -> Reduced:
+    """The best approximation of this rank, its singular values shared out to both factors (Eckart and Young 1936)."""
+    u, s, vh = torch.linalg.svd(update, full_matrices=False)
+    rank = min(rank, len(s))
+    root = s[:rank].sqrt()
+    whole = float(s.norm())
+    lost = float(s[rank:].norm()) / whole if whole else 0.0
+    return Reduced(Factors(u[:, :rank] * root, root[:, None] * vh[:rank]), lost)
+
+
+def recompressed(factors: Factors, rank: int) -> Reduced:
+    """The same for a product of factors, without ever making the matrix."""
+    q_b, r_b = torch.linalg.qr(factors.b_OR)
+    q_a, r_a = torch.linalg.qr(factors.a_RI.T)
+    small = reduced(r_b @ r_a.T, rank)
+    return Reduced(Factors(q_b @ small.factors.b_OR, small.factors.a_RI @ q_a.T), small.lost)
+
+
+def _of(pattern: Mapping[str, float], name: str, default: float) -> float:
+    """peft's rule: a key stands for modules whose name ends with it."""
+    return next((value for key, value in pattern.items() if name == key or name.endswith(f".{key}")), default)

@@ -1,0 +1,178 @@
+"""LoRA on a base held in 4 or 8 bits (QLoRA, Dettmers et al. 2023), through bitsandbytes.
+
+Every linear of the layers is quantised once, when the method is attached; embeddings, norms and the head stay as they
+are. It saves memory, not time: each product first widens its matrix again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rung.errors import PlanError
+from rung.method.lora import OWN, Lora, quiet
+from rung.method.start import Pair, loftq
+from rung.model.fuse import plain_part
+from rung.model.resident import held_narrow
+from rung.model.targets import layer_number, select
+from rung.spec.method import QloraSpec
+
+BLOCK = 64
+"""Numbers that share one scale."""
+_FLAGS = {4: "is_loaded_in_4bit", 8: "is_loaded_in_8bit"}
+
+
+class Qlora(Lora):
+    """s B A beside a quantised W: the adapter learns around the rounding, because it is there in training."""
+
+    kind = "qlora"
+
+    def __init__(self, model: PreTrainedModel, spec: QloraSpec) -> None:
+        self.starts_as_base = spec.init != "loftq"  # which begins nearer to the base that was not quantised
+        starts = quantise(model, spec)
+        super().__init__(model, spec)
+        for name, (b_OR, a_RI) in starts.items():
+            layer: Any = model.get_submodule(name)
+            layer.lora_A[OWN].weight.data.copy_(a_RI)
+            layer.lora_B[OWN].weight.data.copy_(b_OR)
+
+    def merge(self) -> nn.Module:
+        """The dequantised base with B A added: what was trained and measured, in full width again."""
+        for name in self.names:
+            layer: Any = self.model.get_submodule(name)
+            plain = _widened(layer.base_layer)
+            delta = layer.get_delta_weight(OWN).to(plain.weight.dtype)
+            with torch.no_grad():
+                plain.weight += delta.T if isinstance(plain, Conv1D) else delta
+            self.model.set_submodule(name, plain)
+        self.dequantise()
+        merged: nn.Module = quiet(self.peft.unload)  # modules trained whole take their places
+        self.untie()
+        return merged
+
+    def dequantise(self) -> None:
+        """Hold the quantised matrices in full width from now on: the same numbers, faster, in more memory."""
+        for name, module in list(self.model.named_modules()):
+            if is_quantised(module):
+                self.model.set_submodule(name, _widened(module))
+        for flag in _FLAGS.values():
+            setattr(self.model, flag, False)
+
+
+def library() -> Any:
+    """bitsandbytes. Raises `PlanError` where it is not installed."""
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise PlanError(
+            "a quantised base needs bitsandbytes",
+            where="method.kind",
+            given="qlora",
+            hint="pip install 'rung[quantised]'",
+        ) from error
+    return bitsandbytes
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a module is a linear of bitsandbytes."""
+    return type(module).__module__.startswith("bitsandbytes.") and hasattr(module, "weight")
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The matrix [O, I] that a quantised linear multiplies with, in float32."""
+    bnb, weight = library(), module.weight
+    if hasattr(weight, "CB"):  # the first product moves both from the weight to the module's state
+        held = weight if weight.CB is not None else module.state
+        return (held.CB.float() * held.SCB.float()[:, None] / 127.0).contiguous()  # type: ignore[union-attr, operator]
+    found: Tensor = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+    return found.float()
+
+
+def quantise(model: PreTrainedModel, spec: QloraSpec) -> dict[str, Pair]:
+    """Replace the linears of all layers, one at a time: two copies of the whole are never held.
+
+    Returns the starts that `init: loftq` reads off what was lost, by target; nothing otherwise.
+    """
+    starts: dict[str, Pair] = {}
+    compute = torch.bfloat16 if _in_bfloat16(model) else torch.float32
+    targets = {name: m for name, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)}
+    wanted = set(select(model, spec.targets, spec.layers)) if spec.init == "loftq" else set()
+    for name, module in targets.items():
+        if layer_number(f"{name}.") is None:
+            continue
+        part = plain_part(module)
+        assert part is not None  # noqa: S101 -- for the type checker: a linear has one
+        weight = part.weight.detach().float().contiguous()
+        made = (_in_four_bits if spec.bits == 4 else _in_eight_bits)(weight, part.bias, spec, compute)
+        if name in wanted:
+            scale = (spec.alpha or 2.0 * spec.rank) / (spec.rank**0.5 if spec.rslora else spec.rank)
+            starts[name] = loftq(weight, dense_weight(made), spec.rank, scale)
+        made.transposed = isinstance(module, Conv1D)  # type: ignore[assignment]
+        model.set_submodule(name, made)
+        module.weight = None  # type: ignore[assignment]
+    setattr(model, _FLAGS[spec.bits], True)  # peft asks for it
+    return starts
+
+
+def _in_four_bits(weight: Tensor, bias: Tensor | None, spec: QloraSpec, compute: torch.dtype) -> nn.Module:
+    bnb = library()
+    outputs, inputs = weight.shape
+    made = bnb.nn.Linear4bit(
+        inputs,
+        outputs,
+        bias=bias is not None,
+        compute_dtype=compute,
+        compress_statistics=spec.double_quantised,
+        quant_type="nf4",
+        device="meta",
+    )
+    made.weight = bnb.nn.Params4bit(
+        weight,
+        requires_grad=False,
+        blocksize=BLOCK,
+        compress_statistics=spec.double_quantised,
+        quant_type="nf4",
+        module=made,
+    ).to(weight.device)
+    # On processors with AVX512-BF16 an evaluation would repack the weights for a kernel that knows no gradient, and
+    # training after it would go on without one.
+    made.support_avx512bf16_for_cpu = False
+    made.bias = _frozen(bias)
+    return made  # type: ignore[no-any-return]
+
+
+def _in_eight_bits(weight: Tensor, bias: Tensor | None, spec: QloraSpec, compute: torch.dtype) -> nn.Module:
+    bnb = library()
+    outputs, inputs = weight.shape
+    made = bnb.nn.Linear8bitLt(inputs, outputs, bias=bias is not None, has_fp16_weights=False, device="meta")
+    made.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(weight.device)
+    made.bias = _frozen(bias)
+    return made  # type: ignore[no-any-return]
+
+
+def _widened(module: nn.Module) -> nn.Module:
+    """A quantised linear as a plain one with the same numbers; a plain one as it is."""
+    if not is_quantised(module):
+        return module
+    weight = dense_weight(module)
+    plain: nn.Module
+    if module.transposed:
+        plain = Conv1D(*weight.shape)
+        weight = weight.T.contiguous()
+    else:
+        plain = nn.Linear(weight.shape[1], weight.shape[0], module.bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    plain.bias = _frozen(module.bias)  # type: ignore[arg-type]
+    return plain
+
+
+def _frozen(bias: Tensor | None) -> nn.Parameter | None:
+    return None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+
+def _in_bfloat16(model: PreTrainedModel) -> bool:
+    return next(model.parameters()).dtype is torch.bfloat16 and not held_narrow(model)

@@ -1,0 +1,186 @@
+"""Four and eight bits: against the levels written out, and what a quantised base must not do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from builders import documents, policy_of, tuned
+from models import tiny_model
+from naive import distance, gradients
+from rung.engine.gates import check_decoding, check_identity, check_packing, frozen_digest
+from rung.engine.optim import make_optimiser, set_rate
+from rung.engine.pack import pack, pack_separately
+from rung.engine.step import accumulate
+from rung.method.quantised import Qlora, dense_weight, is_quantised
+from rung.method.table import attach
+from rung.model.policy import Policy
+from rung.objective.sft import Sft
+from rung.spec.engine import OptimiserSpec
+from rung.spec.method import LoraSpec, QloraSpec
+from rung.spec.objective import SftSpec
+
+SFT = Sft(SftSpec())
+LEVELS = [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0]
+LEVELS += [0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0]
+WIDE = {"hidden_size": 64, "intermediate_size": 128}
+
+
+def qlora(shape: str = "llama", **spec: object) -> tuple[Policy, Qlora]:
+    model = tiny_model(shape, **WIDE)
+    method = attach(model, QloraSpec(**spec), seed=0)
+    with torch.no_grad():
+        for parameter in method.trainable().values():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)))
+    return policy_of(model, method), method
+
+
+def nf4(weight: Tensor) -> Tensor:
+    """Nearest level times the largest of its block of 64 (Dettmers et al. 2023, section 3), scales not quantised."""
+    blocks = weight.reshape(-1, 64)
+    largest = blocks.abs().amax(1, keepdim=True)
+    levels = torch.tensor(LEVELS)
+    nearest = ((blocks / largest)[..., None] - levels).abs().argmin(-1)
+    return (levels[nearest] * largest).view_as(weight)
+
+
+def quantised(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if is_quantised(module)]
+
+
+def test_the_base_holds_the_levels_of_nf4() -> None:
+    original = tiny_model(**WIDE)
+    _, method = qlora(double_quantised=False)
+    assert len(quantised(method.model)) == 14
+    for name in method.names:
+        weight = original.get_submodule(name).weight
+        assert (dense_weight(method.model.get_submodule(name).base_layer) - nf4(weight)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", ["llama", "phi"])
+def test_it_is_lora_on_the_dequantised_base(bits: int, shape: str) -> None:
+    examples = documents()
+    policy, method = qlora(shape, bits=bits)
+    assert frozen_digest(policy.model)
+    plain = tiny_model(shape, **WIDE)
+    for name in method.names:
+        plain.get_submodule(name).weight.data = dense_weight(method.model.get_submodule(name).base_layer)
+    lora = attach(plain, LoraSpec(), seed=0)
+    with torch.no_grad():
+        for ours, theirs in zip(lora.trainable().values(), method.trainable().values(), strict=True):
+            ours.copy_(theirs)
+    reference = policy_of(plain, lora)
+    batch = pack(examples, 10_000)[0]
+    limit = 1e-4 if bits == 4 else 5e-2  # int8 products round their inputs as well
+    assert (policy.logprobs(batch) - reference.logprobs(batch)).abs().max() < limit
+    accumulate(policy, SFT, pack(examples, 50))
+    accumulate(reference, SFT, pack(examples, 50))
+    assert distance(gradients(method), gradients(lora)) < (1e-3 if bits == 4 else 0.1)
+
+
+def test_the_gates_hold() -> None:
+    model = tiny_model(**WIDE)
+    method = attach(model, QloraSpec(), seed=0)
+    policy = policy_of(model, method)
+    assert check_identity(policy, method, documents()).state == "passed"
+    assert check_packing(policy, documents()).state == "passed"
+    assert check_decoding(policy, documents()).state == "passed"
+
+
+def test_training_after_an_evaluation_still_has_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes repacks weights for a kernel without a gradient where the processor multiplies bfloat16."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    policy, method = qlora()
+    assert not any(module.support_avx512bf16_for_cpu for module in quantised(policy.model))
+    before = []
+    for _ in range(2):
+        policy.model.train()
+        accumulate(policy, SFT, pack(documents(), 50))
+        before.append(gradients(method))
+        policy.model.zero_grad()
+        policy.model.eval()
+        with torch.no_grad():
+            policy.logprobs(pack(documents(), 10_000)[0])
+    assert all(torch.equal(a, b) for a, b in zip(before[0].values(), before[1].values(), strict=True))
+    lowest = [g for name, g in before[0].items() if "layers.0" in name]
+    assert all(g.abs().max() > 0 for g in lowest)
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this processor has no such kernel")
+def test_without_the_guard_the_gradient_is_lost() -> None:
+    """The mutation."""
+    policy, method = qlora()
+    for module in quantised(policy.model):
+        module.support_avx512bf16_for_cpu = True
+    with torch.no_grad():
+        policy.logprobs(pack(documents(), 10_000)[0])
+    policy.model.train()
+    try:
+        accumulate(policy, SFT, pack(documents(), 50))
+    except RuntimeError:
+        return
+    lowest = [g for name, g in gradients(method).items() if "layers.0" in name]
+    assert all(g.abs().max() == 0 for g in lowest)
+
+
+def test_merging_keeps_what_was_trained(tmp_path: Path) -> None:
+    policy, method = qlora(modules_to_save=("lm_head",))
+    batch = pack(documents(), 10_000)[0]
+    before = policy.logprobs(batch).detach()
+    merged = method.merge()
+    assert not quantised(merged)
+    assert (policy_of(merged).logprobs(batch) - before).abs().max() < 1e-4
+    merged.save_pretrained(tmp_path)
+
+
+def test_a_widened_base_answers_the_same() -> None:
+    policy, method = qlora()
+    batch = pack(documents(), 10_000)[0]
+    before = policy.logprobs(batch).detach()
+    method.dequantise()
+    assert not quantised(policy.model)
+    assert (policy.logprobs(batch) - before).abs().max() < 1e-4
+
+
+def test_loftq_begins_nearer_to_the_original() -> None:
+    original = policy_of(tiny_model(**WIDE))
+    batch = pack_separately(documents())[0]
+    distances = []
+    for init in ("default", "loftq"):
+        model = tiny_model(**WIDE)
+        method = attach(model, QloraSpec(init=init, rank=16), seed=0)
+        assert method.starts_as_base == (init == "default")
+        with torch.no_grad():
+            difference = policy_of(model, method).logprobs(batch) - original.logprobs(batch)
+        distances.append(float(difference.abs().mean()))
+    assert distances[1] < 0.8 * distances[0]
+
+
+def test_the_file_is_a_plain_lora(tmp_path: Path) -> None:
+    policy, method = qlora()
+    method.save(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    plain = tiny_model(**WIDE)
+    theirs = PeftModel.from_pretrained(plain, str(tmp_path))
+    assert sum("lora_A" in name for name, _ in theirs.named_parameters()) == 14
+
+
+def test_moments_in_eight_bits_follow_those_in_float32() -> None:
+    courses = []
+    for moments in ("float32", "int8"):
+        policy, method = tuned("full")
+        optimiser = make_optimiser(method.trainable(), OptimiserSpec(moments=moments))
+        losses = []
+        for _ in range(8):
+            optimiser.zero_grad()
+            losses.append(float(accumulate(policy, SFT, pack(documents(), 1000))))
+            set_rate(optimiser, 1e-3)
+            optimiser.step()
+        courses.append(torch.tensor(losses))
+    assert courses[1][-1] < courses[1][0] and (courses[0] - courses[1]).abs().max() < 0.05
