@@ -18,7 +18,7 @@ from rung.model.policy import Policy, Virtual
 from rung.objective.sft import Sft
 from rung.spec.method import METHOD_SPECS
 from rung.spec.objective import SftSpec
-from rung.types import Example, Source
+from rung.types import Example, LossTerm, PackedBatch, Source
 
 
 class Nothing:
@@ -28,6 +28,9 @@ class Nothing:
 
     def virtual(self) -> Virtual:
         return {}
+
+    def penalty(self, batch: PackedBatch) -> list[LossTerm]:
+        return []
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

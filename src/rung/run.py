@@ -39,7 +39,7 @@ from rung.spec.io import parse, to_dict
 from rung.spec.model import ModelSpec
 from rung.spec.run import RunSpec
 from rung.spec.support import PROVED_MODELS
-from rung.types import Record
+from rung.types import LossTerm, PackedBatch, Record
 
 PROBES = 4
 """Training documents that the step-0 gates look at: the shortest, which cost nothing."""
@@ -74,7 +74,8 @@ def read_splits(spec: RunSpec) -> Splits:
 def tokenise(spec: RunSpec, splits: Splits, base: Base) -> Data:
     """Examples for training and validation, through the cache, with gate 1 passed."""
     chat = Chat(base.tokenizer, spec.model.template)
-    longest = min(spec.data.max_length or base.context, base.context)
+    room = base.context - getattr(spec.method, "virtual_tokens", 0)
+    longest = min(spec.data.max_length or room, room)
 
     if spec.evaluate.context == "withheld":  # a tuned model must be trained on what it will be asked
         splits = replace(splits, train=_closed_book(splits.train), validation=_closed_book(splits.validation))
@@ -182,7 +183,7 @@ def train_on(
             torch.manual_seed(spec.seed)  # of dropout: a resumed run goes on with the state it saved
         reset_peak_memory()
         trainer.run(data.train.examples, data.validation.examples if data.validation else ())
-        folder.update(**summary(trainer.progress, method))
+        folder.update(**summary(trainer.progress, method), **method.statistics())
         _publish(folder, method, data.chat)
     except Interrupted:
         folder.update(status="interrupted", **summary(trainer.progress, method))
@@ -243,6 +244,10 @@ class Untouched:
         """Nothing."""
         return {}
 
+    def penalty(self, batch: PackedBatch) -> list[LossTerm]:
+        """Nothing."""
+        return []
+
     def disabled(self) -> AbstractContextManager[None]:
         """Nothing to switch off."""
         return nullcontext()
@@ -294,16 +299,16 @@ def _calibrate(trainer: Trainer, data: Data, folder: RunFolder, *, resume: bool)
     method, start = trainer.method, folder.path / "start"
     if not method.sample_size:
         return
-    if resume and start.is_dir():
-        if problem := verify(start):
-            raise CheckpointError(f"the run's start cannot be used: {problem}", where=str(start))
-        method.load(start)
-        return
+    again = resume and start.is_dir()
     order = np.random.default_rng([trainer.seed, 3]).permutation(len(data.train.examples))[: method.sample_size]
     examples = [data.train.examples[int(i)] for i in order]
+    sample = Sample(trainer.policy, trainer.objective, examples, trainer.budget)
+    if again and (problem := verify(start)):
+        raise CheckpointError(f"the run's start cannot be used: {problem}", where=str(start))
     with stage("reading the start off the base"):
-        method.calibrate(Sample(trainer.policy, trainer.objective, examples, trainer.budget))
-    write_folder(start, method.save)
+        method.calibrate(sample, start if again else None)
+    if not again:
+        write_folder(start, method.save)
 
 
 def _publish(folder: RunFolder, method: Method, chat: Chat) -> None:

@@ -100,10 +100,26 @@ def test_not_finite_never_steps_and_stops_after_three(
     assert found["not_finite"]["rows"] and found["status"] == "failed"
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "head"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "kind: lora, dropout: 0.1",
+        "kind: lora, init: lora_ga, rank: 4",
+        "kind: lora, sampled_layers: 1, resample_every: 2",
+        "kind: lottery, scout_steps: 2",
+        "kind: lottery, scout_steps: 5, score: energy",
+        "kind: full",
+        "kind: head",
+        "kind: qlora",
+        "kind: bottleneck, width: 4",
+        "kind: mixture, experts: 2",
+        "kind: prompt, virtual_tokens: 3",
+        "kind: prefix, virtual_tokens: 3, projection: 6",
+        "kind: peft, config: {peft_type: IA3, feedforward_modules: []}",
+    ],
+)
 def test_resume_gives_the_run_that_was_never_stopped(method: str, config: Path, tmp_path: Path, capsys: Any) -> None:
-    dropout = ["method.dropout=0.1"] if method == "lora" else []
-    settings = [f"method={{kind: {method}}}", *dropout, "engine.checkpoint_every=2", "engine.eval_every=3"]
+    settings = [f"method={{{method}}}", "engine.checkpoint_every=2", "engine.eval_every=3"]
     assert inside(capsys, "train", config, *settings, f"output={tmp_path / 'whole'}")[0] == 0
     assert inside(capsys, "train", config, *settings)[0] == 0
     run = tmp_path / "run"
@@ -117,7 +133,8 @@ def test_resume_gives_the_run_that_was_never_stopped(method: str, config: Path, 
     (run / "run.json").write_text(json.dumps({**found, "status": "running"}))
     code, _, err = inside(capsys, "train", config, *settings, "--resume")
     assert code == 0 and "resumed from step-00000004" in err
-    file = "adapter/adapter_model.safetensors" if method == "lora" else "model/model.safetensors"
+    whole_model = method in ("kind: full", "kind: head")
+    file = "model/model.safetensors" if whole_model else "adapter/adapter_model.safetensors"
     whole, resumed = load_file(tmp_path / "whole" / file), load_file(run / file)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     losses = [

@@ -26,6 +26,16 @@ from rung.spec.method import METHOD_SPECS
 from rung.spec.objective import SftSpec
 from tolerances import FLOAT32_NATS
 
+PEFT_TUNERS: list[dict[str, object]] = [
+    {"peft_type": "IA3", "feedforward_modules": []},
+    {"peft_type": "VERA", "r": 8},
+    {"peft_type": "OFT", "oft_block_size": 8, "r": 0},
+    {"peft_type": "LOHA", "r": 4},
+    {"peft_type": "LOKR", "r": 4},
+    {"peft_type": "HRA", "r": 4},
+    {"peft_type": "MISS", "r": 4},
+]
+"""Tuners of peft that the whole suite runs over."""
 VARIANTS: list[tuple[str, dict[str, object]]] = [
     ("full", {}),
     ("head", {}),
@@ -43,6 +53,10 @@ VARIANTS: list[tuple[str, dict[str, object]]] = [
     ("lora", {"ranks": {"down": 4, "1": 2, "1.q": 3}, "rank": 8}),
     ("qlora", {}),
     ("qlora", {"bits": 8, "rank": 4, "rslora": True, "layers": (1,)}),
+    ("lottery", {"rank": 4}),
+    ("mixture", {"experts": 3, "rank": 4}),
+    ("mixture", {"experts": 4, "rank": 2, "top_k": 2, "targets": ("up", "down"), "balance": 0.0}),
+    *(("peft", {"config": config}) for config in PEFT_TUNERS),
     ("bottleneck", {"width": 4}),
     ("bottleneck", {"width": 4, "placement": "pfeiffer", "activation": "relu", "layers": (1,)}),
     ("bottleneck", {"width": 4, "placement": "parallel", "activation": "silu", "scale": 4.0}),
@@ -50,9 +64,17 @@ VARIANTS: list[tuple[str, dict[str, object]]] = [
     ("prefix", {"virtual_tokens": 3}),
     ("prefix", {"virtual_tokens": 3, "projection": 6}),
 ]
-NOT_MERGED = {"bottleneck": "not linear", "prompt": "virtual tokens", "prefix": "virtual tokens"}
+NOT_MERGED = {
+    "bottleneck": "not linear",
+    "mixture": "anew for every token",
+    "prompt": "virtual tokens",
+    "prefix": "virtual tokens",
+}
 """Methods that cannot be folded into the base, with a word of the reason."""
-IDS = ["-".join([kind, *map(str, spec)]) for kind, spec in VARIANTS]
+IDS = [
+    "-".join([kind, *map(str, spec.get("config", spec).values() if kind == "peft" else spec)])
+    for kind, spec in VARIANTS
+]
 
 
 def base_of(kind: str, spec: dict[str, object]) -> Policy:

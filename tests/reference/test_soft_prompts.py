@@ -159,7 +159,9 @@ def test_a_prefix_begins_as_the_keys_and_values_of_real_tokens(tiny_tokenizer: P
     method.calibrate(Sample(policy, SFT, documents(), 100))
     (document,) = documents(1, count=1)
     ids = frequent_ids(tiny_tokenizer, 5, 0)
-    whole = Example(np.array([*ids, *document.ids], np.int32), np.array([False] * 5 + [*document.supervised]), document.source)
+    whole = Example(
+        np.array([*ids, *document.ids], np.int32), np.array([False] * 5 + [*document.supervised]), document.source
+    )
     expected = policy_of(model).logprobs(pack_separately([whole])[0])
     assert (policy.logprobs(pack_separately([document])[0]) - expected).abs().max() < 1e-4
 

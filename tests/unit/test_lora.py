@@ -101,22 +101,22 @@ def test_drawn_layers_alone_move_and_leave_no_moments_behind() -> None:
     drawn = []
     for step in range(12):
         start = {n: p.detach().clone() for n, p in method.trainable().items()}
-        moving = method.moving(step)
-        assert moving == method.moving(step) and moving is not None
+        moving = method.at_step(step)
+        assert moving == method.at_step(step) and moving is not None
         move_only(optimiser, method.trainable(), moving)
         optimiser.zero_grad()
         accumulate(policy, Sft(SftSpec()), pack(documents(), 1000))
         set_rate(optimiser, 1e-3)
         optimiser.step()
-        gate = movement.see(optimiser, moving)
+        gate = movement.see(optimiser, moving.names)
         assert (gate is not None) == (step == 1) and (gate is None or gate.state == "passed")
         changed = {n for n, p in method.trainable().items() if not torch.equal(p, start[n])}
-        assert changed == set(moving)
-        assert {id(p) for p in optimiser.state} == {id(method.trainable()[n]) for n in moving}
-        drawn.append({layer_number(f".{n}") for n in moving})
+        assert changed == set(moving.names)
+        assert {id(p) for p in optimiser.state} == {id(method.trainable()[n]) for n in moving.names}
+        drawn.append({layer_number(f".{n}") for n in moving.names})
         with method.disabled():
             pass
-        assert {n for n, p in method.trainable().items() if p.requires_grad} == set(moving)
+        assert {n for n, p in method.trainable().items() if p.requires_grad} == set(moving.names)
     assert all(drawn[i] == drawn[i + 1] for i in range(0, 12, 2)) and len({tuple(d) for d in drawn}) == 2
 
 

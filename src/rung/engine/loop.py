@@ -184,9 +184,11 @@ class Trainer:
         rate = rate_at(
             self.progress.step, total=total, peak=self.peak_rate, schedule=self.spec.schedule, warmup=self.spec.warmup
         )
-        moving = self.method.moving(self.progress.step)
+        moving = self.method.at_step(self.progress.step)
         if moving is not None:
             move_only(self.optimiser, self.method.trainable(), moving)
+            if moving.anew:
+                self.folder.update(**self.method.statistics())
         loss = accumulate(self.policy, self.objective, batches)
         parameters = list(self.method.trainable().values())
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.spec.clip or math.inf)
@@ -203,7 +205,7 @@ class Trainer:
         self.progress.loss = float(loss)
         if not finite:
             self._skip(examples, float(loss), float(norm))
-        elif movement is not None and (gate := movement.see(self.optimiser, moving)):
+        elif movement is not None and (gate := movement.see(self.optimiser, moving and moving.names)):
             self.folder.gate(gate)
             say(str(gate))
             enforce(gate)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from rung.engine.progress import say
 from rung.errors import PlanError
+from rung.method.base import Moving
 from rung.spec.engine import OptimiserSpec
 
 
@@ -52,11 +53,12 @@ def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["rate_factor"]
 
 
-def move_only(optimiser: torch.optim.Optimizer, trainable: Mapping[str, nn.Parameter], names: Collection[str]) -> None:
-    """Freeze what is not named, and drop its moments: those of layers that come and go would pile up."""
+def move_only(optimiser: torch.optim.Optimizer, trainable: Mapping[str, nn.Parameter], moving: Moving) -> None:
+    """Freeze what does not move, and drop its moments: those of layers that come and go would pile up."""
     for name, parameter in trainable.items():
-        parameter.requires_grad_(name in names)
-        if name not in names:
+        moves = name in moving.names
+        parameter.requires_grad_(moves)
+        if moving.anew or not moves:
             optimiser.state.pop(parameter, None)
 
 

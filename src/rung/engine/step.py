@@ -33,7 +33,8 @@ def accumulate(policy: Policy, objective: Objective, window: Sequence[PackedBatc
         raise DataError("no supervised token in this step", where=str(where), hint="run: rung data check")
     shares = []
     for batch in policy.in_turn(window):
-        loss = torch.stack([term.total / totals[term.unit] for term in objective.loss(policy, batch)]).sum()
+        terms = [*objective.loss(policy, batch), *policy.method.penalty(batch)]
+        loss = torch.stack([term.total / totals[term.unit] for term in terms]).sum()
         loss.backward()  # type: ignore[no-untyped-call]
         shares.append(loss.detach())  # no .item(): it would wait for the device
     return torch.stack(shares).sum()

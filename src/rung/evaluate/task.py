@@ -125,7 +125,7 @@ def evaluate(
     generated = [name for name in spec.metrics if name != PERPLEXITY]
     require_questions(records)
     prompts = [chat.prompt_ids(framing.turns(record), tools=record.tools) for record in records]
-    limit = policy.base.context - spec.max_new_tokens
+    limit = policy.base.context - policy.method.virtual_tokens - spec.max_new_tokens
     if longest := max((p for p in prompts if len(p) > limit), key=len, default=None):
         where = str(records[prompts.index(longest)].source)
         raise DataError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,15 @@ from torch import Tensor, nn
 from rung.errors import CheckpointError
 from rung.model.fused import Part
 from rung.model.policy import Virtual
+from rung.types import LossTerm, PackedBatch
+
+
+class Moving(NamedTuple):
+    """What moves in a step. The gradients of everything else are off, and its moments are dropped."""
+
+    names: Collection[str]
+    anew: bool = False
+    """Drop the moments of what moves as well: it begins again."""
 
 
 class Sample(Protocol):
@@ -52,16 +61,27 @@ class Method(Protocol):
         """What moves, by name, in a stable order."""
         ...
 
-    def moving(self, step: int) -> Collection[str] | None:
-        """Which of them move in this optimiser step, counted from 0; None is all. The others' gradients are off."""
+    def at_step(self, step: int) -> Moving | None:
+        """Called before each optimiser step, counted from 0; None lets everything move."""
         ...
 
     def rate_factor(self, name: str) -> float:
         """Learning rate of a trainable over the run's."""
         ...
 
-    def calibrate(self, sample: Sample) -> None:
-        """Set what starts from weights, activations or gradients. Once, before the first step of a run."""
+    def penalty(self, batch: PackedBatch) -> list[LossTerm]:
+        """What the method itself adds to the loss of the batch just computed; no part of a validation loss."""
+        ...
+
+    def statistics(self) -> Mapping[str, Any]:
+        """What it has to say about a finished run, for `run.json`."""
+        ...
+
+    def calibrate(self, sample: Sample, start: Path | None = None) -> None:
+        """Set what starts from weights, activations or gradients, before the first step of a run.
+
+        `start` is a folder that `save` wrote when the run began: a resumed run takes that up.
+        """
         ...
 
     def declared_parameters(self) -> int:
@@ -112,15 +132,23 @@ class Simple:
         """Nothing stands before a document."""
         return {}
 
-    def moving(self, step: int) -> Collection[str] | None:
-        """All of it."""
+    def at_step(self, step: int) -> Moving | None:
+        """Everything moves."""
         return None
+
+    def penalty(self, batch: PackedBatch) -> list[LossTerm]:
+        """Nothing."""
+        return []
+
+    def statistics(self) -> Mapping[str, Any]:
+        """Nothing."""
+        return {}
 
     def rate_factor(self, name: str) -> float:
         """The run's rate."""
         return 1.0
 
-    def calibrate(self, sample: Sample) -> None:
+    def calibrate(self, sample: Sample, start: Path | None = None) -> None:
         """Nothing to do."""
 
 

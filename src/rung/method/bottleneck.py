@@ -83,7 +83,7 @@ class Bottleneck(Simple):
             host.register_forward_hook(self._beside if spec.placement == "parallel" else self._behind)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """down and up of every adapter."""
+        """Down and up of every adapter."""
         return {
             f"{name}.{NAME}.{own}": parameter
             for name, host in self.hosts.items()
@@ -154,7 +154,9 @@ def _hosts(model: PreTrainedModel, spec: BottleneckSpec) -> dict[str, nn.Module]
     if spec.placement == "pfeiffer":
         return {names[id(layer)]: layer for number, layer in enumerate(layers) if number in wanted}
     by_role = linears_by_role(model)
-    found = [*by_role.get("o", ()), *by_role.get("down", ())] if spec.placement == "houlsby" else by_role.get("down", ())
+    found = (
+        [*by_role.get("o", ()), *by_role.get("down", ())] if spec.placement == "houlsby" else by_role.get("down", ())
+    )
     if spec.placement == "parallel":  # beside the whole block, which must be a module of its own
         blocks = dict.fromkeys(name.rpartition(".")[0] for name in found)
         found = [name for name in blocks if id(model.get_submodule(name)) not in {id(layer) for layer in layers}]

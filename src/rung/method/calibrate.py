@@ -25,7 +25,9 @@ def gradients(weights: Mapping[str, nn.Parameter], sample: Sample) -> Iterator[t
             yield found.popitem()
 
 
-def second_moments(modules: Mapping[str, nn.Module], widths: Mapping[str, int], sample: Sample) -> Iterator[tuple[str, Tensor]]:
+def second_moments(
+    modules: Mapping[str, nn.Module], widths: Mapping[str, int], sample: Sample
+) -> Iterator[tuple[str, Tensor]]:
     """Mean of x x^T over the tokens of the sample for the inputs of each module, [I, I] in float32 or wider."""
     for names in in_chunks({name: width**2 for name, width in widths.items()}):
         sums: dict[str, Tensor] = {}

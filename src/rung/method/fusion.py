@@ -124,5 +124,5 @@ def recompressed(factors: Factors, rank: int) -> Reduced:
 
 
 def _of(pattern: Mapping[str, float], name: str, default: float) -> float:
-    """peft's rule: a key stands for modules whose name ends with it."""
+    """Peft's rule: a key stands for modules whose name ends with it."""
     return next((value for key, value in pattern.items() if name == key or name.endswith(f".{key}")), default)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rung.errors import ConfigError
-from rung.method import start
-from rung.method.base import Sample, Simple, same_keys
+from rung.method import start as starts
+from rung.method.base import Moving, Sample, Simple, same_keys
 from rung.method.calibrate import gradients, second_moments
 from rung.model.fuse import plain_part
 from rung.model.fused import Part
@@ -84,14 +84,14 @@ class Lora(Simple):
         """A, B, magnitudes, and modules trained whole."""
         return dict(self._trainable)
 
-    def moving(self, step: int) -> Collection[str] | None:
-        """With `sampled_layers`, those of the layers drawn for this period; a pure function of seed and step."""
+    def at_step(self, step: int) -> Moving | None:
+        """With `sampled_layers`, those of the layers drawn for this period move; a pure function of seed and step."""
         if self.spec.sampled_layers is None:
             return None
         layers = sorted({number for name in self.names if (number := layer_number(f".{name}")) is not None})
         random = np.random.default_rng([self.seed, step // self.spec.resample_every])
         drawn = set(random.choice(layers, size=self.spec.sampled_layers, replace=False).tolist())
-        return {name for name in self._trainable if layer_number(f".{name}") in {None, *drawn}}
+        return Moving({name for name in self._trainable if layer_number(f".{name}") in {None, *drawn}})
 
     def rate_factor(self, name: str) -> float:
         """LoRA+ moves B faster than A."""
@@ -138,8 +138,11 @@ class Lora(Simple):
         """Unless dropout would differ between copies of a prefix."""
         return self.spec.dropout == 0.0
 
-    def calibrate(self, sample: Sample) -> None:
+    def calibrate(self, sample: Sample, start: Path | None = None) -> None:
         """Set A and B as `init` says, and the frozen half so that the model is still the base."""
+        if start is not None:
+            self.load(start)
+            return
         with torch.random.fork_rng(devices=[]):  # svd_lowrank draws
             torch.manual_seed(self.seed)
             for name, (b_OR, a_RI) in self._starts(sample):
@@ -210,7 +213,7 @@ class Lora(Simple):
         if unknown := sorted(set(spec.modules_to_save) - known):
             raise ConfigError("no such module", where="method.modules_to_save", given=", ".join(unknown))
         for name, (inputs, outputs) in self.shapes.items():
-            most = start.largest_rank(spec.init, outputs, inputs)
+            most = starts.largest_rank(spec.init, outputs, inputs)
             if self.sample_size and self.ranks[name] > most:
                 raise ConfigError(
                     f"init {spec.init} has no start of this rank for {name}, a matrix of {outputs} x {inputs}",
@@ -230,26 +233,26 @@ class Lora(Simple):
     def _layers(self) -> dict[str, Any]:
         return {name: self.model.get_submodule(name) for name in self.names}
 
-    def _starts(self, sample: Sample) -> Iterator[tuple[str, start.Pair]]:
+    def _starts(self, sample: Sample) -> Iterator[tuple[str, starts.Pair]]:
         init, layers = self.spec.init, self._layers()
         if init in ("pissa", "olora"):
             for name, layer in layers.items():
                 weight = _dense(layer)
                 rank, scale = self.ranks[name], float(layer.scaling[OWN])
-                yield name, start.pissa(weight, rank, scale) if init == "pissa" else start.olora(weight, rank)
+                yield name, starts.pissa(weight, rank, scale) if init == "pissa" else starts.olora(weight, rank)
         elif init == "lora_ga":
             for name, gradient in gradients({n: layer.base_layer.weight for n, layer in layers.items()}, sample):
                 turned = gradient.T if isinstance(layers[name].base_layer, Conv1D) else gradient
-                yield name, start.lora_ga(turned, self.ranks[name])
+                yield name, starts.lora_ga(turned, self.ranks[name])
         else:
             widths = {name: inputs for name, (inputs, _) in self.shapes.items()}
             for name, moment in second_moments(layers, widths, sample):
                 weight, rank = _dense(layers[name]), self.ranks[name]
                 if init == "eva":
-                    yield name, start.eva(weight, moment, rank)
+                    yield name, starts.eva(weight, moment, rank)
                 else:
                     scale, knowledge = float(layers[name].scaling[OWN]), init == "corda_knowledge"
-                    yield name, start.corda(weight, moment, rank, scale, knowledge=knowledge)
+                    yield name, starts.corda(weight, moment, rank, scale, knowledge=knowledge)
 
     def _state(self) -> dict[str, Tensor]:
         own = self._half(OWN)
@@ -259,9 +262,7 @@ class Lora(Simple):
         return {k: torch.cat([v, offset[k]], dim=_axis(k)) if k in offset else v for k, v in own.items()}
 
     def _half(self, adapter: str) -> dict[str, Tensor]:
-        return dict(
-            quiet(get_peft_model_state_dict, self.peft, adapter_name=adapter, save_embedding_layers=False)
-        )
+        return dict(quiet(get_peft_model_state_dict, self.peft, adapter_name=adapter, save_embedding_layers=False))
 
 
 def quiet(call: Any, *args: Any, **kwargs: Any) -> Any:

@@ -73,8 +73,11 @@ class Prefix(Before):
         both = [pair.unbind(0) for pair in pairs.unbind(0)]
         return {layer: (key[None], value[None]) for layer, (key, value) in enumerate(both)}
 
-    def calibrate(self, sample: Sample) -> None:
+    def calibrate(self, sample: Sample, start: Path | None = None) -> None:
         """Begin with the keys and values of real tokens, which the layers know how to read."""
+        if start is not None:
+            self.load(start)
+            return
         assert self.flat is not None  # noqa: S101 -- for the type checker: sample_size is 0 otherwise
         ids = frequent_ids(sample.tokenizer, self.count, self.seed)
         found = sample.keys_values(ids)

@@ -64,7 +64,7 @@ class Qlora(Lora):
 
 
 def library() -> Any:
-    """bitsandbytes. Raises `PlanError` where it is not installed."""
+    """Bitsandbytes. Raises `PlanError` where it is not installed."""
     try:
         import bitsandbytes
     except ImportError as error:

@@ -108,8 +108,11 @@ class Prompt(Before):
         """The embeddings [P, H]."""
         return self.embeddings
 
-    def calibrate(self, sample: Sample) -> None:
+    def calibrate(self, sample: Sample, start: Path | None = None) -> None:
         """Begin with the embeddings of real tokens."""
+        if start is not None:
+            self.load(start)
+            return
         if self.spec.init_text is not None:
             ids = text_ids(sample.tokenizer, self.spec.init_text, self.count)
         else:

@@ -69,7 +69,7 @@ def lora_ga(gradient_OI: Tensor, rank: int) -> Pair:
 
 
 def loftq(weight_OI: Tensor, quantised_OI: Tensor, rank: int, scale: float) -> Pair:
-    """scale * B A is the best approximation of what quantising took away (Li et al. 2023, algorithm 1, one round).
+    """Make up for what quantising took away: scale * B A is the best approximation of it (Li et al. 2023, algorithm 1, one round).
 
     One round, because further ones would quantise another matrix: the quantised base stays that of W.
     """

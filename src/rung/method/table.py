@@ -12,6 +12,9 @@ from rung.method.base import Method
 from rung.method.bottleneck import Bottleneck
 from rung.method.full import Full, Head
 from rung.method.lora import Lora
+from rung.method.lottery import Lottery
+from rung.method.mixture import Mixture
+from rung.method.passthrough import Passthrough
 from rung.method.prefix import Prefix
 from rung.method.quantised import Qlora
 from rung.method.soft_prompt import Prompt
@@ -23,9 +26,12 @@ METHODS: dict[str, Callable[[PreTrainedModel, Any], Method]] = {
     "head": Head,
     "lora": Lora,
     "qlora": Qlora,
+    "lottery": Lottery,
+    "mixture": Mixture,
     "bottleneck": Bottleneck,
     "prompt": Prompt,
     "prefix": Prefix,
+    "peft": Passthrough,
 }
 
 

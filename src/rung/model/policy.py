@@ -15,8 +15,7 @@ from rung.model.head import LogitMap, token_logprobs
 from rung.model.layers import computing_again, feeding, recording
 from rung.model.load import Base
 from rung.model.tree import KeysValues
-from rung.types import Below, PackedBatch, Segment, SharedPrefix
-
+from rung.types import Below, LossTerm, PackedBatch, Segment, SharedPrefix
 
 Virtual = Tensor | Mapping[int, KeysValues]
 """What stands before every document: embeddings [P, H] that pass through the model, or keys and values by layer."""
@@ -32,6 +31,10 @@ class Switchable(Protocol):
 
     def virtual(self) -> Virtual:
         """What stands there, with its graph. Asked for only when there is something."""
+        ...
+
+    def penalty(self, batch: PackedBatch) -> list[LossTerm]:
+        """What the method itself adds to the loss of the batch just computed."""
         ...
 
     def disabled(self) -> AbstractContextManager[None]:
@@ -149,7 +152,7 @@ class Policy:
 
     def virtual(self) -> Mapping[int, KeysValues] | None:
         """Keys and values of the method's virtual tokens, if it has any; computed once for batches in turn."""
-        if not (count := self.method.virtual_tokens):
+        if not self.method.virtual_tokens:
             return None
         if self._virtual is not None:
             return self._virtual.leaves

@@ -220,7 +220,7 @@ def _fused(
 
 
 def _spec_for(names: Sequence[str], ranks: dict[str, int]) -> LoraSpec:
-    """A spec whose targets are at least these modules. Modules of the same roles and layers that no run had get rank 1."""
+    """A spec whose targets are at least these modules; others of the same roles and layers stay zero."""
     roles = sorted({roles_of(name)[0] for name in names})
     layers = sorted({number for name in names if (number := layer_number(f"{name}.")) is not None})
     most = max(ranks.values())

@@ -12,6 +12,8 @@ from rung.report.folder import PERPLEXITY, UNTUNED
 from rung.report.human import NONE, Json, bounds, count, decimals, duration, fixed, memory, p_value, significant
 
 ALL_ROLES = {"q", "k", "v", "o", "gate", "up", "down"}
+MERGED = ("lora", "qlora", "lottery")
+"""Methods that `rung merge` folds into a base; the others are whole already, or cannot be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +81,13 @@ def method_text(method: Json) -> str:
         return "full: every weight"
     if kind == "head":
         return "head: the output head alone"
-    if kind == "lora":
+    if kind in ("lora", "qlora", "lottery"):
         return _lora_text(method)
     layers = _layers_text(method.get("layers"))
     sizes = {
+        "mixture": f"{method.get('experts')} experts of rank {method.get('rank')}, "
+        + (f"{method['top_k']} at a time" if method.get("top_k") else "all at once"),
+        "peft": f"peft's {(method.get('config') or {}).get('peft_type')}",
         "bottleneck": f"{method.get('placement')} adapters of width {method.get('width')}{layers and ', ' + layers}",
         "prompt": f"prompt of {method.get('virtual_tokens')} virtual tokens",
         "prefix": f"prefix of {method.get('virtual_tokens')} virtual tokens in every layer",
@@ -94,8 +99,9 @@ def _lora_text(method: Json) -> str:
     targets, rank = method.get("targets") or (), method.get("rank") or 0
     ranks, init, ratio = method.get("ranks") or {}, method.get("init", "default"), method.get("rate_ratio", 1.0)
     sampled = method.get("sampled_layers")
+    names = {"qlora": f"QLoRA on {method.get('bits')} bits,", "lottery": f"LoRA on the {method.get('choose')} layers,"}
     parts = [
-        f"LoRA rank {rank}, alpha {method.get('alpha') or 2 * rank:g}",
+        f"{names.get(str(method.get('kind')), 'LoRA')} rank {rank}, alpha {method.get('alpha') or 2 * rank:g}",
         ", ".join(f"{place}: {own}" for place, own in ranks.items()),
         "all linear layers" if set(targets) == ALL_ROLES else "on " + " ".join(map(str, targets)),
         _layers_text(method.get("layers")),
@@ -128,6 +134,23 @@ def gates_text(gates: Sequence[Json]) -> str:
     return ", ".join(parts) or "none reached"
 
 
+def lottery_text(found: Mapping[str, Any]) -> str:
+    """Which layers won, and how the scores are shared out over the thirds of the model."""
+    if not found:
+        return ""
+    thirds = ", ".join(f"{name} third {share:.0%}" for name, share in found["thirds"].items())
+    return f"layers {', '.join(map(str, found['winners']))} went on; scores: {thirds}"
+
+
+def router_text(load: Mapping[str, Sequence[float]]) -> str:
+    """How evenly a mixture's router spread the tokens, over all linears."""
+    shares = [share for own in load.values() for share in own]
+    if not shares:
+        return ""
+    even = 1.0 / len(next(iter(load.values())))
+    return f"{min(shares):.0%} to {max(shares):.0%} of the tokens an expert; even would be {even:.0%}"
+
+
 def measured_text(value: Any) -> str:
     """What a gate measured, or its limit."""
     if isinstance(value, Mapping):
@@ -148,7 +171,8 @@ def after_climb(ladder: Json) -> list[str]:
     if tuned := _tuned_folder(ladder):
         quoted = shlex.quote(tuned)
         commands.append(f"rung chat {quoted} --compare  # base and tuned side by side")
-        if any(row["folder"] == tuned and row["rung"] == verdict.get("recommended") for row in ladder["ladder"]):
+        row = next(row for row in ladder["ladder"] if row["folder"] == tuned)
+        if row["rung"] == verdict.get("recommended") and row["kind"] in MERGED:
             commands.append(
                 f"rung merge {quoted} {shlex.quote(ladder['folder'] + '-merged')}  # a plain model to serve"
             )

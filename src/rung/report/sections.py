@@ -11,7 +11,17 @@ import yaml
 from markupsafe import Markup
 
 from rung.report import plots
-from rung.report.facts import LadderRow, after_climb, after_run, gain_unit, ladder_rows, measured_text, method_text
+from rung.report.facts import (
+    LadderRow,
+    after_climb,
+    after_run,
+    gain_unit,
+    ladder_rows,
+    lottery_text,
+    measured_text,
+    method_text,
+    router_text,
+)
 from rung.report.folder import PERPLEXITY, Run, Source
 from rung.report.human import count, duration, loss, memory
 
@@ -254,6 +264,8 @@ def _trained(run: Run) -> Pairs:
         "training loss": f"{loss(manifest['train_loss'])} in the last step" if steps else "",
         "validation loss": loss(manifest["validation_loss"]) if manifest.get("validation_loss") is not None else "",
         "lowest at step": f"{best:,}" if best and best != manifest.get("steps") else "",
+        "lottery": lottery_text(manifest.get("lottery") or {}),
+        "router load": router_text(manifest.get("router_load") or {}),
         "status": str(manifest.get("status")) if manifest.get("status") != "finished" else "",
     }
     return {name: text for name, text in lines.items() if text}

@@ -8,7 +8,20 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from rung.spec.base import Share, Spec
 
-RungKind = Literal["zero_shot", "few_shot", "prompt", "prefix", "head", "bottleneck", "lora", "qlora", "full"]
+RungKind = Literal[
+    "zero_shot",
+    "few_shot",
+    "prompt",
+    "prefix",
+    "head",
+    "bottleneck",
+    "lora",
+    "qlora",
+    "lottery",
+    "mixture",
+    "peft",
+    "full",
+]
 
 
 class RungSpec(Spec):

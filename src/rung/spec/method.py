@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from rung.spec.base import ALL_LINEAR, Role, Share, Spec
 
 Layers = (
-    tuple[NonNegativeInt, ...]
-    | Literal["first", "middle", "last"]
-    | Annotated[str, Field(pattern=r"^\d+-\d+$")]
-    | None
+    tuple[NonNegativeInt, ...] | Literal["first", "middle", "last"] | Annotated[str, Field(pattern=r"^\d+-\d+$")] | None
 )
 """Numbers counted from 0, a range such as 15-29, or a third of the layers by name; none is all."""
 Init = Literal[
@@ -117,6 +114,68 @@ CALIBRATED = SUBTRACTED | {"eva"}
 """Starts made before the first step from weights, activations or gradients."""
 
 
+class LotterySpec(LowRank):
+    """LoRA whose layers compete: all move for a while, the best go on, the others leave."""
+
+    kind: Literal["lottery"] = "lottery"
+    scout_steps: PositiveInt = 20
+    """Optimiser steps in which all layers move."""
+    keep: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """Share of the layers that go on, at least one."""
+    score: Literal["delta", "energy"] = "delta"
+    """`delta`: squared norm of a layer's updates; `energy`: squared norm of what they add to the linears' outputs on
+    `init_examples` documents (LoRA-drop, Zhou et al. 2024, eq. 3)."""
+    choose: Literal["best", "random", "first", "middle", "last"] = "best"
+    """Which go on: those with the highest score, or as many others, to compare with."""
+    rewind: bool = True
+    """Whether the winners go back to their start; otherwise they go on from where they are."""
+
+    @model_validator(mode="after")
+    def _scores_are_plain(self) -> LotterySpec:
+        if self.init in CALIBRATED or self.init == "loftq" or self.dora or self.sampled_layers is not None:
+            raise ValueError(
+                "a lottery scores plain updates: init default, gaussian or orthogonal, no dora, no sampling"
+            )
+        return self
+
+
+class MixtureSpec(Spec):
+    """Low-rank experts beside each linear, mixed by a learned router (Dou et al. 2023, eq. 4-5)."""
+
+    DEFAULT_LEARNING_RATE: ClassVar[float] = 5e-4
+    kind: Literal["mixture"] = "mixture"
+    experts: Annotated[int, Field(ge=2)] = 4
+    """Low-rank pairs of each linear."""
+    rank: PositiveInt = 8
+    """Of each expert."""
+    alpha: PositiveFloat | None = None
+    """The experts' sum is multiplied by alpha / rank. None is twice the rank."""
+    top_k: PositiveInt | None = None
+    """Experts that act on a token, the others get no weight; none lets all of them act."""
+    balance: NonNegativeFloat = 1e-3
+    """Weight of the loss that spreads tokens over experts. Above 0 beginnings are not shared: the loss is counted for
+    each document."""
+    targets: tuple[Role, ...] = Field(default=ALL_LINEAR, min_length=1)
+    """As for lora."""
+    layers: Layers = None
+    """As for lora."""
+
+
+class PeftSpec(Spec):
+    """Any other tuner of peft."""
+
+    DEFAULT_LEARNING_RATE: ClassVar[float] = 1e-3
+    kind: Literal["peft"] = "peft"
+    config: dict[str, Any] = Field(min_length=1)
+    """peft's own settings, `peft_type` among them."""
+    targets: tuple[Role, ...] = Field(default=ALL_LINEAR, min_length=1)
+    """Roles whose modules it gets, unless its config names target_modules."""
+    layers: Layers = None
+    """As for lora."""
+    starts_as_base: bool = True
+    """Whether this tuner begins as the base, which the step-0 gate then checks."""
+
+
 class BottleneckSpec(Spec):
     """A narrow network beside or behind each block: x + up(activation(down(x))) (Houlsby et al. 2019, section 2.1)."""
 
@@ -168,14 +227,28 @@ class PrefixSpec(Spec):
     output alone is saved. None learns them as they are (Liu et al. 2022)."""
 
 
-AnySpec = FullSpec | HeadSpec | LoraSpec | QloraSpec | BottleneckSpec | PromptSpec | PrefixSpec
+AnySpec = (
+    FullSpec
+    | HeadSpec
+    | LoraSpec
+    | QloraSpec
+    | LotterySpec
+    | MixtureSpec
+    | BottleneckSpec
+    | PromptSpec
+    | PrefixSpec
+    | PeftSpec
+)
 MethodSpec = Annotated[AnySpec, Field(discriminator="kind")]
 METHOD_SPECS: dict[str, type[AnySpec]] = {
     "full": FullSpec,
     "head": HeadSpec,
     "lora": LoraSpec,
     "qlora": QloraSpec,
+    "lottery": LotterySpec,
+    "mixture": MixtureSpec,
     "bottleneck": BottleneckSpec,
     "prompt": PromptSpec,
     "prefix": PrefixSpec,
+    "peft": PeftSpec,
 }

@@ -1,0 +1,196 @@
+"""A pool of low-rank experts beside each linear, mixed by a learned router (LoRAMoE, Dou et al. 2023, eq. 4-5).
+
+    y = W x + s sum_e w_e(x) B_e A_e x,    w = softmax(R x), or its k largest entries renormalised (Li et al. 2024)
+
+All experts of a linear are two products: their A's stand on one another, their B's side by side, and the router's
+weights are multiplied in between. B starts at zero, so the model starts as its base.
+
+The balance loss of a document is E sum_e f_e P_e (Fedus et al. 2022, eq. 4-6): f_e the share of its routed tokens that
+expert e got, P_e its mean router weight; 1 when all experts get as much. It is counted for each document and each
+linear, so it does not depend on how a step is cut into micro-batches.
+
+Suffixes: T tokens, I inputs, O outputs, E experts, R rank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rung.errors import PlanError
+from rung.method.base import Simple, same_keys
+from rung.model.fuse import plain_part
+from rung.model.fused import Part
+from rung.model.targets import select
+from rung.spec.method import MixtureSpec
+from rung.types import LossTerm, PackedBatch
+
+WEIGHTS = "adapter_model.safetensors"
+NAME = "mixture"
+"""Of the submodule that a linear gets."""
+ROUTER_START = 0.02
+"""Standard deviation of the router at the start."""
+
+
+class Experts(nn.Module):
+    """What is added to one linear's output."""
+
+    def __init__(self, inputs: int, outputs: int, spec: MixtureSpec, like: Tensor) -> None:
+        super().__init__()
+        place = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
+        self.count, self.rank, self.top = spec.experts, spec.rank, spec.top_k
+        self.scale = (2.0 * spec.rank if spec.alpha is None else spec.alpha) / spec.rank
+        self.router = nn.Parameter(torch.randn(spec.experts, inputs, **place) * ROUTER_START)
+        self.a = nn.Parameter(torch.empty(spec.experts * spec.rank, inputs, **place))
+        self.b = nn.Parameter(torch.zeros(outputs, spec.experts * spec.rank, **place))
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+        self.weights_TE: Tensor | None = None
+        """Router weights of the last call, with their graph; whoever reads them takes them away."""
+        self.probabilities_TE: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O], in the type of `x`."""
+        flat_TI = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, self.a.dtype))
+        self.probabilities_TE = torch.softmax((flat_TI @ self.router.T).float(), dim=-1).to(flat_TI.dtype)
+        self.weights_TE = chosen(self.probabilities_TE, self.top)
+        low_TER = (flat_TI @ self.a.T).view(-1, self.count, self.rank) * self.weights_TE[..., None]
+        y_TO = self.scale * (low_TER.flatten(1) @ self.b.T)
+        return y_TO.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+class Mixture(Simple):
+    """Experts beside the chosen linears; the base never moves."""
+
+    kind = NAME
+    artefact = "adapter"
+    starts_as_base = True
+
+    def __init__(self, model: PreTrainedModel, spec: MixtureSpec) -> None:
+        self.model, self.spec = model, spec
+        self.on = True
+        self.hosts: dict[str, nn.Module] = {}
+        self.load_of: dict[str, Tensor] = {}
+        """By linear: tokens that each expert got while training, [E]."""
+        like = next(model.parameters())
+        for name in select(model, spec.targets, spec.layers):
+            host = model.get_submodule(name)
+            part = plain_part(host)
+            assert part is not None  # noqa: S101 -- for the type checker: targets are linears
+            outputs, inputs = part.weight.shape
+            host.add_module(NAME, Experts(inputs, outputs, spec, like))
+            host.register_forward_hook(self._beside)
+            self.hosts[name] = host
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Router, A and B of every linear."""
+        return {
+            f"{name}.{NAME}.{own}": parameter
+            for name, host in self.hosts.items()
+            for own, parameter in host.get_submodule(NAME).named_parameters()
+        }
+
+    def declared_parameters(self) -> int:
+        """Sum over linears of E I + E r (I + O)."""
+        spec, total = self.spec, 0
+        for host in self.hosts.values():
+            outputs, inputs = plain_part(host).weight.shape  # type: ignore[union-attr]
+            total += spec.experts * (inputs + spec.rank * (inputs + outputs))
+        return total
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base alone, inside the context."""
+        before, self.on = self.on, False
+        try:
+            yield
+        finally:
+            self.on = before
+
+    def part(self, module: nn.Module) -> Part | None:
+        """A linear as it stands: the experts are called beside it."""
+        return plain_part(module)
+
+    def shares_prefixes(self) -> bool:
+        """Not while the balance is counted by document: a shared token would count for one of them only."""
+        return self.spec.balance == 0.0
+
+    def penalty(self, batch: PackedBatch) -> list[LossTerm]:
+        """`balance` times the mean over linears of each document's balance loss, summed over documents."""
+        if not self.spec.balance:
+            return []
+        total: list[Tensor] = []
+        for name, host in self.hosts.items():
+            experts: Any = host.get_submodule(NAME)
+            weights, probabilities = experts.weights_TE, experts.probabilities_TE
+            experts.weights_TE = experts.probabilities_TE = None
+            if weights is None:
+                continue
+            total.append(balance_loss(probabilities, weights, batch))
+            routed = (weights.detach() > 0).sum(0).to(torch.float64).cpu()
+            self.load_of[name] = self.load_of.get(name, torch.zeros_like(routed)) + routed
+        if not total:
+            return []
+        return [LossTerm(self.spec.balance * torch.stack(total).mean(), "sequences", "balance")]
+
+    def statistics(self) -> Mapping[str, Any]:
+        """For `run.json`: by linear, the share of routed tokens that each expert got while training."""
+        shares = {name: (load / load.sum()).tolist() for name, load in self.load_of.items()}
+        return {"router_load": {name: [round(share, 4) for share in values] for name, values in shares.items()}}
+
+    def save(self, folder: Path) -> None:
+        """Weights by the names of their linears, and what is needed to build them again."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: p.detach().contiguous().cpu() for name, p in self.trainable().items()}
+        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        config = {"peft_type": "RUNG_MIXTURE", "task_type": "CAUSAL_LM", **self.spec.model_dump(mode="json")}
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    def load(self, folder: Path) -> None:
+        """Read them; keys missing or left over raise `CheckpointError`."""
+        state, own = load_file(folder / WEIGHTS), self.trainable()
+        same_keys(state.keys(), own.keys(), str(folder))
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+
+    def merge(self) -> nn.Module:
+        """Raises `PlanError`: which experts act depends on the token."""
+        raise PlanError(
+            "a mixture cannot be folded into the base: its router weighs the experts anew for every token",
+            hint="serve the base with the adapter, or train a lora",
+        )
+
+    def _beside(self, host: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output + host.get_submodule(NAME)(inputs[0]) if self.on else output
+
+
+def chosen(probabilities_TE: Tensor, top: int | None) -> Tensor:
+    """The weights of the experts: all, or the `top` largest, adding up to 1 again."""
+    if top is None or top >= probabilities_TE.shape[1]:
+        return probabilities_TE
+    values, places = probabilities_TE.topk(top, dim=1)
+    values = values / values.sum(1, keepdim=True)
+    return torch.zeros_like(probabilities_TE).scatter(1, places, values)
+
+
+def balance_loss(probabilities_TE: Tensor, weights_TE: Tensor, batch: PackedBatch) -> Tensor:
+    """Sum over documents of E sum_e f_e P_e; each document's tokens are its rows of the batch."""
+    experts = probabilities_TE.shape[1]
+    owner_T = torch.zeros(len(probabilities_TE), dtype=torch.long, device=probabilities_TE.device)
+    for number, rows in enumerate(batch.rows):
+        owner_T[torch.from_numpy(rows).to(owner_T.device)] = number
+    tokens_D = torch.bincount(owner_T, minlength=batch.sequences).clamp(min=1)[:, None]
+    empty = probabilities_TE.new_zeros(batch.sequences, experts)
+    routed_TE = (weights_TE.detach() > 0).to(probabilities_TE.dtype)
+    shares_DE = empty.index_add(0, owner_T, routed_TE / routed_TE.sum(1, keepdim=True)) / tokens_D
+    means_DE = empty.index_add(0, owner_T, probabilities_TE) / tokens_D
+    return experts * (shares_DE * means_DE).sum()

@@ -1,0 +1,130 @@
+"""Any other tuner of peft, by its own config: IA3, VeRA, OFT and their kin, as peft computes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft import (
+    PeftConfig,
+    PeftModel,
+    PeftType,
+    get_peft_config,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rung.errors import ConfigError, PlanError
+from rung.method.base import Simple, same_keys
+from rung.method.lora import WEIGHTS, quiet
+from rung.model.fuse import plain_part
+from rung.model.fused import Part
+from rung.model.targets import select
+from rung.spec.method import PeftSpec
+
+
+class Passthrough(Simple):
+    """peft's tuner under Rung's engine: its own forward, its own file."""
+
+    kind = "peft"
+    artefact = "adapter"
+
+    def __init__(self, model: PreTrainedModel, spec: PeftSpec) -> None:
+        self.model, self.spec = model, spec
+        self.starts_as_base = spec.starts_as_base
+        config = _config(model, spec)
+        model.float()  # peft's tuners compute in the type the weights are held in
+        try:
+            self.peft: PeftModel = quiet(get_peft_model, model, config)
+        except (ValueError, TypeError, NotImplementedError, KeyError) as error:
+            raise ConfigError(str(error), where="method.config", given=spec.config.get("peft_type")) from error
+        self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """What peft leaves free."""
+        return dict(self._trainable)
+
+    def declared_parameters(self) -> int:
+        """As peft counts them."""
+        return int(self.peft.get_nb_trainable_parameters()[0])
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base alone, inside the context."""
+        with self.peft.disable_adapter():
+            yield
+
+    def part(self, module: nn.Module) -> Part | None:
+        """A plain linear as it stands; whatever belongs to a tuner computes itself."""
+        return None if isinstance(module, BaseTunerLayer) else plain_part(module)
+
+    def shares_prefixes(self) -> bool:
+        """Unless the tuner's config asks for dropout."""
+        return not any("dropout" in key and value for key, value in self.spec.config.items())
+
+    def save(self, folder: Path) -> None:
+        """Write peft's two files."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: value.detach().contiguous().cpu() for name, value in self._state().items()}
+        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        config = self.peft.peft_config["default"].to_dict()
+        config["inference_mode"] = True
+        plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+        (folder / "adapter_config.json").write_text(json.dumps(plain, indent=2, default=str) + "\n")
+
+    def load(self, folder: Path) -> None:
+        """Read them; keys missing or left over raise `CheckpointError`."""
+        state = load_file(folder / WEIGHTS)
+        same_keys(state.keys(), self._state().keys(), str(folder))
+        quiet(set_peft_model_state_dict, self.peft, state)
+
+    def merge(self) -> nn.Module:
+        """The base with the tuner folded in, where peft can. Raises `PlanError` where it cannot."""
+        try:
+            merged: nn.Module = quiet(self.peft.merge_and_unload, safe_merge=True)
+        except (AttributeError, NotImplementedError, ValueError) as error:
+            raise PlanError(f"peft cannot fold this tuner into the base: {error}") from error
+        return merged
+
+    def _state(self) -> dict[str, Tensor]:
+        return dict(quiet(get_peft_model_state_dict, self.peft, save_embedding_layers=False))
+
+
+def _config(model: PreTrainedModel, spec: PeftSpec) -> PeftConfig:
+    """Peft's config. Raises `ConfigError` for a tuner that is not there, is Rung's own, or takes other settings."""
+    given: dict[str, Any] = dict(spec.config)
+    kind = str(given.get("peft_type", "")).upper()
+    if kind in _OURS:
+        raise ConfigError("this tuner has a method of its own", where="method.config", given=kind, allowed=_OURS[kind])
+    if kind not in PeftType.__members__:
+        known = ", ".join(sorted(set(PeftType.__members__) - set(_OURS)))
+        raise ConfigError("no such tuner", where="method.config.peft_type", given=kind or None, allowed=known)
+    given |= {"peft_type": kind, "task_type": "CAUSAL_LM"}
+    if kind not in _NO_TARGETS:
+        given.setdefault("target_modules", select(model, spec.targets, spec.layers))
+    try:
+        return get_peft_config(given)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error), where="method.config", given=kind) from error
+
+
+_OURS = {
+    "LORA": "kind: lora",
+    "PROMPT_TUNING": "kind: prompt",
+    "PREFIX_TUNING": "kind: prefix",
+    "P_TUNING": "kind: prompt",
+    "MULTITASK_PROMPT_TUNING": "kind: prompt",
+    "CPT": "kind: prompt",
+    "CARTRIDGE": "kind: prefix",
+    "XLORA": "kind: mixture",
+}
+_NO_TARGETS = frozenset({"LN_TUNING", "ADAPTION_PROMPT"})
+"""Tuners that find their modules themselves."""
