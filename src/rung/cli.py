@@ -183,9 +183,8 @@ def merge(
 def fuse(
     runs: Annotated[list[Path], typer.Argument(help="Runs of one base: LoRA adapters, or full runs of the layers.")],
     folder: Annotated[Path, typer.Option("--output", "-o", help="Where to write the fused run.")],
-    how: Annotated[str, typer.Option(help="sum, ties, dare or magnitude.")] = "sum",
+    how: Annotated[str, typer.Option(help="sum; or ties:0.2, dare:0.2, magnitude:0.2, the share they keep.")] = "sum",
     weights: Annotated[str | None, typer.Option(help="One for each run, as 0.7,0.3; none is 1 for each.")] = None,
-    density: Annotated[float, typer.Option(help="Share of entries that ties, dare and magnitude keep.")] = 0.2,
     rank: Annotated[int | None, typer.Option(help="Rank of the result; none keeps a sum exact.")] = None,
     seed: Annotated[int, typer.Option(help="Of what dare drops.")] = 0,
     learn: Annotated[str | None, typer.Option(help="A config whose training rows the weights are searched on.")] = None,
@@ -194,7 +193,7 @@ def fuse(
     """Combine several runs of one base into one plain LoRA, on their true updates."""
     from rung.pipeline.fuse import Plan, fuse_runs, numbers, way
 
-    plan = Plan(way(how), numbers(weights), density, rank, seed, learn)
+    plan = Plan(*way(how), numbers(weights), rank, seed, learn)
     result = fuse_runs(runs, folder, plan)
     shares = ", ".join(f"{run.name} {weight:g}" for run, weight in zip(runs, result["weights"], strict=True))
     lines = [f"fused into {folder}: {shares}", f"lost to the stated rank: {result['lost']:.2%} of the update's norm"]

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from rung.data.cache import cached_examples
 from rung.data.chat import Chat, Preflight, Tokenised
@@ -29,9 +28,9 @@ from rung.errors import CheckpointError, ConfigError, DataError, RungError
 from rung.evaluate.baselines import Framing
 from rung.evaluate.task import Evaluation, evaluate
 from rung.method.base import Method
+from rung.method.lora import Lora
 from rung.method.table import attach
 from rung.model.fuse import fuse, left_alone
-from rung.model.fused import Part
 from rung.model.load import Base, check_fingerprint, load_base, load_tokenizer
 from rung.model.policy import Policy, Virtual
 from rung.objective.table import OBJECTIVES
@@ -222,19 +221,6 @@ def open_base(spec: ModelSpec) -> tuple[Policy, Chat]:
     return Policy(base, Untouched()), Chat(base.tokenizer, spec.template)
 
 
-@runtime_checkable
-class Quantised(Protocol):
-    """A method on a base that can be widened."""
-
-    def dequantise(self) -> None:
-        """Hold the base in full width from now on."""
-        ...
-
-    def part(self, module: nn.Module) -> Part | None:
-        """As in `Method`."""
-        ...
-
-
 class Untouched:
     """What a policy holds when nothing is tuned: off and on are the same."""
 
@@ -265,9 +251,10 @@ def test_records(spec: RunSpec, splits: Splits) -> Records:
 
 def score(policy: Policy, chat: Chat, spec: RunSpec, records: Sequence[Record], *, tuned: bool) -> Evaluation:
     """Score test records; an untuned model gets `evaluate.instruction`."""
-    if spec.evaluate.dequantise and isinstance(policy.method, Quantised):
-        policy.method.dequantise()
-        fuse(policy.model, policy.method.part)
+    method = policy.method
+    if spec.evaluate.dequantise and isinstance(method, Lora) and method.quantised is not None:
+        method.quantised.widen(policy.model)
+        fuse(policy.model, method.part)
     framing = Framing(None if tuned else spec.evaluate.instruction, context=spec.evaluate.context == "given")
     return evaluate(policy, chat, records, framing, spec.evaluate)
 

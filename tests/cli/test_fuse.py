@@ -55,7 +55,17 @@ def test_the_sum_is_exact_and_a_run_like_any_other(runs: list[Path], tmp_path: P
 @pytest.mark.parametrize("how", ["ties", "dare", "magnitude", "sum"])
 def test_every_way_gives_a_lora_of_the_stated_rank(how: str, runs: list[Path], tmp_path: Path, capsys: Any) -> None:
     fused = tmp_path / "fused"
-    given = ["--output", str(fused), "--how", how, "--density", "0.5", "--rank", "3", "--seed", "4", "--json"]
+    given = [
+        "--output",
+        str(fused),
+        "--how",
+        how if how == "sum" else f"{how}:0.5",
+        "--rank",
+        "3",
+        "--seed",
+        "4",
+        "--json",
+    ]
     code, out, err = inside(capsys, "fuse", *map(str, runs), *given)
     assert code == 0, err
     assert json.loads(out)["ranks"] == [3] and 0.0 < json.loads(out)["lost"] < 1.0
@@ -82,7 +92,9 @@ def test_learned_weights_lose_less_than_an_even_share(
         (["--weights", "1"], "one weight for each"),
         (["--weights", "1,x"], "numbers with commas"),
         (["--weights", "1,nan"], "finite"),
-        (["--density", "0"], "density"),
+        (["--how", "ties:0"], "share of entries"),
+        (["--how", "ties:x"], "share of entries"),
+        (["--how", "sum:0.5"], "share of entries"),
         (["--rank", "0"], "at least 1"),
         (["--learn", "x.yaml", "--how", "ties"], "plain sum"),
     ],

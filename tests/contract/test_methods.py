@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,6 +87,12 @@ def base_of(kind: str, spec: dict[str, object]) -> Policy:
     return policy_of(model)
 
 
+def not_for(shape: str, spec: dict[str, object]) -> bool:
+    """Tuners of peft that know no transposed weights."""
+    config: Any = spec.get("config", {})
+    return shape == "gpt2" and config.get("peft_type") in ("OFT", "LOHA", "LOKR", "HRA", "MISS")
+
+
 def test_every_method_has_a_variant_here_and_a_spec() -> None:
     assert set(METHODS) == set(METHOD_SPECS) == {kind for kind, _ in VARIANTS}
 
@@ -109,6 +116,10 @@ def test_starts_as_the_base_and_declares_what_moves(kind: str, spec: dict[str, o
 @pytest.mark.parametrize("shape", ["llama", "gpt2", "phi3", "gemma2"])
 def test_two_steps_move_what_is_declared_and_nothing_else(kind: str, spec: dict[str, object], shape: str) -> None:
     model = tiny_model(shape)
+    if not_for(shape, spec):
+        with pytest.raises(ConfigError, match="Conv1D"):
+            attach(model, METHOD_SPECS[kind](**spec), seed=3)
+        return
     method = attach(model, METHOD_SPECS[kind](**spec), seed=3)
     policy = calibrated(policy_of(model, method), method)
     optimiser = make_optimiser(method.trainable(), OptimiserSpec())
@@ -169,6 +180,8 @@ def test_merged_equals_unmerged_after_a_reload_by_transformers(
     from transformers import AutoModelForCausalLM
 
     batch = pack(documents(), 10_000, share_prefixes=False)[0]
+    if not_for(shape, spec):
+        pytest.skip("refused, which the test of two steps asks for")
     policy, method = tuned(kind, shape, **spec)
     before = policy.logprobs(batch).detach()
     if reason := NOT_MERGED.get(kind):
@@ -205,11 +218,15 @@ def test_lora_loads_in_plain_peft(spec: dict[str, object], tmp_path: Path) -> No
     assert (theirs(row, use_cache=False).logits - ours).abs().max() < FLOAT32_NATS
 
 
+FIRST = {kind: spec for kind, spec in reversed(VARIANTS)}
+"""One variant of each method."""
+
+
 @pytest.mark.parametrize("kind", METHODS)
 def test_state_round_trip_and_foreign_state(kind: str) -> None:
-    policy, method = tuned(kind)
+    policy, method = tuned(kind, **FIRST[kind])
     state = {n: v.clone() for n, v in state_of(method).items()}
-    _, other = tuned(kind)
+    _, other = tuned(kind, **FIRST[kind])
     with torch.no_grad():
         for parameter in other.trainable().values():
             parameter.zero_()
@@ -259,5 +276,6 @@ def test_bfloat16_compute_gives_nearly_the_gradient_of_float32(kind: str, spec: 
         accumulate(policy, OBJECTIVES["sft"](SftSpec()), pack(documents(shared=17), 10_000))
         gradients.append(torch.cat([p.grad.flatten() for p in method.trainable().values() if p.grad is not None]))
     exact, low = gradients
-    limit = 0.2 if kind == "qlora" else 0.05  # bfloat16 keeps 8 bits of mantissa, and moves weights between two levels
+    # bfloat16 keeps 8 bits of mantissa; what is chosen by it (a level, an expert) may be another
+    limit = 0.2 if kind == "qlora" or "top_k" in spec else 0.05
     assert (exact - low).norm() / exact.norm() < limit

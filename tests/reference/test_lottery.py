@@ -17,7 +17,7 @@ from rung.engine.optim import make_optimiser, move_only, set_rate
 from rung.engine.pack import pack, pack_separately
 from rung.engine.sample import Sample
 from rung.engine.step import accumulate
-from rung.method.lottery import chosen
+from rung.method.course import chosen
 from rung.method.table import attach
 from rung.model.targets import layer_number
 from rung.objective.sft import Sft
@@ -67,8 +67,8 @@ def test_scores_are_norms_and_energies_of_the_true_updates() -> None:
         delta = layer.get_delta_weight("default").detach()
         norms[layer_number(f"{name}.")] += float(delta.square().sum())
         energies[layer_number(f"{name}.")] += float((torch.cat(seen[name]) @ delta.T).square().sum())
-    assert method._norms() == pytest.approx(norms, rel=1e-5)
-    assert method._energies() == pytest.approx(energies, rel=1e-4)
+    assert method.course.norms() == pytest.approx(norms, rel=1e-5)
+    assert method.course.energies() == pytest.approx(energies, rel=1e-4)
 
 
 @pytest.mark.parametrize("rewind", [True, False])
@@ -85,7 +85,7 @@ def test_winners_alone_move_and_losers_add_nothing(rewind: bool, tmp_path: Path)
         if moving is not None:
             move_only(optimiser, method.trainable(), moving)
         if step == 2:
-            (winner,) = method.winners
+            (winner,) = method.course.winners
             for name, parameter in method.trainable().items():
                 if layer_number(f".{name}") == winner:
                     assert torch.equal(parameter, start[name] if rewind else before[name])
@@ -115,13 +115,13 @@ def test_winners_alone_move_and_losers_add_nothing(rewind: bool, tmp_path: Path)
 def test_a_resumed_lottery_knows_its_winners() -> None:
     _, method = tuned("lottery", scout_steps=2)
     method.at_step(2)
-    winners = method.winners
+    winners = method.course.winners
     with torch.no_grad():
         for name in method.at_step(3).names:
             method.trainable()[name].add_(0.01)
-    method.winners = None
+    method.course.winners = None
     moving = method.at_step(7)
-    assert method.winners == winners and not moving.anew
+    assert method.course.winners == winners and not moving.anew
 
 
 @pytest.mark.parametrize(

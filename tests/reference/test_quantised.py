@@ -17,7 +17,8 @@ from rung.engine.gates import check_decoding, check_identity, check_packing, fro
 from rung.engine.optim import make_optimiser, set_rate
 from rung.engine.pack import pack, pack_separately
 from rung.engine.step import accumulate
-from rung.method.quantised import Qlora, dense_weight, is_quantised
+from rung.method.lora import Lora
+from rung.method.quantised import dense_weight, is_quantised
 from rung.method.table import attach
 from rung.model.policy import Policy
 from rung.objective.sft import Sft
@@ -31,7 +32,7 @@ LEVELS += [0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
 
 
-def qlora(shape: str = "llama", **spec: object) -> tuple[Policy, Qlora]:
+def qlora(shape: str = "llama", **spec: object) -> tuple[Policy, Lora]:
     model = tiny_model(shape, **WIDE)
     method = attach(model, QloraSpec(**spec), seed=0)
     with torch.no_grad():
@@ -116,17 +117,21 @@ def test_training_after_an_evaluation_still_has_a_gradient(monkeypatch: pytest.M
 def test_without_the_guard_the_gradient_is_lost() -> None:
     """The mutation."""
     policy, method = qlora()
+    policy.model.train()
+    accumulate(policy, SFT, pack(documents(), 50))
+    right = gradients(method)
+    policy.model.zero_grad()
     for module in quantised(policy.model):
         module.support_avx512bf16_for_cpu = True
+    policy.model.eval()
     with torch.no_grad():
         policy.logprobs(pack(documents(), 10_000)[0])
     policy.model.train()
     try:
         accumulate(policy, SFT, pack(documents(), 50))
-    except RuntimeError:
+    except (RuntimeError, UserWarning):  # torch warns that the kernel has no gradient; warnings are errors here
         return
-    lowest = [g for name, g in gradients(method).items() if "layers.0" in name]
-    assert all(g.abs().max() == 0 for g in lowest)
+    assert distance(gradients(method), right) > 1e-2
 
 
 def test_merging_keeps_what_was_trained(tmp_path: Path) -> None:
@@ -143,7 +148,7 @@ def test_a_widened_base_answers_the_same() -> None:
     policy, method = qlora()
     batch = pack(documents(), 10_000)[0]
     before = policy.logprobs(batch).detach()
-    method.dequantise()
+    method.quantised.widen(policy.model)
     assert not quantised(policy.model)
     assert (policy.logprobs(batch) - before).abs().max() < 1e-4
 

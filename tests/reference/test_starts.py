@@ -158,7 +158,7 @@ def test_gradients_equal_the_naive_ones(init: str, tmp_path: Path) -> None:
 def test_without_the_frozen_half_the_model_is_another() -> None:
     """The mutation."""
     policy, method = started("pissa")
-    for layer in method._layers().values():
+    for layer in method.layers().values():
         layer.lora_B["offset"].weight.data.zero_()
     assert check_identity(policy, method, documents()).state == "failed"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def make_optimiser(
 def _in_eight_bits(device: torch.device) -> Any:
     """AdamW of bitsandbytes. Raises `PlanError` where the library is not installed."""
     try:
-        from bitsandbytes import optim
+        bnb: Any = import_module("bitsandbytes.optim")
     except ImportError as error:
         raise PlanError(
             "moments in 8 bits need bitsandbytes",
@@ -42,9 +43,9 @@ def _in_eight_bits(device: torch.device) -> Any:
             hint="pip install 'rung[quantised]'",
         ) from error
     if device.type == "cuda":
-        return optim.PagedAdamW8bit
+        return bnb.PagedAdamW8bit
     say("moments in 8 bits, without paging: that needs a graphics card")
-    return optim.AdamW8bit
+    return bnb.AdamW8bit
 
 
 def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:

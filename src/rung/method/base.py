@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rung.errors import CheckpointError
+from rung.model.fuse import plain_part
 from rung.model.fused import Part
 from rung.model.policy import Virtual
 from rung.types import LossTerm, PackedBatch
@@ -46,55 +47,22 @@ class Sample(Protocol):
 
 
 class Method(Protocol):
-    """A base with some numbers free to move."""
+    """A base with some numbers free to move. What most methods have nothing of is written out here."""
 
     kind: str
     artefact: str
     """Folder a finished run keeps it in: `adapter` or `model`."""
     starts_as_base: bool
     """Whether the model answers exactly like the base before the first step."""
-
-    sample_size: int
+    sample_size: int = 0
     """Training documents that `calibrate` looks at; 0 where it has nothing to do."""
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """What moves, by name, in a stable order."""
         ...
 
-    def at_step(self, step: int) -> Moving | None:
-        """Called before each optimiser step, counted from 0; None lets everything move."""
-        ...
-
-    def rate_factor(self, name: str) -> float:
-        """Learning rate of a trainable over the run's."""
-        ...
-
-    def penalty(self, batch: PackedBatch) -> list[LossTerm]:
-        """What the method itself adds to the loss of the batch just computed; no part of a validation loss."""
-        ...
-
-    def statistics(self) -> Mapping[str, Any]:
-        """What it has to say about a finished run, for `run.json`."""
-        ...
-
-    def calibrate(self, sample: Sample, start: Path | None = None) -> None:
-        """Set what starts from weights, activations or gradients, before the first step of a run.
-
-        `start` is a folder that `save` wrote when the run began: a resumed run takes that up.
-        """
-        ...
-
     def declared_parameters(self) -> int:
         """How many numbers should move, from the formula of the method and the shapes of the base."""
-        ...
-
-    @property
-    def virtual_tokens(self) -> int:
-        """How many positions it puts before every document; 0 where it is off."""
-        ...
-
-    def virtual(self) -> Virtual:
-        """What stands there, with its graph: embeddings [P, H], or keys and values by layer."""
         ...
 
     def disabled(self) -> AbstractContextManager[None]:
@@ -103,11 +71,11 @@ class Method(Protocol):
 
     def part(self, module: nn.Module) -> Part | None:
         """How a linear computes with this method, for `model/fuse.py`; None where only the module itself can."""
-        ...
+        return plain_part(module)
 
     def shares_prefixes(self) -> bool:
         """Whether one copy of a shared prefix may stand for several (not with dropout: the copies would differ)."""
-        ...
+        return True
 
     def save(self, folder: Path) -> None:
         """Write files that peft or transformers load as they are."""
@@ -118,38 +86,43 @@ class Method(Protocol):
         ...
 
     def merge(self) -> nn.Module:
-        """The model with the method folded in, on its own: afterwards this method is spent."""
+        """The model with the method folded in, on its own: afterwards this method is spent.
+
+        Raises `PlanError` with the reason where it cannot be.
+        """
         ...
 
+    def calibrate(self, sample: Sample, start: Path | None = None) -> None:
+        """Set what starts from weights, activations or gradients, before the first step of a run.
 
-class Simple:
-    """What most methods have nothing of."""
-
-    sample_size = 0
-    virtual_tokens = 0
-
-    def virtual(self) -> Virtual:
-        """Nothing stands before a document."""
-        return {}
+        `start` is a folder that `save` wrote when the run began: a resumed run takes that up.
+        """
+        return
 
     def at_step(self, step: int) -> Moving | None:
-        """Everything moves."""
+        """Called before each optimiser step, counted from 0; None lets everything move."""
         return None
 
+    def rate_factor(self, name: str) -> float:
+        """Learning rate of a trainable over the run's."""
+        return 1.0
+
     def penalty(self, batch: PackedBatch) -> list[LossTerm]:
-        """Nothing."""
+        """What the method itself adds to the loss of the batch just computed; no part of a validation loss."""
         return []
 
     def statistics(self) -> Mapping[str, Any]:
-        """Nothing."""
+        """What it has to say about a run, for `run.json`."""
         return {}
 
-    def rate_factor(self, name: str) -> float:
-        """The run's rate."""
-        return 1.0
+    @property
+    def virtual_tokens(self) -> int:
+        """How many positions it puts before every document; 0 where it is off."""
+        return 0
 
-    def calibrate(self, sample: Sample, start: Path | None = None) -> None:
-        """Nothing to do."""
+    def virtual(self) -> Virtual:
+        """What stands there, with its graph: embeddings [P, H], or keys and values by layer."""
+        return {}
 
 
 def state_of(method: Method) -> dict[str, Tensor]:

@@ -26,9 +26,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel
 
 from rung.errors import ConfigError, PlanError
-from rung.method.base import Simple, same_keys
-from rung.model.fuse import plain_part
-from rung.model.fused import Part
+from rung.method.base import Method, same_keys
 from rung.model.layers import layers_of
 from rung.model.targets import layer_number, layers_named, linears_by_role
 from rung.spec.method import BottleneckSpec
@@ -62,10 +60,11 @@ class Adapter(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """The same shape and, under autocast too, the type of `h`."""
         wide = h.to(torch.promote_types(h.dtype, self.down.weight.dtype))
-        return self.scale * self.up(self.activation(self.down(wide))).to(h.dtype)
+        added: Tensor = self.scale * self.up(self.activation(self.down(wide)))
+        return added.to(h.dtype)
 
 
-class Bottleneck(Simple):
+class Bottleneck(Method):
     """A narrow network behind or beside blocks of every chosen layer; the base never moves."""
 
     kind = NAME
@@ -103,14 +102,6 @@ class Bottleneck(Simple):
             yield
         finally:
             self.on = before
-
-    def part(self, module: nn.Module) -> Part | None:
-        """A linear as it stands: the adapters are called beside it."""
-        return plain_part(module)
-
-    def shares_prefixes(self) -> bool:
-        """Always: nothing is drawn at random."""
-        return True
 
     def save(self, folder: Path) -> None:
         """Weights by the names of their hosts, and what is needed to build them again."""

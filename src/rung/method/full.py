@@ -12,13 +12,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rung.errors import ConfigError, PlanError
-from rung.method.base import Simple, same_keys
-from rung.model.fuse import plain_part
-from rung.model.fused import Part
+from rung.method.base import Method, same_keys
 from rung.spec.method import FullSpec, HeadSpec
 
 
-class _MovesTheBase(Simple):
+class _MovesTheBase(Method):
     """Shared by both: a moved model is saved whole, so that transformers loads it as it is."""
 
     artefact = "model"
@@ -28,14 +26,6 @@ class _MovesTheBase(Simple):
     def trainable(self) -> dict[str, nn.Parameter]:
         """What moves, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-
-    def part(self, module: nn.Module) -> Part | None:
-        """A linear as it stands."""
-        return plain_part(module)
-
-    def shares_prefixes(self) -> bool:
-        """Always: nothing is drawn at random."""
-        return True
 
     def save(self, folder: Path) -> None:
         """Write the model as transformers does."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear as PeftLinear
@@ -21,13 +20,13 @@ from transformers.pytorch_utils import Conv1D
 
 from rung.errors import ConfigError
 from rung.method import start as starts
-from rung.method.base import Moving, Sample, Simple, same_keys
+from rung.method.base import Method, Moving, Sample, same_keys
 from rung.method.calibrate import gradients, second_moments
 from rung.model.fuse import plain_part
 from rung.model.fused import Part
 from rung.model.resident import held_narrow, seeming_wide
 from rung.model.targets import layer_number, roles_of, select
-from rung.spec.method import CALIBRATED, SUBTRACTED, LoraSpec
+from rung.spec.method import CALIBRATED, SUBTRACTED, LowRankSpec
 
 WEIGHTS = "adapter_model.safetensors"
 OWN, OFFSET = "default", "offset"
@@ -35,22 +34,53 @@ OWN, OFFSET = "default", "offset"
 _INIT: dict[str, Any] = {"gaussian": "gaussian", "orthogonal": "orthogonal"}
 
 
-class Lora(Simple):
+class Quantised(Protocol):
+    """A base held in few bits."""
+
+    def widen(self, model: nn.Module) -> None:
+        """Hold it in full width from now on: the same numbers, faster, in more memory."""
+        ...
+
+    def merged(self, layer: Any) -> nn.Module:
+        """The linear of a peft layer in full width, its update added."""
+        ...
+
+
+class Course(Protocol):
+    """What decides which layers take part as a run goes on."""
+
+    sample: Sample | None
+    """Training documents to judge layers by, once `calibrate` has been called."""
+
+    def at_step(self, step: int) -> Moving | None:
+        """As in `Method`."""
+        ...
+
+    def statistics(self) -> Mapping[str, Any]:
+        """As in `Method`."""
+        ...
+
+
+class Lora(Method):
     """W + (alpha / rank) B A on the chosen linears; the base never moves (Hu et al. 2021, eq. 3).
 
     A start B0 A0 that is not zero is held a second time, frozen and with its sign turned, so that W + s (B A - B0 A0)
     begins as W. Saved, both halves are one plain adapter of twice the rank.
     """
 
-    kind = "lora"
     artefact = "adapter"
-    starts_as_base = True
 
-    def __init__(self, model: PreTrainedModel, spec: LoraSpec) -> None:
+    def __init__(self, model: PreTrainedModel, spec: LowRankSpec, quantised: Quantised | None = None) -> None:
         self.model = model
         self.spec = spec
+        self.kind: str = spec.kind
+        self.quantised: Quantised | None = quantised
+        self.course: Course | None = None
+        self.starts_as_base = spec.init != "loftq"  # which begins nearer to the base that was not quantised
         self.seed = torch.initial_seed()  # what `attach` has just set
         self.names = select(model, spec.targets, spec.layers)
+        self.kept = list(self.names)
+        """Those that take part: all, unless `keep` was called."""
         self.sample_size = spec.init_examples if spec.init in CALIBRATED else 0
         self.subtracts = spec.init in SUBTRACTED
         self.shapes = {name: _shape(model.get_submodule(name)) for name in self.names}
@@ -71,7 +101,7 @@ class Lora(Simple):
         }
         self._offsets = [p for name, p in model.named_parameters() if f".{OFFSET}." in name]
         if self.subtracts:
-            for layer in self._layers().values():
+            for layer in self.layers().values():
                 layer.set_adapter([OWN, OFFSET])
         for parameter in self._offsets:  # zero until `calibrate` or `load` says otherwise
             parameter.requires_grad_(False)
@@ -85,13 +115,19 @@ class Lora(Simple):
         return dict(self._trainable)
 
     def at_step(self, step: int) -> Moving | None:
-        """With `sampled_layers`, those of the layers drawn for this period move; a pure function of seed and step."""
-        if self.spec.sampled_layers is None:
-            return None
-        layers = sorted({number for name in self.names if (number := layer_number(f".{name}")) is not None})
-        random = np.random.default_rng([self.seed, step // self.spec.resample_every])
-        drawn = set(random.choice(layers, size=self.spec.sampled_layers, replace=False).tolist())
-        return Moving({name for name in self._trainable if layer_number(f".{name}") in {None, *drawn}})
+        """As the course says, where there is one."""
+        return None if self.course is None else self.course.at_step(step)
+
+    def statistics(self) -> Mapping[str, Any]:
+        """What the course has to say."""
+        return {} if self.course is None else self.course.statistics()
+
+    def keep(self, names: Collection[str]) -> None:
+        """From now on these linears alone take part: the others add nothing and are not saved."""
+        self.kept = [name for name in self.names if name in names]
+        with torch.no_grad():
+            for name in set(self.names) - set(self.kept):
+                self.layer(name).lora_B[OWN].weight.zero_()
 
     def rate_factor(self, name: str) -> float:
         """LoRA+ moves B faster than A."""
@@ -140,13 +176,15 @@ class Lora(Simple):
 
     def calibrate(self, sample: Sample, start: Path | None = None) -> None:
         """Set A and B as `init` says, and the frozen half so that the model is still the base."""
+        if self.course is not None:
+            self.course.sample = sample
         if start is not None:
             self.load(start)
             return
         with torch.random.fork_rng(devices=[]):  # svd_lowrank draws
             torch.manual_seed(self.seed)
             for name, (b_OR, a_RI) in self._starts(sample):
-                layer = self._layers()[name]
+                layer = self.layer(name)
                 layer.lora_A[OWN].weight.data.copy_(a_RI)
                 layer.lora_B[OWN].weight.data.copy_(b_OR)
                 if self.subtracts:
@@ -159,7 +197,7 @@ class Lora(Simple):
         state = {name: value.detach().contiguous().cpu() for name, value in self._state().items()}
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
         config = self.peft.peft_config[OWN].to_dict()
-        config["inference_mode"] = True
+        config.update(inference_mode=True, target_modules=self.kept)
         if self.subtracts:
             double = math.sqrt(2.0) if self.spec.rslora else 2.0
             config.update(r=2 * config["r"], lora_alpha=double * config["lora_alpha"])
@@ -170,6 +208,8 @@ class Lora(Simple):
 
     def load(self, folder: Path) -> None:
         """Read them; keys missing or left over raise `CheckpointError`."""
+        if self.course is not None:
+            self.keep(set(json.loads((folder / "adapter_config.json").read_text())["target_modules"]))
         state = load_file(folder / WEIGHTS)
         same_keys(state.keys(), self._state().keys(), str(folder))
         for adapter, half in _halves(state).items() if self.subtracts else [(OWN, state)]:
@@ -178,15 +218,19 @@ class Lora(Simple):
     def merge(self) -> nn.Module:
         """The base with B A added; raises when a merged weight is not finite."""
         self.model.float()  # B A would be rounded away in bfloat16
+        if self.quantised is not None:
+            for name in self.names:
+                self.model.set_submodule(name, self.quantised.merged(self.layer(name)))
+            self.quantised.widen(self.model)
         merged: nn.Module = quiet(self.peft.merge_and_unload, safe_merge=True)
-        self.untie()
-        return merged
-
-    def untie(self) -> None:
-        """Let the config say that a head trained whole beside the adapter is its own now."""
         head = self.model.get_output_embeddings()
         if head is not None and head.weight is not self.model.get_input_embeddings().weight:
-            self.model.config.tie_word_embeddings = False
+            self.model.config.tie_word_embeddings = False  # a head trained whole beside the adapter is its own now
+        return merged
+
+    def layer(self, name: str) -> Any:
+        """Peft's module at a target."""
+        return self.model.get_submodule(name)
 
     def _config(self, modules_to_save: list[str]) -> LoraConfig:
         spec = self.spec
@@ -230,11 +274,14 @@ class Lora(Simple):
                 allowed=f"1 to {count}",
             )
 
-    def _layers(self) -> dict[str, Any]:
-        return {name: self.model.get_submodule(name) for name in self.names}
+    def layers(self) -> dict[str, Any]:
+        """Peft's modules by target."""
+        return {name: self.layer(name) for name in self.names}
 
     def _starts(self, sample: Sample) -> Iterator[tuple[str, starts.Pair]]:
-        init, layers = self.spec.init, self._layers()
+        init, layers = self.spec.init, self.layers()
+        if init not in CALIBRATED:
+            return
         if init in ("pissa", "olora"):
             for name, layer in layers.items():
                 weight = _dense(layer)
@@ -255,7 +302,8 @@ class Lora(Simple):
                     yield name, starts.corda(weight, moment, rank, scale, knowledge=knowledge)
 
     def _state(self) -> dict[str, Tensor]:
-        own = self._half(OWN)
+        left = [f".{name}." for name in set(self.names) - set(self.kept)]
+        own = {k: v for k, v in self._half(OWN).items() if not any(name in k for name in left)}
         if not self.subtracts:
             return own
         offset = self._half(OFFSET)
@@ -294,7 +342,7 @@ def _halves(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return halves
 
 
-def _rank(name: str, spec: LoraSpec) -> int:
+def _rank(name: str, spec: LowRankSpec) -> int:
     """The most specific entry of `ranks`: layer and role, then layer, then role (of a fused projection, its first)."""
     layer, roles = layer_number(name), roles_of(name)
     keys = [*(f"{layer}.{role}" for role in roles), str(layer), *roles]

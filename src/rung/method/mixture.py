@@ -27,9 +27,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rung.errors import PlanError
-from rung.method.base import Simple, same_keys
+from rung.method.base import Method, same_keys
 from rung.model.fuse import plain_part
-from rung.model.fused import Part
 from rung.model.targets import select
 from rung.spec.method import MixtureSpec
 from rung.types import LossTerm, PackedBatch
@@ -46,12 +45,12 @@ class Experts(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, spec: MixtureSpec, like: Tensor) -> None:
         super().__init__()
-        place = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
+        device, dtype = like.device, torch.promote_types(like.dtype, torch.float32)
         self.count, self.rank, self.top = spec.experts, spec.rank, spec.top_k
         self.scale = (2.0 * spec.rank if spec.alpha is None else spec.alpha) / spec.rank
-        self.router = nn.Parameter(torch.randn(spec.experts, inputs, **place) * ROUTER_START)
-        self.a = nn.Parameter(torch.empty(spec.experts * spec.rank, inputs, **place))
-        self.b = nn.Parameter(torch.zeros(outputs, spec.experts * spec.rank, **place))
+        self.router = nn.Parameter(torch.randn(spec.experts, inputs, device=device, dtype=dtype) * ROUTER_START)
+        self.a = nn.Parameter(torch.empty(spec.experts * spec.rank, inputs, device=device, dtype=dtype))
+        self.b = nn.Parameter(torch.zeros(outputs, spec.experts * spec.rank, device=device, dtype=dtype))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
         self.weights_TE: Tensor | None = None
         """Router weights of the last call, with their graph; whoever reads them takes them away."""
@@ -67,7 +66,7 @@ class Experts(nn.Module):
         return y_TO.view(*x.shape[:-1], -1).to(x.dtype)
 
 
-class Mixture(Simple):
+class Mixture(Method):
     """Experts beside the chosen linears; the base never moves."""
 
     kind = NAME
@@ -114,10 +113,6 @@ class Mixture(Simple):
             yield
         finally:
             self.on = before
-
-    def part(self, module: nn.Module) -> Part | None:
-        """A linear as it stands: the experts are called beside it."""
-        return plain_part(module)
 
     def shares_prefixes(self) -> bool:
         """Not while the balance is counted by document: a shared token would count for one of them only."""

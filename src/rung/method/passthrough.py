@@ -21,9 +21,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from rung.errors import ConfigError, PlanError
-from rung.method.base import Simple, same_keys
+from rung.method.base import Method, same_keys
 from rung.method.lora import WEIGHTS, quiet
 from rung.model.fuse import plain_part
 from rung.model.fused import Part
@@ -31,7 +32,7 @@ from rung.model.targets import select
 from rung.spec.method import PeftSpec
 
 
-class Passthrough(Simple):
+class Passthrough(Method):
     """peft's tuner under Rung's engine: its own forward, its own file."""
 
     kind = "peft"
@@ -111,9 +112,12 @@ def _config(model: PreTrainedModel, spec: PeftSpec) -> PeftConfig:
     if kind not in _NO_TARGETS:
         given.setdefault("target_modules", select(model, spec.targets, spec.layers))
     try:
-        return get_peft_config(given)
+        config = get_peft_config(given)
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error), where="method.config", given=kind) from error
+    if hasattr(config, "fan_in_fan_out") and any(isinstance(module, Conv1D) for module in model.modules()):
+        config.fan_in_fan_out = True  # GPT-2 stores its weights transposed
+    return config
 
 
 _OURS = {

@@ -6,7 +6,7 @@ are. It saves memory, not time: each product first widens its matrix again.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rung.errors import PlanError
-from rung.method.lora import OWN, Lora, quiet
+from rung.method.lora import OWN, Lora
 from rung.method.start import Pair, loftq
 from rung.model.fuse import plain_part
 from rung.model.resident import held_narrow
@@ -26,41 +26,35 @@ BLOCK = 64
 _FLAGS = {4: "is_loaded_in_4bit", 8: "is_loaded_in_8bit"}
 
 
-class Qlora(Lora):
-    """s B A beside a quantised W: the adapter learns around the rounding, because it is there in training."""
+def qlora(model: PreTrainedModel, spec: QloraSpec) -> Lora:
+    """S B A beside a quantised W: the adapter learns around the rounding, because it is there in training."""
+    starts = quantise(model, spec)
+    method = Lora(model, spec, QuantisedBase())
+    for name, (b_OR, a_RI) in starts.items():
+        layer = method.layer(name)
+        layer.lora_A[OWN].weight.data.copy_(a_RI)
+        layer.lora_B[OWN].weight.data.copy_(b_OR)
+    return method
 
-    kind = "qlora"
 
-    def __init__(self, model: PreTrainedModel, spec: QloraSpec) -> None:
-        self.starts_as_base = spec.init != "loftq"  # which begins nearer to the base that was not quantised
-        starts = quantise(model, spec)
-        super().__init__(model, spec)
-        for name, (b_OR, a_RI) in starts.items():
-            layer: Any = model.get_submodule(name)
-            layer.lora_A[OWN].weight.data.copy_(a_RI)
-            layer.lora_B[OWN].weight.data.copy_(b_OR)
+class QuantisedBase:
+    """What LoRA has to know of the base it stands on."""
 
-    def merge(self) -> nn.Module:
-        """The dequantised base with B A added: what was trained and measured, in full width again."""
-        for name in self.names:
-            layer: Any = self.model.get_submodule(name)
-            plain = _widened(layer.base_layer)
-            delta = layer.get_delta_weight(OWN).to(plain.weight.dtype)
-            with torch.no_grad():
-                plain.weight += delta.T if isinstance(plain, Conv1D) else delta
-            self.model.set_submodule(name, plain)
-        self.dequantise()
-        merged: nn.Module = quiet(self.peft.unload)  # modules trained whole take their places
-        self.untie()
-        return merged
+    def merged(self, layer: Any) -> nn.Module:
+        """The dequantised linear with B A added: what was trained and measured, in full width again."""
+        plain: Any = _widened(layer.base_layer)
+        delta = layer.get_delta_weight(OWN).to(plain.weight.dtype)
+        with torch.no_grad():
+            plain.weight += delta.T if isinstance(plain, Conv1D) else delta
+        return plain  # type: ignore[no-any-return]
 
-    def dequantise(self) -> None:
-        """Hold the quantised matrices in full width from now on: the same numbers, faster, in more memory."""
-        for name, module in list(self.model.named_modules()):
+    def widen(self, model: nn.Module) -> None:
+        """Hold every quantised matrix in full width from now on."""
+        for name, module in list(model.named_modules()):
             if is_quantised(module):
-                self.model.set_submodule(name, _widened(module))
+                model.set_submodule(name, _widened(module))
         for flag in _FLAGS.values():
-            setattr(self.model, flag, False)
+            setattr(model, flag, False)
 
 
 def library() -> Any:
@@ -84,10 +78,11 @@ def is_quantised(module: nn.Module) -> bool:
 
 def dense_weight(module: nn.Module) -> Tensor:
     """The matrix [O, I] that a quantised linear multiplies with, in float32."""
-    bnb, weight = library(), module.weight
+    bnb, weight = library(), cast(Any, module.weight)
     if hasattr(weight, "CB"):  # the first product moves both from the weight to the module's state
-        held = weight if weight.CB is not None else module.state
-        return (held.CB.float() * held.SCB.float()[:, None] / 127.0).contiguous()  # type: ignore[union-attr, operator]
+        held = weight if weight.CB is not None else cast(Any, module.state)
+        scaled: Tensor = held.CB.float() * held.SCB.float()[:, None] / 127.0
+        return scaled.contiguous()
     found: Tensor = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
     return found.float()
 
@@ -113,7 +108,7 @@ def quantise(model: PreTrainedModel, spec: QloraSpec) -> dict[str, Pair]:
             starts[name] = loftq(weight, dense_weight(made), spec.rank, scale)
         made.transposed = isinstance(module, Conv1D)  # type: ignore[assignment]
         model.set_submodule(name, made)
-        module.weight = None  # type: ignore[assignment]
+        module.weight = None
     setattr(model, _FLAGS[spec.bits], True)  # peft asks for it
     return starts
 
@@ -159,15 +154,15 @@ def _widened(module: nn.Module) -> nn.Module:
     if not is_quantised(module):
         return module
     weight = dense_weight(module)
-    plain: nn.Module
+    plain: Any
     if module.transposed:
         plain = Conv1D(*weight.shape)
         weight = weight.T.contiguous()
     else:
         plain = nn.Linear(weight.shape[1], weight.shape[0], module.bias is not None, device="meta")
     plain.weight = nn.Parameter(weight, requires_grad=False)
-    plain.bias = _frozen(module.bias)  # type: ignore[arg-type]
-    return plain
+    plain.bias = _frozen(cast(Any, module.bias))
+    return plain  # type: ignore[no-any-return]
 
 
 def _frozen(bias: Tensor | None) -> nn.Parameter | None:

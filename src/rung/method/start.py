@@ -26,7 +26,7 @@ class Pair(NamedTuple):
 
 
 def pissa(weight_OI: Tensor, rank: int, scale: float) -> Pair:
-    """Principal singular values and vectors: scale * B A is the best approximation of W (Meng et al. 2024, section 3)."""
+    """Principal singular values and vectors: scale * B A is the best approximation of W (Meng et al. 2024, sec. 3)."""
     u, s, vh = torch.linalg.svd(weight_OI, full_matrices=False)
     root = (s[:rank] / scale).sqrt()
     return Pair(u[:, :rank] * root, root[:, None] * vh[:rank])
@@ -60,7 +60,8 @@ def eva(weight_OI: Tensor, moment_II: Tensor, rank: int) -> Pair:
 def lora_ga(gradient_OI: Tensor, rank: int) -> Pair:
     """Singular vectors of the gradient, different ones for B and A (Wang et al. 2024, section 3).
 
-    The first step then changes the product by nearly the direction of the full gradient. Scaled by O^(1/4) / sqrt(GAMMA).
+    The first step then changes the product by nearly the direction of the full gradient. Both are scaled by
+    O^(1/4) / sqrt(GAMMA).
     """
     outputs = len(gradient_OI)
     u, _, v = torch.svd_lowrank(gradient_OI, q=min(4 * rank, *gradient_OI.shape), niter=4)
@@ -69,9 +70,9 @@ def lora_ga(gradient_OI: Tensor, rank: int) -> Pair:
 
 
 def loftq(weight_OI: Tensor, quantised_OI: Tensor, rank: int, scale: float) -> Pair:
-    """Make up for what quantising took away: scale * B A is the best approximation of it (Li et al. 2023, algorithm 1, one round).
+    """Make up for what quantising took away: scale * B A is the best approximation of it (Li et al. 2023, algorithm 1).
 
-    One round, because further ones would quantise another matrix: the quantised base stays that of W.
+    One round of it, because further ones would quantise another matrix: the quantised base stays that of W.
     """
     u, s, v = torch.svd_lowrank(weight_OI - quantised_OI, q=min(2 * rank, *weight_OI.shape), niter=4)
     root = (s[:rank] / scale).sqrt()

@@ -10,23 +10,21 @@ from transformers import PreTrainedModel
 
 from rung.method.base import Method
 from rung.method.bottleneck import Bottleneck
+from rung.method.course import lora, lottery
 from rung.method.full import Full, Head
-from rung.method.lora import Lora
-from rung.method.lottery import Lottery
 from rung.method.mixture import Mixture
 from rung.method.passthrough import Passthrough
-from rung.method.prefix import Prefix
-from rung.method.quantised import Qlora
-from rung.method.soft_prompt import Prompt
+from rung.method.quantised import qlora
+from rung.method.soft_prompt import Prefix, Prompt
 from rung.model.fuse import fuse
 from rung.spec.method import MethodSpec
 
 METHODS: dict[str, Callable[[PreTrainedModel, Any], Method]] = {
     "full": Full,
     "head": Head,
-    "lora": Lora,
-    "qlora": Qlora,
-    "lottery": Lottery,
+    "lora": lora,
+    "qlora": qlora,
+    "lottery": lottery,
     "mixture": Mixture,
     "bottleneck": Bottleneck,
     "prompt": Prompt,

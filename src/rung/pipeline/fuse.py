@@ -37,6 +37,9 @@ from rung.spec.run import RunSpec
 ROUNDS = 40
 """Evaluations of the loss in a search for weights: LoraHub's budget (Huang et al. 2023, section 3.2)."""
 BOUND = 1.5
+"""Largest weight a search may take, of either sign."""
+DENSITY = 0.2
+"""Share of entries kept unless another is stated (Yadav et al. 2023, section 4)."""
 PENALTY = 0.05
 """Of the mean size of the weights, in nats (Huang et al. 2023, eq. 2)."""
 
@@ -46,10 +49,10 @@ class Plan:
     """What is asked for."""
 
     how: How = "sum"
+    density: float = DENSITY
+    """Share of entries kept by ties, dare and magnitude."""
     weights: tuple[float, ...] | None = None
     """One for each; none is 1 for each."""
-    density: float = 0.2
-    """Share of entries kept by ties, dare and magnitude."""
     rank: int | None = None
     """Rank of the result; none keeps the sum exact, and otherwise takes the largest rank of the given."""
     seed: int = 0
@@ -57,11 +60,19 @@ class Plan:
     """A config whose training rows the weights are searched on."""
 
 
-def way(how: str) -> How:
-    """The word of the command line. Raises `ConfigError` for another."""
+def way(text: str) -> tuple[How, float]:
+    """`how:density` of the command line. Raises `ConfigError` for another word, or a share that is none."""
+    how, _, share = text.partition(":")
     if how not in get_args(How):
-        raise ConfigError("no such way to fuse", where="--how", given=how, allowed=", ".join(get_args(How)))
-    return how  # type: ignore[return-value]
+        raise ConfigError("no such way to fuse", where="--how", given=text, allowed=", ".join(get_args(How)))
+    try:
+        density = float(share) if share else DENSITY
+    except ValueError:
+        density = 0.0
+    if not 0.0 < density <= 1.0 or (share and how == "sum"):
+        allowed = "above 0, at most 1, for ties, dare and magnitude"
+        raise ConfigError("the share of entries that are kept", where="--how", given=text, allowed=allowed)
+    return how, density  # type: ignore[return-value]
 
 
 def numbers(text: str | None) -> tuple[float, ...] | None:
@@ -139,8 +150,6 @@ def _check(runs: Sequence[Path], folder: Path, plan: Plan) -> None:
         raise ConfigError("one weight for each run", given=len(plan.weights), allowed=str(len(runs)))
     if plan.weights is not None and not all(map(math.isfinite, plan.weights)):
         raise ConfigError("weights are finite numbers", given=plan.weights)
-    if not 0.0 < plan.density <= 1.0:
-        raise ConfigError("density is a share of the entries", given=plan.density, allowed="above 0, at most 1")
     if plan.rank is not None and plan.rank < 1:
         raise ConfigError("a rank is at least 1", given=plan.rank)
     if plan.learn is not None and (plan.weights is not None or plan.how != "sum"):
@@ -225,7 +234,7 @@ def _spec_for(names: Sequence[str], ranks: dict[str, int]) -> LoraSpec:
     layers = sorted({number for name in names if (number := layer_number(f"{name}.")) is not None})
     most = max(ranks.values())
     others = {f"{layer_number(f'{n}.')}.{roles_of(n)[0]}": rank for n, rank in ranks.items() if rank != most}
-    return LoraSpec(rank=most, ranks=others, alpha=None, targets=tuple(roles), layers=tuple(layers))  # type: ignore[arg-type]
+    return LoraSpec(rank=most, ranks=others, alpha=None, targets=tuple(roles), layers=tuple(layers))
 
 
 def _sum(updates: Sequence[dict[str, Factors]], weights: Sequence[float], name: str) -> Factors:

@@ -32,10 +32,11 @@ class HeadSpec(Spec):
     kind: Literal["head"] = "head"
 
 
-class LowRank(Spec):
-    """What lora and qlora have in common."""
+class LowRankSpec(Spec):
+    """What lora, qlora and lottery have in common."""
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 5e-4
+    kind: str
     rank: PositiveInt = 16
     """Columns of B. Trainable parameters grow linearly with it."""
     ranks: dict[Annotated[str, Field(pattern=_PLACE)], PositiveInt] = {}
@@ -68,7 +69,7 @@ class LowRank(Spec):
     """Names of modules trained whole beside the adapter and saved with it, for example [lm_head]."""
 
     @model_validator(mode="after")
-    def _can_be_combined(self) -> LowRank:
+    def _can_be_combined(self) -> LowRankSpec:
         if self.init in SUBTRACTED and self.dora:
             raise ValueError(f"init {self.init} subtracts its start, which a direction learned apart (dora) has not")
         if self.init in SUBTRACTED and self.dropout:
@@ -76,7 +77,7 @@ class LowRank(Spec):
         return self
 
 
-class LoraSpec(LowRank):
+class LoraSpec(LowRankSpec):
     """Low-rank update W + (alpha / rank) * B @ A (Hu et al. 2021, eq. 3)."""
 
     kind: Literal["lora"] = "lora"
@@ -88,7 +89,7 @@ class LoraSpec(LowRank):
         return self
 
 
-class QloraSpec(LowRank):
+class QloraSpec(LowRankSpec):
     """The same update beside a base held in 4 or 8 bits (Dettmers et al. 2023)."""
 
     kind: Literal["qlora"] = "qlora"
@@ -114,7 +115,7 @@ CALIBRATED = SUBTRACTED | {"eva"}
 """Starts made before the first step from weights, activations or gradients."""
 
 
-class LotterySpec(LowRank):
+class LotterySpec(LowRankSpec):
     """LoRA whose layers compete: all move for a while, the best go on, the others leave."""
 
     kind: Literal["lottery"] = "lottery"
