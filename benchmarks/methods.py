@@ -1,8 +1,8 @@
 """Every method on the same examples, measured: `.venv/bin/python -m benchmarks.methods`.
 
-Each method trains in a process of its own on the same rows of an example, answers the same held-out questions, and reads
-the same unrelated text before and after (documentation of Python's standard library: it is on every machine). The table
-and the figures go to --work; docs and README quote them.
+Each method trains in a process of its own on the same rows of an example, answers the same held-out questions, and
+reads the same unrelated text before and after (documentation of Python's standard library: it is on every machine). The
+table and the figures go to --work; docs and README quote them.
 """
 
 from __future__ import annotations
@@ -159,9 +159,9 @@ def line(entry: dict[str, Any]) -> str:
     """One row of the table."""
     name, score = next(iter(entry["scores"].items()))
     share = entry["trainable_parameters"] / entry["base_parameters"]
-    forgotten = entry["nats_after"] - entry["nats_before"]
+    forgotten, memory = entry["nats_after"] - entry["nats_before"], entry["peak_memory_bytes"] / 1e9
     return (
-        f"| {entry['name']} | {entry['trainable_parameters']:,} ({share:.2%}) | {entry['peak_memory_bytes'] / 1e9:.2f} GB "
+        f"| {entry['name']} | {entry['trainable_parameters']:,} ({share:.2%}) | {memory:.2f} GB "
         f"| {entry['tokens_per_second']:.0f} | {entry['artefact_bytes'] / 1e6:.1f} MB "
         f"| {entry['seconds_per_query'] * 1000:.0f} ms | {score['mean']:.2f} [{score['low']:.2f}, {score['high']:.2f}] "
         f"| {forgotten:+.2f} |"

@@ -26,7 +26,7 @@ class Nothing:
 
     virtual_tokens = 0
 
-    def virtual(self) -> Virtual:
+    def virtual(self, task: str | None) -> Virtual:
         return {}
 
     def penalty(self, batch: PackedBatch) -> list[LossTerm]:

@@ -153,13 +153,14 @@ def chat(
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 256,
     system: Annotated[str | None, typer.Option("--system", help="A system turn.")] = None,
+    task: Annotated[str | None, typer.Option("--task", help="Of a run that learned something for each task.")] = None,
 ) -> None:
     """Talk to a run or a base. An empty line or Ctrl-D leaves; /new starts over."""
+    from rung.model.generate import Sampling
     from rung.pipeline.chat import Conversation
 
-    Conversation(target, compare=compare, temperature=temperature, max_new_tokens=max_new_tokens, system=system).talk(
-        question
-    )
+    sampling = Sampling(max_new_tokens, temperature)
+    Conversation(target, compare=compare, sampling=sampling, system=system, task=task).talk(question)
 
 
 @app.command()

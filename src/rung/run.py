@@ -138,7 +138,8 @@ def train_on(
     spec: RunSpec, base: Base, data: Data, *, resume: bool = False, overwrite: bool = False
 ) -> tuple[Policy, RunFolder]:
     """Train on data already read; the policy comes back in eval mode with the run's final weights."""
-    # first: a method that cannot be leaves no folder behind
+    # first: data or a method that cannot be leave no folder behind
+    _check_tasks(spec, data)
     method = attach(base.model, spec.method, seed=spec.seed, fused=spec.model.fused)
     folder = RunFolder.claim(Path(spec.output), to_dict(spec), resume=resume, overwrite=overwrite)
     policy = Policy(base, method)
@@ -226,7 +227,7 @@ class Untouched:
 
     virtual_tokens = 0
 
-    def virtual(self) -> Virtual:
+    def virtual(self, task: str | None) -> Virtual:
         """Nothing."""
         return {}
 
@@ -279,6 +280,23 @@ def _pass_gates(policy: Policy, method: Method, trainer: Trainer, data: Data, fo
             folder.gate(gate)
             say(str(gate))
             gates.enforce(gate)
+
+
+def _check_tasks(spec: RunSpec, data: Data) -> None:
+    """A method with something of its own for each task must know every task of the data."""
+    known = set(getattr(spec.method, "tasks", ()))
+    if not known:
+        return
+    parts = (data.splits.train, data.splits.validation, data.splits.test)
+    found = {record.task for part in parts for record in part}
+    if unknown := sorted(map(str, found - known)):
+        hint = "name the column in data.task, or a task for each set in data.path" if found == {None} else None
+        raise DataError(
+            "the data have a task that method.tasks does not name",
+            given=", ".join(unknown),
+            allowed=", ".join(sorted(known)),
+            hint=hint,
+        )
 
 
 def _calibrate(trainer: Trainer, data: Data, folder: RunFolder, *, resume: bool) -> None:

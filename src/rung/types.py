@@ -55,6 +55,8 @@ class Record:
     """Rows of one group go to one split and are one cluster in every interval."""
     weight: float = 1.0
     text: str | None = None
+    task: str | None = None
+    """Which of several tasks it belongs to: methods with something learned for each task choose by it."""
 
     @property
     def question(self) -> str:
@@ -79,6 +81,7 @@ class Example:
     source: Source
     weight: float = 1.0
     group: str | None = None
+    task: str | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -144,6 +147,11 @@ class PackedBatch:
     """What every root of the row comes after; no entry of the loss index looks into it."""
     below: Below | None = None
     """What enters the lowest layer that moves, for every token of the row; None where the embeddings do."""
+
+    @property
+    def task(self) -> str | None:
+        """Of all its documents: rows never mix tasks."""
+        return self.documents[0].task if self.documents else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,9 +99,10 @@ def test_chat_answers_one_question(flags: list[str], run: Path, capsys: Any) -> 
 
 
 def test_conversation_remembers_and_forgets(run: Path) -> None:
+    from rung.model.generate import Sampling
     from rung.pipeline.chat import Conversation
 
-    talk = Conversation(str(run), compare=True, temperature=0.0, max_new_tokens=4, system="Be brief.")
+    talk = Conversation(str(run), compare=True, sampling=Sampling(4), system="Be brief.")
     talk.say("one")
     talk.say("two")
     for speaker in talk.speakers:
@@ -216,9 +217,10 @@ def test_a_run_keeps_its_template_as_a_base(config: Path, tmp_path: Path, capsys
 
 def test_a_conversation_survives_what_it_cannot_take(run: Path, capsys: Any) -> None:
     from rung.errors import DataError
+    from rung.model.generate import Sampling
     from rung.pipeline.chat import Conversation
 
-    talk = Conversation(str(run), compare=False, temperature=0.7, max_new_tokens=3, system=None)
+    talk = Conversation(str(run), compare=False, sampling=Sampling(3, 0.7), system=None)
     talk.say("half a character: \udcff")
     with pytest.raises(DataError, match="longer than"):
         talk.say("word " * 2000)

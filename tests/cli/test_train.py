@@ -115,6 +115,7 @@ def test_not_finite_never_steps_and_stops_after_three(
         "kind: mixture, experts: 2",
         "kind: prompt, virtual_tokens: 3",
         "kind: prefix, virtual_tokens: 3, projection: 6",
+        "kind: p_tuning, virtual_tokens: 3",
         "kind: peft, config: {peft_type: IA3, feedforward_modules: []}",
     ],
 )

@@ -64,12 +64,15 @@ VARIANTS: list[tuple[str, dict[str, object]]] = [
     ("prompt", {"virtual_tokens": 3}),
     ("prefix", {"virtual_tokens": 3}),
     ("prefix", {"virtual_tokens": 3, "projection": 6}),
+    ("p_tuning", {"virtual_tokens": 3, "hidden": 8}),
+    ("p_tuning", {"virtual_tokens": 3, "encoder": "mlp", "layers": "all"}),
 ]
 NOT_MERGED = {
     "bottleneck": "not linear",
     "mixture": "anew for every token",
     "prompt": "virtual tokens",
     "prefix": "virtual tokens",
+    "p_tuning": "virtual tokens",
 }
 """Methods that cannot be folded into the base, with a word of the reason."""
 IDS = [

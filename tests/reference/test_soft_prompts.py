@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from rung.engine.gates import check_decoding, check_packing
 from rung.engine.pack import MIN_AHEAD, pack, pack_separately
 from rung.engine.sample import Sample
 from rung.engine.step import accumulate
-from rung.errors import CheckpointError, ConfigError, PlanError
+from rung.errors import CheckpointError, ConfigError, DataError, PlanError
 from rung.method.lora import quiet
 from rung.method.soft_prompt import frequent_ids, text_ids
 from rung.method.table import attach
@@ -79,7 +80,17 @@ def test_loss_and_gradient_are_those_of_peft(kind: str, shape: str, shared: int)
 
 
 @pytest.mark.parametrize("shape", ["llama", "gpt2", "phi3"])
-@pytest.mark.parametrize(("kind", "spec"), [("prompt", {}), ("prefix", {}), ("prefix", {"projection": 6})], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [
+        ("prompt", {}),
+        ("prefix", {}),
+        ("prefix", {"projection": 6}),
+        ("p_tuning", {"encoder": "lstm"}),
+        ("p_tuning", {"encoder": "mlp", "layers": "all"}),
+    ],
+    ids=str,
+)
 def test_the_files_load_in_plain_peft(kind: str, spec: dict[str, object], shape: str, tmp_path: Path) -> None:
     policy, method = tuned(kind, shape, virtual_tokens=COUNT, **spec)
     method.save(tmp_path)
@@ -145,9 +156,9 @@ def test_prompts_begin_with_real_tokens(tiny_tokenizer: PreTrainedTokenizerFast)
         if spec["init"] == "text":
             ids = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
             expected = rows[torch.tensor((ids * 7)[:7])]
-            assert torch.equal(method.embeddings.detach(), expected)
+            assert torch.equal(method.tables[""].detach(), expected)
         else:
-            found = [int((rows == row).all(dim=1).nonzero()[0]) for row in method.embeddings.detach()]
+            found = [int((rows == row).all(dim=1).nonzero()[0]) for row in method.tables[""].detach()]
             assert len(set(found)) == 7 and not set(found) & set(tiny_tokenizer.all_special_ids)
 
 
@@ -178,3 +189,68 @@ def test_what_cannot_be_is_said(tiny_tokenizer: PreTrainedTokenizerFast, tmp_pat
     lora.save(tmp_path)
     with pytest.raises(CheckpointError, match="missing"):
         method.load(tmp_path)
+
+
+TWO = ("finance", "support")
+
+
+def of_tasks(examples: list[Example]) -> list[Example]:
+    return [replace(e, task=TWO[i % 2]) for i, e in enumerate(examples)]
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix", "p_tuning"])
+def test_each_task_reads_behind_its_own(kind: str) -> None:
+    """As if each were run alone, however the step is packed."""
+    examples = of_tasks(documents(6, count=8, shared=20))
+    policy, method = tuned(kind, "gpt2", dtype=torch.float64, virtual_tokens=COUNT, tasks=TWO)
+    found = []
+    for batches in (pack(examples, 10_000), pack(examples, 40), pack_separately(examples)):
+        policy.method = method
+        for parameter in method.trainable().values():
+            parameter.grad = None
+        loss = float(accumulate(policy, SFT, batches))
+        found.append((loss, torch.cat([p.grad.flatten() for p in method.trainable().values()])))
+        assert all(len({d.task for d in batch.documents}) == 1 for batch in batches)
+    for loss, gradient in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=FLOAT64)
+        assert (gradient - found[0][1]).norm() / found[0][1].norm() < FLOAT64
+    swapped = [replace(e, task=TWO[i % 2 == 0]) for i, e in enumerate(examples)]
+    assert abs(float(accumulate(policy, SFT, pack(swapped, 40))) - found[0][0]) > 1e-4
+
+
+def test_answers_follow_the_task_and_an_unknown_one_is_refused() -> None:
+    policy, _ = tuned("prompt", virtual_tokens=COUNT, tasks=TWO)
+    said = [generate(policy, [[5, 6, 7]], stop_ids=[], sampling=Sampling(5), task=task)[0].logprobs for task in TWO]
+    assert said[0] != said[1]
+    for task in ("other", None):
+        with pytest.raises(DataError, match="finance, support"):
+            generate(policy, [[5, 6, 7]], stop_ids=[], sampling=Sampling(5), task=task)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "p_tuning"])
+def test_tasks_are_saved_each_in_peft_s_files(kind: str, tmp_path: Path) -> None:
+    policy, method = tuned(kind, virtual_tokens=COUNT, tasks=TWO)
+    method.save(tmp_path)
+    (document,) = of_tasks(documents(1, count=1))
+    ids = torch.tensor(document.ids, dtype=torch.long)[None]
+    for number, task in enumerate(TWO):
+        plain = tiny_model()
+        plain.set_attn_implementation("eager")
+        model = PeftModel.from_pretrained(plain, str(tmp_path / f"task-{number}")).eval()
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -len(document) :]
+            ours = policy.logits(pack_separately([replace(document, task=task)])[0])
+        assert (logits - ours).abs().max() < 1e-4
+    again = attach(tiny_model(), METHOD_SPECS[kind](virtual_tokens=COUNT, tasks=TWO), seed=9)
+    again.load(tmp_path)
+    batch = pack_separately([document])[0]
+    assert torch.equal(policy_of(again.model, again).logprobs(batch), policy.logprobs(batch))
+
+
+def test_tasks_share_the_encoder() -> None:
+    _, method = tuned("p_tuning", virtual_tokens=COUNT, tasks=TWO, encoder="mlp", hidden=6)
+    names = method.trainable()
+    assert sorted(n for n in names if not n.startswith("encoder.")) == [f"prompt_embeddings.{task}" for task in TWO]
+    assert (
+        sum(p.numel() for p in names.values()) == method.declared_parameters() == 2 * 4 * 32 + 33 * 6 + 7 * 6 + 7 * 32
+    )

@@ -93,7 +93,7 @@ class FlatWriter:
 
 
 class Examples(Lazy[Example]):
-    """Examples read from disk; source, weight and group are those of the records."""
+    """Examples read from disk; source, weight, group and task are those of the records."""
 
     def __init__(self, flat: Flat, records: Sequence[Record], rows: np.ndarray) -> None:
         self._flat, self._records, self.rows = flat, records, rows
@@ -107,7 +107,7 @@ class Examples(Lazy[Example]):
         own = self._records[record]
         ids = np.frombuffer(self._flat.ids.read(4 * token, 4 * length), dtype="<i4").copy()
         supervised = np.frombuffer(self._flat.supervised.read(token, length), dtype=bool).copy()
-        return Example(ids, supervised, own.source, weight=own.weight, group=own.group)
+        return Example(ids, supervised, own.source, own.weight, own.group, own.task)
 
     def select(self, rows: slice | np.ndarray) -> Examples:
         """These alone; nothing is read."""

@@ -132,8 +132,15 @@ def _detect(path: str, census: Census, map: Mapping[str, str], format: Format, g
     return detection
 
 
-def to_record(format: Format, row: Row, source: Source, map: Mapping[str, str], group: str | None = None) -> Record:
-    """Turn one row into a record.
+def to_record(
+    format: Format,
+    row: Row,
+    source: Source,
+    map: Mapping[str, str],
+    group: str | None = None,
+    task: str | None = None,
+) -> Record:
+    """Turn one row into a record; `group` and `task` are columns.
 
     Raises:
         DataError: with the reason why this row cannot be an example; its `summary` is the reason alone.
@@ -144,10 +151,11 @@ def to_record(format: Format, row: Row, source: Source, map: Mapping[str, str], 
 
     try:
         weight = _weight(get("weight"))
-        key = None if group is None else _group(row.get(group), group)
+        key = None if group is None else _key(row.get(group), "group", group)
+        own_task = None if task is None else _key(row.get(task), "task", task)
         if format == "text":
             text = turns.text_of(get("text"), "text")
-            return Record((), source, group=key, weight=weight, text=text)
+            return Record((), source, group=key, weight=weight, text=text, task=own_task)
         messages = _messages(format, get)
         turns.check_order(messages)
         return Record(
@@ -157,6 +165,7 @@ def to_record(format: Format, row: Row, source: Source, map: Mapping[str, str], 
             tools=turns.tools_text(get("tools")) if format in ("messages", "sharegpt") else None,
             group=key,
             weight=weight,
+            task=own_task,
         )
     except DataError as error:
         raise DataError(error.summary, where=str(source)) from error
@@ -182,6 +191,10 @@ def read_records(spec: DataSpec, path: str, *, held_out: bool = False) -> Loaded
     """
     reading = _Reading(spec, path)
     group = spec.group
+    if spec.task is not None and spec.task not in reading.census.counts:
+        raise _unknown(
+            reading.name, reading.census.counts, f"data.task names a column that is not there: {spec.task!r}"
+        )
     if held_out and group is not None and group not in reading.census.counts:
         group = None
     detection = _detect(reading.name, reading.census, spec.map, spec.format, group)
@@ -222,7 +235,7 @@ class _Reading:
         if self.format is None:
             return None  # a second pass will
         try:
-            writer.add(to_record(self.format, item.row, item.source, self._spec.map, self.group))
+            writer.add(to_record(self.format, item.row, item.source, self._spec.map, self.group, self._spec.task))
         except DataError as error:
             return error.summary
         return None
@@ -294,9 +307,9 @@ def _weight(value: object) -> float:
     return weight
 
 
-def _group(value: object, name: str) -> str:
+def _key(value: object, what: str, name: str) -> str:
     if value is None or value == "" or isinstance(value, list | dict):
-        raise DataError(f"no value in the group column {name!r}")
+        raise DataError(f"no value in the {what} column {name!r}")
     return turns.encodable(str(value), name)
 
 

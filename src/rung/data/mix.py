@@ -28,7 +28,7 @@ def load_data(spec: DataSpec, seed: int) -> Splits:
         DataError: a source or row cannot be used, a split is empty, or splits overlap, as the spec's policies say.
     """
     paths = weighted_paths(spec)
-    sets = [load_records(spec, p.path) for p in paths]
+    sets = [_load(spec, p) for p in paths]
     held = {name: _held_out(spec, value) for name, value in (("validation", spec.validation), ("test", spec.test))}
     splits = split(
         Records.joined([loaded.records for loaded in sets]),
@@ -92,6 +92,15 @@ def cap(records: Iterable[Record], limit: int | None, seed: int) -> Records:
 def _digest(line: bytes) -> bytes:
     """128 bits by which the rows of a set are put in an order of their own."""
     return sha256(sha256(line).hexdigest().encode()).digest()[:16]
+
+
+def _load(spec: DataSpec, own: WeightedPath) -> Loaded:
+    """A set with its own group column and task, where it names them."""
+    task = None if own.task is not None else spec.task
+    loaded = load_records(spec.model_copy(update={"group": own.group or spec.group, "task": task}), own.path)
+    if own.task is None:
+        return loaded
+    return replace(loaded, records=Records.of(replace(record, task=own.task) for record in loaded.records))
 
 
 def _held_out(spec: DataSpec, value: float | str) -> Loaded | None:

@@ -128,12 +128,14 @@ class Writer:
 def encode(record: Record) -> bytes:
     """The content of a record, without its source, as one line of JSON."""
     turns = [(m.role, m.content, m.tool_calls, m.name) for m in record.messages]
-    return json.dumps([turns, record.context, record.tools, record.group, record.weight, record.text]).encode() + b"\n"
+    task = [] if record.task is None else [record.task]
+    fields = [turns, record.context, record.tools, record.group, record.weight, record.text, *task]
+    return json.dumps(fields).encode() + b"\n"
 
 
 def _decode(line: bytes, source: Source) -> Record:
-    turns, context, tools, group, weight, text = json.loads(line)
-    return Record(tuple(Message(*turn) for turn in turns), source, context, tools, group, weight, text)
+    turns, context, tools, group, weight, text, *task = json.loads(line)
+    return Record(tuple(Message(*turn) for turn in turns), source, context, tools, group, weight, text, *task)
 
 
 def characters(record: Record) -> int:

@@ -41,8 +41,8 @@ def check_identity(policy: Policy, method: Method, probe: Sequence[Example]) -> 
     """
     if method.artefact != "adapter" or not method.starts_as_base:
         return None
-    batch = pack(probe, sum(map(len, probe)), device=policy.device)[0]
-    difference = float((policy.logprobs(batch) - policy.reference_logprobs(batch)).abs().max())
+    batches = pack(probe, sum(map(len, probe)), device=policy.device)
+    difference = max(float((policy.logprobs(b) - policy.reference_logprobs(b)).abs().max()) for b in batches)
     limit = TOLERANCE[_dtype(policy)] * (1.0 if method.sample_size else 1e-2)  # the same sums plus zeros
     return _gate("step0.identity", difference <= limit, difference, limit)
 
@@ -50,9 +50,9 @@ def check_identity(policy: Policy, method: Method, probe: Sequence[Example]) -> 
 @torch.no_grad()
 def check_packing(policy: Policy, probe: Sequence[Example]) -> Gate:
     """Log-probabilities of packed documents, prefixes shared, equal those of each document alone."""
-    packed = pack(probe, sum(map(len, probe)), device=policy.device)[0]
-    together = policy.logprobs(packed)
-    order = sorted(probe, key=lambda e: e.ids.tolist())
+    packed = pack(probe, sum(map(len, probe)), device=policy.device)
+    together = torch.cat([policy.logprobs(batch) for batch in packed])
+    order = [document for batch in packed for document in batch.documents]
     alone = torch.cat([policy.logprobs(batch) for batch in pack_separately(order, policy.device)])
     difference = float((together - alone).abs().max())
     limit = TOLERANCE[_dtype(policy)]
@@ -64,10 +64,10 @@ def check_fused(policy: Policy, probe: Sequence[Example]) -> Gate | None:
     """Rung's own functions give what transformers' and peft's forward gives. A base held narrow has only ours."""
     if held_narrow(policy.model):
         return None
-    batch = pack(probe, sum(map(len, probe)), device=policy.device)[0]
-    ours = policy.logprobs(batch)
+    batches = pack(probe, sum(map(len, probe)), device=policy.device)
+    ours = torch.cat([policy.logprobs(batch) for batch in batches])
     with own_forwards(policy.model):
-        theirs = policy.logprobs(batch)
+        theirs = torch.cat([policy.logprobs(batch) for batch in batches])
     difference = float((ours - theirs).abs().max())
     limit = TOLERANCE[_dtype(policy)]
     return _gate("step0.fused", difference <= limit, difference, limit)
@@ -76,14 +76,16 @@ def check_fused(policy: Policy, probe: Sequence[Example]) -> Gate | None:
 @torch.no_grad()
 def check_decoding(policy: Policy, probe: Sequence[Example], tokens: int = 4) -> Gate:
     """Log-probabilities of a greedy answer, made token by token, equal those of the answer read in one go."""
-    prompts = [e.ids[: max(1, int(e.supervised.argmax()))].tolist() for e in probe]
-    answers = generate(policy, prompts, stop_ids=(), sampling=Sampling(tokens))
     worst = 0.0
-    for prompt, answer, example in zip(prompts, answers, probe, strict=True):
-        ids = np.array([*prompt, *answer.ids], dtype=np.int32)
-        supervised = np.arange(len(ids)) >= len(prompt)
-        read = policy.logprobs(pack_separately([Example(ids, supervised, example.source)], policy.device)[0])
-        worst = max(worst, float((read.cpu() - torch.tensor(answer.logprobs)).abs().max()))
+    for task in {e.task for e in probe}:
+        own = [e for e in probe if e.task == task]
+        prompts = [e.ids[: max(1, int(e.supervised.argmax()))].tolist() for e in own]
+        answers = generate(policy, prompts, stop_ids=(), sampling=Sampling(tokens), task=task)
+        for prompt, answer, example in zip(prompts, answers, own, strict=True):
+            ids = np.array([*prompt, *answer.ids], dtype=np.int32)
+            said = Example(ids, np.arange(len(ids)) >= len(prompt), example.source, task=task)
+            read = policy.logprobs(pack_separately([said], policy.device)[0])
+            worst = max(worst, float((read.cpu() - torch.tensor(answer.logprobs)).abs().max()))
     limit = TOLERANCE[_dtype(policy)]
     return _gate("step0.decoding", worst <= limit, worst, limit)
 

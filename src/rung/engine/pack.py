@@ -29,8 +29,12 @@ def pack(
 ) -> list[PackedBatch]:
     """Batches of at most `budget` computed tokens each (a longer document stands alone), together all examples.
 
-    Batches with the same `prefix` stand next to each other; its tokens are not part of their rows.
+    Batches with the same `prefix` stand next to each other; its tokens are not part of their rows. No row mixes tasks.
     """
+    tasks = {e.task for e in examples}
+    if len(tasks) > 1:
+        own = [[e for e in examples if e.task == task] for task in sorted(tasks, key=str)]
+        return [b for part in own for b in pack(part, budget, share_prefixes=share_prefixes, device=device)]
     ordered, common = _in_order(examples)
     if not share_prefixes:
         return _fill(_Group(ordered, [0] * len(ordered), 0), budget, False, device)

@@ -19,7 +19,7 @@ from rung.engine.pack import pack
 from rung.engine.progress import Bar
 from rung.errors import DataError
 from rung.evaluate.baselines import Framing
-from rung.model.generate import Sampling, generate
+from rung.model.generate import Answer, Sampling, generate
 from rung.model.policy import Policy
 from rung.scoring.metrics import METRICS
 from rung.scoring.stats import Interval, ratio_interval, score_interval
@@ -135,7 +135,8 @@ def evaluate(
         )
     answers, stopped, seconds = [""] * len(records), [True] * len(records), 0.0
     if generated:
-        answers, stopped, seconds = _answer(policy, chat, prompts, spec, title)
+        tasks = [record.task for record in records]
+        answers, stopped, seconds = _answer(policy, chat, prompts, tasks, spec, title)
     nats: Sequence[tuple[float | None, int | None]] = [(None, None)] * len(records)
     if PERPLEXITY in spec.metrics:
         started = time.perf_counter()
@@ -174,18 +175,29 @@ def expected_text(record: Record) -> str:
 
 
 def _answer(
-    policy: Policy, chat: Chat, prompts: Sequence[list[int]], spec: EvaluateSpec, title: str
+    policy: Policy,
+    chat: Chat,
+    prompts: Sequence[list[int]],
+    tasks: Sequence[str | None],
+    spec: EvaluateSpec,
+    title: str,
 ) -> tuple[list[str], list[bool], float]:
     started = time.perf_counter()
+    found: dict[int, Answer] = {}
     with Bar(title, len(prompts)) as bar:
-        answers = generate(
-            policy,
-            prompts,
-            stop_ids=chat.stop_ids,
-            sampling=Sampling(spec.max_new_tokens),
-            batch=spec.batch,
-            on_batch=bar.advance,
-        )
+        for task in sorted(set(tasks), key=str):  # what stands before a prompt may differ from task to task
+            own = [i for i, of in enumerate(tasks) if of == task]
+            answers = generate(
+                policy,
+                [prompts[i] for i in own],
+                stop_ids=chat.stop_ids,
+                sampling=Sampling(spec.max_new_tokens),
+                batch=spec.batch,
+                task=task,
+                on_batch=bar.advance,
+            )
+            found |= dict(zip(own, answers, strict=True))
+    answers = [found[i] for i in range(len(prompts))]
     seconds = time.perf_counter() - started
     texts = [chat.assistant_text([*a.ids, *(chat.stop_ids[:1] if a.stopped else ())]).strip() for a in answers]
     return texts, [a.stopped for a in answers], seconds
@@ -202,7 +214,7 @@ def _likelihoods(
         ids = np.array([*prompt, *answer], dtype=np.int32)
         if len(ids) > policy.base.context:
             raise DataError("prompt and expected answer are longer than the model's context", where=str(record.source))
-        examples.append(Example(ids, np.arange(len(ids)) >= len(prompt), record.source))
+        examples.append(Example(ids, np.arange(len(ids)) >= len(prompt), record.source, task=record.task))
     budget = tokens_per_micro_batch(policy.model.config, policy.device.type)
     found: dict[Source, tuple[float, int]] = {}
     for batch in policy.in_turn(pack(examples, budget, device=policy.device)):  # worked examples in front run once

@@ -120,7 +120,7 @@ class Method(Protocol):
         """How many positions it puts before every document; 0 where it is off."""
         return 0
 
-    def virtual(self) -> Virtual:
+    def virtual(self, task: str | None) -> Virtual:
         """What stands there, with its graph: embeddings [P, H], or keys and values by layer."""
         return {}
 

@@ -2,7 +2,8 @@
 
 Prompt tuning learns embeddings that pass through all layers (Lester et al. 2021). Prefix tuning learns keys and values
 in every layer (Li and Liang 2021): as they are (Liu et al. 2022, P-tuning v2), or made by a network from learned
-embeddings while training (Li and Liang 2021, section 4.3), of which only the output is saved.
+embeddings. P-tuning makes either of them with an encoder that several tasks share (Liu et al. 2021). What an encoder
+gives is computed once a step, and alone is saved.
 
 Suffixes: P virtual tokens, H width, L layers, K key/value heads, D head width.
 """
@@ -21,35 +22,78 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rung.errors import ConfigError, PlanError
+from rung.errors import ConfigError, DataError, PlanError
 from rung.method.base import Method, Sample, same_keys
 from rung.model.policy import Virtual
-from rung.spec.method import PrefixSpec, PromptSpec
+from rung.spec.method import PrefixSpec, PromptSpec, PTuningSpec
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TENSOR = "prompt_embeddings"
 """peft's name, for prompts and for prefixes."""
+ALL = ""
+"""The task of a method that learns one thing for all."""
 FREQUENT = 5000
 """`vocabulary` draws from as many of the first tokens: vocabularies begin with what is frequent."""
+START = 0.02
+"""Standard deviation of keys and values before they are those of real tokens, and of an encoder's inputs."""
 
 
-class _VirtualTokens(Method):
-    """What methods with virtual tokens have in common: they put something before a document and touch nothing."""
+class VirtualTokens(Method):
+    """Rows [P, width] for each task, learned as they are or made by an encoder."""
 
     artefact = "adapter"
     starts_as_base = False
     """Something stands before the document that was not there."""
 
-    def __init__(self, model: PreTrainedModel, spec: PromptSpec | PrefixSpec) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, spec: PromptSpec | PrefixSpec | PTuningSpec) -> None:
+        self.model, self.spec, self.kind = model, spec, spec.kind
         self.seed = torch.initial_seed()  # what `attach` has just set
-        self.count = spec.virtual_tokens
-        self.on = True
+        self.count, self.on = spec.virtual_tokens, True
+        self.tasks = spec.tasks or (ALL,)
+        config = model.config
+        self.features, self.layers = int(config.hidden_size), int(config.num_hidden_layers)
+        heads = int(config.num_attention_heads)
+        self.kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+        self.head_width = int(getattr(config, "head_dim", None) or self.features // heads)
+        self.every_layer = isinstance(spec, PrefixSpec) or getattr(spec, "layers", None) == "all"
+        self.width = 2 * self.layers * self.kv_heads * self.head_width if self.every_layer else self.features
+        weight: Tensor = model.get_input_embeddings().weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.encoder = encoder_of(spec, self.features, self.width)
+        if self.encoder is not None:
+            self.encoder.to(weight.device, dtype)
+        std = float(weight.detach().float().std()) if self.encoder is None and not self.every_layer else START
+        shape = (self.count, self.width if self.encoder is None else self.features)
+        self.tables = {
+            task: nn.Parameter((torch.randn(shape, dtype=dtype) * std).to(weight.device)) for task in self.tasks
+        }
+        needs_tokens = self.encoder is None and getattr(spec, "init", None) != "random"
+        self.sample_size = int(needs_tokens)  # for the tokenizer and the model: the documents are not looked at
 
     @property
     def virtual_tokens(self) -> int:
         """As many as the spec says; 0 inside `disabled`."""
         return self.count if self.on else 0
+
+    def virtual(self, task: str | None) -> Virtual:
+        """Embeddings [P, H], or keys and values [1, K, P, D] by layer. Raises `DataError` for a task without any."""
+        rows = self._rows(self._named(task))
+        if not self.every_layer:
+            return rows
+        pairs = rows.view(self.count, self.layers, 2, self.kv_heads, self.head_width).permute(1, 2, 3, 0, 4)
+        both = [pair.unbind(0) for pair in pairs.unbind(0)]
+        return {layer: (key[None], value[None]) for layer, (key, value) in enumerate(both)}
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The rows of each task, or what an encoder makes them from, and the encoder."""
+        own = {f"{TENSOR}.{task}" if task else TENSOR: table for task, table in self.tables.items()}
+        encoder = {} if self.encoder is None else dict(self.encoder.named_parameters())
+        return {**own, **{f"encoder.{name}": parameter for name, parameter in encoder.items()}}
+
+    def declared_parameters(self) -> int:
+        """Tasks times P times the width of a row, or of the encoder's inputs, and the encoder's own."""
+        rows = len(self.tasks) * self.count * (self.width if self.encoder is None else self.features)
+        return rows + encoder_parameters(self.spec, self.features, self.width)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -60,6 +104,48 @@ class _VirtualTokens(Method):
         finally:
             self.on = before
 
+    def calibrate(self, sample: Sample, start: Path | None = None) -> None:
+        """Begin with the embeddings, or the keys and values, of real tokens."""
+        if start is not None:
+            self.load(start)
+            return
+        for number, table in enumerate(self.tables.values()):
+            text = getattr(self.spec, "init_text", None)
+            if text is not None:
+                ids = text_ids(sample.tokenizer, text, self.count)
+            else:
+                ids = frequent_ids(sample.tokenizer, self.count, self.seed + number)
+            with torch.no_grad():
+                table.copy_(self._of_tokens(sample, ids))
+
+    def save(self, folder: Path) -> None:
+        """Write peft's two files; of several tasks, in a folder for each."""
+        if self.tasks == (ALL,):
+            self._write(folder, self._rows(ALL))
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        listed = {"peft_type": "RUNG_TASKS", "tasks": {task: _folder(i) for i, task in enumerate(self.tasks)}}
+        (folder / CONFIG).write_text(json.dumps(listed, indent=2) + "\n")
+        for i, task in enumerate(self.tasks):
+            self._write(folder / _folder(i), self._rows(task))
+
+    def load(self, folder: Path) -> None:
+        """Read them; an encoder, if there was one, has done its work. Other keys raise `CheckpointError`."""
+        found = {}
+        for i, task in enumerate(self.tasks):
+            own = folder if self.tasks == (ALL,) else folder / _folder(i)
+            state = load_file(own / WEIGHTS)
+            same_keys(state.keys(), {TENSOR}, str(own))
+            found[task] = state[TENSOR]
+        with torch.no_grad():
+            for task, rows in found.items():
+                if self.encoder is None:
+                    self.tables[task].copy_(rows)
+                else:
+                    like = self.tables[task]
+                    self.tables[task] = nn.Parameter(rows.to(like.device, like.dtype))
+        self.encoder = None
+
     def merge(self) -> nn.Module:
         """Raises `PlanError`: there is no weight that it could be added to."""
         raise PlanError(
@@ -67,163 +153,84 @@ class _VirtualTokens(Method):
             hint="serve the base with the adapter (peft loads it), or train a lora",
         )
 
-    def _write(self, folder: Path, rows: Tensor, config: PeftConfig) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({TENSOR: rows.detach().contiguous().cpu()}, folder / WEIGHTS, metadata={"format": "pt"})
-        config.inference_mode = True
-        (folder / "adapter_config.json").write_text(json.dumps(config.to_dict(), indent=2, default=str) + "\n")
-
-    def _read(self, folder: Path) -> Tensor:
-        state = load_file(folder / WEIGHTS)
-        same_keys(state.keys(), {TENSOR}, str(folder))
-        return state[TENSOR]
-
-
-class Prompt(_VirtualTokens):
-    """Embeddings [P, H] that pass through all layers before the document does."""
-
-    kind = "prompt"
-
-    def __init__(self, model: PreTrainedModel, spec: PromptSpec) -> None:
-        super().__init__(model, spec)
-        self.spec = spec
-        self.sample_size = 0 if spec.init == "random" else 1  # it needs the tokenizer, not the documents
-        weight: Tensor = model.get_input_embeddings().weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        start = torch.randn(self.count, weight.shape[1], dtype=dtype) * weight.detach().to(dtype).std().cpu()
-        self.embeddings = nn.Parameter(start.to(weight.device))
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """The embeddings."""
-        return {TENSOR: self.embeddings}
-
-    def declared_parameters(self) -> int:
-        """P times H."""
-        return self.count * int(self.model.get_input_embeddings().weight.shape[1])
-
-    def virtual(self) -> Virtual:
-        """The embeddings [P, H]."""
-        return self.embeddings
-
-    def calibrate(self, sample: Sample, start: Path | None = None) -> None:
-        """Begin with the embeddings of real tokens."""
-        if start is not None:
-            self.load(start)
-            return
-        if self.spec.init_text is not None:
-            ids = text_ids(sample.tokenizer, self.spec.init_text, self.count)
-        else:
-            ids = frequent_ids(sample.tokenizer, self.count, self.seed)
-        with torch.no_grad():
-            rows = self.model.get_input_embeddings()(torch.tensor(ids, device=self.embeddings.device))
-            self.embeddings.copy_(rows)
-
-    def save(self, folder: Path) -> None:
-        """Write the two files of peft's prompt tuning."""
-        config = PromptTuningConfig(
-            task_type="CAUSAL_LM",
-            num_virtual_tokens=self.count,
-            token_dim=self.embeddings.shape[1],
-            num_transformer_submodules=1,
-            num_attention_heads=int(self.model.config.num_attention_heads),
-            num_layers=int(self.model.config.num_hidden_layers),
-        )
-        self._write(folder, self.embeddings, config)
-
-    def load(self, folder: Path) -> None:
-        """Read them; keys missing or left over raise `CheckpointError`."""
-        with torch.no_grad():
-            self.embeddings.copy_(self._read(folder))
-
-
-class Prefix(_VirtualTokens):
-    """Keys and values [P, L, 2, K, D]. They take part in no rotation: what is learned is what is attended to."""
-
-    kind = "prefix"
-
-    def __init__(self, model: PreTrainedModel, spec: PrefixSpec) -> None:
-        super().__init__(model, spec)
-        self.spec = spec
-        config = model.config
-        heads = int(config.num_attention_heads)
-        self.kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-        self.head_width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-        self.layers = int(config.num_hidden_layers)
-        like = next(model.parameters())
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        place: dict[str, Any] = {"device": like.device, "dtype": dtype}
-        self.width = 2 * self.layers * self.kv_heads * self.head_width
-        self.flat: nn.Parameter | None = None
-        self.network: nn.Sequential | None = None
-        if spec.projection is None:
-            self.sample_size = 1  # it needs the model and the tokenizer, not the documents
-            self.flat = nn.Parameter(torch.randn(self.count, self.width, **place) * 0.02)
-        else:
-            features = int(config.hidden_size)
-            self.network = nn.Sequential(
-                nn.Embedding(self.count, features, **place),
-                nn.Linear(features, spec.projection, **place),
-                nn.Tanh(),
-                nn.Linear(spec.projection, self.width, **place),
+    def _named(self, task: str | None) -> str:
+        if self.tasks == (ALL,):
+            return ALL
+        if task not in self.tables:
+            raise DataError(
+                "nothing was learned for this task", given=task, allowed=", ".join(self.tasks), hint="see method.tasks"
             )
+        return task
 
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """The keys and values, or the network that makes them."""
-        if self.flat is not None:
-            return {"prefix": self.flat}
-        assert self.network is not None  # noqa: S101 -- for the type checker: one of them is there
-        return {f"network.{name}": parameter for name, parameter in self.network.named_parameters()}
+    def _rows(self, task: str) -> Tensor:
+        if self.encoder is None:
+            return self.tables[task]
+        made: Tensor = self.encoder(self.tables[task])
+        return made
 
-    def declared_parameters(self) -> int:
-        """P times 2 L K D; with a network of width h, P H + H h + h + (h + 1) 2 L K D."""
-        if (middle := self.spec.projection) is None:
-            return self.count * self.width
-        features = int(self.model.config.hidden_size)
-        return self.count * features + features * middle + middle + (middle + 1) * self.width
-
-    def virtual(self) -> Virtual:
-        """Keys and values [1, K, P, D] by layer."""
-        flat = self._flat()
-        pairs = flat.view(self.count, self.layers, 2, self.kv_heads, self.head_width).permute(1, 2, 3, 0, 4)
-        both = [pair.unbind(0) for pair in pairs.unbind(0)]
-        return {layer: (key[None], value[None]) for layer, (key, value) in enumerate(both)}
-
-    def calibrate(self, sample: Sample, start: Path | None = None) -> None:
-        """Begin with the keys and values of real tokens, which the layers know how to read."""
-        if start is not None:
-            self.load(start)
-            return
-        assert self.flat is not None  # noqa: S101 -- for the type checker: sample_size is 0 otherwise
-        ids = frequent_ids(sample.tokenizer, self.count, self.seed)
+    def _of_tokens(self, sample: Sample, ids: Sequence[int]) -> Tensor:
+        if not self.every_layer:
+            rows: Tensor = self.model.get_input_embeddings()(torch.tensor(list(ids), device=self.model.device))
+            return rows
         found = sample.keys_values(ids)
         pairs = torch.stack([torch.cat(found[layer]) for layer in range(self.layers)])  # [L, 2, K, P, D]
-        with torch.no_grad():
-            self.flat.copy_(pairs.permute(3, 0, 1, 2, 4).reshape(self.count, self.width))
+        return pairs.permute(3, 0, 1, 2, 4).reshape(self.count, self.width)
 
-    def save(self, folder: Path) -> None:
-        """Write the two files of peft's prefix tuning."""
-        config = PrefixTuningConfig(
+    def _write(self, folder: Path, rows: Tensor) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({TENSOR: rows.detach().contiguous().cpu()}, folder / WEIGHTS, metadata={"format": "pt"})
+        heads = self.kv_heads if self.every_layer else int(self.model.config.num_attention_heads)
+        kind = PrefixTuningConfig if self.every_layer else PromptTuningConfig
+        config: PeftConfig = kind(
             task_type="CAUSAL_LM",
             num_virtual_tokens=self.count,
-            token_dim=self.kv_heads * self.head_width,
+            token_dim=self.kv_heads * self.head_width if self.every_layer else self.features,
             num_transformer_submodules=1,
-            num_attention_heads=self.kv_heads,
+            num_attention_heads=heads,
             num_layers=self.layers,
+            inference_mode=True,
         )
-        self._write(folder, self._flat(), config)
+        (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=2, default=str) + "\n")
 
-    def load(self, folder: Path) -> None:
-        """Read them; the network, if there was one, has done its work. Other keys raise `CheckpointError`."""
-        rows = self._read(folder)
-        like = next(iter(self.trainable().values()))
-        self.flat, self.network = nn.Parameter(rows.to(like.device, like.dtype)), None
 
-    def _flat(self) -> Tensor:
-        if self.flat is not None:
-            return self.flat
-        assert self.network is not None  # noqa: S101 -- for the type checker: one of them is there
-        made: Tensor = self.network(torch.arange(self.count, device=next(self.network.parameters()).device))
+class _Lstm(nn.Module):
+    """Two layers in both directions, then linear, ReLU, linear (Liu et al. 2021, eq. 3)."""
+
+    def __init__(self, features: int, hidden: int, width: int) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(features, hidden, num_layers=2, bidirectional=True, batch_first=True)
+        self.head = nn.Sequential(nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, width))
+
+    def forward(self, rows_PH: Tensor) -> Tensor:
+        """[P, H] -> [P, width]."""
+        made: Tensor = self.head(self.lstm(rows_PH[None])[0])[0]
         return made
+
+
+def encoder_of(spec: PromptSpec | PrefixSpec | PTuningSpec, features: int, width: int) -> nn.Module | None:
+    """The network that makes rows of this width from embeddings; None where rows are learned as they are."""
+    if isinstance(spec, PTuningSpec):
+        hidden = spec.hidden or features // 2
+        if spec.encoder == "lstm":
+            return _Lstm(features, hidden, width)
+        first, second = nn.Linear(features, hidden), nn.Linear(hidden, hidden)
+        return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Linear(hidden, width))
+    if isinstance(spec, PrefixSpec) and spec.projection is not None:
+        return nn.Sequential(nn.Linear(features, spec.projection), nn.Tanh(), nn.Linear(spec.projection, width))
+    return None
+
+
+def encoder_parameters(spec: PromptSpec | PrefixSpec | PTuningSpec, features: int, width: int) -> int:
+    """Numbers of that network, from the formulas of its layers."""
+    if isinstance(spec, PrefixSpec) and (h := spec.projection) is not None:
+        return (features + 1) * h + (h + 1) * width
+    if not isinstance(spec, PTuningSpec):
+        return 0
+    h = spec.hidden or features // 2
+    if spec.encoder == "mlp":
+        return (features + 1) * h + (h + 1) * h + (h + 1) * width
+    first, second = 2 * 4 * h * (features + h + 2), 2 * 4 * h * (2 * h + h + 2)  # directions, gates, two biases each
+    return first + second + (2 * h + 1) * 2 * h + (2 * h + 1) * width
 
 
 def frequent_ids(tokenizer: Any, count: int, seed: int) -> list[int]:
@@ -247,3 +254,7 @@ def text_ids(tokenizer: Any, text: str, count: int) -> list[int]:
     if not ids:
         raise ConfigError("this text has no token", where="method.init_text", given=text)
     return [ids[i % len(ids)] for i in range(count)]
+
+
+def _folder(number: int) -> str:
+    return f"task-{number}"

@@ -15,7 +15,7 @@ from rung.method.full import Full, Head
 from rung.method.mixture import Mixture
 from rung.method.passthrough import Passthrough
 from rung.method.quantised import qlora
-from rung.method.soft_prompt import Prefix, Prompt
+from rung.method.soft_prompt import VirtualTokens
 from rung.model.fuse import fuse
 from rung.spec.method import MethodSpec
 
@@ -27,8 +27,9 @@ METHODS: dict[str, Callable[[PreTrainedModel, Any], Method]] = {
     "lottery": lottery,
     "mixture": Mixture,
     "bottleneck": Bottleneck,
-    "prompt": Prompt,
-    "prefix": Prefix,
+    "prompt": VirtualTokens,
+    "prefix": VirtualTokens,
+    "p_tuning": VirtualTokens,
     "peft": Passthrough,
 }
 

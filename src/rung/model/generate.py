@@ -49,13 +49,15 @@ def generate(
     stop_ids: Sequence[int],
     sampling: Sampling,
     batch: int = 32,
+    task: str | None = None,
     on_token: Callable[[int], None] | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Answer]:
     """Answers in the order of the prompts. Short and long prompts are batched with their like.
 
-    `on_token` receives each token as it is made and is for a single prompt; `on_batch` the number of prompts just
-    answered. Raises `ValueError` for an empty prompt.
+    `task` is that of all prompts, for methods that learned something for each. `on_token` receives each token as it is
+    made and is for a single prompt; `on_batch` the number of prompts just answered. Raises `ValueError` for an empty
+    prompt.
     """
     if any(not prompt for prompt in prompts):
         raise ValueError("a prompt needs at least one token")
@@ -74,7 +76,7 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     random = torch.Generator(policy.device).manual_seed(sampling.seed)
     with policy.autocast():
-        prefix = _encode(policy, prompts[0][:shared])
+        prefix = _encode(policy, prompts[0][:shared], task)
         for rows in _batches(order, [len(prompt) - shared for prompt in prompts], batch):
             rests = [list(prompts[i][shared:]) for i in rows]
             decoding = _Decoding(policy, prefix, virtual + shared, rests, frozenset(stop_ids), sampling, random)
@@ -182,9 +184,9 @@ def _batches(order: Sequence[int], lengths: Sequence[int], most: int) -> Iterato
         yield rows
 
 
-def _encode(policy: Policy, ids: Sequence[int]) -> Prefix | None:
+def _encode(policy: Policy, ids: Sequence[int], task: str | None) -> Prefix | None:
     """Keys and values of what stands before every row: virtual tokens, then the ids that all prompts begin with."""
-    found = policy.virtual()
+    found = policy.virtual(task)
     virtual = None if found is None else [found[layer] for layer in sorted(found)]
     if not ids:
         return virtual

@@ -29,8 +29,8 @@ class Switchable(Protocol):
         """How many positions stand before every document; 0 for most methods, and where the method is off."""
         ...
 
-    def virtual(self) -> Virtual:
-        """What stands there, with its graph. Asked for only when there is something."""
+    def virtual(self, task: str | None) -> Virtual:
+        """What stands before a document of this task, with its graph. Asked for only when there is something."""
         ...
 
     def penalty(self, batch: PackedBatch) -> list[LossTerm]:
@@ -55,7 +55,8 @@ class Policy:
         self._shared: SharedPrefix | None = None
         self._ahead: dict[bool, _Ahead] = {}
         """Of the prefix at hand, with the method on (False) or off."""
-        self._virtual: _Ahead | None = None
+        self._virtual: dict[str | None, _Ahead] = {}
+        """By task, while batches are run in turn."""
         self._in_turn = False
         self._off = False
 
@@ -80,7 +81,7 @@ class Policy:
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """Last hidden state of every token, [T, H], after the final norm."""
-        shared = self._before(batch.prefix)
+        shared = self._before(batch.prefix, batch.task)
         positions = batch.positions + self.method.virtual_tokens
         with self._from(batch.below):
             return self._trunk(batch.ids, positions, batch.segments, alone=batch.sequences == 1, shared=shared)
@@ -129,10 +130,11 @@ class Policy:
             for prefix, rows in groupby(batches, key=lambda batch: batch.prefix):
                 with self.sharing(prefix):
                     yield from rows
-            if self._virtual is not None:
-                self._virtual.backward()
+            for ahead in self._virtual.values():
+                ahead.backward()
         finally:
-            self._virtual, self._in_turn = None, False
+            self._virtual.clear()
+            self._in_turn = False
 
     @contextmanager
     def sharing(self, prefix: SharedPrefix | None) -> Iterator[None]:
@@ -150,19 +152,19 @@ class Policy:
             self._shared = None
             self._ahead.clear()
 
-    def virtual(self) -> Mapping[int, KeysValues] | None:
+    def virtual(self, task: str | None = None) -> Mapping[int, KeysValues] | None:
         """Keys and values of the method's virtual tokens, if it has any; computed once for batches in turn."""
         if not self.method.virtual_tokens:
             return None
-        if self._virtual is not None:
-            return self._virtual.leaves
-        computed = self.method.virtual()
+        if task in self._virtual:
+            return self._virtual[task].leaves
+        computed = self.method.virtual(task)
         if isinstance(computed, Tensor):
             computed = self.captured(computed)
         if not self._in_turn:
             return computed
-        self._virtual = _Ahead(computed)
-        return self._virtual.leaves
+        self._virtual[task] = _Ahead(computed)
+        return self._virtual[task].leaves
 
     def captured(
         self, entering: Tensor, start: int = 0, before: Mapping[int, KeysValues] | None = None
@@ -174,9 +176,9 @@ class Policy:
         self._trunk(entering, positions, own, alone=True, shared=before, capture=captured)
         return captured
 
-    def _before(self, prefix: SharedPrefix | None) -> Mapping[int, KeysValues] | None:
+    def _before(self, prefix: SharedPrefix | None, task: str | None) -> Mapping[int, KeysValues] | None:
         """Keys and values that every root of a row comes after: virtual tokens, then the prefix."""
-        virtual = self.virtual()
+        virtual = self.virtual(task)
         if prefix is None:
             return virtual
         if prefix is not self._shared:  # kept any longer its keys and values would be those of older weights

@@ -35,11 +35,13 @@ class Speaker:
     frame: Callable[[], AbstractContextManager[object]]
     """Entered around every answer: switches an adapter off for the base's side."""
     turns: list[Message]
+    task: str | None = None
+    """Of several that a model learned something for."""
 
     def answer(self, sampling: Sampling, *, stream: bool) -> str:
         """Say something to the last turn and remember it. Raises `DataError` when the conversation is too long."""
         prompt = self.chat.prompt_ids(self.turns)
-        room = self.policy.base.context - len(prompt)
+        room = self.policy.base.context - self.policy.method.virtual_tokens - len(prompt)
         if room < 1:
             raise DataError("the conversation is longer than the model's context", hint="/new starts over")
         shown: list[int] = []
@@ -55,7 +57,12 @@ class Speaker:
         limit = Sampling(min(sampling.max_new_tokens, room), sampling.temperature, sampling.seed)
         with self.frame():
             ids = generate(
-                self.policy, [prompt], stop_ids=self.chat.stop_ids, sampling=limit, on_token=show if stream else None
+                self.policy,
+                [prompt],
+                stop_ids=self.chat.stop_ids,
+                sampling=limit,
+                task=self.task,
+                on_token=show if stream else None,
             )[0].ids
         text = self.chat.assistant_text(ids).strip()
         self.turns.append(Message("assistant", text))
@@ -66,11 +73,13 @@ class Conversation:
     """A person on one side, one or two models on the other."""
 
     def __init__(
-        self, target: str, *, compare: bool, temperature: float, max_new_tokens: int, system: str | None
+        self, target: str, *, compare: bool, sampling: Sampling, system: str | None, task: str | None = None
     ) -> None:
         self.system = [Message("system", system)] if system else []
-        self.sampling = Sampling(max_new_tokens, temperature)
+        self.sampling = sampling
         self.speakers = _speakers(target, compare)
+        for speaker in self.speakers:
+            speaker.task = task
         self.forget()
 
     def forget(self) -> None:

@@ -90,6 +90,7 @@ def method_text(method: Json) -> str:
         "peft": f"peft's {(method.get('config') or {}).get('peft_type')}",
         "bottleneck": f"{method.get('placement')} adapters of width {method.get('width')}{layers and ', ' + layers}",
         "prompt": f"prompt of {method.get('virtual_tokens')} virtual tokens",
+        "p_tuning": f"P-tuning, {method.get('virtual_tokens')} virtual tokens made by {method.get('encoder')}",
         "prefix": f"prefix of {method.get('virtual_tokens')} virtual tokens in every layer",
     }
     return sizes.get(kind, kind)

@@ -13,6 +13,7 @@ RungKind = Literal[
     "few_shot",
     "prompt",
     "prefix",
+    "p_tuning",
     "head",
     "bottleneck",
     "lora",

@@ -19,6 +19,10 @@ class WeightedPath(Spec):
     """A .jsonl, .json, .csv or .parquet file, or the name of a `datasets` set."""
     weight: PositiveFloat = 1.0
     """Times each training row appears per epoch; 0.5 takes every second row. Applied after the split."""
+    group: str | None = None
+    """Column that keeps rows of this set together; none takes `data.group`."""
+    task: str | None = None
+    """Task that all rows of this set belong to; none reads the column `data.task`, where there is one."""
 
 
 class DataSpec(Spec):
@@ -36,6 +40,8 @@ class DataSpec(Spec):
     """Share held out for the test, or a file. 0 is none."""
     group: str | None = None
     """Column whose value keeps rows together in one split and in one cluster."""
+    task: str | None = None
+    """Column that names the task of each row, for methods that learn something for each (prompt, prefix, p_tuning)."""
     limit: PositiveInt | None = None
     """Use at most this many training rows, taken in the order of the seed."""
     max_length: PositiveInt | None = None

@@ -196,13 +196,18 @@ class BottleneckSpec(Spec):
     """As for lora."""
 
 
+VirtualTokens = Annotated[int, Field(ge=1, le=500)]
+
+
 class PromptSpec(Spec):
     """Learned embeddings in front of every document (Lester et al. 2021)."""
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 3e-2
     kind: Literal["prompt"] = "prompt"
-    virtual_tokens: Annotated[int, Field(ge=1, le=500)] = 20
+    virtual_tokens: VirtualTokens = 20
     """Embeddings that are learned."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of the data (`data.task`) that get a prompt of their own; none is one for all."""
     init: Literal["random", "vocabulary", "text"] = "vocabulary"
     """`random`: normal, as wide as the base's embeddings; `vocabulary`: embeddings of different tokens, drawn from the
     most frequent; `text`: those of `init_text`, repeated or cut to fit."""
@@ -221,11 +226,30 @@ class PrefixSpec(Spec):
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 1e-2
     kind: Literal["prefix"] = "prefix"
-    virtual_tokens: Annotated[int, Field(ge=1, le=500)] = 20
+    virtual_tokens: VirtualTokens = 20
     """Keys and values that are learned in each layer."""
+    tasks: tuple[str, ...] = ()
+    """As for prompt."""
     projection: PositiveInt | None = None
     """Width of a network that makes them from learned embeddings while training (Li and Liang 2021, section 4.3); its
     output alone is saved. None learns them as they are (Liu et al. 2022)."""
+
+
+class PTuningSpec(Spec):
+    """Virtual tokens made by an encoder that tasks share; its output alone is saved (Liu et al. 2021, section 3.2)."""
+
+    DEFAULT_LEARNING_RATE: ClassVar[float] = 1e-3
+    kind: Literal["p_tuning"] = "p_tuning"
+    virtual_tokens: VirtualTokens = 20
+    """How many stand in front of every document."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of the data (`data.task`) that get virtual tokens of their own, from one encoder; none is one for all."""
+    encoder: Literal["lstm", "mlp"] = "lstm"
+    """`lstm`: two layers in both directions, then linear, ReLU, linear; `mlp`: three linears with ReLU between."""
+    hidden: PositiveInt | None = None
+    """Width of the encoder, of an LSTM in each direction; none is half the base's width."""
+    layers: Literal["input", "all"] = "input"
+    """`input`: embeddings that pass through the model; `all`: keys and values in every layer (Liu et al. 2022)."""
 
 
 AnySpec = (
@@ -238,6 +262,7 @@ AnySpec = (
     | BottleneckSpec
     | PromptSpec
     | PrefixSpec
+    | PTuningSpec
     | PeftSpec
 )
 MethodSpec = Annotated[AnySpec, Field(discriminator="kind")]
@@ -251,5 +276,6 @@ METHOD_SPECS: dict[str, type[AnySpec]] = {
     "bottleneck": BottleneckSpec,
     "prompt": PromptSpec,
     "prefix": PrefixSpec,
+    "p_tuning": PTuningSpec,
     "peft": PeftSpec,
 }
