@@ -34,6 +34,7 @@ from rung.model.fuse import fuse, left_alone
 from rung.model.load import Base, check_fingerprint, load_base, load_tokenizer
 from rung.model.policy import Policy, Virtual
 from rung.objective.table import OBJECTIVES
+from rung.publish.artefact import check_origin, write_origin, write_text_side
 from rung.spec.io import parse, to_dict
 from rung.spec.model import ModelSpec
 from rung.spec.run import RunSpec
@@ -184,7 +185,7 @@ def train_on(
         reset_peak_memory()
         trainer.run(data.train.examples, data.validation.examples if data.validation else ())
         folder.update(**summary(trainer.progress, method), **method.statistics())
-        _publish(folder, method, data.chat)
+        _publish(folder, method, data.chat, base)
     except Interrupted:
         folder.update(status="interrupted", **summary(trainer.progress, method))
         say(f"saved after step {trainer.progress.step} in {folder.path}; --resume goes on from there")
@@ -211,6 +212,7 @@ def open_run(path: Path) -> tuple[Policy, Chat, RunSpec]:
         return Policy(base, Untouched()), Chat(base.tokenizer), spec
     base = load(spec.model)
     check_fingerprint(manifest, base, path)
+    check_origin(path / "adapter", base)
     method = attach(base.model, spec.method, seed=spec.seed, fused=spec.model.fused)
     method.load(path / "adapter")
     return Policy(base, method), Chat(load_tokenizer(ModelSpec(name=str(path)))), spec  # the template trained with
@@ -316,32 +318,18 @@ def _calibrate(trainer: Trainer, data: Data, folder: RunFolder, *, resume: bool)
         write_folder(start, method.save)
 
 
-def _publish(folder: RunFolder, method: Method, chat: Chat) -> None:
+def _publish(folder: RunFolder, method: Method, chat: Chat, base: Base) -> None:
     """Gate 4: the artefact with everything serving needs, whole or not at all."""
 
     def fill(aside: Path) -> None:
         method.save(aside)
         write_text_side(aside, chat)
+        write_origin(aside, chat, base)
 
     write_folder(folder.path / method.artefact, fill)
     gate = Gate("save", "passed", "every tensor finite and not empty, hashes in manifest.json", "all")
     folder.gate(gate)
     say(str(gate))
-
-
-def write_text_side(target: Path, chat: Chat) -> None:
-    """Tokenizer, template and stop ids, so that a server frames text exactly as training did."""
-    from transformers import GenerationConfig
-
-    own = chat.tokenizer.chat_template
-    chat.tokenizer.chat_template = chat.template
-    try:
-        chat.tokenizer.save_pretrained(target)
-    finally:
-        chat.tokenizer.chat_template = own
-    pad = chat.tokenizer.pad_token_id
-    config = GenerationConfig(eos_token_id=list(chat.stop_ids), pad_token_id=chat.stop_ids[0] if pad is None else pad)
-    config.save_pretrained(target)
 
 
 def _settle_budget(trainer: Trainer, data: Data) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from models import tiny_model
 from processes import inside
+from rung.errors import CheckpointError
 
 
 @pytest.fixture
@@ -213,6 +214,20 @@ def test_a_run_keeps_its_template_as_a_base(config: Path, tmp_path: Path, capsys
     assert inside(capsys, "train", config, *settings)[0] == 0
     for run in ("run", "second"):
         assert open_run(tmp_path / run)[1].template == text
+
+
+def test_a_copied_adapter_still_names_its_base(run: Path, tmp_path: Path) -> None:
+    from rung.run import open_run
+
+    mine = tmp_path / "mine"
+    shutil.copytree(run, mine)
+    origin = mine / "adapter" / "rung.json"
+    found = json.loads(origin.read_text())
+    assert found["base_fingerprint"] == json.loads((run / "run.json").read_text())["fingerprints"]["base"]
+    assert len(found["template"]) == 64
+    origin.write_text(json.dumps({**found, "base_fingerprint": "0" * 64}))
+    with pytest.raises(CheckpointError, match="another base"):
+        open_run(mine)
 
 
 def test_a_conversation_survives_what_it_cannot_take(run: Path, capsys: Any) -> None:

@@ -203,9 +203,11 @@ def test_each_task_reads_behind_its_own(kind: str) -> None:
     """As if each were run alone, however the step is packed."""
     examples = of_tasks(documents(6, count=8, shared=20))
     policy, method = tuned(kind, "gpt2", dtype=torch.float64, virtual_tokens=COUNT, tasks=TWO)
+    with torch.no_grad():
+        for name, parameter in method.trainable().items():
+            parameter.mul_(30.0 if name.startswith("prompt_embeddings") else 1.0)  # far apart
     found = []
     for batches in (pack(examples, 10_000), pack(examples, 40), pack_separately(examples)):
-        policy.method = method
         for parameter in method.trainable().values():
             parameter.grad = None
         loss = float(accumulate(policy, SFT, batches))
@@ -215,7 +217,7 @@ def test_each_task_reads_behind_its_own(kind: str) -> None:
         assert loss == pytest.approx(found[0][0], rel=FLOAT64)
         assert (gradient - found[0][1]).norm() / found[0][1].norm() < FLOAT64
     swapped = [replace(e, task=TWO[i % 2 == 0]) for i, e in enumerate(examples)]
-    assert abs(float(accumulate(policy, SFT, pack(swapped, 40))) - found[0][0]) > 1e-4
+    assert abs(float(accumulate(policy, SFT, pack(swapped, 40))) - found[0][0]) > 1e-5
 
 
 def test_answers_follow_the_task_and_an_unknown_one_is_refused() -> None:

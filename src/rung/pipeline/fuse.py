@@ -29,6 +29,7 @@ from rung.model.load import load_base, load_tokenizer
 from rung.model.policy import Policy
 from rung.model.targets import layer_number, roles_of
 from rung.objective.table import OBJECTIVES
+from rung.publish.artefact import write_origin, write_text_side
 from rung.spec.io import load, parse
 from rung.spec.method import LoraSpec
 from rung.spec.model import ModelSpec
@@ -268,7 +269,8 @@ def _write(
 
     def fill(aside: Path) -> None:
         method.save(aside)
-        running.write_text_side(aside, chat)
+        write_text_side(aside, chat)
+        write_origin(aside, chat, base)
 
     folder.mkdir(parents=True)
     try:

@@ -17,6 +17,7 @@ from rung.engine.pack import pack_separately
 from rung.errors import CheckpointError, GateError
 from rung.method.base import Method
 from rung.model.policy import Policy
+from rung.publish.artefact import write_text_side
 from rung.publish.parity import check_parity, reload_logprobs
 from rung.types import Example, Source
 
@@ -43,7 +44,7 @@ def merge_run(run: Path, folder: Path) -> dict[str, Any]:
 
     def fill(aside: Path) -> None:
         merged.save_pretrained(aside)  # type: ignore[operator]
-        running.write_text_side(aside, chat)
+        write_text_side(aside, chat)
 
     write_folder(folder, fill)
     try:
