@@ -11,9 +11,9 @@ FILE_LINES, FUNCTION_LINES, PARAMETERS, FIELDS = 400, 60, 8, 15
 SOURCE = Path(__file__).parent.parent / "src" / "rung"
 BASES = {
     *("Protocol", "Method", "Spec", "LowRankSpec", "BaseModel", "Module", "Function", "Exception", "NamedTuple"),
-    *("DynamicLayer", "SafeLoader", "Sequence", "Lazy"),
+    *("DynamicLayer", "SafeLoader", "Sequence", "Lazy", "PeftConfig", "BaseTuner", "BaseTunerLayer", "StrEnum"),
 }
-"""Inheritance stays with protocols (a sequence is one), specs, torch modules and functions, and exceptions."""
+"""Inheritance stays with protocols (sequences are), specs, torch modules and functions, peft's tuners, exceptions."""
 
 
 def main() -> int:

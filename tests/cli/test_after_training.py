@@ -83,9 +83,10 @@ def test_merged_but_changed_model_fails_parity(run: Path, tmp_path: Path, capsys
 def test_a_merged_model_that_does_not_load_fails_parity(
     run: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
-    from rung import run as running
 
-    monkeypatch.setattr(running, "write_text_side", lambda target, chat: (target / "config.json").write_text("{}"))
+    monkeypatch.setattr(
+        "rung.pipeline.merge.write_text_side", lambda target, chat: (target / "config.json").write_text("{}")
+    )
     code, _, err = inside(capsys, "merge", run, tmp_path / "merged")
     assert code == 3 and "does not load" in err
     assert not (tmp_path / "merged").exists()

@@ -13,25 +13,23 @@ its name, so taking them off leaves the base bit for bit.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel
 
 from rung.errors import ConfigError, PlanError
-from rung.method.base import Method, same_keys
+from rung.method.base import Method
+from rung.method.files import named, read, write
 from rung.model.layers import layers_of
 from rung.model.targets import layer_number, layers_named, linears_by_role
 from rung.spec.method import BottleneckSpec
 
-WEIGHTS = "adapter_model.safetensors"
 NAME = "bottleneck"
 """Of the submodule that a host gets."""
 START = 0.02
@@ -83,11 +81,7 @@ class Bottleneck(Method):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Down and up of every adapter."""
-        return {
-            f"{name}.{NAME}.{own}": parameter
-            for name, host in self.hosts.items()
-            for own, parameter in host.get_submodule(NAME).named_parameters()
-        }
+        return named(self.hosts, NAME)
 
     def declared_parameters(self) -> int:
         """Adapters times 2 H w + w + H."""
@@ -104,20 +98,17 @@ class Bottleneck(Method):
             self.on = before
 
     def save(self, folder: Path) -> None:
-        """Weights by the names of their hosts, and what is needed to build them again."""
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {name: p.detach().contiguous().cpu() for name, p in self.trainable().items()}
-        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-        config = {"peft_type": "RUNG_BOTTLENECK", "task_type": "CAUSAL_LM", **self.spec.model_dump(mode="json")}
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        """Write two files that peft loads once `rung.peft` is imported."""
+        write(
+            folder,
+            self.hosts,
+            NAME,
+            {**self.spec.model_dump(mode="json"), "features": int(self.model.config.hidden_size)},
+        )
 
     def load(self, folder: Path) -> None:
         """Read them; keys missing or left over raise `CheckpointError`."""
-        state, own = load_file(folder / WEIGHTS), self.trainable()
-        same_keys(state.keys(), own.keys(), str(folder))
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state[name])
+        read(folder, self.hosts, NAME)
 
     def merge(self) -> nn.Module:
         """Raises `PlanError`: what is not linear has no place in a weight."""

@@ -14,7 +14,6 @@ Suffixes: T tokens, I inputs, O outputs, E experts, R rank.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,18 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rung.errors import PlanError
-from rung.method.base import Method, same_keys
+from rung.method.base import Method
+from rung.method.files import named, read, write
 from rung.model.fuse import plain_part
 from rung.model.targets import select
 from rung.spec.method import MixtureSpec
 from rung.types import LossTerm, PackedBatch
 
-WEIGHTS = "adapter_model.safetensors"
 NAME = "mixture"
 """Of the submodule that a linear gets."""
 ROUTER_START = 0.02
@@ -91,11 +89,7 @@ class Mixture(Method):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Router, A and B of every linear."""
-        return {
-            f"{name}.{NAME}.{own}": parameter
-            for name, host in self.hosts.items()
-            for own, parameter in host.get_submodule(NAME).named_parameters()
-        }
+        return named(self.hosts, NAME)
 
     def declared_parameters(self) -> int:
         """Sum over linears of E I + E r (I + O)."""
@@ -142,20 +136,12 @@ class Mixture(Method):
         return {"router_load": {name: [round(share, 4) for share in values] for name, values in shares.items()}}
 
     def save(self, folder: Path) -> None:
-        """Weights by the names of their linears, and what is needed to build them again."""
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {name: p.detach().contiguous().cpu() for name, p in self.trainable().items()}
-        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-        config = {"peft_type": "RUNG_MIXTURE", "task_type": "CAUSAL_LM", **self.spec.model_dump(mode="json")}
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        """Write two files that peft loads once `rung.peft` is imported."""
+        write(folder, self.hosts, NAME, self.spec.model_dump(mode="json"))
 
     def load(self, folder: Path) -> None:
         """Read them; keys missing or left over raise `CheckpointError`."""
-        state, own = load_file(folder / WEIGHTS), self.trainable()
-        same_keys(state.keys(), own.keys(), str(folder))
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state[name])
+        read(folder, self.hosts, NAME)
 
     def merge(self) -> nn.Module:
         """Raises `PlanError`: which experts act depends on the token."""

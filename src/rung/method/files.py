@@ -1,0 +1,54 @@
+"""Files of Rung's own tuners, in the form that peft reads once `rung.peft` is imported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from rung.method.base import same_keys
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def named(hosts: Mapping[str, nn.Module], own: str) -> dict[str, nn.Parameter]:
+    """Parameters of the submodule `own` of each host, as the tuner's trainables."""
+    return {
+        f"{name}.{own}.{inner}": parameter
+        for name, host in hosts.items()
+        for inner, parameter in host.get_submodule(own).named_parameters()
+    }
+
+
+def write(folder: Path, hosts: Mapping[str, nn.Module], own: str, spec: Mapping[str, Any]) -> None:
+    """Weights by the names that peft gives them, and the settings to build them again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {_key(name, own): p.detach().contiguous().cpu() for name, p in named(hosts, own).items()}
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    config = {
+        "peft_type": f"RUNG_{own.upper()}",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "target_modules": list(hosts),
+        "spec": dict(spec),
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read(folder: Path, hosts: Mapping[str, nn.Module], own: str) -> None:
+    """Put saved weights back; keys missing or left over raise `CheckpointError`."""
+    state, parameters = load_file(folder / WEIGHTS), named(hosts, own)
+    keys: Iterable[str] = [_key(name, own) for name in parameters]
+    same_keys(state.keys(), keys, str(folder))
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[_key(name, own)])
+
+
+def _key(name: str, own: str) -> str:
+    return "base_model.model." + name.replace(f".{own}.", ".rung_adapters.")

@@ -1,0 +1,143 @@
+"""Importing this registers Rung's own tuners with peft, so that stock peft loads and serves their files.
+
+    import rung.peft
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(base, "runs/my-bottleneck/adapter")
+
+peft refuses to register what its enumeration does not list, so its three tables are filled directly: a member of a
+string enumeration is found by its string.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftConfig
+from peft import mapping as peft_tables
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+
+from rung.method.bottleneck import Adapter
+from rung.method.mixture import Experts
+from rung.spec.method import BottleneckSpec, MixtureSpec
+
+
+class OwnType(enum.StrEnum):
+    """Names in adapter_config.json, beside those of peft."""
+
+    RUNG_BOTTLENECK = "RUNG_BOTTLENECK"
+    RUNG_MIXTURE = "RUNG_MIXTURE"
+
+
+@dataclass
+class OwnConfig(PeftConfig):
+    """peft's settings, and the spec that the tuner is built from."""
+
+    target_modules: list[str] | None = None
+    spec: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = OwnType[f"RUNG_{(self.spec or {}).get('kind', '')}".upper()]
+
+
+class OwnLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """A module with adapters behind or beside it, by name."""
+
+    adapter_layer_names = ("rung_adapters",)
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: OwnConfig) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.rung_adapters = nn.ModuleDict({})
+        self.beside: dict[str, bool] = {}
+        self.merged_adapters: list[str] = []
+        self.add(adapter_name, config)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # models read settings off their layers
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def add(self, adapter_name: str, config: OwnConfig) -> None:
+        """Another adapter on the same module."""
+        given = config.spec or {}
+        like = next(self.base_layer.parameters())
+        made: nn.Module
+        if given.get("kind") == "mixture":
+            spec = MixtureSpec.model_validate(given)
+            base: Any = self.base_layer
+            transposed = not hasattr(base, "in_features")
+            outputs, inputs = base.weight.T.shape if transposed else base.weight.shape
+            made = Experts(inputs, outputs, spec, like)
+            self.beside[adapter_name] = True
+        else:
+            own = BottleneckSpec.model_validate({k: v for k, v in given.items() if k != "features"})
+            made = Adapter(int(given["features"]), own, like)
+            self.beside[adapter_name] = own.placement == "parallel"
+        self.rung_adapters[adapter_name] = made
+        self.set_adapter(adapter_name, inference_mode=config.inference_mode)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The module's own output, and what the active adapters add."""
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return result
+        for name in self.active_adapters:
+            if name in self.rung_adapters:
+                first = result[0] if isinstance(result, tuple) else result
+                added = first + self.rung_adapters[name](x if self.beside[name] else first)
+                result = (added, *result[1:]) if isinstance(result, tuple) else added
+        return result
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Never: what these adapters do is not linear, or depends on the token."""
+        raise NotImplementedError("this adapter cannot be folded into the base")
+
+    def unmerge(self) -> None:
+        """Nothing was merged."""
+
+
+class OwnModel(BaseTuner):  # type: ignore[misc]
+    """Puts the layers in place."""
+
+    prefix = "rung_"
+    tuner_layer_cls = OwnLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _create_and_replace(
+        self,
+        peft_config: OwnConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        if isinstance(target, OwnLayer):
+            target.add(adapter_name, peft_config)
+            return
+        layer = OwnLayer(target, adapter_name, peft_config)
+        if adapter_name != self.active_adapter:
+            layer.requires_grad_(False)
+        if isinstance(parent, nn.ModuleList):
+            parent[int(target_name)] = layer
+        else:
+            setattr(parent, target_name, layer)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return key.replace(f".rung_adapters.{adapter_name}.", ".rung_adapters.")
+
+
+for _own in OwnType:
+    peft_tables.PEFT_TYPE_TO_CONFIG_MAPPING[_own] = OwnConfig
+    peft_tables.PEFT_TYPE_TO_TUNER_MAPPING[_own] = OwnModel
+    peft_tables.PEFT_TYPE_TO_PREFIX_MAPPING[_own] = OwnModel.prefix
