@@ -31,7 +31,7 @@ from benchmarks.workloads import (
     default,
 )
 
-TUNING_STEPS = 2
+TUNING_STEPS = 3
 """Steps of each candidate; the first one is cold and does not count."""
 console = Console(highlight=False, width=max(Console().width, 132))  # the table needs this much
 

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.flops import add, seconds_at
+from benchmarks.flops import seconds_at
 from benchmarks.runner import Entry, Store
-from benchmarks.sides import differences, speed
+from benchmarks.sides import differences, speed, weights
 from benchmarks.workloads import Training, Workload
 
 SIDES = {"rung": "Rung", "default": "peer as it comes", "tuned": "peer tuned"}
@@ -31,7 +31,8 @@ the steps, because every update depends on the one before.
 HEADER = ("work", "side", "tokens/s", "Rung is faster", "peak memory", "Rung needs", "loss last / mean", "useful share")
 HOW_TO_READ = """\
 - **tokens/s**: median over the pairs, and the range. In training: tokens of the documents (padding and repeated work do
-  not count, shared beginnings count in every document) over the seconds of all steps but the first. In evaluation:
+  not count, shared beginnings count in every document) over the seconds of all steps but the first, which is cold;
+  with several epochs the other steps of the first one stand in for it. In evaluation:
   generated tokens over the seconds from the first prompt to the last answer.
 - **Rung is faster**, **Rung needs**: Rung to this peer; speed is compared within each pair and the median is shown with
   its range. The target stands in brackets.
@@ -118,11 +119,11 @@ class Report:
         return f"{losses[-1]:.4f} / {mean(losses):.4f}", f"{median(shares[0]):.0%} ({median(shares[1]):.0%})"
 
     def _share(self, key: str, entry: Entry, count: str) -> float:
-        """Against the rates before and after the pair, over all steps."""
-        flops = add([step[count] for step in self._prepared(key)["steps"]])
+        """Against the rates before and after the pair, over the steps that the speed counts."""
         around = [self.store.one(kind="rates", work=key, at=at) for at in (entry["pair"], entry["pair"] + 1)]
-        ideal = mean(seconds_at(flops, found["rates"]) for found in around if found)
-        return ideal / float(sum(s["seconds"] for s in entry["steps"]))
+        steps = list(zip(weights(entry), self._prepared(key)["steps"], entry["steps"], strict=True))
+        ideal = sum(w * mean(seconds_at(p[count], f["rates"]) for f in around if f) for w, p, _ in steps)
+        return ideal / float(sum(w * s["seconds"] for w, _, s in steps))
 
     def _prepared(self, key: str) -> dict[str, Any]:
         prepared: dict[str, Any] = json.loads((self.folder / key / "prepared.json").read_text())

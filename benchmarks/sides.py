@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.runner import OURS, PEERS, Entry, Finished, run
-from benchmarks.workloads import ALPHA, BASE, RANK, Answering, Candidate, Training, Workload
+from benchmarks.workloads import ALPHA, BASE, RANK, WORKLOADS, Answering, Candidate, Training, Workload
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,24 @@ def speed(entry: Entry, *, cold: bool = False) -> float:
     """Tokens per second: of documents in training, without the first step unless `cold`; of answers in evaluation."""
     if "answers" in entry:
         return sum(map(len, entry["answers"])) / float(entry["seconds"])
-    steps = entry["steps"] if cold or len(entry["steps"]) == 1 else entry["steps"][1:]
-    return float(sum(s["tokens"] for s in steps) / sum(s["seconds"] for s in steps))
+    steps = list(zip([1.0] * len(entry["steps"]) if cold else weights(entry), entry["steps"], strict=True))
+    return float(sum(w * s["tokens"] for w, s in steps) / sum(w * s["seconds"] for w, s in steps))
+
+
+def weights(entry: Entry) -> list[float]:
+    """How often each step counts: the first, which is cold, not at all.
+
+    Where later epochs cost less than the first, the others of the first epoch stand in for it: the share of the epochs
+    stays what it was.
+    """
+    count = len(entry["steps"])
+    if count == 1:
+        return [1.0]
+    work = WORKLOADS.get(entry.get("work", ""))
+    epochs = work.epochs if isinstance(work, Training) else 1
+    first = count // epochs
+    stand_in = first / (first - 1) if epochs > 1 and first > 1 else 1.0
+    return [0.0, *[stand_in] * (first - 1), *[1.0] * (count - first)]
 
 
 def differences(work: Training, prepared: Mapping[str, Any], side: str, entry: Entry) -> list[str]:

@@ -38,7 +38,7 @@ from rung.publish.artefact import check_origin, write_origin, write_text_side
 from rung.spec.io import parse, to_dict
 from rung.spec.model import ModelSpec
 from rung.spec.run import RunSpec
-from rung.spec.support import PROVED_MODELS
+from rung.spec.support import NOT_MEASURED, PROVED_MODELS
 from rung.types import LossTerm, PackedBatch, Record
 
 PROBES = 4
@@ -146,6 +146,8 @@ def train_on(
     policy = Policy(base, method)
     if (shape := base.model.config.model_type) not in PROVED_MODELS:
         say(f"{shape} is not among the architectures proved by a test; the step-0 gates decide")
+    if said := NOT_MEASURED.get(policy.device.type):
+        say(f"{policy.device.type}: {said}")
     fingerprints = _fingerprints(base, data)
     begun = folder.manifest.get("fingerprints", fingerprints)
     if changed := [name for name, value in fingerprints.items() if begun[name] != value]:

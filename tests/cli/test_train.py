@@ -105,6 +105,7 @@ def test_not_finite_never_steps_and_stops_after_three(
     [
         "kind: lora, dropout: 0.1",
         "kind: lora, init: lora_ga, rank: 4",
+        "kind: lora, layers: [1]",
         "kind: lora, sampled_layers: 1, resample_every: 2",
         "kind: lottery, scout_steps: 2",
         "kind: lottery, scout_steps: 5, score: energy",
@@ -121,6 +122,8 @@ def test_not_finite_never_steps_and_stops_after_three(
 )
 def test_resume_gives_the_run_that_was_never_stopped(method: str, config: Path, tmp_path: Path, capsys: Any) -> None:
     settings = [f"method={{{method}}}", "engine.checkpoint_every=2", "engine.eval_every=3"]
+    if "layers: [1]" in method:  # steps 4 to 6 read the states of layer 0 that steps 1 to 3 computed
+        settings += ["engine.max_steps=null", "engine.epochs=2", "engine.examples_per_step=27"]
     assert inside(capsys, "train", config, *settings, f"output={tmp_path / 'whole'}")[0] == 0
     assert inside(capsys, "train", config, *settings)[0] == 0
     run = tmp_path / "run"
@@ -239,6 +242,16 @@ def test_frozen_layers_run_once_a_document_and_nothing_else_changes(config: Path
     kept = {"layer": 1, "documents": 81, "bytes": found["tokens"] // 2 * 32 * 4}
     assert manifest(tmp_path / "cached")["trunk"] == kept
     assert (losses[0] - losses[1]).abs().max() < 1e-4
+
+
+def test_states_that_the_disk_has_no_room_for_are_not_kept(
+    config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("rung.engine.loop.shutil.disk_usage", lambda _: free)
+    settings = ["method.layers=[1]", "engine.max_steps=null", "engine.epochs=2"]
+    code, _, err = inside(capsys, "train", config, *settings)
+    assert code == 0 and "keeping their states would take" in err and "trunk" not in manifest(tmp_path / "run")
 
 
 def test_a_probed_micro_batch_is_kept_by_a_resume(

@@ -11,6 +11,7 @@ from rung.engine.pack import pack, pack_separately
 from rung.engine.step import accumulate
 from rung.errors import PlanError
 from rung.model import attention
+from rung.model.tree import Rule, attend_tree
 from rung.objective.sft import Sft
 from rung.spec.objective import SftSpec
 from rung.types import Example, PackedBatch, Segment
@@ -76,6 +77,19 @@ def test_changing_one_document_leaves_the_others_bit_identical() -> None:
     after = policy.logits(changed)
     assert torch.equal(before[first.end :], after[first.end :])
     assert not torch.equal(before[: first.end], after[: first.end])
+
+
+def test_values_may_be_of_another_width() -> None:
+    """DeepSeek's are; the processor's own kernel knows one width."""
+    draw = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 2, 9, 8, generator=draw, dtype=torch.float64) for _ in range(2))
+    value = torch.randn(1, 2, 9, 6, generator=draw, dtype=torch.float64)
+    segments = (Segment(0, 4, None), Segment(4, 9, None))
+    found = attend_tree(query, key, value, segments, None, Rule(None, None, None))
+    for s in segments:
+        own = (t[:, :, s.start : s.end] for t in (query, key, value))
+        expected = torch.nn.functional.scaled_dot_product_attention(*own, is_causal=True)
+        assert (found[:, s.start : s.end] - expected.transpose(1, 2)).abs().max() < FLOAT64
 
 
 def test_a_wrong_parent_is_noticed() -> None:

@@ -213,6 +213,37 @@ def test_a_norm_of_another_formula_keeps_its_own_forward() -> None:
     assert fuse(nn.Sequential(OddRMSNorm()))["norms"] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gated_block_of_another_formula_keeps_its_own_forward(dtype: torch.dtype) -> None:
+    """A norm in the middle, as BitNet has it, or a factor at the end."""
+
+    class Gated(nn.Module):
+        def __init__(self, odd: bool) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+            self.act_fn, self.odd = nn.SiLU(), odd
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            middle = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+            return self.down_proj(middle / middle.norm(dim=-1, keepdim=True) if self.odd else middle)
+
+    class OddGated(Gated):
+        pass
+
+    assert fuse(nn.Sequential(Gated(False)).to(dtype))["gated"] == 1
+    assert fuse(nn.Sequential(OddGated(True)).to(dtype))["gated"] == 0
+
+
+def test_outputs_may_be_changed_in_place() -> None:
+    """OLMo clamps its queries."""
+    layer, x = nn.Linear(6, 4), torch.randn(1, 3, 6)
+    (ours,) = linears(x, [plain_part(layer)])
+    ours.clamp_(-0.1, 0.1).sum().backward()
+    mine, layer.weight.grad = layer.weight.grad, None
+    layer(x).clamp(-0.1, 0.1).sum().backward()
+    assert (mine - layer.weight.grad).abs().max() < 1e-6
+
+
 def test_members_with_different_inputs_compute_apart() -> None:
     """Cross-attention reads queries and keys from different tensors: the stash must never mix them up."""
 

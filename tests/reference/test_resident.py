@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from builders import documents, policy_of
 from models import tiny_model
@@ -77,6 +77,19 @@ def test_bit_for_bit(
     assert all(g is None and wide[1][n] is None or torch.equal(g, wide[1][n]) for n, g in narrow[1].items())
     # Gemma's embedding scale is no part of the file and would be rounded: that base is widened when it is loaded
     assert narrow[4] <= (1.0 if shape == "gemma2" else 0.55) * wide[4]
+
+
+def test_a_head_trained_on_a_narrow_base_is_saved_in_full_width(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    folder = written(tmp_path / "narrow", tiny_tokenizer, "llama", torch.bfloat16)
+    base = load_base(ModelSpec(name=str(folder), dtype="float32"))
+    method = attach(base.model, METHOD_SPECS["head"](), seed=0)
+    with torch.no_grad():
+        method.head.weight.add_(1e-4)
+    method.save(tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(again.get_output_embeddings().weight, method.head.weight)
 
 
 def test_one_wide_tensor_makes_a_file_wide(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -60,6 +60,14 @@ def test_our_own_functions_and_their_mutation(shape: str) -> None:
         assert gate is not None and gate.state == "failed"
 
 
+def test_the_fused_gate_is_not_skipped_where_products_are_in_bfloat16() -> None:
+    """Its base is narrow and what it trains is wide, as with a base held narrow; but it can run its own forward."""
+    model = tiny_model(dtype=torch.bfloat16)
+    method = attach(model, LoraSpec(), seed=0)
+    gate = gates.check_fused(policy_of(model, method, compute=torch.bfloat16), documents(shared=18))
+    assert gate is not None and gate.state == "passed"
+
+
 def test_decoding_and_its_mutation(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gates.check_decoding(policy_of(tiny_model()), documents()).state == "passed"
     genuine = attention.attend_one_token

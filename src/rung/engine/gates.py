@@ -62,7 +62,7 @@ def check_packing(policy: Policy, probe: Sequence[Example]) -> Gate:
 @torch.no_grad()
 def check_fused(policy: Policy, probe: Sequence[Example]) -> Gate | None:
     """Rung's own functions give what transformers' and peft's forward gives. A base held narrow has only ours."""
-    if held_narrow(policy.model):
+    if policy.base.compute_dtype is torch.float32 and held_narrow(policy.model):
         return None
     batches = pack(probe, sum(map(len, probe)), device=policy.device)
     ours = torch.cat([policy.logprobs(batch) for batch in batches])

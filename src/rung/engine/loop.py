@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import threading
 import time
@@ -30,9 +31,12 @@ from rung.model.layers import lowest_moving_layer
 from rung.model.policy import Policy
 from rung.model.tree import has_flat_kernel
 from rung.objective.base import Objective
+from rung.paths import cache_folder
 from rung.spec.engine import EngineSpec
 from rung.types import Example, PackedBatch
 
+LENGTHS = 1000
+"""Documents looked at to know how long all of them are."""
 SKIPS_BEFORE_STOP = 3
 """Steps in a row that may be skipped because their loss or gradient was not finite."""
 
@@ -112,11 +116,11 @@ class Trainer:
         judged = any(gate["name"] == "movement" for gate in self.folder.manifest["gates"])
         movement = None if judged else Movement(self.policy.model, self.method.trainable())
         self.policy.model.train()
-        self.trunk = self._trunk(len(train))
+        self.trunk = self._trunk(train)
         try:
             with _interruptible() as stopping, Bar("train", total, self.progress.step) as bar:
                 while self.progress.step < total:
-                    entry = self._step(self._window(train), total, movement)
+                    entry = self._step(self._window(train, self.progress.step), total, movement)
                     last = self.progress.step == total
                     enough = self._measure(validation, entry, last)
                     self.folder.log(entry)
@@ -142,11 +146,11 @@ class Trainer:
         self._keep_best()
         return self.progress
 
-    def _window(self, train: Sequence[Example]) -> list[Example]:
-        """The documents of the next step: a pure function of seed and step."""
+    def _window(self, train: Sequence[Example], step: int) -> list[Example]:
+        """The documents of a step counted from 0: a pure function of seed and step."""
         per_step = self.spec.examples_per_step
         per_epoch = -(-len(train) // per_step)
-        epoch, place = divmod(self.progress.step, per_epoch)
+        epoch, place = divmod(step, per_epoch)
         order = np.random.default_rng([self.seed, epoch]).permutation(len(train))
         return [train[i] for i in order[place * per_step : (place + 1) * per_step]]
 
@@ -168,13 +172,21 @@ class Trainer:
             return False
         return True
 
-    def _trunk(self, rows: int) -> TrunkCache | None:
-        """A cache of the layers that do not move, where they would run a second time."""
-        first_epoch = -(-rows // self.spec.examples_per_step)
-        if not self.spec.cache_trunk or self.lowest == 0 or self.total_steps(rows) <= first_epoch:
+    def _trunk(self, train: Sequence[Example]) -> TrunkCache | None:
+        """A cache of the layers that do not move, where they would run a second time and the disk has room."""
+        first_epoch = -(-len(train) // self.spec.examples_per_step)
+        if not self.spec.cache_trunk or self.lowest == 0 or self.total_steps(len(train)) <= first_epoch:
+            return None
+        some = [len(train[i]) for i in range(0, len(train), max(1, len(train) // LENGTHS))]
+        needed = int(np.mean(some) * len(train) * 4 * self.policy.model.config.hidden_size)
+        if needed > shutil.disk_usage(cache_folder()).free // 2:
+            say(f"layers below {self.lowest} do not move, but keeping their states would take {needed / 1e9:.0f} GB")
             return None
         say(f"layers below {self.lowest} do not move: each document passes them once")
-        return TrunkCache(self.policy, self.lowest, self.budget)
+        trunk = TrunkCache(self.policy, self.lowest, self.budget, share_prefixes=self.sharing)
+        for step in range(min(self.progress.step, first_epoch)):  # resumed: rows as they were, so the same bits
+            trunk.fill(self.pack(self._window(train, step), self.budget))
+        return trunk
 
     def _step(self, examples: Sequence[Example], total: int, movement: Movement | None) -> dict[str, Any]:
         started = time.perf_counter()
@@ -239,7 +251,10 @@ class Trainer:
         if not validation or not due:
             return False
         self.policy.model.eval()
-        batches = pack_in_slices(validation, self.budget, share_prefixes=self.sharing, device=self.policy.device)
+        if self.spec.packing == "none":
+            batches = (batch for example in validation for batch in pack_separately([example], self.policy.device))
+        else:
+            batches = pack_in_slices(validation, self.budget, share_prefixes=self.sharing, device=self.policy.device)
         value = mean_loss(self.policy, self.objective, batches)
         self.policy.model.train()
         self.progress.validation = entry["validation_loss"] = value

@@ -45,9 +45,12 @@ def pack(
     return found
 
 
-def pack_together(examples: Sequence[Example], budget: int, device: torch.device | None = None) -> list[PackedBatch]:
-    """Like `pack`, with every document whole in its row: nothing runs ahead."""
-    return _fill(_Group(*_in_order(examples), 0), budget, True, device)
+def pack_together(
+    examples: Sequence[Example], budget: int, *, share_prefixes: bool = True, device: torch.device | None = None
+) -> list[PackedBatch]:
+    """Like `pack`, with every document whole in its row: nothing runs ahead, and tasks do not matter."""
+    ordered, common = _in_order(examples)
+    return _fill(_Group(ordered, common if share_prefixes else [0] * len(ordered), 0), budget, share_prefixes, device)
 
 
 def pack_separately(examples: Sequence[Example], device: torch.device | None = None) -> list[PackedBatch]:

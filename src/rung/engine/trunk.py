@@ -34,17 +34,21 @@ class _Entry(NamedTuple):
 class TrunkCache:
     """Hidden states that enter `layer`, by document. `budget` tokens are computed at once."""
 
-    def __init__(self, policy: Policy, layer: int, budget: int) -> None:
-        self.policy, self.layer, self.budget = policy, layer, budget
+    def __init__(self, policy: Policy, layer: int, budget: int, *, share_prefixes: bool = True) -> None:
+        self.policy, self.layer, self.budget, self.share_prefixes = policy, layer, budget, share_prefixes
         self.states = Blob.new()
         self.entries: dict[bytes, _Entry] = {}
 
     def feed(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
         """The same rows with the states of every document, computed where they are not known yet."""
-        documents = {_key(d): d for batch in batches for d in batch.documents}
-        self._compute([d for key, d in documents.items() if key not in self.entries])
+        self.fill(batches)
         prefixes: dict[SharedPrefix, SharedPrefix] = {}
         return [self._with_states(batch, prefixes) for batch in batches]
+
+    def fill(self, batches: Sequence[PackedBatch]) -> None:
+        """Compute the states of the documents that are not known yet, together: sums in their order are these bits."""
+        documents = {_key(d): d for batch in batches for d in batch.documents}
+        self._compute([d for key, d in documents.items() if key not in self.entries])
 
     def summary(self) -> dict[str, int]:
         """For `run.json`."""
@@ -53,7 +57,9 @@ class TrunkCache:
     def _compute(self, documents: Sequence[Example]) -> None:
         if not documents:
             return
-        for batch in pack_together(documents, self.budget, self.policy.device):
+        for batch in pack_together(
+            documents, self.budget, share_prefixes=self.share_prefixes, device=self.policy.device
+        ):
             states = self.policy.states_below(batch, self.layer).cpu()
             for document, rows in zip(batch.documents, batch.rows, strict=True):
                 self._write(document, states[torch.from_numpy(rows)])

@@ -21,6 +21,7 @@ from rung.errors import DataError
 from rung.evaluate.baselines import Framing
 from rung.model.generate import Answer, Sampling, generate
 from rung.model.policy import Policy
+from rung.model.tree import has_flat_kernel
 from rung.scoring.metrics import METRICS
 from rung.scoring.stats import Interval, ratio_interval, score_interval
 from rung.spec.evaluate import EvaluateSpec
@@ -217,7 +218,9 @@ def _likelihoods(
         examples.append(Example(ids, np.arange(len(ids)) >= len(prompt), record.source, task=record.task))
     budget = tokens_per_micro_batch(policy.model.config, policy.device.type)
     found: dict[Source, tuple[float, int]] = {}
-    for batch in policy.in_turn(pack(examples, budget, device=policy.device)):  # worked examples in front run once
+    trees = not has_flat_kernel(policy.device)
+    batches = pack(examples, budget, share_prefixes=trees, device=policy.device)
+    for batch in policy.in_turn(batches):  # worked examples in front run once
         nats = torch.zeros(batch.sequences, device=policy.device).index_add_(
             0, batch.loss.owner, -policy.logprobs(batch)
         )

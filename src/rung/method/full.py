@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from rung.errors import ConfigError, PlanError
 from rung.method.base import Method, same_keys
+from rung.model.resident import held_narrow
 from rung.spec.method import FullSpec, HeadSpec
 
 
@@ -28,7 +29,9 @@ class _MovesTheBase(Method):
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def save(self, folder: Path) -> None:
-        """Write the model as transformers does."""
+        """Write the model as transformers does: in float32, lest the config say bfloat16 and the head be rounded."""
+        if held_narrow(self.model):
+            self.model.float()
         self.model.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:

@@ -47,7 +47,9 @@ def linears(x: Tensor, parts: Sequence[Part]) -> tuple[Tensor, ...]:
     An input that `rms_norm` made is not kept at all: the backward pass makes it again.
     """
     normed: _Normed | None = getattr(x, _MADE_BY, None)
-    return _Linears.apply(x, normed, tuple(p.scale for p in parts), *_flat(parts))  # type: ignore[no-any-return, no-untyped-call]
+    outputs = _Linears.apply(x, normed, tuple(p.scale for p in parts), *_flat(parts))  # type: ignore[no-untyped-call]
+    # Shaped out here: a view made inside a function may not be changed in place, and some models clamp their queries.
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
 
 def gated_linear(gate: Tensor, up: Tensor, activation: Activation, part: Part) -> Tensor:
@@ -98,7 +100,8 @@ class _Linears(torch.autograd.Function):
             kept = [x_NI] if normed is None else [normed.x, normed.weight, normed.rstd]
         ctx.kept = len(kept or ())
         ctx.save_for_backward(*(kept or ()), low_NR, *flat)
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -108,9 +111,8 @@ class _Linears(torch.autograd.Function):
         if ctx.kept > 1:
             x_NI = _Normed(kept[0], kept[1], kept[2], ctx.offset).make().view(-1, ctx.shape[-1]).to(ctx.compute)
         parts = _parts(flat, ctx.scales)
-        rows = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
         need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
-        d_x, d_flat = _backward(rows, x_NI, low_NR, parts, need_x, need)
+        d_x, d_flat = _backward(grads, x_NI, low_NR, parts, need_x, need)
         return (None if d_x is None else d_x.view(ctx.shape).to(ctx.dtype)), None, None, *d_flat
 
 

@@ -53,7 +53,8 @@ def attend_tree(
     flat = before is None and all(s.parent is None for s in segments)
     if flat and has_flat_kernel(query_1HTD.device) and query_1HTD.dtype in (torch.bfloat16, torch.float16):
         return _attend_flat(query_1HTD, key_1KTD, value_1KTD, tuple(segments), rule)
-    if device == "cpu" and rule.softcap is None and not rule.dropout:
+    one_width = query_1HTD.shape[-1] == value_1KTD.shape[-1]  # the processor's kernel knows no other
+    if device == "cpu" and rule.softcap is None and not rule.dropout and one_width:
         given = before if before is not None else (None, None)
         return _FlashTree.apply(query_1HTD, key_1KTD, value_1KTD, *given, tuple(segments), rule)  # type: ignore[no-any-return, no-untyped-call]
     keys, values = _Laid(key_1KTD, before and before[0]), _Laid(value_1KTD, before and before[1])

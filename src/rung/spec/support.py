@@ -18,6 +18,11 @@ MODEL_REFUSALS: dict[str, str] = {
     "stablelm": "its layers do not pass on to attention where documents begin, so packing cannot keep them apart",
 }
 
+NOT_MEASURED = {
+    "cuda": "dispatched by capability, never measured: no number of this project comes from a graphics card"
+}
+"""Kinds of device that run but have no measurement behind them."""
+
 PROVED_MODELS = ("llama", "qwen2", "qwen3", "mistral", "phi", "phi3", "gemma", "gemma2", "gemma3_text", "gpt2", "opt")
 """Architectures whose packed logits are proved equal to unpacked ones by a test. Others run behind the step-0 gate."""
 
