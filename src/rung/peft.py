@@ -33,7 +33,7 @@ class OwnType(enum.StrEnum):
 
 
 @dataclass
-class OwnConfig(PeftConfig):
+class OwnConfig(PeftConfig):  # type: ignore[misc]
     """peft's settings, and the spec that the tuner is built from."""
 
     target_modules: list[str] | None = None

@@ -217,7 +217,7 @@ def test_each_task_reads_behind_its_own(kind: str) -> None:
         assert loss == pytest.approx(found[0][0], rel=FLOAT64)
         assert (gradient - found[0][1]).norm() / found[0][1].norm() < FLOAT64
     swapped = [replace(e, task=TWO[i % 2 == 0]) for i, e in enumerate(examples)]
-    assert abs(float(accumulate(policy, SFT, pack(swapped, 40))) - found[0][0]) > 1e-5
+    assert abs(float(accumulate(policy, SFT, pack(swapped, 40))) - found[0][0]) > 100 * FLOAT64
 
 
 def test_answers_follow_the_task_and_an_unknown_one_is_refused() -> None:

@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -251,6 +251,7 @@ class Trainer:
         if not validation or not due:
             return False
         self.policy.model.eval()
+        batches: Iterable[PackedBatch]
         if self.spec.packing == "none":
             batches = (batch for example in validation for batch in pack_separately([example], self.policy.device))
         else:
