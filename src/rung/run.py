@@ -199,8 +199,11 @@ def train_on(
     return policy, folder
 
 
-def open_run(path: Path) -> tuple[Policy, Chat, RunSpec]:
-    """A finished run, ready to answer: its base with its method on top. Raises `CheckpointError` on another base."""
+def open_run(path: Path, base: Base | None = None) -> tuple[Policy, Chat, RunSpec]:
+    """A finished run, ready to answer: its base, or the one given, with its method on top.
+
+    Raises `CheckpointError` on another base.
+    """
     manifest = read_manifest(path)
     if manifest.get("status") != "finished" or not {"adapter", "model"} & {p.name for p in path.iterdir()}:
         raise CheckpointError(
@@ -212,12 +215,28 @@ def open_run(path: Path) -> tuple[Policy, Chat, RunSpec]:
     if (path / "model").is_dir():
         base = load(ModelSpec(name=str(path), dtype=spec.model.dtype))  # its own tokenizer and template are inside
         return Policy(base, Untouched()), Chat(base.tokenizer), spec
-    base = load(spec.model)
+    base = load(spec.model) if base is None else base
     check_fingerprint(manifest, base, path)
     check_origin(path / "adapter", base)
     method = attach(base.model, spec.method, seed=spec.seed, fused=spec.model.fused)
     method.load(path / "adapter")
     return Policy(base, method), Chat(load_tokenizer(ModelSpec(name=str(path)))), spec  # the template trained with
+
+
+def open_runs(paths: Sequence[Path]) -> dict[str, tuple[Policy, Chat]]:
+    """Adapters of one base by the names of their folders, its weights held once: each answers by itself.
+
+    Raises `CheckpointError` for runs of another base, `ConfigError` for runs that are whole models or of one name.
+    """
+    if whole := [path for path in paths if not (path / "adapter").is_dir()]:
+        raise ConfigError("a run that is a whole model shares no base", given=whole[0], allowed="runs with an adapter")
+    if len({path.name for path in paths}) < len(paths):
+        raise ConfigError("two of these runs have one name", given=", ".join(path.name for path in paths))
+    if not paths:
+        return {}
+    base = load(parse(read_manifest(paths[0])["spec"], str(paths[0])).model)
+    opened = {path.name: open_run(path, base.twin()) for path in paths}
+    return {name: (policy, chat) for name, (policy, chat, _) in opened.items()}
 
 
 def open_base(spec: ModelSpec) -> tuple[Policy, Chat]:

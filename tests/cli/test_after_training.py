@@ -11,9 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from builders import documents
 from models import tiny_model
 from processes import inside
-from rung.errors import CheckpointError
+from rung.engine.pack import pack_separately
+from rung.errors import CheckpointError, ConfigError
+from rung.run import open_run, open_runs
 
 
 @pytest.fixture
@@ -152,8 +155,6 @@ def test_a_run_is_a_base(method: str, config: Path, tmp_path: Path, capsys: Any)
 
 
 def test_full_run_loads_in_plain_transformers(config: Path, tmp_path: Path, capsys: Any) -> None:
-    from rung.run import open_run
-
     assert inside(capsys, "train", config, "method={kind: full}", "engine.learning_rate=1.0e-3")[0] == 0
     folder = tmp_path / "run" / "model"
     plain = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -201,8 +202,6 @@ def test_a_moved_run_still_works(run: Path, tmp_path: Path, capsys: Any) -> None
 
 
 def test_a_run_keeps_its_template_as_a_base(config: Path, tmp_path: Path, capsys: Any) -> None:
-    from rung.run import open_run
-
     template = tmp_path / "mine.jinja"
     template.write_text(
         "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}<|eot_id|>{% endfor %}"
@@ -218,8 +217,6 @@ def test_a_run_keeps_its_template_as_a_base(config: Path, tmp_path: Path, capsys
 
 
 def test_a_copied_adapter_still_names_its_base(run: Path, tmp_path: Path) -> None:
-    from rung.run import open_run
-
     mine = tmp_path / "mine"
     shutil.copytree(run, mine)
     origin = mine / "adapter" / "rung.json"
@@ -242,3 +239,41 @@ def test_a_conversation_survives_what_it_cannot_take(run: Path, capsys: Any) -> 
         talk.say("word " * 2000)
     talk.say("and on")
     assert [m.role for m in talk.speakers[0].turns] == ["user", "assistant", "user", "assistant"]
+
+
+def test_several_adapters_share_one_base_and_never_touch_it(config: Path, tmp_path: Path, capsys: Any) -> None:
+    """Bit for bit after a thousand switches."""
+    methods = {
+        "low": "kind: lora",
+        "ga": "kind: lora, init: lora_ga, rank: 4",
+        "narrow": "kind: bottleneck, width: 4",
+        "soft": "kind: prompt, virtual_tokens: 3",
+        "experts": "kind: mixture, experts: 2",
+    }
+    for name, method in methods.items():
+        given = [f"method={{{method}}}", "engine.max_steps=2", f"output={tmp_path / name}"]
+        assert inside(capsys, "train", config, *given)[0] == 0
+    shelf = open_runs([tmp_path / name for name in methods])
+    weights = [
+        {p.data_ptr() for n, p in policy.model.named_parameters() if "embed" in n} for policy, _ in shelf.values()
+    ]
+    assert all(own == weights[0] for own in weights)
+    batch = pack_separately(documents(1, count=1))[0]
+    alone = {name: open_run(tmp_path / name)[0].logprobs(batch) for name in methods}
+    before = {name: policy.reference_logprobs(batch) for name, (policy, _) in shelf.items()}
+    assert all((found - before["low"]).abs().max() < 1e-5 for found in before.values())
+    with torch.no_grad():
+        for turn in range(1000):
+            name = list(methods)[turn % len(methods)]
+            policy = shelf[name][0]
+            assert torch.equal(policy.logprobs(batch), alone[name])
+            if turn % 7 == 0:
+                assert torch.equal(policy.reference_logprobs(batch), before[name])
+
+
+def test_what_shares_no_base(run: Path, config: Path, tmp_path: Path, capsys: Any) -> None:
+    assert inside(capsys, "train", config, "method={kind: head}", f"output={tmp_path / 'whole'}")[0] == 0
+    with pytest.raises(ConfigError, match="whole model"):
+        open_runs([run, tmp_path / "whole"])
+    with pytest.raises(ConfigError, match="one name"):
+        open_runs([run, run])

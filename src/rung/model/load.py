@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,11 @@ class Base:
     fingerprint: str
     """Of the weights, independent of the dtype they are loaded in."""
     compute_dtype: torch.dtype
+
+    def twin(self) -> Base:
+        """The same weights in modules of its own: an adapter on one is not seen by the other. For a base as loaded."""
+        held = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
+        return replace(self, model=copy.deepcopy(self.model, held))
 
     @property
     def context(self) -> int:
