@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -123,6 +123,16 @@ class Method(Protocol):
     def virtual(self, task: str | None) -> Virtual:
         """What stands there, with its graph: embeddings [P, H], or keys and values by layer."""
         return {}
+
+
+@contextmanager
+def switched_off(method: Any) -> Iterator[None]:
+    """Inside, `method.on` is False: for methods that ask it whenever they would act."""
+    before, method.on = method.on, False
+    try:
+        yield
+    finally:
+        method.on = before
 
 
 def state_of(method: Method) -> dict[str, Tensor]:

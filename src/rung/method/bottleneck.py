@@ -13,8 +13,8 @@ its name, so taking them off leaves the base bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel
 
 from rung.errors import ConfigError, PlanError
-from rung.method.base import Method
+from rung.method.base import Method, switched_off
 from rung.method.files import named, read, write
 from rung.model.layers import layers_of
 from rung.model.targets import layer_number, layers_named, linears_by_role
@@ -88,14 +88,9 @@ class Bottleneck(Method):
         features, width = int(self.model.config.hidden_size), self.spec.width
         return len(self.hosts) * (2 * features * width + width + features)
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self) -> AbstractContextManager[None]:
         """The base alone, inside the context."""
-        before, self.on = self.on, False
-        try:
-            yield
-        finally:
-            self.on = before
+        return switched_off(self)
 
     def save(self, folder: Path) -> None:
         """Write two files that peft loads once `rung.peft` is imported."""

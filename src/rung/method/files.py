@@ -1,4 +1,4 @@
-"""Files of Rung's own tuners, in the form that peft reads once `rung.peft` is imported."""
+"""Files of adapters: peft's own form, and that of Rung's tuners, which peft reads once `rung.peft` is imported."""
 
 from __future__ import annotations
 
@@ -9,11 +9,20 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from rung.method.base import same_keys
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def write_peft(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Peft's two files: a tensor by name each, and the settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().contiguous().cpu() for name, value in state.items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    (folder / CONFIG).write_text(json.dumps({**plain, "inference_mode": True}, indent=2, default=str) + "\n")
 
 
 def named(hosts: Mapping[str, nn.Module], own: str) -> dict[str, nn.Parameter]:
@@ -27,17 +36,13 @@ def named(hosts: Mapping[str, nn.Module], own: str) -> dict[str, nn.Parameter]:
 
 def write(folder: Path, hosts: Mapping[str, nn.Module], own: str, spec: Mapping[str, Any]) -> None:
     """Weights by the names that peft gives them, and the settings to build them again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {_key(name, own): p.detach().contiguous().cpu() for name, p in named(hosts, own).items()}
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     config = {
         "peft_type": f"RUNG_{own.upper()}",
         "task_type": "CAUSAL_LM",
-        "inference_mode": True,
         "target_modules": list(hosts),
         "spec": dict(spec),
     }
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    write_peft(folder, {_key(name, own): p for name, p in named(hosts, own).items()}, config)
 
 
 def read(folder: Path, hosts: Mapping[str, nn.Module], own: str) -> None:

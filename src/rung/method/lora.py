@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear as PeftLinear
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -22,13 +22,13 @@ from rung.errors import ConfigError
 from rung.method import start as starts
 from rung.method.base import Method, Moving, Sample, same_keys
 from rung.method.calibrate import gradients, second_moments
+from rung.method.files import CONFIG, WEIGHTS, write_peft
 from rung.model.fuse import plain_part
 from rung.model.fused import Part
 from rung.model.resident import held_narrow, seeming_wide
 from rung.model.targets import layer_number, roles_of, select
 from rung.spec.method import CALIBRATED, SUBTRACTED, LowRankSpec
 
-WEIGHTS = "adapter_model.safetensors"
 OWN, OFFSET = "default", "offset"
 """Names of the two halves within peft: what moves, and the frozen start with its sign turned."""
 _INIT: dict[str, Any] = {"gaussian": "gaussian", "orthogonal": "orthogonal"}
@@ -193,23 +193,18 @@ class Lora(Method):
 
     def save(self, folder: Path) -> None:
         """Write peft's two files; with a frozen half, one adapter of twice the rank."""
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {name: value.detach().contiguous().cpu() for name, value in self._state().items()}
-        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-        config = self.peft.peft_config[OWN].to_dict()
-        config.update(inference_mode=True, target_modules=self.kept)
+        config = {**self.peft.peft_config[OWN].to_dict(), "target_modules": self.kept}
         if self.subtracts:
             double = math.sqrt(2.0) if self.spec.rslora else 2.0
             config.update(r=2 * config["r"], lora_alpha=double * config["lora_alpha"])
             config["rank_pattern"] = {key: 2 * rank for key, rank in config["rank_pattern"].items()}
             config["alpha_pattern"] = {key: double * alpha for key, alpha in config["alpha_pattern"].items()}
-        plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-        (folder / "adapter_config.json").write_text(json.dumps(plain, indent=2, default=str) + "\n")
+        write_peft(folder, self._state(), config)
 
     def load(self, folder: Path) -> None:
         """Read them; keys missing or left over raise `CheckpointError`."""
         if self.course is not None:
-            self.keep(set(json.loads((folder / "adapter_config.json").read_text())["target_modules"]))
+            self.keep(set(json.loads((folder / CONFIG).read_text())["target_modules"]))
         state = load_file(folder / WEIGHTS)
         same_keys(state.keys(), self._state().keys(), str(folder))
         for adapter, half in _halves(state).items() if self.subtracts else [(OWN, state)]:

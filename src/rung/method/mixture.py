@@ -15,8 +15,8 @@ Suffixes: T tokens, I inputs, O outputs, E experts, R rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rung.errors import PlanError
-from rung.method.base import Method
+from rung.method.base import Method, switched_off
 from rung.method.files import named, read, write
 from rung.model.fuse import plain_part
 from rung.model.targets import select
@@ -99,14 +99,9 @@ class Mixture(Method):
             total += spec.experts * (inputs + spec.rank * (inputs + outputs))
         return total
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self) -> AbstractContextManager[None]:
         """The base alone, inside the context."""
-        before, self.on = self.on, False
-        try:
-            yield
-        finally:
-            self.on = before
+        return switched_off(self)
 
     def shares_prefixes(self) -> bool:
         """Not while the balance is counted by document: a shared token would count for one of them only."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,14 +17,15 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rung.errors import ConfigError, PlanError
 from rung.method.base import Method, same_keys
-from rung.method.lora import WEIGHTS, quiet
+from rung.method.files import WEIGHTS, write_peft
+from rung.method.lora import quiet
 from rung.model.fuse import plain_part
 from rung.model.fused import Part
 from rung.model.targets import select
@@ -73,13 +73,7 @@ class Passthrough(Method):
 
     def save(self, folder: Path) -> None:
         """Write peft's two files."""
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {name: value.detach().contiguous().cpu() for name, value in self._state().items()}
-        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-        config = self.peft.peft_config["default"].to_dict()
-        config["inference_mode"] = True
-        plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-        (folder / "adapter_config.json").write_text(json.dumps(plain, indent=2, default=str) + "\n")
+        write_peft(folder, self._state(), self.peft.peft_config["default"].to_dict())
 
     def load(self, folder: Path) -> None:
         """Read them; keys missing or left over raise `CheckpointError`."""

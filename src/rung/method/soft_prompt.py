@@ -11,23 +11,23 @@ Suffixes: P virtual tokens, H width, L layers, K key/value heads, D head width.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PrefixTuningConfig, PromptTuningConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rung.errors import ConfigError, DataError, PlanError
-from rung.method.base import Method, Sample, same_keys
+from rung.method.base import Method, Sample, same_keys, switched_off
+from rung.method.files import CONFIG, WEIGHTS, write_peft
 from rung.model.policy import Virtual
 from rung.spec.method import PrefixSpec, PromptSpec, PTuningSpec
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TENSOR = "prompt_embeddings"
 """peft's name, for prompts and for prefixes."""
 ALL = ""
@@ -95,14 +95,9 @@ class VirtualTokens(Method):
         rows = len(self.tasks) * self.count * (self.width if self.encoder is None else self.features)
         return rows + encoder_parameters(self.spec, self.features, self.width)
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self) -> AbstractContextManager[None]:
         """The base alone, inside the context: documents begin with their own first token."""
-        before, self.on = self.on, False
-        try:
-            yield
-        finally:
-            self.on = before
+        return switched_off(self)
 
     def calibrate(self, sample: Sample, start: Path | None = None) -> None:
         """Begin with the embeddings, or the keys and values, of real tokens."""
@@ -177,8 +172,6 @@ class VirtualTokens(Method):
         return pairs.permute(3, 0, 1, 2, 4).reshape(self.count, self.width)
 
     def _write(self, folder: Path, rows: Tensor) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({TENSOR: rows.detach().contiguous().cpu()}, folder / WEIGHTS, metadata={"format": "pt"})
         heads = self.kv_heads if self.every_layer else int(self.model.config.num_attention_heads)
         kind = PrefixTuningConfig if self.every_layer else PromptTuningConfig
         config: PeftConfig = kind(
@@ -188,9 +181,8 @@ class VirtualTokens(Method):
             num_transformer_submodules=1,
             num_attention_heads=heads,
             num_layers=self.layers,
-            inference_mode=True,
         )
-        (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=2, default=str) + "\n")
+        write_peft(folder, {TENSOR: rows}, config.to_dict())
 
 
 class _Lstm(nn.Module):
