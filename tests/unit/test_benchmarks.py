@@ -1,0 +1,65 @@
+"""What the benchmark counts: operations against torch's own counter, steps that stand in for others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks.flops import Document, Shape, Trained, step_flops
+from benchmarks.runner import Store
+from benchmarks.sides import speed, weights
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import tiny_model
+
+LENGTH = 13
+
+
+def test_operations_are_those_that_torch_counts() -> None:
+    """Forward of one document, everything learned; torch counts attention as a square, the bench as a triangle."""
+    model = tiny_model()
+    model.set_attn_implementation("eager")
+    config = model.config
+    shape = Shape(config.num_hidden_layers, config.hidden_size, 16, config.intermediate_size, config.vocab_size)
+    document = Document(tuple(range(3, 3 + LENGTH)), (True,) * LENGTH)
+    found = step_flops([document], shape, Trained(None))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.tensor([document.ids]), use_cache=False)
+    half_square = 2 * config.hidden_size * config.num_hidden_layers * LENGTH**2
+    counted = counter.get_total_flops()
+    rotary = 2 * LENGTH * config.head_dim // 2  # angles are made by a product
+    assert found["block_forward"] + found["head_forward"] + half_square == pytest.approx(counted, abs=rotary)
+    assert found["block_weight_grad"] == 2.0 * LENGTH * sum(i * o for i, o in shape.linears.values()) * shape.layers
+
+
+def test_shared_beginnings_are_counted_once_where_asked() -> None:
+    shape = Shape(2, 32, 16, 48, 320)
+    documents = [Document((1, 2, 3, 4, 5 + i), (False,) * 4 + (True,)) for i in range(3)]
+    whole, once = (step_flops(documents, shape, Trained(4), shared=shared) for shared in (False, True))
+    linear = sum(i * o for i, o in shape.linears.values())
+    low = 2 * 4 * sum(i + o for i, o in shape.linears.values())
+    saved = 2.0 * 8 * (2 * linear + low) + 4.0 * 32 * 2 * (2 * 16 / 2)
+    assert whole["block_forward"] - once["block_forward"] == pytest.approx(saved)
+    assert whole["head_forward"] == once["head_forward"]
+
+
+def entry(work: str, seconds: list[float]) -> dict[str, object]:
+    return {"work": work, "steps": [{"tokens": 100, "seconds": s} for s in seconds]}
+
+
+def test_the_first_step_is_cold_and_others_of_its_epoch_stand_in() -> None:
+    assert weights(entry("a", [9.0, 2.0, 2.0, 2.0])) == [0.0, 1.0, 1.0, 1.0]
+    assert speed(entry("a", [9.0, 2.0, 2.0, 2.0])) == pytest.approx(50.0)
+    assert weights(entry("f", [9.0, 2.0, 1.0, 1.0, 1.0, 1.0])) == [0.0, 2.0, 1.0, 1.0, 1.0, 1.0]
+    assert speed(entry("f", [9.0, 2.0, 1.0, 1.0, 1.0, 1.0])) == pytest.approx(600 / 8)
+    assert speed(entry("a", [9.0, 1.0]), cold=True) == pytest.approx(20.0)
+    assert weights(entry("a", [4.0])) == [1.0]
+
+
+def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
+    store = Store.open(tmp_path / "measured.jsonl", {"quick": True}, resume=False)
+    store.add({"kind": "run", "work": "a"})
+    assert Store.open(tmp_path / "measured.jsonl", {"quick": True}, resume=True).one(kind="run") is not None
+    with pytest.raises(ValueError, match="leave out --resume"):
+        Store.open(tmp_path / "measured.jsonl", {"quick": False}, resume=True)
