@@ -273,12 +273,17 @@ def test_records(spec: RunSpec, splits: Splits) -> Records:
     return splits.test.select(np.sort(order[: spec.evaluate.limit]))
 
 
-def score(policy: Policy, chat: Chat, spec: RunSpec, records: Sequence[Record], *, tuned: bool) -> Evaluation:
-    """Score test records; an untuned model gets `evaluate.instruction`."""
+def widen_if_asked(policy: Policy, spec: RunSpec) -> None:
+    """With `evaluate.dequantise`, hold a quantised base in full width before it answers."""
     method = policy.method
     if spec.evaluate.dequantise and isinstance(method, Lora) and method.quantised is not None:
         method.quantised.widen(policy.model)
         fuse(policy.model, method.part)
+
+
+def score(policy: Policy, chat: Chat, spec: RunSpec, records: Sequence[Record], *, tuned: bool) -> Evaluation:
+    """Score test records; an untuned model gets `evaluate.instruction`."""
+    widen_if_asked(policy, spec)
     framing = Framing(None if tuned else spec.evaluate.instruction, context=spec.evaluate.context == "given")
     return evaluate(policy, chat, records, framing, spec.evaluate)
 

@@ -277,3 +277,17 @@ def test_what_shares_no_base(run: Path, config: Path, tmp_path: Path, capsys: An
         open_runs([run, tmp_path / "whole"])
     with pytest.raises(ConfigError, match="one name"):
         open_runs([run, run])
+
+
+def test_answers_of_a_widened_base_are_the_same(config: Path, tmp_path: Path, capsys: Any) -> None:
+    given = ["method={kind: qlora}", "engine.max_steps=2"]
+    assert inside(capsys, "train", config, *given)[0] == 0
+    scores = []
+    for widened in ("false", "true"):
+        asked = [*given, f"evaluate.dequantise={widened}", "evaluate.metrics=[perplexity]"]
+        code, out, err = inside(capsys, "eval", tmp_path / "run", *asked, "--config", config, "--json")
+        assert code == 0, err
+        scores.append(json.loads(out)["scores"]["perplexity"]["mean"])
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+    code, _, err = inside(capsys, "train", config, "evaluate.dequantise=true", f"output={tmp_path / 'other'}")
+    assert code == 2 and "quantises" in err

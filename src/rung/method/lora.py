@@ -148,10 +148,12 @@ class Lora(Method):
         """The base alone, inside the context."""
         own = [*self._trainable.values(), *self._offsets]
         moved = [p.requires_grad for p in own]
-        with self.peft.disable_adapter():
-            yield
-        for parameter, flag in zip(own, moved, strict=True):  # peft switches all of them on again
-            parameter.requires_grad_(flag)
+        try:
+            with self.peft.disable_adapter():
+                yield
+        finally:
+            for parameter, flag in zip(own, moved, strict=True):  # peft switches all of them on again
+                parameter.requires_grad_(flag)
 
     def part(self, module: nn.Module) -> Part | None:
         """What peft's layer computes at this moment; None with dropout, DoRA, or whatever else it must do itself."""

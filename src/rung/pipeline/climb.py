@@ -202,6 +202,7 @@ class Climb:
             chat = data.chat
         manifest = read_manifest(folder)
         framing = Framing(context=spec.evaluate.context == "given")
+        running.widen_if_asked(policy, spec)
         result = evaluate(policy, chat, records, framing, spec.evaluate, title=rung.label)
         keys = ("trainable_parameters", "train_seconds", "tokens_per_second")
         _store(folder, result, {key: manifest[key] for key in keys})
