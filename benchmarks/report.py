@@ -121,9 +121,14 @@ class Report:
     def _share(self, key: str, entry: Entry, count: str) -> float:
         """Against the rates before and after the pair, over the steps that the speed counts."""
         around = [self.store.one(kind="rates", work=key, at=at) for at in (entry["pair"], entry["pair"] + 1)]
-        steps = list(zip(weights(entry), self._prepared(key)["steps"], entry["steps"], strict=True))
-        ideal = sum(w * mean(seconds_at(p[count], f["rates"]) for f in around if f) for w, p, _ in steps)
-        return ideal / float(sum(w * s["seconds"] for w, _, s in steps))
+        prepared, taken = self._prepared(key)["steps"], entry["steps"]
+        counts = weights(entry) if len(prepared) == len(taken) else [1.0] * len(taken)  # a peer that packs cuts its own
+        wanted = counts if len(prepared) == len(taken) else [1.0] * len(prepared)
+        ideal = sum(
+            w * mean(seconds_at(step[count], found["rates"]) for found in around if found)
+            for w, step in zip(wanted, prepared, strict=True)
+        )
+        return ideal / float(sum(w * step["seconds"] for w, step in zip(counts, taken, strict=True)))
 
     def _prepared(self, key: str) -> dict[str, Any]:
         prepared: dict[str, Any] = json.loads((self.folder / key / "prepared.json").read_text())

@@ -86,7 +86,7 @@ def weights(entry: Entry) -> list[float]:
         return [1.0]
     work = WORKLOADS.get(entry.get("work", ""))
     epochs = work.epochs if isinstance(work, Training) else 1
-    first = count // epochs
+    first = max(1, count // epochs)
     stand_in = first / (first - 1) if epochs > 1 and first > 1 else 1.0
     return [0.0, *[stand_in] * (first - 1), *[1.0] * (count - first)]
 

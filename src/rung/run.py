@@ -144,18 +144,12 @@ def train_on(
     method = attach(base.model, spec.method, seed=spec.seed, fused=spec.model.fused)
     folder = RunFolder.claim(Path(spec.output), to_dict(spec), resume=resume, overwrite=overwrite)
     policy = Policy(base, method)
-    if (shape := base.model.config.model_type) not in PROVED_MODELS:
-        say(f"{shape} is not among the architectures proved by a test; the step-0 gates decide")
-    if said := NOT_MEASURED.get(policy.device.type):
-        say(f"{policy.device.type}: {said}")
+    alone = _say_what_is_unusual(policy, method, spec)
     fingerprints = _fingerprints(base, data)
     begun = folder.manifest.get("fingerprints", fingerprints)
     if changed := [name for name, value in fingerprints.items() if begun[name] != value]:
         what = f"what this run began with has changed: its {' and '.join(changed)}"
         raise CheckpointError(what, where=spec.output, hint="start anew with --overwrite")
-    if alone := left_alone(base.model, method.part) if spec.model.fused else []:
-        why = "dropout, DoRA, or a quantised base"
-        say(f"{len(alone)} adapted linears compute through peft's own forward ({why}): slower, same result")
     folder.manifest.pop("error", None)
     folder.update(
         status="running",
@@ -164,7 +158,7 @@ def train_on(
         device=policy.device.type,
         compute_dtype=str(base.compute_dtype).removeprefix("torch."),
         learning_rate=spec.learning_rate,
-        not_fused=len(alone),
+        not_fused=alone,
     )
     trainer = Trainer(
         policy,
@@ -308,6 +302,19 @@ def _pass_gates(policy: Policy, method: Method, trainer: Trainer, data: Data, fo
             folder.gate(gate)
             say(str(gate))
             gates.enforce(gate)
+
+
+def _say_what_is_unusual(policy: Policy, method: Method, spec: RunSpec) -> int:
+    """A shape or a device without proof behind it; how many adapted linears are not computed by our functions."""
+    if (shape := policy.model.config.model_type) not in PROVED_MODELS:
+        say(f"{shape} is not among the architectures proved by a test; the step-0 gates decide")
+    if said := NOT_MEASURED.get(policy.device.type):
+        say(f"{policy.device.type}: {said}")
+    alone = left_alone(policy.model, method.part) if spec.model.fused else []
+    if alone:
+        why = "dropout, DoRA, or a quantised base"
+        say(f"{len(alone)} adapted linears compute through peft's own forward ({why}): slower, same result")
+    return len(alone)
 
 
 def _check_tasks(spec: RunSpec, data: Data) -> None:
