@@ -122,8 +122,9 @@ class Report:
         """Against the rates before and after the pair, over the steps that the speed counts."""
         around = [self.store.one(kind="rates", work=key, at=at) for at in (entry["pair"], entry["pair"] + 1)]
         prepared, taken = self._prepared(key)["steps"], entry["steps"]
-        counts = weights(entry) if len(prepared) == len(taken) else [1.0] * len(taken)  # a peer that packs cuts its own
-        wanted = counts if len(prepared) == len(taken) else [1.0] * len(prepared)
+        aligned = len(prepared) == len(taken)  # a peer that packs cuts steps of its own: all of them count
+        counts = weights(entry) if aligned else [1.0] * len(taken)
+        wanted = counts if aligned else [1.0] * len(prepared)
         ideal = sum(
             w * mean(seconds_at(step[count], found["rates"]) for found in around if found)
             for w, step in zip(wanted, prepared, strict=True)

@@ -11,7 +11,7 @@ from models import tiny_model
 from naive import distance, gradients, naive, naive_loss
 from rung.engine.pack import pack, pack_separately
 from rung.engine.step import accumulate, mean_loss
-from rung.method.mixture import NAME, balance_loss, chosen
+from rung.method.mixture import NAME, balance_loss, chosen, owners
 from rung.objective.sft import Sft
 from rung.spec.objective import SftSpec
 
@@ -79,17 +79,19 @@ def test_the_balance_does_not_depend_on_micro_batches(top: int | None) -> None:
 def test_the_balance_is_one_when_even_and_the_number_of_experts_when_not() -> None:
     (batch,) = pack(documents(6, count=3), 10_000, share_prefixes=False)
     even = torch.full((len(batch.ids), 4), 0.25, dtype=torch.float64)
-    assert float(balance_loss(even, even, batch)) == pytest.approx(3.0)
+    assert float(balance_loss(even, even, owners(batch), batch.sequences)) == pytest.approx(3.0)
     one = torch.zeros_like(even)
     one[:, 2] = 1.0
-    assert float(balance_loss(one, one, batch)) == pytest.approx(3 * 4.0)
+    assert float(balance_loss(one, one, owners(batch), batch.sequences)) == pytest.approx(3 * 4.0)
     mixed = torch.softmax(torch.randn(len(batch.ids), 4, dtype=torch.float64), 1)
     expected = 0.0
     for rows in batch.rows:
         routed = chosen(mixed, 2)[rows] > 0
         shares = routed.double().sum(0) / routed.sum()
         expected += 4 * float((shares * mixed[rows].mean(0)).sum())
-    assert float(balance_loss(mixed, chosen(mixed, 2), batch)) == pytest.approx(expected, rel=1e-12)
+    assert float(balance_loss(mixed, chosen(mixed, 2), owners(batch), batch.sequences)) == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def test_the_penalty_moves_the_router_and_is_no_part_of_validation() -> None:
@@ -107,3 +109,12 @@ def test_the_base_is_bit_identical_when_off() -> None:
     policy, _ = tuned("mixture", experts=3, rank=2)
     batch = pack(documents(), 10_000)[0]
     assert (policy.reference_logprobs(batch) - policy_of(tiny_model()).logprobs(batch)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.5])
+def test_no_graph_outlives_its_batch(balance: float) -> None:
+    """What a router keeps of a batch would keep all its activations."""
+    policy, method = tuned("mixture", experts=3, rank=2, balance=balance)
+    accumulate(policy, SFT, pack(documents(), 10_000, share_prefixes=False))
+    assert all(host.get_submodule(NAME).routed is None for host in method.hosts.values())
+    assert len(method.statistics()["router_load"]) == len(method.hosts)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from builders import documents, tuned
+from builders import calibrated, documents, policy_of, tuned
 from models import tiny_model
-from rung.engine.gates import Movement
+from rung.engine.gates import Movement, check_identity
 from rung.engine.optim import make_optimiser, move_only, set_rate
 from rung.engine.pack import pack
 from rung.engine.step import accumulate
@@ -17,7 +17,7 @@ from rung.method.table import attach
 from rung.model.targets import layer_number, layers_named
 from rung.objective.sft import Sft
 from rung.spec.engine import OptimiserSpec
-from rung.spec.method import LoraSpec
+from rung.spec.method import METHOD_SPECS, LoraSpec
 from rung.spec.objective import SftSpec
 
 THIRTY = range(30)
@@ -123,3 +123,19 @@ def test_drawn_layers_alone_move_and_leave_no_moments_behind() -> None:
 def test_more_layers_drawn_than_there_are() -> None:
     with pytest.raises(ConfigError, match="1 to 2"):
         attach(tiny_model(), LoraSpec(sampled_layers=3), seed=0)
+
+
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+def test_every_low_rank_method_draws_layers_where_asked(kind: str) -> None:
+    method = attach(tiny_model(), METHOD_SPECS[kind](sampled_layers=1), seed=0)
+    moving = method.at_step(0)
+    assert moving is not None and 0 < len(moving.names) < len(method.trainable())
+    assert attach(tiny_model(), METHOD_SPECS[kind](), seed=0).at_step(0) is None
+
+
+@pytest.mark.parametrize(("init", "subtracts"), [("eva", False), ("default", False), ("pissa", True)])
+def test_the_identity_gate_gives_way_only_where_a_start_is_subtracted(init: str, subtracts: bool) -> None:
+    method = attach(tiny_model(), LoraSpec(init=init, rank=4), seed=0)  # type: ignore[arg-type]
+    gate = check_identity(calibrated(policy_of(method.model, method), method), method, documents())
+    assert gate is not None and gate.state == "passed"
+    assert gate.limit == pytest.approx(2e-3 if subtracts else 2e-5)

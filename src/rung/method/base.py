@@ -54,6 +54,8 @@ class Method(Protocol):
     """Folder a finished run keeps it in: `adapter` or `model`."""
     starts_as_base: bool
     """Whether the model answers exactly like the base before the first step."""
+    subtracts: bool = False
+    """Whether a start that is not zero is taken off again: then it starts as the base only to rounding."""
     sample_size: int = 0
     """Training documents that `calibrate` looks at; 0 where it has nothing to do."""
 

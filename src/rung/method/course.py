@@ -25,8 +25,12 @@ from rung.spec.method import LoraSpec, LotterySpec
 
 def lora(model: PreTrainedModel, spec: LoraSpec) -> Lora:
     """LoRA, of which `sampled_layers` move at a time where the spec says so."""
-    method = Lora(model, spec)
-    if spec.sampled_layers is not None:
+    return sampled(Lora(model, spec))
+
+
+def sampled(method: Lora) -> Lora:
+    """The same method, its layers drawn where its spec asks for it."""
+    if method.spec.sampled_layers is not None:
         method.course = Sampled(method)
     return method
 

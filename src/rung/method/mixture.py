@@ -50,16 +50,21 @@ class Experts(nn.Module):
         self.a = nn.Parameter(torch.empty(spec.experts * spec.rank, inputs, device=device, dtype=dtype))
         self.b = nn.Parameter(torch.zeros(outputs, spec.experts * spec.rank, device=device, dtype=dtype))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
-        self.weights_TE: Tensor | None = None
-        """Router weights of the last call, with their graph; whoever reads them takes them away."""
-        self.probabilities_TE: Tensor | None = None
+        self.balanced = spec.balance > 0.0
+        self.routed: tuple[Tensor, Tensor] | None = None
+        """Probabilities and weights [T, E] of the last call with a graph; whoever reads them takes them away."""
+        self.load_E = torch.zeros(spec.experts, device=device, dtype=torch.float64)
+        """Tokens that each expert got in calls with a graph, since this process began."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O], in the type of `x`."""
         flat_TI = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, self.a.dtype))
-        self.probabilities_TE = torch.softmax((flat_TI @ self.router.T).float(), dim=-1).to(flat_TI.dtype)
-        self.weights_TE = chosen(self.probabilities_TE, self.top)
-        low_TER = (flat_TI @ self.a.T).view(-1, self.count, self.rank) * self.weights_TE[..., None]
+        probabilities_TE = torch.softmax((flat_TI @ self.router.T).float(), dim=-1).to(flat_TI.dtype)
+        weights_TE = chosen(probabilities_TE, self.top)
+        if torch.is_grad_enabled():
+            self.load_E += (weights_TE.detach() > 0).sum(0)
+            self.routed = (probabilities_TE, weights_TE) if self.balanced else None
+        low_TER = (flat_TI @ self.a.T).view(-1, self.count, self.rank) * weights_TE[..., None]
         y_TO = self.scale * (low_TER.flatten(1) @ self.b.T)
         return y_TO.view(*x.shape[:-1], -1).to(x.dtype)
 
@@ -75,8 +80,6 @@ class Mixture(Method):
         self.model, self.spec = model, spec
         self.on = True
         self.hosts: dict[str, nn.Module] = {}
-        self.load_of: dict[str, Tensor] = {}
-        """By linear: tokens that each expert got while training, [E]."""
         like = next(model.parameters())
         for name in select(model, spec.targets, spec.layers):
             host = model.get_submodule(name)
@@ -111,23 +114,25 @@ class Mixture(Method):
         """`balance` times the mean over linears of each document's balance loss, summed over documents."""
         if not self.spec.balance:
             return []
+        owner_T = owners(batch)
         total: list[Tensor] = []
-        for name, host in self.hosts.items():
+        for host in self.hosts.values():
             experts: Any = host.get_submodule(NAME)
-            weights, probabilities = experts.weights_TE, experts.probabilities_TE
-            experts.weights_TE = experts.probabilities_TE = None
-            if weights is None:
-                continue
-            total.append(balance_loss(probabilities, weights, batch))
-            routed = (weights.detach() > 0).sum(0).to(torch.float64).cpu()
-            self.load_of[name] = self.load_of.get(name, torch.zeros_like(routed)) + routed
+            routed, experts.routed = experts.routed, None
+            if routed is not None:
+                probabilities_TE, weights_TE = routed
+                total.append(balance_loss(probabilities_TE, weights_TE, owner_T, batch.sequences))
         if not total:
             return []
         return [LossTerm(self.spec.balance * torch.stack(total).mean(), "sequences", "balance")]
 
     def statistics(self) -> Mapping[str, Any]:
-        """For `run.json`: by linear, the share of routed tokens that each expert got while training."""
-        shares = {name: (load / load.sum()).tolist() for name, load in self.load_of.items()}
+        """For `run.json`: by linear, the share of routed tokens that each expert got in training.
+
+        Counted since the process began: a resumed run counts anew.
+        """
+        experts: dict[str, Any] = {name: host.get_submodule(NAME) for name, host in self.hosts.items()}
+        shares = {name: (own.load_E / own.load_E.sum()).tolist() for name, own in experts.items() if own.load_E.any()}
         return {"router_load": {name: [round(share, 4) for share in values] for name, values in shares.items()}}
 
     def save(self, folder: Path) -> None:
@@ -158,15 +163,20 @@ def chosen(probabilities_TE: Tensor, top: int | None) -> Tensor:
     return torch.zeros_like(probabilities_TE).scatter(1, places, values)
 
 
-def balance_loss(probabilities_TE: Tensor, weights_TE: Tensor, batch: PackedBatch) -> Tensor:
-    """Sum over documents of E sum_e f_e P_e; each document's tokens are its rows of the batch."""
-    experts = probabilities_TE.shape[1]
-    owner_T = torch.zeros(len(probabilities_TE), dtype=torch.long, device=probabilities_TE.device)
+def owners(batch: PackedBatch) -> Tensor:
+    """The document of each token of a row without shared parts, int64 [T]."""
+    owner_T = torch.empty(len(batch.ids), dtype=torch.long)
     for number, rows in enumerate(batch.rows):
-        owner_T[torch.from_numpy(rows).to(owner_T.device)] = number
-    tokens_D = torch.bincount(owner_T, minlength=batch.sequences).clamp(min=1)[:, None]
-    empty = probabilities_TE.new_zeros(batch.sequences, experts)
+        owner_T[torch.from_numpy(rows)] = number
+    return owner_T.to(batch.ids.device)
+
+
+def balance_loss(probabilities_TE: Tensor, weights_TE: Tensor, owner_T: Tensor, documents: int) -> Tensor:
+    """Sum over documents of E sum_e f_e P_e; `owner_T` says which document a token belongs to."""
+    experts = probabilities_TE.shape[1]
+    empty = probabilities_TE.new_zeros(documents, experts)
     routed_TE = (weights_TE.detach() > 0).to(probabilities_TE.dtype)
-    shares_DE = empty.index_add(0, owner_T, routed_TE / routed_TE.sum(1, keepdim=True)) / tokens_D
-    means_DE = empty.index_add(0, owner_T, probabilities_TE) / tokens_D
-    return experts * (shares_DE * means_DE).sum()
+    shares_DE = empty.index_add(0, owner_T, routed_TE / routed_TE.sum(1, keepdim=True))
+    means_DE = empty.index_add(0, owner_T, probabilities_TE)
+    tokens_D = shares_DE.sum(1, keepdim=True)  # the shares of one token add up to 1
+    return experts * (shares_DE * means_DE / tokens_D.square()).sum()

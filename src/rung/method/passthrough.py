@@ -118,7 +118,7 @@ _OURS = {
     "LORA": "kind: lora",
     "PROMPT_TUNING": "kind: prompt",
     "PREFIX_TUNING": "kind: prefix",
-    "P_TUNING": "kind: prompt",
+    "P_TUNING": "kind: p_tuning",
     "MULTITASK_PROMPT_TUNING": "kind: prompt",
     "CPT": "kind: prompt",
     "CARTRIDGE": "kind: prefix",

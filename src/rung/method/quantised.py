@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rung.errors import PlanError
+from rung.method.course import sampled
 from rung.method.lora import OWN, Lora
 from rung.method.start import Pair, loftq
 from rung.model.fuse import plain_part
@@ -27,14 +28,14 @@ _FLAGS = {4: "is_loaded_in_4bit", 8: "is_loaded_in_8bit"}
 
 
 def qlora(model: PreTrainedModel, spec: QloraSpec) -> Lora:
-    """S B A beside a quantised W: the adapter learns around the rounding, because it is there in training."""
+    """LoRA beside a quantised W: the adapter learns around the rounding, because it is there in training."""
     starts = quantise(model, spec)
     method = Lora(model, spec, QuantisedBase())
     for name, (b_OR, a_RI) in starts.items():
         layer = method.layer(name)
         layer.lora_A[OWN].weight.data.copy_(a_RI)
         layer.lora_B[OWN].weight.data.copy_(b_OR)
-    return method
+    return sampled(method)
 
 
 class QuantisedBase:
@@ -58,7 +59,7 @@ class QuantisedBase:
 
 
 def library() -> Any:
-    """Bitsandbytes. Raises `PlanError` where it is not installed."""
+    """The library of quantised linears. Raises `PlanError` where it is not installed."""
     try:
         import bitsandbytes
     except ImportError as error:

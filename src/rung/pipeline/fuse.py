@@ -212,7 +212,7 @@ def _fused(
     for name in sorted(set().union(*updates)):
         own = [(w, u[name]) for w, u in zip(weights, updates, strict=True) if name in u]
         ranks = [min(*f.b_OR.shape, len(f.a_RI)) for _, f in own]
-        exact = concatenated([f for _, f in own], [w for w, _ in own])
+        exact = _sum(updates, weights, name)
         if plan.how == "sum" and plan.rank is None and len(exact.a_RI) <= min(len(exact.b_OR), exact.a_RI.shape[1]):
             fused[name] = exact
             continue

@@ -96,7 +96,7 @@ class QloraSpec(LowRankSpec):
     bits: Literal[4, 8] = 4
     """4: NF4 in blocks of 64; 8: int8 with a scale for each output."""
     double_quantised: bool = True
-    """Quantise the scales of the blocks too, in 4 bits: 0.127 instead of 0.5 bit a number for them."""
+    """Hold the scales of 4-bit blocks in 8 bits: 0.127 instead of 0.5 bit a number for them."""
 
     @model_validator(mode="after")
     def _starts_beside_a_quantised_base(self) -> QloraSpec:
