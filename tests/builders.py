@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,31 +13,15 @@ from rung.engine.sample import Sample
 from rung.method.base import Method
 from rung.method.table import attach
 from rung.model.load import Base
-from rung.model.policy import Policy, Virtual
+from rung.model.policy import Policy, Untouched
 from rung.objective.sft import Sft
 from rung.spec.method import METHOD_SPECS
 from rung.spec.objective import SftSpec
-from rung.types import Example, LossTerm, PackedBatch, Source
-
-
-class Nothing:
-    """The method of an untuned policy."""
-
-    virtual_tokens = 0
-
-    def virtual(self, task: str | None) -> Virtual:
-        return {}
-
-    def penalty(self, batch: PackedBatch) -> list[LossTerm]:
-        return []
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        yield
+from rung.types import Example, Source
 
 
 def policy_of(model: PreTrainedModel, method: object | None = None, *, compute: torch.dtype = torch.float32) -> Policy:
-    return Policy(Base(model, None, "tiny", "tiny", compute), method or Nothing())  # type: ignore[arg-type]
+    return Policy(Base(model, None, "tiny", "tiny", compute), method or Untouched())  # type: ignore[arg-type]
 
 
 def tuned(

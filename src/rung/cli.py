@@ -167,17 +167,19 @@ def chat(
 def merge(
     target: Run,
     folder: Annotated[Path, typer.Argument(help="Where to write the merged model.")],
+    original: Annotated[
+        bool, typer.Option("--original", help="Of a qlora run: onto the base as it was before it was quantised.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Fold an adapter into its base and write a plain transformers model, checked in a fresh process."""
     from rung.pipeline.merge import merge_run
 
-    result = merge_run(Path(target), folder)
-    _show(
-        result,
-        [f"merged into {folder}", f"largest difference of log-probabilities: {result['difference']:.2e}"],
-        as_json,
-    )
+    result = merge_run(Path(target), folder, "original" if original else "trained")
+    lines = [f"merged into {folder}", f"largest difference of log-probabilities: {result['difference']:.2e}"]
+    if original:
+        lines.append(f"largest difference to the run on its quantised base: {result['moved_from_run']:.2e}")
+    _show(result, lines, as_json)
 
 
 @app.command()

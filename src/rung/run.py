@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 
 from rung.data.cache import cached_examples
 from rung.data.chat import Chat, Preflight, Tokenised
+from rung.data.inserted import Inserted
 from rung.data.mix import load_data
 from rung.data.records import Records
 from rung.data.split import Splits
@@ -32,14 +32,15 @@ from rung.method.lora import Lora
 from rung.method.table import attach
 from rung.model.fuse import fuse, left_alone
 from rung.model.load import Base, check_fingerprint, load_base, load_tokenizer
-from rung.model.policy import Policy, Virtual
+from rung.model.policy import Policy, Untouched
 from rung.objective.table import OBJECTIVES
 from rung.publish.artefact import check_origin, write_origin, write_text_side
 from rung.spec.io import parse, to_dict
+from rung.spec.method import MethodSpec, in_front, inserted
 from rung.spec.model import ModelSpec
 from rung.spec.run import RunSpec
 from rung.spec.support import NOT_MEASURED, PROVED_MODELS
-from rung.types import LossTerm, PackedBatch, Record
+from rung.types import Record
 
 PROBES = 4
 """Training documents that the step-0 gates look at: the shortest, which cost nothing."""
@@ -73,8 +74,8 @@ def read_splits(spec: RunSpec) -> Splits:
 
 def tokenise(spec: RunSpec, splits: Splits, base: Base) -> Data:
     """Examples for training and validation, through the cache, with gate 1 passed."""
-    chat = Chat(base.tokenizer, spec.model.template)
-    room = base.context - getattr(spec.method, "virtual_tokens", 0)
+    chat = Chat(base.tokenizer, spec.model.template, _inserted(spec.method, base))
+    room = base.context - in_front(spec.method)
     longest = min(spec.data.max_length or room, room)
 
     if spec.evaluate.context == "withheld":  # a tuned model must be trained on what it will be asked
@@ -91,6 +92,12 @@ def tokenise(spec: RunSpec, splits: Splits, base: Base) -> Data:
     if validation is not None:
         chat.preflight(validation)
     return Data(splits, chat, train, validation, chat.preflight(train))
+
+
+def _inserted(method: MethodSpec, base: Base) -> Inserted | None:
+    """The virtual tokens that stand inside a conversation, by ids beyond the base's vocabulary."""
+    ids = inserted(method, int(base.model.get_input_embeddings().weight.shape[0]))
+    return Inserted(ids) if ids else None
 
 
 def _closed_book(records: Records) -> Records:
@@ -214,7 +221,8 @@ def open_run(path: Path, base: Base | None = None) -> tuple[Policy, Chat, RunSpe
     check_origin(path / "adapter", base)
     method = attach(base.model, spec.method, seed=spec.seed, fused=spec.model.fused)
     method.load(path / "adapter")
-    return Policy(base, method), Chat(load_tokenizer(ModelSpec(name=str(path)))), spec  # the template trained with
+    tokenizer = load_tokenizer(ModelSpec(name=str(path)))  # with the template trained with
+    return Policy(base, method), Chat(tokenizer, inserted=_inserted(spec.method, base)), spec
 
 
 def open_runs(paths: Sequence[Path]) -> dict[str, tuple[Policy, Chat]]:
@@ -237,24 +245,6 @@ def open_base(spec: ModelSpec) -> tuple[Policy, Chat]:
     """A base alone, ready to answer."""
     base = load(spec)
     return Policy(base, Untouched()), Chat(base.tokenizer, spec.template)
-
-
-class Untouched:
-    """What a policy holds when nothing is tuned: off and on are the same."""
-
-    virtual_tokens = 0
-
-    def virtual(self, task: str | None) -> Virtual:
-        """Nothing."""
-        return {}
-
-    def penalty(self, batch: PackedBatch) -> list[LossTerm]:
-        """Nothing."""
-        return []
-
-    def disabled(self) -> AbstractContextManager[None]:
-        """Nothing to switch off."""
-        return nullcontext()
 
 
 def test_records(spec: RunSpec, splits: Splits) -> Records:

@@ -291,3 +291,24 @@ def test_answers_of_a_widened_base_are_the_same(config: Path, tmp_path: Path, ca
     assert scores[0] == pytest.approx(scores[1], rel=1e-5)
     code, _, err = inside(capsys, "train", config, "evaluate.dequantise=true", f"output={tmp_path / 'other'}")
     assert code == 2 and "quantises" in err
+
+
+def test_a_quantised_run_merges_onto_either_base(config: Path, tmp_path: Path, capsys: Any) -> None:
+    """Onto what it was trained on, or onto what that was made from: two models, and the second says how far it is."""
+    settings = ("method.kind=qlora", "method.rank=4", f"output={tmp_path / 'narrow'}")
+    assert inside(capsys, "train", config, *settings)[0] == 0
+    found = []
+    for flags in ((), ("--original",)):
+        code, out, err = inside(capsys, "merge", tmp_path / "narrow", tmp_path / f"m{len(flags)}", "--json", *flags)
+        assert code == 0, err
+        found.append(json.loads(out))
+        assert found[-1]["difference"] < found[-1]["limit"] < found[-1]["moved_from_base"]
+    assert "moved_from_run" not in found[0] and found[1]["moved_from_run"] > found[1]["limit"]
+    rows = torch.tensor([[5, 6, 7, 8]])
+    trained, original = (AutoModelForCausalLM.from_pretrained(tmp_path / m).eval()(rows).logits for m in ("m0", "m1"))
+    assert (trained - original).abs().max() > 1e-3
+
+
+def test_only_a_quantised_run_has_another_base(run: Path, tmp_path: Path, capsys: Any) -> None:
+    code, _, err = inside(capsys, "merge", run, tmp_path / "merged", "--original")
+    assert code == 2 and "qlora" in err

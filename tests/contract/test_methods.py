@@ -65,6 +65,7 @@ VARIANTS: list[tuple[str, dict[str, object]]] = [
     ("prefix", {"virtual_tokens": 3}),
     ("prefix", {"virtual_tokens": 3, "projection": 6}),
     ("p_tuning", {"virtual_tokens": 3, "hidden": 8}),
+    ("p_tuning", {"virtual_tokens": 4, "hidden": 8, "positions": {"front": 2, "user": 1, "assistant": 1}}),
     ("p_tuning", {"virtual_tokens": 3, "encoder": "mlp", "layers": "all"}),
 ]
 NOT_MERGED = {

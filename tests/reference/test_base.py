@@ -12,8 +12,7 @@ from rung.errors import DataError
 from rung.model.fetch import fetch
 from rung.model.generate import Sampling, generate
 from rung.model.load import Base, load_base
-from rung.model.policy import Policy
-from rung.run import Untouched
+from rung.model.policy import Policy, Untouched
 from rung.spec.model import ModelSpec
 from rung.types import Message
 

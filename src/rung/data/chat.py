@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
 
 from rung.data.flat import Tokenised
+from rung.data.inserted import Inserted, without_marks
 from rung.data.tokenise import Overflow, Preflight, preflight, tokenise
 from rung.errors import ConfigError, DataError
 from rung.spec.data import LossOn
@@ -60,6 +62,7 @@ class Chat:
     Args:
         tokenizer: a fast tokenizer of transformers.
         template: `auto` (the tokenizer's own), `plain` (`PLAIN_TEMPLATE`), or the path of a .jinja file.
+        inserted: virtual tokens inside the conversation; none for most methods.
 
     Raises:
         ConfigError: no template, a broken one, one without a stop token, or one that begins with two BOS.
@@ -70,7 +73,9 @@ class Chat:
     stop_ids: tuple[int, ...]
     """Tokens that end an assistant turn, read off the rendered template; the first ends a plain answer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str = "auto") -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, template: str = "auto", inserted: Inserted | None = None
+    ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError("the tokenizer is not a fast one", given=type(tokenizer).__name__)
         self.tokenizer = tokenizer
@@ -78,10 +83,12 @@ class Chat:
         self.eos_id: int | None = tokenizer.eos_token_id
         self.adds_bos = self.bos_id is not None and tokenizer("a")["input_ids"][:1] == [self.bos_id]
         """Whether the tokenizer itself puts a BOS in front: then documents without a template get one too."""
+        self.inserted: Inserted | None = None
         self._anchor = self._find_anchor()
         self.template = self._template(template)
         self._control = _control_tokens(tokenizer)
         self._endings, self._lead = self._probe(template)
+        self.inserted = inserted
         self.stop_ids = tuple(dict.fromkeys(e.stop_id for e in self._endings))
 
     def prompt_text(self, messages: Sequence[Message], *, context: str | None = None, tools: str | None = None) -> str:
@@ -90,17 +97,17 @@ class Chat:
         Raises:
             DataError: with the template's own message, where it refuses these turns.
         """
-        return self._render(messages, context, tools, generation=True)
+        return without_marks(self._render(messages, context, tools, generation=True))
 
     def prompt_ids(
         self, messages: Sequence[Message], *, context: str | None = None, tools: str | None = None
     ) -> list[int]:
-        """`prompt_text` as ids; special tokens come from the template alone.
+        """`prompt_text` as ids, what is inserted among them; special tokens come from the template alone.
 
         Raises:
             DataError: the template refuses these turns, or the ids begin with two BOS.
         """
-        ids = self.encode([self.prompt_text(messages, context=context, tools=tools)])[0]
+        ids = self.encode([self._render(messages, context, tools, generation=True)])[0]
         self.check_bos(ids, "the prompt")
         return ids
 
@@ -163,9 +170,18 @@ class Chat:
         a space before every text, so those are encoded after a newline, which is then taken off again; byte-level
         ones need no such anchor.
         """
+        inner = [inner] * len(texts) if isinstance(inner, bool) else inner
+        if self.inserted is None:
+            return self._encode_within(texts, inner)
+        cut = [self.inserted.cut(text) for text in texts]
+        within = [flag or i > 0 for parts, flag in zip(cut, inner, strict=True) for i in range(len(parts[::2]))]
+        encoded = iter(self._encode_within([text for parts in cut for text in parts[::2]], within))
+        rows = [[self.inserted.of(part) if i % 2 else next(encoded) for i, part in enumerate(parts)] for parts in cut]
+        return [list(chain.from_iterable(row)) for row in rows]
+
+    def _encode_within(self, texts: Sequence[str], inner: Sequence[bool]) -> list[list[int]]:
         if not self._anchor:
             return self._encode(texts)
-        inner = [inner] * len(texts) if isinstance(inner, bool) else inner
         size = len(self._anchor)
         rows = self._encode(["\n" + t if within else t for t, within in zip(texts, inner, strict=True)])
         return [row[size:] if within else row for row, within in zip(rows, inner, strict=True)]
@@ -191,7 +207,8 @@ class Chat:
         for state in ("padding", "truncation"):  # earlier calls of someone else leave traces there
             backend.pop(state, None)
         special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
-        return json.dumps([backend, special, self.template], sort_keys=True)
+        inside = [sorted(self.inserted.ids.items())] if self.inserted else []
+        return json.dumps([backend, special, self.template, *inside], sort_keys=True)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
@@ -261,6 +278,9 @@ class Chat:
             if first is None:
                 raise DataError("a context, but no user turn to put it in front of", where=str(at) if at else None)
             first["content"] = in_context(context, first["content"])
+        inserted = self.inserted
+        if inserted is not None:
+            turns = inserted.marked(turns, at)
         try:
             text = self.tokenizer.apply_chat_template(
                 turns,
@@ -276,7 +296,7 @@ class Chat:
                 given=" ".join(m.role for m in messages),
                 hint="change the row, or set model.template: plain or a .jinja file",
             ) from error
-        return str(text)
+        return str(text) if inserted is None else inserted.opened(str(text), turns, self._lead, generation=generation)
 
     def _probe(self, choice: str) -> tuple[list[_Ending], str]:
         """Render sentinel answers and look at what the template writes around them."""

@@ -134,8 +134,9 @@ def _documents(chat: Chat, records: Iterable[Record], loss_on: LossOn) -> Iterat
             if own is None:
                 document = _plain(chat, record, next(pieces))
             else:
+                real = chat.inserted.first if chat.inserted else None
                 document = _conversation(
-                    [(p.supervised, p.text, next(pieces)) for p in own], everything=loss_on == "all"
+                    [(p.supervised, p.text, next(pieces)) for p in own], everything=loss_on == "all", real=real
                 )
             chat.check_bos(document.ids, str(record.source))
             yield record, document
@@ -143,6 +144,9 @@ def _documents(chat: Chat, records: Iterable[Record], loss_on: LossOn) -> Iterat
 
 def _plain(chat: Chat, record: Record, ids: list[int]) -> Document:
     """Raw text with its stop; everything after the first token is learned."""
+    if chat.inserted is not None:
+        hint = "put all virtual tokens in front (method.positions)"
+        raise DataError("plain text has no turns that tokens could be inserted in", where=str(record.source), hint=hint)
     if chat.eos_id is None:
         raise ConfigError("plain text needs an end-of-text token, and the tokenizer has none", where=str(record.source))
     head = [chat.bos_id] if chat.adds_bos and chat.bos_id is not None and ids[:1] != [chat.bos_id] else []
@@ -153,10 +157,13 @@ def _plain(chat: Chat, record: Record, ids: list[int]) -> Document:
     return Document(whole, supervised, 0, 0, expected)
 
 
-def _conversation(pieces: list[tuple[bool, str, list[int]]], *, everything: bool) -> Document:
+def _conversation(pieces: list[tuple[bool, str, list[int]]], *, everything: bool, real: int | None) -> Document:
+    """Pieces one after the other. Ids from `real` on are virtual tokens, which nothing can predict."""
     ids = list(chain.from_iterable(piece for _, _, piece in pieces))
     supervised = np.repeat([s or everything for s, _, _ in pieces], [len(piece) for _, _, piece in pieces])
     supervised[0] = False
+    if real is not None:
+        supervised &= np.array(ids) < real
     prompt = len(pieces[0][2])
     return Document(ids, supervised, prompt, prompt, "".join(text for answer, text, _ in pieces if answer))
 

@@ -126,6 +126,15 @@ class Method(Protocol):
         """What stands there, with its graph: embeddings [P, H], or keys and values by layer."""
         return {}
 
+    @property
+    def inserted_tokens(self) -> int:
+        """How many ids beyond the vocabulary stand for something learned; 0 where it is off."""
+        return 0
+
+    def inserted(self, task: str | None) -> Tensor:
+        """Their embeddings [P, H], with the graph."""
+        return torch.empty(0, 0)
+
 
 @contextmanager
 def switched_off(method: Any) -> Iterator[None]:

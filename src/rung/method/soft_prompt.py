@@ -26,7 +26,7 @@ from rung.errors import ConfigError, DataError, PlanError
 from rung.method.base import Method, Sample, same_keys, switched_off
 from rung.method.files import CONFIG, WEIGHTS, write_peft
 from rung.model.policy import Virtual
-from rung.spec.method import PrefixSpec, PromptSpec, PTuningSpec
+from rung.spec.method import PrefixSpec, PromptSpec, PTuningSpec, in_front
 
 TENSOR = "prompt_embeddings"
 """peft's name, for prompts and for prefixes."""
@@ -48,7 +48,7 @@ class VirtualTokens(Method):
     def __init__(self, model: PreTrainedModel, spec: PromptSpec | PrefixSpec | PTuningSpec) -> None:
         self.model, self.spec, self.kind = model, spec, spec.kind
         self.seed = torch.initial_seed()  # what `attach` has just set
-        self.count, self.on = spec.virtual_tokens, True
+        self.count, self.front, self.on = spec.virtual_tokens, in_front(spec), True
         self.tasks = spec.tasks or (ALL,)
         config = model.config
         self.features, self.layers = int(config.hidden_size), int(config.num_hidden_layers)
@@ -72,17 +72,26 @@ class VirtualTokens(Method):
 
     @property
     def virtual_tokens(self) -> int:
-        """As many as the spec says; 0 inside `disabled`."""
-        return self.count if self.on else 0
+        """Those that stand in front; 0 inside `disabled`."""
+        return self.front if self.on else 0
+
+    @property
+    def inserted_tokens(self) -> int:
+        """Those that stand inside, behind the ones in front in every table; 0 inside `disabled`."""
+        return self.count - self.front if self.on else 0
 
     def virtual(self, task: str | None) -> Virtual:
         """Embeddings [P, H], or keys and values [1, K, P, D] by layer. Raises `DataError` for a task without any."""
         rows = self._rows(self._named(task))
         if not self.every_layer:
-            return rows
+            return rows[: self.front]
         pairs = rows.view(self.count, self.layers, 2, self.kv_heads, self.head_width).permute(1, 2, 3, 0, 4)
         both = [pair.unbind(0) for pair in pairs.unbind(0)]
         return {layer: (key[None], value[None]) for layer, (key, value) in enumerate(both)}
+
+    def inserted(self, task: str | None) -> Tensor:
+        """Embeddings of those that stand inside. Raises `DataError` for a task without any."""
+        return self._rows(self._named(task))[self.front :]
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The rows of each task, or what an encoder makes them from, and the encoder."""
@@ -172,6 +181,10 @@ class VirtualTokens(Method):
         return pairs.permute(3, 0, 1, 2, 4).reshape(self.count, self.width)
 
     def _write(self, folder: Path, rows: Tensor) -> None:
+        if self.front < self.count:  # peft puts all of them in front, and would not notice
+            own = {"peft_type": "RUNG_P_TUNING", "task_type": "CAUSAL_LM", "spec": self.spec.model_dump()}
+            write_peft(folder, {TENSOR: rows}, own)
+            return
         heads = self.kv_heads if self.every_layer else int(self.model.config.num_attention_heads)
         kind = PrefixTuningConfig if self.every_layer else PromptTuningConfig
         config: PeftConfig = kind(

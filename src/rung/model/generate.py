@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rung.errors import PlanError
 from rung.model.kv import Prefix, own_cache, prefix_of
-from rung.model.policy import Policy, joined
+from rung.model.policy import Policy, by_name, joined
 
 PREFILL_TOKENS = 16_384
 """Prompt tokens encoded at once: long prompts come in smaller batches, so that memory does not follow their length."""
@@ -79,7 +79,7 @@ def generate(
         prefix = _encode(policy, prompts[0][:shared], task)
         for rows in _batches(order, [len(prompt) - shared for prompt in prompts], batch):
             rests = [list(prompts[i][shared:]) for i in rows]
-            decoding = _Decoding(policy, prefix, virtual + shared, rests, frozenset(stop_ids), sampling, random)
+            decoding = _Decoding(policy, prefix, virtual + shared, rests, task, frozenset(stop_ids), sampling, random)
             for i, answer in zip(rows, decoding.run(on_token), strict=True):
                 answers[i] = answer
             if on_batch is not None:
@@ -96,6 +96,7 @@ class _Decoding:
         prefix: Prefix | None,
         before: int,
         rests: list[list[int]],
+        task: str | None,
         stop_ids: frozenset[int],
         sampling: Sampling,
         random: torch.Generator,
@@ -111,6 +112,7 @@ class _Decoding:
             self.ids_BS[row, own] = torch.tensor(rest, device=device)
             self.mask_BS[row, own] = 1
             self.positions_BS[row, own] = torch.arange(before, before + len(rest), device=device)
+        self.entering = policy.entering(self.ids_BS, task)
         self.prefix = prefix
         self.cache = own_cache()
         self.alive = list(range(len(rests)))
@@ -119,10 +121,10 @@ class _Decoding:
         self.stopped = [False] * len(rests)
 
     def run(self, on_token: Callable[[int], None] | None) -> list[Answer]:
-        ids, positions = self.ids_BS, self.positions_BS
+        entering, positions = self.entering, self.positions_BS
         for _ in range(self.sampling.max_new_tokens):
             out = self.policy.model(
-                input_ids=ids,
+                **by_name(entering),
                 attention_mask=self.mask_BS,
                 position_ids=positions,
                 past_key_values=self.cache,
@@ -135,7 +137,7 @@ class _Decoding:
             if not kept:
                 break
             self._compact(kept, len(chosen))
-            ids = chosen[kept, None]
+            entering = chosen[kept, None]
             positions = positions[kept, -1:] + 1
             self.mask_BS = torch.cat([self.mask_BS, self.mask_BS.new_ones(len(kept), 1)], dim=1)
         return [Answer(*parts) for parts in zip(self.tokens, self.stopped, self.logprobs, strict=True)]
@@ -195,7 +197,7 @@ def _encode(policy: Policy, ids: Sequence[int], task: str | None) -> Prefix | No
     start = policy.method.virtual_tokens
     positions = torch.arange(start, start + len(ids), device=policy.device)[None]
     policy.model(
-        input_ids=row,
+        **by_name(policy.entering(row, task)),
         position_ids=positions,
         past_key_values=cache,
         prefix=virtual,

@@ -33,6 +33,15 @@ class Switchable(Protocol):
         """What stands before a document of this task, with its graph. Asked for only when there is something."""
         ...
 
+    @property
+    def inserted_tokens(self) -> int:
+        """How many ids beyond the vocabulary stand for something learned, wherever they occur; 0 for most methods."""
+        ...
+
+    def inserted(self, task: str | None) -> Tensor:
+        """Their embeddings [P, H] for documents of this task, with the graph. Asked for only when there are some."""
+        ...
+
     def penalty(self, batch: PackedBatch) -> list[LossTerm]:
         """What the method itself adds to the loss of the batch just computed."""
         ...
@@ -40,6 +49,29 @@ class Switchable(Protocol):
     def disabled(self) -> AbstractContextManager[None]:
         """The base alone, inside the context."""
         ...
+
+
+class Untouched:
+    """What a policy holds when nothing is tuned: off and on are the same."""
+
+    virtual_tokens = 0
+    inserted_tokens = 0
+
+    def virtual(self, task: str | None) -> Virtual:
+        """Nothing."""
+        return {}
+
+    def inserted(self, task: str | None) -> Tensor:
+        """Nothing."""
+        return torch.empty(0, 0)
+
+    def penalty(self, batch: PackedBatch) -> list[LossTerm]:
+        """Nothing."""
+        return []
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """Nothing to switch off."""
+        return nullcontext()
 
 
 class Policy:
@@ -57,6 +89,8 @@ class Policy:
         """Of the prefix at hand, with the method on (False) or off."""
         self._virtual: dict[str | None, _Ahead] = {}
         """By task, while batches are run in turn."""
+        self._inserted: dict[str | None, tuple[Tensor, Tensor]] = {}
+        """By task, while batches are run in turn: embeddings as computed, and cut off as a leaf."""
         self._in_turn = False
         self._off = False
 
@@ -84,7 +118,30 @@ class Policy:
         shared = self._before(batch.prefix, batch.task)
         positions = batch.positions + self.method.virtual_tokens
         with self._from(batch.below):
-            return self._trunk(batch.ids, positions, batch.segments, alone=batch.sequences == 1, shared=shared)
+            entering = self.entering(batch.ids, batch.task)
+            return self._trunk(entering, positions, batch.segments, alone=batch.sequences == 1, shared=shared)
+
+    def entering(self, ids: Tensor, task: str | None) -> Tensor:
+        """What the model takes for ids of any shape: the same, or embeddings [..., H] where some are inserted ones."""
+        if not self.method.inserted_tokens:
+            return ids
+        if task not in self._inserted:
+            computed = self.method.inserted(task)
+            if not self._in_turn:
+                return self._embedded(ids, computed)
+            self._inserted[task] = computed, _leaf(computed)
+        return self._embedded(ids, self._inserted[task][1])
+
+    def _embedded(self, ids: Tensor, rows_PH: Tensor) -> Tensor:
+        first = self.first_inserted
+        known = self.model.get_input_embeddings()(ids.clamp(max=first - 1))
+        own = rows_PH[(ids - first).clamp(min=0)].to(known.dtype)
+        return torch.where((ids >= first)[..., None], own, known)
+
+    @property
+    def first_inserted(self) -> int:
+        """The id of the first token beyond the vocabulary."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
 
     @torch.no_grad()
     def states_below(self, batch: PackedBatch, layer: int) -> Tensor:
@@ -105,10 +162,9 @@ class Policy:
         """
         trunk = getattr(self.model, self.model.base_model_prefix)
         again = self.layers_to_recompute(len(entering)) if alone and torch.is_grad_enabled() else range(0)
-        given = "inputs_embeds" if entering.is_floating_point() else "input_ids"
         with self.autocast(), computing_again(self.model, again) if again else nullcontext():
             out = trunk(
-                **{given: entering[None]},
+                **by_name(entering[None]),
                 position_ids=positions_T[None],
                 # A mask of four dimensions is passed through untouched: the segments say who sees whom.
                 attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=entering.device),
@@ -132,8 +188,12 @@ class Policy:
                     yield from rows
             for ahead in self._virtual.values():
                 ahead.backward()
+            for computed, leaf in self._inserted.values():
+                if leaf.grad is not None:
+                    computed.backward(leaf.grad)  # type: ignore[no-untyped-call]
         finally:
             self._virtual.clear()
+            self._inserted.clear()
             self._in_turn = False
 
     @contextmanager
@@ -185,7 +245,8 @@ class Policy:
             raise RuntimeError("rows with a shared prefix run inside Policy.in_turn or Policy.sharing")
         if self._off not in self._ahead:
             with self._from(prefix.below):
-                self._ahead[self._off] = _Ahead(self.captured(prefix.ids, self.method.virtual_tokens, virtual))
+                entering = self.entering(prefix.ids, task)
+                self._ahead[self._off] = _Ahead(self.captured(entering, self.method.virtual_tokens, virtual))
         own = self._ahead[self._off].leaves
         return own if virtual is None else {layer: joined(virtual[layer], own[layer]) for layer in own}
 
@@ -196,7 +257,16 @@ class Policy:
             return token_logprobs(hidden[batch.loss.source], self.head, batch.loss.target, self.logit_map)
 
     def reference_logprobs(self, batch: PackedBatch) -> Tensor:
-        """The same from the base alone, without gradient."""
+        """The same from the base alone, without gradient.
+
+        Raises `PlanError` for documents with inserted tokens: the base has nothing to put there.
+        """
+        if self.method.inserted_tokens and any((d.ids >= self.first_inserted).any() for d in batch.documents):
+            raise PlanError(
+                "the base alone cannot read documents with virtual tokens inside",
+                where="method.positions",
+                hint="put all of them in front, or name a run as the reference",
+            )
         self._off = True
         try:
             with torch.no_grad(), self.method.disabled():
@@ -228,6 +298,11 @@ class _Ahead:
         reached = [(tensor, gradient) for tensor, gradient in pairs if gradient is not None]
         if reached:
             torch.autograd.backward([t for t, _ in reached], [g for _, g in reached])
+
+
+def by_name(entering: Tensor) -> dict[str, Tensor]:
+    """Ids or embeddings as the argument that transformers' models take them by."""
+    return {"inputs_embeds" if entering.is_floating_point() else "input_ids": entering}
 
 
 def joined(first: KeysValues, second: KeysValues) -> KeysValues:

@@ -19,7 +19,7 @@ from rung.errors import CheckpointError, RungError
 from rung.evaluate.baselines import Framing, choose_shots
 from rung.evaluate.task import PERPLEXITY, Evaluation, evaluate, require_questions
 from rung.model.load import Base
-from rung.model.policy import Policy
+from rung.model.policy import Policy, Untouched
 from rung.scoring.stats import Difference, Interval
 from rung.scoring.verdict import Verdict, gain_over, score_of, verdict
 from rung.spec.climb import RungSpec
@@ -180,7 +180,7 @@ class Climb:
         shots = self._shots(rung, data.splits)
         framing = Framing(self.spec.evaluate.instruction, shots, self.spec.evaluate.context == "given")
         reset_peak_memory()
-        policy = Policy(self._base(), running.Untouched())
+        policy = Policy(self._base(), Untouched())
         result = evaluate(policy, data.chat, records, framing, self.spec.evaluate, title=rung.label)
         cost = {"trainable_parameters": 0, "train_seconds": 0.0, "shots": [str(shot.source) for shot in shots]}
         _store(folder, result, cost)
@@ -197,9 +197,11 @@ class Climb:
         if begun and read_manifest(folder)["status"] == "finished":
             policy, chat, _ = running.open_run(folder)
         else:
-            policy, _ = running.train_on(spec, self._base(), data, resume=begun)
+            base = self._base()
+            own = running.tokenise(spec, data.splits, base) if hasattr(spec.method, "virtual_tokens") else data
+            policy, _ = running.train_on(spec, base, own, resume=begun)
             self._fresh = None  # its model has been tuned
-            chat = data.chat
+            chat = own.chat
         manifest = read_manifest(folder)
         framing = Framing(context=spec.evaluate.context == "given")
         running.widen_if_asked(policy, spec)

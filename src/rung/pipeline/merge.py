@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,21 +14,30 @@ from rung.data.chat import Chat
 from rung.engine import gates
 from rung.engine.checkpoint import write_folder
 from rung.engine.pack import pack_separately
-from rung.errors import CheckpointError, GateError
+from rung.errors import CheckpointError, ConfigError, GateError
 from rung.method.base import Method
+from rung.method.table import attach
 from rung.model.policy import Policy
 from rung.publish.artefact import write_text_side
 from rung.publish.parity import check_parity, reload_logprobs
+from rung.spec.method import LoraSpec
+from rung.spec.run import RunSpec
 from rung.types import Example, Source
 
 PROBE = "In fiscal year 2023 revenue rose to 412 million, and costs fell by 3.5%. What changed?"
 
 
-def merge_run(run: Path, folder: Path) -> dict[str, Any]:
+Onto = Literal["trained", "original"]
+
+
+def merge_run(run: Path, folder: Path, onto: Onto = "trained") -> dict[str, Any]:
     """Write the merged model and prove it (gate 5). In float32, from the pristine base.
 
-    Raises `CheckpointError` when there is nothing to merge or the folder is taken, `GateError` when the written model
-    is not the run's.
+    `onto` the base that it was `trained` on, or the `original` that was quantised for training: another model, and
+    the result says by how much.
+
+    Raises `CheckpointError` when there is nothing to merge or the folder is taken, `ConfigError` when a run that
+    was not quantised is to go onto the original, `GateError` when the written model is not what it was made from.
     """
     if not (run / "adapter").is_dir():
         raise CheckpointError(
@@ -36,9 +45,14 @@ def merge_run(run: Path, folder: Path) -> dict[str, Any]:
         )
     if folder.exists():
         raise CheckpointError("this folder exists already", where=str(folder))
-    policy, chat, _ = running.open_run(run)
+    policy, chat, spec = running.open_run(run)
     rows = _rows(chat)
-    ours, base = _logprobs(policy, rows), _reference(policy, rows)
+    ours, from_run = _logprobs(policy, rows), {}
+    if onto == "original":
+        trained, policy = ours, _on_the_original(run, spec)
+        ours = _logprobs(policy, rows)
+        from_run = {"moved_from_run": _largest(ours, trained)}
+    base = _reference(policy, rows)
     method: Method = policy.method  # type: ignore[assignment]
     merged = method.merge().float()
 
@@ -53,8 +67,26 @@ def merge_run(run: Path, folder: Path) -> dict[str, Any]:
     except GateError:
         shutil.rmtree(folder)  # a model that is not the run's must not lie around as if it were
         raise
-    moved = max(float((a - b).abs().max()) for a, b in zip(base, theirs, strict=True))
-    return {"path": str(folder), "difference": gate.measured, "limit": gate.limit, "moved_from_base": moved}
+    moved = {"moved_from_base": _largest(base, theirs), **from_run}
+    return {"path": str(folder), "difference": gate.measured, "limit": gate.limit, **moved}
+
+
+def _on_the_original(run: Path, spec: RunSpec) -> Policy:
+    """The saved adapter as a plain LoRA on the base in full width."""
+    if spec.method.kind != "qlora":
+        raise ConfigError(
+            "this run was trained on the original base", where="--onto", given=spec.method.kind, allowed="a qlora run"
+        )
+    base = running.load(spec.model)
+    known = {key: value for key, value in spec.method.model_dump().items() if key in LoraSpec.model_fields}
+    plain = LoraSpec.model_validate({**known, "kind": "lora", "init": "default"})
+    method = attach(base.model, plain, seed=spec.seed, fused=spec.model.fused)
+    method.load(run / "adapter")
+    return Policy(base, method)
+
+
+def _largest(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
 
 
 def _rows(chat: Chat) -> list[list[int]]:

@@ -90,10 +90,16 @@ def method_text(method: Json) -> str:
         "peft": f"peft's {(method.get('config') or {}).get('peft_type')}",
         "bottleneck": f"{method.get('placement')} adapters of width {method.get('width')}{layers and ', ' + layers}",
         "prompt": f"prompt of {method.get('virtual_tokens')} virtual tokens",
-        "p_tuning": f"P-tuning, {method.get('virtual_tokens')} virtual tokens made by {method.get('encoder')}",
+        "p_tuning": f"P-tuning, {_placed(method)} made by {method.get('encoder')}",
         "prefix": f"prefix of {method.get('virtual_tokens')} virtual tokens in every layer",
     }
     return sizes.get(kind, kind)
+
+
+def _placed(method: Json) -> str:
+    places = {place: count for place, count in (method.get("positions") or {}).items() if count}
+    inside = ", ".join(f"{count} {'in front' if at == 'front' else f'before the {at}'}" for at, count in places.items())
+    return f"{method.get('virtual_tokens')} virtual tokens{inside and f' ({inside})'}"
 
 
 def _lora_text(method: Json) -> str:

@@ -235,13 +235,24 @@ class PrefixSpec(Spec):
     output alone is saved. None learns them as they are (Liu et al. 2022)."""
 
 
+class Positions(Spec):
+    """Virtual tokens by where they stand in a conversation."""
+
+    front: NonNegativeInt = 0
+    """Before the whole document."""
+    user: NonNegativeInt = 0
+    """Before what a user says, in every such turn; before its context, where it has one."""
+    assistant: NonNegativeInt = 0
+    """Before each answer, right after the template has opened it."""
+
+
 class PTuningSpec(Spec):
     """Virtual tokens made by an encoder that tasks share; its output alone is saved (Liu et al. 2021, section 3.2)."""
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 1e-3
     kind: Literal["p_tuning"] = "p_tuning"
     virtual_tokens: VirtualTokens = 20
-    """How many stand in front of every document."""
+    """How many there are in all."""
     tasks: tuple[str, ...] = ()
     """Tasks of the data (`data.task`) that get virtual tokens of their own, from one encoder; none is one for all."""
     encoder: Literal["lstm", "mlp"] = "lstm"
@@ -250,6 +261,35 @@ class PTuningSpec(Spec):
     """Width of the encoder, of an LSTM in each direction; none is half the base's width."""
     layers: Literal["input", "all"] = "input"
     """`input`: embeddings that pass through the model; `all`: keys and values in every layer (Liu et al. 2022)."""
+    positions: Positions | None = None
+    """Where the virtual tokens stand; none puts all of them in front."""
+
+    @model_validator(mode="after")
+    def _every_token_has_a_place(self) -> PTuningSpec:
+        if self.positions is None:
+            return self
+        if (total := sum(self.positions.model_dump().values())) != self.virtual_tokens:
+            raise ValueError(f"positions add up to {total}, and virtual_tokens is {self.virtual_tokens}")
+        if self.layers == "all" and self.positions.front != total:
+            raise ValueError("keys and values in every layer (layers: all) stand in front alone")
+        return self
+
+
+def in_front(spec: Spec) -> int:
+    """Virtual tokens that stand before every document; those inside are counted in the documents."""
+    positions: Positions | None = getattr(spec, "positions", None)
+    return int(getattr(spec, "virtual_tokens", 0)) if positions is None else positions.front
+
+
+def inserted(spec: Spec, first: int) -> dict[str, tuple[int, ...]]:
+    """Ids by role of those that stand inside, from `first` on; without the roles that have none."""
+    positions: Positions | None = getattr(spec, "positions", None)
+    found, at = {}, first
+    for role in ("user", "assistant"):
+        if count := getattr(positions, role, 0):
+            found[role] = tuple(range(at, at + count))
+            at += count
+    return found
 
 
 AnySpec = (

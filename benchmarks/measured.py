@@ -1,0 +1,120 @@
+"""What a finished run is like, measured in a process of its own: scores, seconds, bytes, and what it has forgotten.
+
+The text that has nothing to do with the task is documentation of Python's standard library, which every machine has.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pydoc
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rung import run as running
+from rung.data.chat import Chat
+from rung.engine.pack import pack
+from rung.engine.step import mean_loss
+from rung.evaluate.task import Evaluation
+from rung.method.lora import Lora
+from rung.model.policy import Policy
+from rung.objective.sft import Sft
+from rung.spec.io import load
+from rung.spec.objective import SftSpec
+from rung.spec.run import RunSpec
+from rung.types import Example, Record, Source
+
+DOCUMENTED = ("argparse", "decimal", "asyncio", "pathlib", "logging", "unittest", "zipfile", "random")
+"""Modules whose documentation is the unrelated text, 256 tokens of each."""
+
+
+def measure(config: Path, run: Path | None, items: Path, questions: int) -> dict[str, Any]:
+    """Answer the held-out questions of a config with a run, or with its untuned base; the answers go to `items`."""
+    spec = load(config).spec
+    spec = spec.model_copy(update={"evaluate": spec.evaluate.model_copy(update={"limit": questions})})
+    policy, chat = running.open_base(spec.model) if run is None else running.open_run(run)[:2]
+    records = running.test_records(spec, running.read_splits(spec))
+    rows = unrelated(chat)
+    held = bytes_held(policy.model)  # before the first product, which may keep more
+    found = running.score(policy, chat, spec, records, tuned=run is not None)
+    found.write(items)
+    return {
+        **_scores(found, records),
+        "prompt_tokens": found.prompt_tokens,
+        "artefact_bytes": _weights(run),
+        "held_bytes": held,
+        "unrelated_nats": nats(policy, rows),
+        **(_in_full_width(policy, chat, spec, records) if run is not None else {}),
+    }
+
+
+def _scores(found: Evaluation, records: list[Record]) -> dict[str, Any]:
+    """By metric, and by task where the records name some."""
+    metric = found.metrics[0]
+    tasks = {
+        str(task): float(np.mean([s for s, r in zip(found.scores(metric), records, strict=True) if r.task == task]))
+        for task in {r.task for r in records} - {None}
+    }
+    scores = {name: found.interval(name).to_json() for name in found.metrics}
+    return {"scores": scores, "tasks": tasks, "seconds_per_query": found.seconds_per_query}
+
+
+def _in_full_width(policy: Policy, chat: Chat, spec: RunSpec, records: list[Record]) -> dict[str, Any]:
+    """The same questions once more from a LoRA folded into its base, which for a quantised one is widened first."""
+    if not isinstance(policy.method, Lora):
+        return {}
+    from rung.model.fuse import fuse
+    from rung.model.policy import Untouched
+
+    policy.base.model = policy.method.merge()  # type: ignore[assignment]
+    fuse(policy.base.model)
+    merged = Policy(policy.base, Untouched())
+    found = running.score(merged, chat, spec, records, tuned=True)
+    return {"merged": {**_scores(found, records), "held_bytes": bytes_held(merged.model)}}
+
+
+def _weights(run: Path | None) -> int:
+    if run is None:
+        return 0
+    artefact = run / ("adapter" if (run / "adapter").is_dir() else "model")
+    return sum(file.stat().st_size for file in artefact.rglob("*.safetensors"))
+
+
+def bytes_held(model: torch.nn.Module) -> int:
+    """Bytes of weights and buffers, a quantised matrix with its scales, each storage once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        weight: Any = getattr(module, "weight", None)
+        state = getattr(weight, "quant_state", None)
+        for part in (state, getattr(state, "state2", None)):
+            tensors += [t for t in vars(part).values() if isinstance(t, torch.Tensor)] if part is not None else []
+        tensors += [t for t in (getattr(weight, "SCB", None),) if t is not None]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def unrelated(chat: Chat) -> list[Example]:
+    """Documentation of the standard library, as documents of 256 tokens."""
+    rows = []
+    for name in DOCUMENTED:
+        text = pydoc.render_doc(importlib.import_module(name), renderer=pydoc.plaintext)
+        ids = np.array(chat.encode([text[:4000]])[0][:256], dtype=np.int32)
+        rows.append(Example(ids, np.arange(len(ids)) > 0, Source(name, 1)))
+    return rows
+
+
+@torch.no_grad()
+def nats(policy: Policy, rows: list[Example]) -> float:
+    """Per token. A policy with something for each task reads it as of the first."""
+    tasks = getattr(policy.method, "tasks", ("",))
+    own = [Example(r.ids, r.supervised, r.source, task=tasks[0] or None) for r in rows]
+    return mean_loss(policy, Sft(SftSpec()), pack(own, 1024))
+
+
+if __name__ == "__main__":
+    config, run, items, questions = sys.argv[1:]
+    print(json.dumps(measure(Path(config), Path(run) if run != "-" else None, Path(items), int(questions))))

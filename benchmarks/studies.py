@@ -1,0 +1,153 @@
+"""What the studies of methods compare: entries that differ in a few settings, on one example, with one budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+FINANCE, BOTH = "examples/finance/climb.yaml", "examples/support/both.yaml"
+ZERO_SHOT = "zero-shot"
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing to train and to measure."""
+
+    settings: Settings = field(default_factory=dict)
+    """Over those of the study's config."""
+    fuse: tuple[str, ...] = ()
+    """Instead of training: entries to combine, by `rung fuse`."""
+    how: str = "sum"
+    """The way of it."""
+    weights: str = "1,1"
+    """One for each."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule of thumb: what it says of two entries, and the entry that should not lose."""
+
+    says: str
+    better: str
+    than: str
+
+
+@dataclass(frozen=True)
+class Study:
+    """Entries on the held-out questions of one config, a zero-shot base before them."""
+
+    config: str
+    entries: Mapping[str, Entry]
+    questions: int
+    common: Settings = field(default_factory=dict)
+    seeds: int = 1
+    rules: tuple[Rule, ...] = ()
+
+
+def _method(kind: str, rate: float | None = None, **settings: Any) -> Entry:
+    return Entry({"method": {"kind": kind, **settings}, "engine.learning_rate": rate})
+
+
+def _lora(rate: float = 1e-3, **settings: Any) -> Entry:
+    return _method("lora", rate, **{"rank": 16, **settings})
+
+
+METHODS = Study(
+    FINANCE,
+    {
+        "lora": _lora(),
+        "full": _method("full"),
+        "qlora": _method("qlora", 1e-3, rank=16),
+        "head": _method("head"),
+        "prompt": _method("prompt", virtual_tokens=20),
+        "prefix": _method("prefix", virtual_tokens=20),
+        "p_tuning": _method("p_tuning", virtual_tokens=20),
+        "p_tuning inside": _method("p_tuning", virtual_tokens=20, positions={"front": 10, "user": 5, "assistant": 5}),
+        "bottleneck": _method("bottleneck", width=64),
+        "mixture": _method("mixture", 1e-3, experts=4, rank=8),
+        "lottery": _method("lottery", 1e-3, rank=16, scout_steps=15),
+        "ia3": _method("peft", 1e-2, config={"peft_type": "IA3", "feedforward_modules": []}),
+        "lora pissa": _lora(init="pissa"),
+        "lora lora_ga": _lora(init="lora_ga"),
+        "lora+": _lora(rate_ratio=16.0),
+        "lora dora": _lora(dora=True),
+        "lora lisa": _lora(sampled_layers=8, resample_every=10),
+        "lottery at random": _method("lottery", 1e-3, rank=16, scout_steps=15, choose="random"),
+        "lottery middle": _method("lottery", 1e-3, rank=16, scout_steps=15, choose="middle"),
+        "qlora 8 bits": _method("qlora", 1e-3, rank=16, bits=8),
+        "qlora loftq": _method("qlora", 1e-3, rank=16, init="loftq"),
+        "p_tuning v2": _method("p_tuning", virtual_tokens=20, layers="all", encoder="mlp"),
+        "bottleneck pfeiffer": _method("bottleneck", width=64, placement="pfeiffer"),
+        "bottleneck parallel": _method("bottleneck", width=64, placement="parallel", scale=4.0),
+        "mixture top 2": _method("mixture", 1e-3, experts=4, rank=8, top_k=2),
+        "lora olora": _lora(init="olora"),
+        "lora eva": _lora(init="eva"),
+        "lora corda": _lora(init="corda"),
+    },
+    questions=184,
+)
+"""Every method, the principal ones first."""
+
+TASKS = Study(
+    BOTH,
+    {
+        "lora on finance": Entry(
+            {"data.path": "examples/finance/data.jsonl", "data.group": "filing", "data.limit": 480}
+        ),
+        "lora on support": Entry(
+            {"data.path": "examples/support/data.jsonl", "data.group": "order", "data.limit": 480}
+        ),
+        "their sum": Entry(fuse=("lora on finance", "lora on support")),
+        "their mean": Entry(fuse=("lora on finance", "lora on support"), weights="0.5,0.5"),
+        "their TIES": Entry(fuse=("lora on finance", "lora on support"), how="ties:0.5"),
+        "one lora on both": _lora(),
+        "a prompt for each": _method("prompt", virtual_tokens=20, tasks=["finance", "support"]),
+        "p_tuning, one encoder": _method("p_tuning", virtual_tokens=20, tasks=["finance", "support"]),
+        "mixture on both": _method("mixture", 1e-3, experts=4, rank=8),
+    },
+    questions=200,
+    common={"method": {"kind": "lora", "rank": 16}, "engine.learning_rate": 1e-3},
+)
+"""Two tasks at once beside an adapter for each."""
+
+_SHORT = {"data.limit": 240}
+RULES = Study(
+    FINANCE,
+    {
+        "r 16": _lora(),
+        "r 4": _lora(rank=4),
+        "r 8": _lora(rank=8),
+        "r 32": _lora(rank=32),
+        "r 64": _lora(rank=64),
+        "alpha r": _lora(alpha=16),
+        "alpha 4r": _lora(alpha=64),
+        "attention": _lora(targets=["q", "k", "v", "o"]),
+        "rate 1e-4": _lora(1e-4),
+        "rate 3e-4": _lora(3e-4),
+        "rate 3e-3": _lora(3e-3),
+        "three epochs": Entry({**_lora().settings, "engine.epochs": 3}),
+        "full": _method("full"),
+    },
+    questions=120,
+    common=_SHORT,
+    seeds=2,
+    rules=(
+        Rule("r = 16 is as good as r = 4", "r 16", "r 4"),
+        Rule("r = 16 is as good as r = 8", "r 16", "r 8"),
+        Rule("r above 16 buys nothing: 16 against 32", "r 16", "r 32"),
+        Rule("r above 16 buys nothing: 16 against 64", "r 16", "r 64"),
+        Rule("alpha = 2r against alpha = r", "r 16", "alpha r"),
+        Rule("alpha = 2r against alpha = 4r", "r 16", "alpha 4r"),
+        Rule("all linear layers against attention alone", "r 16", "attention"),
+        Rule("a rate of 3e-4 against 1e-4", "rate 3e-4", "rate 1e-4"),
+        Rule("a rate of 3e-4 against 1e-3", "rate 3e-4", "r 16"),
+        Rule("a rate of 3e-4 against 3e-3", "rate 3e-4", "rate 3e-3"),
+        Rule("one epoch against three", "r 16", "three epochs"),
+        Rule("LoRA against full fine-tuning", "r 16", "full"),
+    ),
+)
+"""The heuristics that circulate, with two training seeds."""
+
+STUDIES = {"methods": METHODS, "tasks": TASKS, "rules": RULES}

@@ -1,0 +1,164 @@
+"""Runs a study of methods: `.venv/bin/python -m benchmarks.study methods`, or tasks, or rules.
+
+Every entry trains in a process of its own on the same rows, and answers the same held-out questions in another; what it
+gained is a paired difference to the untuned base. Tables go to --work; README and docs quote them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.runner import OURS, ROOT, RunError, Store, run
+from benchmarks.studies import STUDIES, ZERO_SHOT, Entry, Rule, Study
+from rung.evaluate.task import Evaluation
+from rung.scoring.stats import Difference
+from rung.scoring.verdict import gain_over
+
+KEPT = ("trainable_parameters", "peak_memory_bytes", "tokens_per_second", "train_seconds", "train_loss")
+Measured = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Running:
+    """A study on its way."""
+
+    study: Study
+    store: Store
+    work: Path
+    seeds: int
+
+    def measure(self, name: str) -> None:
+        """What is missing of one entry."""
+        entry = None if name == ZERO_SHOT else self.study.entries[name]
+        for seed in range(self.seeds if entry else 1):
+            if self.store.one(name=name, seed=seed) is None:
+                costs = self._make(name, entry, seed) if entry else {}
+                folder = self.folder(name, seed) if entry else "-"
+                items = self.items(name, seed)
+                asked = [self.study.config, folder, items, self.study.questions]
+                found = self._run([OURS / "python", "-m", "benchmarks.measured", *asked], items.with_suffix(".log"))
+                self.store.add({"name": name, "seed": seed, **costs, **json.loads(found.splitlines()[-1])})
+
+    def _make(self, name: str, entry: Entry, seed: int) -> Measured:
+        """Train an entry, or fuse what it is made of."""
+        folder = self.folder(name, seed)
+        log = folder.parent / f"{folder.name}.train.log"
+        if entry.fuse:
+            parts = [self.folder(part, seed) for part in entry.fuse]
+            self._run(
+                [OURS / "rung", "fuse", *parts, "-o", folder, "--how", entry.how, "--weights", entry.weights], log
+            )
+            return {}
+        settings = {**self.study.common, **entry.settings, "seed": seed, "output": str(folder)}
+        given = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        self._run([OURS / "rung", "train", self.study.config, *given, "--overwrite"], log)
+        manifest = json.loads((folder / "run.json").read_text())
+        return {key: manifest[key] for key in KEPT}
+
+    def _run(self, command: list[Any], log: Path) -> str:
+        run(list(map(str, command)), log, {**os.environ, "HF_HUB_OFFLINE": "1"})
+        return log.read_text()
+
+    def folder(self, name: str, seed: int) -> Path:
+        """Of an entry's run."""
+        return self.work / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+
+    def items(self, name: str, seed: int) -> Path:
+        """Its answers."""
+        return self.work / f"{self.folder(name, seed).name}.items.jsonl"
+
+    def scores(self, name: str) -> np.ndarray:
+        """[seeds, questions], of the first metric."""
+        found = [Evaluation.read(self.items(e["name"], e["seed"])) for e in self.store.all(name=name)]
+        return np.stack([e.scores(e.metrics[0]) for e in found])
+
+    def gain(self, name: str, than: str = ZERO_SHOT) -> Difference:
+        """Paired, with the spread between seeds."""
+        clusters = Evaluation.read(self.items(than, 0)).clusters
+        return gain_over(self.scores(than), self.scores(name), clusters)
+
+    def tables(self) -> str:
+        """Markdown."""
+        names = [name for name in (ZERO_SHOT, *self.study.entries) if self.store.all(name=name)]
+        base = self.store.one(name=ZERO_SHOT, seed=0) or {}
+        metric = next(iter(base["scores"]))
+        head = ("", "trainable", "peak memory", "tokens/s", "on disk", "a query", metric, "over zero-shot", "forgets")
+        rows = [self._row(name, base) for name in names]
+        parts = [_markdown([*head, *sorted(base["tasks"])], rows)]
+        done = [rule for rule in self.study.rules if {rule.better, rule.than} <= set(names)]
+        if done:
+            parts.append(_markdown(["rule", "difference", "verdict"], [self._judged(rule) for rule in done]))
+        return "\n".join(parts)
+
+    def _row(self, name: str, base: Measured) -> list[str]:
+        found = self.store.all(name=name)
+        first, gain = found[0], self.gain(name)
+        trained, merged = first.get("trainable_parameters"), first.get("merged")
+        score = np.mean([next(iter(e["scores"].values()))["mean"] for e in found])
+        forgets = np.mean([e["unrelated_nats"] for e in found]) - base["unrelated_nats"]
+        query = f"{first['seconds_per_query'] * 1000:.0f} ms"
+        if merged:
+            query += f", merged {merged['seconds_per_query'] * 1000:.0f} ms"
+        return [
+            name,
+            f"{trained:,} ({trained / (base['held_bytes'] / 4):.2%})" if trained else "",
+            f"{max(e['peak_memory_bytes'] for e in found) / 1e9:.2f} GB" if trained else "",
+            f"{np.mean([e['tokens_per_second'] for e in found]):.0f}" if trained else "",
+            f"{first['artefact_bytes'] / 1e6:.1f} MB" if name != ZERO_SHOT else "",
+            query,
+            f"{score:.2f}",
+            f"{gain.mean:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}]" if name != ZERO_SHOT else "",
+            f"{forgets:+.2f}" if name != ZERO_SHOT else "",
+            *(f"{np.mean([e['tasks'][task] for e in found]):.2f}" for task in sorted(base["tasks"])),
+        ]
+
+    def _judged(self, rule: Rule) -> list[str]:
+        """Holds when the better one is better beyond doubt; does not when it is worse; else nobody can tell."""
+        found = self.gain(rule.better, rule.than)
+        verdict = "holds" if found.low > 0 else "does not hold" if found.high < 0 else "cannot tell"
+        return [rule.says, f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]", verdict]
+
+
+def main() -> int:
+    """0 when all asked for were measured, 2 when one could not run."""
+    parser = argparse.ArgumentParser(prog="study", description="Methods side by side on one example, measured.")
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--only", help="entries, with commas between")
+    parser.add_argument("--seeds", type=int, help="training seeds of each; none is what the study says")
+    parser.add_argument("--resume", action="store_true", help="keep what was measured and run what is missing")
+    parser.add_argument("--work", type=Path, default=ROOT / "benchmarks/.studies")
+    asked = parser.parse_args()
+    study = STUDIES[asked.study]
+    seeds, work = asked.seeds or study.seeds, (asked.work / asked.study).resolve()
+    names = [ZERO_SHOT, *(asked.only.split(",") if asked.only else study.entries)]
+    if unknown := set(names) - {ZERO_SHOT, *study.entries}:
+        parser.error(f"no entry {min(unknown)!r}: there are {', '.join(study.entries)}")
+    try:
+        store = Store.open(work / "measured.jsonl", {"seeds": seeds}, resume=asked.resume)
+        running = Running(study, store, work, seeds)
+        for name in names:
+            running.measure(name)
+            print(" | ".join(running._row(name, store.all(name=ZERO_SHOT)[0])), flush=True)
+    except (RunError, ValueError) as error:
+        print(f"study: {error}", file=sys.stderr)
+        return 2
+    (work / "tables.md").write_text(running.tables())
+    print(running.tables())
+    return 0
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

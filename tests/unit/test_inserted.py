@@ -1,0 +1,81 @@
+"""Ids beyond the vocabulary stand where they should in every template, and nothing else changes."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from chats import AT, REASONING, TEMPLATES, metaspace, record, with_template
+from rung.data.chat import PLAIN_TEMPLATE, Chat
+from rung.data.inserted import MARKS, Inserted
+from rung.errors import DataError
+from rung.spec.method import PTuningSpec, in_front, inserted
+from rung.types import Message, Record
+
+USER, ASSISTANT = (320, 321), (322,)
+BOTH = Inserted({"user": USER, "assistant": ASSISTANT})
+
+
+def real(ids: list[int]) -> list[int]:
+    return [i for i in ids if i < 320]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_they_stand_before_the_words_of_each_turn(tiny_tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    tokenizer = with_template(tiny_tokenizer, TEMPLATES[name][0])
+    plain, chat = Chat(tokenizer), Chat(tokenizer, inserted=BOTH)
+    row = record("first words", "first answer", "more words", "last answer", context="given")
+    (example,) = chat.examples([row], loss_on="answer").examples
+    ids = example.ids.tolist()
+    assert plain.decode([real(ids)]) == plain.decode([plain.examples([row]).examples[0].ids.tolist()])
+    places = [i for i, token in enumerate(ids) if token == USER[0]]
+    assert [ids[i : i + 2] for i in places] == [list(USER)] * 2
+    after = [plain.decode([real(ids[i:])], inner=True)[0].lstrip() for i in places]
+    assert after[0].startswith("given\n\nfirst words") and after[1].startswith("more words")
+    answers = [i for i, token in enumerate(ids) if token == ASSISTANT[0]]
+    after = [plain.decode([real(ids[i:])], inner=True)[0].lstrip() for i in answers]
+    assert after[0].startswith("first answer") and after[1].startswith("last answer")
+    assert bool(example.supervised[answers[1] + 1]) and not example.supervised[: answers[1] + 1].any()
+
+
+@pytest.mark.parametrize("loss_on", ["answer", "assistant_turns", "all"])
+def test_a_prompt_asks_as_training_read(tiny_tokenizer: PreTrainedTokenizerFast, loss_on: str) -> None:
+    chat = Chat(tiny_tokenizer, inserted=BOTH)
+    row = record("a", "b", "c", "d")
+    tokenised = chat.examples([row], loss_on=loss_on)  # type: ignore[arg-type]
+    assert chat.preflight(tokenised).failing == 0
+    (example,) = tokenised.examples
+    prompt = chat.prompt_ids(row.messages[:-1])
+    assert prompt == example.ids[: len(prompt)].tolist() and prompt[-1] == ASSISTANT[0]
+    assert (example.ids[example.supervised] < 320).all()
+    assert not set("".join(MARKS.values())) & set(chat.prompt_text(row.messages[:-1]))
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_words_behind_them_are_encoded_as_within_a_text(scheme: str) -> None:
+    """SentencePiece writes a space of its own before a text, which stands in no text here."""
+    tokenizer, question = with_template(metaspace(scheme), PLAIN_TEMPLATE), [Message("user", "what is it?")]
+    plain, chat = Chat(tokenizer), Chat(tokenizer, inserted=BOTH)
+    assert plain.decode([real(chat.prompt_ids(question))])[0] == plain.decode([plain.prompt_ids(question)])[0]
+
+
+def test_what_cannot_be_placed_is_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    chat = Chat(tiny_tokenizer, inserted=BOTH)
+    with pytest.raises(DataError, match="FDD0"):
+        chat.examples([record("a \ufdd0", "b")])
+    with pytest.raises(DataError, match="plain text"):
+        chat.examples([Record((), AT, text="words")])
+    losing = with_template(tiny_tokenizer, REASONING)  # takes a turn's beginning for thoughts
+    with pytest.raises(DataError, match="leaves out"):
+        Chat(losing, inserted=BOTH).examples([record("hm </think> a", "b")])
+
+
+def test_another_place_is_another_text(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    found = {Chat(tiny_tokenizer, inserted=i).identity() for i in (None, BOTH, Inserted({"user": USER}))}
+    assert len(found) == 3
+
+
+def test_a_spec_names_its_ids() -> None:
+    spec = PTuningSpec(virtual_tokens=6, positions={"front": 1, "user": 2, "assistant": 3})  # type: ignore[arg-type]
+    assert in_front(spec) == 1 and inserted(spec, 50) == {"user": (50, 51), "assistant": (52, 53, 54)}
+    assert in_front(PTuningSpec(virtual_tokens=6)) == 6 and inserted(PTuningSpec(), 50) == {}
