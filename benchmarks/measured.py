@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rung import opened
 from rung import run as running
 from rung.data.chat import Chat
 from rung.engine.pack import pack
@@ -36,11 +37,11 @@ def measure(config: Path, run: Path | None, items: Path, questions: int) -> dict
     """Answer the held-out questions of a config with a run, or with its untuned base; the answers go to `items`."""
     spec = load(config).spec
     spec = spec.model_copy(update={"evaluate": spec.evaluate.model_copy(update={"limit": questions})})
-    policy, chat = running.open_base(spec.model) if run is None else running.open_run(run)[:2]
-    records = running.test_records(spec, running.read_splits(spec))
+    policy, chat = opened.open_base(spec.model) if run is None else opened.open_run(run)[:2]
+    records = opened.test_records(spec, running.read_splits(spec))
     rows = unrelated(chat)
     held = bytes_held(policy.model)  # before the first product, which may keep more
-    found = running.score(policy, chat, spec, records, tuned=run is not None)
+    found = opened.score(policy, chat, spec, records, tuned=run is not None)
     found.write(items)
     return {
         **_scores(found, records),
@@ -73,7 +74,7 @@ def _in_full_width(policy: Policy, chat: Chat, spec: RunSpec, records: list[Reco
     policy.base.model = policy.method.merge()  # type: ignore[assignment]
     fuse(policy.base.model)
     merged = Policy(policy.base, Untouched())
-    found = running.score(merged, chat, spec, records, tuned=True)
+    found = opened.score(merged, chat, spec, records, tuned=True)
     return {"merged": {**_scores(found, records), "held_bytes": bytes_held(merged.model)}}
 
 

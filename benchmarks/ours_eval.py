@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.memory import peak, reset_peak, resident
 from rung.model.generate import Sampling, generate
-from rung.run import open_base
+from rung.opened import open_base
 from rung.spec.evaluate import EvaluateSpec
 from rung.spec.model import ModelSpec
 

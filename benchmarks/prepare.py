@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.flops import Document, Shape, Trained, step_flops
 from benchmarks.workloads import RANK, Answering, Training
-from rung import run
+from rung import opened, run
 from rung.evaluate.baselines import Framing
 from rung.spec.io import load
 from rung.spec.run import RunSpec
@@ -44,7 +44,7 @@ def prepare_answering(work: Answering, folder: Path) -> dict[str, Any]:
     """Prompt ids with the first rows as worked examples in front of every question."""
     spec = load(str(folder / "train.yaml")).spec
     records = run.read_splits(spec).train
-    _, chat = run.open_base(spec.model)
+    _, chat = opened.open_base(spec.model)
     framing = Framing(shots=tuple(records[: work.shots]))
     pad = chat.tokenizer.pad_token_id
     return {

@@ -20,22 +20,19 @@ from rung.data.split import Splits
 from rung.engine import gates
 from rung.engine.budget import probe, tokens_per_micro_batch
 from rung.engine.checkpoint import verify, write_folder
-from rung.engine.loop import Interrupted, Trainer, summary
+from rung.engine.loop import Interrupted, Trainer, summary, total_steps
 from rung.engine.progress import say, stage
 from rung.engine.record import Gate, RunFolder, read_manifest, reset_peak_memory
 from rung.engine.sample import Sample
 from rung.errors import CheckpointError, ConfigError, DataError, RungError
-from rung.evaluate.baselines import Framing
-from rung.evaluate.task import Evaluation, evaluate
 from rung.method.base import Method
-from rung.method.lora import Lora
 from rung.method.table import attach
-from rung.model.fuse import fuse, left_alone
-from rung.model.load import Base, check_fingerprint, load_base, load_tokenizer
-from rung.model.policy import Policy, Untouched
+from rung.model.fuse import left_alone
+from rung.model.load import Base, load_base
+from rung.model.policy import Policy
 from rung.objective.table import OBJECTIVES
-from rung.publish.artefact import check_origin, write_origin, write_text_side
-from rung.spec.io import parse, to_dict
+from rung.publish.artefact import write_origin, write_text_side
+from rung.spec.io import to_dict
 from rung.spec.method import MethodSpec, in_front, inserted
 from rung.spec.model import ModelSpec
 from rung.spec.run import RunSpec
@@ -74,7 +71,7 @@ def read_splits(spec: RunSpec) -> Splits:
 
 def tokenise(spec: RunSpec, splits: Splits, base: Base) -> Data:
     """Examples for training and validation, through the cache, with gate 1 passed."""
-    chat = Chat(base.tokenizer, spec.model.template, _inserted(spec.method, base))
+    chat = Chat(base.tokenizer, spec.model.template, inserted_in(spec.method, base))
     room = base.context - in_front(spec.method)
     longest = min(spec.data.max_length or room, room)
 
@@ -94,7 +91,7 @@ def tokenise(spec: RunSpec, splits: Splits, base: Base) -> Data:
     return Data(splits, chat, train, validation, chat.preflight(train))
 
 
-def _inserted(method: MethodSpec, base: Base) -> Inserted | None:
+def inserted_in(method: MethodSpec, base: Base) -> Inserted | None:
     """The virtual tokens that stand inside a conversation, by ids beyond the base's vocabulary."""
     ids = inserted(method, int(base.model.get_input_embeddings().weight.shape[0]))
     return Inserted(ids) if ids else None
@@ -148,6 +145,7 @@ def train_on(
     """Train on data already read; the policy comes back in eval mode with the run's final weights."""
     # first: data or a method that cannot be leave no folder behind
     _check_tasks(spec, data)
+    _check_lottery(spec, len(data.train.examples))
     method = attach(base.model, spec.method, seed=spec.seed, fused=spec.model.fused)
     folder = RunFolder.claim(Path(spec.output), to_dict(spec), resume=resume, overwrite=overwrite)
     policy = Policy(base, method)
@@ -200,78 +198,6 @@ def train_on(
     return policy, folder
 
 
-def open_run(path: Path, base: Base | None = None) -> tuple[Policy, Chat, RunSpec]:
-    """A finished run, ready to answer: its base, or the one given, with its method on top.
-
-    Raises `CheckpointError` on another base.
-    """
-    manifest = read_manifest(path)
-    if manifest.get("status") != "finished" or not {"adapter", "model"} & {p.name for p in path.iterdir()}:
-        raise CheckpointError(
-            f"this run is not finished (status {manifest.get('status')})",
-            where=str(path),
-            hint="go on with: rung train --resume",
-        )
-    spec = parse(manifest["spec"], str(path / "run.json"))
-    if (path / "model").is_dir():
-        base = load(ModelSpec(name=str(path), dtype=spec.model.dtype))  # its own tokenizer and template are inside
-        return Policy(base, Untouched()), Chat(base.tokenizer), spec
-    base = load(spec.model) if base is None else base
-    check_fingerprint(manifest, base, path)
-    check_origin(path / "adapter", base)
-    method = attach(base.model, spec.method, seed=spec.seed, fused=spec.model.fused)
-    method.load(path / "adapter")
-    tokenizer = load_tokenizer(ModelSpec(name=str(path)))  # with the template trained with
-    return Policy(base, method), Chat(tokenizer, inserted=_inserted(spec.method, base)), spec
-
-
-def open_runs(paths: Sequence[Path]) -> dict[str, tuple[Policy, Chat]]:
-    """Adapters of one base by the names of their folders, its weights held once: each answers by itself.
-
-    Raises `CheckpointError` for runs of another base, `ConfigError` for runs that are whole models or of one name.
-    """
-    if whole := [path for path in paths if not (path / "adapter").is_dir()]:
-        raise ConfigError("a run that is a whole model shares no base", given=whole[0], allowed="runs with an adapter")
-    if len({path.name for path in paths}) < len(paths):
-        raise ConfigError("two of these runs have one name", given=", ".join(path.name for path in paths))
-    if not paths:
-        return {}
-    base = load(parse(read_manifest(paths[0])["spec"], str(paths[0])).model)
-    opened = {path.name: open_run(path, base.twin()) for path in paths}
-    return {name: (policy, chat) for name, (policy, chat, _) in opened.items()}
-
-
-def open_base(spec: ModelSpec) -> tuple[Policy, Chat]:
-    """A base alone, ready to answer."""
-    base = load(spec)
-    return Policy(base, Untouched()), Chat(base.tokenizer, spec.template)
-
-
-def test_records(spec: RunSpec, splits: Splits) -> Records:
-    """The held-out items, at most `evaluate.limit` of them in the order of the seed."""
-    if not splits.test:
-        raise ConfigError(
-            "there is no test split to score on", where="data.test", given=spec.data.test, hint="set data.test: 0.1"
-        )
-    order = np.random.default_rng([spec.seed, 2]).permutation(len(splits.test))
-    return splits.test.select(np.sort(order[: spec.evaluate.limit]))
-
-
-def widen_if_asked(policy: Policy, spec: RunSpec) -> None:
-    """With `evaluate.dequantise`, hold a quantised base in full width before it answers."""
-    method = policy.method
-    if spec.evaluate.dequantise and isinstance(method, Lora) and method.quantised is not None:
-        method.quantised.widen(policy.model)
-        fuse(policy.model, method.part)
-
-
-def score(policy: Policy, chat: Chat, spec: RunSpec, records: Sequence[Record], *, tuned: bool) -> Evaluation:
-    """Score test records; an untuned model gets `evaluate.instruction`."""
-    widen_if_asked(policy, spec)
-    framing = Framing(None if tuned else spec.evaluate.instruction, context=spec.evaluate.context == "given")
-    return evaluate(policy, chat, records, framing, spec.evaluate)
-
-
 def _pass_gates(policy: Policy, method: Method, trainer: Trainer, data: Data, folder: RunFolder) -> None:
     """Gates 1 and 2; each is recorded before it is enforced."""
     folder.gate(Gate("preflight", "passed", data.preflight.to_json(), "0 failing rows"))
@@ -302,7 +228,7 @@ def _say_what_is_unusual(policy: Policy, method: Method, spec: RunSpec) -> int:
         say(f"{policy.device.type}: {said}")
     alone = left_alone(policy.model, method.part) if spec.model.fused else []
     if alone:
-        why = "dropout, DoRA, or a quantised base"
+        why = "dropout, DoRA, a quantised base, a tuner of peft's"
         say(f"{len(alone)} adapted linears compute through peft's own forward ({why}): slower, same result")
     return len(alone)
 
@@ -321,6 +247,18 @@ def _check_tasks(spec: RunSpec, data: Data) -> None:
             given=", ".join(unknown),
             allowed=", ".join(sorted(known)),
             hint=hint,
+        )
+
+
+def _check_lottery(spec: RunSpec, rows: int) -> None:
+    """A run that ends while all layers still move would be a plain lora without a word."""
+    scouting, total = getattr(spec.method, "scout_steps", 0), total_steps(spec.engine, rows)
+    if scouting >= total:
+        raise ConfigError(
+            "the run ends before the lottery is drawn",
+            where="method.scout_steps",
+            given=scouting,
+            allowed=f"below the run's {total} steps",
         )
 
 

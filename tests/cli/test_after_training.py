@@ -16,7 +16,9 @@ from models import tiny_model
 from processes import inside
 from rung.engine.pack import pack_separately
 from rung.errors import CheckpointError, ConfigError
-from rung.run import open_run, open_runs
+from rung.model.load import load_base
+from rung.opened import open_run, open_runs
+from rung.spec.model import ModelSpec
 
 
 @pytest.fixture
@@ -303,12 +305,39 @@ def test_a_quantised_run_merges_onto_either_base(config: Path, tmp_path: Path, c
         assert code == 0, err
         found.append(json.loads(out))
         assert found[-1]["difference"] < found[-1]["limit"] < found[-1]["moved_from_base"]
-    assert "moved_from_run" not in found[0] and found[1]["moved_from_run"] > found[1]["limit"]
+    assert found[0]["moved_from_run"] < found[0]["limit"] < found[1]["moved_from_run"]
     rows = torch.tensor([[5, 6, 7, 8]])
     trained, original = (AutoModelForCausalLM.from_pretrained(tmp_path / m).eval()(rows).logits for m in ("m0", "m1"))
     assert (trained - original).abs().max() > 1e-3
 
 
+def test_an_adapter_that_makes_up_for_quantising_stays_on_its_base(config: Path, tmp_path: Path, capsys: Any) -> None:
+    settings = ("method={kind: qlora, rank: 4, init: loftq}", f"output={tmp_path / 'narrow'}")
+    assert inside(capsys, "train", config, *settings)[0] == 0
+    code, _, err = inside(capsys, "merge", tmp_path / "narrow", tmp_path / "merged", "--original")
+    assert code == 2 and "count twice" in err
+    assert inside(capsys, "merge", tmp_path / "narrow", tmp_path / "merged")[0] == 0
+    code, _, err = inside(capsys, "train", config, f"model.name={tmp_path / 'narrow'}", f"output={tmp_path / 'next'}")
+    assert code == 3 and "quantised base" in err
+
+
+def test_a_run_in_bfloat16_is_merged_in_float32(config: Path, tmp_path: Path, capsys: Any) -> None:
+    assert inside(capsys, "train", config, "model.dtype=bfloat16", f"output={tmp_path / 'low'}")[0] == 0
+    code, out, err = inside(capsys, "merge", tmp_path / "low", tmp_path / "merged", "--json")
+    assert code == 0, err
+    assert json.loads(out)["difference"] < 2e-3
+
+
 def test_only_a_quantised_run_has_another_base(run: Path, tmp_path: Path, capsys: Any) -> None:
     code, _, err = inside(capsys, "merge", run, tmp_path / "merged", "--original")
     assert code == 2 and "qlora" in err
+
+
+def test_one_of_several_adapters_may_widen_its_base_alone(tiny_base: Path) -> None:
+    """Tuners that compute in full width widen what they stand on; the others go on as they were."""
+    base = load_base(ModelSpec(name=str(tiny_base), dtype="bfloat16"))
+    twin = base.twin()
+    held = next(base.model.parameters())
+    assert next(twin.model.parameters()).data_ptr() == held.data_ptr()
+    twin.model.float()
+    assert held.dtype is torch.bfloat16 and next(twin.model.parameters()).dtype is torch.float32

@@ -203,3 +203,19 @@ def test_perplexity_decides(climb: Path, capsys: Any) -> None:
     assert means["lora"] < means["zero_shot"] < 1000
     assert found["verdict"]["recommended"] == "zero_shot" and "target 1000" in found["verdict"]["text"]
     assert f"{means['zero_shot']:.3f}" in found["verdict"]["text"]
+
+
+INSIDE = "method={kind: p_tuning, virtual_tokens: 4, hidden: 8, positions: {front: 1, user: 2, assistant: 1}}"
+
+
+def test_rungs_with_virtual_tokens_inside_stand_beside_others(config: Path, tmp_path: Path, capsys: Any) -> None:
+    """Their ids lie beyond the vocabulary: no other rung may read them."""
+    code, out, err = inside(capsys, "climb", config, INSIDE, "climb.rungs=[zero_shot, p_tuning, lora]", "--json")
+    assert code == 0, err
+    rows = {row["rung"]: row for row in json.loads(out)["ladder"]}
+    assert rows["p_tuning"]["prompt_tokens"] == rows["lora"]["prompt_tokens"] + 3
+    run = tmp_path / "run" / "rungs" / "p_tuning"
+    code, out, err = inside(capsys, "chat", run, "--question", "what is in it?", "--max-new-tokens", 5, "--compare")
+    assert code == 0, err
+    code, out, err = inside(capsys, "eval", run, "--json")
+    assert code == 0, err

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from processes import inside
-from rung.run import open_run
+from rung.opened import open_run
 
 
 def manifest(folder: Path) -> dict[str, Any]:
@@ -112,3 +112,67 @@ def test_runs_that_do_not_go_together(runs: list[Path], tmp_path: Path, capsys: 
     (runs[1] / "run.json").write_text(json.dumps(other))
     code, _, err = inside(capsys, "fuse", *map(str, runs), *target)
     assert code == 3 and "different bases" in err
+
+
+@pytest.fixture
+def models(config: Path, tmp_path: Path, capsys: Any) -> list[Path]:
+    made = [tmp_path / f"model{i}" for i in range(2)]
+    for i, folder in enumerate(made):
+        given = ["method={kind: full}", f"seed={i}", "engine.max_steps=3", "engine.learning_rate=1e-3"]
+        assert inside(capsys, "train", config, *given, f"output={folder}")[0] == 0
+    return made
+
+
+def test_full_runs_add_up_tensor_by_tensor(models: list[Path], tiny_base: Path, tmp_path: Path, capsys: Any) -> None:
+    """Embeddings and norms too: the base plus the weighted differences."""
+    fused = tmp_path / "fused"
+    code, out, err = inside(capsys, "fuse", *models, "-o", fused, "--weights", "0.5,-2", "--json")
+    assert code == 0, err
+    assert json.loads(out)["lost"] == 0.0 and manifest(fused)["spec"]["method"]["kind"] == "full"
+    base, first, second, both = (
+        load_file(folder / "model.safetensors") for folder in (tiny_base, *(m / "model" for m in (*models, fused)))
+    )
+    assert base.keys() == both.keys()
+    for name, value in both.items():
+        expected = base[name] + 0.5 * (first[name] - base[name]) - 2.0 * (second[name] - base[name])
+        assert (value - expected).abs().max() < 1e-6, name
+        assert not torch.equal(value, base[name]), name
+    assert inside(capsys, "eval", fused, "--limit", "3")[0] == 0
+
+
+@pytest.mark.parametrize("how", ["sum", "ties:0.5"])
+def test_full_runs_cut_to_a_rank_are_a_lora(
+    how: str, models: list[Path], tiny_base: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """What embeddings and norms moved is lost, so the loss is above that of the matrices alone."""
+    fused = tmp_path / "fused"
+    code, out, err = inside(capsys, "fuse", *models, "-o", fused, "--how", how, "--rank", "64", "--json")
+    assert code == 0, err
+    assert 0.0 < json.loads(out)["lost"] < 1.0 and json.loads(out)["ranks"] == [16, 32]
+    if how == "sum":
+        base, first, second = (load_file(f / "model.safetensors") for f in (tiny_base, *(m / "model" for m in models)))
+        name = "model.layers.1.mlp.down_proj.weight"
+        assert (weights_of(fused)[name] - (first[name] + second[name] - base[name])).abs().max() < 1e-5
+
+
+def test_runs_that_cannot_be_fused(
+    runs: list[Path], models: list[Path], config: Path, tmp_path: Path, capsys: Any
+) -> None:
+    target = ["-o", str(tmp_path / "fused")]
+    code, _, err = inside(capsys, "fuse", runs[0], models[0], *target)
+    assert code == 2 and "do not fuse" in err
+    code, _, err = inside(capsys, "fuse", *models, *target, "--learn", config)
+    assert code == 2 and "adapters alone" in err
+    settings = ["climb.rungs=[zero_shot]", f"output={tmp_path / 'climb'}"]
+    assert inside(capsys, "climb", config, *settings)[0] == 0
+    code, _, err = inside(capsys, "fuse", runs[0], tmp_path / "climb", *target)
+    assert code == 3 and "a climb" in err
+    assert inside(capsys, "train", config, "method.kind=qlora", f"output={tmp_path / 'narrow'}")[0] == 0
+    code, _, err = inside(capsys, "fuse", runs[0], tmp_path / "narrow", *target)
+    assert code == 3 and "quantised base" in err
+    other = manifest(runs[1])
+    other["fingerprints"]["text"] = "0" * 64
+    (runs[1] / "run.json").write_text(json.dumps(other))
+    code, _, err = inside(capsys, "fuse", *runs, *target)
+    assert code == 3 and "templates" in err
+    assert not (tmp_path / "fused").exists()

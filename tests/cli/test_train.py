@@ -108,6 +108,7 @@ def test_not_finite_never_steps_and_stops_after_three(
         "kind: lora, layers: [1]",
         "kind: lora, sampled_layers: 1, resample_every: 2",
         "kind: lottery, scout_steps: 2",
+        "kind: lottery, scout_steps: 2, rewind: false",
         "kind: lottery, scout_steps: 5, score: energy",
         "kind: full",
         "kind: head",
@@ -117,6 +118,7 @@ def test_not_finite_never_steps_and_stops_after_three(
         "kind: prompt, virtual_tokens: 3",
         "kind: prefix, virtual_tokens: 3, projection: 6",
         "kind: p_tuning, virtual_tokens: 3",
+        "kind: p_tuning, virtual_tokens: 3, positions: {front: 1, user: 1, assistant: 1}",
         "kind: peft, config: {peft_type: IA3, feedforward_modules: []}",
     ],
 )
@@ -410,3 +412,20 @@ def test_broken_gguf(config: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "bad.gguf").write_text("not a model")
     code, _, err = inside(capsys, "train", config, f"model.name={tmp_path / 'bad.gguf'}")
     assert code == 2 and "GGUF" in err and "Traceback" not in err
+
+
+def test_a_lottery_that_is_never_drawn_is_refused(config: Path, tmp_path: Path, capsys: Any) -> None:
+    code, _, err = inside(capsys, "train", config, "method={kind: lottery, scout_steps: 6}")
+    assert code == 2 and "before the lottery is drawn" in err and not (tmp_path / "run").exists()
+
+
+def test_the_best_of_a_lottery_is_one_that_its_winners_made(config: Path, tmp_path: Path, capsys: Any) -> None:
+    """Losses of all layers do not count once most have left: the saved adapter is the one that was measured."""
+    settings = ["method={kind: lottery, scout_steps: 4, keep: 0.5}", "engine.eval_every=1", "engine.patience=3"]
+    code, _, err = inside(capsys, "train", config, *settings, "engine.learning_rate=0.05")
+    assert code == 0, err
+    found = manifest(tmp_path / "run")
+    assert found["best_step"] > 4 and len(found["lottery"]["winners"]) == 1
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    late = [entry["validation_loss"] for entry in log if entry["step"] > 4 and "validation_loss" in entry]
+    assert found["validation_loss"] == min(late)

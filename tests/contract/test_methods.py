@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 
 from builders import calibrated, documents, policy_of, tuned
 from models import SHAPES, tiny_model
-from rung.engine.gates import check_identity, check_trainable, frozen_digest
+from naive import distance, gradients, naive, naive_loss, redraw
+from rung.engine.gates import check_decoding, check_identity, check_packing, check_trainable, frozen_digest
 from rung.engine.optim import make_optimiser
 from rung.engine.pack import pack
 from rung.engine.step import accumulate
@@ -25,7 +31,7 @@ from rung.objective.table import OBJECTIVES
 from rung.spec.engine import OptimiserSpec
 from rung.spec.method import METHOD_SPECS
 from rung.spec.objective import SftSpec
-from tolerances import FLOAT32_NATS
+from tolerances import FLOAT32_NATS, FLOAT64
 
 PEFT_TUNERS: list[dict[str, object]] = [
     {"peft_type": "IA3", "feedforward_modules": []},
@@ -52,8 +58,11 @@ VARIANTS: list[tuple[str, dict[str, object]]] = [
     ("lora", {"init": "corda", "rank": 4, "alpha": 3.0}),
     ("lora", {"init": "lora_ga", "rank": 4, "modules_to_save": ("lm_head",)}),
     ("lora", {"ranks": {"down": 4, "1": 2, "1.q": 3}, "rank": 8}),
+    ("lora", {"dropout": 0.3, "rank": 4}),
+    ("lora", {"sampled_layers": 1, "resample_every": 1, "rank": 4}),
     ("qlora", {}),
     ("qlora", {"bits": 8, "rank": 4, "rslora": True, "layers": (1,)}),
+    ("qlora", {"init": "loftq", "rank": 4}),
     ("lottery", {"rank": 4}),
     ("mixture", {"experts": 3, "rank": 4}),
     ("mixture", {"experts": 4, "rank": 2, "top_k": 2, "targets": ("up", "down"), "balance": 0.0}),
@@ -270,16 +279,134 @@ def test_full_in_bfloat16_trains_in_float32() -> None:
 
 
 @pytest.mark.parametrize(("kind", "spec"), VARIANTS, ids=IDS)
-def test_bfloat16_compute_gives_nearly_the_gradient_of_float32(kind: str, spec: dict[str, object]) -> None:
-    gradients = []
+def test_bfloat16_compute_gives_nearly_the_gradient_of_float32(
+    kind: str, spec: dict[str, object], tmp_path: Path
+) -> None:
+    found = []
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny_model(dtype=dtype)
         method = attach(model, METHOD_SPECS[kind](**spec), seed=3)
-        policy = policy_of(model, method, compute=dtype)
+        policy = calibrated(policy_of(model, method, compute=dtype), method)
+        if dtype is torch.float32:
+            method.save(tmp_path)
+        elif spec.get("init") is not None:
+            method.load(tmp_path)  # singular vectors read off rounded numbers are others
         assert all(p.dtype is torch.float32 for p in method.trainable().values())
         accumulate(policy, OBJECTIVES["sft"](SftSpec()), pack(documents(shared=17), 10_000))
-        gradients.append(torch.cat([p.grad.flatten() for p in method.trainable().values() if p.grad is not None]))
-    exact, low = gradients
+        found.append(torch.cat([p.grad.flatten() for p in method.trainable().values() if p.grad is not None]))
+    exact, low = found
     # bfloat16 keeps 8 bits of mantissa; what is chosen by it (a level, an expert) may be another
     limit = 0.2 if kind == "qlora" or "top_k" in spec else 0.05
     assert (exact - low).norm() / exact.norm() < limit
+
+
+@pytest.mark.parametrize(("kind", "spec"), VARIANTS, ids=IDS)
+def test_packed_equals_unpacked_and_said_equals_read(kind: str, spec: dict[str, object]) -> None:
+    policy, _ = tuned(kind, **spec)
+    assert check_packing(policy, documents(shared=18)).state == "passed"
+    assert check_decoding(policy, documents()).state == "passed"
+
+
+PLAIN = [(kind, spec) for kind, spec in VARIANTS if kind not in ("prompt", "prefix", "p_tuning")]
+"""Methods that a model without Rung's engine can run; virtual tokens have oracles of their own."""
+
+
+@pytest.mark.parametrize(("kind", "spec"), PLAIN, ids=[i for i, v in zip(IDS, VARIANTS, strict=True) if v in PLAIN])
+def test_gradients_are_those_of_one_document_at_a_time(kind: str, spec: dict[str, object]) -> None:
+    """Packed, shared and fused against transformers' and peft's own forward."""
+    exact = kind not in ("qlora", "peft")  # which compute in float32 whatever they are given
+    dtype, examples = torch.float64 if exact else torch.float32, documents(3, count=5, shared=20)
+    theirs, their_method = naive(kind, "phi", dtype=dtype, **spec)
+    naive_loss(theirs, examples)
+    model = tiny_model("phi", dtype=dtype)
+    method = attach(model, METHOD_SPECS[kind](**spec), seed=0)
+    redraw(method)
+    share = method.keeps_apart() is None
+    accumulate(policy_of(model, method), OBJECTIVES["sft"](SftSpec()), pack(examples, 60, share_prefixes=share))
+    assert distance(gradients(method), gradients(their_method)) < (FLOAT64 if exact else 1e-4)
+
+
+def test_a_fresh_process_gives_the_same_model(tmp_path: Path) -> None:
+    """Every variant saved here and loaded there, in one process for all of them."""
+    batch, expected = pack(documents(), 10_000)[0], {}
+    for number, (kind, spec) in enumerate(VARIANTS):
+        policy, method = tuned(kind, **spec)
+        method.save(tmp_path / str(number))
+        expected[str(number)] = policy.logprobs(batch).detach()
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from safetensors.torch import save_file\n"
+        "from test_methods import *\n"
+        "folder, found, batch = Path(sys.argv[1]), {}, pack(documents(), 10_000)[0]\n"
+        "for number, (kind, spec) in enumerate(VARIANTS):\n"
+        "    method = attach(tiny_model(), METHOD_SPECS[kind](**spec), seed=5)\n"
+        "    method.load(folder / str(number))\n"
+        "    found[str(number)] = policy_of(method.model, method).logprobs(batch).detach()\n"
+        "save_file(found, folder / 'found.safetensors')\n"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    subprocess.run([sys.executable, "-c", script, tmp_path], check=True, env={**os.environ, "PYTHONPATH": path})
+    found = load_file(tmp_path / "found.safetensors")
+    assert [IDS[int(n)] for n, value in expected.items() if not torch.equal(found[n], value)] == []
+
+
+def test_a_method_is_ready_to_answer_once_it_is_attached() -> None:
+    """Modules that peft makes begin in training mode, with their dropout on."""
+    _, method = tuned("lora", dropout=0.5)
+    dropouts = [m for m in method.model.modules() if isinstance(m, torch.nn.Dropout)]
+    assert dropouts and not any(m.training for m in dropouts)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "p_tuning", "bottleneck"])
+def test_tensors_of_another_shape_are_refused(kind: str, tmp_path: Path) -> None:
+    """Copying would stretch one row over all."""
+    given = {
+        "prompt": {"virtual_tokens": 3},
+        "p_tuning": {"virtual_tokens": 3, "hidden": 8},
+        "bottleneck": {"width": 4},
+    }
+    _, method = tuned(kind, **given[kind])
+    method.save(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    state = load_file(file)
+    name = sorted(state)[0]
+    save_file({**state, name: state[name][:1].clone()}, file)
+    with pytest.raises(CheckpointError, match="another shape"):
+        method.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["ADALORA", "ADAMSS"])
+def test_tuners_that_need_a_loop_of_their_own_are_refused(kind: str) -> None:
+    with pytest.raises(ConfigError, match="between steps"):
+        attach(tiny_model(), METHOD_SPECS["peft"](config={"peft_type": kind}), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [
+        ("lora", {"resample_every": 5}),
+        ("lora", {"init_examples": 5}),
+        ("lora", {"init": "pissa", "init_examples": 5}),
+        ("lottery", {"init_examples": 5}),
+        ("qlora", {"bits": 8, "double_quantised": False}),
+        ("peft", {"config": {"peft_type": "LN_TUNING"}, "layers": (1,)}),
+        ("peft", {"config": {"peft_type": "IA3", "target_modules": ["q_proj"]}, "targets": ("q",)}),
+    ],
+    ids=str,
+)
+def test_settings_that_nothing_would_read_are_refused(kind: str, spec: dict[str, object]) -> None:
+    with pytest.raises((ValidationError, ConfigError), match="nothing"):
+        attach(tiny_model(), METHOD_SPECS[kind](**spec), seed=0)
+
+
+def test_modules_trained_whole_are_those_named_and_no_others() -> None:
+    """peft takes a bare name for every module whose name ends with it."""
+    model = tiny_model()
+    method = attach(model, METHOD_SPECS["lora"](modules_to_save=("norm",), rank=2), seed=0)
+    assert method.declared_parameters() == sum(p.numel() for p in method.trainable().values())
+    assert [n for n in method.trainable() if "lora_" not in n] == ["model.norm.modules_to_save.default.weight"]
+
+
+def test_a_loftq_rank_that_a_matrix_has_not() -> None:
+    with pytest.raises(ConfigError, match=r"method\.rank"):
+        attach(tiny_model(), METHOD_SPECS["qlora"](init="loftq", rank=64), seed=0)

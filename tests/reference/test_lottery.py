@@ -81,7 +81,8 @@ def test_winners_alone_move_and_losers_add_nothing(rewind: bool, tmp_path: Path)
     for step in range(4):
         before = {n: p.detach().clone() for n, p in method.trainable().items()}
         moving = method.at_step(step)
-        assert (moving is None) == (step < 2) and (moving is None or moving.anew == (step == 2))
+        assert (moving is None) == (step < 2)
+        assert moving is None or (moving.turns, moving.anew) == (step == 2, step == 2 and rewind)
         if moving is not None:
             move_only(optimiser, method.trainable(), moving)
         if step == 2:
@@ -91,7 +92,8 @@ def test_winners_alone_move_and_losers_add_nothing(rewind: bool, tmp_path: Path)
                     assert torch.equal(parameter, start[name] if rewind else before[name])
                 elif ".lora_B." in name:
                     assert not parameter.any()
-            assert not optimiser.state
+            still = {n for n, p in method.trainable().items() if p in optimiser.state}
+            assert {layer_number(f".{n}") for n in still} == (set() if rewind else {winner})
         optimiser.zero_grad()
         accumulate(policy, SFT, pack(documents(), 1000))
         set_rate(optimiser, 1e-2)

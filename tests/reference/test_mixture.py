@@ -11,7 +11,8 @@ from models import tiny_model
 from naive import distance, gradients, naive, naive_loss
 from rung.engine.pack import pack, pack_separately
 from rung.engine.step import accumulate, mean_loss
-from rung.method.mixture import NAME, balance_loss, chosen, owners
+from rung.method.mixture import NAME, balance_loss, chosen, owners, shares
+from rung.model.fuse import fuse
 from rung.objective.sft import Sft
 from rung.spec.objective import SftSpec
 
@@ -87,11 +88,29 @@ def test_the_balance_is_one_when_even_and_the_number_of_experts_when_not() -> No
     expected = 0.0
     for rows in batch.rows:
         routed = chosen(mixed, 2)[rows] > 0
-        shares = routed.double().sum(0) / routed.sum()
-        expected += 4 * float((shares * mixed[rows].mean(0)).sum())
-    assert float(balance_loss(mixed, chosen(mixed, 2), owners(batch), batch.sequences)) == pytest.approx(
-        expected, rel=1e-12
-    )
+        share_E = routed.double().sum(0) / routed.sum()
+        expected += 4 * float((share_E * mixed[rows].mean(0)).sum())
+    routed = shares(chosen(mixed, 2), 2)
+    assert float(balance_loss(mixed, routed, owners(batch), batch.sequences)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("top", [None, 2])
+def test_the_balance_spreads_the_tokens(top: int | None) -> None:
+    """Steps down the balance alone bring a router that favours one expert near 1; a constant would leave it."""
+    (batch,) = pack(documents(6, count=3), 10_000, share_prefixes=False)
+    x = torch.randn(len(batch.ids), 8, dtype=torch.float64)
+    x[:, 0] = 1.0  # by which every token can be sent one way
+    router = torch.zeros(8, 4, dtype=torch.float64)
+    router[0, 1] = 3.0
+    router.requires_grad_(True)
+    found = []
+    for _ in range(60):
+        probabilities = torch.softmax(x @ router, -1)
+        loss = balance_loss(probabilities, shares(chosen(probabilities, top), top), owners(batch), batch.sequences)
+        (gradient,) = torch.autograd.grad(loss, router)
+        router = (router - 0.5 * gradient / batch.sequences).detach().requires_grad_(True)
+        found.append(float(loss.detach()) / batch.sequences)
+    assert found[0] > 1.2 and found[-1] < found[0] - 0.15
 
 
 def test_the_penalty_moves_the_router_and_is_no_part_of_validation() -> None:
@@ -108,7 +127,9 @@ def test_the_penalty_moves_the_router_and_is_no_part_of_validation() -> None:
 def test_the_base_is_bit_identical_when_off() -> None:
     policy, _ = tuned("mixture", experts=3, rank=2)
     batch = pack(documents(), 10_000)[0]
-    assert (policy.reference_logprobs(batch) - policy_of(tiny_model()).logprobs(batch)).abs().max() < 1e-5
+    base = tiny_model()
+    fuse(base)
+    assert torch.equal(policy.reference_logprobs(batch), policy_of(base).logprobs(batch))
 
 
 @pytest.mark.parametrize("balance", [0.0, 0.5])

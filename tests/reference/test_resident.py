@@ -110,7 +110,7 @@ def test_a_run_on_a_narrow_base_loses_nothing_as_a_base(
     run = tmp_path / "run"
     method.save(run / "adapter")
     tiny_tokenizer.save_pretrained(run / "adapter")
-    spec = {"spec": {"model": {"name": name}}, "fingerprints": {"base": base.fingerprint}}
+    spec = {"spec": {"model": {"name": name}, "method": {"kind": "lora"}}, "fingerprints": {"base": base.fingerprint}}
     (run / "run.json").write_text(json.dumps(spec))
     batch = pack(documents(), 1000)[0]
     before = Policy(base, method).logprobs(batch)

@@ -15,6 +15,7 @@ from rung.engine import gates
 from rung.engine.checkpoint import newest, prune, verify, write_folder
 from rung.engine.optim import make_optimiser
 from rung.errors import CheckpointError, GateError
+from rung.method.base import Moving
 from rung.method.table import attach
 from rung.model import attention
 from rung.spec.engine import OptimiserSpec
@@ -146,3 +147,37 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="could not write"):
         write_folder(tmp_path / "file" / "below", lambda aside: None)
+
+
+def stepped(method: object, optimiser: torch.optim.Optimizer, still: set[str]) -> None:
+    for name, parameter in method.trainable().items():  # type: ignore[attr-defined]
+        parameter.grad = torch.zeros_like(parameter) if name in still else torch.ones_like(parameter)
+    optimiser.step()
+
+
+def test_movement_waits_for_tasks_that_have_not_come() -> None:
+    """A table is judged after two steps with documents of its task; one that then stood still fails."""
+    policy, method = tuned("prompt", virtual_tokens=2, tasks=("often", "rare"))
+    optimiser, movement = make_optimiser(method.trainable(), OptimiserSpec()), None
+    for broken in (False, True):
+        movement = gates.Movement(policy.model, method.trainable())
+        found = []
+        for tasks in (["often"], ["rare"], ["often", "rare"]):
+            reached = method.reached(tasks)
+            stepped(method, optimiser, {n for n in method.trainable() if n not in reached or (broken and "rare" in n)})
+            found.append(movement.see(optimiser, None, reached))
+        assert [gate and gate.state for gate in found] == [None, None, "failed" if broken else "passed"]
+        assert movement.see(optimiser) is None  # one verdict a run
+
+
+def test_movement_counts_anew_what_begins_anew() -> None:
+    """The first step after a rewind moves B alone: A has no gradient while B is zero."""
+    policy, method = tuned("lora")
+    optimiser = make_optimiser(method.trainable(), OptimiserSpec())
+    movement, names = gates.Movement(policy.model, method.trainable()), set(method.trainable())
+    a = {name for name in names if ".lora_A." in name}
+    found = []
+    for moving, still in ((None, a), (Moving(names, anew=True, turns=True), a), (Moving(names), set())):
+        stepped(method, optimiser, still)
+        found.append(movement.see(optimiser, moving))
+    assert [gate and gate.state for gate in found] == [None, None, "passed"]

@@ -79,3 +79,12 @@ def test_a_spec_names_its_ids() -> None:
     spec = PTuningSpec(virtual_tokens=6, positions={"front": 1, "user": 2, "assistant": 3})  # type: ignore[arg-type]
     assert in_front(spec) == 1 and inserted(spec, 50) == {"user": (50, 51), "assistant": (52, 53, 54)}
     assert in_front(PTuningSpec(virtual_tokens=6)) == 6 and inserted(PTuningSpec(), 50) == {}
+
+
+def test_what_is_too_long_loses_words_and_never_virtual_tokens(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    chat = Chat(tiny_tokenizer, inserted=BOTH)
+    long = record("word " * 60, "a")
+    tokenised = chat.examples([long], max_length=40, overflow="trim_prompt")
+    ids = tokenised.examples[0].ids.tolist()
+    assert len(ids) == 40 and [i for i in ids if i >= 320] == [*USER, *ASSISTANT]
+    assert chat.preflight(tokenised).failing == 0

@@ -108,7 +108,7 @@ def test_drawn_layers_alone_move_and_leave_no_moments_behind() -> None:
         accumulate(policy, Sft(SftSpec()), pack(documents(), 1000))
         set_rate(optimiser, 1e-3)
         optimiser.step()
-        gate = movement.see(optimiser, moving.names)
+        gate = movement.see(optimiser, moving)
         assert (gate is not None) == (step == 1) and (gate is None or gate.state == "passed")
         changed = {n for n, p in method.trainable().items() if not torch.equal(p, start[n])}
         assert changed == set(moving.names)

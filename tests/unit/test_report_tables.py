@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from rung.report.facts import gates_text, measured_text, method_text
+from rung.report import plots
+from rung.report.facts import gates_text, lottery_text, measured_text, method_text
 from rung.report.human import bounds, count, decimals, duration, fixed, memory, p_value, significant
 from rung.report.tables import dry_run_lines, ladder_lines, run_lines, score_lines
 
@@ -194,3 +195,15 @@ def test_score_lines() -> None:
 )  # fmt: skip
 def test_numbers_and_words(said: object, expected: object) -> None:
     assert said == expected
+
+
+def test_a_lottery_says_whether_its_middle_won() -> None:
+    """Nine layers, three of them in the middle; all three winners from there happens by chance once in 84."""
+    found = {"scores": {str(n): 0.3 if n in (3, 4, 5) else 1 / 60 for n in range(9)}, "winners": [3, 4, 5]}
+    said = lottery_text({**found, "of_layers": 9, "choose": "best"})
+    assert "3 of the 3 from the middle third, 1.0 by chance (p = 0.01)" in said and "middle third 90%" in said
+    assert "p =" not in lottery_text({**found, "of_layers": 9, "choose": "random"})
+    upper = {"scores": {"6": 0.5, "7": 0.25, "8": 0.25}, "winners": [6], "of_layers": 9, "choose": "best"}
+    assert "first third 0%, middle third 0%, last third 100%" in lottery_text(upper)
+    drawn = plots.layer_scores("run", found["scores"], found["winners"])
+    assert "3: 30.0%" in drawn and drawn.count("<path") > 9

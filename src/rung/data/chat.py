@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -90,6 +91,12 @@ class Chat:
         self._endings, self._lead = self._probe(template)
         self.inserted = inserted
         self.stop_ids = tuple(dict.fromkeys(e.stop_id for e in self._endings))
+
+    def of_the_base(self) -> Chat:
+        """The same without anything inserted: what a model that learned nothing reads."""
+        plain = copy.copy(self)
+        plain.inserted = None
+        return plain
 
     def prompt_text(self, messages: Sequence[Message], *, context: str | None = None, tools: str | None = None) -> str:
         """The text a model is to continue, with the template's opening of the answer.

@@ -63,7 +63,8 @@ def tokenise(
             long.extend((i, length))
             if overflow != "trim_prompt":
                 continue
-            if length - max(document.prompt - 1, 0) > limit:  # one prompt token stays: it predicts the answer's first
+            inserted = sum(token >= chat.inserted.first for token in document.ids) if chat.inserted else 0
+            if length - max(document.prompt - 1 - inserted, 0) > limit:  # one stays: it predicts the answer's first
                 stuck.extend((i, length))
                 continue
             document = _trim(chat, document, limit)
@@ -169,16 +170,21 @@ def _conversation(pieces: list[tuple[bool, str, list[int]]], *, everything: bool
 
 
 def _trim(chat: Chat, document: Document, limit: int) -> Document:
-    """Cut the earliest tokens of the prompt, but keep a leading BOS."""
+    """Cut the earliest tokens of the prompt, but keep a leading BOS, and virtual tokens wherever they stand."""
     excess = len(document.ids) - limit
     if excess <= 0:
         return document
     head = int(chat.bos_id is not None and document.ids[0] == chat.bos_id)
-    supervised = np.delete(document.supervised, np.s_[head : head + excess])
+    ids = np.array(document.ids)
+    real = chat.inserted.first if chat.inserted else np.iinfo(ids.dtype).max
+    cut = head + np.flatnonzero(ids[head : document.prompt] < real)[:excess]
+    supervised = np.delete(document.supervised, cut)
     supervised[0] = False
-    ids = document.ids[:head] + document.ids[head + excess :]
     return document._replace(
-        ids=ids, supervised=supervised, start=document.start - excess, prompt=document.prompt - excess
+        ids=np.delete(ids, cut).tolist(),
+        supervised=supervised,
+        start=document.start - excess,
+        prompt=document.prompt - excess,
     )
 
 

@@ -5,6 +5,7 @@ Gate 1 stands in `data.chat`, gate 4 in `checkpoint.write_folder`, gate 5 in `pu
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from rung.engine.pack import pack, pack_separately
 from rung.engine.record import Gate
 from rung.errors import GateError
-from rung.method.base import Method
+from rung.method.base import Method, Moving
 from rung.model.fuse import own_forwards
 from rung.model.generate import Sampling, generate
 from rung.model.policy import Policy
@@ -102,30 +103,46 @@ class Movement:
     def __init__(self, model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> None:
         self.model, self.trainable = model, trainable
         self.before = frozen_digest(model)
-        self.expected: set[str] = set()
+        self.chances: Counter[str] = Counter()
+        """Steps in which a tensor could have moved; the first may be in vain: A stands still while B is zero."""
         self.moved: set[str] = set()
-        self.steps = 0
+        self.gate: Gate | None = None
 
-    def see(self, optimiser: torch.optim.Optimizer, moving: Collection[str] | None = None) -> Gate | None:
-        """Look at the gradients right after an optimiser step; the verdict comes with the second.
+    def see(
+        self,
+        optimiser: torch.optim.Optimizer,
+        moving: Moving | None = None,
+        reached: Collection[str] | None = None,
+    ) -> Gate | None:
+        """Look at the gradients right after an optimiser step; the verdict comes once a tensor has had two chances.
 
-        `moving` names what may move in this step where that is not everything.
+        `moving` says what may move in this step, `reached` what its documents can move; None is everything.
         """
-        self.expected |= set(self.trainable if moving is None else moving)
-        for name, parameter in self.trainable.items():
+        if self.gate is not None:
+            return None
+        names = set(self.trainable) if moving is None else set(moving.names)
+        names &= names if reached is None else set(reached)
+        if moving is not None and moving.anew:
+            self.chances.clear()
+        self.chances.update(names)
+        for name in names - self.moved:
+            parameter = self.trainable[name]
             gradient = parameter.grad
             state: Mapping[str, Tensor] = optimiser.state.get(parameter, {})
             moment = state.get("exp_avg", state.get("state1"))  # torch's name, and that of moments in 8 bits
             if gradient is not None and moment is not None and bool(gradient.any()) and bool(moment.any()):
                 self.moved.add(name)
-        self.steps += 1
-        return self._verdict() if self.steps == 2 else None
+        judged = {name for name, chances in self.chances.items() if chances >= 2}
+        if judged:
+            self.gate = self._verdict(judged)
+        return self.gate
 
-    def _verdict(self) -> Gate:
-        still = sorted(self.expected - self.moved)
+    def _verdict(self, judged: set[str]) -> Gate:
+        still = sorted(judged - self.moved)
         after = frozen_digest(self.model)
         changed = sorted(name for name, value in self.before.items() if after.get(name) != value)
-        measured = f"{len(self.moved)} of {len(self.expected)} tensors moved, {len(changed)} frozen ones changed"
+        moved = f"{len(judged & self.moved)} of {len(judged)}"
+        measured = f"{moved} tensors moved, {len(changed)} frozen ones changed"
         if still or changed:
             named = f"; not moved: {still[:2]}" if still else f"; changed: {changed[:2]}"
             return Gate("movement", "failed", measured + named, "all, 0")

@@ -83,18 +83,13 @@ class Trainer:
         self.trunk: TrunkCache | None = None
         self.sharing = self._sharing()
         self.lowest = lowest_moving_layer(self.policy.model, self.method.trainable())
-        self.policy.layers_to_recompute = partial(
-            layers_to_recompute,
-            self.policy.model.config,
-            lowest=self.lowest,
-            limit=longest_document_bytes(self.policy.device),
-        )
-
-    def total_steps(self, rows: int) -> int:
-        """Optimiser steps of a whole run over this many rows."""
-        per_epoch = -(-rows // self.spec.examples_per_step)
-        total = math.ceil(self.spec.epochs * per_epoch - 1e-9)
-        return min(total, self.spec.max_steps or total)
+        if self.method.runs_again():
+            self.policy.layers_to_recompute = partial(
+                layers_to_recompute,
+                self.policy.model.config,
+                lowest=self.lowest,
+                limit=longest_document_bytes(self.policy.device),
+            )
 
     def restore(self) -> bool:
         """Take up the newest checkpoint that verifies, if there is one."""
@@ -112,7 +107,7 @@ class Trainer:
         """Take every remaining step. Raises `Interrupted` after saving, `GateError` when a gate fails."""
         if not train:
             raise DataError("no training rows are left", hint="look at the counts of: rung data check")
-        total = self.total_steps(len(train))
+        total = total_steps(self.spec, len(train))
         judged = any(gate["name"] == "movement" for gate in self.folder.manifest["gates"])
         movement = None if judged else Movement(self.policy.model, self.method.trainable())
         self.policy.model.train()
@@ -139,7 +134,7 @@ class Trainer:
             if self.trunk is not None:
                 self.folder.update(trunk=self.trunk.summary())
                 self.trunk = None  # and its file
-        if movement is not None and movement.steps < 2:
+        if movement is not None and movement.gate is None:
             gate = not_reached()
             self.folder.gate(gate)
             say(str(gate))
@@ -164,8 +159,8 @@ class Trainer:
         """Whether beginnings are computed once; says why not where the config asks for it."""
         if self.spec.packing != "tree":
             return False
-        if not self.method.shares_prefixes():
-            say("adapter dropout: no shared prefixes, each copy of one is dropped differently")
+        if reason := self.method.keeps_apart():
+            say(f"no shared prefixes: {reason}")
             return False
         if has_flat_kernel(self.policy.device):
             say("variable-length flash attention knows no trees: shared prefixes are unrolled")
@@ -175,7 +170,7 @@ class Trainer:
     def _trunk(self, train: Sequence[Example]) -> TrunkCache | None:
         """A cache of the layers that do not move, where they would run a second time and the disk has room."""
         first_epoch = -(-len(train) // self.spec.examples_per_step)
-        if not self.spec.cache_trunk or self.lowest == 0 or self.total_steps(len(train)) <= first_epoch:
+        if not self.spec.cache_trunk or self.lowest == 0 or total_steps(self.spec, len(train)) <= first_epoch:
             return None
         some = [len(train[i]) for i in range(0, len(train), max(1, len(train) // LENGTHS))]
         needed = int(np.mean(some) * len(train) * 4 * self.policy.model.config.hidden_size)
@@ -199,8 +194,8 @@ class Trainer:
         moving = self.method.at_step(self.progress.step)
         if moving is not None:
             move_only(self.optimiser, self.method.trainable(), moving)
-            if moving.anew:
-                self.folder.update(**self.method.statistics())
+            if moving.turns:
+                self._turn()
         loss = accumulate(self.policy, self.objective, batches)
         parameters = list(self.method.trainable().values())
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.spec.clip or math.inf)
@@ -217,7 +212,9 @@ class Trainer:
         self.progress.loss = float(loss)
         if not finite:
             self._skip(examples, float(loss), float(norm))
-        elif movement is not None and (gate := movement.see(self.optimiser, moving and moving.names)):
+        elif movement is not None and (
+            gate := movement.see(self.optimiser, moving, self.method.reached({e.task for e in examples}))
+        ):
             self.folder.gate(gate)
             say(str(gate))
             enforce(gate)
@@ -230,6 +227,12 @@ class Trainer:
             "seconds": round(seconds, 4),
             **({} if finite else {"skipped": True}),
         }
+
+    def _turn(self) -> None:
+        """The method is another from here on: earlier validation losses and their best weights were of the old one."""
+        self.folder.update(**self.method.statistics())
+        self.progress.best, self.progress.best_step, self.progress.misses = None, 0, 0
+        shutil.rmtree(self.checkpoints / "best", ignore_errors=True)
 
     def _skip(self, examples: Sequence[Example], loss: float, norm: float) -> None:
         """A step that is not finite never touches the weights; several in a row end the run."""
@@ -284,6 +287,13 @@ class Trainer:
 
     def _write(self, folder: Any) -> None:
         checkpoint.write_checkpoint(folder, state_of(self.method), self.optimiser, asdict(self.progress))
+
+
+def total_steps(spec: EngineSpec, rows: int) -> int:
+    """Optimiser steps of a whole run over this many rows."""
+    per_epoch = -(-rows // spec.examples_per_step)
+    total = math.ceil(spec.epochs * per_epoch - 1e-9)
+    return min(total, spec.max_steps or total)
 
 
 def summary(progress: Progress, method: Method) -> Mapping[str, Any]:

@@ -213,7 +213,7 @@ def _likelihoods(
     for record, prompt in zip(records, prompts, strict=True):
         answer = chat.encode([chat.parts(record, "answer")[-1].text], inner=True)[0]
         ids = np.array([*prompt, *answer], dtype=np.int32)
-        if len(ids) > policy.base.context:
+        if len(ids) > policy.base.context - policy.method.virtual_tokens:
             raise DataError("prompt and expected answer are longer than the model's context", where=str(record.source))
         examples.append(Example(ids, np.arange(len(ids)) >= len(prompt), record.source, task=record.task))
     budget = tokens_per_micro_batch(policy.model.config, policy.device.type)

@@ -23,6 +23,8 @@ class Moving(NamedTuple):
     names: Collection[str]
     anew: bool = False
     """Drop the moments of what moves as well: it begins again."""
+    turns: bool = False
+    """From here on it is another model: what was measured before does not compare."""
 
 
 class Sample(Protocol):
@@ -75,9 +77,17 @@ class Method(Protocol):
         """How a linear computes with this method, for `model/fuse.py`; None where only the module itself can."""
         return plain_part(module)
 
-    def shares_prefixes(self) -> bool:
-        """Whether one copy of a shared prefix may stand for several (not with dropout: the copies would differ)."""
+    def keeps_apart(self) -> str | None:
+        """Why one copy of a shared prefix may not stand for several; None where it may."""
+        return None
+
+    def runs_again(self) -> bool:
+        """Whether a layer may compute a second time in the backward pass, to hold less."""
         return True
+
+    def reached(self, tasks: Collection[str | None]) -> Collection[str] | None:
+        """Names of what documents of these tasks can move; None is everything."""
+        return None
 
     def save(self, folder: Path) -> None:
         """Write files that peft or transformers load as they are."""
@@ -122,8 +132,12 @@ class Method(Protocol):
         """How many positions it puts before every document; 0 where it is off."""
         return 0
 
-    def virtual(self, task: str | None) -> Virtual:
-        """What stands there, with its graph: embeddings [P, H], or keys and values by layer."""
+    def rows(self, task: str | None) -> Tensor:
+        """What virtual tokens are made of for documents of this task, with the graph."""
+        return torch.empty(0, 0)
+
+    def virtual(self, rows: Tensor) -> Virtual:
+        """Those that stand before a document: embeddings [P, H], or keys and values by layer."""
         return {}
 
     @property
@@ -131,9 +145,9 @@ class Method(Protocol):
         """How many ids beyond the vocabulary stand for something learned; 0 where it is off."""
         return 0
 
-    def inserted(self, task: str | None) -> Tensor:
-        """Their embeddings [P, H], with the graph."""
-        return torch.empty(0, 0)
+    def inserted(self, rows: Tensor) -> Tensor:
+        """Their embeddings [P, H]."""
+        return rows
 
 
 @contextmanager
@@ -156,12 +170,21 @@ def load_state(method: Method, state: Mapping[str, Tensor]) -> None:
     """Put checkpointed numbers back. Raises `CheckpointError` unless names and shapes are the same."""
     own = method.trainable()
     same_keys(state.keys(), own.keys(), "checkpoint")
+    same_shapes(own, state, "checkpoint")
     for name, parameter in own.items():
-        if parameter.shape != state[name].shape:
-            raise CheckpointError(
-                f"{name} has another shape", given=tuple(state[name].shape), allowed=str(tuple(parameter.shape))
-            )
         parameter.copy_(state[name])
+
+
+def same_shapes(own: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
+    """Raise `CheckpointError` naming the first tensor of another shape: copying would stretch it."""
+    for name, value in own.items():
+        if value.shape != found[name].shape:
+            raise CheckpointError(
+                f"{name} has another shape",
+                where=where,
+                given=tuple(found[name].shape),
+                allowed=str(tuple(value.shape)),
+            )
 
 
 def same_keys(found: object, expected: object, where: str) -> None:

@@ -59,7 +59,8 @@ def in_chunks(sizes: Mapping[str, int], limit: int = BYTES) -> Iterator[list[str
 def _add(sums: dict[str, Tensor], name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
     x = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    moment = x.T @ x
+    with torch.autocast(x.device.type, enabled=False):  # the trunk's would multiply, and then add, in bfloat16
+        moment = x.T @ x
     sums[name] = sums[name].add_(moment) if name in sums else moment
 
 

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rung.errors import PlanError
+from rung.errors import CheckpointError, PlanError
 from rung.method.base import Moving, Sample
 from rung.method.lora import OWN, Lora
+from rung.model.layers import layer_count
 from rung.model.targets import layer_number
 from rung.spec.method import LoraSpec, LotterySpec
 
@@ -86,20 +87,20 @@ class Lottery:
             layers = self.method.layers()
             self.winners = tuple(sorted({_layer(n) for n, layer in layers.items() if layer.lora_B[OWN].weight.any()}))
             self._leave()
-        return Moving(_trainables(self.method, self.winners or ()), anew=drawn)
+            if not self.winners:
+                raise CheckpointError("this checkpoint does not tell who won: it was saved before a winner moved")
+        return Moving(_trainables(self.method, self.winners or ()), anew=drawn and self.spec.rewind, turns=drawn)
 
     def statistics(self) -> Mapping[str, Any]:
         """Scores of the layers, as shares of their sum, and who won."""
         if not self.scores:
             return {}
-        third = max(1, len(self.layers) // 3)
-        borders = {"first": (0, third), "middle": (third, len(self.layers) - third), "last": (-third, None)}
-        thirds = {name: sum(self.scores[n] for n in self.layers[slice(*ends)]) for name, ends in borders.items()}
         return {
             "lottery": {
                 "scores": {str(number): round(score, 5) for number, score in self.scores.items()},
-                "thirds": {name: round(score, 5) for name, score in thirds.items()},
                 "winners": list(self.winners or ()),
+                "of_layers": layer_count(self.method.model),
+                "choose": self.spec.choose,
             }
         }
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rung.method.base import same_keys
+from rung.method.base import same_keys, same_shapes
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -50,6 +50,7 @@ def read(folder: Path, hosts: Mapping[str, nn.Module], own: str) -> None:
     state, parameters = load_file(folder / WEIGHTS), named(hosts, own)
     keys: Iterable[str] = [_key(name, own) for name in parameters]
     same_keys(state.keys(), keys, str(folder))
+    same_shapes({_key(name, own): p for name, p in parameters.items()}, state, str(folder))
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state[_key(name, own)])

@@ -31,6 +31,8 @@ from rung.spec.method import CALIBRATED, SUBTRACTED, LowRankSpec
 
 OWN, OFFSET = "default", "offset"
 """Names of the two halves within peft: what moves, and the frozen start with its sign turned."""
+DROPPED = "adapter dropout drops each copy of one differently"
+"""Why prefixes are not shared."""
 _INIT: dict[str, Any] = {"gaussian": "gaussian", "orthogonal": "orthogonal"}
 
 
@@ -86,12 +88,14 @@ class Lora(Method):
         self.shapes = {name: _shape(model.get_submodule(name)) for name in self.names}
         self.ranks = {name: _rank(name, spec) for name in self.names}
         self._check()
+        self.whole = [name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in spec.modules_to_save]
+        """Modules trained whole, by full names: peft takes a bare one for every name that ends with it."""
         if spec.dora and held_narrow(model):
             model.float()  # peft takes the norms of the columns in the type the weights are held in
         try:
             targets = [model.get_submodule(name) for name in self.names]
             with nullcontext() if spec.dora else seeming_wide(targets):
-                self.peft: PeftModel = quiet(get_peft_model, model, self._config(list(spec.modules_to_save)))
+                self.peft: PeftModel = quiet(get_peft_model, model, self._config(self.whole))
                 if self.subtracts:
                     quiet(self.peft.add_adapter, OFFSET, self._config([]))
         except ValueError as error:  # an initialisation that this rank cannot have
@@ -137,10 +141,8 @@ class Lora(Method):
         """Sum of r (inputs + outputs) over the targets, plus outputs with DoRA, plus modules trained whole."""
         low_rank = sum(self.ranks[name] * sum(shape) for name, shape in self.shapes.items())
         magnitudes = sum(outputs for _, outputs in self.shapes.values()) if self.spec.dora else 0
-        whole = 0
-        for name, module in self.model.named_modules():
-            if name.rsplit(".", 1)[-1] in self.spec.modules_to_save:
-                whole += sum(p.numel() for p in module.original_module.parameters())
+        kept: list[Any] = [self.model.get_submodule(name) for name in self.whole]
+        whole = sum(int(p.numel()) for module in kept for p in module.original_module.parameters())
         return low_rank + magnitudes + whole
 
     @contextmanager
@@ -172,9 +174,9 @@ class Lora(Method):
         both = (a[0], b[0]) if len(names) == 1 else (torch.cat(a), torch.cat(b, dim=1))
         return base._replace(a=both[0], b=both[1], scale=float(layer.scaling[names[0]]))
 
-    def shares_prefixes(self) -> bool:
-        """Unless dropout would differ between copies of a prefix."""
-        return self.spec.dropout == 0.0
+    def keeps_apart(self) -> str | None:
+        """Dropout."""
+        return DROPPED if self.spec.dropout else None
 
     def calibrate(self, sample: Sample, start: Path | None = None) -> None:
         """Set A and B as `init` says, and the frozen half so that the model is still the base."""
@@ -254,14 +256,8 @@ class Lora(Method):
         if unknown := sorted(set(spec.modules_to_save) - known):
             raise ConfigError("no such module", where="method.modules_to_save", given=", ".join(unknown))
         for name, (inputs, outputs) in self.shapes.items():
-            most = starts.largest_rank(spec.init, outputs, inputs)
-            if self.sample_size and self.ranks[name] > most:
-                raise ConfigError(
-                    f"init {spec.init} has no start of this rank for {name}, a matrix of {outputs} x {inputs}",
-                    where="method.rank",
-                    given=self.ranks[name],
-                    allowed=f"1 to {most}",
-                )
+            if spec.init in CALIBRATED:
+                starts.check_rank(spec.init, self.ranks[name], name, outputs, inputs)
         count = len({layer_number(f".{name}") for name in self.names})
         if spec.sampled_layers is not None and spec.sampled_layers > count:
             raise ConfigError(

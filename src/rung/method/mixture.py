@@ -5,9 +5,10 @@
 All experts of a linear are two products: their A's stand on one another, their B's side by side, and the router's
 weights are multiplied in between. B starts at zero, so the model starts as its base.
 
-The balance loss of a document is E sum_e f_e P_e (Fedus et al. 2022, eq. 4-6): f_e the share of its routed tokens that
-expert e got, P_e its mean router weight; 1 when all experts get as much. It is counted for each document and each
-linear, so it does not depend on how a step is cut into micro-batches.
+The balance loss of a document is E sum_e f_e P_e (Fedus et al. 2022, eq. 4-6): f_e the share of its tokens that expert
+e got, P_e its mean router weight; 1 when all experts get as much. Where all experts act, f_e is P_e itself: counted, it
+would be the same for all. The loss is counted for each document and each linear, so it does not depend on how a step is
+cut into micro-batches.
 
 Suffixes: T tokens, I inputs, O outputs, E experts, R rank.
 """
@@ -50,21 +51,23 @@ class Experts(nn.Module):
         self.a = nn.Parameter(torch.empty(spec.experts * spec.rank, inputs, device=device, dtype=dtype))
         self.b = nn.Parameter(torch.zeros(outputs, spec.experts * spec.rank, device=device, dtype=dtype))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
-        self.balanced = spec.balance > 0.0
+        self.balanced = spec.balance_weight > 0.0
         self.routed: tuple[Tensor, Tensor] | None = None
-        """Probabilities and weights [T, E] of the last call with a graph; whoever reads them takes them away."""
+        """Probabilities and shares [T, E] of the last call with a graph; whoever reads them takes them away."""
         self.load_E = torch.zeros(spec.experts, device=device, dtype=torch.float64)
-        """Tokens that each expert got in calls with a graph, since this process began."""
+        """Weight that each expert got in calls with a graph, summed over tokens, since this process began."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O], in the type of `x`."""
-        flat_TI = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, self.a.dtype))
-        probabilities_TE = torch.softmax((flat_TI @ self.router.T).float(), dim=-1).to(flat_TI.dtype)
+        flat_TI = x.reshape(-1, x.shape[-1])
+        wide_TI = flat_TI.to(torch.promote_types(x.dtype, self.a.dtype))
+        with torch.autocast(x.device.type, enabled=False):  # a choice between experts is not made in bfloat16
+            probabilities_TE = torch.softmax(wide_TI @ self.router.T, dim=-1)
         weights_TE = chosen(probabilities_TE, self.top)
         if torch.is_grad_enabled():
-            self.load_E += (weights_TE.detach() > 0).sum(0)
-            self.routed = (probabilities_TE, weights_TE) if self.balanced else None
-        low_TER = (flat_TI @ self.a.T).view(-1, self.count, self.rank) * weights_TE[..., None]
+            self.load_E += weights_TE.detach().sum(0)
+            self.routed = (probabilities_TE, shares(weights_TE, self.top)) if self.balanced else None
+        low_TER = (wide_TI @ self.a.T).view(-1, self.count, self.rank) * weights_TE[..., None]
         y_TO = self.scale * (low_TER.flatten(1) @ self.b.T)
         return y_TO.view(*x.shape[:-1], -1).to(x.dtype)
 
@@ -106,13 +109,17 @@ class Mixture(Method):
         """The base alone, inside the context."""
         return switched_off(self)
 
-    def shares_prefixes(self) -> bool:
-        """Not while the balance is counted by document: a shared token would count for one of them only."""
-        return self.spec.balance == 0.0
+    def keeps_apart(self) -> str | None:
+        """The balance, which is counted by document."""
+        return "a mixture's balance counts each token for its own document" if self.spec.balance_weight else None
+
+    def runs_again(self) -> bool:
+        """Not while the balance is read off what the routers gave the first time."""
+        return self.spec.balance_weight == 0.0
 
     def penalty(self, batch: PackedBatch) -> list[LossTerm]:
         """`balance` times the mean over linears of each document's balance loss, summed over documents."""
-        if not self.spec.balance:
+        if not self.spec.balance_weight:
             return []
         owner_T = owners(batch)
         total: list[Tensor] = []
@@ -120,14 +127,14 @@ class Mixture(Method):
             experts: Any = host.get_submodule(NAME)
             routed, experts.routed = experts.routed, None
             if routed is not None:
-                probabilities_TE, weights_TE = routed
-                total.append(balance_loss(probabilities_TE, weights_TE, owner_T, batch.sequences))
+                probabilities_TE, shares_TE = routed
+                total.append(balance_loss(probabilities_TE, shares_TE, owner_T, batch.sequences))
         if not total:
             return []
-        return [LossTerm(self.spec.balance * torch.stack(total).mean(), "sequences", "balance")]
+        return [LossTerm(self.spec.balance_weight * torch.stack(total).mean(), "sequences", "balance")]
 
     def statistics(self) -> Mapping[str, Any]:
-        """For `run.json`: by linear, the share of routed tokens that each expert got in training.
+        """For `run.json`: by linear, the share of the router's weight that each expert got in training.
 
         Counted since the process began: a resumed run counts anew.
         """
@@ -171,12 +178,18 @@ def owners(batch: PackedBatch) -> Tensor:
     return owner_T.to(batch.ids.device)
 
 
-def balance_loss(probabilities_TE: Tensor, weights_TE: Tensor, owner_T: Tensor, documents: int) -> Tensor:
+def shares(weights_TE: Tensor, top: int | None) -> Tensor:
+    """How much of each token an expert got: a k-th if it was chosen, or the weight itself where all act."""
+    if top is None or top >= weights_TE.shape[1]:
+        return weights_TE
+    return (weights_TE.detach() > 0).to(weights_TE.dtype) / top
+
+
+def balance_loss(probabilities_TE: Tensor, shares_TE: Tensor, owner_T: Tensor, documents: int) -> Tensor:
     """Sum over documents of E sum_e f_e P_e; `owner_T` says which document a token belongs to."""
     experts = probabilities_TE.shape[1]
     empty = probabilities_TE.new_zeros(documents, experts)
-    routed_TE = (weights_TE.detach() > 0).to(probabilities_TE.dtype)
-    shares_DE = empty.index_add(0, owner_T, routed_TE / routed_TE.sum(1, keepdim=True))
+    shares_DE = empty.index_add(0, owner_T, shares_TE)
     means_DE = empty.index_add(0, owner_T, probabilities_TE)
     tokens_D = shares_DE.sum(1, keepdim=True)  # the shares of one token add up to 1
     return experts * (shares_DE * means_DE / tokens_D.square()).sum()

@@ -25,10 +25,11 @@ from transformers.pytorch_utils import Conv1D
 from rung.errors import ConfigError, PlanError
 from rung.method.base import Method, same_keys
 from rung.method.files import WEIGHTS, write_peft
-from rung.method.lora import quiet
+from rung.method.lora import DROPPED, quiet
 from rung.model.fuse import plain_part
 from rung.model.fused import Part
 from rung.model.targets import select
+from rung.spec.base import ALL_LINEAR
 from rung.spec.method import PeftSpec
 
 
@@ -67,9 +68,9 @@ class Passthrough(Method):
         """A plain linear as it stands; whatever belongs to a tuner computes itself."""
         return None if isinstance(module, BaseTunerLayer) else plain_part(module)
 
-    def shares_prefixes(self) -> bool:
-        """Unless the tuner's config asks for dropout."""
-        return not any("dropout" in key and value for key, value in self.spec.config.items())
+    def keeps_apart(self) -> str | None:
+        """Dropout, if the tuner's config asks for it."""
+        return DROPPED if any("dropout" in key and value for key, value in self.spec.config.items()) else None
 
     def save(self, folder: Path) -> None:
         """Write peft's two files."""
@@ -102,7 +103,14 @@ def _config(model: PreTrainedModel, spec: PeftSpec) -> PeftConfig:
     if kind not in PeftType.__members__:
         known = ", ".join(sorted(set(PeftType.__members__) - set(_OURS)))
         raise ConfigError("no such tuner", where="method.config.peft_type", given=kind or None, allowed=known)
+    if kind in _STEERED:
+        hint = "kind: lora with ranks, or kind: lottery"
+        raise ConfigError(_STEERED[kind], where="method.config", given=kind, hint=hint)
     given |= {"peft_type": kind, "task_type": "CAUSAL_LM"}
+    chosen = spec.targets != ALL_LINEAR or spec.layers is not None
+    if chosen and (kind in _NO_TARGETS or "target_modules" in given):
+        why = "finds its modules itself" if kind in _NO_TARGETS else "names them in its config"
+        raise ConfigError(f"targets and layers would do nothing: this tuner {why}", where="method", given=kind)
     if kind not in _NO_TARGETS:
         given.setdefault("target_modules", select(model, spec.targets, spec.layers))
     try:
@@ -124,5 +132,10 @@ _OURS = {
     "CARTRIDGE": "kind: prefix",
     "XLORA": "kind: mixture",
 }
+_STEERED = {
+    "ADALORA": "AdaLoRA hands its ranks out anew between steps, which peft leaves to a training loop of its own",
+    "ADAMSS": "AdaMSS freezes parts of itself between steps, which peft leaves to a training loop of its own",
+}
+"""Tuners that would train as something else than their name says."""
 _NO_TARGETS = frozenset({"LN_TUNING", "ADAPTION_PROMPT"})
 """Tuners that find their modules themselves."""

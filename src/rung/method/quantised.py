@@ -6,6 +6,7 @@ are. It saves memory, not time: each product first widens its matrix again.
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from rung.errors import PlanError
 from rung.method.course import sampled
 from rung.method.lora import OWN, Lora
-from rung.method.start import Pair, loftq
+from rung.method.start import Pair, check_rank, loftq
 from rung.model.fuse import plain_part
 from rung.model.resident import held_narrow
 from rung.model.targets import layer_number, select
@@ -105,6 +106,7 @@ def quantise(model: PreTrainedModel, spec: QloraSpec) -> dict[str, Pair]:
         weight = part.weight.detach().float().contiguous()
         made = (_in_four_bits if spec.bits == 4 else _in_eight_bits)(weight, part.bias, spec, compute)
         if name in wanted:
+            check_rank("loftq", spec.rank, name, *weight.shape)
             scale = (spec.alpha or 2.0 * spec.rank) / (spec.rank**0.5 if spec.rslora else spec.rank)
             starts[name] = loftq(weight, dense_weight(made), spec.rank, scale)
         made.transposed = isinstance(module, Conv1D)  # type: ignore[assignment]
@@ -146,6 +148,9 @@ def _in_eight_bits(weight: Tensor, bias: Tensor | None, spec: QloraSpec, compute
     outputs, inputs = weight.shape
     made = bnb.nn.Linear8bitLt(inputs, outputs, bias=bias is not None, has_fp16_weights=False, device="meta")
     made.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(weight.device)
+    # On a processor it rounds its inputs in evaluation and not in training: then what is measured would not be what
+    # was trained.
+    made.train = MethodType(lambda self, mode=True: self, made)
     made.bias = _frozen(bias)
     return made  # type: ignore[no-any-return]
 

@@ -11,7 +11,7 @@ Suffixes: P virtual tokens, H width, L layers, K key/value heads, D head width.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rung.errors import ConfigError, DataError, PlanError
-from rung.method.base import Method, Sample, same_keys, switched_off
+from rung.method.base import Method, Sample, same_keys, same_shapes, switched_off
 from rung.method.files import CONFIG, WEIGHTS, write_peft
 from rung.model.policy import Virtual
 from rung.spec.method import PrefixSpec, PromptSpec, PTuningSpec, in_front
@@ -35,7 +35,9 @@ ALL = ""
 FREQUENT = 5000
 """`vocabulary` draws from as many of the first tokens: vocabularies begin with what is frequent."""
 START = 0.02
-"""Standard deviation of keys and values before they are those of real tokens, and of an encoder's inputs."""
+"""Standard deviation of keys and values before they are those of real tokens."""
+ENCODED = 1.0
+"""And of what an encoder makes rows from, as torch draws embeddings: smaller ones drown in its biases."""
 
 
 class VirtualTokens(Method):
@@ -62,7 +64,7 @@ class VirtualTokens(Method):
         self.encoder = encoder_of(spec, self.features, self.width)
         if self.encoder is not None:
             self.encoder.to(weight.device, dtype)
-        std = float(weight.detach().float().std()) if self.encoder is None and not self.every_layer else START
+        std = ENCODED if self.encoder is not None else START if self.every_layer else float(weight.float().std())
         shape = (self.count, self.width if self.encoder is None else self.features)
         self.tables = {
             task: nn.Parameter((torch.randn(shape, dtype=dtype) * std).to(weight.device)) for task in self.tasks
@@ -80,18 +82,28 @@ class VirtualTokens(Method):
         """Those that stand inside, behind the ones in front in every table; 0 inside `disabled`."""
         return self.count - self.front if self.on else 0
 
-    def virtual(self, task: str | None) -> Virtual:
-        """Embeddings [P, H], or keys and values [1, K, P, D] by layer. Raises `DataError` for a task without any."""
-        rows = self._rows(self._named(task))
+    def rows(self, task: str | None) -> Tensor:
+        """All of a task, [P, width], with the graph. Raises `DataError` for a task without any."""
+        return self._rows(self._named(task))
+
+    def virtual(self, rows: Tensor) -> Virtual:
+        """Embeddings [P, H], or keys and values [1, K, P, D] by layer."""
         if not self.every_layer:
             return rows[: self.front]
         pairs = rows.view(self.count, self.layers, 2, self.kv_heads, self.head_width).permute(1, 2, 3, 0, 4)
         both = [pair.unbind(0) for pair in pairs.unbind(0)]
         return {layer: (key[None], value[None]) for layer, (key, value) in enumerate(both)}
 
-    def inserted(self, task: str | None) -> Tensor:
-        """Embeddings of those that stand inside. Raises `DataError` for a task without any."""
-        return self._rows(self._named(task))[self.front :]
+    def inserted(self, rows: Tensor) -> Tensor:
+        """Embeddings of those that stand inside."""
+        return rows[self.front :]
+
+    def reached(self, tasks: Collection[str | None]) -> Collection[str] | None:
+        """The tables of these tasks, and the encoder."""
+        if self.tasks == (ALL,):
+            return None
+        others = {f"{TENSOR}.{task}" for task in self.tasks if task not in tasks}
+        return self.trainable().keys() - others
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The rows of each task, or what an encoder makes them from, and the encoder."""
@@ -140,6 +152,7 @@ class VirtualTokens(Method):
             own = folder if self.tasks == (ALL,) else folder / _folder(i)
             state = load_file(own / WEIGHTS)
             same_keys(state.keys(), {TENSOR}, str(own))
+            same_shapes({TENSOR: torch.empty(self.count, self.width, device="meta")}, state, str(own))
             found[task] = state[TENSOR]
         with torch.no_grad():
             for task, rows in found.items():

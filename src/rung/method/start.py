@@ -79,10 +79,17 @@ def loftq(weight_OI: Tensor, quantised_OI: Tensor, rank: int, scale: float) -> P
     return Pair(u[:, :rank] * root, (v[:, :rank] * root).T.contiguous())
 
 
-def largest_rank(init: str, outputs: int, inputs: int) -> int:
-    """The largest rank a start can have for a matrix of this shape."""
+def check_rank(init: str, rank: int, name: str, outputs: int, inputs: int) -> None:
+    """Raise `ConfigError` for a rank that a start cannot have for a matrix of this shape."""
     most = min(outputs, inputs)
-    return {"lora_ga": most // 2, "eva": inputs}.get(init, most)
+    most = {"lora_ga": most // 2, "eva": inputs}.get(init, most)
+    if rank > most:
+        raise ConfigError(
+            f"init {init} has no start of this rank for {name}, a matrix of {outputs} x {inputs}",
+            where="method.rank",
+            given=rank,
+            allowed=f"1 to {most}",
+        )
 
 
 def _inverted(moment_II: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,7 @@ def attach(model: PreTrainedModel, spec: MethodSpec, *, seed: int, fused: bool =
     """
     torch.manual_seed(seed)
     method = METHODS[spec.kind](model, spec)
+    model.eval()  # what a method put in place begins in training mode: dropout would be on in every answer
     if fused:
         fuse(model, method.part)
     return method

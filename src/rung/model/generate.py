@@ -57,10 +57,13 @@ def generate(
 
     `task` is that of all prompts, for methods that learned something for each. `on_token` receives each token as it is
     made and is for a single prompt; `on_batch` the number of prompts just answered. Raises `ValueError` for an empty
-    prompt.
+    prompt, `PlanError` for virtual tokens inside one that this policy knows nothing of.
     """
     if any(not prompt for prompt in prompts):
         raise ValueError("a prompt needs at least one token")
+    known = policy.first_inserted + policy.method.inserted_tokens
+    if any(max(prompt) >= known for prompt in prompts):
+        raise PlanError("a prompt holds virtual tokens that this model has not learned", where="method.positions")
     answers: list[Answer | None] = [None] * len(prompts)
     shared = _common_prefix(prompts)
     virtual = policy.method.virtual_tokens

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from tokenizers import pre_tokenizers
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -46,7 +47,9 @@ class Base:
 
     def twin(self) -> Base:
         """The same weights in modules of its own: an adapter on one is not seen by the other. For a base as loaded."""
-        held = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
+        held: dict[int, Tensor] = {id(t): t for t in self.model.buffers()}
+        # parameters of its own over the same memory: whatever widens one of them leaves the others as they are
+        held |= {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in self.model.parameters()}
         return replace(self, model=copy.deepcopy(self.model, held))
 
     @property
@@ -247,6 +250,13 @@ def _load_run_as_base(spec: ModelSpec, run: Path, device: torch.device | None) -
     if not (run / "adapter").is_dir():
         raise CheckpointError("this run has no finished adapter or model", where=str(run), given=manifest.get("status"))
     kind = json.loads((run / "adapter" / "adapter_config.json").read_text()).get("peft_type")
+    if manifest["spec"]["method"]["kind"] == "qlora":
+        raise PlanError(
+            "this run was trained on a quantised base, and the weights from before are another model",
+            where="model.name",
+            given=str(run),
+            hint="rung merge makes a model of the two that can be a base",
+        )
     if kind != "LORA":
         raise PlanError(
             "this run's adapter cannot be folded into its base, so the run is no base for another",

@@ -29,8 +29,12 @@ class Switchable(Protocol):
         """How many positions stand before every document; 0 for most methods, and where the method is off."""
         ...
 
-    def virtual(self, task: str | None) -> Virtual:
-        """What stands before a document of this task, with its graph. Asked for only when there is something."""
+    def rows(self, task: str | None) -> Tensor:
+        """What virtual tokens are made of for documents of this task, with the graph. Asked for once a step."""
+        ...
+
+    def virtual(self, rows: Tensor) -> Virtual:
+        """Those that stand before a document. Asked for only when there are some."""
         ...
 
     @property
@@ -38,8 +42,8 @@ class Switchable(Protocol):
         """How many ids beyond the vocabulary stand for something learned, wherever they occur; 0 for most methods."""
         ...
 
-    def inserted(self, task: str | None) -> Tensor:
-        """Their embeddings [P, H] for documents of this task, with the graph. Asked for only when there are some."""
+    def inserted(self, rows: Tensor) -> Tensor:
+        """Their embeddings [P, H]. Asked for only when there are some."""
         ...
 
     def penalty(self, batch: PackedBatch) -> list[LossTerm]:
@@ -57,13 +61,17 @@ class Untouched:
     virtual_tokens = 0
     inserted_tokens = 0
 
-    def virtual(self, task: str | None) -> Virtual:
+    def rows(self, task: str | None) -> Tensor:
+        """Nothing."""
+        return torch.empty(0, 0)
+
+    def virtual(self, rows: Tensor) -> Virtual:
         """Nothing."""
         return {}
 
-    def inserted(self, task: str | None) -> Tensor:
+    def inserted(self, rows: Tensor) -> Tensor:
         """Nothing."""
-        return torch.empty(0, 0)
+        return rows
 
     def penalty(self, batch: PackedBatch) -> list[LossTerm]:
         """Nothing."""
@@ -89,8 +97,8 @@ class Policy:
         """Of the prefix at hand, with the method on (False) or off."""
         self._virtual: dict[str | None, _Ahead] = {}
         """By task, while batches are run in turn."""
-        self._inserted: dict[str | None, tuple[Tensor, Tensor]] = {}
-        """By task, while batches are run in turn: embeddings as computed, and cut off as a leaf."""
+        self._rows: dict[str | None, tuple[Tensor, Tensor]] = {}
+        """What virtual tokens are made of, by task, while batches are run in turn: as computed, and as a leaf."""
         self._in_turn = False
         self._off = False
 
@@ -125,18 +133,21 @@ class Policy:
         """What the model takes for ids of any shape: the same, or embeddings [..., H] where some are inserted ones."""
         if not self.method.inserted_tokens:
             return ids
-        if task not in self._inserted:
-            computed = self.method.inserted(task)
-            if not self._in_turn:
-                return self._embedded(ids, computed)
-            self._inserted[task] = computed, _leaf(computed)
-        return self._embedded(ids, self._inserted[task][1])
-
-    def _embedded(self, ids: Tensor, rows_PH: Tensor) -> Tensor:
         first = self.first_inserted
         known = self.model.get_input_embeddings()(ids.clamp(max=first - 1))
+        rows_PH = self.method.inserted(self._of(task))
         own = rows_PH[(ids - first).clamp(min=0)].to(known.dtype)
         return torch.where((ids >= first)[..., None], own, known)
+
+    def _of(self, task: str | None) -> Tensor:
+        """What a task's virtual tokens are made of: for batches in turn computed once, and cut off."""
+        if task in self._rows:
+            return self._rows[task][1]
+        computed = self.method.rows(task)
+        if not self._in_turn:
+            return computed
+        self._rows[task] = computed, _leaf(computed)
+        return self._rows[task][1]
 
     @property
     def first_inserted(self) -> int:
@@ -188,12 +199,12 @@ class Policy:
                     yield from rows
             for ahead in self._virtual.values():
                 ahead.backward()
-            for computed, leaf in self._inserted.values():
+            for computed, leaf in self._rows.values():
                 if leaf.grad is not None:
                     computed.backward(leaf.grad)  # type: ignore[no-untyped-call]
         finally:
             self._virtual.clear()
-            self._inserted.clear()
+            self._rows.clear()
             self._in_turn = False
 
     @contextmanager
@@ -218,7 +229,7 @@ class Policy:
             return None
         if task in self._virtual:
             return self._virtual[task].leaves
-        computed = self.method.virtual(task)
+        computed = self.method.virtual(self._of(task))
         if isinstance(computed, Tensor):
             computed = self.captured(computed)
         if not self._in_turn:

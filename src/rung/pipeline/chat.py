@@ -12,7 +12,7 @@ from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
 
-from rung import run as running
+from rung import opened
 from rung.data.chat import Chat
 from rung.engine.record import is_climb, read_manifest
 from rung.errors import ConfigError, DataError
@@ -136,16 +136,16 @@ def _speakers(target: str, compare: bool) -> list[Speaker]:
     if not (path / "run.json").exists():
         if compare:
             raise ConfigError("--compare wants a run: a base has nothing to be compared with", given=target)
-        policy, chat = running.open_base(ModelSpec(name=target))
+        policy, chat = opened.open_base(ModelSpec(name=target))
         return [Speaker(target, policy, chat, nullcontext, [])]
     if is_climb(path):
         raise ConfigError("this is a climb, not a run", given=target, hint=f"its runs stand in {path / 'rungs'}")
-    policy, chat, spec = running.open_run(path)
+    policy, chat, spec = opened.open_run(path)
     tuned = Speaker(f"tuned ({spec.method.kind})", policy, chat, nullcontext, [])
     if not compare:
         return [tuned]
     if (path / "adapter").is_dir():
-        return [Speaker(f"base ({spec.model.name})", policy, chat, policy.method.disabled, []), tuned]
+        return [Speaker(f"base ({spec.model.name})", policy, chat.of_the_base(), policy.method.disabled, []), tuned]
     model = parse(read_manifest(path)["spec"], str(path)).model
-    base, base_chat = running.open_base(model)
+    base, base_chat = opened.open_base(model)
     return [Speaker(f"base ({model.name})", base, base_chat, nullcontext, []), tuned]

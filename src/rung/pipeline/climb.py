@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from rung import opened
 from rung import run as running
 from rung.data.split import Splits
 from rung.engine.progress import say
@@ -24,6 +25,7 @@ from rung.scoring.stats import Difference, Interval
 from rung.scoring.verdict import Verdict, gain_over, score_of, verdict
 from rung.spec.climb import RungSpec
 from rung.spec.io import for_rung, to_dict
+from rung.spec.method import FullSpec
 from rung.spec.run import RunSpec
 from rung.types import Record
 
@@ -115,13 +117,14 @@ class Climb:
         finished = all((f / "result.json").exists() for rung in self.spec.climb.rungs for f in self._folders(rung))
         if finished and not self._overwrite:
             return self._judge()
-        records = running.test_records(self.spec, splits)
+        records = opened.test_records(self.spec, splits)
         require_questions(records)
         for rung in self.spec.climb.rungs:
             self._shots(rung, splits)
         self._fresh = base = running.load(self.spec.model)
         self._refuse_other("base", base.fingerprint)
-        data = running.tokenise(self.spec, splits, base)
+        # rungs share what a method without virtual tokens reads: those take room, or stand inside the text
+        data = running.tokenise(self.spec.model_copy(update={"method": FullSpec()}), splits, base)
         resume = (self.path / "run.json").exists() and not self._overwrite
         folder = RunFolder.claim(self.path, to_dict(self.spec), resume=resume, overwrite=self._overwrite)
         fingerprints = {"base": base.fingerprint, "data": splits.fingerprint}
@@ -195,7 +198,7 @@ class Climb:
         spec = for_rung(self.spec, rung, str(folder), self.spec.seed + number)
         begun = (folder / "run.json").exists()
         if begun and read_manifest(folder)["status"] == "finished":
-            policy, chat, _ = running.open_run(folder)
+            policy, chat, _ = opened.open_run(folder)
         else:
             base = self._base()
             own = running.tokenise(spec, data.splits, base) if hasattr(spec.method, "virtual_tokens") else data
@@ -204,7 +207,7 @@ class Climb:
             chat = own.chat
         manifest = read_manifest(folder)
         framing = Framing(context=spec.evaluate.context == "given")
-        running.widen_if_asked(policy, spec)
+        opened.widen_if_asked(policy, spec)
         result = evaluate(policy, chat, records, framing, spec.evaluate, title=rung.label)
         keys = ("trainable_parameters", "train_seconds", "tokens_per_second")
         _store(folder, result, {key: manifest[key] for key in keys})

@@ -1,37 +1,42 @@
-"""`rung fuse`: several runs of one base into one adapter that is a plain LoRA, with what was lost on the way."""
+"""`rung fuse`: several runs of one base into one: adapters into a plain LoRA, full runs into a full one, or a LoRA."""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from scipy.optimize import minimize
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from rung import run as running
 from rung.data.chat import Chat
 from rung.engine.checkpoint import write_folder
 from rung.engine.pack import pack_in_slices
-from rung.engine.record import read_manifest, versions, write_json
+from rung.engine.record import is_climb, read_manifest, versions, write_json
 from rung.engine.step import mean_loss
 from rung.errors import CheckpointError, ConfigError
+from rung.method.base import Method
 from rung.method.fusion import Factors, How, combined, concatenated, factors_of, recompressed, reduced
 from rung.method.lora import OWN, Lora
-from rung.model.load import load_base, load_tokenizer
+from rung.method.table import attach
+from rung.model.fuse import fuse
+from rung.model.load import Base, load_tokenizer
 from rung.model.policy import Policy
 from rung.model.targets import layer_number, roles_of
 from rung.objective.table import OBJECTIVES
 from rung.publish.artefact import write_origin, write_text_side
 from rung.spec.io import load, parse
-from rung.spec.method import LoraSpec
+from rung.spec.method import FullSpec, LoraSpec, MethodSpec
 from rung.spec.model import ModelSpec
 from rung.spec.run import RunSpec
 
@@ -93,25 +98,35 @@ def fuse_runs(runs: Sequence[Path], folder: Path, plan: Plan) -> dict[str, Any]:
     """
     _check(runs, folder, plan)
     manifests = [_manifest(run) for run in runs]
-    updates = _updates(runs, manifests)
+    whole = _go_together(runs, manifests)
     weights = tuple(plan.weights or [1.0] * len(runs))
-    searched = None
-    if plan.learn is not None:
-        weights, searched = learn_weights(runs, updates, plan)
-    fused, lost = _fused(updates, weights, plan)
-    _write(folder, runs, manifests, fused, {"how": plan.how, "weights": list(weights), "lost": lost})
-    ranks = sorted({len(f.a_RI) for f in fused.values()})
-    return {
-        "path": str(folder),
-        "weights": list(weights),
-        "ranks": ranks,
-        "lost": lost,
-        "search": searched,
-    }
+    searched, ranks, lost = None, [], 0.0
+    base = running.load(_spec(runs[0], manifests[0]).model)
+    method: Method
+    spec: MethodSpec = FullSpec()
+    if whole and plan.rank is None:
+        _refuse_search(plan)
+        method = _sum_of_models(base, runs, weights, plan)
+    else:
+        if whole:
+            _refuse_search(plan)
+            fused, lost = _models_as_factors(base, runs, weights, plan)
+        else:
+            updates = [_update(run) for run in runs]
+            if plan.learn is not None:
+                weights, searched = learn_weights(base.twin(), updates, plan)
+            fused, lost = _fused(updates, weights, plan)
+        ranks = sorted({len(f.a_RI) for f in fused.values()})
+        spec = _spec_for(list(fused), {name: len(f.a_RI) for name, f in fused.items()})
+        method = Lora(base.model, spec)
+        _set(method, fused)
+    first = _spec(runs[0], manifests[0]).model_copy(update={"method": spec, "output": str(folder)})
+    _write(runs, manifests, first, base, method, {"how": plan.how, "weights": list(weights), "lost": lost})
+    return {"path": str(folder), "weights": list(weights), "ranks": ranks, "lost": lost, "search": searched}
 
 
 def learn_weights(
-    runs: Sequence[Path], updates: Sequence[dict[str, Factors]], plan: Plan
+    base: Base, updates: Sequence[dict[str, Factors]], plan: Plan
 ) -> tuple[tuple[float, ...], dict[str, Any]]:
     """Weights of the exact sum with the lowest loss on the rows of `plan.learn` (LoraHub, on true updates).
 
@@ -119,27 +134,25 @@ def learn_weights(
     """
     assert plan.learn is not None  # noqa: S101 -- for the type checker
     task = load(plan.learn).spec
-    base = running.load(parse(_manifest(runs[0])["spec"], str(runs[0])).model)
     data = running.tokenise(task, running.read_splits(task), base)
     names = sorted(set().union(*updates))
     spec = _spec_for(names, {name: sum(len(u[name].a_RI) for u in updates if name in u) for name in names})
     method = Lora(base.model, spec)
     policy = Policy(base, method)
     objective = OBJECTIVES[task.objective.kind](task.objective)
-    budget = running.budget_of(task, base)
-    losses: list[float] = []
+    fuse(base.model, method.part)
+    batches = list(pack_in_slices(data.train.examples, running.budget_of(task, base), device=policy.device))
+    losses: dict[tuple[float, ...], float] = {}
 
     def loss(weights: np.ndarray) -> float:
         _set(method, {name: _sum(updates, weights.tolist(), name) for name in names})
-        batches = pack_in_slices(data.train.examples, budget, device=policy.device)
-        losses.append(mean_loss(policy, objective, batches))
-        return losses[-1] + PENALTY * float(np.abs(weights).mean())
+        found = losses[tuple(weights.tolist())] = mean_loss(policy, objective, batches)
+        return found + PENALTY * float(np.abs(weights).mean())
 
-    start = np.full(len(runs), 1.0 / len(runs))
-    found = minimize(
-        loss, start, method="Powell", bounds=[(-BOUND, BOUND)] * len(runs), options={"maxfev": ROUNDS, "ftol": 1e-3}
-    )
-    return tuple(float(w) for w in found.x), {"evaluations": len(losses), "first": losses[0], "best": min(losses)}
+    start, bounds = np.full(len(updates), 1.0 / len(updates)), [(-BOUND, BOUND)] * len(updates)
+    minimize(loss, start, method="Powell", bounds=bounds, options={"maxfev": ROUNDS, "ftol": 1e-3})
+    best = min(losses, key=lambda weights: losses[weights] + PENALTY * float(np.abs(weights).mean()))
+    return best, {"evaluations": len(losses), "first": losses[tuple(start.tolist())], "best": losses[best]}
 
 
 def _check(runs: Sequence[Path], folder: Path, plan: Plan) -> None:
@@ -164,42 +177,90 @@ def _manifest(run: Path) -> dict[str, Any]:
     return manifest
 
 
-def _updates(runs: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> list[dict[str, Factors]]:
-    """The updates of each run by module: of adapters as they are, of full runs their difference to the base."""
-    bases = [manifest["fingerprints"]["base"] for manifest in manifests]
-    for run, base in zip(runs, bases, strict=True):
-        if base != bases[0]:
+def _spec(run: Path, manifest: dict[str, Any]) -> RunSpec:
+    return parse(manifest["spec"], str(run / "run.json"))
+
+
+def _go_together(runs: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> bool:
+    """Whether they are whole models; raises for runs on different bases, of different text, or of different kinds."""
+    for run, manifest in zip(runs, manifests, strict=True):
+        kind = manifest["spec"]["method"]["kind"]
+        if not (run / "adapter").is_dir() and not ((run / "model").is_dir() and kind == "full"):
+            given = "a climb" if is_climb(run) else kind
             raise CheckpointError(
-                "these runs stand on different bases",
-                where=str(run),
-                given=base[:16],
-                allowed=f"{bases[0][:16]}, the base of {runs[0]}",
+                "there is nothing here to fuse", where=str(run), given=given, allowed="runs of lora or full"
             )
-    return [_update(run, manifest) for run, manifest in zip(runs, manifests, strict=True)]
+        if kind == "qlora":
+            hint = "rung merge each onto one base, or train a lora"
+            raise CheckpointError("its adapter belongs on a quantised base", where=str(run), given=kind, hint=hint)
+    whole = {(run / "model").is_dir() for run in runs}
+    if len(whole) > 1:
+        raise ConfigError("adapters and whole models do not fuse", given=", ".join(map(str, runs)))
+    for what, said in (("base", "stand on different bases"), ("text", "were trained with different templates")):
+        first = manifests[0]["fingerprints"][what]
+        for run, manifest in zip(runs, manifests, strict=True):
+            if (own := manifest["fingerprints"][what]) != first:
+                allowed = f"{first[:16]}, that of {runs[0]}"
+                raise CheckpointError(f"these runs {said}", where=str(run), given=own[:16], allowed=allowed)
+    return whole.pop()
 
 
-def _update(run: Path, manifest: dict[str, Any]) -> dict[str, Factors]:
-    if (run / "adapter").is_dir():
-        config = json.loads((run / "adapter" / "adapter_config.json").read_text())
-        file = run / "adapter" / "adapter_model.safetensors"
-        return factors_of(load_file(file), config, str(run))
-    spec = parse(manifest["spec"], str(run / "run.json"))
-    base = dict(load_base(spec.model).model.named_parameters())
-    tuned = {k: v for file in sorted((run / "model").glob("*.safetensors")) for k, v in load_file(file).items()}
-    found = {}
-    for name, value in tuned.items():
-        module = name.removesuffix(".weight")
-        if value.dim() != 2 or layer_number(f"{module}.") is None or not roles_of(module):
-            if not torch.equal(value.float(), base[name].detach().float()):
-                raise CheckpointError(
-                    "a run that moved more than the linears of the layers has no LoRA that is equal to it",
-                    where=str(run),
-                    given=name,
-                )
-            continue
-        difference = value.float() - base[name].detach().float()
-        found[module] = Factors(difference, torch.eye(difference.shape[1]))
-    return found
+def _update(run: Path) -> dict[str, Factors]:
+    """The update of an adapter by module."""
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    return factors_of(load_file(run / "adapter" / "adapter_model.safetensors"), config, str(run))
+
+
+def _refuse_search(plan: Plan) -> None:
+    if plan.learn is not None:
+        raise ConfigError("weights are searched for adapters alone", where="--learn", given="full runs")
+
+
+@torch.no_grad()
+def _sum_of_models(base: Base, runs: Sequence[Path], weights: Sequence[float], plan: Plan) -> Method:
+    """The base plus one combined difference of every tensor (task arithmetic, Ilharco et al. 2023, section 2)."""
+    method = attach(base.model, FullSpec(), seed=plan.seed, fused=False)
+    for name, update in _combined_models(dict(method.trainable()), runs, weights, plan):
+        method.trainable()[name].add_(update)
+    return method
+
+
+@torch.no_grad()
+def _models_as_factors(
+    base: Base, runs: Sequence[Path], weights: Sequence[float], plan: Plan
+) -> tuple[dict[str, Factors], float]:
+    """The same cut to a rank: what embeddings and norms moved is lost, and counted as lost."""
+    assert plan.rank is not None  # noqa: S101 -- for the type checker
+    found: dict[str, Factors] = {}
+    squares = whole = 0.0
+    parameters = dict(base.model.named_parameters())
+    for name, update in _combined_models(parameters, runs, weights, plan):
+        module, size, lost = name.removesuffix(".weight"), float(update.norm()), 1.0
+        if update.dim() == 2 and layer_number(f"{module}.") is not None and roles_of(module):
+            turned = isinstance(base.model.get_submodule(module), Conv1D)
+            cut = reduced(update.T if turned else update, plan.rank)
+            found[module], lost = cut.factors, cut.lost
+        squares, whole = squares + (lost * size) ** 2, whole + size**2
+    return found, math.sqrt(squares / whole) if whole else 0.0
+
+
+def _combined_models(
+    base: Mapping[str, Tensor], runs: Sequence[Path], weights: Sequence[float], plan: Plan
+) -> Iterator[tuple[str, Tensor]]:
+    """The combined difference to the base of each tensor, one at a time: two models are never held beside it."""
+    generator = torch.Generator().manual_seed(plan.seed)
+    files = [_tensors(run / "model") for run in runs]
+    for name, own in base.items():
+        start = own.detach().float().cpu()
+        moved = [tensors[name].get_tensor(name).float() - start for tensors in files]
+        if any(d.any() for d in moved):
+            yield name, combined(moved, weights, plan.how, density=plan.density, generator=generator).to(own.device)
+
+
+def _tensors(folder: Path) -> dict[str, Any]:
+    """The open file of each tensor of a saved model."""
+    opened = [safe_open(str(file), framework="pt") for file in sorted(folder.glob("*.safetensors"))]
+    return {str(key): file for file in opened for key in file.keys()}  # type: ignore[no-untyped-call]
 
 
 def _fused(
@@ -253,19 +314,16 @@ def _set(method: Lora, fused: dict[str, Factors]) -> None:
 
 
 def _write(
-    folder: Path,
     runs: Sequence[Path],
     manifests: Sequence[dict[str, Any]],
-    fused: dict[str, Factors],
+    spec: RunSpec,
+    base: Base,
+    method: Method,
     made: dict[str, Any],
 ) -> None:
-    """A run folder like any other, its adapter checked by loading it."""
-    first = parse(manifests[0]["spec"], str(runs[0] / "run.json"))
-    base = running.load(first.model)
-    spec = _spec_for(list(fused), {name: len(f.a_RI) for name, f in fused.items()})
-    method = Lora(base.model, spec)
-    _set(method, fused)
-    chat = Chat(load_tokenizer(ModelSpec(name=str(runs[0]))))  # the template the first was trained with
+    """A run folder like any other."""
+    folder = Path(spec.output)
+    chat = Chat(load_tokenizer(ModelSpec(name=str(runs[0]))))  # the template they were trained with
 
     def fill(aside: Path) -> None:
         method.save(aside)
@@ -274,11 +332,10 @@ def _write(
 
     folder.mkdir(parents=True)
     try:
-        write_folder(folder / "adapter", fill)
-        whole: RunSpec = first.model_copy(update={"method": spec, "output": str(folder)})
+        write_folder(folder / method.artefact, fill)
         manifest = {
             "status": "finished",
-            "spec": whole.model_dump(mode="json"),
+            "spec": spec.model_dump(mode="json"),
             "fingerprints": manifests[0]["fingerprints"],
             "gates": [],
             "versions": versions(),

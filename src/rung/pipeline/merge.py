@@ -9,17 +9,20 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from rung import opened
 from rung import run as running
 from rung.data.chat import Chat
 from rung.engine import gates
 from rung.engine.checkpoint import write_folder
 from rung.engine.pack import pack_separately
+from rung.engine.record import read_manifest
 from rung.errors import CheckpointError, ConfigError, GateError
 from rung.method.base import Method
 from rung.method.table import attach
 from rung.model.policy import Policy
 from rung.publish.artefact import write_text_side
 from rung.publish.parity import check_parity, reload_logprobs
+from rung.spec.io import parse
 from rung.spec.method import LoraSpec
 from rung.spec.run import RunSpec
 from rung.types import Example, Source
@@ -45,13 +48,21 @@ def merge_run(run: Path, folder: Path, onto: Onto = "trained") -> dict[str, Any]
         )
     if folder.exists():
         raise CheckpointError("this folder exists already", where=str(folder))
-    policy, chat, spec = running.open_run(run)
+    policy, chat, spec = _open(run)
     rows = _rows(chat)
     ours, from_run = _logprobs(policy, rows), {}
-    if onto == "original":
-        trained, policy = ours, _on_the_original(run, spec)
+    if spec.method.kind == "qlora":
+        trained = ours
+        if onto == "original":
+            policy = _on_the_original(run, spec)
+        else:
+            opened.widen(policy, spec)
         ours = _logprobs(policy, rows)
         from_run = {"moved_from_run": _largest(ours, trained)}
+    elif onto == "original":
+        raise ConfigError(
+            "this run was trained on the original base", where="--original", given=spec.method.kind, allowed="qlora"
+        )
     base = _reference(policy, rows)
     method: Method = policy.method  # type: ignore[assignment]
     merged = method.merge().float()
@@ -71,13 +82,21 @@ def merge_run(run: Path, folder: Path, onto: Onto = "trained") -> dict[str, Any]
     return {"path": str(folder), "difference": gate.measured, "limit": gate.limit, **moved}
 
 
+def _open(run: Path) -> tuple[Policy, Chat, RunSpec]:
+    """The run in float32, whatever it computed in: what is merged is compared with a plain float32 model."""
+    spec = parse(read_manifest(run)["spec"], str(run / "run.json"))
+    return opened.open_run(run, running.load(spec.model.model_copy(update={"dtype": "float32"})))
+
+
 def _on_the_original(run: Path, spec: RunSpec) -> Policy:
     """The saved adapter as a plain LoRA on the base in full width."""
-    if spec.method.kind != "qlora":
+    if getattr(spec.method, "init", None) == "loftq":
         raise ConfigError(
-            "this run was trained on the original base", where="--onto", given=spec.method.kind, allowed="a qlora run"
+            "an adapter begun by loftq holds what quantising took away: on the original base it would count twice",
+            where="--original",
+            hint="merge it onto the base it was trained on",
         )
-    base = running.load(spec.model)
+    base = running.load(spec.model.model_copy(update={"dtype": "float32"}))
     known = {key: value for key, value in spec.method.model_dump().items() if key in LoraSpec.model_fields}
     plain = LoraSpec.model_validate({**known, "kind": "lora", "init": "default"})
     method = attach(base.model, plain, seed=spec.seed, fused=spec.model.fused)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rung import opened
 from rung import run as running
 from rung.engine.record import RunFolder, is_climb, read_manifest
 from rung.errors import ConfigError
@@ -27,12 +28,12 @@ def score(target: str, *, config: str | None, overrides: Sequence[str], limit: i
     task = _task(path, config, overrides, is_run)
     if limit is not None:
         task = task.model_copy(update={"evaluate": task.evaluate.model_copy(update={"limit": limit})})
-    records = running.test_records(task, running.read_splits(task))
+    records = opened.test_records(task, running.read_splits(task))
     if is_run:
-        policy, chat, _ = running.open_run(path)
+        policy, chat, _ = opened.open_run(path)
     else:
-        policy, chat = running.open_base(task.model.model_copy(update={"name": target}))
-    result = running.score(policy, chat, task, records, tuned=is_run)
+        policy, chat = opened.open_base(task.model.model_copy(update={"name": target}))
+    result = opened.score(policy, chat, task, records, tuned=is_run)
     summary = {"target": target, "task": config or target, **result.summary()}
     if is_run and config is None and limit is None:
         result.write(path / "eval.jsonl")  # items.jsonl belongs to the climb that a run may stand in

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -142,11 +143,25 @@ def gates_text(gates: Sequence[Json]) -> str:
 
 
 def lottery_text(found: Mapping[str, Any]) -> str:
-    """Which layers won, and how the scores are shared out over the thirds of the model."""
+    """Which layers went on, what each third of the model scored, and whether its middle won beyond chance."""
     if not found:
         return ""
-    thirds = ", ".join(f"{name} third {share:.0%}" for name, share in found["thirds"].items())
-    return f"layers {', '.join(map(str, found['winners']))} went on; scores: {thirds}"
+    scores, winners = {int(n): score for n, score in found["scores"].items()}, found["winners"]
+    names = ("first", "middle", "last")
+    third = {n: names[3 * n // found["of_layers"]] for n in scores}
+    shares = ", ".join(f"{name} third {sum(s for n, s in scores.items() if third[n] == name):.0%}" for name in names)
+    text = f"layers {', '.join(map(str, winners))} went on; scores: {shares}"
+    if found["choose"] != "best":
+        return f"{text}; chosen: {found['choose']}"
+    middle, won = sum(name == "middle" for name in third.values()), sum(third[n] == "middle" for n in winners)
+    expected, chance = middle * len(winners) / len(scores), _at_least(won, len(scores), middle, len(winners))
+    return f"{text}; {won} of the {len(winners)} from the middle third, {expected:.1f} by chance (p = {chance:.2f})"
+
+
+def _at_least(found: int, layers: int, middle: int, drawn: int) -> float:
+    """Probability that a random draw without replacement holds as many of the middle ones, or more (hypergeometric)."""
+    ways = sum(math.comb(middle, k) * math.comb(layers - middle, drawn - k) for k in range(found, drawn + 1))
+    return ways / math.comb(layers, drawn)
 
 
 def router_text(load: Mapping[str, Sequence[float]]) -> str:

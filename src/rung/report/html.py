@@ -46,6 +46,7 @@ def render(source: Source) -> str:
         score_plots=sections.score_plots(source),
         cost_plots=sections.cost_plots(source),
         curves=sections.curves(source),
+        layers=sections.layers(source),
         examples=choose(source.rungs, source.metrics),
         trained=sections.trained(source),
         data=sections.data(source),

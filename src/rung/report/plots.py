@@ -138,6 +138,25 @@ def losses(name: str, logs: Sequence[Sequence[Json]]) -> Markup:
     return _svg(f"losses-{name}", draw, 2.6, "Loss over the optimiser steps: " + "; ".join(said))
 
 
+def layer_scores(name: str, scores: Mapping[str, float], winners: Sequence[int]) -> Markup:
+    """What each layer scored in a lottery; those that went on stand out."""
+    numbers = sorted(map(int, scores))
+
+    def draw(axes: Any) -> None:
+        for label, colour, chosen in (
+            ("went on", SERIES[0], [n for n in numbers if n in winners]),
+            ("left", GRID, [n for n in numbers if n not in winners]),
+        ):
+            axes.bar(chosen, [scores[str(n)] for n in chosen], color=colour, label=label)
+        axes.set_xlabel("layer")
+        axes.set_ylabel("share of the score")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        _legend(axes)
+
+    said = ", ".join(f"{n}: {scores[str(n)]:.1%}" for n in numbers)
+    return _svg(f"layers-{name}", draw, 2.2, f"Share of the score of each layer. {said}")
+
+
 def has_curve(log: Sequence[Json]) -> bool:
     """Whether a log holds a line to draw, and not a single point."""
     return len(_curve(log, "loss")[0]) > 1

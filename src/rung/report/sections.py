@@ -150,6 +150,12 @@ def curves(source: Source) -> list[tuple[str, Markup]]:
     return [(label, plots.losses(label, found)) for label, found in logs if found]
 
 
+def layers(source: Source) -> list[tuple[str, Markup]]:
+    """What the layers of each lottery scored."""
+    found = [(run.label, run.manifest.get("lottery")) for run in source.runs]
+    return [(label, plots.layer_scores(label, own["scores"], own["winners"])) for label, own in found if own]
+
+
 def trained(source: Source) -> list[tuple[str, Pairs]]:
     """What was trained, one entry a training run."""
     return [(run.label, _trained(run)) for run in source.runs]

@@ -74,7 +74,14 @@ class LowRankSpec(Spec):
             raise ValueError(f"init {self.init} subtracts its start, which a direction learned apart (dora) has not")
         if self.init in SUBTRACTED and self.dropout:
             raise ValueError(f"init {self.init} subtracts its start, which dropout would do only at random")
+        if self.sampled_layers is None and self.resample_every != 20:
+            raise ValueError("resample_every does nothing without sampled_layers")
+        if not self._reads_documents() and self.init_examples != 64:
+            raise ValueError("init_examples does nothing here: no start or score is read off documents")
         return self
+
+    def _reads_documents(self) -> bool:
+        return self.init in CALIBRATED - {"pissa", "olora"}
 
 
 class LoraSpec(LowRankSpec):
@@ -104,6 +111,8 @@ class QloraSpec(LowRankSpec):
             raise ValueError(f"init {self.init} is read off matrices in full width: it goes with kind: lora")
         if self.dora:
             raise ValueError("dora takes the norms of whole columns, which a quantised base would widen at every step")
+        if self.bits == 8 and not self.double_quantised:
+            raise ValueError("double_quantised is about the scales of 4-bit blocks: it does nothing with bits: 8")
         if self.init == "loftq" and self.ranks:
             raise ValueError("init loftq takes one rank for all: leave ranks out")
         return self
@@ -131,6 +140,9 @@ class LotterySpec(LowRankSpec):
     rewind: bool = True
     """Whether the winners go back to their start; otherwise they go on from where they are."""
 
+    def _reads_documents(self) -> bool:
+        return self.score == "energy"
+
     @model_validator(mode="after")
     def _scores_are_plain(self) -> LotterySpec:
         if self.init in CALIBRATED or self.init == "loftq" or self.dora or self.sampled_layers is not None:
@@ -153,13 +165,18 @@ class MixtureSpec(Spec):
     """The experts' sum is multiplied by alpha / rank. None is twice the rank."""
     top_k: PositiveInt | None = None
     """Experts that act on a token, the others get no weight; none lets all of them act."""
-    balance: NonNegativeFloat = 1e-3
-    """Weight of the loss that spreads tokens over experts. Above 0 beginnings are not shared: the loss is counted for
-    each document."""
+    balance: NonNegativeFloat | None = None
+    """Weight of the loss that spreads tokens over experts; none is 1e-3 with `top_k` and 0 without, where no expert can
+    run dry. Above 0 beginnings are not shared: the loss is counted for each document."""
     targets: tuple[Role, ...] = Field(default=ALL_LINEAR, min_length=1)
     """As for lora."""
     layers: Layers = None
     """As for lora."""
+
+    @property
+    def balance_weight(self) -> float:
+        """The weight in use."""
+        return (1e-3 if self.top_k else 0.0) if self.balance is None else self.balance
 
 
 class PeftSpec(Spec):

@@ -1,0 +1,106 @@
+"""Finished runs and bases, ready to answer, and what they are asked: the held-out items of a config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rung.data.chat import Chat
+from rung.data.records import Records
+from rung.data.split import Splits
+from rung.engine.record import read_manifest
+from rung.errors import CheckpointError, ConfigError
+from rung.evaluate.baselines import Framing
+from rung.evaluate.task import Evaluation, evaluate
+from rung.method.lora import Lora
+from rung.method.table import attach
+from rung.model.fuse import fuse
+from rung.model.load import Base, check_fingerprint, load_tokenizer
+from rung.model.policy import Policy, Untouched
+from rung.publish.artefact import check_origin
+from rung.run import inserted_in, load
+from rung.spec.io import parse
+from rung.spec.model import ModelSpec
+from rung.spec.run import RunSpec
+from rung.types import Record
+
+
+def open_run(path: Path, base: Base | None = None) -> tuple[Policy, Chat, RunSpec]:
+    """A finished run, ready to answer: its base, or the one given, with its method on top.
+
+    Raises `CheckpointError` on another base.
+    """
+    manifest = read_manifest(path)
+    if manifest.get("status") != "finished" or not {"adapter", "model"} & {p.name for p in path.iterdir()}:
+        raise CheckpointError(
+            f"this run is not finished (status {manifest.get('status')})",
+            where=str(path),
+            hint="go on with: rung train --resume",
+        )
+    spec = parse(manifest["spec"], str(path / "run.json"))
+    if (path / "model").is_dir():
+        base = load(ModelSpec(name=str(path), dtype=spec.model.dtype))  # its own tokenizer and template are inside
+        return Policy(base, Untouched()), Chat(base.tokenizer), spec
+    base = load(spec.model) if base is None else base
+    check_fingerprint(manifest, base, path)
+    check_origin(path / "adapter", base)
+    method = attach(base.model, spec.method, seed=spec.seed, fused=spec.model.fused)
+    method.load(path / "adapter")
+    tokenizer = load_tokenizer(ModelSpec(name=str(path)))  # with the template trained with
+    return Policy(base, method), Chat(tokenizer, inserted=inserted_in(spec.method, base)), spec
+
+
+def open_runs(paths: Sequence[Path]) -> dict[str, tuple[Policy, Chat]]:
+    """Adapters of one base by the names of their folders, its weights held once: each answers by itself.
+
+    Raises `CheckpointError` for runs of another base, `ConfigError` for runs that are whole models or of one name.
+    """
+    if whole := [path for path in paths if not (path / "adapter").is_dir()]:
+        raise ConfigError("a run that is a whole model shares no base", given=whole[0], allowed="runs with an adapter")
+    if len({path.name for path in paths}) < len(paths):
+        raise ConfigError("two of these runs have one name", given=", ".join(path.name for path in paths))
+    if not paths:
+        return {}
+    base = load(parse(read_manifest(paths[0])["spec"], str(paths[0])).model)
+    opened = {path.name: open_run(path, base.twin()) for path in paths}
+    return {name: (policy, chat) for name, (policy, chat, _) in opened.items()}
+
+
+def open_base(spec: ModelSpec) -> tuple[Policy, Chat]:
+    """A base alone, ready to answer."""
+    base = load(spec)
+    return Policy(base, Untouched()), Chat(base.tokenizer, spec.template)
+
+
+def test_records(spec: RunSpec, splits: Splits) -> Records:
+    """The held-out items, at most `evaluate.limit` of them in the order of the seed."""
+    if not splits.test:
+        raise ConfigError(
+            "there is no test split to score on", where="data.test", given=spec.data.test, hint="set data.test: 0.1"
+        )
+    order = np.random.default_rng([spec.seed, 2]).permutation(len(splits.test))
+    return splits.test.select(np.sort(order[: spec.evaluate.limit]))
+
+
+def widen_if_asked(policy: Policy, spec: RunSpec) -> None:
+    """With `evaluate.dequantise`, hold a quantised base in full width before it answers."""
+    if spec.evaluate.dequantise:
+        widen(policy, spec)
+
+
+def widen(policy: Policy, spec: RunSpec) -> None:
+    """Hold a quantised base in full width: the same numbers, in more memory."""
+    method = policy.method
+    if isinstance(method, Lora) and method.quantised is not None:
+        method.quantised.widen(policy.model)
+        if spec.model.fused:
+            fuse(policy.model, method.part)
+
+
+def score(policy: Policy, chat: Chat, spec: RunSpec, records: Sequence[Record], *, tuned: bool) -> Evaluation:
+    """Score test records; an untuned model gets `evaluate.instruction`."""
+    widen_if_asked(policy, spec)
+    framing = Framing(None if tuned else spec.evaluate.instruction, context=spec.evaluate.context == "given")
+    return evaluate(policy, chat, records, framing, spec.evaluate)
