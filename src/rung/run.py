@@ -29,12 +29,13 @@ from rung.method.base import Method
 from rung.method.table import attach
 from rung.model.fuse import left_alone
 from rung.model.load import Base, load_base
-from rung.model.policy import Policy
+from rung.model.policy import Policy, Untouched
 from rung.objective.table import OBJECTIVES
 from rung.publish.artefact import write_origin, write_text_side
 from rung.spec.io import to_dict
 from rung.spec.method import MethodSpec, in_front, inserted
 from rung.spec.model import ModelSpec
+from rung.spec.objective import FREE, PreferenceSpec
 from rung.spec.run import RunSpec
 from rung.spec.support import NOT_MEASURED, PROVED_MODELS
 from rung.types import Record
@@ -80,7 +81,12 @@ def tokenise(spec: RunSpec, splits: Splits, base: Base) -> Data:
 
     def examples(records: Sequence[Record]) -> Tokenised:
         return cached_examples(
-            chat, records, loss_on=spec.data.loss_on, max_length=longest, overflow=spec.data.overflow
+            chat,
+            records,
+            loss_on=spec.data.loss_on,
+            max_length=longest,
+            overflow=spec.data.overflow,
+            rivals=OBJECTIVES[spec.objective.kind](spec.objective).compares,
         )
 
     with stage("tokenising"):
@@ -123,7 +129,7 @@ def dry_run(spec: RunSpec) -> dict[str, Any]:
     base = load(spec.model)
     data = tokenise(spec, splits, base)
     method = attach(base.model, spec.method, seed=spec.seed, fused=spec.model.fused)
-    steps_per_epoch = -(-len(data.train.examples) // spec.engine.examples_per_step)
+    steps_per_epoch = -(-len(data.train.rows) // spec.engine.examples_per_step)
     return {
         **data.summary(),
         "steps_per_epoch": steps_per_epoch,
@@ -145,10 +151,11 @@ def train_on(
     """Train on data already read; the policy comes back in eval mode with the run's final weights."""
     # first: data or a method that cannot be leave no folder behind
     _check_tasks(spec, data)
-    _check_lottery(spec, len(data.train.examples))
+    _check_lottery(spec, len(data.train.rows))
     method = attach(base.model, spec.method, seed=spec.seed, fused=spec.model.fused)
     folder = RunFolder.claim(Path(spec.output), to_dict(spec), resume=resume, overwrite=overwrite)
     policy = Policy(base, method)
+    policy.reference = _reference(spec, base, method)
     alone = _say_what_is_unusual(policy, method, spec)
     fingerprints = _fingerprints(base, data)
     begun = folder.manifest.get("fingerprints", fingerprints)
@@ -184,7 +191,7 @@ def train_on(
         if trainer.progress.step == 0:
             torch.manual_seed(spec.seed)  # of dropout: a resumed run goes on with the state it saved
         reset_peak_memory()
-        trainer.run(data.train.examples, data.validation.examples if data.validation else ())
+        trainer.run(data.train.rows, data.validation.rows if data.validation else ())
         folder.update(**summary(trainer.progress, method), **method.statistics())
         _publish(folder, method, data.chat, base)
     except Interrupted:
@@ -233,6 +240,23 @@ def _say_what_is_unusual(policy: Policy, method: Method, spec: RunSpec) -> int:
     return len(alone)
 
 
+def _reference(spec: RunSpec, base: Base, method: Method) -> Policy | None:
+    """The model that an objective compares with, where it is not the base with its adapter off."""
+    objective = spec.objective
+    if not isinstance(objective, PreferenceSpec) or objective.loss in FREE:
+        return None
+    named = objective.reference
+    if named == "base" and method.artefact == "adapter":
+        return None
+    other = spec.model if named == "base" else spec.model.model_copy(update={"name": named})
+    why = "the base moves" if named == "base" else "it is named"
+    say(f"the reference is a second model in memory, because {why}")
+    found = load(other)
+    if found.tokenizer.get_vocab() != base.tokenizer.get_vocab():
+        raise ConfigError("the reference has another vocabulary", where="objective.reference", given=named)
+    return Policy(found, Untouched())
+
+
 def _check_tasks(spec: RunSpec, data: Data) -> None:
     """A method with something of its own for each task must know every task of the data."""
     known = set(getattr(spec.method, "tasks", ()))
@@ -268,8 +292,9 @@ def _calibrate(trainer: Trainer, data: Data, folder: RunFolder, *, resume: bool)
     if not method.sample_size:
         return
     again = resume and start.is_dir()
-    order = np.random.default_rng([trainer.seed, 3]).permutation(len(data.train.examples))[: method.sample_size]
-    examples = [data.train.examples[int(i)] for i in order]
+    rows = data.train.rows
+    order = np.random.default_rng([trainer.seed, 3]).permutation(len(rows))[: method.sample_size]
+    examples = [e for i in order for e in rows[int(i)]]
     sample = Sample(trainer.policy, trainer.objective, examples, trainer.budget)
     if again and (problem := verify(start)):
         raise CheckpointError(f"the run's start cannot be used: {problem}", where=str(start))

@@ -39,6 +39,15 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
+class Rival:
+    """Another answer to the prompt of a record."""
+
+    content: str
+    score: float
+    """On the scale of the record's own score: higher is better."""
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """One row of data in the single internal form.
 
@@ -57,6 +66,10 @@ class Record:
     text: str | None = None
     task: str | None = None
     """Which of several tasks it belongs to: methods with something learned for each task choose by it."""
+    score: float | None = None
+    """How good the answer is, where answers are compared or rated."""
+    rivals: tuple[Rival, ...] = ()
+    """Other answers to the same prompt; the record's own is the best of all."""
 
     @property
     def question(self) -> str:
@@ -82,6 +95,10 @@ class Example:
     weight: float = 1.0
     group: str | None = None
     task: str | None = None
+    row: int = -1
+    """Documents of one row of the data share it and are never parted; -1 stands alone."""
+    score: float = 0.0
+    """Of its answer among those of the row."""
 
     def __len__(self) -> int:
         return len(self.ids)

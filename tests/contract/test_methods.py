@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from builders import calibrated, documents, policy_of, tuned
 from models import SHAPES, tiny_model
 from naive import distance, gradients, naive, naive_loss, redraw
 from rung.engine.gates import check_decoding, check_identity, check_packing, check_trainable, frozen_digest
-from rung.engine.optim import make_optimiser
+from rung.engine.optim import make_optimiser, set_rate
 from rung.engine.pack import pack
-from rung.engine.step import accumulate
+from rung.engine.step import accumulate, mean_loss
 from rung.errors import CheckpointError, ConfigError, PlanError
 from rung.method.base import load_state, state_of
 from rung.method.quantised import quantise
@@ -30,7 +31,7 @@ from rung.model.policy import Policy
 from rung.objective.table import OBJECTIVES
 from rung.spec.engine import OptimiserSpec
 from rung.spec.method import METHOD_SPECS
-from rung.spec.objective import SftSpec
+from rung.spec.objective import PreferenceSpec, SftSpec
 from tolerances import FLOAT32_NATS, FLOAT64
 
 PEFT_TUNERS: list[dict[str, object]] = [
@@ -344,7 +345,9 @@ def test_a_fresh_process_gives_the_same_model(tmp_path: Path) -> None:
         "    found[str(number)] = policy_of(method.model, method).logprobs(batch).detach()\n"
         "save_file(found, folder / 'found.safetensors')\n"
     )
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    path = os.pathsep.join(
+        [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    )
     subprocess.run([sys.executable, "-c", script, tmp_path], check=True, env={**os.environ, "PYTHONPATH": path})
     found = load_file(tmp_path / "found.safetensors")
     assert [IDS[int(n)] for n, value in expected.items() if not torch.equal(found[n], value)] == []
@@ -410,3 +413,28 @@ def test_modules_trained_whole_are_those_named_and_no_others() -> None:
 def test_a_loftq_rank_that_a_matrix_has_not() -> None:
     with pytest.raises(ConfigError, match=r"method\.rank"):
         attach(tiny_model(), METHOD_SPECS["qlora"](init="loftq", rank=64), seed=0)
+
+
+OBJECTIVE_SPECS: dict[str, Any] = {"sft": SftSpec(), "preference": PreferenceSpec(loss="dpo", sft=0.1)}
+
+
+def test_every_objective_has_a_spec_here() -> None:
+    assert set(OBJECTIVE_SPECS) == set(OBJECTIVES)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(("kind", "spec"), VARIANTS, ids=IDS)
+def test_one_step_with_every_objective(kind: str, spec: dict[str, object], objective: str) -> None:
+    """Whatever moves and whatever is minimised: a step lowers the loss of its own documents."""
+    policy, method = tuned(kind, **spec)
+    minimised = OBJECTIVES[objective](OBJECTIVE_SPECS[objective])
+    examples = documents(5, count=6, shared=17)
+    if minimised.compares:
+        examples = [replace(e, row=i // 2, score=float(i % 2)) for i, e in enumerate(examples)]
+        policy.reference = policy_of(tiny_model()) if method.artefact == "model" else None
+    batches = pack(examples, 80)
+    optimiser = make_optimiser(method.trainable(), OptimiserSpec())
+    set_rate(optimiser, 1e-4)
+    before = accumulate(policy, minimised, batches)
+    optimiser.step()
+    assert mean_loss(policy, minimised, batches) < float(before.detach())

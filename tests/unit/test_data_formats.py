@@ -10,9 +10,10 @@ import pytest
 
 from rung.data.formats import FORMATS, detect, load_records, to_record
 from rung.data.read import Row, Rows
+from rung.data.records import Records
 from rung.errors import DataError
 from rung.spec.data import DataSpec, Format
-from rung.types import Message, Record, Source
+from rung.types import Message, Record, Rival, Source
 
 AT = Source("d.jsonl", 3)
 CALL = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
@@ -76,6 +77,10 @@ def assistant(text: str | None, **more: Any) -> dict[str, Any]:
             [("system", "s"), ("user", "q"), ("assistant", "a")],
         ),
         ({"text": "t"}, "text", []),
+        ({"prompt": "p", "chosen": "c", "rejected": "r"}, "preference", [("user", "p"), ("assistant", "c")]),
+        ({"prompt": "p", "ranked": ["b", "w"]}, "ranked", [("user", "p"), ("assistant", "b")]),
+        ({"prompt": "p", "answers": ["w", "b"], "scores": [0, 1]}, "rated", [("user", "p"), ("assistant", "b")]),
+        ({"prompt": "p", "completion": "c", "label": True}, "label", [("user", "p"), ("assistant", "c")]),
     ],
 )
 def test_every_format(row: Row, format: Format, expected: list[tuple[str, str]]) -> None:
@@ -239,3 +244,39 @@ def test_held_out_file_may_lack_the_group(tmp_path: Path) -> None:
     assert load_records(spec, str(file), held_out=True).records[0].group is None
     with pytest.raises(DataError, match="data.group"):
         load_records(spec, str(file))
+
+
+def test_pairs_rankings_and_ratings_hold_the_best_first() -> None:
+    pair = convert({"prompt": "q", "chosen": "good", "rejected": "bad", "input": "more"})
+    assert turns(pair) == [("user", "q\nmore"), ("assistant", "good")]
+    assert pair.score == 1.0 and pair.rivals == (Rival("bad", 0.0),)
+    ranked = convert({"prompt": [user("q")], "ranked": ["a", "b", [assistant("c")]]})
+    assert ranked.answer == "a" and [(r.content, r.score) for r in ranked.rivals] == [("b", 1.0), ("c", 0.0)]
+    rated = convert({"prompt": "q", "answers": ["a", "b", "c"], "scores": [1, 4.5, 1], "context": "box"})
+    assert rated.answer == "b" and rated.score == 4.5 and rated.context == "box"
+    assert [r.content for r in rated.rivals] == ["a", "c"]
+    (again,) = Records.of([rated])
+    assert again == rated
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "a"}, "are the same"),
+        ({"prompt": "q", "chosen": "a", "rejected": None}, "rejected"),
+        ({"prompt": "q", "chosen": "a", "rejected": [user("b")]}, "not an answer"),
+        ({"prompt": "q", "ranked": ["a"]}, "nothing to be compared with"),
+        ({"prompt": "q", "ranked": ["a", "b", "a"]}, "two of the answers"),
+        ({"prompt": "q", "ranked": "ab"}, "no list"),
+        ({"prompt": "q", "answers": ["a", "b"], "scores": [1]}, "2 answers and 1 scores"),
+        ({"prompt": "q", "answers": ["a", "b"], "scores": [1, True]}, "not a number"),
+        ({"prompt": "q", "answers": ["a", "b"], "scores": [1, float("nan")]}, "not a number"),
+        ({"prompt": "q", "answers": ["a", "b"], "scores": [2, 2]}, "the same score"),
+        ({"prompt": "q", "completion": "a", "label": "good"}, "not true or false"),
+        ({"prompt": "q", "completion": "a", "label": None}, "not true or false"),
+    ],
+    ids=str,
+)
+def test_rows_that_compare_nothing(row: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        convert(row)

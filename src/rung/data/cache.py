@@ -22,7 +22,7 @@ from rung.paths import cache_folder
 from rung.spec.data import LossOn
 from rung.types import Record
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Raise it with every change to what chat.py, tokenise.py or flat.py produce."""
 _TENSORS = {
     "ids": ("I32", 4),
@@ -42,6 +42,7 @@ def cached_examples(
     loss_on: LossOn = "answer",
     max_length: int | None = None,
     overflow: Overflow = "error",
+    rivals: bool = False,
     folder: Path | None = None,
 ) -> Tokenised:
     """`Chat.examples`, kept in `folder` (default: `tokenised` in Rung's cache folder); a damaged file is built anew.
@@ -49,20 +50,26 @@ def cached_examples(
     Raises:
         DataError: as `Chat.examples`; nothing is stored then.
     """
-    name = cache_key(chat, records, loss_on=loss_on, max_length=max_length, overflow=overflow)
+    name = cache_key(chat, records, loss_on=loss_on, max_length=max_length, overflow=overflow, rivals=rivals)
     file = (folder or cache_folder() / "tokenised") / f"{name}.safetensors"
     if (found := _load(file)) is not None:
         return Tokenised.of(found, records, from_cache=True)
-    made = tokenise(chat, records, loss_on=loss_on, max_length=max_length, overflow=overflow)
+    made = tokenise(chat, records, loss_on=loss_on, max_length=max_length, overflow=overflow, rivals=rivals)
     _store(file, made)
     return Tokenised.of(made, records)
 
 
 def cache_key(
-    chat: Chat, records: Sequence[Record], *, loss_on: LossOn, max_length: int | None, overflow: Overflow
+    chat: Chat,
+    records: Sequence[Record],
+    *,
+    loss_on: LossOn,
+    max_length: int | None,
+    overflow: Overflow,
+    rivals: bool = False,
 ) -> str:
     """SHA-256 over all that decides the ids, and nothing else: no path, no output folder, no tokenizer class."""
-    parts = [CODE_VERSION, fingerprint(records), chat.identity(), loss_on, max_length, overflow]
+    parts = [CODE_VERSION, fingerprint(records), chat.identity(), loss_on, max_length, overflow, rivals]
     return sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -132,14 +132,15 @@ class Chat:
         loss_on: LossOn = "answer",
         max_length: int | None = None,
         overflow: Overflow = "error",
+        rivals: bool = False,
     ) -> Tokenised:
-        """Tokenise records, with their supervised tokens marked.
+        """Tokenise records, with their supervised tokens marked; with `rivals`, the other answers of each as well.
 
         Raises:
             DataError: the template refuses a row or rewrites its history, a document is too long under `error`, no
                 document is left, or a plain text meets a tokenizer without an end-of-text token.
         """
-        flat = tokenise(self, records, loss_on=loss_on, max_length=max_length, overflow=overflow)
+        flat = tokenise(self, records, loss_on=loss_on, max_length=max_length, overflow=overflow, rivals=rivals)
         return Tokenised.of(flat, records)
 
     def preflight(self, tokenised: Tokenised) -> Preflight:

@@ -21,11 +21,14 @@ ROW = np.dtype(
         ("text_size", "<u4"),
         ("start", "<u4"),
         ("supervised", "<u4"),
+        ("rival", "<i4"),
     ]
 )
 """What stays in memory of a document: its record's index, where its tokens and its text begin, tokens, bytes of text,
-where the compared tokens begin, supervised tokens. 40 bytes."""
-_PACK = struct.Struct("<qqqIIII")
+where the compared tokens begin, supervised tokens, and which rival of the record's own answer it holds. 44 bytes."""
+_PACK = struct.Struct("<qqqIIIIi")
+OWN = -1
+"""In place of a rival: the record's own answer."""
 
 
 class Long(NamedTuple):
@@ -72,15 +75,15 @@ class FlatWriter:
     def __len__(self) -> int:
         return len(self._rows) // ROW.itemsize
 
-    def add(self, record: int, document: Document) -> None:
-        """Write down the document of this record."""
+    def add(self, record: int, document: Document, rival: int = OWN) -> None:
+        """Write down the document of this record with its own answer or a rival's."""
         text = document.expected.encode(errors="surrogatepass")
         self._ids.append(np.array(document.ids, dtype="<i4").tobytes())
         self._supervised.append(document.supervised.astype(bool).tobytes())
         at = self._texts.append(text)
         learned = int(document.supervised.sum())
         length = len(document.ids)
-        self._rows += _PACK.pack(record, self._tokens, at, length, len(text), document.start, learned)
+        self._rows += _PACK.pack(record, self._tokens, at, length, len(text), document.start, learned, rival)
         self._tokens += length
 
     def regions(self) -> tuple[Region, Region, Region]:
@@ -103,11 +106,12 @@ class Examples(Lazy[Example]):
 
     def at(self, i: int) -> Example:
         """Read one; its arrays belong to the caller."""
-        record, token, _, length, *_ = self.rows[i].tolist()
+        record, token, _, length, *_, rival = self.rows[i].tolist()
         own = self._records[record]
         ids = np.frombuffer(self._flat.ids.read(4 * token, 4 * length), dtype="<i4").copy()
         supervised = np.frombuffer(self._flat.supervised.read(token, length), dtype=bool).copy()
-        return Example(ids, supervised, own.source, own.weight, own.group, own.task)
+        score = own.score if rival == OWN else own.rivals[rival].score
+        return Example(ids, supervised, own.source, own.weight, own.group, own.task, record, score or 0.0)
 
     def select(self, rows: slice | np.ndarray) -> Examples:
         """These alone; nothing is read."""
@@ -152,6 +156,13 @@ class Tokenised:
             boundary_differences=flat.boundary_differences,
             from_cache=from_cache,
         )
+
+    @property
+    def rows(self) -> View[list[Example]]:
+        """The documents of each row of the data: one, or one for each of its answers."""
+        found = np.fromiter(self.kept, dtype=np.int64, count=len(self.examples))
+        starts = np.append(np.flatnonzero(np.diff(found, prepend=-1)), len(found)).tolist()
+        return View(lambda i: [self.examples[k] for k in range(starts[i], starts[i + 1])], range(len(starts) - 1))
 
     @property
     def lengths(self) -> np.ndarray:

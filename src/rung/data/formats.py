@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from rung.data import turns
+from rung.data import answers, turns
 from rung.data.read import Given, Rejected, Row, Rows, stream_rows
 from rung.data.records import Records, Writer
 from rung.data.spool import Texts, View
@@ -31,7 +31,13 @@ FORMATS: dict[Format, Columns] = {
     "prompt_completion": Columns(("prompt", "completion"), (), "completion"),
     "question_answer": Columns(("question", "answer"), ("context", "system"), "answer"),
     "text": Columns(("text",)),
+    "preference": Columns(("prompt", "chosen", "rejected"), ("input", "context", "system")),
+    "ranked": Columns(("prompt", "ranked"), ("input", "context", "system")),
+    "rated": Columns(("prompt", "answers", "scores"), ("input", "context", "system")),
+    "label": Columns(("prompt", "completion", "label"), ("input", "context", "system")),
 }
+WITH_CONTEXT = frozenset({"question_answer", "preference", "ranked", "rated", "label"})
+"""Formats with a column of context."""
 _COMMON = ("weight",)
 _ANSWER_LIKE = frozenset({"answer", "answers", "output", "completion", "response", "target", "gold", "solution"})
 _LABEL_LIKE = _ANSWER_LIKE | {"label", "category", "class"}
@@ -156,16 +162,19 @@ def to_record(
         if format == "text":
             text = turns.text_of(get("text"), "text")
             return Record((), source, group=key, weight=weight, text=text, task=own_task)
-        messages = _messages(format, get)
+        rated = answers.rated(format, get)
+        messages = (*_prompt(get), Message("assistant", rated[0].content)) if rated else _messages(format, get)
         turns.check_order(messages)
         return Record(
             messages,
             source,
-            context=turns.optional_text(get("context"), "context") if format == "question_answer" else None,
+            context=turns.optional_text(get("context"), "context") if format in WITH_CONTEXT else None,
             tools=turns.tools_text(get("tools")) if format in ("messages", "sharegpt") else None,
             group=key,
             weight=weight,
             task=own_task,
+            score=rated[0].score if rated else None,
+            rivals=tuple(rated[1:]),
         )
     except DataError as error:
         raise DataError(error.summary, where=str(source)) from error
@@ -286,6 +295,16 @@ def _messages(format: Format, get: Any) -> tuple[Message, ...]:
             return (*_system(get), *pair)
 
 
+def _prompt(get: Any) -> tuple[Message, ...]:
+    prompt = get("prompt")
+    if isinstance(prompt, list):
+        return (*_system(get), *turns.from_messages(prompt, "prompt"))
+    question = turns.text_of(prompt, "prompt")
+    if extra := turns.optional_text(get("input"), "input"):
+        question = f"{question}\n{extra}"
+    return (*_system(get), Message("user", question))
+
+
 def _pair(question: str, answer: str) -> tuple[Message, Message]:
     return Message("user", question), Message("assistant", answer)
 
@@ -314,7 +333,9 @@ def _key(value: object, what: str, name: str) -> str:
 
 
 def _fitting(map: Mapping[str, str], counts: Mapping[str, Any]) -> list[Format]:
-    return [name for name, columns in FORMATS.items() if _fits(columns, map, counts)]
+    fitting = [name for name, columns in FORMATS.items() if _fits(columns, map, counts)]
+    needed = {name: set(FORMATS[name].required) for name in fitting}
+    return [name for name in fitting if not any(needed[name] < other for other in needed.values())]
 
 
 def _fits(columns: Columns, map: Mapping[str, str], counts: Mapping[str, Any]) -> bool:

@@ -7,11 +7,12 @@ import struct
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 
 from rung.data.spool import Blob, Lazy
-from rung.types import Message, Record, Source
+from rung.types import Message, Record, Rival, Source
 
 ROW = np.dtype(
     [
@@ -128,19 +129,24 @@ class Writer:
 def encode(record: Record) -> bytes:
     """The content of a record, without its source, as one line of JSON."""
     turns = [(m.role, m.content, m.tool_calls, m.name) for m in record.messages]
-    task = [] if record.task is None else [record.task]
+    task: list[Any] = [] if record.task is None else [record.task]
+    if record.score is not None or record.rivals:
+        task = [record.task, record.score, [(r.content, r.score) for r in record.rivals]]
     fields = [turns, record.context, record.tools, record.group, record.weight, record.text, *task]
     return json.dumps(fields).encode() + b"\n"
 
 
 def _decode(line: bytes, source: Source) -> Record:
-    turns, context, tools, group, weight, text, *task = json.loads(line)
-    return Record(tuple(Message(*turn) for turn in turns), source, context, tools, group, weight, text, *task)
+    turns, context, tools, group, weight, text, *more = json.loads(line)
+    if len(more) > 1:
+        more[2] = tuple(Rival(*rival) for rival in more[2])
+    return Record(tuple(Message(*turn) for turn in turns), source, context, tools, group, weight, text, *more)
 
 
 def characters(record: Record) -> int:
     """Length of all its texts."""
-    return len(record.text or "") + len(record.context or "") + sum(len(m.content) for m in record.messages)
+    turns = sum(len(m.content) for m in record.messages) + sum(len(r.content) for r in record.rivals)
+    return len(record.text or "") + len(record.context or "") + turns
 
 
 def lines(records: Iterable[Record]) -> Iterator[bytes]:

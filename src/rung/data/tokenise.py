@@ -6,13 +6,13 @@ import os
 import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import chain
-from typing import TYPE_CHECKING, Literal
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, groupby
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from rung.data.flat import Document, Flat, FlatWriter, Tokenised
+from rung.data.flat import OWN, Document, Flat, FlatWriter, Tokenised
 from rung.data.records import characters
 from rung.data.spool import chunks
 from rung.errors import ConfigError, DataError, GateError
@@ -49,16 +49,35 @@ class Preflight:
         return asdict(self)
 
 
+class _Variant(NamedTuple):
+    """A record with its own answer, or with a rival's in its place."""
+
+    number: int
+    rival: int
+    record: Record
+
+
 def tokenise(
-    chat: Chat, records: Sequence[Record], *, loss_on: LossOn, max_length: int | None, overflow: Overflow
+    chat: Chat,
+    records: Sequence[Record],
+    *,
+    loss_on: LossOn,
+    max_length: int | None,
+    overflow: Overflow,
+    rivals: bool = False,
 ) -> Flat:
     """The work behind `Chat.examples`; see there."""
+    if rivals and overflow == "trim_prompt":
+        raise ConfigError(
+            "trimming would cut the prompts of compared answers differently", where="data.overflow", given=overflow
+        )
     writer = FlatWriter()
     conversations = array("q")  # records that are kept and have turns
     long, stuck = array("q"), array("q")  # record and length, one after the other
     limit = sys.maxsize if max_length is None else max_length
-    for i, (record, document) in enumerate(_documents(chat, records, loss_on)):
-        length = len(document.ids)
+    for i, row in groupby(_documents(chat, _variants(records, rivals), loss_on), key=lambda made: made[0].number):
+        variants, documents = zip(*row, strict=True)
+        document, length = documents[0], max(len(d.ids) for d in documents)
         if length > limit:
             long.extend((i, length))
             if overflow != "trim_prompt":
@@ -67,9 +86,10 @@ def tokenise(
             if length - max(document.prompt - 1 - inserted, 0) > limit:  # one stays: it predicts the answer's first
                 stuck.extend((i, length))
                 continue
-            document = _trim(chat, document, limit)
-        writer.add(i, document)
-        if record.text is None:
+            documents = (_trim(chat, document, limit),)
+        for variant, document in zip(variants, documents, strict=True):
+            writer.add(i, document, variant.rival)
+        if variants[0].record.text is None:
             conversations.append(i)
     if long and overflow == "error":
         raise _too_long("longer than data.max_length", long, limit, records)
@@ -126,12 +146,25 @@ def preflight(chat: Chat, tokenised: Tokenised) -> Preflight:
     )
 
 
-def _documents(chat: Chat, records: Iterable[Record], loss_on: LossOn) -> Iterator[tuple[Record, Document]]:
-    for chunk in chunks(records, characters, count=CHUNK, limit=CHUNK_CHARACTERS):
-        parts = [chat.parts(r, loss_on) if r.text is None else None for r in chunk]
-        texts = [[p.text for p in ps] if ps else [r.text or ""] for r, ps in zip(chunk, parts, strict=True)]
+def _variants(records: Iterable[Record], rivals: bool) -> Iterator[_Variant]:
+    """Each record, followed by its rivals where they are asked for."""
+    for number, record in enumerate(records):
+        if not rivals and record.score is not None and not record.rivals and record.score <= 0.0:
+            hint = "leave such rows out, or take objective: {kind: preference, loss: kto}"
+            raise DataError("this answer is labelled as bad, and would be learned", where=str(record.source), hint=hint)
+        yield _Variant(number, OWN, record)
+        for i, rival in enumerate(record.rivals if rivals else ()):
+            answer = replace(record.messages[-1], content=rival.content)
+            yield _Variant(number, i, replace(record, messages=(*record.messages[:-1], answer), rivals=()))
+
+
+def _documents(chat: Chat, variants: Iterable[_Variant], loss_on: LossOn) -> Iterator[tuple[_Variant, Document]]:
+    for chunk in chunks(variants, lambda v: characters(v.record), count=CHUNK, limit=CHUNK_CHARACTERS):
+        parts = [chat.parts(v.record, loss_on) if v.record.text is None else None for v in chunk]
+        texts = [[p.text for p in ps] if ps else [v.record.text or ""] for v, ps in zip(chunk, parts, strict=True)]
         pieces = iter(_encoded(chat, texts))
-        for record, own in zip(chunk, parts, strict=True):
+        for variant, own in zip(chunk, parts, strict=True):
+            record = variant.record
             if own is None:
                 document = _plain(chat, record, next(pieces))
             else:
@@ -140,7 +173,7 @@ def _documents(chat: Chat, records: Iterable[Record], loss_on: LossOn) -> Iterat
                     [(p.supervised, p.text, next(pieces)) for p in own], everything=loss_on == "all", real=real
                 )
             chat.check_bos(document.ids, str(record.source))
-            yield record, document
+            yield variant, document
 
 
 def _plain(chat: Chat, record: Record, ids: list[int]) -> Document:

@@ -66,11 +66,12 @@ def probe(
     `rows` packs documents within a budget as the run will. Each budget is timed twice on the same documents, in train
     mode, and the better time counts. Gradients are thrown away; generators are left as they were.
     """
-    total, chosen = 0, []
+    total, chosen = 0, list[Example]()
     for example in examples:
-        chosen.append(example)
-        if (total := total + len(example)) >= CANDIDATES[-1]:
+        if total >= CANDIDATES[-1] and (example.row < 0 or example.row != chosen[-1].row):
             break
+        chosen.append(example)
+        total += len(example)
     seconds = {}
     policy.model.train()
     for budget in CANDIDATES:

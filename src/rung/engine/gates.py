@@ -43,7 +43,7 @@ def check_identity(policy: Policy, method: Method, probe: Sequence[Example]) -> 
     if method.artefact != "adapter" or not method.starts_as_base:
         return None
     batches = pack(probe, sum(map(len, probe)), device=policy.device)
-    difference = max(float((policy.logprobs(b) - policy.reference_logprobs(b)).abs().max()) for b in batches)
+    difference = max(float((policy.logprobs(b) - policy.base_logprobs(b)).abs().max()) for b in batches)
     limit = TOLERANCE[_dtype(policy)] * (1.0 if method.subtracts else 1e-2)  # the same sums plus zeros
     return _gate("step0.identity", difference <= limit, difference, limit)
 

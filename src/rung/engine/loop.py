@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,8 @@ from rung.paths import cache_folder
 from rung.spec.engine import EngineSpec
 from rung.types import Example, PackedBatch
 
+Row = Sequence[Example]
+"""The documents of one row of the data."""
 LENGTHS = 1000
 """Documents looked at to know how long all of them are."""
 SKIPS_BEFORE_STOP = 3
@@ -103,8 +106,11 @@ class Trainer:
         say(f"resumed from {found.name}")
         return True
 
-    def run(self, train: Sequence[Example], validation: Sequence[Example]) -> Progress:
-        """Take every remaining step. Raises `Interrupted` after saving, `GateError` when a gate fails."""
+    def run(self, train: Sequence[Row], validation: Sequence[Row]) -> Progress:
+        """Take every remaining step over the rows of the data.
+
+        Raises `Interrupted` after saving, `GateError` when a gate fails.
+        """
         if not train:
             raise DataError("no training rows are left", hint="look at the counts of: rung data check")
         total = total_steps(self.spec, len(train))
@@ -141,13 +147,13 @@ class Trainer:
         self._keep_best()
         return self.progress
 
-    def _window(self, train: Sequence[Example], step: int) -> list[Example]:
+    def _window(self, train: Sequence[Row], step: int) -> list[Example]:
         """The documents of a step counted from 0: a pure function of seed and step."""
         per_step = self.spec.examples_per_step
         per_epoch = -(-len(train) // per_step)
         epoch, place = divmod(step, per_epoch)
         order = np.random.default_rng([self.seed, epoch]).permutation(len(train))
-        return [train[i] for i in order[place * per_step : (place + 1) * per_step]]
+        return [e for i in order[place * per_step : (place + 1) * per_step] for e in train[i]]
 
     def pack(self, examples: Sequence[Example], budget: int) -> list[PackedBatch]:
         """The rows of these documents, in the way this run packs."""
@@ -167,12 +173,12 @@ class Trainer:
             return False
         return True
 
-    def _trunk(self, train: Sequence[Example]) -> TrunkCache | None:
+    def _trunk(self, train: Sequence[Row]) -> TrunkCache | None:
         """A cache of the layers that do not move, where they would run a second time and the disk has room."""
         first_epoch = -(-len(train) // self.spec.examples_per_step)
         if not self.spec.cache_trunk or self.lowest == 0 or total_steps(self.spec, len(train)) <= first_epoch:
             return None
-        some = [len(train[i]) for i in range(0, len(train), max(1, len(train) // LENGTHS))]
+        some = [sum(map(len, train[i])) for i in range(0, len(train), max(1, len(train) // LENGTHS))]
         needed = int(np.mean(some) * len(train) * 4 * self.policy.model.config.hidden_size)
         if needed > shutil.disk_usage(cache_folder()).free // 2:
             say(f"layers below {self.lowest} do not move, but keeping their states would take {needed / 1e9:.0f} GB")
@@ -187,6 +193,9 @@ class Trainer:
         started = time.perf_counter()
         batches = self.pack(examples, self.budget)
         batches = batches if self.trunk is None else self.trunk.feed(batches)
+        if beside := self.objective.beside(examples):
+            with torch.no_grad():
+                self.objective.prepare(self.policy, self.policy.in_turn(self.pack(beside, self.budget)))
         self.optimiser.zero_grad(set_to_none=True)
         rate = rate_at(
             self.progress.step, total=total, peak=self.peak_rate, schedule=self.spec.schedule, warmup=self.spec.warmup
@@ -225,6 +234,7 @@ class Trainer:
             "grad_norm": float(norm),
             "tokens": tokens,
             "seconds": round(seconds, 4),
+            **self.objective.report(),
             **({} if finite else {"skipped": True}),
         }
 
@@ -248,7 +258,7 @@ class Trainer:
                 hint="lower engine.learning_rate, or look at those rows",
             )
 
-    def _measure(self, validation: Sequence[Example], entry: dict[str, Any], last: bool) -> bool:
+    def _measure(self, validation: Sequence[Row], entry: dict[str, Any], last: bool) -> bool:
         """Validation loss when it is due; True when patience has run out."""
         due = last or (self.spec.eval_every is not None and self.progress.step % self.spec.eval_every == 0)
         if not validation or not due:
@@ -256,10 +266,13 @@ class Trainer:
         self.policy.model.eval()
         batches: Iterable[PackedBatch]
         if self.spec.packing == "none":
-            batches = (batch for example in validation for batch in pack_separately([example], self.policy.device))
+            batches = (batch for row in validation for batch in pack_separately(row, self.policy.device))
         else:
-            batches = pack_in_slices(validation, self.budget, share_prefixes=self.sharing, device=self.policy.device)
+            every = chain.from_iterable(validation)
+            batches = pack_in_slices(every, self.budget, share_prefixes=self.sharing, device=self.policy.device)
+        self.objective.report()  # of the last training step: already in its entry
         value = mean_loss(self.policy, self.objective, batches)
+        entry.update({f"validation_{name}": found for name, found in self.objective.report().items()})
         self.policy.model.train()
         self.progress.validation = entry["validation_loss"] = value
         if self.progress.best is None or value < self.progress.best:

@@ -1,12 +1,13 @@
 """From examples to segment trees: flat rows of real tokens within a budget, beginnings that are alike computed once.
 
 The gradient of a step is a sum over its documents, so their order within the step is free: they are sorted by their
-tokens, which brings equal beginnings together.
+tokens, which brings equal beginnings together. Documents of one row of the data stay together, and in one batch: an
+objective may compare them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
@@ -54,16 +55,27 @@ def pack_together(
 
 
 def pack_separately(examples: Sequence[Example], device: torch.device | None = None) -> list[PackedBatch]:
-    """One document a batch: the plain way, for comparison."""
-    return [_batch([example], False, device) for example in examples]
+    """One document a batch, or one row of the data: the plain way, for comparison."""
+    rows: list[list[Example]] = []
+    for example in examples:
+        if not rows or _parted(rows[-1][-1], example):
+            rows.append([])
+        rows[-1].append(example)
+    return [_batch(row, False, device) for row in rows]
 
 
 def pack_in_slices(
-    examples: Sequence[Example], budget: int, *, share_prefixes: bool = True, device: torch.device | None = None
+    examples: Iterable[Example], budget: int, *, share_prefixes: bool = True, device: torch.device | None = None
 ) -> Iterator[PackedBatch]:
     """Batches of a set of any size, of which only a slice is in memory at once."""
-    for at in range(0, len(examples), SLICE):
-        yield from pack(examples[at : at + SLICE], budget, share_prefixes=share_prefixes, device=device)
+    slice_: list[Example] = []
+    for example in examples:
+        if len(slice_) >= SLICE and _parted(slice_[-1], example):
+            yield from pack(slice_, budget, share_prefixes=share_prefixes, device=device)
+            slice_ = []
+        slice_.append(example)
+    if slice_:
+        yield from pack(slice_, budget, share_prefixes=share_prefixes, device=device)
 
 
 def largest_first(batches: Sequence[PackedBatch]) -> list[PackedBatch]:
@@ -84,6 +96,10 @@ class _Group(NamedTuple):
     common: Sequence[int]
     ahead: int
 
+    def borders(self) -> list[int]:
+        """Where it may be cut: before each document that does not belong to the row of the one before."""
+        return [i for i, (a, b) in enumerate(pairwise(self.examples), start=1) if _parted(a, b)]
+
     def costs(self) -> list[int]:
         """Tokens to compute for each, if all stood in one row."""
         shared = [0, *(c - self.ahead if c - self.ahead >= MIN_SHARED else 0 for c in self.common[1:])]
@@ -92,7 +108,10 @@ class _Group(NamedTuple):
 
 def _in_order(examples: Sequence[Example]) -> tuple[list[Example], list[int]]:
     """Sorted by tokens, with what each has in common with the one before."""
-    ordered = sorted(examples, key=lambda e: e.ids.tolist())
+    first: dict[int, list[int]] = {}
+    for e in sorted(examples, key=lambda e: e.ids.tolist(), reverse=True):
+        first[e.row] = e.ids.tolist()  # the lowest of a row stands for it
+    ordered = sorted(examples, key=lambda e: (e.ids.tolist() if e.row < 0 else first[e.row], e.row, e.ids.tolist()))
     return ordered, [0, *(_common(a.ids, b.ids) for a, b in pairwise(ordered))]
 
 
@@ -111,7 +130,9 @@ def _plan(
     predicted = [int(e.supervised[1:].argmax()) if e.supervised[1:].any() else len(e) - 1 for e in group.examples]
     ahead = min(shared, *predicted, *(len(e) - 1 for e in group.examples))
     whole = (run, ahead, (rows - 1) * ahead) if ahead >= MIN_AHEAD else (run, 0, 0)
-    cuts = [run.start, *(i for i in run[1:] if common[i] == shared), run.stop]
+    cuts = [run.start, *(run.start + i for i in group.borders() if common[run.start + i] == shared), run.stop]
+    if len(cuts) == 2:
+        return [whole]
     parts = [piece for a, b in pairwise(cuts) for piece in _plan(ordered, common, range(a, b), budget, depth + 1)]
     return parts if sum(saved for _, _, saved in parts) > whole[2] else [whole]
 
@@ -145,11 +166,13 @@ def _cut(group: _Group, costs: Sequence[int], most: int) -> list[range]:
     """Neighbours in rows of at most `most` computed tokens; a longer document stands alone."""
     rows: list[range] = []
     filled = 0
-    for i, (example, cost) in enumerate(zip(group.examples, costs, strict=True)):
+    for start, stop in pairwise([0, *group.borders(), len(group.examples)]):
+        cost = sum(costs[start:stop])
         if not rows or filled + cost > most:
-            rows.append(range(i, i))
-            filled, cost = 0, len(example) - group.ahead  # the first of a row shares with nobody
-        rows[-1] = range(rows[-1].start, i + 1)
+            rows.append(range(start, start))
+            # the first of a row shares with nobody
+            filled, cost = 0, cost - costs[start] + len(group.examples[start]) - group.ahead
+        rows[-1] = range(rows[-1].start, stop)
         filled += cost
     return rows
 
@@ -163,9 +186,10 @@ def _within(
 ) -> list[PackedBatch]:
     """The costs above take a prefix as shared by neighbours; where the tree shares a little less, halves fit."""
     batch = _batch(group, share_prefixes, device, prefix)
-    if len(batch.ids) <= budget or len(group) == 1:
+    borders = _Group(group, (), 0).borders()
+    if len(batch.ids) <= budget or not borders:
         return [batch]
-    half = len(group) // 2
+    half = min(borders, key=lambda border: abs(border - len(group) // 2))
     halves = (group[:half], group[half:])
     return [b for part in halves for b in _within(part, budget, share_prefixes, device, prefix)]
 
@@ -257,6 +281,11 @@ def _tensor(parts: Sequence[np.ndarray], device: torch.device | None) -> torch.T
     joined = np.concatenate(parts)
     whole = joined if joined.dtype == np.float32 else joined.astype(np.int64)
     return torch.from_numpy(whole).to(device)
+
+
+def _parted(a: Example, b: Example) -> bool:
+    """Whether neighbours belong to different rows of the data."""
+    return a.row < 0 or a.row != b.row
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:

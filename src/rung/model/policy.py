@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from itertools import groupby
 from typing import Protocol
 
@@ -92,6 +93,8 @@ class Policy:
         self.logit_map = LogitMap.of(base.model.config)
         self.layers_to_recompute: Callable[[int], range] = lambda tokens: range(0)
         """Which layers a document of so many tokens computes again in the backward pass, so that it fits."""
+        self.reference: Policy | None = None
+        """What log-probabilities are compared with, where that is not the base with the method off."""
         self._shared: SharedPrefix | None = None
         self._ahead: dict[bool, _Ahead] = {}
         """Of the prefix at hand, with the method on (False) or off."""
@@ -268,7 +271,15 @@ class Policy:
             return token_logprobs(hidden[batch.loss.source], self.head, batch.loss.target, self.logit_map)
 
     def reference_logprobs(self, batch: PackedBatch) -> Tensor:
-        """The same from the base alone, without gradient.
+        """The same from the reference, which is the base alone unless another was set, without gradient."""
+        if self.reference is not None:
+            prefix = None if batch.prefix is None else replace(batch.prefix, below=None)  # states of another model
+            with torch.no_grad(), self.reference.sharing(prefix):
+                return self.reference.logprobs(replace(batch, prefix=prefix, below=None))
+        return self.base_logprobs(batch)
+
+    def base_logprobs(self, batch: PackedBatch) -> Tensor:
+        """The same with the method off, without gradient.
 
         Raises `PlanError` for documents with inserted tokens: the base has nothing to put there.
         """

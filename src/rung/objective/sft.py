@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from rung.model.policy import Policy
+from rung.objective.base import Objective
 from rung.spec.objective import SftSpec
 from rung.types import Counts, LossTerm, PackedBatch
 
@@ -14,7 +15,7 @@ def nll(logprobs_N: Tensor, weight_N: Tensor) -> Tensor:
     return -(logprobs_N * weight_N.to(logprobs_N.dtype)).sum()
 
 
-class Sft:
+class Sft(Objective):
     """Sum of weighted token losses; the divisor is the sum of the weights: a row of weight 2 counts as two."""
 
     def __init__(self, spec: SftSpec) -> None:

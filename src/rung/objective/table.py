@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rung.objective.base import Objective
+from rung.objective.preference import preference
 from rung.objective.sft import Sft
 
-OBJECTIVES: dict[str, Callable[[Any], Objective]] = {"sft": Sft}
+OBJECTIVES: dict[str, Callable[[Any], Objective]] = {"sft": Sft, "preference": preference}

@@ -8,7 +8,19 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from rung.spec.base import Share, Spec
 
-Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text"]
+Format = Literal[
+    "auto",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "prompt_completion",
+    "question_answer",
+    "text",
+    "preference",
+    "ranked",
+    "rated",
+    "label",
+]
 LossOn = Literal["answer", "assistant_turns", "all"]
 
 

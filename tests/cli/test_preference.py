@@ -1,0 +1,98 @@
+"""Preferences from the command line: pairs in, a margin that grows, and errors that say what is missing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from processes import inside
+
+
+@pytest.fixture
+def compared(config: Path, tmp_path: Path) -> Path:
+    """The config of a run on pairs: fruit against stones."""
+    rows = [
+        {"prompt": f"what is in box {i}?", "chosen": "apples", "rejected": "stones", "box": i % 20} for i in range(80)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = config.read_text().replace(
+        config.read_text().split("data: {path: ")[1].split(",")[0], str(tmp_path / "pairs.jsonl")
+    )
+    config.write_text(text + "objective: {kind: preference, beta: 0.5}\n")
+    return config
+
+
+def log(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", ["{kind: lora, rank: 4}", "{kind: full}", "{kind: prompt, virtual_tokens: 3}"])
+def test_the_margin_grows(method: str, compared: Path, tmp_path: Path, capsys: Any) -> None:
+    """From ln 2; where the base itself moves, against a copy that does not."""
+    settings = (f"method={method}", "engine.epochs=3", "engine.max_steps=null", "engine.learning_rate=1e-2")
+    code, _, err = inside(capsys, "train", compared, *settings)
+    assert code == 0, err
+    entries = log(tmp_path / "run")
+    if "prompt" not in method:
+        assert entries[0]["loss"] == pytest.approx(0.6931, abs=1e-3) and abs(entries[0]["margin"]) < 1e-3
+    assert entries[-1]["margin"] > entries[0]["margin"] + 0.2 and entries[-1]["validation_accuracy"] > 0.9
+    assert ("second model" in err) == ("full" in method)
+    assert inside(capsys, "eval", tmp_path / "run", "--limit", 3)[0] == 0
+
+
+def test_a_run_is_the_reference_of_the_next(compared: Path, tmp_path: Path, capsys: Any) -> None:
+    """As its base, or by name: either way the first step stands at ln 2."""
+    first = tmp_path / "first"
+    assert inside(capsys, "train", compared, "objective={kind: sft}", f"output={first}")[0] == 0
+    for number, settings in enumerate(([], [f"objective.reference={first}"])):
+        given = [f"model.name={first}", *settings, f"output={tmp_path / str(number)}"]
+        code, _, err = inside(capsys, "train", compared, *given)
+        assert code == 0, err
+        assert log(tmp_path / str(number))[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    code, _, err = inside(capsys, "train", compared, f"objective.reference={first}", f"output={tmp_path / 'other'}")
+    assert code == 0, err
+    assert abs(log(tmp_path / "other")[0]["margin"]) > 1e-3
+
+
+def test_rows_without_rivals_are_refused(compared: Path, questions: Path, tmp_path: Path, capsys: Any) -> None:
+    code, _, err = inside(capsys, "train", compared, f"data.path={questions}")
+    assert code == 2 and "compare nothing" in err
+
+
+def test_answers_too_long_go_with_their_row(compared: Path, tmp_path: Path, capsys: Any) -> None:
+    lines = (tmp_path / "pairs.jsonl").read_text().splitlines()
+    long = {**json.loads(lines[0]), "rejected": "stones " * 60}
+    (tmp_path / "pairs.jsonl").write_text("\n".join([json.dumps(long), *lines[1:]]) + "\n")
+    given = ("data.max_length=60", "data.test=0", "data.validation=0")
+    code, _, err = inside(capsys, "train", compared, *given)
+    assert code == 2 and "longer than" in err
+    code, _, err = inside(capsys, "train", compared, *given, "data.overflow=drop")
+    assert code == 0, err
+    found = json.loads((tmp_path / "run" / "run.json").read_text())["data"]["train"]
+    assert found["dropped"] == 1 and found["examples"] == 2 * 79
+    assert inside(capsys, "train", compared, *given, "data.overflow=trim_prompt", "--overwrite")[0] == 2
+
+
+def test_labelled_answers_are_told_apart_and_never_learned_as_they_are(
+    compared: Path, tmp_path: Path, capsys: Any
+) -> None:
+    rows = [
+        {
+            "prompt": f"what is in box {i}?",
+            "completion": "apples" if i % 2 else "stones",
+            "label": bool(i % 2),
+            "box": i % 20,
+        }
+        for i in range(80)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, err = inside(capsys, "train", compared, "objective={kind: sft}")
+    assert code == 2 and "labelled as bad" in err
+    settings = ("objective={kind: preference, loss: kto, beta: 0.5}", "engine.epochs=3", "engine.max_steps=null")
+    code, _, err = inside(capsys, "train", compared, *settings)
+    assert code == 0, err
+    entries = log(tmp_path / "run")
+    assert entries[0]["loss"] == pytest.approx(0.5, abs=1e-3) and entries[-1]["margin"] > 0.2

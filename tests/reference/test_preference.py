@@ -1,0 +1,234 @@
+"""Preference losses against transformers, one document at a time, and against the formulas written out, in float64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from builders import example, policy_of, tuned
+from models import tiny_model
+from naive import distance, gradients, naive
+from rung.engine.pack import MIN_AHEAD, pack, pack_in_slices, pack_separately
+from rung.engine.step import accumulate, count_window, mean_loss
+from rung.errors import DataError
+from rung.method.table import attach
+from rung.objective.preference import LOSSES, Paired, Sides, Unpaired, pairs
+from rung.spec.method import METHOD_SPECS
+from rung.spec.objective import PreferenceSpec
+from rung.types import Example, PackedBatch
+from tolerances import FLOAT64
+
+EXTRA = {"robust": {"label_smoothing": 0.2}}
+
+
+def spec_of(loss: str, **more: object) -> PreferenceSpec:
+    return PreferenceSpec(loss=loss, **{**EXTRA.get(loss, {}), **more})  # type: ignore[arg-type]
+
+
+def rows(seed: int = 0, count: int = 5, *, answers: int = 2, shared: int = 0) -> list[Example]:
+    """Rows of answers to a prompt each, the first the best."""
+    rng = np.random.default_rng(seed)
+    head = rng.integers(3, 320, size=shared).tolist()
+    made = []
+    for row in range(count):
+        prompt = [*head, *rng.integers(3, 320, size=int(rng.integers(4, 25))).tolist()]
+        for place in range(answers):
+            own = rng.integers(3, 320, size=int(rng.integers(2, 9))).tolist()
+            one = example([*prompt, *own], len(prompt), weight=1.0 + row % 2, line=row + 1)
+            made.append(replace(one, row=row, score=float(answers - place)))
+    return made
+
+
+def logprob(model: PreTrainedModel, e: Example) -> Tensor:
+    ids = torch.from_numpy(e.ids.astype(np.int64))
+    logits = model(ids[None], use_cache=False).logits[0].log_softmax(-1)
+    at = torch.from_numpy(np.flatnonzero(e.supervised))
+    return logits[at - 1, ids[at]].sum()
+
+
+def written_out(loss: str, c: Tensor, r: Tensor, nc: int, nr: int, beta: float) -> Tensor:
+    """Of log-ratios c and r, of lengths nc and nr: each formula once more, by other functions."""
+    if loss == "dpo":
+        return torch.log(1 + torch.exp(-beta * (c - r)))
+    if loss == "ipo":
+        return (c / nc - r / nr - 0.5 / beta) ** 2
+    if loss == "hinge":
+        return torch.clamp(1 - beta * (c - r), min=0)
+    if loss == "robust":
+        right, wrong = torch.log(1 + torch.exp(-beta * (c - r))), torch.log(1 + torch.exp(beta * (c - r)))
+        return (0.8 * right - 0.2 * wrong) / 0.6
+    if loss == "simpo":
+        return torch.log(1 + torch.exp(-beta * (c / nc - r / nr - 0.5)))
+    if loss == "orpo":
+        odds = [torch.exp(x) / (1 - torch.exp(x)) for x in (c / nc, r / nr)]
+        return beta * torch.log(1 + odds[1] / odds[0])
+    if loss == "apo_zero":
+        return 1 - 1 / (1 + torch.exp(-beta * c)) + 1 / (1 + torch.exp(-beta * r))
+    return torch.log(1 + torch.exp(-beta * (c / nc - r / nr)))
+
+
+@pytest.mark.parametrize("shared", [0, MIN_AHEAD + 5])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_loss_and_gradient_are_those_of_documents_alone(loss: str, shared: int) -> None:
+    examples, spec = rows(3, shared=shared), spec_of(loss, beta=0.3)
+    policy, method = tuned("lora", "phi", dtype=torch.float64, rank=4)
+    theirs, their_method = naive("lora", "phi", dtype=torch.float64, rank=4)
+    base = tiny_model("phi", dtype=torch.float64)
+    base.set_attn_implementation("sdpa")
+    free = loss in ("simpo", "orpo")
+    total, weights, nats, tokens = torch.zeros((), dtype=torch.float64), 0.0, torch.zeros(()).double(), 0.0
+    for chosen, rejected in zip(examples[::2], examples[1::2], strict=True):
+        own = [logprob(theirs, e) for e in (chosen, rejected)]
+        ratios = own if free else [a - logprob(base, e).detach() for a, e in zip(own, (chosen, rejected), strict=True)]
+        lengths = [int(e.supervised.sum()) for e in (chosen, rejected)]
+        total = total + chosen.weight * written_out(loss, *ratios, *lengths, 0.3)
+        weights += chosen.weight
+        nats, tokens = nats - chosen.weight * own[0], tokens + chosen.weight * lengths[0]
+    expected = total / weights + (nats / tokens if loss == "orpo" else 0.0)
+    expected.backward()
+    for batches in (pack(examples, 10_000), pack(examples, 60), pack_separately(examples)):
+        policy.model.zero_grad()
+        found = accumulate(policy, Paired(spec), batches)
+        assert float(found) == pytest.approx(expected.item(), rel=FLOAT64)
+        assert distance(gradients(method), gradients(their_method)) < FLOAT64
+
+
+def test_it_begins_at_ln_2_whatever_the_packing() -> None:
+    """The reference is where the policy begins, so no pair leans either way."""
+    model = tiny_model()
+    policy = policy_of(model, attach(model, METHOD_SPECS["lora"](), seed=0))
+    objective = Paired(spec_of("dpo"))
+    for batches in (pack(rows(), 10_000), pack(rows(), 50)):
+        assert mean_loss(policy, objective, batches) == pytest.approx(math.log(2.0), abs=1e-6)
+    assert objective.report()["margin"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_another_reference_is_asked_instead_of_the_base() -> None:
+    """With itself as the reference every pair stands at ln 2; with the base it does not."""
+    policy, _ = tuned("lora")
+    other, _ = tuned("lora")
+    batches, objective = pack(rows(shared=MIN_AHEAD), 60), Paired(spec_of("dpo"))
+    assert abs(mean_loss(policy, objective, batches) - math.log(2.0)) > 1e-3
+    policy.reference = other
+    assert mean_loss(policy, objective, batches) == pytest.approx(math.log(2.0), abs=1e-6)
+
+
+def test_all_pairs_of_a_ranking_and_none_of_a_tie() -> None:
+    ranked = rows(1, count=3, answers=4)
+    (batch,) = pack(ranked, 10_000)
+    better, other = pairs(batch)
+    assert len(better) == 3 * 6
+    score = [d.score for d in batch.documents]
+    assert all(score[a] > score[b] for a, b in zip(better, other, strict=True))
+    assert {batch.documents[a].row for a in better} == {0, 1, 2}
+    tied = [replace(e, score=min(e.score, 2.0)) for e in ranked]
+    assert len(pairs(pack(tied, 10_000)[0])[0]) == 3 * 3  # three answers share the first place, one the second
+    with pytest.raises(DataError, match="compare nothing"):
+        pairs(pack([replace(e, score=0.0) for e in ranked], 10_000)[0])
+
+
+@pytest.mark.parametrize("budget", [20, 60, 90, 300])
+@pytest.mark.parametrize("answers", [2, 5])
+def test_answers_of_a_row_are_never_parted(budget: int, answers: int) -> None:
+    examples = rows(2, count=12, answers=answers, shared=20)
+    for batches in (pack(examples, budget), list(pack_in_slices(examples, budget)), pack_separately(examples)):
+        seen: dict[int, PackedBatch] = {}
+        for batch in batches:
+            for document in batch.documents:
+                assert seen.setdefault(document.row, batch) is batch
+        assert sum(batch.sequences for batch in batches) == len(examples)
+
+
+def test_a_prompt_is_computed_once_for_all_its_answers() -> None:
+    examples = rows(2, count=1, answers=5)
+    examples = [replace(e, ids=np.concatenate([np.arange(3, 43, dtype=np.int32), e.ids])) for e in examples]
+    examples = [replace(e, supervised=np.concatenate([np.zeros(40, bool), e.supervised])) for e in examples]
+    (batch,) = pack(examples, 10_000)
+    prompt = int(examples[0].supervised.argmax())
+    assert len(batch.ids) == prompt + sum(len(e) - prompt for e in examples)
+
+
+def test_counts_and_the_sft_term() -> None:
+    examples = rows(4, count=4, answers=3)
+    (batch,) = pack(examples, 10_000)
+    counts = count_window(Paired(spec_of("dpo")), [batch])
+    assert counts.pairs == sum(3 * e.weight for e in examples[::3])
+    assert counts.tokens == sum(e.weight * int(e.supervised.sum()) for e in examples[::3])
+    policy, _ = tuned("lora")
+    plain, mixed = (mean_loss(policy, Paired(spec_of("dpo", sft=w)), [batch]) for w in (None, 0.5))
+    nats = sum(-e.weight * float(logprob_of(policy, e)) for e in examples[::3]) / counts.tokens
+    assert mixed - plain == pytest.approx(0.5 * nats, rel=1e-4)
+
+
+def logprob_of(policy: object, e: Example) -> Tensor:
+    return policy.logprobs(pack_separately([e])[0]).sum().detach()  # type: ignore[attr-defined]
+
+
+def test_longer_answers_that_win_are_seen_in_the_log() -> None:
+    """Twice as long and by that much likelier: the correlation says so."""
+    objective = Paired(spec_of("dpo"))
+    lengths = torch.arange(1.0, 9.0)
+    sides = Sides(2.0 * lengths, lengths, 2.0 * lengths, lengths)
+    objective._see(sides, torch.zeros(2), torch.tensor([0] * 8), torch.tensor([1] * 8))
+    found = objective.report()
+    assert found["length_ratio"] == pytest.approx(2.0) and found["length_correlation"] == pytest.approx(1.0)
+    assert found["accuracy"] == 1.0 and objective.report() == {}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"loss": "robust"},
+        {"loss": "dpo", "label_smoothing": 0.1},
+        {"loss": "dpo", "margin": 1.0},
+        {"loss": "simpo", "reference": "runs/x"},
+    ],
+)
+def test_settings_that_do_not_go_together(given: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="loss"):
+        PreferenceSpec(**given)  # type: ignore[arg-type]
+
+
+def test_kto_is_that_of_documents_alone_with_mismatched_answers_as_the_reference_point() -> None:
+    examples, spec = rows(3), spec_of("kto", beta=0.3, bad_weight=1.5)
+    policy, method = tuned("lora", "phi", dtype=torch.float64, rank=4)
+    theirs, their_method = naive("lora", "phi", dtype=torch.float64, rank=4)
+    base = tiny_model("phi", dtype=torch.float64)
+    base.set_attn_implementation("sdpa")
+    objective = Unpaired(spec)
+    mixed = objective.beside(examples)
+    for i, e in enumerate(mixed):
+        prompt, own = int(e.supervised.argmax()), examples[i]
+        assert e.ids[:prompt].tolist() == own.ids[: int(own.supervised.argmax())].tolist()
+        assert any(
+            e.ids[prompt:].tolist() == o.ids[int(o.supervised.argmax()) :].tolist()
+            for o in examples
+            if o.row != own.row
+        )
+    with torch.no_grad():
+        ratios = [logprob(theirs, e) - logprob(base, e) for e in mixed]
+    point = max(0.0, float(torch.stack(ratios).mean()))
+    terms, weights = [], 0.0
+    for e in examples:
+        above = 0.3 * (logprob(theirs, e) - logprob(base, e).detach() - point)
+        bad = e.score < 2
+        terms.append(e.weight * (1.5 if bad else 1.0) * (1 - 1 / (1 + torch.exp(above if bad else -above))))
+        weights += e.weight
+    expected = torch.stack(terms).sum() / weights
+    expected.backward()
+    for budget in (10_000, 60):
+        policy.model.zero_grad()
+        with torch.no_grad():
+            objective.prepare(policy, policy.in_turn(pack(mixed, budget)))
+        assert float(objective.reference_point) == pytest.approx(point, rel=FLOAT64, abs=1e-12)
+        found = accumulate(policy, objective, pack(examples, budget))
+        assert float(found) == pytest.approx(expected.item(), rel=FLOAT64)
+        assert distance(gradients(method), gradients(their_method)) < FLOAT64
+    report = objective.report()
+    assert report["margin"] == pytest.approx(report["good_reward"] - report["bad_reward"])
