@@ -10,8 +10,18 @@ from pathlib import Path
 FILE_LINES, FUNCTION_LINES, PARAMETERS, FIELDS = 400, 60, 8, 15
 SOURCE = Path(__file__).parent.parent / "src" / "rung"
 BASES = {
-    *("Protocol", "Method", "Spec", "LowRankSpec", "BaseModel", "Module", "Function", "Exception", "NamedTuple"),
-    *("DynamicLayer", "SafeLoader", "Sequence", "Lazy", "PeftConfig", "BaseTuner", "BaseTunerLayer", "StrEnum"),
+    *("Protocol", "Method", "Objective", "Spec", "LowRankSpec", "BaseModel", "Module", "Function", "Exception"),
+    *(
+        "NamedTuple",
+        "DynamicLayer",
+        "SafeLoader",
+        "Sequence",
+        "Lazy",
+        "PeftConfig",
+        "BaseTuner",
+        "BaseTunerLayer",
+        "StrEnum",
+    ),
 }
 """Inheritance stays with protocols (sequences are), specs, torch modules and functions, peft's tuners, exceptions."""
 

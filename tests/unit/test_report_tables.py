@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rung.report import plots
-from rung.report.facts import gates_text, lottery_text, measured_text, method_text
+from rung.report.facts import gates_text, lottery_text, measured_text, method_text, preferred_text
 from rung.report.human import bounds, count, decimals, duration, fixed, memory, p_value, significant
 from rung.report.tables import dry_run_lines, ladder_lines, run_lines, score_lines
 
@@ -207,3 +207,10 @@ def test_a_lottery_says_whether_its_middle_won() -> None:
     assert "first third 0%, middle third 0%, last third 100%" in lottery_text(upper)
     drawn = plots.layer_scores("run", found["scores"], found["winners"])
     assert "3: 30.0%" in drawn and drawn.count("<path") > 9
+
+
+def test_preferences_are_told_from_the_last_measurement() -> None:
+    pairs = {"validation_margin": 0.25, "validation_accuracy": 0.9, "validation_length_correlation": -0.1}
+    log = [{"step": 1, "validation_margin": 0.0}, {"step": 2, **pairs}, {"step": 3, "loss": 0.5}]
+    assert preferred_text(log) == "90% the right way round, margin +0.250, margin goes with length by -0.10"
+    assert preferred_text(log[:1]) == "margin +0.000" and preferred_text([{"step": 1, "loss": 1.0}]) == ""

@@ -142,6 +142,18 @@ def gates_text(gates: Sequence[Json]) -> str:
     return ", ".join(parts) or "none reached"
 
 
+def preferred_text(log: Sequence[Json]) -> str:
+    """How a preference run did on its validation pairs, from the last time they were measured."""
+    found = next((e for e in reversed(log) if "validation_margin" in e), None)
+    if found is None:
+        return ""
+    parts = [f"margin {found['validation_margin']:+.3f}"]
+    if "validation_accuracy" in found:
+        lengths = f"margin goes with length by {found['validation_length_correlation']:+.2f}"
+        parts = [f"{found['validation_accuracy']:.0%} the right way round", *parts, lengths]
+    return ", ".join(parts)
+
+
 def lottery_text(found: Mapping[str, Any]) -> str:
     """Which layers went on, what each third of the model scored, and whether its middle won beyond chance."""
     if not found:

@@ -116,7 +116,7 @@ def cost(points: Sequence[tuple[str, Json, float]], metric: str, x_label: str) -
     return _svg(f"cost-{x_label}", draw, 2.9, f"{metric} against {x_label}. " + "; ".join(said))
 
 
-def losses(name: str, logs: Sequence[Sequence[Json]]) -> Markup:
+def losses(name: str, logs: Sequence[Sequence[Json]], unit: str) -> Markup:
     """Training and validation loss over the steps; several training seeds lie over one another."""
 
     def draw(axes: Any) -> None:
@@ -127,7 +127,7 @@ def losses(name: str, logs: Sequence[Sequence[Json]]) -> Markup:
             axes.plot(*train, color=SERIES[5], linewidth=1.1, alpha=faint, label="training" if first else None)
             axes.plot(*held, "o-", color=SERIES[0], markersize=4, linewidth=1.6, label="validation" if first else None)
         axes.set_xlabel("optimiser step")
-        axes.set_ylabel("loss, nats per token")
+        axes.set_ylabel(f"loss, {unit}")
         axes.xaxis.get_major_locator().set_params(integer=True)
         _legend(axes)
 

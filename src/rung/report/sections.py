@@ -20,6 +20,7 @@ from rung.report.facts import (
     lottery_text,
     measured_text,
     method_text,
+    preferred_text,
     router_text,
 )
 from rung.report.folder import PERPLEXITY, Run, Source
@@ -147,7 +148,9 @@ def cost_plots(source: Source) -> list[Markup]:
 def curves(source: Source) -> list[tuple[str, Markup]]:
     """Loss curves of each tuned rung."""
     logs = [(rung.label, [run.log for run in rung.runs if plots.has_curve(run.log)]) for rung in source.rungs]
-    return [(label, plots.losses(label, found)) for label, found in logs if found]
+    compares = source.spec.get("objective", {}).get("kind") == "preference"
+    unit = "of a pair or an answer" if compares else "nats per token"
+    return [(label, plots.losses(label, found, unit)) for label, found in logs if found]
 
 
 def layers(source: Source) -> list[tuple[str, Markup]]:
@@ -269,6 +272,7 @@ def _trained(run: Run) -> Pairs:
         "peak memory": memory(manifest["peak_memory_bytes"]) if manifest.get("peak_memory_bytes") else "",
         "training loss": f"{loss(manifest['train_loss'])} in the last step" if steps else "",
         "validation loss": loss(manifest["validation_loss"]) if manifest.get("validation_loss") is not None else "",
+        "held-out pairs": preferred_text(run.log),
         "lowest at step": f"{best:,}" if best and best != manifest.get("steps") else "",
         "lottery": lottery_text(manifest.get("lottery") or {}),
         "router load": router_text(manifest.get("router_load") or {}),
