@@ -80,8 +80,9 @@ def test_records(spec: RunSpec, splits: Splits) -> Records:
         raise ConfigError(
             "there is no test split to score on", where="data.test", given=spec.data.test, hint="set data.test: 0.1"
         )
-    order = np.random.default_rng([spec.seed, 2]).permutation(len(splits.test))
-    return splits.test.select(np.sort(order[: spec.evaluate.limit]))
+    expected = np.flatnonzero([not record.bad for record in splits.test])  # a bad answer is no answer to expect
+    order = np.random.default_rng([spec.seed, 2]).permutation(len(expected))
+    return splits.test.select(expected[np.sort(order[: spec.evaluate.limit])])
 
 
 def widen_if_asked(policy: Policy, spec: RunSpec) -> None:

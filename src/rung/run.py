@@ -79,6 +79,8 @@ def tokenise(spec: RunSpec, splits: Splits, base: Base) -> Data:
     if spec.evaluate.context == "withheld":  # a tuned model must be trained on what it will be asked
         splits = replace(splits, train=_closed_book(splits.train), validation=_closed_book(splits.validation))
 
+    objective = OBJECTIVES[spec.objective.kind](spec.objective)
+
     def examples(records: Sequence[Record]) -> Tokenised:
         return cached_examples(
             chat,
@@ -86,12 +88,16 @@ def tokenise(spec: RunSpec, splits: Splits, base: Base) -> Data:
             loss_on=spec.data.loss_on,
             max_length=longest,
             overflow=spec.data.overflow,
-            rivals=OBJECTIVES[spec.objective.kind](spec.objective).compares,
+            rivals=objective.compares,
         )
 
     with stage("tokenising"):
         train = examples(splits.train)
         validation = examples(splits.validation) if splits.validation else None
+    for part in (train, validation):
+        if part is not None and (lonely := part.fewer_than(objective.at_least)) is not None:
+            hint = "labelled answers are for loss: kto; pairs, rankings and ratings for all others"
+            raise DataError("this row has one answer and nothing to compare it with", where=str(lonely), hint=hint)
     if validation is not None:
         chat.preflight(validation)
     return Data(splits, chat, train, validation, chat.preflight(train))
@@ -128,6 +134,7 @@ def dry_run(spec: RunSpec) -> dict[str, Any]:
     splits = read_splits(spec)
     base = load(spec.model)
     data = tokenise(spec, splits, base)
+    reference_of(spec, base)
     method = attach(base.model, spec.method, seed=spec.seed, fused=spec.model.fused)
     steps_per_epoch = -(-len(data.train.rows) // spec.engine.examples_per_step)
     return {
@@ -152,14 +159,15 @@ def train_on(
     # first: data or a method that cannot be leave no folder behind
     _check_tasks(spec, data)
     _check_lottery(spec, len(data.train.rows))
+    reference = reference_of(spec, base)
     method = attach(base.model, spec.method, seed=spec.seed, fused=spec.model.fused)
     folder = RunFolder.claim(Path(spec.output), to_dict(spec), resume=resume, overwrite=overwrite)
     policy = Policy(base, method)
-    policy.reference = _reference(spec, base, method)
+    policy.reference = reference
     alone = _say_what_is_unusual(policy, method, spec)
-    fingerprints = _fingerprints(base, data)
+    fingerprints = _fingerprints(base, data, reference)
     begun = folder.manifest.get("fingerprints", fingerprints)
-    if changed := [name for name, value in fingerprints.items() if begun[name] != value]:
+    if changed := [name for name, value in fingerprints.items() if begun.get(name) != value]:
         what = f"what this run began with has changed: its {' and '.join(changed)}"
         raise CheckpointError(what, where=spec.output, hint="start anew with --overwrite")
     folder.manifest.pop("error", None)
@@ -216,6 +224,7 @@ def _pass_gates(policy: Policy, method: Method, trainer: Trainer, data: Data, fo
     found = [
         gates.check_trainable(method, trainer.optimiser),
         gates.check_identity(policy, method, probe),
+        gates.check_reference(policy, method, probe),
         gates.check_packing(policy, probe),
         gates.check_fused(policy, probe),
         gates.check_decoding(policy, probe),
@@ -240,15 +249,15 @@ def _say_what_is_unusual(policy: Policy, method: Method, spec: RunSpec) -> int:
     return len(alone)
 
 
-def _reference(spec: RunSpec, base: Base, method: Method) -> Policy | None:
-    """The model that an objective compares with, where it is not the base with its adapter off."""
+def reference_of(spec: RunSpec, base: Base) -> Policy | None:
+    """The model that an objective compares with, where it is not the base with the method off."""
     objective = spec.objective
     if not isinstance(objective, PreferenceSpec) or objective.loss in FREE:
         return None
     named = objective.reference
-    if named == "base" and method.artefact == "adapter":
+    if named == "base" and spec.method.kind != "full":
         return None
-    other = spec.model if named == "base" else spec.model.model_copy(update={"name": named})
+    other = spec.model if named == "base" else spec.model.model_copy(update={"name": named, "revision": None})
     why = "the base moves" if named == "base" else "it is named"
     say(f"the reference is a second model in memory, because {why}")
     found = load(other)
@@ -336,8 +345,10 @@ def budget_of(spec: RunSpec, base: Base) -> int:
     return given if isinstance(given, int) else tokens_per_micro_batch(base.model.config, device().type)
 
 
-def _fingerprints(base: Base, data: Data) -> dict[str, str]:
+def _fingerprints(base: Base, data: Data, reference: Policy | None) -> dict[str, str]:
+    named = {} if reference is None else {"reference": reference.base.fingerprint}
     return {
+        **named,
         "base": base.fingerprint,
         "data": data.splits.fingerprint,
         "text": hashlib.sha256(data.chat.identity().encode()).hexdigest(),

@@ -77,6 +77,11 @@ class Record:
         return next((m.content for m in reversed(self.messages) if m.role == "user"), self.text or "")
 
     @property
+    def bad(self) -> bool:
+        """Whether its own answer is labelled as a bad one: nothing to be learned or expected."""
+        return self.score is not None and self.score <= 0.0 and not self.rivals
+
+    @property
     def answer(self) -> str:
         """Text of the final assistant turn: what is expected."""
         return self.messages[-1].content if self.messages and self.messages[-1].role == "assistant" else ""
@@ -97,8 +102,8 @@ class Example:
     task: str | None = None
     row: int = -1
     """Documents of one row of the data share it and are never parted; -1 stands alone."""
-    score: float = 0.0
-    """Of its answer among those of the row."""
+    score: float | None = None
+    """Of its answer, where the data has one."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -164,6 +169,12 @@ class PackedBatch:
     """What every root of the row comes after; no entry of the loss index looks into it."""
     below: Below | None = None
     """What enters the lowest layer that moves, for every token of the row; None where the embeddings do."""
+
+    @property
+    def indivisible(self) -> bool:
+        """Whether it holds one document, or those of one row of the data: smaller batches cannot be made of it."""
+        rows = {document.row for document in self.documents}
+        return self.sequences == 1 or (len(rows) == 1 and -1 not in rows)
 
     @property
     def task(self) -> str | None:

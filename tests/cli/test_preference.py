@@ -59,7 +59,7 @@ def test_a_run_is_the_reference_of_the_next(compared: Path, tmp_path: Path, caps
 
 def test_rows_without_rivals_are_refused(compared: Path, questions: Path, tmp_path: Path, capsys: Any) -> None:
     code, _, err = inside(capsys, "train", compared, f"data.path={questions}")
-    assert code == 2 and "compare nothing" in err
+    assert code == 2 and "compares nothing" in err
 
 
 def test_answers_too_long_go_with_their_row(compared: Path, tmp_path: Path, capsys: Any) -> None:
@@ -89,10 +89,52 @@ def test_labelled_answers_are_told_apart_and_never_learned_as_they_are(
         for i in range(80)
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, _, err = inside(capsys, "train", compared, "objective={kind: sft}")
+    code, _, err = inside(capsys, "train", compared, "objective={kind: sft}", "data.format=label")
     assert code == 2 and "labelled as bad" in err
-    settings = ("objective={kind: preference, loss: kto, beta: 0.5}", "engine.epochs=3", "engine.max_steps=null")
+    code, _, err = inside(capsys, "train", compared, "data.format=label")
+    assert code == 2 and "loss: kto" in err
+    settings = (
+        "data.format=label",
+        "objective={kind: preference, loss: kto, beta: 0.5}",
+        "engine.epochs=3",
+        "engine.max_steps=null",
+    )
     code, _, err = inside(capsys, "train", compared, *settings)
     assert code == 0, err
     entries = log(tmp_path / "run")
     assert entries[0]["loss"] == pytest.approx(0.5, abs=1e-3) and entries[-1]["margin"] > 0.2
+    compared.write_text(compared.read_text().replace("data: {", "data: {format: label, "))
+    assert inside(capsys, "data", "check", compared)[0] == 0
+    code, out, err = inside(capsys, "eval", tmp_path / "run", "--json")
+    assert code == 0, err
+    items = [json.loads(line) for line in (tmp_path / "run" / "eval.jsonl").read_text().split("\n")[1:] if line]
+    assert items and {item["expected"] for item in items} == {"apples"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["data.loss_on=all"], "loss_on is answer"),
+        (["objective.loss=kto", "engine.examples_per_step=1"], "at least 2"),
+        (["method={kind: p_tuning, virtual_tokens: 2, positions: {user: 2}}"], "all of them in front"),
+        (["objective.reference=runs/nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_before_anything_is_written(
+    settings: list[str], said: str, compared: Path, tmp_path: Path, capsys: Any
+) -> None:
+    code, _, err = inside(capsys, "train", compared, *settings)
+    assert code in (2, 3) and said in err and not (tmp_path / "run").exists()
+
+
+def test_another_reference_under_the_same_name_is_noticed(compared: Path, tmp_path: Path, capsys: Any) -> None:
+    first = tmp_path / "first"
+    sft = ("objective={kind: sft}", f"output={first}")
+    assert inside(capsys, "train", compared, *sft)[0] == 0
+    given = [f"objective.reference={first}", "engine.checkpoint_every=2"]
+    assert inside(capsys, "train", compared, *given)[0] == 0
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**run, "status": "interrupted"}))
+    assert inside(capsys, "train", compared, *sft, "seed=5", "--overwrite")[0] == 0
+    code, _, err = inside(capsys, "train", compared, *given, "--resume")
+    assert code == 3 and "its reference" in err

@@ -16,9 +16,8 @@ from models import tiny_model
 from naive import distance, gradients, naive
 from rung.engine.pack import MIN_AHEAD, pack, pack_in_slices, pack_separately
 from rung.engine.step import accumulate, count_window, mean_loss
-from rung.errors import DataError
 from rung.method.table import attach
-from rung.objective.preference import LOSSES, Paired, Sides, Unpaired, pairs
+from rung.objective.preference import LOSSES, Paired, Sides, Unpaired, by_document, good, pairs
 from rung.spec.method import METHOD_SPECS
 from rung.spec.objective import PreferenceSpec
 from rung.types import Example, PackedBatch
@@ -122,15 +121,15 @@ def test_another_reference_is_asked_instead_of_the_base() -> None:
 def test_all_pairs_of_a_ranking_and_none_of_a_tie() -> None:
     ranked = rows(1, count=3, answers=4)
     (batch,) = pack(ranked, 10_000)
-    better, other = pairs(batch)
-    assert len(better) == 3 * 6
+    better, other, weight = pairs(batch)
+    assert len(better) == 3 * 6 and weight == [batch.documents[i].weight / 6 for i in better]
     score = [d.score for d in batch.documents]
     assert all(score[a] > score[b] for a, b in zip(better, other, strict=True))
     assert {batch.documents[a].row for a in better} == {0, 1, 2}
     tied = [replace(e, score=min(e.score, 2.0)) for e in ranked]
-    assert len(pairs(pack(tied, 10_000)[0])[0]) == 3 * 3  # three answers share the first place, one the second
-    with pytest.raises(DataError, match="compare nothing"):
-        pairs(pack([replace(e, score=0.0) for e in ranked], 10_000)[0])
+    # scores 4, 3, 2, 1 become 2, 2, 2, 1: three pairs a row
+    assert len(pairs(pack(tied, 10_000)[0]).better) == 3 * 3
+    assert pairs(pack([replace(e, score=0.0) for e in ranked], 10_000)[0]).better == []
 
 
 @pytest.mark.parametrize("budget", [20, 60, 90, 300])
@@ -158,7 +157,7 @@ def test_counts_and_the_sft_term() -> None:
     examples = rows(4, count=4, answers=3)
     (batch,) = pack(examples, 10_000)
     counts = count_window(Paired(spec_of("dpo")), [batch])
-    assert counts.pairs == sum(3 * e.weight for e in examples[::3])
+    assert counts.pairs == pytest.approx(sum(e.weight for e in examples[::3]))
     assert counts.tokens == sum(e.weight * int(e.supervised.sum()) for e in examples[::3])
     policy, _ = tuned("lora")
     plain, mixed = (mean_loss(policy, Paired(spec_of("dpo", sft=w)), [batch]) for w in (None, 0.5))
@@ -175,24 +174,76 @@ def test_longer_answers_that_win_are_seen_in_the_log() -> None:
     objective = Paired(spec_of("dpo"))
     lengths = torch.arange(1.0, 9.0)
     sides = Sides(2.0 * lengths, lengths, 2.0 * lengths, lengths)
-    objective._see(sides, torch.zeros(2), torch.tensor([0] * 8), torch.tensor([1] * 8))
+    objective._see(sides, torch.zeros(8), torch.zeros(8))
     found = objective.report()
     assert found["length_ratio"] == pytest.approx(2.0) and found["length_correlation"] == pytest.approx(1.0)
     assert found["accuracy"] == 1.0 and objective.report() == {}
 
 
 @pytest.mark.parametrize(
-    "given",
+    ("given", "said"),
     [
-        {"loss": "robust"},
-        {"loss": "dpo", "label_smoothing": 0.1},
-        {"loss": "dpo", "margin": 1.0},
-        {"loss": "simpo", "reference": "runs/x"},
+        ({"loss": "robust"}, "needs label_smoothing"),
+        ({"loss": "dpo", "label_smoothing": 0.1}, "is for loss: robust"),
+        ({"loss": "dpo", "margin": 1.0}, "is for loss: simpo"),
+        ({"loss": "dpo", "bad_weight": 2.0}, "is for loss: kto"),
+        ({"loss": "simpo", "reference": "runs/x"}, "knows no reference"),
     ],
 )
-def test_settings_that_do_not_go_together(given: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="loss"):
+def test_settings_that_do_not_go_together(given: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
         PreferenceSpec(**given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("budget", [10_000, 60])
+def test_rows_with_one_prompt_are_read_as_if_alone(budget: int) -> None:
+    """Kept together, rows are not in the order of their tokens: neighbours say what is shared, not the ends."""
+    prompt = list(range(3, 43))
+    tails = [[7, 50, 51, 60], [9, 8], [7, 50, 51, 61], [7, 52, 90, 91, 92], [7, 50, 51, 60, 4], [200, 5, 6]]
+    examples = [
+        replace(example([*prompt, *tail], len(prompt), line=i // 2), row=i // 2, score=float(i % 2))
+        for i, tail in enumerate(tails)
+    ]
+    policy, _ = tuned("lora", "gpt2", dtype=torch.float64)
+    found, alone = ({}, {})
+    for kept, batches in (
+        (found, pack(examples, budget)),
+        (alone, pack_separately([replace(e, row=-1) for e in examples])),
+    ):
+        for batch in batches:
+            sums = by_document(batch, policy.logprobs(batch).detach())
+            kept.update({tuple(d.ids.tolist()): float(v) for d, v in zip(batch.documents, sums, strict=True)})
+    assert found.keys() == alone.keys()
+    assert all(found[key] == pytest.approx(alone[key], abs=1e-9) for key in found)
+
+
+def test_what_is_good_without_labels_is_the_best_of_its_row() -> None:
+    """Scores of a reward model may all lie below 0."""
+    scores = [-1.2, -3.4, 0.0, -1.0, 1.0, 0.0]
+    examples = [replace(e, score=scores[i]) for i, e in enumerate(rows(1, count=3))]
+    (batch,) = pack(examples, 10_000)
+    assert {d.score for d, g in zip(batch.documents, good(batch), strict=True) if g} == {-1.2, 0.0, 1.0}
+    labelled = [replace(e, row=i, score=float(i)) for i, e in enumerate(rows(2, count=1))]
+    (batch,) = pack(labelled, 10_000)
+    assert {(d.score, g) for d, g in zip(batch.documents, good(batch), strict=True)} == {(0.0, False), (1.0, True)}
+
+
+def test_the_sft_term_of_kto_is_a_mean_over_good_answers() -> None:
+    examples = rows(4, count=4)
+    policy, _ = tuned("lora")
+    (batch,) = pack(examples, 10_000)
+    plain, mixed = (mean_loss(policy, Unpaired(spec_of("kto", sft=w)), [batch]) for w in (None, 0.5))
+    best = examples[::2]
+    tokens = sum(e.weight * int(e.supervised.sum()) for e in best)
+    nats = sum(-e.weight * float(logprob_of(policy, e)) for e in best) / tokens
+    assert mixed - plain == pytest.approx(0.5 * nats, rel=1e-4)
+
+
+def test_odds_of_certain_answers_are_finite() -> None:
+    certain = torch.zeros(3, requires_grad=True)
+    loss = LOSSES["orpo"](Sides(certain, torch.full((3,), -1.0), torch.ones(3), torch.ones(3)), spec_of("orpo")).sum()
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(certain.grad).all()
 
 
 def test_kto_is_that_of_documents_alone_with_mismatched_answers_as_the_reference_point() -> None:

@@ -80,7 +80,6 @@ def assistant(text: str | None, **more: Any) -> dict[str, Any]:
         ({"prompt": "p", "chosen": "c", "rejected": "r"}, "preference", [("user", "p"), ("assistant", "c")]),
         ({"prompt": "p", "ranked": ["b", "w"]}, "ranked", [("user", "p"), ("assistant", "b")]),
         ({"prompt": "p", "answers": ["w", "b"], "scores": [0, 1]}, "rated", [("user", "p"), ("assistant", "b")]),
-        ({"prompt": "p", "completion": "c", "label": True}, "label", [("user", "p"), ("assistant", "c")]),
     ],
 )
 def test_every_format(row: Row, format: Format, expected: list[tuple[str, str]]) -> None:
@@ -93,7 +92,18 @@ def test_every_format(row: Row, format: Format, expected: list[tuple[str, str]])
 
 def test_every_format_is_tried_above() -> None:
     marks = test_every_format.pytestmark  # type: ignore[attr-defined]
-    assert {case[1] for case in marks[0].args[1]} == set(FORMATS)
+    assert {case[1] for case in marks[0].args[1]} | {"label"} == set(FORMATS)
+
+
+def test_labels_are_read_only_where_they_are_asked_for() -> None:
+    """A column of that name may hold a class."""
+    row = {"prompt": "p", "completion": "c", "label": False}
+    assert detect(rows(row), {}).format == "prompt_completion" and convert(row).score is None
+    bad = to_record("label", row, AT, {})
+    assert bad.score == 0.0 and bad.bad and not to_record("label", {**row, "label": 1}, AT, {}).bad
+    for label in ("good", None, 2):
+        with pytest.raises(DataError, match="not true or false"):
+            to_record("label", {**row, "label": label}, AT, {})
 
 
 def test_optional_columns() -> None:
@@ -272,8 +282,6 @@ def test_pairs_rankings_and_ratings_hold_the_best_first() -> None:
         ({"prompt": "q", "answers": ["a", "b"], "scores": [1, True]}, "not a number"),
         ({"prompt": "q", "answers": ["a", "b"], "scores": [1, float("nan")]}, "not a number"),
         ({"prompt": "q", "answers": ["a", "b"], "scores": [2, 2]}, "the same score"),
-        ({"prompt": "q", "completion": "a", "label": "good"}, "not true or false"),
-        ({"prompt": "q", "completion": "a", "label": None}, "not true or false"),
     ],
     ids=str,
 )

@@ -188,13 +188,14 @@ def _measure(
         sizes = np.fromiter(map(characters, records), dtype=np.int64, count=len(records))
         return records, _lengths(sizes, "characters"), None
     tokenised: Tokenised | None = None
+    rivals = records[0].score is not None
     try:
-        tokenised = chat.examples(records, loss_on=loss_on)
+        tokenised = chat.examples(records, loss_on=loss_on, rivals=rivals)
         chat.preflight(tokenised)
     except (DataError, GateError):
         usable = [i for i, r in enumerate(records) if not _refused(r, chat, loss_on, rejected)]
         records = records.select(np.array(usable, dtype=np.int64))
-        tokenised = chat.examples(records, loss_on=loss_on) if records else None
+        tokenised = chat.examples(records, loss_on=loss_on, rivals=rivals) if records else None
     if tokenised is None:
         return records, None, None
     share = tokenised.supervised_tokens / int(tokenised.lengths.sum())
@@ -203,7 +204,7 @@ def _measure(
 
 def _refused(record: Record, chat: Chat, loss_on: LossOn, rejected: list[Rejected]) -> bool:
     try:
-        chat.preflight(chat.examples([record], loss_on=loss_on))
+        chat.preflight(chat.examples([record], loss_on=loss_on, rivals=record.score is not None))
     except DataError as error:
         rejected.append(Rejected(record.source, error.summary))
     except GateError as error:

@@ -111,7 +111,7 @@ class Examples(Lazy[Example]):
         ids = np.frombuffer(self._flat.ids.read(4 * token, 4 * length), dtype="<i4").copy()
         supervised = np.frombuffer(self._flat.supervised.read(token, length), dtype=bool).copy()
         score = own.score if rival == OWN else own.rivals[rival].score
-        return Example(ids, supervised, own.source, own.weight, own.group, own.task, record, score or 0.0)
+        return Example(ids, supervised, own.source, own.weight, own.group, own.task, record, score)
 
     def select(self, rows: slice | np.ndarray) -> Examples:
         """These alone; nothing is read."""
@@ -163,6 +163,15 @@ class Tokenised:
         found = np.fromiter(self.kept, dtype=np.int64, count=len(self.examples))
         starts = np.append(np.flatnonzero(np.diff(found, prepend=-1)), len(found)).tolist()
         return View(lambda i: [self.examples[k] for k in range(starts[i], starts[i + 1])], range(len(starts) - 1))
+
+    def fewer_than(self, answers: int) -> Source | None:
+        """Where the first row of the data with fewer documents came from."""
+        if answers < 2:
+            return None
+        found = np.fromiter(self.kept, dtype=np.int64, count=len(self.examples))
+        _, first, counts = np.unique(found, return_index=True, return_counts=True)
+        lonely = first[counts < answers]
+        return self.examples[int(lonely.min())].source if len(lonely) else None
 
     @property
     def lengths(self) -> np.ndarray:

@@ -333,9 +333,8 @@ def _key(value: object, what: str, name: str) -> str:
 
 
 def _fitting(map: Mapping[str, str], counts: Mapping[str, Any]) -> list[Format]:
-    fitting = [name for name, columns in FORMATS.items() if _fits(columns, map, counts)]
-    needed = {name: set(FORMATS[name].required) for name in fitting}
-    return [name for name in fitting if not any(needed[name] < other for other in needed.values())]
+    """A column called label may hold anything: that format is taken only where it is asked for."""
+    return [name for name, columns in FORMATS.items() if name != "label" and _fits(columns, map, counts)]
 
 
 def _fits(columns: Columns, map: Mapping[str, str], counts: Mapping[str, Any]) -> bool:

@@ -67,10 +67,6 @@ def tokenise(
     rivals: bool = False,
 ) -> Flat:
     """The work behind `Chat.examples`; see there."""
-    if rivals and overflow == "trim_prompt":
-        raise ConfigError(
-            "trimming would cut the prompts of compared answers differently", where="data.overflow", given=overflow
-        )
     writer = FlatWriter()
     conversations = array("q")  # records that are kept and have turns
     long, stuck = array("q"), array("q")  # record and length, one after the other
@@ -82,6 +78,13 @@ def tokenise(
             long.extend((i, length))
             if overflow != "trim_prompt":
                 continue
+            if len(documents) > 1:
+                raise ConfigError(
+                    "trimming would cut the prompts of compared answers differently",
+                    where="data.overflow",
+                    given=overflow,
+                    allowed="error or drop",
+                )
             inserted = sum(token >= chat.inserted.first for token in document.ids) if chat.inserted else 0
             if length - max(document.prompt - 1 - inserted, 0) > limit:  # one stays: it predicts the answer's first
                 stuck.extend((i, length))
@@ -149,9 +152,12 @@ def preflight(chat: Chat, tokenised: Tokenised) -> Preflight:
 def _variants(records: Iterable[Record], rivals: bool) -> Iterator[_Variant]:
     """Each record, followed by its rivals where they are asked for."""
     for number, record in enumerate(records):
-        if not rivals and record.score is not None and not record.rivals and record.score <= 0.0:
+        if not rivals and record.bad:
             hint = "leave such rows out, or take objective: {kind: preference, loss: kto}"
             raise DataError("this answer is labelled as bad, and would be learned", where=str(record.source), hint=hint)
+        if rivals and record.score is None:
+            hint = "objective.kind: preference takes pairs, rankings, ratings or labels (data.format)"
+            raise DataError("this row compares nothing", where=str(record.source), hint=hint)
         yield _Variant(number, OWN, record)
         for i, rival in enumerate(record.rivals if rivals else ()):
             answer = replace(record.messages[-1], content=rival.content)

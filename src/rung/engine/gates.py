@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -49,11 +50,25 @@ def check_identity(policy: Policy, method: Method, probe: Sequence[Example]) -> 
 
 
 @torch.no_grad()
+def check_reference(policy: Policy, method: Method, probe: Sequence[Example]) -> Gate | None:
+    """A second model that is said to be where the policy begins gives the same log-probabilities."""
+    other = policy.reference
+    if other is None or other.base.fingerprint != policy.base.fingerprint or not method.starts_as_base:
+        return None
+    batches = pack(probe, sum(map(len, probe)), device=policy.device)
+    ours = torch.cat([policy.logprobs(batch) for batch in batches])
+    theirs = torch.cat([policy.reference_logprobs(batch) for batch in batches])
+    difference = float((ours - theirs).abs().max())
+    limit = TOLERANCE[_dtype(policy)]
+    return _gate("step0.reference", difference <= limit, difference, limit)
+
+
+@torch.no_grad()
 def check_packing(policy: Policy, probe: Sequence[Example]) -> Gate:
     """Log-probabilities of packed documents, prefixes shared, equal those of each document alone."""
     packed = pack(probe, sum(map(len, probe)), device=policy.device)
     together = torch.cat([policy.logprobs(batch) for batch in packed])
-    order = [document for batch in packed for document in batch.documents]
+    order = [replace(document, row=-1) for batch in packed for document in batch.documents]
     alone = torch.cat([policy.logprobs(batch) for batch in pack_separately(order, policy.device)])
     difference = float((together - alone).abs().max())
     limit = TOLERANCE[_dtype(policy)]

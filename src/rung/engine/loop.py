@@ -116,6 +116,7 @@ class Trainer:
         total = total_steps(self.spec, len(train))
         judged = any(gate["name"] == "movement" for gate in self.folder.manifest["gates"])
         movement = None if judged else Movement(self.policy.model, self.method.trainable())
+        self.objective.report()  # what was measured before the first step is no part of it
         self.policy.model.train()
         self.trunk = self._trunk(train)
         try:
@@ -193,9 +194,6 @@ class Trainer:
         started = time.perf_counter()
         batches = self.pack(examples, self.budget)
         batches = batches if self.trunk is None else self.trunk.feed(batches)
-        if beside := self.objective.beside(examples):
-            with torch.no_grad():
-                self.objective.prepare(self.policy, self.policy.in_turn(self.pack(beside, self.budget)))
         self.optimiser.zero_grad(set_to_none=True)
         rate = rate_at(
             self.progress.step, total=total, peak=self.peak_rate, schedule=self.spec.schedule, warmup=self.spec.warmup
@@ -205,6 +203,9 @@ class Trainer:
             move_only(self.optimiser, self.method.trainable(), moving)
             if moving.turns:
                 self._turn()
+        if beside := self.objective.beside(examples):
+            with torch.no_grad():
+                self.objective.prepare(self.policy, self.policy.in_turn(self.pack(beside, self.budget)))
         loss = accumulate(self.policy, self.objective, batches)
         parameters = list(self.method.trainable().values())
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.spec.clip or math.inf)

@@ -219,15 +219,17 @@ class _Row:
         return len(self.segments) - 1
 
     def add_tree(self, members: range, depth: int, parent: int | None) -> None:
-        """Lay down sorted examples that agree on their first `depth` tokens."""
-        first, last = self.examples[members[0]], self.examples[members[-1]]
-        if len(members) == 1:
-            self.add(members, depth, len(first), parent)
+        """Lay down examples in order that agree on their first `depth` tokens."""
+        own = [self.examples[member] for member in members]
+        if len(own) == 1:
+            self.add(members, depth, len(own[0]), parent)
             return
-        common = _common(first.ids, last.ids)  # sorted: what the ends share, all share
-        if common - depth >= MIN_SHARED or common == len(first) == len(last):
+        # what all neighbours share, all share; the ends alone say less, because rows of the data stand together
+        common = min(_common(a.ids, b.ids) for a, b in pairwise(own))
+        alike = all(len(e) == common for e in own)
+        if common - depth >= MIN_SHARED or alike:
             node = self.add(members, depth, common, parent)
-            if common == len(first) == len(last):
+            if alike:
                 return
             self._add_runs(members, common, node)
         else:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rung.engine.pack import pack
-from rung.engine.step import accumulate, mean_loss
+from rung.engine.step import accumulate
 from rung.model.policy import Policy
 from rung.objective.base import Objective
 from rung.types import Example
@@ -25,7 +25,9 @@ class Sample:
 
     def read(self) -> None:
         """Run them once, without gradient."""
-        mean_loss(self.policy, self.objective, self.batches)
+        with torch.no_grad():
+            for batch in self.policy.in_turn(self.batches):
+                self.policy.hidden_states(batch)  # the head is no target
 
     def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """The gradient of one step over all of them; parameters that a run moves are left without one."""

@@ -28,7 +28,7 @@ def accumulate(policy: Policy, objective: Objective, window: Sequence[PackedBatc
     Raises `DataError` when nothing in the window is supervised.
     """
     totals = count_window(objective, window)
-    if totals.tokens <= 0:
+    if totals.tokens <= 0 and totals.pairs <= 0:
         where = window[0].documents[0].source if window and window[0].documents else None
         raise DataError("no supervised token in this step", where=str(where), hint="run: rung data check")
     shares = []

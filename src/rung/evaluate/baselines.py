@@ -49,7 +49,8 @@ def choose_shots(train: Sequence[Record], count: int, seed: int) -> tuple[Record
     """
     if not count:
         return ()
-    usable = distinct(train)  # a weighted row stands in the split several times
+    found = distinct(train)  # a weighted row stands in the split several times
+    usable = found[[not train[int(i)].bad for i in found]]
     if len(usable) < count:
         raise DataError(
             f"{count} worked examples are wanted and the training split has {len(usable)} rows", where="evaluate.shots"

@@ -130,7 +130,7 @@ class Policy:
         positions = batch.positions + self.method.virtual_tokens
         with self._from(batch.below):
             entering = self.entering(batch.ids, batch.task)
-            return self._trunk(entering, positions, batch.segments, alone=batch.sequences == 1, shared=shared)
+            return self._trunk(entering, positions, batch.segments, alone=batch.indivisible, shared=shared)
 
     def entering(self, ids: Tensor, task: str | None) -> Tensor:
         """What the model takes for ids of any shape: the same, or embeddings [..., H] where some are inserted ones."""
@@ -172,7 +172,7 @@ class Policy:
     ) -> Tensor:
         """Ids [T] or embeddings [T, H] through the layers.
 
-        `alone`: the row is one document, which cannot be cut; larger rows are what the budget asks for.
+        `alone`: the row cannot be cut into smaller ones; other rows are as large as the budget asks for.
         """
         trunk = getattr(self.model, self.model.base_model_prefix)
         again = self.layers_to_recompute(len(entering)) if alone and torch.is_grad_enabled() else range(0)

@@ -14,6 +14,8 @@ class Objective(Protocol):
 
     compares: bool = False
     """Whether it looks at all answers of a row at once."""
+    at_least: int = 1
+    """Answers that a row must have."""
 
     def count(self, batch: PackedBatch) -> Counts:
         """What this batch adds to the divisor."""

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from rung.errors import DataError
 from rung.model.policy import Policy
 from rung.objective.base import Objective
 from rung.objective.sft import nll
 from rung.spec.objective import FREE, PreferenceSpec
 from rung.types import Counts, Example, LossTerm, PackedBatch
+
+ROUNDING = 1e-6
+"""Spread of margins and lengths below which their correlation would be that of rounding."""
 
 
 class Sides(NamedTuple):
@@ -41,49 +43,51 @@ class Sides(NamedTuple):
 
 def dpo(sides: Sides, spec: PreferenceSpec) -> Tensor:
     """-log sigmoid(beta h), h the difference of the log-ratios (Rafailov et al. 2023, eq. 7). ln 2 where h is 0."""
-    return -F.logsigmoid(spec.beta * (sides.better - sides.other))
+    return -F.logsigmoid(spec.strength * (sides.better - sides.other))
 
 
 def ipo(sides: Sides, spec: PreferenceSpec) -> Tensor:
     """(h - 1 / (2 beta))^2 with h in nats per token (Azar et al. 2024, eq. 17)."""
     better, other = sides.per_token()
-    return (better - other - 1.0 / (2.0 * spec.beta)).square()
+    return (better - other - 1.0 / (2.0 * spec.strength)).square()
 
 
 def hinge(sides: Sides, spec: PreferenceSpec) -> Tensor:
     """max(0, 1 - beta h) (Zhao et al. 2023, SLiC, on the log-ratios)."""
-    return torch.relu(1.0 - spec.beta * (sides.better - sides.other))
+    return torch.relu(1.0 - spec.strength * (sides.better - sides.other))
 
 
 def robust(sides: Sides, spec: PreferenceSpec) -> Tensor:
     """DPO without the bias of labels of which a share e is wrong (Chowdhury et al. 2024, eq. 11)."""
-    h, e = spec.beta * (sides.better - sides.other), spec.label_smoothing
+    h, e = spec.strength * (sides.better - sides.other), spec.label_smoothing
     return (-(1.0 - e) * F.logsigmoid(h) + e * F.logsigmoid(-h)) / (1.0 - 2.0 * e)
 
 
 def simpo(sides: Sides, spec: PreferenceSpec) -> Tensor:
     """-log sigmoid(beta (h - margin)) with h in nats per token, no reference (Meng et al. 2024, eq. 6)."""
     better, other = sides.per_token()
-    return -F.logsigmoid(spec.beta * (better - other - spec.margin))
+    return -F.logsigmoid(spec.strength * (better - other - spec.margin))
 
 
 def orpo(sides: Sides, spec: PreferenceSpec) -> Tensor:
     """-beta log sigmoid of the difference of log-odds, no reference (Hong et al. 2024, eq. 7)."""
     better, other = sides.per_token()
-    return -spec.beta * F.logsigmoid(_log_odds(better) - _log_odds(other))
+    return -spec.strength * F.logsigmoid(_log_odds(better) - _log_odds(other))
 
 
 def apo_zero(sides: Sides, spec: PreferenceSpec) -> Tensor:
     """Better answers up, others down, each on its own (D'Oosterlinck et al. 2024, eq. 6)."""
-    return 1.0 - torch.sigmoid(spec.beta * sides.better) + torch.sigmoid(spec.beta * sides.other)
+    return 1.0 - torch.sigmoid(spec.strength * sides.better) + torch.sigmoid(spec.strength * sides.other)
 
 
 def sigmoid_norm(sides: Sides, spec: PreferenceSpec) -> Tensor:
     """DPO on log-ratios per token: length alone wins nothing (Meng et al. 2024, section 4.4)."""
     better, other = sides.per_token()
-    return -F.logsigmoid(spec.beta * (better - other))
+    return -F.logsigmoid(spec.strength * (better - other))
 
 
+PER_TOKEN = frozenset({"ipo", "simpo", "orpo", "sigmoid_norm"})
+"""Losses that compare nats per token."""
 LOSSES: dict[str, Callable[[Sides, PreferenceSpec], Tensor]] = {
     "dpo": dpo,
     "ipo": ipo,
@@ -101,7 +105,7 @@ def kto(ratio_D: Tensor, good_D: Tensor, reference_point: Tensor, spec: Preferen
 
     Ethayarajh et al. 2024, eq. 8; the reference point is the KL divergence to the reference, at least 0.
     """
-    above_D = spec.beta * (ratio_D - reference_point)
+    above_D = spec.strength * (ratio_D - reference_point)
     weight_D = torch.where(good_D, 1.0, spec.bad_weight)
     return weight_D * (1.0 - torch.sigmoid(torch.where(good_D, above_D, -above_D)))
 
@@ -112,49 +116,44 @@ def preference(spec: PreferenceSpec) -> Objective:
 
 
 class Paired(Objective):
-    """Sum of the losses of all pairs of each row; the divisor is the sum of the pairs' weights."""
+    """Sum over rows of the mean loss of a row's pairs (Ouyang et al. 2022, eq. 1), each with the row's weight."""
 
-    compares = True
+    compares, at_least = True, 2
 
     def __init__(self, spec: PreferenceSpec) -> None:
         self.spec = spec
         self.seen: list[dict[str, Tensor]] = []
 
     def count(self, batch: PackedBatch) -> Counts:
-        """Weights of the pairs, and of the tokens of the best answers."""
-        better, other = pairs(batch)
-        documents = batch.documents
-        best = set(better.tolist()) - set(other.tolist())
+        """Weights of the rows, and of the tokens of their best answers."""
+        found, documents = pairs(batch), batch.documents
+        best = set(found.better) - set(found.other)
         learned = sum(documents[i].weight * int(documents[i].supervised[1:].sum()) for i in best)
-        weight = sum(documents[i].weight for i in better.tolist())
-        return Counts(tokens=float(learned), sequences=float(batch.sequences), pairs=float(weight))
+        return Counts(tokens=float(learned), sequences=float(batch.sequences), pairs=sum(found.weight))
 
     def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
-        """One term a pair, and one for the best answers' tokens where `sft` is above 0."""
-        better, other = pairs(batch)
+        """One term of the pairs, and one of the best answers' tokens where `sft` is above 0."""
+        found, against_D = pairs(batch), None
+        if self.spec.loss not in FREE:  # before the policy keeps what its backward pass needs
+            against_D = by_document(batch, policy.reference_logprobs(batch))
         logprobs_N, owner_N = policy.logprobs(batch), batch.loss.owner
-        better_P, other_P = (torch.from_numpy(side).to(owner_N.device) for side in (better, other))
+        better_P, other_P = (torch.tensor(side, device=owner_N.device) for side in (found.better, found.other))
         own_D = by_document(batch, logprobs_N)
         tokens_D = by_document(batch, torch.ones_like(logprobs_N))
-        ratio_D = own_D
-        if self.spec.loss not in FREE:
-            ratio_D = own_D - by_document(batch, policy.reference_logprobs(batch).to(own_D.dtype))
+        ratio_D = own_D if against_D is None else own_D - against_D.to(own_D.dtype)
         sides = Sides(ratio_D[better_P], ratio_D[other_P], tokens_D[better_P], tokens_D[other_P])
-        weight_P = own_D.new_tensor([batch.documents[int(i)].weight for i in better])
         losses_P = LOSSES[self.spec.loss](sides, self.spec)
-        self._see(sides, own_D.detach(), better_P, other_P)
-        terms = [LossTerm((losses_P * weight_P).sum(), "pairs", self.spec.loss)]
+        self._see(sides, own_D.detach()[better_P], own_D.detach()[other_P])
+        terms = [LossTerm((losses_P * losses_P.new_tensor(found.weight)).sum(), "pairs", self.spec.loss)]
         if self.spec.sft_weight:
             best_D = torch.zeros(batch.sequences, dtype=torch.bool, device=owner_N.device)
             best_D[better_P] = True
             best_D[other_P] = False
-            chosen_N = best_D[owner_N]
-            value = nll(logprobs_N[chosen_N], batch.loss.weight[chosen_N])
-            terms.append(LossTerm(self.spec.sft_weight * value, "tokens", "sft"))
+            terms.append(cross_entropy(batch, logprobs_N, best_D, self.spec.sft_weight))
         return terms
 
     def report(self) -> Mapping[str, float]:
-        """Of the pairs: the margin in nats, how many stand the right way, log-probabilities, lengths."""
+        """Of the pairs: the margin that the loss sees, how many stand the right way, log-probabilities, lengths."""
         if not self.seen:
             return {}
         found = {name: torch.cat([own[name] for own in self.seen]).double() for name in self.seen[0]}
@@ -168,15 +167,16 @@ class Paired(Objective):
             "chosen_logprob": float(found["better"].mean()),
             "rejected_logprob": float(found["other"].mean()),
             "length_ratio": float(found["better_tokens"].sum() / found["other_tokens"].sum()),
-            "length_correlation": float(covariance / spread) if float(spread) else 0.0,
+            "length_correlation": float(covariance / spread) if float(spread) > ROUNDING else 0.0,
         }
 
-    def _see(self, sides: Sides, own_D: Tensor, better_P: Tensor, other_P: Tensor) -> None:
+    def _see(self, sides: Sides, better: Tensor, other: Tensor) -> None:
+        first, second = sides.per_token() if self.spec.loss in PER_TOKEN else sides[:2]
         self.seen.append(
             {
-                "margin": (self.spec.beta * (sides.better - sides.other)).detach(),
-                "better": own_D[better_P],
-                "other": own_D[other_P],
+                "margin": (self.spec.strength * (first - second)).detach(),
+                "better": better,
+                "other": other,
                 "better_tokens": sides.better_tokens,
                 "other_tokens": sides.other_tokens,
             }
@@ -198,23 +198,27 @@ class Unpaired(Objective):
         self.seen: list[tuple[Tensor, Tensor]] = []
 
     def count(self, batch: PackedBatch) -> Counts:
-        """Weights of the answers."""
+        """Weights of the answers, and of the tokens of the good ones."""
         weight = sum(document.weight for document in batch.documents)
-        learned = sum(int(document.supervised[1:].sum()) for document in batch.documents)
+        kept = [d for d, is_good in zip(batch.documents, good(batch), strict=True) if is_good]
+        learned = sum(d.weight * int(d.supervised[1:].sum()) for d in kept)
         return Counts(tokens=float(learned), sequences=float(batch.sequences), pairs=float(weight))
 
     def beside(self, examples: Sequence[Example]) -> list[Example]:
-        """Each prompt with an answer of the next row."""
-        starts = [int(e.supervised.argmax()) for e in examples]
-        mixed = []
+        """Each prompt with an answer of the next row; none that would be longer than all documents of the step."""
+        rows: dict[int, list[Example]] = {}
         for i, e in enumerate(examples):
-            others = (j % len(examples) for j in range(i + 1, i + len(examples)))
-            other = next((j for j in others if e.row < 0 or examples[j].row != e.row), None)
-            if other is not None:
-                answer, at = examples[other], starts[other]
-                ids = np.concatenate([e.ids[: starts[i]], answer.ids[at:]])
-                supervised = np.concatenate([e.supervised[: starts[i]], answer.supervised[at:]])
-                mixed.append(replace(e, ids=ids, supervised=supervised, row=-1))
+            rows.setdefault(e.row if e.row >= 0 else -1 - i, []).append(e)
+        found, longest = list(rows.values()), max(map(len, examples), default=0)
+        mixed = []
+        for own, following in zip(found, [*found[1:], *found[:1]], strict=True):
+            for k, e in enumerate(own if following is not own else []):
+                answer = following[k % len(following)]
+                start, at = int(e.supervised.argmax()), int(answer.supervised.argmax())
+                ids = np.concatenate([e.ids[:start], answer.ids[at:]])
+                if len(ids) <= longest:
+                    supervised = np.concatenate([e.supervised[:start], answer.supervised[at:]])
+                    mixed.append(replace(e, ids=ids, supervised=supervised, row=-1))
         return mixed
 
     def prepare(self, policy: Policy, batches: Iterable[PackedBatch]) -> None:
@@ -226,18 +230,17 @@ class Unpaired(Objective):
         self.reference_point = torch.cat(ratios).mean().clamp(min=0.0)
 
     def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
-        """One term an answer."""
-        logprobs_N = policy.logprobs(batch)
-        ratio_D = by_document(batch, logprobs_N - policy.reference_logprobs(batch).to(logprobs_N.dtype))
-        good_D = torch.tensor(good(batch), device=ratio_D.device)
+        """One term of the answers, and one of the good ones' tokens where `sft` is above 0."""
+        against_N = policy.reference_logprobs(batch)
+        logprobs_N, is_good = policy.logprobs(batch), good(batch)
+        ratio_D = by_document(batch, logprobs_N - against_N.to(logprobs_N.dtype))
+        good_D = torch.tensor(is_good, device=ratio_D.device)
         weight_D = ratio_D.new_tensor([document.weight for document in batch.documents])
         losses_D = kto(ratio_D, good_D, self.reference_point.to(ratio_D), self.spec)
         self.seen.append((ratio_D.detach(), good_D))
         terms = [LossTerm((losses_D * weight_D).sum(), "pairs", "kto")]
-        if self.spec.sft_weight:
-            chosen_N = good_D[batch.loss.owner]
-            value = nll(logprobs_N[chosen_N], batch.loss.weight[chosen_N])
-            terms.append(LossTerm(self.spec.sft_weight * value, "tokens", "sft"))
+        if self.spec.sft_weight and any(is_good):
+            terms.append(cross_entropy(batch, logprobs_N, good_D, self.spec.sft_weight))
         return terms
 
     def report(self) -> Mapping[str, float]:
@@ -246,7 +249,7 @@ class Unpaired(Objective):
             return {}
         ratio, is_good = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
         self.seen = []
-        reward = self.spec.beta * ratio.double()
+        reward = self.spec.strength * ratio.double()
         means = {
             name: float(reward[which].mean()) for name, which in (("good", is_good), ("bad", ~is_good)) if which.any()
         }
@@ -256,11 +259,18 @@ class Unpaired(Objective):
 
 
 def good(batch: PackedBatch) -> list[bool]:
-    """Whether each document's answer is a good one: labelled so, or the best of a row of several."""
-    best: dict[int, float] = {}
+    """Whether each document's answer is a good one: labelled above 0, or the best of a row of several."""
+    rows: dict[int, list[float]] = {}
     for document in batch.documents:
-        best[document.row] = max(best.get(document.row, 0.0), document.score)
-    return [document.score > 0.0 and document.score == best[document.row] for document in batch.documents]
+        rows.setdefault(document.row, []).append(document.score or 0.0)
+    found = [(document.score or 0.0, rows[document.row]) for document in batch.documents]
+    return [score == max(scores) if len(scores) > 1 else score > 0.0 for score, scores in found]
+
+
+def cross_entropy(batch: PackedBatch, logprobs_N: Tensor, chosen_D: Tensor, weight: float) -> LossTerm:
+    """Of the tokens of the chosen documents."""
+    chosen_N = chosen_D[batch.loss.owner]
+    return LossTerm(weight * nll(logprobs_N[chosen_N], batch.loss.weight[chosen_N]), "tokens", "sft")
 
 
 def by_document(batch: PackedBatch, values_N: Tensor) -> Tensor:
@@ -268,26 +278,30 @@ def by_document(batch: PackedBatch, values_N: Tensor) -> Tensor:
     return values_N.new_zeros(batch.sequences).index_add(0, batch.loss.owner, values_N)
 
 
-def pairs(batch: PackedBatch) -> tuple[np.ndarray, np.ndarray]:
-    """Documents of the better and of the other answer of every pair of a row that scores tell apart, int64 [P] each.
+class Pairs(NamedTuple):
+    """Documents of the better and of the other answer, and what each pair counts: all pairs of a row its weight."""
 
-    Raises `DataError` for a batch without any.
-    """
+    better: list[int]
+    other: list[int]
+    weight: list[float]
+
+
+def pairs(batch: PackedBatch) -> Pairs:
+    """Every pair of a row that scores tell apart."""
     rows: dict[int, list[int]] = {}
     for i, document in enumerate(batch.documents):
         rows.setdefault(document.row, []).append(i)
-    score = [document.score for document in batch.documents]
-    found = [(a, b) for row in rows.values() for a in row for b in row if score[a] > score[b]]
-    if not found:
-        raise DataError(
-            "these rows compare nothing",
-            where=str(batch.documents[0].source),
-            hint="objective.kind: preference needs pairs, rankings or ratings (data.format)",
-        )
-    better, other = np.array(found, dtype=np.int64).T
-    return better, other
+    score = [document.score or 0.0 for document in batch.documents]
+    found = Pairs([], [], [])
+    for row in rows.values():
+        own = [(a, b) for a in row for b in row if score[a] > score[b]]
+        found.better.extend(a for a, _ in own)
+        found.other.extend(b for _, b in own)
+        found.weight.extend(batch.documents[a].weight / len(own) for a, _ in own)
+    return found
 
 
 def _log_odds(logprob: Tensor) -> Tensor:
-    """log(p / (1 - p))."""
-    return logprob - torch.log(-torch.expm1(logprob))
+    """log(p / (1 - p)) of a log-probability, which rounding may have made 0: then p is the largest below 1."""
+    below = logprob.clamp(max=-torch.finfo(logprob.dtype).eps)
+    return below - torch.log(-torch.expm1(below))

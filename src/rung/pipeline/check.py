@@ -47,7 +47,7 @@ def _rows(target: str | DataSpec, chat: Chat, count: int) -> list[Text]:
     records = read_records(spec, weighted_paths(spec)[0].path).records[:count]
     if not records:
         return []
-    tokenised = chat.examples(records, loss_on=spec.loss_on)
+    tokenised = chat.examples(records, loss_on=spec.loss_on, rivals=records[0].score is not None)
     return [
         Text.assemble((f"{example.source}\n", "bold"), coloured(example, chat), "\n") for example in tokenised.examples
     ]

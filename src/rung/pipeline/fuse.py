@@ -139,6 +139,7 @@ def learn_weights(
     spec = _spec_for(names, {name: sum(len(u[name].a_RI) for u in updates if name in u) for name in names})
     method = Lora(base.model, spec)
     policy = Policy(base, method)
+    policy.reference = running.reference_of(task, base)
     objective = OBJECTIVES[task.objective.kind](task.objective)
     fuse(base.model, method.part)
     batches = list(pack_in_slices(data.train.examples, running.budget_of(task, base), device=policy.device))

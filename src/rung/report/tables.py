@@ -38,13 +38,15 @@ def run_lines(manifest: dict[str, Any], output: str, report: str) -> list[str]:
     """How a run ended, what it measured, where its weights are and what to try next."""
     data, spec = manifest.get("data", {}), manifest.get("spec", {})
     validation = f", validation {loss(manifest['validation_loss'])}" if manifest.get("validation_loss") else ""
+    compares = spec.get("objective", {}).get("kind") == "preference"
+    unit = "of a pair or an answer" if compares else "nats per token"
     lines = {"gates": gates_text(manifest.get("gates", ()))}
     if manifest.get("steps"):
         speed = f"{manifest['tokens_per_second']:,.0f} tokens/s, " if manifest.get("tokens_per_second") else ""
         lines |= {
             "trained": f"{count(manifest.get('trainable_parameters'))} parameters, "
             + method_text(spec.get("method", {})),
-            "loss": f"{loss(manifest.get('train_loss'))} in the last step{validation} nats per token",
+            "loss": f"{loss(manifest.get('train_loss'))} in the last step{validation} {unit}",
             "speed": f"{speed}{manifest['steps']:,} steps, {manifest.get('tokens', 0):,} tokens in "
             f"{duration(manifest.get('train_seconds'))}",
             "memory": f"{memory(manifest.get('peak_memory_bytes'))} at the peak",

@@ -29,10 +29,11 @@ class PreferenceSpec(Spec):
     kind: Literal["preference"] = "preference"
     loss: PreferenceLoss = "dpo"
     """Of the difference h between the answers' log-ratios to the reference: see docs/objectives/preference.md."""
-    beta: PositiveFloat = 0.1
-    """How much a nat of log-ratio counts: small values let the policy move far from the reference."""
+    beta: PositiveFloat | None = None
+    """How much a nat of log-ratio counts: small values let the policy move far from the reference. None is 2 for simpo
+    and 0.1 for all others."""
     margin: NonNegativeFloat = 0.5
-    """Target difference of simpo, in units of beta times nats per token (gamma over beta, Meng et al. 2024, eq. 6)."""
+    """Target difference of simpo in nats per token (gamma over beta, Meng et al. 2024, eq. 6)."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
     """Share of pairs whose label is taken to be wrong, for `robust` (Chowdhury et al. 2024, eq. 11)."""
     bad_weight: PositiveFloat = 1.0
@@ -55,6 +56,11 @@ class PreferenceSpec(Spec):
         if self.reference != "base" and self.loss in FREE:
             raise ValueError(f"loss: {self.loss} knows no reference")
         return self
+
+    @property
+    def strength(self) -> float:
+        """The beta in use."""
+        return (2.0 if self.loss == "simpo" else 0.1) if self.beta is None else self.beta
 
     @property
     def sft_weight(self) -> float:

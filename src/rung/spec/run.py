@@ -9,9 +9,9 @@ from rung.spec.climb import ClimbSpec
 from rung.spec.data import DataSpec
 from rung.spec.engine import EngineSpec
 from rung.spec.evaluate import EvaluateSpec
-from rung.spec.method import LoraSpec, MethodSpec
+from rung.spec.method import LoraSpec, MethodSpec, inserted
 from rung.spec.model import ModelSpec
-from rung.spec.objective import ObjectiveSpec, SftSpec
+from rung.spec.objective import FREE, ObjectiveSpec, PreferenceSpec, SftSpec
 
 
 class RunSpec(Spec):
@@ -44,7 +44,17 @@ class RunSpec(Spec):
             raise ValueError("evaluate.dequantise widens a quantised base, and no method here quantises one (qlora)")
         if any(r.kind == "few_shot" and (r.shots or self.evaluate.shots) == 0 for r in self.climb.rungs):
             raise ValueError("the few_shot rung needs evaluate.shots above 0")
+        if isinstance(self.objective, PreferenceSpec):
+            self._answers_can_be_compared(self.objective)
         return self
+
+    def _answers_can_be_compared(self, objective: PreferenceSpec) -> None:
+        if self.data.loss_on != "answer":
+            raise ValueError("objective preference compares answers: data.loss_on is answer")
+        if objective.loss == "kto" and self.engine.examples_per_step < 2:
+            raise ValueError("kto reads answers behind other rows' prompts: engine.examples_per_step is at least 2")
+        if objective.loss not in FREE and inserted(self.method, 0):
+            raise ValueError("a reference cannot read virtual tokens inside the text: put all of them in front")
 
     @property
     def learning_rate(self) -> float:
