@@ -9,6 +9,7 @@ import importlib
 import json
 import pydoc
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,9 @@ def _in_full_width(policy: Policy, chat: Chat, spec: RunSpec, records: list[Reco
     from rung.model.fuse import fuse
     from rung.model.policy import Untouched
 
-    policy.base.model = policy.method.merge()  # type: ignore[assignment]
-    fuse(policy.base.model)
-    merged = Policy(policy.base, Untouched())
+    model: Any = policy.method.merge()
+    fuse(model)
+    merged = Policy(replace(policy.base, model=model), Untouched())
     found = opened.score(merged, chat, spec, records, tuned=True)
     return {"merged": {**_scores(found, records), "held_bytes": bytes_held(merged.model)}}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,8 @@ class Running:
             return {}
         settings = {**self.study.common, **entry.settings, "seed": seed, "output": str(folder)}
         given = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-        self._run([OURS / "rung", "train", self.study.config, *given, "--overwrite"], log)
+        begun = (folder / "run.json").exists()  # by a study that was stopped: the run goes on, or is there already
+        self._run([OURS / "rung", "train", self.study.config, *given, *(["--resume"] if begun else [])], log)
         manifest = json.loads((folder / "run.json").read_text())
         return {key: manifest[key] for key in KEPT}
 
@@ -141,6 +143,8 @@ def main() -> int:
     names = [ZERO_SHOT, *(asked.only.split(",") if asked.only else study.entries)]
     if unknown := set(names) - {ZERO_SHOT, *study.entries}:
         parser.error(f"no entry {min(unknown)!r}: there are {', '.join(study.entries)}")
+    if not asked.resume:
+        shutil.rmtree(work, ignore_errors=True)
     try:
         store = Store.open(work / "measured.jsonl", {"seeds": seeds}, resume=asked.resume)
         running = Running(study, store, work, seeds)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from processes import inside
 
@@ -138,3 +141,24 @@ def test_another_reference_under_the_same_name_is_noticed(compared: Path, tmp_pa
     assert inside(capsys, "train", compared, *sft, "seed=5", "--overwrite")[0] == 0
     code, _, err = inside(capsys, "train", compared, *given, "--resume")
     assert code == 3 and "its reference" in err
+
+
+@pytest.mark.parametrize("objective", ["beta: 0.5", "loss: kto, sft: 0.1, beta: 0.5", "loss: orpo"])
+def test_a_resumed_run_is_the_one_that_was_never_stopped(
+    objective: str, compared: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Second epoch included, where the reference is not asked again."""
+    settings = [f"objective={{kind: preference, {objective}}}", "engine.epochs=2", "engine.max_steps=14"]
+    settings += ["engine.checkpoint_every=10"]
+    assert inside(capsys, "train", compared, *settings, f"output={tmp_path / 'whole'}")[0] == 0
+    assert inside(capsys, "train", compared, *settings)[0] == 0
+    run = tmp_path / "run"
+    shutil.rmtree(run / "adapter")
+    found = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**found, "status": "running"}))
+    code, _, err = inside(capsys, "train", compared, *settings, "--resume")
+    assert code == 0 and "resumed from step-00000010" in err
+    whole, resumed = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (tmp_path / "whole", run))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    losses = [[entry["loss"] for entry in log(f)] for f in (tmp_path / "whole", run)]
+    assert losses[0] == losses[1] and len(losses[0]) == 14

@@ -17,7 +17,8 @@ from naive import distance, gradients, naive
 from rung.engine.pack import MIN_AHEAD, pack, pack_in_slices, pack_separately
 from rung.engine.step import accumulate, count_window, mean_loss
 from rung.method.table import attach
-from rung.objective.preference import LOSSES, Paired, Sides, Unpaired, by_document, good, pairs
+from rung.model.policy import by_document
+from rung.objective.preference import LOSSES, Paired, Sides, Unpaired, good, pairs
 from rung.spec.method import METHOD_SPECS
 from rung.spec.objective import PreferenceSpec
 from rung.types import Example, PackedBatch
@@ -283,3 +284,22 @@ def test_kto_is_that_of_documents_alone_with_mismatched_answers_as_the_reference
         assert distance(gradients(method), gradients(their_method)) < FLOAT64
     report = objective.report()
     assert report["margin"] == pytest.approx(report["good_reward"] - report["bad_reward"])
+
+
+def test_the_reference_reads_a_document_once_and_what_was_read_counts() -> None:
+    """The mutation: kept sums that are changed change the loss, so they are what is used."""
+    examples = rows(3, count=6, shared=MIN_AHEAD)
+    policy, _ = tuned("lora")
+    objective = Paired(spec_of("dpo"))
+    plain = mean_loss(policy, objective, pack(examples, 60))
+    policy.known = {}
+    calls = []
+    genuine = policy.base_logprobs
+    policy.base_logprobs = lambda batch: calls.append(1) or genuine(batch)  # type: ignore[method-assign]
+    assert mean_loss(policy, objective, pack(examples, 60)) == pytest.approx(plain, rel=1e-6)
+    first, kept = len(calls), dict(policy.known)
+    assert len(kept) == len(examples)
+    again = mean_loss(policy, objective, pack(examples, 10_000))
+    assert again == pytest.approx(plain, rel=1e-5) and len(calls) == first and policy.known == kept
+    policy.known = {key: value - 1.0 * (i % 2) for i, (key, value) in enumerate(kept.items())}
+    assert abs(mean_loss(policy, objective, pack(examples, 60)) - plain) > 1e-3

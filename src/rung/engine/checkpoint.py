@@ -74,17 +74,35 @@ def prune(folder: Path, keep: int) -> None:
         shutil.rmtree(old)
 
 
+REFERENCE = "reference.safetensors"
+
+
 def write_checkpoint(
-    folder: Path, weights: Mapping[str, Tensor], optimiser: torch.optim.Optimizer, progress: Mapping[str, Any]
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    optimiser: torch.optim.Optimizer,
+    progress: Mapping[str, Any],
+    known: Mapping[int, float] | None = None,
 ) -> None:
-    """Everything a later process needs to go on as if nothing had happened."""
+    """Everything a later process needs to go on as if nothing had happened; `known` is the reference's, by document."""
 
     def fill(aside: Path) -> None:
         save_file({name: value.contiguous().cpu() for name, value in weights.items()}, aside / "weights.safetensors")
         save_file({**_optimiser_tensors(optimiser), "rng": torch.get_rng_state()}, aside / "optimiser.safetensors")
         (aside / "progress.json").write_text(json.dumps(dict(progress), indent=2) + "\n")
+        if known:
+            keys, nats = torch.tensor(list(known)), torch.tensor(list(known.values()), dtype=torch.float64)
+            save_file({"documents": keys, "nats": nats}, aside / REFERENCE)
 
     write_folder(folder, fill)
+
+
+def read_known(folder: Path) -> dict[int, float]:
+    """What the reference gave documents by then; nothing where it was not asked."""
+    if not (folder / REFERENCE).exists():
+        return {}
+    found = load_file(folder / REFERENCE)
+    return dict(zip(found["documents"].tolist(), found["nats"].tolist(), strict=True))
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -84,6 +84,7 @@ class Trainer:
         self.optimiser = make_optimiser(self.method.trainable(), self.spec.optimiser, self.method.rate_factor)
         self.checkpoints = self.folder.path / "checkpoints"
         self.trunk: TrunkCache | None = None
+        self.policy.known = {} if self.objective.compares else None
         self.sharing = self._sharing()
         self.lowest = lowest_moving_layer(self.policy.model, self.method.trainable())
         if self.method.runs_again():
@@ -102,6 +103,8 @@ class Trainer:
         weights, progress = checkpoint.read_checkpoint(found, self.optimiser)
         load_state(self.method, weights)
         self.progress = Progress(**progress)
+        if self.policy.known is not None:
+            self.policy.known.update(checkpoint.read_known(found))
         self.folder.trim_log(self.progress.step)
         say(f"resumed from {found.name}")
         return True
@@ -300,7 +303,8 @@ class Trainer:
         checkpoint.prune(self.checkpoints, self.spec.keep)
 
     def _write(self, folder: Any) -> None:
-        checkpoint.write_checkpoint(folder, state_of(self.method), self.optimiser, asdict(self.progress))
+        weights, known = state_of(self.method), self.policy.known
+        checkpoint.write_checkpoint(folder, weights, self.optimiser, asdict(self.progress), known)
 
 
 def total_steps(spec: EngineSpec, rows: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from hashlib import blake2b
 from itertools import groupby
 from typing import Protocol
 
@@ -16,7 +17,7 @@ from rung.model.head import LogitMap, token_logprobs
 from rung.model.layers import computing_again, feeding, recording
 from rung.model.load import Base
 from rung.model.tree import KeysValues
-from rung.types import Below, LossTerm, PackedBatch, Segment, SharedPrefix
+from rung.types import Below, Example, LossTerm, PackedBatch, Segment, SharedPrefix
 
 Virtual = Tensor | Mapping[int, KeysValues]
 """What stands before every document: embeddings [P, H] that pass through the model, or keys and values by layer."""
@@ -95,6 +96,8 @@ class Policy:
         """Which layers a document of so many tokens computes again in the backward pass, so that it fits."""
         self.reference: Policy | None = None
         """What log-probabilities are compared with, where that is not the base with the method off."""
+        self.known: dict[int, float] | None = None
+        """Sums of the reference's log-probabilities by document, where they are kept."""
         self._shared: SharedPrefix | None = None
         self._ahead: dict[bool, _Ahead] = {}
         """Of the prefix at hand, with the method on (False) or off."""
@@ -278,6 +281,17 @@ class Policy:
                 return self.reference.logprobs(replace(batch, prefix=prefix, below=None))
         return self.base_logprobs(batch)
 
+    def reference_sums(self, batch: PackedBatch) -> Tensor:
+        """The same summed over each document, [D]. Where `known` is set, a document is read once a run."""
+        if self.known is None:
+            return by_document(batch, self.reference_logprobs(batch))
+        keys = [document_key(document) for document in batch.documents]
+        if any(key not in self.known for key in keys):
+            found = by_document(batch, self.reference_logprobs(batch)).tolist()
+            for key, nats in zip(keys, found, strict=True):
+                self.known.setdefault(key, nats)  # what was used once stays: another batch would round otherwise
+        return torch.tensor([self.known[key] for key in keys], dtype=torch.float64, device=batch.ids.device)
+
     def base_logprobs(self, batch: PackedBatch) -> Tensor:
         """The same with the method off, without gradient.
 
@@ -320,6 +334,19 @@ class _Ahead:
         reached = [(tensor, gradient) for tensor, gradient in pairs if gradient is not None]
         if reached:
             torch.autograd.backward([t for t, _ in reached], [g for _, g in reached])
+
+
+def by_document(batch: PackedBatch, values_N: Tensor) -> Tensor:
+    """Sums over the supervised tokens of each document, [D]."""
+    return values_N.new_zeros(batch.sequences).index_add(0, batch.loss.owner, values_N)
+
+
+def document_key(document: Example) -> int:
+    """64 bits of what decides a document's log-probability: its ids, what of them counts, and its task."""
+    digest = blake2b(document.ids.tobytes(), digest_size=8)
+    digest.update(document.supervised.tobytes())
+    digest.update((document.task or "").encode())
+    return int.from_bytes(digest.digest(), "little", signed=True)
 
 
 def by_name(entering: Tensor) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from rung.model.policy import Policy
+from rung.model.policy import Policy, by_document
 from rung.objective.base import Objective
 from rung.objective.sft import nll
 from rung.spec.objective import FREE, PreferenceSpec
@@ -135,7 +135,7 @@ class Paired(Objective):
         """One term of the pairs, and one of the best answers' tokens where `sft` is above 0."""
         found, against_D = pairs(batch), None
         if self.spec.loss not in FREE:  # before the policy keeps what its backward pass needs
-            against_D = by_document(batch, policy.reference_logprobs(batch))
+            against_D = policy.reference_sums(batch)
         logprobs_N, owner_N = policy.logprobs(batch), batch.loss.owner
         better_P, other_P = (torch.tensor(side, device=owner_N.device) for side in (found.better, found.other))
         own_D = by_document(batch, logprobs_N)
@@ -231,9 +231,9 @@ class Unpaired(Objective):
 
     def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
         """One term of the answers, and one of the good ones' tokens where `sft` is above 0."""
-        against_N = policy.reference_logprobs(batch)
+        against_D = policy.reference_sums(batch)
         logprobs_N, is_good = policy.logprobs(batch), good(batch)
-        ratio_D = by_document(batch, logprobs_N - against_N.to(logprobs_N.dtype))
+        ratio_D = by_document(batch, logprobs_N) - against_D.to(logprobs_N.dtype)
         good_D = torch.tensor(is_good, device=ratio_D.device)
         weight_D = ratio_D.new_tensor([document.weight for document in batch.documents])
         losses_D = kto(ratio_D, good_D, self.reference_point.to(ratio_D), self.spec)
@@ -271,11 +271,6 @@ def cross_entropy(batch: PackedBatch, logprobs_N: Tensor, chosen_D: Tensor, weig
     """Of the tokens of the chosen documents."""
     chosen_N = chosen_D[batch.loss.owner]
     return LossTerm(weight * nll(logprobs_N[chosen_N], batch.loss.weight[chosen_N]), "tokens", "sft")
-
-
-def by_document(batch: PackedBatch, values_N: Tensor) -> Tensor:
-    """Sums over the supervised tokens of each document, [D]."""
-    return values_N.new_zeros(batch.sequences).index_add(0, batch.loss.owner, values_N)
 
 
 class Pairs(NamedTuple):
