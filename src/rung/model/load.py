@@ -7,6 +7,7 @@ import hashlib
 import json
 import warnings
 from dataclasses import dataclass, replace
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def load_base(spec: ModelSpec, *, device: torch.device | None = None) -> Base:
     """
     attention.register()
     logging.disable_progress_bar()  # a bar of half a second on stderr helps nobody
+    getLogger("bitsandbytes").setLevel(ERROR)  # which peft imports, and which misses kernels that it looks for on a hub
     where = _resolve(spec.name)
     if isinstance(where, Path) and (where / "run.json").exists():
         return _load_run_as_base(spec, where, device)
