@@ -211,6 +211,10 @@ def test_a_lottery_says_whether_its_middle_won() -> None:
 
 def test_preferences_are_told_from_the_last_measurement() -> None:
     pairs = {"validation_margin": 0.25, "validation_accuracy": 0.9, "validation_length_correlation": -0.1}
+    pairs["validation_length_ratio"] = 1.1
     log = [{"step": 1, "validation_margin": 0.0}, {"step": 2, **pairs}, {"step": 3, "loss": 0.5}]
     assert preferred_text(log) == "90% the right way round, margin +0.250, margin goes with length by -0.10"
+    twice = {**pairs, "validation_length_ratio": 2.0}
+    assert "2.0 times as long" in preferred_text([twice])
+    assert "length alone" in preferred_text([{**pairs, "validation_length_correlation": 0.7}])
     assert preferred_text(log[:1]) == "margin +0.000" and preferred_text([{"step": 1, "loss": 1.0}]) == ""

@@ -142,6 +142,10 @@ def gates_text(gates: Sequence[Json]) -> str:
     return ", ".join(parts) or "none reached"
 
 
+LENGTH_RATIO, LENGTH_CORRELATION = 1.5, 0.5
+"""From which on a report warns that preferences may be about length."""
+
+
 def preferred_text(log: Sequence[Json]) -> str:
     """How a preference run did on its validation pairs, from the last time they were measured."""
     found = next((e for e in reversed(log) if "validation_margin" in e), None)
@@ -151,6 +155,9 @@ def preferred_text(log: Sequence[Json]) -> str:
     if "validation_accuracy" in found:
         lengths = f"margin goes with length by {found['validation_length_correlation']:+.2f}"
         parts = [f"{found['validation_accuracy']:.0%} the right way round", *parts, lengths]
+        ratio = found["validation_length_ratio"]
+        if ratio >= LENGTH_RATIO or found["validation_length_correlation"] >= LENGTH_CORRELATION:
+            parts.append(f"beware: better answers are {ratio:.1f} times as long, length alone may be learned")
     return ", ".join(parts)
 
 
