@@ -160,16 +160,15 @@ class Tokenised:
     @property
     def rows(self) -> View[list[Example]]:
         """The documents of each row of the data: one, or one for each of its answers."""
-        found = np.fromiter(self.kept, dtype=np.int64, count=len(self.examples))
-        starts = np.append(np.flatnonzero(np.diff(found, prepend=-1)), len(found)).tolist()
-        return View(lambda i: [self.examples[k] for k in range(starts[i], starts[i + 1])], range(len(starts) - 1))
+        found = self._records()
+        starts = np.append(np.flatnonzero(np.diff(found, prepend=-1)), len(found))
+        return View(lambda i: list(self.examples[int(starts[i]) : int(starts[i + 1])]), range(len(starts) - 1))
 
     def fewer_than(self, answers: int) -> Source | None:
         """Where the first row of the data with fewer documents came from."""
         if answers < 2:
             return None
-        found = np.fromiter(self.kept, dtype=np.int64, count=len(self.examples))
-        _, first, counts = np.unique(found, return_index=True, return_counts=True)
+        _, first, counts = np.unique(self._records(), return_index=True, return_counts=True)
         lonely = first[counts < answers]
         return self.examples[int(lonely.min())].source if len(lonely) else None
 
@@ -186,6 +185,12 @@ class Tokenised:
         if isinstance(self.examples, Examples):
             return int(self.examples.rows["supervised"].sum())
         return sum(int(e.supervised.sum()) for e in self.examples)
+
+    def _records(self) -> np.ndarray:
+        """Index of each example's record, int64; read off the table where there is one."""
+        if isinstance(self.examples, Examples):
+            return self.examples.rows["record"]
+        return np.fromiter(self.kept, dtype=np.int64, count=len(self.examples))
 
     def summary(self) -> dict[str, Any]:
         """Counts, ready for JSON."""
