@@ -23,7 +23,8 @@ from rung.engine.pack import pack
 from rung.engine.step import mean_loss
 from rung.evaluate.task import Evaluation
 from rung.method.lora import Lora
-from rung.model.policy import Policy
+from rung.model.fuse import fuse
+from rung.model.policy import Policy, Untouched
 from rung.objective.sft import Sft
 from rung.spec.io import load
 from rung.spec.objective import SftSpec
@@ -69,9 +70,6 @@ def _in_full_width(policy: Policy, chat: Chat, spec: RunSpec, records: list[Reco
     """The same questions once more from a LoRA folded into its base, which for a quantised one is widened first."""
     if not isinstance(policy.method, Lora):
         return {}
-    from rung.model.fuse import fuse
-    from rung.model.policy import Untouched
-
     model: Any = policy.method.merge()
     fuse(model)
     merged = Policy(replace(policy.base, model=model), Untouched())
