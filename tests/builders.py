@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -63,4 +64,18 @@ def documents(seed: int = 0, count: int = 6, *, shared: int = 0, longest: int = 
     for line in range(count):
         own = rng.integers(3, 320, size=int(rng.integers(4, longest))).tolist()
         made.append(example([*head, *own], shared + int(rng.integers(1, 4)), weight=1.0 + line % 2, line=line + 1))
+    return made
+
+
+def rows(seed: int = 0, count: int = 5, *, answers: int = 2, shared: int = 0) -> list[Example]:
+    """Rows of answers to a prompt each, the first the best."""
+    rng = np.random.default_rng(seed)
+    head = rng.integers(3, 320, size=shared).tolist()
+    made = []
+    for row in range(count):
+        prompt = [*head, *rng.integers(3, 320, size=int(rng.integers(4, 25))).tolist()]
+        for place in range(answers):
+            own = rng.integers(3, 320, size=int(rng.integers(2, 9))).tolist()
+            one = example([*prompt, *own], len(prompt), weight=1.0 + row % 2, line=row + 1)
+            made.append(replace(one, row=row, score=float(answers - place)))
     return made

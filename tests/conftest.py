@@ -96,3 +96,17 @@ def config(tmp_path: Path, tiny_base: Path, questions: Path, monkeypatch: pytest
         f"output: {tmp_path / 'run'}\n"
     )
     return file
+
+
+@pytest.fixture
+def compared(config: Path, tmp_path: Path) -> Path:
+    """The config of a run on pairs: fruit against stones."""
+    rows = [
+        {"prompt": f"what is in box {i}?", "chosen": "apples", "rejected": "stones", "box": i % 20} for i in range(80)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = config.read_text().replace(
+        config.read_text().split("data: {path: ")[1].split(",")[0], str(tmp_path / "pairs.jsonl")
+    )
+    config.write_text(text + "objective: {kind: preference, beta: 0.5}\n")
+    return config

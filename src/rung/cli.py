@@ -164,6 +164,31 @@ def chat(
 
 
 @app.command()
+def generate(  # noqa: PLR0913 -- options of a command line, each named where it is given
+    target: Run,
+    data: Annotated[str, typer.Option("--data", help="A data file: its prompts are answered.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the answers, as jsonl.")],
+    n: Annotated[int, typer.Option("--n", min=1, help="Answers to each prompt.")] = 4,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 256,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most this many prompts.")] = None,
+    distinct: Annotated[bool, typer.Option("--distinct", help="Keep one of equal answers.")] = False,
+    reward: Annotated[Path | None, typer.Option("--reward", help="A reward run that scores them, best first.")] = None,
+    format: Annotated[str, typer.Option("--format", help="As data.format; prompt for rows without answers.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Sample answers to the prompts of a file: to be ranked, scored, or learned from."""
+    from rung.model.generate import Sampling
+    from rung.pipeline.generate import Asked, format_of, generate_answers
+
+    sampling = Sampling(max_new_tokens, temperature, seed, n)
+    result = generate_answers(target, data, output, Asked(sampling, limit, distinct, reward, format_of(format)))
+    line = f"{result['answers']:,} answers to {result['prompts']:,} prompts in {output}, {result['cut']:,} of them cut"
+    _show(result, [line], as_json)
+
+
+@app.command()
 def merge(
     target: Run,
     folder: Annotated[Path, typer.Argument(help="Where to write the merged model.")],

@@ -6,32 +6,81 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from rung.data.chat import Chat
+from rung.data.inserted import Inserted
 from rung.data.records import Records
 from rung.data.split import Splits
+from rung.engine.progress import stage
 from rung.engine.record import read_manifest
-from rung.errors import CheckpointError, ConfigError
+from rung.errors import CheckpointError, ConfigError, PlanError
 from rung.evaluate.baselines import Framing
 from rung.evaluate.task import Evaluation, evaluate
 from rung.method.lora import Lora
 from rung.method.table import attach
 from rung.model.fuse import fuse
-from rung.model.load import Base, check_fingerprint, load_tokenizer
+from rung.model.load import Base, check_fingerprint, load_base, load_tokenizer
 from rung.model.policy import Policy, Untouched
+from rung.objective.reward import Reward, ScoreHead
 from rung.publish.artefact import check_origin
-from rung.run import inserted_in, load
+from rung.publish.classifier import read_score
 from rung.spec.io import parse
+from rung.spec.method import MethodSpec, inserted
 from rung.spec.model import ModelSpec
+from rung.spec.objective import RewardSpec
 from rung.spec.run import RunSpec
 from rung.types import Record
+
+
+def device() -> torch.device:
+    """Where a run computes. The CUDA path is dispatched but was not measured."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load(spec: ModelSpec) -> Base:
+    """The base of a spec on the device in use."""
+    with stage(f"loading {spec.name}"):
+        return load_base(spec, device=device())
+
+
+def inserted_in(method: MethodSpec, base: Base) -> Inserted | None:
+    """The virtual tokens that stand inside a conversation, by ids beyond the base's vocabulary."""
+    ids = inserted(method, int(base.model.get_input_embeddings().weight.shape[0]))
+    return Inserted(ids) if ids else None
 
 
 def open_run(path: Path, base: Base | None = None) -> tuple[Policy, Chat, RunSpec]:
     """A finished run, ready to answer: its base, or the one given, with its method on top.
 
-    Raises `CheckpointError` on another base.
+    Raises `CheckpointError` on another base, `PlanError` for a reward model, which writes nothing.
     """
+    policy, chat, spec = _open(path, base)
+    if spec.objective.kind == "reward":
+        raise PlanError(
+            "this run is a reward model: it gives scores and writes nothing",
+            where=str(path),
+            hint="rung eval measures it on held-out pairs",
+        )
+    return policy, chat, spec
+
+
+def open_reward(path: Path, base: Base | None = None) -> tuple[Policy, Chat, Reward, RunSpec]:
+    """A finished reward model: its base, or the one given, with its method and its head on top.
+
+    Raises `CheckpointError` for other runs, and on another base.
+    """
+    policy, chat, spec = _open(path, base)
+    if not isinstance(spec.objective, RewardSpec):
+        raise CheckpointError(
+            "this run is no reward model", where=str(path), given=f"objective.kind: {spec.objective.kind}"
+        )
+    objective, folder = Reward(spec.objective), path / ("model" if (path / "model").is_dir() else "adapter")
+    objective.head = ScoreHead(read_score(folder).to(policy.device))
+    return policy, chat, objective, spec
+
+
+def _open(path: Path, base: Base | None) -> tuple[Policy, Chat, RunSpec]:
     manifest = read_manifest(path)
     if manifest.get("status") != "finished" or not {"adapter", "model"} & {p.name for p in path.iterdir()}:
         raise CheckpointError(
@@ -40,8 +89,9 @@ def open_run(path: Path, base: Base | None = None) -> tuple[Policy, Chat, RunSpe
             hint="go on with: rung train --resume",
         )
     spec = parse(manifest["spec"], str(path / "run.json"))
-    if (path / "model").is_dir():
-        base = load(ModelSpec(name=str(path), dtype=spec.model.dtype))  # its own tokenizer and template are inside
+    if (path / "model").is_dir():  # with its own tokenizer and template
+        inside = path / "model" if spec.objective.kind == "reward" else path
+        base = load(ModelSpec(name=str(inside), dtype=spec.model.dtype))
         return Policy(base, Untouched()), Chat(base.tokenizer), spec
     base = load(spec.model) if base is None else base
     check_fingerprint(manifest, base, path)
@@ -80,7 +130,9 @@ def test_records(spec: RunSpec, splits: Splits) -> Records:
         raise ConfigError(
             "there is no test split to score on", where="data.test", given=spec.data.test, hint="set data.test: 0.1"
         )
-    expected = np.flatnonzero([not record.bad for record in splits.test])  # a bad answer is no answer to expect
+    expected = np.flatnonzero([not (record.bad or record.unanswered) for record in splits.test])
+    if not len(expected):  # a bad answer is no answer to expect
+        raise ConfigError("no row of the test split has an answer to expect", where="data.test")
     order = np.random.default_rng([spec.seed, 2]).permutation(len(expected))
     return splits.test.select(expected[np.sort(order[: spec.evaluate.limit])])
 

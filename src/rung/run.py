@@ -13,8 +13,8 @@ import torch
 
 from rung.data.cache import cached_examples
 from rung.data.chat import Chat, Preflight, Tokenised
-from rung.data.inserted import Inserted
 from rung.data.mix import load_data
+from rung.data.prompts import Prompted, prompts
 from rung.data.records import Records
 from rung.data.split import Splits
 from rung.engine import gates
@@ -23,19 +23,25 @@ from rung.engine.checkpoint import verify, write_folder
 from rung.engine.loop import Interrupted, Trainer, summary, total_steps
 from rung.engine.progress import say, stage
 from rung.engine.record import Gate, RunFolder, read_manifest, reset_peak_memory
+from rung.engine.rollout import Rollouts
 from rung.engine.sample import Sample
 from rung.errors import CheckpointError, ConfigError, DataError, RungError
+from rung.evaluate.rewards import examine
 from rung.method.base import Method
 from rung.method.table import attach
 from rung.model.fuse import left_alone
-from rung.model.load import Base, load_base
-from rung.model.policy import Policy, Untouched
+from rung.model.load import Base
+from rung.model.policy import Policy
+from rung.objective.base import Objective
+from rung.objective.reward import Reward
 from rung.objective.table import OBJECTIVES
+from rung.opened import device, inserted_in, load
+from rung.others import judge, reference_of, verifier_of
 from rung.publish.artefact import write_origin, write_text_side
+from rung.publish.classifier import write_score
+from rung.scoring.verifiers import Verifier
 from rung.spec.io import to_dict
-from rung.spec.method import MethodSpec, in_front, inserted
-from rung.spec.model import ModelSpec
-from rung.spec.objective import FREE, PreferenceSpec
+from rung.spec.method import in_front
 from rung.spec.run import RunSpec
 from rung.spec.support import NOT_MEASURED, PROVED_MODELS
 from rung.types import Record
@@ -44,19 +50,14 @@ PROBES = 4
 """Training documents that the step-0 gates look at: the shortest, which cost nothing."""
 
 
-def device() -> torch.device:
-    """Where a run computes. The CUDA path is dispatched but was not measured."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 @dataclass(frozen=True)
 class Data:
     """A config's data, read once and used by every rung."""
 
     splits: Splits
     chat: Chat
-    train: Tokenised
-    validation: Tokenised | None
+    train: Tokenised | Prompted
+    validation: Tokenised | Prompted | None
     preflight: Preflight
 
     def summary(self) -> dict[str, Any]:
@@ -80,6 +81,8 @@ def tokenise(spec: RunSpec, splits: Splits, base: Base) -> Data:
         splits = replace(splits, train=_closed_book(splits.train), validation=_closed_book(splits.validation))
 
     objective = OBJECTIVES[spec.objective.kind](spec.objective)
+    if objective.rollout is not None:
+        return _prompted(spec, splits, chat, longest - objective.rollout.max_new_tokens)
 
     def examples(records: Sequence[Record]) -> Tokenised:
         return cached_examples(
@@ -103,10 +106,13 @@ def tokenise(spec: RunSpec, splits: Splits, base: Base) -> Data:
     return Data(splits, chat, train, validation, chat.preflight(train))
 
 
-def inserted_in(method: MethodSpec, base: Base) -> Inserted | None:
-    """The virtual tokens that stand inside a conversation, by ids beyond the base's vocabulary."""
-    ids = inserted(method, int(base.model.get_input_embeddings().weight.shape[0]))
-    return Inserted(ids) if ids else None
+def _prompted(spec: RunSpec, splits: Splits, chat: Chat, longest: int) -> Data:
+    """The questions alone, for a policy that answers them itself."""
+    with stage("tokenising"):
+        train = prompts(chat, splits.train, longest=longest, overflow=spec.data.overflow)
+        held = splits.validation
+        validation = prompts(chat, held, longest=longest, overflow=spec.data.overflow) if held else None
+    return Data(splits, chat, train, validation, train.preflight())
 
 
 def _closed_book(records: Records) -> Records:
@@ -134,6 +140,7 @@ def dry_run(spec: RunSpec) -> dict[str, Any]:
     splits = read_splits(spec)
     base = load(spec.model)
     data = tokenise(spec, splits, base)
+    verifier_of(spec)
     reference_of(spec, base)
     method = attach(base.model, spec.method, seed=spec.seed, fused=spec.model.fused)
     steps_per_epoch = -(-len(data.train.rows) // spec.engine.examples_per_step)
@@ -146,12 +153,6 @@ def dry_run(spec: RunSpec) -> dict[str, Any]:
     }
 
 
-def load(spec: ModelSpec) -> Base:
-    """The base of a spec on the device in use."""
-    with stage(f"loading {spec.name}"):
-        return load_base(spec, device=device())
-
-
 def train_on(
     spec: RunSpec, base: Base, data: Data, *, resume: bool = False, overwrite: bool = False
 ) -> tuple[Policy, RunFolder]:
@@ -159,11 +160,16 @@ def train_on(
     # first: data or a method that cannot be leave no folder behind
     _check_tasks(spec, data)
     _check_lottery(spec, len(data.train.rows))
+    verify = verifier_of(spec)
     reference = reference_of(spec, base)
     method = attach(base.model, spec.method, seed=spec.seed, fused=spec.model.fused)
     folder = RunFolder.claim(Path(spec.output), to_dict(spec), resume=resume, overwrite=overwrite)
     policy = Policy(base, method)
     policy.reference = reference
+    objective = OBJECTIVES[spec.objective.kind](spec.objective)
+    objective.begin(policy, spec.seed)
+    if not objective.reads_head:
+        method.leave_head()
     alone = _say_what_is_unusual(policy, method, spec)
     fingerprints = _fingerprints(base, data, reference)
     begun = folder.manifest.get("fingerprints", fingerprints)
@@ -183,12 +189,13 @@ def train_on(
     trainer = Trainer(
         policy,
         method,
-        objective=OBJECTIVES[spec.objective.kind](spec.objective),
+        objective=objective,
         spec=spec.engine,
         peak_rate=spec.learning_rate,
         budget=budget_of(spec, base),
         seed=spec.seed,
         folder=folder,
+        rollouts=_rollouts(spec, policy, objective, data, verify),
     )
     try:
         _calibrate(trainer, data, folder, resume=resume)
@@ -201,7 +208,11 @@ def train_on(
         reset_peak_memory()
         trainer.run(data.train.rows, data.validation.rows if data.validation else ())
         folder.update(**summary(trainer.progress, method), **method.statistics())
-        _publish(folder, method, data.chat, base)
+        _publish(folder, trainer, data.chat)
+        if isinstance(objective, Reward) and data.validation:
+            health = examine(policy, objective, data.validation.examples, trainer.budget)
+            folder.update(reward=health.to_json())
+            say(str(health))
     except Interrupted:
         folder.update(status="interrupted", **summary(trainer.progress, method))
         say(f"saved after step {trainer.progress.step} in {folder.path}; --resume goes on from there")
@@ -213,6 +224,25 @@ def train_on(
     return policy, folder
 
 
+def _rollouts(
+    spec: RunSpec, policy: Policy, objective: Objective, data: Data, verify: Verifier | None
+) -> Rollouts | None:
+    """How the policy answers and who says what that is worth, for objectives that learn from it."""
+    if objective.rollout is None or not isinstance(data.train, Prompted) or verify is None:
+        return None
+    own, held = data.train, data.validation
+    return Rollouts(
+        policy,
+        objective,
+        objective.rollout,
+        stop_ids=data.chat.stop_ids,
+        train=judge(verify, data.chat, own),
+        validation=judge(verify, data.chat, held if isinstance(held, Prompted) else own),
+        seed=spec.seed,
+        budget=budget_of(spec, policy.base),
+    )
+
+
 def _pass_gates(policy: Policy, method: Method, trainer: Trainer, data: Data, folder: RunFolder) -> None:
     """Gates 1 and 2; each is recorded before it is enforced."""
     folder.gate(Gate("preflight", "passed", data.preflight.to_json(), "0 failing rows"))
@@ -221,8 +251,9 @@ def _pass_gates(policy: Policy, method: Method, trainer: Trainer, data: Data, fo
     probe = [data.train.examples[int(i)] for i in shortest]
     if not probe:
         raise DataError("no training rows are left", hint="look at the counts of: rung data check")
+    heads = sum(p.numel() for p in trainer.objective.trainable().values())
     found = [
-        gates.check_trainable(method, trainer.optimiser),
+        gates.check_trainable(method, trainer.optimiser, heads),
         gates.check_identity(policy, method, probe),
         gates.check_reference(policy, method, probe),
         gates.check_packing(policy, probe),
@@ -249,23 +280,6 @@ def _say_what_is_unusual(policy: Policy, method: Method, spec: RunSpec) -> int:
     return len(alone)
 
 
-def reference_of(spec: RunSpec, base: Base) -> Policy | None:
-    """The model that an objective compares with, where it is not the base with the method off."""
-    objective = spec.objective
-    if not isinstance(objective, PreferenceSpec) or objective.loss in FREE:
-        return None
-    named = objective.reference
-    if named == "base" and spec.method.kind != "full":
-        return None
-    other = spec.model if named == "base" else spec.model.model_copy(update={"name": named, "revision": None})
-    why = "the base moves" if named == "base" else "it is named"
-    say(f"the reference is a second model in memory, because {why}")
-    found = load(other)
-    if found.tokenizer.get_vocab() != base.tokenizer.get_vocab():
-        raise ConfigError("the reference has another vocabulary", where="objective.reference", given=named)
-    return Policy(found, Untouched())
-
-
 def _check_tasks(spec: RunSpec, data: Data) -> None:
     """A method with something of its own for each task must know every task of the data."""
     known = set(getattr(spec.method, "tasks", ()))
@@ -285,7 +299,9 @@ def _check_tasks(spec: RunSpec, data: Data) -> None:
 
 def _check_lottery(spec: RunSpec, rows: int) -> None:
     """A run that ends while all layers still move would be a plain lora without a word."""
-    scouting, total = getattr(spec.method, "scout_steps", 0), total_steps(spec.engine, rows)
+    rollout = getattr(spec.objective, "rollout", None)
+    scouting = getattr(spec.method, "scout_steps", 0)
+    total = total_steps(spec.engine, rows, rollout.steps if rollout else 1)
     if scouting >= total:
         raise ConfigError(
             "the run ends before the lottery is drawn",
@@ -313,15 +329,18 @@ def _calibrate(trainer: Trainer, data: Data, folder: RunFolder, *, resume: bool)
         write_folder(start, method.save)
 
 
-def _publish(folder: RunFolder, method: Method, chat: Chat, base: Base) -> None:
+def _publish(folder: RunFolder, trainer: Trainer, chat: Chat) -> None:
     """Gate 4: the artefact with everything serving needs, whole or not at all."""
 
     def fill(aside: Path) -> None:
-        method.save(aside)
+        trainer.method.save(aside)
+        if (head := trainer.objective.published()) is not None:
+            pad = chat.tokenizer.pad_token_id
+            write_score(aside, head, chat.stop_ids[0] if pad is None else pad)
         write_text_side(aside, chat)
-        write_origin(aside, chat, base)
+        write_origin(aside, chat, trainer.policy.base)
 
-    write_folder(folder.path / method.artefact, fill)
+    write_folder(folder.path / trainer.method.artefact, fill)
     gate = Gate("save", "passed", "every tensor finite and not empty, hashes in manifest.json", "all")
     folder.gate(gate)
     say(str(gate))

@@ -5,7 +5,7 @@ Suffixes: T tokens of a packed row, N entries of a loss index.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -82,6 +82,11 @@ class Record:
         return self.score is not None and self.score <= 0.0 and not self.rivals
 
     @property
+    def unanswered(self) -> bool:
+        """Whether it is a prompt alone: nothing to be learned or expected."""
+        return bool(self.messages) and not self.answer and not self.messages[-1].tool_calls
+
+    @property
     def answer(self) -> str:
         """Text of the final assistant turn: what is expected."""
         return self.messages[-1].content if self.messages and self.messages[-1].role == "assistant" else ""
@@ -104,9 +109,16 @@ class Example:
     """Documents of one row of the data share it and are never parted; -1 stands alone."""
     score: float | None = None
     """Of its answer, where the data has one."""
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Further values of each supervised token but the first, which nothing predicts; each [predictions]."""
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def predictions(self) -> int:
+        """How many of its tokens are predicted and learned from."""
+        return int(self.supervised[1:].sum())
 
 
 class Segment(NamedTuple):
@@ -180,6 +192,20 @@ class PackedBatch:
     def task(self) -> str | None:
         """Of all its documents: rows never mix tasks."""
         return self.documents[0].task if self.documents else None
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """Answers that the policy made itself; those to one prompt share their `row`."""
+
+    documents: Sequence[Example]
+    """Prompt and answer, the answer supervised."""
+    rewards: Sequence[float]
+    """What each is worth."""
+    stopped: Sequence[bool]
+    """False for an answer that was cut."""
+    read: Callable[[Callable[[PackedBatch], torch.Tensor]], list[np.ndarray]]
+    """Values [N] of packed batches, without gradient, brought back to the documents: each [predictions]."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,25 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from processes import inside
-
-
-@pytest.fixture
-def compared(config: Path, tmp_path: Path) -> Path:
-    """The config of a run on pairs: fruit against stones."""
-    rows = [
-        {"prompt": f"what is in box {i}?", "chosen": "apples", "rejected": "stones", "box": i % 20} for i in range(80)
-    ]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = config.read_text().replace(
-        config.read_text().split("data: {path: ")[1].split(",")[0], str(tmp_path / "pairs.jsonl")
-    )
-    config.write_text(text + "objective: {kind: preference, beta: 0.5}\n")
-    return config
-
-
-def log(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+from processes import inside, log
 
 
 @pytest.mark.parametrize("method", ["{kind: lora, rank: 4}", "{kind: full}", "{kind: prompt, virtual_tokens: 3}"])

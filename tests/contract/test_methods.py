@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -19,7 +20,7 @@ from models import SHAPES, tiny_model
 from naive import distance, gradients, naive, naive_loss, redraw
 from rung.engine.gates import check_decoding, check_identity, check_packing, check_trainable, frozen_digest
 from rung.engine.optim import make_optimiser, set_rate
-from rung.engine.pack import pack
+from rung.engine.pack import pack, pack_separately
 from rung.engine.step import accumulate, mean_loss
 from rung.errors import CheckpointError, ConfigError, PlanError
 from rung.method.base import load_state, state_of
@@ -31,7 +32,8 @@ from rung.model.policy import Policy
 from rung.objective.table import OBJECTIVES
 from rung.spec.engine import OptimiserSpec
 from rung.spec.method import METHOD_SPECS
-from rung.spec.objective import PreferenceSpec, SftSpec
+from rung.spec.objective import GrpoSpec, PreferenceSpec, RewardSpec, SftSpec
+from rung.types import Example
 from tolerances import FLOAT32_NATS, FLOAT64
 
 PEFT_TUNERS: list[dict[str, object]] = [
@@ -239,18 +241,18 @@ FIRST = {kind: spec for kind, spec in reversed(VARIANTS)}
 @pytest.mark.parametrize("kind", METHODS)
 def test_state_round_trip_and_foreign_state(kind: str) -> None:
     policy, method = tuned(kind, **FIRST[kind])
-    state = {n: v.clone() for n, v in state_of(method).items()}
+    state = {n: v.clone() for n, v in state_of(method.trainable()).items()}
     _, other = tuned(kind, **FIRST[kind])
     with torch.no_grad():
         for parameter in other.trainable().values():
             parameter.zero_()
-    load_state(other, state)
-    assert all(torch.equal(v, state[n]) for n, v in state_of(other).items())
+    load_state(other.trainable(), state)
+    assert all(torch.equal(v, state[n]) for n, v in state_of(other.trainable()).items())
     name = next(iter(state))
     with pytest.raises(CheckpointError, match="1 missing, 1 left over"):
-        load_state(other, {("renamed" if n == name else n): v for n, v in state.items()})
+        load_state(other.trainable(), {("renamed" if n == name else n): v for n, v in state.items()})
     with pytest.raises(CheckpointError, match="another shape"):
-        load_state(other, {**state, name: state[name][:1]})
+        load_state(other.trainable(), {**state, name: state[name][:1]})
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -415,11 +417,23 @@ def test_a_loftq_rank_that_a_matrix_has_not() -> None:
         attach(tiny_model(), METHOD_SPECS["qlora"](init="loftq", rank=64), seed=0)
 
 
-OBJECTIVE_SPECS: dict[str, Any] = {"sft": SftSpec(), "preference": PreferenceSpec(loss="dpo", sft=0.1)}
+OBJECTIVE_SPECS: dict[str, Any] = {
+    "sft": SftSpec(),
+    "preference": PreferenceSpec(loss="dpo", sft=0.1),
+    "reward": RewardSpec(margin=0.1, centre=0.01),
+    "grpo": GrpoSpec(reward={"kind": "exact"}),
+}
 
 
 def test_every_objective_has_a_spec_here() -> None:
     assert set(OBJECTIVE_SPECS) == set(OBJECTIVES)
+
+
+@torch.no_grad()
+def _columns(policy: Policy, e: Example, place: int) -> dict[str, np.ndarray]:
+    """Of an answer that the policy made itself: every other one was better than the rest."""
+    own = policy.logprobs(pack_separately([e])[0]).numpy()
+    return {"old": own, "reference": own - 0.1, "advantage": np.full(e.predictions, (-1.0) ** place)}
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -428,12 +442,19 @@ def test_one_step_with_every_objective(kind: str, spec: dict[str, object], objec
     """Whatever moves and whatever is minimised: a step lowers the loss of its own documents."""
     policy, method = tuned(kind, **spec)
     minimised = OBJECTIVES[objective](OBJECTIVE_SPECS[objective])
+    minimised.begin(policy, 0)
+    if kind == "head" and not minimised.reads_head:
+        with pytest.raises(PlanError, match="does not read it"):
+            method.leave_head()
+        return
     examples = documents(5, count=6, shared=17)
     if minimised.compares:
         examples = [replace(e, row=i // 2, score=float(i % 2)) for i, e in enumerate(examples)]
         policy.reference = policy_of(tiny_model()) if method.artefact == "model" else None
+    if minimised.rollout is not None:
+        examples = [replace(e, columns=_columns(policy, e, i)) for i, e in enumerate(examples)]
     batches = pack(examples, 80)
-    optimiser = make_optimiser(method.trainable(), OptimiserSpec())
+    optimiser = make_optimiser({**method.trainable(), **minimised.trainable()}, OptimiserSpec())
     set_rate(optimiser, 1e-4)
     before = accumulate(policy, minimised, batches)
     optimiser.step()

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from builders import example, policy_of, tuned
+from builders import example, policy_of, rows, tuned
 from models import tiny_model
 from naive import distance, gradients, naive
 from rung.engine.pack import MIN_AHEAD, pack, pack_in_slices, pack_separately
 from rung.engine.step import accumulate, count_window, mean_loss
 from rung.method.table import attach
 from rung.model.policy import by_document
-from rung.objective.preference import LOSSES, Paired, Sides, Unpaired, good, pairs
+from rung.objective.pairs import pairs
+from rung.objective.preference import LOSSES, Paired, Sides, Unpaired, good
 from rung.spec.method import METHOD_SPECS
 from rung.spec.objective import PreferenceSpec
 from rung.types import Example, PackedBatch
@@ -29,20 +30,6 @@ EXTRA = {"robust": {"label_smoothing": 0.2}}
 
 def spec_of(loss: str, **more: object) -> PreferenceSpec:
     return PreferenceSpec(loss=loss, **{**EXTRA.get(loss, {}), **more})  # type: ignore[arg-type]
-
-
-def rows(seed: int = 0, count: int = 5, *, answers: int = 2, shared: int = 0) -> list[Example]:
-    """Rows of answers to a prompt each, the first the best."""
-    rng = np.random.default_rng(seed)
-    head = rng.integers(3, 320, size=shared).tolist()
-    made = []
-    for row in range(count):
-        prompt = [*head, *rng.integers(3, 320, size=int(rng.integers(4, 25))).tolist()]
-        for place in range(answers):
-            own = rng.integers(3, 320, size=int(rng.integers(2, 9))).tolist()
-            one = example([*prompt, *own], len(prompt), weight=1.0 + row % 2, line=row + 1)
-            made.append(replace(one, row=row, score=float(answers - place)))
-    return made
 
 
 def logprob(model: PreTrainedModel, e: Example) -> Tensor:

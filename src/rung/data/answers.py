@@ -15,11 +15,15 @@ from rung.types import Rival
 def rated(format: Format, get: Callable[[str], Any]) -> list[Rival]:
     """The answers of a row of a comparing format, best first; none for other formats.
 
-    A pair scores 1 and 0, a ranking of k answers k - 1 down to 0, ratings as they are given, a labelled answer 1 or 0.
+    A pair scores 1 and 0, or its margin and 0; a ranking of k answers k - 1 down to 0; ratings as they are given; a
+    labelled answer 1 or 0.
     Raises `DataError` for rows that compare nothing.
     """
     if format == "preference":
-        found = [Rival(_answer(get("chosen"), "chosen"), 1.0), Rival(_answer(get("rejected"), "rejected"), 0.0)]
+        margin = 1.0 if get("margin") is None else _score(get("margin"))
+        if margin <= 0.0:
+            raise DataError(f"the margin is {margin:g}: the chosen answer would be no better than the rejected one")
+        found = [Rival(_answer(get("chosen"), "chosen"), margin), Rival(_answer(get("rejected"), "rejected"), 0.0)]
         if found[0].content == found[1].content:
             raise DataError("chosen and rejected are the same")
     elif format == "ranked":

@@ -31,12 +31,13 @@ FORMATS: dict[Format, Columns] = {
     "prompt_completion": Columns(("prompt", "completion"), (), "completion"),
     "question_answer": Columns(("question", "answer"), ("context", "system"), "answer"),
     "text": Columns(("text",)),
-    "preference": Columns(("prompt", "chosen", "rejected"), ("input", "context", "system")),
+    "preference": Columns(("prompt", "chosen", "rejected"), ("input", "context", "system", "margin")),
     "ranked": Columns(("prompt", "ranked"), ("input", "context", "system")),
     "rated": Columns(("prompt", "answers", "scores"), ("input", "context", "system")),
     "label": Columns(("prompt", "completion", "label"), ("input", "context", "system")),
+    "prompt": Columns(("prompt",), ("input", "context", "system")),
 }
-WITH_CONTEXT = frozenset({"question_answer", "preference", "ranked", "rated", "label"})
+WITH_CONTEXT = frozenset({"question_answer", "preference", "ranked", "rated", "label", "prompt"})
 """Formats with a column of context."""
 _COMMON = ("weight",)
 _ANSWER_LIKE = frozenset({"answer", "answers", "output", "completion", "response", "target", "gold", "solution"})
@@ -163,7 +164,10 @@ def to_record(
             text = turns.text_of(get("text"), "text")
             return Record((), source, group=key, weight=weight, text=text, task=own_task)
         rated = answers.rated(format, get)
-        messages = (*_prompt(get), Message("assistant", rated[0].content)) if rated else _messages(format, get)
+        if rated or format == "prompt":
+            messages: tuple[Message, ...] = (*_prompt(get), Message("assistant", rated[0].content if rated else ""))
+        else:
+            messages = _messages(format, get)
         turns.check_order(messages)
         return Record(
             messages,
@@ -333,8 +337,9 @@ def _key(value: object, what: str, name: str) -> str:
 
 
 def _fitting(map: Mapping[str, str], counts: Mapping[str, Any]) -> list[Format]:
-    """A column called label may hold anything: that format is taken only where it is asked for."""
-    return [name for name, columns in FORMATS.items() if name != "label" and _fits(columns, map, counts)]
+    """A column called label may hold anything, and many files have a prompt: those formats must be asked for."""
+    given = (name for name in FORMATS if name not in ("label", "prompt"))
+    return [name for name in given if _fits(FORMATS[name], map, counts)]
 
 
 def _fits(columns: Columns, map: Mapping[str, str], counts: Mapping[str, Any]) -> bool:

@@ -152,6 +152,9 @@ def preflight(chat: Chat, tokenised: Tokenised) -> Preflight:
 def _variants(records: Iterable[Record], rivals: bool) -> Iterator[_Variant]:
     """Each record, followed by its rivals where they are asked for."""
     for number, record in enumerate(records):
+        if record.unanswered:
+            hint = "prompts alone are for policies that answer themselves: objective.kind: grpo, or rung generate"
+            raise DataError("this row has no answer to learn", where=str(record.source), hint=hint)
         if not rivals and record.bad:
             hint = "leave such rows out, or take objective: {kind: preference, loss: kto}"
             raise DataError("this answer is labelled as bad, and would be learned", where=str(record.source), hint=hint)

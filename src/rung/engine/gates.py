@@ -28,9 +28,12 @@ TOLERANCE: dict[torch.dtype, float] = {torch.float64: 1e-6, torch.float32: 2e-3,
 moves them by whole nats; sums in another order move them by less than this on models of billions of parameters."""
 
 
-def check_trainable(method: Method, optimiser: torch.optim.Optimizer) -> Gate:
-    """What the method declares is what the optimiser holds and may move. An empty set is a failure too."""
-    declared = method.declared_parameters()
+def check_trainable(method: Method, optimiser: torch.optim.Optimizer, heads: int = 0) -> Gate:
+    """What the method declares is what the optimiser holds and may move. An empty set is a failure too.
+
+    `heads` is how many numbers the objective owns besides.
+    """
+    declared = method.declared_parameters() + heads
     held = sum(p.numel() for group in optimiser.param_groups for p in group["params"] if p.requires_grad)
     return _gate("step0.trainable", held == declared > 0, f"{held:,} in the optimiser", f"{declared:,} declared")
 

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain
@@ -24,6 +24,7 @@ from rung.engine.optim import make_optimiser, move_only, rate_at, set_rate
 from rung.engine.pack import largest_first, pack, pack_in_slices, pack_separately
 from rung.engine.progress import Bar, say
 from rung.engine.record import RunFolder, peak_memory_bytes
+from rung.engine.rollout import Rollouts
 from rung.engine.step import accumulate, mean_loss
 from rung.engine.trunk import TrunkCache
 from rung.errors import DataError, GateError
@@ -79,9 +80,11 @@ class Trainer:
     seed: int
     folder: RunFolder
     progress: Progress = field(default_factory=Progress)
+    rollouts: Rollouts | None = None
+    """Where the documents come from, when the policy makes them itself."""
 
     def __post_init__(self) -> None:
-        self.optimiser = make_optimiser(self.method.trainable(), self.spec.optimiser, self.method.rate_factor)
+        self.optimiser = make_optimiser(self.moving, self.spec.optimiser, self.method.rate_factor)
         self.checkpoints = self.folder.path / "checkpoints"
         self.trunk: TrunkCache | None = None
         self.policy.known = {} if self.objective.compares else None
@@ -95,13 +98,18 @@ class Trainer:
                 limit=longest_document_bytes(self.policy.device),
             )
 
+    @property
+    def moving(self) -> dict[str, torch.nn.Parameter]:
+        """Every parameter that a step may move: the method's, and those of heads that the objective owns."""
+        return {**self.method.trainable(), **self.objective.trainable()}
+
     def restore(self) -> bool:
         """Take up the newest checkpoint that verifies, if there is one."""
         found = checkpoint.newest(self.checkpoints, say)
         if found is None:
             return False
         weights, progress = checkpoint.read_checkpoint(found, self.optimiser)
-        load_state(self.method, weights)
+        load_state(self.moving, weights)
         self.progress = Progress(**progress)
         if self.policy.known is not None:
             self.policy.known.update(checkpoint.read_known(found))
@@ -116,27 +124,28 @@ class Trainer:
         """
         if not train:
             raise DataError("no training rows are left", hint="look at the counts of: rung data check")
-        total = total_steps(self.spec, len(train))
+        total = total_steps(self.spec, len(train), self.repeats)
         judged = any(gate["name"] == "movement" for gate in self.folder.manifest["gates"])
-        movement = None if judged else Movement(self.policy.model, self.method.trainable())
+        movement = None if judged else Movement(self.policy.model, self.moving)
         self.objective.report()  # what was measured before the first step is no part of it
         self.policy.model.train()
         self.trunk = self._trunk(train)
         try:
-            with _interruptible() as stopping, Bar("train", total, self.progress.step) as bar:
+            sampling = nullcontext() if self.rollouts is None else self.rollouts.sampling()
+            with sampling, _interruptible() as stopping, Bar("train", total, self.progress.step) as bar:
                 while self.progress.step < total:
-                    entry = self._step(self._window(train, self.progress.step), total, movement)
+                    entry = self._step(self._window(train, self.progress.step // self.repeats), total, movement)
                     last = self.progress.step == total
                     enough = self._measure(validation, entry, last)
                     self.folder.log(entry)
                     bar.advance(loss=f"{entry['loss']:.4f}", rate=f"{entry['learning_rate']:.1e}")
-                    if stopping():
+                    if stopping() and self._may_save:
                         self._save()
                         raise Interrupted
                     if enough:
                         say(f"no better validation loss in {self.progress.misses} measurements: stopped early")
                         break
-                    if not last and self.spec.checkpoint_every and self.progress.step % self.spec.checkpoint_every == 0:
+                    if not last and self._may_save and self._due(self.spec.checkpoint_every):
                         self._save()
         finally:
             self.policy.model.eval()
@@ -150,6 +159,21 @@ class Trainer:
             say(str(gate))
         self._keep_best()
         return self.progress
+
+    @property
+    def repeats(self) -> int:
+        """Optimiser steps of one window of rows: more than one where a rollout is learned from several times."""
+        return 1 if self.rollouts is None else self.rollouts.steps
+
+    @property
+    def _may_save(self) -> bool:
+        """Whether the next step begins with a rollout of its own: what was made earlier need not be kept then."""
+        return self.progress.step % self.repeats == 0
+
+    def _due(self, every: int | None) -> bool:
+        """Whether so many steps have gone by, some of them since the last window."""
+        step = self.progress.step
+        return every is not None and step // every > (step - self.repeats) // every
 
     def _window(self, train: Sequence[Row], step: int) -> list[Example]:
         """The documents of a step counted from 0: a pure function of seed and step."""
@@ -179,6 +203,8 @@ class Trainer:
 
     def _trunk(self, train: Sequence[Row]) -> TrunkCache | None:
         """A cache of the layers that do not move, where they would run a second time and the disk has room."""
+        if self.rollouts is not None:
+            return None
         first_epoch = -(-len(train) // self.spec.examples_per_step)
         if not self.spec.cache_trunk or self.lowest == 0 or total_steps(self.spec, len(train)) <= first_epoch:
             return None
@@ -195,22 +221,27 @@ class Trainer:
 
     def _step(self, examples: Sequence[Example], total: int, movement: Movement | None) -> dict[str, Any]:
         started = time.perf_counter()
+        rolled: dict[str, Any] = {}
+        if self.rollouts is not None:
+            examples, rolled = self.rollouts.take(examples, self.progress.step)
         batches = self.pack(examples, self.budget)
         batches = batches if self.trunk is None else self.trunk.feed(batches)
         self.optimiser.zero_grad(set_to_none=True)
         rate = rate_at(
             self.progress.step, total=total, peak=self.peak_rate, schedule=self.spec.schedule, warmup=self.spec.warmup
         )
+        owned = self.objective.trainable().keys()
         moving = self.method.at_step(self.progress.step)
         if moving is not None:
-            move_only(self.optimiser, self.method.trainable(), moving)
+            moving = moving._replace(names={*moving.names, *owned})
+            move_only(self.optimiser, self.moving, moving)
             if moving.turns:
                 self._turn()
         if beside := self.objective.beside(examples):
             with torch.no_grad():
                 self.objective.prepare(self.policy, self.policy.in_turn(self.pack(beside, self.budget)))
         loss = accumulate(self.policy, self.objective, batches)
-        parameters = list(self.method.trainable().values())
+        parameters = list(self.moving.values())
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.spec.clip or math.inf)
         finite = bool(torch.isfinite(norm) & torch.isfinite(loss))
         if finite:
@@ -225,12 +256,13 @@ class Trainer:
         self.progress.loss = float(loss)
         if not finite:
             self._skip(examples, float(loss), float(norm))
-        elif movement is not None and (
-            gate := movement.see(self.optimiser, moving, self.method.reached({e.task for e in examples}))
-        ):
-            self.folder.gate(gate)
-            say(str(gate))
-            enforce(gate)
+        elif movement is not None and self.objective.moves(examples):
+            reached = self.method.reached({e.task for e in examples})
+            gate = movement.see(self.optimiser, moving, None if reached is None else {*reached, *owned})
+            if gate is not None:
+                self.folder.gate(gate)
+                say(str(gate))
+                enforce(gate)
         return {
             "step": self.progress.step,
             "loss": float(loss),
@@ -238,6 +270,7 @@ class Trainer:
             "grad_norm": float(norm),
             "tokens": tokens,
             "seconds": round(seconds, 4),
+            **rolled,
             **self.objective.report(),
             **({} if finite else {"skipped": True}),
         }
@@ -264,19 +297,11 @@ class Trainer:
 
     def _measure(self, validation: Sequence[Row], entry: dict[str, Any], last: bool) -> bool:
         """Validation loss when it is due; True when patience has run out."""
-        due = last or (self.spec.eval_every is not None and self.progress.step % self.spec.eval_every == 0)
-        if not validation or not due:
+        if not validation or not (last or (self._may_save and self._due(self.spec.eval_every))):
             return False
         self.policy.model.eval()
-        batches: Iterable[PackedBatch]
-        if self.spec.packing == "none":
-            batches = (batch for row in validation for batch in pack_separately(row, self.policy.device))
-        else:
-            every = chain.from_iterable(validation)
-            batches = pack_in_slices(every, self.budget, share_prefixes=self.sharing, device=self.policy.device)
-        self.objective.report()  # of the last training step: already in its entry
-        value = mean_loss(self.policy, self.objective, batches)
-        entry.update({f"validation_{name}": found for name, found in self.objective.report().items()})
+        value, found = self._held_out(validation)
+        entry.update({f"validation_{name}": number for name, number in found.items()})
         self.policy.model.train()
         self.progress.validation = entry["validation_loss"] = value
         if self.progress.best is None or value < self.progress.best:
@@ -287,6 +312,20 @@ class Trainer:
         self.progress.misses += 1
         return self.spec.patience is not None and self.progress.misses > self.spec.patience
 
+    def _held_out(self, validation: Sequence[Row]) -> tuple[float, Mapping[str, float]]:
+        """The loss on validation rows, of rollouts minus the mean reward of greedy answers, and what else was seen."""
+        if self.rollouts is not None:
+            told = self.rollouts.validate([e for row in validation for e in row])
+            return -told["reward"], told
+        batches: Iterable[PackedBatch]
+        if self.spec.packing == "none":
+            batches = (batch for row in validation for batch in pack_separately(row, self.policy.device))
+        else:
+            every = chain.from_iterable(validation)
+            batches = pack_in_slices(every, self.budget, share_prefixes=self.sharing, device=self.policy.device)
+        self.objective.report()  # of the last training step: already in its entry
+        return mean_loss(self.policy, self.objective, batches), self.objective.report()
+
     def _keep_best(self) -> None:
         """With patience the run ends with the weights of the lowest validation loss."""
         best = self.checkpoints / "best"
@@ -294,7 +333,7 @@ class Trainer:
             return
         if problem := checkpoint.verify(best):
             raise GateError(f"the best checkpoint cannot be used: {problem}", where=str(best))
-        load_state(self.method, checkpoint.read_weights(best))
+        load_state(self.moving, checkpoint.read_weights(best))
         self.progress.validation = self.progress.best
         say(f"kept the weights of step {self.progress.best_step}")
 
@@ -303,14 +342,14 @@ class Trainer:
         checkpoint.prune(self.checkpoints, self.spec.keep)
 
     def _write(self, folder: Any) -> None:
-        weights, known = state_of(self.method), self.policy.known
+        weights, known = state_of(self.moving), self.policy.known
         checkpoint.write_checkpoint(folder, weights, self.optimiser, asdict(self.progress), known)
 
 
-def total_steps(spec: EngineSpec, rows: int) -> int:
-    """Optimiser steps of a whole run over this many rows."""
+def total_steps(spec: EngineSpec, rows: int, repeats: int = 1) -> int:
+    """Optimiser steps of a whole run over this many rows, each window of them learned from so many times."""
     per_epoch = -(-rows // spec.examples_per_step)
-    total = math.ceil(spec.epochs * per_epoch - 1e-9)
+    total = math.ceil(spec.epochs * per_epoch - 1e-9) * repeats
     return min(total, spec.max_steps or total)
 
 

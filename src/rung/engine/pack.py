@@ -257,6 +257,7 @@ def _batch(
         for i, example in enumerate(examples):
             row.add(range(i, i + 1), ahead, len(example), None)
     source, target, weight, owner = [], [], [], []
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in examples[0].columns}
     places = [np.concatenate(rows) for rows in row.rows]
     for i, (example, rows) in enumerate(zip(examples, places, strict=True)):
         predicted = np.flatnonzero(example.supervised)
@@ -265,7 +266,11 @@ def _batch(
         target.append(example.ids[predicted])
         weight.append(np.full(len(predicted), example.weight, dtype=np.float32))
         owner.append(np.full(len(predicted), i))
-    loss = LossIndex(_tensor(source, device), _tensor(target, device), _tensor(weight, device), _tensor(owner, device))
+        for name, values in columns.items():
+            values.append(example.columns[name])
+    further = {name: torch.from_numpy(np.concatenate(values)).to(device) for name, values in columns.items()}
+    index = [_tensor(part, device) for part in (source, target, weight, owner)]
+    loss = LossIndex(index[0], index[1], index[2], index[3], further)
     return PackedBatch(
         ids=_tensor(row.ids, device),
         positions=_tensor(row.positions, device),

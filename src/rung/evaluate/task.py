@@ -200,7 +200,7 @@ def _answer(
             found |= dict(zip(own, answers, strict=True))
     answers = [found[i] for i in range(len(prompts))]
     seconds = time.perf_counter() - started
-    texts = [chat.assistant_text([*a.ids, *(chat.stop_ids[:1] if a.stopped else ())]).strip() for a in answers]
+    texts = [chat.assistant_text(a.drawn).strip() for a in answers]
     return texts, [a.stopped for a in answers], seconds
 
 

@@ -77,6 +77,10 @@ class Method(Protocol):
         """How a linear computes with this method, for `model/fuse.py`; None where only the module itself can."""
         return plain_part(module)
 
+    def leave_head(self) -> None:
+        """The objective does not read the model's output head: it must not move. Raises `PlanError` if all does."""
+        return
+
     def keeps_apart(self) -> str | None:
         """Why one copy of a shared prefix may not stand for several; None where it may."""
         return None
@@ -160,15 +164,14 @@ def switched_off(method: Any) -> Iterator[None]:
         method.on = before
 
 
-def state_of(method: Method) -> dict[str, Tensor]:
+def state_of(moving: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """The moving numbers, detached, for checkpoints."""
-    return {name: parameter.detach() for name, parameter in method.trainable().items()}
+    return {name: parameter.detach() for name, parameter in moving.items()}
 
 
 @torch.no_grad()
-def load_state(method: Method, state: Mapping[str, Tensor]) -> None:
+def load_state(own: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:
     """Put checkpointed numbers back. Raises `CheckpointError` unless names and shapes are the same."""
-    own = method.trainable()
     same_keys(state.keys(), own.keys(), "checkpoint")
     same_shapes(own, state, "checkpoint")
     for name, parameter in own.items():

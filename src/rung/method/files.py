@@ -25,6 +25,16 @@ def write_peft(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, A
     (folder / CONFIG).write_text(json.dumps({**plain, "inference_mode": True}, indent=2, default=str) + "\n")
 
 
+def is_score(name: str) -> bool:
+    """Whether a tensor of an adapter's file is the score head of a reward model: the objective's, not the method's."""
+    return name.endswith(".score.weight")
+
+
+def read_state(folder: Path) -> dict[str, Tensor]:
+    """The method's own tensors of a written adapter."""
+    return {name: value for name, value in load_file(folder / WEIGHTS).items() if not is_score(name)}
+
+
 def named(hosts: Mapping[str, nn.Module], own: str) -> dict[str, nn.Parameter]:
     """Parameters of the submodule `own` of each host, as the tuner's trainables."""
     return {
@@ -47,7 +57,7 @@ def write(folder: Path, hosts: Mapping[str, nn.Module], own: str, spec: Mapping[
 
 def read(folder: Path, hosts: Mapping[str, nn.Module], own: str) -> None:
     """Put saved weights back; keys missing or left over raise `CheckpointError`."""
-    state, parameters = load_file(folder / WEIGHTS), named(hosts, own)
+    state, parameters = read_state(folder), named(hosts, own)
     keys: Iterable[str] = [_key(name, own) for name in parameters]
     same_keys(state.keys(), keys, str(folder))
     same_shapes({_key(name, own): p for name, p in parameters.items()}, state, str(folder))

@@ -57,10 +57,19 @@ class Full(_MovesTheBase):
     def __init__(self, model: PreTrainedModel, spec: FullSpec) -> None:
         self.model = model.float() if next(model.parameters()).dtype in (torch.bfloat16, torch.float16) else model
         self.model.requires_grad_(True)
+        self.left = 0
+        """Parameters of a head that nothing reads."""
 
     def declared_parameters(self) -> int:
-        """All of the base."""
-        return sum(p.numel() for p in self.model.parameters())
+        """All of the base that something reads."""
+        return sum(int(p.numel()) for p in self.model.parameters()) - self.left
+
+    def leave_head(self) -> None:
+        """A head of its own stays as it is; one that is tied moves with the embeddings."""
+        head, embeddings = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        if head is not None and head.weight is not embeddings.weight:
+            head.requires_grad_(False)
+            self.left = sum(int(p.numel()) for p in head.parameters())
 
     def disabled(self) -> AbstractContextManager[None]:
         """Raises `PlanError`: the base has moved."""
@@ -92,6 +101,10 @@ class Head(_MovesTheBase):
                 self.head.bias.copy_(original.bias)
         model.set_output_embeddings(self.head)
         model.config.tie_word_embeddings = False
+
+    def leave_head(self) -> None:
+        """Raises `PlanError`: there would be nothing to train."""
+        raise PlanError("the output head is all that moves, and this objective does not read it", where="method.kind")
 
     def declared_parameters(self) -> int:
         """Vocabulary times width, and the bias where there is one."""

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear as PeftLinear
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -22,7 +21,7 @@ from rung.errors import ConfigError
 from rung.method import start as starts
 from rung.method.base import Method, Moving, Sample, same_keys
 from rung.method.calibrate import gradients, second_moments
-from rung.method.files import CONFIG, WEIGHTS, write_peft
+from rung.method.files import CONFIG, read_state, write_peft
 from rung.model.fuse import plain_part
 from rung.model.fused import Part
 from rung.model.resident import held_narrow, seeming_wide
@@ -209,7 +208,7 @@ class Lora(Method):
         """Read them; keys missing or left over raise `CheckpointError`."""
         if self.course is not None:
             self.keep(set(json.loads((folder / CONFIG).read_text())["target_modules"]))
-        state = load_file(folder / WEIGHTS)
+        state = read_state(folder)
         same_keys(state.keys(), self._state().keys(), str(folder))
         for adapter, half in _halves(state).items() if self.subtracts else [(OWN, state)]:
             quiet(set_peft_model_state_dict, self.peft, half, adapter_name=adapter)

@@ -17,14 +17,13 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rung.errors import ConfigError, PlanError
 from rung.method.base import Method, same_keys
-from rung.method.files import WEIGHTS, write_peft
+from rung.method.files import read_state, write_peft
 from rung.method.lora import DROPPED, quiet
 from rung.model.fuse import plain_part
 from rung.model.fused import Part
@@ -78,7 +77,7 @@ class Passthrough(Method):
 
     def load(self, folder: Path) -> None:
         """Read them; keys missing or left over raise `CheckpointError`."""
-        state = load_file(folder / WEIGHTS)
+        state = read_state(folder)
         same_keys(state.keys(), self._state().keys(), str(folder))
         quiet(set_peft_model_state_dict, self.peft, state)
 

@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PrefixTuningConfig, PromptTuningConfig
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rung.errors import ConfigError, DataError, PlanError
 from rung.method.base import Method, Sample, same_keys, same_shapes, switched_off
-from rung.method.files import CONFIG, WEIGHTS, write_peft
+from rung.method.files import CONFIG, read_state, write_peft
 from rung.model.policy import Virtual
 from rung.spec.method import PrefixSpec, PromptSpec, PTuningSpec, in_front
 
@@ -150,7 +149,7 @@ class VirtualTokens(Method):
         found = {}
         for i, task in enumerate(self.tasks):
             own = folder if self.tasks == (ALL,) else folder / _folder(i)
-            state = load_file(own / WEIGHTS)
+            state = read_state(own)
             same_keys(state.keys(), {TENSOR}, str(own))
             same_shapes({TENSOR: torch.empty(self.count, self.width, device="meta")}, state, str(own))
             found[task] = state[TENSOR]

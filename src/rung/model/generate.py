@@ -29,16 +29,30 @@ class Sampling:
     max_new_tokens: int
     temperature: float = 0.0
     seed: int = 0
+    answers: int = 1
+    """To each prompt, which is encoded once for all of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Generated tokens without the stop, and whether a stop was reached."""
+    """Generated tokens, the stop apart."""
 
     ids: list[int]
-    stopped: bool
+    stop: int | None
+    """The stop that was reached; None where the answer was cut."""
     logprobs: list[float]
-    """Log-probability in nats of each generated token, the stop included when it was reached."""
+    """Log-probability in nats of each generated token, the stop included when it was reached, in the distribution that
+    it was drawn from; of greedy answers in the model's own."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop was reached."""
+        return self.stop is not None
+
+    @property
+    def drawn(self) -> list[int]:
+        """Every token that was generated, the stop among them."""
+        return self.ids if self.stop is None else [*self.ids, self.stop]
 
 
 @torch.no_grad()
@@ -53,18 +67,19 @@ def generate(
     on_token: Callable[[int], None] | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Answer]:
-    """Answers in the order of the prompts. Short and long prompts are batched with their like.
+    """Answers in the order of the prompts, those to one next to each other, short and long prompts batched apart.
 
-    `task` is that of all prompts, for methods that learned something for each. `on_token` receives each token as it is
-    made and is for a single prompt; `on_batch` the number of prompts just answered. Raises `ValueError` for an empty
-    prompt, `PlanError` for virtual tokens inside one that this policy knows nothing of.
+    `batch` is how many answers are made at once; those to one prompt are never parted. `task` is that of all prompts,
+    for methods that learned something for each. `on_token` receives each token as it is made and is for a single
+    prompt; `on_batch` the number of prompts just answered. Raises `ValueError` for an empty prompt, `PlanError` for
+    virtual tokens inside one that this policy knows nothing of.
     """
     if any(not prompt for prompt in prompts):
         raise ValueError("a prompt needs at least one token")
     known = policy.first_inserted + policy.method.inserted_tokens
     if any(max(prompt) >= known for prompt in prompts):
         raise PlanError("a prompt holds virtual tokens that this model has not learned", where="method.positions")
-    answers: list[Answer | None] = [None] * len(prompts)
+    found: list[list[Answer]] = [[] for _ in prompts]
     shared = _common_prefix(prompts)
     virtual = policy.method.virtual_tokens
     longest = virtual + max(map(len, prompts), default=0) + sampling.max_new_tokens
@@ -80,14 +95,16 @@ def generate(
     random = torch.Generator(policy.device).manual_seed(sampling.seed)
     with policy.autocast():
         prefix = _encode(policy, prompts[0][:shared], task)
-        for rows in _batches(order, [len(prompt) - shared for prompt in prompts], batch):
+        answers = sampling.answers
+        for rows in _batches(order, [len(prompt) - shared for prompt in prompts], max(1, batch // answers)):
             rests = [list(prompts[i][shared:]) for i in rows]
             decoding = _Decoding(policy, prefix, virtual + shared, rests, task, frozenset(stop_ids), sampling, random)
-            for i, answer in zip(rows, decoding.run(on_token), strict=True):
-                answers[i] = answer
+            made = decoding.run(on_token)
+            for place, i in enumerate(rows):
+                found[i] = made[place * answers : (place + 1) * answers]
             if on_batch is not None:
                 on_batch(len(rows))
-    return [answer for answer in answers if answer is not None]
+    return [answer for own in found for answer in own]
 
 
 class _Decoding:
@@ -118,14 +135,15 @@ class _Decoding:
         self.entering = policy.entering(self.ids_BS, task)
         self.prefix = prefix
         self.cache = own_cache()
-        self.alive = list(range(len(rests)))
-        self.tokens: list[list[int]] = [[] for _ in rests]
-        self.logprobs: list[list[float]] = [[] for _ in rests]
-        self.stopped = [False] * len(rests)
 
     def run(self, on_token: Callable[[int], None] | None) -> list[Answer]:
-        entering, positions = self.entering, self.positions_BS
-        for _ in range(self.sampling.max_new_tokens):
+        entering, positions, answers = self.entering, self.positions_BS, self.sampling.answers
+        count = answers * len(positions)
+        self.alive = list(range(count))
+        self.tokens: list[list[int]] = [[] for _ in range(count)]
+        self.logprobs: list[list[float]] = [[] for _ in range(count)]
+        self.stops: list[int | None] = [None] * count
+        for made in range(self.sampling.max_new_tokens):
             out = self.policy.model(
                 **by_name(entering),
                 attention_mask=self.mask_BS,
@@ -135,7 +153,12 @@ class _Decoding:
                 use_cache=True,
                 logits_to_keep=1,
             )
-            chosen, logprob = self._choose(out.logits[:, -1].float())
+            logits = out.logits[:, -1].float()
+            if made == 0 and answers > 1:
+                each = torch.arange(len(logits), device=logits.device).repeat_interleave(answers)
+                self.cache.batch_select_indices(each)
+                self.mask_BS, positions, logits = self.mask_BS[each], positions[each], logits[each]
+            chosen, logprob = self._choose(logits)
             kept = self._take(chosen.tolist(), logprob.tolist(), on_token)
             if not kept:
                 break
@@ -143,15 +166,14 @@ class _Decoding:
             entering = chosen[kept, None]
             positions = positions[kept, -1:] + 1
             self.mask_BS = torch.cat([self.mask_BS, self.mask_BS.new_ones(len(kept), 1)], dim=1)
-        return [Answer(*parts) for parts in zip(self.tokens, self.stopped, self.logprobs, strict=True)]
+        return [Answer(*parts) for parts in zip(self.tokens, self.stops, self.logprobs, strict=True)]
 
     def _choose(self, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs = torch.log_softmax(logits_BV, dim=-1)
+        logprobs = torch.log_softmax(logits_BV / (self.sampling.temperature or 1.0), dim=-1)
         if self.sampling.temperature == 0.0:
             chosen = logprobs.argmax(dim=-1)
         else:
-            scaled = torch.softmax(logits_BV / self.sampling.temperature, dim=-1)
-            chosen = torch.multinomial(scaled, 1, generator=self.random)[:, 0]
+            chosen = torch.multinomial(logprobs.exp(), 1, generator=self.random)[:, 0]
         return chosen, logprobs.gather(1, chosen[:, None])[:, 0]
 
     def _take(self, chosen: list[int], logprobs: list[float], on_token: Callable[[int], None] | None) -> list[int]:
@@ -160,7 +182,7 @@ class _Decoding:
         for position, (row, token, logprob) in enumerate(zip(self.alive, chosen, logprobs, strict=True)):
             self.logprobs[row].append(logprob)
             if token in self.stop_ids:
-                self.stopped[row] = True
+                self.stops[row] = token
                 continue
             self.tokens[row].append(token)
             kept.append(position)

@@ -38,10 +38,12 @@ TILE = Tile(512, 2048)
 
 @dataclass(frozen=True, slots=True)
 class LogitMap:
-    """What a model does to the product of head and hidden state: softcap * tanh(scale * z / softcap)."""
+    """What is done to the product of head and hidden state: softcap * tanh(scale * z / softcap) / temperature."""
 
     scale: float = 1.0
     softcap: float | None = None
+    temperature: float = 1.0
+    """Of sampling: log-probabilities are then those of the distribution that tokens are drawn from."""
 
     @staticmethod
     def of(config: Any) -> LogitMap:
@@ -56,13 +58,16 @@ class LogitMap:
             z_NV.mul_(self.scale)
         if self.softcap is not None:
             z_NV.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.temperature != 1.0:
+            z_NV.div_(self.temperature)
         return z_NV
 
     def derivative(self, logits_NV: Tensor) -> Tensor | float:
         """D logits / d z, from the logits themselves."""
+        scale = self.scale / self.temperature
         if self.softcap is None:
-            return self.scale
-        return (1.0 - (logits_NV / self.softcap).square_()).mul_(self.scale)
+            return scale
+        return (1.0 - (logits_NV * (self.temperature / self.softcap)).square_()).mul_(scale)
 
 
 class _TokenLogprobs(torch.autograd.Function):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GgufConfig,
     PreTrainedModel,
@@ -246,6 +247,13 @@ def _load_run_as_base(spec: ModelSpec, run: Path, device: torch.device | None) -
     """A finished run as a starting point: its full model, or its base with the adapter folded in."""
     manifest = json.loads((run / "run.json").read_text())
     compute = compute_dtype(spec.dtype, device)
+    if manifest["spec"].get("objective", {}).get("kind") == "reward":
+        raise PlanError(
+            "this run is a reward model: it gives scores and writes nothing",
+            where="model.name",
+            given=str(run),
+            hint="train a policy with it: objective: {kind: ppo, reward: RUN}",
+        )
     if (run / "model").is_dir():
         model, tokenizer = _load(run / "model", None, compute)
         return _finished(model, tokenizer, spec, fingerprint(run / "model", model.config), compute, device)
@@ -276,6 +284,18 @@ def _load_run_as_base(spec: ModelSpec, run: Path, device: torch.device | None) -
         model = PeftModel.from_pretrained(base.model, str(run / "adapter")).merge_and_unload().to(compute)
     weights = hashlib.sha256(f"{base.fingerprint} {fingerprint(run / 'adapter', None)}".encode()).hexdigest()
     return _finished(model, load_tokenizer(spec), spec, weights, compute, device)
+
+
+def classifier_keys(folder: Path) -> tuple[str, set[str]] | None:
+    """Transformers' sequence classification of a model folder and its tensors' names, where it has a linear `score`."""
+    config = AutoConfig.from_pretrained(folder, num_labels=1)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config)
+    except ValueError:
+        return None
+    keys = set(model.state_dict())
+    return (type(model).__name__, keys) if "score.weight" in keys else None
 
 
 def check_fingerprint(manifest: dict[str, Any], base: Base, run: Path) -> None:

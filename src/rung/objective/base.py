@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
+from torch import Tensor, nn
+
 from rung.model.policy import Policy
-from rung.types import Counts, Example, LossTerm, PackedBatch
+from rung.spec.objective import RolloutSpec
+from rung.types import Counts, Example, LossTerm, PackedBatch, Rollout
 
 
 class Objective(Protocol):
@@ -16,6 +20,23 @@ class Objective(Protocol):
     """Whether it looks at all answers of a row at once."""
     at_least: int = 1
     """Answers that a row must have."""
+    reads_head: bool = True
+    """Whether its loss comes out of the model's own output head."""
+
+    rollout: RolloutSpec | None = None
+    """How the policy makes the answers that it learns from; None learns from those of the data."""
+
+    def begin(self, policy: Policy, seed: int) -> None:
+        """Called once, before anything else: make the heads it owns for this model."""
+        return
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """What moves besides the method's own, by name: the heads it owns."""
+        return {}
+
+    def published(self) -> Tensor | None:
+        """A head [1, H] that belongs to the finished model: what it answers with instead of tokens."""
+        return None
 
     def count(self, batch: PackedBatch) -> Counts:
         """What this batch adds to the divisor."""
@@ -32,6 +53,14 @@ class Objective(Protocol):
     def prepare(self, policy: Policy, batches: Iterable[PackedBatch]) -> None:
         """Read them; called without gradient, before the batches of the step."""
         return
+
+    def columns(self, policy: Policy, rollout: Rollout) -> list[Mapping[str, np.ndarray]]:
+        """What is known of each token of the answers before they are learned from; by document, by name."""
+        return [{} for _ in rollout.documents]
+
+    def moves(self, examples: Sequence[Example]) -> bool:
+        """Whether there is anything to learn from these: answers that are all worth the same teach nothing."""
+        return True
 
     def report(self) -> Mapping[str, float]:
         """Means over the batches seen since the last report, for the log; then it forgets them."""

@@ -19,12 +19,10 @@ from torch.nn import functional as F  # noqa: N812
 
 from rung.model.policy import Policy, by_document
 from rung.objective.base import Objective
+from rung.objective.pairs import correlation, pairs
 from rung.objective.sft import nll
 from rung.spec.objective import FREE, PreferenceSpec
 from rung.types import Counts, Example, LossTerm, PackedBatch
-
-ROUNDING = 1e-6
-"""Spread of margins and lengths below which their correlation would be that of rounding."""
 
 
 class Sides(NamedTuple):
@@ -159,15 +157,13 @@ class Paired(Objective):
         found = {name: torch.cat([own[name] for own in self.seen]).double() for name in self.seen[0]}
         self.seen = []
         margin, longer = found["margin"], found["better_tokens"] - found["other_tokens"]
-        spread = margin.std(correction=0) * longer.std(correction=0)
-        covariance = ((margin - margin.mean()) * (longer - longer.mean())).mean()
         return {
             "margin": float(margin.mean()),
             "accuracy": float((margin > 0).double().mean()),
             "chosen_logprob": float(found["better"].mean()),
             "rejected_logprob": float(found["other"].mean()),
             "length_ratio": float(found["better_tokens"].sum() / found["other_tokens"].sum()),
-            "length_correlation": float(covariance / spread) if float(spread) > ROUNDING else 0.0,
+            "length_correlation": correlation(margin, longer),
         }
 
     def _see(self, sides: Sides, better: Tensor, other: Tensor) -> None:
@@ -271,29 +267,6 @@ def cross_entropy(batch: PackedBatch, logprobs_N: Tensor, chosen_D: Tensor, weig
     """Of the tokens of the chosen documents."""
     chosen_N = chosen_D[batch.loss.owner]
     return LossTerm(weight * nll(logprobs_N[chosen_N], batch.loss.weight[chosen_N]), "tokens", "sft")
-
-
-class Pairs(NamedTuple):
-    """Documents of the better and of the other answer, and what each pair counts: all pairs of a row its weight."""
-
-    better: list[int]
-    other: list[int]
-    weight: list[float]
-
-
-def pairs(batch: PackedBatch) -> Pairs:
-    """Every pair of a row that scores tell apart."""
-    rows: dict[int, list[int]] = {}
-    for i, document in enumerate(batch.documents):
-        rows.setdefault(document.row, []).append(i)
-    score = [document.score or 0.0 for document in batch.documents]
-    found = Pairs([], [], [])
-    for row in rows.values():
-        own = [(a, b) for a in row for b in row if score[a] > score[b]]
-        found.better.extend(a for a, _ in own)
-        found.other.extend(b for _, b in own)
-        found.weight.extend(batch.documents[a].weight / len(own) for a, _ in own)
-    return found
 
 
 def _log_odds(logprob: Tensor) -> Tensor:

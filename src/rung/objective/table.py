@@ -6,7 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from rung.objective.base import Objective
+from rung.objective.grpo import Grpo
 from rung.objective.preference import preference
+from rung.objective.reward import Reward
 from rung.objective.sft import Sft
 
-OBJECTIVES: dict[str, Callable[[Any], Objective]] = {"sft": Sft, "preference": preference}
+OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
+    "sft": Sft,
+    "preference": preference,
+    "reward": Reward,
+    "grpo": Grpo,
+}

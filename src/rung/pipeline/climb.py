@@ -121,7 +121,7 @@ class Climb:
         require_questions(records)
         for rung in self.spec.climb.rungs:
             self._shots(rung, splits)
-        self._fresh = base = running.load(self.spec.model)
+        self._fresh = base = opened.load(self.spec.model)
         self._refuse_other("base", base.fingerprint)
         # rungs share what a method without virtual tokens reads: those take room, or stand inside the text
         data = running.tokenise(self.spec.model_copy(update={"method": FullSpec()}), splits, base)
@@ -215,7 +215,7 @@ class Climb:
     def _base(self) -> Base:
         """A base that no rung has touched."""
         if self._fresh is None:
-            self._fresh = running.load(self.spec.model)
+            self._fresh = opened.load(self.spec.model)
         return self._fresh
 
 

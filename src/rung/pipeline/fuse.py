@@ -18,6 +18,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from rung import opened
 from rung import run as running
 from rung.data.chat import Chat
 from rung.engine.checkpoint import write_folder
@@ -34,10 +35,12 @@ from rung.model.load import Base, load_tokenizer
 from rung.model.policy import Policy
 from rung.model.targets import layer_number, roles_of
 from rung.objective.table import OBJECTIVES
+from rung.others import reference_of
 from rung.publish.artefact import write_origin, write_text_side
 from rung.spec.io import load, parse
 from rung.spec.method import FullSpec, LoraSpec, MethodSpec
 from rung.spec.model import ModelSpec
+from rung.spec.objective import ROLLING
 from rung.spec.run import RunSpec
 
 ROUNDS = 40
@@ -98,10 +101,12 @@ def fuse_runs(runs: Sequence[Path], folder: Path, plan: Plan) -> dict[str, Any]:
     """
     _check(runs, folder, plan)
     manifests = [_manifest(run) for run in runs]
+    if rewards := [run for run, m in zip(runs, manifests, strict=True) if m["spec"]["objective"]["kind"] == "reward"]:
+        raise ConfigError("a reward model has a head of its own, which no sum keeps", given=rewards[0])
     whole = _go_together(runs, manifests)
     weights = tuple(plan.weights or [1.0] * len(runs))
     searched, ranks, lost = None, [], 0.0
-    base = running.load(_spec(runs[0], manifests[0]).model)
+    base = opened.load(_spec(runs[0], manifests[0]).model)
     method: Method
     spec: MethodSpec = FullSpec()
     if whole and plan.rank is None:
@@ -134,12 +139,16 @@ def learn_weights(
     """
     assert plan.learn is not None  # noqa: S101 -- for the type checker
     task = load(plan.learn).spec
+    if task.objective.kind == "reward" or task.objective.kind in ROLLING:
+        raise ConfigError(
+            "weights are searched on the loss of a model that writes", where="--learn", given=task.objective.kind
+        )
     data = running.tokenise(task, running.read_splits(task), base)
     names = sorted(set().union(*updates))
     spec = _spec_for(names, {name: sum(len(u[name].a_RI) for u in updates if name in u) for name in names})
     method = Lora(base.model, spec)
     policy = Policy(base, method)
-    policy.reference = running.reference_of(task, base)
+    policy.reference = reference_of(task, base)
     objective = OBJECTIVES[task.objective.kind](task.objective)
     fuse(base.model, method.part)
     batches = list(pack_in_slices(data.train.examples, running.budget_of(task, base), device=policy.device))

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from rung import opened
-from rung import run as running
 from rung.data.chat import Chat
 from rung.engine import gates
 from rung.engine.checkpoint import write_folder
@@ -85,7 +84,7 @@ def merge_run(run: Path, folder: Path, onto: Onto = "trained") -> dict[str, Any]
 def _open(run: Path) -> tuple[Policy, Chat, RunSpec]:
     """The run in float32, whatever it computed in: what is merged is compared with a plain float32 model."""
     spec = parse(read_manifest(run)["spec"], str(run / "run.json"))
-    return opened.open_run(run, running.load(spec.model.model_copy(update={"dtype": "float32"})))
+    return opened.open_run(run, opened.load(spec.model.model_copy(update={"dtype": "float32"})))
 
 
 def _on_the_original(run: Path, spec: RunSpec) -> Policy:
@@ -96,7 +95,7 @@ def _on_the_original(run: Path, spec: RunSpec) -> Policy:
             where="--original",
             hint="merge it onto the base it was trained on",
         )
-    base = running.load(spec.model.model_copy(update={"dtype": "float32"}))
+    base = opened.load(spec.model.model_copy(update={"dtype": "float32"}))
     known = {key: value for key, value in spec.method.model_dump().items() if key in LoraSpec.model_fields}
     plain = LoraSpec.model_validate({**known, "kind": "lora", "init": "default"})
     method = attach(base.model, plain, seed=spec.seed, fused=spec.model.fused)

@@ -8,9 +8,14 @@ from typing import Any
 
 from rung import opened
 from rung import run as running
+from rung.data.cache import cached_examples
+from rung.data.records import Records
+from rung.engine.progress import stage
 from rung.engine.record import RunFolder, is_climb, read_manifest
 from rung.errors import ConfigError
+from rung.evaluate.rewards import examine
 from rung.spec.io import load, parse
+from rung.spec.objective import RewardSpec
 from rung.spec.run import RunSpec
 
 
@@ -29,6 +34,8 @@ def score(target: str, *, config: str | None, overrides: Sequence[str], limit: i
     if limit is not None:
         task = task.model_copy(update={"evaluate": task.evaluate.model_copy(update={"limit": limit})})
     records = opened.test_records(task, running.read_splits(task))
+    if is_run and isinstance(task.objective, RewardSpec):
+        return _examined(path, task, records, keep=config is None and limit is None)
     if is_run:
         policy, chat, _ = opened.open_run(path)
     else:
@@ -40,6 +47,20 @@ def score(target: str, *, config: str | None, overrides: Sequence[str], limit: i
         manifest = read_manifest(path)
         RunFolder(path, manifest).update(metrics={**manifest.get("metrics", {}), **result.summary()})
     return summary
+
+
+def _examined(path: Path, task: RunSpec, records: Records, *, keep: bool) -> dict[str, Any]:
+    """A reward model on held-out comparisons."""
+    policy, chat, objective, _ = opened.open_reward(path)
+    with stage("tokenising"):
+        most, over = policy.base.context, task.data.overflow
+        examples = cached_examples(chat, records, max_length=most, overflow=over, rivals=True).examples
+    health = examine(policy, objective, examples, running.budget_of(task, policy.base))
+    result = {"reward": health.to_json(), "examples": len(records)}
+    if keep:
+        manifest = read_manifest(path)
+        RunFolder(path, manifest).update(metrics={**manifest.get("metrics", {}), **result})
+    return {"target": str(path), "task": str(path), **result, "said": str(health)}
 
 
 def _task(path: Path, config: str | None, overrides: Sequence[str], is_run: bool) -> RunSpec:

@@ -142,6 +142,16 @@ def gates_text(gates: Sequence[Json]) -> str:
     return ", ".join(parts) or "none reached"
 
 
+def reward_text(found: Mapping[str, Any]) -> str:
+    """What a reward model was found to be worth on validation pairs."""
+    if not found:
+        return ""
+    a = found["accuracy"]
+    right = f"{a['mean']:.2f} [{a['low']:.2f}, {a['high']:.2f}] of {found['pairs']:,} pairs right"
+    known = f"{found['longer']:.2f} by length alone, calibration error {found['calibration_error']:.2f}"
+    return f"{found['verdict']}: {found['reason']}; {right}, {known}"
+
+
 LENGTH_RATIO, LENGTH_CORRELATION = 1.5, 0.5
 """From which on a report warns that preferences may be about length."""
 
@@ -155,9 +165,10 @@ def preferred_text(log: Sequence[Json]) -> str:
     if "validation_accuracy" in found:
         lengths = f"margin goes with length by {found['validation_length_correlation']:+.2f}"
         parts = [f"{found['validation_accuracy']:.0%} the right way round", *parts, lengths]
-        ratio = found["validation_length_ratio"]
+        ratio = found.get("validation_length_ratio", 1.0)
         if ratio >= LENGTH_RATIO or found["validation_length_correlation"] >= LENGTH_CORRELATION:
-            parts.append(f"beware: better answers are {ratio:.1f} times as long, length alone may be learned")
+            longer = f"better answers are {ratio:.1f} times as long, " if ratio > 1.0 else ""
+            parts.append(f"beware: {longer}length alone may be learned")
     return ", ".join(parts)
 
 

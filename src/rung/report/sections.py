@@ -21,6 +21,7 @@ from rung.report.facts import (
     measured_text,
     method_text,
     preferred_text,
+    reward_text,
     router_text,
 )
 from rung.report.folder import PERPLEXITY, Run, Source
@@ -183,7 +184,9 @@ def data(source: Source) -> Pairs:
         lines["duplicate prompts"] = f"{copies:,}"
         lines["dropped for overlap"] = f"{splits.get('overlap_dropped', 0):,}"
     if train:
-        lines["training tokens"] = f"{train['tokens']:,}, of which {train['supervised_tokens']:,} supervised"
+        learned = train["supervised_tokens"]
+        of = f"of which {learned:,} supervised" if learned else "of prompts"
+        lines["training tokens"] = f"{train['tokens']:,}, {of}"
         lines["longest row"] = f"{train['longest']:,} tokens"
         lines["dropped or trimmed"] = f"{train['dropped']:,} dropped, {train['trimmed']:,} trimmed for length"
     prints = {name: str(value) for name, value in source.manifest.get("fingerprints", {}).items()}
@@ -273,6 +276,7 @@ def _trained(run: Run) -> Pairs:
         "training loss": f"{loss(manifest['train_loss'])} in the last step" if steps else "",
         "validation loss": loss(manifest["validation_loss"]) if manifest.get("validation_loss") is not None else "",
         "held-out pairs": preferred_text(run.log),
+        "reward model": reward_text(manifest.get("reward") or {}),
         "lowest at step": f"{best:,}" if best and best != manifest.get("steps") else "",
         "lottery": lottery_text(manifest.get("lottery") or {}),
         "router load": router_text(manifest.get("router_load") or {}),

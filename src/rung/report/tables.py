@@ -52,7 +52,8 @@ def run_lines(manifest: dict[str, Any], output: str, report: str) -> list[str]:
             "memory": f"{memory(manifest.get('peak_memory_bytes'))} at the peak",
         }
     if rows := data.get("splits", {}).get("train", {}).get("rows"):
-        lines["data"] = f"{rows:,} rows, {data.get('train', {}).get('supervised_tokens', 0):,} supervised tokens"
+        learned = data.get("train", {}).get("supervised_tokens", 0)
+        lines["data"] = f"{rows:,} rows, {learned:,} supervised tokens" if learned else f"{rows:,} prompts"
     if manifest.get("status") == "finished":
         lines[artefact(manifest, "").strip("/")] = artefact(manifest, output)
     if error := manifest.get("error"):
@@ -74,8 +75,9 @@ def dry_run_lines(found: dict[str, Any]) -> list[str]:
     share = train["supervised_tokens"] / train["tokens"] if train["tokens"] else 0.0
     lines = {
         "rows": f"{read:,} read, {rejected:,} rejected; {parts}" if read else parts,
-        "tokens": f"{train['tokens']:,} in training rows, {train['supervised_tokens']:,} supervised ({share:.0%}); "
-        f"the longest row has {train['longest']:,}",
+        "tokens": f"{train['tokens']:,} in training rows"
+        + (f", {train['supervised_tokens']:,} supervised ({share:.0%})" if share else ": prompts alone")
+        + f"; the longest row has {train['longest']:,}",
         "preflight": f"{preflight['failing']:,} of {preflight['rows']:,} rows fail",
         "trainable": f"{count(found['trainable_parameters'])} parameters ({found['trainable_parameters']:,})",
         "steps": f"{found['steps_per_epoch']:,} an epoch, {found['tokens_per_micro_batch']:,} tokens at once, "
@@ -85,7 +87,9 @@ def dry_run_lines(found: dict[str, Any]) -> list[str]:
 
 
 def score_lines(result: dict[str, Any]) -> list[str]:
-    """Scores with their intervals, and what a query costs."""
+    """Scores with their intervals, and what a query costs; of a reward model what it is worth."""
+    if "reward" in result:
+        return ["", _sayable(f"{result['target']}: {result['said']}")]
     lines = {}
     for name, estimate in result["scores"].items():
         digits = decimals([estimate])

@@ -20,6 +20,7 @@ Format = Literal[
     "ranked",
     "rated",
     "label",
+    "prompt",
 ]
 LossOn = Literal["answer", "assistant_turns", "all"]
 

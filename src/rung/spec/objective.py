@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from rung.spec.base import Spec
 
@@ -20,6 +21,10 @@ class SftSpec(Spec):
 PreferenceLoss = Literal["dpo", "ipo", "hinge", "robust", "simpo", "orpo", "kto", "apo_zero", "sigmoid_norm"]
 FREE = frozenset({"simpo", "orpo"})
 """Losses that know no reference."""
+COMPARING = frozenset({"preference", "reward"})
+"""Objectives of rows with several answers."""
+ROLLING = frozenset({"grpo"})
+"""Objectives that learn from answers of the policy's own."""
 
 
 class PreferenceSpec(Spec):
@@ -58,6 +63,11 @@ class PreferenceSpec(Spec):
         return self
 
     @property
+    def against(self) -> str | None:
+        """The reference, if it is asked for."""
+        return None if self.loss in FREE else self.reference
+
+    @property
     def strength(self) -> float:
         """The beta in use."""
         return (2.0 if self.loss == "simpo" else 0.1) if self.beta is None else self.beta
@@ -68,4 +78,108 @@ class PreferenceSpec(Spec):
         return float(self.loss == "orpo") if self.sft is None else self.sft
 
 
-ObjectiveSpec = Annotated[SftSpec | PreferenceSpec, Field(discriminator="kind")]
+class RewardSpec(Spec):
+    """A scalar head that puts better answers above others (Ouyang et al. 2022): pairs, rankings or ratings."""
+
+    RATE: ClassVar[float] = 0.3
+    kind: Literal["reward"] = "reward"
+    margin: NonNegativeFloat = 0.0
+    """How far apart two scores should be, times the difference of the scores in the data: of a pair its `margin`
+    column, or 1; of a ranking the places between; of ratings their difference (Touvron et al. 2023, section 3.2.2)."""
+    centre: NonNegativeFloat = 0.0
+    """Weight of (r_w + r_l)^2, which holds the level of the scores at 0; 0.01 is usual (Eisenstein et al. 2024)."""
+
+
+class VerifierSpec(Spec):
+    """1 for an answer that a metric calls right beside the expected one, else 0; see docs/guide.md for the metrics."""
+
+    kind: Literal["exact", "normalised", "numeric"]
+
+
+class RegexSpec(Spec):
+    """1 for an answer in which a pattern occurs; where it has a group, that must be the expected answer."""
+
+    kind: Literal["regex"] = "regex"
+    pattern: str = Field(default=..., min_length=1)
+    """A regular expression of Python."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _a_pattern(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"this is no regular expression: {error}") from error
+        return pattern
+
+
+class FunctionSpec(Spec):
+    """A function of your own: `def name(answer: str, row: dict) -> float`."""
+
+    kind: Literal["function"] = "function"
+    path: str = Field(default=..., pattern=r"^.+\.py:[A-Za-z_]\w*$")
+    """`file.py:name`; the row holds question, expected, context, task and group."""
+
+
+RewardSource = Annotated[VerifierSpec | RegexSpec | FunctionSpec, Field(discriminator="kind")]
+
+
+class RolloutSpec(Spec):
+    """Answers that the policy makes itself, to learn from what they are worth."""
+
+    answers: PositiveInt = 8
+    """To each prompt: the group that an answer is compared with."""
+    temperature: PositiveFloat = 1.0
+    """Of sampling; losses are of the same distribution."""
+    max_new_tokens: PositiveInt = 128
+    """An answer longer than that is cut."""
+    batch: PositiveInt = 64
+    """Answers made at once."""
+    epochs: PositiveInt = 1
+    """How often the answers of a rollout are learned from."""
+    minibatches: PositiveInt = 1
+    """Optimiser steps of an epoch, each with its share of the prompts."""
+    cut: NonNegativeFloat = 0.0
+    """Taken off the reward of an answer that was cut."""
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of a rollout."""
+        return self.epochs * self.minibatches
+
+
+class GrpoSpec(Spec):
+    """Answers better than others to the same prompt become likelier (Shao et al. 2024): no value model."""
+
+    RATE: ClassVar[float] = 0.1
+    kind: Literal["grpo"] = "grpo"
+    loss: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    """`grpo`: advantages over the group's spread, each answer the mean of its tokens (Shao et al. 2024, eq. 3);
+    `dr_grpo`: neither, so that length and difficulty weigh nothing (Liu et al. 2025); `rloo`: against the mean of the
+    others, whole answers (Ahmadian et al. 2024, eq. 7)."""
+    reward: RewardSource = Field(default=...)
+    """What an answer is worth."""
+    beta: NonNegativeFloat = 0.04
+    """Weight of the KL divergence to the reference, in nats; 0 needs no reference."""
+    clip: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    """How far the ratio to the policy that made the answers may move a loss."""
+    rollout: RolloutSpec = RolloutSpec()
+    """How answers are made."""
+    reference: str = Field(default="base", min_length=1)
+    """As for preference."""
+
+    @model_validator(mode="after")
+    def _a_group_has_several(self) -> GrpoSpec:
+        if self.rollout.answers < 2:
+            raise ValueError("a group needs rollout.answers of at least 2")
+        if self.reference != "base" and not self.beta:
+            raise ValueError("beta: 0 knows no reference")
+        return self
+
+    @property
+    def against(self) -> str | None:
+        """The reference, if it is asked for."""
+        return self.reference if self.beta else None
+
+
+ObjectiveSpec = Annotated[SftSpec | PreferenceSpec | RewardSpec | GrpoSpec, Field(discriminator="kind")]

@@ -11,7 +11,7 @@ from rung.spec.engine import EngineSpec
 from rung.spec.evaluate import EvaluateSpec
 from rung.spec.method import LoraSpec, MethodSpec, inserted
 from rung.spec.model import ModelSpec
-from rung.spec.objective import FREE, ObjectiveSpec, PreferenceSpec, SftSpec
+from rung.spec.objective import COMPARING, ROLLING, ObjectiveSpec, PreferenceSpec, RewardSpec, SftSpec
 
 
 class RunSpec(Spec):
@@ -44,17 +44,30 @@ class RunSpec(Spec):
             raise ValueError("evaluate.dequantise widens a quantised base, and no method here quantises one (qlora)")
         if any(r.kind == "few_shot" and (r.shots or self.evaluate.shots) == 0 for r in self.climb.rungs):
             raise ValueError("the few_shot rung needs evaluate.shots above 0")
+        if self.objective.kind in COMPARING and self.data.loss_on != "answer":
+            raise ValueError(f"objective {self.objective.kind} compares answers: data.loss_on is answer")
         if isinstance(self.objective, PreferenceSpec):
             self._answers_can_be_compared(self.objective)
+        if self.objective.kind in ROLLING:
+            self._answers_can_be_made()
+        if getattr(self.objective, "against", None) and inserted(self.method, 0):
+            raise ValueError("a reference cannot read virtual tokens inside the text: put all of them in front")
+        if isinstance(self.objective, RewardSpec) and self.method.kind == "head":
+            raise ValueError("a reward model does not read the model's output head, which is all that head moves")
         return self
 
     def _answers_can_be_compared(self, objective: PreferenceSpec) -> None:
-        if self.data.loss_on != "answer":
-            raise ValueError("objective preference compares answers: data.loss_on is answer")
         if objective.loss == "kto" and self.engine.examples_per_step < 2:
             raise ValueError("kto reads answers behind other rows' prompts: engine.examples_per_step is at least 2")
-        if objective.loss not in FREE and inserted(self.method, 0):
-            raise ValueError("a reference cannot read virtual tokens inside the text: put all of them in front")
+
+    def _answers_can_be_made(self) -> None:
+        kind = self.objective.kind
+        if self.engine.tokens_per_micro_batch == "probe":
+            raise ValueError(f"{kind} makes its own answers, so there is nothing to probe with before the first step")
+        if getattr(self.method, "init", None) == "lora_ga":
+            raise ValueError(f"init: lora_ga begins from gradients, and {kind} has none before its first answers")
+        if self.data.loss_on != "answer":
+            raise ValueError(f"{kind} learns from answers of its own: data.loss_on is answer")
 
     @property
     def learning_rate(self) -> float:

@@ -1,0 +1,136 @@
+"""Generation as a source of documents: the policy answers, a judge says what the answers are worth."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rung.engine.pack import pack
+from rung.model.generate import Answer, Sampling, generate
+from rung.model.policy import Policy
+from rung.model.tree import has_flat_kernel
+from rung.objective.base import Objective
+from rung.spec.objective import RolloutSpec
+from rung.types import Example, PackedBatch, Rollout
+
+Judge = Callable[[Sequence[Example], Sequence[Answer]], Sequence[float]]
+"""What answers are worth; each document is its prompt with the answer behind, its `row` the number of the prompt."""
+
+
+@dataclass
+class Rollouts:
+    """Answers of a run, made anew for each window of prompts: a function of weights, seed and number alone."""
+
+    policy: Policy
+    objective: Objective
+    spec: RolloutSpec
+    stop_ids: Sequence[int]
+    train: Judge
+    validation: Judge
+    seed: int
+    budget: int
+    documents: list[Example] = field(default_factory=list)
+    """Of the rollout at hand, ready to be learned from."""
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of one rollout."""
+        return self.spec.steps
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Inside, log-probabilities are those of the distribution that answers are drawn from."""
+        held = [p for p in (self.policy, self.policy.reference) if p is not None]
+        before = [p.logit_map for p in held]
+        for p in held:
+            p.logit_map = replace(p.logit_map, temperature=self.spec.temperature)
+        try:
+            yield
+        finally:
+            for p, own in zip(held, before, strict=True):
+                p.logit_map = own
+
+    def take(self, prompts: Sequence[Example], step: int) -> tuple[list[Example], dict[str, Any]]:
+        """Documents of an optimiser step, and what making them cost; `prompts` are those of its rollout."""
+        number, place = divmod(step, self.spec.steps)
+        told = self._make(prompts, number) if place == 0 else {}
+        if not self.documents:
+            raise RuntimeError("a run goes on at the first step of a rollout")
+        epoch, part = divmod(place, self.spec.minibatches)
+        rows = sorted({d.row for d in self.documents})
+        order = np.random.default_rng([self.seed, 4, number, epoch]).permutation(rows)
+        chosen = set(np.array_split(order, self.spec.minibatches)[part].tolist())
+        return [d for d in self.documents if d.row in chosen], told
+
+    def validate(self, prompts: Sequence[Example]) -> dict[str, float]:
+        """Greedy answers to held-out prompts: what they are worth on the mean, how long they are, how many are cut."""
+        documents, answers = self._answer(prompts, Sampling(self.spec.max_new_tokens))
+        rewards = self.validation(documents, answers)
+        return {
+            "reward": float(np.mean(rewards)),
+            "answer_tokens": float(np.mean([d.predictions for d in documents])),
+            "cut": 1.0 - float(np.mean([a.stopped for a in answers])),
+        }
+
+    def _make(self, prompts: Sequence[Example], number: int) -> dict[str, Any]:
+        started = time.perf_counter()
+        seed = int(np.random.SeedSequence([self.seed, 5, number]).generate_state(1)[0])
+        sampling = Sampling(self.spec.max_new_tokens, self.spec.temperature, seed, self.spec.answers)
+        self.policy.model.eval()
+        documents, answers = self._answer(prompts, sampling)
+        made = time.perf_counter() - started
+        cut = [0.0 if a.stopped else self.spec.cut for a in answers]
+        rewards = [float(r) - c for r, c in zip(self.train(documents, answers), cut, strict=True)]
+        judged = time.perf_counter() - started - made
+        rollout = Rollout(documents, rewards, [a.stopped for a in answers], lambda value: self._read(documents, value))
+        columns = self.objective.columns(self.policy, rollout)
+        self.policy.model.train()
+        self.documents = [replace(d, columns=own) for d, own in zip(documents, columns, strict=True)]
+        return {"rollout_seconds": round(made, 4), "judge_seconds": round(judged, 4)}
+
+    def _answer(self, prompts: Sequence[Example], sampling: Sampling) -> tuple[list[Example], list[Answer]]:
+        """In the order of the prompts."""
+        count = sampling.answers
+        found: dict[int, list[Answer]] = {}
+        for task in sorted({p.task for p in prompts}, key=str):
+            own = [i for i, p in enumerate(prompts) if p.task == task]
+            made = generate(
+                self.policy,
+                [prompts[i].ids.tolist() for i in own],
+                stop_ids=self.stop_ids,
+                sampling=sampling,
+                batch=self.spec.batch,
+                task=task,
+            )
+            found |= {i: made[k * count : (k + 1) * count] for k, i in enumerate(own)}
+        answers = [a for i in range(len(prompts)) for a in found[i]]
+        documents = [self._document(prompts[i // count], a) for i, a in enumerate(answers)]
+        return documents, answers
+
+    def _document(self, prompt: Example, answer: Answer) -> Example:
+        """Every token that was drawn is learned from, the stop among them: the reward lands on it."""
+        ids = np.array([*prompt.ids, *answer.drawn], dtype=np.int32)
+        return replace(prompt, ids=ids, supervised=np.arange(len(ids)) >= len(prompt.ids))
+
+    @torch.no_grad()
+    def _read(self, documents: Sequence[Example], value: Callable[[PackedBatch], Tensor]) -> list[np.ndarray]:
+        place = {id(d): i for i, d in enumerate(documents)}
+        found: list[np.ndarray] = [np.empty(0)] * len(documents)
+        trees = not has_flat_kernel(self.policy.device) and self.policy_shares
+        for batch in self.policy.in_turn(pack(documents, self.budget, share_prefixes=trees, device=self.policy.device)):
+            values, owner = value(batch).cpu(), batch.loss.owner.cpu()
+            for i, document in enumerate(batch.documents):
+                found[place[id(document)]] = values[owner == i].numpy()
+        return found
+
+    @property
+    def policy_shares(self) -> bool:
+        """Whether one copy of a prompt may stand for all its answers."""
+        return self.policy.method.keeps_apart() is None  # type: ignore[attr-defined]

@@ -1,0 +1,50 @@
+"""What an action was worth above what was expected: against a group, or against a value model."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+SPREAD = 1e-4
+"""Added to a group's standard deviation before it divides."""
+
+
+def over_group(rewards_G: Floats) -> Floats:
+    """(r - mean) / (standard deviation + 1e-4) (Shao et al. 2024, section 4.1.2)."""
+    spread = float(rewards_G.std(ddof=1)) + SPREAD
+    return np.asarray((rewards_G - rewards_G.mean()) / spread)
+
+
+def over_mean(rewards_G: Floats) -> Floats:
+    """R - mean: hard and easy prompts weigh what their rewards differ (Liu et al. 2025, section 3.2)."""
+    return np.asarray(rewards_G - rewards_G.mean())
+
+
+def over_others(rewards_G: Floats) -> Floats:
+    """R - mean of the others, an unbiased baseline (Ahmadian et al. 2024, eq. 7)."""
+    n = len(rewards_G)
+    return np.asarray(rewards_G - (rewards_G.sum() - rewards_G) / (n - 1))
+
+
+def generalised(rewards_T: Floats, values_T: Floats, gamma: float, decay: float) -> Floats:
+    """Generalised advantage estimates of one answer, which ends after T tokens (Schulman et al. 2016, eq. 16).
+
+    `values_T` is what was expected before each token. A_t = sum over l of (gamma decay)^l delta_(t+l), with
+    delta_t = r_t + gamma V_(t+1) - V_t and nothing to expect after the end.
+    """
+    following = np.append(values_T[1:], 0.0)
+    delta = rewards_T + gamma * following - values_T
+    found = np.zeros_like(delta)
+    last = 0.0
+    for t in range(len(delta) - 1, -1, -1):
+        last = float(delta[t]) + gamma * decay * last
+        found[t] = last
+    return found
+
+
+def whitened(parts: list[Floats]) -> list[Floats]:
+    """All values of all answers with mean 0 and variance 1; values that hardly vary become 0."""
+    every = np.concatenate(parts)
+    spread = float(every.std())
+    return [np.asarray((part - every.mean()) / (spread + 1e-8)) for part in parts]

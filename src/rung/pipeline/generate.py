@@ -1,0 +1,142 @@
+"""`rung generate`: samples answers, for people or a reward model to rank, for rejection sampling, for a judge."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+
+from rung import opened
+from rung.data.chat import Chat
+from rung.data.formats import load_records
+from rung.data.prompts import Prompted, prompts
+from rung.engine.pack import pack
+from rung.engine.progress import Bar, say
+from rung.errors import ConfigError
+from rung.model.generate import Answer, Sampling, generate
+from rung.model.policy import Policy
+from rung.objective.reward import Reward
+from rung.spec.data import DataSpec, Format
+from rung.spec.model import ModelSpec
+from rung.types import Example, Record
+
+BATCH = 64
+"""Answers made at once."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is wanted of the answers."""
+
+    sampling: Sampling
+    limit: int | None = None
+    """At most this many prompts."""
+    distinct: bool = False
+    """Keep one of equal answers."""
+    reward: Path | None = None
+    """A reward run: answers come with its scores, best first."""
+    format: Format = "auto"
+
+
+def generate_answers(target: str, data: str, output: Path, asked: Asked) -> dict[str, Any]:
+    """Write one row a prompt to `output`: the prompt, what was expected, the answers, scores where a run gives them.
+
+    Rows with scores are of the format `rated`. Raises `ConfigError` where the output exists already.
+    """
+    if output.exists():
+        raise ConfigError("this file exists already", where="--output", given=output)
+    records = load_records(DataSpec(path=data, format=asked.format), data).records
+    chosen = [records[i] for i in range(min(len(records), asked.limit or len(records)))]
+    policy, chat = _open(target)
+    room = policy.base.context - policy.method.virtual_tokens - asked.sampling.max_new_tokens
+    prompted = prompts(chat, chosen, longest=room, overflow="error")
+    answers = _answers(policy, chat, prompted, asked.sampling)
+    each = asked.sampling.answers
+    texts = [chat.assistant_text(a.drawn).strip() for a in answers]
+    scores = _scores(asked.reward, policy, prompted, answers, each) if asked.reward else None
+    lines, kept = [], 0
+    for i, record in enumerate(prompted.records):
+        own = range(i * each, (i + 1) * each)
+        order = sorted(own, key=lambda k: -scores[k]) if scores else list(own)
+        if asked.distinct:
+            order = list({texts[k]: k for k in reversed(order)}.values())[::-1]
+        kept += len(order)
+        row = {**_asked(record), "answers": [texts[k] for k in order], "stopped": [answers[k].stopped for k in order]}
+        lines.append({**row, "scores": [round(scores[k], 6) for k in order]} if scores else row)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    cut = sum(not a.stopped for a in answers)
+    return {"output": str(output), "prompts": len(lines), "answers": kept, "made": len(answers), "cut": cut}
+
+
+def format_of(text: str) -> Format:
+    """A format's name from the command line. Raises `ConfigError` for another word."""
+    if text not in get_args(Format):
+        raise ConfigError("no such format", where="--format", given=text, allowed=", ".join(get_args(Format)))
+    found: Format = text  # type: ignore[assignment]
+    return found
+
+
+def _open(target: str) -> tuple[Policy, Chat]:
+    if (Path(target) / "run.json").exists():
+        policy, chat, _ = opened.open_run(Path(target))
+        return policy, chat
+    return opened.open_base(ModelSpec(name=target))
+
+
+def _asked(record: Record) -> dict[str, Any]:
+    """The columns that say the prompt, as Rung's formats read them."""
+    turns = record.messages[:-1]
+    one = len(turns) == 1 and turns[0].role == "user"
+    prompt: Any = turns[0].content if one else [{"role": m.role, "content": m.content} for m in turns]
+    further = {"context": record.context, "expected": record.answer or None, "group": record.group, "task": record.task}
+    return {"prompt": prompt, **{name: value for name, value in further.items() if value is not None}}
+
+
+def _answers(policy: Policy, chat: Chat, prompted: Prompted, sampling: Sampling) -> list[Answer]:
+    """Task by task, in the order of the prompts, as many to each as `sampling` says."""
+    found: dict[int, list[Answer]] = {}
+    with Bar("generate", len(prompted.examples)) as bar:
+        for task in sorted({e.task for e in prompted.examples}, key=str):
+            own = [i for i, e in enumerate(prompted.examples) if e.task == task]
+            made = generate(
+                policy,
+                [prompted.examples[i].ids.tolist() for i in own],
+                stop_ids=chat.stop_ids,
+                sampling=sampling,
+                batch=BATCH,
+                task=task,
+                on_batch=bar.advance,
+            )
+            found |= {i: made[k * sampling.answers : (k + 1) * sampling.answers] for k, i in enumerate(own)}
+    return [answer for i in range(len(prompted.examples)) for answer in found[i]]
+
+
+@torch.no_grad()
+def _scores(run: Path, writer: Policy, prompted: Prompted, answers: Sequence[Answer], each: int) -> list[float]:
+    """Of a reward run, which reads the ids that were drawn: its vocabulary must be the writer's."""
+    policy, chat, objective, spec = opened.open_reward(run)
+    if chat.tokenizer.get_vocab() != writer.base.tokenizer.get_vocab():
+        raise ConfigError("the reward model has another vocabulary", where="--reward", given=run)
+    say(f"scoring with {run}, trained with method {spec.method.kind}")
+    documents = []
+    for i, answer in enumerate(answers):
+        prompt = prompted.examples[i // each]
+        ids = np.array([*prompt.ids, *answer.drawn], dtype=np.int32)
+        documents.append(Example(ids, np.arange(len(ids)) >= len(prompt), prompt.source, task=prompt.task, row=i))
+    return score(policy, objective, documents)
+
+
+def score(policy: Policy, objective: Reward, documents: Sequence[Example]) -> list[float]:
+    """Of each document, whose `row` is its place."""
+    found = [0.0] * len(documents)
+    budget = max(4096, *map(len, documents))
+    for batch in policy.in_turn(pack(documents, budget, device=policy.device)):
+        for document, value in zip(batch.documents, objective.scores(policy, batch).tolist(), strict=True):
+            found[document.row] = value
+    return found

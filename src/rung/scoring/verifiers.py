@@ -1,0 +1,78 @@
+"""Rewards that can be checked: a function of the answer and of its row."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rung.errors import ConfigError, DataError
+from rung.scoring.metrics import METRICS, normalised, numeric
+from rung.spec.objective import FunctionSpec, RegexSpec, VerifierSpec
+from rung.types import Record
+
+Verifier = Callable[[str, Record], float]
+
+
+def verifier(spec: VerifierSpec | RegexSpec | FunctionSpec) -> Verifier:
+    """What a spec says. Raises `ConfigError` for a function that is not there."""
+    if isinstance(spec, RegexSpec):
+        return _by_pattern(re.compile(spec.pattern))
+    if isinstance(spec, FunctionSpec):
+        return _by_function(spec.path)
+    metric = METRICS[spec.kind].function
+    return lambda answer, record: float(metric(answer, record.answer))
+
+
+def _by_pattern(pattern: re.Pattern[str]) -> Verifier:
+    def verify(answer: str, record: Record) -> float:
+        found = pattern.search(answer)
+        if found is None or not pattern.groups:
+            return float(found is not None)
+        said = found.group(1) or ""
+        return max(normalised(said, record.answer), numeric(said, record.answer))
+
+    return verify
+
+
+def _by_function(path: str) -> Verifier:
+    file, _, name = path.rpartition(":")
+    found = importlib.util.spec_from_file_location("rung_reward", file) if Path(file).is_file() else None
+    if found is None or found.loader is None:
+        raise ConfigError("there is no such file", where="objective.reward.path", given=file)
+    module = importlib.util.module_from_spec(found)
+    try:
+        found.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(
+            f"this file does not run: {type(error).__name__}: {error}", where="objective.reward.path", given=file
+        ) from error
+    function: Any = getattr(module, name, None)
+    if not callable(function):
+        raise ConfigError("this file has no such function", where="objective.reward.path", given=path)
+
+    def verify(answer: str, record: Record) -> float:
+        try:
+            value = function(answer, row_of(record))
+        except Exception as error:
+            what = f"the reward function failed: {type(error).__name__}: {error}"
+            raise DataError(what, where=str(record.source), given=repr(answer[:80])) from error
+        if isinstance(value, bool | int | float) and math.isfinite(value):
+            return float(value)
+        raise DataError(f"the reward function gave {value!r}, not a number", where=str(record.source))
+
+    return verify
+
+
+def row_of(record: Record) -> dict[str, Any]:
+    """A record as a function of the user's sees it."""
+    return {
+        "question": record.question,
+        "expected": record.answer,
+        "context": record.context,
+        "task": record.task,
+        "group": record.group,
+    }

@@ -1,0 +1,82 @@
+"""Answers sampled from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from processes import inside
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"what is in box {i}?", "system": "Answer in a word."} for i in range(5)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_answers_of_a_base(tiny_base: Path, questions: Path, tmp_path: Path, capsys: Any) -> None:
+    given = ("--data", questions, "--n", 3, "--limit", 4, "--max-new-tokens", 6)
+    code, out, err = inside(capsys, "generate", tiny_base, *given, "-o", tmp_path / "a.jsonl", "--json")
+    assert code == 0, err
+    rows = read(tmp_path / "a.jsonl")
+    assert len(rows) == 4 and all(len(row["answers"]) == len(row["stopped"]) == 3 for row in rows)
+    assert rows[0]["prompt"] == "what is in it, 0?" and rows[0]["context"] == "box 0" and rows[0]["expected"] == "pears"
+    assert json.loads(out)["made"] == 12
+    assert inside(capsys, "generate", tiny_base, *given, "-o", tmp_path / "b.jsonl")[0] == 0
+    assert read(tmp_path / "b.jsonl") == rows  # one seed, the same answers
+    assert inside(capsys, "generate", tiny_base, *given, "-o", tmp_path / "c.jsonl", "--seed", 1)[0] == 0
+    assert read(tmp_path / "c.jsonl") != rows
+    code, _, err = inside(capsys, "generate", tiny_base, *given, "-o", tmp_path / "a.jsonl")
+    assert code == 2 and "exists already" in err
+
+
+def test_prompts_alone_and_equal_answers(tiny_base: Path, prompts: Path, tmp_path: Path, capsys: Any) -> None:
+    given = ("--data", prompts, "--n", 4, "--temperature", 0, "--max-new-tokens", 5)
+    code, _, err = inside(capsys, "generate", tiny_base, *given, "-o", tmp_path / "a.jsonl")
+    assert code == 2 and "format" in err
+    given = (*given, "--format", "prompt")
+    assert inside(capsys, "generate", tiny_base, *given, "-o", tmp_path / "a.jsonl", "--distinct")[0] == 0
+    rows = read(tmp_path / "a.jsonl")
+    assert [len(row["answers"]) for row in rows] == [1] * 5 and "expected" not in rows[0]
+    assert [turn["role"] for turn in rows[0]["prompt"]] == ["system", "user"]
+    code, _, err = inside(capsys, "generate", tiny_base, *given[:-1], "proze", "-o", tmp_path / "b.jsonl")
+    assert code == 2 and "no such format" in err
+
+
+def test_a_reward_run_ranks_them(compared: Path, tmp_path: Path, capsys: Any) -> None:
+    """What comes out trains preferences as it is: rated, best first, the scores those of the reward model."""
+    compared.write_text(compared.read_text().replace("{kind: preference, beta: 0.5}", "{kind: reward}"))
+    assert inside(capsys, "train", compared)[0] == 0
+    given = ("--data", tmp_path / "pairs.jsonl", "--n", 3, "--limit", 12, "--max-new-tokens", 4, "--distinct")
+    base = json.loads((tmp_path / "run" / "run.json").read_text())["spec"]["model"]["name"]
+    asked = (base, *given, "--reward", tmp_path / "run", "-o", tmp_path / "rated.jsonl")
+    code, _, err = inside(capsys, "generate", *asked)
+    assert code == 0, err
+    rows = read(tmp_path / "rated.jsonl")
+    assert all(row["scores"] == sorted(row["scores"], reverse=True) for row in rows)
+    assert inside(capsys, "data", "check", tmp_path / "rated.jsonl")[0] == 0
+    given = (f"data.path={tmp_path / 'rated.jsonl'}", "data.group=null", "data.test=0", "data.validation=0")
+    settings = ("objective={kind: preference}", "engine.max_steps=2", f"output={tmp_path / 'next'}")
+    code, _, err = inside(capsys, "train", compared, *given, *settings)
+    assert code == 0, err
+    code, _, err = inside(capsys, "generate", tmp_path / "run", *given[:0], "--data", "x", "-o", tmp_path / "y.jsonl")
+    assert code != 0
+
+
+def test_prompts_alone_teach_nothing(config: Path, prompts: Path, capsys: Any) -> None:
+    given = (f"data.path={prompts}", "data.format=prompt", "data.group=null", "data.test=0", "data.validation=0")
+    code, _, err = inside(capsys, "train", config, *given)
+    assert code == 2 and "no answer to learn" in err and "line 1" in err
+    reward = "{kind: regex, pattern: a}"
+    rolling = f"objective={{kind: grpo, reward: {reward}, rollout: {{answers: 4, max_new_tokens: 5}}}}"
+    code, _, err = inside(capsys, "train", config, *given, rolling, "engine.max_steps=2")
+    assert code == 0, err

@@ -1,0 +1,88 @@
+"""Answers of the policy's own from the command line: a toy reward is climbed, and runs go on where they stood."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from processes import inside, log
+
+FUNCTION = "def few(answer, row):\n    return -len(answer) / 8\ndef same(answer, row):\n    return 1.0\n"
+
+
+@pytest.fixture
+def rewarded(config: Path, tmp_path: Path) -> Path:
+    """The config of a run whose answers are better the shorter they are."""
+    (tmp_path / "mine.py").write_text(FUNCTION)
+    text = config.read_text().replace("learning_rate: 1.0e-2", "learning_rate: 3.0e-2")
+    reward = f"{{kind: function, path: '{tmp_path}/mine.py:few'}}"
+    rollout = "{answers: 8, max_new_tokens: 8}"
+    config.write_text(text + f"objective: {{kind: grpo, beta: 0.01, reward: {reward}, rollout: {rollout}}}\n")
+    return config
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "rloo"])
+def test_a_toy_reward_is_climbed(loss: str, rewarded: Path, tmp_path: Path, capsys: Any) -> None:
+    settings = (f"objective.loss={loss}", "engine.max_steps=24", "engine.epochs=3", "engine.eval_every=12")
+    code, _, err = inside(capsys, "train", rewarded, *settings)
+    assert code == 0, err
+    entries = log(tmp_path / "run")
+    assert entries[0]["ratio"] == pytest.approx(1.0, abs=1e-4) and entries[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+    first, last = (sum(e["reward"] for e in part) / 4 for part in (entries[:4], entries[-4:]))
+    assert last > first + 0.2 and max(e["kl"] for e in entries) < 5.0
+    assert entries[-1]["validation_loss"] == -entries[-1]["validation_reward"]
+    assert "gate movement: passed" in err
+    assert inside(capsys, "eval", tmp_path / "run", "--limit", 3)[0] == 0
+
+
+@pytest.mark.parametrize("method", ["{kind: full}", "{kind: prompt, virtual_tokens: 3}", "{kind: mixture, rank: 4}"])
+def test_whatever_moves(method: str, rewarded: Path, tmp_path: Path, capsys: Any) -> None:
+    settings = (f"method={method}", "objective.rollout.epochs=2", "objective.rollout.minibatches=2")
+    code, _, err = inside(capsys, "train", rewarded, *settings)
+    assert code == 0, err
+    entries = log(tmp_path / "run")
+    assert len(entries) == 6 and [("rollout_seconds" in e) for e in entries] == [True, False, False, False, True, False]
+    assert ("second model" in err) == ("full" in method)
+
+
+def test_a_killed_run_makes_the_same_answers(rewarded: Path, tmp_path: Path, capsys: Any) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    settings = ["engine.max_steps=8", "engine.checkpoint_every=3", "objective.rollout.minibatches=2", "engine.epochs=2"]
+    for run in (whole, parts):
+        assert inside(capsys, "train", rewarded, *settings, f"output={run}")[0] == 0
+    manifest = json.loads((parts / "run.json").read_text())
+    (parts / "run.json").write_text(json.dumps({**manifest, "status": "running"}))
+    code, _, err = inside(capsys, "train", rewarded, *settings, f"output={parts}", "--resume")
+    assert code == 0 and "resumed from step-00000006" in err, err
+    first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (whole, parts))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_rewards_that_are_all_alike_teach_nothing(rewarded: Path, tmp_path: Path, capsys: Any) -> None:
+    """Said as such, not as tensors that failed to move."""
+    path = f"objective.reward.path={tmp_path}/mine.py:same"
+    code, _, err = inside(capsys, "train", rewarded, path, "objective.beta=0")
+    assert code == 0 and "gate movement: not reached" in err
+    assert all(e["all_right"] == 1.0 for e in log(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("objective.reward.path=none.py:few", "no such file"),
+        ("objective.rollout.answers=1", "at least 2"),
+        ("engine.tokens_per_micro_batch=probe", "nothing to probe"),
+        ("method={kind: lora, rank: 4, init: lora_ga}", "lora_ga"),
+        ("objective.rollout.max_new_tokens=500", "no room"),
+        ("data.loss_on=all", "loss_on"),
+    ],
+)
+def test_what_cannot_be(setting: str, said: str, rewarded: Path, tmp_path: Path, capsys: Any) -> None:
+    code, _, err = inside(capsys, "train", rewarded, setting)
+    assert code == 2 and said in err, err
+    assert not (tmp_path / "run").exists()

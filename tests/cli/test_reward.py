@@ -1,0 +1,83 @@
+"""A reward model from the command line: trained, resumed, measured, refused where it cannot answer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from processes import inside, log
+
+
+@pytest.fixture
+def rewarded(compared: Path) -> Path:
+    compared.write_text(compared.read_text().replace("{kind: preference, beta: 0.5}", "{kind: reward, centre: 0.01}"))
+    return compared
+
+
+@pytest.mark.parametrize("method", ["{kind: lora, rank: 4}", "{kind: full}", "{kind: prompt, virtual_tokens: 3}"])
+def test_it_learns_and_is_measured(method: str, rewarded: Path, tmp_path: Path, capsys: Any) -> None:
+    settings = (f"method={method}", "engine.epochs=3", "engine.max_steps=null", "engine.learning_rate=1e-2")
+    code, _, err = inside(capsys, "train", rewarded, *settings)
+    assert code == 0, err
+    assert log(tmp_path / "run")[-1]["validation_accuracy"] > 0.9 and "gate movement: passed" in err
+    manifest = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert manifest["reward"]["pairs"] == 8 and manifest["reward"]["accuracy"]["mean"] > 0.9
+    code, out, err = inside(capsys, "eval", tmp_path / "run", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["reward"]["pairs"] == found["examples"] == 12 and found["reward"]["verdict"] == "unproven"
+    assert found["reward"]["accuracy"]["clusters"] == 3  # all right, and still too few to prove it
+    assert inside(capsys, "eval", tmp_path / "run")[1].count("reward model: unproven") == 1
+    if method == "{kind: full}":
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
+        assert isinstance(model.score.weight, torch.Tensor) and model.config.pad_token_id == 0
+
+
+def test_it_writes_nothing(rewarded: Path, tmp_path: Path, capsys: Any) -> None:
+    assert inside(capsys, "train", rewarded)[0] == 0
+    for verb in (
+        ["chat", tmp_path / "run", "--question", "what?"],
+        ["train", rewarded, f"model.name={tmp_path / 'run'}", f"output={tmp_path / 'next'}"],
+        ["merge", tmp_path / "run", tmp_path / "merged"],
+    ):
+        code, _, err = inside(capsys, *verb)
+        assert code == 3 and "reward model" in err, err
+    assert not (tmp_path / "next").exists() and not (tmp_path / "merged").exists()
+    assert inside(capsys, "fuse", tmp_path / "run", tmp_path / "run", "-o", tmp_path / "fused")[0] == 2
+    code, _, err = inside(capsys, "train", rewarded, "method={kind: head}", f"output={tmp_path / 'head'}")
+    assert code == 2 and "output head" in err
+
+
+def test_margins_of_pairs(rewarded: Path, tmp_path: Path, capsys: Any) -> None:
+    """A margin column is read, and one that says the chosen is the worse answer is refused by its line."""
+    path = tmp_path / "pairs.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**row, "margin": 0.5 + i % 3}) + "\n" for i, row in enumerate(lines)))
+    code, _, err = inside(capsys, "train", rewarded, "objective.margin=1.0")
+    assert code == 0, err
+    first = log(tmp_path / "run")[0]["loss"]
+    assert inside(capsys, "train", rewarded, f"output={tmp_path / 'none'}")[0] == 0
+    assert first > log(tmp_path / "none")[0]["loss"] + 0.2
+    path.write_text("".join(json.dumps({**row, "margin": float(i != 4)}) + "\n" for i, row in enumerate(lines)))
+    code, _, err = inside(capsys, "train", rewarded, "--overwrite")
+    assert code == 2 and "line 5" in err and "margin" in err
+
+
+def test_a_killed_run_goes_on_with_its_head(rewarded: Path, tmp_path: Path, capsys: Any) -> None:
+    from safetensors.torch import load_file
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    settings = ["engine.max_steps=6", "engine.checkpoint_every=3"]
+    assert inside(capsys, "train", rewarded, *settings, f"output={whole}")[0] == 0
+    assert inside(capsys, "train", rewarded, *settings, f"output={parts}")[0] == 0
+    manifest = json.loads((parts / "run.json").read_text())
+    (parts / "run.json").write_text(json.dumps({**manifest, "status": "running"}))
+    code, _, err = inside(capsys, "train", rewarded, *settings, f"output={parts}", "--resume")
+    assert code == 0 and "resumed from step-00000003" in err
+    first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (whole, parts))
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
