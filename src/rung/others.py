@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from rung.data.chat import Chat
 from rung.data.prompts import Prompted
 from rung.engine.progress import say
+from rung.engine.record import read_manifest
 from rung.engine.rollout import Judge
-from rung.errors import ConfigError
+from rung.errors import ConfigError, PlanError
+from rung.evaluate.rewards import Scorer
+from rung.method.table import attach
 from rung.model.generate import Answer
 from rung.model.load import Base
 from rung.model.policy import Policy, Untouched
-from rung.opened import load
+from rung.objective.reward import ScoreHead
+from rung.opened import load, open_reward
 from rung.scoring.verifiers import Verifier, verifier
+from rung.spec.method import LoraSpec
+from rung.spec.objective import ModelRewardSpec, PpoSpec
 from rung.spec.run import RunSpec
-from rung.types import Example
+from rung.types import Example, Record
+
+MOVES_BASE = ("full", "head")
+"""Methods whose base is no longer there for another adapter."""
 
 
 def reference_of(spec: RunSpec, base: Base) -> Policy | None:
@@ -34,17 +45,84 @@ def reference_of(spec: RunSpec, base: Base) -> Policy | None:
     return Policy(found, Untouched())
 
 
-def verifier_of(spec: RunSpec) -> Verifier | None:
-    """What says how much an answer is worth, where the config has one. Raises `ConfigError` where it cannot be had."""
+Worth = Verifier | Scorer
+"""What says how much an answer is worth: a function of its text, or a reward model."""
+
+
+def worth_of(spec: RunSpec, base: Base) -> Worth | None:
+    """Of the config's reward, where it has one; a reward model on the run's own base shares its weights.
+
+    Raises `ConfigError` where it cannot be had, `PlanError` for a reward model that is not healthy.
+    """
     source = getattr(spec.objective, "reward", None)
-    return None if source is None else verifier(source)
+    if source is None:
+        return None
+    if not isinstance(source, ModelRewardSpec):
+        return verifier(source)
+    path = Path(source.run)
+    if not (path / "run.json").exists():
+        raise ConfigError("there is no such run", where="objective.reward.run", given=source.run)
+    manifest = read_manifest(path)
+    health = manifest.get("reward") or {}
+    if health.get("verdict") != "healthy":
+        verdict = f"{health['verdict']}: {health['reason']}" if health else "never measured: it had no validation pairs"
+        if not source.accept:
+            hint = "better pairs or more of them; or objective.reward.accept: true"
+            raise PlanError("this reward model is not fit to be followed", where=source.run, given=verdict, hint=hint)
+        say(f"the reward model is taken although it is {verdict}")
+    policy, chat, objective, _ = open_reward(path, _shared(manifest, path, base, spec))
+    if chat.tokenizer.get_vocab() != base.tokenizer.get_vocab():
+        raise ConfigError("the reward model has another vocabulary", where="objective.reward.run", given=source.run)
+    return Scorer(policy, objective)
 
 
-def judge(verify: Verifier, chat: Chat, prompted: Prompted) -> Judge:
-    """What answers to these prompts are worth by a function of their text."""
+def critic_of(spec: RunSpec, base: Base) -> tuple[Policy | None, ScoreHead | None]:
+    """The value model: a LoRA of its own on the base's weights, or the reward model's adapter with its head.
 
-    def worth(documents: Sequence[Example], answers: Sequence[Answer]) -> list[float]:
+    A method that moves the base has none: values are read off the policy's own states.
+    """
+    objective = spec.objective
+    if not isinstance(objective, PpoSpec):
+        return None, None
+    if objective.value == "reward" and isinstance(objective.reward, ModelRewardSpec):
+        path = Path(objective.reward.run)
+        shared = _shared(read_manifest(path), path, base, spec)
+        if shared is None:
+            what = "the value model can only begin as a reward model with an adapter on the run's own base"
+            raise PlanError(what, where="objective.value", given=str(path))
+        policy, _, reward, _ = open_reward(path, shared)
+        return policy, reward.head
+    if spec.method.kind in MOVES_BASE:
+        return None, None
+    twin, plain = base.twin(), LoraSpec(rank=getattr(spec.method, "rank", LoraSpec().rank))
+    return Policy(twin, attach(twin.model, plain, seed=spec.seed + 1, fused=spec.model.fused)), None
+
+
+def judge(worth: Worth, chat: Chat, prompted: Prompted, budget: int) -> Judge:
+    """What answers to these prompts are worth."""
+    if isinstance(worth, Scorer):
+        return lambda documents, answers: worth(documents, budget)
+
+    def by_text(documents: Sequence[Example], answers: Sequence[Answer]) -> list[float]:
         texts = [chat.assistant_text(a.drawn).strip() for a in answers]
-        return [verify(text, prompted.records[d.row]) for text, d in zip(texts, documents, strict=True)]
+        return [worth(text, row_of(prompted.records[d.row])) for text, d in zip(texts, documents, strict=True)]
 
-    return worth
+    return by_text
+
+
+def row_of(record: Record) -> dict[str, Any]:
+    """A record as a reward function sees it."""
+    return {
+        "question": record.question,
+        "expected": record.answer,
+        "context": record.context,
+        "task": record.task,
+        "group": record.group,
+        "source": str(record.source),
+    }
+
+
+def _shared(manifest: dict[str, Any], run: Path, base: Base, spec: RunSpec) -> Base | None:
+    """The base's weights once more, where a run's adapter stands on them."""
+    same = manifest["fingerprints"]["base"] == base.fingerprint
+    return base.twin() if same and (run / "adapter").is_dir() and spec.method.kind not in MOVES_BASE else None

@@ -33,13 +33,13 @@ from rung.model.fuse import left_alone
 from rung.model.load import Base
 from rung.model.policy import Policy
 from rung.objective.base import Objective
+from rung.objective.ppo import Ppo
 from rung.objective.reward import Reward
 from rung.objective.table import OBJECTIVES
 from rung.opened import device, inserted_in, load
-from rung.others import judge, reference_of, verifier_of
+from rung.others import Worth, critic_of, judge, reference_of, worth_of
 from rung.publish.artefact import write_origin, write_text_side
 from rung.publish.classifier import write_score
-from rung.scoring.verifiers import Verifier
 from rung.spec.io import to_dict
 from rung.spec.method import in_front
 from rung.spec.run import RunSpec
@@ -140,7 +140,7 @@ def dry_run(spec: RunSpec) -> dict[str, Any]:
     splits = read_splits(spec)
     base = load(spec.model)
     data = tokenise(spec, splits, base)
-    verifier_of(spec)
+    worth_of(spec, base)
     reference_of(spec, base)
     method = attach(base.model, spec.method, seed=spec.seed, fused=spec.model.fused)
     steps_per_epoch = -(-len(data.train.rows) // spec.engine.examples_per_step)
@@ -160,13 +160,15 @@ def train_on(
     # first: data or a method that cannot be leave no folder behind
     _check_tasks(spec, data)
     _check_lottery(spec, len(data.train.rows))
-    verify = verifier_of(spec)
+    worth, (critic, head) = worth_of(spec, base), critic_of(spec, base)
     reference = reference_of(spec, base)
     method = attach(base.model, spec.method, seed=spec.seed, fused=spec.model.fused)
     folder = RunFolder.claim(Path(spec.output), to_dict(spec), resume=resume, overwrite=overwrite)
     policy = Policy(base, method)
     policy.reference = reference
     objective = OBJECTIVES[spec.objective.kind](spec.objective)
+    if isinstance(objective, Ppo):
+        objective.critic, objective.start = critic, head
     objective.begin(policy, spec.seed)
     if not objective.reads_head:
         method.leave_head()
@@ -195,7 +197,7 @@ def train_on(
         budget=budget_of(spec, base),
         seed=spec.seed,
         folder=folder,
-        rollouts=_rollouts(spec, policy, objective, data, verify),
+        rollouts=_rollouts(spec, policy, objective, data, worth),
     )
     try:
         _calibrate(trainer, data, folder, resume=resume)
@@ -224,22 +226,20 @@ def train_on(
     return policy, folder
 
 
-def _rollouts(
-    spec: RunSpec, policy: Policy, objective: Objective, data: Data, verify: Verifier | None
-) -> Rollouts | None:
+def _rollouts(spec: RunSpec, policy: Policy, objective: Objective, data: Data, worth: Worth | None) -> Rollouts | None:
     """How the policy answers and who says what that is worth, for objectives that learn from it."""
-    if objective.rollout is None or not isinstance(data.train, Prompted) or verify is None:
+    if objective.rollout is None or not isinstance(data.train, Prompted) or worth is None:
         return None
-    own, held = data.train, data.validation
+    own, held, budget = data.train, data.validation, budget_of(spec, policy.base)
     return Rollouts(
         policy,
         objective,
         objective.rollout,
         stop_ids=data.chat.stop_ids,
-        train=judge(verify, data.chat, own),
-        validation=judge(verify, data.chat, held if isinstance(held, Prompted) else own),
+        train=judge(worth, data.chat, own, budget),
+        validation=judge(worth, data.chat, held if isinstance(held, Prompted) else own, budget),
         seed=spec.seed,
-        budget=budget_of(spec, policy.base),
+        budget=budget,
     )
 
 

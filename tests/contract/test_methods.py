@@ -32,7 +32,7 @@ from rung.model.policy import Policy
 from rung.objective.table import OBJECTIVES
 from rung.spec.engine import OptimiserSpec
 from rung.spec.method import METHOD_SPECS
-from rung.spec.objective import GrpoSpec, PreferenceSpec, RewardSpec, SftSpec
+from rung.spec.objective import GrpoSpec, PpoSpec, PreferenceSpec, RewardSpec, SftSpec
 from rung.types import Example
 from tolerances import FLOAT32_NATS, FLOAT64
 
@@ -422,6 +422,7 @@ OBJECTIVE_SPECS: dict[str, Any] = {
     "preference": PreferenceSpec(loss="dpo", sft=0.1),
     "reward": RewardSpec(margin=0.1, centre=0.01),
     "grpo": GrpoSpec(reward={"kind": "exact"}),
+    "ppo": PpoSpec(reward={"kind": "exact"}),
 }
 
 
@@ -433,7 +434,8 @@ def test_every_objective_has_a_spec_here() -> None:
 def _columns(policy: Policy, e: Example, place: int) -> dict[str, np.ndarray]:
     """Of an answer that the policy made itself: every other one was better than the rest."""
     own = policy.logprobs(pack_separately([e])[0]).numpy()
-    return {"old": own, "reference": own - 0.1, "advantage": np.full(e.predictions, (-1.0) ** place)}
+    flat = np.full(e.predictions, (-1.0) ** place)
+    return {"old": own, "reference": own - 0.1, "advantage": flat, "values": 0.0 * flat, "returns": flat}
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -10,9 +10,8 @@ from pydantic import ValidationError
 from rung.errors import ConfigError, DataError
 from rung.scoring.verifiers import verifier
 from rung.spec.objective import FunctionSpec, RegexSpec, VerifierSpec
-from rung.types import Message, Record, Source
 
-ROW = Record((Message("user", "What is 3 + 4?"), Message("assistant", "7")), Source("rows.jsonl", 3), group="sums")
+ROW = {"question": "What is 3 + 4?", "expected": "7", "group": "sums", "source": "rows.jsonl line 3"}
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,8 @@ class Progress:
     misses: int = 0
     """Measurements in a row that did not improve the best."""
     validation: float | None = None
+    objective: dict[str, float] = field(default_factory=dict)
+    """What the objective learned besides parameters."""
 
 
 @dataclass
@@ -111,6 +113,7 @@ class Trainer:
         weights, progress = checkpoint.read_checkpoint(found, self.optimiser)
         load_state(self.moving, weights)
         self.progress = Progress(**progress)
+        self.objective.resume(self.progress.objective or self.objective.state())
         if self.policy.known is not None:
             self.policy.known.update(checkpoint.read_known(found))
         self.folder.trim_log(self.progress.step)
@@ -244,19 +247,22 @@ class Trainer:
         parameters = list(self.moving.values())
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.spec.clip or math.inf)
         finite = bool(torch.isfinite(norm) & torch.isfinite(loss))
-        if finite:
+        halted = self.objective.halts() if finite else None
+        if finite and halted is None:
             set_rate(self.optimiser, rate)
             self.optimiser.step()
             self.progress.skipped = 0
         seconds = time.perf_counter() - started
         tokens = sum(batch.document_tokens for batch in batches)
         self.progress.step += 1
+        if halted is not None:  # what is left of this rollout is not learned from
+            self.progress.step = min(total, -(-self.progress.step // self.repeats) * self.repeats)
         self.progress.seconds += seconds
         self.progress.tokens += tokens
         self.progress.loss = float(loss)
         if not finite:
             self._skip(examples, float(loss), float(norm))
-        elif movement is not None and self.objective.moves(examples):
+        elif movement is not None and halted is None and self.objective.moves(examples):
             reached = self.method.reached({e.task for e in examples})
             gate = movement.see(self.optimiser, moving, None if reached is None else {*reached, *owned})
             if gate is not None:
@@ -273,6 +279,7 @@ class Trainer:
             **rolled,
             **self.objective.report(),
             **({} if finite else {"skipped": True}),
+            **({} if halted is None else {"halted": halted}),
         }
 
     def _turn(self) -> None:
@@ -343,6 +350,7 @@ class Trainer:
 
     def _write(self, folder: Any) -> None:
         weights, known = state_of(self.moving), self.policy.known
+        self.progress.objective = self.objective.state()
         checkpoint.write_checkpoint(folder, weights, self.optimiser, asdict(self.progress), known)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -66,7 +66,8 @@ class Rollouts:
         epoch, part = divmod(place, self.spec.minibatches)
         rows = sorted({d.row for d in self.documents})
         order = np.random.default_rng([self.seed, 4, number, epoch]).permutation(rows)
-        chosen = set(np.array_split(order, self.spec.minibatches)[part].tolist())
+        parts = min(self.spec.minibatches, len(rows))  # the last window of an epoch may have fewer prompts
+        chosen = set(np.array_split(order, parts)[part % parts].tolist())
         return [d for d in self.documents if d.row in chosen], told
 
     def validate(self, prompts: Sequence[Example]) -> dict[str, float]:
@@ -124,7 +125,10 @@ class Rollouts:
         place = {id(d): i for i, d in enumerate(documents)}
         found: list[np.ndarray] = [np.empty(0)] * len(documents)
         trees = not has_flat_kernel(self.policy.device) and self.policy_shares
-        for batch in self.policy.in_turn(pack(documents, self.budget, share_prefixes=trees, device=self.policy.device)):
+        batches: Iterable[PackedBatch] = pack(documents, self.budget, share_prefixes=trees, device=self.policy.device)
+        for reader in (self.policy, *self.objective.partners()):
+            batches = reader.in_turn(batches)
+        for batch in batches:
             values, owner = value(batch).cpu(), batch.loss.owner.cpu()
             for i, document in enumerate(batch.documents):
                 found[place[id(document)]] = values[owner == i].numpy()

@@ -32,7 +32,10 @@ def accumulate(policy: Policy, objective: Objective, window: Sequence[PackedBatc
         where = window[0].documents[0].source if window and window[0].documents else None
         raise DataError("no supervised token in this step", where=str(where), hint="run: rung data check")
     shares = []
-    for batch in policy.in_turn(window):
+    batches: Iterable[PackedBatch] = policy.in_turn(window)
+    for partner in objective.partners():
+        batches = partner.in_turn(batches)
+    for batch in batches:
         terms = [*objective.loss(policy, batch), *policy.method.penalty(batch)]
         loss = torch.stack([term.total / totals[term.unit] for term in terms]).sum()
         loss.backward()  # type: ignore[no-untyped-call]

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import spearmanr
 
-from rung.engine.pack import pack_in_slices
+from rung.engine.pack import pack, pack_in_slices
 from rung.model.policy import Policy
 from rung.model.tree import has_flat_kernel
 from rung.objective.pairs import pairs
@@ -57,6 +57,27 @@ class Health:
             f" held-out pairs right, {self.longer:.2f} by length alone, calibration error {self.calibration_error:.2f},"
             f" rank correlation with length {self.length_correlation:+.2f}"
         )
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A reward model that scores answers as they are made."""
+
+    policy: Policy
+    objective: Reward
+
+    @torch.no_grad()
+    def __call__(self, documents: Sequence[Example], budget: int) -> list[float]:
+        """Of each document: prompt and answer, its stop the last token."""
+        place = {id(d): i for i, d in enumerate(documents)}
+        found = [0.0] * len(documents)
+        trees = not has_flat_kernel(self.policy.device)
+        batches = pack(documents, budget, share_prefixes=trees, device=self.policy.device)
+        for batch in self.policy.in_turn(batches):
+            scores = self.objective.scores(self.policy, batch).tolist()
+            for document, value in zip(batch.documents, scores, strict=True):
+                found[place[id(document)]] = value
+        return found
 
 
 @torch.no_grad()

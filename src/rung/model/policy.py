@@ -269,7 +269,10 @@ class Policy:
 
     def logprobs(self, batch: PackedBatch) -> Tensor:
         """Log-probability in nats of each entry of the loss index, [N]."""
-        hidden = self.hidden_states(batch)
+        return self.logprobs_of(self.hidden_states(batch), batch)
+
+    def logprobs_of(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        """The same from the last hidden states [T, H]."""
         with self.autocast():
             return token_logprobs(hidden[batch.loss.source], self.head, batch.loss.target, self.logit_map)
 

@@ -58,6 +58,22 @@ class Objective(Protocol):
         """What is known of each token of the answers before they are learned from; by document, by name."""
         return [{} for _ in rollout.documents]
 
+    def partners(self) -> Sequence[Policy]:
+        """Other policies that learn from the same batches."""
+        return ()
+
+    def halts(self) -> str | None:
+        """Asked before an optimiser step: why the rest of a rollout is left, if it is."""
+        return None
+
+    def state(self) -> dict[str, float]:
+        """What it learned besides parameters, for checkpoints."""
+        return {}
+
+    def resume(self, state: Mapping[str, float]) -> None:
+        """Take up what `state` gave."""
+        return
+
     def moves(self, examples: Sequence[Example]) -> bool:
         """Whether there is anything to learn from these: answers that are all worth the same teach nothing."""
         return True

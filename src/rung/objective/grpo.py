@@ -51,9 +51,9 @@ class Grpo(Objective):
         documents, rewards = rollout.documents, np.array(rollout.rewards, dtype=np.float64)
         found: list[dict[str, np.ndarray]] = [{} for _ in documents]
         if self.spec.rollout.steps > 1:
-            _put(found, "old", rollout.read(policy.logprobs))
+            put(found, "old", rollout.read(policy.logprobs))
         if self.spec.beta:
-            _put(found, "reference", rollout.read(policy.reference_logprobs))
+            put(found, "reference", rollout.read(policy.reference_logprobs))
         if self.spec.beta and self.spec.loss == "rloo":  # there the divergence is part of what an answer is worth
             own = [c["old"] for c in found] if "old" in found[0] else rollout.read(policy.logprobs)
             apart = [float((a - c["reference"]).sum()) for a, c in zip(own, found, strict=True)]
@@ -122,6 +122,7 @@ class Grpo(Objective):
         }
 
 
-def _put(found: list[dict[str, np.ndarray]], name: str, values: Sequence[np.ndarray]) -> None:
+def put(found: list[dict[str, np.ndarray]], name: str, values: Sequence[np.ndarray]) -> None:
+    """Values of each document by name."""
     for column, own in zip(found, values, strict=True):
         column[name] = own

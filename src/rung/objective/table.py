@@ -7,6 +7,7 @@ from typing import Any
 
 from rung.objective.base import Objective
 from rung.objective.grpo import Grpo
+from rung.objective.ppo import Ppo
 from rung.objective.preference import preference
 from rung.objective.reward import Reward
 from rung.objective.sft import Sft
@@ -16,4 +17,5 @@ OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
     "preference": preference,
     "reward": Reward,
     "grpo": Grpo,
+    "ppo": Ppo,
 }

@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import torch
 
 from rung import opened
 from rung.data.chat import Chat
 from rung.data.formats import load_records
 from rung.data.prompts import Prompted, prompts
-from rung.engine.pack import pack
 from rung.engine.progress import Bar, say
 from rung.errors import ConfigError
+from rung.evaluate.rewards import Scorer
 from rung.model.generate import Answer, Sampling, generate
 from rung.model.policy import Policy
-from rung.objective.reward import Reward
 from rung.spec.data import DataSpec, Format
 from rung.spec.model import ModelSpec
 from rung.types import Example, Record
@@ -117,7 +115,6 @@ def _answers(policy: Policy, chat: Chat, prompted: Prompted, sampling: Sampling)
     return [answer for i in range(len(prompted.examples)) for answer in found[i]]
 
 
-@torch.no_grad()
 def _scores(run: Path, writer: Policy, prompted: Prompted, answers: Sequence[Answer], each: int) -> list[float]:
     """Of a reward run, which reads the ids that were drawn: its vocabulary must be the writer's."""
     policy, chat, objective, spec = opened.open_reward(run)
@@ -128,15 +125,5 @@ def _scores(run: Path, writer: Policy, prompted: Prompted, answers: Sequence[Ans
     for i, answer in enumerate(answers):
         prompt = prompted.examples[i // each]
         ids = np.array([*prompt.ids, *answer.drawn], dtype=np.int32)
-        documents.append(Example(ids, np.arange(len(ids)) >= len(prompt), prompt.source, task=prompt.task, row=i))
-    return score(policy, objective, documents)
-
-
-def score(policy: Policy, objective: Reward, documents: Sequence[Example]) -> list[float]:
-    """Of each document, whose `row` is its place."""
-    found = [0.0] * len(documents)
-    budget = max(4096, *map(len, documents))
-    for batch in policy.in_turn(pack(documents, budget, device=policy.device)):
-        for document, value in zip(batch.documents, objective.scores(policy, batch).tolist(), strict=True):
-            found[document.row] = value
-    return found
+        documents.append(Example(ids, np.arange(len(ids)) >= len(prompt), prompt.source, task=prompt.task))
+    return Scorer(policy, objective)(documents, max(4096, *map(len, documents)))

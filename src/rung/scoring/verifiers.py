@@ -5,16 +5,17 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rung.errors import ConfigError, DataError
 from rung.scoring.metrics import METRICS, normalised, numeric
 from rung.spec.objective import FunctionSpec, RegexSpec, VerifierSpec
-from rung.types import Record
 
-Verifier = Callable[[str, Record], float]
+Row = Mapping[str, Any]
+"""`question`, `expected`, `context`, `task`, `group`, and `source`, where the row came from."""
+Verifier = Callable[[str, Row], float]
 
 
 def verifier(spec: VerifierSpec | RegexSpec | FunctionSpec) -> Verifier:
@@ -24,16 +25,16 @@ def verifier(spec: VerifierSpec | RegexSpec | FunctionSpec) -> Verifier:
     if isinstance(spec, FunctionSpec):
         return _by_function(spec.path)
     metric = METRICS[spec.kind].function
-    return lambda answer, record: float(metric(answer, record.answer))
+    return lambda answer, row: float(metric(answer, row["expected"]))
 
 
 def _by_pattern(pattern: re.Pattern[str]) -> Verifier:
-    def verify(answer: str, record: Record) -> float:
+    def verify(answer: str, row: Row) -> float:
         found = pattern.search(answer)
         if found is None or not pattern.groups:
             return float(found is not None)
         said = found.group(1) or ""
-        return max(normalised(said, record.answer), numeric(said, record.answer))
+        return max(normalised(said, row["expected"]), numeric(said, row["expected"]))
 
     return verify
 
@@ -54,25 +55,14 @@ def _by_function(path: str) -> Verifier:
     if not callable(function):
         raise ConfigError("this file has no such function", where="objective.reward.path", given=path)
 
-    def verify(answer: str, record: Record) -> float:
+    def verify(answer: str, row: Row) -> float:
         try:
-            value = function(answer, row_of(record))
+            value = function(answer, dict(row))
         except Exception as error:
             what = f"the reward function failed: {type(error).__name__}: {error}"
-            raise DataError(what, where=str(record.source), given=repr(answer[:80])) from error
+            raise DataError(what, where=str(row["source"]), given=repr(answer[:80])) from error
         if isinstance(value, bool | int | float) and math.isfinite(value):
             return float(value)
-        raise DataError(f"the reward function gave {value!r}, not a number", where=str(record.source))
+        raise DataError(f"the reward function gave {value!r}, not a number", where=str(row["source"]))
 
     return verify
-
-
-def row_of(record: Record) -> dict[str, Any]:
-    """A record as a function of the user's sees it."""
-    return {
-        "question": record.question,
-        "expected": record.answer,
-        "context": record.context,
-        "task": record.task,
-        "group": record.group,
-    }

@@ -23,7 +23,7 @@ FREE = frozenset({"simpo", "orpo"})
 """Losses that know no reference."""
 COMPARING = frozenset({"preference", "reward"})
 """Objectives of rows with several answers."""
-ROLLING = frozenset({"grpo"})
+ROLLING = frozenset({"grpo", "ppo"})
 """Objectives that learn from answers of the policy's own."""
 
 
@@ -121,7 +121,17 @@ class FunctionSpec(Spec):
     """`file.py:name`; the row holds question, expected, context, task and group."""
 
 
-RewardSource = Annotated[VerifierSpec | RegexSpec | FunctionSpec, Field(discriminator="kind")]
+class ModelRewardSpec(Spec):
+    """What a reward run says of an answer."""
+
+    kind: Literal["model"] = "model"
+    run: str = Field(default=..., min_length=1)
+    """Its folder. On the run's own base it is one more adapter on the same weights."""
+    accept: bool = False
+    """Take it although its verdict on held-out pairs is not `healthy`."""
+
+
+RewardSource = Annotated[VerifierSpec | RegexSpec | FunctionSpec | ModelRewardSpec, Field(discriminator="kind")]
 
 
 class RolloutSpec(Spec):
@@ -138,7 +148,7 @@ class RolloutSpec(Spec):
     epochs: PositiveInt = 1
     """How often the answers of a rollout are learned from."""
     minibatches: PositiveInt = 1
-    """Optimiser steps of an epoch, each with its share of the prompts."""
+    """Optimiser steps of an epoch, each with its share of the prompts; fewer prompts than steps come again."""
     cut: NonNegativeFloat = 0.0
     """Taken off the reward of an answer that was cut."""
 
@@ -146,6 +156,15 @@ class RolloutSpec(Spec):
     def steps(self) -> int:
         """Optimiser steps of a rollout."""
         return self.epochs * self.minibatches
+
+
+class PpoStops(Spec):
+    """How far a policy may move from the one that made the answers."""
+
+    kl: PositiveFloat = 0.2
+    """Nats a token."""
+    ratio: PositiveFloat = 10.0
+    """Mean ratio of the tokens' probabilities."""
 
 
 class GrpoSpec(Spec):
@@ -182,4 +201,54 @@ class GrpoSpec(Spec):
         return self.reference if self.beta else None
 
 
-ObjectiveSpec = Annotated[SftSpec | PreferenceSpec | RewardSpec | GrpoSpec, Field(discriminator="kind")]
+class PpoSpec(Spec):
+    """Answers worth more than a value model expected become likelier (Schulman et al. 2017; Ouyang et al. 2022)."""
+
+    RATE: ClassVar[float] = 0.1
+    kind: Literal["ppo"] = "ppo"
+    reward: RewardSource = Field(default=...)
+    """What an answer is worth."""
+    beta: NonNegativeFloat = 0.05
+    """Taken off the reward for each nat of log-ratio to the reference, token by token; 0 needs no reference."""
+    target: PositiveFloat | None = None
+    """Nats of divergence an answer that `beta` adapts towards (Ziegler et al. 2019); none keeps it as it is."""
+    horizon: PositiveInt = 10_000
+    """Answers over which it adapts."""
+    clip: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    """How far a ratio may move the loss."""
+    value_clip: PositiveFloat = 0.2
+    """How far a value may move in a rollout before it is held back."""
+    value_weight: PositiveFloat = 0.1
+    """Of the value loss beside the policy's."""
+    value: Literal["fresh", "reward"] = "fresh"
+    """Where the value model begins: a fresh adapter on the same base, or the adapter and head of the reward run."""
+    gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Discount of a token."""
+    decay: Annotated[float, Field(ge=0.0, le=1.0)] = 0.95
+    """Lambda of generalised advantage estimation: 1 trusts rewards alone, 0 the value model."""
+    whiten: bool = True
+    """Advantages of a rollout get mean 0 and variance 1."""
+    entropy: NonNegativeFloat = 0.0
+    """Weight of the entropy, which keeps answers various."""
+    stops: PpoStops = PpoStops()
+    """When the rest of a rollout is left."""
+    rollout: RolloutSpec = RolloutSpec(answers=1, epochs=4, minibatches=2)
+    """How answers are made."""
+    reference: str = Field(default="base", min_length=1)
+    """As for preference."""
+
+    @model_validator(mode="after")
+    def _nothing_asked_for_in_vain(self) -> PpoSpec:
+        if not self.beta and (self.reference != "base" or self.target is not None):
+            raise ValueError("beta: 0 knows no reference and no target")
+        if self.value == "reward" and self.reward.kind != "model":
+            raise ValueError("value: reward needs reward: {kind: model, run: ...}")
+        return self
+
+    @property
+    def against(self) -> str | None:
+        """The reference, if it is asked for."""
+        return self.reference if self.beta else None
+
+
+ObjectiveSpec = Annotated[SftSpec | PreferenceSpec | RewardSpec | GrpoSpec | PpoSpec, Field(discriminator="kind")]
