@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rung.errors import ConfigError, PlanError
 from rung.evaluate.rewards import Scorer
 from rung.method.table import attach
 from rung.model.generate import Answer
-from rung.model.load import Base
+from rung.model.load import Base, fingerprint
 from rung.model.policy import Policy, Untouched
 from rung.objective.reward import ScoreHead
 from rung.opened import load, open_reward
@@ -47,6 +48,29 @@ def reference_of(spec: RunSpec, base: Base) -> Policy | None:
 
 Worth = Verifier | Scorer
 """What says how much an answer is worth: a function of its text, or a reward model."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Every other model of a run; most runs have none."""
+
+    reference: Policy | None = None
+    worth: Worth | None = None
+    critic: Policy | None = None
+    head: ScoreHead | None = None
+    """That the value model begins with."""
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    """Of those that are named: a resumed run must find the very same."""
+
+
+def beside(spec: RunSpec, base: Base) -> Beside:
+    """Load them, before the method is attached: a copy of the base's weights can only be shared as it was loaded."""
+    worth, (critic, head), reference = worth_of(spec, base), critic_of(spec, base), reference_of(spec, base)
+    prints = {} if reference is None else {"reference": reference.base.fingerprint}
+    if isinstance(worth, Scorer):
+        run = Path(spec.objective.reward.run)  # type: ignore[union-attr]
+        prints["reward"] = fingerprint(run / ("adapter" if (run / "adapter").is_dir() else "model"), None)
+    return Beside(reference, worth, critic, head, prints)
 
 
 def worth_of(spec: RunSpec, base: Base) -> Worth | None:

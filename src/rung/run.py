@@ -37,7 +37,7 @@ from rung.objective.ppo import Ppo
 from rung.objective.reward import Reward
 from rung.objective.table import OBJECTIVES
 from rung.opened import device, inserted_in, load
-from rung.others import Worth, critic_of, judge, reference_of, worth_of
+from rung.others import Beside, beside, judge
 from rung.publish.artefact import write_origin, write_text_side
 from rung.publish.classifier import write_score
 from rung.spec.io import to_dict
@@ -140,8 +140,7 @@ def dry_run(spec: RunSpec) -> dict[str, Any]:
     splits = read_splits(spec)
     base = load(spec.model)
     data = tokenise(spec, splits, base)
-    worth_of(spec, base)
-    reference_of(spec, base)
+    beside(spec, base)
     method = attach(base.model, spec.method, seed=spec.seed, fused=spec.model.fused)
     steps_per_epoch = -(-len(data.train.rows) // spec.engine.examples_per_step)
     return {
@@ -160,34 +159,15 @@ def train_on(
     # first: data or a method that cannot be leave no folder behind
     _check_tasks(spec, data)
     _check_lottery(spec, len(data.train.rows))
-    worth, (critic, head) = worth_of(spec, base), critic_of(spec, base)
-    reference = reference_of(spec, base)
+    others = beside(spec, base)
     method = attach(base.model, spec.method, seed=spec.seed, fused=spec.model.fused)
     folder = RunFolder.claim(Path(spec.output), to_dict(spec), resume=resume, overwrite=overwrite)
     policy = Policy(base, method)
-    policy.reference = reference
-    objective = OBJECTIVES[spec.objective.kind](spec.objective)
-    if isinstance(objective, Ppo):
-        objective.critic, objective.start = critic, head
-    objective.begin(policy, spec.seed)
+    policy.reference = others.reference
+    objective = _objective(spec, policy, others)
     if not objective.reads_head:
         method.leave_head()
-    alone = _say_what_is_unusual(policy, method, spec)
-    fingerprints = _fingerprints(base, data, reference)
-    begun = folder.manifest.get("fingerprints", fingerprints)
-    if changed := [name for name, value in fingerprints.items() if begun.get(name) != value]:
-        what = f"what this run began with has changed: its {' and '.join(changed)}"
-        raise CheckpointError(what, where=spec.output, hint="start anew with --overwrite")
-    folder.manifest.pop("error", None)
-    folder.update(
-        status="running",
-        fingerprints=fingerprints,
-        data=data.summary(),
-        device=policy.device.type,
-        compute_dtype=str(base.compute_dtype).removeprefix("torch."),
-        learning_rate=spec.learning_rate,
-        not_fused=alone,
-    )
+    _begin(spec, policy, data, folder, others)
     trainer = Trainer(
         policy,
         method,
@@ -197,7 +177,7 @@ def train_on(
         budget=budget_of(spec, base),
         seed=spec.seed,
         folder=folder,
-        rollouts=_rollouts(spec, policy, objective, data, worth),
+        rollouts=_rollouts(spec, policy, objective, data, others),
     )
     try:
         _calibrate(trainer, data, folder, resume=resume)
@@ -226,10 +206,40 @@ def train_on(
     return policy, folder
 
 
-def _rollouts(spec: RunSpec, policy: Policy, objective: Objective, data: Data, worth: Worth | None) -> Rollouts | None:
+def _objective(spec: RunSpec, policy: Policy, others: Beside) -> Objective:
+    """What is minimised, with the heads and the value model that it owns."""
+    objective = OBJECTIVES[spec.objective.kind](spec.objective)
+    if isinstance(objective, Ppo):
+        objective.critic, objective.start = others.critic, others.head
+    objective.begin(policy, spec.seed)
+    return objective
+
+
+def _begin(spec: RunSpec, policy: Policy, data: Data, folder: RunFolder, others: Beside) -> None:
+    """Say what the run stands on. Raises `CheckpointError` where that is not what it began with."""
+    alone = _say_what_is_unusual(policy, policy.method, spec)  # type: ignore[arg-type]
+    fingerprints = {**others.fingerprints, **_fingerprints(policy.base, data)}
+    begun = folder.manifest.get("fingerprints", fingerprints)
+    if changed := [name for name, value in fingerprints.items() if begun.get(name) != value]:
+        what = f"what this run began with has changed: its {' and '.join(changed)}"
+        raise CheckpointError(what, where=spec.output, hint="start anew with --overwrite")
+    folder.manifest.pop("error", None)
+    folder.update(
+        status="running",
+        fingerprints=fingerprints,
+        data=data.summary(),
+        device=policy.device.type,
+        compute_dtype=str(policy.base.compute_dtype).removeprefix("torch."),
+        learning_rate=spec.learning_rate,
+        not_fused=alone,
+    )
+
+
+def _rollouts(spec: RunSpec, policy: Policy, objective: Objective, data: Data, others: Beside) -> Rollouts | None:
     """How the policy answers and who says what that is worth, for objectives that learn from it."""
-    if objective.rollout is None or not isinstance(data.train, Prompted) or worth is None:
+    if objective.rollout is None or not isinstance(data.train, Prompted) or others.worth is None:
         return None
+    worth = others.worth
     own, held, budget = data.train, data.validation, budget_of(spec, policy.base)
     return Rollouts(
         policy,
@@ -364,10 +374,8 @@ def budget_of(spec: RunSpec, base: Base) -> int:
     return given if isinstance(given, int) else tokens_per_micro_batch(base.model.config, device().type)
 
 
-def _fingerprints(base: Base, data: Data, reference: Policy | None) -> dict[str, str]:
-    named = {} if reference is None else {"reference": reference.base.fingerprint}
+def _fingerprints(base: Base, data: Data) -> dict[str, str]:
     return {
-        **named,
         "base": base.fingerprint,
         "data": data.splits.fingerprint,
         "text": hashlib.sha256(data.chat.identity().encode()).hexdigest(),

@@ -44,7 +44,7 @@ def test_a_toy_reward_is_climbed(method: str, short: Path, tmp_path: Path, capsy
 
 def test_a_killed_run_goes_on_with_its_values_and_its_penalty(short: Path, tmp_path: Path, capsys: Any) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    settings = ["engine.max_steps=12", "engine.checkpoint_every=4", "objective.target=0.5", "objective.horizon=50"]
+    settings = ["engine.max_steps=12", "engine.checkpoint_every=4", "objective.adapt={target: 0.5, horizon: 50}"]
     for run in (whole, parts):
         assert inside(capsys, "train", short, *settings, f"output={run}")[0] == 0
     manifest = json.loads((parts / "run.json").read_text())

@@ -130,10 +130,10 @@ def test_the_reward_lands_on_the_last_token_and_the_penalty_on_each() -> None:
 
 
 def test_the_penalty_moves_and_is_kept() -> None:
-    objective = Ppo(spec_of(beta=0.1, target=0.2, horizon=10))
+    objective = Ppo(spec_of(beta=0.1, adapt={"target": 0.2, "horizon": 10}))
     rolled(objective, [1.0, 1.0], [np.array([0.5, 0.5]), np.array([0.5, 0.5])])
     assert objective.beta == pytest.approx(0.1 * (1 + 0.2 * 2 / 10))
-    again = Ppo(spec_of(beta=0.1, target=0.2))
+    again = Ppo(spec_of(beta=0.1, adapt={}))
     again.resume(objective.state())
     assert again.beta == objective.beta
 

@@ -101,9 +101,9 @@ class Ppo(Objective):
         columns: list[dict[str, np.ndarray]] = [{} for _ in old]
         for name, parts in (("old", old), ("values", values), ("advantage", advantages), ("returns", returns)):
             put(columns, name, parts)
-        if self.spec.beta and self.spec.target is not None:
+        if (adapt := self.spec.adapt) is not None:
             n = len(rollout.documents)
-            self.beta = adapted(self.beta, self.said["kl_answer"], self.spec.target, n, self.spec.horizon)
+            self.beta = adapted(self.beta, self.said["kl_answer"], adapt.target, n, adapt.horizon)
         return list(columns)
 
     def moves(self, examples: Sequence[Example]) -> bool:

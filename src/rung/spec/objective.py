@@ -158,6 +158,15 @@ class RolloutSpec(Spec):
         return self.epochs * self.minibatches
 
 
+class AdaptSpec(Spec):
+    """A penalty that rises while the divergence lies above its target (Ziegler et al. 2019, section 2.2)."""
+
+    target: PositiveFloat = 6.0
+    """Nats an answer."""
+    horizon: PositiveInt = 10_000
+    """Answers over which it adapts."""
+
+
 class PpoStops(Spec):
     """How far a policy may move from the one that made the answers."""
 
@@ -210,10 +219,8 @@ class PpoSpec(Spec):
     """What an answer is worth."""
     beta: NonNegativeFloat = 0.05
     """Taken off the reward for each nat of log-ratio to the reference, token by token; 0 needs no reference."""
-    target: PositiveFloat | None = None
-    """Nats of divergence an answer that `beta` adapts towards (Ziegler et al. 2019); none keeps it as it is."""
-    horizon: PositiveInt = 10_000
-    """Answers over which it adapts."""
+    adapt: AdaptSpec | None = None
+    """How `beta` follows the divergence; none keeps it as it is."""
     clip: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """How far a ratio may move the loss."""
     value_clip: PositiveFloat = 0.2
@@ -239,8 +246,8 @@ class PpoSpec(Spec):
 
     @model_validator(mode="after")
     def _nothing_asked_for_in_vain(self) -> PpoSpec:
-        if not self.beta and (self.reference != "base" or self.target is not None):
-            raise ValueError("beta: 0 knows no reference and no target")
+        if not self.beta and (self.reference != "base" or self.adapt is not None):
+            raise ValueError("beta: 0 knows no reference, and nothing to adapt")
         if self.value == "reward" and self.reward.kind != "model":
             raise ValueError("value: reward needs reward: {kind: model, run: ...}")
         return self
