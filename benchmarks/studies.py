@@ -64,7 +64,10 @@ METHODS = Study(
         "prompt": _method("prompt", virtual_tokens=20),
         "prefix": _method("prefix", virtual_tokens=20),
         "p_tuning": _method("p_tuning", virtual_tokens=20),
-        "p_tuning inside": _method("p_tuning", virtual_tokens=20, positions={"front": 10, "user": 5, "assistant": 5}),
+        "p_tuning lstm": _method("p_tuning", virtual_tokens=20, encoder="lstm"),
+        "p_tuning inside": _method(
+            "p_tuning", virtual_tokens=20, encoder="lstm", positions={"front": 10, "user": 5, "assistant": 5}
+        ),
         "bottleneck": _method("bottleneck", width=64),
         "mixture": _method("mixture", 1e-3, experts=4, rank=8),
         "lottery": _method("lottery", 1e-3, rank=16, scout_steps=15),

@@ -40,7 +40,7 @@ def device() -> torch.device:
 
 def load(spec: ModelSpec) -> Base:
     """The base of a spec on the device in use."""
-    with stage(f"loading {spec.name}"):
+    with stage(f"loading {spec.student_of or spec.name}"):
         return load_base(spec, device=device())
 
 

@@ -22,12 +22,14 @@ from rung.objective.reward import ScoreHead
 from rung.opened import load, open_reward
 from rung.scoring.verifiers import Verifier, verifier
 from rung.spec.method import LoraSpec
-from rung.spec.objective import ModelRewardSpec, PpoSpec
+from rung.spec.objective import DistillSpec, ModelRewardSpec, PpoSpec
 from rung.spec.run import RunSpec
 from rung.types import Example, Record
 
 MOVES_BASE = ("full", "head")
 """Methods whose base is no longer there for another adapter."""
+_ALONE = {"revision": None, "student_of": None, "layers": None}
+"""What a model named by itself has not of the run's own."""
 
 
 def reference_of(spec: RunSpec, base: Base) -> Policy | None:
@@ -37,7 +39,7 @@ def reference_of(spec: RunSpec, base: Base) -> Policy | None:
         return None
     if named == "base" and spec.method.kind != "full":
         return None
-    other = spec.model if named == "base" else spec.model.model_copy(update={"name": named, "revision": None})
+    other = spec.model if named == "base" else spec.model.model_copy(update={"name": named, **_ALONE})
     why = "the base moves" if named == "base" else "it is named"
     say(f"the reference is a second model in memory, because {why}")
     found = load(other)
@@ -57,6 +59,7 @@ class Beside:
     reference: Policy | None = None
     worth: Worth | None = None
     critic: Policy | None = None
+    teacher: Policy | None = None
     head: ScoreHead | None = None
     """That the value model begins with."""
     fingerprints: dict[str, str] = field(default_factory=dict)
@@ -70,7 +73,27 @@ def beside(spec: RunSpec, base: Base) -> Beside:
     if isinstance(worth, Scorer):
         run = Path(spec.objective.reward.run)  # type: ignore[union-attr]
         prints["reward"] = fingerprint(run / ("adapter" if (run / "adapter").is_dir() else "model"), None)
-    return Beside(reference, worth, critic, head, prints)
+    teacher = teacher_of(spec, base)
+    if teacher is not None:
+        prints["teacher"] = teacher.base.fingerprint
+    return Beside(reference, worth, critic, teacher, head, prints)
+
+
+def teacher_of(spec: RunSpec, base: Base) -> Policy | None:
+    """What a student follows. Raises `ConfigError` where their tokens are not the same."""
+    objective = spec.objective
+    if not isinstance(objective, DistillSpec):
+        return None
+    found = load(spec.model.model_copy(update={"name": objective.teacher, **_ALONE}))
+    own, theirs = base.tokenizer.get_vocab(), found.tokenizer.get_vocab()
+    if own != theirs:
+        differ = next(t for t, i in sorted(own.items() | theirs.items()) if own.get(t) != theirs.get(t))
+        what = f"teacher and student have other tokens: {differ!r} is {theirs.get(differ)} and {own.get(differ)}"
+        raise ConfigError(what, where="objective.teacher", given=objective.teacher)
+    widths = [int(m.get_input_embeddings().weight.shape[1]) for m in (base.model, found.model)]
+    if objective.cosine and widths[0] != widths[1]:
+        raise ConfigError("hidden states of other widths have no angle", where="objective.cosine", given=widths)
+    return Policy(found, Untouched())
 
 
 def worth_of(spec: RunSpec, base: Base) -> Worth | None:

@@ -33,6 +33,7 @@ from rung.model.fuse import left_alone
 from rung.model.load import Base
 from rung.model.policy import Policy
 from rung.objective.base import Objective
+from rung.objective.distill import Distill
 from rung.objective.ppo import Ppo
 from rung.objective.reward import Reward
 from rung.objective.table import OBJECTIVES
@@ -211,6 +212,8 @@ def _objective(spec: RunSpec, policy: Policy, others: Beside) -> Objective:
     objective = OBJECTIVES[spec.objective.kind](spec.objective)
     if isinstance(objective, Ppo):
         objective.critic, objective.start = others.critic, others.head
+    if isinstance(objective, Distill) and others.teacher is not None:
+        objective.teacher = others.teacher
     objective.begin(policy, spec.seed)
     return objective
 

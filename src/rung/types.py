@@ -6,7 +6,7 @@ Suffixes: T tokens of a packed row, N entries of a loss index.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -181,6 +181,11 @@ class PackedBatch:
     """What every root of the row comes after; no entry of the loss index looks into it."""
     below: Below | None = None
     """What enters the lowest layer that moves, for every token of the row; None where the embeddings do."""
+
+    def of_another_model(self) -> PackedBatch:
+        """The same documents without states that were computed before: those are of this run's model."""
+        prefix = None if self.prefix is None else replace(self.prefix, below=None)
+        return replace(self, prefix=prefix, below=None)
 
     @property
     def indivisible(self) -> bool:

@@ -29,10 +29,11 @@ from rung.method.table import METHODS, attach
 from rung.model.fuse import fuse
 from rung.model.generate import Sampling, generate
 from rung.model.policy import Policy
+from rung.objective.distill import Distill
 from rung.objective.table import OBJECTIVES
 from rung.spec.engine import OptimiserSpec
 from rung.spec.method import METHOD_SPECS
-from rung.spec.objective import GrpoSpec, PpoSpec, PreferenceSpec, RewardSpec, SftSpec
+from rung.spec.objective import DistillSpec, GrpoSpec, PpoSpec, PreferenceSpec, RewardSpec, SftSpec
 from rung.types import Example
 from tolerances import FLOAT32_NATS, FLOAT64
 
@@ -423,6 +424,7 @@ OBJECTIVE_SPECS: dict[str, Any] = {
     "reward": RewardSpec(margin=0.1, centre=0.01),
     "grpo": GrpoSpec(reward={"kind": "exact"}),
     "ppo": PpoSpec(reward={"kind": "exact"}),
+    "distill": DistillSpec(teacher="another", divergence="jsd", temperature=2.0, cross_entropy=0.1, cosine=0.1),
 }
 
 
@@ -444,6 +446,8 @@ def test_one_step_with_every_objective(kind: str, spec: dict[str, object], objec
     """Whatever moves and whatever is minimised: a step lowers the loss of its own documents."""
     policy, method = tuned(kind, **spec)
     minimised = OBJECTIVES[objective](OBJECTIVE_SPECS[objective])
+    if isinstance(minimised, Distill):
+        minimised.teacher = policy_of(tiny_model(seed=5))
     minimised.begin(policy, 0)
     if kind == "head" and not minimised.reads_head:
         with pytest.raises(PlanError, match="does not read it"):

@@ -67,6 +67,12 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     return _list_of(model)[2]
 
 
+def put_layers(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Take these for the model's layers, for good."""
+    owner, name, _ = _list_of(model)
+    setattr(owner, name, nn.ModuleList(layers))
+
+
 @contextmanager
 def feeding(model: nn.Module, layer: int, states_TH: Tensor) -> Iterator[None]:
     """Inside, the layers below `layer` do not run: `states_TH` enters it."""

@@ -30,6 +30,7 @@ from rung.model import attention
 from rung.model.fetch import fetch
 from rung.model.fuse import fuse
 from rung.model.resident import compute_in_float32, lost_precision, stored_in_bfloat16
+from rung.model.student import student
 from rung.spec.catalog import CATALOG
 from rung.spec.model import ModelSpec
 from rung.spec.support import refusal_of_model
@@ -68,6 +69,9 @@ def load_base(spec: ModelSpec, *, device: torch.device | None = None) -> Base:
     attention.register()
     logging.disable_progress_bar()  # a bar of half a second on stderr helps nobody
     getLogger("bitsandbytes").setLevel(ERROR)  # which peft imports, and which misses kernels that it looks for on a hub
+    if spec.student_of is not None:
+        whole = {"name": spec.student_of, "student_of": None, "layers": None}
+        return student(load_base(spec.model_copy(update=whole), device=device), spec.layers or "every_other")
     where = _resolve(spec.name)
     if isinstance(where, Path) and (where / "run.json").exists():
         return _load_run_as_base(spec, where, device)
@@ -84,7 +88,7 @@ def load_base(spec: ModelSpec, *, device: torch.device | None = None) -> Base:
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
     """The tokenizer alone, no weights."""
-    where = _resolve(spec.name)
+    where = _resolve(spec.student_of or spec.name)
     if isinstance(where, Path) and (where / "run.json").exists():
         inside = next((where / name for name in ("model", "adapter") if (where / name).is_dir()), where)
         return _from_pretrained(AutoTokenizer, inside, None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from hashlib import blake2b
 from itertools import groupby
 from typing import Protocol
@@ -279,9 +278,9 @@ class Policy:
     def reference_logprobs(self, batch: PackedBatch) -> Tensor:
         """The same from the reference, which is the base alone unless another was set, without gradient."""
         if self.reference is not None:
-            prefix = None if batch.prefix is None else replace(batch.prefix, below=None)  # states of another model
-            with torch.no_grad(), self.reference.sharing(prefix):
-                return self.reference.logprobs(replace(batch, prefix=prefix, below=None))
+            alone = batch.of_another_model()
+            with torch.no_grad(), self.reference.sharing(alone.prefix):
+                return self.reference.logprobs(alone)
         return self.base_logprobs(batch)
 
     def reference_sums(self, batch: PackedBatch) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rung.objective.base import Objective
+from rung.objective.distill import Distill
 from rung.objective.grpo import Grpo
 from rung.objective.ppo import Ppo
 from rung.objective.preference import preference
@@ -18,4 +19,5 @@ OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
     "reward": Reward,
     "grpo": Grpo,
     "ppo": Ppo,
+    "distill": Distill,
 }

@@ -139,7 +139,7 @@ def learn_weights(
     """
     assert plan.learn is not None  # noqa: S101 -- for the type checker
     task = load(plan.learn).spec
-    if task.objective.kind == "reward" or task.objective.kind in ROLLING:
+    if task.objective.kind in ("reward", "distill", *ROLLING):
         raise ConfigError(
             "weights are searched on the loss of a model that writes", where="--learn", given=task.objective.kind
         )

@@ -37,6 +37,13 @@ class LowRankSpec(Spec):
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 5e-4
     kind: str
+
+    @property
+    def default_rate(self) -> float:
+        """A start from the gradient makes the first step a large one, and a faster B multiplies it: a fifth there."""
+        eager = self.init == "lora_ga" or self.rate_ratio > 1.0
+        return self.DEFAULT_LEARNING_RATE / (5.0 if eager else 1.0)
+
     rank: PositiveInt = 16
     """Columns of B. Trainable parameters grow linearly with it."""
     ranks: dict[Annotated[str, Field(pattern=_PLACE)], PositiveInt] = {}
@@ -272,7 +279,7 @@ class PTuningSpec(Spec):
     """How many there are in all."""
     tasks: tuple[str, ...] = ()
     """Tasks of the data (`data.task`) that get virtual tokens of their own, from one encoder; none is one for all."""
-    encoder: Literal["lstm", "mlp"] = "lstm"
+    encoder: Literal["lstm", "mlp"] = "mlp"
     """`lstm`: two layers in both directions, then linear, ReLU, linear; `mlp`: three linears with ReLU between."""
     hidden: PositiveInt | None = None
     """Width of the encoder, of an LSTM in each direction; none is half the base's width."""

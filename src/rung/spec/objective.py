@@ -258,4 +258,36 @@ class PpoSpec(Spec):
         return self.reference if self.beta else None
 
 
-ObjectiveSpec = Annotated[SftSpec | PreferenceSpec | RewardSpec | GrpoSpec | PpoSpec, Field(discriminator="kind")]
+class DistillSpec(Spec):
+    """The distribution of a teacher is followed token by token (Hinton et al. 2015; Agarwal et al. 2024)."""
+
+    RATE: ClassVar[float] = 1.0
+    kind: Literal["distill"] = "distill"
+    teacher: str = Field(default=..., min_length=1)
+    """A run's folder, or any base; its vocabulary must be the student's."""
+    divergence: Literal["forward", "reverse", "jsd"] = "forward"
+    """`forward`: KL(teacher || student), which covers all that the teacher would say; `reverse`: KL(student ||
+    teacher), which keeps to it; `jsd`: between the two (Agarwal et al. 2024, eq. 1)."""
+    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """Of jsd: the teacher's share of the mixture; near 0 it is forward, near 1 reverse."""
+    temperature: PositiveFloat = 1.0
+    """Both distributions are made so much flatter; the term is multiplied by its square."""
+    weight: PositiveFloat = 1.0
+    """Of the divergence."""
+    cross_entropy: NonNegativeFloat = 0.0
+    """Weight of the data's own tokens beside it."""
+    cosine: NonNegativeFloat = 0.0
+    """Weight of 1 - cos between the last hidden states, which must be equally wide (Sanh et al. 2019)."""
+    keep_states: bool = True
+    """What the teacher gave for a document is kept on disk: from the second epoch on it is not asked again."""
+
+    @model_validator(mode="after")
+    def _nothing_asked_for_in_vain(self) -> DistillSpec:
+        if self.beta != 0.5 and self.divergence != "jsd":
+            raise ValueError("beta is for divergence: jsd")
+        return self
+
+
+ObjectiveSpec = Annotated[
+    SftSpec | PreferenceSpec | RewardSpec | GrpoSpec | PpoSpec | DistillSpec, Field(discriminator="kind")
+]

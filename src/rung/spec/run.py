@@ -72,4 +72,5 @@ class RunSpec(Spec):
     @property
     def learning_rate(self) -> float:
         """The peak rate: the config's, or the method's default times what the objective takes of it."""
-        return self.engine.learning_rate or self.method.DEFAULT_LEARNING_RATE * self.objective.RATE
+        own = getattr(self.method, "default_rate", self.method.DEFAULT_LEARNING_RATE)
+        return float(self.engine.learning_rate or own * self.objective.RATE)

@@ -1,0 +1,82 @@
+"""A teacher, a student out of its layers, and what cannot be taught."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from processes import inside, log
+
+
+@pytest.fixture
+def taught(config: Path, tmp_path: Path, capsys: Any) -> Path:
+    """A config whose teacher is a full run."""
+    text = config.read_text().replace("{kind: lora, rank: 4}", "{kind: full}").replace("1.0e-2", "3.0e-3")
+    config.write_text(text)
+    assert inside(capsys, "train", config, f"output={tmp_path / 'teacher'}")[0] == 0
+    name = text.split("name: ")[1].split(",")[0]
+    config.write_text(text.replace(f"name: {name}", f"student_of: {tmp_path / 'teacher'}"))
+    return config
+
+
+def test_a_student_of_some_layers(taught: Path, tmp_path: Path, capsys: Any) -> None:
+    objective = f"objective={{kind: distill, teacher: {tmp_path / 'teacher'}, cross_entropy: 0.5, cosine: 0.1}}"
+    settings = (objective, "engine.epochs=3", "engine.max_steps=24", "model.layers=[1]")
+    code, _, err = inside(capsys, "train", taught, *settings)
+    assert code == 0 and "gate movement: passed" in err, err
+    entries = log(tmp_path / "run")
+    assert entries[-1]["divergence"] < 0.8 * entries[0]["divergence"] and entries[-1]["validation_divergence"] > 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert model.config.num_hidden_layers == 1
+    manifest = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert manifest["fingerprints"]["teacher"] != manifest["fingerprints"]["base"]
+    assert inside(capsys, "eval", tmp_path / "run", "--limit", 3)[0] == 0
+
+
+def test_an_adapter_on_a_student_and_a_resume(taught: Path, tmp_path: Path, capsys: Any) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    objective = f"objective={{kind: distill, teacher: {tmp_path / 'teacher'}, divergence: jsd}}"
+    settings = ["method={kind: lora, rank: 4}", objective, "engine.checkpoint_every=3", "engine.learning_rate=1e-2"]
+    for run in (whole, parts):
+        assert inside(capsys, "train", taught, *settings, f"output={run}")[0] == 0
+    manifest = json.loads((parts / "run.json").read_text())
+    (parts / "run.json").write_text(json.dumps({**manifest, "status": "running"}))
+    code, _, err = inside(capsys, "train", taught, *settings, f"output={parts}", "--resume")
+    assert code == 0 and "resumed from step-00000003" in err, err
+    first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (whole, parts))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert inside(capsys, "eval", parts, "--limit", 3)[0] == 0  # opened again: the student is built anew
+
+
+@pytest.mark.parametrize(
+    ("setting", "code", "said"),
+    [
+        ("model.layers=[0, 7]", 2, "rising numbers"),
+        ("model.name=other", 2, "two models"),
+        ("objective.beta=0.2", 2, "beta is for"),
+        ("objective.teacher=smol", 2, "no such model"),
+    ],
+)
+def test_what_cannot_be(setting: str, code: int, said: str, taught: Path, tmp_path: Path, capsys: Any) -> None:
+    objective = f"objective={{kind: distill, teacher: {tmp_path / 'teacher'}}}"
+    found, _, err = inside(capsys, "train", taught, objective, setting)
+    assert found == code and said in err, err
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_tokens(taught: Path, tmp_path: Path, tiny_base: Path, capsys: Any) -> None:
+    """Named with the first token that differs."""
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(tiny_base, other)
+    file = other / "tokenizer.json"
+    file.write_text(file.read_text().replace('"<start_of_turn>"', '"<start_of_talk>"'))
+    code, _, err = inside(capsys, "train", taught, f"objective={{kind: distill, teacher: {other}}}")
+    assert code == 2 and "<start_of_t" in err

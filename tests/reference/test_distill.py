@@ -1,0 +1,155 @@
+"""Distillation against torch's own divergences over whole logits, in float64, and students of some layers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from builders import documents, policy_of, tuned
+from models import SHAPES, tiny_model
+from naive import distance, gradients, naive
+from rung.engine.gates import check_decoding, check_packing
+from rung.engine.pack import MIN_AHEAD, pack, pack_separately
+from rung.engine.step import accumulate, mean_loss
+from rung.errors import ConfigError, PlanError
+from rung.method.table import attach
+from rung.model.load import Base
+from rung.model.policy import Policy, Untouched
+from rung.model.student import chosen, student
+from rung.objective.distill import Distill
+from rung.spec.method import METHOD_SPECS
+from rung.spec.objective import DistillSpec
+from tolerances import FLOAT64
+
+
+def distill(teacher: Policy, **spec: object) -> Distill:
+    objective = Distill(DistillSpec(teacher="another", **spec))  # type: ignore[arg-type]
+    objective.teacher = teacher
+    objective.begin(teacher, 0)
+    return objective
+
+
+def written_out(kind: str, t: Tensor, s: Tensor, beta: float) -> Tensor:
+    """Of log-probabilities, by torch's function, which takes its arguments the other way round."""
+
+    def kl(p: Tensor, q: Tensor) -> Tensor:
+        return F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+
+    if kind == "forward":
+        return kl(t, s)
+    if kind == "reverse":
+        return kl(s, t)
+    mixed = torch.log(beta * t.exp() + (1 - beta) * s.exp())
+    return beta * kl(t, mixed) + (1 - beta) * kl(s, mixed)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(("kind", "temperature"), [("forward", 1.0), ("reverse", 2.0), ("jsd", 1.5)])
+def test_loss_and_gradient_are_those_of_whole_logits(kind: str, temperature: float, method: str) -> None:
+    """With a frozen head and with one that moves; the prompt shared, run ahead, or not."""
+    spec = {"rank": 4} if method == "lora" else {}
+    policy, own = tuned(method, "phi", dtype=torch.float64, **spec)
+    theirs, their_method = naive(method, "phi", dtype=torch.float64, **spec)
+    whole = tiny_model("phi", seed=5, dtype=torch.float64)
+    beta = {"beta": 0.3} if kind == "jsd" else {}
+    more = {"temperature": temperature, "cross_entropy": 0.3, "cosine": 0.2, "weight": 0.7}
+    objective = distill(policy_of(whole), divergence=kind, **more, **beta)
+    plain = tiny_model("phi", seed=5, dtype=torch.float64)
+    plain.set_attn_implementation("sdpa")
+    examples = documents(3, shared=MIN_AHEAD)
+    total, weights = torch.zeros((), dtype=torch.float64), 0.0
+    for e in examples:
+        ids = torch.from_numpy(e.ids.astype(np.int64))
+        at = torch.from_numpy(np.flatnonzero(e.supervised))
+        out, taught = (m(ids[None], use_cache=False, output_hidden_states=True) for m in (theirs, plain))
+        s, t = ((o.logits[0][at - 1] / temperature).log_softmax(-1) for o in (out, taught))
+        apart = written_out(kind, t.detach(), s, 0.3)
+        nats = -out.logits[0].log_softmax(-1)[at - 1, ids[at]]
+        angle = F.cosine_similarity(out.hidden_states[-1][0][at - 1], taught.hidden_states[-1][0][at - 1].detach(), -1)
+        total = total + e.weight * (0.7 * temperature**2 * apart + 0.3 * nats + 0.2 * (1 - angle)).sum()
+        weights += e.weight * len(at)
+    (total / weights).backward()
+    for batches in (pack(examples, 10_000), pack(examples, 150), pack_separately(examples)):
+        policy.model.zero_grad()
+        found = accumulate(policy, objective, batches)
+        assert float(found) == pytest.approx((total / weights).item(), rel=FLOAT64)
+        assert distance(gradients(own), gradients(their_method)) < FLOAT64
+    assert objective.report().keys() == {"divergence", "cross_entropy", "cosine"} and objective.report() == {}
+
+
+@pytest.mark.parametrize("shape", ["gemma2", "llama"])
+def test_a_teacher_distilled_into_its_own_copy(shape: str) -> None:
+    """Nothing to learn: loss 0 and no gradient, softcap or not."""
+    model = tiny_model(shape)
+    method = attach(model, METHOD_SPECS["lora"](), seed=0)
+    policy = policy_of(model, method)
+    for kind in ("forward", "reverse", "jsd"):
+        objective = distill(policy_of(tiny_model(shape)), divergence=kind, temperature=2.0)
+        policy.model.zero_grad()
+        assert float(accumulate(policy, objective, pack(documents(2), 100))) == pytest.approx(0.0, abs=1e-6)
+        assert max(float(g.abs().max()) for g in gradients(method).values()) < 1e-5
+
+
+def test_the_teacher_is_asked_once_for_a_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However it is packed the second time; without room for its states it is asked again."""
+    policy, _ = tuned("lora")
+    examples = documents(3, count=8, shared=MIN_AHEAD)
+    for keep in (True, False):
+        teacher = policy_of(tiny_model(seed=5))
+        objective = distill(teacher, keep_states=keep)
+        first = mean_loss(policy, objective, pack(examples, 10_000))
+        asked: list[int] = []
+        own = teacher.hidden_states
+        monkeypatch.setattr(teacher, "hidden_states", lambda b, own=own, asked=asked: (asked.append(1), own(b))[1])
+        again = mean_loss(policy, objective, pack(examples[::-1], 90))
+        assert again == pytest.approx(first, abs=1e-5) and (not asked) == keep
+
+
+def test_heads_of_other_sizes_are_compared_over_the_smaller() -> None:
+    policy, _ = tuned("lora")
+    wide = tiny_model(seed=5, vocab_size=352)
+    narrow = tiny_model(seed=6)
+    with torch.no_grad():
+        for name, value in narrow.state_dict().items():
+            value.copy_(wide.state_dict()[name][: len(value)] if value.dim() else value)
+    batches = pack(documents(2), 200)
+    found = [mean_loss(policy, distill(policy_of(m)), batches) for m in (wide, narrow)]
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
+def test_which_layers_a_student_takes() -> None:
+    assert chosen("every_other", 12) == (0, 2, 4, 7, 9, 11)  # those of DistilBERT
+    assert chosen("every_other", 30)[0] == 0 and chosen("every_other", 30)[-1] == 29
+    assert len(chosen("every_other", 30)) == 15 and chosen("every_other", 2) == (0,)
+    assert chosen("first", 4) == (0, 1) and chosen("last", 5) == (3, 4) and chosen((1, 3), 4) == (1, 3)
+    for wrong in ((3, 1), (0, 4), (), (0, 1, 2, 3)):
+        with pytest.raises(ConfigError):
+            chosen(wrong, 4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_student_computes_and_answers(shape: str) -> None:
+    """Four layers become two: weights are the teacher's, packed equals alone, decoding equals reading."""
+    layers = {"n_layer": 4} if shape == "gpt2" else {"num_hidden_layers": 4}
+    model = tiny_model(shape, **layers)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    base = student(Base(model, None, "tiny", "tiny", torch.float32), (1, 3))  # type: ignore[arg-type]
+    policy = Policy(base, Untouched())
+    assert base.fingerprint != "tiny" and base.model.config.num_hidden_layers == 2
+    for name, p in base.model.named_parameters():
+        origin = name.replace("layers.1.", "layers.3.").replace("h.1.", "h.3.")
+        origin = origin.replace("layers.0.", "layers.1.").replace("h.0.", "h.1.")
+        assert torch.equal(p, before[origin]), name
+    probe = [replace(e, row=-1) for e in documents(3, count=3, longest=8)]
+    assert check_packing(policy, probe).state == check_decoding(policy, probe).state == "passed"
+
+
+def test_layers_that_know_their_number() -> None:
+    model = tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(PlanError, match="know their own number"):
+        student(Base(model, None, "tiny", "tiny", torch.float32), (0,))  # type: ignore[arg-type]
