@@ -114,7 +114,7 @@ class Running:
             f"{trained:,} ({trained / (base['held_bytes'] / 4):.2%})" if trained else "",
             f"{max(e['peak_memory_bytes'] for e in found) / 1e9:.2f} GB" if trained else "",
             f"{np.mean([e['tokens_per_second'] for e in found]):.0f}" if trained else "",
-            f"{first['artefact_bytes'] / 1e6:.1f} MB" if name != ZERO_SHOT else "",
+            _size(first["artefact_bytes"]) if name != ZERO_SHOT else "",
             query,
             f"{score:.2f}",
             f"{gain.mean:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}]" if name != ZERO_SHOT else "",
@@ -157,6 +157,10 @@ def main() -> int:
     (work / "tables.md").write_text(running.tables())
     print(running.tables())
     return 0
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.0f} kB"
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> str:
