@@ -23,7 +23,7 @@ from rung.engine.checkpoint import verify, write_folder
 from rung.engine.loop import Interrupted, Trainer, summary, total_steps
 from rung.engine.progress import say, stage
 from rung.engine.record import Gate, RunFolder, read_manifest, reset_peak_memory
-from rung.engine.rollout import Rollouts
+from rung.engine.rollout import Judge, Rollouts
 from rung.engine.sample import Sample
 from rung.errors import CheckpointError, ConfigError, DataError, RungError
 from rung.evaluate.rewards import examine
@@ -82,7 +82,7 @@ def tokenise(spec: RunSpec, splits: Splits, base: Base) -> Data:
         splits = replace(splits, train=_closed_book(splits.train), validation=_closed_book(splits.validation))
 
     objective = OBJECTIVES[spec.objective.kind](spec.objective)
-    if objective.rollout is not None:
+    if objective.rollout is not None and objective.judged:
         return _prompted(spec, splits, chat, longest - objective.rollout.max_new_tokens)
 
     def examples(records: Sequence[Record]) -> Tokenised:
@@ -240,17 +240,20 @@ def _begin(spec: RunSpec, policy: Policy, data: Data, folder: RunFolder, others:
 
 def _rollouts(spec: RunSpec, policy: Policy, objective: Objective, data: Data, others: Beside) -> Rollouts | None:
     """How the policy answers and who says what that is worth, for objectives that learn from it."""
-    if objective.rollout is None or not isinstance(data.train, Prompted) or others.worth is None:
+    if objective.rollout is None:
         return None
-    worth = others.worth
-    own, held, budget = data.train, data.validation, budget_of(spec, policy.base)
+    worth, own, held, budget = others.worth, data.train, data.validation, budget_of(spec, policy.base)
+    judges: list[Judge | None] = [None, None]
+    if worth is not None and isinstance(own, Prompted):
+        parts = (own, held if isinstance(held, Prompted) else own)
+        judges = [judge(worth, data.chat, part, budget) for part in parts]
     return Rollouts(
         policy,
         objective,
         objective.rollout,
         stop_ids=data.chat.stop_ids,
-        train=judge(worth, data.chat, own, budget),
-        validation=judge(worth, data.chat, held if isinstance(held, Prompted) else own, budget),
+        train=judges[0],
+        validation=judges[1],
         seed=spec.seed,
         budget=budget,
     )

@@ -199,6 +199,10 @@ class PackedBatch:
         return self.documents[0].task if self.documents else None
 
 
+OWN = "own"
+"""Column of documents some of which the policy wrote itself: 1 for their tokens, 0 for those of the data."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """Answers that the policy made itself; those to one prompt share their `row`."""

@@ -80,3 +80,17 @@ def test_other_tokens(taught: Path, tmp_path: Path, tiny_base: Path, capsys: Any
     file.write_text(file.read_text().replace('"<start_of_turn>"', '"<start_of_talk>"'))
     code, _, err = inside(capsys, "train", taught, f"objective={{kind: distill, teacher: {other}}}")
     assert code == 2 and "<start_of_t" in err
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_student_corrected_on_its_own_words(share: float, taught: Path, tmp_path: Path, capsys: Any) -> None:
+    rollout = "rollout: {answers: 1, max_new_tokens: 6}"
+    teacher = f"kind: distill, teacher: {tmp_path / 'teacher'}, cross_entropy: 0.5"
+    objective = f"objective={{{teacher}, divergence: reverse, on_policy: {share}, {rollout}}}"
+    code, _, err = inside(
+        capsys, "train", taught, objective, "engine.max_steps=8", "engine.epochs=2", "model.layers=[0]"
+    )
+    assert code == 0 and "gate movement: passed" in err, err
+    entries = log(tmp_path / "run")
+    assert all(e["rollout_seconds"] > 0 for e in entries) and entries[-1]["validation_divergence"] > 0
+    assert all(("cross_entropy" in e) == (share < 1.0) for e in entries)  # its own words are not to be repeated

@@ -321,7 +321,7 @@ class Trainer:
 
     def _held_out(self, validation: Sequence[Row]) -> tuple[float, Mapping[str, float]]:
         """The loss on validation rows, of rollouts minus the mean reward of greedy answers, and what else was seen."""
-        if self.rollouts is not None:
+        if self.rollouts is not None and self.rollouts.validation is not None:
             told = self.rollouts.validate([e for row in validation for e in row])
             return -told["reward"], told
         batches: Iterable[PackedBatch]

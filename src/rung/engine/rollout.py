@@ -18,7 +18,7 @@ from rung.model.policy import Policy
 from rung.model.tree import has_flat_kernel
 from rung.objective.base import Objective
 from rung.spec.objective import RolloutSpec
-from rung.types import Example, PackedBatch, Rollout
+from rung.types import OWN, Example, PackedBatch, Rollout
 
 Judge = Callable[[Sequence[Example], Sequence[Answer]], Sequence[float]]
 """What answers are worth; each document is its prompt with the answer behind, its `row` the number of the prompt."""
@@ -32,8 +32,9 @@ class Rollouts:
     objective: Objective
     spec: RolloutSpec
     stop_ids: Sequence[int]
-    train: Judge
-    validation: Judge
+    train: Judge | None
+    """None where own answers are not worth anything by themselves."""
+    validation: Judge | None
     seed: int
     budget: int
     documents: list[Example] = field(default_factory=list)
@@ -46,7 +47,10 @@ class Rollouts:
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
-        """Inside, log-probabilities are those of the distribution that answers are drawn from."""
+        """Inside, log-probabilities of judged answers are those of the distribution that they are drawn from."""
+        if self.train is None:
+            yield
+            return
         held = [p for p in (self.policy, self.policy.reference) if p is not None]
         before = [p.logit_map for p in held]
         for p in held:
@@ -73,6 +77,8 @@ class Rollouts:
     def validate(self, prompts: Sequence[Example]) -> dict[str, float]:
         """Greedy answers to held-out prompts: what they are worth on the mean, how long they are, how many are cut."""
         documents, answers = self._answer(prompts, Sampling(self.spec.max_new_tokens))
+        if self.validation is None:
+            raise RuntimeError("nobody judges these answers")
         rewards = self.validation(documents, answers)
         return {
             "reward": float(np.mean(rewards)),
@@ -85,19 +91,29 @@ class Rollouts:
         seed = int(np.random.SeedSequence([self.seed, 5, number]).generate_state(1)[0])
         sampling = Sampling(self.spec.max_new_tokens, self.spec.temperature, seed, self.spec.answers)
         self.policy.model.eval()
-        documents, answers = self._answer(prompts, sampling)
+        share = self.objective.share
+        own = np.random.default_rng([self.seed, 6, number]).random(len(prompts)) < share
+        asked = [p for p, is_own in zip(prompts, own, strict=True) if is_own]
+        asked = asked if self.train is not None else [_prompt_of(p) for p in asked]
+        documents, answers = self._answer(asked, sampling)
         made = time.perf_counter() - started
         cut = [0.0 if a.stopped else self.spec.cut for a in answers]
-        rewards = [float(r) - c for r, c in zip(self.train(documents, answers), cut, strict=True)]
+        worth = [0.0] * len(documents) if self.train is None else self.train(documents, answers)
+        rewards = [float(r) - c for r, c in zip(worth, cut, strict=True)]
         judged = time.perf_counter() - started - made
         rollout = Rollout(documents, rewards, [a.stopped for a in answers], lambda value: self._read(documents, value))
         columns = self.objective.columns(self.policy, rollout)
         self.policy.model.train()
-        self.documents = [replace(d, columns=own) for d, own in zip(documents, columns, strict=True)]
+        self.documents = [replace(d, columns=known) for d, known in zip(documents, columns, strict=True)]
+        if self.train is None:
+            kept = [p for p, is_own in zip(prompts, own, strict=True) if not is_own]
+            self.documents = [_marked(d, 1.0) for d in documents] + [_marked(d, 0.0) for d in kept]
         return {"rollout_seconds": round(made, 4), "judge_seconds": round(judged, 4)}
 
     def _answer(self, prompts: Sequence[Example], sampling: Sampling) -> tuple[list[Example], list[Answer]]:
         """In the order of the prompts."""
+        if not prompts:
+            return [], []
         count = sampling.answers
         found: dict[int, list[Answer]] = {}
         for task in sorted({p.task for p in prompts}, key=str):
@@ -138,3 +154,14 @@ class Rollouts:
     def policy_shares(self) -> bool:
         """Whether one copy of a prompt may stand for all its answers."""
         return self.policy.method.keeps_apart() is None  # type: ignore[attr-defined]
+
+
+def _prompt_of(document: Example) -> Example:
+    """What stands before the answer of a row of the data."""
+    ids = document.ids[: max(1, int(document.supervised.argmax()))]
+    return replace(document, ids=ids, supervised=np.arange(len(ids)) > 0)
+
+
+def _marked(document: Example, own: float) -> Example:
+    """With a column that says of every token whether the policy wrote it."""
+    return replace(document, columns={OWN: np.full(document.predictions, own)})

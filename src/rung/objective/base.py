@@ -25,6 +25,10 @@ class Objective(Protocol):
 
     rollout: RolloutSpec | None = None
     """How the policy makes the answers that it learns from; None learns from those of the data."""
+    share: float = 1.0
+    """Of the rows, those that the policy answers itself; below 1 the others keep the answers of the data."""
+    judged: bool = True
+    """Whether its own answers are worth something; else they are learned from as they are."""
 
     def begin(self, policy: Policy, seed: int) -> None:
         """Called once, before anything else: make the heads it owns for this model."""

@@ -20,7 +20,7 @@ from rung.model.policy import Policy, document_key
 from rung.objective.base import Objective
 from rung.objective.sft import nll
 from rung.spec.objective import DistillSpec
-from rung.types import Counts, LossTerm, PackedBatch
+from rung.types import OWN, Counts, LossTerm, PackedBatch
 
 
 def between(spec: DistillSpec) -> Divergence:
@@ -38,6 +38,8 @@ class Distill(Objective):
 
     def __init__(self, spec: DistillSpec) -> None:
         self.spec, self.between = spec, between(spec)
+        self.rollout = spec.rollout if spec.on_policy else None
+        self.share, self.judged = spec.on_policy or 1.0, False
         self.states: _States | None = None
         self.seen: list[dict[str, Tensor]] = []
 
@@ -66,8 +68,9 @@ class Distill(Objective):
         self.seen.append({"divergence": apart_N.detach()})
         if spec.cross_entropy:
             logprobs_N = policy.logprobs_of(hidden, batch)
-            terms.append(LossTerm(spec.cross_entropy * nll(logprobs_N, weight_N), "tokens", "sft"))
-            self.seen[-1]["cross_entropy"] = -logprobs_N.detach()
+            of_data = 1.0 - batch.loss.columns.get(OWN, torch.zeros_like(logprobs_N)).to(logprobs_N.dtype)
+            terms.append(LossTerm(spec.cross_entropy * nll(logprobs_N, of_data * weight_N), "tokens", "sft"))
+            self.seen[-1]["cross_entropy"] = -logprobs_N.detach()[of_data > 0]
         if spec.cosine:
             away_N = 1.0 - F.cosine_similarity(own.to(apart_N.dtype), teacher.hidden_NH.to(apart_N.dtype), dim=-1)
             terms.append(LossTerm(spec.cosine * (away_N * weight_N.to(away_N.dtype)).sum(), "tokens", "cosine"))
@@ -78,9 +81,9 @@ class Distill(Objective):
         """Means over tokens: divergence in nats at the temperature, and of the other terms where they are on."""
         if not self.seen:
             return {}
-        found = {name: float(torch.cat([own[name] for own in self.seen]).double().mean()) for name in self.seen[0]}
+        found = {name: torch.cat([own[name] for own in self.seen]).double() for name in self.seen[0]}
         self.seen = []
-        return found
+        return {name: float(values.mean()) for name, values in found.items() if len(values)}
 
     @torch.no_grad()
     def _taught(self, batch: PackedBatch) -> Tensor:
@@ -97,7 +100,8 @@ class Distill(Objective):
             hidden = self.teacher.hidden_states(alone)[batch.loss.source]
         if self.states is not None:
             for i, key in enumerate(keys):
-                if key not in self.states:
+                written = batch.documents[i].columns.get(OWN)
+                if key not in self.states and (written is None or not written.any()):  # its own never comes again
                     self.states[key] = hidden[batch.loss.owner == i]
         return hidden
 

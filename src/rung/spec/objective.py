@@ -278,6 +278,11 @@ class DistillSpec(Spec):
     """Weight of the data's own tokens beside it."""
     cosine: NonNegativeFloat = 0.0
     """Weight of 1 - cos between the last hidden states, which must be equally wide (Sanh et al. 2019)."""
+    on_policy: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Share of the rows that the student answers itself, as `rollout` says, and is corrected on (Agarwal et al. 2024,
+    algorithm 1); their tokens take no part in `cross_entropy`."""
+    rollout: RolloutSpec = RolloutSpec(answers=1)
+    """How the student answers."""
     keep_states: bool = True
     """What the teacher gave for a document is kept on disk: from the second epoch on it is not asked again."""
 
@@ -285,6 +290,10 @@ class DistillSpec(Spec):
     def _nothing_asked_for_in_vain(self) -> DistillSpec:
         if self.beta != 0.5 and self.divergence != "jsd":
             raise ValueError("beta is for divergence: jsd")
+        if self.rollout != RolloutSpec(answers=1) and not self.on_policy:
+            raise ValueError("rollout is for on_policy above 0")
+        if self.rollout.answers != 1 or self.rollout.minibatches != 1 or self.rollout.cut:
+            raise ValueError("a student gives one answer to a row, in one step: leave answers, minibatches and cut")
         return self
 
 
