@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from rung import opened
-from rung import run as running
 from rung.data.chat import Chat
 from rung.engine.pack import pack
 from rung.engine.step import mean_loss
@@ -26,6 +25,7 @@ from rung.method.lora import Lora
 from rung.model.fuse import fuse
 from rung.model.policy import Policy, Untouched
 from rung.objective.sft import Sft
+from rung.prepared import read_splits
 from rung.spec.io import load
 from rung.spec.objective import SftSpec
 from rung.spec.run import RunSpec
@@ -40,7 +40,7 @@ def measure(config: Path, run: Path | None, items: Path, questions: int) -> dict
     spec = load(config).spec
     spec = spec.model_copy(update={"evaluate": spec.evaluate.model_copy(update={"limit": questions})})
     policy, chat = opened.open_base(spec.model) if run is None else opened.open_run(run)[:2]
-    records = opened.test_records(spec, running.read_splits(spec))
+    records = opened.test_records(spec, read_splits(spec))
     rows = unrelated(chat)
     held = bytes_held(policy.model)  # before the first product, which may keep more
     found = opened.score(policy, chat, spec, records, tuned=run is not None)

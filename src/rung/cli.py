@@ -185,6 +185,8 @@ def generate(  # noqa: PLR0913 -- options of a command line, each named where it
     sampling = Sampling(max_new_tokens, temperature, seed, n)
     result = generate_answers(target, data, output, Asked(sampling, limit, distinct, reward, format_of(format)))
     line = f"{result['answers']:,} answers to {result['prompts']:,} prompts in {output}, {result['cut']:,} of them cut"
+    if alike := result["nothing_to_compare"]:
+        line += f"; {alike:,} prompts left out, whose answers score alike"
     _show(result, [line], as_json)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +17,13 @@ from rung.errors import ConfigError, PlanError
 from rung.evaluate.rewards import Scorer
 from rung.method.table import attach
 from rung.model.generate import Answer
-from rung.model.load import Base, fingerprint
+from rung.model.load import Base
 from rung.model.policy import Policy, Untouched
 from rung.objective.reward import ScoreHead
 from rung.opened import load, open_reward
 from rung.scoring.verifiers import Verifier, verifier
 from rung.spec.method import LoraSpec
-from rung.spec.objective import DistillSpec, ModelRewardSpec, PpoSpec
+from rung.spec.objective import DistillSpec, FunctionSpec, ModelRewardSpec, PpoSpec
 from rung.spec.run import RunSpec
 from rung.types import Example, Record
 
@@ -66,13 +67,15 @@ class Beside:
     """Of those that are named: a resumed run must find the very same."""
 
 
-def beside(spec: RunSpec, base: Base) -> Beside:
+def beside(spec: RunSpec, base: Base, chat: Chat) -> Beside:
     """Load them, before the method is attached: a copy of the base's weights can only be shared as it was loaded."""
-    worth, (critic, head), reference = worth_of(spec, base), critic_of(spec, base), reference_of(spec, base)
+    worth, (critic, head), reference = worth_of(spec, base, chat), critic_of(spec, base), reference_of(spec, base)
     prints = {} if reference is None else {"reference": reference.base.fingerprint}
     if isinstance(worth, Scorer):
         run = Path(spec.objective.reward.run)  # type: ignore[union-attr]
-        prints["reward"] = fingerprint(run / ("adapter" if (run / "adapter").is_dir() else "model"), None)
+        prints["reward"] = _digest(sorted(run.glob("[am]*/**/*.safetensors")))  # of adapter/ or model/
+    elif isinstance(getattr(spec.objective, "reward", None), FunctionSpec):
+        prints["reward"] = _digest([Path(spec.objective.reward.path.rpartition(":")[0])])  # type: ignore[union-attr]
     teacher = teacher_of(spec, base)
     if teacher is not None:
         prints["teacher"] = teacher.base.fingerprint
@@ -96,7 +99,14 @@ def teacher_of(spec: RunSpec, base: Base) -> Policy | None:
     return Policy(found, Untouched())
 
 
-def worth_of(spec: RunSpec, base: Base) -> Worth | None:
+def _digest(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def worth_of(spec: RunSpec, base: Base, chat: Chat) -> Worth | None:
     """Of the config's reward, where it has one; a reward model on the run's own base shares its weights.
 
     Raises `ConfigError` where it cannot be had, `PlanError` for a reward model that is not healthy.
@@ -117,10 +127,27 @@ def worth_of(spec: RunSpec, base: Base) -> Worth | None:
             hint = "better pairs or more of them; or objective.reward.accept: true"
             raise PlanError("this reward model is not fit to be followed", where=source.run, given=verdict, hint=hint)
         say(f"the reward model is taken although it is {verdict}")
-    policy, chat, objective, _ = open_reward(path, _shared(manifest, path, base, spec))
-    if chat.tokenizer.get_vocab() != base.tokenizer.get_vocab():
-        raise ConfigError("the reward model has another vocabulary", where="objective.reward.run", given=source.run)
+    policy, theirs, objective, trained = open_reward(path, _shared(manifest, path, base, spec))
+    same_text(path, theirs, chat)
+    if trained.evaluate.context != spec.evaluate.context:
+        what = "this reward model was trained on other prompts"
+        known = f"evaluate.context: {trained.evaluate.context}"
+        raise ConfigError(what, where=source.run, given=known, allowed=spec.evaluate.context)
+    if tasks := set(getattr(trained.method, "tasks", ())) - set(getattr(spec.method, "tasks", ())):
+        what = "this reward model learned something for each task, and this run knows other tasks"
+        raise ConfigError(what, where=source.run, given=", ".join(sorted(tasks)))
     return Scorer(policy, objective)
+
+
+def same_text(reward: Path, theirs: Chat, ours: Chat) -> None:
+    """A reward model must read the very ids that it was trained on. Raises `ConfigError` with what differs."""
+    if theirs.tokenizer.get_vocab() != ours.tokenizer.get_vocab():
+        raise ConfigError("the reward model has another vocabulary", given=reward)
+    if theirs.template != ours.template:
+        raise ConfigError("the reward model was trained with another chat template", given=reward)
+    if theirs.inserted is not None or ours.inserted is not None:
+        what = "a reward model and virtual tokens inside the text do not go together: they are other texts to each"
+        raise ConfigError(what, given=reward)
 
 
 def critic_of(spec: RunSpec, base: Base) -> tuple[Policy | None, ScoreHead | None]:

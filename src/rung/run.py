@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from rung.data.cache import cached_examples
-from rung.data.chat import Chat, Preflight, Tokenised
-from rung.data.mix import load_data
-from rung.data.prompts import Prompted, prompts
-from rung.data.records import Records
-from rung.data.split import Splits
+from rung.data.chat import Chat
+from rung.data.prompts import Prompted
 from rung.engine import gates
 from rung.engine.budget import probe, tokens_per_micro_batch
 from rung.engine.checkpoint import verify, write_folder
-from rung.engine.loop import Interrupted, Trainer, summary, total_steps
+from rung.engine.interrupt import Interrupted
+from rung.engine.loop import Trainer
 from rung.engine.progress import say, stage
 from rung.engine.record import Gate, RunFolder, read_manifest, reset_peak_memory
 from rung.engine.rollout import Judge, Rollouts
 from rung.engine.sample import Sample
+from rung.engine.state import summary, total_steps
 from rung.errors import CheckpointError, ConfigError, DataError, RungError
 from rung.evaluate.rewards import examine
 from rung.method.base import Method
@@ -37,87 +33,17 @@ from rung.objective.distill import Distill
 from rung.objective.ppo import Ppo
 from rung.objective.reward import Reward
 from rung.objective.table import OBJECTIVES
-from rung.opened import device, inserted_in, load
+from rung.opened import device, load
 from rung.others import Beside, beside, judge
+from rung.prepared import Data, read_splits, tokenise
 from rung.publish.artefact import write_origin, write_text_side
 from rung.publish.classifier import write_score
 from rung.spec.io import to_dict
-from rung.spec.method import in_front
 from rung.spec.run import RunSpec
 from rung.spec.support import NOT_MEASURED, PROVED_MODELS
-from rung.types import Record
 
 PROBES = 4
 """Training documents that the step-0 gates look at: the shortest, which cost nothing."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """A config's data, read once and used by every rung."""
-
-    splits: Splits
-    chat: Chat
-    train: Tokenised | Prompted
-    validation: Tokenised | Prompted | None
-    preflight: Preflight
-
-    def summary(self) -> dict[str, Any]:
-        """Counts for `run.json`."""
-        return {"splits": self.splits.summary(), "train": self.train.summary(), "preflight": self.preflight.to_json()}
-
-
-def read_splits(spec: RunSpec) -> Splits:
-    """The three parts of the data. Needs no model, so bad data is found before anything is loaded."""
-    with stage("reading data"):
-        return load_data(spec.data, spec.seed)
-
-
-def tokenise(spec: RunSpec, splits: Splits, base: Base) -> Data:
-    """Examples for training and validation, through the cache, with gate 1 passed."""
-    chat = Chat(base.tokenizer, spec.model.template, inserted_in(spec.method, base))
-    room = base.context - in_front(spec.method)
-    longest = min(spec.data.max_length or room, room)
-
-    if spec.evaluate.context == "withheld":  # a tuned model must be trained on what it will be asked
-        splits = replace(splits, train=_closed_book(splits.train), validation=_closed_book(splits.validation))
-
-    objective = OBJECTIVES[spec.objective.kind](spec.objective)
-    if objective.rollout is not None and objective.judged:
-        return _prompted(spec, splits, chat, longest - objective.rollout.max_new_tokens)
-
-    def examples(records: Sequence[Record]) -> Tokenised:
-        return cached_examples(
-            chat,
-            records,
-            loss_on=spec.data.loss_on,
-            max_length=longest,
-            overflow=spec.data.overflow,
-            rivals=objective.compares,
-        )
-
-    with stage("tokenising"):
-        train = examples(splits.train)
-        validation = examples(splits.validation) if splits.validation else None
-    for part in (train, validation):
-        if part is not None and (lonely := part.fewer_than(objective.at_least)) is not None:
-            hint = "labelled answers are for loss: kto; pairs, rankings and ratings for all others"
-            raise DataError("this row has one answer and nothing to compare it with", where=str(lonely), hint=hint)
-    if validation is not None:
-        chat.preflight(validation)
-    return Data(splits, chat, train, validation, chat.preflight(train))
-
-
-def _prompted(spec: RunSpec, splits: Splits, chat: Chat, longest: int) -> Data:
-    """The questions alone, for a policy that answers them itself."""
-    with stage("tokenising"):
-        train = prompts(chat, splits.train, longest=longest, overflow=spec.data.overflow)
-        held = splits.validation
-        validation = prompts(chat, held, longest=longest, overflow=spec.data.overflow) if held else None
-    return Data(splits, chat, train, validation, train.preflight())
-
-
-def _closed_book(records: Records) -> Records:
-    return Records.of(replace(record, context=None) for record in records)
 
 
 def train(spec: RunSpec, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -141,9 +67,10 @@ def dry_run(spec: RunSpec) -> dict[str, Any]:
     splits = read_splits(spec)
     base = load(spec.model)
     data = tokenise(spec, splits, base)
-    beside(spec, base)
+    beside(spec, base, data.chat)
     method = attach(base.model, spec.method, seed=spec.seed, fused=spec.model.fused)
-    steps_per_epoch = -(-len(data.train.rows) // spec.engine.examples_per_step)
+    rollout = getattr(spec.objective, "rollout", None)
+    steps_per_epoch = -(-len(data.train.rows) // spec.engine.examples_per_step) * (rollout.steps if rollout else 1)
     return {
         **data.summary(),
         "steps_per_epoch": steps_per_epoch,
@@ -160,7 +87,7 @@ def train_on(
     # first: data or a method that cannot be leave no folder behind
     _check_tasks(spec, data)
     _check_lottery(spec, len(data.train.rows))
-    others = beside(spec, base)
+    others = beside(spec, base, data.chat)
     method = attach(base.model, spec.method, seed=spec.seed, fused=spec.model.fused)
     folder = RunFolder.claim(Path(spec.output), to_dict(spec), resume=resume, overwrite=overwrite)
     policy = Policy(base, method)
@@ -186,18 +113,20 @@ def train_on(
             folder.trim_log(0)
             _pass_gates(policy, method, trainer, data, folder)
         _settle_budget(trainer, data)
+        if trainer.rollouts is not None:
+            trainer.rollouts.budget = trainer.budget
         if trainer.progress.step == 0:
             torch.manual_seed(spec.seed)  # of dropout: a resumed run goes on with the state it saved
         reset_peak_memory()
         trainer.run(data.train.rows, data.validation.rows if data.validation else ())
-        folder.update(**summary(trainer.progress, method), **method.statistics())
+        folder.update(**summary(trainer.progress, trainer.moving), **method.statistics())
         _publish(folder, trainer, data.chat)
         if isinstance(objective, Reward) and data.validation:
             health = examine(policy, objective, data.validation.examples, trainer.budget)
             folder.update(reward=health.to_json())
             say(str(health))
     except Interrupted:
-        folder.update(status="interrupted", **summary(trainer.progress, method))
+        folder.update(status="interrupted", **summary(trainer.progress, trainer.moving))
         say(f"saved after step {trainer.progress.step} in {folder.path}; --resume goes on from there")
         raise
     except RungError as error:

@@ -14,6 +14,9 @@ from rung.data.tokenise import Overflow
 from rung.errors import DataError
 from rung.types import Example, Record
 
+PROBED = 8
+"""Tokens at the end of a prompt that the gates look at."""
+
 
 @dataclass(frozen=True)
 class Prompted:
@@ -67,7 +70,8 @@ def prompts(chat: Chat, records: Sequence[Record], *, longest: int, overflow: Ov
             long.append((record, len(ids)))
             continue
         whole = np.array(ids, dtype=np.int32)
-        supervised = np.arange(len(whole)) > 0  # as text of its own, for the gates; learned from are answers alone
+        # the end of it as if it were an answer, for the gates alone: what is learned from are answers of the policy
+        supervised = np.arange(len(whole)) >= max(1, len(whole) - PROBED)
         kept.append(Example(whole, supervised, record.source, record.weight, record.group, record.task, row=len(kept)))
         own.append(record)
     if long and overflow != "drop":

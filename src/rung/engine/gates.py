@@ -179,6 +179,11 @@ def enforce(gate: Gate) -> Gate:
     return gate
 
 
+def tolerance(policy: Policy) -> float:
+    """Nats by which two ways to compute the same thing may differ."""
+    return TOLERANCE[_dtype(policy)]
+
+
 def _dtype(policy: Policy) -> torch.dtype:
     compute = policy.base.compute_dtype
     held = next(policy.model.parameters()).dtype  # a base held in bfloat16 may compute in float32

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain
@@ -20,11 +18,13 @@ import torch
 from rung.engine import checkpoint
 from rung.engine.budget import layers_to_recompute, longest_document_bytes
 from rung.engine.gates import Movement, enforce, not_reached
+from rung.engine.interrupt import Interrupted, interruptible
 from rung.engine.optim import make_optimiser, move_only, rate_at, set_rate
 from rung.engine.pack import largest_first, pack, pack_in_slices, pack_separately
 from rung.engine.progress import Bar, say
-from rung.engine.record import RunFolder, peak_memory_bytes
+from rung.engine.record import Gate, RunFolder
 from rung.engine.rollout import Rollouts
+from rung.engine.state import Progress, total_steps
 from rung.engine.step import accumulate, mean_loss
 from rung.engine.trunk import TrunkCache
 from rung.errors import DataError, GateError
@@ -45,30 +45,6 @@ SKIPS_BEFORE_STOP = 3
 """Steps in a row that may be skipped because their loss or gradient was not finite."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """The user stopped the run; its checkpoint is saved."""
-
-
-@dataclass
-class Progress:
-    """What changes as a run goes on, besides weights and optimiser: all of it is JSON."""
-
-    step: int = 0
-    """Optimiser steps taken, skipped ones included."""
-    seconds: float = 0.0
-    tokens: int = 0
-    loss: float = math.nan
-    skipped: int = 0
-    best: float | None = None
-    """Lowest validation loss so far, in nats per token."""
-    best_step: int = 0
-    misses: int = 0
-    """Measurements in a row that did not improve the best."""
-    validation: float | None = None
-    objective: dict[str, float] = field(default_factory=dict)
-    """What the objective learned besides parameters."""
-
-
 @dataclass
 class Trainer:
     """Runs the steps of one run. `peak_rate` is the resolved learning rate, `budget` the resolved micro-batch."""
@@ -86,7 +62,12 @@ class Trainer:
     """Where the documents come from, when the policy makes them itself."""
 
     def __post_init__(self) -> None:
-        self.optimiser = make_optimiser(self.moving, self.spec.optimiser, self.method.rate_factor)
+        owned = self.objective.trainable().keys()
+        self.optimiser = make_optimiser(
+            self.moving, self.spec.optimiser, lambda name: 1.0 if name in owned else self.method.rate_factor(name)
+        )
+        self.halted_until = 0
+        """The first step after the rollout that is no longer learned from."""
         self.checkpoints = self.folder.path / "checkpoints"
         self.trunk: TrunkCache | None = None
         self.policy.known = {} if self.objective.compares else None
@@ -135,7 +116,7 @@ class Trainer:
         self.trunk = self._trunk(train)
         try:
             sampling = nullcontext() if self.rollouts is None else self.rollouts.sampling()
-            with sampling, _interruptible() as stopping, Bar("train", total, self.progress.step) as bar:
+            with sampling, interruptible() as stopping, Bar("train", total, self.progress.step) as bar:
                 while self.progress.step < total:
                     entry = self._step(self._window(train, self.progress.step // self.repeats), total, movement)
                     last = self.progress.step == total
@@ -224,9 +205,7 @@ class Trainer:
 
     def _step(self, examples: Sequence[Example], total: int, movement: Movement | None) -> dict[str, Any]:
         started = time.perf_counter()
-        rolled: dict[str, Any] = {}
-        if self.rollouts is not None:
-            examples, rolled = self.rollouts.take(examples, self.progress.step)
+        examples, rolled = self._documents(examples)
         batches = self.pack(examples, self.budget)
         batches = batches if self.trunk is None else self.trunk.feed(batches)
         self.optimiser.zero_grad(set_to_none=True)
@@ -240,6 +219,9 @@ class Trainer:
             move_only(self.optimiser, self.moving, moving)
             if moving.turns:
                 self._turn()
+        if self.progress.step < self.halted_until:
+            self.progress.step += 1
+            return {**self._nothing(rate), "halted": "the rest of the rollout"}
         if beside := self.objective.beside(examples):
             with torch.no_grad():
                 self.objective.prepare(self.policy, self.policy.in_turn(self.pack(beside, self.budget)))
@@ -256,7 +238,7 @@ class Trainer:
         tokens = sum(batch.document_tokens for batch in batches)
         self.progress.step += 1
         if halted is not None:  # what is left of this rollout is not learned from
-            self.progress.step = min(total, -(-self.progress.step // self.repeats) * self.repeats)
+            self.halted_until = -(-self.progress.step // self.repeats) * self.repeats
         self.progress.seconds += seconds
         self.progress.tokens += tokens
         self.progress.loss = float(loss)
@@ -266,9 +248,7 @@ class Trainer:
             reached = self.method.reached({e.task for e in examples})
             gate = movement.see(self.optimiser, moving, None if reached is None else {*reached, *owned})
             if gate is not None:
-                self.folder.gate(gate)
-                say(str(gate))
-                enforce(gate)
+                self._pass(gate)
         return {
             "step": self.progress.step,
             "loss": float(loss),
@@ -281,6 +261,27 @@ class Trainer:
             **({} if finite else {"skipped": True}),
             **({} if halted is None else {"halted": halted}),
         }
+
+    def _documents(self, examples: Sequence[Example]) -> tuple[Sequence[Example], dict[str, Any]]:
+        """What a step learns from: rows of the data as they are, or what the policy makes of them; what that cost."""
+        if self.rollouts is None:
+            return examples, {}
+        made, told = self.rollouts.take(examples, self.progress.step)
+        if (gate := self.rollouts.gate) is not None:
+            self.rollouts.gate = None
+            self._pass(gate)
+        return made, told
+
+    def _pass(self, gate: Gate) -> None:
+        """Record a gate, then enforce it."""
+        self.folder.gate(gate)
+        say(str(gate))
+        enforce(gate)
+
+    def _nothing(self, rate: float) -> dict[str, Any]:
+        """The entry of a step in which nothing was computed."""
+        idle = {"loss": self.progress.loss, "learning_rate": rate, "grad_norm": 0.0, "tokens": 0, "seconds": 0.0}
+        return {"step": self.progress.step, **idle}
 
     def _turn(self) -> None:
         """The method is another from here on: earlier validation losses and their best weights were of the old one."""
@@ -352,47 +353,3 @@ class Trainer:
         weights, known = state_of(self.moving), self.policy.known
         self.progress.objective = self.objective.state()
         checkpoint.write_checkpoint(folder, weights, self.optimiser, asdict(self.progress), known)
-
-
-def total_steps(spec: EngineSpec, rows: int, repeats: int = 1) -> int:
-    """Optimiser steps of a whole run over this many rows, each window of them learned from so many times."""
-    per_epoch = -(-rows // spec.examples_per_step)
-    total = math.ceil(spec.epochs * per_epoch - 1e-9) * repeats
-    return min(total, spec.max_steps or total)
-
-
-def summary(progress: Progress, method: Method) -> Mapping[str, Any]:
-    """The run's own numbers for `run.json`; times are without loading, evaluation and saving."""
-    return {
-        "steps": progress.step,
-        "train_seconds": round(progress.seconds, 3),
-        "tokens_per_second": round(progress.tokens / progress.seconds, 1) if progress.seconds else None,
-        "tokens": progress.tokens,
-        "peak_memory_bytes": peak_memory_bytes(),
-        "trainable_parameters": sum(p.numel() for p in method.trainable().values()),
-        "train_loss": progress.loss,
-        "validation_loss": progress.validation,
-        "best_step": progress.best_step,
-    }
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """SIGINT and SIGTERM let the step finish first; a second one stops at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-        say("stopping after this step; once more stops at once")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

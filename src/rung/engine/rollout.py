@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rung.engine.gates import tolerance
 from rung.engine.pack import pack
+from rung.engine.record import Gate
 from rung.model.generate import Answer, Sampling, generate
 from rung.model.policy import Policy
 from rung.model.tree import has_flat_kernel
@@ -39,6 +41,9 @@ class Rollouts:
     budget: int
     documents: list[Example] = field(default_factory=list)
     """Of the rollout at hand, ready to be learned from."""
+    gate: Gate | None = None
+    """Whether what was drawn first is what is scored; taken up by the loop."""
+    checked: bool = False
 
     @property
     def steps(self) -> int:
@@ -72,14 +77,16 @@ class Rollouts:
         order = np.random.default_rng([self.seed, 4, number, epoch]).permutation(rows)
         parts = min(self.spec.minibatches, len(rows))  # the last window of an epoch may have fewer prompts
         chosen = set(np.array_split(order, parts)[part % parts].tolist())
-        return [d for d in self.documents if d.row in chosen], told
+        # whatever compares the answers of a group has been done: a batch need not hold it whole any more
+        return [replace(d, row=-1) for d in self.documents if d.row in chosen], told
 
     def validate(self, prompts: Sequence[Example]) -> dict[str, float]:
         """Greedy answers to held-out prompts: what they are worth on the mean, how long they are, how many are cut."""
         documents, answers = self._answer(prompts, Sampling(self.spec.max_new_tokens))
         if self.validation is None:
             raise RuntimeError("nobody judges these answers")
-        rewards = self.validation(documents, answers)
+        cut = [0.0 if a.stopped else self.spec.cut for a in answers]
+        rewards = [float(r) - c for r, c in zip(self.validation(documents, answers), cut, strict=True)]
         return {
             "reward": float(np.mean(rewards)),
             "answer_tokens": float(np.mean([d.predictions for d in documents])),
@@ -101,6 +108,8 @@ class Rollouts:
         worth = [0.0] * len(documents) if self.train is None else self.train(documents, answers)
         rewards = [float(r) - c for r, c in zip(worth, cut, strict=True)]
         judged = time.perf_counter() - started - made
+        if self.train is not None and not self.checked:
+            self.gate, self.checked = self._check(documents, answers), True
         rollout = Rollout(documents, rewards, [a.stopped for a in answers], lambda value: self._read(documents, value))
         columns = self.objective.columns(self.policy, rollout)
         self.policy.model.train()
@@ -109,6 +118,13 @@ class Rollouts:
             kept = [p for p, is_own in zip(prompts, own, strict=True) if not is_own]
             self.documents = [_marked(d, 1.0) for d in documents] + [_marked(d, 0.0) for d in kept]
         return {"rollout_seconds": round(made, 4), "judge_seconds": round(judged, 4)}
+
+    def _check(self, documents: Sequence[Example], answers: Sequence[Answer]) -> Gate:
+        """The decoder's log-probabilities of what it drew are those that the loss will see."""
+        pairs = zip(self._read(documents, self.policy.logprobs), answers, strict=True)
+        worst = max(float(np.abs(own - np.array(a.logprobs)).max()) for own, a in pairs)
+        limit = tolerance(self.policy)
+        return Gate("rollout.distribution", "passed" if worst <= limit else "failed", worst, limit)
 
     def _answer(self, prompts: Sequence[Example], sampling: Sampling) -> tuple[list[Example], list[Answer]]:
         """In the order of the prompts."""

@@ -256,7 +256,7 @@ def _load_run_as_base(spec: ModelSpec, run: Path, device: torch.device | None) -
             "this run is a reward model: it gives scores and writes nothing",
             where="model.name",
             given=str(run),
-            hint="train a policy with it: objective: {kind: ppo, reward: RUN}",
+            hint="train a policy with it: objective: {kind: ppo, reward: {kind: model, run: RUN}}",
         )
     if (run / "model").is_dir():
         model, tokenizer = _load(run / "model", None, compute)

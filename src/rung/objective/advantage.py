@@ -12,18 +12,23 @@ SPREAD = 1e-4
 
 def over_group(rewards_G: Floats) -> Floats:
     """(r - mean) / (standard deviation + 1e-4) (Shao et al. 2024, section 4.1.2)."""
+    if rewards_G.max() == rewards_G.min():  # rounding would leave a little
+        return np.zeros_like(rewards_G)
     spread = float(rewards_G.std(ddof=1)) + SPREAD
     return np.asarray((rewards_G - rewards_G.mean()) / spread)
 
 
 def over_mean(rewards_G: Floats) -> Floats:
     """R - mean: hard and easy prompts weigh what their rewards differ (Liu et al. 2025, section 3.2)."""
-    return np.asarray(rewards_G - rewards_G.mean())
+    alike = rewards_G.max() == rewards_G.min()
+    return np.zeros_like(rewards_G) if alike else np.asarray(rewards_G - rewards_G.mean())
 
 
 def over_others(rewards_G: Floats) -> Floats:
     """R - mean of the others, an unbiased baseline (Ahmadian et al. 2024, eq. 7)."""
     n = len(rewards_G)
+    if rewards_G.max() == rewards_G.min():
+        return np.zeros_like(rewards_G)
     return np.asarray(rewards_G - (rewards_G.sum() - rewards_G) / (n - 1))
 
 

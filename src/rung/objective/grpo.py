@@ -86,7 +86,7 @@ class Grpo(Objective):
                 losses_N = losses_N + self.spec.beta * kl_above(logprobs_N, given["reference"].to(logprobs_N.dtype))
             share = tokens_D if self.spec.loss == "grpo" else self.spec.rollout.max_new_tokens
             losses_D = by_document(batch, losses_N) / share
-        self._see(logprobs_N.detach(), old_N, given.get("reference"))
+        self._see(batch, logprobs_N.detach(), old_N, given.get("reference"))
         weight_D = losses_D.new_tensor([d.weight for d in batch.documents])
         return [LossTerm((losses_D * weight_D).sum(), "sequences", self.spec.loss)]
 
@@ -101,10 +101,13 @@ class Grpo(Objective):
         divergence = {"kl": float(found["kl"].mean())} if "kl" in found else {}
         return {**self.said, "ratio": float(ratio.mean()), "clipped": float(outside), **divergence}
 
-    def _see(self, logprobs_N: Tensor, old_N: Tensor, reference_N: Tensor | None) -> None:
-        kept = {"logratio": logprobs_N - old_N}
+    def _see(self, batch: PackedBatch, logprobs_N: Tensor, old_N: Tensor, reference_N: Tensor | None) -> None:
+        """What the loss uses: with rloo ratios of whole answers, and the plain log-ratio that is in its rewards."""
+        whole = self.spec.loss == "rloo"
+        kept = {"logratio": by_document(batch, logprobs_N - old_N) if whole else logprobs_N - old_N}
         if reference_N is not None:
-            kept["kl"] = kl_above(logprobs_N, reference_N.to(logprobs_N.dtype))
+            apart = logprobs_N - reference_N.to(logprobs_N.dtype)
+            kept["kl"] = apart if whole else kl_above(logprobs_N, logprobs_N - apart)
         self.seen.append(kept)
 
     def _say(self, rollout: Rollout, groups: NDArray[np.int64]) -> None:
@@ -115,6 +118,7 @@ class Grpo(Objective):
         self.said = {
             "reward": float(rewards.mean()),
             "reward_spread": float(np.mean([own.std() for own in by_group])),
+            "alike": len(alike) / len(by_group),
             "all_right": sum(float(own[0]) >= 1.0 for own in alike) / len(by_group),
             "all_wrong": sum(float(own[0]) <= 0.0 for own in alike) / len(by_group),
             "answer_tokens": float(np.mean(lengths)),

@@ -32,7 +32,7 @@ def value_loss(values: Tensor, before: Tensor, returns: Tensor, clip: float) -> 
 def adapted(beta: float, divergence: float, target: float, answers: int, horizon: int) -> float:
     """The next penalty: it rises while the divergence lies above its target (Ziegler et al. 2019, section 2.2)."""
     error = min(max(divergence / target - 1.0, -0.2), 0.2)
-    return beta * (1.0 + error * answers / horizon)
+    return beta * (1.0 + error * min(1.0, answers / horizon))
 
 
 class Ppo(Objective):

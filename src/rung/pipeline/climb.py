@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from rung import opened
+from rung import opened, prepared
 from rung import run as running
 from rung.data.split import Splits
 from rung.engine.progress import say
 from rung.engine.record import RunFolder, is_climb, peak_memory_bytes, read_manifest, reset_peak_memory, write_json
-from rung.errors import CheckpointError, RungError
+from rung.errors import CheckpointError, ConfigError, RungError
 from rung.evaluate.baselines import Framing, choose_shots
 from rung.evaluate.task import PERPLEXITY, Evaluation, evaluate, require_questions
 from rung.model.load import Base
@@ -98,6 +98,8 @@ class Climb:
     def __init__(self, spec: RunSpec, *, overwrite: bool = False) -> None:
         self.spec = spec
         self.path = Path(spec.output)
+        if spec.objective.kind == "reward":
+            raise ConfigError("a reward model writes nothing that a ladder could score", where="objective.kind")
         for rung in spec.climb.rungs:  # a rung that cannot be is an error before anything is spent
             if rung.kind not in UNTUNED:
                 for_rung(spec, rung, spec.output, spec.seed)
@@ -112,7 +114,7 @@ class Climb:
 
     def run(self) -> Ladder:
         """Measure what is missing and judge the whole; with nothing missing, no model is loaded."""
-        splits = running.read_splits(self.spec)
+        splits = prepared.read_splits(self.spec)
         self._refuse_other("data", splits.fingerprint)
         finished = all((f / "result.json").exists() for rung in self.spec.climb.rungs for f in self._folders(rung))
         if finished and not self._overwrite:
@@ -124,7 +126,7 @@ class Climb:
         self._fresh = base = opened.load(self.spec.model)
         self._refuse_other("base", base.fingerprint)
         # rungs share what a method without virtual tokens reads: those take room, or stand inside the text
-        data = running.tokenise(self.spec.model_copy(update={"method": FullSpec()}), splits, base)
+        data = prepared.tokenise(self.spec.model_copy(update={"method": FullSpec()}), splits, base)
         resume = (self.path / "run.json").exists() and not self._overwrite
         folder = RunFolder.claim(self.path, to_dict(self.spec), resume=resume, overwrite=self._overwrite)
         fingerprints = {"base": base.fingerprint, "data": splits.fingerprint}
@@ -166,7 +168,7 @@ class Climb:
         costs = tuple(json.loads((folder / "result.json").read_text()) for folder in folders)
         return _Measured(rung, evaluations, costs)
 
-    def _measure(self, rung: RungSpec, data: running.Data, records: Sequence[Record]) -> None:
+    def _measure(self, rung: RungSpec, data: prepared.Data, records: Sequence[Record]) -> None:
         """What is missing of one rung."""
         folders = self._folders(rung)
         for number, folder in enumerate(folders):
@@ -178,7 +180,7 @@ class Climb:
             else:
                 self._tune(rung, folder, number, data, records)
 
-    def _ask(self, rung: RungSpec, folder: Path, data: running.Data, records: Sequence[Record]) -> None:
+    def _ask(self, rung: RungSpec, folder: Path, data: prepared.Data, records: Sequence[Record]) -> None:
         """An untuned rung: the base with the strongest prompt the config has."""
         shots = self._shots(rung, data.splits)
         framing = Framing(self.spec.evaluate.instruction, shots, self.spec.evaluate.context == "given")
@@ -193,7 +195,7 @@ class Climb:
         count = (rung.shots or self.spec.evaluate.shots) if rung.kind == "few_shot" else 0
         return choose_shots(splits.train, count, self.spec.seed)
 
-    def _tune(self, rung: RungSpec, folder: Path, number: int, data: running.Data, records: Sequence[Record]) -> None:
+    def _tune(self, rung: RungSpec, folder: Path, number: int, data: prepared.Data, records: Sequence[Record]) -> None:
         """A tuned rung: a run in a folder of its own, then the bare question."""
         spec = for_rung(self.spec, rung, str(folder), self.spec.seed + number)
         begun = (folder / "run.json").exists()
@@ -201,7 +203,7 @@ class Climb:
             policy, chat, _ = opened.open_run(folder)
         else:
             base = self._base()
-            own = running.tokenise(spec, data.splits, base) if hasattr(spec.method, "virtual_tokens") else data
+            own = prepared.tokenise(spec, data.splits, base) if hasattr(spec.method, "virtual_tokens") else data
             policy, _ = running.train_on(spec, base, own, resume=begun)
             self._fresh = None  # its model has been tuned
             chat = own.chat

@@ -18,7 +18,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from rung import opened
+from rung import opened, prepared
 from rung import run as running
 from rung.data.chat import Chat
 from rung.engine.checkpoint import write_folder
@@ -143,7 +143,7 @@ def learn_weights(
         raise ConfigError(
             "weights are searched on the loss of a model that writes", where="--learn", given=task.objective.kind
         )
-    data = running.tokenise(task, running.read_splits(task), base)
+    data = prepared.tokenise(task, prepared.read_splits(task), base)
     names = sorted(set().union(*updates))
     spec = _spec_for(names, {name: sum(len(u[name].a_RI) for u in updates if name in u) for name in names})
     method = Lora(base.model, spec)

@@ -14,11 +14,12 @@ from rung import opened
 from rung.data.chat import Chat
 from rung.data.formats import load_records
 from rung.data.prompts import Prompted, prompts
-from rung.engine.progress import Bar, say
+from rung.engine.progress import Bar
 from rung.errors import ConfigError
 from rung.evaluate.rewards import Scorer
 from rung.model.generate import Answer, Sampling, generate
 from rung.model.policy import Policy
+from rung.others import same_text
 from rung.spec.data import DataSpec, Format
 from rung.spec.model import ModelSpec
 from rung.types import Example, Record
@@ -44,32 +45,41 @@ class Asked:
 def generate_answers(target: str, data: str, output: Path, asked: Asked) -> dict[str, Any]:
     """Write one row a prompt to `output`: the prompt, what was expected, the answers, scores where a run gives them.
 
-    Rows with scores are of the format `rated`. Raises `ConfigError` where the output exists already.
+    Rows with scores are of the format `rated`; prompts whose answers score alike are counted and left out. Raises
+    `ConfigError` where the output exists already.
     """
     if output.exists():
         raise ConfigError("this file exists already", where="--output", given=output)
     records = load_records(DataSpec(path=data, format=asked.format), data).records
     chosen = [records[i] for i in range(min(len(records), asked.limit or len(records)))]
     policy, chat = _open(target)
+    scorer = _scorer(asked.reward, chat) if asked.reward else None
     room = policy.base.context - policy.method.virtual_tokens - asked.sampling.max_new_tokens
     prompted = prompts(chat, chosen, longest=room, overflow="error")
     answers = _answers(policy, chat, prompted, asked.sampling)
     each = asked.sampling.answers
     texts = [chat.assistant_text(a.drawn).strip() for a in answers]
-    scores = _scores(asked.reward, policy, prompted, answers, each) if asked.reward else None
-    lines, kept = [], 0
+    scores = _scores(scorer, prompted, answers, each) if scorer else None
+    lines, kept, alone = [], 0, 0
     for i, record in enumerate(prompted.records):
         own = range(i * each, (i + 1) * each)
         order = sorted(own, key=lambda k: -scores[k]) if scores else list(own)
-        if asked.distinct:
-            order = list({texts[k]: k for k in reversed(order)}.values())[::-1]
+        if asked.distinct or scores:  # rows of answers that are compared hold each once
+            first: dict[str, int] = {}
+            for k in order:
+                first.setdefault(texts[k], k)
+            order = list(first.values())
+        if scores and scores[order[0]] == scores[order[-1]]:
+            alone += 1
+            continue
         kept += len(order)
         row = {**_asked(record), "answers": [texts[k] for k in order], "stopped": [answers[k].stopped for k in order]}
         lines.append({**row, "scores": [round(scores[k], 6) for k in order]} if scores else row)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     cut = sum(not a.stopped for a in answers)
-    return {"output": str(output), "prompts": len(lines), "answers": kept, "made": len(answers), "cut": cut}
+    counts = {"prompts": len(lines), "answers": kept, "made": len(answers), "cut": cut}
+    return {"output": str(output), **counts, "nothing_to_compare": alone}
 
 
 def format_of(text: str) -> Format:
@@ -92,7 +102,14 @@ def _asked(record: Record) -> dict[str, Any]:
     turns = record.messages[:-1]
     one = len(turns) == 1 and turns[0].role == "user"
     prompt: Any = turns[0].content if one else [{"role": m.role, "content": m.content} for m in turns]
-    further = {"context": record.context, "expected": record.answer or None, "group": record.group, "task": record.task}
+    tools = {"tools": record.tools} if record.tools else {}
+    further = {
+        **tools,
+        "context": record.context,
+        "expected": record.answer or None,
+        "group": record.group,
+        "task": record.task,
+    }
     return {"prompt": prompt, **{name: value for name, value in further.items() if value is not None}}
 
 
@@ -115,15 +132,17 @@ def _answers(policy: Policy, chat: Chat, prompted: Prompted, sampling: Sampling)
     return [answer for i in range(len(prompted.examples)) for answer in found[i]]
 
 
-def _scores(run: Path, writer: Policy, prompted: Prompted, answers: Sequence[Answer], each: int) -> list[float]:
-    """Of a reward run, which reads the ids that were drawn: its vocabulary must be the writer's."""
-    policy, chat, objective, spec = opened.open_reward(run)
-    if chat.tokenizer.get_vocab() != writer.base.tokenizer.get_vocab():
-        raise ConfigError("the reward model has another vocabulary", where="--reward", given=run)
-    say(f"scoring with {run}, trained with method {spec.method.kind}")
+def _scorer(run: Path, ours: Chat) -> Scorer:
+    """A reward run, opened and checked before anything is made."""
+    policy, chat, objective, _ = opened.open_reward(run)
+    same_text(run, chat, ours)
+    return Scorer(policy, objective)
+
+
+def _scores(scorer: Scorer, prompted: Prompted, answers: Sequence[Answer], each: int) -> list[float]:
     documents = []
     for i, answer in enumerate(answers):
         prompt = prompted.examples[i // each]
         ids = np.array([*prompt.ids, *answer.drawn], dtype=np.int32)
         documents.append(Example(ids, np.arange(len(ids)) >= len(prompt), prompt.source, task=prompt.task))
-    return Scorer(policy, objective)(documents, max(4096, *map(len, documents)))
+    return scorer(documents, max(4096, *map(len, documents)))

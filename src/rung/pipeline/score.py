@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rung import opened
+from rung import opened, prepared
 from rung import run as running
-from rung.data.cache import cached_examples
 from rung.data.records import Records
-from rung.engine.progress import stage
 from rung.engine.record import RunFolder, is_climb, read_manifest
 from rung.errors import ConfigError
 from rung.evaluate.rewards import examine
@@ -33,9 +31,9 @@ def score(target: str, *, config: str | None, overrides: Sequence[str], limit: i
     task = _task(path, config, overrides, is_run)
     if limit is not None:
         task = task.model_copy(update={"evaluate": task.evaluate.model_copy(update={"limit": limit})})
-    records = opened.test_records(task, running.read_splits(task))
+    records = opened.test_records(task, prepared.read_splits(task))
     if is_run and isinstance(task.objective, RewardSpec):
-        return _examined(path, task, records, keep=config is None and limit is None)
+        return _examined(path, task, records, config=config, keep=config is None and limit is None)
     if is_run:
         policy, chat, _ = opened.open_run(path)
     else:
@@ -49,18 +47,16 @@ def score(target: str, *, config: str | None, overrides: Sequence[str], limit: i
     return summary
 
 
-def _examined(path: Path, task: RunSpec, records: Records, *, keep: bool) -> dict[str, Any]:
+def _examined(path: Path, task: RunSpec, records: Records, *, config: str | None, keep: bool) -> dict[str, Any]:
     """A reward model on held-out comparisons."""
     policy, chat, objective, _ = opened.open_reward(path)
-    with stage("tokenising"):
-        most, over = policy.base.context, task.data.overflow
-        examples = cached_examples(chat, records, max_length=most, overflow=over, rivals=True).examples
+    examples = prepared.held_out(task, chat, records, policy.base).examples
     health = examine(policy, objective, examples, running.budget_of(task, policy.base))
     result = {"reward": health.to_json(), "examples": len(records)}
     if keep:
         manifest = read_manifest(path)
         RunFolder(path, manifest).update(metrics={**manifest.get("metrics", {}), **result})
-    return {"target": str(path), "task": str(path), **result, "said": str(health)}
+    return {"target": str(path), "task": config or str(path), **result, "said": str(health)}
 
 
 def _task(path: Path, config: str | None, overrides: Sequence[str], is_run: bool) -> RunSpec:

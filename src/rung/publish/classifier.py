@@ -68,6 +68,8 @@ def _into_model(folder: Path, weight: Tensor, pad_id: int) -> None:
     state = {key: value for file in files for key, value in load_file(file).items()}
     dtype = next(iter(state.values())).dtype
     kept = {key: value for key, value in state.items() if key in keys}
+    if missing := keys - kept.keys() - {SCORE}:
+        raise CheckpointError("the classifier would lack tensors", where=str(folder), given=sorted(missing)[:2])
     for file in [*files, *folder.glob("*.index.json")]:
         file.unlink()
     save_torch_state_dict({**kept, SCORE: weight.to(torch.promote_types(dtype, torch.float32))}, folder)

@@ -231,11 +231,27 @@ def after_climb(ladder: Json) -> list[str]:
     return commands
 
 
+UNITS = {
+    "preference": "of a pair or an answer",
+    "reward": "nats of a pair",
+    "grpo": "of an answer; validation is minus the mean reward",
+    "ppo": "of a token; validation is minus the mean reward",
+}
+"""What a loss is counted in; nats per token unless said."""
+
+
+def unit_of(spec: Mapping[str, Any]) -> str:
+    """Of the losses of a run."""
+    return UNITS.get(str(spec.get("objective", {}).get("kind")), "nats per token")
+
+
 def after_run(manifest: Json, output: str) -> list[str]:
     """Commands that fit how a run ended, each followed by why."""
     quoted, status = shlex.quote(output), manifest.get("status")
     if status != "finished":
         return ["rung train CONFIG --resume  # goes on from its last checkpoint, with the same config"]
+    if manifest.get("spec", {}).get("objective", {}).get("kind") == "reward":
+        return [f"rung eval {quoted}  # what it is worth on held-out pairs"]
     scored = "scores" in manifest.get("metrics", {})
     score = [] if scored else [f"rung eval {quoted}  # its score on held-out questions"]
     return [*score, f"rung chat {quoted} --compare  # base and tuned side by side"]

@@ -23,6 +23,7 @@ from rung.report.facts import (
     preferred_text,
     reward_text,
     router_text,
+    unit_of,
 )
 from rung.report.folder import PERPLEXITY, Run, Source
 from rung.report.human import count, duration, loss, memory
@@ -149,8 +150,7 @@ def cost_plots(source: Source) -> list[Markup]:
 def curves(source: Source) -> list[tuple[str, Markup]]:
     """Loss curves of each tuned rung."""
     logs = [(rung.label, [run.log for run in rung.runs if plots.has_curve(run.log)]) for rung in source.rungs]
-    compares = source.spec.get("objective", {}).get("kind") == "preference"
-    unit = "of a pair or an answer" if compares else "nats per token"
+    unit = unit_of(source.spec)
     return [(label, plots.losses(label, found, unit)) for label, found in logs if found]
 
 
@@ -235,7 +235,7 @@ def _run_status(manifest: Mapping[str, Any]) -> Status:
     if state == "finished":
         said = f"{method_text(spec.get('method', {}))}. {steps}"
         if manifest.get("validation_loss") is not None:
-            said += f", validation loss {loss(manifest['validation_loss'])} nats per token"
+            said += f", validation loss {loss(manifest['validation_loss'])} {unit_of(spec)}"
         return Status("good", "Finished", f"{said}.", commands=commands)
     if state == "interrupted":
         text = f"Stopped by the user after {steps}; its checkpoint is saved."

@@ -14,7 +14,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from rung.report.facts import LadderRow, after_climb, after_run, artefact, gates_text, ladder_rows, method_text
+from rung.report.facts import LadderRow, after_climb, after_run, artefact, gates_text, ladder_rows, method_text, unit_of
 from rung.report.human import bounds, count, decimals, duration, fixed, loss, memory, significant
 
 Json = Mapping[str, Any]
@@ -38,8 +38,7 @@ def run_lines(manifest: dict[str, Any], output: str, report: str) -> list[str]:
     """How a run ended, what it measured, where its weights are and what to try next."""
     data, spec = manifest.get("data", {}), manifest.get("spec", {})
     validation = f", validation {loss(manifest['validation_loss'])}" if manifest.get("validation_loss") else ""
-    compares = spec.get("objective", {}).get("kind") == "preference"
-    unit = "of a pair or an answer" if compares else "nats per token"
+    unit = unit_of(spec)
     lines = {"gates": gates_text(manifest.get("gates", ()))}
     if manifest.get("steps"):
         speed = f"{manifest['tokens_per_second']:,.0f} tokens/s, " if manifest.get("tokens_per_second") else ""

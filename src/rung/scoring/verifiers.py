@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,11 @@ def verifier(spec: VerifierSpec | RegexSpec | FunctionSpec) -> Verifier:
     return lambda answer, row: float(metric(answer, row["expected"]))
 
 
+def expects(spec: VerifierSpec | RegexSpec | FunctionSpec) -> bool:
+    """Whether it compares with the expected answer: of a row without one the empty answer would be right."""
+    return isinstance(spec, VerifierSpec) or (isinstance(spec, RegexSpec) and re.compile(spec.pattern).groups > 0)
+
+
 def _by_pattern(pattern: re.Pattern[str]) -> Verifier:
     def verify(answer: str, row: Row) -> float:
         found = pattern.search(answer)
@@ -45,6 +51,7 @@ def _by_function(path: str) -> Verifier:
     if found is None or found.loader is None:
         raise ConfigError("there is no such file", where="objective.reward.path", given=file)
     module = importlib.util.module_from_spec(found)
+    sys.modules[module.__name__] = module  # dataclasses look their own module up
     try:
         found.loader.exec_module(module)
     except Exception as error:
@@ -61,8 +68,12 @@ def _by_function(path: str) -> Verifier:
         except Exception as error:
             what = f"the reward function failed: {type(error).__name__}: {error}"
             raise DataError(what, where=str(row["source"]), given=repr(answer[:80])) from error
-        if isinstance(value, bool | int | float) and math.isfinite(value):
-            return float(value)
+        try:
+            number = math.nan if isinstance(value, str) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
         raise DataError(f"the reward function gave {value!r}, not a number", where=str(row["source"]))
 
     return verify

@@ -68,6 +68,14 @@ class RunSpec(Spec):
             raise ValueError(f"init: lora_ga begins from gradients, and {kind} has none before its first answers")
         if self.data.loss_on != "answer":
             raise ValueError(f"{kind} learns from answers of its own: data.loss_on is answer")
+        if getattr(self.method, "dropout", 0.0):
+            raise ValueError(
+                f"{kind} compares with how its answers were made, which dropout would change: leave it out"
+            )
+        if self.data.overflow == "trim_prompt":
+            raise ValueError(f"{kind} asks its prompts as they are: data.overflow is error or drop")
+        if kind == "ppo" and inserted(self.method, 0):
+            raise ValueError("a value model cannot read virtual tokens inside the text: put all of them in front")
 
     @property
     def learning_rate(self) -> float:

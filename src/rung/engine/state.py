@@ -1,0 +1,55 @@
+"""How far a run is, and its own numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from rung.engine.record import peak_memory_bytes
+from rung.spec.engine import EngineSpec
+
+
+@dataclass
+class Progress:
+    """What changes as a run goes on, besides weights and optimiser: all of it is JSON."""
+
+    step: int = 0
+    """Optimiser steps taken, skipped ones included."""
+    seconds: float = 0.0
+    tokens: int = 0
+    loss: float = math.nan
+    skipped: int = 0
+    best: float | None = None
+    """Lowest validation loss so far, in nats per token."""
+    best_step: int = 0
+    misses: int = 0
+    """Measurements in a row that did not improve the best."""
+    validation: float | None = None
+    objective: dict[str, float] = field(default_factory=dict)
+    """What the objective learned besides parameters."""
+
+
+def total_steps(spec: EngineSpec, rows: int, repeats: int = 1) -> int:
+    """Optimiser steps of a whole run over this many rows, each window of them learned from so many times."""
+    per_epoch = -(-rows // spec.examples_per_step)
+    total = math.ceil(spec.epochs * per_epoch - 1e-9) * repeats
+    return min(total, spec.max_steps or total)
+
+
+def summary(progress: Progress, moving: Mapping[str, nn.Parameter]) -> Mapping[str, Any]:
+    """The run's own numbers for `run.json`; times are without loading, evaluation and saving."""
+    return {
+        "steps": progress.step,
+        "train_seconds": round(progress.seconds, 3),
+        "tokens_per_second": round(progress.tokens / progress.seconds, 1) if progress.seconds else None,
+        "tokens": progress.tokens,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "trainable_parameters": sum(p.numel() for p in moving.values()),
+        "train_loss": progress.loss,
+        "validation_loss": progress.validation,
+        "best_step": progress.best_step,
+    }

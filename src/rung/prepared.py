@@ -1,0 +1,107 @@
+"""A config's data, ready to be learned from or measured on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rung.data.cache import cached_examples
+from rung.data.chat import Chat, Preflight, Tokenised
+from rung.data.mix import load_data
+from rung.data.prompts import Prompted, prompts
+from rung.data.records import Records
+from rung.data.split import Splits
+from rung.engine.progress import stage
+from rung.errors import DataError
+from rung.model.load import Base
+from rung.objective.table import OBJECTIVES
+from rung.opened import inserted_in
+from rung.scoring.verifiers import expects
+from rung.spec.method import in_front
+from rung.spec.objective import ModelRewardSpec
+from rung.spec.run import RunSpec
+
+
+@dataclass(frozen=True)
+class Data:
+    """A config's data, read once and used by every rung."""
+
+    splits: Splits
+    chat: Chat
+    train: Tokenised | Prompted
+    validation: Tokenised | Prompted | None
+    preflight: Preflight
+
+    def summary(self) -> dict[str, Any]:
+        """Counts for `run.json`."""
+        return {"splits": self.splits.summary(), "train": self.train.summary(), "preflight": self.preflight.to_json()}
+
+
+def read_splits(spec: RunSpec) -> Splits:
+    """The three parts of the data. Needs no model, so bad data is found before anything is loaded."""
+    with stage("reading data"):
+        return load_data(spec.data, spec.seed)
+
+
+def tokenise(spec: RunSpec, splits: Splits, base: Base) -> Data:
+    """Examples for training and validation, through the cache, with gate 1 passed."""
+    chat = Chat(base.tokenizer, spec.model.template, inserted_in(spec.method, base))
+    longest = room_of(spec, base)
+    if spec.evaluate.context == "withheld":  # a tuned model must be trained on what it will be asked
+        splits = replace(splits, train=_closed_book(splits.train), validation=_closed_book(splits.validation))
+    objective = OBJECTIVES[spec.objective.kind](spec.objective)
+    if objective.rollout is not None and objective.judged:
+        return _prompted(spec, splits, chat, longest - objective.rollout.max_new_tokens)
+    train = documents(spec, chat, splits.train, longest)
+    validation = documents(spec, chat, splits.validation, longest) if splits.validation else None
+    for part in (train, validation):
+        if part is not None and (lonely := part.fewer_than(objective.at_least)) is not None:
+            hint = "labelled answers are for loss: kto; pairs, rankings and ratings for all others"
+            raise DataError("this row has one answer and nothing to compare it with", where=str(lonely), hint=hint)
+    if validation is not None:
+        chat.preflight(validation)
+    return Data(splits, chat, train, validation, chat.preflight(train))
+
+
+def room_of(spec: RunSpec, base: Base) -> int:
+    """Tokens that a document may have."""
+    room = base.context - in_front(spec.method)
+    return min(spec.data.max_length or room, room)
+
+
+def documents(spec: RunSpec, chat: Chat, records: Records, longest: int) -> Tokenised:
+    """What a run learns from or is measured on, as its config says."""
+    with stage("tokenising"):
+        return cached_examples(
+            chat,
+            records,
+            loss_on=spec.data.loss_on,
+            max_length=longest,
+            overflow=spec.data.overflow,
+            rivals=OBJECTIVES[spec.objective.kind](spec.objective).compares,
+        )
+
+
+def held_out(spec: RunSpec, chat: Chat, records: Records, base: Base) -> Tokenised:
+    """Documents of held-out rows, as the run's own were made."""
+    asked = _closed_book(records) if spec.evaluate.context == "withheld" else records
+    return documents(spec, chat, asked, room_of(spec, base))
+
+
+def _prompted(spec: RunSpec, splits: Splits, chat: Chat, longest: int) -> Data:
+    """The questions alone, for a policy that answers them itself. Raises `DataError` where rewards want answers."""
+    source = getattr(spec.objective, "reward", None)
+    if source is not None and not isinstance(source, ModelRewardSpec) and expects(source):
+        for record in (*splits.train, *splits.validation):
+            if record.unanswered or record.bad:
+                what = "this reward compares with the expected answer, and this row has none"
+                raise DataError(what, where=str(record.source), given=f"objective.reward.kind: {source.kind}")
+    with stage("tokenising"):
+        train = prompts(chat, splits.train, longest=longest, overflow=spec.data.overflow)
+        held = splits.validation
+        validation = prompts(chat, held, longest=longest, overflow=spec.data.overflow) if held else None
+    return Data(splits, chat, train, validation, train.preflight())
+
+
+def _closed_book(records: Records) -> Records:
+    return Records.of(replace(record, context=None) for record in records)
