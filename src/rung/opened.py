@@ -12,6 +12,7 @@ from rung.data.chat import Chat
 from rung.data.inserted import Inserted
 from rung.data.records import Records
 from rung.data.split import Splits
+from rung.engine.checkpoint import check_whole
 from rung.engine.progress import stage
 from rung.engine.record import read_manifest
 from rung.errors import CheckpointError, ConfigError, PlanError
@@ -89,6 +90,7 @@ def _open(path: Path, base: Base | None) -> tuple[Policy, Chat, RunSpec]:
             hint="go on with: rung train --resume",
         )
     spec = parse(manifest["spec"], str(path / "run.json"))
+    check_whole(path / ("model" if (path / "model").is_dir() else "adapter"))
     if (path / "model").is_dir():  # with its own tokenizer and template
         inside = path / "model" if spec.objective.kind == "reward" else path
         base = load(ModelSpec(name=str(inside), dtype=spec.model.dtype))

@@ -139,7 +139,50 @@ def test_renamed_adapter_key_is_refused(run: Path, capsys: Any) -> None:
     tensors[name.replace("lora_A", "lora_X")] = tensors.pop(name)
     save_file(tensors, file)
     code, _, err = inside(capsys, "eval", run)
+    assert code == 3 and "damaged: adapter_model.safetensors is not what its manifest says" in err
+    rewritten(run / "adapter")  # even where the manifest goes along
+    code, _, err = inside(capsys, "eval", run)
     assert code == 3 and "1 missing, 1 left over" in err
+
+
+@pytest.mark.parametrize("verb", ["eval", "chat", "merge", "fuse"])
+def test_a_damaged_adapter_is_refused(verb: str, run: Path, tmp_path: Path, capsys: Any) -> None:
+    """Cut short, gone, or with a number changed: never answered with, never a traceback."""
+    file = run / "adapter" / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-5] ^= 1
+    more = {"chat": ["--question", "what?"], "merge": [tmp_path / "m"], "fuse": [run, "-o", tmp_path / "f"]}
+    for damaged in (whole[:-100], bytes(flipped), b"", None):
+        file.unlink()
+        if damaged is not None:
+            file.write_bytes(damaged)
+        code, _, err = inside(capsys, verb, run, *more.get(verb, []))
+        assert code == 3 and "damaged" in err, err
+        file.write_bytes(whole)
+
+
+def test_fusing_looks_at_the_base_that_is_there(run: Path, config: Path, tmp_path: Path, capsys: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    base = tmp_path / "moved-base"
+    shutil.copytree(json.loads((run / "run.json").read_text())["spec"]["model"]["name"], base)
+    one = tmp_path / "one"
+    assert inside(capsys, "train", config, f"model.name={base}", f"output={one}")[0] == 0
+    weights = {name: value + 0.1 for name, value in load_file(base / "model.safetensors").items()}
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = inside(capsys, "fuse", one, one, "-o", tmp_path / "f")
+    assert code == 3 and "another base" in err and not (tmp_path / "f").exists()
+
+
+def rewritten(folder: Path) -> None:
+    """Let the manifest say what the files are now."""
+    import hashlib
+
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in manifest["files"]:
+        manifest["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "head"])
@@ -226,6 +269,7 @@ def test_a_copied_adapter_still_names_its_base(run: Path, tmp_path: Path) -> Non
     assert found["base_fingerprint"] == json.loads((run / "run.json").read_text())["fingerprints"]["base"]
     assert len(found["template"]) == 64
     origin.write_text(json.dumps({**found, "base_fingerprint": "0" * 64}))
+    rewritten(mine / "adapter")
     with pytest.raises(CheckpointError, match="another base"):
         open_run(mine)
 

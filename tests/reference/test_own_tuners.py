@@ -18,7 +18,7 @@ KINDS = [
     ("bottleneck", {"width": 3, "placement": "pfeiffer", "activation": "silu"}),
     ("bottleneck", {"width": 3, "placement": "parallel", "scale": 4.0}),
     ("mixture", {"experts": 3, "rank": 2}),
-    ("mixture", {"experts": 3, "rank": 2, "top_k": 1, "targets": ("q", "down")}),
+    ("mixture", {"experts": 3, "rank": 2, "top_k": 2, "targets": ("q", "down")}),
 ]
 
 

@@ -58,6 +58,12 @@ def verify(folder: Path) -> str | None:
     return None if files else "its manifest lists no files"
 
 
+def check_whole(folder: Path) -> None:
+    """Raise `CheckpointError` for a written folder that is not what it was when it was written."""
+    if problem := verify(folder):
+        raise CheckpointError(f"this folder is damaged: {problem}", where=str(folder), hint="train it again")
+
+
 def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that verifies; what is passed over is told to `warn`."""
     for candidate in sorted(folder.glob("step-*"), reverse=True):

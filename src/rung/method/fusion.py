@@ -57,10 +57,17 @@ def factors_of(state: Mapping[str, Tensor], config: Mapping[str, Any], where: st
                 raise CheckpointError("a module trained whole cannot be fused", where=where, given=key)
             continue
         name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        b = state[key.replace(".lora_A.", ".lora_B.")]
+        b = state.get(key.replace(".lora_A.", ".lora_B."))
+        if b is None:
+            raise CheckpointError("a tensor is missing", where=where, given=key.replace(".lora_A.", ".lora_B."))
         alpha = _of(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
         scale = alpha / (math.sqrt(len(a)) if config.get("use_rslora") else len(a))
         found[name] = Factors(scale * b.float(), a.float())
+    targets = config.get("target_modules")
+    missing = set(targets) - found.keys() if isinstance(targets, list) else set()
+    orphans = [k for k in state if k.endswith(".lora_B.weight") and k.replace(".lora_B.", ".lora_A.") not in state]
+    if orphans or any("." in name for name in missing):  # roles alone are no names
+        raise CheckpointError("a tensor is missing", where=where, given=[*orphans, *sorted(missing)][:2])
     return found
 
 

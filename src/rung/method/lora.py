@@ -254,6 +254,14 @@ class Lora(Method):
         known = {name.rsplit(".", 1)[-1] for name, _ in self.model.named_modules()}
         if unknown := sorted(set(spec.modules_to_save) - known):
             raise ConfigError("no such module", where="method.modules_to_save", given=", ".join(unknown))
+        over = [m for m in spec.modules_to_save if any(f".{m}." in f".{name}." for name in self.names)]
+        if over:
+            what = "these modules would be trained whole and get an adapter as well"
+            raise ConfigError(what, where="method.modules_to_save", given=", ".join(over))
+        places = {str(layer_number(name)) for name in self.names} | {r for name in self.names for r in roles_of(name)}
+        places |= {f"{layer_number(name)}.{role}" for name in self.names for role in roles_of(name)}
+        if idle := sorted(spec.ranks.keys() - places):
+            raise ConfigError("no adapter stands there", where="method.ranks", given=", ".join(idle))
         for name, (inputs, outputs) in self.shapes.items():
             if spec.init in CALIBRATED:
                 starts.check_rank(spec.init, self.ranks[name], name, outputs, inputs)

@@ -105,6 +105,9 @@ def _config(model: PreTrainedModel, spec: PeftSpec) -> PeftConfig:
     if kind in _STEERED:
         hint = "kind: lora with ranks, or kind: lottery"
         raise ConfigError(_STEERED[kind], where="method.config", given=kind, hint=hint)
+    if given.get("task_type", "CAUSAL_LM") != "CAUSAL_LM" or given.get("inference_mode"):
+        refused = {key: given[key] for key in ("task_type", "inference_mode") if key in given}
+        raise ConfigError("a run trains a model that writes", where="method.config", given=refused)
     given |= {"peft_type": kind, "task_type": "CAUSAL_LM"}
     chosen = spec.targets != ALL_LINEAR or spec.layers is not None
     if chosen and (kind in _NO_TARGETS or "target_modules" in given):
@@ -112,6 +115,11 @@ def _config(model: PreTrainedModel, spec: PeftSpec) -> PeftConfig:
         raise ConfigError(f"targets and layers would do nothing: this tuner {why}", where="method", given=kind)
     if kind not in _NO_TARGETS:
         given.setdefault("target_modules", select(model, spec.targets, spec.layers))
+    if kind == "IA3" and isinstance(given["target_modules"], list):
+        # by whole names, as the targets are: stock peft refuses a file in which they are none of them
+        ends = given.get("feedforward_modules", FEED_FORWARD)
+        ends = [ends] if isinstance(ends, str) else ends
+        given["feedforward_modules"] = [n for n in given["target_modules"] if n.endswith(tuple(ends))] if ends else []
     try:
         config = get_peft_config(given)
     except (TypeError, ValueError) as error:
@@ -121,6 +129,8 @@ def _config(model: PreTrainedModel, spec: PeftSpec) -> PeftConfig:
     return config
 
 
+FEED_FORWARD = ("down_proj", "fc_out", "fc2", "dense_4h_to_h", "mlp.c_proj")
+"""Ends of names of the matrices that IA3 scales the inputs of (Liu et al. 2022, section 3.3)."""
 _OURS = {
     "LORA": "kind: lora",
     "PROMPT_TUNING": "kind: prompt",
@@ -133,8 +143,9 @@ _OURS = {
 }
 _STEERED = {
     "ADALORA": "AdaLoRA hands its ranks out anew between steps, which peft leaves to a training loop of its own",
+    "POLY": "Poly chooses among its skills by task ids, which peft wants as an argument of every forward",
     "ADAMSS": "AdaMSS freezes parts of itself between steps, which peft leaves to a training loop of its own",
 }
 """Tuners that would train as something else than their name says."""
-_NO_TARGETS = frozenset({"LN_TUNING", "ADAPTION_PROMPT"})
+_NO_TARGETS = frozenset({"LN_TUNING", "ADAPTION_PROMPT", "TRAINABLE_TOKENS"})
 """Tuners that find their modules themselves."""

@@ -7,7 +7,6 @@ import hashlib
 import json
 import warnings
 from dataclasses import dataclass, replace
-from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,6 @@ def load_base(spec: ModelSpec, *, device: torch.device | None = None) -> Base:
     """
     attention.register()
     logging.disable_progress_bar()  # a bar of half a second on stderr helps nobody
-    getLogger("bitsandbytes").setLevel(ERROR)  # which peft imports, and which misses kernels that it looks for on a hub
     if spec.student_of is not None:
         whole = {"name": spec.student_of, "student_of": None, "layers": None}
         return student(load_base(spec.model_copy(update=whole), device=device), spec.layers or "every_other")

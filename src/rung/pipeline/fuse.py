@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from rung import opened, prepared
 from rung import run as running
 from rung.data.chat import Chat
-from rung.engine.checkpoint import write_folder
+from rung.engine.checkpoint import check_whole, write_folder
 from rung.engine.pack import pack_in_slices
 from rung.engine.record import is_climb, read_manifest, versions, write_json
 from rung.engine.step import mean_loss
@@ -31,7 +31,7 @@ from rung.method.fusion import Factors, How, combined, concatenated, factors_of,
 from rung.method.lora import OWN, Lora
 from rung.method.table import attach
 from rung.model.fuse import fuse
-from rung.model.load import Base, load_tokenizer
+from rung.model.load import Base, check_fingerprint, load_tokenizer
 from rung.model.policy import Policy
 from rung.model.targets import layer_number, roles_of
 from rung.objective.table import OBJECTIVES
@@ -107,6 +107,8 @@ def fuse_runs(runs: Sequence[Path], folder: Path, plan: Plan) -> dict[str, Any]:
     weights = tuple(plan.weights or [1.0] * len(runs))
     searched, ranks, lost = None, [], 0.0
     base = opened.load(_spec(runs[0], manifests[0]).model)
+    for run, manifest in zip(runs, manifests, strict=True):
+        check_fingerprint(manifest, base, run)
     method: Method
     spec: MethodSpec = FullSpec()
     if whole and plan.rank is None:
@@ -217,6 +219,7 @@ def _go_together(runs: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> b
 
 def _update(run: Path) -> dict[str, Factors]:
     """The update of an adapter by module."""
+    check_whole(run / "adapter")
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
     return factors_of(load_file(run / "adapter" / "adapter_model.safetensors"), config, str(run))
 

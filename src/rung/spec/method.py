@@ -4,14 +4,35 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from rung.spec.base import ALL_LINEAR, Role, Share, Spec
 
 Layers = (
-    tuple[NonNegativeInt, ...] | Literal["first", "middle", "last"] | Annotated[str, Field(pattern=r"^\d+-\d+$")] | None
+    Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
+    | Literal["first", "middle", "last"]
+    | Annotated[str, Field(pattern=r"^\d+-\d+$")]
+    | None
 )
 """Numbers counted from 0, a range such as 15-29, or a third of the layers by name; none is all."""
+
+
+def _different(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names) or "" in names:
+        raise ValueError("tasks have different names, none of them empty")
+    return names
+
+
+Tasks = Annotated[tuple[str, ...], AfterValidator(_different)]
+"""Names of tasks of the data."""
 Init = Literal[
     "default", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "corda_knowledge", "lora_ga", "loftq"
 ]
@@ -180,6 +201,14 @@ class MixtureSpec(Spec):
     layers: Layers = None
     """As for lora."""
 
+    @model_validator(mode="after")
+    def _some_are_left_out(self) -> MixtureSpec:
+        if self.top_k == 1:
+            raise ValueError("top_k: 1 gives one expert the weight 1 whatever its router says, which learns nothing")
+        if self.top_k is not None and self.top_k >= self.experts:
+            raise ValueError("top_k is below the number of experts; none takes them all")
+        return self
+
     @property
     def balance_weight(self) -> float:
         """The weight in use."""
@@ -230,7 +259,7 @@ class PromptSpec(Spec):
     kind: Literal["prompt"] = "prompt"
     virtual_tokens: VirtualTokens = 20
     """Embeddings that are learned."""
-    tasks: tuple[str, ...] = ()
+    tasks: Tasks = ()
     """Tasks of the data (`data.task`) that get a prompt of their own; none is one for all."""
     init: Literal["random", "vocabulary", "text"] = "vocabulary"
     """`random`: normal, as wide as the base's embeddings; `vocabulary`: embeddings of different tokens, drawn from the
@@ -252,7 +281,7 @@ class PrefixSpec(Spec):
     kind: Literal["prefix"] = "prefix"
     virtual_tokens: VirtualTokens = 20
     """Keys and values that are learned in each layer."""
-    tasks: tuple[str, ...] = ()
+    tasks: Tasks = ()
     """As for prompt."""
     projection: PositiveInt | None = None
     """Width of a network that makes them from learned embeddings while training (Li and Liang 2021, section 4.3); its
@@ -277,7 +306,7 @@ class PTuningSpec(Spec):
     kind: Literal["p_tuning"] = "p_tuning"
     virtual_tokens: VirtualTokens = 20
     """How many there are in all."""
-    tasks: tuple[str, ...] = ()
+    tasks: Tasks = ()
     """Tasks of the data (`data.task`) that get virtual tokens of their own, from one encoder; none is one for all."""
     encoder: Literal["lstm", "mlp"] = "mlp"
     """`lstm`: two layers in both directions, then linear, ReLU, linear; `mlp`: three linears with ReLU between."""
