@@ -226,7 +226,10 @@ def fuse(
     plan = Plan(*way(how), numbers(weights), rank, seed, learn)
     result = fuse_runs(runs, folder, plan)
     shares = ", ".join(f"{run.name} {weight:g}" for run, weight in zip(runs, result["weights"], strict=True))
-    lines = [f"fused into {folder}: {shares}", f"lost to the stated rank: {result['lost']:.2%} of the update's norm"]
+    lines = [
+        f"fused into {folder}: {shares}",
+        f"lost to the rank of the result: {result['lost']:.2%} of the update's norm",
+    ]
     _show(result, lines, as_json)
 
 

@@ -238,8 +238,8 @@ def _too_long(what: str, long: Sequence[int], limit: int, records: Sequence[Reco
     more = [f"and {count - 10} more"] if count > 10 else []
     return DataError(
         f"{count} of {len(records)} documents are {what}",
-        given=f"data.max_length: {limit}",
-        hint="\n  ".join([*lines, *more, "raise data.max_length, or set data.overflow: drop or trim_prompt"]),
+        given=f"room for {limit} tokens: data.max_length, or the base's context less virtual tokens",
+        hint="\n  ".join([*lines, *more, "make room, or set data.overflow: drop or trim_prompt"]),
     )
 
 

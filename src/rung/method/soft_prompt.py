@@ -174,7 +174,10 @@ class VirtualTokens(Method):
             return ALL
         if task not in self.tables:
             raise DataError(
-                "nothing was learned for this task", given=task, allowed=", ".join(self.tasks), hint="see method.tasks"
+                "nothing was learned for this task",
+                given=task,
+                allowed=", ".join(self.tasks),
+                hint="name the column in data.task, or, for rung chat, --task",
             )
         return task
 

@@ -41,6 +41,7 @@ def merge_run(run: Path, folder: Path, onto: Onto = "trained") -> dict[str, Any]
     Raises `CheckpointError` when there is nothing to merge or the folder is taken, `ConfigError` when a run that
     was not quantised is to go onto the original, `GateError` when the written model is not what it was made from.
     """
+    read_manifest(run)  # which says so where there is no run at all
     if not (run / "adapter").is_dir():
         raise CheckpointError(
             "this run has no adapter to merge", where=str(run), hint="a full or head run is merged already"
