@@ -107,7 +107,9 @@ TASKS = Study(
         "their TIES": Entry(fuse=("lora on finance", "lora on support"), how="ties:0.5"),
         "one lora on both": _lora(),
         "a prompt for each": _method("prompt", virtual_tokens=20, tasks=["finance", "support"]),
-        "p_tuning with one encoder": _method("p_tuning", virtual_tokens=20, tasks=["finance", "support"]),
+        "p_tuning with one encoder": _method(
+            "p_tuning", virtual_tokens=20, tasks=["finance", "support"], encoder="lstm"
+        ),
         "mixture on both": _method("mixture", 1e-3, experts=4, rank=8),
     },
     questions=200,

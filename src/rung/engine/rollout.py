@@ -15,7 +15,7 @@ from torch import Tensor
 from rung.engine.gates import tolerance
 from rung.engine.pack import pack
 from rung.engine.record import Gate
-from rung.model.generate import Answer, Sampling, generate
+from rung.model.generate import Answer, Sampling, generate_by_task
 from rung.model.policy import Policy
 from rung.model.tree import has_flat_kernel
 from rung.objective.base import Objective
@@ -130,21 +130,15 @@ class Rollouts:
         """In the order of the prompts."""
         if not prompts:
             return [], []
-        count = sampling.answers
-        found: dict[int, list[Answer]] = {}
-        for task in sorted({p.task for p in prompts}, key=str):
-            own = [i for i, p in enumerate(prompts) if p.task == task]
-            made = generate(
-                self.policy,
-                [prompts[i].ids.tolist() for i in own],
-                stop_ids=self.stop_ids,
-                sampling=sampling,
-                batch=self.spec.batch,
-                task=task,
-            )
-            found |= {i: made[k * count : (k + 1) * count] for k, i in enumerate(own)}
-        answers = [a for i in range(len(prompts)) for a in found[i]]
-        documents = [self._document(prompts[i // count], a) for i, a in enumerate(answers)]
+        answers = generate_by_task(
+            self.policy,
+            [p.ids.tolist() for p in prompts],
+            [p.task for p in prompts],
+            stop_ids=self.stop_ids,
+            sampling=sampling,
+            batch=self.spec.batch,
+        )
+        documents = [self._document(prompts[i // sampling.answers], a) for i, a in enumerate(answers)]
         return documents, answers
 
     def _document(self, prompt: Example, answer: Answer) -> Example:

@@ -19,7 +19,7 @@ from rung.engine.pack import pack
 from rung.engine.progress import Bar
 from rung.errors import DataError
 from rung.evaluate.baselines import Framing
-from rung.model.generate import Answer, Sampling, generate
+from rung.model.generate import Sampling, generate_by_task
 from rung.model.policy import Policy
 from rung.model.tree import has_flat_kernel
 from rung.scoring.metrics import METRICS
@@ -184,21 +184,16 @@ def _answer(
     title: str,
 ) -> tuple[list[str], list[bool], float]:
     started = time.perf_counter()
-    found: dict[int, Answer] = {}
     with Bar(title, len(prompts)) as bar:
-        for task in sorted(set(tasks), key=str):  # what stands before a prompt may differ from task to task
-            own = [i for i, of in enumerate(tasks) if of == task]
-            answers = generate(
-                policy,
-                [prompts[i] for i in own],
-                stop_ids=chat.stop_ids,
-                sampling=Sampling(spec.max_new_tokens),
-                batch=spec.batch,
-                task=task,
-                on_batch=bar.advance,
-            )
-            found |= dict(zip(own, answers, strict=True))
-    answers = [found[i] for i in range(len(prompts))]
+        answers = generate_by_task(
+            policy,
+            prompts,
+            tasks,
+            stop_ids=chat.stop_ids,
+            sampling=Sampling(spec.max_new_tokens),
+            batch=spec.batch,
+            on_batch=bar.advance,
+        )
     seconds = time.perf_counter() - started
     texts = [chat.assistant_text(a.drawn).strip() for a in answers]
     return texts, [a.stopped for a in answers], seconds

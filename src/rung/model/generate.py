@@ -107,6 +107,27 @@ def generate(
     return [answer for own in found for answer in own]
 
 
+def generate_by_task(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    tasks: Sequence[str | None],
+    *,
+    stop_ids: Sequence[int],
+    sampling: Sampling,
+    batch: int = 32,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """`generate` for prompts of several tasks: what stands before a prompt may differ from task to task."""
+    found: dict[int, list[Answer]] = {}
+    each = sampling.answers
+    for task in sorted(set(tasks), key=str):
+        own = [i for i, of in enumerate(tasks) if of == task]
+        asked = [prompts[i] for i in own]
+        made = generate(policy, asked, stop_ids=stop_ids, sampling=sampling, batch=batch, task=task, on_batch=on_batch)
+        found |= {i: made[k * each : (k + 1) * each] for k, i in enumerate(own)}
+    return [answer for i in range(len(prompts)) for answer in found[i]]
+
+
 class _Decoding:
     """One batch on its way to its answers."""
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from rung.model.policy import Policy
@@ -85,3 +86,10 @@ class Objective(Protocol):
     def report(self) -> Mapping[str, float]:
         """Means over the batches seen since the last report, for the log; then it forgets them."""
         return {}
+
+
+def taken(seen: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What batches left behind, one after the other in float64, by name; then it is forgotten."""
+    found = {name: torch.cat([own[name] for own in seen]).double() for name in seen[0]}
+    seen.clear()
+    return found

@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from rung.model.divergence import Divergence, Side, divergence, forward_kl, jensen_shannon, reverse_kl
 from rung.model.policy import Policy, document_key
-from rung.objective.base import Objective
+from rung.objective.base import Objective, taken
 from rung.objective.sft import nll
 from rung.spec.objective import DistillSpec
 from rung.types import OWN, Counts, LossTerm, PackedBatch
@@ -81,8 +81,7 @@ class Distill(Objective):
         """Means over tokens: divergence in nats at the temperature, and of the other terms where they are on."""
         if not self.seen:
             return {}
-        found = {name: torch.cat([own[name] for own in self.seen]).double() for name in self.seen[0]}
-        self.seen = []
+        found = taken(self.seen)
         return {name: float(values.mean()) for name, values in found.items() if len(values)}
 
     @torch.no_grad()

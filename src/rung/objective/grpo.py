@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rung.model.policy import Policy, by_document
 from rung.objective.advantage import over_group, over_mean, over_others
-from rung.objective.base import Objective
+from rung.objective.base import Objective, taken
 from rung.spec.objective import GrpoSpec
 from rung.types import Counts, Example, LossTerm, PackedBatch, Rollout
 
@@ -94,8 +94,7 @@ class Grpo(Objective):
         """Of the answers: rewards, lengths, groups without a lesson; of the step: ratio and divergence."""
         if not self.seen:
             return {}
-        found = {name: torch.cat([own[name] for own in self.seen]).double() for name in self.seen[0]}
-        self.seen = []
+        found = taken(self.seen)
         ratio = found["logratio"].exp()
         outside = ((ratio - 1.0).abs() > self.spec.clip).double().mean()
         divergence = {"kl": float(found["kl"].mean())} if "kl" in found else {}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rung.model.policy import Policy
 from rung.objective.advantage import Floats, generalised, whitened
-from rung.objective.base import Objective
+from rung.objective.base import Objective, taken
 from rung.objective.grpo import clipped, kl_above, put
 from rung.objective.reward import ScoreHead
 from rung.spec.objective import PpoSpec
@@ -146,8 +146,7 @@ class Ppo(Objective):
         """Of the answers: rewards, divergence, values; of the step: ratio, clipping, entropy."""
         if not self.seen:
             return {}
-        found = {name: torch.cat([own[name] for own in self.seen]).double() for name in self.seen[0]}
-        self.seen = []
+        found = taken(self.seen)
         ratio = found["logratio"].exp()
         return {
             **self.said,

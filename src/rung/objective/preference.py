@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from rung.model.policy import Policy, by_document
-from rung.objective.base import Objective
+from rung.objective.base import Objective, taken
 from rung.objective.pairs import correlation, pairs
 from rung.objective.sft import nll
 from rung.spec.objective import FREE, PreferenceSpec
@@ -154,8 +154,7 @@ class Paired(Objective):
         """Of the pairs: the margin that the loss sees, how many stand the right way, log-probabilities, lengths."""
         if not self.seen:
             return {}
-        found = {name: torch.cat([own[name] for own in self.seen]).double() for name in self.seen[0]}
-        self.seen = []
+        found = taken(self.seen)
         margin, longer = found["margin"], found["better_tokens"] - found["other_tokens"]
         return {
             "margin": float(margin.mean()),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from rung.model.policy import Policy
-from rung.objective.base import Objective
+from rung.objective.base import Objective, taken
 from rung.objective.pairs import correlation, pairs
 from rung.spec.objective import RewardSpec
 from rung.types import Counts, LossTerm, PackedBatch
@@ -107,8 +107,7 @@ class Reward(Objective):
         """Of the pairs: how many stand the right way, scores, and how far their differences follow the lengths'."""
         if not self.seen:
             return {}
-        found = {name: torch.cat([own[name] for own in self.seen]).double() for name in self.seen[0]}
-        self.seen = []
+        found = taken(self.seen)
         margin = found["better"] - found["other"]
         return {
             "accuracy": float((margin > 0).double().mean()),

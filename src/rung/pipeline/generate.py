@@ -17,7 +17,7 @@ from rung.data.prompts import Prompted, prompts
 from rung.engine.progress import Bar
 from rung.errors import ConfigError
 from rung.evaluate.rewards import Scorer
-from rung.model.generate import Answer, Sampling, generate
+from rung.model.generate import Answer, Sampling, generate_by_task
 from rung.model.policy import Policy
 from rung.others import same_text
 from rung.spec.data import DataSpec, Format
@@ -114,22 +114,17 @@ def _asked(record: Record) -> dict[str, Any]:
 
 
 def _answers(policy: Policy, chat: Chat, prompted: Prompted, sampling: Sampling) -> list[Answer]:
-    """Task by task, in the order of the prompts, as many to each as `sampling` says."""
-    found: dict[int, list[Answer]] = {}
+    """As many to each prompt as `sampling` says, in their order."""
     with Bar("generate", len(prompted.examples)) as bar:
-        for task in sorted({e.task for e in prompted.examples}, key=str):
-            own = [i for i, e in enumerate(prompted.examples) if e.task == task]
-            made = generate(
-                policy,
-                [prompted.examples[i].ids.tolist() for i in own],
-                stop_ids=chat.stop_ids,
-                sampling=sampling,
-                batch=BATCH,
-                task=task,
-                on_batch=bar.advance,
-            )
-            found |= {i: made[k * sampling.answers : (k + 1) * sampling.answers] for k, i in enumerate(own)}
-    return [answer for i in range(len(prompted.examples)) for answer in found[i]]
+        return generate_by_task(
+            policy,
+            [e.ids.tolist() for e in prompted.examples],
+            [e.task for e in prompted.examples],
+            stop_ids=chat.stop_ids,
+            sampling=sampling,
+            batch=BATCH,
+            on_batch=bar.advance,
+        )
 
 
 def _scorer(run: Path, ours: Chat) -> Scorer:
