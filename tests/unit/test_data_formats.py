@@ -92,7 +92,26 @@ def test_every_format(row: Row, format: Format, expected: list[tuple[str, str]])
 
 def test_every_format_is_tried_above() -> None:
     marks = test_every_format.pytestmark  # type: ignore[attr-defined]
-    assert {case[1] for case in marks[0].args[1]} | {"label"} == set(FORMATS)
+    assert {case[1] for case in marks[0].args[1]} | {"label", "prompt"} == set(FORMATS)
+
+
+def test_prompts_alone_are_read_only_where_they_are_asked_for() -> None:
+    """Many files have a column of that name; the rows then have nothing to be learned or expected."""
+    row = {"prompt": "p", "context": "c", "system": "s"}
+    with pytest.raises(DataError, match="fit no known format"):
+        detect(rows(row), {})
+    record = to_record("prompt", row, AT, {})
+    assert record.unanswered and record.context == "c" and [m.role for m in record.messages][:2] == ["system", "user"]
+    assert not to_record("preference", {"prompt": "p", "chosen": "a", "rejected": "b"}, AT, {}).unanswered
+
+
+@pytest.mark.parametrize(("margin", "said"), [(0.0, "no better"), (-1, "no better"), ("much", "not a number")])
+def test_a_margin_says_how_much_better(margin: object, said: str) -> None:
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    assert to_record("preference", {**pair, "margin": 2.5}, AT, {}).score == 2.5
+    assert to_record("preference", {**pair, "margin": None}, AT, {}).score == 1.0
+    with pytest.raises(DataError, match=said):
+        to_record("preference", {**pair, "margin": margin}, AT, {})
 
 
 def test_labels_are_read_only_where_they_are_asked_for() -> None:
