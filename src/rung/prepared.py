@@ -54,10 +54,6 @@ def tokenise(spec: RunSpec, splits: Splits, base: Base) -> Data:
         return _prompted(spec, splits, chat, longest - objective.rollout.max_new_tokens)
     train = documents(spec, chat, splits.train, longest)
     validation = documents(spec, chat, splits.validation, longest) if splits.validation else None
-    for part in (train, validation):
-        if part is not None and (lonely := part.fewer_than(objective.at_least)) is not None:
-            hint = "labelled answers are for loss: kto; pairs, rankings and ratings for all others"
-            raise DataError("this row has one answer and nothing to compare it with", where=str(lonely), hint=hint)
     if validation is not None:
         chat.preflight(validation)
     return Data(splits, chat, train, validation, chat.preflight(train))
@@ -70,16 +66,21 @@ def room_of(spec: RunSpec, base: Base) -> int:
 
 
 def documents(spec: RunSpec, chat: Chat, records: Records, longest: int) -> Tokenised:
-    """What a run learns from or is measured on, as its config says."""
+    """What a run learns from or is measured on, as its config says. Raises `DataError` for rows of too few answers."""
+    objective = OBJECTIVES[spec.objective.kind](spec.objective)
     with stage("tokenising"):
-        return cached_examples(
+        found = cached_examples(
             chat,
             records,
             loss_on=spec.data.loss_on,
             max_length=longest,
             overflow=spec.data.overflow,
-            rivals=OBJECTIVES[spec.objective.kind](spec.objective).compares,
+            rivals=objective.compares,
         )
+    if (lonely := found.fewer_than(objective.at_least)) is not None:
+        hint = "labelled answers are for loss: kto; pairs, rankings and ratings for all others"
+        raise DataError("this row has one answer and nothing to compare it with", where=str(lonely), hint=hint)
+    return found
 
 
 def held_out(spec: RunSpec, chat: Chat, records: Records, base: Base) -> Tokenised:

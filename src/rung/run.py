@@ -67,6 +67,8 @@ def dry_run(spec: RunSpec) -> dict[str, Any]:
     splits = read_splits(spec)
     base = load(spec.model)
     data = tokenise(spec, splits, base)
+    _check_tasks(spec, data)
+    _check_lottery(spec, len(data.train.rows))
     beside(spec, base, data.chat)
     method = attach(base.model, spec.method, seed=spec.seed, fused=spec.model.fused)
     rollout = getattr(spec.objective, "rollout", None)

@@ -68,8 +68,9 @@ def test_a_reward_run_ranks_them(compared: Path, tmp_path: Path, capsys: Any) ->
     settings = ("objective={kind: preference}", "engine.max_steps=2", f"output={tmp_path / 'next'}")
     code, _, err = inside(capsys, "train", compared, *given, *settings)
     assert code == 0, err
-    code, _, err = inside(capsys, "generate", tmp_path / "run", *given[:0], "--data", "x", "-o", tmp_path / "y.jsonl")
-    assert code != 0
+    asked = ("generate", tmp_path / "run", "--data", tmp_path / "pairs.jsonl", "-o", tmp_path / "y.jsonl")
+    code, _, err = inside(capsys, *asked)
+    assert code == 3 and "reward model" in err and not (tmp_path / "y.jsonl").exists()
 
 
 def test_prompts_alone_teach_nothing(config: Path, prompts: Path, capsys: Any) -> None:
@@ -80,3 +81,8 @@ def test_prompts_alone_teach_nothing(config: Path, prompts: Path, capsys: Any) -
     rolling = f"objective={{kind: grpo, reward: {reward}, rollout: {{answers: 4, max_new_tokens: 5}}}}"
     code, _, err = inside(capsys, "train", config, *given, rolling, "engine.max_steps=2")
     assert code == 0, err
+    file = config.parent / "prompts.yaml"
+    file.write_text(f"data: {{path: {prompts}, format: prompt}}\noutput: {config.parent / 'none'}\n")
+    name = config.read_text().split("name: ")[1].split(",")[0]
+    code, out, err = inside(capsys, "data", "check", file, "--model", name, "--json")
+    assert code == 0 and json.loads(out)["rejected"] == [], err

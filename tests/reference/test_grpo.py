@@ -73,6 +73,7 @@ def test_loss_and_gradient_are_those_of_documents_alone(loss: str) -> None:
     theirs, their_method = naive("lora", "phi", dtype=torch.float64, rank=4)
     objective = Grpo(spec_of(loss, beta=0.3))
     total, weights = torch.zeros((), dtype=torch.float64), 0.0
+    apart = []
     for e in examples:
         ids = torch.from_numpy(e.ids.astype(np.int64))
         logits = theirs(ids[None], use_cache=False).logits[0].log_softmax(-1)
@@ -88,13 +89,15 @@ def test_loss_and_gradient_are_those_of_documents_alone(loss: str) -> None:
             per_token = per_token + 0.3 * (torch.exp(ref - lp) - (ref - lp) - 1)
             own = per_token.mean() if loss == "grpo" else per_token.sum() / 9
         total, weights = total + e.weight * own, weights + e.weight
+        apart.append(lp - ref if loss == "rloo" else torch.exp(ref - lp) - (ref - lp) - 1)
     (total / weights).backward()
     for batches in (pack(examples, 10_000), pack(examples, 60), pack_separately(examples)):
         policy.model.zero_grad()
         found = accumulate(policy, objective, batches)
         assert float(found) == pytest.approx((total / weights).item(), rel=FLOAT64)
         assert distance(gradients(method), gradients(their_method)) < FLOAT64
-    assert (objective.report()["kl"] > 0.0) == (loss != "rloo") and objective.report() == {}
+    assert objective.report()["kl"] == pytest.approx(float(torch.cat(apart).detach().mean()), rel=1e-6)
+    assert objective.report() == {}
 
 
 def rollouts(policy: Policy, objective: Grpo, worth: Callable[[Answer], float], seed: int = 0) -> Rollouts:

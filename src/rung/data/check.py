@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from rung.data.flat import Tokenised
 from rung.data.formats import Detection, read_records
 from rung.data.mix import weighted_paths
 from rung.data.near import GRAMS, Distinct, Near, gram_hashes, near_duplicates, words
+from rung.data.prompts import prompts
 from rung.data.read import Rejected
 from rung.data.records import Records, characters
 from rung.data.split import Splits, assign, crossing, repeated
@@ -187,6 +189,8 @@ def _measure(
     if chat is None or not records:
         sizes = np.fromiter(map(characters, records), dtype=np.int64, count=len(records))
         return records, _lengths(sizes, "characters"), None
+    if records[0].unanswered:
+        return records, _lengths(prompts(chat, records, longest=sys.maxsize, overflow="error").lengths, "tokens"), None
     tokenised: Tokenised | None = None
     rivals = records[0].score is not None
     try:

@@ -43,10 +43,6 @@ class Prompted:
         counts = {"examples": len(lengths), "tokens": int(lengths.sum()), "supervised_tokens": 0}
         return {**counts, "longest": int(lengths.max()), "dropped": self.dropped, "trimmed": 0}
 
-    def fewer_than(self, count: int) -> None:
-        """Nothing: a prompt needs no answer."""
-        return
-
     def preflight(self) -> Preflight:
         """What gate 1 has to say: there is nothing supervised that could be wrong."""
         n = len(self.examples)
@@ -79,7 +75,7 @@ def prompts(chat: Chat, records: Sequence[Record], *, longest: int, overflow: Ov
         raise DataError(
             f"{len(long)} of {len(records)} prompts leave no room for an answer",
             given=f"at most {longest} tokens",
-            hint="\n  ".join([*lines, "set data.overflow: drop, or a smaller objective.rollout.max_new_tokens"]),
+            hint="\n  ".join([*lines, "a smaller max_new_tokens leaves more; data.overflow: drop leaves them out"]),
         )
     if not kept:
         raise DataError("no prompt is left", given=f"{len(long)} dropped for their length")

@@ -159,7 +159,7 @@ def _variants(records: Iterable[Record], rivals: bool) -> Iterator[_Variant]:
             hint = "leave such rows out, or take objective: {kind: preference, loss: kto}"
             raise DataError("this answer is labelled as bad, and would be learned", where=str(record.source), hint=hint)
         if rivals and record.score is None:
-            hint = "objective.kind: preference takes pairs, rankings, ratings or labels (data.format)"
+            hint = "objectives that compare take pairs, rankings or ratings, and kto labels (data.format)"
             raise DataError("this row compares nothing", where=str(record.source), hint=hint)
         yield _Variant(number, OWN, record)
         for i, rival in enumerate(record.rivals if rivals else ()):

@@ -205,10 +205,6 @@ class Trainer:
 
     def _step(self, examples: Sequence[Example], total: int, movement: Movement | None) -> dict[str, Any]:
         started = time.perf_counter()
-        examples, rolled = self._documents(examples)
-        batches = self.pack(examples, self.budget)
-        batches = batches if self.trunk is None else self.trunk.feed(batches)
-        self.optimiser.zero_grad(set_to_none=True)
         rate = rate_at(
             self.progress.step, total=total, peak=self.peak_rate, schedule=self.spec.schedule, warmup=self.spec.warmup
         )
@@ -222,6 +218,10 @@ class Trainer:
         if self.progress.step < self.halted_until:
             self.progress.step += 1
             return {**self._nothing(rate), "halted": "the rest of the rollout"}
+        examples, rolled = self._documents(examples)
+        batches = self.pack(examples, self.budget)
+        batches = batches if self.trunk is None else self.trunk.feed(batches)
+        self.optimiser.zero_grad(set_to_none=True)
         if beside := self.objective.beside(examples):
             with torch.no_grad():
                 self.objective.prepare(self.policy, self.policy.in_turn(self.pack(beside, self.budget)))

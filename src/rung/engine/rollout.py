@@ -150,7 +150,7 @@ class Rollouts:
     def _read(self, documents: Sequence[Example], value: Callable[[PackedBatch], Tensor]) -> list[np.ndarray]:
         place = {id(d): i for i, d in enumerate(documents)}
         found: list[np.ndarray] = [np.empty(0)] * len(documents)
-        trees = not has_flat_kernel(self.policy.device) and self.policy_shares
+        trees = not has_flat_kernel(self.policy.device)  # nothing is learned here that would keep copies apart
         batches: Iterable[PackedBatch] = pack(documents, self.budget, share_prefixes=trees, device=self.policy.device)
         for reader in (self.policy, *self.objective.partners()):
             batches = reader.in_turn(batches)
@@ -159,11 +159,6 @@ class Rollouts:
             for i, document in enumerate(batch.documents):
                 found[place[id(document)]] = values[owner == i].numpy()
         return found
-
-    @property
-    def policy_shares(self) -> bool:
-        """Whether one copy of a prompt may stand for all its answers."""
-        return self.policy.method.keeps_apart() is None  # type: ignore[attr-defined]
 
 
 def _prompt_of(document: Example) -> Example:
