@@ -1,4 +1,4 @@
-"""Writes data.jsonl: arithmetic word problems with one or two steps, each with its number as the answer.
+"""Writes data.jsonl: arithmetic word problems with one or two steps, each with its number and the way to it.
 
 Run `python examples/verifiable/generate.py [PATH]`. Standard library only, one fixed seed, the same bytes every time.
 """
@@ -16,32 +16,36 @@ NAMES = ("Mara", "Jonas", "Aylin", "Tomas", "Ines", "Pavel", "Lucia", "Henrik", 
 THINGS = ("apples", "books", "stamps", "marbles", "pens", "shells", "coins", "cards", "stickers", "plums")
 ASK = "How many {thing} does {name} have now? End with the number."
 ONE = (
-    ("{name} has {a} {thing} and gets {b} more.", lambda a, b: a + b),
-    ("{name} has {a} {thing} and gives {b} away.", lambda a, b: a - b),
-    ("{name} finds {b} {thing} and had {a} before.", lambda a, b: a + b),
-    ("{name} had {a} {thing} and lost {b} of them.", lambda a, b: a - b),
+    ("{name} has {a} {thing} and gets {b} more.", "+"),
+    ("{name} has {a} {thing} and gives {b} away.", "-"),
+    ("{name} finds {b} {thing} and had {a} before.", "+"),
+    ("{name} had {a} {thing} and lost {b} of them.", "-"),
 )
 TWO = (
-    ("{name} has {a} {thing}, gets {b} more and gives {c} away.", lambda a, b, c: a + b - c),
-    ("{name} has {a} {thing}, loses {b} and finds {c}.", lambda a, b, c: a - b + c),
+    ("{name} has {a} {thing}, gets {b} more and gives {c} away.", "+-"),
+    ("{name} has {a} {thing}, loses {b} and finds {c}.", "-+"),
 )
 
 
 def problem(rng: random.Random) -> dict[str, str]:
-    """One row: the question, the number, and how many steps it takes."""
+    """One row: the question, the number, the way to it, and how many steps that takes."""
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
-    steps = rng.choice((1, 1, 2))
+    text, signs = rng.choice(rng.choice((ONE, ONE, TWO)))
     a = rng.randint(4, 20)
     b = rng.randint(1, a - 1)
-    if steps == 1:
-        text, answer = rng.choice(ONE)
-        numbers = (a, b)
-    else:
-        text, answer = rng.choice(TWO)
-        numbers = (a, b, rng.randint(1, 9) if "finds" in text else rng.randint(1, a + b))
-    told = text.format(name=name, thing=thing, **dict(zip("abc", numbers, strict=False)))
-    question = f"{told} {ASK.format(name=name, thing=thing)}"
-    return {"question": question, "answer": str(answer(*numbers)), "kind": f"{steps} step{'s' * (steps > 1)}"}
+    c = rng.randint(1, 9) if signs == "-+" else rng.randint(1, a + b)
+    now, steps = a, []
+    for sign, number in zip(signs, (b, c), strict=False):
+        after = now + number if sign == "+" else now - number
+        steps.append(f"{now} {sign} {number} = {after}")
+        now = after
+    told = text.format(name=name, thing=thing, a=a, b=b, c=c)
+    return {
+        "question": f"{told} {ASK.format(name=name, thing=thing)}",
+        "answer": str(now),
+        "worked": ", ".join(steps),
+        "kind": f"{len(steps)} step{'s' * (len(steps) > 1)}",
+    }
 
 
 def rows() -> list[dict[str, str]]:

@@ -174,6 +174,9 @@ def generate(  # noqa: PLR0913 -- options of a command line, each named where it
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most this many prompts.")] = None,
     distinct: Annotated[bool, typer.Option("--distinct", help="Keep one of equal answers.")] = False,
     reward: Annotated[Path | None, typer.Option("--reward", help="A reward run that scores them, best first.")] = None,
+    reference: Annotated[
+        str | None, typer.Option("--reference", help="A run or a base: how much likelier each answer is here, in nats.")
+    ] = None,
     format: Annotated[str, typer.Option("--format", help="As data.format; prompt for rows without answers.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     as_json: AsJson = False,
@@ -183,11 +186,13 @@ def generate(  # noqa: PLR0913 -- options of a command line, each named where it
     from rung.pipeline.generate import Asked, format_of, generate_answers
 
     sampling = Sampling(max_new_tokens, temperature, seed, n)
-    result = generate_answers(target, data, output, Asked(sampling, limit, distinct, reward, format_of(format)))
+    asked = Asked(sampling, limit, distinct, reward, reference, format_of(format))
+    result = generate_answers(target, data, output, asked)
     line = f"{result['answers']:,} answers to {result['prompts']:,} prompts in {output}, {result['cut']:,} of them cut"
     if alike := result["nothing_to_compare"]:
         line += f"; {alike:,} prompts left out, whose answers score alike"
-    _show(result, [line], as_json)
+    means = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in result["means"].items())
+    _show(result, [line, f"mean of an answer: {means}"], as_json)
 
 
 @app.command()

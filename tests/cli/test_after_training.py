@@ -295,6 +295,9 @@ def test_several_adapters_share_one_base_and_never_touch_it(config: Path, tmp_pa
         "narrow": "kind: bottleneck, width: 4",
         "soft": "kind: prompt, virtual_tokens: 3",
         "experts": "kind: mixture, experts: 2",
+        "cached": "kind: prefix, virtual_tokens: 3",
+        "encoded": "kind: p_tuning, virtual_tokens: 3, hidden: 8",
+        "scaled": "kind: peft, config: {peft_type: IA3, feedforward_modules: []}",
     }
     for name, method in methods.items():
         given = [f"method={{{method}}}", "engine.max_steps=2", f"output={tmp_path / name}"]

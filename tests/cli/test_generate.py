@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 
+from builders import example
 from processes import inside
+from rung.engine.pack import pack_separately
+from rung.model.generate import Sampling, generate
+from rung.opened import open_run
+from rung.types import Message
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -31,6 +36,8 @@ def test_answers_of_a_base(tiny_base: Path, questions: Path, tmp_path: Path, cap
     assert len(rows) == 4 and all(len(row["answers"]) == len(row["stopped"]) == 3 for row in rows)
     assert rows[0]["prompt"] == "what is in it, 0?" and rows[0]["context"] == "box 0" and rows[0]["expected"] == "pears"
     assert json.loads(out)["made"] == 12
+    lengths = [n for row in rows for n in row["tokens"]]
+    assert json.loads(out)["means"] == {"tokens": pytest.approx(sum(lengths) / 12)} and max(lengths) <= 6
     assert inside(capsys, "generate", tiny_base, *given, "-o", tmp_path / "b.jsonl")[0] == 0
     assert read(tmp_path / "b.jsonl") == rows  # one seed, the same answers
     assert inside(capsys, "generate", tiny_base, *given, "-o", tmp_path / "c.jsonl", "--seed", 1)[0] == 0
@@ -71,6 +78,43 @@ def test_a_reward_run_ranks_them(compared: Path, tmp_path: Path, capsys: Any) ->
     asked = ("generate", tmp_path / "run", "--data", tmp_path / "pairs.jsonl", "-o", tmp_path / "y.jsonl")
     code, _, err = inside(capsys, *asked)
     assert code == 3 and "reward model" in err and not (tmp_path / "y.jsonl").exists()
+
+
+def test_how_far_answers_are_from_a_reference(config: Path, questions: Path, tmp_path: Path, capsys: Any) -> None:
+    """Each log-ratio written out, the base's weights held once; against itself a model has moved nowhere."""
+    assert inside(capsys, "train", config, "engine.max_steps=4")[0] == 0
+    run = tmp_path / "run"
+    base = json.loads((run / "run.json").read_text())["spec"]["model"]["name"]
+    given = ("--data", questions, "--n", 2, "--limit", 3, "--max-new-tokens", 6)
+    code, out, err = inside(capsys, "generate", run, *given, "--reference", base, "-o", tmp_path / "a.jsonl", "--json")
+    assert code == 0, err
+    rows = read(tmp_path / "a.jsonl")
+    policy, chat, _ = open_run(run)
+    asked = [chat.prompt_ids([Message("user", row["prompt"])], context=row["context"]) for row in rows]
+    answers = generate(policy, asked, stop_ids=chat.stop_ids, sampling=Sampling(6, 1.0, 0, 2))  # the same draws again
+    found = [value for row in rows for value in row["log_ratios"]]
+    for i, answer in enumerate(answers):
+        prompt = asked[i // 2]
+        batch = pack_separately([example([*prompt, *answer.drawn], len(prompt))])[0]
+        expected = float((policy.logprobs(batch).detach() - policy.base_logprobs(batch)).sum())
+        assert found[i] == pytest.approx(expected, abs=1e-4) and found[i] != 0
+    assert json.loads(out)["means"]["log_ratio"] == pytest.approx(sum(found) / len(found), abs=1e-5)
+    given = (*given, "--reference", run, "-o", tmp_path / "b.jsonl")
+    assert inside(capsys, "generate", run, *given)[0] == 0
+    assert all(abs(value) < 1e-5 for row in read(tmp_path / "b.jsonl") for value in row["log_ratios"])
+
+
+def test_one_answer_each_keeps_its_score(compared: Path, tmp_path: Path, capsys: Any) -> None:
+    """With one answer there is nothing to compare, and every prompt stays."""
+    compared.write_text(compared.read_text().replace("{kind: preference, beta: 0.5}", "{kind: reward}"))
+    assert inside(capsys, "train", compared)[0] == 0
+    base = json.loads((tmp_path / "run" / "run.json").read_text())["spec"]["model"]["name"]
+    given = ("--data", tmp_path / "pairs.jsonl", "--n", 1, "--limit", 5, "--max-new-tokens", 4)
+    asked = (base, *given, "--reward", tmp_path / "run", "-o", tmp_path / "one.jsonl", "--json")
+    code, out, err = inside(capsys, "generate", *asked)
+    assert code == 0, err
+    scores = [score for row in read(tmp_path / "one.jsonl") for score in row["scores"]]
+    assert len(scores) == 5 and json.loads(out)["means"]["score"] == pytest.approx(sum(scores) / 5, abs=1e-5)
 
 
 def test_prompts_alone_teach_nothing(config: Path, prompts: Path, capsys: Any) -> None:

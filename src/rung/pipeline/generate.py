@@ -9,23 +9,31 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import torch
 
 from rung import opened
 from rung.data.chat import Chat
 from rung.data.formats import load_records
 from rung.data.prompts import Prompted, prompts
+from rung.engine.pack import pack
 from rung.engine.progress import Bar
+from rung.engine.record import read_manifest
 from rung.errors import ConfigError
 from rung.evaluate.rewards import Scorer
 from rung.model.generate import Answer, Sampling, generate_by_task
-from rung.model.policy import Policy
+from rung.model.load import Base
+from rung.model.policy import Policy, Untouched, by_document
+from rung.model.tree import has_flat_kernel
 from rung.others import same_text
 from rung.spec.data import DataSpec, Format
+from rung.spec.io import parse
 from rung.spec.model import ModelSpec
 from rung.types import Example, Record
 
 BATCH = 64
 """Answers made at once."""
+TOKENS = 4096
+"""Answers read at once, unless one is longer."""
 
 
 @dataclass(frozen=True)
@@ -39,47 +47,58 @@ class Asked:
     """Keep one of equal answers."""
     reward: Path | None = None
     """A reward run: answers come with its scores, best first."""
+    reference: str | None = None
+    """A run or a base: answers come with how much likelier they are here than there."""
     format: Format = "auto"
 
 
 def generate_answers(target: str, data: str, output: Path, asked: Asked) -> dict[str, Any]:
     """Write one row a prompt to `output`: the prompt, what was expected, the answers, scores where a run gives them.
 
-    Rows with scores are of the format `rated`; prompts whose answers score alike are counted and left out. Raises
-    `ConfigError` where the output exists already.
+    Rows with several scores are of the format `rated`; prompts whose answers score alike are counted and left out.
+    Log-ratios to a reference are in nats an answer; the mean over answers that were sampled at temperature 1 estimates
+    the KL divergence. Raises `ConfigError` where the output exists already.
     """
     if output.exists():
         raise ConfigError("this file exists already", where="--output", given=output)
     records = load_records(DataSpec(path=data, format=asked.format), data).records
     chosen = [records[i] for i in range(min(len(records), asked.limit or len(records)))]
-    policy, chat = _open(target)
-    scorer = _scorer(asked.reward, chat) if asked.reward else None
+    policy, chat, scorer = _open(target, asked)
     room = policy.base.context - policy.method.virtual_tokens - asked.sampling.max_new_tokens
     prompted = prompts(chat, chosen, longest=room, overflow="error")
     answers = _answers(policy, chat, prompted, asked.sampling)
     each = asked.sampling.answers
     texts = [chat.assistant_text(a.drawn).strip() for a in answers]
-    scores = _scores(scorer, prompted, answers, each) if scorer else None
+    documents = _documents(prompted, answers, each)
+    scores = scorer(documents, _budget(documents)) if scorer else None
+    ratios = _log_ratios(policy, documents) if policy.reference else None
     lines, kept, alone = [], 0, 0
     for i, record in enumerate(prompted.records):
         own = range(i * each, (i + 1) * each)
         order = sorted(own, key=lambda k: -scores[k]) if scores else list(own)
-        if asked.distinct or scores:  # rows of answers that are compared hold each once
+        if asked.distinct or (scores and each > 1):  # rows of answers that are compared hold each once
             first: dict[str, int] = {}
             for k in order:
                 first.setdefault(texts[k], k)
             order = list(first.values())
-        if scores and scores[order[0]] == scores[order[-1]]:
+        if scores and each > 1 and scores[order[0]] == scores[order[-1]]:
             alone += 1
             continue
         kept += len(order)
-        row = {**_asked(record), "answers": [texts[k] for k in order], "stopped": [answers[k].stopped for k in order]}
-        lines.append({**row, "scores": [round(scores[k], 6) for k in order]} if scores else row)
+        row = {
+            **_asked(record),
+            "answers": [texts[k] for k in order],
+            "tokens": [len(answers[k].drawn) for k in order],
+            "stopped": [answers[k].stopped for k in order],
+        }
+        measured = {"scores": scores, "log_ratios": ratios}
+        lines.append({**row, **{n: [round(v[k], 6) for k in order] for n, v in measured.items() if v is not None}})
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     cut = sum(not a.stopped for a in answers)
-    counts = {"prompts": len(lines), "answers": kept, "made": len(answers), "cut": cut}
-    return {"output": str(output), **counts, "nothing_to_compare": alone}
+    counts = {"prompts": len(lines), "answers": kept, "made": len(answers), "cut": cut, "nothing_to_compare": alone}
+    of_all = {"tokens": [len(a.drawn) for a in answers], "score": scores, "log_ratio": ratios}
+    return {"output": str(output), **counts, "means": {n: float(np.mean(v)) for n, v in of_all.items() if v}}
 
 
 def format_of(text: str) -> Format:
@@ -90,11 +109,45 @@ def format_of(text: str) -> Format:
     return found
 
 
-def _open(target: str) -> tuple[Policy, Chat]:
-    if (Path(target) / "run.json").exists():
-        policy, chat, _ = opened.open_run(Path(target))
-        return policy, chat
-    return opened.open_base(ModelSpec(name=target))
+def _open(target: str, asked: Asked) -> tuple[Policy, Chat, Scorer | None]:
+    """What answers, with its reference, and what scores; a base that carries several of them is held once."""
+    path = Path(target)
+    run = (path / "run.json").exists()
+    spec = parse(read_manifest(path)["spec"], str(path / "run.json")).model if run else ModelSpec(name=target)
+    base = None if run and (path / "model").is_dir() else opened.load(spec)
+    own = base.twin() if base is not None and (asked.reward or asked.reference) else base
+    if run or own is None:
+        policy, chat, _ = opened.open_run(path, own)
+    else:
+        policy, chat = Policy(own, Untouched()), Chat(own.tokenizer)
+    if asked.reference is not None:
+        policy.reference = _reference(asked.reference, spec, base)
+        if policy.reference.base.tokenizer.get_vocab() != chat.tokenizer.get_vocab():
+            raise ConfigError("the reference has another vocabulary", where="--reference", given=asked.reference)
+    return policy, chat, _scorer(asked.reward, chat, base) if asked.reward else None
+
+
+def _reference(named: str, spec: ModelSpec, base: Base | None) -> Policy:
+    """A run with its adapter on, or a base; the base of what answers where that is it."""
+    if base is not None and named == spec.name:
+        return Policy(base.twin(), Untouched())
+    if (Path(named) / "run.json").exists():
+        return opened.open_run(Path(named), _shared(Path(named), base))[0]
+    return opened.open_base(spec.model_copy(update={"name": named, "revision": None, "student_of": None}))[0]
+
+
+def _scorer(run: Path, ours: Chat, base: Base | None) -> Scorer:
+    """A reward run, opened and checked before anything is made."""
+    policy, chat, objective, _ = opened.open_reward(run, _shared(run, base))
+    same_text(run, chat, ours)
+    return Scorer(policy, objective)
+
+
+def _shared(run: Path, base: Base | None) -> Base | None:
+    """The weights at hand once more, where a run's adapter stands on them."""
+    if base is None or not (run / "adapter").is_dir():
+        return None
+    return base.twin() if read_manifest(run)["fingerprints"]["base"] == base.fingerprint else None
 
 
 def _asked(record: Record) -> dict[str, Any]:
@@ -127,17 +180,28 @@ def _answers(policy: Policy, chat: Chat, prompted: Prompted, sampling: Sampling)
         )
 
 
-def _scorer(run: Path, ours: Chat) -> Scorer:
-    """A reward run, opened and checked before anything is made."""
-    policy, chat, objective, _ = opened.open_reward(run)
-    same_text(run, chat, ours)
-    return Scorer(policy, objective)
-
-
-def _scores(scorer: Scorer, prompted: Prompted, answers: Sequence[Answer], each: int) -> list[float]:
-    documents = []
+def _documents(prompted: Prompted, answers: Sequence[Answer], each: int) -> list[Example]:
+    """Prompts with their answers, which are what is scored."""
+    found = []
     for i, answer in enumerate(answers):
         prompt = prompted.examples[i // each]
         ids = np.array([*prompt.ids, *answer.drawn], dtype=np.int32)
-        documents.append(Example(ids, np.arange(len(ids)) >= len(prompt), prompt.source, task=prompt.task))
-    return scorer(documents, max(4096, *map(len, documents)))
+        found.append(Example(ids, np.arange(len(ids)) >= len(prompt), prompt.source, task=prompt.task))
+    return found
+
+
+def _budget(documents: Sequence[Example]) -> int:
+    return max(TOKENS, *map(len, documents))
+
+
+@torch.no_grad()
+def _log_ratios(policy: Policy, documents: Sequence[Example]) -> list[float]:
+    """Log p(answer) - log q(answer), q the reference's, in nats."""
+    place = {id(d): i for i, d in enumerate(documents)}
+    found = [0.0] * len(documents)
+    trees = not has_flat_kernel(policy.device)
+    for batch in policy.in_turn(pack(documents, _budget(documents), share_prefixes=trees, device=policy.device)):
+        sums = by_document(batch, policy.logprobs(batch)).double() - policy.reference_sums(batch)
+        for document, value in zip(batch.documents, sums.tolist(), strict=True):
+            found[place[id(document)]] = value
+    return found
