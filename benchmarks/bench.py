@@ -18,7 +18,7 @@ from rich.console import Console
 
 from benchmarks import report
 from benchmarks.machine import processor
-from benchmarks.rows import make_rows, read_rows
+from benchmarks.rows import make_pairs, make_rows, read_pairs, read_rows
 from benchmarks.runner import OURS, PEERS, ROOT, Entry, RunError, Store, run
 from benchmarks.sides import Sides, speed
 from benchmarks.workloads import (
@@ -72,16 +72,23 @@ class Bench:
     def _prepare(self, work: Workload, folder: Path) -> None:
         """Rows, Rung's config, and the ids that both sides get."""
         folder.mkdir(parents=True, exist_ok=True)
-        rows = read_rows(self.rows, work.rows) if self.rows else make_rows(work.rows, work.seed)
-        form = {"plain": work.plain, "system": work.system} if isinstance(work, Training) else {}
         data = folder / "rows.jsonl"
-        data.write_text("".join(json.dumps(row.to_json(**form)) + "\n" for row in rows), encoding="utf-8")
+        data.write_text("".join(json.dumps(row) + "\n" for row in self._rows(work)), encoding="utf-8")
         training = work if isinstance(work, Training) else Training(work.key, work.title, work.target, seed=work.seed)
         config = training.config(str(data), str(folder / "run"))
         (folder / "train.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         length = "quick" if self.quick else "whole"
         given = ("-m", "benchmarks.prepare", work.key, length, folder, self.sides.model)
         run([OURS / "python", *given], folder / "prepare.log", self.sides.env)
+
+    def _rows(self, work: Workload) -> list[Entry]:
+        """Of the file that was named, or generated."""
+        if isinstance(work, Training) and work.objective != "sft":
+            pairs = read_pairs(self.rows, work.rows) if self.rows else make_pairs(work.rows, work.seed)
+            return [pair.to_json() for pair in pairs]
+        rows = read_rows(self.rows, work.rows) if self.rows else make_rows(work.rows, work.seed)
+        form = {"plain": work.plain, "system": work.system} if isinstance(work, Training) else {}
+        return [row.to_json(**form) for row in rows]
 
     def _tune(self, work: Workload, folder: Path) -> Candidate:
         """Try each candidate briefly and keep the fastest. One that fails is out, and its reason is kept."""
@@ -141,7 +148,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", type=_keys, default=list(WORKLOADS), metavar="a,b", help="these workloads")
     parser.add_argument("--pairs", type=int, default=3, help="runs of each side")
     parser.add_argument("--quick", action="store_true", help="two steps and one pair: shows that all runs")
-    parser.add_argument("--rows", type=Path, help="a jsonl file of your own: question and answer, or messages")
+    parser.add_argument(
+        "--rows",
+        type=Path,
+        help="a jsonl file of your own: question and answer, or messages; for pairs prompt, chosen and rejected",
+    )
     parser.add_argument("--resume", action="store_true", help="keep what was measured and run what is missing")
     parser.add_argument("--results", type=Path, help="where to write the table; a partial bench keeps it in --work")
     parser.add_argument("--work", type=Path, default=ROOT / "benchmarks/.results", help="folder for everything else")

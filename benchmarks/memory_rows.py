@@ -85,15 +85,15 @@ def measure(folder: Path, count: int) -> int:
 
 def trace(config: Path) -> list[str]:
     """What reading and tokenising hold in Python objects and arrays when they are done, and the most they held."""
-    from rung import run
+    from rung import opened, prepared
     from rung.spec.io import load
 
     spec = load(str(config)).spec
-    base = run.load(spec.model)
+    base = opened.load(spec.model)
     tracemalloc.start(1)
-    splits = run.read_splits(spec)
+    splits = prepared.read_splits(spec)
     read = tracemalloc.get_traced_memory()[0]
-    data = run.tokenise(spec, splits, base)
+    data = prepared.tokenise(spec, splits, base)
     held, most = tracemalloc.get_traced_memory()
     lines = tracemalloc.take_snapshot().statistics("lineno")[:15]
     return [

@@ -15,18 +15,21 @@ from rung.model.generate import Sampling, generate
 from rung.opened import open_base
 from rung.spec.evaluate import EvaluateSpec
 from rung.spec.model import ModelSpec
+from rung.spec.objective import RolloutSpec
 
 IMPORTED = resident()
 
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:
-    """Answer all prompts greedily with the settings that an evaluation has by default."""
+    """Answer all prompts with the settings that an evaluation or a rollout has by default."""
     policy, _ = open_base(ModelSpec(name=job["base"], dtype="float32"))
-    spec = EvaluateSpec(max_new_tokens=job["max_new_tokens"])
+    sampling, batch, stops = Sampling(job["max_new_tokens"]), EvaluateSpec().batch, job["stop_ids"]
+    if job["answers"] > 1:
+        sampling = Sampling(job["max_new_tokens"], 1.0, job["seed"], job["answers"])
+        batch, stops = RolloutSpec().batch, []
     reset_peak()
     started = time.perf_counter()
-    sampling = Sampling(spec.max_new_tokens)
-    answers = generate(policy, job["prompts"], stop_ids=job["stop_ids"], sampling=sampling, batch=spec.batch)
+    answers = generate(policy, job["prompts"], stop_ids=stops, sampling=sampling, batch=batch)
     seconds = time.perf_counter() - started
     return {
         "seconds": seconds,

@@ -20,7 +20,8 @@ IMPORTED = resident()
 
 @torch.no_grad()
 def answer(job: dict[str, Any]) -> dict[str, Any]:
-    """Answer all prompts greedily, padded on the left, in the order given."""
+    """Answer all prompts, padded on the left, in the order given: greedily, or several times each."""
+    torch.manual_seed(job["seed"])
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
     prompts, settings = job["prompts"], job["settings"]
     reset_peak()
@@ -29,8 +30,9 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     shared = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1) if settings.get("prefix") else 0
     prefix = encode(model, prompts[0][:shared]) if shared else None
     answers: list[list[int]] = []
-    for start in range(0, len(prompts), settings["batch"]):
-        answers += batch(model, prompts[start : start + settings["batch"]], shared, prefix, job)
+    size = max(1, settings["batch"] // job["answers"])
+    for start in range(0, len(prompts), size):
+        answers += batch(model, prompts[start : start + size], shared, prefix, job)
     seconds = time.perf_counter() - started
     return {
         "seconds": seconds,
@@ -62,13 +64,15 @@ def batch(
         cache = copy.deepcopy(prefix)
         cache.batch_repeat_interleave(len(prompts))
         reused["past_key_values"] = cache
+    many = {"num_return_sequences": job["answers"], "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    whole = {"min_new_tokens": job["max_new_tokens"]}  # nothing stops early, so that both sides make as many tokens
     made = model.generate(
         input_ids=torch.tensor(ids),
         attention_mask=torch.tensor(mask),
         max_new_tokens=job["max_new_tokens"],
-        do_sample=False,
         eos_token_id=job["stop_ids"],
         pad_token_id=filler,
+        **({"do_sample": True, **many, **whole} if job["answers"] > 1 else {"do_sample": False}),
         **reused,
     )
     return [until(row[longest:].tolist(), job["stop_ids"]) for row in made]

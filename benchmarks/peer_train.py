@@ -17,9 +17,15 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl import SFTConfig, SFTTrainer, pack_dataset
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, pack_dataset
 
 from benchmarks.memory import peak, reset_peak, resident
 
@@ -27,23 +33,37 @@ IMPORTED = resident()
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-class Recorder(SFTTrainer):
-    """TRL's own trainer; every micro-batch also notes its loss and what was in it."""
+TRAINERS = {
+    "sft": (SFTTrainer, SFTConfig),
+    "preference": (DPOTrainer, DPOConfig),
+    "reward": (RewardTrainer, RewardConfig),
+}
+
+
+class Recorder:
+    """Every micro-batch also notes its loss and what was in it; to be mixed into one of TRL's own trainers."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.seen: list[dict[str, Any]] = []
 
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        """As it is where it was tokenised already, which TRL's own notices for all but DPO."""
+        if "prompt_ids" in dataset.column_names:
+            return dataset
+        return super()._prepare_dataset(dataset, *args, **kwargs)
+
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One micro-batch forward and backward. Its loss is divided by the learned tokens of the whole step."""
-        ids, labels, mask = inputs["input_ids"], inputs["labels"], inputs.get("attention_mask")
+        """One micro-batch forward and backward. Its loss is its share of the whole step's."""
+        ids, labels, mask = inputs["input_ids"], inputs.get("labels"), inputs.get("attention_mask")
         real = ids if mask is None else ids[mask.bool()]
         entry = {
             "tokens": real.numel(),
             "computed": ids.numel(),
-            "supervised": int((labels[..., 1:] != -100).sum()),
             "digest": zlib.crc32(real.to(torch.int64).numpy().tobytes()),
         }
+        if labels is not None:
+            entry["supervised"] = int((labels[..., 1:] != -100).sum())
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.seen.append({**entry, "loss": loss.item()})
         return loss
@@ -75,14 +95,16 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         rows = [json.loads(line) for line in lines][: job["examples"]]
     data = Dataset.from_list(rows)
     clock = Clock()
+    its_trainer, its_config = TRAINERS[job["objective"]]
+    recording = type("Recording", (Recorder, its_trainer), {})
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Recorder(
-            model=job["model"],
-            args=SFTConfig(output_dir=folder, **arguments(job, data)),
-            train_dataset=data,
-            peft_config=lora(job),
-            callbacks=[clock],
-        )
+        settings = {"output_dir": folder, **arguments(job, data)}
+        if job["objective"] == "reward":
+            start = {"model": classifier(job)}
+        else:
+            start = {"model": job["model"], "peft_config": lora(job)}
+            settings["model_init_kwargs"] = {"dtype": "float32"}
+        trainer = recording(args=its_config(**settings), train_dataset=data, callbacks=[clock], **start)
         clock.trainer = trainer
         trainer.train()
     return {**report(trainer, clock), "imported_bytes": IMPORTED, "peak_bytes": peak()}
@@ -93,7 +115,6 @@ def arguments(job: dict[str, Any], data: Dataset) -> dict[str, Any]:
     chosen = {
         "use_cpu": True,
         "bf16": False,  # TRL's default autocasts to bfloat16
-        "model_init_kwargs": {"dtype": "float32"},
         "learning_rate": job["learning_rate"],
         "lr_scheduler_type": "cosine",
         "num_train_epochs": 1,
@@ -115,6 +136,17 @@ def arguments(job: dict[str, Any], data: Dataset) -> dict[str, Any]:
     return chosen
 
 
+def classifier(job: dict[str, Any]) -> torch.nn.Module:
+    """A base with a scalar head and an adapter, all numbers as Rung draws them: TRL would draw the head first."""
+    model = AutoModelForSequenceClassification.from_pretrained(job["model"], num_labels=1, dtype=torch.float32)
+    model.config.pad_token_id = 0
+    head = json.loads(Path(job["rows"]).with_name("head.json").read_text())
+    with torch.no_grad():
+        model.score.weight.copy_(torch.tensor(head).view_as(model.score.weight))
+    torch.manual_seed(job["seed"])
+    return get_peft_model(model, lora(job))
+
+
 def lora(job: dict[str, Any]) -> LoraConfig | None:
     """The adapter, or none in full fine-tuning."""
     if job["method"] == "full":
@@ -125,7 +157,7 @@ def lora(job: dict[str, Any]) -> LoraConfig | None:
         lora_dropout=0.0,
         target_modules=LINEARS,
         layers_to_transform=job["layers"],
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if job["objective"] == "reward" else "CAUSAL_LM",
     )
 
 
@@ -137,7 +169,7 @@ def report(trainer: Recorder, clock: Clock) -> dict[str, Any]:
         steps.append(
             {
                 "seconds": clock.ends[i + 1] - clock.ends[i],
-                **{key: sum(part[key] for part in parts) for key in ("loss", "tokens", "computed", "supervised")},
+                **{key: sum(part[key] for part in parts) for key in parts[0] if key != "digest"},
                 "digests": [part["digest"] for part in parts],
             }
         )

@@ -9,15 +9,19 @@ from __future__ import annotations
 import json
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.flops import Document, Shape, Trained, step_flops
+from benchmarks.flops import Document, Flops, Shape, Trained, step_flops
 from benchmarks.workloads import RANK, Answering, Training
-from rung import opened, run
+from rung import opened
 from rung.evaluate.baselines import Framing
+from rung.model.policy import Policy, Untouched
+from rung.objective.reward import ScoreHead
+from rung.prepared import read_splits, tokenise
 from rung.spec.io import load
 from rung.spec.run import RunSpec
 from rung.types import Example
@@ -28,53 +32,94 @@ def prepare_training(work: Training, folder: Path, model: Path) -> dict[str, Any
     spec = load(str(folder / "train.yaml")).spec
     steps = _steps(spec, work.epochs)
     with (folder / "peer.jsonl").open("w") as lines:
-        for example in (example for step in steps for example in step):
-            labels = np.where(example.supervised, example.ids, -100)
-            lines.write(json.dumps({"input_ids": example.ids.tolist(), "labels": labels.tolist()}) + "\n")
+        lines.writelines(json.dumps(_PEER_ROWS[work.objective](row)) + "\n" for step in steps for row in step)
+    if work.objective == "reward":  # drawn by each side for itself it would be another
+        head = ScoreHead.fresh(Policy(opened.load(spec.model), Untouched()), spec.seed)
+        (folder / "head.json").write_text(json.dumps(head.weight.tolist()))
     shape = Shape.read(model)
     trained = Trained(None) if work.method == "full" else Trained(RANK, min(work.layers or (0,)))
     first = len(steps) // work.epochs
     return {
-        "steps": [_step(step, shape, trained, first_epoch=i < first) for i, step in enumerate(steps)],
-        "longest": max(len(example) for step in steps for example in step),
+        "steps": [_step(step, work, shape, trained, first_epoch=i < first) for i, step in enumerate(steps)],
+        "longest": max(len(example) for step in steps for row in step for example in row),
     }
 
 
 def prepare_answering(work: Answering, folder: Path) -> dict[str, Any]:
     """Prompt ids with the first rows as worked examples in front of every question."""
     spec = load(str(folder / "train.yaml")).spec
-    records = run.read_splits(spec).train
+    records = read_splits(spec).train
     _, chat = opened.open_base(spec.model)
     framing = Framing(shots=tuple(records[: work.shots]))
     pad = chat.tokenizer.pad_token_id
     return {
         "prompts": [chat.prompt_ids(framing.turns(record)) for record in records[work.shots :]],
         "stop_ids": list(chat.stop_ids),
+        "answers": work.answers,
+        "seed": work.seed,
         "pad_id": chat.stop_ids[0] if pad is None else pad,
     }
 
 
-def _steps(spec: RunSpec, epochs: int) -> list[list[Example]]:
-    """The documents of every step: Rung draws a new order in each epoch, from the seed and the epoch's number."""
-    splits = run.read_splits(spec)
-    examples = run.tokenise(spec, splits, run.load(spec.model)).train.examples
+def _steps(spec: RunSpec, epochs: int) -> list[list[list[Example]]]:
+    """The rows of every step: Rung draws a new order in each epoch, from the seed and the epoch's number."""
+    splits = read_splits(spec)
+    rows = tokenise(spec, splits, opened.load(spec.model)).train.rows
     steps = []
     for epoch in range(epochs):
-        order = np.random.default_rng([spec.seed, epoch]).permutation(len(examples))
+        order = np.random.default_rng([spec.seed, epoch]).permutation(len(rows))
         size = spec.engine.examples_per_step
-        steps += [[examples[i] for i in order[at : at + size]] for at in range(0, len(order), size)]
+        steps += [[list(rows[i]) for i in order[at : at + size]] for at in range(0, len(order), size)]
     return steps
 
 
-def _step(examples: list[Example], shape: Shape, trained: Trained, *, first_epoch: bool) -> dict[str, Any]:
+def _labelled(row: list[Example]) -> dict[str, list[int]]:
+    (example,) = row
+    labels = np.where(example.supervised, example.ids, -100)
+    return {"input_ids": example.ids.tolist(), "labels": labels.tolist()}
+
+
+def _prompted(row: list[Example]) -> dict[str, list[int]]:
+    chosen, rejected = row
+    prompt = int(chosen.supervised.argmax())
+    ids = {"prompt_ids": chosen.ids[:prompt], "chosen_ids": chosen.ids[prompt:], "rejected_ids": rejected.ids[prompt:]}
+    return {name: part.tolist() for name, part in ids.items()}
+
+
+def _compared(row: list[Example]) -> dict[str, list[int]]:
+    return {"chosen_ids": row[0].ids.tolist(), "rejected_ids": row[1].ids.tolist()}
+
+
+_PEER_ROWS: dict[str, Callable[[list[Example]], dict[str, list[int]]]] = {
+    "sft": _labelled,
+    "preference": _prompted,
+    "reward": _compared,
+}
+"""A row as the peer's trainer takes it, already tokenised."""
+
+
+def _step(
+    rows: list[list[Example]], work: Training, shape: Shape, trained: Trained, *, first_epoch: bool
+) -> dict[str, Any]:
+    examples = [row[place] for place in range(len(rows[0])) for row in rows]  # better answers first, as the peer does
     documents = [Document(tuple(e.ids.tolist()), tuple(e.supervised.tolist())) for e in examples]
     joined = np.concatenate([e.ids for e in examples]).astype(np.int64)
+
+    def flops(*, shared: bool) -> Flops:
+        found = step_flops(documents, shape, trained, first_epoch=first_epoch, shared=shared)
+        if work.objective == "preference":  # the reference reads the same documents without an adapter
+            alone = step_flops(documents, shape, Trained(None), shared=shared)
+            return found | {kind: found[kind] + alone[kind] for kind in ("block_forward", "head_forward")}
+        if work.objective == "reward":  # a single number in place of a vocabulary
+            return found | {kind: 0.0 for kind in found if kind.startswith("head")}
+        return found
+
     return {
         "tokens": sum(len(e) for e in examples),
         "supervised": int(sum(e.supervised.sum() for e in examples)),
         "digest": zlib.crc32(joined.tobytes()),
-        "flops": step_flops(documents, shape, trained, first_epoch=first_epoch),
-        "flops_shared": step_flops(documents, shape, trained, first_epoch=first_epoch, shared=True),
+        "flops": flops(shared=False),
+        "flops_shared": flops(shared=True),
     }
 
 

@@ -109,7 +109,10 @@ class Report:
     def _ends(self, key: str, side: str) -> tuple[str, str]:
         """Losses and share, or how many answers are Rung's."""
         runs = self.runs(key, side)
-        if not isinstance(self.works[key], Training):
+        work = self.works[key]
+        if not isinstance(work, Training):
+            if work.sampled:
+                return (f"{sum(map(len, runs[0]['answers']))} tokens", "")
             ours = self.runs(key, "rung")[0]["answers"]
             same = sum(a == b for a, b in zip(ours, runs[0]["answers"], strict=True))
             tokens = sum(map(len, runs[0]["answers"]))

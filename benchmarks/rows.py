@@ -158,6 +158,46 @@ class Row:
         return {"messages": [{"role": "system", "content": SYSTEM}, *turns] if system else turns}
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A conversation with a better and a worse answer to its last question."""
+
+    prompt: tuple[dict[str, str], ...]
+    chosen: str
+    rejected: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As a row of a data file."""
+        return {"prompt": list(self.prompt), "chosen": self.chosen, "rejected": self.rejected}
+
+
+def make_pairs(count: int, seed: int = 0) -> list[Pair]:
+    """Generated conversations of one to three questions; the worse answer goes wrong in its second half."""
+    random = Random(seed)
+    return [_pair(random) for _ in range(count)]
+
+
+def _pair(random: Random) -> Pair:
+    turns: list[dict[str, str]] = []
+    for _ in range(random.choice((0, 1, 2))):
+        row = _problem(random)
+        turns += [{"role": "user", "content": row.question}, {"role": "assistant", "content": row.answer}]
+    first, second = _problem(random), _problem(random)
+    turns.append({"role": "user", "content": f"{first.question} And another one: {second.question}"})
+    wrong = "\n".join(_problem(random).answer.splitlines()[-len(second.answer.splitlines()) :])
+    return Pair(tuple(turns), f"{first.answer}\n{second.answer}", f"{first.answer}\n{wrong}")
+
+
+def read_pairs(path: Path, count: int) -> list[Pair]:
+    """The first rows of a jsonl file with `prompt`, `chosen` and `rejected`. Raises `ValueError` if short."""
+    with path.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line, _ in zip(lines, range(count), strict=False)]
+    if len(rows) < count:
+        raise ValueError(f"{path} has {len(rows)} rows, {count} are needed")
+    turns = [r["prompt"] if isinstance(r["prompt"], list) else [{"role": "user", "content": r["prompt"]}] for r in rows]
+    return [Pair(tuple(turn), r["chosen"], r["rejected"]) for turn, r in zip(turns, rows, strict=True)]
+
+
 def make_rows(count: int, seed: int = 0) -> list[Row]:
     """Generated rows: the first ones are the same whatever the count."""
     random = Random(seed)

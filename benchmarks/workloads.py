@@ -1,4 +1,4 @@
-"""What is run, as data: six kinds of work, and the settings a peer's user could reasonably try for each."""
+"""What is run, as data: kinds of work, and the settings a peer's user could reasonably try for each."""
 
 from __future__ import annotations
 
@@ -41,6 +41,8 @@ class Training:
     """Rows are plain text: no template, so no common beginning, and every token is learned."""
     system: bool = False
     """Every row begins with the same system turn of 200 tokens."""
+    objective: Literal["sft", "preference", "reward"] = "sft"
+    """All but sft learn from pairs: a conversation with a better and a worse answer."""
     seed: int = 0
 
     @property
@@ -60,6 +62,7 @@ class Training:
             "model": {"name": BASE, "dtype": "float32"},
             "data": {"path": data, "validation": 0, "test": 0},
             "method": lora if self.method == "lora" else {"kind": "full"},
+            "objective": {"kind": self.objective},
             "engine": {
                 "epochs": self.epochs,
                 "examples_per_step": self.examples_per_step,
@@ -83,6 +86,8 @@ class Answering:
     questions: int = 40
     shots: int = 4
     max_new_tokens: int = 64
+    answers: int = 1
+    """To each question; several are sampled at temperature 1, and none stops before `max_new_tokens`."""
     seed: int = 0
 
     @property
@@ -90,9 +95,14 @@ class Answering:
         """Questions and worked examples."""
         return self.questions + self.shots
 
+    @property
+    def sampled(self) -> bool:
+        """Whether answers are drawn, so that no two sides give the same."""
+        return self.answers > 1
+
     def shortened(self) -> Answering:
         """For `--quick`."""
-        return replace(self, questions=6, max_new_tokens=6)
+        return replace(self, questions=min(6, self.questions), max_new_tokens=6)
 
 
 @dataclass(frozen=True)
@@ -116,6 +126,9 @@ WORKLOADS: dict[str, Workload] = {
         Training("d", "SFT LoRA, shared system turn of 200 tokens", Target(5.0, 3.0, 0.30), system=True),
         Answering("e", "40 answers, four worked examples in front", Target(3.0)),
         Training("f", "SFT LoRA, layers 15-29 only, 3 epochs", Target(5.0, 3.0, 0.30), 6, layers=UPPER_HALF, epochs=3),
+        Training("g", "DPO LoRA on dialogues", Target(4.5, 4.5, 0.30), objective="preference", examples_per_step=4),
+        Training("h", "reward model, LoRA, on dialogues", Target(3.0), objective="reward", examples_per_step=4),
+        Answering("i", "rollouts: 8 prompts, 8 sampled answers each", Target(1.0, 1.0), 8, 0, 48, answers=8),
     )
 }
 
@@ -126,6 +139,15 @@ TRAINING_CANDIDATES = (
     Candidate("no checkpointing, 4 micro-batches", _FREE, micro_batches=4),
     Candidate(f"no checkpointing, packing {PACK_TOKENS}", {**_FREE, "packing": True, "max_length": PACK_TOKENS}),
 )
+PAIRS_CANDIDATES = (
+    Candidate("no checkpointing", _FREE),
+    Candidate("no checkpointing, 2 micro-batches", _FREE, micro_batches=2),
+    Candidate("no checkpointing, 4 micro-batches", _FREE, micro_batches=4),
+)
+"""Pairs are not packed: TRL has no packing for them, and its `padding_free` is switched off. A reference computed
+beforehand is the same work at another time where there is one epoch."""
+ROLLOUT_DEFAULT = Candidate("batches of 64", {"batch": 64})
+ROLLOUT_CANDIDATES = (Candidate("batches of 32", {"batch": 32}), Candidate("batches of 16", {"batch": 16}))
 ANSWERING_DEFAULT = Candidate("batches of 20", {"batch": 20})
 ANSWERING_CANDIDATES = (
     Candidate("batches of 10", {"batch": 10}),
@@ -137,9 +159,13 @@ ANSWERING_CANDIDATES = (
 
 def candidates(work: Workload) -> tuple[Candidate, ...]:
     """What the peer is tuned over."""
-    return TRAINING_CANDIDATES if isinstance(work, Training) else ANSWERING_CANDIDATES
+    if isinstance(work, Training):
+        return TRAINING_CANDIDATES if work.objective == "sft" else PAIRS_CANDIDATES
+    return (ROLLOUT_DEFAULT, *ROLLOUT_CANDIDATES) if work.sampled else ANSWERING_CANDIDATES
 
 
 def default(work: Workload) -> Candidate:
     """The peer as it comes."""
-    return Candidate("as it comes") if isinstance(work, Training) else ANSWERING_DEFAULT
+    if isinstance(work, Training):
+        return Candidate("as it comes")
+    return ROLLOUT_DEFAULT if work.sampled else ANSWERING_DEFAULT

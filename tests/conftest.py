@@ -55,6 +55,15 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def peers() -> Path:
+    """The Python that `make bench` installs TRL for; the test is skipped without it."""
+    python = Path(__file__).parents[1] / ".venv-peers/bin/python"
+    if not python.exists():
+        pytest.skip("there is no .venv-peers, which make bench installs")
+    return python
+
+
+@pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
     """A folder that transformers loads: a random llama of two layers with the tiny tokenizer."""
     from models import tiny_model

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from builders import example, policy_of, rows, tuned
 from models import tiny_model
@@ -20,10 +23,11 @@ from rung.method.table import attach
 from rung.model.policy import by_document
 from rung.objective.pairs import pairs
 from rung.objective.preference import LOSSES, Paired, Sides, Unpaired, good
+from rung.objective.table import OBJECTIVES
 from rung.spec.method import METHOD_SPECS
 from rung.spec.objective import PreferenceSpec
 from rung.types import Example, PackedBatch
-from tolerances import FLOAT64
+from tolerances import FLOAT64, LLAMA_GRADIENT
 
 EXTRA = {"robust": {"label_smoothing": 0.2}}
 
@@ -290,3 +294,42 @@ def test_the_reference_reads_a_document_once_and_what_was_read_counts() -> None:
     assert again == pytest.approx(plain, rel=1e-5) and len(calls) == first and policy.known == kept
     policy.known = {key: value - 1.0 * (i % 2) for i, (key, value) in enumerate(kept.items())}
     assert abs(mean_loss(policy, objective, pack(examples, 60)) - plain) > 1e-3
+
+
+TRL = {
+    "dpo": {"loss_type": "sigmoid"},
+    "ipo": {"loss_type": "ipo"},
+    "hinge": {"loss_type": "hinge"},
+    "robust": {"loss_type": "robust", "label_smoothing": 0.2},
+    "apo_zero": {"loss_type": "apo_zero"},
+    "sigmoid_norm": {"loss_type": "sigmoid_norm"},
+}
+"""What TRL's trainer of pairs calls them."""
+
+
+def test_losses_are_those_of_trl_on_the_same_logits(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, peers: Path
+) -> None:
+    """One batch, two models, six losses, in float64."""
+    for name, seed in (("policy", 0), ("reference", 5)):
+        tiny_model(seed=seed, dtype=torch.float64).save_pretrained(tmp_path / name)
+        tiny_tokenizer.save_pretrained(tmp_path / name)
+    examples = [replace(e, weight=1.0) for e in rows(3, count=4)]
+    cut = [int(e.supervised.argmax()) for e in examples]
+    pairs_of = [
+        {"prompt_ids": a.ids[:p].tolist(), "chosen_ids": a.ids[p:].tolist(), "rejected_ids": b.ids[p:].tolist()}
+        for a, b, p in zip(examples[::2], examples[1::2], cut[::2], strict=True)
+    ]
+    asked = {name: {**settings, "beta": 0.3} for name, settings in TRL.items()}
+    job = {"policy": str(tmp_path / "policy"), "reference": str(tmp_path / "reference")}
+    (tmp_path / "job.json").write_text(json.dumps({**job, "rows": pairs_of, "losses": asked}))
+    script = Path(__file__).parents[1] / "peers" / "dpo_losses.py"
+    subprocess.run([peers, script, tmp_path / "job.json", tmp_path / "told.json"], check=True, capture_output=True)
+    theirs = json.loads((tmp_path / "told.json").read_text())
+    policy = policy_of(tiny_model(dtype=torch.float64))
+    policy.reference = policy_of(tiny_model(seed=5, dtype=torch.float64))
+    batches = pack(examples, 10_000)
+    for name in TRL:
+        objective = OBJECTIVES["preference"](spec_of(name, beta=0.3))
+        with torch.no_grad():
+            assert mean_loss(policy, objective, batches) == pytest.approx(theirs[name], rel=LLAMA_GRADIENT), name

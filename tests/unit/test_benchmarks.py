@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from benchmarks.flops import Document, Shape, Trained, step_flops
+from benchmarks.rows import make_pairs, read_pairs
 from benchmarks.runner import Store
 from benchmarks.sides import speed, weights
+from benchmarks.workloads import WORKLOADS, Training
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import tiny_model
+from rung.spec.io import parse
 
 LENGTH = 13
 
@@ -63,3 +67,28 @@ def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
     assert Store.open(tmp_path / "measured.jsonl", {"quick": True}, resume=True).one(kind="run") is not None
     with pytest.raises(ValueError, match="leave out --resume"):
         Store.open(tmp_path / "measured.jsonl", {"quick": False}, resume=True)
+
+
+def test_pairs_share_their_beginning_and_differ_in_the_end() -> None:
+    pairs = make_pairs(40, 3)
+    assert pairs[:10] == make_pairs(10, 3)
+    assert all(p.chosen != p.rejected and p.prompt[-1]["role"] == "user" for p in pairs)
+    assert {len(p.prompt) for p in pairs} == {1, 3, 5}
+    assert all(p.rejected.startswith(p.chosen.splitlines()[0]) for p in pairs)
+
+
+def test_pairs_of_a_file_and_too_few_of_them(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    row = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
+    file.write_text(json.dumps(row) + "\n")
+    assert read_pairs(file, 1)[0].to_json() == {**row, "prompt": [{"role": "user", "content": "Why?"}]}
+    with pytest.raises(ValueError, match="1 rows, 2 are needed"):
+        read_pairs(file, 2)
+
+
+@pytest.mark.parametrize("key", [key for key, work in WORKLOADS.items() if isinstance(work, Training)])
+def test_every_training_workload_is_a_valid_config(key: str) -> None:
+    work = WORKLOADS[key]
+    assert isinstance(work, Training)
+    spec = parse(work.config("rows.jsonl", "run"), key)
+    assert spec.objective.kind == work.objective and spec.engine.examples_per_step == work.examples_per_step
