@@ -242,6 +242,9 @@ def _check_tasks(spec: RunSpec, data: Data) -> None:
             allowed=", ".join(sorted(known)),
             hint=hint,
         )
+    if idle := sorted(known - {record.task for record in data.splits.train}):
+        what = "method.tasks names a task without training rows: nothing would be learned for it"
+        raise DataError(what, given=", ".join(idle))
 
 
 def _check_lottery(spec: RunSpec, rows: int) -> None:

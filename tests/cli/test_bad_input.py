@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -164,3 +165,24 @@ def test_data_check_exits_2_for_a_rejected_row(tmp_path: Path, capsys: pytest.Ca
     good = tmp_path / "good.jsonl"
     good.write_text(lines(GOOD))
     assert inside(capsys, "data", "check", good)[0] == 0
+
+
+def test_a_run_goes_on_or_starts_anew(config: Path, capsys: Any) -> None:
+    code, _, err = inside(capsys, "train", config, "--resume", "--overwrite")
+    assert code == 2 and "exclude one another" in err
+
+
+def test_a_task_that_no_row_has_and_one_that_no_method_knows(config: Path, tmp_path: Path, capsys: Any) -> None:
+    data = config.read_text().split("data: {path: ")[1].split(",")[0]
+    config.write_text(config.read_text().replace(f"data: {{path: {data}", f"data: {{path: [{{path: {data}, task: a}}]"))
+    method = "method={kind: prompt, virtual_tokens: 2, tasks: [a, b]}"
+    code, _, err = inside(capsys, "train", config, method)
+    assert code == 2 and "without training rows" in err and "b" in err
+    assert inside(capsys, "train", config, "engine.max_steps=1")[0] == 0
+    code, _, err = inside(capsys, "chat", tmp_path / "run", "--question", "hello", "--task", "a")
+    assert code == 2 and "tasks of their own" in err
+
+
+def test_a_rung_is_of_one_kind(config: Path, capsys: Any) -> None:
+    code, _, err = inside(capsys, "climb", config, "climb.rungs=[{kind: lora, method: {kind: qlora}}]")
+    assert code == 2 and "takes no other kind" in err

@@ -17,6 +17,7 @@ from rung.engine.optim import make_optimiser, move_only, set_rate
 from rung.engine.pack import pack, pack_separately
 from rung.engine.sample import Sample
 from rung.engine.step import accumulate
+from rung.errors import ConfigError
 from rung.method.course import chosen
 from rung.method.table import attach
 from rung.model.targets import layer_number
@@ -132,3 +133,8 @@ def test_a_resumed_lottery_knows_its_winners() -> None:
 def test_what_a_lottery_cannot_score(setting: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         LotterySpec(**setting)  # type: ignore[arg-type]
+
+
+def test_a_lottery_that_would_keep_all_layers() -> None:
+    with pytest.raises(ConfigError, match="that is lora"):
+        attach(tiny_model(), LotterySpec(keep=0.9), seed=0)

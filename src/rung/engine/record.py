@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from rung.errors import CheckpointError
+from rung.errors import CheckpointError, ConfigError
 
 State = Literal["passed", "failed", "not_reached"]
 GENERATED = (
@@ -50,8 +50,10 @@ class RunFolder:
         """The manifest of the run to go on with, or None for a new one; touches nothing.
 
         Raises `CheckpointError` for a folder that holds another run or anything else, and for a resume with another
-        config.
+        config; `ConfigError` where both are asked for.
         """
+        if resume and overwrite:
+            raise ConfigError("a run goes on or starts anew: --resume and --overwrite exclude one another")
         existing = read_manifest(path) if (path / "run.json").exists() else None
         if existing is None:
             if path.exists() and (not path.is_dir() or any(path.iterdir())):

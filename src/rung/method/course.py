@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rung.errors import CheckpointError, PlanError
+from rung.errors import CheckpointError, ConfigError, PlanError
 from rung.method.base import Moving, Sample
 from rung.method.lora import OWN, Lora
 from rung.model.layers import layer_count
@@ -72,6 +72,9 @@ class Lottery:
         self.method, self.spec = method, spec
         self.sample: Sample | None = None
         self.layers = _layers(method)
+        if kept(spec, len(self.layers)) == len(self.layers):
+            what = f"of {len(self.layers)} layers all would be kept: that is lora"
+            raise ConfigError(what, where="method.keep", given=spec.keep)
         self.start = {name: p.detach().clone() for name, p in method.trainable().items()}
         self.winners: tuple[int, ...] | None = None
         self.scores: dict[int, float] = {}
@@ -144,10 +147,15 @@ class Lottery:
         self.method.keep([name for name in self.method.names if _layer(name) in (self.winners or ())])
 
 
+def kept(spec: LotterySpec, layers: int) -> int:
+    """How many of so many layers go on."""
+    return max(1, round(spec.keep * layers))
+
+
 def chosen(scores: Mapping[int, float], spec: LotterySpec, seed: int) -> tuple[int, ...]:
     """The layers that stay: the best, or as many others to compare them with."""
     layers = sorted(scores)
-    count = max(1, round(spec.keep * len(layers)))
+    count = kept(spec, len(layers))
     if spec.choose == "best":
         picked = sorted(layers, key=lambda number: (-scores[number], number))[:count]
     elif spec.choose == "random":

@@ -37,6 +37,8 @@ class Speaker:
     turns: list[Message]
     task: str | None = None
     """Of several that a model learned something for."""
+    tasks: tuple[str, ...] = ()
+    """All of them."""
 
     def answer(self, sampling: Sampling, *, stream: bool) -> str:
         """Say something to the last turn and remember it. Raises `DataError` when the conversation is too long."""
@@ -78,6 +80,8 @@ class Conversation:
         self.system = [Message("system", system)] if system else []
         self.sampling = sampling
         self.speakers = _speakers(target, compare)
+        if task is not None and not any(speaker.tasks for speaker in self.speakers):
+            raise ConfigError("this model learned nothing for tasks of their own", where="--task", given=task)
         for speaker in self.speakers:
             speaker.task = task
         self.forget()
@@ -141,7 +145,8 @@ def _speakers(target: str, compare: bool) -> list[Speaker]:
     if is_climb(path):
         raise ConfigError("this is a climb, not a run", given=target, hint=f"its runs stand in {path / 'rungs'}")
     policy, chat, spec = opened.open_run(path)
-    tuned = Speaker(f"tuned ({spec.method.kind})", policy, chat, nullcontext, [])
+    tasks = getattr(spec.method, "tasks", ())
+    tuned = Speaker(f"tuned ({spec.method.kind})", policy, chat, nullcontext, [], tasks=tasks)
     if not compare:
         return [tuned]
     if (path / "adapter").is_dir():

@@ -81,6 +81,8 @@ class ClimbSpec(Spec):
             tuned = r.kind not in ("zero_shot", "few_shot")
             if not tuned and (r.method or r.engine):
                 raise ValueError(f"rung {r.label!r} trains nothing: it takes neither `method` nor `engine`")
+            if "kind" in r.method:
+                raise ValueError(f"rung {r.label!r} is a {r.kind}: its `method` takes no other kind")
             if r.shots is not None and r.kind != "few_shot":
                 raise ValueError(f"rung {r.label!r} takes no `shots`: only few_shot does")
         return rungs
