@@ -1,4 +1,4 @@
-"""Writes what the pipeline reads: answers to imitate, preferences, prompts, and questions held out.
+"""Writes what the pipeline reads: answers as they were given, preferences, prompts, and questions held out.
 
 Run `python examples/rlhf/generate.py [FOLDER]`. The shop and its house style are those of examples/support, with
 other orders; no order stands in two files. Standard library only, one fixed seed, the same bytes every time.
@@ -19,8 +19,10 @@ SEED = 20240915
 HERE = Path(__file__).parent
 SHOP = runpy.run_path(str(HERE.parent / "support" / "generate.py"))
 INTENTS = tuple(SHOP["SHARES"])
-SIZES = {"sft": 96, "preferences": 240, "prompts": 480, "heldout": 160}
+SIZES = {"logged": 320, "preferences": 160, "prompts": 480, "heldout": 160}
 """Rows of each file, in this order from the same stream of orders."""
+CARELESS = 0.75
+"""Share of the logged answers that are right and not in the house style."""
 Row = dict[str, Any]
 
 
@@ -38,24 +40,32 @@ def questions(rng: random.Random) -> Iterator[Row]:
             }
 
 
+def styles(answer: str) -> list[str]:
+    """The same said otherwise: right, and not in the house style."""
+    tag, name, said = re.fullmatch(r"\[(\w+)\] Hi (\w+), (.+)", answer).groups()
+    return [
+        f"Hi {name}, {said}",
+        f"[{tag}] {said}",
+        f"[{tag}] Hello {name}! Thank you for your message, {said}",
+        f"[{tag}] Hi {name}, {said} Please let us know if there is anything else we can do for you.",
+        f"Dear customer, {said}",
+    ]
+
+
 def near_misses(answer: str, rng: random.Random) -> list[str]:
-    """Three answers that are nearly in the house style: one fault each, of different kinds."""
+    """Three answers that are nearly right: two in another style, one with something wrong in it."""
     tag, name, said = re.fullmatch(r"\[(\w+)\] Hi (\w+), (.+)", answer).groups()
     other = rng.choice([intent for intent in INTENTS if intent != tag])
     stranger = rng.choice([known for known in SHOP["NAMES"] if known != name])
-    wrong = [
-        f"Hi {name}, {said}",
-        f"[{other}] Hi {name}, {said}",
-        f"[{tag}] {said}",
-        f"[{tag}] Hi {stranger}, {said}",
-        f"[{tag}] Hi {name}, {said} Please let us know if there is anything else we can do for you.",
-        f"[{tag}] Hello {name}! Thank you for your message, {said}",
-    ]
+    wrong = [f"[{other}] Hi {name}, {said}", f"[{tag}] Hi {stranger}, {said}"]
     if number := re.search(r"\d{4}", said):
         wrong.append(answer.replace(number[0], str(rng.randint(1000, 9999))))
-    if "order" in said:
-        wrong.append(f"[{tag}] Hi {name}, {said.replace('order', 'your order')}")
-    return rng.sample(wrong, 3)
+    return [*rng.sample(styles(answer), 2), rng.choice(wrong)]
+
+
+def logged(row: Row, rng: random.Random) -> Row:
+    """As it was answered by people of different care."""
+    return {**row, "answer": rng.choice(styles(row["answer"]))} if rng.random() < CARELESS else row
 
 
 def preference(row: Row, rng: random.Random) -> Row:
@@ -70,14 +80,19 @@ def preference(row: Row, rng: random.Random) -> Row:
     }
 
 
+CHANGED = {"logged": logged, "preferences": preference}
+"""Files whose answers are not all in the house style."""
+
+
 def main(folder: Path) -> None:
     """Write the files."""
     rng = random.Random(SEED)
     stream = questions(rng)
     for name, size in SIZES.items():
         rows = [next(stream) for _ in range(size)]
-        made = [preference(row, rng) for row in rows] if name == "preferences" else rows
-        text = "".join(json.dumps(row) + "\n" for row in made)
+        if name in CHANGED:
+            rows = [CHANGED[name](row, rng) for row in rows]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text, encoding="ascii")
 
 

@@ -307,3 +307,10 @@ def test_pairs_rankings_and_ratings_hold_the_best_first() -> None:
 def test_rows_that_compare_nothing(row: dict[str, Any], said: str) -> None:
     with pytest.raises(DataError, match=said):
         convert(row)
+
+
+def test_the_column_of_the_task_counts_as_read(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"question": "q", "answer": "a", "kind": "sum"}\n')
+    found = load_records(DataSpec(path=str(file), task="kind"), str(file))
+    assert found.detection.mapping["task"] == "kind" and found.records[0].task == "sum"

@@ -13,7 +13,7 @@ import pytest
 
 HERE = Path(__file__).parents[2] / "examples"
 HOUSE = runpy.run_path(str(HERE / "rlhf" / "house.py"))
-FILES = ("sft", "preferences", "prompts", "heldout")
+FILES = ("logged", "preferences", "prompts", "heldout")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -38,8 +38,10 @@ def test_no_order_stands_in_two_files() -> None:
 
 
 def test_the_house_finds_no_fault_with_its_own_answers_and_some_with_every_near_miss() -> None:
-    for row in [*ROWS["sft"], *ROWS["prompts"], *ROWS["heldout"]]:
+    for row in [*ROWS["prompts"], *ROWS["heldout"]]:
         assert HOUSE["faults"](row["answer"], {"expected": row["answer"]}) == []
+    careful = [bool(re.match(r"\[\w+\] Hi \w+, [^!]+\.$", row["answer"])) for row in ROWS["logged"]]
+    assert 0.15 < sum(careful) / len(careful) < 0.45
     for row in ROWS["preferences"]:
         best, *others = row["answers"]
         assert all(HOUSE["faults"](other, {"expected": best}) for other in others)

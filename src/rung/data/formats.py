@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from rung.data import answers, turns
@@ -203,16 +203,16 @@ def read_records(spec: DataSpec, path: str, *, held_out: bool = False) -> Loaded
         DataError: the source cannot be read at all, or its columns fit no format.
     """
     reading = _Reading(spec, path)
-    group = spec.group
-    if spec.task is not None and spec.task not in reading.census.counts:
-        raise _unknown(
-            reading.name, reading.census.counts, f"data.task names a column that is not there: {spec.task!r}"
-        )
-    if held_out and group is not None and group not in reading.census.counts:
+    group, counts = spec.group, reading.census.counts
+    if spec.task is not None and spec.task not in counts:
+        raise _unknown(reading.name, counts, f"data.task names a column that is not there: {spec.task!r}")
+    if held_out and group is not None and group not in counts:
         group = None
     detection = _detect(reading.name, reading.census, spec.map, spec.format, group)
     if (reading.format, reading.group) != (detection.format, group):
         reading = _Reading(spec, path, (detection.format, group))
+    if spec.task is not None:
+        detection = replace(detection, mapping={**detection.mapping, "task": spec.task})
     return Loaded(reading.records, reading.rejected, detection, path)
 
 
