@@ -172,20 +172,23 @@ class Pair:
 
 
 def make_pairs(count: int, seed: int = 0) -> list[Pair]:
-    """Generated conversations of one to three questions; the worse answer goes wrong in its second half."""
+    """Generated conversations, about as long as those of OpenAssistant; the worse answer ends wrong."""
     random = Random(seed)
     return [_pair(random) for _ in range(count)]
 
 
 def _pair(random: Random) -> Pair:
     turns: list[dict[str, str]] = []
-    for _ in range(random.choice((0, 1, 2))):
+    for _ in range(random.choice((0, 1, 1))):
         row = _problem(random)
         turns += [{"role": "user", "content": row.question}, {"role": "assistant", "content": row.answer}]
-    first, second = _problem(random), _problem(random)
-    turns.append({"role": "user", "content": f"{first.question} And another one: {second.question}"})
-    wrong = "\n".join(_problem(random).answer.splitlines()[-len(second.answer.splitlines()) :])
-    return Pair(tuple(turns), f"{first.answer}\n{second.answer}", f"{first.answer}\n{wrong}")
+    asked = [_problem(random) for _ in range(random.choice((1, 2)))]
+    turns.append({"role": "user", "content": " And another one: ".join(row.question for row in asked)})
+    *before, last = [row.answer for row in asked]
+    wrong = _problem(random).answer
+    while wrong == last:
+        wrong = _problem(random).answer
+    return Pair(tuple(turns), "\n".join([*before, last]), "\n".join([*before, wrong]))
 
 
 def read_pairs(path: Path, count: int) -> list[Pair]:

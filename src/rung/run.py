@@ -36,7 +36,7 @@ from rung.objective.table import OBJECTIVES
 from rung.opened import device, load
 from rung.others import Beside, beside, judge
 from rung.prepared import Data, read_splits, tokenise
-from rung.publish.artefact import write_origin, write_text_side
+from rung.publish.artefact import pad_beside_stops, write_origin, write_text_side
 from rung.publish.classifier import write_score
 from rung.spec.io import to_dict
 from rung.spec.run import RunSpec
@@ -284,10 +284,11 @@ def _publish(folder: RunFolder, trainer: Trainer, chat: Chat) -> None:
 
     def fill(aside: Path) -> None:
         trainer.method.save(aside)
+        pad = None
         if (head := trainer.objective.published()) is not None:
-            pad = chat.tokenizer.pad_token_id
-            write_score(aside, head, chat.stop_ids[0] if pad is None else pad)
-        write_text_side(aside, chat)
+            pad = pad_beside_stops(chat)
+            write_score(aside, head, pad)
+        write_text_side(aside, chat, pad)
         write_origin(aside, chat, trainer.policy.base)
 
     write_folder(folder.path / trainer.method.artefact, fill)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from peft import PeftModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from builders import example
 from processes import inside, log
+from rung.evaluate.rewards import Scorer
+from rung.opened import open_reward
+from rung.types import Message
 
 
 @pytest.fixture
@@ -81,3 +87,35 @@ def test_a_killed_run_goes_on_with_its_head(rewarded: Path, tmp_path: Path, caps
     assert code == 0 and "resumed from step-00000003" in err
     first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (whole, parts))
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize("padding", ["<|im_end|>", None, "<pad>"])
+@pytest.mark.parametrize("method", ["{kind: full}", "{kind: lora, rank: 4}"])
+def test_transformers_scores_the_stop_whatever_the_tokenizer_pads_with(
+    padding: str | None, method: str, rewarded: Path, tiny_base: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """It reads the last token that is not padding: were that the stop, it would read the one before."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = padding
+    tokenizer.save_pretrained(base)
+    rewarded.write_text(rewarded.read_text().replace(f"name: {tiny_base}", f"name: {base}"))
+    assert inside(capsys, "train", rewarded, f"method={method}", "engine.learning_rate=1e-2")[0] == 0
+    policy, chat, objective, _ = open_reward(tmp_path / "run")
+    asked = (("a?", "no"), ("what is in it?", "stones"))
+    texts = [(chat.prompt_ids([Message("user", q)]), chat.tokenizer(a)["input_ids"]) for q, a in asked]
+    documents = [example([*prompt, *answer, chat.stop_ids[0]], len(prompt)) for prompt, answer in texts]
+    ours = Scorer(policy, objective)(documents, 4096)
+    folder = tmp_path / "run" / ("model" if "full" in method else "adapter")
+    saved = AutoTokenizer.from_pretrained(folder)
+    if "full" in method:
+        theirs = AutoModelForSequenceClassification.from_pretrained(folder)
+    else:
+        plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=saved.pad_token_id)
+        theirs = PeftModelForSequenceClassification.from_pretrained(plain, folder)
+    longest = max(map(len, documents))
+    ids = torch.tensor([[*d.ids.tolist(), *[saved.pad_token_id] * (longest - len(d))] for d in documents])
+    with torch.no_grad():
+        found = theirs.eval()(ids, attention_mask=(ids != saved.pad_token_id).long()).logits[:, 0].tolist()
+    assert found == pytest.approx(ours, abs=1e-5)

@@ -198,7 +198,7 @@ def test_a_climb_shows_all_of_its_parts(tmp_path: Path) -> None:
     shown = page(folder)
     told = json.loads((folder / "run.json").read_text())["ladder"]["verdict"]["text"]
     assert shown.text.index(told) < shown.text.index("The ladder")
-    for heading in ("The ladder", "Loss", "10 examples, side by side", "What was trained", "Gates", "Data", "config"):
+    for heading in ("The ladder", "Course", "10 examples, side by side", "What was trained", "Gates", "Data", "config"):
         assert heading in shown.text
     costs = ("4.9M", "3 min 12 s", "2.4 GB", "624", "1.5 s", "124 tokens/s")
     data = ("20,132 supervised", "5 rejected", "lora 6 of 60")

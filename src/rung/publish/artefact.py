@@ -37,14 +37,28 @@ def check_origin(folder: Path, base: Base) -> None:
         )
 
 
-def write_text_side(target: Path, chat: Chat) -> None:
-    """Tokenizer, template and stop ids, so that a server frames text exactly as training did."""
-    own = chat.tokenizer.chat_template
-    chat.tokenizer.chat_template = chat.template
+def pad_beside_stops(chat: Chat) -> int:
+    """A token to pad with that ends no answer, the tokenizer's own where it can be.
+
+    transformers' sequence classification reads the last token that is not the padding: where the stop pads, that is the
+    one before it.
+    """
+    tokenizer = chat.tokenizer
+    known = (tokenizer.pad_token_id, tokenizer.unk_token_id, *tokenizer.all_special_ids, *range(len(tokenizer)))
+    return next(int(i) for i in known if i is not None and i not in chat.stop_ids)
+
+
+def write_text_side(target: Path, chat: Chat, pad_id: int | None = None) -> None:
+    """Tokenizer, template and stop ids, so that a server frames text exactly as training did; `pad_id` pads there."""
+    tokenizer = chat.tokenizer
+    own = tokenizer.chat_template, tokenizer.pad_token
+    tokenizer.chat_template = chat.template
+    if pad_id is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
     try:
-        chat.tokenizer.save_pretrained(target)
+        tokenizer.save_pretrained(target)
     finally:
-        chat.tokenizer.chat_template = own
-    pad = chat.tokenizer.pad_token_id
+        tokenizer.chat_template, tokenizer.pad_token = own
+    pad = tokenizer.pad_token_id if pad_id is None else pad_id
     config = GenerationConfig(eos_token_id=list(chat.stop_ids), pad_token_id=chat.stop_ids[0] if pad is None else pad)
     config.save_pretrained(target)

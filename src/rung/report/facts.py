@@ -240,6 +240,20 @@ UNITS = {
 """What a loss is counted in; nats per token unless said."""
 
 
+SHOWN = {
+    "preference": ("loss", "accuracy", "margin"),
+    "reward": ("loss", "accuracy"),
+    "grpo": ("reward", "kl", "all_right", "all_wrong"),
+    "ppo": ("reward", "kl_answer", "value_loss"),
+}
+"""What of the log shows how a run went; the loss unless said: that of a rollout says little."""
+
+
+def shown_of(spec: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of logged numbers to draw over the steps."""
+    return SHOWN.get(str(spec.get("objective", {}).get("kind")), ("loss",))
+
+
 def unit_of(spec: Mapping[str, Any]) -> str:
     """Of the losses of a run."""
     return UNITS.get(str(spec.get("objective", {}).get("kind")), "nats per token")

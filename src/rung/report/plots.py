@@ -116,26 +116,28 @@ def cost(points: Sequence[tuple[str, Json, float]], metric: str, x_label: str) -
     return _svg(f"cost-{x_label}", draw, 2.9, f"{metric} against {x_label}. " + "; ".join(said))
 
 
-def losses(name: str, logs: Sequence[Sequence[Json]], unit: str) -> Markup:
-    """Training and validation loss over the steps; several training seeds lie over one another."""
+def course(name: str, logs: Sequence[Sequence[Json]], key: str, unit: str = "") -> Markup:
+    """A logged number over the steps, in training and validation; several training seeds lie over one another."""
+    known = key.replace("_", " ")
 
     def draw(axes: Any) -> None:
         faint = 0.9 / math.sqrt(len(logs))
         for number, log in enumerate(logs):
             first = number == 0
-            train, held = _curve(log, "loss"), _curve(log, "validation_loss")
+            train, held = _curve(log, key), _curve(log, f"validation_{key}")
             axes.plot(*train, color=SERIES[5], linewidth=1.1, alpha=faint, label="training" if first else None)
             axes.plot(*held, "o-", color=SERIES[0], markersize=4, linewidth=1.6, label="validation" if first else None)
         axes.set_xlabel("optimiser step")
-        axes.set_ylabel(f"loss, {unit}")
+        axes.set_ylabel(f"{known}, {unit}" if unit else known)
         axes.xaxis.get_major_locator().set_params(integer=True)
         _legend(axes)
 
     said = []
-    for key, what in (("loss", "training"), ("validation_loss", "validation")):
-        ends = [values for log in logs if (values := _curve(log, key)[1])]
-        said += [f"{what} loss from {values[0]:.3f} to {values[-1]:.3f}" for values in ends]
-    return _svg(f"losses-{name}", draw, 2.6, "Loss over the optimiser steps: " + "; ".join(said))
+    for own, what in ((key, "training"), (f"validation_{key}", "validation")):
+        ends = [values for log in logs if (values := _curve(log, own)[1])]
+        said += [f"{what} {known} from {values[0]:.3f} to {values[-1]:.3f}" for values in ends]
+    text = f"{known[:1].upper()}{known[1:]} over the optimiser steps: " + "; ".join(said)
+    return _svg(f"{key}-{name}", draw, 2.6, text)
 
 
 def layer_scores(name: str, scores: Mapping[str, float], winners: Sequence[int]) -> Markup:
@@ -157,9 +159,9 @@ def layer_scores(name: str, scores: Mapping[str, float], winners: Sequence[int])
     return _svg(f"layers-{name}", draw, 2.2, f"Share of the score of each layer. {said}")
 
 
-def has_curve(log: Sequence[Json]) -> bool:
+def has_curve(log: Sequence[Json], key: str = "loss") -> bool:
     """Whether a log holds a line to draw, and not a single point."""
-    return len(_curve(log, "loss")[0]) > 1
+    return len(_curve(log, key)[0]) > 1
 
 
 def _curve(log: Sequence[Json], key: str) -> tuple[list[int], list[float]]:

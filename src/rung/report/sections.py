@@ -23,6 +23,7 @@ from rung.report.facts import (
     preferred_text,
     reward_text,
     router_text,
+    shown_of,
     unit_of,
 )
 from rung.report.folder import PERPLEXITY, Run, Source
@@ -148,10 +149,14 @@ def cost_plots(source: Source) -> list[Markup]:
 
 
 def curves(source: Source) -> list[tuple[str, Markup]]:
-    """Loss curves of each tuned rung."""
-    logs = [(rung.label, [run.log for run in rung.runs if plots.has_curve(run.log)]) for rung in source.rungs]
+    """What was logged over the steps of each tuned rung: its loss, or what tells more."""
     unit = unit_of(source.spec)
-    return [(label, plots.losses(label, found, unit)) for label, found in logs if found]
+    drawn = []
+    for rung in source.rungs:
+        for key in shown_of(source.spec):
+            if logs := [run.log for run in rung.runs if plots.has_curve(run.log, key)]:
+                drawn.append((rung.label, plots.course(rung.label, logs, key, unit if key == "loss" else "")))
+    return drawn
 
 
 def layers(source: Source) -> list[tuple[str, Markup]]:
