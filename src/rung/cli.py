@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from rung import __version__
-from rung.errors import RungError
+from rung.errors import PlanError, RungError
 
 BUG, INTERRUPTED = 1, 130
 
@@ -280,6 +280,10 @@ def options(
     ] = False,
 ) -> None:
     """Adapt a language model to a task, climb only as high as the task needs, and prove each step."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count not in ("", "1"):
+        what = "a launcher started several processes: each would train for itself and write over the others"
+        raise PlanError(what, where="WORLD_SIZE", given=count, hint="start rung by itself: it runs in one process")
 
 
 def main(arguments: list[str] | None = None) -> None:

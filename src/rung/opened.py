@@ -12,7 +12,6 @@ from rung.data.chat import Chat
 from rung.data.inserted import Inserted
 from rung.data.records import Records
 from rung.data.split import Splits
-from rung.engine.checkpoint import check_whole
 from rung.engine.progress import stage
 from rung.engine.record import read_manifest
 from rung.errors import CheckpointError, ConfigError, PlanError
@@ -32,6 +31,7 @@ from rung.spec.model import ModelSpec
 from rung.spec.objective import RewardSpec
 from rung.spec.run import RunSpec
 from rung.types import Record
+from rung.whole import check_whole
 
 
 def device() -> torch.device:

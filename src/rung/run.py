@@ -13,7 +13,6 @@ from rung.data.chat import Chat
 from rung.data.prompts import Prompted
 from rung.engine import gates
 from rung.engine.budget import probe, tokens_per_micro_batch
-from rung.engine.checkpoint import verify, write_folder
 from rung.engine.interrupt import Interrupted
 from rung.engine.loop import Trainer
 from rung.engine.progress import say, stage
@@ -41,6 +40,7 @@ from rung.publish.classifier import write_score
 from rung.spec.io import to_dict
 from rung.spec.run import RunSpec
 from rung.spec.support import NOT_MEASURED, PROVED_MODELS
+from rung.whole import verify, write_folder
 
 PROBES = 4
 """Training documents that the step-0 gates look at: the shortest, which cost nothing."""

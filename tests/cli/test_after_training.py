@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from builders import documents
@@ -388,3 +389,51 @@ def test_one_of_several_adapters_may_widen_its_base_alone(tiny_base: Path) -> No
     assert next(twin.model.parameters()).data_ptr() == held.data_ptr()
     twin.model.float()
     assert held.dtype is torch.bfloat16 and next(twin.model.parameters()).dtype is torch.float32
+
+
+AS_BASES = [
+    "model.name={run}",
+    "objective={{kind: grpo, reward: {{kind: exact}}, reference: {run}, rollout: {{answers: 2, max_new_tokens: 4}}}}",
+    "objective={{kind: distill, teacher: {run}}}",
+]
+"""Ways to build on a finished run."""
+
+
+@pytest.mark.parametrize("setting", AS_BASES)
+@pytest.mark.parametrize("damage", ["a bit", "a name", "no safetensors", "not finished"])
+def test_nothing_is_built_on_a_damaged_run(
+    damage: str, setting: str, run: Path, config: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """As a base, a reference or a teacher: refused before anything is trained, never half of an adapter."""
+    mine = tmp_path / "mine"
+    shutil.copytree(run, mine)
+    weights = mine / "adapter" / "adapter_model.safetensors"
+    if damage == "a bit":
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(bytes(data))
+    elif damage == "a name":
+        state = {name.replace("lora_B", "lora_C"): value for name, value in load_file(weights).items()}
+        save_file(state, weights)
+        rewritten(mine / "adapter")
+    elif damage == "no safetensors":
+        weights.rename(weights.with_suffix(".bin"))
+        manifest = json.loads((mine / "adapter" / "manifest.json").read_text())
+        del manifest["files"][weights.name]
+        (mine / "adapter" / "manifest.json").write_text(json.dumps(manifest))
+    else:
+        manifest = json.loads((mine / "run.json").read_text())
+        (mine / "run.json").write_text(json.dumps({**manifest, "status": "failed"}))
+    given = (setting.format(run=mine), f"output={tmp_path / 'next'}")
+    code, _, err = inside(capsys, "train", config, *given)
+    assert code == 3, err
+    assert str(mine) in err and not (tmp_path / "next").exists()
+
+
+def test_a_merge_that_changes_nothing_is_no_merge(run: Path, tmp_path: Path, capsys: Any) -> None:
+    """An adapter of zeros, as a lost one would be: parity alone would pass it."""
+    weights = run / "adapter" / "adapter_model.safetensors"
+    save_file({name: torch.zeros_like(value) for name, value in load_file(weights).items()}, weights)
+    rewritten(run / "adapter")
+    code, _, err = inside(capsys, "merge", run, tmp_path / "merged")
+    assert code == 3 and "says what its base says" in err and not (tmp_path / "merged").exists()

@@ -186,3 +186,10 @@ def test_a_task_that_no_row_has_and_one_that_no_method_knows(config: Path, tmp_p
 def test_a_rung_is_of_one_kind(config: Path, capsys: Any) -> None:
     code, _, err = inside(capsys, "climb", config, "climb.rungs=[{kind: lora, method: {kind: qlora}}]")
     assert code == 2 and "takes no other kind" in err
+
+
+def test_several_processes_are_refused(config: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    """They would train side by side into one folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = inside(capsys, "train", config)
+    assert code == 3 and "several processes" in err and not (tmp_path / "run").exists()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from processes import inside, process, start
+from processes import inside, log, process, start
 
 
 def manifest(folder: Path) -> dict[str, Any]:
@@ -429,3 +429,24 @@ def test_the_best_of_a_lottery_is_one_that_its_winners_made(config: Path, tmp_pa
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     late = [entry["validation_loss"] for entry in log if entry["step"] > 4 and "validation_loss" in entry]
     assert found["validation_loss"] == min(late)
+
+
+def test_a_validation_loss_that_is_no_number_is_never_the_best(
+    config: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    """Nothing lies below it, so a first one would stay: with patience the run would end with its weights."""
+    from rung.engine import loop
+
+    real, told = loop.mean_loss, []
+
+    def first_is_nan(*given: Any) -> float:
+        told.append(real(*given))
+        return float("nan") if len(told) == 1 else told[-1]
+
+    monkeypatch.setattr(loop, "mean_loss", first_is_nan)
+    settings = ("engine.patience=2", "engine.eval_every=1", "data.validation=0.2")
+    code, _, err = inside(capsys, "train", config, *settings)
+    assert code == 0 and "counts as no better" in err, err
+    losses = [entry["validation_loss"] for entry in log(tmp_path / "run")]
+    assert losses[0] is None and len(losses) == 6  # JSON knows no such number
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["validation_loss"] == min(losses[1:])

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from builders import documents, policy_of, tuned
 from models import tiny_model
 from rung.engine import gates
-from rung.engine.checkpoint import newest, prune, verify, write_folder
+from rung.engine.checkpoint import newest, prune
 from rung.engine.optim import make_optimiser
 from rung.errors import CheckpointError, GateError
 from rung.method.base import Moving
@@ -20,6 +20,7 @@ from rung.method.table import attach
 from rung.model import attention
 from rung.spec.engine import OptimiserSpec
 from rung.spec.method import LoraSpec
+from rung.whole import verify, write_folder
 
 
 @pytest.fixture

@@ -1,67 +1,18 @@
-"""Checkpoints that are whole or not there: written aside, hashed, flushed, renamed. safetensors and JSON only."""
+"""Checkpoints: weights, moments, generators, what a reference gave. safetensors and JSON only."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rung.errors import CheckpointError, GateError
-
-MANIFEST = "manifest.json"
-
-
-def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write files into a new folder beside `folder`, then hash, flush and rename it into place.
-
-    Raises `CheckpointError` when the disk is full, `GateError` when a tensor is empty or not finite; the old folder, if
-    any, is then still there.
-    """
-    aside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
-        fill(aside)
-        files = {str(p.relative_to(aside)): _sha256(p) for p in sorted(aside.rglob("*")) if p.is_file()}
-        _check_tensors(aside)
-        (aside / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
-        for path in [*aside.rglob("*"), aside]:
-            _flush(path)
-        _replace(aside, folder)
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        hint = "free some disk space and use --resume"
-        raise CheckpointError(f"could not write: {reason}", where=str(folder), hint=hint) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    _flush(folder.parent)
-
-
-def verify(folder: Path) -> str | None:
-    """What is wrong with a written folder, or None."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-        for name, digest in files.items():
-            if _sha256(folder / name) != digest:
-                return f"{name} is not what its manifest says"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None if files else "its manifest lists no files"
-
-
-def check_whole(folder: Path) -> None:
-    """Raise `CheckpointError` for a written folder that is not what it was when it was written."""
-    if problem := verify(folder):
-        raise CheckpointError(f"this folder is damaged: {problem}", where=str(folder), hint="train it again")
+from rung.whole import verify, write_folder
 
 
 def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
@@ -144,35 +95,3 @@ def _optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def _numbered(optimiser: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimiser.param_groups for parameter in group["params"]]
-
-
-def _check_tensors(folder: Path) -> None:
-    for file in sorted(folder.rglob("*.safetensors")):
-        for name, value in load_file(file).items():
-            if value.numel() == 0:
-                raise GateError(f"save: tensor {name} is empty", where=str(file.name))
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                raise GateError(f"save: tensor {name} holds a value that is not finite", where=str(file.name))
-
-
-def _replace(new: Path, folder: Path) -> None:
-    if not folder.exists():
-        os.replace(new, folder)
-        return
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    os.replace(folder, old)
-    os.replace(new, folder)
-    shutil.rmtree(old)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -36,6 +36,7 @@ from rung.objective.base import Objective
 from rung.paths import cache_folder
 from rung.spec.engine import EngineSpec
 from rung.types import Example, PackedBatch
+from rung.whole import verify
 
 Row = Sequence[Example]
 """The documents of one row of the data."""
@@ -312,7 +313,9 @@ class Trainer:
         entry.update({f"validation_{name}": number for name, number in found.items()})
         self.policy.model.train()
         self.progress.validation = entry["validation_loss"] = value
-        if self.progress.best is None or value < self.progress.best:
+        if not math.isfinite(value):  # nothing would ever lie below it
+            say(f"the validation loss of step {self.progress.step} is {value}: it counts as no better")
+        elif self.progress.best is None or value < self.progress.best:
             self.progress.best, self.progress.best_step, self.progress.misses = value, self.progress.step, 0
             if self.spec.patience is not None:
                 self._write(self.checkpoints / "best")
@@ -339,7 +342,7 @@ class Trainer:
         best = self.checkpoints / "best"
         if self.spec.patience is None or self.progress.best_step == self.progress.step or not best.exists():
             return
-        if problem := checkpoint.verify(best):
+        if problem := verify(best):
             raise GateError(f"the best checkpoint cannot be used: {problem}", where=str(best))
         load_state(self.moving, checkpoint.read_weights(best))
         self.progress.validation = self.progress.best

@@ -33,6 +33,7 @@ from rung.model.student import student
 from rung.spec.catalog import CATALOG
 from rung.spec.model import ModelSpec
 from rung.spec.support import refusal_of_model
+from rung.whole import check_whole
 
 
 @dataclass(frozen=True)
@@ -256,11 +257,17 @@ def _load_run_as_base(spec: ModelSpec, run: Path, device: torch.device | None) -
             given=str(run),
             hint="train a policy with it: objective: {kind: ppo, reward: {kind: model, run: RUN}}",
         )
+    if manifest.get("status") != "finished" or not ((run / "model").is_dir() or (run / "adapter").is_dir()):
+        raise CheckpointError(
+            f"this run is not finished (status {manifest.get('status')})", where=str(run), hint="rung train --resume"
+        )
+    folder = run / ("model" if (run / "model").is_dir() else "adapter")
+    check_whole(folder)
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError("this folder holds no safetensors, and a pickle is not read", where=str(folder))
     if (run / "model").is_dir():
         model, tokenizer = _load(run / "model", None, compute)
         return _finished(model, tokenizer, spec, fingerprint(run / "model", model.config), compute, device)
-    if not (run / "adapter").is_dir():
-        raise CheckpointError("this run has no finished adapter or model", where=str(run), given=manifest.get("status"))
     kind = json.loads((run / "adapter" / "adapter_config.json").read_text()).get("peft_type")
     if manifest["spec"]["method"]["kind"] == "qlora":
         raise PlanError(
@@ -281,9 +288,13 @@ def _load_run_as_base(spec: ModelSpec, run: Path, device: torch.device | None) -
     base.model.float()  # bfloat16 would round B A away
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft calls a deprecated transformers name
+        warnings.filterwarnings("error", "Found missing adapter keys")  # it would leave them at their start
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(base.model, str(run / "adapter")).merge_and_unload().to(compute)
+        try:
+            model = PeftModel.from_pretrained(base.model, str(run / "adapter")).merge_and_unload().to(compute)
+        except (UserWarning, RuntimeError) as error:
+            raise CheckpointError(f"this adapter does not fit its base: {error}", where=str(run)) from error
     weights = hashlib.sha256(f"{base.fingerprint} {fingerprint(run / 'adapter', None)}".encode()).hexdigest()
     return _finished(model, load_tokenizer(spec), spec, weights, compute, device)
 

@@ -21,7 +21,6 @@ from transformers.pytorch_utils import Conv1D
 from rung import opened, prepared
 from rung import run as running
 from rung.data.chat import Chat
-from rung.engine.checkpoint import check_whole, write_folder
 from rung.engine.pack import pack_in_slices
 from rung.engine.record import is_climb, read_manifest, versions, write_json
 from rung.engine.step import mean_loss
@@ -42,6 +41,7 @@ from rung.spec.method import FullSpec, LoraSpec, MethodSpec
 from rung.spec.model import ModelSpec
 from rung.spec.objective import ROLLING
 from rung.spec.run import RunSpec
+from rung.whole import check_whole, write_folder
 
 ROUNDS = 40
 """Evaluations of the loss in a search for weights: LoraHub's budget (Huang et al. 2023, section 3.2)."""

@@ -12,7 +12,6 @@ import torch
 from rung import opened
 from rung.data.chat import Chat
 from rung.engine import gates
-from rung.engine.checkpoint import write_folder
 from rung.engine.pack import pack_separately
 from rung.engine.record import read_manifest
 from rung.errors import CheckpointError, ConfigError, GateError
@@ -25,6 +24,7 @@ from rung.spec.io import parse
 from rung.spec.method import LoraSpec
 from rung.spec.run import RunSpec
 from rung.types import Example, Source
+from rung.whole import write_folder
 
 PROBE = "In fiscal year 2023 revenue rose to 412 million, and costs fell by 3.5%. What changed?"
 
@@ -64,6 +64,9 @@ def merge_run(run: Path, folder: Path, onto: Onto = "trained") -> dict[str, Any]
             "this run was trained on the original base", where="--original", given=spec.method.kind, allowed="qlora"
         )
     base = _reference(policy, rows)
+    if _largest(base, ours) == 0:
+        what = "the run says what its base says: nothing was learned, or the adapter is lost"
+        raise GateError(what, where=str(run))
     method: Method = policy.method  # type: ignore[assignment]
     merged = method.merge().float()
 
