@@ -45,7 +45,7 @@ HOW_TO_READ = """\
   rows of a step begin with in common are counted once, so that skipping them does not flatter.
 - **as it comes**: TRL's `SFTConfig`, `DPOConfig` or `RewardConfig` untouched but for `use_cpu=True, bf16=False` (its
   default does not start here) and the work's own settings; transformers' `generate`, padded on the left, in batches of
-  20, and of 64 sequences in rollouts. In pairs a reward model's head is given to both sides. **tuned**: the fastest of the
+  20, and of 64 sequences in rollouts. A reward model's head is given to both sides. **tuned**: the fastest of the
   candidates below, tried anew in every bench. TRL's packing is right on a CPU: without FlashAttention transformers
   builds a block-diagonal mask from the positions, so documents do not see one another; the mask is dense, so their
   attention costs as much as if they did. Pairs it cannot pack, and a reference computed beforehand is the same work at
