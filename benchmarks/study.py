@@ -77,22 +77,24 @@ class Running:
         """Its answers."""
         return self.work / f"{self.folder(name, seed).name}.items.jsonl"
 
-    def scores(self, name: str) -> np.ndarray:
-        """[seeds, questions], of the first metric."""
+    def scores(self, name: str, metric: int = 0) -> np.ndarray:
+        """[seeds, questions], of the first metric or another."""
         found = [Evaluation.read(self.items(e["name"], e["seed"])) for e in self.store.all(name=name)]
-        return np.stack([e.scores(e.metrics[0]) for e in found])
+        return np.stack([e.scores(e.metrics[metric]) for e in found])
 
-    def gain(self, name: str, than: str = ZERO_SHOT) -> Difference:
+    def gain(self, name: str, than: str = ZERO_SHOT, metric: int = 0) -> Difference:
         """Paired, with the spread between seeds."""
         clusters = Evaluation.read(self.items(than, 0)).clusters
-        return gain_over(self.scores(than), self.scores(name), clusters)
+        return gain_over(self.scores(than, metric), self.scores(name, metric), clusters)
 
     def tables(self) -> str:
         """Markdown."""
         names = [name for name in (ZERO_SHOT, *self.study.entries) if self.store.all(name=name)]
         base = self.store.one(name=ZERO_SHOT, seed=0) or {}
         metric = next(iter(base["scores"]))
-        head = ("", "trainable", "peak memory", "tokens/s", "on disk", "a query", metric, "over zero-shot", "forgets")
+        others = [f"{name} over zero-shot" for name in list(base["scores"])[1:]]
+        head = ("", "trainable", "peak memory", "tokens/s", "on disk", "a query", metric, "over zero-shot", *others)
+        head += ("forgets",)
         rows = [self._row(name, base) for name in names]
         parts = [_markdown([*head, *sorted(base["tasks"])], rows)]
         done = [rule for rule in self.study.rules if {rule.better, rule.than} <= set(names)]
@@ -102,7 +104,8 @@ class Running:
 
     def _row(self, name: str, base: Measured) -> list[str]:
         found = self.store.all(name=name)
-        first, gain = found[0], self.gain(name)
+        first = found[0]
+        gains = [self.gain(name, metric=i) for i in range(len(base["scores"]))]
         trained, merged = first.get("trainable_parameters"), first.get("merged")
         score = np.mean([next(iter(e["scores"].values()))["mean"] for e in found])
         forgets = np.mean([e["unrelated_nats"] for e in found]) - base["unrelated_nats"]
@@ -117,7 +120,7 @@ class Running:
             _size(first["artefact_bytes"]) if name != ZERO_SHOT else "",
             query,
             f"{score:.2f}",
-            f"{gain.mean:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}]" if name != ZERO_SHOT else "",
+            *(f"{g.mean:+.2f} [{g.low:+.2f}, {g.high:+.2f}]" if name != ZERO_SHOT else "" for g in gains),
             f"{forgets:+.2f}" if name != ZERO_SHOT else "",
             *(f"{np.mean([e['tasks'][task] for e in found]):.2f}" for task in sorted(base["tasks"])),
         ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,7 +22,13 @@ from rung.types import Example
 
 
 def naive(
-    kind: str, shape: str = "llama", *, dtype: torch.dtype = torch.float32, wide_norms: bool = False, **spec: object
+    kind: str,
+    shape: str = "llama",
+    *,
+    dtype: torch.dtype = torch.float32,
+    wide_norms: bool = False,
+    start: Path | None = None,
+    **spec: object,
 ) -> tuple[PreTrainedModel, Method]:
     """A tiny model under transformers' own attention and peft's own forward, its trained numbers drawn anew.
 
@@ -30,6 +37,8 @@ def naive(
     """
     model = tiny_model(shape, dtype=dtype)
     method = attach(model, METHOD_SPECS[kind](**spec), seed=0, fused=False)
+    if start is not None:
+        method.load(start)
     if shape != "gemma2":  # its softcap runs in eager alone, with a softmax in float32: Rung's, unpacked, is exact
         model.set_attn_implementation("sdpa")
     redraw(method)

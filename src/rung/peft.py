@@ -44,6 +44,20 @@ class OwnConfig(PeftConfig):  # type: ignore[misc]
         self.peft_type = OwnType[f"RUNG_{(self.spec or {}).get('kind', '')}".upper()]
 
 
+@dataclass
+class NotInPeft(PeftConfig):  # type: ignore[misc]
+    """What peft has no form for: loading it says so instead of naming an unknown type."""
+
+    spec: dict[str, Any] | None = None
+    tasks: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        raise ValueError(
+            "virtual tokens inside a conversation, and several tasks in one folder, are Rung's own: rung chat and rung "
+            "eval answer with them. Of a folder with tasks each task-N in it loads in peft by itself"
+        )
+
+
 class OwnLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     """A module with adapters behind or beside it, by name."""
 
@@ -141,3 +155,5 @@ for _own in OwnType:
     peft_tables.PEFT_TYPE_TO_CONFIG_MAPPING[_own] = OwnConfig
     peft_tables.PEFT_TYPE_TO_TUNER_MAPPING[_own] = OwnModel
     peft_tables.PEFT_TYPE_TO_PREFIX_MAPPING[_own] = OwnModel.prefix
+for _alone in ("RUNG_P_TUNING", "RUNG_TASKS"):
+    peft_tables.PEFT_TYPE_TO_CONFIG_MAPPING[_alone] = NotInPeft

@@ -176,3 +176,15 @@ def test_runs_that_cannot_be_fused(
     code, _, err = inside(capsys, "fuse", *runs, *target)
     assert code == 3 and "templates" in err
     assert not (tmp_path / "fused").exists()
+
+
+def test_prompts_for_tasks_neither_fuse_nor_merge(config: Path, tmp_path: Path, capsys: Any) -> None:
+    """Both say why, and neither asks for a task."""
+    data = config.read_text().split("data: {path: ")[1].split(",")[0]
+    config.write_text(config.read_text().replace(f"data: {{path: {data}", f"data: {{path: [{{path: {data}, task: a}}]"))
+    method = "method={kind: prompt, virtual_tokens: 2, tasks: [a]}"
+    assert inside(capsys, "train", config, method, f"output={tmp_path / 'soft'}")[0] == 0
+    code, _, err = inside(capsys, "fuse", tmp_path / "soft", tmp_path / "soft", "-o", tmp_path / "fused")
+    assert code == 3 and "do not fuse" in err, err
+    code, _, err = inside(capsys, "merge", tmp_path / "soft", tmp_path / "merged")
+    assert code == 3 and "cannot be folded" in err, err

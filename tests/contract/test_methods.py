@@ -365,16 +365,28 @@ PLAIN = [(kind, spec) for kind, spec in VARIANTS if kind not in ("prompt", "pref
 
 @pytest.mark.parametrize("shape", ["phi", "llama", "gpt2", "phi3"])
 @pytest.mark.parametrize(("kind", "spec"), PLAIN, ids=[i for i, v in zip(IDS, VARIANTS, strict=True) if v in PLAIN])
-def test_gradients_are_those_of_one_document_at_a_time(kind: str, spec: dict[str, object], shape: str) -> None:
-    """Packed, shared and fused against transformers' and peft's own forward."""
+def test_gradients_are_those_of_one_document_at_a_time(
+    kind: str, spec: dict[str, object], shape: str, tmp_path: Path
+) -> None:
+    """Packed, shared and fused against transformers' and peft's own forward, from one start where it is read off."""
     if not_for(shape, spec):
         return  # refused, as another test asks for
     exact = kind not in ("qlora", "peft")  # which compute in float32 whatever they are given
     dtype, examples = torch.float64 if exact else torch.float32, documents(3, count=5, shared=20)
-    theirs, their_method = naive(kind, shape, dtype=dtype, wide_norms=exact and shape not in LAYER_NORM_SHAPES, **spec)
+    start = None
+    if spec.get("init") in ("eva", "corda", "lora_ga", "pissa", "olora"):
+        first = tiny_model(shape, dtype=dtype)
+        begun = attach(first, METHOD_SPECS[kind](**spec), seed=0)
+        calibrated(policy_of(first, begun), begun)
+        begun.save(tmp_path)
+        start = tmp_path
+    wide = exact and shape not in LAYER_NORM_SHAPES
+    theirs, their_method = naive(kind, shape, dtype=dtype, wide_norms=wide, start=start, **spec)
     naive_loss(theirs, examples)
     model = tiny_model(shape, dtype=dtype)
     method = attach(model, METHOD_SPECS[kind](**spec), seed=0)
+    if start is not None:
+        method.load(start)
     redraw(method)
     share = method.keeps_apart() is None
     accumulate(policy_of(model, method), OBJECTIVES["sft"](SftSpec()), pack(examples, 60, share_prefixes=share))
@@ -414,27 +426,48 @@ def test_a_method_is_ready_to_answer_once_it_is_attached() -> None:
     assert dropouts and not any(m.training for m in dropouts)
 
 
-@pytest.mark.parametrize("kind", ["prompt", "p_tuning", "bottleneck"])
+@pytest.mark.parametrize("kind", METHODS)
 def test_tensors_of_another_shape_are_refused(kind: str, tmp_path: Path) -> None:
     """Copying would stretch one row over all."""
-    given = {
-        "prompt": {"virtual_tokens": 3},
-        "p_tuning": {"virtual_tokens": 3, "hidden": 8},
-        "bottleneck": {"width": 4},
-    }
-    _, method = tuned(kind, **given[kind])
+    _, method = tuned(kind, **FIRST[kind])
     method.save(tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
+    file = max(tmp_path.rglob("*.safetensors"))
     state = load_file(file)
-    name = sorted(state)[0]
-    save_file({**state, name: state[name][:1].clone()}, file)
+    name = next(name for name in sorted(state) if state[name].shape[0] > 1)
+    save_file({**state, name: state[name][:1].clone()}, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="another shape"):
         method.load(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["ADALORA", "ADAMSS"])
-def test_tuners_that_need_a_loop_of_their_own_are_refused(kind: str) -> None:
-    with pytest.raises(ConfigError, match="between steps"):
+def test_tuners_whose_tensors_share_memory_are_saved(tmp_path: Path) -> None:
+    """RandLoRA's matrices are views of two."""
+    policy, method = tuned("peft", config={"peft_type": "RANDLORA", "r": 4})
+    method.save(tmp_path)
+    other = attach(tiny_model(), METHOD_SPECS["peft"](config={"peft_type": "RANDLORA", "r": 4}), seed=0)
+    other.load(tmp_path)
+    batch = pack(documents(), 10_000)[0]
+    assert torch.equal(policy_of(other.model, other).logprobs(batch), policy.logprobs(batch))
+
+
+def test_tuners_that_find_nothing_or_lack_a_setting_are_refused() -> None:
+    with pytest.raises(ConfigError, match="could train"):
+        attach(tiny_model("gpt2"), METHOD_SPECS["peft"](config={"peft_type": "OSF"}), seed=0)
+    with pytest.raises(ConfigError, match="does not take this config"):
+        attach(tiny_model(), METHOD_SPECS["peft"](config={"peft_type": "ADAPTION_PROMPT"}), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("ADALORA", "between steps"),
+        ("ADAMSS", "between steps"),
+        ("POLY", "task ids"),
+        ("SHADOW", "left behind"),
+        ("TRAINABLE_TOKENS", "tied embedding"),
+    ],
+)
+def test_tuners_that_would_train_as_something_else_are_refused(kind: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
         attach(tiny_model(), METHOD_SPECS["peft"](config={"peft_type": kind}), seed=0)
 
 

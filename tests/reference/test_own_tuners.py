@@ -70,3 +70,18 @@ def test_two_of_them_are_switched_and_the_base_stays(tmp_path: Path) -> None:
         assert not torch.equal(first["a"], first["b"])
         with model.disable_adapter():
             assert torch.equal(model(ids, use_cache=False).logits, base)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"virtual_tokens": 2, "hidden": 8, "positions": {"front": 1, "user": 1}},
+        {"virtual_tokens": 2, "hidden": 8, "tasks": ("a", "b")},
+    ],
+    ids=["inside", "tasks"],
+)
+def test_what_peft_has_no_form_for_says_so(spec: dict[str, object], tmp_path: Path) -> None:
+    _, method = tuned("p_tuning", **spec)
+    method.save(tmp_path)
+    with pytest.raises(ValueError, match="are Rung's own"):
+        PeftModel.from_pretrained(tiny_model(), str(tmp_path))

@@ -19,7 +19,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 def write_peft(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Peft's two files: a tensor by name each, and the settings."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().contiguous().cpu() for name, value in state.items()}
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}  # RandLoRA shares
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     (folder / CONFIG).write_text(json.dumps({**plain, "inference_mode": True}, indent=2, default=str) + "\n")

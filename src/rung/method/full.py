@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rung.errors import ConfigError, PlanError
-from rung.method.base import Method, same_keys
+from rung.method.base import Method, same_keys, same_shapes
 from rung.model.resident import held_narrow
 from rung.spec.method import FullSpec, HeadSpec
 
@@ -39,6 +39,7 @@ class _MovesTheBase(Method):
         tensors = {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
         own = dict(self.model.named_parameters())  # tied weights stand once, as save_pretrained writes them
         same_keys(tensors.keys(), own.keys(), str(folder))
+        same_shapes(own, tensors, str(folder))
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(tensors[name])

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rung.errors import ConfigError
 from rung.method import start as starts
-from rung.method.base import Method, Moving, Sample, same_keys
+from rung.method.base import Method, Moving, Sample, same_keys, same_shapes
 from rung.method.calibrate import gradients, second_moments
 from rung.method.files import CONFIG, read_state, write_peft
 from rung.model.fuse import plain_part
@@ -108,7 +108,8 @@ class Lora(Method):
                 layer.set_adapter([OWN, OFFSET])
         for parameter in self._offsets:  # zero until `calibrate` or `load` says otherwise
             parameter.requires_grad_(False)
-            parameter.data = torch.zeros_like(parameter.data, dtype=torch.float32)
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            parameter.data = torch.zeros_like(parameter.data, dtype=wide)
         for parameter in self._trainable.values():  # peft leaves modules trained whole in the base's bfloat16
             if parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()
@@ -208,8 +209,9 @@ class Lora(Method):
         """Read them; keys missing or left over raise `CheckpointError`."""
         if self.course is not None:
             self.keep(set(json.loads((folder / CONFIG).read_text())["target_modules"]))
-        state = read_state(folder)
-        same_keys(state.keys(), self._state().keys(), str(folder))
+        state, own = read_state(folder), self._state()
+        same_keys(state.keys(), own.keys(), str(folder))
+        same_shapes(own, state, str(folder))
         for adapter, half in _halves(state).items() if self.subtracts else [(OWN, state)]:
             quiet(set_peft_model_state_dict, self.peft, half, adapter_name=adapter)
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rung.errors import ConfigError, PlanError
-from rung.method.base import Method, same_keys
+from rung.method.base import Method, same_keys, same_shapes
 from rung.method.files import read_state, write_peft
 from rung.method.lora import DROPPED, quiet
 from rung.model.fuse import plain_part
@@ -45,9 +45,13 @@ class Passthrough(Method):
         model.float()  # peft's tuners compute in the type the weights are held in
         try:
             self.peft: PeftModel = quiet(get_peft_model, model, config)
-        except (ValueError, TypeError, NotImplementedError, KeyError) as error:
-            raise ConfigError(str(error), where="method.config", given=spec.config.get("peft_type")) from error
+        except (ValueError, TypeError, NotImplementedError, KeyError, AttributeError) as error:
+            what = f"peft does not take this config: {error}"
+            raise ConfigError(what, where="method.config", given=spec.config.get("peft_type")) from error
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self._trainable:
+            what = "peft found nothing in this model that this tuner could train"
+            raise ConfigError(what, where="method.config", given=spec.config.get("peft_type"))
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """What peft leaves free."""
@@ -77,8 +81,9 @@ class Passthrough(Method):
 
     def load(self, folder: Path) -> None:
         """Read them; keys missing or left over raise `CheckpointError`."""
-        state = read_state(folder)
-        same_keys(state.keys(), self._state().keys(), str(folder))
+        state, own = read_state(folder), self._state()
+        same_keys(state.keys(), own.keys(), str(folder))
+        same_shapes(own, state, str(folder))
         quiet(set_peft_model_state_dict, self.peft, state)
 
     def merge(self) -> nn.Module:
@@ -103,8 +108,7 @@ def _config(model: PreTrainedModel, spec: PeftSpec) -> PeftConfig:
         known = ", ".join(sorted(set(PeftType.__members__) - set(_OURS)))
         raise ConfigError("no such tuner", where="method.config.peft_type", given=kind or None, allowed=known)
     if kind in _STEERED:
-        hint = "kind: lora with ranks, or kind: lottery"
-        raise ConfigError(_STEERED[kind], where="method.config", given=kind, hint=hint)
+        raise ConfigError(_STEERED[kind], where="method.config", given=kind, hint="kind: lora with ranks, or lottery")
     if given.get("task_type", "CAUSAL_LM") != "CAUSAL_LM" or given.get("inference_mode"):
         refused = {key: given[key] for key in ("task_type", "inference_mode") if key in given}
         raise ConfigError("a run trains a model that writes", where="method.config", given=refused)
@@ -145,7 +149,9 @@ _STEERED = {
     "ADALORA": "AdaLoRA hands its ranks out anew between steps, which peft leaves to a training loop of its own",
     "POLY": "Poly chooses among its skills by task ids, which peft wants as an argument of every forward",
     "ADAMSS": "AdaMSS freezes parts of itself between steps, which peft leaves to a training loop of its own",
+    "SHADOW": "Shadow's layers read what a forward of peft's own left behind, which no other forward does",
+    "TRAINABLE_TOKENS": "rows of a tied embedding are rows of the head as well, which a frozen base does not allow",
 }
 """Tuners that would train as something else than their name says."""
-_NO_TARGETS = frozenset({"LN_TUNING", "ADAPTION_PROMPT", "TRAINABLE_TOKENS"})
+_NO_TARGETS = frozenset({"LN_TUNING", "ADAPTION_PROMPT"})
 """Tuners that find their modules themselves."""

@@ -166,7 +166,7 @@ class VirtualTokens(Method):
         """Raises `PlanError`: there is no weight that it could be added to."""
         raise PlanError(
             "virtual tokens cannot be folded into the base: they stand in its input, not in its weights",
-            hint="serve the base with the adapter (peft loads it), or train a lora",
+            hint="serve the base with the adapter, or train a lora",
         )
 
     def _named(self, task: str | None) -> str:

@@ -24,7 +24,7 @@ from rung.data.chat import Chat
 from rung.engine.pack import pack_in_slices
 from rung.engine.record import is_climb, read_manifest, versions, write_json
 from rung.engine.step import mean_loss
-from rung.errors import CheckpointError, ConfigError
+from rung.errors import CheckpointError, ConfigError, PlanError
 from rung.method.base import Method
 from rung.method.fusion import Factors, How, combined, concatenated, factors_of, recompressed, reduced
 from rung.method.lora import OWN, Lora
@@ -220,6 +220,8 @@ def _go_together(runs: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> b
 def _update(run: Path) -> dict[str, Factors]:
     """The update of an adapter by module."""
     check_whole(run / "adapter")
+    if not (run / "adapter" / "adapter_model.safetensors").exists():
+        raise PlanError("virtual tokens for each task do not fuse: they are no update of a weight", where=str(run))
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
     return factors_of(load_file(run / "adapter" / "adapter_model.safetensors"), config, str(run))
 

@@ -49,6 +49,8 @@ def merge_run(run: Path, folder: Path, onto: Onto = "trained") -> dict[str, Any]
     if folder.exists():
         raise CheckpointError("this folder exists already", where=str(folder))
     policy, chat, spec = _open(run)
+    if getattr(spec.method, "tasks", ()):
+        policy.method.merge()  # type: ignore[attr-defined]  # which says why it cannot be
     rows = _rows(chat)
     ours, from_run = _logprobs(policy, rows), {}
     if spec.method.kind == "qlora":
