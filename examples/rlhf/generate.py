@@ -19,7 +19,7 @@ SEED = 20240915
 HERE = Path(__file__).parent
 SHOP = runpy.run_path(str(HERE.parent / "support" / "generate.py"))
 INTENTS = tuple(SHOP["SHARES"])
-SIZES = {"logged": 320, "preferences": 160, "prompts": 480, "heldout": 160}
+SIZES = {"logged": 320, "preferences": 120, "prompts": 480, "heldout": 160}
 """Rows of each file, in this order from the same stream of orders."""
 CARELESS = 0.75
 """Share of the logged answers that are right and not in the house style."""

@@ -2,7 +2,7 @@
 # The three steps of RLHF, and DPO on the same comparisons, from a base to a table: sh examples/rlhf/run.sh
 set -e
 rung train examples/rlhf/sft.yaml
-rung generate runs/rlhf/sft --data examples/rlhf/prompts.jsonl --limit 120 --n 4 --distinct --max-new-tokens 40 -o runs/rlhf/candidates.jsonl
+rung generate runs/rlhf/sft --data examples/rlhf/prompts.jsonl --limit 100 --n 4 --distinct --max-new-tokens 40 -o runs/rlhf/candidates.jsonl
 python examples/rlhf/house.py rank runs/rlhf/candidates.jsonl runs/rlhf/ranked.jsonl
 rung train examples/rlhf/reward.yaml
 rung train examples/rlhf/ppo.yaml
