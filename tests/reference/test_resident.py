@@ -24,6 +24,7 @@ from rung.objective.sft import Sft
 from rung.spec.method import METHOD_SPECS
 from rung.spec.model import ModelSpec
 from rung.spec.objective import SftSpec
+from rung.whole import write_folder
 
 
 def written(folder: Path, tokenizer: PreTrainedTokenizerFast, shape: str, dtype: torch.dtype) -> Path:
@@ -108,9 +109,14 @@ def test_a_run_on_a_narrow_base_loses_nothing_as_a_base(
         for parameter in method.trainable().values():
             parameter.add_(1e-4)
     run = tmp_path / "run"
-    method.save(run / "adapter")
-    tiny_tokenizer.save_pretrained(run / "adapter")
-    spec = {"spec": {"model": {"name": name}, "method": {"kind": "lora"}}, "fingerprints": {"base": base.fingerprint}}
+
+    def fill(aside: Path) -> None:
+        method.save(aside)
+        tiny_tokenizer.save_pretrained(aside)
+
+    write_folder(run / "adapter", fill)
+    settings = {"model": {"name": name}, "method": {"kind": "lora"}}
+    spec = {"spec": settings, "fingerprints": {"base": base.fingerprint}, "status": "finished"}
     (run / "run.json").write_text(json.dumps(spec))
     batch = pack(documents(), 1000)[0]
     before = Policy(base, method).logprobs(batch)
