@@ -16,7 +16,7 @@ test: dev
 soak: dev
 	@scripts/check -m soak
 
-# Two hours: nothing else should run beside it. BENCH="--only a,b --pairs 5 --resume" passes options on.
+# Three hours and more: nothing else should run beside it. BENCH="--only a,b --pairs 5 --resume" passes options on.
 bench: install $(PEERS)/.installed
 	@$(VENV)/bin/python -m benchmarks.bench $(BENCH)
 

@@ -90,11 +90,14 @@ def _open(path: Path, base: Base | None) -> tuple[Policy, Chat, RunSpec]:
             hint="go on with: rung train --resume",
         )
     spec = parse(manifest["spec"], str(path / "run.json"))
-    check_whole(path / ("model" if (path / "model").is_dir() else "adapter"))
     if (path / "model").is_dir():  # with its own tokenizer and template
-        inside = path / "model" if spec.objective.kind == "reward" else path
+        inside = path
+        if spec.objective.kind == "reward":  # which is no run to build on: loaded by its folder, and checked here
+            inside = path / "model"
+            check_whole(inside)
         base = load(ModelSpec(name=str(inside), dtype=spec.model.dtype))
         return Policy(base, Untouched()), Chat(base.tokenizer), spec
+    check_whole(path / "adapter")
     base = load(spec.model) if base is None else base
     check_fingerprint(manifest, base, path)
     check_origin(path / "adapter", base)
@@ -102,6 +105,13 @@ def _open(path: Path, base: Base | None) -> tuple[Policy, Chat, RunSpec]:
     method.load(path / "adapter")
     tokenizer = load_tokenizer(ModelSpec(name=str(path)))  # with the template trained with
     return Policy(base, method), Chat(tokenizer, inserted=inserted_in(spec.method, base)), spec
+
+
+def once_more(run: Path, base: Base | None) -> Base | None:
+    """The weights at hand in modules of their own, where a run's adapter stands on them; None where it does not."""
+    if base is None or not (run / "adapter").is_dir():
+        return None
+    return base.twin() if read_manifest(run)["fingerprints"]["base"] == base.fingerprint else None
 
 
 def open_runs(paths: Sequence[Path]) -> dict[str, tuple[Policy, Chat]]:

@@ -20,7 +20,7 @@ from rung.model.generate import Answer
 from rung.model.load import Base
 from rung.model.policy import Policy, Untouched
 from rung.objective.reward import ScoreHead
-from rung.opened import load, open_reward
+from rung.opened import load, once_more, open_reward
 from rung.scoring.verifiers import Verifier, verifier
 from rung.spec.method import LoraSpec
 from rung.spec.objective import DistillSpec, FunctionSpec, ModelRewardSpec, PpoSpec
@@ -29,7 +29,7 @@ from rung.types import Example, Record
 
 MOVES_BASE = ("full", "head")
 """Methods whose base is no longer there for another adapter."""
-_ALONE = {"revision": None, "student_of": None, "layers": None}
+ALONE = {"revision": None, "student_of": None, "layers": None}
 """What a model named by itself has not of the run's own."""
 
 
@@ -40,7 +40,7 @@ def reference_of(spec: RunSpec, base: Base) -> Policy | None:
         return None
     if named == "base" and spec.method.kind != "full":
         return None
-    other = spec.model if named == "base" else spec.model.model_copy(update={"name": named, **_ALONE})
+    other = spec.model if named == "base" else spec.model.model_copy(update={"name": named, **ALONE})
     why = "the base moves" if named == "base" else "it is named"
     say(f"the reference is a second model in memory, because {why}")
     found = load(other)
@@ -87,7 +87,7 @@ def teacher_of(spec: RunSpec, base: Base) -> Policy | None:
     objective = spec.objective
     if not isinstance(objective, DistillSpec):
         return None
-    found = load(spec.model.model_copy(update={"name": objective.teacher, **_ALONE}))
+    found = load(spec.model.model_copy(update={"name": objective.teacher, **ALONE}))
     own, theirs = base.tokenizer.get_vocab(), found.tokenizer.get_vocab()
     if own != theirs:
         differ = next(t for t, i in sorted(own.items() | theirs.items()) if own.get(t) != theirs.get(t))
@@ -127,7 +127,7 @@ def worth_of(spec: RunSpec, base: Base, chat: Chat) -> Worth | None:
             hint = "better pairs or more of them; or objective.reward.accept: true"
             raise PlanError("this reward model is not fit to be followed", where=source.run, given=verdict, hint=hint)
         say(f"the reward model is taken although it is {verdict}")
-    policy, theirs, objective, trained = open_reward(path, _shared(manifest, path, base, spec))
+    policy, theirs, objective, trained = open_reward(path, _shared(path, base, spec))
     same_text(path, theirs, chat)
     if trained.evaluate.context != spec.evaluate.context:
         what = "this reward model was trained on other prompts"
@@ -160,7 +160,7 @@ def critic_of(spec: RunSpec, base: Base) -> tuple[Policy | None, ScoreHead | Non
         return None, None
     if objective.value == "reward" and isinstance(objective.reward, ModelRewardSpec):
         path = Path(objective.reward.run)
-        shared = _shared(read_manifest(path), path, base, spec)
+        shared = _shared(path, base, spec)
         if shared is None:
             what = "the value model can only begin as a reward model with an adapter on the run's own base"
             raise PlanError(what, where="objective.value", given=str(path))
@@ -196,7 +196,6 @@ def row_of(record: Record) -> dict[str, Any]:
     }
 
 
-def _shared(manifest: dict[str, Any], run: Path, base: Base, spec: RunSpec) -> Base | None:
-    """The base's weights once more, where a run's adapter stands on them."""
-    same = manifest["fingerprints"]["base"] == base.fingerprint
-    return base.twin() if same and (run / "adapter").is_dir() and spec.method.kind not in MOVES_BASE else None
+def _shared(run: Path, base: Base, spec: RunSpec) -> Base | None:
+    """The base's weights once more, where a run's adapter stands on them and nothing moves them."""
+    return None if spec.method.kind in MOVES_BASE else once_more(run, base)

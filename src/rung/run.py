@@ -232,8 +232,8 @@ def _check_tasks(spec: RunSpec, data: Data) -> None:
     known = set(getattr(spec.method, "tasks", ()))
     if not known:
         return
-    parts = (data.splits.train, data.splits.validation, data.splits.test)
-    found = {record.task for part in parts for record in part}
+    learned = {record.task for record in data.splits.train}
+    found = learned | {record.task for part in (data.splits.validation, data.splits.test) for record in part}
     if unknown := sorted(map(str, found - known)):
         hint = "name the column in data.task, or a task for each set in data.path" if found == {None} else None
         raise DataError(
@@ -242,7 +242,7 @@ def _check_tasks(spec: RunSpec, data: Data) -> None:
             allowed=", ".join(sorted(known)),
             hint=hint,
         )
-    if idle := sorted(known - {record.task for record in data.splits.train}):
+    if idle := sorted(known - learned):
         what = "method.tasks names a task without training rows: nothing would be learned for it"
         raise DataError(what, given=", ".join(idle))
 

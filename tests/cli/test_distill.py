@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from processes import inside, log
+from processes import goes_on_as_if_never_stopped, inside, log
 
 
 @pytest.fixture
@@ -40,17 +38,9 @@ def test_a_student_of_some_layers(taught: Path, tmp_path: Path, capsys: Any) -> 
 
 
 def test_an_adapter_on_a_student_and_a_resume(taught: Path, tmp_path: Path, capsys: Any) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
     objective = f"objective={{kind: distill, teacher: {tmp_path / 'teacher'}, divergence: jsd}}"
     settings = ["method={kind: lora, rank: 4}", objective, "engine.checkpoint_every=3", "engine.learning_rate=1e-2"]
-    for run in (whole, parts):
-        assert inside(capsys, "train", taught, *settings, f"output={run}")[0] == 0
-    manifest = json.loads((parts / "run.json").read_text())
-    (parts / "run.json").write_text(json.dumps({**manifest, "status": "running"}))
-    code, _, err = inside(capsys, "train", taught, *settings, f"output={parts}", "--resume")
-    assert code == 0 and "resumed from step-00000003" in err, err
-    first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (whole, parts))
-    assert all(torch.equal(first[k], second[k]) for k in first)
+    _, parts = goes_on_as_if_never_stopped(capsys, taught, settings, tmp_path, 3)
     assert inside(capsys, "eval", parts, "--limit", 3)[0] == 0  # opened again: the student is built anew
 
 

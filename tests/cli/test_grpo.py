@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from processes import inside, log
+from processes import goes_on_as_if_never_stopped, inside, log
 
 FUNCTION = "def few(answer, row):\n    return -len(answer) / 8\ndef same(answer, row):\n    return 1.0\n"
 
@@ -51,16 +48,8 @@ def test_whatever_moves(method: str, rewarded: Path, tmp_path: Path, capsys: Any
 
 
 def test_a_killed_run_makes_the_same_answers(rewarded: Path, tmp_path: Path, capsys: Any) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
     settings = ["engine.max_steps=8", "engine.checkpoint_every=3", "objective.rollout.minibatches=2", "engine.epochs=2"]
-    for run in (whole, parts):
-        assert inside(capsys, "train", rewarded, *settings, f"output={run}")[0] == 0
-    manifest = json.loads((parts / "run.json").read_text())
-    (parts / "run.json").write_text(json.dumps({**manifest, "status": "running"}))
-    code, _, err = inside(capsys, "train", rewarded, *settings, f"output={parts}", "--resume")
-    assert code == 0 and "resumed from step-00000006" in err, err
-    first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (whole, parts))
-    assert all(torch.equal(first[k], second[k]) for k in first)
+    goes_on_as_if_never_stopped(capsys, rewarded, settings, tmp_path, 6)
 
 
 def test_rewards_that_are_all_alike_teach_nothing(rewarded: Path, tmp_path: Path, capsys: Any) -> None:

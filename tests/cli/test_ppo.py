@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from processes import inside, log
+from processes import goes_on_as_if_never_stopped, inside, log
 
 
 @pytest.fixture
@@ -43,16 +42,8 @@ def test_a_toy_reward_is_climbed(method: str, short: Path, tmp_path: Path, capsy
 
 
 def test_a_killed_run_goes_on_with_its_values_and_its_penalty(short: Path, tmp_path: Path, capsys: Any) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
     settings = ["engine.max_steps=12", "engine.checkpoint_every=4", "objective.adapt={target: 0.5, horizon: 50}"]
-    for run in (whole, parts):
-        assert inside(capsys, "train", short, *settings, f"output={run}")[0] == 0
-    manifest = json.loads((parts / "run.json").read_text())
-    (parts / "run.json").write_text(json.dumps({**manifest, "status": "running"}))
-    code, _, err = inside(capsys, "train", short, *settings, f"output={parts}", "--resume")
-    assert code == 0 and "resumed from step-00000008" in err, err
-    first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (whole, parts))
-    assert all(torch.equal(first[k], second[k]) for k in first)
+    whole, parts = goes_on_as_if_never_stopped(capsys, short, settings, tmp_path, 8)
     betas = [[e["beta"] for e in log(run)] for run in (whole, parts)]
     assert betas[0] == betas[1] and len(set(betas[0])) > 1
 

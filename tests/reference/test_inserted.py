@@ -117,13 +117,15 @@ def test_the_base_alone_cannot_read_them_and_reads_the_rest_unchanged() -> None:
 
 
 def test_saved_and_loaded_and_not_taken_for_a_prompt_in_front(tmp_path: Path) -> None:
+    import rung.peft  # noqa: F401 -- which lets peft say why
+
     policy, method = tuned("p_tuning", **SPEC)
     method.save(tmp_path)
     again = attach(tiny_model(), METHOD_SPECS["p_tuning"](**SPEC), seed=9)
     again.load(tmp_path)
     batch = pack(with_inserted(documents(), at=1), 10_000)[0]
     assert torch.equal(policy_of(again.model, again).logprobs(batch), policy.logprobs(batch))
-    with pytest.raises((KeyError, ValueError), match="RUNG_P_TUNING|are Rung's own"):
+    with pytest.raises(ValueError, match="are Rung's own"):
         PeftModel.from_pretrained(tiny_model(), str(tmp_path))
 
 

@@ -109,6 +109,9 @@ def _config(model: PreTrainedModel, spec: PeftSpec) -> PeftConfig:
         raise ConfigError("no such tuner", where="method.config.peft_type", given=kind or None, allowed=known)
     if kind in _STEERED:
         raise ConfigError(_STEERED[kind], where="method.config", given=kind, hint="kind: lora with ranks, or lottery")
+    if kind == "TRAINABLE_TOKENS" and model.config.tie_word_embeddings:
+        what = "rows of a tied embedding are the head's as well, which is read past the tuner"
+        raise ConfigError(what, where="method.config", given=kind, hint="kind: full, or a base whose head is its own")
     if given.get("task_type", "CAUSAL_LM") != "CAUSAL_LM" or given.get("inference_mode"):
         refused = {key: given[key] for key in ("task_type", "inference_mode") if key in given}
         raise ConfigError("a run trains a model that writes", where="method.config", given=refused)
@@ -150,8 +153,7 @@ _STEERED = {
     "POLY": "Poly chooses among its skills by task ids, which peft wants as an argument of every forward",
     "ADAMSS": "AdaMSS freezes parts of itself between steps, which peft leaves to a training loop of its own",
     "SHADOW": "Shadow's layers read what a forward of peft's own left behind, which no other forward does",
-    "TRAINABLE_TOKENS": "rows of a tied embedding are rows of the head as well, which a frozen base does not allow",
 }
 """Tuners that would train as something else than their name says."""
-_NO_TARGETS = frozenset({"LN_TUNING", "ADAPTION_PROMPT"})
+_NO_TARGETS = frozenset({"LN_TUNING", "ADAPTION_PROMPT", "TRAINABLE_TOKENS"})
 """Tuners that find their modules themselves."""

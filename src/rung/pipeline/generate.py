@@ -24,7 +24,7 @@ from rung.model.generate import Answer, Sampling, generate_by_task
 from rung.model.load import Base
 from rung.model.policy import Policy, Untouched, by_document
 from rung.model.tree import has_flat_kernel
-from rung.others import same_text
+from rung.others import ALONE, same_text
 from rung.spec.data import DataSpec, Format
 from rung.spec.io import parse
 from rung.spec.model import ModelSpec
@@ -129,25 +129,18 @@ def _open(target: str, asked: Asked) -> tuple[Policy, Chat, Scorer | None]:
 
 def _reference(named: str, spec: ModelSpec, base: Base | None) -> Policy:
     """A run with its adapter on, or a base; the base of what answers where that is it."""
-    if base is not None and named == spec.name:
+    if base is not None and spec.student_of is None and named == spec.name:
         return Policy(base.twin(), Untouched())
     if (Path(named) / "run.json").exists():
-        return opened.open_run(Path(named), _shared(Path(named), base))[0]
-    return opened.open_base(spec.model_copy(update={"name": named, "revision": None, "student_of": None}))[0]
+        return opened.open_run(Path(named), opened.once_more(Path(named), base))[0]
+    return opened.open_base(spec.model_copy(update={"name": named, **ALONE}))[0]
 
 
 def _scorer(run: Path, ours: Chat, base: Base | None) -> Scorer:
     """A reward run, opened and checked before anything is made."""
-    policy, chat, objective, _ = opened.open_reward(run, _shared(run, base))
+    policy, chat, objective, _ = opened.open_reward(run, opened.once_more(run, base))
     same_text(run, chat, ours)
     return Scorer(policy, objective)
-
-
-def _shared(run: Path, base: Base | None) -> Base | None:
-    """The weights at hand once more, where a run's adapter stands on them."""
-    if base is None or not (run / "adapter").is_dir():
-        return None
-    return base.twin() if read_manifest(run)["fingerprints"]["base"] == base.fingerprint else None
 
 
 def _asked(record: Record) -> dict[str, Any]:

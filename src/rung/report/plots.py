@@ -126,7 +126,10 @@ def course(name: str, logs: Sequence[Sequence[Json]], key: str, unit: str = "") 
             first = number == 0
             train, held = _curve(log, key), _curve(log, f"validation_{key}")
             axes.plot(*train, color=SERIES[5], linewidth=1.1, alpha=faint, label="training" if first else None)
-            axes.plot(*held, "o-", color=SERIES[0], markersize=4, linewidth=1.6, label="validation" if first else None)
+            if held[0]:
+                axes.plot(
+                    *held, "o-", color=SERIES[0], markersize=4, linewidth=1.6, label=None if number else "validation"
+                )
         axes.set_xlabel("optimiser step")
         axes.set_ylabel(f"{known}, {unit}" if unit else known)
         axes.xaxis.get_major_locator().set_params(integer=True)
