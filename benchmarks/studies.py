@@ -23,6 +23,8 @@ class Entry:
     """The way of it."""
     weights: str = "1,1"
     """One for each."""
+    learn: str | None = None
+    """Instead of weights: the config on whose rows they are searched."""
 
 
 @dataclass(frozen=True)
@@ -93,23 +95,24 @@ METHODS = Study(
 )
 """Every method, the principal ones first."""
 
+_ON_FINANCE = {"data.path": "examples/finance/data.jsonl", "data.group": "filing", "data.limit": 480}
+_ON_SUPPORT = {"data.path": "examples/support/data.jsonl", "data.group": "order", "data.limit": 480}
 TASKS = Study(
     BOTH,
     {
-        "lora on finance": Entry(
-            {"data.path": "examples/finance/data.jsonl", "data.group": "filing", "data.limit": 480}
-        ),
-        "lora on support": Entry(
-            {"data.path": "examples/support/data.jsonl", "data.group": "order", "data.limit": 480}
-        ),
+        "lora on finance": Entry(_ON_FINANCE),
+        "lora on support": Entry(_ON_SUPPORT),
         "their sum": Entry(fuse=("lora on finance", "lora on support")),
         "their mean": Entry(fuse=("lora on finance", "lora on support"), weights="0.5,0.5"),
         "their TIES": Entry(fuse=("lora on finance", "lora on support"), how="ties:0.5"),
+        "their search": Entry(fuse=("lora on finance", "lora on support"), learn="examples/support/few.yaml"),
         "one lora on both": _lora(),
+        "prompt on finance": Entry({**_ON_FINANCE, **_method("prompt", virtual_tokens=20).settings}),
+        "prompt on support": Entry({**_ON_SUPPORT, **_method("prompt", virtual_tokens=20).settings}),
         "a prompt for each": _method("prompt", virtual_tokens=20, tasks=["finance", "support"]),
-        "p_tuning with one encoder": _method(
-            "p_tuning", virtual_tokens=20, tasks=["finance", "support"], encoder="lstm"
-        ),
+        "p_tuning on finance": Entry({**_ON_FINANCE, **_method("p_tuning", virtual_tokens=20).settings}),
+        "p_tuning on support": Entry({**_ON_SUPPORT, **_method("p_tuning", virtual_tokens=20).settings}),
+        "p_tuning with one encoder": _method("p_tuning", virtual_tokens=20, tasks=["finance", "support"]),
         "mixture on both": _method("mixture", 1e-3, experts=4, rank=8),
     },
     questions=200,

@@ -54,9 +54,8 @@ class Running:
         log = folder.parent / f"{folder.name}.train.log"
         if entry.fuse:
             parts = [self.folder(part, seed) for part in entry.fuse]
-            self._run(
-                [OURS / "rung", "fuse", *parts, "-o", folder, "--how", entry.how, "--weights", entry.weights], log
-            )
+            weights = ["--learn", entry.learn] if entry.learn else ["--weights", entry.weights]
+            self._run([OURS / "rung", "fuse", *parts, "-o", folder, "--how", entry.how, *weights], log)
             return {}
         settings = {**self.study.common, **entry.settings, "seed": seed, "output": str(folder)}
         given = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
