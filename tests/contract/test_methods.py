@@ -129,15 +129,6 @@ def beyond_the_window(policy: Policy) -> bool:
     return policy.model.config.model_type == "gemma2" and policy.method.kind in ("prompt", "prefix", "p_tuning")
 
 
-@pytest.mark.parametrize("config", PEFT_TUNERS, ids=str)
-def test_transposed_weights_are_refused_by_tuners_that_know_none(config: dict[str, object]) -> None:
-    if not_for("gpt2", {"config": config}):
-        with pytest.raises(ConfigError, match="Conv1D"):
-            attach(tiny_model("gpt2"), METHOD_SPECS["peft"](config=config), seed=3)
-    else:
-        assert attach(tiny_model("gpt2"), METHOD_SPECS["peft"](config=config), seed=3).trainable()
-
-
 INSIDE, OUTSIDE = 2 * (6 * 32 + 48), 2 * (3 * 32 + 2 * 16 + 2 * 48)
 """Inputs and outputs of all linears of the tiny Llama, added up."""
 COUNTS = {
@@ -439,16 +430,6 @@ def test_tensors_of_another_shape_are_refused(kind: str, tmp_path: Path) -> None
         method.load(tmp_path)
 
 
-def test_tuners_whose_tensors_share_memory_are_saved(tmp_path: Path) -> None:
-    """RandLoRA's matrices are views of two."""
-    policy, method = tuned("peft", config={"peft_type": "RANDLORA", "r": 4})
-    method.save(tmp_path)
-    other = attach(tiny_model(), METHOD_SPECS["peft"](config={"peft_type": "RANDLORA", "r": 4}), seed=0)
-    other.load(tmp_path)
-    batch = pack(documents(), 10_000)[0]
-    assert torch.equal(policy_of(other.model, other).logprobs(batch), policy.logprobs(batch))
-
-
 def test_trained_tokens_where_the_head_is_its_own() -> None:
     """Under a tied head they are refused; elsewhere the loss is that of peft's forward."""
     config = {"peft_type": "TRAINABLE_TOKENS", "token_indices": list(range(3, 60))}
@@ -469,20 +450,6 @@ def test_tuners_that_find_nothing_or_lack_a_setting_are_refused() -> None:
         attach(tiny_model("gpt2"), METHOD_SPECS["peft"](config={"peft_type": "OSF"}), seed=0)
     with pytest.raises(ConfigError, match="does not take this config"):
         attach(tiny_model(), METHOD_SPECS["peft"](config={"peft_type": "ADAPTION_PROMPT"}), seed=0)
-
-
-@pytest.mark.parametrize(
-    ("kind", "why"),
-    [
-        ("ADALORA", "between steps"),
-        ("ADAMSS", "between steps"),
-        ("POLY", "task ids"),
-        ("SHADOW", "left behind"),
-    ],
-)
-def test_tuners_that_would_train_as_something_else_are_refused(kind: str, why: str) -> None:
-    with pytest.raises(ConfigError, match=why):
-        attach(tiny_model(), METHOD_SPECS["peft"](config={"peft_type": kind}), seed=0)
 
 
 @pytest.mark.parametrize(

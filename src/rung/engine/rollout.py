@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from rung.engine.gates import tolerance
-from rung.engine.pack import pack
 from rung.engine.record import Gate
+from rung.engine.step import read
 from rung.model.generate import Answer, Sampling, generate_by_task
 from rung.model.policy import Policy
-from rung.model.tree import has_flat_kernel
 from rung.objective.base import Objective
 from rung.spec.objective import RolloutSpec
 from rung.types import OWN, Example, PackedBatch, Rollout
@@ -146,19 +144,14 @@ class Rollouts:
         ids = np.array([*prompt.ids, *answer.drawn], dtype=np.int32)
         return replace(prompt, ids=ids, supervised=np.arange(len(ids)) >= len(prompt.ids))
 
-    @torch.no_grad()
     def _read(self, documents: Sequence[Example], value: Callable[[PackedBatch], Tensor]) -> list[np.ndarray]:
-        place = {id(d): i for i, d in enumerate(documents)}
-        found: list[np.ndarray] = [np.empty(0)] * len(documents)
-        trees = not has_flat_kernel(self.policy.device)  # nothing is learned here that would keep copies apart
-        batches: Iterable[PackedBatch] = pack(documents, self.budget, share_prefixes=trees, device=self.policy.device)
-        for reader in (self.policy, *self.objective.partners()):
-            batches = reader.in_turn(batches)
-        for batch in batches:
+        """Of the predicted tokens of each document."""
+
+        def apart(batch: PackedBatch) -> list[np.ndarray]:
             values, owner = value(batch).cpu(), batch.loss.owner.cpu()
-            for i, document in enumerate(batch.documents):
-                found[place[id(document)]] = values[owner == i].numpy()
-        return found
+            return [values[owner == i].numpy() for i in range(len(batch.documents))]
+
+        return read([self.policy, *self.objective.partners()], documents, self.budget, apart)
 
 
 def _prompt_of(document: Example) -> Example:

@@ -5,16 +5,21 @@ Averaging the means of micro-batches would weight the tokens of sparse micro-bat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from rung.engine.pack import pack
 from rung.errors import DataError
 from rung.model.policy import Policy
+from rung.model.tree import has_flat_kernel
 from rung.objective.base import Objective
-from rung.types import Counts, PackedBatch, Unit
+from rung.types import Counts, Example, PackedBatch, Unit
+
+T = TypeVar("T")
 
 
 def count_window(objective: Objective, window: Iterable[PackedBatch]) -> Counts:
@@ -53,3 +58,29 @@ def mean_loss(policy: Policy, objective: Objective, batches: Iterable[PackedBatc
         for term in objective.loss(policy, batch):
             totals[term.unit] = totals.get(term.unit, 0.0) + float(term.total)
     return sum(total / counts[unit] if counts[unit] else float("nan") for unit, total in totals.items())
+
+
+@torch.no_grad()
+def read(
+    readers: Sequence[Policy],
+    documents: Sequence[Example],
+    budget: int,
+    value: Callable[[PackedBatch], Iterable[T]],
+) -> list[T]:
+    """What `value` finds for each document of a batch, in the order of `documents`; nothing is learned from it.
+
+    `readers` are the policies that `value` asks; `budget` is in tokens a batch, raised to the longest document.
+    """
+    if not documents:
+        return []
+    place = {id(document): i for i, document in enumerate(documents)}
+    found: dict[int, T] = {}
+    device = readers[0].device
+    trees = not has_flat_kernel(device)  # no gradient is here that would keep copies of a prefix apart
+    longest = max(budget, *map(len, documents))
+    batches: Iterable[PackedBatch] = pack(documents, longest, share_prefixes=trees, device=device)
+    for reader in readers:
+        batches = reader.in_turn(batches)
+    for batch in batches:
+        found |= {place[id(d)]: own for d, own in zip(batch.documents, value(batch), strict=True)}
+    return [found[i] for i in range(len(documents))]

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import spearmanr
 
-from rung.engine.pack import pack, pack_in_slices
+from rung.engine.pack import pack_in_slices
+from rung.engine.step import read
 from rung.model.policy import Policy
 from rung.model.tree import has_flat_kernel
 from rung.objective.pairs import pairs
@@ -66,18 +67,10 @@ class Scorer:
     policy: Policy
     objective: Reward
 
-    @torch.no_grad()
     def __call__(self, documents: Sequence[Example], budget: int) -> list[float]:
         """Of each document: prompt and answer, its stop the last token."""
-        place = {id(d): i for i, d in enumerate(documents)}
-        found = [0.0] * len(documents)
-        trees = not has_flat_kernel(self.policy.device)
-        batches = pack(documents, budget, share_prefixes=trees, device=self.policy.device)
-        for batch in self.policy.in_turn(batches):
-            scores = self.objective.scores(self.policy, batch).tolist()
-            for document, value in zip(batch.documents, scores, strict=True):
-                found[place[id(document)]] = value
-        return found
+        scores = self.objective.scores
+        return read([self.policy], documents, budget, lambda batch: scores(self.policy, batch).tolist())
 
 
 @torch.no_grad()

@@ -102,13 +102,14 @@ def _config(model: PreTrainedModel, spec: PeftSpec) -> PeftConfig:
     """Peft's config. Raises `ConfigError` for a tuner that is not there, is Rung's own, or takes other settings."""
     given: dict[str, Any] = dict(spec.config)
     kind = str(given.get("peft_type", "")).upper()
-    if kind in _OURS:
-        raise ConfigError("this tuner has a method of its own", where="method.config", given=kind, allowed=_OURS[kind])
+    if kind in REPLACED:
+        own = REPLACED[kind]
+        raise ConfigError("this tuner has a method of its own", where="method.config", given=kind, allowed=own)
     if kind not in PeftType.__members__:
-        known = ", ".join(sorted(set(PeftType.__members__) - set(_OURS)))
+        known = ", ".join(sorted(set(PeftType.__members__) - set(REPLACED)))
         raise ConfigError("no such tuner", where="method.config.peft_type", given=kind or None, allowed=known)
-    if kind in _STEERED:
-        raise ConfigError(_STEERED[kind], where="method.config", given=kind, hint="kind: lora with ranks, or lottery")
+    if kind in REFUSED:
+        raise ConfigError(REFUSED[kind], where="method.config", given=kind, hint="kind: lora with ranks, or lottery")
     if kind == "TRAINABLE_TOKENS" and model.config.tie_word_embeddings:
         what = "rows of a tied embedding are the head's as well, which is read past the tuner"
         raise ConfigError(what, where="method.config", given=kind, hint="kind: full, or a base whose head is its own")
@@ -138,7 +139,7 @@ def _config(model: PreTrainedModel, spec: PeftSpec) -> PeftConfig:
 
 FEED_FORWARD = ("down_proj", "fc_out", "fc2", "dense_4h_to_h", "mlp.c_proj")
 """Ends of names of the matrices that IA3 scales the inputs of (Liu et al. 2022, section 3.3)."""
-_OURS = {
+REPLACED = {
     "LORA": "kind: lora",
     "PROMPT_TUNING": "kind: prompt",
     "PREFIX_TUNING": "kind: prefix",
@@ -148,10 +149,12 @@ _OURS = {
     "CARTRIDGE": "kind: prefix",
     "XLORA": "kind: mixture",
 }
-_STEERED = {
+"""Tuners that Rung computes itself."""
+REFUSED = {
     "ADALORA": "AdaLoRA hands its ranks out anew between steps, which peft leaves to a training loop of its own",
     "POLY": "Poly chooses among its skills by task ids, which peft wants as an argument of every forward",
     "ADAMSS": "AdaMSS freezes parts of itself between steps, which peft leaves to a training loop of its own",
+    "LILY": "Lily's router averages over every token at hand, those of other documents and those to come among them",
     "SHADOW": "Shadow's layers read what a forward of peft's own left behind, which no other forward does",
 }
 """Tuners that would train as something else than their name says."""

@@ -9,26 +9,24 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import torch
 
 from rung import opened
 from rung.data.chat import Chat
 from rung.data.formats import load_records
 from rung.data.prompts import Prompted, prompts
-from rung.engine.pack import pack
 from rung.engine.progress import Bar
 from rung.engine.record import read_manifest
+from rung.engine.step import read
 from rung.errors import ConfigError
 from rung.evaluate.rewards import Scorer
 from rung.model.generate import Answer, Sampling, generate_by_task
 from rung.model.load import Base
 from rung.model.policy import Policy, Untouched, by_document
-from rung.model.tree import has_flat_kernel
 from rung.others import ALONE, same_text
 from rung.spec.data import DataSpec, Format
 from rung.spec.io import parse
 from rung.spec.model import ModelSpec
-from rung.types import Example, Record
+from rung.types import Example, PackedBatch, Record
 
 BATCH = 64
 """Answers made at once."""
@@ -70,7 +68,7 @@ def generate_answers(target: str, data: str, output: Path, asked: Asked) -> dict
     each = asked.sampling.answers
     texts = [chat.assistant_text(a.drawn).strip() for a in answers]
     documents = _documents(prompted, answers, each)
-    scores = scorer(documents, _budget(documents)) if scorer else None
+    scores = scorer(documents, TOKENS) if scorer else None
     ratios = _log_ratios(policy, documents) if policy.reference else None
     lines, kept, alone = [], 0, 0
     for i, record in enumerate(prompted.records):
@@ -183,18 +181,11 @@ def _documents(prompted: Prompted, answers: Sequence[Answer], each: int) -> list
     return found
 
 
-def _budget(documents: Sequence[Example]) -> int:
-    return max(TOKENS, *map(len, documents))
-
-
-@torch.no_grad()
 def _log_ratios(policy: Policy, documents: Sequence[Example]) -> list[float]:
     """Log p(answer) - log q(answer), q the reference's, in nats."""
-    place = {id(d): i for i, d in enumerate(documents)}
-    found = [0.0] * len(documents)
-    trees = not has_flat_kernel(policy.device)
-    for batch in policy.in_turn(pack(documents, _budget(documents), share_prefixes=trees, device=policy.device)):
+
+    def ratios(batch: PackedBatch) -> list[float]:
         sums = by_document(batch, policy.logprobs(batch)).double() - policy.reference_sums(batch)
-        for document, value in zip(batch.documents, sums.tolist(), strict=True):
-            found[place[id(document)]] = value
-    return found
+        return [float(own) for own in sums]
+
+    return read([policy], documents, TOKENS, ratios)
