@@ -88,6 +88,13 @@ def test_template_that_errors(config: Path, tmp_path: Path, capsys: pytest.Captu
     assert not (tmp_path / "run").exists()
 
 
+def test_data_where_a_config_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "a", "answer": "b"}\n' * 3)
+    code, _, err = inside(capsys, "train", rows)
+    assert code == 2 and "rows.jsonl" in err and "data.path" in err
+
+
 def test_yaml_errors_name_the_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "broken.yaml"
     for text, words in (

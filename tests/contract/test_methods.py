@@ -478,6 +478,21 @@ def test_modules_trained_whole_are_those_named_and_no_others() -> None:
     assert [n for n in method.trainable() if "lora_" not in n] == ["model.norm.modules_to_save.default.weight"]
 
 
+@pytest.mark.parametrize("kind", ["prompt", "prefix", "p_tuning"])
+def test_as_many_virtual_tokens_as_there_may_be(kind: str, tmp_path: Path) -> None:
+    policy, method = tuned(kind, virtual_tokens=500)
+    assert method.virtual_tokens == 500
+    assert check_packing(policy, documents(shared=17)).state == "passed"
+    assert check_decoding(policy, documents()).state == "passed"
+    method.save(tmp_path)
+    again = attach(tiny_model(), METHOD_SPECS[kind](virtual_tokens=500), seed=99)
+    again.load(tmp_path)
+    batch = pack(documents(), 10_000)[0]
+    assert torch.equal(policy_of(again.model, again).logprobs(batch), policy.logprobs(batch))
+    with pytest.raises(ValidationError, match="500"):
+        METHOD_SPECS[kind](virtual_tokens=501)
+
+
 def test_a_loftq_rank_that_a_matrix_has_not() -> None:
     with pytest.raises(ConfigError, match=r"method\.rank"):
         attach(tiny_model(), METHOD_SPECS["qlora"](init="loftq", rank=64), seed=0)

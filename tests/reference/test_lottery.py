@@ -17,7 +17,7 @@ from rung.engine.optim import make_optimiser, move_only, set_rate
 from rung.engine.pack import pack, pack_separately
 from rung.engine.sample import Sample
 from rung.engine.step import accumulate
-from rung.errors import ConfigError
+from rung.errors import CheckpointError, ConfigError
 from rung.method.course import chosen
 from rung.method.table import attach
 from rung.model.targets import layer_number
@@ -118,13 +118,15 @@ def test_winners_alone_move_and_losers_add_nothing(rewind: bool, tmp_path: Path)
 def test_a_resumed_lottery_knows_its_winners() -> None:
     _, method = tuned("lottery", scout_steps=2)
     method.at_step(2)
-    winners = method.course.winners
-    with torch.no_grad():
-        for name in method.at_step(3).names:
-            method.trainable()[name].add_(0.01)
-    method.course.winners = None
-    moving = method.at_step(7)
-    assert method.course.winners == winners and not moving.anew
+    kept = json.loads(json.dumps(method.state()))
+    _, other = tuned("lottery", scout_steps=2)
+    other.resume(kept)
+    moving = other.at_step(7)
+    assert other.course.winners == method.course.winners and not moving.anew
+    assert other.statistics() == method.statistics() and set(other.trainable()) == set(method.trainable())
+    other.course.winners = None
+    with pytest.raises(CheckpointError, match="who won"):
+        other.at_step(7)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -139,3 +141,15 @@ def test_no_graph_outlives_its_batch(balance: float) -> None:
     accumulate(policy, SFT, pack(documents(), 10_000, share_prefixes=False))
     assert all(host.get_submodule(NAME).routed is None for host in method.hosts.values())
     assert len(method.statistics()["router_load"]) == len(method.hosts)
+
+
+def test_a_resumed_mixture_goes_on_counting() -> None:
+    examples = documents()
+    policy, whole = tuned("mixture", experts=3, rank=2)
+    accumulate(policy, SFT, pack(examples[:3], 10_000))
+    kept = json.loads(json.dumps(whole.state()))
+    accumulate(policy, SFT, pack(examples[3:], 10_000))
+    other, resumed = tuned("mixture", experts=3, rank=2)
+    resumed.resume(kept)
+    accumulate(other, SFT, pack(examples[3:], 10_000))
+    assert resumed.state() == whole.state() and resumed.statistics() == whole.statistics()

@@ -96,6 +96,7 @@ class Trainer:
         load_state(self.moving, weights)
         self.progress = Progress(**progress)
         self.objective.resume(self.progress.objective or self.objective.state())
+        self.method.resume(self.progress.method)
         if self.policy.known is not None:
             self.policy.known.update(checkpoint.read_known(found))
         self.folder.trim_log(self.progress.step)
@@ -354,5 +355,5 @@ class Trainer:
 
     def _write(self, folder: Any) -> None:
         weights, known = state_of(self.moving), self.policy.known
-        self.progress.objective = self.objective.state()
+        self.progress.objective, self.progress.method = self.objective.state(), self.method.state()
         checkpoint.write_checkpoint(folder, weights, self.optimiser, asdict(self.progress), known)

@@ -31,6 +31,8 @@ class Progress:
     validation: float | None = None
     objective: dict[str, float] = field(default_factory=dict)
     """What the objective learned besides parameters."""
+    method: dict[str, Any] = field(default_factory=dict)
+    """What the method keeps besides parameters."""
 
 
 def total_steps(spec: EngineSpec, rows: int, repeats: int = 1) -> int:

@@ -131,6 +131,14 @@ class Method(Protocol):
         """What it has to say about a run, for `run.json`."""
         return {}
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides the trained numbers, as JSON."""
+        return {}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` gave when the run was stopped."""
+        return
+
     @property
     def virtual_tokens(self) -> int:
         """How many positions it puts before every document; 0 where it is off."""

@@ -64,6 +64,13 @@ class Sampled:
         """Nothing: the draw follows from seed and step."""
         return {}
 
+    def state(self) -> dict[str, Any]:
+        """Nothing, for the same reason."""
+        return {}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Nothing to take up."""
+
 
 class Lottery:
     """Scouting with all layers, then training with the winners."""
@@ -86,13 +93,20 @@ class Lottery:
         drawn = self.winners is None and step == self.spec.scout_steps
         if drawn:
             self._draw()
-        elif self.winners is None:  # a resumed run: what has left has updates of zero
-            layers = self.method.layers()
-            self.winners = tuple(sorted({_layer(n) for n, layer in layers.items() if layer.lora_B[OWN].weight.any()}))
+        if self.winners is None:
+            raise CheckpointError("this checkpoint does not tell who won")
+        return Moving(_trainables(self.method, self.winners), anew=drawn and self.spec.rewind, turns=drawn)
+
+    def state(self) -> dict[str, Any]:
+        """Scores and winners, once they are drawn."""
+        return {} if self.winners is None else {"scores": sorted(self.scores.items()), "winners": self.winners}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """The same winners: no second draw."""
+        if state:
+            self.scores = {int(number): float(score) for number, score in state["scores"]}
+            self.winners = tuple(map(int, state["winners"]))
             self._leave()
-            if not self.winners:
-                raise CheckpointError("this checkpoint does not tell who won: it was saved before a winner moved")
-        return Moving(_trainables(self.method, self.winners or ()), anew=drawn and self.spec.rewind, turns=drawn)
 
     def statistics(self) -> Mapping[str, Any]:
         """Scores of the layers, as shares of their sum, and who won."""

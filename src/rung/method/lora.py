@@ -61,6 +61,14 @@ class Course(Protocol):
         """As in `Method`."""
         ...
 
+    def state(self) -> dict[str, Any]:
+        """As in `Method`."""
+        ...
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """As in `Method`."""
+        ...
+
 
 class Lora(Method):
     """W + (alpha / rank) B A on the chosen linears; the base never moves (Hu et al. 2021, eq. 3).
@@ -125,6 +133,15 @@ class Lora(Method):
     def statistics(self) -> Mapping[str, Any]:
         """What the course has to say."""
         return {} if self.course is None else self.course.statistics()
+
+    def state(self) -> dict[str, Any]:
+        """Where the course is."""
+        return {} if self.course is None else self.course.state()
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on with the course."""
+        if self.course is not None:
+            self.course.resume(state)
 
     def keep(self, names: Collection[str]) -> None:
         """From now on these linears alone take part: the others add nothing and are not saved."""

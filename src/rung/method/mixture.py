@@ -55,7 +55,7 @@ class Experts(nn.Module):
         self.routed: tuple[Tensor, Tensor] | None = None
         """Probabilities and shares [T, E] of the last call with a graph; whoever reads them takes them away."""
         self.load_E = torch.zeros(spec.experts, device=device, dtype=torch.float64)
-        """Weight that each expert got in calls with a graph, summed over tokens, since this process began."""
+        """Weight that each expert got in calls with a graph, summed over tokens."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O], in the type of `x`."""
@@ -123,8 +123,7 @@ class Mixture(Method):
             return []
         owner_T = owners(batch)
         total: list[Tensor] = []
-        for host in self.hosts.values():
-            experts: Any = host.get_submodule(NAME)
+        for experts in self._experts().values():
             routed, experts.routed = experts.routed, None
             if routed is not None:
                 probabilities_TE, shares_TE = routed
@@ -134,13 +133,20 @@ class Mixture(Method):
         return [LossTerm(self.spec.balance_weight * torch.stack(total).mean(), "sequences", "balance")]
 
     def statistics(self) -> Mapping[str, Any]:
-        """For `run.json`: by linear, the share of the router's weight that each expert got in training.
-
-        Counted since the process began: a resumed run counts anew.
-        """
-        experts: dict[str, Any] = {name: host.get_submodule(NAME) for name, host in self.hosts.items()}
-        shares = {name: (own.load_E / own.load_E.sum()).tolist() for name, own in experts.items() if own.load_E.any()}
+        """For `run.json`: by linear, the share of the router's weight that each expert got in training."""
+        loads = {name: own.load_E for name, own in self._experts().items()}
+        shares = {name: (load / load.sum()).tolist() for name, load in loads.items() if load.any()}
         return {"router_load": {name: [round(share, 4) for share in values] for name, values in shares.items()}}
+
+    def state(self) -> dict[str, Any]:
+        """What the experts got so far."""
+        return {name: own.load_E.tolist() for name, own in self._experts().items()}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on counting."""
+        experts = self._experts()
+        for name, load in state.items():
+            experts[name].load_E.copy_(torch.tensor(load, dtype=torch.float64))
 
     def save(self, folder: Path) -> None:
         """Write two files that peft loads once `rung.peft` is imported."""
@@ -156,6 +162,9 @@ class Mixture(Method):
             "a mixture cannot be folded into the base: its router weighs the experts anew for every token",
             hint="serve the base with the adapter, or train a lora",
         )
+
+    def _experts(self) -> dict[str, Any]:
+        return {name: host.get_submodule(NAME) for name, host in self.hosts.items()}
 
     def _beside(self, host: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         return output + host.get_submodule(NAME)(inputs[0]) if self.on else output

@@ -19,6 +19,8 @@ from rung.spec.run import RunSpec
 
 Path_ = tuple[str | int, ...]
 MAX_BYTES = 2**20
+DATA = frozenset({".jsonl", ".csv", ".parquet"})
+"""Suffixes of files that are never configs."""
 _UNIONS = frozenset(METHOD_SPECS)
 """Tags that pydantic puts into the path of an error below `method`."""
 
@@ -93,6 +95,9 @@ def show(loaded: Loaded) -> str:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[Path_, str]]:
+    if path.suffix in DATA and path.exists():
+        hint = "write a config whose data.path names this file"
+        raise ConfigError("this is data where a config is asked for", where=str(path), allowed="YAML", hint=hint)
     try:
         if path.is_file() and path.stat().st_size > MAX_BYTES:
             raise ConfigError(
