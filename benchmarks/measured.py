@@ -18,10 +18,12 @@ import torch
 
 from rung import opened
 from rung.data.chat import Chat
+from rung.data.prompts import prompts
 from rung.engine.pack import pack
 from rung.engine.step import mean_loss
 from rung.evaluate.task import Evaluation
 from rung.method.lora import Lora
+from rung.method.mixture import Mixture
 from rung.model.fuse import fuse
 from rung.model.policy import Policy, Untouched
 from rung.objective.sft import Sft
@@ -33,6 +35,8 @@ from rung.types import Example, Record, Source
 
 DOCUMENTED = ("argparse", "decimal", "asyncio", "pathlib", "logging", "unittest", "zipfile", "random")
 """Modules whose documentation is the unrelated text, 256 tokens of each."""
+ROUTED = 32
+"""Questions of each task whose way through a router is looked at."""
 
 
 def measure(config: Path, run: Path | None, items: Path, questions: int) -> dict[str, Any]:
@@ -52,6 +56,7 @@ def measure(config: Path, run: Path | None, items: Path, questions: int) -> dict
         "held_bytes": held,
         "unrelated_nats": nats(policy, rows),
         **(_in_full_width(policy, chat, spec, records) if run is not None else {}),
+        **_routing(policy, chat, records),
     }
 
 
@@ -75,6 +80,29 @@ def _in_full_width(policy: Policy, chat: Chat, spec: RunSpec, records: list[Reco
     merged = Policy(replace(policy.base, model=model), Untouched())
     found = opened.score(merged, chat, spec, records, tuned=True)
     return {"merged": {**_scores(found, records), "held_bytes": bytes_held(merged.model)}}
+
+
+def _routing(policy: Policy, chat: Chat, records: list[Record]) -> dict[str, Any]:
+    """Of a mixture: what each expert gets of each task's questions over all linears, and how far two tasks are apart.
+
+    Apart is the total variation distance of their loads, the mean over linears: 0 for a router that does not care.
+    """
+    method, tasks = policy.method, sorted({r.task for r in records} - {None}, key=str)
+    if not isinstance(method, Mixture) or not tasks:
+        return {}
+    loads = []
+    for task in tasks:
+        method.resume({name: [0.0] * method.spec.experts for name in method.hosts})
+        asked = [r for r in records if r.task == task][:ROUTED]
+        found = prompts(chat, asked, longest=policy.base.context, overflow="error").examples
+        rows = [replace(e, supervised=np.arange(len(e.ids)) > 0) for e in found]
+        for batch in pack(rows, 1024, share_prefixes=False):
+            policy.logprobs(batch)
+        sums = np.array(list(method.state().values()))
+        loads.append(sums / sums.sum(1, keepdims=True))
+    apart = 0.5 * np.abs(loads[0] - loads[-1]).sum(1)
+    shares = {str(task): load.mean(0).round(4).tolist() for task, load in zip(tasks, loads, strict=True)}
+    return {"router": {"shares": shares, "apart": float(apart.mean()), "furthest": float(apart.max())}}
 
 
 def _weights(run: Path | None) -> int:
