@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,16 @@ def train_on(
     _check_lottery(spec, len(data.train.rows))
     others = beside(spec, base, data.chat)
     method = attach(base.model, spec.method, seed=spec.seed, fused=spec.model.fused)
-    folder = RunFolder.claim(Path(spec.output), to_dict(spec), resume=resume, overwrite=overwrite)
     policy = Policy(base, method)
     policy.reference = others.reference
+    with closing(RunFolder.claim(Path(spec.output), to_dict(spec), resume=resume, overwrite=overwrite)) as folder:
+        _train(spec, policy, data, folder, others, resume=resume)
+    return policy, folder
+
+
+def _train(spec: RunSpec, policy: Policy, data: Data, folder: RunFolder, others: Beside, *, resume: bool) -> None:
+    """Gates, steps, files: all that happens in the run's folder."""
+    method: Method = policy.method  # type: ignore[assignment]
     objective = _objective(spec, policy, others)
     if not objective.reads_head:
         method.leave_head()
@@ -104,7 +112,7 @@ def train_on(
         objective=objective,
         spec=spec.engine,
         peak_rate=spec.learning_rate,
-        budget=budget_of(spec, base),
+        budget=budget_of(spec, policy.base),
         seed=spec.seed,
         folder=folder,
         rollouts=_rollouts(spec, policy, objective, data, others),
@@ -135,7 +143,6 @@ def train_on(
         folder.update(status="failed", error=str(error))
         raise
     folder.update(status="finished", metrics={"validation_loss": trainer.progress.validation})
-    return policy, folder
 
 
 def _objective(spec: RunSpec, policy: Policy, others: Beside) -> Objective:

@@ -44,6 +44,18 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     _flush(folder.parent)
 
 
+def tidy(folder: Path) -> None:
+    """Put right what a kill left in a folder: what was being replaced comes back, what was being written goes.
+
+    For a folder that no other process is at work in.
+    """
+    for left in folder.glob(".*.old-*"):
+        replaced = folder / left.name[1:].rpartition(".old-")[0]
+        shutil.rmtree(left) if replaced.exists() else os.replace(left, replaced)
+    for left in folder.glob(".*.writing-*"):
+        shutil.rmtree(left)
+
+
 def verify(folder: Path) -> str | None:
     """What is wrong with a written folder, or None."""
     try:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from builders import example
-from processes import inside
+from processes import inside, start
 from rung.engine.pack import pack_separately
+from rung.held import Journal
 from rung.model.generate import Sampling, generate
 from rung.opened import open_run
+from rung.pipeline.generate import seed_of
 from rung.types import Message
 
 
@@ -91,7 +94,7 @@ def test_how_far_answers_are_from_a_reference(config: Path, questions: Path, tmp
     rows = read(tmp_path / "a.jsonl")
     policy, chat, _ = open_run(run)
     asked = [chat.prompt_ids([Message("user", row["prompt"])], context=row["context"]) for row in rows]
-    answers = generate(policy, asked, stop_ids=chat.stop_ids, sampling=Sampling(6, 1.0, 0, 2))  # the same draws again
+    answers = generate(policy, asked, stop_ids=chat.stop_ids, sampling=Sampling(6, 1.0, seed_of(0, 0), 2))  # again
     found = [value for row in rows for value in row["log_ratios"]]
     for i, answer in enumerate(answers):
         prompt = asked[i // 2]
@@ -130,3 +133,40 @@ def test_prompts_alone_teach_nothing(config: Path, prompts: Path, capsys: Any) -
     name = config.read_text().split("name: ")[1].split(",")[0]
     code, out, err = inside(capsys, "data", "check", file, "--model", name, "--json")
     assert code == 0 and json.loads(out)["rejected"] == [], err
+
+
+def test_a_stop_loses_nothing_that_was_made(tiny_base: Path, tmp_path: Path, capsys: Any) -> None:
+    """Killed after two parts of six, the same command makes the other four, and the file is the same."""
+    many = tmp_path / "many.jsonl"
+    rows = [{"question": f"what is in box {i}?" + " or so" * (i % 7), "answer": "pears"} for i in range(380)]
+    many.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ("generate", tiny_base, "--data", many, "--n", 4, "--max-new-tokens", 24)
+    journal = tmp_path / ".b.jsonl.journal"
+    with start(*asked, "-o", tmp_path / "b.jsonl") as running:
+        while running.poll() is None and not (journal.exists() and journal.read_text().count("\n") > 2):
+            time.sleep(0.005)
+        running.kill()
+    kept = journal.read_text().splitlines()[1:]
+    assert len(kept) >= 2 and not (tmp_path / "b.jsonl").exists()
+    code, _, err = inside(capsys, *asked, "-o", tmp_path / "b.jsonl")
+    assert code == 0 and f"going on after {len(kept)} of 6 parts" in err and not journal.exists()
+    assert inside(capsys, *asked, "-o", tmp_path / "a.jsonl")[0] == 0
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+
+
+def test_a_journal_of_another_request(tiny_base: Path, questions: Path, tmp_path: Path, capsys: Any) -> None:
+    asked = (
+        "generate",
+        tiny_base,
+        "--data",
+        questions,
+        "--limit",
+        3,
+        "--max-new-tokens",
+        4,
+        "-o",
+        tmp_path / "a.jsonl",
+    )
+    Journal(tmp_path / ".a.jsonl.journal", {"of": "something else"}).close()
+    code, _, err = inside(capsys, *asked)
+    assert code == 3 and "asked for otherwise" in err and not (tmp_path / "a.jsonl").exists()

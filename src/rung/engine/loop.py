@@ -135,7 +135,6 @@ class Trainer:
                         self._save()
         finally:
             self.policy.model.eval()
-            self.folder.close()
             if self.trunk is not None:
                 self.folder.update(trunk=self.trunk.summary())
                 self.trunk = None  # and its file

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import resource
 import shutil
@@ -14,7 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from rung.errors import CheckpointError, ConfigError
+from rung.errors import CheckpointError, ConfigError, RungError
+from rung.held import hold, write_text
+from rung.whole import tidy
 
 State = Literal["passed", "failed", "not_reached"]
 GENERATED = (
@@ -22,6 +23,8 @@ GENERATED = (
     *("items.jsonl", "result.json", "eval.jsonl"),
 )
 """What a run writes into its folder, and what `--overwrite` therefore may remove."""
+LOCK = ".lock"
+"""The file in it that a process holds while it works there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,7 @@ class RunFolder:
     path: Path
     manifest: dict[str, Any] = field(default_factory=dict)
     _log: IO[str] | None = None
+    _held: IO[bytes] | None = None
 
     @staticmethod
     def check(path: Path, spec: Mapping[str, Any], *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
@@ -56,7 +60,7 @@ class RunFolder:
             raise ConfigError("a run goes on or starts anew: --resume and --overwrite exclude one another")
         existing = read_manifest(path) if (path / "run.json").exists() else None
         if existing is None:
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            if path.exists() and (not path.is_dir() or any(p.name != LOCK for p in path.iterdir())):
                 raise CheckpointError(
                     "this is a file" if path.is_file() else "this folder is not empty and holds no run",
                     where=str(path),
@@ -81,19 +85,29 @@ class RunFolder:
 
     @staticmethod
     def claim(path: Path, spec: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False) -> RunFolder:
-        """Take a folder for a run, after `check`; `overwrite` removes what a run wrote there, and nothing else."""
-        existing = RunFolder.check(path, spec, resume=resume, overwrite=overwrite)
+        """Take a folder for a run, after `check`, until `close`.
+
+        `overwrite` removes what a run wrote there, and nothing else. Raises `CheckpointError` where another process is
+        at work in it.
+        """
+        RunFolder.check(path, spec, resume=resume, overwrite=overwrite)
+        held = hold(path / LOCK)
+        try:
+            # once more: until now another process may have been at work here
+            existing = RunFolder.check(path, spec, resume=resume, overwrite=overwrite)
+        except RungError:
+            held.close()
+            raise
+        for place in (path, path / "checkpoints"):
+            tidy(place)
         if existing is not None:
-            return RunFolder(path, existing)
+            return RunFolder(path, existing, _held=held)
         if overwrite:
             for name in GENERATED:
                 target = path / name
                 shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"could not make this folder: {error.strerror}", where=str(path)) from error
-        folder = RunFolder(path, {"status": "started", "spec": dict(spec), "gates": [], "versions": versions()})
+        started = {"status": "started", "spec": dict(spec), "gates": [], "versions": versions()}
+        folder = RunFolder(path, started, _held=held)
         folder.write()
         return folder
 
@@ -129,10 +143,11 @@ class RunFolder:
             path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
 
     def close(self) -> None:
-        """Close the log."""
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        """Close the log, and let go of the folder."""
+        for file in (self._log, self._held):
+            if file is not None:
+                file.close()
+        self._log = self._held = None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -167,13 +182,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file in one go."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
-        os.replace(aside, path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise CheckpointError(f"could not write: {error.strerror or error}", where=str(path)) from error
+    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
 def versions() -> dict[str, str]:

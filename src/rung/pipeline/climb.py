@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -128,8 +129,14 @@ class Climb:
         # rungs share what a method without virtual tokens reads: those take room, or stand inside the text
         data = prepared.tokenise(self.spec.model_copy(update={"method": FullSpec()}), splits, base)
         resume = (self.path / "run.json").exists() and not self._overwrite
-        folder = RunFolder.claim(self.path, to_dict(self.spec), resume=resume, overwrite=self._overwrite)
         fingerprints = {"base": base.fingerprint, "data": splits.fingerprint}
+        claimed = RunFolder.claim(self.path, to_dict(self.spec), resume=resume, overwrite=self._overwrite)
+        with closing(claimed) as folder:
+            return self._climb(folder, data, records, fingerprints)
+
+    def _climb(
+        self, folder: RunFolder, data: prepared.Data, records: Sequence[Record], fingerprints: Mapping[str, str]
+    ) -> Ladder:
         folder.manifest.pop("error", None)  # of an earlier try
         folder.update(climb=True, status="running", data=data.summary(), fingerprints=fingerprints)
         try:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,11 +15,12 @@ from rung import opened
 from rung.data.chat import Chat
 from rung.data.formats import load_records
 from rung.data.prompts import Prompted, prompts
-from rung.engine.progress import Bar
+from rung.engine.progress import Bar, say
 from rung.engine.record import read_manifest
 from rung.engine.step import read
 from rung.errors import ConfigError
 from rung.evaluate.rewards import Scorer
+from rung.held import Journal, write_text
 from rung.model.generate import Answer, Sampling, generate_by_task
 from rung.model.load import Base
 from rung.model.policy import Policy, Untouched, by_document
@@ -27,9 +29,12 @@ from rung.spec.data import DataSpec, Format
 from rung.spec.io import parse
 from rung.spec.model import ModelSpec
 from rung.types import Example, PackedBatch, Record
+from rung.whole import MANIFEST
 
 BATCH = 64
 """Answers made at once."""
+SLICE = 256
+"""Answers after which what was made is on disk."""
 TOKENS = 4096
 """Answers read at once, unless one is longer."""
 
@@ -55,7 +60,8 @@ def generate_answers(target: str, data: str, output: Path, asked: Asked) -> dict
 
     Rows with several scores are of the format `rated`; prompts whose answers score alike are counted and left out.
     Log-ratios to a reference are in nats an answer; the mean over answers that were sampled at temperature 1 estimates
-    the KL divergence. Raises `ConfigError` where the output exists already.
+    the KL divergence. A stop loses nothing but the slice at hand: the same command goes on. Raises `ConfigError` where
+    the output exists already.
     """
     if output.exists():
         raise ConfigError("this file exists already", where="--output", given=output)
@@ -64,14 +70,37 @@ def generate_answers(target: str, data: str, output: Path, asked: Asked) -> dict
     policy, chat, scorer = _open(target, asked)
     room = policy.base.context - policy.method.virtual_tokens - asked.sampling.max_new_tokens
     prompted = prompts(chat, chosen, longest=room, overflow="error")
-    answers = _answers(policy, chat, prompted, asked.sampling)
-    each = asked.sampling.answers
-    texts = [chat.assistant_text(a.drawn).strip() for a in answers]
-    documents = _documents(prompted, answers, each)
-    scores = scorer(documents, TOKENS) if scorer else None
-    ratios = _log_ratios(policy, documents) if policy.reference else None
-    lines, kept, alone = [], 0, 0
-    for i, record in enumerate(prompted.records):
+    with closing(_journal(output, target, policy, prompted, asked.sampling)) as journal:
+        answers = _answers(policy, chat, prompted, asked.sampling, journal)
+        texts = [chat.assistant_text(a.drawn).strip() for a in answers]
+        documents = _documents(prompted, answers, asked.sampling.answers)
+        scores = scorer(documents, TOKENS) if scorer else None
+        ratios = _log_ratios(policy, documents, answers, asked.sampling.temperature) if policy.reference else None
+        rows = _rows(prompted.records, answers, texts, {"scores": scores, "log_ratios": ratios}, asked)
+        write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        journal.remove()
+    of_all = {"tokens": [len(a.drawn) for a in answers], "score": scores, "log_ratio": ratios}
+    return {
+        "output": str(output),
+        "prompts": len(rows),
+        "answers": sum(len(row["answers"]) for row in rows),
+        "made": len(answers),
+        "cut": sum(not a.stopped for a in answers),
+        "nothing_to_compare": len(prompted.records) - len(rows),
+        "means": {name: float(np.mean(values)) for name, values in of_all.items() if values},
+    }
+
+
+def _rows(
+    records: Sequence[Record],
+    answers: Sequence[Answer],
+    texts: Sequence[str],
+    measured: Mapping[str, Sequence[float] | None],
+    asked: Asked,
+) -> list[dict[str, Any]]:
+    """One for each prompt with something to say; with scores the best answer comes first."""
+    rows, each, scores = [], asked.sampling.answers, measured["scores"]
+    for i, record in enumerate(records):
         own = range(i * each, (i + 1) * each)
         order = sorted(own, key=lambda k: -scores[k]) if scores else list(own)
         if asked.distinct or (scores and each > 1):  # rows of answers that are compared hold each once
@@ -80,23 +109,15 @@ def generate_answers(target: str, data: str, output: Path, asked: Asked) -> dict
                 first.setdefault(texts[k], k)
             order = list(first.values())
         if scores and each > 1 and scores[order[0]] == scores[order[-1]]:
-            alone += 1
             continue
-        kept += len(order)
         row = {
             **_asked(record),
             "answers": [texts[k] for k in order],
             "tokens": [len(answers[k].drawn) for k in order],
             "stopped": [answers[k].stopped for k in order],
         }
-        measured = {"scores": scores, "log_ratios": ratios}
-        lines.append({**row, **{n: [round(v[k], 6) for k in order] for n, v in measured.items() if v is not None}})
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    cut = sum(not a.stopped for a in answers)
-    counts = {"prompts": len(lines), "answers": kept, "made": len(answers), "cut": cut, "nothing_to_compare": alone}
-    of_all = {"tokens": [len(a.drawn) for a in answers], "score": scores, "log_ratio": ratios}
-    return {"output": str(output), **counts, "means": {n: float(np.mean(v)) for n, v in of_all.items() if v}}
+        rows.append({**row, **{n: [round(v[k], 6) for k in order] for n, v in measured.items() if v is not None}})
+    return rows
 
 
 def format_of(text: str) -> Format:
@@ -157,18 +178,47 @@ def _asked(record: Record) -> dict[str, Any]:
     return {"prompt": prompt, **{name: value for name, value in further.items() if value is not None}}
 
 
-def _answers(policy: Policy, chat: Chat, prompted: Prompted, sampling: Sampling) -> list[Answer]:
-    """As many to each prompt as `sampling` says, in their order."""
+def _answers(policy: Policy, chat: Chat, prompted: Prompted, sampling: Sampling, journal: Journal) -> list[Answer]:
+    """As many to each prompt as `sampling` says, in their order; slice by slice, so that a stop loses one at most."""
+    width = max(1, SLICE // sampling.answers)
+    parts = [prompted.examples[i : i + width] for i in range(0, len(prompted.examples), width)]
+    if journal.known:
+        say(f"going on after {len(journal.known):,} of {len(parts):,} parts, kept in {journal.path}")
+    found: list[Answer] = []
     with Bar("generate", len(prompted.examples)) as bar:
-        return generate_by_task(
-            policy,
-            [e.ids.tolist() for e in prompted.examples],
-            [e.task for e in prompted.examples],
-            stop_ids=chat.stop_ids,
-            sampling=sampling,
-            batch=BATCH,
-            on_batch=bar.advance,
-        )
+        for number, part in enumerate(parts):
+            if (kept := journal.known.get(str(number))) is not None:
+                found += [Answer(*fields) for fields in kept]
+                bar.advance(len(part))
+                continue
+            made = generate_by_task(
+                policy,
+                [e.ids.tolist() for e in part],
+                [e.task for e in part],
+                stop_ids=chat.stop_ids,
+                sampling=replace(sampling, seed=seed_of(sampling.seed, number)),
+                batch=BATCH,
+                on_batch=bar.advance,
+            )
+            journal.add(str(number), [[a.ids, a.stop, a.logprobs] for a in made])
+            found += made
+    return found
+
+
+def _journal(output: Path, target: str, policy: Policy, prompted: Prompted, sampling: Sampling) -> Journal:
+    """Beside the output, of exactly these weights, prompts and draws."""
+    written = sorted(Path(target).glob(f"[am]*/{MANIFEST}"))  # of adapter/ or model/: it holds their hashes
+    about = {
+        "weights": [policy.base.fingerprint, *(file.read_text() for file in written)],
+        "prompts": [[e.task, e.ids.tolist()] for e in prompted.examples],
+        "sampling": asdict(sampling),
+    }
+    return Journal(output.with_name(f".{output.name}.journal"), about)
+
+
+def seed_of(seed: int, part: int) -> int:
+    """Of the draws of one slice: it needs no slice before it."""
+    return int(np.random.SeedSequence([seed, part]).generate_state(1)[0])
 
 
 def _documents(prompted: Prompted, answers: Sequence[Answer], each: int) -> list[Example]:
@@ -181,11 +231,18 @@ def _documents(prompted: Prompted, answers: Sequence[Answer], each: int) -> list
     return found
 
 
-def _log_ratios(policy: Policy, documents: Sequence[Example]) -> list[float]:
-    """Log p(answer) - log q(answer), q the reference's, in nats."""
+def _log_ratios(
+    policy: Policy, documents: Sequence[Example], answers: Sequence[Answer], temperature: float
+) -> list[float]:
+    """Log p(answer) - log q(answer), q the reference's, in nats; both at temperature 1."""
 
-    def ratios(batch: PackedBatch) -> list[float]:
-        sums = by_document(batch, policy.logprobs(batch)).double() - policy.reference_sums(batch)
-        return [float(own) for own in sums]
+    def log_p(batch: PackedBatch) -> list[float]:
+        return [float(own) for own in by_document(batch, policy.logprobs(batch)).double()]
 
-    return read([policy], documents, TOKENS, ratios)
+    def log_q(batch: PackedBatch) -> list[float]:
+        return [float(own) for own in policy.reference_sums(batch)]
+
+    known = temperature in (0.0, 1.0)  # then what the decoder drew is what is asked for: one pass less
+    ours = [sum(a.logprobs) for a in answers] if known else read([policy], documents, TOKENS, log_p)
+    theirs = read([policy], documents, TOKENS, log_q)
+    return [p - q for p, q in zip(ours, theirs, strict=True)]

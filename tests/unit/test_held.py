@@ -1,0 +1,63 @@
+"""Files that are safe to be stopped at."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from rung.errors import CheckpointError
+from rung.held import Journal, hold, write_text
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    again = f"from rung.held import hold; from pathlib import Path; hold(Path({str(tmp_path / 'x')!r}))"
+    with hold(tmp_path / "x"):
+        with pytest.raises(CheckpointError, match="another process"):
+            hold(tmp_path / "x")
+        other = subprocess.run([sys.executable, "-c", again], capture_output=True, text=True, check=False)
+        assert other.returncode != 0 and "another process is at work here" in other.stderr
+    assert subprocess.run([sys.executable, "-c", again], check=False).returncode == 0
+
+
+def test_what_was_made_is_there_after_a_stop_and_a_torn_line_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "made.journal"
+    journal = Journal(path, {"n": 3})
+    journal.add("0", [1, "ä"])
+    journal.add("1", None)
+    journal.close()
+    with path.open("ab") as file:
+        file.write(b'{"key": "2", "val')
+    again = Journal(path, {"n": 3})
+    assert again.known == {"0": [1, "ä"], "1": None}
+    again.add("2", 0.1)
+    again.close()
+    with closing(Journal(path, {"n": 3})) as last:
+        assert last.known["2"] == 0.1
+    assert len(path.read_text().splitlines()) == 4
+
+
+def test_a_journal_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "made.journal"
+    Journal(path, {"n": 3}).close()
+    with pytest.raises(CheckpointError, match="asked for otherwise"):
+        Journal(path, {"n": 4})
+    for text in ("hello\n", '{"asked": 1}\n[1]\n', "3\n"):
+        path.write_text(text)
+        with pytest.raises(CheckpointError):
+            Journal(path, {"n": 3})
+    path.write_text('{"asked": "half')
+    Journal(path, {"n": 3}).remove()
+    assert not path.exists()
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    write_text(tmp_path / "deep" / "a.json", json.dumps([1]))
+    (tmp_path / "deep" / "b").mkdir()
+    with pytest.raises(CheckpointError, match="could not write"):
+        write_text(tmp_path / "deep" / "b", "x")
+    assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["a.json", "b"]
