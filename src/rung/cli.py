@@ -106,7 +106,12 @@ def train(
     if dry_run:
         found = run.dry_run(spec)
         return _show(found, dry_run_lines(found), as_json)
-    manifest = run.train(spec, resume=resume, overwrite=overwrite)
+    from rung.engine.distributed import launched
+
+    with launched() as world:
+        manifest = run.train(spec, resume=resume, overwrite=overwrite, world=world)
+    if not world.first:
+        return None
     from rung.report.html import build
 
     report = build(Path(spec.output))
@@ -275,15 +280,16 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Adapt a language model to a task, climb only as high as the task needs, and prove each step."""
     count = os.environ.get("WORLD_SIZE", "1")
-    if count not in ("", "1"):
+    if count not in ("", "1") and context.invoked_subcommand != "train":
         what = "a launcher started several processes: each would train for itself and write over the others"
-        raise PlanError(what, where="WORLD_SIZE", given=count, hint="start rung by itself: it runs in one process")
+        raise PlanError(what, where="WORLD_SIZE", given=count, hint="start rung by itself: only rung train is shared")
 
 
 def main(arguments: list[str] | None = None) -> None:

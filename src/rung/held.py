@@ -18,18 +18,27 @@ def hold(path: Path) -> IO[bytes]:
 
     Raises `CheckpointError` where another process holds it, or it cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("ab")
-    except OSError as error:
-        raise CheckpointError(f"could not write here: {error.strerror}", where=str(path.parent)) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        what = "another process is at work here"
-        raise CheckpointError(what, where=str(path.parent), hint="wait for it, or name another output") from None
-    return file
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("ab")
+        except OSError as error:
+            raise CheckpointError(f"could not write here: {error.strerror}", where=str(path.parent)) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            what = "another process is at work here"
+            raise CheckpointError(what, where=str(path.parent), hint="wait for it, or name another output") from None
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            return file
+        file.close()  # whoever held it removed it in between
+
+
+def let_go(path: Path, file: IO[bytes]) -> None:
+    """Remove a file that this process holds, and hold it no longer."""
+    path.unlink(missing_ok=True)
+    file.close()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -83,8 +92,7 @@ class Journal:
 
     def remove(self) -> None:
         """All that was asked for stands elsewhere."""
-        self.path.unlink(missing_ok=True)
-        self._file.close()
+        let_go(self.path, self._file)
 
     def _append(self, entry: dict[str, Any]) -> None:
         try:

@@ -14,14 +14,15 @@ from rung.data.chat import Chat
 from rung.data.prompts import Prompted
 from rung.engine import gates
 from rung.engine.budget import probe, tokens_per_micro_batch
+from rung.engine.distributed import ALONE, World
 from rung.engine.interrupt import Interrupted
 from rung.engine.loop import Trainer
 from rung.engine.progress import say, stage
-from rung.engine.record import Gate, RunFolder, read_manifest, reset_peak_memory
+from rung.engine.record import Gate, RunFolder, read_manifest, reset_peak_memory, versions
 from rung.engine.rollout import Judge, Rollouts
 from rung.engine.sample import Sample
 from rung.engine.state import summary, total_steps
-from rung.errors import CheckpointError, ConfigError, DataError, RungError
+from rung.errors import CheckpointError, ConfigError, DataError, PlanError, RungError
 from rung.evaluate.rewards import examine
 from rung.method.base import Method
 from rung.method.table import attach
@@ -39,27 +40,35 @@ from rung.prepared import Data, read_splits, tokenise
 from rung.publish.artefact import pad_beside_stops, write_origin, write_text_side
 from rung.publish.classifier import write_score
 from rung.spec.io import to_dict
+from rung.spec.objective import ROLLING
 from rung.spec.run import RunSpec
-from rung.spec.support import NOT_MEASURED, PROVED_MODELS
+from rung.spec.support import NOT_MEASURED, PROVED_MODELS, refusal_of_processes
 from rung.whole import verify, write_folder
 
 PROBES = 4
 """Training documents that the step-0 gates look at: the shortest, which cost nothing."""
 
 
-def train(spec: RunSpec, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+def train(spec: RunSpec, *, resume: bool = False, overwrite: bool = False, world: World = ALONE) -> dict[str, Any]:
     """Train one run into its folder and return its manifest.
 
     Nothing is written before data and model have proved usable. Raises `RungError`s, and `Interrupted` when stopped.
     """
     output = Path(spec.output)
-    RunFolder.check(output, to_dict(spec), resume=resume, overwrite=overwrite)
-    if resume and (output / "run.json").exists() and (done := read_manifest(output))["status"] == "finished":
+
+    def finished() -> dict[str, Any] | None:
+        RunFolder.check(output, to_dict(spec), resume=resume, overwrite=overwrite)
+        there = read_manifest(output) if resume and (output / "run.json").exists() else {}
+        return there if there.get("status") == "finished" else None
+
+    done: dict[str, Any] | None = world.first_does(finished)
+    if done is not None:
         return done
     splits = read_splits(spec)
     base = load(spec.model)
-    data = tokenise(spec, splits, base)
-    _, folder = train_on(spec, base, data, resume=resume, overwrite=overwrite)
+    data = world.after_the_first(lambda: tokenise(spec, splits, base))  # the others find it in the cache
+    _, folder = train_on(spec, base, data, resume=resume, overwrite=overwrite, world=world)
+    world.wait()
     return folder.manifest
 
 
@@ -84,9 +93,10 @@ def dry_run(spec: RunSpec) -> dict[str, Any]:
 
 
 def train_on(
-    spec: RunSpec, base: Base, data: Data, *, resume: bool = False, overwrite: bool = False
+    spec: RunSpec, base: Base, data: Data, *, resume: bool = False, overwrite: bool = False, world: World = ALONE
 ) -> tuple[Policy, RunFolder]:
     """Train on data already read; the policy comes back in eval mode with the run's final weights."""
+    _check_processes(spec, world)
     # first: data or a method that cannot be leave no folder behind
     _check_tasks(spec, data)
     _check_lottery(spec, len(data.train.rows))
@@ -94,18 +104,32 @@ def train_on(
     method = attach(base.model, spec.method, seed=spec.seed, fused=spec.model.fused)
     policy = Policy(base, method)
     policy.reference = others.reference
-    with closing(RunFolder.claim(Path(spec.output), to_dict(spec), resume=resume, overwrite=overwrite)) as folder:
-        _train(spec, policy, data, folder, others, resume=resume)
+    with closing(_claim(spec, world, resume=resume, overwrite=overwrite)) as folder:
+        _train(spec, policy, data, folder, others, resume=resume, world=world)
     return policy, folder
 
 
-def _train(spec: RunSpec, policy: Policy, data: Data, folder: RunFolder, others: Beside, *, resume: bool) -> None:
+def _claim(spec: RunSpec, world: World, *, resume: bool, overwrite: bool) -> RunFolder:
+    """The run's folder, which one process writes."""
+    path, claimed = Path(spec.output), list[RunFolder]()
+
+    def claim() -> dict[str, Any]:
+        claimed.append(RunFolder.claim(path, to_dict(spec), resume=resume, overwrite=overwrite))
+        return claimed[0].manifest
+
+    manifest = world.first_does(claim)
+    return claimed[0] if claimed else RunFolder(path, manifest, writes=False)
+
+
+def _train(
+    spec: RunSpec, policy: Policy, data: Data, folder: RunFolder, others: Beside, *, resume: bool, world: World
+) -> None:
     """Gates, steps, files: all that happens in the run's folder."""
     method: Method = policy.method  # type: ignore[assignment]
     objective = _objective(spec, policy, others)
     if not objective.reads_head:
         method.leave_head()
-    _begin(spec, policy, data, folder, others)
+    _begin(spec, policy, data, folder, others, world)
     trainer = Trainer(
         policy,
         method,
@@ -116,6 +140,7 @@ def _train(spec: RunSpec, policy: Policy, data: Data, folder: RunFolder, others:
         seed=spec.seed,
         folder=folder,
         rollouts=_rollouts(spec, policy, objective, data, others),
+        world=world,
     )
     try:
         _calibrate(trainer, data, folder, resume=resume)
@@ -130,8 +155,9 @@ def _train(spec: RunSpec, policy: Policy, data: Data, folder: RunFolder, others:
         reset_peak_memory()
         trainer.run(data.train.rows, data.validation.rows if data.validation else ())
         folder.update(**summary(trainer.progress, trainer.moving), **method.statistics())
-        _publish(folder, trainer, data.chat)
-        if isinstance(objective, Reward) and data.validation:
+        if world.first:
+            _publish(folder, trainer, data.chat)
+        if world.first and isinstance(objective, Reward) and data.validation:
             health = examine(policy, objective, data.validation.examples, trainer.budget)
             folder.update(reward=health.to_json())
             say(str(health))
@@ -156,10 +182,11 @@ def _objective(spec: RunSpec, policy: Policy, others: Beside) -> Objective:
     return objective
 
 
-def _begin(spec: RunSpec, policy: Policy, data: Data, folder: RunFolder, others: Beside) -> None:
+def _begin(spec: RunSpec, policy: Policy, data: Data, folder: RunFolder, others: Beside, world: World) -> None:
     """Say what the run stands on. Raises `CheckpointError` where that is not what it began with."""
     alone = _say_what_is_unusual(policy, policy.method, spec)  # type: ignore[arg-type]
     fingerprints = {**others.fingerprints, **_fingerprints(policy.base, data)}
+    world.agree({**fingerprints, "versions": versions()})
     begun = folder.manifest.get("fingerprints", fingerprints)
     if changed := [name for name, value in fingerprints.items() if begun.get(name) != value]:
         what = f"what this run began with has changed: its {' and '.join(changed)}"
@@ -173,6 +200,7 @@ def _begin(spec: RunSpec, policy: Policy, data: Data, folder: RunFolder, others:
         compute_dtype=str(policy.base.compute_dtype).removeprefix("torch."),
         learning_rate=spec.learning_rate,
         not_fused=alone,
+        processes=world.size,
     )
 
 
@@ -254,6 +282,13 @@ def _check_tasks(spec: RunSpec, data: Data) -> None:
         raise DataError(what, given=", ".join(idle))
 
 
+def _check_processes(spec: RunSpec, world: World) -> None:
+    """What several processes cannot share, or have not been tested to."""
+    own = spec.objective.kind in ROLLING or getattr(spec.objective, "on_policy", 0.0) > 0.0
+    if world.size > 1 and (why := refusal_of_processes(spec.method.kind, own_answers=own)):
+        raise PlanError(why, where="WORLD_SIZE", given=world.size, hint="run it in one process")
+
+
 def _check_lottery(spec: RunSpec, rows: int) -> None:
     """A run that ends while all layers still move would be a plain lora without a word."""
     rollout = getattr(spec.objective, "rollout", None)
@@ -273,7 +308,10 @@ def _calibrate(trainer: Trainer, data: Data, folder: RunFolder, *, resume: bool)
     method, start = trainer.method, folder.path / "start"
     if not method.sample_size:
         return
-    again = resume and start.is_dir()
+    again = trainer.world.first_does(lambda: resume and start.is_dir())
+    if not trainer.world.first:
+        trainer.world.wait()  # until it is written, as it is for a resume
+        again = True
     rows = data.train.rows
     order = np.random.default_rng([trainer.seed, 3]).permutation(len(rows))[: method.sample_size]
     examples = [e for i in order for e in rows[int(i)]]
@@ -284,6 +322,8 @@ def _calibrate(trainer: Trainer, data: Data, folder: RunFolder, *, resume: bool)
         method.calibrate(sample, start if again else None)
     if not again:
         write_folder(start, method.save)
+    if trainer.world.first:
+        trainer.world.wait()
 
 
 def _publish(folder: RunFolder, trainer: Trainer, chat: Chat) -> None:
@@ -311,7 +351,8 @@ def _settle_budget(trainer: Trainer, data: Data) -> None:
         trainer.budget = begun
     elif trainer.spec.tokens_per_micro_batch == "probe":
         with stage("measuring micro-batches"):
-            trainer.budget = probe(trainer.policy, trainer.objective, data.train.examples, trainer.pack)
+            found = probe(trainer.policy, trainer.objective, data.train.examples, trainer.pack)
+        trainer.budget = trainer.world.gather(found)[0]  # processes measure, and might not agree
         say(f"{trainer.budget} tokens a micro-batch")
     trainer.folder.update(tokens_per_micro_batch=trainer.budget)
 

@@ -196,7 +196,10 @@ def test_a_rung_is_of_one_kind(config: Path, capsys: Any) -> None:
 
 
 def test_several_processes_are_refused(config: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
-    """They would train side by side into one folder."""
+    """But for a run that torchrun started they would work side by side in one folder."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    code, _, err = inside(capsys, "train", config)
+    monkeypatch.delenv("RANK", raising=False)
+    code, _, err = inside(capsys, "climb", config)
     assert code == 3 and "several processes" in err and not (tmp_path / "run").exists()
+    code, _, err = inside(capsys, "train", config)
+    assert code == 3 and "torchrun" in err and not (tmp_path / "run").exists()

@@ -40,11 +40,9 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def sweep(zygote: Zygote, config: Path, folder: Path, kills: int, seed: int) -> list[str]:
     """Kill as many runs; where each of them was, by its manifest. Every one must end as if nothing had happened."""
-    zygote.start("train", config, *SETTINGS, f"output={folder / 'first'}")
-    assert zygote.wait() == 0, zygote.log.read_text()
+    assert zygote.run("train", config, *SETTINGS, f"output={folder / 'first'}") == 0, zygote.log.read_text()
     began = time.monotonic()
-    zygote.start("train", config, *SETTINGS, f"output={folder / 'whole'}")
-    assert zygote.wait() == 0
+    assert zygote.run("train", config, *SETTINGS, f"output={folder / 'whole'}") == 0
     took, expected = time.monotonic() - began, weights(folder / "whole")
     found, chance = [], np.random.default_rng(seed)
     for number in range(kills):
@@ -52,14 +50,14 @@ def sweep(zygote: Zygote, config: Path, folder: Path, kills: int, seed: int) -> 
         child = zygote.start("train", config, *SETTINGS, f"output={run}")
         time.sleep(chance.uniform(0.0, 1.05) * took)
         os.kill(child, signal.SIGKILL)
-        zygote.wait()
+        zygote.wait(child)
         begun = (run / "run.json").exists()
         found.append(json.loads((run / "run.json").read_text())["status"] if begun else "not begun")
-        zygote.start("train", config, *SETTINGS, f"output={run}", *(["--resume"] if begun else []))
-        assert zygote.wait() == 0, (found, zygote.log.read_text()[-3000:])
+        code = zygote.run("train", config, *SETTINGS, f"output={run}", *(["--resume"] if begun else []))
+        assert code == 0, (found, zygote.log.read_text()[-3000:])
         own = weights(run)
         assert own.keys() == expected.keys() and all(torch.equal(own[n], expected[n]) for n in own)
-        assert not [p.name for p in run.rglob(".*") if p.name != ".lock"]
+        assert not [p.name for p in run.rglob(".*")]
     return found
 
 

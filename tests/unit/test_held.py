@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rung.errors import CheckpointError
-from rung.held import Journal, hold, write_text
+from rung.held import Journal, hold, let_go, write_text
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
@@ -22,6 +22,8 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         other = subprocess.run([sys.executable, "-c", again], capture_output=True, text=True, check=False)
         assert other.returncode != 0 and "another process is at work here" in other.stderr
     assert subprocess.run([sys.executable, "-c", again], check=False).returncode == 0
+    let_go(tmp_path / "x", hold(tmp_path / "x"))
+    assert not (tmp_path / "x").exists()
 
 
 def test_what_was_made_is_there_after_a_stop_and_a_torn_line_is_not(tmp_path: Path) -> None:

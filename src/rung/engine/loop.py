@@ -17,6 +17,7 @@ import torch
 
 from rung.engine import checkpoint
 from rung.engine.budget import layers_to_recompute, longest_document_bytes
+from rung.engine.distributed import ALONE, World, held
 from rung.engine.gates import Movement, enforce, not_reached
 from rung.engine.interrupt import Interrupted, interruptible
 from rung.engine.optim import make_optimiser, move_only, rate_at, set_rate
@@ -61,6 +62,8 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
     rollouts: Rollouts | None = None
     """Where the documents come from, when the policy makes them itself."""
+    world: World = ALONE
+    """The processes that share the steps."""
 
     def __post_init__(self) -> None:
         owned = self.objective.trainable().keys()
@@ -89,9 +92,10 @@ class Trainer:
 
     def restore(self) -> bool:
         """Take up the newest checkpoint that verifies, if there is one."""
-        found = checkpoint.newest(self.checkpoints, say)
-        if found is None:
+        name = self.world.first_does(lambda: getattr(checkpoint.newest(self.checkpoints, say), "name", None))
+        if name is None:
             return False
+        found = self.checkpoints / name
         weights, progress = checkpoint.read_checkpoint(found, self.optimiser)
         load_state(self.moving, weights)
         self.progress = Progress(**progress)
@@ -125,7 +129,7 @@ class Trainer:
                     enough = self._measure(validation, entry, last)
                     self.folder.log(entry)
                     bar.advance(loss=f"{entry['loss']:.4f}", rate=f"{entry['learning_rate']:.1e}")
-                    if stopping() and self._may_save:
+                    if self.world.any(stopping()) and self._may_save:
                         self._save()
                         raise Interrupted
                     if enough:
@@ -220,14 +224,16 @@ class Trainer:
             self.progress.step += 1
             return {**self._nothing(rate), "halted": "the rest of the rollout"}
         examples, rolled = self._documents(examples)
-        batches = self.pack(examples, self.budget)
+        batches = self.pack(self.world.share(examples), self.budget)
         batches = batches if self.trunk is None else self.trunk.feed(batches)
         self.optimiser.zero_grad(set_to_none=True)
         if beside := self.objective.beside(examples):
             with torch.no_grad():
                 self.objective.prepare(self.policy, self.policy.in_turn(self.pack(beside, self.budget)))
-        loss = accumulate(self.policy, self.objective, batches)
+        self._draw_dropout()
+        loss = accumulate(self.policy, self.objective, batches, self.world)
         parameters = list(self.moving.values())
+        self.world.add_up_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.spec.clip or math.inf)
         finite = bool(torch.isfinite(norm) & torch.isfinite(loss))
         halted = self.objective.halts() if finite else None
@@ -236,7 +242,7 @@ class Trainer:
             self.optimiser.step()
             self.progress.skipped = 0
         seconds = time.perf_counter() - started
-        tokens = sum(batch.document_tokens for batch in batches)
+        tokens = int(self.world.total([sum(batch.document_tokens for batch in batches)])[0])
         self.progress.step += 1
         if halted is not None:  # what is left of this rollout is not learned from
             self.halted_until = -(-self.progress.step // self.repeats) * self.repeats
@@ -258,7 +264,7 @@ class Trainer:
             "tokens": tokens,
             "seconds": round(seconds, 4),
             **rolled,
-            **self.objective.report(),
+            **self._report(),
             **({} if finite else {"skipped": True}),
             **({} if halted is None else {"halted": halted}),
         }
@@ -288,7 +294,8 @@ class Trainer:
         """The method is another from here on: earlier validation losses and their best weights were of the old one."""
         self.folder.update(**self.method.statistics())
         self.progress.best, self.progress.best_step, self.progress.misses = None, 0, 0
-        shutil.rmtree(self.checkpoints / "best", ignore_errors=True)
+        if self.world.first:
+            shutil.rmtree(self.checkpoints / "best", ignore_errors=True)
 
     def _skip(self, examples: Sequence[Example], loss: float, norm: float) -> None:
         """A step that is not finite never touches the weights; several in a row end the run."""
@@ -328,6 +335,7 @@ class Trainer:
         if self.rollouts is not None and self.rollouts.validation is not None:
             told = self.rollouts.validate([e for row in validation for e in row])
             return -told["reward"], told
+        validation = self.world.part(validation)
         batches: Iterable[PackedBatch]
         if self.spec.packing == "none":
             batches = (batch for row in validation for batch in pack_separately(row, self.policy.device))
@@ -335,11 +343,12 @@ class Trainer:
             every = chain.from_iterable(validation)
             batches = pack_in_slices(every, self.budget, share_prefixes=self.sharing, device=self.policy.device)
         self.objective.report()  # of the last training step: already in its entry
-        return mean_loss(self.policy, self.objective, batches), self.objective.report()
+        return mean_loss(self.policy, self.objective, batches, self.world), self._report()
 
     def _keep_best(self) -> None:
         """With patience the run ends with the weights of the lowest validation loss."""
         best = self.checkpoints / "best"
+        self.world.wait()  # until it is written
         if self.spec.patience is None or self.progress.best_step == self.progress.step or not best.exists():
             return
         if problem := verify(best):
@@ -348,11 +357,30 @@ class Trainer:
         self.progress.validation = self.progress.best
         say(f"kept the weights of step {self.progress.best_step}")
 
+    def _report(self) -> Mapping[str, float]:
+        """What the objective saw, of all processes."""
+        self.objective.seen = self.world.seen(self.objective.seen)
+        return self.objective.report()
+
+    def _draw_dropout(self) -> None:
+        """Of several processes each drops something else, and a resume the same again; one alone goes on drawing."""
+        if self.world.size > 1:
+            drawn = np.random.SeedSequence([self.seed, 8, self.progress.step, self.world.rank])
+            torch.manual_seed(int(drawn.generate_state(1)[0]))
+
     def _save(self) -> None:
         self._write(self.checkpoints / f"step-{self.progress.step:08d}")
-        checkpoint.prune(self.checkpoints, self.spec.keep)
+        if self.world.first:
+            checkpoint.prune(self.checkpoints, self.spec.keep)
 
     def _write(self, folder: Any) -> None:
         weights, known = state_of(self.moving), self.policy.known
+        if self.world.size > 1:
+            self.world.agree(held(self.moving))
+            if known is not None:
+                everyone = self.world.gather(list(known.items()))
+                known = {key: nats for own in everyone for key, nats in own}
+            if not self.world.first:
+                return
         self.progress.objective, self.progress.method = self.objective.state(), self.method.state()
         checkpoint.write_checkpoint(folder, weights, self.optimiser, asdict(self.progress), known)

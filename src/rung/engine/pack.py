@@ -33,6 +33,8 @@ def pack(
     Batches with the same `prefix` stand next to each other; its tokens are not part of their rows. No row mixes tasks.
     """
     tasks = {e.task for e in examples}
+    if not tasks:
+        return []
     if len(tasks) > 1:
         own = [[e for e in examples if e.task == task] for task in sorted(tasks, key=str)]
         return [b for part in own for b in pack(part, budget, share_prefixes=share_prefixes, device=device)]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from rung.errors import CheckpointError, ConfigError, RungError
-from rung.held import hold, write_text
+from rung.held import hold, let_go, write_text
 from rung.whole import tidy
 
 State = Literal["passed", "failed", "not_reached"]
@@ -46,6 +46,8 @@ class RunFolder:
 
     path: Path
     manifest: dict[str, Any] = field(default_factory=dict)
+    writes: bool = True
+    """Of the processes of a run one writes."""
     _log: IO[str] | None = None
     _held: IO[bytes] | None = None
 
@@ -96,7 +98,7 @@ class RunFolder:
             # once more: until now another process may have been at work here
             existing = RunFolder.check(path, spec, resume=resume, overwrite=overwrite)
         except RungError:
-            held.close()
+            let_go(path / LOCK, held)
             raise
         for place in (path, path / "checkpoints"):
             tidy(place)
@@ -124,10 +126,13 @@ class RunFolder:
 
     def write(self) -> None:
         """Make `run.json` what the manifest says."""
-        write_json(self.path / "run.json", self.manifest)
+        if self.writes:
+            write_json(self.path / "run.json", self.manifest)
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """Append one object to `log.jsonl`."""
+        if not self.writes:
+            return
         if self._log is None:
             self._log = (self.path / "log.jsonl").open("a", encoding="utf-8")
         # JSON has no NaN
@@ -138,15 +143,16 @@ class RunFolder:
     def trim_log(self, step: int) -> None:
         """Forget logged steps after `step`: a resumed run takes them again."""
         path = self.path / "log.jsonl"
-        if path.exists():
+        if self.writes and path.exists():
             kept = [entry for entry in read_log(self.path) if entry["step"] <= step]
             path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
 
     def close(self) -> None:
         """Close the log, and let go of the folder."""
-        for file in (self._log, self._held):
-            if file is not None:
-                file.close()
+        if self._log is not None:
+            self._log.close()
+        if self._held is not None:
+            let_go(self.path / LOCK, self._held)
         self._log = self._held = None
 
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from rung.engine.distributed import ALONE, World
 from rung.engine.pack import pack
 from rung.errors import DataError
 from rung.model.policy import Policy
@@ -27,12 +28,14 @@ def count_window(objective: Objective, window: Iterable[PackedBatch]) -> Counts:
     return reduce(Counts.__add__, (objective.count(batch) for batch in window), Counts())
 
 
-def accumulate(policy: Policy, objective: Objective, window: Sequence[PackedBatch]) -> Tensor:
+def accumulate(policy: Policy, objective: Objective, window: Sequence[PackedBatch], world: World = ALONE) -> Tensor:
     """Fill .grad with the gradient of (sum / count of the window); return the loss in nats per unit, a scalar.
 
-    Raises `DataError` when nothing in the window is supervised.
+    Of several processes each has rows of its own in the window: the count and the loss are those of all, the gradient
+    is this one's share of the sum. Raises `DataError` when nothing in the window is supervised.
     """
-    totals = count_window(objective, window)
+    own = count_window(objective, window)
+    totals = own if world.size == 1 else Counts(*world.total([own.tokens, own.sequences, own.pairs]))
     if totals.tokens <= 0 and totals.pairs <= 0:
         where = window[0].documents[0].source if window and window[0].documents else None
         raise DataError("no supervised token in this step", where=str(where), hint="run: rung data check")
@@ -45,18 +48,29 @@ def accumulate(policy: Policy, objective: Objective, window: Sequence[PackedBatc
         loss = torch.stack([term.total / totals[term.unit] for term in terms]).sum()
         loss.backward()  # type: ignore[no-untyped-call]
         shares.append(loss.detach())  # no .item(): it would wait for the device
-    return torch.stack(shares).sum()
+    loss = torch.stack(shares).sum() if shares else torch.zeros((), device=policy.device)
+    if world.size > 1:
+        loss = torch.tensor(world.total([float(loss)])[0], device=policy.device)
+    return loss
 
 
 @torch.no_grad()
-def mean_loss(policy: Policy, objective: Objective, batches: Iterable[PackedBatch]) -> float:
-    """Loss over a whole set: sums and counts are added and divided once, so the batches do not matter."""
+def mean_loss(policy: Policy, objective: Objective, batches: Iterable[PackedBatch], world: World = ALONE) -> float:
+    """Loss over a whole set, of several processes over the sets of all.
+
+    Sums and counts are added and divided once, so the batches do not matter.
+    """
     totals: dict[Unit, float] = {}
     counts = Counts()
     for batch in policy.in_turn(batches):
         counts = counts + objective.count(batch)
         for term in objective.loss(policy, batch):
             totals[term.unit] = totals.get(term.unit, 0.0) + float(term.total)
+    if world.size > 1:
+        everyone = world.gather([totals, [counts.tokens, counts.sequences, counts.pairs]])
+        units = {unit for own, _ in everyone for unit in own}
+        totals = {unit: sum(own.get(unit, 0.0) for own, _ in everyone) for unit in sorted(units)}
+        counts = reduce(Counts.__add__, (Counts(*own) for _, own in everyone))
     return sum(total / counts[unit] if counts[unit] else float("nan") for unit, total in totals.items())
 
 

@@ -194,8 +194,15 @@ class _Decoding:
         if self.sampling.temperature == 0.0:
             chosen = logprobs.argmax(dim=-1)
         else:
-            chosen = torch.multinomial(logprobs.exp(), 1, generator=self.random)[:, 0]
+            chosen = self._draw(logprobs)
         return chosen, logprobs.gather(1, chosen[:, None])[:, 0]
+
+    def _draw(self, logprobs_BV: Tensor) -> Tensor:
+        """One token a row, by inverting its distribution: one random number, where `multinomial` draws V of them."""
+        cumulative_BV = logprobs_BV.exp().cumsum(dim=-1, dtype=torch.float64)
+        drawn_B = torch.rand(len(logprobs_BV), 1, generator=self.random, dtype=torch.float64, device=logprobs_BV.device)
+        below_B = drawn_B * cumulative_BV[:, -1:]
+        return torch.searchsorted(cumulative_BV, below_B, right=True)[:, 0].clamp(max=logprobs_BV.shape[1] - 1)
 
     def _take(self, chosen: list[int], logprobs: list[float], on_token: Callable[[int], None] | None) -> list[int]:
         """Record one token per living row; return the positions within the batch that go on."""

@@ -30,6 +30,8 @@ class Objective(Protocol):
     """Of the rows, those that the policy answers itself; below 1 the others keep the answers of the data."""
     judged: bool = True
     """Whether its own answers are worth something; else they are learned from as they are."""
+    seen: list[dict[str, Tensor]] = []
+    """What batches left behind for the report, by name."""
 
     def begin(self, policy: Policy, seed: int) -> None:
         """Called once, before anything else: make the heads it owns for this model."""

@@ -190,7 +190,7 @@ class Unpaired(Objective):
     def __init__(self, spec: PreferenceSpec) -> None:
         self.spec = spec
         self.reference_point = torch.zeros(())
-        self.seen: list[tuple[Tensor, Tensor]] = []
+        self.seen: list[dict[str, Tensor]] = []
 
     def count(self, batch: PackedBatch) -> Counts:
         """Weights of the answers, and of the tokens of the good ones."""
@@ -232,7 +232,7 @@ class Unpaired(Objective):
         good_D = torch.tensor(is_good, device=ratio_D.device)
         weight_D = ratio_D.new_tensor([document.weight for document in batch.documents])
         losses_D = kto(ratio_D, good_D, self.reference_point.to(ratio_D), self.spec)
-        self.seen.append((ratio_D.detach(), good_D))
+        self.seen.append({"ratio": ratio_D.detach(), "good": good_D})
         terms = [LossTerm((losses_D * weight_D).sum(), "pairs", "kto")]
         if self.spec.sft_weight and any(is_good):
             terms.append(cross_entropy(batch, logprobs_N, good_D, self.spec.sft_weight))
@@ -242,9 +242,8 @@ class Unpaired(Objective):
         """Rewards beta r of good and of bad answers, their difference, and the reference point in nats."""
         if not self.seen:
             return {}
-        ratio, is_good = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
-        self.seen = []
-        reward = self.spec.strength * ratio.double()
+        found = taken(self.seen)
+        reward, is_good = self.spec.strength * found["ratio"], found["good"] > 0
         means = {
             name: float(reward[which].mean()) for name, which in (("good", is_good), ("bad", ~is_good)) if which.any()
         }

@@ -32,3 +32,17 @@ def refusal_of_model(model_type: str, *, encoder_decoder: bool) -> str | None:
     if encoder_decoder:
         return "encoder-decoder models are not supported: a segment tree has one row of tokens, they need two"
     return MODEL_REFUSALS.get(model_type)
+
+
+def refusal_of_processes(method: str, *, own_answers: bool) -> str | None:
+    """Why several processes cannot share such a run, or None."""
+    if own_answers:
+        return "a policy that makes its own answers is not shared out over processes"
+    return PROCESS_REFUSALS.get(method)
+
+
+PROCESS_REFUSALS = {
+    "mixture": "a router's load is counted in each process alone",
+    "qlora": "a quantised base in several processes has not been tested",
+}
+"""Methods that one process trains, with the reason."""

@@ -1,0 +1,100 @@
+"""What processes forked by a test do: the same steps in float64, each with its share of the rows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from builders import documents, policy_of
+from models import tiny_model
+from rung.engine import distributed
+from rung.engine.distributed import World, launched
+from rung.engine.loop import Trainer
+from rung.engine.record import RunFolder
+from rung.method.base import state_of
+from rung.method.table import attach
+from rung.model.fuse import fuse
+from rung.objective.table import OBJECTIVES
+from rung.spec.engine import EngineSpec
+from rung.spec.method import METHOD_SPECS
+from rung.spec.objective import PreferenceSpec, SftSpec
+from rung.types import Example
+
+
+def rows(objective: str) -> list[list[Example]]:
+    """Of very different lengths, some of them weighed, the last window smaller than four processes."""
+    found = documents(count=38, shared=5)
+    if objective == "sft":
+        return [[e] for e in found]
+    pairs = [found[i : i + 2] for i in range(0, len(found), 2)]
+    return [
+        [replace(e, row=number, score=float(1 - place)) for place, e in enumerate(pair)]
+        for number, pair in enumerate(pairs)
+    ]
+
+
+def train(arguments: list[str]) -> None:
+    """Ten steps; weights, losses and gradient norms go to a file, from the process that writes."""
+    method, objective, output, mutation = arguments
+    torch.set_default_dtype(torch.float64)
+    with launched() as world:
+        _mutate(mutation)
+        _steps(world, method, objective, Path(output))
+
+
+def _steps(world: World, kind: str, aim: str, output: Path) -> None:
+    model = tiny_model(dtype=torch.float64)
+    fuse(model)
+    method = attach(model, METHOD_SPECS[kind](), seed=0)
+    with torch.no_grad():  # away from the start, where half of LoRA has no gradient
+        for parameter in method.trainable().values():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    fuse(model, method.part)
+    spec = SftSpec() if aim == "sft" else PreferenceSpec(beta=0.5)
+    folder = RunFolder(output, {"gates": []}, writes=world.first)
+    output.mkdir(parents=True, exist_ok=True)
+    policy = policy_of(model, method)
+    if kind == "full":  # which leaves no base to compare with
+        policy.reference = policy_of(tiny_model(dtype=torch.float64))
+    trainer = Trainer(
+        policy,
+        method,
+        objective=OBJECTIVES[spec.kind](spec),
+        spec=EngineSpec(examples_per_step=9, epochs=10, max_steps=10, eval_every=5),
+        peak_rate=1e-3,
+        budget=120,
+        seed=5,
+        folder=folder,
+        world=world,
+    )
+    data = rows(aim)
+    trainer.run(data[:-6], data[-6:])
+    folder.close()
+    if world.first:
+        save_file({n: p.contiguous() for n, p in state_of(trainer.moving).items()}, output / "weights.safetensors")
+
+
+def _mutate(how: str) -> None:
+    """Wrong ways to share a step."""
+    if how == "counts of its own":
+        distributed.World.total = lambda self, values: list(values)  # type: ignore[method-assign]
+    elif how == "no sum of gradients":
+        distributed.World.add_up_gradients = lambda self, parameters: None  # type: ignore[method-assign]
+    elif how != "none":
+        raise ValueError(how)
+
+
+def other_size(arguments: list[str]) -> None:
+    """A group that is not the one that was announced."""
+    (output,) = arguments
+    torch.distributed.get_world_size = lambda *_: 1  # type: ignore[assignment]
+    try:
+        with launched():
+            said = "started"
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    Path(output).with_suffix(f".{distributed.os.environ['RANK']}").write_text(json.dumps(said))

@@ -1,0 +1,144 @@
+"""Several processes take the steps of one: the same gradients, losses and weights, by sums and global counts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from builders import documents
+from processes import inside, log
+from rung.engine.distributed import World
+from zygote import Zygote
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    folder = tmp_path_factory.mktemp("zygote")
+    found = Zygote(folder / "log", PYTHONPATH=f"{HERE}:{HERE.parent}")
+    yield found
+    found.close()
+
+
+def steps(
+    zygote: Zygote, size: int, method: str, objective: str, output: Path, mutation: str = "none"
+) -> dict[str, Any]:
+    children = zygote.launch(size, method, objective, output, mutation, call="shared:train")
+    codes = [zygote.wait(child) for child in children]
+    assert codes == [0] * size, zygote.log.read_text()[-3000:]
+    return load_file(output / "weights.safetensors")
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("objective", ["sft", "preference"])
+def test_ten_steps_are_those_of_one_process(zygote: Zygote, method: str, objective: str, tmp_path: Path) -> None:
+    alone = steps(zygote, 1, method, objective, tmp_path / "1")
+    logged = log(tmp_path / "1")
+    for size in (2, 4):
+        shared = steps(zygote, size, method, objective, tmp_path / str(size))
+        assert shared.keys() == alone.keys()
+        assert max(float((shared[n] - alone[n]).abs().max()) for n in alone) < 1e-9
+        for ours, theirs in zip(log(tmp_path / str(size)), logged, strict=True):
+            assert ours.keys() == theirs.keys() and ours["tokens"] == theirs["tokens"]
+            for name in ours.keys() - {"seconds"}:
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-8, abs=1e-9), name
+
+
+@pytest.mark.parametrize("mutation", ["counts of its own", "no sum of gradients"])
+def test_wrong_sums_are_another_run(zygote: Zygote, mutation: str, tmp_path: Path) -> None:
+    alone = steps(zygote, 1, "lora", "sft", tmp_path / "1")
+    wrong = steps(zygote, 2, "lora", "sft", tmp_path / "2", mutation)
+    assert max(float((wrong[n] - alone[n]).abs().max()) for n in alone) > 1e-6
+
+
+def test_a_group_of_another_size_does_not_start(zygote: Zygote, tmp_path: Path) -> None:
+    for child in zygote.launch(2, tmp_path / "said", call="shared:other_size"):
+        zygote.wait(child)
+    for rank in range(2):
+        said = json.loads((tmp_path / f"said.{rank}").read_text())
+        assert said.startswith("PlanError") and "not those that the launcher announced" in said
+
+
+def test_shares_are_whole_and_even() -> None:
+    examples = documents(count=41)
+    for size in (2, 3, 4):
+        parts = [World(rank, size).share(examples) for rank in range(size)]
+        assert sorted(id(e) for part in parts for e in part) == sorted(map(id, examples))
+        loads = [sum(map(len, part)) for part in parts]
+        assert max(loads) - min(loads) <= max(map(len, examples))
+    few = [World(rank, 4).share(examples[:2]) for rank in range(4)]
+    assert sorted(map(len, few)) == [0, 0, 1, 1]
+
+
+def torchrun(size: int, *arguments: object) -> list[str]:
+    port = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), *port]
+    return [*launcher, "-m", "rung", *map(str, arguments)]
+
+
+def test_the_command_under_torchrun(config: Path, tmp_path: Path, capsys: Any) -> None:
+    """One folder, one voice, the losses of one process; and it goes on in one process what two began."""
+    given = ("engine.checkpoint_every=3", "data.validation=0.2", "engine.eval_every=3")
+    assert inside(capsys, "train", config, *given, f"output={tmp_path / 'alone'}")[0] == 0
+    command = torchrun(2, "train", config, *given, f"output={tmp_path / 'two'}", "--json")
+    found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert found.returncode == 0, found.stderr
+    manifest = json.loads(found.stdout)
+    assert manifest["status"] == "finished" and manifest["processes"] == 2
+    assert found.stderr.count("gate step0.packing: passed") == 1
+    for ours, theirs in zip(log(tmp_path / "two"), log(tmp_path / "alone"), strict=True):
+        assert ours["tokens"] == theirs["tokens"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ("validation_loss" in ours) == ("validation_loss" in theirs)
+        assert ours.get("validation_loss", 0.0) == pytest.approx(theirs.get("validation_loss", 0.0), rel=1e-5)
+    held = json.loads((tmp_path / "two" / "run.json").read_text())
+    (tmp_path / "two" / "run.json").write_text(json.dumps({**held, "status": "running"}))
+    code, _, err = inside(capsys, "train", config, *given, f"output={tmp_path / 'two'}", "--resume")
+    assert code == 0 and "resumed from step-00000003" in err
+
+
+def test_one_process_is_killed_and_all_go_on(zygote: Zygote, config: Path, tmp_path: Path) -> None:
+    settings = ("engine.max_steps=40", "engine.epochs=40", "engine.checkpoint_every=4", "method.dropout=0.1")
+
+    def begin(*further: object) -> list[int]:
+        return zygote.launch(2, "train", config, *settings, f"output={tmp_path / 'run'}", *further)
+
+    children = begin()
+    saved, deadline = tmp_path / "run" / "checkpoints", time.monotonic() + 120
+    while not list(saved.glob("step-*8")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(children[1], signal.SIGKILL)
+    assert [zygote.wait(child) for child in children] == [3, -signal.SIGKILL]
+    assert "another process of this run has ended" in zygote.log.read_text()
+    assert [zygote.wait(child) for child in begin("--resume")] == [0, 0], zygote.log.read_text()[-3000:]
+    whole = zygote.launch(2, "train", config, *settings, f"output={tmp_path / 'whole'}")
+    assert [zygote.wait(child) for child in whole] == [0, 0]
+    first, second = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("run", "whole"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        (("method={kind: mixture}",), "router"),
+        (("objective={kind: grpo, reward: {kind: numeric}}",), "own answers"),
+    ],
+)
+def test_what_several_processes_cannot_share(
+    zygote: Zygote, config: Path, tmp_path: Path, settings: tuple[str, ...], why: str
+) -> None:
+    children = zygote.launch(2, "train", config, *settings)
+    assert [zygote.wait(child) for child in children] == [3, 3]
+    assert why in zygote.log.read_text() and not (tmp_path / "run").exists()
