@@ -23,7 +23,7 @@ from rung.model.fuse import fuse
 from rung.model.load import Base, check_fingerprint, load_base, load_tokenizer
 from rung.model.policy import Policy, Untouched
 from rung.objective.reward import Reward, ScoreHead
-from rung.publish.artefact import check_origin
+from rung.publish.artefact import check_origin, check_prompt
 from rung.publish.classifier import read_score
 from rung.spec.io import parse
 from rung.spec.method import MethodSpec, inserted
@@ -96,7 +96,9 @@ def _open(path: Path, base: Base | None) -> tuple[Policy, Chat, RunSpec]:
             inside = path / "model"
             check_whole(inside)
         base = load(ModelSpec(name=str(inside), dtype=spec.model.dtype))
-        return Policy(base, Untouched()), Chat(base.tokenizer), spec
+        chat = Chat(base.tokenizer)
+        check_prompt(path / "model", chat)
+        return Policy(base, Untouched()), chat, spec
     check_whole(path / "adapter")
     base = load(spec.model) if base is None else base
     check_fingerprint(manifest, base, path)
@@ -104,7 +106,9 @@ def _open(path: Path, base: Base | None) -> tuple[Policy, Chat, RunSpec]:
     method = attach(base.model, spec.method, seed=spec.seed, fused=spec.model.fused)
     method.load(path / "adapter")
     tokenizer = load_tokenizer(ModelSpec(name=str(path)))  # with the template trained with
-    return Policy(base, method), Chat(tokenizer, inserted=inserted_in(spec.method, base)), spec
+    chat = Chat(tokenizer, inserted=inserted_in(spec.method, base))
+    check_prompt(path / "adapter", chat)
+    return Policy(base, method), chat, spec
 
 
 def once_more(run: Path, base: Base | None) -> Base | None:

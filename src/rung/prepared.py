@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from rung.scoring.verifiers import expects
 from rung.spec.method import in_front
 from rung.spec.objective import ModelRewardSpec
 from rung.spec.run import RunSpec
+from rung.types import Example
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,9 @@ class Data:
 
     def summary(self) -> dict[str, Any]:
         """Counts for `run.json`."""
-        return {"splits": self.splits.summary(), "train": self.train.summary(), "preflight": self.preflight.to_json()}
+        parts = {"train": self.train, "validation": self.validation}
+        counts = {name: part.summary() for name, part in parts.items() if part is not None}
+        return {"splits": self.splits.summary(), **counts, "preflight": self.preflight.to_json()}
 
 
 def read_splits(spec: RunSpec) -> Splits:
@@ -54,9 +58,27 @@ def tokenise(spec: RunSpec, splits: Splits, base: Base) -> Data:
         return _prompted(spec, splits, chat, longest - objective.rollout.max_new_tokens)
     train = documents(spec, chat, splits.train, longest)
     validation = documents(spec, chat, splits.validation, longest) if splits.validation else None
+    for part in (train, validation):
+        if part is not None:
+            _check_ids(part.examples, base)
     if validation is not None:
         chat.preflight(validation)
     return Data(splits, chat, train, validation, chat.preflight(train))
+
+
+def _check_ids(examples: Sequence[Example], base: Base) -> None:
+    """Raise `DataError` for a token that the model has no embedding of: some tokenizers name more than there are."""
+    rows = int(base.model.get_input_embeddings().weight.shape[0])
+    if len(base.tokenizer) <= rows:
+        return
+    for example in examples:
+        if (beyond := int(example.ids.max())) >= rows:
+            raise DataError(
+                "the tokenizer gives a token that the model has no embedding of",
+                where=str(example.source),
+                given=f"{base.tokenizer.convert_ids_to_tokens(beyond)!r}, id {beyond}",
+                allowed=f"ids below {rows}, though the tokenizer has {len(base.tokenizer)}",
+            )
 
 
 def room_of(spec: RunSpec, base: Base) -> int:

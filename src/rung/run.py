@@ -29,6 +29,7 @@ from rung.method.table import attach
 from rung.model.fuse import left_alone
 from rung.model.load import Base
 from rung.model.policy import Policy
+from rung.model.targets import coverage
 from rung.objective.base import Objective
 from rung.objective.distill import Distill
 from rung.objective.ppo import Ppo
@@ -200,6 +201,7 @@ def _begin(spec: RunSpec, policy: Policy, data: Data, folder: RunFolder, others:
         compute_dtype=str(policy.base.compute_dtype).removeprefix("torch."),
         learning_rate=spec.learning_rate,
         not_fused=alone,
+        moves=coverage(policy.model, policy.method.trainable()),  # type: ignore[attr-defined]
         processes=world.size,
     )
 

@@ -15,11 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from builders import documents
 from models import tiny_model
 from processes import inside
+from rung.data.chat import Chat
 from rung.engine.pack import pack_separately
 from rung.errors import CheckpointError, ConfigError
 from rung.model.load import load_base
 from rung.opened import open_run, open_runs
 from rung.spec.model import ModelSpec
+from rung.types import Message
 
 
 @pytest.fixture
@@ -437,3 +439,40 @@ def test_a_merge_that_changes_nothing_is_no_merge(run: Path, tmp_path: Path, cap
     rewritten(run / "adapter")
     code, _, err = inside(capsys, "merge", run, tmp_path / "merged")
     assert code == 3 and "says what its base says" in err and not (tmp_path / "merged").exists()
+
+
+def test_text_is_framed_as_it_was(config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An edited template is damage; a tokenizer that has become another one is noticed by a known conversation."""
+    assert inside(capsys, "train", config)[0] == 0
+    adapter = tmp_path / "run" / "adapter"
+    known = json.loads((adapter / "rung_prompt.json").read_text())
+    chat = open_run(tmp_path / "run")[1]
+    assert chat.prompt_ids([Message("user", known["messages"][0]["content"])]) == known["ids"]
+    plain = AutoTokenizer.from_pretrained(adapter)  # as any server has it
+    asked = plain.apply_chat_template(known["messages"], add_generation_prompt=True, return_dict=False)
+    assert list(asked) == known["ids"]
+    own = Chat.encode
+    monkeypatch.setattr(Chat, "encode", lambda self, texts: [ids + ids[-1:] for ids in own(self, texts)])
+    code, _, err = inside(capsys, "eval", tmp_path / "run", "--limit", "2")
+    assert code == 3 and "framed otherwise" in err
+    monkeypatch.undo()
+    template = adapter / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    code, _, err = inside(capsys, "eval", tmp_path / "run", "--limit", "2")
+    assert code == 3 and "damaged" in err
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(
+    config: Path, tmp_path: Path, questions: Path, tiny_tokenizer: PreTrainedTokenizerFast, capsys: Any
+) -> None:
+    """Tokens that no text of the data has may be missing; one that has been used is named."""
+    rows = [json.loads(line) for line in questions.read_text().splitlines()]
+    used = max(max(tiny_tokenizer(" ".join(map(str, row.values()))).input_ids) for row in rows)
+    assert used < len(tiny_tokenizer) - 1
+    for rows_of_model, expected in ((used + 1, 0), (used - 20, 2)):
+        folder = tmp_path / f"base-{rows_of_model}"
+        tiny_model(vocab_size=rows_of_model).save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+        code, _, err = inside(capsys, "train", config, f"model.name={folder}", f"output={folder}-run")
+        assert code == expected, err
+    assert "no embedding of" in err and "questions.jsonl" in err and not Path(f"{folder}-run").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +204,14 @@ def test_several_processes_are_refused(config: Path, tmp_path: Path, capsys: Any
     assert code == 3 and "several processes" in err and not (tmp_path / "run").exists()
     code, _, err = inside(capsys, "train", config)
     assert code == 3 and "torchrun" in err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("changes", [{"model_type": "canary"}, {"hidden_size": "wide"}, {"rope_parameters": 3}])
+def test_a_base_whose_config_is_wrong(
+    config: Path, tiny_base: Path, tmp_path: Path, capsys: Any, changes: dict[str, object]
+) -> None:
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    known = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**known, **changes}))
+    code, _, err = inside(capsys, "train", config, f"model.name={base}")
+    assert code in (2, 3) and "Traceback" not in err and "base" in err

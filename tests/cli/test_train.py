@@ -41,6 +41,8 @@ def test_run_folder(config: Path, tmp_path: Path) -> None:
     assert found["tokens_per_second"] == pytest.approx(found["tokens"] / found["train_seconds"], rel=0.01)
     assert found["trainable_parameters"] == 4 * 2 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))
     assert {"spec", "fingerprints", "versions", "metrics"} <= found.keys()
+    assert found["moves"] == "14 of 14 linears, in 2 of 2 layers" and found["processes"] == 1
+    assert found["data"]["validation"]["dropped"] == 0
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [e["step"] for e in log] == [1, 2, 3, 4, 5, 6]
     assert {"loss", "learning_rate", "grad_norm", "tokens", "seconds"} <= log[0].keys()
@@ -63,10 +65,10 @@ def test_a_frozen_tensor_that_moves_fails_the_movement_gate(
     """The mutation: an optimiser step that also touches a frozen norm."""
     from rung.engine import loop
 
-    def meddling(policy: Any, objective: Any, window: Any) -> torch.Tensor:
+    def meddling(policy: Any, *further: Any) -> torch.Tensor:
         with torch.no_grad():
             policy.model.model.norm.weight[0] += 1e-3
-        return genuine(policy, objective, window)
+        return genuine(policy, *further)
 
     genuine = loop.accumulate
     monkeypatch.setattr(loop, "accumulate", meddling)
@@ -83,8 +85,8 @@ def test_not_finite_never_steps_and_stops_after_three(
 
     genuine, seen = loop.accumulate, []
 
-    def poisoned(policy: Any, objective: Any, window: Any) -> torch.Tensor:
-        loss = genuine(policy, objective, window)
+    def poisoned(policy: Any, *further: Any) -> torch.Tensor:
+        loss = genuine(policy, *further)
         parameters = [p for p in policy.model.parameters() if p.requires_grad]
         if len(seen) >= 2:
             parameters[0].grad[0] = float("inf")

@@ -104,3 +104,17 @@ def test_real_gsm8k_near_duplicates(real_data: Path) -> None:
     report = check(DataSpec(path=str(folder / "train.jsonl"), validation=0, test=str(folder / "test.jsonl")))
     assert report.kept == 3319 and not report.rejected
     assert 0 < len(report.near[13]) < len(report.near[8]) <= 80
+
+
+def test_better_answers_that_are_mostly_the_longer_are_pointed_out(tmp_path: Path) -> None:
+    """A reward model that learned length alone would get them right."""
+    rows = [{"prompt": f"q {i}", "chosen": "long " * (3 + i % 2), "rejected": "short " * 2} for i in range(20)]
+    found = check(write(tmp_path, "p.jsonl", [*rows, {"prompt": "q", "chosen": "abc", "rejected": "xyz"}]))
+    assert found.compared is not None and found.compared.pairs == 21
+    assert found.compared.longer == pytest.approx((20 + 0.5) / 21)
+    assert found.compared.typical == pytest.approx(15 / 12)
+    assert found.to_json()["compared"]["pairs"] == 21
+    assert "length alone may be what is learned" in printed(found)
+    even = [{"prompt": f"q {i}", "chosen": "a" * (2 + i % 2), "rejected": "b" * (3 - i % 2)} for i in range(20)]
+    assert "of either length" in printed(check(write(tmp_path, "e.jsonl", even)))
+    assert check(write(tmp_path, "s.jsonl", [{"question": "q", "answer": "a"}])).compared is None

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from rung.data.chat import Chat
 
+SKEWED = 0.2
+"""Share of pairs beyond a half in which the better answer is the longer, or the shorter, that is worth a word."""
 SHOWN = 10
 """Rows of each kind that the printed report names; the JSON has all."""
 
@@ -56,6 +58,18 @@ class Diversity:
 
 
 @dataclass(frozen=True, slots=True)
+class Compared:
+    """Rows whose answers are compared: whether the better one is simply the longer."""
+
+    pairs: int
+    """Of the best answer with each other."""
+    longer: float
+    """Share of them in which the better answer has more characters; equal lengths count half."""
+    typical: float
+    """Median of (characters of the better) / (characters of the other)."""
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """Everything `check` computed. It prints itself on a rich console."""
 
@@ -71,6 +85,8 @@ class Report:
     near: dict[int, tuple[Near, ...]]
     """Per n: held-out rows that share an n-gram of words with the training split."""
     diversity: Diversity | None
+    compared: Compared | None
+    """None where nothing is compared."""
     supervised_share: float | None
     """Supervised tokens over all tokens; None without a tokenizer."""
 
@@ -95,6 +111,7 @@ class Report:
             "overlap": [list(pair) for pair in self.overlap],
             "near_duplicates": {str(n): [near.to_json() for near in found] for n, found in self.near.items()},
             "diversity": asdict(self.diversity) if self.diversity else None,
+            "compared": asdict(self.compared) if self.compared else None,
             "supervised_share": self.supervised_share,
         }
 
@@ -141,6 +158,7 @@ def check(target: str | DataSpec, chat: Chat | None = None, *, loss_on: LossOn |
         overlap=_named(parts.train, held_out, crossing(parts.train, held_out)),
         near={n: near_duplicates(parts.train, held_out, n) for n in GRAMS},
         diversity=_diversity(own),
+        compared=_compared(own),
         supervised_share=share,
     )
 
@@ -248,6 +266,16 @@ def _diversity(records: Records) -> Diversity | None:
     )
 
 
+def _compared(records: Records) -> Compared | None:
+    ratios = array("d")
+    for record in records:
+        ratios.extend((len(record.answer) or 1) / (len(rival.content) or 1) for rival in record.rivals)
+    if not ratios:
+        return None
+    found = np.array(ratios)
+    return Compared(len(found), float(((found > 1) + 0.5 * (found == 1)).mean()), float(np.median(found)))
+
+
 def _share(value: float | str) -> float:
     return 0.0 if isinstance(value, str) else value
 
@@ -269,6 +297,10 @@ def _table(report: Report) -> Table:
     if d := report.diversity:
         table.add_row("distinct-1, distinct-2", f"{d.distinct_1:.3f}, {d.distinct_2:.3f} of the answers' words")
         table.add_row("most common answer", escape(f"{d.most_common_share:.1%}: {d.most_common[:60]!r}"))
+    if c := report.compared:
+        says = "length alone may be what is learned" if abs(c.longer - 0.5) > SKEWED else "of either length"
+        told = f"longer in {c.longer:.0%} of {c.pairs} pairs, {c.typical:.2f} times as long in the median one: {says}"
+        table.add_row("better answers", told)
     table.add_row("duplicate prompts", str(len(report.duplicates)))
     table.add_row("train prompts held out", str(len(report.overlap)))
     for n, found in report.near.items():

@@ -61,6 +61,10 @@ class Base:
         return int(getattr(self.model.config, "max_position_embeddings", None) or 2**20)
 
 
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+"""Code that comes with a model never runs; unless this is said, transformers asks at the terminal."""
+
+
 def load_base(spec: ModelSpec, *, device: torch.device | None = None) -> Base:
     """Load model and tokenizer, ready for segment trees, in eval mode, nothing trainable.
 
@@ -172,8 +176,9 @@ def _load(
             dtype=dtype,
             attn_implementation=attention.NAME,
             use_safetensors=True,
+            **NO_CODE,
         )
-        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, **NO_CODE)
     except (OSError, ValueError) as error:
         raise ConfigError(_first_line(error), where="model.name", given=str(where)) from error
     return model, tokenizer
@@ -181,7 +186,7 @@ def _load(
 
 def _load_gguf(where: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     try:
-        config = AutoConfig.from_pretrained(where.parent, gguf_file=where.name)
+        config = AutoConfig.from_pretrained(where.parent, gguf_file=where.name, **NO_CODE)
         _refuse(config)
         _without_dropout(config)
         model = AutoModelForCausalLM.from_pretrained(
@@ -190,6 +195,7 @@ def _load_gguf(where: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTra
             gguf_file=where.name,
             quantization_config=GgufConfig(dequantize=True),
             dtype=dtype,
+            **NO_CODE,
         )
         return model, _gguf_tokenizer(where)
     except RungError:
@@ -209,11 +215,13 @@ def _without_dropout(config: Any) -> None:
 
 def _from_pretrained(auto: Any, where: Path | str, revision: str | None) -> Any:
     try:
-        return auto.from_pretrained(where, revision=revision)
-    except (OSError, ValueError) as error:
+        return auto.from_pretrained(where, revision=revision, **NO_CODE)
+    except Exception as error:  # a folder that is not what it says fails in many ways
         hint = (
             "hub ids need a network; folders, GGUF files and `rung models` do not" if isinstance(where, str) else None
         )
+        if "trust_remote_code" in str(error):
+            hint = "code that comes with a model never runs here: take a model that transformers knows"
         raise ConfigError(_first_line(error), where="model.name", given=str(where), hint=hint) from error
 
 
@@ -301,7 +309,7 @@ def _load_run_as_base(spec: ModelSpec, run: Path, device: torch.device | None) -
 
 def classifier_keys(folder: Path) -> tuple[str, set[str]] | None:
     """Transformers' sequence classification of a model folder and its tensors' names, where it has a linear `score`."""
-    config = AutoConfig.from_pretrained(folder, num_labels=1)
+    config = AutoConfig.from_pretrained(folder, num_labels=1, **NO_CODE)
     try:
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config)
@@ -332,7 +340,7 @@ def _gguf_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
     """
     from gguf import GGUFReader
 
-    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **NO_CODE)
     field = GGUFReader(str(gguf)).fields.get("tokenizer.ggml.pre")
     if field is None or bytes(field.parts[field.data[0]]).decode() != "smollm":
         return tokenizer

@@ -94,3 +94,18 @@ def roles_of(name: str) -> tuple[Role, ...]:
     """Roles that a module of this name plays; none for one that is not known."""
     parts = name.split(".")
     return _ROLES.get(parts[-1]) or _ROLES.get(".".join(parts[-2:]), ())
+
+
+def coverage(model: nn.Module, trainable: Iterable[str]) -> str:
+    """What of the layers moves, in words: how many of their linears, and of themselves."""
+    linears = {
+        name.removesuffix(".base_layer")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and roles_of(name.removesuffix(".base_layer"))
+    }
+    names = [f".{name}" for name in trainable]
+    moved = {name for name in linears if any(own.startswith(f".{name}.") for own in names)}
+    layers = {number for own in names if (number := layer_number(own)) is not None}
+    present = {number for name in linears if (number := layer_number(f".{name}.")) is not None}
+    of_layers = f"{len(layers)} of {len(present)} layers"
+    return f"{len(moved)} of {len(linears)} linears, in {of_layers}" if moved else of_layers

@@ -12,9 +12,16 @@ from rung.data.chat import Chat
 from rung.engine.record import write_json
 from rung.errors import CheckpointError
 from rung.model.load import Base
+from rung.types import Message
 
 ORIGIN = "rung.json"
 """Beside saved weights: base, fingerprint and template."""
+PROMPT = "rung_prompt.json"
+"""Beside saved weights: a conversation and its ids."""
+KNOWN = "What does it cost,  in 2024, for 12 of them: 3.50 or 42? Straße 7, 東京 🙂"
+"""Digits, several spaces, and characters of one to four bytes: where tokenizers differ."""
+DATED = "strftime_now"
+"""In a template that writes the day of the year, no prompt stays what it was."""
 
 
 def write_origin(target: Path, chat: Chat, base: Base) -> None:
@@ -37,6 +44,22 @@ def check_origin(folder: Path, base: Base) -> None:
         )
 
 
+def check_prompt(folder: Path, chat: Chat) -> None:
+    """Raise `CheckpointError` where the known conversation is framed otherwise than when the weights were written."""
+    if not (folder / PROMPT).exists() or DATED in chat.template:
+        return
+    known = json.loads((folder / PROMPT).read_text())
+    ids = chat.prompt_ids([Message(turn["role"], turn["content"]) for turn in known["messages"]])
+    if ids != known["ids"]:
+        raise CheckpointError(
+            "text is framed otherwise here than in training",
+            where=str(folder / PROMPT),
+            given=ids,
+            allowed=str(known["ids"]),
+            hint="another version of tokenizers or transformers? run.json has those of the run",
+        )
+
+
 def pad_beside_stops(chat: Chat) -> int:
     """A token to pad with that ends no answer, the tokenizer's own where it can be.
 
@@ -49,8 +72,13 @@ def pad_beside_stops(chat: Chat) -> int:
 
 
 def write_text_side(target: Path, chat: Chat, pad_id: int | None = None) -> None:
-    """Tokenizer, template and stop ids, so that a server frames text exactly as training did; `pad_id` pads there."""
+    """Tokenizer, template and stop ids, so that a server frames text exactly as training did; `pad_id` pads there.
+
+    And the ids of a known conversation, which any server must give: its tokens are those of training, or it is wrong.
+    """
     tokenizer = chat.tokenizer
+    ids = chat.prompt_ids([Message("user", KNOWN)])
+    write_json(target / PROMPT, {"messages": [{"role": "user", "content": KNOWN}], "ids": ids})
     own = tokenizer.chat_template, tokenizer.pad_token
     tokenizer.chat_template = chat.template
     if pad_id is not None:

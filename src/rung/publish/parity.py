@@ -17,7 +17,7 @@ from rung.errors import GateError
 _READ = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, trust_remote_code=False).eval()
 rows = json.load(sys.stdin)
 with torch.no_grad():
     logprobs = [model(torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)[:-1] for ids in rows]

@@ -272,6 +272,7 @@ def _trained(run: Run) -> Pairs:
         "base": str(model.get("name", "")),
         "base fingerprint": str(manifest.get("fingerprints", {}).get("base", ""))[:16],
         "trainable": f"{manifest['trainable_parameters']:,}" if manifest.get("trainable_parameters") else "",
+        "moves": str(manifest.get("moves", "")),
         "learning rate": schedule,
         "steps": f"{steps}, each of {engine.get('examples_per_step')} documents" if steps else "",
         "tokens": f"{manifest['tokens']:,}" if manifest.get("tokens") else "",

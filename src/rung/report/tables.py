@@ -44,7 +44,8 @@ def run_lines(manifest: dict[str, Any], output: str, report: str) -> list[str]:
         speed = f"{manifest['tokens_per_second']:,.0f} tokens/s, " if manifest.get("tokens_per_second") else ""
         lines |= {
             "trained": f"{count(manifest.get('trainable_parameters'))} parameters, "
-            + method_text(spec.get("method", {})),
+            + method_text(spec.get("method", {}))
+            + (f"; {manifest['moves']}" if manifest.get("moves") else ""),
             "loss": f"{loss(manifest.get('train_loss'))} in the last step{validation} {unit}",
             "speed": f"{speed}{manifest['steps']:,} steps, {manifest.get('tokens', 0):,} tokens in "
             f"{duration(manifest.get('train_seconds'))}",
