@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +216,14 @@ def test_a_base_whose_config_is_wrong(
     (base / "config.json").write_text(json.dumps({**known, **changes}))
     code, _, err = inside(capsys, "train", config, f"model.name={base}")
     assert code in (2, 3) and "Traceback" not in err and "base" in err
+
+
+def test_without_bitsandbytes(config: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    """What needs it says how to get it; everything else does without."""
+    for name in ("bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for asked in ("method={kind: qlora}", "engine.optimiser={moments: int8}"):
+        code, _, err = inside(capsys, "train", config, asked)
+        assert code == 3 and "rung[quantised]" in err
+    code, _, err = inside(capsys, "train", config, "--overwrite")
+    assert code == 0, err

@@ -137,6 +137,18 @@ def test_what_is_drawn_is_what_is_scored(temperature: float, shape: str) -> None
     assert told["clipped"] == 0.0 and policy.logit_map.temperature == 1.0
 
 
+def test_what_is_drawn_otherwise_than_scored_fails_its_gate() -> None:
+    """The mutation: answers drawn at a temperature that the loss knows nothing of."""
+    policy, _ = tuned("lora")
+    source = rollouts(policy, Grpo(spec_of(rollout={"temperature": 0.7})), lambda a: float(len(a.ids)))
+    source.take(prompts(), 0)  # outside source.sampling()
+    assert source.gate is not None and source.gate.state == "failed"
+    again = rollouts(policy, Grpo(spec_of(rollout={"temperature": 0.7})), lambda a: float(len(a.ids)))
+    with again.sampling():
+        again.take(prompts(), 0)
+    assert again.gate is not None and again.gate.state == "passed"
+
+
 def test_several_answers_read_their_prompt_once() -> None:
     policy, _ = tuned("lora")
     asked = [p.ids.tolist() for p in prompts()]

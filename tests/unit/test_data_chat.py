@@ -20,7 +20,7 @@ from rung.data.chat import PLAIN_TEMPLATE, Chat
 from rung.data.tokenise import Tokenised
 from rung.errors import ConfigError, DataError, GateError
 from rung.spec.data import LossOn
-from rung.types import Example, Message, Record
+from rung.types import Example, Message, Record, Rival
 
 
 def one(chat: Chat, row: Record, loss_on: LossOn = "answer") -> Example:
@@ -126,6 +126,31 @@ def test_opening_that_the_template_does_not_keep_is_refused(tiny_tokenizer: PreT
     chat = Chat(with_template(tiny_tokenizer, template))
     with pytest.raises(DataError, match=r"turn 2: the template opens this answer otherwise"):
         chat.examples([record("q", "a")])
+
+
+@pytest.mark.parametrize(
+    ("written", "answer", "learned_text"),
+    [
+        ("m['content'].split('</think>')[-1]", "<think>x</think>a", None),  # reasoning is dropped
+        ("m['content'].replace('colour', 'color')", "a colour", None),
+        ("m['content'] | trim", " a\n", "a<|im_end|>"),  # white space is the template's
+        ("'<think>\n\n</think>\n\n' + m['content']", "a", "<think>\n\n</think>\n\na<|im_end|>"),  # before every answer
+    ],
+)
+def test_an_answer_that_the_template_changes_is_refused(
+    tiny_tokenizer: PreTrainedTokenizerFast, written: str, answer: str, learned_text: str | None
+) -> None:
+    own = "{% if m['role'] == 'assistant' %}{{ " + written + " }}{% else %}{{ m['content'] }}{% endif %}"
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}" + own + "{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    chat = Chat(with_template(tiny_tokenizer, template))
+    if learned_text is None:
+        with pytest.raises(DataError, match=r"d.jsonl line 3: turn 2: the template writes another answer"):
+            chat.examples([record("q", answer)])
+        return
+    assert learned(chat, one(chat, record("q", answer))) == learned_text
 
 
 def test_template_that_raises_names_row_and_message(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -259,6 +284,22 @@ def test_boundary_differences_are_counted(tiny_tokenizer: PreTrainedTokenizerFas
     tokenised = chat.examples([record("th", "e"), record("?", "e")])
     assert (tokenised.boundary_checked, tokenised.boundary_differences) == (2, 1)
     assert Chat(tiny_tokenizer).examples([record("th", "e")]).boundary_differences == 0
+
+
+def test_answers_of_a_row_share_a_prompt_that_would_merge(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """`th` and `e` are one token together: tokenised as one text, the two prompts would end in different ones."""
+    merging = "{% for m in messages %}{{ m['content'] + ('</s>' if m['role'] == 'assistant' else '') }}{% endfor %}"
+    chat = Chat(with_template(tiny_tokenizer, merging))
+    row = record("what is th", "e", score=1.0, rivals=(Rival("xyz", 0.0),))
+    better, other = chat.examples([row], rivals=True).examples
+    prompt = chat.prompt_ids(row.messages[:1])
+    for document, answer in ((better, "e"), (other, "xyz")):
+        start = int(document.supervised.argmax())
+        assert document.ids[:start].tolist() == prompt
+        assert chat.decode([document.ids[start:]]) == [f"{answer}</s>"]
+    assert len(chat.encode(["the"])[0]) < len(chat.encode(["th"])[0]) + len(chat.encode(["e"])[0])
 
 
 def test_overflow_policies(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -92,6 +92,22 @@ def test_identity_and_its_mutation() -> None:
     assert gate is not None and gate.state == "failed"
 
 
+def test_a_reference_and_its_mutation() -> None:
+    """Weights that only claim to be the base's are found out, even by one number."""
+    model = tiny_model()
+    method = attach(model, LoraSpec(), seed=0)
+    policy, other = policy_of(model, method), tiny_model()
+    policy.reference = policy_of(other)
+    gate = gates.check_reference(policy, method, documents())
+    assert gate is not None and gate.state == "passed"
+    with torch.no_grad():
+        other.model.layers[0].mlp.down_proj.weight[3, 5] += 3.0
+    gate = gates.check_reference(policy, method, documents())
+    assert gate is not None and gate.state == "failed"
+    with pytest.raises(GateError, match=r"step0\.reference"):
+        gates.enforce(gate)
+
+
 def test_trainable_and_its_mutation() -> None:
     _, method = tuned("lora")
     optimiser = make_optimiser(method.trainable(), OptimiserSpec())

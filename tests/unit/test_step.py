@@ -159,17 +159,30 @@ def test_only_a_document_that_does_not_fit_is_computed_again_and_only_as_much_as
     assert layers_to_recompute(config, 100, limit=100 * kept) == range(0, 4)
 
 
-@pytest.mark.parametrize("spec", [{}, {"dropout": 0.5}, {"layers": (1,)}], ids=str)
-def test_layers_computed_again_give_the_same_gradients_bit_for_bit(spec: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [
+        ("lora", {}),
+        ("lora", {"dropout": 0.5}),
+        ("lora", {"layers": (1,)}),
+        ("prompt", {"virtual_tokens": 3}),
+        ("prefix", {"virtual_tokens": 3}),
+        ("bottleneck", {"width": 4}),
+    ],
+    ids=str,
+)
+def test_layers_computed_again_give_the_same_gradients_bit_for_bit(kind: str, spec: dict[str, object]) -> None:
+    """Of virtual tokens too, which stand before the layers and outside of them."""
     gradients = []
     for again in (range(0), range(0, 1), range(0, 2)):
-        policy, method = tuned("lora", **spec)
+        policy, method = tuned(kind, **spec)
         policy.model.train()
         policy.layers_to_recompute = lambda tokens, again=again: again
         torch.manual_seed(3)
         accumulate(policy, Sft(SftSpec()), pack_separately(documents(2)))
         gradients.append([p.grad for p in method.trainable().values()])
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*gradients, strict=True))
+    assert all(g is not None and bool(g.any()) for g in gradients[0])
 
 
 @pytest.mark.parametrize("count", [1, 6])

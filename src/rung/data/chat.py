@@ -7,13 +7,14 @@ import json
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from jinja2 import TemplateError
 
 from rung.data.flat import Tokenised
 from rung.data.inserted import Inserted, without_marks
 from rung.data.tokenise import Overflow, Preflight, preflight, tokenise
+from rung.data.turns import for_template, rewritten, says, unstable
 from rung.errors import ConfigError, DataError
 from rung.spec.data import LossOn
 from rung.types import Message, Record, Source
@@ -165,11 +166,19 @@ class Chat:
             prompt = self._render(record.messages[:i], record.context, record.tools, generation=True, at=record.source)
             full = self._render(record.messages[: i + 1], record.context, record.tools, at=record.source)
             if not (full.startswith(prompt) and prompt.startswith(done)):
-                raise _unstable(record.source, i, loss_on, earlier=full.startswith(prompt))
+                raise unstable(record.source, i, loss_on, earlier=full.startswith(prompt))
             answer = full[len(prompt) : len(full) - len(self._after(full, record.source))]
+            if not says(self._body(answer), record.messages[i], self._lead):
+                raise rewritten(record.source, i, self._body(answer))
             parts += [Part(prompt[len(done) :], False), Part(answer, True)]
             done = prompt + answer
         return parts
+
+    def _body(self, answer: str) -> str:
+        """What stands before the stop, without what is inserted."""
+        ending = next(e for e in self._endings if answer.endswith(e.stop))
+        text = answer.removesuffix(ending.stop).removesuffix(ending.before)
+        return text if self.inserted is None else "".join(self.inserted.cut(text)[::2])
 
     def encode(self, texts: Sequence[str], inner: bool | Sequence[bool] = False) -> list[list[int]]:
         """Ids of each text on its own, no special token added: the template has written them.
@@ -273,7 +282,7 @@ class Chat:
         generation: bool = False,
         at: Source | None = None,
     ) -> str:
-        turns = [_turn(m) for m in messages]
+        turns = [for_template(m) for m in messages]
         for name, used in (("tools", tools), ("tool_calls", any(m.tool_calls for m in messages))):
             if used and name not in self.template:
                 raise DataError(
@@ -370,31 +379,8 @@ def in_context(context: str, question: str) -> str:
     return f"{context}\n\n{question}"
 
 
-def _turn(message: Message) -> dict[str, Any]:
-    turn: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.tool_calls:
-        turn["tool_calls"] = json.loads(message.tool_calls)
-    if message.name:
-        turn["name"] = message.name
-    return turn
-
-
 def _control_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     """Tokens that can be a stop: special ones, and added ones that are not mere white space."""
     added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special or t.content.strip()}
     special = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
     return {**added, **{str(text): int(i) for text, i in special}}
-
-
-def _unstable(source: Source, turn: int, loss_on: LossOn, *, earlier: bool) -> DataError:
-    what = (
-        "rewrites earlier turns when a later one comes" if earlier else "opens this answer otherwise than it writes it"
-    )
-    remedies = ["set model.template to a .jinja file that keeps the history as it was generated"]
-    if loss_on == "assistant_turns":
-        remedies.insert(0, "set data.loss_on: answer, or give each turn a row of its own")
-    return DataError(
-        f"turn {turn + 1}: the template {what}, so the training text is not what the model will see",
-        where=str(source),
-        hint="; or ".join(remedies),
-    )

@@ -8,7 +8,8 @@ from typing import Any, get_args
 
 from rung.data.read import parse_json
 from rung.errors import DataError
-from rung.types import Message, Role
+from rung.spec.data import LossOn
+from rung.types import Message, Role, Source
 
 ROLES: tuple[Role, ...] = get_args(Role)
 _SHAREGPT_ROLES: dict[str, Role] = {
@@ -199,3 +200,47 @@ def _kind(value: object) -> str:
     if isinstance(value, int | float):
         return "number"
     return {"dict": "object", "str": "text", "NoneType": "null"}.get(type(value).__name__, type(value).__name__)
+
+
+def for_template(message: Message) -> dict[str, Any]:
+    """A turn as chat templates take it."""
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        turn["tool_calls"] = json.loads(message.tool_calls)
+    if message.name:
+        turn["name"] = message.name
+    return turn
+
+
+def says(written: str, message: Message, lead: str) -> bool:
+    """Whether what a template wrote for an answer is the row's own text, white space apart.
+
+    `lead` is what it writes before every answer. Calls of tools are written in a form of the template's own.
+    """
+    said, own, before = ("".join(text.split()) for text in (written, message.content, lead))
+    return bool(message.tool_calls) or said in (own, before + own)
+
+
+def unstable(source: Source, turn: int, loss_on: LossOn, *, earlier: bool) -> DataError:
+    """The error for a template whose text of training is not that of inference."""
+    what = (
+        "rewrites earlier turns when a later one comes" if earlier else "opens this answer otherwise than it writes it"
+    )
+    remedies = ["set model.template to a .jinja file that keeps the history as it was generated"]
+    if loss_on == "assistant_turns":
+        remedies.insert(0, "set data.loss_on: answer, or give each turn a row of its own")
+    return DataError(
+        f"turn {turn + 1}: the template {what}, so the training text is not what the model will see",
+        where=str(source),
+        hint="; or ".join(remedies),
+    )
+
+
+def rewritten(source: Source, turn: int, written: str) -> DataError:
+    """The error for an answer that a template changes."""
+    return DataError(
+        f"turn {turn + 1}: the template writes another answer than the row has",
+        where=str(source),
+        given=repr(written),
+        hint="set model.template to a .jinja file that keeps answers whole, reasoning included, or change the rows",
+    )
