@@ -13,7 +13,7 @@ import torch
 from rung.data.chat import Chat
 from rung.data.prompts import Prompted
 from rung.engine import gates
-from rung.engine.budget import probe, tokens_per_micro_batch
+from rung.engine.budget import probe, tokens_per_micro_batch, try_longest
 from rung.engine.distributed import ALONE, World
 from rung.engine.interrupt import Interrupted
 from rung.engine.loop import Trainer
@@ -152,6 +152,7 @@ def _train(
         if trainer.rollouts is not None:
             trainer.rollouts.budget = trainer.budget
         if trainer.progress.step == 0:
+            _try_longest(trainer, data, folder)
             torch.manual_seed(spec.seed)  # of dropout: a resumed run goes on with the state it saved
         reset_peak_memory()
         trainer.run(data.train.rows, data.validation.rows if data.validation else ())
@@ -357,6 +358,17 @@ def _settle_budget(trainer: Trainer, data: Data) -> None:
         trainer.budget = trainer.world.gather(found)[0]  # processes measure, and might not agree
         say(f"{trainer.budget} tokens a micro-batch")
     trainer.folder.update(tokens_per_micro_batch=trainer.budget)
+
+
+def _try_longest(trainer: Trainer, data: Data, folder: RunFolder) -> None:
+    """Gate 2, last: rows of the data, which may be longer than all that a first step happens to hold."""
+    if isinstance(data.train, Prompted):
+        return
+    row = data.train.longest_row()
+    seconds = try_longest(trainer.policy, trainer.method, trainer.objective, row, trainer.pack, trainer.budget)
+    gate = Gate("step0.longest", "passed", f"{max(map(len, row)):,} tokens in {seconds:.1f} s", "memory")
+    folder.gate(gate)
+    say(str(gate))
 
 
 def budget_of(spec: RunSpec, base: Base) -> int:

@@ -34,6 +34,7 @@ def test_run_folder(config: Path, tmp_path: Path) -> None:
         "step0.packing": "passed",
         "step0.fused": "passed",
         "step0.decoding": "passed",
+        "step0.longest": "passed",
         "movement": "passed",
         "save": "passed",
     }
@@ -452,3 +453,31 @@ def test_a_validation_loss_that_is_no_number_is_never_the_best(
     losses = [entry["validation_loss"] for entry in log(tmp_path / "run")]
     assert losses[0] is None and len(losses) == 6  # JSON knows no such number
     assert json.loads((tmp_path / "run" / "run.json").read_text())["validation_loss"] == min(losses[1:])
+
+
+def test_the_longest_row_comes_first(
+    config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What does not fit is known before the first step, with the row; what fits leaves no trace."""
+    from rung.engine import budget
+
+    rows = [{"question": "a" * (3 + i), "answer": "b"} for i in range(12)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = (f"data.path={tmp_path / 'd.jsonl'}", "data.group=null", "data.test=0", "data.validation=0")
+    genuine, seen = budget.accumulate, []
+
+    def short(policy: Any, objective: Any, window: Any) -> torch.Tensor:
+        seen.append([str(d.source) for batch in window for d in batch.documents])
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(budget, "accumulate", short)
+    code, _, err = inside(capsys, "train", config, *given)
+    assert code == 3 and "the longest row of the data does not fit" in err and "line 12" in err
+    assert [len(own) for own in seen] == [1] and seen[0][0].endswith("line 12")
+    monkeypatch.setattr(budget, "accumulate", lambda *_: torch.zeros(()))
+    assert inside(capsys, "train", config, *given, "method.dropout=0.2", "--overwrite")[0] == 0
+    without = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    monkeypatch.setattr(budget, "accumulate", genuine)
+    assert inside(capsys, "train", config, *given, "method.dropout=0.2", "--overwrite")[0] == 0
+    tried = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(without[name], tried[name]) for name in without)

@@ -164,6 +164,12 @@ class Tokenised:
         starts = np.append(np.flatnonzero(np.diff(found, prepend=-1)), len(found))
         return View(lambda i: list(self.examples[int(starts[i]) : int(starts[i + 1])]), range(len(starts) - 1))
 
+    def longest_row(self) -> list[Example]:
+        """The row that the longest document stands in."""
+        rows, longest = self._records(), int(np.argmax(self.lengths))
+        first, last = np.searchsorted(rows, rows[longest], "left"), np.searchsorted(rows, rows[longest], "right")
+        return list(self.examples[int(first) : int(last)])
+
     def fewer_than(self, answers: int) -> Source | None:
         """Where the first row of the data with fewer documents came from."""
         if answers < 2:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from rung.engine.step import accumulate
+from rung.errors import PlanError
+from rung.method.base import Method
 from rung.model.policy import Policy
 from rung.objective.base import Objective
 from rung.types import Example, PackedBatch
@@ -83,6 +85,38 @@ def probe(
     policy.model.zero_grad(set_to_none=True)
     fastest = min(seconds.values())
     return next(budget for budget, taken in seconds.items() if taken <= WORTH * fastest)
+
+
+def try_longest(
+    policy: Policy,
+    method: Method,
+    objective: Objective,
+    row: Sequence[Example],
+    rows: Callable[[Sequence[Example], int], Sequence[PackedBatch]],
+    budget: int,
+) -> float:
+    """Seconds that the longest row of a run takes, there and back: what does not fit is known before the first step.
+
+    Nothing is left of it: no gradient, no number drawn, nothing seen or counted. Raises `PlanError` where memory ends.
+    """
+    tokens, kept = max(map(len, row)), method.state()
+    policy.model.train()
+    try:
+        return _timed(policy, objective, rows(row, budget))
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise PlanError(
+            "the longest row of the data does not fit into memory",
+            where=str(row[0].source),
+            given=f"{tokens:,} tokens: {str(error).splitlines()[0]}",
+            hint="set data.max_length with data.overflow, or take a method that moves less",
+        ) from error
+    finally:
+        policy.model.eval()
+        policy.model.zero_grad(set_to_none=True)
+        method.resume(kept)
+        objective.report()
 
 
 def _timed(policy: Policy, objective: Objective, window: Sequence[PackedBatch]) -> float:
