@@ -21,6 +21,7 @@ Path_ = tuple[str | int, ...]
 MAX_BYTES = 2**20
 DATA = frozenset({".jsonl", ".csv", ".parquet"})
 """Suffixes of files that are never configs."""
+_TYPES = frozenset({"str", "float", "int", "bool"})
 _UNIONS = frozenset(METHOD_SPECS)
 """Tags that pydantic puts into the path of an error below `method`."""
 
@@ -259,16 +260,21 @@ def _below(model: type[BaseModel], step: str, value: Any) -> type[BaseModel]:
 
 
 def _without_tags(location: tuple[int | str, ...], raw: Any) -> Path_:
-    """Pydantic's path without the names of union members."""
+    """Pydantic's path without the names of union members: steps that look like one and are not in the config."""
     place: list[str | int] = []
+    value = raw
     for step in location:
         if place == ["method"] and step in _UNIONS:
             continue
-        if isinstance(step, str) and (
-            step[:1].isupper() or "[" in step or "-" in step or step in ("str", "float", "int")
-        ):
+        inside = isinstance(value, dict) and step in value
+        looks = isinstance(step, str) and (step[:1].isupper() or not step.isidentifier() or step in _TYPES)
+        if looks and not inside:
             continue
         place.append(step)
+        try:
+            value = value[step]
+        except (KeyError, IndexError, TypeError):  # a setting that is missing
+            value = None
     return tuple(place)
 
 
