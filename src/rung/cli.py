@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from rung import __version__
-from rung.errors import PlanError, RungError
+from rung.errors import ConfigError, PlanError, RungError
 
 BUG, INTERRUPTED = 1, 130
 
@@ -57,7 +57,7 @@ def models(context: typer.Context, as_json: AsJson = False) -> None:
 @models_app.command()
 def fetch(name: Annotated[str, typer.Argument(help="A name from: rung models")], as_json: AsJson = False) -> None:
     """Bring a base into the cache, verified and converted once."""
-    from rung.errors import ConfigError, did_you_mean
+    from rung.errors import did_you_mean
     from rung.spec.catalog import CATALOG
 
     if name not in CATALOG:
@@ -170,7 +170,7 @@ def chat(
 
 @app.command()
 def generate(  # noqa: PLR0913 -- options of a command line, each named where it is given
-    target: Run,
+    target: Annotated[str, typer.Argument(help="A run folder, a base, or the URL of a server.", metavar="RUN")],
     data: Annotated[str, typer.Option("--data", help="A data file: its prompts are answered.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the answers, as jsonl.")],
     n: Annotated[int, typer.Option("--n", min=1, help="Answers to each prompt.")] = 4,
@@ -184,6 +184,8 @@ def generate(  # noqa: PLR0913 -- options of a command line, each named where it
     ] = None,
     format: Annotated[str, typer.Option("--format", help="As data.format; prompt for rows without answers.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    model: Annotated[str | None, typer.Option("--model", help="Of a server: the model's name there.")] = None,
+    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Of a server: requests at once.")] = 8,
     as_json: AsJson = False,
 ) -> None:
     """Sample answers to the prompts of a file: to be ranked, scored, or learned from."""
@@ -192,7 +194,17 @@ def generate(  # noqa: PLR0913 -- options of a command line, each named where it
 
     sampling = Sampling(max_new_tokens, temperature, seed, n)
     asked = Asked(sampling, limit, distinct, reward, reference, format_of(format))
-    result = generate_answers(target, data, output, asked)
+    if target.startswith(("http://", "https://")):
+        if model is None:
+            raise ConfigError("a server may hold several models", where="--model", hint="name one of them")
+        from rung.pipeline.remote import generate_remotely
+        from rung.synth.remote import Server
+
+        result = generate_remotely(Server(target, model, concurrency), data, output, asked)
+    elif model is not None:
+        raise ConfigError("only a server is asked for a model by name", where="--model", given=model)
+    else:
+        result = generate_answers(target, data, output, asked)
     line = f"{result['answers']:,} answers to {result['prompts']:,} prompts in {output}, {result['cut']:,} of them cut"
     if alike := result["nothing_to_compare"]:
         line += f"; {alike:,} prompts left out, whose answers score alike"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -72,50 +72,70 @@ def generate_answers(target: str, data: str, output: Path, asked: Asked) -> dict
     prompted = prompts(chat, chosen, longest=room, overflow="error")
     with closing(_journal(output, target, policy, prompted, asked.sampling)) as journal:
         answers = _answers(policy, chat, prompted, asked.sampling, journal)
-        texts = [chat.assistant_text(a.drawn).strip() for a in answers]
         documents = _documents(prompted, answers, asked.sampling.answers)
-        scores = scorer(documents, TOKENS) if scorer else None
-        ratios = _log_ratios(policy, documents, answers, asked.sampling.temperature) if policy.reference else None
-        rows = _rows(prompted.records, answers, texts, {"scores": scores, "log_ratios": ratios}, asked)
-        write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        made = Made(
+            [chat.assistant_text(a.drawn).strip() for a in answers],
+            [len(a.drawn) for a in answers],
+            [a.stopped for a in answers],
+            scores=scorer(documents, TOKENS) if scorer else None,
+            log_ratios=_log_ratios(policy, documents, answers, asked.sampling.temperature)
+            if policy.reference
+            else None,
+        )
+        told = write_rows(output, prompted.records, made, asked)
         journal.remove()
-    of_all = {"tokens": [len(a.drawn) for a in answers], "score": scores, "log_ratio": ratios}
+    return told
+
+
+@dataclass(frozen=True)
+class Made:
+    """Answers, those to one prompt next to each other."""
+
+    texts: Sequence[str]
+    lengths: Sequence[int]
+    stopped: Sequence[bool]
+    unit: str = "tokens"
+    """Of the lengths."""
+    scores: Sequence[float] | None = None
+    log_ratios: Sequence[float] | None = None
+
+
+def write_rows(output: Path, records: Sequence[Record], made: Made, asked: Asked) -> dict[str, Any]:
+    """Write one row for each prompt with something to say, and tell what was made of them all."""
+    rows = _rows(records, made, asked)
+    write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    of_all = {made.unit: made.lengths, "score": made.scores, "log_ratio": made.log_ratios}
     return {
         "output": str(output),
         "prompts": len(rows),
         "answers": sum(len(row["answers"]) for row in rows),
-        "made": len(answers),
-        "cut": sum(not a.stopped for a in answers),
-        "nothing_to_compare": len(prompted.records) - len(rows),
+        "made": len(made.texts),
+        "cut": sum(not stopped for stopped in made.stopped),
+        "nothing_to_compare": len(records) - len(rows),
         "means": {name: float(np.mean(values)) for name, values in of_all.items() if values},
     }
 
 
-def _rows(
-    records: Sequence[Record],
-    answers: Sequence[Answer],
-    texts: Sequence[str],
-    measured: Mapping[str, Sequence[float] | None],
-    asked: Asked,
-) -> list[dict[str, Any]]:
-    """One for each prompt with something to say; with scores the best answer comes first."""
-    rows, each, scores = [], asked.sampling.answers, measured["scores"]
+def _rows(records: Sequence[Record], made: Made, asked: Asked) -> list[dict[str, Any]]:
+    """With scores the best answer comes first, and prompts whose answers score alike are left out."""
+    rows, each, scores = [], asked.sampling.answers, made.scores
     for i, record in enumerate(records):
         own = range(i * each, (i + 1) * each)
         order = sorted(own, key=lambda k: -scores[k]) if scores else list(own)
         if asked.distinct or (scores and each > 1):  # rows of answers that are compared hold each once
             first: dict[str, int] = {}
             for k in order:
-                first.setdefault(texts[k], k)
+                first.setdefault(made.texts[k], k)
             order = list(first.values())
         if scores and each > 1 and scores[order[0]] == scores[order[-1]]:
             continue
         row = {
             **_asked(record),
-            "answers": [texts[k] for k in order],
-            "tokens": [len(answers[k].drawn) for k in order],
-            "stopped": [answers[k].stopped for k in order],
+            "answers": [made.texts[k] for k in order],
+            made.unit: [made.lengths[k] for k in order],
+            "stopped": [made.stopped[k] for k in order],
         }
+        measured = {"scores": made.scores, "log_ratios": made.log_ratios}
         rows.append({**row, **{n: [round(v[k], 6) for k in order] for n, v in measured.items() if v is not None}})
     return rows
 
@@ -213,7 +233,12 @@ def _journal(output: Path, target: str, policy: Policy, prompted: Prompted, samp
         "prompts": [[e.task, e.ids.tolist()] for e in prompted.examples],
         "sampling": asdict(sampling),
     }
-    return Journal(output.with_name(f".{output.name}.journal"), about)
+    return Journal(journal_of(output), about)
+
+
+def journal_of(output: Path) -> Path:
+    """Where answers stand until the output is written."""
+    return output.with_name(f".{output.name}.journal")
 
 
 def seed_of(seed: int, part: int) -> int:

@@ -1,0 +1,148 @@
+"""Answers of a server on this machine: asked again where it stumbles, kept as they come, and what failed is said."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from processes import inside, start
+from rung.errors import CheckpointError
+from rung.held import Journal
+from rung.synth.remote import Request, Server, ask
+
+
+@dataclass
+class Local:
+    """The server's process, its rules and what it was asked."""
+
+    url: str
+    log: Path
+    rules: Path
+
+    def rule(self, **rules: object) -> None:
+        self.rules.write_text(json.dumps(rules))
+
+    def requests(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Iterator[Local]:
+    log, rules = tmp_path / "requests.jsonl", tmp_path / "rules.json"
+    log.touch()
+    rules.write_text("{}")
+    script = Path(__file__).parents[1] / "server.py"
+    with subprocess.Popen(
+        [sys.executable, str(script), str(log), str(rules)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        yield Local(f"http://127.0.0.1:{int(process.stdout.readline())}/v1", log, rules)
+        process.kill()
+
+
+@pytest.fixture
+def ten(tmp_path: Path) -> Path:
+    file = tmp_path / "ten.jsonl"
+    rows = [{"question": f"what is in box {i} ?", "answer": "pears", "context": f"shelf {i}"} for i in range(10)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def asking(local: Local, ten: Path, output: Path, *further: object) -> tuple[object, ...]:
+    return ("generate", local.url, "--model", "big", "--data", ten, "-o", output, *further)
+
+
+def test_what_stumbles_is_asked_again(local: Local, ten: Path, tmp_path: Path, capsys: Any) -> None:
+    local.rule(fail={"1": [2, 500], "2": [1, 429], "3": [1, "drop"], "4": [1, 503]})
+    code, out, err = inside(capsys, *asking(local, ten, tmp_path / "a.jsonl", "--n", 2, "--temperature", 0.5, "--json"))
+    assert code == 0, err
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == [f"what is in box {i} ?" for i in range(10)]
+    said = "to shelf 3\n\nwhat is in box 3 ?"
+    assert rows[3]["answers"] == [f"0 {said}", f"1 {said}"] and rows[3]["stopped"] == [True, False]
+    assert rows[3]["expected"] == "pears" and rows[3]["context"] == "shelf 3"
+    assert json.loads(out)["cut"] == 10 and json.loads(out)["answers"] == 20
+    asked = [r["asked"] for r in local.requests()]
+    assert len(asked) == 15 and {(a["n"], a["temperature"], a["max_tokens"], a["model"]) for a in asked} == {
+        (2, 0.5, 256, "big")
+    }
+    assert inside(capsys, "data", "check", tmp_path / "a.jsonl")[0] in (0, 2)
+
+
+def test_no_more_at_once_than_asked_for(local: Local, ten: Path, tmp_path: Path, capsys: Any) -> None:
+    local.rule(slow=0.05)
+    assert inside(capsys, *asking(local, ten, tmp_path / "a.jsonl", "--concurrency", 3))[0] == 0
+    assert max(r["at_once"] for r in local.requests()) == 3
+
+
+def test_a_kill_at_eight_of_ten_leaves_two_to_ask(local: Local, ten: Path, tmp_path: Path, capsys: Any) -> None:
+    local.rule(slow=0.3)
+    output, journal = tmp_path / "a.jsonl", tmp_path / ".a.jsonl.journal"
+    with start(*asking(local, ten, output, "--concurrency", 1)) as running:
+        while running.poll() is None and not (journal.exists() and journal.read_text().count("\n") >= 9):
+            time.sleep(0.01)
+        running.send_signal(signal.SIGKILL)
+    assert not output.exists()
+    time.sleep(0.5)  # what was on its way is no longer waited for
+    before = len(local.requests())
+    local.rule()
+    code, _, err = inside(capsys, *asking(local, ten, output))
+    assert code == 0 and "going on after 8 of 10 prompts" in err
+    assert len(local.requests()) - before == 2 and len(output.read_text().splitlines()) == 10 and not journal.exists()
+
+
+def test_what_fails_for_good_is_named_and_the_rest_kept(local: Local, ten: Path, tmp_path: Path, capsys: Any) -> None:
+    local.rule(fail={"2": [9, 400], "5": [9, "garbage"], "7": [9, "empty"]})
+    output = tmp_path / "a.jsonl"
+    code, _, err = inside(capsys, *asking(local, ten, output))
+    assert code == 3 and "3 of 10 prompts got no answer" in err and "line 3: BadRequestError" in err
+    assert "line 8: 0 answers where 4 were asked for" in err and "line 6:" in err and not output.exists()
+    before = len(local.requests())
+    local.rule()
+    assert inside(capsys, *asking(local, ten, output))[0] == 0
+    assert len(local.requests()) - before == 3 and len(output.read_text().splitlines()) == 10
+
+
+def test_a_key_goes_to_the_server_and_nowhere_else(
+    local: Local, ten: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local.rule(key="sk-secret-1")
+    monkeypatch.setenv("RUNG_API_KEY", "sk-wrong-22")
+    code, out, err = inside(capsys, *asking(local, ten, tmp_path / "a.jsonl"))
+    assert code == 2 and "refuses the key" in err and "sk-wrong-22" not in out + err
+    monkeypatch.setenv("RUNG_API_KEY", "sk-secret-1")
+    local.rule(key="sk-secret-1", fail={"3": [9, 400]})
+    code, out, err = inside(capsys, *asking(local, ten, tmp_path / "a.jsonl"))
+    assert code == 3 and "***" in err
+    written = "".join(p.read_text() for p in tmp_path.rglob("*a.jsonl*"))
+    assert "sk-secret-1" not in out + err + written and len(written) > 100
+
+
+def test_a_server_that_is_not_there(tmp_path: Path) -> None:
+    server = Server("http://127.0.0.1:9/v1", "big", retries=1)
+    journal = Journal(tmp_path / "j", {})
+    with pytest.raises(CheckpointError, match="cannot be reached, after 1 further tries"):
+        ask(server, [Request([{"role": "user", "content": "q"}], {"n": 1})] * 3, journal, lambda: None)
+    journal.close()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("http://127.0.0.1:9/v1",), "--model"),
+        (("smollm2-135m", "--model", "big"), "only a server"),
+        (("http://127.0.0.1:9/v1", "--model", "big", "--reward", "runs/x"), "a server gives text"),
+    ],
+)
+def test_what_does_not_go_together(given: tuple[str, ...], words: str, ten: Path, tmp_path: Path, capsys: Any) -> None:
+    code, _, err = inside(capsys, "generate", *given, "--data", ten, "-o", tmp_path / "a.jsonl")
+    assert code == 2 and words in err and not (tmp_path / "a.jsonl").exists()
