@@ -69,14 +69,8 @@ def merge_run(run: Path, folder: Path, onto: Onto = "trained") -> dict[str, Any]
     if _largest(base, ours) == 0:
         what = "the run says what its base says: nothing was learned, or the adapter is lost"
         raise GateError(what, where=str(run))
-    method: Method = policy.method  # type: ignore[assignment]
-    merged = method.merge().float()
-
-    def fill(aside: Path) -> None:
-        merged.save_pretrained(aside)  # type: ignore[operator]
-        write_text_side(aside, chat)
-
-    write_folder(folder, fill)
+    _write_merged(policy.method, folder, chat)  # type: ignore[arg-type]
+    del policy  # one model at a time: the reload holds another
     try:
         theirs = reload_logprobs(folder, rows)
         gate = gates.enforce(check_parity(ours, theirs))
@@ -85,6 +79,16 @@ def merge_run(run: Path, folder: Path, onto: Onto = "trained") -> dict[str, Any]
         raise
     moved = {"moved_from_base": _largest(base, theirs), **from_run}
     return {"path": str(folder), "difference": gate.measured, "limit": gate.limit, **moved}
+
+
+def _write_merged(method: Method, folder: Path, chat: Chat) -> None:
+    merged = method.merge().float()
+
+    def fill(aside: Path) -> None:
+        merged.save_pretrained(aside)  # type: ignore[operator]
+        write_text_side(aside, chat)
+
+    write_folder(folder, fill)
 
 
 def _open(run: Path) -> tuple[Policy, Chat, RunSpec]:
