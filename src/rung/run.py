@@ -43,7 +43,7 @@ from rung.publish.classifier import write_score
 from rung.spec.io import to_dict
 from rung.spec.objective import ROLLING
 from rung.spec.run import RunSpec
-from rung.spec.support import NOT_MEASURED, PROVED_MODELS, refusal_of_processes
+from rung.spec.support import NOT_MEASURED, PROVED_MODELS, refusal_of_processes, refusal_of_shards
 from rung.whole import verify, write_folder
 
 PROBES = 4
@@ -154,6 +154,8 @@ def _train(
         if trainer.progress.step == 0:
             _try_longest(trainer, data, folder)
             torch.manual_seed(spec.seed)  # of dropout: a resumed run goes on with the state it saved
+        if spec.model.sharded and world.size > 1:
+            trainer.shard()
         reset_peak_memory()
         trainer.run(data.train.rows, data.validation.rows if data.validation else ())
         folder.update(**summary(trainer.progress, trainer.moving), **method.statistics())
@@ -290,6 +292,10 @@ def _check_processes(spec: RunSpec, world: World) -> None:
     own = spec.objective.kind in ROLLING or getattr(spec.objective, "on_policy", 0.0) > 0.0
     if world.size > 1 and (why := refusal_of_processes(spec.method.kind, own_answers=own)):
         raise PlanError(why, where="WORLD_SIZE", given=world.size, hint="run it in one process")
+    if world.size > 1 and spec.model.sharded:
+        named = getattr(spec.objective, "reference", None)
+        if why := refusal_of_shards(spec.method.kind, spec.objective.kind, reference=named):
+            raise PlanError(why, where="model.sharded", hint="leave model.sharded out: replicas do")
 
 
 def _check_lottery(spec: RunSpec, rows: int) -> None:

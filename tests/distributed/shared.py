@@ -39,14 +39,14 @@ def rows(objective: str) -> list[list[Example]]:
 
 def train(arguments: list[str]) -> None:
     """Ten steps; weights, losses and gradient norms go to a file, from the process that writes."""
-    method, objective, output, mutation = arguments
+    method, objective, output, mutation, *sharded = arguments
     torch.set_default_dtype(torch.float64)
     with launched() as world:
         _mutate(mutation)
-        _steps(world, method, objective, Path(output))
+        _steps(world, method, objective, Path(output), sharded=bool(sharded))
 
 
-def _steps(world: World, kind: str, aim: str, output: Path) -> None:
+def _steps(world: World, kind: str, aim: str, output: Path, *, sharded: bool) -> None:
     model = tiny_model(dtype=torch.float64)
     fuse(model)
     method = attach(model, METHOD_SPECS[kind](), seed=0)
@@ -71,6 +71,10 @@ def _steps(world: World, kind: str, aim: str, output: Path) -> None:
         folder=folder,
         world=world,
     )
+    if sharded:
+        trainer.shard()
+        frozen = [p for p in model.model.layers.parameters() if not p.requires_grad]
+        (output / f"held.{world.rank}").write_text(str(sum(p.to_local().numel() for p in frozen)))
     data = rows(aim)
     trainer.run(data[:-6], data[-6:])
     folder.close()

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from builders import documents
+from models import tiny_model
 from processes import inside, log
 from rung.engine.distributed import World
 from zygote import Zygote
@@ -33,9 +34,9 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
 
 
 def steps(
-    zygote: Zygote, size: int, method: str, objective: str, output: Path, mutation: str = "none"
+    zygote: Zygote, size: int, method: str, objective: str, output: Path, mutation: str = "none", *more: str
 ) -> dict[str, Any]:
-    children = zygote.launch(size, method, objective, output, mutation, call="shared:train")
+    children = zygote.launch(size, method, objective, output, mutation, *more, call="shared:train")
     codes = [zygote.wait(child) for child in children]
     assert codes == [0] * size, zygote.log.read_text()[-3000:]
     return load_file(output / "weights.safetensors")
@@ -54,6 +55,21 @@ def test_ten_steps_are_those_of_one_process(zygote: Zygote, method: str, objecti
             assert ours.keys() == theirs.keys() and ours["tokens"] == theirs["tokens"]
             for name in ours.keys() - {"seconds"}:
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-8, abs=1e-9), name
+
+
+@pytest.mark.parametrize("objective", ["sft", "preference"])
+def test_a_base_in_parts_takes_the_same_steps(zygote: Zygote, objective: str, tmp_path: Path) -> None:
+    """FSDP2 gathers a layer at a time; the processes have unequal numbers of batches, and compute equal ones."""
+    alone = steps(zygote, 1, "lora", objective, tmp_path / "1")
+    whole = sum(p.numel() for p in tiny_model().model.layers.parameters())
+    for size in (2, 4):
+        output = tmp_path / str(size)
+        shared = steps(zygote, size, "lora", objective, output, "none", "sharded")
+        assert max(float((shared[n] - alone[n]).abs().max()) for n in alone) < 1e-9
+        for ours, theirs in zip(log(output), log(tmp_path / "1"), strict=True):
+            assert ours["tokens"] == theirs["tokens"] and ours["loss"] == pytest.approx(theirs["loss"], rel=1e-9)
+        held = [int((output / f"held.{rank}").read_text()) for rank in range(size)]
+        assert sum(held) == whole and max(held) < 1.1 * whole / size
 
 
 @pytest.mark.parametrize("mutation", ["counts of its own", "no sum of gradients"])

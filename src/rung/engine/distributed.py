@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
 
 from rung.engine.progress import console
 from rung.errors import CheckpointError, GateError, PlanError, RungError
@@ -42,6 +43,8 @@ class World:
 
     rank: int = 0
     size: int = 1
+    sharded: bool = False
+    """Whether every process must run as many forwards as the others."""
     device: torch.device = torch.device("cpu")
 
     @property
@@ -68,6 +71,10 @@ class World:
     def part(self, rows: Sequence[T]) -> Sequence[T]:
         """Every size-th of some rows."""
         return rows if self.size == 1 else [rows[i] for i in range(self.rank, len(rows), self.size)]
+
+    def rounds(self, batches: int) -> int:
+        """How many batches a process computes more than it has, so that all compute as many."""
+        return max(self.gather(batches)) - batches if self.sharded else 0
 
     def gather(self, value: Any) -> list[Any]:
         """What each process has to say, by rank: anything that JSON can hold. Numbers arrive as they were."""
@@ -192,7 +199,7 @@ def launched() -> Iterator[World]:
     with _together():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
-        world = World(rank, distributed.get_world_size(), device)
+        world = World(rank, distributed.get_world_size(), device=device)
         ranks = [own["rank"] for own in world.gather({"rank": rank})]
         if world.size != size or ranks != list(range(size)):
             what = "the processes are not those that the launcher announced"
@@ -201,6 +208,21 @@ def launched() -> Iterator[World]:
     finally:
         console.quiet = False
         distributed.destroy_process_group()
+
+
+def shard(model: nn.Module, layers: Sequence[nn.Module], moving: Iterable[nn.Parameter]) -> None:
+    """Split the frozen weights of the layers over the processes (FSDP2): each is gathered while its layer computes.
+
+    What moves stays whole, as replicas, and so do embeddings, final norm and head: their gradients are added up as
+    ever. Every process must run as many forwards and backwards as the others.
+    """
+    trunk: nn.Module = getattr(model, str(model.base_model_prefix))
+    kept = set(moving)
+    outside = {id(p) for p in trunk.parameters()} - {id(p) for layer in layers for p in layer.parameters()}
+    for layer in layers:
+        fully_shard(layer, reshard_after_forward=True, ignored_params=kept & set(layer.parameters()))
+    whole = {p for p in trunk.parameters() if p in kept or id(p) in outside}
+    fully_shard(trunk, reshard_after_forward=True, ignored_params=whole)
 
 
 def held(moving: Mapping[str, nn.Parameter]) -> dict[str, int]:

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rung.engine.pack import pack, pack_separately
 from rung.engine.record import Gate
@@ -112,7 +113,8 @@ def check_decoding(policy: Policy, probe: Sequence[Example], tokens: int = 4) ->
 def frozen_digest(model: nn.Module) -> dict[str, int]:
     """An exact 64-bit reduction of every tensor that must not move."""
     frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
-    return {name: int(torch.hash_tensor(value.detach()).item()) for name, value in frozen if value.numel()}
+    own = [(name, value.to_local() if isinstance(value, DTensor) else value) for name, value in frozen]
+    return {name: int(torch.hash_tensor(value.detach()).item()) for name, value in own if value.numel()}
 
 
 class Movement:

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -17,11 +17,11 @@ import torch
 
 from rung.engine import checkpoint
 from rung.engine.budget import layers_to_recompute, longest_document_bytes
-from rung.engine.distributed import ALONE, World, held
+from rung.engine.distributed import ALONE, World, held, shard
 from rung.engine.gates import Movement, enforce, not_reached
 from rung.engine.interrupt import Interrupted, interruptible
 from rung.engine.optim import make_optimiser, move_only, rate_at, set_rate
-from rung.engine.pack import largest_first, pack, pack_in_slices, pack_separately
+from rung.engine.pack import largest_first, pack, pack_in_slices, pack_separately, pack_together
 from rung.engine.progress import Bar, say
 from rung.engine.record import Gate, RunFolder
 from rung.engine.rollout import Rollouts
@@ -30,7 +30,7 @@ from rung.engine.step import accumulate, mean_loss
 from rung.engine.trunk import TrunkCache
 from rung.errors import DataError, GateError
 from rung.method.base import Method, load_state, state_of
-from rung.model.layers import lowest_moving_layer
+from rung.model.layers import layers_of, lowest_moving_layer
 from rung.model.policy import Policy
 from rung.model.tree import has_flat_kernel
 from rung.objective.base import Objective
@@ -64,6 +64,8 @@ class Trainer:
     """Where the documents come from, when the policy makes them itself."""
     world: World = ALONE
     """The processes that share the steps."""
+    first: Sequence[Example] = ()
+    """The first row of the data."""
 
     def __post_init__(self) -> None:
         owned = self.objective.trainable().keys()
@@ -89,6 +91,13 @@ class Trainer:
     def moving(self) -> dict[str, torch.nn.Parameter]:
         """Every parameter that a step may move: the method's, and those of heads that the objective owns."""
         return {**self.method.trainable(), **self.objective.trainable()}
+
+    def shard(self) -> None:
+        """From here on each process holds a part of the base; what must run alike in all of them does."""
+        shard(self.policy.model, list(layers_of(self.policy.model)), self.method.trainable().values())
+        self.world = replace(self.world, sharded=True)
+        self.sharing, self.policy.known = self._sharing(), None
+        self.policy.layers_to_recompute = lambda tokens: range(0)
 
     def restore(self) -> bool:
         """Take up the newest checkpoint that verifies, if there is one."""
@@ -118,6 +127,7 @@ class Trainer:
         judged = any(gate["name"] == "movement" for gate in self.folder.manifest["gates"])
         movement = None if judged else Movement(self.policy.model, self.moving)
         self.objective.report()  # what was measured before the first step is no part of it
+        self.first = train[0]
         self.policy.model.train()
         self.trunk = self._trunk(train)
         try:
@@ -182,6 +192,9 @@ class Trainer:
         """Whether beginnings are computed once; says why not where the config asks for it."""
         if self.spec.packing != "tree":
             return False
+        if self.world.sharded:
+            say("no shared prefixes: layers are gathered for whole documents")
+            return False
         if reason := self.method.keeps_apart():
             say(f"no shared prefixes: {reason}")
             return False
@@ -231,7 +244,7 @@ class Trainer:
             with torch.no_grad():
                 self.objective.prepare(self.policy, self.policy.in_turn(self.pack(beside, self.budget)))
         self._draw_dropout()
-        loss = accumulate(self.policy, self.objective, batches, self.world)
+        loss = accumulate(self.policy, self.objective, batches, self.world, self._pace)
         parameters = list(self.moving.values())
         self.world.add_up_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.spec.clip or math.inf)
@@ -343,7 +356,7 @@ class Trainer:
             every = chain.from_iterable(validation)
             batches = pack_in_slices(every, self.budget, share_prefixes=self.sharing, device=self.policy.device)
         self.objective.report()  # of the last training step: already in its entry
-        return mean_loss(self.policy, self.objective, batches, self.world), self._report()
+        return mean_loss(self.policy, self.objective, batches, self.world, self._pace), self._report()
 
     def _keep_best(self) -> None:
         """With patience the run ends with the weights of the lowest validation loss."""
@@ -356,6 +369,10 @@ class Trainer:
         load_state(self.moving, checkpoint.read_weights(best))
         self.progress.validation = self.progress.best
         say(f"kept the weights of step {self.progress.best_step}")
+
+    def _pace(self) -> PackedBatch:
+        """The first row of the data, for a process that must compute though it has nothing left to."""
+        return pack_together(self.first, self.budget, share_prefixes=False, device=self.policy.device)[0]
 
     def _report(self) -> Mapping[str, float]:
         """What the objective saw, of all processes."""

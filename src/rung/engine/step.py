@@ -28,11 +28,18 @@ def count_window(objective: Objective, window: Iterable[PackedBatch]) -> Counts:
     return reduce(Counts.__add__, (objective.count(batch) for batch in window), Counts())
 
 
-def accumulate(policy: Policy, objective: Objective, window: Sequence[PackedBatch], world: World = ALONE) -> Tensor:
+def accumulate(
+    policy: Policy,
+    objective: Objective,
+    window: Sequence[PackedBatch],
+    world: World = ALONE,
+    pace: Callable[[], PackedBatch] | None = None,
+) -> Tensor:
     """Fill .grad with the gradient of (sum / count of the window); return the loss in nats per unit, a scalar.
 
     Of several processes each has rows of its own in the window: the count and the loss are those of all, the gradient
-    is this one's share of the sum. Raises `DataError` when nothing in the window is supervised.
+    is this one's share of the sum. `pace` gives something to compute where the others have more batches and wait.
+    Raises `DataError` when nothing in the window is supervised.
     """
     own = count_window(objective, window)
     totals = own if world.size == 1 else Counts(*world.total([own.tokens, own.sequences, own.pairs]))
@@ -48,24 +55,49 @@ def accumulate(policy: Policy, objective: Objective, window: Sequence[PackedBatc
         loss = torch.stack([term.total / totals[term.unit] for term in terms]).sum()
         loss.backward()  # type: ignore[no-untyped-call]
         shares.append(loss.detach())  # no .item(): it would wait for the device
+    _keep_pace(policy, objective, world, len(window), pace)
     loss = torch.stack(shares).sum() if shares else torch.zeros((), device=policy.device)
     if world.size > 1:
         loss = torch.tensor(world.total([float(loss)])[0], device=policy.device)
     return loss
 
 
+def _keep_pace(
+    policy: Policy, objective: Objective, world: World, batches: int, pace: Callable[[], PackedBatch] | None
+) -> None:
+    """Sharded layers are gathered by all processes at once: one that has fewer batches computes some for nothing."""
+    missing = world.rounds(batches)
+    if not missing or pace is None:
+        return
+    seen = list(objective.seen)
+    for _ in range(missing):
+        for batch in policy.in_turn([pace()]):
+            loss = torch.stack([term.total for term in objective.loss(policy, batch)]).sum() * 0.0
+            if torch.is_grad_enabled():
+                loss.backward()  # type: ignore[no-untyped-call]
+    objective.seen = seen
+
+
 @torch.no_grad()
-def mean_loss(policy: Policy, objective: Objective, batches: Iterable[PackedBatch], world: World = ALONE) -> float:
+def mean_loss(
+    policy: Policy,
+    objective: Objective,
+    batches: Iterable[PackedBatch],
+    world: World = ALONE,
+    pace: Callable[[], PackedBatch] | None = None,
+) -> float:
     """Loss over a whole set, of several processes over the sets of all.
 
     Sums and counts are added and divided once, so the batches do not matter.
     """
     totals: dict[Unit, float] = {}
-    counts = Counts()
+    counts, run = Counts(), 0
     for batch in policy.in_turn(batches):
+        run += 1
         counts = counts + objective.count(batch)
         for term in objective.loss(policy, batch):
             totals[term.unit] = totals.get(term.unit, 0.0) + float(term.total)
+    _keep_pace(policy, objective, world, run, pace)
     if world.size > 1:
         everyone = world.gather([totals, [counts.tokens, counts.sequences, counts.pairs]])
         units = {unit for own, _ in everyone for unit in own}

@@ -31,6 +31,9 @@ class ModelSpec(Spec):
     """Compute through Rung's own functions, which keep less and share inputs; false uses transformers' and peft's own
     forward: slower, the same result within rounding. For comparing and for finding faults."""
 
+    sharded: bool = False
+    """Of several processes each holds a part of the layers' frozen weights, and gathers a layer while it computes."""
+
     @model_validator(mode="after")
     def _layers_are_of_a_teacher(self) -> ModelSpec:
         if self.layers is not None and self.student_of is None:

@@ -46,3 +46,14 @@ PROCESS_REFUSALS = {
     "qlora": "a quantised base in several processes has not been tested",
 }
 """Methods that one process trains, with the reason."""
+
+
+def refusal_of_shards(method: str, objective: str, *, reference: object) -> str | None:
+    """Why such a run cannot be shared out with its base in parts, or None."""
+    if method != "lora":
+        return f"a base in parts has been tested under lora alone, not under {method}"
+    if objective not in ("sft", "preference"):
+        return f"a base in parts has been tested with sft and preference alone, not with {objective}"
+    if reference not in (None, "base", "none"):
+        return "a reference of its own would be a second model, held whole"
+    return None
