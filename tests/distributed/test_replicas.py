@@ -158,3 +158,19 @@ def test_what_several_processes_cannot_share(
     children = zygote.launch(2, "train", config, *settings)
     assert [zygote.wait(child) for child in children] == [3, 3]
     assert why in zygote.log.read_text() and not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_under_torchrun_saves_and_goes_on(config: Path, tmp_path: Path, capsys: Any) -> None:
+    """The terminal sends it to all, and torchrun passes it on: one request, one checkpoint, exit code of torchrun."""
+    settings = ("engine.max_steps=4000", "engine.epochs=4000")
+    command = torchrun(2, "train", config, *settings)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as running:
+        steps_taken, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 120
+        while not (steps_taken.exists() and steps_taken.read_text().count("\n") > 3) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.killpg(running.pid, signal.SIGINT)
+        _, err = running.communicate(timeout=120)
+    manifest = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert running.returncode != 0 and manifest["status"] == "interrupted", err
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    assert manifest["steps"] == int(saved.name.removeprefix("step-"))
