@@ -19,6 +19,7 @@ soak: dev
 # Three hours and more: nothing else should run beside it. BENCH="--only a,b --pairs 5 --resume" passes options on.
 bench: install $(PEERS)/.installed
 	@$(VENV)/bin/python -m benchmarks.bench $(BENCH)
+	@$(if $(BENCH),,$(VENV)/bin/python -m benchmarks.groups)
 
 install: $(VENV)/.installed
 
