@@ -119,6 +119,13 @@ def test_the_command_under_torchrun(config: Path, tmp_path: Path, capsys: Any) -
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ("validation_loss" in ours) == ("validation_loss" in theirs)
         assert ours.get("validation_loss", 0.0) == pytest.approx(theirs.get("validation_loss", 0.0), rel=1e-5)
+    parts = torchrun(2, "train", config, *given, f"output={tmp_path / 'parts'}", "model.sharded=true")
+    found = subprocess.run(parts, capture_output=True, text=True, check=False, timeout=300)
+    assert found.returncode == 0, found.stderr
+    adapters = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("two", "parts"))
+    whole, split = adapters
+    assert max(float((whole[n] - split[n]).abs().max()) for n in whole) < 1e-4
+    assert inside(capsys, "eval", tmp_path / "parts", "--limit", 2)[0] == 0
     held = json.loads((tmp_path / "two" / "run.json").read_text())
     (tmp_path / "two" / "run.json").write_text(json.dumps({**held, "status": "running"}))
     code, _, err = inside(capsys, "train", config, *given, f"output={tmp_path / 'two'}", "--resume")
@@ -150,6 +157,7 @@ def test_one_process_is_killed_and_all_go_on(zygote: Zygote, config: Path, tmp_p
     [
         (("method={kind: mixture}",), "router"),
         (("objective={kind: grpo, reward: {kind: numeric}}",), "own answers"),
+        (("method={kind: full}", "model.sharded=true"), "under lora alone"),
     ],
 )
 def test_what_several_processes_cannot_share(

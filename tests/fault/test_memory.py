@@ -29,7 +29,7 @@ def peak(log: Path, *arguments: object) -> int:
 
 @pytest.mark.parametrize("verb", ["eval", "generate"])
 def test_memory_does_not_follow_the_number_of_questions(verb: str, config: Path, tmp_path: Path, capsys: Any) -> None:
-    """Twenty times as many: the logits of all of them at once would be 350 MB more."""
+    """Twenty times as many: the logits of all of them at once would be some 80 MB more."""
     rows = [{"question": f"what is in it, {i}?", "answer": "pears" if i % 3 else "apples"} for i in range(2_200)]
     (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = (f"data.path={tmp_path / 'many.jsonl'}", "data.group=null", "data.test=0.9", "data.validation=0")

@@ -46,7 +46,7 @@ def accumulate(
     if totals.tokens <= 0 and totals.pairs <= 0:
         where = window[0].documents[0].source if window and window[0].documents else None
         raise DataError("no supervised token in this step", where=str(where), hint="run: rung data check")
-    shares = []
+    shares, behind = [], world.rounds(len(window))
     batches: Iterable[PackedBatch] = policy.in_turn(window)
     for partner in objective.partners():
         batches = partner.in_turn(batches)
@@ -55,22 +55,19 @@ def accumulate(
         loss = torch.stack([term.total / totals[term.unit] for term in terms]).sum()
         loss.backward()  # type: ignore[no-untyped-call]
         shares.append(loss.detach())  # no .item(): it would wait for the device
-    _keep_pace(policy, objective, world, len(window), pace)
+    _keep_pace(policy, objective, behind, pace)
     loss = torch.stack(shares).sum() if shares else torch.zeros((), device=policy.device)
     if world.size > 1:
         loss = torch.tensor(world.total([float(loss)])[0], device=policy.device)
     return loss
 
 
-def _keep_pace(
-    policy: Policy, objective: Objective, world: World, batches: int, pace: Callable[[], PackedBatch] | None
-) -> None:
-    """Sharded layers are gathered by all processes at once: one that has fewer batches computes some for nothing."""
-    missing = world.rounds(batches)
-    if not missing or pace is None:
+def _keep_pace(policy: Policy, objective: Objective, behind: int, pace: Callable[[], PackedBatch] | None) -> None:
+    """Layers in parts are gathered by all processes at once: one that has fewer batches computes some for nothing."""
+    if not behind or pace is None:
         return
     seen = list(objective.seen)
-    for _ in range(missing):
+    for _ in range(behind):
         for batch in policy.in_turn([pace()]):
             loss = torch.stack([term.total for term in objective.loss(policy, batch)]).sum() * 0.0
             if torch.is_grad_enabled():
@@ -91,13 +88,15 @@ def mean_loss(
     Sums and counts are added and divided once, so the batches do not matter.
     """
     totals: dict[Unit, float] = {}
-    counts, run = Counts(), 0
+    counts, behind = Counts(), 0
+    if world.sharded:
+        batches = list(batches)
+        behind = world.rounds(len(batches))
     for batch in policy.in_turn(batches):
-        run += 1
         counts = counts + objective.count(batch)
         for term in objective.loss(policy, batch):
             totals[term.unit] = totals.get(term.unit, 0.0) + float(term.total)
-    _keep_pace(policy, objective, world, run, pace)
+    _keep_pace(policy, objective, behind, pace)
     if world.size > 1:
         everyone = world.gather([totals, [counts.tokens, counts.sequences, counts.pairs]])
         units = {unit for own, _ in everyone for unit in own}
