@@ -16,6 +16,7 @@ from datetime import timedelta
 from itertools import groupby
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
@@ -71,6 +72,11 @@ class World:
     def part(self, rows: Sequence[T]) -> Sequence[T]:
         """Every size-th of some rows."""
         return rows if self.size == 1 else [rows[i] for i in range(self.rank, len(rows), self.size)]
+
+    def draw_dropout(self, seed: int, step: int) -> None:
+        """Of several processes each drops something else, and a resume the same again; one alone goes on drawing."""
+        if self.size > 1:
+            torch.manual_seed(int(np.random.SeedSequence([seed, 8, step, self.rank]).generate_state(1)[0]))
 
     def rounds(self, batches: int) -> int:
         """How many batches a process computes more than it has, so that all compute as many."""

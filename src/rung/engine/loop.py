@@ -243,7 +243,7 @@ class Trainer:
         if beside := self.objective.beside(examples):
             with torch.no_grad():
                 self.objective.prepare(self.policy, self.policy.in_turn(self.pack(beside, self.budget)))
-        self._draw_dropout()
+        self.world.draw_dropout(self.seed, self.progress.step)
         loss = accumulate(self.policy, self.objective, batches, self.world, self._pace)
         parameters = list(self.moving.values())
         self.world.add_up_gradients(parameters)
@@ -378,12 +378,6 @@ class Trainer:
         """What the objective saw, of all processes."""
         self.objective.seen = self.world.seen(self.objective.seen)
         return self.objective.report()
-
-    def _draw_dropout(self) -> None:
-        """Of several processes each drops something else, and a resume the same again; one alone goes on drawing."""
-        if self.world.size > 1:
-            drawn = np.random.SeedSequence([self.seed, 8, self.progress.step, self.world.rank])
-            torch.manual_seed(int(drawn.generate_state(1)[0]))
 
     def _save(self) -> None:
         self._write(self.checkpoints / f"step-{self.progress.step:08d}")
