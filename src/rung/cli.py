@@ -185,7 +185,9 @@ def generate(  # noqa: PLR0913 -- options of a command line, each named where it
     format: Annotated[str, typer.Option("--format", help="As data.format; prompt for rows without answers.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     model: Annotated[str | None, typer.Option("--model", help="Of a server: the model's name there.")] = None,
-    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Of a server: requests at once.")] = 8,
+    concurrency: Annotated[
+        int | None, typer.Option("--concurrency", min=1, help="Of a server: requests at once, 8 unless set.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Sample answers to the prompts of a file: to be ranked, scored, or learned from."""
@@ -198,11 +200,14 @@ def generate(  # noqa: PLR0913 -- options of a command line, each named where it
         if model is None:
             raise ConfigError("a server may hold several models", where="--model", hint="name one of them")
         from rung.pipeline.remote import generate_remotely
-        from rung.synth.remote import Server
+        from rung.synth.remote import AT_ONCE, Server
 
-        result = generate_remotely(Server(target, model, concurrency), data, output, asked)
-    elif model is not None:
-        raise ConfigError("only a server is asked for a model by name", where="--model", given=model)
+        result = generate_remotely(Server(target, model, concurrency or AT_ONCE), data, output, asked)
+    elif model is not None or concurrency is not None:
+        option, given = ("--model", model) if model is not None else ("--concurrency", concurrency)
+        raise ConfigError(
+            "only a server is asked for a model by name, or in several requests", where=option, given=given
+        )
     else:
         result = generate_answers(target, data, output, asked)
     line = f"{result['answers']:,} answers to {result['prompts']:,} prompts in {output}, {result['cut']:,} of them cut"

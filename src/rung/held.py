@@ -43,7 +43,7 @@ def let_go(path: Path, file: IO[bytes]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one go. Raises `CheckpointError` when it cannot be written; the old one is then still there."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.writing-{os.getpid()}")  # as folders do: what a kill leaves is cleared away
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside.write_text(text, encoding="utf-8")

@@ -108,7 +108,9 @@ def documents(spec: RunSpec, chat: Chat, records: Records, longest: int) -> Toke
 def held_out(spec: RunSpec, chat: Chat, records: Records, base: Base) -> Tokenised:
     """Documents of held-out rows, as the run's own were made."""
     asked = _closed_book(records) if spec.evaluate.context == "withheld" else records
-    return documents(spec, chat, asked, room_of(spec, base))
+    found = documents(spec, chat, asked, room_of(spec, base))
+    _check_ids(found.examples, base)
+    return found
 
 
 def _prompted(spec: RunSpec, splits: Splits, chat: Chat, longest: int) -> Data:

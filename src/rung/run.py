@@ -18,7 +18,7 @@ from rung.engine.distributed import ALONE, World
 from rung.engine.interrupt import Interrupted
 from rung.engine.loop import Trainer
 from rung.engine.progress import say, stage
-from rung.engine.record import Gate, RunFolder, read_manifest, reset_peak_memory, versions
+from rung.engine.record import NOT_FINITE, Gate, RunFolder, read_manifest, reset_peak_memory, versions
 from rung.engine.rollout import Judge, Rollouts
 from rung.engine.sample import Sample
 from rung.engine.state import summary, total_steps
@@ -142,6 +142,7 @@ def _train(
         folder=folder,
         rollouts=_rollouts(spec, policy, objective, data, others),
         world=world,
+        in_parts=spec.model.sharded and world.size > 1,
     )
     try:
         _calibrate(trainer, data, folder, resume=resume)
@@ -154,11 +155,10 @@ def _train(
         if trainer.progress.step == 0:
             _try_longest(trainer, data, folder)
             torch.manual_seed(spec.seed)  # of dropout: a resumed run goes on with the state it saved
-        if spec.model.sharded and world.size > 1:
-            trainer.shard()
         reset_peak_memory()
         trainer.run(data.train.rows, data.validation.rows if data.validation else ())
         folder.update(**summary(trainer.progress, trainer.moving), **method.statistics())
+        trainer.unite()
         if world.first:
             _publish(folder, trainer, data.chat)
         if world.first and isinstance(objective, Reward) and data.validation:
@@ -195,7 +195,10 @@ def _begin(spec: RunSpec, policy: Policy, data: Data, folder: RunFolder, others:
     if changed := [name for name, value in fingerprints.items() if begun.get(name) != value]:
         what = f"what this run began with has changed: its {' and '.join(changed)}"
         raise CheckpointError(what, where=spec.output, hint="start anew with --overwrite")
-    folder.manifest.pop("error", None)
+    for told in ("error", "not_finite"):  # of an end that this run goes on from
+        folder.manifest.pop(told, None)
+    if folder.writes:
+        (folder.path / NOT_FINITE).unlink(missing_ok=True)
     folder.update(
         status="running",
         fingerprints=fingerprints,
@@ -240,7 +243,7 @@ def _pass_gates(policy: Policy, method: Method, trainer: Trainer, data: Data, fo
         raise DataError("no training rows are left", hint="look at the counts of: rung data check")
     heads = sum(p.numel() for p in trainer.objective.trainable().values())
     found = [
-        gates.check_trainable(method, trainer.optimiser, heads),
+        gates.check_trainable(method, trainer.held.optimiser, heads),
         gates.check_identity(policy, method, probe),
         gates.check_reference(policy, method, probe),
         gates.check_packing(policy, probe),
@@ -294,7 +297,8 @@ def _check_processes(spec: RunSpec, world: World) -> None:
         raise PlanError(why, where="WORLD_SIZE", given=world.size, hint="run it in one process")
     if world.size > 1 and spec.model.sharded:
         named = getattr(spec.objective, "reference", None)
-        if why := refusal_of_shards(spec.method.kind, spec.objective.kind, reference=named):
+        moments = spec.engine.optimiser.moments
+        if why := refusal_of_shards(spec.method.kind, spec.objective.kind, reference=named, moments=moments):
             raise PlanError(why, where="model.sharded", hint="leave model.sharded out: replicas do")
 
 

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,21 +28,29 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     aside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
-        fill(aside)
-        files = {str(p.relative_to(aside)): _sha256(p) for p in sorted(aside.rglob("*")) if p.is_file()}
-        _check_tensors(aside)
-        (aside / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
-        for path in [*aside.rglob("*"), aside]:
-            _flush(path)
-        _replace(aside, folder)
+        with writing(folder):
+            aside.mkdir(parents=True)
+            fill(aside)
+            files = {str(p.relative_to(aside)): _sha256(p) for p in sorted(aside.rglob("*")) if p.is_file()}
+            _check_tensors(aside)
+            (aside / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
+            for path in [*aside.rglob("*"), aside]:
+                _flush(path)
+            _replace(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    _flush(folder.parent)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Inside, what cannot be written is a `CheckpointError` that names the folder."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         hint = "free some disk space and use --resume"
         raise CheckpointError(f"could not write: {reason}", where=str(folder), hint=hint) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    _flush(folder.parent)
 
 
 def tidy(folder: Path) -> None:
@@ -53,7 +62,7 @@ def tidy(folder: Path) -> None:
         replaced = folder / left.name[1:].rpartition(".old-")[0]
         shutil.rmtree(left) if replaced.exists() else os.replace(left, replaced)
     for left in folder.glob(".*.writing-*"):
-        shutil.rmtree(left)
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def verify(folder: Path) -> str | None:

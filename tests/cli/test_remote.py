@@ -127,6 +127,16 @@ def test_a_key_goes_to_the_server_and_nowhere_else(
     assert "sk-secret-1" not in out + err + written and len(written) > 100
 
 
+def test_answers_that_come_with_a_refusal_are_kept(local: Local, ten: Path, tmp_path: Path, capsys: Any) -> None:
+    """The third request ends everything while others are on their way: those are paid for."""
+    local.rule(slow=0.3, fail={"2": [9, 404]})
+    code, _, err = inside(capsys, *asking(local, ten, tmp_path / "a.jsonl", "--concurrency", 5))
+    assert code == 2 and "no such model" in err
+    answered = {r["question"] for r in local.requests() if r["how"] is None}
+    kept = (tmp_path / ".a.jsonl.journal").read_text().splitlines()[1:]
+    assert len(kept) == len(answered) >= 4
+
+
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:
     server = Server("http://127.0.0.1:9/v1", "big", retries=1)
     journal = Journal(tmp_path / "j", {})
@@ -140,6 +150,7 @@ def test_a_server_that_is_not_there(tmp_path: Path) -> None:
     [
         (("http://127.0.0.1:9/v1",), "--model"),
         (("smollm2-135m", "--model", "big"), "only a server"),
+        (("smollm2-135m", "--concurrency", "3"), "only a server"),
         (("http://127.0.0.1:9/v1", "--model", "big", "--reward", "runs/x"), "a server gives text"),
     ],
 )

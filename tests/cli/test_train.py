@@ -101,6 +101,9 @@ def test_not_finite_never_steps_and_stops_after_three(
     assert not all(torch.equal(a, b) for a, b in zip(seen[0], seen[1], strict=True))
     found = manifest(tmp_path / "run")
     assert found["not_finite"]["rows"] and found["status"] == "failed"
+    kept = [json.loads(line) for line in (tmp_path / "run" / "not_finite.jsonl").read_text().splitlines()]
+    assert [row["source"] for row in kept] == found["not_finite"]["rows"]
+    assert all(row["supervised"] and max(row["supervised"]) < len(row["ids"]) for row in kept)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +256,7 @@ def test_states_that_the_disk_has_no_room_for_are_not_kept(
     config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr("rung.engine.loop.shutil.disk_usage", lambda _: free)
+    monkeypatch.setattr("rung.engine.trunk.shutil.disk_usage", lambda _: free)
     settings = ["method.layers=[1]", "engine.max_steps=null", "engine.epochs=2"]
     code, _, err = inside(capsys, "train", config, *settings)
     assert code == 0 and "keeping their states would take" in err and "trunk" not in manifest(tmp_path / "run")
@@ -420,6 +423,24 @@ def test_broken_gguf(config: Path, tmp_path: Path, capsys: Any) -> None:
 def test_a_lottery_that_is_never_drawn_is_refused(config: Path, tmp_path: Path, capsys: Any) -> None:
     code, _, err = inside(capsys, "train", config, "method={kind: lottery, scout_steps: 6}")
     assert code == 2 and "before the lottery is drawn" in err and not (tmp_path / "run").exists()
+
+
+def test_the_best_of_steps_taken_again_is_not_kept(
+    config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after step 6 was the best, taken up at step 3, and this time nothing is better than step 3 was."""
+    from rung.engine import loop
+
+    settings = ["engine.eval_every=1", "engine.patience=9", "engine.checkpoint_every=3", "data.validation=0.2"]
+    assert inside(capsys, "train", config, *settings)[0] == 0
+    run, file = tmp_path / "run", "adapter/adapter_model.safetensors"
+    last, found = load_file(run / file), manifest(run)
+    assert found["best_step"] == 6
+    (run / "run.json").write_text(json.dumps({**found, "status": "running"}))
+    monkeypatch.setattr(loop, "mean_loss", lambda *_: 1e9)
+    code, _, err = inside(capsys, "train", config, *settings, "--resume")
+    assert code == 0 and "kept the weights" not in err and "step 3 had the lowest validation loss" in err
+    assert all(torch.equal(last[name], value) for name, value in load_file(run / file).items())
 
 
 def test_the_best_of_a_lottery_is_one_that_its_winners_made(config: Path, tmp_path: Path, capsys: Any) -> None:

@@ -19,16 +19,18 @@ from builders import calibrated, documents, example, policy_of, tuned
 from models import LAYER_NORM_SHAPES, SHAPES, tiny_model
 from naive import distance, gradients, naive, naive_loss, redraw
 from rung.engine.gates import check_decoding, check_identity, check_packing, check_trainable, frozen_digest
+from rung.engine.holding import WEIGHTS, Holding
 from rung.engine.optim import make_optimiser, set_rate
 from rung.engine.pack import pack, pack_separately
 from rung.engine.step import accumulate, mean_loss
 from rung.errors import CheckpointError, ConfigError, PlanError
-from rung.method.base import load_state, state_of
+from rung.method.base import Method
 from rung.method.quantised import quantise
 from rung.method.table import METHODS, attach
 from rung.model.fuse import fuse
 from rung.model.generate import Sampling, generate
 from rung.model.policy import Policy
+from rung.model.resident import compute_in_float32
 from rung.objective.distill import Distill
 from rung.objective.table import OBJECTIVES
 from rung.spec.engine import OptimiserSpec
@@ -275,20 +277,29 @@ FIRST = {kind: spec for kind, spec in reversed(VARIANTS)}
 
 
 @pytest.mark.parametrize("kind", METHODS)
-def test_state_round_trip_and_foreign_state(kind: str) -> None:
-    policy, method = tuned(kind, **FIRST[kind])
-    state = {n: v.clone() for n, v in state_of(method.trainable()).items()}
+def test_state_round_trip_and_foreign_state(kind: str, tmp_path: Path) -> None:
+    _, method = tuned(kind, **FIRST[kind])
+    state = {n: v.detach().clone() for n, v in method.trainable().items()}
+    held(method).save(tmp_path)
     _, other = tuned(kind, **FIRST[kind])
     with torch.no_grad():
         for parameter in other.trainable().values():
             parameter.zero_()
-    load_state(other.trainable(), state)
-    assert all(torch.equal(v, state[n]) for n, v in state_of(other.trainable()).items())
+    into = held(other)
+    into.load(tmp_path)
+    assert all(torch.equal(v, state[n]) for n, v in other.trainable().items())
     name = next(iter(state))
+    saved = load_file(tmp_path / WEIGHTS)
+    save_file({("renamed" if n == name else n): v for n, v in saved.items()}, tmp_path / WEIGHTS)
     with pytest.raises(CheckpointError, match="1 missing, 1 left over"):
-        load_state(other.trainable(), {("renamed" if n == name else n): v for n, v in state.items()})
+        into.load(tmp_path)
+    save_file({**saved, name: saved[name][:1].contiguous()}, tmp_path / WEIGHTS)
     with pytest.raises(CheckpointError, match="another shape"):
-        load_state(other.trainable(), {**state, name: state[name][:1]})
+        into.load(tmp_path)
+
+
+def held(method: Method) -> Holding:
+    return Holding(method.trainable, OptimiserSpec(), method.rate_factor)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -313,6 +324,15 @@ def test_wrong_targets_layers_and_modules_are_config_errors() -> None:
 
 def test_full_in_bfloat16_trains_in_float32() -> None:
     model = tiny_model(dtype=torch.bfloat16)
+    method = attach(model, METHOD_SPECS["full"](), seed=0)
+    assert {p.dtype for p in method.trainable().values()} == {torch.float32}
+
+
+def test_full_widens_a_base_whose_embeddings_alone_are_wide() -> None:
+    """As those of Gemma 3 are: they multiply by a number of their own, which a narrow table would round."""
+    model = tiny_model("gemma3_text", dtype=torch.bfloat16)
+    compute_in_float32(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float32, torch.bfloat16}
     method = attach(model, METHOD_SPECS["full"](), seed=0)
     assert {p.dtype for p in method.trainable().values()} == {torch.float32}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from builders import documents, policy_of
 from models import tiny_model
@@ -15,7 +16,6 @@ from rung.engine import distributed
 from rung.engine.distributed import World, launched
 from rung.engine.loop import Trainer
 from rung.engine.record import RunFolder
-from rung.method.base import state_of
 from rung.method.table import attach
 from rung.model.fuse import fuse
 from rung.objective.table import OBJECTIVES
@@ -49,7 +49,8 @@ def train(arguments: list[str]) -> None:
 def _steps(world: World, kind: str, aim: str, output: Path, *, sharded: bool) -> None:
     model = tiny_model(dtype=torch.float64)
     fuse(model)
-    method = attach(model, METHOD_SPECS[kind](), seed=0)
+    upper = kind == "lora-upper"  # what lies below does not move, and is computed once a document
+    method = attach(model, METHOD_SPECS["lora"](layers=(1,)) if upper else METHOD_SPECS[kind](), seed=0)
     with torch.no_grad():  # away from the start, where half of LoRA has no gradient
         for parameter in method.trainable().values():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
@@ -70,16 +71,17 @@ def _steps(world: World, kind: str, aim: str, output: Path, *, sharded: bool) ->
         seed=5,
         folder=folder,
         world=world,
+        in_parts=bool(sharded),
     )
-    if sharded:
-        trainer.shard()
-        frozen = [p for p in model.model.layers.parameters() if not p.requires_grad]
-        (output / f"held.{world.rank}").write_text(str(sum(p.to_local().numel() for p in frozen)))
     data = rows(aim)
     trainer.run(data[:-6], data[-6:])
+    if sharded:
+        held = [p.to_local() for p in model.parameters() if isinstance(p, DTensor)]
+        (output / f"held.{world.rank}").write_text(str(sum(map(torch.Tensor.numel, held))))
+    trainer.unite()
     folder.close()
     if world.first:
-        save_file({n: p.contiguous() for n, p in state_of(trainer.moving).items()}, output / "weights.safetensors")
+        save_file({n: p.detach().contiguous() for n, p in trainer.moving.items()}, output / "weights.safetensors")
 
 
 def _mutate(how: str) -> None:

@@ -42,7 +42,7 @@ def steps(
     return load_file(output / "weights.safetensors")
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", "lora-upper", "full"])
 @pytest.mark.parametrize("objective", ["sft", "preference"])
 def test_ten_steps_are_those_of_one_process(zygote: Zygote, method: str, objective: str, tmp_path: Path) -> None:
     alone = steps(zygote, 1, method, objective, tmp_path / "1")
@@ -57,17 +57,28 @@ def test_ten_steps_are_those_of_one_process(zygote: Zygote, method: str, objecti
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-8, abs=1e-9), name
 
 
+@pytest.mark.parametrize("method", ["lora", "lora-upper", "full"])
 @pytest.mark.parametrize("objective", ["sft", "preference"])
-def test_a_base_in_parts_takes_the_same_steps(zygote: Zygote, objective: str, tmp_path: Path) -> None:
-    """FSDP2 gathers a layer at a time; the processes have unequal numbers of batches, and compute equal ones."""
-    alone = steps(zygote, 1, "lora", objective, tmp_path / "1")
-    whole = sum(p.numel() for p in tiny_model().model.layers.parameters())
+def test_a_model_in_parts_takes_the_same_steps(zygote: Zygote, method: str, objective: str, tmp_path: Path) -> None:
+    """FSDP2 gathers a layer at a time; the processes have unequal numbers of batches, and compute equal ones.
+
+    Of what moves, embeddings and head are in parts as well, and each process steps its rows alone.
+    """
+    alone = steps(zygote, 1, method, objective, tmp_path / "1")
+    model = tiny_model()
+    split = (
+        model.model.layers.parameters()
+        if method != "full"
+        else (p for n, p in model.named_parameters() if n != "model.norm.weight")
+    )
+    whole = sum(p.numel() for p in split)
     for size in (2, 4):
         output = tmp_path / str(size)
-        shared = steps(zygote, size, "lora", objective, output, "none", "sharded")
+        shared = steps(zygote, size, method, objective, output, "none", "sharded")
         assert max(float((shared[n] - alone[n]).abs().max()) for n in alone) < 1e-9
         for ours, theirs in zip(log(output), log(tmp_path / "1"), strict=True):
             assert ours["tokens"] == theirs["tokens"] and ours["loss"] == pytest.approx(theirs["loss"], rel=1e-9)
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-8)
         held = [int((output / f"held.{rank}").read_text()) for rank in range(size)]
         assert sum(held) == whole and max(held) < 1.1 * whole / size
 
@@ -132,15 +143,21 @@ def test_the_command_under_torchrun(config: Path, tmp_path: Path, capsys: Any) -
     assert code == 0 and "resumed from step-00000003" in err
 
 
-def test_one_process_is_killed_and_all_go_on(zygote: Zygote, config: Path, tmp_path: Path) -> None:
-    settings = ("engine.max_steps=40", "engine.epochs=40", "engine.checkpoint_every=4", "method.dropout=0.1")
+FULL_IN_PARTS = ("method={kind: full}", "model.sharded=true")
+
+
+@pytest.mark.parametrize("method", [("method.dropout=0.1",), ("method.layers=[1]",), FULL_IN_PARTS])
+def test_one_process_is_killed_and_all_go_on(
+    zygote: Zygote, config: Path, tmp_path: Path, method: tuple[str, ...]
+) -> None:
+    settings = ("engine.max_steps=60", "engine.epochs=60", "engine.checkpoint_every=4", *method)
 
     def begin(*further: object) -> list[int]:
         return zygote.launch(2, "train", config, *settings, f"output={tmp_path / 'run'}", *further)
 
     children = begin()
     saved, deadline = tmp_path / "run" / "checkpoints", time.monotonic() + 120
-    while not list(saved.glob("step-*8")) and time.monotonic() < deadline:
+    while not list(saved.glob("step-*28")) and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(children[1], signal.SIGKILL)
     assert [zygote.wait(child) for child in children] == [3, -signal.SIGKILL]
@@ -148,8 +165,41 @@ def test_one_process_is_killed_and_all_go_on(zygote: Zygote, config: Path, tmp_p
     assert [zygote.wait(child) for child in begin("--resume")] == [0, 0], zygote.log.read_text()[-3000:]
     whole = zygote.launch(2, "train", config, *settings, f"output={tmp_path / 'whole'}")
     assert [zygote.wait(child) for child in whole] == [0, 0]
-    first, second = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("run", "whole"))
+    first, second = (published(tmp_path / run) for run in ("run", "whole"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def published(run: Path) -> dict[str, torch.Tensor]:
+    (file,) = (*run.glob("adapter/*.safetensors"), *run.glob("model/*.safetensors"))
+    return load_file(file)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_checkpoint_in_parts_is_taken_up_by_another_number(
+    zygote: Zygote, config: Path, tmp_path: Path, size: int, capsys: Any
+) -> None:
+    """Two processes wrote their rows; three read theirs from both, or one reads all."""
+    settings = (*FULL_IN_PARTS, "engine.max_steps=6", "engine.epochs=60", "engine.checkpoint_every=3")
+
+    def train(processes: int, *further: object) -> None:
+        children = zygote.launch(processes, "train", config, *settings, f"output={tmp_path / 'run'}", *further)
+        assert [zygote.wait(child) for child in children] == [0] * processes, zygote.log.read_text()[-3000:]
+
+    train(2)
+    run = tmp_path / "run"
+    assert sorted(p.name for p in (run / "checkpoints" / "step-00000003").glob("part-*")) == [
+        "part-00000",
+        "part-00001",
+    ]
+    whole = published(run)
+    held = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**held, "status": "running"}))
+    train(size, "--resume")
+    assert "resumed from step-00000003" in zygote.log.read_text()
+    again = published(run)
+    assert again.keys() == whole.keys() and all(v.numel() for v in again.values())
+    assert max(float((again[n] - whole[n]).abs().max()) for n in whole) < 1e-5
+    assert inside(capsys, "eval", run, "--limit", 2)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -157,7 +207,8 @@ def test_one_process_is_killed_and_all_go_on(zygote: Zygote, config: Path, tmp_p
     [
         (("method={kind: mixture}",), "router"),
         (("objective={kind: grpo, reward: {kind: numeric}}",), "own answers"),
-        (("method={kind: full}", "model.sharded=true"), "under lora alone"),
+        (("method={kind: prompt}", "model.sharded=true"), "under lora and full alone"),
+        (("method={kind: full}", "model.sharded=true", "engine.optimiser.moments=int8"), "blocks of numbers"),
     ],
 )
 def test_what_several_processes_cannot_share(

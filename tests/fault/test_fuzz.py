@@ -145,7 +145,7 @@ def check_rejects(cases: int, folder: Path) -> None:
             return
         assert len(kept.records) >= good
         if kept.rejected:
-            with pytest.raises(DataError, match="rejected"):
+            with pytest.raises(DataError, match="rows cannot be used"):
                 load_records(DataSpec(path=str(file), format="question_answer"), str(file))
 
 

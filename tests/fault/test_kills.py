@@ -38,22 +38,41 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "adapter" / "adapter_model.safetensors")
 
 
+def begun(run: Path, until: float) -> bool:
+    """Wait for the manifest, or for a moment."""
+    while not (there := (run / "run.json").exists()) and time.monotonic() < until:
+        time.sleep(0.001)
+    return there
+
+
 def sweep(zygote: Zygote, config: Path, folder: Path, kills: int, seed: int) -> list[str]:
-    """Kill as many runs; where each of them was, by its manifest. Every one must end as if nothing had happened."""
+    """Kill as many runs; where each of them was, by its manifest. Every one must end as if nothing had happened.
+
+    Moments are drawn from a little before a run's folder is there to about its end, whose distance is learned on the
+    way: a machine is not as fast all the time.
+    """
     assert zygote.run("train", config, *SETTINGS, f"output={folder / 'first'}") == 0, zygote.log.read_text()
+    child = zygote.start("train", config, *SETTINGS, f"output={folder / 'whole'}")
     began = time.monotonic()
-    assert zygote.run("train", config, *SETTINGS, f"output={folder / 'whole'}") == 0
+    assert begun(folder / "whole", began + 120)
+    before, began = time.monotonic() - began, time.monotonic()
+    assert zygote.wait(child) == 0
     took, expected = time.monotonic() - began, weights(folder / "whole")
     found, chance = [], np.random.default_rng(seed)
     for number in range(kills):
         run = folder / f"killed-{number}"
         child = zygote.start("train", config, *SETTINGS, f"output={run}")
-        time.sleep(chance.uniform(0.0, 1.05) * took)
+        early = chance.uniform() < 0.1
+        if not begun(run, time.monotonic() + (chance.uniform() * before if early else 120.0)):
+            assert early
+        elif not early:
+            time.sleep(chance.uniform() * took)
         os.kill(child, signal.SIGKILL)
         zygote.wait(child)
-        begun = (run / "run.json").exists()
-        found.append(json.loads((run / "run.json").read_text())["status"] if begun else "not begun")
-        code = zygote.run("train", config, *SETTINGS, f"output={run}", *(["--resume"] if begun else []))
+        there = (run / "run.json").exists()
+        found.append(json.loads((run / "run.json").read_text())["status"] if there else "not begun")
+        took *= 0.95 if found[-1] == "finished" else 1.01
+        code = zygote.run("train", config, *SETTINGS, f"output={run}", *(["--resume"] if there else []))
         assert code == 0, (found, zygote.log.read_text()[-3000:])
         own = weights(run)
         assert own.keys() == expected.keys() and all(torch.equal(own[n], expected[n]) for n in own)

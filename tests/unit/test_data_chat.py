@@ -38,6 +38,20 @@ def chat(tiny_tokenizer: PreTrainedTokenizerFast) -> Chat:
     return Chat(tiny_tokenizer)
 
 
+def test_what_is_encoded_follows_the_length_of_a_chat(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many of its answers are learned: its pieces once, and pieces and whole once more to compare borders."""
+    encode, seen = Chat._encode, list[int]()
+
+    def counted(self: Chat, texts: list[str]) -> list[list[int]]:
+        seen.extend(map(len, texts))
+        return encode(self, texts)
+
+    monkeypatch.setattr(Chat, "_encode", counted)
+    rows = [record(*(f"turn {i}" for i in range(200))), record("q", "a")]
+    made = chat.examples(rows, loss_on="assistant_turns").examples
+    assert sum(seen) == 3 * sum(map(len, chat.decode([example.ids.tolist() for example in made])))
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("answer", ["Paris.", "two\nlines", "naïve 🙂 שלום", " x , y ."])
 def test_supervised_ids_decode_to_answer_and_stop(

@@ -12,6 +12,7 @@ import pytest
 
 from rung.errors import CheckpointError
 from rung.held import Journal, hold, let_go, write_text
+from rung.whole import tidy
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
@@ -63,3 +64,13 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="could not write"):
         write_text(tmp_path / "deep" / "b", "x")
     assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["a.json", "b"]
+
+
+def test_what_a_kill_left_is_put_right(tmp_path: Path) -> None:
+    for name in (".best.old-17", ".gone.old-17", ".step-1.writing-17"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").touch()
+    (tmp_path / "best").mkdir()
+    (tmp_path / ".run.json.writing-17").touch()
+    tidy(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "gone"] and (tmp_path / "gone" / "x").exists()

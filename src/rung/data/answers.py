@@ -11,6 +11,9 @@ from rung.errors import DataError
 from rung.spec.data import Format
 from rung.types import Rival
 
+SHOWN = 60
+"""Characters of a wrong value that a message repeats."""
+
 
 def rated(format: Format, get: Callable[[str], Any]) -> list[Rival]:
     """The answers of a row of a comparing format, best first; none for other formats.
@@ -48,6 +51,29 @@ def rated(format: Format, get: Callable[[str], Any]) -> list[Rival]:
     return found
 
 
+def weight(value: object) -> float:
+    """How often a row counts; a number as text will do. Raises `DataError` unless it is positive and finite."""
+    number = 1.0 if value is None else _number(value)
+    if not 0 < number < math.inf:
+        raise DataError(f"weight is {_short(value)}, not a positive number")
+    return number
+
+
+def _number(value: object) -> float:
+    """NaN for what is none: true and false, words, an integer that no float reaches."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return math.nan
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return math.nan
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
 def _answer(value: object, name: str) -> str:
     """A text, a message, or a list of one."""
     if isinstance(value, list) and len(value) == 1:
@@ -67,9 +93,9 @@ def _label(value: object) -> float:
 
 
 def _score(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise DataError(f"a score is {value!r}, not a number")
-    return float(value)
+    if isinstance(value, str) or not math.isfinite(number := _number(value)):
+        raise DataError(f"a score is {_short(value)}, not a number")
+    return number
 
 
 def _list(value: object, name: str) -> list[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -157,7 +156,7 @@ def to_record(
         return row.get(map.get(name, name))
 
     try:
-        weight = _weight(get("weight"))
+        weight = answers.weight(get("weight"))
         key = None if group is None else _key(row.get(group), "group", group)
         own_task = None if task is None else _key(row.get(task), "task", task)
         if format == "text":
@@ -316,18 +315,6 @@ def _pair(question: str, answer: str) -> tuple[Message, Message]:
 def _system(get: Any) -> tuple[Message, ...]:
     system = turns.optional_text(get("system"), "system")
     return (Message("system", system),) if system else ()
-
-
-def _weight(value: object) -> float:
-    if value is None:
-        return 1.0
-    try:
-        weight = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
-    except ValueError:
-        weight = math.nan
-    if not 0 < weight < math.inf:
-        raise DataError(f"weight is {value!r}, not a positive number")
-    return weight
 
 
 def _key(value: object, what: str, name: str) -> str:

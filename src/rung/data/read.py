@@ -163,11 +163,15 @@ def parse_json(text: str) -> Any:
     return json.loads(text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
 
 
+BLANK = " \t\n\r\v\f"
+"""What a line may hold and still be no row. Python counts more as space: control characters, which are broken rows."""
+
+
 def _read_jsonl(file: Path) -> Iterator[Item]:
     # Lines end in \n alone: U+2028 and U+0085 are legal inside JSON strings.
     with _text(file, newline="\n") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
+            if not line.strip(BLANK):
                 continue
             try:
                 yield number, parse_json(line.rstrip("\n").rstrip("\r"))

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from rung.whole import verify, write_folder
+from rung.engine.holding import Holding
+from rung.whole import verify, write_folder, writing
+
+REFERENCE = "reference.safetensors"
 
 
 def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
@@ -31,27 +33,38 @@ def prune(folder: Path, keep: int) -> None:
         shutil.rmtree(old)
 
 
-REFERENCE = "reference.safetensors"
-
-
 def write_checkpoint(
-    folder: Path,
-    weights: Mapping[str, Tensor],
-    optimiser: torch.optim.Optimizer,
-    progress: Mapping[str, Any],
-    known: Mapping[int, float] | None = None,
+    folder: Path, held: Holding, progress: Mapping[str, Any], known: Mapping[int, float] | None = None
 ) -> None:
-    """Everything a later process needs to go on as if nothing had happened; `known` is the reference's, by document."""
+    """Everything a later process needs to go on as if nothing had happened; `known` is the reference's, by document.
+
+    The first process writes; where the model is in parts each writes its own rows, into one folder.
+    """
+    world = held.world
+    if not world.first:
+        if held.rows:
+            aside = Path(world.gather(None)[0])
+            with writing(folder):
+                held.save(_part(aside, world.rank))
+            world.wait()
+        return
 
     def fill(aside: Path) -> None:
-        save_file({name: value.contiguous().cpu() for name, value in weights.items()}, aside / "weights.safetensors")
-        save_file({**_optimiser_tensors(optimiser), "rng": torch.get_rng_state()}, aside / "optimiser.safetensors")
+        if held.rows:
+            world.gather(str(aside))
+        held.save(_part(aside, world.rank) if held.rows else aside)
         (aside / "progress.json").write_text(json.dumps(dict(progress), indent=2) + "\n")
         if known:
             keys, nats = torch.tensor(list(known)), torch.tensor(list(known.values()), dtype=torch.float64)
             save_file({"documents": keys, "nats": nats}, aside / REFERENCE)
+        if held.rows:
+            world.wait()
 
     write_folder(folder, fill)
+
+
+def _part(folder: Path, rank: int) -> Path:
+    return folder / f"part-{rank:05d}"
 
 
 def read_known(folder: Path) -> dict[int, float]:
@@ -62,36 +75,7 @@ def read_known(folder: Path) -> dict[int, float]:
     return dict(zip(found["documents"].tolist(), found["nats"].tolist(), strict=True))
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The moving numbers of a checkpoint."""
-    return load_file(folder / "weights.safetensors")
-
-
-def read_checkpoint(folder: Path, optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Put the optimiser's and the generator's state back; return weights and progress."""
-    state = load_file(folder / "optimiser.safetensors")
-    torch.set_rng_state(state.pop("rng"))
-    for group in optimiser.param_groups:
-        for parameter in group["params"]:
-            optimiser.state[parameter] = {}
-    parameters = _numbered(optimiser)
-    for key, value in state.items():
-        number, name = key.split(".", 1)
-        parameter = parameters[int(number)]
-        if name == "step":  # torch counts in a float tensor, bitsandbytes in a plain number
-            optimiser.state[parameter][name] = int(value) if value.dtype is torch.int64 else value
-        else:
-            optimiser.state[parameter][name] = value.to(parameter.device)
-    return read_weights(folder), json.loads((folder / "progress.json").read_text())
-
-
-def _optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{number}.{name}": torch.as_tensor(value).detach().contiguous().cpu()
-        for number, parameter in enumerate(_numbered(optimiser))
-        for name, value in optimiser.state.get(parameter, {}).items()
-    }
-
-
-def _numbered(optimiser: torch.optim.Optimizer) -> list[Tensor]:
-    return [parameter for group in optimiser.param_groups for parameter in group["params"]]
+def read_progress(folder: Path) -> dict[str, Any]:
+    """How far the run was."""
+    progress: dict[str, Any] = json.loads((folder / "progress.json").read_text())
+    return progress

@@ -1,7 +1,8 @@
-"""Several processes on one run: torchrun starts them, torch.distributed carries the sums. No other file knows it.
+"""Several processes on one run: torchrun starts them, torch.distributed carries the sums.
 
-Every process holds the whole model and takes its share of each step's rows. Losses and gradients are sums over the
-count of the whole step, so adding them up over the processes gives those of one process: nothing is averaged.
+Every process holds the model, whole or in parts (`engine/parts.py`), and takes its share of each step's rows. Losses
+and gradients are sums over the count of the whole step, so adding them up over the processes gives those of one
+process: nothing is averaged.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import heapq
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,7 +20,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.fsdp import fully_shard
 
 from rung.engine.progress import console
 from rung.errors import CheckpointError, GateError, PlanError, RungError
@@ -214,26 +214,6 @@ def launched() -> Iterator[World]:
     finally:
         console.quiet = False
         distributed.destroy_process_group()
-
-
-def shard(model: nn.Module, layers: Sequence[nn.Module], moving: Iterable[nn.Parameter]) -> None:
-    """Split the frozen weights of the layers over the processes (FSDP2): each is gathered while its layer computes.
-
-    What moves stays whole, as replicas, and so do embeddings, final norm and head: their gradients are added up as
-    ever. Every process must run as many forwards and backwards as the others.
-    """
-    trunk: nn.Module = getattr(model, str(model.base_model_prefix))
-    kept = set(moving)
-    outside = {id(p) for p in trunk.parameters()} - {id(p) for layer in layers for p in layer.parameters()}
-    for layer in layers:
-        fully_shard(layer, reshard_after_forward=True, ignored_params=kept & set(layer.parameters()))
-    whole = {p for p in trunk.parameters() if p in kept or id(p) in outside}
-    fully_shard(trunk, reshard_after_forward=True, ignored_params=whole)
-
-
-def held(moving: Mapping[str, nn.Parameter]) -> dict[str, int]:
-    """An exact reduction of every number that moves: replicas hold the same bits or are none."""
-    return {name: int(torch.hash_tensor(p.detach()).item()) for name, p in moving.items() if p.numel()}
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

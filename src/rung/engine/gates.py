@@ -1,6 +1,6 @@
 """Gates 2 and 3: what must hold before the first step, and what must have moved by the second.
 
-Gate 1 stands in `data.chat`, gate 4 in `checkpoint.write_folder`, gate 5 in `publish.parity`.
+Gate 1 stands in `data.chat`, gate 4 in `whole.write_folder`, gate 5 in `publish.parity`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from rung.engine.distributed import ALONE, World
 from rung.engine.pack import pack, pack_separately
+from rung.engine.parts import digests
 from rung.engine.record import Gate
 from rung.errors import GateError
 from rung.method.base import Method, Moving
@@ -111,17 +112,15 @@ def check_decoding(policy: Policy, probe: Sequence[Example], tokens: int = 4) ->
 
 
 def frozen_digest(model: nn.Module) -> dict[str, int]:
-    """An exact 64-bit reduction of every tensor that must not move."""
-    frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
-    own = [(name, value.to_local() if isinstance(value, DTensor) else value) for name, value in frozen]
-    return {name: int(torch.hash_tensor(value.detach()).item()) for name, value in own if value.numel()}
+    """Of every tensor that must not move."""
+    return digests((name, p) for name, p in model.named_parameters() if not p.requires_grad)
 
 
 class Movement:
     """Gate 3: every declared tensor received a gradient and moved its optimiser state; nothing else changed a bit."""
 
-    def __init__(self, model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> None:
-        self.model, self.trainable = model, trainable
+    def __init__(self, model: nn.Module, trainable: Mapping[str, nn.Parameter], world: World = ALONE) -> None:
+        self.model, self.trainable, self.world = model, trainable, world
         self.before = frozen_digest(model)
         self.chances: Counter[str] = Counter()
         """Steps in which a tensor could have moved; the first may be in vain: A stands still while B is zero."""
@@ -152,6 +151,8 @@ class Movement:
             moment = state.get("exp_avg", state.get("state1"))  # torch's name, and that of moments in 8 bits
             if gradient is not None and moment is not None and bool(gradient.any()) and bool(moment.any()):
                 self.moved.add(name)
+        if self.world.sharded:  # rows that stand still here may have moved elsewhere
+            self.moved.update(*self.world.gather(sorted(self.moved)))
         judged = {name for name, chances in self.chances.items() if chances >= 2}
         if judged:
             self.gate = self._verdict(judged)
@@ -160,7 +161,8 @@ class Movement:
     def _verdict(self, judged: set[str]) -> Gate:
         still = sorted(judged - self.moved)
         after = frozen_digest(self.model)
-        changed = sorted(name for name, value in self.before.items() if after.get(name) != value)
+        here = sorted(name for name, value in self.before.items() if after.get(name) != value)
+        changed = sorted({name for own in self.world.gather(here) for name in own}) if self.world.sharded else here
         moved = f"{len(judged & self.moved)} of {len(judged)}"
         measured = f"{moved} tensors moved, {len(changed)} frozen ones changed"
         if still or changed:

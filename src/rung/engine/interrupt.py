@@ -35,9 +35,9 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
     def ask(number: int, frame: Any) -> None:
         nonlocal first
-        if asked.is_set() and time.monotonic() - first > again:
-            raise KeyboardInterrupt
         if asked.is_set():
+            if time.monotonic() - first > again:
+                raise KeyboardInterrupt
             return
         first = time.monotonic()
         asked.set()

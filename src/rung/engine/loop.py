@@ -12,39 +12,35 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 
-from rung.engine import checkpoint
+from rung.engine import checkpoint, parts
 from rung.engine.budget import layers_to_recompute, longest_document_bytes
-from rung.engine.distributed import ALONE, World, held, shard
+from rung.engine.distributed import ALONE, World
+from rung.engine.finite import skip
 from rung.engine.gates import Movement, enforce, not_reached
+from rung.engine.holding import Holding
 from rung.engine.interrupt import Interrupted, interruptible
-from rung.engine.optim import make_optimiser, move_only, rate_at, set_rate
+from rung.engine.optim import move_only, rate_at
 from rung.engine.pack import largest_first, pack, pack_in_slices, pack_separately, pack_together
 from rung.engine.progress import Bar, say
 from rung.engine.record import Gate, RunFolder
 from rung.engine.rollout import Rollouts
-from rung.engine.state import Progress, total_steps
+from rung.engine.state import Progress, rows_of_step, total_steps
 from rung.engine.step import accumulate, mean_loss
-from rung.engine.trunk import TrunkCache
+from rung.engine.trunk import TrunkCache, has_room
 from rung.errors import DataError, GateError
-from rung.method.base import Method, load_state, state_of
+from rung.method.base import Method
 from rung.model.layers import layers_of, lowest_moving_layer
 from rung.model.policy import Policy
 from rung.model.tree import has_flat_kernel
 from rung.objective.base import Objective
-from rung.paths import cache_folder
 from rung.spec.engine import EngineSpec
 from rung.types import Example, PackedBatch
 from rung.whole import verify
 
 Row = Sequence[Example]
 """The documents of one row of the data."""
-LENGTHS = 1000
-"""Documents looked at to know how long all of them are."""
-SKIPS_BEFORE_STOP = 3
-"""Steps in a row that may be skipped because their loss or gradient was not finite."""
 
 
 @dataclass
@@ -64,13 +60,18 @@ class Trainer:
     """Where the documents come from, when the policy makes them itself."""
     world: World = ALONE
     """The processes that share the steps."""
+    in_parts: bool = False
+    """Whether each process gives away what others hold, once the gates have passed."""
     first: Sequence[Example] = ()
     """The first row of the data."""
 
     def __post_init__(self) -> None:
         owned = self.objective.trainable().keys()
-        self.optimiser = make_optimiser(
-            self.moving, self.spec.optimiser, lambda name: 1.0 if name in owned else self.method.rate_factor(name)
+        self.held = Holding(
+            lambda: self.moving,
+            self.spec.optimiser,
+            lambda name: 1.0 if name in owned else self.method.rate_factor(name),
+            self.world,
         )
         self.halted_until = 0
         """The first step after the rollout that is no longer learned from."""
@@ -92,27 +93,43 @@ class Trainer:
         """Every parameter that a step may move: the method's, and those of heads that the objective owns."""
         return {**self.method.trainable(), **self.objective.trainable()}
 
-    def shard(self) -> None:
-        """From here on each process holds a part of the base; what must run alike in all of them does."""
-        shard(self.policy.model, list(layers_of(self.policy.model)), self.method.trainable().values())
+    def split(self) -> None:
+        """From here on each process holds a part of the model; what must run alike in all of them does.
+
+        An adapter stays whole, and so is added up as those of replicas are.
+        """
+        whole = self.method.trainable().values() if self.method.artefact == "adapter" else ()
+        parts.split(self.policy.model, list(layers_of(self.policy.model)), whole)
+        if (other := self.policy.reference) is not None:
+            parts.split(other.model, list(layers_of(other.model)), ())
+        self.held.take_parts()
         self.world = replace(self.world, sharded=True)
         self.sharing, self.policy.known = self._sharing(), None
         self.policy.layers_to_recompute = lambda tokens: range(0)
+
+    def unite(self) -> None:
+        """The first process holds all that moved again; afterwards nothing is trained."""
+        if self.world.sharded:
+            parts.unite(self.policy.model, keep=self.world.first)
 
     def restore(self) -> bool:
         """Take up the newest checkpoint that verifies, if there is one."""
         name = self.world.first_does(lambda: getattr(checkpoint.newest(self.checkpoints, say), "name", None))
         if name is None:
             return False
+        if self.in_parts:
+            self.split()
         found = self.checkpoints / name
-        weights, progress = checkpoint.read_checkpoint(found, self.optimiser)
-        load_state(self.moving, weights)
-        self.progress = Progress(**progress)
+        self.held.load(found)
+        self.progress = Progress(**checkpoint.read_progress(found))
         self.objective.resume(self.progress.objective or self.objective.state())
         self.method.resume(self.progress.method)
         if self.policy.known is not None:
             self.policy.known.update(checkpoint.read_known(found))
         self.folder.trim_log(self.progress.step)
+        best = self.checkpoints / "best"
+        if self.world.first and not verify(best) and checkpoint.read_progress(best)["step"] != self.progress.best_step:
+            shutil.rmtree(best)  # of steps that are taken once more, and may come out otherwise
         say(f"resumed from {found.name}")
         return True
 
@@ -123,9 +140,11 @@ class Trainer:
         """
         if not train:
             raise DataError("no training rows are left", hint="look at the counts of: rung data check")
+        if self.in_parts and not self.world.sharded:
+            self.split()
         total = total_steps(self.spec, len(train), self.repeats)
         judged = any(gate["name"] == "movement" for gate in self.folder.manifest["gates"])
-        movement = None if judged else Movement(self.policy.model, self.moving)
+        movement = None if judged else Movement(self.policy.model, self.held.own, self.world)
         self.objective.report()  # what was measured before the first step is no part of it
         self.first = train[0]
         self.policy.model.train()
@@ -175,12 +194,9 @@ class Trainer:
         return every is not None and step // every > (step - self.repeats) // every
 
     def _window(self, train: Sequence[Row], step: int) -> list[Example]:
-        """The documents of a step counted from 0: a pure function of seed and step."""
-        per_step = self.spec.examples_per_step
-        per_epoch = -(-len(train) // per_step)
-        epoch, place = divmod(step, per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(train))
-        return [e for i in order[place * per_step : (place + 1) * per_step] for e in train[i]]
+        """The documents of a step counted from 0."""
+        chosen = rows_of_step(step, len(train), self.spec.examples_per_step, self.seed)
+        return [e for i in chosen for e in train[i]]
 
     def pack(self, examples: Sequence[Example], budget: int) -> list[PackedBatch]:
         """The rows of these documents, in the way this run packs."""
@@ -205,20 +221,19 @@ class Trainer:
 
     def _trunk(self, train: Sequence[Row]) -> TrunkCache | None:
         """A cache of the layers that do not move, where they would run a second time and the disk has room."""
-        if self.rollouts is not None:
+        if self.rollouts is not None or self.world.sharded:
             return None
         first_epoch = -(-len(train) // self.spec.examples_per_step)
         if not self.spec.cache_trunk or self.lowest == 0 or total_steps(self.spec, len(train)) <= first_epoch:
             return None
-        some = [sum(map(len, train[i])) for i in range(0, len(train), max(1, len(train) // LENGTHS))]
-        needed = int(np.mean(some) * len(train) * 4 * self.policy.model.config.hidden_size)
-        if needed > shutil.disk_usage(cache_folder()).free // 2:
-            say(f"layers below {self.lowest} do not move, but keeping their states would take {needed / 1e9:.0f} GB")
+        if not has_room(train, self.policy.model.config.hidden_size):
             return None
         say(f"layers below {self.lowest} do not move: each document passes them once")
         trunk = TrunkCache(self.policy, self.lowest, self.budget, share_prefixes=self.sharing)
-        for step in range(min(self.progress.step, first_epoch)):  # resumed: rows as they were, so the same bits
-            trunk.fill(self.pack(self._window(train, step), self.budget))
+        # resumed: rows as they were, so the same bits; in a later epoch a process may meet rows that were another's
+        last = first_epoch if self.world.size == 1 else self.progress.step
+        for step in range(min(self.progress.step, last)):
+            trunk.fill(self.pack(self.world.share(self._window(train, step)), self.budget))
         return trunk
 
     def _step(self, examples: Sequence[Example], total: int, movement: Movement | None) -> dict[str, Any]:
@@ -230,7 +245,7 @@ class Trainer:
         moving = self.method.at_step(self.progress.step)
         if moving is not None:
             moving = moving._replace(names={*moving.names, *owned})
-            move_only(self.optimiser, self.moving, moving)
+            move_only(self.held.optimiser, self.moving, moving)
             if moving.turns:
                 self._turn()
         if self.progress.step < self.halted_until:
@@ -239,20 +254,17 @@ class Trainer:
         examples, rolled = self._documents(examples)
         batches = self.pack(self.world.share(examples), self.budget)
         batches = batches if self.trunk is None else self.trunk.feed(batches)
-        self.optimiser.zero_grad(set_to_none=True)
+        self.held.clear()
         if beside := self.objective.beside(examples):
             with torch.no_grad():
                 self.objective.prepare(self.policy, self.policy.in_turn(self.pack(beside, self.budget)))
         self.world.draw_dropout(self.seed, self.progress.step)
         loss = accumulate(self.policy, self.objective, batches, self.world, self._pace)
-        parameters = list(self.moving.values())
-        self.world.add_up_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.spec.clip or math.inf)
+        norm = self.held.gather(self.spec.clip)
         finite = bool(torch.isfinite(norm) & torch.isfinite(loss))
         halted = self.objective.halts() if finite else None
         if finite and halted is None:
-            set_rate(self.optimiser, rate)
-            self.optimiser.step()
+            self.held.step(rate)
             self.progress.skipped = 0
         seconds = time.perf_counter() - started
         tokens = int(self.world.total([sum(batch.document_tokens for batch in batches)])[0])
@@ -263,10 +275,10 @@ class Trainer:
         self.progress.tokens += tokens
         self.progress.loss = float(loss)
         if not finite:
-            self._skip(examples, float(loss), float(norm))
+            skip(self.folder, self.progress, examples, float(loss), float(norm))
         elif movement is not None and halted is None and self.objective.moves(examples):
             reached = self.method.reached({e.task for e in examples})
-            gate = movement.see(self.optimiser, moving, None if reached is None else {*reached, *owned})
+            gate = movement.see(self.held.optimiser, moving, None if reached is None else {*reached, *owned})
             if gate is not None:
                 self._pass(gate)
         return {
@@ -310,20 +322,6 @@ class Trainer:
         if self.world.first:
             shutil.rmtree(self.checkpoints / "best", ignore_errors=True)
 
-    def _skip(self, examples: Sequence[Example], loss: float, norm: float) -> None:
-        """A step that is not finite never touches the weights; several in a row end the run."""
-        self.progress.skipped += 1
-        say(f"step {self.progress.step} skipped: loss {loss}, gradient norm {norm}")
-        if self.progress.skipped >= SKIPS_BEFORE_STOP:
-            rows = [str(example.source) for example in examples]
-            self.folder.update(not_finite={"step": self.progress.step, "rows": rows})
-            raise GateError(
-                f"loss or gradient was not finite in {SKIPS_BEFORE_STOP} steps running",
-                where=str(self.folder.path),
-                given=f"loss {loss}, gradient norm {norm}; rows of the last step stand in run.json under not_finite",
-                hint="lower engine.learning_rate, or look at those rows",
-            )
-
     def _measure(self, validation: Sequence[Row], entry: dict[str, Any], last: bool) -> bool:
         """Validation loss when it is due; True when patience has run out."""
         if not validation or not (last or (self._may_save and self._due(self.spec.eval_every))):
@@ -362,11 +360,14 @@ class Trainer:
         """With patience the run ends with the weights of the lowest validation loss."""
         best = self.checkpoints / "best"
         self.world.wait()  # until it is written
-        if self.spec.patience is None or self.progress.best_step == self.progress.step or not best.exists():
+        if self.spec.patience is None or self.progress.best_step == self.progress.step:
+            return
+        if not best.exists():
+            say(f"step {self.progress.best_step} had the lowest validation loss, but its weights went with a stop")
             return
         if problem := verify(best):
             raise GateError(f"the best checkpoint cannot be used: {problem}", where=str(best))
-        load_state(self.moving, checkpoint.read_weights(best))
+        self.held.load_weights(best)
         self.progress.validation = self.progress.best
         say(f"kept the weights of step {self.progress.best_step}")
 
@@ -385,13 +386,11 @@ class Trainer:
             checkpoint.prune(self.checkpoints, self.spec.keep)
 
     def _write(self, folder: Any) -> None:
-        weights, known = state_of(self.moving), self.policy.known
+        known = self.policy.known
         if self.world.size > 1:
-            self.world.agree(held(self.moving))
+            self.world.agree(self.held.replicas())
             if known is not None:
                 everyone = self.world.gather(list(known.items()))
                 known = {key: nats for own in everyone for key, nats in own}
-            if not self.world.first:
-                return
         self.progress.objective, self.progress.method = self.objective.state(), self.method.state()
-        checkpoint.write_checkpoint(folder, weights, self.optimiser, asdict(self.progress), known)
+        checkpoint.write_checkpoint(folder, self.held, asdict(self.progress), known)

@@ -19,7 +19,7 @@ from rung.spec.engine import OptimiserSpec
 def make_optimiser(
     trainable: Mapping[str, nn.Parameter], spec: OptimiserSpec, rate_factor: Callable[[str], float] = lambda _: 1.0
 ) -> torch.optim.Optimizer:
-    """AdamW with decay on matrices only. `set_rate` sets the learning rate at every step."""
+    """AdamW with decay on matrices only; `set_rate` sets the learning rate at every step."""
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in trainable.items():
         groups.setdefault((parameter.dim() > 1, rate_factor(name)), []).append(parameter)

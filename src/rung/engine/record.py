@@ -18,9 +18,11 @@ from rung.held import hold, let_go, write_text
 from rung.whole import tidy
 
 State = Literal["passed", "failed", "not_reached"]
+NOT_FINITE = "not_finite.jsonl"
+"""The documents of the step that ended a run because its loss was no number."""
 GENERATED = (
     *("run.json", "log.jsonl", "checkpoints", "start", "adapter", "model", "rungs", "report.html"),
-    *("items.jsonl", "result.json", "eval.jsonl"),
+    *("items.jsonl", "result.json", "eval.jsonl", NOT_FINITE),
 )
 """What a run writes into its folder, and what `--overwrite` therefore may remove."""
 LOCK = ".lock"
@@ -145,7 +147,7 @@ class RunFolder:
         path = self.path / "log.jsonl"
         if self.writes and path.exists():
             kept = [entry for entry in read_log(self.path) if entry["step"] <= step]
-            path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+            write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def close(self) -> None:
         """Close the log, and let go of the folder."""

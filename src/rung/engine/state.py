@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from rung.engine.record import peak_memory_bytes
@@ -40,6 +41,13 @@ def total_steps(spec: EngineSpec, rows: int, repeats: int = 1) -> int:
     per_epoch = -(-rows // spec.examples_per_step)
     total = math.ceil(spec.epochs * per_epoch - 1e-9) * repeats
     return min(total, spec.max_steps or total)
+
+
+def rows_of_step(step: int, rows: int, per_step: int, seed: int) -> list[int]:
+    """Numbers of the rows of a step counted from 0: a pure function of seed and step."""
+    epoch, place = divmod(step, -(-rows // per_step))
+    order = np.random.default_rng([seed, epoch]).permutation(rows)
+    return [int(row) for row in order[place * per_step : (place + 1) * per_step]]
 
 
 def summary(progress: Progress, moving: Mapping[str, nn.Parameter]) -> Mapping[str, Any]:

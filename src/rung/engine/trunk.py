@@ -8,6 +8,7 @@ document, and every read is checked against the sum taken when it was written.
 from __future__ import annotations
 
 import hashlib
+import shutil
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,9 +20,24 @@ from torch import Tensor
 
 from rung.data.spool import Blob
 from rung.engine.pack import pack_together
+from rung.engine.progress import say
 from rung.errors import CheckpointError
 from rung.model.policy import Policy
+from rung.paths import cache_folder
 from rung.types import Below, Example, PackedBatch, SharedPrefix
+
+LENGTHS = 1000
+"""Documents looked at to know how long all of them are."""
+
+
+def has_room(rows: Sequence[Sequence[Example]], width: int) -> bool:
+    """Whether half of the free disk takes the states of all these documents; says so where it does not."""
+    some = [sum(map(len, rows[i])) for i in range(0, len(rows), max(1, len(rows) // LENGTHS))]
+    needed = int(np.mean(some) * len(rows) * 4 * width)
+    enough = needed <= shutil.disk_usage(cache_folder()).free // 2
+    if not enough:
+        say(f"some layers do not move, but keeping their states would take {needed / 1e9:.0f} GB")
+    return enough
 
 
 class _Entry(NamedTuple):

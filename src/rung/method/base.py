@@ -172,20 +172,6 @@ def switched_off(method: Any) -> Iterator[None]:
         method.on = before
 
 
-def state_of(moving: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The moving numbers, detached, for checkpoints."""
-    return {name: parameter.detach() for name, parameter in moving.items()}
-
-
-@torch.no_grad()
-def load_state(own: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:
-    """Put checkpointed numbers back. Raises `CheckpointError` unless names and shapes are the same."""
-    same_keys(state.keys(), own.keys(), "checkpoint")
-    same_shapes(own, state, "checkpoint")
-    for name, parameter in own.items():
-        parameter.copy_(state[name])
-
-
 def same_shapes(own: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
     """Raise `CheckpointError` naming the first tensor of another shape: copying would stretch it."""
     for name, value in own.items():

@@ -56,7 +56,8 @@ class Full(_MovesTheBase):
     kind = "full"
 
     def __init__(self, model: PreTrainedModel, spec: FullSpec) -> None:
-        self.model = model.float() if next(model.parameters()).dtype in (torch.bfloat16, torch.float16) else model
+        narrow = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+        self.model = model.float() if narrow else model
         self.model.requires_grad_(True)
         self.left = 0
         """Parameters of a head that nothing reads."""

@@ -1,7 +1,8 @@
 """How far a student's distribution over the vocabulary lies from a teacher's, without holding either for all tokens.
 
-Each entry's divergence depends on its own hidden state alone, so its gradient is taken slice by slice in the forward
-pass and kept as one vector an entry. Where the student's head moves, slices are computed again in the backward pass.
+The loss is a sum over entries whose weights are known beforehand, so its gradients are taken slice by slice in the
+forward pass, those of the head as well: nothing is computed a second time, and the data's own tokens are read off the
+same logits.
 
 Suffixes: N entries, V vocabulary, H width.
 """
@@ -9,15 +10,15 @@ Suffixes: N entries, V vocabulary, H width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
-from rung.model.head import LogitMap, effective_linear
+from rung.model.head import LogitMap, compute_dtype, effective_linear
+from rung.model.product import linear, product
 
 ENTRIES = 128
 """Entries at once: 25 MB a tensor of logits in float32 over a vocabulary of 49,152."""
@@ -46,65 +47,123 @@ def jensen_shannon(beta: float) -> Divergence:
 
 
 class Side(NamedTuple):
-    """Hidden states that predict, and the head that reads them."""
+    """Hidden states [N, H] that predict, and the head that reads them."""
 
     hidden_NH: Tensor
     head: nn.Module
     logit_map: LogitMap
 
-    def logprobs(self, hidden_NH: Tensor, temperature: float, width: int) -> Tensor:
-        """Of a slice, over the first `width` entries of the vocabulary, float32 or wider."""
-        linear = effective_linear(self.head)
-        z = F.linear(hidden_NH, linear.weight[:width], None if linear.bias is None else linear.bias[:width])  # type: ignore[index]
-        exact = z.to(torch.promote_types(torch.float32, z.dtype))
-        logits = exact * self.logit_map.scale if self.logit_map.scale != 1.0 else exact
+    def logprobs(self, z_NV: Tensor, temperature: float) -> Tensor:
+        """Of products of head and hidden state, in their own type."""
+        logits = z_NV * self.logit_map.scale if self.logit_map.scale != 1.0 else z_NV
         if self.logit_map.softcap is not None:
             logits = self.logit_map.softcap * torch.tanh(logits / self.logit_map.softcap)
         return torch.log_softmax(logits / temperature, dim=-1)
 
 
-def divergence(student: Side, teacher: Side, between: Divergence, *, temperature: float = 1.0) -> Tensor:
-    """Nats [N] between distributions at a temperature; the teacher gets no gradient.
+class Goal(NamedTuple):
+    """What is wanted of each of N entries."""
 
-    Heads of different sizes are compared over the smaller: what lies beyond it is padding of the vocabulary.
+    between: Divergence
+    temperature: float
+    weight_N: Tensor
+    """Of the divergence."""
+    target_N: Tensor
+    """Tokens of the data, for the cross-entropy."""
+    nats_weight_N: Tensor | None
+    """Of the cross-entropy, which is at the temperature of the student's own logit map; None leaves it out."""
+
+
+class Found(NamedTuple):
+    """Sums to be minimised, and nats of each entry without gradient."""
+
+    total: Tensor
+    apart_N: Tensor
+    logprob_N: Tensor
+
+
+def follow(student: Side, teacher: Side, goal: Goal) -> Found:
+    """Sum of weight * divergence - nats_weight * log p(target), with one product of the student's head for both.
+
+    Heads of different sizes are compared over the smaller: what lies beyond it is padding of the vocabulary. The
+    teacher gets no gradient.
     """
-    own, other = (effective_linear(side.head) for side in (student, teacher))
-    width = min(len(own.weight), len(other.weight))  # type: ignore[arg-type]
+    (weight, bias), (their_weight, their_bias) = _numbers(student.head), _numbers(teacher.head)
+    width = min(len(weight), len(their_weight))
+    dtype = compute_dtype(teacher.hidden_NH, their_weight)
+    their_weight = their_weight[:width].detach().to(dtype)
+    their_bias = None if their_bias is None else their_bias[:width].detach().to(dtype)
 
-    def of(hidden_NH: Tensor, rows: slice) -> Tensor:
+    def of(z_NV: Tensor, rows: slice) -> Found:
         with torch.no_grad():
-            expected = teacher.logprobs(teacher.hidden_NH[rows], temperature, width)
-        return between(expected, student.logprobs(hidden_NH, temperature, width))
+            expected = linear(teacher.hidden_NH[rows].to(dtype), their_weight, their_bias).to(z_NV.dtype)
+            expected = teacher.logprobs(expected, goal.temperature)
+        apart = goal.between(expected, student.logprobs(z_NV[:, :width], goal.temperature))
+        total = (apart * goal.weight_N[rows].to(apart.dtype)).sum()
+        if goal.nats_weight_N is None:
+            return Found(total, apart, torch.zeros_like(apart))
+        told = student.logprobs(z_NV, student.logit_map.temperature)
+        logprob = told.gather(1, goal.target_N[rows, None])[:, 0]
+        return Found(total - (logprob * goal.nats_weight_N[rows].to(apart.dtype)).sum(), apart, logprob)
 
-    moves = any(p.requires_grad for p in own.parameters())
-    slices = [slice(at, at + ENTRIES) for at in range(0, len(student.hidden_NH), ENTRIES)]
-    if moves and torch.is_grad_enabled():
-        parts = [checkpoint(of, student.hidden_NH[rows], rows, use_reentrant=False) for rows in slices]
-        return torch.cat(parts) if parts else student.hidden_NH.new_zeros(0)
-    found: Tensor = _Directed.apply(student.hidden_NH, of, slices)  # type: ignore[no-untyped-call]
-    return found
+    learns = torch.is_grad_enabled()
+    found = _Followed.apply(student.hidden_NH, weight, bias, of, learns)  # type: ignore[no-untyped-call]
+    return Found(*found)
 
 
-class _Directed(torch.autograd.Function):
-    """Values of entries that depend on their own hidden state alone, with the gradient taken along the way."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, of: Callable[[Tensor, slice], Tensor], slices: list[slice]) -> Tensor:
-        exact = torch.promote_types(torch.float32, hidden_NH.dtype)
-        values = torch.zeros(len(hidden_NH), dtype=exact, device=hidden_NH.device)
-        wanted = ctx.needs_input_grad[0]
-        direction = torch.zeros_like(hidden_NH) if wanted else None
-        for rows in slices:
-            own = hidden_NH[rows].detach().requires_grad_(wanted)
-            with torch.set_grad_enabled(wanted):
-                value = of(own, rows)
-                if direction is not None:
-                    direction[rows] = torch.autograd.grad(value.sum(), own)[0]
-            values[rows] = value.detach()
-        ctx.save_for_backward(direction)
-        return values
+class _Followed(torch.autograd.Function):
+    """A sum over entries, read off products z = h W^T + b slice by slice, its gradients taken along the way."""
 
     @staticmethod
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, None, None]:
-        (direction,) = ctx.saved_tensors
-        return direction * grad_N[:, None].to(direction.dtype), None, None
+    def forward(
+        ctx: Any,
+        h_NH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        of: Callable[[Tensor, slice], Found],
+        learns: bool,
+    ) -> Found:
+        compute = compute_dtype(h_NH, weight_VH)
+        exact = torch.promote_types(compute, torch.float32)
+        weight, bias = weight_VH.to(compute), None if bias_V is None else bias_V.to(compute)
+        wanted = tuple(need and learns for need in ctx.needs_input_grad[:3])
+        grads = tuple(
+            torch.zeros_like(p) if p is not None and want else None
+            for p, want in zip((h_NH, weight_VH, bias_V), wanted, strict=True)
+        )
+        found = Found(*(torch.zeros(shape, dtype=exact, device=h_NH.device) for shape in ((), len(h_NH), len(h_NH))))
+        with torch.autocast(h_NH.device.type, enabled=False):
+            for at in range(0, len(h_NH), ENTRIES):
+                rows = slice(at, at + ENTRIES)
+                h = h_NH[rows].to(compute)
+                z = linear(h, weight, bias).to(exact).requires_grad_(any(wanted))
+                with torch.set_grad_enabled(any(wanted)):
+                    own = of(z, rows)
+                found.total.add_(own.total.detach())
+                found.apart_N[rows], found.logprob_N[rows] = own.apart_N.detach(), own.logprob_N.detach()
+                if any(wanted):
+                    _collect(grads, rows, torch.autograd.grad(own.total, z)[0].to(compute), h, weight)
+        ctx.save_for_backward(*grads)
+        ctx.mark_non_differentiable(found.apart_N, found.logprob_N)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return (*(None if g is None else g * grad for g in ctx.saved_tensors), None, None)
+
+
+def _collect(grads: Sequence[Tensor | None], rows: slice, d_z: Tensor, h: Tensor, weight: Tensor) -> None:
+    """Add what a slice's products do to hidden states, weights and bias."""
+    of_h, of_weight, of_bias = grads
+    if of_h is not None:
+        of_h[rows] = product(d_z, weight).to(of_h.dtype)
+    if of_weight is not None:
+        of_weight += product(d_z.T, h)
+    if of_bias is not None:
+        of_bias += d_z.sum(0)
+
+
+def _numbers(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    acting = effective_linear(head)
+    return acting.weight, getattr(acting, "bias", None)  # type: ignore[return-value]

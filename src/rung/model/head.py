@@ -83,7 +83,7 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> Tensor:
         head_moves = weight_VH.requires_grad or (bias_V is not None and bias_V.requires_grad)
         keep_direction = h_NH.requires_grad and not head_moves
-        compute = _compute_dtype(h_NH, weight_VH)
+        compute = compute_dtype(h_NH, weight_VH)
         exact = torch.promote_types(compute, torch.float32)
         lse_N = torch.empty(len(h_NH), dtype=exact, device=h_NH.device)
         logprob_N = torch.empty_like(lse_N)
@@ -174,7 +174,7 @@ class _Head:
         return _Scan((top + total.log())[:, 0], logit[:, 0], mean)
 
 
-def _compute_dtype(h: Tensor, weight: Tensor) -> torch.dtype:
+def compute_dtype(h: Tensor, weight: Tensor) -> torch.dtype:
     """That of autocast where it is on; else the wider of the two, so a bfloat16 head is widened tile by tile."""
     device = h.device.type
     if torch.is_autocast_enabled(device):

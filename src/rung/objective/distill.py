@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from rung.model.divergence import Divergence, Side, divergence, forward_kl, jensen_shannon, reverse_kl
+from rung.model.divergence import Divergence, Goal, Side, follow, forward_kl, jensen_shannon, reverse_kl
 from rung.model.policy import Policy, document_key
 from rung.objective.base import Objective, taken
-from rung.objective.sft import nll
 from rung.spec.objective import DistillSpec
 from rung.types import OWN, Counts, LossTerm, PackedBatch
 
@@ -54,23 +53,27 @@ class Distill(Objective):
         return Counts(tokens=float(tokens), sequences=float(batch.sequences))
 
     def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
-        """A term of the divergence, and of the data's own tokens and of hidden states where they are asked for."""
+        """A term of the divergence with the data's own tokens, and one of hidden states where they are asked for."""
         theirs = self._taught(batch)
         hidden = policy.hidden_states(batch)
-        source, weight_N = batch.loss.source, batch.loss.weight
-        own, spec = hidden[source], self.spec
+        own, spec = hidden[batch.loss.source], self.spec
+        weight_N = batch.loss.weight.to(torch.promote_types(torch.float32, own.dtype))
         student = Side(own, policy.head, policy.logit_map)
         teacher = Side(theirs.to(own.device), self.teacher.head, self.teacher.logit_map)
+        of_data = 1.0 - batch.loss.columns.get(OWN, torch.zeros_like(weight_N)).to(weight_N.dtype)
+        goal = Goal(
+            self.between,
+            spec.temperature,
+            spec.weight * spec.temperature**2 * weight_N,
+            batch.loss.target,
+            spec.cross_entropy * of_data * weight_N if spec.cross_entropy else None,
+        )
         with policy.autocast():
-            apart_N = divergence(student, teacher, self.between, temperature=spec.temperature)
-        scaled = spec.temperature**2 * apart_N * weight_N.to(apart_N.dtype)
-        terms = [LossTerm(spec.weight * scaled.sum(), "tokens", spec.divergence)]
-        self.seen.append({"divergence": apart_N.detach()})
+            total, apart_N, logprob_N = follow(student, teacher, goal)
+        terms = [LossTerm(total, "tokens", spec.divergence)]
+        self.seen.append({"divergence": apart_N})
         if spec.cross_entropy:
-            logprobs_N = policy.logprobs_of(hidden, batch)
-            of_data = 1.0 - batch.loss.columns.get(OWN, torch.zeros_like(logprobs_N)).to(logprobs_N.dtype)
-            terms.append(LossTerm(spec.cross_entropy * nll(logprobs_N, of_data * weight_N), "tokens", "sft"))
-            self.seen[-1]["cross_entropy"] = -logprobs_N.detach()[of_data > 0]
+            self.seen[-1]["cross_entropy"] = -logprob_N[of_data > 0]
         if spec.cosine:
             away_N = 1.0 - F.cosine_similarity(own.to(apart_N.dtype), teacher.hidden_NH.to(apart_N.dtype), dim=-1)
             terms.append(LossTerm(spec.cosine * (away_N * weight_N.to(away_N.dtype)).sum(), "tokens", "cosine"))

@@ -63,10 +63,7 @@ def generate_answers(target: str, data: str, output: Path, asked: Asked) -> dict
     the KL divergence. A stop loses nothing but the slice at hand: the same command goes on. Raises `ConfigError` where
     the output exists already.
     """
-    if output.exists():
-        raise ConfigError("this file exists already", where="--output", given=output)
-    records = load_records(DataSpec(path=data, format=asked.format), data).records
-    chosen = [records[i] for i in range(min(len(records), asked.limit or len(records)))]
+    chosen = records_for(output, data, asked)
     policy, chat, scorer = _open(target, asked)
     room = policy.base.context - policy.method.virtual_tokens - asked.sampling.max_new_tokens
     prompted = prompts(chat, chosen, longest=room, overflow="error")
@@ -85,6 +82,14 @@ def generate_answers(target: str, data: str, output: Path, asked: Asked) -> dict
         told = write_rows(output, prompted.records, made, asked)
         journal.remove()
     return told
+
+
+def records_for(output: Path, data: str, asked: Asked) -> list[Record]:
+    """The rows whose prompts are answered. Raises `ConfigError` where the output exists already."""
+    if output.exists():
+        raise ConfigError("this file exists already", where="--output", given=output)
+    records = load_records(DataSpec(path=data, format=asked.format), data).records
+    return [records[i] for i in range(min(len(records), asked.limit or len(records)))]
 
 
 @dataclass(frozen=True)

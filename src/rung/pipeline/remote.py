@@ -9,14 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rung.data.formats import load_records
 from rung.data.turns import for_template
 from rung.engine.progress import Bar, say
 from rung.errors import CheckpointError, ConfigError
 from rung.evaluate.baselines import Framing
 from rung.held import Journal
-from rung.pipeline.generate import Asked, Made, journal_of, seed_of, write_rows
-from rung.spec.data import DataSpec
+from rung.pipeline.generate import Asked, Made, journal_of, records_for, seed_of, write_rows
 from rung.synth.remote import Failure, Request, Server, ask
 from rung.types import Record
 
@@ -33,10 +31,7 @@ def generate_remotely(server: Server, data: str, output: Path, asked: Asked) -> 
     if asked.reward or asked.reference:
         what = "a server gives text, not the log-probabilities or tokens that this wants"
         raise ConfigError(what, where="--reward" if asked.reward else "--reference", given=server.url)
-    if output.exists():
-        raise ConfigError("this file exists already", where="--output", given=output)
-    records = load_records(DataSpec(path=data, format=asked.format), data).records
-    chosen = [records[i] for i in range(min(len(records), asked.limit or len(records)))]
+    chosen = records_for(output, data, asked)
     requests = [_request(record, number, asked) for number, record in enumerate(chosen)]
     about = {"model": server.model, "requests": [asdict(request) for request in requests]}
     with closing(Journal(journal_of(output), about)) as journal:

@@ -70,7 +70,7 @@ def _by_function(path: str) -> Verifier:
             raise DataError(what, where=str(row["source"]), given=repr(answer[:80])) from error
         try:
             number = math.nan if isinstance(value, str) else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if math.isfinite(number):
             return number

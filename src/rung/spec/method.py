@@ -61,8 +61,8 @@ class LowRankSpec(Spec):
 
     @property
     def default_rate(self) -> float:
-        """A start from the gradient makes the first step a large one, and a faster B multiplies it: a fifth there."""
-        eager = self.init == "lora_ga" or self.rate_ratio > 1.0
+        """Where B does not start at zero the first step is a large one, and a faster B multiplies it: a fifth there."""
+        eager = self.init in SUBTRACTED or self.rate_ratio > 1.0
         return self.DEFAULT_LEARNING_RATE / (5.0 if eager else 1.0)
 
     rank: PositiveInt = 16

@@ -32,7 +32,8 @@ class ModelSpec(Spec):
     forward: slower, the same result within rounding. For comparing and for finding faults."""
 
     sharded: bool = False
-    """Of several processes each holds a part of the layers' frozen weights, and gathers a layer while it computes."""
+    """Of several processes each holds some rows of the layers' weights, and gathers a layer while it computes. Under
+    full gradients and moments are in parts as well."""
 
     @model_validator(mode="after")
     def _layers_are_of_a_teacher(self) -> ModelSpec:

@@ -34,13 +34,6 @@ def refusal_of_model(model_type: str, *, encoder_decoder: bool) -> str | None:
     return MODEL_REFUSALS.get(model_type)
 
 
-def refusal_of_processes(method: str, *, own_answers: bool) -> str | None:
-    """Why several processes cannot share such a run, or None."""
-    if own_answers:
-        return "a policy that makes its own answers is not shared out over processes"
-    return PROCESS_REFUSALS.get(method)
-
-
 PROCESS_REFUSALS = {
     "mixture": "a router's load is counted in each process alone",
     "qlora": "a quantised base in several processes has not been tested",
@@ -48,12 +41,21 @@ PROCESS_REFUSALS = {
 """Methods that one process trains, with the reason."""
 
 
-def refusal_of_shards(method: str, objective: str, *, reference: object) -> str | None:
-    """Why such a run cannot be shared out with its base in parts, or None."""
-    if method != "lora":
-        return f"a base in parts has been tested under lora alone, not under {method}"
+def refusal_of_processes(method: str, *, own_answers: bool) -> str | None:
+    """Why several processes cannot share such a run, or None."""
+    if own_answers:
+        return "a policy that makes its own answers is not shared out over processes"
+    return PROCESS_REFUSALS.get(method)
+
+
+def refusal_of_shards(method: str, objective: str, *, reference: object, moments: str) -> str | None:
+    """Why such a run cannot be shared out with its model in parts, or None."""
+    if method not in ("lora", "full"):
+        return f"a model in parts has been tested under lora and full alone, not under {method}"
     if objective not in ("sft", "preference"):
-        return f"a base in parts has been tested with sft and preference alone, not with {objective}"
+        return f"a model in parts has been tested with sft and preference alone, not with {objective}"
+    if method == "full" and moments != "float32":
+        return "moments in 8 bits have scales for blocks of numbers, which do not follow the rows of a part"
     if reference not in (None, "base", "none"):
         return "a reference of its own would be a second model, held whole"
     return None

@@ -18,6 +18,8 @@ from rung.held import Journal
 
 KEYS = ("RUNG_API_KEY", "OPENAI_API_KEY")
 """Environment variables that may hold the key; it is written nowhere."""
+AT_ONCE = 8
+"""Requests on their way unless it is said otherwise."""
 AHEAD = 4
 """Requests that wait for their turn, for each that is on its way."""
 
@@ -30,7 +32,7 @@ class Server:
     """Up to and including `/v1`."""
     model: str
     """Its name there."""
-    concurrency: int = 8
+    concurrency: int = AT_ONCE
     """Requests on their way at once."""
     retries: int = 6
     """Further tries of a request that fails for a moment."""
@@ -76,22 +78,27 @@ def ask(
     failures: list[Failure] = []
     missing = (number for number in range(len(requests)) if number not in found)
     one = _one_of(server)
+    waiting: dict[Future[list[Said]], int] = {}
+
+    def take(future: Future[list[Said]]) -> None:
+        number = waiting.pop(future)
+        try:
+            found[number] = future.result()
+        except _RefusedError as error:
+            failures.append(Failure(number, str(error)))
+            return
+        journal.add(str(number), [[a.text, a.stopped] for a in found[number]])
+        on_answer()
+
     with ThreadPoolExecutor(server.concurrency) as pool:
-        waiting: dict[Future[list[Said]], int] = {}
         try:
             while _fill(waiting, missing, lambda n: pool.submit(one, requests[n]), AHEAD * server.concurrency):
-                done, _ = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in done:
-                    number = waiting.pop(future)
-                    try:
-                        found[number] = future.result()
-                    except _RefusedError as error:
-                        failures.append(Failure(number, str(error)))
-                        continue
-                    journal.add(str(number), [[a.text, a.stopped] for a in found[number]])
-                    on_answer()
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    take(future)
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(wait=True, cancel_futures=True)  # what is on its way has been paid for
+            for future in [f for f in waiting if f.done() and not f.cancelled() and f.exception() is None]:
+                take(future)
             raise
     return found, sorted(failures, key=lambda failure: failure.prompt)
 
