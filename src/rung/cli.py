@@ -310,8 +310,17 @@ def options(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a verb and leave with its exit code: 0, 2 input at fault, 3 refused, 1 a bug, 130 interrupted."""
-    sys.exit(_exit_code(sys.argv[1:] if arguments is None else arguments))
+    """Run a verb and leave with its exit code: 0, 2 input at fault, 3 refused, 1 a bug, 130 interrupted.
+
+    One of several processes leaves without taking the interpreter down: gloo's threads may still hold tensors then,
+    and letting one go without an interpreter aborts the process (pytorch/pytorch#179291), once in a dozen runs in parts.
+    """
+    code = _exit_code(sys.argv[1:] if arguments is None else arguments)
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _exit_code(arguments: list[str]) -> int:
