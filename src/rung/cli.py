@@ -312,8 +312,8 @@ def options(
 def main(arguments: list[str] | None = None) -> None:
     """Run a verb and leave with its exit code: 0, 2 input at fault, 3 refused, 1 a bug, 130 interrupted.
 
-    One of several processes leaves without taking the interpreter down: gloo's threads may still hold tensors then,
-    and letting one go without an interpreter aborts the process (pytorch/pytorch#179291), once in a dozen runs in parts.
+    One of several processes leaves without taking the interpreter down: gloo's threads may still hold tensors, and
+    letting one go without an interpreter aborts the process (pytorch/pytorch#179291), once in a dozen runs in parts.
     """
     code = _exit_code(sys.argv[1:] if arguments is None else arguments)
     if os.environ.get("WORLD_SIZE", "1") == "1":
