@@ -88,6 +88,26 @@ def data_check(
 
 
 @app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    memory: Annotated[str | None, typer.Option("--memory", help="What there is, for example 24GiB.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="A known device, for example h100.")] = None,
+    tokens: Annotated[float | None, typer.Option("--tokens", min=1, help="Tokens of an epoch, if known.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Memory and time of a run before anything is loaded, of every method, and what would make it fit."""
+    from rung.plan.advise import advise, device_named, size_of
+    from rung.spec.io import load
+
+    spec = load(config, overrides or ()).spec
+    advice = advise(spec, limit=size_of(memory), device=device_named(device), tokens=tokens)
+    from rung.report.plans import plan_lines
+
+    _show(advice.to_json(), plan_lines(advice, config), as_json)
+
+
+@app.command()
 def train(
     config: Config,
     overrides: Overrides = None,

@@ -13,7 +13,7 @@ import torch
 from rung.data.chat import Chat
 from rung.data.prompts import Prompted
 from rung.engine import gates
-from rung.engine.budget import probe, tokens_per_micro_batch, try_longest
+from rung.engine.budget import probe, try_longest
 from rung.engine.distributed import ALONE, World
 from rung.engine.interrupt import Interrupted
 from rung.engine.loop import Trainer
@@ -37,6 +37,7 @@ from rung.objective.reward import Reward
 from rung.objective.table import OBJECTIVES
 from rung.opened import device, load
 from rung.others import Beside, beside, judge
+from rung.plan.memory import tokens_per_micro_batch
 from rung.prepared import Data, read_splits, tokenise
 from rung.publish.artefact import pad_beside_stops, write_origin, write_text_side
 from rung.publish.classifier import write_score
@@ -384,7 +385,7 @@ def _try_longest(trainer: Trainer, data: Data, folder: RunFolder) -> None:
 def budget_of(spec: RunSpec, base: Base) -> int:
     """Tokens computed at once, as far as the config and the base decide it."""
     given = spec.engine.tokens_per_micro_batch
-    return given if isinstance(given, int) else tokens_per_micro_batch(base.model.config, device().type)
+    return given if isinstance(given, int) else tokens_per_micro_batch(base.shape, device().type)
 
 
 def _fingerprints(base: Base, data: Data) -> dict[str, str]:

@@ -20,8 +20,9 @@ from rung.errors import ConfigError, PlanError
 from rung.method.table import attach
 from rung.model.load import Base
 from rung.model.policy import Policy, Untouched
-from rung.model.student import chosen, student
+from rung.model.student import student
 from rung.objective.distill import Distill
+from rung.spec.layers import student_layers
 from rung.spec.method import METHOD_SPECS
 from rung.spec.objective import DistillSpec
 from tolerances import FLOAT64
@@ -123,13 +124,14 @@ def test_heads_of_other_sizes_are_compared_over_the_smaller() -> None:
 
 
 def test_which_layers_a_student_takes() -> None:
-    assert chosen("every_other", 12) == (0, 2, 4, 7, 9, 11)  # those of DistilBERT
-    assert chosen("every_other", 30)[0] == 0 and chosen("every_other", 30)[-1] == 29
-    assert len(chosen("every_other", 30)) == 15 and chosen("every_other", 2) == (0,)
-    assert chosen("first", 4) == (0, 1) and chosen("last", 5) == (3, 4) and chosen((1, 3), 4) == (1, 3)
+    assert student_layers("every_other", 12) == (0, 2, 4, 7, 9, 11)  # those of DistilBERT
+    assert student_layers("every_other", 30)[0] == 0 and student_layers("every_other", 30)[-1] == 29
+    assert len(student_layers("every_other", 30)) == 15 and student_layers("every_other", 2) == (0,)
+    assert student_layers("first", 4) == (0, 1) and student_layers("last", 5) == (3, 4)
+    assert student_layers((1, 3), 4) == (1, 3)
     for wrong in ((3, 1), (0, 4), (), (0, 1, 2, 3)):
         with pytest.raises(ConfigError):
-            chosen(wrong, 4)
+            student_layers(wrong, 4)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

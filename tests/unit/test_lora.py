@@ -14,9 +14,10 @@ from rung.engine.pack import pack
 from rung.engine.step import accumulate
 from rung.errors import ConfigError
 from rung.method.table import attach
-from rung.model.targets import layer_number, layers_named
+from rung.model.targets import layer_number
 from rung.objective.sft import Sft
 from rung.spec.engine import OptimiserSpec
+from rung.spec.layers import layers_named
 from rung.spec.method import METHOD_SPECS, LoraSpec
 from rung.spec.objective import SftSpec
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,12 +11,15 @@ import torch
 from builders import documents, example, policy_of, tuned
 from models import tiny_model
 from rung.engine import budget
-from rung.engine.budget import activation_bytes_per_token, layers_to_recompute, tokens_per_micro_batch
+from rung.engine.budget import layers_to_recompute
 from rung.engine.optim import make_optimiser, rate_at
 from rung.engine.pack import pack, pack_separately
 from rung.engine.step import accumulate, mean_loss
 from rung.errors import DataError
 from rung.objective.sft import Sft, nll
+from rung.plan.memory import activation_bytes_per_token, tokens_per_micro_batch
+from rung.plan.shape import shape_of
+from rung.spec.catalog import CATALOG
 from rung.spec.engine import OptimiserSpec
 from rung.spec.objective import SftSpec
 from rung.types import Counts, Example, LossTerm, PackedBatch
@@ -128,35 +130,32 @@ def test_decay_spares_vectors() -> None:
 
 
 def test_budget_follows_from_the_shape() -> None:
-    config = tiny_model().config
-    assert activation_bytes_per_token(config) == 4 * 2 * (4 * 32 + 2 * 16 + 2 * 48)
-    assert tokens_per_micro_batch(config, "cpu") == 4096
-    config.num_hidden_layers, config.hidden_size = 80, 8192
-    config.intermediate_size = 28672
-    assert tokens_per_micro_batch(config, "cpu") == 256
-    assert tokens_per_micro_batch(config, "cuda") == 16_384
+    shape = shape_of(tiny_model().config.to_dict())
+    assert activation_bytes_per_token(shape) == 4 * 2 * (4 * 32 + 2 * 16 + 2 * 48)
+    assert tokens_per_micro_batch(shape, "cpu") == 4096
+    large = {"hidden_size": 8192, "num_hidden_layers": 80, "intermediate_size": 28672}
+    shape = shape_of({**tiny_model().config.to_dict(), **large})
+    assert tokens_per_micro_batch(shape, "cpu") == 256
+    assert tokens_per_micro_batch(shape, "cuda") == 16_384
 
 
 def test_the_auto_budget_follows_from_the_shape_alone() -> None:
-    config = SimpleNamespace(
-        num_hidden_layers=30, hidden_size=576, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536
-    )
-    assert activation_bytes_per_token(config) == 4 * 30 * (4 * 576 + 2 * 192 + 2 * 1536)
-    assert tokens_per_micro_batch(config, "cpu") == 776
-    assert tokens_per_micro_batch(config, "cuda") == 16_384
+    shape = shape_of(CATALOG["smollm2-135m"].config)
+    assert activation_bytes_per_token(shape) == 4 * 30 * (4 * 576 + 2 * 192 + 2 * 1536)
+    assert tokens_per_micro_batch(shape, "cpu") == 776
+    assert tokens_per_micro_batch(shape, "cuda") == 16_384
 
 
 def test_only_a_document_that_does_not_fit_is_computed_again_and_only_as_much_as_needed() -> None:
-    config = SimpleNamespace(
-        num_hidden_layers=10, hidden_size=8, num_attention_heads=2, num_key_value_heads=2, intermediate_size=16
-    )
+    numbers = {"hidden_size": 8, "num_hidden_layers": 10, "num_attention_heads": 2, "intermediate_size": 16}
+    shape = shape_of({"model_type": "llama", "vocab_size": 10, **numbers})
     a_layer = 4 * (4 * 8 + 2 * 8 + 2 * 16)
-    assert layers_to_recompute(config, 100, limit=100 * 10 * a_layer) == range(0)
-    assert layers_to_recompute(config, 100, limit=100 * 10 * a_layer - 1) == range(0, 1)
-    assert layers_to_recompute(config, 100, lowest=6, limit=100 * 4 * a_layer - 1) == range(6, 7)
-    assert layers_to_recompute(config, 100, limit=1) == range(0, 10)
+    assert layers_to_recompute(shape, 100, limit=100 * 10 * a_layer) == range(0)
+    assert layers_to_recompute(shape, 100, limit=100 * 10 * a_layer - 1) == range(0, 1)
+    assert layers_to_recompute(shape, 100, lowest=6, limit=100 * 4 * a_layer - 1) == range(6, 7)
+    assert layers_to_recompute(shape, 100, limit=1) == range(0, 10)
     kept = sum(a_layer if i >= 4 else 4 * 8 for i in range(10))
-    assert layers_to_recompute(config, 100, limit=100 * kept) == range(0, 4)
+    assert layers_to_recompute(shape, 100, limit=100 * kept) == range(0, 4)
 
 
 @pytest.mark.parametrize(

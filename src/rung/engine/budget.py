@@ -1,10 +1,9 @@
-"""How many tokens to compute at once: from the shape of the model alone, or measured once."""
+"""How many tokens to compute at once, measured once, and what a document too long for memory has computed again."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
@@ -13,30 +12,15 @@ from rung.errors import PlanError
 from rung.method.base import Method
 from rung.model.policy import Policy
 from rung.objective.base import Objective
+from rung.plan.memory import layer_bytes_per_token
+from rung.plan.shape import Shape
 from rung.types import Example, PackedBatch
 
-ACTIVATION_BYTES = 512 * 2**20
-"""What the activations of one micro-batch may hold on a processor."""
-FEWEST, MOST = 256, 4096
-"""Below some hundred rows matrix products slow down; beyond a few thousand nothing is gained on a processor."""
-CUDA_TOKENS = 16_384
 LONGEST_BYTES = 4 * 2**30
 """What a single document may hold on a processor; one that needs more has its first layers computed again."""
 CANDIDATES = (256, 512, 768, 1024, 1536, 2048)
 WORTH = 1.03
 """A larger micro-batch holds more memory: it must be this much faster to be taken."""
-
-
-def tokens_per_micro_batch(config: Any, device_type: str) -> int:
-    """The `auto` budget. 776 tokens for a 135M model: a few hundred rows keep products near full speed."""
-    if device_type == "cuda":
-        return CUDA_TOKENS
-    return max(FEWEST, min(MOST, ACTIVATION_BYTES // activation_bytes_per_token(config)))
-
-
-def activation_bytes_per_token(config: Any) -> int:
-    """Bytes kept for the backward pass per token in float32: 4 * layers * (4 H + 2 H_kv + 2 H_mlp)."""
-    return int(config.num_hidden_layers) * _layer_bytes(config)
 
 
 def longest_document_bytes(device: torch.device) -> int:
@@ -46,15 +30,15 @@ def longest_document_bytes(device: torch.device) -> int:
     return LONGEST_BYTES
 
 
-def layers_to_recompute(config: Any, tokens: int, *, lowest: int = 0, limit: int = LONGEST_BYTES) -> range:
+def layers_to_recompute(shape: Shape, tokens: int, *, lowest: int = 0, limit: int = LONGEST_BYTES) -> range:
     """Which layers a document of this many tokens must compute again so that what it keeps fits into `limit` bytes.
 
     Layers below `lowest` do not move and keep nothing. A layer computed again keeps its input: 4 H bytes a token.
     """
-    moving, kept = config.num_hidden_layers - lowest, 4 * config.hidden_size
-    over = tokens * moving * _layer_bytes(config) - limit
-    count = 0 if over <= 0 else min(moving, -(-over // (tokens * (_layer_bytes(config) - kept))))
-    return range(lowest, lowest + int(count))
+    moving, kept, each = shape.layers - lowest, 4 * shape.width, layer_bytes_per_token(shape)
+    over = tokens * moving * each - limit
+    count = 0 if over <= 0 else min(moving, -(-over // (tokens * (each - kept))))
+    return range(lowest, lowest + count)
 
 
 def probe(
@@ -124,12 +108,3 @@ def _timed(policy: Policy, objective: Objective, window: Sequence[PackedBatch]) 
     with torch.random.fork_rng():
         accumulate(policy, objective, window)
     return time.perf_counter() - started
-
-
-def _layer_bytes(config: Any) -> int:
-    width = config.hidden_size
-    heads = config.num_attention_heads
-    head_width = getattr(config, "head_dim", None) or width // heads
-    kv = (getattr(config, "num_key_value_heads", None) or heads) * head_width
-    mlp = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
-    return int(4 * (4 * width + 2 * kv + 2 * mlp))

@@ -83,7 +83,7 @@ class Trainer:
         if self.method.runs_again():
             self.policy.layers_to_recompute = partial(
                 layers_to_recompute,
-                self.policy.model.config,
+                self.policy.base.shape,
                 lowest=self.lowest,
                 limit=longest_document_bytes(self.policy.device),
             )

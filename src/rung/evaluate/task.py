@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 
 from rung.data.chat import Chat
-from rung.engine.budget import tokens_per_micro_batch
 from rung.engine.pack import pack
 from rung.engine.progress import Bar
 from rung.errors import DataError
@@ -22,6 +21,7 @@ from rung.evaluate.baselines import Framing
 from rung.model.generate import Sampling, generate_by_task
 from rung.model.policy import Policy
 from rung.model.tree import has_flat_kernel
+from rung.plan.memory import tokens_per_micro_batch
 from rung.scoring.metrics import METRICS
 from rung.scoring.stats import Interval, ratio_interval, score_interval
 from rung.spec.evaluate import EvaluateSpec
@@ -211,7 +211,7 @@ def _likelihoods(
         if len(ids) > policy.base.context - policy.method.virtual_tokens:
             raise DataError("prompt and expected answer are longer than the model's context", where=str(record.source))
         examples.append(Example(ids, np.arange(len(ids)) >= len(prompt), record.source, task=record.task))
-    budget = tokens_per_micro_batch(policy.model.config, policy.device.type)
+    budget = tokens_per_micro_batch(policy.base.shape, policy.device.type)
     found: dict[Source, tuple[float, int]] = {}
     trees = not has_flat_kernel(policy.device)
     batches = pack(examples, budget, share_prefixes=trees, device=policy.device)

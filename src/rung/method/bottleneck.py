@@ -27,7 +27,8 @@ from rung.errors import ConfigError, PlanError
 from rung.method.base import Method, switched_off
 from rung.method.files import named, read, write
 from rung.model.layers import layers_of
-from rung.model.targets import layer_number, layers_named, linears_by_role
+from rung.model.targets import layer_number, linears_by_role
+from rung.spec.layers import layers_named
 from rung.spec.method import BottleneckSpec
 
 NAME = "bottleneck"

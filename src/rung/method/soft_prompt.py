@@ -25,7 +25,7 @@ from rung.errors import ConfigError, DataError, PlanError
 from rung.method.base import Method, Sample, same_keys, same_shapes, switched_off
 from rung.method.files import CONFIG, read_state, write_peft
 from rung.model.policy import Virtual
-from rung.spec.method import PrefixSpec, PromptSpec, PTuningSpec, in_front
+from rung.spec.method import PrefixSpec, PromptSpec, PTuningSpec, encoder_parameters, in_front
 
 TENSOR = "prompt_embeddings"
 """peft's name, for prompts and for prefixes."""
@@ -238,19 +238,6 @@ def encoder_of(spec: PromptSpec | PrefixSpec | PTuningSpec, features: int, width
     if isinstance(spec, PrefixSpec) and spec.projection is not None:
         return nn.Sequential(nn.Linear(features, spec.projection), nn.Tanh(), nn.Linear(spec.projection, width))
     return None
-
-
-def encoder_parameters(spec: PromptSpec | PrefixSpec | PTuningSpec, features: int, width: int) -> int:
-    """Numbers of that network, from the formulas of its layers."""
-    if isinstance(spec, PrefixSpec) and (h := spec.projection) is not None:
-        return (features + 1) * h + (h + 1) * width
-    if not isinstance(spec, PTuningSpec):
-        return 0
-    h = spec.hidden or features // 2
-    if spec.encoder == "mlp":
-        return (features + 1) * h + (h + 1) * h + (h + 1) * width
-    first, second = 2 * 4 * h * (features + h + 2), 2 * 4 * h * (2 * h + h + 2)  # directions, gates, two biases each
-    return first + second + (2 * h + 1) * 2 * h + (2 * h + 1) * width
 
 
 def frequent_ids(tokenizer: Any, count: int, seed: int) -> list[int]:

@@ -30,6 +30,7 @@ from rung.model.fetch import fetch
 from rung.model.fuse import fuse
 from rung.model.resident import compute_in_float32, lost_precision, stored_in_bfloat16
 from rung.model.student import student
+from rung.plan.shape import Shape, shape_of
 from rung.spec.catalog import CATALOG
 from rung.spec.model import ModelSpec
 from rung.spec.support import refusal_of_model
@@ -54,6 +55,11 @@ class Base:
         # parameters of its own over the same memory: whatever widens one of them leaves the others as they are
         held |= {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in self.model.parameters()}
         return replace(self, model=copy.deepcopy(self.model, held))
+
+    @property
+    def shape(self) -> Shape:
+        """Its numbers, that memory follows from."""
+        return shape_of(self.model.config.to_dict())
 
     @property
     def context(self) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from rung.errors import ConfigError
 from rung.spec.base import Role
+from rung.spec.layers import layers_named
 
 # Last part of a module's name -> roles it plays. Fused projections play several.
 _ROLES: dict[str, tuple[Role, ...]] = {
@@ -71,23 +72,6 @@ def select(model: nn.Module, roles: Iterable[Role], layers: Iterable[int] | str 
         )
     wanted = layers_named(layers, {number for name in names if (number := layer_number(name)) is not None})
     return [name for name in names if layer_number(name) in wanted]
-
-
-def layers_named(layers: Iterable[int] | str | None, present: Collection[int]) -> set[int]:
-    """Numbers of the layers meant, out of those present. Raises `ConfigError` for one that is not there."""
-    top = max(present)
-    if layers is None:
-        return set(present)
-    if isinstance(layers, str):
-        third = max(1, (top + 1) // 3)
-        thirds = {"first": (0, third - 1), "middle": (third, top - third), "last": (top + 1 - third, top)}
-        first, last = thirds.get(layers) or (int(number) for number in layers.split("-"))
-        layers = range(first, last + 1)
-        if not layers:
-            raise ConfigError("no layer lies in this range", where="method.layers", given=f"{first}-{last}")
-    if missing := sorted(set(layers) - set(present)):
-        raise ConfigError("no such layer", where="method.layers", given=missing, allowed=f"0 to {top}")
-    return set(layers)
 
 
 def roles_of(name: str) -> tuple[Role, ...]:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import io
-import os
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from rung.report.facts import LadderRow, after_climb, after_run, artefact, gates_text, ladder_rows, method_text, unit_of
 from rung.report.human import bounds, count, decimals, duration, fixed, loss, memory, significant
+from rung.report.terminal import pairs, render, sayable, table
 
 Json = Mapping[str, Any]
-PIPE_WIDTH = 120
-"""Width where no terminal is attached: one line a rung, for logs and for grep."""
 _TONE = {"good": "green", "bad": "red", "recommended": "bold green", "safe": "bold yellow", "best": "bold"}
 
 
@@ -30,7 +25,7 @@ def ladder_lines(ladder: dict[str, Any]) -> list[str]:
     verdict = ladder["verdict"]
     told = Text(verdict["text"], style=_TONE["recommended" if verdict.get("recommended") else "safe"])
     size = f"{ladder['examples']} held-out questions in {ladder['clusters']} clusters; intervals are 95 %, gains paired"
-    drawn = _render(lambda room: [_fitting(rows, metrics, room), Text(size, style="dim"), Text(), told])
+    drawn = render(lambda room: [_fitting(rows, metrics, room), Text(size, style="dim"), Text(), told])
     return ["", *drawn, *_outlook(str(ladder["report"]), after_climb(ladder))]
 
 
@@ -60,8 +55,8 @@ def run_lines(manifest: dict[str, Any], output: str, report: str) -> list[str]:
         lines["error"] = str(error)
     return [
         "",
-        _sayable(f"{manifest.get('status')}: {output}"),
-        *_pairs(lines),
+        sayable(f"{manifest.get('status')}: {output}"),
+        *pairs(lines),
         *_outlook(report, after_run(manifest, output)),
     ]
 
@@ -83,20 +78,20 @@ def dry_run_lines(found: dict[str, Any]) -> list[str]:
         "steps": f"{found['steps_per_epoch']:,} an epoch, {found['tokens_per_micro_batch']:,} tokens at once, "
         f"learning rate {found['learning_rate']:g}",
     }
-    return ["", *_pairs(lines), "", "Nothing was written. Without --dry-run this trains."]
+    return ["", *pairs(lines), "", "Nothing was written. Without --dry-run this trains."]
 
 
 def score_lines(result: dict[str, Any]) -> list[str]:
     """Scores with their intervals, and what a query costs; of a reward model what it is worth."""
     if "reward" in result:
-        return ["", _sayable(f"{result['target']}: {result['said']}")]
+        return ["", sayable(f"{result['target']}: {result['said']}")]
     lines = {}
     for name, estimate in result["scores"].items():
         digits = decimals([estimate])
         lines[name] = f"{fixed(estimate['mean'], digits)} {bounds(estimate, digits)}"
     cost = f"{result['prompt_tokens']:,.0f} prompt tokens, {significant(result['seconds_per_query'])} s"
     size = f"{result['examples']:,} held-out questions in {result['clusters']:,} clusters, 95 % intervals"
-    told = ["", _sayable(f"{result['target']}: {size}"), *_pairs({**lines, "a query": cost})]
+    told = ["", sayable(f"{result['target']}: {size}"), *pairs({**lines, "a query": cost})]
     if cut := result.get("cut_off"):
         told += ["", f"{cut:,} answers were cut at evaluate.max_new_tokens: raise it, or they count as they stand."]
     return told
@@ -119,19 +114,19 @@ def _fitting(rows: Sequence[LadderRow], metrics: Sequence[str], console: Console
 def _wide(rows: Sequence[LadderRow], metrics: Sequence[str], *, gap: int) -> Table:
     """One line a rung; two metrics with their intervals, further ones stand in the report."""
     heads = ["rung", *(f"{metric}\n[95 %]" for metric in metrics[:2]), "gain on the\nrung below", "train-\nable"]
-    table = _table([*heads, "training\ntime", "peak\nmemory", "prompt\ntokens", "per\nquery"], gap)
+    ladder = table([*heads, "training\ntime", "peak\nmemory", "prompt\ntokens", "per\nquery"], gap)
     for row in rows:
         scores = [Text(str(cell)) for cell in row.scores[:2]]
         cost = [row.trainable, row.train, row.memory, row.tokens, row.seconds]
-        table.add_row(_label(row), *scores, _gain(row, " "), *map(Text, cost))
-    return table
+        ladder.add_row(_label(row), *scores, _gain(row, " "), *map(Text, cost))
+    return ladder
 
 
 def _stacked(rows: Sequence[LadderRow], metrics: Sequence[str], with_second: str = "", with_cost: bool = True) -> Table:
     """Two lines a rung: the interval below the mean, the time below the size."""
     second = metrics[1:2] if with_second else ()
     heads = ["rung", f"{metrics[0]}\n[95 %]", *(m + "\n[95 %]" * (with_second == "interval") for m in second)]
-    table = _table(
+    ladder = table(
         [*heads, "gain on the\nrung below", *(["trainable,\ntime", "peak\nmemory", "per\nquery"] * with_cost)], 0
     )
     for row in rows:
@@ -141,8 +136,8 @@ def _stacked(rows: Sequence[LadderRow], metrics: Sequence[str], with_second: str
         cells.append(_gain(row, "\n"))
         if with_cost:
             cells += map(Text, (f"{row.trainable}\n{row.train}", row.memory, f"{row.tokens} tok\n{row.seconds}"))
-        table.add_row(_label(row, "\n"), *cells)
-    return table
+        ladder.add_row(_label(row, "\n"), *cells)
+    return ladder
 
 
 def _gain(row: LadderRow, between: str) -> Text:
@@ -156,37 +151,7 @@ def _label(row: LadderRow, below: str = "") -> Text:
     return Text(f"{mark}{row.rung}{note}", style=_TONE.get(row.note, ""))
 
 
-def _table(heads: Sequence[str], gap: int) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold", show_edge=False)
-    for number, head in enumerate(heads):
-        table.add_column(Text(head), justify="right" if number else "left", no_wrap=number > 0)
-    return table
-
-
-def _render(parts: Callable[[Console], Sequence[RenderableType]]) -> list[str]:
-    """What a console as wide and as colourful as the terminal shows, as lines."""
-    attached = any(os.isatty(stream) for stream in (0, 1, 2)) or "COLUMNS" in os.environ
-    width = Console().width if attached else PIPE_WIDTH
-    out = io.StringIO()
-    console = Console(file=out, width=width, force_terminal=sys.stdout.isatty(), highlight=False)
-    console.print(*parts(console), sep="\n")
-    return [_sayable(line.rstrip()) for line in out.getvalue().splitlines()]
-
-
-def _pairs(lines: Mapping[str, str]) -> list[str]:
-    """Names on the left, values lined up on the right."""
-    width = max(map(len, lines))
-    hanging = "\n" + " " * (width + 4)
-    return [_sayable(f"  {name:<{width}}  {text}".replace("\n", hanging)) for name, text in lines.items()]
-
-
 def _outlook(report: str, commands: Sequence[str]) -> list[str]:
     """Where to read more and what to type next; commands are never wrapped, so that they can be copied."""
     lines = [f"report  {report}", *(f"{'' if i else 'next':<6}  {command}" for i, command in enumerate(commands))]
-    return ["", *map(_sayable, lines)]
-
-
-def _sayable(line: str) -> str:
-    """The line in letters this terminal has: a result must not be lost to its encoding."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return line.encode(encoding, "replace").decode(encoding)
+    return ["", *map(sayable, lines)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rung.spec.base import Spec
 
 
@@ -23,6 +25,8 @@ class KnownBase(Spec):
     context: int
     """Longest document in tokens."""
     note: str
+    config: dict[str, Any]
+    """The numbers of its transformers config that memory and time follow from."""
 
 
 CATALOG: dict[str, KnownBase] = {
@@ -39,6 +43,18 @@ CATALOG: dict[str, KnownBase] = {
             disk_bytes=541_000_000,
             context=8192,
             note="SmolLM2-135M-Instruct; its weights went through 4 bits (Q4_1) once",
+            config={
+                "model_type": "llama",
+                "hidden_size": 576,
+                "intermediate_size": 1536,
+                "num_hidden_layers": 30,
+                "num_attention_heads": 9,
+                "num_key_value_heads": 3,
+                "vocab_size": 49152,
+                "max_position_embeddings": 8192,
+                "tie_word_embeddings": True,
+                "dtype": "float32",
+            },
         ),
     )
 }

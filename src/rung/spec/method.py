@@ -334,6 +334,19 @@ def in_front(spec: Spec) -> int:
     return int(getattr(spec, "virtual_tokens", 0)) if positions is None else positions.front
 
 
+def encoder_parameters(spec: Spec, features: int, width: int) -> int:
+    """Numbers of the network that makes virtual tokens of this width while they are learned; 0 where there is none."""
+    if isinstance(spec, PrefixSpec) and (h := spec.projection) is not None:
+        return (features + 1) * h + (h + 1) * width
+    if not isinstance(spec, PTuningSpec):
+        return 0
+    h = spec.hidden or features // 2
+    if spec.encoder == "mlp":
+        return (features + 1) * h + (h + 1) * h + (h + 1) * width
+    first, second = 2 * 4 * h * (features + h + 2), 2 * 4 * h * (2 * h + h + 2)  # directions, gates, two biases each
+    return first + second + (2 * h + 1) * 2 * h + (2 * h + 1) * width
+
+
 def inserted(spec: Spec, first: int) -> dict[str, tuple[int, ...]]:
     """Ids by role of those that stand inside, from `first` on; without the roles that have none."""
     positions: Positions | None = getattr(spec, "positions", None)

@@ -1,0 +1,268 @@
+"""What a config takes, what every other method would take, and the cheapest change that makes it fit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rung.errors import ConfigError, did_you_mean
+from rung.plan.memory import Memory, Work, memory, tokens_per_micro_batch
+from rung.plan.shape import Shape, read_shape
+from rung.plan.time import DEVICES, Amount, Device, Rate, amount_of, rate_for, run_flops
+from rung.plan.trained import trained
+from rung.spec.method import METHOD_SPECS
+from rung.spec.model import ModelSpec
+from rung.spec.run import RunSpec
+
+PROBED = 2048
+"""The largest budget that `probe` tries."""
+LEARNED = 0.5
+"""Share of a micro-batch that the loss is taken of, as long as nothing has been tokenised."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One run's cost."""
+
+    method: str
+    moving: int | None
+    """Numbers that move; None where only the loaded model can tell."""
+    memory: Memory
+    flops: float
+    seconds: float | None
+    """At the rate; None where none is known."""
+    limit: int | None
+    """Bytes that there are; None where nobody said."""
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the peak lies within the limit; None without one."""
+        return None if self.limit is None else self.memory.peak <= self.limit
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "method": self.method,
+            "trainable_parameters": self.moving,
+            "memory": self.memory.to_json(),
+            "flops": self.flops,
+            "seconds": self.seconds,
+            "fits": self.fits,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A setting that makes a run fit."""
+
+    override: str
+    """As it is given on the command line."""
+    costs: str
+    """What is lost by it."""
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """Everything `rung plan` says."""
+
+    shape: Shape
+    work: Work
+    amount: Amount
+    rate: Rate | None
+    own: Plan
+    others: tuple[Plan, ...]
+    change: Change | None
+    """The cheapest that fits, where the config's own run does not and any does."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        change = self.change
+        return {
+            "parameters": self.shape.parameters,
+            "compute": self.work.compute,
+            "tokens_per_micro_batch": self.work.tokens,
+            "tokens": self.amount.tokens,
+            "tokens_counted": self.amount.known,
+            "rate": None if self.rate is None else {"flops": self.rate.flops, "source": self.rate.source},
+            "limit_bytes": self.own.limit,
+            "plan": self.own.to_json(),
+            "methods": [other.to_json() for other in self.others],
+            "change": change and {"override": change.override, "costs": change.costs, "plan": change.plan.to_json()},
+        }
+
+
+def advise(
+    spec: RunSpec, *, limit: int | None = None, device: Device | None = None, tokens: float | None = None
+) -> Advice:
+    """Plan a run and its alternatives from the configs of its models alone.
+
+    `limit` is in bytes, `tokens` are those of an epoch; `device` None is this machine. Raises `ConfigError` for a model
+    without a config.
+    """
+    shape, amount = read_shape(spec.model), _guess(spec)
+    if tokens is not None:
+        amount = replace(amount, tokens=tokens, known=True)
+    limit = device.memory if limit is None and device is not None else limit
+    work = guessed_work(spec, shape, device)
+    rate = rate_for(device, work.compute)
+    others = other_shapes(spec)
+
+    def plan(changed: RunSpec, name: str) -> Plan:
+        own = guessed_work(changed, shape, device)
+        return _plan(changed, name, shape, own, amount, rate, limit, others)
+
+    mine = plan(spec, spec.method.kind)
+    change = None
+    if mine.fits is False:
+        tried = (Change(o, costs, plan(changed, o)) for o, costs, changed in _changes(spec, shape))
+        change = next((c for c in tried if c.plan.fits), None)
+    beside = tuple(plan(changed, name) for name, changed in alternatives(spec))
+    return Advice(shape, work, amount, rate, mine, beside, change)
+
+
+def _plan(
+    spec: RunSpec,
+    name: str,
+    shape: Shape,
+    work: Work,
+    amount: Amount,
+    rate: Rate | None,
+    limit: int | None,
+    others: Mapping[str, Shape],
+) -> Plan:
+    flops = run_flops(spec, shape, amount)
+    seconds = None if rate is None else flops / rate.flops
+    found = memory(spec, shape, work, others)
+    return Plan(name, trained(spec.method, shape).moving, found, flops, seconds, limit)
+
+
+def guessed_work(spec: RunSpec, shape: Shape, device: Device | None) -> Work:
+    """What is computed at once, before anything has been tokenised: as much as the budget allows."""
+    given = spec.engine.tokens_per_micro_batch
+    kind = "cpu" if device is None else "cuda"
+    budget = tokens_per_micro_batch(shape, kind) if given == "auto" else PROBED if given == "probe" else given
+    tokens = max(budget, spec.data.max_length or 0)
+    return Work(compute_type(spec.model, device), tokens, int(tokens * LEARNED))
+
+
+def compute_type(model: ModelSpec, device: Device | None) -> str:
+    """What products run in: `auto` takes bfloat16 where hardware multiplies it."""
+    if model.dtype != "auto":
+        return model.dtype
+    if device is not None:
+        return device.compute
+    return "bfloat16" if multiplies_bfloat16() else "float32"
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this machine's processor has AVX512-BF16 or AMX: what torch would say, without torch."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
+    except (OSError, IndexError):
+        return False
+    return "avx512_bf16" in flags or "amx_tile" in flags
+
+
+def other_shapes(spec: RunSpec) -> dict[str, Shape]:
+    """Further models of a run, by what they are there for; adapters on the run's own base are none."""
+    found: dict[str, Shape] = {}
+    named = getattr(spec.objective, "against", None)
+    if named is not None and (named != "base" or spec.method.kind == "full"):
+        found["reference"] = read_shape(spec.model if named == "base" else _alone(spec, named))
+    if spec.objective.kind == "distill":
+        found["teacher"] = read_shape(_alone(spec, spec.objective.teacher))
+    return found
+
+
+def _alone(spec: RunSpec, name: str) -> ModelSpec:
+    return spec.model.model_copy(update={"name": name, "revision": None, "student_of": None, "layers": None})
+
+
+def alternatives(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
+    """The same run under every method: with the config's own settings where it is the config's, else with defaults."""
+    kinds: Mapping[str, Any] = METHOD_SPECS
+    for kind, made in kinds.items():
+        if kind == "peft":
+            continue  # what its tuners hold is known once the model is loaded
+        if kind == "qlora":
+            for bits in (8, 4):
+                own = made(bits=bits) if spec.method.kind != kind else spec.method.model_copy(update={"bits": bits})
+                yield f"qlora, {bits} bits", spec.model_copy(update={"method": own})
+            continue
+        yield kind, spec.model_copy(update={"method": spec.method if kind == spec.method.kind else made()})
+
+
+def _changes(spec: RunSpec, shape: Shape) -> Iterator[tuple[str, str, RunSpec]]:
+    """From what costs nothing but time to what makes another run of it."""
+    for tokens in (1024, 512, 256, 128):
+        if tokens < guessed_work(spec, shape, None).tokens and tokens >= (spec.data.max_length or 0):
+            engine = spec.engine.model_copy(update={"tokens_per_micro_batch": tokens})
+            yield f"engine.tokens_per_micro_batch={tokens}", "speed alone", spec.model_copy(update={"engine": engine})
+    small = spec.engine.model_copy(update={"tokens_per_micro_batch": 256})
+    least = spec.model_copy(update={"engine": small})
+    moments = small.optimiser.model_copy(update={"moments": "int8"})
+    eight = least.model_copy(update={"engine": small.model_copy(update={"optimiser": moments})})
+    if spec.engine.optimiser.moments != "int8":
+        yield _with("engine.optimiser.moments=int8"), "moments rounded to 8 bits", eight
+    for length in (2048, 1024, 512, 256):
+        if spec.data.max_length and length < spec.data.max_length:
+            data = spec.data.model_copy(update={"max_length": length})
+            yield _with(f"data.max_length={length}"), "longer documents", least.model_copy(update={"data": data})
+    for rank in (8, 4):
+        if getattr(spec.method, "rank", 0) > rank:
+            method = spec.method.model_copy(update={"rank": rank})
+            yield _with(f"method.rank={rank}"), "what an adapter can hold", least.model_copy(update={"method": method})
+    ladder: Sequence[tuple[str, dict[str, Any]]] = (
+        ("method={kind: lora}", {"kind": "lora"}),
+        ("method={kind: qlora, bits: 8}", {"kind": "qlora", "bits": 8}),
+        ("method={kind: qlora}", {"kind": "qlora"}),
+        ("method={kind: prompt}", {"kind": "prompt"}),
+    )
+    for override, settings in ladder:
+        if settings["kind"] != spec.method.kind or "bits" in settings:
+            kind = settings["kind"]
+            made: Any = METHOD_SPECS[kind]
+            method = made.model_validate(settings)
+            yield _with(override), "another method", least.model_copy(update={"method": method})
+
+
+def _with(override: str) -> str:
+    return f"engine.tokens_per_micro_batch=256 {override}"
+
+
+def size_of(text: str | None) -> int | None:
+    """Bytes of 24GiB, 24GB, 512MiB or a plain number. Raises `ConfigError` for anything else."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)", text.strip().lower())
+    if found is None or (size := _UNITS.get(found[2].removesuffix("b"))) is None or not float(found[1]):
+        raise ConfigError("this is no amount of memory", where="--memory", given=text, allowed="24GiB, 24GB or 512MiB")
+    return int(float(found[1]) * size)
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def device_named(name: str | None) -> Device | None:
+    """A known device. Raises `ConfigError` for another."""
+    if name is None:
+        return None
+    if name.lower() not in DEVICES:
+        near = did_you_mean(name.lower(), list(DEVICES))
+        hint = f"did you mean {near}?" if near else "give --memory for another"
+        raise ConfigError("no such device", where="--device", given=name, allowed=", ".join(DEVICES), hint=hint)
+    return DEVICES[name.lower()]
+
+
+def _guess(spec: RunSpec) -> Amount:
+    """From the size of the data's files."""
+    paths = spec.data.path if isinstance(spec.data.path, list | tuple) else [spec.data.path]
+    named = [p if isinstance(p, str) else getattr(p, "path", "") for p in paths]
+    shares = [s for s in (spec.data.validation, spec.data.test) if isinstance(s, float | int)]
+    found = amount_of([Path(name) for name in named])
+    kept = found.tokens * max(0.0, 1.0 - sum(shares))
+    return Amount(kept, found.learned, found.length, known=False)

@@ -1,0 +1,231 @@
+"""Bytes that a run holds at its peak, term by term, from the shape of its model.
+
+A run has stages (loading, steps, rollouts, saving), and its peak is that of the largest. Formulas are those of what the
+engine keeps: of a micro-batch of n tokens each layer keeps
+
+    2 H + 2 H_q + 2 H_kv + 2 H_mlp + ranks          numbers a token
+
+(the inputs of two norms; queries and attention's output; keys and values; both branches of a gated feed-forward block;
+the low-rank products), and the head two vectors of width H a learned token. What Python and its libraries hold before
+any model is there comes on top, and is stated apart: `FOOTPRINT`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rung.plan.shape import Shape
+from rung.plan.trained import Trained, trained
+from rung.spec.method import in_front
+from rung.spec.run import RunSpec
+
+FOOTPRINT = 560 * 2**20
+"""Python, torch, transformers and a tokenizer of 49,152 tokens, without a model (measured)."""
+ACTIVATION_BYTES = 512 * 2**20
+"""What the activations of one micro-batch may hold on a processor."""
+FEWEST, MOST = 256, 4096
+"""Below some hundred rows matrix products slow down; beyond a few thousand nothing is gained on a processor."""
+CUDA_TOKENS = 16_384
+TILE = 512 * 2048
+"""Logits that the head computes at once."""
+NF4 = 0.5 + 1 / 64
+"""Bytes a number of a 4-bit base: half a byte, and a scale of one byte for 64 numbers (Dettmers et al. 2023)."""
+NF4_PLAIN = 0.5 + 4 / 64
+"""The same with scales in float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """What one thing holds, in bytes, and where the number comes from."""
+
+    name: str
+    bytes: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A part of a run, and all that is held at its peak."""
+
+    name: str
+    terms: tuple[Term, ...]
+
+    @property
+    def bytes(self) -> int:
+        """All terms together."""
+        return sum(term.bytes for term in self.terms)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a run computes at once, as far as it is known."""
+
+    compute: str
+    """float32 or bfloat16."""
+    tokens: int
+    """Of the largest micro-batch."""
+    learned: int
+    """Of them, those that the loss is taken of."""
+    batches: int = 2
+    """Micro-batches of a step: with one, gradients grow while activations go."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A run's stages in their order."""
+
+    stages: tuple[Stage, ...]
+    footprint: int = FOOTPRINT
+
+    @property
+    def largest(self) -> Stage:
+        """The stage with the peak."""
+        return max(self.stages, key=lambda stage: stage.bytes)
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the peak, with what the libraries hold."""
+        return self.largest.bytes + self.footprint
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values, in bytes."""
+        stages = {s.name: {"bytes": s.bytes, "terms": {t.name: t.bytes for t in s.terms}} for s in self.stages}
+        return {"peak_bytes": self.peak, "footprint_bytes": self.footprint, "at": self.largest.name, "stages": stages}
+
+
+def activation_bytes_per_token(shape: Shape, compute: str = "float32", *, lowest: int = 0, ranks: int = 0) -> int:
+    """What the layers from `lowest` on keep of a token for the backward pass; `ranks` is their sum in one layer."""
+    return (shape.layers - lowest) * layer_bytes_per_token(shape, compute, ranks=ranks)
+
+
+def layer_bytes_per_token(shape: Shape, compute: str = "float32", *, ranks: int = 0) -> int:
+    """The same of one layer."""
+    numbers = 2 * shape.width + 2 * shape.query + 2 * shape.kv + 2 * shape.mlp + ranks
+    return numbers * _width(compute)
+
+
+def tokens_per_micro_batch(shape: Shape, device: str) -> int:
+    """The `auto` budget. 776 tokens for a 135M model: a few hundred rows keep products near full speed."""
+    if device == "cuda":
+        return CUDA_TOKENS
+    return max(FEWEST, min(MOST, ACTIVATION_BYTES // activation_bytes_per_token(shape)))
+
+
+def memory(spec: RunSpec, shape: Shape, work: Work, others: Mapping[str, Shape] | None = None) -> Memory:
+    """The stages of `rung train`. `others` are the shapes of further models, by what they are there for."""
+    own = trained(spec.method, shape)
+    held = _held(spec, shape, own, work, others or {})
+    stages = [
+        Stage("loading", tuple(_loading(spec, shape, work))),
+        Stage("steps", (*held, *_backward(spec, shape, own, work))),
+        Stage("optimiser", (*held, *_update(own))),
+    ]
+    if (rollout := getattr(spec.objective, "rollout", None)) is not None and spec.objective.kind != "distill":
+        rows = min(rollout.batch, rollout.answers * spec.engine.examples_per_step)
+        tokens = work.tokens // max(1, rollout.answers) + rollout.max_new_tokens
+        stages.append(Stage("rollouts", (*held, *answering(shape, rows, tokens, work.compute))))
+    stages.append(Stage("saving", (*held, *_saving(spec, own))))
+    return Memory(tuple(stages))
+
+
+def answering(shape: Shape, rows: int, tokens: int, compute: str) -> Sequence[Term]:
+    """What decoding holds besides the weights: `rows` answers at once, `tokens` long with their prompts."""
+    width = _width(compute)
+    cache = rows * tokens * 2 * shape.kv * shape.layers * width
+    return (
+        Term("kv_cache", cache, f"{rows} rows of {tokens:,} tokens, keys and values of {shape.layers} layers"),
+        Term("logits", 2 * 4 * rows * shape.vocabulary, "of one token a row"),
+    )
+
+
+def weights(spec: RunSpec, shape: Shape, compute: str) -> Sequence[Term]:
+    """The base as it stands in memory while it is trained."""
+    kind = spec.method.kind
+    outside = shape.layers * shape.vectors + shape.outside
+    embeddings = shape.embedding * (1 if shape.tied else 2)
+    inside = shape.layers * shape.linear
+    if kind == "full":
+        return (Term("weights", 4 * shape.parameters, "float32: what moves is never narrower"),)
+    narrow = compute == "bfloat16" or (shape.stored == "bfloat16" and spec.model.fused)
+    width = 2 if narrow else 4
+    small = 2 if compute == "bfloat16" else 4
+    rest = width * embeddings + small * outside
+    if kind == "qlora":
+        bits, double = getattr(spec.method, "bits", 4), getattr(spec.method, "double_quantised", True)
+        each = 1.0 if bits == 8 else NF4 if double else NF4_PLAIN
+        scales = 4 * shape.layers * sum(m.outputs for m in shape.matrices) if bits == 8 else 0
+        return (
+            Term("quantised", int(inside * each) + scales, f"{bits} bits a number of the layers' linears, and scales"),
+            Term("weights", rest, "embeddings, head and norms, as they are"),
+        )
+    why = "bfloat16 as in the file, widened where it is used" if width == 2 and small == 4 else f"{width} bytes each"
+    return (Term("weights", width * inside + rest, why),)
+
+
+def _held(spec: RunSpec, shape: Shape, own: Trained, work: Work, others: Mapping[str, Shape]) -> Sequence[Term]:
+    """What stands in memory from the first step to the last."""
+    found = list(weights(spec, shape, work.compute))
+    moving = own.moving or 0
+    if spec.method.kind != "full":
+        found.append(Term("adapter", 4 * (moving + own.frozen), "float32, and the frozen half where there is one"))
+    moments = 2 if spec.engine.optimiser.moments == "int8" else 8
+    found.append(Term("moments", moments * moving, f"{moments // 2} bytes for each of AdamW's two"))
+    if spec.objective.kind == "ppo":
+        found.append(Term("value", 16 * moving, "the value model's own adapter, its gradients and moments"))
+    for name, other in others.items():
+        width = 2 if work.compute == "bfloat16" or (other.stored == "bfloat16" and spec.model.fused) else 4
+        found.append(Term(name, width * other.parameters, "a second model"))
+    return found
+
+
+def _backward(spec: RunSpec, shape: Shape, own: Trained, work: Work) -> Sequence[Term]:
+    """What a step holds besides, at the end of the forward pass of its last micro-batch."""
+    ranks = _ranks(spec)
+    kept = activation_bytes_per_token(shape, work.compute, lowest=min(own.lowest, shape.layers - 1), ranks=ranks)
+    tokens = work.tokens + in_front(spec.method)
+    gradients = 4 * (own.moving or 0)
+    activations = kept * tokens
+    if work.batches == 1:  # gradients come as activations go
+        gradients = max(0, gradients - activations)
+    per_token = _width(compute=work.compute)
+    scratch = per_token * tokens * (4 * shape.mlp + 4 * shape.width)
+    return (
+        Term("gradients", gradients, "float32"),
+        Term("activations", activations, f"{kept:,} bytes for each of {tokens:,} tokens"),
+        Term("head", 3 * per_token * shape.width * work.learned + 3 * 4 * TILE, "two vectors a learned token, tiles"),
+        Term("scratch", scratch, "what one layer makes and forgets"),
+    )
+
+
+def _update(own: Trained) -> Sequence[Term]:
+    """What AdamW holds besides: it makes two tensors as large as the one it steps."""
+    return (
+        Term("gradients", 4 * (own.moving or 0), "float32"),
+        Term("scratch", 2 * 4 * own.largest, "twice the largest tensor that moves"),
+    )
+
+
+def _loading(spec: RunSpec, shape: Shape, work: Work) -> Sequence[Term]:
+    """The file is mapped while its numbers are copied."""
+    file = {"float32": 4}.get(shape.stored, 2) * shape.parameters
+    resident = 2 if work.compute == "bfloat16" or (shape.stored == "bfloat16" and spec.model.fused) else 4
+    return (
+        Term("file", file, f"{shape.stored}, as it is mapped"),
+        Term("weights", resident * shape.parameters, "its numbers, copied"),
+    )
+
+
+def _saving(spec: RunSpec, own: Trained) -> Sequence[Term]:
+    """What is written is copied once."""
+    return (Term("copies", 2 * 4 * own.saved, "what is written, and what was written as it is looked at again"),)
+
+
+def _ranks(spec: RunSpec) -> int:
+    """Low-rank products a token and layer; 0 for methods without."""
+    rank = getattr(spec.method, "rank", 0)
+    return int(rank) * len(getattr(spec.method, "targets", ())) * int(getattr(spec.method, "experts", 1))
+
+
+def _width(compute: str) -> int:
+    return 2 if compute == "bfloat16" else 4

@@ -1,0 +1,106 @@
+"""Lines of a plan for the terminal; nothing here imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.text import Text
+
+from rung.plan.advise import Advice, Plan
+from rung.plan.memory import Memory, Term
+from rung.report.human import count, duration, memory
+from rung.report.terminal import pairs, render, table
+
+_TONE = {True: "green", False: "red"}
+
+
+def plan_lines(advice: Advice, where: str) -> list[str]:
+    """The config's own run term by term, every method beside it, and what would make it fit."""
+    shape, work, own = advice.shape, advice.work, advice.own
+    guessed = "counted" if advice.amount.known else "guessed from the size of the data's files: --tokens says better"
+    facts = {
+        "model": f"{count(shape.parameters)} parameters: {shape.layers} layers of width {shape.width:,}, "
+        f"{shape.stored} on disk, computed in {work.compute}",
+        "at once": f"{work.tokens:,} tokens",
+        "data": f"{count(advice.amount.tokens)} tokens an epoch, {guessed}",
+        "rate": _rate(advice),
+        "run": _run(own),
+    }
+    lines = ["", where, *pairs(facts), "", *render(lambda _: [_stages(own.memory)]), ""]
+    lines += render(lambda _: [_methods(advice)])
+    return [*lines, "", *_verdict(advice)]
+
+
+def reality_line(planned: Mapping[str, Any], measured: int) -> str:
+    """What was planned beside what was measured, above the libraries' own footprint."""
+    peak, footprint = int(planned["peak_bytes"]), int(planned["footprint_bytes"])
+    off = (peak - measured) / max(1, measured - footprint)
+    return f"{memory(measured)} at the peak; planned {memory(peak)} ({off:+.0%} of what the libraries do not hold)"
+
+
+def _rate(advice: Advice) -> str:
+    if advice.rate is None:
+        return "unknown: no run has finished here yet, and no --device was named"
+    return f"{advice.rate.flops / 1e9:,.0f} GFLOP/s, {advice.rate.source}"
+
+
+def _run(own: Plan) -> str:
+    time = f", {duration(own.seconds)}" if own.seconds is not None else ""
+    return f"{own.flops / 1e12:,.0f} TFLOP{time}"
+
+
+def _stages(found: Memory) -> Any:
+    """One line a term, the largest stage whole, the others in one line each."""
+    shown = table(["memory", "GB", "from"])
+    for stage in found.stages:
+        largest = stage is found.largest
+        mark = "> " if largest else "  "
+        shown.add_row(Text(f"{mark}{stage.name}", style="bold" if largest else ""), Text(memory(stage.bytes)), Text())
+        for term in stage.terms if largest else ():
+            shown.add_row(Text(f"    {term.name}"), Text(memory(term.bytes)), _why(term))
+    shown.add_row(Text("  libraries"), Text(memory(found.footprint)), Text("Python, torch, transformers, a tokenizer"))
+    shown.add_row(
+        Text("  peak", style="bold"), Text(memory(found.peak), style="bold"), Text(f"in {found.largest.name}")
+    )
+    return shown
+
+
+def _why(term: Term) -> Text:
+    return Text(term.why, style="dim")
+
+
+def _methods(advice: Advice) -> Any:
+    """All methods side by side."""
+    heads = ["method", "trainable", "weights", "optimiser", "activations", "peak", "time"]
+    limit = advice.own.limit
+    shown = table([*heads, *(["fits"] if limit is not None else [])])
+    for plan in advice.others:
+        terms = {term.name: term.bytes for stage in plan.memory.stages for term in stage.terms if stage.name == "steps"}
+        base = terms.get("weights", 0) + terms.get("quantised", 0)
+        states = terms.get("moments", 0) + terms.get("gradients", 0)
+        cells = [count(plan.moving), memory(base), memory(states), memory(terms.get("activations", 0))]
+        cells += [memory(plan.memory.peak), duration(plan.seconds)]
+        chosen = plan.method.split(",")[0] == advice.own.method
+        row = [Text(("> " if chosen else "  ") + plan.method), *map(Text, cells)]
+        if plan.fits is not None:
+            row.append(Text("yes" if plan.fits else "no", style=_TONE[plan.fits]))
+        shown.add_row(*row)
+    return shown
+
+
+def _verdict(advice: Advice) -> list[str]:
+    own = advice.own
+    if own.limit is None:
+        return ["--memory 24GiB or --device h100 says what fits."]
+    if own.fits:
+        return [f"It fits: {memory(own.memory.peak)} of {memory(own.limit)}."]
+    told = [f"It does not fit: {memory(own.memory.peak)} of {memory(own.limit)}."]
+    if advice.change is None:
+        return [*told, "No single change makes it fit: take a smaller model, or share it out (docs/scale.md)."]
+    fitting = memory(advice.change.plan.memory.peak)
+    return [
+        *told,
+        f"The cheapest change that does, {fitting}, at the cost of {advice.change.costs}:",
+        f"  {advice.change.override}",
+    ]
