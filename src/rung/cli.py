@@ -114,6 +114,9 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop before the first step; write nothing.")] = False,
+    beyond_memory: Annotated[
+        bool, typer.Option("--beyond-memory", help="Start even what the plan says does not fit into memory.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train one run."""
@@ -129,7 +132,7 @@ def train(
     from rung.engine.distributed import launched
 
     with launched() as world:
-        manifest = run.train(spec, resume=resume, overwrite=overwrite, world=world)
+        manifest = run.train(spec, resume=resume, overwrite=overwrite, beyond_memory=beyond_memory, world=world)
     if not world.first:
         return None
     from rung.report.html import build

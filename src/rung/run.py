@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from rung import planned
+from rung.checked import check_lottery, check_processes, check_tasks
 from rung.data.chat import Chat
 from rung.data.prompts import Prompted
 from rung.engine import gates
@@ -18,11 +20,19 @@ from rung.engine.distributed import ALONE, World
 from rung.engine.interrupt import Interrupted
 from rung.engine.loop import Trainer
 from rung.engine.progress import say, stage
-from rung.engine.record import NOT_FINITE, Gate, RunFolder, read_manifest, reset_peak_memory, versions
+from rung.engine.record import (
+    NOT_FINITE,
+    Gate,
+    RunFolder,
+    peak_memory_bytes,
+    read_manifest,
+    reset_peak_memory,
+    versions,
+)
 from rung.engine.rollout import Judge, Rollouts
 from rung.engine.sample import Sample
-from rung.engine.state import summary, total_steps
-from rung.errors import CheckpointError, ConfigError, DataError, PlanError, RungError
+from rung.engine.state import summary
+from rung.errors import CheckpointError, DataError, RungError
 from rung.evaluate.rewards import examine
 from rung.method.base import Method
 from rung.method.table import attach
@@ -42,19 +52,26 @@ from rung.prepared import Data, read_splits, tokenise
 from rung.publish.artefact import pad_beside_stops, write_origin, write_text_side
 from rung.publish.classifier import write_score
 from rung.spec.io import to_dict
-from rung.spec.objective import ROLLING
 from rung.spec.run import RunSpec
-from rung.spec.support import NOT_MEASURED, PROVED_MODELS, refusal_of_processes, refusal_of_shards
+from rung.spec.support import NOT_MEASURED, PROVED_MODELS
 from rung.whole import verify, write_folder
 
 PROBES = 4
 """Training documents that the step-0 gates look at: the shortest, which cost nothing."""
 
 
-def train(spec: RunSpec, *, resume: bool = False, overwrite: bool = False, world: World = ALONE) -> dict[str, Any]:
+def train(
+    spec: RunSpec,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    beyond_memory: bool = False,
+    world: World = ALONE,
+) -> dict[str, Any]:
     """Train one run into its folder and return its manifest.
 
-    Nothing is written before data and model have proved usable. Raises `RungError`s, and `Interrupted` when stopped.
+    Nothing is written before data and model have proved usable. `beyond_memory` starts what the plan says does not fit.
+    Raises `RungError`s, and `Interrupted` when stopped.
     """
     output = Path(spec.output)
 
@@ -67,9 +84,11 @@ def train(spec: RunSpec, *, resume: bool = False, overwrite: bool = False, world
     if done is not None:
         return done
     splits = read_splits(spec)
+    if world.size == 1:
+        planned.refuse_hopeless(spec, device(), beyond=beyond_memory)
     base = load(spec.model)
     data = world.after_the_first(lambda: tokenise(spec, splits, base))  # the others find it in the cache
-    _, folder = train_on(spec, base, data, resume=resume, overwrite=overwrite, world=world)
+    _, folder = train_on(spec, base, data, resume=resume, overwrite=overwrite, beyond_memory=beyond_memory, world=world)
     world.wait()
     return folder.manifest
 
@@ -79,8 +98,8 @@ def dry_run(spec: RunSpec) -> dict[str, Any]:
     splits = read_splits(spec)
     base = load(spec.model)
     data = tokenise(spec, splits, base)
-    _check_tasks(spec, data)
-    _check_lottery(spec, len(data.train.rows))
+    check_tasks(spec, data)
+    check_lottery(spec, len(data.train.rows))
     beside(spec, base, data.chat)
     method = attach(base.model, spec.method, seed=spec.seed, fused=spec.model.fused)
     rollout = getattr(spec.objective, "rollout", None)
@@ -95,19 +114,32 @@ def dry_run(spec: RunSpec) -> dict[str, Any]:
 
 
 def train_on(
-    spec: RunSpec, base: Base, data: Data, *, resume: bool = False, overwrite: bool = False, world: World = ALONE
+    spec: RunSpec,
+    base: Base,
+    data: Data,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    beyond_memory: bool = False,
+    world: World = ALONE,
 ) -> tuple[Policy, RunFolder]:
     """Train on data already read; the policy comes back in eval mode with the run's final weights."""
-    _check_processes(spec, world)
+    shape = base.shape
+    check_processes(spec, world)
     # first: data or a method that cannot be leave no folder behind
-    _check_tasks(spec, data)
-    _check_lottery(spec, len(data.train.rows))
+    check_tasks(spec, data)
+    check_lottery(spec, len(data.train.rows))
     others = beside(spec, base, data.chat)
     method = attach(base.model, spec.method, seed=spec.seed, fused=spec.model.fused)
     policy = Policy(base, method)
     policy.reference = others.reference
     with closing(_claim(spec, world, resume=resume, overwrite=overwrite)) as folder:
-        _train(spec, policy, data, folder, others, resume=resume, world=world)
+        trainer = _trainer(spec, policy, data, folder, others, world)
+        plan = planned.expect(spec, shape, trainer, data, beyond=beyond_memory) if world.size == 1 else None
+        loading = peak_memory_bytes()
+        _train(spec, trainer, data, folder, resume=resume)
+        if plan is not None:
+            folder.update(plan=planned.reality(spec, shape, plan, folder.manifest, loading))
     return policy, folder
 
 
@@ -123,16 +155,14 @@ def _claim(spec: RunSpec, world: World, *, resume: bool, overwrite: bool) -> Run
     return claimed[0] if claimed else RunFolder(path, manifest, writes=False)
 
 
-def _train(
-    spec: RunSpec, policy: Policy, data: Data, folder: RunFolder, others: Beside, *, resume: bool, world: World
-) -> None:
-    """Gates, steps, files: all that happens in the run's folder."""
+def _trainer(spec: RunSpec, policy: Policy, data: Data, folder: RunFolder, others: Beside, world: World) -> Trainer:
+    """The loop with all that it needs; the folder says what it stands on."""
     method: Method = policy.method  # type: ignore[assignment]
     objective = _objective(spec, policy, others)
     if not objective.reads_head:
         method.leave_head()
     _begin(spec, policy, data, folder, others, world)
-    trainer = Trainer(
+    return Trainer(
         policy,
         method,
         objective=objective,
@@ -145,6 +175,11 @@ def _train(
         world=world,
         in_parts=spec.model.sharded and world.size > 1,
     )
+
+
+def _train(spec: RunSpec, trainer: Trainer, data: Data, folder: RunFolder, *, resume: bool) -> None:
+    """Gates, steps, files: all that happens in the run's folder."""
+    policy, method, objective, world = trainer.policy, trainer.method, trainer.objective, trainer.world
     try:
         _calibrate(trainer, data, folder, resume=resume)
         if not (resume and trainer.restore()):
@@ -159,6 +194,7 @@ def _train(
         reset_peak_memory()
         trainer.run(data.train.rows, data.validation.rows if data.validation else ())
         folder.update(**summary(trainer.progress, trainer.moving), **method.statistics())
+        trainer.held.let_go()
         trainer.unite()
         if world.first:
             _publish(folder, trainer, data.chat)
@@ -269,52 +305,6 @@ def _say_what_is_unusual(policy: Policy, method: Method, spec: RunSpec) -> int:
         why = "dropout, DoRA, a quantised base, a tuner of peft's"
         say(f"{len(alone)} adapted linears compute through peft's own forward ({why}): slower, same result")
     return len(alone)
-
-
-def _check_tasks(spec: RunSpec, data: Data) -> None:
-    """A method with something of its own for each task must know every task of the data."""
-    known = set(getattr(spec.method, "tasks", ()))
-    if not known:
-        return
-    learned = {record.task for record in data.splits.train}
-    found = learned | {record.task for part in (data.splits.validation, data.splits.test) for record in part}
-    if unknown := sorted(map(str, found - known)):
-        hint = "name the column in data.task, or a task for each set in data.path" if found == {None} else None
-        raise DataError(
-            "the data have a task that method.tasks does not name",
-            given=", ".join(unknown),
-            allowed=", ".join(sorted(known)),
-            hint=hint,
-        )
-    if idle := sorted(known - learned):
-        what = "method.tasks names a task without training rows: nothing would be learned for it"
-        raise DataError(what, given=", ".join(idle))
-
-
-def _check_processes(spec: RunSpec, world: World) -> None:
-    """What several processes cannot share, or have not been tested to."""
-    own = spec.objective.kind in ROLLING or getattr(spec.objective, "on_policy", 0.0) > 0.0
-    if world.size > 1 and (why := refusal_of_processes(spec.method.kind, own_answers=own)):
-        raise PlanError(why, where="WORLD_SIZE", given=world.size, hint="run it in one process")
-    if world.size > 1 and spec.model.sharded:
-        named = getattr(spec.objective, "reference", None)
-        moments = spec.engine.optimiser.moments
-        if why := refusal_of_shards(spec.method.kind, spec.objective.kind, reference=named, moments=moments):
-            raise PlanError(why, where="model.sharded", hint="leave model.sharded out: replicas do")
-
-
-def _check_lottery(spec: RunSpec, rows: int) -> None:
-    """A run that ends while all layers still move would be a plain lora without a word."""
-    rollout = getattr(spec.objective, "rollout", None)
-    scouting = getattr(spec.method, "scout_steps", 0)
-    total = total_steps(spec.engine, rows, rollout.steps if rollout else 1)
-    if scouting >= total:
-        raise ConfigError(
-            "the run ends before the lottery is drawn",
-            where="method.scout_steps",
-            given=scouting,
-            allowed=f"below the run's {total} steps",
-        )
 
 
 def _calibrate(trainer: Trainer, data: Data, folder: RunFolder, *, resume: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from models import SHAPES, tiny_model
-from rung.errors import ConfigError, PlanError
+from rung.errors import CheckpointError, ConfigError, PlanError
 from rung.method.table import attach
 from rung.plan.shape import read_shape, shape_of
 from rung.plan.trained import trained
@@ -84,7 +84,7 @@ def test_a_run_leads_to_its_base(tmp_path: Path) -> None:
     student = ModelSpec(student_of=str(tmp_path), layers="every_other")
     assert read_shape(student).layers == 15
     (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(RuntimeError, match="manifest"):
+    with pytest.raises(CheckpointError, match="manifest"):
         read_shape(ModelSpec(name=str(tmp_path)))
 
 

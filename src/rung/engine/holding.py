@@ -55,6 +55,11 @@ class Holding:
         for parameter in (*self.moving().values(), *self._parts.values()):
             parameter.grad = None
 
+    def let_go(self) -> None:
+        """Nothing is stepped any more: gradients and moments go before the result is written."""
+        self.clear()
+        self.optimiser.state.clear()
+
     def gather(self, clip: float | None) -> Tensor:
         """Make gradients those of the whole step, at most `clip` long; returns how long they were, a scalar."""
         moving = self.moving()

@@ -153,7 +153,7 @@ class Trainer:
             sampling = nullcontext() if self.rollouts is None else self.rollouts.sampling()
             with sampling, interruptible() as stopping, Bar("train", total, self.progress.step) as bar:
                 while self.progress.step < total:
-                    entry = self._step(self._window(train, self.progress.step // self.repeats), total, movement)
+                    entry = self._step(self.window(train, self.progress.step // self.repeats), total, movement)
                     last = self.progress.step == total
                     enough = self._measure(validation, entry, last)
                     self.folder.log(entry)
@@ -193,7 +193,7 @@ class Trainer:
         step = self.progress.step
         return every is not None and step // every > (step - self.repeats) // every
 
-    def _window(self, train: Sequence[Row], step: int) -> list[Example]:
+    def window(self, train: Sequence[Row], step: int) -> list[Example]:
         """The documents of a step counted from 0."""
         chosen = rows_of_step(step, len(train), self.spec.examples_per_step, self.seed)
         return [e for i in chosen for e in train[i]]
@@ -233,7 +233,7 @@ class Trainer:
         # resumed: rows as they were, so the same bits; in a later epoch a process may meet rows that were another's
         last = first_epoch if self.world.size == 1 else self.progress.step
         for step in range(min(self.progress.step, last)):
-            trunk.fill(self.pack(self.world.share(self._window(train, step)), self.budget))
+            trunk.fill(self.pack(self.world.share(self.window(train, step)), self.budget))
         return trunk
 
     def _step(self, examples: Sequence[Example], total: int, movement: Movement | None) -> dict[str, Any]:

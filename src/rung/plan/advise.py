@@ -39,8 +39,8 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the peak lies within the limit; None without one."""
-        return None if self.limit is None else self.memory.peak <= self.limit
+        """Whether what is needed lies within the limit; None without one."""
+        return None if self.limit is None else self.memory.needed <= self.limit
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -58,8 +58,8 @@ class Plan:
 class Change:
     """A setting that makes a run fit."""
 
-    override: str
-    """As it is given on the command line."""
+    overrides: tuple[str, ...]
+    """As they are given on the command line."""
     costs: str
     """What is lost by it."""
     plan: Plan
@@ -91,7 +91,8 @@ class Advice:
             "limit_bytes": self.own.limit,
             "plan": self.own.to_json(),
             "methods": [other.to_json() for other in self.others],
-            "change": change and {"override": change.override, "costs": change.costs, "plan": change.plan.to_json()},
+            "change": change
+            and {"overrides": list(change.overrides), "costs": change.costs, "plan": change.plan.to_json()},
         }
 
 
@@ -118,7 +119,7 @@ def advise(
     mine = plan(spec, spec.method.kind)
     change = None
     if mine.fits is False:
-        tried = (Change(o, costs, plan(changed, o)) for o, costs, changed in _changes(spec, shape))
+        tried = (Change(o, costs, plan(changed, changed.method.kind)) for o, costs, changed in _changes(spec, shape))
         change = next((c for c in tried if c.plan.fits), None)
     beside = tuple(plan(changed, name) for name, changed in alternatives(spec))
     return Advice(shape, work, amount, rate, mine, beside, change)
@@ -196,12 +197,16 @@ def alternatives(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
         yield kind, spec.model_copy(update={"method": spec.method if kind == spec.method.kind else made()})
 
 
-def _changes(spec: RunSpec, shape: Shape) -> Iterator[tuple[str, str, RunSpec]]:
+def _changes(spec: RunSpec, shape: Shape) -> Iterator[tuple[tuple[str, ...], str, RunSpec]]:
     """From what costs nothing but time to what makes another run of it."""
     for tokens in (1024, 512, 256, 128):
         if tokens < guessed_work(spec, shape, None).tokens and tokens >= (spec.data.max_length or 0):
             engine = spec.engine.model_copy(update={"tokens_per_micro_batch": tokens})
-            yield f"engine.tokens_per_micro_batch={tokens}", "speed alone", spec.model_copy(update={"engine": engine})
+            yield (
+                (f"engine.tokens_per_micro_batch={tokens}",),
+                "speed alone",
+                spec.model_copy(update={"engine": engine}),
+            )
     small = spec.engine.model_copy(update={"tokens_per_micro_batch": 256})
     least = spec.model_copy(update={"engine": small})
     moments = small.optimiser.model_copy(update={"moments": "int8"})
@@ -230,8 +235,8 @@ def _changes(spec: RunSpec, shape: Shape) -> Iterator[tuple[str, str, RunSpec]]:
             yield _with(override), "another method", least.model_copy(update={"method": method})
 
 
-def _with(override: str) -> str:
-    return f"engine.tokens_per_micro_batch=256 {override}"
+def _with(override: str) -> tuple[str, ...]:
+    return "engine.tokens_per_micro_batch=256", override
 
 
 def size_of(text: str | None) -> int | None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rung.plan.shape import Shape
+from rung.plan.shape import BYTES, Shape
 from rung.plan.trained import Trained, trained
 from rung.spec.method import in_front
 from rung.spec.run import RunSpec
@@ -35,6 +35,12 @@ NF4_PLAIN = 0.5 + 4 / 64
 """The same with scales in float32."""
 
 
+HOLES = 0.19
+"""Of what a step keeps: freed memory of a size that is not asked for again (measured with glibc)."""
+PRODUCTS = 105 * 10**6
+"""Buffers of the processor's matrix products, which a model of no size does not need (measured)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Term:
     """What one thing holds, in bytes, and where the number comes from."""
@@ -42,6 +48,8 @@ class Term:
     name: str
     bytes: int
     why: str
+    mapped: bool = False
+    """Pages of a file that the system takes back when memory is short: resident, but not needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +63,11 @@ class Stage:
     def bytes(self) -> int:
         """All terms together."""
         return sum(term.bytes for term in self.terms)
+
+    @property
+    def needed(self) -> int:
+        """The same without what the system can take back."""
+        return sum(term.bytes for term in self.terms if not term.mapped)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +98,19 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """Bytes at the peak, with what the libraries hold."""
+        """Bytes at the peak, with what the libraries hold: what is resident where memory is not short."""
         return self.largest.bytes + self.footprint
+
+    @property
+    def needed(self) -> int:
+        """Bytes that there must be."""
+        return max(stage.needed for stage in self.stages) + self.footprint
 
     def to_json(self) -> dict[str, object]:
         """Plain values, in bytes."""
         stages = {s.name: {"bytes": s.bytes, "terms": {t.name: t.bytes for t in s.terms}} for s in self.stages}
-        return {"peak_bytes": self.peak, "footprint_bytes": self.footprint, "at": self.largest.name, "stages": stages}
+        total = {"peak_bytes": self.peak, "needed_bytes": self.needed}
+        return {**total, "footprint_bytes": self.footprint, "at": self.largest.name, "stages": stages}
 
 
 def activation_bytes_per_token(shape: Shape, compute: str = "float32", *, lowest: int = 0, ranks: int = 0) -> int:
@@ -125,7 +144,8 @@ def memory(spec: RunSpec, shape: Shape, work: Work, others: Mapping[str, Shape] 
         rows = min(rollout.batch, rollout.answers * spec.engine.examples_per_step)
         tokens = work.tokens // max(1, rollout.answers) + rollout.max_new_tokens
         stages.append(Stage("rollouts", (*held, *answering(shape, rows, tokens, work.compute))))
-    stages.append(Stage("saving", (*held, *_saving(spec, own))))
+    kept = [term for term in held if term.name not in ("moments", "value")]
+    stages.append(Stage("saving", (*kept, *_saving(own))))
     return Memory(tuple(stages))
 
 
@@ -190,11 +210,17 @@ def _backward(spec: RunSpec, shape: Shape, own: Trained, work: Work) -> Sequence
         gradients = max(0, gradients - activations)
     per_token = _width(compute=work.compute)
     scratch = per_token * tokens * (4 * shape.mlp + 4 * shape.width)
+    vectors = 3 * per_token * shape.width * work.learned
+    moved = 4 * shape.embedding if spec.method.kind in ("full", "head") else 0
     return (
         Term("gradients", gradients, "float32"),
         Term("activations", activations, f"{kept:,} bytes for each of {tokens:,} tokens"),
-        Term("head", 3 * per_token * shape.width * work.learned + 3 * 4 * TILE, "two vectors a learned token, tiles"),
+        Term(
+            "head", vectors + 3 * 4 * TILE + moved, "vectors of the learned tokens, tiles, its gradient where it moves"
+        ),
         Term("scratch", scratch, "what one layer makes and forgets"),
+        Term("holes", int(HOLES * (activations + scratch)), f"{HOLES:.0%}: what the allocator cannot use again"),
+        Term("products", PRODUCTS, "buffers of matrix products (measured)"),
     )
 
 
@@ -207,16 +233,20 @@ def _update(own: Trained) -> Sequence[Term]:
 
 
 def _loading(spec: RunSpec, shape: Shape, work: Work) -> Sequence[Term]:
-    """The file is mapped while its numbers are copied."""
-    file = {"float32": 4}.get(shape.stored, 2) * shape.parameters
-    resident = 2 if work.compute == "bfloat16" or (shape.stored == "bfloat16" and spec.model.fused) else 4
-    return (
-        Term("file", file, f"{shape.stored}, as it is mapped"),
-        Term("weights", resident * shape.parameters, "its numbers, copied"),
-    )
+    """A file is mapped: what it holds in the type that is asked for is not copied, but read when it is needed."""
+    narrow = work.compute == "bfloat16" or (shape.stored == "bfloat16" and spec.model.fused)
+    loaded = "bfloat16" if narrow else "float32"
+    final = tuple(weights(spec, shape, work.compute))
+    file = Term("file", BYTES[shape.stored] * shape.parameters, f"{shape.stored}, as it is mapped", mapped=True)
+    if shape.stored != loaded:
+        copied = Term("copies", BYTES[loaded] * shape.parameters, f"of all of it, as {loaded}")
+        return (file, copied) if spec.method.kind not in ("full", "qlora") else (copied, *final)
+    if spec.method.kind == "qlora" or (spec.method.kind == "full" and loaded == "bfloat16"):
+        return (file, *final)
+    return final
 
 
-def _saving(spec: RunSpec, own: Trained) -> Sequence[Term]:
+def _saving(own: Trained) -> Sequence[Term]:
     """What is written is copied once."""
     return (Term("copies", 2 * 4 * own.saved, "what is written, and what was written as it is looked at again"),)
 

@@ -20,6 +20,9 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _UNTIED = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gpt_neox", "olmo2", "granite"})
 """Architectures whose head is their own unless the config ties it to the embeddings."""
 
+_ALL_HEADS = frozenset({"opt", "gpt2", "gpt_neox"})
+"""Architectures that know no shared keys, whatever a config says."""
+
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
@@ -144,7 +147,7 @@ def _shape(kind: str, config: Mapping[str, Any], stored: str) -> Shape:
 
     width, layers = number("hidden_size", "n_embd"), number("num_hidden_layers", "n_layer")
     heads = number("num_attention_heads", "n_head")
-    kv_heads = number("num_key_value_heads", default=heads)
+    kv_heads = heads if kind in _ALL_HEADS else number("num_key_value_heads", default=heads)
     head_width = number("head_dim", default=width // heads)
     mlp = number("intermediate_size", "ffn_dim", "n_inner", default=4 * width)
     vocabulary = number("vocab_size")

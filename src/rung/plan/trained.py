@@ -77,7 +77,7 @@ def _virtual(spec: Any, shape: Shape) -> Trained:
     width = 2 * shape.layers * shape.kv if every_layer else shape.width
     encoder = encoder_parameters(spec, shape.width, width)
     rows = tasks * tokens * (shape.width if encoder else width)
-    return Trained(rows + encoder, 0, tasks * tokens * width, max(rows, encoder))
+    return Trained(rows + encoder, 0, tasks * tokens * width, max(rows // tasks, encoder))
 
 
 def _aimed_at(targets: tuple[Any, ...], shape: Shape) -> list[Matrix]:

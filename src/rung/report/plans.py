@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
 from typing import Any
 
 from rich.text import Text
@@ -18,7 +18,7 @@ _TONE = {True: "green", False: "red"}
 def plan_lines(advice: Advice, where: str) -> list[str]:
     """The config's own run term by term, every method beside it, and what would make it fit."""
     shape, work, own = advice.shape, advice.work, advice.own
-    guessed = "counted" if advice.amount.known else "guessed from the size of the data's files: --tokens says better"
+    guessed = "as given" if advice.amount.known else "guessed from the size of the data's files: --tokens says better"
     facts = {
         "model": f"{count(shape.parameters)} parameters: {shape.layers} layers of width {shape.width:,}, "
         f"{shape.stored} on disk, computed in {work.compute}",
@@ -30,13 +30,6 @@ def plan_lines(advice: Advice, where: str) -> list[str]:
     lines = ["", where, *pairs(facts), "", *render(lambda _: [_stages(own.memory)]), ""]
     lines += render(lambda _: [_methods(advice)])
     return [*lines, "", *_verdict(advice)]
-
-
-def reality_line(planned: Mapping[str, Any], measured: int) -> str:
-    """What was planned beside what was measured, above the libraries' own footprint."""
-    peak, footprint = int(planned["peak_bytes"]), int(planned["footprint_bytes"])
-    off = (peak - measured) / max(1, measured - footprint)
-    return f"{memory(measured)} at the peak; planned {memory(peak)} ({off:+.0%} of what the libraries do not hold)"
 
 
 def _rate(advice: Advice) -> str:
@@ -102,5 +95,5 @@ def _verdict(advice: Advice) -> list[str]:
     return [
         *told,
         f"The cheapest change that does, {fitting}, at the cost of {advice.change.costs}:",
-        f"  {advice.change.override}",
+        f"  {shlex.join(advice.change.overrides)}",
     ]

@@ -44,7 +44,7 @@ def run_lines(manifest: dict[str, Any], output: str, report: str) -> list[str]:
             "loss": f"{loss(manifest.get('train_loss'))} in the last step{validation} {unit}",
             "speed": f"{speed}{manifest['steps']:,} steps, {manifest.get('tokens', 0):,} tokens in "
             f"{duration(manifest.get('train_seconds'))}",
-            "memory": f"{memory(manifest.get('peak_memory_bytes'))} at the peak",
+            "memory": _memory(manifest),
         }
     if rows := data.get("splits", {}).get("train", {}).get("rows"):
         learned = data.get("train", {}).get("supervised_tokens", 0)
@@ -59,6 +59,18 @@ def run_lines(manifest: dict[str, Any], output: str, report: str) -> list[str]:
         *pairs(lines),
         *_outlook(report, after_run(manifest, output)),
     ]
+
+
+def _memory(manifest: Json) -> str:
+    """The peak, beside what was planned where the run planned."""
+    plan, steps = manifest.get("plan"), manifest.get("peak_memory_bytes")
+    if not plan:
+        return f"{memory(steps)} at the peak"
+    peak = max(value for value in plan["measured"].values() if value)
+    off = (plan["peak_bytes"] - peak) / max(1, peak - plan["footprint_bytes"])
+    return (
+        f"{memory(peak)} at the peak; planned {memory(plan['peak_bytes'])} ({off:+.0%} of what is not the libraries')"
+    )
 
 
 def dry_run_lines(found: dict[str, Any]) -> list[str]:

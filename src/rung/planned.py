@@ -1,0 +1,107 @@
+"""A plan beside reality: what a run is expected to hold, refused where that is not there, compared when it is over."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rung.data.chat import Tokenised
+from rung.data.prompts import Prompted
+from rung.engine.loop import Trainer
+from rung.engine.progress import say
+from rung.engine.record import peak_memory_bytes
+from rung.errors import PlanError
+from rung.plan.advise import advise, compute_type, other_shapes
+from rung.plan.memory import FEWEST, Memory, Work, memory
+from rung.plan.shape import Shape, read_shape
+from rung.plan.time import Amount, keep_rate, token_flops
+from rung.prepared import Data
+from rung.report.human import memory as in_words
+from rung.spec.run import RunSpec
+
+WINDOWS = 16
+"""Steps whose rows are packed beforehand to see how large a micro-batch becomes."""
+TELLING = 30.0
+"""Seconds of training after which a run's speed says something about the machine."""
+
+
+def available(device: torch.device) -> int | None:
+    """Bytes that are free for a run, with what the process holds already; None where the system does not say."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    try:
+        said = Path("/proc/meminfo").read_text()
+        free = int(said.split("MemAvailable:")[1].split()[0]) * 1024
+        held = int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        return None
+    return free + held
+
+
+def refuse_hopeless(spec: RunSpec, device: torch.device, *, beyond: bool) -> None:
+    """Before anything is loaded: raise `PlanError` where not even the smallest micro-batch could be computed."""
+    if device.type != "cpu":
+        return
+    shape = read_shape(spec.model)
+    compute = compute_type(spec.model, None)
+    least = memory(spec, shape, Work(compute, FEWEST, FEWEST // 2), other_shapes(spec))
+    _refuse(spec, least, available(device), beyond=beyond)
+
+
+def expect(spec: RunSpec, shape: Shape, trainer: Trainer, data: Data, *, beyond: bool) -> Memory:
+    """What the run will hold, from its own rows. Raises `PlanError` where there is less, unless told to go on."""
+    compute = str(trainer.policy.base.compute_dtype).removeprefix("torch.")
+    if isinstance(data.train, Prompted):  # its documents are made as it goes
+        work = Work(compute, trainer.budget, trainer.budget // 2)
+    else:
+        work = _work(trainer, data.train, compute)
+    found = memory(spec, shape, work, other_shapes(spec))
+    _refuse(spec, found, available(trainer.policy.device), beyond=beyond)
+    return found
+
+
+def _work(trainer: Trainer, data: Tokenised, compute: str) -> Work:
+    """The largest micro-batch of the first steps, and of the longest row."""
+    rows, largest, learned, fewest = data.rows, 0, 0, 0
+    steps = -(-len(rows) // trainer.spec.examples_per_step)
+    for step in range(min(WINDOWS, steps)):
+        batches = trainer.pack(trainer.window(rows, step), trainer.budget)
+        fewest = min(fewest or len(batches), len(batches))
+        for batch in batches:
+            if len(batch.ids) > largest:
+                largest, learned = len(batch.ids), len(batch.loss.target)
+    for batch in trainer.pack(data.longest_row(), trainer.budget):
+        if len(batch.ids) > largest:
+            largest, learned = len(batch.ids), len(batch.loss.target)
+    return Work(compute, largest, learned, fewest)
+
+
+def _refuse(spec: RunSpec, found: Memory, there: int | None, *, beyond: bool) -> None:
+    if there is None or found.needed <= there:
+        return
+    what = f"this run needs {in_words(found.needed)} at its peak"
+    if beyond:
+        say(f"{what}, and {in_words(there)} are free: it goes on because of --beyond-memory")
+        return
+    change = advise(spec, limit=there).change
+    fitting = f"the cheapest change that fits: {shlex.join(change.overrides)}" if change else "see: rung plan CONFIG"
+    hint = f"{fitting}; or start it with --beyond-memory"
+    raise PlanError(what, where="memory", given=f"{in_words(there)} free", hint=hint)
+
+
+def reality(spec: RunSpec, shape: Shape, found: Memory, manifest: Mapping[str, Any], loading: int) -> dict[str, Any]:
+    """The plan with what was measured, for `run.json`; a long run's speed is kept for later plans of this machine."""
+    seconds, tokens = manifest.get("train_seconds") or 0.0, manifest.get("tokens") or 0
+    if seconds >= TELLING and tokens and spec.objective.kind == "sft":
+        train = manifest.get("data", {}).get("train", {})
+        rows = max(1, int(train.get("examples", 0) or 1))
+        amount = Amount(tokens, train["supervised_tokens"] / train["tokens"], train["tokens"] / rows, known=True)
+        rate = token_flops(spec, shape, amount) * tokens / seconds
+        keep_rate(str(manifest.get("compute_dtype")), rate, f"{spec.method.kind} on {spec.model.name}")
+    measured = {"loading": loading, "steps": manifest.get("peak_memory_bytes"), "saving": peak_memory_bytes()}
+    return {**found.to_json(), "measured": measured}

@@ -1,0 +1,148 @@
+"""`rung plan`, and the plan that `rung train` makes of its own rows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from processes import inside
+from rung import planned
+from rung.plan.advise import advise, size_of
+from rung.plan.time import DEVICES
+from rung.spec.io import load
+
+LIGHT = """
+import sys
+from rung.cli import _exit_code
+code = _exit_code(sys.argv[1:])
+heavy = [name for name in ("torch", "transformers", "numpy", "peft") if name in sys.modules]
+sys.exit(f"loaded {heavy}" if heavy else code)
+"""
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A config of a 7B model: nothing of it is here but its config."""
+    shape = {
+        **{"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32},
+        **{"intermediate_size": 11008, "vocab_size": 32000, "dtype": "bfloat16", "tie_word_embeddings": False},
+    }
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(shape))
+    (tmp_path / "rows.jsonl").write_text("x" * 4000)
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model: {{name: {folder}, dtype: bfloat16}}\ndata: {{path: {tmp_path / 'rows.jsonl'}}}\n"
+        f"method: {{kind: full}}\noutput: {tmp_path / 'run'}\n"
+    )
+    return config
+
+
+def test_it_loads_nothing(large: Path) -> None:
+    command = [sys.executable, "-c", LIGHT, "plan", str(large), "--device", "h100", "--json"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert found.returncode == 0, found.stderr
+    said = json.loads(found.stdout)
+    assert said["parameters"] == 6_738_415_616  # Llama 2 7B
+    assert said["plan"]["fits"] is False and said["limit_bytes"] == 80 * 2**30
+    assert said["plan"]["seconds"] > 0 and "not measured" in said["rate"]["source"]
+    assert {m["method"] for m in said["methods"]} >= {"full", "lora", "qlora, 4 bits", "prompt", "mixture"}
+
+
+def test_what_does_not_fit_comes_with_the_cheapest_change_that_does(large: Path, capsys: Any) -> None:
+    fitting = []
+    for memory in ("200GiB", "90GiB", "24GiB", "14GiB", "1GiB"):
+        code, out, _ = inside(capsys, "plan", large, "--memory", memory, "--json")
+        assert code == 0
+        said = json.loads(out)
+        change = said["change"]
+        assert (change is None) == (said["plan"]["fits"] or memory == "1GiB")
+        fitting.append(change and " ".join(change["overrides"]))
+        if change:
+            assert change["plan"]["fits"] and change["plan"]["memory"]["needed_bytes"] <= size_of(memory)  # type: ignore[operator]
+            spec = load(str(large), change["overrides"]).spec
+            assert advise(spec, limit=size_of(memory)).own.fits  # as it is printed, it can be typed
+    assert fitting[0] is None and "int8" in fitting[1] and "lora" in fitting[2] and "qlora" in fitting[3]
+
+
+def test_every_lever_moves_what_it_is_said_to(large: Path) -> None:
+    def peak(*settings: str) -> int:
+        return advise(load(str(large), settings).spec).own.memory.peak
+
+    lora = "method={kind: lora}"
+    assert peak(lora) < peak()
+    assert peak(lora, "engine.tokens_per_micro_batch=2048") > peak(lora, "engine.tokens_per_micro_batch=512")
+    assert peak(lora, "engine.examples_per_step=64") == peak(lora)
+    assert peak("engine.optimiser.moments=int8") < peak()
+    assert peak(lora, "model.dtype=float32", "model.fused=false") > peak(lora)
+    assert peak("method={kind: lora, rank: 64}") > peak(lora)
+    assert peak("method={kind: lora, layers: last}") < peak(lora)
+    assert peak("method={kind: qlora}") < peak("method={kind: qlora, bits: 8}")
+    assert peak("objective={kind: preference}") > peak()
+    assert peak(lora, "data.max_length=4096") > peak(lora)
+
+
+@pytest.mark.parametrize(
+    "given", [("--memory", "much"), ("--memory", "0GiB"), ("--device", "h10"), ("--device", "?"), ("--memory", "-1")]
+)
+def test_wrong_sizes_and_devices(large: Path, capsys: Any, given: tuple[str, str]) -> None:
+    code, _, err = inside(capsys, "plan", large, *given)
+    assert code == 2 and "allowed" in err
+    if given[1] == "h10":
+        assert "h100" in err
+
+
+def test_sizes() -> None:
+    assert size_of("24GiB") == 24 * 2**30 and size_of("1.5GB") == 1_500_000_000 and size_of("512 MiB") == 2**29
+    assert size_of("2g") == 2 * 10**9 and size_of("7") == 7
+    assert all(device.name == name for name, device in DEVICES.items())
+
+
+def test_it_is_read_by_people(large: Path, capsys: Any) -> None:
+    code, out, _ = inside(capsys, "plan", large, "--memory", "24GiB", "--tokens", 1_000_000)
+    assert code == 0
+    assert "6.7B parameters" in out and "1.0M tokens an epoch, as given" in out
+    assert "It does not fit" in out and "'method={kind: lora}'" in out
+    for term in ("weights", "gradients", "moments", "activations", "libraries", "peak"):
+        assert term in out
+
+
+def test_a_run_ends_with_plan_and_reality(config: Path, tmp_path: Path, capsys: Any) -> None:
+    code, out, _ = inside(capsys, "train", config, f"output={tmp_path / 'run'}")
+    assert code == 0 and "planned" in out
+    plan = json.loads((tmp_path / "run" / "run.json").read_text())["plan"]
+    assert plan["measured"]["steps"] > 1e8 and plan["peak_bytes"] > plan["footprint_bytes"]
+    assert plan["at"] in plan["stages"]
+
+
+def test_what_cannot_fit_does_not_start_unless_told(
+    config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planned, "available", lambda device: 10**8)
+    code, _, err = inside(capsys, "train", config, f"output={tmp_path / 'run'}")
+    assert code == 3 and "needs" in err and "--beyond-memory" in err
+    assert not (tmp_path / "run").exists()
+    code, _, err = inside(capsys, "train", config, f"output={tmp_path / 'run'}", "--beyond-memory")
+    assert code == 0 and "goes on because of --beyond-memory" in err
+
+
+def test_a_run_that_its_own_rows_make_too_large_leaves_no_steps(
+    config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The smallest micro-batch would fit, the run's own does not."""
+    least = []
+
+    def there(device: Any) -> int:
+        least.append(device)
+        return 10**12 if len(least) == 1 else 10**8
+
+    monkeypatch.setattr(planned, "available", there)
+    code, _, err = inside(capsys, "train", config, f"output={tmp_path / 'run'}")
+    assert code == 3 and "needs" in err
+    assert not (tmp_path / "run" / "log.jsonl").exists()
