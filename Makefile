@@ -1,5 +1,5 @@
 # Three commands: `make demo` shows what Rung does, `make test` runs everything CI runs, `make bench` compares its speed.
-.PHONY: demo test soak bench install dev clean
+.PHONY: demo test coverage oldest soak bench install dev clean
 .DEFAULT_GOAL := demo
 
 VENV := .venv
@@ -13,8 +13,17 @@ demo: install
 test: dev
 	@scripts/check
 
+# A third slower. Lines and branches of what runs in the tests' own processes; below 90 % it fails.
+coverage: dev
+	@scripts/check --cov=rung --cov-branch --cov-report=term --cov-fail-under=90
+
 soak: dev
 	@scripts/check -m soak
+
+# The tests with the oldest versions that pyproject.toml allows, in an environment of their own.
+oldest:
+	@CONSTRAINTS=constraints-oldest.txt scripts/install $(VENV)-oldest dev
+	@OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n 2 --dist loadscope
 
 # Three hours and more: nothing else should run beside it. BENCH="--only a,b --pairs 5 --resume" passes options on.
 bench: install $(PEERS)/.installed
@@ -35,4 +44,4 @@ $(PEERS)/.installed: benchmarks/constraints-peers.txt scripts/install-peers
 	@scripts/install-peers $(PEERS)
 
 clean:
-	rm -rf $(VENV) $(PEERS) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest $(PEERS) .mypy_cache .pytest_cache .ruff_cache
