@@ -47,7 +47,8 @@ from rung.objective.reward import Reward
 from rung.objective.table import OBJECTIVES
 from rung.opened import device, load
 from rung.others import Beside, beside, judge
-from rung.plan.memory import tokens_per_micro_batch
+from rung.plan.advise import guessed_work, other_shapes
+from rung.plan.memory import memory, tokens_per_micro_batch
 from rung.prepared import Data, read_splits, tokenise
 from rung.publish.artefact import pad_beside_stops, write_origin, write_text_side
 from rung.publish.classifier import write_score
@@ -100,16 +101,18 @@ def dry_run(spec: RunSpec) -> dict[str, Any]:
     data = tokenise(spec, splits, base)
     check_tasks(spec, data)
     check_lottery(spec, len(data.train.rows))
-    beside(spec, base, data.chat)
-    method = attach(base.model, spec.method, seed=spec.seed, fused=spec.model.fused)
+    others = beside(spec, base, data.chat)
+    shape, method = base.shape, attach(base.model, spec.method, seed=spec.seed, fused=spec.model.fused)
+    heads = _objective(spec, Policy(base, method), others).trainable().values()
     rollout = getattr(spec.objective, "rollout", None)
     steps_per_epoch = -(-len(data.train.rows) // spec.engine.examples_per_step) * (rollout.steps if rollout else 1)
     return {
         **data.summary(),
         "steps_per_epoch": steps_per_epoch,
         "tokens_per_micro_batch": budget_of(spec, base),
-        "trainable_parameters": method.declared_parameters(),
+        "trainable_parameters": method.declared_parameters() + sum(p.numel() for p in heads),
         "learning_rate": spec.learning_rate,
+        "plan": memory(spec, shape, guessed_work(spec, shape, None), other_shapes(spec)).to_json(),
     }
 
 

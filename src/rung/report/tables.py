@@ -89,6 +89,7 @@ def dry_run_lines(found: dict[str, Any]) -> list[str]:
         "trainable": f"{count(found['trainable_parameters'])} parameters ({found['trainable_parameters']:,})",
         "steps": f"{found['steps_per_epoch']:,} an epoch, {found['tokens_per_micro_batch']:,} tokens at once, "
         f"learning rate {found['learning_rate']:g}",
+        "memory": f"{memory(found['plan']['needed_bytes'])} at the peak, as far as it can be known beforehand",
     }
     return ["", *pairs(lines), "", "Nothing was written. Without --dry-run this trains."]
 
