@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = (
-    "import sys; print([m for m in ('torch', 'transformers', 'peft', 'datasets', 'matplotlib') if m in sys.modules])"
-)
+HEAVY = "import sys; print([m for m in ('torch', 'transformers', 'peft', 'datasets', 'matplotlib', 'bm25s') if m in sys.modules])"
 
 
 @pytest.mark.parametrize(
