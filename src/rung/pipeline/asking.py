@@ -39,19 +39,22 @@ class Asking:
         self.spec, self.splits = spec, splits
         self.test = opened.test_records(spec, splits)
         require_questions(self.test)
-        self.validation: Records | None = None
-        if spec.climb.instructions:
-            self.validation = opened.validation_records(spec, splits)
+        zero_shot = next((rung for rung in spec.climb.rungs if rung.kind == "zero_shot"), None)
+        self.chooser: RungSpec | None = zero_shot if spec.climb.instructions else None
+        """The rung that chooses the instruction of all untuned ones."""
+        if self.chooser is not None:
             require_questions(self.validation)
-        self.library: Library | None = prepared.library_of(spec, splits) if self._looks_up else None
+        looks_up = any(self.context(rung) == "retrieved" for rung in spec.climb.rungs)
+        self.library: Library | None = prepared.library_of(spec, splits) if looks_up else None
         self._chosen: dict[str, Shots | Callable[[Record], Shots]] = {}
         for rung in spec.climb.rungs:
             if rung.kind in WITH_SHOTS:
                 self._shots(rung)
 
-    @property
-    def _looks_up(self) -> bool:
-        return any(self.context(rung) == "retrieved" for rung in self.spec.climb.rungs)
+    @cached_property
+    def validation(self) -> Records:
+        """What instructions are tried on. Raises `ConfigError` where there is nothing."""
+        return opened.validation_records(self.spec, self.splits)
 
     def context(self, rung: RungSpec) -> Context:
         """What stands before the questions of a rung."""
@@ -99,21 +102,15 @@ class Asking:
         for rung in self.spec.climb.rungs:
             if rung.kind in UNTUNED:
                 framing = self.framing(rung, longest)
-                for part in (self.test, self.validation if rung == self.chooser else None):
-                    if part is not None:
-                        framed(chat, self.put(rung, part), framing, limit)
-
-    @property
-    def chooser(self) -> RungSpec | None:
-        """The rung that chooses the instruction for all untuned ones."""
-        return next((r for r in self.spec.climb.rungs if r.kind == "zero_shot"), None) if self.validation else None
+                for part in (self.test, self.validation) if rung == self.chooser else (self.test,):
+                    framed(chat, self.put(rung, part), framing, limit)
 
     def choose(self, rung: RungSpec, folder: Path, score: Callable[[Records, Framing], Evaluation]) -> dict[str, Any]:
         """Score every instruction on the validation split; the best by the deciding metric, the earlier of equal ones.
 
         Each is on disk before the next: a climb that was stopped goes on.
         """
-        records = self.put(rung, self.validation or self.test.select(slice(0)))
+        records = self.put(rung, self.validation)
         metric, tried = self.spec.evaluate.metrics[0], []
         sign = -1.0 if metric == PERPLEXITY else 1.0
         for number, text in enumerate(self.instructions):

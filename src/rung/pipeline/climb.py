@@ -211,14 +211,15 @@ class Climb:
         def score(records: Sequence[Record], framing: Framing) -> Evaluation:
             return evaluate(policy, chat, records, framing, self.spec.evaluate, title=rung.label)
 
-        chosen: dict[str, Any] = {"instruction": self.spec.evaluate.instruction}
-        if asking.chooser is not None:
-            before = self._folders(asking.chooser)[0]
-            chosen = asking.choose(rung, folder, score) if rung == asking.chooser else _result(before)
-        asked = asking.of(rung, chosen["instruction"])
-        told = chosen if rung == asking.chooser else {}
-        cost = {"trainable_parameters": 0, "train_seconds": 0.0}
-        _store(folder, score(asked.records, asked.framing), {**cost, **told, **asked.facts})
+        cost: dict[str, Any] = {"trainable_parameters": 0, "train_seconds": 0.0}
+        instruction = self.spec.evaluate.instruction
+        if asking.chooser == rung:
+            cost |= asking.choose(rung, folder, score)
+            instruction = cost["instruction"]
+        elif asking.chooser is not None:
+            instruction = _result(self._folders(asking.chooser)[0])["instruction"]
+        asked = asking.of(rung, instruction)
+        _store(folder, score(asked.records, asked.framing), {**cost, **asked.facts})
 
     def _tune(self, rung: RungSpec, folder: Path, number: int, data: prepared.Data, asking: Asking) -> None:
         """A tuned rung: a run in a folder of its own, then the bare question."""
