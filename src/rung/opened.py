@@ -142,15 +142,24 @@ def open_base(spec: ModelSpec) -> tuple[Policy, Chat]:
 
 def test_records(spec: RunSpec, splits: Splits) -> Records:
     """The held-out items, at most `evaluate.limit` of them in the order of the seed."""
-    if not splits.test:
-        raise ConfigError(
-            "there is no test split to score on", where="data.test", given=spec.data.test, hint="set data.test: 0.1"
-        )
-    expected = np.flatnonzero([not (record.bad or record.unanswered) for record in splits.test])
+    return _to_answer(spec, splits.test, "test")
+
+
+def validation_records(spec: RunSpec, splits: Splits) -> Records:
+    """What choices are measured on, taken from the validation split as `test_records` are from the test split."""
+    return _to_answer(spec, splits.validation, "validation")
+
+
+def _to_answer(spec: RunSpec, part: Records, name: str) -> Records:
+    where = f"data.{name}"
+    if not part:
+        given = getattr(spec.data, name)
+        raise ConfigError(f"there is no {name} split to score on", where=where, given=given, hint=f"set {where}: 0.1")
+    expected = np.flatnonzero([not (record.bad or record.unanswered) for record in part])
     if not len(expected):  # a bad answer is no answer to expect
-        raise ConfigError("no row of the test split has an answer to expect", where="data.test")
+        raise ConfigError(f"no row of the {name} split has an answer to expect", where=where)
     order = np.random.default_rng([spec.seed, 2]).permutation(len(expected))
-    return splits.test.select(expected[np.sort(order[: spec.evaluate.limit])])
+    return part.select(expected[np.sort(order[: spec.evaluate.limit])])
 
 
 def widen_if_asked(policy: Policy, spec: RunSpec) -> None:
@@ -169,7 +178,6 @@ def widen(policy: Policy, spec: RunSpec) -> None:
 
 
 def score(policy: Policy, chat: Chat, spec: RunSpec, records: Sequence[Record], *, tuned: bool) -> Evaluation:
-    """Score test records; an untuned model gets `evaluate.instruction`."""
+    """Score test records as they are asked (`prepared.as_asked`); an untuned model gets `evaluate.instruction`."""
     widen_if_asked(policy, spec)
-    framing = Framing(None if tuned else spec.evaluate.instruction, context=spec.evaluate.context == "given")
-    return evaluate(policy, chat, records, framing, spec.evaluate)
+    return evaluate(policy, chat, records, Framing(None if tuned else spec.evaluate.instruction), spec.evaluate)

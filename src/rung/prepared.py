@@ -14,10 +14,12 @@ from rung.data.records import Records
 from rung.data.split import Splits
 from rung.engine.progress import stage
 from rung.errors import DataError
+from rung.evaluate.retrieve import Library, own_contexts, read_documents
 from rung.model.load import Base
 from rung.objective.table import OBJECTIVES
 from rung.opened import inserted_in
 from rung.scoring.verifiers import expects
+from rung.spec.evaluate import Context, RetrieveSpec
 from rung.spec.method import in_front
 from rung.spec.objective import ModelRewardSpec
 from rung.spec.run import RunSpec
@@ -47,12 +49,34 @@ def read_splits(spec: RunSpec) -> Splits:
         return load_data(spec.data, spec.seed)
 
 
-def tokenise(spec: RunSpec, splits: Splits, base: Base) -> Data:
-    """Examples for training and validation, through the cache, with gate 1 passed."""
+def library_of(spec: RunSpec, splits: Splits) -> Library:
+    """What passages are retrieved from. Raises `DataError` where that is nothing."""
+    own = spec.evaluate.retrieve or RetrieveSpec()
+    with stage("indexing documents"):
+        if own.documents is None:
+            return Library.of(own_contexts((splits.train, splits.validation, splits.test)), own, "data.path")
+        return Library.of(read_documents(own), own, own.documents)
+
+
+def as_asked(context: Context, records: Records, library: Library | None) -> Records:
+    """Records with what stands before their questions: their own contexts, none, or passages of the library."""
+    if context == "given":
+        return records
+    if context == "withheld" or library is None:
+        return Records.of(replace(record, context=None) for record in records)
+    return library.shown_all(records)
+
+
+def tokenise(spec: RunSpec, splits: Splits, base: Base, library: Library | None = None) -> Data:
+    """Examples for training and validation, through the cache, with gate 1 passed; their contexts as they are asked."""
     chat = Chat(base.tokenizer, spec.model.template, inserted_in(spec.method, base))
     longest = room_of(spec, base)
-    if spec.evaluate.context == "withheld":  # a tuned model must be trained on what it will be asked
-        splits = replace(splits, train=_closed_book(splits.train), validation=_closed_book(splits.validation))
+    context = spec.evaluate.context
+    if context == "retrieved" and library is None:
+        library = library_of(spec, splits)
+    # a tuned model must be trained on what it will be asked
+    asked = [as_asked(context, part, library) for part in (splits.train, splits.validation)]
+    splits = replace(splits, train=asked[0], validation=asked[1])
     objective = OBJECTIVES[spec.objective.kind](spec.objective)
     if objective.rollout is not None and objective.judged:
         return _prompted(spec, splits, chat, longest - objective.rollout.max_new_tokens)
@@ -106,9 +130,8 @@ def documents(spec: RunSpec, chat: Chat, records: Records, longest: int) -> Toke
 
 
 def held_out(spec: RunSpec, chat: Chat, records: Records, base: Base) -> Tokenised:
-    """Documents of held-out rows, as the run's own were made."""
-    asked = _closed_book(records) if spec.evaluate.context == "withheld" else records
-    found = documents(spec, chat, asked, room_of(spec, base))
+    """Documents of held-out rows as they are asked, made as the run's own were."""
+    found = documents(spec, chat, records, room_of(spec, base))
     _check_ids(found.examples, base)
     return found
 
@@ -126,7 +149,3 @@ def _prompted(spec: RunSpec, splits: Splits, chat: Chat, longest: int) -> Data:
         held = splits.validation
         validation = prompts(chat, held, longest=longest, overflow=spec.data.overflow) if held else None
     return Data(splits, chat, train, validation, train.preflight())
-
-
-def _closed_book(records: Records) -> Records:
-    return Records.of(replace(record, context=None) for record in records)

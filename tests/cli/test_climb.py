@@ -111,7 +111,7 @@ def test_context_can_be_withheld(climb: Path, capsys: Any) -> None:
     _, withheld, _ = inside(capsys, "climb", climb, "evaluate.context=withheld", *settings, "--overwrite")
     rows = [json.loads(out)["ladder"][0] for out in (given, withheld)]
     assert rows[0]["prompt_tokens"] > rows[1]["prompt_tokens"]
-    assert rows[1]["sees"] == "instruction"
+    assert rows[1]["sees"] == "instruction, closed book"
 
 
 def test_single_run_and_climb_do_not_mix(climb: Path, tmp_path: Path, capsys: Any) -> None:

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = (
-    "import sys; print([m for m in ('torch', 'transformers', 'peft', 'datasets', 'matplotlib') if m in sys.modules])"
-)
+MODULES = ("torch", "transformers", "peft", "datasets", "matplotlib", "bm25s")
+HEAVY = f"import sys; print([m for m in {MODULES} if m in sys.modules])"
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from rung.engine.pack import pack
 from rung.engine.progress import Bar
 from rung.errors import DataError
 from rung.evaluate.baselines import Framing
+from rung.held import write_text
 from rung.model.generate import Sampling, generate_by_task
 from rung.model.policy import Policy
 from rung.model.tree import has_flat_kernel
@@ -38,6 +39,7 @@ class Item:
     group: str | None
     question: str
     context: str | None
+    """What stood before the question."""
     expected: str
     answer: str
     scores: dict[str, float]
@@ -99,7 +101,7 @@ class Evaluation:
         """One JSON object an item, after a first line with what belongs to all."""
         head = {"seconds_per_query": self.seconds_per_query, "metrics": list(self.metrics)}
         lines = [head, *(asdict(item) for item in self.items)]
-        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
     @staticmethod
     def read(path: Path) -> Evaluation:
@@ -125,15 +127,8 @@ def evaluate(
     """
     generated = [name for name in spec.metrics if name != PERPLEXITY]
     require_questions(records)
-    prompts = [chat.prompt_ids(framing.turns(record), tools=record.tools) for record in records]
     limit = policy.base.context - policy.method.virtual_tokens - spec.max_new_tokens
-    if longest := max((p for p in prompts if len(p) > limit), key=len, default=None):
-        where = str(records[prompts.index(longest)].source)
-        raise DataError(
-            f"this prompt has {len(longest)} tokens and the model takes {limit} before an answer",
-            where=where,
-            hint="lower evaluate.shots, shorten the contexts, or use a base with a longer context",
-        )
+    prompts = framed(chat, records, framing, limit)
     answers, stopped, seconds = [""] * len(records), [True] * len(records), 0.0
     if generated:
         tasks = [record.task for record in records]
@@ -148,7 +143,7 @@ def evaluate(
             source=str(record.source),
             group=record.group,
             question=record.question,
-            context=record.context if framing.context else None,
+            context=record.context,
             expected=expected_text(record),
             answer=answer,
             scores={name: METRICS[name].function(answer, expected_text(record)) for name in generated},
@@ -160,6 +155,18 @@ def evaluate(
         for record, prompt, answer, done, likelihood in zip(records, prompts, answers, stopped, nats, strict=True)
     )
     return Evaluation(items, seconds / max(1, len(items)), spec.metrics)
+
+
+def framed(chat: Chat, records: Sequence[Record], framing: Framing, limit: int) -> list[list[int]]:
+    """Ids of each prompt. Raises `DataError` for one of more than `limit` tokens."""
+    prompts = [chat.prompt_ids(framing.turns(record), tools=record.tools) for record in records]
+    if longest := max((p for p in prompts if len(p) > limit), key=len, default=None):
+        raise DataError(
+            f"this prompt has {len(longest)} tokens and the model takes {limit} before an answer",
+            where=str(records[prompts.index(longest)].source),
+            hint="lower evaluate.shots, shorten the contexts or retrieve less, or use a base with a longer context",
+        )
+    return prompts
 
 
 def require_questions(records: Sequence[Record]) -> None:

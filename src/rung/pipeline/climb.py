@@ -14,23 +14,26 @@ import numpy as np
 
 from rung import opened, prepared
 from rung import run as running
-from rung.data.split import Splits
+from rung.data.chat import Chat
 from rung.engine.progress import say
 from rung.engine.record import RunFolder, is_climb, peak_memory_bytes, read_manifest, reset_peak_memory, write_json
 from rung.errors import CheckpointError, ConfigError, RungError
-from rung.evaluate.baselines import Framing, choose_shots
-from rung.evaluate.task import PERPLEXITY, Evaluation, evaluate, require_questions
+from rung.evaluate.baselines import Framing
+from rung.evaluate.task import PERPLEXITY, Evaluation, evaluate
 from rung.model.load import Base
 from rung.model.policy import Policy, Untouched
+from rung.pipeline.asking import Asking
 from rung.scoring.stats import Difference, Interval
 from rung.scoring.verdict import Verdict, gain_over, score_of, verdict
-from rung.spec.climb import RungSpec
+from rung.spec.climb import UNTUNED, RungSpec
+from rung.spec.evaluate import Context
 from rung.spec.io import for_rung, to_dict
 from rung.spec.method import FullSpec
 from rung.spec.run import RunSpec
 from rung.types import Record
 
-UNTUNED = ("zero_shot", "few_shot")
+CONTEXTS = {"given": "context", "withheld": "closed book", "retrieved": "retrieved passages"}
+"""What the ladder calls what stands before the question, where any row has a context or passages are retrieved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,12 @@ class Row:
     prompt_tokens: float
     seconds_per_query: float
     folder: str
+    retrieval: dict[str, Any] | None = None
+    """Where passages were retrieved: how often the right ones were, and from what."""
+    instruction: str | None = None
+    """The system turn of an untuned rung."""
+    instructions: tuple[dict[str, Any], ...] = ()
+    """Where it was chosen: each that was tried, with its scores on the validation split."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -120,28 +129,34 @@ class Climb:
         finished = all((f / "result.json").exists() for rung in self.spec.climb.rungs for f in self._folders(rung))
         if finished and not self._overwrite:
             return self._judge()
-        records = opened.test_records(self.spec, splits)
-        require_questions(records)
-        for rung in self.spec.climb.rungs:
-            self._shots(rung, splits)
+        asking = Asking(self.spec, splits)
+        fingerprints = {"data": splits.fingerprint}
+        if asking.library is not None:
+            fingerprints["documents"] = asking.library.fingerprint
+            self._refuse_other("documents", fingerprints["documents"])
         self._fresh = base = opened.load(self.spec.model)
+        fingerprints["base"] = base.fingerprint
         self._refuse_other("base", base.fingerprint)
-        # rungs share what a method without virtual tokens reads: those take room, or stand inside the text
-        data = prepared.tokenise(self.spec.model_copy(update={"method": FullSpec()}), splits, base)
+        data = {context: self._shared(context, asking, base) for context in asking.contexts}
+        own = next(iter(data.values()))
+        asking.check_room(own.chat, base.context - self.spec.evaluate.max_new_tokens)
         resume = (self.path / "run.json").exists() and not self._overwrite
-        fingerprints = {"base": base.fingerprint, "data": splits.fingerprint}
         claimed = RunFolder.claim(self.path, to_dict(self.spec), resume=resume, overwrite=self._overwrite)
         with closing(claimed) as folder:
-            return self._climb(folder, data, records, fingerprints)
+            folder.manifest.pop("error", None)  # of an earlier try
+            folder.update(climb=True, status="running", data=own.summary(), fingerprints=fingerprints)
+            return self._climb(folder, data, asking)
 
-    def _climb(
-        self, folder: RunFolder, data: prepared.Data, records: Sequence[Record], fingerprints: Mapping[str, str]
-    ) -> Ladder:
-        folder.manifest.pop("error", None)  # of an earlier try
-        folder.update(climb=True, status="running", data=data.summary(), fingerprints=fingerprints)
+    def _shared(self, context: Context, asking: Asking, base: Base) -> prepared.Data:
+        """What rungs of a method without virtual tokens share: those take room, or stand inside the text."""
+        evaluate = self.spec.evaluate.model_copy(update={"context": context})
+        spec = self.spec.model_copy(update={"method": FullSpec(), "evaluate": evaluate})
+        return prepared.tokenise(spec, asking.splits, base, asking.library)
+
+    def _climb(self, folder: RunFolder, data: dict[Context, prepared.Data], asking: Asking) -> Ladder:
         try:
             for rung in self.spec.climb.rungs:
-                self._measure(rung, data, records)
+                self._measure(rung, data, asking)
         except KeyboardInterrupt:
             folder.update(status="interrupted")
             raise
@@ -160,7 +175,8 @@ class Climb:
         known = (self.path / "run.json").exists() and not self._overwrite
         begun = read_manifest(self.path).get("fingerprints", {}) if known else {}
         if begun.get(what, fingerprint) != fingerprint:
-            summary = f"the {what} has changed since this climb began"
+            have = "have" if what == "documents" else "has"
+            summary = f"the {what} {have} changed since this climb began"
             raise CheckpointError(summary, where=str(self.path), hint="start anew with --overwrite")
 
     def _folders(self, rung: RungSpec) -> list[Path]:
@@ -172,10 +188,10 @@ class Climb:
         """A finished rung, from its files."""
         folders = self._folders(rung)
         evaluations = tuple(Evaluation.read(folder / "items.jsonl") for folder in folders)
-        costs = tuple(json.loads((folder / "result.json").read_text()) for folder in folders)
+        costs = tuple(map(_result, folders))
         return _Measured(rung, evaluations, costs)
 
-    def _measure(self, rung: RungSpec, data: prepared.Data, records: Sequence[Record]) -> None:
+    def _measure(self, rung: RungSpec, data: dict[Context, prepared.Data], asking: Asking) -> None:
         """What is missing of one rung."""
         folders = self._folders(rung)
         for number, folder in enumerate(folders):
@@ -183,26 +199,29 @@ class Climb:
                 continue
             say(f"rung {rung.label}" + (f", seed {number}" if len(folders) > 1 else ""))
             if rung.kind in UNTUNED:
-                self._ask(rung, folder, data, records)
+                self._ask(rung, folder, next(iter(data.values())).chat, asking)
             else:
-                self._tune(rung, folder, number, data, records)
+                self._tune(rung, folder, number, data[asking.context(rung)], asking)
 
-    def _ask(self, rung: RungSpec, folder: Path, data: prepared.Data, records: Sequence[Record]) -> None:
+    def _ask(self, rung: RungSpec, folder: Path, chat: Chat, asking: Asking) -> None:
         """An untuned rung: the base with the strongest prompt the config has."""
-        shots = self._shots(rung, data.splits)
-        framing = Framing(self.spec.evaluate.instruction, shots, self.spec.evaluate.context == "given")
         reset_peak_memory()
         policy = Policy(self._base(), Untouched())
-        result = evaluate(policy, data.chat, records, framing, self.spec.evaluate, title=rung.label)
-        cost = {"trainable_parameters": 0, "train_seconds": 0.0, "shots": [str(shot.source) for shot in shots]}
-        _store(folder, result, cost)
 
-    def _shots(self, rung: RungSpec, splits: Splits) -> tuple[Record, ...]:
-        """The worked examples of a rung; raises `DataError` when the training split has too few."""
-        count = (rung.shots or self.spec.evaluate.shots) if rung.kind == "few_shot" else 0
-        return choose_shots(splits.train, count, self.spec.seed)
+        def score(records: Sequence[Record], framing: Framing) -> Evaluation:
+            return evaluate(policy, chat, records, framing, self.spec.evaluate, title=rung.label)
 
-    def _tune(self, rung: RungSpec, folder: Path, number: int, data: prepared.Data, records: Sequence[Record]) -> None:
+        cost: dict[str, Any] = {"trainable_parameters": 0, "train_seconds": 0.0}
+        instruction = self.spec.evaluate.instruction
+        if asking.chooser == rung:
+            cost |= asking.choose(rung, folder, score)
+            instruction = cost["instruction"]
+        elif asking.chooser is not None:
+            instruction = _result(self._folders(asking.chooser)[0])["instruction"]
+        asked = asking.of(rung, instruction)
+        _store(folder, score(asked.records, asked.framing), {**cost, **asked.facts})
+
+    def _tune(self, rung: RungSpec, folder: Path, number: int, data: prepared.Data, asking: Asking) -> None:
         """A tuned rung: a run in a folder of its own, then the bare question."""
         spec = for_rung(self.spec, rung, str(folder), self.spec.seed + number)
         begun = (folder / "run.json").exists()
@@ -210,16 +229,18 @@ class Climb:
             policy, chat, _ = opened.open_run(folder)
         else:
             base = self._base()
-            own = prepared.tokenise(spec, data.splits, base) if hasattr(spec.method, "virtual_tokens") else data
+            own = data
+            if hasattr(spec.method, "virtual_tokens"):
+                own = prepared.tokenise(spec, asking.splits, base, asking.library)
             policy, _ = running.train_on(spec, base, own, resume=begun)
             self._fresh = None  # its model has been tuned
             chat = own.chat
         manifest = read_manifest(folder)
-        framing = Framing(context=spec.evaluate.context == "given")
+        asked = asking.of(rung, None)
         opened.widen_if_asked(policy, spec)
-        result = evaluate(policy, chat, records, framing, spec.evaluate, title=rung.label)
+        result = evaluate(policy, chat, asked.records, asked.framing, spec.evaluate, title=rung.label)
         keys = ("trainable_parameters", "train_seconds", "tokens_per_second")
-        _store(folder, result, {key: manifest[key] for key in keys})
+        _store(folder, result, {**{key: manifest[key] for key in keys}, **asked.facts})
 
     def _base(self) -> Base:
         """A base that no rung has touched."""
@@ -265,9 +286,6 @@ def judge(spec: RunSpec, measured: Sequence[_Measured]) -> Ladder:
 
 def _row(spec: RunSpec, measured: _Measured, gain: Difference | None) -> Row:
     rung, evaluations, costs = measured.spec, measured.evaluations, measured.costs
-    context = "context" if spec.evaluate.context == "given" and any(i.context for i in evaluations[0].items) else ""
-    instruction = "instruction" if rung.kind in UNTUNED and spec.evaluate.instruction else ""
-    shots = f"{len(costs[0]['shots'])} shots" if costs[0].get("shots") else ""
 
     def mean(key: str) -> float:
         return float(np.mean([cost[key] for cost in costs]))
@@ -275,7 +293,7 @@ def _row(spec: RunSpec, measured: _Measured, gain: Difference | None) -> Row:
     return Row(
         rung=rung.label,
         kind=rung.kind,
-        sees=", ".join(part for part in (instruction, shots, context) if part) or "the question",
+        sees=_sees(costs[0]),
         scores={name: _score(evaluations, name) for name in spec.evaluate.metrics},
         gain=gain,
         trainable_parameters=int(costs[0]["trainable_parameters"]),
@@ -284,7 +302,21 @@ def _row(spec: RunSpec, measured: _Measured, gain: Difference | None) -> Row:
         prompt_tokens=float(np.mean([e.prompt_tokens for e in evaluations])),
         seconds_per_query=float(np.mean([e.seconds_per_query for e in evaluations])),
         folder=str(rung_folder(Path(spec.output), rung, 0, len(evaluations))),
+        retrieval=costs[0].get("retrieval"),
+        instruction=costs[0].get("instruction"),
+        instructions=tuple(costs[0].get("instructions", ())),
     )
+
+
+def _sees(facts: Mapping[str, Any]) -> str:
+    """What stands in the prompt besides the question."""
+    chosen = {"similarity": "nearest ", "coverage": "covering "}.get(str(facts.get("choose")), "")
+    parts = [
+        "instruction" if facts.get("instruction") else "",
+        f"{facts['shots_each']} {chosen}shots" if facts.get("shots_each") else "",
+        CONTEXTS.get(str(facts.get("context")), ""),
+    ]
+    return ", ".join(filter(None, parts)) or "the question"
 
 
 def _score(evaluations: Sequence[Evaluation], metric: str) -> Interval:
@@ -296,6 +328,12 @@ def _score(evaluations: Sequence[Evaluation], metric: str) -> Interval:
     if metric != PERPLEXITY:
         return score
     return replace(score, mean=math.exp(score.mean), low=math.exp(score.low), high=math.exp(score.high))
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    """What `_store` wrote last."""
+    found: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return found
 
 
 def _store(folder: Path, result: Evaluation, cost: dict[str, Any]) -> None:

@@ -52,7 +52,7 @@ def generate_remotely(server: Server, data: str, output: Path, asked: Asked) -> 
 def _request(record: Record, number: int, asked: Asked) -> Request:
     """One prompt, its context in front of the question, as a run would be asked."""
     sampling = asked.sampling
-    turns = Framing(None, (), context=True).turns(record)
+    turns = Framing().turns(record)
     settings: dict[str, Any] = {
         "n": sampling.answers,
         "temperature": sampling.temperature,

@@ -31,7 +31,7 @@ def score(target: str, *, config: str | None, overrides: Sequence[str], limit: i
     task = _task(path, config, overrides, is_run)
     if limit is not None:
         task = task.model_copy(update={"evaluate": task.evaluate.model_copy(update={"limit": limit})})
-    records = opened.test_records(task, prepared.read_splits(task))
+    records, found = _asked(task)
     if is_run and isinstance(task.objective, RewardSpec):
         return _examined(path, task, records, config=config, keep=config is None and limit is None)
     if is_run:
@@ -39,12 +39,22 @@ def score(target: str, *, config: str | None, overrides: Sequence[str], limit: i
     else:
         policy, chat = opened.open_base(task.model.model_copy(update={"name": target}))
     result = opened.score(policy, chat, task, records, tuned=is_run)
-    summary = {"target": target, "task": config or target, **result.summary()}
+    measured = {**result.summary(), **found}
     if is_run and config is None and limit is None:
         result.write(path / "eval.jsonl")  # items.jsonl belongs to the climb that a run may stand in
         manifest = read_manifest(path)
-        RunFolder(path, manifest).update(metrics={**manifest.get("metrics", {}), **result.summary()})
-    return summary
+        RunFolder(path, manifest).update(metrics={**manifest.get("metrics", {}), **measured})
+    return {"target": target, "task": config or target, **measured}
+
+
+def _asked(task: RunSpec) -> tuple[Records, dict[str, Any]]:
+    """The held-out items with what stands before their questions; where that was retrieved, how well."""
+    splits = prepared.read_splits(task)
+    records, context = opened.test_records(task, splits), task.evaluate.context
+    if context != "retrieved":
+        return prepared.as_asked(context, records, None), {}
+    library = prepared.library_of(task, splits)
+    return library.shown_all(records), {"retrieval": library.measure(records)}
 
 
 def _examined(path: Path, task: RunSpec, records: Records, *, config: str | None, keep: bool) -> dict[str, Any]:

@@ -31,6 +31,8 @@ class Answer:
     text: str
     stopped: bool
     marks: tuple[Mark, ...]
+    context: str | None = None
+    """What it saw, where that is not what stands with the question."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +101,19 @@ def _well(row: Sequence[Item], metric: str) -> tuple[bool, ...]:
 
 def _example(row: Sequence[Item], labels: Sequence[str], metrics: Sequence[str]) -> Example:
     first = row[0]
+    seen = Counter(item["context"] for item in row if item.get("context"))
+    # The context may be withheld from one rung only: it is the item's all the same.
+    context = seen.most_common(1)[0][0] if seen else None
     answers = tuple(
-        Answer(label, item.get("answer", ""), bool(item.get("stopped", True)), _marks(item, metrics))
+        Answer(
+            label,
+            item.get("answer", ""),
+            bool(item.get("stopped", True)),
+            _marks(item, metrics),
+            own if (own := item.get("context")) != context else None,
+        )
         for label, item in zip(labels, row, strict=True)
     )
-    # The context may be withheld from one rung only: it is the item's all the same.
-    context = next((item["context"] for item in row if item.get("context")), None)
     question, expected = first.get("question", ""), first.get("expected", "")
     return Example(first["source"], first.get("group"), question, context, expected, answers)
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rung.report.folder import PERPLEXITY, UNTUNED
+from rung.report.folder import PERPLEXITY
 from rung.report.human import NONE, Json, bounds, count, decimals, duration, fixed, memory, p_value, significant
+from rung.spec.climb import UNTUNED
 
 ALL_ROLES = {"q", "k", "v", "o", "gate", "up", "down"}
 MERGED = ("lora", "qlora", "lottery")
@@ -67,6 +68,37 @@ def ladder_rows(rows: Sequence[tuple[str, Json]], metrics: Sequence[str], verdic
             _seconds(row.get("seconds_per_query")),
         )
         for label, row in rows
+    ]
+
+
+def retrieved_text(found: Json) -> str:
+    """How often the right passage was retrieved."""
+    rate, digits = found["hit_rate"], decimals([found["hit_rate"]])
+    text = f"{fixed(rate['mean'], digits)} {bounds(rate, digits)}, {found['hits']:,} of {rate['examples']:,} questions"
+    if missed := found["without_passages"]:
+        text += f"; {missed:,} share no word with any"
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """An instruction and what it scored on the validation split."""
+
+    text: str
+    scores: tuple[Cell, ...]
+    chosen: bool
+
+
+def tried(found: Sequence[Json], metrics: Sequence[str], chosen: str | None) -> list[Tried]:
+    """Instructions as rows of a table."""
+    digits = {m: decimals(one["scores"].get(m) for one in found) for m in metrics}
+    return [
+        Tried(
+            one["instruction"],
+            tuple(_score(one["scores"].get(m), digits[m]) for m in metrics),
+            one["instruction"] == chosen,
+        )
+        for one in found
     ]
 
 

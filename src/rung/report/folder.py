@@ -11,8 +11,8 @@ from typing import Any
 
 from rung.engine.record import read_manifest
 from rung.scoring.metrics import METRICS
+from rung.spec.climb import RungSpec
 
-UNTUNED = ("zero_shot", "few_shot")
 PERPLEXITY = "perplexity"
 
 
@@ -102,10 +102,11 @@ def _finished(path: Path, ladder: Mapping[str, Any]) -> tuple[Rung, ...]:
 
 def _so_far(path: Path, spec: Mapping[str, Any]) -> tuple[Rung, ...]:
     """Rungs of an unfinished climb, in the order of its config."""
-    asked = [rung.get("name") or rung.get("kind") for rung in spec.get("climb", {}).get("rungs", ())]
+    rungs = [RungSpec.model_validate(rung) for rung in spec.get("climb", {}).get("rungs", ())]
+    asked = {rung.slug: (number, rung.label) for number, rung in enumerate(rungs)}
     found = [p for p in (path / "rungs").glob("*") if p.is_dir()]
-    found.sort(key=lambda p: (asked.index(p.name) if p.name in asked else len(asked), p.name))
-    return tuple(_rung(p.name, p, None) for p in found)
+    found.sort(key=lambda p: (asked.get(p.name, (len(asked), ""))[0], p.name))
+    return tuple(_rung(asked.get(p.name, (0, p.name))[1], p, None) for p in found)
 
 
 def _rung(label: str, folder: Path, row: Mapping[str, Any] | None) -> Rung:

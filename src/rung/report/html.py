@@ -45,6 +45,8 @@ def render(source: Source) -> str:
         judged=sections.judged(source),
         score_plots=sections.score_plots(source),
         cost_plots=sections.cost_plots(source),
+        retrieval=sections.retrieval(source),
+        instructions=sections.instructions(source),
         curves=sections.curves(source),
         layers=sections.layers(source),
         examples=choose(source.rungs, source.metrics),

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from rung.report import plots
 from rung.report.facts import (
     LadderRow,
+    Tried,
     after_climb,
     after_run,
     gain_unit,
@@ -21,9 +22,11 @@ from rung.report.facts import (
     measured_text,
     method_text,
     preferred_text,
+    retrieved_text,
     reward_text,
     router_text,
     shown_of,
+    tried,
     unit_of,
 )
 from rung.report.folder import PERPLEXITY, Run, Source
@@ -146,6 +149,30 @@ def cost_plots(source: Source) -> list[Markup]:
         for key, label in (("prompt_tokens", "prompt tokens per query"), ("seconds_per_query", "seconds per query"))
         if all(key in r.row for r in rows)
     ]
+
+
+def retrieval(source: Source) -> list[tuple[str, Pairs]]:
+    """How well each rung that retrieves found what its questions ask for, and in what."""
+    return [(rung.label, _retrieval(rung.row["retrieval"])) for rung in source.rungs if rung.row.get("retrieval")]
+
+
+def _retrieval(found: Mapping[str, Any]) -> Pairs:
+    judged = {"the row's own context": found["judged_by_context"], "the expected answer": found["judged_by_answer"]}
+    left_out = {"empty documents": found["empty_documents"], "passages that stood twice": found["duplicate_passages"]}
+    return {
+        "hit rate": retrieved_text(found),
+        "a hit is a passage with": ", ".join(f"{name} ({number:,})" for name, number in judged.items() if number),
+        "passages a question": f"{found['top_k']:,} of {found['passages']:,}",
+        "documents": f"{found['documents']:,} {'in ' + found['from'] if found['from'] else 'contexts of the data'}",
+        "cut into": f"{found['chunk_words']:,} words, of which {found['overlap']:,} shared with the next",
+        "left out": ", ".join(f"{number:,} {name}" for name, number in left_out.items() if number),
+    }
+
+
+def instructions(source: Source) -> list[Tried]:
+    """Every instruction that was tried on the validation split, with its scores."""
+    found: Mapping[str, Any] = next((rung.row for rung in source.rungs if rung.row.get("instructions")), {})
+    return tried(found.get("instructions", ()), source.metrics, found.get("instruction"))
 
 
 def curves(source: Source) -> list[tuple[str, Markup]]:

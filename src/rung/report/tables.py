@@ -10,7 +10,17 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from rung.report.facts import LadderRow, after_climb, after_run, artefact, gates_text, ladder_rows, method_text, unit_of
+from rung.report.facts import (
+    LadderRow,
+    after_climb,
+    after_run,
+    artefact,
+    gates_text,
+    ladder_rows,
+    method_text,
+    retrieved_text,
+    unit_of,
+)
 from rung.report.human import bounds, count, decimals, duration, fixed, loss, memory, significant
 from rung.report.terminal import pairs, render, sayable, table
 
@@ -25,7 +35,15 @@ def ladder_lines(ladder: dict[str, Any]) -> list[str]:
     verdict = ladder["verdict"]
     told = Text(verdict["text"], style=_TONE["recommended" if verdict.get("recommended") else "safe"])
     size = f"{ladder['examples']} held-out questions in {ladder['clusters']} clusters; intervals are 95 %, gains paired"
-    drawn = render(lambda room: [_fitting(rows, metrics, room), Text(size, style="dim"), Text(), told])
+    looked = [
+        Text(
+            f"{row['rung']}: the right passage is among those retrieved for {retrieved_text(row['retrieval'])}",
+            style="dim",
+        )
+        for row in ladder["ladder"]
+        if row.get("retrieval")
+    ]
+    drawn = render(lambda room: [_fitting(rows, metrics, room), Text(size, style="dim"), *looked, Text(), told])
     return ["", *drawn, *_outlook(str(ladder["report"]), after_climb(ladder))]
 
 
@@ -104,6 +122,8 @@ def score_lines(result: dict[str, Any]) -> list[str]:
         lines[name] = f"{fixed(estimate['mean'], digits)} {bounds(estimate, digits)}"
     cost = f"{result['prompt_tokens']:,.0f} prompt tokens, {significant(result['seconds_per_query'])} s"
     size = f"{result['examples']:,} held-out questions in {result['clusters']:,} clusters, 95 % intervals"
+    if found := result.get("retrieval"):
+        lines["retrieved"] = f"the right passage for {retrieved_text(found)}"
     told = ["", sayable(f"{result['target']}: {size}"), *pairs({**lines, "a query": cost})]
     if cut := result.get("cut_off"):
         told += ["", f"{cut:,} answers were cut at evaluate.max_new_tokens: raise it, or they count as they stand."]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from rung.spec.base import Share, Spec
+from rung.spec.evaluate import Context
 
 RungKind = Literal[
     "zero_shot",
     "few_shot",
+    "rag",
+    "few_shot+rag",
     "prompt",
     "prefix",
     "p_tuning",
@@ -24,6 +27,12 @@ RungKind = Literal[
     "full",
 ]
 
+UNTUNED = ("zero_shot", "few_shot", "rag", "few_shot+rag")
+"""Rungs that ask the base as it is."""
+WITH_SHOTS = ("few_shot", "few_shot+rag")
+RETRIEVING = ("rag", "few_shot+rag")
+Choose = Literal["random", "similarity", "coverage"]
+
 
 class RungSpec(Spec):
     """One rung. In YAML the kind alone is enough: `rungs: [zero_shot, few_shot, lora]`."""
@@ -32,7 +41,13 @@ class RungSpec(Spec):
     name: str | None = None
     """Name in the ladder; none is the kind."""
     shots: PositiveInt | None = None
-    """few_shot only: worked examples, instead of `evaluate.shots`."""
+    """few_shot and few_shot+rag only: worked examples, instead of `evaluate.shots`."""
+    choose: Choose | None = None
+    """few_shot and few_shot+rag only: a draw by the seed (none is that), for each question those whose questions are
+    most alike, or a fixed set whose questions cover the words of all."""
+    context: Context | None = None
+    """What stands before the question, in training and in the test: none is `retrieved` for rag and few_shot+rag and
+    `evaluate.context` for all others."""
     method: dict[str, Any] = Field(default_factory=dict)
     """Tuned rungs only: settings of the method that differ from the config's `method`."""
     engine: dict[str, Any] = Field(default_factory=dict)
@@ -42,6 +57,22 @@ class RungSpec(Spec):
     def label(self) -> str:
         """Name in the ladder."""
         return self.name or self.kind
+
+    def context_of(self, usual: Context) -> Context:
+        """What stands before the question, where `evaluate.context` is `usual`."""
+        return "retrieved" if self.kind in RETRIEVING else self.context or usual
+
+    def refuse_nonsense(self) -> None:
+        """Raise `ValueError` for a setting that this kind of rung does not read."""
+        if self.kind in UNTUNED and (self.method or self.engine):
+            raise ValueError(f"rung {self.label!r} trains nothing: it takes neither `method` nor `engine`")
+        if "kind" in self.method:
+            raise ValueError(f"rung {self.label!r} is a {self.kind}: its `method` takes no other kind")
+        for name in ("shots", "choose"):
+            if getattr(self, name) is not None and self.kind not in WITH_SHOTS:
+                raise ValueError(f"rung {self.label!r} takes no `{name}`: only few_shot and few_shot+rag do")
+        if self.kind in RETRIEVING and self.context not in (None, "retrieved"):
+            raise ValueError(f"rung {self.label!r} retrieves: its `context` is retrieved")
 
     @property
     def slug(self) -> str:
@@ -54,6 +85,9 @@ class ClimbSpec(Spec):
 
     rungs: tuple[RungSpec, ...] = (RungSpec(kind="zero_shot"), RungSpec(kind="few_shot"), RungSpec(kind="lora"))
     """Rungs to measure, lowest first."""
+    instructions: tuple[str, ...] = ()
+    """System turns that zero_shot tries on the validation split, beside `evaluate.instruction` where there is one; all
+    untuned rungs take the one that scores best."""
     margin: Share = 0.05
     """A rung is enough when its interval excludes being worse than the best by more than this."""
     target: PositiveFloat | None = None
@@ -78,11 +112,16 @@ class ClimbSpec(Spec):
         if alike := [r.label for r in rungs if slugs.count(r.slug) > 1]:
             raise ValueError(f"rungs {' and '.join(map(repr, alike))} would share a folder; give each another `name`")
         for r in rungs:
-            tuned = r.kind not in ("zero_shot", "few_shot")
-            if not tuned and (r.method or r.engine):
-                raise ValueError(f"rung {r.label!r} trains nothing: it takes neither `method` nor `engine`")
-            if "kind" in r.method:
-                raise ValueError(f"rung {r.label!r} is a {r.kind}: its `method` takes no other kind")
-            if r.shots is not None and r.kind != "few_shot":
-                raise ValueError(f"rung {r.label!r} takes no `shots`: only few_shot does")
+            r.refuse_nonsense()
         return rungs
+
+    @model_validator(mode="after")
+    def _instructions_are_chosen_first(self) -> ClimbSpec:
+        if any(not text.strip() for text in self.instructions):
+            raise ValueError("instructions holds one without a word")
+        if len(set(self.instructions)) < len(self.instructions):
+            raise ValueError("instructions holds one twice")
+        untuned = next((r.kind for r in self.rungs if r.kind in UNTUNED), None)
+        if self.instructions and untuned != "zero_shot":
+            raise ValueError("instructions are chosen by zero_shot, which is to come before other untuned rungs")
+        return self

@@ -73,8 +73,9 @@ def for_rung(spec: RunSpec, rung: RungSpec, output: str, seed: int) -> RunSpec:
     same = rung.kind == spec.method.kind
     method = {**(raw["method"] if same else {"kind": rung.kind}), **rung.method, "kind": rung.kind}
     engine = {**raw["engine"], **({} if same else {"learning_rate": None}), **rung.engine}
-    where = f"climb.rungs {rung.label}"
-    return parse({**raw, "method": method, "engine": engine, "output": output, "seed": seed}, where)
+    evaluate = {**raw["evaluate"], "context": rung.context_of(spec.evaluate.context)}
+    own = {"method": method, "engine": engine, "evaluate": evaluate, "output": output, "seed": seed}
+    return parse({**raw, **own}, f"climb.rungs {rung.label}")
 
 
 def show(loaded: Loaded) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, NonNegativeInt, model_validator
 
 from rung.spec.base import Spec
-from rung.spec.climb import ClimbSpec
+from rung.spec.climb import WITH_SHOTS, ClimbSpec
 from rung.spec.data import DataSpec
 from rung.spec.engine import EngineSpec
 from rung.spec.evaluate import EvaluateSpec
@@ -42,8 +42,12 @@ class RunSpec(Spec):
             raise ValueError("engine.eval_every measures on the validation split, and data.validation is 0")
         if self.evaluate.dequantise and "qlora" not in {self.method.kind, *(r.kind for r in self.climb.rungs)}:
             raise ValueError("evaluate.dequantise widens a quantised base, and no method here quantises one (qlora)")
-        if any(r.kind == "few_shot" and (r.shots or self.evaluate.shots) == 0 for r in self.climb.rungs):
-            raise ValueError("the few_shot rung needs evaluate.shots above 0")
+        if bare := [r.kind for r in self.climb.rungs if r.kind in WITH_SHOTS and not (r.shots or self.evaluate.shots)]:
+            raise ValueError(f"the {bare[0]} rung needs evaluate.shots above 0")
+        if self.climb.instructions and self.data.validation == 0:
+            raise ValueError("climb.instructions are chosen on the validation split, and data.validation is 0")
+        if self.evaluate.retrieve is not None and not self.retrieves:
+            raise ValueError("evaluate.retrieve says where passages come from, and nothing here retrieves any")
         if self.objective.kind in COMPARING and self.data.loss_on != "answer":
             raise ValueError(f"objective {self.objective.kind} compares answers: data.loss_on is answer")
         if isinstance(self.objective, PreferenceSpec):
@@ -76,6 +80,12 @@ class RunSpec(Spec):
             raise ValueError(f"{kind} asks its prompts as they are: data.overflow is error or drop")
         if kind == "ppo" and inserted(self.method, 0):
             raise ValueError("a value model cannot read virtual tokens inside the text: put all of them in front")
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether passages are looked up, by the run itself or by a rung of the climb."""
+        usual = self.evaluate.context
+        return "retrieved" in {usual, *(r.context_of(usual) for r in self.climb.rungs)}
 
     @property
     def learning_rate(self) -> float:
