@@ -112,7 +112,7 @@ def cluster_bootstrap(
     number of *clusters* takes its place: no distribution on [0, 1] with that mean varies more than a binary one.
     """
     values, sizes = _scores(scores), _weights(weights, scores)
-    sums, totals = _per_cluster(clusters, values * sizes, sizes)
+    sums, totals = cluster_sums(clusters, values * sizes, sizes)
     mean, c = float(sums.sum() / totals.sum()), len(sums)
     if np.ptp(sums / totals) < TINY:
         return _without_spread(values, mean, c)
@@ -158,7 +158,7 @@ def paired_difference(
     if len(a) != len(b) or (ids is not None and list(ids[0]) != list(ids[1])):
         raise ValueError(f"not the same items: {len(a)} and {len(b)} scores; a comparison is paired or it is none")
     gain, sizes = b - a, _weights(weights, a)
-    sums, totals = _per_cluster(clusters, gain * sizes, sizes)
+    sums, totals = cluster_sums(clusters, gain * sizes, sizes)
     mean, c, per_cluster = float(sums.sum() / totals.sum()), len(sums), sums / totals
     low, high, method = -math.inf, math.inf, "unbounded"
     if spread := bool(np.ptp(per_cluster) > TINY):
@@ -210,7 +210,7 @@ def examples_needed(
     if error == 0.0 and abs(values[0]) <= TINY:
         if margin <= 0:
             return None
-        per_cluster = n / len(_per_cluster(clusters, sizes)[0])
+        per_cluster = n / len(cluster_sums(clusters, sizes)[0])
         return math.ceil(per_cluster * (1 if margin >= 1 else math.log(ALPHA) / math.log1p(-margin)))
     factor = (Z + POWER_Z) ** 2
     distance = max(abs(float(np.average(values, weights=sizes)) + margin), margin / 2)
@@ -233,7 +233,7 @@ def detectable(
     single cluster, and where all differ by the same: nothing is known of the spread.
     """
     values, sizes = _scores(differences), _weights(weights, differences)
-    c = len(_per_cluster(clusters, sizes)[0])
+    c = len(cluster_sums(clusters, sizes)[0])
     if not np.abs(values).max() > TINY:
         return float(1.0 - ALPHA ** (1.0 / c))
     variance = clustered_error(values, clusters, weights=sizes) ** 2
@@ -248,7 +248,7 @@ def flipped(
 ) -> float:
     """p-value of a paired difference: signs of whole clusters flipped, see `significance.sign_flips`."""
     gain = _scores(second) - _scores(first)
-    (gains,) = _per_cluster(clusters, gain if weights is None else gain * _weights(weights, gain))
+    (gains,) = cluster_sums(clusters, gain if weights is None else gain * _weights(weights, gain))
     return sign_flips(np.where(np.abs(gains) > TINY, gains, 0.0), seed)
 
 
@@ -258,7 +258,7 @@ def clustered_error(scores: ArrayLike, clusters: Clusters = None, *, weights: Ar
     With every item its own cluster it is the population standard deviation over sqrt(n).
     """
     values, sizes = _scores(scores), _weights(weights, scores)
-    (residuals,) = _per_cluster(clusters, sizes * (values - np.average(values, weights=sizes)))
+    (residuals,) = cluster_sums(clusters, sizes * (values - np.average(values, weights=sizes)))
     return float(np.sqrt((residuals**2).sum()) / sizes.sum())
 
 
@@ -325,7 +325,7 @@ def _cluster_codes(clusters: Clusters, n: int) -> NDArray[np.intp]:
     return np.array([codes.setdefault(key, len(codes)) for key in keys], dtype=np.intp)
 
 
-def _per_cluster(clusters: Clusters, *columns: Floats) -> list[Floats]:
+def cluster_sums(clusters: Clusters, *columns: Floats) -> list[Floats]:
     """Sum of each column within each cluster."""
     codes = _cluster_codes(clusters, len(columns[0]))
     return [np.bincount(codes, weights=column).astype(np.float64) for column in columns]
