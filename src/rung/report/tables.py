@@ -60,8 +60,8 @@ def run_lines(manifest: dict[str, Any], output: str, report: str) -> list[str]:
         lines["error"] = str(error)
     return [
         "",
-        _sayable(f"{manifest.get('status')}: {output}"),
-        *_pairs(lines),
+        sayable(f"{manifest.get('status')}: {output}"),
+        *pairs(lines),
         *_outlook(report, after_run(manifest, output)),
     ]
 
@@ -83,20 +83,20 @@ def dry_run_lines(found: dict[str, Any]) -> list[str]:
         "steps": f"{found['steps_per_epoch']:,} an epoch, {found['tokens_per_micro_batch']:,} tokens at once, "
         f"learning rate {found['learning_rate']:g}",
     }
-    return ["", *_pairs(lines), "", "Nothing was written. Without --dry-run this trains."]
+    return ["", *pairs(lines), "", "Nothing was written. Without --dry-run this trains."]
 
 
 def score_lines(result: dict[str, Any]) -> list[str]:
     """Scores with their intervals, and what a query costs; of a reward model what it is worth."""
     if "reward" in result:
-        return ["", _sayable(f"{result['target']}: {result['said']}")]
+        return ["", sayable(f"{result['target']}: {result['said']}")]
     lines = {}
     for name, estimate in result["scores"].items():
         digits = decimals([estimate])
         lines[name] = f"{fixed(estimate['mean'], digits)} {bounds(estimate, digits)}"
     cost = f"{result['prompt_tokens']:,.0f} prompt tokens, {significant(result['seconds_per_query'])} s"
     size = f"{result['examples']:,} held-out questions in {result['clusters']:,} clusters, 95 % intervals"
-    told = ["", _sayable(f"{result['target']}: {size}"), *_pairs({**lines, "a query": cost})]
+    told = ["", sayable(f"{result['target']}: {size}"), *pairs({**lines, "a query": cost})]
     if cut := result.get("cut_off"):
         told += ["", f"{cut:,} answers were cut at evaluate.max_new_tokens: raise it, or they count as they stand."]
     return told
@@ -170,23 +170,23 @@ def _render(parts: Callable[[Console], Sequence[RenderableType]]) -> list[str]:
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=sys.stdout.isatty(), highlight=False)
     console.print(*parts(console), sep="\n")
-    return [_sayable(line.rstrip()) for line in out.getvalue().splitlines()]
+    return [sayable(line.rstrip()) for line in out.getvalue().splitlines()]
 
 
-def _pairs(lines: Mapping[str, str]) -> list[str]:
+def pairs(lines: Mapping[str, str]) -> list[str]:
     """Names on the left, values lined up on the right."""
     width = max(map(len, lines))
     hanging = "\n" + " " * (width + 4)
-    return [_sayable(f"  {name:<{width}}  {text}".replace("\n", hanging)) for name, text in lines.items()]
+    return [sayable(f"  {name:<{width}}  {text}".replace("\n", hanging)) for name, text in lines.items()]
 
 
 def _outlook(report: str, commands: Sequence[str]) -> list[str]:
     """Where to read more and what to type next; commands are never wrapped, so that they can be copied."""
     lines = [f"report  {report}", *(f"{'' if i else 'next':<6}  {command}" for i, command in enumerate(commands))]
-    return ["", *map(_sayable, lines)]
+    return ["", *map(sayable, lines)]
 
 
-def _sayable(line: str) -> str:
+def sayable(line: str) -> str:
     """The line in letters this terminal has: a result must not be lost to its encoding."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return line.encode(encoding, "replace").decode(encoding)

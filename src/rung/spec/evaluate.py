@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from rung.spec.base import Spec
+from rung.spec.judge import JudgeSpec
 
 MetricName = Literal["exact", "normalised", "numeric", "token_f1", "rouge_l", "perplexity"]
 
@@ -30,3 +31,5 @@ class EvaluateSpec(Spec):
     """Answer from a copy of a quantised base in full width: the same numbers, faster, in more memory (qlora only)."""
     batch: PositiveInt = 32
     """Questions answered at once."""
+    judge: JudgeSpec | None = None
+    """Who says which of two answers is better, for `rung eval RUN --against OTHER`."""
