@@ -3,7 +3,8 @@
     python tests/server.py LOG RULES     prints its port; each request is a line of LOG
 
 RULES is a JSON object, read anew at every request: `fail` names, by a word of the question, how many times it fails
-and how (a status, `drop`, `garbage`, `empty`); `key` is the key that is asked for; `slow` seconds go by for an answer.
+and how (a status, `drop`, `garbage`, `empty`); `key` is the key that is asked for; `slow` seconds go by for an answer;
+with `judge` it prefers the answer with more apples in it, and writes no verdict on box 6.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Handler(BaseHTTPRequestHandler):
         elif how == "empty":
             self._send(200, json.dumps(answer(asked, 0)).encode())
         elif how is None:
-            self._send(200, json.dumps(answer(asked, asked.get("n", 1))).encode())
+            said = verdict(question) if rules.get("judge") else None
+            self._send(200, json.dumps(answer(asked, asked.get("n", 1), said)).encode())
         else:
             self._send(int(how), json.dumps({"error": {"message": f"no: {self.headers['Authorization']}"}}).encode())
 
@@ -75,8 +77,15 @@ class Handler(BaseHTTPRequestHandler):
         return
 
 
-def answer(asked: dict[str, Any], count: int) -> dict[str, Any]:
-    said = f"to {asked['messages'][-1]['content']}"
+def verdict(question: str) -> str:
+    if "box 6\n" in question:
+        return "Both are fine."
+    first, second = (part.count("apples") for part in question.split("[Answer A]")[1].split("[Answer B]"))
+    return f"{first} and {second} apples. [[{'A' if first > second else 'B' if second > first else 'C'}]]"
+
+
+def answer(asked: dict[str, Any], count: int, verdict: str | None = None) -> dict[str, Any]:
+    said = verdict or f"to {asked['messages'][-1]['content']}"
     choices = [
         {
             "index": i,

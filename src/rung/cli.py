@@ -162,14 +162,28 @@ def evaluate(
     overrides: Overrides = None,
     config: Annotated[str | None, typer.Option("--config", help="The task; none is the run's own.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most this many test items.")] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", help="A run or a base: differences, and what evaluate.judge prefers.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="With a judge: where to write each pair, as jsonl.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a run, or a base, on a task's test split."""
+    if output is not None and against is None:
+        raise ConfigError("pairs come of two systems", where="--output", given=output, hint="name the other: --against")
+    from rung.report.evidence import against_lines
+    from rung.report.tables import score_lines
+
+    if against is not None:
+        from rung.pipeline.against import compare
+
+        found = compare(target, against, config=config, overrides=overrides or (), limit=limit, output=output)
+        return _show(found, against_lines(found), as_json)
     from rung.pipeline.score import score
 
     result = score(target, config=config, overrides=overrides or (), limit=limit)
-    from rung.report.tables import score_lines
-
     _show(result, score_lines(result), as_json)
 
 

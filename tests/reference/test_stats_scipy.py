@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from rung.scoring.significance import holm, mcnemar, sign_flips
 from rung.scoring.stats import (
     cluster_bootstrap,
     clustered_error,
-    mcnemar,
+    detectable,
+    flipped,
     paired_difference,
     resample,
     t_interval,
@@ -122,3 +124,97 @@ def test_the_paired_interval_covers(gain: float, loss: float, atleast: float, at
         found = paired_difference(first.astype(float), second.astype(float), seed=run, samples=1_000)
         hits += found.low <= gain - loss <= found.high
     assert atleast <= hits / runs <= atmost
+
+
+# --- tests of a difference ---
+
+DARWIN = (49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48)
+"""Cross-fertilised minus self-fertilised maize, eighths of an inch (Fisher 1935, section 21)."""
+
+
+def test_sign_flips_equal_fishers_count_of_darwins_plants() -> None:
+    assert sign_flips(DARWIN) == pytest.approx(1726 / 2**15, rel=1e-12)  # whole numbers, by convolution
+    assert sign_flips(np.array(DARWIN) / 8) == pytest.approx(1726 / 2**15, rel=1e-12)  # all assignments one by one
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sign_flips_equal_scipys_permutation_test(seed: int) -> None:
+    gains = np.random.default_rng(seed).normal(0.4, 1.0, size=11)
+    expected = stats.permutation_test(
+        (gains,), lambda x, axis: x.sum(axis=axis), permutation_type="samples", n_resamples=np.inf
+    )
+    assert sign_flips(gains) == pytest.approx(expected.pvalue, abs=1e-12)
+    whole = np.rint(3 * gains)
+    expected = stats.permutation_test(
+        (whole,), lambda x, axis: x.sum(axis=axis), permutation_type="samples", n_resamples=np.inf
+    )
+    assert sign_flips(whole) == pytest.approx(expected.pvalue, abs=1e-12)
+
+
+def test_sampled_sign_flips_agree_with_the_exact_ones() -> None:
+    whole = np.random.default_rng(0).integers(-3, 5, size=60).astype(float)
+    exact, sampled = sign_flips(whole), sign_flips(whole * np.pi)  # the same test, but no whole numbers any more
+    assert 0.001 < exact < 0.2
+    assert sampled == pytest.approx(exact, abs=4 * math.sqrt(exact / 10_000))
+    assert sign_flips(np.full(100, np.pi)) == 1 / 10_001  # never 0: the observed assignment is one of them
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(9, 1), (25, 15), (86, 150), (3, 0), (4, 4), (0, 0)])
+def test_sign_flips_of_single_items_are_mcnemars_test(gained: int, lost: int) -> None:
+    first, second = [0] * gained + [1] * lost + [1], [1] * gained + [0] * lost + [1]
+    assert flipped(first, second) == pytest.approx(mcnemar(first, second), rel=1e-9)
+
+
+def test_flipping_clusters_keeps_its_level_where_mcnemar_does_not() -> None:
+    rng, runs, by_cluster, by_item = np.random.default_rng(8), 400, 0, 0
+    ids = [c for c in range(30) for _ in range(6)]
+    for _ in range(runs):  # no system is better, but each cluster suits one of them
+        suits = np.repeat(rng.random(30) < 0.5, 6)
+        apart = rng.random(180) < 0.4
+        first, second = (apart & ~suits).astype(float), (apart & suits).astype(float)
+        by_cluster += flipped(first, second, ids) <= 0.05
+        by_item += mcnemar(first, second) <= 0.05
+    assert by_cluster / runs <= 0.07
+    assert by_item / runs > 0.2
+
+
+def test_holm_equals_worked_examples_and_a_search_for_the_level() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == [] and holm([0.2]) == [0.2] and holm([0.7, 0.6]) == [1.0, 1.0]
+    p = np.random.default_rng(3).beta(0.4, 3, size=7)
+
+    def rejected(level: float) -> set[int]:
+        """Holm's own procedure: step down while p_(k) <= level / (m - k + 1)."""
+        found = set()
+        for k, i in enumerate(np.argsort(p)):
+            if p[i] > level / (len(p) - k):
+                break
+            found.add(int(i))
+        return found
+
+    for i, corrected in enumerate(holm(list(p))):
+        if corrected < 1.0:
+            assert i in rejected(corrected + 1e-9) and i not in rejected(corrected - 1e-9)
+
+
+def test_the_detectable_difference_is_found_four_times_in_five() -> None:
+    rng, found, runs, n = np.random.default_rng(9), 0, 1_000, 80
+    gains = rng.normal(size=n)
+    least = detectable(0.3 * gains / gains.std(ddof=1))
+    assert least is not None
+    for _ in range(runs):
+        found += stats.ttest_1samp(rng.normal(least, 0.3, size=n), 0.0).pvalue <= 0.05
+    assert found / runs == pytest.approx(0.8, abs=0.04)
+
+
+def test_the_detectable_difference_by_hand() -> None:
+    gains = [0.0, 1.0, 0.0, -1.0, 1.0, 0.0]
+    sd = np.std(gains, ddof=1)
+    expected = (stats.t.ppf(0.975, 5) + stats.t.ppf(0.8, 5)) * sd / math.sqrt(6)
+    assert detectable(gains) == pytest.approx(expected, rel=1e-12)
+    doubled, ids = np.repeat(gains, 2), np.repeat(np.arange(6), 2).tolist()
+    assert detectable(doubled, ids) == pytest.approx(expected, rel=1e-12)  # copies inform of nothing
+    with_seeds = detectable(gains, seed_variance=0.04)
+    assert with_seeds == pytest.approx(math.hypot(expected, expected / (sd / math.sqrt(6)) * 0.2), rel=1e-12)
+    assert detectable([0.0] * 59) == pytest.approx(1 - 0.05 ** (1 / 59))
+    assert detectable([0.5] * 9) is None and detectable([0.3, 0.5], ["a", "a"]) is None

@@ -9,11 +9,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from rung.scoring.significance import holm, mcnemar
 from rung.scoring.stats import (
     cluster_bootstrap,
     clustered_error,
+    detectable,
     examples_needed,
-    mcnemar,
+    flipped,
     paired_difference,
     ratio_interval,
     score_interval,
@@ -290,3 +292,42 @@ def test_a_ladder_without_a_single_right_answer_recommends_nothing() -> None:
     found = verdict([("zero_shot", np.zeros(20)), ("lora", np.zeros(20))], 0.05)
     assert found.recommended is None
     assert found.text.startswith("No rung scores at all")
+
+
+# --- the steps ---
+
+
+def test_steps_carry_raw_and_corrected_p_values_and_what_would_have_shown() -> None:
+    rng = np.random.default_rng(0)
+    low = (rng.random(120) < 0.4).astype(float)
+    same = np.where(rng.random(120) < 0.06, 1 - low, low)
+    high = np.maximum(same, rng.random(120) < 0.5)
+    ids = [i // 3 for i in range(120)]
+    found = verdict([("zero", low), ("few", same), ("lora", high)], margin=0.05, clusters=ids)
+    first, second = found.steps
+    assert (first.lower, first.upper, second.lower, second.upper) == ("zero", "few", "few", "lora")
+    assert first.difference.p_value == flipped(low, same, ids) and second.difference.p_value == flipped(same, high, ids)
+    assert [first.p_holm, second.p_holm] == holm([first.difference.p_value, second.difference.p_value])
+    assert (first.differs, second.differs) == (False, True)
+    assert first.detectable == detectable(same - low, ids)
+    said = f"No sure difference between few and zero (p = {first.p_holm:.2g}, smallest that would show: "
+    assert found.text.endswith(f"{said}{first.detectable:.2g}).")
+    told = json.loads(json.dumps(found.to_json(), allow_nan=False))["steps"]
+    assert told[1]["differs"] is True and told[1]["difference"]["p_value"] < told[1]["p_holm"]
+
+
+def test_a_p_value_counts_the_training_seeds() -> None:
+    (_, few), (_, one), (_, two) = ladder(few=0.7, one=0.9, two=0.8)
+    sure, unsure = gain_over(few, np.stack([one, one])), gain_over(few, np.stack([one, two]))
+    assert sure.p_value is not None and sure.p_value < 1e-9
+    # Means 0.9 and 0.8: one standard error of 0.05 beside that of the items, with about one degree of freedom.
+    assert unsure.p_value is not None and 0.1 < unsure.p_value < 0.4
+    assert (unsure.low < 0 < unsure.high) == (unsure.p_value > 0.05)
+
+
+def test_without_a_second_rung_there_is_no_step_and_nats_are_told_as_perplexity() -> None:
+    assert verdict(ladder(zero=0.8), margin=0.05).steps == ()
+    rng = np.random.default_rng(0)
+    base = rng.normal(2.0, 0.3, size=300)
+    found = verdict([("a", base), ("b", base + rng.normal(0, 0.02, 300))], margin=0.05, in_nats=True)
+    assert f"smallest that would show: {math.expm1(found.steps[0].detectable):.1%})" in found.text

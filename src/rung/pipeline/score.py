@@ -12,6 +12,7 @@ from rung.data.records import Records
 from rung.engine.record import RunFolder, is_climb, read_manifest
 from rung.errors import ConfigError
 from rung.evaluate.rewards import examine
+from rung.evaluate.task import Evaluation
 from rung.spec.io import load, parse
 from rung.spec.objective import RewardSpec
 from rung.spec.run import RunSpec
@@ -24,21 +25,10 @@ def score(target: str, *, config: str | None, overrides: Sequence[str], limit: i
     """
     path = Path(target)
     is_run = (path / "run.json").exists()
-    if is_climb(path):
-        raise ConfigError("this is a climb, not a run", given=target, hint=f"its runs stand in {path / 'rungs'}")
-    if overrides and config is None:
-        raise ConfigError("overrides go with --config", given=" ".join(overrides))
-    task = _task(path, config, overrides, is_run)
-    if limit is not None:
-        task = task.model_copy(update={"evaluate": task.evaluate.model_copy(update={"limit": limit})})
-    records, found = _asked(task)
+    task, records, found = asked(target, config=config, overrides=overrides, limit=limit)
     if is_run and isinstance(task.objective, RewardSpec):
         return _examined(path, task, records, config=config, keep=config is None and limit is None)
-    if is_run:
-        policy, chat, _ = opened.open_run(path)
-    else:
-        policy, chat = opened.open_base(task.model.model_copy(update={"name": target}))
-    result = opened.score(policy, chat, task, records, tuned=is_run)
+    result = answered(target, task, records)
     measured = {**result.summary(), **found}
     if is_run and config is None and limit is None:
         result.write(path / "eval.jsonl")  # items.jsonl belongs to the climb that a run may stand in
@@ -47,14 +37,38 @@ def score(target: str, *, config: str | None, overrides: Sequence[str], limit: i
     return {"target": target, "task": config or target, **measured}
 
 
-def _asked(task: RunSpec) -> tuple[Records, dict[str, Any]]:
-    """The held-out items with what stands before their questions; where that was retrieved, how well."""
+def asked(
+    target: str, *, config: str | None, overrides: Sequence[str], limit: int | None
+) -> tuple[RunSpec, Records, dict[str, Any]]:
+    """The task that `target` is scored on, its test items with what stands before them, and how well that was found.
+
+    Raises `ConfigError` when a base comes without a task.
+    """
+    path = Path(target)
+    if is_climb(path):
+        raise ConfigError("this is a climb, not a run", given=target, hint=f"its runs stand in {path / 'rungs'}")
+    if overrides and config is None:
+        raise ConfigError("overrides go with --config", given=" ".join(overrides))
+    task = _task(path, config, overrides, (path / "run.json").exists())
+    if limit is not None:
+        task = task.model_copy(update={"evaluate": task.evaluate.model_copy(update={"limit": limit})})
     splits = prepared.read_splits(task)
     records, context = opened.test_records(task, splits), task.evaluate.context
     if context != "retrieved":
-        return prepared.as_asked(context, records, None), {}
+        return task, prepared.as_asked(context, records, None), {}
     library = prepared.library_of(task, splits)
-    return library.shown_all(records), {"retrieval": library.measure(records)}
+    return task, library.shown_all(records), {"retrieval": library.measure(records)}
+
+
+def answered(target: str, task: RunSpec, records: Records) -> Evaluation:
+    """What a run or a base answers, scored; nothing of it stays in memory."""
+    path = Path(target)
+    is_run = (path / "run.json").exists()
+    if is_run:
+        policy, chat, _ = opened.open_run(path)
+    else:
+        policy, chat = opened.open_base(task.model.model_copy(update={"name": target}))
+    return opened.score(policy, chat, task, records, tuned=is_run)
 
 
 def _examined(path: Path, task: RunSpec, records: Records, *, config: str | None, keep: bool) -> dict[str, Any]:

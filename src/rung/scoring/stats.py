@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special, stats  # type: ignore[import-untyped,unused-ignore]
+from scipy import special  # type: ignore[import-untyped,unused-ignore]
 
-Floats = NDArray[np.float64]
+from rung.scoring.significance import Floats, mcnemar, sign_flips
+
 Clusters = Sequence[Hashable] | None
 """One cluster id an item. An item whose id is None is a cluster of its own; None for all means no clusters."""
 
@@ -57,7 +58,7 @@ class Difference:
     clusters: int
     method: str
     p_value: float | None = None
-    """Exact McNemar; only for binary scores without clusters, where it is valid."""
+    """Two-sided: exact McNemar for binary scores without clusters; that of a test of its own where one was made."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers; an infinite bound is null."""
@@ -111,11 +112,11 @@ def cluster_bootstrap(
     number of *clusters* takes its place: no distribution on [0, 1] with that mean varies more than a binary one.
     """
     values, sizes = _scores(scores), _weights(weights, scores)
-    sums, totals = _per_cluster(clusters, values * sizes, sizes)
+    sums, totals = cluster_sums(clusters, values * sizes, sizes)
     mean, c = float(sums.sum() / totals.sum()), len(sums)
     if np.ptp(sums / totals) < TINY:
         return _without_spread(values, mean, c)
-    low, high = _expanded_percentiles(resample(sums, totals, seed, samples), c)
+    low, high = expanded_percentiles(resample(sums, totals, seed, samples), c)
     return Interval(mean, low, high, len(values), c, "cluster bootstrap")
 
 
@@ -157,11 +158,11 @@ def paired_difference(
     if len(a) != len(b) or (ids is not None and list(ids[0]) != list(ids[1])):
         raise ValueError(f"not the same items: {len(a)} and {len(b)} scores; a comparison is paired or it is none")
     gain, sizes = b - a, _weights(weights, a)
-    sums, totals = _per_cluster(clusters, gain * sizes, sizes)
+    sums, totals = cluster_sums(clusters, gain * sizes, sizes)
     mean, c, per_cluster = float(sums.sum() / totals.sum()), len(sums), sums / totals
     low, high, method = -math.inf, math.inf, "unbounded"
     if spread := bool(np.ptp(per_cluster) > TINY):
-        low, high = _expanded_percentiles(resample(sums, totals, seed, samples), c)
+        low, high = expanded_percentiles(resample(sums, totals, seed, samples), c)
         method = "paired cluster bootstrap"
     differing = int((np.abs(per_cluster) > TINY).sum())
     if _within_0_1(np.concatenate([a, b])) and (not spread or differing < min(SIGN_TEST_MINIMUM, c)):
@@ -170,18 +171,6 @@ def paired_difference(
         method = "exact bound on differing clusters"
     testable = weights is None and is_binary(a) and is_binary(b) and not _grouped(clusters, len(a))
     return Difference(mean, low, high, len(a), c, method, mcnemar(a, b) if testable else None)
-
-
-def mcnemar(first: ArrayLike, second: ArrayLike) -> float:
-    """Exact two-sided p-value that two systems are right equally often (McNemar 1947, binomial form).
-
-    Only items that one got right and the other wrong count: 1 against 9 gives 0.0215. Invalid for clustered items.
-    """
-    a, b = _scores(first), _scores(second)
-    if len(a) != len(b) or not (is_binary(a) and is_binary(b)):
-        raise ValueError("McNemar's test needs paired scores of 0 and 1")
-    gained, lost = int((b > a).sum()), int((b < a).sum())
-    return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
 def ratio_interval(
@@ -221,12 +210,46 @@ def examples_needed(
     if error == 0.0 and abs(values[0]) <= TINY:
         if margin <= 0:
             return None
-        per_cluster = n / len(_per_cluster(clusters, sizes)[0])
+        per_cluster = n / len(cluster_sums(clusters, sizes)[0])
         return math.ceil(per_cluster * (1 if margin >= 1 else math.log(ALPHA) / math.log1p(-margin)))
     factor = (Z + POWER_Z) ** 2
     distance = max(abs(float(np.average(values, weights=sizes)) + margin), margin / 2)
     room = distance**2 - factor * seed_variance
     return max(2, math.ceil(factor * n * error**2 / room)) if room > 0 else None
+
+
+def detectable(
+    differences: ArrayLike,
+    clusters: Clusters = None,
+    *,
+    weights: ArrayLike | None = None,
+    seed_variance: float = 0.0,
+) -> float | None:
+    """The smallest true difference that a test on these items finds with 80 % power, in points of the metric.
+
+    (t_{0.975} + t_{0.8}) * error, t with C - 1 degrees of freedom (Bloom 1995: 2.8 standard errors where clusters are
+    many), the error clustered as in `clustered_error` times sqrt(C / (C - 1)) and with the variance of the seeds.
+    Where no cluster differs it is the exact rule of three, 1 - 0.05^(1/C), for scores within 0 and 1. None for a
+    single cluster, and where all differ by the same: nothing is known of the spread.
+    """
+    values, sizes = _scores(differences), _weights(weights, differences)
+    c = len(cluster_sums(clusters, sizes)[0])
+    if not np.abs(values).max() > TINY:
+        return float(1.0 - ALPHA ** (1.0 / c))
+    variance = clustered_error(values, clusters, weights=sizes) ** 2
+    if c < 2 or variance + seed_variance <= TINY**2:
+        return None
+    reach = float(special.stdtrit(c - 1, 1 - ALPHA / 2) + special.stdtrit(c - 1, 0.8))
+    return reach * math.sqrt(variance * c / (c - 1) + seed_variance)
+
+
+def flipped(
+    first: ArrayLike, second: ArrayLike, clusters: Clusters = None, *, weights: ArrayLike | None = None, seed: int = 0
+) -> float:
+    """p-value of a paired difference: signs of whole clusters flipped, see `significance.sign_flips`."""
+    gain = _scores(second) - _scores(first)
+    (gains,) = cluster_sums(clusters, gain if weights is None else gain * _weights(weights, gain))
+    return sign_flips(np.where(np.abs(gains) > TINY, gains, 0.0), seed)
 
 
 def clustered_error(scores: ArrayLike, clusters: Clusters = None, *, weights: ArrayLike | None = None) -> float:
@@ -235,7 +258,7 @@ def clustered_error(scores: ArrayLike, clusters: Clusters = None, *, weights: Ar
     With every item its own cluster it is the population standard deviation over sqrt(n).
     """
     values, sizes = _scores(scores), _weights(weights, scores)
-    (residuals,) = _per_cluster(clusters, sizes * (values - np.average(values, weights=sizes)))
+    (residuals,) = cluster_sums(clusters, sizes * (values - np.average(values, weights=sizes)))
     return float(np.sqrt((residuals**2).sum()) / sizes.sum())
 
 
@@ -258,7 +281,8 @@ def is_binary(scores: Floats) -> bool:
     return bool(np.isin(scores, (0.0, 1.0)).all())
 
 
-def _expanded_percentiles(replicates: Floats, c: int) -> tuple[float, float]:
+def expanded_percentiles(replicates: Floats, c: int) -> tuple[float, float]:
+    """95 % of the replicates of C clusters, as far out as Student's t asks for (Hesterberg 2015, section 5.3)."""
     reach = float(special.stdtrit(c - 1, 1 - ALPHA / 2)) * math.sqrt(c / (c - 1))
     tail = NormalDist().cdf(-reach)
     low, high = np.quantile(replicates, (tail, 1 - tail))
@@ -301,7 +325,7 @@ def _cluster_codes(clusters: Clusters, n: int) -> NDArray[np.intp]:
     return np.array([codes.setdefault(key, len(codes)) for key in keys], dtype=np.intp)
 
 
-def _per_cluster(clusters: Clusters, *columns: Floats) -> list[Floats]:
+def cluster_sums(clusters: Clusters, *columns: Floats) -> list[Floats]:
     """Sum of each column within each cluster."""
     codes = _cluster_codes(clusters, len(columns[0]))
     return [np.bincount(codes, weights=column).astype(np.float64) for column in columns]

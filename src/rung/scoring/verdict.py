@@ -11,14 +11,17 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special  # type: ignore[import-untyped,unused-ignore]
 
+from rung.scoring.significance import Floats, holm
 from rung.scoring.stats import (
     ALPHA,
     Clusters,
     Difference,
-    Floats,
     Interval,
     Z,
+    clustered_error,
+    detectable,
     examples_needed,
+    flipped,
     is_binary,
     paired_difference,
     score_interval,
@@ -47,6 +50,29 @@ class RungVerdict:
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """One rung against the one below it."""
+
+    lower: str
+    upper: str
+    difference: Difference
+    """Upper minus lower, in points of the metric, with the p-value of this test alone."""
+    p_holm: float
+    """The p-value corrected for all steps of the ladder (Holm 1979)."""
+    detectable: float | None
+    """The smallest true difference that these items would show with 80 % power; None where nothing is known of it."""
+
+    @property
+    def differs(self) -> bool:
+        """Whether the two surely differ, however many steps were tested."""
+        return self.p_holm <= ALPHA
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain objects."""
+        return {**asdict(self), "difference": self.difference.to_json(), "differs": self.differs}
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """What the ladder says."""
 
@@ -58,6 +84,8 @@ class Verdict:
     rungs: tuple[RungVerdict, ...]
     examples_needed: int | None
     text: str
+    steps: tuple[Step, ...] = ()
+    """Each rung against the one below it, lowest first."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain objects, for `climb --json`."""
@@ -65,7 +93,7 @@ class Verdict:
             {**asdict(r), "score": r.score.to_json(), "difference": r.difference.to_json(), "enough": r.enough}
             for r in self.rungs
         ]
-        return {**asdict(self), "rungs": rungs}
+        return {**asdict(self), "rungs": rungs, "steps": [step.to_json() for step in self.steps]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +122,8 @@ def verdict(
     A rung is enough when the interval of its paired difference to the best rung excludes being worse by more than
     `margin`, or when the *lower end* of its score's interval reaches `target`: a point score that reaches it by luck is
     not enough. It is worse when that interval lies wholly beyond the margin; else the test set cannot tell. The best is
-    the best mean on these same items, the lower rung on a tie. Intervals are 95 % each, not corrected for many rungs.
+    the best mean on these same items, the lower rung on a tie. Intervals are 95 % each, not corrected for many rungs;
+    the p-values of the steps are, and where a step shows no difference the text says how large a one would have shown.
 
     Several training seeds add the variance between their means (see `_widened`). For perplexity pass nats per token,
     token counts as `weights`, `in_nats` (lower is then better, and the text speaks of perplexity), the logarithm of
@@ -120,7 +149,9 @@ def verdict(
             needed = examples_needed(gain, margin, clusters, weights=weights, seed_variance=noise)
             needed = needed and _rounded_up(max(needed, len(gain) + 1))
         judged.append(RungVerdict(rung.name, rung.score, difference, reason, needed))
-    return _conclude(tuple(judged), best.name, margin, target, in_nats)
+    found = _conclude(tuple(judged), best.name, margin, target, in_nats)
+    steps = _steps(measured, clusters, weights, seed)
+    return replace(found, steps=steps, text=f"{found.text}{_unseen(steps, in_nats)}")
 
 
 def score_of(
@@ -138,9 +169,50 @@ def gain_over(
     weights: ArrayLike | None = None,
     seed: int = 0,
 ) -> Difference:
-    """Paired difference of two rungs, upper minus lower, the spread between training seeds included."""
+    """Paired difference of two rungs, upper minus lower, the spread between training seeds included, with its p-value.
+
+    The p-value is that of sign flips over clusters; with several training seeds that of Welch's t, whose error has the
+    seeds' variance beside the clustered one.
+    """
     first, second = (_measure("", table, clusters, weights, seed) for table in (lower, upper))
-    return _widened(paired_difference(first.items, second.items, clusters, seed, weights=weights), first, second)
+    return _gain(first, second, clusters, weights, seed)
+
+
+def _gain(first: _Measured, second: _Measured, clusters: Clusters, weights: ArrayLike | None, seed: int) -> Difference:
+    found = paired_difference(first.items, second.items, clusters, seed, weights=weights)
+    noise = first.seed_variance + second.seed_variance
+    if noise == 0.0:
+        p = flipped(first.items, second.items, clusters, weights=weights, seed=seed)
+    else:
+        total = clustered_error(second.items - first.items, clusters, weights=weights) ** 2 + noise
+        p = 2 * float(special.stdtr(_freedom(total, first, second), -abs(found.mean) / math.sqrt(total)))
+    return replace(_widened(found, first, second), p_value=p)
+
+
+def _steps(measured: Sequence[_Measured], clusters: Clusters, weights: ArrayLike | None, seed: int) -> tuple[Step, ...]:
+    pairs = list(zip(measured, measured[1:], strict=False))
+    gains = [_gain(first, second, clusters, weights, seed) for first, second in pairs]
+    corrected = holm([gain.p_value for gain in gains if gain.p_value is not None])
+    return tuple(
+        Step(first.name, second.name, gain, p, _detectable(first, second, clusters, weights))
+        for (first, second), gain, p in zip(pairs, gains, corrected, strict=True)
+    )
+
+
+def _detectable(first: _Measured, second: _Measured, clusters: Clusters, weights: ArrayLike | None) -> float | None:
+    noise = first.seed_variance + second.seed_variance
+    return detectable(second.items - first.items, clusters, weights=weights, seed_variance=noise)
+
+
+def _unseen(steps: Sequence[Step], in_nats: bool) -> str:
+    """The steps that show no difference, each with what these items would have shown."""
+    told = []
+    for step in steps:
+        if not step.differs:
+            least = step.detectable
+            size = "unknown" if least is None else f"{math.expm1(least):.1%}" if in_nats else f"{least:.2g}"
+            told.append(f"{step.upper} and {step.lower} (p = {step.p_holm:.2g}, smallest that would show: {size})")
+    return f" No sure difference between {'; between '.join(told)}." if told else ""
 
 
 def _measure(name: str, scores: ArrayLike, clusters: Clusters, weights: ArrayLike | None, seed: int) -> _Measured:
@@ -164,14 +236,18 @@ def _widened(estimate: Estimate, *sources: _Measured) -> Estimate:
     if noise == 0.0 or not math.isfinite(estimate.high - estimate.low):
         return estimate
     total = ((estimate.high - estimate.low) / 2 / Z) ** 2 + noise
-    freedom = total**2 / sum(m.seed_variance**2 / (m.seeds - 1) for m in sources if m.seed_variance)
-    stretch = float(special.stdtrit(freedom, 1 - ALPHA / 2)) / Z
+    stretch = float(special.stdtrit(_freedom(total, *sources), 1 - ALPHA / 2)) / Z
     below, above = (
         stretch * math.hypot(side, Z * math.sqrt(noise))
         for side in (estimate.mean - estimate.low, estimate.high - estimate.mean)
     )
     method = f"{estimate.method} and training seeds"
     return replace(estimate, low=estimate.mean - below, high=estimate.mean + above, method=method)
+
+
+def _freedom(total: float, *sources: _Measured) -> float:
+    """Degrees of freedom of a variance part of which is that between seeds (Welch and Satterthwaite)."""
+    return total**2 / sum(m.seed_variance**2 / (m.seeds - 1) for m in sources if m.seed_variance)
 
 
 def _reason(

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from rung.spec.base import Spec
+from rung.spec.judge import JudgeSpec
 
 Context = Literal["given", "withheld", "retrieved"]
 
@@ -60,3 +61,5 @@ class EvaluateSpec(Spec):
     """Answer from a copy of a quantised base in full width: the same numbers, faster, in more memory (qlora only)."""
     batch: PositiveInt = 32
     """Questions answered at once."""
+    judge: JudgeSpec | None = None
+    """Who says which of two answers is better, for `rung eval RUN --against OTHER`."""

@@ -1,0 +1,135 @@
+"""Agreement against textbook tables, a definition written out in loops, and people's own labels."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import combinations, permutations
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rung.scoring.agreement import Ratings, cohen_kappa, fleiss_kappa, krippendorff_alpha, percent_agreement
+
+FLEISS = (
+    (0, 0, 0, 0, 14), (0, 2, 6, 4, 2), (0, 0, 3, 5, 6), (0, 3, 9, 2, 0), (2, 2, 8, 1, 1),
+    (7, 7, 0, 0, 0), (3, 2, 6, 3, 0), (2, 5, 3, 2, 2), (6, 5, 2, 1, 0), (0, 2, 2, 3, 7),
+)  # fmt: skip
+"""Fourteen raters, ten items, five labels: the worked example of Fleiss' kappa on Wikipedia, 0.210."""
+
+KRIPPENDORFF = (
+    (1, 1, None, 1), (2, 2, 3, 2), (3, 3, 3, 3), (3, 3, 3, 3), (2, 2, 2, 2), (1, 2, 3, 4),
+    (4, 4, 4, 4), (1, 1, 2, 1), (2, 2, 2, 2), (None, 5, 5, 5), (None, None, 1, 1), (None, 3, None, None),
+)  # fmt: skip
+"""Four observers, twelve units, missing data (Krippendorff 2011, part C)."""
+
+
+def of_table(table: list[list[int]]) -> tuple[list[int], list[int]]:
+    pairs = [(i, k) for i, row in enumerate(table) for k, count in enumerate(row) for _ in range(count)]
+    return [i for i, _ in pairs], [k for _, k in pairs]
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ([[20, 5], [10, 15]], 0.4),  # Wikipedia, Cohen's kappa, first example
+        ([[45, 15], [25, 15]], 0.1304),  # same percentage agreement, other kappas: the second example
+        ([[25, 35], [5, 35]], 0.2593),
+        ([[88, 14, 18], [10, 40, 10], [2, 6, 12]], 0.492),  # Cohen 1968, table 1, as counts of 200 (Fleiss et al. 1969)
+    ],
+)
+def test_cohen_equals_published_tables(table: list[list[int]], expected: float) -> None:
+    assert cohen_kappa(*of_table(table)).mean == pytest.approx(expected, abs=5e-4)
+
+
+def test_cohens_interval_is_near_the_large_sample_error_of_fleiss_cohen_and_everitt() -> None:
+    first, second = of_table([[88, 14, 18], [10, 40, 10], [2, 6, 12]])
+    found = cohen_kappa(first, second)
+    p = np.array([[88, 14, 18], [10, 40, 10], [2, 6, 12]]) / 200
+    rows, columns = p.sum(1), p.sum(0)
+    agreed, chance = np.trace(p), rows @ columns
+    # Fleiss, Cohen and Everitt 1969, eq. 13 of the non-null variance.
+    a = (np.diag(p) * ((1 - chance) - (rows + columns) * (1 - agreed)) ** 2).sum()
+    crossed = (1 - agreed) ** 2 * sum(p[i, k] * (columns[i] + rows[k]) ** 2 for i, k in permutations(range(3), 2))
+    variance = (a + crossed - (agreed * chance - 2 * chance + agreed) ** 2) / (200 * (1 - chance) ** 4)
+    assert (found.high - found.low) / 2 == pytest.approx(1.97 * math.sqrt(variance), rel=0.05)
+
+
+def test_fleiss_equals_the_worked_example() -> None:
+    ratings = [[label for label, count in enumerate(row) for _ in range(count)] for row in FLEISS]
+    found = fleiss_kappa(ratings)
+    assert found.mean == pytest.approx(0.210, abs=5e-4)
+    assert percent_agreement(ratings).mean == pytest.approx(0.378, abs=5e-4)  # the example's P-bar
+    assert found.low < found.mean < found.high and (found.examples, found.clusters) == (10, 10)
+
+
+def test_krippendorff_equals_the_worked_example() -> None:
+    found = krippendorff_alpha(KRIPPENDORFF)
+    assert found.mean == pytest.approx(0.743, abs=5e-4)
+    assert found.examples == 11  # the unit that one observer rated tells nothing
+
+
+def alpha_in_loops(ratings: Ratings) -> float:
+    """1 - D_o / D_e from the definition: pairs within units against pairs of all pairable values."""
+    units = [[x for x in unit if x is not None] for unit in ratings]
+    units = [unit for unit in units if len(unit) > 1]
+    values = [x for unit in units for x in unit]
+    within = sum(sum(a != b for a, b in permutations(unit, 2)) / (len(unit) - 1) for unit in units) / len(values)
+    across = sum(a != b for a, b in permutations(values, 2)) / (len(values) * (len(values) - 1))
+    return 1 - within / across
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_alpha_equals_its_definition(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    ratings = [[None if rng.random() < 0.2 else int(rng.integers(3)) for _ in range(4)] for _ in range(25)]
+    assert krippendorff_alpha(ratings).mean == pytest.approx(alpha_in_loops(ratings), rel=1e-12)
+
+
+def test_clusters_widen_the_interval_and_copies_change_nothing() -> None:
+    rng = np.random.default_rng(0)
+    first = rng.integers(3, size=90).tolist()
+    second = [a if rng.random() < 0.7 else int(rng.integers(3)) for a in first]
+    alone = cohen_kappa(first, second)
+    ids = [i for i in range(90) for _ in range(4)]
+    copied = cohen_kappa(np.repeat(first, 4).tolist(), np.repeat(second, 4).tolist(), ids)
+    assert copied.mean == pytest.approx(alone.mean) and copied.clusters == 90
+    assert (copied.low, copied.high) == pytest.approx((alone.low, alone.high), abs=0.02)
+
+
+def test_full_agreement_is_never_certain_and_one_label_says_nothing() -> None:
+    same = ["a", "b"] * 10
+    found = cohen_kappa(same, same)
+    assert (found.mean, found.high, found.method) == (1.0, 1.0, "wilson floor")
+    assert found.low == pytest.approx((0.8388 - 0.5) / 0.5, abs=1e-3)  # Wilson's 20 of 20, beyond the chance of 0.5
+    assert fleiss_kappa([[x, x] for x in same]).low == pytest.approx(found.low)
+    nothing = krippendorff_alpha([["a", "a"]] * 5)
+    assert math.isnan(nothing.mean) and nothing.to_json()["mean"] is None and nothing.method.startswith("undefined")
+    assert percent_agreement([["a", "a"]] * 5).mean == 1.0
+
+
+def test_what_was_left_out_is_left_out_and_wrong_shapes_are_refused() -> None:
+    assert cohen_kappa([1, None, 0, 1], [1, 1, 0, 0], list("aabb")).examples == 3
+    with pytest.raises(ValueError, match="same items"):
+        cohen_kappa([1], [1, 0])
+    with pytest.raises(ValueError, match="equally many"):
+        fleiss_kappa([[1, 1, None], [1, 0, 1]])
+    with pytest.raises(ValueError, match="rated by two"):
+        krippendorff_alpha([[1, None], [None, 0]])
+    with pytest.raises(ValueError, match="one list an item"):
+        percent_agreement([[1, 1], [1]])
+    with pytest.raises(ValueError, match="cluster ids"):
+        percent_agreement([[1, 1], [1, 0]], ["a"])
+
+
+def test_real_pandalm_annotators(real_data: Path) -> None:
+    rows = json.loads((real_data / "pandalm" / "testset-v1.json").read_text())
+    raters = [[row[f"annotator{k}"] for row in rows] for k in (1, 2, 3)]
+    clusters = [f"{row['instruction']}\n{row['input']}" for row in rows]
+    found = [cohen_kappa(a, b, clusters) for a, b in combinations(raters, 2)]
+    assert [round(kappa.mean, 3) for kappa in found] == [0.852, 0.879, 0.862]
+    assert all(kappa.low < kappa.mean < kappa.high and kappa.clusters == 170 for kappa in found)
+    ratings = list(zip(*raters, strict=True))
+    assert round(fleiss_kappa(ratings, clusters).mean, 3) == 0.864
+    assert krippendorff_alpha(ratings, clusters).mean == pytest.approx(0.864, abs=1e-3)
