@@ -189,7 +189,7 @@ def measure(work: Path, case: Case) -> dict[str, Any]:
     spec: dict[str, Any] = {
         "model": {"name": base_of(work, case.base), "dtype": "float32"},
         "data": {"path": str(rows), "validation": 0, "test": 0},
-        "engine": {"examples_per_step": 4, "max_steps": 2},
+        "engine": {"examples_per_step": 4, "max_steps": 4},
         "output": str(folder / "run"),
     }
     config.write_text(yaml.safe_dump(spec))
