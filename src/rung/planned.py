@@ -29,6 +29,10 @@ TELLING = 30.0
 """Seconds of training after which a run's speed says something about the machine."""
 
 
+class DoesNotFitError(PlanError):
+    """What a run needs is not there."""
+
+
 def available(device: torch.device) -> int | None:
     """Bytes that are free for a run, with what the process holds already; None where the system does not say."""
     if device.type == "cuda":
@@ -91,7 +95,7 @@ def _refuse(spec: RunSpec, found: Memory, there: int | None, *, beyond: bool) ->
     change = advise(spec, limit=there).change
     fitting = f"the cheapest change that fits: {shlex.join(change.overrides)}" if change else "see: rung plan CONFIG"
     hint = f"{fitting}; or start it with --beyond-memory"
-    raise PlanError(what, where="memory", given=f"{in_words(there)} free", hint=hint)
+    raise DoesNotFitError(what, where="memory", given=f"{in_words(there)} free", hint=hint)
 
 
 def reality(spec: RunSpec, shape: Shape, found: Memory, manifest: Mapping[str, Any], loading: int) -> dict[str, Any]:

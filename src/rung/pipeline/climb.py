@@ -2,104 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from rung import opened, prepared
+from rung import opened, planned, prepared
 from rung import run as running
 from rung.data.chat import Chat
+from rung.data.split import Splits
 from rung.engine.progress import say
-from rung.engine.record import RunFolder, is_climb, peak_memory_bytes, read_manifest, reset_peak_memory, write_json
-from rung.errors import CheckpointError, ConfigError, RungError
+from rung.engine.record import RunFolder, is_climb, read_manifest, reset_peak_memory
+from rung.errors import CheckpointError, ConfigError, DataError, RungError
 from rung.evaluate.baselines import Framing
 from rung.evaluate.task import PERPLEXITY, Evaluation, evaluate
 from rung.model.load import Base
 from rung.model.policy import Policy, Untouched
 from rung.pipeline.asking import Asking
-from rung.scoring.stats import Difference, Interval
-from rung.scoring.verdict import Verdict, gain_over, score_of, verdict
-from rung.spec.climb import UNTUNED, RungSpec
+from rung.pipeline.ladder import AnyRung, Ladder, Left, Measured, judge, result_of, rung_folder, score_of_rung, store
+from rung.planned import DoesNotFitError
+from rung.spec.climb import UNTUNED, RungSpec, ThenSpec
 from rung.spec.evaluate import Context
-from rung.spec.io import for_rung, to_dict
+from rung.spec.io import for_rung, for_then, to_dict
 from rung.spec.method import FullSpec
 from rung.spec.run import RunSpec
 from rung.types import Record
-
-CONTEXTS = {"given": "context", "withheld": "closed book", "retrieved": "retrieved passages"}
-"""What the ladder calls what stands before the question, where any row has a context or passages are retrieved."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One rung of the printed ladder. Costs of a rung with several training seeds are means over them."""
-
-    rung: str
-    kind: str
-    sees: str
-    """What stands in the prompt besides the question."""
-    scores: dict[str, Interval]
-    gain: Difference | None
-    """Paired difference to the rung below, in points of the deciding metric."""
-    trainable_parameters: int
-    train_seconds: float
-    peak_memory_bytes: int
-    prompt_tokens: float
-    seconds_per_query: float
-    folder: str
-    retrieval: dict[str, Any] | None = None
-    """Where passages were retrieved: how often the right ones were, and from what."""
-    instruction: str | None = None
-    """The system turn of an untuned rung."""
-    instructions: tuple[dict[str, Any], ...] = ()
-    """Where it was chosen: each that was tried, with its scores on the validation split."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
-            **asdict(self),
-            "scores": {name: interval.to_json() for name, interval in self.scores.items()},
-            "gain": self.gain.to_json() if self.gain else None,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Ladder:
-    """What `rung climb` measured."""
-
-    rows: tuple[Row, ...]
-    verdict: Verdict
-    metric: str
-    examples: int
-    clusters: int
-    folder: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
-            "metric": self.metric,
-            "examples": self.examples,
-            "clusters": self.clusters,
-            "ladder": [row.to_json() for row in self.rows],
-            "verdict": self.verdict.to_json(),
-            "folder": self.folder,
-            "report": str(Path(self.folder) / "report.html"),
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    """A rung's results: one evaluation per training seed, and what the runs cost."""
-
-    spec: RungSpec
-    evaluations: tuple[Evaluation, ...]
-    costs: tuple[dict[str, Any], ...]
 
 
 class Climb:
@@ -113,6 +40,8 @@ class Climb:
         for rung in spec.climb.rungs:  # a rung that cannot be is an error before anything is spent
             if rung.kind not in UNTUNED:
                 for_rung(spec, rung, spec.output, spec.seed)
+        for then in spec.climb.then:
+            for_then(spec, then, spec.output, spec.output, spec.seed)
         resume = (self.path / "run.json").exists() and not overwrite
         if resume and not is_climb(self.path):
             raise CheckpointError(
@@ -121,13 +50,18 @@ class Climb:
         RunFolder.check(self.path, to_dict(spec), resume=resume, overwrite=overwrite)
         self._overwrite = overwrite
         self._fresh: Base | None = None
+        self._left: list[Left] = []
+
+    @property
+    def rungs(self) -> tuple[AnyRung, ...]:
+        """All of them, lowest first."""
+        return *self.spec.climb.rungs, *self.spec.climb.then
 
     def run(self) -> Ladder:
         """Measure what is missing and judge the whole; with nothing missing, no model is loaded."""
         splits = prepared.read_splits(self.spec)
         self._refuse_other("data", splits.fingerprint)
-        finished = all((f / "result.json").exists() for rung in self.spec.climb.rungs for f in self._folders(rung))
-        if finished and not self._overwrite:
+        if all(map(self._stands, self.rungs)) and not self._overwrite:
             return self._judge()
         asking = Asking(self.spec, splits)
         fingerprints = {"data": splits.fingerprint}
@@ -155,8 +89,12 @@ class Climb:
 
     def _climb(self, folder: RunFolder, data: dict[Context, prepared.Data], asking: Asking) -> Ladder:
         try:
-            for rung in self.spec.climb.rungs:
-                self._measure(rung, data, asking)
+            reached: AnyRung | None = None
+            for rung in self.rungs:
+                if reached is not None:
+                    self._leave(rung, f"{reached.label} surely reaches the target")
+                elif self._try(rung, data, asking) and self.spec.climb.stop and self._reaches(rung):
+                    reached = rung
         except KeyboardInterrupt:
             folder.update(status="interrupted")
             raise
@@ -168,7 +106,34 @@ class Climb:
         return ladder
 
     def _judge(self) -> Ladder:
-        return judge(self.spec, [self._stored(rung) for rung in self.spec.climb.rungs])
+        left = {one.rung for one in self._left}
+        return judge(self.spec, [self._stored(rung) for rung in self.rungs if rung.label not in left], self._left)
+
+    def _stands(self, rung: AnyRung) -> bool:
+        return all((folder / "result.json").exists() for folder in self._folders(rung))
+
+    def _try(self, rung: AnyRung, data: dict[Context, prepared.Data], asking: Asking) -> bool:
+        """Measure a rung, unless it does not fit or stands on one that was left out."""
+        below = rung.on if isinstance(rung, ThenSpec) else None
+        if below in {one.rung for one in self._left}:
+            self._leave(rung, f"it stands on {below}, which was not measured")
+            return False
+        try:
+            self._measure(rung, data, asking)
+        except DoesNotFitError as error:
+            self._leave(rung, error.summary)
+            return False
+        return True
+
+    def _leave(self, rung: AnyRung, why: str) -> None:
+        say(f"rung {rung.label} is left out: {why}")
+        self._left.append(Left(rung.label, why))
+
+    def _reaches(self, rung: AnyRung) -> bool:
+        """Whether its whole interval lies beyond the target."""
+        metric, target = self.spec.evaluate.metrics[0], self.spec.climb.target
+        score = score_of_rung(self._stored(rung).evaluations, metric)
+        return target is not None and (score.high <= target if metric == PERPLEXITY else score.low >= target)
 
     def _refuse_other(self, what: str, fingerprint: str) -> None:
         """Rungs measured on other data or another base must not stand in one ladder."""
@@ -179,26 +144,28 @@ class Climb:
             summary = f"the {what} {have} changed since this climb began"
             raise CheckpointError(summary, where=str(self.path), hint="start anew with --overwrite")
 
-    def _folders(self, rung: RungSpec) -> list[Path]:
+    def _folders(self, rung: AnyRung) -> list[Path]:
         """Where a rung's results stand: one folder a training seed."""
         seeds = 1 if rung.kind in UNTUNED else self.spec.climb.seeds
         return [rung_folder(self.path, rung, number, seeds) for number in range(seeds)]
 
-    def _stored(self, rung: RungSpec) -> _Measured:
+    def _stored(self, rung: AnyRung) -> Measured:
         """A finished rung, from its files."""
         folders = self._folders(rung)
         evaluations = tuple(Evaluation.read(folder / "items.jsonl") for folder in folders)
-        costs = tuple(map(_result, folders))
-        return _Measured(rung, evaluations, costs)
+        costs = tuple(map(result_of, folders))
+        return Measured(rung, evaluations, costs)
 
-    def _measure(self, rung: RungSpec, data: dict[Context, prepared.Data], asking: Asking) -> None:
+    def _measure(self, rung: AnyRung, data: dict[Context, prepared.Data], asking: Asking) -> None:
         """What is missing of one rung."""
         folders = self._folders(rung)
         for number, folder in enumerate(folders):
             if (folder / "result.json").exists():
                 continue
             say(f"rung {rung.label}" + (f", seed {number}" if len(folders) > 1 else ""))
-            if rung.kind in UNTUNED:
+            if isinstance(rung, ThenSpec):
+                self._on_top(rung, folder, number, asking)
+            elif rung.kind in UNTUNED:
                 self._ask(rung, folder, next(iter(data.values())).chat, asking)
             else:
                 self._tune(rung, folder, number, data[asking.context(rung)], asking)
@@ -217,14 +184,16 @@ class Climb:
             cost |= asking.choose(rung, folder, score)
             instruction = cost["instruction"]
         elif asking.chooser is not None:
-            instruction = _result(self._folders(asking.chooser)[0])["instruction"]
+            instruction = result_of(self._folders(asking.chooser)[0])["instruction"]
         asked = asking.of(rung, instruction)
-        _store(folder, score(asked.records, asked.framing), {**cost, **asked.facts})
+        store(folder, score(asked.records, asked.framing), {**cost, **asked.facts})
 
     def _tune(self, rung: RungSpec, folder: Path, number: int, data: prepared.Data, asking: Asking) -> None:
         """A tuned rung: a run in a folder of its own, then the bare question."""
         spec = for_rung(self.spec, rung, str(folder), self.spec.seed + number)
         begun = (folder / "run.json").exists()
+        if not begun:
+            planned.refuse_hopeless(spec, opened.device(), beyond=False)
         if begun and read_manifest(folder)["status"] == "finished":
             policy, chat, _ = opened.open_run(folder)
         else:
@@ -239,8 +208,40 @@ class Climb:
         asked = asking.of(rung, None)
         opened.widen_if_asked(policy, spec)
         result = evaluate(policy, chat, asked.records, asked.framing, spec.evaluate, title=rung.label)
-        keys = ("trainable_parameters", "train_seconds", "tokens_per_second")
-        _store(folder, result, {**{key: manifest[key] for key in keys}, **asked.facts})
+        store(folder, result, {**_training(manifest, folder), **asked.facts})
+
+    def _on_top(self, then: ThenSpec, folder: Path, number: int, asking: Asking) -> None:
+        """A run that begins where a tuned rung ended, asked as that one was."""
+        own = next(rung for rung in self.spec.climb.rungs if rung.label == then.on)
+        below = self._folders(own)[number]
+        spec = for_then(self.spec, then, str(below), str(folder), self.spec.seed + number)
+        begun = (folder / "run.json").exists()
+        if then.data:
+            self._refuse_test_rows(then, prepared.read_splits(spec), asking)
+        if not begun:
+            planned.refuse_hopeless(spec, opened.device(), beyond=False)
+        self._fresh = None  # one model at a time
+        manifest = running.train(spec, resume=begun)
+        policy, chat, _ = opened.open_run(folder)
+        asked = asking.of(own, None)
+        result = evaluate(policy, chat, asked.records, asked.framing, self.spec.evaluate, title=then.label)
+        # what it stands on was trained as well
+        before = result_of(below)["train_seconds"]
+        cost = _training(manifest, folder)
+        store(folder, result, {**cost, "train_seconds": cost["train_seconds"] + before, **asked.facts})
+
+    def _refuse_test_rows(self, then: ThenSpec, splits: Splits, asking: Asking) -> None:
+        """Raise `DataError` where a run's own rows ask what the test asks, context and question in one text or not."""
+        test = {_question(record): record for record in asking.test}
+        both = (record for part in (splits.train, splits.validation) for record in part)
+        if found := [(own, test[_question(own)]) for own in both if _question(own) in test]:
+            own, asked = found[0]
+            raise DataError(
+                f"{len(found)} rows of this rung ask what the test asks",
+                where=str(own.source),
+                given=f"the same prompt as {asked.source}",
+                hint=f"take them out of {then.data.get('path')}",
+            )
 
     def _base(self) -> Base:
         """A base that no rung has touched."""
@@ -249,95 +250,14 @@ class Climb:
         return self._fresh
 
 
-def rung_folder(path: Path, rung: RungSpec, number: int, seeds: int) -> Path:
-    """Where one of a rung's `seeds` runs stands inside a climb's folder."""
-    inside = path / "rungs" / rung.slug
-    return inside / f"seed-{number}" if seeds > 1 else inside
+def _question(record: Record) -> str:
+    """All that is asked, however it is laid out."""
+    turns = [turn.content for turn in record.messages[:-1]] if record.messages else []
+    return " ".join(" ".join([record.context or "", *map(str, turns), record.text or ""]).casefold().split())
 
 
-def judge(spec: RunSpec, measured: Sequence[_Measured]) -> Ladder:
-    """The ladder and its verdict, from the stored per-item scores alone."""
-    metric = spec.evaluate.metrics[0]
-    first = measured[0].evaluations[0]
-    for m in measured:
-        if any(
-            [(i.source, i.expected) for i in e.items] != [(i.source, i.expected) for i in first.items]
-            for e in m.evaluations
-        ):
-            raise CheckpointError(f"rung {m.spec.label} answered other questions than the first", where=spec.output)
-    weights = first.weights(metric)
-    tables = [np.stack([e.scores(metric) for e in m.evaluations]) for m in measured]
-    lower = metric == PERPLEXITY
-    found = verdict(
-        [(m.spec.label, table) for m, table in zip(measured, tables, strict=True)],
-        math.log1p(spec.climb.margin) if lower else spec.climb.margin,
-        math.log(spec.climb.target) if lower and spec.climb.target else spec.climb.target,
-        clusters=first.clusters,
-        weights=weights,
-        in_nats=lower,
-        seed=spec.seed,
-    )
-    rows = []
-    for i, m in enumerate(measured):
-        gain = gain_over(tables[i - 1], tables[i], first.clusters, weights=weights, seed=spec.seed) if i else None
-        rows.append(_row(spec, m, gain))
-    return Ladder(tuple(rows), found, metric, len(first.items), len(set(first.clusters)), spec.output)
-
-
-def _row(spec: RunSpec, measured: _Measured, gain: Difference | None) -> Row:
-    rung, evaluations, costs = measured.spec, measured.evaluations, measured.costs
-
-    def mean(key: str) -> float:
-        return float(np.mean([cost[key] for cost in costs]))
-
-    return Row(
-        rung=rung.label,
-        kind=rung.kind,
-        sees=_sees(costs[0]),
-        scores={name: _score(evaluations, name) for name in spec.evaluate.metrics},
-        gain=gain,
-        trainable_parameters=int(costs[0]["trainable_parameters"]),
-        train_seconds=mean("train_seconds"),
-        peak_memory_bytes=int(max(cost["peak_memory_bytes"] for cost in costs)),
-        prompt_tokens=float(np.mean([e.prompt_tokens for e in evaluations])),
-        seconds_per_query=float(np.mean([e.seconds_per_query for e in evaluations])),
-        folder=str(rung_folder(Path(spec.output), rung, 0, len(evaluations))),
-        retrieval=costs[0].get("retrieval"),
-        instruction=costs[0].get("instruction"),
-        instructions=tuple(costs[0].get("instructions", ())),
-    )
-
-
-def _sees(facts: Mapping[str, Any]) -> str:
-    """What stands in the prompt besides the question."""
-    chosen = {"similarity": "nearest ", "coverage": "covering "}.get(str(facts.get("choose")), "")
-    parts = [
-        "instruction" if facts.get("instruction") else "",
-        f"{facts['shots_each']} {chosen}shots" if facts.get("shots_each") else "",
-        CONTEXTS.get(str(facts.get("context")), ""),
-    ]
-    return ", ".join(filter(None, parts)) or "the question"
-
-
-def _score(evaluations: Sequence[Evaluation], metric: str) -> Interval:
-    if len(evaluations) == 1:
-        return evaluations[0].interval(metric)
-    first = evaluations[0]
-    table = np.stack([e.scores(metric) for e in evaluations])
-    score = score_of(table, first.clusters, weights=first.weights(metric))
-    if metric != PERPLEXITY:
-        return score
-    return replace(score, mean=math.exp(score.mean), low=math.exp(score.low), high=math.exp(score.high))
-
-
-def _result(folder: Path) -> dict[str, Any]:
-    """What `_store` wrote last."""
-    found: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    return found
-
-
-def _store(folder: Path, result: Evaluation, cost: dict[str, Any]) -> None:
-    """Keep a rung's items and, last, the file that says it is finished."""
-    folder.mkdir(parents=True, exist_ok=True)
-    result.write(folder / "items.jsonl")
-    write_json(folder / "result.json", {**cost, **result.summary(), "peak_memory_bytes": peak_memory_bytes()})
+def _training(manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What a run cost, and what is kept of it."""
+    keys = ("trainable_parameters", "train_seconds", "tokens_per_second")
+    kept = [file for name in ("adapter", "model") for file in (folder / name).rglob("*") if file.is_file()]
+    return {**{key: manifest[key] for key in keys}, "disk_bytes": sum(file.stat().st_size for file in kept)}

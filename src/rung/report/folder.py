@@ -11,7 +11,7 @@ from typing import Any
 
 from rung.engine.record import read_manifest
 from rung.scoring.metrics import METRICS
-from rung.spec.climb import RungSpec
+from rung.spec.climb import RungSpec, ThenSpec
 
 PERPLEXITY = "perplexity"
 
@@ -102,7 +102,9 @@ def _finished(path: Path, ladder: Mapping[str, Any]) -> tuple[Rung, ...]:
 
 def _so_far(path: Path, spec: Mapping[str, Any]) -> tuple[Rung, ...]:
     """Rungs of an unfinished climb, in the order of its config."""
-    rungs = [RungSpec.model_validate(rung) for rung in spec.get("climb", {}).get("rungs", ())]
+    climb = spec.get("climb", {})
+    rungs: list[RungSpec | ThenSpec] = [RungSpec.model_validate(rung) for rung in climb.get("rungs", ())]
+    rungs += [ThenSpec.model_validate(then) for then in climb.get("then", ())]
     asked = {rung.slug: (number, rung.label) for number, rung in enumerate(rungs)}
     found = [p for p in (path / "rungs").glob("*") if p.is_dir()]
     found.sort(key=lambda p: (asked.get(p.name, (len(asked), ""))[0], p.name))

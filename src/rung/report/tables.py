@@ -43,8 +43,15 @@ def ladder_lines(ladder: dict[str, Any]) -> list[str]:
         for row in ladder["ladder"]
         if row.get("retrieval")
     ]
-    drawn = render(lambda room: [_fitting(rows, metrics, room), Text(size, style="dim"), *looked, Text(), told])
+    said = [Text(text) for text in (*_further(ladder), *(note["text"] for note in ladder.get("notes", ())))]
+    left = [Text(f"not measured: {one['rung']}, {one['why']}", style="dim") for one in ladder.get("left", ())]
+    facts = [Text(size, style="dim"), *looked, *left]
+    drawn = render(lambda room: [_fitting(rows, metrics, room), *facts, Text(), told, *said])
     return ["", *drawn, *_outlook(str(ladder["report"]), after_climb(ladder))]
+
+
+def _further(ladder: Json) -> list[str]:
+    return [ladder["further"]["text"]] if ladder.get("further") else []
 
 
 def run_lines(manifest: dict[str, Any], output: str, report: str) -> list[str]:

@@ -77,7 +77,37 @@ class RungSpec(Spec):
     @property
     def slug(self) -> str:
         """Name of its folder."""
-        return "".join(c if c.isalnum() or c in "-_." else "-" for c in self.label.lower()).strip(".") or self.kind
+        return _slug(self.label) or self.kind
+
+
+class ThenSpec(Spec):
+    """A run on top of a tuned rung: from preferences, or from what its own answers are worth."""
+
+    kind: Literal["then"] = "then"
+    on: str
+    """The tuned rung that it begins from, by its name in the ladder."""
+    objective: dict[str, Any]
+    """As `objective` of a config: preference, grpo, ppo, or sft on further rows."""
+    name: str | None = None
+    """Name in the ladder; none is `ON then OBJECTIVE`."""
+    data: dict[str, Any] = Field(default_factory=dict)
+    """Rows of its own, as `data` of a config; none takes the climb's. Their prompts must not stand in the test."""
+    method: dict[str, Any] = Field(default_factory=lambda: {"kind": "lora"})
+    """What moves on top."""
+    engine: dict[str, Any] = Field(default_factory=dict)
+    """Settings that differ from the config's `engine`; the learning rate is the method's default unless given."""
+
+    @property
+    def label(self) -> str:
+        """Name in the ladder."""
+        kind = self.objective.get("kind")
+        usual = "dpo" if kind == "preference" else kind
+        return self.name or f"{self.on} then {self.objective.get('loss', usual)}"
+
+    @property
+    def slug(self) -> str:
+        """Name of its folder."""
+        return _slug(self.label) or "then"
 
 
 class ClimbSpec(Spec):
@@ -92,8 +122,12 @@ class ClimbSpec(Spec):
     """A rung is enough when its interval excludes being worse than the best by more than this."""
     target: PositiveFloat | None = None
     """A rung is also enough when its score surely reaches this (perplexity: stays below)."""
+    stop: bool = False
+    """Leave out what stands above the first rung whose score surely reaches `target`."""
     seeds: PositiveInt = 1
     """Training runs per tuned rung. Above 1 the spread between them widens the intervals."""
+    then: tuple[ThenSpec, ...] = ()
+    """Rungs above all others, each on top of a tuned one."""
 
     @field_validator("rungs", mode="before")
     @classmethod
@@ -116,6 +150,21 @@ class ClimbSpec(Spec):
         return rungs
 
     @model_validator(mode="after")
+    def _every_rung_stands_on_one(self) -> ClimbSpec:
+        if self.stop and self.target is None:
+            raise ValueError("stop waits for a rung to reach `target`: set it too")
+        tuned = [r.label for r in self.rungs if r.kind not in UNTUNED]
+        for then in self.then:
+            if then.on not in tuned:
+                known = ", ".join(tuned) or "there is none"
+                raise ValueError(f"rung {then.label!r} stands on {then.on!r}, which is no tuned rung ({known})")
+        both: list[RungSpec | ThenSpec] = [*self.rungs, *self.then]
+        slugs = [r.slug for r in both]
+        if alike := [r.label for r in both if slugs.count(r.slug) > 1]:
+            raise ValueError(f"rungs {' and '.join(map(repr, alike))} would share a folder; give each another `name`")
+        return self
+
+    @model_validator(mode="after")
     def _instructions_are_chosen_first(self) -> ClimbSpec:
         if any(not text.strip() for text in self.instructions):
             raise ValueError("instructions holds one without a word")
@@ -125,3 +174,7 @@ class ClimbSpec(Spec):
         if self.instructions and untuned != "zero_shot":
             raise ValueError("instructions are chosen by zero_shot, which is to come before other untuned rungs")
         return self
+
+
+def _slug(label: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in label.lower()).strip(".")

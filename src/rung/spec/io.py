@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from rung.errors import ConfigError, did_you_mean
-from rung.spec.climb import RungSpec
+from rung.spec.climb import RungSpec, ThenSpec
 from rung.spec.method import METHOD_SPECS
 from rung.spec.run import RunSpec
 
@@ -76,6 +76,16 @@ def for_rung(spec: RunSpec, rung: RungSpec, output: str, seed: int) -> RunSpec:
     evaluate = {**raw["evaluate"], "context": rung.context_of(spec.evaluate.context)}
     own = {"method": method, "engine": engine, "evaluate": evaluate, "output": output, "seed": seed}
     return parse({**raw, **own}, f"climb.rungs {rung.label}")
+
+
+def for_then(spec: RunSpec, then: ThenSpec, below: str, output: str, seed: int) -> RunSpec:
+    """The run that stands on top of a tuned one, whose folder is `below`; rows of its own have no test of their own."""
+    raw = to_dict(spec)
+    data = raw["data"] if not then.data else {"validation": raw["data"]["validation"], "test": 0.0, **then.data}
+    engine = {**raw["engine"], "learning_rate": None, **then.engine}
+    model = {**raw["model"], "name": below, "student_of": None, "layers": None, "revision": None}
+    own = {"model": model, "data": data, "method": then.method, "objective": then.objective, "engine": engine}
+    return parse({**raw, **own, "climb": {}, "output": output, "seed": seed}, f"climb.then {then.label}")
 
 
 def show(loaded: Loaded) -> str:
