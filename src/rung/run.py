@@ -31,7 +31,7 @@ from rung.engine.record import (
 )
 from rung.engine.rollout import Judge, Rollouts
 from rung.engine.sample import Sample
-from rung.engine.state import summary
+from rung.engine.state import Watch, nobody, summary
 from rung.errors import CheckpointError, DataError, RungError
 from rung.evaluate.rewards import examine
 from rung.method.base import Method
@@ -125,8 +125,12 @@ def train_on(
     overwrite: bool = False,
     beyond_memory: bool = False,
     world: World = ALONE,
+    watch: Watch = nobody,
 ) -> tuple[Policy, RunFolder]:
-    """Train on data already read; the policy comes back in eval mode with the run's final weights."""
+    """Train on data already read; the policy comes back in eval mode with the run's final weights.
+
+    `watch` hears of every validation loss, and says why the run should end there, if it should.
+    """
     shape = base.shape
     check_processes(spec, world)
     # first: data or a method that cannot be leave no folder behind
@@ -138,6 +142,7 @@ def train_on(
     policy.reference = others.reference
     with closing(_claim(spec, world, resume=resume, overwrite=overwrite)) as folder:
         trainer = _trainer(spec, policy, data, folder, others, world)
+        trainer.watch = watch
         plan = planned.expect(spec, shape, trainer, data, beyond=beyond_memory) if world.size == 1 else None
         loading = peak_memory_bytes()
         _train(spec, trainer, data, folder, resume=resume)

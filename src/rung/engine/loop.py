@@ -26,7 +26,7 @@ from rung.engine.pack import largest_first, pack, pack_in_slices, pack_separatel
 from rung.engine.progress import Bar, say
 from rung.engine.record import Gate, RunFolder
 from rung.engine.rollout import Rollouts
-from rung.engine.state import Progress, rows_of_step, total_steps
+from rung.engine.state import Progress, Watch, nobody, rows_of_step, total_steps
 from rung.engine.step import accumulate, mean_loss
 from rung.engine.trunk import TrunkCache, has_room
 from rung.errors import DataError, GateError
@@ -64,6 +64,8 @@ class Trainer:
     """Whether each process gives away what others hold, once the gates have passed."""
     first: Sequence[Example] = ()
     """The first row of the data."""
+    watch: Watch = nobody
+    """Hears of every validation loss, and says why the run should end there, if it should."""
 
     def __post_init__(self) -> None:
         owned = self.objective.trainable().keys()
@@ -162,7 +164,7 @@ class Trainer:
                         self._save()
                         raise Interrupted
                     if enough:
-                        say(f"no better validation loss in {self.progress.misses} measurements: stopped early")
+                        say(f"{enough}: stopped early")
                         break
                     if not last and self._may_save and self._due(self.spec.checkpoint_every):
                         self._save()
@@ -322,10 +324,10 @@ class Trainer:
         if self.world.first:
             shutil.rmtree(self.checkpoints / "best", ignore_errors=True)
 
-    def _measure(self, validation: Sequence[Row], entry: dict[str, Any], last: bool) -> bool:
-        """Validation loss when it is due; True when patience has run out."""
+    def _measure(self, validation: Sequence[Row], entry: dict[str, Any], last: bool) -> str | None:
+        """Validation loss when it is due; why the run should end here, if it should."""
         if not validation or not (last or (self._may_save and self._due(self.spec.eval_every))):
-            return False
+            return None
         self.policy.model.eval()
         value, found = self._held_out(validation)
         entry.update({f"validation_{name}": number for name, number in found.items()})
@@ -337,9 +339,11 @@ class Trainer:
             self.progress.best, self.progress.best_step, self.progress.misses = value, self.progress.step, 0
             if self.spec.patience is not None:
                 self._write(self.checkpoints / "best")
-            return False
+            return self.watch(value)
         self.progress.misses += 1
-        return self.spec.patience is not None and self.progress.misses > self.spec.patience
+        if self.spec.patience is not None and self.progress.misses > self.spec.patience:
+            return f"no better validation loss in {self.progress.misses} measurements"
+        return self.watch(value)
 
     def _held_out(self, validation: Sequence[Row]) -> tuple[float, Mapping[str, float]]:
         """The loss on validation rows, of rollouts minus the mean reward of greedy answers, and what else was seen."""

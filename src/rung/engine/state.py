@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,15 @@ class Progress:
     """What the objective learned besides parameters."""
     method: dict[str, Any] = field(default_factory=dict)
     """What the method keeps besides parameters."""
+
+
+Watch = Callable[[float], str | None]
+"""Hears of a validation loss; says why the run should end there, if it should."""
+
+
+def nobody(loss: float) -> str | None:
+    """Watches nothing."""
+    return None
 
 
 def total_steps(spec: EngineSpec, rows: int, repeats: int = 1) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,26 @@ from rung.data.chat import Chat
 from rung.data.split import Splits
 from rung.engine.progress import say
 from rung.engine.record import RunFolder, is_climb, read_manifest, reset_peak_memory
+from rung.engine.state import Watch
 from rung.errors import CheckpointError, ConfigError, DataError, RungError
 from rung.evaluate.baselines import Framing
 from rung.evaluate.task import PERPLEXITY, Evaluation, evaluate
 from rung.model.load import Base
 from rung.model.policy import Policy, Untouched
+from rung.pipeline import search
 from rung.pipeline.asking import Asking
-from rung.pipeline.ladder import AnyRung, Ladder, Left, Measured, judge, result_of, rung_folder, score_of_rung, store
+from rung.pipeline.ladder import (
+    AnyRung,
+    Ladder,
+    Left,
+    Measured,
+    Point,
+    judge,
+    result_of,
+    rung_folder,
+    score_of_rung,
+    store,
+)
 from rung.planned import DoesNotFitError
 from rung.spec.climb import UNTUNED, RungSpec, ThenSpec
 from rung.spec.evaluate import Context
@@ -61,7 +75,8 @@ class Climb:
         """Measure what is missing and judge the whole; with nothing missing, no model is loaded."""
         splits = prepared.read_splits(self.spec)
         self._refuse_other("data", splits.fingerprint)
-        if all(map(self._stands, self.rungs)) and not self._overwrite:
+        whole = all((place / "result.json").exists() for _, place in self._curve)
+        if whole and all(map(self._stands, self.rungs)) and not self._overwrite:
             return self._judge()
         asking = Asking(self.spec, splits)
         fingerprints = {"data": splits.fingerprint}
@@ -95,6 +110,7 @@ class Climb:
                     self._leave(rung, f"{reached.label} surely reaches the target")
                 elif self._try(rung, data, asking) and self.spec.climb.stop and self._reaches(rung):
                     reached = rung
+            self._learn_curve(asking)
         except KeyboardInterrupt:
             folder.update(status="interrupted")
             raise
@@ -107,7 +123,8 @@ class Climb:
 
     def _judge(self) -> Ladder:
         left = {one.rung for one in self._left}
-        return judge(self.spec, [self._stored(rung) for rung in self.rungs if rung.label not in left], self._left)
+        measured = [self._stored(rung) for rung in self.rungs if rung.label not in left]
+        return replace(judge(self.spec, measured, self._left), curve=tuple(self._points()))
 
     def _stands(self, rung: AnyRung) -> bool:
         return all((folder / "result.json").exists() for folder in self._folders(rung))
@@ -190,8 +207,10 @@ class Climb:
 
     def _tune(self, rung: RungSpec, folder: Path, number: int, data: prepared.Data, asking: Asking) -> None:
         """A tuned rung: a run in a folder of its own, then the bare question."""
-        spec = for_rung(self.spec, rung, str(folder), self.spec.seed + number)
         begun = (folder / "run.json").exists()
+        if self.spec.climb.search is not None:
+            rung = self._searched(rung, data, asking)
+        spec = for_rung(self.spec, rung, str(folder), self.spec.seed + number)
         if not begun:
             planned.refuse_hopeless(spec, opened.device(), beyond=False)
         if begun and read_manifest(folder)["status"] == "finished":
@@ -199,7 +218,7 @@ class Climb:
         else:
             base = self._base()
             own = data
-            if hasattr(spec.method, "virtual_tokens"):
+            if _takes_room(spec):
                 own = prepared.tokenise(spec, asking.splits, base, asking.library)
             policy, _ = running.train_on(spec, base, own, resume=begun)
             self._fresh = None  # its model has been tuned
@@ -208,7 +227,64 @@ class Climb:
         asked = asking.of(rung, None)
         opened.widen_if_asked(policy, spec)
         result = evaluate(policy, chat, asked.records, asked.framing, spec.evaluate, title=rung.label)
-        store(folder, result, {**_training(manifest, folder), **asked.facts})
+        tried = search.read(self.path / "search" / rung.slug)
+        store(folder, result, {**_training(manifest, folder), **asked.facts, **({"search": tried} if tried else {})})
+
+    def _searched(self, rung: RungSpec, data: prepared.Data, asking: Asking) -> RungSpec:
+        """The rung with settings chosen on the validation split, once for all training seeds."""
+        place = self.path / "search" / rung.slug
+        if (found := search.read(place)) is not None:
+            return search.with_settings(rung, found["chosen"])
+        spec = for_rung(self.spec, rung, str(place), self.spec.seed)
+
+        def train(trial: RunSpec, watch: Watch) -> None:
+            base, self._fresh = self._base(), None
+            own = prepared.tokenise(trial, asking.splits, base, asking.library) if _takes_room(trial) else data
+            running.train_on(trial, base, own, watch=watch)
+
+        wanted = self.spec.climb.search
+        assert wanted is not None  # noqa: S101 -- for the type checker: asked by `_tune`
+        return search.settings(spec, wanted, rung, place, len(data.train.rows), train)
+
+    @property
+    def _curve(self) -> list[tuple[int, Path]]:
+        """Points of the learning curve: numbers of rows, and where they stand."""
+        return [(rows, self.path / "curve" / str(rows)) for rows in self.spec.climb.curve]
+
+    def _points(self) -> Iterator[Point]:
+        """Those that were measured."""
+        for _, place in self._curve:
+            if (place / "result.json").exists():
+                facts = result_of(place)
+                score = score_of_rung([Evaluation.read(place / "items.jsonl")], self.spec.evaluate.metrics[0])
+                yield Point(facts["rung"], facts["rows"], score, facts["train_seconds"])
+
+    def _learn_curve(self, asking: Asking) -> None:
+        """The highest tuned rung with fewer rows: each number of them a run of its own, scored on the same test."""
+        tuned = [r for r in self.spec.climb.rungs if r.kind not in UNTUNED and self._stands(r)]
+        for rows, place in self._curve if tuned else ():
+            if not (place / "result.json").exists():
+                say(f"learning curve of {tuned[-1].label}: {rows:,} rows")
+                self._learn(tuned[-1], rows, place, asking)
+
+    def _learn(self, rung: RungSpec, rows: int, place: Path, asking: Asking) -> None:
+        """One point of the curve. Its rows are the first of those that more rows would have."""
+        found = search.read(self.path / "search" / rung.slug)
+        own = search.with_settings(rung, found["chosen"]) if found else rung
+        spec = for_rung(self.spec, own, str(place), self.spec.seed)
+        spec = spec.model_copy(update={"data": spec.data.model_copy(update={"limit": rows})})
+        begun = (place / "run.json").exists()
+        if begun and read_manifest(place)["status"] == "finished":
+            policy, chat, _ = opened.open_run(place)
+        else:
+            base, self._fresh = self._base(), None
+            fewer = prepared.tokenise(spec, prepared.read_splits(spec), base, asking.library)
+            policy, _ = running.train_on(spec, base, fewer, resume=begun)
+            chat = fewer.chat
+        asked, manifest = asking.of(rung, None), read_manifest(place)
+        result = evaluate(policy, chat, asked.records, asked.framing, spec.evaluate, title=f"{rows:,} rows")
+        learned = manifest["data"]["splits"]["train"]["rows"]
+        store(place, result, {**_training(manifest, place), "rung": rung.label, "rows": learned, **asked.facts})
 
     def _on_top(self, then: ThenSpec, folder: Path, number: int, asking: Asking) -> None:
         """A run that begins where a tuned rung ended, asked as that one was."""
@@ -254,6 +330,11 @@ def _question(record: Record) -> str:
     """All that is asked, however it is laid out."""
     turns = [turn.content for turn in record.messages[:-1]] if record.messages else []
     return " ".join(" ".join([record.context or "", *map(str, turns), record.text or ""]).casefold().split())
+
+
+def _takes_room(spec: RunSpec) -> bool:
+    """Whether a method's virtual tokens make documents longer, or stand inside them."""
+    return hasattr(spec.method, "virtual_tokens")
 
 
 def _training(manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -108,6 +108,16 @@ class Note:
 
 
 @dataclass(frozen=True, slots=True)
+class Point:
+    """Of the learning curve: what a tuned rung scores with fewer training rows."""
+
+    rung: str
+    rows: int
+    score: Interval
+    train_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Ladder:
     """What `rung climb` measured."""
 
@@ -121,6 +131,7 @@ class Ladder:
     further: Further | None = None
     """None where the recommended rung is the highest, or none is recommended."""
     notes: tuple[Note, ...] = ()
+    curve: tuple[Point, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -133,6 +144,7 @@ class Ladder:
             "left": [asdict(left) for left in self.left],
             "further": self.further
             and {**asdict(self.further), "gain": self.further.gain.to_json(), "text": self.further.text},
+            "curve": [{**asdict(point), "score": point.score.to_json()} for point in self.curve],
             "notes": [{**asdict(n), "difference": n.difference.to_json(), "text": n.text} for n in self.notes],
             "folder": self.folder,
             "report": str(Path(self.folder) / "report.html"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -110,6 +110,32 @@ class ThenSpec(Spec):
         return _slug(self.label) or "then"
 
 
+class SearchSpec(Spec):
+    """Settings of tuned rungs that are tried on the validation split, never on the test."""
+
+    trials: Annotated[int, Field(ge=2)] = 9
+    """How many."""
+    rank: tuple[PositiveInt, PositiveInt] | None = None
+    """Lowest and highest, drawn by their logarithm; methods without a rank are left alone."""
+    learning_rate: tuple[PositiveFloat, PositiveFloat] | None = None
+    """Lowest and highest, drawn by their logarithm."""
+    epochs: tuple[PositiveFloat, PositiveFloat] | None = None
+    """Fewest and most."""
+    reduction: Annotated[int, Field(ge=2)] = 3
+    """Of the trials that reach a ninth and a third of their steps, one in so many goes on (Jamieson and Talwalkar 2016;
+    Li et al. 2020)."""
+
+    @model_validator(mode="after")
+    def _something_is_searched(self) -> SearchSpec:
+        ranges = {"rank": self.rank, "learning_rate": self.learning_rate, "epochs": self.epochs}
+        if not any(ranges.values()):
+            raise ValueError("search tries nothing: give rank, learning_rate or epochs as [lowest, highest]")
+        for name, found in ranges.items():
+            if found is not None and found[0] >= found[1]:
+                raise ValueError(f"{name} is [lowest, highest]")
+        return self
+
+
 class ClimbSpec(Spec):
     """The ladder."""
 
@@ -126,6 +152,10 @@ class ClimbSpec(Spec):
     """Leave out what stands above the first rung whose score surely reaches `target`."""
     seeds: PositiveInt = 1
     """Training runs per tuned rung. Above 1 the spread between them widens the intervals."""
+    search: SearchSpec | None = None
+    """Settings that are chosen for each tuned rung before it is trained."""
+    curve: tuple[PositiveInt, ...] = ()
+    """Numbers of training rows with which the highest tuned rung is trained and scored once more."""
     then: tuple[ThenSpec, ...] = ()
     """Rungs above all others, each on top of a tuned one."""
 
@@ -148,6 +178,14 @@ class ClimbSpec(Spec):
         for r in rungs:
             r.refuse_nonsense()
         return rungs
+
+    @model_validator(mode="after")
+    def _there_is_something_to_tune(self) -> ClimbSpec:
+        if (self.search or self.curve) and all(r.kind in UNTUNED for r in self.rungs):
+            raise ValueError("search and curve are about tuned rungs, and there is none")
+        if list(self.curve) != sorted(set(self.curve)):
+            raise ValueError("curve has rising numbers of rows")
+        return self
 
     @model_validator(mode="after")
     def _every_rung_stands_on_one(self) -> ClimbSpec:

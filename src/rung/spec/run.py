@@ -48,6 +48,8 @@ class RunSpec(Spec):
             raise ValueError("climb.instructions are chosen on the validation split, and data.validation is 0")
         if self.evaluate.retrieve is not None and not self.retrieves:
             raise ValueError("evaluate.retrieve says where passages come from, and nothing here retrieves any")
+        if self.climb.search is not None and self.data.validation == 0:
+            raise ValueError("climb.search compares on the validation split, and data.validation is 0")
         if self.objective.kind in COMPARING and self.data.loss_on != "answer":
             raise ValueError(f"objective {self.objective.kind} compares answers: data.loss_on is answer")
         if isinstance(self.objective, PreferenceSpec):

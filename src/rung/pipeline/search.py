@@ -1,0 +1,168 @@
+"""Settings of a tuned rung, tried on the validation split with successive halving, never on the test."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rung.engine.progress import say
+from rung.engine.record import write_json
+from rung.engine.state import Watch, total_steps
+from rung.errors import ConfigError, GateError, PlanError
+from rung.spec.climb import RungSpec, SearchSpec
+from rung.spec.run import RunSpec
+
+if TYPE_CHECKING:
+    import optuna
+
+MEASUREMENTS = 9
+"""Of the validation loss in a trial: with a reduction of 3 the worse trials end at the first or the third."""
+Train = Callable[[RunSpec, Watch], None]
+"""Trains a run into its folder and tells every validation loss."""
+
+
+def settings(spec: RunSpec, search: SearchSpec, rung: RungSpec, folder: Path, rows: int, train: Train) -> RungSpec:
+    """The rung with the settings of the best trial; `spec` is its run, `folder` its place, `rows` what it learns from.
+
+    Trials are kept in `search.journal`, so a climb that was stopped goes on with the next; what each came to stands in
+    `search.json`. Raises `ConfigError` where no trial came to an end.
+    """
+    journal = folder / "search.journal"
+    folder.mkdir(parents=True, exist_ok=True)
+    study = _study(journal, search, spec.seed)
+    for trial in study.trials:
+        if not trial.state.is_finished():  # a kill came between
+            study.tell(trial.number, state=_states().FAIL)
+    while _ended(study) < search.trials:
+        _try(study, search, rung, spec, folder / "trial", rows, train)
+    found = _told(study)
+    write_json(folder / "search.json", found)
+    if found["chosen"] is None:
+        raise ConfigError(
+            "no trial of the search came to an end", where="climb.search", given=f"{search.trials} trials"
+        )
+    return with_settings(rung, found["chosen"])
+
+
+def with_settings(rung: RungSpec, chosen: Mapping[str, Any]) -> RungSpec:
+    """A rung whose method and engine have what a trial tried."""
+    method = {**rung.method, **({"rank": chosen["rank"]} if "rank" in chosen else {})}
+    engine = {**rung.engine, **{name: chosen[name] for name in ("learning_rate", "epochs") if name in chosen}}
+    return rung.model_copy(update={"method": method, "engine": engine})
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """What a search in this folder came to."""
+    file = folder / "search.json"
+    found: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
+    return found
+
+
+def _study(journal: Path, search: SearchSpec, seed: int) -> optuna.Study:
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    begun = len(journal.read_text().splitlines()) if journal.exists() else 0
+    return optuna.create_study(
+        study_name="search",
+        storage=JournalStorage(JournalFileBackend(str(journal))),
+        sampler=optuna.samplers.TPESampler(seed=seed + begun, n_startup_trials=max(2, search.trials // 2)),
+        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=search.reduction),
+        direction="minimize",
+        load_if_exists=True,
+    )
+
+
+def _try(
+    study: optuna.Study,
+    search: SearchSpec,
+    rung: RungSpec,
+    spec: RunSpec,
+    folder: Path,
+    rows: int,
+    train: Train,
+) -> None:
+    """One trial: trained until it is done, or until others did better at the same point."""
+    trial = study.ask()
+    tried = _drawn(trial, search, spec)
+    shutil.rmtree(folder, ignore_errors=True)
+    own = _run(spec, tried, folder, rows)
+    said = ", ".join(f"{name} {value:.3g}" for name, value in tried.items())
+    say(f"search {trial.number + 1}/{search.trials} of rung {rung.label}: {said}")
+    losses: list[float] = []
+
+    def watch(loss: float) -> str | None:
+        losses.append(loss)
+        if not math.isfinite(loss):
+            return "the validation loss is no number"
+        trial.report(loss, len(losses))
+        return "other settings did better by then" if trial.should_prune() else None
+
+    states = _states()
+    try:
+        train(own, watch)
+    except (GateError, PlanError) as error:  # settings that cannot be are no reason to end the search
+        say(f"this trial failed: {error.summary}")
+        study.tell(trial, state=states.FAIL)
+        return
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    done = len(losses) >= _measured(own, rows) and math.isfinite(losses[-1])
+    study.tell(trial, losses[-1] if done else None, state=states.COMPLETE if done else states.PRUNED)
+
+
+def _drawn(trial: optuna.Trial, search: SearchSpec, spec: RunSpec) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if search.rank and hasattr(spec.method, "rank"):
+        found["rank"] = trial.suggest_int("rank", *search.rank, log=True)
+    if search.learning_rate:
+        found["learning_rate"] = trial.suggest_float("learning_rate", *search.learning_rate, log=True)
+    if search.epochs:
+        found["epochs"] = trial.suggest_float("epochs", *search.epochs)
+    return found
+
+
+def _run(spec: RunSpec, tried: Mapping[str, Any], folder: Path, rows: int) -> RunSpec:
+    """The rung's run with a trial's settings, measured so often that halving has something to compare."""
+    method = spec.method.model_copy(update={"rank": tried["rank"]}) if "rank" in tried else spec.method
+    engine = spec.engine.model_copy(update={name: value for name, value in tried.items() if name != "rank"})
+    every = max(1, total_steps(engine, rows) // MEASUREMENTS)
+    engine = engine.model_copy(update={"eval_every": every, "patience": None, "checkpoint_every": None})
+    return spec.model_copy(update={"method": method, "engine": engine, "output": str(folder)})
+
+
+def _measured(spec: RunSpec, rows: int) -> int:
+    """How often the validation loss of a whole trial is measured."""
+    total, every = total_steps(spec.engine, rows), spec.engine.eval_every or 1
+    return total // every + (total % every > 0)
+
+
+def _ended(study: optuna.Study) -> int:
+    return sum(trial.state.is_finished() for trial in study.trials)
+
+
+def _told(study: optuna.Study) -> dict[str, Any]:
+    """All trials, and the settings of the best that came to its end."""
+    trials = [
+        {
+            **trial.params,
+            "state": trial.state.name.lower(),
+            "validation_losses": [trial.intermediate_values[k] for k in sorted(trial.intermediate_values)],
+        }
+        for trial in study.trials
+    ]
+    done = [trial for trial in study.trials if trial.state == _states().COMPLETE]
+    best = min(done, key=lambda trial: (trial.value, trial.number), default=None)
+    return {"split": "validation", "trials": trials, "chosen": None if best is None else best.params}
+
+
+def _states() -> Any:
+    from optuna.trial import TrialState
+
+    return TrialState
