@@ -145,14 +145,26 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="With a judge: where to write each pair, as jsonl.")
     ] = None,
+    forgetting: Annotated[
+        str | None, typer.Option("--forgetting", help="A data file or a config: what the run unlearned of it.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a run, or a base, on a task's test split."""
     if output is not None and against is None:
         raise ConfigError("pairs come of two systems", where="--output", given=output, hint="name the other: --against")
-    from rung.report.evidence import against_lines
+    from rung.report.evidence import against_lines, forgetting_lines
     from rung.report.tables import score_lines
 
+    if forgetting is not None:
+        if against is not None or config is not None:
+            where = "--against" if against is not None else "--config"
+            what = "what a run forgets is measured against its base, on the data of --forgetting"
+            raise ConfigError(what, where=where, given=against or config)
+        from rung.pipeline.forget import forgotten
+
+        found = forgotten(target, forgetting, limit=limit)
+        return _show(found, forgetting_lines(found), as_json)
     if against is not None:
         from rung.pipeline.against import compare
 
