@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from rung import __version__
-from rung.errors import ConfigError, PlanError, RungError
-
-BUG, INTERRUPTED = 1, 130
+from rung.ending import exit_code, leave
+from rung.errors import ConfigError, PlanError
 
 app = typer.Typer(
     help="Adapt a language model to a task, climb only as high as the task needs, and prove each step.",
@@ -168,14 +165,26 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="With a judge: where to write each pair, as jsonl.")
     ] = None,
+    forgetting: Annotated[
+        str | None, typer.Option("--forgetting", help="A data file or a config: what the run unlearned of it.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a run, or a base, on a task's test split."""
     if output is not None and against is None:
         raise ConfigError("pairs come of two systems", where="--output", given=output, hint="name the other: --against")
-    from rung.report.evidence import against_lines
+    from rung.report.evidence import against_lines, forgetting_lines
     from rung.report.tables import score_lines
 
+    if forgetting is not None:
+        if against is not None or config is not None:
+            where = "--against" if against is not None else "--config"
+            what = "what a run forgets is measured against its base, on the data of --forgetting"
+            raise ConfigError(what, where=where, given=against or config)
+        from rung.pipeline.forget import forgotten
+
+        found = forgotten(target, forgetting, limit=limit)
+        return _show(found, forgetting_lines(found), as_json)
     if against is not None:
         from rung.pipeline.against import compare
 
@@ -347,43 +356,12 @@ def options(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a verb and leave with its exit code: 0, 2 input at fault, 3 refused, 1 a bug, 130 interrupted.
-
-    One of several processes leaves without taking the interpreter down: gloo's threads may still hold tensors, and
-    letting one go without an interpreter aborts the process (pytorch/pytorch#179291), once in a dozen runs in parts.
-    """
-    code = _exit_code(sys.argv[1:] if arguments is None else arguments)
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        sys.exit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    """Run a verb and leave with its exit code: 0, 2 input at fault, 3 refused, 1 a bug, 130 interrupted."""
+    leave(_exit_code(sys.argv[1:] if arguments is None else arguments))
 
 
 def _exit_code(arguments: list[str]) -> int:
-    from click.exceptions import Abort, ClickException
-
-    try:
-        code = app(arguments, standalone_mode=False)
-    except RungError as error:
-        if "--json" in arguments:
-            typer.echo(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code}))
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except ClickException as error:
-        error.show()
-        return error.exit_code
-    except (KeyboardInterrupt, Abort):
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception:
-        traceback.print_exc()
-        print("\nThis is a bug in Rung: the traceback above is what a report needs.", file=sys.stderr)
-        return BUG
-    return int(code or 0)
+    return exit_code(lambda: app(arguments, standalone_mode=False), as_json="--json" in arguments)
 
 
 def _show(value: Any, lines: list[str], as_json: bool) -> None:

@@ -66,6 +66,11 @@ def open_run(path: Path, base: Base | None = None) -> tuple[Policy, Chat, RunSpe
     return policy, chat, spec
 
 
+def spec_of(run: Path) -> RunSpec:
+    """The config that a run was made by."""
+    return parse(read_manifest(run)["spec"], str(run / "run.json"))
+
+
 def open_reward(path: Path, base: Base | None = None) -> tuple[Policy, Chat, Reward, RunSpec]:
     """A finished reward model: its base, or the one given, with its method and its head on top.
 

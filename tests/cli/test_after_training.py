@@ -476,3 +476,36 @@ def test_a_tokenizer_with_more_tokens_than_the_model(
         code, _, err = inside(capsys, "train", config, f"model.name={folder}", f"output={folder}-run")
         assert code == expected, err
     assert "no embedding of" in err and "questions.jsonl" in err and not Path(f"{folder}-run").exists()
+
+
+def test_scores_stand_beside_those_without_what_was_learned_from(
+    config: Path, questions: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Half of another task's questions are word for word those that the run learned from."""
+    assert inside(capsys, "train", config)[0] == 0
+    code, out, err = inside(capsys, "eval", tmp_path / "run", "--json")
+    assert code == 0, err
+    own = json.loads(out)["contamination"]
+    assert own["tiers"]["exact"]["items"] == 0 and own["items"] == 21  # the splits of a run never overlap
+    known = [json.loads(line) for line in questions.read_text().splitlines()]
+    leaky = [row for row in known if row["box"] in (1, 2, 3, 4, 6, 11)]  # boxes 3, 6 and 11 were held out
+    (tmp_path / "leaky.jsonl").write_text("".join(json.dumps(row) + "\n" for row in leaky))
+    (tmp_path / "one.jsonl").write_text(json.dumps({"question": "elsewhere", "answer": "x"}) + "\n")
+    task = tmp_path / "leaky.yaml"
+    task.write_text(
+        f"data: {{path: {tmp_path / 'one.jsonl'}, test: {tmp_path / 'leaky.jsonl'}, validation: 0}}\n"
+        f"evaluate: {{metrics: [token_f1], max_new_tokens: 8}}\noutput: {tmp_path / 'none'}\n"
+    )
+    code, out, err = inside(capsys, "eval", tmp_path / "run", "--config", task, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    exact = found["contamination"]["tiers"]["exact"]
+    assert exact["items"] > 0 and exact["items"] + exact["scores_without"]["token_f1"]["examples"] == found["examples"]
+    assert exact["scores_of_them"]["token_f1"]["examples"] == exact["items"]
+    code, out, _ = inside(capsys, "eval", tmp_path / "run", "--config", task)
+    assert "seen in training" in out and "without exact" in out
+    manifest = json.loads((tmp_path / "run" / "run.json").read_text())
+    manifest["spec"]["data"]["path"] = str(tmp_path / "moved.jsonl")
+    (tmp_path / "run" / "run.json").write_text(json.dumps(manifest))
+    code, out, _ = inside(capsys, "eval", tmp_path / "run", "--config", task, "--json")
+    assert code == 0 and "unknown" in json.loads(out)["contamination"]

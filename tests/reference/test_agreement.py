@@ -109,6 +109,12 @@ def test_full_agreement_is_never_certain_and_one_label_says_nothing() -> None:
     assert percent_agreement([["a", "a"]] * 5).mean == 1.0
 
 
+def test_who_says_the_same_of_everything_is_not_known_for_certain_to_agree_by_chance() -> None:
+    found = cohen_kappa(["tie"] * 60, ["first"] * 30 + ["second"] * 20 + ["tie"] * 10)
+    assert found.mean == 0.0 and found.low < -0.05 and found.high > 0.05
+    assert found.method == "cluster bootstrap, chance as it was"
+
+
 def test_what_was_left_out_is_left_out_and_wrong_shapes_are_refused() -> None:
     assert cohen_kappa([1, None, 0, 1], [1, 1, 0, 0], list("aabb")).examples == 3
     with pytest.raises(ValueError, match="same items"):

@@ -12,6 +12,7 @@ import numpy as np
 
 from rung.data.flat import Tokenised
 from rung.data.formats import Detection, read_records
+from rung.data.fuzzy import ALIKE, Alike, fuzzy_duplicates
 from rung.data.mix import weighted_paths
 from rung.data.near import GRAMS, Distinct, Near, gram_hashes, near_duplicates, words
 from rung.data.prompts import prompts
@@ -84,6 +85,8 @@ class Report:
     """Training rows whose prompt also stands in a held-out split, with that row."""
     near: dict[int, tuple[Near, ...]]
     """Per n: held-out rows that share an n-gram of words with the training split."""
+    fuzzy: tuple[Alike, ...]
+    """Held-out rows most of whose characters also stand in a training row in the same order."""
     diversity: Diversity | None
     compared: Compared | None
     """None where nothing is compared."""
@@ -110,6 +113,7 @@ class Report:
             "duplicate_prompts": [list(pair) for pair in self.duplicates],
             "overlap": [list(pair) for pair in self.overlap],
             "near_duplicates": {str(n): [near.to_json() for near in found] for n, found in self.near.items()},
+            "fuzzy_duplicates": [alike.to_json() for alike in self.fuzzy],
             "diversity": asdict(self.diversity) if self.diversity else None,
             "compared": asdict(self.compared) if self.compared else None,
             "supervised_share": self.supervised_share,
@@ -157,6 +161,7 @@ def check(target: str | DataSpec, chat: Chat | None = None, *, loss_on: LossOn |
         duplicates=_named(own, own, repeated(own)),
         overlap=_named(parts.train, held_out, crossing(parts.train, held_out)),
         near={n: near_duplicates(parts.train, held_out, n) for n in GRAMS},
+        fuzzy=fuzzy_duplicates(parts.train, held_out),
         diversity=_diversity(own),
         compared=_compared(own),
         supervised_share=share,
@@ -305,6 +310,7 @@ def _table(report: Report) -> Table:
     table.add_row("train prompts held out", str(len(report.overlap)))
     for n, found in report.near.items():
         table.add_row(f"held-out rows sharing {n} words", str(len(found)))
+    table.add_row(f"held-out rows {ALIKE:.0%} the same", str(len(report.fuzzy)))
     return table
 
 
@@ -321,4 +327,5 @@ def _details(report: Report) -> dict[str, list[str]]:
             f"sharing {n} words with the training split (most alike first)": [_on_one_line(str(x)) for x in found]
             for n, found in report.near.items()
         },
+        f"{ALIKE:.0%} of the character 5-grams in a training row": [_on_one_line(str(x)) for x in report.fuzzy],
     }

@@ -127,7 +127,7 @@ class _Holders:
         grams, owner = grams[held], owner[held]
         for i in np.unique(owner).tolist():
             best = self._best(tuple(np.unique(grams[owner == i]).tolist()))
-            near = _compared(texts[i], _asked(self.train[best]), self.n)
+            near = _compared(texts[i], asked_in_words(self.train[best]), self.n)
             if near is not None:
                 yield Near(str(held_out.source(start + i)), str(self.train.source(best)), *near)
 
@@ -159,7 +159,7 @@ def _texts(records: Records) -> Iterator[tuple[int, list[list[str]]]]:
     """What is asked, in words, some rows at a time with the index of the first."""
     start = 0
     for chunk in chunks(records, characters, count=_ROWS, limit=_MERGE):
-        yield start, [_asked(record) for record in chunk]
+        yield start, [asked_in_words(record) for record in chunk]
         start += len(chunk)
 
 
@@ -173,7 +173,7 @@ def _longest_run(flags: list[bool]) -> tuple[int, int]:
     return best
 
 
-def _asked(record: Record) -> list[str]:
+def asked_in_words(record: Record) -> list[str]:
     """The context and the turns before the answer, without system turns: those are shared by design."""
     if record.text is not None:
         return words(record.text)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rung import opened, prepared
 from rung import run as running
+from rung.data.contamination import contamination
 from rung.data.records import Records
 from rung.engine.record import RunFolder, is_climb, read_manifest
-from rung.errors import ConfigError
+from rung.errors import ConfigError, RungError
 from rung.evaluate.rewards import examine
-from rung.evaluate.task import Evaluation
-from rung.spec.io import load, parse
+from rung.evaluate.task import Evaluation, Item
+from rung.spec.io import load
 from rung.spec.objective import RewardSpec
 from rung.spec.run import RunSpec
 
@@ -30,11 +32,32 @@ def score(target: str, *, config: str | None, overrides: Sequence[str], limit: i
         return _examined(path, task, records, config=config, keep=config is None and limit is None)
     result = answered(target, task, records)
     measured = {**result.summary(), **found}
+    contaminated = {"contamination": seen_in_training(path, result, records)} if is_run else {}
     if is_run and config is None and limit is None:
         result.write(path / "eval.jsonl")  # items.jsonl belongs to the climb that a run may stand in
         manifest = read_manifest(path)
         RunFolder(path, manifest).update(metrics={**manifest.get("metrics", {}), **measured})
-    return {"target": target, "task": config or target, **measured}
+    return {"target": target, "task": config or target, **measured, **contaminated}
+
+
+def seen_in_training(run: Path, result: Evaluation, records: Records) -> dict[str, Any]:
+    """Test items that stand in the rows that a run learned from, by tier, and the scores without them.
+
+    Where those rows can no longer be read, why not stands in `unknown`.
+    """
+    try:
+        train = prepared.read_splits(opened.spec_of(run)).train
+    except RungError as error:
+        return {"unknown": error.summary}
+    found = contamination(train, records)
+    tiers: dict[str, Any] = {}
+    for tier in found.tiers:
+        flagged = found.flagged(tier)
+        tiers[tier] = {"items": len(flagged), "examples": found.examples(tier)}
+        if flagged:
+            tiers[tier]["scores_without"] = _scores(result, [i for i in result.items if i.source not in flagged])
+            tiers[tier]["scores_of_them"] = _scores(result, [i for i in result.items if i.source in flagged])
+    return {"items": found.items, "train_rows": found.train, "tiers": tiers}
 
 
 def asked(
@@ -58,6 +81,14 @@ def asked(
         return task, prepared.as_asked(context, records, None), {}
     library = prepared.library_of(task, splits)
     return task, library.shown_all(records), {"retrieval": library.measure(records)}
+
+
+def _scores(result: Evaluation, items: Sequence[Item]) -> dict[str, Any] | None:
+    """Of some of the items; None where there are none."""
+    if not items:
+        return None
+    part = replace(result, items=tuple(items))
+    return {name: part.interval(name).to_json() for name in result.metrics}
 
 
 def answered(target: str, task: RunSpec, records: Records) -> Evaluation:
@@ -87,5 +118,5 @@ def _task(path: Path, config: str | None, overrides: Sequence[str], is_run: bool
     if config is not None:
         return load(config, overrides).spec
     if is_run:
-        return parse(read_manifest(path)["spec"], str(path / "run.json"))
+        return opened.spec_of(path)
     raise ConfigError("a base has no task of its own", given=str(path), hint="name one with --config CONFIG")

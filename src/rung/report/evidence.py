@@ -24,19 +24,28 @@ def against_lines(result: Json) -> list[str]:
     return told
 
 
+def forgetting_lines(result: Json) -> list[str]:
+    """A run against its base on data that it did not learn from."""
+    size = f"{result['examples']:,} rows in {result['clusters']:,} clusters, 95 % intervals, run minus base"
+    told = ["", sayable(f"{result['target']} on {result['forgetting']}: {size}")]
+    told += pairs({name: metric_text(name, found) for name, found in result["metrics"].items()})
+    if result["dropped"]:
+        told.append(f"  {result['dropped']:,} texts were longer than the model's context and left out")
+    return told
+
+
 def metric_text(name: str, found: Json) -> str:
     """Both scores, their difference, and how large one would have shown where none does."""
     before, after, gain = found["before"], found["after"], found["difference"]
     digits = decimals([before, after])
-    scores = " ".join(f"{fixed(x['mean'], digits)} {bounds(x, digits)}" for x in (after,))
-    other = f"{fixed(before['mean'], digits)} {bounds(before, digits)}"
+    one, other = (f"{fixed(score['mean'], digits)} {bounds(score, digits)}" for score in (after, before))
     unit = " nats a token" if name == "perplexity" else ""
     exact = decimals([gain])
     change = f"{fixed(gain['mean'], exact, signed=True)} {bounds(gain, exact)}{unit}, {p_value(gain['p_value'])}"
     if gain["p_value"] is not None and gain["p_value"] > 0.05:
         least = found["detectable"]
         change += "; no sure difference" + (f", one of {least:.2g} would show" if least is not None else "")
-    return f"{scores} against {other}\n{change}"
+    return f"{one} against {other}\n{change}"
 
 
 def _judge(judge: Json) -> dict[str, str]:

@@ -114,12 +114,16 @@ def _interval(tables: Counts, clusters: Clusters, seed: int, chance: Callable[[C
         floor = wilson(min(agreed, 1.0) * c, c)
         low, high = (float(_beyond(bound, by_chance)) for bound in (floor.low, floor.high))
         return Interval(value, low, high, n, c, "wilson floor")
-    rng, replicates = np.random.default_rng(seed), []
+    rng, values, agreements = np.random.default_rng(seed), [], []
     for rows in _slices(SAMPLES, max(1, 2_000_000 // c)):
         drawn = (rng.multinomial(c, np.full(c, 1.0 / c), size=rows) @ sums).reshape(rows, k, k)
-        replicates.append(np.nan_to_num(_beyond(_agreed(drawn), chance(drawn)), nan=0.0))
-    low, high = expanded_percentiles(np.concatenate(replicates), c)
-    return Interval(value, low, high, n, c, "cluster bootstrap")
+        agreements.append(_agreed(drawn))
+        values.append(np.nan_to_num(_beyond(agreements[-1], chance(drawn)), nan=0.0))
+    replicates, method = np.concatenate(values), "cluster bootstrap"
+    if np.ptp(replicates) < TINY:  # who says the same of everything has kappa 0 in every resample
+        replicates, method = _beyond(np.concatenate(agreements), by_chance), "cluster bootstrap, chance as it was"
+    low, high = expanded_percentiles(replicates, c)
+    return Interval(value, low, high, n, c, method)
 
 
 def _slices(total: int, size: int) -> list[int]:

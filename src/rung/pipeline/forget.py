@@ -1,0 +1,118 @@
+"""`rung eval RUN --forgetting DATA`: what a run and its base make of other data, item by item."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rung import opened, prepared
+from rung.data.chat import Chat
+from rung.data.formats import load_records
+from rung.data.records import Records
+from rung.engine.progress import say
+from rung.engine.record import is_climb
+from rung.engine.step import read
+from rung.errors import ConfigError
+from rung.evaluate.baselines import Framing
+from rung.evaluate.task import PERPLEXITY, Evaluation, Item, evaluate
+from rung.model.policy import Policy, by_document
+from rung.pipeline.against import paired
+from rung.plan.memory import tokens_per_micro_batch
+from rung.spec.data import DataSpec
+from rung.spec.evaluate import EvaluateSpec
+from rung.spec.io import load
+from rung.types import Record
+
+Reader = tuple[Policy, Chat, AbstractContextManager[None]]
+"""A model, how it reads, and what must be in force while it does."""
+
+
+def forgotten(run: str, data: str, *, limit: int | None) -> dict[str, Any]:
+    """Perplexity and scores of a run and of its base on `data`, paired: run minus base.
+
+    `data` is a data file, all of whose rows count, or a config, whose test split does under its own metrics and
+    instruction. Both models get the same prompts. Plain text has perplexity alone, over all its tokens; what is longer
+    than the model's context is left out and counted. Raises `ConfigError` where `run` is none, `DataError` where
+    nothing is left.
+    """
+    path = Path(run)
+    if is_climb(path) or not (path / "run.json").exists():
+        hint = f"its runs stand in {path / 'rungs'}" if is_climb(path) else "a base has learned nothing to forget for"
+        raise ConfigError("this is not a run", where="--forgetting", given=run, hint=hint)
+    tuned, chat, own = opened.open_run(path)
+    if Path(data).suffix in (".yaml", ".yml"):
+        task = load(data).spec
+        if limit is not None:
+            task = task.model_copy(update={"evaluate": task.evaluate.model_copy(update={"limit": limit})})
+        records, asked, seed = opened.test_records(task, prepared.read_splits(task)), task.evaluate, task.seed
+    else:
+        records, asked, seed = _drawn(load_records(DataSpec(path=data), data).records, limit), own.evaluate, own.seed
+        asked = asked.model_copy(update={"instruction": None})
+    asked = asked.model_copy(update={"metrics": tuple(dict.fromkeys([*asked.metrics, PERPLEXITY]))})
+    opened.widen_if_asked(tuned, own)
+    room = tuned.base.context - tuned.method.virtual_tokens
+    after, before = (_measured(reader, records, asked, room) for reader in _readers(path, tuned, chat))
+    if dropped := len(records) - len(after.items):
+        say(f"{dropped:,} of {len(records):,} texts are longer than the model's context and left out")
+    return {
+        "target": run,
+        "forgetting": data,
+        "metrics": {name: paired(before, after, name, seed) for name in after.metrics},
+        "examples": len(after.items),
+        "clusters": len(set(after.clusters)),
+        "dropped": dropped,
+    }
+
+
+def _readers(path: Path, tuned: Policy, chat: Chat) -> Iterator[Reader]:
+    """The run, then its base: the same weights with the adapter off, or the base itself of a whole model."""
+    yield tuned, chat, nullcontext()
+    if (path / "adapter").is_dir():
+        yield tuned, chat.of_the_base(), tuned.method.disabled()
+        return
+    base, own = opened.open_base(opened.spec_of(path).model)
+    yield base, own, nullcontext()
+
+
+def _drawn(records: Records, limit: int | None) -> Records:
+    """At most so many rows, by a fixed draw, in their order."""
+    if limit is None or limit >= len(records):
+        return records
+    return records.select(np.sort(np.random.default_rng(2).permutation(len(records))[:limit]))
+
+
+def _measured(reader: Reader, records: Sequence[Record], spec: EvaluateSpec, room: int) -> Evaluation:
+    policy, chat, off = reader
+    with off:
+        if records[0].text is not None:
+            return _read(policy, chat, records, room)
+        asked = records if spec.context == "given" else prepared.as_asked("withheld", Records.of(records), None)
+        return evaluate(policy, chat, asked, Framing(spec.instruction), spec, title="forgetting")
+
+
+def _read(policy: Policy, chat: Chat, records: Sequence[Record], room: int) -> Evaluation:
+    """Perplexity of plain texts, every token but the first predicted."""
+    documents = list(chat.examples(records, loss_on="all", max_length=room, overflow="drop").examples)
+    budget = tokens_per_micro_batch(policy.base.shape, policy.device.type)
+    nats = read([policy], documents, budget, lambda batch: by_document(batch, -policy.logprobs(batch)).tolist())
+    items = tuple(
+        Item(
+            source=str(document.source),
+            group=document.group,
+            question="",
+            context=None,
+            expected="",
+            answer="",
+            scores={},
+            prompt_tokens=0,
+            stopped=True,
+            nats=own,
+            answer_tokens=document.predictions,
+        )
+        for document, own in zip(documents, nats, strict=True)
+    )
+    return Evaluation(items, 0.0, (PERPLEXITY,))

@@ -1,0 +1,95 @@
+"""What a run unlearned of other data: its base and itself on the same rows, paired."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from processes import inside
+
+TEXTS = ["the answer is that of the user", "in the system of the tool", "What is the capital of France?"] * 6
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """Rows of another task."""
+    file = tmp_path / "elsewhere.jsonl"
+    rows = [{"question": f"how many apples, {i}?", "answer": f"{i} apples", "box": i % 5} for i in range(15)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def measured(capsys: Any, *arguments: object) -> dict[str, Any]:
+    code, out, err = inside(capsys, "eval", *arguments, "--json")
+    assert code == 0, err
+    return json.loads(out)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("method", ["{kind: lora, rank: 4}", "{kind: full}"])
+def test_the_base_is_the_base_and_the_run_is_the_run(
+    method: str, config: Path, elsewhere: Path, tiny_base: Path, tmp_path: Path, capsys: Any
+) -> None:
+    assert inside(capsys, "train", config, f"method={method}")[0] == 0
+    run = tmp_path / "run"
+    found = measured(capsys, run, "--forgetting", elsewhere)
+    assert found["examples"] == 15 and list(found["metrics"]) == ["exact", "numeric", "perplexity"]
+    nats = found["metrics"]["perplexity"]
+    assert nats["difference"]["mean"] == pytest.approx(math.log(nats["after"]["mean"] / nats["before"]["mean"]))
+    task = tmp_path / "task.yaml"
+    one = tmp_path / "one.jsonl"
+    one.write_text(json.dumps({"question": "q", "answer": "a"}) + "\n")
+    task.write_text(
+        f"data: {{path: {one}, test: {elsewhere}, validation: 0}}\n"
+        f"evaluate: {{metrics: [perplexity], max_new_tokens: 8}}\noutput: {tmp_path / 'none'}\n"
+        "model: {dtype: float32}\n"
+    )
+    for target, side in ((tiny_base, "before"), (run, "after")):  # the same as scoring each by itself
+        alone = measured(capsys, target, "--config", task)["scores"]["perplexity"]
+        assert nats[side]["mean"] == pytest.approx(alone["mean"], rel=1e-5)
+    by_config = measured(capsys, run, "--forgetting", task)
+    assert list(by_config["metrics"]) == ["perplexity"]
+    assert by_config["metrics"]["perplexity"]["difference"]["mean"] == pytest.approx(nats["difference"]["mean"])
+    assert measured(capsys, run, "--forgetting", task, "--limit", 4)["examples"] == 4
+    assert measured(capsys, run, "--forgetting", elsewhere, "--limit", 4)["examples"] == 4
+
+
+def test_plain_text_has_perplexity_and_what_is_too_long_is_counted(
+    config: Path, tiny_base: Path, tmp_path: Path, capsys: Any
+) -> None:
+    assert inside(capsys, "train", config)[0] == 0
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS, "far too long " * 400]))
+    found = measured(capsys, tmp_path / "run", "--forgetting", texts)
+    assert list(found["metrics"]) == ["perplexity"] and found["dropped"] == 1 and found["examples"] == len(TEXTS)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_base), AutoTokenizer.from_pretrained(tiny_base)
+    nats, tokens = 0.0, 0
+    with torch.no_grad():
+        for text in TEXTS:
+            ids = torch.tensor([[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]])
+            nats += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+            tokens += ids.shape[1] - 1
+    assert found["metrics"]["perplexity"]["before"]["mean"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+    code, out, _ = inside(capsys, "eval", tmp_path / "run", "--forgetting", texts)
+    assert code == 0 and "nats a token" in out and "1 texts were longer" in out
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("{run}", "--forgetting", "{data}", "--against", "{run}"), "--against"),
+        (("{run}", "--forgetting", "{data}", "--config", "x.yaml"), "--config"),
+        (("{base}", "--forgetting", "{data}"), "not a run"),
+    ],
+)
+def test_what_cannot_be_asked(
+    given: tuple[str, ...], words: str, elsewhere: Path, tiny_base: Path, tmp_path: Path, capsys: Any
+) -> None:
+    places = {"run": tmp_path / "run", "data": elsewhere, "base": tiny_base}
+    code, _, err = inside(capsys, "eval", *(part.format(**places) for part in given))
+    assert code == 2 and words in err, err
