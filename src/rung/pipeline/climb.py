@@ -171,7 +171,7 @@ class Climb:
     def _stored(self, rung: RungSpec) -> _Measured:
         """A finished rung, from its files."""
         folders = self._folders(rung)
-        evaluations = tuple(Evaluation.read(folder / "items.jsonl") for folder in folders)
+        evaluations = tuple(Evaluation.read(folder / "items.parquet") for folder in folders)
         costs = tuple(json.loads((folder / "result.json").read_text()) for folder in folders)
         return _Measured(rung, evaluations, costs)
 
@@ -301,5 +301,5 @@ def _score(evaluations: Sequence[Evaluation], metric: str) -> Interval:
 def _store(folder: Path, result: Evaluation, cost: dict[str, Any]) -> None:
     """Keep a rung's items and, last, the file that says it is finished."""
     folder.mkdir(parents=True, exist_ok=True)
-    result.write(folder / "items.jsonl")
+    result.write(folder / "items.parquet")
     write_json(folder / "result.json", {**cost, **result.summary(), "peak_memory_bytes": peak_memory_bytes()})
