@@ -74,7 +74,7 @@ class Running:
 
     def items(self, name: str, seed: int) -> Path:
         """Its answers."""
-        return self.work / f"{self.folder(name, seed).name}.items.jsonl"
+        return self.work / f"{self.folder(name, seed).name}.items.parquet"
 
     def scores(self, name: str, metric: int = 0) -> np.ndarray:
         """[seeds, questions], of the first metric or another."""

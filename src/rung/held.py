@@ -42,11 +42,16 @@ def let_go(path: Path, file: IO[bytes]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """As `write_bytes`, in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file in one go. Raises `CheckpointError` when it cannot be written; the old one is then still there."""
     aside = path.with_name(f".{path.name}.writing-{os.getpid()}")  # as folders do: what a kill leaves is cleared away
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8")
+        aside.write_bytes(content)
         os.replace(aside, path)
     except OSError as error:
         aside.unlink(missing_ok=True)

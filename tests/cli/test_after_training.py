@@ -16,6 +16,7 @@ from builders import documents
 from models import tiny_model
 from processes import inside
 from rung.data.chat import Chat
+from rung.engine.items import read_items
 from rung.engine.pack import pack_separately
 from rung.errors import CheckpointError, ConfigError
 from rung.model.load import load_base
@@ -35,7 +36,7 @@ def test_eval_keeps_items_and_metrics(run: Path, config: Path, capsys: Any) -> N
     assert code == 0, err
     scores = json.loads(out)["scores"]
     assert scores.keys() == {"exact", "numeric", "perplexity"}
-    items = [json.loads(line) for line in (run / "eval.jsonl").read_text().split("\n")[1:] if line]
+    items = read_items(run / "eval.parquet")[0]
     assert len(items) == scores["exact"]["examples"] > 5
     assert scores["exact"]["mean"] == pytest.approx(sum(i["scores"]["exact"] for i in items) / len(items))
     nats, tokens = sum(i["nats"] for i in items), sum(i["answer_tokens"] for i in items)
@@ -54,7 +55,7 @@ def test_eval_of_a_base_on_a_task(config: Path, tiny_base: Path, capsys: Any) ->
 def test_perplexity_against_transformers(run: Path, config: Path, tiny_base: Path, capsys: Any) -> None:
     assert inside(capsys, "eval", tiny_base, "--config", config, "--json")[0] == 0
     assert inside(capsys, "eval", run)[0] == 0
-    item = json.loads((run / "eval.jsonl").read_text().split("\n")[1])
+    item = read_items(run / "eval.parquet")[0][0]
     assert inside(capsys, "merge", run, run.parent / "merged")[0] == 0
     model = AutoModelForCausalLM.from_pretrained(run.parent / "merged").eval()
     tokenizer = AutoTokenizer.from_pretrained(run.parent / "merged")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from processes import inside
+from rung.engine.items import read_items, write_items
 
 
 @pytest.fixture
@@ -37,10 +38,7 @@ def test_ladder_of_five_rungs(climb: Path, tmp_path: Path, capsys: Any) -> None:
     # the config's rate is the config's method's; another method starts from its own default
     assert {name: run["learning_rate"] for name, run in runs.items()} == {"head": 5e-4, "lora": 1e-2, "full": 5e-5}
     items = {
-        name: [
-            json.loads(x)["source"]
-            for x in (tmp_path / "run" / "rungs" / name / "items.jsonl").read_text().split("\n")[1:-1]
-        ]
+        name: [item["source"] for item in read_items(tmp_path / "run" / "rungs" / name / "items.parquet")[0]]
         for name in rows
     }
     assert len({tuple(sources) for sources in items.values()}) == 1
@@ -52,7 +50,7 @@ def test_ladder_of_five_rungs(climb: Path, tmp_path: Path, capsys: Any) -> None:
 def test_finished_rungs_are_not_repeated(climb: Path, tmp_path: Path, capsys: Any) -> None:
     settings = ["climb.rungs=[zero_shot, lora]"]
     _, first, _ = inside(capsys, "climb", climb, *settings, "--json")
-    items = tmp_path / "run" / "rungs" / "zero_shot" / "items.jsonl"
+    items = tmp_path / "run" / "rungs" / "zero_shot" / "items.parquet"
     stamp = items.stat().st_mtime_ns
     (tmp_path / "run" / "rungs" / "lora" / "result.json").unlink()
     code, again, err = inside(capsys, "climb", climb, *settings, "--json")
@@ -162,8 +160,9 @@ def test_withheld_context_is_withheld_in_training_too(climb: Path, tmp_path: Pat
 def test_rungs_that_answered_other_questions_are_not_compared(climb: Path, tmp_path: Path, capsys: Any) -> None:
     settings = ["climb.rungs=[zero_shot, few_shot]"]
     assert inside(capsys, "climb", climb, *settings)[0] == 0
-    items = tmp_path / "run" / "rungs" / "few_shot" / "items.jsonl"
-    items.write_text(items.read_text().replace('"expected": "apples"', '"expected": "kiwis"'))
+    items = tmp_path / "run" / "rungs" / "few_shot" / "items.parquet"
+    kept, about = read_items(items)
+    write_items(items, [{**item, "expected": "kiwis"} for item in kept], about)
     code, _, err = inside(capsys, "climb", climb, *settings)
     assert code == 3 and "answered other questions" in err
 

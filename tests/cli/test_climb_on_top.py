@@ -10,6 +10,7 @@ import pytest
 
 from processes import inside
 from rung import planned
+from rung.engine.items import read_items
 from rung.errors import PlanError
 from rung.spec.run import RunSpec
 
@@ -53,7 +54,7 @@ def test_a_rung_on_top_must_not_learn_the_test(
     config: Path, tmp_path: Path, pairs: Path, questions: Path, capsys: Any
 ) -> None:
     code, _, _ = inside(capsys, "climb", climb(config, rungs=["zero_shot"]))
-    item = json.loads((tmp_path / "run" / "rungs" / "zero_shot" / "items.jsonl").read_text().splitlines()[1])
+    item = read_items(tmp_path / "run" / "rungs" / "zero_shot" / "items.parquet")[0][0]
     asked = json.loads(questions.read_text().splitlines()[int(item["source"].rpartition(" ")[2]) - 1])
     row = {"prompt": f"{asked['context'].upper()}\n\n{asked['question']}", "chosen": "pear", "rejected": "fig"}
     pairs.write_text(pairs.read_text() + json.dumps(row) + "\n")

@@ -35,7 +35,7 @@ def test_the_best_trial_on_validation_is_what_is_trained(config: Path, tmp_path:
     spec = json.loads((tmp_path / "run" / "rungs" / "lora" / "run.json").read_text())["spec"]
     assert spec["method"]["rank"] == best["rank"] and spec["engine"]["learning_rate"] == best["learning_rate"]
     assert all(2 <= t["rank"] <= 8 and 1e-4 <= t["learning_rate"] <= 1e-1 for t in found["trials"])
-    items = [p for p in (tmp_path / "run").rglob("items.jsonl")]
+    items = [p for p in (tmp_path / "run").rglob("items.parquet")]
     assert len(items) == 2  # the test was answered once for each rung, never for a trial
     assert not (tmp_path / "run" / "search" / "lora" / "trial").exists()
     code, again, err = inside(capsys, "climb", config, "data.validation=0.2", "--json")

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from processes import inside, log
+from rung.engine.items import read_items
 
 
 @pytest.mark.parametrize("method", ["{kind: lora, rank: 4}", "{kind: full}", "{kind: prompt, virtual_tokens: 3}"])
@@ -92,7 +93,7 @@ def test_labelled_answers_are_told_apart_and_never_learned_as_they_are(
     assert inside(capsys, "data", "check", compared)[0] == 0
     code, out, err = inside(capsys, "eval", tmp_path / "run", "--json")
     assert code == 0, err
-    items = [json.loads(line) for line in (tmp_path / "run" / "eval.jsonl").read_text().split("\n")[1:] if line]
+    items = read_items(tmp_path / "run" / "eval.parquet")[0]
     assert items and {item["expected"] for item in items} == {"apples"}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from processes import inside
+from rung.engine.items import read_items
 
 
 @pytest.fixture
@@ -35,8 +36,7 @@ def boxes(config: Path, tmp_path: Path) -> Path:
 def rung(tmp_path: Path, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What a rung stored, and its items."""
     folder = tmp_path / "run" / "rungs" / name
-    items = [json.loads(line) for line in (folder / "items.jsonl").read_text().split("\n")[1:-1]]
-    return json.loads((folder / "result.json").read_text()), items
+    return json.loads((folder / "result.json").read_text()), read_items(folder / "items.parquet")[0]
 
 
 def test_a_ladder_of_what_is_seen(boxes: Path, tmp_path: Path, capsys: Any) -> None:
@@ -182,13 +182,15 @@ def test_the_best_instruction_is_chosen_on_validation(boxes: Path, tmp_path: Pat
         first["instruction"]
     }
     assert "instruction" not in rung(tmp_path, "lora")[0]
-    told = (tmp_path / "run" / "rungs" / "zero_shot" / "validation-1.jsonl").read_text()
-    assert not {json.loads(line)["source"] for line in told.split("\n")[1:-1]} & {item["source"] for item in items}
+    told, _ = read_items(tmp_path / "run" / "rungs" / "zero_shot" / "validation-1.parquet")
+    assert not {item["source"] for item in told} & {item["source"] for item in items}
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Say apples." in page and "chosen on the validation split" in page
     # a climb that was stopped goes on: what was tried is not tried again, and the choice stands
-    stamps = [(tmp_path / "run" / "rungs" / "zero_shot" / f"validation-{n}.jsonl").stat().st_mtime_ns for n in range(2)]
-    (tmp_path / "run" / "rungs" / "zero_shot" / "validation-2.jsonl").unlink()
+    stamps = [
+        (tmp_path / "run" / "rungs" / "zero_shot" / f"validation-{n}.parquet").stat().st_mtime_ns for n in range(2)
+    ]
+    (tmp_path / "run" / "rungs" / "zero_shot" / "validation-2.parquet").unlink()
     for name in ("zero_shot", "few_shot"):
         (tmp_path / "run" / "rungs" / name / "result.json").unlink()
     code, again, err = inside(capsys, "climb", boxes, *settings, "--json")
@@ -196,5 +198,5 @@ def test_the_best_instruction_is_chosen_on_validation(boxes: Path, tmp_path: Pat
     scores = [[row["scores"] for row in json.loads(text)["ladder"]] for text in (out, again)]
     assert scores[0] == scores[1]
     assert stamps == [
-        (tmp_path / "run" / "rungs" / "zero_shot" / f"validation-{n}.jsonl").stat().st_mtime_ns for n in range(2)
+        (tmp_path / "run" / "rungs" / "zero_shot" / f"validation-{n}.parquet").stat().st_mtime_ns for n in range(2)
     ]

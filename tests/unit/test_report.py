@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rung.engine.items import read_items, write_items
 from rung.errors import CheckpointError
 from rung.report.examples import choose
 from rung.report.folder import read
@@ -89,18 +90,18 @@ def a_run(folder: Path, **changes: Any) -> Path:
 
 
 def items(right: np.ndarray, number: int, text: Callable[[int], str]) -> list[dict[str, Any]]:
-    lines: list[dict[str, Any]] = [{"seconds_per_query": 0.4, "metrics": ["exact", "numeric"]}]
+    rows: list[dict[str, Any]] = []
     for i, well in enumerate(right):
         expected = f"Revenue, FY2016: USD {i + 7} million."
         answer = expected if well else f"{text(i)} USD {i} million"
         scores = {"exact": float(well), "numeric": float(well or i % 7 == 0)}
-        lines.append({
+        rows.append({
             "source": f"data.jsonl line {i + 1}", "group": f"filing-{i % CLUSTERS:03d}", "scores": scores,
             "question": f"{text(i)} revenue {i}?", "expected": expected, "answer": answer,
             "context": f"Company {i}\nRevenue | FY2016 {i + 7} | FY2017 {i + 9}",
             "prompt_tokens": 120 + 500 * (number == 1), "stopped": i % 9 != 3, "nats": None, "answer_tokens": None,
         })  # fmt: skip
-    return lines
+    return rows
 
 
 @dataclass
@@ -125,11 +126,12 @@ class Made:
             for seed in range(self.seeds if tuned else 1):
                 place = folder / "rungs" / name / (f"seed-{seed}" if tuned and self.seeds > 1 else "")
                 made = items(right, number, self.text)
-                write_lines(place / "items.jsonl", made)
+                place.mkdir(parents=True, exist_ok=True)
+                write_items(place / "items.parquet", made, {})
                 write_json(place / "result.json", {"cut_off": 6})
                 if tuned:
                     a_run(place)
-            both = {m: np.array([line["scores"][m] for line in made[1:]]) for m in ("exact", "numeric")}
+            both = {m: np.array([item["scores"][m] for item in made]) for m in ("exact", "numeric")}
             gain = paired_difference(tables[-1][1], both["exact"], clusters).to_json() if tables else None
             tables.append((label, both["exact"]))
             rows.append({
@@ -255,7 +257,7 @@ def test_a_single_run_shows_what_applies(tmp_path: Path) -> None:
 def test_a_scored_run_shows_scores_and_answers(tmp_path: Path) -> None:
     folder = a_run(tmp_path / "run")
     right = np.arange(ITEMS) % 3 == 0
-    write_lines(folder / "items.jsonl", items(right, 0, lambda i: "What was the"))
+    write_items(folder / "items.parquet", items(right, 0, lambda i: "What was the"), {})
     manifest = json.loads((folder / "run.json").read_text())
     scored = {"exact": score_interval(right.astype(float), binary=True).to_json()}
     write_json(folder / "run.json", {**manifest, "metrics": {"scores": scored, "prompt_tokens": 120.0, "cut_off": 4}})
@@ -363,9 +365,9 @@ def test_examples_show_every_way_the_rungs_differ(tmp_path: Path) -> None:
 def test_perplexity_marks_nats_and_calls_no_answer_wrong(tmp_path: Path) -> None:
     folder = Made().write(tmp_path / "climb")
     for nats, label in enumerate(RUNGS):
-        lines = [json.loads(line) for line in (folder / f"rungs/{label}/items.jsonl").read_text().splitlines()]
-        scored = [line | {"scores": {}, "nats": 6.0 - nats, "answer_tokens": 4} for line in lines[1:]]
-        write_lines(folder / f"rungs/{label}/items.jsonl", [lines[0], *scored])
+        kept, about = read_items(folder / f"rungs/{label}/items.parquet")
+        scored = [item | {"scores": {}, "nats": 6.0 - nats, "answer_tokens": 4} for item in kept]
+        write_items(folder / f"rungs/{label}/items.parquet", scored, about)
     (example, *_) = choose(read(folder).rungs, ["perplexity"])
     assert [mark.text for answer in example.answers for mark in answer.marks] == [
         "1.50 nats per token",

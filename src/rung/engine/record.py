@@ -22,7 +22,7 @@ NOT_FINITE = "not_finite.jsonl"
 """The documents of the step that ended a run because its loss was no number."""
 GENERATED = (
     *("run.json", "log.jsonl", "checkpoints", "start", "adapter", "model", "rungs", "report.html"),
-    *("items.jsonl", "result.json", "eval.jsonl", NOT_FINITE, "search", "curve"),
+    *("items.parquet", "result.json", "eval.parquet", NOT_FINITE, "search", "curve"),
 )
 """What a run writes into its folder, and what `--overwrite` therefore may remove."""
 LOCK = ".lock"

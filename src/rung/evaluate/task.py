@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from rung.data.chat import Chat
+from rung.engine.items import read_items, write_items
 from rung.engine.pack import pack
 from rung.engine.progress import Bar
 from rung.errors import DataError
 from rung.evaluate.baselines import Framing
-from rung.held import write_text
 from rung.model.generate import Sampling, generate_by_task
 from rung.model.policy import Policy
 from rung.model.tree import has_flat_kernel
@@ -98,16 +97,15 @@ class Evaluation:
         }
 
     def write(self, path: Path) -> None:
-        """One JSON object an item, after a first line with what belongs to all."""
-        head = {"seconds_per_query": self.seconds_per_query, "metrics": list(self.metrics)}
-        lines = [head, *(asdict(item) for item in self.items)]
-        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        """A row an item, and what belongs to all in the file's metadata."""
+        about = {"seconds_per_query": self.seconds_per_query, "metrics": list(self.metrics)}
+        write_items(path, [asdict(item) for item in self.items], about)
 
     @staticmethod
     def read(path: Path) -> Evaluation:
         """What `write` wrote."""
-        head, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
-        return Evaluation(tuple(Item(**line) for line in lines), head["seconds_per_query"], tuple(head["metrics"]))
+        items, about = read_items(path)
+        return Evaluation(tuple(Item(**item) for item in items), about["seconds_per_query"], tuple(about["metrics"]))
 
 
 def evaluate(

@@ -114,7 +114,7 @@ class Asking:
         metric, tried = self.spec.evaluate.metrics[0], []
         sign = -1.0 if metric == PERPLEXITY else 1.0
         for number, text in enumerate(self.instructions):
-            file = folder / f"validation-{number}.jsonl"
+            file = folder / f"validation-{number}.parquet"
             if file.exists():
                 result = Evaluation.read(file)
             else:

@@ -169,7 +169,7 @@ class Climb:
     def _stored(self, rung: AnyRung) -> Measured:
         """A finished rung, from its files."""
         folders = self._folders(rung)
-        evaluations = tuple(Evaluation.read(folder / "items.jsonl") for folder in folders)
+        evaluations = tuple(Evaluation.read(folder / "items.parquet") for folder in folders)
         costs = tuple(map(result_of, folders))
         return Measured(rung, evaluations, costs)
 
@@ -256,7 +256,7 @@ class Climb:
         for _, place in self._curve:
             if (place / "result.json").exists():
                 facts = result_of(place)
-                score = score_of_rung([Evaluation.read(place / "items.jsonl")], self.spec.evaluate.metrics[0])
+                score = score_of_rung([Evaluation.read(place / "items.parquet")], self.spec.evaluate.metrics[0])
                 yield Point(facts["rung"], facts["rows"], score, facts["train_seconds"])
 
     def _learn_curve(self, asking: Asking) -> None:

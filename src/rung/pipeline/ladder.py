@@ -307,5 +307,5 @@ def result_of(folder: Path) -> dict[str, Any]:
 def store(folder: Path, result: Evaluation, cost: dict[str, Any]) -> None:
     """Keep a rung's items and, last, the file that says it is finished."""
     folder.mkdir(parents=True, exist_ok=True)
-    result.write(folder / "items.jsonl")
+    result.write(folder / "items.parquet")
     write_json(folder / "result.json", {**cost, **result.summary(), "peak_memory_bytes": peak_memory_bytes()})

@@ -34,7 +34,7 @@ def score(target: str, *, config: str | None, overrides: Sequence[str], limit: i
     measured = {**result.summary(), **found}
     contaminated = {"contamination": seen_in_training(path, result, records)} if is_run else {}
     if is_run and config is None and limit is None:
-        result.write(path / "eval.jsonl")  # items.jsonl belongs to the climb that a run may stand in
+        result.write(path / "eval.parquet")  # items.parquet belongs to the climb that a run may stand in
         manifest = read_manifest(path)
         RunFolder(path, manifest).update(metrics={**manifest.get("metrics", {}), **measured})
     return {"target": target, "task": config or target, **measured, **contaminated}

@@ -9,6 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from rung.engine.items import read_items
 from rung.engine.record import read_manifest
 from rung.scoring.metrics import METRICS
 from rung.spec.climb import RungSpec, ThenSpec
@@ -124,8 +125,8 @@ def _rung(label: str, folder: Path, row: Mapping[str, Any] | None) -> Rung:
 
 
 def _items(folder: Path) -> tuple[Mapping[str, Any], ...]:
-    kept = next((folder / name for name in ("items.jsonl", "eval.jsonl") if (folder / name).exists()), None)
-    return tuple(line for line in _lines(kept) if "answer" in line) if kept else ()  # the first line is no item
+    kept = next((folder / name for name in ("items.parquet", "eval.parquet") if (folder / name).exists()), None)
+    return tuple(read_items(kept)[0]) if kept else ()
 
 
 def _object(path: Path) -> Mapping[str, Any]:
