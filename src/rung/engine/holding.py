@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -59,6 +60,7 @@ class Holding:
         """Nothing is stepped any more: gradients and moments go before the result is written."""
         self.clear()
         self.optimiser.state.clear()
+        give_back()
 
     def gather(self, clip: float | None) -> Tensor:
         """Make gradients those of the whole step, at most `clip` long; returns how long they were, a scalar."""
@@ -178,3 +180,10 @@ def _on_disk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _numbered(optimiser: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimiser.param_groups for parameter in group["params"]]
+
+
+def give_back() -> None:
+    """Return freed memory to the system, where the allocator can (glibc): what was many small tensors stays else."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

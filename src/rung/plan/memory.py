@@ -37,6 +37,8 @@ NF4_PLAIN = 0.5 + 4 / 64
 
 HOLES = 0.19
 """Of what a step keeps: freed memory of a size that is not asked for again (measured with glibc)."""
+UNFUSED = 3.6
+"""Times what transformers' and peft's own forward keep (`model.fused: false`), beside ours (measured)."""
 PRODUCTS = 105 * 10**6
 """Buffers of the processor's matrix products, which a model of no size does not need (measured)."""
 
@@ -135,10 +137,13 @@ def memory(spec: RunSpec, shape: Shape, work: Work, others: Mapping[str, Shape] 
     """The stages of `rung train`. `others` are the shapes of further models, by what they are there for."""
     own = trained(spec.method, shape)
     held = _held(spec, shape, own, work, others or {})
+    backward = _backward(spec, shape, own, work)
+    # what a step has freed stays with the process: the next one uses it again
+    heap = [term for term in backward if term.name in ("activations", "scratch", "holes", "products")]
     stages = [
         Stage("loading", tuple(_loading(spec, shape, work))),
-        Stage("steps", (*held, *_backward(spec, shape, own, work))),
-        Stage("optimiser", (*held, *_update(own))),
+        Stage("steps", (*held, *backward)),
+        Stage("optimiser", (*held, *_update(own), *heap)),
     ]
     if (rollout := getattr(spec.objective, "rollout", None)) is not None and spec.objective.kind != "distill":
         rows = min(rollout.batch, rollout.answers * spec.engine.examples_per_step)
@@ -205,13 +210,14 @@ def _backward(spec: RunSpec, shape: Shape, own: Trained, work: Work) -> Sequence
     kept = activation_bytes_per_token(shape, work.compute, lowest=min(own.lowest, shape.layers - 1), ranks=ranks)
     tokens = work.tokens + in_front(spec.method)
     gradients = 4 * (own.moving or 0)
-    activations = kept * tokens
+    activations = int(kept * tokens * (1.0 if spec.model.fused else UNFUSED))
     if work.batches == 1:  # gradients come as activations go
         gradients = max(0, gradients - activations)
     per_token = _width(compute=work.compute)
     scratch = per_token * tokens * (4 * shape.mlp + 4 * shape.width)
     vectors = 3 * per_token * shape.width * work.learned
-    moved = 4 * shape.embedding if spec.method.kind in ("full", "head") else 0
+    # gradients of the head, of the embeddings, and their sum where both are one matrix
+    moved = {"full": 3 if shape.tied else 2, "head": 1}.get(spec.method.kind, 0) * 4 * shape.embedding
     return (
         Term("gradients", gradients, "float32"),
         Term("activations", activations, f"{kept:,} bytes for each of {tokens:,} tokens"),
@@ -228,7 +234,7 @@ def _update(own: Trained) -> Sequence[Term]:
     """What AdamW holds besides: it makes two tensors as large as the one it steps."""
     return (
         Term("gradients", 4 * (own.moving or 0), "float32"),
-        Term("scratch", 2 * 4 * own.largest, "twice the largest tensor that moves"),
+        Term("temporaries", 2 * 4 * own.largest, "twice the largest tensor that moves"),
     )
 
 
