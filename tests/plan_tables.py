@@ -1,8 +1,9 @@
-"""The tables of docs/plan.md, from the plan itself: `python tests/unit/plan_tables.py` prints them."""
+"""The tables of docs/plan.md, from the plan itself: `python tests/plan_tables.py` prints them."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from rung.plan.memory import Memory, Work, memory
@@ -65,7 +66,7 @@ def rule_rows() -> list[str]:
     lines = ["| | " + " | ".join(KNOWN) + " |", "|---" * (len(KNOWN) + 1) + "|"]
     for method, settings in METHODS.items():
         lines.append(f"| {method}, listed | " + " | ".join(str(gb) for gb in listed(method)) + " |")
-        own = [planned(name, method=settings).peak / 1e9 for name in KNOWN]
+        own = [planned(name, method=settings).needed / 1e9 for name in KNOWN]
         lines.append(f"| {method}, planned | " + " | ".join(f"{gb:,.0f}" for gb in own) + " |")
     return lines
 
@@ -80,7 +81,7 @@ LEVERS: tuple[tuple[str, int, str, dict[str, Any]], ...] = (
         "bfloat16",
         {"engine": {"examples_per_step": 32}},
     ),
-    ("float32", 1024, "float32", {"model": {"dtype": "float32", "fused": False}}),
+    ("float32, from a file in float32", 1024, "float32", {"model": {"dtype": "float32"}}),
     ("rank 64", 1024, "bfloat16", {"method": {"kind": "lora", "rank": 64}}),
     ("layers 16-31 alone", 1024, "bfloat16", {"method": {"kind": "lora", "layers": "16-31"}}),
     ("QLoRA, 4 bits", 1024, "bfloat16", {"method": {"kind": "qlora"}}),
@@ -102,12 +103,13 @@ LEVERS: tuple[tuple[str, int, str, dict[str, Any]], ...] = (
 
 def lever_rows() -> list[str]:
     """What each lever does to a model of 7B."""
-    first = planned("7B").peak
-    lines = ["| Llama 2 7B | peak | beside the first |", "|---|---|---|"]
+    first = planned("7B").needed
+    lines = ["| Llama 2 7B | needed | beside the first |", "|---|---|---|"]
     for name, tokens, compute, settings in LEVERS:
         others = {"reference": known("7B")} if "objective" in settings else {}
         spec = RunSpec.model_validate({"data": {"path": "rows.jsonl"}, "output": "run", **settings})
-        peak = memory(spec, known("7B"), Work(compute, tokens, tokens // 2), others).peak
+        shape = replace(known("7B"), stored=compute)
+        peak = memory(spec, shape, Work(compute, tokens, tokens // 2), others).needed
         lines.append(f"| {name} | {in_words(peak)} | {peak / first:.2f}x |")
     return lines
 
