@@ -30,7 +30,12 @@ def climb(config: Path, **settings: Any) -> Path:
 
 
 def test_preferences_on_top_of_a_tuned_rung(config: Path, tmp_path: Path, pairs: Path, capsys: Any) -> None:
-    then = {"on": "lora", "objective": {"kind": "preference"}, "data": {"path": str(pairs)}, "engine": {"max_steps": 2}}
+    then = {
+        "above": "lora",
+        "objective": {"kind": "preference"},
+        "data": {"path": str(pairs)},
+        "engine": {"max_steps": 2},
+    }
     climb(
         config,
         rungs=["zero_shot", "lora"],
@@ -58,7 +63,7 @@ def test_a_rung_on_top_must_not_learn_the_test(
     asked = json.loads(questions.read_text().splitlines()[int(item["source"].rpartition(" ")[2]) - 1])
     row = {"prompt": f"{asked['context'].upper()}\n\n{asked['question']}", "chosen": "pear", "rejected": "fig"}
     pairs.write_text(pairs.read_text() + json.dumps(row) + "\n")
-    then = {"on": "lora", "objective": {"kind": "preference"}, "data": {"path": str(pairs), "validation": 0}}
+    then = {"above": "lora", "objective": {"kind": "preference"}, "data": {"path": str(pairs), "validation": 0}}
     code, _, err = inside(
         capsys,
         "climb",
@@ -72,10 +77,13 @@ def test_a_rung_on_top_must_not_learn_the_test(
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"rungs": ["zero_shot"], "then": [{"on": "lora", "objective": {"kind": "preference"}}]}, "no tuned rung"),
-        ({"rungs": ["lora"], "then": [{"on": "lora", "objective": {"kind": "prefrence"}}]}, "prefrence"),
-        ({"rungs": ["lora"], "then": [{"on": "lora", "name": "LoRA", "objective": {"kind": "preference"}}]}, "folder"),
-        ({"rungs": ["lora"], "then": [{"objective": {"kind": "preference"}}]}, "on"),
+        ({"rungs": ["zero_shot"], "then": [{"above": "lora", "objective": {"kind": "preference"}}]}, "no tuned rung"),
+        ({"rungs": ["lora"], "then": [{"above": "lora", "objective": {"kind": "prefrence"}}]}, "prefrence"),
+        (
+            {"rungs": ["lora"], "then": [{"above": "lora", "name": "LoRA", "objective": {"kind": "preference"}}]},
+            "folder",
+        ),
+        ({"rungs": ["lora"], "then": [{"objective": {"kind": "preference"}}]}, "above"),
         ({"rungs": ["lora"], "stop": True}, "target"),
     ],
 )
@@ -102,7 +110,7 @@ def test_it_stops_at_the_target_when_asked(config: Path, capsys: Any, tmp_path: 
 def test_what_does_not_fit_is_left_out_with_the_reason(
     config: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    then = {"on": "full", "objective": {"kind": "sft"}}
+    then = {"above": "full", "objective": {"kind": "sft"}}
     climb(config, rungs=["zero_shot", "full", "lora"], then=[then])
     before = planned.refuse_hopeless
 

@@ -131,7 +131,7 @@ class Climb:
 
     def _try(self, rung: AnyRung, data: dict[Context, prepared.Data], asking: Asking) -> bool:
         """Measure a rung, unless it does not fit or stands on one that was left out."""
-        below = rung.on if isinstance(rung, ThenSpec) else None
+        below = rung.above if isinstance(rung, ThenSpec) else None
         if below in {one.rung for one in self._left}:
             self._leave(rung, f"it stands on {below}, which was not measured")
             return False
@@ -288,7 +288,7 @@ class Climb:
 
     def _on_top(self, then: ThenSpec, folder: Path, number: int, asking: Asking) -> None:
         """A run that begins where a tuned rung ended, asked as that one was."""
-        own = next(rung for rung in self.spec.climb.rungs if rung.label == then.on)
+        own = next(rung for rung in self.spec.climb.rungs if rung.label == then.above)
         below = self._folders(own)[number]
         spec = for_then(self.spec, then, str(below), str(folder), self.spec.seed + number)
         begun = (folder / "run.json").exists()

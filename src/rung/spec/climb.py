@@ -84,12 +84,12 @@ class ThenSpec(Spec):
     """A run on top of a tuned rung: from preferences, or from what its own answers are worth."""
 
     kind: Literal["then"] = "then"
-    on: str
+    above: str
     """The tuned rung that it begins from, by its name in the ladder."""
     objective: dict[str, Any]
     """As `objective` of a config: preference, grpo, ppo, or sft on further rows."""
     name: str | None = None
-    """Name in the ladder; none is `ON then OBJECTIVE`."""
+    """Name in the ladder; none is `ABOVE then OBJECTIVE`."""
     data: dict[str, Any] = Field(default_factory=dict)
     """Rows of its own, as `data` of a config; none takes the climb's. Their prompts must not stand in the test."""
     method: dict[str, Any] = Field(default_factory=lambda: {"kind": "lora"})
@@ -102,7 +102,7 @@ class ThenSpec(Spec):
         """Name in the ladder."""
         kind = self.objective.get("kind")
         usual = "dpo" if kind == "preference" else kind
-        return self.name or f"{self.on} then {self.objective.get('loss', usual)}"
+        return self.name or f"{self.above} then {self.objective.get('loss', usual)}"
 
     @property
     def slug(self) -> str:
@@ -193,9 +193,9 @@ class ClimbSpec(Spec):
             raise ValueError("stop waits for a rung to reach `target`: set it too")
         tuned = [r.label for r in self.rungs if r.kind not in UNTUNED]
         for then in self.then:
-            if then.on not in tuned:
+            if then.above not in tuned:
                 known = ", ".join(tuned) or "there is none"
-                raise ValueError(f"rung {then.label!r} stands on {then.on!r}, which is no tuned rung ({known})")
+                raise ValueError(f"rung {then.label!r} stands on {then.above!r}, which is no tuned rung ({known})")
         both: list[RungSpec | ThenSpec] = [*self.rungs, *self.then]
         slugs = [r.slug for r in both]
         if alike := [r.label for r in both if slugs.count(r.slug) > 1]:
