@@ -54,6 +54,8 @@ def library_of(spec: RunSpec, splits: Splits) -> Library:
     own = spec.evaluate.retrieve or RetrieveSpec()
     with stage("indexing documents"):
         if own.documents is None:
+            if spec.data.limit is not None:  # fewer rows to learn from must not make the search easier
+                splits = load_data(spec.data.model_copy(update={"limit": None}), spec.seed)
             return Library.of(own_contexts((splits.train, splits.validation, splits.test)), own, "data.path")
         return Library.of(read_documents(own), own, own.documents)
 

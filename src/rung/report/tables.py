@@ -35,14 +35,7 @@ def ladder_lines(ladder: dict[str, Any]) -> list[str]:
     verdict = ladder["verdict"]
     told = Text(verdict["text"], style=_TONE["recommended" if verdict.get("recommended") else "safe"])
     size = f"{ladder['examples']} held-out questions in {ladder['clusters']} clusters; intervals are 95 %, gains paired"
-    looked = [
-        Text(
-            f"{row['rung']}: the right passage is among those retrieved for {retrieved_text(row['retrieval'])}",
-            style="dim",
-        )
-        for row in ladder["ladder"]
-        if row.get("retrieval")
-    ]
+    looked = [Text(line, style="dim") for line in _looked_up(ladder["ladder"])]
     said = [Text(text) for text in (*_further(ladder), *(note["text"] for note in ladder.get("notes", ())))]
     left = [Text(f"not measured: {one['rung']}, {one['why']}", style="dim") for one in ladder.get("left", ())]
     facts = [Text(size, style="dim"), *looked, *left]
@@ -52,6 +45,17 @@ def ladder_lines(ladder: dict[str, Any]) -> list[str]:
 
 def _further(ladder: Json) -> list[str]:
     return [ladder["further"]["text"]] if ladder.get("further") else []
+
+
+def _looked_up(rows: Sequence[Json]) -> list[str]:
+    """How well passages were retrieved; rungs that found the same share a line."""
+    rungs: dict[str, list[str]] = {}
+    for row in rows:
+        if row.get("retrieval"):
+            rungs.setdefault(retrieved_text(row["retrieval"]), []).append(row["rung"])
+    return [
+        f"{', '.join(names)}: the right passage is among those retrieved for {text}" for text, names in rungs.items()
+    ]
 
 
 def run_lines(manifest: dict[str, Any], output: str, report: str) -> list[str]:

@@ -19,7 +19,8 @@ class RetrieveSpec(Spec):
 
     documents: str | None = None
     """A folder of .txt and .md files, one such file, or a .jsonl, .json, .csv or .parquet file or a `datasets` name
-    with a text in every row; none takes the contexts of the run's own rows, of all splits."""
+    with a text in every row; none takes the contexts of the run's own rows, of all splits and whatever
+    `data.limit` leaves to be learned from."""
     column: str | None = None
     """Column of the texts, where documents are rows; none is `text`."""
     chunk_words: PositiveInt = 200
