@@ -13,10 +13,12 @@ from plan_tables import LISTED, lever_rows, listed, rule_rows
 from rung.errors import CheckpointError, ConfigError, PlanError
 from rung.method.table import attach
 from rung.plan.shape import read_shape, shape_of
+from rung.plan.time import DEVICES, Amount, keep_rate, rate_for, token_flops
 from rung.plan.trained import trained
 from rung.spec.catalog import CATALOG
 from rung.spec.method import METHOD_SPECS
 from rung.spec.model import ModelSpec
+from rung.spec.run import RunSpec
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -114,3 +116,38 @@ def test_the_tables_on_the_page_are_those_of_the_plan() -> None:
         assert row in page
     assert {method: listed(method) for method in LISTED} == LISTED
     assert round(32 * 0.45 + 16 * 0.61) == 24  # mBART at batch 32
+
+
+def test_the_fastest_run_is_the_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUNG_CACHE", str(tmp_path))
+    assert rate_for(None, "float32") is None
+    for flops in (2e9, 5e9, 3e9):
+        keep_rate("float32", flops, f"at {flops:.0e}")
+    found = rate_for(None, "float32")
+    assert found is not None and found.flops == 5e9 and "5e+09" in found.source
+    assert rate_for(None, "bfloat16") is None
+    stated = rate_for(DEVICES["h100"], "bfloat16")
+    assert stated is not None and stated.flops == 0.4 * 989e12
+    (tmp_path / "rates.json").write_text("{torn")
+    assert rate_for(None, "float32") is None
+
+
+def test_operations_are_those_of_the_products() -> None:
+    """Against a count of the products themselves: 4 P a token with a frozen base, 6 P without one, and so on."""
+    shape = shape_of(CATALOG["smollm2-135m"].config)
+    amount = Amount(1.0, learned=0.0, length=0.0, known=True)
+    inside = shape.layers * shape.linear
+
+    def token(**method: Any) -> float:
+        spec = RunSpec.model_validate({"data": {"path": "x"}, "output": "y", "method": method})
+        return token_flops(spec, shape, amount)
+
+    assert token(kind="full") == 6 * inside and token(kind="prompt") == 4 * inside
+    assert token(kind="lora") == 4 * inside + 6 * 4_884_480
+    assert token(kind="head") == 2 * inside
+    half = token(kind="lora", layers="15-29")
+    assert half == 2 * inside + inside + 6 * 4_884_480 / 2
+    learned = Amount(1.0, learned=1.0, length=100.0, known=True)
+    spec = RunSpec.model_validate({"data": {"path": "x"}, "output": "y"})
+    attention = 12 * shape.query * 50 * shape.layers
+    assert token_flops(spec, shape, learned) == token(kind="lora") + 4 * shape.embedding + attention

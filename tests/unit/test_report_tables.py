@@ -147,6 +147,7 @@ def test_dry_run_lines() -> None:
         },
         "train": {"tokens": 1000, "supervised_tokens": 250, "longest": 40}, "preflight": {"rows": 90, "failing": 0},
         "steps_per_epoch": 6, "tokens_per_micro_batch": 776, "trainable_parameters": 4884480, "learning_rate": 5e-4,
+        "plan": {"needed_bytes": 1_800_000_000},
     }  # fmt: skip
     text = "\n".join(dry_run_lines(found))
     for part in (
@@ -154,6 +155,7 @@ def test_dry_run_lines() -> None:
         "250 supervised (25%)",
         "0 of 90 rows fail",
         "4,884,480",
+        "1.8 GB at the peak",
     ):
         assert part in text
 

@@ -136,12 +136,15 @@ def rate_for(device: Device | None, compute: str) -> Rate | None:
     measured = _measured().get(compute)
     if measured is None:
         return None
-    return Rate(measured["flops"], f"measured here: {measured['run']}")
+    return Rate(measured["flops"], f"the fastest run on this machine ({measured['run']})")
 
 
 def keep_rate(compute: str, flops: float, run: str) -> None:
-    """What a finished run reached on this machine, for later plans."""
-    found = {**_measured(), compute: {"flops": flops, "run": run}}
+    """What a finished run reached on this machine, for later plans: the fastest, as others may have had company."""
+    known = _measured()
+    if flops <= known.get(compute, {}).get("flops", 0.0):
+        return
+    found = {**known, compute: {"flops": flops, "run": run}}
     write_text(_rates(), json.dumps(found, indent=2) + "\n")
 
 

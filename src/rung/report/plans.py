@@ -45,7 +45,7 @@ def _run(own: Plan) -> str:
 
 def _stages(found: Memory) -> Any:
     """One line a term, the largest stage whole, the others in one line each."""
-    shown = table(["memory", "GB", "from"])
+    shown = table(["memory", "", "from"], gap=2, left=(0, 2))
     for stage in found.stages:
         largest = stage is found.largest
         mark = "> " if largest else "  "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -16,11 +16,11 @@ PIPE_WIDTH = 120
 """Width where no terminal is attached: one line a rung, for logs and for grep."""
 
 
-def table(heads: Sequence[str], gap: int = 1) -> Table:
-    """An empty one; the first column stands to the left."""
+def table(heads: Sequence[str], gap: int = 1, left: Collection[int] = (0,)) -> Table:
+    """An empty one; columns `left` are text, all others numbers."""
     made = Table(box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold", show_edge=False)
     for number, head in enumerate(heads):
-        made.add_column(Text(head), justify="right" if number else "left", no_wrap=number > 0)
+        made.add_column(Text(head), justify="left" if number in left else "right", no_wrap=number not in left)
     return made
 
 
