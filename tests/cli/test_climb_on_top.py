@@ -105,6 +105,7 @@ def test_it_stops_at_the_target_when_asked(config: Path, capsys: Any, tmp_path: 
     assert "surely reaches the target" in ladder["left"][0]["why"]
     code, out, _ = inside(capsys, "climb", config, "evaluate.metrics=[perplexity]")
     assert code == 0 and "not measured: lora" in out
+    assert "surely reaches the target" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_what_does_not_fit_is_left_out_with_the_reason(

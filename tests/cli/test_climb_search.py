@@ -86,6 +86,8 @@ def test_learning_curve(config: Path, tmp_path: Path, capsys: Any) -> None:
         data = json.loads((tmp_path / "run" / "curve" / rows / "run.json").read_text())["data"]
         sources.append(data["splits"]["train"]["rows"])
     assert sources == [8, 16]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "The highest tuned rung with fewer rows" in page and "training rows" in page
     shutil.rmtree(tmp_path / "run" / "curve" / "16")
     code, out, err = inside(capsys, "climb", config, "engine.max_steps=3", "--json")
     assert code == 0 and "16 rows" in err and "8 rows" not in err.replace("18 rows", "")

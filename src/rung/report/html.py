@@ -45,6 +45,8 @@ def render(source: Source) -> str:
         judged=sections.judged(source),
         score_plots=sections.score_plots(source),
         cost_plots=sections.cost_plots(source),
+        learning=sections.learning(source),
+        besides=sections.besides(source),
         retrieval=sections.retrieval(source),
         instructions=sections.instructions(source),
         curves=sections.curves(source),

@@ -151,6 +151,30 @@ def cost_plots(source: Source) -> list[Markup]:
     ]
 
 
+def learning(source: Source) -> Markup | None:
+    """The deciding score of a tuned rung against the rows that it learned from."""
+    points = source.ladder.get("curve", ()) if source.ladder else ()
+    if not points:
+        return None
+    found = [(f"{p['rung']}, {p['rows']:,} rows", p["score"], float(p["rows"])) for p in points]
+    whole = next((rung for rung in source.rungs if rung.label == points[0]["rung"]), None)
+    rows = whole.runs[0].manifest.get("data", {}).get("splits", {}).get("train", {}).get("rows") if whole else None
+    if whole is not None and rows and whole.row.get("scores"):
+        found.append((f"{whole.label}, all {rows:,} rows", whole.row["scores"][source.metrics[0]], float(rows)))
+    return plots.cost(found, source.metrics[0], "training rows")
+
+
+def besides(source: Source) -> Pairs:
+    """What the ladder says beside its verdict."""
+    ladder: Mapping[str, Any] = source.ladder or {}
+    further = ladder.get("further") or {}
+    return {
+        "the next rung": further.get("text") or "",
+        "what is missing": "; ".join(note["text"] for note in ladder.get("notes", ())),
+        "not measured": "; ".join(f"{left['rung']}: {left['why']}" for left in ladder.get("left", ())),
+    }
+
+
 def retrieval(source: Source) -> list[tuple[str, Pairs]]:
     """How well each rung that retrieves found what its questions ask for, and in what."""
     return [(rung.label, _retrieval(rung.row["retrieval"])) for rung in source.rungs if rung.row.get("retrieval")]
