@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from rung.engine.progress import say
 from rung.engine.record import write_json
 from rung.engine.state import Watch, total_steps
@@ -28,15 +30,13 @@ Train = Callable[[RunSpec, Watch], None]
 def settings(spec: RunSpec, search: SearchSpec, rung: RungSpec, folder: Path, rows: int, train: Train) -> RungSpec:
     """The rung with the settings of the best trial; `spec` is its run, `folder` its place, `rows` what it learns from.
 
-    Trials are kept in `search.journal`, so a climb that was stopped goes on with the next; what each came to stands in
-    `search.json`. Raises `ConfigError` where no trial came to an end.
+    Trials are kept in `search.journal`: a climb that was stopped takes the one it was at once more, and ends with the
+    settings of one that was left alone. What each came to stands in `search.json`. Raises `ConfigError` where no trial
+    came to an end.
     """
     journal = folder / "search.journal"
     folder.mkdir(parents=True, exist_ok=True)
-    study = _study(journal, search, spec.seed)
-    for trial in study.trials:
-        if not trial.state.is_finished():  # a kill came between
-            study.tell(trial.number, state=_states().FAIL)
+    study = _study(journal, search)
     while _ended(study) < search.trials:
         _try(study, search, rung, spec, folder / "trial", rows, train)
     found = _told(study)
@@ -62,21 +62,30 @@ def read(folder: Path) -> dict[str, Any] | None:
     return found
 
 
-def _study(journal: Path, search: SearchSpec, seed: int) -> optuna.Study:
+def _study(journal: Path, search: SearchSpec) -> optuna.Study:
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    begun = len(journal.read_text().splitlines()) if journal.exists() else 0
     return optuna.create_study(
         study_name="search",
         storage=JournalStorage(JournalFileBackend(str(journal))),
-        sampler=optuna.samplers.TPESampler(seed=seed + begun, n_startup_trials=max(2, search.trials // 2)),
         pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=search.reduction),
         direction="minimize",
         load_if_exists=True,
     )
+
+
+def _next(study: optuna.Study, search: SearchSpec, seed: int) -> optuna.Trial:
+    """The trial that a kill came into, or a new one; its draws follow from its number and those before it alone."""
+    import optuna
+
+    left = [trial for trial in study.trials if not trial.state.is_finished()]
+    number = left[0].number if left else len(study.trials)
+    own = int(np.random.SeedSequence([seed, 9, number]).generate_state(1)[0])
+    study.sampler = optuna.samplers.TPESampler(seed=own, n_startup_trials=max(2, search.trials // 2))
+    return optuna.Trial(study, left[0]._trial_id) if left else study.ask()
 
 
 def _try(
@@ -89,7 +98,7 @@ def _try(
     train: Train,
 ) -> None:
     """One trial: trained until it is done, or until others did better at the same point."""
-    trial = study.ask()
+    trial = _next(study, search, spec.seed)
     tried = _drawn(trial, search, spec)
     shutil.rmtree(folder, ignore_errors=True)
     own = _run(spec, tried, folder, rows)
