@@ -91,7 +91,9 @@ def plan(
     overrides: Overrides = None,
     memory: Annotated[str | None, typer.Option("--memory", help="What there is, for example 24GiB.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="A known device, for example h100.")] = None,
-    tokens: Annotated[float | None, typer.Option("--tokens", min=1, help="Tokens of an epoch, if known.")] = None,
+    tokens: Annotated[
+        float | None, typer.Option("--tokens", min=1, max=1e18, help="Tokens of an epoch, if known.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Memory and time of a run before anything is loaded, of every method, and what would make it fit."""

@@ -14,12 +14,12 @@ import typer
 from rung.errors import RungError
 
 BUG, INTERRUPTED = 1, 130
+USAGE: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+"""What a wrong command line raises, of the click that typer itself uses."""
 
 
 def exit_code(verb: Callable[[], int | None], *, as_json: bool) -> int:
     """Run a verb; say what ended it, as one JSON object too where that was asked for."""
-    from click.exceptions import Abort, ClickException
-
     try:
         code = verb()
     except RungError as error:
@@ -27,10 +27,10 @@ def exit_code(verb: Callable[[], int | None], *, as_json: bool) -> int:
             typer.echo(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code}))
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
-    except ClickException as error:
-        error.show()
-        return error.exit_code
-    except (KeyboardInterrupt, Abort):
+    except USAGE as error:
+        error.show()  # type: ignore[attr-defined]
+        return int(error.exit_code)  # type: ignore[attr-defined]
+    except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:

@@ -57,8 +57,11 @@ def refuse_hopeless(spec: RunSpec, device: torch.device, *, beyond: bool) -> Non
     _refuse(spec, least, available(device), beyond=beyond)
 
 
-def expect(spec: RunSpec, shape: Shape, trainer: Trainer, data: Data, *, beyond: bool) -> Memory:
-    """What the run will hold, from its own rows. Raises `PlanError` where there is less, unless told to go on."""
+def expect(spec: RunSpec, shape: Shape, trainer: Trainer, data: Data, *, beyond: bool) -> tuple[Memory, Work]:
+    """What the run will hold, from its own rows, and what it computes at once.
+
+    Raises `DoesNotFitError` where there is less, unless told to go on.
+    """
     compute = str(trainer.policy.base.compute_dtype).removeprefix("torch.")
     if isinstance(data.train, Prompted):  # its documents are made as it goes
         work = Work(compute, trainer.budget, trainer.budget // 2)
@@ -66,23 +69,19 @@ def expect(spec: RunSpec, shape: Shape, trainer: Trainer, data: Data, *, beyond:
         work = _work(trainer, data.train, compute)
     found = memory(spec, shape, work, other_shapes(spec))
     _refuse(spec, found, available(trainer.policy.device), beyond=beyond)
-    return found
+    return found, work
 
 
 def _work(trainer: Trainer, data: Tokenised, compute: str) -> Work:
-    """The largest micro-batch of the first steps, and of the longest row."""
-    rows, largest, learned, fewest = data.rows, 0, 0, 0
-    steps = -(-len(rows) // trainer.spec.examples_per_step)
-    for step in range(min(WINDOWS, steps)):
-        batches = trainer.pack(trainer.window(rows, step), trainer.budget)
-        fewest = min(fewest or len(batches), len(batches))
-        for batch in batches:
-            if len(batch.ids) > largest:
-                largest, learned = len(batch.ids), len(batch.loss.target)
-    for batch in trainer.pack(data.longest_row(), trainer.budget):
-        if len(batch.ids) > largest:
-            largest, learned = len(batch.ids), len(batch.loss.target)
-    return Work(compute, largest, learned, fewest)
+    """The largest micro-batch of the first steps, and of the longest row; what of their tokens is computed at all."""
+    rows, steps = data.rows, -(-len(data.rows) // trainer.spec.examples_per_step)
+    windows = [trainer.pack(trainer.window(rows, step), trainer.budget) for step in range(min(WINDOWS, steps))]
+    every = [batch for window in windows for batch in window]
+    largest = max([*every, *trainer.pack(data.longest_row(), trainer.budget)], key=lambda batch: len(batch.ids))
+    ahead = {id(batch.prefix): len(batch.prefix.ids) for batch in every if batch.prefix is not None}
+    computed = sum(len(batch.ids) for batch in every) + sum(ahead.values())
+    share = computed / sum(batch.document_tokens for batch in every)
+    return Work(compute, len(largest.ids), len(largest.loss.target), share, min(map(len, windows)))
 
 
 def _refuse(spec: RunSpec, found: Memory, there: int | None, *, beyond: bool) -> None:
@@ -98,14 +97,17 @@ def _refuse(spec: RunSpec, found: Memory, there: int | None, *, beyond: bool) ->
     raise DoesNotFitError(what, where="memory", given=f"{in_words(there)} free", hint=hint)
 
 
-def reality(spec: RunSpec, shape: Shape, found: Memory, manifest: Mapping[str, Any], loading: int) -> dict[str, Any]:
+def reality(
+    spec: RunSpec, shape: Shape, plan: tuple[Memory, Work], manifest: Mapping[str, Any], loading: int
+) -> dict[str, Any]:
     """The plan with what was measured, for `run.json`; a long run's speed is kept for later plans of this machine."""
+    found, work = plan
     seconds, tokens = manifest.get("train_seconds") or 0.0, manifest.get("tokens") or 0
-    if seconds >= TELLING and tokens and spec.objective.kind == "sft":
+    if seconds >= TELLING and tokens and spec.objective.kind == "sft" and "trunk" not in manifest:
         train = manifest.get("data", {}).get("train", {})
         rows = max(1, int(train.get("examples", 0) or 1))
         amount = Amount(tokens, train["supervised_tokens"] / train["tokens"], train["tokens"] / rows, known=True)
-        rate = token_flops(spec, shape, amount) * tokens / seconds
+        rate = token_flops(spec, shape, amount) * tokens * work.computed / seconds
         keep_rate(str(manifest.get("compute_dtype")), rate, f"{spec.method.kind} on {spec.model.name}")
     measured = {"loading": loading, "steps": manifest.get("peak_memory_bytes"), "saving": peak_memory_bytes()}
     return {**found.to_json(), "measured": measured}

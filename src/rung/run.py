@@ -143,7 +143,11 @@ def train_on(
     with closing(_claim(spec, world, resume=resume, overwrite=overwrite)) as folder:
         trainer = _trainer(spec, policy, data, folder, others, world)
         trainer.watch = watch
-        plan = planned.expect(spec, shape, trainer, data, beyond=beyond_memory) if world.size == 1 else None
+        try:
+            plan = planned.expect(spec, shape, trainer, data, beyond=beyond_memory) if world.size == 1 else None
+        except RungError as error:
+            folder.update(status="failed", error=str(error))
+            raise
         loading = peak_memory_bytes()
         _train(spec, trainer, data, folder, resume=resume)
         if plan is not None:

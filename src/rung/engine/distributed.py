@@ -211,6 +211,10 @@ def launched() -> Iterator[World]:
             what = "the processes are not those that the launcher announced"
             raise PlanError(what, where="WORLD_SIZE", given=f"{world.size}: {ranks}", allowed=said)
         yield world
+    except RuntimeError as error:  # of layers in parts, which are gathered by torch itself
+        if isinstance(error, RungError) or not (isinstance(error, distributed.DistError) or "gloo" in str(error)):
+            raise
+        raise _gone(error) from error
     finally:
         console.quiet = False
         distributed.destroy_process_group()
@@ -235,5 +239,9 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        what = f"another process of this run has ended: {str(error).splitlines()[0]}"
-        raise ElsewhereError(what, hint="look for its own message; start all again with --resume") from error
+        raise _gone(error) from error
+
+
+def _gone(error: RuntimeError) -> ElsewhereError:
+    what = f"another process of this run has ended: {str(error).splitlines()[0]}"
+    return ElsewhereError(what, hint="look for its own message; start all again with --resume")

@@ -11,11 +11,12 @@ from typing import Any
 from rung import opened, planned, prepared
 from rung import run as running
 from rung.data.chat import Chat
+from rung.data.near import asked_in_words
 from rung.data.split import Splits
 from rung.engine.progress import say
 from rung.engine.record import RunFolder, is_climb, read_manifest, reset_peak_memory
 from rung.engine.state import Watch
-from rung.errors import CheckpointError, ConfigError, DataError, RungError
+from rung.errors import CheckpointError, ConfigError, DataError, PlanError, RungError
 from rung.evaluate.baselines import Framing
 from rung.evaluate.task import PERPLEXITY, Evaluation, evaluate
 from rung.model.load import Base
@@ -79,6 +80,8 @@ class Climb:
         if whole and all(map(self._stands, self.rungs)) and not self._overwrite:
             return self._judge()
         asking = Asking(self.spec, splits)
+        for then in self.spec.climb.then:  # before anything is spent
+            self._check_rows(then, asking)
         fingerprints = {"data": splits.fingerprint}
         if asking.library is not None:
             fingerprints["documents"] = asking.library.fingerprint
@@ -107,7 +110,7 @@ class Climb:
             reached: AnyRung | None = None
             for rung in self.rungs:
                 if reached is not None:
-                    self._leave(rung, f"{reached.label} surely reaches the target")
+                    self._leave_out(rung.label, f"{reached.label} surely reaches the target")
                 elif self._try(rung, data, asking) and self.spec.climb.stop and self._reaches(rung):
                     reached = rung
             self._learn_curve(asking)
@@ -124,6 +127,8 @@ class Climb:
     def _judge(self) -> Ladder:
         left = {one.rung for one in self._left}
         measured = [self._stored(rung) for rung in self.rungs if rung.label not in left]
+        if not measured:
+            raise PlanError("no rung could be measured", where=str(self.path), given=self._left[0].why)
         return replace(judge(self.spec, measured, self._left), curve=tuple(self._points()))
 
     def _stands(self, rung: AnyRung) -> bool:
@@ -133,18 +138,18 @@ class Climb:
         """Measure a rung, unless it does not fit or stands on one that was left out."""
         below = rung.above if isinstance(rung, ThenSpec) else None
         if below in {one.rung for one in self._left}:
-            self._leave(rung, f"it stands on {below}, which was not measured")
+            self._leave_out(rung.label, f"it stands on {below}, which was not measured")
             return False
         try:
             self._measure(rung, data, asking)
         except DoesNotFitError as error:
-            self._leave(rung, error.summary)
+            self._leave_out(rung.label, error.summary)
             return False
         return True
 
-    def _leave(self, rung: AnyRung, why: str) -> None:
-        say(f"rung {rung.label} is left out: {why}")
-        self._left.append(Left(rung.label, why))
+    def _leave_out(self, name: str, why: str) -> None:
+        say(f"rung {name} is left out: {why}")
+        self._left.append(Left(name, why))
 
     def _reaches(self, rung: AnyRung) -> bool:
         """Whether its whole interval lies beyond the target."""
@@ -208,11 +213,12 @@ class Climb:
     def _tune(self, rung: RungSpec, folder: Path, number: int, data: prepared.Data, asking: Asking) -> None:
         """A tuned rung: a run in a folder of its own, then the bare question."""
         begun = (folder / "run.json").exists()
+        if not begun:
+            unsearched = for_rung(self.spec, rung, str(folder), self.spec.seed + number)
+            planned.refuse_hopeless(unsearched, opened.device(), beyond=False)
         if self.spec.climb.search is not None:
             rung = self._searched(rung, data, asking)
         spec = for_rung(self.spec, rung, str(folder), self.spec.seed + number)
-        if not begun:
-            planned.refuse_hopeless(spec, opened.device(), beyond=False)
         if begun and read_manifest(folder)["status"] == "finished":
             policy, chat, _ = opened.open_run(folder)
         else:
@@ -263,9 +269,14 @@ class Climb:
         """The highest tuned rung with fewer rows: each number of them a run of its own, scored on the same test."""
         tuned = [r for r in self.spec.climb.rungs if r.kind not in UNTUNED and self._stands(r)]
         for rows, place in self._curve if tuned else ():
-            if not (place / "result.json").exists():
+            if rows >= len(asking.splits.train):
+                say(f"learning curve: the rung itself has {len(asking.splits.train):,} rows, {rows:,} are passed over")
+            elif not (place / "result.json").exists():
                 say(f"learning curve of {tuned[-1].label}: {rows:,} rows")
-                self._learn(tuned[-1], rows, place, asking)
+                try:
+                    self._learn(tuned[-1], rows, place, asking)
+                except DoesNotFitError as error:
+                    self._leave_out(f"{tuned[-1].label}, {rows:,} rows", error.summary)
 
     def _learn(self, rung: RungSpec, rows: int, place: Path, asking: Asking) -> None:
         """One point of the curve. Its rows are the first of those that more rows would have."""
@@ -292,25 +303,39 @@ class Climb:
         below = self._folders(own)[number]
         spec = for_then(self.spec, then, str(below), str(folder), self.spec.seed + number)
         begun = (folder / "run.json").exists()
-        if then.data:
-            self._refuse_test_rows(then, prepared.read_splits(spec), asking)
         if not begun:
             planned.refuse_hopeless(spec, opened.device(), beyond=False)
-        self._fresh = None  # one model at a time
-        manifest = running.train(spec, resume=begun)
-        policy, chat, _ = opened.open_run(folder)
+        if not (begun and read_manifest(folder)["status"] == "finished"):
+            self._fresh = None  # one model at a time
+            splits, base = prepared.read_splits(spec), opened.load(spec.model)
+            running.train_on(spec, base, prepared.tokenise(spec, splits, base, asking.library), resume=begun)
+        manifest, (policy, chat, _) = read_manifest(folder), opened.open_run(folder)
         asked = asking.of(own, None)
         result = evaluate(policy, chat, asked.records, asked.framing, self.spec.evaluate, title=then.label)
         # what it stands on was trained as well
-        before = result_of(below)["train_seconds"]
-        cost = _training(manifest, folder)
-        store(folder, result, {**cost, "train_seconds": cost["train_seconds"] + before, **asked.facts})
+        before, cost = result_of(below), _training(manifest, folder)
+        both = {name: cost[name] + before[name] for name in ("train_seconds", "disk_bytes")}
+        store(folder, result, {**cost, **both, **asked.facts})
+
+    def _check_rows(self, then: ThenSpec, asking: Asking) -> None:
+        """Rows of a rung on top can be read, and are none of the test's. Raises `DataError`, `ConfigError`."""
+        spec = for_then(self.spec, then, self.spec.model.student_of or self.spec.model.name, "unused", self.spec.seed)
+        splits, place = prepared.read_splits(spec), f"climb.then {then.label}"
+        if spec.objective.kind == "reward":
+            raise ConfigError(
+                "a reward model writes nothing that a ladder could score", where=f"climb.then {then.label}"
+            )
+        compared = any(record.rivals or record.score is not None for record in splits.train)
+        if spec.objective.kind == "preference" and not compared:
+            raise DataError("these rows compare nothing", where=place, given=str(spec.data.path))
+        if then.data:
+            self._refuse_test_rows(then, splits, asking)
 
     def _refuse_test_rows(self, then: ThenSpec, splits: Splits, asking: Asking) -> None:
         """Raise `DataError` where a run's own rows ask what the test asks, context and question in one text or not."""
-        test = {_question(record): record for record in asking.test}
-        both = (record for part in (splits.train, splits.validation) for record in part)
-        if found := [(own, test[_question(own)]) for own in both if _question(own) in test]:
+        test = {tuple(asked_in_words(record)): record for record in asking.test}
+        both = ((record, tuple(asked_in_words(record))) for p in (splits.train, splits.validation) for record in p)
+        if found := [(own, test[words]) for own, words in both if words in test]:
             own, asked = found[0]
             raise DataError(
                 f"{len(found)} rows of this rung ask what the test asks",
@@ -324,12 +349,6 @@ class Climb:
         if self._fresh is None:
             self._fresh = opened.load(self.spec.model)
         return self._fresh
-
-
-def _question(record: Record) -> str:
-    """All that is asked, however it is laid out."""
-    turns = [turn.content for turn in record.messages[:-1]] if record.messages else []
-    return " ".join(" ".join([record.context or "", *map(str, turns), record.text or ""]).casefold().split())
 
 
 def _takes_room(spec: RunSpec) -> bool:

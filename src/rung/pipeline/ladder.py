@@ -233,12 +233,13 @@ def _notes(measured: Sequence[Measured], rows: Sequence[Row], step: Step, *, low
     def better(found: Difference) -> bool:
         return found.high < 0 if lower else found.low > 0
 
+    contexts = [m.costs[0].get("context") for m in measured]
     for bare, retrieving in (("zero_shot", "rag"), ("few_shot", "few_shot+rag")):
-        if bare in kinds and retrieving in kinds:
-            at = kinds.index(bare), kinds.index(retrieving)
+        without = [i for i, kind in enumerate(kinds) if kind == bare and contexts[i] != "given"]
+        if without and retrieving in kinds:
+            at = without[0], kinds.index(retrieving)
             if better(found := step(*at)):
                 yield Note("knowledge", rows[at[0]].rung, rows[at[1]].rung, found)
-    contexts = [m.costs[0].get("context") for m in measured]
     for upper, m in enumerate(measured):
         alike = [i for i, c in enumerate(contexts) if kinds[i] in UNTUNED and c == contexts[upper]]
         if m.spec.kind in (*UNTUNED, "then") or not alike:

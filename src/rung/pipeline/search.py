@@ -15,6 +15,7 @@ from rung.engine.progress import say
 from rung.engine.record import write_json
 from rung.engine.state import Watch, total_steps
 from rung.errors import ConfigError, GateError, PlanError
+from rung.planned import DoesNotFitError
 from rung.spec.climb import RungSpec, SearchSpec
 from rung.spec.run import RunSpec
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     import optuna
 
 MEASUREMENTS = 9
-"""Of the validation loss in a trial: with a reduction of 3 the worse trials end at the first or the third."""
+"""Of the validation loss in a trial, or a few more: with a reduction of 3 the worse end at the first or the third."""
 Train = Callable[[RunSpec, Watch], None]
 """Trains a run into its folder and tells every validation loss."""
 
@@ -34,17 +35,19 @@ def settings(spec: RunSpec, search: SearchSpec, rung: RungSpec, folder: Path, ro
     settings of one that was left alone. What each came to stands in `search.json`. Raises `ConfigError` where no trial
     came to an end.
     """
+    if not _names(search, spec):  # of this method nothing is searched
+        return rung
     journal = folder / "search.journal"
     folder.mkdir(parents=True, exist_ok=True)
     study = _study(journal, search)
     while _ended(study) < search.trials:
         _try(study, search, rung, spec, folder / "trial", rows, train)
     found = _told(study)
-    write_json(folder / "search.json", found)
     if found["chosen"] is None:
         raise ConfigError(
             "no trial of the search came to an end", where="climb.search", given=f"{search.trials} trials"
         )
+    write_json(folder / "search.json", found)
     return with_settings(rung, found["chosen"])
 
 
@@ -105,25 +108,37 @@ def _try(
     said = ", ".join(f"{name} {value:.3g}" for name, value in tried.items())
     say(f"search {trial.number + 1}/{search.trials} of rung {rung.label}: {said}")
     losses: list[float] = []
+    ended: list[str] = []
 
     def watch(loss: float) -> str | None:
         losses.append(loss)
         if not math.isfinite(loss):
-            return "the validation loss is no number"
-        trial.report(loss, len(losses))
-        return "other settings did better by then" if trial.should_prune() else None
+            ended.append("the validation loss is no number")
+        else:
+            trial.report(loss, len(losses))
+            if trial.should_prune():
+                ended.append("other settings did better by then")
+        return ended[-1] if ended else None
 
     states = _states()
     try:
         train(own, watch)
+    except DoesNotFitError:
+        raise
     except (GateError, PlanError) as error:  # settings that cannot be are no reason to end the search
         say(f"this trial failed: {error.summary}")
         study.tell(trial, state=states.FAIL)
         return
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    done = len(losses) >= _measured(own, rows) and math.isfinite(losses[-1])
+    done = bool(losses) and not ended
     study.tell(trial, losses[-1] if done else None, state=states.COMPLETE if done else states.PRUNED)
+
+
+def _names(search: SearchSpec, spec: RunSpec) -> list[str]:
+    """What is drawn for this method."""
+    asked = {"rank": search.rank and hasattr(spec.method, "rank"), "learning_rate": search.learning_rate}
+    return [name for name, wanted in {**asked, "epochs": search.epochs}.items() if wanted]
 
 
 def _drawn(trial: optuna.Trial, search: SearchSpec, spec: RunSpec) -> dict[str, Any]:
@@ -141,15 +156,10 @@ def _run(spec: RunSpec, tried: Mapping[str, Any], folder: Path, rows: int) -> Ru
     """The rung's run with a trial's settings, measured so often that halving has something to compare."""
     method = spec.method.model_copy(update={"rank": tried["rank"]}) if "rank" in tried else spec.method
     engine = spec.engine.model_copy(update={name: value for name, value in tried.items() if name != "rank"})
-    every = max(1, total_steps(engine, rows) // MEASUREMENTS)
+    rollout = getattr(spec.objective, "rollout", None)
+    every = max(1, total_steps(engine, rows, rollout.steps if rollout else 1) // MEASUREMENTS)
     engine = engine.model_copy(update={"eval_every": every, "patience": None, "checkpoint_every": None})
     return spec.model_copy(update={"method": method, "engine": engine, "output": str(folder)})
-
-
-def _measured(spec: RunSpec, rows: int) -> int:
-    """How often the validation loss of a whole trial is measured."""
-    total, every = total_steps(spec.engine, rows), spec.engine.eval_every or 1
-    return total // every + (total % every > 0)
 
 
 def _ended(study: optuna.Study) -> int:

@@ -19,6 +19,8 @@ from rung.spec.run import RunSpec
 
 PROBED = 2048
 """The largest budget that `probe` tries."""
+SMALL = 256
+"""Tokens at once beside further changes: fewer would be slower and spare little."""
 LEARNED = 0.5
 """Share of a micro-batch that the loss is taken of, as long as nothing has been tokenised."""
 
@@ -31,7 +33,8 @@ class Plan:
     moving: int | None
     """Numbers that move; None where only the loaded model can tell."""
     memory: Memory
-    flops: float
+    flops: float | None
+    """None where nobody knows how much data there is."""
     seconds: float | None
     """At the rate; None where none is known."""
     limit: int | None
@@ -71,7 +74,8 @@ class Advice:
 
     shape: Shape
     work: Work
-    amount: Amount
+    amount: Amount | None
+    """None where no data is there, and nobody said."""
     rate: Rate | None
     own: Plan
     others: tuple[Plan, ...]
@@ -85,8 +89,8 @@ class Advice:
             "parameters": self.shape.parameters,
             "compute": self.work.compute,
             "tokens_per_micro_batch": self.work.tokens,
-            "tokens": self.amount.tokens,
-            "tokens_counted": self.amount.known,
+            "tokens": self.amount and self.amount.tokens,
+            "tokens_given": self.amount is not None and self.amount.known,
             "rate": None if self.rate is None else {"flops": self.rate.flops, "source": self.rate.source},
             "limit_bytes": self.own.limit,
             "plan": self.own.to_json(),
@@ -106,20 +110,19 @@ def advise(
     """
     shape, amount = read_shape(spec.model), _guess(spec)
     if tokens is not None:
-        amount = replace(amount, tokens=tokens, known=True)
+        amount = replace(amount or amount_of([]), tokens=tokens, known=True)
     limit = device.memory if limit is None and device is not None else limit
     work = guessed_work(spec, shape, device)
     rate = rate_for(device, work.compute)
-    others = other_shapes(spec)
 
     def plan(changed: RunSpec, name: str) -> Plan:
-        own = guessed_work(changed, shape, device)
+        own, others = guessed_work(changed, shape, device), other_shapes(changed)
         return _plan(changed, name, shape, own, amount, rate, limit, others)
 
-    mine = plan(spec, spec.method.kind)
+    mine = plan(spec, _name(spec))
     change = None
     if mine.fits is False:
-        tried = (Change(o, costs, plan(changed, changed.method.kind)) for o, costs, changed in _changes(spec, shape))
+        tried = (Change(o, costs, plan(changed, _name(changed))) for o, costs, changed in _changes(spec, work.tokens))
         change = next((c for c in tried if c.plan.fits), None)
     beside = tuple(plan(changed, name) for name, changed in alternatives(spec))
     return Advice(shape, work, amount, rate, mine, beside, change)
@@ -130,13 +133,13 @@ def _plan(
     name: str,
     shape: Shape,
     work: Work,
-    amount: Amount,
+    amount: Amount | None,
     rate: Rate | None,
     limit: int | None,
     others: Mapping[str, Shape],
 ) -> Plan:
-    flops = run_flops(spec, shape, amount)
-    seconds = None if rate is None else flops / rate.flops
+    flops = None if amount is None else run_flops(spec, shape, amount, others.get("teacher"))
+    seconds = None if rate is None or flops is None else flops / rate.flops
     found = memory(spec, shape, work, others)
     return Plan(name, trained(spec.method, shape).moving, found, flops, seconds, limit)
 
@@ -197,30 +200,39 @@ def alternatives(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
         yield kind, spec.model_copy(update={"method": spec.method if kind == spec.method.kind else made()})
 
 
-def _changes(spec: RunSpec, shape: Shape) -> Iterator[tuple[tuple[str, ...], str, RunSpec]]:
+def _name(spec: RunSpec) -> str:
+    """Of a method in the table of all."""
+    return f"qlora, {getattr(spec.method, 'bits', 4)} bits" if spec.method.kind == "qlora" else spec.method.kind
+
+
+def _changes(spec: RunSpec, now: int) -> Iterator[tuple[tuple[str, ...], str, RunSpec]]:
     """From what costs nothing but time to what makes another run of it."""
-    for tokens in (1024, 512, 256, 128):
-        if tokens < guessed_work(spec, shape, None).tokens and tokens >= (spec.data.max_length or 0):
+    for tokens in (4096, 2048, 1024, 512, 256, 128):
+        if tokens < now and tokens >= (spec.data.max_length or 0):
             engine = spec.engine.model_copy(update={"tokens_per_micro_batch": tokens})
             yield (
                 (f"engine.tokens_per_micro_batch={tokens}",),
                 "speed alone",
                 spec.model_copy(update={"engine": engine}),
             )
-    small = spec.engine.model_copy(update={"tokens_per_micro_batch": 256})
+    small = spec.engine.model_copy(update={"tokens_per_micro_batch": min(SMALL, now)})
     least = spec.model_copy(update={"engine": small})
+
+    def with_(override: str) -> tuple[str, ...]:
+        return f"engine.tokens_per_micro_batch={small.tokens_per_micro_batch}", override
+
     moments = small.optimiser.model_copy(update={"moments": "int8"})
     eight = least.model_copy(update={"engine": small.model_copy(update={"optimiser": moments})})
     if spec.engine.optimiser.moments != "int8":
-        yield _with("engine.optimiser.moments=int8"), "moments rounded to 8 bits", eight
+        yield with_("engine.optimiser.moments=int8"), "moments rounded to 8 bits", eight
     for length in (2048, 1024, 512, 256):
         if spec.data.max_length and length < spec.data.max_length:
             data = spec.data.model_copy(update={"max_length": length})
-            yield _with(f"data.max_length={length}"), "longer documents", least.model_copy(update={"data": data})
+            yield with_(f"data.max_length={length}"), "longer documents", least.model_copy(update={"data": data})
     for rank in (8, 4):
         if getattr(spec.method, "rank", 0) > rank:
             method = spec.method.model_copy(update={"rank": rank})
-            yield _with(f"method.rank={rank}"), "what an adapter can hold", least.model_copy(update={"method": method})
+            yield with_(f"method.rank={rank}"), "what an adapter can hold", least.model_copy(update={"method": method})
     ladder: Sequence[tuple[str, dict[str, Any]]] = (
         ("method={kind: lora}", {"kind": "lora"}),
         ("method={kind: qlora, bits: 8}", {"kind": "qlora", "bits": 8}),
@@ -232,18 +244,14 @@ def _changes(spec: RunSpec, shape: Shape) -> Iterator[tuple[tuple[str, ...], str
             kind = settings["kind"]
             made: Any = METHOD_SPECS[kind]
             method = made.model_validate(settings)
-            yield _with(override), "another method", least.model_copy(update={"method": method})
-
-
-def _with(override: str) -> tuple[str, ...]:
-    return "engine.tokens_per_micro_batch=256", override
+            yield with_(override), "another method", least.model_copy(update={"method": method})
 
 
 def size_of(text: str | None) -> int | None:
     """Bytes of 24GiB, 24GB, 512MiB or a plain number. Raises `ConfigError` for anything else."""
     if text is None:
         return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)", text.strip().lower())
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([kmgt]?i?b?)", text.strip().lower())
     if found is None or (size := _UNITS.get(found[2].removesuffix("b"))) is None or not float(found[1]):
         raise ConfigError("this is no amount of memory", where="--memory", given=text, allowed="24GiB, 24GB or 512MiB")
     return int(float(found[1]) * size)
@@ -263,11 +271,14 @@ def device_named(name: str | None) -> Device | None:
     return DEVICES[name.lower()]
 
 
-def _guess(spec: RunSpec) -> Amount:
-    """From the size of the data's files."""
-    paths = spec.data.path if isinstance(spec.data.path, list | tuple) else [spec.data.path]
-    named = [p if isinstance(p, str) else getattr(p, "path", "") for p in paths]
+def _guess(spec: RunSpec) -> Amount | None:
+    """From the sizes of the data's files, and what the config leaves of them; None where none is there."""
+    paths = [spec.data.path] if isinstance(spec.data.path, str) else [one.path for one in spec.data.path]
     shares = [s for s in (spec.data.validation, spec.data.test) if isinstance(s, float | int)]
-    found = amount_of([Path(name) for name in named])
+    found = amount_of([Path(name) for name in paths])
+    if not found.tokens:
+        return None
     kept = found.tokens * max(0.0, 1.0 - sum(shares))
+    if spec.data.limit is not None:
+        kept = min(kept, spec.data.limit * found.length)
     return Amount(kept, found.learned, found.length, known=False)

@@ -82,6 +82,8 @@ class Work:
     """Of the largest micro-batch."""
     learned: int
     """Of them, those that the loss is taken of."""
+    computed: float = 1.0
+    """Tokens computed over tokens of the documents: less than 1 where beginnings are shared."""
     batches: int = 2
     """Micro-batches of a step: with one, gradients grow while activations go."""
 
@@ -145,7 +147,8 @@ def memory(spec: RunSpec, shape: Shape, work: Work, others: Mapping[str, Shape] 
         Stage("steps", (*held, *backward)),
         Stage("optimiser", (*held, *_update(own), *heap)),
     ]
-    if (rollout := getattr(spec.objective, "rollout", None)) is not None and spec.objective.kind != "distill":
+    rollout = getattr(spec.objective, "rollout", None)
+    if rollout is not None and (spec.objective.kind != "distill" or spec.objective.on_policy):
         rows = min(rollout.batch, rollout.answers * spec.engine.examples_per_step)
         tokens = work.tokens // max(1, rollout.answers) + rollout.max_new_tokens
         stages.append(Stage("rollouts", (*held, *answering(shape, rows, tokens, work.compute))))
@@ -196,7 +199,7 @@ def _held(spec: RunSpec, shape: Shape, own: Trained, work: Work, others: Mapping
         found.append(Term("adapter", 4 * (moving + own.frozen), "float32, and the frozen half where there is one"))
     moments = 2 if spec.engine.optimiser.moments == "int8" else 8
     found.append(Term("moments", moments * moving, f"{moments // 2} bytes for each of AdamW's two"))
-    if spec.objective.kind == "ppo":
+    if spec.objective.kind == "ppo" and spec.method.kind not in ("full", "head"):  # whose base is no longer there
         found.append(Term("value", 16 * moving, "the value model's own adapter, its gradients and moments"))
     for name, other in others.items():
         width = 2 if work.compute == "bfloat16" or (other.stored == "bfloat16" and spec.model.fused) else 4

@@ -16,6 +16,8 @@ from rung.spec.layers import student_layers
 from rung.spec.model import ModelSpec, StudentLayers
 from rung.spec.support import refusal_of_model
 
+HEADER = 100 * 2**20
+"""The longest description that a safetensors file may begin with."""
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _UNTIED = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gpt_neox", "olmo2", "granite"})
 """Architectures whose head is their own unless the config ties it to the embeddings."""
@@ -126,12 +128,14 @@ def shape_of(config: Mapping[str, Any], stored: str | None = None) -> Shape:
 
     Raises `PlanError` for an architecture that is refused, `ConfigError` where a number is missing.
     """
+    if not isinstance(config, Mapping):
+        raise ConfigError("this config is no object", where="config.json", given=type(config).__name__)
     kind = str(config.get("model_type", "llama"))
     if why := refusal_of_model(kind, encoder_decoder=bool(config.get("is_encoder_decoder"))):
         raise PlanError(why, where="model.name", given=kind)
     try:
         return _shape(kind, config, stored or _type_of(config))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         what = f"this config lacks a number that memory follows from: {error}"
         raise ConfigError(what, where="config.json", given=kind) from error
 
@@ -219,8 +223,11 @@ def stored_type(folder: Path) -> str | None:
 def _header(file: Path) -> dict[str, dict[str, Any]]:
     """What stands before the numbers of a safetensors file: eight bytes of length, then JSON."""
     with file.open("rb") as opened:
-        (length,) = struct.unpack("<Q", opened.read(8))
-        header: dict[str, dict[str, Any]] = json.loads(opened.read(length))
+        try:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            header: dict[str, dict[str, Any]] = json.loads(opened.read(min(length, HEADER)))
+        except (struct.error, ValueError) as error:
+            raise ConfigError(f"this is no safetensors file: {error}", where=str(file)) from error
     return header
 
 
@@ -264,7 +271,10 @@ def _of_run(folder: Path) -> Shape:
         spec = json.loads((folder / "run.json").read_text())["spec"]["model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"run.json is not the manifest of a run: {error}", where=str(folder)) from error
-    return read_shape(ModelSpec.model_validate(spec))
+    found = ModelSpec.model_validate(spec)
+    if Path(found.student_of or found.name).resolve() == folder.resolve():
+        raise CheckpointError("this run says that it stands on itself", where=str(folder))
+    return read_shape(found)
 
 
 def _of_hub(spec: ModelSpec) -> Path:

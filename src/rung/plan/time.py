@@ -23,6 +23,7 @@ from rung.held import write_text
 from rung.paths import cache_folder
 from rung.plan.shape import Shape
 from rung.plan.trained import trained
+from rung.spec.objective import ROLLING
 from rung.spec.run import RunSpec
 
 CHARACTERS_PER_TOKEN = 4.0
@@ -84,13 +85,15 @@ def amount_of(files: list[Path], *, learned: float = 0.4, length: float = 300.0)
     return Amount(characters / CHARACTERS_PER_TOKEN, learned, length, known=False)
 
 
-def run_flops(spec: RunSpec, shape: Shape, amount: Amount) -> float:
+def run_flops(spec: RunSpec, shape: Shape, amount: Amount, teacher: Shape | None = None) -> float:
     """Operations of the whole run: its epochs, a reference's and a teacher's passes, and the answers it makes."""
     passes: float = spec.engine.epochs
+    if spec.engine.max_steps is not None and amount.tokens:
+        passes = min(passes, spec.engine.max_steps * spec.engine.examples_per_step * amount.length / amount.tokens)
     own = token_flops(spec, shape, amount)
     forward = _forward(shape, amount)
     rollout = getattr(spec.objective, "rollout", None)
-    if rollout is not None and spec.objective.kind != "distill":
+    if rollout is not None and rolls(spec):
         answered: float = rollout.answers * (amount.length + rollout.max_new_tokens) / amount.length
         each: float = forward + rollout.epochs * own + (forward if getattr(spec.objective, "against", None) else 0.0)
         return passes * amount.tokens * answered * each
@@ -98,8 +101,13 @@ def run_flops(spec: RunSpec, shape: Shape, amount: Amount) -> float:
     if spec.objective.kind == "preference" and getattr(spec.objective, "against", None):
         once = forward  # kept by document: read once a run
     if spec.objective.kind == "distill":
-        once = forward
+        once = _forward(teacher or shape, amount) * (1.0 if spec.objective.keep_states else passes)
     return amount.tokens * (passes * own + once)
+
+
+def rolls(spec: RunSpec) -> bool:
+    """Whether the policy makes answers of its own."""
+    return spec.objective.kind in ROLLING or bool(getattr(spec.objective, "on_policy", 0.0))
 
 
 def token_flops(spec: RunSpec, shape: Shape, amount: Amount) -> float:

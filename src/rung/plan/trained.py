@@ -60,7 +60,7 @@ def _mixture(spec: MixtureSpec, shape: Shape) -> Trained:
     chosen = layers_named(spec.layers, range(shape.layers))
     own = _aimed_at(spec.targets, shape)
     each = sum(spec.experts * (spec.rank * (m.inputs + m.outputs) + m.inputs) for m in own)
-    widest = max(max(m.inputs, m.outputs) for m in own)
+    widest = max((max(m.inputs, m.outputs) for m in own), default=0)
     return Trained(len(chosen) * each, 0, len(chosen) * each, spec.experts * spec.rank * widest, min(chosen))
 
 

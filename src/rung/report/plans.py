@@ -18,18 +18,24 @@ _TONE = {True: "green", False: "red"}
 def plan_lines(advice: Advice, where: str) -> list[str]:
     """The config's own run term by term, every method beside it, and what would make it fit."""
     shape, work, own = advice.shape, advice.work, advice.own
-    guessed = "as given" if advice.amount.known else "guessed from the size of the data's files: --tokens says better"
     facts = {
         "model": f"{count(shape.parameters)} parameters: {shape.layers} layers of width {shape.width:,}, "
         f"{shape.stored} on disk, computed in {work.compute}",
         "at once": f"{work.tokens:,} tokens",
-        "data": f"{count(advice.amount.tokens)} tokens an epoch, {guessed}",
+        "data": _data(advice),
         "rate": _rate(advice),
         "run": _run(own),
     }
     lines = ["", where, *pairs(facts), "", *render(lambda _: [_stages(own.memory)]), ""]
     lines += render(lambda _: [_methods(advice)])
     return [*lines, "", *_verdict(advice)]
+
+
+def _data(advice: Advice) -> str:
+    if advice.amount is None:
+        return "unknown: the data are not here; --tokens says how much there is"
+    guessed = "as given" if advice.amount.known else "guessed from the size of the data's files: --tokens says better"
+    return f"{count(advice.amount.tokens)} tokens an epoch, {guessed}"
 
 
 def _rate(advice: Advice) -> str:
@@ -39,6 +45,8 @@ def _rate(advice: Advice) -> str:
 
 
 def _run(own: Plan) -> str:
+    if own.flops is None:
+        return "unknown"
     time = f", {duration(own.seconds)}" if own.seconds is not None else ""
     return f"{own.flops / 1e12:,.0f} TFLOP{time}"
 
@@ -65,7 +73,7 @@ def _why(term: Term) -> Text:
 
 def _methods(advice: Advice) -> Any:
     """All methods side by side."""
-    heads = ["method", "trainable", "weights", "optimiser", "activations", "peak", "time"]
+    heads = ["method", "trainable", "weights", "optimiser", "activations", "needed", "time"]
     limit = advice.own.limit
     shown = table([*heads, *(["fits"] if limit is not None else [])])
     for plan in advice.others:
@@ -73,8 +81,8 @@ def _methods(advice: Advice) -> Any:
         base = terms.get("weights", 0) + terms.get("quantised", 0)
         states = terms.get("moments", 0) + terms.get("gradients", 0)
         cells = [count(plan.moving), memory(base), memory(states), memory(terms.get("activations", 0))]
-        cells += [memory(plan.memory.peak), duration(plan.seconds)]
-        chosen = plan.method.split(",")[0] == advice.own.method
+        cells += [memory(plan.memory.needed), duration(plan.seconds)]
+        chosen = plan.method == advice.own.method
         row = [Text(("> " if chosen else "  ") + plan.method), *map(Text, cells)]
         if plan.fits is not None:
             row.append(Text("yes" if plan.fits else "no", style=_TONE[plan.fits]))
@@ -87,11 +95,11 @@ def _verdict(advice: Advice) -> list[str]:
     if own.limit is None:
         return ["--memory 24GiB or --device h100 says what fits."]
     if own.fits:
-        return [f"It fits: {memory(own.memory.peak)} of {memory(own.limit)}."]
-    told = [f"It does not fit: {memory(own.memory.peak)} of {memory(own.limit)}."]
+        return [f"It fits: {memory(own.memory.needed)} of {memory(own.limit)}."]
+    told = [f"It does not fit: it needs {memory(own.memory.needed)}, of {memory(own.limit)}."]
     if advice.change is None:
         return [*told, "No single change makes it fit: take a smaller model, or share it out (docs/scale.md)."]
-    fitting = memory(advice.change.plan.memory.peak)
+    fitting = memory(advice.change.plan.memory.needed)
     return [
         *told,
         f"The cheapest change that does, {fitting}, at the cost of {advice.change.costs}:",

@@ -122,8 +122,8 @@ class SearchSpec(Spec):
     epochs: tuple[PositiveFloat, PositiveFloat] | None = None
     """Fewest and most."""
     reduction: Annotated[int, Field(ge=2)] = 3
-    """Of the trials that reach a ninth and a third of their steps, one in so many goes on (Jamieson and Talwalkar 2016;
-    Li et al. 2020)."""
+    """Of the trials that reach a ninth of their steps, and so many times that, one in so many goes on (Jamieson and
+    Talwalkar 2016; Li et al. 2020)."""
 
     @model_validator(mode="after")
     def _something_is_searched(self) -> SearchSpec:

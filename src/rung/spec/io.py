@@ -85,7 +85,15 @@ def for_then(spec: RunSpec, then: ThenSpec, below: str, output: str, seed: int) 
     engine = {**raw["engine"], "learning_rate": None, **then.engine}
     model = {**raw["model"], "name": below, "student_of": None, "layers": None, "revision": None}
     own = {"model": model, "data": data, "method": then.method, "objective": then.objective, "engine": engine}
-    return parse({**raw, **own, "climb": {}, "output": output, "seed": seed}, f"climb.then {then.label}")
+    rung = next(r for r in spec.climb.rungs if r.label == then.above)
+    context = rung.context_of(spec.evaluate.context)
+    evaluate = {**raw["evaluate"], "context": context, "dequantise": False}
+    # what the run is checked against is its own context, not that of a climb which it is no part of
+    climb = {"rungs": [{"kind": "rag" if context == "retrieved" else "zero_shot"}]}
+    own |= {"evaluate": evaluate, "climb": climb, "output": output, "seed": seed}
+    if context != "retrieved":
+        evaluate.pop("retrieve", None)
+    return parse({**raw, **own}, f"climb.then {then.label}")
 
 
 def show(loaded: Loaded) -> str:
