@@ -227,3 +227,19 @@ def test_without_bitsandbytes(config: Path, tmp_path: Path, capsys: Any, monkeyp
         assert code == 3 and "rung[quantised]" in err
     code, _, err = inside(capsys, "train", config, "--overwrite")
     assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("nosuch",),
+        ("plan",),
+        ("climb",),
+        ("plan", "a", "--nope"),
+        ("eval", "x", "--limit", "x"),
+        ("plan", "a", "--tokens", "0"),
+    ],
+)
+def test_a_wrong_command_line_is_the_users(arguments: tuple[str, ...], capsys: Any) -> None:
+    code, _, err = inside(capsys, *arguments)
+    assert code == 2 and "Traceback" not in err and "bug" not in err and err.strip()

@@ -55,23 +55,63 @@ def test_preferences_on_top_of_a_tuned_rung(config: Path, tmp_path: Path, pairs:
     assert code == 0 and "rung" not in err.replace("report", "") and json.loads(again)["ladder"] == ladder["ladder"]
 
 
+@pytest.mark.parametrize("form", ["as it is", "another case", "a system turn", "a full stop"])
 def test_a_rung_on_top_must_not_learn_the_test(
-    config: Path, tmp_path: Path, pairs: Path, questions: Path, capsys: Any
+    form: str, config: Path, tmp_path: Path, pairs: Path, questions: Path, capsys: Any
 ) -> None:
+    """And it is said before anything is trained."""
     code, _, _ = inside(capsys, "climb", climb(config, rungs=["zero_shot"]))
     item = read_items(tmp_path / "run" / "rungs" / "zero_shot" / "items.parquet")[0][0]
     asked = json.loads(questions.read_text().splitlines()[int(item["source"].rpartition(" ")[2]) - 1])
-    row = {"prompt": f"{asked['context'].upper()}\n\n{asked['question']}", "chosen": "pear", "rejected": "fig"}
-    pairs.write_text(pairs.read_text() + json.dumps(row) + "\n")
+    text = f"{asked['context']}\n\n{asked['question']}"
+    text = {"another case": text.upper(), "a full stop": text + "."}.get(form, text)
+    row = {"prompt": text, "chosen": "pear", "rejected": "fig"}
+    if form == "a system turn":
+        row["prompt"] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}]  # type: ignore[assignment]
+    pairs.write_text(json.dumps(row) + "\n" + ("" if form == "a system turn" else pairs.read_text()))
     then = {"above": "lora", "objective": {"kind": "preference"}, "data": {"path": str(pairs), "validation": 0}}
-    code, _, err = inside(
-        capsys,
-        "climb",
-        config,
-        f"climb={json.dumps({'rungs': ['lora'], 'then': [then]})}",
-        f"output={tmp_path / 'two'}",
-    )
-    assert code == 2 and "ask what the test asks" in err
+    own = f"climb={json.dumps({'rungs': ['lora'], 'then': [then]})}"
+    code, _, err = inside(capsys, "climb", config, own, f"output={tmp_path / 'two'}")
+    assert code == 2 and "ask what the test asks" in err and not (tmp_path / "two").exists()
+
+
+@pytest.mark.parametrize(
+    ("then", "words"),
+    [
+        ({"objective": {"kind": "preference"}, "data": {"path": "pears.jsonl"}}, "pears.jsonl"),
+        ({"objective": {"kind": "preference"}}, "compare nothing"),
+        ({"objective": {"kind": "reward"}}, "reward model"),
+    ],
+)
+def test_a_rung_on_top_that_cannot_be_is_an_error_before_anything_is_spent(
+    then: dict[str, Any], words: str, config: Path, tmp_path: Path, capsys: Any
+) -> None:
+    climb(config, rungs=["lora"], then=[{"above": "lora", **then}])
+    code, _, err = inside(capsys, "climb", config)
+    assert code == 2 and words in err and not (tmp_path / "run").exists()
+
+
+def test_a_rung_on_top_of_one_that_retrieves(config: Path, tmp_path: Path, pairs: Path, capsys: Any) -> None:
+    """It sees in training what it will see in the test."""
+    then = {"above": "lora", "objective": {"kind": "sft"}, "engine": {"max_steps": 1}}
+    rungs = ["zero_shot", "rag", {"kind": "lora", "context": "retrieved"}]
+    climb(config, rungs=rungs, then=[then])
+    code, out, err = inside(capsys, "climb", config, "evaluate.context=withheld", "evaluate.shots=0", "--json")
+    assert code == 0, err
+    run = json.loads((tmp_path / "run" / "rungs" / "lora-then-sft" / "run.json").read_text())
+    below = json.loads((tmp_path / "run" / "rungs" / "lora" / "run.json").read_text())
+    assert run["spec"]["evaluate"]["context"] == "retrieved"
+    assert run["data"]["train"]["tokens"] == below["data"]["train"]["tokens"]
+    assert json.loads(out)["ladder"][-1]["sees"] == "retrieved passages"
+
+
+def test_nothing_that_fits_is_said(config: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planned, "available", lambda device: 1000)
+    search = {"trials": 2, "learning_rate": [1e-4, 1e-2]}
+    climb(config, rungs=["lora"], search=search)
+    for _ in range(2):  # and a second start is no other
+        code, _, err = inside(capsys, "climb", config, "data.validation=0.2")
+        assert code == 3 and "no rung could be measured" in err and "needs" in err and "trial" not in err
 
 
 @pytest.mark.parametrize(
