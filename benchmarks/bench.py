@@ -18,6 +18,7 @@ from rich.console import Console
 
 from benchmarks import report
 from benchmarks.machine import processor
+from benchmarks.plan import section
 from benchmarks.rows import make_pairs, make_rows, read_pairs, read_rows
 from benchmarks.runner import OURS, PEERS, ROOT, Entry, RunError, Store, run
 from benchmarks.sides import Sides, speed
@@ -138,7 +139,8 @@ def main(arguments: list[str] | None = None) -> int:
     found = report.Report(works, store, machine, asked.work, sys.argv[1:] if arguments is None else arguments)
     found.show(console)
     target = asked.results or (ROOT / "benchmarks" if _whole(bench, works) else asked.work) / "RESULTS.md"
-    target.write_text(found.markdown(), encoding="utf-8")
+    planned = section(target)  # of another command
+    target.write_text("\n\n".join(filter(None, (found.markdown().rstrip(), planned))) + "\n", encoding="utf-8")
     console.print(f"\nwritten to {target}")
     return int(bool(found.problems))
 

@@ -259,6 +259,12 @@ def write_rows(path: Path, case: Case) -> None:
             lines.write(json.dumps(row) + "\n")
 
 
+def section(results: Path) -> str:
+    """The part that `write` keeps in a file of results, for whoever writes the rest anew; empty where there is none."""
+    text = results.read_text() if results.exists() else ""
+    return BEGIN + text.partition(BEGIN)[2].partition(END)[0] + END if BEGIN in text else ""
+
+
 def write(found: list[dict[str, Any]], errors: list[float], footprint: int) -> None:
     """Replace this part of the results."""
     lines = [

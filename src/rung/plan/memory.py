@@ -256,8 +256,8 @@ def _loading(spec: RunSpec, shape: Shape, work: Work) -> Sequence[Term]:
 
 
 def _saving(own: Trained) -> Sequence[Term]:
-    """What is written is copied once."""
-    return (Term("copies", 2 * 4 * own.saved, "what is written, and what was written as it is looked at again"),)
+    """What is written is copied tensor by tensor, and looked at again so."""
+    return (Term("copies", 2 * 4 * own.largest, "of the largest tensor, written and looked at again"),)
 
 
 def _ranks(spec: RunSpec) -> int:
