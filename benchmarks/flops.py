@@ -17,51 +17,17 @@ q, k and v; it is counted all the same (0.3 % of a step).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
-from pathlib import Path
+
+from rung.plan.shape import Shape
 
 KINDS = (
     *("block_forward", "block_input_grad", "block_weight_grad"),
     *("head_forward", "head_input_grad", "head_weight_grad"),
 )
 Flops = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A decoder with gated feed-forward layers. Widths in numbers per token."""
-
-    layers: int
-    width: int
-    kv: int
-    mlp: int
-    vocabulary: int
-
-    @staticmethod
-    def read(folder: Path) -> Shape:
-        """The shape in a model folder's config.json."""
-        config = json.loads((folder / "config.json").read_text())
-        heads = config["num_attention_heads"]
-        head_width = config.get("head_dim") or config["hidden_size"] // heads
-        return Shape(
-            config["num_hidden_layers"],
-            config["hidden_size"],
-            config["num_key_value_heads"] * head_width,
-            config["intermediate_size"],
-            config["vocab_size"],
-        )
-
-    @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """Inputs and outputs of each linear of one block."""
-        h, kv, mlp = self.width, self.kv, self.mlp
-        return {
-            **{"q": (h, h), "k": (h, kv), "v": (h, kv), "o": (h, h)},
-            **{"gate": (h, mlp), "up": (h, mlp), "down": (mlp, h)},
-        }
 
 
 @dataclass(frozen=True)
@@ -87,12 +53,12 @@ def step_flops(
     n, m, pairs = _counts(documents, shared)
     upper = shape.layers - trained.lowest
     computed = shape.layers if first_epoch else upper
-    block = sum(inputs * outputs for inputs, outputs in shape.linears.values())
+    block = sum(m.inputs * m.outputs for m in shape.matrices)
     lora = 0
     if trained.rank is not None:
-        lora = upper * trained.rank * sum(inputs + outputs for inputs, outputs in shape.linears.values())
+        lora = upper * trained.rank * sum(m.inputs + m.outputs for m in shape.matrices)
     head = 2.0 * shape.vocabulary * shape.width * m
-    attention = 4.0 * shape.width * pairs
+    attention = 4.0 * shape.query * pairs
     full = trained.rank is None
     return {
         "block_forward": 2.0 * n * (block * computed + lora) + attention * computed,

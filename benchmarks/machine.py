@@ -15,7 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.flops import KINDS, Flops, Shape
+from benchmarks.flops import KINDS, Flops
+from rung.plan.shape import Shape, read_shape
+from rung.spec.model import ModelSpec
 
 ROWS = 700
 """Tokens of a micro-batch: products of this many rows run at full speed."""
@@ -42,7 +44,7 @@ def processor() -> dict[str, Any]:
 
 def measure(shape: Shape, rows: int = ROWS) -> Flops:
     """Operations per second of each kind of product in float32; those of a block are weighed by their work."""
-    block = list(shape.linears.values())
+    block = [(m.inputs, m.outputs) for m in shape.matrices]
     head = [(shape.width, shape.vocabulary)]
     found = [*_rates(block, rows), *_rates(head, rows)]
     return dict(zip(KINDS, found, strict=True))
@@ -84,7 +86,7 @@ def main() -> None:
     """Print the rates, the version of torch and its threads."""
     import torch
 
-    rates = measure(Shape.read(Path(sys.argv[1])))
+    rates = measure(read_shape(ModelSpec(name=sys.argv[1])))
     print(json.dumps({"rates": rates, "torch": torch.__version__, "threads": torch.get_num_threads()}))
 
 

@@ -15,14 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.flops import Document, Flops, Shape, Trained, step_flops
+from benchmarks.flops import Document, Flops, Trained, step_flops
 from benchmarks.workloads import RANK, Answering, Training
 from rung import opened
 from rung.evaluate.baselines import Framing
 from rung.model.policy import Policy, Untouched
 from rung.objective.reward import ScoreHead
+from rung.plan.shape import Shape, read_shape
 from rung.prepared import read_splits, tokenise
 from rung.spec.io import load
+from rung.spec.model import ModelSpec
 from rung.spec.run import RunSpec
 from rung.types import Example
 
@@ -36,7 +38,7 @@ def prepare_training(work: Training, folder: Path, model: Path) -> dict[str, Any
     if work.objective == "reward":  # drawn by each side for itself it would be another
         head = ScoreHead.fresh(Policy(opened.load(spec.model), Untouched()), spec.seed)
         (folder / "head.json").write_text(json.dumps(head.weight.tolist()))
-    shape = Shape.read(model)
+    shape = read_shape(ModelSpec(name=str(model)))
     trained = Trained(None) if work.method == "full" else Trained(RANK, min(work.layers or (0,)))
     first = len(steps) // work.epochs
     return {

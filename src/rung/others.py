@@ -22,15 +22,11 @@ from rung.model.policy import Policy, Untouched
 from rung.objective.reward import ScoreHead
 from rung.opened import load, once_more, open_reward
 from rung.scoring.verifiers import Verifier, verifier
-from rung.spec.method import LoraSpec
+from rung.spec.method import MOVES_BASE, LoraSpec
+from rung.spec.model import ALONE
 from rung.spec.objective import DistillSpec, FunctionSpec, ModelRewardSpec, PpoSpec
 from rung.spec.run import RunSpec
 from rung.types import Example, Record
-
-MOVES_BASE = ("full", "head")
-"""Methods whose base is no longer there for another adapter."""
-ALONE = {"revision": None, "student_of": None, "layers": None}
-"""What a model named by itself has not of the run's own."""
 
 
 def reference_of(spec: RunSpec, base: Base) -> Policy | None:
@@ -120,6 +116,10 @@ def worth_of(spec: RunSpec, base: Base, chat: Chat) -> Worth | None:
     if not (path / "run.json").exists():
         raise ConfigError("there is no such run", where="objective.reward.run", given=source.run)
     manifest = read_manifest(path)
+    kind = manifest["spec"].get("objective", {}).get("kind", "sft")
+    if kind != "reward":
+        what = "this run is no reward model"
+        raise ConfigError(what, where="objective.reward.run", given=f"{source.run}: objective.kind: {kind}")
     health = manifest.get("reward") or {}
     if health.get("verdict") != "healthy":
         verdict = f"{health['verdict']}: {health['reason']}" if health else "never measured: it had no validation pairs"
@@ -129,10 +129,11 @@ def worth_of(spec: RunSpec, base: Base, chat: Chat) -> Worth | None:
         say(f"the reward model is taken although it is {verdict}")
     policy, theirs, objective, trained = open_reward(path, _shared(path, base, spec))
     same_text(path, theirs, chat)
-    if trained.evaluate.context != spec.evaluate.context:
-        what = "this reward model was trained on other prompts"
-        known = f"evaluate.context: {trained.evaluate.context}"
-        raise ConfigError(what, where=source.run, given=known, allowed=spec.evaluate.context)
+    for name in ("context", *(("retrieve",) if spec.evaluate.context == "retrieved" else ())):
+        learned, asked = getattr(trained.evaluate, name), getattr(spec.evaluate, name)
+        if learned != asked:
+            what = "this reward model was trained on other prompts"
+            raise ConfigError(what, where=source.run, given=f"evaluate.{name}: {learned}", allowed=f"{asked}")
     if tasks := set(getattr(trained.method, "tasks", ())) - set(getattr(spec.method, "tasks", ())):
         what = "this reward model learned something for each task, and this run knows other tasks"
         raise ConfigError(what, where=source.run, given=", ".join(sorted(tasks)))

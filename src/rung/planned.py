@@ -81,7 +81,14 @@ def _work(trainer: Trainer, data: Tokenised, compute: str) -> Work:
     ahead = {id(batch.prefix): len(batch.prefix.ids) for batch in every if batch.prefix is not None}
     computed = sum(len(batch.ids) for batch in every) + sum(ahead.values())
     share = computed / sum(batch.document_tokens for batch in every)
-    return Work(compute, len(largest.ids), len(largest.loss.target), share, min(map(len, windows)))
+    return Work(
+        compute,
+        tokens=len(largest.ids),
+        learned=len(largest.loss.target),
+        computed=share,
+        documents=len(largest.documents),
+        batches=min(map(len, windows)),
+    )
 
 
 def _refuse(spec: RunSpec, found: Memory, there: int | None, *, beyond: bool) -> None:

@@ -17,7 +17,7 @@ from rung.engine.pack import pack
 from rung.engine.step import accumulate
 from rung.model import fused
 from rung.model.fuse import fuse, plain_part, unfuse
-from rung.model.fused import ACTIVATIONS, Part, gated_linear, linears, rms_norm
+from rung.model.fused import ACTIVATIONS, Part, gated, gated_linear, linears, rms_norm
 from rung.objective.sft import Sft
 from rung.spec.engine import OptimiserSpec
 from rung.spec.objective import SftSpec
@@ -91,6 +91,14 @@ def test_gated_linear(name: str, rank: int | None, moves: bool) -> None:
     act = {"silu": F.silu, "gelu": F.gelu}.get(name, lambda x: F.gelu(x, approximate="tanh"))
     ours = gated_linear(gate, up, ACTIVATIONS[name], p)
     same_gradients(ours, explicit(act(gate) * up, p), [gate, up, *moving([p])])
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_gated(name: str) -> None:
+    torch.manual_seed(1)
+    gate, up = random(3, 4, 6), random(3, 4, 6)
+    act = {"silu": F.silu, "gelu": F.gelu}.get(name, lambda x: F.gelu(x, approximate="tanh"))
+    same_gradients(gated(gate, up, ACTIVATIONS[name]), act(gate) * up, [gate, up])
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
@@ -194,6 +202,11 @@ def test_what_is_fused_and_what_is_left() -> None:
         policy, method = tuned("lora", **spec)
         layer = policy.model.get_submodule(method.names[0])
         assert method.part(layer) is None and "forward" not in vars(layer)
+        assert "forward" in vars(policy.model.model.layers[0].mlp), "what lies between its linears is computed again"
+    for kind in ("qlora", "mixture", "bottleneck"):
+        block = tuned(kind)[0].model.model.layers[0].mlp
+        assert "forward" in vars(block)
+    assert not block.down_proj._forward_hooks, "a bottleneck behind a block leaves its linears alone"
     own = tiny_model()
     before = {n: type(m).forward for n, m in own.named_modules()}
     fuse(own)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.flops import Document, Shape, Trained, step_flops
+from benchmarks.flops import Document, Trained, step_flops
 from benchmarks.rows import make_pairs, read_pairs
 from benchmarks.runner import Store
 from benchmarks.sides import speed, weights
@@ -15,6 +15,7 @@ from benchmarks.workloads import WORKLOADS, Training
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import tiny_model
+from rung.plan.shape import shape_of
 from rung.spec.io import parse
 
 LENGTH = 13
@@ -25,7 +26,7 @@ def test_operations_are_those_that_torch_counts() -> None:
     model = tiny_model()
     model.set_attn_implementation("eager")
     config = model.config
-    shape = Shape(config.num_hidden_layers, config.hidden_size, 16, config.intermediate_size, config.vocab_size)
+    shape = shape_of(config.to_dict())
     document = Document(tuple(range(3, 3 + LENGTH)), (True,) * LENGTH)
     found = step_flops([document], shape, Trained(None))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -34,16 +35,15 @@ def test_operations_are_those_that_torch_counts() -> None:
     counted = counter.get_total_flops()
     rotary = 2 * LENGTH * config.head_dim // 2  # angles are made by a product
     assert found["block_forward"] + found["head_forward"] + half_square == pytest.approx(counted, abs=rotary)
-    assert found["block_weight_grad"] == 2.0 * LENGTH * sum(i * o for i, o in shape.linears.values()) * shape.layers
+    assert found["block_weight_grad"] == 2.0 * LENGTH * shape.linear * shape.layers
 
 
 def test_shared_beginnings_are_counted_once_where_asked() -> None:
-    shape = Shape(2, 32, 16, 48, 320)
+    shape = shape_of(tiny_model().config.to_dict())
     documents = [Document((1, 2, 3, 4, 5 + i), (False,) * 4 + (True,)) for i in range(3)]
     whole, once = (step_flops(documents, shape, Trained(4), shared=shared) for shared in (False, True))
-    linear = sum(i * o for i, o in shape.linears.values())
-    low = 2 * 4 * sum(i + o for i, o in shape.linears.values())
-    saved = 2.0 * 8 * (2 * linear + low) + 4.0 * 32 * 2 * (2 * 16 / 2)
+    low = 2 * 4 * sum(m.inputs + m.outputs for m in shape.matrices)
+    saved = 2.0 * 8 * (2 * shape.linear + low) + 4.0 * 32 * 2 * (2 * 16 / 2)
     assert whole["block_forward"] - once["block_forward"] == pytest.approx(saved)
     assert whole["head_forward"] == once["head_forward"]
 

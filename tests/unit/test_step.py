@@ -17,7 +17,8 @@ from rung.engine.pack import pack, pack_separately
 from rung.engine.step import accumulate, mean_loss
 from rung.errors import DataError
 from rung.objective.sft import Sft, nll
-from rung.plan.memory import activation_bytes_per_token, tokens_per_micro_batch
+from rung.plan.kept import activation_bytes_per_token
+from rung.plan.memory import tokens_per_micro_batch
 from rung.plan.shape import shape_of
 from rung.spec.catalog import CATALOG
 from rung.spec.engine import OptimiserSpec

@@ -12,7 +12,7 @@ from rung.errors import PlanError
 from rung.method.base import Method
 from rung.model.policy import Policy
 from rung.objective.base import Objective
-from rung.plan.memory import layer_bytes_per_token
+from rung.plan.kept import layer_bytes_per_token
 from rung.plan.shape import Shape
 from rung.types import Example, PackedBatch
 

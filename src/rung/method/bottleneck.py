@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,10 @@ class Bottleneck(Method):
         self.hosts = _hosts(model, spec)
         for host in self.hosts.values():
             host.add_module(NAME, Adapter(features, spec, like))
-            host.register_forward_hook(self._beside if spec.placement == "parallel" else self._behind)
+        for name, host in self.hosts.items():
+            at = _block_ending_in(model, name) or host if spec.placement == "houlsby" else host
+            joined = self._beside if spec.placement == "parallel" else self._behind
+            at.register_forward_hook(partial(joined, host.get_submodule(NAME)))
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Down and up of every adapter."""
@@ -113,15 +117,22 @@ class Bottleneck(Method):
             hint="serve the base with the adapter, or train a lora",
         )
 
-    def _behind(self, host: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    def _behind(self, adapter: nn.Module, at: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         if not self.on:
             return output
         if isinstance(output, tuple):
-            return (output[0] + host.get_submodule(NAME)(output[0]), *output[1:])
-        return output + host.get_submodule(NAME)(output)
+            return (output[0] + adapter(output[0]), *output[1:])
+        return output + adapter(output)
 
-    def _beside(self, host: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-        return output + host.get_submodule(NAME)(inputs[0]) if self.on else output
+    def _beside(self, adapter: nn.Module, at: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        return output + adapter(inputs[0]) if self.on else output
+
+
+def _block_ending_in(model: nn.Module, name: str) -> nn.Module | None:
+    """The gated block whose output is this linear's: without a hook inside it computes as one, and keeps less."""
+    parent, _, own = name.rpartition(".")
+    block = model.get_submodule(parent)
+    return block if own == "down_proj" and {"gate_proj", "up_proj"} <= dict(block.named_children()).keys() else None
 
 
 def _hosts(model: PreTrainedModel, spec: BottleneckSpec) -> dict[str, nn.Module]:

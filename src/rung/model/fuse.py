@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rung.model.fused import ACTIVATIONS, Activation, Part, gated_linear, linears, rms_norm
+from rung.model.fused import ACTIVATIONS, Activation, Part, gated, gated_linear, linears, rms_norm
 
 PartOf = Callable[[nn.Module], Part | None]
 """Reads a linear module at the moment of a call; None where only the module itself can compute."""
@@ -169,7 +169,7 @@ class _Norm:
 def _fuse_gated(module: nn.Module, part_of: PartOf, tried: dict[type, bool]) -> bool:
     """down(act(gate(x)) * up(x)) as one backward pass, where that is what the module computes: tried once a class."""
     linear = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    if not all(isinstance(m, nn.Module) and part_of(m) is not None for m in linear):
+    if not all(isinstance(m, nn.Module) and hasattr(m, "in_features") for m in linear):
         return False
     if (activation := _activation(getattr(module, "act_fn", None))) is None:
         return False
@@ -185,16 +185,17 @@ def _fuse_gated(module: nn.Module, part_of: PartOf, tried: dict[type, bool]) -> 
 def _computes_the_same(module: nn.Module, ours: _Gated, linears: Sequence[Any]) -> bool:
     """On a little random input, in float32 at least: a base held narrow could not run its own forward."""
     parameters = [p for linear in linears for p in linear.parameters() if p.is_floating_point()]
-    if any(p.device.type == "meta" for p in parameters):
+    device = next(linears[0].parameters()).device
+    if device.type == "meta":
         return False
     held = [p.data for p in parameters]
-    wide = torch.promote_types(parameters[0].dtype, torch.float32)
+    wide = torch.promote_types(parameters[0].dtype if parameters else torch.float32, torch.float32)
     draw = torch.Generator().manual_seed(0)
     try:
         for p in parameters:
             p.data = p.data.to(wide)
-        width = _part_width(ours, linears[0])
-        probe = torch.randn(2, width, generator=draw, dtype=torch.float64).to(parameters[0].device, wide)
+        probe = torch.randn(2, linears[0].in_features, generator=draw, dtype=torch.float64)
+        probe = probe.to(device, wide)
         expected, found = module.forward(probe), ours(probe)
     finally:
         for p, data in zip(parameters, held, strict=True):
@@ -203,23 +204,16 @@ def _computes_the_same(module: nn.Module, ours: _Gated, linears: Sequence[Any]) 
     return same_shape and bool(torch.allclose(expected, found, rtol=1e-3, atol=1e-3 * float(expected.abs().max())))
 
 
-def _part_width(ours: _Gated, linear: nn.Module) -> int:
-    part = ours.part_of(linear)
-    assert part is not None  # noqa: S101 -- for the type checker: it was asked for before
-    return part.weight.shape[1]
-
-
 class _Gated:
     def __init__(self, module: nn.Module, activation: Activation, part_of: PartOf) -> None:
         self.module, self.activation, self.part_of = module, activation, part_of
-        self.own = module.forward
 
     def __call__(self, x: Tensor) -> Any:
+        gate, up = self.module.gate_proj(x), self.module.up_proj(x)  # type: ignore[operator]
         last: Any = self.module.down_proj
         part = self.part_of(last)
         if part is None or last._forward_hooks or last._forward_pre_hooks:  # hooks want it called as a module
-            return self.own(x)
-        gate, up = self.module.gate_proj(x), self.module.up_proj(x)  # type: ignore[operator]
+            return last(gated(gate, up, self.activation))
         return gated_linear(gate, up, self.activation, part)
 
 

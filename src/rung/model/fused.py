@@ -57,6 +57,11 @@ def gated_linear(gate: Tensor, up: Tensor, activation: Activation, part: Part) -
     return _GatedLinear.apply(gate, up, activation, part.scale, *_flat([part]))  # type: ignore[no-any-return, no-untyped-call]
 
 
+def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    """activation(gate) * up, for a linear that computes by itself; keeps gate and up alone."""
+    return _Gated.apply(gate, up, activation)  # type: ignore[no-any-return, no-untyped-call]
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """(offset + weight) * x / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019, eq. 4); Gemma's offset is 1.
 
@@ -146,6 +151,20 @@ class _GatedLinear(torch.autograd.Function):
         d_hidden = d_hidden.view(up.shape).to(up.dtype)
         d_up = activated.mul_(d_hidden)
         return act_backward(d_hidden.mul_(up), gate), d_up, None, None, *d_flat
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+        ctx.activation = activation
+        ctx.save_for_backward(gate, up)
+        return activation[0](gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        act, act_backward = ctx.activation
+        return act_backward(grad * up, gate), act(gate).mul_(grad), None
 
 
 class _RmsNorm(torch.autograd.Function):

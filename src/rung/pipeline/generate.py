@@ -24,10 +24,10 @@ from rung.held import Journal, write_text
 from rung.model.generate import Answer, Sampling, generate_by_task
 from rung.model.load import Base
 from rung.model.policy import Policy, Untouched, by_document
-from rung.others import ALONE, same_text
+from rung.others import same_text
 from rung.spec.data import DataSpec, Format
 from rung.spec.io import parse
-from rung.spec.model import ModelSpec
+from rung.spec.model import ALONE, ModelSpec
 from rung.types import Example, PackedBatch, Record
 from rung.whole import MANIFEST
 

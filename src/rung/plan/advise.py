@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,8 +14,9 @@ from rung.plan.memory import Memory, Work, memory, tokens_per_micro_batch
 from rung.plan.shape import Shape, read_shape
 from rung.plan.time import DEVICES, Amount, Device, Rate, amount_of, rate_for, run_flops
 from rung.plan.trained import trained
-from rung.spec.method import METHOD_SPECS
-from rung.spec.model import ModelSpec
+from rung.spec.method import METHOD_SPECS, MOVES_BASE
+from rung.spec.model import ALONE, ModelSpec
+from rung.spec.objective import ModelRewardSpec
 from rung.spec.run import RunSpec
 
 PROBED = 2048
@@ -149,8 +151,9 @@ def guessed_work(spec: RunSpec, shape: Shape, device: Device | None) -> Work:
     given = spec.engine.tokens_per_micro_batch
     kind = "cpu" if device is None else "cuda"
     budget = tokens_per_micro_batch(shape, kind) if given == "auto" else PROBED if given == "probe" else given
-    tokens = max(budget, spec.data.max_length or 0)
-    return Work(compute_type(spec.model, device), tokens, int(tokens * LEARNED))
+    longest = spec.data.max_length or 0
+    tokens = max(budget, longest)
+    return Work(compute_type(spec.model, device), tokens, int(tokens * LEARNED), documents=1 if longest > budget else 2)
 
 
 def compute_type(model: ModelSpec, device: Device | None) -> str:
@@ -175,15 +178,38 @@ def other_shapes(spec: RunSpec) -> dict[str, Shape]:
     """Further models of a run, by what they are there for; adapters on the run's own base are none."""
     found: dict[str, Shape] = {}
     named = getattr(spec.objective, "against", None)
-    if named is not None and (named != "base" or spec.method.kind == "full"):
-        found["reference"] = read_shape(spec.model if named == "base" else _alone(spec, named))
+    if named == "base":
+        if spec.method.kind == "full":
+            found["reference"] = read_shape(spec.model)
+    elif named is not None:
+        found["reference"] = _named(spec, named, "objective.reference")
     if spec.objective.kind == "distill":
-        found["teacher"] = read_shape(_alone(spec, spec.objective.teacher))
+        found["teacher"] = _named(spec, spec.objective.teacher, "objective.teacher")
+    reward = getattr(spec.objective, "reward", None)
+    if isinstance(reward, ModelRewardSpec) and not _shares_base(spec, Path(reward.run)):
+        found["reward"] = _named(spec, reward.run, "objective.reward.run")
     return found
 
 
-def _alone(spec: RunSpec, name: str) -> ModelSpec:
-    return spec.model.model_copy(update={"name": name, "revision": None, "student_of": None, "layers": None})
+def _named(spec: RunSpec, name: str, where: str) -> Shape:
+    """Of a model that the config names elsewhere: what is wrong with it is said of that place."""
+    try:
+        return read_shape(spec.model.model_copy(update={"name": name, **ALONE}))
+    except ConfigError as error:
+        own = where if error.where == "model.name" else error.where
+        raise ConfigError(
+            error.summary, where=own, given=error.given, allowed=error.allowed, hint=error.hint
+        ) from error
+
+
+def _shares_base(spec: RunSpec, run: Path) -> bool:
+    """Whether a reward run is one more adapter on this run's weights."""
+    try:
+        theirs = json.loads((run / "run.json").read_text())["spec"]["model"]["name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    whole = (run / "model").exists() or spec.method.kind in MOVES_BASE
+    return bool(theirs == spec.model.name) and not whole
 
 
 def alternatives(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:

@@ -1,13 +1,8 @@
 """Bytes that a run holds at its peak, term by term, from the shape of its model.
 
 A run has stages (loading, steps, rollouts, saving), and its peak is that of the largest. Formulas are those of what the
-engine keeps: of a micro-batch of n tokens each layer keeps
-
-    2 H + 2 H_q + 2 H_kv + 2 H_mlp + ranks          numbers a token
-
-(the inputs of two norms; queries and attention's output; keys and values; both branches of a gated feed-forward block;
-the low-rank products), and the head two vectors of width H a learned token. What Python and its libraries hold before
-any model is there comes on top, and is stated apart: `FOOTPRINT`.
+engine keeps: layers what `rung.plan.kept` says, the head two vectors of width H a learned token. What Python and its
+libraries hold before any model is there comes on top, and is stated apart: `FOOTPRINT`.
 """
 
 from __future__ import annotations
@@ -15,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from rung.plan.kept import activation_bytes_per_token, numbers_beside
 from rung.plan.shape import BYTES, Shape
 from rung.plan.trained import Trained, trained
-from rung.spec.method import in_front
+from rung.spec.method import MOVES_BASE, in_front
 from rung.spec.run import RunSpec
 
 FOOTPRINT = 560 * 2**20
@@ -34,9 +30,11 @@ NF4 = 0.5 + 1 / 64
 NF4_PLAIN = 0.5 + 4 / 64
 """The same with scales in float32."""
 
-
-HOLES = 0.19
-"""Of what a step keeps: freed memory of a size that is not asked for again (measured with glibc)."""
+BITSANDBYTES = 110 * 10**6
+"""The library alone (measured)."""
+HOLES, HOLES_ALONE = 0.19, 0.65
+"""Of what a step keeps: freed memory of a size that is not asked for again (measured with glibc 2.36). A long document,
+alone in its micro-batch, leaves more: what attention makes and forgets is as large, and of another size in the next."""
 UNFUSED = 3.6
 """Times what transformers' and peft's own forward keep (`model.fused: false`), beside ours (measured)."""
 PRODUCTS = 105 * 10**6
@@ -84,6 +82,8 @@ class Work:
     """Of them, those that the loss is taken of."""
     computed: float = 1.0
     """Tokens computed over tokens of the documents: less than 1 where beginnings are shared."""
+    documents: int = 2
+    """Of the largest micro-batch."""
     batches: int = 2
     """Micro-batches of a step: with one, gradients grow while activations go."""
 
@@ -117,17 +117,6 @@ class Memory:
         return {**total, "footprint_bytes": self.footprint, "at": self.largest.name, "stages": stages}
 
 
-def activation_bytes_per_token(shape: Shape, compute: str = "float32", *, lowest: int = 0, ranks: int = 0) -> int:
-    """What the layers from `lowest` on keep of a token for the backward pass; `ranks` is their sum in one layer."""
-    return (shape.layers - lowest) * layer_bytes_per_token(shape, compute, ranks=ranks)
-
-
-def layer_bytes_per_token(shape: Shape, compute: str = "float32", *, ranks: int = 0) -> int:
-    """The same of one layer."""
-    numbers = 2 * shape.width + 2 * shape.query + 2 * shape.kv + 2 * shape.mlp + ranks
-    return numbers * _width(compute)
-
-
 def tokens_per_micro_batch(shape: Shape, device: str) -> int:
     """The `auto` budget. 776 tokens for a 135M model: a few hundred rows keep products near full speed."""
     if device == "cuda":
@@ -154,7 +143,8 @@ def memory(spec: RunSpec, shape: Shape, work: Work, others: Mapping[str, Shape] 
         stages.append(Stage("rollouts", (*held, *answering(shape, rows, tokens, work.compute))))
     kept = [term for term in held if term.name not in ("moments", "value")]
     stages.append(Stage("saving", (*kept, *_saving(own))))
-    return Memory(tuple(stages))
+    imported = spec.method.kind == "qlora" or spec.engine.optimiser.moments == "int8"
+    return Memory(tuple(stages), FOOTPRINT + (BITSANDBYTES if imported else 0))
 
 
 def answering(shape: Shape, rows: int, tokens: int, compute: str) -> Sequence[Term]:
@@ -186,9 +176,17 @@ def weights(spec: RunSpec, shape: Shape, compute: str) -> Sequence[Term]:
         return (
             Term("quantised", int(inside * each) + scales, f"{bits} bits a number of the layers' linears, and scales"),
             Term("weights", rest, "embeddings, head and norms, as they are"),
+            *_still_mapped(shape, inside, width),
         )
     why = "bfloat16 as in the file, widened where it is used" if width == 2 and small == 4 else f"{width} bytes each"
     return (Term("weights", width * inside + rest, why),)
+
+
+def _still_mapped(shape: Shape, inside: int, width: int) -> Sequence[Term]:
+    """What was quantised stays readable in the file as long as embeddings are read from it."""
+    if BYTES[shape.stored] != width or shape.stored == "float16":
+        return ()
+    return (Term("file", width * inside, f"{shape.stored}, mapped with its embeddings", mapped=True),)
 
 
 def _held(spec: RunSpec, shape: Shape, own: Trained, work: Work, others: Mapping[str, Shape]) -> Sequence[Term]:
@@ -199,7 +197,7 @@ def _held(spec: RunSpec, shape: Shape, own: Trained, work: Work, others: Mapping
         found.append(Term("adapter", 4 * (moving + own.frozen), "float32, and the frozen half where there is one"))
     moments = 2 if spec.engine.optimiser.moments == "int8" else 8
     found.append(Term("moments", moments * moving, f"{moments // 2} bytes for each of AdamW's two"))
-    if spec.objective.kind == "ppo" and spec.method.kind not in ("full", "head"):  # whose base is no longer there
+    if spec.objective.kind == "ppo" and spec.method.kind not in MOVES_BASE:
         found.append(Term("value", 16 * moving, "the value model's own adapter, its gradients and moments"))
     for name, other in others.items():
         width = 2 if work.compute == "bfloat16" or (other.stored == "bfloat16" and spec.model.fused) else 4
@@ -209,8 +207,8 @@ def _held(spec: RunSpec, shape: Shape, own: Trained, work: Work, others: Mapping
 
 def _backward(spec: RunSpec, shape: Shape, own: Trained, work: Work) -> Sequence[Term]:
     """What a step holds besides, at the end of the forward pass of its last micro-batch."""
-    ranks = _ranks(spec)
-    kept = activation_bytes_per_token(shape, work.compute, lowest=min(own.lowest, shape.layers - 1), ranks=ranks)
+    lowest = min(own.lowest, shape.layers - 1)
+    kept = activation_bytes_per_token(shape, work.compute, lowest=lowest, beside=numbers_beside(spec.method, shape))
     tokens = work.tokens + in_front(spec.method)
     gradients = 4 * (own.moving or 0)
     activations = int(kept * tokens * (1.0 if spec.model.fused else UNFUSED))
@@ -219,6 +217,8 @@ def _backward(spec: RunSpec, shape: Shape, own: Trained, work: Work) -> Sequence
     per_token = _width(compute=work.compute)
     scratch = per_token * tokens * (4 * shape.mlp + 4 * shape.width)
     vectors = 3 * per_token * shape.width * work.learned
+    alone = work.documents == 1 and work.tokens > tokens_per_micro_batch(shape, "cpu")
+    holes = HOLES_ALONE if alone else HOLES
     # gradients of the head, of the embeddings, and their sum where both are one matrix
     moved = {"full": 3 if shape.tied else 2, "head": 1}.get(spec.method.kind, 0) * 4 * shape.embedding
     return (
@@ -228,7 +228,7 @@ def _backward(spec: RunSpec, shape: Shape, own: Trained, work: Work) -> Sequence
             "head", vectors + 3 * 4 * TILE + moved, "vectors of the learned tokens, tiles, its gradient where it moves"
         ),
         Term("scratch", scratch, "what one layer makes and forgets"),
-        Term("holes", int(HOLES * (activations + scratch)), f"{HOLES:.0%}: what the allocator cannot use again"),
+        Term("holes", int(holes * (activations + scratch)), f"{holes:.0%}: what the allocator cannot use again"),
         Term("products", PRODUCTS, "buffers of matrix products (measured)"),
     )
 
@@ -258,12 +258,6 @@ def _loading(spec: RunSpec, shape: Shape, work: Work) -> Sequence[Term]:
 def _saving(own: Trained) -> Sequence[Term]:
     """What is written is copied tensor by tensor, and looked at again so."""
     return (Term("copies", 2 * 4 * own.largest, "of the largest tensor, written and looked at again"),)
-
-
-def _ranks(spec: RunSpec) -> int:
-    """Low-rank products a token and layer; 0 for methods without."""
-    rank = getattr(spec.method, "rank", 0)
-    return int(rank) * len(getattr(spec.method, "targets", ())) * int(getattr(spec.method, "experts", 1))
 
 
 def _width(compute: str) -> int:

@@ -46,7 +46,7 @@ def _low_rank(spec: LowRankSpec, shape: Shape) -> Trained:
     chosen = layers_named(spec.layers, range(shape.layers))
     numbers = largest = 0
     for layer in chosen:
-        for matrix in _aimed_at(spec.targets, shape):
+        for matrix in aimed_at(spec.targets, shape):
             rank = _rank(spec, layer, matrix)
             numbers += rank * (matrix.inputs + matrix.outputs) + (matrix.outputs if spec.dora else 0)
             largest = max(largest, rank * max(matrix.inputs, matrix.outputs))
@@ -58,7 +58,7 @@ def _low_rank(spec: LowRankSpec, shape: Shape) -> Trained:
 
 def _mixture(spec: MixtureSpec, shape: Shape) -> Trained:
     chosen = layers_named(spec.layers, range(shape.layers))
-    own = _aimed_at(spec.targets, shape)
+    own = aimed_at(spec.targets, shape)
     each = sum(spec.experts * (spec.rank * (m.inputs + m.outputs) + m.inputs) for m in own)
     widest = max((max(m.inputs, m.outputs) for m in own), default=0)
     return Trained(len(chosen) * each, 0, len(chosen) * each, spec.experts * spec.rank * widest, min(chosen))
@@ -80,7 +80,8 @@ def _virtual(spec: Any, shape: Shape) -> Trained:
     return Trained(rows + encoder, 0, tasks * tokens * width, max(rows // tasks, encoder))
 
 
-def _aimed_at(targets: tuple[Any, ...], shape: Shape) -> list[Matrix]:
+def aimed_at(targets: tuple[Any, ...], shape: Shape) -> list[Matrix]:
+    """The linears of a layer that a method goes to."""
     return [m for m in shape.matrices if set(m.roles) & set(targets)]
 
 

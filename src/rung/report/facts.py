@@ -12,6 +12,7 @@ from typing import Any
 from rung.report.folder import PERPLEXITY
 from rung.report.human import NONE, Json, bounds, count, decimals, duration, fixed, memory, p_value, significant
 from rung.spec.climb import UNTUNED
+from rung.spec.method import MOVES_BASE
 
 ALL_ROLES = {"q", "k", "v", "o", "gate", "up", "down"}
 MERGED = ("lora", "qlora", "lottery")
@@ -306,7 +307,7 @@ def after_run(manifest: Json, output: str) -> list[str]:
 def artefact(manifest: Json, output: str) -> str:
     """Where the tuned weights are."""
     kind = manifest.get("spec", {}).get("method", {}).get("kind")
-    return str(Path(output) / ("model" if kind in ("full", "head") else "adapter"))
+    return str(Path(output) / ("model" if kind in MOVES_BASE else "adapter"))
 
 
 def _tuned_folder(ladder: Json) -> str | None:

@@ -146,6 +146,8 @@ class QloraSpec(LowRankSpec):
         return self
 
 
+MOVES_BASE = ("full", "head")
+"""Methods whose base is no longer there for another adapter."""
 SUBTRACTED = frozenset({"pissa", "olora", "corda", "corda_knowledge", "lora_ga"})
 """Starts that are not zero: a frozen half of the adapter takes them off the base again."""
 CALIBRATED = SUBTRACTED | {"eva"}

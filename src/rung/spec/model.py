@@ -8,6 +8,8 @@ from pydantic import NonNegativeInt, model_validator
 
 from rung.spec.base import Spec
 
+ALONE = {"revision": None, "student_of": None, "layers": None}
+"""What a model that is named elsewhere in a config has not of the run's own."""
 StudentLayers = Literal["every_other", "first", "last"] | tuple[NonNegativeInt, ...]
 
 
