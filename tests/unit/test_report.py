@@ -15,7 +15,7 @@ import pytest
 
 from rung.engine.items import read_items, write_items
 from rung.errors import CheckpointError
-from rung.report.examples import choose
+from rung.report.examples import EACH, FIRST, browse
 from rung.report.folder import read
 from rung.report.html import build
 from rung.scoring.stats import paired_difference, score_interval
@@ -200,7 +200,7 @@ def test_a_climb_shows_all_of_its_parts(tmp_path: Path) -> None:
     shown = page(folder)
     told = json.loads((folder / "run.json").read_text())["ladder"]["verdict"]["text"]
     assert shown.text.index(told) < shown.text.index("The ladder")
-    for heading in ("The ladder", "Course", "10 examples, side by side", "What was trained", "Gates", "Data", "config"):
+    for heading in ("The ladder", "Course", "Answers, side by side", "What was trained", "Gates", "Data", "config"):
         assert heading in shown.text
     costs = ("4.9M", "3 min 12 s", "2.4 GB", "624", "1.5 s", "124 tokens/s")
     data = ("20,132 supervised", "5 rejected", "lora 6 of 60")
@@ -262,7 +262,7 @@ def test_a_scored_run_shows_scores_and_answers(tmp_path: Path) -> None:
     scored = {"exact": score_interval(right.astype(float), binary=True).to_json()}
     write_json(folder / "run.json", {**manifest, "metrics": {"scores": scored, "prompt_tokens": 120.0, "cut_off": 4}})
     shown = page(folder)
-    assert "10 examples" in shown.text and "examples, side" not in shown.text
+    assert "some of each 10" in shown.text and "right 20" in shown.text and "Answers, side" not in shown.text
     assert "0.33" in shown.text and "[0.23, 0.46]" in shown.text and "this run 4 of 60" in shown.text
     assert "rung eval" not in shown.text
 
@@ -348,18 +348,57 @@ def test_training_seeds_each_stand_in_what_was_trained(tmp_path: Path) -> None:
 
 def test_a_moved_climb_still_finds_its_rungs(tmp_path: Path) -> None:
     Made().write(tmp_path / "climb").rename(tmp_path / "elsewhere")
-    assert "10 examples" in page(tmp_path / "elsewhere").text
+    assert "where they differ 10" in page(tmp_path / "elsewhere").text
 
 
 def test_examples_show_every_way_the_rungs_differ(tmp_path: Path) -> None:
     source = read(Made().write(tmp_path / "climb"))
-    shown = choose(source.rungs, source.metrics)
+    shown = [e for e in browse(source.rungs, source.metrics).examples if "differ" in e.filters]
     patterns = [tuple(a.marks[0].tone for a in example.answers) for example in shown]
     every = list(zip(*([item["scores"]["exact"] for item in rung.items] for rung in source.rungs), strict=True))
     differing = {p for p in every if len(set(p)) > 1}
     assert len(set(patterns)) == len(differing) and all(len(set(p)) > 1 for p in patterns)
-    assert len({example.group for example in shown}) >= 6
-    assert choose(source.rungs, source.metrics) == shown
+    assert len({example.group for example in shown}) >= 6 and len(shown) == FIRST
+    assert browse(source.rungs, source.metrics) == browse(source.rungs, source.metrics)
+
+
+def test_filters_show_who_alone_was_right(tmp_path: Path) -> None:
+    source = read(Made({"zero_shot": 0.2, "few_shot": 0.3, "lora": 0.9}).write(tmp_path / "climb"))
+    low, middle, tuned = ([item["scores"]["exact"] == 1.0 for item in rung.items] for rung in source.rungs)
+    counted = {
+        "tuned": sum(t and not a and not b for a, b, t in zip(low, middle, tuned, strict=True)),
+        "untuned": sum((a or b) and not t for a, b, t in zip(low, middle, tuned, strict=True)),
+        "all": sum(a and b and t for a, b, t in zip(low, middle, tuned, strict=True)),
+        "none": sum(not (a or b or t) for a, b, t in zip(low, middle, tuned, strict=True)),
+    }
+    browser = browse(source.rungs, source.metrics)
+    assert {f.key: f.items for f in browser.filters[1:]} == {key: n for key, n in counted.items() if n}
+    assert counted["tuned"] > EACH
+    for key in counted:
+        shown = [example for example in browser.examples if key in example.filters]
+        assert len(shown) == min(EACH, counted[key])
+        for example in shown:
+            right = [answer.marks[0].tone == "good" for answer in example.answers]
+            wanted = {"tuned": [False, False, True], "all": [True] * 3, "none": [False] * 3}.get(key)
+            assert right == wanted if wanted else not right[2] and any(right)
+    text = build(tmp_path / "climb").read_text(encoding="utf-8")
+    assert all(f"#show-{f.key}:checked" in text and f'id="show-{f.key}"' in text for f in browser.filters)
+
+
+def test_what_only_looking_up_gets_right(tmp_path: Path) -> None:
+    def looked_up(ladder: dict[str, Any]) -> None:
+        ladder["ladder"][1]["retrieval"] = {
+            "hit_rate": {"mean": 0.5, "low": 0.4, "high": 0.6, "examples": ITEMS}, "hits": ITEMS // 2,
+            "without_passages": 0, "judged_by_context": ITEMS, "judged_by_answer": 0, "empty_documents": 0,
+            "duplicate_passages": 0, "top_k": 1, "passages": 9, "documents": 9, "from": None, "chunk_words": 9, "overlap": 0,
+        }  # fmt: skip
+
+    source = read(Made({"zero_shot": 0.1, "few_shot": 0.9}, change=looked_up).write(tmp_path / "climb"))
+    browser = browse(source.rungs, source.metrics)
+    assert [f.key for f in browser.filters][:2] == ["differ", "found"]
+    for example in browser.examples:
+        if "found" in example.filters:
+            assert [answer.marks[0].tone for answer in example.answers] == ["bad", "good"]
 
 
 def test_perplexity_marks_nats_and_calls_no_answer_wrong(tmp_path: Path) -> None:
@@ -368,7 +407,9 @@ def test_perplexity_marks_nats_and_calls_no_answer_wrong(tmp_path: Path) -> None
         kept, about = read_items(folder / f"rungs/{label}/items.parquet")
         scored = [item | {"scores": {}, "nats": 6.0 - nats, "answer_tokens": 4} for item in kept]
         write_items(folder / f"rungs/{label}/items.parquet", scored, about)
-    (example, *_) = choose(read(folder).rungs, ["perplexity"])
+    browser = browse(read(folder).rungs, ["perplexity"])
+    assert [f.key for f in browser.filters] == ["differ"], "nobody is right or wrong by it"
+    (example, *_) = browser.examples
     assert [mark.text for answer in example.answers for mark in answer.marks] == [
         "1.50 nats per token",
         "1.25 nats per token",

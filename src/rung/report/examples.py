@@ -1,9 +1,12 @@
-"""Which items to show side by side: first those on which the rungs differ, each pattern of right and wrong in turn."""
+"""Which items to show side by side: those on which the rungs differ, each pattern of right and wrong in turn.
+
+Others stand behind filters, by who was right: what only tuning gets right, what tuning lost, what only looking up finds.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,21 +48,77 @@ class Example:
     context: str | None
     expected: str
     answers: tuple[Answer, ...]
+    filters: tuple[str, ...] = ()
+    """Keys of those that show it."""
 
 
-def choose(rungs: Sequence[Rung], metrics: Sequence[str], limit: int = 10) -> list[Example]:
-    """At most `limit` items that every rung answered; the same folder always gives the same ones.
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Some of the items, by who was right."""
+
+    key: str
+    label: str
+    items: int
+    """All of them; no more than `EACH` are on the page."""
+
+
+@dataclass(frozen=True, slots=True)
+class Browser:
+    """Items to look through."""
+
+    filters: tuple[Filter, ...]
+    """The first is what stands there before anybody chooses; a single one is no choice."""
+    examples: tuple[Example, ...]
+
+
+FIRST, EACH = 10, 20
+"""Items on the page at first, and for each filter."""
+
+
+def browse(rungs: Sequence[Rung], metrics: Sequence[str]) -> Browser:
+    """Items that every rung answered, by who was right; the same folder always gives the same ones.
 
     Rare patterns would drown in frequent ones, so patterns take turns, and within one so do the clusters.
     """
-    answered = [{item["source"]: item for item in rung.items} for rung in rungs if rung.items]
-    labels = [rung.label for rung in rungs if rung.items]
-    if not answered:
-        return []
+    shown = [rung for rung in rungs if rung.items]
+    if not shown:
+        return Browser((), ())
+    answered = [{item["source"]: item for item in rung.items} for rung in shown]
     shared = [source for source in answered[0] if all(source in items for items in answered)]
     rows = [[items[source] for items in answered] for source in shared]
-    chosen = [rows[i] for i in _in_turn(rows, metrics)[:limit]]
-    return [_example(row, labels, metrics) for row in chosen]
+    order = _in_turn(rows, metrics)
+    on = {i: ["differ"] for i in order[:FIRST]}
+    filters = [Filter("differ", "where they differ" if len(shown) > 1 else "some of each", len(on))]
+    for key, label, holds in _kinds(shown, metrics):
+        found = [i for i in order if holds(_well(rows[i], metrics[0]))]
+        if found:
+            filters.append(Filter(key, label, len(found)))
+        for i in found[:EACH]:
+            on.setdefault(i, []).append(key)
+    labels = [rung.label for rung in shown]
+    return Browser(tuple(filters), tuple(_example(rows[i], labels, metrics, on[i]) for i in order if i in on))
+
+
+def _kinds(rungs: Sequence[Rung], metrics: Sequence[str]) -> list[tuple[str, str, Callable[[Sequence[bool]], bool]]]:
+    """Filters that these rungs can be told apart by: a key, what it says, and whether it holds of who was right."""
+    if not metrics or metrics[0] == PERPLEXITY:  # by which no answer is right
+        return []
+    if len(rungs) == 1:
+        return [("all", "right", all), ("none", "wrong", lambda well: not any(well))]
+
+    def only(those: Sequence[bool]) -> Callable[[Sequence[bool]], bool]:
+        """Whether some of these were right, and none of the others."""
+        return lambda well: {True} == {own for own, right in zip(those, well, strict=True) if right}
+
+    tuned = [bool(rung.runs) for rung in rungs]
+    found = [bool(rung.row.get("retrieval")) for rung in rungs]
+    kinds: list[tuple[str, str, Callable[[Sequence[bool]], bool]]] = []
+    if len(set(tuned)) > 1:
+        kinds.append(("tuned", "only tuned is right", only(tuned)))
+        kinds.append(("untuned", "only untuned is right", only([not own for own in tuned])))
+    if len(set(found)) > 1:
+        kinds.append(("found", "only with retrieval", only(found)))
+    return [*kinds, ("all", "all right", all), ("none", "none right", lambda well: not any(well))]
 
 
 def _in_turn(rows: Sequence[Sequence[Item]], metrics: Sequence[str]) -> list[int]:
@@ -99,7 +158,7 @@ def _well(row: Sequence[Item], metric: str) -> tuple[bool, ...]:
     return tuple(item.get("scores", {}).get(metric, 0.0) >= 0.5 for item in row)
 
 
-def _example(row: Sequence[Item], labels: Sequence[str], metrics: Sequence[str]) -> Example:
+def _example(row: Sequence[Item], labels: Sequence[str], metrics: Sequence[str], filters: Sequence[str]) -> Example:
     first = row[0]
     seen = Counter(item["context"] for item in row if item.get("context"))
     # The context may be withheld from one rung only: it is the item's all the same.
@@ -115,7 +174,7 @@ def _example(row: Sequence[Item], labels: Sequence[str], metrics: Sequence[str])
         for label, item in zip(labels, row, strict=True)
     )
     question, expected = first.get("question", ""), first.get("expected", "")
-    return Example(first["source"], first.get("group"), question, context, expected, answers)
+    return Example(first["source"], first.get("group"), question, context, expected, answers, tuple(filters))
 
 
 def _marks(item: Item, metrics: Sequence[str]) -> tuple[Mark, ...]:

@@ -55,13 +55,14 @@ def ladder_rows(rows: Sequence[tuple[str, Json]], metrics: Sequence[str], verdic
     digits = {m: decimals(row.get("scores", {}).get(m) for _, row in rows) for m in metrics}
     gain_digits = decimals(row.get("gain") for _, row in rows)
     lower = metrics[0] == PERPLEXITY
+    corrected = {step["upper"]: step["p_holm"] for step in (verdict or {}).get("steps", ())}
     return [
         LadderRow(
             label,
             _note(label, verdict),
             row.get("sees", ""),
             tuple(_score(row.get("scores", {}).get(m), digits[m]) for m in metrics),
-            _gain(row.get("gain"), gain_digits, lower_is_better=lower),
+            _gain(row.get("gain"), gain_digits, corrected.get(label), lower_is_better=lower),
             count(row.get("trainable_parameters") or None),
             duration(row.get("train_seconds") or None),
             memory(row.get("peak_memory_bytes")),
@@ -334,14 +335,14 @@ def _score(estimate: Json | None, digits: int) -> Cell:
     return Cell(fixed(estimate["mean"], digits), bounds(estimate, digits)) if estimate else Cell(NONE)
 
 
-def _gain(estimate: Json | None, digits: int, *, lower_is_better: bool) -> Cell:
+def _gain(estimate: Json | None, digits: int, corrected: float | None, *, lower_is_better: bool) -> Cell:
     if estimate is None:
         return Cell(NONE)
     low, high = estimate.get("low"), estimate.get("high")
     up, down = low is not None and low > 0, high is not None and high < 0
     tone = ("bad" if up == lower_is_better else "good") if up or down else ""
     mean = fixed(estimate["mean"], digits, signed=True)
-    return Cell(mean, bounds(estimate, digits), p_value(estimate.get("p_value")), tone)
+    return Cell(mean, bounds(estimate, digits), p_value(corrected), tone)
 
 
 def _rounded(number: float | None) -> str:
