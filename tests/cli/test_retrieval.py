@@ -119,6 +119,24 @@ def test_a_run_by_itself_retrieves_in_training_and_in_eval(boxes: Path, tmp_path
     assert code == 0 and "40 of 40" not in out and "retrieved" in out
 
 
+def test_passages_are_no_contamination(boxes: Path, tmp_path: Path, capsys: Any) -> None:
+    """The second passage of a held-out question is another box's, word for word what the run has learned from."""
+    kept = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    for row in kept:
+        row["context"] += "".join(f" word{row['box']}x{n}" for n in range(15))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    assert inside(capsys, "train", boxes, "evaluate.context=retrieved", "evaluate.retrieve={top_k: 2}")[0] == 0
+    code, out, err = inside(capsys, "eval", tmp_path / "run", "--json")
+    assert code == 0, err
+    items = read_items(tmp_path / "run" / "eval.parquet")[0]
+    assert all(item["context"].count("holds fruit") == 2 for item in items)
+    seen = json.loads(out)["contamination"]
+    assert {tier: own["items"] for tier, own in seen["tiers"].items() if "gram" in tier} == {"13-gram": 0, "8-gram": 0}
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["contamination"] == seen
+    assert inside(capsys, "report", tmp_path / "run")[0] == 0
+    assert "seen in training" in (tmp_path / "run" / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

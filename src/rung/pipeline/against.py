@@ -28,7 +28,7 @@ def compare(
     if is_climb(Path(other)):
         hint = f"its runs stand in {Path(other) / 'rungs'}"
         raise ConfigError("this is a climb, not a run", where="--against", given=other, hint=hint)
-    task, records, _ = asked(target, config=config, overrides=overrides, limit=limit)
+    task, _, records, _ = asked(target, config=config, overrides=overrides, limit=limit)
     judge = task.evaluate.judge
     if output is not None and judge is None:
         hint = "name an evaluate.judge in the task's config"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rung import opened, prepared
 from rung import run as running
@@ -27,16 +27,16 @@ def score(target: str, *, config: str | None, overrides: Sequence[str], limit: i
     """
     path = Path(target)
     is_run = (path / "run.json").exists()
-    task, records, found = asked(target, config=config, overrides=overrides, limit=limit)
+    task, originals, records, found = asked(target, config=config, overrides=overrides, limit=limit)
     if is_run and isinstance(task.objective, RewardSpec):
         return _examined(path, task, records, config=config, keep=config is None and limit is None)
     result = answered(target, task, records)
     measured = {**result.summary(), **found}
-    contaminated = {"contamination": seen_in_training(path, result, records)} if is_run else {}
+    contaminated = {"contamination": seen_in_training(path, result, originals)} if is_run else {}
     if is_run and config is None and limit is None:
         result.write(path / "eval.parquet")  # items.parquet belongs to the climb that a run may stand in
         manifest = read_manifest(path)
-        RunFolder(path, manifest).update(metrics={**manifest.get("metrics", {}), **measured})
+        RunFolder(path, manifest).update(metrics={**manifest.get("metrics", {}), **measured}, **contaminated)
     return {"target": target, "task": config or target, **measured, **contaminated}
 
 
@@ -60,13 +60,20 @@ def seen_in_training(run: Path, result: Evaluation, records: Records) -> dict[st
     return {"items": found.items, "train_rows": found.train, "tiers": tiers}
 
 
-def asked(
-    target: str, *, config: str | None, overrides: Sequence[str], limit: int | None
-) -> tuple[RunSpec, Records, dict[str, Any]]:
-    """The task that `target` is scored on, its test items with what stands before them, and how well that was found.
+class Asked(NamedTuple):
+    """A task and its test items."""
 
-    Raises `ConfigError` when a base comes without a task.
-    """
+    task: RunSpec
+    originals: Records
+    """As they stand in the data."""
+    records: Records
+    """With what stands before them: their own context, none, or what was retrieved."""
+    retrieval: dict[str, Any]
+    """How well that was found; empty where nothing was looked up."""
+
+
+def asked(target: str, *, config: str | None, overrides: Sequence[str], limit: int | None) -> Asked:
+    """What `target` is scored on. Raises `ConfigError` when a base comes without a task."""
     path = Path(target)
     if is_climb(path):
         raise ConfigError("this is a climb, not a run", given=target, hint=f"its runs stand in {path / 'rungs'}")
@@ -78,9 +85,9 @@ def asked(
     splits = prepared.read_splits(task)
     records, context = opened.test_records(task, splits), task.evaluate.context
     if context != "retrieved":
-        return task, prepared.as_asked(context, records, None), {}
+        return Asked(task, records, prepared.as_asked(context, records, None), {})
     library = prepared.library_of(task, splits)
-    return task, library.shown_all(records), {"retrieval": library.measure(records)}
+    return Asked(task, records, library.shown_all(records), {"retrieval": library.measure(records)})
 
 
 def _scores(result: Evaluation, items: Sequence[Item]) -> dict[str, Any] | None:

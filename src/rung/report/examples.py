@@ -1,6 +1,6 @@
 """Which items to show side by side: those on which the rungs differ, each pattern of right and wrong in turn.
 
-Others stand behind filters, by who was right: what only tuning gets right, what tuning lost, what only looking up finds.
+Others stand behind filters, by who was right: what only tuning gets right, what it lost, what only looking up finds.
 """
 
 from __future__ import annotations

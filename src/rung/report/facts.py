@@ -237,6 +237,28 @@ def router_text(load: Mapping[str, Sequence[float]]) -> str:
     return f"{min(shares):.0%} to {max(shares):.0%} of the tokens an expert; even would be {even:.0%}"
 
 
+def contamination_text(found: Json) -> dict[str, str]:
+    """How many test items stand in the training rows; of each kind that has any the scores without, and an example."""
+    if "unknown" in found:
+        return {"seen in training": f"unknown: {found['unknown']}"}
+    counts = ", ".join(f"{tier} {own['items']:,}" for tier, own in found["tiers"].items())
+    lines = {"seen in training": f"{counts} of {found['items']:,} questions, in {found['train_rows']:,} rows"}
+    for tier, own in found["tiers"].items():
+        if own["items"]:
+            left, first = own["scores_without"] or {}, own["examples"][0]
+            scores = ", ".join(
+                f"{name} {fixed(s['mean'], decimals([s]))} {bounds(s, decimals([s]))}" for name, s in left.items()
+            )
+            text = str(first.get("matched") or first.get("text") or "")
+            named = f"{first['held_out']} is {first['train']}" + (f": {_short(text)}" if text else "")
+            lines[f"without {tier}"] = f"{scores or 'nothing is left'}\n{named}"
+    return lines
+
+
+def _short(text: str, width: int = 80) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
 def measured_text(value: Any) -> str:
     """What a gate measured, or its limit."""
     if isinstance(value, Mapping):

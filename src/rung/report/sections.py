@@ -16,6 +16,7 @@ from rung.report.facts import (
     Tried,
     after_climb,
     after_run,
+    contamination_text,
     gain_unit,
     ladder_rows,
     lottery_text,
@@ -245,6 +246,8 @@ def data(source: Source) -> Pairs:
         lines["training tokens"] = f"{train['tokens']:,}, {of}"
         lines["longest row"] = f"{train['longest']:,} tokens"
         lines["dropped or trimmed"] = f"{train['dropped']:,} dropped, {train['trimmed']:,} trimmed for length"
+    if seen := source.manifest.get("contamination"):
+        lines |= contamination_text(seen)
     prints = {name: str(value) for name, value in source.manifest.get("fingerprints", {}).items()}
     if fingerprint := splits.get("fingerprint", prints.get("data")):
         prints["data"] = str(fingerprint)

@@ -15,6 +15,7 @@ from rung.report.facts import (
     after_climb,
     after_run,
     artefact,
+    contamination_text,
     gates_text,
     ladder_rows,
     method_text,
@@ -141,28 +142,6 @@ def score_lines(result: dict[str, Any]) -> list[str]:
     if cut := result.get("cut_off"):
         told += ["", f"{cut:,} answers were cut at evaluate.max_new_tokens: raise it, or they count as they stand."]
     return told
-
-
-def contamination_text(found: Json) -> dict[str, str]:
-    """How many test items stand in the training rows; of each kind that has any the scores without, and an example."""
-    if "unknown" in found:
-        return {"seen in training": f"unknown: {found['unknown']}"}
-    counts = ", ".join(f"{tier} {own['items']:,}" for tier, own in found["tiers"].items())
-    lines = {"seen in training": f"{counts} of {found['items']:,} questions, in {found['train_rows']:,} rows"}
-    for tier, own in found["tiers"].items():
-        if own["items"]:
-            left, first = own["scores_without"] or {}, own["examples"][0]
-            scores = ", ".join(
-                f"{name} {fixed(s['mean'], decimals([s]))} {bounds(s, decimals([s]))}" for name, s in left.items()
-            )
-            text = str(first.get("matched") or first.get("text") or "")
-            named = f"{first['held_out']} is {first['train']}" + (f": {_short(text)}" if text else "")
-            lines[f"without {tier}"] = f"{scores or 'nothing is left'}\n{named}"
-    return lines
-
-
-def _short(text: str, width: int = 80) -> str:
-    return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def _fitting(rows: Sequence[LadderRow], metrics: Sequence[str], console: Console) -> Table:
