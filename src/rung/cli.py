@@ -273,13 +273,17 @@ def merge(
     original: Annotated[
         bool, typer.Option("--original", help="Of a qlora run: onto the base as it was before it was quantised.")
     ] = False,
+    by_shard: Annotated[
+        bool, typer.Option("--by-shard", help="One file of the base at a time, as where the model does not fit.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Fold an adapter into its base and write a plain transformers model, checked in a fresh process."""
     from rung.pipeline.merge import merge_run
 
-    result = merge_run(Path(target), folder, "original" if original else "trained")
-    lines = [f"merged into {folder}", f"largest difference of log-probabilities: {result['difference']:.2e}"]
+    result = merge_run(Path(target), folder, "original" if original else "trained", by_shard=by_shard)
+    measured = "products with the update" if "files" in result else "log-probabilities"
+    lines = [f"merged into {folder}", f"largest difference of {measured}: {result['difference']:.2e}"]
     if original:
         lines.append(f"largest difference to the run on its quantised base: {result['moved_from_run']:.2e}")
     _show(result, lines, as_json)

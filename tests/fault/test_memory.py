@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from processes import inside
 
@@ -40,3 +42,38 @@ def test_memory_does_not_follow_the_number_of_questions(verb: str, config: Path,
         asked = (verb, tmp_path / "run", "--limit", count, *(more if verb == "generate" else ()))
         held.append(peak(tmp_path / "log", *asked))
     assert held[1] - held[0] < 30 * MEGABYTE, [h // MEGABYTE for h in held]
+
+
+MERGE = """
+import sys, torch
+from pathlib import Path
+from rung.publish.shards import Update, merge_shards
+base, target = map(Path, sys.argv[1:])
+draw = torch.Generator().manual_seed(0)
+updates = {
+    f"l{i}": Update(torch.randn(4, 3072, generator=draw), torch.randn(3072, 4, generator=draw), 1.0, False)
+    for i in range(int((base / "count").read_text()))
+}
+target.mkdir()
+gate, _ = merge_shards(base, updates, target)
+assert gate.state == "passed"
+"""
+
+
+def test_a_merge_by_shard_holds_no_more_of_a_larger_base(tmp_path: Path) -> None:
+    """Eight files of 36 MB and two: 216 MB more on the disk."""
+    held = []
+    for count in (2, 8):
+        base = tmp_path / f"base-{count}"
+        base.mkdir()
+        (base / "config.json").write_text("{}")
+        (base / "count").write_text(str(count))
+        for i in range(count):
+            save_file({f"l{i}.weight": torch.full((3072, 3072), 0.5)}, base / f"model-{i}.safetensors")
+        command = [sys.executable, "-c", MERGE, str(base), str(tmp_path / f"merged-{count}")]
+        process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        held.append(usage.ru_maxrss * 1024)
+    assert held[1] - held[0] < 36 * MEGABYTE, [h // MEGABYTE for h in held]

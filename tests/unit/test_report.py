@@ -390,7 +390,8 @@ def test_what_only_looking_up_gets_right(tmp_path: Path) -> None:
         ladder["ladder"][1]["retrieval"] = {
             "hit_rate": {"mean": 0.5, "low": 0.4, "high": 0.6, "examples": ITEMS}, "hits": ITEMS // 2,
             "without_passages": 0, "judged_by_context": ITEMS, "judged_by_answer": 0, "empty_documents": 0,
-            "duplicate_passages": 0, "top_k": 1, "passages": 9, "documents": 9, "from": None, "chunk_words": 9, "overlap": 0,
+            "duplicate_passages": 0, "top_k": 1, "passages": 9, "documents": 9, "from": None,
+            "chunk_words": 9, "overlap": 0,
         }  # fmt: skip
 
     source = read(Made({"zero_shot": 0.1, "few_shot": 0.9}, change=looked_up).write(tmp_path / "climb"))

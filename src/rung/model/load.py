@@ -114,6 +114,15 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def base_files(spec: ModelSpec) -> Path | None:
+    """The folder that holds a base as safetensors; None for a hub id, a GGUF file or a student."""
+    where = None if spec.student_of is not None else _resolve(spec.name)
+    if isinstance(where, Path) and (where / "run.json").exists():
+        where = where / "model"
+    found = isinstance(where, Path) and any(where.glob("*.safetensors"))
+    return where if found and isinstance(where, Path) else None
+
+
 def compute_dtype(wanted: str, device: torch.device | None = None) -> torch.dtype:
     """The dtype products run in. `auto` takes bfloat16 only where hardware multiplies it."""
     if wanted != "auto":

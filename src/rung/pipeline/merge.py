@@ -13,18 +13,26 @@ from rung import opened
 from rung.data.chat import Chat
 from rung.engine import gates
 from rung.engine.pack import pack_separately
-from rung.engine.record import read_manifest
-from rung.errors import CheckpointError, ConfigError, GateError
+from rung.engine.progress import say
+from rung.engine.record import Gate, read_manifest
+from rung.errors import CheckpointError, ConfigError, GateError, PlanError
 from rung.method.base import Method
 from rung.method.table import attach
+from rung.model.load import base_files, fingerprint, load_tokenizer
 from rung.model.policy import Policy
-from rung.publish.artefact import write_text_side
+from rung.plan.memory import FOOTPRINT
+from rung.plan.shape import read_shape
+from rung.planned import available
+from rung.publish.artefact import check_prompt, write_text_side
 from rung.publish.parity import check_parity, reload_logprobs
+from rung.publish.shards import merge_shards, read_updates
+from rung.report.human import memory
 from rung.spec.io import parse
 from rung.spec.method import LoraSpec
+from rung.spec.model import ModelSpec
 from rung.spec.run import RunSpec
 from rung.types import Example, Source
-from rung.whole import write_folder
+from rung.whole import check_whole, write_folder
 
 PROBE = "In fiscal year 2023 revenue rose to 412 million, and costs fell by 3.5%. What changed?"
 
@@ -32,11 +40,12 @@ PROBE = "In fiscal year 2023 revenue rose to 412 million, and costs fell by 3.5%
 Onto = Literal["trained", "original"]
 
 
-def merge_run(run: Path, folder: Path, onto: Onto = "trained") -> dict[str, Any]:
+def merge_run(run: Path, folder: Path, onto: Onto = "trained", *, by_shard: bool = False) -> dict[str, Any]:
     """Write the merged model and prove it (gate 5). In float32, from the pristine base.
 
     `onto` the base that it was `trained` on, or the `original` that was quantised for training: another model, and
-    the result says by how much.
+    the result says by how much. `by_shard`, and where the whole model would not fit into memory, a plain LoRA is added
+    to one file of its base after another, and proved matrix by matrix instead of by answers.
 
     Raises `CheckpointError` when there is nothing to merge or the folder is taken, `ConfigError` when a run that
     was not quantised is to go onto the original, `GateError` when the written model is not what it was made from.
@@ -48,6 +57,8 @@ def merge_run(run: Path, folder: Path, onto: Onto = "trained") -> dict[str, Any]
         )
     if folder.exists():
         raise CheckpointError("this folder exists already", where=str(folder))
+    if by_shard or _too_large(run):
+        return _by_shard(run, folder, onto)
     policy, chat, spec = _open(run)
     if getattr(spec.method, "tasks", ()):
         policy.method.merge()  # type: ignore[attr-defined]  # which says why it cannot be
@@ -79,6 +90,47 @@ def merge_run(run: Path, folder: Path, onto: Onto = "trained") -> dict[str, Any]
         raise
     moved = {"moved_from_base": _largest(base, theirs), **from_run}
     return {"path": str(folder), "difference": gate.measured, "limit": gate.limit, **moved}
+
+
+def _too_large(run: Path) -> bool:
+    """Whether the base in float32, and then the reloaded model, is more than there is memory for."""
+    there = available(torch.device("cpu"))
+    needed = 4 * read_shape(parse(read_manifest(run)["spec"], str(run / "run.json")).model).parameters + FOOTPRINT
+    if there is None or needed <= there:
+        return False
+    say(f"the whole model needs {memory(needed)} and {memory(there)} are free: merged one file of the base at a time")
+    return True
+
+
+def _by_shard(run: Path, folder: Path, onto: Onto) -> dict[str, Any]:
+    manifest = read_manifest(run)
+    spec = parse(manifest["spec"], str(run / "run.json"))
+    base = base_files(spec.model)
+    if base is None or onto == "original" or spec.method.kind == "qlora":
+        what = "only a plain LoRA on a folder of safetensors can be merged shard by shard"
+        raise PlanError(what, where=str(run), given=f"{spec.method.kind} on {spec.model.name}")
+    check_whole(run / "adapter")
+    if fingerprint(base, None) != manifest["fingerprints"]["base"]:
+        raise CheckpointError("this adapter was trained on another base", where=str(run), given=str(base))
+    updates, chat = read_updates(run / "adapter"), Chat(load_tokenizer(ModelSpec(name=str(run))))
+    check_prompt(run / "adapter", chat)
+    proved: list[tuple[Gate, float]] = []
+
+    def fill(aside: Path) -> None:
+        proved.append(merge_shards(base, updates, aside))
+        gates.enforce(proved[0][0])
+        write_text_side(aside, chat)
+
+    write_folder(folder, fill)
+    gate, moved = proved[0]
+    files = len(list(folder.glob("*.safetensors")))
+    return {
+        "path": str(folder),
+        "difference": gate.measured,
+        "limit": gate.limit,
+        "largest_change": moved,
+        "files": files,
+    }
 
 
 def _write_merged(method: Method, folder: Path, chat: Chat) -> None:
