@@ -98,6 +98,7 @@ CASES = (
     Case("lora, documents of 2,000", words=(1200, 700), settings={"engine.examples_per_step": 2}),
     Case("lora, bfloat16", settings={"model.dtype": "bfloat16"}),
     Case("lora, not fused", settings={"model.fused": False}),
+    Case("lora, dropout", settings={"method": {"kind": "lora", "dropout": 0.1}}),
     Case("full", settings={"method": {"kind": "full"}}),
     Case(
         "full, 1,500 tokens",
@@ -120,7 +121,7 @@ CASES = (
         settings={
             "objective": {
                 "kind": "grpo",
-                "reward": {"kind": "pattern", "pattern": "a"},
+                "reward": {"kind": "regex", "pattern": "a"},
                 "rollout": {"max_new_tokens": 32},
             },
         },
@@ -146,15 +147,21 @@ def main() -> int:
     """0 when every prediction is within the limits."""
     parser = argparse.ArgumentParser(prog="plan", description="Predicted and measured memory.")
     parser.add_argument("--only", help="names of cases, separated by ;")
-    parser.add_argument("--work", type=Path, help="a folder for bases and runs; none is a temporary one")
+    parser.add_argument("--work", type=Path, help="a folder that keeps what was measured; none is a temporary one")
     asked = parser.parse_args()
     work = asked.work or Path(tempfile.mkdtemp(prefix="rung-plan-"))
     work.mkdir(parents=True, exist_ok=True)
     cases = [c for c in CASES if not asked.only or c.name in asked.only.split(";")]
+    complete = False
     try:
         footprint = measure(work, Case("nothing", "nothing"))["measured"]
         print(f"libraries: {footprint / 1e6:,.0f} MB", flush=True)
-        found = [{**measure(work, case), "name": case.name} for case in cases]
+        for case in cases:
+            (work / f"{slug(case)}.json").write_text(json.dumps({**measure(work, case), "name": case.name}))
+        kept = [work / f"{slug(case)}.json" for case in CASES]
+        complete = all(file.exists() for file in kept)
+        shown = kept if complete else [work / f"{slug(case)}.json" for case in cases]
+        found = [json.loads(file.read_text()) for file in shown]
     except RunError as error:
         print(error, file=sys.stderr)
         return 2
@@ -169,9 +176,14 @@ def main() -> int:
         )
     mean = statistics.fmean(map(abs, errors))
     print(f"mean error {mean:.1%} of {len(errors)}; largest {max(map(abs, errors)):.1%}")
-    if not asked.only:
+    if complete:
         write(found, errors, footprint)
     return int(mean > MEAN or max(map(abs, errors)) > EACH)
+
+
+def slug(case: Case) -> str:
+    """Of its files."""
+    return "".join(c if c.isalnum() else "-" for c in case.name)
 
 
 def error_of(one: Mapping[str, Any], footprint: int) -> float:
@@ -181,7 +193,7 @@ def error_of(one: Mapping[str, Any], footprint: int) -> float:
 
 def measure(work: Path, case: Case) -> dict[str, Any]:
     """Train in a process of its own."""
-    folder = work / "".join(c if c.isalnum() else "-" for c in case.name)
+    folder = work / slug(case)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     rows, config = folder / "rows.jsonl", folder / "run.yaml"

@@ -35,6 +35,9 @@ def test_the_best_trial_on_validation_is_what_is_trained(config: Path, tmp_path:
     spec = json.loads((tmp_path / "run" / "rungs" / "lora" / "run.json").read_text())["spec"]
     assert spec["method"]["rank"] == best["rank"] and spec["engine"]["learning_rate"] == best["learning_rate"]
     assert all(2 <= t["rank"] <= 8 and 1e-4 <= t["learning_rate"] <= 1e-1 for t in found["trials"])
+    spent = sum(trial["seconds"] for trial in found["trials"])
+    own = json.loads((tmp_path / "run" / "rungs" / "lora" / "run.json").read_text())["train_seconds"]
+    assert spent > 0 and json.loads(out)["ladder"][1]["train_seconds"] == pytest.approx(own + spent)
     items = [p for p in (tmp_path / "run").rglob("items.parquet")]
     assert len(items) == 2  # the test was answered once for each rung, never for a trial
     assert not (tmp_path / "run" / "search" / "lora" / "trial").exists()
@@ -71,7 +74,10 @@ def test_halving_ends_the_worse_and_goes_on_after_a_kill(config: Path, tmp_path:
     best = min((t for t in found["trials"] if t["state"] == "complete"), key=lambda t: t["validation_losses"][-1])
     assert chosen.engine == {"learning_rate": best["learning_rate"]} and chosen.method == {}
     search.settings(run, asked, rung, tmp_path / "alone", 80, train)
-    assert search.read(tmp_path / "alone") == found  # as if nothing had happened
+    alone = search.read(tmp_path / "alone")
+    for trial in (*found["trials"], *(alone or {})["trials"]):
+        assert trial.pop("seconds") >= 0
+    assert alone == found  # as if nothing had happened
 
 
 def test_learning_curve(config: Path, tmp_path: Path, capsys: Any) -> None:

@@ -93,3 +93,44 @@ def test_what_cannot_be_asked(
     places = {"run": tmp_path / "run", "data": elsewhere, "base": tiny_base}
     code, _, err = inside(capsys, "eval", *(part.format(**places) for part in given))
     assert code == 2 and words in err, err
+
+
+def test_a_ladder_says_what_each_tuned_rung_forgets(
+    config: Path, elsewhere: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    """The same numbers as by hand, measured once; a climb that was stopped before goes on with it."""
+    from rung.pipeline import climb as climbing
+
+    settings = ["climb.rungs=[zero_shot, lora]", f"climb.forgetting={elsewhere}"]
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(climbing, "forgotten", killed)
+        assert inside(capsys, "climb", config, *settings)[0] == 130
+    code, out, err = inside(capsys, "climb", config, *settings, "--json")
+    assert code == 0 and "what lora has forgotten" in err, err
+    (lost,) = json.loads(out)["forgotten"]
+    by_hand = measured(capsys, tmp_path / "run" / "rungs" / "lora", "--forgetting", elsewhere)["metrics"]
+    assert lost["rung"] == "lora" and lost["metrics"] == by_hand
+    assert "nats a token" in lost["text"] and lost["text"] in (tmp_path / "run" / "report.html").read_text()
+    code, again, err = inside(capsys, "climb", config, *settings, "--json")
+    assert code == 0 and "forgotten" not in err and json.loads(again)["forgotten"] == [lost]
+    code, out, _ = inside(capsys, "climb", config, *settings)
+    assert lost["text"].split(":")[0] in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["climb.rungs=[zero_shot]", "climb.forgetting=x.jsonl"], "there is none"),
+        (["climb.rungs=[zero_shot, lora]", "climb.forgetting=nowhere.jsonl"], "no such file"),
+    ],
+)
+def test_what_cannot_be_forgotten_is_said_before_anything_is_spent(
+    settings: list[str], words: str, config: Path, tmp_path: Path, capsys: Any
+) -> None:
+    code, _, err = inside(capsys, "climb", config, *settings)
+    assert code == 2 and words in err, err
+    assert not (tmp_path / "run").exists()

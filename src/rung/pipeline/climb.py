@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -14,7 +15,7 @@ from rung.data.chat import Chat
 from rung.data.near import asked_in_words
 from rung.data.split import Splits
 from rung.engine.progress import say
-from rung.engine.record import RunFolder, is_climb, read_manifest, reset_peak_memory
+from rung.engine.record import RunFolder, is_climb, read_manifest, reset_peak_memory, write_json
 from rung.engine.state import Watch
 from rung.errors import CheckpointError, ConfigError, DataError, PlanError, RungError
 from rung.evaluate.baselines import Framing
@@ -23,8 +24,10 @@ from rung.model.load import Base
 from rung.model.policy import Policy, Untouched
 from rung.pipeline import search
 from rung.pipeline.asking import Asking
+from rung.pipeline.forget import forgotten, other_task
 from rung.pipeline.ladder import (
     AnyRung,
+    Forgotten,
     Ladder,
     Left,
     Measured,
@@ -42,6 +45,9 @@ from rung.spec.io import for_rung, for_then, to_dict
 from rung.spec.method import FullSpec
 from rung.spec.run import RunSpec
 from rung.types import Record
+
+FORGETTING = "forgetting.json"
+"""Beside a tuned rung's result: what it and its base make of other data."""
 
 
 class Climb:
@@ -77,11 +83,14 @@ class Climb:
         splits = prepared.read_splits(self.spec)
         self._refuse_other("data", splits.fingerprint)
         whole = all((place / "result.json").exists() for _, place in self._curve)
+        whole = whole and all((place / FORGETTING).exists() for _, place in self._forgetting)
         if whole and all(map(self._stands, self.rungs)) and not self._overwrite:
             return self._judge()
         asking = Asking(self.spec, splits)
         for then in self.spec.climb.then:  # before anything is spent
             self._check_rows(then, asking)
+        if (other := self.spec.climb.forgetting) is not None:
+            other_task(self.spec, other, self.spec.evaluate.limit)
         fingerprints = {"data": splits.fingerprint}
         if asking.library is not None:
             fingerprints["documents"] = asking.library.fingerprint
@@ -114,6 +123,7 @@ class Climb:
                 elif self._try(rung, data, asking) and self.spec.climb.stop and self._reaches(rung):
                     reached = rung
             self._learn_curve(asking)
+            self._see_what_is_forgotten()
         except KeyboardInterrupt:
             folder.update(status="interrupted")
             raise
@@ -129,7 +139,8 @@ class Climb:
         measured = [self._stored(rung) for rung in self.rungs if rung.label not in left]
         if not measured:
             raise PlanError("no rung could be measured", where=str(self.path), given=self._left[0].why)
-        return replace(judge(self.spec, measured, self._left), curve=tuple(self._points()))
+        ladder = judge(self.spec, measured, self._left)
+        return replace(ladder, curve=tuple(self._points()), forgotten=tuple(self._lost()))
 
     def _stands(self, rung: AnyRung) -> bool:
         return all((folder / "result.json").exists() for folder in self._folders(rung))
@@ -277,6 +288,27 @@ class Climb:
                     self._learn(tuned[-1], rows, place, asking)
                 except DoesNotFitError as error:
                     self._leave_out(f"{tuned[-1].label}, {rows:,} rows", error.summary)
+
+    @property
+    def _forgetting(self) -> list[tuple[str, Path]]:
+        """Tuned rungs that are to be measured on other data, and where their first run stands."""
+        asked = self.spec.climb.forgetting is not None
+        return [(r.label, self._folders(r)[0]) for r in self.rungs if asked and r.kind not in UNTUNED]
+
+    def _see_what_is_forgotten(self) -> None:
+        for name, place in self._forgetting:
+            if (place / "result.json").exists() and not (place / FORGETTING).exists():
+                say(f"what {name} has forgotten")
+                self._fresh = None  # one model at a time
+                found = forgotten(str(place), str(self.spec.climb.forgetting), limit=self.spec.evaluate.limit)
+                write_json(place / FORGETTING, found)
+
+    def _lost(self) -> Iterator[Forgotten]:
+        """What was found."""
+        for name, place in self._forgetting:
+            if (place / FORGETTING).exists():
+                found = json.loads((place / FORGETTING).read_text())
+                yield Forgotten(name, found["forgetting"], found["metrics"])
 
     def _learn(self, rung: RungSpec, rows: int, place: Path, asking: Asking) -> None:
         """One point of the curve. Its rows are the first of those that more rows would have."""

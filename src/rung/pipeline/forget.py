@@ -25,6 +25,7 @@ from rung.plan.memory import tokens_per_micro_batch
 from rung.spec.data import DataSpec
 from rung.spec.evaluate import EvaluateSpec
 from rung.spec.io import load
+from rung.spec.run import RunSpec
 from rung.types import Record
 
 Reader = tuple[Policy, Chat, AbstractContextManager[None]]
@@ -44,15 +45,7 @@ def forgotten(run: str, data: str, *, limit: int | None) -> dict[str, Any]:
         hint = f"its runs stand in {path / 'rungs'}" if is_climb(path) else "a base has learned nothing to forget for"
         raise ConfigError("this is not a run", where="--forgetting", given=run, hint=hint)
     tuned, chat, own = opened.open_run(path)
-    if Path(data).suffix in (".yaml", ".yml"):
-        task = load(data).spec
-        if limit is not None:
-            task = task.model_copy(update={"evaluate": task.evaluate.model_copy(update={"limit": limit})})
-        records, asked, seed = opened.test_records(task, prepared.read_splits(task)), task.evaluate, task.seed
-    else:
-        records, asked, seed = _drawn(load_records(DataSpec(path=data), data).records, limit), own.evaluate, own.seed
-        asked = asked.model_copy(update={"instruction": None})
-    asked = asked.model_copy(update={"metrics": tuple(dict.fromkeys([*asked.metrics, PERPLEXITY]))})
+    records, asked, seed = other_task(own, data, limit)
     opened.widen_if_asked(tuned, own)
     room = tuned.base.context - tuned.method.virtual_tokens
     after, before = (_measured(reader, records, asked, room) for reader in _readers(path, tuned, chat))
@@ -66,6 +59,22 @@ def forgotten(run: str, data: str, *, limit: int | None) -> dict[str, Any]:
         "clusters": len(set(after.clusters)),
         "dropped": dropped,
     }
+
+
+def other_task(own: RunSpec, data: str, limit: int | None) -> tuple[Records, EvaluateSpec, int]:
+    """Items of other data, how they are asked and scored, and a seed: a config's own, of a data file those of a run.
+
+    Raises `DataError` and `ConfigError` where there are none.
+    """
+    if Path(data).suffix in (".yaml", ".yml"):
+        task = load(data).spec
+        if limit is not None:
+            task = task.model_copy(update={"evaluate": task.evaluate.model_copy(update={"limit": limit})})
+        records, asked, seed = opened.test_records(task, prepared.read_splits(task)), task.evaluate, task.seed
+    else:
+        records, asked, seed = _drawn(load_records(DataSpec(path=data), data).records, limit), own.evaluate, own.seed
+        asked = asked.model_copy(update={"instruction": None})
+    return records, asked.model_copy(update={"metrics": tuple(dict.fromkeys([*asked.metrics, PERPLEXITY]))}), seed
 
 
 def _readers(path: Path, tuned: Policy, chat: Chat) -> Iterator[Reader]:

@@ -37,9 +37,11 @@ class Row:
     """Paired difference to the rung below, in points of the deciding metric."""
     trainable_parameters: int
     train_seconds: float
+    """With the trials of a search."""
     peak_memory_bytes: int
     prompt_tokens: float
     seconds_per_query: float
+    """Looking up and answering."""
     folder: str
     disk_bytes: int = 0
     """Of what is kept: an adapter, or a whole model."""
@@ -108,6 +110,25 @@ class Note:
 
 
 @dataclass(frozen=True, slots=True)
+class Forgotten:
+    """What a tuned rung makes of other data, beside what it began from: after minus before."""
+
+    rung: str
+    data: str
+    metrics: dict[str, Any]
+    """Of each: both scores and their paired difference, of perplexity in nats a token."""
+
+    @property
+    def text(self) -> str:
+        """In words."""
+        changes = []
+        for name, found in self.metrics.items():
+            d, unit = found["difference"], " nats a token" if name == PERPLEXITY else ""
+            changes.append(f"{name} {d['mean']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]{unit}")
+        return f"{self.rung} on {self.data}: {', '.join(changes)}"
+
+
+@dataclass(frozen=True, slots=True)
 class Point:
     """Of the learning curve: what a tuned rung scores with fewer training rows."""
 
@@ -132,6 +153,7 @@ class Ladder:
     """None where the recommended rung is the highest, or none is recommended."""
     notes: tuple[Note, ...] = ()
     curve: tuple[Point, ...] = ()
+    forgotten: tuple[Forgotten, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -146,6 +168,7 @@ class Ladder:
             and {**asdict(self.further), "gain": self.further.gain.to_json(), "text": self.further.text},
             "curve": [{**asdict(point), "score": point.score.to_json()} for point in self.curve],
             "notes": [{**asdict(n), "difference": n.difference.to_json(), "text": n.text} for n in self.notes],
+            "forgotten": [{**asdict(one), "text": one.text} for one in self.forgotten],
             "folder": self.folder,
             "report": str(Path(self.folder) / "report.html"),
         }
@@ -257,6 +280,8 @@ def _row(spec: RunSpec, measured: Measured, gain: Difference | None) -> Row:
     def mean(key: str) -> float:
         return float(np.mean([cost[key] for cost in costs]))
 
+    searched = float(sum(trial["seconds"] for trial in costs[0].get("search", {}).get("trials", ())))
+    answering = float(np.mean([e.seconds_per_query for e in evaluations]))
     return Row(
         rung=rung.label,
         kind=rung.kind,
@@ -264,10 +289,10 @@ def _row(spec: RunSpec, measured: Measured, gain: Difference | None) -> Row:
         scores={name: score_of_rung(evaluations, name) for name in spec.evaluate.metrics},
         gain=gain,
         trainable_parameters=int(costs[0]["trainable_parameters"]),
-        train_seconds=mean("train_seconds"),
+        train_seconds=mean("train_seconds") + searched,
         peak_memory_bytes=int(max(cost["peak_memory_bytes"] for cost in costs)),
         prompt_tokens=float(np.mean([e.prompt_tokens for e in evaluations])),
-        seconds_per_query=float(np.mean([e.seconds_per_query for e in evaluations])),
+        seconds_per_query=answering + (costs[0].get("retrieval") or {}).get("seconds_per_query", 0.0),
         folder=str(rung_folder(Path(spec.output), rung, 0, len(evaluations))),
         disk_bytes=int(max(cost.get("disk_bytes", 0) for cost in costs)),
         retrieval=costs[0].get("retrieval"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,7 +121,7 @@ def _try(
                 ended.append("other settings did better by then")
         return ended[-1] if ended else None
 
-    states = _states()
+    states, started = _states(), time.perf_counter()
     try:
         train(own, watch)
     except DoesNotFitError:
@@ -130,6 +131,7 @@ def _try(
         study.tell(trial, state=states.FAIL)
         return
     finally:
+        trial.set_user_attr("seconds", round(time.perf_counter() - started, 3))
         shutil.rmtree(folder, ignore_errors=True)
     done = bool(losses) and not ended
     study.tell(trial, losses[-1] if done else None, state=states.COMPLETE if done else states.PRUNED)
@@ -172,6 +174,7 @@ def _told(study: optuna.Study) -> dict[str, Any]:
         {
             **trial.params,
             "state": trial.state.name.lower(),
+            "seconds": trial.user_attrs.get("seconds", 0.0),
             "validation_losses": [trial.intermediate_values[k] for k in sorted(trial.intermediate_values)],
         }
         for trial in study.trials

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rung.plan.kept import activation_bytes_per_token, numbers_beside
 from rung.plan.shape import BYTES, Shape
@@ -35,7 +36,10 @@ BITSANDBYTES = 110 * 10**6
 HOLES, HOLES_ALONE = 0.19, 0.65
 """Of what a step keeps: freed memory of a size that is not asked for again (measured with glibc 2.36). A long document,
 alone in its micro-batch, leaves more: what attention makes and forgets is as large, and of another size in the next."""
-UNFUSED = 3.6
+HOLES_OF = {"prompt": 0.43, "prefix": 0.43, "p_tuning": 0.43, "bottleneck": 0.51, "qlora": 0.94, "mixture": 1.29}
+"""The same of methods that make and forget more on the way (measured for each; with glibc 2.38 and later there may be
+less: before that, an aligned block was not given out again to a request of its own size)."""
+UNFUSED = 3.2
 """Times what transformers' and peft's own forward keep (`model.fused: false`), beside ours (measured)."""
 PRODUCTS = 105 * 10**6
 """Buffers of the processor's matrix products, which a model of no size does not need (measured)."""
@@ -132,7 +136,7 @@ def memory(spec: RunSpec, shape: Shape, work: Work, others: Mapping[str, Shape] 
     # what a step has freed stays with the process: the next one uses it again
     heap = [term for term in backward if term.name in ("activations", "scratch", "holes", "products")]
     stages = [
-        Stage("loading", tuple(_loading(spec, shape, work))),
+        Stage("loading", (*_loading(spec, shape, work), *_imported(spec))),
         Stage("steps", (*held, *backward)),
         Stage("optimiser", (*held, *_update(own), *heap)),
     ]
@@ -143,8 +147,7 @@ def memory(spec: RunSpec, shape: Shape, work: Work, others: Mapping[str, Shape] 
         stages.append(Stage("rollouts", (*held, *answering(shape, rows, tokens, work.compute))))
     kept = [term for term in held if term.name not in ("moments", "value")]
     stages.append(Stage("saving", (*kept, *_saving(own))))
-    imported = spec.method.kind == "qlora" or spec.engine.optimiser.moments == "int8"
-    return Memory(tuple(stages), FOOTPRINT + (BITSANDBYTES if imported else 0))
+    return Memory(tuple(stages))
 
 
 def answering(shape: Shape, rows: int, tokens: int, compute: str) -> Sequence[Term]:
@@ -182,6 +185,13 @@ def weights(spec: RunSpec, shape: Shape, compute: str) -> Sequence[Term]:
     return (Term("weights", width * inside + rest, why),)
 
 
+def _imported(spec: RunSpec) -> Sequence[Term]:
+    """What is not loaded for every run."""
+    if spec.method.kind != "qlora" and spec.engine.optimiser.moments != "int8":
+        return ()
+    return (Term("bitsandbytes", BITSANDBYTES, "the library (measured)"),)
+
+
 def _still_mapped(shape: Shape, inside: int, width: int) -> Sequence[Term]:
     """What was quantised stays readable in the file as long as embeddings are read from it."""
     if BYTES[shape.stored] != width or shape.stored == "float16":
@@ -191,7 +201,7 @@ def _still_mapped(shape: Shape, inside: int, width: int) -> Sequence[Term]:
 
 def _held(spec: RunSpec, shape: Shape, own: Trained, work: Work, others: Mapping[str, Shape]) -> Sequence[Term]:
     """What stands in memory from the first step to the last."""
-    found = list(weights(spec, shape, work.compute))
+    found = [*weights(spec, shape, work.compute), *_imported(spec)]
     moving = own.moving or 0
     if spec.method.kind != "full":
         found.append(Term("adapter", 4 * (moving + own.frozen), "float32, and the frozen half where there is one"))
@@ -218,7 +228,7 @@ def _backward(spec: RunSpec, shape: Shape, own: Trained, work: Work) -> Sequence
     scratch = per_token * tokens * (4 * shape.mlp + 4 * shape.width)
     vectors = 3 * per_token * shape.width * work.learned
     alone = work.documents == 1 and work.tokens > tokens_per_micro_batch(shape, "cpu")
-    holes = HOLES_ALONE if alone else HOLES
+    holes = max(HOLES_OF.get(_hole_maker(spec.method), HOLES), HOLES_ALONE if alone else 0.0)
     # gradients of the head, of the embeddings, and their sum where both are one matrix
     moved = {"full": 3 if shape.tied else 2, "head": 1}.get(spec.method.kind, 0) * 4 * shape.embedding
     return (
@@ -231,6 +241,12 @@ def _backward(spec: RunSpec, shape: Shape, own: Trained, work: Work) -> Sequence
         Term("holes", int(holes * (activations + scratch)), f"{holes:.0%}: what the allocator cannot use again"),
         Term("products", PRODUCTS, "buffers of matrix products (measured)"),
     )
+
+
+def _hole_maker(method: Any) -> str:
+    """Whose way of computing this method shares: dropout and DoRA go through peft's linears, as qlora does."""
+    through_peft = getattr(method, "dropout", 0.0) or getattr(method, "dora", False)
+    return "qlora" if through_peft else str(method.kind)
 
 
 def _update(own: Trained) -> Sequence[Term]:

@@ -171,6 +171,7 @@ def besides(source: Source) -> Pairs:
     further = ladder.get("further") or {}
     return {
         "the next rung": further.get("text") or "",
+        "what is forgotten": "; ".join(one["text"] for one in ladder.get("forgotten", ())),
         "what is missing": "; ".join(note["text"] for note in ladder.get("notes", ())),
         "not measured": "; ".join(f"{left['rung']}: {left['why']}" for left in ladder.get("left", ())),
     }
@@ -191,6 +192,7 @@ def _retrieval(found: Mapping[str, Any]) -> Pairs:
         "documents": f"{found['documents']:,} {'in ' + found['from'] if found['from'] else 'contexts of the data'}",
         "cut into": f"{found['chunk_words']:,} words, of which {found['overlap']:,} shared with the next",
         "left out": ", ".join(f"{number:,} {name}" for name, number in left_out.items() if number),
+        "search": f"{1000 * found['seconds_per_query']:.1f} ms a question",
     }
 
 

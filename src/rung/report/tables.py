@@ -37,7 +37,8 @@ def ladder_lines(ladder: dict[str, Any]) -> list[str]:
     told = Text(verdict["text"], style=_TONE["recommended" if verdict.get("recommended") else "safe"])
     size = f"{ladder['examples']} held-out questions in {ladder['clusters']} clusters; intervals are 95 %, gains paired"
     looked = [Text(line, style="dim") for line in _looked_up(ladder["ladder"])]
-    said = [Text(text) for text in (*_further(ladder), *(note["text"] for note in ladder.get("notes", ())))]
+    noted = [one["text"] for name in ("notes", "forgotten") for one in ladder.get(name, ())]
+    said = [Text(text) for text in (*_further(ladder), *noted)]
     left = [Text(f"not measured: {one['rung']}, {one['why']}", style="dim") for one in ladder.get("left", ())]
     facts = [Text(size, style="dim"), *looked, *left]
     drawn = render(lambda room: [_fitting(rows, metrics, room), *facts, Text(), told, *said])

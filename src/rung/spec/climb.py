@@ -156,6 +156,8 @@ class ClimbSpec(Spec):
     """Settings that are chosen for each tuned rung before it is trained."""
     curve: tuple[PositiveInt, ...] = ()
     """Numbers of training rows with which the highest tuned rung is trained and scored once more."""
+    forgetting: str | None = None
+    """A data file or a config of something else: what each tuned rung makes of it, and what it began from."""
     then: tuple[ThenSpec, ...] = ()
     """Rungs above all others, each on top of a tuned one."""
 
@@ -181,8 +183,8 @@ class ClimbSpec(Spec):
 
     @model_validator(mode="after")
     def _there_is_something_to_tune(self) -> ClimbSpec:
-        if (self.search or self.curve) and all(r.kind in UNTUNED for r in self.rungs):
-            raise ValueError("search and curve are about tuned rungs, and there is none")
+        if (self.search or self.curve or self.forgetting) and all(r.kind in UNTUNED for r in self.rungs):
+            raise ValueError("search, curve and forgetting are about tuned rungs, and there is none")
         if list(self.curve) != sorted(set(self.curve)):
             raise ValueError("curve has rising numbers of rows")
         return self
