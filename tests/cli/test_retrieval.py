@@ -119,6 +119,29 @@ def test_a_run_by_itself_retrieves_in_training_and_in_eval(boxes: Path, tmp_path
     assert code == 0 and "40 of 40" not in out and "retrieved" in out
 
 
+def test_chat_looks_up_as_in_training(boxes: Path, tmp_path: Path, capsys: Any) -> None:
+    """What the model is asked in a chat is, id for id, what it is asked in the test."""
+    from rung.pipeline import chat
+
+    settings = ["evaluate.context=retrieved", f"evaluate.retrieve={{documents: {tmp_path / 'docs'}, top_k: 1}}"]
+    assert inside(capsys, "train", boxes, *settings)[0] == 0
+    prompts: list[Any] = []
+    answer = chat.generate
+
+    def spy(policy: Any, asked: Any, **more: Any) -> Any:
+        prompts.append(policy.base.tokenizer.decode(asked[0]))
+        return answer(policy, asked, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat, "generate", spy)
+        code, _, err = inside(capsys, "chat", tmp_path / "run", "--question", "what fruit is in box7?")
+        assert code == 0, err
+    assert "box7 holds fruit and more\n\nwhat fruit is in box7?" in prompts[0]
+    (tmp_path / "docs").rename(tmp_path / "gone")
+    code, _, err = inside(capsys, "chat", tmp_path / "run", "--question", "what fruit is in box7?")
+    assert code == 2 and "no such file" in err
+
+
 def test_passages_are_no_contamination(boxes: Path, tmp_path: Path, capsys: Any) -> None:
     """The second passage of a held-out question is another box's, word for word what the run has learned from."""
     kept = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]

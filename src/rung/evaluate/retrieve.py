@@ -11,6 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from rung.data.chat import in_context
 from rung.data.read import SUFFIXES, Rejected, stream_rows
 from rung.data.records import Records
 from rung.errors import ConfigError, DataError
@@ -100,7 +101,15 @@ class Library:
         """The record with what is found for its question, best first, in place of its context."""
         if not record.messages:  # plain text asks nothing
             return record
-        return replace(record, context="\n\n".join(self.passages[i] for i in self.find(record.question)) or None)
+        return replace(record, context=self._passages(record.question))
+
+    def before(self, question: str) -> str:
+        """A question with what is found for it in front, as a record with that context is asked."""
+        found = self._passages(question)
+        return question if found is None else in_context(found, question)
+
+    def _passages(self, question: str) -> str | None:
+        return "\n\n".join(self.passages[i] for i in self.find(question)) or None
 
     def shown_all(self, records: Iterable[Record]) -> Records:
         """`shown` of each."""

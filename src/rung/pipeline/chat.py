@@ -12,10 +12,11 @@ from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
 
-from rung import opened
+from rung import opened, prepared
 from rung.data.chat import Chat
 from rung.engine.record import is_climb, read_manifest
 from rung.errors import ConfigError, DataError
+from rung.evaluate.retrieve import Library
 from rung.model.generate import Sampling, generate
 from rung.model.policy import Policy
 from rung.spec.io import parse
@@ -80,6 +81,7 @@ class Conversation:
         self.system = [Message("system", system)] if system else []
         self.sampling = sampling
         self.speakers = _speakers(target, compare)
+        self.library = _library(target)
         if task is not None and not any(speaker.tasks for speaker in self.speakers):
             raise ConfigError("this model learned nothing for tasks of their own", where="--task", given=task)
         for speaker in self.speakers:
@@ -115,6 +117,8 @@ class Conversation:
     def say(self, text: str) -> None:
         """Put a question to every speaker."""
         text = text.encode("utf-8", "replace").decode()  # a terminal may send half a character
+        if self.library is not None:
+            text = self.library.before(text)
         before = [list(speaker.turns) for speaker in self.speakers]
         for speaker in self.speakers:
             speaker.turns.append(Message("user", text))
@@ -133,6 +137,14 @@ class Conversation:
         answers = [(s.name, s.answer(self.sampling, stream=False)) for s in self.speakers]
         width = max(20, out.width // 2 - 2)
         out.print(Columns([Panel(answer, title=name, width=width) for name, answer in answers]))
+
+
+def _library(target: str) -> Library | None:
+    """Where a run that was trained on retrieved passages looks up what stands before a question."""
+    path = Path(target)
+    if not (path / "run.json").exists() or (spec := opened.spec_of(path)).evaluate.context != "retrieved":
+        return None
+    return prepared.library_of(spec, prepared.read_splits(spec))
 
 
 def _speakers(target: str, compare: bool) -> list[Speaker]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rung.plan.kept import activation_bytes_per_token, numbers_beside
 from rung.plan.shape import BYTES, Shape
@@ -228,7 +227,7 @@ def _backward(spec: RunSpec, shape: Shape, own: Trained, work: Work) -> Sequence
     scratch = per_token * tokens * (4 * shape.mlp + 4 * shape.width)
     vectors = 3 * per_token * shape.width * work.learned
     alone = work.documents == 1 and work.tokens > tokens_per_micro_batch(shape, "cpu")
-    holes = max(HOLES_OF.get(_hole_maker(spec.method), HOLES), HOLES_ALONE if alone else 0.0)
+    holes = max(HOLES_OF.get(spec.method.kind, HOLES), HOLES_ALONE if alone else 0.0)
     # gradients of the head, of the embeddings, and their sum where both are one matrix
     moved = {"full": 3 if shape.tied else 2, "head": 1}.get(spec.method.kind, 0) * 4 * shape.embedding
     return (
@@ -241,12 +240,6 @@ def _backward(spec: RunSpec, shape: Shape, own: Trained, work: Work) -> Sequence
         Term("holes", int(holes * (activations + scratch)), f"{holes:.0%}: what the allocator cannot use again"),
         Term("products", PRODUCTS, "buffers of matrix products (measured)"),
     )
-
-
-def _hole_maker(method: Any) -> str:
-    """Whose way of computing this method shares: dropout and DoRA go through peft's linears, as qlora does."""
-    through_peft = getattr(method, "dropout", 0.0) or getattr(method, "dora", False)
-    return "qlora" if through_peft else str(method.kind)
 
 
 def _update(own: Trained) -> Sequence[Term]:
