@@ -51,7 +51,7 @@ def known(name: str) -> Shape:
 def planned(name: str, tokens: int = 1024, compute: str = "bfloat16", **settings: Any) -> Memory:
     """The plan of a run on a well-known shape."""
     spec = RunSpec.model_validate({"data": {"path": "rows.jsonl"}, "output": "run", **settings})
-    return memory(spec, known(name), Work(compute, tokens, tokens // 2))
+    return memory(spec, known(name), Work(compute, tokens, tokens // 2, device="cuda"))
 
 
 def listed(method: str) -> tuple[int, ...]:
@@ -109,7 +109,7 @@ def lever_rows() -> list[str]:
         others = {"reference": known("7B")} if "objective" in settings else {}
         spec = RunSpec.model_validate({"data": {"path": "rows.jsonl"}, "output": "run", **settings})
         shape = replace(known("7B"), stored=compute)
-        peak = memory(spec, shape, Work(compute, tokens, tokens // 2), others).needed
+        peak = memory(spec, shape, Work(compute, tokens, tokens // 2, device="cuda"), others).needed
         lines.append(f"| {name} | {in_words(peak)} | {peak / first:.2f}x |")
     return lines
 

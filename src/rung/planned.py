@@ -88,6 +88,7 @@ def _work(trainer: Trainer, data: Tokenised, compute: str) -> Work:
         computed=share,
         documents=len(largest.documents),
         batches=min(map(len, windows)),
+        device=trainer.policy.device.type,
     )
 
 

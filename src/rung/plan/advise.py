@@ -153,7 +153,13 @@ def guessed_work(spec: RunSpec, shape: Shape, device: Device | None) -> Work:
     budget = tokens_per_micro_batch(shape, kind) if given == "auto" else PROBED if given == "probe" else given
     longest = spec.data.max_length or 0
     tokens = max(budget, longest)
-    return Work(compute_type(spec.model, device), tokens, int(tokens * LEARNED), documents=1 if longest > budget else 2)
+    return Work(
+        compute_type(spec.model, device),
+        tokens,
+        int(tokens * LEARNED),
+        documents=1 if longest > budget else 2,
+        device=kind,
+    )
 
 
 def compute_type(model: ModelSpec, device: Device | None) -> str:

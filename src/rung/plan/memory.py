@@ -89,6 +89,8 @@ class Work:
     """Of the largest micro-batch."""
     batches: int = 2
     """Micro-batches of a step: with one, gradients grow while activations go."""
+    device: str = "cpu"
+    """Holes are those of the processor's allocator; another's were not measured, and take the smallest share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,8 +228,7 @@ def _backward(spec: RunSpec, shape: Shape, own: Trained, work: Work) -> Sequence
     per_token = _width(compute=work.compute)
     scratch = per_token * tokens * (4 * shape.mlp + 4 * shape.width)
     vectors = 3 * per_token * shape.width * work.learned
-    alone = work.documents == 1 and work.tokens > tokens_per_micro_batch(shape, "cpu")
-    holes = max(HOLES_OF.get(spec.method.kind, HOLES), HOLES_ALONE if alone else 0.0)
+    holes = _holes(spec, shape, work)
     # gradients of the head, of the embeddings, and their sum where both are one matrix
     moved = {"full": 3 if shape.tied else 2, "head": 1}.get(spec.method.kind, 0) * 4 * shape.embedding
     return (
@@ -240,6 +241,13 @@ def _backward(spec: RunSpec, shape: Shape, own: Trained, work: Work) -> Sequence
         Term("holes", int(holes * (activations + scratch)), f"{holes:.0%}: what the allocator cannot use again"),
         Term("products", PRODUCTS, "buffers of matrix products (measured)"),
     )
+
+
+def _holes(spec: RunSpec, shape: Shape, work: Work) -> float:
+    if work.device != "cpu":
+        return HOLES
+    alone = work.documents == 1 and work.tokens > tokens_per_micro_batch(shape, "cpu")
+    return max(HOLES_OF.get(spec.method.kind, HOLES), HOLES_ALONE if alone else 0.0)
 
 
 def _update(own: Trained) -> Sequence[Term]:
