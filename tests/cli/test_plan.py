@@ -98,6 +98,24 @@ def test_wrong_sizes_and_devices(large: Path, capsys: Any, given: tuple[str, str
         assert "h100" in err
 
 
+def test_what_the_commands_after_it_hold(large: Path, capsys: Any) -> None:
+    """Keys and values of every answer; the whole model in float32, which a full run has no need of."""
+
+    def after(*overrides: str) -> dict[str, int]:
+        code, out, _ = inside(capsys, "plan", large, *overrides, "--json")
+        assert code == 0
+        return json.loads(out)["plan"]["after"]  # type: ignore[no-any-return]
+
+    few, many = (after("method.kind=lora", f"evaluate.batch={n}", "data.max_length=500") for n in (8, 16))
+    kept = (500 + 64) * 2 * 4096 * 32 * 2  # bfloat16
+    made = 500 * 2 * 4 * (11008 + 4096)
+    assert many["evaluation"] - few["evaluation"] == 8 * (kept + made + 2 * 4 * 32000)
+    assert few["merging"] == many["merging"] > 4 * 6_738_415_616
+    assert set(after()) == {"evaluation"}
+    code, out, _ = inside(capsys, "plan", large, "method.kind=lora")
+    assert "rung merge: the whole model" in out
+
+
 def test_sizes() -> None:
     assert size_of("24GiB") == 24 * 2**30 and size_of("1.5GB") == 1_500_000_000 and size_of("512 MiB") == 2**29
     assert size_of("2g") == 2 * 10**9 and size_of("7") == 7

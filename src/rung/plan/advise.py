@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rung.errors import ConfigError, did_you_mean
-from rung.plan.memory import Memory, Work, memory, tokens_per_micro_batch
+from rung.plan.after import afterwards
+from rung.plan.memory import Memory, Stage, Work, memory, tokens_per_micro_batch
 from rung.plan.shape import Shape, read_shape
-from rung.plan.time import DEVICES, Amount, Device, Rate, amount_of, rate_for, run_flops
+from rung.plan.time import DEVICES, LENGTH, Amount, Device, Rate, amount_of, rate_for, run_flops
 from rung.plan.trained import trained
 from rung.spec.method import METHOD_SPECS, MOVES_BASE
 from rung.spec.model import ALONE, ModelSpec
@@ -39,6 +40,8 @@ class Plan:
     """None where nobody knows how much data there is."""
     seconds: float | None
     """At the rate; None where none is known."""
+    after: tuple[Stage, ...]
+    """What `rung eval` and `rung merge` hold."""
     limit: int | None
     """Bytes that there are; None where nobody said."""
 
@@ -53,6 +56,7 @@ class Plan:
             "method": self.method,
             "trainable_parameters": self.moving,
             "memory": self.memory.to_json(),
+            "after": {stage.name: stage.bytes + self.memory.footprint for stage in self.after},
             "flops": self.flops,
             "seconds": self.seconds,
             "fits": self.fits,
@@ -143,7 +147,8 @@ def _plan(
     flops = None if amount is None else run_flops(spec, shape, amount, others.get("teacher"))
     seconds = None if rate is None or flops is None else flops / rate.flops
     found = memory(spec, shape, work, others)
-    return Plan(name, trained(spec.method, shape).moving, found, flops, seconds, limit)
+    after = afterwards(spec, shape, work, amount.length if amount else LENGTH)
+    return Plan(name, trained(spec.method, shape).moving, found, flops, seconds, after, limit)
 
 
 def guessed_work(spec: RunSpec, shape: Shape, device: Device | None) -> Work:

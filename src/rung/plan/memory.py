@@ -38,7 +38,7 @@ alone in its micro-batch, leaves more: what attention makes and forgets is as la
 HOLES_OF = {"prompt": 0.43, "prefix": 0.43, "p_tuning": 0.43, "bottleneck": 0.51, "qlora": 0.94, "mixture": 1.29}
 """The same of methods that make and forget more on the way (measured for each; with glibc 2.38 and later there may be
 less: before that, an aligned block was not given out again to a request of its own size)."""
-UNFUSED = 3.2
+UNFUSED = 3.4
 """Times what transformers' and peft's own forward keep (`model.fused: false`), beside ours (measured)."""
 PRODUCTS = 105 * 10**6
 """Buffers of the processor's matrix products, which a model of no size does not need (measured)."""

@@ -28,6 +28,8 @@ from rung.spec.run import RunSpec
 
 CHARACTERS_PER_TOKEN = 4.0
 """Of English text, roughly: what a file's size is divided by as long as nothing has been tokenised."""
+LENGTH = 300.0
+"""Tokens of a document, as long as none was read."""
 MFU = 0.4
 """Share of a device's peak that training reaches where nothing was measured."""
 
@@ -79,7 +81,7 @@ class Amount:
     """Whether they were counted, or taken from the size of a file."""
 
 
-def amount_of(files: list[Path], *, learned: float = 0.4, length: float = 300.0) -> Amount:
+def amount_of(files: list[Path], *, learned: float = 0.4, length: float = LENGTH) -> Amount:
     """From the sizes of data files that are there; no more than a first guess."""
     characters = sum(file.stat().st_size for file in files if file.is_file())
     return Amount(characters / CHARACTERS_PER_TOKEN, learned, length, known=False)

@@ -8,10 +8,14 @@ from typing import Any
 from rich.text import Text
 
 from rung.plan.advise import Advice, Plan
-from rung.plan.memory import Memory, Term
+from rung.plan.memory import Term
 from rung.report.human import count, duration, memory
 from rung.report.terminal import pairs, render, table
 
+AFTER = {
+    "evaluation": "rung eval: so many questions at once as evaluate.batch says, keys and values of all",
+    "merging": "rung merge: the whole model in float32; with --by-shard no more than one file of the base",
+}
 _TONE = {True: "green", False: "red"}
 
 
@@ -26,7 +30,7 @@ def plan_lines(advice: Advice, where: str) -> list[str]:
         "rate": _rate(advice),
         "run": _run(own),
     }
-    lines = ["", where, *pairs(facts), "", *render(lambda _: [_stages(own.memory)]), ""]
+    lines = ["", where, *pairs(facts), "", *render(lambda _: [_stages(own)]), ""]
     lines += render(lambda _: [_methods(advice)])
     return [*lines, "", *_verdict(advice)]
 
@@ -51,8 +55,9 @@ def _run(own: Plan) -> str:
     return f"{own.flops / 1e12:,.0f} TFLOP{time}"
 
 
-def _stages(found: Memory) -> Any:
-    """One line a term, the largest stage whole, the others in one line each."""
+def _stages(own: Plan) -> Any:
+    """One line a term, the largest stage whole, the others in one line each; then what other commands hold."""
+    found = own.memory
     shown = table(["memory", "", "from"], gap=2, left=(0, 2))
     for stage in found.stages:
         largest = stage is found.largest
@@ -64,6 +69,10 @@ def _stages(found: Memory) -> Any:
     shown.add_row(
         Text("  peak", style="bold"), Text(memory(found.peak), style="bold"), Text(f"in {found.largest.name}")
     )
+    for stage in own.after:
+        shown.add_row(
+            Text(f"  {stage.name}"), Text(memory(stage.bytes + found.footprint)), Text(AFTER[stage.name], style="dim")
+        )
     return shown
 
 
