@@ -114,3 +114,25 @@ def test_learning_curve(config: Path, tmp_path: Path, capsys: Any) -> None:
 def test_nonsense(config: Path, capsys: Any, settings: dict[str, Any], more: tuple[str, ...], words: str) -> None:
     code, _, err = inside(capsys, "climb", climb(config, **settings), *more)
     assert code == 2 and words in err
+
+
+def test_settings_that_cannot_be_do_not_end_a_search(
+    config: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    from rung.errors import GateError
+    from rung.pipeline import climb as climbing
+
+    train, tried = climbing.running.train_on, []
+
+    def failing(spec: RunSpec, *given: Any, **more: Any) -> Any:
+        tried.append(spec)
+        if len(tried) == 1:
+            raise GateError("gate step0.packing failed")
+        return train(spec, *given, **more)
+
+    monkeypatch.setattr(climbing.running, "train_on", failing)
+    climb(config, rungs=["zero_shot", "lora"], search={"trials": 3, "rank": [2, 8]})
+    code, _, err = inside(capsys, "climb", config, "data.validation=0.2", "--json")
+    assert code == 0 and "this trial failed" in err, err
+    found = json.loads((tmp_path / "run" / "rungs" / "lora" / "result.json").read_text())["search"]
+    assert [trial["state"] for trial in found["trials"]][0] == "fail" and len(tried) == 4

@@ -134,3 +134,29 @@ def test_what_cannot_be_forgotten_is_said_before_anything_is_spent(
     code, _, err = inside(capsys, "climb", config, *settings)
     assert code == 2 and words in err, err
     assert not (tmp_path / "run").exists()
+
+
+def test_another_file_is_measured_without_training_again(
+    config: Path, elsewhere: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """A single row has no interval; and one that is too long is refused before anything is trained."""
+    climb = ["climb.rungs=[zero_shot, lora]"]
+    long, one = tmp_path / "long.jsonl", tmp_path / "one.jsonl"
+    long.write_text(json.dumps({"question": "the answer " * 5000, "answer": "a"}) + "\n")
+    one.write_text(json.dumps({"question": "what is in it?", "answer": "a"}) + "\n")
+    code, _, err = inside(capsys, "climb", config, *climb, f"climb.forgetting={long}")
+    assert code == 2 and "tokens and the model takes" in err and not (tmp_path / "run" / "rungs").exists()
+    assert inside(capsys, "climb", config, *climb)[0] == 0
+    weights = tmp_path / "run" / "rungs" / "lora" / "adapter" / "adapter_model.safetensors"
+    before = weights.stat().st_mtime_ns
+    for other in (one, elsewhere):
+        code, out, err = inside(capsys, "climb", config, *climb, f"climb.forgetting={other}", "--json")
+        assert code == 0, err
+        (lost,) = json.loads(out)["forgotten"]
+        assert lost["data"] == str(other) and "None" not in lost["text"]
+    kept = tmp_path / "run" / "rungs" / "lora" / "forgetting.json"
+    kept.write_text("{")
+    code, out, _ = inside(capsys, "climb", config, *climb, f"climb.forgetting={elsewhere}", "--json")
+    assert code == 0 and json.loads(out)["forgotten"] == [lost] and json.loads(kept.read_text())["examples"] == 15
+    assert weights.stat().st_mtime_ns == before
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["spec"]["climb"]["forgetting"] == str(elsewhere)

@@ -70,6 +70,25 @@ def test_the_fused_gate_is_not_skipped_where_products_are_in_bfloat16() -> None:
     assert gate is not None and gate.state == "passed"
 
 
+@pytest.mark.parametrize(
+    ("differences", "held"),
+    [
+        ([0.2, -0.1, 0.49], True),
+        ([0.1] * 30 + [-0.1] * 30 + [0.55, -0.2] + [0.12] * 30, True),  # rounding, and its largest of many
+        ([0.3, -0.4, 0.55], False),  # all of them far
+        ([0.02] * 300 + [0.6], False),  # one of them far
+        ([0.1] * 10 + [1.3], False),
+        ([float("nan")] * 3, False),
+    ],
+)
+def test_rounding_in_bfloat16_is_told_from_a_fault(differences: list[float], held: bool) -> None:
+    found = torch.tensor(differences)
+    narrow = policy_of(tiny_model(dtype=torch.bfloat16), compute=torch.bfloat16)
+    assert (gates._close("x", found, narrow).state == "passed") == held
+    wide = gates._close("x", found, policy_of(tiny_model()))
+    assert wide.state == "failed" and wide.limit == gates.TOLERANCE[torch.float32], "in float32 nothing is forgiven"
+
+
 def test_decoding_and_its_mutation(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gates.check_decoding(policy_of(tiny_model()), documents()).state == "passed"
     genuine = attention.attend_one_token

@@ -28,6 +28,10 @@ from rung.types import Example
 TOLERANCE: dict[torch.dtype, float] = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.5}
 """Largest difference of log-probabilities between two ways to compute the same thing, in nats. A wrong mask or position
 moves them by whole nats; sums in another order move them by less than this on models of billions of parameters."""
+SPREAD, OUTLIER = 0.25, 5.0
+"""In bfloat16 rounding moves all of them: where their root mean square is at most so many nats, one may be so many
+times that. transformers' own forward of two documents together and one by one lies up to 0.52 nats apart, 0.04 to 0.14 in
+the mean square; a fault moves some of them far more than the others, or all of them further."""
 
 
 def check_trainable(method: Method, optimiser: torch.optim.Optimizer, heads: int = 0) -> Gate:
@@ -63,9 +67,7 @@ def check_reference(policy: Policy, method: Method, probe: Sequence[Example]) ->
     batches = pack(probe, sum(map(len, probe)), device=policy.device)
     ours = torch.cat([policy.logprobs(batch) for batch in batches])
     theirs = torch.cat([policy.reference_logprobs(batch) for batch in batches])
-    difference = float((ours - theirs).abs().max())
-    limit = TOLERANCE[_dtype(policy)]
-    return _gate("step0.reference", difference <= limit, difference, limit)
+    return _close("step0.reference", ours - theirs, policy)
 
 
 @torch.no_grad()
@@ -75,9 +77,7 @@ def check_packing(policy: Policy, probe: Sequence[Example]) -> Gate:
     together = torch.cat([policy.logprobs(batch) for batch in packed])
     order = [replace(document, row=-1) for batch in packed for document in batch.documents]
     alone = torch.cat([policy.logprobs(batch) for batch in pack_separately(order, policy.device)])
-    difference = float((together - alone).abs().max())
-    limit = TOLERANCE[_dtype(policy)]
-    return _gate("step0.packing", difference <= limit, difference, limit)
+    return _close("step0.packing", together - alone, policy)
 
 
 @torch.no_grad()
@@ -89,9 +89,7 @@ def check_fused(policy: Policy, probe: Sequence[Example]) -> Gate | None:
     ours = torch.cat([policy.logprobs(batch) for batch in batches])
     with own_forwards(policy.model):
         theirs = torch.cat([policy.logprobs(batch) for batch in batches])
-    difference = float((ours - theirs).abs().max())
-    limit = TOLERANCE[_dtype(policy)]
-    return _gate("step0.fused", difference <= limit, difference, limit)
+    return _close("step0.fused", ours - theirs, policy)
 
 
 @torch.no_grad()
@@ -192,6 +190,15 @@ def _dtype(policy: Policy) -> torch.dtype:
     compute = policy.base.compute_dtype
     held = next(policy.model.parameters()).dtype  # a base held in bfloat16 may compute in float32
     return compute if compute is torch.bfloat16 else torch.promote_types(compute, held)
+
+
+def _close(name: str, difference_N: Tensor, policy: Policy) -> Gate:
+    """Whether two ways to compute the same log-probabilities differ by rounding alone."""
+    worst, limit = float(difference_N.abs().max()), TOLERANCE[_dtype(policy)]
+    spread = float(difference_N.double().square().mean().sqrt())
+    if _dtype(policy) is torch.bfloat16 and spread <= SPREAD:
+        limit = max(limit, OUTLIER * spread)
+    return _gate(name, worst <= limit, worst, limit)
 
 
 def _gate(name: str, held: bool, measured: object, limit: object) -> Gate:

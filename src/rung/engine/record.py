@@ -42,6 +42,10 @@ class Gate:
         return f"gate {self.name}: {self.state.replace('_', ' ')} ({self.measured}; limit {self.limit})"
 
 
+MEASURED_BESIDE = {"climb.forgetting"}
+"""Settings that nothing which is finished depends on."""
+
+
 @dataclass
 class RunFolder:
     """One run's folder. `manifest` is what `run.json` holds; `write` makes it so, atomically."""
@@ -81,7 +85,8 @@ class RunFolder:
                 where=str(path),
                 hint="go on with --resume, start anew with --overwrite, or name another output=...",
             )
-        if changed := sorted(_changed({**existing["spec"], "output": None}, {**spec, "output": None})):
+        differing = _changed({**existing["spec"], "output": None}, {**spec, "output": None})
+        if changed := sorted(set(differing) - MEASURED_BESIDE):
             raise CheckpointError(
                 "the run in this folder has another config", where=str(path), given="differs in " + ", ".join(changed)
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -24,7 +23,7 @@ from rung.model.load import Base
 from rung.model.policy import Policy, Untouched
 from rung.pipeline import search
 from rung.pipeline.asking import Asking
-from rung.pipeline.forget import forgotten, other_task
+from rung.pipeline.forget import KEPT, forgotten, other_task, read_forgotten, require_room
 from rung.pipeline.ladder import (
     AnyRung,
     Forgotten,
@@ -45,9 +44,6 @@ from rung.spec.io import for_rung, for_then, to_dict
 from rung.spec.method import FullSpec
 from rung.spec.run import RunSpec
 from rung.types import Record
-
-FORGETTING = "forgetting.json"
-"""Beside a tuned rung's result: what it and its base make of other data."""
 
 
 class Climb:
@@ -83,14 +79,14 @@ class Climb:
         splits = prepared.read_splits(self.spec)
         self._refuse_other("data", splits.fingerprint)
         whole = all((place / "result.json").exists() for _, place in self._curve)
-        whole = whole and all((place / FORGETTING).exists() for _, place in self._forgetting)
+        whole = whole and all(self._found_in(place) for _, place in self._forgetting)
         if whole and all(map(self._stands, self.rungs)) and not self._overwrite:
             return self._judge()
         asking = Asking(self.spec, splits)
         for then in self.spec.climb.then:  # before anything is spent
             self._check_rows(then, asking)
-        if (other := self.spec.climb.forgetting) is not None:
-            other_task(self.spec, other, self.spec.evaluate.limit)
+        named = self.spec.climb.forgetting
+        other = None if named is None else other_task(self.spec, named, self.spec.evaluate.limit)
         fingerprints = {"data": splits.fingerprint}
         if asking.library is not None:
             fingerprints["documents"] = asking.library.fingerprint
@@ -100,12 +96,17 @@ class Climb:
         self._refuse_other("base", base.fingerprint)
         data = {context: self._shared(context, asking, base) for context in asking.contexts}
         own = next(iter(data.values()))
-        asking.check_room(own.chat, base.context - self.spec.evaluate.max_new_tokens)
+        room = base.context - self.spec.evaluate.max_new_tokens
+        asking.check_room(own.chat, room)
+        if other is not None:
+            require_room(other, own.chat, room)
         resume = (self.path / "run.json").exists() and not self._overwrite
         claimed = RunFolder.claim(self.path, to_dict(self.spec), resume=resume, overwrite=self._overwrite)
         with closing(claimed) as folder:
             folder.manifest.pop("error", None)  # of an earlier try
-            folder.update(climb=True, status="running", data=own.summary(), fingerprints=fingerprints)
+            folder.update(
+                climb=True, status="running", spec=to_dict(self.spec), data=own.summary(), fingerprints=fingerprints
+            )
             return self._climb(folder, data, asking)
 
     def _shared(self, context: Context, asking: Asking, base: Base) -> prepared.Data:
@@ -297,18 +298,20 @@ class Climb:
 
     def _see_what_is_forgotten(self) -> None:
         for name, place in self._forgetting:
-            if (place / "result.json").exists() and not (place / FORGETTING).exists():
+            if (place / "result.json").exists() and not self._found_in(place):
                 say(f"what {name} has forgotten")
                 self._fresh = None  # one model at a time
                 found = forgotten(str(place), str(self.spec.climb.forgetting), limit=self.spec.evaluate.limit)
-                write_json(place / FORGETTING, found)
+                write_json(place / KEPT, found)
 
     def _lost(self) -> Iterator[Forgotten]:
         """What was found."""
         for name, place in self._forgetting:
-            if (place / FORGETTING).exists():
-                found = json.loads((place / FORGETTING).read_text())
+            if found := self._found_in(place):
                 yield Forgotten(name, found["forgetting"], found["metrics"])
+
+    def _found_in(self, place: Path) -> dict[str, Any]:
+        return read_forgotten(place, self.spec.climb.forgetting)
 
     def _learn(self, rung: RungSpec, rows: int, place: Path, asking: Asking) -> None:
         """One point of the curve. Its rows are the first of those that more rows would have."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,7 +19,7 @@ from rung.engine.record import is_climb
 from rung.engine.step import read
 from rung.errors import ConfigError
 from rung.evaluate.baselines import Framing
-from rung.evaluate.task import PERPLEXITY, Evaluation, Item, evaluate
+from rung.evaluate.task import PERPLEXITY, Evaluation, Item, evaluate, framed
 from rung.model.policy import Policy, by_document
 from rung.pipeline.against import paired
 from rung.plan.memory import tokens_per_micro_batch
@@ -28,6 +29,8 @@ from rung.spec.io import load
 from rung.spec.run import RunSpec
 from rung.types import Record
 
+KEPT = "forgetting.json"
+"""Beside a tuned rung's result: what it and its base make of other data."""
 Reader = tuple[Policy, Chat, AbstractContextManager[None]]
 """A model, how it reads, and what must be in force while it does."""
 
@@ -61,7 +64,11 @@ def forgotten(run: str, data: str, *, limit: int | None) -> dict[str, Any]:
     }
 
 
-def other_task(own: RunSpec, data: str, limit: int | None) -> tuple[Records, EvaluateSpec, int]:
+Task = tuple[Records, EvaluateSpec, int]
+"""Items, how they are asked and scored, and a seed."""
+
+
+def other_task(own: RunSpec, data: str, limit: int | None) -> Task:
     """Items of other data, how they are asked and scored, and a seed: a config's own, of a data file those of a run.
 
     Raises `DataError` and `ConfigError` where there are none.
@@ -75,6 +82,26 @@ def other_task(own: RunSpec, data: str, limit: int | None) -> tuple[Records, Eva
         records, asked, seed = _drawn(load_records(DataSpec(path=data), data).records, limit), own.evaluate, own.seed
         asked = asked.model_copy(update={"instruction": None})
     return records, asked.model_copy(update={"metrics": tuple(dict.fromkeys([*asked.metrics, PERPLEXITY]))}), seed
+
+
+def read_forgotten(place: Path, data: str | None) -> dict[str, Any]:
+    """What was kept of these data; empty where that is still to be measured."""
+    try:
+        found: dict[str, Any] = json.loads((place / KEPT).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if found.get("forgetting") == data else {}
+
+
+def require_room(task: Task, chat: Chat, room: int) -> None:
+    """Raise `DataError` for a prompt of more than `room` tokens; of plain text what is too long is left out."""
+    records, asked, _ = task
+    if records[0].text is None:
+        framed(chat, _seen(records, asked), Framing(asked.instruction), room)
+
+
+def _seen(records: Sequence[Record], asked: EvaluateSpec) -> Sequence[Record]:
+    return records if asked.context == "given" else prepared.as_asked("withheld", Records.of(records), None)
 
 
 def _readers(path: Path, tuned: Policy, chat: Chat) -> Iterator[Reader]:
@@ -99,8 +126,7 @@ def _measured(reader: Reader, records: Sequence[Record], spec: EvaluateSpec, roo
     with off:
         if records[0].text is not None:
             return _read(policy, chat, records, room)
-        asked = records if spec.context == "given" else prepared.as_asked("withheld", Records.of(records), None)
-        return evaluate(policy, chat, asked, Framing(spec.instruction), spec, title="forgetting")
+        return evaluate(policy, chat, _seen(records, spec), Framing(spec.instruction), spec, title="forgetting")
 
 
 def _read(policy: Policy, chat: Chat, records: Sequence[Record], room: int) -> Evaluation:

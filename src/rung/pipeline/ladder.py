@@ -14,6 +14,7 @@ import numpy as np
 from rung.engine.record import peak_memory_bytes, write_json
 from rung.errors import CheckpointError
 from rung.evaluate.task import PERPLEXITY, Evaluation
+from rung.report.evidence import change_text
 from rung.scoring.stats import Difference, Interval
 from rung.scoring.verdict import Verdict, gain_over, score_of, verdict
 from rung.spec.climb import UNTUNED, RungSpec, ThenSpec
@@ -121,10 +122,7 @@ class Forgotten:
     @property
     def text(self) -> str:
         """In words."""
-        changes = []
-        for name, found in self.metrics.items():
-            d, unit = found["difference"], " nats a token" if name == PERPLEXITY else ""
-            changes.append(f"{name} {d['mean']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]{unit}")
+        changes = [f"{name} {change_text(name, found)}" for name, found in self.metrics.items()]
         return f"{self.rung} on {self.data}: {', '.join(changes)}"
 
 
@@ -280,7 +278,7 @@ def _row(spec: RunSpec, measured: Measured, gain: Difference | None) -> Row:
     def mean(key: str) -> float:
         return float(np.mean([cost[key] for cost in costs]))
 
-    searched = float(sum(trial["seconds"] for trial in costs[0].get("search", {}).get("trials", ())))
+    searched = float(sum(trial.get("seconds", 0.0) for trial in costs[0].get("search", {}).get("trials", ())))
     answering = float(np.mean([e.seconds_per_query for e in evaluations]))
     return Row(
         rung=rung.label,

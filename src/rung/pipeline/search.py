@@ -128,11 +128,14 @@ def _try(
         raise
     except (GateError, PlanError) as error:  # settings that cannot be are no reason to end the search
         say(f"this trial failed: {error.summary}")
+        ended.append("failed")
+    finally:  # of a trial that is taken once more, what it had taken before counts too
+        spent = trial.user_attrs.get("seconds", 0.0) + time.perf_counter() - started
+        trial.set_user_attr("seconds", round(spent, 3))
+        shutil.rmtree(folder, ignore_errors=True)
+    if ended == ["failed"]:
         study.tell(trial, state=states.FAIL)
         return
-    finally:
-        trial.set_user_attr("seconds", round(time.perf_counter() - started, 3))
-        shutil.rmtree(folder, ignore_errors=True)
     done = bool(losses) and not ended
     study.tell(trial, losses[-1] if done else None, state=states.COMPLETE if done else states.PRUNED)
 

@@ -22,6 +22,17 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _UNTIED = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gpt_neox", "olmo2", "granite"})
 """Architectures whose head is their own unless the config ties it to the embeddings."""
 
+_GGUF = {
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "intermediate_size": "feed_forward_length",
+    "max_position_embeddings": "context_length",
+}
+"""Names of transformers, and those of llama.cpp behind the architecture's."""
+
 _ALL_HEADS = frozenset({"opt", "gpt2", "gpt_neox"})
 """Architectures that know no shared keys, whatever a config says."""
 
@@ -112,6 +123,8 @@ def read_shape(spec: ModelSpec) -> Shape:
         return _replace_layers(whole, spec.layers or "every_other")
     if spec.name in CATALOG:
         return shape_of(CATALOG[spec.name].config)
+    if Path(spec.name).suffix.lower() == ".gguf" and Path(spec.name).expanduser().is_file():
+        return _of_gguf(Path(spec.name).expanduser())
     folder = _folder(spec)
     if folder is not None and (folder / "run.json").exists():
         return _of_run(folder)
@@ -246,13 +259,6 @@ def _folder(spec: ModelSpec) -> Path | None:
     path = Path(spec.name).expanduser()
     if path.is_dir() and ((path / "run.json").exists() or (path / "config.json").exists()):
         return path
-    if path.is_file() and path.suffix.lower() == ".gguf":
-        raise ConfigError(
-            "the shape of a GGUF file is not read without loading it",
-            where="model.name",
-            given=spec.name,
-            hint="give the folder that rung or transformers made of it, or a name from: rung models",
-        )
     if path.exists():
         what = "this holds neither a model (config.json) nor a run (run.json)"
         raise ConfigError(what, where="model.name", given=spec.name)
@@ -275,6 +281,27 @@ def _of_run(folder: Path) -> Shape:
     if Path(found.student_of or found.name).resolve() == folder.resolve():
         raise CheckpointError("this run says that it stands on itself", where=str(folder))
     return read_shape(found)
+
+
+def _of_gguf(file: Path) -> Shape:
+    """By the names that llama.cpp gives its numbers; what is loaded of them is float32."""
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(file)
+        kind = str(reader.fields["general.architecture"].contents())
+    except Exception as error:  # the reader fails in many ways on a file that is no GGUF
+        what = f"this GGUF file cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        raise ConfigError(what, where="model.name", given=str(file)) from error
+    named = {
+        name: reader.fields[f"{kind}.{key}"].contents()
+        for name, key in _GGUF.items()
+        if f"{kind}.{key}" in reader.fields
+    }
+    tensors = {tensor.name: tensor.shape.tolist() for tensor in reader.tensors}
+    vocabulary = max(tensors.get("token_embd.weight", [0]))
+    own = {"model_type": kind, "vocab_size": vocabulary, "tie_word_embeddings": "output.weight" not in tensors}
+    return shape_of({**own, **named}, "float32")
 
 
 def _of_hub(spec: ModelSpec) -> Path:

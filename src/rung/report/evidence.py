@@ -39,13 +39,20 @@ def metric_text(name: str, found: Json) -> str:
     before, after, gain = found["before"], found["after"], found["difference"]
     digits = decimals([before, after])
     one, other = (f"{fixed(score['mean'], digits)} {bounds(score, digits)}" for score in (after, before))
-    unit = " nats a token" if name == "perplexity" else ""
-    exact = decimals([gain])
-    change = f"{fixed(gain['mean'], exact, signed=True)} {bounds(gain, exact)}{unit}, {p_value(gain['p_value'])}"
+    told = p_value(gain["p_value"])
+    change = change_text(name, found) + (f", {told}" if told else "")
     if gain["p_value"] is not None and gain["p_value"] > 0.05:
         least = found["detectable"]
         change += "; no sure difference" + (f", one of {least:.2g} would show" if least is not None else "")
     return f"{one} against {other}\n{change}"
+
+
+def change_text(name: str, found: Json) -> str:
+    """After minus before, with its interval; of perplexity in nats."""
+    gain = found["difference"]
+    exact = decimals([gain])
+    unit = " nats a token" if name == "perplexity" else ""
+    return f"{fixed(gain['mean'], exact, signed=True)} {bounds(gain, exact)}{unit}"
 
 
 def _judge(judge: Json) -> dict[str, str]:

@@ -192,7 +192,7 @@ def _retrieval(found: Mapping[str, Any]) -> Pairs:
         "documents": f"{found['documents']:,} {'in ' + found['from'] if found['from'] else 'contexts of the data'}",
         "cut into": f"{found['chunk_words']:,} words, of which {found['overlap']:,} shared with the next",
         "left out": ", ".join(f"{number:,} {name}" for name, number in left_out.items() if number),
-        "search": f"{1000 * found['seconds_per_query']:.1f} ms a question",
+        "search": f"{1000 * found['seconds_per_query']:.1f} ms a question" if "seconds_per_query" in found else "",
     }
 
 
