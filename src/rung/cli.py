@@ -274,7 +274,7 @@ def merge(
         bool, typer.Option("--original", help="Of a qlora run: onto the base as it was before it was quantised.")
     ] = False,
     by_shard: Annotated[
-        bool, typer.Option("--by-shard", help="One file of the base at a time, as where the model does not fit.")
+        bool, typer.Option("--by-shard", help="Tensor by tensor, as where the model does not fit into memory.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -282,8 +282,7 @@ def merge(
     from rung.pipeline.merge import merge_run
 
     result = merge_run(Path(target), folder, "original" if original else "trained", by_shard=by_shard)
-    measured = "products with the update" if "files" in result else "log-probabilities"
-    lines = [f"merged into {folder}", f"largest difference of {measured}: {result['difference']:.2e}"]
+    lines = [f"merged into {folder}", f"{result['measure']}: {result['difference']:.2e}"]
     if original:
         lines.append(f"largest difference to the run on its quantised base: {result['moved_from_run']:.2e}")
     _show(result, lines, as_json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def test_what_does_not_fit_is_merged_so(config: Path, tmp_path: Path, capsys: An
     assert inside(capsys, "train", config)[0] == 0
     monkeypatch.setattr("rung.pipeline.merge.available", lambda device: 2**20)
     code, out, err = inside(capsys, "merge", tmp_path / "run", tmp_path / "merged", "--json")
-    assert code == 0 and "one file of the base at a time" in err and json.loads(out)["files"] == 1
+    assert code == 0 and "merged tensor by tensor" in err and json.loads(out)["files"] == 1
 
 
 @pytest.mark.parametrize("broken", ["scale", "lost", "untouched"])
@@ -81,9 +82,15 @@ def test_a_merge_that_is_wrong_is_not_left_behind(
     if broken == "lost":
         monkeypatch.setattr(shards.Update, "added_to", lambda u, w: w.float())
     if broken == "untouched":
-        monkeypatch.setattr(
-            shards, "save_file", lambda t, f, metadata: save_file({n: v + 1e-3 for n, v in t.items()}, f)
-        )
+
+        def damaged(file: Any, updates: Any, target: Path) -> None:
+            merge(file, updates, target)
+            kept = bytearray(target.read_bytes())
+            kept[-8:] = bytes(8)  # of the last tensor
+            target.write_bytes(kept)
+
+        merge = shards._merge
+        monkeypatch.setattr(shards, "_merge", damaged)
     code, _, err = inside(capsys, "merge", tmp_path / "run", tmp_path / "merged", "--by-shard")
     assert code == 3 and "publish.shards" in err
     assert not (tmp_path / "merged").exists()
@@ -94,7 +101,7 @@ def test_a_merge_that_is_wrong_is_not_left_behind(
     [
         (["method={kind: lora, rank: 4, dora: true}"], "use_dora"),
         (["method={kind: bottleneck}"], "only a plain LoRA"),
-        (["method={kind: qlora, rank: 4}"], "qlora on"),
+        (["method={kind: qlora, rank: 4}"], "a quantised base"),
         (["method={kind: lora, rank: 4, modules_to_save: [lm_head]}"], "modules_to_save"),
     ],
 )
@@ -106,11 +113,58 @@ def test_what_cannot_be_merged_so(settings: list[str], words: str, config: Path,
 
 def test_another_base_is_refused(config: Path, tiny_base: Path, tmp_path: Path, capsys: Any) -> None:
     base = tmp_path / "own"
-    base.mkdir()
-    for file in tiny_base.iterdir():
-        (base / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(tiny_base, base)
     assert inside(capsys, "train", config, f"model.name={base}")[0] == 0
     (file,) = base.glob("*.safetensors")
     save_file({name: 2.0 * t for name, t in load_file(file).items()}, file, metadata={"format": "pt"})
     code, _, err = inside(capsys, "merge", tmp_path / "run", tmp_path / "merged", "--by-shard")
     assert code == 3 and "another base" in err
+
+
+@pytest.mark.parametrize("rate", [1e-3, 1e-5, 1e-7])
+def test_small_updates_are_no_rounding_errors(rate: float, config: Path, tmp_path: Path, capsys: Any) -> None:
+    assert inside(capsys, "train", config, f"engine.learning_rate={rate}", "engine.max_steps=3")[0] == 0
+    code, out, err = inside(capsys, "merge", tmp_path / "run", tmp_path / "merged", "--by-shard", "--json")
+    assert code == 0, err
+    assert 0 < json.loads(out)["difference"] < 1
+
+
+def test_what_stands_beside_the_models_own_files_stays_behind(
+    config: Path, tiny_base: Path, tmp_path: Path, capsys: Any
+) -> None:
+    base = tmp_path / "own"
+    shutil.copytree(tiny_base, base)
+    (file,) = base.glob("*.safetensors")
+    save_file({name: t.bfloat16() for name, t in load_file(file).items()}, base / "consolidated.safetensors")
+    assert inside(capsys, "train", config, f"model.name={base}")[0] == 0
+    code, _, err = inside(capsys, "merge", tmp_path / "run", tmp_path / "merged", "--by-shard")
+    assert code == 0, err
+    assert [p.name for p in (tmp_path / "merged").glob("*.safetensors")] == [file.name]
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"), [("half", "half of this update"), ("module", "lacks updates"), ("nan", "")]
+)
+def test_an_adapter_that_is_not_whole(
+    broken: str, words: str, config: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    assert inside(capsys, "train", config)[0] == 0
+    file = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    state = load_file(file)
+    first = sorted(name for name in state if "lora_A" in name)[0]
+    gone = {first} if broken == "half" else {first, first.replace("lora_A", "lora_B")} if broken == "module" else set()
+    kept = {name: t * (float("nan") if broken == "nan" else 1) for name, t in state.items() if name not in gone}
+    save_file(kept, file)
+    monkeypatch.setattr("rung.pipeline.merge.check_whole", lambda folder: None)
+    code, _, err = inside(capsys, "merge", tmp_path / "run", tmp_path / "merged", "--by-shard")
+    assert code == 3 and words in err and "Traceback" not in err, err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_base_that_cannot_be_merged_so_is_merged_whole(
+    config: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    assert inside(capsys, "train", config, "method={kind: lora, rank: 4, dora: true}")[0] == 0
+    monkeypatch.setattr("rung.pipeline.merge.available", lambda device: 2**20)
+    code, out, err = inside(capsys, "merge", tmp_path / "run", tmp_path / "merged", "--json")
+    assert code == 0 and "merged whole all the same" in err and "moved_from_base" in json.loads(out)

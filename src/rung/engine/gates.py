@@ -30,8 +30,8 @@ TOLERANCE: dict[torch.dtype, float] = {torch.float64: 1e-6, torch.float32: 2e-3,
 moves them by whole nats; sums in another order move them by less than this on models of billions of parameters."""
 SPREAD, OUTLIER = 0.25, 5.0
 """In bfloat16 rounding moves all of them: where their root mean square is at most so many nats, one may be so many
-times that. transformers' own forward of two documents together and one by one lies up to 0.52 nats apart, 0.04 to 0.14 in
-the mean square; a fault moves some of them far more than the others, or all of them further."""
+times that. Of transformers' own forward two documents together and one by one lie up to 0.52 nats apart, 0.04 to 0.14
+in the mean square; a fault moves some of them far more than the others, or all of them further."""
 
 
 def check_trainable(method: Method, optimiser: torch.optim.Optimizer, heads: int = 0) -> Gate:

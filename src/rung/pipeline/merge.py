@@ -45,7 +45,7 @@ def merge_run(run: Path, folder: Path, onto: Onto = "trained", *, by_shard: bool
 
     `onto` the base that it was `trained` on, or the `original` that was quantised for training: another model, and
     the result says by how much. `by_shard`, and where the whole model would not fit into memory, a plain LoRA is added
-    to one file of its base after another, and proved matrix by matrix instead of by answers.
+    to its base tensor by tensor, and each matrix is proved instead of the answers.
 
     Raises `CheckpointError` when there is nothing to merge or the folder is taken, `ConfigError` when a run that
     was not quantised is to go onto the original, `GateError` when the written model is not what it was made from.
@@ -58,7 +58,12 @@ def merge_run(run: Path, folder: Path, onto: Onto = "trained", *, by_shard: bool
     if folder.exists():
         raise CheckpointError("this folder exists already", where=str(folder))
     if by_shard or _too_large(run):
-        return _by_shard(run, folder, onto)
+        try:
+            return _by_shard(run, folder, onto)
+        except PlanError as error:
+            if by_shard:
+                raise
+            say(f"merged whole all the same: {error.summary}")
     policy, chat, spec = _open(run)
     if getattr(spec.method, "tasks", ()):
         policy.method.merge()  # type: ignore[attr-defined]  # which says why it cannot be
@@ -89,7 +94,8 @@ def merge_run(run: Path, folder: Path, onto: Onto = "trained", *, by_shard: bool
         shutil.rmtree(folder)  # a model that is not the run's must not lie around as if it were
         raise
     moved = {"moved_from_base": _largest(base, theirs), **from_run}
-    return {"path": str(folder), "difference": gate.measured, "limit": gate.limit, **moved}
+    measured = {"measure": "largest difference of log-probabilities", "difference": gate.measured, "limit": gate.limit}
+    return {"path": str(folder), **measured, **moved}
 
 
 def _too_large(run: Path) -> bool:
@@ -98,17 +104,19 @@ def _too_large(run: Path) -> bool:
     needed = 4 * read_shape(parse(read_manifest(run)["spec"], str(run / "run.json")).model).parameters + FOOTPRINT
     if there is None or needed <= there:
         return False
-    say(f"the whole model needs {memory(needed)} and {memory(there)} are free: merged one file of the base at a time")
+    say(f"the whole model needs {memory(needed)}, and {memory(there)} are free: merged tensor by tensor if that can be")
     return True
 
 
 def _by_shard(run: Path, folder: Path, onto: Onto) -> dict[str, Any]:
     manifest = read_manifest(run)
     spec = parse(manifest["spec"], str(run / "run.json"))
+    if spec.method.kind == "qlora" or onto == "original":
+        raise PlanError("a quantised base is widened first, which only a whole merge does", where=str(run))
     base = base_files(spec.model)
-    if base is None or onto == "original" or spec.method.kind == "qlora":
-        what = "only a plain LoRA on a folder of safetensors can be merged shard by shard"
-        raise PlanError(what, where=str(run), given=f"{spec.method.kind} on {spec.model.name}")
+    if base is None:
+        what = "the base is no folder of safetensors (but a hub id, a GGUF file, a student or a run with an adapter)"
+        raise PlanError(what, where=str(run), given=spec.model.name)
     check_whole(run / "adapter")
     if fingerprint(base, None) != manifest["fingerprints"]["base"]:
         raise CheckpointError("this adapter was trained on another base", where=str(run), given=str(base))
@@ -126,6 +134,7 @@ def _by_shard(run: Path, folder: Path, onto: Onto) -> dict[str, Any]:
     files = len(list(folder.glob("*.safetensors")))
     return {
         "path": str(folder),
+        "measure": "largest error, over what rounding to float32 allows",
         "difference": gate.measured,
         "limit": gate.limit,
         "largest_change": moved,

@@ -14,7 +14,7 @@ from rung.report.terminal import pairs, render, table
 
 AFTER = {
     "evaluation": "rung eval: so many questions at once as evaluate.batch says, keys and values of all",
-    "merging": "rung merge: the whole model in float32; with --by-shard no more than one file of the base",
+    "merging": "rung merge: the whole model in float32; with --by-shard no more than a matrix",
 }
 _TONE = {True: "green", False: "red"}
 
