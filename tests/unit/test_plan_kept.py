@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from models import tiny_model
 from rung.engine.pack import pack
 from rung.method.table import attach
 from rung.objective.sft import Sft
-from rung.plan.kept import layer_bytes_per_token, numbers_beside
+from rung.plan.kept import activation_bytes_per_token, layer_bytes_per_token, method_bytes_per_token
 from rung.plan.shape import shape_of
 from rung.spec.method import METHOD_SPECS
 from rung.spec.objective import SftSpec
@@ -31,7 +33,12 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "qlora": ("qlora", {}),
     "qlora, 8 bits": ("qlora", {"bits": 8}),
     "qlora, two roles": ("qlora", {"targets": ("q", "v")}),
+    "qlora, 8 bits, two roles": ("qlora", {"bits": 8, "targets": ("q", "v")}),
+    "qlora, 8 bits, dropout": ("qlora", {"bits": 8, "dropout": 0.1}),
+    "ranks": ("lora", {"ranks": {"q": 32}}),
     "mixture": ("mixture", {"experts": 3, "rank": 4}),
+    "mixture, one role": ("mixture", {"experts": 3, "rank": 4, "targets": ("q",)}),
+    "mixture, another": ("mixture", {"experts": 3, "rank": 4, "targets": ("gate",)}),
     "houlsby": ("bottleneck", {}),
     "pfeiffer": ("bottleneck", {"placement": "pfeiffer"}),
     "parallel": ("bottleneck", {"placement": "parallel"}),
@@ -45,9 +52,19 @@ def test_a_layer_keeps_what_is_planned(name: str) -> None:
     kind, given = METHODS[name]
     spec = METHOD_SPECS[kind](**given)
     shape = shape_of(tiny_model().config.to_dict())
-    planned = layer_bytes_per_token(shape, beside=numbers_beside(spec, shape))
+    planned = layer_bytes_per_token(shape) + method_bytes_per_token(spec, replace(shape, layers=1))
     measured = (kept(spec, layers=4) - kept(spec, layers=2)) / 2 / TOKENS
     assert planned <= measured <= planned * (1 + SMALL), (planned / 4, measured / 4)
+
+
+def test_layers_without_the_method_keep_what_the_base_does() -> None:
+    """Of four layers the lowest has it, and with another setting a second one."""
+    shape = shape_of(tiny_model(num_hidden_layers=4).config.to_dict())
+    one, two = (METHOD_SPECS["lora"](dropout=0.1, layers=layers) for layers in ((0,), (0, 2)))
+    planned = method_bytes_per_token(two, shape) - method_bytes_per_token(one, shape)
+    measured = (kept(two, layers=4) - kept(one, layers=4)) / TOKENS
+    assert measured == pytest.approx(planned, rel=SMALL)
+    assert activation_bytes_per_token(shape) == 4 * layer_bytes_per_token(shape)
 
 
 def kept(spec: Any, *, layers: int) -> int:
@@ -58,8 +75,11 @@ def kept(spec: Any, *, layers: int) -> int:
     (batch,) = pack([example([5] * (TOKENS // 2), 10, line=n) for n in (1, 2)], TOKENS, share_prefixes=False)
     objective = Sft(SftSpec())
     objective.loss(policy, batch)[0].total.backward()  # what is made once is there from here on
+    gc.collect()  # or what an earlier pass left goes while it is counted
+    gc.disable()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         loss = objective.loss(policy, batch)[0].total
+    gc.enable()
     assert torch.isfinite(loss)
     events = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
     return sum(event.nbytes() for event in events if event.name() == "[memory]")

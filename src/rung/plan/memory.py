@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rung.plan.kept import activation_bytes_per_token, numbers_beside
+from rung.plan.kept import activation_bytes_per_token, method_bytes_per_token
 from rung.plan.shape import BYTES, Shape
 from rung.plan.trained import Trained, trained
 from rung.spec.method import MOVES_BASE, in_front
@@ -219,7 +219,8 @@ def _held(spec: RunSpec, shape: Shape, own: Trained, work: Work, others: Mapping
 def _backward(spec: RunSpec, shape: Shape, own: Trained, work: Work) -> Sequence[Term]:
     """What a step holds besides, at the end of the forward pass of its last micro-batch."""
     lowest = min(own.lowest, shape.layers - 1)
-    kept = activation_bytes_per_token(shape, work.compute, lowest=lowest, beside=numbers_beside(spec.method, shape))
+    kept = activation_bytes_per_token(shape, work.compute, lowest=lowest)
+    kept += method_bytes_per_token(spec.method, shape, work.compute)
     tokens = work.tokens + in_front(spec.method)
     gradients = 4 * (own.moving or 0)
     activations = int(kept * tokens * (1.0 if spec.model.fused else UNFUSED))

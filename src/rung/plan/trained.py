@@ -47,7 +47,7 @@ def _low_rank(spec: LowRankSpec, shape: Shape) -> Trained:
     numbers = largest = 0
     for layer in chosen:
         for matrix in aimed_at(spec.targets, shape):
-            rank = _rank(spec, layer, matrix)
+            rank = rank_of(spec, layer, matrix)
             numbers += rank * (matrix.inputs + matrix.outputs) + (matrix.outputs if spec.dora else 0)
             largest = max(largest, rank * max(matrix.inputs, matrix.outputs))
     whole = shape.embedding * sum(name in ("lm_head", "embed_tokens", "wte") for name in spec.modules_to_save)
@@ -85,7 +85,7 @@ def aimed_at(targets: tuple[Any, ...], shape: Shape) -> list[Matrix]:
     return [m for m in shape.matrices if set(m.roles) & set(targets)]
 
 
-def _rank(spec: LowRankSpec, layer: int, matrix: Matrix) -> int:
+def rank_of(spec: LowRankSpec, layer: int, matrix: Matrix) -> int:
     """The most specific entry of `ranks`: layer and role, then layer, then role."""
     keys = [*(f"{layer}.{role}" for role in matrix.roles), str(layer), *matrix.roles]
     return next((spec.ranks[key] for key in keys if key in spec.ranks), spec.rank)
