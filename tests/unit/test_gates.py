@@ -75,9 +75,10 @@ def test_the_fused_gate_is_not_skipped_where_products_are_in_bfloat16() -> None:
     [
         ([0.2, -0.1, 0.49], True),
         ([0.1] * 30 + [-0.1] * 30 + [0.55, -0.2] + [0.12] * 30, True),  # rounding, and its largest of many
+        ([0.08] * 300 + [-1.05], True),
         ([0.3, -0.4, 0.55], False),  # all of them far
         ([0.02] * 300 + [0.6], False),  # one of them far
-        ([0.1] * 10 + [1.3], False),
+        ([0.25] * 10 + [1.6], False),
         ([float("nan")] * 3, False),
     ],
 )
