@@ -147,7 +147,7 @@ def main() -> int:
     """0 when every prediction is within the limits."""
     parser = argparse.ArgumentParser(prog="plan", description="Predicted and measured memory.")
     parser.add_argument("--only", help="names of cases, separated by ;")
-    parser.add_argument("--work", type=Path, help="a folder that keeps what was measured; none is a temporary one")
+    parser.add_argument("--work", type=Path, help="keeps what was measured, to go on with; none is a temporary one")
     asked = parser.parse_args()
     work = asked.work or Path(tempfile.mkdtemp(prefix="rung-plan-"))
     work.mkdir(parents=True, exist_ok=True)
@@ -157,6 +157,9 @@ def main() -> int:
         footprint = measure(work, Case("nothing", "nothing"))["measured"]
         print(f"libraries: {footprint / 1e6:,.0f} MB", flush=True)
         for case in cases:
+            if not asked.only and (work / f"{slug(case)}.json").exists():
+                print(f"{case.name}: measured already", flush=True)
+                continue
             (work / f"{slug(case)}.json").write_text(json.dumps({**measure(work, case), "name": case.name}))
         kept = [work / f"{slug(case)}.json" for case in CASES]
         complete = all(file.exists() for file in kept)

@@ -10,7 +10,11 @@ def main() -> int:
     if len(sys.argv) != 3:
         print(__doc__, file=sys.stderr)
         return 2
-    intents = json.loads(Path(sys.argv[1]).read_text())
+    try:
+        intents = json.loads(Path(sys.argv[1]).read_text())
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 2
     rows = [{"text": f"{intent.replace('_', ' ')}: {intent}"} for intent in intents]
     Path(sys.argv[2]).parent.mkdir(parents=True, exist_ok=True)
     Path(sys.argv[2]).write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -21,6 +21,7 @@ from rung.model.load import Base
 from rung.model.policy import Policy, Untouched
 from rung.objective.reward import ScoreHead
 from rung.opened import load, once_more, open_reward
+from rung.plan.advise import require_reward_run
 from rung.scoring.verifiers import Verifier, verifier
 from rung.spec.method import MOVES_BASE, LoraSpec
 from rung.spec.model import ALONE
@@ -113,13 +114,8 @@ def worth_of(spec: RunSpec, base: Base, chat: Chat) -> Worth | None:
     if not isinstance(source, ModelRewardSpec):
         return verifier(source)
     path = Path(source.run)
-    if not (path / "run.json").exists():
-        raise ConfigError("there is no such run", where="objective.reward.run", given=source.run)
+    require_reward_run(source.run)
     manifest = read_manifest(path)
-    kind = manifest["spec"].get("objective", {}).get("kind", "sft")
-    if kind != "reward":
-        what = "this run is no reward model"
-        raise ConfigError(what, where="objective.reward.run", given=f"{source.run}: objective.kind: {kind}")
     health = manifest.get("reward") or {}
     if health.get("verdict") != "healthy":
         verdict = f"{health['verdict']}: {health['reason']}" if health else "never measured: it had no validation pairs"

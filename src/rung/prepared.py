@@ -49,12 +49,14 @@ def read_splits(spec: RunSpec) -> Splits:
         return load_data(spec.data, spec.seed)
 
 
-def library_of(spec: RunSpec, splits: Splits) -> Library:
-    """What passages are retrieved from. Raises `DataError` where that is nothing."""
+def library_of(spec: RunSpec, splits: Splits | None = None) -> Library:
+    """What passages are retrieved from; rows are read where they are not at hand. Raises `DataError` for nothing."""
     own = spec.evaluate.retrieve or RetrieveSpec()
     with stage("indexing documents"):
         if own.documents is None:
-            if spec.data.limit is not None:  # fewer rows to learn from must not make the search easier
+            if (
+                splits is None or spec.data.limit is not None
+            ):  # fewer rows to learn from must not make the search easier
                 splits = load_data(spec.data.model_copy(update={"limit": None}), spec.seed)
             return Library.of(own_contexts((splits.train, splits.validation, splits.test)), own, "data.path")
         return Library.of(read_documents(own), own, own.documents)

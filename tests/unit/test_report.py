@@ -262,7 +262,7 @@ def test_a_scored_run_shows_scores_and_answers(tmp_path: Path) -> None:
     scored = {"exact": score_interval(right.astype(float), binary=True).to_json()}
     write_json(folder / "run.json", {**manifest, "metrics": {"scores": scored, "prompt_tokens": 120.0, "cut_off": 4}})
     shown = page(folder)
-    assert "some of each 10" in shown.text and "right 20" in shown.text and "Answers, side" not in shown.text
+    assert "some of each 60, 10 here" in shown.text and "right 20" in shown.text and "Answers, side" not in shown.text
     assert "0.33" in shown.text and "[0.23, 0.46]" in shown.text and "this run 4 of 60" in shown.text
     assert "rung eval" not in shown.text
 
@@ -348,7 +348,7 @@ def test_training_seeds_each_stand_in_what_was_trained(tmp_path: Path) -> None:
 
 def test_a_moved_climb_still_finds_its_rungs(tmp_path: Path) -> None:
     Made().write(tmp_path / "climb").rename(tmp_path / "elsewhere")
-    assert "where they differ 10" in page(tmp_path / "elsewhere").text
+    assert re.search(r"where they differ \d\d, 10 here", page(tmp_path / "elsewhere").text)
 
 
 def test_examples_show_every_way_the_rungs_differ(tmp_path: Path) -> None:
@@ -383,6 +383,15 @@ def test_filters_show_who_alone_was_right(tmp_path: Path) -> None:
             assert right == wanted if wanted else not right[2] and any(right)
     text = build(tmp_path / "climb").read_text(encoding="utf-8")
     assert all(f"#show-{f.key}:checked" in text and f'id="show-{f.key}"' in text for f in browser.filters)
+
+
+def test_rungs_that_agree_on_everything_do_not_differ(tmp_path: Path) -> None:
+    folder = Made({"zero_shot": -1.0, "few_shot": -1.0}).write(tmp_path / "climb")
+    assert [(f.label, f.items) for f in browse(read(folder).rungs, ["exact"]).filters] == [
+        ("some of each", ITEMS),
+        ("none right", ITEMS),
+    ]
+    assert "The rungs differ on none of them" in page(folder).text
 
 
 def test_what_only_looking_up_gets_right(tmp_path: Path) -> None:

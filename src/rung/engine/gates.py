@@ -30,8 +30,8 @@ TOLERANCE: dict[torch.dtype, float] = {torch.float64: 1e-6, torch.float32: 2e-3,
 moves them by whole nats; sums in another order move them by less than this on models of billions of parameters."""
 SPREAD, OUTLIER, FURTHEST = 0.3, 15.0, 1.5
 """In bfloat16 rounding moves all of them, a few far: where nine tenths differ by at most SPREAD nats, one may differ by
-OUTLIER times what those do, but by no more than FURTHEST. transformers' own forward of two documents together and one by
-one lies up to 0.67 nats apart on 280 tokens, nine tenths of them less than 0.1; a fault moves some by whole nats, or all."""
+OUTLIER times what those do, but by no more than FURTHEST. Of transformers' own forward two documents together and one
+by one lie up to 0.67 nats apart on 280 tokens, nine tenths less than 0.1; a fault moves some by whole nats, or all."""
 
 
 def check_trainable(method: Method, optimiser: torch.optim.Optimizer, heads: int = 0) -> Gate:

@@ -80,8 +80,8 @@ class Conversation:
     ) -> None:
         self.system = [Message("system", system)] if system else []
         self.sampling = sampling
+        self.library = _library(target)  # before anything is loaded
         self.speakers = _speakers(target, compare)
-        self.library = _library(target)
         if task is not None and not any(speaker.tasks for speaker in self.speakers):
             raise ConfigError("this model learned nothing for tasks of their own", where="--task", given=task)
         for speaker in self.speakers:
@@ -144,7 +144,7 @@ def _library(target: str) -> Library | None:
     path = Path(target)
     if not (path / "run.json").exists() or (spec := opened.spec_of(path)).evaluate.context != "retrieved":
         return None
-    return prepared.library_of(spec, prepared.read_splits(spec))
+    return prepared.library_of(spec)
 
 
 def _speakers(target: str, compare: bool) -> list[Speaker]:

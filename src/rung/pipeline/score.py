@@ -32,6 +32,7 @@ def score(target: str, *, config: str | None, overrides: Sequence[str], limit: i
         return _examined(path, task, records, config=config, keep=config is None and limit is None)
     result = answered(target, task, records)
     measured = {**result.summary(), **found}
+    measured["seconds_per_query"] += found.get("retrieval", {}).get("seconds_per_query", 0.0)
     contaminated = {"contamination": seen_in_training(path, result, originals)} if is_run else {}
     if is_run and config is None and limit is None:
         result.write(path / "eval.parquet")  # items.parquet belongs to the climb that a run may stand in

@@ -197,6 +197,8 @@ def other_shapes(spec: RunSpec) -> dict[str, Shape]:
     if spec.objective.kind == "distill":
         found["teacher"] = _named(spec, spec.objective.teacher, "objective.teacher")
     reward = getattr(spec.objective, "reward", None)
+    if isinstance(reward, ModelRewardSpec):
+        require_reward_run(reward.run)
     if isinstance(reward, ModelRewardSpec) and not _shares_base(spec, Path(reward.run)):
         found["reward"] = _named(spec, reward.run, "objective.reward.run")
     return found
@@ -211,6 +213,17 @@ def _named(spec: RunSpec, name: str, where: str) -> Shape:
         raise ConfigError(
             error.summary, where=own, given=error.given, allowed=error.allowed, hint=error.hint
         ) from error
+
+
+def require_reward_run(run: str) -> None:
+    """Raise `ConfigError` for a folder without a run, or of another kind."""
+    where = "objective.reward.run"
+    try:
+        kind = json.loads((Path(run) / "run.json").read_text())["spec"].get("objective", {}).get("kind", "sft")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError("there is no such run", where=where, given=run) from error
+    if kind != "reward":
+        raise ConfigError("this run is no reward model", where=where, given=f"{run}: objective.kind: {kind}")
 
 
 def _shares_base(spec: RunSpec, run: Path) -> bool:

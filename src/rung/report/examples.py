@@ -59,7 +59,7 @@ class Filter:
     key: str
     label: str
     items: int
-    """All of them; no more than `EACH` are on the page."""
+    """All of them; no more than `EACH` are on the page, of the first no more than `FIRST`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +87,11 @@ def browse(rungs: Sequence[Rung], metrics: Sequence[str]) -> Browser:
     shared = [source for source in answered[0] if all(source in items for items in answered)]
     rows = [[items[source] for items in answered] for source in shared]
     order = _in_turn(rows, metrics)
-    on = {i: ["differ"] for i in order[:FIRST]}
-    filters = [Filter("differ", "where they differ" if len(shown) > 1 else "some of each", len(on))]
+    apart = [i for i in order if _interest(rows[i], metrics) < 2]
+    on = {i: ["differ"] for i in (apart or order)[:FIRST]}
+    filters = [
+        Filter("differ", "where they differ", len(apart)) if apart else Filter("differ", "some of each", len(order))
+    ]
     for key, label, holds in _kinds(shown, metrics):
         found = [i for i in order if holds(_well(rows[i], metrics[0]))]
         if found:

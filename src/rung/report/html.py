@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from rung.errors import CheckpointError
 from rung.report import sections
-from rung.report.examples import EACH, browse
+from rung.report.examples import EACH, FIRST, browse
 from rung.report.folder import Source, read
 
 
@@ -51,6 +51,7 @@ def render(source: Source) -> str:
         instructions=sections.instructions(source),
         curves=sections.curves(source),
         layers=sections.layers(source),
+        first=FIRST,
         each=EACH,
         browser=browse(source.rungs, source.metrics),
         trained=sections.trained(source),
