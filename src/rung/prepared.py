@@ -54,9 +54,7 @@ def library_of(spec: RunSpec, splits: Splits | None = None) -> Library:
     own = spec.evaluate.retrieve or RetrieveSpec()
     with stage("indexing documents"):
         if own.documents is None:
-            if (
-                splits is None or spec.data.limit is not None
-            ):  # fewer rows to learn from must not make the search easier
+            if splits is None or spec.data.limit is not None:  # fewer rows must not make the search easier
                 splits = load_data(spec.data.model_copy(update={"limit": None}), spec.seed)
             return Library.of(own_contexts((splits.train, splits.validation, splits.test)), own, "data.path")
         return Library.of(read_documents(own), own, own.documents)

@@ -89,9 +89,7 @@ def browse(rungs: Sequence[Rung], metrics: Sequence[str]) -> Browser:
     order = _in_turn(rows, metrics)
     apart = [i for i in order if _interest(rows[i], metrics) < 2]
     on = {i: ["differ"] for i in (apart or order)[:FIRST]}
-    filters = [
-        Filter("differ", "where they differ", len(apart)) if apart else Filter("differ", "some of each", len(order))
-    ]
+    filters = [Filter("differ", "where they differ" if apart else "some of each", len(apart or order))]
     for key, label, holds in _kinds(shown, metrics):
         found = [i for i in order if holds(_well(rows[i], metrics[0]))]
         if found:
