@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from models import SHAPES, tiny_model
@@ -73,6 +74,35 @@ def test_what_moves_is_what_the_method_declares(kind: str, name: str) -> None:
     assert found.moving == method.declared_parameters() == sum(p.numel() for p in parameters.values())
     if name.split()[0] not in ("prefix", "p_tuning"):  # of an encoder the largest tensor is taken for its whole
         assert found.largest == max(p.numel() for p in parameters.values())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_gguf_file_says_its_shape(tied: bool, tmp_path: Path) -> None:
+    """By llama.cpp's names; the numbers are those of the model that it would be."""
+    from gguf import GGUFWriter
+
+    config = tiny_model(tie_word_embeddings=tied).config
+    file = tmp_path / "tiny.gguf"
+    writer = GGUFWriter(file, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_tensor("token_embd.weight", np.zeros((config.vocab_size, config.hidden_size), np.float32))
+    if not tied:
+        writer.add_tensor("output.weight", np.zeros((config.vocab_size, config.hidden_size), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    shape = read_shape(ModelSpec(name=str(file)))
+    assert shape.parameters == tiny_model(tie_word_embeddings=tied).num_parameters() and shape.tied == tied
+    assert shape.context == config.max_position_embeddings and shape.stored == "float32"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ConfigError, match="GGUF"):
+        read_shape(ModelSpec(name=str(file)))
 
 
 def test_the_known_base_is_its_own_shape() -> None:
