@@ -53,10 +53,10 @@ def step_flops(
     n, m, pairs = _counts(documents, shared)
     upper = shape.layers - trained.lowest
     computed = shape.layers if first_epoch else upper
-    block = sum(m.inputs * m.outputs for m in shape.matrices)
+    block = sum(matrix.inputs * matrix.outputs for matrix in shape.matrices)
     lora = 0
     if trained.rank is not None:
-        lora = upper * trained.rank * sum(m.inputs + m.outputs for m in shape.matrices)
+        lora = upper * trained.rank * sum(matrix.inputs + matrix.outputs for matrix in shape.matrices)
     head = 2.0 * shape.vocabulary * shape.width * m
     attention = 4.0 * shape.query * pairs
     full = trained.rank is None

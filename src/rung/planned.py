@@ -64,7 +64,7 @@ def expect(spec: RunSpec, shape: Shape, trainer: Trainer, data: Data, *, beyond:
     """
     compute = str(trainer.policy.base.compute_dtype).removeprefix("torch.")
     if isinstance(data.train, Prompted):  # its documents are made as it goes
-        work = Work(compute, trainer.budget, trainer.budget // 2)
+        work = Work(compute, trainer.budget, trainer.budget // 2, device=trainer.policy.device.type)
     else:
         work = _work(trainer, data.train, compute)
     found = memory(spec, shape, work, other_shapes(spec))

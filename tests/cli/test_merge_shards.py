@@ -168,3 +168,26 @@ def test_a_base_that_cannot_be_merged_so_is_merged_whole(
     monkeypatch.setattr("rung.pipeline.merge.available", lambda device: 2**20)
     code, out, err = inside(capsys, "merge", tmp_path / "run", tmp_path / "merged", "--json")
     assert code == 0 and "merged whole all the same" in err and "moved_from_base" in json.loads(out)
+
+
+def test_every_type_of_number_is_written_as_it_should_be(tmp_path: Path) -> None:
+    """Floats are widened, all others stand as they are; what was written reads back whole."""
+    base, target = tmp_path / "base", tmp_path / "merged"
+    base.mkdir()
+    target.mkdir()
+    held = {
+        "l.weight": torch.full((4, 6), 0.5, dtype=torch.bfloat16),
+        "half": torch.ones(3, dtype=torch.float16),
+        "eighth": torch.ones(2, 2).to(torch.float8_e4m3fn),
+        "counts": torch.arange(5),
+        "flags": torch.tensor([True, False, True]),
+    }
+    save_file(held, base / "model.safetensors")
+    (base / "config.json").write_text("{}")
+    update = shards.Update(torch.ones(2, 6), torch.ones(4, 2), 0.25, False)
+    gate, moved = shards.merge_shards(base, {"l": update}, target)
+    found = load_file(target / "model.safetensors")
+    assert gate.state == "passed" and moved == 0.5 and torch.equal(found.pop("l.weight"), torch.ones(4, 6))
+    for name, tensor in found.items():
+        assert tensor.dtype is (torch.float32 if held[name].is_floating_point() else held[name].dtype)
+        assert torch.equal(tensor.double(), held[name].double())

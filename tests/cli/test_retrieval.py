@@ -120,7 +120,7 @@ def test_a_run_by_itself_retrieves_in_training_and_in_eval(boxes: Path, tmp_path
 
 
 def test_chat_looks_up_as_in_training(boxes: Path, tmp_path: Path, capsys: Any) -> None:
-    """What the model is asked in a chat is, id for id, what it is asked in the test."""
+    """The passage stands in front of the question, and documents that are gone are said to be."""
     from rung.pipeline import chat
 
     settings = ["evaluate.context=retrieved", f"evaluate.retrieve={{documents: {tmp_path / 'docs'}, top_k: 1}}"]

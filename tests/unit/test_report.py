@@ -359,7 +359,7 @@ def test_examples_show_every_way_the_rungs_differ(tmp_path: Path) -> None:
     differing = {p for p in every if len(set(p)) > 1}
     assert len(set(patterns)) == len(differing) and all(len(set(p)) > 1 for p in patterns)
     assert len({example.group for example in shown}) >= 6 and len(shown) == FIRST
-    assert browse(source.rungs, source.metrics) == browse(source.rungs, source.metrics)
+    assert browse(source.rungs, source.metrics) == browse(read(tmp_path / "climb").rungs, source.metrics)
 
 
 def test_filters_show_who_alone_was_right(tmp_path: Path) -> None:
@@ -409,6 +409,7 @@ def test_what_only_looking_up_gets_right(tmp_path: Path) -> None:
     for example in browser.examples:
         if "found" in example.filters:
             assert [answer.marks[0].tone for answer in example.answers] == ["bad", "good"]
+    assert "hit rate" in page(tmp_path / "climb").text, "of a ladder that did not time its search, too"
 
 
 def test_perplexity_marks_nats_and_calls_no_answer_wrong(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import math
 import platform
 import resource
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -42,10 +42,6 @@ class Gate:
         return f"gate {self.name}: {self.state.replace('_', ' ')} ({self.measured}; limit {self.limit})"
 
 
-MEASURED_BESIDE = {"climb.forgetting"}
-"""Settings that nothing which is finished depends on."""
-
-
 @dataclass
 class RunFolder:
     """One run's folder. `manifest` is what `run.json` holds; `write` makes it so, atomically."""
@@ -58,11 +54,14 @@ class RunFolder:
     _held: IO[bytes] | None = None
 
     @staticmethod
-    def check(path: Path, spec: Mapping[str, Any], *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+    def check(
+        path: Path, spec: Mapping[str, Any], *, resume: bool, overwrite: bool, free: Collection[str] = ()
+    ) -> dict[str, Any] | None:
         """The manifest of the run to go on with, or None for a new one; touches nothing.
 
-        Raises `CheckpointError` for a folder that holds another run or anything else, and for a resume with another
-        config; `ConfigError` where both are asked for.
+        `free` names settings that may have changed: nothing that is finished depends on them. Raises `CheckpointError`
+        for a folder that holds another run or anything else, and for a resume with another config; `ConfigError` where
+        both are asked for.
         """
         if resume and overwrite:
             raise ConfigError("a run goes on or starts anew: --resume and --overwrite exclude one another")
@@ -86,24 +85,31 @@ class RunFolder:
                 hint="go on with --resume, start anew with --overwrite, or name another output=...",
             )
         differing = _changed({**existing["spec"], "output": None}, {**spec, "output": None})
-        if changed := sorted(set(differing) - MEASURED_BESIDE):
+        if changed := sorted(set(differing) - set(free)):
             raise CheckpointError(
                 "the run in this folder has another config", where=str(path), given="differs in " + ", ".join(changed)
             )
         return existing
 
     @staticmethod
-    def claim(path: Path, spec: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False) -> RunFolder:
+    def claim(
+        path: Path,
+        spec: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        free: Collection[str] = (),
+    ) -> RunFolder:
         """Take a folder for a run, after `check`, until `close`.
 
         `overwrite` removes what a run wrote there, and nothing else. Raises `CheckpointError` where another process is
         at work in it.
         """
-        RunFolder.check(path, spec, resume=resume, overwrite=overwrite)
+        RunFolder.check(path, spec, resume=resume, overwrite=overwrite, free=free)
         held = hold(path / LOCK)
         try:
             # once more: until now another process may have been at work here
-            existing = RunFolder.check(path, spec, resume=resume, overwrite=overwrite)
+            existing = RunFolder.check(path, spec, resume=resume, overwrite=overwrite, free=free)
         except RungError:
             let_go(path / LOCK, held)
             raise

@@ -45,6 +45,9 @@ from rung.spec.method import FullSpec
 from rung.spec.run import RunSpec
 from rung.types import Record
 
+FREE = ("climb.forgetting",)
+"""What a climb may be gone on with otherwise: it is measured beside its rungs."""
+
 
 class Climb:
     """A climb in its folder. Finished rungs found there are not repeated; an unfinished one goes on."""
@@ -64,7 +67,7 @@ class Climb:
             raise CheckpointError(
                 "this folder holds a single run, not a climb", where=str(self.path), hint="name another output=..."
             )
-        RunFolder.check(self.path, to_dict(spec), resume=resume, overwrite=overwrite)
+        RunFolder.check(self.path, to_dict(spec), resume=resume, overwrite=overwrite, free=FREE)
         self._overwrite = overwrite
         self._fresh: Base | None = None
         self._left: list[Left] = []
@@ -96,12 +99,11 @@ class Climb:
         self._refuse_other("base", base.fingerprint)
         data = {context: self._shared(context, asking, base) for context in asking.contexts}
         own = next(iter(data.values()))
-        room = base.context - self.spec.evaluate.max_new_tokens
-        asking.check_room(own.chat, room)
+        asking.check_room(own.chat, base.context - self.spec.evaluate.max_new_tokens)
         if other is not None:
-            require_room(other, own.chat, room)
+            require_room(other, own.chat, base.context)
         resume = (self.path / "run.json").exists() and not self._overwrite
-        claimed = RunFolder.claim(self.path, to_dict(self.spec), resume=resume, overwrite=self._overwrite)
+        claimed = RunFolder.claim(self.path, to_dict(self.spec), resume=resume, overwrite=self._overwrite, free=FREE)
         with closing(claimed) as folder:
             folder.manifest.pop("error", None)  # of an earlier try
             folder.update(

@@ -93,11 +93,11 @@ def read_forgotten(place: Path, data: str | None) -> dict[str, Any]:
     return found if found.get("forgetting") == data else {}
 
 
-def require_room(task: Task, chat: Chat, room: int) -> None:
-    """Raise `DataError` for a prompt of more than `room` tokens; of plain text what is too long is left out."""
+def require_room(task: Task, chat: Chat, context: int) -> None:
+    """Raise `DataError` for a prompt that leaves no room for its answer; of plain text what is too long is left out."""
     records, asked, _ = task
     if records[0].text is None:
-        framed(chat, _seen(records, asked), Framing(asked.instruction), room)
+        framed(chat, _seen(records, asked), Framing(asked.instruction), context - asked.max_new_tokens)
 
 
 def _seen(records: Sequence[Record], asked: EvaluateSpec) -> Sequence[Record]:

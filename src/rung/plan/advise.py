@@ -198,9 +198,10 @@ def other_shapes(spec: RunSpec) -> dict[str, Shape]:
         found["teacher"] = _named(spec, spec.objective.teacher, "objective.teacher")
     reward = getattr(spec.objective, "reward", None)
     if isinstance(reward, ModelRewardSpec):
-        require_reward_run(reward.run)
-    if isinstance(reward, ModelRewardSpec) and not _shares_base(spec, Path(reward.run)):
-        found["reward"] = _named(spec, reward.run, "objective.reward.run")
+        base = require_reward_run(reward.run).get("model", {}).get("name")
+        whole = (Path(reward.run) / "model").exists() or spec.method.kind in MOVES_BASE
+        if whole or base != spec.model.name:  # else it is one more adapter on this run's weights
+            found["reward"] = _named(spec, reward.run, "objective.reward.run")
     return found
 
 
@@ -215,25 +216,17 @@ def _named(spec: RunSpec, name: str, where: str) -> Shape:
         ) from error
 
 
-def require_reward_run(run: str) -> None:
-    """Raise `ConfigError` for a folder without a run, or of another kind."""
+def require_reward_run(run: str) -> dict[str, Any]:
+    """The config of a reward run. Raises `ConfigError` for a folder without a run, or of another kind."""
     where = "objective.reward.run"
     try:
-        kind = json.loads((Path(run) / "run.json").read_text())["spec"].get("objective", {}).get("kind", "sft")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        spec: dict[str, Any] = json.loads((Path(run) / "run.json").read_text())["spec"]
+        kind = spec.get("objective", {}).get("kind", "sft")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError("there is no such run", where=where, given=run) from error
     if kind != "reward":
         raise ConfigError("this run is no reward model", where=where, given=f"{run}: objective.kind: {kind}")
-
-
-def _shares_base(spec: RunSpec, run: Path) -> bool:
-    """Whether a reward run is one more adapter on this run's weights."""
-    try:
-        theirs = json.loads((run / "run.json").read_text())["spec"]["model"]["name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    whole = (run / "model").exists() or spec.method.kind in MOVES_BASE
-    return bool(theirs == spec.model.name) and not whole
+    return spec
 
 
 def alternatives(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:

@@ -14,7 +14,7 @@ def afterwards(spec: RunSpec, shape: Shape, work: Work, length: float) -> tuple[
     own, tokens = trained(spec.method, shape), int(spec.data.max_length or length)
     whole = spec.method.kind in MOVES_BASE
     adapter = 0 if whole else 4 * ((own.moving or 0) + own.frozen)
-    rows, width = spec.evaluate.batch, 2 if work.compute == "bfloat16" else 4
+    rows, width = spec.evaluate.batch, BYTES[work.compute]
     evaluation = Stage(
         "evaluation",
         (

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rung.plan.shape import Shape
+from rung.plan.shape import BYTES, Shape
 from rung.plan.trained import aimed_at, rank_of
 from rung.spec.layers import layers_named
 from rung.spec.method import SUBTRACTED, LowRankSpec, MixtureSpec
@@ -20,7 +20,7 @@ from rung.spec.method import SUBTRACTED, LowRankSpec, MixtureSpec
 
 def layer_bytes_per_token(shape: Shape, compute: str = "float32") -> int:
     """What one layer of the base keeps."""
-    return 2 * (shape.width + shape.query + shape.kv + shape.mlp) * _width(compute)
+    return 2 * (shape.width + shape.query + shape.kv + shape.mlp) * BYTES[compute]
 
 
 def activation_bytes_per_token(shape: Shape, compute: str = "float32", *, lowest: int = 0) -> int:
@@ -33,7 +33,7 @@ def method_bytes_per_token(spec: Any, shape: Shape, compute: str = "float32") ->
     if not hasattr(spec, "targets") and spec.kind != "bottleneck":
         return 0
     chosen = layers_named(spec.layers, range(shape.layers))
-    return sum(numbers_beside(spec, shape, layer) for layer in chosen) * _width(compute)
+    return sum(numbers_beside(spec, shape, layer) for layer in chosen) * BYTES[compute]
 
 
 def numbers_beside(spec: Any, shape: Shape, layer: int) -> int:
@@ -72,7 +72,3 @@ def _mixture(spec: MixtureSpec, shape: Shape) -> int:
     normed = sum(shape.width for own in ({"q", "k", "v"}, {"gate", "up"}) if own & roles)
     hidden = shape.mlp if "down" in roles else 0
     return normed + hidden + len(aimed) * spec.experts * (2 * spec.rank + 1)
-
-
-def _width(compute: str) -> int:
-    return 2 if compute == "bfloat16" else 4

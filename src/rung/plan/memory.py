@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from rung.plan.kept import activation_bytes_per_token, method_bytes_per_token
 from rung.plan.shape import BYTES, Shape
+from rung.plan.time import rolls
 from rung.plan.trained import Trained, trained
 from rung.spec.method import MOVES_BASE, in_front
 from rung.spec.run import RunSpec
@@ -142,7 +143,7 @@ def memory(spec: RunSpec, shape: Shape, work: Work, others: Mapping[str, Shape] 
         Stage("optimiser", (*held, *_update(own), *heap)),
     ]
     rollout = getattr(spec.objective, "rollout", None)
-    if rollout is not None and (spec.objective.kind != "distill" or spec.objective.on_policy):
+    if rollout is not None and rolls(spec):
         rows = min(rollout.batch, rollout.answers * spec.engine.examples_per_step)
         tokens = work.tokens // max(1, rollout.answers) + rollout.max_new_tokens
         stages.append(Stage("rollouts", (*held, *answering(shape, rows, tokens, work.compute))))
@@ -153,7 +154,7 @@ def memory(spec: RunSpec, shape: Shape, work: Work, others: Mapping[str, Shape] 
 
 def answering(shape: Shape, rows: int, tokens: int, compute: str) -> Sequence[Term]:
     """What decoding holds besides the weights: `rows` answers at once, `tokens` long with their prompts."""
-    width = _width(compute)
+    width = BYTES[compute]
     cache = rows * tokens * 2 * shape.kv * shape.layers * width
     return (
         Term("kv_cache", cache, f"{rows} rows of {tokens:,} tokens, keys and values of {shape.layers} layers"),
@@ -226,7 +227,7 @@ def _backward(spec: RunSpec, shape: Shape, own: Trained, work: Work) -> Sequence
     activations = int(kept * tokens * (1.0 if spec.model.fused else UNFUSED))
     if work.batches == 1:  # gradients come as activations go
         gradients = max(0, gradients - activations)
-    per_token = _width(compute=work.compute)
+    per_token = BYTES[work.compute]
     scratch = per_token * tokens * (4 * shape.mlp + 4 * shape.width)
     vectors = 3 * per_token * shape.width * work.learned
     holes = _holes(spec, shape, work)
@@ -276,7 +277,3 @@ def _loading(spec: RunSpec, shape: Shape, work: Work) -> Sequence[Term]:
 def _saving(own: Trained) -> Sequence[Term]:
     """What is written is copied tensor by tensor, and looked at again so."""
     return (Term("copies", 2 * 4 * own.largest, "of the largest tensor, written and looked at again"),)
-
-
-def _width(compute: str) -> int:
-    return 2 if compute == "bfloat16" else 4

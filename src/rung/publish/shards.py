@@ -160,7 +160,7 @@ def _headers(file: Path) -> Iterator[tuple[str, str, list[int]]]:
         for name in opened.keys():
             own = opened.get_slice(name)
             kind = own.get_dtype()
-            yield name, "F32" if kind in ("F16", "BF16", "F64") else kind, own.get_shape()
+            yield name, "F32" if "F" in kind else kind, own.get_shape()  # F16, BF16, F64, F8_E4M3 and the like
 
 
 def _bytes_of_tensors(file: Path) -> int:

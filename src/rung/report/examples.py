@@ -69,6 +69,8 @@ class Browser:
     filters: tuple[Filter, ...]
     """The first is what stands there before anybody chooses; a single one is no choice."""
     examples: tuple[Example, ...]
+    apart: bool = False
+    """Whether the rungs differ on any item."""
 
 
 FIRST, EACH = 10, 20
@@ -97,7 +99,9 @@ def browse(rungs: Sequence[Rung], metrics: Sequence[str]) -> Browser:
         for i in found[:EACH]:
             on.setdefault(i, []).append(key)
     labels = [rung.label for rung in shown]
-    return Browser(tuple(filters), tuple(_example(rows[i], labels, metrics, on[i]) for i in order if i in on))
+    return Browser(
+        tuple(filters), tuple(_example(rows[i], labels, metrics, on[i]) for i in order if i in on), bool(apart)
+    )
 
 
 def _kinds(rungs: Sequence[Rung], metrics: Sequence[str]) -> list[tuple[str, str, Callable[[Sequence[bool]], bool]]]:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from rung.errors import ConfigError, did_you_mean
 from rung.spec.climb import RungSpec, ThenSpec
 from rung.spec.method import METHOD_SPECS
+from rung.spec.model import ALONE
 from rung.spec.run import RunSpec
 
 Path_ = tuple[str | int, ...]
@@ -83,7 +84,7 @@ def for_then(spec: RunSpec, then: ThenSpec, below: str, output: str, seed: int) 
     raw = to_dict(spec)
     data = raw["data"] if not then.data else {"validation": raw["data"]["validation"], "test": 0.0, **then.data}
     engine = {**raw["engine"], "learning_rate": None, **then.engine}
-    model = {**raw["model"], "name": below, "student_of": None, "layers": None, "revision": None}
+    model = {**raw["model"], "name": below, **ALONE}
     own = {"model": model, "data": data, "method": then.method, "objective": then.objective, "engine": engine}
     rung = next(r for r in spec.climb.rungs if r.label == then.above)
     context = rung.context_of(spec.evaluate.context)
