@@ -179,7 +179,7 @@ def _sides(folder: Path, env: dict[str, str]) -> Sides:
     run([OURS / "rung", "models", "fetch", BASE, "--json"], log, env)
     text = log.read_text()
     model = Path(json.loads(text[text.index("{") :])["path"])
-    weigh = "import rung.cli, rung.run; from benchmarks.memory import resident; print(resident())"
+    weigh = "import rung.cli, rung.runs.train; from benchmarks.memory import resident; print(resident())"
     run([OURS / "python", "-c", weigh], log, env)
     return Sides(model, env, int(log.read_text().split()[-1]))
 

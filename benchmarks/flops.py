@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
 
-from rung.plan.shape import Shape
+from rung.planning.architecture import Shape
 
 KINDS = (
     *("block_forward", "block_input_grad", "block_weight_grad"),

@@ -18,15 +18,15 @@ import numpy as np
 import torch
 
 from benchmarks.rows import make_rows
-from rung.engine.pack import PackedBatch, pack, pack_separately
-from rung.engine.step import accumulate
-from rung.method.table import attach
-from rung.model.policy import Policy
-from rung.objective.table import OBJECTIVES
-from rung.opened import load
-from rung.spec.method import LoraSpec
-from rung.spec.model import ModelSpec
-from rung.spec.objective import GrpoSpec
+from rung.config.method import LoraSpec
+from rung.config.model import ModelSpec
+from rung.config.objective import GrpoSpec
+from rung.methods.registry import attach
+from rung.models.policy import Policy
+from rung.objectives.registry import OBJECTIVES
+from rung.runs.load import load
+from rung.training.packing import PackedBatch, pack, pack_separately
+from rung.training.step import accumulate
 from rung.types import Example, Source
 
 BUDGET = 2048

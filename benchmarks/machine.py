@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.flops import KINDS, Flops
-from rung.plan.shape import Shape, read_shape
-from rung.spec.model import ModelSpec
+from rung.config.model import ModelSpec
+from rung.planning.architecture import Shape, read_shape
 
 ROWS = 700
 """Tokens of a micro-batch: products of this many rows run at full speed."""
@@ -61,7 +61,7 @@ def _times(inputs: int, outputs: int, rows: int) -> tuple[float, float, float]:
     """By the faster of torch's own product and the one that Rung takes: what the machine can do, whoever asks it to."""
     import torch
 
-    from rung.model.product import product
+    from rung.models.matmul import product
 
     x, weight, gradient = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(rows, outputs)
 

@@ -16,21 +16,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from rung import opened
+from rung.config.io import load_config
+from rung.config.objective import SftSpec
+from rung.config.run import RunSpec
 from rung.data.chat import Chat
-from rung.data.prompts import prompts
-from rung.engine.pack import pack
-from rung.engine.step import mean_loss
-from rung.evaluate.task import Evaluation
-from rung.method.lora import Lora
-from rung.method.mixture import Mixture
-from rung.model.fuse import fuse
-from rung.model.policy import Policy, Untouched
-from rung.objective.sft import Sft
-from rung.prepared import read_splits
-from rung.spec.io import load
-from rung.spec.objective import SftSpec
-from rung.spec.run import RunSpec
+from rung.data.tokenize import prompts
+from rung.evaluation.evaluate import Evaluation
+from rung.methods.lora import Lora
+from rung.methods.mixture import Mixture
+from rung.models.fused_modules import fuse
+from rung.models.policy import Policy, Untouched
+from rung.objectives.sft import Sft
+from rung.runs.dataset import read_splits
+from rung.runs.load import open_base, open_run, score_policy, test_records
+from rung.training.packing import pack
+from rung.training.step import mean_loss
 from rung.types import Example, Record, Source
 
 DOCUMENTED = ("argparse", "decimal", "asyncio", "pathlib", "logging", "unittest", "zipfile", "random")
@@ -41,13 +41,13 @@ ROUTED = 32
 
 def measure(config: Path, run: Path | None, items: Path, questions: int) -> dict[str, Any]:
     """Answer the held-out questions of a config with a run, or with its untuned base; the answers go to `items`."""
-    spec = load(config).spec
+    spec = load_config(config).spec
     spec = spec.model_copy(update={"evaluate": spec.evaluate.model_copy(update={"limit": questions})})
-    policy, chat = opened.open_base(spec.model) if run is None else opened.open_run(run)[:2]
-    records = opened.test_records(spec, read_splits(spec))
+    policy, chat = open_base(spec.model) if run is None else open_run(run)[:2]
+    records = test_records(spec, read_splits(spec))
     rows = unrelated(chat)
     held = bytes_held(policy.model)  # before the first product, which may keep more
-    found = opened.score(policy, chat, spec, records, tuned=run is not None)
+    found = score_policy(policy, chat, spec, records, tuned=run is not None)
     found.write(items)
     return {
         **_scores(found, records),
@@ -78,7 +78,7 @@ def _in_full_width(policy: Policy, chat: Chat, spec: RunSpec, records: list[Reco
     model: Any = policy.method.merge()
     fuse(model)
     merged = Policy(replace(policy.base, model=model), Untouched())
-    found = opened.score(merged, chat, spec, records, tuned=True)
+    found = score_policy(merged, chat, spec, records, tuned=True)
     return {"merged": {**_scores(found, records), "held_bytes": bytes_held(merged.model)}}
 
 

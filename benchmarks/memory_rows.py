@@ -21,7 +21,7 @@ from benchmarks.rows import make_rows
 from benchmarks.runner import OURS, RunError
 from benchmarks.runner import run as run_process
 from benchmarks.workloads import BASE
-from rung.paths import cache_folder
+from rung.files import cache_folder
 
 COUNTS = (1_000, 100_000)
 LIMIT = 0.05
@@ -85,15 +85,16 @@ def measure(folder: Path, count: int) -> int:
 
 def trace(config: Path) -> list[str]:
     """What reading and tokenising hold in Python objects and arrays when they are done, and the most they held."""
-    from rung import opened, prepared
-    from rung.spec.io import load
+    from rung.config.io import load_config
+    from rung.runs.dataset import read_splits, tokenise
+    from rung.runs.load import load_base_on_device
 
-    spec = load(str(config)).spec
-    base = opened.load(spec.model)
+    spec = load_config(str(config)).spec
+    base = load_base_on_device(spec.model)
     tracemalloc.start(1)
-    splits = prepared.read_splits(spec)
+    splits = read_splits(spec)
     read = tracemalloc.get_traced_memory()[0]
-    data = prepared.tokenise(spec, splits, base)
+    data = tokenise(spec, splits, base)
     held, most = tracemalloc.get_traced_memory()
     lines = tracemalloc.take_snapshot().statistics("lineno")[:15]
     return [

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from benchmarks.memory import peak, reset_peak, resident
-from rung.model.generate import Sampling, generate
-from rung.opened import open_base
-from rung.spec.evaluate import EvaluateSpec
-from rung.spec.model import ModelSpec
-from rung.spec.objective import RolloutSpec
+from rung.config.evaluation import EvaluateSpec
+from rung.config.model import ModelSpec
+from rung.config.objective import RolloutSpec
+from rung.models.generate import Sampling, generate
+from rung.runs.load import open_base
 
 IMPORTED = resident()
 

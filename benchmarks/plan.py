@@ -244,8 +244,8 @@ def make(name: str, folder: str) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from rung.model.load import load_tokenizer
-    from rung.spec.model import ModelSpec
+    from rung.config.model import ModelSpec
+    from rung.models.load import load_tokenizer
 
     shape = dict(BASES[name])
     torch.set_default_dtype(getattr(torch, shape.pop("dtype")))

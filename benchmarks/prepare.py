@@ -17,26 +17,26 @@ import numpy as np
 
 from benchmarks.flops import Document, Flops, Trained, step_flops
 from benchmarks.workloads import RANK, Answering, Training
-from rung import opened
-from rung.evaluate.baselines import Framing
-from rung.model.policy import Policy, Untouched
-from rung.objective.reward import ScoreHead
-from rung.plan.shape import Shape, read_shape
-from rung.prepared import read_splits, tokenise
-from rung.spec.io import load
-from rung.spec.model import ModelSpec
-from rung.spec.run import RunSpec
+from rung.config.io import load_config
+from rung.config.model import ModelSpec
+from rung.config.run import RunSpec
+from rung.evaluation.prompting import Framing
+from rung.models.policy import Policy, Untouched
+from rung.objectives.reward import ScoreHead
+from rung.planning.architecture import Shape, read_shape
+from rung.runs.dataset import read_splits, tokenise
+from rung.runs.load import load_base_on_device, open_base
 from rung.types import Example
 
 
 def prepare_training(work: Training, folder: Path, model: Path) -> dict[str, Any]:
     """Write `peer.jsonl` in the order of the steps; return what each step holds."""
-    spec = load(str(folder / "train.yaml")).spec
+    spec = load_config(str(folder / "train.yaml")).spec
     steps = _steps(spec, work.epochs)
     with (folder / "peer.jsonl").open("w") as lines:
         lines.writelines(json.dumps(_PEER_ROWS[work.objective](row)) + "\n" for step in steps for row in step)
     if work.objective == "reward":  # drawn by each side for itself it would be another
-        head = ScoreHead.fresh(Policy(opened.load(spec.model), Untouched()), spec.seed)
+        head = ScoreHead.fresh(Policy(load_base_on_device(spec.model), Untouched()), spec.seed)
         (folder / "head.json").write_text(json.dumps(head.weight.tolist()))
     shape = read_shape(ModelSpec(name=str(model)))
     trained = Trained(None) if work.method == "full" else Trained(RANK, min(work.layers or (0,)))
@@ -49,9 +49,9 @@ def prepare_training(work: Training, folder: Path, model: Path) -> dict[str, Any
 
 def prepare_answering(work: Answering, folder: Path) -> dict[str, Any]:
     """Prompt ids with the first rows as worked examples in front of every question."""
-    spec = load(str(folder / "train.yaml")).spec
+    spec = load_config(str(folder / "train.yaml")).spec
     records = read_splits(spec).train
-    _, chat = opened.open_base(spec.model)
+    _, chat = open_base(spec.model)
     framing = Framing(shots=tuple(records[: work.shots]))
     pad = chat.tokenizer.pad_token_id
     return {
@@ -66,7 +66,7 @@ def prepare_answering(work: Answering, folder: Path) -> dict[str, Any]:
 def _steps(spec: RunSpec, epochs: int) -> list[list[list[Example]]]:
     """The rows of every step: Rung draws a new order in each epoch, from the seed and the epoch's number."""
     splits = read_splits(spec)
-    rows = tokenise(spec, splits, opened.load(spec.model)).train.rows
+    rows = tokenise(spec, splits, load_base_on_device(spec.model)).train.rows
     steps = []
     for epoch in range(epochs):
         order = np.random.default_rng([spec.seed, epoch]).permutation(len(rows))

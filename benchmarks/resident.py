@@ -36,8 +36,8 @@ def make_base(folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from rung.model.load import load_tokenizer
-    from rung.spec.model import ModelSpec
+    from rung.config.model import ModelSpec
+    from rung.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(ModelSpec())
     torch.manual_seed(0)
@@ -55,17 +55,17 @@ def measure(folder: Path, form: str) -> None:
     import numpy as np
     import torch
 
-    from rung.engine.optim import make_optimiser
-    from rung.engine.pack import pack
-    from rung.engine.step import accumulate
-    from rung.method.table import attach
-    from rung.model import load
-    from rung.model.policy import Policy
-    from rung.objective.sft import Sft
-    from rung.spec.engine import OptimiserSpec
-    from rung.spec.method import LoraSpec
-    from rung.spec.model import ModelSpec
-    from rung.spec.objective import SftSpec
+    from rung.config.method import LoraSpec
+    from rung.config.model import ModelSpec
+    from rung.config.objective import SftSpec
+    from rung.config.training import OptimiserSpec
+    from rung.methods.registry import attach
+    from rung.models import load
+    from rung.models.policy import Policy
+    from rung.objectives.sft import Sft
+    from rung.training.optimizer import make_optimiser
+    from rung.training.packing import pack
+    from rung.training.step import accumulate
     from rung.types import Example, Source
 
     if form == "widened":

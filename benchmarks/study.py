@@ -19,9 +19,9 @@ import numpy as np
 
 from benchmarks.runner import OURS, ROOT, RunError, Store, run
 from benchmarks.studies import STUDIES, ZERO_SHOT, Entry, Rule, Study
-from rung.evaluate.task import Evaluation
+from rung.evaluation.evaluate import Evaluation
+from rung.scoring.recommendation import gain_over
 from rung.scoring.stats import Difference
-from rung.scoring.verdict import gain_over
 
 KEPT = ("trainable_parameters", "peak_memory_bytes", "tokens_per_second", "train_seconds", "train_loss")
 Measured = dict[str, Any]

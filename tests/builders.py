@@ -10,14 +10,14 @@ import torch
 from transformers import PreTrainedModel
 
 from models import tiny_model
-from rung.engine.sample import Sample
-from rung.method.base import Method
-from rung.method.table import attach
-from rung.model.load import Base
-from rung.model.policy import Policy, Untouched
-from rung.objective.sft import Sft
-from rung.spec.method import METHOD_SPECS
-from rung.spec.objective import SftSpec
+from rung.config.method import METHOD_SPECS
+from rung.config.objective import SftSpec
+from rung.methods.protocol import Method
+from rung.methods.registry import attach
+from rung.models.base_model import Base
+from rung.models.policy import Policy, Untouched
+from rung.objectives.sft import Sft
+from rung.training.step import Sample
 from rung.types import Example, Source
 
 

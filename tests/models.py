@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from rung.model import attention
+from rung.models import attention
 
 VOCABULARY = 320
 _LLAMA_LIKE: dict[str, Any] = {

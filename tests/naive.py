@@ -15,9 +15,9 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel
 
 from models import tiny_model
-from rung.method.base import Method
-from rung.method.table import attach
-from rung.spec.method import METHOD_SPECS
+from rung.config.method import METHOD_SPECS
+from rung.methods.protocol import Method
+from rung.methods.registry import attach
 from rung.types import Example
 
 

@@ -6,10 +6,10 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from rung.plan.memory import Memory, Work, memory
-from rung.plan.shape import Shape, shape_of
-from rung.report.human import memory as in_words
-from rung.spec.run import RunSpec
+from rung.config.run import RunSpec
+from rung.planning.architecture import Shape, shape_of
+from rung.planning.memory import Memory, Work, memory
+from rung.report.formatting import memory as in_words
 
 KNOWN: dict[str, dict[str, Any]] = {
     "7B": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008},

@@ -69,8 +69,8 @@ class Zygote:
 def serve(log: str) -> None:
     """Answer requests until there are no more."""
     import rung.cli
-    import rung.pipeline.climb
-    import rung.run  # noqa: F401 -- what children would otherwise import one by one
+    import rung.commands.climb
+    import rung.runs.train  # noqa: F401 -- what children would otherwise import one by one
 
     for line in sys.stdin:
         request = json.loads(line)

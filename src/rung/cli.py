@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from rung import __version__
-from rung.ending import exit_code, leave
+from rung.commands.exit_codes import exit_code, leave
 from rung.errors import ConfigError, PlanError
 
 app = typer.Typer(
@@ -40,8 +40,8 @@ def models(context: typer.Context, as_json: AsJson = False) -> None:
     """List the bases Rung knows by name, with size and licence."""
     if context.invoked_subcommand:
         return
-    from rung.model.fetch import base_folder
-    from rung.spec.catalog import CATALOG
+    from rung.config.catalog import CATALOG
+    from rung.models.download import base_folder
 
     rows = [{**b.model_dump(), "here": (base_folder(b) / "config.json").exists()} for b in CATALOG.values()]
     lines = [
@@ -55,15 +55,15 @@ def models(context: typer.Context, as_json: AsJson = False) -> None:
 @models_app.command()
 def fetch(name: Annotated[str, typer.Argument(help="A name from: rung models")], as_json: AsJson = False) -> None:
     """Bring a base into the cache, verified and converted once."""
+    from rung.config.catalog import CATALOG
     from rung.errors import did_you_mean
-    from rung.spec.catalog import CATALOG
 
     if name not in CATALOG:
         near = did_you_mean(name, list(CATALOG))
         raise ConfigError(
             "no such base", given=name, allowed=", ".join(CATALOG), hint=f"did you mean {near}?" if near else None
         )
-    from rung.model.fetch import fetch as bring
+    from rung.models.download import fetch as bring
 
     path = bring(name)
     _show({"path": str(path)}, [f"{name} is in {path}"], as_json)
@@ -77,7 +77,7 @@ def data_check(
     as_json: AsJson = False,
 ) -> None:
     """Format, rows kept and rejected with reasons, lengths, duplicates, leakage. Exit 2 when a row is rejected."""
-    from rung.pipeline.check import check_data
+    from rung.commands.data_check import check_data
 
     report, lines = check_data(file, show=show, model=model)
     _show(report, lines, as_json)
@@ -97,10 +97,10 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Memory and time of a run before anything is loaded, of every method, and what would make it fit."""
-    from rung.plan.advise import advise, device_named, size_of
-    from rung.spec.io import load
+    from rung.config.io import load_config
+    from rung.planning.advise import advise, device_named, size_of
 
-    spec = load(config, overrides or ()).spec
+    spec = load_config(config, overrides or ()).spec
     advice = advise(spec, limit=size_of(memory), device=device_named(device), tokens=tokens)
     from rung.report.plans import plan_lines
 
@@ -120,19 +120,20 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train one run."""
-    from rung.spec.io import load
-
-    spec = load(config, overrides or ()).spec
-    from rung import run
+    from rung.config.io import load_config
     from rung.report.tables import dry_run_lines, run_lines
+    from rung.runs.train import dry_run as prepare_only
+    from rung.runs.train import train_run
+
+    spec = load_config(config, overrides or ()).spec
 
     if dry_run:
-        found = run.dry_run(spec)
+        found = prepare_only(spec)
         return _show(found, dry_run_lines(found), as_json)
-    from rung.engine.distributed import launched
+    from rung.training.distributed import launched
 
     with launched() as world:
-        manifest = run.train(spec, resume=resume, overwrite=overwrite, beyond_memory=beyond_memory, world=world)
+        manifest = train_run(spec, resume=resume, overwrite=overwrite, beyond_memory=beyond_memory, world=world)
     if not world.first:
         return None
     from rung.report.html import build
@@ -144,10 +145,10 @@ def train(
 @app.command()
 def climb(config: Config, overrides: Overrides = None, overwrite: Overwrite = False, as_json: AsJson = False) -> None:
     """Measure the rungs on one held-out test set, print the ladder, recommend. Goes on where it stands."""
-    from rung.spec.io import load
+    from rung.config.io import load_config
 
-    spec = load(config, overrides or ()).spec
-    from rung.pipeline.climb import Climb
+    spec = load_config(config, overrides or ()).spec
+    from rung.commands.climb import Climb
     from rung.report.html import build
     from rung.report.tables import ladder_lines
 
@@ -176,26 +177,25 @@ def evaluate(
     """Score a run, or a base, on a task's test split."""
     if output is not None and against is None:
         raise ConfigError("pairs come of two systems", where="--output", given=output, hint="name the other: --against")
-    from rung.report.evidence import against_lines, forgetting_lines
-    from rung.report.tables import score_lines
+    from rung.report.tables import against_lines, forgetting_lines, score_lines
 
     if forgetting is not None:
         if against is not None or config is not None:
             where = "--against" if against is not None else "--config"
             what = "what a run forgets is measured against its base, on the data of --forgetting"
             raise ConfigError(what, where=where, given=against or config)
-        from rung.pipeline.forget import forgotten
+        from rung.commands.forgetting import forgotten
 
         found = forgotten(target, forgetting, limit=limit)
         return _show(found, forgetting_lines(found), as_json)
     if against is not None:
-        from rung.pipeline.against import compare
+        from rung.commands.compare import compare
 
         found = compare(target, against, config=config, overrides=overrides or (), limit=limit, output=output)
         return _show(found, against_lines(found), as_json)
-    from rung.pipeline.score import score
+    from rung.commands.evaluate import evaluate_target
 
-    result = score(target, config=config, overrides=overrides or (), limit=limit)
+    result = evaluate_target(target, config=config, overrides=overrides or (), limit=limit)
     _show(result, score_lines(result), as_json)
 
 
@@ -210,8 +210,8 @@ def chat(
     task: Annotated[str | None, typer.Option("--task", help="Of a run that learned something for each task.")] = None,
 ) -> None:
     """Talk to a run or a base. An empty line or Ctrl-D leaves; /new starts over."""
-    from rung.model.generate import Sampling
-    from rung.pipeline.chat import Conversation
+    from rung.commands.chat import Conversation
+    from rung.models.generate import Sampling
 
     sampling = Sampling(max_new_tokens, temperature)
     Conversation(target, compare=compare, sampling=sampling, system=system, task=task).talk(question)
@@ -240,16 +240,16 @@ def generate(  # noqa: PLR0913 -- options of a command line, each named where it
     as_json: AsJson = False,
 ) -> None:
     """Sample answers to the prompts of a file: to be ranked, scored, or learned from."""
-    from rung.model.generate import Sampling
-    from rung.pipeline.generate import Asked, format_of, generate_answers
+    from rung.commands.generate import Asked, format_of, generate_answers
+    from rung.models.generate import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, seed, n)
     asked = Asked(sampling, limit, distinct, reward, reference, format_of(format))
     if target.startswith(("http://", "https://")):
         if model is None:
             raise ConfigError("a server may hold several models", where="--model", hint="name one of them")
-        from rung.pipeline.remote import generate_remotely
-        from rung.synth.remote import AT_ONCE, Server
+        from rung.commands.generate import generate_remotely
+        from rung.inference.openai_client import AT_ONCE, Server
 
         result = generate_remotely(Server(target, model, concurrency or AT_ONCE), data, output, asked)
     elif model is not None or concurrency is not None:
@@ -279,7 +279,7 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Fold an adapter into its base and write a plain transformers model, checked in a fresh process."""
-    from rung.pipeline.merge import merge_run
+    from rung.commands.merge import merge_run
 
     result = merge_run(Path(target), folder, "original" if original else "trained", by_shard=by_shard)
     lines = [f"merged into {folder}", f"{result['measure']}: {result['difference']:.2e}"]
@@ -300,7 +300,7 @@ def fuse(
     as_json: AsJson = False,
 ) -> None:
     """Combine several runs of one base into one plain LoRA, on their true updates."""
-    from rung.pipeline.fuse import Plan, fuse_runs, numbers, way
+    from rung.commands.merge_adapters import Plan, fuse_runs, numbers, way
 
     plan = Plan(*way(how), numbers(weights), rank, seed, learn)
     result = fuse_runs(runs, folder, plan)
@@ -326,7 +326,7 @@ def report(
 @app.command()
 def schema() -> None:
     """Print the JSON schema of a config, for editors."""
-    from rung.spec.run import RunSpec
+    from rung.config.run import RunSpec
 
     typer.echo(json.dumps(RunSpec.model_json_schema(), indent=2))
 
@@ -334,11 +334,11 @@ def schema() -> None:
 @app.command()
 def show(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Print the resolved config and where each value came from."""
-    from rung.spec.io import load, to_dict
-    from rung.spec.io import show as shown
+    from rung.config.io import config_to_dict, load_config
+    from rung.config.io import show as shown
 
-    loaded = load(config, overrides or ())
-    _show({"spec": to_dict(loaded.spec), "origins": dict(loaded.origins)}, shown(loaded).splitlines(), as_json)
+    loaded = load_config(config, overrides or ())
+    _show({"spec": config_to_dict(loaded.spec), "origins": dict(loaded.origins)}, shown(loaded).splitlines(), as_json)
 
 
 def _version(asked: bool) -> None:

@@ -20,9 +20,9 @@ from peft import mapping as peft_tables
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from rung.method.bottleneck import Adapter
-from rung.method.mixture import Experts
-from rung.spec.method import BottleneckSpec, MixtureSpec
+from rung.config.method import BottleneckSpec, MixtureSpec
+from rung.methods.bottleneck import Adapter
+from rung.methods.mixture import Experts
 
 
 class OwnType(enum.StrEnum):

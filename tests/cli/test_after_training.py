@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from builders import documents
 from models import tiny_model
 from processes import inside
+from rung.config.model import ModelSpec
 from rung.data.chat import Chat
-from rung.engine.items import read_items
-from rung.engine.pack import pack_separately
 from rung.errors import CheckpointError, ConfigError
-from rung.model.load import load_base
-from rung.opened import open_run, open_runs
-from rung.spec.model import ModelSpec
+from rung.models.load import load_base
+from rung.runs.load import open_run, open_runs
+from rung.training.packing import pack_separately
+from rung.training.run_folder import read_items
 from rung.types import Message
 
 
@@ -81,7 +81,7 @@ def test_merge_is_checked_and_refuses_what_it_cannot(run: Path, tmp_path: Path, 
 
 def test_merged_but_changed_model_fails_parity(run: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     """The mutation: a merge that loses the adapter."""
-    from rung.method.lora import Lora
+    from rung.methods.lora import Lora
 
     monkeypatch.setattr(Lora, "merge", lambda self: self.peft.unload())
     code, _, err = inside(capsys, "merge", run, tmp_path / "merged")
@@ -94,7 +94,7 @@ def test_a_merged_model_that_does_not_load_fails_parity(
 ) -> None:
 
     monkeypatch.setattr(
-        "rung.pipeline.merge.write_text_side", lambda target, chat: (target / "config.json").write_text("{}")
+        "rung.commands.merge.write_text_side", lambda target, chat: (target / "config.json").write_text("{}")
     )
     code, _, err = inside(capsys, "merge", run, tmp_path / "merged")
     assert code == 3 and "does not load" in err
@@ -110,8 +110,8 @@ def test_chat_answers_one_question(flags: list[str], run: Path, capsys: Any) -> 
 
 
 def test_conversation_remembers_and_forgets(run: Path) -> None:
-    from rung.model.generate import Sampling
-    from rung.pipeline.chat import Conversation
+    from rung.commands.chat import Conversation
+    from rung.models.generate import Sampling
 
     talk = Conversation(str(run), compare=True, sampling=Sampling(4), system="Be brief.")
     talk.say("one")
@@ -279,9 +279,9 @@ def test_a_copied_adapter_still_names_its_base(run: Path, tmp_path: Path) -> Non
 
 
 def test_a_conversation_survives_what_it_cannot_take(run: Path, capsys: Any) -> None:
+    from rung.commands.chat import Conversation
     from rung.errors import DataError
-    from rung.model.generate import Sampling
-    from rung.pipeline.chat import Conversation
+    from rung.models.generate import Sampling
 
     talk = Conversation(str(run), compare=False, sampling=Sampling(3, 0.7), system=None)
     talk.say("half a character: \udcff")

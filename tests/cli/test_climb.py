@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from processes import inside
-from rung.engine.items import read_items, write_items
+from rung.training.run_folder import read_items, write_items
 
 
 @pytest.fixture
@@ -127,9 +127,8 @@ def test_a_finished_climb_is_printed_without_a_model(
 ) -> None:
     settings = ["climb.rungs=[zero_shot, lora]", "--json"]
     _, first, _ = inside(capsys, "climb", climb, *settings)
-    from rung import run
 
-    monkeypatch.setattr(run, "load", lambda spec: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("rung.runs.train.load_base_on_device", lambda spec: pytest.fail("a model was loaded"))
     code, again, _ = inside(capsys, "climb", climb, *settings)
     assert code == 0 and json.loads(again) == json.loads(first)
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from processes import inside
-from rung import planned
-from rung.engine.items import read_items
+from rung.config.run import RunSpec
 from rung.errors import PlanError
-from rung.spec.run import RunSpec
+from rung.runs import checks
+from rung.training.run_folder import read_items
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_a_rung_on_top_of_one_that_retrieves(config: Path, tmp_path: Path, pairs
 
 
 def test_nothing_that_fits_is_said(config: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planned, "available", lambda device: 1000)
+    monkeypatch.setattr(checks, "available", lambda device: 1000)
     search = {"trials": 2, "learning_rate": [1e-4, 1e-2]}
     climb(config, rungs=["lora"], search=search)
     for _ in range(2):  # and a second start is no other
@@ -153,18 +153,18 @@ def test_what_does_not_fit_is_left_out_with_the_reason(
 ) -> None:
     then = {"above": "full", "objective": {"kind": "sft"}}
     climb(config, rungs=["zero_shot", "full", "lora"], then=[then])
-    before = planned.refuse_hopeless
+    before = checks.refuse_hopeless
 
     def refuse(spec: RunSpec, device: Any, *, beyond: bool) -> None:
         if spec.method.kind == "full":
-            raise planned.DoesNotFitError("this run needs 9 GB at its peak")
+            raise checks.DoesNotFitError("this run needs 9 GB at its peak")
         before(spec, device, beyond=beyond)
 
-    monkeypatch.setattr(planned, "refuse_hopeless", refuse)
+    monkeypatch.setattr(checks, "refuse_hopeless", refuse)
     code, out, err = inside(capsys, "climb", config, "--json")
     assert code == 0, err
     ladder = json.loads(out)
     assert [row["rung"] for row in ladder["ladder"]] == ["zero_shot", "lora"]
     left = {one["rung"]: one["why"] for one in ladder["left"]}
     assert "needs 9 GB" in left["full"] and "stands on full" in left["full then sft"]
-    assert issubclass(planned.DoesNotFitError, PlanError)
+    assert issubclass(checks.DoesNotFitError, PlanError)

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from processes import inside
-from rung.pipeline import search
-from rung.spec.climb import RungSpec, SearchSpec
-from rung.spec.io import for_rung, load
-from rung.spec.run import RunSpec
+from rung.commands import search
+from rung.config.climb import RungSpec, SearchSpec
+from rung.config.io import for_rung, load_config
+from rung.config.run import RunSpec
 
 RANGES = {"trials": 5, "rank": [2, 8], "learning_rate": [1e-4, 1e-1], "epochs": [0.5, 2]}
 
@@ -47,7 +47,7 @@ def test_the_best_trial_on_validation_is_what_is_trained(config: Path, tmp_path:
 
 def test_halving_ends_the_worse_and_goes_on_after_a_kill(config: Path, tmp_path: Path) -> None:
     """With a known loss for each rate: what is far from the best does not get all its steps."""
-    spec = load(str(config), ["data.validation=0.2", "engine.max_steps=18"]).spec
+    spec = load_config(str(config), ["data.validation=0.2", "engine.max_steps=18"]).spec
     rung = RungSpec(kind="lora")
     run = for_rung(spec, rung, str(tmp_path / "run"), 0)
     steps: list[int] = []
@@ -119,8 +119,8 @@ def test_nonsense(config: Path, capsys: Any, settings: dict[str, Any], more: tup
 def test_settings_that_cannot_be_do_not_end_a_search(
     config: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
+    from rung.commands import climb as climbing
     from rung.errors import GateError
-    from rung.pipeline import climb as climbing
 
     train, tried = climbing.running.train_on, []
 

@@ -99,7 +99,7 @@ def test_a_ladder_says_what_each_tuned_rung_forgets(
     config: Path, elsewhere: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
     """The same numbers as by hand, measured once; a climb that was stopped before goes on with it."""
-    from rung.pipeline import climb as climbing
+    from rung.commands import climb as climbing
 
     settings = ["climb.rungs=[zero_shot, lora]", f"climb.forgetting={elsewhere}"]
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from processes import inside
-from rung.opened import open_run
+from rung.runs.load import open_run
 
 
 def manifest(folder: Path) -> dict[str, Any]:

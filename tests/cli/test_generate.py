@@ -11,11 +11,11 @@ import pytest
 
 from builders import example
 from processes import inside, start
-from rung.engine.pack import pack_separately
-from rung.held import Journal
-from rung.model.generate import Sampling, generate
-from rung.opened import open_run
-from rung.pipeline.generate import seed_of
+from rung.commands.generate import seed_of
+from rung.files import Journal
+from rung.models.generate import Sampling, generate
+from rung.runs.load import open_run
+from rung.training.packing import pack_separately
 from rung.types import Message
 
 

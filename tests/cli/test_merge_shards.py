@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from models import tiny_model
 from processes import inside
-from rung.publish import shards
+from rung.commands import merge_shards
 
 METHODS = {
     "plain": [],
@@ -65,7 +65,7 @@ def test_a_base_of_several_files_and_transposed_weights(
 
 def test_what_does_not_fit_is_merged_so(config: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     assert inside(capsys, "train", config)[0] == 0
-    monkeypatch.setattr("rung.pipeline.merge.available", lambda device: 2**20)
+    monkeypatch.setattr("rung.commands.merge.available", lambda device: 2**20)
     code, out, err = inside(capsys, "merge", tmp_path / "run", tmp_path / "merged", "--json")
     assert code == 0 and "merged tensor by tensor" in err and json.loads(out)["files"] == 1
 
@@ -76,11 +76,11 @@ def test_a_merge_that_is_wrong_is_not_left_behind(
 ) -> None:
     """The mutations: an update that is scaled wrongly, one that is lost, and a tensor changed on its way."""
     assert inside(capsys, "train", config)[0] == 0
-    added = shards.Update.added_to
+    added = merge_shards.Update.added_to
     if broken == "scale":
-        monkeypatch.setattr(shards.Update, "added_to", lambda u, w: added(replace(u, scale=1.01 * u.scale), w))
+        monkeypatch.setattr(merge_shards.Update, "added_to", lambda u, w: added(replace(u, scale=1.01 * u.scale), w))
     if broken == "lost":
-        monkeypatch.setattr(shards.Update, "added_to", lambda u, w: w.float())
+        monkeypatch.setattr(merge_shards.Update, "added_to", lambda u, w: w.float())
     if broken == "untouched":
 
         def damaged(file: Any, updates: Any, target: Path) -> None:
@@ -89,8 +89,8 @@ def test_a_merge_that_is_wrong_is_not_left_behind(
             kept[-8:] = bytes(8)  # of the last tensor
             target.write_bytes(kept)
 
-        merge = shards._merge
-        monkeypatch.setattr(shards, "_merge", damaged)
+        merge = merge_shards._merge
+        monkeypatch.setattr(merge_shards, "_merge", damaged)
     code, _, err = inside(capsys, "merge", tmp_path / "run", tmp_path / "merged", "--by-shard")
     assert code == 3 and "publish.shards" in err
     assert not (tmp_path / "merged").exists()
@@ -155,7 +155,7 @@ def test_an_adapter_that_is_not_whole(
     gone = {first} if broken == "half" else {first, first.replace("lora_A", "lora_B")} if broken == "module" else set()
     kept = {name: t * (float("nan") if broken == "nan" else 1) for name, t in state.items() if name not in gone}
     save_file(kept, file)
-    monkeypatch.setattr("rung.pipeline.merge.check_whole", lambda folder: None)
+    monkeypatch.setattr("rung.commands.merge.check_whole", lambda folder: None)
     code, _, err = inside(capsys, "merge", tmp_path / "run", tmp_path / "merged", "--by-shard")
     assert code == 3 and words in err and "Traceback" not in err, err
     assert not (tmp_path / "merged").exists()
@@ -165,7 +165,7 @@ def test_a_base_that_cannot_be_merged_so_is_merged_whole(
     config: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
     assert inside(capsys, "train", config, "method={kind: lora, rank: 4, dora: true}")[0] == 0
-    monkeypatch.setattr("rung.pipeline.merge.available", lambda device: 2**20)
+    monkeypatch.setattr("rung.commands.merge.available", lambda device: 2**20)
     code, out, err = inside(capsys, "merge", tmp_path / "run", tmp_path / "merged", "--json")
     assert code == 0 and "merged whole all the same" in err and "moved_from_base" in json.loads(out)
 
@@ -184,8 +184,8 @@ def test_every_type_of_number_is_written_as_it_should_be(tmp_path: Path) -> None
     }
     save_file(held, base / "model.safetensors")
     (base / "config.json").write_text("{}")
-    update = shards.Update(torch.ones(2, 6), torch.ones(4, 2), 0.25, False)
-    gate, moved = shards.merge_shards(base, {"l": update}, target)
+    update = merge_shards.Update(torch.ones(2, 6), torch.ones(4, 2), 0.25, False)
+    gate, moved = merge_shards.merge_shards(base, {"l": update}, target)
     found = load_file(target / "model.safetensors")
     assert gate.state == "passed" and moved == 0.5 and torch.equal(found.pop("l.weight"), torch.ones(4, 6))
     for name, tensor in found.items():

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from processes import inside
-from rung import planned
-from rung.plan.advise import advise, size_of
-from rung.plan.time import DEVICES
-from rung.spec.io import load
+from rung.config.io import load_config
+from rung.planning.advise import advise, size_of
+from rung.planning.throughput import DEVICES
+from rung.runs import checks
 
 LIGHT = """
 import sys
@@ -66,14 +66,14 @@ def test_what_does_not_fit_comes_with_the_cheapest_change_that_does(large: Path,
         fitting.append(change and " ".join(change["overrides"]))
         if change:
             assert change["plan"]["fits"] and change["plan"]["memory"]["needed_bytes"] <= size_of(memory)  # type: ignore[operator]
-            spec = load(str(large), change["overrides"]).spec
+            spec = load_config(str(large), change["overrides"]).spec
             assert advise(spec, limit=size_of(memory)).own.fits  # as it is printed, it can be typed
     assert fitting[0] is None and "int8" in fitting[1] and "lora" in fitting[2] and "qlora" in fitting[3]
 
 
 def test_every_lever_moves_what_it_is_said_to(large: Path) -> None:
     def peak(*settings: str) -> int:
-        return advise(load(str(large), settings).spec).own.memory.peak
+        return advise(load_config(str(large), settings).spec).own.memory.peak
 
     lora = "method={kind: lora}"
     assert peak(lora) < peak()
@@ -142,7 +142,7 @@ def test_a_run_ends_with_plan_and_reality(config: Path, tmp_path: Path, capsys: 
 def test_what_cannot_fit_does_not_start_unless_told(
     config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planned, "available", lambda device: 10**8)
+    monkeypatch.setattr(checks, "available", lambda device: 10**8)
     code, _, err = inside(capsys, "train", config, f"output={tmp_path / 'run'}")
     assert code == 3 and "needs" in err and "--beyond-memory" in err
     assert not (tmp_path / "run").exists()
@@ -160,7 +160,7 @@ def test_a_run_that_its_own_rows_make_too_large_leaves_no_steps(
         least.append(device)
         return 10**12 if len(least) == 1 else 10**8
 
-    monkeypatch.setattr(planned, "available", there)
+    monkeypatch.setattr(checks, "available", there)
     code, _, err = inside(capsys, "train", config, f"output={tmp_path / 'run'}")
     assert code == 3 and "needs" in err
     assert not (tmp_path / "run" / "log.jsonl").exists()

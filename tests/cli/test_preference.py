@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from processes import inside, log
-from rung.engine.items import read_items
+from rung.training.run_folder import read_items
 
 
 @pytest.mark.parametrize("method", ["{kind: lora, rank: 4}", "{kind: full}", "{kind: prompt, virtual_tokens: 3}"])

@@ -16,8 +16,8 @@ import pytest
 
 from processes import inside, start
 from rung.errors import CheckpointError
-from rung.held import Journal
-from rung.synth.remote import Request, Server, ask
+from rung.files import Journal
+from rung.inference.openai_client import Request, Server, ask
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from processes import inside
-from rung.engine.items import read_items
+from rung.training.run_folder import read_items
 
 
 @pytest.fixture
@@ -86,16 +86,16 @@ def test_a_ladder_of_what_is_seen(boxes: Path, tmp_path: Path, capsys: Any) -> N
 
 def test_shots_of_a_retrieving_rung_carry_their_own_passages(boxes: Path, tmp_path: Path, capsys: Any) -> None:
     shown: list[Any] = []
-    from rung.evaluate import task
+    from rung.evaluation import evaluate
 
-    ask = task.framed
+    ask = evaluate.framed
 
     def spy(chat: Any, records: Any, framing: Any, limit: int) -> Any:
         shown.append((framing, [framing.turns(record) for record in records]))
         return ask(chat, records, framing, limit)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(task, "framed", spy)
+        patch.setattr(evaluate, "framed", spy)
         code, _, err = inside(capsys, "climb", boxes, "climb.rungs=[few_shot+rag]", "evaluate.retrieve={top_k: 1}")
     assert code == 0, err
     ((framing, turns),) = shown
@@ -121,7 +121,7 @@ def test_a_run_by_itself_retrieves_in_training_and_in_eval(boxes: Path, tmp_path
 
 def test_chat_looks_up_as_in_training(boxes: Path, tmp_path: Path, capsys: Any) -> None:
     """The passage stands in front of the question, and documents that are gone are said to be."""
-    from rung.pipeline import chat
+    from rung.commands import chat
 
     settings = ["evaluate.context=retrieved", f"evaluate.retrieve={{documents: {tmp_path / 'docs'}, top_k: 1}}"]
     assert inside(capsys, "train", boxes, *settings)[0] == 0

@@ -14,8 +14,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from builders import example
 from processes import inside, log
-from rung.evaluate.rewards import Scorer
-from rung.opened import open_reward
+from rung.evaluation.reward_model import Scorer
+from rung.runs.load import open_reward
 from rung.types import Message
 
 

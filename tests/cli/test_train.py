@@ -64,15 +64,15 @@ def test_a_frozen_tensor_that_moves_fails_the_movement_gate(
     config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The mutation: an optimiser step that also touches a frozen norm."""
-    from rung.engine import loop
+    from rung.training import trainer
 
     def meddling(policy: Any, *further: Any) -> torch.Tensor:
         with torch.no_grad():
             policy.model.model.norm.weight[0] += 1e-3
         return genuine(policy, *further)
 
-    genuine = loop.accumulate
-    monkeypatch.setattr(loop, "accumulate", meddling)
+    genuine = trainer.accumulate
+    monkeypatch.setattr(trainer, "accumulate", meddling)
     code, _, err = inside(capsys, "train", config)
     assert code == 3 and "gate movement failed" in err and "model.norm.weight" in err
     assert manifest(tmp_path / "run")["status"] == "failed"
@@ -82,9 +82,9 @@ def test_a_frozen_tensor_that_moves_fails_the_movement_gate(
 def test_not_finite_never_steps_and_stops_after_three(
     config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rung.engine import loop
+    from rung.training import trainer
 
-    genuine, seen = loop.accumulate, []
+    genuine, seen = trainer.accumulate, []
 
     def poisoned(policy: Any, *further: Any) -> torch.Tensor:
         loss = genuine(policy, *further)
@@ -94,7 +94,7 @@ def test_not_finite_never_steps_and_stops_after_three(
         seen.append([p.detach().clone() for p in parameters])
         return loss
 
-    monkeypatch.setattr(loop, "accumulate", poisoned)
+    monkeypatch.setattr(trainer, "accumulate", poisoned)
     code, _, err = inside(capsys, "train", config, "engine.clip=null")
     assert code == 3 and "not finite in 3 steps" in err
     assert all(torch.equal(a, b) for a, b in zip(seen[2], seen[4], strict=True))
@@ -256,7 +256,7 @@ def test_states_that_the_disk_has_no_room_for_are_not_kept(
     config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr("rung.engine.trunk.shutil.disk_usage", lambda _: free)
+    monkeypatch.setattr("rung.training.frozen_layer_cache.shutil.disk_usage", lambda _: free)
     settings = ["method.layers=[1]", "engine.max_steps=null", "engine.epochs=2"]
     code, _, err = inside(capsys, "train", config, *settings)
     assert code == 0 and "keeping their states would take" in err and "trunk" not in manifest(tmp_path / "run")
@@ -266,12 +266,12 @@ def test_a_probed_micro_batch_is_kept_by_a_resume(
     config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ["engine.tokens_per_micro_batch=probe", "engine.checkpoint_every=2"]
-    monkeypatch.setattr("rung.run.probe", lambda *_: 333)
+    monkeypatch.setattr("rung.runs.train.probe", lambda *_: 333)
     assert inside(capsys, "train", config, *settings)[0] == 0
     run = tmp_path / "run"
     assert manifest(run)["tokens_per_micro_batch"] == 333
     (run / "run.json").write_text(json.dumps({**manifest(run), "status": "running"}))
-    monkeypatch.setattr("rung.run.probe", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("rung.runs.train.probe", lambda *_: pytest.fail("measured again"))
     assert inside(capsys, "train", config, *settings, "--resume")[0] == 0
     assert manifest(run)["tokens_per_micro_batch"] == 333
 
@@ -429,7 +429,7 @@ def test_the_best_of_steps_taken_again_is_not_kept(
     config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed after step 6 was the best, taken up at step 3, and this time nothing is better than step 3 was."""
-    from rung.engine import loop
+    from rung.training import trainer
 
     settings = ["engine.eval_every=1", "engine.patience=9", "engine.checkpoint_every=3", "data.validation=0.2"]
     assert inside(capsys, "train", config, *settings)[0] == 0
@@ -437,7 +437,7 @@ def test_the_best_of_steps_taken_again_is_not_kept(
     last, found = load_file(run / file), manifest(run)
     assert found["best_step"] == 6
     (run / "run.json").write_text(json.dumps({**found, "status": "running"}))
-    monkeypatch.setattr(loop, "mean_loss", lambda *_: 1e9)
+    monkeypatch.setattr(trainer, "mean_loss", lambda *_: 1e9)
     code, _, err = inside(capsys, "train", config, *settings, "--resume")
     assert code == 0 and "kept the weights" not in err and "step 3 had the lowest validation loss" in err
     assert all(torch.equal(last[name], value) for name, value in load_file(run / file).items())
@@ -459,15 +459,15 @@ def test_a_validation_loss_that_is_no_number_is_never_the_best(
     config: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
     """Nothing lies below it, so a first one would stay: with patience the run would end with its weights."""
-    from rung.engine import loop
+    from rung.training import trainer
 
-    real, told = loop.mean_loss, []
+    real, told = trainer.mean_loss, []
 
     def first_is_nan(*given: Any) -> float:
         told.append(real(*given))
         return float("nan") if len(told) == 1 else told[-1]
 
-    monkeypatch.setattr(loop, "mean_loss", first_is_nan)
+    monkeypatch.setattr(trainer, "mean_loss", first_is_nan)
     settings = ("engine.patience=2", "engine.eval_every=1", "data.validation=0.2")
     code, _, err = inside(capsys, "train", config, *settings)
     assert code == 0 and "counts as no better" in err, err
@@ -480,25 +480,25 @@ def test_the_longest_row_comes_first(
     config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What does not fit is known before the first step, with the row; what fits leaves no trace."""
-    from rung.engine import budget
+    from rung.training import micro_batch
 
     rows = [{"question": "a" * (3 + i), "answer": "b"} for i in range(12)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = (f"data.path={tmp_path / 'd.jsonl'}", "data.group=null", "data.test=0", "data.validation=0")
-    genuine, seen = budget.accumulate, []
+    genuine, seen = micro_batch.accumulate, []
 
     def short(policy: Any, objective: Any, window: Any) -> torch.Tensor:
         seen.append([str(d.source) for batch in window for d in batch.documents])
         raise torch.OutOfMemoryError("no more")
 
-    monkeypatch.setattr(budget, "accumulate", short)
+    monkeypatch.setattr(micro_batch, "accumulate", short)
     code, _, err = inside(capsys, "train", config, *given)
     assert code == 3 and "the longest row of the data does not fit" in err and "line 12" in err
     assert [len(own) for own in seen] == [1] and seen[0][0].endswith("line 12")
-    monkeypatch.setattr(budget, "accumulate", lambda *_: torch.zeros(()))
+    monkeypatch.setattr(micro_batch, "accumulate", lambda *_: torch.zeros(()))
     assert inside(capsys, "train", config, *given, "method.dropout=0.2", "--overwrite")[0] == 0
     without = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    monkeypatch.setattr(budget, "accumulate", genuine)
+    monkeypatch.setattr(micro_batch, "accumulate", genuine)
     assert inside(capsys, "train", config, *given, "method.dropout=0.2", "--overwrite")[0] == 0
     tried = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(without[name], tried[name]) for name in without)

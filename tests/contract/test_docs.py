@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from rung.cli import app
-from rung.method.table import METHODS
-from rung.objective.table import OBJECTIVES
-from rung.spec.io import load
-from rung.spec.run import RunSpec
+from rung.config.io import load_config
+from rung.config.run import RunSpec
+from rung.methods.registry import METHODS
+from rung.objectives.registry import OBJECTIVES
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
@@ -24,12 +24,12 @@ EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
 def test_configs_in_the_docs_load(page: Path, block: str, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(block)
-    assert load(file).spec.output
+    assert load_config(file).spec.output
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda f: f"{f.parent.name}-{f.stem}")
 def test_examples_load_and_stay_short(file: Path) -> None:
-    assert load(file).spec.output.startswith("runs/")
+    assert load_config(file).spec.output.startswith("runs/")
     assert len(file.read_text().splitlines()) <= 25
 
 
@@ -65,6 +65,6 @@ def test_every_setting_explains_itself() -> None:
 
 def test_proved_architectures_are_the_tested_ones() -> None:
     from models import SHAPES
-    from rung.spec.support import PROVED_MODELS
+    from rung.config.support import PROVED_MODELS
 
     assert set(PROVED_MODELS) == set(SHAPES)

@@ -18,24 +18,23 @@ from safetensors.torch import load_file, save_file
 from builders import calibrated, documents, example, policy_of, tuned
 from models import LAYER_NORM_SHAPES, SHAPES, tiny_model
 from naive import distance, gradients, naive, naive_loss, redraw
-from rung.engine.gates import check_decoding, check_identity, check_packing, check_trainable, frozen_digest
-from rung.engine.holding import WEIGHTS, Holding
-from rung.engine.optim import make_optimiser, set_rate
-from rung.engine.pack import pack, pack_separately
-from rung.engine.step import accumulate, mean_loss
+from rung.config.method import METHOD_SPECS
+from rung.config.objective import DistillSpec, GrpoSpec, PpoSpec, PreferenceSpec, RewardSpec, SftSpec
+from rung.config.training import OptimiserSpec
 from rung.errors import CheckpointError, ConfigError, PlanError
-from rung.method.base import Method
-from rung.method.quantised import quantise
-from rung.method.table import METHODS, attach
-from rung.model.fuse import fuse
-from rung.model.generate import Sampling, generate
-from rung.model.policy import Policy
-from rung.model.resident import compute_in_float32
-from rung.objective.distill import Distill
-from rung.objective.table import OBJECTIVES
-from rung.spec.engine import OptimiserSpec
-from rung.spec.method import METHOD_SPECS
-from rung.spec.objective import DistillSpec, GrpoSpec, PpoSpec, PreferenceSpec, RewardSpec, SftSpec
+from rung.methods.protocol import Method
+from rung.methods.qlora import quantise
+from rung.methods.registry import METHODS, attach
+from rung.models.bfloat16_weights import compute_in_float32
+from rung.models.fused_modules import fuse
+from rung.models.generate import Sampling, generate
+from rung.models.policy import Policy
+from rung.objectives.distill import Distill
+from rung.objectives.registry import OBJECTIVES
+from rung.training.gates import check_decoding, check_identity, check_packing, check_trainable, frozen_digest
+from rung.training.optimizer import WEIGHTS, Holding, make_optimiser, set_rate
+from rung.training.packing import pack, pack_separately
+from rung.training.step import accumulate, mean_loss
 from rung.types import Example
 from tolerances import FLOAT32_NATS, FLOAT64
 

@@ -13,16 +13,16 @@ from peft import PeftType
 
 from builders import documents, policy_of, tuned
 from models import tiny_model
-from rung.engine.gates import check_decoding, check_packing, frozen_digest
-from rung.engine.pack import pack
-from rung.engine.step import accumulate
+from rung.config.method import METHOD_SPECS
+from rung.config.objective import SftSpec
 from rung.errors import ConfigError, PlanError
-from rung.method.passthrough import REFUSED, REPLACED
-from rung.method.table import attach
-from rung.model.fuse import fuse
-from rung.objective.sft import Sft
-from rung.spec.method import METHOD_SPECS
-from rung.spec.objective import SftSpec
+from rung.methods.peft_tuner import REFUSED, REPLACED
+from rung.methods.registry import attach
+from rung.models.fused_modules import fuse
+from rung.objectives.sft import Sft
+from rung.training.gates import check_decoding, check_packing, frozen_digest
+from rung.training.packing import pack
+from rung.training.step import accumulate
 from tolerances import FLOAT32_NATS
 
 PAGE = Path(__file__).parents[2] / "docs/methods/peft.md"

@@ -12,16 +12,16 @@ from torch.distributed.tensor import DTensor
 
 from builders import documents, policy_of
 from models import tiny_model
-from rung.engine import distributed
-from rung.engine.distributed import World, launched
-from rung.engine.loop import Trainer
-from rung.engine.record import RunFolder
-from rung.method.table import attach
-from rung.model.fuse import fuse
-from rung.objective.table import OBJECTIVES
-from rung.spec.engine import EngineSpec
-from rung.spec.method import METHOD_SPECS
-from rung.spec.objective import PreferenceSpec, SftSpec
+from rung.config.method import METHOD_SPECS
+from rung.config.objective import PreferenceSpec, SftSpec
+from rung.config.training import EngineSpec
+from rung.methods.registry import attach
+from rung.models.fused_modules import fuse
+from rung.objectives.registry import OBJECTIVES
+from rung.training import distributed
+from rung.training.distributed import World, launched
+from rung.training.run_folder import RunFolder
+from rung.training.trainer import Trainer
 from rung.types import Example
 
 

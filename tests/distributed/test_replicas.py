@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from builders import documents
 from models import tiny_model
 from processes import inside, log
-from rung.engine.distributed import World
+from rung.training.distributed import World
 from zygote import Zygote
 
 HERE = Path(__file__).parent

@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from chats import TEMPLATES, with_template
+from rung.config.data import DataSpec
+from rung.config.io import config_to_dict, load_config
 from rung.data.chat import Chat
 from rung.data.formats import load_records, read_records
-from rung.data.split import assign
-from rung.engine.pack import pack
+from rung.data.splits import assign
+from rung.data.tokenize import preflight, tokenize_records
 from rung.errors import ConfigError, DataError, RungError
-from rung.spec.data import DataSpec
-from rung.spec.io import load, to_dict
+from rung.training.packing import pack
 from rung.types import Example, Message, Record, Source
 
 CASES, SOAKED = 400, 10_000
@@ -165,8 +166,8 @@ def check_spans(cases: int, tokenizer: PreTrainedTokenizerFast) -> None:
         row = Record(turns, Source("d.jsonl", 3), context=context or None)
         for loss_on in ("answer", "assistant_turns"):
             try:
-                found = chat.examples([row], loss_on=loss_on)  # type: ignore[arg-type]
-                chat.preflight(found)
+                found = tokenize_records(chat, [row], loss_on=loss_on)  # type: ignore[arg-type]
+                preflight(chat, found)
             except RungError as refused:
                 assert "d.jsonl" in str(refused) or "no document" in str(refused)
                 continue
@@ -232,11 +233,11 @@ def check_configs(cases: int, folder: Path) -> None:
         except (yaml.YAMLError, UnicodeError, ValueError):
             assume(False)
         try:
-            spec = load(file, [f"{name}={value}" for name, value in overrides]).spec
+            spec = load_config(file, [f"{name}={value}" for name, value in overrides]).spec
         except ConfigError as refused:
             assert str(refused)
             return
-        json.dumps(to_dict(spec))
+        json.dumps(config_to_dict(spec))
 
     raw = [
         b"\xff\xfe",
@@ -248,7 +249,7 @@ def check_configs(cases: int, folder: Path) -> None:
     for content in raw:
         file.write_bytes(content)
         with pytest.raises(ConfigError):
-            load(file)
+            load_config(file)
 
 
 def check_splits(cases: int) -> None:

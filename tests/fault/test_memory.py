@@ -47,7 +47,7 @@ def test_memory_does_not_follow_the_number_of_questions(verb: str, config: Path,
 MERGE = """
 import sys, threading, torch
 from pathlib import Path
-from rung.publish.shards import Update, merge_shards
+from rung.commands.merge_shards import Update, merge_shards
 base, target = map(Path, sys.argv[1:])
 draw = torch.Generator().manual_seed(0)
 updates = {

@@ -8,13 +8,13 @@ import torch
 from builders import documents, policy_of, tuned
 from models import SHAPES, tiny_model
 from naive import distance, gradients, naive, naive_loss
-from rung.engine.pack import MIN_AHEAD, pack
-from rung.engine.step import accumulate, mean_loss
-from rung.model import policy as policy_module
-from rung.model.fuse import fuse
-from rung.model.policy import Policy
-from rung.objective.sft import Sft
-from rung.spec.objective import SftSpec
+from rung.config.objective import SftSpec
+from rung.models import policy as policy_module
+from rung.models.fused_modules import fuse
+from rung.models.policy import Policy
+from rung.objectives.sft import Sft
+from rung.training.packing import MIN_AHEAD, pack
+from rung.training.step import accumulate, mean_loss
 from rung.types import Example
 from tolerances import FLOAT32, FLOAT64
 

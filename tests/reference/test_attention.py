@@ -7,13 +7,13 @@ import torch
 
 from builders import documents, policy_of
 from models import LAYER_NORM_SHAPES, SHAPES, tiny_model
-from rung.engine.pack import pack, pack_separately
-from rung.engine.step import accumulate
+from rung.config.objective import SftSpec
 from rung.errors import PlanError
-from rung.model import attention
-from rung.model.tree import Rule, attend_tree
-from rung.objective.sft import Sft
-from rung.spec.objective import SftSpec
+from rung.models import attention
+from rung.models.tree_attention import Rule, attend_tree
+from rung.objectives.sft import Sft
+from rung.training.packing import pack, pack_separately
+from rung.training.step import accumulate
 from rung.types import Example, PackedBatch, Segment
 from tolerances import FLOAT64, RMS_NORM
 

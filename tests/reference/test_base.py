@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from rung.config.model import ModelSpec
 from rung.data.chat import Chat
 from rung.errors import DataError
-from rung.model.fetch import fetch
-from rung.model.generate import Sampling, generate
-from rung.model.load import Base, load_base
-from rung.model.policy import Policy, Untouched
-from rung.spec.model import ModelSpec
+from rung.models.base_model import Base
+from rung.models.download import fetch
+from rung.models.generate import Sampling, generate
+from rung.models.load import load_base
+from rung.models.policy import Policy, Untouched
 from rung.types import Message
 
 pytestmark = pytest.mark.base

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from builders import documents, policy_of, tuned
 from models import tiny_model
 from naive import distance, gradients, naive, naive_loss
-from rung.engine.pack import MIN_AHEAD, pack
-from rung.engine.step import accumulate
+from rung.config.method import METHOD_SPECS
+from rung.config.objective import SftSpec
 from rung.errors import ConfigError
-from rung.method.bottleneck import NAME
-from rung.method.table import attach
-from rung.objective.sft import Sft
-from rung.spec.method import METHOD_SPECS
-from rung.spec.objective import SftSpec
+from rung.methods.bottleneck import NAME
+from rung.methods.registry import attach
+from rung.objectives.sft import Sft
+from rung.training.packing import MIN_AHEAD, pack
+from rung.training.step import accumulate
 from tolerances import FLOAT32, FLOAT64
 
 PLACEMENTS = ["houlsby", "pfeiffer", "parallel"]

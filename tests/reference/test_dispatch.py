@@ -10,11 +10,11 @@ from torch.nn import functional as F  # noqa: N812
 
 from builders import documents, policy_of, tuned
 from models import tiny_model
-from rung.engine.pack import MIN_AHEAD, pack
-from rung.engine.step import accumulate
-from rung.model import tree
-from rung.objective.sft import Sft
-from rung.spec.objective import SftSpec
+from rung.config.objective import SftSpec
+from rung.models import tree_attention
+from rung.objectives.sft import Sft
+from rung.training.packing import MIN_AHEAD, pack
+from rung.training.step import accumulate
 
 
 @pytest.fixture
@@ -41,8 +41,8 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         ]
         return torch.cat(pieces, dim=2).transpose(1, 2)
 
-    monkeypatch.setattr(tree, "has_flat_kernel", lambda device: True)
-    monkeypatch.setattr(tree.flash_utils, "_flash_attention_forward", fake)
+    monkeypatch.setattr(tree_attention, "has_flat_kernel", lambda device: True)
+    monkeypatch.setattr(tree_attention.flash_utils, "_flash_attention_forward", fake)
     return calls
 
 
@@ -53,7 +53,7 @@ def test_flat_rows_go_to_the_kernel_with_their_borders(kernel: list[dict[str, An
     assert len(kernel) == 2  # one launch a layer
     assert kernel[0]["cu_seq_lens_q"] is kernel[1]["cu_seq_lens_q"]  # no copy to the device at every layer
     kernel.clear()
-    tree.has_flat_kernel = lambda device: False  # type: ignore[assignment]
+    tree_attention.has_flat_kernel = lambda device: False  # type: ignore[assignment]
     assert (through - policy.logprobs(batch)).abs().max() < 0.1 and kernel == []
 
 

@@ -13,18 +13,18 @@ from torch.nn import functional as F  # noqa: N812
 from builders import documents, policy_of, tuned
 from models import SHAPES, tiny_model
 from naive import distance, gradients, naive
-from rung.engine.gates import check_decoding, check_packing
-from rung.engine.pack import MIN_AHEAD, pack, pack_separately
-from rung.engine.step import accumulate, mean_loss
+from rung.config.layers import student_layers
+from rung.config.method import METHOD_SPECS
+from rung.config.objective import DistillSpec
 from rung.errors import ConfigError, PlanError
-from rung.method.table import attach
-from rung.model.load import Base
-from rung.model.policy import Policy, Untouched
-from rung.model.student import student
-from rung.objective.distill import Distill
-from rung.spec.layers import student_layers
-from rung.spec.method import METHOD_SPECS
-from rung.spec.objective import DistillSpec
+from rung.methods.registry import attach
+from rung.models.base_model import Base
+from rung.models.layers import student
+from rung.models.policy import Policy, Untouched
+from rung.objectives.distill import Distill
+from rung.training.gates import check_decoding, check_packing
+from rung.training.packing import MIN_AHEAD, pack, pack_separately
+from rung.training.step import accumulate, mean_loss
 from tolerances import FLOAT64
 
 

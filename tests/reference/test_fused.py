@@ -12,15 +12,15 @@ from torch.nn import functional as F  # noqa: N812
 from builders import documents, policy_of, tuned
 from models import SHAPES, tiny_model
 from naive import distance, gradients, naive, naive_loss
-from rung.engine.optim import make_optimiser
-from rung.engine.pack import pack
-from rung.engine.step import accumulate
-from rung.model import fused
-from rung.model.fuse import fuse, plain_part, unfuse
-from rung.model.fused import ACTIVATIONS, Part, gated, gated_linear, linears, rms_norm
-from rung.objective.sft import Sft
-from rung.spec.engine import OptimiserSpec
-from rung.spec.objective import SftSpec
+from rung.config.objective import SftSpec
+from rung.config.training import OptimiserSpec
+from rung.models import fused_ops
+from rung.models.fused_modules import fuse, plain_part, unfuse
+from rung.models.fused_ops import ACTIVATIONS, Part, gated, gated_linear, linears, rms_norm
+from rung.objectives.sft import Sft
+from rung.training.optimizer import make_optimiser
+from rung.training.packing import pack
+from rung.training.step import accumulate
 from tolerances import FLOAT32, FLOAT64, LLAMA_GRADIENT
 
 SPECS: list[tuple[str, dict[str, object]]] = [
@@ -173,9 +173,9 @@ def test_a_broken_function_is_noticed(broken: str, monkeypatch: pytest.MonkeyPat
     examples = documents(4, shared=18)
     naive_loss(model, examples)
     if broken == "scale":
-        whole = fused._backward
+        whole = fused_ops._backward
         monkeypatch.setattr(
-            fused,
+            fused_ops,
             "_backward",
             lambda g, x, low, parts, *n: whole(g, x, low, [p._replace(scale=1.0) for p in parts], *n),
         )

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from builders import documents, policy_of, tuned
 from models import tiny_model
-from rung.engine.pack import pack_separately
 from rung.errors import CheckpointError
-from rung.method.fusion import (
+from rung.methods.adapter_merging import (
     Factors,
     combined,
     concatenated,
@@ -27,6 +26,7 @@ from rung.method.fusion import (
     ties,
     trimmed,
 )
+from rung.training.packing import pack_separately
 
 KINDS = [
     {"rank": 4},

@@ -7,7 +7,7 @@ import torch
 
 from builders import policy_of, tuned
 from models import SHAPES, tiny_model
-from rung.model.generate import Sampling, _batches, _common_prefix, generate
+from rung.models.generate import Sampling, _batches, _common_prefix, generate
 
 PROMPTS = [[5, 6, 7, 40, 41], [5, 6, 7, 90], [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [5, 6, 7, 300, 200, 100, 50]]
 

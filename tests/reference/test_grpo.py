@@ -12,16 +12,16 @@ import torch
 from builders import documents, policy_of, rows, tuned
 from models import tiny_model
 from naive import distance, gradients, naive
-from rung.engine.pack import pack, pack_separately
-from rung.engine.rollout import Rollouts
-from rung.engine.step import accumulate
-from rung.method.table import attach
-from rung.model.generate import Answer, Sampling, generate
-from rung.model.policy import Policy
-from rung.objective.advantage import over_group, over_mean, over_others
-from rung.objective.grpo import Grpo, clipped, kl_above
-from rung.spec.method import METHOD_SPECS
-from rung.spec.objective import GrpoSpec, RolloutSpec
+from rung.config.method import METHOD_SPECS
+from rung.config.objective import GrpoSpec, RolloutSpec
+from rung.methods.registry import attach
+from rung.models.generate import Answer, Sampling, generate
+from rung.models.policy import Policy
+from rung.objectives.advantages import over_group, over_mean, over_others
+from rung.objectives.grpo import Grpo, clipped, kl_above
+from rung.training.packing import pack, pack_separately
+from rung.training.rollout import Rollouts
+from rung.training.step import accumulate
 from rung.types import Example, Rollout
 from tolerances import FLOAT64
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from rung.model.head import LogitMap, Tile, token_logprobs
+from rung.models.logprobs import LogitMap, Tile, token_logprobs
 from tolerances import FLOAT64
 
 MAPS = [LogitMap(), LogitMap(scale=0.3), LogitMap(softcap=4.0), LogitMap(scale=2.0, softcap=3.0)]

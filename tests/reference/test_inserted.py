@@ -14,15 +14,15 @@ from transformers import PreTrainedModel
 
 from builders import documents, policy_of, tuned
 from models import tiny_model
-from rung.engine.gates import check_decoding, check_packing
-from rung.engine.pack import MIN_AHEAD, pack, pack_separately
-from rung.engine.step import accumulate
+from rung.config.method import METHOD_SPECS
+from rung.config.objective import SftSpec
 from rung.errors import PlanError
-from rung.method.table import attach
-from rung.model.fuse import fuse
-from rung.objective.sft import Sft
-from rung.spec.method import METHOD_SPECS
-from rung.spec.objective import SftSpec
+from rung.methods.registry import attach
+from rung.models.fused_modules import fuse
+from rung.objectives.sft import Sft
+from rung.training.gates import check_decoding, check_packing
+from rung.training.packing import MIN_AHEAD, pack, pack_separately
+from rung.training.step import accumulate
 from rung.types import Example
 from tolerances import FLOAT64, LLAMA_GRADIENT
 

@@ -13,18 +13,17 @@ from safetensors.torch import load_file
 
 from builders import documents, policy_of, tuned
 from models import tiny_model
-from rung.engine.optim import make_optimiser, move_only, set_rate
-from rung.engine.pack import pack, pack_separately
-from rung.engine.sample import Sample
-from rung.engine.step import accumulate
+from rung.config.method import LotterySpec
+from rung.config.objective import SftSpec
+from rung.config.training import OptimiserSpec
 from rung.errors import CheckpointError, ConfigError
-from rung.method.course import chosen
-from rung.method.table import attach
-from rung.model.targets import layer_number
-from rung.objective.sft import Sft
-from rung.spec.engine import OptimiserSpec
-from rung.spec.method import LotterySpec
-from rung.spec.objective import SftSpec
+from rung.methods.layer_selection import chosen
+from rung.methods.registry import attach
+from rung.models.targets import layer_number
+from rung.objectives.sft import Sft
+from rung.training.optimizer import make_optimiser, move_only, set_rate
+from rung.training.packing import pack, pack_separately
+from rung.training.step import Sample, accumulate
 
 SFT = Sft(SftSpec())
 SCORES = {0: 0.1, 1: 0.4, 2: 0.3, 3: 0.05, 4: 0.05, 5: 0.1}

@@ -11,12 +11,12 @@ from torch import nn
 from builders import documents, policy_of, tuned
 from models import tiny_model
 from naive import distance, gradients, naive, naive_loss
-from rung.engine.pack import pack, pack_separately
-from rung.engine.step import accumulate, mean_loss
-from rung.method.mixture import NAME, balance_loss, chosen, owners, shares
-from rung.model.fuse import fuse
-from rung.objective.sft import Sft
-from rung.spec.objective import SftSpec
+from rung.config.objective import SftSpec
+from rung.methods.mixture import NAME, balance_loss, chosen, owners, shares
+from rung.models.fused_modules import fuse
+from rung.objectives.sft import Sft
+from rung.training.packing import pack, pack_separately
+from rung.training.step import accumulate, mean_loss
 
 SFT = Sft(SftSpec())
 

@@ -10,11 +10,11 @@ import torch
 
 from builders import rows, tuned
 from naive import distance, gradients, naive
-from rung.engine.pack import MIN_AHEAD, pack, pack_separately
-from rung.engine.step import accumulate
-from rung.objective.advantage import generalised, whitened
-from rung.objective.ppo import Ppo, adapted, value_loss
-from rung.spec.objective import PpoSpec
+from rung.config.objective import PpoSpec
+from rung.objectives.advantages import generalised, whitened
+from rung.objectives.ppo import Ppo, adapted, value_loss
+from rung.training.packing import MIN_AHEAD, pack, pack_separately
+from rung.training.step import accumulate
 from rung.types import Example, Rollout
 from tolerances import FLOAT64
 

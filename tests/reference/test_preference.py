@@ -17,15 +17,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from builders import example, policy_of, rows, tuned
 from models import tiny_model
 from naive import distance, gradients, naive
-from rung.engine.pack import MIN_AHEAD, pack, pack_in_slices, pack_separately
-from rung.engine.step import accumulate, count_window, mean_loss
-from rung.method.table import attach
-from rung.model.policy import by_document
-from rung.objective.pairs import pairs
-from rung.objective.preference import LOSSES, Paired, Sides, Unpaired, good
-from rung.objective.table import OBJECTIVES
-from rung.spec.method import METHOD_SPECS
-from rung.spec.objective import PreferenceSpec
+from rung.config.method import METHOD_SPECS
+from rung.config.objective import PreferenceSpec
+from rung.methods.registry import attach
+from rung.models.policy import by_document
+from rung.objectives.pairs import pairs
+from rung.objectives.preference import LOSSES, Paired, Sides, Unpaired, good
+from rung.objectives.registry import OBJECTIVES
+from rung.training.packing import MIN_AHEAD, pack, pack_in_slices, pack_separately
+from rung.training.step import accumulate, count_window, mean_loss
 from rung.types import Example, PackedBatch
 from tolerances import FLOAT64, LLAMA_GRADIENT
 

@@ -8,12 +8,12 @@ import sys
 import pytest
 import torch
 
-from rung.model.product import linear, product
+from rung.models.matmul import linear, product
 from tolerances import FLOAT32
 
 GROWTH = """
 import torch
-from rung.model.product import linear
+from rung.models.matmul import linear
 
 def resident():
     status = open("/proc/self/status").read()

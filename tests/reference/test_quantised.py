@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from builders import documents, policy_of, tuned
 from models import tiny_model
 from naive import distance, gradients
-from rung.engine.gates import check_decoding, check_identity, check_packing, frozen_digest
-from rung.engine.optim import make_optimiser, set_rate
-from rung.engine.pack import pack, pack_separately
-from rung.engine.step import accumulate
-from rung.method.lora import Lora
-from rung.method.quantised import dense_weight, is_quantised
-from rung.method.table import attach
-from rung.model.policy import Policy
-from rung.objective.sft import Sft
-from rung.spec.engine import OptimiserSpec
-from rung.spec.method import LoraSpec, QloraSpec
-from rung.spec.objective import SftSpec
+from rung.config.method import LoraSpec, QloraSpec
+from rung.config.objective import SftSpec
+from rung.config.training import OptimiserSpec
+from rung.methods.lora import Lora
+from rung.methods.qlora import dense_weight, is_quantised
+from rung.methods.registry import attach
+from rung.models.policy import Policy
+from rung.objectives.sft import Sft
+from rung.training.gates import check_decoding, check_identity, check_packing, frozen_digest
+from rung.training.optimizer import make_optimiser, set_rate
+from rung.training.packing import pack, pack_separately
+from rung.training.step import accumulate
 
 SFT = Sft(SftSpec())
 LEVELS = [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0]

@@ -12,19 +12,20 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from builders import documents, policy_of
 from models import tiny_model
-from rung.engine.pack import pack
-from rung.engine.step import accumulate
-from rung.method.table import attach
-from rung.model import load
-from rung.model.generate import Sampling, generate
-from rung.model.load import Base, load_base
-from rung.model.policy import Policy
-from rung.model.resident import stored_in_bfloat16
-from rung.objective.sft import Sft
-from rung.spec.method import METHOD_SPECS
-from rung.spec.model import ModelSpec
-from rung.spec.objective import SftSpec
-from rung.whole import write_folder
+from rung.config.method import METHOD_SPECS
+from rung.config.model import ModelSpec
+from rung.config.objective import SftSpec
+from rung.files import write_folder
+from rung.methods.registry import attach
+from rung.models import load
+from rung.models.base_model import Base
+from rung.models.bfloat16_weights import stored_in_bfloat16
+from rung.models.generate import Sampling, generate
+from rung.models.load import load_base
+from rung.models.policy import Policy
+from rung.objectives.sft import Sft
+from rung.training.packing import pack
+from rung.training.step import accumulate
 
 
 def written(folder: Path, tokenizer: PreTrainedTokenizerFast, shape: str, dtype: torch.dtype) -> Path:

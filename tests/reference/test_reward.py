@@ -16,16 +16,16 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from builders import policy_of, rows, tuned
 from models import tiny_model
 from naive import distance, gradients, naive
-from rung.engine.pack import MIN_AHEAD, pack, pack_separately
-from rung.engine.step import accumulate
-from rung.evaluate.rewards import calibration_error, examine, judge
-from rung.method.table import attach
-from rung.model.policy import Policy
-from rung.objective.pairs import correlation
-from rung.objective.reward import Reward, ScoreHead
-from rung.publish.classifier import read_score, write_score
-from rung.spec.method import METHOD_SPECS
-from rung.spec.objective import RewardSpec
+from rung.config.method import METHOD_SPECS
+from rung.config.objective import RewardSpec
+from rung.evaluation.reward_model import calibration_error, examine, judge
+from rung.methods.registry import attach
+from rung.models.policy import Policy
+from rung.objectives.pairs import correlation
+from rung.objectives.reward import Reward, ScoreHead
+from rung.runs.reward_head import read_score, write_score
+from rung.training.packing import MIN_AHEAD, pack, pack_separately
+from rung.training.step import accumulate
 from rung.types import Example
 from tolerances import FLOAT64
 

@@ -14,20 +14,19 @@ from transformers import PreTrainedTokenizerFast
 
 from builders import documents, policy_of, tuned
 from models import tiny_model
-from rung.engine.gates import check_decoding, check_packing
-from rung.engine.pack import MIN_AHEAD, pack, pack_separately
-from rung.engine.sample import Sample
-from rung.engine.step import accumulate
+from rung.config.method import METHOD_SPECS
+from rung.config.objective import SftSpec
 from rung.errors import CheckpointError, ConfigError, DataError, PlanError
-from rung.method.lora import quiet
-from rung.method.soft_prompt import frequent_ids, text_ids
-from rung.method.table import attach
-from rung.model.generate import Sampling, generate
-from rung.model.load import Base
-from rung.model.policy import Policy
-from rung.objective.sft import Sft
-from rung.spec.method import METHOD_SPECS
-from rung.spec.objective import SftSpec
+from rung.methods.lora import quiet
+from rung.methods.prompt_learning import frequent_ids, text_ids
+from rung.methods.registry import attach
+from rung.models.base_model import Base
+from rung.models.generate import Sampling, generate
+from rung.models.policy import Policy
+from rung.objectives.sft import Sft
+from rung.training.gates import check_decoding, check_packing
+from rung.training.packing import MIN_AHEAD, pack, pack_separately
+from rung.training.step import Sample, accumulate
 from rung.types import Example
 from tolerances import FLOAT64, LLAMA_GRADIENT
 
@@ -139,7 +138,7 @@ def test_gradients_reach_virtual_tokens_once_per_step(monkeypatch: pytest.Monkey
     monkeypatch.setattr(policy, "captured", lambda *given: calls.append(1) or genuine(*given))
     accumulate(policy, SFT, pack(documents(6, count=7), 30))
     assert len(calls) == 1 and method.trainable()["prompt_embeddings"].grad.abs().max() > 0
-    monkeypatch.setattr("rung.model.policy._Ahead.backward", lambda self: None)
+    monkeypatch.setattr("rung.models.policy._Ahead.backward", lambda self: None)
     method.trainable()["prompt_embeddings"].grad = None
     accumulate(policy, SFT, pack(documents(6, count=7), 30))
     assert method.trainable()["prompt_embeddings"].grad is None

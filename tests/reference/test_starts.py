@@ -13,19 +13,18 @@ from torch import Tensor
 from builders import calibrated, documents, policy_of, tuned
 from models import tiny_model
 from naive import distance, gradients, naive, naive_loss
-from rung.engine.gates import check_fused, check_identity, frozen_digest
-from rung.engine.pack import pack, pack_separately
-from rung.engine.sample import Sample
-from rung.engine.step import accumulate
+from rung.config.method import CALIBRATED, SUBTRACTED, LoraSpec
+from rung.config.objective import SftSpec
 from rung.errors import ConfigError
-from rung.method import start
-from rung.method.calibrate import in_chunks
-from rung.method.lora import Lora, quiet
-from rung.method.table import attach
-from rung.model.policy import Policy
-from rung.objective.sft import Sft
-from rung.spec.method import CALIBRATED, SUBTRACTED, LoraSpec
-from rung.spec.objective import SftSpec
+from rung.methods import lora_init
+from rung.methods.lora import Lora, quiet
+from rung.methods.lora_init import in_chunks
+from rung.methods.registry import attach
+from rung.models.policy import Policy
+from rung.objectives.sft import Sft
+from rung.training.gates import check_fused, check_identity, frozen_digest
+from rung.training.packing import pack, pack_separately
+from rung.training.step import Sample, accumulate
 from tolerances import FLOAT32
 
 SFT = Sft(SftSpec())
@@ -165,7 +164,7 @@ def test_without_the_frozen_half_the_model_is_another() -> None:
 
 def test_pissa_is_the_best_approximation() -> None:
     weight = torch.randn(12, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    b, a = start.pissa(weight, 3, 0.7)
+    b, a = lora_init.pissa(weight, 3, 0.7)
     left = np.linalg.svd(weight.numpy(), compute_uv=False)[3:]
     assert float((weight - 0.7 * b @ a).norm()) == pytest.approx(float(np.linalg.norm(left)), rel=1e-12)
 

@@ -10,15 +10,15 @@ import torch
 from builders import documents, tuned
 from models import SHAPES, tiny_model
 from naive import distance, gradients, naive, naive_loss
-from rung.engine.pack import MIN_AHEAD, pack, pack_separately
-from rung.engine.step import accumulate
-from rung.engine.trunk import TrunkCache
+from rung.config.method import METHOD_SPECS
+from rung.config.objective import SftSpec
 from rung.errors import CheckpointError
-from rung.method.table import attach
-from rung.model.layers import lowest_moving_layer
-from rung.objective.sft import Sft
-from rung.spec.method import METHOD_SPECS
-from rung.spec.objective import SftSpec
+from rung.methods.registry import attach
+from rung.models.layers import lowest_moving_layer
+from rung.objectives.sft import Sft
+from rung.training.frozen_layer_cache import TrunkCache
+from rung.training.packing import MIN_AHEAD, pack, pack_separately
+from rung.training.step import accumulate
 from tolerances import FLOAT32, FLOAT64
 
 UPPER = [("lora", {"layers": (1,)}, 1), ("head", {}, 2)]

@@ -15,8 +15,8 @@ from benchmarks.workloads import WORKLOADS, Training
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import tiny_model
-from rung.plan.shape import shape_of
-from rung.spec.io import parse
+from rung.config.io import parse_config
+from rung.planning.architecture import shape_of
 
 LENGTH = 13
 
@@ -89,5 +89,5 @@ def test_pairs_of_a_file_and_too_few_of_them(tmp_path: Path) -> None:
 def test_every_training_workload_is_a_valid_config(key: str) -> None:
     work = WORKLOADS[key]
     assert isinstance(work, Training)
-    spec = parse(work.config("rows.jsonl", "run"), key)
+    spec = parse_config(work.config("rows.jsonl", "run"), key)
     assert spec.objective.kind == work.objective and spec.engine.examples_per_step == work.examples_per_step

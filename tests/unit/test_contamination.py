@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rung.config.data import DataSpec
 from rung.data.contamination import contamination
+from rung.data.deduplication import ALIKE, asked_in_words, fuzzy_duplicates, jaccard, shingles
 from rung.data.formats import load_records
-from rung.data.fuzzy import ALIKE, fuzzy_duplicates, jaccard, shingles
-from rung.data.near import asked_in_words
-from rung.spec.data import DataSpec
 from rung.types import Message, Record, Source
 
 WORDS = "the a of box pear apple stone river tall old green seven under over walks sees finds keeps near far".split()

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rung.data.cache import cached_examples
 from rung.data.chat import Chat
+from rung.data.tokenize import preflight
 from rung.errors import DataError
 from rung.types import Message, Record, Source
 
@@ -35,7 +36,7 @@ def test_hit_gives_the_same_examples_wherever_the_rows_stand(
         assert b.source.path == "elsewhere.jsonl" and (a.weight, a.group) == (b.weight, b.group)
     assert (found.expected, found.starts, found.kept) == (made.expected, made.starts, made.kept)
     assert [x.length for x in found.dropped] == [x.length for x in made.dropped]
-    assert chat.preflight(found) == chat.preflight(made)
+    assert preflight(chat, found) == preflight(chat, made)
     assert [p.suffix for p in tmp_path.iterdir()] == [".safetensors"]
 
 

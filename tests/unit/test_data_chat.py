@@ -16,16 +16,16 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from chats import AT, GEMMA, LLAMA2, LLAMA3, REASONING, TEMPLATES, ZEPHYR, metaspace, record, with_template
+from rung.config.data import LossOn
 from rung.data.chat import PLAIN_TEMPLATE, Chat
-from rung.data.tokenise import Tokenised
+from rung.data.tokenize import Tokenised, preflight, tokenize_records
 from rung.errors import ConfigError, DataError, GateError
-from rung.spec.data import LossOn
 from rung.types import Example, Message, Record, Rival
 
 
 def one(chat: Chat, row: Record, loss_on: LossOn = "answer") -> Example:
-    tokenised = chat.examples([row], loss_on=loss_on)
-    assert chat.preflight(tokenised).failing == 0
+    tokenised = tokenize_records(chat, [row], loss_on=loss_on)
+    assert preflight(chat, tokenised).failing == 0
     return tokenised.examples[0]
 
 
@@ -48,7 +48,7 @@ def test_what_is_encoded_follows_the_length_of_a_chat(chat: Chat, monkeypatch: p
 
     monkeypatch.setattr(Chat, "_encode", counted)
     rows = [record(*(f"turn {i}" for i in range(200))), record("q", "a")]
-    made = chat.examples(rows, loss_on="assistant_turns").examples
+    made = tokenize_records(chat, rows, loss_on="assistant_turns").examples
     assert sum(seen) == 3 * sum(map(len, chat.decode([example.ids.tolist() for example in made])))
 
 
@@ -130,16 +130,16 @@ def test_rewritten_history_is_refused_for_all_turns_only(tiny_tokenizer: PreTrai
     row = record("q", "<think>x</think>a", "r", "<think>y</think>b")
     assert learned(chat, one(chat, row)) == "<think>y</think>b<|im_end|>"
     with pytest.raises(DataError, match=r"d.jsonl line 3: turn 4: the template rewrites earlier(?s:.*)loss_on: answer"):
-        chat.examples([row], loss_on="assistant_turns")
+        tokenize_records(chat, [row], loss_on="assistant_turns")
     split = [record("q", "<think>x</think>a"), row]
-    assert len(chat.examples(split).examples) == 2
+    assert len(tokenize_records(chat, split).examples) == 2
 
 
 def test_opening_that_the_template_does_not_keep_is_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     template = (tiny_tokenizer.chat_template or "").replace("assistant\n", "assistant\n<think>\n")
     chat = Chat(with_template(tiny_tokenizer, template))
     with pytest.raises(DataError, match=r"turn 2: the template opens this answer otherwise"):
-        chat.examples([record("q", "a")])
+        tokenize_records(chat, [record("q", "a")])
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_an_answer_that_the_template_changes_is_refused(
     chat = Chat(with_template(tiny_tokenizer, template))
     if learned_text is None:
         with pytest.raises(DataError, match=r"d.jsonl line 3: turn 2: the template writes another answer"):
-            chat.examples([record("q", answer)])
+            tokenize_records(chat, [record("q", answer)])
         return
     assert learned(chat, one(chat, record("q", answer))) == learned_text
 
@@ -171,7 +171,7 @@ def test_template_that_raises_names_row_and_message(tiny_tokenizer: PreTrainedTo
     chat = Chat(with_template(tiny_tokenizer, GEMMA))
     row = Record((Message("system", "s"), Message("user", "q"), Message("assistant", "a")), AT)
     with pytest.raises(DataError, match=r"d.jsonl line 3(?s:.*)No system role"):
-        chat.examples([row])
+        tokenize_records(chat, [row])
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_exactly_one_bos(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
         for ids in (chat.prompt_ids(row.messages[:1]), one(chat, row).ids.tolist(), one(chat, text).ids.tolist()):
             assert ids[0] == 1 and ids.count(1) == 1
     with pytest.raises(DataError, match="two BOS"):
-        Chat(adding).examples([replace(text, text="<s><s>x")])
+        tokenize_records(Chat(adding), [replace(text, text="<s><s>x")])
     assert 1 not in Chat(tiny_tokenizer, "plain").prompt_ids(row.messages[:1])
 
 
@@ -243,7 +243,7 @@ def broken(tokenised: Tokenised, **change: Any) -> Tokenised:
 
 
 def test_preflight_finds_wrong_labels(chat: Chat) -> None:
-    good = chat.examples([record("q", "answer")])
+    good = tokenize_records(chat, [record("q", "answer")])
     example = good.examples[0]
     no_stop = example.supervised.copy()
     no_stop[-1] = False
@@ -258,8 +258,8 @@ def test_preflight_finds_wrong_labels(chat: Chat) -> None:
         ({"ids": ids}, "decodes to"),
     ):
         with pytest.raises(GateError, match=f"1 of 1 rows(?s:.*)d.jsonl line 3: .*{message}"):
-            chat.preflight(broken(good, **change))
-    measured = chat.preflight(good)
+            preflight(chat, broken(good, **change))
+    measured = preflight(chat, good)
     assert measured.to_json()["rows"] == 1 and measured.supervised_tokens == int(example.supervised.sum())
 
 
@@ -269,8 +269,8 @@ def test_vocabularies_that_write_a_space_of_their_own(scheme: str, template: str
     chat = Chat(with_template(metaspace(scheme), template))
     row = record("what?", "it is", "a?", " it is a cat.")
     stop = "</s>" if template == PLAIN_TEMPLATE else " </s>"
-    tokenised = chat.examples([row], loss_on="assistant_turns")
-    assert chat.preflight(tokenised).rows == 1
+    tokenised = tokenize_records(chat, [row], loss_on="assistant_turns")
+    assert preflight(chat, tokenised).rows == 1
     assert tokenised.expected == (f" it is{stop}  it is a cat.{stop}",)
     example = one(chat, row)
     assert chat.assistant_text(example.ids[example.supervised].tolist()) == " it is a cat."
@@ -281,23 +281,23 @@ def test_a_normalising_tokenizer_is_reported_not_refused(tiny_tokenizer: PreTrai
     composing.backend_tokenizer.normalizer = normalizers.NFC()
     chat = Chat(composing)
     rows = [record("q", "cafe\u0301"), record("q", "caf\u00e9")]
-    assert chat.preflight(chat.examples(rows)).normalised == 1
+    assert preflight(chat, tokenize_records(chat, rows)).normalised == 1
 
 
 def test_tools_that_a_template_never_shows_are_refused(chat: Chat) -> None:
     with pytest.raises(DataError, match=r"line 3: the row has tools(?s:.*)model.template: plain"):
-        chat.examples([record("q", "a", tools='[{"name": "f"}]')])
+        tokenize_records(chat, [record("q", "a", tools='[{"name": "f"}]')])
     call = Message("assistant", "", tool_calls='[{"type": "function", "function": {"name": "f", "arguments": {}}}]')
     with pytest.raises(DataError, match="the row has tool_calls"):
-        chat.examples([Record((Message("user", "q"), call), AT)])
+        tokenize_records(chat, [Record((Message("user", "q"), call), AT)])
 
 
 def test_boundary_differences_are_counted(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     merging = "{% for m in messages %}{{ m['content'] + ('</s>' if m['role'] == 'assistant' else '') }}{% endfor %}"
     chat = Chat(with_template(tiny_tokenizer, merging))
-    tokenised = chat.examples([record("th", "e"), record("?", "e")])
+    tokenised = tokenize_records(chat, [record("th", "e"), record("?", "e")])
     assert (tokenised.boundary_checked, tokenised.boundary_differences) == (2, 1)
-    assert Chat(tiny_tokenizer).examples([record("th", "e")]).boundary_differences == 0
+    assert tokenize_records(Chat(tiny_tokenizer), [record("th", "e")]).boundary_differences == 0
 
 
 def test_answers_of_a_row_share_a_prompt_that_would_merge(
@@ -307,7 +307,7 @@ def test_answers_of_a_row_share_a_prompt_that_would_merge(
     merging = "{% for m in messages %}{{ m['content'] + ('</s>' if m['role'] == 'assistant' else '') }}{% endfor %}"
     chat = Chat(with_template(tiny_tokenizer, merging))
     row = record("what is th", "e", score=1.0, rivals=(Rival("xyz", 0.0),))
-    better, other = chat.examples([row], rivals=True).examples
+    better, other = tokenize_records(chat, [row], rivals=True).examples
     prompt = chat.prompt_ids(row.messages[:1])
     for document, answer in ((better, "e"), (other, "xyz")):
         start = int(document.supervised.argmax())
@@ -320,25 +320,25 @@ def test_overflow_policies(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     chat = Chat(with_template(tiny_tokenizer, LLAMA3))
     rows = [record("q", "a"), *(record("word " * (40 + i), "the answer") for i in range(12))]
     with pytest.raises(DataError) as caught:
-        chat.examples(rows, max_length=64)
+        tokenize_records(chat, rows, max_length=64)
     assert "12 of 13 documents" in str(caught.value) and "and 2 more" in str(caught.value)
     assert "tokens" in str(caught.value) and "data.overflow" in str(caught.value)
-    dropped = chat.examples(rows, max_length=64, overflow="drop")
+    dropped = tokenize_records(chat, rows, max_length=64, overflow="drop")
     assert (len(dropped.examples), len(dropped.dropped), dropped.kept) == (1, 12, (0,))
     assert dropped.summary()["dropped"] == 12
     with pytest.raises(DataError, match="no document is left(?s:.*)12 of 12"):
-        chat.examples(rows[1:], max_length=64, overflow="drop")
+        tokenize_records(chat, rows[1:], max_length=64, overflow="drop")
     for loss_on in ("answer", "assistant_turns", "all"):
-        trimmed = chat.examples(rows, loss_on=loss_on, max_length=64, overflow="trim_prompt")  # type: ignore[arg-type]
+        trimmed = tokenize_records(chat, rows, loss_on=loss_on, max_length=64, overflow="trim_prompt")  # type: ignore[arg-type]
         assert len(trimmed.trimmed) == 12 and trimmed.lengths.max() == 64
-        assert chat.preflight(trimmed).rows == 13
+        assert preflight(chat, trimmed).rows == 13
         for example in trimmed.examples:
             assert example.ids[0] == 1 and not example.supervised[0]
             assert chat.decode([example.ids.tolist()])[0].endswith(("answer<|eot_id|>", "a<|eot_id|>"))
     with pytest.raises(DataError, match="even without their prompt"):
-        chat.examples([record("q", "word " * 100)], max_length=64, overflow="trim_prompt")
+        tokenize_records(chat, [record("q", "word " * 100)], max_length=64, overflow="trim_prompt")
     with pytest.raises(DataError, match="even without their prompt"):
-        chat.examples([Record((), AT, text="word " * 100)], max_length=64, overflow="trim_prompt")
+        tokenize_records(chat, [Record((), AT, text="word " * 100)], max_length=64, overflow="trim_prompt")
 
 
 def test_context_needs_a_user_turn(chat: Chat) -> None:

@@ -13,10 +13,11 @@ import pytest
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
+from rung.config.data import DataSpec
 from rung.data.chat import Chat
 from rung.data.check import check, coloured
-from rung.data.near import near_duplicates
-from rung.spec.data import DataSpec
+from rung.data.deduplication import near_duplicates
+from rung.data.tokenize import tokenize_records
 from rung.types import Message, Record, Source
 
 LONG = "a farmer has twelve hens and each of them lays two eggs on every day of the week"
@@ -83,7 +84,7 @@ def test_near_duplicates_of_short_rows_are_none() -> None:
 def test_coloured_shows_every_byte_and_what_is_learned(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     chat = Chat(tiny_tokenizer)
     row = Record((Message("user", "q 🙂"), Message("assistant", "a 🙂")), Source("d", 1))
-    text = coloured(chat.examples([row]).examples[0], chat)
+    text = coloured(tokenize_records(chat, [row]).examples[0], chat)
     assert text.plain == "<|im_start|>user\nq 🙂<|im_end|>\n<|im_start|>assistant\na 🙂<|im_end|>"
     green = "".join(text.plain[s.start : s.end] for s in text.spans if "green" in str(s.style))
     assert green == "a 🙂<|im_end|>"

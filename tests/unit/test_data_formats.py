@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from rung.config.data import DataSpec, Format
 from rung.data.formats import FORMATS, detect, load_records, to_record
 from rung.data.read import Row, Rows
 from rung.data.records import Records
 from rung.errors import DataError
-from rung.spec.data import DataSpec, Format
 from rung.types import Message, Record, Rival, Source
 
 AT = Source("d.jsonl", 3)

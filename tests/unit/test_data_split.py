@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from rung.data.mix import cap, load_data, reweigh
-from rung.data.split import assign, duplicates, normalised_prompt, overlaps, position, split
+from rung.config.data import DataSpec, WeightedPath
+from rung.data.splits import assign, cap, duplicates, load_data, normalised_prompt, overlaps, position, reweigh, split
 from rung.errors import ConfigError, DataError
-from rung.spec.data import DataSpec, WeightedPath
 from rung.types import Message, Record, Source
 
 
@@ -38,7 +37,7 @@ def rows(n: int, start: int = 0, **more: Any) -> list[dict[str, Any]]:
 
 def test_position_is_the_same_in_every_process() -> None:
     code = (
-        "from rung.data.split import position; from rung.types import *;"
+        "from rung.data.splits import position; from rung.types import *;"
         "print(position(Record((Message('user','Naïve  Q'),Message('assistant','a')),Source('x',1))))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -15,18 +15,18 @@ import pytest
 from safetensors.numpy import load_file
 from transformers import PreTrainedTokenizerFast
 
+from rung.config.data import DataSpec
+from rung.data.byte_store import BUFFER, Blob, Texts, chunks
 from rung.data.cache import cached_examples
 from rung.data.chat import Chat
-from rung.data.flat import Examples
 from rung.data.formats import load_records
-from rung.data.mix import load_data
 from rung.data.read import read_rows
 from rung.data.records import Records, Writer, distinct, fingerprint, firsts
-from rung.data.split import position
-from rung.data.spool import BUFFER, Blob, Texts, chunks
+from rung.data.splits import load_data, position
+from rung.data.token_store import Examples
+from rung.data.tokenize import tokenize_records
 from rung.errors import CheckpointError, DataError
-from rung.evaluate.baselines import choose_shots
-from rung.spec.data import DataSpec
+from rung.evaluation.prompting import choose_shots
 from rung.types import Message, Record, Source
 
 CALL = '[{"type": "function", "function": {"name": "f", "arguments": {}}}]'
@@ -174,7 +174,7 @@ def test_examples_on_disk_are_the_examples(
     assert (made.dropped, made.trimmed) == (found.dropped, found.trimmed)
     assert [x.record for x in (found.dropped or found.trimmed)] == [2]
     for i, (a, b) in enumerate(zip(made.examples, found.examples, strict=True)):
-        alone = chat.examples([rows[made.kept[i]]], max_length=60, overflow="trim_prompt").examples[0]
+        alone = tokenize_records(chat, [rows[made.kept[i]]], max_length=60, overflow="trim_prompt").examples[0]
         for other in (a, b, found.examples[i - len(found.examples)], found.examples[i:][0]):
             assert other.ids.dtype == np.int32 and other.supervised.dtype == bool
             assert np.array_equal(other.ids, alone.ids) and np.array_equal(other.supervised, alone.supervised)
@@ -293,13 +293,13 @@ def test_memory_does_not_grow_with_the_rows(
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
     code = (
         "import sys; from pathlib import Path; from transformers import PreTrainedTokenizerFast;"
-        "from rung.data import Chat, cached_examples, load_data; from rung.spec.data import DataSpec\n"
+        "from rung.data import Chat, cached_examples, load_data; from rung.config.data import DataSpec\n"
         "chat = Chat(PreTrainedTokenizerFast.from_pretrained(sys.argv[1]))\n"
         "for path in (sys.argv[2], *sys.argv[2:]):\n"  # the first once more: what it leaves is there already
         "    Path('/proc/self/clear_refs').write_text('5')\n"
         "    splits = load_data(DataSpec(path=path), 0)\n"
         "    splits.summary()\n"
-        "    chat.preflight(cached_examples(chat, splits.train))\n"
+        "    preflight(chat, cached_examples(chat, splits.train))\n"
         "    print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])\n"
     )
     monkeypatch.setenv("RUNG_CACHE", str(tmp_path / "cache"))

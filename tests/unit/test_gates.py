@@ -11,16 +11,16 @@ from safetensors.torch import save_file
 
 from builders import documents, policy_of, tuned
 from models import tiny_model
-from rung.engine import gates
-from rung.engine.checkpoint import newest, prune
-from rung.engine.optim import make_optimiser
+from rung.config.method import LoraSpec
+from rung.config.training import OptimiserSpec
 from rung.errors import CheckpointError, GateError
-from rung.method.base import Moving
-from rung.method.table import attach
-from rung.model import attention
-from rung.spec.engine import OptimiserSpec
-from rung.spec.method import LoraSpec
-from rung.whole import verify, write_folder
+from rung.files import verify, write_folder
+from rung.methods.protocol import Moving
+from rung.methods.registry import attach
+from rung.models import attention
+from rung.training import gates
+from rung.training.checkpoint import newest, prune
+from rung.training.optimizer import make_optimiser
 
 
 @pytest.fixture

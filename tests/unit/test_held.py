@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 
 from rung.errors import CheckpointError
-from rung.held import Journal, hold, let_go, write_text
-from rung.whole import tidy
+from rung.files import Journal, hold, let_go, tidy, write_text
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
-    again = f"from rung.held import hold; from pathlib import Path; hold(Path({str(tmp_path / 'x')!r}))"
+    again = f"from rung.files import hold; from pathlib import Path; hold(Path({str(tmp_path / 'x')!r}))"
     with hold(tmp_path / "x"):
         with pytest.raises(CheckpointError, match="another process"):
             hold(tmp_path / "x")

@@ -6,10 +6,11 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from chats import AT, REASONING, TEMPLATES, metaspace, record, with_template
+from rung.config.method import PTuningSpec, in_front, inserted
 from rung.data.chat import PLAIN_TEMPLATE, Chat
-from rung.data.inserted import MARKS, Inserted
+from rung.data.prompt_positions import MARKS, Inserted
+from rung.data.tokenize import preflight, tokenize_records
 from rung.errors import DataError
-from rung.spec.method import PTuningSpec, in_front, inserted
 from rung.types import Message, Record
 
 USER, ASSISTANT = (320, 321), (322,)
@@ -25,9 +26,9 @@ def test_they_stand_before_the_words_of_each_turn(tiny_tokenizer: PreTrainedToke
     tokenizer = with_template(tiny_tokenizer, TEMPLATES[name][0])
     plain, chat = Chat(tokenizer), Chat(tokenizer, inserted=BOTH)
     row = record("first words", "first answer", "more words", "last answer", context="given")
-    (example,) = chat.examples([row], loss_on="answer").examples
+    (example,) = tokenize_records(chat, [row], loss_on="answer").examples
     ids = example.ids.tolist()
-    assert plain.decode([real(ids)]) == plain.decode([plain.examples([row]).examples[0].ids.tolist()])
+    assert plain.decode([real(ids)]) == plain.decode([tokenize_records(plain, [row]).examples[0].ids.tolist()])
     places = [i for i, token in enumerate(ids) if token == USER[0]]
     assert [ids[i : i + 2] for i in places] == [list(USER)] * 2
     after = [plain.decode([real(ids[i:])], inner=True)[0].lstrip() for i in places]
@@ -42,8 +43,8 @@ def test_they_stand_before_the_words_of_each_turn(tiny_tokenizer: PreTrainedToke
 def test_a_prompt_asks_as_training_read(tiny_tokenizer: PreTrainedTokenizerFast, loss_on: str) -> None:
     chat = Chat(tiny_tokenizer, inserted=BOTH)
     row = record("a", "b", "c", "d")
-    tokenised = chat.examples([row], loss_on=loss_on)  # type: ignore[arg-type]
-    assert chat.preflight(tokenised).failing == 0
+    tokenised = tokenize_records(chat, [row], loss_on=loss_on)  # type: ignore[arg-type]
+    assert preflight(chat, tokenised).failing == 0
     (example,) = tokenised.examples
     prompt = chat.prompt_ids(row.messages[:-1])
     assert prompt == example.ids[: len(prompt)].tolist() and prompt[-1] == ASSISTANT[0]
@@ -62,12 +63,12 @@ def test_words_behind_them_are_encoded_as_within_a_text(scheme: str) -> None:
 def test_what_cannot_be_placed_is_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     chat = Chat(tiny_tokenizer, inserted=BOTH)
     with pytest.raises(DataError, match="FDD0"):
-        chat.examples([record("a \ufdd0", "b")])
+        tokenize_records(chat, [record("a \ufdd0", "b")])
     with pytest.raises(DataError, match="plain text"):
-        chat.examples([Record((), AT, text="words")])
+        tokenize_records(chat, [Record((), AT, text="words")])
     losing = with_template(tiny_tokenizer, REASONING)  # takes a turn's beginning for thoughts
     with pytest.raises(DataError, match="leaves out"):
-        Chat(losing, inserted=BOTH).examples([record("hm </think> a", "b")])
+        tokenize_records(Chat(losing, inserted=BOTH), [record("hm </think> a", "b")])
 
 
 def test_another_place_is_another_text(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -84,7 +85,7 @@ def test_a_spec_names_its_ids() -> None:
 def test_what_is_too_long_loses_words_and_never_virtual_tokens(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     chat = Chat(tiny_tokenizer, inserted=BOTH)
     long = record("word " * 60, "a")
-    tokenised = chat.examples([long], max_length=40, overflow="trim_prompt")
+    tokenised = tokenize_records(chat, [long], max_length=40, overflow="trim_prompt")
     ids = tokenised.examples[0].ids.tolist()
     assert len(ids) == 40 and [i for i in ids if i >= 320] == [*USER, *ASSISTANT]
-    assert chat.preflight(tokenised).failing == 0
+    assert preflight(chat, tokenised).failing == 0

@@ -7,9 +7,9 @@ from pathlib import Path
 import pandas
 import pytest
 
-from rung.engine.items import read_items, write_items
 from rung.errors import CheckpointError
-from rung.evaluate.task import Evaluation, Item
+from rung.evaluation.evaluate import Evaluation, Item
+from rung.training.run_folder import read_items, write_items
 
 
 def item(line: int, **changes: object) -> Item:

@@ -10,11 +10,11 @@ import torch
 
 from builders import policy_of
 from models import tiny_model
+from rung.config.io import parse_config
+from rung.config.judge import JudgeSpec
 from rung.data.chat import Chat
 from rung.errors import ConfigError, DataError
-from rung.evaluate.judge import MARKS, Pair, Said, by_logprob, by_word, judge, prompt, read_human
-from rung.spec.io import parse
-from rung.spec.judge import JudgeSpec
+from rung.evaluation.judge import MARKS, Pair, Said, by_logprob, by_word, judge, prompt, read_human
 from rung.types import Message
 
 PAIR = Pair("What is in it?", "apples and pears", "stones", "rows line 1", "a box", "apples")
@@ -104,6 +104,6 @@ def test_labels_that_are_none_are_refused(bad: dict[str, object], tmp_path: Path
 def test_a_judge_spec_is_checked() -> None:
     run = {"data": {"path": "x"}, "output": "y"}
     with pytest.raises(ConfigError, match="requests to a `server`"):
-        parse({**run, "evaluate": {"judge": {"model": "m", "concurrency": 2}}})
+        parse_config({**run, "evaluate": {"judge": {"model": "m", "concurrency": 2}}})
     with pytest.raises(ConfigError, match="server"):
-        parse({**run, "evaluate": {"judge": {"model": "m", "server": "localhost"}}})
+        parse_config({**run, "evaluate": {"judge": {"model": "m", "server": "localhost"}}})

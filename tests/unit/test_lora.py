@@ -8,18 +8,18 @@ from pydantic import ValidationError
 
 from builders import calibrated, documents, policy_of, tuned
 from models import tiny_model
-from rung.engine.gates import Movement, check_identity
-from rung.engine.optim import make_optimiser, move_only, set_rate
-from rung.engine.pack import pack
-from rung.engine.step import accumulate
+from rung.config.layers import layers_named
+from rung.config.method import METHOD_SPECS, LoraSpec
+from rung.config.objective import SftSpec
+from rung.config.training import OptimiserSpec
 from rung.errors import ConfigError
-from rung.method.table import attach
-from rung.model.targets import layer_number
-from rung.objective.sft import Sft
-from rung.spec.engine import OptimiserSpec
-from rung.spec.layers import layers_named
-from rung.spec.method import METHOD_SPECS, LoraSpec
-from rung.spec.objective import SftSpec
+from rung.methods.registry import attach
+from rung.models.targets import layer_number
+from rung.objectives.sft import Sft
+from rung.training.gates import Movement, check_identity
+from rung.training.optimizer import make_optimiser, move_only, set_rate
+from rung.training.packing import pack
+from rung.training.step import accumulate
 
 THIRTY = range(30)
 

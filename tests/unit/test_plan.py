@@ -11,15 +11,15 @@ import pytest
 
 from models import SHAPES, tiny_model
 from plan_tables import LISTED, lever_rows, listed, rule_rows
+from rung.config.catalog import CATALOG
+from rung.config.method import METHOD_SPECS
+from rung.config.model import ModelSpec
+from rung.config.run import RunSpec
 from rung.errors import CheckpointError, ConfigError, PlanError
-from rung.method.table import attach
-from rung.plan.shape import read_shape, shape_of
-from rung.plan.time import DEVICES, Amount, keep_rate, rate_for, token_flops
-from rung.plan.trained import trained
-from rung.spec.catalog import CATALOG
-from rung.spec.method import METHOD_SPECS
-from rung.spec.model import ModelSpec
-from rung.spec.run import RunSpec
+from rung.methods.registry import attach
+from rung.planning.architecture import read_shape, shape_of
+from rung.planning.method_cost import trained
+from rung.planning.throughput import DEVICES, Amount, keep_rate, rate_for, token_flops
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},

@@ -12,13 +12,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from builders import example, policy_of
 from models import tiny_model
-from rung.engine.pack import pack
-from rung.method.table import attach
-from rung.objective.sft import Sft
-from rung.plan.kept import activation_bytes_per_token, layer_bytes_per_token, method_bytes_per_token
-from rung.plan.shape import shape_of
-from rung.spec.method import METHOD_SPECS
-from rung.spec.objective import SftSpec
+from rung.config.method import METHOD_SPECS
+from rung.config.objective import SftSpec
+from rung.methods.registry import attach
+from rung.objectives.sft import Sft
+from rung.planning.architecture import shape_of
+from rung.planning.method_cost import activation_bytes_per_token, layer_bytes_per_token, method_bytes_per_token
+from rung.training.packing import pack
 
 TOKENS = 2400
 SMALL = 0.04

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rung.engine.items import read_items, write_items
 from rung.errors import CheckpointError
-from rung.report.examples import EACH, FIRST, browse
-from rung.report.folder import read
+from rung.report.answer_browser import EACH, FIRST, browse
 from rung.report.html import build
+from rung.report.run_reader import read
+from rung.scoring.recommendation import verdict
 from rung.scoring.stats import paired_difference, score_interval
-from rung.scoring.verdict import verdict
+from rung.training.run_folder import read_items, write_items
 
 SCRIPT = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 ITEMS, CLUSTERS, STEPS = 60, 20, 40

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from rung.report import plots
-from rung.report.facts import gates_text, lottery_text, measured_text, method_text, preferred_text
-from rung.report.human import bounds, count, decimals, duration, fixed, memory, p_value, significant
+from rung.report.formatting import bounds, count, decimals, duration, fixed, memory, p_value, significant
+from rung.report.summaries import gates_text, lottery_text, measured_text, method_text, preferred_text
 from rung.report.tables import dry_run_lines, ladder_lines, run_lines, score_lines
 
 

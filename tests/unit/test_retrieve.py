@@ -13,11 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rung.config.evaluation import RetrieveSpec
 from rung.errors import ConfigError, DataError
-from rung.evaluate.bm25 import Index, words
-from rung.evaluate.retrieve import Library, cut, own_contexts, read_documents
+from rung.evaluation.retrieval import Index, Library, cut, own_contexts, read_documents, words
 from rung.scoring.stats import wilson
-from rung.spec.evaluate import RetrieveSpec
 from rung.types import Message, Record, Source
 
 

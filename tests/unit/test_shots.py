@@ -8,8 +8,8 @@ from math import e
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rung.evaluate.baselines import Framing, choose_shots, covering, nearest_shots
-from rung.evaluate.bm25 import Index, words
+from rung.evaluation.prompting import Framing, choose_shots, covering, nearest_shots
+from rung.evaluation.retrieval import Index, words
 from rung.types import Message, Record, Source
 
 TEXTS = st.lists(st.lists(st.sampled_from("abcdefgh"), max_size=5), min_size=1, max_size=7)

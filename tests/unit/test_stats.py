@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from rung.scoring.recommendation import Verdict, gain_over, score_of, verdict
 from rung.scoring.significance import holm, mcnemar
 from rung.scoring.stats import (
     cluster_bootstrap,
@@ -22,7 +23,6 @@ from rung.scoring.stats import (
     t_interval,
     wilson,
 )
-from rung.scoring.verdict import Verdict, gain_over, score_of, verdict
 
 
 def bounds(estimate: object) -> tuple[float, float]:

@@ -10,19 +10,19 @@ import torch
 
 from builders import documents, example, policy_of, tuned
 from models import tiny_model
-from rung.engine import budget
-from rung.engine.budget import layers_to_recompute
-from rung.engine.optim import make_optimiser, rate_at
-from rung.engine.pack import pack, pack_separately
-from rung.engine.step import accumulate, mean_loss
+from rung.config.catalog import CATALOG
+from rung.config.objective import SftSpec
+from rung.config.training import OptimiserSpec
 from rung.errors import DataError
-from rung.objective.sft import Sft, nll
-from rung.plan.kept import activation_bytes_per_token
-from rung.plan.memory import tokens_per_micro_batch
-from rung.plan.shape import shape_of
-from rung.spec.catalog import CATALOG
-from rung.spec.engine import OptimiserSpec
-from rung.spec.objective import SftSpec
+from rung.objectives.sft import Sft, nll
+from rung.planning.architecture import shape_of
+from rung.planning.memory import tokens_per_micro_batch
+from rung.planning.method_cost import activation_bytes_per_token
+from rung.training import micro_batch
+from rung.training.micro_batch import layers_to_recompute
+from rung.training.optimizer import make_optimiser, rate_at
+from rung.training.packing import pack, pack_separately
+from rung.training.step import accumulate, mean_loss
 from rung.types import Counts, Example, LossTerm, PackedBatch
 from tolerances import FLOAT64, RMS_NORM
 
@@ -207,9 +207,9 @@ def test_layers_of_a_single_document_computed_again_keep_less(count: int) -> Non
 
 def test_the_probe_takes_the_smallest_budget_that_is_nearly_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([9.0, 9.0, 4.1, 4.5, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0])
-    monkeypatch.setattr(budget, "_timed", lambda *_: next(seconds))
+    monkeypatch.setattr(micro_batch, "_timed", lambda *_: next(seconds))
     policy, method = tuned("lora")
-    assert budget.probe(policy, Sft(SftSpec()), documents(1, count=200), pack) == 512
+    assert micro_batch.probe(policy, Sft(SftSpec()), documents(1, count=200), pack) == 512
 
 
 def test_the_probe_leaves_nothing_behind() -> None:
@@ -222,7 +222,7 @@ def test_the_probe_leaves_nothing_behind() -> None:
         seen.append((len(examples), tokens))
         return pack(examples, tokens, share_prefixes=False)
 
-    assert budget.probe(policy, Sft(SftSpec()), documents(1, count=3), rows) == 256
+    assert micro_batch.probe(policy, Sft(SftSpec()), documents(1, count=3), rows) == 256
     assert seen == [(3, 256)] and not policy.model.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, before[n]) and p.grad is None for n, p in method.trainable().items())

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from rung.config.objective import FunctionSpec, RegexSpec, VerifierSpec
 from rung.errors import ConfigError, DataError
 from rung.scoring.verifiers import verifier
-from rung.spec.objective import FunctionSpec, RegexSpec, VerifierSpec
 
 ROW = {"question": "What is 3 + 4?", "expected": "7", "group": "sums", "source": "rows.jsonl line 3"}
 

@@ -2,9 +2,8 @@
 
 from rung.data.cache import cached_examples
 from rung.data.chat import Chat
-from rung.data.flat import Tokenised
-from rung.data.mix import load_data
-from rung.data.split import Splits
-from rung.data.tokenise import Preflight
+from rung.data.splits import Splits, load_data
+from rung.data.token_store import Tokenised
+from rung.data.tokenize import Preflight
 
 __all__ = ["Chat", "Preflight", "Splits", "Tokenised", "cached_examples", "load_data"]

@@ -12,18 +12,18 @@ from typing import Any
 
 import numpy as np
 
+from rung.config.data import LossOn
+from rung.data.byte_store import HINT, Blob, Region
 from rung.data.chat import Chat
-from rung.data.flat import ROW, Flat, Tokenised
 from rung.data.records import fingerprint
-from rung.data.spool import HINT, Blob, Region
-from rung.data.tokenise import Overflow, tokenise
+from rung.data.token_store import ROW, Flat, Tokenised
+from rung.data.tokenize import Overflow, tokenise
 from rung.errors import CheckpointError
-from rung.paths import cache_folder
-from rung.spec.data import LossOn
+from rung.files import cache_folder
 from rung.types import Record
 
 CODE_VERSION = 4
-"""Raise it with every change to what chat.py, tokenise.py or flat.py produce."""
+"""Raise it with every change to what chat.py, tokenize.py or token_store.py produce."""
 _TENSORS = {
     "ids": ("I32", 4),
     "supervised": ("BOOL", 1),
@@ -45,10 +45,10 @@ def cached_examples(
     rivals: bool = False,
     folder: Path | None = None,
 ) -> Tokenised:
-    """`Chat.examples`, kept in `folder` (default: `tokenised` in Rung's cache folder); a damaged file is built anew.
+    """`tokenize_records`, kept in `folder` (default: `tokenised` in Rung's cache folder); a damaged file is built anew.
 
     Raises:
-        DataError: as `Chat.examples`; nothing is stored then.
+        DataError: as `tokenize_records`; nothing is stored then.
     """
     name = cache_key(chat, records, loss_on=loss_on, max_length=max_length, overflow=overflow, rivals=rivals)
     file = (folder or cache_folder() / "tokenised") / f"{name}.safetensors"

@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from jinja2 import TemplateError
 
-from rung.data.flat import Tokenised
-from rung.data.inserted import Inserted, without_marks
-from rung.data.tokenise import Overflow, Preflight, preflight, tokenise
-from rung.data.turns import for_template, rewritten, says, unstable
+from rung.config.data import LossOn
+from rung.data.messages import for_template, rewritten, says, unstable
+from rung.data.prompt_positions import Inserted, without_marks
 from rung.errors import ConfigError, DataError
-from rung.spec.data import LossOn
 from rung.types import Message, Record, Source
 
 if TYPE_CHECKING:
@@ -36,7 +34,7 @@ PLAIN_TEMPLATE = """\
 """
 """`model.template: plain`, for bases without a template. The stop is the tokenizer's end-of-text token."""
 
-__all__ = ["PLAIN_TEMPLATE", "Chat", "Part", "Preflight", "Tokenised", "in_context"]
+__all__ = ["PLAIN_TEMPLATE", "Chat", "Part", "in_context"]
 
 _SENTINEL = "RungSentinel"
 _CALL = '[{"type": "function", "function": {"name": "f", "arguments": {"x": "1"}}}]'
@@ -125,28 +123,6 @@ class Chat:
         end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
         text = self.decode([ids[:end]], inner=True)[0].removeprefix(self._lead)
         return text.removesuffix(self._endings[0].before) if end < len(ids) else text
-
-    def examples(
-        self,
-        records: Sequence[Record],
-        *,
-        loss_on: LossOn = "answer",
-        max_length: int | None = None,
-        overflow: Overflow = "error",
-        rivals: bool = False,
-    ) -> Tokenised:
-        """Tokenise records, with their supervised tokens marked; with `rivals`, the other answers of each as well.
-
-        Raises:
-            DataError: the template refuses a row or rewrites its history, a document is too long under `error`, no
-                document is left, or a plain text meets a tokenizer without an end-of-text token.
-        """
-        flat = tokenise(self, records, loss_on=loss_on, max_length=max_length, overflow=overflow, rivals=rivals)
-        return Tokenised.of(flat, records)
-
-    def preflight(self, tokenised: Tokenised) -> Preflight:
-        """Gate 1: measure every row. Raises GateError where one fails."""
-        return preflight(self, tokenised)
 
     def parts(self, record: Record, loss_on: LossOn) -> list[Part]:
         """Cut a rendered conversation into prompt and answer pieces; it ends with its last stop.

@@ -10,18 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rung.data.flat import Tokenised
+from rung.config.data import DataSpec, LossOn
+from rung.data.byte_store import chunks
+from rung.data.deduplication import (
+    ALIKE,
+    GRAMS,
+    Alike,
+    Distinct,
+    Near,
+    fuzzy_duplicates,
+    gram_hashes,
+    near_duplicates,
+    words,
+)
 from rung.data.formats import Detection, read_records
-from rung.data.fuzzy import ALIKE, Alike, fuzzy_duplicates
-from rung.data.mix import weighted_paths
-from rung.data.near import GRAMS, Distinct, Near, gram_hashes, near_duplicates, words
-from rung.data.prompts import prompts
 from rung.data.read import Rejected
 from rung.data.records import Records, characters
-from rung.data.split import Splits, assign, crossing, repeated
-from rung.data.spool import chunks
+from rung.data.splits import Splits, assign, crossing, repeated, weighted_paths
+from rung.data.token_store import Tokenised
+from rung.data.tokenize import preflight, prompts, tokenize_records
 from rung.errors import DataError, GateError
-from rung.spec.data import DataSpec, LossOn
 from rung.types import Example, Record
 
 if TYPE_CHECKING:
@@ -217,12 +225,12 @@ def _measure(
     tokenised: Tokenised | None = None
     rivals = records[0].score is not None
     try:
-        tokenised = chat.examples(records, loss_on=loss_on, rivals=rivals)
-        chat.preflight(tokenised)
+        tokenised = tokenize_records(chat, records, loss_on=loss_on, rivals=rivals)
+        preflight(chat, tokenised)
     except (DataError, GateError):
         usable = [i for i, r in enumerate(records) if not _refused(r, chat, loss_on, rejected)]
         records = records.select(np.array(usable, dtype=np.int64))
-        tokenised = chat.examples(records, loss_on=loss_on, rivals=rivals) if records else None
+        tokenised = tokenize_records(chat, records, loss_on=loss_on, rivals=rivals) if records else None
     if tokenised is None:
         return records, None, None
     share = tokenised.supervised_tokens / int(tokenised.lengths.sum())
@@ -231,7 +239,7 @@ def _measure(
 
 def _refused(record: Record, chat: Chat, loss_on: LossOn, rejected: list[Rejected]) -> bool:
     try:
-        chat.preflight(chat.examples([record], loss_on=loss_on, rivals=record.score is not None))
+        preflight(chat, tokenize_records(chat, [record], loss_on=loss_on, rivals=record.score is not None))
     except DataError as error:
         rejected.append(Rejected(record.source, error.summary))
     except GateError as error:

@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from rung.data.fuzzy import Alike, fuzzy_duplicates
-from rung.data.near import GRAMS, Near, near_duplicates
+from rung.data.deduplication import GRAMS, Alike, Near, fuzzy_duplicates, near_duplicates
 from rung.data.records import Records
-from rung.data.split import crossing
+from rung.data.splits import crossing
 from rung.types import Record
 
 EXAMPLES = 3

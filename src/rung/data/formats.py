@@ -6,12 +6,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from rung.data import answers, turns
+from rung.config.data import DataSpec, Format
+from rung.data.byte_store import Texts, View
+from rung.data.messages import (
+    check_order,
+    encodable,
+    from_history,
+    from_messages,
+    from_sharegpt,
+    optional_text,
+    parse_answers,
+    parse_weight,
+    text_of,
+    tools_text,
+)
 from rung.data.read import Given, Rejected, Row, Rows, stream_rows
 from rung.data.records import Records, Writer
-from rung.data.spool import Texts, View
 from rung.errors import DataError, did_you_mean
-from rung.spec.data import DataSpec, Format
 from rung.types import Message, Record, Source
 
 
@@ -156,23 +167,23 @@ def to_record(
         return row.get(map.get(name, name))
 
     try:
-        weight = answers.weight(get("weight"))
+        weight = parse_weight(get("weight"))
         key = None if group is None else _key(row.get(group), "group", group)
         own_task = None if task is None else _key(row.get(task), "task", task)
         if format == "text":
-            text = turns.text_of(get("text"), "text")
+            text = text_of(get("text"), "text")
             return Record((), source, group=key, weight=weight, text=text, task=own_task)
-        rated = answers.rated(format, get)
+        rated = parse_answers(format, get)
         if rated or format == "prompt":
             messages: tuple[Message, ...] = (*_prompt(get), Message("assistant", rated[0].content if rated else ""))
         else:
             messages = _messages(format, get)
-        turns.check_order(messages)
+        check_order(messages)
         return Record(
             messages,
             source,
-            context=turns.optional_text(get("context"), "context") if format in WITH_CONTEXT else None,
-            tools=turns.tools_text(get("tools")) if format in ("messages", "sharegpt") else None,
+            context=optional_text(get("context"), "context") if format in WITH_CONTEXT else None,
+            tools=tools_text(get("tools")) if format in ("messages", "sharegpt") else None,
             group=key,
             weight=weight,
             task=own_task,
@@ -277,33 +288,33 @@ def _rejection(loaded: Loaded) -> DataError:
 def _messages(format: Format, get: Any) -> tuple[Message, ...]:
     match format:
         case "messages":
-            return turns.from_messages(get("messages"))
+            return from_messages(get("messages"))
         case "sharegpt":
-            return (*_system(get), *turns.from_sharegpt(get("conversations")))
+            return (*_system(get), *from_sharegpt(get("conversations")))
         case "alpaca":
-            question = turns.text_of(get("instruction"), "instruction")
-            if extra := turns.optional_text(get("input"), "input"):
+            question = text_of(get("instruction"), "instruction")
+            if extra := optional_text(get("input"), "input"):
                 question = f"{question}\n{extra}"
-            answer = turns.text_of(get("output"), "output")
-            return (*_system(get), *turns.from_history(get("history")), *_pair(question, answer))
+            answer = text_of(get("output"), "output")
+            return (*_system(get), *from_history(get("history")), *_pair(question, answer))
         case "prompt_completion":
             prompt, completion = get("prompt"), get("completion")
             if isinstance(prompt, list) and isinstance(completion, list):
-                return (*turns.from_messages(prompt, "prompt"), *turns.from_messages(completion, "completion"))
+                return (*from_messages(prompt, "prompt"), *from_messages(completion, "completion"))
             if isinstance(prompt, list) or isinstance(completion, list):
                 raise DataError("prompt and completion must both be text or both be lists of messages")
-            return _pair(turns.text_of(prompt, "prompt"), turns.text_of(completion, "completion"))
+            return _pair(text_of(prompt, "prompt"), text_of(completion, "completion"))
         case _:
-            pair = _pair(turns.text_of(get("question"), "question"), turns.text_of(get("answer"), "answer"))
+            pair = _pair(text_of(get("question"), "question"), text_of(get("answer"), "answer"))
             return (*_system(get), *pair)
 
 
 def _prompt(get: Any) -> tuple[Message, ...]:
     prompt = get("prompt")
     if isinstance(prompt, list):
-        return (*_system(get), *turns.from_messages(prompt, "prompt"))
-    question = turns.text_of(prompt, "prompt")
-    if extra := turns.optional_text(get("input"), "input"):
+        return (*_system(get), *from_messages(prompt, "prompt"))
+    question = text_of(prompt, "prompt")
+    if extra := optional_text(get("input"), "input"):
         question = f"{question}\n{extra}"
     return (*_system(get), Message("user", question))
 
@@ -313,14 +324,14 @@ def _pair(question: str, answer: str) -> tuple[Message, Message]:
 
 
 def _system(get: Any) -> tuple[Message, ...]:
-    system = turns.optional_text(get("system"), "system")
+    system = optional_text(get("system"), "system")
     return (Message("system", system),) if system else ()
 
 
 def _key(value: object, what: str, name: str) -> str:
     if value is None or value == "" or isinstance(value, list | dict):
         raise DataError(f"no value in the {what} column {name!r}")
-    return turns.encodable(str(value), name)
+    return encodable(str(value), name)
 
 
 def _fitting(map: Mapping[str, str], counts: Mapping[str, Any]) -> list[Format]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rung.data.spool import Blob, Lazy
+from rung.data.byte_store import Blob, Lazy
 from rung.types import Message, Record, Rival, Source
 
 ROW = np.dtype(

@@ -12,8 +12,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from rung.errors import CheckpointError
 from rung.report import sections
-from rung.report.examples import EACH, FIRST, browse
-from rung.report.folder import Source, read
+from rung.report.answer_browser import EACH, FIRST, browse
+from rung.report.run_reader import Source, read
 
 
 def build(folder: Path) -> Path:

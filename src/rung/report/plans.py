@@ -7,10 +7,9 @@ from typing import Any
 
 from rich.text import Text
 
-from rung.plan.advise import Advice, Plan
-from rung.plan.memory import Term
-from rung.report.human import count, duration, memory
-from rung.report.terminal import pairs, render, table
+from rung.planning.advise import Advice, Plan
+from rung.planning.memory import Term
+from rung.report.formatting import count, duration, memory, pairs, render, table
 
 AFTER = {
     "evaluation": "rung eval: so many questions at once as evaluate.batch says, keys and values of all",

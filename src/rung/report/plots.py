@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from rung.report.human import bounds, decimals, fixed
+from rung.report.formatting import bounds, decimals, fixed
 
 Json = Mapping[str, Any]
 Draw = Callable[[Any], None]

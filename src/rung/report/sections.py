@@ -11,7 +11,9 @@ import yaml
 from markupsafe import Markup
 
 from rung.report import plots
-from rung.report.facts import (
+from rung.report.formatting import count, duration, loss, memory
+from rung.report.run_reader import PERPLEXITY, Run, Source
+from rung.report.summaries import (
     LadderRow,
     Tried,
     after_climb,
@@ -30,8 +32,6 @@ from rung.report.facts import (
     tried,
     unit_of,
 )
-from rung.report.folder import PERPLEXITY, Run, Source
-from rung.report.human import count, duration, loss, memory
 
 Pairs = dict[str, str]
 

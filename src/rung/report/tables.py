@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,22 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from rung.report.facts import (
+from rung.report.formatting import (
+    bounds,
+    count,
+    decimals,
+    duration,
+    fixed,
+    loss,
+    memory,
+    p_value,
+    pairs,
+    render,
+    sayable,
+    significant,
+    table,
+)
+from rung.report.summaries import (
     LadderRow,
     after_climb,
     after_run,
@@ -22,8 +38,6 @@ from rung.report.facts import (
     retrieved_text,
     unit_of,
 )
-from rung.report.human import bounds, count, decimals, duration, fixed, loss, memory, significant
-from rung.report.terminal import pairs, render, sayable, table
 
 Json = Mapping[str, Any]
 _TONE = {"good": "green", "bad": "red", "recommended": "bold green", "safe": "bold yellow", "best": "bold"}
@@ -203,3 +217,74 @@ def _outlook(report: str, commands: Sequence[str]) -> list[str]:
     """Where to read more and what to type next; commands are never wrapped, so that they can be copied."""
     lines = [f"report  {report}", *(f"{'' if i else 'next':<6}  {command}" for i, command in enumerate(commands))]
     return ["", *map(sayable, lines)]
+
+
+FAR = 0.1
+"""Points between the raw and the length-controlled win rate that are worth a word."""
+
+
+def against_lines(result: Json) -> list[str]:
+    """One system against another: each metric, then what the judge prefers."""
+    size = f"{result['examples']:,} held-out questions in {result['clusters']:,} clusters, 95 % intervals, paired"
+    told = ["", sayable(f"{result['target']} against {result['against']}: {size}")]
+    told += pairs({name: metric_text(name, found) for name, found in result["metrics"].items()})
+    if judge := result.get("judge"):
+        told += ["", sayable(f"preferred by the judge {judge['model']}"), *pairs(_judge(judge))]
+    return told
+
+
+def forgetting_lines(result: Json) -> list[str]:
+    """A run against its base on data that it did not learn from."""
+    size = f"{result['examples']:,} rows in {result['clusters']:,} clusters, 95 % intervals, run minus base"
+    told = ["", sayable(f"{result['target']} on {result['forgetting']}: {size}")]
+    told += pairs({name: metric_text(name, found) for name, found in result["metrics"].items()})
+    if result["dropped"]:
+        told.append(f"  {result['dropped']:,} texts were longer than the model's context and left out")
+    return told
+
+
+def metric_text(name: str, found: Json) -> str:
+    """Both scores, their difference, and how large one would have shown where none does."""
+    before, after, gain = found["before"], found["after"], found["difference"]
+    digits = decimals([before, after])
+    one, other = (f"{fixed(score['mean'], digits)} {bounds(score, digits)}" for score in (after, before))
+    told = p_value(gain["p_value"])
+    change = change_text(name, found) + (f", {told}" if told else "")
+    if gain["p_value"] is not None and gain["p_value"] > 0.05:
+        least = found["detectable"]
+        change += "; no sure difference" + (f", one of {least:.2g} would show" if least is not None else "")
+    return f"{one} against {other}\n{change}"
+
+
+def change_text(name: str, found: Json) -> str:
+    """After minus before, with its interval; of perplexity in nats."""
+    gain = found["difference"]
+    exact = decimals([gain])
+    unit = " nats a token" if name == "perplexity" else ""
+    return f"{fixed(gain['mean'], exact, signed=True)} {bounds(gain, exact)}{unit}"
+
+
+def _judge(judge: Json) -> dict[str, str]:
+    lines = {}
+    if judge["win_rate"] is not None:
+        told = f"{judge['wins']:,} won, {judge['ties']:,} tied, {judge['losses']:,} lost"
+        lines["win rate"] = f"{_rate(judge['win_rate'])}; {told}"
+        controlled, raw = judge["length_controlled"], judge["win_rate"]
+        far = abs(controlled["mean"] - raw["mean"]) > FAR
+        lines["of one length"] = _rate(controlled) + ("; length makes much of the difference" if far else "")
+        lines["both orders"] = f"agree in {_rate(judge['consistent'])} of the pairs"
+        if judge["shown_first"] is not None:
+            lines["shown first"] = f"preferred in {_rate(judge['shown_first'])} of the verdicts"
+        if judge["longer"] is not None:
+            lines["longer"] = f"preferred in {_rate(judge['longer'])} of the decided pairs"
+    first, second = judge["characters"]
+    lines["characters"] = f"{first:,.0f} against {second:,.0f} in an answer"
+    lines["unreadable"] = f"{judge['unreadable']:,} of {judge['pairs']:,} pairs"
+    trust = judge["trust"]
+    lines["trusted" if trust["trusted"] else "NOT TRUSTED"] = trust["reason"]
+    return lines
+
+
+def _rate(share: Json) -> str:
+    digits = max(2, decimals([share])) if math.isfinite(share["mean"]) else 2
+    return f"{fixed(share['mean'], digits)} {bounds(share, digits)}"

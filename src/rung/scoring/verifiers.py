@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rung.config.objective import FunctionSpec, RegexSpec, VerifierSpec
 from rung.errors import ConfigError, DataError
 from rung.scoring.metrics import METRICS, normalised, numeric
-from rung.spec.objective import FunctionSpec, RegexSpec, VerifierSpec
 
 Row = Mapping[str, Any]
 """`question`, `expected`, `context`, `task`, `group`, and `source`, where the row came from."""

@@ -1,0 +1,131 @@
+"""`rung eval`: scores a run or a base on a task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rung.config.io import load_config
+from rung.config.objective import RewardSpec
+from rung.config.run import RunSpec
+from rung.data.contamination import contamination
+from rung.data.records import Records
+from rung.errors import ConfigError, RungError
+from rung.evaluation.evaluate import Evaluation, Item
+from rung.evaluation.reward_model import examine
+from rung.runs.dataset import as_asked, held_out, library_of, read_splits
+from rung.runs.load import open_base, open_reward, open_run, score_policy, spec_of, test_records
+from rung.runs.train import budget_of
+from rung.training.run_folder import RunFolder, is_climb, read_manifest
+
+
+def evaluate_target(target: str, *, config: str | None, overrides: Sequence[str], limit: int | None) -> dict[str, Any]:
+    """Score `target` on the test split of `config`, or of the run itself.
+
+    A run scored on its own task keeps the result in its folder. Raises `ConfigError` when a base comes without a task.
+    """
+    path = Path(target)
+    is_run = (path / "run.json").exists()
+    task, originals, records, found = asked(target, config=config, overrides=overrides, limit=limit)
+    if is_run and isinstance(task.objective, RewardSpec):
+        return _examined(path, task, records, config=config, keep=config is None and limit is None)
+    result = answered(target, task, records)
+    measured = {**result.summary(), **found}
+    measured["seconds_per_query"] += found.get("retrieval", {}).get("seconds_per_query", 0.0)
+    contaminated = {"contamination": seen_in_training(path, result, originals)} if is_run else {}
+    if is_run and config is None and limit is None:
+        result.write(path / "eval.parquet")  # items.parquet belongs to the climb that a run may stand in
+        manifest = read_manifest(path)
+        RunFolder(path, manifest).update(metrics={**manifest.get("metrics", {}), **measured}, **contaminated)
+    return {"target": target, "task": config or target, **measured, **contaminated}
+
+
+def seen_in_training(run: Path, result: Evaluation, records: Records) -> dict[str, Any]:
+    """Test items that stand in the rows that a run learned from, by tier, and the scores without them.
+
+    Where those rows can no longer be read, why not stands in `unknown`.
+    """
+    try:
+        train = read_splits(spec_of(run)).train
+    except RungError as error:
+        return {"unknown": error.summary}
+    found = contamination(train, records)
+    tiers: dict[str, Any] = {}
+    for tier in found.tiers:
+        flagged = found.flagged(tier)
+        tiers[tier] = {"items": len(flagged), "examples": found.examples(tier)}
+        if flagged:
+            tiers[tier]["scores_without"] = _scores(result, [i for i in result.items if i.source not in flagged])
+            tiers[tier]["scores_of_them"] = _scores(result, [i for i in result.items if i.source in flagged])
+    return {"items": found.items, "train_rows": found.train, "tiers": tiers}
+
+
+class Asked(NamedTuple):
+    """A task and its test items."""
+
+    task: RunSpec
+    originals: Records
+    """As they stand in the data."""
+    records: Records
+    """With what stands before them: their own context, none, or what was retrieved."""
+    retrieval: dict[str, Any]
+    """How well that was found; empty where nothing was looked up."""
+
+
+def asked(target: str, *, config: str | None, overrides: Sequence[str], limit: int | None) -> Asked:
+    """What `target` is scored on. Raises `ConfigError` when a base comes without a task."""
+    path = Path(target)
+    if is_climb(path):
+        raise ConfigError("this is a climb, not a run", given=target, hint=f"its runs stand in {path / 'rungs'}")
+    if overrides and config is None:
+        raise ConfigError("overrides go with --config", given=" ".join(overrides))
+    task = _task(path, config, overrides, (path / "run.json").exists())
+    if limit is not None:
+        task = task.model_copy(update={"evaluate": task.evaluate.model_copy(update={"limit": limit})})
+    splits = read_splits(task)
+    records, context = test_records(task, splits), task.evaluate.context
+    if context != "retrieved":
+        return Asked(task, records, as_asked(context, records, None), {})
+    library = library_of(task, splits)
+    return Asked(task, records, library.shown_all(records), {"retrieval": library.measure(records)})
+
+
+def _scores(result: Evaluation, items: Sequence[Item]) -> dict[str, Any] | None:
+    """Of some of the items; None where there are none."""
+    if not items:
+        return None
+    part = replace(result, items=tuple(items))
+    return {name: part.interval(name).to_json() for name in result.metrics}
+
+
+def answered(target: str, task: RunSpec, records: Records) -> Evaluation:
+    """What a run or a base answers, scored; nothing of it stays in memory."""
+    path = Path(target)
+    is_run = (path / "run.json").exists()
+    if is_run:
+        policy, chat, _ = open_run(path)
+    else:
+        policy, chat = open_base(task.model.model_copy(update={"name": target}))
+    return score_policy(policy, chat, task, records, tuned=is_run)
+
+
+def _examined(path: Path, task: RunSpec, records: Records, *, config: str | None, keep: bool) -> dict[str, Any]:
+    """A reward model on held-out comparisons."""
+    policy, chat, objective, _ = open_reward(path)
+    examples = held_out(task, chat, records, policy.base).examples
+    health = examine(policy, objective, examples, budget_of(task, policy.base))
+    result = {"reward": health.to_json(), "examples": len(records)}
+    if keep:
+        manifest = read_manifest(path)
+        RunFolder(path, manifest).update(metrics={**manifest.get("metrics", {}), **result})
+    return {"target": str(path), "task": config or str(path), **result, "said": str(health)}
+
+
+def _task(path: Path, config: str | None, overrides: Sequence[str], is_run: bool) -> RunSpec:
+    if config is not None:
+        return load_config(config, overrides).spec
+    if is_run:
+        return spec_of(path)
+    raise ConfigError("a base has no task of its own", given=str(path), hint="name one with --config CONFIG")

@@ -1,0 +1,334 @@
+"""`rung generate`: samples answers, for people or a reward model to rank, for rejection sampling, for a judge."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from rung.config.data import DataSpec, Format
+from rung.config.io import parse_config
+from rung.config.model import ALONE, ModelSpec
+from rung.console import Bar, say
+from rung.data.chat import Chat
+from rung.data.formats import load_records
+from rung.data.messages import for_template
+from rung.data.tokenize import Prompted, prompts
+from rung.errors import CheckpointError, ConfigError
+from rung.evaluation.prompting import Framing
+from rung.evaluation.reward_model import Scorer
+from rung.files import MANIFEST, Journal, write_text
+from rung.inference.openai_client import Failure, Request, Server, ask
+from rung.models.base_model import Base
+from rung.models.generate import Answer, Sampling, generate_by_task
+from rung.models.policy import Policy, Untouched, by_document
+from rung.runs.auxiliary_models import same_text
+from rung.runs.load import load_base_on_device, once_more, open_base, open_reward, open_run
+from rung.training.run_folder import read_manifest
+from rung.training.step import read
+from rung.types import Example, PackedBatch, Record
+
+BATCH = 64
+"""Answers made at once."""
+SLICE = 256
+"""Answers after which what was made is on disk."""
+TOKENS = 4096
+"""Answers read at once, unless one is longer."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is wanted of the answers."""
+
+    sampling: Sampling
+    limit: int | None = None
+    """At most this many prompts."""
+    distinct: bool = False
+    """Keep one of equal answers."""
+    reward: Path | None = None
+    """A reward run: answers come with its scores, best first."""
+    reference: str | None = None
+    """A run or a base: answers come with how much likelier they are here than there."""
+    format: Format = "auto"
+
+
+def generate_answers(target: str, data: str, output: Path, asked: Asked) -> dict[str, Any]:
+    """Write one row a prompt to `output`: the prompt, what was expected, the answers, scores where a run gives them.
+
+    Rows with several scores are of the format `rated`; prompts whose answers score alike are counted and left out.
+    Log-ratios to a reference are in nats an answer; the mean over answers that were sampled at temperature 1 estimates
+    the KL divergence. A stop loses nothing but the slice at hand: the same command goes on. Raises `ConfigError` where
+    the output exists already.
+    """
+    chosen = records_for(output, data, asked)
+    policy, chat, scorer = _open(target, asked)
+    room = policy.base.context - policy.method.virtual_tokens - asked.sampling.max_new_tokens
+    prompted = prompts(chat, chosen, longest=room, overflow="error")
+    with closing(_journal(output, target, policy, prompted, asked.sampling)) as journal:
+        answers = _answers(policy, chat, prompted, asked.sampling, journal)
+        documents = _documents(prompted, answers, asked.sampling.answers)
+        made = Made(
+            [chat.assistant_text(a.drawn).strip() for a in answers],
+            [len(a.drawn) for a in answers],
+            [a.stopped for a in answers],
+            scores=scorer(documents, TOKENS) if scorer else None,
+            log_ratios=_log_ratios(policy, documents, answers, asked.sampling.temperature)
+            if policy.reference
+            else None,
+        )
+        told = write_rows(output, prompted.records, made, asked)
+        journal.remove()
+    return told
+
+
+def records_for(output: Path, data: str, asked: Asked) -> list[Record]:
+    """The rows whose prompts are answered. Raises `ConfigError` where the output exists already."""
+    if output.exists():
+        raise ConfigError("this file exists already", where="--output", given=output)
+    records = load_records(DataSpec(path=data, format=asked.format), data).records
+    return [records[i] for i in range(min(len(records), asked.limit or len(records)))]
+
+
+@dataclass(frozen=True)
+class Made:
+    """Answers, those to one prompt next to each other."""
+
+    texts: Sequence[str]
+    lengths: Sequence[int]
+    stopped: Sequence[bool]
+    unit: str = "tokens"
+    """Of the lengths."""
+    scores: Sequence[float] | None = None
+    log_ratios: Sequence[float] | None = None
+
+
+def write_rows(output: Path, records: Sequence[Record], made: Made, asked: Asked) -> dict[str, Any]:
+    """Write one row for each prompt with something to say, and tell what was made of them all."""
+    rows = _rows(records, made, asked)
+    write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    of_all = {made.unit: made.lengths, "score": made.scores, "log_ratio": made.log_ratios}
+    return {
+        "output": str(output),
+        "prompts": len(rows),
+        "answers": sum(len(row["answers"]) for row in rows),
+        "made": len(made.texts),
+        "cut": sum(not stopped for stopped in made.stopped),
+        "nothing_to_compare": len(records) - len(rows),
+        "means": {name: float(np.mean(values)) for name, values in of_all.items() if values},
+    }
+
+
+def _rows(records: Sequence[Record], made: Made, asked: Asked) -> list[dict[str, Any]]:
+    """With scores the best answer comes first, and prompts whose answers score alike are left out."""
+    rows, each, scores = [], asked.sampling.answers, made.scores
+    for i, record in enumerate(records):
+        own = range(i * each, (i + 1) * each)
+        order = sorted(own, key=lambda k: -scores[k]) if scores else list(own)
+        if asked.distinct or (scores and each > 1):  # rows of answers that are compared hold each once
+            first: dict[str, int] = {}
+            for k in order:
+                first.setdefault(made.texts[k], k)
+            order = list(first.values())
+        if scores and each > 1 and scores[order[0]] == scores[order[-1]]:
+            continue
+        row = {
+            **_asked(record),
+            "answers": [made.texts[k] for k in order],
+            made.unit: [made.lengths[k] for k in order],
+            "stopped": [made.stopped[k] for k in order],
+        }
+        measured = {"scores": made.scores, "log_ratios": made.log_ratios}
+        rows.append({**row, **{n: [round(v[k], 6) for k in order] for n, v in measured.items() if v is not None}})
+    return rows
+
+
+def format_of(text: str) -> Format:
+    """A format's name from the command line. Raises `ConfigError` for another word."""
+    if text not in get_args(Format):
+        raise ConfigError("no such format", where="--format", given=text, allowed=", ".join(get_args(Format)))
+    found: Format = text  # type: ignore[assignment]
+    return found
+
+
+def _open(target: str, asked: Asked) -> tuple[Policy, Chat, Scorer | None]:
+    """What answers, with its reference, and what scores; a base that carries several of them is held once."""
+    path = Path(target)
+    run = (path / "run.json").exists()
+    spec = parse_config(read_manifest(path)["spec"], str(path / "run.json")).model if run else ModelSpec(name=target)
+    base = None if run and (path / "model").is_dir() else load_base_on_device(spec)
+    own = base.twin() if base is not None and (asked.reward or asked.reference) else base
+    if run or own is None:
+        policy, chat, _ = open_run(path, own)
+    else:
+        policy, chat = Policy(own, Untouched()), Chat(own.tokenizer)
+    if asked.reference is not None:
+        policy.reference = _reference(asked.reference, spec, base)
+        if policy.reference.base.tokenizer.get_vocab() != chat.tokenizer.get_vocab():
+            raise ConfigError("the reference has another vocabulary", where="--reference", given=asked.reference)
+    return policy, chat, _scorer(asked.reward, chat, base) if asked.reward else None
+
+
+def _reference(named: str, spec: ModelSpec, base: Base | None) -> Policy:
+    """A run with its adapter on, or a base; the base of what answers where that is it."""
+    if base is not None and spec.student_of is None and named == spec.name:
+        return Policy(base.twin(), Untouched())
+    if (Path(named) / "run.json").exists():
+        return open_run(Path(named), once_more(Path(named), base))[0]
+    return open_base(spec.model_copy(update={"name": named, **ALONE}))[0]
+
+
+def _scorer(run: Path, ours: Chat, base: Base | None) -> Scorer:
+    """A reward run, opened and checked before anything is made."""
+    policy, chat, objective, _ = open_reward(run, once_more(run, base))
+    same_text(run, chat, ours)
+    return Scorer(policy, objective)
+
+
+def _asked(record: Record) -> dict[str, Any]:
+    """The columns that say the prompt, as Rung's formats read them."""
+    turns = record.messages[:-1]
+    one = len(turns) == 1 and turns[0].role == "user"
+    prompt: Any = turns[0].content if one else [{"role": m.role, "content": m.content} for m in turns]
+    tools = {"tools": record.tools} if record.tools else {}
+    further = {
+        **tools,
+        "context": record.context,
+        "expected": record.answer or None,
+        "group": record.group,
+        "task": record.task,
+    }
+    return {"prompt": prompt, **{name: value for name, value in further.items() if value is not None}}
+
+
+def _answers(policy: Policy, chat: Chat, prompted: Prompted, sampling: Sampling, journal: Journal) -> list[Answer]:
+    """As many to each prompt as `sampling` says, in their order; slice by slice, so that a stop loses one at most."""
+    width = max(1, SLICE // sampling.answers)
+    parts = [prompted.examples[i : i + width] for i in range(0, len(prompted.examples), width)]
+    if journal.known:
+        say(f"going on after {len(journal.known):,} of {len(parts):,} parts, kept in {journal.path}")
+    found: list[Answer] = []
+    with Bar("generate", len(prompted.examples)) as bar:
+        for number, part in enumerate(parts):
+            if (kept := journal.known.get(str(number))) is not None:
+                found += [Answer(*fields) for fields in kept]
+                bar.advance(len(part))
+                continue
+            made = generate_by_task(
+                policy,
+                [e.ids.tolist() for e in part],
+                [e.task for e in part],
+                stop_ids=chat.stop_ids,
+                sampling=replace(sampling, seed=seed_of(sampling.seed, number)),
+                batch=BATCH,
+                on_batch=bar.advance,
+            )
+            journal.add(str(number), [[a.ids, a.stop, a.logprobs] for a in made])
+            found += made
+    return found
+
+
+def _journal(output: Path, target: str, policy: Policy, prompted: Prompted, sampling: Sampling) -> Journal:
+    """Beside the output, of exactly these weights, prompts and draws."""
+    written = sorted(Path(target).glob(f"[am]*/{MANIFEST}"))  # of adapter/ or model/: it holds their hashes
+    about = {
+        "weights": [policy.base.fingerprint, *(file.read_text() for file in written)],
+        "prompts": [[e.task, e.ids.tolist()] for e in prompted.examples],
+        "sampling": asdict(sampling),
+    }
+    return Journal(journal_of(output), about)
+
+
+def journal_of(output: Path) -> Path:
+    """Where answers stand until the output is written."""
+    return output.with_name(f".{output.name}.journal")
+
+
+def seed_of(seed: int, part: int) -> int:
+    """Of the draws of one slice: it needs no slice before it."""
+    return int(np.random.SeedSequence([seed, part]).generate_state(1)[0])
+
+
+def _documents(prompted: Prompted, answers: Sequence[Answer], each: int) -> list[Example]:
+    """Prompts with their answers, which are what is scored."""
+    found = []
+    for i, answer in enumerate(answers):
+        prompt = prompted.examples[i // each]
+        ids = np.array([*prompt.ids, *answer.drawn], dtype=np.int32)
+        found.append(Example(ids, np.arange(len(ids)) >= len(prompt), prompt.source, task=prompt.task))
+    return found
+
+
+def _log_ratios(
+    policy: Policy, documents: Sequence[Example], answers: Sequence[Answer], temperature: float
+) -> list[float]:
+    """Log p(answer) - log q(answer), q the reference's, in nats; both at temperature 1."""
+
+    def log_p(batch: PackedBatch) -> list[float]:
+        return [float(own) for own in by_document(batch, policy.logprobs(batch)).double()]
+
+    def log_q(batch: PackedBatch) -> list[float]:
+        return [float(own) for own in policy.reference_sums(batch)]
+
+    known = temperature in (0.0, 1.0)  # then what the decoder drew is what is asked for: one pass less
+    ours = [sum(a.logprobs) for a in answers] if known else read([policy], documents, TOKENS, log_p)
+    theirs = read([policy], documents, TOKENS, log_q)
+    return [p - q for p, q in zip(ours, theirs, strict=True)]
+
+
+SHOWN = 5
+"""Failures that are named."""
+
+
+def generate_remotely(server: Server, data: str, output: Path, asked: Asked) -> dict[str, Any]:
+    """As `generate_answers`, with the answers of a server; nothing of them is scored.
+
+    Raises `ConfigError` for a request that only a run can serve, `CheckpointError` where prompts got no answer: the
+    others are kept, and the same command asks for those alone.
+    """
+    if asked.reward or asked.reference:
+        what = "a server gives text, not the log-probabilities or tokens that this wants"
+        raise ConfigError(what, where="--reward" if asked.reward else "--reference", given=server.url)
+    chosen = records_for(output, data, asked)
+    requests = [_request(record, number, asked) for number, record in enumerate(chosen)]
+    about = {"model": server.model, "requests": [asdict(request) for request in requests]}
+    with closing(Journal(journal_of(output), about)) as journal:
+        if journal.known:
+            say(f"going on after {len(journal.known):,} of {len(requests):,} prompts, kept in {journal.path}")
+        with Bar("ask", len(requests), len(journal.known)) as bar:
+            found, failures = ask(server, requests, journal, bar.advance)
+        if failures:
+            raise _failed(chosen, failures, output)
+        answers = [answer for number in range(len(requests)) for answer in found[number]]
+        texts = [answer.text.strip() for answer in answers]
+        made = Made(texts, [len(text) for text in texts], [answer.stopped for answer in answers], unit="characters")
+        told = write_rows(output, chosen, made, asked)
+        journal.remove()
+    return told
+
+
+def _request(record: Record, number: int, asked: Asked) -> Request:
+    """One prompt, its context in front of the question, as a run would be asked."""
+    sampling = asked.sampling
+    turns = Framing().turns(record)
+    settings: dict[str, Any] = {
+        "n": sampling.answers,
+        "temperature": sampling.temperature,
+        "max_tokens": sampling.max_new_tokens,
+        "seed": seed_of(sampling.seed, number) % 2**31,
+    }
+    if record.tools:
+        settings["tools"] = json.loads(record.tools)
+    return Request([for_template(turn) for turn in turns], settings)
+
+
+def _failed(records: Sequence[Record], failures: Sequence[Failure], output: Path) -> CheckpointError:
+    told = [f"{records[f.prompt].source}: {f.reason}" for f in failures[:SHOWN]]
+    told += [f"and {len(failures) - SHOWN} more"] if len(failures) > SHOWN else []
+    told += ["the others are kept: the same command asks for these alone"]
+    what = f"{len(failures):,} of {len(records):,} prompts got no answer"
+    return CheckpointError(what, where=str(output), hint="\n  ".join(told))

@@ -1,0 +1,335 @@
+"""What a climb measured, as a ladder: rows with scores and costs, the verdict, and what the numbers say besides."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from rung.config.climb import UNTUNED, RungSpec, ThenSpec
+from rung.config.run import RunSpec
+from rung.errors import CheckpointError
+from rung.evaluation.evaluate import PERPLEXITY, Evaluation
+from rung.report.tables import change_text
+from rung.scoring.recommendation import Verdict, gain_over, score_of, verdict
+from rung.scoring.stats import Difference, Interval
+from rung.training.run_folder import peak_memory_bytes, write_json
+
+CONTEXTS = {"given": "context", "withheld": "closed book", "retrieved": "retrieved passages"}
+"""What the ladder calls what stands before the question, where any row has a context or passages are retrieved."""
+AnyRung = RungSpec | ThenSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One rung of the printed ladder. Costs of a rung with several training seeds are means over them."""
+
+    rung: str
+    kind: str
+    sees: str
+    """What stands in the prompt besides the question."""
+    scores: dict[str, Interval]
+    gain: Difference | None
+    """Paired difference to the rung below, in points of the deciding metric."""
+    trainable_parameters: int
+    train_seconds: float
+    """With the trials of a search."""
+    peak_memory_bytes: int
+    prompt_tokens: float
+    seconds_per_query: float
+    """Looking up and answering."""
+    folder: str
+    disk_bytes: int = 0
+    """Of what is kept: an adapter, or a whole model."""
+    retrieval: dict[str, Any] | None = None
+    """Where passages were retrieved: how often the right ones were, and from what."""
+    instruction: str | None = None
+    """The system turn of an untuned rung."""
+    instructions: tuple[dict[str, Any], ...] = ()
+    """Where it was chosen: each that was tried, with its scores on the validation split."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            **asdict(self),
+            "scores": {name: interval.to_json() for name, interval in self.scores.items()},
+            "gain": self.gain.to_json() if self.gain else None,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A rung that was not measured."""
+
+    rung: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Further:
+    """What the next rung above the recommended one buys, and what it costs for ever."""
+
+    rung: str
+    above: str
+    gain: Difference
+    """In points of the deciding metric."""
+    seconds_per_query: float
+    prompt_tokens: float
+    disk_bytes: int
+    train_seconds: float
+
+    @property
+    def text(self) -> str:
+        """In words."""
+        points = f"{self.gain.mean:+.2f} [{self.gain.low:+.2f}, {self.gain.high:+.2f}]"
+        costs = f"{self.seconds_per_query:+.2f} s and {self.prompt_tokens:+,.0f} prompt tokens a query"
+        kept = f", {self.disk_bytes / 1e6:+,.0f} MB on disk, {self.train_seconds:,.0f} s of training"
+        return f"{self.rung} instead of {self.above}: {points} points for {costs}{kept}"
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What a difference between two rungs says of what the model lacks."""
+
+    lacks: Literal["knowledge", "behaviour"]
+    lower: str
+    upper: str
+    difference: Difference
+
+    @property
+    def text(self) -> str:
+        """In words, with the numbers behind them."""
+        d = self.difference
+        gain = f"{self.upper} over {self.lower}: {d.mean:+.2f} [{d.low:+.2f}, {d.high:+.2f}]"
+        what = "it lacks what the passages say" if self.lacks == "knowledge" else "it lacks the way to answer"
+        return f"{self.lacks}: {what} ({gain})"
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """What a tuned rung makes of other data, beside what it began from: after minus before."""
+
+    rung: str
+    data: str
+    metrics: dict[str, Any]
+    """Of each: both scores and their paired difference, of perplexity in nats a token."""
+
+    @property
+    def text(self) -> str:
+        """In words."""
+        changes = [f"{name} {change_text(name, found)}" for name, found in self.metrics.items()]
+        return f"{self.rung} on {self.data}: {', '.join(changes)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Of the learning curve: what a tuned rung scores with fewer training rows."""
+
+    rung: str
+    rows: int
+    score: Interval
+    train_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """What `rung climb` measured."""
+
+    rows: tuple[Row, ...]
+    verdict: Verdict
+    metric: str
+    examples: int
+    clusters: int
+    folder: str
+    left: tuple[Left, ...] = ()
+    further: Further | None = None
+    """None where the recommended rung is the highest, or none is recommended."""
+    notes: tuple[Note, ...] = ()
+    curve: tuple[Point, ...] = ()
+    forgotten: tuple[Forgotten, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "metric": self.metric,
+            "examples": self.examples,
+            "clusters": self.clusters,
+            "ladder": [row.to_json() for row in self.rows],
+            "verdict": self.verdict.to_json(),
+            "left": [asdict(left) for left in self.left],
+            "further": self.further
+            and {**asdict(self.further), "gain": self.further.gain.to_json(), "text": self.further.text},
+            "curve": [{**asdict(point), "score": point.score.to_json()} for point in self.curve],
+            "notes": [{**asdict(n), "difference": n.difference.to_json(), "text": n.text} for n in self.notes],
+            "forgotten": [{**asdict(one), "text": one.text} for one in self.forgotten],
+            "folder": self.folder,
+            "report": str(Path(self.folder) / "report.html"),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A rung's results: one evaluation per training seed, and what the runs cost."""
+
+    spec: AnyRung
+    evaluations: tuple[Evaluation, ...]
+    costs: tuple[dict[str, Any], ...]
+
+
+def rung_folder(path: Path, rung: AnyRung, number: int, seeds: int) -> Path:
+    """Where one of a rung's `seeds` runs stands inside a climb's folder."""
+    inside = path / "rungs" / rung.slug
+    return inside / f"seed-{number}" if seeds > 1 else inside
+
+
+def judge(spec: RunSpec, measured: Sequence[Measured], left: Sequence[Left] = ()) -> Ladder:
+    """The ladder and its verdict, from the stored per-item scores alone; `left` are rungs that were not measured."""
+    metric = spec.evaluate.metrics[0]
+    first = measured[0].evaluations[0]
+    for m in measured:
+        if any(
+            [(i.source, i.expected) for i in e.items] != [(i.source, i.expected) for i in first.items]
+            for e in m.evaluations
+        ):
+            raise CheckpointError(f"rung {m.spec.label} answered other questions than the first", where=spec.output)
+    weights = first.weights(metric)
+    tables = [np.stack([e.scores(metric) for e in m.evaluations]) for m in measured]
+    lower = metric == PERPLEXITY
+    found = verdict(
+        [(m.spec.label, table) for m, table in zip(measured, tables, strict=True)],
+        math.log1p(spec.climb.margin) if lower else spec.climb.margin,
+        math.log(spec.climb.target) if lower and spec.climb.target else spec.climb.target,
+        clusters=first.clusters,
+        weights=weights,
+        in_nats=lower,
+        seed=spec.seed,
+    )
+    rows = []
+    for i, m in enumerate(measured):
+        gain = gain_over(tables[i - 1], tables[i], first.clusters, weights=weights, seed=spec.seed) if i else None
+        rows.append(_row(spec, m, gain))
+
+    def step(lower: int, upper: int) -> Difference:
+        return gain_over(tables[lower], tables[upper], first.clusters, weights=weights, seed=spec.seed)
+
+    return Ladder(
+        *(tuple(rows), found, metric, len(first.items), len(set(first.clusters)), spec.output),
+        left=tuple(left),
+        further=_further(rows, found, step),
+        notes=tuple(_notes(measured, rows, step, lower=lower)),
+    )
+
+
+Step = Callable[[int, int], Difference]
+"""The paired difference of two rungs by their places in the ladder: upper minus lower."""
+
+
+def _further(rows: Sequence[Row], found: Verdict, step: Step) -> Further | None:
+    """The rung right above the recommended one."""
+    names = [row.rung for row in rows]
+    if found.recommended is None or found.recommended == names[-1]:
+        return None
+    at = names.index(found.recommended)
+    own, above = rows[at], rows[at + 1]
+    return Further(
+        above.rung,
+        own.rung,
+        step(at, at + 1),
+        seconds_per_query=above.seconds_per_query - own.seconds_per_query,
+        prompt_tokens=above.prompt_tokens - own.prompt_tokens,
+        disk_bytes=above.disk_bytes - own.disk_bytes,
+        train_seconds=above.train_seconds,
+    )
+
+
+def _notes(measured: Sequence[Measured], rows: Sequence[Row], step: Step, *, lower: bool) -> Iterator[Note]:
+    """What retrieval brings to the same prompt, and tuning to the same context, where either surely helps."""
+    kinds = [m.spec.kind for m in measured]
+
+    def better(found: Difference) -> bool:
+        return found.high < 0 if lower else found.low > 0
+
+    contexts = [m.costs[0].get("context") for m in measured]
+    for bare, retrieving in (("zero_shot", "rag"), ("few_shot", "few_shot+rag")):
+        without = [i for i, kind in enumerate(kinds) if kind == bare and contexts[i] != "given"]
+        if without and retrieving in kinds:
+            at = without[0], kinds.index(retrieving)
+            if better(found := step(*at)):
+                yield Note("knowledge", rows[at[0]].rung, rows[at[1]].rung, found)
+    for upper, m in enumerate(measured):
+        alike = [i for i, c in enumerate(contexts) if kinds[i] in UNTUNED and c == contexts[upper]]
+        if m.spec.kind in (*UNTUNED, "then") or not alike:
+            continue
+        sign, metric = -1.0 if lower else 1.0, next(iter(rows[0].scores))
+        best = max(alike, key=lambda i: sign * rows[i].scores[metric].mean)
+        if better(found := step(best, upper)):
+            yield Note("behaviour", rows[best].rung, rows[upper].rung, found)
+            return
+
+
+def _row(spec: RunSpec, measured: Measured, gain: Difference | None) -> Row:
+    rung, evaluations, costs = measured.spec, measured.evaluations, measured.costs
+
+    def mean(key: str) -> float:
+        return float(np.mean([cost[key] for cost in costs]))
+
+    searched = float(sum(trial.get("seconds", 0.0) for trial in costs[0].get("search", {}).get("trials", ())))
+    answering = float(np.mean([e.seconds_per_query for e in evaluations]))
+    return Row(
+        rung=rung.label,
+        kind=rung.kind,
+        sees=_sees(costs[0]),
+        scores={name: score_of_rung(evaluations, name) for name in spec.evaluate.metrics},
+        gain=gain,
+        trainable_parameters=int(costs[0]["trainable_parameters"]),
+        train_seconds=mean("train_seconds") + searched,
+        peak_memory_bytes=int(max(cost["peak_memory_bytes"] for cost in costs)),
+        prompt_tokens=float(np.mean([e.prompt_tokens for e in evaluations])),
+        seconds_per_query=answering + (costs[0].get("retrieval") or {}).get("seconds_per_query", 0.0),
+        folder=str(rung_folder(Path(spec.output), rung, 0, len(evaluations))),
+        disk_bytes=int(max(cost.get("disk_bytes", 0) for cost in costs)),
+        retrieval=costs[0].get("retrieval"),
+        instruction=costs[0].get("instruction"),
+        instructions=tuple(costs[0].get("instructions", ())),
+    )
+
+
+def _sees(facts: Mapping[str, Any]) -> str:
+    """What stands in the prompt besides the question."""
+    chosen = {"similarity": "nearest ", "coverage": "covering "}.get(str(facts.get("choose")), "")
+    parts = [
+        "instruction" if facts.get("instruction") else "",
+        f"{facts['shots_each']} {chosen}shots" if facts.get("shots_each") else "",
+        CONTEXTS.get(str(facts.get("context")), ""),
+    ]
+    return ", ".join(filter(None, parts)) or "the question"
+
+
+def score_of_rung(evaluations: Sequence[Evaluation], metric: str) -> Interval:
+    """The mean over items, and over training seeds, whose spread is part of the interval."""
+    if len(evaluations) == 1:
+        return evaluations[0].interval(metric)
+    first = evaluations[0]
+    table = np.stack([e.scores(metric) for e in evaluations])
+    score = score_of(table, first.clusters, weights=first.weights(metric))
+    if metric != PERPLEXITY:
+        return score
+    return replace(score, mean=math.exp(score.mean), low=math.exp(score.low), high=math.exp(score.high))
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    """What `_store` wrote last."""
+    found: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return found
+
+
+def store(folder: Path, result: Evaluation, cost: dict[str, Any]) -> None:
+    """Keep a rung's items and, last, the file that says it is finished."""
+    folder.mkdir(parents=True, exist_ok=True)
+    result.write(folder / "items.parquet")
+    write_json(folder / "result.json", {**cost, **result.summary(), "peak_memory_bytes": peak_memory_bytes()})

@@ -1,0 +1,365 @@
+"""`rung fuse`: several runs of one base into one: adapters into a plain LoRA, full runs into a full one, or a LoRA."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from scipy.optimize import minimize
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from rung.config.io import load_config, parse_config
+from rung.config.method import FullSpec, LoraSpec, MethodSpec
+from rung.config.model import ModelSpec
+from rung.config.objective import ROLLING
+from rung.config.run import RunSpec
+from rung.data.chat import Chat
+from rung.errors import CheckpointError, ConfigError, PlanError
+from rung.files import check_whole, write_folder
+from rung.methods.adapter_merging import Factors, How, combined, concatenated, factors_of, recompressed, reduced
+from rung.methods.lora import OWN, Lora
+from rung.methods.protocol import Method
+from rung.methods.registry import attach
+from rung.models.base_model import Base
+from rung.models.fused_modules import fuse
+from rung.models.load import check_fingerprint, load_tokenizer
+from rung.models.policy import Policy
+from rung.models.targets import layer_number, roles_of
+from rung.objectives.registry import OBJECTIVES
+from rung.runs.artifact import write_origin, write_text_side
+from rung.runs.auxiliary_models import reference_of
+from rung.runs.dataset import read_splits, tokenise
+from rung.runs.load import load_base_on_device
+from rung.runs.train import budget_of
+from rung.training.packing import pack_in_slices
+from rung.training.run_folder import is_climb, read_manifest, versions, write_json
+from rung.training.step import mean_loss
+
+ROUNDS = 40
+"""Evaluations of the loss in a search for weights: LoraHub's budget (Huang et al. 2023, section 3.2)."""
+BOUND = 1.5
+"""Largest weight a search may take, of either sign."""
+DENSITY = 0.2
+"""Share of entries kept unless another is stated (Yadav et al. 2023, section 4)."""
+PENALTY = 0.05
+"""Of the mean size of the weights, in nats (Huang et al. 2023, eq. 2)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked for."""
+
+    how: How = "sum"
+    density: float = DENSITY
+    """Share of entries kept by ties, dare and magnitude."""
+    weights: tuple[float, ...] | None = None
+    """One for each; none is 1 for each."""
+    rank: int | None = None
+    """Rank of the result; none keeps the sum exact, and otherwise takes the largest rank of the given."""
+    seed: int = 0
+    learn: str | None = None
+    """A config whose training rows the weights are searched on."""
+
+
+def way(text: str) -> tuple[How, float]:
+    """`how:density` of the command line. Raises `ConfigError` for another word, or a share that is none."""
+    how, _, share = text.partition(":")
+    if how not in get_args(How):
+        raise ConfigError("no such way to fuse", where="--how", given=text, allowed=", ".join(get_args(How)))
+    try:
+        density = float(share) if share else DENSITY
+    except ValueError:
+        density = 0.0
+    if not 0.0 < density <= 1.0 or (share and how == "sum"):
+        allowed = "above 0, at most 1, for ties, dare and magnitude"
+        raise ConfigError("the share of entries that are kept", where="--how", given=text, allowed=allowed)
+    return how, density  # type: ignore[return-value]
+
+
+def numbers(text: str | None) -> tuple[float, ...] | None:
+    """Weights as the command line has them. Raises `ConfigError` for what is no number."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError("weights are numbers with commas between", where="--weights", given=text) from error
+
+
+def fuse_runs(runs: Sequence[Path], folder: Path, plan: Plan) -> dict[str, Any]:
+    """Write the fused run and return what it is made of.
+
+    Raises `ConfigError` and `CheckpointError` for runs that do not go together.
+    """
+    _check(runs, folder, plan)
+    manifests = [_manifest(run) for run in runs]
+    if rewards := [run for run, m in zip(runs, manifests, strict=True) if m["spec"]["objective"]["kind"] == "reward"]:
+        raise ConfigError("a reward model has a head of its own, which no sum keeps", given=rewards[0])
+    whole = _go_together(runs, manifests)
+    weights = tuple(plan.weights or [1.0] * len(runs))
+    searched, ranks, lost = None, [], 0.0
+    base = load_base_on_device(_spec(runs[0], manifests[0]).model)
+    for run, manifest in zip(runs, manifests, strict=True):
+        check_fingerprint(manifest, base, run)
+    method: Method
+    spec: MethodSpec = FullSpec()
+    if whole and plan.rank is None:
+        _refuse_search(plan)
+        method = _sum_of_models(base, runs, weights, plan)
+    else:
+        if whole:
+            _refuse_search(plan)
+            fused, lost = _models_as_factors(base, runs, weights, plan)
+        else:
+            updates = [_update(run) for run in runs]
+            if plan.learn is not None:
+                weights, searched = learn_weights(base.twin(), updates, plan)
+            fused, lost = _fused(updates, weights, plan)
+        ranks = sorted({len(f.a_RI) for f in fused.values()})
+        spec = _spec_for(list(fused), {name: len(f.a_RI) for name, f in fused.items()})
+        method = Lora(base.model, spec)
+        _set(method, fused)
+    first = _spec(runs[0], manifests[0]).model_copy(update={"method": spec, "output": str(folder)})
+    _write(runs, manifests, first, base, method, {"how": plan.how, "weights": list(weights), "lost": lost})
+    return {"path": str(folder), "weights": list(weights), "ranks": ranks, "lost": lost, "search": searched}
+
+
+def learn_weights(
+    base: Base, updates: Sequence[dict[str, Factors]], plan: Plan
+) -> tuple[tuple[float, ...], dict[str, Any]]:
+    """Weights of the exact sum with the lowest loss on the rows of `plan.learn` (LoraHub, on true updates).
+
+    Powell's search without derivatives within plus and minus 1.5, starting from an even share.
+    """
+    assert plan.learn is not None  # noqa: S101 -- for the type checker
+    task = load_config(plan.learn).spec
+    if task.objective.kind in ("reward", "distill", *ROLLING):
+        raise ConfigError(
+            "weights are searched on the loss of a model that writes", where="--learn", given=task.objective.kind
+        )
+    data = tokenise(task, read_splits(task), base)
+    names = sorted(set().union(*updates))
+    spec = _spec_for(names, {name: sum(len(u[name].a_RI) for u in updates if name in u) for name in names})
+    method = Lora(base.model, spec)
+    policy = Policy(base, method)
+    policy.reference = reference_of(task, base)
+    objective = OBJECTIVES[task.objective.kind](task.objective)
+    fuse(base.model, method.part)
+    batches = list(pack_in_slices(data.train.examples, budget_of(task, base), device=policy.device))
+    losses: dict[tuple[float, ...], float] = {}
+
+    def loss(weights: np.ndarray) -> float:
+        _set(method, {name: _sum(updates, weights.tolist(), name) for name in names})
+        found = losses[tuple(weights.tolist())] = mean_loss(policy, objective, batches)
+        return found + PENALTY * float(np.abs(weights).mean())
+
+    start, bounds = np.full(len(updates), 1.0 / len(updates)), [(-BOUND, BOUND)] * len(updates)
+    minimize(loss, start, method="Powell", bounds=bounds, options={"maxfev": ROUNDS, "ftol": 1e-3})
+    best = min(losses, key=lambda weights: losses[weights] + PENALTY * float(np.abs(weights).mean()))
+    return best, {"evaluations": len(losses), "first": losses[tuple(start.tolist())], "best": losses[best]}
+
+
+def _check(runs: Sequence[Path], folder: Path, plan: Plan) -> None:
+    if len(runs) < 2:
+        raise ConfigError("fusing takes at least two runs", given=len(runs))
+    if folder.exists():
+        raise CheckpointError("this folder exists already", where=str(folder))
+    if plan.weights is not None and len(plan.weights) != len(runs):
+        raise ConfigError("one weight for each run", given=len(plan.weights), allowed=str(len(runs)))
+    if plan.weights is not None and not all(map(math.isfinite, plan.weights)):
+        raise ConfigError("weights are finite numbers", given=plan.weights)
+    if plan.rank is not None and plan.rank < 1:
+        raise ConfigError("a rank is at least 1", given=plan.rank)
+    if plan.learn is not None and (plan.weights is not None or plan.how != "sum"):
+        raise ConfigError("a search for weights is for the plain sum, and takes none of its own", given=plan.how)
+
+
+def _manifest(run: Path) -> dict[str, Any]:
+    manifest = read_manifest(run)
+    if manifest.get("status") != "finished":
+        raise CheckpointError(f"this run is not finished (status {manifest.get('status')})", where=str(run))
+    return manifest
+
+
+def _spec(run: Path, manifest: dict[str, Any]) -> RunSpec:
+    return parse_config(manifest["spec"], str(run / "run.json"))
+
+
+def _go_together(runs: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> bool:
+    """Whether they are whole models; raises for runs on different bases, of different text, or of different kinds."""
+    for run, manifest in zip(runs, manifests, strict=True):
+        kind = manifest["spec"]["method"]["kind"]
+        if not (run / "adapter").is_dir() and not ((run / "model").is_dir() and kind == "full"):
+            given = "a climb" if is_climb(run) else kind
+            raise CheckpointError(
+                "there is nothing here to fuse", where=str(run), given=given, allowed="runs of lora or full"
+            )
+        if kind == "qlora":
+            hint = "rung merge each onto one base, or train a lora"
+            raise CheckpointError("its adapter belongs on a quantised base", where=str(run), given=kind, hint=hint)
+    whole = {(run / "model").is_dir() for run in runs}
+    if len(whole) > 1:
+        raise ConfigError("adapters and whole models do not fuse", given=", ".join(map(str, runs)))
+    for what, said in (("base", "stand on different bases"), ("text", "were trained with different templates")):
+        first = manifests[0]["fingerprints"][what]
+        for run, manifest in zip(runs, manifests, strict=True):
+            if (own := manifest["fingerprints"][what]) != first:
+                allowed = f"{first[:16]}, that of {runs[0]}"
+                raise CheckpointError(f"these runs {said}", where=str(run), given=own[:16], allowed=allowed)
+    return whole.pop()
+
+
+def _update(run: Path) -> dict[str, Factors]:
+    """The update of an adapter by module."""
+    check_whole(run / "adapter")
+    if not (run / "adapter" / "adapter_model.safetensors").exists():
+        raise PlanError("virtual tokens for each task do not fuse: they are no update of a weight", where=str(run))
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    return factors_of(load_file(run / "adapter" / "adapter_model.safetensors"), config, str(run))
+
+
+def _refuse_search(plan: Plan) -> None:
+    if plan.learn is not None:
+        raise ConfigError("weights are searched for adapters alone", where="--learn", given="full runs")
+
+
+@torch.no_grad()
+def _sum_of_models(base: Base, runs: Sequence[Path], weights: Sequence[float], plan: Plan) -> Method:
+    """The base plus one combined difference of every tensor (task arithmetic, Ilharco et al. 2023, section 2)."""
+    method = attach(base.model, FullSpec(), seed=plan.seed, fused=False)
+    for name, update in _combined_models(dict(method.trainable()), runs, weights, plan):
+        method.trainable()[name].add_(update)
+    return method
+
+
+@torch.no_grad()
+def _models_as_factors(
+    base: Base, runs: Sequence[Path], weights: Sequence[float], plan: Plan
+) -> tuple[dict[str, Factors], float]:
+    """The same cut to a rank: what embeddings and norms moved is lost, and counted as lost."""
+    assert plan.rank is not None  # noqa: S101 -- for the type checker
+    found: dict[str, Factors] = {}
+    squares = whole = 0.0
+    parameters = dict(base.model.named_parameters())
+    for name, update in _combined_models(parameters, runs, weights, plan):
+        module, size, lost = name.removesuffix(".weight"), float(update.norm()), 1.0
+        if update.dim() == 2 and layer_number(f"{module}.") is not None and roles_of(module):
+            turned = isinstance(base.model.get_submodule(module), Conv1D)
+            cut = reduced(update.T if turned else update, plan.rank)
+            found[module], lost = cut.factors, cut.lost
+        squares, whole = squares + (lost * size) ** 2, whole + size**2
+    return found, math.sqrt(squares / whole) if whole else 0.0
+
+
+def _combined_models(
+    base: Mapping[str, Tensor], runs: Sequence[Path], weights: Sequence[float], plan: Plan
+) -> Iterator[tuple[str, Tensor]]:
+    """The combined difference to the base of each tensor, one at a time: two models are never held beside it."""
+    generator = torch.Generator().manual_seed(plan.seed)
+    files = [_tensors(run / "model") for run in runs]
+    for name, own in base.items():
+        start = own.detach().float().cpu()
+        moved = [tensors[name].get_tensor(name).float() - start for tensors in files]
+        if any(d.any() for d in moved):
+            yield name, combined(moved, weights, plan.how, density=plan.density, generator=generator).to(own.device)
+
+
+def _tensors(folder: Path) -> dict[str, Any]:
+    """The open file of each tensor of a saved model."""
+    opened = [safe_open(str(file), framework="pt") for file in sorted(folder.glob("*.safetensors"))]
+    return {str(key): file for file in opened for key in file.keys()}  # type: ignore[no-untyped-call]
+
+
+def _fused(
+    updates: Sequence[dict[str, Factors]], weights: Sequence[float], plan: Plan
+) -> tuple[dict[str, Factors], float]:
+    """The fused factors by module, and the share of the whole update's norm that the stated rank lost."""
+    generator = torch.Generator().manual_seed(plan.seed)
+    fused: dict[str, Factors] = {}
+    squares = whole = 0.0
+    for name in sorted(set().union(*updates)):
+        own = [(w, u[name]) for w, u in zip(weights, updates, strict=True) if name in u]
+        ranks = [min(*f.b_OR.shape, len(f.a_RI)) for _, f in own]
+        exact = _sum(updates, weights, name)
+        if plan.how == "sum" and plan.rank is None and len(exact.a_RI) <= min(len(exact.b_OR), exact.a_RI.shape[1]):
+            fused[name] = exact
+            continue
+        rank = plan.rank or (sum(ranks) if plan.how == "sum" else max(ranks))
+        if plan.how == "sum":
+            found, size = recompressed(exact, rank), float(exact.dense.norm())
+        else:
+            dense: Tensor = combined(
+                [f.dense for _, f in own], [w for w, _ in own], plan.how, density=plan.density, generator=generator
+            )
+            found, size = reduced(dense, rank), float(dense.norm())
+        fused[name] = found.factors
+        squares, whole = squares + (found.lost * size) ** 2, whole + size**2
+    return fused, math.sqrt(squares / whole) if whole else 0.0
+
+
+def _spec_for(names: Sequence[str], ranks: dict[str, int]) -> LoraSpec:
+    """A spec whose targets are at least these modules; others of the same roles and layers stay zero."""
+    roles = sorted({roles_of(name)[0] for name in names})
+    layers = sorted({number for name in names if (number := layer_number(f"{name}.")) is not None})
+    most = max(ranks.values())
+    others = {f"{layer_number(f'{n}.')}.{roles_of(n)[0]}": rank for n, rank in ranks.items() if rank != most}
+    return LoraSpec(rank=most, ranks=others, alpha=None, targets=tuple(roles), layers=tuple(layers))
+
+
+def _sum(updates: Sequence[dict[str, Factors]], weights: Sequence[float], name: str) -> Factors:
+    own = [(w, u[name]) for w, u in zip(weights, updates, strict=True) if name in u]
+    return concatenated([f for _, f in own], [w for w, _ in own])
+
+
+@torch.no_grad()
+def _set(method: Lora, fused: dict[str, Factors]) -> None:
+    """Put factors into a LoRA, its scale taken out of B; modules without any stay zero."""
+    for name, (b, a) in fused.items():
+        layer: Any = method.model.get_submodule(name)
+        layer.lora_A[OWN].weight.copy_(a)
+        layer.lora_B[OWN].weight.copy_(b / layer.scaling[OWN])
+
+
+def _write(
+    runs: Sequence[Path],
+    manifests: Sequence[dict[str, Any]],
+    spec: RunSpec,
+    base: Base,
+    method: Method,
+    made: dict[str, Any],
+) -> None:
+    """A run folder like any other."""
+    folder = Path(spec.output)
+    chat = Chat(load_tokenizer(ModelSpec(name=str(runs[0]))))  # the template they were trained with
+
+    def fill(aside: Path) -> None:
+        method.save(aside)
+        write_text_side(aside, chat)
+        write_origin(aside, chat, base)
+
+    folder.mkdir(parents=True)
+    try:
+        write_folder(folder / method.artefact, fill)
+        manifest = {
+            "status": "finished",
+            "spec": spec.model_dump(mode="json"),
+            "fingerprints": manifests[0]["fingerprints"],
+            "gates": [],
+            "versions": versions(),
+            "fused_from": [str(run) for run in runs],
+            "fused": made,
+        }
+        write_json(folder / "run.json", manifest)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise

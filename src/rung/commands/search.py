@@ -1,0 +1,192 @@
+"""Settings of a tuned rung, tried on the validation split with successive halving, never on the test."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rung.config.climb import RungSpec, SearchSpec
+from rung.config.run import RunSpec
+from rung.console import say
+from rung.errors import ConfigError, GateError, PlanError
+from rung.runs.checks import DoesNotFitError
+from rung.training.run_folder import Watch, total_steps, write_json
+
+if TYPE_CHECKING:
+    import optuna
+
+MEASUREMENTS = 9
+"""Of the validation loss in a trial, or a few more: with a reduction of 3 the worse end at the first or the third."""
+Train = Callable[[RunSpec, Watch], None]
+"""Trains a run into its folder and tells every validation loss."""
+
+
+def settings(spec: RunSpec, search: SearchSpec, rung: RungSpec, folder: Path, rows: int, train: Train) -> RungSpec:
+    """The rung with the settings of the best trial; `spec` is its run, `folder` its place, `rows` what it learns from.
+
+    Trials are kept in `search.journal`: a climb that was stopped takes the one it was at once more, and ends with the
+    settings of one that was left alone. What each came to stands in `search.json`. Raises `ConfigError` where no trial
+    came to an end.
+    """
+    if not _names(search, spec):  # of this method nothing is searched
+        return rung
+    journal = folder / "search.journal"
+    folder.mkdir(parents=True, exist_ok=True)
+    study = _study(journal, search)
+    while _ended(study) < search.trials:
+        _try(study, search, rung, spec, folder / "trial", rows, train)
+    found = _told(study)
+    if found["chosen"] is None:
+        raise ConfigError(
+            "no trial of the search came to an end", where="climb.search", given=f"{search.trials} trials"
+        )
+    write_json(folder / "search.json", found)
+    return with_settings(rung, found["chosen"])
+
+
+def with_settings(rung: RungSpec, chosen: Mapping[str, Any]) -> RungSpec:
+    """A rung whose method and engine have what a trial tried."""
+    method = {**rung.method, **({"rank": chosen["rank"]} if "rank" in chosen else {})}
+    engine = {**rung.engine, **{name: chosen[name] for name in ("learning_rate", "epochs") if name in chosen}}
+    return rung.model_copy(update={"method": method, "engine": engine})
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """What a search in this folder came to."""
+    file = folder / "search.json"
+    found: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
+    return found
+
+
+def _study(journal: Path, search: SearchSpec) -> optuna.Study:
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.create_study(
+        study_name="search",
+        storage=JournalStorage(JournalFileBackend(str(journal))),
+        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=search.reduction),
+        direction="minimize",
+        load_if_exists=True,
+    )
+
+
+def _next(study: optuna.Study, search: SearchSpec, seed: int) -> optuna.Trial:
+    """The trial that a kill came into, or a new one; its draws follow from its number and those before it alone."""
+    import optuna
+
+    left = [trial for trial in study.trials if not trial.state.is_finished()]
+    number = left[0].number if left else len(study.trials)
+    own = int(np.random.SeedSequence([seed, 9, number]).generate_state(1)[0])
+    study.sampler = optuna.samplers.TPESampler(seed=own, n_startup_trials=max(2, search.trials // 2))
+    return optuna.Trial(study, left[0]._trial_id) if left else study.ask()
+
+
+def _try(
+    study: optuna.Study,
+    search: SearchSpec,
+    rung: RungSpec,
+    spec: RunSpec,
+    folder: Path,
+    rows: int,
+    train: Train,
+) -> None:
+    """One trial: trained until it is done, or until others did better at the same point."""
+    trial = _next(study, search, spec.seed)
+    tried = _drawn(trial, search, spec)
+    shutil.rmtree(folder, ignore_errors=True)
+    own = _run(spec, tried, folder, rows)
+    said = ", ".join(f"{name} {value:.3g}" for name, value in tried.items())
+    say(f"search {trial.number + 1}/{search.trials} of rung {rung.label}: {said}")
+    losses: list[float] = []
+    ended: list[str] = []
+
+    def watch(loss: float) -> str | None:
+        losses.append(loss)
+        if not math.isfinite(loss):
+            ended.append("the validation loss is no number")
+        else:
+            trial.report(loss, len(losses))
+            if trial.should_prune():
+                ended.append("other settings did better by then")
+        return ended[-1] if ended else None
+
+    states, started = _states(), time.perf_counter()
+    try:
+        train(own, watch)
+    except DoesNotFitError:
+        raise
+    except (GateError, PlanError) as error:  # settings that cannot be are no reason to end the search
+        say(f"this trial failed: {error.summary}")
+        ended.append("failed")
+    finally:  # of a trial that is taken once more, what it had taken before counts too
+        spent = trial.user_attrs.get("seconds", 0.0) + time.perf_counter() - started
+        trial.set_user_attr("seconds", round(spent, 3))
+        shutil.rmtree(folder, ignore_errors=True)
+    if ended == ["failed"]:
+        study.tell(trial, state=states.FAIL)
+        return
+    done = bool(losses) and not ended
+    study.tell(trial, losses[-1] if done else None, state=states.COMPLETE if done else states.PRUNED)
+
+
+def _names(search: SearchSpec, spec: RunSpec) -> list[str]:
+    """What is drawn for this method."""
+    asked = {"rank": search.rank and hasattr(spec.method, "rank"), "learning_rate": search.learning_rate}
+    return [name for name, wanted in {**asked, "epochs": search.epochs}.items() if wanted]
+
+
+def _drawn(trial: optuna.Trial, search: SearchSpec, spec: RunSpec) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if search.rank and hasattr(spec.method, "rank"):
+        found["rank"] = trial.suggest_int("rank", *search.rank, log=True)
+    if search.learning_rate:
+        found["learning_rate"] = trial.suggest_float("learning_rate", *search.learning_rate, log=True)
+    if search.epochs:
+        found["epochs"] = trial.suggest_float("epochs", *search.epochs)
+    return found
+
+
+def _run(spec: RunSpec, tried: Mapping[str, Any], folder: Path, rows: int) -> RunSpec:
+    """The rung's run with a trial's settings, measured so often that halving has something to compare."""
+    method = spec.method.model_copy(update={"rank": tried["rank"]}) if "rank" in tried else spec.method
+    engine = spec.engine.model_copy(update={name: value for name, value in tried.items() if name != "rank"})
+    rollout = getattr(spec.objective, "rollout", None)
+    every = max(1, total_steps(engine, rows, rollout.steps if rollout else 1) // MEASUREMENTS)
+    engine = engine.model_copy(update={"eval_every": every, "patience": None, "checkpoint_every": None})
+    return spec.model_copy(update={"method": method, "engine": engine, "output": str(folder)})
+
+
+def _ended(study: optuna.Study) -> int:
+    return sum(trial.state.is_finished() for trial in study.trials)
+
+
+def _told(study: optuna.Study) -> dict[str, Any]:
+    """All trials, and the settings of the best that came to its end."""
+    trials = [
+        {
+            **trial.params,
+            "state": trial.state.name.lower(),
+            "seconds": trial.user_attrs.get("seconds", 0.0),
+            "validation_losses": [trial.intermediate_values[k] for k in sorted(trial.intermediate_values)],
+        }
+        for trial in study.trials
+    ]
+    done = [trial for trial in study.trials if trial.state == _states().COMPLETE]
+    best = min(done, key=lambda trial: (trial.value, trial.number), default=None)
+    return {"split": "validation", "trials": trials, "chosen": None if best is None else best.params}
+
+
+def _states() -> Any:
+    from optuna.trial import TrialState
+
+    return TrialState

@@ -1,0 +1,345 @@
+"""Values of a row to checked turns. All raise `DataError` with the bare reason; the caller adds the line."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, get_args
+
+from rung.config.data import Format, LossOn
+from rung.data.read import parse_json
+from rung.errors import DataError
+from rung.types import Message, Record, Rival, Role, Source
+
+ROLES: tuple[Role, ...] = get_args(Role)
+_SHAREGPT_ROLES: dict[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "observation": "tool",
+    "tool": "tool",
+}
+_FOLLOWS: dict[Role | None, tuple[Role, ...]] = {
+    None: ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+
+
+def text_of(value: object, name: str) -> str:
+    """The value as text that can be trained on.
+
+    Raises:
+        DataError: it is missing, empty, not text, or not encodable.
+    """
+    if value is None:
+        raise DataError(f"no {name}")
+    if isinstance(value, bool | int | float):
+        raise DataError(f'{name} is the {_kind(value)} {value}, not text: quote it ("{value}")')
+    if not isinstance(value, str):
+        raise DataError(f"{name} is a {_kind(value)}, not text")
+    if not value.strip():
+        raise DataError(f"empty {name}")
+    return encodable(value, name)
+
+
+def optional_text(value: object, name: str) -> str | None:
+    """Like `text_of`, but a missing or empty value is None."""
+    return None if value is None or value == "" else text_of(value, name)
+
+
+def encodable(value: str, name: str) -> str:
+    """Refuse lone surrogates, which JSON escapes can smuggle in and no tokenizer takes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{name} holds half a character (a lone surrogate) at position {error.start}") from error
+    return value
+
+
+def from_messages(value: object, name: str = "messages") -> tuple[Message, ...]:
+    """A list of {role, content, tool_calls, name} objects, or its JSON text, to turns, in whatever order."""
+    return tuple(_message(item, f"{name}[{i}]") for i, item in enumerate(_list(value, name)))
+
+
+def from_sharegpt(value: object) -> tuple[Message, ...]:
+    """A list of {from, value} objects to turns."""
+    turns = []
+    for i, item in enumerate(_list(value, "conversations")):
+        if not isinstance(item, Mapping):
+            raise DataError(f"conversations[{i}] is a {_kind(item)}, not an object with from and value")
+        role, content = item.get("from"), item.get("value")
+        if role == "function_call":
+            calls = _json_value(text_of(content, f"value of conversations[{i}]"), f"value of conversations[{i}]")
+            turns.append(Message("assistant", "", tool_calls=tool_calls_text(calls)))
+        elif isinstance(role, str) and role in _SHAREGPT_ROLES:
+            turns.append(_turn(_SHAREGPT_ROLES[role], content, f"conversations[{i}]"))
+        else:
+            known = ", ".join([*_SHAREGPT_ROLES, "function_call"])
+            raise DataError(f"unknown role {role!r} in conversations[{i}]; known: {known}")
+    return tuple(turns)
+
+
+def from_history(value: object) -> tuple[Message, ...]:
+    """Alpaca's list of [question, answer] pairs to turns."""
+    turns: list[Message] = []
+    for i, pair in enumerate(_list(value, "history") if value else ()):
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise DataError(f"history[{i}] is not a pair of question and answer")
+        turns += [_turn("user", pair[0], f"history[{i}]"), _turn("assistant", pair[1], f"history[{i}]")]
+    return tuple(turns)
+
+
+def tool_calls_text(value: object) -> str:
+    """Tool calls as JSON text; a bare {name, arguments} is wrapped, and arguments given as JSON text are parsed."""
+    value = _json_value(value, "tool_calls") if isinstance(value, str) else value
+    calls = value if isinstance(value, list) else [value]
+    return encodable(json.dumps([_tool_call(call) for call in calls], ensure_ascii=False), "tool_calls")
+
+
+def tools_text(value: object) -> str | None:
+    """Tool schemas as JSON text, or None where there are none."""
+    value = _json_value(value, "tools") if isinstance(value, str) and value else value
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
+        raise DataError("tools is not a list of objects")
+    return encodable(json.dumps(value, ensure_ascii=False), "tools")
+
+
+def check_order(messages: Sequence[Message]) -> None:
+    """Refuse conversations that cannot be trained on.
+
+    Raises:
+        DataError: no assistant turn, a last turn of someone else, or turns in an order no template knows.
+    """
+    if not any(m.role == "assistant" for m in messages):
+        raise DataError("no assistant turn")
+    previous: Message | None = None
+    for i, message in enumerate(messages):
+        if message.role not in _FOLLOWS[previous.role if previous else None]:
+            after = f"after {previous.role}" if previous else "at the start"
+            raise DataError(f"wrong role order: turn {i + 1} is {message.role} {after}")
+        if message.role == "tool" and previous and previous.role == "assistant" and not previous.tool_calls:
+            raise DataError(f"wrong role order: turn {i + 1} is tool, but the turn before calls none")
+        previous = message
+    if messages[-1].role != "assistant":
+        raise DataError(f"the last turn is {messages[-1].role}, not assistant")
+
+
+def _message(item: object, name: str) -> Message:
+    if not isinstance(item, Mapping):
+        raise DataError(f"{name} is a {_kind(item)}, not an object with role and content")
+    role = next((r for r in ROLES if r == item.get("role")), None)
+    if role is None:
+        raise DataError(f"unknown role {item.get('role')!r} in {name}; known: {', '.join(ROLES)}")
+    content = item.get("content")
+    if isinstance(content, list):
+        content = _joined_parts(content, name)
+    calls = item.get("tool_calls")
+    if calls and role == "assistant":
+        text = "" if content is None else content
+        if not isinstance(text, str):
+            raise DataError(f"content of {name} is a {_kind(text)}, not text")
+        return Message(role, encodable(text, name), tool_calls=tool_calls_text(calls))
+    return _turn(role, content, name, tool=item.get("name") if role == "tool" else None)
+
+
+def _turn(role: Role, content: object, name: str, tool: object = None) -> Message:
+    tool = encodable(tool, "name") if isinstance(tool, str) else None
+    if content == "" and role in ("system", "tool"):  # an empty result, or "no system prompt", says something
+        return Message(role, "", name=tool)
+    what = {"user": "question", "assistant": "answer"}.get(role, "content")
+    return Message(role, text_of(content, f"{what} in {name}"), name=tool)
+
+
+def _joined_parts(parts: Sequence[object], name: str) -> str:
+    texts = [p.get("text") for p in parts if isinstance(p, Mapping) and p.get("type", "text") == "text"]
+    if len(texts) != len(parts) or not all(isinstance(t, str) for t in texts):
+        raise DataError(f"content of {name} has parts that are not text")
+    return "".join(str(t) for t in texts)
+
+
+def _tool_call(call: object) -> dict[str, Any]:
+    if not isinstance(call, Mapping):
+        raise DataError(f"a tool call is a {_kind(call)}, not an object")
+    function = call.get("function", call)
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise DataError("a tool call names no function")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        arguments = _json_value(arguments, "arguments of a tool call") if arguments else {}
+    rest = {key: value for key, value in call.items() if key == "id"} if "function" in call else {}
+    return {**rest, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _list(value: object, name: str) -> list[Any]:
+    if isinstance(value, str):
+        value = _json_value(value, name)
+    if not isinstance(value, list):
+        raise DataError(f"no {name}" if value is None else f"{name} is a {_kind(value)}, not a list")
+    if not value:
+        raise DataError(f"empty {name}")
+    return value
+
+
+def _json_value(value: str, name: str) -> Any:
+    try:
+        return parse_json(value)
+    except ValueError as error:
+        raise DataError(f"{name} is not JSON: {error}") from error
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, bool):
+        return "truth value"
+    if isinstance(value, int | float):
+        return "number"
+    return {"dict": "object", "str": "text", "NoneType": "null"}.get(type(value).__name__, type(value).__name__)
+
+
+def for_template(message: Message) -> dict[str, Any]:
+    """A turn as chat templates take it."""
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        turn["tool_calls"] = json.loads(message.tool_calls)
+    if message.name:
+        turn["name"] = message.name
+    return turn
+
+
+def says(written: str, message: Message, lead: str) -> bool:
+    """Whether what a template wrote for an answer is the row's own text, white space apart.
+
+    `lead` is what it writes before every answer. Calls of tools are written in a form of the template's own.
+    """
+    said, own, before = ("".join(text.split()) for text in (written, message.content, lead))
+    return bool(message.tool_calls) or said in (own, before + own)
+
+
+def unstable(source: Source, turn: int, loss_on: LossOn, *, earlier: bool) -> DataError:
+    """The error for a template whose text of training is not that of inference."""
+    what = (
+        "rewrites earlier turns when a later one comes" if earlier else "opens this answer otherwise than it writes it"
+    )
+    remedies = ["set model.template to a .jinja file that keeps the history as it was generated"]
+    if loss_on == "assistant_turns":
+        remedies.insert(0, "set data.loss_on: answer, or give each turn a row of its own")
+    return DataError(
+        f"turn {turn + 1}: the template {what}, so the training text is not what the model will see",
+        where=str(source),
+        hint="; or ".join(remedies),
+    )
+
+
+def rewritten(source: Source, turn: int, written: str) -> DataError:
+    """The error for an answer that a template changes."""
+    return DataError(
+        f"turn {turn + 1}: the template writes another answer than the row has",
+        where=str(source),
+        given=repr(written),
+        hint="set model.template to a .jinja file that keeps answers whole, reasoning included, or change the rows",
+    )
+
+
+SHOWN = 60
+"""Characters of a wrong value that a message repeats."""
+
+
+def parse_answers(format: Format, get: Callable[[str], Any]) -> list[Rival]:
+    """The answers of a row of a comparing format, best first; none for other formats.
+
+    A pair scores 1 and 0, or its margin and 0; a ranking of k answers k - 1 down to 0; ratings as they are given; a
+    labelled answer 1 or 0.
+    Raises `DataError` for rows that compare nothing.
+    """
+    if format == "preference":
+        margin = 1.0 if get("margin") is None else _score(get("margin"))
+        if margin <= 0.0:
+            raise DataError(f"the margin is {margin:g}: the chosen answer would be no better than the rejected one")
+        found = [Rival(_answer(get("chosen"), "chosen"), margin), Rival(_answer(get("rejected"), "rejected"), 0.0)]
+        if found[0].content == found[1].content:
+            raise DataError("chosen and rejected are the same")
+    elif format == "ranked":
+        texts = [_answer(value, "ranked") for value in _answer_list(get("ranked"), "ranked")]
+        found = [Rival(text, float(len(texts) - 1 - place)) for place, text in enumerate(texts)]
+    elif format == "rated":
+        texts = [_answer(value, "answers") for value in _answer_list(get("answers"), "answers")]
+        scores = [_score(value) for value in _answer_list(get("scores"), "scores")]
+        if len(texts) != len(scores):
+            raise DataError(f"{len(texts)} answers and {len(scores)} scores")
+        found = sorted(map(Rival, texts, scores), key=lambda r: -r.score)
+    elif format == "label":
+        return [Rival(_answer(get("completion"), "completion"), _label(get("label")))]
+    else:
+        return []
+    if len(found) < 2:
+        raise DataError("one answer has nothing to be compared with")
+    if len({r.content for r in found}) < len(found):
+        raise DataError("two of the answers are the same")
+    if found[0].score == found[-1].score:
+        raise DataError("all answers have the same score")
+    return found
+
+
+def parse_weight(value: object) -> float:
+    """How often a row counts; a number as text will do. Raises `DataError` unless it is positive and finite."""
+    number = 1.0 if value is None else _number(value)
+    if not 0 < number < math.inf:
+        raise DataError(f"weight is {_short(value)}, not a positive number")
+    return number
+
+
+def _number(value: object) -> float:
+    """NaN for what is none: true and false, words, an integer that no float reaches."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return math.nan
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return math.nan
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def _answer(value: object, name: str) -> str:
+    """A text, a message, or a list of one."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, dict):
+        (message,) = from_messages([value], name)
+        if message.role != "assistant":
+            raise DataError(f"{name} is a turn of the {message.role}, not an answer")
+        return message.content
+    return text_of(value, name)
+
+
+def _label(value: object) -> float:
+    if value not in (0, 1):  # True and False among them
+        raise DataError(f"label is {value!r}, not true or false")
+    return float(bool(value))
+
+
+def _score(value: object) -> float:
+    if isinstance(value, str) or not math.isfinite(number := _number(value)):
+        raise DataError(f"a score is {_short(value)}, not a number")
+    return number
+
+
+def _answer_list(value: object, name: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise DataError(f"{name} is no list")
+    return value
+
+
+def expected_text(record: Record) -> str:
+    """The expected answer; a call of a tool is its JSON text."""
+    return record.answer or record.messages[-1].tool_calls or ""

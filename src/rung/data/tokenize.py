@@ -1,0 +1,391 @@
+"""Rendered parts to `Example`s: batched, within the length allowed, and checked row by row (preflight, gate 1)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, groupby
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rung.config.data import LossOn
+from rung.data.byte_store import chunks
+from rung.data.records import characters
+from rung.data.token_store import OWN, Document, Flat, FlatWriter, Tokenised
+from rung.errors import ConfigError, DataError, GateError
+from rung.types import Example, Record
+
+if TYPE_CHECKING:
+    from rung.data.chat import Chat
+
+
+Overflow = Literal["error", "drop", "trim_prompt"]
+CHUNK = 512
+"""Rows tokenised or decoded in one call, at most."""
+CHUNK_CHARACTERS = 1 << 20
+"""Characters (or tokens) of one call, at most: a tokenizer's working memory is a hundred times its text."""
+BOUNDARY_SAMPLE = 1000
+"""Rows, evenly spaced, for which the whole text is tokenised at once to count differences."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """What gate 1 measured."""
+
+    rows: int
+    failing: int
+    tokens: int
+    supervised_tokens: int
+    normalised: int
+    """Rows whose text comes back as the tokenizer's own normaliser writes it (composed accents, for example)."""
+    boundary_checked: int
+    boundary_differences: int
+
+    def to_json(self) -> dict[str, int]:
+        """The counts by name."""
+        return asdict(self)
+
+
+class _Variant(NamedTuple):
+    """A record with its own answer, or with a rival's in its place."""
+
+    number: int
+    rival: int
+    record: Record
+
+
+def tokenize_records(
+    chat: Chat,
+    records: Sequence[Record],
+    *,
+    loss_on: LossOn = "answer",
+    max_length: int | None = None,
+    overflow: Overflow = "error",
+    rivals: bool = False,
+) -> Tokenised:
+    """Tokenize records, with their supervised tokens marked; with `rivals`, the other answers of each as well.
+
+    Raises:
+        DataError: the template refuses a row or rewrites its history, a document is too long under `error`, no
+            document is left, or there are no records.
+    """
+    flat = tokenise(chat, records, loss_on=loss_on, max_length=max_length, overflow=overflow, rivals=rivals)
+    return Tokenised.of(flat, records)
+
+
+def tokenise(
+    chat: Chat,
+    records: Sequence[Record],
+    *,
+    loss_on: LossOn,
+    max_length: int | None,
+    overflow: Overflow,
+    rivals: bool = False,
+) -> Flat:
+    """`tokenize_records`, as columns that a cache can keep."""
+    writer = FlatWriter()
+    conversations = array("q")  # records that are kept and have turns
+    long, stuck = array("q"), array("q")  # record and length, one after the other
+    limit = sys.maxsize if max_length is None else max_length
+    for i, row in groupby(_documents(chat, _variants(records, rivals), loss_on), key=lambda made: made[0].number):
+        variants, documents = zip(*row, strict=True)
+        document, length = documents[0], max(len(d.ids) for d in documents)
+        if length > limit:
+            long.extend((i, length))
+            if overflow != "trim_prompt":
+                continue
+            if len(documents) > 1:
+                raise ConfigError(
+                    "trimming would cut the prompts of compared answers differently",
+                    where="data.overflow",
+                    given=overflow,
+                    allowed="error or drop",
+                )
+            inserted = sum(token >= chat.inserted.first for token in document.ids) if chat.inserted else 0
+            if length - max(document.prompt - 1 - inserted, 0) > limit:  # one stays: it predicts the answer's first
+                stuck.extend((i, length))
+                continue
+            documents = (_trim(chat, document, limit),)
+        for variant, document in zip(variants, documents, strict=True):
+            writer.add(i, document, variant.rival)
+        if variants[0].record.text is None:
+            conversations.append(i)
+    if long and overflow == "error":
+        raise _too_long("longer than data.max_length", long, limit, records)
+    if stuck:
+        raise _too_long("longer than data.max_length even without their prompt", stuck, limit, records)
+    if not len(writer):
+        if not len(records):
+            raise DataError("there are no rows to tokenise")
+        raise DataError("no document is left", given=f"{len(long) // 2} of {len(records)} dropped for their length")
+    step = max(1, -(-len(conversations) // BOUNDARY_SAMPLE))
+    checked, differing = _boundaries(chat, (records[i] for i in conversations[::step]), loss_on)
+    beyond, none = np.array(long, dtype=np.int64).reshape(-1, 2), np.empty((0, 2), dtype=np.int64)
+    return Flat(
+        *writer.regions(),
+        rows=writer.rows(),
+        dropped=beyond if overflow == "drop" else none,
+        trimmed=beyond if overflow == "trim_prompt" else none,
+        boundary_checked=checked,
+        boundary_differences=differing,
+    )
+
+
+def preflight(chat: Chat, tokenised: Tokenised) -> Preflight:
+    """Gate 1: every row ends in a supervised stop, and its supervised ids decode to the answers as rendered.
+
+    Raises:
+        GateError: with the first ten failing rows and what is wrong with each.
+    """
+    failing = normalised = 0
+    shown: list[str] = []
+    rows = zip(tokenised.examples, tokenised.expected, tokenised.starts, strict=True)
+    for chunk in chunks(rows, lambda row: len(row[0]), count=CHUNK, limit=CHUNK_CHARACTERS):
+        for (example, expected, start), text in zip(chunk, _decoded(chat, chunk), strict=True):
+            reason = _fault(chat, example, start)
+            if reason is None and text != expected:
+                if text == _normalised(chat, expected):
+                    normalised += 1
+                else:
+                    reason = _difference(text, expected)
+            if reason is not None:
+                failing += 1
+                shown += [f"{example.source}: {reason}"] if failing <= 10 else []
+    total = len(tokenised.examples)
+    if failing:
+        raise GateError(f"preflight: {failing} of {total} rows would not train what they say", hint="\n  ".join(shown))
+    return Preflight(
+        rows=total,
+        failing=0,
+        tokens=int(tokenised.lengths.sum()),
+        supervised_tokens=tokenised.supervised_tokens,
+        normalised=normalised,
+        boundary_checked=tokenised.boundary_checked,
+        boundary_differences=tokenised.boundary_differences,
+    )
+
+
+def _variants(records: Iterable[Record], rivals: bool) -> Iterator[_Variant]:
+    """Each record, followed by its rivals where they are asked for."""
+    for number, record in enumerate(records):
+        if record.unanswered:
+            hint = "prompts alone are for policies that answer themselves: objective.kind: grpo, or rung generate"
+            raise DataError("this row has no answer to learn", where=str(record.source), hint=hint)
+        if not rivals and record.bad:
+            hint = "leave such rows out, or take objective: {kind: preference, loss: kto}"
+            raise DataError("this answer is labelled as bad, and would be learned", where=str(record.source), hint=hint)
+        if rivals and record.score is None:
+            hint = "objectives that compare take pairs, rankings or ratings, and kto labels (data.format)"
+            raise DataError("this row compares nothing", where=str(record.source), hint=hint)
+        yield _Variant(number, OWN, record)
+        for i, rival in enumerate(record.rivals if rivals else ()):
+            answer = replace(record.messages[-1], content=rival.content)
+            yield _Variant(number, i, replace(record, messages=(*record.messages[:-1], answer), rivals=()))
+
+
+def _documents(chat: Chat, variants: Iterable[_Variant], loss_on: LossOn) -> Iterator[tuple[_Variant, Document]]:
+    for chunk in chunks(variants, lambda v: characters(v.record), count=CHUNK, limit=CHUNK_CHARACTERS):
+        parts = [chat.parts(v.record, loss_on) if v.record.text is None else None for v in chunk]
+        texts = [[p.text for p in ps] if ps else [v.record.text or ""] for v, ps in zip(chunk, parts, strict=True)]
+        pieces = iter(_encoded(chat, texts))
+        for variant, own in zip(chunk, parts, strict=True):
+            record = variant.record
+            if own is None:
+                document = _plain(chat, record, next(pieces))
+            else:
+                real = chat.inserted.first if chat.inserted else None
+                document = _conversation(
+                    [(p.supervised, p.text, next(pieces)) for p in own], everything=loss_on == "all", real=real
+                )
+            chat.check_bos(document.ids, str(record.source))
+            yield variant, document
+
+
+def _plain(chat: Chat, record: Record, ids: list[int]) -> Document:
+    """Raw text with its stop; everything after the first token is learned."""
+    if chat.inserted is not None:
+        hint = "put all virtual tokens in front (method.positions)"
+        raise DataError("plain text has no turns that tokens could be inserted in", where=str(record.source), hint=hint)
+    if chat.eos_id is None:
+        raise ConfigError("plain text needs an end-of-text token, and the tokenizer has none", where=str(record.source))
+    head = [chat.bos_id] if chat.adds_bos and chat.bos_id is not None and ids[:1] != [chat.bos_id] else []
+    whole = [*head, *ids, chat.eos_id]
+    supervised = np.ones(len(whole), dtype=bool)
+    supervised[0] = False
+    expected = f"{chat.tokenizer.bos_token if head else ''}{record.text}{chat.tokenizer.eos_token}"
+    return Document(whole, supervised, 0, 0, expected)
+
+
+def _conversation(pieces: list[tuple[bool, str, list[int]]], *, everything: bool, real: int | None) -> Document:
+    """Pieces one after the other. Ids from `real` on are virtual tokens, which nothing can predict."""
+    ids = list(chain.from_iterable(piece for _, _, piece in pieces))
+    supervised = np.repeat([s or everything for s, _, _ in pieces], [len(piece) for _, _, piece in pieces])
+    supervised[0] = False
+    if real is not None:
+        supervised &= np.array(ids) < real
+    prompt = len(pieces[0][2])
+    return Document(ids, supervised, prompt, prompt, "".join(text for answer, text, _ in pieces if answer))
+
+
+def _trim(chat: Chat, document: Document, limit: int) -> Document:
+    """Cut the earliest tokens of the prompt, but keep a leading BOS, and virtual tokens wherever they stand."""
+    excess = len(document.ids) - limit
+    if excess <= 0:
+        return document
+    head = int(chat.bos_id is not None and document.ids[0] == chat.bos_id)
+    ids = np.array(document.ids)
+    real = chat.inserted.first if chat.inserted else np.iinfo(ids.dtype).max
+    cut = head + np.flatnonzero(ids[head : document.prompt] < real)[:excess]
+    supervised = np.delete(document.supervised, cut)
+    supervised[0] = False
+    return document._replace(
+        ids=np.delete(ids, cut).tolist(),
+        supervised=supervised,
+        start=document.start - excess,
+        prompt=document.prompt - excess,
+    )
+
+
+def _too_long(what: str, long: Sequence[int], limit: int, records: Sequence[Record]) -> DataError:
+    """`long` holds index and length of each, one after the other."""
+    count = len(long) // 2
+    shown = zip(long[0:20:2], long[1:20:2], strict=True)
+    lines = [f"{records[i].source}: {length} tokens" for i, length in shown]
+    more = [f"and {count - 10} more"] if count > 10 else []
+    return DataError(
+        f"{count} of {len(records)} documents are {what}",
+        given=f"room for {limit} tokens: data.max_length, or the base's context less virtual tokens",
+        hint="\n  ".join([*lines, *more, "make room, or set data.overflow: drop or trim_prompt"]),
+    )
+
+
+def _boundaries(chat: Chat, sample: Iterable[Record], loss_on: LossOn) -> tuple[int, int]:
+    """Conversations looked at, and those whose whole text has other ids than its pieces."""
+    checked = differing = 0
+    for chunk in chunks(sample, characters, count=CHUNK, limit=CHUNK_CHARACTERS):
+        documents = [[p.text for p in chat.parts(r, loss_on)] for r in chunk]
+        pieces = iter(_encoded(chat, documents))
+        for whole, texts in zip(chat.encode(["".join(texts) for texts in documents]), documents, strict=True):
+            checked += 1
+            differing += whole != list(chain.from_iterable(next(pieces) for _ in texts))
+    return checked, differing
+
+
+def _encoded(chat: Chat, documents: list[list[str]]) -> list[list[int]]:
+    """Ids of all pieces of all documents, one after the other."""
+    inner = [i > 0 for texts in documents for i in range(len(texts))]
+    return chat.encode(list(chain.from_iterable(documents)), inner)
+
+
+def _decoded(chat: Chat, rows: Sequence[tuple[Example, str, int]]) -> Iterator[str]:
+    compared = [_compared(example, start).tolist() for example, _, start in rows]
+    inner = iter(chat.decode((ids for ids, row in zip(compared, rows, strict=True) if row[2] > 0), inner=True))
+    plain = iter(chat.decode(ids for ids, row in zip(compared, rows, strict=True) if row[2] == 0))
+    return (next(inner) if start > 0 else next(plain) for _, _, start in rows)
+
+
+def _compared(example: Example, start: int) -> np.ndarray:
+    mask = example.supervised.copy()
+    mask[:start] = False
+    if start == 0:
+        mask[0] = True  # the first token of a plain text is not predicted, but its bytes may belong to the second
+    compared: np.ndarray = example.ids[mask]
+    return compared
+
+
+def _fault(chat: Chat, example: Example, start: int) -> str | None:
+    supervised = example.supervised
+    if not supervised.any():
+        return "no supervised token"
+    stops = [i for i in ([chat.eos_id] if start == 0 else chat.stop_ids) if i is not None]
+    at_stop = np.isin(example.ids, stops)
+    if not (supervised[-1] and at_stop[-1]):
+        return f"does not end in a supervised stop token (one of {stops})"
+    # A stop followed by more of the same answer was written there by the data: it would teach to stop early.
+    inside = at_stop[:-1] & supervised[:-1] & supervised[1:]
+    if start > 0 and inside[start:].any():
+        return "the answer holds a stop token of the template"
+    return None
+
+
+def _normalised(chat: Chat, text: str) -> str | None:
+    normaliser = chat.tokenizer.backend_tokenizer.normalizer
+    return None if normaliser is None else str(normaliser.normalize_str(text))
+
+
+def _difference(text: str, expected: str) -> str:
+    at = len(os.path.commonprefix([text, expected]))
+    return f"decodes to {text[at : at + 30]!r} where the template wrote {expected[at : at + 30]!r} (character {at})"
+
+
+PROBED = 8
+"""Tokens at the end of a prompt that the gates look at."""
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """Prompts in the order of their records; the `row` of each is its place here."""
+
+    examples: list[Example]
+    records: list[Record]
+    """Of each prompt."""
+    dropped: int
+
+    @property
+    def rows(self) -> list[list[Example]]:
+        """A prompt each."""
+        return [[example] for example in self.examples]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each."""
+        return np.array([len(e) for e in self.examples], dtype=np.int64)
+
+    def summary(self) -> dict[str, Any]:
+        """Counts for `run.json`."""
+        lengths = self.lengths
+        counts = {"examples": len(lengths), "tokens": int(lengths.sum()), "supervised_tokens": 0}
+        return {**counts, "longest": int(lengths.max()), "dropped": self.dropped, "trimmed": 0}
+
+    def preflight(self) -> Preflight:
+        """What gate 1 has to say: there is nothing supervised that could be wrong."""
+        n = len(self.examples)
+        return Preflight(n, 0, int(self.lengths.sum()), 0, normalised=0, boundary_checked=0, boundary_differences=0)
+
+
+def prompts(chat: Chat, records: Sequence[Record], *, longest: int, overflow: Overflow) -> Prompted:
+    """Every question as the template puts it, up to where the answer begins, at most `longest` tokens.
+
+    Raises `DataError` for rows without turns, and for prompts that are too long unless `overflow` is `drop`.
+    """
+    kept: list[Example] = []
+    own: list[Record] = []
+    long: list[tuple[Record, int]] = []
+    for record in records:
+        if not record.messages:
+            hint = "give rows with a question"
+            raise DataError("plain text has no question to answer", where=str(record.source), hint=hint)
+        ids = chat.prompt_ids(record.messages[:-1], context=record.context, tools=record.tools)
+        if len(ids) > longest:
+            long.append((record, len(ids)))
+            continue
+        whole = np.array(ids, dtype=np.int32)
+        # the end of it as if it were an answer, for the gates alone: what is learned from are answers of the policy
+        supervised = np.arange(len(whole)) >= max(1, len(whole) - PROBED)
+        kept.append(Example(whole, supervised, record.source, record.weight, record.group, record.task, row=len(kept)))
+        own.append(record)
+    if long and overflow != "drop":
+        lines = [f"{record.source}: {length} tokens" for record, length in long[:10]]
+        raise DataError(
+            f"{len(long)} of {len(records)} prompts leave no room for an answer",
+            given=f"at most {longest} tokens",
+            hint="\n  ".join([*lines, "a smaller max_new_tokens leaves more; data.overflow: drop leaves them out"]),
+        )
+    if not kept:
+        raise DataError("no prompt is left", given=f"{len(long)} dropped for their length")
+    return Prompted(kept, own, len(long))

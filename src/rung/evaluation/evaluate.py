@@ -1,0 +1,227 @@
+"""A task is held-out questions, a framing and metrics; its result is one score per item and what the answers cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rung.config.evaluation import EvaluateSpec
+from rung.console import Bar
+from rung.data.chat import Chat
+from rung.data.messages import expected_text
+from rung.errors import DataError
+from rung.evaluation.prompting import Framing
+from rung.models.generate import Sampling, generate_by_task
+from rung.models.policy import Policy
+from rung.models.tree_attention import has_flat_kernel
+from rung.planning.memory import tokens_per_micro_batch
+from rung.scoring.metrics import METRICS
+from rung.scoring.stats import Interval, ratio_interval, score_interval
+from rung.training.packing import pack
+from rung.training.run_folder import read_items, write_items
+from rung.types import Example, Record, Source
+
+PERPLEXITY = "perplexity"
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One question, its answer and its scores."""
+
+    source: str
+    group: str | None
+    question: str
+    context: str | None
+    """What stood before the question."""
+    expected: str
+    answer: str
+    scores: dict[str, float]
+    prompt_tokens: int
+    stopped: bool
+    """False when the answer was cut at `max_new_tokens`."""
+    nats: float | None = None
+    """Negative log-likelihood of the expected answer, where perplexity is measured."""
+    answer_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Per-item results; every summary is computed from them."""
+
+    items: tuple[Item, ...]
+    seconds_per_query: float
+    metrics: tuple[str, ...] = field(default=())
+
+    @property
+    def clusters(self) -> list[str]:
+        """Cluster of each item: its group, or itself."""
+        return [item.group if item.group is not None else item.source for item in self.items]
+
+    @property
+    def prompt_tokens(self) -> float:
+        """Mean tokens of a prompt: the price paid at every query."""
+        return float(np.mean([item.prompt_tokens for item in self.items]))
+
+    def scores(self, metric: str) -> NDArray[np.float64]:
+        """Score of each item; nats per token for perplexity."""
+        if metric == PERPLEXITY:
+            return np.array([(i.nats or 0.0) / (i.answer_tokens or 1) for i in self.items])
+        return np.array([item.scores[metric] for item in self.items])
+
+    def weights(self, metric: str) -> NDArray[np.float64] | None:
+        """Tokens of each item for perplexity, which weighs an item by its length; otherwise none."""
+        return np.array([float(i.answer_tokens or 1) for i in self.items]) if metric == PERPLEXITY else None
+
+    def interval(self, metric: str) -> Interval:
+        """Mean and 95 % interval."""
+        if metric == PERPLEXITY:
+            nats = [item.nats or 0.0 for item in self.items]
+            return ratio_interval(nats, [item.answer_tokens or 1 for item in self.items], self.clusters)
+        return score_interval(self.scores(metric), self.clusters, binary=METRICS[metric].binary)
+
+    def summary(self) -> dict[str, Any]:
+        """For `run.json`."""
+        return {
+            "scores": {name: self.interval(name).to_json() for name in self.metrics},
+            "examples": len(self.items),
+            "clusters": len(set(self.clusters)),
+            "prompt_tokens": round(self.prompt_tokens, 1),
+            "seconds_per_query": round(self.seconds_per_query, 4),
+            "cut_off": sum(not item.stopped for item in self.items),
+        }
+
+    def write(self, path: Path) -> None:
+        """A row an item, and what belongs to all in the file's metadata."""
+        about = {"seconds_per_query": self.seconds_per_query, "metrics": list(self.metrics)}
+        write_items(path, [asdict(item) for item in self.items], about)
+
+    @staticmethod
+    def read(path: Path) -> Evaluation:
+        """What `write` wrote."""
+        items, about = read_items(path)
+        return Evaluation(tuple(Item(**item) for item in items), about["seconds_per_query"], tuple(about["metrics"]))
+
+
+def evaluate(
+    policy: Policy,
+    chat: Chat,
+    records: Sequence[Record],
+    framing: Framing,
+    spec: EvaluateSpec,
+    *,
+    title: str = "evaluate",
+) -> Evaluation:
+    """Answer every record greedily and score it.
+
+    Seconds per query are wall time over all items, shared prefixes encoded once, as a server would: of answering, or,
+    where only perplexity is measured, of reading the expected answer.
+    Raises `DataError` for records without a question under metrics that need one.
+    """
+    generated = [name for name in spec.metrics if name != PERPLEXITY]
+    require_questions(records)
+    limit = policy.base.context - policy.method.virtual_tokens - spec.max_new_tokens
+    prompts = framed(chat, records, framing, limit)
+    answers, stopped, seconds = [""] * len(records), [True] * len(records), 0.0
+    if generated:
+        tasks = [record.task for record in records]
+        answers, stopped, seconds = _answer(policy, chat, prompts, tasks, spec, title)
+    nats: Sequence[tuple[float | None, int | None]] = [(None, None)] * len(records)
+    if PERPLEXITY in spec.metrics:
+        started = time.perf_counter()
+        nats = _likelihoods(policy, chat, records, prompts)
+        seconds = seconds or time.perf_counter() - started
+    items = tuple(
+        Item(
+            source=str(record.source),
+            group=record.group,
+            question=record.question,
+            context=record.context,
+            expected=expected_text(record),
+            answer=answer,
+            scores={name: METRICS[name].function(answer, expected_text(record)) for name in generated},
+            prompt_tokens=len(prompt),
+            stopped=done,
+            nats=likelihood[0],
+            answer_tokens=likelihood[1],
+        )
+        for record, prompt, answer, done, likelihood in zip(records, prompts, answers, stopped, nats, strict=True)
+    )
+    return Evaluation(items, seconds / max(1, len(items)), spec.metrics)
+
+
+def framed(chat: Chat, records: Sequence[Record], framing: Framing, limit: int) -> list[list[int]]:
+    """Ids of each prompt. Raises `DataError` for one of more than `limit` tokens."""
+    prompts = [chat.prompt_ids(framing.turns(record), tools=record.tools) for record in records]
+    if longest := max((p for p in prompts if len(p) > limit), key=len, default=None):
+        raise DataError(
+            f"this prompt has {len(longest)} tokens and the model takes {limit} before an answer",
+            where=str(records[prompts.index(longest)].source),
+            hint="lower evaluate.shots, shorten the contexts or retrieve less, or use a base with a longer context",
+        )
+    return prompts
+
+
+def require_questions(records: Sequence[Record]) -> None:
+    """Raise `DataError` for plain text: it has no question to answer."""
+    without = next((record for record in records if not record.messages), None)
+    if without is not None:
+        hint = "evaluate rows with a question and an answer"
+        raise DataError("plain text has no question to answer", where=str(without.source), hint=hint)
+
+
+def _answer(
+    policy: Policy,
+    chat: Chat,
+    prompts: Sequence[list[int]],
+    tasks: Sequence[str | None],
+    spec: EvaluateSpec,
+    title: str,
+) -> tuple[list[str], list[bool], float]:
+    started = time.perf_counter()
+    with Bar(title, len(prompts)) as bar:
+        answers = generate_by_task(
+            policy,
+            prompts,
+            tasks,
+            stop_ids=chat.stop_ids,
+            sampling=Sampling(spec.max_new_tokens),
+            batch=spec.batch,
+            on_batch=bar.advance,
+        )
+    seconds = time.perf_counter() - started
+    texts = [chat.assistant_text(a.drawn).strip() for a in answers]
+    return texts, [a.stopped for a in answers], seconds
+
+
+@torch.no_grad()
+def _likelihoods(
+    policy: Policy, chat: Chat, records: Sequence[Record], prompts: Sequence[list[int]]
+) -> Sequence[tuple[float | None, int | None]]:
+    """Nats and tokens of each expected answer with its stop, given the prompt of this framing."""
+    examples = []
+    for record, prompt in zip(records, prompts, strict=True):
+        answer = chat.encode([chat.parts(record, "answer")[-1].text], inner=True)[0]
+        ids = np.array([*prompt, *answer], dtype=np.int32)
+        if len(ids) > policy.base.context - policy.method.virtual_tokens:
+            raise DataError("prompt and expected answer are longer than the model's context", where=str(record.source))
+        examples.append(Example(ids, np.arange(len(ids)) >= len(prompt), record.source, task=record.task))
+    budget = tokens_per_micro_batch(policy.base.shape, policy.device.type)
+    found: dict[Source, tuple[float, int]] = {}
+    trees = not has_flat_kernel(policy.device)
+    batches = pack(examples, budget, share_prefixes=trees, device=policy.device)
+    for batch in policy.in_turn(batches):  # worked examples in front run once
+        nats = torch.zeros(batch.sequences, device=policy.device).index_add_(
+            0, batch.loss.owner, -policy.logprobs(batch)
+        )
+        tokens = torch.bincount(batch.loss.owner, minlength=batch.sequences)
+        found |= dict(
+            zip([d.source for d in batch.documents], zip(nats.tolist(), tokens.tolist(), strict=True), strict=True)
+        )
+    return [found[record.source] for record in records]

@@ -1,0 +1,1 @@
+"""One way to get answers from a model behind a server."""

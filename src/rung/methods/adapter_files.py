@@ -1,0 +1,70 @@
+"""Files of adapters: peft's own form, and that of Rung's tuners, which peft reads once `rung.peft` is imported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rung.methods.protocol import same_keys, same_shapes
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def write_peft(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Peft's two files: a tensor by name each, and the settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}  # RandLoRA shares
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    (folder / CONFIG).write_text(json.dumps({**plain, "inference_mode": True}, indent=2, default=str) + "\n")
+
+
+def is_score(name: str) -> bool:
+    """Whether a tensor of an adapter's file is the score head of a reward model: the objective's, not the method's."""
+    return name.endswith(".score.weight")
+
+
+def read_state(folder: Path) -> dict[str, Tensor]:
+    """The method's own tensors of a written adapter."""
+    return {name: value for name, value in load_file(folder / WEIGHTS).items() if not is_score(name)}
+
+
+def named(hosts: Mapping[str, nn.Module], own: str) -> dict[str, nn.Parameter]:
+    """Parameters of the submodule `own` of each host, as the tuner's trainables."""
+    return {
+        f"{name}.{own}.{inner}": parameter
+        for name, host in hosts.items()
+        for inner, parameter in host.get_submodule(own).named_parameters()
+    }
+
+
+def write(folder: Path, hosts: Mapping[str, nn.Module], own: str, spec: Mapping[str, Any]) -> None:
+    """Weights by the names that peft gives them, and the settings to build them again."""
+    config = {
+        "peft_type": f"RUNG_{own.upper()}",
+        "task_type": "CAUSAL_LM",
+        "target_modules": list(hosts),
+        "spec": dict(spec),
+    }
+    write_peft(folder, {_key(name, own): p for name, p in named(hosts, own).items()}, config)
+
+
+def read(folder: Path, hosts: Mapping[str, nn.Module], own: str) -> None:
+    """Put saved weights back; keys missing or left over raise `CheckpointError`."""
+    state, parameters = read_state(folder), named(hosts, own)
+    keys: Iterable[str] = [_key(name, own) for name in parameters]
+    same_keys(state.keys(), keys, str(folder))
+    same_shapes({_key(name, own): p for name, p in parameters.items()}, state, str(folder))
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[_key(name, own)])
+
+
+def _key(name: str, own: str) -> str:
+    return "base_model.model." + name.replace(f".{own}.", ".rung_adapters.")

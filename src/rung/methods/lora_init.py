@@ -1,0 +1,180 @@
+"""Starts of a low-rank pair B [O, R], A [R, I] that are read off weights, activations or gradients.
+
+Each is a pure function in float32 or wider. `scale` is what the pair will be multiplied by (alpha / rank).
+
+Suffixes: O outputs, I inputs, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rung.errors import ConfigError
+from rung.methods.protocol import Sample
+
+GAMMA = 16.0
+"""LoRA-GA's factor on the scale of its start: the value of the paper's experiments (Wang et al. 2024)."""
+
+
+class Pair(NamedTuple):
+    """The two factors of an update."""
+
+    b_OR: Tensor
+    a_RI: Tensor
+
+
+def pissa(weight_OI: Tensor, rank: int, scale: float) -> Pair:
+    """Principal singular values and vectors: scale * B A is the best approximation of W (Meng et al. 2024, sec. 3)."""
+    u, s, vh = torch.linalg.svd(weight_OI, full_matrices=False)
+    root = (s[:rank] / scale).sqrt()
+    return Pair(u[:, :rank] * root, root[:, None] * vh[:rank])
+
+
+def olora(weight_OI: Tensor, rank: int) -> Pair:
+    """The first columns of Q and rows of R where W = Q R (Büyükakyüz 2024, section 3)."""
+    q, r = torch.linalg.qr(weight_OI)
+    return Pair(q[:, :rank].contiguous(), r[:rank].contiguous())
+
+
+def corda(weight_OI: Tensor, moment_II: Tensor, rank: int, scale: float, *, knowledge: bool) -> Pair:
+    """Singular vectors of W C, C the second moment of the inputs (Yang et al. 2024, section 3).
+
+    The largest ones, which the documents use most; with `knowledge` the smallest, so that what the documents need is
+    preserved. Raises `ConfigError` where C cannot be inverted.
+    """
+    moment, inverse = _inverted(moment_II)
+    u, s, vh = torch.linalg.svd(weight_OI @ moment, full_matrices=False)
+    chosen = slice(len(s) - rank, len(s)) if knowledge else slice(rank)
+    root = (s[chosen] / scale).sqrt()
+    return Pair(u[:, chosen] * root, root[:, None] * (vh[chosen] @ inverse))
+
+
+def eva(weight_OI: Tensor, moment_II: Tensor, rank: int) -> Pair:
+    """A spans the directions in which the inputs vary most, B is zero (Paischer et al. 2024, section 3)."""
+    _, vectors = torch.linalg.eigh(moment_II)  # ascending
+    return Pair(weight_OI.new_zeros(len(weight_OI), rank), vectors[:, -rank:].flip(1).T.contiguous())
+
+
+def lora_ga(gradient_OI: Tensor, rank: int) -> Pair:
+    """Singular vectors of the gradient, different ones for B and A (Wang et al. 2024, section 3).
+
+    The first step then changes the product by nearly the direction of the full gradient. Both are scaled by
+    O^(1/4) / sqrt(GAMMA).
+    """
+    outputs = len(gradient_OI)
+    u, _, v = torch.svd_lowrank(gradient_OI, q=min(4 * rank, *gradient_OI.shape), niter=4)
+    factor = outputs**0.25 / GAMMA**0.5
+    return Pair(u[:, rank : 2 * rank] * factor, (v[:, :rank] * factor).T.contiguous())
+
+
+def loftq(weight_OI: Tensor, quantised_OI: Tensor, rank: int, scale: float) -> Pair:
+    """Make up for what quantising took away: scale * B A is the best approximation of it (Li et al. 2023, algorithm 1).
+
+    One round of it, because further ones would quantise another matrix: the quantised base stays that of W.
+    """
+    u, s, v = torch.svd_lowrank(weight_OI - quantised_OI, q=min(2 * rank, *weight_OI.shape), niter=4)
+    root = (s[:rank] / scale).sqrt()
+    return Pair(u[:, :rank] * root, (v[:, :rank] * root).T.contiguous())
+
+
+def check_rank(init: str, rank: int, name: str, outputs: int, inputs: int) -> None:
+    """Raise `ConfigError` for a rank that a start cannot have for a matrix of this shape."""
+    most = min(outputs, inputs)
+    most = {"lora_ga": most // 2, "eva": inputs}.get(init, most)
+    if rank > most:
+        raise ConfigError(
+            f"init {init} has no start of this rank for {name}, a matrix of {outputs} x {inputs}",
+            where="method.rank",
+            given=rank,
+            allowed=f"1 to {most}",
+        )
+
+
+def _inverted(moment_II: Tensor) -> tuple[Tensor, Tensor]:
+    """The moment with as much of its mean diagonal added as its inverse needs, and the inverse."""
+    identity = torch.eye(len(moment_II), dtype=moment_II.dtype, device=moment_II.device)
+    damp = 0.01 * moment_II.diagonal().mean() * identity
+    for doublings in range(10):
+        damped = moment_II + damp * 2**doublings
+        inverse = torch.linalg.inv(damped)
+        if bool((damped @ inverse - identity).norm() < 0.05):
+            return damped, inverse
+    raise ConfigError(
+        "the inputs of a layer vary too little for this start",
+        where="method.init",
+        hint="raise method.init_examples, or take another start",
+    )
+
+
+BYTES = 512 * 2**20
+"""What moments or gradients may hold at once; more matrices take more passes over the sample."""
+
+
+def gradients(weights: Mapping[str, nn.Parameter], sample: Sample) -> Iterator[tuple[str, Tensor]]:
+    """The loss's gradient of each weight over the sample, in float32 or wider, shaped as the weight."""
+    for names in in_chunks({name: w.numel() for name, w in weights.items()}):
+        with _widened([weights[name] for name in names]) as parameters:
+            found = dict(zip(names, sample.gradients(parameters), strict=True))
+        while found:
+            yield found.popitem()
+
+
+def second_moments(
+    modules: Mapping[str, nn.Module], widths: Mapping[str, int], sample: Sample
+) -> Iterator[tuple[str, Tensor]]:
+    """Mean of x x^T over the tokens of the sample for the inputs of each module, [I, I] in float32 or wider."""
+    for names in in_chunks({name: width**2 for name, width in widths.items()}):
+        sums: dict[str, Tensor] = {}
+        hooks = [modules[name].register_forward_pre_hook(partial(_add, sums, name)) for name in names]
+        try:
+            sample.read()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        while sums:
+            name, total = sums.popitem()
+            yield name, total / total.new_tensor(sample.tokens)
+
+
+def in_chunks(sizes: Mapping[str, int], limit: int = BYTES) -> Iterator[list[str]]:
+    """Names in order, as many at a time as hold at most `limit` bytes of float32; a larger one stands alone."""
+    chunk: list[str] = []
+    filled = 0
+    for name, size in sizes.items():
+        if chunk and filled + 4 * size > limit:
+            yield chunk
+            chunk, filled = [], 0
+        chunk.append(name)
+        filled += 4 * size
+    if chunk:
+        yield chunk
+
+
+def _add(sums: dict[str, Tensor], name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    x = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    with torch.autocast(x.device.type, enabled=False):  # the trunk's would multiply, and then add, in bfloat16
+        moment = x.T @ x
+    sums[name] = sums[name].add_(moment) if name in sums else moment
+
+
+@contextmanager
+def _widened(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Inside, the parameters are float32 at least and can be moved: a gradient in bfloat16 would be rounded."""
+    held = [p.data for p in parameters]
+    for p in parameters:
+        p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
+        p.requires_grad_(True)
+    try:
+        yield list(parameters)
+    finally:
+        for p, data in zip(parameters, held, strict=True):
+            p.requires_grad_(False)
+            p.data = data
+            p.grad = None

@@ -1,0 +1,162 @@
+"""Any other tuner of peft, by its own config: IA3, VeRA, OFT and their kin, as peft computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft import (
+    PeftConfig,
+    PeftModel,
+    PeftType,
+    get_peft_config,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rung.config.base import ALL_LINEAR
+from rung.config.method import PeftSpec
+from rung.errors import ConfigError, PlanError
+from rung.methods.adapter_files import read_state, write_peft
+from rung.methods.lora import DROPPED, quiet
+from rung.methods.protocol import Method, same_keys, same_shapes
+from rung.models.fused_modules import plain_part
+from rung.models.fused_ops import Part
+from rung.models.targets import select
+
+
+class Passthrough(Method):
+    """peft's tuner under Rung's engine: its own forward, its own file."""
+
+    kind = "peft"
+    artefact = "adapter"
+
+    def __init__(self, model: PreTrainedModel, spec: PeftSpec) -> None:
+        self.model, self.spec = model, spec
+        self.starts_as_base = spec.starts_as_base
+        config = _config(model, spec)
+        model.float()  # peft's tuners compute in the type the weights are held in
+        try:
+            self.peft: PeftModel = quiet(get_peft_model, model, config)
+        except (ValueError, TypeError, NotImplementedError, KeyError, AttributeError) as error:
+            what = f"peft does not take this config: {error}"
+            raise ConfigError(what, where="method.config", given=spec.config.get("peft_type")) from error
+        self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self._trainable:
+            what = "peft found nothing in this model that this tuner could train"
+            raise ConfigError(what, where="method.config", given=spec.config.get("peft_type"))
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """What peft leaves free."""
+        return dict(self._trainable)
+
+    def declared_parameters(self) -> int:
+        """As peft counts them."""
+        return int(self.peft.get_nb_trainable_parameters()[0])
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base alone, inside the context."""
+        with self.peft.disable_adapter():
+            yield
+
+    def part(self, module: nn.Module) -> Part | None:
+        """A plain linear as it stands; whatever belongs to a tuner computes itself."""
+        return None if isinstance(module, BaseTunerLayer) else plain_part(module)
+
+    def keeps_apart(self) -> str | None:
+        """Dropout, if the tuner's config asks for it."""
+        return DROPPED if any("dropout" in key and value for key, value in self.spec.config.items()) else None
+
+    def save(self, folder: Path) -> None:
+        """Write peft's two files."""
+        write_peft(folder, self._state(), self.peft.peft_config["default"].to_dict())
+
+    def load(self, folder: Path) -> None:
+        """Read them; keys missing or left over raise `CheckpointError`."""
+        state, own = read_state(folder), self._state()
+        same_keys(state.keys(), own.keys(), str(folder))
+        same_shapes(own, state, str(folder))
+        quiet(set_peft_model_state_dict, self.peft, state)
+
+    def merge(self) -> nn.Module:
+        """The base with the tuner folded in, where peft can. Raises `PlanError` where it cannot."""
+        try:
+            merged: nn.Module = quiet(self.peft.merge_and_unload, safe_merge=True)
+        except (AttributeError, NotImplementedError, ValueError) as error:
+            raise PlanError(f"peft cannot fold this tuner into the base: {error}") from error
+        return merged
+
+    def _state(self) -> dict[str, Tensor]:
+        return dict(quiet(get_peft_model_state_dict, self.peft, save_embedding_layers=False))
+
+
+def _config(model: PreTrainedModel, spec: PeftSpec) -> PeftConfig:
+    """Peft's config. Raises `ConfigError` for a tuner that is not there, is Rung's own, or takes other settings."""
+    given: dict[str, Any] = dict(spec.config)
+    kind = str(given.get("peft_type", "")).upper()
+    if kind in REPLACED:
+        own = REPLACED[kind]
+        raise ConfigError("this tuner has a method of its own", where="method.config", given=kind, allowed=own)
+    if kind not in PeftType.__members__:
+        known = ", ".join(sorted(set(PeftType.__members__) - set(REPLACED)))
+        raise ConfigError("no such tuner", where="method.config.peft_type", given=kind or None, allowed=known)
+    if kind in REFUSED:
+        raise ConfigError(REFUSED[kind], where="method.config", given=kind, hint="kind: lora with ranks, or lottery")
+    if kind == "TRAINABLE_TOKENS" and model.config.tie_word_embeddings:
+        what = "rows of a tied embedding are the head's as well, which is read past the tuner"
+        raise ConfigError(what, where="method.config", given=kind, hint="kind: full, or a base whose head is its own")
+    if given.get("task_type", "CAUSAL_LM") != "CAUSAL_LM" or given.get("inference_mode"):
+        refused = {key: given[key] for key in ("task_type", "inference_mode") if key in given}
+        raise ConfigError("a run trains a model that writes", where="method.config", given=refused)
+    given |= {"peft_type": kind, "task_type": "CAUSAL_LM"}
+    chosen = spec.targets != ALL_LINEAR or spec.layers is not None
+    if chosen and (kind in _NO_TARGETS or "target_modules" in given):
+        why = "finds its modules itself" if kind in _NO_TARGETS else "names them in its config"
+        raise ConfigError(f"targets and layers would do nothing: this tuner {why}", where="method", given=kind)
+    if kind not in _NO_TARGETS:
+        given.setdefault("target_modules", select(model, spec.targets, spec.layers))
+    if kind == "IA3" and isinstance(given["target_modules"], list):
+        # by whole names, as the targets are: stock peft refuses a file in which they are none of them
+        ends = given.get("feedforward_modules", FEED_FORWARD)
+        ends = [ends] if isinstance(ends, str) else ends
+        given["feedforward_modules"] = [n for n in given["target_modules"] if n.endswith(tuple(ends))] if ends else []
+    try:
+        config = get_peft_config(given)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error), where="method.config", given=kind) from error
+    if hasattr(config, "fan_in_fan_out") and any(isinstance(module, Conv1D) for module in model.modules()):
+        config.fan_in_fan_out = True  # GPT-2 stores its weights transposed
+    return config
+
+
+FEED_FORWARD = ("down_proj", "fc_out", "fc2", "dense_4h_to_h", "mlp.c_proj")
+"""Ends of names of the matrices that IA3 scales the inputs of (Liu et al. 2022, section 3.3)."""
+REPLACED = {
+    "LORA": "kind: lora",
+    "PROMPT_TUNING": "kind: prompt",
+    "PREFIX_TUNING": "kind: prefix",
+    "P_TUNING": "kind: p_tuning",
+    "MULTITASK_PROMPT_TUNING": "kind: prompt",
+    "CPT": "kind: prompt",
+    "CARTRIDGE": "kind: prefix",
+    "XLORA": "kind: mixture",
+}
+"""Tuners that Rung computes itself."""
+REFUSED = {
+    "ADALORA": "AdaLoRA hands its ranks out anew between steps, which peft leaves to a training loop of its own",
+    "POLY": "Poly chooses among its skills by task ids, which peft wants as an argument of every forward",
+    "ADAMSS": "AdaMSS freezes parts of itself between steps, which peft leaves to a training loop of its own",
+    "LILY": "Lily's router averages over every token at hand, those of other documents and those to come among them",
+    "SHADOW": "Shadow's layers read what a forward of peft's own left behind, which no other forward does",
+}
+"""Tuners that would train as something else than their name says."""
+_NO_TARGETS = frozenset({"LN_TUNING", "ADAPTION_PROMPT", "TRAINABLE_TOKENS"})
+"""Tuners that find their modules themselves."""

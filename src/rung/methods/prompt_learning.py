@@ -1,0 +1,267 @@
+"""Virtual tokens: something learned stands before every document, and the model stays as it is.
+
+Prompt tuning learns embeddings that pass through all layers (Lester et al. 2021). Prefix tuning learns keys and values
+in every layer (Li and Liang 2021): as they are (Liu et al. 2022, P-tuning v2), or made by a network from learned
+embeddings. P-tuning makes either of them with an encoder that several tasks share (Liu et al. 2021). What an encoder
+gives is computed once a step, and alone is saved.
+
+Suffixes: P virtual tokens, H width, L layers, K key/value heads, D head width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PrefixTuningConfig, PromptTuningConfig
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rung.config.method import PrefixSpec, PromptSpec, PTuningSpec, encoder_parameters, in_front
+from rung.errors import ConfigError, DataError, PlanError
+from rung.methods.adapter_files import CONFIG, read_state, write_peft
+from rung.methods.protocol import Method, Sample, same_keys, same_shapes, switched_off
+from rung.models.policy import Virtual
+
+TENSOR = "prompt_embeddings"
+"""peft's name, for prompts and for prefixes."""
+ALL = ""
+"""The task of a method that learns one thing for all."""
+FREQUENT = 5000
+"""`vocabulary` draws from as many of the first tokens: vocabularies begin with what is frequent."""
+START = 0.02
+"""Standard deviation of keys and values before they are those of real tokens."""
+ENCODED = 1.0
+"""And of what an encoder makes rows from, as torch draws embeddings: smaller ones drown in its biases."""
+
+
+class VirtualTokens(Method):
+    """Rows [P, width] for each task, learned as they are or made by an encoder."""
+
+    artefact = "adapter"
+    starts_as_base = False
+    """Something stands before the document that was not there."""
+
+    def __init__(self, model: PreTrainedModel, spec: PromptSpec | PrefixSpec | PTuningSpec) -> None:
+        self.model, self.spec, self.kind = model, spec, spec.kind
+        self.seed = torch.initial_seed()  # what `attach` has just set
+        self.count, self.front, self.on = spec.virtual_tokens, in_front(spec), True
+        self.tasks = spec.tasks or (ALL,)
+        config = model.config
+        self.features, self.layers = int(config.hidden_size), int(config.num_hidden_layers)
+        heads = int(config.num_attention_heads)
+        self.kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+        self.head_width = int(getattr(config, "head_dim", None) or self.features // heads)
+        self.every_layer = isinstance(spec, PrefixSpec) or getattr(spec, "layers", None) == "all"
+        self.width = 2 * self.layers * self.kv_heads * self.head_width if self.every_layer else self.features
+        weight: Tensor = model.get_input_embeddings().weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.encoder = encoder_of(spec, self.features, self.width)
+        if self.encoder is not None:
+            self.encoder.to(weight.device, dtype)
+        std = ENCODED if self.encoder is not None else START if self.every_layer else float(weight.float().std())
+        shape = (self.count, self.width if self.encoder is None else self.features)
+        self.tables = {
+            task: nn.Parameter((torch.randn(shape, dtype=dtype) * std).to(weight.device)) for task in self.tasks
+        }
+        needs_tokens = self.encoder is None and getattr(spec, "init", None) != "random"
+        self.sample_size = int(needs_tokens)  # for the tokenizer and the model: the documents are not looked at
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Those that stand in front; 0 inside `disabled`."""
+        return self.front if self.on else 0
+
+    @property
+    def inserted_tokens(self) -> int:
+        """Those that stand inside, behind the ones in front in every table; 0 inside `disabled`."""
+        return self.count - self.front if self.on else 0
+
+    def rows(self, task: str | None) -> Tensor:
+        """All of a task, [P, width], with the graph. Raises `DataError` for a task without any."""
+        return self._rows(self._named(task))
+
+    def virtual(self, rows: Tensor) -> Virtual:
+        """Embeddings [P, H], or keys and values [1, K, P, D] by layer."""
+        if not self.every_layer:
+            return rows[: self.front]
+        pairs = rows.view(self.count, self.layers, 2, self.kv_heads, self.head_width).permute(1, 2, 3, 0, 4)
+        both = [pair.unbind(0) for pair in pairs.unbind(0)]
+        return {layer: (key[None], value[None]) for layer, (key, value) in enumerate(both)}
+
+    def inserted(self, rows: Tensor) -> Tensor:
+        """Embeddings of those that stand inside."""
+        return rows[self.front :]
+
+    def reached(self, tasks: Collection[str | None]) -> Collection[str] | None:
+        """The tables of these tasks, and the encoder."""
+        if self.tasks == (ALL,):
+            return None
+        others = {f"{TENSOR}.{task}" for task in self.tasks if task not in tasks}
+        return self.trainable().keys() - others
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The rows of each task, or what an encoder makes them from, and the encoder."""
+        own = {f"{TENSOR}.{task}" if task else TENSOR: table for task, table in self.tables.items()}
+        encoder = {} if self.encoder is None else dict(self.encoder.named_parameters())
+        return {**own, **{f"encoder.{name}": parameter for name, parameter in encoder.items()}}
+
+    def declared_parameters(self) -> int:
+        """Tasks times P times the width of a row, or of the encoder's inputs, and the encoder's own."""
+        rows = len(self.tasks) * self.count * (self.width if self.encoder is None else self.features)
+        return rows + encoder_parameters(self.spec, self.features, self.width)
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """The base alone, inside the context: documents begin with their own first token."""
+        return switched_off(self)
+
+    def calibrate(self, sample: Sample, start: Path | None = None) -> None:
+        """Begin with the embeddings, or the keys and values, of real tokens."""
+        if start is not None:
+            self.load(start)
+            return
+        for number, table in enumerate(self.tables.values()):
+            text = getattr(self.spec, "init_text", None)
+            if text is not None:
+                ids = text_ids(sample.tokenizer, text, self.count)
+            else:
+                ids = frequent_ids(sample.tokenizer, self.count, self.seed + number)
+            with torch.no_grad():
+                table.copy_(self._of_tokens(sample, ids))
+
+    def save(self, folder: Path) -> None:
+        """Write peft's two files; of several tasks, in a folder for each."""
+        if self.tasks == (ALL,):
+            self._write(folder, self._rows(ALL))
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        listed = {"peft_type": "RUNG_TASKS", "tasks": {task: _folder(i) for i, task in enumerate(self.tasks)}}
+        (folder / CONFIG).write_text(json.dumps(listed, indent=2) + "\n")
+        for i, task in enumerate(self.tasks):
+            self._write(folder / _folder(i), self._rows(task))
+
+    def load(self, folder: Path) -> None:
+        """Read them; an encoder, if there was one, has done its work. Other keys raise `CheckpointError`."""
+        found = {}
+        for i, task in enumerate(self.tasks):
+            own = folder if self.tasks == (ALL,) else folder / _folder(i)
+            state = read_state(own)
+            same_keys(state.keys(), {TENSOR}, str(own))
+            same_shapes({TENSOR: torch.empty(self.count, self.width, device="meta")}, state, str(own))
+            found[task] = state[TENSOR]
+        with torch.no_grad():
+            for task, rows in found.items():
+                if self.encoder is None:
+                    self.tables[task].copy_(rows)
+                else:
+                    like = self.tables[task]
+                    self.tables[task] = nn.Parameter(rows.to(like.device, like.dtype))
+        self.encoder = None
+
+    def merge(self) -> nn.Module:
+        """Raises `PlanError`: there is no weight that it could be added to."""
+        raise PlanError(
+            "virtual tokens cannot be folded into the base: they stand in its input, not in its weights",
+            hint="serve the base with the adapter, or train a lora",
+        )
+
+    def _named(self, task: str | None) -> str:
+        if self.tasks == (ALL,):
+            return ALL
+        if task not in self.tables:
+            raise DataError(
+                "nothing was learned for this task",
+                given=task,
+                allowed=", ".join(self.tasks),
+                hint="name the column in data.task, or, for rung chat, --task",
+            )
+        return task
+
+    def _rows(self, task: str) -> Tensor:
+        if self.encoder is None:
+            return self.tables[task]
+        made: Tensor = self.encoder(self.tables[task])
+        return made
+
+    def _of_tokens(self, sample: Sample, ids: Sequence[int]) -> Tensor:
+        if not self.every_layer:
+            rows: Tensor = self.model.get_input_embeddings()(torch.tensor(list(ids), device=self.model.device))
+            return rows
+        found = sample.keys_values(ids)
+        pairs = torch.stack([torch.cat(found[layer]) for layer in range(self.layers)])  # [L, 2, K, P, D]
+        return pairs.permute(3, 0, 1, 2, 4).reshape(self.count, self.width)
+
+    def _write(self, folder: Path, rows: Tensor) -> None:
+        if self.front < self.count:  # peft puts all of them in front, and would not notice
+            own = {"peft_type": "RUNG_P_TUNING", "task_type": "CAUSAL_LM", "spec": self.spec.model_dump()}
+            write_peft(folder, {TENSOR: rows}, own)
+            return
+        heads = self.kv_heads if self.every_layer else int(self.model.config.num_attention_heads)
+        kind = PrefixTuningConfig if self.every_layer else PromptTuningConfig
+        config: PeftConfig = kind(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=self.count,
+            token_dim=self.kv_heads * self.head_width if self.every_layer else self.features,
+            num_transformer_submodules=1,
+            num_attention_heads=heads,
+            num_layers=self.layers,
+        )
+        write_peft(folder, {TENSOR: rows}, config.to_dict())
+
+
+class _Lstm(nn.Module):
+    """Two layers in both directions, then linear, ReLU, linear (Liu et al. 2021, eq. 3)."""
+
+    def __init__(self, features: int, hidden: int, width: int) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(features, hidden, num_layers=2, bidirectional=True, batch_first=True)
+        self.head = nn.Sequential(nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, width))
+
+    def forward(self, rows_PH: Tensor) -> Tensor:
+        """[P, H] -> [P, width]."""
+        made: Tensor = self.head(self.lstm(rows_PH[None])[0])[0]
+        return made
+
+
+def encoder_of(spec: PromptSpec | PrefixSpec | PTuningSpec, features: int, width: int) -> nn.Module | None:
+    """The network that makes rows of this width from embeddings; None where rows are learned as they are."""
+    if isinstance(spec, PTuningSpec):
+        hidden = spec.hidden or features // 2
+        if spec.encoder == "lstm":
+            return _Lstm(features, hidden, width)
+        first, second = nn.Linear(features, hidden), nn.Linear(hidden, hidden)
+        return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Linear(hidden, width))
+    if isinstance(spec, PrefixSpec) and spec.projection is not None:
+        return nn.Sequential(nn.Linear(features, spec.projection), nn.Tanh(), nn.Linear(spec.projection, width))
+    return None
+
+
+def frequent_ids(tokenizer: Any, count: int, seed: int) -> list[int]:
+    """Different tokens drawn from the first of the vocabulary that are no special ones."""
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    known = [i for i in range(min(len(tokenizer), FREQUENT + len(special))) if i not in special][:FREQUENT]
+    if len(known) < count:
+        raise ConfigError(
+            "the vocabulary has fewer tokens than the prompt",
+            where="method.virtual_tokens",
+            given=count,
+            allowed=f"1 to {len(known)}",
+        )
+    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))[:count]
+    return [known[int(i)] for i in order]
+
+
+def text_ids(tokenizer: Any, text: str, count: int) -> list[int]:
+    """The tokens of a text, repeated or cut to `count`."""
+    ids: Sequence[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ConfigError("this text has no token", where="method.init_text", given=text)
+    return [ids[i % len(ids)] for i in range(count)]
+
+
+def _folder(number: int) -> str:
+    return f"task-{number}"

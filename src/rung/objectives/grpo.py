@@ -1,0 +1,131 @@
+"""Reinforcement without a value model: an answer is worth what it is above the others to the same prompt.
+
+Suffixes: D documents, N predictions, G answers of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rung.config.objective import GrpoSpec
+from rung.models.policy import Policy, by_document
+from rung.objectives.advantages import over_group, over_mean, over_others
+from rung.objectives.protocol import Objective, taken
+from rung.types import Counts, Example, LossTerm, PackedBatch, Rollout
+
+ADVANTAGES = {"grpo": over_group, "dr_grpo": over_mean, "rloo": over_others}
+
+
+def clipped(logratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """max(-A rho, -A clip(rho, 1 - c, 1 + c)), rho = exp(logratio) (Schulman et al. 2017, eq. 7, to be minimised)."""
+    ratio = logratio.exp()
+    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1.0 - clip, 1.0 + clip))
+
+
+def kl_above(logprob: Tensor, reference: Tensor) -> Tensor:
+    """exp(d) - d - 1 with d = reference - logprob: unbiased for the KL divergence, never below 0 (Schulman, k3)."""
+    d = reference - logprob
+    return torch.expm1(d) - d
+
+
+class Grpo(Objective):
+    """Sum over answers, each with the weight of its row; the divisor is the sum of the weights."""
+
+    def __init__(self, spec: GrpoSpec) -> None:
+        self.spec, self.rollout = spec, spec.rollout
+        self.seen: list[dict[str, Tensor]] = []
+        self.said: dict[str, float] = {}
+
+    def count(self, batch: PackedBatch) -> Counts:
+        """Weights of the answers, and of their tokens."""
+        tokens = sum(d.weight * d.predictions for d in batch.documents)
+        return Counts(tokens=float(tokens), sequences=float(sum(d.weight for d in batch.documents)))
+
+    def columns(self, policy: Policy, rollout: Rollout) -> list[Mapping[str, np.ndarray]]:
+        """Advantages, and log-probabilities of the policy that made the answers and of the reference where needed."""
+        documents, rewards = rollout.documents, np.array(rollout.rewards, dtype=np.float64)
+        found: list[dict[str, np.ndarray]] = [{} for _ in documents]
+        if self.spec.rollout.steps > 1:
+            put(found, "old", rollout.read(policy.logprobs))
+        if self.spec.beta:
+            put(found, "reference", rollout.read(policy.reference_logprobs))
+        if self.spec.beta and self.spec.loss == "rloo":  # there the divergence is part of what an answer is worth
+            own = [c["old"] for c in found] if "old" in found[0] else rollout.read(policy.logprobs)
+            apart = [float((a - c["reference"]).sum()) for a, c in zip(own, found, strict=True)]
+            rewards = rewards - self.spec.beta * np.array(apart)
+        advantages = np.zeros(len(documents))
+        groups = np.array([d.row for d in documents])
+        for row in np.unique(groups):
+            advantages[groups == row] = ADVANTAGES[self.spec.loss](rewards[groups == row])
+        for column, document, advantage in zip(found, documents, advantages, strict=True):
+            column["advantage"] = np.full(document.predictions, advantage)
+        self._say(rollout, groups)
+        return list(found)
+
+    def moves(self, examples: Sequence[Example]) -> bool:
+        """Whether some group has answers of different worth."""
+        return any(bool(e.columns["advantage"].any()) for e in examples)
+
+    def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
+        """One term."""
+        logprobs_N, given = policy.logprobs(batch), batch.loss.columns
+        advantage_N = given["advantage"].to(logprobs_N.dtype)
+        old_N = given["old"].to(logprobs_N.dtype) if "old" in given else logprobs_N.detach()
+        tokens_D = by_document(batch, torch.ones_like(logprobs_N))
+        if self.spec.loss == "rloo":
+            total_D = by_document(batch, logprobs_N - old_N)
+            losses_D = clipped(total_D, by_document(batch, advantage_N) / tokens_D, self.spec.clip)
+        else:
+            losses_N = clipped(logprobs_N - old_N, advantage_N, self.spec.clip)
+            if self.spec.beta:
+                losses_N = losses_N + self.spec.beta * kl_above(logprobs_N, given["reference"].to(logprobs_N.dtype))
+            share = tokens_D if self.spec.loss == "grpo" else self.spec.rollout.max_new_tokens
+            losses_D = by_document(batch, losses_N) / share
+        self._see(batch, logprobs_N.detach(), old_N, given.get("reference"))
+        weight_D = losses_D.new_tensor([d.weight for d in batch.documents])
+        return [LossTerm((losses_D * weight_D).sum(), "sequences", self.spec.loss)]
+
+    def report(self) -> Mapping[str, float]:
+        """Of the answers: rewards, lengths, groups without a lesson; of the step: ratio and divergence."""
+        if not self.seen:
+            return {}
+        found = taken(self.seen)
+        ratio = found["logratio"].exp()
+        outside = ((ratio - 1.0).abs() > self.spec.clip).double().mean()
+        divergence = {"kl": float(found["kl"].mean())} if "kl" in found else {}
+        return {**self.said, "ratio": float(ratio.mean()), "clipped": float(outside), **divergence}
+
+    def _see(self, batch: PackedBatch, logprobs_N: Tensor, old_N: Tensor, reference_N: Tensor | None) -> None:
+        """What the loss uses: with rloo ratios of whole answers, and the plain log-ratio that is in its rewards."""
+        whole = self.spec.loss == "rloo"
+        kept = {"logratio": by_document(batch, logprobs_N - old_N) if whole else logprobs_N - old_N}
+        if reference_N is not None:
+            apart = logprobs_N - reference_N.to(logprobs_N.dtype)
+            kept["kl"] = apart if whole else kl_above(logprobs_N, logprobs_N - apart)
+        self.seen.append(kept)
+
+    def _say(self, rollout: Rollout, groups: NDArray[np.int64]) -> None:
+        rewards = np.array(rollout.rewards, dtype=np.float64)
+        by_group = [rewards[groups == row] for row in np.unique(groups)]
+        alike = [own for own in by_group if own.max() - own.min() == 0.0]
+        lengths = [d.predictions for d in rollout.documents]
+        self.said = {
+            "reward": float(rewards.mean()),
+            "reward_spread": float(np.mean([own.std() for own in by_group])),
+            "alike": len(alike) / len(by_group),
+            "all_right": sum(float(own[0]) >= 1.0 for own in alike) / len(by_group),
+            "all_wrong": sum(float(own[0]) <= 0.0 for own in alike) / len(by_group),
+            "answer_tokens": float(np.mean(lengths)),
+            "cut": 1.0 - float(np.mean(rollout.stopped)),
+        }
+
+
+def put(found: list[dict[str, np.ndarray]], name: str, values: Sequence[np.ndarray]) -> None:
+    """Values of each document by name."""
+    for column, own in zip(found, values, strict=True):
+        column[name] = own

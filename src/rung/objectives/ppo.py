@@ -1,0 +1,177 @@
+"""Proximal policy optimisation with a value model and a penalty for leaving the reference: RLHF's third step.
+
+Suffixes: D documents, N predictions, T tokens of one answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rung.config.objective import PpoSpec
+from rung.models.policy import Policy
+from rung.objectives.advantages import Floats, generalised, whitened
+from rung.objectives.grpo import clipped, kl_above, put
+from rung.objectives.protocol import Objective, taken
+from rung.objectives.reward import ScoreHead
+from rung.types import Counts, Example, LossTerm, PackedBatch, Rollout
+
+
+def value_loss(values: Tensor, before: Tensor, returns: Tensor, clip: float) -> Tensor:
+    """Half the larger of (V - R)^2 and (V' - R)^2, V' kept within the clip of the value before the update.
+
+    Schulman et al.'s reference implementation of PPO2, as used by Ziegler et al. 2019.
+    """
+    near = before + (values - before).clamp(-clip, clip)
+    return 0.5 * torch.maximum((values - returns).square(), (near - returns).square())
+
+
+def adapted(beta: float, divergence: float, target: float, answers: int, horizon: int) -> float:
+    """The next penalty: it rises while the divergence lies above its target (Ziegler et al. 2019, section 2.2)."""
+    error = min(max(divergence / target - 1.0, -0.2), 0.2)
+    return beta * (1.0 + error * min(1.0, answers / horizon))
+
+
+class Ppo(Objective):
+    """Sum over the tokens of answers, each with the weight of its row."""
+
+    head: ScoreHead
+    """Of the value model: what is expected of an answer, before each of its tokens."""
+
+    def __init__(self, spec: PpoSpec) -> None:
+        self.spec, self.rollout = spec, spec.rollout
+        self.critic: Policy | None = None
+        """The value model: an adapter of its own on the same base; None reads values off the policy's own states."""
+        self.start: ScoreHead | None = None
+        """The head that it comes with."""
+        self.beta = spec.beta
+        self.seen: list[dict[str, Tensor]] = []
+        self.said: dict[str, float] = {}
+
+    def begin(self, policy: Policy, seed: int) -> None:
+        """A fresh value head, unless the value model comes with one."""
+        self.head = self.start or ScoreHead.fresh(policy, seed)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The value model's numbers and its head."""
+        own = {} if self.critic is None else self.critic.method.trainable()  # type: ignore[attr-defined]
+        return {**{f"value.{name}": p for name, p in own.items()}, "value.score.weight": self.head.weight}
+
+    def partners(self) -> Sequence[Policy]:
+        """The value model."""
+        return [] if self.critic is None else [self.critic]
+
+    def state(self) -> dict[str, float]:
+        """The penalty, which adapts."""
+        return {"beta": self.beta}
+
+    def resume(self, state: Mapping[str, float]) -> None:
+        """Take it up."""
+        self.beta = state["beta"]
+
+    def count(self, batch: PackedBatch) -> Counts:
+        """Weights of the answers' tokens."""
+        tokens = sum(d.weight * d.predictions for d in batch.documents)
+        return Counts(tokens=float(tokens), sequences=float(batch.sequences))
+
+    def values(self, policy: Policy, batch: PackedBatch) -> Tensor:
+        """What is expected before each token of the answers, [N]."""
+        found: Tensor = self.head((self.critic or policy).hidden_states(batch)[batch.loss.source])
+        return found
+
+    def columns(self, policy: Policy, rollout: Rollout) -> list[Mapping[str, np.ndarray]]:
+        """Log-probabilities, values, advantages and returns of every token, of the policy that made the answers."""
+        old, values = rollout.read(policy.logprobs), rollout.read(lambda batch: self.values(policy, batch))
+        apart = [np.zeros_like(own) for own in old]
+        if self.spec.beta:
+            apart = [a - b for a, b in zip(old, rollout.read(policy.reference_logprobs), strict=True)]
+        advantages, returns = [], []
+        for own, far, expected in zip(rollout.rewards, apart, values, strict=True):
+            rewards = -self.beta * far.astype(np.float64)
+            rewards[-1] += own  # the answer is judged when it ends: on its stop
+            found = generalised(rewards, expected.astype(np.float64), self.spec.gamma, self.spec.decay)
+            advantages.append(found)
+            returns.append(found + expected)
+        self._say(rollout, apart, values, returns)
+        if self.spec.whiten:
+            advantages = whitened(advantages)
+        columns: list[dict[str, np.ndarray]] = [{} for _ in old]
+        for name, parts in (("old", old), ("values", values), ("advantage", advantages), ("returns", returns)):
+            put(columns, name, parts)
+        if (adapt := self.spec.adapt) is not None:
+            n = len(rollout.documents)
+            self.beta = adapted(self.beta, self.said["kl_answer"], adapt.target, n, adapt.horizon)
+        return list(columns)
+
+    def moves(self, examples: Sequence[Example]) -> bool:
+        """Whether some token was worth more than another."""
+        return any(bool(e.columns["advantage"].any()) for e in examples)
+
+    def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
+        """One term of the policy, one of the values, and one of the entropy where it is asked for."""
+        hidden = policy.hidden_states(batch)
+        logprobs_N = policy.logprobs_of(hidden, batch)
+        values_N = self.head(hidden[batch.loss.source]) if self.critic is None else self.values(policy, batch)
+        given = {name: column.to(logprobs_N.dtype) for name, column in batch.loss.columns.items()}
+        weight_N = batch.loss.weight.to(logprobs_N.dtype)
+        logratio_N = logprobs_N - given["old"]
+        policy_N = clipped(logratio_N, given["advantage"], self.spec.clip)
+        value_N = value_loss(values_N.to(logprobs_N.dtype), given["values"], given["returns"], self.spec.value_clip)
+        self.seen.append(
+            {"logratio": logratio_N.detach(), "logprob": logprobs_N.detach(), "value_loss": value_N.detach()}
+        )
+        terms = [
+            LossTerm((policy_N * weight_N).sum(), "tokens", "policy"),
+            LossTerm(self.spec.value_weight * (value_N * weight_N).sum(), "tokens", "value"),
+        ]
+        if self.spec.entropy:  # its gradient is -E[log p grad log p]; the ratio makes up for who drew the tokens
+            surprise_N = logratio_N.exp() * logprobs_N.detach()
+            terms.append(LossTerm(self.spec.entropy * (surprise_N * weight_N).sum(), "tokens", "entropy"))
+        return terms
+
+    def halts(self) -> str | None:
+        """Why the rest of a rollout is left: the policy has moved too far from the one that made the answers."""
+        logratio = torch.cat([own["logratio"] for own in self.seen]).double()
+        divergence, ratio = float(_k3(logratio).mean()), float(logratio.exp().mean())
+        if divergence > self.spec.stops.kl:
+            return f"divergence {divergence:.3f} nats a token, at most {self.spec.stops.kl:g}"
+        if ratio > self.spec.stops.ratio:
+            return f"mean ratio {ratio:.2f}, at most {self.spec.stops.ratio:g}"
+        return None
+
+    def report(self) -> Mapping[str, float]:
+        """Of the answers: rewards, divergence, values; of the step: ratio, clipping, entropy."""
+        if not self.seen:
+            return {}
+        found = taken(self.seen)
+        ratio = found["logratio"].exp()
+        return {
+            **self.said,
+            "ratio": float(ratio.mean()),
+            "clipped": float(((ratio - 1.0).abs() > self.spec.clip).double().mean()),
+            "kl_step": float(_k3(found["logratio"]).mean()),
+            "entropy": float(-(ratio * found["logprob"]).mean()),
+            "value_loss": float(found["value_loss"].mean()),
+        }
+
+    def _say(self, rollout: Rollout, apart: Sequence[Floats], values: Sequence[Floats], returns: list[Floats]) -> None:
+        every, expected = np.concatenate(returns), np.concatenate([np.asarray(v) for v in values])
+        spread = float(every.var())
+        self.said = {
+            "reward": float(np.mean(rollout.rewards)),
+            "reward_spread": float(np.std(rollout.rewards)),
+            "kl": float(np.concatenate([np.asarray(a) for a in apart]).mean()),
+            "kl_answer": float(np.mean([float(a.sum()) for a in apart])),
+            "beta": self.beta,
+            "explained": 1.0 - float((every - expected).var()) / spread if spread > 0 else 0.0,
+            "answer_tokens": float(np.mean([d.predictions for d in rollout.documents])),
+            "cut": 1.0 - float(np.mean(rollout.stopped)),
+        }
+
+
+def _k3(logratio: Tensor) -> Tensor:
+    """Of the policy that made the answers to the one at hand, each token's estimate."""
+    return kl_above(torch.zeros_like(logratio), logratio)

@@ -1,0 +1,122 @@
+"""Reward modelling: a scalar head on the last token of an answer learns to put better answers above others.
+
+Suffixes: D documents of a batch, P pairs, H width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from rung.config.objective import RewardSpec
+from rung.models.policy import Policy
+from rung.objectives.pairs import correlation, pairs
+from rung.objectives.protocol import Objective, taken
+from rung.types import Counts, LossTerm, PackedBatch
+
+
+def bradley_terry(better_P: Tensor, other_P: Tensor, margin_P: Tensor) -> Tensor:
+    """-log sigmoid(r_w - r_l - m) in nats [P] (Ouyang et al. 2022, eq. 1; the margin m: Touvron et al. 2023, eq. 2)."""
+    return -F.logsigmoid(better_P - other_P - margin_P)
+
+
+def centring(better_P: Tensor, other_P: Tensor) -> Tensor:
+    """(r_w + r_l)^2 [P]: comparing leaves the level of the scores open, this holds it at 0 (Eisenstein et al. 2024)."""
+    return (better_P + other_P).square()
+
+
+class ScoreHead(nn.Module):
+    """A linear map of the last hidden state to one number, in float32 or wider."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    @staticmethod
+    def fresh(policy: Policy, seed: int) -> ScoreHead:
+        """Drawn from N(0, 1 / (H + 1)) (Stiennon et al. 2020, appendix B.1)."""
+        width = policy.model.get_input_embeddings().weight.shape[1]
+        random = torch.Generator().manual_seed(seed)
+        dtype = torch.promote_types(torch.float32, policy.model.get_input_embeddings().weight.dtype)
+        weight = torch.randn(1, width, generator=random, dtype=torch.float32) / (width + 1) ** 0.5
+        return ScoreHead(weight.to(policy.device, dtype))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """[..., H] to [...]."""
+        with torch.autocast(h.device.type, enabled=False):
+            scores: Tensor = (h.to(self.weight.dtype) @ self.weight.T)[..., 0]
+        return scores
+
+
+def last_tokens(batch: PackedBatch) -> Tensor:
+    """Where the last token of each document stands in the row, [D]: that of its stop, where it has one."""
+    return torch.tensor([int(places[-1]) for places in batch.rows], device=batch.ids.device)
+
+
+class Reward(Objective):
+    """Sum over rows of the mean loss of a row's pairs, each with the row's weight."""
+
+    compares, at_least, reads_head = True, 2, False
+    head: ScoreHead
+
+    def __init__(self, spec: RewardSpec) -> None:
+        self.spec = spec
+        self.seen: list[dict[str, Tensor]] = []
+
+    def begin(self, policy: Policy, seed: int) -> None:
+        """A fresh head."""
+        self.head = ScoreHead.fresh(policy, seed)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The head."""
+        return {"score.weight": self.head.weight}
+
+    def published(self) -> Tensor:
+        """The head."""
+        return self.head.weight.detach()
+
+    def count(self, batch: PackedBatch) -> Counts:
+        """Weights of the rows."""
+        return Counts(sequences=float(batch.sequences), pairs=sum(pairs(batch).weight))
+
+    def scores(self, policy: Policy, batch: PackedBatch) -> Tensor:
+        """Of every document, [D]; on the scale of a log-odds: a difference of 1.1 is a preference of 3 to 1."""
+        scores: Tensor = self.head(policy.hidden_states(batch)[last_tokens(batch)])
+        return scores
+
+    def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
+        """One term of the pairs, and one that centres the scores where `centre` is above 0."""
+        found, scores_D = pairs(batch), self.scores(policy, batch)
+        better_P, other_P = (torch.tensor(side, device=scores_D.device) for side in (found.better, found.other))
+        weight_P = scores_D.new_tensor(found.weight)
+        given = [document.score or 0.0 for document in batch.documents]
+        apart = [given[a] - given[b] for a, b in zip(found.better, found.other, strict=True)]
+        better, other = scores_D[better_P], scores_D[other_P]
+        losses_P = bradley_terry(better, other, self.spec.margin * scores_D.new_tensor(apart))
+        self._see(batch, better.detach(), other.detach(), better_P, other_P)
+        terms = [LossTerm((losses_P * weight_P).sum(), "pairs", "bradley_terry")]
+        if self.spec.centre:
+            level = (centring(better, other) * weight_P).sum()
+            terms.append(LossTerm(self.spec.centre * level, "pairs", "centring"))
+        return terms
+
+    def report(self) -> Mapping[str, float]:
+        """Of the pairs: how many stand the right way, scores, and how far their differences follow the lengths'."""
+        if not self.seen:
+            return {}
+        found = taken(self.seen)
+        margin = found["better"] - found["other"]
+        return {
+            "accuracy": float((margin > 0).double().mean()),
+            "margin": float(margin.mean()),
+            "chosen_score": float(found["better"].mean()),
+            "rejected_score": float(found["other"].mean()),
+            "length_correlation": correlation(margin, found["longer"]),
+        }
+
+    def _see(self, batch: PackedBatch, better: Tensor, other: Tensor, better_P: Tensor, other_P: Tensor) -> None:
+        tokens_D = torch.tensor([int(d.supervised.sum()) for d in batch.documents], device=better.device)
+        self.seen.append({"better": better, "other": other, "longer": tokens_D[better_P] - tokens_D[other_P]})

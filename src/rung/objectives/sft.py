@@ -1,0 +1,32 @@
+"""Supervised fine-tuning: the negative log-likelihood of the supervised tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rung.config.objective import SftSpec
+from rung.models.policy import Policy
+from rung.objectives.protocol import Objective
+from rung.types import Counts, LossTerm, PackedBatch
+
+
+def nll(logprobs_N: Tensor, weight_N: Tensor) -> Tensor:
+    """Weighted sum of -log p in nats. A uniform guess over V tokens with weight 1 gives N log V."""
+    return -(logprobs_N * weight_N.to(logprobs_N.dtype)).sum()
+
+
+class Sft(Objective):
+    """Sum of weighted token losses; the divisor is the sum of the weights: a row of weight 2 counts as two."""
+
+    def __init__(self, spec: SftSpec) -> None:
+        self.spec = spec
+
+    def count(self, batch: PackedBatch) -> Counts:
+        """The sum of the weights of the supervised tokens."""
+        # from the documents: the weights of the batch may stand on a device, and reading them would wait for it
+        learned = sum(d.weight * int(d.supervised[1:].sum()) for d in batch.documents)
+        return Counts(tokens=float(learned), sequences=float(batch.sequences))
+
+    def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
+        """One term, in nats."""
+        return [LossTerm(nll(policy.logprobs(batch), batch.loss.weight), unit="tokens")]

@@ -1,0 +1,326 @@
+"""What a config takes, what every other method would take, and the cheapest change that makes it fit."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rung.config.method import METHOD_SPECS, MOVES_BASE
+from rung.config.model import ALONE, ModelSpec
+from rung.config.objective import ModelRewardSpec
+from rung.config.run import RunSpec
+from rung.errors import ConfigError, did_you_mean
+from rung.planning.architecture import Shape, read_shape
+from rung.planning.memory import Memory, Stage, Work, afterwards, memory, tokens_per_micro_batch
+from rung.planning.method_cost import trained
+from rung.planning.throughput import DEVICES, LENGTH, Amount, Device, Rate, amount_of, rate_for, run_flops
+
+PROBED = 2048
+"""The largest budget that `probe` tries."""
+SMALL = 256
+"""Tokens at once beside further changes: fewer would be slower and spare little."""
+LEARNED = 0.5
+"""Share of a micro-batch that the loss is taken of, as long as nothing has been tokenised."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One run's cost."""
+
+    method: str
+    moving: int | None
+    """Numbers that move; None where only the loaded model can tell."""
+    memory: Memory
+    flops: float | None
+    """None where nobody knows how much data there is."""
+    seconds: float | None
+    """At the rate; None where none is known."""
+    after: tuple[Stage, ...]
+    """What `rung eval` and `rung merge` hold."""
+    limit: int | None
+    """Bytes that there are; None where nobody said."""
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether what is needed lies within the limit; None without one."""
+        return None if self.limit is None else self.memory.needed <= self.limit
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "method": self.method,
+            "trainable_parameters": self.moving,
+            "memory": self.memory.to_json(),
+            "after": {stage.name: stage.bytes + self.memory.footprint for stage in self.after},
+            "flops": self.flops,
+            "seconds": self.seconds,
+            "fits": self.fits,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A setting that makes a run fit."""
+
+    overrides: tuple[str, ...]
+    """As they are given on the command line."""
+    costs: str
+    """What is lost by it."""
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """Everything `rung plan` says."""
+
+    shape: Shape
+    work: Work
+    amount: Amount | None
+    """None where no data is there, and nobody said."""
+    rate: Rate | None
+    own: Plan
+    others: tuple[Plan, ...]
+    change: Change | None
+    """The cheapest that fits, where the config's own run does not and any does."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        change = self.change
+        return {
+            "parameters": self.shape.parameters,
+            "compute": self.work.compute,
+            "tokens_per_micro_batch": self.work.tokens,
+            "tokens": self.amount and self.amount.tokens,
+            "tokens_given": self.amount is not None and self.amount.known,
+            "rate": None if self.rate is None else {"flops": self.rate.flops, "source": self.rate.source},
+            "limit_bytes": self.own.limit,
+            "plan": self.own.to_json(),
+            "methods": [other.to_json() for other in self.others],
+            "change": change
+            and {"overrides": list(change.overrides), "costs": change.costs, "plan": change.plan.to_json()},
+        }
+
+
+def advise(
+    spec: RunSpec, *, limit: int | None = None, device: Device | None = None, tokens: float | None = None
+) -> Advice:
+    """Plan a run and its alternatives from the configs of its models alone.
+
+    `limit` is in bytes, `tokens` are those of an epoch; `device` None is this machine. Raises `ConfigError` for a model
+    without a config.
+    """
+    shape, amount = read_shape(spec.model), _guess(spec)
+    if tokens is not None:
+        amount = replace(amount or amount_of([]), tokens=tokens, known=True)
+    limit = device.memory if limit is None and device is not None else limit
+    work = guessed_work(spec, shape, device)
+    rate = rate_for(device, work.compute)
+
+    def plan(changed: RunSpec, name: str) -> Plan:
+        own, others = guessed_work(changed, shape, device), other_shapes(changed)
+        return _plan(changed, name, shape, own, amount, rate, limit, others)
+
+    mine = plan(spec, _name(spec))
+    change = None
+    if mine.fits is False:
+        tried = (Change(o, costs, plan(changed, _name(changed))) for o, costs, changed in _changes(spec, work.tokens))
+        change = next((c for c in tried if c.plan.fits), None)
+    beside = tuple(plan(changed, name) for name, changed in alternatives(spec))
+    return Advice(shape, work, amount, rate, mine, beside, change)
+
+
+def _plan(
+    spec: RunSpec,
+    name: str,
+    shape: Shape,
+    work: Work,
+    amount: Amount | None,
+    rate: Rate | None,
+    limit: int | None,
+    others: Mapping[str, Shape],
+) -> Plan:
+    flops = None if amount is None else run_flops(spec, shape, amount, others.get("teacher"))
+    seconds = None if rate is None or flops is None else flops / rate.flops
+    found = memory(spec, shape, work, others)
+    after = afterwards(spec, shape, work, amount.length if amount else LENGTH)
+    return Plan(name, trained(spec.method, shape).moving, found, flops, seconds, after, limit)
+
+
+def guessed_work(spec: RunSpec, shape: Shape, device: Device | None) -> Work:
+    """What is computed at once, before anything has been tokenised: as much as the budget allows."""
+    given = spec.engine.tokens_per_micro_batch
+    kind = "cpu" if device is None else "cuda"
+    budget = tokens_per_micro_batch(shape, kind) if given == "auto" else PROBED if given == "probe" else given
+    longest = spec.data.max_length or 0
+    tokens = max(budget, longest)
+    return Work(
+        compute_type(spec.model, device),
+        tokens,
+        int(tokens * LEARNED),
+        documents=1 if longest > budget else 2,
+        device=kind,
+    )
+
+
+def compute_type(model: ModelSpec, device: Device | None) -> str:
+    """What products run in: `auto` takes bfloat16 where hardware multiplies it."""
+    if model.dtype != "auto":
+        return model.dtype
+    if device is not None:
+        return device.compute
+    return "bfloat16" if multiplies_bfloat16() else "float32"
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this machine's processor has AVX512-BF16 or AMX: what torch would say, without torch."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
+    except (OSError, IndexError):
+        return False
+    return "avx512_bf16" in flags or "amx_tile" in flags
+
+
+def other_shapes(spec: RunSpec) -> dict[str, Shape]:
+    """Further models of a run, by what they are there for; adapters on the run's own base are none."""
+    found: dict[str, Shape] = {}
+    named = getattr(spec.objective, "against", None)
+    if named == "base":
+        if spec.method.kind == "full":
+            found["reference"] = read_shape(spec.model)
+    elif named is not None:
+        found["reference"] = _named(spec, named, "objective.reference")
+    if spec.objective.kind == "distill":
+        found["teacher"] = _named(spec, spec.objective.teacher, "objective.teacher")
+    reward = getattr(spec.objective, "reward", None)
+    if isinstance(reward, ModelRewardSpec):
+        base = require_reward_run(reward.run).get("model", {}).get("name")
+        whole = (Path(reward.run) / "model").exists() or spec.method.kind in MOVES_BASE
+        if whole or base != spec.model.name:  # else it is one more adapter on this run's weights
+            found["reward"] = _named(spec, reward.run, "objective.reward.run")
+    return found
+
+
+def _named(spec: RunSpec, name: str, where: str) -> Shape:
+    """Of a model that the config names elsewhere: what is wrong with it is said of that place."""
+    try:
+        return read_shape(spec.model.model_copy(update={"name": name, **ALONE}))
+    except ConfigError as error:
+        own = where if error.where == "model.name" else error.where
+        raise ConfigError(
+            error.summary, where=own, given=error.given, allowed=error.allowed, hint=error.hint
+        ) from error
+
+
+def require_reward_run(run: str) -> dict[str, Any]:
+    """The config of a reward run. Raises `ConfigError` for a folder without a run, or of another kind."""
+    where = "objective.reward.run"
+    try:
+        spec: dict[str, Any] = json.loads((Path(run) / "run.json").read_text())["spec"]
+        kind = spec.get("objective", {}).get("kind", "sft")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError("there is no such run", where=where, given=run) from error
+    if kind != "reward":
+        raise ConfigError("this run is no reward model", where=where, given=f"{run}: objective.kind: {kind}")
+    return spec
+
+
+def alternatives(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
+    """The same run under every method: with the config's own settings where it is the config's, else with defaults."""
+    kinds: Mapping[str, Any] = METHOD_SPECS
+    for kind, made in kinds.items():
+        if kind == "peft":
+            continue  # what its tuners hold is known once the model is loaded
+        if kind == "qlora":
+            for bits in (8, 4):
+                own = made(bits=bits) if spec.method.kind != kind else spec.method.model_copy(update={"bits": bits})
+                yield f"qlora, {bits} bits", spec.model_copy(update={"method": own})
+            continue
+        yield kind, spec.model_copy(update={"method": spec.method if kind == spec.method.kind else made()})
+
+
+def _name(spec: RunSpec) -> str:
+    """Of a method in the table of all."""
+    return f"qlora, {getattr(spec.method, 'bits', 4)} bits" if spec.method.kind == "qlora" else spec.method.kind
+
+
+def _changes(spec: RunSpec, now: int) -> Iterator[tuple[tuple[str, ...], str, RunSpec]]:
+    """From what costs nothing but time to what makes another run of it."""
+    for tokens in (4096, 2048, 1024, 512, 256, 128):
+        if tokens < now and tokens >= (spec.data.max_length or 0):
+            engine = spec.engine.model_copy(update={"tokens_per_micro_batch": tokens})
+            yield (
+                (f"engine.tokens_per_micro_batch={tokens}",),
+                "speed alone",
+                spec.model_copy(update={"engine": engine}),
+            )
+    small = spec.engine.model_copy(update={"tokens_per_micro_batch": min(SMALL, now)})
+    least = spec.model_copy(update={"engine": small})
+
+    def with_(override: str) -> tuple[str, ...]:
+        return f"engine.tokens_per_micro_batch={small.tokens_per_micro_batch}", override
+
+    moments = small.optimiser.model_copy(update={"moments": "int8"})
+    eight = least.model_copy(update={"engine": small.model_copy(update={"optimiser": moments})})
+    if spec.engine.optimiser.moments != "int8":
+        yield with_("engine.optimiser.moments=int8"), "moments rounded to 8 bits", eight
+    for length in (2048, 1024, 512, 256):
+        if spec.data.max_length and length < spec.data.max_length:
+            data = spec.data.model_copy(update={"max_length": length})
+            yield with_(f"data.max_length={length}"), "longer documents", least.model_copy(update={"data": data})
+    for rank in (8, 4):
+        if getattr(spec.method, "rank", 0) > rank:
+            method = spec.method.model_copy(update={"rank": rank})
+            yield with_(f"method.rank={rank}"), "what an adapter can hold", least.model_copy(update={"method": method})
+    ladder: Sequence[tuple[str, dict[str, Any]]] = (
+        ("method={kind: lora}", {"kind": "lora"}),
+        ("method={kind: qlora, bits: 8}", {"kind": "qlora", "bits": 8}),
+        ("method={kind: qlora}", {"kind": "qlora"}),
+        ("method={kind: prompt}", {"kind": "prompt"}),
+    )
+    for override, settings in ladder:
+        if settings["kind"] != spec.method.kind or "bits" in settings:
+            kind = settings["kind"]
+            made: Any = METHOD_SPECS[kind]
+            method = made.model_validate(settings)
+            yield with_(override), "another method", least.model_copy(update={"method": method})
+
+
+def size_of(text: str | None) -> int | None:
+    """Bytes of 24GiB, 24GB, 512MiB or a plain number. Raises `ConfigError` for anything else."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([kmgt]?i?b?)", text.strip().lower())
+    if found is None or (size := _UNITS.get(found[2].removesuffix("b"))) is None or not float(found[1]):
+        raise ConfigError("this is no amount of memory", where="--memory", given=text, allowed="24GiB, 24GB or 512MiB")
+    return int(float(found[1]) * size)
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def device_named(name: str | None) -> Device | None:
+    """A known device. Raises `ConfigError` for another."""
+    if name is None:
+        return None
+    if name.lower() not in DEVICES:
+        near = did_you_mean(name.lower(), list(DEVICES))
+        hint = f"did you mean {near}?" if near else "give --memory for another"
+        raise ConfigError("no such device", where="--device", given=name, allowed=", ".join(DEVICES), hint=hint)
+    return DEVICES[name.lower()]
+
+
+def _guess(spec: RunSpec) -> Amount | None:
+    """From the sizes of the data's files, and what the config leaves of them; None where none is there."""
+    paths = [spec.data.path] if isinstance(spec.data.path, str) else [one.path for one in spec.data.path]
+    shares = [s for s in (spec.data.validation, spec.data.test) if isinstance(s, float | int)]
+    found = amount_of([Path(name) for name in paths])
+    if not found.tokens:
+        return None
+    kept = found.tokens * max(0.0, 1.0 - sum(shares))
+    if spec.data.limit is not None:
+        kept = min(kept, spec.data.limit * found.length)
+    return Amount(kept, found.learned, found.length, known=False)

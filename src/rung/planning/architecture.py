@@ -1,0 +1,320 @@
+"""What memory and time follow from: the numbers of a model's config, read without torch and without weights."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rung.config.base import Role
+from rung.config.catalog import CATALOG
+from rung.config.layers import student_layers
+from rung.config.model import ModelSpec, StudentLayers
+from rung.config.support import refusal_of_model
+from rung.errors import CheckpointError, ConfigError, PlanError, did_you_mean
+
+HEADER = 100 * 2**20
+"""The longest description that a safetensors file may begin with."""
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_UNTIED = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gpt_neox", "olmo2", "granite"})
+"""Architectures whose head is their own unless the config ties it to the embeddings."""
+
+_GGUF = {
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "intermediate_size": "feed_forward_length",
+    "max_position_embeddings": "context_length",
+}
+"""Names of transformers, and those of llama.cpp behind the architecture's."""
+
+_ALL_HEADS = frozenset({"opt", "gpt2", "gpt_neox"})
+"""Architectures that know no shared keys, whatever a config says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A linear of one layer."""
+
+    roles: tuple[Role, ...]
+    """Several where projections are fused."""
+    inputs: int
+    outputs: int
+    bias: bool = False
+
+    @property
+    def numbers(self) -> int:
+        """Weights and biases."""
+        return self.inputs * self.outputs + (self.outputs if self.bias else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A decoder in numbers."""
+
+    kind: str
+    """`model_type` of its config."""
+    layers: int
+    width: int
+    """Numbers a token between layers."""
+    heads: int
+    kv_heads: int
+    head_width: int
+    mlp: int
+    """Numbers a token inside the feed-forward block."""
+    vocabulary: int
+    tied: bool
+    """Whether the head is the embeddings."""
+    matrices: tuple[Matrix, ...]
+    """Linears of one layer."""
+    vectors: int
+    """Numbers of a layer outside its linears: norms."""
+    outside: int
+    """Numbers outside the layers that are neither embeddings nor head: positions, the last norm, a head's bias."""
+    stored: str
+    """Type of the numbers in its file: float32, bfloat16 or float16."""
+    context: int
+    """Longest document in tokens."""
+
+    @property
+    def kv(self) -> int:
+        """Numbers a token of the keys of a layer, and of its values."""
+        return self.kv_heads * self.head_width
+
+    @property
+    def query(self) -> int:
+        """Numbers a token of the queries of a layer."""
+        return self.heads * self.head_width
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward block multiplies two branches."""
+        return any("gate" in m.roles for m in self.matrices)
+
+    @property
+    def linear(self) -> int:
+        """Numbers in the linears of a layer."""
+        return sum(m.numbers for m in self.matrices)
+
+    @property
+    def embedding(self) -> int:
+        """Numbers in the embeddings; as many again in a head that is not tied to them."""
+        return self.vocabulary * self.width
+
+    @property
+    def parameters(self) -> int:
+        """All numbers of the model."""
+        inside = self.layers * (self.linear + self.vectors)
+        return inside + self.embedding * (1 if self.tied else 2) + self.outside
+
+
+def read_shape(spec: ModelSpec) -> Shape:
+    """The shape of a run's base, from its config alone.
+
+    Raises `ConfigError` for a name that leads to no config, `PlanError` for an architecture that Rung cannot take.
+    """
+    if spec.student_of is not None:
+        whole = read_shape(spec.model_copy(update={"name": spec.student_of, "student_of": None, "layers": None}))
+        return _replace_layers(whole, spec.layers or "every_other")
+    if spec.name in CATALOG:
+        return shape_of(CATALOG[spec.name].config)
+    if Path(spec.name).suffix.lower() == ".gguf" and Path(spec.name).expanduser().is_file():
+        return _of_gguf(Path(spec.name).expanduser())
+    folder = _folder(spec)
+    if folder is not None and (folder / "run.json").exists():
+        return _of_run(folder)
+    path = folder / "config.json" if folder is not None else _of_hub(spec)
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"this config cannot be read: {error}", where=str(path)) from error
+    return shape_of(config, stored_type(path.parent))
+
+
+def shape_of(config: Mapping[str, Any], stored: str | None = None) -> Shape:
+    """The shape that a transformers config describes.
+
+    Raises `PlanError` for an architecture that is refused, `ConfigError` where a number is missing.
+    """
+    if not isinstance(config, Mapping):
+        raise ConfigError("this config is no object", where="config.json", given=type(config).__name__)
+    kind = str(config.get("model_type", "llama"))
+    if why := refusal_of_model(kind, encoder_decoder=bool(config.get("is_encoder_decoder"))):
+        raise PlanError(why, where="model.name", given=kind)
+    try:
+        return _shape(kind, config, stored or _type_of(config))
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        what = f"this config lacks a number that memory follows from: {error}"
+        raise ConfigError(what, where="config.json", given=kind) from error
+
+
+def _shape(kind: str, config: Mapping[str, Any], stored: str) -> Shape:
+    def number(*names: str, default: int | None = None) -> int:
+        for name in names:
+            if config.get(name) is not None:
+                return int(config[name])
+        if default is None:
+            raise KeyError(names[0])
+        return default
+
+    width, layers = number("hidden_size", "n_embd"), number("num_hidden_layers", "n_layer")
+    heads = number("num_attention_heads", "n_head")
+    kv_heads = heads if kind in _ALL_HEADS else number("num_key_value_heads", default=heads)
+    head_width = number("head_dim", default=width // heads)
+    mlp = number("intermediate_size", "ffn_dim", "n_inner", default=4 * width)
+    vocabulary = number("vocab_size")
+    context = number("max_position_embeddings", "n_positions", default=2**20)
+    query, kv = heads * head_width, kv_heads * head_width
+    matrices, vectors, outside = _inside(kind, config, (width, query, kv, mlp))
+    outside += {"gpt2": context * width, "opt": (context + 2) * width, "phi": vocabulary}.get(kind, 0)
+    tied = bool(config.get("tie_word_embeddings", kind not in _UNTIED))
+    return Shape(
+        *(kind, layers, width, heads, kv_heads, head_width, mlp, vocabulary),
+        tied=tied,
+        matrices=matrices,
+        vectors=vectors,
+        outside=outside,
+        stored=stored,
+        context=context,
+    )
+
+
+def _inside(
+    kind: str, config: Mapping[str, Any], widths: tuple[int, int, int, int]
+) -> tuple[tuple[Matrix, ...], int, int]:
+    """The linears of a layer, the numbers of its norms, and those of the last norm."""
+    width, query, kv, mlp = widths
+    if kind in ("gpt2", "opt", "phi", "gpt_neox"):  # biases everywhere, LayerNorm, no gate
+        if kind in ("gpt2", "gpt_neox"):
+            own: Sequence[Matrix] = [Matrix(("q", "k", "v"), width, query + 2 * kv, True)]
+        else:
+            own = [Matrix((role,), width, out, True) for role, out in _qkv(query, kv)]
+        both = (*own, Matrix(("o",), query, width, True), Matrix(("up",), width, mlp, True))
+        norms = 1 if kind == "phi" else 2
+        return (*both, Matrix(("down",), mlp, width, True)), norms * 2 * width, 2 * width
+    if kind == "phi3":
+        fused = Matrix(("q", "k", "v"), width, query + 2 * kv), Matrix(("o",), query, width)
+        return (*fused, Matrix(("gate", "up"), width, 2 * mlp), Matrix(("down",), mlp, width)), 2 * width, width
+    biased = bool(config.get("attention_bias", kind == "qwen2"))
+    out_biased = biased and kind != "qwen2"
+    inner = bool(config.get("mlp_bias", False))
+    attention = (*(Matrix((role,), width, out, biased) for role, out in _qkv(query, kv)),)
+    block = (
+        Matrix(("o",), query, width, out_biased),
+        Matrix(("gate",), width, mlp, inner),
+        Matrix(("up",), width, mlp, inner),
+        Matrix(("down",), mlp, width, inner),
+    )
+    norms = (4 if kind in ("gemma2", "gemma3_text") else 2) * width
+    head_width = query // int(config["num_attention_heads"])
+    if kind in ("qwen3", "gemma3_text"):
+        norms += 2 * head_width
+    return (*attention, *block), norms, width
+
+
+def _qkv(query: int, kv: int) -> tuple[tuple[Role, int], ...]:
+    return ("q", query), ("k", kv), ("v", kv)
+
+
+def stored_type(folder: Path) -> str | None:
+    """The type that most numbers of a model folder's safetensors files have; None where there are none."""
+    found: dict[str, int] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        for entry in _header(file).values():
+            if "dtype" in entry:
+                size = entry["data_offsets"][1] - entry["data_offsets"][0]
+                found[entry["dtype"]] = found.get(entry["dtype"], 0) + size
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    return names.get(max(found, key=found.__getitem__)) if found else None
+
+
+def _header(file: Path) -> dict[str, dict[str, Any]]:
+    """What stands before the numbers of a safetensors file: eight bytes of length, then JSON."""
+    with file.open("rb") as opened:
+        try:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            header: dict[str, dict[str, Any]] = json.loads(opened.read(min(length, HEADER)))
+        except (struct.error, ValueError) as error:
+            raise ConfigError(f"this is no safetensors file: {error}", where=str(file)) from error
+    return header
+
+
+def _type_of(config: Mapping[str, Any]) -> str:
+    """The type a config says its numbers have; without a word they are taken for bfloat16, as most are published."""
+    said = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    return said if said in BYTES else "float32"
+
+
+def _replace_layers(whole: Shape, layers: StudentLayers) -> Shape:
+    return replace(whole, layers=len(student_layers(layers, whole.layers)))
+
+
+def _folder(spec: ModelSpec) -> Path | None:
+    """Where the model stands on this disk; None for a hub id."""
+    path = Path(spec.name).expanduser()
+    if path.is_dir() and ((path / "run.json").exists() or (path / "config.json").exists()):
+        return path
+    if path.exists():
+        what = "this holds neither a model (config.json) nor a run (run.json)"
+        raise ConfigError(what, where="model.name", given=spec.name)
+    if spec.name.count("/") == 1 and not spec.name.startswith((".", "/", "~")) and not path.parent.exists():
+        return None
+    near = did_you_mean(spec.name, list(CATALOG))
+    hint = f"did you mean {near}?" if near else None
+    raise ConfigError("no such model", where="model.name", given=spec.name, hint=hint)
+
+
+def _of_run(folder: Path) -> Shape:
+    """A run's own model where it was trained whole, else its base."""
+    if (folder / "model" / "config.json").exists():
+        return read_shape(ModelSpec(name=str(folder / "model")))
+    try:
+        spec = json.loads((folder / "run.json").read_text())["spec"]["model"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"run.json is not the manifest of a run: {error}", where=str(folder)) from error
+    found = ModelSpec.model_validate(spec)
+    if Path(found.student_of or found.name).resolve() == folder.resolve():
+        raise CheckpointError("this run says that it stands on itself", where=str(folder))
+    return read_shape(found)
+
+
+def _of_gguf(file: Path) -> Shape:
+    """By the names that llama.cpp gives its numbers; what is loaded of them is float32."""
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(file)
+        kind = str(reader.fields["general.architecture"].contents())
+    except Exception as error:  # the reader fails in many ways on a file that is no GGUF
+        what = f"this GGUF file cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        raise ConfigError(what, where="model.name", given=str(file)) from error
+    named = {
+        name: reader.fields[f"{kind}.{key}"].contents()
+        for name, key in _GGUF.items()
+        if f"{kind}.{key}" in reader.fields
+    }
+    tensors = {tensor.name: tensor.shape.tolist() for tensor in reader.tensors}
+    vocabulary = max(tensors.get("token_embd.weight", [0]))
+    own = {"model_type": kind, "vocab_size": vocabulary, "tie_word_embeddings": "output.weight" not in tensors}
+    return shape_of({**own, **named}, "float32")
+
+
+def _of_hub(spec: ModelSpec) -> Path:
+    """The config of a hub id: kept from an earlier download, or brought now; nothing else of it is."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(spec.name, "config.json", revision=spec.revision))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ConfigError(
+            "the config of this model is not here and cannot be brought",
+            where="model.name",
+            given=f"{spec.name}: {str(error).splitlines()[0]}",
+            hint="give a folder with its config.json; nothing else of the model is needed to plan",
+        ) from error

@@ -1,0 +1,307 @@
+"""Bytes that a run holds at its peak, term by term, from the shape of its model.
+
+A run has stages (loading, steps, rollouts, saving), and its peak is that of the largest. Formulas are those of what the
+engine keeps: layers what `rung.planning.method_cost` says, the head two vectors of width H a learned token. What
+Python and its libraries hold before any model is there comes on top, and is stated apart: `FOOTPRINT`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rung.config.method import MOVES_BASE, in_front
+from rung.config.run import RunSpec
+from rung.planning.architecture import BYTES, Shape
+from rung.planning.method_cost import Trained, activation_bytes_per_token, method_bytes_per_token, trained
+from rung.planning.throughput import rolls
+
+FOOTPRINT = 560 * 2**20
+"""Python, torch, transformers and a tokenizer of 49,152 tokens, without a model (measured)."""
+ACTIVATION_BYTES = 512 * 2**20
+"""What the activations of one micro-batch may hold on a processor."""
+FEWEST, MOST = 256, 4096
+"""Below some hundred rows matrix products slow down; beyond a few thousand nothing is gained on a processor."""
+CUDA_TOKENS = 16_384
+TILE = 512 * 2048
+"""Logits that the head computes at once."""
+NF4 = 0.5 + 1 / 64
+"""Bytes a number of a 4-bit base: half a byte, and a scale of one byte for 64 numbers (Dettmers et al. 2023)."""
+NF4_PLAIN = 0.5 + 4 / 64
+"""The same with scales in float32."""
+
+BITSANDBYTES = 110 * 10**6
+"""The library alone (measured)."""
+HOLES, HOLES_ALONE = 0.19, 0.65
+"""Of what a step keeps: freed memory of a size that is not asked for again (measured with glibc 2.36). A long document,
+alone in its micro-batch, leaves more: what attention makes and forgets is as large, and of another size in the next."""
+HOLES_OF = {"prompt": 0.43, "prefix": 0.43, "p_tuning": 0.43, "bottleneck": 0.51, "qlora": 0.94, "mixture": 1.29}
+"""The same of methods that make and forget more on the way (measured for each; with glibc 2.38 and later there may be
+less: before that, an aligned block was not given out again to a request of its own size)."""
+UNFUSED = 3.4
+"""Times what transformers' and peft's own forward keep (`model.fused: false`), beside ours (measured)."""
+PRODUCTS = 105 * 10**6
+"""Buffers of the processor's matrix products, which a model of no size does not need (measured)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """What one thing holds, in bytes, and where the number comes from."""
+
+    name: str
+    bytes: int
+    why: str
+    mapped: bool = False
+    """Pages of a file that the system takes back when memory is short: resident, but not needed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A part of a run, and all that is held at its peak."""
+
+    name: str
+    terms: tuple[Term, ...]
+
+    @property
+    def bytes(self) -> int:
+        """All terms together."""
+        return sum(term.bytes for term in self.terms)
+
+    @property
+    def needed(self) -> int:
+        """The same without what the system can take back."""
+        return sum(term.bytes for term in self.terms if not term.mapped)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a run computes at once, as far as it is known."""
+
+    compute: str
+    """float32 or bfloat16."""
+    tokens: int
+    """Of the largest micro-batch."""
+    learned: int
+    """Of them, those that the loss is taken of."""
+    computed: float = 1.0
+    """Tokens computed over tokens of the documents: less than 1 where beginnings are shared."""
+    documents: int = 2
+    """Of the largest micro-batch."""
+    batches: int = 2
+    """Micro-batches of a step: with one, gradients grow while activations go."""
+    device: str = "cpu"
+    """Holes are those of the processor's allocator; another's were not measured, and take the smallest share."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A run's stages in their order."""
+
+    stages: tuple[Stage, ...]
+    footprint: int = FOOTPRINT
+
+    @property
+    def largest(self) -> Stage:
+        """The stage with the peak."""
+        return max(self.stages, key=lambda stage: stage.bytes)
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the peak, with what the libraries hold: what is resident where memory is not short."""
+        return self.largest.bytes + self.footprint
+
+    @property
+    def needed(self) -> int:
+        """Bytes that there must be."""
+        return max(stage.needed for stage in self.stages) + self.footprint
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values, in bytes."""
+        stages = {s.name: {"bytes": s.bytes, "terms": {t.name: t.bytes for t in s.terms}} for s in self.stages}
+        total = {"peak_bytes": self.peak, "needed_bytes": self.needed}
+        return {**total, "footprint_bytes": self.footprint, "at": self.largest.name, "stages": stages}
+
+
+def tokens_per_micro_batch(shape: Shape, device: str) -> int:
+    """The `auto` budget. 776 tokens for a 135M model: a few hundred rows keep products near full speed."""
+    if device == "cuda":
+        return CUDA_TOKENS
+    return max(FEWEST, min(MOST, ACTIVATION_BYTES // activation_bytes_per_token(shape)))
+
+
+def memory(spec: RunSpec, shape: Shape, work: Work, others: Mapping[str, Shape] | None = None) -> Memory:
+    """The stages of `rung train`. `others` are the shapes of further models, by what they are there for."""
+    own = trained(spec.method, shape)
+    held = _held(spec, shape, own, work, others or {})
+    backward = _backward(spec, shape, own, work)
+    # what a step has freed stays with the process: the next one uses it again
+    heap = [term for term in backward if term.name in ("activations", "scratch", "holes", "products")]
+    stages = [
+        Stage("loading", (*_loading(spec, shape, work), *_imported(spec))),
+        Stage("steps", (*held, *backward)),
+        Stage("optimiser", (*held, *_update(own), *heap)),
+    ]
+    rollout = getattr(spec.objective, "rollout", None)
+    if rollout is not None and rolls(spec):
+        rows = min(rollout.batch, rollout.answers * spec.engine.examples_per_step)
+        tokens = work.tokens // max(1, rollout.answers) + rollout.max_new_tokens
+        stages.append(Stage("rollouts", (*held, *answering(shape, rows, tokens, work.compute))))
+    kept = [term for term in held if term.name not in ("moments", "value")]
+    stages.append(Stage("saving", (*kept, *_saving(own))))
+    return Memory(tuple(stages))
+
+
+def answering(shape: Shape, rows: int, tokens: int, compute: str) -> Sequence[Term]:
+    """What decoding holds besides the weights: `rows` answers at once, `tokens` long with their prompts."""
+    width = BYTES[compute]
+    cache = rows * tokens * 2 * shape.kv * shape.layers * width
+    return (
+        Term("kv_cache", cache, f"{rows} rows of {tokens:,} tokens, keys and values of {shape.layers} layers"),
+        Term("logits", 2 * 4 * rows * shape.vocabulary, "of one token a row"),
+    )
+
+
+def weights(spec: RunSpec, shape: Shape, compute: str) -> Sequence[Term]:
+    """The base as it stands in memory while it is trained."""
+    kind = spec.method.kind
+    outside = shape.layers * shape.vectors + shape.outside
+    embeddings = shape.embedding * (1 if shape.tied else 2)
+    inside = shape.layers * shape.linear
+    if kind == "full":
+        return (Term("weights", 4 * shape.parameters, "float32: what moves is never narrower"),)
+    narrow = compute == "bfloat16" or (shape.stored == "bfloat16" and spec.model.fused)
+    width = 2 if narrow else 4
+    small = 2 if compute == "bfloat16" else 4
+    rest = width * embeddings + small * outside
+    if kind == "qlora":
+        bits, double = getattr(spec.method, "bits", 4), getattr(spec.method, "double_quantised", True)
+        each = 1.0 if bits == 8 else NF4 if double else NF4_PLAIN
+        scales = 4 * shape.layers * sum(m.outputs for m in shape.matrices) if bits == 8 else 0
+        return (
+            Term("quantised", int(inside * each) + scales, f"{bits} bits a number of the layers' linears, and scales"),
+            Term("weights", rest, "embeddings, head and norms, as they are"),
+            *_still_mapped(shape, inside, width),
+        )
+    why = "bfloat16 as in the file, widened where it is used" if width == 2 and small == 4 else f"{width} bytes each"
+    return (Term("weights", width * inside + rest, why),)
+
+
+def _imported(spec: RunSpec) -> Sequence[Term]:
+    """What is not loaded for every run."""
+    if spec.method.kind != "qlora" and spec.engine.optimiser.moments != "int8":
+        return ()
+    return (Term("bitsandbytes", BITSANDBYTES, "the library (measured)"),)
+
+
+def _still_mapped(shape: Shape, inside: int, width: int) -> Sequence[Term]:
+    """What was quantised stays readable in the file as long as embeddings are read from it."""
+    if BYTES[shape.stored] != width or shape.stored == "float16":
+        return ()
+    return (Term("file", width * inside, f"{shape.stored}, mapped with its embeddings", mapped=True),)
+
+
+def _held(spec: RunSpec, shape: Shape, own: Trained, work: Work, others: Mapping[str, Shape]) -> Sequence[Term]:
+    """What stands in memory from the first step to the last."""
+    found = [*weights(spec, shape, work.compute), *_imported(spec)]
+    moving = own.moving or 0
+    if spec.method.kind != "full":
+        found.append(Term("adapter", 4 * (moving + own.frozen), "float32, and the frozen half where there is one"))
+    moments = 2 if spec.engine.optimiser.moments == "int8" else 8
+    found.append(Term("moments", moments * moving, f"{moments // 2} bytes for each of AdamW's two"))
+    if spec.objective.kind == "ppo" and spec.method.kind not in MOVES_BASE:
+        found.append(Term("value", 16 * moving, "the value model's own adapter, its gradients and moments"))
+    for name, other in others.items():
+        width = 2 if work.compute == "bfloat16" or (other.stored == "bfloat16" and spec.model.fused) else 4
+        found.append(Term(name, width * other.parameters, "a second model"))
+    return found
+
+
+def _backward(spec: RunSpec, shape: Shape, own: Trained, work: Work) -> Sequence[Term]:
+    """What a step holds besides, at the end of the forward pass of its last micro-batch."""
+    lowest = min(own.lowest, shape.layers - 1)
+    kept = activation_bytes_per_token(shape, work.compute, lowest=lowest)
+    kept += method_bytes_per_token(spec.method, shape, work.compute)
+    tokens = work.tokens + in_front(spec.method)
+    gradients = 4 * (own.moving or 0)
+    activations = int(kept * tokens * (1.0 if spec.model.fused else UNFUSED))
+    if work.batches == 1:  # gradients come as activations go
+        gradients = max(0, gradients - activations)
+    per_token = BYTES[work.compute]
+    scratch = per_token * tokens * (4 * shape.mlp + 4 * shape.width)
+    vectors = 3 * per_token * shape.width * work.learned
+    holes = _holes(spec, shape, work)
+    # gradients of the head, of the embeddings, and their sum where both are one matrix
+    moved = {"full": 3 if shape.tied else 2, "head": 1}.get(spec.method.kind, 0) * 4 * shape.embedding
+    return (
+        Term("gradients", gradients, "float32"),
+        Term("activations", activations, f"{kept:,} bytes for each of {tokens:,} tokens"),
+        Term(
+            "head", vectors + 3 * 4 * TILE + moved, "vectors of the learned tokens, tiles, its gradient where it moves"
+        ),
+        Term("scratch", scratch, "what one layer makes and forgets"),
+        Term("holes", int(holes * (activations + scratch)), f"{holes:.0%}: what the allocator cannot use again"),
+        Term("products", PRODUCTS, "buffers of matrix products (measured)"),
+    )
+
+
+def _holes(spec: RunSpec, shape: Shape, work: Work) -> float:
+    if work.device != "cpu":
+        return HOLES
+    alone = work.documents == 1 and work.tokens > tokens_per_micro_batch(shape, "cpu")
+    return max(HOLES_OF.get(spec.method.kind, HOLES), HOLES_ALONE if alone else 0.0)
+
+
+def _update(own: Trained) -> Sequence[Term]:
+    """What AdamW holds besides: it makes two tensors as large as the one it steps."""
+    return (
+        Term("gradients", 4 * (own.moving or 0), "float32"),
+        Term("temporaries", 2 * 4 * own.largest, "twice the largest tensor that moves"),
+    )
+
+
+def _loading(spec: RunSpec, shape: Shape, work: Work) -> Sequence[Term]:
+    """A file is mapped: what it holds in the type that is asked for is not copied, but read when it is needed."""
+    narrow = work.compute == "bfloat16" or (shape.stored == "bfloat16" and spec.model.fused)
+    loaded = "bfloat16" if narrow else "float32"
+    final = tuple(weights(spec, shape, work.compute))
+    file = Term("file", BYTES[shape.stored] * shape.parameters, f"{shape.stored}, as it is mapped", mapped=True)
+    if shape.stored != loaded:
+        copied = Term("copies", BYTES[loaded] * shape.parameters, f"of all of it, as {loaded}")
+        return (file, copied) if spec.method.kind not in ("full", "qlora") else (copied, *final)
+    if spec.method.kind == "qlora" or (spec.method.kind == "full" and loaded == "bfloat16"):
+        return (file, *final)
+    return final
+
+
+def _saving(own: Trained) -> Sequence[Term]:
+    """What is written is copied tensor by tensor, and looked at again so."""
+    return (Term("copies", 2 * 4 * own.largest, "of the largest tensor, written and looked at again"),)
+
+
+def afterwards(spec: RunSpec, shape: Shape, work: Work, length: float) -> tuple[Stage, ...]:
+    """`rung eval` and `rung merge`, each a process of its own; `length` is of a prompt in tokens."""
+    own, tokens = trained(spec.method, shape), int(spec.data.max_length or length)
+    whole = spec.method.kind in MOVES_BASE
+    adapter = 0 if whole else 4 * ((own.moving or 0) + own.frozen)
+    rows, width = spec.evaluate.batch, BYTES[work.compute]
+    evaluation = Stage(
+        "evaluation",
+        (
+            *weights(spec, shape, work.compute),
+            Term("adapter", adapter, "float32"),
+            *answering(shape, rows, tokens + spec.evaluate.max_new_tokens, work.compute),
+            Term(
+                "scratch", width * rows * tokens * 4 * (shape.mlp + shape.width), "what one layer makes of the prompts"
+            ),
+        ),
+    )
+    if whole:
+        return (evaluation,)
+    merged = (
+        Term("weights", 4 * shape.parameters, "float32, once as a run and then once as it is read back"),
+        Term("adapter", adapter, "float32"),
+        Term("file", BYTES[shape.stored] * shape.parameters, "the base's, as it is mapped", mapped=True),
+        Term("written", 4 * shape.parameters, "looked at again, as it is mapped", mapped=True),
+        Term("copies", 2 * 4 * shape.embedding, "of the largest tensor, as it is written"),
+    )
+    return (evaluation, Stage("merging", merged))

@@ -1,1 +1,0 @@
-"""Handing a model over: folding an adapter in, and proving that the result is the same model."""

@@ -1,0 +1,137 @@
+"""What stands beside saved weights, so that they are served as they were trained, and on the right base."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from transformers import GenerationConfig
+from rung.data.chat import Chat
+from rung.training.run_folder import write_json
+from rung.errors import CheckpointError
+from rung.models.base_model import Base
+from rung.types import Message
+import subprocess
+import sys
+from collections.abc import Sequence
+import torch
+from rung.training.gates import TOLERANCE
+from rung.training.run_folder import Gate
+from rung.errors import GateError
+
+
+
+
+ORIGIN = "rung.json"
+"""Beside saved weights: base, fingerprint and template."""
+PROMPT = "rung_prompt.json"
+"""Beside saved weights: a conversation and its ids."""
+KNOWN = "What does it cost,  in 2024, for 12 of them: 3.50 or 42? Straße 7, 東京 🙂"
+"""Digits, several spaces, and characters of one to four bytes: where tokenizers differ."""
+DATED = "strftime_now"
+"""In a template that writes the day of the year, no prompt stays what it was."""
+
+
+def write_origin(target: Path, chat: Chat, base: Base) -> None:
+    """What the weights stand on and were trained with, beside them: a copied folder still says it."""
+    template = hashlib.sha256(chat.template.encode()).hexdigest()
+    write_json(target / ORIGIN, {"base": base.name, "base_fingerprint": base.fingerprint, "template": template})
+
+
+def check_origin(folder: Path, base: Base) -> None:
+    """Refuse weights that name another base. Raises `CheckpointError`."""
+    if not (folder / ORIGIN).exists():
+        return
+    origin = json.loads((folder / ORIGIN).read_text())
+    if origin["base_fingerprint"] != base.fingerprint:
+        raise CheckpointError(
+            "this adapter was trained on another base",
+            where=str(folder),
+            given=f"{base.name}: {base.fingerprint[:16]}",
+            allowed=f"{origin['base']}: {origin['base_fingerprint'][:16]}",
+        )
+
+
+def check_prompt(folder: Path, chat: Chat) -> None:
+    """Raise `CheckpointError` where the known conversation is framed otherwise than when the weights were written."""
+    if not (folder / PROMPT).exists() or DATED in chat.template:
+        return
+    known = json.loads((folder / PROMPT).read_text())
+    ids = chat.prompt_ids([Message(turn["role"], turn["content"]) for turn in known["messages"]])
+    if ids != known["ids"]:
+        raise CheckpointError(
+            "text is framed otherwise here than in training",
+            where=str(folder / PROMPT),
+            given=ids,
+            allowed=str(known["ids"]),
+            hint="another version of tokenizers or transformers? run.json has those of the run",
+        )
+
+
+def pad_beside_stops(chat: Chat) -> int:
+    """A token to pad with that ends no answer, the tokenizer's own where it can be.
+
+    transformers' sequence classification reads the last token that is not the padding: where the stop pads, that is the
+    one before it.
+    """
+    tokenizer = chat.tokenizer
+    known = (tokenizer.pad_token_id, tokenizer.unk_token_id, *tokenizer.all_special_ids, *range(len(tokenizer)))
+    return next(int(i) for i in known if i is not None and i not in chat.stop_ids)
+
+
+def write_text_side(target: Path, chat: Chat, pad_id: int | None = None) -> None:
+    """Tokenizer, template and stop ids, so that a server frames text exactly as training did; `pad_id` pads there.
+
+    And the ids of a known conversation, which any server must give: its tokens are those of training, or it is wrong.
+    """
+    tokenizer = chat.tokenizer
+    ids = chat.prompt_ids([Message("user", KNOWN)])
+    write_json(target / PROMPT, {"messages": [{"role": "user", "content": KNOWN}], "ids": ids})
+    own = tokenizer.chat_template, tokenizer.pad_token
+    tokenizer.chat_template = chat.template
+    if pad_id is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
+    try:
+        tokenizer.save_pretrained(target)
+    finally:
+        tokenizer.chat_template, tokenizer.pad_token = own
+    pad = tokenizer.pad_token_id if pad_id is None else pad_id
+    config = GenerationConfig(eos_token_id=list(chat.stop_ids), pad_token_id=chat.stop_ids[0] if pad is None else pad)
+    config.save_pretrained(target)
+
+
+_READ = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, trust_remote_code=False).eval()
+rows = json.load(sys.stdin)
+with torch.no_grad():
+    logprobs = [model(torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)[:-1] for ids in rows]
+chosen = [p.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist() for p, ids in zip(logprobs, rows)]
+json.dump(chosen, sys.stdout)
+"""
+
+
+def reload_logprobs(folder: Path, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Log-probability of every token but the first of each row, from plain transformers in another process.
+
+    Raises `GateError` when the model does not load there.
+    """
+    done = subprocess.run(  # noqa: S603 - our own words only
+        [sys.executable, "-W", "ignore", "-c", _READ, str(folder)],
+        input=json.dumps([list(row) for row in rows]),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise GateError("gate publish.parity failed: the written model does not load", where=str(folder), given=reason)
+    return [torch.tensor(row) for row in json.loads(done.stdout)]
+
+
+def check_parity(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> Gate:
+    """Largest difference in nats between the run's and the reloaded model's log-probabilities."""
+    worst = max(float((a.float() - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+    limit = TOLERANCE[torch.float32]
+    return Gate("publish.parity", "passed" if worst <= limit else "failed", worst, limit)

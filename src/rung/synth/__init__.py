@@ -1,1 +1,0 @@
-"""Data that a model makes."""
