@@ -11,7 +11,7 @@ so 4 P L + 6 P_lora a token with a frozen base and 6 P L in full. Attention coun
 its causal triangle, s^2 / 2. L' are the layers from the lowest trained one upwards: nothing below it needs a gradient.
 Where the lower layers are frozen, their outputs are the same in every epoch, so only the first epoch counts them.
 
-Not counted: embeddings, norms, activations, softmax, recomputation, the optimiser. Layer 0 needs no input gradient of
+Not counted: embeddings, norms, activations, softmax, recomputation, the optimizer. Layer 0 needs no input gradient of
 q, k and v; it is counted all the same (0.3 % of a step).
 """
 
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
 
-from rung.planning.architecture import Shape
+from rung.planning.architecture import ModelShape
 
 KINDS = (
     *("block_forward", "block_input_grad", "block_weight_grad"),
@@ -47,7 +47,12 @@ class Trained:
 
 
 def step_flops(
-    documents: Sequence[Document], shape: Shape, trained: Trained, *, first_epoch: bool = True, shared: bool = False
+    documents: Sequence[Document],
+    shape: ModelShape,
+    trained: Trained,
+    *,
+    first_epoch: bool = True,
+    shared: bool = False,
 ) -> Flops:
     """Operations of one step, by kind. `shared` counts tokens that rows begin with in common once."""
     n, m, pairs = _counts(documents, shared)

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from benchmarks.rows import make_rows
-from rung.config.method import LoraSpec
-from rung.config.model import ModelSpec
-from rung.config.objective import GrpoSpec
-from rung.methods.registry import attach
+from rung.config.method import LoraConfig
+from rung.config.model import ModelConfig
+from rung.config.objective import GrpoConfig
+from rung.methods.registry import attach_method
 from rung.models.policy import Policy
 from rung.objectives.registry import OBJECTIVES
 from rung.runs.load import load
@@ -55,7 +55,7 @@ def documents(policy: Policy, prompts: int, answers: int, prompt_tokens: int, an
 
 def seconds(policy: Policy, batches: Sequence[PackedBatch]) -> tuple[float, float]:
     """Of forward and backward, and the loss."""
-    objective = OBJECTIVES["grpo"](GrpoSpec(reward={"kind": "exact"}))
+    objective = OBJECTIVES["grpo"](GrpoConfig(reward={"kind": "exact"}))
     for parameter in policy.method.trainable().values():
         parameter.grad = None
     started = time.perf_counter()
@@ -65,8 +65,8 @@ def seconds(policy: Policy, batches: Sequence[PackedBatch]) -> tuple[float, floa
 
 def measure(prompts: int, answers: int, prompt_tokens: int, answer_tokens: int, rounds: int) -> dict[str, float]:
     """Medians over the rounds; the first, which is cold, does not count."""
-    base = load(ModelSpec(name="smollm2-135m", dtype="float32"))
-    policy = Policy(base, attach(base.model, LoraSpec(rank=16), seed=0))
+    base = load(ModelConfig(name="smollm2-135m", dtype="float32"))
+    policy = Policy(base, attach_method(base.model, LoraConfig(rank=16), seed=0))
     examples = documents(policy, prompts, answers, prompt_tokens, answer_tokens)
     ways = {
         name: pack(examples, BUDGET, share_prefixes=share, device=policy.device)

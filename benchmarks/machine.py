@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.flops import KINDS, Flops
-from rung.config.model import ModelSpec
-from rung.planning.architecture import Shape, read_shape
+from rung.config.model import ModelConfig
+from rung.planning.architecture import ModelShape, read_shape
 
 ROWS = 700
 """Tokens of a micro-batch: products of this many rows run at full speed."""
@@ -42,7 +42,7 @@ def processor() -> dict[str, Any]:
     }
 
 
-def measure(shape: Shape, rows: int = ROWS) -> Flops:
+def measure(shape: ModelShape, rows: int = ROWS) -> Flops:
     """Operations per second of each kind of product in float32; those of a block are weighed by their work."""
     block = [(m.inputs, m.outputs) for m in shape.matrices]
     head = [(shape.width, shape.vocabulary)]
@@ -61,12 +61,12 @@ def _times(inputs: int, outputs: int, rows: int) -> tuple[float, float, float]:
     """By the faster of torch's own product and the one that Rung takes: what the machine can do, whoever asks it to."""
     import torch
 
-    from rung.models.matmul import product
+    from rung.models.matmul import matmul
 
     x, weight, gradient = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(rows, outputs)
 
     def best(a: torch.Tensor, b: torch.Tensor) -> float:
-        return min(_seconds(lambda: a @ b), _seconds(lambda: product(a, b)))
+        return min(_seconds(lambda: a @ b), _seconds(lambda: matmul(a, b)))
 
     return best(x, weight.T), best(gradient, weight), best(gradient.T, x)
 
@@ -86,7 +86,7 @@ def main() -> None:
     """Print the rates, the version of torch and its threads."""
     import torch
 
-    rates = measure(read_shape(ModelSpec(name=sys.argv[1])))
+    rates = measure(read_shape(ModelConfig(name=sys.argv[1])))
     print(json.dumps({"rates": rates, "torch": torch.__version__, "threads": torch.get_num_threads()}))
 
 

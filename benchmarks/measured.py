@@ -17,16 +17,16 @@ import numpy as np
 import torch
 
 from rung.config.io import load_config
-from rung.config.objective import SftSpec
-from rung.config.run import RunSpec
-from rung.data.chat import Chat
-from rung.data.tokenize import prompts
+from rung.config.objective import SftConfig
+from rung.config.run import RunConfig
+from rung.data.chat import ChatTemplate
+from rung.data.tokenize import tokenize_prompts
 from rung.evaluation.evaluate import Evaluation
 from rung.methods.lora import Lora
 from rung.methods.mixture import Mixture
-from rung.models.fused_modules import fuse
-from rung.models.policy import Policy, Untouched
-from rung.objectives.sft import Sft
+from rung.models.fused_modules import install_fused_forwards
+from rung.models.policy import NoMethod, Policy
+from rung.objectives.sft import SftObjective
 from rung.runs.dataset import read_splits
 from rung.runs.load import open_base, open_run, score_policy, test_records
 from rung.training.packing import pack
@@ -41,21 +41,23 @@ ROUTED = 32
 
 def measure(config: Path, run: Path | None, items: Path, questions: int) -> dict[str, Any]:
     """Answer the held-out questions of a config with a run, or with its untuned base; the answers go to `items`."""
-    spec = load_config(config).spec
-    spec = spec.model_copy(update={"evaluate": spec.evaluate.model_copy(update={"limit": questions})})
-    policy, chat = open_base(spec.model) if run is None else open_run(run)[:2]
-    records = test_records(spec, read_splits(spec))
+    run_config = load_config(config).config
+    run_config = run_config.model_copy(
+        update={"evaluation": run_config.evaluation.model_copy(update={"limit": questions})}
+    )
+    policy, chat = open_base(run_config.model) if run is None else open_run(run)[:2]
+    records = test_records(run_config, read_splits(run_config))
     rows = unrelated(chat)
     held = bytes_held(policy.model)  # before the first product, which may keep more
-    found = score_policy(policy, chat, spec, records, tuned=run is not None)
+    found = score_policy(policy, chat, run_config, records, tuned=run is not None)
     found.write(items)
     return {
         **_scores(found, records),
         "prompt_tokens": found.prompt_tokens,
-        "artefact_bytes": _weights(run),
+        "artifact_bytes": _weights(run),
         "held_bytes": held,
         "unrelated_nats": nats(policy, rows),
-        **(_in_full_width(policy, chat, spec, records) if run is not None else {}),
+        **(_in_full_width(policy, chat, run_config, records) if run is not None else {}),
         **_routing(policy, chat, records),
     }
 
@@ -71,18 +73,18 @@ def _scores(found: Evaluation, records: list[Record]) -> dict[str, Any]:
     return {"scores": scores, "tasks": tasks, "seconds_per_query": found.seconds_per_query}
 
 
-def _in_full_width(policy: Policy, chat: Chat, spec: RunSpec, records: list[Record]) -> dict[str, Any]:
-    """The same questions once more from a LoRA folded into its base, which for a quantised one is widened first."""
+def _in_full_width(policy: Policy, chat: ChatTemplate, config: RunConfig, records: list[Record]) -> dict[str, Any]:
+    """The same questions once more from a LoRA folded into its base, which for a quantized one is widened first."""
     if not isinstance(policy.method, Lora):
         return {}
     model: Any = policy.method.merge()
-    fuse(model)
-    merged = Policy(replace(policy.base, model=model), Untouched())
-    found = score_policy(merged, chat, spec, records, tuned=True)
+    install_fused_forwards(model)
+    merged = Policy(replace(policy.base, model=model), NoMethod())
+    found = score_policy(merged, chat, config, records, tuned=True)
     return {"merged": {**_scores(found, records), "held_bytes": bytes_held(merged.model)}}
 
 
-def _routing(policy: Policy, chat: Chat, records: list[Record]) -> dict[str, Any]:
+def _routing(policy: Policy, chat: ChatTemplate, records: list[Record]) -> dict[str, Any]:
     """Of a mixture: what each expert gets of each task's questions over all linears, and how far two tasks are apart.
 
     Apart is the total variation distance of their loads, the mean over linears: 0 for a router that does not care.
@@ -92,9 +94,9 @@ def _routing(policy: Policy, chat: Chat, records: list[Record]) -> dict[str, Any
         return {}
     loads = []
     for task in tasks:
-        method.resume({name: [0.0] * method.spec.experts for name in method.hosts})
+        method.load_state({name: [0.0] * method.config.experts for name in method.hosts})
         asked = [r for r in records if r.task == task][:ROUTED]
-        found = prompts(chat, asked, longest=policy.base.context, overflow="error").examples
+        found = tokenize_prompts(chat, asked, longest=policy.base.context, overflow="error").examples
         rows = [replace(e, supervised=np.arange(len(e.ids)) > 0) for e in found]
         for batch in pack(rows, 1024, share_prefixes=False):
             policy.logprobs(batch)
@@ -108,12 +110,12 @@ def _routing(policy: Policy, chat: Chat, records: list[Record]) -> dict[str, Any
 def _weights(run: Path | None) -> int:
     if run is None:
         return 0
-    artefact = run / ("adapter" if (run / "adapter").is_dir() else "model")
-    return sum(file.stat().st_size for file in artefact.rglob("*.safetensors"))
+    artifact = run / ("adapter" if (run / "adapter").is_dir() else "model")
+    return sum(file.stat().st_size for file in artifact.rglob("*.safetensors"))
 
 
 def bytes_held(model: torch.nn.Module) -> int:
-    """Bytes of weights and buffers, a quantised matrix with its scales, each storage once."""
+    """Bytes of weights and buffers, a quantized matrix with its scales, each storage once."""
     tensors = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         weight: Any = getattr(module, "weight", None)
@@ -125,7 +127,7 @@ def bytes_held(model: torch.nn.Module) -> int:
     return sum(storages.values())
 
 
-def unrelated(chat: Chat) -> list[Example]:
+def unrelated(chat: ChatTemplate) -> list[Example]:
     """Documentation of the standard library, as documents of 256 tokens."""
     rows = []
     for name in DOCUMENTED:
@@ -140,7 +142,7 @@ def nats(policy: Policy, rows: list[Example]) -> float:
     """Per token. A policy with something for each task reads it as of the first."""
     tasks = getattr(policy.method, "tasks", ("",))
     own = [Example(r.ids, r.supervised, r.source, task=tasks[0] or None) for r in rows]
-    return mean_loss(policy, Sft(SftSpec()), pack(own, 1024))
+    return mean_loss(policy, SftObjective(SftConfig()), pack(own, 1024))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Does memory grow with the data? `.venv/bin/python -m benchmarks.memory_rows`: Rung on 1,000 and on 100,000 rows.
 
-Two steps each, so that only reading, tokenising and holding the rows differ. The peak of the whole process, watched
-from outside, may differ by 5 %. Each run tokenises anew, into a cache of its own. `--trace` says which lines hold the
+Two steps each, so that only reading, tokenizing and holding the rows differ. The peak of the whole process, watched
+from outside, may differ by 5 %. Each run tokenizes anew, into a cache of its own. `--trace` says which lines hold the
 memory.
 """
 
@@ -53,18 +53,18 @@ def write(folder: Path, count: int) -> Path:
     rows, config = folder / f"{count}.jsonl", folder / f"{count}.yaml"
     with rows.open("w", encoding="utf-8") as lines:
         lines.writelines(json.dumps(row.to_json()) + "\n" for row in make_rows(count))
-    spec = {
+    run_config = {
         "model": {"name": BASE, "dtype": "float32"},
         "data": {"path": str(rows), "validation": 0, "test": 0},
-        "engine": {"max_steps": 2, "examples_per_step": 8},
+        "training": {"max_steps": 2, "examples_per_step": 8},
         "output": str(folder / f"run-{count}"),
     }
-    config.write_text(yaml.safe_dump(spec))
+    config.write_text(yaml.safe_dump(run_config))
     return config
 
 
 def fresh_cache(folder: Path, count: int = 0) -> Path:
-    """A cache that holds the models and nothing tokenised."""
+    """A cache that holds the models and nothing tokenized."""
     cache = folder / f"cache-{count}"
     cache.mkdir()
     (cache / "models").symlink_to(cache_folder() / "models")
@@ -84,17 +84,17 @@ def measure(folder: Path, count: int) -> int:
 
 
 def trace(config: Path) -> list[str]:
-    """What reading and tokenising hold in Python objects and arrays when they are done, and the most they held."""
+    """What reading and tokenizing hold in Python objects and arrays when they are done, and the most they held."""
     from rung.config.io import load_config
-    from rung.runs.dataset import read_splits, tokenise
+    from rung.runs.dataset import read_splits, tokenize_splits
     from rung.runs.load import load_base_on_device
 
-    spec = load_config(str(config)).spec
-    base = load_base_on_device(spec.model)
+    run_config = load_config(str(config)).config
+    base = load_base_on_device(run_config.model)
     tracemalloc.start(1)
-    splits = read_splits(spec)
+    splits = read_splits(run_config)
     read = tracemalloc.get_traced_memory()[0]
-    data = tokenise(spec, splits, base)
+    data = tokenize_splits(run_config, splits, base)
     held, most = tracemalloc.get_traced_memory()
     lines = tracemalloc.take_snapshot().statistics("lineno")[:15]
     return [

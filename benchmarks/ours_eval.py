@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from benchmarks.memory import peak, reset_peak, resident
-from rung.config.evaluation import EvaluateSpec
-from rung.config.model import ModelSpec
-from rung.config.objective import RolloutSpec
+from rung.config.evaluation import EvaluationConfig
+from rung.config.model import ModelConfig
+from rung.config.objective import RolloutConfig
 from rung.models.generate import Sampling, generate
 from rung.runs.load import open_base
 
@@ -22,11 +22,11 @@ IMPORTED = resident()
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:
     """Answer all prompts with the settings that an evaluation or a rollout has by default."""
-    policy, _ = open_base(ModelSpec(name=job["base"], dtype="float32"))
-    sampling, batch, stops = Sampling(job["max_new_tokens"]), EvaluateSpec().batch, job["stop_ids"]
+    policy, _ = open_base(ModelConfig(name=job["base"], dtype="float32"))
+    sampling, batch, stops = Sampling(job["max_new_tokens"]), EvaluationConfig().batch, job["stop_ids"]
     if job["answers"] > 1:
         sampling = Sampling(job["max_new_tokens"], 1.0, job["seed"], job["answers"])
-        batch, stops = RolloutSpec().batch, []
+        batch, stops = RolloutConfig().batch, []
     reset_peak()
     started = time.perf_counter()
     answers = generate(policy, job["prompts"], stop_ids=stops, sampling=sampling, batch=batch)

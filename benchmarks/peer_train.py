@@ -48,7 +48,7 @@ class Recorder:
         self.seen: list[dict[str, Any]] = []
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
-        """As it is where it was tokenised already, which TRL's own notices for all but DPO."""
+        """As it is where it was tokenized already, which TRL's own notices for all but DPO."""
         if "prompt_ids" in dataset.column_names:
             return dataset
         return super()._prepare_dataset(dataset, *args, **kwargs)

@@ -91,20 +91,20 @@ class Case:
 
 
 CASES = (
-    Case("lora, 300 tokens", settings={"engine.tokens_per_micro_batch": 300}),
+    Case("lora, 300 tokens", settings={"training.tokens_per_micro_batch": 300}),
     Case("lora, auto"),
-    Case("lora, 2,400 tokens", settings={"engine.tokens_per_micro_batch": 2400, "engine.examples_per_step": 8}),
+    Case("lora, 2,400 tokens", settings={"training.tokens_per_micro_batch": 2400, "training.examples_per_step": 8}),
     Case("lora, upper half", settings={"method.layers": "15-29"}),
-    Case("lora, documents of 2,000", words=(1200, 700), settings={"engine.examples_per_step": 2}),
+    Case("lora, documents of 2,000", words=(1200, 700), settings={"training.examples_per_step": 2}),
     Case("lora, bfloat16", settings={"model.dtype": "bfloat16"}),
     Case("lora, not fused", settings={"model.fused": False}),
     Case("lora, dropout", settings={"method": {"kind": "lora", "dropout": 0.1}}),
     Case("full", settings={"method": {"kind": "full"}}),
     Case(
         "full, 1,500 tokens",
-        settings={"method": {"kind": "full"}, "engine.tokens_per_micro_batch": 1500, "engine.examples_per_step": 6},
+        settings={"method": {"kind": "full"}, "training.tokens_per_micro_batch": 1500, "training.examples_per_step": 6},
     ),
-    Case("full, 8-bit moments", settings={"method": {"kind": "full"}, "engine.optimiser.moments": "int8"}),
+    Case("full, 8-bit moments", settings={"method": {"kind": "full"}, "training.optimizer.state_dtype": "int8"}),
     Case("head", settings={"method": {"kind": "head"}}),
     Case("prompt", settings={"method": {"kind": "prompt"}}),
     Case("prefix", settings={"method": {"kind": "prefix"}}),
@@ -136,10 +136,10 @@ CASES = (
     ),
     Case("lora, 360M", "360M"),
     Case("lora, 360M in bfloat16", "360M-bf16"),
-    Case("full, 360M", "360M", settings={"method": {"kind": "full"}, "engine.examples_per_step": 3}),
-    Case("qlora, 360M", "360M", settings={"method": {"kind": "qlora"}, "engine.examples_per_step": 3}),
-    Case("lora, 1B", "1B", settings={"engine.examples_per_step": 3}),
-    Case("lora, 1B in bfloat16", "1B-bf16", settings={"engine.examples_per_step": 3}),
+    Case("full, 360M", "360M", settings={"method": {"kind": "full"}, "training.examples_per_step": 3}),
+    Case("qlora, 360M", "360M", settings={"method": {"kind": "qlora"}, "training.examples_per_step": 3}),
+    Case("lora, 1B", "1B", settings={"training.examples_per_step": 3}),
+    Case("lora, 1B in bfloat16", "1B-bf16", settings={"training.examples_per_step": 3}),
 )
 
 
@@ -201,13 +201,13 @@ def measure(work: Path, case: Case) -> dict[str, Any]:
     folder.mkdir()
     rows, config = folder / "rows.jsonl", folder / "run.yaml"
     write_rows(rows, case)
-    spec: dict[str, Any] = {
+    run_config: dict[str, Any] = {
         "model": {"name": base_of(work, case.base), "dtype": "float32"},
         "data": {"path": str(rows), "validation": 0, "test": 0},
-        "engine": {"examples_per_step": 4, "max_steps": 4},
+        "training": {"examples_per_step": 4, "max_steps": 4},
         "output": str(folder / "run"),
     }
-    config.write_text(yaml.safe_dump(spec))
+    config.write_text(yaml.safe_dump(run_config))
     given = [f"{name}={json.dumps(value)}" for name, value in case.settings.items()]
     log = folder / "log.txt"
     done = run_process([OURS / "rung", "train", config, *given], log, {**os.environ, "HF_HUB_OFFLINE": "1"})
@@ -244,12 +244,12 @@ def make(name: str, folder: str) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from rung.config.model import ModelSpec
+    from rung.config.model import ModelConfig
     from rung.models.load import load_tokenizer
 
     shape = dict(BASES[name])
     torch.set_default_dtype(getattr(torch, shape.pop("dtype")))
-    tokenizer = load_tokenizer(ModelSpec())
+    tokenizer = load_tokenizer(ModelConfig())
     ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=49152, tie_word_embeddings=True, **ends, **shape))

@@ -18,27 +18,27 @@ import numpy as np
 from benchmarks.flops import Document, Flops, Trained, step_flops
 from benchmarks.workloads import RANK, Answering, Training
 from rung.config.io import load_config
-from rung.config.model import ModelSpec
-from rung.config.run import RunSpec
-from rung.evaluation.prompting import Framing
-from rung.models.policy import Policy, Untouched
+from rung.config.model import ModelConfig
+from rung.config.run import RunConfig
+from rung.evaluation.prompting import PromptFormat
+from rung.models.policy import NoMethod, Policy
 from rung.objectives.reward import ScoreHead
-from rung.planning.architecture import Shape, read_shape
-from rung.runs.dataset import read_splits, tokenise
+from rung.planning.architecture import ModelShape, read_shape
+from rung.runs.dataset import read_splits, tokenize_splits
 from rung.runs.load import load_base_on_device, open_base
 from rung.types import Example
 
 
 def prepare_training(work: Training, folder: Path, model: Path) -> dict[str, Any]:
     """Write `peer.jsonl` in the order of the steps; return what each step holds."""
-    spec = load_config(str(folder / "train.yaml")).spec
-    steps = _steps(spec, work.epochs)
+    config = load_config(str(folder / "train.yaml")).config
+    steps = _steps(config, work.epochs)
     with (folder / "peer.jsonl").open("w") as lines:
         lines.writelines(json.dumps(_PEER_ROWS[work.objective](row)) + "\n" for step in steps for row in step)
     if work.objective == "reward":  # drawn by each side for itself it would be another
-        head = ScoreHead.fresh(Policy(load_base_on_device(spec.model), Untouched()), spec.seed)
+        head = ScoreHead.fresh(Policy(load_base_on_device(config.model), NoMethod()), config.seed)
         (folder / "head.json").write_text(json.dumps(head.weight.tolist()))
-    shape = read_shape(ModelSpec(name=str(model)))
+    shape = read_shape(ModelConfig(name=str(model)))
     trained = Trained(None) if work.method == "full" else Trained(RANK, min(work.layers or (0,)))
     first = len(steps) // work.epochs
     return {
@@ -49,10 +49,10 @@ def prepare_training(work: Training, folder: Path, model: Path) -> dict[str, Any
 
 def prepare_answering(work: Answering, folder: Path) -> dict[str, Any]:
     """Prompt ids with the first rows as worked examples in front of every question."""
-    spec = load_config(str(folder / "train.yaml")).spec
-    records = read_splits(spec).train
-    _, chat = open_base(spec.model)
-    framing = Framing(shots=tuple(records[: work.shots]))
+    config = load_config(str(folder / "train.yaml")).config
+    records = read_splits(config).train
+    _, chat = open_base(config.model)
+    framing = PromptFormat(shots=tuple(records[: work.shots]))
     pad = chat.tokenizer.pad_token_id
     return {
         "prompts": [chat.prompt_ids(framing.turns(record)) for record in records[work.shots :]],
@@ -63,14 +63,14 @@ def prepare_answering(work: Answering, folder: Path) -> dict[str, Any]:
     }
 
 
-def _steps(spec: RunSpec, epochs: int) -> list[list[list[Example]]]:
+def _steps(config: RunConfig, epochs: int) -> list[list[list[Example]]]:
     """The rows of every step: Rung draws a new order in each epoch, from the seed and the epoch's number."""
-    splits = read_splits(spec)
-    rows = tokenise(spec, splits, load_base_on_device(spec.model)).train.rows
+    splits = read_splits(config)
+    rows = tokenize_splits(config, splits, load_base_on_device(config.model)).train.rows
     steps = []
     for epoch in range(epochs):
-        order = np.random.default_rng([spec.seed, epoch]).permutation(len(rows))
-        size = spec.engine.examples_per_step
+        order = np.random.default_rng([config.seed, epoch]).permutation(len(rows))
+        size = config.training.examples_per_step
         steps += [[list(rows[i]) for i in order[at : at + size]] for at in range(0, len(order), size)]
     return steps
 
@@ -97,11 +97,11 @@ _PEER_ROWS: dict[str, Callable[[list[Example]], dict[str, list[int]]]] = {
     "preference": _prompted,
     "reward": _compared,
 }
-"""A row as the peer's trainer takes it, already tokenised."""
+"""A row as the peer's trainer takes it, already tokenized."""
 
 
 def _step(
-    rows: list[list[Example]], work: Training, shape: Shape, trained: Trained, *, first_epoch: bool
+    rows: list[list[Example]], work: Training, shape: ModelShape, trained: Trained, *, first_epoch: bool
 ) -> dict[str, Any]:
     examples = [row[place] for place in range(len(rows[0])) for row in rows]  # better answers first, as the peer does
     documents = [Document(tuple(e.ids.tolist()), tuple(e.supervised.tolist())) for e in examples]

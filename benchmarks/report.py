@@ -184,7 +184,7 @@ class Report:
         parts = [
             "# Rung beside its peer",
             "Rung and TRL 1.16 with PEFT 0.21 on the same rows in the same order, from the same weights, with the same "
-            "optimiser, learning rate and steps, in alternation. Made by:",
+            "optimizer, learning rate and steps, in alternation. Made by:",
             f"```\n{shlex.join(['make', 'bench'] if not self.arguments else ['bench', *self.arguments])}\n```",
             "\n".join(f"- {line}" for line in self.machine_lines),
             _markdown(HEADER, self.lines),

@@ -36,10 +36,10 @@ def make_base(folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from rung.config.model import ModelSpec
+    from rung.config.model import ModelConfig
     from rung.models.load import load_tokenizer
 
-    tokenizer = load_tokenizer(ModelSpec())
+    tokenizer = load_tokenizer(ModelConfig())
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=49152, pad_token_id=tokenizer.pad_token_id, **SHAPE)
     model = LlamaForCausalLM(config).to(torch.bfloat16)
@@ -55,25 +55,25 @@ def measure(folder: Path, form: str) -> None:
     import numpy as np
     import torch
 
-    from rung.config.method import LoraSpec
-    from rung.config.model import ModelSpec
-    from rung.config.objective import SftSpec
-    from rung.config.training import OptimiserSpec
-    from rung.methods.registry import attach
+    from rung.config.method import LoraConfig
+    from rung.config.model import ModelConfig
+    from rung.config.objective import SftConfig
+    from rung.config.training import OptimizerConfig
+    from rung.methods.registry import attach_method
     from rung.models import load
     from rung.models.policy import Policy
-    from rung.objectives.sft import Sft
-    from rung.training.optimizer import make_optimiser
+    from rung.objectives.sft import SftObjective
+    from rung.training.optimizer import make_optimizer
     from rung.training.packing import pack
     from rung.training.step import accumulate
     from rung.types import Example, Source
 
     if form == "widened":
         load.stored_in_bfloat16 = lambda folder: False
-    base = load.load_base(ModelSpec(name=str(folder), dtype="float32"))
-    method = attach(base.model, LoraSpec(), seed=0)
-    policy, objective = Policy(base, method), Sft(SftSpec())
-    optimiser = make_optimiser(method.trainable(), OptimiserSpec())
+    base = load.load_base(ModelConfig(name=str(folder), dtype="float32"))
+    method = attach_method(base.model, LoraConfig(), seed=0)
+    policy, objective = Policy(base, method), SftObjective(SftConfig())
+    optimizer = make_optimizer(method.trainable(), OptimizerConfig())
     draw = np.random.default_rng(0)
     losses, started, tokens = [], 0.0, 0
     reset_peak()
@@ -82,9 +82,9 @@ def measure(folder: Path, form: str) -> None:
             started = time.perf_counter()
         ids = [draw.integers(3, 49152, size=200).astype(np.int32) for _ in range(4)]
         rows = [Example(row, np.arange(200) >= 80, Source("random", i)) for i, row in enumerate(ids)]
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         losses.append(float(accumulate(policy, objective, pack(rows, 400))))
-        optimiser.step()
+        optimizer.step()
         tokens += 800 if step else 0
     with torch.no_grad():
         held = sum(p.nbytes for p in base.model.parameters() if not p.requires_grad)

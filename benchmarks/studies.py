@@ -49,7 +49,7 @@ class Study:
 
 
 def _method(kind: str, rate: float | None = None, **settings: Any) -> Entry:
-    return Entry({"method": {"kind": kind, **settings}, "engine.learning_rate": rate})
+    return Entry({"method": {"kind": kind, **settings}, "training.learning_rate": rate})
 
 
 def _lora(rate: float = 1e-3, **settings: Any) -> Entry:
@@ -72,16 +72,16 @@ METHODS = Study(
         ),
         "bottleneck": _method("bottleneck", width=64),
         "mixture": _method("mixture", 1e-3, experts=4, rank=8),
-        "lottery": _method("lottery", 1e-3, rank=16, scout_steps=15),
+        "lottery": _method("lottery", 1e-3, rank=16, lottery={"scout_steps": 15}),
         "ia3": _method("peft", 1e-2, config={"peft_type": "IA3", "feedforward_modules": []}),
         "lora pissa": _lora(1e-4, init="pissa"),
         "lora pissa 1e-3": _lora(init="pissa"),
         "lora lora_ga": _lora(1e-4, init="lora_ga"),
-        "lora+": _lora(2e-4, rate_ratio=16.0),
+        "lora+": _lora(2e-4, loraplus_lr_ratio=16.0),
         "lora dora": _lora(dora=True),
-        "lora lisa": _lora(sampled_layers=8, resample_every=10),
-        "lottery at random": _method("lottery", 1e-3, rank=16, scout_steps=15, choose="random"),
-        "lottery middle": _method("lottery", 1e-3, rank=16, scout_steps=15, choose="middle"),
+        "lora lisa": _lora(lisa_n_layers=8, lisa_step_interval=10),
+        "lottery at random": _method("lottery", 1e-3, rank=16, lottery={"scout_steps": 15, "choose": "random"}),
+        "lottery middle": _method("lottery", 1e-3, rank=16, lottery={"scout_steps": 15, "choose": "middle"}),
         "qlora 8 bits": _method("qlora", 1e-3, rank=16, bits=8),
         "qlora loftq": _method("qlora", 1e-3, rank=16, init="loftq"),
         "p_tuning v2": _method("p_tuning", virtual_tokens=20, layers="all", encoder="mlp"),
@@ -117,7 +117,7 @@ TASKS = Study(
         "mixture on both": _method("mixture", 1e-3, experts=4, rank=8),
     },
     questions=200,
-    common={"method": {"kind": "lora", "rank": 16}, "engine.learning_rate": 1e-3},
+    common={"method": {"kind": "lora", "rank": 16}, "training.learning_rate": 1e-3},
 )
 """Two tasks at once beside an adapter for each."""
 
@@ -136,7 +136,7 @@ RULES = Study(
         "rate 1e-4": _lora(1e-4),
         "rate 3e-4": _lora(3e-4),
         "rate 3e-3": _lora(3e-3),
-        "three epochs": Entry({**_lora().settings, "engine.epochs": 3}),
+        "three epochs": Entry({**_lora().settings, "training.epochs": 3}),
         "full": _method("full"),
     },
     questions=120,

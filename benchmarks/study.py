@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.runner import OURS, ROOT, RunError, Store, run
 from benchmarks.studies import STUDIES, ZERO_SHOT, Entry, Rule, Study
 from rung.evaluation.evaluate import Evaluation
-from rung.scoring.recommendation import gain_over
+from rung.scoring.recommendation import paired_gain
 from rung.scoring.stats import Difference
 
 KEPT = ("trainable_parameters", "peak_memory_bytes", "tokens_per_second", "train_seconds", "train_loss")
@@ -84,7 +84,7 @@ class Running:
     def gain(self, name: str, than: str = ZERO_SHOT, metric: int = 0) -> Difference:
         """Paired, with the spread between seeds."""
         clusters = Evaluation.read(self.items(than, 0)).clusters
-        return gain_over(self.scores(than, metric), self.scores(name, metric), clusters)
+        return paired_gain(self.scores(than, metric), self.scores(name, metric), clusters)
 
     def tables(self) -> str:
         """Markdown."""
@@ -116,7 +116,7 @@ class Running:
             f"{trained:,} ({trained / (base['held_bytes'] / 4):.2%})" if trained else "",
             f"{max(e['peak_memory_bytes'] for e in found) / 1e9:.2f} GB" if trained else "",
             f"{np.mean([e['tokens_per_second'] for e in found]):.0f}" if trained else "",
-            _size(first["artefact_bytes"]) if name != ZERO_SHOT else "",
+            _size(first["artifact_bytes"]) if name != ZERO_SHOT else "",
             query,
             f"{score:.2f}",
             *(f"{g.mean:+.2f} [{g.low:+.2f}, {g.high:+.2f}]" if name != ZERO_SHOT else "" for g in gains),

@@ -63,13 +63,13 @@ class Training:
             "data": {"path": data, "validation": 0, "test": 0},
             "method": lora if self.method == "lora" else {"kind": "full"},
             "objective": {"kind": self.objective},
-            "engine": {
+            "training": {
                 "epochs": self.epochs,
                 "examples_per_step": self.examples_per_step,
                 "learning_rate": self.learning_rate,
                 "schedule": "cosine",
-                "warmup": 0,
-                "clip": 1.0,
+                "warmup_ratio": 0,
+                "max_grad_norm": 1.0,
             },
             "output": output,
             "seed": self.seed,

@@ -1,4 +1,4 @@
-"""Size budgets of src: files, functions, parameters, fields of a spec. Prints what exceeds and exits 1."""
+"""Size budgets of src: files, functions, parameters, fields of a config. Prints what exceeds and exits 1."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BASES = {
         "StrEnum",
     ),
 }
-"""Inheritance stays with protocols (sequences are), specs, torch modules and functions, peft's tuners, exceptions."""
+"""Inheritance stays with protocols (sequences are), configs, torch modules and functions, peft's tuners, exceptions."""
 
 
 def main() -> int:
@@ -60,7 +60,7 @@ def check_function(name: str, node: ast.FunctionDef | ast.AsyncFunctionDef) -> I
 
 
 def check_class(name: str, node: ast.ClassDef) -> Iterator[str]:
-    """Fields of a spec, and bases."""
+    """Fields of a config, and bases."""
     bases = {ast.unparse(base).split("[")[0].split(".")[-1] for base in node.bases}
     if bases & {"Spec", "LowRankSpec"}:
         fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and "ClassVar" not in ast.unparse(n.annotation)]

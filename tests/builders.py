@@ -10,27 +10,27 @@ import torch
 from transformers import PreTrainedModel
 
 from models import tiny_model
-from rung.config.method import METHOD_SPECS
-from rung.config.objective import SftSpec
+from rung.config.method import METHOD_CONFIGS
+from rung.config.objective import SftConfig
 from rung.methods.protocol import Method
-from rung.methods.registry import attach
-from rung.models.base_model import Base
-from rung.models.policy import Policy, Untouched
-from rung.objectives.sft import Sft
-from rung.training.step import Sample
+from rung.methods.registry import attach_method
+from rung.models.base_model import BaseModel
+from rung.models.policy import NoMethod, Policy
+from rung.objectives.sft import SftObjective
+from rung.training.step import CalibrationBatch
 from rung.types import Example, Source
 
 
 def policy_of(model: PreTrainedModel, method: object | None = None, *, compute: torch.dtype = torch.float32) -> Policy:
-    return Policy(Base(model, None, "tiny", "tiny", compute), method or Untouched())  # type: ignore[arg-type]
+    return Policy(BaseModel(model, None, "tiny", "tiny", compute), method or NoMethod())  # type: ignore[arg-type]
 
 
 def tuned(
-    kind: str, shape: str = "llama", *, dtype: torch.dtype = torch.float32, **spec: object
+    kind: str, shape: str = "llama", *, dtype: torch.dtype = torch.float32, **config: object
 ) -> tuple[Policy, Method]:
     """A tiny model with a method attached and its trained numbers drawn anew, so that they matter."""
     model = tiny_model(shape, dtype=dtype)
-    method = attach(model, METHOD_SPECS[kind](**spec), seed=0)  # type: ignore[arg-type]
+    method = attach_method(model, METHOD_CONFIGS[kind](**config), seed=0)  # type: ignore[arg-type]
     policy = calibrated(policy_of(model, method), method)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -46,7 +46,7 @@ def calibrated(policy: Policy, method: Method) -> Policy:
     A sample of one is for the tokenizer, which these models have not: such starts have tests of their own.
     """
     if method.sample_size > 1:
-        method.calibrate(Sample(policy, Sft(SftSpec()), documents(8, count=24), 100))
+        method.calibrate(CalibrationBatch(policy, SftObjective(SftConfig()), documents(8, count=24), 100))
     return policy
 
 

@@ -100,8 +100,9 @@ def config(tmp_path: Path, tiny_base: Path, questions: Path, monkeypatch: pytest
         f"model: {{name: {tiny_base}, dtype: float32}}\n"
         f"data: {{path: {questions}, group: box, test: 0.25}}\n"
         "method: {kind: lora, rank: 4}\n"
-        "engine: {examples_per_step: 8, max_steps: 6, learning_rate: 1.0e-2}\n"
-        "evaluate: {metrics: [exact, numeric, perplexity], max_new_tokens: 8, shots: 2, instruction: Name the fruit.}\n"
+        "training: {examples_per_step: 8, max_steps: 6, learning_rate: 1.0e-2}\n"
+        "evaluation: {metrics: [exact, numeric, perplexity], max_new_tokens: 8, shots: 2, "
+        "instruction: Name the fruit.}\n"
         f"output: {tmp_path / 'run'}\n"
     )
     return file

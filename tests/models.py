@@ -1,4 +1,4 @@
-"""Tiny random models of every shape Rung claims, with every bias and norm randomised: zeros hide bugs."""
+"""Tiny random models of every shape Rung claims, with every bias and norm randomized: zeros hide bugs."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def tiny_model(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            centre = 1.0 if "norm" in name and "weight" in name else 0.0
+            center = 1.0 if "norm" in name and "weight" in name else 0.0
             width = 0.1 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
-            parameter.copy_(centre + width * noise)
+            parameter.copy_(center + width * noise)
     model.requires_grad_(False)
     return model.eval()

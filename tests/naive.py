@@ -1,6 +1,6 @@
 """The oracle of everything that skips work: transformers and peft as they come, one document at a time, autograd.
 
-No line of Rung's model or engine package runs here but the loading of the method under test.
+No line of Rung's models or training package runs here but the loading of the method under test.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel
 
 from models import tiny_model
-from rung.config.method import METHOD_SPECS
+from rung.config.method import METHOD_CONFIGS
 from rung.methods.protocol import Method
-from rung.methods.registry import attach
+from rung.methods.registry import attach_method
 from rung.types import Example
 
 
@@ -28,7 +28,7 @@ def naive(
     dtype: torch.dtype = torch.float32,
     wide_norms: bool = False,
     start: Path | None = None,
-    **spec: object,
+    **config: object,
 ) -> tuple[PreTrainedModel, Method]:
     """A tiny model under transformers' own attention and peft's own forward, its trained numbers drawn anew.
 
@@ -36,7 +36,7 @@ def naive(
     which hides everything below 1e-6.
     """
     model = tiny_model(shape, dtype=dtype)
-    method = attach(model, METHOD_SPECS[kind](**spec), seed=0, fused=False)
+    method = attach_method(model, METHOD_CONFIGS[kind](**config), seed=0, fused=False)
     if start is not None:
         method.load(start)
     if shape != "gemma2":  # its softcap runs in eager alone, with a softmax in float32: Rung's, unpacked, is exact

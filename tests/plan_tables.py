@@ -6,10 +6,10 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from rung.config.run import RunSpec
-from rung.planning.architecture import Shape, shape_of
-from rung.planning.memory import Memory, Work, memory
-from rung.report.formatting import memory as in_words
+from rung.config.run import RunConfig
+from rung.planning.architecture import ModelShape, shape_from_config
+from rung.planning.memory import MemoryEstimate, MicroBatch, estimate_memory
+from rung.report.formatting import format_bytes as in_words
 
 KNOWN: dict[str, dict[str, Any]] = {
     "7B": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008},
@@ -42,16 +42,16 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def known(name: str) -> Shape:
+def known(name: str) -> ModelShape:
     """A well-known shape, as its config gives it."""
     config = {"model_type": "llama", "vocab_size": 32000, "tie_word_embeddings": False, "dtype": "bfloat16"}
-    return shape_of({**config, **KNOWN[name]})
+    return shape_from_config({**config, **KNOWN[name]})
 
 
-def planned(name: str, tokens: int = 1024, compute: str = "bfloat16", **settings: Any) -> Memory:
+def planned(name: str, tokens: int = 1024, compute: str = "bfloat16", **settings: Any) -> MemoryEstimate:
     """The plan of a run on a well-known shape."""
-    spec = RunSpec.model_validate({"data": {"path": "rows.jsonl"}, "output": "run", **settings})
-    return memory(spec, known(name), Work(compute, tokens, tokens // 2, device="cuda"))
+    config = RunConfig.model_validate({"data": {"path": "rows.jsonl"}, "output": "run", **settings})
+    return estimate_memory(config, known(name), MicroBatch(compute, tokens, tokens // 2, device="cuda"))
 
 
 def listed(method: str) -> tuple[int, ...]:
@@ -79,7 +79,7 @@ LEVERS: tuple[tuple[str, int, str, dict[str, Any]], ...] = (
         "twice the examples a step (more micro-batches, none larger)",
         1024,
         "bfloat16",
-        {"engine": {"examples_per_step": 32}},
+        {"training": {"examples_per_step": 32}},
     ),
     ("float32, from a file in float32", 1024, "float32", {"model": {"dtype": "float32"}}),
     ("rank 64", 1024, "bfloat16", {"method": {"kind": "lora", "rank": 64}}),
@@ -90,7 +90,7 @@ LEVERS: tuple[tuple[str, int, str, dict[str, Any]], ...] = (
         "full, moments in 8 bits",
         1024,
         "bfloat16",
-        {"method": {"kind": "full"}, "engine": {"optimiser": {"moments": "int8"}}},
+        {"method": {"kind": "full"}, "training": {"optimizer": {"state_dtype": "int8"}}},
     ),
     (
         "full, DPO (the reference is a second model)",
@@ -107,9 +107,9 @@ def lever_rows() -> list[str]:
     lines = ["| Llama 2 7B | needed | beside the first |", "|---|---|---|"]
     for name, tokens, compute, settings in LEVERS:
         others = {"reference": known("7B")} if "objective" in settings else {}
-        spec = RunSpec.model_validate({"data": {"path": "rows.jsonl"}, "output": "run", **settings})
+        config = RunConfig.model_validate({"data": {"path": "rows.jsonl"}, "output": "run", **settings})
         shape = replace(known("7B"), stored=compute)
-        peak = memory(spec, shape, Work(compute, tokens, tokens // 2, device="cuda"), others).needed
+        peak = estimate_memory(config, shape, MicroBatch(compute, tokens, tokens // 2, device="cuda"), others).needed
         lines.append(f"| {name} | {in_words(peak)} | {peak / first:.2f}x |")
     return lines
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from rung import __version__
-from rung.commands.exit_codes import exit_code, leave
+from rung.commands.exit_codes import exit_code_of, exit_process
 from rung.errors import ConfigError, PlanError
 
 app = typer.Typer(
@@ -26,9 +26,9 @@ models_app = typer.Typer(help="List the bases Rung knows by name, or bring one."
 app.add_typer(data_app, name="data")
 app.add_typer(models_app, name="models")
 
-Config = Annotated[str, typer.Argument(help="A YAML config.", metavar="CONFIG")]
+ConfigPath = Annotated[str, typer.Argument(help="A YAML config.", metavar="CONFIG")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="key=value, for example engine.epochs=2", metavar="[KEY=VALUE]...")
+    list[str] | None, typer.Argument(help="key=value, for example training.epochs=2", metavar="[KEY=VALUE]...")
 ]
 Run = Annotated[str, typer.Argument(help="A run folder, or the name of a base.", metavar="RUN")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -37,7 +37,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew in a fo
 
 @models_app.callback()
 def models(context: typer.Context, as_json: AsJson = False) -> None:
-    """List the bases Rung knows by name, with size and licence."""
+    """List the bases Rung knows by name, with size and license."""
     if context.invoked_subcommand:
         return
     from rung.config.catalog import CATALOG
@@ -45,7 +45,7 @@ def models(context: typer.Context, as_json: AsJson = False) -> None:
 
     rows = [{**b.model_dump(), "here": (base_folder(b) / "config.json").exists()} for b in CATALOG.values()]
     lines = [
-        f"{r['name']:<16} {r['parameters'] / 1e6:.0f}M parameters  {r['licence']:<11} "
+        f"{r['name']:<16} {r['parameters'] / 1e6:.0f}M parameters  {r['license']:<11} "
         f"{r['download_bytes'] / 1e6:.0f} MB to download  {'here' if r['here'] else 'not fetched'}\n    {r['note']}"
         for r in rows
     ]
@@ -63,7 +63,7 @@ def fetch(name: Annotated[str, typer.Argument(help="A name from: rung models")],
         raise ConfigError(
             "no such base", given=name, allowed=", ".join(CATALOG), hint=f"did you mean {near}?" if near else None
         )
-    from rung.models.download import fetch as bring
+    from rung.models.download import download_base as bring
 
     path = bring(name)
     _show({"path": str(path)}, [f"{name} is in {path}"], as_json)
@@ -72,7 +72,7 @@ def fetch(name: Annotated[str, typer.Argument(help="A name from: rung models")],
 @data_app.command("check")
 def data_check(
     file: Annotated[str, typer.Argument(help="A data file, a `datasets` name, or a config.", metavar="FILE")],
-    show: Annotated[int, typer.Option("--show", help="Print this many rows with the supervised tokens coloured.")] = 0,
+    show: Annotated[int, typer.Option("--show", help="Print this many rows with the supervised tokens colored.")] = 0,
     model: Annotated[str | None, typer.Option("--model", help="Count in tokens of this base.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -87,7 +87,7 @@ def data_check(
 
 @app.command()
 def plan(
-    config: Config,
+    config: ConfigPath,
     overrides: Overrides = None,
     memory: Annotated[str | None, typer.Option("--memory", help="What there is, for example 24GiB.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="A known device, for example h100.")] = None,
@@ -98,10 +98,10 @@ def plan(
 ) -> None:
     """Memory and time of a run before anything is loaded, of every method, and what would make it fit."""
     from rung.config.io import load_config
-    from rung.planning.advise import advise, device_named, size_of
+    from rung.planning.advise import advise, parse_device, parse_size
 
-    spec = load_config(config, overrides or ()).spec
-    advice = advise(spec, limit=size_of(memory), device=device_named(device), tokens=tokens)
+    run_config = load_config(config, overrides or ()).config
+    advice = advise(run_config, limit=parse_size(memory), device=parse_device(device), tokens=tokens)
     from rung.report.plans import plan_lines
 
     _show(advice.to_json(), plan_lines(advice, config), as_json)
@@ -109,7 +109,7 @@ def plan(
 
 @app.command()
 def train(
-    config: Config,
+    config: ConfigPath,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
     overwrite: Overwrite = False,
@@ -125,35 +125,37 @@ def train(
     from rung.runs.train import dry_run as prepare_only
     from rung.runs.train import train_run
 
-    spec = load_config(config, overrides or ()).spec
+    run_config = load_config(config, overrides or ()).config
 
     if dry_run:
-        found = prepare_only(spec)
+        found = prepare_only(run_config)
         return _show(found, dry_run_lines(found), as_json)
-    from rung.training.distributed import launched
+    from rung.training.distributed import join_process_group
 
-    with launched() as world:
-        manifest = train_run(spec, resume=resume, overwrite=overwrite, beyond_memory=beyond_memory, world=world)
-    if not world.first:
+    with join_process_group() as world:
+        manifest = train_run(run_config, resume=resume, overwrite=overwrite, beyond_memory=beyond_memory, world=world)
+    if not world.is_rank0:
         return None
-    from rung.report.html import build
+    from rung.report.html import write_report
 
-    report = build(Path(spec.output))
-    _show({**manifest, "report": str(report)}, run_lines(manifest, spec.output, str(report)), as_json)
+    report = write_report(Path(run_config.output))
+    _show({**manifest, "report": str(report)}, run_lines(manifest, run_config.output, str(report)), as_json)
 
 
 @app.command()
-def climb(config: Config, overrides: Overrides = None, overwrite: Overwrite = False, as_json: AsJson = False) -> None:
+def climb(
+    config: ConfigPath, overrides: Overrides = None, overwrite: Overwrite = False, as_json: AsJson = False
+) -> None:
     """Measure the rungs on one held-out test set, print the ladder, recommend. Goes on where it stands."""
     from rung.config.io import load_config
 
-    spec = load_config(config, overrides or ()).spec
+    run_config = load_config(config, overrides or ()).config
     from rung.commands.climb import Climb
-    from rung.report.html import build
+    from rung.report.html import write_report
     from rung.report.tables import ladder_lines
 
-    ladder = Climb(spec, overwrite=overwrite).run().to_json()
-    build(Path(spec.output))
+    ladder = Climb(run_config, overwrite=overwrite).run().to_json()
+    write_report(Path(run_config.output))
     _show(ladder, ladder_lines(ladder), as_json)
 
 
@@ -163,8 +165,8 @@ def evaluate(
     overrides: Overrides = None,
     config: Annotated[str | None, typer.Option("--config", help="The task; none is the run's own.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most this many test items.")] = None,
-    against: Annotated[
-        str | None, typer.Option("--against", help="A run or a base: differences, and what evaluate.judge prefers.")
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", help="A run or a base: differences, and what evaluation.judge prefers.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="With a judge: where to write each pair, as jsonl.")
@@ -175,24 +177,26 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score a run, or a base, on a task's test split."""
-    if output is not None and against is None:
-        raise ConfigError("pairs come of two systems", where="--output", given=output, hint="name the other: --against")
-    from rung.report.tables import against_lines, forgetting_lines, score_lines
+    if output is not None and baseline is None:
+        raise ConfigError(
+            "pairs come of two systems", where="--output", given=output, hint="name the other: --baseline"
+        )
+    from rung.report.tables import comparison_lines, forgetting_lines, score_lines
 
     if forgetting is not None:
-        if against is not None or config is not None:
-            where = "--against" if against is not None else "--config"
+        if baseline is not None or config is not None:
+            where = "--baseline" if baseline is not None else "--config"
             what = "what a run forgets is measured against its base, on the data of --forgetting"
-            raise ConfigError(what, where=where, given=against or config)
-        from rung.commands.forgetting import forgotten
+            raise ConfigError(what, where=where, given=baseline or config)
+        from rung.commands.forgetting import measure_forgetting
 
-        found = forgotten(target, forgetting, limit=limit)
+        found = measure_forgetting(target, forgetting, limit=limit)
         return _show(found, forgetting_lines(found), as_json)
-    if against is not None:
-        from rung.commands.compare import compare
+    if baseline is not None:
+        from rung.commands.compare import compare_on_task
 
-        found = compare(target, against, config=config, overrides=overrides or (), limit=limit, output=output)
-        return _show(found, against_lines(found), as_json)
+        found = compare_on_task(target, baseline, config=config, overrides=overrides or (), limit=limit, output=output)
+        return _show(found, comparison_lines(found), as_json)
     from rung.commands.evaluate import evaluate_target
 
     result = evaluate_target(target, config=config, overrides=overrides or (), limit=limit)
@@ -240,18 +244,18 @@ def generate(  # noqa: PLR0913 -- options of a command line, each named where it
     as_json: AsJson = False,
 ) -> None:
     """Sample answers to the prompts of a file: to be ranked, scored, or learned from."""
-    from rung.commands.generate import Asked, format_of, generate_answers
+    from rung.commands.generate import GenerateRequest, generate_answers, parse_format
     from rung.models.generate import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, seed, n)
-    asked = Asked(sampling, limit, distinct, reward, reference, format_of(format))
+    asked = GenerateRequest(sampling, limit, distinct, reward, reference, parse_format(format))
     if target.startswith(("http://", "https://")):
         if model is None:
             raise ConfigError("a server may hold several models", where="--model", hint="name one of them")
         from rung.commands.generate import generate_remotely
-        from rung.inference.openai_client import AT_ONCE, Server
+        from rung.inference.openai_client import DEFAULT_CONCURRENCY, Server
 
-        result = generate_remotely(Server(target, model, concurrency or AT_ONCE), data, output, asked)
+        result = generate_remotely(Server(target, model, concurrency or DEFAULT_CONCURRENCY), data, output, asked)
     elif model is not None or concurrency is not None:
         option, given = ("--model", model) if model is not None else ("--concurrency", concurrency)
         raise ConfigError(
@@ -271,7 +275,7 @@ def merge(
     target: Run,
     folder: Annotated[Path, typer.Argument(help="Where to write the merged model.")],
     original: Annotated[
-        bool, typer.Option("--original", help="Of a qlora run: onto the base as it was before it was quantised.")
+        bool, typer.Option("--original", help="Of a qlora run: onto the base as it was before it was quantized.")
     ] = False,
     by_shard: Annotated[
         bool, typer.Option("--by-shard", help="Tensor by tensor, as where the model does not fit into memory.")
@@ -284,7 +288,7 @@ def merge(
     result = merge_run(Path(target), folder, "original" if original else "trained", by_shard=by_shard)
     lines = [f"merged into {folder}", f"{result['measure']}: {result['difference']:.2e}"]
     if original:
-        lines.append(f"largest difference to the run on its quantised base: {result['moved_from_run']:.2e}")
+        lines.append(f"largest difference to the run on its quantized base: {result['moved_from_run']:.2e}")
     _show(result, lines, as_json)
 
 
@@ -300,9 +304,9 @@ def fuse(
     as_json: AsJson = False,
 ) -> None:
     """Combine several runs of one base into one plain LoRA, on their true updates."""
-    from rung.commands.merge_adapters import Plan, fuse_runs, numbers, way
+    from rung.commands.merge_adapters import FusePlan, fuse_runs, parse_method, parse_weights
 
-    plan = Plan(*way(how), numbers(weights), rank, seed, learn)
+    plan = FusePlan(*parse_method(how), parse_weights(weights), rank, seed, learn)
     result = fuse_runs(runs, folder, plan)
     shares = ", ".join(f"{run.name} {weight:g}" for run, weight in zip(runs, result["weights"], strict=True))
     lines = [
@@ -317,28 +321,30 @@ def report(
     folder: Annotated[Path, typer.Argument(help="A run or climb folder.", metavar="RUN")], as_json: AsJson = False
 ) -> None:
     """Rebuild the HTML report of a run or a climb."""
-    from rung.report.html import build
+    from rung.report.html import write_report
 
-    path = build(folder)
+    path = write_report(folder)
     _show({"report": str(path)}, [str(path)], as_json)
 
 
 @app.command()
 def schema() -> None:
     """Print the JSON schema of a config, for editors."""
-    from rung.config.run import RunSpec
+    from rung.config.run import RunConfig
 
-    typer.echo(json.dumps(RunSpec.model_json_schema(), indent=2))
+    typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
 
 
 @app.command()
-def show(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def show(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Print the resolved config and where each value came from."""
     from rung.config.io import config_to_dict, load_config
-    from rung.config.io import show as shown
+    from rung.config.io import describe_config as shown
 
     loaded = load_config(config, overrides or ())
-    _show({"spec": config_to_dict(loaded.spec), "origins": dict(loaded.origins)}, shown(loaded).splitlines(), as_json)
+    _show(
+        {"config": config_to_dict(loaded.config), "origins": dict(loaded.origins)}, shown(loaded).splitlines(), as_json
+    )
 
 
 def _version(asked: bool) -> None:
@@ -363,11 +369,11 @@ def options(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a verb and leave with its exit code: 0, 2 input at fault, 3 refused, 1 a bug, 130 interrupted."""
-    leave(_exit_code(sys.argv[1:] if arguments is None else arguments))
+    exit_process(_exit_code(sys.argv[1:] if arguments is None else arguments))
 
 
 def _exit_code(arguments: list[str]) -> int:
-    return exit_code(lambda: app(arguments, standalone_mode=False), as_json="--json" in arguments)
+    return exit_code_of(lambda: app(arguments, standalone_mode=False), as_json="--json" in arguments)
 
 
 def _show(value: Any, lines: list[str], as_json: bool) -> None:

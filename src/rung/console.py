@@ -17,12 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 console = Console(stderr=True, highlight=False)
 
 
-def say(text: str) -> None:
+def print_status(text: str) -> None:
     """One line for the user."""
     console.print(text, markup=False, soft_wrap=True)
 
 
-class Bar:
+class ProgressBar:
     """A progress bar on a terminal; on a pipe, a line every tenth of the way."""
 
     def __init__(self, title: str, total: int, done: int = 0) -> None:
@@ -34,7 +34,7 @@ class Bar:
         )
         self._task = self._progress.add_task(title, total=total, completed=done, numbers="")
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> ProgressBar:
         self._progress.start()
         return self
 
@@ -51,21 +51,21 @@ class Bar:
         self._progress.update(self._task, completed=self.done, numbers=text)
         tenth = max(1, self.total // 10)
         if not self._live and (self.done // tenth > before // tenth or self.done == self.total):
-            say(f"{self.title} {self.done}/{self.total}  {text}".rstrip())
+            print_status(f"{self.title} {self.done}/{self.total}  {text}".rstrip())
 
 
 @contextmanager
-def stage(title: str) -> Iterator[None]:
+def status(title: str) -> Iterator[None]:
     """Say what is going on while it goes on."""
     if console.is_terminal:
         with console.status(title):
             yield
     else:
-        say(title)
+        print_status(title)
         yield
 
 
-LAUNCHER_REPEATS = 5.0
+DUPLICATE_SIGNAL_SECONDS = 5.0
 """Seconds within which torchrun has passed on a signal that its processes had from the terminal already."""
 
 
@@ -80,7 +80,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     Under a launcher one Ctrl-C arrives twice, from the terminal and from the launcher: that is one request.
     """
     asked = threading.Event()
-    again = LAUNCHER_REPEATS if os.environ.get("RANK") else 0.0
+    again = DUPLICATE_SIGNAL_SECONDS if os.environ.get("RANK") else 0.0
     first = 0.0
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
@@ -94,7 +94,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
             return
         first = time.monotonic()
         asked.set()
-        say("stopping after this step, or the rollout at hand; once more stops at once")
+        print_status("stopping after this step, or the rollout at hand; once more stops at once")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

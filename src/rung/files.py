@@ -32,22 +32,22 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     aside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        with writing(folder):
+        with reporting_write_errors(folder):
             aside.mkdir(parents=True)
             fill(aside)
             files = {str(p.relative_to(aside)): _sha256(p) for p in sorted(aside.rglob("*")) if p.is_file()}
             _check_tensors(aside)
             (aside / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
             for path in [*aside.rglob("*"), aside]:
-                _flush(path)
+                _fsync(path)
             _replace(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    _flush(folder.parent)
+    _fsync(folder.parent)
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def reporting_write_errors(folder: Path) -> Iterator[None]:
     """Inside, what cannot be written is a `CheckpointError` that names the folder."""
     try:
         yield
@@ -57,7 +57,7 @@ def writing(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"could not write: {reason}", where=str(folder), hint=hint) from error
 
 
-def tidy(folder: Path) -> None:
+def recover_interrupted_writes(folder: Path) -> None:
     """Put right what a kill left in a folder: what was being replaced comes back, what was being written goes.
 
     For a folder that no other process is at work in.
@@ -69,7 +69,7 @@ def tidy(folder: Path) -> None:
         shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
-def verify(folder: Path) -> str | None:
+def find_damage(folder: Path) -> str | None:
     """What is wrong with a written folder, or None."""
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
@@ -81,9 +81,9 @@ def verify(folder: Path) -> str | None:
     return None if files else "its manifest lists no files"
 
 
-def check_whole(folder: Path) -> None:
+def require_undamaged(folder: Path) -> None:
     """Raise `CheckpointError` for a written folder that is not what it was when it was written."""
-    if problem := verify(folder):
+    if problem := find_damage(folder):
         raise CheckpointError(f"this folder is damaged: {problem}", where=str(folder), hint="train it again")
 
 
@@ -104,7 +104,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
+def _fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -122,7 +122,7 @@ def _replace(new: Path, folder: Path) -> None:
     shutil.rmtree(old)
 
 
-def hold(path: Path) -> IO[bytes]:
+def lock_file(path: Path) -> IO[bytes]:
     """Open a file that one process at a time may hold; closing it, or the end of the process, lets go.
 
     Raises `CheckpointError` where another process holds it, or it cannot be written.
@@ -144,7 +144,7 @@ def hold(path: Path) -> IO[bytes]:
         file.close()  # whoever held it removed it in between
 
 
-def let_go(path: Path, file: IO[bytes]) -> None:
+def unlock_and_remove(path: Path, file: IO[bytes]) -> None:
     """Remove a file that this process holds, and hold it no longer."""
     path.unlink(missing_ok=True)
     file.close()
@@ -177,13 +177,13 @@ class Journal:
         """Take up the journal at `path`, or begin one. Raises `CheckpointError` where it is of something else."""
         self.path = path
         asked = sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
-        self._file = hold(path)
+        self._file = lock_file(path)
         written = path.read_bytes()
         whole = written[: written.rfind(b"\n") + 1]
         try:
             first, *rest = [json.loads(line) for line in whole.splitlines()] or [{"asked": asked}]
             begun = first["asked"]
-            self.known: dict[str, Any] = {line["key"]: line["value"] for line in rest}
+            self.results: dict[str, Any] = {line["key"]: line["value"] for line in rest}
         except (ValueError, KeyError, TypeError) as error:
             self._file.close()
             raise CheckpointError(f"this is no journal: {error}", where=str(path), hint="remove it") from None
@@ -197,7 +197,7 @@ class Journal:
 
     def add(self, key: str, value: Any) -> None:
         """Keep a result."""
-        self.known[key] = value
+        self.results[key] = value
         self._append({"key": key, "value": value})
 
     def close(self) -> None:
@@ -206,7 +206,7 @@ class Journal:
 
     def remove(self) -> None:
         """All that was asked for stands elsewhere."""
-        let_go(self.path, self._file)
+        unlock_and_remove(self.path, self._file)
 
     def _append(self, entry: dict[str, Any]) -> None:
         try:

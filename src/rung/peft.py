@@ -20,9 +20,9 @@ from peft import mapping as peft_tables
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from rung.config.method import BottleneckSpec, MixtureSpec
-from rung.methods.bottleneck import Adapter
-from rung.methods.mixture import Experts
+from rung.config.method import BottleneckConfig, MixtureConfig
+from rung.methods.bottleneck import BottleneckAdapter
+from rung.methods.mixture import ExpertPool
 
 
 class OwnType(enum.StrEnum):
@@ -34,21 +34,21 @@ class OwnType(enum.StrEnum):
 
 @dataclass
 class OwnConfig(PeftConfig):  # type: ignore[misc]
-    """peft's settings, and the spec that the tuner is built from."""
+    """peft's settings, and the config that the tuner is built from."""
 
     target_modules: list[str] | None = None
-    spec: dict[str, Any] | None = None
+    method_config: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = OwnType[f"RUNG_{(self.spec or {}).get('kind', '')}".upper()]
+        self.peft_type = OwnType[f"RUNG_{(self.method_config or {}).get('kind', '')}".upper()]
 
 
 @dataclass
 class NotInPeft(PeftConfig):  # type: ignore[misc]
     """What peft has no form for: loading it says so instead of naming an unknown type."""
 
-    spec: dict[str, Any] | None = None
+    method_config: dict[str, Any] | None = None
     tasks: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
@@ -80,24 +80,24 @@ class OwnLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 raise
             return getattr(self.base_layer, name)
 
-    def add(self, adapter_name: str, config: OwnConfig) -> None:
+    def add(self, adapter_name: str, peft_config: OwnConfig) -> None:
         """Another adapter on the same module."""
-        given = config.spec or {}
+        settings = peft_config.method_config or {}
         like = next(self.base_layer.parameters())
-        made: nn.Module
-        if given.get("kind") == "mixture":
-            spec = MixtureSpec.model_validate(given)
+        adapter: nn.Module
+        if settings.get("kind") == "mixture":
+            config = MixtureConfig.model_validate(settings)
             base: Any = self.base_layer
             transposed = not hasattr(base, "in_features")
             outputs, inputs = base.weight.T.shape if transposed else base.weight.shape
-            made = Experts(inputs, outputs, spec, like)
+            adapter = ExpertPool(inputs, outputs, config, like)
             self.beside[adapter_name] = True
         else:
-            own = BottleneckSpec.model_validate({k: v for k, v in given.items() if k != "features"})
-            made = Adapter(int(given["features"]), own, like)
-            self.beside[adapter_name] = own.placement == "parallel"
-        self.rung_adapters[adapter_name] = made
-        self.set_adapter(adapter_name, inference_mode=config.inference_mode)
+            narrow = BottleneckConfig.model_validate({k: v for k, v in settings.items() if k != "features"})
+            adapter = BottleneckAdapter(int(settings["features"]), narrow, like)
+            self.beside[adapter_name] = narrow.placement == "parallel"
+        self.rung_adapters[adapter_name] = adapter
+        self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The module's own output, and what the active adapters add."""

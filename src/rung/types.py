@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-Role = Literal["system", "user", "assistant", "tool"]
+MessageRole = Literal["system", "user", "assistant", "tool"]
 Unit = Literal["tokens", "sequences", "pairs"]
 
 
@@ -31,7 +31,7 @@ class Source(NamedTuple):
 class Message:
     """One turn. `tool_calls` is JSON text, never a nested object: a columnar store would invent null fields."""
 
-    role: Role
+    role: MessageRole
     content: str
     tool_calls: str | None = None
     name: str | None = None
@@ -39,7 +39,7 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
-class Rival:
+class Candidate:
     """Another answer to the prompt of a record."""
 
     content: str
@@ -68,7 +68,7 @@ class Record:
     """Which of several tasks it belongs to: methods with something learned for each task choose by it."""
     score: float | None = None
     """How good the answer is, where answers are compared or rated."""
-    rivals: tuple[Rival, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
     """Other answers to the same prompt; the record's own is the best of all."""
 
     @property
@@ -77,12 +77,12 @@ class Record:
         return next((m.content for m in reversed(self.messages) if m.role == "user"), self.text or "")
 
     @property
-    def bad(self) -> bool:
+    def is_undesirable(self) -> bool:
         """Whether its own answer is labelled as a bad one: nothing to be learned or expected."""
-        return self.score is not None and self.score <= 0.0 and not self.rivals
+        return self.score is not None and self.score <= 0.0 and not self.candidates
 
     @property
-    def unanswered(self) -> bool:
+    def is_prompt_only(self) -> bool:
         """Whether it is a prompt alone: nothing to be learned or expected."""
         return bool(self.messages) and not self.answer and not self.messages[-1].tool_calls
 
@@ -94,7 +94,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
-    """One tokenised document.
+    """One tokenized document.
 
     `ids` is int32 [T]. `supervised` is bool [T]: True where the token must be predicted; never the first.
     """
@@ -145,7 +145,7 @@ class LossIndex:
     """Further per-entry values an objective needs, each [N]."""
 
 
-class Below(NamedTuple):
+class CachedHidden(NamedTuple):
     """Hidden states that enter a layer, computed before: the layers below it do not run."""
 
     layer: int
@@ -157,7 +157,7 @@ class SharedPrefix:
     """Tokens that several rows of one step begin with: computed once, their keys and values stand before each row."""
 
     ids: torch.Tensor  # int64 [P], positions 0 to P - 1
-    below: Below | None = None
+    cached_hidden: CachedHidden | None = None
     """As in `PackedBatch`."""
 
 
@@ -179,16 +179,16 @@ class PackedBatch:
     """By sequence: where its tokens stand in the row, from the first that is not in the prefix; int64."""
     prefix: SharedPrefix | None = None
     """What every root of the row comes after; no entry of the loss index looks into it."""
-    below: Below | None = None
+    cached_hidden: CachedHidden | None = None
     """What enters the lowest layer that moves, for every token of the row; None where the embeddings do."""
 
-    def of_another_model(self) -> PackedBatch:
+    def without_cached_hidden(self) -> PackedBatch:
         """The same documents without states that were computed before: those are of this run's model."""
-        prefix = None if self.prefix is None else replace(self.prefix, below=None)
-        return replace(self, prefix=prefix, below=None)
+        prefix = None if self.prefix is None else replace(self.prefix, cached_hidden=None)
+        return replace(self, prefix=prefix, cached_hidden=None)
 
     @property
-    def indivisible(self) -> bool:
+    def is_single_row(self) -> bool:
         """Whether it holds one document, or those of one row of the data: smaller batches cannot be made of it."""
         rows = {document.row for document in self.documents}
         return self.sequences == 1 or (len(rows) == 1 and -1 not in rows)
@@ -199,7 +199,7 @@ class PackedBatch:
         return self.documents[0].task if self.documents else None
 
 
-OWN = "own"
+ON_POLICY = "own"
 """Column of documents some of which the policy wrote itself: 1 for their tokens, 0 for those of the data."""
 
 
@@ -213,7 +213,7 @@ class Rollout:
     """What each is worth."""
     stopped: Sequence[bool]
     """False for an answer that was cut."""
-    read: Callable[[Callable[[PackedBatch], torch.Tensor]], list[np.ndarray]]
+    evaluate_documents: Callable[[Callable[[PackedBatch], torch.Tensor]], list[np.ndarray]]
     """Values [N] of packed batches, without gradient, brought back to the documents: each [predictions]."""
 
 

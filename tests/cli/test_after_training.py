@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from builders import documents
 from models import tiny_model
 from processes import inside
-from rung.config.model import ModelSpec
-from rung.data.chat import Chat
+from rung.config.model import ModelConfig
+from rung.data.chat import ChatTemplate
 from rung.errors import CheckpointError, ConfigError
 from rung.models.load import load_base
 from rung.runs.load import open_run, open_runs
@@ -128,7 +128,7 @@ def test_wrong_base_is_refused(run: Path, tiny_base: Path, tmp_path: Path, capsy
     other = tmp_path / "other"
     tiny_model(seed=5, max_position_embeddings=512).save_pretrained(other)
     tiny_tokenizer.save_pretrained(other)
-    manifest["spec"]["model"]["name"] = str(other)
+    manifest["config"]["model"]["name"] = str(other)
     (run / "run.json").write_text(json.dumps(manifest))
     code, _, err = inside(capsys, "eval", run)
     assert code == 3 and "another base" in err
@@ -170,7 +170,7 @@ def test_fusing_looks_at_the_base_that_is_there(run: Path, config: Path, tmp_pat
     from safetensors.torch import load_file, save_file
 
     base = tmp_path / "moved-base"
-    shutil.copytree(json.loads((run / "run.json").read_text())["spec"]["model"]["name"], base)
+    shutil.copytree(json.loads((run / "run.json").read_text())["config"]["model"]["name"], base)
     one = tmp_path / "one"
     assert inside(capsys, "train", config, f"model.name={base}", f"output={one}")[0] == 0
     weights = {name: value + 0.1 for name, value in load_file(base / "model.safetensors").items()}
@@ -204,7 +204,7 @@ def test_a_run_is_a_base(method: str, config: Path, tmp_path: Path, capsys: Any)
 
 
 def test_full_run_loads_in_plain_transformers(config: Path, tmp_path: Path, capsys: Any) -> None:
-    assert inside(capsys, "train", config, "method={kind: full}", "engine.learning_rate=1.0e-3")[0] == 0
+    assert inside(capsys, "train", config, "method={kind: full}", "training.learning_rate=1.0e-3")[0] == 0
     folder = tmp_path / "run" / "model"
     plain = AutoModelForCausalLM.from_pretrained(folder).eval()
     row = torch.tensor([[5, 6, 7, 8, 9]])
@@ -226,8 +226,8 @@ def test_a_base_without_template_learns_to_stop(
     tokenizer.save_pretrained(base)
     code, _, err = inside(capsys, "train", config, f"model.name={base}")
     assert code == 2 and "model.template: plain" in err
-    settings = [f"model.name={base}", "model.template=plain", "method={kind: full}", "engine.max_steps=120"]
-    assert inside(capsys, "train", config, *settings, "engine.learning_rate=5.0e-3", "engine.epochs=20")[0] == 0
+    settings = [f"model.name={base}", "model.template=plain", "method={kind: full}", "training.max_steps=120"]
+    assert inside(capsys, "train", config, *settings, "training.learning_rate=5.0e-3", "training.epochs=20")[0] == 0
     _, out, _ = inside(capsys, "eval", base, "--config", config, "model.template=plain", "--json")
     before = json.loads(out)
     _, out, _ = inside(capsys, "eval", tmp_path / "run", "--json")
@@ -304,7 +304,7 @@ def test_several_adapters_share_one_base_and_never_touch_it(config: Path, tmp_pa
         "scaled": "kind: peft, config: {peft_type: IA3, feedforward_modules: []}",
     }
     for name, method in methods.items():
-        given = [f"method={{{method}}}", "engine.max_steps=2", f"output={tmp_path / name}"]
+        given = [f"method={{{method}}}", "training.max_steps=2", f"output={tmp_path / name}"]
         assert inside(capsys, "train", config, *given)[0] == 0
     shelf = open_runs([tmp_path / name for name in methods])
     weights = [
@@ -333,20 +333,20 @@ def test_what_shares_no_base(run: Path, config: Path, tmp_path: Path, capsys: An
 
 
 def test_answers_of_a_widened_base_are_the_same(config: Path, tmp_path: Path, capsys: Any) -> None:
-    given = ["method={kind: qlora}", "engine.max_steps=2"]
+    given = ["method={kind: qlora}", "training.max_steps=2"]
     assert inside(capsys, "train", config, *given)[0] == 0
     scores = []
     for widened in ("false", "true"):
-        asked = [*given, f"evaluate.dequantise={widened}", "evaluate.metrics=[perplexity]"]
+        asked = [*given, f"evaluation.dequantize={widened}", "evaluation.metrics=[perplexity]"]
         code, out, err = inside(capsys, "eval", tmp_path / "run", *asked, "--config", config, "--json")
         assert code == 0, err
         scores.append(json.loads(out)["scores"]["perplexity"]["mean"])
     assert scores[0] == pytest.approx(scores[1], rel=1e-5)
-    code, _, err = inside(capsys, "train", config, "evaluate.dequantise=true", f"output={tmp_path / 'other'}")
-    assert code == 2 and "quantises" in err
+    code, _, err = inside(capsys, "train", config, "evaluation.dequantize=true", f"output={tmp_path / 'other'}")
+    assert code == 2 and "quantizes" in err
 
 
-def test_a_quantised_run_merges_onto_either_base(config: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_quantized_run_merges_onto_either_base(config: Path, tmp_path: Path, capsys: Any) -> None:
     """Onto what it was trained on, or onto what that was made from: two models, and the second says how far it is."""
     settings = ("method.kind=qlora", "method.rank=4", f"output={tmp_path / 'narrow'}")
     assert inside(capsys, "train", config, *settings)[0] == 0
@@ -362,14 +362,14 @@ def test_a_quantised_run_merges_onto_either_base(config: Path, tmp_path: Path, c
     assert (trained - original).abs().max() > 1e-3
 
 
-def test_an_adapter_that_makes_up_for_quantising_stays_on_its_base(config: Path, tmp_path: Path, capsys: Any) -> None:
+def test_an_adapter_that_makes_up_for_quantizing_stays_on_its_base(config: Path, tmp_path: Path, capsys: Any) -> None:
     settings = ("method={kind: qlora, rank: 4, init: loftq}", f"output={tmp_path / 'narrow'}")
     assert inside(capsys, "train", config, *settings)[0] == 0
     code, _, err = inside(capsys, "merge", tmp_path / "narrow", tmp_path / "merged", "--original")
     assert code == 2 and "count twice" in err
     assert inside(capsys, "merge", tmp_path / "narrow", tmp_path / "merged")[0] == 0
     code, _, err = inside(capsys, "train", config, f"model.name={tmp_path / 'narrow'}", f"output={tmp_path / 'next'}")
-    assert code == 3 and "quantised base" in err
+    assert code == 3 and "quantized base" in err
 
 
 def test_a_run_in_bfloat16_is_merged_in_float32(config: Path, tmp_path: Path, capsys: Any) -> None:
@@ -379,15 +379,15 @@ def test_a_run_in_bfloat16_is_merged_in_float32(config: Path, tmp_path: Path, ca
     assert json.loads(out)["difference"] < 2e-3
 
 
-def test_only_a_quantised_run_has_another_base(run: Path, tmp_path: Path, capsys: Any) -> None:
+def test_only_a_quantized_run_has_another_base(run: Path, tmp_path: Path, capsys: Any) -> None:
     code, _, err = inside(capsys, "merge", run, tmp_path / "merged", "--original")
     assert code == 2 and "qlora" in err
 
 
 def test_one_of_several_adapters_may_widen_its_base_alone(tiny_base: Path) -> None:
     """Tuners that compute in full width widen what they stand on; the others go on as they were."""
-    base = load_base(ModelSpec(name=str(tiny_base), dtype="bfloat16"))
-    twin = base.twin()
+    base = load_base(ModelConfig(name=str(tiny_base), dtype="bfloat16"))
+    twin = base.share_weights()
     held = next(base.model.parameters())
     assert next(twin.model.parameters()).data_ptr() == held.data_ptr()
     twin.model.float()
@@ -452,8 +452,8 @@ def test_text_is_framed_as_it_was(config: Path, tmp_path: Path, capsys: Any, mon
     plain = AutoTokenizer.from_pretrained(adapter)  # as any server has it
     asked = plain.apply_chat_template(known["messages"], add_generation_prompt=True, return_dict=False)
     assert list(asked) == known["ids"]
-    own = Chat.encode
-    monkeypatch.setattr(Chat, "encode", lambda self, texts: [ids + ids[-1:] for ids in own(self, texts)])
+    own = ChatTemplate.encode
+    monkeypatch.setattr(ChatTemplate, "encode", lambda self, texts: [ids + ids[-1:] for ids in own(self, texts)])
     code, _, err = inside(capsys, "eval", tmp_path / "run", "--limit", "2")
     assert code == 3 and "framed otherwise" in err
     monkeypatch.undo()
@@ -495,7 +495,7 @@ def test_scores_stand_beside_those_without_what_was_learned_from(
     task = tmp_path / "leaky.yaml"
     task.write_text(
         f"data: {{path: {tmp_path / 'one.jsonl'}, test: {tmp_path / 'leaky.jsonl'}, validation: 0}}\n"
-        f"evaluate: {{metrics: [token_f1], max_new_tokens: 8}}\noutput: {tmp_path / 'none'}\n"
+        f"evaluation: {{metrics: [token_f1], max_new_tokens: 8}}\noutput: {tmp_path / 'none'}\n"
     )
     code, out, err = inside(capsys, "eval", tmp_path / "run", "--config", task, "--json")
     assert code == 0, err
@@ -506,7 +506,7 @@ def test_scores_stand_beside_those_without_what_was_learned_from(
     code, out, _ = inside(capsys, "eval", tmp_path / "run", "--config", task)
     assert "seen in training" in out and "without exact" in out
     manifest = json.loads((tmp_path / "run" / "run.json").read_text())
-    manifest["spec"]["data"]["path"] = str(tmp_path / "moved.jsonl")
+    manifest["config"]["data"]["path"] = str(tmp_path / "moved.jsonl")
     (tmp_path / "run" / "run.json").write_text(json.dumps(manifest))
     code, out, _ = inside(capsys, "eval", tmp_path / "run", "--config", task, "--json")
     assert code == 0 and "unknown" in json.loads(out)["contamination"]

@@ -62,8 +62,8 @@ CONFIG: dict[str, tuple[list[str], int, list[str]]] = {
     "unknown model": (["model.name=smolm2-135m"], 2, ["model.name", "did you mean smollm2-135m?"]),
     "a folder that is no model": (["model.name=tests"], 2, ["config.json"]),
     "misspelt key": (["method.rnak=3"], 2, ["did you mean method.rank?"]),
-    "key of another group": (["engine.rank=3"], 2, ["engine.rank", "method.rank"]),
-    "wrong type": (["engine.epochs=many"], 2, ["engine.epochs", "number"]),
+    "key of another group": (["training.rank=3"], 2, ["training.rank", "method.rank"]),
+    "wrong type": (["training.epochs=many"], 2, ["training.epochs", "number"]),
     "unknown method": (["method={kind: lorra}"], 2, ["lorra", "'lora'"]),
     "no such layer": (["method.layers=[9]"], 2, ["method.layers", "0 to 1"]),
     "no such group column": (["data.group=boks"], 2, ["boks", "box"]),
@@ -103,7 +103,7 @@ def test_yaml_errors_name_the_line(tmp_path: Path, capsys: pytest.CaptureFixture
         ("data: {path: x}\nmethod: [\n", ["broken.yaml line"]),
         ("data: {path: x}\noutput: a\noutput: b\n", ["line 3", "stands twice"]),
         ("- a\n", ["mapping"]),
-        ("data: {path: x}\nengine:\n  epohcs: 3\noutput: r\n", ["line 3", "engine.epochs"]),
+        ("data: {path: x}\nengine:\n  epohcs: 3\noutput: r\n", ["line 3", "training.epochs"]),
     ):
         file.write_text(text)
         code, _, err = inside(capsys, "train", file)
@@ -187,7 +187,7 @@ def test_a_task_that_no_row_has_and_one_that_no_method_knows(config: Path, tmp_p
     method = "method={kind: prompt, virtual_tokens: 2, tasks: [a, b]}"
     code, _, err = inside(capsys, "train", config, method)
     assert code == 2 and "without training rows" in err and "b" in err
-    assert inside(capsys, "train", config, "engine.max_steps=1")[0] == 0
+    assert inside(capsys, "train", config, "training.max_steps=1")[0] == 0
     code, _, err = inside(capsys, "chat", tmp_path / "run", "--question", "hello", "--task", "a")
     assert code == 2 and "tasks of their own" in err
 
@@ -222,9 +222,9 @@ def test_without_bitsandbytes(config: Path, tmp_path: Path, capsys: Any, monkeyp
     """What needs it says how to get it; everything else does without."""
     for name in ("bitsandbytes", "bitsandbytes.optim"):
         monkeypatch.setitem(sys.modules, name, None)
-    for asked in ("method={kind: qlora}", "engine.optimiser={moments: int8}"):
+    for asked in ("method={kind: qlora}", "training.optimizer={state_dtype: int8}"):
         code, _, err = inside(capsys, "train", config, asked)
-        assert code == 3 and "rung[quantised]" in err
+        assert code == 3 and "rung[quantized]" in err
     code, _, err = inside(capsys, "train", config, "--overwrite")
     assert code == 0, err
 

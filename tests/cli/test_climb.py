@@ -63,11 +63,11 @@ def test_finished_rungs_are_not_repeated(climb: Path, tmp_path: Path, capsys: An
 
 
 def test_seeds_widen_and_make_runs_of_their_own(climb: Path, tmp_path: Path, capsys: Any) -> None:
-    settings = ["climb.rungs=[zero_shot, lora]", "climb.seeds=2", "evaluate.metrics=[token_f1]"]
+    settings = ["climb.rungs=[zero_shot, lora]", "climb.seeds=2", "evaluation.metrics=[token_f1]"]
     code, out, err = inside(capsys, "climb", climb, *settings, "--json")
     assert code == 0, err
     runs = [tmp_path / "run" / "rungs" / "lora" / f"seed-{n}" for n in (0, 1)]
-    seeds = [json.loads((run / "run.json").read_text())["spec"]["seed"] for run in runs]
+    seeds = [json.loads((run / "run.json").read_text())["config"]["seed"] for run in runs]
     assert seeds == [0, 1]
     assert (runs[0] / "log.jsonl").read_text() != (runs[1] / "log.jsonl").read_text()
     assert json.loads(out)["ladder"][1]["scores"]["token_f1"]["examples"] == json.loads(out)["examples"]
@@ -76,12 +76,12 @@ def test_seeds_widen_and_make_runs_of_their_own(climb: Path, tmp_path: Path, cap
 def test_rungs_with_settings_of_their_own(climb: Path, tmp_path: Path, capsys: Any) -> None:
     rungs = (
         "[few_shot, {kind: few_shot, name: one-shot, shots: 1},"
-        " {kind: lora, name: lora-r2, method: {rank: 2}, engine: {max_steps: 2}}]"
+        " {kind: lora, name: lora-r2, method: {rank: 2}, training: {max_steps: 2}}]"
     )
     code, out, err = inside(capsys, "climb", climb, f"climb.rungs={rungs}", "--json")
     assert code == 0, err
     run = json.loads((tmp_path / "run" / "rungs" / "lora-r2" / "run.json").read_text())
-    assert run["spec"]["method"]["rank"] == 2 and run["steps"] == 2
+    assert run["config"]["method"]["rank"] == 2 and run["steps"] == 2
     prompts = [row["prompt_tokens"] for row in json.loads(out)["ladder"]]
     assert prompts[0] > prompts[1] > prompts[2]
 
@@ -106,7 +106,7 @@ def test_bad_rungs(rungs: str, words: str, climb: Path, tmp_path: Path, capsys: 
 def test_context_can_be_withheld(climb: Path, capsys: Any) -> None:
     settings = ["climb.rungs=[zero_shot]", "--json"]
     _, given, _ = inside(capsys, "climb", climb, *settings)
-    _, withheld, _ = inside(capsys, "climb", climb, "evaluate.context=withheld", *settings, "--overwrite")
+    _, withheld, _ = inside(capsys, "climb", climb, "evaluation.context=withheld", *settings, "--overwrite")
     rows = [json.loads(out)["ladder"][0] for out in (given, withheld)]
     assert rows[0]["prompt_tokens"] > rows[1]["prompt_tokens"]
     assert rows[1]["sees"] == "instruction, closed book"
@@ -128,7 +128,7 @@ def test_a_finished_climb_is_printed_without_a_model(
     settings = ["climb.rungs=[zero_shot, lora]", "--json"]
     _, first, _ = inside(capsys, "climb", climb, *settings)
 
-    monkeypatch.setattr("rung.runs.train.load_base_on_device", lambda spec: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("rung.runs.train.load_base_on_device", lambda config: pytest.fail("a model was loaded"))
     code, again, _ = inside(capsys, "climb", climb, *settings)
     assert code == 0 and json.loads(again) == json.loads(first)
 
@@ -148,7 +148,7 @@ def test_rungs_on_other_data_do_not_stand_in_one_ladder(
 
 def test_withheld_context_is_withheld_in_training_too(climb: Path, tmp_path: Path, capsys: Any) -> None:
     for name in ("given", "withheld"):
-        settings = [f"evaluate.context={name}", f"output={tmp_path / name}", "climb.rungs=[lora]"]
+        settings = [f"evaluation.context={name}", f"output={tmp_path / name}", "climb.rungs=[lora]"]
         assert inside(capsys, "climb", climb, *settings)[0] == 0
     tokens = [
         json.loads((tmp_path / n / "rungs" / "lora" / "run.json").read_text())["tokens"] for n in ("given", "withheld")
@@ -167,7 +167,7 @@ def test_rungs_that_answered_other_questions_are_not_compared(climb: Path, tmp_p
 
 
 def test_eval_of_a_rung_leaves_the_ladder_alone(climb: Path, tmp_path: Path, capsys: Any) -> None:
-    settings = ["climb.rungs=[zero_shot, lora]", "climb.seeds=2", "evaluate.limit=8"]
+    settings = ["climb.rungs=[zero_shot, lora]", "climb.seeds=2", "evaluation.limit=8"]
     _, first, _ = inside(capsys, "climb", climb, *settings, "--json")
     assert inside(capsys, "eval", tmp_path / "run" / "rungs" / "lora" / "seed-1")[0] == 0
     _, again, _ = inside(capsys, "climb", climb, *settings, "--json")
@@ -185,7 +185,7 @@ def test_what_cannot_be_climbed_leaves_no_folder(climb: Path, tmp_path: Path, ca
     texts.write_text("".join(json.dumps({"text": f"some words {i}"}) + "\n" for i in range(60)))
     for settings, words in (
         ([f"data.path={texts}", "data.group=null"], "no question"),
-        (["evaluate.shots=200"], "200 worked examples"),
+        (["evaluation.shots=200"], "200 worked examples"),
     ):
         code, _, err = inside(capsys, "climb", climb, *settings)
         assert code == 2 and words in err, err
@@ -193,7 +193,7 @@ def test_what_cannot_be_climbed_leaves_no_folder(climb: Path, tmp_path: Path, ca
 
 
 def test_perplexity_decides(climb: Path, capsys: Any) -> None:
-    settings = ["climb.rungs=[zero_shot, lora]", "evaluate.metrics=[perplexity]", "climb.target=1000"]
+    settings = ["climb.rungs=[zero_shot, lora]", "evaluation.metrics=[perplexity]", "climb.target=1000"]
     code, out, err = inside(capsys, "climb", climb, *settings, "--json")
     assert code == 0, err
     found = json.loads(out)

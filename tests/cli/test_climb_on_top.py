@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from processes import inside
-from rung.config.run import RunSpec
+from rung.config.run import RunConfig
 from rung.errors import PlanError
 from rung.runs import checks
 from rung.training.run_folder import read_items
@@ -31,10 +31,10 @@ def climb(config: Path, **settings: Any) -> Path:
 
 def test_preferences_on_top_of_a_tuned_rung(config: Path, tmp_path: Path, pairs: Path, capsys: Any) -> None:
     then = {
-        "above": "lora",
+        "base_rung": "lora",
         "objective": {"kind": "preference"},
         "data": {"path": str(pairs)},
-        "engine": {"max_steps": 2},
+        "training": {"max_steps": 2},
     }
     climb(
         config,
@@ -48,7 +48,7 @@ def test_preferences_on_top_of_a_tuned_rung(config: Path, tmp_path: Path, pairs:
     lora, dpo = ladder["ladder"][1:3]
     assert dpo["train_seconds"] > lora["train_seconds"] and dpo["disk_bytes"] > 0 and lora["disk_bytes"] > 0
     own = json.loads((tmp_path / "run" / "rungs" / "lora-then-dpo" / "run.json").read_text())
-    assert own["spec"]["model"]["name"] == str(tmp_path / "run" / "rungs" / "lora")
+    assert own["config"]["model"]["name"] == str(tmp_path / "run" / "rungs" / "lora")
     assert own["status"] == "finished" and own["steps"] == 2
     assert dpo["scores"]["exact"]["examples"] == lora["scores"]["exact"]["examples"]  # the same questions
     code, again, err = inside(capsys, "climb", config, "--json")
@@ -69,8 +69,8 @@ def test_a_rung_on_top_must_not_learn_the_test(
     if form == "a system turn":
         row["prompt"] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}]  # type: ignore[assignment]
     pairs.write_text(json.dumps(row) + "\n" + ("" if form == "a system turn" else pairs.read_text()))
-    then = {"above": "lora", "objective": {"kind": "preference"}, "data": {"path": str(pairs), "validation": 0}}
-    own = f"climb={json.dumps({'rungs': ['lora'], 'then': [then]})}"
+    then = {"base_rung": "lora", "objective": {"kind": "preference"}, "data": {"path": str(pairs), "validation": 0}}
+    own = f"climb={json.dumps({'rungs': ['lora'], 'on_top': [then]})}"
     code, _, err = inside(capsys, "climb", config, own, f"output={tmp_path / 'two'}")
     assert code == 2 and "ask what the test asks" in err and not (tmp_path / "two").exists()
 
@@ -86,21 +86,21 @@ def test_a_rung_on_top_must_not_learn_the_test(
 def test_a_rung_on_top_that_cannot_be_is_an_error_before_anything_is_spent(
     then: dict[str, Any], words: str, config: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    climb(config, rungs=["lora"], then=[{"above": "lora", **then}])
+    climb(config, rungs=["lora"], on_top=[{"base_rung": "lora", **then}])
     code, _, err = inside(capsys, "climb", config)
     assert code == 2 and words in err and not (tmp_path / "run").exists()
 
 
 def test_a_rung_on_top_of_one_that_retrieves(config: Path, tmp_path: Path, pairs: Path, capsys: Any) -> None:
     """It sees in training what it will see in the test."""
-    then = {"above": "lora", "objective": {"kind": "sft"}, "engine": {"max_steps": 1}}
+    then = {"base_rung": "lora", "objective": {"kind": "sft"}, "training": {"max_steps": 1}}
     rungs = ["zero_shot", "rag", {"kind": "lora", "context": "retrieved"}]
     climb(config, rungs=rungs, then=[then])
-    code, out, err = inside(capsys, "climb", config, "evaluate.context=withheld", "evaluate.shots=0", "--json")
+    code, out, err = inside(capsys, "climb", config, "evaluation.context=withheld", "evaluation.shots=0", "--json")
     assert code == 0, err
     run = json.loads((tmp_path / "run" / "rungs" / "lora-then-sft" / "run.json").read_text())
     below = json.loads((tmp_path / "run" / "rungs" / "lora" / "run.json").read_text())
-    assert run["spec"]["evaluate"]["context"] == "retrieved"
+    assert run["config"]["evaluation"]["context"] == "retrieved"
     assert run["data"]["train"]["tokens"] == below["data"]["train"]["tokens"]
     assert json.loads(out)["ladder"][-1]["sees"] == "retrieved passages"
 
@@ -117,13 +117,16 @@ def test_nothing_that_fits_is_said(config: Path, capsys: Any, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"rungs": ["zero_shot"], "then": [{"above": "lora", "objective": {"kind": "preference"}}]}, "no tuned rung"),
-        ({"rungs": ["lora"], "then": [{"above": "lora", "objective": {"kind": "prefrence"}}]}, "prefrence"),
         (
-            {"rungs": ["lora"], "then": [{"above": "lora", "name": "LoRA", "objective": {"kind": "preference"}}]},
+            {"rungs": ["zero_shot"], "on_top": [{"base_rung": "lora", "objective": {"kind": "preference"}}]},
+            "no tuned rung",
+        ),
+        ({"rungs": ["lora"], "on_top": [{"base_rung": "lora", "objective": {"kind": "prefrence"}}]}, "prefrence"),
+        (
+            {"rungs": ["lora"], "on_top": [{"base_rung": "lora", "name": "LoRA", "objective": {"kind": "preference"}}]},
             "folder",
         ),
-        ({"rungs": ["lora"], "then": [{"objective": {"kind": "preference"}}]}, "above"),
+        ({"rungs": ["lora"], "on_top": [{"objective": {"kind": "preference"}}]}, "base_rung"),
         ({"rungs": ["lora"], "stop": True}, "target"),
     ],
 )
@@ -137,13 +140,13 @@ def test_nonsense_is_refused_before_anything_is_spent(
 
 def test_it_stops_at_the_target_when_asked(config: Path, capsys: Any, tmp_path: Path) -> None:
     climb(config, rungs=["zero_shot", "few_shot", "lora"], target=1e9, stop=True)
-    code, out, err = inside(capsys, "climb", config, "evaluate.metrics=[perplexity]", "--json")
+    code, out, err = inside(capsys, "climb", config, "evaluation.metrics=[perplexity]", "--json")
     assert code == 0, err
     ladder = json.loads(out)
     assert [row["rung"] for row in ladder["ladder"]] == ["zero_shot"]
     assert [left["rung"] for left in ladder["left"]] == ["few_shot", "lora"]
     assert "surely reaches the target" in ladder["left"][0]["why"]
-    code, out, _ = inside(capsys, "climb", config, "evaluate.metrics=[perplexity]")
+    code, out, _ = inside(capsys, "climb", config, "evaluation.metrics=[perplexity]")
     assert code == 0 and "not measured: lora" in out
     assert "surely reaches the target" in (tmp_path / "run" / "report.html").read_text()
 
@@ -151,14 +154,14 @@ def test_it_stops_at_the_target_when_asked(config: Path, capsys: Any, tmp_path: 
 def test_what_does_not_fit_is_left_out_with_the_reason(
     config: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    then = {"above": "full", "objective": {"kind": "sft"}}
+    then = {"base_rung": "full", "objective": {"kind": "sft"}}
     climb(config, rungs=["zero_shot", "full", "lora"], then=[then])
-    before = checks.refuse_hopeless
+    before = checks.refuse_if_too_large
 
-    def refuse(spec: RunSpec, device: Any, *, beyond: bool) -> None:
-        if spec.method.kind == "full":
+    def refuse(run_config: RunConfig, device: Any, *, beyond: bool) -> None:
+        if run_config.method.kind == "full":
             raise checks.DoesNotFitError("this run needs 9 GB at its peak")
-        before(spec, device, beyond=beyond)
+        before(run_config, device, beyond=beyond)
 
     monkeypatch.setattr(checks, "refuse_hopeless", refuse)
     code, out, err = inside(capsys, "climb", config, "--json")

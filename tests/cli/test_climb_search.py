@@ -11,9 +11,9 @@ import pytest
 
 from processes import inside
 from rung.commands import search
-from rung.config.climb import RungSpec, SearchSpec
-from rung.config.io import for_rung, load_config
-from rung.config.run import RunSpec
+from rung.config.climb import RungConfig, SearchConfig
+from rung.config.io import load_config, rung_run_config
+from rung.config.run import RunConfig
 
 RANGES = {"trials": 5, "rank": [2, 8], "learning_rate": [1e-4, 1e-1], "epochs": [0.5, 2]}
 
@@ -32,8 +32,11 @@ def test_the_best_trial_on_validation_is_what_is_trained(config: Path, tmp_path:
     whole = [t for t in found["trials"] if t["state"] == "complete"]
     best = min(whole, key=lambda t: t["validation_losses"][-1])
     assert found["chosen"] == {name: best[name] for name in ("rank", "learning_rate", "epochs")}
-    spec = json.loads((tmp_path / "run" / "rungs" / "lora" / "run.json").read_text())["spec"]
-    assert spec["method"]["rank"] == best["rank"] and spec["engine"]["learning_rate"] == best["learning_rate"]
+    run_config = json.loads((tmp_path / "run" / "rungs" / "lora" / "run.json").read_text())["config"]
+    assert (
+        run_config["method"]["rank"] == best["rank"]
+        and run_config["training"]["learning_rate"] == best["learning_rate"]
+    )
     assert all(2 <= t["rank"] <= 8 and 1e-4 <= t["learning_rate"] <= 1e-1 for t in found["trials"])
     spent = sum(trial["seconds"] for trial in found["trials"])
     own = json.loads((tmp_path / "run" / "rungs" / "lora" / "run.json").read_text())["train_seconds"]
@@ -47,13 +50,13 @@ def test_the_best_trial_on_validation_is_what_is_trained(config: Path, tmp_path:
 
 def test_halving_ends_the_worse_and_goes_on_after_a_kill(config: Path, tmp_path: Path) -> None:
     """With a known loss for each rate: what is far from the best does not get all its steps."""
-    spec = load_config(str(config), ["data.validation=0.2", "engine.max_steps=18"]).spec
-    rung = RungSpec(kind="lora")
-    run = for_rung(spec, rung, str(tmp_path / "run"), 0)
+    run_config = load_config(str(config), ["data.validation=0.2", "training.max_steps=18"]).config
+    rung = RungConfig(kind="lora")
+    run = rung_run_config(run_config, rung, str(tmp_path / "run"), 0)
     steps: list[int] = []
-    asked = SearchSpec(trials=9, learning_rate=(1e-5, 1.0))
+    asked = SearchConfig(trials=9, learning_rate=(1e-5, 1.0))
 
-    def train(trial: RunSpec, watch: Any) -> None:
+    def train(trial: RunConfig, watch: Any) -> None:
         rate = trial.learning_rate
         if len(steps) == 4 and not (tmp_path / "killed").exists():
             (tmp_path / "killed").touch()
@@ -65,16 +68,16 @@ def test_halving_ends_the_worse_and_goes_on_after_a_kill(config: Path, tmp_path:
         steps.append(taken)
 
     with pytest.raises(KeyboardInterrupt):
-        search.settings(run, asked, rung, tmp_path / "s", 80, train)
-    assert search.read(tmp_path / "s") is None and len(steps) == 4
-    chosen = search.settings(run, asked, rung, tmp_path / "s", 80, train)
-    found = search.read(tmp_path / "s")
+        search.search_settings(run, asked, rung, tmp_path / "s", 80, train)
+    assert search.read_search(tmp_path / "s") is None and len(steps) == 4
+    chosen = search.search_settings(run, asked, rung, tmp_path / "s", 80, train)
+    found = search.read_search(tmp_path / "s")
     assert found is not None and len(found["trials"]) == 9
     assert {trial["state"] for trial in found["trials"]} == {"pruned", "complete"} and min(steps) < 10
     best = min((t for t in found["trials"] if t["state"] == "complete"), key=lambda t: t["validation_losses"][-1])
-    assert chosen.engine == {"learning_rate": best["learning_rate"]} and chosen.method == {}
-    search.settings(run, asked, rung, tmp_path / "alone", 80, train)
-    alone = search.read(tmp_path / "alone")
+    assert chosen.training == {"learning_rate": best["learning_rate"]} and chosen.method == {}
+    search.search_settings(run, asked, rung, tmp_path / "alone", 80, train)
+    alone = search.read_search(tmp_path / "alone")
     for trial in (*found["trials"], *(alone or {})["trials"]):
         assert trial.pop("seconds") >= 0
     assert alone == found  # as if nothing had happened
@@ -82,7 +85,7 @@ def test_halving_ends_the_worse_and_goes_on_after_a_kill(config: Path, tmp_path:
 
 def test_learning_curve(config: Path, tmp_path: Path, capsys: Any) -> None:
     climb(config, rungs=["zero_shot", "lora"], curve=[8, 16])
-    code, out, err = inside(capsys, "climb", config, "engine.max_steps=3", "--json")
+    code, out, err = inside(capsys, "climb", config, "training.max_steps=3", "--json")
     assert code == 0, err
     found = json.loads(out)
     assert [(p["rung"], p["rows"]) for p in found["curve"]] == [("lora", 8), ("lora", 16)]
@@ -95,7 +98,7 @@ def test_learning_curve(config: Path, tmp_path: Path, capsys: Any) -> None:
     page = (tmp_path / "run" / "report.html").read_text()
     assert "The highest tuned rung with fewer rows" in page and "training rows" in page
     shutil.rmtree(tmp_path / "run" / "curve" / "16")
-    code, out, err = inside(capsys, "climb", config, "engine.max_steps=3", "--json")
+    code, out, err = inside(capsys, "climb", config, "training.max_steps=3", "--json")
     assert code == 0 and "16 rows" in err and "8 rows" not in err.replace("18 rows", "")
     assert json.loads(out)["curve"][1]["score"] == found["curve"][1]["score"]
 
@@ -124,11 +127,11 @@ def test_settings_that_cannot_be_do_not_end_a_search(
 
     train, tried = climbing.running.train_on, []
 
-    def failing(spec: RunSpec, *given: Any, **more: Any) -> Any:
-        tried.append(spec)
+    def failing(run_config: RunConfig, *given: Any, **more: Any) -> Any:
+        tried.append(run_config)
         if len(tried) == 1:
             raise GateError("gate step0.packing failed")
-        return train(spec, *given, **more)
+        return train(run_config, *given, **more)
 
     monkeypatch.setattr(climbing.running, "train_on", failing)
     climb(config, rungs=["zero_shot", "lora"], search={"trials": 3, "rank": [2, 8]})

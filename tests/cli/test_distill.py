@@ -25,7 +25,7 @@ def taught(config: Path, tmp_path: Path, capsys: Any) -> Path:
 
 def test_a_student_of_some_layers(taught: Path, tmp_path: Path, capsys: Any) -> None:
     objective = f"objective={{kind: distill, teacher: {tmp_path / 'teacher'}, cross_entropy: 0.5, cosine: 0.1}}"
-    settings = (objective, "engine.epochs=3", "engine.max_steps=24", "model.layers=[1]")
+    settings = (objective, "training.epochs=3", "training.max_steps=24", "model.layers=[1]")
     code, _, err = inside(capsys, "train", taught, *settings)
     assert code == 0 and "gate movement: passed" in err, err
     entries = log(tmp_path / "run")
@@ -39,7 +39,7 @@ def test_a_student_of_some_layers(taught: Path, tmp_path: Path, capsys: Any) -> 
 
 def test_an_adapter_on_a_student_and_a_resume(taught: Path, tmp_path: Path, capsys: Any) -> None:
     objective = f"objective={{kind: distill, teacher: {tmp_path / 'teacher'}, divergence: jsd}}"
-    settings = ["method={kind: lora, rank: 4}", objective, "engine.checkpoint_every=3", "engine.learning_rate=1e-2"]
+    settings = ["method={kind: lora, rank: 4}", objective, "training.checkpoint_every=3", "training.learning_rate=1e-2"]
     _, parts = goes_on_as_if_never_stopped(capsys, taught, settings, tmp_path, 3)
     assert inside(capsys, "eval", parts, "--limit", 3)[0] == 0  # opened again: the student is built anew
 
@@ -74,11 +74,11 @@ def test_other_tokens(taught: Path, tmp_path: Path, tiny_base: Path, capsys: Any
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_a_student_corrected_on_its_own_words(share: float, taught: Path, tmp_path: Path, capsys: Any) -> None:
-    rollout = "rollout: {answers: 1, max_new_tokens: 6}"
+    rollout = "rollout: {num_generations: 1, max_new_tokens: 6}"
     teacher = f"kind: distill, teacher: {tmp_path / 'teacher'}, cross_entropy: 0.5"
     objective = f"objective={{{teacher}, divergence: reverse, on_policy: {share}, {rollout}}}"
     code, _, err = inside(
-        capsys, "train", taught, objective, "engine.max_steps=8", "engine.epochs=2", "model.layers=[0]"
+        capsys, "train", taught, objective, "training.max_steps=8", "training.epochs=2", "model.layers=[0]"
     )
     assert code == 0 and "gate movement: passed" in err, err
     entries = log(tmp_path / "run")

@@ -46,7 +46,7 @@ def test_the_base_is_the_base_and_the_run_is_the_run(
     one.write_text(json.dumps({"question": "q", "answer": "a"}) + "\n")
     task.write_text(
         f"data: {{path: {one}, test: {elsewhere}, validation: 0}}\n"
-        f"evaluate: {{metrics: [perplexity], max_new_tokens: 8}}\noutput: {tmp_path / 'none'}\n"
+        f"evaluation: {{metrics: [perplexity], max_new_tokens: 8}}\noutput: {tmp_path / 'none'}\n"
         "model: {dtype: float32}\n"
     )
     for target, side in ((tiny_base, "before"), (run, "after")):  # the same as scoring each by itself
@@ -82,7 +82,7 @@ def test_plain_text_has_perplexity_and_what_is_too_long_is_counted(
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (("{run}", "--forgetting", "{data}", "--against", "{run}"), "--against"),
+        (("{run}", "--forgetting", "{data}", "--baseline", "{run}"), "--baseline"),
         (("{run}", "--forgetting", "{data}", "--config", "x.yaml"), "--config"),
         (("{base}", "--forgetting", "{data}"), "not a run"),
     ],
@@ -159,4 +159,4 @@ def test_another_file_is_measured_without_training_again(
     code, out, _ = inside(capsys, "climb", config, *climb, f"climb.forgetting={elsewhere}", "--json")
     assert code == 0 and json.loads(out)["forgotten"] == [lost] and json.loads(kept.read_text())["examples"] == 15
     assert weights.stat().st_mtime_ns == before
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["spec"]["climb"]["forgetting"] == str(elsewhere)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["config"]["climb"]["forgetting"] == str(elsewhere)

@@ -23,7 +23,7 @@ def runs(config: Path, tmp_path: Path, capsys: Any) -> list[Path]:
     made = []
     for i, method in enumerate(["{kind: lora, rank: 4}", "{kind: lora, rank: 8, rslora: true, layers: [1]}"]):
         folder = tmp_path / f"run{i}"
-        given = [f"method={method}", f"seed={i}", "engine.max_steps=3", f"output={folder}"]
+        given = [f"method={method}", f"seed={i}", "training.max_steps=3", f"output={folder}"]
         assert inside(capsys, "train", config, *given)[0] == 0
         made.append(folder)
     return made
@@ -118,7 +118,7 @@ def test_runs_that_do_not_go_together(runs: list[Path], tmp_path: Path, capsys: 
 def models(config: Path, tmp_path: Path, capsys: Any) -> list[Path]:
     made = [tmp_path / f"model{i}" for i in range(2)]
     for i, folder in enumerate(made):
-        given = ["method={kind: full}", f"seed={i}", "engine.max_steps=3", "engine.learning_rate=1e-3"]
+        given = ["method={kind: full}", f"seed={i}", "training.max_steps=3", "training.learning_rate=1e-3"]
         assert inside(capsys, "train", config, *given, f"output={folder}")[0] == 0
     return made
 
@@ -128,7 +128,7 @@ def test_full_runs_add_up_tensor_by_tensor(models: list[Path], tiny_base: Path, 
     fused = tmp_path / "fused"
     code, out, err = inside(capsys, "fuse", *models, "-o", fused, "--weights", "0.5,-2", "--json")
     assert code == 0, err
-    assert json.loads(out)["lost"] == 0.0 and manifest(fused)["spec"]["method"]["kind"] == "full"
+    assert json.loads(out)["lost"] == 0.0 and manifest(fused)["config"]["method"]["kind"] == "full"
     base, first, second, both = (
         load_file(folder / "model.safetensors") for folder in (tiny_base, *(m / "model" for m in (*models, fused)))
     )
@@ -169,7 +169,7 @@ def test_runs_that_cannot_be_fused(
     assert code == 3 and "a climb" in err
     assert inside(capsys, "train", config, "method.kind=qlora", f"output={tmp_path / 'narrow'}")[0] == 0
     code, _, err = inside(capsys, "fuse", runs[0], tmp_path / "narrow", *target)
-    assert code == 3 and "quantised base" in err
+    assert code == 3 and "quantized base" in err
     other = manifest(runs[1])
     other["fingerprints"]["text"] = "0" * 64
     (runs[1] / "run.json").write_text(json.dumps(other))

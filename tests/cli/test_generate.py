@@ -11,7 +11,7 @@ import pytest
 
 from builders import example
 from processes import inside, start
-from rung.commands.generate import seed_of
+from rung.commands.generate import slice_seed
 from rung.files import Journal
 from rung.models.generate import Sampling, generate
 from rung.runs.load import open_run
@@ -67,7 +67,7 @@ def test_a_reward_run_ranks_them(compared: Path, tmp_path: Path, capsys: Any) ->
     compared.write_text(compared.read_text().replace("{kind: preference, beta: 0.5}", "{kind: reward}"))
     assert inside(capsys, "train", compared)[0] == 0
     given = ("--data", tmp_path / "pairs.jsonl", "--n", 3, "--limit", 12, "--max-new-tokens", 4, "--distinct")
-    base = json.loads((tmp_path / "run" / "run.json").read_text())["spec"]["model"]["name"]
+    base = json.loads((tmp_path / "run" / "run.json").read_text())["config"]["model"]["name"]
     asked = (base, *given, "--reward", tmp_path / "run", "-o", tmp_path / "rated.jsonl")
     code, _, err = inside(capsys, "generate", *asked)
     assert code == 0, err
@@ -75,7 +75,7 @@ def test_a_reward_run_ranks_them(compared: Path, tmp_path: Path, capsys: Any) ->
     assert all(row["scores"] == sorted(row["scores"], reverse=True) for row in rows)
     assert inside(capsys, "data", "check", tmp_path / "rated.jsonl")[0] == 0
     given = (f"data.path={tmp_path / 'rated.jsonl'}", "data.group=null", "data.test=0", "data.validation=0")
-    settings = ("objective={kind: preference}", "engine.max_steps=2", f"output={tmp_path / 'next'}")
+    settings = ("objective={kind: preference}", "training.max_steps=2", f"output={tmp_path / 'next'}")
     code, _, err = inside(capsys, "train", compared, *given, *settings)
     assert code == 0, err
     asked = ("generate", tmp_path / "run", "--data", tmp_path / "pairs.jsonl", "-o", tmp_path / "y.jsonl")
@@ -85,20 +85,20 @@ def test_a_reward_run_ranks_them(compared: Path, tmp_path: Path, capsys: Any) ->
 
 def test_how_far_answers_are_from_a_reference(config: Path, questions: Path, tmp_path: Path, capsys: Any) -> None:
     """Each log-ratio written out, the base's weights held once; against itself a model has moved nowhere."""
-    assert inside(capsys, "train", config, "engine.max_steps=4")[0] == 0
+    assert inside(capsys, "train", config, "training.max_steps=4")[0] == 0
     run = tmp_path / "run"
-    base = json.loads((run / "run.json").read_text())["spec"]["model"]["name"]
+    base = json.loads((run / "run.json").read_text())["config"]["model"]["name"]
     given = ("--data", questions, "--n", 2, "--limit", 3, "--max-new-tokens", 6)
     code, out, err = inside(capsys, "generate", run, *given, "--reference", base, "-o", tmp_path / "a.jsonl", "--json")
     assert code == 0, err
     rows = read(tmp_path / "a.jsonl")
     policy, chat, _ = open_run(run)
     asked = [chat.prompt_ids([Message("user", row["prompt"])], context=row["context"]) for row in rows]
-    answers = generate(policy, asked, stop_ids=chat.stop_ids, sampling=Sampling(6, 1.0, seed_of(0, 0), 2))  # again
+    answers = generate(policy, asked, stop_ids=chat.stop_ids, sampling=Sampling(6, 1.0, slice_seed(0, 0), 2))  # again
     found = [value for row in rows for value in row["log_ratios"]]
     for i, answer in enumerate(answers):
         prompt = asked[i // 2]
-        batch = pack_separately([example([*prompt, *answer.drawn], len(prompt))])[0]
+        batch = pack_separately([example([*prompt, *answer.all_tokens], len(prompt))])[0]
         expected = float((policy.logprobs(batch).detach() - policy.base_logprobs(batch)).sum())
         assert found[i] == pytest.approx(expected, abs=1e-4) and found[i] != 0
     assert json.loads(out)["means"]["log_ratio"] == pytest.approx(sum(found) / len(found), abs=1e-5)
@@ -111,7 +111,7 @@ def test_one_answer_each_keeps_its_score(compared: Path, tmp_path: Path, capsys:
     """With one answer there is nothing to compare, and every prompt stays."""
     compared.write_text(compared.read_text().replace("{kind: preference, beta: 0.5}", "{kind: reward}"))
     assert inside(capsys, "train", compared)[0] == 0
-    base = json.loads((tmp_path / "run" / "run.json").read_text())["spec"]["model"]["name"]
+    base = json.loads((tmp_path / "run" / "run.json").read_text())["config"]["model"]["name"]
     given = ("--data", tmp_path / "pairs.jsonl", "--n", 1, "--limit", 5, "--max-new-tokens", 4)
     asked = (base, *given, "--reward", tmp_path / "run", "-o", tmp_path / "one.jsonl", "--json")
     code, out, err = inside(capsys, "generate", *asked)
@@ -121,15 +121,15 @@ def test_one_answer_each_keeps_its_score(compared: Path, tmp_path: Path, capsys:
 
 
 def test_prompts_alone_teach_nothing(config: Path, prompts: Path, capsys: Any) -> None:
-    given = (f"data.path={prompts}", "data.format=prompt", "data.group=null", "data.test=0", "data.validation=0")
+    given = (f"data.path={prompts}", "data.format=prompt_only", "data.group=null", "data.test=0", "data.validation=0")
     code, _, err = inside(capsys, "train", config, *given)
     assert code == 2 and "no answer to learn" in err and "line 1" in err
     reward = "{kind: regex, pattern: a}"
     rolling = f"objective={{kind: grpo, reward: {reward}, rollout: {{answers: 4, max_new_tokens: 5}}}}"
-    code, _, err = inside(capsys, "train", config, *given, rolling, "engine.max_steps=2")
+    code, _, err = inside(capsys, "train", config, *given, rolling, "training.max_steps=2")
     assert code == 0, err
     file = config.parent / "prompts.yaml"
-    file.write_text(f"data: {{path: {prompts}, format: prompt}}\noutput: {config.parent / 'none'}\n")
+    file.write_text(f"data: {{path: {prompts}, format: prompt_only}}\noutput: {config.parent / 'none'}\n")
     name = config.read_text().split("name: ")[1].split(",")[0]
     code, out, err = inside(capsys, "data", "check", file, "--model", name, "--json")
     assert code == 0 and json.loads(out)["rejected"] == [], err

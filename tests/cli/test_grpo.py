@@ -25,7 +25,7 @@ def rewarded(config: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "rloo"])
 def test_a_toy_reward_is_climbed(loss: str, rewarded: Path, tmp_path: Path, capsys: Any) -> None:
-    settings = (f"objective.loss={loss}", "engine.max_steps=24", "engine.epochs=3", "engine.eval_every=12")
+    settings = (f"objective.loss={loss}", "training.max_steps=24", "training.epochs=3", "training.eval_every=12")
     code, _, err = inside(capsys, "train", rewarded, *settings)
     assert code == 0, err
     entries = log(tmp_path / "run")
@@ -39,7 +39,7 @@ def test_a_toy_reward_is_climbed(loss: str, rewarded: Path, tmp_path: Path, caps
 
 @pytest.mark.parametrize("method", ["{kind: full}", "{kind: prompt, virtual_tokens: 3}", "{kind: mixture, rank: 4}"])
 def test_whatever_moves(method: str, rewarded: Path, tmp_path: Path, capsys: Any) -> None:
-    settings = (f"method={method}", "objective.rollout.epochs=2", "objective.rollout.minibatches=2")
+    settings = (f"method={method}", "objective.rollout.num_iterations=2", "objective.rollout.num_minibatches=2")
     code, _, err = inside(capsys, "train", rewarded, *settings)
     assert code == 0, err
     entries = log(tmp_path / "run")
@@ -48,7 +48,12 @@ def test_whatever_moves(method: str, rewarded: Path, tmp_path: Path, capsys: Any
 
 
 def test_a_killed_run_makes_the_same_answers(rewarded: Path, tmp_path: Path, capsys: Any) -> None:
-    settings = ["engine.max_steps=8", "engine.checkpoint_every=3", "objective.rollout.minibatches=2", "engine.epochs=2"]
+    settings = [
+        "training.max_steps=8",
+        "training.checkpoint_every=3",
+        "objective.rollout.num_minibatches=2",
+        "training.epochs=2",
+    ]
     goes_on_as_if_never_stopped(capsys, rewarded, settings, tmp_path, 6)
 
 
@@ -64,8 +69,8 @@ def test_rewards_that_are_all_alike_teach_nothing(rewarded: Path, tmp_path: Path
     ("setting", "said"),
     [
         ("objective.reward.path=none.py:few", "no such file"),
-        ("objective.rollout.answers=1", "at least 2"),
-        ("engine.tokens_per_micro_batch=probe", "nothing to probe"),
+        ("objective.rollout.num_generations=1", "at least 2"),
+        ("training.tokens_per_micro_batch=probe", "nothing to probe"),
         ("method={kind: lora, rank: 4, init: lora_ga}", "lora_ga"),
         ("objective.rollout.max_new_tokens=500", "no room"),
         ("data.loss_on=all", "loss_on"),

@@ -19,7 +19,7 @@ from rung.commands import merge_shards
 
 METHODS = {
     "plain": [],
-    "ranks": ["method={kind: lora, rank: 4, ranks: {q: 2, '1.down': 6}}"],
+    "rank_pattern": ["method={kind: lora, rank: 4, rank_pattern: {q: 2, '1.down': 6}}"],
     "alpha": ["method={kind: lora, rank: 4, alpha: 12, rslora: true}"],
     "subtracted": ["method={kind: lora, rank: 4, init: pissa}"],
 }
@@ -76,11 +76,13 @@ def test_a_merge_that_is_wrong_is_not_left_behind(
 ) -> None:
     """The mutations: an update that is scaled wrongly, one that is lost, and a tensor changed on its way."""
     assert inside(capsys, "train", config)[0] == 0
-    added = merge_shards.Update.added_to
+    added = merge_shards.LoraUpdate.added_to
     if broken == "scale":
-        monkeypatch.setattr(merge_shards.Update, "added_to", lambda u, w: added(replace(u, scale=1.01 * u.scale), w))
+        monkeypatch.setattr(
+            merge_shards.LoraUpdate, "added_to", lambda u, w: added(replace(u, scale=1.01 * u.scale), w)
+        )
     if broken == "lost":
-        monkeypatch.setattr(merge_shards.Update, "added_to", lambda u, w: w.float())
+        monkeypatch.setattr(merge_shards.LoraUpdate, "added_to", lambda u, w: w.float())
     if broken == "untouched":
 
         def damaged(file: Any, updates: Any, target: Path) -> None:
@@ -101,7 +103,7 @@ def test_a_merge_that_is_wrong_is_not_left_behind(
     [
         (["method={kind: lora, rank: 4, dora: true}"], "use_dora"),
         (["method={kind: bottleneck}"], "only a plain LoRA"),
-        (["method={kind: qlora, rank: 4}"], "a quantised base"),
+        (["method={kind: qlora, rank: 4}"], "a quantized base"),
         (["method={kind: lora, rank: 4, modules_to_save: [lm_head]}"], "modules_to_save"),
     ],
 )
@@ -123,7 +125,7 @@ def test_another_base_is_refused(config: Path, tiny_base: Path, tmp_path: Path, 
 
 @pytest.mark.parametrize("rate", [1e-3, 1e-5, 1e-7])
 def test_small_updates_are_no_rounding_errors(rate: float, config: Path, tmp_path: Path, capsys: Any) -> None:
-    assert inside(capsys, "train", config, f"engine.learning_rate={rate}", "engine.max_steps=3")[0] == 0
+    assert inside(capsys, "train", config, f"training.learning_rate={rate}", "training.max_steps=3")[0] == 0
     code, out, err = inside(capsys, "merge", tmp_path / "run", tmp_path / "merged", "--by-shard", "--json")
     assert code == 0, err
     assert 0 < json.loads(out)["difference"] < 1
@@ -184,7 +186,7 @@ def test_every_type_of_number_is_written_as_it_should_be(tmp_path: Path) -> None
     }
     save_file(held, base / "model.safetensors")
     (base / "config.json").write_text("{}")
-    update = merge_shards.Update(torch.ones(2, 6), torch.ones(4, 2), 0.25, False)
+    update = merge_shards.LoraUpdate(torch.ones(2, 6), torch.ones(4, 2), 0.25, False)
     gate, moved = merge_shards.merge_shards(base, {"l": update}, target)
     found = load_file(target / "model.safetensors")
     assert gate.state == "passed" and moved == 0.5 and torch.equal(found.pop("l.weight"), torch.ones(4, 6))

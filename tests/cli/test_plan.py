@@ -12,7 +12,7 @@ import pytest
 
 from processes import inside
 from rung.config.io import load_config
-from rung.planning.advise import advise, size_of
+from rung.planning.advise import advise, parse_size
 from rung.planning.throughput import DEVICES
 from rung.runs import checks
 
@@ -65,21 +65,21 @@ def test_what_does_not_fit_comes_with_the_cheapest_change_that_does(large: Path,
         assert (change is None) == (said["plan"]["fits"] or memory == "1GiB")
         fitting.append(change and " ".join(change["overrides"]))
         if change:
-            assert change["plan"]["fits"] and change["plan"]["memory"]["needed_bytes"] <= size_of(memory)  # type: ignore[operator]
-            spec = load_config(str(large), change["overrides"]).spec
-            assert advise(spec, limit=size_of(memory)).own.fits  # as it is printed, it can be typed
+            assert change["plan"]["fits"] and change["plan"]["memory"]["needed_bytes"] <= parse_size(memory)  # type: ignore[operator]
+            config = load_config(str(large), change["overrides"]).config
+            assert advise(config, limit=parse_size(memory)).own.fits  # as it is printed, it can be typed
     assert fitting[0] is None and "int8" in fitting[1] and "lora" in fitting[2] and "qlora" in fitting[3]
 
 
 def test_every_lever_moves_what_it_is_said_to(large: Path) -> None:
     def peak(*settings: str) -> int:
-        return advise(load_config(str(large), settings).spec).own.memory.peak
+        return advise(load_config(str(large), settings).config).own.memory.peak
 
     lora = "method={kind: lora}"
     assert peak(lora) < peak()
-    assert peak(lora, "engine.tokens_per_micro_batch=2048") > peak(lora, "engine.tokens_per_micro_batch=512")
-    assert peak(lora, "engine.examples_per_step=64") == peak(lora)
-    assert peak("engine.optimiser.moments=int8") < peak()
+    assert peak(lora, "training.tokens_per_micro_batch=2048") > peak(lora, "training.tokens_per_micro_batch=512")
+    assert peak(lora, "training.examples_per_step=64") == peak(lora)
+    assert peak("training.optimizer.state_dtype=int8") < peak()
     assert peak(lora, "model.dtype=float32", "model.fused=false") > peak(lora)
     assert peak("method={kind: lora, rank: 64}") > peak(lora)
     assert peak("method={kind: lora, layers: last}") < peak(lora)
@@ -106,7 +106,7 @@ def test_what_the_commands_after_it_hold(large: Path, capsys: Any) -> None:
         assert code == 0
         return json.loads(out)["plan"]["after"]  # type: ignore[no-any-return]
 
-    few, many = (after("method.kind=lora", f"evaluate.batch={n}", "data.max_length=500") for n in (8, 16))
+    few, many = (after("method.kind=lora", f"evaluation.batch={n}", "data.max_length=500") for n in (8, 16))
     kept = (500 + 64) * 2 * 4096 * 32 * 2  # bfloat16
     made = 500 * 2 * 4 * (11008 + 4096)
     assert many["evaluation"] - few["evaluation"] == 8 * (kept + made + 2 * 4 * 32000)
@@ -117,8 +117,8 @@ def test_what_the_commands_after_it_hold(large: Path, capsys: Any) -> None:
 
 
 def test_sizes() -> None:
-    assert size_of("24GiB") == 24 * 2**30 and size_of("1.5GB") == 1_500_000_000 and size_of("512 MiB") == 2**29
-    assert size_of("2g") == 2 * 10**9 and size_of("7") == 7
+    assert parse_size("24GiB") == 24 * 2**30 and parse_size("1.5GB") == 1_500_000_000 and parse_size("512 MiB") == 2**29
+    assert parse_size("2g") == 2 * 10**9 and parse_size("7") == 7
     assert all(device.name == name for name, device in DEVICES.items())
 
 

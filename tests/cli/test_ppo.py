@@ -18,7 +18,7 @@ def short(config: Path, tmp_path: Path) -> Path:
     (tmp_path / "mine.py").write_text("def few(answer, row):\n    return -len(answer) / 8\n")
     text = config.read_text().replace("learning_rate: 1.0e-2", "learning_rate: 2.0e-2")
     reward = f"{{kind: function, path: '{tmp_path}/mine.py:few'}}"
-    rollout = "{answers: 4, max_new_tokens: 8, epochs: 2, minibatches: 2}"
+    rollout = "{answers: 4, max_new_tokens: 8, epochs: 2, num_minibatches: 2}"
     config.write_text(text + f"objective: {{kind: ppo, beta: 0.02, reward: {reward}, rollout: {rollout}}}\n")
     return config
 
@@ -27,7 +27,7 @@ def short(config: Path, tmp_path: Path) -> Path:
 def test_a_toy_reward_is_climbed(method: str, short: Path, tmp_path: Path, capsys: Any) -> None:
     """Where the base itself moves values are read off the policy's own states, else off an adapter beside it."""
     rate = "1e-3" if "full" in method else "5e-2" if "prompt" in method else "2e-2"
-    settings = (f"method={method}", "engine.max_steps=64", "engine.epochs=3", f"engine.learning_rate={rate}")
+    settings = (f"method={method}", "training.max_steps=64", "training.epochs=3", f"training.learning_rate={rate}")
     code, _, err = inside(capsys, "train", short, *settings)
     assert code == 0, err
     entries = [e for e in log(tmp_path / "run") if "rollout_seconds" in e]
@@ -42,14 +42,18 @@ def test_a_toy_reward_is_climbed(method: str, short: Path, tmp_path: Path, capsy
 
 
 def test_a_killed_run_goes_on_with_its_values_and_its_penalty(short: Path, tmp_path: Path, capsys: Any) -> None:
-    settings = ["engine.max_steps=12", "engine.checkpoint_every=4", "objective.adapt={target: 0.5, horizon: 50}"]
+    settings = [
+        "training.max_steps=12",
+        "training.checkpoint_every=4",
+        "objective.adaptive_kl={target: 0.5, horizon: 50}",
+    ]
     whole, parts = goes_on_as_if_never_stopped(capsys, short, settings, tmp_path, 8)
     betas = [[e["beta"] for e in log(run)] for run in (whole, parts)]
     assert betas[0] == betas[1] and len(set(betas[0])) > 1
 
 
 def test_a_rollout_is_left_when_the_policy_runs_away(short: Path, tmp_path: Path, capsys: Any) -> None:
-    settings = ("objective.stops.kl=1e-6", "engine.max_steps=8", "objective.rollout.epochs=4")
+    settings = ("objective.stops.target_kl=1e-6", "training.max_steps=8", "objective.rollout.num_iterations=4")
     assert inside(capsys, "train", short, *settings)[0] == 0
     entries = log(tmp_path / "run")
     assert any("halted" in e and "divergence" in e["halted"] for e in entries)
@@ -63,7 +67,9 @@ def fruit(more: int, what: str = "apples") -> str:
 @pytest.fixture
 def rewarded(compared: Path, tmp_path: Path, capsys: Any) -> Path:
     """A reward model that likes apples, taught by enough pairs to be healthy; its config follows it."""
-    text = compared.read_text().replace("{kind: preference, beta: 0.5}", "{kind: reward, centre: 0.01}")
+    text = compared.read_text().replace(
+        "{kind: preference, beta: 0.5}", "{kind: reward, center_rewards_coefficient: 0.01}"
+    )
     compared.write_text(text)
     rows = [
         {"prompt": f"what is in {i}?", "chosen": fruit(i % 4), "rejected": fruit((7 * i + 2) % 5, "stones"), "box": i}
@@ -71,7 +77,7 @@ def rewarded(compared: Path, tmp_path: Path, capsys: Any) -> Path:
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     reward = tmp_path / "reward"
-    settings = ("engine.max_steps=12", "engine.epochs=2", "data.validation=0.4", "data.test=0", f"output={reward}")
+    settings = ("training.max_steps=12", "training.epochs=2", "data.validation=0.4", "data.test=0", f"output={reward}")
     code, _, err = inside(capsys, "train", compared, *settings)
     assert code == 0 and "reward model: healthy" in err, err
     return compared
@@ -81,7 +87,7 @@ def test_a_reward_model_on_the_same_weights(rewarded: Path, tmp_path: Path, caps
     reward = f"reward: {{kind: model, run: {tmp_path / 'reward'}}}"
     objective = f"objective={{kind: ppo, {reward}, value: reward, rollout: {{answers: 2, max_new_tokens: 6}}}}"
     code, _, err = inside(
-        capsys, "train", rewarded, objective, "data.test=0", "engine.max_steps=4", "data.validation=0"
+        capsys, "train", rewarded, objective, "data.test=0", "training.max_steps=4", "data.validation=0"
     )
     assert code == 0, err
     assert err.count("loading") == 1, err  # one copy of the base
@@ -98,9 +104,9 @@ def test_a_reward_model_that_is_not_healthy(rewarded: Path, tmp_path: Path, caps
     path.write_text(json.dumps(manifest))
     model = f"{{kind: model, run: {tmp_path / 'reward'}}}"
     objective = f"objective={{kind: grpo, reward: {model}, rollout: {{answers: 2, max_new_tokens: 6}}}}"
-    code, _, err = inside(capsys, "train", rewarded, objective, "engine.max_steps=2")
+    code, _, err = inside(capsys, "train", rewarded, objective, "training.max_steps=2")
     assert code == 3 and "not fit to be followed" in err and not (tmp_path / "run").exists()
-    code, _, err = inside(capsys, "train", rewarded, objective, "objective.reward.accept=true", "engine.max_steps=2")
+    code, _, err = inside(capsys, "train", rewarded, objective, "objective.reward.accept=true", "training.max_steps=2")
     assert code == 0 and "is taken although" in err, err
     code, _, err = inside(capsys, "train", rewarded, objective, f"objective.reward.run={tmp_path}", "--overwrite")
     assert code == 2 and "no such run" in err

@@ -18,7 +18,7 @@ from rung.training.run_folder import read_items
 @pytest.mark.parametrize("method", ["{kind: lora, rank: 4}", "{kind: full}", "{kind: prompt, virtual_tokens: 3}"])
 def test_the_margin_grows(method: str, compared: Path, tmp_path: Path, capsys: Any) -> None:
     """From ln 2; where the base itself moves, against a copy that does not."""
-    settings = (f"method={method}", "engine.epochs=3", "engine.max_steps=null", "engine.learning_rate=1e-2")
+    settings = (f"method={method}", "training.epochs=3", "training.max_steps=null", "training.learning_rate=1e-2")
     code, _, err = inside(capsys, "train", compared, *settings)
     assert code == 0, err
     entries = log(tmp_path / "run")
@@ -75,21 +75,21 @@ def test_labelled_answers_are_told_apart_and_never_learned_as_they_are(
         for i in range(80)
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, _, err = inside(capsys, "train", compared, "objective={kind: sft}", "data.format=label")
+    code, _, err = inside(capsys, "train", compared, "objective={kind: sft}", "data.format=unpaired_preference")
     assert code == 2 and "labelled as bad" in err
-    code, _, err = inside(capsys, "train", compared, "data.format=label")
+    code, _, err = inside(capsys, "train", compared, "data.format=unpaired_preference")
     assert code == 2 and "loss: kto" in err
     settings = (
-        "data.format=label",
+        "data.format=unpaired_preference",
         "objective={kind: preference, loss: kto, beta: 0.5}",
-        "engine.epochs=3",
-        "engine.max_steps=null",
+        "training.epochs=3",
+        "training.max_steps=null",
     )
     code, _, err = inside(capsys, "train", compared, *settings)
     assert code == 0, err
     entries = log(tmp_path / "run")
     assert entries[0]["loss"] == pytest.approx(0.5, abs=1e-3) and entries[-1]["margin"] > 0.2
-    compared.write_text(compared.read_text().replace("data: {", "data: {format: label, "))
+    compared.write_text(compared.read_text().replace("data: {", "data: {format: unpaired_preference, "))
     assert inside(capsys, "data", "check", compared)[0] == 0
     code, out, err = inside(capsys, "eval", tmp_path / "run", "--json")
     assert code == 0, err
@@ -101,7 +101,7 @@ def test_labelled_answers_are_told_apart_and_never_learned_as_they_are(
     ("settings", "said"),
     [
         (["data.loss_on=all"], "loss_on is answer"),
-        (["objective.loss=kto", "engine.examples_per_step=1"], "at least 2"),
+        (["objective.loss=kto", "training.examples_per_step=1"], "at least 2"),
         (["method={kind: p_tuning, virtual_tokens: 2, positions: {user: 2}}"], "all of them in front"),
         (["objective.reference=runs/nowhere"], "nowhere"),
     ],
@@ -117,7 +117,7 @@ def test_another_reference_under_the_same_name_is_noticed(compared: Path, tmp_pa
     first = tmp_path / "first"
     sft = ("objective={kind: sft}", f"output={first}")
     assert inside(capsys, "train", compared, *sft)[0] == 0
-    given = [f"objective.reference={first}", "engine.checkpoint_every=2"]
+    given = [f"objective.reference={first}", "training.checkpoint_every=2"]
     assert inside(capsys, "train", compared, *given)[0] == 0
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     (tmp_path / "run" / "run.json").write_text(json.dumps({**run, "status": "interrupted"}))
@@ -131,8 +131,8 @@ def test_a_resumed_run_is_the_one_that_was_never_stopped(
     objective: str, compared: Path, tmp_path: Path, capsys: Any
 ) -> None:
     """Second epoch included, where the reference is not asked again."""
-    settings = [f"objective={{kind: preference, {objective}}}", "engine.epochs=2", "engine.max_steps=14"]
-    settings += ["engine.checkpoint_every=10"]
+    settings = [f"objective={{kind: preference, {objective}}}", "training.epochs=2", "training.max_steps=14"]
+    settings += ["training.checkpoint_every=10"]
     assert inside(capsys, "train", compared, *settings, f"output={tmp_path / 'whole'}")[0] == 0
     assert inside(capsys, "train", compared, *settings)[0] == 0
     run = tmp_path / "run"

@@ -17,7 +17,7 @@ import pytest
 from processes import inside, start
 from rung.errors import CheckpointError
 from rung.files import Journal
-from rung.inference.openai_client import Request, Server, ask
+from rung.inference.openai_client import ChatRequest, Server, ask_server
 
 
 @dataclass
@@ -141,7 +141,7 @@ def test_a_server_that_is_not_there(tmp_path: Path) -> None:
     server = Server("http://127.0.0.1:9/v1", "big", retries=1)
     journal = Journal(tmp_path / "j", {})
     with pytest.raises(CheckpointError, match="cannot be reached, after 1 further tries"):
-        ask(server, [Request([{"role": "user", "content": "q"}], {"n": 1})] * 3, journal, lambda: None)
+        ask_server(server, [ChatRequest([{"role": "user", "content": "q"}], {"n": 1})] * 3, journal, lambda: None)
     journal.close()
 
 

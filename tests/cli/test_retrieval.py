@@ -42,7 +42,7 @@ def rung(tmp_path: Path, name: str) -> tuple[dict[str, Any], list[dict[str, Any]
 def test_a_ladder_of_what_is_seen(boxes: Path, tmp_path: Path, capsys: Any) -> None:
     tuned = "{kind: lora, context: retrieved}, {kind: lora, name: given}"
     rungs = f"[{{kind: zero_shot, context: withheld}}, rag, few_shot+rag, {tuned}]"
-    settings = [f"climb.rungs={rungs}", f"evaluate.retrieve={{documents: {tmp_path / 'docs'}, top_k: 1}}"]
+    settings = [f"climb.rungs={rungs}", f"evaluation.retrieve={{documents: {tmp_path / 'docs'}, top_k: 1}}"]
     code, out, err = inside(capsys, "climb", boxes, *settings, "--json")
     assert code == 0, err
     found = json.loads(out)
@@ -70,7 +70,7 @@ def test_a_ladder_of_what_is_seen(boxes: Path, tmp_path: Path, capsys: Any) -> N
     assert all(text.endswith("and more") for text in contexts["lora"])
     assert not any(text.endswith("and more") for text in contexts["given"])
     runs = [json.loads((tmp_path / "run" / "rungs" / name / "run.json").read_text()) for name in ("lora", "given")]
-    assert [run["spec"]["evaluate"]["context"] for run in runs] == ["retrieved", "given"]
+    assert [run["config"]["evaluation"]["context"] for run in runs] == ["retrieved", "given"]
     assert runs[0]["data"]["train"]["tokens"] > runs[1]["data"]["train"]["tokens"]  # trained on passages too
     shots, passages = rung(tmp_path, "few_shot-rag")[0]["shots"], "and more"
     assert len(shots) == 2
@@ -88,7 +88,7 @@ def test_shots_of_a_retrieving_rung_carry_their_own_passages(boxes: Path, tmp_pa
     shown: list[Any] = []
     from rung.evaluation import evaluate
 
-    ask = evaluate.framed
+    ask = evaluate.prompt_ids
 
     def spy(chat: Any, records: Any, framing: Any, limit: int) -> Any:
         shown.append((framing, [framing.turns(record) for record in records]))
@@ -96,7 +96,7 @@ def test_shots_of_a_retrieving_rung_carry_their_own_passages(boxes: Path, tmp_pa
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "framed", spy)
-        code, _, err = inside(capsys, "climb", boxes, "climb.rungs=[few_shot+rag]", "evaluate.retrieve={top_k: 1}")
+        code, _, err = inside(capsys, "climb", boxes, "climb.rungs=[few_shot+rag]", "evaluation.retrieve={top_k: 1}")
     assert code == 0, err
     ((framing, turns),) = shown
     assert len(framing.shots) == 2 and all(shot.context for shot in framing.shots)
@@ -109,7 +109,7 @@ def test_shots_of_a_retrieving_rung_carry_their_own_passages(boxes: Path, tmp_pa
 
 def test_a_run_by_itself_retrieves_in_training_and_in_eval(boxes: Path, tmp_path: Path, capsys: Any) -> None:
     # a limit to what is learned from does not make the search easier
-    settings = ["evaluate.context=retrieved", "evaluate.retrieve={top_k: 2}", "data.limit=10"]
+    settings = ["evaluation.context=retrieved", "evaluation.retrieve={top_k: 2}", "data.limit=10"]
     assert inside(capsys, "train", boxes, *settings)[0] == 0
     code, out, err = inside(capsys, "eval", tmp_path / "run", "--json")
     assert code == 0, err
@@ -123,7 +123,7 @@ def test_chat_looks_up_as_in_training(boxes: Path, tmp_path: Path, capsys: Any) 
     """The passage stands in front of the question, and documents that are gone are said to be."""
     from rung.commands import chat
 
-    settings = ["evaluate.context=retrieved", f"evaluate.retrieve={{documents: {tmp_path / 'docs'}, top_k: 1}}"]
+    settings = ["evaluation.context=retrieved", f"evaluation.retrieve={{documents: {tmp_path / 'docs'}, top_k: 1}}"]
     assert inside(capsys, "train", boxes, *settings)[0] == 0
     prompts: list[Any] = []
     answer = chat.generate
@@ -148,7 +148,7 @@ def test_passages_are_no_contamination(boxes: Path, tmp_path: Path, capsys: Any)
     for row in kept:
         row["context"] += "".join(f" word{row['box']}x{n}" for n in range(15))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
-    assert inside(capsys, "train", boxes, "evaluate.context=retrieved", "evaluate.retrieve={top_k: 2}")[0] == 0
+    assert inside(capsys, "train", boxes, "evaluation.context=retrieved", "evaluation.retrieve={top_k: 2}")[0] == 0
     code, out, err = inside(capsys, "eval", tmp_path / "run", "--json")
     assert code == 0, err
     items = read_items(tmp_path / "run" / "eval.parquet")[0]
@@ -164,15 +164,15 @@ def test_passages_are_no_contamination(boxes: Path, tmp_path: Path, capsys: Any)
     ("settings", "words"),
     [
         (["climb.rungs=[{kind: rag, context: given}]"], "its `context` is retrieved"),
-        (["climb.rungs=[few_shot+rag]", "evaluate.shots=0"], "few_shot+rag rung needs evaluate.shots"),
+        (["climb.rungs=[few_shot+rag]", "evaluation.shots=0"], "few_shot+rag rung needs evaluation.shots"),
         (["climb.rungs=[{kind: rag, shots: 2}]"], "takes no `shots`"),
-        (["climb.rungs=[{kind: zero_shot, choose: coverage}]"], "takes no `choose`"),
-        (["climb.rungs=[zero_shot]", "evaluate.retrieve={top_k: 1}"], "nothing here retrieves"),
-        (["climb.rungs=[rag]", "evaluate.retrieve={chunk_words: 5, overlap: 5}"], "overlap is below"),
-        (["climb.rungs=[rag]", "evaluate.retrieve={column: body}"], "no documents are named"),
-        (["climb.rungs=[rag]", "evaluate.retrieve={documents: nowhere.jsonl}"], "no such file"),
+        (["climb.rungs=[{kind: zero_shot, example_selection: coverage}]"], "takes no `example_selection`"),
+        (["climb.rungs=[zero_shot]", "evaluation.retrieve={top_k: 1}"], "nothing here retrieves"),
+        (["climb.rungs=[rag]", "evaluation.retrieve={chunk_words: 5, overlap: 5}"], "overlap is below"),
+        (["climb.rungs=[rag]", "evaluation.retrieve={column: body}"], "no documents are named"),
+        (["climb.rungs=[rag]", "evaluation.retrieve={documents: nowhere.jsonl}"], "no such file"),
         (["climb.rungs=[{kind: lora, context: retrieved}]", "data.map={context: nothing}"], "no row has a context"),
-        (["climb.rungs=[few_shot+rag]", "evaluate.retrieve={top_k: 60}"], "tokens and the model takes"),
+        (["climb.rungs=[few_shot+rag]", "evaluation.retrieve={top_k: 60}"], "tokens and the model takes"),
         (["climb.instructions=[a, b]", "data.validation=0"], "data.validation is 0"),
         (["climb.instructions=[a, b]", "climb.rungs=[few_shot]"], "to come before other untuned"),
         (["climb.instructions=[a, a]"], "holds one twice"),
@@ -194,7 +194,8 @@ def test_nonsense_is_refused_before_anything_is_spent(
 
 def test_examples_by_choice(boxes: Path, tmp_path: Path, capsys: Any) -> None:
     rungs = (
-        "[few_shot, {kind: few_shot, name: near, choose: similarity}, {kind: few_shot, name: wide, choose: coverage}]"
+        "[few_shot, {kind: few_shot, name: near, example_selection: similarity}, "
+        "{kind: few_shot, name: wide, example_selection: coverage}]"
     )
     code, out, err = inside(capsys, "climb", boxes, f"climb.rungs={rungs}", "--json")
     assert code == 0, err
@@ -205,14 +206,14 @@ def test_examples_by_choice(boxes: Path, tmp_path: Path, capsys: Any) -> None:
         "instruction, 2 covering shots, context",
     ]
     results = {name: rung(tmp_path, name)[0] for name in ("few_shot", "near", "wide")}
-    assert [results[n]["choose"] for n in results] == ["random", "similarity", "coverage"]
+    assert [results[n]["example_selection"] for n in results] == ["random", "similarity", "coverage"]
     assert len(results["few_shot"]["shots"]) == len(results["wide"]["shots"]) == 2 < len(results["near"]["shots"])
     assert results["few_shot"]["shots"] != results["wide"]["shots"]
 
 
 def test_the_best_instruction_is_chosen_on_validation(boxes: Path, tmp_path: Path, capsys: Any) -> None:
     settings = ["climb.rungs=[zero_shot, few_shot, rag, lora]", "climb.instructions=[Say apples., 'Be brief.']"]
-    settings += ["evaluate.metrics=[perplexity]", "data.validation=0.3"]
+    settings += ["evaluation.metrics=[perplexity]", "data.validation=0.3"]
     code, out, err = inside(capsys, "climb", boxes, *settings, "--json")
     assert code == 0, err
     first, items = rung(tmp_path, "zero_shot")

@@ -14,20 +14,24 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from builders import example
 from processes import inside, log
-from rung.evaluation.reward_model import Scorer
-from rung.runs.load import open_reward
+from rung.evaluation.reward_model import RewardScorer
+from rung.runs.load import open_reward_model
 from rung.types import Message
 
 
 @pytest.fixture
 def rewarded(compared: Path) -> Path:
-    compared.write_text(compared.read_text().replace("{kind: preference, beta: 0.5}", "{kind: reward, centre: 0.01}"))
+    compared.write_text(
+        compared.read_text().replace(
+            "{kind: preference, beta: 0.5}", "{kind: reward, center_rewards_coefficient: 0.01}"
+        )
+    )
     return compared
 
 
 @pytest.mark.parametrize("method", ["{kind: lora, rank: 4}", "{kind: full}", "{kind: prompt, virtual_tokens: 3}"])
 def test_it_learns_and_is_measured(method: str, rewarded: Path, tmp_path: Path, capsys: Any) -> None:
-    settings = (f"method={method}", "engine.epochs=3", "engine.max_steps=null", "engine.learning_rate=1e-2")
+    settings = (f"method={method}", "training.epochs=3", "training.max_steps=null", "training.learning_rate=1e-2")
     code, _, err = inside(capsys, "train", rewarded, *settings)
     assert code == 0, err
     assert log(tmp_path / "run")[-1]["validation_accuracy"] > 0.9 and "gate movement: passed" in err
@@ -78,7 +82,7 @@ def test_a_killed_run_goes_on_with_its_head(rewarded: Path, tmp_path: Path, caps
     from safetensors.torch import load_file
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    settings = ["engine.max_steps=6", "engine.checkpoint_every=3"]
+    settings = ["training.max_steps=6", "training.checkpoint_every=3"]
     assert inside(capsys, "train", rewarded, *settings, f"output={whole}")[0] == 0
     assert inside(capsys, "train", rewarded, *settings, f"output={parts}")[0] == 0
     manifest = json.loads((parts / "run.json").read_text())
@@ -101,12 +105,12 @@ def test_transformers_scores_the_stop_whatever_the_tokenizer_pads_with(
     tokenizer.pad_token = padding
     tokenizer.save_pretrained(base)
     rewarded.write_text(rewarded.read_text().replace(f"name: {tiny_base}", f"name: {base}"))
-    assert inside(capsys, "train", rewarded, f"method={method}", "engine.learning_rate=1e-2")[0] == 0
-    policy, chat, objective, _ = open_reward(tmp_path / "run")
+    assert inside(capsys, "train", rewarded, f"method={method}", "training.learning_rate=1e-2")[0] == 0
+    policy, chat, objective, _ = open_reward_model(tmp_path / "run")
     asked = (("a?", "no"), ("what is in it?", "stones"))
     texts = [(chat.prompt_ids([Message("user", q)]), chat.tokenizer(a)["input_ids"]) for q, a in asked]
     documents = [example([*prompt, *answer, chat.stop_ids[0]], len(prompt)) for prompt, answer in texts]
-    ours = Scorer(policy, objective)(documents, 4096)
+    ours = RewardScorer(policy, objective)(documents, 4096)
     folder = tmp_path / "run" / ("model" if "full" in method else "adapter")
     saved = AutoTokenizer.from_pretrained(folder)
     if "full" in method:

@@ -1,4 +1,4 @@
-"""A run from config to artefact, its folder, and going on after an interruption."""
+"""A run from config to artifact, its folder, and going on after an interruption."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def manifest(folder: Path) -> dict[str, Any]:
 
 def test_run_folder(config: Path, tmp_path: Path) -> None:
     """In a process of its own: stdout is one JSON object, the rest goes to stderr."""
-    code, out, err = process("train", config, "engine.eval_every=3", "--json")
+    code, out, err = process("train", config, "training.eval_every=3", "--json")
     assert code == 0, err
     run = tmp_path / "run"
     found = manifest(run)
@@ -41,7 +41,7 @@ def test_run_folder(config: Path, tmp_path: Path) -> None:
     assert found["steps"] == 6 and found["train_seconds"] > 0 and found["peak_memory_bytes"] > 1e8
     assert found["tokens_per_second"] == pytest.approx(found["tokens"] / found["train_seconds"], rel=0.01)
     assert found["trainable_parameters"] == 4 * 2 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))
-    assert {"spec", "fingerprints", "versions", "metrics"} <= found.keys()
+    assert {"config", "fingerprints", "versions", "metrics"} <= found.keys()
     assert found["moves"] == "14 of 14 linears, in 2 of 2 layers" and found["processes"] == 1
     assert found["data"]["validation"]["dropped"] == 0
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -56,14 +56,14 @@ def test_run_folder(config: Path, tmp_path: Path) -> None:
 
 
 def test_short_run_says_that_movement_was_not_reached(config: Path, tmp_path: Path, capsys: Any) -> None:
-    assert inside(capsys, "train", config, "engine.max_steps=1")[0] == 0
+    assert inside(capsys, "train", config, "training.max_steps=1")[0] == 0
     assert [g["state"] for g in manifest(tmp_path / "run")["gates"] if g["name"] == "movement"] == ["not_reached"]
 
 
 def test_a_frozen_tensor_that_moves_fails_the_movement_gate(
     config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The mutation: an optimiser step that also touches a frozen norm."""
+    """The mutation: an optimizer step that also touches a frozen norm."""
     from rung.training import trainer
 
     def meddling(policy: Any, *further: Any) -> torch.Tensor:
@@ -95,7 +95,7 @@ def test_not_finite_never_steps_and_stops_after_three(
         return loss
 
     monkeypatch.setattr(trainer, "accumulate", poisoned)
-    code, _, err = inside(capsys, "train", config, "engine.clip=null")
+    code, _, err = inside(capsys, "train", config, "training.max_grad_norm=null")
     assert code == 3 and "not finite in 3 steps" in err
     assert all(torch.equal(a, b) for a, b in zip(seen[2], seen[4], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(seen[0], seen[1], strict=True))
@@ -112,10 +112,10 @@ def test_not_finite_never_steps_and_stops_after_three(
         "kind: lora, dropout: 0.1",
         "kind: lora, init: lora_ga, rank: 4",
         "kind: lora, layers: [1]",
-        "kind: lora, sampled_layers: 1, resample_every: 2",
-        "kind: lottery, scout_steps: 2",
-        "kind: lottery, scout_steps: 2, rewind: false",
-        "kind: lottery, scout_steps: 5, score: energy",
+        "kind: lora, lisa_n_layers: 1, lisa_step_interval: 2",
+        "kind: lottery, lottery: {scout_steps: 2}",
+        "kind: lottery, lottery: {scout_steps: 2, rewind: false}",
+        "kind: lottery, lottery: {scout_steps: 5, score: energy}",
         "kind: full",
         "kind: head",
         "kind: qlora",
@@ -129,13 +129,13 @@ def test_not_finite_never_steps_and_stops_after_three(
     ],
 )
 def test_resume_gives_the_run_that_was_never_stopped(method: str, config: Path, tmp_path: Path, capsys: Any) -> None:
-    settings = [f"method={{{method}}}", "engine.checkpoint_every=2", "engine.eval_every=3"]
+    settings = [f"method={{{method}}}", "training.checkpoint_every=2", "training.eval_every=3"]
     if "layers: [1]" in method:  # steps 4 to 6 read the states of layer 0 that steps 1 to 3 computed
-        settings += ["engine.max_steps=null", "engine.epochs=2", "engine.examples_per_step=27"]
+        settings += ["training.max_steps=null", "training.epochs=2", "training.examples_per_step=27"]
     assert inside(capsys, "train", config, *settings, f"output={tmp_path / 'whole'}")[0] == 0
     assert inside(capsys, "train", config, *settings)[0] == 0
     run = tmp_path / "run"
-    # as if killed during step 5: no artefact, the checkpoint of step 4, a log that is one step further
+    # as if killed during step 5: no artifact, the checkpoint of step 4, a log that is one step further
     found = manifest(run)
     for name in ("adapter", "model"):
         if (run / name).exists():
@@ -156,7 +156,7 @@ def test_resume_gives_the_run_that_was_never_stopped(method: str, config: Path, 
 
 
 def test_damaged_checkpoints_are_passed_over(config: Path, tmp_path: Path, capsys: Any) -> None:
-    assert inside(capsys, "train", config, "engine.checkpoint_every=2")[0] == 0
+    assert inside(capsys, "train", config, "training.checkpoint_every=2")[0] == 0
     run = tmp_path / "run"
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
     weights = run / "checkpoints" / "step-00000004" / "weights.safetensors"
@@ -164,7 +164,7 @@ def test_damaged_checkpoints_are_passed_over(config: Path, tmp_path: Path, capsy
     raw[-1] ^= 1
     weights.write_bytes(bytes(raw))
     (run / "run.json").write_text(json.dumps({**manifest(run), "status": "running"}))
-    code, _, err = inside(capsys, "train", config, "engine.checkpoint_every=2", "--resume")
+    code, _, err = inside(capsys, "train", config, "training.checkpoint_every=2", "--resume")
     assert code == 0
     assert "step-00000004 passed over: weights.safetensors is not what its manifest says" in err
     assert "resumed from step-00000002" in err
@@ -172,7 +172,7 @@ def test_damaged_checkpoints_are_passed_over(config: Path, tmp_path: Path, capsy
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_run_saves_and_goes_on(sent: signal.Signals, config: Path, tmp_path: Path) -> None:
-    settings = ["engine.max_steps=null", "engine.epochs=400"]
+    settings = ["training.max_steps=null", "training.epochs=400"]
     running = start("train", config, *settings)
     log = tmp_path / "run" / "log.jsonl"
     deadline = time.monotonic() + 120
@@ -195,11 +195,11 @@ def test_finished_run_prints_its_result_on_resume(config: Path, capsys: Any) -> 
 
 def test_patience_keeps_the_best_weights(config: Path, tmp_path: Path, capsys: Any) -> None:
     settings = [
-        "engine.eval_every=1",
-        "engine.patience=1",
-        "engine.learning_rate=12.0",
-        "engine.clip=null",
-        "engine.max_steps=12",
+        "training.eval_every=1",
+        "training.patience=1",
+        "training.learning_rate=12.0",
+        "training.max_grad_norm=null",
+        "training.max_steps=12",
     ]
     code, _, err = inside(capsys, "train", config, *settings)
     assert code == 0, err
@@ -220,11 +220,11 @@ def test_settings_that_must_not_change_the_result(config: Path, tmp_path: Path, 
     """Equivalence: micro-batches, packing and prefix sharing are matters of speed."""
     runs = {
         "auto": [],
-        "small": ["engine.tokens_per_micro_batch=40"],
-        "unpacked": ["engine.packing=none"],
-        "unshared": ["engine.packing=flat"],
+        "small": ["training.tokens_per_micro_batch=40"],
+        "unpacked": ["training.packing=none"],
+        "unshared": ["training.packing=flat"],
         "plain": ["model.fused=false"],
-        "probed": ["engine.tokens_per_micro_batch=probe"],
+        "probed": ["training.tokens_per_micro_batch=probe"],
     }
     losses = {}
     for name, settings in runs.items():
@@ -237,10 +237,10 @@ def test_settings_that_must_not_change_the_result(config: Path, tmp_path: Path, 
 
 
 def test_frozen_layers_run_once_a_document_and_nothing_else_changes(config: Path, tmp_path: Path, capsys: Any) -> None:
-    settings = ["method.layers=[1]", "engine.max_steps=null", "engine.epochs=2"]
+    settings = ["method.layers=[1]", "training.max_steps=null", "training.epochs=2"]
     losses = []
     for name, cached in (("cached", True), ("computed", False)):
-        given = [*settings, f"engine.cache_trunk={str(cached).lower()}", f"output={tmp_path / name}"]
+        given = [*settings, f"training.cache_frozen_layers={str(cached).lower()}", f"output={tmp_path / name}"]
         code, _, err = inside(capsys, "train", config, *given)
         assert code == 0 and ("layers below 1 do not move" in err) == cached
         found = manifest(tmp_path / name)
@@ -257,7 +257,7 @@ def test_states_that_the_disk_has_no_room_for_are_not_kept(
 ) -> None:
     free = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr("rung.training.frozen_layer_cache.shutil.disk_usage", lambda _: free)
-    settings = ["method.layers=[1]", "engine.max_steps=null", "engine.epochs=2"]
+    settings = ["method.layers=[1]", "training.max_steps=null", "training.epochs=2"]
     code, _, err = inside(capsys, "train", config, *settings)
     assert code == 0 and "keeping their states would take" in err and "trunk" not in manifest(tmp_path / "run")
 
@@ -265,7 +265,7 @@ def test_states_that_the_disk_has_no_room_for_are_not_kept(
 def test_a_probed_micro_batch_is_kept_by_a_resume(
     config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = ["engine.tokens_per_micro_batch=probe", "engine.checkpoint_every=2"]
+    settings = ["training.tokens_per_micro_batch=probe", "training.checkpoint_every=2"]
     monkeypatch.setattr("rung.runs.train.probe", lambda *_: 333)
     assert inside(capsys, "train", config, *settings)[0] == 0
     run = tmp_path / "run"
@@ -280,14 +280,14 @@ def test_a_probed_micro_batch_is_kept_by_a_resume(
 def test_linears_that_are_not_fused_are_said(
     setting: str, alone: int, config: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    code, _, err = inside(capsys, "train", config, "engine.max_steps=2", f"method.{setting}")
+    code, _, err = inside(capsys, "train", config, "training.max_steps=2", f"method.{setting}")
     assert code == 0 and ("peft's own forward" in err) == bool(alone)
     assert manifest(tmp_path / "run")["not_fused"] == alone
 
 
 def test_every_engine_setting_changes_something(config: Path, tmp_path: Path, capsys: Any) -> None:
-    """A dead option is a bug: each of these gives another course of the loss or another artefact."""
-    base = ["engine.max_steps=4"]
+    """A dead option is a bug: each of these gives another course of the loss or another artifact."""
+    base = ["training.max_steps=4"]
 
     def course(*settings: str) -> str:
         folder = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
@@ -298,16 +298,16 @@ def test_every_engine_setting_changes_something(config: Path, tmp_path: Path, ca
     reference = course()
     assert course() == reference
     for setting in (
-        "engine.learning_rate=1.0e-3",
-        "engine.schedule=constant",
-        "engine.warmup=0.5",
-        "engine.clip=0.01",
-        "engine.examples_per_step=4",
-        "engine.max_steps=3",
-        "engine.optimiser.weight_decay=0.5",
-        "engine.optimiser.beta1=0.1",
-        "engine.optimiser.beta2=0.5",
-        "engine.optimiser.epsilon=0.1",
+        "training.learning_rate=1.0e-3",
+        "training.schedule=constant",
+        "training.warmup_ratio=0.5",
+        "training.max_grad_norm=0.01",
+        "training.examples_per_step=4",
+        "training.max_steps=3",
+        "training.optimizer.weight_decay=0.5",
+        "training.optimizer.beta1=0.1",
+        "training.optimizer.beta2=0.5",
+        "training.optimizer.epsilon=0.1",
         "seed=1",
         "method.rank=2",
         "method.alpha=1",
@@ -318,9 +318,9 @@ def test_every_engine_setting_changes_something(config: Path, tmp_path: Path, ca
         "method.layers=[0]",
         "method.targets=[q]",
         "method.modules_to_save=[lm_head]",
-        "method.ranks={down: 2}",
-        "method.rate_ratio=16",
-        "method.sampled_layers=1",
+        "method.rank_pattern={down: 2}",
+        "method.loraplus_lr_ratio=16",
+        "method.lisa_n_layers=1",
         "method.init=pissa",
         "method.init=lora_ga",
         "data.limit=20",
@@ -330,13 +330,15 @@ def test_every_engine_setting_changes_something(config: Path, tmp_path: Path, ca
         "model.dtype=bfloat16",
     ):
         assert course(setting) != reference, setting
-    assert course("engine.max_steps=null", "engine.epochs=0.5").count("[") < course("engine.max_steps=null").count("[")
+    assert course("training.max_steps=null", "training.epochs=0.5").count("[") < course(
+        "training.max_steps=null"
+    ).count("[")
 
 
 def test_resume_on_other_data_is_refused(config: Path, questions: Path, tmp_path: Path, capsys: Any) -> None:
     mine = tmp_path / "mine.jsonl"
     mine.write_text(questions.read_text())
-    settings = [f"data.path={mine}", "engine.checkpoint_every=2"]
+    settings = [f"data.path={mine}", "training.checkpoint_every=2"]
     assert inside(capsys, "train", config, *settings)[0] == 0
     run = tmp_path / "run"
     (run / "run.json").write_text(json.dumps({**manifest(run), "status": "running"}))
@@ -350,7 +352,7 @@ def unfinished(run: Path) -> None:
 
 
 def test_movement_is_judged_after_a_resume_at_step_one(config: Path, tmp_path: Path, capsys: Any) -> None:
-    settings = ["engine.checkpoint_every=1", "engine.keep=9"]
+    settings = ["training.checkpoint_every=1", "training.save_total_limit=9"]
     assert inside(capsys, "train", config, *settings)[0] == 0
     run = tmp_path / "run"
     for checkpoint in (run / "checkpoints").iterdir():
@@ -370,7 +372,7 @@ def test_movement_is_judged_after_a_resume_at_step_one(config: Path, tmp_path: P
 
 
 def test_sigkill_and_resume(config: Path, tmp_path: Path) -> None:
-    settings = ["engine.max_steps=60", "engine.epochs=60", "engine.checkpoint_every=5"]
+    settings = ["training.max_steps=60", "training.epochs=60", "training.checkpoint_every=5"]
     assert process("train", config, *settings, f"output={tmp_path / 'whole'}")[0] == 0
     running = start("train", config, *settings)
     checkpoints = tmp_path / "run" / "checkpoints"
@@ -388,9 +390,9 @@ def test_sigkill_and_resume(config: Path, tmp_path: Path) -> None:
 
 def test_settings_that_would_do_nothing_are_refused(config: Path, tmp_path: Path, capsys: Any) -> None:
     for settings, words in (
-        (["engine.patience=2"], "eval_every"),
-        (["engine.eval_every=2", "data.validation=0"], "data.validation"),
-        (["evaluate.shots=0"], "evaluate.shots"),
+        (["training.patience=2"], "eval_every"),
+        (["training.eval_every=2", "data.validation=0"], "data.validation"),
+        (["evaluation.shots=0"], "evaluation.shots"),
         (["method={kind: head, rank: 4}"], "it is a setting of lora"),
     ):
         code, _, err = inside(capsys, "train", config, *settings)
@@ -421,7 +423,7 @@ def test_broken_gguf(config: Path, tmp_path: Path, capsys: Any) -> None:
 
 
 def test_a_lottery_that_is_never_drawn_is_refused(config: Path, tmp_path: Path, capsys: Any) -> None:
-    code, _, err = inside(capsys, "train", config, "method={kind: lottery, scout_steps: 6}")
+    code, _, err = inside(capsys, "train", config, "method={kind: lottery, lottery: {scout_steps: 6}}")
     assert code == 2 and "before the lottery is drawn" in err and not (tmp_path / "run").exists()
 
 
@@ -431,7 +433,7 @@ def test_the_best_of_steps_taken_again_is_not_kept(
     """Killed after step 6 was the best, taken up at step 3, and this time nothing is better than step 3 was."""
     from rung.training import trainer
 
-    settings = ["engine.eval_every=1", "engine.patience=9", "engine.checkpoint_every=3", "data.validation=0.2"]
+    settings = ["training.eval_every=1", "training.patience=9", "training.checkpoint_every=3", "data.validation=0.2"]
     assert inside(capsys, "train", config, *settings)[0] == 0
     run, file = tmp_path / "run", "adapter/adapter_model.safetensors"
     last, found = load_file(run / file), manifest(run)
@@ -445,8 +447,12 @@ def test_the_best_of_steps_taken_again_is_not_kept(
 
 def test_the_best_of_a_lottery_is_one_that_its_winners_made(config: Path, tmp_path: Path, capsys: Any) -> None:
     """Losses of all layers do not count once most have left: the saved adapter is the one that was measured."""
-    settings = ["method={kind: lottery, scout_steps: 4, keep: 0.5}", "engine.eval_every=1", "engine.patience=3"]
-    code, _, err = inside(capsys, "train", config, *settings, "engine.learning_rate=0.05")
+    settings = [
+        "method={kind: lottery, lottery: {scout_steps: 4, keep: 0.5}}",
+        "training.eval_every=1",
+        "training.patience=3",
+    ]
+    code, _, err = inside(capsys, "train", config, *settings, "training.learning_rate=0.05")
     assert code == 0, err
     found = manifest(tmp_path / "run")
     assert found["best_step"] > 4 and len(found["lottery"]["winners"]) == 1
@@ -468,7 +474,7 @@ def test_a_validation_loss_that_is_no_number_is_never_the_best(
         return float("nan") if len(told) == 1 else told[-1]
 
     monkeypatch.setattr(trainer, "mean_loss", first_is_nan)
-    settings = ("engine.patience=2", "engine.eval_every=1", "data.validation=0.2")
+    settings = ("training.patience=2", "training.eval_every=1", "data.validation=0.2")
     code, _, err = inside(capsys, "train", config, *settings)
     assert code == 0 and "counts as no better" in err, err
     losses = [entry["validation_loss"] for entry in log(tmp_path / "run")]

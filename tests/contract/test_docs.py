@@ -10,7 +10,7 @@ import pytest
 
 from rung.cli import app
 from rung.config.io import load_config
-from rung.config.run import RunSpec
+from rung.config.run import RunConfig
 from rung.methods.registry import METHODS
 from rung.objectives.registry import OBJECTIVES
 
@@ -24,12 +24,12 @@ EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
 def test_configs_in_the_docs_load(page: Path, block: str, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(block)
-    assert load_config(file).spec.output
+    assert load_config(file).config.output
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda f: f"{f.parent.name}-{f.stem}")
 def test_examples_load_and_stay_short(file: Path) -> None:
-    assert load_config(file).spec.output.startswith("runs/")
+    assert load_config(file).config.output.startswith("runs/")
     assert len(file.read_text().splitlines()) <= 25
 
 
@@ -56,15 +56,15 @@ def test_links_between_pages_lead_somewhere() -> None:
 
 
 def test_every_setting_explains_itself() -> None:
-    schema = RunSpec.model_json_schema()
-    for spec in [schema, *schema["$defs"].values()]:
-        for name, field in spec.get("properties", {}).items():
-            assert name in ("kind",) or field.get("description"), f"{spec['title']}.{name}"
+    schema = RunConfig.model_json_schema()
+    for config in [schema, *schema["$defs"].values()]:
+        for name, field in config.get("properties", {}).items():
+            assert name in ("kind",) or field.get("description"), f"{config['title']}.{name}"
     assert json.dumps(schema)
 
 
 def test_proved_architectures_are_the_tested_ones() -> None:
     from models import SHAPES
-    from rung.config.support import PROVED_MODELS
+    from rung.config.support import TESTED_MODELS
 
-    assert set(PROVED_MODELS) == set(SHAPES)
+    assert set(TESTED_MODELS) == set(SHAPES)

@@ -13,13 +13,13 @@ from peft import PeftType
 
 from builders import documents, policy_of, tuned
 from models import tiny_model
-from rung.config.method import METHOD_SPECS
-from rung.config.objective import SftSpec
+from rung.config.method import METHOD_CONFIGS
+from rung.config.objective import SftConfig
 from rung.errors import ConfigError, PlanError
 from rung.methods.peft_tuner import REFUSED, REPLACED
-from rung.methods.registry import attach
-from rung.models.fused_modules import fuse
-from rung.objectives.sft import Sft
+from rung.methods.registry import attach_method
+from rung.models.fused_modules import install_fused_forwards
+from rung.objectives.sft import SftObjective
 from rung.training.gates import check_decoding, check_packing, frozen_digest
 from rung.training.packing import pack
 from rung.training.step import accumulate
@@ -94,13 +94,13 @@ def test_every_tuner_of_peft_is_in_one_place() -> None:
 def test_a_tuner_keeps_the_contract(kind: str, tmp_path: Path) -> None:
     said, config, batch = TUNERS[kind], config_of(kind), pack(documents(), 10_000)[0]
     model = tiny_model()
-    fuse(model)
+    install_fused_forwards(model)
     base = policy_of(model).logprobs(batch)
-    plain = attach(tiny_model(), METHOD_SPECS["peft"](config=config), seed=3)
+    plain = attach_method(tiny_model(), METHOD_CONFIGS["peft"](config=config), seed=3)
     started = policy_of(plain.model, plain)
     assert bool((started.logprobs(batch) - base).abs().max() < FLOAT32_NATS) == said.starts
     frozen = frozen_digest(plain.model)
-    accumulate(started, Sft(SftSpec()), pack(documents(shared=17), 10_000))
+    accumulate(started, SftObjective(SftConfig()), pack(documents(shared=17), 10_000))
     assert frozen_digest(plain.model) == frozen
     assert all(p.grad is not None for p in plain.trainable().values())
     assert any(bool(p.grad.any()) for p in plain.trainable().values() if p.grad is not None)
@@ -112,7 +112,7 @@ def test_a_tuner_keeps_the_contract(kind: str, tmp_path: Path) -> None:
     assert check_packing(policy, documents(shared=17)).state == "passed"
     assert check_decoding(policy, documents()).state == "passed"
     method.save(tmp_path / "saved")
-    again = attach(tiny_model(), METHOD_SPECS["peft"](config=config), seed=99)
+    again = attach_method(tiny_model(), METHOD_CONFIGS["peft"](config=config), seed=99)
     again.load(tmp_path / "saved")
     assert torch.equal(policy_of(again.model, again).logprobs(batch), tuned_once)
     if not said.folds:
@@ -127,10 +127,10 @@ def test_a_tuner_keeps_the_contract(kind: str, tmp_path: Path) -> None:
 def test_transposed_weights_are_taken_or_refused(kind: str) -> None:
     if not TUNERS[kind].transposed:
         with pytest.raises(ConfigError, match="Conv1D|could train"):
-            attach(tiny_model("gpt2"), METHOD_SPECS["peft"](config=config_of(kind)), seed=3)
+            attach_method(tiny_model("gpt2"), METHOD_CONFIGS["peft"](config=config_of(kind)), seed=3)
         return
     model, batch = tiny_model("gpt2"), pack(documents(), 10_000)[0]
-    fuse(model)
+    install_fused_forwards(model)
     policy, _ = tuned("peft", "gpt2", config=config_of(kind))
     assert not torch.equal(policy.logprobs(batch), policy_of(model).logprobs(batch))
     assert check_packing(policy, documents(shared=17)).state == "passed"
@@ -139,7 +139,7 @@ def test_transposed_weights_are_taken_or_refused(kind: str) -> None:
 @pytest.mark.parametrize("kind", REFUSED)
 def test_tuners_that_would_train_as_something_else_are_refused(kind: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        attach(tiny_model(), METHOD_SPECS["peft"](config={"peft_type": kind}), seed=0)
+        attach_method(tiny_model(), METHOD_CONFIGS["peft"](config={"peft_type": kind}), seed=0)
     assert REFUSED[kind] in str(refused.value)
 
 

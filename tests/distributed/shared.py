@@ -12,14 +12,14 @@ from torch.distributed.tensor import DTensor
 
 from builders import documents, policy_of
 from models import tiny_model
-from rung.config.method import METHOD_SPECS
-from rung.config.objective import PreferenceSpec, SftSpec
-from rung.config.training import EngineSpec
-from rung.methods.registry import attach
-from rung.models.fused_modules import fuse
+from rung.config.method import METHOD_CONFIGS
+from rung.config.objective import PreferenceConfig, SftConfig
+from rung.config.training import TrainingConfig
+from rung.methods.registry import attach_method
+from rung.models.fused_modules import install_fused_forwards
 from rung.objectives.registry import OBJECTIVES
 from rung.training import distributed
-from rung.training.distributed import World, launched
+from rung.training.distributed import World, join_process_group
 from rung.training.run_folder import RunFolder
 from rung.training.trainer import Trainer
 from rung.types import Example
@@ -41,22 +41,22 @@ def train(arguments: list[str]) -> None:
     """Ten steps; weights, losses and gradient norms go to a file, from the process that writes."""
     method, objective, output, mutation, *sharded = arguments
     torch.set_default_dtype(torch.float64)
-    with launched() as world:
+    with join_process_group() as world:
         _mutate(mutation)
         _steps(world, method, objective, Path(output), sharded=bool(sharded))
 
 
 def _steps(world: World, kind: str, aim: str, output: Path, *, sharded: bool) -> None:
     model = tiny_model(dtype=torch.float64)
-    fuse(model)
+    install_fused_forwards(model)
     upper = kind == "lora-upper"  # what lies below does not move, and is computed once a document
-    method = attach(model, METHOD_SPECS["lora"](layers=(1,)) if upper else METHOD_SPECS[kind](), seed=0)
+    method = attach_method(model, METHOD_CONFIGS["lora"](layers=(1,)) if upper else METHOD_CONFIGS[kind](), seed=0)
     with torch.no_grad():  # away from the start, where half of LoRA has no gradient
         for parameter in method.trainable().values():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
-    fuse(model, method.part)
-    spec = SftSpec() if aim == "sft" else PreferenceSpec(beta=0.5)
-    folder = RunFolder(output, {"gates": []}, writes=world.first)
+    install_fused_forwards(model, method.linear_params)
+    config = SftConfig() if aim == "sft" else PreferenceConfig(beta=0.5)
+    folder = RunFolder(output, {"gates": []}, writes=world.is_rank0)
     output.mkdir(parents=True, exist_ok=True)
     policy = policy_of(model, method)
     if kind == "full":  # which leaves no base to compare with
@@ -64,8 +64,8 @@ def _steps(world: World, kind: str, aim: str, output: Path, *, sharded: bool) ->
     trainer = Trainer(
         policy,
         method,
-        objective=OBJECTIVES[spec.kind](spec),
-        spec=EngineSpec(examples_per_step=9, epochs=10, max_steps=10, eval_every=5),
+        objective=OBJECTIVES[config.kind](config),
+        config=TrainingConfig(examples_per_step=9, epochs=10, max_steps=10, eval_every=5),
         peak_rate=1e-3,
         budget=120,
         seed=5,
@@ -78,18 +78,18 @@ def _steps(world: World, kind: str, aim: str, output: Path, *, sharded: bool) ->
     if sharded:
         held = [p.to_local() for p in model.parameters() if isinstance(p, DTensor)]
         (output / f"held.{world.rank}").write_text(str(sum(map(torch.Tensor.numel, held))))
-    trainer.unite()
+    trainer.gather_model()
     folder.close()
-    if world.first:
-        save_file({n: p.detach().contiguous() for n, p in trainer.moving.items()}, output / "weights.safetensors")
+    if world.is_rank0:
+        save_file({n: p.detach().contiguous() for n, p in trainer.trainable.items()}, output / "weights.safetensors")
 
 
 def _mutate(how: str) -> None:
     """Wrong ways to share a step."""
     if how == "counts of its own":
-        distributed.World.total = lambda self, values: list(values)  # type: ignore[method-assign]
+        distributed.World.sum_values = lambda self, values: list(values)  # type: ignore[method-assign]
     elif how == "no sum of gradients":
-        distributed.World.add_up_gradients = lambda self, parameters: None  # type: ignore[method-assign]
+        distributed.World.sum_gradients = lambda self, parameters: None  # type: ignore[method-assign]
     elif how != "none":
         raise ValueError(how)
 
@@ -99,7 +99,7 @@ def other_size(arguments: list[str]) -> None:
     (output,) = arguments
     torch.distributed.get_world_size = lambda *_: 1  # type: ignore[assignment]
     try:
-        with launched():
+        with join_process_group():
             said = "started"
     except Exception as error:
         said = f"{type(error).__name__}: {error}"

@@ -101,11 +101,11 @@ def test_a_group_of_another_size_does_not_start(zygote: Zygote, tmp_path: Path) 
 def test_shares_are_whole_and_even() -> None:
     examples = documents(count=41)
     for size in (2, 3, 4):
-        parts = [World(rank, size).share(examples) for rank in range(size)]
+        parts = [World(rank, size).split_examples(examples) for rank in range(size)]
         assert sorted(id(e) for part in parts for e in part) == sorted(map(id, examples))
         loads = [sum(map(len, part)) for part in parts]
         assert max(loads) - min(loads) <= max(map(len, examples))
-    few = [World(rank, 4).share(examples[:2]) for rank in range(4)]
+    few = [World(rank, 4).split_examples(examples[:2]) for rank in range(4)]
     assert sorted(map(len, few)) == [0, 0, 1, 1]
 
 
@@ -117,7 +117,7 @@ def torchrun(size: int, *arguments: object) -> list[str]:
 
 def test_the_command_under_torchrun(config: Path, tmp_path: Path, capsys: Any) -> None:
     """One folder, one voice, the losses of one process; and it goes on in one process what two began."""
-    given = ("engine.checkpoint_every=3", "data.validation=0.2", "engine.eval_every=3")
+    given = ("training.checkpoint_every=3", "data.validation=0.2", "training.eval_every=3")
     assert inside(capsys, "train", config, *given, f"output={tmp_path / 'alone'}")[0] == 0
     command = torchrun(2, "train", config, *given, f"output={tmp_path / 'two'}", "--json")
     found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
@@ -150,7 +150,7 @@ FULL_IN_PARTS = ("method={kind: full}", "model.sharded=true")
 def test_one_process_is_killed_and_all_go_on(
     zygote: Zygote, config: Path, tmp_path: Path, method: tuple[str, ...]
 ) -> None:
-    settings = ("engine.max_steps=60", "engine.epochs=60", "engine.checkpoint_every=4", *method)
+    settings = ("training.max_steps=60", "training.epochs=60", "training.checkpoint_every=4", *method)
 
     def begin(*further: object) -> list[int]:
         return zygote.launch(2, "train", config, *settings, f"output={tmp_path / 'run'}", *further)
@@ -179,7 +179,7 @@ def test_a_checkpoint_in_parts_is_taken_up_by_another_number(
     zygote: Zygote, config: Path, tmp_path: Path, size: int, capsys: Any
 ) -> None:
     """Two processes wrote their rows; three read theirs from both, or one reads all."""
-    settings = (*FULL_IN_PARTS, "engine.max_steps=6", "engine.epochs=60", "engine.checkpoint_every=3")
+    settings = (*FULL_IN_PARTS, "training.max_steps=6", "training.epochs=60", "training.checkpoint_every=3")
 
     def train(processes: int, *further: object) -> None:
         children = zygote.launch(processes, "train", config, *settings, f"output={tmp_path / 'run'}", *further)
@@ -208,7 +208,7 @@ def test_a_checkpoint_in_parts_is_taken_up_by_another_number(
         (("method={kind: mixture}",), "router"),
         (("objective={kind: grpo, reward: {kind: numeric}}",), "own answers"),
         (("method={kind: prompt}", "model.sharded=true"), "under lora and full alone"),
-        (("method={kind: full}", "model.sharded=true", "engine.optimiser.moments=int8"), "blocks of numbers"),
+        (("method={kind: full}", "model.sharded=true", "training.optimizer.state_dtype=int8"), "blocks of numbers"),
     ],
 )
 def test_what_several_processes_cannot_share(
@@ -221,7 +221,7 @@ def test_what_several_processes_cannot_share(
 
 def test_ctrl_c_under_torchrun_saves_and_goes_on(config: Path, tmp_path: Path, capsys: Any) -> None:
     """The terminal sends it to all, and torchrun passes it on: one request, one checkpoint, exit code of torchrun."""
-    settings = ("engine.max_steps=4000", "engine.epochs=4000")
+    settings = ("training.max_steps=4000", "training.epochs=4000")
     command = torchrun(2, "train", config, *settings)
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as running:
         steps_taken, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 120

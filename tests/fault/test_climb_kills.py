@@ -19,7 +19,7 @@ CLIMB = {
     "rungs": ["zero_shot", "few_shot", "lora", "full"],
     "search": {"trials": 4, "learning_rate": [1e-4, 1e-1]},
     "curve": [8],
-    "then": [{"above": "lora", "objective": {"kind": "sft"}}],
+    "on_top": [{"base_rung": "lora", "objective": {"kind": "sft"}}],
 }
 KILLS = 10
 
@@ -52,7 +52,7 @@ def said(run: Path) -> list[dict[str, Any]]:
 
 def test_killed_ten_times_at_random(zygote: Zygote, config: Path, tmp_path: Path) -> None:
     config.write_text(config.read_text() + f"climb: {json.dumps(CLIMB)}\n")
-    settings = ("engine.max_steps=4", "data.validation=0.2", "engine.checkpoint_every=1")
+    settings = ("training.max_steps=4", "data.validation=0.2", "training.checkpoint_every=1")
     began = time.monotonic()
     assert zygote.run("climb", config, *settings, f"output={tmp_path / 'whole'}") == 0, zygote.log.read_text()[-3000:]
     took = time.monotonic() - began

@@ -19,7 +19,7 @@ def waited_for(path: Path, seconds: float = 120.0) -> bool:
 
 def test_two_runs_in_one_folder(config: Path, tmp_path: Path, capsys: Any) -> None:
     """Whatever the second says, it touches nothing while the first is at work."""
-    settings = ("engine.max_steps=100000", "engine.epochs=100000")
+    settings = ("training.max_steps=100000", "training.epochs=100000")
     with start("train", config, *settings) as first:
         assert waited_for(tmp_path / "run" / "log.jsonl")
         for how in ("--resume", "--overwrite"):

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from chats import TEMPLATES, with_template
-from rung.config.data import DataSpec
+from rung.config.data import DataConfig
 from rung.config.io import config_to_dict, load_config
-from rung.data.chat import Chat
+from rung.data.chat import ChatTemplate
 from rung.data.formats import load_records, read_records
-from rung.data.splits import assign
+from rung.data.splits import assign_splits
 from rung.data.tokenize import preflight, tokenize_records
 from rung.errors import ConfigError, DataError, RungError
 from rung.training.packing import pack
@@ -122,7 +122,7 @@ def check_readers(cases: int, folder: Path) -> None:
             n for n, line in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1) if line.strip()
         ]
         try:
-            found = read_records(DataSpec(path=str(file)), str(file))
+            found = read_records(DataConfig(path=str(file)), str(file))
         except DataError:
             return
         assert len(found.records) + len(found.rejected) == len(given_rows)
@@ -141,18 +141,18 @@ def check_rejects(cases: int, folder: Path) -> None:
         rows = [json.dumps({"question": f"q {i}", "answer": "a"}).encode() for i in range(good)]
         file.write_bytes(b"\n".join([*rows, *lines]))
         try:
-            kept = load_records(DataSpec(path=str(file), rejects="drop", format="question_answer"), str(file))
+            kept = load_records(DataConfig(path=str(file), rejects="drop", format="question_answer"), str(file))
         except DataError:
             return
         assert len(kept.records) >= good
         if kept.rejected:
             with pytest.raises(DataError, match="rows cannot be used"):
-                load_records(DataSpec(path=str(file), format="question_answer"), str(file))
+                load_records(DataConfig(path=str(file), format="question_answer"), str(file))
 
 
 def check_spans(cases: int, tokenizer: PreTrainedTokenizerFast) -> None:
     """What is learned of a conversation decodes to its answer and the stop; or the row is refused in words."""
-    chats = [Chat(with_template(tokenizer, template)) for template, _ in TEMPLATES.values()]
+    chats = [ChatTemplate(with_template(tokenizer, template)) for template, _ in TEMPLATES.values()]
 
     @often(
         cases,
@@ -207,8 +207,8 @@ def check_configs(cases: int, folder: Path) -> None:
         "data",
         "method",
         "objective",
-        "engine",
-        "evaluate",
+        "training",
+        "evaluation",
         "climb",
         "output",
         "seed",
@@ -233,11 +233,11 @@ def check_configs(cases: int, folder: Path) -> None:
         except (yaml.YAMLError, UnicodeError, ValueError):
             assume(False)
         try:
-            spec = load_config(file, [f"{name}={value}" for name, value in overrides]).spec
+            config = load_config(file, [f"{name}={value}" for name, value in overrides]).config
         except ConfigError as refused:
             assert str(refused)
             return
-        json.dumps(config_to_dict(spec))
+        json.dumps(config_to_dict(config))
 
     raw = [
         b"\xff\xfe",
@@ -262,14 +262,14 @@ def check_splits(cases: int) -> None:
             Record((Message("user", text or "q"), Message("assistant", "a")), Source("d", i + 1), group=group)
             for i, (text, group) in enumerate(given_rows)
         ]
-        parts = assign(records, validation=validation, test=test)
+        parts = assign_splits(records, validation=validation, test=test)
         own = [{r.source.line for r in part} for part in (parts.train, parts.validation, parts.test)]
         assert sum(map(len, own)) == len(records) and set.union(*own) == {r.source.line for r in records}
         for what in (lambda r: r.group, lambda r: None if r.group else r.messages[0].content):
             found = [{what(r) for r in part} - {None} for part in (parts.train, parts.validation, parts.test)]
             assert not (found[0] & found[1] or found[0] & found[2] or found[1] & found[2])
         if records:
-            again = assign([replace(r, weight=2.0) for r in reversed(records)], validation=validation, test=test)
+            again = assign_splits([replace(r, weight=2.0) for r in reversed(records)], validation=validation, test=test)
             assert {r.source.line for r in again.test} == own[2]
 
 
@@ -313,7 +313,7 @@ def test_a_line_of_ten_megabytes(size: int, tmp_path: Path) -> None:
     file = tmp_path / "long.jsonl"
     rows = [{"question": "q", "answer": "a" * size}, {"question": "r", "answer": "b"}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = read_records(DataSpec(path=str(file)), str(file))
+    found = read_records(DataConfig(path=str(file)), str(file))
     assert [len(r.answer) for r in found.records] == [size, 1] and not found.rejected
 
 
@@ -322,5 +322,5 @@ def test_nesting_and_keys_that_stand_twice(tmp_path: Path) -> None:
     deep = '{"question": "q", "answer": ' + "[" * 100_000 + "]" * 100_000 + "}"
     twice = '{"question": "q", "question": "r", "answer": "a"}'
     file.write_text("\n".join([deep, twice, '{"question": "q", "answer": "a"}']))
-    found = read_records(DataSpec(path=str(file)), str(file))
+    found = read_records(DataConfig(path=str(file)), str(file))
     assert [r.source.line for r in found.records] == [3] and [r.source.line for r in found.rejected] == [1, 2]

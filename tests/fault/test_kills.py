@@ -18,11 +18,11 @@ from processes import start
 from zygote import Zygote
 
 SETTINGS = (
-    "engine.max_steps=12",
-    "engine.epochs=12",
-    "engine.checkpoint_every=1",
-    "engine.eval_every=3",
-    "engine.patience=9",
+    "training.max_steps=12",
+    "training.epochs=12",
+    "training.checkpoint_every=1",
+    "training.eval_every=3",
+    "training.patience=9",
 )
 """A save after each step, and a second one whenever the validation loss is the best so far."""
 
@@ -91,7 +91,7 @@ def test_killed_at_two_hundred_random_moments(zygote: Zygote, config: Path, tmp_
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
 def test_asked_to_stop_it_saves_and_says_so(end: signal.Signals, config: Path, tmp_path: Path) -> None:
-    settings = ("engine.max_steps=400", "engine.epochs=400")
+    settings = ("training.max_steps=400", "training.epochs=400")
     with start("train", config, *settings) as running:
         log, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 120
         while not (log.exists() and log.read_text().count("\n") > 2) and time.monotonic() < deadline:

@@ -35,7 +35,7 @@ def test_memory_does_not_follow_the_number_of_questions(verb: str, config: Path,
     rows = [{"question": f"what is in it, {i}?", "answer": "pears" if i % 3 else "apples"} for i in range(2_200)]
     (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = (f"data.path={tmp_path / 'many.jsonl'}", "data.group=null", "data.test=0.9", "data.validation=0")
-    assert inside(capsys, "train", config, *data, "engine.max_steps=1", "evaluate.max_new_tokens=4")[0] == 0
+    assert inside(capsys, "train", config, *data, "training.max_steps=1", "evaluation.max_new_tokens=4")[0] == 0
     held = []
     for count in (90, 1_800):
         more = ("--data", tmp_path / "many.jsonl", "--n", 1, "--max-new-tokens", 4, "-o", tmp_path / f"{count}.jsonl")

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from processes import log
 from zygote import Zygote
 
-OWN_ANSWERS = "reward: {kind: function, path: '%s:few'}, rollout: {answers: 4, max_new_tokens: 6}"
+OWN_ANSWERS = "reward: {kind: function, path: '%s:few'}, rollout: {num_generations: 4, max_new_tokens: 6}"
 OBJECTIVES = {
     "sft": "{kind: sft}",
     "dpo": "{kind: preference, beta: 0.5}",
-    "ppo": f"{{kind: ppo, adapt: {{target: 0.5, horizon: 50}}, {OWN_ANSWERS}}}",
+    "ppo": f"{{kind: ppo, adaptive_kl: {{target: 0.5, horizon: 50}}, {OWN_ANSWERS}}}",
     "grpo": f"{{kind: grpo, beta: 0.01, {OWN_ANSWERS}}}",
 }
 METHODS = {
@@ -62,10 +62,10 @@ def test_killed_at_a_third_and_taken_up_again(
     settings = (
         f"objective={aim}",
         f"method={METHODS[method]}",
-        f"engine.max_steps={STEPS}",
-        "engine.epochs=9",
-        f"engine.checkpoint_every={SAVED}",
-        "engine.eval_every=5",
+        f"training.max_steps={STEPS}",
+        "training.epochs=9",
+        f"training.checkpoint_every={SAVED}",
+        "training.eval_every=5",
     )
     assert zygote.run("train", config, *settings, f"output={tmp_path / 'whole'}") == 0, zygote.log.read_text()[-3000:]
     run, began = tmp_path / "run", time.monotonic()

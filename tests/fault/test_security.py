@@ -54,9 +54,9 @@ def test_code_that_comes_with_a_model_does_not_run(config: Path, base: Path, tmp
 
 
 def test_code_that_comes_with_a_tokenizer_does_not_run(config: Path, base: Path, tmp_path: Path) -> None:
-    (base / "tokenising.py").write_text(f"open({str(tmp_path / 'sung')!r}, 'w')\nclass Own: pass\n")
+    (base / "tokenizing.py").write_text(f"open({str(tmp_path / 'sung')!r}, 'w')\nclass Own: pass\n")
     known = json.loads((base / "tokenizer_config.json").read_text())
-    auto = {"AutoTokenizer": ["tokenising.Own", "tokenising.Own"]}
+    auto = {"AutoTokenizer": ["tokenizing.Own", "tokenizing.Own"]}
     given = {**known, "tokenizer_class": "Own", "auto_map": auto}
     (base / "tokenizer_config.json").write_text(json.dumps(given))
     code, _, err = begin(config, base, tmp_path)

@@ -14,7 +14,7 @@ from trl import DPOConfig, DPOTrainer
 
 
 class AsTheyAre(DPOTrainer):
-    """Rows that are tokenised already, which TRL's own does not take."""
+    """Rows that are tokenized already, which TRL's own does not take."""
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
         return dataset

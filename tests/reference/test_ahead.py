@@ -8,12 +8,12 @@ import torch
 from builders import documents, policy_of, tuned
 from models import SHAPES, tiny_model
 from naive import distance, gradients, naive, naive_loss
-from rung.config.objective import SftSpec
+from rung.config.objective import SftConfig
 from rung.models import policy as policy_module
-from rung.models.fused_modules import fuse
+from rung.models.fused_modules import install_fused_forwards
 from rung.models.policy import Policy
-from rung.objectives.sft import Sft
-from rung.training.packing import MIN_AHEAD, pack
+from rung.objectives.sft import SftObjective
+from rung.training.packing import MIN_PREFIX_AHEAD, pack
 from rung.training.step import accumulate, mean_loss
 from rung.types import Example
 from tolerances import FLOAT32, FLOAT64
@@ -22,7 +22,7 @@ BUDGET = 40
 
 
 def examples(seed: int = 3) -> list[Example]:
-    return documents(seed, count=7, shared=MIN_AHEAD + 9)
+    return documents(seed, count=7, shared=MIN_PREFIX_AHEAD + 9)
 
 
 def rows_of(given: list[Example]) -> int:
@@ -30,29 +30,29 @@ def rows_of(given: list[Example]) -> int:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("kind", "spec"), [("lora", {}), ("lora", {"layers": (1,)}), ("full", {})], ids=str)
-def test_gradients_equal_the_naive_ones(shape: str, kind: str, spec: dict[str, object]) -> None:
+@pytest.mark.parametrize(("kind", "config"), [("lora", {}), ("lora", {"layers": (1,)}), ("full", {})], ids=str)
+def test_gradients_equal_the_naive_ones(shape: str, kind: str, config: dict[str, object]) -> None:
     assert rows_of(examples()) > 2
     for dtype, limit in ((torch.float64, FLOAT64), (torch.float32, FLOAT32)):
-        model, plain = naive(kind, shape, dtype=dtype, wide_norms=dtype is torch.float64, **spec)
+        model, plain = naive(kind, shape, dtype=dtype, wide_norms=dtype is torch.float64, **config)
         expected = naive_loss(model, examples())
-        policy, method = tuned(kind, shape, dtype=dtype, **spec)
-        loss = accumulate(policy, Sft(SftSpec()), pack(examples(), BUDGET))
+        policy, method = tuned(kind, shape, dtype=dtype, **config)
+        loss = accumulate(policy, SftObjective(SftConfig()), pack(examples(), BUDGET))
         assert float(loss) == pytest.approx(float(expected), rel=limit)
         assert distance(gradients(method), gradients(plain)) < limit
-        value = mean_loss(policy, Sft(SftSpec()), pack(examples(), BUDGET))
+        value = mean_loss(policy, SftObjective(SftConfig()), pack(examples(), BUDGET))
         assert value == pytest.approx(float(expected), rel=limit)
 
 
 def test_reference_logprobs_come_from_the_base_with_its_own_prefix() -> None:
     policy, _ = tuned("lora", dtype=torch.float64)
     model = tiny_model(dtype=torch.float64)
-    fuse(model)
+    install_fused_forwards(model)
     base = policy_of(model)
     for batch in pack(examples(), BUDGET):
-        with policy.sharing(batch.prefix):
+        with policy.shared_prefix(batch.prefix):
             on, off = policy.logprobs(batch), policy.reference_logprobs(batch)
-        with base.sharing(batch.prefix):
+        with base.shared_prefix(batch.prefix):
             same = base.logprobs(batch)
         assert (off - same).abs().max() < FLOAT64 and (on - off).abs().max() > 1e-3
 
@@ -64,12 +64,12 @@ def test_a_broken_prefix_is_noticed(broken: str, monkeypatch: pytest.MonkeyPatch
     policy, method = tuned("lora", dtype=torch.float64)
     batches = pack(examples(), BUDGET)
     if broken == "not passed on":
-        monkeypatch.setattr(policy_module._Ahead, "backward", lambda self: None)
+        monkeypatch.setattr(policy_module.PrefixCache, "backward", lambda self: None)
     if broken == "positions":
         for batch in batches:
             batch.positions.sub_(1)
     if broken == "poisoned":
-        own = Policy._before
+        own = Policy._context_kv
 
         def poisoned(self: Policy, prefix: object, task: object) -> object:
             leaves = own(self, prefix, task)  # type: ignore[arg-type]
@@ -77,7 +77,7 @@ def test_a_broken_prefix_is_noticed(broken: str, monkeypatch: pytest.MonkeyPatch
             return leaves
 
         monkeypatch.setattr(Policy, "_before", poisoned)
-    accumulate(policy, Sft(SftSpec()), batches)
+    accumulate(policy, SftObjective(SftConfig()), batches)
     assert distance(gradients(method), gradients(plain)) > 1e-3
 
 
@@ -85,10 +85,10 @@ def test_a_prefix_is_forgotten_after_its_rows() -> None:
     """The next step has other weights: keys and values of the last one would be stale."""
     policy, method = tuned("lora")
     batches = pack(examples(), BUDGET)
-    before = mean_loss(policy, Sft(SftSpec()), batches)
+    before = mean_loss(policy, SftObjective(SftConfig()), batches)
     with torch.no_grad():
         for parameter in method.trainable().values():
             parameter.add_(0.05)
-    assert abs(mean_loss(policy, Sft(SftSpec()), batches) - before) > 1e-3
+    assert abs(mean_loss(policy, SftObjective(SftConfig()), batches) - before) > 1e-3
     with pytest.raises(RuntimeError, match="shared prefix"):
         policy.logprobs(batches[0])

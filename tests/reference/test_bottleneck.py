@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from builders import documents, policy_of, tuned
 from models import tiny_model
 from naive import distance, gradients, naive, naive_loss
-from rung.config.method import METHOD_SPECS
-from rung.config.objective import SftSpec
+from rung.config.method import METHOD_CONFIGS
+from rung.config.objective import SftConfig
 from rung.errors import ConfigError
 from rung.methods.bottleneck import NAME
-from rung.methods.registry import attach
-from rung.objectives.sft import Sft
-from rung.training.packing import MIN_AHEAD, pack
+from rung.methods.registry import attach_method
+from rung.objectives.sft import SftObjective
+from rung.training.packing import MIN_PREFIX_AHEAD, pack
 from rung.training.step import accumulate
 from tolerances import FLOAT32, FLOAT64
 
 PLACEMENTS = ["houlsby", "pfeiffer", "parallel"]
-SFT = Sft(SftSpec())
+SFT = SftObjective(SftConfig())
 
 
 class Written(nn.Module):
@@ -65,11 +65,11 @@ def test_it_is_the_network_of_the_equations(placement: str) -> None:
 @pytest.mark.parametrize("shape", ["llama", "phi", "gpt2", "phi3", "gemma2"])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_gradients_equal_the_naive_ones(placement: str, shape: str) -> None:
-    examples = documents(6, count=7, shared=MIN_AHEAD + 9)
+    examples = documents(6, count=7, shared=MIN_PREFIX_AHEAD + 9)
     for dtype, limit in ((torch.float64, FLOAT64), (torch.float32, FLOAT32)):
-        spec = {"placement": placement, "width": 3}
-        policy, method = tuned("bottleneck", shape, dtype=dtype, **spec)
-        model, plain = naive("bottleneck", shape, dtype=dtype, wide_norms=dtype is torch.float64, **spec)
+        config = {"placement": placement, "width": 3}
+        policy, method = tuned("bottleneck", shape, dtype=dtype, **config)
+        model, plain = naive("bottleneck", shape, dtype=dtype, wide_norms=dtype is torch.float64, **config)
         loss = accumulate(policy, SFT, pack(examples, 50))
         expected = naive_loss(model, examples)
         assert float(loss) == pytest.approx(float(expected), rel=limit)
@@ -78,5 +78,5 @@ def test_gradients_equal_the_naive_ones(placement: str, shape: str) -> None:
 
 def test_a_feed_forward_block_that_is_no_module_has_no_side() -> None:
     with pytest.raises(ConfigError, match=r"method\.placement"):
-        attach(tiny_model("opt"), METHOD_SPECS["bottleneck"](placement="parallel"), seed=0)
-    assert len(attach(tiny_model("opt"), METHOD_SPECS["bottleneck"](), seed=0).hosts) == 4
+        attach_method(tiny_model("opt"), METHOD_CONFIGS["bottleneck"](placement="parallel"), seed=0)
+    assert len(attach_method(tiny_model("opt"), METHOD_CONFIGS["bottleneck"](), seed=0).hosts) == 4

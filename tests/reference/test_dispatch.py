@@ -10,10 +10,10 @@ from torch.nn import functional as F  # noqa: N812
 
 from builders import documents, policy_of, tuned
 from models import tiny_model
-from rung.config.objective import SftSpec
+from rung.config.objective import SftConfig
 from rung.models import tree_attention
-from rung.objectives.sft import Sft
-from rung.training.packing import MIN_AHEAD, pack
+from rung.objectives.sft import SftObjective
+from rung.training.packing import MIN_PREFIX_AHEAD, pack
 from rung.training.step import accumulate
 
 
@@ -60,7 +60,9 @@ def test_flat_rows_go_to_the_kernel_with_their_borders(kernel: list[dict[str, An
 def test_trees_and_float32_do_not(kernel: list[dict[str, Any]]) -> None:
     policy_of(tiny_model()).logprobs(pack(documents(), 1000)[0])
     low = policy_of(tiny_model(dtype=torch.bfloat16), compute=torch.bfloat16)
-    for batch in low.in_turn(pack(documents(shared=20), 1000) + pack(documents(count=9, shared=MIN_AHEAD + 9), 60)):
+    for batch in low.iterate_batches(
+        pack(documents(shared=20), 1000) + pack(documents(count=9, shared=MIN_PREFIX_AHEAD + 9), 60)
+    ):
         assert batch.prefix is not None or any(s.parent is not None for s in batch.segments)
         low.logprobs(batch)
     assert {len(call["cu_seq_lens_q"]) for call in kernel} <= {2}  # the prefix itself is one flat document
@@ -73,7 +75,7 @@ def test_our_functions_under_autocast_stay_near_float32(kind: str) -> None:
     for compute in (torch.float32, torch.bfloat16):
         policy, method = tuned(kind)
         policy = policy_of(policy.model, method, compute=compute)
-        accumulate(policy, Sft(SftSpec()), pack(documents(3, shared=18), 60))
+        accumulate(policy, SftObjective(SftConfig()), pack(documents(3, shared=18), 60))
         gradients.append(torch.cat([p.grad.flatten() for p in method.trainable().values() if p.grad is not None]))
     wide, low = gradients
     assert low.dtype is torch.float32
@@ -83,11 +85,11 @@ def test_our_functions_under_autocast_stay_near_float32(kind: str) -> None:
 def test_nothing_in_a_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading a tensor's value from Python is what makes a host wait."""
     policy, _ = tuned("lora")
-    batches = pack(documents(3, count=9, shared=MIN_AHEAD + 9), 60)
+    batches = pack(documents(3, count=9, shared=MIN_PREFIX_AHEAD + 9), 60)
 
     def refuse(self: torch.Tensor, *args: Any) -> Any:
         raise AssertionError("a value was read in the middle of a step")
 
     for name in ("item", "tolist", "__bool__", "__int__", "__float__", "nonzero", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
-    accumulate(policy, Sft(SftSpec()), batches)
+    accumulate(policy, SftObjective(SftConfig()), batches)

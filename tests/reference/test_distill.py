@@ -14,22 +14,22 @@ from builders import documents, policy_of, tuned
 from models import SHAPES, tiny_model
 from naive import distance, gradients, naive
 from rung.config.layers import student_layers
-from rung.config.method import METHOD_SPECS
-from rung.config.objective import DistillSpec
+from rung.config.method import METHOD_CONFIGS
+from rung.config.objective import DistillConfig
 from rung.errors import ConfigError, PlanError
-from rung.methods.registry import attach
-from rung.models.base_model import Base
-from rung.models.layers import student
-from rung.models.policy import Policy, Untouched
-from rung.objectives.distill import Distill
+from rung.methods.registry import attach_method
+from rung.models.base_model import BaseModel
+from rung.models.layers import drop_layers
+from rung.models.policy import NoMethod, Policy
+from rung.objectives.distill import DistillObjective
 from rung.training.gates import check_decoding, check_packing
-from rung.training.packing import MIN_AHEAD, pack, pack_separately
+from rung.training.packing import MIN_PREFIX_AHEAD, pack, pack_separately
 from rung.training.step import accumulate, mean_loss
 from tolerances import FLOAT64
 
 
-def distill(teacher: Policy, **spec: object) -> Distill:
-    objective = Distill(DistillSpec(teacher="another", **spec))  # type: ignore[arg-type]
+def distill(teacher: Policy, **config: object) -> DistillObjective:
+    objective = DistillObjective(DistillConfig(teacher="another", **config))  # type: ignore[arg-type]
     objective.teacher = teacher
     objective.begin(teacher, 0)
     return objective
@@ -53,16 +53,16 @@ def written_out(kind: str, t: Tensor, s: Tensor, beta: float) -> Tensor:
 @pytest.mark.parametrize(("kind", "temperature"), [("forward", 1.0), ("reverse", 2.0), ("jsd", 1.5)])
 def test_loss_and_gradient_are_those_of_whole_logits(kind: str, temperature: float, method: str) -> None:
     """With a frozen head and with one that moves; the prompt shared, run ahead, or not."""
-    spec = {"rank": 4} if method == "lora" else {}
-    policy, own = tuned(method, "phi", dtype=torch.float64, **spec)
-    theirs, their_method = naive(method, "phi", dtype=torch.float64, **spec)
+    config = {"rank": 4} if method == "lora" else {}
+    policy, own = tuned(method, "phi", dtype=torch.float64, **config)
+    theirs, their_method = naive(method, "phi", dtype=torch.float64, **config)
     whole = tiny_model("phi", seed=5, dtype=torch.float64)
     beta = {"beta": 0.3} if kind == "jsd" else {}
     more = {"temperature": temperature, "cross_entropy": 0.3, "cosine": 0.2, "weight": 0.7}
     objective = distill(policy_of(whole), divergence=kind, **more, **beta)
     plain = tiny_model("phi", seed=5, dtype=torch.float64)
     plain.set_attn_implementation("sdpa")
-    examples = documents(3, shared=MIN_AHEAD)
+    examples = documents(3, shared=MIN_PREFIX_AHEAD)
     total, weights = torch.zeros((), dtype=torch.float64), 0.0
     for e in examples:
         ids = torch.from_numpy(e.ids.astype(np.int64))
@@ -80,14 +80,16 @@ def test_loss_and_gradient_are_those_of_whole_logits(kind: str, temperature: flo
         found = accumulate(policy, objective, batches)
         assert float(found) == pytest.approx((total / weights).item(), rel=FLOAT64)
         assert distance(gradients(own), gradients(their_method)) < FLOAT64
-    assert objective.report().keys() == {"divergence", "cross_entropy", "cosine"} and objective.report() == {}
+    assert (
+        objective.take_metrics().keys() == {"divergence", "cross_entropy", "cosine"} and objective.take_metrics() == {}
+    )
 
 
 @pytest.mark.parametrize("shape", ["gemma2", "llama"])
 def test_a_teacher_distilled_into_its_own_copy(shape: str) -> None:
     """Nothing to learn: loss 0 and no gradient, softcap or not."""
     model = tiny_model(shape)
-    method = attach(model, METHOD_SPECS["lora"](), seed=0)
+    method = attach_method(model, METHOD_CONFIGS["lora"](), seed=0)
     policy = policy_of(model, method)
     for kind in ("forward", "reverse", "jsd"):
         objective = distill(policy_of(tiny_model(shape)), divergence=kind, temperature=2.0)
@@ -99,10 +101,10 @@ def test_a_teacher_distilled_into_its_own_copy(shape: str) -> None:
 def test_the_teacher_is_asked_once_for_a_document(monkeypatch: pytest.MonkeyPatch) -> None:
     """However it is packed the second time; without room for its states it is asked again."""
     policy, _ = tuned("lora")
-    examples = documents(3, count=8, shared=MIN_AHEAD)
+    examples = documents(3, count=8, shared=MIN_PREFIX_AHEAD)
     for keep in (True, False):
         teacher = policy_of(tiny_model(seed=5))
-        objective = distill(teacher, keep_states=keep)
+        objective = distill(teacher, cache_teacher_states=keep)
         first = mean_loss(policy, objective, pack(examples, 10_000))
         asked: list[int] = []
         own = teacher.hidden_states
@@ -140,8 +142,8 @@ def test_a_student_computes_and_answers(shape: str) -> None:
     layers = {"n_layer": 4} if shape == "gpt2" else {"num_hidden_layers": 4}
     model = tiny_model(shape, **layers)
     before = {n: p.clone() for n, p in model.named_parameters()}
-    base = student(Base(model, None, "tiny", "tiny", torch.float32), (1, 3))  # type: ignore[arg-type]
-    policy = Policy(base, Untouched())
+    base = drop_layers(BaseModel(model, None, "tiny", "tiny", torch.float32), (1, 3))  # type: ignore[arg-type]
+    policy = Policy(base, NoMethod())
     assert base.fingerprint != "tiny" and base.model.config.num_hidden_layers == 2
     for name, p in base.model.named_parameters():
         origin = name.replace("layers.1.", "layers.3.").replace("h.1.", "h.3.")
@@ -154,4 +156,4 @@ def test_a_student_computes_and_answers(shape: str) -> None:
 def test_layers_that_know_their_number() -> None:
     model = tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True)
     with pytest.raises(PlanError, match="know their own number"):
-        student(Base(model, None, "tiny", "tiny", torch.float32), (0,))  # type: ignore[arg-type]
+        drop_layers(BaseModel(model, None, "tiny", "tiny", torch.float32), (0,))  # type: ignore[arg-type]

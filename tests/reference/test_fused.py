@@ -12,13 +12,13 @@ from torch.nn import functional as F  # noqa: N812
 from builders import documents, policy_of, tuned
 from models import SHAPES, tiny_model
 from naive import distance, gradients, naive, naive_loss
-from rung.config.objective import SftSpec
-from rung.config.training import OptimiserSpec
+from rung.config.objective import SftConfig
+from rung.config.training import OptimizerConfig
 from rung.models import fused_ops
-from rung.models.fused_modules import fuse, plain_part, unfuse
-from rung.models.fused_ops import ACTIVATIONS, Part, gated, gated_linear, linears, rms_norm
-from rung.objectives.sft import Sft
-from rung.training.optimizer import make_optimiser
+from rung.models.fused_modules import install_fused_forwards, plain_linear_params, remove_fused_forwards
+from rung.models.fused_ops import ACTIVATIONS, LinearParams, gated, gated_linear, linears, rms_norm
+from rung.objectives.sft import SftObjective
+from rung.training.optimizer import make_optimizer
 from rung.training.packing import pack
 from rung.training.step import accumulate
 from tolerances import FLOAT32, FLOAT64, LLAMA_GRADIENT
@@ -30,20 +30,20 @@ SPECS: list[tuple[str, dict[str, object]]] = [
     ("full", {}),
     ("head", {}),
 ]
-IDS = ["-".join([kind, *map(str, spec)]) for kind, spec in SPECS]
+IDS = ["-".join([kind, *map(str, config)]) for kind, config in SPECS]
 
 
 def random(*shape: int, grad: bool = True) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64).requires_grad_(grad)
 
 
-def part(inputs: int, outputs: int, rank: int | None, *, bias: bool, moves: bool) -> Part:
+def part(inputs: int, outputs: int, rank: int | None, *, bias: bool, moves: bool) -> LinearParams:
     low = (None, None) if rank is None else (random(rank, inputs), random(outputs, rank))
     bias_O = random(outputs, grad=moves) if bias else None
-    return Part(random(outputs, inputs, grad=moves), bias_O, *low, 0.7)
+    return LinearParams(random(outputs, inputs, grad=moves), bias_O, *low, 0.7)
 
 
-def explicit(x: torch.Tensor, p: Part) -> torch.Tensor:
+def explicit(x: torch.Tensor, p: LinearParams) -> torch.Tensor:
     y = F.linear(x, p.weight, p.bias)
     return y if p.a is None or p.b is None else y + p.scale * (x @ p.a.T) @ p.b.T
 
@@ -59,7 +59,7 @@ def same_gradients(ours: torch.Tensor, theirs: torch.Tensor, inputs: list[torch.
         assert (a - b).abs().max() < FLOAT64
 
 
-def moving(parts: list[Part]) -> list[torch.Tensor]:
+def moving(parts: list[LinearParams]) -> list[torch.Tensor]:
     return [t for p in parts for t in p[:4] if t is not None and t.requires_grad]
 
 
@@ -121,44 +121,44 @@ def test_bfloat16_weights_are_widened_exactly() -> None:
     weight = torch.randn(6, 4).bfloat16()
     x = torch.randn(5, 4, requires_grad=True)
     low = torch.randn(2, 4), torch.randn(6, 2)
-    narrow = linears(x, [Part(weight, None, *low)])[0]
-    wide = linears(x, [Part(weight.float(), None, *low)])[0]
+    narrow = linears(x, [LinearParams(weight, None, *low)])[0]
+    wide = linears(x, [LinearParams(weight.float(), None, *low)])[0]
     assert torch.equal(narrow, wide)
     assert torch.equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (narrow, wide)))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("kind", "spec"), SPECS, ids=IDS)
-def test_gradients_equal_naive_transformers_and_peft(shape: str, kind: str, spec: dict[str, object]) -> None:
+@pytest.mark.parametrize(("kind", "config"), SPECS, ids=IDS)
+def test_gradients_equal_naive_transformers_and_peft(shape: str, kind: str, config: dict[str, object]) -> None:
     """Everything at once: packing, shared prefixes, several micro-batches, the head, the fused functions."""
-    if shape in ("gpt2", "phi", "phi3") and "gate" in str(spec.get("targets")):
-        spec = {**spec, "targets": ("v", "up")}
+    if shape in ("gpt2", "phi", "phi3") and "gate" in str(config.get("targets")):
+        config = {**config, "targets": ("v", "up")}
     examples = documents(4, shared=18)
     cases = [(torch.float64, True, FLOAT64), (torch.float32, False, FLOAT32)]
     if shape in ("llama", "qwen2", "mistral"):
         cases.append((torch.float64, False, LLAMA_GRADIENT))
     for dtype, wide_norms, limit in cases:
-        model, plain = naive(kind, shape, dtype=dtype, wide_norms=wide_norms, **spec)
+        model, plain = naive(kind, shape, dtype=dtype, wide_norms=wide_norms, **config)
         expected = naive_loss(model, examples)
-        policy, method = tuned(kind, shape, dtype=dtype, **spec)
-        loss = accumulate(policy, Sft(SftSpec()), pack(examples, 64))
+        policy, method = tuned(kind, shape, dtype=dtype, **config)
+        loss = accumulate(policy, SftObjective(SftConfig()), pack(examples, 64))
         assert float(loss) == pytest.approx(float(expected), rel=limit)
         assert distance(gradients(method), gradients(plain)) < limit
 
 
-@pytest.mark.parametrize(("kind", "spec"), SPECS[:1] + SPECS[3:4], ids=["lora", "full"])
-def test_twenty_steps_follow_the_naive_trajectory(kind: str, spec: dict[str, object]) -> None:
-    model, plain = naive(kind, "phi", dtype=torch.float64, **spec)
-    policy, method = tuned(kind, "phi", dtype=torch.float64, **spec)
-    theirs, ours = (make_optimiser(m.trainable(), OptimiserSpec()) for m in (plain, method))
+@pytest.mark.parametrize(("kind", "config"), SPECS[:1] + SPECS[3:4], ids=["lora", "full"])
+def test_twenty_steps_follow_the_naive_trajectory(kind: str, config: dict[str, object]) -> None:
+    model, plain = naive(kind, "phi", dtype=torch.float64, **config)
+    policy, method = tuned(kind, "phi", dtype=torch.float64, **config)
+    theirs, ours = (make_optimizer(m.trainable(), OptimizerConfig()) for m in (plain, method))
     for step in range(20):
         examples = documents(step, count=4, shared=17 * (step % 2))
-        for optimiser in (theirs, ours):
-            optimiser.zero_grad()
-            for group in optimiser.param_groups:
+        for optimizer in (theirs, ours):
+            optimizer.zero_grad()
+            for group in optimizer.param_groups:
                 group["lr"] = 1e-3
         expected = naive_loss(model, examples)
-        loss = accumulate(policy, Sft(SftSpec()), pack(examples, 40))
+        loss = accumulate(policy, SftObjective(SftConfig()), pack(examples, 40))
         assert float(loss) == pytest.approx(float(expected), rel=1e-8)  # Adam divides by roots of tiny moments
         theirs.step()
         ours.step()
@@ -189,19 +189,19 @@ def test_a_broken_function_is_noticed(broken: str, monkeypatch: pytest.MonkeyPat
     if broken == "shared":
         attention = policy.model.model.layers[0].self_attn
         mixed_up = {attention.k_proj: attention.v_proj}
-        attention.q_proj.forward.shared.part_of = lambda m: method.part(mixed_up.get(m, m))
-    accumulate(policy, Sft(SftSpec()), pack(examples, 64))
+        attention.q_proj.forward.shared.part_of = lambda m: method.linear_params(mixed_up.get(m, m))
+    accumulate(policy, SftObjective(SftConfig()), pack(examples, 64))
     assert distance(gradients(method), gradients(plain)) > 1e-3
 
 
 def test_what_is_fused_and_what_is_left() -> None:
-    assert fuse(tiny_model()) == {"norms": 5, "gated": 2, "linears": 15}
-    assert fuse(tiny_model("gemma2"))["norms"] == 9
-    assert fuse(tiny_model("gpt2")) == {"norms": 0, "gated": 0, "linears": 9}
-    for spec in ({"dropout": 0.1}, {"dora": True}):
-        policy, method = tuned("lora", **spec)
+    assert install_fused_forwards(tiny_model()) == {"norms": 5, "gated": 2, "linears": 15}
+    assert install_fused_forwards(tiny_model("gemma2"))["norms"] == 9
+    assert install_fused_forwards(tiny_model("gpt2")) == {"norms": 0, "gated": 0, "linears": 9}
+    for config in ({"dropout": 0.1}, {"dora": True}):
+        policy, method = tuned("lora", **config)
         layer = policy.model.get_submodule(method.names[0])
-        assert method.part(layer) is None and "forward" not in vars(layer)
+        assert method.linear_params(layer) is None and "forward" not in vars(layer)
         assert "forward" in vars(policy.model.model.layers[0].mlp), "what lies between its linears is computed again"
     for kind in ("qlora", "mixture", "bottleneck"):
         block = tuned(kind)[0].model.model.layers[0].mlp
@@ -209,8 +209,8 @@ def test_what_is_fused_and_what_is_left() -> None:
     assert not block.down_proj._forward_hooks, "a bottleneck behind a block leaves its linears alone"
     own = tiny_model()
     before = {n: type(m).forward for n, m in own.named_modules()}
-    fuse(own)
-    unfuse(own)
+    install_fused_forwards(own)
+    remove_fused_forwards(own)
     assert all("forward" not in vars(m) and type(m).forward is before[n] for n, m in own.named_modules())
 
 
@@ -223,7 +223,7 @@ def test_a_norm_of_another_formula_keeps_its_own_forward() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 2.0 * rms_norm(x, self.weight, self.eps)
 
-    assert fuse(nn.Sequential(OddRMSNorm()))["norms"] == 0
+    assert install_fused_forwards(nn.Sequential(OddRMSNorm()))["norms"] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -243,14 +243,14 @@ def test_a_gated_block_of_another_formula_keeps_its_own_forward(dtype: torch.dty
     class OddGated(Gated):
         pass
 
-    assert fuse(nn.Sequential(Gated(False)).to(dtype))["gated"] == 1
-    assert fuse(nn.Sequential(OddGated(True)).to(dtype))["gated"] == 0
+    assert install_fused_forwards(nn.Sequential(Gated(False)).to(dtype))["gated"] == 1
+    assert install_fused_forwards(nn.Sequential(OddGated(True)).to(dtype))["gated"] == 0
 
 
 def test_outputs_may_be_changed_in_place() -> None:
     """OLMo clamps its queries."""
     layer, x = nn.Linear(6, 4), torch.randn(1, 3, 6)
-    (ours,) = linears(x, [plain_part(layer)])
+    (ours,) = linears(x, [plain_linear_params(layer)])
     ours.clamp_(-0.1, 0.1).sum().backward()
     mine, layer.weight.grad = layer.weight.grad, None
     layer(x).clamp(-0.1, 0.1).sum().backward()
@@ -272,7 +272,7 @@ def test_members_with_different_inputs_compute_apart() -> None:
     module = Cross()
     x, y = torch.randn(3, 4), torch.randn(3, 4)
     expected = module(x, y)
-    fuse(module, plain_part)
+    install_fused_forwards(module, plain_linear_params)
     for _ in range(3):
         assert torch.allclose(module(x, y), expected, atol=1e-6)
 

@@ -16,22 +16,22 @@ from builders import documents, policy_of, tuned
 from models import tiny_model
 from rung.errors import CheckpointError
 from rung.methods.adapter_merging import (
-    Factors,
-    combined,
-    concatenated,
-    dropped,
-    factors_of,
-    recompressed,
-    reduced,
+    LowRankFactors,
+    combine,
+    concatenate,
+    drop_and_rescale,
+    lora_factors,
     ties,
-    trimmed,
+    trim,
+    truncate,
+    truncate_product,
 )
 from rung.training.packing import pack_separately
 
 KINDS = [
     {"rank": 4},
     {"rank": 8, "alpha": 5.0, "rslora": True},
-    {"rank": 4, "ranks": {"down": 2}, "layers": (1,)},
+    {"rank": 4, "rank_pattern": {"down": 2}, "layers": (1,)},
     {"rank": 4, "init": "pissa"},
 ]
 
@@ -44,18 +44,18 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
 
 
-def saved(folder: Path, spec: dict[str, object]) -> dict[str, Factors]:
-    _, method = tuned("lora", **spec)
+def saved(folder: Path, config: dict[str, object]) -> dict[str, LowRankFactors]:
+    _, method = tuned("lora", **config)
     method.save(folder)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    return factors_of(load_file(folder / "adapter_model.safetensors"), config, str(folder))
+    peft_config = json.loads((folder / "adapter_config.json").read_text())
+    return lora_factors(load_file(folder / "adapter_model.safetensors"), peft_config, str(folder))
 
 
-@pytest.mark.parametrize("spec", KINDS, ids=str)
-def test_the_updates_of_a_file_are_those_of_the_model(spec: dict[str, object], tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", KINDS, ids=str)
+def test_the_updates_of_a_file_are_those_of_the_model(config: dict[str, object], tmp_path: Path) -> None:
     """The base plus every update is the tuned model: scales, patterns and frozen halves are in them."""
-    policy, _ = tuned("lora", **spec)
-    updates = saved(tmp_path, spec)
+    policy, _ = tuned("lora", **config)
+    updates = saved(tmp_path, config)
     plain = tiny_model()
     for name, factors in updates.items():
         plain.get_submodule(name).weight.data += factors.dense
@@ -66,9 +66,9 @@ def test_the_updates_of_a_file_are_those_of_the_model(spec: dict[str, object], t
 def test_concatenation_is_the_exact_sum_where_peft_is_not(tmp_path: Path) -> None:
     """Different ranks, rsLoRA on one side: peft keeps use_rslora and scales the sum again."""
     weights = [0.7, -0.4]
-    updates = [saved(tmp_path / str(i), spec) for i, spec in enumerate(KINDS[:2])]
+    updates = [saved(tmp_path / str(i), config) for i, config in enumerate(KINDS[:2])]
     for name in updates[0]:
-        fused = concatenated([u[name] for u in updates], weights)
+        fused = concatenate([u[name] for u in updates], weights)
         expected = 0.7 * updates[0][name].dense - 0.4 * updates[1][name].dense
         assert len(fused.a_RI) == 12 and (fused.dense - expected).abs().max() < 1e-6
     model = PeftModel.from_pretrained(tiny_model(), str(tmp_path / "1"), adapter_name="second")
@@ -80,15 +80,15 @@ def test_concatenation_is_the_exact_sum_where_peft_is_not(tmp_path: Path) -> Non
 
 def test_trimming_keeps_the_largest() -> None:
     update = draw(7, 11)
-    kept = trimmed(update, 0.3)
+    kept = trim(update, 0.3)
     order = np.sort(np.abs(update.numpy()).ravel())[::-1]
     assert int((kept != 0).sum()) == round(0.3 * 77)
     assert np.array_equal(np.sort(np.abs(kept.numpy()[kept.numpy() != 0]))[::-1], order[: round(0.3 * 77)])
-    assert torch.equal(trimmed(update, 1.0), update)
+    assert torch.equal(trim(update, 1.0), update)
 
 
 def test_ties_against_the_algorithm_entry_by_entry() -> None:
-    updates = [trimmed(draw(5, 6) * (i + 1) * (-1) ** i + draw(6, 5).T, 0.6) for i in range(3)]
+    updates = [trim(draw(5, 6) * (i + 1) * (-1) ** i + draw(6, 5).T, 0.6) for i in range(3)]
     found = ties(updates)
     for r in range(5):
         for c in range(6):
@@ -100,30 +100,30 @@ def test_ties_against_the_algorithm_entry_by_entry() -> None:
 
 def test_dropping_keeps_the_expectation_and_the_seed() -> None:
     update = torch.ones(400, 400, dtype=torch.float64)
-    found = dropped(update, 0.2, random())
+    found = drop_and_rescale(update, 0.2, random())
     assert set(found.unique().tolist()) == {0.0, 5.0} and float(found.mean()) == pytest.approx(1.0, abs=0.03)
-    assert torch.equal(found, dropped(update, 0.2, random()))
+    assert torch.equal(found, drop_and_rescale(update, 0.2, random()))
 
 
 @pytest.mark.parametrize("how", ["sum", "ties", "dare", "magnitude"])
 def test_everything_kept_of_one_is_that_one(how: str) -> None:
     update = draw(6, 9)
-    assert (combined([update], [1.0], how, density=1.0, generator=random()) - update).abs().max() < 1e-12  # type: ignore[arg-type]
+    assert (combine([update], [1.0], how, density=1.0, generator=random()) - update).abs().max() < 1e-12  # type: ignore[arg-type]
 
 
 def test_a_stated_rank_loses_what_it_says() -> None:
-    factors = Factors(draw(20, 8), draw(8, 30))
+    factors = LowRankFactors(draw(20, 8), draw(8, 30))
     singular = np.linalg.svd(factors.dense.numpy(), compute_uv=False)
     for rank in (1, 3, 8):
         expected = np.linalg.norm(singular[rank:]) / np.linalg.norm(singular)
-        for found in (reduced(factors.dense, rank), recompressed(factors, rank)):
+        for found in (truncate(factors.dense, rank), truncate_product(factors, rank)):
             assert found.lost == pytest.approx(expected, abs=1e-7)
             error = (found.factors.dense - factors.dense).norm() / factors.dense.norm()
             assert float(error) == pytest.approx(expected, abs=1e-7) and len(found.factors.a_RI) == rank
-    assert reduced(torch.zeros(3, 4), 2).lost == 0.0
+    assert truncate(torch.zeros(3, 4), 2).lost == 0.0
 
 
-@pytest.mark.parametrize("spec", [{"dora": True}, {"modules_to_save": ("lm_head",)}], ids=str)
-def test_what_cannot_be_fused_is_refused(spec: dict[str, object], tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [{"dora": True}, {"modules_to_save": ("lm_head",)}], ids=str)
+def test_what_cannot_be_fused_is_refused(config: dict[str, object], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="fused"):
-        saved(tmp_path, spec)
+        saved(tmp_path, config)

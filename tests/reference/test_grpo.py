@@ -1,4 +1,4 @@
-"""Group-relative policy optimisation against the formulas written out, and answers against what they are drawn from."""
+"""Group-relative policy optimization against the formulas written out, and answers against what they are drawn from."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from builders import documents, policy_of, rows, tuned
 from models import tiny_model
 from naive import distance, gradients, naive
-from rung.config.method import METHOD_SPECS
-from rung.config.objective import GrpoSpec, RolloutSpec
-from rung.methods.registry import attach
-from rung.models.generate import Answer, Sampling, generate
+from rung.config.method import METHOD_CONFIGS
+from rung.config.objective import GrpoConfig, RolloutConfig
+from rung.methods.registry import attach_method
+from rung.models.generate import GeneratedAnswer, Sampling, generate
 from rung.models.policy import Policy
-from rung.objectives.advantages import over_group, over_mean, over_others
-from rung.objectives.grpo import Grpo, clipped, kl_above
+from rung.objectives.advantages import group_normalized_advantages, leave_one_out_advantages, mean_baseline_advantages
+from rung.objectives.grpo import GrpoObjective, clipped_surrogate, kl_estimate
 from rung.training.packing import pack, pack_separately
-from rung.training.rollout import Rollouts
+from rung.training.rollout import RolloutSource
 from rung.training.step import accumulate
 from rung.types import Example, Rollout
 from tolerances import FLOAT64
@@ -28,32 +28,32 @@ from tolerances import FLOAT64
 REWARD = {"kind": "exact"}
 
 
-def spec_of(loss: str = "grpo", *, answers: int = 3, **more: object) -> GrpoSpec:
-    rollout = RolloutSpec(answers=answers, max_new_tokens=9, **more.pop("rollout", {}))  # type: ignore[arg-type]
-    return GrpoSpec(loss=loss, reward=REWARD, rollout=rollout, **more)  # type: ignore[arg-type]
+def spec_of(loss: str = "grpo", *, answers: int = 3, **more: object) -> GrpoConfig:
+    rollout = RolloutConfig(num_generations=answers, max_new_tokens=9, **more.pop("rollout", {}))  # type: ignore[arg-type]
+    return GrpoConfig(loss=loss, reward=REWARD, rollout=rollout, **more)  # type: ignore[arg-type]
 
 
 def test_advantages_by_hand() -> None:
     r = np.array([1.0, 0.0, 0.0, 1.0, 1.0])
-    assert over_group(r) == pytest.approx((r - 0.6) / (np.sqrt(0.3) + 1e-4))
-    assert over_mean(r) == pytest.approx(r - 0.6)
-    assert over_others(r) == pytest.approx([0.5, -0.75, -0.75, 0.5, 0.5])
-    assert not over_group(np.ones(4)).any()
+    assert group_normalized_advantages(r) == pytest.approx((r - 0.6) / (np.sqrt(0.3) + 1e-4))
+    assert mean_baseline_advantages(r) == pytest.approx(r - 0.6)
+    assert leave_one_out_advantages(r) == pytest.approx([0.5, -0.75, -0.75, 0.5, 0.5])
+    assert not group_normalized_advantages(np.ones(4)).any()
 
 
 def test_clipping_by_hand() -> None:
     """A ratio beyond the clip no longer moves anything, where that would go further the same way."""
     ratio, advantage = torch.tensor([0.5, 0.5, 1.5, 1.5, 1.1]).double(), torch.tensor([1.0, -1.0, 1.0, -1.0, 2.0])
     expected = [-0.5, 0.8, -1.2, 1.5, -2.2]
-    assert clipped(ratio.log(), advantage.double(), 0.2).tolist() == pytest.approx(expected)
+    assert clipped_surrogate(ratio.log(), advantage.double(), 0.2).tolist() == pytest.approx(expected)
 
 
 def test_the_divergence_estimate_is_the_exact_sum() -> None:
     """Its mean under the policy, over a vocabulary of five, is the KL divergence."""
     random = torch.Generator().manual_seed(0)
     p, q = (torch.randn(5, generator=random, dtype=torch.float64).log_softmax(0) for _ in range(2))
-    assert float((p.exp() * kl_above(p, q)).sum()) == pytest.approx(float((p.exp() * (p - q)).sum()), abs=1e-12)
-    assert bool((kl_above(p, q) >= 0).all())
+    assert float((p.exp() * kl_estimate(p, q)).sum()) == pytest.approx(float((p.exp() * (p - q)).sum()), abs=1e-12)
+    assert bool((kl_estimate(p, q) >= 0).all())
 
 
 def with_columns(examples: list[Example], seed: int, advantage: Callable[[int], float]) -> list[Example]:
@@ -71,7 +71,7 @@ def test_loss_and_gradient_are_those_of_documents_alone(loss: str) -> None:
     examples = with_columns(rows(3, count=4, answers=3), 1, lambda i: (-1.0) ** i * (0.5 + i))
     policy, method = tuned("lora", "phi", dtype=torch.float64, rank=4)
     theirs, their_method = naive("lora", "phi", dtype=torch.float64, rank=4)
-    objective = Grpo(spec_of(loss, beta=0.3))
+    objective = GrpoObjective(spec_of(loss, beta=0.3))
     total, weights = torch.zeros((), dtype=torch.float64), 0.0
     apart = []
     for e in examples:
@@ -96,15 +96,17 @@ def test_loss_and_gradient_are_those_of_documents_alone(loss: str) -> None:
         found = accumulate(policy, objective, batches)
         assert float(found) == pytest.approx((total / weights).item(), rel=FLOAT64)
         assert distance(gradients(method), gradients(their_method)) < FLOAT64
-    assert objective.report()["kl"] == pytest.approx(float(torch.cat(apart).detach().mean()), rel=1e-6)
-    assert objective.report() == {}
+    assert objective.take_metrics()["kl"] == pytest.approx(float(torch.cat(apart).detach().mean()), rel=1e-6)
+    assert objective.take_metrics() == {}
 
 
-def rollouts(policy: Policy, objective: Grpo, worth: Callable[[Answer], float], seed: int = 0) -> Rollouts:
-    def judge(documents: object, answers: list[Answer]) -> list[float]:
+def rollouts(
+    policy: Policy, objective: GrpoObjective, worth: Callable[[GeneratedAnswer], float], seed: int = 0
+) -> RolloutSource:
+    def judge(documents: object, answers: list[GeneratedAnswer]) -> list[float]:
         return [worth(a) for a in answers]
 
-    return Rollouts(policy, objective, objective.spec.rollout, (2,), judge, judge, seed, 200)  # type: ignore[arg-type]
+    return RolloutSource(policy, objective, objective.config.rollout, (2,), judge, judge, seed, 200)  # type: ignore[arg-type]
 
 
 def prompts(count: int = 4) -> list[Example]:
@@ -116,23 +118,25 @@ def prompts(count: int = 4) -> list[Example]:
 def test_what_is_drawn_is_what_is_scored(temperature: float, shape: str) -> None:
     """The decoder's log-probabilities are the loss's, softcap and temperature included; ratio 1, divergence 0."""
     model = tiny_model(shape)
-    policy = policy_of(model, attach(model, METHOD_SPECS["lora"](), seed=0))
-    objective = Grpo(spec_of(rollout={"temperature": temperature, "epochs": 2}))
+    policy = policy_of(model, attach_method(model, METHOD_CONFIGS["lora"](), seed=0))
+    objective = GrpoObjective(spec_of(rollout={"temperature": temperature, "num_iterations": 2}))
     source = rollouts(policy, objective, lambda a: float(len(a.ids)))
     asked = prompts()
     with source.sampling():
-        examples, told = source.take(asked, 0)
+        examples, told = source.documents_for_step(asked, 0)
         assert told["rollout_seconds"] > 0 and len(examples) == 4 * 3
         seed = int(np.random.SeedSequence([0, 5, 0]).generate_state(1)[0])
         made = generate(
             policy, [p.ids.tolist() for p in asked], stop_ids=(2,), sampling=Sampling(9, temperature, seed, 3), batch=64
         )
         for e, answer in zip(examples, made, strict=True):
-            assert e.ids[-len(answer.drawn) :].tolist() == answer.drawn and e.predictions == len(answer.drawn)
+            assert e.ids[-len(answer.all_tokens) :].tolist() == answer.all_tokens and e.predictions == len(
+                answer.all_tokens
+            )
             assert e.columns["old"] == pytest.approx(answer.logprobs, abs=1e-4)
             assert e.columns["reference"] == pytest.approx(answer.logprobs, abs=1e-4)
         accumulate(policy, objective, pack(examples, 200))
-        told = objective.report()
+        told = objective.take_metrics()
     assert told["ratio"] == pytest.approx(1.0, abs=1e-4) and told["kl"] == pytest.approx(0.0, abs=1e-6)
     assert told["clipped"] == 0.0 and policy.logit_map.temperature == 1.0
 
@@ -140,12 +144,12 @@ def test_what_is_drawn_is_what_is_scored(temperature: float, shape: str) -> None
 def test_what_is_drawn_otherwise_than_scored_fails_its_gate() -> None:
     """The mutation: answers drawn at a temperature that the loss knows nothing of."""
     policy, _ = tuned("lora")
-    source = rollouts(policy, Grpo(spec_of(rollout={"temperature": 0.7})), lambda a: float(len(a.ids)))
-    source.take(prompts(), 0)  # outside source.sampling()
+    source = rollouts(policy, GrpoObjective(spec_of(rollout={"temperature": 0.7})), lambda a: float(len(a.ids)))
+    source.documents_for_step(prompts(), 0)  # outside source.sampling()
     assert source.gate is not None and source.gate.state == "failed"
-    again = rollouts(policy, Grpo(spec_of(rollout={"temperature": 0.7})), lambda a: float(len(a.ids)))
+    again = rollouts(policy, GrpoObjective(spec_of(rollout={"temperature": 0.7})), lambda a: float(len(a.ids)))
     with again.sampling():
-        again.take(prompts(), 0)
+        again.documents_for_step(prompts(), 0)
     assert again.gate is not None and again.gate.state == "passed"
 
 
@@ -185,31 +189,34 @@ def test_drawn_tokens_follow_their_distribution() -> None:
 
 def test_minibatches_are_a_partition_and_the_source_begins_where_it_was() -> None:
     policy, _ = tuned("lora")
-    objective = Grpo(spec_of(rollout={"epochs": 2, "minibatches": 3}))
+    objective = GrpoObjective(spec_of(rollout={"num_iterations": 2, "num_minibatches": 3}))
     source = rollouts(policy, objective, lambda a: float(len(a.ids)))
     with source.sampling():
-        parts = [source.take(prompts(5), step)[0] for step in range(6)]
+        parts = [source.documents_for_step(prompts(5), step)[0] for step in range(6)]
         for epoch in (parts[:3], parts[3:]):
             found = [(d.source, d.ids.tobytes()) for part in epoch for d in part]
             assert len(found) == 15 and len({source for source, _ in found}) == 5
         assert all(len({d.source for d in part}) * 3 == len(part) for part in parts)  # groups stay whole
         again = rollouts(policy, objective, lambda a: float(len(a.ids)))
-        assert all(np.array_equal(a.ids, b.ids) for a, b in zip(again.take(prompts(5), 0)[0], parts[0], strict=True))
+        assert all(
+            np.array_equal(a.ids, b.ids)
+            for a, b in zip(again.documents_for_step(prompts(5), 0)[0], parts[0], strict=True)
+        )
         with pytest.raises(RuntimeError, match="first step"):
-            rollouts(policy, objective, lambda a: 0.0).take(prompts(5), 1)
+            rollouts(policy, objective, lambda a: 0.0).documents_for_step(prompts(5), 1)
 
 
 def test_groups_without_a_lesson_are_counted() -> None:
     policy, _ = tuned("lora")
-    objective = Grpo(spec_of(beta=0.0, answers=2))
+    objective = GrpoObjective(spec_of(beta=0.0, answers=2))
     examples = rows(1, count=4, answers=2)
     rewards = [1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
     rollout = Rollout(examples, rewards, [True] * 7 + [False], lambda value: [])
-    columns = objective.columns(policy, rollout)
+    columns = objective.rollout_columns(policy, rollout)
     learned = [replace(e, columns=c) for e, c in zip(examples, columns, strict=True)]
-    assert objective.moves(learned) and not objective.moves(learned[:4])
+    assert objective.has_signal(learned) and not objective.has_signal(learned[:4])
     accumulate(policy, objective, pack(learned, 500))
-    told = objective.report()
+    told = objective.take_metrics()
     assert told["all_right"] == 0.25 and told["all_wrong"] == 0.5 and told["cut"] == pytest.approx(1 / 8)
     assert told["reward"] == pytest.approx(3 / 8) and "kl" not in told
 
@@ -217,11 +224,11 @@ def test_groups_without_a_lesson_are_counted() -> None:
 def test_in_rloo_divergence_is_part_of_the_worth() -> None:
     """An answer further from the reference is worth beta nats less for each."""
     policy, _ = tuned("lora")
-    objective, examples = Grpo(spec_of("rloo", beta=0.5, answers=2)), rows(1, count=1, answers=2)
+    objective, examples = GrpoObjective(spec_of("rloo", beta=0.5, answers=2)), rows(1, count=1, answers=2)
     read: dict[object, list[np.ndarray]] = {
         policy.logprobs: [np.full(e.predictions, -1.0) for e in examples],
         policy.reference_logprobs: [np.full(e.predictions, -1.0 - i) for i, e in enumerate(examples)],
     }
-    columns = objective.columns(policy, Rollout(examples, [1.0, 1.0], [True, True], lambda value: read[value]))
+    columns = objective.rollout_columns(policy, Rollout(examples, [1.0, 1.0], [True, True], lambda value: read[value]))
     apart = 0.5 * examples[1].predictions
     assert columns[0]["advantage"][0] == pytest.approx(apart) and columns[1]["advantage"][0] == pytest.approx(-apart)

@@ -6,13 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from rung.models.logprobs import LogitMap, Tile, token_logprobs
+from rung.models.logprobs import LogitTransform, TileSize, token_logprobs
 from tolerances import FLOAT64
 
-MAPS = [LogitMap(), LogitMap(scale=0.3), LogitMap(softcap=4.0), LogitMap(scale=2.0, softcap=3.0)]
+MAPS = [
+    LogitTransform(),
+    LogitTransform(scale=0.3),
+    LogitTransform(softcap=4.0),
+    LogitTransform(scale=2.0, softcap=3.0),
+]
 
 
-def naive(h: torch.Tensor, head: nn.Linear, target: torch.Tensor, logit_map: LogitMap) -> torch.Tensor:
+def naive(h: torch.Tensor, head: nn.Linear, target: torch.Tensor, logit_map: LogitTransform) -> torch.Tensor:
     z = head(h) * logit_map.scale
     if logit_map.softcap is not None:
         z = logit_map.softcap * torch.tanh(z / logit_map.softcap)
@@ -22,7 +27,7 @@ def naive(h: torch.Tensor, head: nn.Linear, target: torch.Tensor, logit_map: Log
 @pytest.mark.parametrize("logit_map", MAPS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_values_and_gradients(logit_map: LogitMap, bias: bool, frozen: bool) -> None:
+def test_values_and_gradients(logit_map: LogitTransform, bias: bool, frozen: bool) -> None:
     torch.manual_seed(0)
     head = nn.Linear(6, 11, bias=bias, dtype=torch.float64).requires_grad_(not frozen)
     target = torch.randint(11, (9,))
@@ -30,7 +35,7 @@ def test_values_and_gradients(logit_map: LogitMap, bias: bool, frozen: bool) -> 
     results = []
     for call in (
         lambda h: naive(h, head, target, logit_map),
-        lambda h: token_logprobs(h, head, target, logit_map, tile=Tile(4, 3)),
+        lambda h: token_logprobs(h, head, target, logit_map, tile=TileSize(4, 3)),
     ):
         h = torch.randn(9, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
         head.zero_grad()
@@ -46,14 +51,16 @@ def test_gradcheck() -> None:
     head = nn.Linear(3, 5, dtype=torch.float64).requires_grad_(False)
     h = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     target = torch.tensor([0, 4, 2, 2])
-    assert torch.autograd.gradcheck(lambda x: token_logprobs(x, head, target, LogitMap(), tile=Tile(3, 2)), (h,))
+    assert torch.autograd.gradcheck(
+        lambda x: token_logprobs(x, head, target, LogitTransform(), tile=TileSize(3, 2)), (h,)
+    )
 
 
 def test_extreme_logits_stay_finite() -> None:
     head = nn.Linear(2, 3, bias=False).requires_grad_(False)
     head.weight.copy_(torch.tensor([[1e4, 0.0], [-1e4, 0.0], [0.0, 1.0]]))
     h = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], requires_grad=True)
-    value = token_logprobs(h, head, torch.tensor([0, 0]), LogitMap())
+    value = token_logprobs(h, head, torch.tensor([0, 0]), LogitTransform())
     value.sum().backward()
     assert value[0] == 0.0 and value[1] == -2e4
     assert torch.isfinite(h.grad).all()
@@ -62,7 +69,7 @@ def test_extreme_logits_stay_finite() -> None:
 def test_no_entries() -> None:
     head = nn.Linear(3, 5).requires_grad_(False)
     h = torch.zeros(0, 3, requires_grad=True)
-    value = token_logprobs(h, head, torch.zeros(0, dtype=torch.long), LogitMap())
+    value = token_logprobs(h, head, torch.zeros(0, dtype=torch.long), LogitTransform())
     value.sum().backward()
     assert value.shape == (0,) and h.grad.shape == (0, 3)
 
@@ -70,7 +77,7 @@ def test_no_entries() -> None:
 def test_uniform_head_is_log_vocabulary() -> None:
     head = nn.Linear(3, 8, bias=False).requires_grad_(False)
     head.weight.zero_()
-    value = token_logprobs(torch.randn(2, 3), head, torch.tensor([1, 5]), LogitMap())
+    value = token_logprobs(torch.randn(2, 3), head, torch.tensor([1, 5]), LogitTransform())
     assert torch.allclose(value, torch.full((2,), -2.0794415), atol=1e-6)
 
 
@@ -82,6 +89,6 @@ def test_autocast_bfloat16_keeps_the_gradient_near() -> None:
     for low in (False, True):
         h = torch.randn(7, 32, generator=torch.Generator().manual_seed(3)).requires_grad_()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
-            token_logprobs(h, head, target, LogitMap()).sum().backward()
+            token_logprobs(h, head, target, LogitTransform()).sum().backward()
         gradients.append(h.grad)
     assert (gradients[0] - gradients[1]).norm() / gradients[0].norm() < 2e-2  # bfloat16 has 8 bits of mantissa

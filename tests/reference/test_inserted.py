@@ -14,19 +14,19 @@ from transformers import PreTrainedModel
 
 from builders import documents, policy_of, tuned
 from models import tiny_model
-from rung.config.method import METHOD_SPECS
-from rung.config.objective import SftSpec
+from rung.config.method import METHOD_CONFIGS
+from rung.config.objective import SftConfig
 from rung.errors import PlanError
-from rung.methods.registry import attach
-from rung.models.fused_modules import fuse
-from rung.objectives.sft import Sft
+from rung.methods.registry import attach_method
+from rung.models.fused_modules import install_fused_forwards
+from rung.objectives.sft import SftObjective
 from rung.training.gates import check_decoding, check_packing
-from rung.training.packing import MIN_AHEAD, pack, pack_separately
+from rung.training.packing import MIN_PREFIX_AHEAD, pack, pack_separately
 from rung.training.step import accumulate
 from rung.types import Example
 from tolerances import FLOAT64, LLAMA_GRADIENT
 
-SFT = Sft(SftSpec())
+SFT = SftObjective(SftConfig())
 SPEC = {"virtual_tokens": 5, "positions": {"front": 2, "user": 1, "assistant": 2}, "encoder": "mlp", "hidden": 8}
 FRONT, WORDS = 2, 320
 
@@ -59,7 +59,7 @@ def naive_loss(model: PreTrainedModel, rows: Tensor, examples: list[Example]) ->
 
 
 @pytest.mark.parametrize("shape", ["llama", "qwen3", "phi", "gpt2", "opt"])
-@pytest.mark.parametrize("shared", [0, MIN_AHEAD + 9])
+@pytest.mark.parametrize("shared", [0, MIN_PREFIX_AHEAD + 9])
 def test_loss_and_gradient_are_those_of_embeddings_written_in_place(shape: str, shared: int) -> None:
     examples = with_inserted(documents(6, count=7, shared=shared), at=3)
     policy, method = tuned("p_tuning", shape, dtype=torch.float64, **SPEC)
@@ -80,8 +80,8 @@ def test_loss_and_gradient_are_those_of_embeddings_written_in_place(shape: str, 
 
 def test_the_place_matters_and_so_does_the_task() -> None:
     """The mutation: the same tokens one place further give another loss."""
-    spec = {**SPEC, "tasks": ("finance", "support")}
-    policy, _ = tuned("p_tuning", dtype=torch.float64, **spec)
+    config = {**SPEC, "tasks": ("finance", "support")}
+    policy, _ = tuned("p_tuning", dtype=torch.float64, **config)
     plain = [replace(e, task="finance") for e in documents(6, count=7, shared=12)]
     here = float(accumulate(policy, SFT, pack(with_inserted(plain, at=3), 10_000)))
     there = float(accumulate(policy, SFT, pack(with_inserted(plain, at=4), 10_000)))
@@ -112,7 +112,7 @@ def test_the_base_alone_cannot_read_them_and_reads_the_rest_unchanged() -> None:
     with pytest.raises(PlanError, match="inside"):
         policy.reference_logprobs(pack(with_inserted(documents()), 10_000)[0])
     batch, base = pack(documents(), 10_000)[0], tiny_model()
-    fuse(base)
+    install_fused_forwards(base)
     assert torch.equal(policy.reference_logprobs(batch), policy_of(base).logprobs(batch))
 
 
@@ -121,7 +121,7 @@ def test_saved_and_loaded_and_not_taken_for_a_prompt_in_front(tmp_path: Path) ->
 
     policy, method = tuned("p_tuning", **SPEC)
     method.save(tmp_path)
-    again = attach(tiny_model(), METHOD_SPECS["p_tuning"](**SPEC), seed=9)
+    again = attach_method(tiny_model(), METHOD_CONFIGS["p_tuning"](**SPEC), seed=9)
     again.load(tmp_path)
     batch = pack(with_inserted(documents(), at=1), 10_000)[0]
     assert torch.equal(policy_of(again.model, again).logprobs(batch), policy.logprobs(batch))
@@ -130,7 +130,7 @@ def test_saved_and_loaded_and_not_taken_for_a_prompt_in_front(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("spec", "said"),
+    ("config", "said"),
     [
         ({"virtual_tokens": 4, "positions": {"front": 2}}, "add up to 2"),
         ({"virtual_tokens": 4, "positions": {"front": 2, "user": 2}, "layers": "all"}, "in front alone"),
@@ -138,6 +138,6 @@ def test_saved_and_loaded_and_not_taken_for_a_prompt_in_front(tmp_path: Path) ->
     ],
     ids=str,
 )
-def test_positions_that_cannot_be(spec: dict[str, object], said: str) -> None:
+def test_positions_that_cannot_be(config: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        METHOD_SPECS["p_tuning"](**spec)
+        METHOD_CONFIGS["p_tuning"](**config)

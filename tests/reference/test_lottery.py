@@ -13,19 +13,19 @@ from safetensors.torch import load_file
 
 from builders import documents, policy_of, tuned
 from models import tiny_model
-from rung.config.method import LotterySpec
-from rung.config.objective import SftSpec
-from rung.config.training import OptimiserSpec
+from rung.config.method import LotteryConfig
+from rung.config.objective import SftConfig
+from rung.config.training import OptimizerConfig
 from rung.errors import CheckpointError, ConfigError
-from rung.methods.layer_selection import chosen
-from rung.methods.registry import attach
+from rung.methods.layer_selection import choose_winners
+from rung.methods.registry import attach_method
 from rung.models.targets import layer_number
-from rung.objectives.sft import Sft
-from rung.training.optimizer import make_optimiser, move_only, set_rate
+from rung.objectives.sft import SftObjective
+from rung.training.optimizer import make_optimizer, set_learning_rate, train_only
 from rung.training.packing import pack, pack_separately
-from rung.training.step import Sample, accumulate
+from rung.training.step import CalibrationBatch, accumulate
 
-SFT = Sft(SftSpec())
+SFT = SftObjective(SftConfig())
 SCORES = {0: 0.1, 1: 0.4, 2: 0.3, 3: 0.05, 4: 0.05, 5: 0.1}
 
 
@@ -40,19 +40,19 @@ SCORES = {0: 0.1, 1: 0.4, 2: 0.3, 3: 0.05, 4: 0.05, 5: 0.1}
     ],
 )
 def test_who_goes_on(choose: str, keep: float, expected: tuple[int, ...]) -> None:
-    assert chosen(SCORES, LotterySpec(choose=choose, keep=keep), 0) == expected  # type: ignore[arg-type]
+    assert choose_winners(SCORES, LotteryConfig(lottery={"choose": choose, "keep": keep}), 0) == expected  # type: ignore[arg-type]
 
 
 def test_a_random_choice_follows_the_seed() -> None:
-    spec = LotterySpec(choose="random")
-    drawn = [chosen(SCORES, spec, seed) for seed in range(20)]
-    assert chosen(SCORES, spec, 3) == drawn[3] and len(set(drawn)) > 5 and {len(d) for d in drawn} == {3}
+    config = LotteryConfig(lottery={"choose": "random"})
+    drawn = [choose_winners(SCORES, config, seed) for seed in range(20)]
+    assert choose_winners(SCORES, config, 3) == drawn[3] and len(set(drawn)) > 5 and {len(d) for d in drawn} == {3}
 
 
 def test_scores_are_norms_and_energies_of_the_true_updates() -> None:
     examples = documents(8, count=9)
-    policy, method = tuned("lottery", scout_steps=1)
-    method.calibrate(Sample(policy, SFT, examples, 60))
+    policy, method = tuned("lottery", lottery={"scout_steps": 1})
+    method.calibrate(CalibrationBatch(policy, SFT, examples, 60))
     norms = dict.fromkeys((0, 1), 0.0)
     energies = dict.fromkeys((0, 1), 0.0)
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in method.names}
@@ -74,17 +74,17 @@ def test_scores_are_norms_and_energies_of_the_true_updates() -> None:
 @pytest.mark.parametrize("rewind", [True, False])
 def test_winners_alone_move_and_losers_add_nothing(rewind: bool, tmp_path: Path) -> None:
     model = tiny_model()
-    method = attach(model, LotterySpec(scout_steps=2, rewind=rewind), seed=0)
+    method = attach_method(model, LotteryConfig(lottery={"scout_steps": 2, "rewind": rewind}), seed=0)
     policy = policy_of(model, method)
-    optimiser = make_optimiser(method.trainable(), OptimiserSpec(), method.rate_factor)
+    optimizer = make_optimizer(method.trainable(), OptimizerConfig(), method.learning_rate_factor)
     start = {n: p.detach().clone() for n, p in method.trainable().items()}
     for step in range(4):
         before = {n: p.detach().clone() for n, p in method.trainable().items()}
         moving = method.at_step(step)
         assert (moving is None) == (step < 2)
-        assert moving is None or (moving.turns, moving.anew) == (step == 2, step == 2 and rewind)
+        assert moving is None or (moving.changes_for_good, moving.restarted) == (step == 2, step == 2 and rewind)
         if moving is not None:
-            move_only(optimiser, method.trainable(), moving)
+            train_only(optimizer, method.trainable(), moving)
         if step == 2:
             (winner,) = method.course.winners
             for name, parameter in method.trainable().items():
@@ -92,14 +92,14 @@ def test_winners_alone_move_and_losers_add_nothing(rewind: bool, tmp_path: Path)
                     assert torch.equal(parameter, start[name] if rewind else before[name])
                 elif ".lora_B." in name:
                     assert not parameter.any()
-            still = {n for n, p in method.trainable().items() if p in optimiser.state}
+            still = {n for n, p in method.trainable().items() if p in optimizer.state}
             assert {layer_number(f".{n}") for n in still} == (set() if rewind else {winner})
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         accumulate(policy, SFT, pack(documents(), 1000))
-        set_rate(optimiser, 1e-2)
-        optimiser.step()
+        set_learning_rate(optimizer, 1e-2)
+        optimizer.step()
     kept = {id(p) for n, p in method.trainable().items() if layer_number(f".{n}") == winner}
-    assert {id(p) for p in optimiser.state} == kept
+    assert {id(p) for p in optimizer.state} == kept
     found = method.statistics()["lottery"]
     assert found["winners"] == [winner] and sum(found["scores"].values()) == pytest.approx(1.0, abs=1e-3)
     method.save(tmp_path)
@@ -108,20 +108,20 @@ def test_winners_alone_move_and_losers_add_nothing(rewind: bool, tmp_path: Path)
     batch = pack_separately(documents())[0]
     theirs = PeftModel.from_pretrained(tiny_model(), str(tmp_path)).base_model.model
     assert (policy_of(theirs).logprobs(batch) - policy.logprobs(batch)).abs().max() < 1e-5
-    other = attach(tiny_model(), LotterySpec(scout_steps=2), seed=5)
+    other = attach_method(tiny_model(), LotteryConfig(lottery={"scout_steps": 2}), seed=5)
     other.load(tmp_path)
     assert torch.equal(policy_of(other.model, other).logprobs(batch), policy.logprobs(batch))
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
 def test_a_resumed_lottery_knows_its_winners() -> None:
-    _, method = tuned("lottery", scout_steps=2)
+    _, method = tuned("lottery", lottery={"scout_steps": 2})
     method.at_step(2)
     kept = json.loads(json.dumps(method.state()))
-    _, other = tuned("lottery", scout_steps=2)
-    other.resume(kept)
+    _, other = tuned("lottery", lottery={"scout_steps": 2})
+    other.load_state(kept)
     moving = other.at_step(7)
-    assert other.course.winners == method.course.winners and not moving.anew
+    assert other.course.winners == method.course.winners and not moving.restarted
     assert other.statistics() == method.statistics() and set(other.trainable()) == set(method.trainable())
     other.course.winners = None
     with pytest.raises(CheckpointError, match="who won"):
@@ -129,13 +129,13 @@ def test_a_resumed_lottery_knows_its_winners() -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", [{"dora": True}, {"init": "pissa"}, {"init": "loftq"}, {"sampled_layers": 1}, {"keep": 1.0}]
+    "setting", [{"dora": True}, {"init": "pissa"}, {"init": "loftq"}, {"lisa_n_layers": 1}, {"lottery": {"keep": 1.0}}]
 )
 def test_what_a_lottery_cannot_score(setting: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
-        LotterySpec(**setting)  # type: ignore[arg-type]
+        LotteryConfig(**setting)  # type: ignore[arg-type]
 
 
 def test_a_lottery_that_would_keep_all_layers() -> None:
     with pytest.raises(ConfigError, match="that is lora"):
-        attach(tiny_model(), LotterySpec(keep=0.9), seed=0)
+        attach_method(tiny_model(), LotteryConfig(lottery={"keep": 0.9}), seed=0)

@@ -11,14 +11,14 @@ from torch import nn
 from builders import documents, policy_of, tuned
 from models import tiny_model
 from naive import distance, gradients, naive, naive_loss
-from rung.config.objective import SftSpec
-from rung.methods.mixture import NAME, balance_loss, chosen, owners, shares
-from rung.models.fused_modules import fuse
-from rung.objectives.sft import Sft
+from rung.config.objective import SftConfig
+from rung.methods.mixture import NAME, balance_loss, document_of_token, expert_shares, top_k_weights
+from rung.models.fused_modules import install_fused_forwards
+from rung.objectives.sft import SftObjective
 from rung.training.packing import pack, pack_separately
 from rung.training.step import accumulate, mean_loss
 
-SFT = Sft(SftSpec())
+SFT = SftObjective(SftConfig())
 
 
 def written_out(x: torch.Tensor, experts: nn.Module, top: int | None) -> torch.Tensor:
@@ -51,9 +51,9 @@ def test_it_is_the_sum_of_its_experts(top: int | None) -> None:
 @pytest.mark.parametrize("shape", ["llama", "gpt2", "phi3"])
 def test_without_balance_gradients_equal_the_naive_ones(shape: str) -> None:
     examples = documents(6, count=7, shared=20)
-    spec = {"experts": 3, "rank": 2, "balance": 0.0}
-    policy, method = tuned("mixture", shape, dtype=torch.float64, **spec)
-    model, plain = naive("mixture", shape, dtype=torch.float64, wide_norms=True, **spec)
+    config = {"experts": 3, "rank": 2, "balance": 0.0}
+    policy, method = tuned("mixture", shape, dtype=torch.float64, **config)
+    model, plain = naive("mixture", shape, dtype=torch.float64, wide_norms=True, **config)
     accumulate(policy, SFT, pack(examples, 50))
     naive_loss(model, examples)
     assert distance(gradients(method), gradients(plain)) < 1e-6
@@ -82,18 +82,20 @@ def test_the_balance_does_not_depend_on_micro_batches(top: int | None) -> None:
 def test_the_balance_is_one_when_even_and_the_number_of_experts_when_not() -> None:
     (batch,) = pack(documents(6, count=3), 10_000, share_prefixes=False)
     even = torch.full((len(batch.ids), 4), 0.25, dtype=torch.float64)
-    assert float(balance_loss(even, even, owners(batch), batch.sequences)) == pytest.approx(3.0)
+    assert float(balance_loss(even, even, document_of_token(batch), batch.sequences)) == pytest.approx(3.0)
     one = torch.zeros_like(even)
     one[:, 2] = 1.0
-    assert float(balance_loss(one, one, owners(batch), batch.sequences)) == pytest.approx(3 * 4.0)
+    assert float(balance_loss(one, one, document_of_token(batch), batch.sequences)) == pytest.approx(3 * 4.0)
     mixed = torch.softmax(torch.randn(len(batch.ids), 4, dtype=torch.float64), 1)
     expected = 0.0
     for rows in batch.rows:
-        routed = chosen(mixed, 2)[rows] > 0
+        routed = top_k_weights(mixed, 2)[rows] > 0
         share_E = routed.double().sum(0) / routed.sum()
         expected += 4 * float((share_E * mixed[rows].mean(0)).sum())
-    routed = shares(chosen(mixed, 2), 2)
-    assert float(balance_loss(mixed, routed, owners(batch), batch.sequences)) == pytest.approx(expected, rel=1e-12)
+    routed = expert_shares(top_k_weights(mixed, 2), 2)
+    assert float(balance_loss(mixed, routed, document_of_token(batch), batch.sequences)) == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("top", [None, 2])
@@ -108,7 +110,12 @@ def test_the_balance_spreads_the_tokens(top: int | None) -> None:
     found = []
     for _ in range(60):
         probabilities = torch.softmax(x @ router, -1)
-        loss = balance_loss(probabilities, shares(chosen(probabilities, top), top), owners(batch), batch.sequences)
+        loss = balance_loss(
+            probabilities,
+            expert_shares(top_k_weights(probabilities, top), top),
+            document_of_token(batch),
+            batch.sequences,
+        )
         (gradient,) = torch.autograd.grad(loss, router)
         router = (router - 0.5 * gradient / batch.sequences).detach().requires_grad_(True)
         found.append(float(loss.detach()) / batch.sequences)
@@ -130,7 +137,7 @@ def test_the_base_is_bit_identical_when_off() -> None:
     policy, _ = tuned("mixture", experts=3, rank=2)
     batch = pack(documents(), 10_000)[0]
     base = tiny_model()
-    fuse(base)
+    install_fused_forwards(base)
     assert torch.equal(policy.reference_logprobs(batch), policy_of(base).logprobs(batch))
 
 
@@ -150,6 +157,6 @@ def test_a_resumed_mixture_goes_on_counting() -> None:
     kept = json.loads(json.dumps(whole.state()))
     accumulate(policy, SFT, pack(examples[3:], 10_000))
     other, resumed = tuned("mixture", experts=3, rank=2)
-    resumed.resume(kept)
+    resumed.load_state(kept)
     accumulate(other, SFT, pack(examples[3:], 10_000))
     assert resumed.state() == whole.state() and resumed.statistics() == whole.statistics()

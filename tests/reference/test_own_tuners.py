@@ -23,9 +23,9 @@ KINDS = [
 
 
 @pytest.mark.parametrize("shape", ["llama", "gpt2", "phi3"])
-@pytest.mark.parametrize(("kind", "spec"), KINDS, ids=str)
-def test_stock_peft_gives_the_same_logits(kind: str, spec: dict[str, object], shape: str, tmp_path: Path) -> None:
-    policy, method = tuned(kind, shape, **spec)
+@pytest.mark.parametrize(("kind", "config"), KINDS, ids=str)
+def test_stock_peft_gives_the_same_logits(kind: str, config: dict[str, object], shape: str, tmp_path: Path) -> None:
+    policy, method = tuned(kind, shape, **config)
     method.save(tmp_path / "one")
     plain = tiny_model(shape)
     plain.set_attn_implementation("eager")
@@ -40,7 +40,7 @@ def test_stock_peft_gives_the_same_logits(kind: str, spec: dict[str, object], sh
             assert torch.equal(model(ids, use_cache=False).logits[0], before)
         assert (before - ours).abs().max() > 1e-3
     model.save_pretrained(tmp_path / "again")
-    again = tuned(kind, shape, **spec)[1]
+    again = tuned(kind, shape, **config)[1]
     with torch.no_grad():
         for parameter in again.trainable().values():
             parameter.zero_()
@@ -51,8 +51,8 @@ def test_stock_peft_gives_the_same_logits(kind: str, spec: dict[str, object], sh
 
 def test_two_of_them_are_switched_and_the_base_stays(tmp_path: Path) -> None:
     """Bit for bit after many switches."""
-    for i, spec in enumerate(({"width": 3}, {"width": 5})):
-        _, method = tuned("bottleneck", **spec)
+    for i, config in enumerate(({"width": 3}, {"width": 5})):
+        _, method = tuned("bottleneck", **config)
         method.save(tmp_path / str(i))
     plain = tiny_model()
     plain.set_attn_implementation("eager")
@@ -73,15 +73,15 @@ def test_two_of_them_are_switched_and_the_base_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "spec",
+    "config",
     [
         {"virtual_tokens": 2, "hidden": 8, "positions": {"front": 1, "user": 1}},
         {"virtual_tokens": 2, "hidden": 8, "tasks": ("a", "b")},
     ],
     ids=["inside", "tasks"],
 )
-def test_what_peft_has_no_form_for_says_so(spec: dict[str, object], tmp_path: Path) -> None:
-    _, method = tuned("p_tuning", **spec)
+def test_what_peft_has_no_form_for_says_so(config: dict[str, object], tmp_path: Path) -> None:
+    _, method = tuned("p_tuning", **config)
     method.save(tmp_path)
     with pytest.raises(ValueError, match="are Rung's own"):
         PeftModel.from_pretrained(tiny_model(), str(tmp_path))

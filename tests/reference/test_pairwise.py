@@ -11,26 +11,34 @@ import pytest
 from scipy import optimize, special
 
 from rung.scoring.agreement import krippendorff_alpha
-from rung.scoring.pairwise import RIDGE, Verdicts, fit, length_controlled, majority, preference, trust
+from rung.scoring.pairwise import (
+    RIDGE,
+    PairVerdicts,
+    check_judge,
+    fit_logistic,
+    length_controlled,
+    majority,
+    summarize_preferences,
+)
 from rung.scoring.stats import score_interval
 
 
 def test_only_a_preference_that_holds_in_both_orders_counts() -> None:
-    assert Verdicts("first", "first").outcome == "first"
-    assert Verdicts("first", "second").outcome == "tie"  # whatever is shown first wins
-    assert Verdicts("tie", "second").outcome == "tie"
-    assert Verdicts("second", None).outcome is None
+    assert PairVerdicts("first", "first").outcome == "first"
+    assert PairVerdicts("first", "second").outcome == "tie"  # whatever is shown first wins
+    assert PairVerdicts("tie", "second").outcome == "tie"
+    assert PairVerdicts("second", None).outcome is None
 
 
 def test_counts_and_shares_by_hand() -> None:
     verdicts = [
-        Verdicts("first", "first"),
-        Verdicts("second", "second"),
-        Verdicts("first", "second"),  # position alone: both verdicts are for the one shown first
-        Verdicts("tie", "tie"),
-        Verdicts("first", None),
+        PairVerdicts("first", "first"),
+        PairVerdicts("second", "second"),
+        PairVerdicts("first", "second"),  # position alone: both verdicts are for the one shown first
+        PairVerdicts("tie", "tie"),
+        PairVerdicts("first", None),
     ]
-    found = preference(verdicts, [(10, 5), (7, 9), (3, 3), (1, 2), (4, 4)], list("abcde"))
+    found = summarize_preferences(verdicts, [(10, 5), (7, 9), (3, 3), (1, 2), (4, 4)], list("abcde"))
     assert (found.pairs, found.unreadable, found.wins, found.ties, found.losses) == (5, 1, 1, 2, 1)
     assert found.win_rate == score_interval([1.0, 0.0, 0.5, 0.5], list("abcd"), binary=False)
     assert found.consistent is not None and found.consistent.mean == 0.75
@@ -39,7 +47,7 @@ def test_counts_and_shares_by_hand() -> None:
     assert found.longer is not None and (found.longer.mean, found.longer.examples) == (1.0, 2)
     assert found.characters == (5.0, 4.6)
     assert json.loads(json.dumps(found.to_json(), allow_nan=False))["win_rate"]["mean"] == 0.5
-    nothing = preference([Verdicts(None, None)], [(1, 2)], ["a"])
+    nothing = summarize_preferences([PairVerdicts(None, None)], [(1, 2)], ["a"])
     assert nothing.win_rate is nothing.length_controlled is nothing.longer is None and nothing.unreadable == 1
 
 
@@ -57,7 +65,7 @@ def test_the_regression_finds_scipys_minimum(slope: float) -> None:
     x = np.tanh(rng.normal(size=60))
     y = np.where(rng.random(60) < 0.2, 0.5, (rng.random(60) < special.expit(0.3 + slope * x)).astype(float))
     weights = rng.integers(0, 4, size=(3, 60)).astype(float)
-    found = fit(x, y, weights)
+    found = fit_logistic(x, y, weights)
     for own, row in zip(found, weights, strict=True):
         assert own == pytest.approx(by_scipy(x, y, row), abs=1e-5)
 
@@ -99,19 +107,23 @@ def test_a_majority_is_more_than_half_of_those_who_spoke() -> None:
 def test_a_judge_is_trusted_by_the_lower_end_of_its_kappa() -> None:
     people = [["first", "first", "tie"], ["second", "second", "second"]] * 40 + [["first", "second", "tie"]] * 3
     ids = [str(i) for i in range(len(people))]
-    good = [Verdicts(m, m) for m in ("first", "second")] * 40 + [Verdicts("tie", "tie")] * 2 + [Verdicts(None, "tie")]
-    found = trust(good, people, ids, 0.4)
+    good = (
+        [PairVerdicts(m, m) for m in ("first", "second")] * 40
+        + [PairVerdicts("tie", "tie")] * 2
+        + [PairVerdicts(None, "tie")]
+    )
+    found = check_judge(good, people, ids, 0.4)
     assert found.trusted and found.pairs == 80 and found.undecided == 3 and found.unreadable == 1
     assert found.kappa is not None and found.kappa.mean == 1.0 and found.kappa.low > 0.85
     assert found.people == krippendorff_alpha(people, ids)
-    position = [Verdicts("first", "second")] * 83  # a tie every time
-    poor = trust(position, people, ids, 0.4)
+    position = [PairVerdicts("first", "second")] * 83  # a tie every time
+    poor = check_judge(position, people, ids, 0.4)
     assert not poor.trusted and poor.kappa is not None and poor.kappa.mean == 0.0
     assert "does not reach 0.4" in poor.reason and "does not" not in found.reason
-    few = trust(good[:4], [labels[:1] for labels in people[:4]], ids[:4], 0.4)
+    few = check_judge(good[:4], [labels[:1] for labels in people[:4]], ids[:4], 0.4)
     assert few.kappa is not None and few.kappa.mean == 1.0 and not few.trusted  # four pairs prove nothing
     assert few.people is None
-    none = trust([Verdicts(None, None)], [["tie"]], ["a"], 0.4)
+    none = check_judge([PairVerdicts(None, None)], [["tie"]], ["a"], 0.4)
     assert not none.trusted and none.kappa is None and math.isclose(none.unreadable, 1)
 
 
@@ -122,7 +134,7 @@ def test_real_judges_of_pandalm(real_data: Path) -> None:
     rows = json.loads((folder / "testset-v1.json").read_text())
     people = [[name[row[f"annotator{k}"]] for k in (1, 2, 3)] for row in rows]
     said = [name.get(row["pandalm_result"]) for row in json.loads((folder / "pandalm-7b-testset-v1.json").read_text())]
-    found = trust([Verdicts(x, x) for x in said], people, [row["instruction"] for row in rows], 0.4)  # type: ignore[arg-type]
+    found = check_judge([PairVerdicts(x, x) for x in said], people, [row["instruction"] for row in rows], 0.4)  # type: ignore[arg-type]
     assert found.agreement is not None and round(found.agreement.mean, 4) == 0.6677
     assert found.kappa is not None and found.kappa.low < 0.4 < found.kappa.mean < 0.5 and not found.trusted
     assert found.people is not None and round(found.people.mean, 3) == 0.864

@@ -10,17 +10,17 @@ import torch
 
 from builders import rows, tuned
 from naive import distance, gradients, naive
-from rung.config.objective import PpoSpec
-from rung.objectives.advantages import generalised, whitened
-from rung.objectives.ppo import Ppo, adapted, value_loss
-from rung.training.packing import MIN_AHEAD, pack, pack_separately
+from rung.config.objective import PpoConfig
+from rung.objectives.advantages import generalized_advantage_estimates, whiten
+from rung.objectives.ppo import PpoObjective, adapt_penalty, value_loss
+from rung.training.packing import MIN_PREFIX_AHEAD, pack, pack_separately
 from rung.training.step import accumulate
 from rung.types import Example, Rollout
 from tolerances import FLOAT64
 
 
-def spec_of(**more: object) -> PpoSpec:
-    return PpoSpec(reward={"kind": "exact"}, **more)  # type: ignore[arg-type]
+def spec_of(**more: object) -> PpoConfig:
+    return PpoConfig(reward={"kind": "exact"}, **more)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("gamma", "decay"), [(1.0, 0.95), (0.9, 0.5), (1.0, 0.0), (1.0, 1.0)])
@@ -30,25 +30,25 @@ def test_advantages_are_the_direct_double_sum(gamma: float, decay: float) -> Non
     following = [*v[1:], 0.0]
     delta = [r[t] + gamma * following[t] - v[t] for t in range(12)]
     expected = [sum((gamma * decay) ** k * delta[t + k] for k in range(12 - t)) for t in range(12)]
-    assert generalised(r, v, gamma, decay) == pytest.approx(expected, abs=1e-12)
+    assert generalized_advantage_estimates(r, v, gamma, decay) == pytest.approx(expected, abs=1e-12)
 
 
 def test_with_lambda_one_the_value_model_is_only_a_baseline() -> None:
     r, v = np.array([0.0, 0.0, 2.0]), np.array([0.3, -0.1, 0.7])
-    assert generalised(r, v, 1.0, 1.0) == pytest.approx(2.0 - v)
+    assert generalized_advantage_estimates(r, v, 1.0, 1.0) == pytest.approx(2.0 - v)
 
 
 def test_whitening_is_over_all_answers() -> None:
-    parts = whitened([np.array([1.0, 2.0]), np.array([3.0, 4.0, 5.0])])
+    parts = whiten([np.array([1.0, 2.0]), np.array([3.0, 4.0, 5.0])])
     every = np.concatenate(parts)
     assert every.mean() == pytest.approx(0.0, abs=1e-12) and every.std() == pytest.approx(1.0, abs=1e-6)
-    assert [len(p) for p in parts] == [2, 3] and not whitened([np.ones(3)])[0].any()
+    assert [len(p) for p in parts] == [2, 3] and not whiten([np.ones(3)])[0].any()
 
 
 def test_the_penalty_adapts_by_hand() -> None:
-    assert adapted(0.2, 12.0, 6.0, 100, 10_000) == pytest.approx(0.2 * (1 + 0.2 * 0.01))
-    assert adapted(0.2, 0.0, 6.0, 100, 10_000) == pytest.approx(0.2 * (1 - 0.2 * 0.01))
-    assert adapted(0.2, 6.6, 6.0, 100, 10_000) == pytest.approx(0.2 * (1 + 0.1 * 0.01))
+    assert adapt_penalty(0.2, 12.0, 6.0, 100, 10_000) == pytest.approx(0.2 * (1 + 0.2 * 0.01))
+    assert adapt_penalty(0.2, 0.0, 6.0, 100, 10_000) == pytest.approx(0.2 * (1 - 0.2 * 0.01))
+    assert adapt_penalty(0.2, 6.6, 6.0, 100, 10_000) == pytest.approx(0.2 * (1 + 0.1 * 0.01))
 
 
 def test_value_loss_by_hand() -> None:
@@ -67,7 +67,7 @@ def with_columns(examples: list[Example]) -> list[Example]:
     return made
 
 
-@pytest.mark.parametrize("shared", [0, MIN_AHEAD + 5])
+@pytest.mark.parametrize("shared", [0, MIN_PREFIX_AHEAD + 5])
 @pytest.mark.parametrize("own_critic", [True, False])
 def test_loss_and_gradients_are_those_of_documents_alone(own_critic: bool, shared: int) -> None:
     """Of the policy, of the value model's adapter and of its head, prompts of several rows run ahead or not."""
@@ -76,7 +76,7 @@ def test_loss_and_gradients_are_those_of_documents_alone(own_critic: bool, share
     critic, critic_method = tuned("lora", "phi", dtype=torch.float64, rank=4)
     theirs, their_method = naive("lora", "phi", dtype=torch.float64, rank=4)
     judge, judge_method = naive("lora", "phi", dtype=torch.float64, rank=4)
-    objective = Ppo(spec_of(entropy=0.01, value_weight=0.3))
+    objective = PpoObjective(spec_of(entropy=0.01, vf_coef=0.3))
     objective.critic = critic if own_critic else None
     objective.begin(policy, 3)
     weight = objective.head.weight.detach().clone().requires_grad_(True)
@@ -108,7 +108,7 @@ def test_loss_and_gradients_are_those_of_documents_alone(own_critic: bool, share
             assert distance(gradients(critic_method), gradients(judge_method)) < FLOAT64
 
 
-def rolled(objective: Ppo, rewards: list[float], apart: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
+def rolled(objective: PpoObjective, rewards: list[float], apart: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
     policy, _ = tuned("lora")
     objective.begin(policy, 0)
     examples = rows(1, count=len(rewards), answers=1)
@@ -118,32 +118,32 @@ def rolled(objective: Ppo, rewards: list[float], apart: list[np.ndarray]) -> lis
     zero = [np.zeros_like(a) for a in apart]
     read = {policy.logprobs: apart, policy.reference_logprobs: zero}
     rollout = Rollout(examples, rewards, [True] * len(rewards), lambda value: read.get(value, zero))
-    return [dict(column) for column in objective.columns(policy, rollout)]
+    return [dict(column) for column in objective.rollout_columns(policy, rollout)]
 
 
 def test_the_reward_lands_on_the_last_token_and_the_penalty_on_each() -> None:
     apart = [np.array([0.5, -0.2, 0.1]), np.array([0.0, 0.4])]
-    columns = rolled(Ppo(spec_of(beta=0.1, whiten=False, decay=0.0)), [2.0, -1.0], apart)
+    columns = rolled(PpoObjective(spec_of(beta=0.1, whiten=False, decay=0.0)), [2.0, -1.0], apart)
     assert columns[0]["advantage"] == pytest.approx([-0.05, 0.02, 2.0 - 0.01])
     assert columns[1]["advantage"] == pytest.approx([0.0, -1.0 - 0.04])
     assert columns[0]["returns"] == pytest.approx(columns[0]["advantage"])  # nothing was expected
 
 
 def test_the_penalty_moves_and_is_kept() -> None:
-    objective = Ppo(spec_of(beta=0.1, adapt={"target": 0.2, "horizon": 10}))
+    objective = PpoObjective(spec_of(beta=0.1, adapt={"target": 0.2, "horizon": 10}))
     rolled(objective, [1.0, 1.0], [np.array([0.5, 0.5]), np.array([0.5, 0.5])])
     assert objective.beta == pytest.approx(0.1 * (1 + 0.2 * 2 / 10))
-    again = Ppo(spec_of(beta=0.1, adapt={}))
-    again.resume(objective.state())
+    again = PpoObjective(spec_of(beta=0.1, adapt={}))
+    again.load_state(objective.state())
     assert again.beta == objective.beta
 
 
 def test_it_halts_where_it_has_gone_too_far() -> None:
-    objective = Ppo(spec_of(stops={"kl": 0.1, "ratio": 3.0}))
+    objective = PpoObjective(spec_of(stops={"target_kl": 0.1, "ratio": 3.0}))
     objective.seen = [{"logratio": torch.full((4,), 0.05)}]
-    assert objective.halts() is None
+    assert objective.stop_reason() is None
     objective.seen = [{"logratio": torch.full((4,), -1.0)}]
-    assert "divergence" in (objective.halts() or "")
-    objective = Ppo(spec_of(stops={"kl": 9.0, "ratio": 3.0}))
+    assert "divergence" in (objective.stop_reason() or "")
+    objective = PpoObjective(spec_of(stops={"target_kl": 9.0, "ratio": 3.0}))
     objective.seen = [{"logratio": torch.full((4,), 1.5)}]
-    assert "ratio" in (objective.halts() or "")
+    assert "ratio" in (objective.stop_reason() or "")

@@ -17,14 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from builders import example, policy_of, rows, tuned
 from models import tiny_model
 from naive import distance, gradients, naive
-from rung.config.method import METHOD_SPECS
-from rung.config.objective import PreferenceSpec
-from rung.methods.registry import attach
-from rung.models.policy import by_document
-from rung.objectives.pairs import pairs
-from rung.objectives.preference import LOSSES, Paired, Sides, Unpaired, good
+from rung.config.method import METHOD_CONFIGS
+from rung.config.objective import PreferenceConfig
+from rung.methods.registry import attach_method
+from rung.models.policy import sum_by_document
+from rung.objectives.pairs import answer_pairs
+from rung.objectives.preference import LOSSES, PairedPreference, PairLogprobs, UnpairedPreference, is_good_answer
 from rung.objectives.registry import OBJECTIVES
-from rung.training.packing import MIN_AHEAD, pack, pack_in_slices, pack_separately
+from rung.training.packing import MIN_PREFIX_AHEAD, pack, pack_in_slices, pack_separately
 from rung.training.step import accumulate, count_window, mean_loss
 from rung.types import Example, PackedBatch
 from tolerances import FLOAT64, LLAMA_GRADIENT
@@ -32,8 +32,8 @@ from tolerances import FLOAT64, LLAMA_GRADIENT
 EXTRA = {"robust": {"label_smoothing": 0.2}}
 
 
-def spec_of(loss: str, **more: object) -> PreferenceSpec:
-    return PreferenceSpec(loss=loss, **{**EXTRA.get(loss, {}), **more})  # type: ignore[arg-type]
+def spec_of(loss: str, **more: object) -> PreferenceConfig:
+    return PreferenceConfig(loss=loss, **{**EXTRA.get(loss, {}), **more})  # type: ignore[arg-type]
 
 
 def logprob(model: PreTrainedModel, e: Example) -> Tensor:
@@ -64,10 +64,10 @@ def written_out(loss: str, c: Tensor, r: Tensor, nc: int, nr: int, beta: float) 
     return torch.log(1 + torch.exp(-beta * (c / nc - r / nr)))
 
 
-@pytest.mark.parametrize("shared", [0, MIN_AHEAD + 5])
+@pytest.mark.parametrize("shared", [0, MIN_PREFIX_AHEAD + 5])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_loss_and_gradient_are_those_of_documents_alone(loss: str, shared: int) -> None:
-    examples, spec = rows(3, shared=shared), spec_of(loss, beta=0.3)
+    examples, config = rows(3, shared=shared), spec_of(loss, beta=0.3)
     policy, method = tuned("lora", "phi", dtype=torch.float64, rank=4)
     theirs, their_method = naive("lora", "phi", dtype=torch.float64, rank=4)
     base = tiny_model("phi", dtype=torch.float64)
@@ -85,7 +85,7 @@ def test_loss_and_gradient_are_those_of_documents_alone(loss: str, shared: int) 
     expected.backward()
     for batches in (pack(examples, 10_000), pack(examples, 60), pack_separately(examples)):
         policy.model.zero_grad()
-        found = accumulate(policy, Paired(spec), batches)
+        found = accumulate(policy, PairedPreference(config), batches)
         assert float(found) == pytest.approx(expected.item(), rel=FLOAT64)
         assert distance(gradients(method), gradients(their_method)) < FLOAT64
 
@@ -93,18 +93,18 @@ def test_loss_and_gradient_are_those_of_documents_alone(loss: str, shared: int) 
 def test_it_begins_at_ln_2_whatever_the_packing() -> None:
     """The reference is where the policy begins, so no pair leans either way."""
     model = tiny_model()
-    policy = policy_of(model, attach(model, METHOD_SPECS["lora"](), seed=0))
-    objective = Paired(spec_of("dpo"))
+    policy = policy_of(model, attach_method(model, METHOD_CONFIGS["lora"](), seed=0))
+    objective = PairedPreference(spec_of("dpo"))
     for batches in (pack(rows(), 10_000), pack(rows(), 50)):
         assert mean_loss(policy, objective, batches) == pytest.approx(math.log(2.0), abs=1e-6)
-    assert objective.report()["margin"] == pytest.approx(0.0, abs=1e-6)
+    assert objective.take_metrics()["margin"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_another_reference_is_asked_instead_of_the_base() -> None:
     """With itself as the reference every pair stands at ln 2; with the base it does not."""
     policy, _ = tuned("lora")
     other, _ = tuned("lora")
-    batches, objective = pack(rows(shared=MIN_AHEAD), 60), Paired(spec_of("dpo"))
+    batches, objective = pack(rows(shared=MIN_PREFIX_AHEAD), 60), PairedPreference(spec_of("dpo"))
     assert abs(mean_loss(policy, objective, batches) - math.log(2.0)) > 1e-3
     policy.reference = other
     assert mean_loss(policy, objective, batches) == pytest.approx(math.log(2.0), abs=1e-6)
@@ -113,15 +113,15 @@ def test_another_reference_is_asked_instead_of_the_base() -> None:
 def test_all_pairs_of_a_ranking_and_none_of_a_tie() -> None:
     ranked = rows(1, count=3, answers=4)
     (batch,) = pack(ranked, 10_000)
-    better, other, weight = pairs(batch)
+    better, other, weight = answer_pairs(batch)
     assert len(better) == 3 * 6 and weight == [batch.documents[i].weight / 6 for i in better]
     score = [d.score for d in batch.documents]
     assert all(score[a] > score[b] for a, b in zip(better, other, strict=True))
     assert {batch.documents[a].row for a in better} == {0, 1, 2}
     tied = [replace(e, score=min(e.score, 2.0)) for e in ranked]
     # scores 4, 3, 2, 1 become 2, 2, 2, 1: three pairs a row
-    assert len(pairs(pack(tied, 10_000)[0]).better) == 3 * 3
-    assert pairs(pack([replace(e, score=0.0) for e in ranked], 10_000)[0]).better == []
+    assert len(answer_pairs(pack(tied, 10_000)[0]).better) == 3 * 3
+    assert answer_pairs(pack([replace(e, score=0.0) for e in ranked], 10_000)[0]).better == []
 
 
 @pytest.mark.parametrize("budget", [20, 60, 90, 300])
@@ -148,11 +148,11 @@ def test_a_prompt_is_computed_once_for_all_its_answers() -> None:
 def test_counts_and_the_sft_term() -> None:
     examples = rows(4, count=4, answers=3)
     (batch,) = pack(examples, 10_000)
-    counts = count_window(Paired(spec_of("dpo")), [batch])
+    counts = count_window(PairedPreference(spec_of("dpo")), [batch])
     assert counts.pairs == pytest.approx(sum(e.weight for e in examples[::3]))
     assert counts.tokens == sum(e.weight * int(e.supervised.sum()) for e in examples[::3])
     policy, _ = tuned("lora")
-    plain, mixed = (mean_loss(policy, Paired(spec_of("dpo", sft=w)), [batch]) for w in (None, 0.5))
+    plain, mixed = (mean_loss(policy, PairedPreference(spec_of("dpo", sft=w)), [batch]) for w in (None, 0.5))
     nats = sum(-e.weight * float(logprob_of(policy, e)) for e in examples[::3]) / counts.tokens
     assert mixed - plain == pytest.approx(0.5 * nats, rel=1e-4)
 
@@ -163,13 +163,13 @@ def logprob_of(policy: object, e: Example) -> Tensor:
 
 def test_longer_answers_that_win_are_seen_in_the_log() -> None:
     """Twice as long and by that much likelier: the correlation says so."""
-    objective = Paired(spec_of("dpo"))
+    objective = PairedPreference(spec_of("dpo"))
     lengths = torch.arange(1.0, 9.0)
-    sides = Sides(2.0 * lengths, lengths, 2.0 * lengths, lengths)
+    sides = PairLogprobs(2.0 * lengths, lengths, 2.0 * lengths, lengths)
     objective._see(sides, torch.zeros(8), torch.zeros(8))
-    found = objective.report()
+    found = objective.take_metrics()
     assert found["length_ratio"] == pytest.approx(2.0) and found["length_correlation"] == pytest.approx(1.0)
-    assert found["accuracy"] == 1.0 and objective.report() == {}
+    assert found["accuracy"] == 1.0 and objective.take_metrics() == {}
 
 
 @pytest.mark.parametrize(
@@ -178,13 +178,13 @@ def test_longer_answers_that_win_are_seen_in_the_log() -> None:
         ({"loss": "robust"}, "needs label_smoothing"),
         ({"loss": "dpo", "label_smoothing": 0.1}, "is for loss: robust"),
         ({"loss": "dpo", "margin": 1.0}, "is for loss: simpo"),
-        ({"loss": "dpo", "bad_weight": 2.0}, "is for loss: kto"),
+        ({"loss": "dpo", "undesirable_weight": 2.0}, "is for loss: kto"),
         ({"loss": "simpo", "reference": "runs/x"}, "knows no reference"),
     ],
 )
 def test_settings_that_do_not_go_together(given: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        PreferenceSpec(**given)  # type: ignore[arg-type]
+        PreferenceConfig(**given)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("budget", [10_000, 60])
@@ -203,7 +203,7 @@ def test_rows_with_one_prompt_are_read_as_if_alone(budget: int) -> None:
         (alone, pack_separately([replace(e, row=-1) for e in examples])),
     ):
         for batch in batches:
-            sums = by_document(batch, policy.logprobs(batch).detach())
+            sums = sum_by_document(batch, policy.logprobs(batch).detach())
             kept.update({tuple(d.ids.tolist()): float(v) for d, v in zip(batch.documents, sums, strict=True)})
     assert found.keys() == alone.keys()
     assert all(found[key] == pytest.approx(alone[key], abs=1e-9) for key in found)
@@ -214,17 +214,20 @@ def test_what_is_good_without_labels_is_the_best_of_its_row() -> None:
     scores = [-1.2, -3.4, 0.0, -1.0, 1.0, 0.0]
     examples = [replace(e, score=scores[i]) for i, e in enumerate(rows(1, count=3))]
     (batch,) = pack(examples, 10_000)
-    assert {d.score for d, g in zip(batch.documents, good(batch), strict=True) if g} == {-1.2, 0.0, 1.0}
+    assert {d.score for d, g in zip(batch.documents, is_good_answer(batch), strict=True) if g} == {-1.2, 0.0, 1.0}
     labelled = [replace(e, row=i, score=float(i)) for i, e in enumerate(rows(2, count=1))]
     (batch,) = pack(labelled, 10_000)
-    assert {(d.score, g) for d, g in zip(batch.documents, good(batch), strict=True)} == {(0.0, False), (1.0, True)}
+    assert {(d.score, g) for d, g in zip(batch.documents, is_good_answer(batch), strict=True)} == {
+        (0.0, False),
+        (1.0, True),
+    }
 
 
 def test_the_sft_term_of_kto_is_a_mean_over_good_answers() -> None:
     examples = rows(4, count=4)
     policy, _ = tuned("lora")
     (batch,) = pack(examples, 10_000)
-    plain, mixed = (mean_loss(policy, Unpaired(spec_of("kto", sft=w)), [batch]) for w in (None, 0.5))
+    plain, mixed = (mean_loss(policy, UnpairedPreference(spec_of("kto", sft=w)), [batch]) for w in (None, 0.5))
     best = examples[::2]
     tokens = sum(e.weight * int(e.supervised.sum()) for e in best)
     nats = sum(-e.weight * float(logprob_of(policy, e)) for e in best) / tokens
@@ -233,19 +236,21 @@ def test_the_sft_term_of_kto_is_a_mean_over_good_answers() -> None:
 
 def test_odds_of_certain_answers_are_finite() -> None:
     certain = torch.zeros(3, requires_grad=True)
-    loss = LOSSES["orpo"](Sides(certain, torch.full((3,), -1.0), torch.ones(3), torch.ones(3)), spec_of("orpo")).sum()
+    loss = LOSSES["orpo"](
+        PairLogprobs(certain, torch.full((3,), -1.0), torch.ones(3), torch.ones(3)), spec_of("orpo")
+    ).sum()
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(certain.grad).all()
 
 
 def test_kto_is_that_of_documents_alone_with_mismatched_answers_as_the_reference_point() -> None:
-    examples, spec = rows(3), spec_of("kto", beta=0.3, bad_weight=1.5)
+    examples, config = rows(3), spec_of("kto", beta=0.3, undesirable_weight=1.5)
     policy, method = tuned("lora", "phi", dtype=torch.float64, rank=4)
     theirs, their_method = naive("lora", "phi", dtype=torch.float64, rank=4)
     base = tiny_model("phi", dtype=torch.float64)
     base.set_attn_implementation("sdpa")
-    objective = Unpaired(spec)
-    mixed = objective.beside(examples)
+    objective = UnpairedPreference(config)
+    mixed = objective.kl_examples(examples)
     for i, e in enumerate(mixed):
         prompt, own = int(e.supervised.argmax()), examples[i]
         assert e.ids[:prompt].tolist() == own.ids[: int(own.supervised.argmax())].tolist()
@@ -268,31 +273,31 @@ def test_kto_is_that_of_documents_alone_with_mismatched_answers_as_the_reference
     for budget in (10_000, 60):
         policy.model.zero_grad()
         with torch.no_grad():
-            objective.prepare(policy, policy.in_turn(pack(mixed, budget)))
+            objective.prepare(policy, policy.iterate_batches(pack(mixed, budget)))
         assert float(objective.reference_point) == pytest.approx(point, rel=FLOAT64, abs=1e-12)
         found = accumulate(policy, objective, pack(examples, budget))
         assert float(found) == pytest.approx(expected.item(), rel=FLOAT64)
         assert distance(gradients(method), gradients(their_method)) < FLOAT64
-    report = objective.report()
+    report = objective.take_metrics()
     assert report["margin"] == pytest.approx(report["good_reward"] - report["bad_reward"])
 
 
 def test_the_reference_reads_a_document_once_and_what_was_read_counts() -> None:
     """The mutation: kept sums that are changed change the loss, so they are what is used."""
-    examples = rows(3, count=6, shared=MIN_AHEAD)
+    examples = rows(3, count=6, shared=MIN_PREFIX_AHEAD)
     policy, _ = tuned("lora")
-    objective = Paired(spec_of("dpo"))
+    objective = PairedPreference(spec_of("dpo"))
     plain = mean_loss(policy, objective, pack(examples, 60))
-    policy.known = {}
+    policy.reference_cache = {}
     calls = []
     genuine = policy.base_logprobs
     policy.base_logprobs = lambda batch: calls.append(1) or genuine(batch)  # type: ignore[method-assign]
     assert mean_loss(policy, objective, pack(examples, 60)) == pytest.approx(plain, rel=1e-6)
-    first, kept = len(calls), dict(policy.known)
+    first, kept = len(calls), dict(policy.reference_cache)
     assert len(kept) == len(examples)
     again = mean_loss(policy, objective, pack(examples, 10_000))
-    assert again == pytest.approx(plain, rel=1e-5) and len(calls) == first and policy.known == kept
-    policy.known = {key: value - 1.0 * (i % 2) for i, (key, value) in enumerate(kept.items())}
+    assert again == pytest.approx(plain, rel=1e-5) and len(calls) == first and policy.reference_cache == kept
+    policy.reference_cache = {key: value - 1.0 * (i % 2) for i, (key, value) in enumerate(kept.items())}
     assert abs(mean_loss(policy, objective, pack(examples, 60)) - plain) > 1e-3
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from rung.models.matmul import linear, product
+from rung.models.matmul import linear, matmul
 from tolerances import FLOAT32
 
 GROWTH = """
@@ -44,7 +44,7 @@ def test_any_strides_give_the_same_numbers(dtype: torch.dtype, bias: bool) -> No
             assert linear(x, w, b).dtype is dtype
             scale = max(1.0, float(exact.abs().max())) if exact.numel() else 1.0
             assert (linear(x, w, b).double() - exact).abs().sum() <= limit * scale * max(1, exact.numel())
-            assert torch.equal(product(x, w.T), linear(x, w))
+            assert torch.equal(matmul(x, w.T), linear(x, w))
 
 
 def test_new_lengths_do_not_fill_the_memory() -> None:

@@ -1,4 +1,4 @@
-"""Four and eight bits: against the levels written out, and what a quantised base must not do."""
+"""Four and eight bits: against the levels written out, and what a quantized base must not do."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from torch import Tensor, nn
 from builders import documents, policy_of, tuned
 from models import tiny_model
 from naive import distance, gradients
-from rung.config.method import LoraSpec, QloraSpec
-from rung.config.objective import SftSpec
-from rung.config.training import OptimiserSpec
+from rung.config.method import LoraConfig, QloraConfig
+from rung.config.objective import SftConfig
+from rung.config.training import OptimizerConfig
 from rung.methods.lora import Lora
-from rung.methods.qlora import dense_weight, is_quantised
-from rung.methods.registry import attach
+from rung.methods.qlora import dense_weight, is_quantized
+from rung.methods.registry import attach_method
 from rung.models.policy import Policy
-from rung.objectives.sft import Sft
+from rung.objectives.sft import SftObjective
 from rung.training.gates import check_decoding, check_identity, check_packing, frozen_digest
-from rung.training.optimizer import make_optimiser, set_rate
+from rung.training.optimizer import make_optimizer, set_learning_rate
 from rung.training.packing import pack, pack_separately
 from rung.training.step import accumulate
 
-SFT = Sft(SftSpec())
+SFT = SftObjective(SftConfig())
 LEVELS = [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0]
 LEVELS += [0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0]
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
 
 
-def qlora(shape: str = "llama", **spec: object) -> tuple[Policy, Lora]:
+def qlora(shape: str = "llama", **config: object) -> tuple[Policy, Lora]:
     model = tiny_model(shape, **WIDE)
-    method = attach(model, QloraSpec(**spec), seed=0)
+    method = attach_method(model, QloraConfig(**config), seed=0)
     with torch.no_grad():
         for parameter in method.trainable().values():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)))
@@ -42,7 +42,7 @@ def qlora(shape: str = "llama", **spec: object) -> tuple[Policy, Lora]:
 
 
 def nf4(weight: Tensor) -> Tensor:
-    """Nearest level times the largest of its block of 64 (Dettmers et al. 2023, section 3), scales not quantised."""
+    """Nearest level times the largest of its block of 64 (Dettmers et al. 2023, section 3), scales not quantized."""
     blocks = weight.reshape(-1, 64)
     largest = blocks.abs().amax(1, keepdim=True)
     levels = torch.tensor(LEVELS)
@@ -50,14 +50,14 @@ def nf4(weight: Tensor) -> Tensor:
     return (levels[nearest] * largest).view_as(weight)
 
 
-def quantised(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if is_quantised(module)]
+def quantized(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if is_quantized(module)]
 
 
 def test_the_base_holds_the_levels_of_nf4() -> None:
     original = tiny_model(**WIDE)
-    _, method = qlora(double_quantised=False)
-    assert len(quantised(method.model)) == 14
+    _, method = qlora(double_quant=False)
+    assert len(quantized(method.model)) == 14
     for name in method.names:
         weight = original.get_submodule(name).weight
         assert (dense_weight(method.model.get_submodule(name).base_layer) - nf4(weight)).abs().max() < 1e-5
@@ -65,14 +65,14 @@ def test_the_base_holds_the_levels_of_nf4() -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("shape", ["llama", "phi"])
-def test_it_is_lora_on_the_dequantised_base(bits: int, shape: str) -> None:
+def test_it_is_lora_on_the_dequantized_base(bits: int, shape: str) -> None:
     examples = documents()
     policy, method = qlora(shape, bits=bits)
     assert frozen_digest(policy.model)
     plain = tiny_model(shape, **WIDE)
     for name in method.names:
         plain.get_submodule(name).weight.data = dense_weight(method.model.get_submodule(name).base_layer)
-    lora = attach(plain, LoraSpec(), seed=0)
+    lora = attach_method(plain, LoraConfig(), seed=0)
     with torch.no_grad():
         for ours, theirs in zip(lora.trainable().values(), method.trainable().values(), strict=True):
             ours.copy_(theirs)
@@ -87,7 +87,7 @@ def test_it_is_lora_on_the_dequantised_base(bits: int, shape: str) -> None:
 
 def test_the_gates_hold() -> None:
     model = tiny_model(**WIDE)
-    method = attach(model, QloraSpec(), seed=0)
+    method = attach_method(model, QloraConfig(), seed=0)
     policy = policy_of(model, method)
     assert check_identity(policy, method, documents()).state == "passed"
     assert check_packing(policy, documents()).state == "passed"
@@ -98,7 +98,7 @@ def test_training_after_an_evaluation_still_has_a_gradient(monkeypatch: pytest.M
     """bitsandbytes repacks weights for a kernel without a gradient where the processor multiplies bfloat16."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     policy, method = qlora()
-    assert not any(module.support_avx512bf16_for_cpu for module in quantised(policy.model))
+    assert not any(module.support_avx512bf16_for_cpu for module in quantized(policy.model))
     before = []
     for _ in range(2):
         policy.model.train()
@@ -121,7 +121,7 @@ def test_without_the_guard_the_gradient_is_lost() -> None:
     accumulate(policy, SFT, pack(documents(), 50))
     right = gradients(method)
     policy.model.zero_grad()
-    for module in quantised(policy.model):
+    for module in quantized(policy.model):
         module.support_avx512bf16_for_cpu = True
     policy.model.eval()
     with torch.no_grad():
@@ -139,7 +139,7 @@ def test_merging_keeps_what_was_trained(tmp_path: Path) -> None:
     batch = pack(documents(), 10_000)[0]
     before = policy.logprobs(batch).detach()
     merged = method.merge()
-    assert not quantised(merged)
+    assert not quantized(merged)
     assert (policy_of(merged).logprobs(batch) - before).abs().max() < 1e-4
     merged.save_pretrained(tmp_path)
 
@@ -148,8 +148,8 @@ def test_a_widened_base_answers_the_same() -> None:
     policy, method = qlora()
     batch = pack(documents(), 10_000)[0]
     before = policy.logprobs(batch).detach()
-    method.quantised.widen(policy.model)
-    assert not quantised(policy.model)
+    method.quantized.dequantize(policy.model)
+    assert not quantized(policy.model)
     assert (policy.logprobs(batch) - before).abs().max() < 1e-4
 
 
@@ -159,7 +159,7 @@ def test_loftq_begins_nearer_to_the_original() -> None:
     distances = []
     for init in ("default", "loftq"):
         model = tiny_model(**WIDE)
-        method = attach(model, QloraSpec(init=init, rank=16), seed=0)
+        method = attach_method(model, QloraConfig(init=init, rank=16), seed=0)
         assert method.starts_as_base == (init == "default")
         with torch.no_grad():
             difference = policy_of(model, method).logprobs(batch) - original.logprobs(batch)
@@ -180,12 +180,12 @@ def test_moments_in_eight_bits_follow_those_in_float32() -> None:
     courses = []
     for moments in ("float32", "int8"):
         policy, method = tuned("full")
-        optimiser = make_optimiser(method.trainable(), OptimiserSpec(moments=moments))
+        optimizer = make_optimizer(method.trainable(), OptimizerConfig(state_dtype=moments))
         losses = []
         for _ in range(8):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             losses.append(float(accumulate(policy, SFT, pack(documents(), 1000))))
-            set_rate(optimiser, 1e-3)
-            optimiser.step()
+            set_learning_rate(optimizer, 1e-3)
+            optimizer.step()
         courses.append(torch.tensor(losses))
     assert courses[1][-1] < courses[1][0] and (courses[0] - courses[1]).abs().max() < 0.05

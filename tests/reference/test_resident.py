@@ -12,18 +12,18 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from builders import documents, policy_of
 from models import tiny_model
-from rung.config.method import METHOD_SPECS
-from rung.config.model import ModelSpec
-from rung.config.objective import SftSpec
+from rung.config.method import METHOD_CONFIGS
+from rung.config.model import ModelConfig
+from rung.config.objective import SftConfig
 from rung.files import write_folder
-from rung.methods.registry import attach
+from rung.methods.registry import attach_method
 from rung.models import load
-from rung.models.base_model import Base
+from rung.models.base_model import BaseModel
 from rung.models.bfloat16_weights import stored_in_bfloat16
 from rung.models.generate import Sampling, generate
 from rung.models.load import load_base
 from rung.models.policy import Policy
-from rung.objectives.sft import Sft
+from rung.objectives.sft import SftObjective
 from rung.training.packing import pack
 from rung.training.step import accumulate
 
@@ -34,13 +34,13 @@ def written(folder: Path, tokenizer: PreTrainedTokenizerFast, shape: str, dtype:
     return folder
 
 
-def held(base: Base) -> int:
+def held(base: BaseModel) -> int:
     return sum(p.nbytes for p in base.model.parameters())
 
 
 @pytest.mark.parametrize("shape", ["llama", "qwen2", "gemma2", "gpt2", "phi3"])
 @pytest.mark.parametrize(
-    ("kind", "spec"),
+    ("kind", "config"),
     [
         ("lora", {}),
         ("lora", {"dora": True}),
@@ -54,7 +54,7 @@ def held(base: Base) -> int:
 def test_bit_for_bit(
     shape: str,
     kind: str,
-    spec: dict[str, object],
+    config: dict[str, object],
     tmp_path: Path,
     tiny_tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
@@ -64,12 +64,12 @@ def test_bit_for_bit(
     assert stored_in_bfloat16(folder)
     for narrow_now in (True, False):
         monkeypatch.setattr(load, "stored_in_bfloat16", lambda _, narrow_now=narrow_now: narrow_now)
-        base = load_base(ModelSpec(name=str(folder), dtype="float32"))
+        base = load_base(ModelConfig(name=str(folder), dtype="float32"))
         bytes_held = held(base)
-        method = attach(base.model, METHOD_SPECS[kind](**spec), seed=0)
+        method = attach_method(base.model, METHOD_CONFIGS[kind](**config), seed=0)
         policy = Policy(base, method)
         torch.manual_seed(0)
-        loss = accumulate(policy, Sft(SftSpec()), pack(documents(), 1000))
+        loss = accumulate(policy, SftObjective(SftConfig()), pack(documents(), 1000))
         answer = generate(policy, [[5, 6, 7], [8, 9]], stop_ids=[], sampling=Sampling(6))
         gradients = {n: p.grad for n, p in method.trainable().items()}
         found.append((loss, gradients, [a.ids for a in answer], [a.logprobs for a in answer], bytes_held))
@@ -85,8 +85,8 @@ def test_a_head_trained_on_a_narrow_base_is_saved_in_full_width(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     folder = written(tmp_path / "narrow", tiny_tokenizer, "llama", torch.bfloat16)
-    base = load_base(ModelSpec(name=str(folder), dtype="float32"))
-    method = attach(base.model, METHOD_SPECS["head"](), seed=0)
+    base = load_base(ModelConfig(name=str(folder), dtype="float32"))
+    method = attach_method(base.model, METHOD_CONFIGS["head"](), seed=0)
     with torch.no_grad():
         method.head.weight.add_(1e-4)
     method.save(tmp_path / "model")
@@ -104,8 +104,8 @@ def test_a_run_on_a_narrow_base_loses_nothing_as_a_base(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     name = str(written(tmp_path / "narrow", tiny_tokenizer, "llama", torch.bfloat16))
-    base = load_base(ModelSpec(name=name, dtype="float32"))
-    method = attach(base.model, METHOD_SPECS["lora"](), seed=0)
+    base = load_base(ModelConfig(name=name, dtype="float32"))
+    method = attach_method(base.model, METHOD_CONFIGS["lora"](), seed=0)
     with torch.no_grad():
         for parameter in method.trainable().values():
             parameter.add_(1e-4)
@@ -117,18 +117,18 @@ def test_a_run_on_a_narrow_base_loses_nothing_as_a_base(
 
     write_folder(run / "adapter", fill)
     settings = {"model": {"name": name}, "method": {"kind": "lora"}}
-    spec = {"spec": settings, "fingerprints": {"base": base.fingerprint}, "status": "finished"}
-    (run / "run.json").write_text(json.dumps(spec))
+    config = {"config": settings, "fingerprints": {"base": base.fingerprint}, "status": "finished"}
+    (run / "run.json").write_text(json.dumps(config))
     batch = pack(documents(), 1000)[0]
     before = Policy(base, method).logprobs(batch)
-    again = load_base(ModelSpec(name=str(run), dtype="float32"))
+    again = load_base(ModelConfig(name=str(run), dtype="float32"))
     assert (policy_of(again.model).logprobs(batch) - before).abs().max() < 1e-5
 
 
 def test_merging_rounds_nothing_away(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     folder = written(tmp_path / "narrow", tiny_tokenizer, "llama", torch.bfloat16)
-    base = load_base(ModelSpec(name=str(folder), dtype="float32"))
-    method = attach(base.model, METHOD_SPECS["lora"](), seed=0)
+    base = load_base(ModelConfig(name=str(folder), dtype="float32"))
+    method = attach_method(base.model, METHOD_CONFIGS["lora"](), seed=0)
     with torch.no_grad():
         for parameter in method.trainable().values():
             parameter.add_(1e-4)

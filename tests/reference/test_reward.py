@@ -16,22 +16,22 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from builders import policy_of, rows, tuned
 from models import tiny_model
 from naive import distance, gradients, naive
-from rung.config.method import METHOD_SPECS
-from rung.config.objective import RewardSpec
-from rung.evaluation.reward_model import calibration_error, examine, judge
-from rung.methods.registry import attach
+from rung.config.method import METHOD_CONFIGS
+from rung.config.objective import RewardConfig
+from rung.evaluation.reward_model import calibration_error, reward_model_health, score_reward_model
+from rung.methods.registry import attach_method
 from rung.models.policy import Policy
 from rung.objectives.pairs import correlation
-from rung.objectives.reward import Reward, ScoreHead
-from rung.runs.reward_head import read_score, write_score
-from rung.training.packing import MIN_AHEAD, pack, pack_separately
+from rung.objectives.reward import RewardObjective, ScoreHead
+from rung.runs.reward_head import read_score_head, write_score_head
+from rung.training.packing import MIN_PREFIX_AHEAD, pack, pack_separately
 from rung.training.step import accumulate
 from rung.types import Example
 from tolerances import FLOAT64
 
 
-def reward(policy: Policy, **spec: float) -> Reward:
-    objective = Reward(RewardSpec(**spec))
+def reward(policy: Policy, **config: float) -> RewardObjective:
+    objective = RewardObjective(RewardConfig(**config))
     objective.begin(policy, 3)
     return objective
 
@@ -41,13 +41,13 @@ def score(model: PreTrainedModel, weight: Tensor, e: Example) -> Tensor:
     return (out.hidden_states[-1][0, -1] @ weight[0]).double()
 
 
-@pytest.mark.parametrize(("answers", "shared"), [(2, 0), (2, MIN_AHEAD + 5), (4, 0)])
+@pytest.mark.parametrize(("answers", "shared"), [(2, 0), (2, MIN_PREFIX_AHEAD + 5), (4, 0)])
 def test_loss_and_gradient_are_those_of_documents_alone(answers: int, shared: int) -> None:
-    """All pairs of a row, their mean weighted by the row; margin by score difference; centring."""
+    """All pairs of a row, their mean weighted by the row; margin by score difference; centering."""
     examples = rows(3, answers=answers, shared=shared)
     policy, method = tuned("lora", "phi", dtype=torch.float64, rank=4)
     theirs, their_method = naive("lora", "phi", dtype=torch.float64, rank=4)
-    objective = reward(policy, margin=0.3, centre=0.05)
+    objective = reward(policy, margin=0.3, center=0.05)
     weight = objective.head.weight.detach().clone().requires_grad_(True)
     total, weights = torch.zeros((), dtype=torch.float64), 0.0
     for start in range(0, len(examples), answers):
@@ -71,11 +71,11 @@ def test_loss_and_gradient_are_those_of_documents_alone(answers: int, shared: in
 
 def test_a_score_knows_neither_its_batch_nor_its_place() -> None:
     policy, _ = tuned("lora")
-    objective, examples = reward(policy), rows(5, count=6, answers=3, shared=MIN_AHEAD)
+    objective, examples = reward(policy), rows(5, count=6, answers=3, shared=MIN_PREFIX_AHEAD)
     with torch.no_grad():
         alone = {id(d): float(objective.scores(policy, b)[0]) for d in examples for b in pack_separately([d])}
         for batches in (pack(examples, 10_000), pack(examples[::-1], 70), pack_separately(examples)):
-            for batch in policy.in_turn(batches):
+            for batch in policy.iterate_batches(batches):
                 for document, found in zip(batch.documents, objective.scores(policy, batch).tolist(), strict=True):
                     assert found == pytest.approx(alone[id(document)], abs=1e-5)
 
@@ -89,11 +89,11 @@ def test_the_log_says_what_it_saw() -> None:
         scores = dict(zip(map(id, batch.documents), objective.scores(policy, batch).tolist(), strict=True))
     apart = np.array([scores[id(a)] - scores[id(b)] for a, b in zip(examples[::2], examples[1::2], strict=True)])
     longer = np.array([len(a) - len(b) for a, b in zip(examples[::2], examples[1::2], strict=True)])
-    said = objective.report()
+    said = objective.take_metrics()
     assert said["accuracy"] == pytest.approx((apart > 0).mean())
     assert said["margin"] == pytest.approx(apart.mean(), abs=1e-6)
     assert said["length_correlation"] == pytest.approx(np.corrcoef(apart, longer)[0, 1], abs=1e-5)
-    assert objective.report() == {}
+    assert objective.take_metrics() == {}
     assert correlation(torch.ones(3).double(), torch.rand(3).double()) == 0.0
 
 
@@ -101,28 +101,28 @@ def test_the_log_says_what_it_saw() -> None:
 def test_a_full_run_loads_as_sequence_classification(shape: str, tmp_path: Path) -> None:
     """Also where the head of the language model is its own: it stays behind."""
     model = tiny_model(shape)
-    method = attach(model, METHOD_SPECS["full"](), seed=0)
-    method.leave_head()
+    method = attach_method(model, METHOD_CONFIGS["full"](), seed=0)
+    method.freeze_output_head()
     policy = policy_of(model, method)
     objective = reward(policy)
     assert method.declared_parameters() == sum(p.numel() for p in method.trainable().values())
     method.save(tmp_path)
-    write_score(tmp_path, objective.published(), 0)
+    write_score_head(tmp_path, objective.published_head(), 0)
     theirs, info = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and theirs.config.num_labels == 1
-    assert torch.equal(read_score(tmp_path), objective.published())
+    assert torch.equal(read_score_head(tmp_path), objective.published_head())
     _same_scores(policy, objective, theirs)
 
 
 @pytest.mark.parametrize(
-    ("kind", "spec"),
+    ("kind", "config"),
     [("lora", {}), ("lora", {"init": "pissa"}), ("prompt", {"virtual_tokens": 4}), ("prefix", {"virtual_tokens": 4})],
 )
-def test_an_adapter_loads_as_sequence_classification(kind: str, spec: dict[str, object], tmp_path: Path) -> None:
-    policy, method = tuned(kind, **spec)
+def test_an_adapter_loads_as_sequence_classification(kind: str, config: dict[str, object], tmp_path: Path) -> None:
+    policy, method = tuned(kind, **config)
     objective = reward(policy)
     method.save(tmp_path)
-    write_score(tmp_path, objective.published(), 0)
+    write_score_head(tmp_path, objective.published_head(), 0)
     base = tmp_path / "base"
     tiny_model().save_pretrained(base)
     plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=0)
@@ -135,10 +135,10 @@ def test_an_adapter_loads_as_sequence_classification(kind: str, spec: dict[str, 
             parameter.zero_()
         method.load(tmp_path)
     assert all(torch.allclose(p, before[n]) for n, p in method.trainable().items())
-    assert torch.equal(read_score(tmp_path), objective.published())
+    assert torch.equal(read_score_head(tmp_path), objective.published_head())
 
 
-def _same_scores(policy: Policy, objective: Reward, theirs: PreTrainedModel, *, padded: bool = True) -> None:
+def _same_scores(policy: Policy, objective: RewardObjective, theirs: PreTrainedModel, *, padded: bool = True) -> None:
     """In a batch padded on the right, as a server would."""
     examples = rows(5, count=3)[: None if padded else 1]
     longest = max(map(len, examples))
@@ -162,7 +162,7 @@ def test_health_of_held_out_pairs() -> None:
         n = rng.normal(size=len(d)) if longer is None else longer
         r = rng.normal(size=400) if scores is None else scores
         lengths = np.arange(len(r))
-        return judge(d, n, clusters[: len(d)], r, lengths).verdict
+        return reward_model_health(d, n, clusters[: len(d)], r, lengths).verdict
 
     assert of(rng.normal(1.0, 1.0, 200)) == "healthy"
     assert of(np.tile([1.0, -1.0], 100)) == "unproven"
@@ -187,7 +187,7 @@ def test_examining_equals_scoring_one_by_one() -> None:
     policy, _ = tuned("lora")
     objective, examples = reward(policy), rows(9, count=40, shared=20)
     examples = [replace(e, group=str(e.row // 4)) for e in examples]
-    health = examine(policy, objective, examples, 100)
+    health = score_reward_model(policy, objective, examples, 100)
     with torch.no_grad():
         own = [float(objective.scores(policy, b)[0]) for b in pack_separately([replace(e, row=-1) for e in examples])]
     right = [a > b for a, b in zip(own[::2], own[1::2], strict=True)]

@@ -14,23 +14,23 @@ from transformers import PreTrainedTokenizerFast
 
 from builders import documents, policy_of, tuned
 from models import tiny_model
-from rung.config.method import METHOD_SPECS
-from rung.config.objective import SftSpec
+from rung.config.method import METHOD_CONFIGS
+from rung.config.objective import SftConfig
 from rung.errors import CheckpointError, ConfigError, DataError, PlanError
-from rung.methods.lora import quiet
+from rung.methods.lora import without_peft_warnings
 from rung.methods.prompt_learning import frequent_ids, text_ids
-from rung.methods.registry import attach
-from rung.models.base_model import Base
+from rung.methods.registry import attach_method
+from rung.models.base_model import BaseModel
 from rung.models.generate import Sampling, generate
 from rung.models.policy import Policy
-from rung.objectives.sft import Sft
+from rung.objectives.sft import SftObjective
 from rung.training.gates import check_decoding, check_packing
-from rung.training.packing import MIN_AHEAD, pack, pack_separately
-from rung.training.step import Sample, accumulate
+from rung.training.packing import MIN_PREFIX_AHEAD, pack, pack_separately
+from rung.training.step import CalibrationBatch, accumulate
 from rung.types import Example
 from tolerances import FLOAT64, LLAMA_GRADIENT
 
-SFT = Sft(SftSpec())
+SFT = SftObjective(SftConfig())
 COUNT = 4
 SHAPES = ["llama", "qwen3", "phi", "gpt2"]
 
@@ -40,7 +40,7 @@ def theirs(kind: str, shape: str, rows: Tensor) -> tuple[PeftModel, Tensor]:
     plain = tiny_model(shape, dtype=torch.float64)
     plain.set_attn_implementation("sdpa")
     config = {"prompt": PromptTuningConfig, "prefix": PrefixTuningConfig}[kind]
-    model = quiet(get_peft_model, plain, config(task_type="CAUSAL_LM", num_virtual_tokens=COUNT))
+    model = without_peft_warnings(get_peft_model, plain, config(task_type="CAUSAL_LM", num_virtual_tokens=COUNT))
     parameter = model.prompt_encoder["default"].embedding.weight
     parameter.data = rows.detach().clone().double()
     return model, parameter
@@ -61,7 +61,7 @@ def naive_loss(model: PeftModel, examples: list[Example]) -> Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
-@pytest.mark.parametrize("shared", [0, MIN_AHEAD + 9])
+@pytest.mark.parametrize("shared", [0, MIN_PREFIX_AHEAD + 9])
 def test_loss_and_gradient_are_those_of_peft(kind: str, shape: str, shared: int) -> None:
     examples = documents(6, count=7, shared=shared)
     policy, method = tuned(kind, shape, dtype=torch.float64, virtual_tokens=COUNT)
@@ -80,7 +80,7 @@ def test_loss_and_gradient_are_those_of_peft(kind: str, shape: str, shared: int)
 
 @pytest.mark.parametrize("shape", ["llama", "gpt2", "phi3"])
 @pytest.mark.parametrize(
-    ("kind", "spec"),
+    ("kind", "config"),
     [
         ("prompt", {}),
         ("prefix", {}),
@@ -90,8 +90,8 @@ def test_loss_and_gradient_are_those_of_peft(kind: str, shape: str, shared: int)
     ],
     ids=str,
 )
-def test_the_files_load_in_plain_peft(kind: str, spec: dict[str, object], shape: str, tmp_path: Path) -> None:
-    policy, method = tuned(kind, shape, virtual_tokens=COUNT, **spec)
+def test_the_files_load_in_plain_peft(kind: str, config: dict[str, object], shape: str, tmp_path: Path) -> None:
+    policy, method = tuned(kind, shape, virtual_tokens=COUNT, **config)
     method.save(tmp_path)
     plain = tiny_model(shape)
     plain.set_attn_implementation("eager")
@@ -134,11 +134,11 @@ def test_gradients_reach_virtual_tokens_once_per_step(monkeypatch: pytest.Monkey
     """The mutation: keys and values that pass nothing on leave the prompt without a gradient."""
     policy, method = tuned("prompt", virtual_tokens=3)
     calls = []
-    genuine = policy.captured
+    genuine = policy.prefix_kv
     monkeypatch.setattr(policy, "captured", lambda *given: calls.append(1) or genuine(*given))
     accumulate(policy, SFT, pack(documents(6, count=7), 30))
     assert len(calls) == 1 and method.trainable()["prompt_embeddings"].grad.abs().max() > 0
-    monkeypatch.setattr("rung.models.policy._Ahead.backward", lambda self: None)
+    monkeypatch.setattr("rung.models.policy.PrefixCache.backward", lambda self: None)
     method.trainable()["prompt_embeddings"].grad = None
     accumulate(policy, SFT, pack(documents(6, count=7), 30))
     assert method.trainable()["prompt_embeddings"].grad is None
@@ -148,11 +148,11 @@ def test_prompts_begin_with_real_tokens(tiny_tokenizer: PreTrainedTokenizerFast)
     model = tiny_model()
     rows = model.get_input_embeddings().weight
     text = "a question of two words"
-    for spec in ({"init": "text", "init_text": text}, {"init": "vocabulary"}):
-        method = attach(model, METHOD_SPECS["prompt"](virtual_tokens=7, **spec), seed=0)
-        policy = Policy(Base(model, tiny_tokenizer, "tiny", "tiny", torch.float32), method)
-        method.calibrate(Sample(policy, SFT, documents(), 100))
-        if spec["init"] == "text":
+    for config in ({"init": "text", "init_text": text}, {"init": "vocabulary"}):
+        method = attach_method(model, METHOD_CONFIGS["prompt"](virtual_tokens=7, **config), seed=0)
+        policy = Policy(BaseModel(model, tiny_tokenizer, "tiny", "tiny", torch.float32), method)
+        method.calibrate(CalibrationBatch(policy, SFT, documents(), 100))
+        if config["init"] == "text":
             ids = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
             expected = rows[torch.tensor((ids * 7)[:7])]
             assert torch.equal(method.tables[""].detach(), expected)
@@ -164,9 +164,9 @@ def test_prompts_begin_with_real_tokens(tiny_tokenizer: PreTrainedTokenizerFast)
 def test_a_prefix_begins_as_the_keys_and_values_of_real_tokens(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     """A document behind it reads as one behind those tokens."""
     model = tiny_model()
-    method = attach(model, METHOD_SPECS["prefix"](virtual_tokens=5), seed=0)
-    policy = Policy(Base(model, tiny_tokenizer, "tiny", "tiny", torch.float32), method)
-    method.calibrate(Sample(policy, SFT, documents(), 100))
+    method = attach_method(model, METHOD_CONFIGS["prefix"](virtual_tokens=5), seed=0)
+    policy = Policy(BaseModel(model, tiny_tokenizer, "tiny", "tiny", torch.float32), method)
+    method.calibrate(CalibrationBatch(policy, SFT, documents(), 100))
     (document,) = documents(1, count=1)
     ids = frequent_ids(tiny_tokenizer, 5, 0)
     whole = Example(
@@ -182,7 +182,7 @@ def test_what_cannot_be_is_said(tiny_tokenizer: PreTrainedTokenizerFast, tmp_pat
     with pytest.raises(ConfigError, match=r"method\.virtual_tokens"):
         frequent_ids(tiny_tokenizer, 100_000, 0)
     with pytest.raises(ValueError, match="go together"):
-        METHOD_SPECS["prompt"](init="text")
+        METHOD_CONFIGS["prompt"](init="text")
     _, method = tuned("prompt", virtual_tokens=3)
     _, lora = tuned("lora")
     lora.save(tmp_path)
@@ -242,7 +242,7 @@ def test_tasks_are_saved_each_in_peft_s_files(kind: str, tmp_path: Path) -> None
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -len(document) :]
             ours = policy.logits(pack_separately([replace(document, task=task)])[0])
         assert (logits - ours).abs().max() < 1e-4
-    again = attach(tiny_model(), METHOD_SPECS[kind](virtual_tokens=COUNT, tasks=TWO), seed=9)
+    again = attach_method(tiny_model(), METHOD_CONFIGS[kind](virtual_tokens=COUNT, tasks=TWO), seed=9)
     again.load(tmp_path)
     batch = pack_separately([document])[0]
     assert torch.equal(policy_of(again.model, again).logprobs(batch), policy.logprobs(batch))

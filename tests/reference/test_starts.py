@@ -7,32 +7,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import Tensor
 
 from builders import calibrated, documents, policy_of, tuned
 from models import tiny_model
 from naive import distance, gradients, naive, naive_loss
-from rung.config.method import CALIBRATED, SUBTRACTED, LoraSpec
-from rung.config.objective import SftSpec
+from rung.config.method import CALIBRATED_INITS, SUBTRACTED_INITS, LoraConfig
+from rung.config.objective import SftConfig
 from rung.errors import ConfigError
 from rung.methods import lora_init
-from rung.methods.lora import Lora, quiet
+from rung.methods.lora import Lora, without_peft_warnings
 from rung.methods.lora_init import in_chunks
-from rung.methods.registry import attach
+from rung.methods.registry import attach_method
 from rung.models.policy import Policy
-from rung.objectives.sft import Sft
+from rung.objectives.sft import SftObjective
 from rung.training.gates import check_fused, check_identity, frozen_digest
 from rung.training.packing import pack, pack_separately
-from rung.training.step import Sample, accumulate
+from rung.training.step import CalibrationBatch, accumulate
 from tolerances import FLOAT32
 
-SFT = Sft(SftSpec())
+SFT = SftObjective(SftConfig())
 
 
-def started(init: str, shape: str = "llama", **spec: object) -> tuple[Policy, Lora]:
+def started(init: str, shape: str = "llama", **config: object) -> tuple[Policy, Lora]:
     model = tiny_model(shape)
-    method = attach(model, LoraSpec(init=init, rank=4, **spec), seed=0)
+    method = attach_method(model, LoraConfig(init=init, rank=4, **config), seed=0)
     return calibrated(policy_of(model, method), method), method
 
 
@@ -66,7 +66,7 @@ def test_the_start_is_that_of_peft_and_so_is_the_model(init: str, shape: str) ->
     )
     if shape == "gpt2" and init == "olora":
         pytest.skip("peft decomposes GPT-2's transposed weight as it stands")
-    quiet(get_peft_model, plain, config)
+    without_peft_warnings(get_peft_model, plain, config)
     for name in method.names:
         for ours, theirs in zip(pair(method.model, name), pair(plain, name), strict=True):
             assert (ours - theirs).abs().max() < 1e-5
@@ -104,9 +104,9 @@ def test_lora_ga_takes_disjoint_singular_vectors_of_the_whole_gradient(budget: i
     """However the sample is cut into micro-batches."""
     examples = documents(8, count=24)
     model = tiny_model(shape)
-    method = attach(model, LoraSpec(init="lora_ga", rank=4), seed=0)
+    method = attach_method(model, LoraConfig(init="lora_ga", rank=4), seed=0)
     policy = policy_of(model, method)
-    method.calibrate(Sample(policy, SFT, examples, budget))
+    method.calibrate(CalibrationBatch(policy, SFT, examples, budget))
     plain = tiny_model(shape)
     plain.set_attn_implementation("sdpa")
     plain.requires_grad_(True)
@@ -122,10 +122,10 @@ def test_lora_ga_takes_disjoint_singular_vectors_of_the_whole_gradient(budget: i
 
 
 @pytest.mark.parametrize("shape", ["llama", "gpt2", "phi3"])
-@pytest.mark.parametrize("init", sorted(CALIBRATED))
+@pytest.mark.parametrize("init", sorted(CALIBRATED_INITS))
 def test_the_model_is_still_the_base_and_the_base_untouched(init: str, shape: str) -> None:
     model = tiny_model(shape)
-    method = attach(model, LoraSpec(init=init, rank=4), seed=0)
+    method = attach_method(model, LoraConfig(init=init, rank=4), seed=0)
     before = frozen_digest(model)
     policy = policy_of(model, method)
     base = policy.reference_logprobs(pack(documents(), 10_000)[0])
@@ -138,11 +138,11 @@ def test_the_model_is_still_the_base_and_the_base_untouched(init: str, shape: st
     assert check_identity(policy, method, documents()).state == "passed"
     assert check_fused(policy, documents()).state == "passed"
     product = [b @ a for b, a in (pair(model, name) for name in method.names)]
-    assert all((p.abs().max() > 0) == (init in SUBTRACTED) for p in product)
+    assert all((p.abs().max() > 0) == (init in SUBTRACTED_INITS) for p in product)
     assert all(p.grad is None and p.requires_grad for p in method.trainable().values())
 
 
-@pytest.mark.parametrize("init", sorted(SUBTRACTED))
+@pytest.mark.parametrize("init", sorted(SUBTRACTED_INITS))
 def test_gradients_equal_the_naive_ones(init: str, tmp_path: Path) -> None:
     examples = documents(6, count=7)
     policy, method = tuned("lora", init=init, rank=4)
@@ -171,7 +171,7 @@ def test_pissa_is_the_best_approximation() -> None:
 
 def test_a_rank_that_a_start_cannot_have_is_refused() -> None:
     with pytest.raises(ConfigError, match="1 to 8"):  # the keys of a grouped model are 16 wide
-        attach(tiny_model(), LoraSpec(init="lora_ga", rank=9), seed=0)
+        attach_method(tiny_model(), LoraConfig(init="lora_ga", rank=9), seed=0)
 
 
 def test_chunks_hold_what_fits() -> None:

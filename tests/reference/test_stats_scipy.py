@@ -12,10 +12,10 @@ from rung.scoring.significance import holm, mcnemar, sign_flips
 from rung.scoring.stats import (
     cluster_bootstrap,
     clustered_error,
-    detectable,
-    flipped,
+    detectable_difference,
     paired_difference,
     resample,
+    sign_flip_p_value,
     t_interval,
     wilson,
 )
@@ -162,7 +162,7 @@ def test_sampled_sign_flips_agree_with_the_exact_ones() -> None:
 @pytest.mark.parametrize(("gained", "lost"), [(9, 1), (25, 15), (86, 150), (3, 0), (4, 4), (0, 0)])
 def test_sign_flips_of_single_items_are_mcnemars_test(gained: int, lost: int) -> None:
     first, second = [0] * gained + [1] * lost + [1], [1] * gained + [0] * lost + [1]
-    assert flipped(first, second) == pytest.approx(mcnemar(first, second), rel=1e-9)
+    assert sign_flip_p_value(first, second) == pytest.approx(mcnemar(first, second), rel=1e-9)
 
 
 def test_flipping_clusters_keeps_its_level_where_mcnemar_does_not() -> None:
@@ -172,7 +172,7 @@ def test_flipping_clusters_keeps_its_level_where_mcnemar_does_not() -> None:
         suits = np.repeat(rng.random(30) < 0.5, 6)
         apart = rng.random(180) < 0.4
         first, second = (apart & ~suits).astype(float), (apart & suits).astype(float)
-        by_cluster += flipped(first, second, ids) <= 0.05
+        by_cluster += sign_flip_p_value(first, second, ids) <= 0.05
         by_item += mcnemar(first, second) <= 0.05
     assert by_cluster / runs <= 0.07
     assert by_item / runs > 0.2
@@ -200,7 +200,7 @@ def test_holm_equals_worked_examples_and_a_search_for_the_level() -> None:
 def test_the_detectable_difference_is_found_four_times_in_five() -> None:
     rng, found, runs, n = np.random.default_rng(9), 0, 1_000, 80
     gains = rng.normal(size=n)
-    least = detectable(0.3 * gains / gains.std(ddof=1))
+    least = detectable_difference(0.3 * gains / gains.std(ddof=1))
     assert least is not None
     for _ in range(runs):
         found += stats.ttest_1samp(rng.normal(least, 0.3, size=n), 0.0).pvalue <= 0.05
@@ -211,10 +211,10 @@ def test_the_detectable_difference_by_hand() -> None:
     gains = [0.0, 1.0, 0.0, -1.0, 1.0, 0.0]
     sd = np.std(gains, ddof=1)
     expected = (stats.t.ppf(0.975, 5) + stats.t.ppf(0.8, 5)) * sd / math.sqrt(6)
-    assert detectable(gains) == pytest.approx(expected, rel=1e-12)
+    assert detectable_difference(gains) == pytest.approx(expected, rel=1e-12)
     doubled, ids = np.repeat(gains, 2), np.repeat(np.arange(6), 2).tolist()
-    assert detectable(doubled, ids) == pytest.approx(expected, rel=1e-12)  # copies inform of nothing
-    with_seeds = detectable(gains, seed_variance=0.04)
+    assert detectable_difference(doubled, ids) == pytest.approx(expected, rel=1e-12)  # copies inform of nothing
+    with_seeds = detectable_difference(gains, seed_variance=0.04)
     assert with_seeds == pytest.approx(math.hypot(expected, expected / (sd / math.sqrt(6)) * 0.2), rel=1e-12)
-    assert detectable([0.0] * 59) == pytest.approx(1 - 0.05 ** (1 / 59))
-    assert detectable([0.5] * 9) is None and detectable([0.3, 0.5], ["a", "a"]) is None
+    assert detectable_difference([0.0] * 59) == pytest.approx(1 - 0.05 ** (1 / 59))
+    assert detectable_difference([0.5] * 9) is None and detectable_difference([0.3, 0.5], ["a", "a"]) is None

@@ -10,41 +10,41 @@ import torch
 from builders import documents, tuned
 from models import SHAPES, tiny_model
 from naive import distance, gradients, naive, naive_loss
-from rung.config.method import METHOD_SPECS
-from rung.config.objective import SftSpec
+from rung.config.method import METHOD_CONFIGS
+from rung.config.objective import SftConfig
 from rung.errors import CheckpointError
-from rung.methods.registry import attach
-from rung.models.layers import lowest_moving_layer
-from rung.objectives.sft import Sft
-from rung.training.frozen_layer_cache import TrunkCache
-from rung.training.packing import MIN_AHEAD, pack, pack_separately
+from rung.methods.registry import attach_method
+from rung.models.layers import lowest_trainable_layer
+from rung.objectives.sft import SftObjective
+from rung.training.frozen_layer_cache import FrozenLayerCache
+from rung.training.packing import MIN_PREFIX_AHEAD, pack, pack_separately
 from rung.training.step import accumulate
 from tolerances import FLOAT32, FLOAT64
 
 UPPER = [("lora", {"layers": (1,)}, 1), ("head", {}, 2)]
 
 
-def lowest(kind: str, spec: dict[str, object], shape: str = "llama") -> int:
+def lowest(kind: str, config: dict[str, object], shape: str = "llama") -> int:
     model = tiny_model(shape)
-    return lowest_moving_layer(model, attach(model, METHOD_SPECS[kind](**spec), seed=0).trainable())
+    return lowest_trainable_layer(model, attach_method(model, METHOD_CONFIGS[kind](**config), seed=0).trainable())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("kind", "spec", "layer"), UPPER, ids=["lora", "head"])
-@pytest.mark.parametrize("shared", [0, MIN_AHEAD + 9])
+@pytest.mark.parametrize(("kind", "config", "layer"), UPPER, ids=["lora", "head"])
+@pytest.mark.parametrize("shared", [0, MIN_PREFIX_AHEAD + 9])
 def test_gradients_equal_the_naive_ones(
-    shape: str, kind: str, spec: dict[str, object], layer: int, shared: int
+    shape: str, kind: str, config: dict[str, object], layer: int, shared: int
 ) -> None:
-    assert lowest(kind, spec, shape) == layer
+    assert lowest(kind, config, shape) == layer
     examples = documents(6, count=7, shared=shared)
     for dtype, limit in ((torch.float64, FLOAT64), (torch.float32, FLOAT32)):
-        model, plain = naive(kind, shape, dtype=dtype, wide_norms=dtype is torch.float64, **spec)
+        model, plain = naive(kind, shape, dtype=dtype, wide_norms=dtype is torch.float64, **config)
         expected = naive_loss(model, examples)
-        policy, method = tuned(kind, shape, dtype=dtype, **spec)
-        cache = TrunkCache(policy, layer, 50)
+        policy, method = tuned(kind, shape, dtype=dtype, **config)
+        cache = FrozenLayerCache(policy, layer, 50)
         for _ in range(2):  # written, then read
             policy.model.zero_grad()
-            loss = accumulate(policy, Sft(SftSpec()), cache.feed(pack(examples, 50)))
+            loss = accumulate(policy, SftObjective(SftConfig()), cache.feed(pack(examples, 50)))
             assert float(loss) == pytest.approx(float(expected), rel=limit)
             assert distance(gradients(method), gradients(plain)) < limit
         assert cache.summary()["documents"] == len(examples)
@@ -52,20 +52,22 @@ def test_gradients_equal_the_naive_ones(
 
 def test_the_layers_below_do_not_run_again() -> None:
     policy, _ = tuned("lora", layers=(1,))
-    cache = TrunkCache(policy, 1, 50)
+    cache = FrozenLayerCache(policy, 1, 50)
     examples = documents(6)
     cache.feed(pack(examples, 50))
     calls: list[int] = []
     for number, layer in enumerate(policy.model.model.layers):
         layer.register_forward_hook(lambda *_, number=number: calls.append(number))
-    accumulate(policy, Sft(SftSpec()), cache.feed(pack_separately(examples)))  # packed otherwise: the states are found
+    accumulate(
+        policy, SftObjective(SftConfig()), cache.feed(pack_separately(examples))
+    )  # packed otherwise: the states are found
     assert set(calls) == {1}
 
 
 @pytest.mark.parametrize(("broken", "said"), [("poisoned", "not what was written"), ("cut off", "cut short")])
 def test_a_damaged_file_is_detected(broken: str, said: str) -> None:
     policy, _ = tuned("lora", layers=(1,))
-    cache = TrunkCache(policy, 1, 50)
+    cache = FrozenLayerCache(policy, 1, 50)
     batches = pack(documents(6), 50)
     cache.feed(batches)
     byte, file = cache.states.read(1000, 1), cache.states._descriptor
@@ -83,14 +85,14 @@ def test_states_of_another_document_are_noticed() -> None:
     model, plain = naive("lora", dtype=torch.float64, layers=(1,))
     naive_loss(model, examples)
     policy, method = tuned("lora", dtype=torch.float64, layers=(1,))
-    batches = TrunkCache(policy, 1, 50).feed(pack(examples, 500))
-    batches[0].below.states.copy_(batches[0].below.states.roll(1, dims=0))
-    accumulate(policy, Sft(SftSpec()), batches)
+    batches = FrozenLayerCache(policy, 1, 50).feed(pack(examples, 500))
+    batches[0].cached_hidden.states.copy_(batches[0].cached_hidden.states.roll(1, dims=0))
+    accumulate(policy, SftObjective(SftConfig()), batches)
     assert distance(gradients(method), gradients(plain)) > 1e-3
 
 
 @pytest.mark.parametrize(
-    ("kind", "spec", "layer"),
+    ("kind", "config", "layer"),
     [
         ("full", {}, 0),
         ("lora", {}, 0),
@@ -101,5 +103,5 @@ def test_states_of_another_document_are_noticed() -> None:
         *UPPER,
     ],
 )
-def test_the_lowest_layer_that_moves(kind: str, spec: dict[str, object], layer: int) -> None:
-    assert lowest(kind, spec) == layer
+def test_the_lowest_layer_that_moves(kind: str, config: dict[str, object], layer: int) -> None:
+    assert lowest(kind, config) == layer

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import tiny_model
 from rung.config.io import parse_config
-from rung.planning.architecture import shape_of
+from rung.planning.architecture import shape_from_config
 
 LENGTH = 13
 
@@ -26,7 +26,7 @@ def test_operations_are_those_that_torch_counts() -> None:
     model = tiny_model()
     model.set_attn_implementation("eager")
     config = model.config
-    shape = shape_of(config.to_dict())
+    shape = shape_from_config(config.to_dict())
     document = Document(tuple(range(3, 3 + LENGTH)), (True,) * LENGTH)
     found = step_flops([document], shape, Trained(None))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -39,7 +39,7 @@ def test_operations_are_those_that_torch_counts() -> None:
 
 
 def test_shared_beginnings_are_counted_once_where_asked() -> None:
-    shape = shape_of(tiny_model().config.to_dict())
+    shape = shape_from_config(tiny_model().config.to_dict())
     documents = [Document((1, 2, 3, 4, 5 + i), (False,) * 4 + (True,)) for i in range(3)]
     whole, once = (step_flops(documents, shape, Trained(4), shared=shared) for shared in (False, True))
     low = 2 * 4 * sum(m.inputs + m.outputs for m in shape.matrices)
@@ -89,5 +89,5 @@ def test_pairs_of_a_file_and_too_few_of_them(tmp_path: Path) -> None:
 def test_every_training_workload_is_a_valid_config(key: str) -> None:
     work = WORKLOADS[key]
     assert isinstance(work, Training)
-    spec = parse_config(work.config("rows.jsonl", "run"), key)
-    assert spec.objective.kind == work.objective and spec.engine.examples_per_step == work.examples_per_step
+    config = parse_config(work.config("rows.jsonl", "run"), key)
+    assert config.objective.kind == work.objective and config.training.examples_per_step == work.examples_per_step

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from rung.config.climb import RungSpec
-from rung.config.io import config_to_dict, for_rung, load_config, parse_config, show
+from rung.config.climb import RungConfig
+from rung.config.io import (
+    RENAMED_KEYS,
+    RENAMED_VALUES,
+    config_to_dict,
+    describe_config,
+    load_config,
+    parse_config,
+    rung_run_config,
+)
 from rung.errors import ConfigError, RungError, did_you_mean
 
 TEXT = """\
@@ -15,7 +24,7 @@ data: {path: a.jsonl}
 method:
   kind: lora
   rank: 8
-engine: {learning_rate: 1e-3}
+training: {learning_rate: 1e-3}
 output: runs/x
 """
 
@@ -28,20 +37,20 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_scientific_notation_is_a_number(file: Path) -> None:
-    assert load_config(file).spec.engine.learning_rate == 1e-3
-    assert load_config(file, ["engine.learning_rate=2E-4"]).spec.engine.learning_rate == 2e-4
+    assert load_config(file).config.training.learning_rate == 1e-3
+    assert load_config(file, ["training.learning_rate=2E-4"]).config.training.learning_rate == 2e-4
 
 
 def test_a_mapping_replaces_and_a_dotted_key_changes(file: Path) -> None:
-    assert load_config(file, ["method.alpha=4"]).spec.method.model_dump()["rank"] == 8
-    replaced = load_config(file, ["method={kind: lora, alpha: 4}"]).spec.method.model_dump()
+    assert load_config(file, ["method.alpha=4"]).config.method.model_dump()["rank"] == 8
+    replaced = load_config(file, ["method={kind: lora, alpha: 4}"]).config.method.model_dump()
     assert (replaced["rank"], replaced["alpha"]) == (16, 4.0)
-    assert load_config(file, ["method.layers=[1, 2]", "evaluate.limit=5"]).spec.evaluate.limit == 5
-    assert load_config(file, ["engine.max_steps=null"]).spec.engine.max_steps is None
+    assert load_config(file, ["method.layers=[1, 2]", "evaluation.limit=5"]).config.evaluation.limit == 5
+    assert load_config(file, ["training.max_steps=null"]).config.training.max_steps is None
 
 
 def test_origins_are_shown(file: Path) -> None:
-    text = show(load_config(file, ["engine.epochs=2"]))
+    text = describe_config(load_config(file, ["training.epochs=2"]))
     assert "rank: 8" in text and f"# {file} line 4" in text
     epochs = next(line for line in text.splitlines() if "epochs:" in line)
     assert epochs.endswith("# command line")
@@ -50,31 +59,31 @@ def test_origins_are_shown(file: Path) -> None:
 
 
 def test_a_config_survives_its_own_json(file: Path) -> None:
-    spec = load_config(file).spec
-    assert parse_config(config_to_dict(spec)) == spec
+    config = load_config(file).config
+    assert parse_config(config_to_dict(config)) == config
 
 
 def test_learning_rate_belongs_to_the_configs_method(file: Path) -> None:
-    spec = load_config(file).spec
-    assert for_rung(spec, RungSpec(kind="lora"), "o", 1).learning_rate == 1e-3
-    assert for_rung(spec, RungSpec(kind="lora"), "o", 1).method.model_dump()["rank"] == 8
-    assert for_rung(spec, RungSpec(kind="full"), "o", 1).learning_rate == 5e-5
-    own = for_rung(spec, RungSpec(kind="full", engine={"learning_rate": 1e-5}), "o", 4)
+    config = load_config(file).config
+    assert rung_run_config(config, RungConfig(kind="lora"), "o", 1).learning_rate == 1e-3
+    assert rung_run_config(config, RungConfig(kind="lora"), "o", 1).method.model_dump()["rank"] == 8
+    assert rung_run_config(config, RungConfig(kind="full"), "o", 1).learning_rate == 5e-5
+    own = rung_run_config(config, RungConfig(kind="full", training={"learning_rate": 1e-5}), "o", 4)
     assert own.learning_rate == 1e-5 and own.seed == 4 and own.output == "o"
 
 
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("engine.optimiser.beta=1", "did you mean engine.optimiser.beta"),
+        ("training.optimizer.beta=1", "did you mean training.optimizer.beta"),
         ("climb.rungs=[{kind: lora, shot: 2}]", "climb.rungs.0.shot"),
         ("data.path=[{path: a, wieght: 2}]", "did you mean data.path.0.weight?"),
         ("method.layers=[-1]", "method.layers.0"),
         ("data.test=1.5", "data.test"),
-        ("engine=3", "engine"),
-        ("engine.epochs", "key=value"),
+        ("training=3", "training"),
+        ("training.epochs", "key=value"),
         ("output.x=1", "not a group"),
-        ("engine.learning_rate=.nan", "engine.learning_rate"),
+        ("training.learning_rate=.nan", "training.learning_rate"),
         ("method.kind=lorra", "'lora'"),
     ],
 )
@@ -103,3 +112,45 @@ def test_errors_say_where_what_and_what_to_do() -> None:
     assert str(error).splitlines()[0] == "here: it broke"
     assert str(error).splitlines()[2:] == ["  allowed: y", "  do z"] and len(str(error)) < 400
     assert did_you_mean("rnak", ["rank", "alpha"]) == "rank" and did_you_mean("q", ["rank"]) is None
+
+
+@pytest.mark.parametrize("old", RENAMED_KEYS)
+def test_a_former_key_is_refused_with_its_present_name(file: Path, old: str) -> None:
+    kinds = {
+        "method": ["lora", "qlora", "lottery"],
+        "objective": ["preference", "reward", "grpo", "ppo", "distill"],
+    }
+    needed = {
+        "grpo": {"reward": {"kind": "exact"}},
+        "ppo": {"reward": {"kind": "exact"}},
+        "distill": {"teacher": "base"},
+        "climb.rungs": {"kind": "lora"},
+        "climb.on_top": {"base_rung": "lora", "objective": {"kind": "sft"}},
+    }
+    group, *rest = old.split(".")
+    hints = []
+    for kind in kinds.get(group, [None]):
+        value: object = "old"
+        for i, step in reversed(list(enumerate(rest, 1))):
+            place = ".".join(old.split(".")[:i])
+            value = [value] if step == "*" else {**needed.get(place if "*" in rest else "", {}), step: value}
+        if isinstance(value, dict) and kind is not None:
+            value = {"kind": kind, **needed.get(kind, {}), **value}
+        with pytest.raises(ConfigError) as caught:
+            load_config(file, [f"{group}={json.dumps(value)}"])
+        hints.append(str(caught.value.hint))
+    assert f"it is called {RENAMED_KEYS[old]} now" in hints
+
+
+def test_no_present_key_is_listed_as_a_former_one(file: Path) -> None:
+    assert not set(RENAMED_KEYS) & set(RENAMED_KEYS.values()) and "lottery" not in RENAMED_KEYS
+
+
+@pytest.mark.parametrize(
+    ("key", "old"), [("data.format", "label"), ("data.format", "prompt"), ("evaluation.metrics.0", "normalised")]
+)
+def test_a_former_value_is_refused_with_its_present_name(file: Path, key: str, old: str) -> None:
+    value = f"data.format={old}" if key == "data.format" else "evaluation.metrics=[normalised]"
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, [value])
+    assert caught.value.hint == f"it is called {RENAMED_VALUES[old]} now"

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rung.config.data import DataSpec
+from rung.config.data import DataConfig
 from rung.data.contamination import contamination
-from rung.data.deduplication import ALIKE, asked_in_words, fuzzy_duplicates, jaccard, shingles
+from rung.data.deduplication import JACCARD_THRESHOLD, fuzzy_duplicates, jaccard, prompt_words, shingles
 from rung.data.formats import load_records
 from rung.types import Message, Record, Source
 
@@ -41,7 +41,7 @@ def test_tiers_by_hand() -> None:
     assert found.exact == (("test line 1", "train line 1"),)
     assert found.flagged("13-gram") == {"test line 2"}
     assert found.flagged("8-gram") == {"test line 2", "test line 3"}
-    assert found.grams[13][0].matched == LONG and found.grams[13][0].train == "train line 2"
+    assert found.ngrams[13][0].matched == LONG and found.ngrams[13][0].train == "train line 2"
     assert found.flagged("fuzzy") == {"test line 1", "test line 3"}  # of the second more than a fifth is not shared
     assert (found.items, found.train) == (4, 3)
     assert list(found.tiers) == ["exact", "13-gram", "8-gram", "fuzzy"]
@@ -66,7 +66,7 @@ def test_what_minhash_finds_is_what_comparing_all_pairs_finds() -> None:
     test = [*changed, *(" ".join(rng.choice(WORDS, size=8)) for _ in range(40))]
     found = {x.held_out: x.jaccard for x in fuzzy_duplicates(records("train", *train), records("test", *test))}
     best = {f"test line {i}": max(jaccard(text, other) for other in train) for i, text in enumerate(test, 1)}
-    assert found == {source: similar for source, similar in best.items() if similar >= ALIKE}
+    assert found == {source: similar for source, similar in best.items() if similar >= JACCARD_THRESHOLD}
     assert 20 < len(found) < 100
 
 
@@ -78,19 +78,19 @@ def test_texts_too_short_or_without_words_do_no_harm() -> None:
 
 def test_real_gsm8k_and_banking77(real_data: Path) -> None:
     def load(path: Path, **columns: str) -> list[Record]:
-        return list(load_records(DataSpec(path=str(path), map=columns), str(path)).records)
+        return list(load_records(DataConfig(path=str(path), map=columns), str(path)).records)
 
     folder = real_data / "gsm8k"
     found = contamination(load(folder / "train.jsonl"), load(folder / "test.jsonl"))
     assert found.items == 1_319 and len(found.exact) == 0
-    assert 0 < len(found.grams[13]) <= 3 < len(found.grams[8]) <= 80  # 3 and 80 against the whole training split
-    assert all(len(x.matched.split()) >= 13 for x in found.grams[13])
+    assert 0 < len(found.ngrams[13]) <= 3 < len(found.ngrams[8]) <= 80  # 3 and 80 against the whole training split
+    assert all(len(x.matched.split()) >= 13 for x in found.ngrams[13])
     folder = real_data / "banking77"
     columns = {"question": "text", "answer": "category"}
     train, test = load(folder / "train.csv", **columns), load(folder / "test.csv", **columns)
     found = contamination(train, test)
     assert len(found.exact) == 7
-    by_source = {str(r.source): " ".join(asked_in_words(r)) for r in [*train, *test]}
+    by_source = {str(r.source): " ".join(prompt_words(r)) for r in [*train, *test]}
     assert found.flagged("exact") <= found.flagged("fuzzy")
     for alike in found.fuzzy:
         assert alike.jaccard == pytest.approx(jaccard(by_source[alike.held_out], by_source[alike.train]))

@@ -11,7 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from rung.data.cache import cached_examples
-from rung.data.chat import Chat
+from rung.data.chat import ChatTemplate
 from rung.data.tokenize import preflight
 from rung.errors import DataError
 from rung.types import Message, Record, Source
@@ -25,7 +25,7 @@ ROWS = [
 def test_hit_gives_the_same_examples_wherever_the_rows_stand(
     tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    chat = Chat(tiny_tokenizer)
+    chat = ChatTemplate(tiny_tokenizer)
     made = cached_examples(chat, ROWS, max_length=45, overflow="drop", folder=tmp_path)
     assert not made.from_cache and made.dropped
     moved = [replace(r, source=Source("elsewhere.jsonl", r.source.line)) for r in ROWS]
@@ -41,7 +41,7 @@ def test_hit_gives_the_same_examples_wherever_the_rows_stand(
 
 
 def test_everything_that_decides_the_ids_misses(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    chat = Chat(tiny_tokenizer)
+    chat = ChatTemplate(tiny_tokenizer)
     cached_examples(chat, ROWS, folder=tmp_path)
     template = copy.deepcopy(tiny_tokenizer)
     template.chat_template = (tiny_tokenizer.chat_template or "").replace("'\n' }}{% endfor", "'\n ' }}{% endfor")
@@ -50,7 +50,7 @@ def test_everything_that_decides_the_ids_misses(tiny_tokenizer: PreTrainedTokeni
     other_eos = copy.deepcopy(tiny_tokenizer)
     other_eos.eos_token = "<|eot_id|>"
     for changed in (template, vocabulary, other_eos):
-        assert not cached_examples(Chat(changed), ROWS, folder=tmp_path).from_cache
+        assert not cached_examples(ChatTemplate(changed), ROWS, folder=tmp_path).from_cache
     assert not cached_examples(chat, ROWS[1:], folder=tmp_path).from_cache
     assert not cached_examples(chat, ROWS, loss_on="all", folder=tmp_path).from_cache
     assert not cached_examples(chat, ROWS, max_length=99, folder=tmp_path).from_cache
@@ -61,7 +61,7 @@ def test_everything_that_decides_the_ids_misses(tiny_tokenizer: PreTrainedTokeni
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty"])
 def test_a_damaged_file_is_built_anew(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, damage: str) -> None:
-    chat = Chat(tiny_tokenizer)
+    chat = ChatTemplate(tiny_tokenizer)
     made = cached_examples(chat, ROWS, folder=tmp_path)
     (file,) = tmp_path.iterdir()
     data = file.read_bytes()
@@ -74,7 +74,7 @@ def test_a_damaged_file_is_built_anew(tiny_tokenizer: PreTrainedTokenizerFast, t
 
 def test_an_error_stores_nothing(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     with pytest.raises(DataError):
-        cached_examples(Chat(tiny_tokenizer), ROWS, max_length=4, folder=tmp_path)
+        cached_examples(ChatTemplate(tiny_tokenizer), ROWS, max_length=4, folder=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -82,5 +82,5 @@ def test_folder_comes_from_the_environment(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     monkeypatch.setenv("RUNG_CACHE", str(tmp_path / "here"))
-    cached_examples(Chat(tiny_tokenizer), ROWS)
+    cached_examples(ChatTemplate(tiny_tokenizer), ROWS)
     assert len(list((tmp_path / "here").rglob("*.safetensors"))) == 1

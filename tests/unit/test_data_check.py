@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
-from rung.config.data import DataSpec
-from rung.data.chat import Chat
-from rung.data.check import check, coloured
+from rung.config.data import DataConfig
+from rung.data.chat import ChatTemplate
+from rung.data.check import colored_tokens, inspect_data
 from rung.data.deduplication import near_duplicates
 from rung.data.tokenize import tokenize_records
 from rung.types import Message, Record, Source
@@ -39,11 +39,11 @@ def test_report_of_a_mixed_file(tmp_path: Path, tiny_tokenizer: PreTrainedTokeni
     rows: list[Any] = [{"question": f"question [{i}]", "answer": "yes" if i % 2 else "no it is not"} for i in range(40)]
     rows += ["broken", {"question": "q", "answer": 3}, {"question": "Question  [5]", "answer": "no"}]
     rows += [{"question": "stop", "answer": "a <|im_end|> b"}]
-    report = check(write(tmp_path, "d.jsonl", rows))
+    report = inspect_data(write(tmp_path, "d.jsonl", rows))
     assert (report.kept, len(report.rejected), report.supervised_share) == (42, 2, None)
     assert report.lengths is not None and report.lengths.unit == "characters"
     assert not report.ok and sum(report.splits.values()) == 42
-    with_tokens = check(write(tmp_path, "d.jsonl", rows), Chat(tiny_tokenizer))
+    with_tokens = inspect_data(write(tmp_path, "d.jsonl", rows), ChatTemplate(tiny_tokenizer))
     assert [r.source.line for r in with_tokens.rejected] == [41, 42, 44]
     assert with_tokens.rejected[-1].reason == "the answer holds a stop token of the template"
     assert with_tokens.lengths is not None and with_tokens.lengths.unit == "tokens"
@@ -64,8 +64,8 @@ def test_overlap_and_near_duplicates_across_files(tmp_path: Path) -> None:
         {"question": " ".join(LONG.split()[:9]) + " so what", "answer": "a"},
         {"question": "SAME", "answer": "a"},
     ]
-    spec = DataSpec(path=train, test=write(tmp_path, "test.jsonl", held), validation=0)
-    report = check(spec)
+    config = DataConfig(path=train, test=write(tmp_path, "test.jsonl", held), validation=0)
+    report = inspect_data(config)
     assert len(report.overlap) == 1 and not report.ok
     assert [n.held_out.rpartition(" ")[2] for n in report.near[8]] == ["1", "2"]
     assert [n.matched for n in report.near[13]] == [LONG]
@@ -81,17 +81,19 @@ def test_near_duplicates_of_short_rows_are_none() -> None:
     assert near_duplicates([text], [text], 8)[0].containment == 1
 
 
-def test_coloured_shows_every_byte_and_what_is_learned(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    chat = Chat(tiny_tokenizer)
+def test_colored_shows_every_byte_and_what_is_learned(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    chat = ChatTemplate(tiny_tokenizer)
     row = Record((Message("user", "q 🙂"), Message("assistant", "a 🙂")), Source("d", 1))
-    text = coloured(tokenize_records(chat, [row]).examples[0], chat)
+    text = colored_tokens(tokenize_records(chat, [row]).examples[0], chat)
     assert text.plain == "<|im_start|>user\nq 🙂<|im_end|>\n<|im_start|>assistant\na 🙂<|im_end|>"
     green = "".join(text.plain[s.start : s.end] for s in text.spans if "green" in str(s.style))
     assert green == "a 🙂<|im_end|>"
 
 
 def test_a_chat_that_refuses_every_row_still_reports(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    report = check(write(tmp_path, "d.jsonl", [{"question": "q", "answer": "<|im_end|> x"}]), Chat(tiny_tokenizer))
+    report = inspect_data(
+        write(tmp_path, "d.jsonl", [{"question": "q", "answer": "<|im_end|> x"}]), ChatTemplate(tiny_tokenizer)
+    )
     assert (report.kept, report.lengths, report.supervised_share) == (0, None, None)
 
 
@@ -102,7 +104,7 @@ def test_the_data_package_loads_without_torch() -> None:
 
 def test_real_gsm8k_near_duplicates(real_data: Path) -> None:
     folder = real_data / "gsm8k"
-    report = check(DataSpec(path=str(folder / "train.jsonl"), validation=0, test=str(folder / "test.jsonl")))
+    report = inspect_data(DataConfig(path=str(folder / "train.jsonl"), validation=0, test=str(folder / "test.jsonl")))
     assert report.kept == 3319 and not report.rejected
     assert 0 < len(report.near[13]) < len(report.near[8]) <= 80
 
@@ -110,12 +112,12 @@ def test_real_gsm8k_near_duplicates(real_data: Path) -> None:
 def test_better_answers_that_are_mostly_the_longer_are_pointed_out(tmp_path: Path) -> None:
     """A reward model that learned length alone would get them right."""
     rows = [{"prompt": f"q {i}", "chosen": "long " * (3 + i % 2), "rejected": "short " * 2} for i in range(20)]
-    found = check(write(tmp_path, "p.jsonl", [*rows, {"prompt": "q", "chosen": "abc", "rejected": "xyz"}]))
+    found = inspect_data(write(tmp_path, "p.jsonl", [*rows, {"prompt": "q", "chosen": "abc", "rejected": "xyz"}]))
     assert found.compared is not None and found.compared.pairs == 21
     assert found.compared.longer == pytest.approx((20 + 0.5) / 21)
     assert found.compared.typical == pytest.approx(15 / 12)
     assert found.to_json()["compared"]["pairs"] == 21
     assert "length alone may be what is learned" in printed(found)
     even = [{"prompt": f"q {i}", "chosen": "a" * (2 + i % 2), "rejected": "b" * (3 - i % 2)} for i in range(20)]
-    assert "of either length" in printed(check(write(tmp_path, "e.jsonl", even)))
-    assert check(write(tmp_path, "s.jsonl", [{"question": "q", "answer": "a"}])).compared is None
+    assert "of either length" in printed(inspect_data(write(tmp_path, "e.jsonl", even)))
+    assert inspect_data(write(tmp_path, "s.jsonl", [{"question": "q", "answer": "a"}])).compared is None

@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 
-from rung.config.data import DataSpec, Format
+from rung.config.data import DataConfig, Format
 from rung.data.formats import FORMATS, detect, load_records, to_record
-from rung.data.read import Row, Rows
+from rung.data.read import Row, SourceRows
 from rung.data.records import Records
 from rung.errors import DataError
-from rung.types import Message, Record, Rival, Source
+from rung.types import Candidate, Message, Record, Source
 
 AT = Source("d.jsonl", 3)
 CALL = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
 
 
-def rows(*values: Row) -> Rows:
-    return Rows("d.jsonl", [(Source("d.jsonl", i), v) for i, v in enumerate(values, start=1)])
+def rows(*values: Row) -> SourceRows:
+    return SourceRows("d.jsonl", [(Source("d.jsonl", i), v) for i, v in enumerate(values, start=1)])
 
 
 def convert(row: Row, map: dict[str, str] | None = None, group: str | None = None) -> Record:
@@ -92,7 +92,7 @@ def test_every_format(row: Row, format: Format, expected: list[tuple[str, str]])
 
 def test_every_format_is_tried_above() -> None:
     marks = test_every_format.pytestmark  # type: ignore[attr-defined]
-    assert {case[1] for case in marks[0].args[1]} | {"label", "prompt"} == set(FORMATS)
+    assert {case[1] for case in marks[0].args[1]} | {"unpaired_preference", "prompt_only"} == set(FORMATS)
 
 
 def test_prompts_alone_are_read_only_where_they_are_asked_for() -> None:
@@ -100,9 +100,11 @@ def test_prompts_alone_are_read_only_where_they_are_asked_for() -> None:
     row = {"prompt": "p", "context": "c", "system": "s"}
     with pytest.raises(DataError, match="fit no known format"):
         detect(rows(row), {})
-    record = to_record("prompt", row, AT, {})
-    assert record.unanswered and record.context == "c" and [m.role for m in record.messages][:2] == ["system", "user"]
-    assert not to_record("preference", {"prompt": "p", "chosen": "a", "rejected": "b"}, AT, {}).unanswered
+    record = to_record("prompt_only", row, AT, {})
+    assert (
+        record.is_prompt_only and record.context == "c" and [m.role for m in record.messages][:2] == ["system", "user"]
+    )
+    assert not to_record("preference", {"prompt": "p", "chosen": "a", "rejected": "b"}, AT, {}).is_prompt_only
 
 
 @pytest.mark.parametrize(("margin", "said"), [(0.0, "no better"), (-1, "no better"), ("much", "not a number")])
@@ -118,11 +120,15 @@ def test_labels_are_read_only_where_they_are_asked_for() -> None:
     """A column of that name may hold a class."""
     row = {"prompt": "p", "completion": "c", "label": False}
     assert detect(rows(row), {}).format == "prompt_completion" and convert(row).score is None
-    bad = to_record("label", row, AT, {})
-    assert bad.score == 0.0 and bad.bad and not to_record("label", {**row, "label": 1}, AT, {}).bad
+    bad = to_record("unpaired_preference", row, AT, {})
+    assert (
+        bad.score == 0.0
+        and bad.is_undesirable
+        and not to_record("unpaired_preference", {**row, "label": 1}, AT, {}).is_undesirable
+    )
     for label in ("good", None, 2):
         with pytest.raises(DataError, match="not true or false"):
-            to_record("label", {**row, "label": label}, AT, {})
+            to_record("unpaired_preference", {**row, "label": label}, AT, {})
 
 
 def test_optional_columns() -> None:
@@ -254,38 +260,38 @@ def test_rejects_policy(tmp_path: Path) -> None:
     good = '{"question": "q", "answer": "a"}'
     file.write_text("\n".join([good, *['{"question": "q", "answer": 4}'] * 12, "broken", good]))
     with pytest.raises(DataError) as caught:
-        load_records(DataSpec(path=str(file)), str(file))
+        load_records(DataConfig(path=str(file)), str(file))
     text = str(caught.value)
     assert "13 of 15 rows cannot be used" in text and "line 2: answer is the number 4" in text
     assert "line 11:" in text and "line 12:" not in text and "and 3 more" in text and "data.rejects: drop" in text
-    loaded = load_records(DataSpec(path=str(file), rejects="drop"), str(file))
+    loaded = load_records(DataConfig(path=str(file), rejects="drop"), str(file))
     assert [r.source.line for r in loaded.records] == [1, 15]
     assert [r.source.line for r in loaded.rejected] == list(range(2, 15))
     assert loaded.format == "question_answer" and loaded.mapping == {"question": "question", "answer": "answer"}
     file.write_text('{"question": "q", "answer": 4}')
     with pytest.raises(DataError, match="no row is left"):
-        load_records(DataSpec(path=str(file), rejects="drop"), str(file))
+        load_records(DataConfig(path=str(file), rejects="drop"), str(file))
 
 
 def test_held_out_file_may_lack_the_group(tmp_path: Path) -> None:
     file = tmp_path / "d.jsonl"
     file.write_text('{"question": "q", "answer": "a"}')
-    spec = DataSpec(path=str(file), group="g")
-    assert load_records(spec, str(file), held_out=True).records[0].group is None
+    config = DataConfig(path=str(file), group="g")
+    assert load_records(config, str(file), held_out=True).records[0].group is None
     with pytest.raises(DataError, match="data.group"):
-        load_records(spec, str(file))
+        load_records(config, str(file))
 
 
 def test_pairs_rankings_and_ratings_hold_the_best_first() -> None:
     pair = convert({"prompt": "q", "chosen": "good", "rejected": "bad", "input": "more"})
     assert turns(pair) == [("user", "q\nmore"), ("assistant", "good")]
-    assert pair.score == 1.0 and pair.rivals == (Rival("bad", 0.0),)
+    assert pair.score == 1.0 and pair.candidates == (Candidate("bad", 0.0),)
     ranked = convert({"prompt": [user("q")], "ranked": ["a", "b", [assistant("c")]]})
-    assert ranked.answer == "a" and [(r.content, r.score) for r in ranked.rivals] == [("b", 1.0), ("c", 0.0)]
+    assert ranked.answer == "a" and [(r.content, r.score) for r in ranked.candidates] == [("b", 1.0), ("c", 0.0)]
     rated = convert({"prompt": "q", "answers": ["a", "b", "c"], "scores": [1, 4.5, 1], "context": "box"})
     assert rated.answer == "b" and rated.score == 4.5 and rated.context == "box"
-    assert [r.content for r in rated.rivals] == ["a", "c"]
-    (again,) = Records.of([rated])
+    assert [r.content for r in rated.candidates] == ["a", "c"]
+    (again,) = Records.from_records([rated])
     assert again == rated
 
 
@@ -314,5 +320,5 @@ def test_rows_that_compare_nothing(row: dict[str, Any], said: str) -> None:
 def test_the_column_of_the_task_counts_as_read(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"question": "q", "answer": "a", "kind": "sum"}\n')
-    found = load_records(DataSpec(path=str(file), task="kind"), str(file))
+    found = load_records(DataConfig(path=str(file), task="kind"), str(file))
     assert found.detection.mapping["task"] == "kind" and found.records[0].task == "sum"

@@ -11,8 +11,18 @@ from typing import Any
 
 import pytest
 
-from rung.config.data import DataSpec, WeightedPath
-from rung.data.splits import assign, cap, duplicates, load_data, normalised_prompt, overlaps, position, reweigh, split
+from rung.config.data import DataConfig, WeightedPath
+from rung.data.splits import (
+    assign_splits,
+    duplicate_records,
+    limit_records,
+    load_data,
+    normalized_prompt,
+    overlapping_records,
+    repeat_by_weight,
+    split,
+    split_position,
+)
 from rung.errors import ConfigError, DataError
 from rung.types import Message, Record, Source
 
@@ -41,11 +51,14 @@ def test_position_is_the_same_in_every_process() -> None:
         "print(position(Record((Message('user','Naïve  Q'),Message('assistant','a')),Source('x',1))))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert float(out) == position(record("naïve q", "other"))
+    assert float(out) == split_position(record("naïve q", "other"))
 
 
 def test_shares_are_about_right_and_rows_never_move() -> None:
-    few, many = assign(records(1000), validation=0.1, test=0.2), assign(records(3000), validation=0.1, test=0.2)
+    few, many = (
+        assign_splits(records(1000), validation=0.1, test=0.2),
+        assign_splits(records(3000), validation=0.1, test=0.2),
+    )
     assert abs(len(few.test) - 200) < 50 and abs(len(few.validation) - 100) < 40
     assert set(few.test) <= set(many.test)
     assert set(few.validation) <= set(many.validation)
@@ -53,76 +66,76 @@ def test_shares_are_about_right_and_rows_never_move() -> None:
 
 
 def test_a_larger_test_share_takes_no_test_row_back() -> None:
-    assert set(assign(records(500), validation=0.1, test=0.1).test) <= set(
-        assign(records(500), validation=0.1, test=0.3).test
+    assert set(assign_splits(records(500), validation=0.1, test=0.1).test) <= set(
+        assign_splits(records(500), validation=0.1, test=0.3).test
     )
 
 
 def test_duplicates_never_cross_and_stay() -> None:
     twice = [*records(300), *(record(f"Question   {i}", "other", line=1000 + i) for i in range(300))]
-    parts = split(twice, DataSpec(path="d"))
+    parts = split(twice, DataConfig(path="d"))
     assert sum(map(len, (parts.train, parts.validation, parts.test))) == 600
-    assert not overlaps(parts.train, (*parts.validation, *parts.test))
-    assert parts.summary()["train"]["duplicate_prompts"] == len(duplicates(parts.train)) == len(parts.train) // 2
+    assert not overlapping_records(parts.train, (*parts.validation, *parts.test))
+    assert parts.summary()["train"]["duplicate_prompts"] == len(duplicate_records(parts.train)) == len(parts.train) // 2
 
 
 def test_groups_stay_together() -> None:
-    parts = split([record(f"q {i}", group=f"g{i % 40}") for i in range(400)], DataSpec(path="d", group="g"))
+    parts = split([record(f"q {i}", group=f"g{i % 40}") for i in range(400)], DataConfig(path="d", group="g"))
     found = [{r.group for r in part} for part in (parts.train, parts.validation, parts.test)]
     assert sum(map(len, found)) == len(set.union(*found)) == 40
     assert parts.summary()["groups_shared_with_held_out"] == 0
 
 
 def test_prompt_is_context_and_turns_before_the_answer() -> None:
-    assert normalised_prompt(record("Q", context="C  c")) == "c c user: q"
-    assert normalised_prompt(Record((), Source("d", 1), text="A\n B")) == "a b"
-    assert position(record("q", context="c")) != position(record("q"))
+    assert normalized_prompt(record("Q", context="C  c")) == "c c user: q"
+    assert normalized_prompt(Record((), Source("d", 1), text="A\n B")) == "a b"
+    assert split_position(record("q", context="c")) != split_position(record("q"))
 
 
 @pytest.mark.parametrize(
-    ("spec", "n", "message"),
+    ("config", "n", "message"),
     [
-        (DataSpec(path="d", validation=0, test=0.0001), 5, "the test split is empty(?s:.*)data.test: 0"),
-        (DataSpec(path="d", validation=0.0001, test=0), 5, "the validation split is empty"),
-        (DataSpec(path="d", validation=0, test=0.99), 2, "the training split is empty"),
+        (DataConfig(path="d", validation=0, test=0.0001), 5, "the test split is empty(?s:.*)data.test: 0"),
+        (DataConfig(path="d", validation=0.0001, test=0), 5, "the validation split is empty"),
+        (DataConfig(path="d", validation=0, test=0.99), 2, "the training split is empty"),
     ],
 )
-def test_empty_splits_are_refused(spec: DataSpec, n: int, message: str) -> None:
+def test_empty_splits_are_refused(config: DataConfig, n: int, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        split(records(n), spec)
+        split(records(n), config)
 
 
 def test_shares_beyond_everything_are_refused() -> None:
     with pytest.raises(ConfigError, match="leave no training rows"):
-        split(records(5), DataSpec(path="d", validation=0.5, test=0.5))
+        split(records(5), DataConfig(path="d", validation=0.5, test=0.5))
 
 
 def test_overlap_with_a_held_out_file(tmp_path: Path) -> None:
     train = write(tmp_path, "train.jsonl", rows(50))
     test = write(tmp_path, "test.jsonl", [{"question": "QUESTION  7", "answer": "b"}, *rows(3, start=100)])
-    spec = DataSpec(path=train, test=test, validation=0)
+    config = DataConfig(path=train, test=test, validation=0)
     with pytest.raises(DataError) as caught:
-        load_data(spec, 0)
+        load_data(config, 0)
     text = str(caught.value)
     assert "1 prompts stand in both train and test" in text and "train.jsonl line 8 = " in text
     assert "test.jsonl line 1" in text and "drop_train" in text
-    parts = load_data(spec.model_copy(update={"overlap": "drop_train"}), 0)
+    parts = load_data(config.model_copy(update={"overlap": "drop_train"}), 0)
     assert len(parts.train) == 49 and len(parts.test) == 4
     assert parts.summary()["overlap_dropped"] == 1
-    assert not overlaps(parts.train, parts.test)
+    assert not overlapping_records(parts.train, parts.test)
 
 
 def test_dropping_every_training_row_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path, "d.jsonl", rows(3))
     other = write(tmp_path, "e.jsonl", rows(3))
     with pytest.raises(DataError, match="every training prompt"):
-        load_data(DataSpec(path=file, validation=0, test=other, overlap="drop_train"), 0)
+        load_data(DataConfig(path=file, validation=0, test=other, overlap="drop_train"), 0)
 
 
 def test_the_same_prompt_in_two_groups_is_overlap() -> None:
     crossing = [record("the same", group=f"g{i}", line=i) for i in range(60)]
     with pytest.raises(DataError, match="the same prompt in two groups"):
-        split(crossing, DataSpec(path="d", group="g"))
+        split(crossing, DataConfig(path="d", group="g"))
 
 
 def test_mixture_weighs_training_rows_only(tmp_path: Path) -> None:
@@ -131,14 +144,14 @@ def test_mixture_weighs_training_rows_only(tmp_path: Path) -> None:
         WeightedPath(path=write(tmp_path, "b.jsonl", rows(200, start=1000)), weight=0.5),
         WeightedPath(path=write(tmp_path, "c.jsonl", rows(200, start=2000)), weight=1.5),
     )
-    parts = load_data(DataSpec(path=paths), 0)
-    plain = load_data(DataSpec(path=tuple(WeightedPath(path=p.path) for p in paths)), 0)
+    parts = load_data(DataConfig(path=paths), 0)
+    plain = load_data(DataConfig(path=tuple(WeightedPath(path=p.path) for p in paths)), 0)
     assert parts.validation == plain.validation and parts.test == plain.test
     before = Counter(r.source.path for r in plain.train)
     after = Counter(r.source.path for r in parts.train)
     assert [after[p.path] for p in paths] == [int(before[p.path] * p.weight) for p in paths]
-    assert not overlaps(parts.train, (*parts.validation, *parts.test))
-    assert parts == load_data(DataSpec(path=paths), 1)
+    assert not overlapping_records(parts.train, (*parts.validation, *parts.test))
+    assert parts == load_data(DataConfig(path=paths), 1)
     summary = parts.summary()
     assert [s["weight"] for s in summary["sets"]] == [2, 0.5, 1.5]
     assert summary["rows_before_weights"] == len(plain.train)
@@ -147,43 +160,43 @@ def test_mixture_weighs_training_rows_only(tmp_path: Path) -> None:
 
 def test_fractional_weight_does_not_depend_on_the_order_of_the_file() -> None:
     own = records(101)
-    half = reweigh(own, {"d.jsonl": 0.5})
+    half = repeat_by_weight(own, {"d.jsonl": 0.5})
     assert len(half) == 50 and len(set(half)) == 50
-    assert set(half) == set(reweigh(own[::-1], {"d.jsonl": 0.5}))
-    assert Counter(Counter(reweigh(own, {"d.jsonl": 1.5})).values()) == {1: 51, 2: 50}
+    assert set(half) == set(repeat_by_weight(own[::-1], {"d.jsonl": 0.5}))
+    assert Counter(Counter(repeat_by_weight(own, {"d.jsonl": 1.5})).values()) == {1: 51, 2: 50}
 
 
 def test_a_set_named_twice_is_refused() -> None:
     with pytest.raises(ConfigError, match="names a set twice"):
-        load_data(DataSpec(path=(WeightedPath(path="a.jsonl"), WeightedPath(path="a.jsonl"))), 0)
+        load_data(DataConfig(path=(WeightedPath(path="a.jsonl"), WeightedPath(path="a.jsonl"))), 0)
     with pytest.raises(ConfigError, match="names no data set"):
-        load_data(DataSpec(path=()), 0)
+        load_data(DataConfig(path=()), 0)
 
 
 def test_limit_is_drawn_by_the_seed_after_the_split(tmp_path: Path) -> None:
     file = write(tmp_path, "d.jsonl", rows(300))
-    whole, ten = load_data(DataSpec(path=file), 0), load_data(DataSpec(path=file, limit=10), 0)
+    whole, ten = load_data(DataConfig(path=file), 0), load_data(DataConfig(path=file, limit=10), 0)
     assert len(ten.train) == 10 and (ten.validation, ten.test) == (whole.validation, whole.test)
-    assert set(ten.train) <= set(load_data(DataSpec(path=file, limit=20), 0).train)
-    assert ten.train != load_data(DataSpec(path=file, limit=10), 1).train
-    assert cap(whole.train, 10_000, 0) == whole.train
+    assert set(ten.train) <= set(load_data(DataConfig(path=file, limit=20), 0).train)
+    assert ten.train != load_data(DataConfig(path=file, limit=10), 1).train
+    assert limit_records(whole.train, 10_000, 0) == whole.train
 
 
 def test_fingerprint_follows_content_not_place(tmp_path: Path) -> None:
-    one = load_data(DataSpec(path=write(tmp_path, "a.jsonl", rows(100))), 0)
-    same = load_data(DataSpec(path=write(tmp_path, "b.jsonl", rows(100))), 0)
-    other = load_data(DataSpec(path=write(tmp_path, "c.jsonl", rows(100, weight=2.0))), 0)
+    one = load_data(DataConfig(path=write(tmp_path, "a.jsonl", rows(100))), 0)
+    same = load_data(DataConfig(path=write(tmp_path, "b.jsonl", rows(100))), 0)
+    other = load_data(DataConfig(path=write(tmp_path, "c.jsonl", rows(100, weight=2.0))), 0)
     assert one.fingerprint == same.fingerprint != other.fingerprint
 
 
 def test_real_banking77_overlap_is_found(real_data: Path) -> None:
-    spec = DataSpec(
+    config = DataConfig(
         path=str(real_data / "banking77" / "train.csv"),
         map={"question": "text", "answer": "category"},
         validation=0,
         test=str(real_data / "banking77" / "test.csv"),
         overlap="drop_train",
     )
-    parts = load_data(spec, 0)
+    parts = load_data(config, 0)
     assert parts.summary()["overlap_dropped"] >= 7
     assert len(parts.train) + parts.summary()["overlap_dropped"] == 10_003

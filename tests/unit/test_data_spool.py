@@ -15,15 +15,15 @@ import pytest
 from safetensors.numpy import load_file
 from transformers import PreTrainedTokenizerFast
 
-from rung.config.data import DataSpec
-from rung.data.byte_store import BUFFER, Blob, Texts, chunks
+from rung.config.data import DataConfig
+from rung.data.byte_store import BUFFER, AppendFile, TextStore, chunks
 from rung.data.cache import cached_examples
-from rung.data.chat import Chat
+from rung.data.chat import ChatTemplate
 from rung.data.formats import load_records
 from rung.data.read import read_rows
-from rung.data.records import Records, Writer, distinct, fingerprint, firsts
-from rung.data.splits import load_data, position
-from rung.data.token_store import Examples
+from rung.data.records import Records, RecordWriter, distinct_conversations, fingerprint, first_occurrence
+from rung.data.splits import load_data, split_position
+from rung.data.token_store import StoredExamples
 from rung.data.tokenize import tokenize_records
 from rung.errors import CheckpointError, DataError
 from rung.evaluation.prompting import choose_shots
@@ -73,14 +73,14 @@ def write(file: Path, rows: int, answer: str = "a") -> str:
     ],
 )
 def test_records_on_disk_are_the_records(take: Callable[[object], object]) -> None:
-    assert take(Records.of(ROWS)) == take(ROWS)
+    assert take(Records.from_records(ROWS)) == take(ROWS)
 
 
 def test_records_compare_by_content() -> None:
-    own = Records.of(ROWS)
-    assert own == ROWS and own == tuple(ROWS) and own == Records.of(ROWS) and own[1:] == ROWS[1:]
+    own = Records.from_records(ROWS)
+    assert own == ROWS and own == tuple(ROWS) and own == Records.from_records(ROWS) and own[1:] == ROWS[1:]
     assert own != ROWS[:3] and own != [*ROWS[:3], ROWS[0]] and own != 4
-    assert Records.of(own) is own and Records.of([]) == []
+    assert Records.from_records(own) is own and Records.from_records([]) == []
     for i in (4, -5):
         with pytest.raises(IndexError):
             own[i]
@@ -89,30 +89,30 @@ def test_records_compare_by_content() -> None:
 
 
 def test_selected_and_joined_records_keep_their_sources() -> None:
-    own, other = Records.of(ROWS), Records.of([replace(ROWS[0], source=Source("f.json", 9))])
+    own, other = Records.from_records(ROWS), Records.from_records([replace(ROWS[0], source=Source("f.json", 9))])
     assert own.select(np.array([3, 0, 3])) == [ROWS[3], ROWS[0], ROWS[3]]
-    both = Records.joined([own, other, own[2:]])
+    both = Records.concatenate([own, other, own[2:]])
     assert both == [*ROWS, replace(ROWS[0], source=Source("f.json", 9)), *ROWS[2:]]
-    assert Records.joined([]) == [] and Records.joined([own]) is own
-    assert both.of_path("e.csv").tolist() == [2, 3, 5, 6] and both.of_path("f.json").tolist() == [4]
+    assert Records.concatenate([]) == [] and Records.concatenate([own]) is own
+    assert both.indices_from_path("e.csv").tolist() == [2, 3, 5, 6] and both.indices_from_path("f.json").tolist() == [4]
     assert [both.source(i) for i in (1, 4)] == [ROWS[1].source, Source("f.json", 9)]
 
 
 def test_the_fingerprint_is_that_of_the_records() -> None:
     """The values were computed by the code that kept records in memory: splits and fingerprints stay what they were."""
-    assert fingerprint(Records.of(ROWS)) == fingerprint(ROWS) == fingerprint(iter(ROWS))
+    assert fingerprint(Records.from_records(ROWS)) == fingerprint(ROWS) == fingerprint(iter(ROWS))
     assert fingerprint(ROWS) == "c63333722db2540d43fd10722bc85d79637bec5747e4b9217ed5ef9893e46a74"
-    assert [position(r) for r in ROWS[:2]] == [0.29139760907040446, 0.32402661774298214]
+    assert [split_position(r) for r in ROWS[:2]] == [0.29139760907040446, 0.32402661774298214]
 
 
 def test_keys_mark_the_first_and_the_distinct() -> None:
     rng = np.random.default_rng(0)
     keys = rng.integers(0, 3, size=(200, 2)).astype(np.uint64)
     seen: dict[tuple[int, int], int] = {}
-    assert firsts(keys).tolist() == [seen.setdefault((int(a), int(b)), i) for i, (a, b) in enumerate(keys)]
-    assert firsts(keys[:0]).tolist() == []
+    assert first_occurrence(keys).tolist() == [seen.setdefault((int(a), int(b)), i) for i, (a, b) in enumerate(keys)]
+    assert first_occurrence(keys[:0]).tolist() == []
     copies = [*ROWS, replace(ROWS[1], weight=3.0), replace(ROWS[0], context="other")]
-    assert distinct(copies).tolist() == [0, 4, 3, 5]
+    assert distinct_conversations(copies).tolist() == [0, 4, 3, 5]
 
 
 def test_chunks_are_bounded_in_number_and_size() -> None:
@@ -122,7 +122,7 @@ def test_chunks_are_bounded_in_number_and_size() -> None:
 
 
 def test_a_blob_reads_what_was_written_across_buffers() -> None:
-    blob, texts = Blob.new(), Texts()
+    blob, texts = AppendFile.new(), TextStore()
     parts = [bytes([i]) * (BUFFER // 3 + i) for i in range(8)]
     starts = [blob.append(part) for part in parts]
     assert [blob.read(start, len(part)) for start, part in zip(starts, parts, strict=True)] == parts
@@ -136,7 +136,7 @@ def test_a_blob_reads_what_was_written_across_buffers() -> None:
 def test_a_file_cut_short_while_in_use_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "blob"
     file.write_bytes(b"0123456789")
-    blob = Blob.open(file)
+    blob = AppendFile.open(file)
     os.truncate(file, 5)
     with pytest.raises(CheckpointError, match="cut short"):
         blob.read(3, 6)
@@ -146,13 +146,13 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RUNG_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(CheckpointError, match=r"could not write(?s:.*)disk space"):
-        Writer()
+        RecordWriter()
 
 
 def test_nothing_stays_on_disk_or_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUNG_CACHE", str(tmp_path / "cache"))
     before = len(os.listdir("/proc/self/fd"))
-    splits = load_data(DataSpec(path=write(tmp_path / "d.jsonl", 50)), 0)
+    splits = load_data(DataConfig(path=write(tmp_path / "d.jsonl", 50)), 0)
     assert len(os.listdir("/proc/self/fd")) > before and not list((tmp_path / "cache").iterdir())
     del splits
     assert len(os.listdir("/proc/self/fd")) == before
@@ -165,10 +165,10 @@ def test_examples_on_disk_are_the_examples(
     rows = [replace(row, source=Source("d", i)) for i, row in enumerate([*ROWS[:3], *ROWS[:3]])]
     long = replace(rows[1], messages=(Message("user", "q " * 50), Message("assistant", "a")))
     rows.insert(2, replace(long, source=Source("d", 9)))
-    chat = Chat(tiny_tokenizer)
+    chat = ChatTemplate(tiny_tokenizer)
     made = cached_examples(chat, rows, max_length=60, overflow=overflow, folder=tmp_path)  # type: ignore[arg-type]
-    found = cached_examples(chat, Records.of(rows), max_length=60, overflow=overflow, folder=tmp_path)  # type: ignore[arg-type]
-    assert not made.from_cache and found.from_cache and isinstance(found.examples, Examples)
+    found = cached_examples(chat, Records.from_records(rows), max_length=60, overflow=overflow, folder=tmp_path)  # type: ignore[arg-type]
+    assert not made.from_cache and found.from_cache and isinstance(found.examples, StoredExamples)
     assert {**made.summary(), "from_cache": True} == found.summary()
     assert (made.kept, made.expected, made.starts) == (found.kept, found.expected, found.starts)
     assert (made.dropped, made.trimmed) == (found.dropped, found.trimmed)
@@ -188,7 +188,7 @@ def test_examples_on_disk_are_the_examples(
 def test_another_process_finds_the_cache_and_any_reader_takes_it(
     tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    made = cached_examples(Chat(tiny_tokenizer), ROWS[:2], folder=tmp_path)
+    made = cached_examples(ChatTemplate(tiny_tokenizer), ROWS[:2], folder=tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
     code = (
         "import sys; from pathlib import Path; from transformers import AutoTokenizer;"
@@ -211,7 +211,7 @@ def test_two_that_fill_one_cache_leave_one_whole_file(tiny_tokenizer: PreTrained
     """Each writes a file of its own and renames it; a reader of the first goes on reading that one."""
     from rung.data import cache
 
-    chat = Chat(tiny_tokenizer)
+    chat = ChatTemplate(tiny_tokenizer)
     first = cached_examples(chat, ROWS[:2], folder=tmp_path)
     found = cached_examples(chat, ROWS[:2], folder=tmp_path)
     (file,) = tmp_path.iterdir()
@@ -225,7 +225,7 @@ def test_two_that_fill_one_cache_leave_one_whole_file(tiny_tokenizer: PreTrained
 def test_a_flipped_byte_anywhere_is_noticed(
     tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, place: float
 ) -> None:
-    chat = Chat(tiny_tokenizer)
+    chat = ChatTemplate(tiny_tokenizer)
     made = cached_examples(chat, ROWS[:3], folder=tmp_path)
     (file,) = tmp_path.iterdir()
     data = bytearray(file.read_bytes())
@@ -239,7 +239,7 @@ def test_a_first_row_that_misleads_costs_a_second_pass_and_nothing_else(tmp_path
     file = tmp_path / "d.jsonl"
     rows = [{"question": "q"}, {"question": "q", "answer": "a", "g": 1}, {"question": "r", "answer": 4, "g": 1}]
     file.write_text("\n".join(map(json.dumps, rows)))
-    loaded = load_records(DataSpec(path=str(file), rejects="drop", group="g"), str(file))
+    loaded = load_records(DataConfig(path=str(file), rejects="drop", group="g"), str(file))
     assert [(r.source.line, r.group) for r in loaded.records] == [(2, "1")]
     assert [(r.source.line, r.reason[:9]) for r in loaded.rejected] == [(1, "no value "), (3, "answer is")]
     assert loaded.detection.counts == {"question": 3, "answer": 2, "g": 2} and loaded.detection.rows == 3
@@ -251,9 +251,9 @@ def test_a_list_in_json_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Mo
     for indent in (None, 2):
         file.write_text(json.dumps(values, indent=indent) + " \n")
         for piece in (1, 7, 64, 10_000):
-            monkeypatch.setattr("rung.data.read.PIECE", piece)
+            monkeypatch.setattr("rung.data.read.CHUNK_CHARACTERS", piece)
             assert [row for _, row in read_rows(str(file)).rows] == values
-    monkeypatch.setattr("rung.data.read.PIECE", 16)
+    monkeypatch.setattr("rung.data.read.CHUNK_CHARACTERS", 16)
     for text, words in (
         ('[{"a": 1}, {"a": 2} {"a": 3}]', "Expecting ',' delimiter"),
         ('[{"a": 1}, {"a": 2},]', "broken JSON"),
@@ -279,7 +279,7 @@ def test_a_huge_line_and_half_characters_are_rows_like_others(tmp_path: Path) ->
         {"messages": [*turns, {"role": "tool", "content": "t"}, {"role": "assistant", "content": "a"}]},
     ]
     file.write_text("\n".join(map(json.dumps, rows)))
-    loaded = load_records(DataSpec(path=str(file), rejects="drop"), str(file))
+    loaded = load_records(DataConfig(path=str(file), rejects="drop"), str(file))
     assert [len(r.question) for r in loaded.records] == [10_000_000]
     assert [str(r) for r in loaded.rejected] == [
         f"{file} line 2: tool_calls holds half a character (a lone surrogate) at position 68"
@@ -289,7 +289,7 @@ def test_a_huge_line_and_half_characters_are_rows_like_others(tmp_path: Path) ->
 def test_memory_does_not_grow_with_the_rows(
     tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Peak resident memory of reading, splitting, tokenising and the preflight, in a process of its own."""
+    """Peak resident memory of reading, splitting, tokenizing and the preflight, in a process of its own."""
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
     code = (
         "import sys; from pathlib import Path; from transformers import PreTrainedTokenizerFast;"
@@ -313,9 +313,9 @@ def test_memory_does_not_grow_with_the_rows(
 def test_worked_examples_are_drawn_as_from_memory(tmp_path: Path) -> None:
     rows = [replace(ROWS[1], messages=(Message("user", f"q {i % 9}"), Message("assistant", "a"))) for i in range(30)]
     rows = [replace(row, source=Source("d", i), group=f"g{i % 4}") for i, row in enumerate(rows)]
-    chosen = choose_shots(Records.of([*rows, ROWS[2]]), 6, 0)
-    assert choose_shots(Records.of(rows), 0, 0) == ()
+    chosen = choose_shots(Records.from_records([*rows, ROWS[2]]), 6, 0)
+    assert choose_shots(Records.from_records(rows), 0, 0) == ()
     assert len({shot.question for shot in chosen}) == 6 and len({shot.group for shot in chosen[:3]}) == 3
     assert min(shot.source.line for shot in chosen) >= 21  # of copies the last
     with pytest.raises(DataError, match="the training split has 9 rows"):
-        choose_shots(Records.of(rows), 10, 0)
+        choose_shots(Records.from_records(rows), 10, 0)

@@ -11,16 +11,16 @@ from safetensors.torch import save_file
 
 from builders import documents, policy_of, tuned
 from models import tiny_model
-from rung.config.method import LoraSpec
-from rung.config.training import OptimiserSpec
+from rung.config.method import LoraConfig
+from rung.config.training import OptimizerConfig
 from rung.errors import CheckpointError, GateError
-from rung.files import verify, write_folder
-from rung.methods.protocol import Moving
-from rung.methods.registry import attach
+from rung.files import find_damage, write_folder
+from rung.methods.protocol import TrainableSet
+from rung.methods.registry import attach_method
 from rung.models import attention
 from rung.training import gates
-from rung.training.checkpoint import newest, prune
-from rung.training.optimizer import make_optimiser
+from rung.training.checkpoint import newest_checkpoint, remove_old_checkpoints
+from rung.training.optimizer import make_optimizer
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_our_own_functions_and_their_mutation(shape: str) -> None:
 def test_the_fused_gate_is_not_skipped_where_products_are_in_bfloat16() -> None:
     """Its base is narrow and what it trains is wide, as with a base held narrow; but it can run its own forward."""
     model = tiny_model(dtype=torch.bfloat16)
-    method = attach(model, LoraSpec(), seed=0)
+    method = attach_method(model, LoraConfig(), seed=0)
     gate = gates.check_fused(policy_of(model, method, compute=torch.bfloat16), documents(shared=18))
     assert gate is not None and gate.state == "passed"
 
@@ -103,7 +103,7 @@ def test_decoding_and_its_mutation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_identity_and_its_mutation() -> None:
     model = tiny_model()
-    method = attach(model, LoraSpec(), seed=0)
+    method = attach_method(model, LoraConfig(), seed=0)
     policy = policy_of(model, method)
     gate = gates.check_identity(policy, method, documents())
     assert gate is not None and gate.state == "passed" and gate.measured == 0.0
@@ -115,7 +115,7 @@ def test_identity_and_its_mutation() -> None:
 def test_a_reference_and_its_mutation() -> None:
     """Weights that only claim to be the base's are found out, even by one number."""
     model = tiny_model()
-    method = attach(model, LoraSpec(), seed=0)
+    method = attach_method(model, LoraConfig(), seed=0)
     policy, other = policy_of(model, method), tiny_model()
     policy.reference = policy_of(other)
     gate = gates.check_reference(policy, method, documents())
@@ -130,22 +130,22 @@ def test_a_reference_and_its_mutation() -> None:
 
 def test_trainable_and_its_mutation() -> None:
     _, method = tuned("lora")
-    optimiser = make_optimiser(method.trainable(), OptimiserSpec())
-    assert gates.check_trainable(method, optimiser).state == "passed"
+    optimizer = make_optimizer(method.trainable(), OptimizerConfig())
+    assert gates.check_trainable(method, optimizer).state == "passed"
     next(iter(method.trainable().values())).requires_grad_(False)
-    assert gates.check_trainable(method, make_optimiser(method.trainable(), OptimiserSpec())).state == "failed"
+    assert gates.check_trainable(method, make_optimizer(method.trainable(), OptimizerConfig())).state == "failed"
 
 
 def test_movement_names_what_stood_still() -> None:
     policy, method = tuned("lora")
-    movement = gates.Movement(policy.model, method.trainable())
-    optimiser = make_optimiser(method.trainable(), OptimiserSpec())
+    movement = gates.MovementGate(policy.model, method.trainable())
+    optimizer = make_optimizer(method.trainable(), OptimizerConfig())
     verdict = None
     for _ in range(2):
         for i, parameter in enumerate(method.trainable().values()):
             parameter.grad = torch.zeros_like(parameter) if i == 3 else torch.ones_like(parameter)
-        optimiser.step()
-        verdict = movement.see(optimiser)
+        optimizer.step()
+        verdict = movement.observe(optimizer)
     assert verdict is not None and verdict.state == "failed" and "not moved" in str(verdict.measured)
     assert list(method.trainable())[3] in str(verdict.measured)
 
@@ -157,7 +157,7 @@ def test_save_refuses_and_keeps_the_old_folder(bad: torch.Tensor, tmp_path: Path
     before = (folder / "w.safetensors").read_bytes()
     with pytest.raises(GateError, match="tensor w"):
         write_folder(folder, lambda aside: save_file({"w": bad}, aside / "w.safetensors"))
-    assert (folder / "w.safetensors").read_bytes() == before and verify(folder) is None
+    assert (folder / "w.safetensors").read_bytes() == before and find_damage(folder) is None
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
 
 
@@ -174,9 +174,9 @@ def test_verify_finds_every_damage(tmp_path: Path) -> None:
     (tmp_path / "step-2" / "manifest.json").write_text("{}")
     (tmp_path / "step-1" / "w.safetensors").unlink()
     warnings: list[str] = []
-    assert newest(tmp_path, warnings.append) == tmp_path / "step-0"
+    assert newest_checkpoint(tmp_path, warnings.append) == tmp_path / "step-0"
     assert [w.split()[1] for w in warnings] == ["step-4", "step-3", "step-2", "step-1"]
-    prune(tmp_path, 2)
+    remove_old_checkpoints(tmp_path, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-3", "step-4"]
 
 
@@ -186,35 +186,39 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         write_folder(tmp_path / "file" / "below", lambda aside: None)
 
 
-def stepped(method: object, optimiser: torch.optim.Optimizer, still: set[str]) -> None:
+def stepped(method: object, optimizer: torch.optim.Optimizer, still: set[str]) -> None:
     for name, parameter in method.trainable().items():  # type: ignore[attr-defined]
         parameter.grad = torch.zeros_like(parameter) if name in still else torch.ones_like(parameter)
-    optimiser.step()
+    optimizer.step()
 
 
 def test_movement_waits_for_tasks_that_have_not_come() -> None:
     """A table is judged after two steps with documents of its task; one that then stood still fails."""
     policy, method = tuned("prompt", virtual_tokens=2, tasks=("often", "rare"))
-    optimiser, movement = make_optimiser(method.trainable(), OptimiserSpec()), None
+    optimizer, movement = make_optimizer(method.trainable(), OptimizerConfig()), None
     for broken in (False, True):
-        movement = gates.Movement(policy.model, method.trainable())
+        movement = gates.MovementGate(policy.model, method.trainable())
         found = []
         for tasks in (["often"], ["rare"], ["often", "rare"]):
-            reached = method.reached(tasks)
-            stepped(method, optimiser, {n for n in method.trainable() if n not in reached or (broken and "rare" in n)})
-            found.append(movement.see(optimiser, None, reached))
+            reached = method.trainable_for_tasks(tasks)
+            stepped(method, optimizer, {n for n in method.trainable() if n not in reached or (broken and "rare" in n)})
+            found.append(movement.observe(optimizer, None, reached))
         assert [gate and gate.state for gate in found] == [None, None, "failed" if broken else "passed"]
-        assert movement.see(optimiser) is None  # one verdict a run
+        assert movement.observe(optimizer) is None  # one verdict a run
 
 
 def test_movement_counts_anew_what_begins_anew() -> None:
     """The first step after a rewind moves B alone: A has no gradient while B is zero."""
     policy, method = tuned("lora")
-    optimiser = make_optimiser(method.trainable(), OptimiserSpec())
-    movement, names = gates.Movement(policy.model, method.trainable()), set(method.trainable())
+    optimizer = make_optimizer(method.trainable(), OptimizerConfig())
+    movement, names = gates.MovementGate(policy.model, method.trainable()), set(method.trainable())
     a = {name for name in names if ".lora_A." in name}
     found = []
-    for moving, still in ((None, a), (Moving(names, anew=True, turns=True), a), (Moving(names), set())):
-        stepped(method, optimiser, still)
-        found.append(movement.see(optimiser, moving))
+    for moving, still in (
+        (None, a),
+        (TrainableSet(names, restarted=True, changes_for_good=True), a),
+        (TrainableSet(names), set()),
+    ):
+        stepped(method, optimizer, still)
+        found.append(movement.observe(optimizer, moving))
     assert [gate and gate.state for gate in found] == [None, None, "passed"]

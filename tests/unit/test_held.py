@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 
 from rung.errors import CheckpointError
-from rung.files import Journal, hold, let_go, tidy, write_text
+from rung.files import Journal, lock_file, recover_interrupted_writes, unlock_and_remove, write_text
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     again = f"from rung.files import hold; from pathlib import Path; hold(Path({str(tmp_path / 'x')!r}))"
-    with hold(tmp_path / "x"):
+    with lock_file(tmp_path / "x"):
         with pytest.raises(CheckpointError, match="another process"):
-            hold(tmp_path / "x")
+            lock_file(tmp_path / "x")
         other = subprocess.run([sys.executable, "-c", again], capture_output=True, text=True, check=False)
         assert other.returncode != 0 and "another process is at work here" in other.stderr
     assert subprocess.run([sys.executable, "-c", again], check=False).returncode == 0
-    let_go(tmp_path / "x", hold(tmp_path / "x"))
+    unlock_and_remove(tmp_path / "x", lock_file(tmp_path / "x"))
     assert not (tmp_path / "x").exists()
 
 
@@ -35,11 +35,11 @@ def test_what_was_made_is_there_after_a_stop_and_a_torn_line_is_not(tmp_path: Pa
     with path.open("ab") as file:
         file.write(b'{"key": "2", "val')
     again = Journal(path, {"n": 3})
-    assert again.known == {"0": [1, "ä"], "1": None}
+    assert again.results == {"0": [1, "ä"], "1": None}
     again.add("2", 0.1)
     again.close()
     with closing(Journal(path, {"n": 3})) as last:
-        assert last.known["2"] == 0.1
+        assert last.results["2"] == 0.1
     assert len(path.read_text().splitlines()) == 4
 
 
@@ -71,5 +71,5 @@ def test_what_a_kill_left_is_put_right(tmp_path: Path) -> None:
         (tmp_path / name / "x").touch()
     (tmp_path / "best").mkdir()
     (tmp_path / ".run.json.writing-17").touch()
-    tidy(tmp_path)
+    recover_interrupted_writes(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "gone"] and (tmp_path / "gone" / "x").exists()

@@ -8,16 +8,16 @@ import pandas
 import pytest
 
 from rung.errors import CheckpointError
-from rung.evaluation.evaluate import Evaluation, Item
+from rung.evaluation.evaluate import Evaluation, ScoredItem
 from rung.training.run_folder import read_items, write_items
 
 
-def item(line: int, **changes: object) -> Item:
+def item(line: int, **changes: object) -> ScoredItem:
     fields = {
         "source": f"data line {line}", "group": None, "question": "q\u2028", "context": None, "expected": "é",
         "answer": "\x00", "scores": {"exact": 1.0, "token_f1": 0.5}, "prompt_tokens": 7, "stopped": line % 2 == 0,
     }  # fmt: skip
-    return Item(**{**fields, **changes})  # type: ignore[arg-type]
+    return ScoredItem(**{**fields, **changes})  # type: ignore[arg-type]
 
 
 def test_items_come_back_and_pandas_reads_them(tmp_path: Path) -> None:

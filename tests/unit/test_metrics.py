@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rung.scoring.metrics import METRICS, Quantity, exact, normalise, normalised, numeric, quantity, rouge_l, token_f1
+from rung.scoring.metrics import METRICS, Quantity, exact, normalize, normalized, numeric, quantity, rouge_l, token_f1
 
 MINUS = "\u2212"
 
@@ -46,8 +46,8 @@ def test_exact(answer: str, expected: str, score: float) -> None:
         ("the", "a", 0),
     ],
 )
-def test_normalised(answer: str, expected: str, score: float) -> None:
-    assert normalised(answer, expected) == score
+def test_normalized(answer: str, expected: str, score: float) -> None:
+    assert normalized(answer, expected) == score
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ QUANTITIES = st.builds(
 
 @given(st.text())
 def test_every_binary_metric_and_f1_find_a_text_equal_to_itself(text: str) -> None:
-    for metric in ("exact", "normalised", "numeric", "token_f1"):
+    for metric in ("exact", "normalized", "numeric", "token_f1"):
         assert METRICS[metric].function(text, text) == 1.0
 
 
@@ -191,7 +191,7 @@ def test_scores_are_within_0_and_1_and_symmetric_where_they_should_be(one: str, 
         score = metric.function(one, other)
         assert 0.0 <= score <= 1.0
         assert score in (0.0, 1.0) or not metric.binary
-    for function in (exact, normalised, token_f1):
+    for function in (exact, normalized, token_f1):
         assert function(one, other) == pytest.approx(function(other, one))
 
 
@@ -208,11 +208,11 @@ def test_every_way_to_write_an_integer_reads_the_same(number: int) -> None:
 
 
 @given(st.text())
-def test_a_text_with_words_never_normalises_to_nothing(text: str) -> None:
+def test_a_text_with_words_never_normalizes_to_nothing(text: str) -> None:
     if any(c.isalnum() for c in text):
-        assert normalise(text)
+        assert normalize(text)
 
 
 def test_the_table_names_what_it_holds() -> None:
-    assert list(METRICS) == ["exact", "normalised", "numeric", "token_f1", "rouge_l"]
+    assert list(METRICS) == ["exact", "normalized", "numeric", "token_f1", "rouge_l"]
     assert all(metric.name == name and metric.doc and metric.higher_is_better for name, metric in METRICS.items())

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builders import documents, example
-from rung.training.packing import MIN_AHEAD, MIN_SHARED, largest_first, pack, pack_in_slices, pack_separately
+from rung.training.packing import MIN_PREFIX_AHEAD, MIN_SHARED, largest_first, pack, pack_in_slices, pack_separately
 from rung.types import Example, PackedBatch
 
 HEAD = list(range(100, 100 + MIN_SHARED))
@@ -129,7 +129,7 @@ def test_every_prediction_survives_long(rows: list[list[int]], budget: int, shar
     assert all(len(b.ids) <= budget or b.sequences == 1 for b in batches)
 
 
-LONG = list(range(3, 3 + MIN_AHEAD + 20))
+LONG = list(range(3, 3 + MIN_PREFIX_AHEAD + 20))
 
 
 def test_what_several_batches_begin_with_runs_ahead_of_them() -> None:
@@ -145,11 +145,11 @@ def test_what_several_batches_begin_with_runs_ahead_of_them() -> None:
 
 def test_nothing_supervised_runs_ahead() -> None:
     """The prediction of the first supervised token is made within the rows."""
-    examples = [example([*LONG, 100 + i, 7], MIN_AHEAD + 5) for i in range(40)]
+    examples = [example([*LONG, 100 + i, 7], MIN_PREFIX_AHEAD + 5) for i in range(40)]
     batches = pack(examples, 60)
-    assert {len(b.prefix.ids) for b in batches} == {MIN_AHEAD + 4}
+    assert {len(b.prefix.ids) for b in batches} == {MIN_PREFIX_AHEAD + 4}
     assert [d for b in batches for d in unrolled(b)] == expected(examples)
-    early = [example([*LONG, 100 + i, 7], MIN_AHEAD - 5) for i in range(40)]
+    early = [example([*LONG, 100 + i, 7], MIN_PREFIX_AHEAD - 5) for i in range(40)]
     assert {b.prefix for b in pack(early, 60)} == {None}
 
 
@@ -168,8 +168,8 @@ def test_two_groups_run_ahead_of_their_own_rows_and_the_rest_fills_together() ->
 def test_whatever_runs_ahead_every_prediction_is_made_once(shape: list[tuple[int, int, int]]) -> None:
     examples = []
     for i, (first, second, own) in enumerate(shape):
-        ids = [*([first] * MIN_AHEAD), *([second] * MIN_AHEAD), *range(10 + i, 10 + i + own)]
-        examples.append(example(ids, 2 * MIN_AHEAD))
+        ids = [*([first] * MIN_PREFIX_AHEAD), *([second] * MIN_PREFIX_AHEAD), *range(10 + i, 10 + i + own)]
+        examples.append(example(ids, 2 * MIN_PREFIX_AHEAD))
     batches = pack(examples, 200)
     assert [d for b in batches for d in unrolled(b)] == expected(examples)
     assert all(len(b.ids) <= 200 or b.sequences == 1 for b in batches)

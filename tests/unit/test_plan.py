@@ -12,19 +12,19 @@ import pytest
 from models import SHAPES, tiny_model
 from plan_tables import LISTED, lever_rows, listed, rule_rows
 from rung.config.catalog import CATALOG
-from rung.config.method import METHOD_SPECS
-from rung.config.model import ModelSpec
-from rung.config.run import RunSpec
+from rung.config.method import METHOD_CONFIGS
+from rung.config.model import ModelConfig
+from rung.config.run import RunConfig
 from rung.errors import CheckpointError, ConfigError, PlanError
-from rung.methods.registry import attach
-from rung.planning.architecture import read_shape, shape_of
-from rung.planning.method_cost import trained
-from rung.planning.throughput import DEVICES, Amount, keep_rate, rate_for, token_flops
+from rung.methods.registry import attach_method
+from rung.planning.architecture import read_shape, shape_from_config
+from rung.planning.method_cost import method_cost
+from rung.planning.throughput import DEVICES, DataVolume, record_throughput, throughput_for, token_flops
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     "lora some": {"rank": 3, "targets": ("q", "down"), "layers": (1,)},
-    "lora ranks": {"rank": 4, "ranks": {"q": 2, "1": 3, "1.down": 5}},
+    "lora ranks": {"rank": 4, "rank_pattern": {"q": 2, "1": 3, "1.down": 5}},
     "lora dora": {"dora": True},
     "lora pissa": {"init": "pissa"},
     "lora head": {"modules_to_save": ("lm_head",)},
@@ -47,7 +47,7 @@ METHODS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_number_of_a_model_is_counted(kind: str, tied: bool) -> None:
     model = tiny_model(kind, tie_word_embeddings=tied)
-    shape = shape_of(model.config.to_dict())
+    shape = shape_from_config(model.config.to_dict())
     assert shape.parameters == model.num_parameters()
     assert shape.layers == model.config.num_hidden_layers and shape.vocabulary == model.config.vocab_size
 
@@ -56,22 +56,22 @@ def test_every_number_of_a_model_is_counted(kind: str, tied: bool) -> None:
 def test_a_config_as_it_is_written_says_the_same(kind: str, tmp_path: Path) -> None:
     model = tiny_model(kind)
     model.save_pretrained(tmp_path)
-    shape = read_shape(ModelSpec(name=str(tmp_path)))
+    shape = read_shape(ModelConfig(name=str(tmp_path)))
     assert shape.parameters == model.num_parameters() and shape.stored == "float32"
     model.bfloat16().save_pretrained(tmp_path)
-    assert read_shape(ModelSpec(name=str(tmp_path))).stored == "bfloat16"
+    assert read_shape(ModelConfig(name=str(tmp_path))).stored == "bfloat16"
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi3", "gpt2", "gemma2"])
 @pytest.mark.parametrize("name", METHODS)
 def test_what_moves_is_what_the_method_declares(kind: str, name: str) -> None:
-    spec = METHOD_SPECS[name.split()[0]](**METHODS[name])
+    config = METHOD_CONFIGS[name.split()[0]](**METHODS[name])
     model = tiny_model(kind)
-    shape = shape_of(model.config.to_dict())
-    found = trained(spec, shape)
-    method = attach(model, spec, seed=0)
+    shape = shape_from_config(model.config.to_dict())
+    found = method_cost(config, shape)
+    method = attach_method(model, config, seed=0)
     parameters = method.trainable()
-    assert found.moving == method.declared_parameters() == sum(p.numel() for p in parameters.values())
+    assert found.trainable == method.declared_parameters() == sum(p.numel() for p in parameters.values())
     if name.split()[0] not in ("prefix", "p_tuning"):  # of an encoder the largest tensor is taken for its whole
         assert found.largest == max(p.numel() for p in parameters.values())
 
@@ -97,28 +97,28 @@ def test_a_gguf_file_says_its_shape(tied: bool, tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    shape = read_shape(ModelSpec(name=str(file)))
+    shape = read_shape(ModelConfig(name=str(file)))
     assert shape.parameters == tiny_model(tie_word_embeddings=tied).num_parameters() and shape.tied == tied
     assert shape.context == config.max_position_embeddings and shape.stored == "float32"
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ConfigError, match="GGUF"):
-        read_shape(ModelSpec(name=str(file)))
+        read_shape(ModelConfig(name=str(file)))
 
 
 def test_the_known_base_is_its_own_shape() -> None:
     known = CATALOG["smollm2-135m"]
-    shape = read_shape(ModelSpec(name=known.name))
+    shape = read_shape(ModelConfig(name=known.name))
     assert shape.parameters == known.parameters and shape.context == known.context
 
 
 def test_a_run_leads_to_its_base(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text(json.dumps({"spec": {"model": {"name": "smollm2-135m"}}}))
-    assert read_shape(ModelSpec(name=str(tmp_path))).layers == 30
-    student = ModelSpec(student_of=str(tmp_path), layers="every_other")
+    (tmp_path / "run.json").write_text(json.dumps({"config": {"model": {"name": "smollm2-135m"}}}))
+    assert read_shape(ModelConfig(name=str(tmp_path))).layers == 30
+    student = ModelConfig(student_of=str(tmp_path), layers="every_other")
     assert read_shape(student).layers == 15
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(CheckpointError, match="manifest"):
-        read_shape(ModelSpec(name=str(tmp_path)))
+        read_shape(ModelConfig(name=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_what_has_no_shape(name: str, config: Any, error: type[Exception], tmp_p
         folder.mkdir()
         (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
     with pytest.raises(error):
-        read_shape(ModelSpec(name=str(folder)))
+        read_shape(ModelConfig(name=str(folder)))
 
 
 def test_the_tables_on_the_page_are_those_of_the_plan() -> None:
@@ -150,34 +150,34 @@ def test_the_tables_on_the_page_are_those_of_the_plan() -> None:
 
 def test_the_fastest_run_is_the_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUNG_CACHE", str(tmp_path))
-    assert rate_for(None, "float32") is None
+    assert throughput_for(None, "float32") is None
     for flops in (2e9, 5e9, 3e9):
-        keep_rate("float32", flops, f"at {flops:.0e}")
-    found = rate_for(None, "float32")
+        record_throughput("float32", flops, f"at {flops:.0e}")
+    found = throughput_for(None, "float32")
     assert found is not None and found.flops == 5e9 and "5e+09" in found.source
-    assert rate_for(None, "bfloat16") is None
-    stated = rate_for(DEVICES["h100"], "bfloat16")
+    assert throughput_for(None, "bfloat16") is None
+    stated = throughput_for(DEVICES["h100"], "bfloat16")
     assert stated is not None and stated.flops == 0.4 * 989e12
     (tmp_path / "rates.json").write_text("{torn")
-    assert rate_for(None, "float32") is None
+    assert throughput_for(None, "float32") is None
 
 
 def test_operations_are_those_of_the_products() -> None:
     """Against a count of the products themselves: 4 P a token with a frozen base, 6 P without one, and so on."""
-    shape = shape_of(CATALOG["smollm2-135m"].config)
-    amount = Amount(1.0, learned=0.0, length=0.0, known=True)
+    shape = shape_from_config(CATALOG["smollm2-135m"].config)
+    amount = DataVolume(1.0, learned=0.0, length=0.0, known=True)
     inside = shape.layers * shape.linear
 
     def token(**method: Any) -> float:
-        spec = RunSpec.model_validate({"data": {"path": "x"}, "output": "y", "method": method})
-        return token_flops(spec, shape, amount)
+        config = RunConfig.model_validate({"data": {"path": "x"}, "output": "y", "method": method})
+        return token_flops(config, shape, amount)
 
     assert token(kind="full") == 6 * inside and token(kind="prompt") == 4 * inside
     assert token(kind="lora") == 4 * inside + 6 * 4_884_480
     assert token(kind="head") == 2 * inside
     half = token(kind="lora", layers="15-29")
     assert half == 2 * inside + inside + 6 * 4_884_480 / 2
-    learned = Amount(1.0, learned=1.0, length=100.0, known=True)
-    spec = RunSpec.model_validate({"data": {"path": "x"}, "output": "y"})
+    learned = DataVolume(1.0, learned=1.0, length=100.0, known=True)
+    config = RunConfig.model_validate({"data": {"path": "x"}, "output": "y"})
     attention = 12 * shape.query * 50 * shape.layers
-    assert token_flops(spec, shape, learned) == token(kind="lora") + 4 * shape.embedding + attention
+    assert token_flops(config, shape, learned) == token(kind="lora") + 4 * shape.embedding + attention

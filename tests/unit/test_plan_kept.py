@@ -12,11 +12,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from builders import example, policy_of
 from models import tiny_model
-from rung.config.method import METHOD_SPECS
-from rung.config.objective import SftSpec
-from rung.methods.registry import attach
-from rung.objectives.sft import Sft
-from rung.planning.architecture import shape_of
+from rung.config.method import METHOD_CONFIGS
+from rung.config.objective import SftConfig
+from rung.methods.registry import attach_method
+from rung.objectives.sft import SftObjective
+from rung.planning.architecture import shape_from_config
 from rung.planning.method_cost import activation_bytes_per_token, layer_bytes_per_token, method_bytes_per_token
 from rung.training.packing import pack
 
@@ -35,7 +35,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "qlora, two roles": ("qlora", {"targets": ("q", "v")}),
     "qlora, 8 bits, two roles": ("qlora", {"bits": 8, "targets": ("q", "v")}),
     "qlora, 8 bits, dropout": ("qlora", {"bits": 8, "dropout": 0.1}),
-    "ranks": ("lora", {"ranks": {"q": 32}}),
+    "rank_pattern": ("lora", {"rank_pattern": {"q": 32}}),
     "mixture": ("mixture", {"experts": 3, "rank": 4}),
     "mixture, one role": ("mixture", {"experts": 3, "rank": 4, "targets": ("q",)}),
     "mixture, another": ("mixture", {"experts": 3, "rank": 4, "targets": ("gate",)}),
@@ -50,30 +50,30 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", METHODS)
 def test_a_layer_keeps_what_is_planned(name: str) -> None:
     kind, given = METHODS[name]
-    spec = METHOD_SPECS[kind](**given)
-    shape = shape_of(tiny_model().config.to_dict())
-    planned = layer_bytes_per_token(shape) + method_bytes_per_token(spec, replace(shape, layers=1))
-    measured = (kept(spec, layers=4) - kept(spec, layers=2)) / 2 / TOKENS
+    config = METHOD_CONFIGS[kind](**given)
+    shape = shape_from_config(tiny_model().config.to_dict())
+    planned = layer_bytes_per_token(shape) + method_bytes_per_token(config, replace(shape, layers=1))
+    measured = (kept(config, layers=4) - kept(config, layers=2)) / 2 / TOKENS
     assert planned <= measured <= planned * (1 + SMALL), (planned / 4, measured / 4)
 
 
 def test_layers_without_the_method_keep_what_the_base_does() -> None:
     """Of four layers the lowest has it, and with another setting a second one."""
-    shape = shape_of(tiny_model(num_hidden_layers=4).config.to_dict())
-    one, two = (METHOD_SPECS["lora"](dropout=0.1, layers=layers) for layers in ((0,), (0, 2)))
+    shape = shape_from_config(tiny_model(num_hidden_layers=4).config.to_dict())
+    one, two = (METHOD_CONFIGS["lora"](dropout=0.1, layers=layers) for layers in ((0,), (0, 2)))
     planned = method_bytes_per_token(two, shape) - method_bytes_per_token(one, shape)
     measured = (kept(two, layers=4) - kept(one, layers=4)) / TOKENS
     assert measured == pytest.approx(planned, rel=SMALL)
     assert activation_bytes_per_token(shape) == 4 * layer_bytes_per_token(shape)
 
 
-def kept(spec: Any, *, layers: int) -> int:
+def kept(config: Any, *, layers: int) -> int:
     """Bytes that a forward pass has taken and not given back."""
     model = tiny_model(num_hidden_layers=layers, max_position_embeddings=TOKENS)
-    policy = policy_of(model, attach(model, spec, seed=0))
+    policy = policy_of(model, attach_method(model, config, seed=0))
     model.train()
     (batch,) = pack([example([5] * (TOKENS // 2), 10, line=n) for n in (1, 2)], TOKENS, share_prefixes=False)
-    objective = Sft(SftSpec())
+    objective = SftObjective(SftConfig())
     objective.loss(policy, batch)[0].total.backward()  # what is made once is there from here on
     gc.collect()  # or what an earlier pass left goes while it is counted
     gc.disable()

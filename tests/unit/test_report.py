@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from rung.errors import CheckpointError
-from rung.report.answer_browser import EACH, FIRST, browse
-from rung.report.html import build
-from rung.report.run_reader import read
-from rung.scoring.recommendation import verdict
+from rung.report.answer_browser import EACH, FIRST, browse_answers
+from rung.report.html import write_report
+from rung.report.run_reader import read_report_source
+from rung.scoring.recommendation import recommend
 from rung.scoring.stats import paired_difference, score_interval
 from rung.training.run_folder import read_items, write_items
 
@@ -35,8 +35,8 @@ METHOD = {
 SPEC = {
     "model": {"name": "smollm2-135m"},
     "method": METHOD,
-    "engine": {"examples_per_step": 16, "schedule": "cosine", "warmup": 0.03},
-    "evaluate": {"metrics": ["exact", "numeric"]},
+    "training": {"examples_per_step": 16, "schedule": "cosine", "warmup_ratio": 0.03},
+    "evaluation": {"metrics": ["exact", "numeric"]},
 }
 DATA = {
     "splits": {
@@ -81,7 +81,7 @@ def a_run(folder: Path, **changes: Any) -> Path:
         "learning_rate": 5e-4,
     }  # fmt: skip
     manifest = {
-        "status": "finished", "spec": {**SPEC, "output": folder.name}, "gates": GATES, "versions": VERSIONS,
+        "status": "finished", "config": {**SPEC, "output": folder.name}, "gates": GATES, "versions": VERSIONS,
         "fingerprints": {"base": "6ea0aba9e02ca44f12a019cc", "data": "e9b15bc5"}, "data": DATA, "device": "cpu",
         "compute_dtype": "float32", **measured, "metrics": {"validation_loss": 0.722},
     }  # fmt: skip
@@ -143,12 +143,19 @@ class Made:
             })  # fmt: skip
         ladder = {
             "metric": "exact", "examples": ITEMS, "clusters": CLUSTERS, "ladder": rows, "folder": str(folder),
-            "verdict": verdict(tables, 0.05, clusters=clusters).to_json(), "report": str(folder / "report.html"),
+            "verdict": recommend(tables, 0.05, clusters=clusters).to_json(), "report": str(folder / "report.html"),
         }  # fmt: skip
         self.change(ladder)
         climb = {"rungs": [{"kind": "lora", "name": label} for label in self.rungs], "margin": 0.05, "target": 0.9}
-        spec = {**SPEC, "climb": {**climb, "seeds": self.seeds}, "output": str(folder)}
-        manifest = {"status": "finished", "spec": spec, "gates": [], "versions": VERSIONS, "climb": True, "data": DATA}
+        config = {**SPEC, "climb": {**climb, "seeds": self.seeds}, "output": str(folder)}
+        manifest = {
+            "status": "finished",
+            "config": config,
+            "gates": [],
+            "versions": VERSIONS,
+            "climb": True,
+            "data": DATA,
+        }
         write_json(folder / "run.json", {**manifest, "fingerprints": {"base": "6ea0aba9"}, "ladder": ladder})
         return folder
 
@@ -192,7 +199,7 @@ class Page(HTMLParser):
 
 
 def page(folder: Path) -> Page:
-    return Page(build(folder).read_text(encoding="utf-8"))
+    return Page(write_report(folder).read_text(encoding="utf-8"))
 
 
 def test_a_climb_shows_all_of_its_parts(tmp_path: Path) -> None:
@@ -213,7 +220,7 @@ def test_a_climb_shows_all_of_its_parts(tmp_path: Path) -> None:
 
 
 def test_the_page_is_alone_and_runs_nothing(tmp_path: Path) -> None:
-    written = build(Made().write(tmp_path / "climb")).read_text(encoding="utf-8")
+    written = write_report(Made().write(tmp_path / "climb")).read_text(encoding="utf-8")
     shown = Page(written)
     assert not {"script", "link", "img", "iframe", "object", "base", "form"} & set(shown.tags)
     assert not re.search(r"https?://|@import|javascript:", written)
@@ -294,7 +301,7 @@ def test_a_run_that_did_not_finish_says_so_on_top(tmp_path: Path, changes: dict[
 
 
 def test_missing_pieces_are_absent(tmp_path: Path) -> None:
-    write_json(tmp_path / "run.json", {"status": "started", "spec": {}})
+    write_json(tmp_path / "run.json", {"status": "started", "config": {}})
     shown = page(tmp_path)
     assert "Not finished" in shown.text and "svg" not in shown.tags
     for word in ("None", "nan", "Gates", "Data", "Loss", "resolved config"):
@@ -335,8 +342,8 @@ def test_infinite_bounds_and_perplexity(tmp_path: Path) -> None:
 
 def test_the_same_folder_gives_the_same_bytes(tmp_path: Path) -> None:
     folder = Made(seeds=3).write(tmp_path / "climb")
-    first = build(folder).read_bytes()
-    assert build(folder).read_bytes() == first
+    first = write_report(folder).read_bytes()
+    assert write_report(folder).read_bytes() == first
     assert [p.name for p in folder.iterdir() if p.name.startswith(".")] == []
 
 
@@ -352,18 +359,20 @@ def test_a_moved_climb_still_finds_its_rungs(tmp_path: Path) -> None:
 
 
 def test_examples_show_every_way_the_rungs_differ(tmp_path: Path) -> None:
-    source = read(Made().write(tmp_path / "climb"))
-    shown = [e for e in browse(source.rungs, source.metrics).examples if "differ" in e.filters]
+    source = read_report_source(Made().write(tmp_path / "climb"))
+    shown = [e for e in browse_answers(source.rungs, source.metrics).examples if "differ" in e.filters]
     patterns = [tuple(a.marks[0].tone for a in example.answers) for example in shown]
     every = list(zip(*([item["scores"]["exact"] for item in rung.items] for rung in source.rungs), strict=True))
     differing = {p for p in every if len(set(p)) > 1}
     assert len(set(patterns)) == len(differing) and all(len(set(p)) > 1 for p in patterns)
     assert len({example.group for example in shown}) >= 6 and len(shown) == FIRST
-    assert browse(source.rungs, source.metrics) == browse(read(tmp_path / "climb").rungs, source.metrics)
+    assert browse_answers(source.rungs, source.metrics) == browse_answers(
+        read_report_source(tmp_path / "climb").rungs, source.metrics
+    )
 
 
 def test_filters_show_who_alone_was_right(tmp_path: Path) -> None:
-    source = read(Made({"zero_shot": 0.2, "few_shot": 0.3, "lora": 0.9}).write(tmp_path / "climb"))
+    source = read_report_source(Made({"zero_shot": 0.2, "few_shot": 0.3, "lora": 0.9}).write(tmp_path / "climb"))
     low, middle, tuned = ([item["scores"]["exact"] == 1.0 for item in rung.items] for rung in source.rungs)
     counted = {
         "tuned": sum(t and not a and not b for a, b, t in zip(low, middle, tuned, strict=True)),
@@ -371,7 +380,7 @@ def test_filters_show_who_alone_was_right(tmp_path: Path) -> None:
         "all": sum(a and b and t for a, b, t in zip(low, middle, tuned, strict=True)),
         "none": sum(not (a or b or t) for a, b, t in zip(low, middle, tuned, strict=True)),
     }
-    browser = browse(source.rungs, source.metrics)
+    browser = browse_answers(source.rungs, source.metrics)
     assert {f.key: f.items for f in browser.filters[1:]} == {key: n for key, n in counted.items() if n}
     assert counted["tuned"] > EACH
     for key in counted:
@@ -381,13 +390,13 @@ def test_filters_show_who_alone_was_right(tmp_path: Path) -> None:
             right = [answer.marks[0].tone == "good" for answer in example.answers]
             wanted = {"tuned": [False, False, True], "all": [True] * 3, "none": [False] * 3}.get(key)
             assert right == wanted if wanted else not right[2] and any(right)
-    text = build(tmp_path / "climb").read_text(encoding="utf-8")
+    text = write_report(tmp_path / "climb").read_text(encoding="utf-8")
     assert all(f"#show-{f.key}:checked" in text and f'id="show-{f.key}"' in text for f in browser.filters)
 
 
 def test_rungs_that_agree_on_everything_do_not_differ(tmp_path: Path) -> None:
     folder = Made({"zero_shot": -1.0, "few_shot": -1.0}).write(tmp_path / "climb")
-    assert [(f.label, f.items) for f in browse(read(folder).rungs, ["exact"]).filters] == [
+    assert [(f.label, f.items) for f in browse_answers(read_report_source(folder).rungs, ["exact"]).filters] == [
         ("some of each", ITEMS),
         ("none right", ITEMS),
     ]
@@ -403,8 +412,8 @@ def test_what_only_looking_up_gets_right(tmp_path: Path) -> None:
             "chunk_words": 9, "overlap": 0,
         }  # fmt: skip
 
-    source = read(Made({"zero_shot": 0.1, "few_shot": 0.9}, change=looked_up).write(tmp_path / "climb"))
-    browser = browse(source.rungs, source.metrics)
+    source = read_report_source(Made({"zero_shot": 0.1, "few_shot": 0.9}, change=looked_up).write(tmp_path / "climb"))
+    browser = browse_answers(source.rungs, source.metrics)
     assert [f.key for f in browser.filters][:2] == ["differ", "found"]
     for example in browser.examples:
         if "found" in example.filters:
@@ -418,7 +427,7 @@ def test_perplexity_marks_nats_and_calls_no_answer_wrong(tmp_path: Path) -> None
         kept, about = read_items(folder / f"rungs/{label}/items.parquet")
         scored = [item | {"scores": {}, "nats": 6.0 - nats, "answer_tokens": 4} for item in kept]
         write_items(folder / f"rungs/{label}/items.parquet", scored, about)
-    browser = browse(read(folder).rungs, ["perplexity"])
+    browser = browse_answers(read_report_source(folder).rungs, ["perplexity"])
     assert [f.key for f in browser.filters] == ["differ"], "nobody is right or wrong by it"
     (example, *_) = browser.examples
     assert [mark.text for answer in example.answers for mark in answer.marks] == [
@@ -430,12 +439,12 @@ def test_perplexity_marks_nats_and_calls_no_answer_wrong(tmp_path: Path) -> None
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a run folder"):
-        build(tmp_path)
+        write_report(tmp_path)
 
 
 def test_a_page_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     folder = a_run(tmp_path / "run")
     (folder / "report.html").mkdir()
     with pytest.raises(CheckpointError, match="could not write"):
-        build(folder)
+        write_report(folder)
     assert [p.name for p in folder.iterdir() if p.name.startswith(".")] == []

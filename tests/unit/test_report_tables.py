@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 
 from rung.report import plots
-from rung.report.formatting import bounds, count, decimals, duration, fixed, memory, p_value, significant
+from rung.report.formatting import (
+    decimals,
+    format_bounds,
+    format_bytes,
+    format_count,
+    format_duration,
+    format_fixed,
+    format_p_value,
+    format_significant,
+)
 from rung.report.summaries import gates_text, lottery_text, measured_text, method_text, preferred_text
 from rung.report.tables import dry_run_lines, ladder_lines, run_lines, score_lines
 
@@ -42,7 +51,7 @@ LADDER: dict[str, Any] = {
 RUN: dict[str, Any] = {
     "status": "finished", "steps": 6, "train_seconds": 71.825, "tokens_per_second": 124.5, "tokens": 8943,
     "peak_memory_bytes": 3129454592, "trainable_parameters": 4884480, "train_loss": 1.6997, "validation_loss": 1.4527,
-    "spec": {"method": {"kind": "lora", "rank": 16, "alpha": 32.0, "targets": ["q", "v"], "layers": None}},
+    "config": {"method": {"kind": "lora", "rank": 16, "alpha": 32.0, "targets": ["q", "v"], "layers": None}},
     "gates": [{"name": "preflight", "state": "passed"}, {"name": "movement", "state": "not_reached"}], "metrics": {},
     "data": {"splits": {"train": {"rows": 1293}}, "train": {"supervised_tokens": 20132}},
 }  # fmt: skip
@@ -94,7 +103,7 @@ def test_the_outlook_fits_the_verdict(width: int) -> None:
     untuned = outlook(recommended="few_shot", safe="few_shot")
     assert "> few_shot" in untuned and "rung merge" not in untuned and "rung chat runs/c/rungs/lora" in untuned
     undecided = outlook(recommended=None, examples_needed=260)
-    assert "rung climb CONFIG evaluate.limit=260 output=runs/c-260" in undecided and "rung merge" not in undecided
+    assert "rung climb CONFIG evaluation.limit=260 output=runs/c-260" in undecided and "rung merge" not in undecided
     assert "safe" in undecided or width >= 120
 
 
@@ -109,7 +118,7 @@ def test_infinite_bounds_hostile_names_and_one_metric(monkeypatch: pytest.Monkey
     assert "[bold]lora[/] \u4e2d" in text and "+0.50 (-∞, ∞)" in text and "[0.21, ∞)" in text
 
 
-def test_colour_only_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_color_only_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         encoding = "utf-8"
 
@@ -174,15 +183,18 @@ def test_score_lines() -> None:
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
-        (count(4884480), "4.9M"), (count(999_950), "1.0M"), (count(126), "126"), (count(1.5e9), "1.5B"),
-        (count(None), "–"), (memory(2411261952), "2.4 GB"), (memory(98e6), "98 MB"), (memory(12), "12 B"),
-        (memory(None), "–"), (duration(192.4), "3 min 12 s"), (duration(59.7), "1 min 0 s"),
-        (duration(7265), "2 h 1 min"), (duration(18.7), "19 s"), (duration(0.6269), "0.63 s"),
-        (duration(9.96), "10 s"), (duration(90000), "1 d 1 h"), (duration(None), "–"),
-        (significant(2.098e-05), "2.1e-05"), (significant(1234.5), "1234"), (significant(0), "0"),
-        (significant(0.63), "0.63"), (fixed(-0.001, 2), "0.00"), (fixed(0.25, 2, signed=True), "+0.25"),
-        (fixed(0.0, 2, signed=True), "0.00"), (p_value(None), ""), (p_value(0.0004), "p < 0.001"),
-        (p_value(0.0215), "p = 0.021"), (bounds({"low": None, "high": 1.0}, 1), "(-∞, 1.0]"),
+        (format_count(4884480), "4.9M"), (format_count(999_950), "1.0M"), (format_count(126), "126"),
+        (format_count(1.5e9), "1.5B"),
+        (format_count(None), "–"), (format_bytes(2411261952), "2.4 GB"), (format_bytes(98e6), "98 MB"),
+        (format_bytes(12), "12 B"),
+        (format_bytes(None), "–"), (format_duration(192.4), "3 min 12 s"), (format_duration(59.7), "1 min 0 s"),
+        (format_duration(7265), "2 h 1 min"), (format_duration(18.7), "19 s"), (format_duration(0.6269), "0.63 s"),
+        (format_duration(9.96), "10 s"), (format_duration(90000), "1 d 1 h"), (format_duration(None), "–"),
+        (format_significant(2.098e-05), "2.1e-05"), (format_significant(1234.5), "1234"), (format_significant(0), "0"),
+        (format_significant(0.63), "0.63"), (format_fixed(-0.001, 2), "0.00"),
+        (format_fixed(0.25, 2, signed=True), "+0.25"),
+        (format_fixed(0.0, 2, signed=True), "0.00"), (format_p_value(None), ""), (format_p_value(0.0004), "p < 0.001"),
+        (format_p_value(0.0215), "p = 0.021"), (format_bounds({"low": None, "high": 1.0}, 1), "(-∞, 1.0]"),
         (decimals([estimate(0.5, 0.38, 0.62)]), 2), (decimals([estimate(0.5, 0.49, 0.51)]), 3),
         (decimals([estimate(12.3, 11.1, 13.6)]), 1), (decimals([estimate(1.0, None, None), None]), 2),
         (decimals([estimate(0.5, 0.49, 0.51), estimate(0.5, 0.4, 0.6)]), 2), (decimals([estimate(250, 200, 300)]), 0),

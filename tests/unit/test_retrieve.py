@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rung.config.evaluation import RetrieveSpec
+from rung.config.evaluation import RetrievalConfig
 from rung.errors import ConfigError, DataError
-from rung.evaluation.retrieval import Index, Library, cut, own_contexts, read_documents, words
+from rung.evaluation.retrieval import Bm25Index, Library, own_contexts, query_words, read_documents, split_passages
 from rung.scoring.stats import wilson
 from rung.types import Message, Record, Source
 
@@ -39,7 +39,7 @@ TEXT = st.lists(st.sampled_from("abcdefg"), max_size=8)
 
 @given(st.lists(TEXT, min_size=1, max_size=9).filter(any), st.lists(st.sampled_from("abcdefgxyz"), max_size=6))
 def test_bm25_is_its_formula(texts: list[list[str]], query: list[str]) -> None:
-    index = Index(texts)
+    index = Bm25Index(texts)
     expected = lucene(query, texts)
     np.testing.assert_allclose(index.scores(query), expected, rtol=1e-12, atol=1e-14)
     order = sorted(range(len(texts)), key=lambda i: (-index.scores(query)[i], i))
@@ -48,17 +48,17 @@ def test_bm25_is_its_formula(texts: list[list[str]], query: list[str]) -> None:
 
 def test_ties_go_to_the_earlier_text() -> None:
     texts = [["x"], ["a", "b"], ["b", "a"], ["a", "b"]]
-    assert Index(texts).best(["a", "b"], 2) == [1, 2] and Index(texts).best(["a"], 9) == [1, 2, 3]
+    assert Bm25Index(texts).best(["a", "b"], 2) == [1, 2] and Bm25Index(texts).best(["a"], 9) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("texts", [[[]], [[], []]])
 def test_texts_without_words_are_never_found(texts: list[list[str]]) -> None:
-    assert Index(texts).scores(["a"]).tolist() == [0.0] * len(texts) and Index(texts).best(["a"], 3) == []
-    assert Index([["a"], []]).best(["a"], 3) == [0]
+    assert Bm25Index(texts).scores(["a"]).tolist() == [0.0] * len(texts) and Bm25Index(texts).best(["a"], 3) == []
+    assert Bm25Index([["a"], []]).best(["a"], 3) == [0]
 
 
 def test_words_of_any_script() -> None:
-    assert words("Straße FY2023: 41.5% — 売上, ﬁnance\u00a0Ⅳ") == [
+    assert query_words("Straße FY2023: 41.5% — 売上, ﬁnance\u00a0Ⅳ") == [
         "strasse",
         "fy2023",
         "41",
@@ -67,14 +67,14 @@ def test_words_of_any_script() -> None:
         "finance",
         "iv",
     ]
-    assert words("STRASSE") == words("straße") and words("?! … \n") == []
+    assert query_words("STRASSE") == query_words("straße") and query_words("?! … \n") == []
 
 
 @given(st.integers(0, 40), st.integers(1, 9), st.data())
 def test_passages_hold_every_word_and_share_what_is_stated(count: int, size: int, data: st.DataObject) -> None:
     overlap = data.draw(st.integers(0, size - 1))
     text = "".join(f"w{i}" + ("\n\n" if i % 3 else "  ") for i in range(count))
-    passages = cut(text, size, overlap)
+    passages = split_passages(text, size, overlap)
     assert all(passage in text for passage in passages)  # as it stands there, line breaks and all
     found = [[int(word[1:]) for word in passage.split()] for passage in passages]
     assert sorted({number for own in found for number in own}) == list(range(count))
@@ -89,7 +89,7 @@ def record(question: str, answer: str = "x", context: str | None = None, line: i
 
 
 def library(documents: Sequence[str], **settings: object) -> Library:
-    return Library.of(documents, RetrieveSpec(**settings), "here")  # type: ignore[arg-type]
+    return Library.from_documents(documents, RetrievalConfig(**settings), "here")  # type: ignore[arg-type]
 
 
 def test_documents_are_counted_whatever_they_hold() -> None:
@@ -102,16 +102,17 @@ def test_documents_are_counted_whatever_they_hold() -> None:
 
 def test_what_is_found_stands_in_place_of_the_context_best_first() -> None:
     found = library(["pears are green", "apples are red", "red apples, red apples"], top_k=2)
-    shown = found.shown(record("which APPLES are red?", context="something else"))
+    shown = found.with_passages(record("which APPLES are red?", context="something else"))
     ranked = sorted(
-        range(3), key=lambda i: -lucene(words("which apples are red"), [words(p) for p in found.passages])[i]
+        range(3),
+        key=lambda i: -lucene(query_words("which apples are red"), [query_words(p) for p in found.passages])[i],
     )
     assert shown.context == "\n\n".join(found.passages[i] for i in ranked[:2])
     assert shown.messages == record("which APPLES are red?").messages
-    assert found.shown(record("quid novi?", context="own")).context is None  # no word in common
+    assert found.with_passages(record("quid novi?", context="own")).context is None  # no word in common
     assert len(library(["a b", "a c"], top_k=9).find("a")) == 2  # more are asked for than there are
     text = Record((), Source("f", 1), text="a b")
-    assert found.shown(text) == text
+    assert found.with_passages(text) == text
 
 
 def test_a_hit_is_the_rows_own_context_or_the_answer() -> None:
@@ -128,12 +129,12 @@ def test_a_hit_is_the_rows_own_context_or_the_answer() -> None:
         record("million?", answer="4"),  # 4 is not in 42
         record("nothing known", answer="4"),
     ]
-    told = found.measure([Record(**{**_fields(row), "source": Source("f", i)}) for i, row in enumerate(rows)])
+    told = found.hit_rate([Record(**{**_fields(row), "source": Source("f", i)}) for i, row in enumerate(rows)])
     assert told["hits"] == 3 and told["without_passages"] == 1
     assert (told["judged_by_context"], told["judged_by_answer"]) == (4, 3)
     assert told["hit_rate"] == wilson(3, 7).to_json()
     for i, expected in enumerate([True, True, False, False, True, False, False]):
-        assert found.measure([rows[i]])["hits"] == expected, i
+        assert found.hit_rate([rows[i]])["hits"] == expected, i
     assert told["chunk_words"] == 10 and told["passages"] == len(found.passages)
 
 
@@ -153,14 +154,14 @@ def test_documents_come_from_folders_files_and_columns(tmp_path: Path) -> None:
     (folder / "inner" / "c.TXT").write_text("third")
     (folder / "a.txt").write_text("first")
     (folder / "picture.png").write_bytes(b"\xff\x00")
-    assert read_documents(RetrieveSpec(documents=str(folder))) == ["first", "second ü", "third"]
-    assert read_documents(RetrieveSpec(documents=str(folder / "a.txt"))) == ["first"]
+    assert read_documents(RetrievalConfig(documents=str(folder))) == ["first", "second ü", "third"]
+    assert read_documents(RetrievalConfig(documents=str(folder / "a.txt"))) == ["first"]
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "one", "body": "two"}\n{"text": "", "body": "three"}\n')
-    assert read_documents(RetrieveSpec(documents=str(rows))) == ["one", ""]
-    assert read_documents(RetrieveSpec(documents=str(rows), column="body")) == ["two", "three"]
+    assert read_documents(RetrievalConfig(documents=str(rows))) == ["one", ""]
+    assert read_documents(RetrievalConfig(documents=str(rows), column="body")) == ["two", "three"]
     (tmp_path / "rows.csv").write_text("body\nfour\n")
-    assert read_documents(RetrieveSpec(documents=str(tmp_path / "rows.csv"), column="body")) == ["four"]
+    assert read_documents(RetrievalConfig(documents=str(tmp_path / "rows.csv"), column="body")) == ["four"]
 
 
 def test_documents_that_cannot_be_read_are_named(tmp_path: Path) -> None:
@@ -178,11 +179,11 @@ def test_documents_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         ("none.jsonl", "no such file"),
     ):
         with pytest.raises(DataError, match=words_):
-            read_documents(RetrieveSpec(documents=str(tmp_path / name)))
+            read_documents(RetrievalConfig(documents=str(tmp_path / name)))
     with pytest.raises(ConfigError, match="column"):
-        read_documents(RetrieveSpec(documents=str(tmp_path / "bad"), column="text"))
+        read_documents(RetrievalConfig(documents=str(tmp_path / "bad"), column="text"))
     with pytest.raises(DataError, match="'body'"):
-        read_documents(RetrieveSpec(documents=str(tmp_path / "rows.jsonl"), column="body"))
+        read_documents(RetrievalConfig(documents=str(tmp_path / "rows.jsonl"), column="body"))
 
 
 def test_own_contexts_stand_once() -> None:
@@ -195,6 +196,8 @@ def test_own_contexts_stand_once() -> None:
 def test_real_questions_find_their_paragraphs(real_data: Path) -> None:
     entries = json.loads(next((real_data / "xquad_en").glob("*.json")).read_text())["data"]
     paragraphs = [(p["context"], q["question"]) for e in entries for p in e["paragraphs"] for q in p["qas"]]
-    found = Library.of(dict.fromkeys(context for context, _ in paragraphs), RetrieveSpec(chunk_words=2000), "xquad")
-    told = found.measure([record(q, context=c, line=i) for i, (c, q) in enumerate(paragraphs)])
+    found = Library.from_documents(
+        dict.fromkeys(context for context, _ in paragraphs), RetrievalConfig(chunk_words=2000), "xquad"
+    )
+    told = found.hit_rate([record(q, context=c, line=i) for i, (c, q) in enumerate(paragraphs)])
     assert told["hit_rate"]["mean"] > 0.9

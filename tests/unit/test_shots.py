@@ -8,8 +8,8 @@ from math import e
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rung.evaluation.prompting import Framing, choose_shots, covering, nearest_shots
-from rung.evaluation.retrieval import Index, words
+from rung.evaluation.prompting import PromptFormat, choose_shots, coverage_shots, nearest_shots
+from rung.evaluation.retrieval import Bm25Index, query_words
 from rung.types import Message, Record, Source
 
 TEXTS = st.lists(st.lists(st.sampled_from("abcdefgh"), max_size=5), min_size=1, max_size=7)
@@ -33,14 +33,14 @@ def test_coverage_is_greedy_by_sets(texts: list[list[str]], count: int) -> None:
         taken = free[gains.index(max(gains))]
         expected.append(taken)
         done.append(taken)
-    assert covering(texts, count) == expected
+    assert coverage_shots(texts, count) == expected
 
 
 @given(TEXTS, st.integers(1, 3))
 def test_coverage_is_near_the_best_there_is(texts: list[list[str]], count: int) -> None:
     count = min(count, len(texts))
     best = max(covered(texts, list(chosen)) for chosen in combinations(range(len(texts)), count))
-    assert covered(texts, covering(texts, count)) >= (1 - 1 / e) * best - 1e-9
+    assert covered(texts, coverage_shots(texts, count)) >= (1 - 1 / e) * best - 1e-9
 
 
 def rows(*questions: str) -> list[Record]:
@@ -52,7 +52,7 @@ def rows(*questions: str) -> list[Record]:
 
 def test_nearest_are_bm25s_best_with_the_nearest_last() -> None:
     train = rows("red apples", "green pears", "what is red?", "red apples", "what are apples?", "!")
-    scores = Index([words(r.question) for r in train]).scores(words("what are red apples?"))
+    scores = Bm25Index([query_words(r.question) for r in train]).scores(query_words("what are red apples?"))
     nearest = nearest_shots(train, 3)
     (asked,) = rows("What are RED apples?")
     order = sorted(range(6), key=lambda i: (-scores[i], i))
@@ -70,6 +70,8 @@ def test_covering_shots_are_fixed_and_say_what_others_do() -> None:
 
 def test_shots_of_its_own_stand_before_each_question() -> None:
     first, second, third = rows("one", "two", "three")
-    framing = Framing("Be brief.", nearest=lambda record: (second,) if record.question == "one" else (first,))
+    framing = PromptFormat(
+        "Be brief.", nearest_shots=lambda record: (second,) if record.question == "one" else (first,)
+    )
     assert [m.content for m in framing.turns(first)] == ["Be brief.", "two", "answer 1", "one"]
     assert [m.content for m in framing.turns(third)] == ["Be brief.", "one", "answer 0", "three"]

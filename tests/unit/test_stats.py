@@ -9,17 +9,17 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from rung.scoring.recommendation import Verdict, gain_over, score_of, verdict
+from rung.scoring.recommendation import Verdict, paired_gain, recommend, rung_score
 from rung.scoring.significance import holm, mcnemar
 from rung.scoring.stats import (
     cluster_bootstrap,
     clustered_error,
-    detectable,
+    detectable_difference,
     examples_needed,
-    flipped,
     paired_difference,
     ratio_interval,
     score_interval,
+    sign_flip_p_value,
     t_interval,
     wilson,
 )
@@ -199,7 +199,7 @@ def reasons(found: Verdict) -> dict[str, str]:
 
 
 def test_the_lowest_rung_within_the_margin_is_recommended() -> None:
-    found = verdict(ladder(zero=0.3, few=0.79, lora=0.8), margin=0.05)
+    found = recommend(ladder(zero=0.3, few=0.79, lora=0.8), margin=0.05)
     assert reasons(found) == {"zero": "worse", "few": "within margin", "lora": "best"}
     assert (found.recommended, found.safe, found.best, found.examples_needed) == ("few", "few", "lora", None)
     assert found.text.startswith("few is enough: 0.790 [")
@@ -207,7 +207,7 @@ def test_the_lowest_rung_within_the_margin_is_recommended() -> None:
 
 
 def test_the_best_is_recommended_when_all_below_are_worse() -> None:
-    found = verdict(ladder(zero=0.1, lora=0.8), margin=0.05)
+    found = recommend(ladder(zero=0.1, lora=0.8), margin=0.05)
     assert found.recommended == "lora"
     assert bounds(found.rungs[1].difference) == (0.0, 0.0)
     assert found.rungs[0].difference.mean == pytest.approx(-0.7)
@@ -216,7 +216,7 @@ def test_the_best_is_recommended_when_all_below_are_worse() -> None:
 def test_a_small_test_set_cannot_tell_and_says_how_many_would() -> None:
     rng = np.random.default_rng(0)
     few, lora = (rng.random(40) < 0.76).astype(float), (rng.random(40) < 0.8).astype(float)
-    found = verdict([("zero", np.zeros(40)), ("few", few), ("lora", lora)], margin=0.05)
+    found = recommend([("zero", np.zeros(40)), ("few", few), ("lora", lora)], margin=0.05)
     assert reasons(found)["few"] == "cannot tell"
     assert found.recommended is None
     assert found.safe == "lora"
@@ -228,10 +228,10 @@ def test_a_small_test_set_cannot_tell_and_says_how_many_would() -> None:
 
 def test_the_target_counts_only_when_the_lower_end_reaches_it() -> None:
     rungs = ladder(zero=0.62, lora=0.9)
-    assert verdict(rungs, margin=0.05, target=0.5).recommended == "zero"
-    assert reasons(verdict(rungs, margin=0.05, target=0.5))["zero"] == "reaches target"
-    assert verdict(rungs, margin=0.05, target=0.61).recommended == "lora"
-    unreached = verdict(rungs, margin=0.05, target=0.95)
+    assert recommend(rungs, margin=0.05, target=0.5).recommended == "zero"
+    assert reasons(recommend(rungs, margin=0.05, target=0.5))["zero"] == "reaches target"
+    assert recommend(rungs, margin=0.05, target=0.61).recommended == "lora"
+    unreached = recommend(rungs, margin=0.05, target=0.95)
     assert unreached.recommended == "lora"
     assert "No rung is sure to reach the target 0.95" in unreached.text
 
@@ -240,21 +240,21 @@ def test_lower_is_better_turns_everything_round() -> None:
     rng = np.random.default_rng(0)
     base = rng.normal(2.0, 0.3, size=300)
     rungs = [("zero", base + 0.5), ("few", base + 0.01 + rng.normal(0, 0.02, 300)), ("lora", base)]
-    found = verdict(rungs, margin=0.05, in_nats=True, weights=rng.integers(5, 30, size=300))
+    found = recommend(rungs, margin=0.05, in_nats=True, weights=rng.integers(5, 30, size=300))
     assert reasons(found) == {"zero": "cannot tell", "few": "within margin", "lora": "best"}  # zero: no spread at all
     rungs[0] = ("zero", base + 0.5 + rng.normal(0, 0.02, 300))
-    found = verdict(rungs, margin=0.05, in_nats=True)
+    found = recommend(rungs, margin=0.05, in_nats=True)
     assert reasons(found) == {"zero": "worse", "few": "within margin", "lora": "best"}
-    assert verdict(rungs, margin=0.05, in_nats=True, target=3.0).recommended == "zero"
+    assert recommend(rungs, margin=0.05, in_nats=True, target=3.0).recommended == "zero"
 
 
 def test_the_spread_between_training_seeds_widens_the_interval() -> None:
     (_, few), (_, lora) = ladder(few=0.79, lora=0.8)
     agreeing = np.stack([lora, lora])
     apart = np.stack([lora, *(v for _, v in ladder(worse=0.6))])
-    same = verdict([("few", few), ("lora", agreeing)], margin=0.05)
-    assert same.rungs[1].score == verdict([("few", few), ("lora", lora)], margin=0.05).rungs[1].score
-    wide = verdict([("few", few), ("lora", apart)], margin=0.05)
+    same = recommend([("few", few), ("lora", agreeing)], margin=0.05)
+    assert same.rungs[1].score == recommend([("few", few), ("lora", lora)], margin=0.05).rungs[1].score
+    wide = recommend([("few", few), ("lora", apart)], margin=0.05)
     # Means 0.8 and 0.6: s^2 / S = 0.01, so one standard error of 0.1 with about one degree of freedom.
     assert wide.rungs[1].score.high - wide.rungs[1].score.mean > 10 * 0.1
     assert wide.rungs[1].score.method.endswith("training seeds")
@@ -264,32 +264,32 @@ def test_the_spread_between_training_seeds_widens_the_interval() -> None:
 
 def test_seeds_that_scatter_beyond_the_margin_ask_for_seeds() -> None:
     rungs = ladder(few=0.7, one=0.98, two=0.6)
-    found = verdict([rungs[0], ("lora", np.stack([rungs[1][1], rungs[2][1]]))], margin=0.05)
+    found = recommend([rungs[0], ("lora", np.stack([rungs[1][1], rungs[2][1]]))], margin=0.05)
     assert found.recommended is None
     assert found.examples_needed is None
     assert "more training seeds" in found.text
 
 
 def test_a_tie_goes_to_the_lower_rung_and_an_empty_ladder_is_refused() -> None:
-    assert verdict(ladder(zero=0.8, lora=0.8), margin=0.05).best == "zero"
+    assert recommend(ladder(zero=0.8, lora=0.8), margin=0.05).best == "zero"
     with pytest.raises(ValueError):
-        verdict([], margin=0.05)
+        recommend([], margin=0.05)
     with pytest.raises(ValueError):
-        verdict(ladder(zero=0.8), margin=-0.1)
+        recommend(ladder(zero=0.8), margin=-0.1)
 
 
 def test_one_rung_and_one_step_up_count_the_seeds_as_the_verdict_does() -> None:
     rungs = ladder(few=0.7, one=0.9, two=0.8)
     few, lora = rungs[0][1], np.stack([rungs[1][1], rungs[2][1]])
-    judged = verdict([("few", few), ("lora", lora)], margin=0.05)
-    assert score_of(lora) == judged.rungs[1].score
-    step = gain_over(few, lora)
+    judged = recommend([("few", few), ("lora", lora)], margin=0.05)
+    assert rung_score(lora) == judged.rungs[1].score
+    step = paired_gain(few, lora)
     assert step.mean == pytest.approx(0.15)
     assert bounds(step) == pytest.approx([-b for b in bounds(judged.rungs[0].difference)][::-1], abs=5e-3)
 
 
 def test_a_ladder_without_a_single_right_answer_recommends_nothing() -> None:
-    found = verdict([("zero_shot", np.zeros(20)), ("lora", np.zeros(20))], 0.05)
+    found = recommend([("zero_shot", np.zeros(20)), ("lora", np.zeros(20))], 0.05)
     assert found.recommended is None
     assert found.text.startswith("No rung scores at all")
 
@@ -303,13 +303,15 @@ def test_steps_carry_raw_and_corrected_p_values_and_what_would_have_shown() -> N
     same = np.where(rng.random(120) < 0.06, 1 - low, low)
     high = np.maximum(same, rng.random(120) < 0.5)
     ids = [i // 3 for i in range(120)]
-    found = verdict([("zero", low), ("few", same), ("lora", high)], margin=0.05, clusters=ids)
+    found = recommend([("zero", low), ("few", same), ("lora", high)], margin=0.05, clusters=ids)
     first, second = found.steps
     assert (first.lower, first.upper, second.lower, second.upper) == ("zero", "few", "few", "lora")
-    assert first.difference.p_value == flipped(low, same, ids) and second.difference.p_value == flipped(same, high, ids)
+    assert first.difference.p_value == sign_flip_p_value(
+        low, same, ids
+    ) and second.difference.p_value == sign_flip_p_value(same, high, ids)
     assert [first.p_holm, second.p_holm] == holm([first.difference.p_value, second.difference.p_value])
     assert (first.differs, second.differs) == (False, True)
-    assert first.detectable == detectable(same - low, ids)
+    assert first.detectable == detectable_difference(same - low, ids)
     said = f"No sure difference between few and zero (p = {first.p_holm:.2g}, smallest that would show: "
     assert found.text.endswith(f"{said}{first.detectable:.2g}).")
     told = json.loads(json.dumps(found.to_json(), allow_nan=False))["steps"]
@@ -318,7 +320,7 @@ def test_steps_carry_raw_and_corrected_p_values_and_what_would_have_shown() -> N
 
 def test_a_p_value_counts_the_training_seeds() -> None:
     (_, few), (_, one), (_, two) = ladder(few=0.7, one=0.9, two=0.8)
-    sure, unsure = gain_over(few, np.stack([one, one])), gain_over(few, np.stack([one, two]))
+    sure, unsure = paired_gain(few, np.stack([one, one])), paired_gain(few, np.stack([one, two]))
     assert sure.p_value is not None and sure.p_value < 1e-9
     # Means 0.9 and 0.8: one standard error of 0.05 beside that of the items, with about one degree of freedom.
     assert unsure.p_value is not None and 0.1 < unsure.p_value < 0.4
@@ -326,8 +328,8 @@ def test_a_p_value_counts_the_training_seeds() -> None:
 
 
 def test_without_a_second_rung_there_is_no_step_and_nats_are_told_as_perplexity() -> None:
-    assert verdict(ladder(zero=0.8), margin=0.05).steps == ()
+    assert recommend(ladder(zero=0.8), margin=0.05).steps == ()
     rng = np.random.default_rng(0)
     base = rng.normal(2.0, 0.3, size=300)
-    found = verdict([("a", base), ("b", base + rng.normal(0, 0.02, 300))], margin=0.05, in_nats=True)
+    found = recommend([("a", base), ("b", base + rng.normal(0, 0.02, 300))], margin=0.05, in_nats=True)
     assert f"smallest that would show: {math.expm1(found.steps[0].detectable):.1%})" in found.text

@@ -1,4 +1,4 @@
-"""One normaliser over the whole window: every way to cut a step gives the same gradient."""
+"""One normalizer over the whole window: every way to cut a step gives the same gradient."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import torch
 from builders import documents, example, policy_of, tuned
 from models import tiny_model
 from rung.config.catalog import CATALOG
-from rung.config.objective import SftSpec
-from rung.config.training import OptimiserSpec
+from rung.config.objective import SftConfig
+from rung.config.training import OptimizerConfig
 from rung.errors import DataError
-from rung.objectives.sft import Sft, nll
-from rung.planning.architecture import shape_of
+from rung.objectives.sft import SftObjective, nll
+from rung.planning.architecture import shape_from_config
 from rung.planning.memory import tokens_per_micro_batch
 from rung.planning.method_cost import activation_bytes_per_token
 from rung.training import micro_batch
 from rung.training.micro_batch import layers_to_recompute
-from rung.training.optimizer import make_optimiser, rate_at
+from rung.training.optimizer import learning_rate_at, make_optimizer
 from rung.training.packing import pack, pack_separately
 from rung.training.step import accumulate, mean_loss
 from rung.types import Counts, Example, LossTerm, PackedBatch
 from tolerances import FLOAT64, RMS_NORM
 
-SFT = Sft(SftSpec())
+SFT = SftObjective(SftConfig())
 
 
 def gradients(batches: list[PackedBatch]) -> tuple[float, list[torch.Tensor]]:
@@ -107,7 +107,7 @@ def test_counts_add_and_name_their_units() -> None:
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_rates_against_closed_forms(schedule: str) -> None:
-    rates = [rate_at(s, total=100, peak=2.0, schedule=schedule, warmup=0.1) for s in range(100)]
+    rates = [learning_rate_at(s, total=100, peak=2.0, schedule=schedule, warmup=0.1) for s in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
     halfway = {"cosine": 1.0, "linear": 1.0, "constant": 2.0}[schedule]
     assert rates[55] == pytest.approx(halfway)
@@ -119,29 +119,29 @@ def test_rates_against_closed_forms(schedule: str) -> None:
 
 def test_decay_spares_vectors() -> None:
     named = {"matrix": torch.nn.Parameter(torch.ones(2, 2)), "bias": torch.nn.Parameter(torch.ones(2))}
-    optimiser = make_optimiser(named, OptimiserSpec(weight_decay=0.1))
-    for group in optimiser.param_groups:
+    optimizer = make_optimizer(named, OptimizerConfig(weight_decay=0.1))
+    for group in optimizer.param_groups:
         group["lr"] = 1.0
     for parameter in named.values():
         parameter.grad = torch.zeros_like(parameter)
-    optimiser.step()
+    optimizer.step()
     assert torch.allclose(named["matrix"].data, torch.full((2, 2), 0.9)) and torch.equal(
         named["bias"].data, torch.ones(2)
     )
 
 
 def test_budget_follows_from_the_shape() -> None:
-    shape = shape_of(tiny_model().config.to_dict())
+    shape = shape_from_config(tiny_model().config.to_dict())
     assert activation_bytes_per_token(shape) == 4 * 2 * (4 * 32 + 2 * 16 + 2 * 48)
     assert tokens_per_micro_batch(shape, "cpu") == 4096
     large = {"hidden_size": 8192, "num_hidden_layers": 80, "intermediate_size": 28672}
-    shape = shape_of({**tiny_model().config.to_dict(), **large})
+    shape = shape_from_config({**tiny_model().config.to_dict(), **large})
     assert tokens_per_micro_batch(shape, "cpu") == 256
     assert tokens_per_micro_batch(shape, "cuda") == 16_384
 
 
 def test_the_auto_budget_follows_from_the_shape_alone() -> None:
-    shape = shape_of(CATALOG["smollm2-135m"].config)
+    shape = shape_from_config(CATALOG["smollm2-135m"].config)
     assert activation_bytes_per_token(shape) == 4 * 30 * (4 * 576 + 2 * 192 + 2 * 1536)
     assert tokens_per_micro_batch(shape, "cpu") == 776
     assert tokens_per_micro_batch(shape, "cuda") == 16_384
@@ -149,7 +149,7 @@ def test_the_auto_budget_follows_from_the_shape_alone() -> None:
 
 def test_only_a_document_that_does_not_fit_is_computed_again_and_only_as_much_as_needed() -> None:
     numbers = {"hidden_size": 8, "num_hidden_layers": 10, "num_attention_heads": 2, "intermediate_size": 16}
-    shape = shape_of({"model_type": "llama", "vocab_size": 10, **numbers})
+    shape = shape_from_config({"model_type": "llama", "vocab_size": 10, **numbers})
     a_layer = 4 * (4 * 8 + 2 * 8 + 2 * 16)
     assert layers_to_recompute(shape, 100, limit=100 * 10 * a_layer) == range(0)
     assert layers_to_recompute(shape, 100, limit=100 * 10 * a_layer - 1) == range(0, 1)
@@ -160,7 +160,7 @@ def test_only_a_document_that_does_not_fit_is_computed_again_and_only_as_much_as
 
 
 @pytest.mark.parametrize(
-    ("kind", "spec"),
+    ("kind", "config"),
     [
         ("lora", {}),
         ("lora", {"dropout": 0.5}),
@@ -171,15 +171,15 @@ def test_only_a_document_that_does_not_fit_is_computed_again_and_only_as_much_as
     ],
     ids=str,
 )
-def test_layers_computed_again_give_the_same_gradients_bit_for_bit(kind: str, spec: dict[str, object]) -> None:
+def test_layers_computed_again_give_the_same_gradients_bit_for_bit(kind: str, config: dict[str, object]) -> None:
     """Of virtual tokens too, which stand before the layers and outside of them."""
     gradients = []
     for again in (range(0), range(0, 1), range(0, 2)):
-        policy, method = tuned(kind, **spec)
+        policy, method = tuned(kind, **config)
         policy.model.train()
         policy.layers_to_recompute = lambda tokens, again=again: again
         torch.manual_seed(3)
-        accumulate(policy, Sft(SftSpec()), pack_separately(documents(2)))
+        accumulate(policy, SftObjective(SftConfig()), pack_separately(documents(2)))
         gradients.append([p.grad for p in method.trainable().values()])
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*gradients, strict=True))
     assert all(g is not None and bool(g.any()) for g in gradients[0])
@@ -209,7 +209,9 @@ def test_the_probe_takes_the_smallest_budget_that_is_nearly_fastest(monkeypatch:
     seconds = iter([9.0, 9.0, 4.1, 4.5, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0])
     monkeypatch.setattr(micro_batch, "_timed", lambda *_: next(seconds))
     policy, method = tuned("lora")
-    assert micro_batch.probe(policy, Sft(SftSpec()), documents(1, count=200), pack) == 512
+    assert (
+        micro_batch.measure_micro_batch_tokens(policy, SftObjective(SftConfig()), documents(1, count=200), pack) == 512
+    )
 
 
 def test_the_probe_leaves_nothing_behind() -> None:
@@ -222,7 +224,7 @@ def test_the_probe_leaves_nothing_behind() -> None:
         seen.append((len(examples), tokens))
         return pack(examples, tokens, share_prefixes=False)
 
-    assert micro_batch.probe(policy, Sft(SftSpec()), documents(1, count=3), rows) == 256
+    assert micro_batch.measure_micro_batch_tokens(policy, SftObjective(SftConfig()), documents(1, count=3), rows) == 256
     assert seen == [(3, 256)] and not policy.model.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, before[n]) and p.grad is None for n, p in method.trainable().items())

@@ -1,6 +1,6 @@
 """The support example: the committed data are what the generator writes, and every answer follows from its record.
 
-Intents are recognised here by words, sentences made from the record as text; nothing of the generator's tables is used.
+Intents are recognized here by words, sentences made from the record as text; nothing of the generator's tables is used.
 """
 
 from __future__ import annotations
@@ -78,4 +78,4 @@ def test_rows_are_varied_and_grouped() -> None:
 
 def test_the_instruction_of_the_config_is_the_generator_s() -> None:
     config = yaml.safe_load((HERE / "climb.yaml").read_text())
-    assert config["evaluate"]["instruction"] == runpy.run_path(str(HERE / "generate.py"))["INSTRUCTION"]
+    assert config["evaluation"]["instruction"] == runpy.run_path(str(HERE / "generate.py"))["INSTRUCTION"]

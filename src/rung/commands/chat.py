@@ -13,14 +13,14 @@ from rich.console import Console
 from rich.panel import Panel
 
 from rung.config.io import parse_config
-from rung.config.model import ModelSpec
-from rung.data.chat import Chat
+from rung.config.model import ModelConfig
+from rung.data.chat import ChatTemplate
 from rung.errors import ConfigError, DataError
 from rung.evaluation.retrieval import Library
 from rung.models.generate import Sampling, generate
 from rung.models.policy import Policy
-from rung.runs.dataset import library_of
-from rung.runs.load import open_base, open_run, spec_of
+from rung.runs.dataset import load_library
+from rung.runs.load import config_of_run, open_base, open_run
 from rung.training.run_folder import is_climb, read_manifest
 from rung.types import Message
 
@@ -28,13 +28,13 @@ out = Console(highlight=False)
 
 
 @dataclass
-class Speaker:
+class ChatModel:
     """One model and its own memory of the conversation."""
 
     name: str
     policy: Policy
-    chat: Chat
-    frame: Callable[[], AbstractContextManager[object]]
+    chat: ChatTemplate
+    prepare_turn: Callable[[], AbstractContextManager[object]]
     """Entered around every answer: switches an adapter off for the base's side."""
     turns: list[Message]
     task: str | None = None
@@ -59,7 +59,7 @@ class Speaker:
                 sys.stdout.flush()
 
         limit = Sampling(min(sampling.max_new_tokens, room), sampling.temperature, sampling.seed)
-        with self.frame():
+        with self.prepare_turn():
             ids = generate(
                 self.policy,
                 [prompt],
@@ -82,7 +82,7 @@ class Conversation:
         self.system = [Message("system", system)] if system else []
         self.sampling = sampling
         self.library = _library(target)  # before anything is loaded
-        self.speakers = _speakers(target, compare)
+        self.speakers = _open_models(target, compare)
         if task is not None and not any(speaker.tasks for speaker in self.speakers):
             raise ConfigError("this model learned nothing for tasks of their own", where="--task", given=task)
         for speaker in self.speakers:
@@ -119,7 +119,7 @@ class Conversation:
         """Put a question to every speaker."""
         text = text.encode("utf-8", "replace").decode()  # a terminal may send half a character
         if self.library is not None:
-            text = self.library.before(text)
+            text = self.library.prepend_passages(text)
         before = [list(speaker.turns) for speaker in self.speakers]
         for speaker in self.speakers:
             speaker.turns.append(Message("user", text))
@@ -143,27 +143,30 @@ class Conversation:
 def _library(target: str) -> Library | None:
     """Where a run that was trained on retrieved passages looks up what stands before a question."""
     path = Path(target)
-    if not (path / "run.json").exists() or (spec := spec_of(path)).evaluate.context != "retrieved":
+    if not (path / "run.json").exists() or (config := config_of_run(path)).evaluation.context != "retrieved":
         return None
-    return library_of(spec)
+    return load_library(config)
 
 
-def _speakers(target: str, compare: bool) -> list[Speaker]:
+def _open_models(target: str, compare: bool) -> list[ChatModel]:
     path = Path(target)
     if not (path / "run.json").exists():
         if compare:
             raise ConfigError("--compare wants a run: a base has nothing to be compared with", given=target)
-        policy, chat = open_base(ModelSpec(name=target))
-        return [Speaker(target, policy, chat, nullcontext, [])]
+        policy, chat = open_base(ModelConfig(name=target))
+        return [ChatModel(target, policy, chat, nullcontext, [])]
     if is_climb(path):
         raise ConfigError("this is a climb, not a run", given=target, hint=f"its runs stand in {path / 'rungs'}")
-    policy, chat, spec = open_run(path)
-    tasks = getattr(spec.method, "tasks", ())
-    tuned = Speaker(f"tuned ({spec.method.kind})", policy, chat, nullcontext, [], tasks=tasks)
+    policy, chat, config = open_run(path)
+    tasks = getattr(config.method, "tasks", ())
+    tuned = ChatModel(f"tuned ({config.method.kind})", policy, chat, nullcontext, [], tasks=tasks)
     if not compare:
         return [tuned]
     if (path / "adapter").is_dir():
-        return [Speaker(f"base ({spec.model.name})", policy, chat.of_the_base(), policy.method.disabled, []), tuned]
-    model = parse_config(read_manifest(path)["spec"], str(path)).model
+        return [
+            ChatModel(f"base ({config.model.name})", policy, chat.without_virtual_tokens(), policy.method.disabled, []),
+            tuned,
+        ]
+    model = parse_config(read_manifest(path)["config"], str(path)).model
     base, base_chat = open_base(model)
-    return [Speaker(f"base ({model.name})", base, base_chat, nullcontext, []), tuned]
+    return [ChatModel(f"base ({model.name})", base, base_chat, nullcontext, []), tuned]

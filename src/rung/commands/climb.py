@@ -9,176 +9,180 @@ from pathlib import Path
 from typing import Any
 
 from rung.commands import search
-from rung.commands.climb_prompts import Asking
-from rung.commands.forgetting import KEPT, forgotten, other_task, read_forgotten, require_room
+from rung.commands.climb_prompts import ClimbPrompts
+from rung.commands.forgetting import RESULT_FILE, forgetting_task, measure_forgetting, read_forgetting, require_room
 from rung.commands.ladder import (
     AnyRung,
-    Forgotten,
+    CurvePoint,
+    ForgettingResult,
     Ladder,
-    Left,
-    Measured,
-    Point,
-    judge,
-    result_of,
+    MeasuredRung,
+    SkippedRung,
+    build_ladder,
+    read_rung_result,
     rung_folder,
     score_of_rung,
-    store,
+    store_rung_result,
 )
-from rung.config.climb import UNTUNED, RungSpec, ThenSpec
+from rung.config.climb import UNTUNED, OnTopConfig, RungConfig
 from rung.config.evaluation import Context
-from rung.config.io import config_to_dict, for_rung, for_then
-from rung.config.method import FullSpec
-from rung.config.run import RunSpec
-from rung.console import say
-from rung.data.chat import Chat
-from rung.data.deduplication import asked_in_words
+from rung.config.io import config_to_dict, on_top_run_config, rung_run_config
+from rung.config.method import FullConfig
+from rung.config.run import RunConfig
+from rung.console import print_status
+from rung.data.chat import ChatTemplate
+from rung.data.deduplication import prompt_words
 from rung.data.splits import Splits
 from rung.errors import CheckpointError, ConfigError, DataError, PlanError, RungError
 from rung.evaluation.evaluate import PERPLEXITY, Evaluation, evaluate
-from rung.evaluation.prompting import Framing
-from rung.models.base_model import Base
-from rung.models.policy import Policy, Untouched
+from rung.evaluation.prompting import PromptFormat
+from rung.models.base_model import BaseModel
+from rung.models.policy import NoMethod, Policy
 from rung.runs import checks
 from rung.runs.checks import DoesNotFitError
-from rung.runs.dataset import Data, read_splits, tokenise
-from rung.runs.load import device, load_base_on_device, open_run, widen_if_asked
-from rung.runs.train import train_on
-from rung.training.run_folder import RunFolder, Watch, is_climb, read_manifest, reset_peak_memory, write_json
+from rung.runs.dataset import RunData, read_splits, tokenize_splits
+from rung.runs.load import dequantize_if_configured, device, load_base_on_device, open_run
+from rung.runs.train import train_on_data
+from rung.training.run_folder import RunFolder, StopCheck, is_climb, read_manifest, reset_peak_memory, write_json
 from rung.types import Record
 
-FREE = ("climb.forgetting",)
+UNTRAINED_COST = ("climb.forgetting",)
 """What a climb may be gone on with otherwise: it is measured beside its rungs."""
 
 
 class Climb:
     """A climb in its folder. Finished rungs found there are not repeated; an unfinished one goes on."""
 
-    def __init__(self, spec: RunSpec, *, overwrite: bool = False) -> None:
-        self.spec = spec
-        self.path = Path(spec.output)
-        if spec.objective.kind == "reward":
+    def __init__(self, config: RunConfig, *, overwrite: bool = False) -> None:
+        self.config = config
+        self.path = Path(config.output)
+        if config.objective.kind == "reward":
             raise ConfigError("a reward model writes nothing that a ladder could score", where="objective.kind")
-        for rung in spec.climb.rungs:  # a rung that cannot be is an error before anything is spent
+        for rung in config.climb.rungs:  # a rung that cannot be is an error before anything is spent
             if rung.kind not in UNTUNED:
-                for_rung(spec, rung, spec.output, spec.seed)
-        for then in spec.climb.then:
-            for_then(spec, then, spec.output, spec.output, spec.seed)
+                rung_run_config(config, rung, config.output, config.seed)
+        for then in config.climb.on_top:
+            on_top_run_config(config, then, config.output, config.output, config.seed)
         resume = (self.path / "run.json").exists() and not overwrite
         if resume and not is_climb(self.path):
             raise CheckpointError(
                 "this folder holds a single run, not a climb", where=str(self.path), hint="name another output=..."
             )
-        RunFolder.check(self.path, config_to_dict(spec), resume=resume, overwrite=overwrite, free=FREE)
+        RunFolder.check(self.path, config_to_dict(config), resume=resume, overwrite=overwrite, free=UNTRAINED_COST)
         self._overwrite = overwrite
-        self._fresh: Base | None = None
-        self._left: list[Left] = []
+        self._fresh: BaseModel | None = None
+        self._left: list[SkippedRung] = []
 
     @property
     def rungs(self) -> tuple[AnyRung, ...]:
         """All of them, lowest first."""
-        return *self.spec.climb.rungs, *self.spec.climb.then
+        return *self.config.climb.rungs, *self.config.climb.on_top
 
     def run(self) -> Ladder:
         """Measure what is missing and judge the whole; with nothing missing, no model is loaded."""
-        splits = read_splits(self.spec)
-        self._refuse_other("data", splits.fingerprint)
-        whole = all((place / "result.json").exists() for _, place in self._curve)
-        whole = whole and all(self._found_in(place) for _, place in self._forgetting)
-        if whole and all(map(self._stands, self.rungs)) and not self._overwrite:
-            return self._judge()
-        asking = Asking(self.spec, splits)
-        for then in self.spec.climb.then:  # before anything is spent
-            self._check_rows(then, asking)
-        named = self.spec.climb.forgetting
-        other = None if named is None else other_task(self.spec, named, self.spec.evaluate.limit)
+        splits = read_splits(self.config)
+        self._refuse_other_fingerprint("data", splits.fingerprint)
+        whole = all((place / "result.json").exists() for _, place in self._curve_points)
+        whole = whole and all(self._read_json(place) for _, place in self._forgetting_runs)
+        if whole and all(map(self._base_rung, self.rungs)) and not self._overwrite:
+            return self._ladder()
+        asking = ClimbPrompts(self.config, splits)
+        for then in self.config.climb.on_top:  # before anything is spent
+            self._check_on_top_rows(then, asking)
+        named = self.config.climb.forgetting
+        other = None if named is None else forgetting_task(self.config, named, self.config.evaluation.limit)
         fingerprints = {"data": splits.fingerprint}
         if asking.library is not None:
             fingerprints["documents"] = asking.library.fingerprint
-            self._refuse_other("documents", fingerprints["documents"])
-        self._fresh = base = load_base_on_device(self.spec.model)
+            self._refuse_other_fingerprint("documents", fingerprints["documents"])
+        self._fresh = base = load_base_on_device(self.config.model)
         fingerprints["base"] = base.fingerprint
-        self._refuse_other("base", base.fingerprint)
-        data = {context: self._shared(context, asking, base) for context in asking.contexts}
+        self._refuse_other_fingerprint("base", base.fingerprint)
+        data = {context: self._shared_data(context, asking, base) for context in asking.contexts}
         own = next(iter(data.values()))
-        asking.check_room(own.chat, base.context - self.spec.evaluate.max_new_tokens)
+        asking.check_room(own.chat, base.context - self.config.evaluation.max_new_tokens)
         if other is not None:
             require_room(other, own.chat, base.context)
         resume = (self.path / "run.json").exists() and not self._overwrite
-        claimed = RunFolder.claim(
-            self.path, config_to_dict(self.spec), resume=resume, overwrite=self._overwrite, free=FREE
+        claimed = RunFolder.acquire(
+            self.path, config_to_dict(self.config), resume=resume, overwrite=self._overwrite, free=UNTRAINED_COST
         )
         with closing(claimed) as folder:
             folder.manifest.pop("error", None)  # of an earlier try
             folder.update(
                 climb=True,
                 status="running",
-                spec=config_to_dict(self.spec),
+                config=config_to_dict(self.config),
                 data=own.summary(),
                 fingerprints=fingerprints,
             )
             return self._climb(folder, data, asking)
 
-    def _shared(self, context: Context, asking: Asking, base: Base) -> Data:
+    def _shared_data(self, context: Context, asking: ClimbPrompts, base: BaseModel) -> RunData:
         """What rungs of a method without virtual tokens share: those take room, or stand inside the text."""
-        evaluate = self.spec.evaluate.model_copy(update={"context": context})
-        spec = self.spec.model_copy(update={"method": FullSpec(), "evaluate": evaluate})
-        return tokenise(spec, asking.splits, base, asking.library)
+        evaluate = self.config.evaluation.model_copy(update={"context": context})
+        config = self.config.model_copy(update={"method": FullConfig(), "evaluation": evaluate})
+        return tokenize_splits(config, asking.splits, base, asking.library)
 
-    def _climb(self, folder: RunFolder, data: dict[Context, Data], asking: Asking) -> Ladder:
+    def _climb(self, folder: RunFolder, data: dict[Context, RunData], asking: ClimbPrompts) -> Ladder:
         try:
             reached: AnyRung | None = None
             for rung in self.rungs:
                 if reached is not None:
-                    self._leave_out(rung.label, f"{reached.label} surely reaches the target")
-                elif self._try(rung, data, asking) and self.spec.climb.stop and self._reaches(rung):
+                    self._skip_rung(rung.label, f"{reached.label} surely reaches the target")
+                elif (
+                    self._measure_if_possible(rung, data, asking)
+                    and self.config.climb.stop_at_target
+                    and self._reaches_target(rung)
+                ):
                     reached = rung
-            self._learn_curve(asking)
-            self._see_what_is_forgotten()
+            self._measure_curve(asking)
+            self._measure_forgetting()
         except KeyboardInterrupt:
             folder.update(status="interrupted")
             raise
         except RungError as error:
             folder.update(status="failed", error=str(error))
             raise
-        ladder = self._judge()
+        ladder = self._ladder()
         folder.update(status="finished", ladder=ladder.to_json())
         return ladder
 
-    def _judge(self) -> Ladder:
+    def _ladder(self) -> Ladder:
         left = {one.rung for one in self._left}
-        measured = [self._stored(rung) for rung in self.rungs if rung.label not in left]
+        measured = [self._stored_rung(rung) for rung in self.rungs if rung.label not in left]
         if not measured:
             raise PlanError("no rung could be measured", where=str(self.path), given=self._left[0].why)
-        ladder = judge(self.spec, measured, self._left)
-        return replace(ladder, curve=tuple(self._points()), forgotten=tuple(self._lost()))
+        ladder = build_ladder(self.config, measured, self._left)
+        return replace(ladder, curve=tuple(self._measured_curve()), forgetting=tuple(self._forgetting_results()))
 
-    def _stands(self, rung: AnyRung) -> bool:
+    def _base_rung(self, rung: AnyRung) -> bool:
         return all((folder / "result.json").exists() for folder in self._folders(rung))
 
-    def _try(self, rung: AnyRung, data: dict[Context, Data], asking: Asking) -> bool:
+    def _measure_if_possible(self, rung: AnyRung, data: dict[Context, RunData], asking: ClimbPrompts) -> bool:
         """Measure a rung, unless it does not fit or stands on one that was left out."""
-        below = rung.above if isinstance(rung, ThenSpec) else None
+        below = rung.base_rung if isinstance(rung, OnTopConfig) else None
         if below in {one.rung for one in self._left}:
-            self._leave_out(rung.label, f"it stands on {below}, which was not measured")
+            self._skip_rung(rung.label, f"it stands on {below}, which was not measured")
             return False
         try:
             self._measure(rung, data, asking)
         except DoesNotFitError as error:
-            self._leave_out(rung.label, error.summary)
+            self._skip_rung(rung.label, error.summary)
             return False
         return True
 
-    def _leave_out(self, name: str, why: str) -> None:
-        say(f"rung {name} is left out: {why}")
-        self._left.append(Left(name, why))
+    def _skip_rung(self, name: str, why: str) -> None:
+        print_status(f"rung {name} is left out: {why}")
+        self._left.append(SkippedRung(name, why))
 
-    def _reaches(self, rung: AnyRung) -> bool:
+    def _reaches_target(self, rung: AnyRung) -> bool:
         """Whether its whole interval lies beyond the target."""
-        metric, target = self.spec.evaluate.metrics[0], self.spec.climb.target
-        score = score_of_rung(self._stored(rung).evaluations, metric)
+        metric, target = self.config.evaluation.metrics[0], self.config.climb.target
+        score = score_of_rung(self._stored_rung(rung).evaluations, metric)
         return target is not None and (score.high <= target if metric == PERPLEXITY else score.low >= target)
 
-    def _refuse_other(self, what: str, fingerprint: str) -> None:
+    def _refuse_other_fingerprint(self, what: str, fingerprint: str) -> None:
         """Rungs measured on other data or another base must not stand in one ladder."""
         known = (self.path / "run.json").exists() and not self._overwrite
         begun = read_manifest(self.path).get("fingerprints", {}) if known else {}
@@ -189,196 +193,206 @@ class Climb:
 
     def _folders(self, rung: AnyRung) -> list[Path]:
         """Where a rung's results stand: one folder a training seed."""
-        seeds = 1 if rung.kind in UNTUNED else self.spec.climb.seeds
+        seeds = 1 if rung.kind in UNTUNED else self.config.climb.seeds
         return [rung_folder(self.path, rung, number, seeds) for number in range(seeds)]
 
-    def _stored(self, rung: AnyRung) -> Measured:
+    def _stored_rung(self, rung: AnyRung) -> MeasuredRung:
         """A finished rung, from its files."""
         folders = self._folders(rung)
         evaluations = tuple(Evaluation.read(folder / "items.parquet") for folder in folders)
-        costs = tuple(map(result_of, folders))
-        return Measured(rung, evaluations, costs)
+        costs = tuple(map(read_rung_result, folders))
+        return MeasuredRung(rung, evaluations, costs)
 
-    def _measure(self, rung: AnyRung, data: dict[Context, Data], asking: Asking) -> None:
+    def _measure(self, rung: AnyRung, data: dict[Context, RunData], asking: ClimbPrompts) -> None:
         """What is missing of one rung."""
         folders = self._folders(rung)
         for number, folder in enumerate(folders):
             if (folder / "result.json").exists():
                 continue
-            say(f"rung {rung.label}" + (f", seed {number}" if len(folders) > 1 else ""))
-            if isinstance(rung, ThenSpec):
-                self._on_top(rung, folder, number, asking)
+            print_status(f"rung {rung.label}" + (f", seed {number}" if len(folders) > 1 else ""))
+            if isinstance(rung, OnTopConfig):
+                self._measure_on_top(rung, folder, number, asking)
             elif rung.kind in UNTUNED:
-                self._ask(rung, folder, next(iter(data.values())).chat, asking)
+                self._measure_untuned(rung, folder, next(iter(data.values())).chat, asking)
             else:
-                self._tune(rung, folder, number, data[asking.context(rung)], asking)
+                self._measure_tuned(rung, folder, number, data[asking.context(rung)], asking)
 
-    def _ask(self, rung: RungSpec, folder: Path, chat: Chat, asking: Asking) -> None:
+    def _measure_untuned(self, rung: RungConfig, folder: Path, chat: ChatTemplate, asking: ClimbPrompts) -> None:
         """An untuned rung: the base with the strongest prompt the config has."""
         reset_peak_memory()
-        policy = Policy(self._base(), Untouched())
+        policy = Policy(self._fresh_base(), NoMethod())
 
-        def score(records: Sequence[Record], framing: Framing) -> Evaluation:
-            return evaluate(policy, chat, records, framing, self.spec.evaluate, title=rung.label)
+        def score(records: Sequence[Record], framing: PromptFormat) -> Evaluation:
+            return evaluate(policy, chat, records, framing, self.config.evaluation, title=rung.label)
 
         cost: dict[str, Any] = {"trainable_parameters": 0, "train_seconds": 0.0}
-        instruction = self.spec.evaluate.instruction
+        instruction = self.config.evaluation.instruction
         if asking.chooser == rung:
-            cost |= asking.choose(rung, folder, score)
+            cost |= asking.choose_instruction(rung, folder, score)
             instruction = cost["instruction"]
         elif asking.chooser is not None:
-            instruction = result_of(self._folders(asking.chooser)[0])["instruction"]
-        asked = asking.of(rung, instruction)
-        store(folder, score(asked.records, asked.framing), {**cost, **asked.facts})
+            instruction = read_rung_result(self._folders(asking.chooser)[0])["instruction"]
+        asked = asking.for_rung(rung, instruction)
+        store_rung_result(folder, score(asked.records, asked.prompt_format), {**cost, **asked.facts})
 
-    def _tune(self, rung: RungSpec, folder: Path, number: int, data: Data, asking: Asking) -> None:
+    def _measure_tuned(self, rung: RungConfig, folder: Path, number: int, data: RunData, asking: ClimbPrompts) -> None:
         """A tuned rung: a run in a folder of its own, then the bare question."""
         begun = (folder / "run.json").exists()
         if not begun:
-            unsearched = for_rung(self.spec, rung, str(folder), self.spec.seed + number)
-            checks.refuse_hopeless(unsearched, device(), beyond=False)
-        if self.spec.climb.search is not None:
-            rung = self._searched(rung, data, asking)
-        spec = for_rung(self.spec, rung, str(folder), self.spec.seed + number)
+            unsearched = rung_run_config(self.config, rung, str(folder), self.config.seed + number)
+            checks.refuse_if_too_large(unsearched, device(), beyond=False)
+        if self.config.climb.search is not None:
+            rung = self._apply_search(rung, data, asking)
+        config = rung_run_config(self.config, rung, str(folder), self.config.seed + number)
         if begun and read_manifest(folder)["status"] == "finished":
             policy, chat, _ = open_run(folder)
         else:
-            base = self._base()
+            base = self._fresh_base()
             own = data
-            if _takes_room(spec):
-                own = tokenise(spec, asking.splits, base, asking.library)
-            policy, _ = train_on(spec, base, own, resume=begun)
+            if _changes_documents(config):
+                own = tokenize_splits(config, asking.splits, base, asking.library)
+            policy, _ = train_on_data(config, base, own, resume=begun)
             self._fresh = None  # its model has been tuned
             chat = own.chat
         manifest = read_manifest(folder)
-        asked = asking.of(rung, None)
-        widen_if_asked(policy, spec)
-        result = evaluate(policy, chat, asked.records, asked.framing, spec.evaluate, title=rung.label)
-        tried = search.read(self.path / "search" / rung.slug)
-        store(folder, result, {**_training(manifest, folder), **asked.facts, **({"search": tried} if tried else {})})
+        asked = asking.for_rung(rung, None)
+        dequantize_if_configured(policy, config)
+        result = evaluate(policy, chat, asked.records, asked.prompt_format, config.evaluation, title=rung.label)
+        tried = search.read_search(self.path / "search" / rung.slug)
+        store_rung_result(
+            folder, result, {**_training_cost(manifest, folder), **asked.facts, **({"search": tried} if tried else {})}
+        )
 
-    def _searched(self, rung: RungSpec, data: Data, asking: Asking) -> RungSpec:
+    def _apply_search(self, rung: RungConfig, data: RunData, asking: ClimbPrompts) -> RungConfig:
         """The rung with settings chosen on the validation split, once for all training seeds."""
         place = self.path / "search" / rung.slug
-        if (found := search.read(place)) is not None:
-            return search.with_settings(rung, found["chosen"])
-        spec = for_rung(self.spec, rung, str(place), self.spec.seed)
+        if (found := search.read_search(place)) is not None:
+            return search.apply_settings(rung, found["chosen"])
+        config = rung_run_config(self.config, rung, str(place), self.config.seed)
 
-        def train(trial: RunSpec, watch: Watch) -> None:
-            base, self._fresh = self._base(), None
-            own = tokenise(trial, asking.splits, base, asking.library) if _takes_room(trial) else data
-            train_on(trial, base, own, watch=watch)
+        def train(trial: RunConfig, watch: StopCheck) -> None:
+            base, self._fresh = self._fresh_base(), None
+            own = tokenize_splits(trial, asking.splits, base, asking.library) if _changes_documents(trial) else data
+            train_on_data(trial, base, own, watch=watch)
 
-        wanted = self.spec.climb.search
+        wanted = self.config.climb.search
         assert wanted is not None  # noqa: S101 -- for the type checker: asked by `_tune`
-        return search.settings(spec, wanted, rung, place, len(data.train.rows), train)
+        return search.search_settings(config, wanted, rung, place, len(data.train.rows), train)
 
     @property
-    def _curve(self) -> list[tuple[int, Path]]:
+    def _curve_points(self) -> list[tuple[int, Path]]:
         """Points of the learning curve: numbers of rows, and where they stand."""
-        return [(rows, self.path / "curve" / str(rows)) for rows in self.spec.climb.curve]
+        return [(rows, self.path / "curve" / str(rows)) for rows in self.config.climb.curve]
 
-    def _points(self) -> Iterator[Point]:
+    def _measured_curve(self) -> Iterator[CurvePoint]:
         """Those that were measured."""
-        for _, place in self._curve:
+        for _, place in self._curve_points:
             if (place / "result.json").exists():
-                facts = result_of(place)
-                score = score_of_rung([Evaluation.read(place / "items.parquet")], self.spec.evaluate.metrics[0])
-                yield Point(facts["rung"], facts["rows"], score, facts["train_seconds"])
+                facts = read_rung_result(place)
+                score = score_of_rung([Evaluation.read(place / "items.parquet")], self.config.evaluation.metrics[0])
+                yield CurvePoint(facts["rung"], facts["rows"], score, facts["train_seconds"])
 
-    def _learn_curve(self, asking: Asking) -> None:
+    def _measure_curve(self, asking: ClimbPrompts) -> None:
         """The highest tuned rung with fewer rows: each number of them a run of its own, scored on the same test."""
-        tuned = [r for r in self.spec.climb.rungs if r.kind not in UNTUNED and self._stands(r)]
-        for rows, place in self._curve if tuned else ():
+        tuned = [r for r in self.config.climb.rungs if r.kind not in UNTUNED and self._base_rung(r)]
+        for rows, place in self._curve_points if tuned else ():
             if rows >= len(asking.splits.train):
-                say(f"learning curve: the rung itself has {len(asking.splits.train):,} rows, {rows:,} are passed over")
+                print_status(
+                    f"learning curve: the rung itself has {len(asking.splits.train):,} rows, {rows:,} are passed over"
+                )
             elif not (place / "result.json").exists():
-                say(f"learning curve of {tuned[-1].label}: {rows:,} rows")
+                print_status(f"learning curve of {tuned[-1].label}: {rows:,} rows")
                 try:
-                    self._learn(tuned[-1], rows, place, asking)
+                    self._measure_curve_point(tuned[-1], rows, place, asking)
                 except DoesNotFitError as error:
-                    self._leave_out(f"{tuned[-1].label}, {rows:,} rows", error.summary)
+                    self._skip_rung(f"{tuned[-1].label}, {rows:,} rows", error.summary)
 
     @property
-    def _forgetting(self) -> list[tuple[str, Path]]:
+    def _forgetting_runs(self) -> list[tuple[str, Path]]:
         """Tuned rungs that are to be measured on other data, and where their first run stands."""
-        asked = self.spec.climb.forgetting is not None
+        asked = self.config.climb.forgetting is not None
         return [(r.label, self._folders(r)[0]) for r in self.rungs if asked and r.kind not in UNTUNED]
 
-    def _see_what_is_forgotten(self) -> None:
-        for name, place in self._forgetting:
-            if (place / "result.json").exists() and not self._found_in(place):
-                say(f"what {name} has forgotten")
+    def _measure_forgetting(self) -> None:
+        for name, place in self._forgetting_runs:
+            if (place / "result.json").exists() and not self._read_json(place):
+                print_status(f"what {name} has forgotten")
                 self._fresh = None  # one model at a time
-                found = forgotten(str(place), str(self.spec.climb.forgetting), limit=self.spec.evaluate.limit)
-                write_json(place / KEPT, found)
+                found = measure_forgetting(
+                    str(place), str(self.config.climb.forgetting), limit=self.config.evaluation.limit
+                )
+                write_json(place / RESULT_FILE, found)
 
-    def _lost(self) -> Iterator[Forgotten]:
+    def _forgetting_results(self) -> Iterator[ForgettingResult]:
         """What was found."""
-        for name, place in self._forgetting:
-            if found := self._found_in(place):
-                yield Forgotten(name, found["forgetting"], found["metrics"])
+        for name, place in self._forgetting_runs:
+            if found := self._read_json(place):
+                yield ForgettingResult(name, found["forgetting"], found["metrics"])
 
-    def _found_in(self, place: Path) -> dict[str, Any]:
-        return read_forgotten(place, self.spec.climb.forgetting)
+    def _read_json(self, place: Path) -> dict[str, Any]:
+        return read_forgetting(place, self.config.climb.forgetting)
 
-    def _learn(self, rung: RungSpec, rows: int, place: Path, asking: Asking) -> None:
+    def _measure_curve_point(self, rung: RungConfig, rows: int, place: Path, asking: ClimbPrompts) -> None:
         """One point of the curve. Its rows are the first of those that more rows would have."""
-        found = search.read(self.path / "search" / rung.slug)
-        own = search.with_settings(rung, found["chosen"]) if found else rung
-        spec = for_rung(self.spec, own, str(place), self.spec.seed)
-        spec = spec.model_copy(update={"data": spec.data.model_copy(update={"limit": rows})})
+        found = search.read_search(self.path / "search" / rung.slug)
+        own = search.apply_settings(rung, found["chosen"]) if found else rung
+        config = rung_run_config(self.config, own, str(place), self.config.seed)
+        config = config.model_copy(update={"data": config.data.model_copy(update={"limit": rows})})
         begun = (place / "run.json").exists()
         if begun and read_manifest(place)["status"] == "finished":
             policy, chat, _ = open_run(place)
         else:
-            base, self._fresh = self._base(), None
-            fewer = tokenise(spec, read_splits(spec), base, asking.library)
-            policy, _ = train_on(spec, base, fewer, resume=begun)
+            base, self._fresh = self._fresh_base(), None
+            fewer = tokenize_splits(config, read_splits(config), base, asking.library)
+            policy, _ = train_on_data(config, base, fewer, resume=begun)
             chat = fewer.chat
-        asked, manifest = asking.of(rung, None), read_manifest(place)
-        result = evaluate(policy, chat, asked.records, asked.framing, spec.evaluate, title=f"{rows:,} rows")
+        asked, manifest = asking.for_rung(rung, None), read_manifest(place)
+        result = evaluate(policy, chat, asked.records, asked.prompt_format, config.evaluation, title=f"{rows:,} rows")
         learned = manifest["data"]["splits"]["train"]["rows"]
-        store(place, result, {**_training(manifest, place), "rung": rung.label, "rows": learned, **asked.facts})
+        store_rung_result(
+            place, result, {**_training_cost(manifest, place), "rung": rung.label, "rows": learned, **asked.facts}
+        )
 
-    def _on_top(self, then: ThenSpec, folder: Path, number: int, asking: Asking) -> None:
+    def _measure_on_top(self, then: OnTopConfig, folder: Path, number: int, asking: ClimbPrompts) -> None:
         """A run that begins where a tuned rung ended, asked as that one was."""
-        own = next(rung for rung in self.spec.climb.rungs if rung.label == then.above)
+        own = next(rung for rung in self.config.climb.rungs if rung.label == then.base_rung)
         below = self._folders(own)[number]
-        spec = for_then(self.spec, then, str(below), str(folder), self.spec.seed + number)
+        config = on_top_run_config(self.config, then, str(below), str(folder), self.config.seed + number)
         begun = (folder / "run.json").exists()
         if not begun:
-            checks.refuse_hopeless(spec, device(), beyond=False)
+            checks.refuse_if_too_large(config, device(), beyond=False)
         if not (begun and read_manifest(folder)["status"] == "finished"):
             self._fresh = None  # one model at a time
-            splits, base = read_splits(spec), load_base_on_device(spec.model)
-            train_on(spec, base, tokenise(spec, splits, base, asking.library), resume=begun)
+            splits, base = read_splits(config), load_base_on_device(config.model)
+            train_on_data(config, base, tokenize_splits(config, splits, base, asking.library), resume=begun)
         manifest, (policy, chat, _) = read_manifest(folder), open_run(folder)
-        asked = asking.of(own, None)
-        result = evaluate(policy, chat, asked.records, asked.framing, self.spec.evaluate, title=then.label)
+        asked = asking.for_rung(own, None)
+        result = evaluate(policy, chat, asked.records, asked.prompt_format, self.config.evaluation, title=then.label)
         # what it stands on was trained as well
-        before, cost = result_of(below), _training(manifest, folder)
+        before, cost = read_rung_result(below), _training_cost(manifest, folder)
         both = {name: cost[name] + before[name] for name in ("train_seconds", "disk_bytes")}
-        store(folder, result, {**cost, **both, **asked.facts})
+        store_rung_result(folder, result, {**cost, **both, **asked.facts})
 
-    def _check_rows(self, then: ThenSpec, asking: Asking) -> None:
+    def _check_on_top_rows(self, then: OnTopConfig, asking: ClimbPrompts) -> None:
         """Rows of a rung on top can be read, and are none of the test's. Raises `DataError`, `ConfigError`."""
-        spec = for_then(self.spec, then, self.spec.model.student_of or self.spec.model.name, "unused", self.spec.seed)
-        splits, place = read_splits(spec), f"climb.then {then.label}"
-        if spec.objective.kind == "reward":
+        config = on_top_run_config(
+            self.config, then, self.config.model.student_of or self.config.model.name, "unused", self.config.seed
+        )
+        splits, place = read_splits(config), f"climb.on_top {then.label}"
+        if config.objective.kind == "reward":
             raise ConfigError(
-                "a reward model writes nothing that a ladder could score", where=f"climb.then {then.label}"
+                "a reward model writes nothing that a ladder could score", where=f"climb.on_top {then.label}"
             )
-        compared = any(record.rivals or record.score is not None for record in splits.train)
-        if spec.objective.kind == "preference" and not compared:
-            raise DataError("these rows compare nothing", where=place, given=str(spec.data.path))
+        compared = any(record.candidates or record.score is not None for record in splits.train)
+        if config.objective.kind == "preference" and not compared:
+            raise DataError("these rows compare nothing", where=place, given=str(config.data.path))
         if then.data:
             self._refuse_test_rows(then, splits, asking)
 
-    def _refuse_test_rows(self, then: ThenSpec, splits: Splits, asking: Asking) -> None:
+    def _refuse_test_rows(self, then: OnTopConfig, splits: Splits, asking: ClimbPrompts) -> None:
         """Raise `DataError` where a run's own rows ask what the test asks, context and question in one text or not."""
-        test = {tuple(asked_in_words(record)): record for record in asking.test}
-        both = ((record, tuple(asked_in_words(record))) for p in (splits.train, splits.validation) for record in p)
+        test = {tuple(prompt_words(record)): record for record in asking.test}
+        both = ((record, tuple(prompt_words(record))) for p in (splits.train, splits.validation) for record in p)
         if found := [(own, test[words]) for own, words in both if words in test]:
             own, asked = found[0]
             raise DataError(
@@ -388,19 +402,19 @@ class Climb:
                 hint=f"take them out of {then.data.get('path')}",
             )
 
-    def _base(self) -> Base:
+    def _fresh_base(self) -> BaseModel:
         """A base that no rung has touched."""
         if self._fresh is None:
-            self._fresh = load_base_on_device(self.spec.model)
+            self._fresh = load_base_on_device(self.config.model)
         return self._fresh
 
 
-def _takes_room(spec: RunSpec) -> bool:
+def _changes_documents(config: RunConfig) -> bool:
     """Whether a method's virtual tokens make documents longer, or stand inside them."""
-    return hasattr(spec.method, "virtual_tokens")
+    return hasattr(config.method, "virtual_tokens")
 
 
-def _training(manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _training_cost(manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What a run cost, and what is kept of it."""
     keys = ("trainable_parameters", "train_seconds", "tokens_per_second")
     kept = [file for name in ("adapter", "model") for file in (folder / name).rglob("*") if file.is_file()]

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rung.config.io import load_config
-from rung.config.objective import RewardSpec
-from rung.config.run import RunSpec
+from rung.config.objective import RewardConfig
+from rung.config.run import RunConfig
 from rung.data.contamination import contamination
 from rung.data.records import Records
 from rung.errors import ConfigError, RungError
-from rung.evaluation.evaluate import Evaluation, Item
-from rung.evaluation.reward_model import examine
-from rung.runs.dataset import as_asked, held_out, library_of, read_splits
-from rung.runs.load import open_base, open_reward, open_run, score_policy, spec_of, test_records
-from rung.runs.train import budget_of
+from rung.evaluation.evaluate import Evaluation, ScoredItem
+from rung.evaluation.reward_model import score_reward_model
+from rung.runs.dataset import load_library, read_splits, tokenize_held_out, with_contexts
+from rung.runs.load import config_of_run, open_base, open_reward_model, open_run, score_policy, test_records
+from rung.runs.train import micro_batch_tokens
 from rung.training.run_folder import RunFolder, is_climb, read_manifest
 
 
@@ -28,13 +28,13 @@ def evaluate_target(target: str, *, config: str | None, overrides: Sequence[str]
     """
     path = Path(target)
     is_run = (path / "run.json").exists()
-    task, originals, records, found = asked(target, config=config, overrides=overrides, limit=limit)
-    if is_run and isinstance(task.objective, RewardSpec):
-        return _examined(path, task, records, config=config, keep=config is None and limit is None)
-    result = answered(target, task, records)
+    task, originals, records, found = evaluation_task(target, config=config, overrides=overrides, limit=limit)
+    if is_run and isinstance(task.objective, RewardConfig):
+        return _evaluate_reward_model(path, task, records, config=config, keep=config is None and limit is None)
+    result = evaluate_on_task(target, task, records)
     measured = {**result.summary(), **found}
     measured["seconds_per_query"] += found.get("retrieval", {}).get("seconds_per_query", 0.0)
-    contaminated = {"contamination": seen_in_training(path, result, originals)} if is_run else {}
+    contaminated = {"contamination": contamination_of(path, result, originals)} if is_run else {}
     if is_run and config is None and limit is None:
         result.write(path / "eval.parquet")  # items.parquet belongs to the climb that a run may stand in
         manifest = read_manifest(path)
@@ -42,13 +42,13 @@ def evaluate_target(target: str, *, config: str | None, overrides: Sequence[str]
     return {"target": target, "task": config or target, **measured, **contaminated}
 
 
-def seen_in_training(run: Path, result: Evaluation, records: Records) -> dict[str, Any]:
+def contamination_of(run: Path, result: Evaluation, records: Records) -> dict[str, Any]:
     """Test items that stand in the rows that a run learned from, by tier, and the scores without them.
 
     Where those rows can no longer be read, why not stands in `unknown`.
     """
     try:
-        train = read_splits(spec_of(run)).train
+        train = read_splits(config_of_run(run)).train
     except RungError as error:
         return {"unknown": error.summary}
     found = contamination(train, records)
@@ -62,10 +62,10 @@ def seen_in_training(run: Path, result: Evaluation, records: Records) -> dict[st
     return {"items": found.items, "train_rows": found.train, "tiers": tiers}
 
 
-class Asked(NamedTuple):
+class EvaluationTask(NamedTuple):
     """A task and its test items."""
 
-    task: RunSpec
+    task: RunConfig
     originals: Records
     """As they stand in the data."""
     records: Records
@@ -74,7 +74,7 @@ class Asked(NamedTuple):
     """How well that was found; empty where nothing was looked up."""
 
 
-def asked(target: str, *, config: str | None, overrides: Sequence[str], limit: int | None) -> Asked:
+def evaluation_task(target: str, *, config: str | None, overrides: Sequence[str], limit: int | None) -> EvaluationTask:
     """What `target` is scored on. Raises `ConfigError` when a base comes without a task."""
     path = Path(target)
     if is_climb(path):
@@ -83,16 +83,16 @@ def asked(target: str, *, config: str | None, overrides: Sequence[str], limit: i
         raise ConfigError("overrides go with --config", given=" ".join(overrides))
     task = _task(path, config, overrides, (path / "run.json").exists())
     if limit is not None:
-        task = task.model_copy(update={"evaluate": task.evaluate.model_copy(update={"limit": limit})})
+        task = task.model_copy(update={"evaluation": task.evaluation.model_copy(update={"limit": limit})})
     splits = read_splits(task)
-    records, context = test_records(task, splits), task.evaluate.context
+    records, context = test_records(task, splits), task.evaluation.context
     if context != "retrieved":
-        return Asked(task, records, as_asked(context, records, None), {})
-    library = library_of(task, splits)
-    return Asked(task, records, library.shown_all(records), {"retrieval": library.measure(records)})
+        return EvaluationTask(task, records, with_contexts(context, records, None), {})
+    library = load_library(task, splits)
+    return EvaluationTask(task, records, library.with_passages_all(records), {"retrieval": library.hit_rate(records)})
 
 
-def _scores(result: Evaluation, items: Sequence[Item]) -> dict[str, Any] | None:
+def _scores(result: Evaluation, items: Sequence[ScoredItem]) -> dict[str, Any] | None:
     """Of some of the items; None where there are none."""
     if not items:
         return None
@@ -100,7 +100,7 @@ def _scores(result: Evaluation, items: Sequence[Item]) -> dict[str, Any] | None:
     return {name: part.interval(name).to_json() for name in result.metrics}
 
 
-def answered(target: str, task: RunSpec, records: Records) -> Evaluation:
+def evaluate_on_task(target: str, task: RunConfig, records: Records) -> Evaluation:
     """What a run or a base answers, scored; nothing of it stays in memory."""
     path = Path(target)
     is_run = (path / "run.json").exists()
@@ -111,11 +111,13 @@ def answered(target: str, task: RunSpec, records: Records) -> Evaluation:
     return score_policy(policy, chat, task, records, tuned=is_run)
 
 
-def _examined(path: Path, task: RunSpec, records: Records, *, config: str | None, keep: bool) -> dict[str, Any]:
+def _evaluate_reward_model(
+    path: Path, task: RunConfig, records: Records, *, config: str | None, keep: bool
+) -> dict[str, Any]:
     """A reward model on held-out comparisons."""
-    policy, chat, objective, _ = open_reward(path)
-    examples = held_out(task, chat, records, policy.base).examples
-    health = examine(policy, objective, examples, budget_of(task, policy.base))
+    policy, chat, objective, _ = open_reward_model(path)
+    examples = tokenize_held_out(task, chat, records, policy.base).examples
+    health = score_reward_model(policy, objective, examples, micro_batch_tokens(task, policy.base))
     result = {"reward": health.to_json(), "examples": len(records)}
     if keep:
         manifest = read_manifest(path)
@@ -123,9 +125,9 @@ def _examined(path: Path, task: RunSpec, records: Records, *, config: str | None
     return {"target": str(path), "task": config or str(path), **result, "said": str(health)}
 
 
-def _task(path: Path, config: str | None, overrides: Sequence[str], is_run: bool) -> RunSpec:
+def _task(path: Path, config: str | None, overrides: Sequence[str], is_run: bool) -> RunConfig:
     if config is not None:
-        return load_config(config, overrides).spec
+        return load_config(config, overrides).config
     if is_run:
-        return spec_of(path)
+        return config_of_run(path)
     raise ConfigError("a base has no task of its own", given=str(path), hint="name one with --config CONFIG")

@@ -18,7 +18,7 @@ USAGE: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name_
 """What a wrong command line raises, of the click that typer itself uses."""
 
 
-def exit_code(verb: Callable[[], int | None], *, as_json: bool) -> int:
+def exit_code_of(verb: Callable[[], int | None], *, as_json: bool) -> int:
     """Run a verb; say what ended it, as one JSON object too where that was asked for."""
     try:
         code = verb()
@@ -43,7 +43,7 @@ def exit_code(verb: Callable[[], int | None], *, as_json: bool) -> int:
     return int(code or 0)
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """End the process.
 
     One of several processes leaves without taking the interpreter down: gloo's threads may still hold tensors, and

@@ -11,26 +11,26 @@ from typing import Any, get_args
 
 import numpy as np
 
-from rung.config.data import DataSpec, Format
+from rung.config.data import DataConfig, Format
 from rung.config.io import parse_config
-from rung.config.model import ALONE, ModelSpec
-from rung.console import Bar, say
-from rung.data.chat import Chat
+from rung.config.model import WITHOUT_RUN_SETTINGS, ModelConfig
+from rung.console import ProgressBar, print_status
+from rung.data.chat import ChatTemplate
 from rung.data.formats import load_records
 from rung.data.messages import for_template
-from rung.data.tokenize import Prompted, prompts
+from rung.data.tokenize import PromptDataset, tokenize_prompts
 from rung.errors import CheckpointError, ConfigError
-from rung.evaluation.prompting import Framing
-from rung.evaluation.reward_model import Scorer
+from rung.evaluation.prompting import PromptFormat
+from rung.evaluation.reward_model import RewardScorer
 from rung.files import MANIFEST, Journal, write_text
-from rung.inference.openai_client import Failure, Request, Server, ask
-from rung.models.base_model import Base
-from rung.models.generate import Answer, Sampling, generate_by_task
-from rung.models.policy import Policy, Untouched, by_document
-from rung.runs.auxiliary_models import same_text
-from rung.runs.load import load_base_on_device, once_more, open_base, open_reward, open_run
+from rung.inference.openai_client import ChatRequest, FailedRequest, Server, ask_server
+from rung.models.base_model import BaseModel
+from rung.models.generate import GeneratedAnswer, Sampling, generate_by_task
+from rung.models.policy import NoMethod, Policy, sum_by_document
+from rung.runs.auxiliary_models import require_same_tokens
+from rung.runs.load import load_base_on_device, open_base, open_reward_model, open_run, share_base_if_same
 from rung.training.run_folder import read_manifest
-from rung.training.step import read
+from rung.training.step import values_by_document
 from rung.types import Example, PackedBatch, Record
 
 BATCH = 64
@@ -42,7 +42,7 @@ TOKENS = 4096
 
 
 @dataclass(frozen=True)
-class Asked:
+class GenerateRequest:
     """What is wanted of the answers."""
 
     sampling: Sampling
@@ -57,7 +57,7 @@ class Asked:
     format: Format = "auto"
 
 
-def generate_answers(target: str, data: str, output: Path, asked: Asked) -> dict[str, Any]:
+def generate_answers(target: str, data: str, output: Path, asked: GenerateRequest) -> dict[str, Any]:
     """Write one row a prompt to `output`: the prompt, what was expected, the answers, scores where a run gives them.
 
     Rows with several scores are of the format `rated`; prompts whose answers score alike are counted and left out.
@@ -68,13 +68,13 @@ def generate_answers(target: str, data: str, output: Path, asked: Asked) -> dict
     chosen = records_for(output, data, asked)
     policy, chat, scorer = _open(target, asked)
     room = policy.base.context - policy.method.virtual_tokens - asked.sampling.max_new_tokens
-    prompted = prompts(chat, chosen, longest=room, overflow="error")
+    prompted = tokenize_prompts(chat, chosen, longest=room, overflow="error")
     with closing(_journal(output, target, policy, prompted, asked.sampling)) as journal:
-        answers = _answers(policy, chat, prompted, asked.sampling, journal)
+        answers = _sample_answers(policy, chat, prompted, asked.sampling, journal)
         documents = _documents(prompted, answers, asked.sampling.answers)
-        made = Made(
-            [chat.assistant_text(a.drawn).strip() for a in answers],
-            [len(a.drawn) for a in answers],
+        made = GeneratedAnswers(
+            [chat.assistant_text(a.all_tokens).strip() for a in answers],
+            [len(a.all_tokens) for a in answers],
             [a.stopped for a in answers],
             scores=scorer(documents, TOKENS) if scorer else None,
             log_ratios=_log_ratios(policy, documents, answers, asked.sampling.temperature)
@@ -86,16 +86,16 @@ def generate_answers(target: str, data: str, output: Path, asked: Asked) -> dict
     return told
 
 
-def records_for(output: Path, data: str, asked: Asked) -> list[Record]:
+def records_for(output: Path, data: str, asked: GenerateRequest) -> list[Record]:
     """The rows whose prompts are answered. Raises `ConfigError` where the output exists already."""
     if output.exists():
         raise ConfigError("this file exists already", where="--output", given=output)
-    records = load_records(DataSpec(path=data, format=asked.format), data).records
+    records = load_records(DataConfig(path=data, format=asked.format), data).records
     return [records[i] for i in range(min(len(records), asked.limit or len(records)))]
 
 
 @dataclass(frozen=True)
-class Made:
+class GeneratedAnswers:
     """Answers, those to one prompt next to each other."""
 
     texts: Sequence[str]
@@ -107,7 +107,9 @@ class Made:
     log_ratios: Sequence[float] | None = None
 
 
-def write_rows(output: Path, records: Sequence[Record], made: Made, asked: Asked) -> dict[str, Any]:
+def write_rows(
+    output: Path, records: Sequence[Record], made: GeneratedAnswers, asked: GenerateRequest
+) -> dict[str, Any]:
     """Write one row for each prompt with something to say, and tell what was made of them all."""
     rows = _rows(records, made, asked)
     write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -123,7 +125,7 @@ def write_rows(output: Path, records: Sequence[Record], made: Made, asked: Asked
     }
 
 
-def _rows(records: Sequence[Record], made: Made, asked: Asked) -> list[dict[str, Any]]:
+def _rows(records: Sequence[Record], made: GeneratedAnswers, asked: GenerateRequest) -> list[dict[str, Any]]:
     """With scores the best answer comes first, and prompts whose answers score alike are left out."""
     rows, each, scores = [], asked.sampling.answers, made.scores
     for i, record in enumerate(records):
@@ -137,7 +139,7 @@ def _rows(records: Sequence[Record], made: Made, asked: Asked) -> list[dict[str,
         if scores and each > 1 and scores[order[0]] == scores[order[-1]]:
             continue
         row = {
-            **_asked(record),
+            **_prompt_columns(record),
             "answers": [made.texts[k] for k in order],
             made.unit: [made.lengths[k] for k in order],
             "stopped": [made.stopped[k] for k in order],
@@ -147,7 +149,7 @@ def _rows(records: Sequence[Record], made: Made, asked: Asked) -> list[dict[str,
     return rows
 
 
-def format_of(text: str) -> Format:
+def parse_format(text: str) -> Format:
     """A format's name from the command line. Raises `ConfigError` for another word."""
     if text not in get_args(Format):
         raise ConfigError("no such format", where="--format", given=text, allowed=", ".join(get_args(Format)))
@@ -155,41 +157,43 @@ def format_of(text: str) -> Format:
     return found
 
 
-def _open(target: str, asked: Asked) -> tuple[Policy, Chat, Scorer | None]:
+def _open(target: str, asked: GenerateRequest) -> tuple[Policy, ChatTemplate, RewardScorer | None]:
     """What answers, with its reference, and what scores; a base that carries several of them is held once."""
     path = Path(target)
     run = (path / "run.json").exists()
-    spec = parse_config(read_manifest(path)["spec"], str(path / "run.json")).model if run else ModelSpec(name=target)
-    base = None if run and (path / "model").is_dir() else load_base_on_device(spec)
-    own = base.twin() if base is not None and (asked.reward or asked.reference) else base
+    config = (
+        parse_config(read_manifest(path)["config"], str(path / "run.json")).model if run else ModelConfig(name=target)
+    )
+    base = None if run and (path / "model").is_dir() else load_base_on_device(config)
+    own = base.share_weights() if base is not None and (asked.reward or asked.reference) else base
     if run or own is None:
         policy, chat, _ = open_run(path, own)
     else:
-        policy, chat = Policy(own, Untouched()), Chat(own.tokenizer)
+        policy, chat = Policy(own, NoMethod()), ChatTemplate(own.tokenizer)
     if asked.reference is not None:
-        policy.reference = _reference(asked.reference, spec, base)
+        policy.reference = _reference(asked.reference, config, base)
         if policy.reference.base.tokenizer.get_vocab() != chat.tokenizer.get_vocab():
             raise ConfigError("the reference has another vocabulary", where="--reference", given=asked.reference)
-    return policy, chat, _scorer(asked.reward, chat, base) if asked.reward else None
+    return policy, chat, _open_scorer(asked.reward, chat, base) if asked.reward else None
 
 
-def _reference(named: str, spec: ModelSpec, base: Base | None) -> Policy:
+def _reference(named: str, config: ModelConfig, base: BaseModel | None) -> Policy:
     """A run with its adapter on, or a base; the base of what answers where that is it."""
-    if base is not None and spec.student_of is None and named == spec.name:
-        return Policy(base.twin(), Untouched())
+    if base is not None and config.student_of is None and named == config.name:
+        return Policy(base.share_weights(), NoMethod())
     if (Path(named) / "run.json").exists():
-        return open_run(Path(named), once_more(Path(named), base))[0]
-    return open_base(spec.model_copy(update={"name": named, **ALONE}))[0]
+        return open_run(Path(named), share_base_if_same(Path(named), base))[0]
+    return open_base(config.model_copy(update={"name": named, **WITHOUT_RUN_SETTINGS}))[0]
 
 
-def _scorer(run: Path, ours: Chat, base: Base | None) -> Scorer:
+def _open_scorer(run: Path, ours: ChatTemplate, base: BaseModel | None) -> RewardScorer:
     """A reward run, opened and checked before anything is made."""
-    policy, chat, objective, _ = open_reward(run, once_more(run, base))
-    same_text(run, chat, ours)
-    return Scorer(policy, objective)
+    policy, chat, objective, _ = open_reward_model(run, share_base_if_same(run, base))
+    require_same_tokens(run, chat, ours)
+    return RewardScorer(policy, objective)
 
 
-def _asked(record: Record) -> dict[str, Any]:
+def _prompt_columns(record: Record) -> dict[str, Any]:
     """The columns that say the prompt, as Rung's formats read them."""
     turns = record.messages[:-1]
     one = len(turns) == 1 and turns[0].role == "user"
@@ -205,17 +209,19 @@ def _asked(record: Record) -> dict[str, Any]:
     return {"prompt": prompt, **{name: value for name, value in further.items() if value is not None}}
 
 
-def _answers(policy: Policy, chat: Chat, prompted: Prompted, sampling: Sampling, journal: Journal) -> list[Answer]:
+def _sample_answers(
+    policy: Policy, chat: ChatTemplate, prompted: PromptDataset, sampling: Sampling, journal: Journal
+) -> list[GeneratedAnswer]:
     """As many to each prompt as `sampling` says, in their order; slice by slice, so that a stop loses one at most."""
     width = max(1, SLICE // sampling.answers)
     parts = [prompted.examples[i : i + width] for i in range(0, len(prompted.examples), width)]
-    if journal.known:
-        say(f"going on after {len(journal.known):,} of {len(parts):,} parts, kept in {journal.path}")
-    found: list[Answer] = []
-    with Bar("generate", len(prompted.examples)) as bar:
+    if journal.results:
+        print_status(f"going on after {len(journal.results):,} of {len(parts):,} parts, kept in {journal.path}")
+    found: list[GeneratedAnswer] = []
+    with ProgressBar("generate", len(prompted.examples)) as bar:
         for number, part in enumerate(parts):
-            if (kept := journal.known.get(str(number))) is not None:
-                found += [Answer(*fields) for fields in kept]
+            if (kept := journal.results.get(str(number))) is not None:
+                found += [GeneratedAnswer(*fields) for fields in kept]
                 bar.advance(len(part))
                 continue
             made = generate_by_task(
@@ -223,7 +229,7 @@ def _answers(policy: Policy, chat: Chat, prompted: Prompted, sampling: Sampling,
                 [e.ids.tolist() for e in part],
                 [e.task for e in part],
                 stop_ids=chat.stop_ids,
-                sampling=replace(sampling, seed=seed_of(sampling.seed, number)),
+                sampling=replace(sampling, seed=slice_seed(sampling.seed, number)),
                 batch=BATCH,
                 on_batch=bar.advance,
             )
@@ -232,7 +238,7 @@ def _answers(policy: Policy, chat: Chat, prompted: Prompted, sampling: Sampling,
     return found
 
 
-def _journal(output: Path, target: str, policy: Policy, prompted: Prompted, sampling: Sampling) -> Journal:
+def _journal(output: Path, target: str, policy: Policy, prompted: PromptDataset, sampling: Sampling) -> Journal:
     """Beside the output, of exactly these weights, prompts and draws."""
     written = sorted(Path(target).glob(f"[am]*/{MANIFEST}"))  # of adapter/ or model/: it holds their hashes
     about = {
@@ -240,43 +246,43 @@ def _journal(output: Path, target: str, policy: Policy, prompted: Prompted, samp
         "prompts": [[e.task, e.ids.tolist()] for e in prompted.examples],
         "sampling": asdict(sampling),
     }
-    return Journal(journal_of(output), about)
+    return Journal(journal_path(output), about)
 
 
-def journal_of(output: Path) -> Path:
+def journal_path(output: Path) -> Path:
     """Where answers stand until the output is written."""
     return output.with_name(f".{output.name}.journal")
 
 
-def seed_of(seed: int, part: int) -> int:
+def slice_seed(seed: int, part: int) -> int:
     """Of the draws of one slice: it needs no slice before it."""
     return int(np.random.SeedSequence([seed, part]).generate_state(1)[0])
 
 
-def _documents(prompted: Prompted, answers: Sequence[Answer], each: int) -> list[Example]:
+def _documents(prompted: PromptDataset, answers: Sequence[GeneratedAnswer], each: int) -> list[Example]:
     """Prompts with their answers, which are what is scored."""
     found = []
     for i, answer in enumerate(answers):
         prompt = prompted.examples[i // each]
-        ids = np.array([*prompt.ids, *answer.drawn], dtype=np.int32)
+        ids = np.array([*prompt.ids, *answer.all_tokens], dtype=np.int32)
         found.append(Example(ids, np.arange(len(ids)) >= len(prompt), prompt.source, task=prompt.task))
     return found
 
 
 def _log_ratios(
-    policy: Policy, documents: Sequence[Example], answers: Sequence[Answer], temperature: float
+    policy: Policy, documents: Sequence[Example], answers: Sequence[GeneratedAnswer], temperature: float
 ) -> list[float]:
     """Log p(answer) - log q(answer), q the reference's, in nats; both at temperature 1."""
 
     def log_p(batch: PackedBatch) -> list[float]:
-        return [float(own) for own in by_document(batch, policy.logprobs(batch)).double()]
+        return [float(own) for own in sum_by_document(batch, policy.logprobs(batch)).double()]
 
     def log_q(batch: PackedBatch) -> list[float]:
         return [float(own) for own in policy.reference_sums(batch)]
 
     known = temperature in (0.0, 1.0)  # then what the decoder drew is what is asked for: one pass less
-    ours = [sum(a.logprobs) for a in answers] if known else read([policy], documents, TOKENS, log_p)
-    theirs = read([policy], documents, TOKENS, log_q)
+    ours = [sum(a.logprobs) for a in answers] if known else values_by_document([policy], documents, TOKENS, log_p)
+    theirs = values_by_document([policy], documents, TOKENS, log_q)
     return [p - q for p, q in zip(ours, theirs, strict=True)]
 
 
@@ -284,7 +290,7 @@ SHOWN = 5
 """Failures that are named."""
 
 
-def generate_remotely(server: Server, data: str, output: Path, asked: Asked) -> dict[str, Any]:
+def generate_remotely(server: Server, data: str, output: Path, asked: GenerateRequest) -> dict[str, Any]:
     """As `generate_answers`, with the answers of a server; nothing of them is scored.
 
     Raises `ConfigError` for a request that only a run can serve, `CheckpointError` where prompts got no answer: the
@@ -294,39 +300,43 @@ def generate_remotely(server: Server, data: str, output: Path, asked: Asked) -> 
         what = "a server gives text, not the log-probabilities or tokens that this wants"
         raise ConfigError(what, where="--reward" if asked.reward else "--reference", given=server.url)
     chosen = records_for(output, data, asked)
-    requests = [_request(record, number, asked) for number, record in enumerate(chosen)]
+    requests = [_chat_request(record, number, asked) for number, record in enumerate(chosen)]
     about = {"model": server.model, "requests": [asdict(request) for request in requests]}
-    with closing(Journal(journal_of(output), about)) as journal:
-        if journal.known:
-            say(f"going on after {len(journal.known):,} of {len(requests):,} prompts, kept in {journal.path}")
-        with Bar("ask", len(requests), len(journal.known)) as bar:
-            found, failures = ask(server, requests, journal, bar.advance)
+    with closing(Journal(journal_path(output), about)) as journal:
+        if journal.results:
+            print_status(
+                f"going on after {len(journal.results):,} of {len(requests):,} prompts, kept in {journal.path}"
+            )
+        with ProgressBar("ask", len(requests), len(journal.results)) as bar:
+            found, failures = ask_server(server, requests, journal, bar.advance)
         if failures:
-            raise _failed(chosen, failures, output)
+            raise _report_failures(chosen, failures, output)
         answers = [answer for number in range(len(requests)) for answer in found[number]]
         texts = [answer.text.strip() for answer in answers]
-        made = Made(texts, [len(text) for text in texts], [answer.stopped for answer in answers], unit="characters")
+        made = GeneratedAnswers(
+            texts, [len(text) for text in texts], [answer.stopped for answer in answers], unit="characters"
+        )
         told = write_rows(output, chosen, made, asked)
         journal.remove()
     return told
 
 
-def _request(record: Record, number: int, asked: Asked) -> Request:
+def _chat_request(record: Record, number: int, asked: GenerateRequest) -> ChatRequest:
     """One prompt, its context in front of the question, as a run would be asked."""
     sampling = asked.sampling
-    turns = Framing().turns(record)
+    turns = PromptFormat().turns(record)
     settings: dict[str, Any] = {
         "n": sampling.answers,
         "temperature": sampling.temperature,
         "max_tokens": sampling.max_new_tokens,
-        "seed": seed_of(sampling.seed, number) % 2**31,
+        "seed": slice_seed(sampling.seed, number) % 2**31,
     }
     if record.tools:
         settings["tools"] = json.loads(record.tools)
-    return Request([for_template(turn) for turn in turns], settings)
+    return ChatRequest([for_template(turn) for turn in turns], settings)
 
 
-def _failed(records: Sequence[Record], failures: Sequence[Failure], output: Path) -> CheckpointError:
+def _report_failures(records: Sequence[Record], failures: Sequence[FailedRequest], output: Path) -> CheckpointError:
     told = [f"{records[f.prompt].source}: {f.reason}" for f in failures[:SHOWN]]
     told += [f"and {len(failures) - SHOWN} more"] if len(failures) > SHOWN else []
     told += ["the others are kept: the same command asks for these alone"]

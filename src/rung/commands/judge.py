@@ -10,15 +10,24 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from rung.config.judge import JudgeSpec
-from rung.config.model import ModelSpec
-from rung.console import Bar, say
-from rung.evaluation.judge import Ask, Judged, Pair, Said, by_logprob, by_word, judge, read_human
+from rung.config.judge import JudgeConfig
+from rung.config.model import ModelConfig
+from rung.console import ProgressBar, print_status
+from rung.evaluation.judge import (
+    AnswerPair,
+    AskJudge,
+    JudgedPair,
+    JudgeVerdict,
+    judge_both_orders,
+    judge_by_logprobs,
+    parse_verdict,
+    read_human_labels,
+)
 from rung.files import Journal, cache_folder
-from rung.inference.openai_client import AT_ONCE, Request, Server
-from rung.inference.openai_client import ask as ask_server
+from rung.inference.openai_client import DEFAULT_CONCURRENCY, ChatRequest, Server
+from rung.inference.openai_client import ask_server as ask_server
 from rung.runs.load import open_base, open_run
-from rung.scoring.pairwise import Preference, Trust, preference, trust
+from rung.scoring.pairwise import JudgeAgreement, Preference, check_judge, summarize_preferences
 from rung.types import Message
 
 WORDS = 512
@@ -29,9 +38,9 @@ WORDS = 512
 class Judgement:
     """What a judge made of pairs, and whether it is to be believed."""
 
-    judged: tuple[Judged, ...]
+    judged: tuple[JudgedPair, ...]
     preference: Preference
-    trust: Trust
+    trust: JudgeAgreement
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, without the pairs."""
@@ -42,48 +51,57 @@ class Judgement:
         return [json.dumps({**asdict(j), "outcome": j.verdicts.outcome}, ensure_ascii=False) for j in self.judged]
 
 
-def judge_pairs(spec: JudgeSpec, pairs: Sequence[Pair], seed: int = 0) -> Judgement:
-    """Ask the judge of `spec` about pairs, and about those that people have labelled.
+def judge_pairs(config: JudgeConfig, pairs: Sequence[AnswerPair], seed: int = 0) -> Judgement:
+    """Ask the judge of `config` about pairs, and about those that people have labelled.
 
     Raises `ConfigError` or `CheckpointError` where it cannot be asked, `DataError` for a file of labels that is none.
     """
-    labelled, people = read_human(spec.human) if spec.human else ([], [])
-    every = judge([*pairs, *labelled], spec, _asking(spec))
+    labelled, people = read_human_labels(config.human_labels) if config.human_labels else ([], [])
+    every = judge_both_orders([*pairs, *labelled], config, _ask_function(config))
     own, known = every[: len(pairs)], every[len(pairs) :]
     if labelled:
-        checked = trust([j.verdicts for j in known], people, [pair.cluster for pair in labelled], spec.kappa)
+        checked = check_judge(
+            [j.verdicts for j in known], people, [pair.cluster for pair in labelled], config.min_kappa
+        )
     else:
-        checked = Trust(False, "its agreement with people was not measured: evaluate.judge.human names no file")
+        checked = JudgeAgreement(
+            False, "its agreement with people was not measured: evaluation.judge.human names no file"
+        )
     lengths = [(len(pair.first), len(pair.second)) for pair in pairs]
-    found = preference([j.verdicts for j in own], lengths, [pair.cluster for pair in pairs], seed)
+    found = summarize_preferences([j.verdicts for j in own], lengths, [pair.cluster for pair in pairs], seed)
     return Judgement(tuple(own), found, checked)
 
 
-def _asking(spec: JudgeSpec) -> Ask:
-    if spec.server is not None:
-        return _by_server(Server(spec.server, spec.model, spec.concurrency or AT_ONCE))
-    path = Path(spec.model)
+def _ask_function(config: JudgeConfig) -> AskJudge:
+    if config.server is not None:
+        return _ask_by_server(Server(config.server, config.model, config.concurrency or DEFAULT_CONCURRENCY))
+    path = Path(config.model)
     if (path / "run.json").exists():
         policy, chat, _ = open_run(path)
     else:
-        policy, chat = open_base(ModelSpec(name=spec.model))
-    return by_logprob(policy, chat)
+        policy, chat = open_base(ModelConfig(name=config.model))
+    return judge_by_logprobs(policy, chat)
 
 
-def _by_server(server: Server) -> Ask:
+def _ask_by_server(server: Server) -> AskJudge:
     """Verdicts of a server, each kept in the cache as it comes: the same question is never paid for twice."""
 
-    def ask(prompts: Sequence[tuple[Message, ...]]) -> list[Said]:
+    def ask(prompts: Sequence[tuple[Message, ...]]) -> list[JudgeVerdict]:
         settings = {"temperature": 0.0, "max_tokens": WORDS}
-        requests = [Request([{"role": m.role, "content": m.content} for m in turns], settings) for turns in prompts]
+        requests = [ChatRequest([{"role": m.role, "content": m.content} for m in turns], settings) for turns in prompts]
         about = {"url": server.url, "model": server.model, "requests": [asdict(request) for request in requests]}
         name = sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
         with closing(Journal(cache_folder() / "judged" / f"{name}.jsonl", about)) as journal:
-            if journal.known:
-                say(f"{len(journal.known):,} of {len(requests):,} verdicts are known, kept in {journal.path}")
-            with Bar("judge", len(requests), len(journal.known)) as bar:
+            if journal.results:
+                print_status(
+                    f"{len(journal.results):,} of {len(requests):,} verdicts are known, kept in {journal.path}"
+                )
+            with ProgressBar("judge", len(requests), len(journal.results)) as bar:
                 found, failures = ask_server(server, requests, journal, bar.advance)
         reasons = {failure.prompt: failure.reason for failure in failures}
-        return [by_word(found[i][0].text) if i in found else Said(None, reasons[i]) for i in range(len(requests))]
+        return [
+            parse_verdict(found[i][0].text) if i in found else JudgeVerdict(None, reasons[i])
+            for i in range(len(requests))
+        ]
 
     return ask

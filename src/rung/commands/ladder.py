@@ -11,22 +11,22 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rung.config.climb import UNTUNED, RungSpec, ThenSpec
-from rung.config.run import RunSpec
+from rung.config.climb import UNTUNED, OnTopConfig, RungConfig
+from rung.config.run import RunConfig
 from rung.errors import CheckpointError
 from rung.evaluation.evaluate import PERPLEXITY, Evaluation
 from rung.report.tables import change_text
-from rung.scoring.recommendation import Verdict, gain_over, score_of, verdict
+from rung.scoring.recommendation import Verdict, paired_gain, recommend, rung_score
 from rung.scoring.stats import Difference, Interval
 from rung.training.run_folder import peak_memory_bytes, write_json
 
 CONTEXTS = {"given": "context", "withheld": "closed book", "retrieved": "retrieved passages"}
 """What the ladder calls what stands before the question, where any row has a context or passages are retrieved."""
-AnyRung = RungSpec | ThenSpec
+AnyRung = RungConfig | OnTopConfig
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class LadderRow:
     """One rung of the printed ladder. Costs of a rung with several training seeds are means over them."""
 
     rung: str
@@ -63,7 +63,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Left:
+class SkippedRung:
     """A rung that was not measured."""
 
     rung: str
@@ -71,7 +71,7 @@ class Left:
 
 
 @dataclass(frozen=True, slots=True)
-class Further:
+class NextRung:
     """What the next rung above the recommended one buys, and what it costs for ever."""
 
     rung: str
@@ -93,7 +93,7 @@ class Further:
 
 
 @dataclass(frozen=True, slots=True)
-class Note:
+class Diagnosis:
     """What a difference between two rungs says of what the model lacks."""
 
     lacks: Literal["knowledge", "behaviour"]
@@ -111,7 +111,7 @@ class Note:
 
 
 @dataclass(frozen=True, slots=True)
-class Forgotten:
+class ForgettingResult:
     """What a tuned rung makes of other data, beside what it began from: after minus before."""
 
     rung: str
@@ -127,7 +127,7 @@ class Forgotten:
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class CurvePoint:
     """Of the learning curve: what a tuned rung scores with fewer training rows."""
 
     rung: str
@@ -140,18 +140,18 @@ class Point:
 class Ladder:
     """What `rung climb` measured."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[LadderRow, ...]
     verdict: Verdict
     metric: str
     examples: int
     clusters: int
     folder: str
-    left: tuple[Left, ...] = ()
-    further: Further | None = None
+    skipped: tuple[SkippedRung, ...] = ()
+    next_rung: NextRung | None = None
     """None where the recommended rung is the highest, or none is recommended."""
-    notes: tuple[Note, ...] = ()
-    curve: tuple[Point, ...] = ()
-    forgotten: tuple[Forgotten, ...] = ()
+    diagnoses: tuple[Diagnosis, ...] = ()
+    curve: tuple[CurvePoint, ...] = ()
+    forgetting: tuple[ForgettingResult, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -161,22 +161,22 @@ class Ladder:
             "clusters": self.clusters,
             "ladder": [row.to_json() for row in self.rows],
             "verdict": self.verdict.to_json(),
-            "left": [asdict(left) for left in self.left],
-            "further": self.further
-            and {**asdict(self.further), "gain": self.further.gain.to_json(), "text": self.further.text},
+            "left": [asdict(left) for left in self.skipped],
+            "further": self.next_rung
+            and {**asdict(self.next_rung), "gain": self.next_rung.gain.to_json(), "text": self.next_rung.text},
             "curve": [{**asdict(point), "score": point.score.to_json()} for point in self.curve],
-            "notes": [{**asdict(n), "difference": n.difference.to_json(), "text": n.text} for n in self.notes],
-            "forgotten": [{**asdict(one), "text": one.text} for one in self.forgotten],
+            "notes": [{**asdict(n), "difference": n.difference.to_json(), "text": n.text} for n in self.diagnoses],
+            "forgotten": [{**asdict(one), "text": one.text} for one in self.forgetting],
             "folder": self.folder,
             "report": str(Path(self.folder) / "report.html"),
         }
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class MeasuredRung:
     """A rung's results: one evaluation per training seed, and what the runs cost."""
 
-    spec: AnyRung
+    config: AnyRung
     evaluations: tuple[Evaluation, ...]
     costs: tuple[dict[str, Any], ...]
 
@@ -187,56 +187,56 @@ def rung_folder(path: Path, rung: AnyRung, number: int, seeds: int) -> Path:
     return inside / f"seed-{number}" if seeds > 1 else inside
 
 
-def judge(spec: RunSpec, measured: Sequence[Measured], left: Sequence[Left] = ()) -> Ladder:
+def build_ladder(config: RunConfig, measured: Sequence[MeasuredRung], left: Sequence[SkippedRung] = ()) -> Ladder:
     """The ladder and its verdict, from the stored per-item scores alone; `left` are rungs that were not measured."""
-    metric = spec.evaluate.metrics[0]
+    metric = config.evaluation.metrics[0]
     first = measured[0].evaluations[0]
     for m in measured:
         if any(
             [(i.source, i.expected) for i in e.items] != [(i.source, i.expected) for i in first.items]
             for e in m.evaluations
         ):
-            raise CheckpointError(f"rung {m.spec.label} answered other questions than the first", where=spec.output)
+            raise CheckpointError(f"rung {m.config.label} answered other questions than the first", where=config.output)
     weights = first.weights(metric)
     tables = [np.stack([e.scores(metric) for e in m.evaluations]) for m in measured]
     lower = metric == PERPLEXITY
-    found = verdict(
-        [(m.spec.label, table) for m, table in zip(measured, tables, strict=True)],
-        math.log1p(spec.climb.margin) if lower else spec.climb.margin,
-        math.log(spec.climb.target) if lower and spec.climb.target else spec.climb.target,
+    found = recommend(
+        [(m.config.label, table) for m, table in zip(measured, tables, strict=True)],
+        math.log1p(config.climb.margin) if lower else config.climb.margin,
+        math.log(config.climb.target) if lower and config.climb.target else config.climb.target,
         clusters=first.clusters,
         weights=weights,
         in_nats=lower,
-        seed=spec.seed,
+        seed=config.seed,
     )
     rows = []
     for i, m in enumerate(measured):
-        gain = gain_over(tables[i - 1], tables[i], first.clusters, weights=weights, seed=spec.seed) if i else None
-        rows.append(_row(spec, m, gain))
+        gain = paired_gain(tables[i - 1], tables[i], first.clusters, weights=weights, seed=config.seed) if i else None
+        rows.append(_row(config, m, gain))
 
     def step(lower: int, upper: int) -> Difference:
-        return gain_over(tables[lower], tables[upper], first.clusters, weights=weights, seed=spec.seed)
+        return paired_gain(tables[lower], tables[upper], first.clusters, weights=weights, seed=config.seed)
 
     return Ladder(
-        *(tuple(rows), found, metric, len(first.items), len(set(first.clusters)), spec.output),
-        left=tuple(left),
-        further=_further(rows, found, step),
-        notes=tuple(_notes(measured, rows, step, lower=lower)),
+        *(tuple(rows), found, metric, len(first.items), len(set(first.clusters)), config.output),
+        skipped=tuple(left),
+        next_rung=_next_rung(rows, found, step),
+        diagnoses=tuple(_diagnoses(measured, rows, step, lower=lower)),
     )
 
 
-Step = Callable[[int, int], Difference]
+StepFunction = Callable[[int, int], Difference]
 """The paired difference of two rungs by their places in the ladder: upper minus lower."""
 
 
-def _further(rows: Sequence[Row], found: Verdict, step: Step) -> Further | None:
+def _next_rung(rows: Sequence[LadderRow], found: Verdict, step: StepFunction) -> NextRung | None:
     """The rung right above the recommended one."""
     names = [row.rung for row in rows]
     if found.recommended is None or found.recommended == names[-1]:
         return None
     at = names.index(found.recommended)
     own, above = rows[at], rows[at + 1]
-    return Further(
+    return NextRung(
         above.rung,
         own.rung,
         step(at, at + 1),
@@ -247,9 +247,11 @@ def _further(rows: Sequence[Row], found: Verdict, step: Step) -> Further | None:
     )
 
 
-def _notes(measured: Sequence[Measured], rows: Sequence[Row], step: Step, *, lower: bool) -> Iterator[Note]:
+def _diagnoses(
+    measured: Sequence[MeasuredRung], rows: Sequence[LadderRow], step: StepFunction, *, lower: bool
+) -> Iterator[Diagnosis]:
     """What retrieval brings to the same prompt, and tuning to the same context, where either surely helps."""
-    kinds = [m.spec.kind for m in measured]
+    kinds = [m.config.kind for m in measured]
 
     def better(found: Difference) -> bool:
         return found.high < 0 if lower else found.low > 0
@@ -260,38 +262,38 @@ def _notes(measured: Sequence[Measured], rows: Sequence[Row], step: Step, *, low
         if without and retrieving in kinds:
             at = without[0], kinds.index(retrieving)
             if better(found := step(*at)):
-                yield Note("knowledge", rows[at[0]].rung, rows[at[1]].rung, found)
+                yield Diagnosis("knowledge", rows[at[0]].rung, rows[at[1]].rung, found)
     for upper, m in enumerate(measured):
         alike = [i for i, c in enumerate(contexts) if kinds[i] in UNTUNED and c == contexts[upper]]
-        if m.spec.kind in (*UNTUNED, "then") or not alike:
+        if m.config.kind in (*UNTUNED, "on_top") or not alike:
             continue
         sign, metric = -1.0 if lower else 1.0, next(iter(rows[0].scores))
         best = max(alike, key=lambda i: sign * rows[i].scores[metric].mean)
         if better(found := step(best, upper)):
-            yield Note("behaviour", rows[best].rung, rows[upper].rung, found)
+            yield Diagnosis("behaviour", rows[best].rung, rows[upper].rung, found)
             return
 
 
-def _row(spec: RunSpec, measured: Measured, gain: Difference | None) -> Row:
-    rung, evaluations, costs = measured.spec, measured.evaluations, measured.costs
+def _row(config: RunConfig, measured: MeasuredRung, gain: Difference | None) -> LadderRow:
+    rung, evaluations, costs = measured.config, measured.evaluations, measured.costs
 
     def mean(key: str) -> float:
         return float(np.mean([cost[key] for cost in costs]))
 
     searched = float(sum(trial.get("seconds", 0.0) for trial in costs[0].get("search", {}).get("trials", ())))
     answering = float(np.mean([e.seconds_per_query for e in evaluations]))
-    return Row(
+    return LadderRow(
         rung=rung.label,
         kind=rung.kind,
-        sees=_sees(costs[0]),
-        scores={name: score_of_rung(evaluations, name) for name in spec.evaluate.metrics},
+        sees=_prompt_contents(costs[0]),
+        scores={name: score_of_rung(evaluations, name) for name in config.evaluation.metrics},
         gain=gain,
         trainable_parameters=int(costs[0]["trainable_parameters"]),
         train_seconds=mean("train_seconds") + searched,
         peak_memory_bytes=int(max(cost["peak_memory_bytes"] for cost in costs)),
         prompt_tokens=float(np.mean([e.prompt_tokens for e in evaluations])),
         seconds_per_query=answering + (costs[0].get("retrieval") or {}).get("seconds_per_query", 0.0),
-        folder=str(rung_folder(Path(spec.output), rung, 0, len(evaluations))),
+        folder=str(rung_folder(Path(config.output), rung, 0, len(evaluations))),
         disk_bytes=int(max(cost.get("disk_bytes", 0) for cost in costs)),
         retrieval=costs[0].get("retrieval"),
         instruction=costs[0].get("instruction"),
@@ -299,9 +301,9 @@ def _row(spec: RunSpec, measured: Measured, gain: Difference | None) -> Row:
     )
 
 
-def _sees(facts: Mapping[str, Any]) -> str:
+def _prompt_contents(facts: Mapping[str, Any]) -> str:
     """What stands in the prompt besides the question."""
-    chosen = {"similarity": "nearest ", "coverage": "covering "}.get(str(facts.get("choose")), "")
+    chosen = {"similarity": "nearest ", "coverage": "covering "}.get(str(facts.get("example_selection")), "")
     parts = [
         "instruction" if facts.get("instruction") else "",
         f"{facts['shots_each']} {chosen}shots" if facts.get("shots_each") else "",
@@ -316,19 +318,19 @@ def score_of_rung(evaluations: Sequence[Evaluation], metric: str) -> Interval:
         return evaluations[0].interval(metric)
     first = evaluations[0]
     table = np.stack([e.scores(metric) for e in evaluations])
-    score = score_of(table, first.clusters, weights=first.weights(metric))
+    score = rung_score(table, first.clusters, weights=first.weights(metric))
     if metric != PERPLEXITY:
         return score
     return replace(score, mean=math.exp(score.mean), low=math.exp(score.low), high=math.exp(score.high))
 
 
-def result_of(folder: Path) -> dict[str, Any]:
+def read_rung_result(folder: Path) -> dict[str, Any]:
     """What `_store` wrote last."""
     found: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return found
 
 
-def store(folder: Path, result: Evaluation, cost: dict[str, Any]) -> None:
+def store_rung_result(folder: Path, result: Evaluation, cost: dict[str, Any]) -> None:
     """Keep a rung's items and, last, the file that says it is finished."""
     folder.mkdir(parents=True, exist_ok=True)
     result.write(folder / "items.parquet")

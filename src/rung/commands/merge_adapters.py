@@ -19,28 +19,36 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from rung.config.io import load_config, parse_config
-from rung.config.method import FullSpec, LoraSpec, MethodSpec
-from rung.config.model import ModelSpec
-from rung.config.objective import ROLLING
-from rung.config.run import RunSpec
-from rung.data.chat import Chat
+from rung.config.method import FullConfig, LoraConfig, MethodConfig
+from rung.config.model import ModelConfig
+from rung.config.objective import ROLLOUT_KINDS
+from rung.config.run import RunConfig
+from rung.data.chat import ChatTemplate
 from rung.errors import CheckpointError, ConfigError, PlanError
-from rung.files import check_whole, write_folder
-from rung.methods.adapter_merging import Factors, How, combined, concatenated, factors_of, recompressed, reduced
-from rung.methods.lora import OWN, Lora
+from rung.files import require_undamaged, write_folder
+from rung.methods.adapter_merging import (
+    CombineMethod,
+    LowRankFactors,
+    combine,
+    concatenate,
+    lora_factors,
+    truncate,
+    truncate_product,
+)
+from rung.methods.lora import TRAINED_ADAPTER, Lora
 from rung.methods.protocol import Method
-from rung.methods.registry import attach
-from rung.models.base_model import Base
-from rung.models.fused_modules import fuse
+from rung.methods.registry import attach_method
+from rung.models.base_model import BaseModel
+from rung.models.fused_modules import install_fused_forwards
 from rung.models.load import check_fingerprint, load_tokenizer
 from rung.models.policy import Policy
 from rung.models.targets import layer_number, roles_of
 from rung.objectives.registry import OBJECTIVES
-from rung.runs.artifact import write_origin, write_text_side
-from rung.runs.auxiliary_models import reference_of
-from rung.runs.dataset import read_splits, tokenise
+from rung.runs.artifact import write_origin, write_tokenizer_files
+from rung.runs.auxiliary_models import load_reference
+from rung.runs.dataset import read_splits, tokenize_splits
 from rung.runs.load import load_base_on_device
-from rung.runs.train import budget_of
+from rung.runs.train import micro_batch_tokens
 from rung.training.packing import pack_in_slices
 from rung.training.run_folder import is_climb, read_manifest, versions, write_json
 from rung.training.step import mean_loss
@@ -56,10 +64,10 @@ PENALTY = 0.05
 
 
 @dataclass(frozen=True)
-class Plan:
+class FusePlan:
     """What is asked for."""
 
-    how: How = "sum"
+    how: CombineMethod = "sum"
     density: float = DENSITY
     """Share of entries kept by ties, dare and magnitude."""
     weights: tuple[float, ...] | None = None
@@ -71,11 +79,11 @@ class Plan:
     """A config whose training rows the weights are searched on."""
 
 
-def way(text: str) -> tuple[How, float]:
+def parse_method(text: str) -> tuple[CombineMethod, float]:
     """`how:density` of the command line. Raises `ConfigError` for another word, or a share that is none."""
     how, _, share = text.partition(":")
-    if how not in get_args(How):
-        raise ConfigError("no such way to fuse", where="--how", given=text, allowed=", ".join(get_args(How)))
+    if how not in get_args(CombineMethod):
+        raise ConfigError("no such way to fuse", where="--how", given=text, allowed=", ".join(get_args(CombineMethod)))
     try:
         density = float(share) if share else DENSITY
     except ValueError:
@@ -86,7 +94,7 @@ def way(text: str) -> tuple[How, float]:
     return how, density  # type: ignore[return-value]
 
 
-def numbers(text: str | None) -> tuple[float, ...] | None:
+def parse_weights(text: str | None) -> tuple[float, ...] | None:
     """Weights as the command line has them. Raises `ConfigError` for what is no number."""
     if text is None:
         return None
@@ -96,70 +104,70 @@ def numbers(text: str | None) -> tuple[float, ...] | None:
         raise ConfigError("weights are numbers with commas between", where="--weights", given=text) from error
 
 
-def fuse_runs(runs: Sequence[Path], folder: Path, plan: Plan) -> dict[str, Any]:
+def fuse_runs(runs: Sequence[Path], folder: Path, plan: FusePlan) -> dict[str, Any]:
     """Write the fused run and return what it is made of.
 
     Raises `ConfigError` and `CheckpointError` for runs that do not go together.
     """
     _check(runs, folder, plan)
     manifests = [_manifest(run) for run in runs]
-    if rewards := [run for run, m in zip(runs, manifests, strict=True) if m["spec"]["objective"]["kind"] == "reward"]:
+    if rewards := [run for run, m in zip(runs, manifests, strict=True) if m["config"]["objective"]["kind"] == "reward"]:
         raise ConfigError("a reward model has a head of its own, which no sum keeps", given=rewards[0])
-    whole = _go_together(runs, manifests)
+    whole = _require_compatible(runs, manifests)
     weights = tuple(plan.weights or [1.0] * len(runs))
     searched, ranks, lost = None, [], 0.0
-    base = load_base_on_device(_spec(runs[0], manifests[0]).model)
+    base = load_base_on_device(_config_of(runs[0], manifests[0]).model)
     for run, manifest in zip(runs, manifests, strict=True):
         check_fingerprint(manifest, base, run)
     method: Method
-    spec: MethodSpec = FullSpec()
+    config: MethodConfig = FullConfig()
     if whole and plan.rank is None:
-        _refuse_search(plan)
+        _refuse_weight_search(plan)
         method = _sum_of_models(base, runs, weights, plan)
     else:
         if whole:
-            _refuse_search(plan)
+            _refuse_weight_search(plan)
             fused, lost = _models_as_factors(base, runs, weights, plan)
         else:
-            updates = [_update(run) for run in runs]
+            updates = [_adapter_update(run) for run in runs]
             if plan.learn is not None:
-                weights, searched = learn_weights(base.twin(), updates, plan)
-            fused, lost = _fused(updates, weights, plan)
+                weights, searched = learn_weights(base.share_weights(), updates, plan)
+            fused, lost = _fuse_updates(updates, weights, plan)
         ranks = sorted({len(f.a_RI) for f in fused.values()})
-        spec = _spec_for(list(fused), {name: len(f.a_RI) for name, f in fused.items()})
-        method = Lora(base.model, spec)
-        _set(method, fused)
-    first = _spec(runs[0], manifests[0]).model_copy(update={"method": spec, "output": str(folder)})
+        config = _config_for(list(fused), {name: len(f.a_RI) for name, f in fused.items()})
+        method = Lora(base.model, config)
+        _set_factors(method, fused)
+    first = _config_of(runs[0], manifests[0]).model_copy(update={"method": config, "output": str(folder)})
     _write(runs, manifests, first, base, method, {"how": plan.how, "weights": list(weights), "lost": lost})
     return {"path": str(folder), "weights": list(weights), "ranks": ranks, "lost": lost, "search": searched}
 
 
 def learn_weights(
-    base: Base, updates: Sequence[dict[str, Factors]], plan: Plan
+    base: BaseModel, updates: Sequence[dict[str, LowRankFactors]], plan: FusePlan
 ) -> tuple[tuple[float, ...], dict[str, Any]]:
     """Weights of the exact sum with the lowest loss on the rows of `plan.learn` (LoraHub, on true updates).
 
     Powell's search without derivatives within plus and minus 1.5, starting from an even share.
     """
     assert plan.learn is not None  # noqa: S101 -- for the type checker
-    task = load_config(plan.learn).spec
-    if task.objective.kind in ("reward", "distill", *ROLLING):
+    task = load_config(plan.learn).config
+    if task.objective.kind in ("reward", "distill", *ROLLOUT_KINDS):
         raise ConfigError(
             "weights are searched on the loss of a model that writes", where="--learn", given=task.objective.kind
         )
-    data = tokenise(task, read_splits(task), base)
+    data = tokenize_splits(task, read_splits(task), base)
     names = sorted(set().union(*updates))
-    spec = _spec_for(names, {name: sum(len(u[name].a_RI) for u in updates if name in u) for name in names})
-    method = Lora(base.model, spec)
+    config = _config_for(names, {name: sum(len(u[name].a_RI) for u in updates if name in u) for name in names})
+    method = Lora(base.model, config)
     policy = Policy(base, method)
-    policy.reference = reference_of(task, base)
+    policy.reference = load_reference(task, base)
     objective = OBJECTIVES[task.objective.kind](task.objective)
-    fuse(base.model, method.part)
-    batches = list(pack_in_slices(data.train.examples, budget_of(task, base), device=policy.device))
+    install_fused_forwards(base.model, method.linear_params)
+    batches = list(pack_in_slices(data.train.examples, micro_batch_tokens(task, base), device=policy.device))
     losses: dict[tuple[float, ...], float] = {}
 
     def loss(weights: np.ndarray) -> float:
-        _set(method, {name: _sum(updates, weights.tolist(), name) for name in names})
+        _set_factors(method, {name: _weighted_sum(updates, weights.tolist(), name) for name in names})
         found = losses[tuple(weights.tolist())] = mean_loss(policy, objective, batches)
         return found + PENALTY * float(np.abs(weights).mean())
 
@@ -169,7 +177,7 @@ def learn_weights(
     return best, {"evaluations": len(losses), "first": losses[tuple(start.tolist())], "best": losses[best]}
 
 
-def _check(runs: Sequence[Path], folder: Path, plan: Plan) -> None:
+def _check(runs: Sequence[Path], folder: Path, plan: FusePlan) -> None:
     if len(runs) < 2:
         raise ConfigError("fusing takes at least two runs", given=len(runs))
     if folder.exists():
@@ -191,14 +199,14 @@ def _manifest(run: Path) -> dict[str, Any]:
     return manifest
 
 
-def _spec(run: Path, manifest: dict[str, Any]) -> RunSpec:
-    return parse_config(manifest["spec"], str(run / "run.json"))
+def _config_of(run: Path, manifest: dict[str, Any]) -> RunConfig:
+    return parse_config(manifest["config"], str(run / "run.json"))
 
 
-def _go_together(runs: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> bool:
+def _require_compatible(runs: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> bool:
     """Whether they are whole models; raises for runs on different bases, of different text, or of different kinds."""
     for run, manifest in zip(runs, manifests, strict=True):
-        kind = manifest["spec"]["method"]["kind"]
+        kind = manifest["config"]["method"]["kind"]
         if not (run / "adapter").is_dir() and not ((run / "model").is_dir() and kind == "full"):
             given = "a climb" if is_climb(run) else kind
             raise CheckpointError(
@@ -206,7 +214,7 @@ def _go_together(runs: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> b
             )
         if kind == "qlora":
             hint = "rung merge each onto one base, or train a lora"
-            raise CheckpointError("its adapter belongs on a quantised base", where=str(run), given=kind, hint=hint)
+            raise CheckpointError("its adapter belongs on a quantized base", where=str(run), given=kind, hint=hint)
     whole = {(run / "model").is_dir() for run in runs}
     if len(whole) > 1:
         raise ConfigError("adapters and whole models do not fuse", given=", ".join(map(str, runs)))
@@ -219,24 +227,24 @@ def _go_together(runs: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> b
     return whole.pop()
 
 
-def _update(run: Path) -> dict[str, Factors]:
+def _adapter_update(run: Path) -> dict[str, LowRankFactors]:
     """The update of an adapter by module."""
-    check_whole(run / "adapter")
+    require_undamaged(run / "adapter")
     if not (run / "adapter" / "adapter_model.safetensors").exists():
         raise PlanError("virtual tokens for each task do not fuse: they are no update of a weight", where=str(run))
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
-    return factors_of(load_file(run / "adapter" / "adapter_model.safetensors"), config, str(run))
+    return lora_factors(load_file(run / "adapter" / "adapter_model.safetensors"), config, str(run))
 
 
-def _refuse_search(plan: Plan) -> None:
+def _refuse_weight_search(plan: FusePlan) -> None:
     if plan.learn is not None:
         raise ConfigError("weights are searched for adapters alone", where="--learn", given="full runs")
 
 
 @torch.no_grad()
-def _sum_of_models(base: Base, runs: Sequence[Path], weights: Sequence[float], plan: Plan) -> Method:
+def _sum_of_models(base: BaseModel, runs: Sequence[Path], weights: Sequence[float], plan: FusePlan) -> Method:
     """The base plus one combined difference of every tensor (task arithmetic, Ilharco et al. 2023, section 2)."""
-    method = attach(base.model, FullSpec(), seed=plan.seed, fused=False)
+    method = attach_method(base.model, FullConfig(), seed=plan.seed, fused=False)
     for name, update in _combined_models(dict(method.trainable()), runs, weights, plan):
         method.trainable()[name].add_(update)
     return method
@@ -244,25 +252,25 @@ def _sum_of_models(base: Base, runs: Sequence[Path], weights: Sequence[float], p
 
 @torch.no_grad()
 def _models_as_factors(
-    base: Base, runs: Sequence[Path], weights: Sequence[float], plan: Plan
-) -> tuple[dict[str, Factors], float]:
+    base: BaseModel, runs: Sequence[Path], weights: Sequence[float], plan: FusePlan
+) -> tuple[dict[str, LowRankFactors], float]:
     """The same cut to a rank: what embeddings and norms moved is lost, and counted as lost."""
     assert plan.rank is not None  # noqa: S101 -- for the type checker
-    found: dict[str, Factors] = {}
+    found: dict[str, LowRankFactors] = {}
     squares = whole = 0.0
     parameters = dict(base.model.named_parameters())
     for name, update in _combined_models(parameters, runs, weights, plan):
         module, size, lost = name.removesuffix(".weight"), float(update.norm()), 1.0
         if update.dim() == 2 and layer_number(f"{module}.") is not None and roles_of(module):
             turned = isinstance(base.model.get_submodule(module), Conv1D)
-            cut = reduced(update.T if turned else update, plan.rank)
+            cut = truncate(update.T if turned else update, plan.rank)
             found[module], lost = cut.factors, cut.lost
         squares, whole = squares + (lost * size) ** 2, whole + size**2
     return found, math.sqrt(squares / whole) if whole else 0.0
 
 
 def _combined_models(
-    base: Mapping[str, Tensor], runs: Sequence[Path], weights: Sequence[float], plan: Plan
+    base: Mapping[str, Tensor], runs: Sequence[Path], weights: Sequence[float], plan: FusePlan
 ) -> Iterator[tuple[str, Tensor]]:
     """The combined difference to the base of each tensor, one at a time: two models are never held beside it."""
     generator = torch.Generator().manual_seed(plan.seed)
@@ -271,7 +279,7 @@ def _combined_models(
         start = own.detach().float().cpu()
         moved = [tensors[name].get_tensor(name).float() - start for tensors in files]
         if any(d.any() for d in moved):
-            yield name, combined(moved, weights, plan.how, density=plan.density, generator=generator).to(own.device)
+            yield name, combine(moved, weights, plan.how, density=plan.density, generator=generator).to(own.device)
 
 
 def _tensors(folder: Path) -> dict[str, Any]:
@@ -280,79 +288,79 @@ def _tensors(folder: Path) -> dict[str, Any]:
     return {str(key): file for file in opened for key in file.keys()}  # type: ignore[no-untyped-call]
 
 
-def _fused(
-    updates: Sequence[dict[str, Factors]], weights: Sequence[float], plan: Plan
-) -> tuple[dict[str, Factors], float]:
+def _fuse_updates(
+    updates: Sequence[dict[str, LowRankFactors]], weights: Sequence[float], plan: FusePlan
+) -> tuple[dict[str, LowRankFactors], float]:
     """The fused factors by module, and the share of the whole update's norm that the stated rank lost."""
     generator = torch.Generator().manual_seed(plan.seed)
-    fused: dict[str, Factors] = {}
+    fused: dict[str, LowRankFactors] = {}
     squares = whole = 0.0
     for name in sorted(set().union(*updates)):
         own = [(w, u[name]) for w, u in zip(weights, updates, strict=True) if name in u]
         ranks = [min(*f.b_OR.shape, len(f.a_RI)) for _, f in own]
-        exact = _sum(updates, weights, name)
+        exact = _weighted_sum(updates, weights, name)
         if plan.how == "sum" and plan.rank is None and len(exact.a_RI) <= min(len(exact.b_OR), exact.a_RI.shape[1]):
             fused[name] = exact
             continue
         rank = plan.rank or (sum(ranks) if plan.how == "sum" else max(ranks))
         if plan.how == "sum":
-            found, size = recompressed(exact, rank), float(exact.dense.norm())
+            found, size = truncate_product(exact, rank), float(exact.dense.norm())
         else:
-            dense: Tensor = combined(
+            dense: Tensor = combine(
                 [f.dense for _, f in own], [w for w, _ in own], plan.how, density=plan.density, generator=generator
             )
-            found, size = reduced(dense, rank), float(dense.norm())
+            found, size = truncate(dense, rank), float(dense.norm())
         fused[name] = found.factors
         squares, whole = squares + (found.lost * size) ** 2, whole + size**2
     return fused, math.sqrt(squares / whole) if whole else 0.0
 
 
-def _spec_for(names: Sequence[str], ranks: dict[str, int]) -> LoraSpec:
-    """A spec whose targets are at least these modules; others of the same roles and layers stay zero."""
+def _config_for(names: Sequence[str], ranks: dict[str, int]) -> LoraConfig:
+    """A config whose targets are at least these modules; others of the same roles and layers stay zero."""
     roles = sorted({roles_of(name)[0] for name in names})
     layers = sorted({number for name in names if (number := layer_number(f"{name}.")) is not None})
     most = max(ranks.values())
     others = {f"{layer_number(f'{n}.')}.{roles_of(n)[0]}": rank for n, rank in ranks.items() if rank != most}
-    return LoraSpec(rank=most, ranks=others, alpha=None, targets=tuple(roles), layers=tuple(layers))
+    return LoraConfig(rank=most, rank_pattern=others, alpha=None, targets=tuple(roles), layers=tuple(layers))
 
 
-def _sum(updates: Sequence[dict[str, Factors]], weights: Sequence[float], name: str) -> Factors:
+def _weighted_sum(updates: Sequence[dict[str, LowRankFactors]], weights: Sequence[float], name: str) -> LowRankFactors:
     own = [(w, u[name]) for w, u in zip(weights, updates, strict=True) if name in u]
-    return concatenated([f for _, f in own], [w for w, _ in own])
+    return concatenate([f for _, f in own], [w for w, _ in own])
 
 
 @torch.no_grad()
-def _set(method: Lora, fused: dict[str, Factors]) -> None:
+def _set_factors(method: Lora, fused: dict[str, LowRankFactors]) -> None:
     """Put factors into a LoRA, its scale taken out of B; modules without any stay zero."""
     for name, (b, a) in fused.items():
         layer: Any = method.model.get_submodule(name)
-        layer.lora_A[OWN].weight.copy_(a)
-        layer.lora_B[OWN].weight.copy_(b / layer.scaling[OWN])
+        layer.lora_A[TRAINED_ADAPTER].weight.copy_(a)
+        layer.lora_B[TRAINED_ADAPTER].weight.copy_(b / layer.scaling[TRAINED_ADAPTER])
 
 
 def _write(
     runs: Sequence[Path],
     manifests: Sequence[dict[str, Any]],
-    spec: RunSpec,
-    base: Base,
+    config: RunConfig,
+    base: BaseModel,
     method: Method,
     made: dict[str, Any],
 ) -> None:
     """A run folder like any other."""
-    folder = Path(spec.output)
-    chat = Chat(load_tokenizer(ModelSpec(name=str(runs[0]))))  # the template they were trained with
+    folder = Path(config.output)
+    chat = ChatTemplate(load_tokenizer(ModelConfig(name=str(runs[0]))))  # the template they were trained with
 
     def fill(aside: Path) -> None:
         method.save(aside)
-        write_text_side(aside, chat)
+        write_tokenizer_files(aside, chat)
         write_origin(aside, chat, base)
 
     folder.mkdir(parents=True)
     try:
-        write_folder(folder / method.artefact, fill)
+        write_folder(folder / method.artifact, fill)
         manifest = {
             "status": "finished",
-            "spec": spec.model_dump(mode="json"),
+            "config": config.model_dump(mode="json"),
             "fingerprints": manifests[0]["fingerprints"],
             "gates": [],
             "versions": versions(),

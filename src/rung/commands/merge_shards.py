@@ -33,7 +33,7 @@ _OWN = "base_model.model."
 
 
 @dataclass(frozen=True, slots=True)
-class Update:
+class LoraUpdate:
     """scale * B A of one linear."""
 
     a_RI: Tensor
@@ -75,7 +75,7 @@ class Update:
         return (self.a_RI.T, self.b_OR.T) if self.transposed else (self.b_OR, self.a_RI)
 
 
-def read_updates(adapter: Path) -> dict[str, Update]:
+def read_updates(adapter: Path) -> dict[str, LoraUpdate]:
     """By the names of the modules.
 
     Raises `PlanError` for an adapter that is more than sums of B A, `CheckpointError` where parts of it are missing.
@@ -101,10 +101,10 @@ def read_updates(adapter: Path) -> dict[str, Update]:
     if lost or not halves:
         raise CheckpointError("the adapter lacks updates that it names", where=str(adapter), given=", ".join(lost[:3]))
     transposed = bool(config.get("fan_in_fan_out"))
-    return {m: Update(own["A"], own["B"], _scale(config, m), transposed) for m, own in halves.items()}
+    return {m: LoraUpdate(own["A"], own["B"], _scale(config, m), transposed) for m, own in halves.items()}
 
 
-def merge_shards(base: Path, updates: Mapping[str, Update], target: Path) -> tuple[Gate, float]:
+def merge_shards(base: Path, updates: Mapping[str, LoraUpdate], target: Path) -> tuple[Gate, float]:
     """Write the merged files into `target`, each proved as it is there; also the largest change of a weight.
 
     `base` is a folder with config.json and safetensors. Raises `PlanError` where its names or shapes are not those of
@@ -136,7 +136,7 @@ def _files(base: Path) -> list[Path]:
     return [base / WHOLE] if (base / WHOLE).exists() else sorted(base.glob("*.safetensors"))
 
 
-def _require_fitting(base: Path, files: list[Path], updates: Mapping[str, Update]) -> None:
+def _require_fitting(base: Path, files: list[Path], updates: Mapping[str, LoraUpdate]) -> None:
     shapes = {name: tuple(shape) for file in files for name, _, shape in _headers(file)}
     what = "the base's files name their tensors otherwise: it can only be merged whole"
     for module, update in updates.items():
@@ -172,7 +172,7 @@ def _size(kind: str, shape: list[int]) -> int:
     return math.prod(shape) * bits // 8
 
 
-def _merge(file: Path, updates: Mapping[str, Update], target: Path) -> None:
+def _merge(file: Path, updates: Mapping[str, LoraUpdate], target: Path) -> None:
     """Header first, then one tensor after another: the library's own writer wants all of them at once."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
@@ -189,7 +189,7 @@ def _merge(file: Path, updates: Mapping[str, Update], target: Path) -> None:
             out.write(merged.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-def _prove(file: Path, updates: Mapping[str, Update], written: Path) -> tuple[float, float]:
+def _prove(file: Path, updates: Mapping[str, LoraUpdate], written: Path) -> tuple[float, float]:
     """The largest error over what rounding allows, and the largest change of a weight."""
     worst = moved = 0.0
     with safe_open(file, "pt") as before, safe_open(written, "pt") as after:

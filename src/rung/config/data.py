@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from rung.config.base import Share, Spec
+from rung.config.base import Config, Fraction
 
 Format = Literal[
     "auto",
@@ -19,13 +19,13 @@ Format = Literal[
     "preference",
     "ranked",
     "rated",
-    "label",
-    "prompt",
+    "unpaired_preference",
+    "prompt_only",
 ]
 LossOn = Literal["answer", "assistant_turns", "all"]
 
 
-class WeightedPath(Spec):
+class WeightedPath(Config):
     """One data set of a mixture."""
 
     path: str
@@ -38,7 +38,7 @@ class WeightedPath(Spec):
     """Task that all rows of this set belong to; none reads the column `data.task`, where there is one."""
 
 
-class DataSpec(Spec):
+class DataConfig(Config):
     """Data set, split, and the one path from row to supervised tokens."""
 
     path: str | tuple[WeightedPath, ...] = Field(default=...)
@@ -47,9 +47,9 @@ class DataSpec(Spec):
     """`auto` looks at all rows and refuses ambiguity."""
     map: dict[str, str] = Field(default_factory=dict)
     """Other column names: {our name: column in the file}, for example {question: query, answer: gold}."""
-    validation: Share | str = 0.1
+    validation: Fraction | str = 0.1
     """Share held out for validation, or a file. 0 is none."""
-    test: Share | str = 0.1
+    test: Fraction | str = 0.1
     """Share held out for the test, or a file. 0 is none."""
     group: str | None = None
     """Column whose value keeps rows together in one split and in one cluster."""

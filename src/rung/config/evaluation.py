@@ -6,15 +6,15 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from rung.config.base import Spec
-from rung.config.judge import JudgeSpec
+from rung.config.base import Config
+from rung.config.judge import JudgeConfig
 
 Context = Literal["given", "withheld", "retrieved"]
 
-MetricName = Literal["exact", "normalised", "numeric", "token_f1", "rouge_l", "perplexity"]
+MetricName = Literal["exact", "normalized", "numeric", "token_f1", "rouge_l", "perplexity"]
 
 
-class RetrieveSpec(Spec):
+class RetrievalConfig(Config):
     """Passages found by BM25, which take the place of a row's own context."""
 
     documents: str | None = None
@@ -31,7 +31,7 @@ class RetrieveSpec(Spec):
     """Passages for each question."""
 
     @model_validator(mode="after")
-    def _passages_move_on(self) -> RetrieveSpec:
+    def _passages_move_on(self) -> RetrievalConfig:
         if self.overlap >= self.chunk_words:
             raise ValueError("overlap is below chunk_words, or passages would never move on")
         if self.column is not None and self.documents is None:
@@ -39,7 +39,7 @@ class RetrieveSpec(Spec):
         return self
 
 
-class EvaluateSpec(Spec):
+class EvaluationConfig(Config):
     """Greedy answers to held-out questions, scored item by item."""
 
     metrics: tuple[MetricName, ...] = Field(default=("exact", "numeric"), min_length=1)
@@ -51,16 +51,16 @@ class EvaluateSpec(Spec):
     context: Context = "given"
     """What stands before the question, of tuned rungs in training too: the row's own context, nothing, or passages that
     are retrieved for it. A rung may say otherwise."""
-    retrieve: RetrieveSpec | None = None
+    retrieve: RetrievalConfig | None = None
     """Where passages come from; none is the default of each of its settings."""
     max_new_tokens: PositiveInt = 64
     """Longest answer in tokens."""
     limit: PositiveInt | None = None
     """Use at most this many test items, taken in the order of the seed; of the validation split too, where instructions
     are chosen on it."""
-    dequantise: bool = False
-    """Answer from a copy of a quantised base in full width: the same numbers, faster, in more memory (qlora only)."""
+    dequantize: bool = False
+    """Answer from a copy of a quantized base in full width: the same numbers, faster, in more memory (qlora only)."""
     batch: PositiveInt = 32
     """Questions answered at once."""
-    judge: JudgeSpec | None = None
-    """Who says which of two answers is better, for `rung eval RUN --against OTHER`."""
+    judge: JudgeConfig | None = None
+    """Who says which of two answers is better, for `rung eval RUN --baseline OTHER`."""

@@ -12,26 +12,67 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from rung.config.climb import RungSpec, ThenSpec
-from rung.config.method import METHOD_SPECS
-from rung.config.model import ALONE
-from rung.config.run import RunSpec
+from rung.config.climb import OnTopConfig, RungConfig
+from rung.config.method import METHOD_CONFIGS, LayerLotteryConfig
+from rung.config.model import WITHOUT_RUN_SETTINGS
+from rung.config.run import RunConfig
 from rung.errors import ConfigError, did_you_mean
 
-Path_ = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 MAX_BYTES = 2**20
 DATA = frozenset({".jsonl", ".csv", ".parquet"})
 """Suffixes of files that are never configs."""
 _TYPES = frozenset({"str", "float", "int", "bool"})
-_UNIONS = frozenset(METHOD_SPECS)
-"""Tags that pydantic puts into the path of an error below `method`."""
+_UNIONS = frozenset({("method",), ("objective",), ("objective", "reward")})
+"""Groups of several kinds: pydantic puts the kind into the path of an error below them."""
+RENAMED_KEYS = {
+    "engine": "training",
+    "evaluate": "evaluation",
+    "training.cache_trunk": "training.cache_frozen_layers",
+    "training.clip": "training.max_grad_norm",
+    "training.keep": "training.save_total_limit",
+    "training.optimiser": "training.optimizer",
+    "training.optimizer.moments": "training.optimizer.state_dtype",
+    "training.warmup": "training.warmup_ratio",
+    "evaluation.dequantise": "evaluation.dequantize",
+    "evaluation.judge.human": "evaluation.judge.human_labels",
+    "evaluation.judge.kappa": "evaluation.judge.min_kappa",
+    "method.double_quantised": "method.double_quant",
+    "method.rate_ratio": "method.loraplus_lr_ratio",
+    "method.ranks": "method.rank_pattern",
+    "method.resample_every": "method.lisa_step_interval",
+    "method.sampled_layers": "method.lisa_n_layers",
+    **{f"method.{name}": f"method.lottery.{name}" for name in LayerLotteryConfig.model_fields},
+    "objective.adapt": "objective.adaptive_kl",
+    "objective.bad_weight": "objective.undesirable_weight",
+    "objective.centre": "objective.center_rewards_coefficient",
+    "objective.decay": "objective.gae_lambda",
+    "objective.keep_states": "objective.cache_teacher_states",
+    "objective.rollout.answers": "objective.rollout.num_generations",
+    "objective.rollout.cut": "objective.rollout.truncation_penalty",
+    "objective.rollout.epochs": "objective.rollout.num_iterations",
+    "objective.rollout.minibatches": "objective.rollout.num_minibatches",
+    "objective.stops.kl": "objective.stops.target_kl",
+    "objective.value_clip": "objective.cliprange_value",
+    "objective.value_weight": "objective.vf_coef",
+    "climb.on_top.*.above": "climb.on_top.*.base_rung",
+    "climb.on_top.*.engine": "climb.on_top.*.training",
+    "climb.rungs.*.choose": "climb.rungs.*.example_selection",
+    "climb.rungs.*.engine": "climb.rungs.*.training",
+    "climb.search.reduction": "climb.search.reduction_factor",
+    "climb.stop": "climb.stop_at_target",
+    "climb.then": "climb.on_top",
+}
+"""Former names of settings, `*` for a place in a list. They are refused, with the present name as the hint."""
+RENAMED_VALUES = {"label": "unpaired_preference", "prompt": "prompt_only", "normalised": "normalized"}
+"""Former names of formats and metrics."""
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedConfig:
     """A valid config and where each of its values came from."""
 
-    spec: RunSpec
+    config: RunConfig
     origins: Mapping[str, str]
     """Dotted name -> `file line N`, `command line` or, when absent, the default."""
 
@@ -45,61 +86,61 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     """Read a config and apply `key=value` overrides. Raises `ConfigError`."""
     source = Path(path)
     raw, lines = _read(source)
     for override in overrides:
         _apply(raw, lines, override)
-    return Loaded(_validate(raw, lines), {_dotted(place): origin for place, origin in lines.items()})
+    return LoadedConfig(_validate(raw, lines), {_dotted(place): origin for place, origin in lines.items()})
 
 
-def parse_config(raw: Mapping[str, Any], where: str = "config") -> RunSpec:
+def parse_config(raw: Mapping[str, Any], where: str = "config") -> RunConfig:
     """Validate a mapping that did not come from a file."""
     return _validate(dict(raw), {(): where})
 
 
-def config_to_dict(spec: BaseModel) -> dict[str, Any]:
+def config_to_dict(config: BaseModel) -> dict[str, Any]:
     """Plain JSON values, every default filled in."""
-    return spec.model_dump(mode="json")
+    return config.model_dump(mode="json")
 
 
-def for_rung(spec: RunSpec, rung: RungSpec, output: str, seed: int) -> RunSpec:
+def rung_run_config(config: RunConfig, rung: RungConfig, output: str, seed: int) -> RunConfig:
     """The run that a tuned rung is.
 
     A rung of the config's own method takes `method` and `engine` from the config. Another method starts from its own
     defaults, its learning rate included, because a rate that suits one ruins the other.
     """
-    raw = config_to_dict(spec)
-    same = rung.kind == spec.method.kind
+    raw = config_to_dict(config)
+    same = rung.kind == config.method.kind
     method = {**(raw["method"] if same else {"kind": rung.kind}), **rung.method, "kind": rung.kind}
-    engine = {**raw["engine"], **({} if same else {"learning_rate": None}), **rung.engine}
-    evaluate = {**raw["evaluate"], "context": rung.context_of(spec.evaluate.context)}
-    own = {"method": method, "engine": engine, "evaluate": evaluate, "output": output, "seed": seed}
+    training = {**raw["training"], **({} if same else {"learning_rate": None}), **rung.training}
+    evaluation = {**raw["evaluation"], "context": rung.context_of(config.evaluation.context)}
+    own = {"method": method, "training": training, "evaluation": evaluation, "output": output, "seed": seed}
     return parse_config({**raw, **own}, f"climb.rungs {rung.label}")
 
 
-def for_then(spec: RunSpec, then: ThenSpec, below: str, output: str, seed: int) -> RunSpec:
+def on_top_run_config(config: RunConfig, then: OnTopConfig, below: str, output: str, seed: int) -> RunConfig:
     """The run that stands on top of a tuned one, whose folder is `below`; rows of its own have no test of their own."""
-    raw = config_to_dict(spec)
+    raw = config_to_dict(config)
     data = raw["data"] if not then.data else {"validation": raw["data"]["validation"], "test": 0.0, **then.data}
-    engine = {**raw["engine"], "learning_rate": None, **then.engine}
-    model = {**raw["model"], "name": below, **ALONE}
-    own = {"model": model, "data": data, "method": then.method, "objective": then.objective, "engine": engine}
-    rung = next(r for r in spec.climb.rungs if r.label == then.above)
-    context = rung.context_of(spec.evaluate.context)
-    evaluate = {**raw["evaluate"], "context": context, "dequantise": False}
+    training = {**raw["training"], "learning_rate": None, **then.training}
+    model = {**raw["model"], "name": below, **WITHOUT_RUN_SETTINGS}
+    own = {"model": model, "data": data, "method": then.method, "objective": then.objective, "training": training}
+    rung = next(r for r in config.climb.rungs if r.label == then.base_rung)
+    context = rung.context_of(config.evaluation.context)
+    evaluation = {**raw["evaluation"], "context": context, "dequantize": False}
     # what the run is checked against is its own context, not that of a climb which it is no part of
     climb = {"rungs": [{"kind": "rag" if context == "retrieved" else "zero_shot"}]}
-    own |= {"evaluate": evaluate, "climb": climb, "output": output, "seed": seed}
+    own |= {"evaluation": evaluation, "climb": climb, "output": output, "seed": seed}
     if context != "retrieved":
-        evaluate.pop("retrieve", None)
-    return parse_config({**raw, **own}, f"climb.then {then.label}")
+        evaluation.pop("retrieve", None)
+    return parse_config({**raw, **own}, f"climb.on_top {then.label}")
 
 
-def show(loaded: Loaded) -> str:
+def describe_config(loaded: LoadedConfig) -> str:
     """The resolved config as YAML, each value followed by where it came from."""
-    text = yaml.safe_dump(config_to_dict(loaded.spec), sort_keys=False, allow_unicode=True, width=100)
+    text = yaml.safe_dump(config_to_dict(loaded.config), sort_keys=False, allow_unicode=True, width=100)
     shown = []
     stack: list[tuple[int, str]] = []
     for line in text.splitlines():
@@ -115,7 +156,7 @@ def show(loaded: Loaded) -> str:
     return "\n".join(shown) + "\n"
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[Path_, str]]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     if path.suffix in DATA and path.exists():
         hint = "write a config whose data.path names this file"
         raise ConfigError("this is data where a config is asked for", where=str(path), allowed="YAML", hint=hint)
@@ -154,7 +195,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Path_, str]]:
     return raw, {(): str(path), **dict(_lines(node, (), str(path)) if node else {})}
 
 
-def _lines(node: yaml.Node, place: Path_, path: str) -> Iterator[tuple[Path_, str]]:
+def _lines(node: yaml.Node, place: KeyPath, path: str) -> Iterator[tuple[KeyPath, str]]:
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
@@ -171,12 +212,12 @@ def _lines(node: yaml.Node, place: Path_, path: str) -> Iterator[tuple[Path_, st
             yield from _lines(value, (*place, number), path)
 
 
-def _apply(raw: dict[str, Any], lines: dict[Path_, str], override: str) -> None:
+def _apply(raw: dict[str, Any], lines: dict[KeyPath, str], override: str) -> None:
     name, equals, text = override.partition("=")
     keys = tuple(name.strip().split("."))
     if not equals or not all(keys):
         raise ConfigError(
-            "an override is key=value", where="command line", given=override, hint="for example engine.epochs=2"
+            "an override is key=value", where="command line", given=override, hint="for example training.epochs=2"
         )
     try:
         value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with one more number format
@@ -196,26 +237,26 @@ def _apply(raw: dict[str, Any], lines: dict[Path_, str], override: str) -> None:
         lines[place] = "command line"
 
 
-def _places(value: Any, place: Path_) -> Iterator[Path_]:
+def _places(value: Any, place: KeyPath) -> Iterator[KeyPath]:
     if isinstance(value, dict):
         for key, below in value.items():
             yield (*place, str(key))
             yield from _places(below, (*place, str(key)))
 
 
-def _validate(raw: dict[str, Any], lines: Mapping[Path_, str]) -> RunSpec:
+def _validate(raw: dict[str, Any], lines: Mapping[KeyPath, str]) -> RunConfig:
     if isinstance(raw.get("method"), dict) and "kind" not in raw["method"]:
         raw = {**raw, "method": {"kind": "lora", **raw["method"]}}
     try:
-        spec = RunSpec.model_validate(raw)
+        config = RunConfig.model_validate(raw)
     except ValidationError as error:
         raise _explain(error, raw, lines) from None
     except RecursionError:
         raise ConfigError("nested too deeply", where=lines.get((), "config")) from None
-    return spec
+    return config
 
 
-def _explain(error: ValidationError, raw: dict[str, Any], lines: Mapping[Path_, str]) -> ConfigError:
+def _explain(error: ValidationError, raw: dict[str, Any], lines: Mapping[KeyPath, str]) -> ConfigError:
     """The first problem, unknown keys before the rest: a misspelt key often makes another one missing."""
     problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     problem = problems[0]
@@ -224,11 +265,13 @@ def _explain(error: ValidationError, raw: dict[str, Any], lines: Mapping[Path_, 
     if problem["type"] == "extra_forbidden":
         known = sorted(_known(place[:-1], raw))
         parent = _dotted(place[:-1])
-        kind = f"{parent} {raw['method'].get('kind')}" if place[:-1] == ("method",) else parent or "a run"
+        kind = f"{parent} {raw[parent].get('kind')}" if parent in ("method", "objective") else parent or "a run"
         near = did_you_mean(str(place[-1]), known)
-        kinds = [k for k, s in METHOD_SPECS.items() if place[:-1] == ("method",) and place[-1] in s.model_fields]
+        kinds = [k for k, s in METHOD_CONFIGS.items() if place[:-1] == ("method",) and place[-1] in s.model_fields]
         hint = f"did you mean {_dotted((*place[:-1], near))}?" if near else _elsewhere(str(place[-1]))
-        if kinds:
+        if present := RENAMED_KEYS.get(".".join("*" if isinstance(step, int) else str(step) for step in place)):
+            hint = f"it is called {present} now"
+        elif kinds:
             hint = f"it is a setting of {', '.join(kinds)}; an override method={{kind: ...}} replaces the whole group"
         return ConfigError(
             f"{name} is not a setting of {kind}",
@@ -242,21 +285,23 @@ def _explain(error: ValidationError, raw: dict[str, Any], lines: Mapping[Path_, 
         return ConfigError(f"{name} is missing", where=where, hint=f"for example {example}" if example else None)
     message = problem["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
-    return ConfigError(f"{name}: {message}", where=where, given=problem["input"])
+    present = RENAMED_VALUES.get(str(problem["input"])) if problem["type"] == "literal_error" else None
+    hint = f"it is called {present} now" if present else None
+    return ConfigError(f"{name}: {message}", where=where, given=problem["input"], hint=hint)
 
 
 def _elsewhere(word: str) -> str | None:
     """Where in a run a setting of this name does exist."""
-    for group, info in RunSpec.model_fields.items():
+    for group, info in RunConfig.model_fields.items():
         for candidate in [info.annotation, *get_args(info.annotation)]:
             if isinstance(candidate, type) and issubclass(candidate, BaseModel) and word in candidate.model_fields:
                 return f"did you mean {group}.{word}?"
     return None
 
 
-def _known(place: Path_, raw: Any) -> list[str]:
+def _known(place: KeyPath, raw: Any) -> list[str]:
     """Settings that a group of this place has."""
-    model: type[BaseModel] = RunSpec
+    model: type[BaseModel] = RunConfig
     value: Any = raw
     for step in place:
         if isinstance(step, int):
@@ -268,23 +313,27 @@ def _known(place: Path_, raw: Any) -> list[str]:
 
 
 def _below(model: type[BaseModel], step: str, value: Any) -> type[BaseModel]:
-    if step == "method" and isinstance(value, dict):
-        return METHOD_SPECS.get(str(value.get("kind")), model)
+    """The class of a group; of several, the one whose `kind` is given."""
     pending = [model.model_fields[step].annotation] if step in model.model_fields else []
+    candidates: list[type[BaseModel]] = []
     while pending:
-        candidate = pending.pop()
+        candidate = pending.pop(0)
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
+            candidates.append(candidate)
         pending.extend(get_args(candidate))
-    return model
+    kind = value.get("kind") if isinstance(value, dict) else None
+    named = [c for c in candidates if "kind" in c.model_fields and kind in get_args(c.model_fields["kind"].annotation)]
+    return (named or candidates or [model])[0]
 
 
-def _without_tags(location: tuple[int | str, ...], raw: Any) -> Path_:
+def _without_tags(location: tuple[int | str, ...], raw: Any) -> KeyPath:
     """Pydantic's path without the names of union members: steps that look like one and are not in the config."""
     place: list[str | int] = []
+    unions: set[KeyPath] = set(_UNIONS)
     value = raw
     for step in location:
-        if place == ["method"] and step in _UNIONS:
+        if tuple(place) in unions and isinstance(value, dict) and step == value.get("kind"):
+            unions.remove(tuple(place))
             continue
         inside = isinstance(value, dict) and step in value
         looks = isinstance(step, str) and (step[:1].isupper() or not step.isidentifier() or step in _TYPES)
@@ -298,7 +347,7 @@ def _without_tags(location: tuple[int | str, ...], raw: Any) -> Path_:
     return tuple(place)
 
 
-def _where(place: Path_, lines: Mapping[Path_, str]) -> str:
+def _where(place: KeyPath, lines: Mapping[KeyPath, str]) -> str:
     for length in range(len(place), -1, -1):
         if place[:length] in lines:
             return lines[place[:length]]

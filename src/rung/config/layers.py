@@ -8,7 +8,7 @@ from rung.config.model import StudentLayers
 from rung.errors import ConfigError
 
 
-def layers_named(layers: Iterable[int] | str | None, present: Collection[int]) -> set[int]:
+def resolve_layers(layers: Iterable[int] | str | None, present: Collection[int]) -> set[int]:
     """Numbers of the layers meant, out of those present: numbers, a range "15-29", a third by name, None for all.
 
     Raises `ConfigError` for one that is not there.

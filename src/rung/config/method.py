@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from rung.config.base import ALL_LINEAR, Role, Share, Spec
+from rung.config.base import ALL_LINEAR, Config, Fraction, LinearRole
 
 Layers = (
     Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
@@ -39,41 +39,41 @@ Init = Literal[
 _PLACE = r"^((q|k|v|o|gate|up|down)|\d+|\d+\.(q|k|v|o|gate|up|down))$"
 
 
-class FullSpec(Spec):
+class FullConfig(Config):
     """Every weight of the base moves."""
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 5e-5
     kind: Literal["full"] = "full"
 
 
-class HeadSpec(Spec):
+class HeadConfig(Config):
     """Only the output head moves. A head tied to the embeddings is untied first, and the saved config says so."""
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 5e-4
     kind: Literal["head"] = "head"
 
 
-class LowRankSpec(Spec):
+class LowRankConfig(Config):
     """What lora, qlora and lottery have in common."""
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 5e-4
     kind: str
 
     @property
-    def default_rate(self) -> float:
+    def default_learning_rate(self) -> float:
         """Where B does not start at zero the first step is a large one, and a faster B multiplies it: a fifth there."""
-        eager = self.init in SUBTRACTED or self.rate_ratio > 1.0
+        eager = self.init in SUBTRACTED_INITS or self.loraplus_lr_ratio > 1.0
         return self.DEFAULT_LEARNING_RATE / (5.0 if eager else 1.0)
 
     rank: PositiveInt = 16
     """Columns of B. Trainable parameters grow linearly with it."""
-    ranks: dict[Annotated[str, Field(pattern=_PLACE)], PositiveInt] = {}
+    rank_pattern: dict[Annotated[str, Field(pattern=_PLACE)], PositiveInt] = {}
     """Other ranks by role (down), layer (3) or both (3.down); the most specific one counts."""
     alpha: PositiveFloat | None = None
     """Numerator of the scale: the update is multiplied by alpha / rank. None is twice the rank, whatever the rank."""
-    dropout: Share = 0.0
+    dropout: Fraction = 0.0
     """Dropout on the adapter's input. Above 0 prefix sharing is off: copies of a prefix would differ."""
-    targets: tuple[Role, ...] = Field(default=ALL_LINEAR, min_length=1)
+    targets: tuple[LinearRole, ...] = Field(default=ALL_LINEAR, min_length=1)
     """Roles (q, k, v, o, gate, up, down), not module names; a fused projection counts as any of its roles."""
     layers: Layers = None
     """Layers that get an adapter: numbers counted from 0, a range (15-29), or first, middle, last for a third of them;
@@ -87,79 +87,78 @@ class LowRankSpec(Spec):
     gradient (lora_ga). The base never moves: a start that is not zero is subtracted by a frozen half of the adapter."""
     init_examples: PositiveInt = 64
     """Training documents that activations and gradients of such a start are taken from."""
-    rate_ratio: PositiveFloat = 1.0
+    loraplus_lr_ratio: PositiveFloat = 1.0
     """Learning rate of B over that of A (LoRA+, Hayou et al. 2024, section 4); 16 is the paper's choice."""
-    sampled_layers: PositiveInt | None = None
-    """Move only so many layers at a time, drawn anew every `resample_every` steps (LISA, Pan et al. 2024)."""
-    resample_every: PositiveInt = 20
-    """Optimiser steps between draws of `sampled_layers`."""
+    lisa_n_layers: PositiveInt | None = None
+    """Move only so many layers at a time, drawn anew every `lisa_step_interval` steps (LISA, Pan et al. 2024)."""
+    lisa_step_interval: PositiveInt = 20
+    """Optimizer steps between draws of `lisa_n_layers`."""
     modules_to_save: tuple[str, ...] = ()
     """Names of modules trained whole beside the adapter and saved with it, for example [lm_head]."""
 
     @model_validator(mode="after")
-    def _can_be_combined(self) -> LowRankSpec:
-        if self.init in SUBTRACTED and self.dora:
+    def _can_be_combined(self) -> LowRankConfig:
+        if self.init in SUBTRACTED_INITS and self.dora:
             raise ValueError(f"init {self.init} subtracts its start, which a direction learned apart (dora) has not")
-        if self.init in SUBTRACTED and self.dropout:
+        if self.init in SUBTRACTED_INITS and self.dropout:
             raise ValueError(f"init {self.init} subtracts its start, which dropout would do only at random")
-        if self.sampled_layers is None and self.resample_every != 20:
-            raise ValueError("resample_every does nothing without sampled_layers")
+        if self.lisa_n_layers is None and self.lisa_step_interval != 20:
+            raise ValueError("lisa_step_interval does nothing without lisa_n_layers")
         if not self._reads_documents() and self.init_examples != 64:
             raise ValueError("init_examples does nothing here: no start or score is read off documents")
         return self
 
     def _reads_documents(self) -> bool:
-        return self.init in CALIBRATED - {"pissa", "olora"}
+        return self.init in CALIBRATED_INITS - {"pissa", "olora"}
 
 
-class LoraSpec(LowRankSpec):
+class LoraConfig(LowRankConfig):
     """Low-rank update W + (alpha / rank) * B @ A (Hu et al. 2021, eq. 3)."""
 
     kind: Literal["lora"] = "lora"
 
     @model_validator(mode="after")
-    def _nothing_is_quantised(self) -> LoraSpec:
+    def _nothing_is_quantized(self) -> LoraConfig:
         if self.init == "loftq":
-            raise ValueError("init loftq makes up for what quantising takes away: it goes with kind: qlora")
+            raise ValueError("init loftq makes up for what quantizing takes away: it goes with kind: qlora")
         return self
 
 
-class QloraSpec(LowRankSpec):
+class QloraConfig(LowRankConfig):
     """The same update beside a base held in 4 or 8 bits (Dettmers et al. 2023)."""
 
     kind: Literal["qlora"] = "qlora"
     bits: Literal[4, 8] = 4
     """4: NF4 in blocks of 64; 8: int8 with a scale for each output."""
-    double_quantised: bool = True
+    double_quant: bool = True
     """Hold the scales of 4-bit blocks in 8 bits: 0.127 instead of 0.5 bit a number for them."""
 
     @model_validator(mode="after")
-    def _starts_beside_a_quantised_base(self) -> QloraSpec:
-        if self.init in CALIBRATED:
+    def _starts_beside_a_quantized_base(self) -> QloraConfig:
+        if self.init in CALIBRATED_INITS:
             raise ValueError(f"init {self.init} is read off matrices in full width: it goes with kind: lora")
         if self.dora:
-            raise ValueError("dora takes the norms of whole columns, which a quantised base would widen at every step")
-        if self.bits == 8 and not self.double_quantised:
-            raise ValueError("double_quantised is about the scales of 4-bit blocks: it does nothing with bits: 8")
-        if self.init == "loftq" and self.ranks:
+            raise ValueError("dora takes the norms of whole columns, which a quantized base would widen at every step")
+        if self.bits == 8 and not self.double_quant:
+            raise ValueError("double_quant is about the scales of 4-bit blocks: it does nothing with bits: 8")
+        if self.init == "loftq" and self.rank_pattern:
             raise ValueError("init loftq takes one rank for all: leave ranks out")
         return self
 
 
-MOVES_BASE = ("full", "head")
+BASE_CHANGING_METHODS = ("full", "head")
 """Methods whose base is no longer there for another adapter."""
-SUBTRACTED = frozenset({"pissa", "olora", "corda", "corda_knowledge", "lora_ga"})
+SUBTRACTED_INITS = frozenset({"pissa", "olora", "corda", "corda_knowledge", "lora_ga"})
 """Starts that are not zero: a frozen half of the adapter takes them off the base again."""
-CALIBRATED = SUBTRACTED | {"eva"}
+CALIBRATED_INITS = SUBTRACTED_INITS | {"eva"}
 """Starts made before the first step from weights, activations or gradients."""
 
 
-class LotterySpec(LowRankSpec):
-    """LoRA whose layers compete: all move for a while, the best go on, the others leave."""
+class LayerLotteryConfig(Config):
+    """Which layers of a lottery stay, and when that is decided."""
 
-    kind: Literal["lottery"] = "lottery"
     scout_steps: PositiveInt = 20
-    """Optimiser steps in which all layers move."""
+    """Optimizer steps in which all layers move."""
     keep: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     """Share of the layers that go on, at least one."""
     score: Literal["delta", "energy"] = "delta"
@@ -170,19 +169,27 @@ class LotterySpec(LowRankSpec):
     rewind: bool = True
     """Whether the winners go back to their start; otherwise they go on from where they are."""
 
+
+class LotteryConfig(LowRankConfig):
+    """LoRA whose layers compete: all move for a while, the best go on, the others leave."""
+
+    kind: Literal["lottery"] = "lottery"
+    lottery: LayerLotteryConfig = LayerLotteryConfig()
+    """How the layers compete."""
+
     def _reads_documents(self) -> bool:
-        return self.score == "energy"
+        return self.lottery.score == "energy"
 
     @model_validator(mode="after")
-    def _scores_are_plain(self) -> LotterySpec:
-        if self.init in CALIBRATED or self.init == "loftq" or self.dora or self.sampled_layers is not None:
+    def _scores_are_plain(self) -> LotteryConfig:
+        if self.init in CALIBRATED_INITS or self.init == "loftq" or self.dora or self.lisa_n_layers is not None:
             raise ValueError(
                 "a lottery scores plain updates: init default, gaussian or orthogonal, no dora, no sampling"
             )
         return self
 
 
-class MixtureSpec(Spec):
+class MixtureConfig(Config):
     """Low-rank experts beside each linear, mixed by a learned router (Dou et al. 2023, eq. 4-5)."""
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 5e-4
@@ -198,13 +205,13 @@ class MixtureSpec(Spec):
     balance: NonNegativeFloat | None = None
     """Weight of the loss that spreads tokens over experts; none is 1e-3 with `top_k` and 0 without, where no expert can
     run dry. Above 0 beginnings are not shared: the loss is counted for each document."""
-    targets: tuple[Role, ...] = Field(default=ALL_LINEAR, min_length=1)
+    targets: tuple[LinearRole, ...] = Field(default=ALL_LINEAR, min_length=1)
     """As for lora."""
     layers: Layers = None
     """As for lora."""
 
     @model_validator(mode="after")
-    def _some_are_left_out(self) -> MixtureSpec:
+    def _some_are_left_out(self) -> MixtureConfig:
         if self.top_k == 1:
             raise ValueError("top_k: 1 gives one expert the weight 1 whatever its router says, which learns nothing")
         if self.top_k is not None and self.top_k >= self.experts:
@@ -217,14 +224,14 @@ class MixtureSpec(Spec):
         return (1e-3 if self.top_k else 0.0) if self.balance is None else self.balance
 
 
-class PeftSpec(Spec):
+class PeftTunerConfig(Config):
     """Any other tuner of peft."""
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 1e-3
     kind: Literal["peft"] = "peft"
     config: dict[str, Any] = Field(min_length=1)
     """peft's own settings, `peft_type` among them."""
-    targets: tuple[Role, ...] = Field(default=ALL_LINEAR, min_length=1)
+    targets: tuple[LinearRole, ...] = Field(default=ALL_LINEAR, min_length=1)
     """Roles whose modules it gets, unless its config names target_modules."""
     layers: Layers = None
     """As for lora."""
@@ -232,7 +239,7 @@ class PeftSpec(Spec):
     """Whether this tuner begins as the base, which the step-0 gate then checks."""
 
 
-class BottleneckSpec(Spec):
+class BottleneckConfig(Config):
     """A narrow network beside or behind each block: x + up(activation(down(x))) (Houlsby et al. 2019, section 2.1)."""
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 1e-3
@@ -254,7 +261,7 @@ class BottleneckSpec(Spec):
 VirtualTokens = Annotated[int, Field(ge=1, le=500)]
 
 
-class PromptSpec(Spec):
+class PromptConfig(Config):
     """Learned embeddings in front of every document (Lester et al. 2021)."""
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 3e-2
@@ -270,13 +277,13 @@ class PromptSpec(Spec):
     """What the prompt says before it is learned, for `init: text`."""
 
     @model_validator(mode="after")
-    def _text_goes_with_init(self) -> PromptSpec:
+    def _text_goes_with_init(self) -> PromptConfig:
         if (self.init == "text") != bool(self.init_text):
             raise ValueError("init: text and init_text go together")
         return self
 
 
-class PrefixSpec(Spec):
+class PrefixConfig(Config):
     """Learned keys and values before every document, in every layer (Li and Liang 2021, eq. 3)."""
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 1e-2
@@ -290,7 +297,7 @@ class PrefixSpec(Spec):
     output alone is saved. None learns them as they are (Liu et al. 2022)."""
 
 
-class Positions(Spec):
+class VirtualTokenPositions(Config):
     """Virtual tokens by where they stand in a conversation."""
 
     front: NonNegativeInt = 0
@@ -301,7 +308,7 @@ class Positions(Spec):
     """Before each answer, right after the template has opened it."""
 
 
-class PTuningSpec(Spec):
+class PTuningConfig(Config):
     """Virtual tokens made by an encoder that tasks share; its output alone is saved (Liu et al. 2021, section 3.2)."""
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 1e-3
@@ -316,11 +323,11 @@ class PTuningSpec(Spec):
     """Width of the encoder, of an LSTM in each direction; none is half the base's width."""
     layers: Literal["input", "all"] = "input"
     """`input`: embeddings that pass through the model; `all`: keys and values in every layer (Liu et al. 2022)."""
-    positions: Positions | None = None
+    positions: VirtualTokenPositions | None = None
     """Where the virtual tokens stand; none puts all of them in front."""
 
     @model_validator(mode="after")
-    def _every_token_has_a_place(self) -> PTuningSpec:
+    def _every_token_has_a_place(self) -> PTuningConfig:
         if self.positions is None:
             return self
         if (total := sum(self.positions.model_dump().values())) != self.virtual_tokens:
@@ -330,28 +337,28 @@ class PTuningSpec(Spec):
         return self
 
 
-def in_front(spec: Spec) -> int:
+def front_virtual_tokens(config: Config) -> int:
     """Virtual tokens that stand before every document; those inside are counted in the documents."""
-    positions: Positions | None = getattr(spec, "positions", None)
-    return int(getattr(spec, "virtual_tokens", 0)) if positions is None else positions.front
+    positions: VirtualTokenPositions | None = getattr(config, "positions", None)
+    return int(getattr(config, "virtual_tokens", 0)) if positions is None else positions.front
 
 
-def encoder_parameters(spec: Spec, features: int, width: int) -> int:
+def encoder_parameter_count(config: Config, features: int, width: int) -> int:
     """Numbers of the network that makes virtual tokens of this width while they are learned; 0 where there is none."""
-    if isinstance(spec, PrefixSpec) and (h := spec.projection) is not None:
+    if isinstance(config, PrefixConfig) and (h := config.projection) is not None:
         return (features + 1) * h + (h + 1) * width
-    if not isinstance(spec, PTuningSpec):
+    if not isinstance(config, PTuningConfig):
         return 0
-    h = spec.hidden or features // 2
-    if spec.encoder == "mlp":
+    h = config.hidden or features // 2
+    if config.encoder == "mlp":
         return (features + 1) * h + (h + 1) * h + (h + 1) * width
     first, second = 2 * 4 * h * (features + h + 2), 2 * 4 * h * (2 * h + h + 2)  # directions, gates, two biases each
     return first + second + (2 * h + 1) * 2 * h + (2 * h + 1) * width
 
 
-def inserted(spec: Spec, first: int) -> dict[str, tuple[int, ...]]:
+def inserted_token_ids(config: Config, first: int) -> dict[str, tuple[int, ...]]:
     """Ids by role of those that stand inside, from `first` on; without the roles that have none."""
-    positions: Positions | None = getattr(spec, "positions", None)
+    positions: VirtualTokenPositions | None = getattr(config, "positions", None)
     found, at = {}, first
     for role in ("user", "assistant"):
         if count := getattr(positions, role, 0):
@@ -360,30 +367,30 @@ def inserted(spec: Spec, first: int) -> dict[str, tuple[int, ...]]:
     return found
 
 
-AnySpec = (
-    FullSpec
-    | HeadSpec
-    | LoraSpec
-    | QloraSpec
-    | LotterySpec
-    | MixtureSpec
-    | BottleneckSpec
-    | PromptSpec
-    | PrefixSpec
-    | PTuningSpec
-    | PeftSpec
+AnyMethodConfig = (
+    FullConfig
+    | HeadConfig
+    | LoraConfig
+    | QloraConfig
+    | LotteryConfig
+    | MixtureConfig
+    | BottleneckConfig
+    | PromptConfig
+    | PrefixConfig
+    | PTuningConfig
+    | PeftTunerConfig
 )
-MethodSpec = Annotated[AnySpec, Field(discriminator="kind")]
-METHOD_SPECS: dict[str, type[AnySpec]] = {
-    "full": FullSpec,
-    "head": HeadSpec,
-    "lora": LoraSpec,
-    "qlora": QloraSpec,
-    "lottery": LotterySpec,
-    "mixture": MixtureSpec,
-    "bottleneck": BottleneckSpec,
-    "prompt": PromptSpec,
-    "prefix": PrefixSpec,
-    "p_tuning": PTuningSpec,
-    "peft": PeftSpec,
+MethodConfig = Annotated[AnyMethodConfig, Field(discriminator="kind")]
+METHOD_CONFIGS: dict[str, type[AnyMethodConfig]] = {
+    "full": FullConfig,
+    "head": HeadConfig,
+    "lora": LoraConfig,
+    "qlora": QloraConfig,
+    "lottery": LotteryConfig,
+    "mixture": MixtureConfig,
+    "bottleneck": BottleneckConfig,
+    "prompt": PromptConfig,
+    "prefix": PrefixConfig,
+    "p_tuning": PTuningConfig,
+    "peft": PeftTunerConfig,
 }

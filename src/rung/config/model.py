@@ -6,14 +6,14 @@ from typing import Literal
 
 from pydantic import NonNegativeInt, model_validator
 
-from rung.config.base import Spec
+from rung.config.base import Config
 
-ALONE = {"revision": None, "student_of": None, "layers": None}
+WITHOUT_RUN_SETTINGS = {"revision": None, "student_of": None, "layers": None}
 """What a model that is named elsewhere in a config has not of the run's own."""
 StudentLayers = Literal["every_other", "first", "last"] | tuple[NonNegativeInt, ...]
 
 
-class ModelSpec(Spec):
+class ModelConfig(Config):
     """The base a run starts from."""
 
     name: str = "smollm2-135m"
@@ -38,9 +38,9 @@ class ModelSpec(Spec):
     full gradients and moments are in parts as well."""
 
     @model_validator(mode="after")
-    def _layers_are_of_a_teacher(self) -> ModelSpec:
+    def _layers_are_of_a_teacher(self) -> ModelConfig:
         if self.layers is not None and self.student_of is None:
             raise ValueError("layers are those of a student: name its teacher in model.student_of")
-        if self.student_of is not None and self.name not in (ModelSpec.model_fields["name"].default, self.student_of):
+        if self.student_of is not None and self.name not in (ModelConfig.model_fields["name"].default, self.student_of):
             raise ValueError("model.name and model.student_of are two models: give one")
         return self

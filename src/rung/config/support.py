@@ -18,16 +18,16 @@ MODEL_REFUSALS: dict[str, str] = {
     "stablelm": "its layers do not pass on to attention where documents begin, so packing cannot keep them apart",
 }
 
-NOT_MEASURED = {
+UNTESTED_DEVICES = {
     "cuda": "dispatched by capability, never measured: no number of this project comes from a graphics card"
 }
 """Kinds of device that run but have no measurement behind them."""
 
-PROVED_MODELS = ("llama", "qwen2", "qwen3", "mistral", "phi", "phi3", "gemma", "gemma2", "gemma3_text", "gpt2", "opt")
+TESTED_MODELS = ("llama", "qwen2", "qwen3", "mistral", "phi", "phi3", "gemma", "gemma2", "gemma3_text", "gpt2", "opt")
 """Architectures whose packed logits are proved equal to unpacked ones by a test. Others run behind the step-0 gate."""
 
 
-def refusal_of_model(model_type: str, *, encoder_decoder: bool) -> str | None:
+def model_refusal(model_type: str, *, encoder_decoder: bool) -> str | None:
     """Why this architecture cannot be trained here, or None."""
     if encoder_decoder:
         return "encoder-decoder models are not supported: a segment tree has one row of tokens, they need two"
@@ -36,19 +36,19 @@ def refusal_of_model(model_type: str, *, encoder_decoder: bool) -> str | None:
 
 PROCESS_REFUSALS = {
     "mixture": "a router's load is counted in each process alone",
-    "qlora": "a quantised base in several processes has not been tested",
+    "qlora": "a quantized base in several processes has not been tested",
 }
 """Methods that one process trains, with the reason."""
 
 
-def refusal_of_processes(method: str, *, own_answers: bool) -> str | None:
+def multi_process_refusal(method: str, *, own_answers: bool) -> str | None:
     """Why several processes cannot share such a run, or None."""
     if own_answers:
         return "a policy that makes its own answers is not shared out over processes"
     return PROCESS_REFUSALS.get(method)
 
 
-def refusal_of_shards(method: str, objective: str, *, reference: object, moments: str) -> str | None:
+def sharding_refusal(method: str, objective: str, *, reference: object, moments: str) -> str | None:
     """Why such a run cannot be shared out with its model in parts, or None."""
     if method not in ("lora", "full"):
         return f"a model in parts has been tested under lora and full alone, not under {method}"

@@ -24,10 +24,10 @@ from rung.files import cache_folder
 T = TypeVar("T")
 BUFFER = 1 << 18
 """Bytes written or read in one go."""
-HINT = "free some disk space, or set RUNG_CACHE to a folder with room"
+DISK_SPACE_HINT = "free some disk space, or set RUNG_CACHE to a folder with room"
 
 
-class Blob:
+class AppendFile:
     """A file of bytes: appended to, and read from anywhere. A file descriptor that goes with its last user."""
 
     def __init__(self, descriptor: int, size: int, name: str) -> None:
@@ -38,7 +38,7 @@ class Blob:
         weakref.finalize(self, os.close, descriptor)
 
     @classmethod
-    def new(cls) -> Blob:
+    def new(cls) -> AppendFile:
         """An empty file without a name beside the cache: however the process ends, nothing of it stays.
 
         Not in the system's temporary folder, which often is memory.
@@ -49,10 +49,10 @@ class Blob:
             with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
                 return cls(os.dup(file.fileno()), 0, str(folder))
         except OSError as error:
-            raise CheckpointError(f"could not write here: {error}", where=str(folder), hint=HINT) from error
+            raise CheckpointError(f"could not write here: {error}", where=str(folder), hint=DISK_SPACE_HINT) from error
 
     @classmethod
-    def open(cls, path: Path) -> Blob:
+    def open(cls, path: Path) -> AppendFile:
         """A file that is there, for reading. It may be replaced meanwhile. Raises OSError."""
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         return cls(descriptor, os.fstat(descriptor).st_size, str(path))
@@ -85,25 +85,25 @@ class Blob:
                 while done < len(rest):
                     done += os.write(self._descriptor, rest[done:])
         except OSError as error:
-            raise CheckpointError(f"could not write here: {error}", where=self.name, hint=HINT) from error
+            raise CheckpointError(f"could not write here: {error}", where=self.name, hint=DISK_SPACE_HINT) from error
         self._waiting.clear()
 
 
-class Region(NamedTuple):
+class ByteRange(NamedTuple):
     """A stretch of a blob."""
 
-    blob: Blob
+    file: AppendFile
     start: int
     size: int
 
     @classmethod
-    def whole(cls, blob: Blob) -> Region:
+    def of_file(cls, blob: AppendFile) -> ByteRange:
         """All that was written so far."""
         return cls(blob, 0, blob.size)
 
     def read(self, start: int, size: int) -> bytes:
         """Bytes from `start` within the region."""
-        return self.blob.read(self.start + start, size)
+        return self.file.read(self.start + start, size)
 
     def pieces(self) -> Iterator[bytes]:
         """All bytes in order, a buffer at a time."""
@@ -111,7 +111,7 @@ class Region(NamedTuple):
             yield self.read(start, min(BUFFER, self.size - start))
 
 
-class Lazy(Sequence[T]):
+class LazySequence(Sequence[T]):
     """A sequence whose items are made on access; equal to any sequence of equal items. A slice is lazy too."""
 
     @abstractmethod
@@ -145,7 +145,7 @@ class Lazy(Sequence[T]):
     __hash__ = None  # type: ignore[assignment]
 
 
-class View(Lazy[T]):
+class MappedSequence(LazySequence[T]):
     """Items that a function makes from their numbers."""
 
     def __init__(self, make: Callable[[int], T], numbers: np.ndarray | range) -> None:
@@ -158,16 +158,16 @@ class View(Lazy[T]):
         """Made anew each time."""
         return self._make(int(self._numbers[i]))
 
-    def select(self, rows: slice | np.ndarray) -> View[T]:
+    def select(self, rows: slice | np.ndarray) -> MappedSequence[T]:
         """A view of these alone."""
-        return View(self._make, np.asarray(self._numbers)[rows])
+        return MappedSequence(self._make, np.asarray(self._numbers)[rows])
 
 
-class Texts:
+class TextStore:
     """Texts on disk, each with a number of its own."""
 
     def __init__(self) -> None:
-        self._blob = Blob.new()
+        self._blob = AppendFile.new()
         self._ends = array("q", [0])
         self._numbers = array("q")
 

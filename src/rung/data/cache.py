@@ -1,4 +1,4 @@
-"""Tokenised examples on disk, found by content: data, tokenizer, template, labels and code version (FAILURES 7)."""
+"""Tokenized examples on disk, found by content: data, tokenizer, template, labels and code version (FAILURES 7)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from rung.config.data import LossOn
-from rung.data.byte_store import HINT, Blob, Region
-from rung.data.chat import Chat
+from rung.data.byte_store import DISK_SPACE_HINT, AppendFile, ByteRange
+from rung.data.chat import ChatTemplate
 from rung.data.records import fingerprint
-from rung.data.token_store import ROW, Flat, Tokenised
-from rung.data.tokenize import Overflow, tokenise
+from rung.data.token_store import ROW_DTYPE, TokenColumns, TokenizedDataset
+from rung.data.tokenize import Overflow, tokenize_columns
 from rung.errors import CheckpointError
 from rung.files import cache_folder
 from rung.types import Record
@@ -36,7 +36,7 @@ _TENSORS = {
 
 
 def cached_examples(
-    chat: Chat,
+    chat: ChatTemplate,
     records: Sequence[Record],
     *,
     loss_on: LossOn = "answer",
@@ -44,23 +44,23 @@ def cached_examples(
     overflow: Overflow = "error",
     rivals: bool = False,
     folder: Path | None = None,
-) -> Tokenised:
-    """`tokenize_records`, kept in `folder` (default: `tokenised` in Rung's cache folder); a damaged file is built anew.
+) -> TokenizedDataset:
+    """`tokenize_records`, kept in `folder` (default: `tokenized` in Rung's cache folder); a damaged file is built anew.
 
     Raises:
         DataError: as `tokenize_records`; nothing is stored then.
     """
     name = cache_key(chat, records, loss_on=loss_on, max_length=max_length, overflow=overflow, rivals=rivals)
-    file = (folder or cache_folder() / "tokenised") / f"{name}.safetensors"
+    file = (folder or cache_folder() / "tokenized") / f"{name}.safetensors"
     if (found := _load(file)) is not None:
-        return Tokenised.of(found, records, from_cache=True)
-    made = tokenise(chat, records, loss_on=loss_on, max_length=max_length, overflow=overflow, rivals=rivals)
+        return TokenizedDataset.from_columns(found, records, from_cache=True)
+    made = tokenize_columns(chat, records, loss_on=loss_on, max_length=max_length, overflow=overflow, rivals=rivals)
     _store(file, made)
-    return Tokenised.of(made, records)
+    return TokenizedDataset.from_columns(made, records)
 
 
 def cache_key(
-    chat: Chat,
+    chat: ChatTemplate,
     records: Sequence[Record],
     *,
     loss_on: LossOn,
@@ -73,15 +73,15 @@ def cache_key(
     return sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _store(file: Path, made: Flat) -> None:
+def _store(file: Path, made: TokenColumns) -> None:
     """Write the file a piece at a time, which safetensors' own writer cannot do; any reader of safetensors takes it."""
-    tables = Blob.new()
+    tables = AppendFile.new()
     regions = {name: getattr(made, name) for name in ("ids", "supervised", "texts")}
     for name in ("rows", "dropped", "trimmed"):
         data = getattr(made, name).tobytes()
-        regions[name] = Region(tables, tables.append(data), len(data))
+        regions[name] = ByteRange(tables, tables.append(data), len(data))
     boundary = json.dumps([made.boundary_checked, made.boundary_differences])
-    header: dict[str, Any] = {"__metadata__": {"boundary": boundary, "sha256": _digest(regions, boundary)}}
+    header: dict[str, Any] = {"__metadata__": {"boundary": boundary, "sha256": _checksum(regions, boundary)}}
     end = 0
     for name, (dtype, width) in _TENSORS.items():
         start, end = end, end + regions[name].size
@@ -98,24 +98,26 @@ def _store(file: Path, made: Flat) -> None:
                 out.writelines(regions[name].pieces())
         os.replace(temporary, file)
     except OSError as error:
-        raise CheckpointError(f"could not write the cache: {error}", where=str(file.parent), hint=HINT) from error
+        raise CheckpointError(
+            f"could not write the cache: {error}", where=str(file.parent), hint=DISK_SPACE_HINT
+        ) from error
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
 
 
-def _load(file: Path) -> Flat | None:
+def _load(file: Path) -> TokenColumns | None:
     """The stored documents; None when there is no whole file."""
     try:
-        blob = Blob.open(file)
+        blob = AppendFile.open(file)
         size = int.from_bytes(blob.read(0, 8), "little")
         if size > blob.size:
             return None
         header: dict[str, Any] = json.loads(blob.read(8, size))
         spans = {name: header[name]["data_offsets"] for name in _TENSORS}
-        regions = {name: Region(blob, 8 + size + start, end - start) for name, (start, end) in spans.items()}
+        regions = {name: ByteRange(blob, 8 + size + start, end - start) for name, (start, end) in spans.items()}
         boundary = header["__metadata__"]["boundary"]
-        if header["__metadata__"]["sha256"] != _digest(regions, boundary):
+        if header["__metadata__"]["sha256"] != _checksum(regions, boundary):
             return None
     except (OSError, ValueError, LookupError, TypeError, CheckpointError):
         return None
@@ -124,11 +126,11 @@ def _load(file: Path) -> Flat | None:
     def table(name: str) -> bytes:
         return regions[name].read(0, regions[name].size)
 
-    return Flat(
+    return TokenColumns(
         ids=regions["ids"],
         supervised=regions["supervised"],
         texts=regions["texts"],
-        rows=np.frombuffer(table("rows"), ROW),
+        rows=np.frombuffer(table("rows"), ROW_DTYPE),
         dropped=np.frombuffer(table("dropped"), "<i8").reshape(-1, 2),
         trimmed=np.frombuffer(table("trimmed"), "<i8").reshape(-1, 2),
         boundary_checked=checked,
@@ -136,7 +138,7 @@ def _load(file: Path) -> Flat | None:
     )
 
 
-def _digest(regions: Mapping[str, Region], boundary: str) -> str:
+def _checksum(regions: Mapping[str, ByteRange], boundary: str) -> str:
     digest = sha256(boundary.encode())
     for name in _TENSORS:
         digest.update(f"{name} {regions[name].size}\n".encode())

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from jinja2 import TemplateError
 
 from rung.config.data import LossOn
-from rung.data.messages import for_template, rewritten, says, unstable
-from rung.data.prompt_positions import Inserted, without_marks
+from rung.data.messages import for_template, renders_unchanged, rewritten_answer_error, unstable_template_error
+from rung.data.prompt_positions import PromptPositions, without_marks
 from rung.errors import ConfigError, DataError
 from rung.types import Message, Record, Source
 
@@ -34,20 +34,20 @@ PLAIN_TEMPLATE = """\
 """
 """`model.template: plain`, for bases without a template. The stop is the tokenizer's end-of-text token."""
 
-__all__ = ["PLAIN_TEMPLATE", "Chat", "Part", "in_context"]
+__all__ = ["PLAIN_TEMPLATE", "ChatTemplate", "TextPart", "with_context"]
 
 _SENTINEL = "RungSentinel"
 _CALL = '[{"type": "function", "function": {"name": "f", "arguments": {"x": "1"}}}]'
 
 
-class Part(NamedTuple):
-    """A piece of a document that is tokenised on its own."""
+class TextPart(NamedTuple):
+    """A piece of a document that is tokenized on its own."""
 
     text: str
     supervised: bool
 
 
-class _Ending(NamedTuple):
+class _AnswerEnding(NamedTuple):
     """What a template writes after an answer: up to and including the stop, and then until the next turn."""
 
     before: str  # between the answer and the stop
@@ -56,7 +56,7 @@ class _Ending(NamedTuple):
     stop_id: int
 
 
-class Chat:
+class ChatTemplate:
     """A tokenizer with a template. The tokenizer is never changed.
 
     Args:
@@ -74,7 +74,7 @@ class Chat:
     """Tokens that end an assistant turn, read off the rendered template; the first ends a plain answer."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, template: str = "auto", inserted: Inserted | None = None
+        self, tokenizer: PreTrainedTokenizerFast, template: str = "auto", positions: PromptPositions | None = None
     ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError("the tokenizer is not a fast one", given=type(tokenizer).__name__)
@@ -83,15 +83,15 @@ class Chat:
         self.eos_id: int | None = tokenizer.eos_token_id
         self.adds_bos = self.bos_id is not None and tokenizer("a")["input_ids"][:1] == [self.bos_id]
         """Whether the tokenizer itself puts a BOS in front: then documents without a template get one too."""
-        self.inserted: Inserted | None = None
+        self.inserted: PromptPositions | None = None
         self._anchor = self._find_anchor()
         self.template = self._template(template)
         self._control = _control_tokens(tokenizer)
         self._endings, self._lead = self._probe(template)
-        self.inserted = inserted
+        self.inserted = positions
         self.stop_ids = tuple(dict.fromkeys(e.stop_id for e in self._endings))
 
-    def of_the_base(self) -> Chat:
+    def without_virtual_tokens(self) -> ChatTemplate:
         """The same without anything inserted: what a model that learned nothing reads."""
         plain = copy.copy(self)
         plain.inserted = None
@@ -124,7 +124,7 @@ class Chat:
         text = self.decode([ids[:end]], inner=True)[0].removeprefix(self._lead)
         return text.removesuffix(self._endings[0].before) if end < len(ids) else text
 
-    def parts(self, record: Record, loss_on: LossOn) -> list[Part]:
+    def split_conversation(self, record: Record, loss_on: LossOn) -> list[TextPart]:
         """Cut a rendered conversation into prompt and answer pieces; it ends with its last stop.
 
         Answer i is render(turns up to i) minus render(turns before i, with the opening of an answer).
@@ -134,7 +134,7 @@ class Chat:
         """
         last = len(record.messages) - 1
         turns = range(last + 1) if loss_on == "assistant_turns" else (last,)
-        parts: list[Part] = []
+        parts: list[TextPart] = []
         done = ""
         for i in turns:
             if record.messages[i].role != "assistant":
@@ -142,11 +142,11 @@ class Chat:
             prompt = self._render(record.messages[:i], record.context, record.tools, generation=True, at=record.source)
             full = self._render(record.messages[: i + 1], record.context, record.tools, at=record.source)
             if not (full.startswith(prompt) and prompt.startswith(done)):
-                raise unstable(record.source, i, loss_on, earlier=full.startswith(prompt))
+                raise unstable_template_error(record.source, i, loss_on, earlier=full.startswith(prompt))
             answer = full[len(prompt) : len(full) - len(self._after(full, record.source))]
-            if not says(self._body(answer), record.messages[i], self._lead):
-                raise rewritten(record.source, i, self._body(answer))
-            parts += [Part(prompt[len(done) :], False), Part(answer, True)]
+            if not renders_unchanged(self._body(answer), record.messages[i], self._lead):
+                raise rewritten_answer_error(record.source, i, self._body(answer))
+            parts += [TextPart(prompt[len(done) :], False), TextPart(answer, True)]
             done = prompt + answer
         return parts
 
@@ -154,7 +154,7 @@ class Chat:
         """What stands before the stop, without what is inserted."""
         ending = next(e for e in self._endings if answer.endswith(e.stop))
         text = answer.removesuffix(ending.stop).removesuffix(ending.before)
-        return text if self.inserted is None else "".join(self.inserted.cut(text)[::2])
+        return text if self.inserted is None else "".join(self.inserted.split_at_marks(text)[::2])
 
     def encode(self, texts: Sequence[str], inner: bool | Sequence[bool] = False) -> list[list[int]]:
         """Ids of each text on its own, no special token added: the template has written them.
@@ -166,10 +166,13 @@ class Chat:
         inner = [inner] * len(texts) if isinstance(inner, bool) else inner
         if self.inserted is None:
             return self._encode_within(texts, inner)
-        cut = [self.inserted.cut(text) for text in texts]
+        cut = [self.inserted.split_at_marks(text) for text in texts]
         within = [flag or i > 0 for parts, flag in zip(cut, inner, strict=True) for i in range(len(parts[::2]))]
         encoded = iter(self._encode_within([text for parts in cut for text in parts[::2]], within))
-        rows = [[self.inserted.of(part) if i % 2 else next(encoded) for i, part in enumerate(parts)] for parts in cut]
+        rows = [
+            [self.inserted.ids_of_mark(part) if i % 2 else next(encoded) for i, part in enumerate(parts)]
+            for parts in cut
+        ]
         return [list(chain.from_iterable(row)) for row in rows]
 
     def _encode_within(self, texts: Sequence[str], inner: Sequence[bool]) -> list[list[int]]:
@@ -270,10 +273,10 @@ class Chat:
             first = next((t for t in turns if t["role"] == "user"), None)
             if first is None:
                 raise DataError("a context, but no user turn to put it in front of", where=str(at) if at else None)
-            first["content"] = in_context(context, first["content"])
+            first["content"] = with_context(context, first["content"])
         inserted = self.inserted
         if inserted is not None:
-            turns = inserted.marked(turns, at)
+            turns = inserted.with_marks(turns, at)
         try:
             text = self.tokenizer.apply_chat_template(
                 turns,
@@ -289,9 +292,13 @@ class Chat:
                 given=" ".join(m.role for m in messages),
                 hint="change the row, or set model.template: plain or a .jinja file",
             ) from error
-        return str(text) if inserted is None else inserted.opened(str(text), turns, self._lead, generation=generation)
+        return (
+            str(text)
+            if inserted is None
+            else inserted.with_answer_mark(str(text), turns, self._lead, generation=generation)
+        )
 
-    def _probe(self, choice: str) -> tuple[list[_Ending], str]:
+    def _probe(self, choice: str) -> tuple[list[_AnswerEnding], str]:
         """Render sentinel answers and look at what the template writes around them."""
         question = Message("user", "Q")
         try:
@@ -321,14 +328,14 @@ class Chat:
             endings.append(call)
         return endings, body.removeprefix(opening) if body.startswith(opening) else ""
 
-    def _ending(self, tail: str) -> _Ending | None:
+    def _ending(self, tail: str) -> _AnswerEnding | None:
         found = [(tail.find(text), -len(text), text) for text in self._control if text in tail]
         if not found:
             return None
         at, _, stop = min(found)
-        return _Ending(tail[:at], stop, tail[at + len(stop) :], self._control[stop])
+        return _AnswerEnding(tail[:at], stop, tail[at + len(stop) :], self._control[stop])
 
-    def _call_ending(self, question: Message) -> _Ending | None:
+    def _call_ending(self, question: Message) -> _AnswerEnding | None:
         """Some templates end a turn that calls a tool with a stop of its own; some know no tools at all."""
         try:
             text = self._render([question, Message("assistant", "", tool_calls=_CALL)])
@@ -336,7 +343,7 @@ class Chat:
             return None
         body = text.rstrip()
         stop = max((t for t in self._control if body.endswith(t)), key=len, default=None)
-        return _Ending("", stop, text[len(body) :], self._control[stop]) if stop else None
+        return _AnswerEnding("", stop, text[len(body) :], self._control[stop]) if stop else None
 
     def _after(self, full: str, source: Source) -> str:
         for ending in self._endings:
@@ -350,7 +357,7 @@ class Chat:
         )
 
 
-def in_context(context: str, question: str) -> str:
+def with_context(context: str, question: str) -> str:
     """A question with its context in front."""
     return f"{context}\n\n{question}"
 

@@ -10,25 +10,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rung.config.data import DataSpec, LossOn
+from rung.config.data import DataConfig, LossOn
 from rung.data.byte_store import chunks
 from rung.data.deduplication import (
-    ALIKE,
-    GRAMS,
-    Alike,
-    Distinct,
-    Near,
+    JACCARD_THRESHOLD,
+    NGRAM_WORDS,
+    FuzzyMatch,
+    HashSet,
+    NgramMatch,
     fuzzy_duplicates,
-    gram_hashes,
     near_duplicates,
+    ngram_hashes,
     words,
 )
-from rung.data.formats import Detection, read_records
-from rung.data.read import Rejected
-from rung.data.records import Records, characters
-from rung.data.splits import Splits, assign, crossing, repeated, weighted_paths
-from rung.data.token_store import Tokenised
-from rung.data.tokenize import preflight, prompts, tokenize_records
+from rung.data.formats import DetectedFormat, read_records
+from rung.data.read import RejectedRow
+from rung.data.records import Records, character_count
+from rung.data.splits import Splits, assign_splits, duplicate_pairs, overlapping_pairs, weighted_paths
+from rung.data.token_store import TokenizedDataset
+from rung.data.tokenize import preflight, tokenize_prompts, tokenize_records
 from rung.errors import DataError, GateError
 from rung.types import Example, Record
 
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from rung.data.chat import Chat
+    from rung.data.chat import ChatTemplate
 
 SKEWED = 0.2
 """Share of pairs beyond a half in which the better answer is the longer, or the shorter, that is worth a word."""
-SHOWN = 10
+MAX_SHOWN = 10
 """Rows of each kind that the printed report names; the JSON has all."""
 
 
@@ -67,7 +67,7 @@ class Diversity:
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
+class AnswerLengths:
     """Rows whose answers are compared: whether the better one is simply the longer."""
 
     pairs: int
@@ -79,24 +79,24 @@ class Compared:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class DataReport:
     """Everything `check` computed. It prints itself on a rich console."""
 
-    detections: dict[str, Detection]
+    detections: dict[str, DetectedFormat]
     kept: int
-    rejected: tuple[Rejected, ...]
+    rejected: tuple[RejectedRow, ...]
     splits: dict[str, int]
     lengths: Lengths | None
     duplicates: tuple[tuple[str, str], ...]
     """Rows that ask what an earlier row asks, with that row."""
     overlap: tuple[tuple[str, str], ...]
     """Training rows whose prompt also stands in a held-out split, with that row."""
-    near: dict[int, tuple[Near, ...]]
+    near: dict[int, tuple[NgramMatch, ...]]
     """Per n: held-out rows that share an n-gram of words with the training split."""
-    fuzzy: tuple[Alike, ...]
+    fuzzy: tuple[FuzzyMatch, ...]
     """Held-out rows most of whose characters also stand in a training row in the same order."""
     diversity: Diversity | None
-    compared: Compared | None
+    compared: AnswerLengths | None
     """None where nothing is compared."""
     supervised_share: float | None
     """Supervised tokens over all tokens; None without a tokenizer."""
@@ -136,51 +136,53 @@ class Report:
             if lines:
                 yield ""
                 yield f"[bold]{title}[/bold]"
-                yield from (f"  {escape(line)}" for line in lines[:SHOWN])
-                if len(lines) > SHOWN:
-                    yield f"  and {len(lines) - SHOWN} more"
+                yield from (f"  {escape(line)}" for line in lines[:MAX_SHOWN])
+                if len(lines) > MAX_SHOWN:
+                    yield f"  and {len(lines) - MAX_SHOWN} more"
 
 
-def check(target: str | DataSpec, chat: Chat | None = None, *, loss_on: LossOn | None = None) -> Report:
-    """Look at every row of a file or a data spec. With `chat`, lengths are in tokens and every row is tokenised.
+def inspect_data(
+    target: str | DataConfig, chat: ChatTemplate | None = None, *, loss_on: LossOn | None = None
+) -> DataReport:
+    """Look at every row of a file or a data config. With `chat`, lengths are in tokens and every row is tokenized.
 
     Raises:
         DataError: a source cannot be read at all, or its columns fit no format. Bad rows are reported, never raised.
     """
-    spec = DataSpec(path=target) if isinstance(target, str) else target
-    detections: dict[str, Detection] = {}
-    rejected: list[Rejected] = []
-    own = Records.joined([_load(spec, p.path, detections, rejected) for p in weighted_paths(spec)])
+    config = DataConfig(path=target) if isinstance(target, str) else target
+    detections: dict[str, DetectedFormat] = {}
+    rejected: list[RejectedRow] = []
+    own = Records.concatenate([_load(config, p.path, detections, rejected) for p in weighted_paths(config)])
     held = {
-        name: _load(spec, value, detections, rejected, held_out=True)
-        for name, value in (("validation", spec.validation), ("test", spec.test))
+        name: _load(config, value, detections, rejected, held_out=True)
+        for name, value in (("validation", config.validation), ("test", config.test))
         if isinstance(value, str)
     }
-    own, lengths, share = _measure(own, chat, loss_on or spec.loss_on, rejected)
-    parts = assign(own, validation=_share(spec.validation), test=_share(spec.test))
+    own, lengths, share = _measure(own, chat, loss_on or config.loss_on, rejected)
+    parts = assign_splits(own, validation=_share(config.validation), test=_share(config.test))
     parts = Splits(parts.train, held.get("validation", parts.validation), held.get("test", parts.test))
-    held_out = Records.joined([parts.validation, parts.test])
-    return Report(
+    held_out = Records.concatenate([parts.validation, parts.test])
+    return DataReport(
         detections=detections,
         kept=len(own) + sum(len(records) for records in held.values()),
         rejected=tuple(sorted(rejected, key=lambda r: r.source)),
         splits={"train": len(parts.train), "validation": len(parts.validation), "test": len(parts.test)},
         lengths=lengths,
-        duplicates=_named(own, own, repeated(own)),
-        overlap=_named(parts.train, held_out, crossing(parts.train, held_out)),
-        near={n: near_duplicates(parts.train, held_out, n) for n in GRAMS},
+        duplicates=_named_pairs(own, own, duplicate_pairs(own)),
+        overlap=_named_pairs(parts.train, held_out, overlapping_pairs(parts.train, held_out)),
+        near={n: near_duplicates(parts.train, held_out, n) for n in NGRAM_WORDS},
         fuzzy=fuzzy_duplicates(parts.train, held_out),
         diversity=_diversity(own),
-        compared=_compared(own),
+        compared=_answer_lengths(own),
         supervised_share=share,
     )
 
 
-def _named(left: Records, right: Records, pairs: tuple[np.ndarray, np.ndarray]) -> tuple[tuple[str, str], ...]:
+def _named_pairs(left: Records, right: Records, pairs: tuple[np.ndarray, np.ndarray]) -> tuple[tuple[str, str], ...]:
     return tuple((str(left.source(i)), str(right.source(k))) for i, k in zip(*pairs, strict=True))
 
 
-def coloured(example: Example, chat: Chat) -> Text:
+def colored_tokens(example: Example, chat: ChatTemplate) -> Text:
     """The document as text: what is learned in green, what is only read dimmed, every token in a shade of its own."""
     from rich.text import Text
 
@@ -191,7 +193,7 @@ def coloured(example: Example, chat: Chat) -> Text:
     return text
 
 
-def _pieces(example: Example, chat: Chat) -> Iterator[tuple[str, bool]]:
+def _pieces(example: Example, chat: ChatTemplate) -> Iterator[tuple[str, bool]]:
     """Token texts; tokens that share the bytes of one character come as one piece."""
     waiting: list[int] = []
     last = len(example) - 1
@@ -205,45 +207,54 @@ def _pieces(example: Example, chat: Chat) -> Iterator[tuple[str, bool]]:
 
 
 def _load(
-    spec: DataSpec, path: str, detections: dict[str, Detection], rejected: list[Rejected], *, held_out: bool = False
+    config: DataConfig,
+    path: str,
+    detections: dict[str, DetectedFormat],
+    rejected: list[RejectedRow],
+    *,
+    held_out: bool = False,
 ) -> Records:
-    loaded = read_records(spec, path, held_out=held_out)
+    loaded = read_records(config, path, held_out=held_out)
     detections[path] = loaded.detection
     rejected += loaded.rejected
     return loaded.records
 
 
 def _measure(
-    records: Records, chat: Chat | None, loss_on: LossOn, rejected: list[Rejected]
+    records: Records, chat: ChatTemplate | None, loss_on: LossOn, rejected: list[RejectedRow]
 ) -> tuple[Records, Lengths | None, float | None]:
     """Lengths and supervised share; rows that the template or the preflight refuses move to `rejected`."""
     if chat is None or not records:
-        sizes = np.fromiter(map(characters, records), dtype=np.int64, count=len(records))
+        sizes = np.fromiter(map(character_count, records), dtype=np.int64, count=len(records))
         return records, _lengths(sizes, "characters"), None
-    if records[0].unanswered:
-        return records, _lengths(prompts(chat, records, longest=sys.maxsize, overflow="error").lengths, "tokens"), None
-    tokenised: Tokenised | None = None
+    if records[0].is_prompt_only:
+        return (
+            records,
+            _lengths(tokenize_prompts(chat, records, longest=sys.maxsize, overflow="error").lengths, "tokens"),
+            None,
+        )
+    tokenized: TokenizedDataset | None = None
     rivals = records[0].score is not None
     try:
-        tokenised = tokenize_records(chat, records, loss_on=loss_on, rivals=rivals)
-        preflight(chat, tokenised)
+        tokenized = tokenize_records(chat, records, loss_on=loss_on, rivals=rivals)
+        preflight(chat, tokenized)
     except (DataError, GateError):
-        usable = [i for i, r in enumerate(records) if not _refused(r, chat, loss_on, rejected)]
+        usable = [i for i, r in enumerate(records) if not _is_refused(r, chat, loss_on, rejected)]
         records = records.select(np.array(usable, dtype=np.int64))
-        tokenised = tokenize_records(chat, records, loss_on=loss_on, rivals=rivals) if records else None
-    if tokenised is None:
+        tokenized = tokenize_records(chat, records, loss_on=loss_on, rivals=rivals) if records else None
+    if tokenized is None:
         return records, None, None
-    share = tokenised.supervised_tokens / int(tokenised.lengths.sum())
-    return records, _lengths(tokenised.lengths, "tokens"), share
+    share = tokenized.supervised_tokens / int(tokenized.lengths.sum())
+    return records, _lengths(tokenized.lengths, "tokens"), share
 
 
-def _refused(record: Record, chat: Chat, loss_on: LossOn, rejected: list[Rejected]) -> bool:
+def _is_refused(record: Record, chat: ChatTemplate, loss_on: LossOn, rejected: list[RejectedRow]) -> bool:
     try:
         preflight(chat, tokenize_records(chat, [record], loss_on=loss_on, rivals=record.score is not None))
     except DataError as error:
-        rejected.append(Rejected(record.source, error.summary))
+        rejected.append(RejectedRow(record.source, error.summary))
     except GateError as error:
-        rejected.append(Rejected(record.source, (error.hint or error.summary).removeprefix(f"{record.source}: ")))
+        rejected.append(RejectedRow(record.source, (error.hint or error.summary).removeprefix(f"{record.source}: ")))
     else:
         return False
     return True
@@ -258,13 +269,13 @@ def _lengths(lengths: np.ndarray, unit: str) -> Lengths | None:
 
 def _diversity(records: Records) -> Diversity | None:
     """From hashes of words, pairs and answers: the texts of all answers are never in memory together."""
-    ones, twos = Distinct(), Distinct()
+    ones, twos = HashSet(), HashSet()
     answers, rows = array("q"), array("q")
     given = ((i, answer) for i, answer in enumerate(r.answer for r in records) if answer)
     for chunk in chunks(given, lambda x: len(x[1]), count=1024, limit=1 << 20):
         own = [words(answer) for _, answer in chunk]
-        ones.add(gram_hashes(own, 1)[0])
-        twos.add(gram_hashes(own, 2)[0])
+        ones.add(ngram_hashes(own, 1)[0])
+        twos.add(ngram_hashes(own, 2)[0])
         answers.extend(hash(answer) for _, answer in chunk)
         rows.extend(i for i, _ in chunk)
     if not answers:
@@ -279,21 +290,21 @@ def _diversity(records: Records) -> Diversity | None:
     )
 
 
-def _compared(records: Records) -> Compared | None:
+def _answer_lengths(records: Records) -> AnswerLengths | None:
     ratios = array("d")
     for record in records:
-        ratios.extend((len(record.answer) or 1) / (len(rival.content) or 1) for rival in record.rivals)
+        ratios.extend((len(record.answer) or 1) / (len(rival.content) or 1) for rival in record.candidates)
     if not ratios:
         return None
     found = np.array(ratios)
-    return Compared(len(found), float(((found > 1) + 0.5 * (found == 1)).mean()), float(np.median(found)))
+    return AnswerLengths(len(found), float(((found > 1) + 0.5 * (found == 1)).mean()), float(np.median(found)))
 
 
 def _share(value: float | str) -> float:
     return 0.0 if isinstance(value, str) else value
 
 
-def _table(report: Report) -> Table:
+def _table(report: DataReport) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
@@ -318,7 +329,7 @@ def _table(report: Report) -> Table:
     table.add_row("train prompts held out", str(len(report.overlap)))
     for n, found in report.near.items():
         table.add_row(f"held-out rows sharing {n} words", str(len(found)))
-    table.add_row(f"held-out rows {ALIKE:.0%} the same", str(len(report.fuzzy)))
+    table.add_row(f"held-out rows {JACCARD_THRESHOLD:.0%} the same", str(len(report.fuzzy)))
     return table
 
 
@@ -326,7 +337,7 @@ def _on_one_line(text: str, width: int = 110) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def _details(report: Report) -> dict[str, list[str]]:
+def _details(report: DataReport) -> dict[str, list[str]]:
     return {
         "rejected": [str(r) for r in report.rejected],
         "duplicate prompts": [f"{a} = {b}" for a, b in report.duplicates],
@@ -335,5 +346,7 @@ def _details(report: Report) -> dict[str, list[str]]:
             f"sharing {n} words with the training split (most alike first)": [_on_one_line(str(x)) for x in found]
             for n, found in report.near.items()
         },
-        f"{ALIKE:.0%} of the character 5-grams in a training row": [_on_one_line(str(x)) for x in report.fuzzy],
+        f"{JACCARD_THRESHOLD:.0%} of the character 5-grams in a training row": [
+            _on_one_line(str(x)) for x in report.fuzzy
+        ],
     }

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from rung.data.deduplication import GRAMS, Alike, Near, fuzzy_duplicates, near_duplicates
+from rung.data.deduplication import NGRAM_WORDS, FuzzyMatch, NgramMatch, fuzzy_duplicates, near_duplicates
 from rung.data.records import Records
-from rung.data.splits import crossing
+from rung.data.splits import overlapping_pairs
 from rung.types import Record
 
 EXAMPLES = 3
@@ -22,16 +22,16 @@ class Contamination:
     items: int
     train: int
     exact: tuple[tuple[str, str], ...]
-    """Items whose normalised prompt is that of a training row, with that row."""
-    grams: dict[int, tuple[Near, ...]]
+    """Items whose normalized prompt is that of a training row, with that row."""
+    ngrams: dict[int, tuple[NgramMatch, ...]]
     """By n: items that share a run of n words with a training row, with the text that matches."""
-    fuzzy: tuple[Alike, ...]
+    fuzzy: tuple[FuzzyMatch, ...]
 
     @property
     def tiers(self) -> dict[str, tuple[Any, ...]]:
         """What was found, strictest first."""
         found: dict[str, tuple[Any, ...]] = {"exact": self.exact}
-        found |= {f"{n}-gram": self.grams[n] for n in sorted(self.grams, reverse=True)}
+        found |= {f"{n}-gram": self.ngrams[n] for n in sorted(self.ngrams, reverse=True)}
         return {**found, "fuzzy": self.fuzzy}
 
     def flagged(self, tier: str) -> set[str]:
@@ -46,12 +46,12 @@ class Contamination:
 
 def contamination(train: Iterable[Record], test: Iterable[Record]) -> Contamination:
     """Compare the prompts of test items with those of training rows, context included, answers and system turns not."""
-    train, test = Records.of(train), Records.of(test)
-    exact = zip(*crossing(test, train), strict=True)
+    train, test = Records.from_records(train), Records.from_records(test)
+    exact = zip(*overlapping_pairs(test, train), strict=True)
     return Contamination(
         items=len(test),
         train=len(train),
         exact=tuple((str(test.source(i)), str(train.source(k))) for i, k in exact),
-        grams={n: near_duplicates(train, test, n) for n in GRAMS},
+        ngrams={n: near_duplicates(train, test, n) for n in NGRAM_WORDS},
         fuzzy=fuzzy_duplicates(train, test),
     )

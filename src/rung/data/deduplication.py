@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from rung.data.byte_store import chunks
-from rung.data.records import Records, characters
+from rung.data.records import Records, character_count
 from rung.types import Record
 
-GRAMS = (8, 13)
+NGRAM_WORDS = (8, 13)
 """Lengths looked at: 13 as in GPT-3's contamination study (Brown et al. 2020, appendix C), 8 to see what comes near."""
 _WORD = re.compile(r"\w+")
 _HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no word of an n-gram is lost
@@ -28,7 +28,7 @@ _ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Near:
+class NgramMatch:
     """A held-out row and the training row that shares most n-grams with it."""
 
     held_out: str
@@ -51,7 +51,7 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.casefold())
 
 
-def gram_hashes(texts: Sequence[list[str]], n: int) -> tuple[np.ndarray, np.ndarray]:
+def ngram_hashes(texts: Sequence[list[str]], n: int) -> tuple[np.ndarray, np.ndarray]:
     """A 64-bit hash of each n-gram of words (uint64), and which text it stands in. Good within one process only."""
     lengths = [len(text) for text in texts]
     own = np.fromiter(map(hash, chain.from_iterable(texts)), dtype=np.int64, count=sum(lengths)).view(np.uint64)
@@ -64,7 +64,7 @@ def gram_hashes(texts: Sequence[list[str]], n: int) -> tuple[np.ndarray, np.ndar
     return hashes[inside], owner[:count][inside]
 
 
-class Distinct:
+class HashSet:
     """Hashes, each kept once."""
 
     def __init__(self) -> None:
@@ -91,21 +91,21 @@ class Distinct:
         return self._known
 
 
-def near_duplicates(train: Iterable[Record], held_out: Iterable[Record], n: int) -> tuple[Near, ...]:
+def near_duplicates(train: Iterable[Record], held_out: Iterable[Record], n: int) -> tuple[NgramMatch, ...]:
     """Held-out rows that share at least one n-gram of words with a training row, most covered first.
 
     Of the training rows that share equally many the first is named.
     """
-    train, held_out = Records.of(train), Records.of(held_out)
-    wanted = Distinct()
+    train, held_out = Records.from_records(train), Records.from_records(held_out)
+    wanted = HashSet()
     for _, texts in _chunked_words(held_out):
-        wanted.add(gram_hashes(texts, n)[0])
-    holders = _Holders(train, wanted.values(), n)
+        wanted.add(ngram_hashes(texts, n)[0])
+    holders = _PostingLists(train, wanted.values(), n)
     found = [near for start, texts in _chunked_words(held_out) for near in holders.nearest(held_out, start, texts)]
     return tuple(sorted(found, key=lambda x: -x.containment))
 
 
-class _Holders:
+class _PostingLists:
     """Which training rows hold which of the wanted n-grams."""
 
     def __init__(self, train: Records, wanted: np.ndarray, n: int) -> None:
@@ -120,20 +120,20 @@ class _Holders:
         # Rows of one template share the same n-grams with thousands of others.
         self._best = lru_cache(maxsize=1024)(self._most_votes)
 
-    def nearest(self, held_out: Records, start: int, texts: Sequence[list[str]]) -> Iterator[Near]:
+    def nearest(self, held_out: Records, start: int, texts: Sequence[list[str]]) -> Iterator[NgramMatch]:
         """What was found for the rows from `start` on, whose words are `texts`."""
         grams, owner = self._places(texts)
         held = self._ends[grams + 1] > self._ends[grams]
         grams, owner = grams[held], owner[held]
         for i in np.unique(owner).tolist():
             best = self._best(tuple(np.unique(grams[owner == i]).tolist()))
-            near = _compared(texts[i], asked_in_words(self.train[best]), self.n)
+            near = _overlap(texts[i], prompt_words(self.train[best]), self.n)
             if near is not None:
-                yield Near(str(held_out.source(start + i)), str(self.train.source(best)), *near)
+                yield NgramMatch(str(held_out.source(start + i)), str(self.train.source(best)), *near)
 
     def _places(self, texts: Sequence[list[str]]) -> tuple[np.ndarray, np.ndarray]:
         """The n-grams of texts that are wanted, by their index, and the text of each."""
-        hashes, owner = gram_hashes(texts, self.n)
+        hashes, owner = ngram_hashes(texts, self.n)
         if not len(self._wanted):
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
         at = np.minimum(np.searchsorted(self._wanted, hashes), len(self._wanted) - 1)
@@ -145,10 +145,10 @@ class _Holders:
         return int(np.bincount(votes).argmax())
 
 
-def _compared(asked: list[str], theirs: list[str], n: int) -> tuple[float, str] | None:
+def _overlap(asked: list[str], theirs: list[str], n: int) -> tuple[float, str] | None:
     """Share of the n-grams of a text that another holds, and the longest run of words in both."""
-    known = set(_grams(theirs, n))
-    shared = [gram in known for gram in _grams(asked, n)]
+    known = set(_prompt_ngrams(theirs, n))
+    shared = [gram in known for gram in _prompt_ngrams(asked, n)]
     if not any(shared):  # two n-grams of one hash
         return None
     start, length = _longest_run(shared)
@@ -158,8 +158,8 @@ def _compared(asked: list[str], theirs: list[str], n: int) -> tuple[float, str] 
 def _chunked_words(records: Records) -> Iterator[tuple[int, list[list[str]]]]:
     """What is asked, in words, some rows at a time with the index of the first."""
     start = 0
-    for chunk in chunks(records, characters, count=_ROWS, limit=_MERGE):
-        yield start, [asked_in_words(record) for record in chunk]
+    for chunk in chunks(records, character_count, count=_ROWS, limit=_MERGE):
+        yield start, [prompt_words(record) for record in chunk]
         start += len(chunk)
 
 
@@ -173,7 +173,7 @@ def _longest_run(flags: list[bool]) -> tuple[int, int]:
     return best
 
 
-def asked_in_words(record: Record) -> list[str]:
+def prompt_words(record: Record) -> list[str]:
     """The context and the turns before the answer, without system turns: those are shared by design."""
     if record.text is not None:
         return words(record.text)
@@ -181,13 +181,13 @@ def asked_in_words(record: Record) -> list[str]:
     return words(" ".join([record.context or "", *turns]))
 
 
-def _grams(asked: list[str], n: int) -> list[str]:
+def _prompt_ngrams(asked: list[str], n: int) -> list[str]:
     return [" ".join(asked[i : i + n]) for i in range(len(asked) - n + 1)]
 
 
-SIZE = 5
+SHINGLE_CHARACTERS = 5
 """Characters of a shingle."""
-ALIKE = 0.8
+JACCARD_THRESHOLD = 0.8
 """Jaccard similarity of the sets of shingles from which two texts count as the same."""
 BANDS, ROWS = 25, 5
 """Of the signature. A pair of similarity s is looked at with probability 1 - (1 - s^5)^25: 0.99995 at 0.8."""
@@ -195,7 +195,7 @@ _SHINGLE_HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True, slots=True)
-class Alike:
+class FuzzyMatch:
     """A held-out row and the training row most like it."""
 
     held_out: str
@@ -213,7 +213,9 @@ class Alike:
         return f"{self.held_out} ~ {self.train} ({self.jaccard:.0%}): {self.text}"
 
 
-def fuzzy_duplicates(train: Iterable[Record], held_out: Iterable[Record], least: float = ALIKE) -> tuple[Alike, ...]:
+def fuzzy_duplicates(
+    train: Iterable[Record], held_out: Iterable[Record], least: float = JACCARD_THRESHOLD
+) -> tuple[FuzzyMatch, ...]:
     """Held-out rows of which a training row shares at least `least` of the shingles of both, most alike first.
 
     Signatures of the held-out rows alone are kept; training rows are read one at a time (Broder 1997; banding as in
@@ -221,18 +223,18 @@ def fuzzy_duplicates(train: Iterable[Record], held_out: Iterable[Record], least:
     """
     from datasketch import MinHashLSH
 
-    known = list(_shingled_texts(Records.of(held_out)))
+    known = list(_shingled_texts(Records.from_records(held_out)))
     index = MinHashLSH(num_perm=BANDS * ROWS, params=(BANDS, ROWS))
     for i, (_, text) in enumerate(known):
         if text:
             index.insert(i, _signature(text))
     best: dict[int, tuple[float, str, str]] = {}
-    for source, text in _shingled_texts(Records.of(train)):
+    for source, text in _shingled_texts(Records.from_records(train)):
         for i in index.query(_signature(text)) if text else ():
             similar = jaccard(known[i][1], text)
             if similar >= least and similar > best.get(i, (0.0,))[0]:
                 best[i] = similar, source, text
-    found = [Alike(known[i][0], source, similar, text) for i, (similar, source, text) in sorted(best.items())]
+    found = [FuzzyMatch(known[i][0], source, similar, text) for i, (similar, source, text) in sorted(best.items())]
     return tuple(sorted(found, key=lambda alike: -alike.jaccard))
 
 
@@ -244,12 +246,12 @@ def jaccard(first: str, second: str) -> float:
 
 def shingles(text: str) -> set[str]:
     """Every run of five characters; a shorter text is its own."""
-    return {text[i : i + SIZE] for i in range(max(1, len(text) - SIZE + 1))}
+    return {text[i : i + SHINGLE_CHARACTERS] for i in range(max(1, len(text) - SHINGLE_CHARACTERS + 1))}
 
 
 def _shingled_texts(records: Records) -> Iterator[tuple[str, str]]:
     for record in records:
-        yield str(record.source), " ".join(asked_in_words(record))
+        yield str(record.source), " ".join(prompt_words(record))
 
 
 def _signature(text: str) -> Any:
@@ -257,9 +259,9 @@ def _signature(text: str) -> Any:
 
     found = MinHash(num_perm=BANDS * ROWS, hashfunc=int, scheme="affine32")
     points = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32).astype(np.uint64)
-    count = max(1, len(points) - SIZE + 1)
+    count = max(1, len(points) - SHINGLE_CHARACTERS + 1)
     hashes = np.zeros(count, dtype=np.uint64)
-    for i in range(min(SIZE, len(points))):
+    for i in range(min(SHINGLE_CHARACTERS, len(points))):
         hashes = hashes * _SHINGLE_HASH_FACTOR + points[i : i + count]
     found.update_batch(np.unique(hashes >> np.uint64(32)).tolist())
     return found

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from rung.config.data import DataSpec, Format
-from rung.data.byte_store import Texts, View
+from rung.config.data import DataConfig, Format
+from rung.data.byte_store import MappedSequence, TextStore
 from rung.data.messages import (
     check_order,
     encodable,
@@ -20,13 +20,13 @@ from rung.data.messages import (
     text_of,
     tools_text,
 )
-from rung.data.read import Given, Rejected, Row, Rows, stream_rows
-from rung.data.records import Records, Writer
+from rung.data.read import ParsedRow, RejectedRow, Row, SourceRows, stream_rows
+from rung.data.records import Records, RecordWriter
 from rung.errors import DataError, did_you_mean
 from rung.types import Message, Record, Source
 
 
-class Columns(NamedTuple):
+class FormatColumns(NamedTuple):
     """Our names of a format's columns."""
 
     required: tuple[str, ...]
@@ -34,20 +34,20 @@ class Columns(NamedTuple):
     answer: str | None = None
 
 
-FORMATS: dict[Format, Columns] = {
-    "messages": Columns(("messages",), ("tools",)),
-    "sharegpt": Columns(("conversations",), ("system", "tools")),
-    "alpaca": Columns(("instruction", "output"), ("input", "system", "history"), "output"),
-    "prompt_completion": Columns(("prompt", "completion"), (), "completion"),
-    "question_answer": Columns(("question", "answer"), ("context", "system"), "answer"),
-    "text": Columns(("text",)),
-    "preference": Columns(("prompt", "chosen", "rejected"), ("input", "context", "system", "margin")),
-    "ranked": Columns(("prompt", "ranked"), ("input", "context", "system")),
-    "rated": Columns(("prompt", "answers", "scores"), ("input", "context", "system")),
-    "label": Columns(("prompt", "completion", "label"), ("input", "context", "system")),
-    "prompt": Columns(("prompt",), ("input", "context", "system")),
+FORMATS: dict[Format, FormatColumns] = {
+    "messages": FormatColumns(("messages",), ("tools",)),
+    "sharegpt": FormatColumns(("conversations",), ("system", "tools")),
+    "alpaca": FormatColumns(("instruction", "output"), ("input", "system", "history"), "output"),
+    "prompt_completion": FormatColumns(("prompt", "completion"), (), "completion"),
+    "question_answer": FormatColumns(("question", "answer"), ("context", "system"), "answer"),
+    "text": FormatColumns(("text",)),
+    "preference": FormatColumns(("prompt", "chosen", "rejected"), ("input", "context", "system", "margin")),
+    "ranked": FormatColumns(("prompt", "ranked"), ("input", "context", "system")),
+    "rated": FormatColumns(("prompt", "answers", "scores"), ("input", "context", "system")),
+    "unpaired_preference": FormatColumns(("prompt", "completion", "label"), ("input", "context", "system")),
+    "prompt_only": FormatColumns(("prompt",), ("input", "context", "system")),
 }
-WITH_CONTEXT = frozenset({"question_answer", "preference", "ranked", "rated", "label", "prompt"})
+WITH_CONTEXT = frozenset({"question_answer", "preference", "ranked", "rated", "unpaired_preference", "prompt_only"})
 """Formats with a column of context."""
 _COMMON = ("weight",)
 _ANSWER_LIKE = frozenset({"answer", "answers", "output", "completion", "response", "target", "gold", "solution"})
@@ -55,7 +55,7 @@ _LABEL_LIKE = _ANSWER_LIKE | {"label", "category", "class"}
 
 
 @dataclass(frozen=True, slots=True)
-class Detection:
+class DetectedFormat:
     """The format found, and the columns it reads."""
 
     format: Format
@@ -79,12 +79,12 @@ class Detection:
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedRows:
     """One source as records, with every row that was left out."""
 
     records: Records
-    rejected: Sequence[Rejected]
-    detection: Detection
+    rejected: Sequence[RejectedRow]
+    detection: DetectedFormat
     path: str
 
     @property
@@ -98,15 +98,17 @@ class Loaded:
         return self.detection.mapping
 
 
-def detect(rows: Rows, map: Mapping[str, str], format: Format = "auto", group: str | None = None) -> Detection:
+def detect(
+    rows: SourceRows, map: Mapping[str, str], format: Format = "auto", group: str | None = None
+) -> DetectedFormat:
     """Find the format from all rows of a source in memory; see `_detect`."""
-    census = Census()
+    census = ColumnCensus()
     for _, row in rows.rows:
         census.add(row)
     return _detect(rows.path, census, map, format, group)
 
 
-class Census:
+class ColumnCensus:
     """Rows with a value, per column, in the order in which the columns appear."""
 
     def __init__(self) -> None:
@@ -121,7 +123,9 @@ class Census:
             self.counts[name] = self.counts.get(name, 0) + (value is not None)
 
 
-def _detect(path: str, census: Census, map: Mapping[str, str], format: Format, group: str | None) -> Detection:
+def _detect(
+    path: str, census: ColumnCensus, map: Mapping[str, str], format: Format, group: str | None
+) -> DetectedFormat:
     """Find the format from what all rows hold.
 
     Raises:
@@ -129,23 +133,25 @@ def _detect(path: str, census: Census, map: Mapping[str, str], format: Format, g
     """
     counts = census.counts
     _check_names(path, map, group, counts)
-    fitting = _fitting(map, counts) if format == "auto" else [format]
+    fitting = _fitting_formats(map, counts) if format == "auto" else [format]
     if format != "auto" and (missing := [c for c in FORMATS[format].required if map.get(c, c) not in counts]):
-        raise _unknown(path, counts, f"no column {missing[0]!r}, which the format {format} needs")
+        raise _unknown_format_error(path, counts, f"no column {missing[0]!r}, which the format {format} needs")
     if not fitting:
-        raise _unknown(path, counts, "the columns fit no known format")
+        raise _unknown_format_error(path, counts, "the columns fit no known format")
     if len(fitting) > 1:
         readings = {f: counts[map.get(FORMATS[f].required[0], FORMATS[f].required[0])] for f in fitting}
-        raise _ambiguous(path, counts, "the rows can be read as " + _listed(readings))
+        raise _ambiguous_format_error(path, counts, "the rows can be read as " + _listed(readings))
     found = fitting[0]
     columns = FORMATS[found]
     ours = (*columns.required, *columns.optional, *_COMMON)
     mapping = {name: map.get(name, name) for name in ours if map.get(name, name) in counts}
     if group:
         mapping["group"] = group
-    detection = Detection(found, mapping, dict(counts), census.rows)
-    if format == "auto" and (rivals := _rivals(detection, map)):
-        raise _ambiguous(path, counts, f"{rivals[0]!r} and {rivals[1]!r} could both be what is to be learned")
+    detection = DetectedFormat(found, mapping, dict(counts), census.rows)
+    if format == "auto" and (rivals := _competing_columns(detection, map)):
+        raise _ambiguous_format_error(
+            path, counts, f"{rivals[0]!r} and {rivals[1]!r} could both be what is to be learned"
+        )
     return detection
 
 
@@ -174,7 +180,7 @@ def to_record(
             text = text_of(get("text"), "text")
             return Record((), source, group=key, weight=weight, text=text, task=own_task)
         rated = parse_answers(format, get)
-        if rated or format == "prompt":
+        if rated or format == "prompt_only":
             messages: tuple[Message, ...] = (*_prompt(get), Message("assistant", rated[0].content if rated else ""))
         else:
             messages = _messages(format, get)
@@ -188,69 +194,71 @@ def to_record(
             weight=weight,
             task=own_task,
             score=rated[0].score if rated else None,
-            rivals=tuple(rated[1:]),
+            candidates=tuple(rated[1:]),
         )
     except DataError as error:
         raise DataError(error.summary, where=str(source)) from error
 
 
-def load_records(spec: DataSpec, path: str, *, held_out: bool = False) -> Loaded:
-    """Read one source of a data spec and apply `data.rejects`. In a held-out file the `group` column may be absent.
+def load_records(config: DataConfig, path: str, *, held_out: bool = False) -> LoadedRows:
+    """Read one source of a data config and apply `data.rejects`. In a held-out file the `group` column may be absent.
 
     Raises:
         DataError: the source cannot be read, or rows are rejected and `data.rejects` is `error`, or none is left.
     """
-    loaded = read_records(spec, path, held_out=held_out)
-    if loaded.rejected and (spec.rejects == "error" or not loaded.records):
+    loaded = read_records(config, path, held_out=held_out)
+    if loaded.rejected and (config.rejects == "error" or not loaded.records):
         raise _rejection(loaded)
     return loaded
 
 
-def read_records(spec: DataSpec, path: str, *, held_out: bool = False) -> Loaded:
+def read_records(config: DataConfig, path: str, *, held_out: bool = False) -> LoadedRows:
     """Like `load_records`, but rejected rows are only listed.
 
     Raises:
         DataError: the source cannot be read at all, or its columns fit no format.
     """
-    reading = _Reading(spec, path)
-    group, counts = spec.group, reading.census.counts
-    if spec.task is not None and spec.task not in counts:
-        raise _unknown(reading.name, counts, f"data.task names a column that is not there: {spec.task!r}")
+    reading = _SourceReader(config, path)
+    group, counts = config.group, reading.census.counts
+    if config.task is not None and config.task not in counts:
+        raise _unknown_format_error(
+            reading.name, counts, f"data.task names a column that is not there: {config.task!r}"
+        )
     if held_out and group is not None and group not in counts:
         group = None
-    detection = _detect(reading.name, reading.census, spec.map, spec.format, group)
+    detection = _detect(reading.name, reading.census, config.map, config.format, group)
     if (reading.format, reading.group) != (detection.format, group):
-        reading = _Reading(spec, path, (detection.format, group))
-    if spec.task is not None:
-        detection = replace(detection, mapping={**detection.mapping, "task": spec.task})
-    return Loaded(reading.records, reading.rejected, detection, path)
+        reading = _SourceReader(config, path, (detection.format, group))
+    if config.task is not None:
+        detection = replace(detection, mapping={**detection.mapping, "task": config.task})
+    return LoadedRows(reading.records, reading.rejected, detection, path)
 
 
-class _Reading:
+class _SourceReader:
     """One pass over a source: columns counted, rows converted on the way.
 
     The format is known for certain only when the pass is over. So it is `given`, or guessed from the first row; the
     rare wrong guess costs a second pass.
     """
 
-    def __init__(self, spec: DataSpec, path: str, given: tuple[Format, str | None] | None = None) -> None:
+    def __init__(self, config: DataConfig, path: str, given: tuple[Format, str | None] | None = None) -> None:
         self.name = path
-        self.census = Census()
+        self.census = ColumnCensus()
         self.format: Format | None = None
         self.group: str | None = None
         self._given = given
-        self._spec = spec
-        writer, rejected = Writer(), Texts()
+        self._spec = config
+        writer, rejected = RecordWriter(), TextStore()
         for item in stream_rows(path):
-            reason = item.reason if isinstance(item, Rejected) else self._convert(item, writer)
+            reason = item.reason if isinstance(item, RejectedRow) else self._convert(item, writer)
             if reason is not None:
                 rejected.add(item.source.line, reason)
             self.name = item.source.path
         name = self.name
         self.records = writer.records()
-        self.rejected = View(lambda i: _rejected(name, *rejected.at(i)), range(len(rejected)))
+        self.rejected = MappedSequence(lambda i: _rejected(name, *rejected.at(i)), range(len(rejected)))
 
-    def _convert(self, item: Given, writer: Writer) -> str | None:
+    def _convert(self, item: ParsedRow, writer: RecordWriter) -> str | None:
         """Write a row down as a record, or say why it cannot be one."""
         if not self.census.rows:
             self.format, self.group = self._given or self._guess(item.row)
@@ -265,15 +273,15 @@ class _Reading:
 
     def _guess(self, row: Row) -> tuple[Format | None, str | None]:
         format, group = self._spec.format, self._spec.group
-        fitting = _fitting(self._spec.map, row) if format == "auto" else [format]
+        fitting = _fitting_formats(self._spec.map, row) if format == "auto" else [format]
         return fitting[0] if len(fitting) == 1 else None, group if group in row else None
 
 
-def _rejected(path: str, line: int, reason: str) -> Rejected:
-    return Rejected(Source(path, line), reason)
+def _rejected(path: str, line: int, reason: str) -> RejectedRow:
+    return RejectedRow(Source(path, line), reason)
 
 
-def _rejection(loaded: Loaded) -> DataError:
+def _rejection(loaded: LoadedRows) -> DataError:
     rejected, kept = loaded.rejected, len(loaded.records)
     lines = [f"line {r.source.line}: {r.reason}" for r in rejected[:10]]
     more = [f"and {len(rejected) - 10} more"] if len(rejected) > 10 else []
@@ -296,16 +304,16 @@ def _messages(format: Format, get: Any) -> tuple[Message, ...]:
             if extra := optional_text(get("input"), "input"):
                 question = f"{question}\n{extra}"
             answer = text_of(get("output"), "output")
-            return (*_system(get), *from_history(get("history")), *_pair(question, answer))
+            return (*_system(get), *from_history(get("history")), *_question_answer_turns(question, answer))
         case "prompt_completion":
             prompt, completion = get("prompt"), get("completion")
             if isinstance(prompt, list) and isinstance(completion, list):
                 return (*from_messages(prompt, "prompt"), *from_messages(completion, "completion"))
             if isinstance(prompt, list) or isinstance(completion, list):
                 raise DataError("prompt and completion must both be text or both be lists of messages")
-            return _pair(text_of(prompt, "prompt"), text_of(completion, "completion"))
+            return _question_answer_turns(text_of(prompt, "prompt"), text_of(completion, "completion"))
         case _:
-            pair = _pair(text_of(get("question"), "question"), text_of(get("answer"), "answer"))
+            pair = _question_answer_turns(text_of(get("question"), "question"), text_of(get("answer"), "answer"))
             return (*_system(get), *pair)
 
 
@@ -319,7 +327,7 @@ def _prompt(get: Any) -> tuple[Message, ...]:
     return (*_system(get), Message("user", question))
 
 
-def _pair(question: str, answer: str) -> tuple[Message, Message]:
+def _question_answer_turns(question: str, answer: str) -> tuple[Message, Message]:
     return Message("user", question), Message("assistant", answer)
 
 
@@ -334,19 +342,19 @@ def _key(value: object, what: str, name: str) -> str:
     return encodable(str(value), name)
 
 
-def _fitting(map: Mapping[str, str], counts: Mapping[str, Any]) -> list[Format]:
+def _fitting_formats(map: Mapping[str, str], counts: Mapping[str, Any]) -> list[Format]:
     """A column called label may hold anything, and many files have a prompt: those formats must be asked for."""
-    given = (name for name in FORMATS if name not in ("label", "prompt"))
+    given = (name for name in FORMATS if name not in ("unpaired_preference", "prompt_only"))
     return [name for name in given if _fits(FORMATS[name], map, counts)]
 
 
-def _fits(columns: Columns, map: Mapping[str, str], counts: Mapping[str, Any]) -> bool:
+def _fits(columns: FormatColumns, map: Mapping[str, str], counts: Mapping[str, Any]) -> bool:
     """All required columns are there, and every name in `map` is one of the format's."""
     known = {*columns.required, *columns.optional, *_COMMON}
     return set(map) <= known and all(map.get(c, c) in counts for c in columns.required)
 
 
-def _rivals(detection: Detection, map: Mapping[str, str]) -> tuple[str, str] | None:
+def _competing_columns(detection: DetectedFormat, map: Mapping[str, str]) -> tuple[str, str] | None:
     """Two columns that could both be what is learned, unless `map` says which."""
     answer = FORMATS[detection.format].answer
     if answer in map or "text" in map:
@@ -364,9 +372,9 @@ def _check_names(path: str, map: Mapping[str, str], group: str | None, counts: M
             hint = f"did you mean {near}?" if near else "data.map is {our name: column in the file}"
             raise DataError(f"data.map: {ours!r} is no column of ours", allowed=", ".join(known), hint=hint)
         if theirs not in counts:
-            raise _unknown(path, counts, f"data.map names a column that is not there: {theirs!r}")
+            raise _unknown_format_error(path, counts, f"data.map names a column that is not there: {theirs!r}")
     if group is not None and group not in counts:
-        raise _unknown(path, counts, f"data.group names a column that is not there: {group!r}")
+        raise _unknown_format_error(path, counts, f"data.group names a column that is not there: {group!r}")
 
 
 def _listed(counts: Mapping[Any, int]) -> str:
@@ -377,7 +385,7 @@ def _known_formats() -> str:
     return "; ".join(f"{f} ({', '.join(c.required)})" for f, c in FORMATS.items())
 
 
-def _unknown(path: str, counts: Mapping[str, int], summary: str) -> DataError:
+def _unknown_format_error(path: str, counts: Mapping[str, int], summary: str) -> DataError:
     return DataError(
         summary,
         where=path,
@@ -387,7 +395,7 @@ def _unknown(path: str, counts: Mapping[str, int], summary: str) -> DataError:
     )
 
 
-def _ambiguous(path: str, counts: Mapping[str, int], summary: str) -> DataError:
+def _ambiguous_format_error(path: str, counts: Mapping[str, int], summary: str) -> DataError:
     return DataError(
         f"ambiguous: {summary}",
         where=path,

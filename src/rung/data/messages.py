@@ -10,10 +10,10 @@ from typing import Any, get_args
 from rung.config.data import Format, LossOn
 from rung.data.read import parse_json
 from rung.errors import DataError
-from rung.types import Message, Record, Rival, Role, Source
+from rung.types import Candidate, Message, MessageRole, Record, Source
 
-ROLES: tuple[Role, ...] = get_args(Role)
-_SHAREGPT_ROLES: dict[str, Role] = {
+ROLES: tuple[MessageRole, ...] = get_args(MessageRole)
+_SHAREGPT_ROLES: dict[str, MessageRole] = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
@@ -22,7 +22,7 @@ _SHAREGPT_ROLES: dict[str, Role] = {
     "observation": "tool",
     "tool": "tool",
 }
-_FOLLOWS: dict[Role | None, tuple[Role, ...]] = {
+_FOLLOWS: dict[MessageRole | None, tuple[MessageRole, ...]] = {
     None: ("system", "user"),
     "system": ("user",),
     "user": ("assistant",),
@@ -40,9 +40,9 @@ def text_of(value: object, name: str) -> str:
     if value is None:
         raise DataError(f"no {name}")
     if isinstance(value, bool | int | float):
-        raise DataError(f'{name} is the {_kind(value)} {value}, not text: quote it ("{value}")')
+        raise DataError(f'{name} is the {_type_name(value)} {value}, not text: quote it ("{value}")')
     if not isinstance(value, str):
-        raise DataError(f"{name} is a {_kind(value)}, not text")
+        raise DataError(f"{name} is a {_type_name(value)}, not text")
     if not value.strip():
         raise DataError(f"empty {name}")
     return encodable(value, name)
@@ -72,7 +72,7 @@ def from_sharegpt(value: object) -> tuple[Message, ...]:
     turns = []
     for i, item in enumerate(_list(value, "conversations")):
         if not isinstance(item, Mapping):
-            raise DataError(f"conversations[{i}] is a {_kind(item)}, not an object with from and value")
+            raise DataError(f"conversations[{i}] is a {_type_name(item)}, not an object with from and value")
         role, content = item.get("from"), item.get("value")
         if role == "function_call":
             calls = _json_value(text_of(content, f"value of conversations[{i}]"), f"value of conversations[{i}]")
@@ -134,7 +134,7 @@ def check_order(messages: Sequence[Message]) -> None:
 
 def _message(item: object, name: str) -> Message:
     if not isinstance(item, Mapping):
-        raise DataError(f"{name} is a {_kind(item)}, not an object with role and content")
+        raise DataError(f"{name} is a {_type_name(item)}, not an object with role and content")
     role = next((r for r in ROLES if r == item.get("role")), None)
     if role is None:
         raise DataError(f"unknown role {item.get('role')!r} in {name}; known: {', '.join(ROLES)}")
@@ -145,12 +145,12 @@ def _message(item: object, name: str) -> Message:
     if calls and role == "assistant":
         text = "" if content is None else content
         if not isinstance(text, str):
-            raise DataError(f"content of {name} is a {_kind(text)}, not text")
+            raise DataError(f"content of {name} is a {_type_name(text)}, not text")
         return Message(role, encodable(text, name), tool_calls=tool_calls_text(calls))
     return _turn(role, content, name, tool=item.get("name") if role == "tool" else None)
 
 
-def _turn(role: Role, content: object, name: str, tool: object = None) -> Message:
+def _turn(role: MessageRole, content: object, name: str, tool: object = None) -> Message:
     tool = encodable(tool, "name") if isinstance(tool, str) else None
     if content == "" and role in ("system", "tool"):  # an empty result, or "no system prompt", says something
         return Message(role, "", name=tool)
@@ -167,7 +167,7 @@ def _joined_parts(parts: Sequence[object], name: str) -> str:
 
 def _tool_call(call: object) -> dict[str, Any]:
     if not isinstance(call, Mapping):
-        raise DataError(f"a tool call is a {_kind(call)}, not an object")
+        raise DataError(f"a tool call is a {_type_name(call)}, not an object")
     function = call.get("function", call)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise DataError("a tool call names no function")
@@ -182,7 +182,7 @@ def _list(value: object, name: str) -> list[Any]:
     if isinstance(value, str):
         value = _json_value(value, name)
     if not isinstance(value, list):
-        raise DataError(f"no {name}" if value is None else f"{name} is a {_kind(value)}, not a list")
+        raise DataError(f"no {name}" if value is None else f"{name} is a {_type_name(value)}, not a list")
     if not value:
         raise DataError(f"empty {name}")
     return value
@@ -195,7 +195,7 @@ def _json_value(value: str, name: str) -> Any:
         raise DataError(f"{name} is not JSON: {error}") from error
 
 
-def _kind(value: object) -> str:
+def _type_name(value: object) -> str:
     if isinstance(value, bool):
         return "truth value"
     if isinstance(value, int | float):
@@ -213,7 +213,7 @@ def for_template(message: Message) -> dict[str, Any]:
     return turn
 
 
-def says(written: str, message: Message, lead: str) -> bool:
+def renders_unchanged(written: str, message: Message, lead: str) -> bool:
     """Whether what a template wrote for an answer is the row's own text, white space apart.
 
     `lead` is what it writes before every answer. Calls of tools are written in a form of the template's own.
@@ -222,7 +222,7 @@ def says(written: str, message: Message, lead: str) -> bool:
     return bool(message.tool_calls) or said in (own, before + own)
 
 
-def unstable(source: Source, turn: int, loss_on: LossOn, *, earlier: bool) -> DataError:
+def unstable_template_error(source: Source, turn: int, loss_on: LossOn, *, earlier: bool) -> DataError:
     """The error for a template whose text of training is not that of inference."""
     what = (
         "rewrites earlier turns when a later one comes" if earlier else "opens this answer otherwise than it writes it"
@@ -237,7 +237,7 @@ def unstable(source: Source, turn: int, loss_on: LossOn, *, earlier: bool) -> Da
     )
 
 
-def rewritten(source: Source, turn: int, written: str) -> DataError:
+def rewritten_answer_error(source: Source, turn: int, written: str) -> DataError:
     """The error for an answer that a template changes."""
     return DataError(
         f"turn {turn + 1}: the template writes another answer than the row has",
@@ -251,7 +251,7 @@ SHOWN = 60
 """Characters of a wrong value that a message repeats."""
 
 
-def parse_answers(format: Format, get: Callable[[str], Any]) -> list[Rival]:
+def parse_answers(format: Format, get: Callable[[str], Any]) -> list[Candidate]:
     """The answers of a row of a comparing format, best first; none for other formats.
 
     A pair scores 1 and 0, or its margin and 0; a ranking of k answers k - 1 down to 0; ratings as they are given; a
@@ -262,20 +262,23 @@ def parse_answers(format: Format, get: Callable[[str], Any]) -> list[Rival]:
         margin = 1.0 if get("margin") is None else _score(get("margin"))
         if margin <= 0.0:
             raise DataError(f"the margin is {margin:g}: the chosen answer would be no better than the rejected one")
-        found = [Rival(_answer(get("chosen"), "chosen"), margin), Rival(_answer(get("rejected"), "rejected"), 0.0)]
+        found = [
+            Candidate(_answer(get("chosen"), "chosen"), margin),
+            Candidate(_answer(get("rejected"), "rejected"), 0.0),
+        ]
         if found[0].content == found[1].content:
             raise DataError("chosen and rejected are the same")
     elif format == "ranked":
         texts = [_answer(value, "ranked") for value in _answer_list(get("ranked"), "ranked")]
-        found = [Rival(text, float(len(texts) - 1 - place)) for place, text in enumerate(texts)]
+        found = [Candidate(text, float(len(texts) - 1 - place)) for place, text in enumerate(texts)]
     elif format == "rated":
         texts = [_answer(value, "answers") for value in _answer_list(get("answers"), "answers")]
         scores = [_score(value) for value in _answer_list(get("scores"), "scores")]
         if len(texts) != len(scores):
             raise DataError(f"{len(texts)} answers and {len(scores)} scores")
-        found = sorted(map(Rival, texts, scores), key=lambda r: -r.score)
-    elif format == "label":
-        return [Rival(_answer(get("completion"), "completion"), _label(get("label")))]
+        found = sorted(map(Candidate, texts, scores), key=lambda r: -r.score)
+    elif format == "unpaired_preference":
+        return [Candidate(_answer(get("completion"), "completion"), _label(get("label")))]
     else:
         return []
     if len(found) < 2:
@@ -291,7 +294,7 @@ def parse_weight(value: object) -> float:
     """How often a row counts; a number as text will do. Raises `DataError` unless it is positive and finite."""
     number = 1.0 if value is None else _number(value)
     if not 0 < number < math.inf:
-        raise DataError(f"weight is {_short(value)}, not a positive number")
+        raise DataError(f"weight is {_shortened(value)}, not a positive number")
     return number
 
 
@@ -305,7 +308,7 @@ def _number(value: object) -> float:
         return math.nan
 
 
-def _short(value: object) -> str:
+def _shortened(value: object) -> str:
     text = repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
@@ -330,7 +333,7 @@ def _label(value: object) -> float:
 
 def _score(value: object) -> float:
     if isinstance(value, str) or not math.isfinite(number := _number(value)):
-        raise DataError(f"a score is {_short(value)}, not a number")
+        raise DataError(f"a score is {_shortened(value)}, not a number")
     return number
 
 

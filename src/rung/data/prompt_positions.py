@@ -20,7 +20,7 @@ _ANY = re.compile(f"([{''.join(MARKS.values())}])")
 
 
 @dataclass(frozen=True, slots=True)
-class Inserted:
+class PromptPositions:
     """`ids` by role, at least one: each turn of that role begins with them."""
 
     ids: Mapping[str, tuple[int, ...]]
@@ -30,7 +30,7 @@ class Inserted:
         """The lowest of the ids: real tokens stand below it."""
         return min(min(ids) for ids in self.ids.values())
 
-    def marked(self, turns: Sequence[Mapping[str, Any]], at: Source | None) -> list[dict[str, Any]]:
+    def with_marks(self, turns: Sequence[Mapping[str, Any]], at: Source | None) -> list[dict[str, Any]]:
         """Turns as a template gets them. Raises `DataError` where the text itself holds a mark."""
         for turn in turns:
             if found := _ANY.search(turn["content"]):
@@ -42,7 +42,7 @@ class Inserted:
                 )
         return [{**turn, "content": self._mark(turn["role"]) + turn["content"]} for turn in turns]
 
-    def opened(self, text: str, turns: Sequence[Mapping[str, Any]], lead: str, *, generation: bool) -> str:
+    def with_answer_mark(self, text: str, turns: Sequence[Mapping[str, Any]], lead: str, *, generation: bool) -> str:
         """What a template made of marked turns, with a mark where the answer to come begins.
 
         `lead` is what the template writes before an answer without opening it by that: it belongs to the answer.
@@ -58,11 +58,11 @@ class Inserted:
             text = text.replace(lead + opening, opening + lead)
         return text + opening if generation else text
 
-    def cut(self, text: str) -> list[str]:
+    def split_at_marks(self, text: str) -> list[str]:
         """Text and marks in turn, `[text, mark, text, ..., text]`."""
         return _ANY.split(text)
 
-    def of(self, mark: str) -> tuple[int, ...]:
+    def ids_of_mark(self, mark: str) -> tuple[int, ...]:
         """The ids that a mark stands for."""
         return next(ids for role, ids in self.ids.items() if MARKS[role] == mark)
 

@@ -16,7 +16,7 @@ from rung.types import Source
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-PIECE = 1 << 20
+CHUNK_CHARACTERS = 1 << 20
 """Characters of a .json file that are read at once."""
 BATCH = 256
 """Rows of a parquet file that are decoded at once."""
@@ -24,7 +24,7 @@ BATCH = 256
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
-class Rejected(NamedTuple):
+class RejectedRow(NamedTuple):
     """A row that cannot be used, and why."""
 
     source: Source
@@ -34,44 +34,44 @@ class Rejected(NamedTuple):
         return f"{self.source}: {self.reason}"
 
 
-class Given(NamedTuple):
+class ParsedRow(NamedTuple):
     """A row that could be parsed."""
 
     source: Source
     row: Row
 
 
-class _Broken(NamedTuple):
+class _MalformedRow(NamedTuple):
     """What stands in place of a row that cannot be parsed."""
 
     reason: str
 
 
-Item = tuple[int, object]
+ReadItem = tuple[int, object]
 """A line and the value on it: a row, a `_Broken`, or something else that is no row."""
 
 
 @dataclass(slots=True)
-class Rows:
+class SourceRows:
     """A whole source in memory: rows that could be read, and rows that could not."""
 
     path: str
     rows: list[tuple[Source, Row]] = field(default_factory=list)
-    rejected: list[Rejected] = field(default_factory=list)
+    rejected: list[RejectedRow] = field(default_factory=list)
 
 
-def read_rows(path: str) -> Rows:
+def read_rows(path: str) -> SourceRows:
     """All that `stream_rows` gives, for sources of few rows."""
-    rows = Rows(path)
+    rows = SourceRows(path)
     for item in stream_rows(path):
-        if isinstance(item, Rejected):
+        if isinstance(item, RejectedRow):
             rows.rejected.append(item)
         else:
             rows.rows.append(item)
     return rows
 
 
-def stream_rows(path: str) -> Iterator[Given | Rejected]:
+def stream_rows(path: str) -> Iterator[ParsedRow | RejectedRow]:
     """Read a .jsonl, .json, .csv or .parquet file, or a `datasets` name (`name`, `name:split`, `name/config:split`).
 
     One row at a time, in the order of the source; only a .json file that is not a plain list stands in memory as a
@@ -82,14 +82,14 @@ def stream_rows(path: str) -> Iterator[Given | Rejected]:
     """
     name, items = _open(path)
     read = refused = 0
-    first: Rejected | None = None
+    first: RejectedRow | None = None
     for line, value in items:
         source = Source(name, line)
         if isinstance(value, dict):
             read += 1
-            yield Given(source, value)
+            yield ParsedRow(source, value)
             continue
-        rejected = Rejected(source, _reason(value))
+        rejected = RejectedRow(source, _reason(value))
         first = first or rejected
         refused += 1
         yield rejected
@@ -99,10 +99,12 @@ def stream_rows(path: str) -> Iterator[Given | Rejected]:
 
 
 def _reason(value: object) -> str:
-    return value.reason if isinstance(value, _Broken) else f"not an object with columns but a {type(value).__name__}"
+    return (
+        value.reason if isinstance(value, _MalformedRow) else f"not an object with columns but a {type(value).__name__}"
+    )
 
 
-def _open(path: str) -> tuple[str, Iterator[Item]]:
+def _open(path: str) -> tuple[str, Iterator[ReadItem]]:
     file = Path(path)
     reader = _READERS.get(file.suffix.lower())
     if file.is_dir():
@@ -110,7 +112,7 @@ def _open(path: str) -> tuple[str, Iterator[Item]]:
         raise DataError("is a folder, not a file", where=path, hint=f"it holds: {files or 'no data file'}")
     if not file.exists():
         if reader or path.startswith(("/", "./", "../", "~")):
-            _missing(file)
+            _missing_file_error(file)
         return path, _read_hub(path)
     if reader is None:
         raise DataError("unknown kind of file", where=path, given=file.suffix, allowed=", ".join(SUFFIXES))
@@ -119,7 +121,7 @@ def _open(path: str) -> tuple[str, Iterator[Item]]:
     return str(file), reader(file)
 
 
-def _missing(file: Path) -> NoReturn:
+def _missing_file_error(file: Path) -> NoReturn:
     folder = file.parent
     if not folder.is_dir():
         raise DataError("no such file, and no such folder", where=str(file), given=str(folder))
@@ -167,7 +169,7 @@ BLANK = " \t\n\r\v\f"
 """What a line may hold and still be no row. Python counts more as space: control characters, which are broken rows."""
 
 
-def _read_jsonl(file: Path) -> Iterator[Item]:
+def _read_jsonl(file: Path) -> Iterator[ReadItem]:
     # Lines end in \n alone: U+2028 and U+0085 are legal inside JSON strings.
     with _text(file, newline="\n") as lines:
         for number, line in enumerate(lines, start=1):
@@ -176,12 +178,12 @@ def _read_jsonl(file: Path) -> Iterator[Item]:
             try:
                 yield number, parse_json(line.rstrip("\n").rstrip("\r"))
             except json.JSONDecodeError as error:
-                yield number, _Broken(f"broken JSON: {error.msg} (column {error.colno})")
+                yield number, _MalformedRow(f"broken JSON: {error.msg} (column {error.colno})")
             except (ValueError, RecursionError) as error:
-                yield number, _Broken(f"refused JSON: {error}")
+                yield number, _MalformedRow(f"refused JSON: {error}")
 
 
-def _read_json(file: Path) -> Iterator[Item]:
+def _read_json(file: Path) -> Iterator[ReadItem]:
     number = 0
     try:
         for number, item in enumerate(_elements(file), start=1):
@@ -198,15 +200,15 @@ def _elements(file: Path) -> Iterator[Any]:
     """
     decoder = json.JSONDecoder(object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
     with _text(file, newline="") as text:
-        buffer = text.read(PIECE)
-        at = _behind_space(buffer, 0)
+        buffer = text.read(CHUNK_CHARACTERS)
+        at = _skip_space(buffer, 0)
         if not buffer.startswith("[", at):
             raise ValueError("no list")
         at += 1
         while True:
             found = _element(decoder, buffer, at)
             if found is None:
-                more = text.read(max(PIECE, len(buffer) - at))
+                more = text.read(max(CHUNK_CHARACTERS, len(buffer) - at))
                 if not more:
                     raise ValueError("broken off")
                 buffer, at = buffer[at:] + more, 0
@@ -217,21 +219,21 @@ def _elements(file: Path) -> Iterator[Any]:
             if buffer[end] == "]":
                 break
         rest = buffer[at:] + text.read()
-        if _behind_space(rest, 0) < len(rest):
+        if _skip_space(rest, 0) < len(rest):
             raise ValueError("more behind the list")
 
 
 def _element(decoder: json.JSONDecoder, buffer: str, at: int) -> tuple[Any, int] | None:
     """The value at this place and where the sign behind it stands; None when one of them is not there (yet)."""
     try:
-        value, end = decoder.raw_decode(buffer, _behind_space(buffer, at))
+        value, end = decoder.raw_decode(buffer, _skip_space(buffer, at))
     except json.JSONDecodeError:
         return None
-    end = _behind_space(buffer, end)
+    end = _skip_space(buffer, end)
     return (value, end) if buffer.startswith((",", "]"), end) else None
 
 
-def _behind_space(text: str, at: int) -> int:
+def _skip_space(text: str, at: int) -> int:
     found = _SPACE.match(text, at)
     return found.end() if found else at
 
@@ -270,7 +272,7 @@ def _csv_lines(file: Path) -> Iterator[tuple[int, list[str]]]:
         raise DataError(f"broken CSV: {error}", where=f"{file} line {start}", hint="check the quotes") from error
 
 
-def _read_csv(file: Path) -> Iterator[Item]:
+def _read_csv(file: Path) -> Iterator[ReadItem]:
     lines = _csv_lines(file)
     header = next(lines, (1, []))[1]
     if twice := sorted({name for name in header if header.count(name) > 1}):
@@ -279,19 +281,19 @@ def _read_csv(file: Path) -> Iterator[Item]:
         if len(fields) == len(header):
             yield number, dict(zip(header, fields, strict=True))
         elif fields:
-            yield number, _Broken(f"{len(fields)} fields, but the header names {len(header)}")
+            yield number, _MalformedRow(f"{len(fields)} fields, but the header names {len(header)}")
 
 
-def _prune(value: Any) -> Any:
+def _prune_nulls(value: Any) -> Any:
     """Remove null fields inside nested values: a columnar store gives every object the fields of all (FAILURES 8)."""
     if isinstance(value, dict):
-        return {key: _prune(item) for key, item in value.items() if item is not None}
+        return {key: _prune_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
-        return [_prune(item) for item in value]
+        return [_prune_nulls(item) for item in value]
     return value
 
 
-def _read_parquet(file: Path) -> Iterator[Item]:
+def _read_parquet(file: Path) -> Iterator[ReadItem]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -301,7 +303,7 @@ def _read_parquet(file: Path) -> Iterator[Item]:
             for batch in table.iter_batches(batch_size=BATCH):
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, {name: _prune(value) for name, value in row.items()}
+                    yield number, {name: _prune_nulls(value) for name, value in row.items()}
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"broken parquet: {error}", where=str(file)) from error
     finally:
@@ -319,7 +321,7 @@ def _hub_candidates(name: str) -> list[tuple[str, str | None]]:
             return [(name, None)]
 
 
-def _read_hub(path: str) -> Iterator[Item]:
+def _read_hub(path: str) -> Iterator[ReadItem]:
     import datasets  # not at the top: it takes a second to import
 
     name, _, split = path.partition(":")
@@ -342,10 +344,10 @@ def _read_hub(path: str) -> Iterator[Item]:
             hint="without a network, save the set as a file and give its path",
         )
     for number, row in enumerate(loaded, start=1):
-        yield number, {column: _prune(value) for column, value in row.items()}
+        yield number, {column: _prune_nulls(value) for column, value in row.items()}
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Item]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[ReadItem]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,

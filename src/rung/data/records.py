@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from rung.data.byte_store import Blob, Lazy
-from rung.types import Message, Record, Rival, Source
+from rung.data.byte_store import AppendFile, LazySequence
+from rung.types import Candidate, Message, Record, Source
 
-ROW = np.dtype(
+ROW_DTYPE = np.dtype(
     [
         ("start", "<i8"),
         ("line", "<i8"),
@@ -29,29 +29,29 @@ _PACK = struct.Struct("<qqII16s16s")
 _NO_GROUP = bytes(16)
 
 
-class Records(Lazy[Record]):
+class Records(LazySequence[Record]):
     """Records on disk, read one at a time. `origins` names the blob and the path of each row's source."""
 
-    def __init__(self, rows: np.ndarray, origins: tuple[tuple[Blob, str], ...]) -> None:
+    def __init__(self, rows: np.ndarray, origins: tuple[tuple[AppendFile, str], ...]) -> None:
         self.rows, self.origins = rows, origins
 
     @staticmethod
-    def of(records: Iterable[Record]) -> Records:
+    def from_records(records: Iterable[Record]) -> Records:
         """The records themselves, written down unless they are already."""
         if isinstance(records, Records):
             return records
-        writer = Writer()
+        writer = RecordWriter()
         for record in records:
             writer.add(record)
         return writer.records()
 
     @staticmethod
-    def joined(parts: Sequence[Records]) -> Records:
+    def concatenate(parts: Sequence[Records]) -> Records:
         """One after the other."""
         if len(parts) == 1:
             return parts[0]
-        tables = [np.empty(0, ROW)]
-        origins: list[tuple[Blob, str]] = []
+        tables = [np.empty(0, ROW_DTYPE)]
+        origins: list[tuple[AppendFile, str]] = []
         for part in parts:
             moved = part.rows.copy()
             moved["origin"] += len(origins)
@@ -64,7 +64,7 @@ class Records(Lazy[Record]):
 
     def __iter__(self) -> Iterator[Record]:
         for line, source in self.stored():
-            yield _decode(line, source)
+            yield _decode_record(line, source)
 
     def at(self, i: int) -> Record:
         """Read one."""
@@ -87,13 +87,13 @@ class Records(Lazy[Record]):
                 blob, path = self.origins[origin]
                 yield blob.read(start, size), Source(path, line)
 
-    def of_path(self, path: str) -> np.ndarray:
+    def indices_from_path(self, path: str) -> np.ndarray:
         """Indices of the records that came from there."""
         wanted = [number for number, (_, own) in enumerate(self.origins) if own == path]
         return np.flatnonzero(np.isin(self.rows["origin"], wanted))
 
     def prompts(self) -> np.ndarray:
-        """Hashes of the normalised prompts, uint64 [n, 2]."""
+        """Hashes of the normalized prompts, uint64 [n, 2]."""
         return self.rows["prompt"].astype(np.uint64)
 
     def groups(self) -> np.ndarray:
@@ -101,17 +101,17 @@ class Records(Lazy[Record]):
         return self.rows["group"].astype(np.uint64)
 
 
-class Writer:
+class RecordWriter:
     """Takes records one by one and gives them back as `Records`."""
 
     def __init__(self) -> None:
-        self._blob = Blob.new()
+        self._blob = AppendFile.new()
         self._rows = bytearray()
         self._paths: dict[str, int] = {}
 
     def add(self, record: Record) -> None:
         """Write a record down."""
-        line = encode(record)
+        line = encode_record(record)
         self._rows += _PACK.pack(
             self._blob.append(line),
             record.source.line,
@@ -123,58 +123,58 @@ class Writer:
 
     def records(self) -> Records:
         """All that was written; nothing can be added afterwards."""
-        return Records(np.frombuffer(self._rows, ROW), tuple((self._blob, path) for path in self._paths))
+        return Records(np.frombuffer(self._rows, ROW_DTYPE), tuple((self._blob, path) for path in self._paths))
 
 
-def encode(record: Record) -> bytes:
+def encode_record(record: Record) -> bytes:
     """The content of a record, without its source, as one line of JSON."""
     turns = [(m.role, m.content, m.tool_calls, m.name) for m in record.messages]
     task: list[Any] = [] if record.task is None else [record.task]
-    if record.score is not None or record.rivals:
-        task = [record.task, record.score, [(r.content, r.score) for r in record.rivals]]
+    if record.score is not None or record.candidates:
+        task = [record.task, record.score, [(r.content, r.score) for r in record.candidates]]
     fields = [turns, record.context, record.tools, record.group, record.weight, record.text, *task]
     return json.dumps(fields).encode() + b"\n"
 
 
-def _decode(line: bytes, source: Source) -> Record:
+def _decode_record(line: bytes, source: Source) -> Record:
     turns, context, tools, group, weight, text, *more = json.loads(line)
     if len(more) > 1:
-        more[2] = tuple(Rival(*rival) for rival in more[2])
+        more[2] = tuple(Candidate(*rival) for rival in more[2])
     return Record(tuple(Message(*turn) for turn in turns), source, context, tools, group, weight, text, *more)
 
 
-def characters(record: Record) -> int:
+def character_count(record: Record) -> int:
     """Length of all its texts."""
-    turns = sum(len(m.content) for m in record.messages) + sum(len(r.content) for r in record.rivals)
+    turns = sum(len(m.content) for m in record.messages) + sum(len(r.content) for r in record.candidates)
     return len(record.text or "") + len(record.context or "") + turns
 
 
-def lines(records: Iterable[Record]) -> Iterator[bytes]:
+def encoded_lines(records: Iterable[Record]) -> Iterator[bytes]:
     """The content of each record, as `encode` writes it."""
     if isinstance(records, Records):
         return (line for line, _ in records.stored())
-    return map(encode, records)
+    return map(encode_record, records)
 
 
 def fingerprint(records: Iterable[Record]) -> str:
     """SHA-256 over the content of records, in order, without their sources."""
     digest = sha256()
-    for line in lines(records):
+    for line in encoded_lines(records):
         digest.update(line)
     return digest.hexdigest()
 
 
-def normalised_prompt(record: Record) -> str:
+def normalized_prompt(record: Record) -> str:
     """What is asked, casefolded and with white space collapsed: context and all turns before the final answer."""
     if record.text is not None:
-        return _normalise(record.text)
+        return _normalize(record.text)
     turns = [f"{m.role}: {m.content} {m.tool_calls or ''}" for m in record.messages[:-1]]
-    return _normalise("\n".join([record.context or "", *turns]))
+    return _normalize("\n".join([record.context or "", *turns]))
 
 
 def prompt_key(record: Record) -> bytes:
-    """SHA-256 of the normalised prompt."""
-    return sha256(f"prompt\0{normalised_prompt(record)}".encode(errors="surrogatepass")).digest()
+    """SHA-256 of the normalized prompt."""
+    return sha256(f"prompt\0{normalized_prompt(record)}".encode(errors="surrogatepass")).digest()
 
 
 def group_key(group: str) -> bytes:
@@ -182,21 +182,21 @@ def group_key(group: str) -> bytes:
     return sha256(f"group\0{group}".encode()).digest()
 
 
-def distinct(records: Iterable[Record]) -> np.ndarray:
+def distinct_conversations(records: Iterable[Record]) -> np.ndarray:
     """Indices of the conversations that differ in context or turns, in order; of copies the last stands for all."""
     rows, keys = array("q"), bytearray()
     for i, record in enumerate(records):
         if record.messages:
             own = Record(record.messages, record.source, record.context)
             rows.append(i)
-            keys += sha256(encode(own)).digest()[:16]
+            keys += sha256(encode_record(own)).digest()[:16]
     hashes = np.frombuffer(keys, ">u8").reshape(-1, 2).astype(np.uint64)
-    last = len(hashes) - 1 - firsts(hashes[::-1])[::-1]
-    found: np.ndarray = np.array(rows, dtype=np.int64)[last[firsts(hashes) == np.arange(len(hashes))]]
+    last = len(hashes) - 1 - first_occurrence(hashes[::-1])[::-1]
+    found: np.ndarray = np.array(rows, dtype=np.int64)[last[first_occurrence(hashes) == np.arange(len(hashes))]]
     return found
 
 
-def firsts(keys: np.ndarray) -> np.ndarray:
+def first_occurrence(keys: np.ndarray) -> np.ndarray:
     """Index of the first row with the same key, for each row of uint64 [n, 2]: its own where none came before."""
     order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: rows of one key stay in their order
     ordered = keys[order]
@@ -207,5 +207,5 @@ def firsts(keys: np.ndarray) -> np.ndarray:
     return found
 
 
-def _normalise(text: str) -> str:
+def _normalize(text: str) -> str:
     return " ".join(text.casefold().split())

@@ -11,20 +11,28 @@ from typing import Any
 
 import numpy as np
 
-from rung.config.data import DataSpec, WeightedPath
-from rung.data.formats import Loaded, load_records
-from rung.data.records import Records, fingerprint, firsts, lines, normalised_prompt
+from rung.config.data import DataConfig, WeightedPath
+from rung.data.formats import LoadedRows, load_records
+from rung.data.records import Records, encoded_lines, fingerprint, first_occurrence, normalized_prompt
 from rung.errors import ConfigError, DataError
 from rung.types import Record
 
-__all__ = ["Splits", "assign", "duplicates", "normalised_prompt", "overlaps", "position", "split"]
+__all__ = [
+    "Splits",
+    "assign_splits",
+    "duplicate_records",
+    "normalized_prompt",
+    "overlapping_records",
+    "split_position",
+    "split",
+]
 
 Pair = tuple[Record, Record]
 
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """The three parts of a data spec, and what was counted on the way."""
+    """The three parts of a data config, and what was counted on the way."""
 
     train: Records
     validation: Records
@@ -43,12 +51,12 @@ class Splits:
         return sha256("".join(fingerprint(p) for p in (self.train, self.validation, self.test)).encode()).hexdigest()
 
 
-def position(record: Record) -> float:
+def split_position(record: Record) -> float:
     """Where the record's group, or else its prompt, falls in [0, 1): the same in every process and on every machine."""
-    return float(_positions(Records.of([record]))[0])
+    return float(_split_positions(Records.from_records([record]))[0])
 
 
-def _positions(records: Records) -> np.ndarray:
+def _split_positions(records: Records) -> np.ndarray:
     """`position` of each record, from its hashes: float64 [n]."""
     groups = records.groups()
     key = np.where(groups.any(axis=1), groups[:, 0], records.prompts()[:, 0])
@@ -57,10 +65,10 @@ def _positions(records: Records) -> np.ndarray:
     return at
 
 
-def assign(records: Iterable[Record], *, validation: float, test: float) -> Splits:
+def assign_splits(records: Iterable[Record], *, validation: float, test: float) -> Splits:
     """Cut by threshold: [0, test) is the test, the next `validation` of the range is validation, the rest trains."""
-    own = Records.of(records)
-    at = _positions(own)
+    own = Records.from_records(records)
+    at = _split_positions(own)
     held = (at >= test) & (at < test + validation)
     return Splits(
         train=own.select(np.flatnonzero(at >= test + validation)),
@@ -69,67 +77,67 @@ def assign(records: Iterable[Record], *, validation: float, test: float) -> Spli
     )
 
 
-def overlaps(left: Iterable[Record], right: Iterable[Record]) -> list[Pair]:
-    """Each record of `left` whose normalised prompt also stands in `right`, with the first such record there."""
-    left, right = Records.of(left), Records.of(right)
-    return [(left[i], right[k]) for i, k in zip(*crossing(left, right), strict=True)]
+def overlapping_records(left: Iterable[Record], right: Iterable[Record]) -> list[Pair]:
+    """Each record of `left` whose normalized prompt also stands in `right`, with the first such record there."""
+    left, right = Records.from_records(left), Records.from_records(right)
+    return [(left[i], right[k]) for i, k in zip(*overlapping_pairs(left, right), strict=True)]
 
 
-def crossing(left: Records, right: Records) -> tuple[np.ndarray, np.ndarray]:
+def overlapping_pairs(left: Records, right: Records) -> tuple[np.ndarray, np.ndarray]:
     """Indices in `left` and `right` of the pairs of `overlaps`."""
-    found = firsts(np.concatenate([right.prompts(), left.prompts()]))[len(right) :]
+    found = first_occurrence(np.concatenate([right.prompts(), left.prompts()]))[len(right) :]
     crossing = np.flatnonzero(found < len(right))
     return crossing, found[crossing]
 
 
-def duplicates(records: Iterable[Record]) -> list[Pair]:
-    """Each record whose normalised prompt stood in an earlier one, with that one."""
-    own = Records.of(records)
-    return [(own[i], own[k]) for i, k in zip(*repeated(own), strict=True)]
+def duplicate_records(records: Iterable[Record]) -> list[Pair]:
+    """Each record whose normalized prompt stood in an earlier one, with that one."""
+    own = Records.from_records(records)
+    return [(own[i], own[k]) for i, k in zip(*duplicate_pairs(own), strict=True)]
 
 
-def repeated(records: Records) -> tuple[np.ndarray, np.ndarray]:
+def duplicate_pairs(records: Records) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the pairs of `duplicates`."""
-    found = firsts(records.prompts())
+    found = first_occurrence(records.prompts())
     again = np.flatnonzero(found != np.arange(len(records)))
     return again, found[again]
 
 
 def split(
     records: Iterable[Record],
-    spec: DataSpec,
+    config: DataConfig,
     *,
     validation: Iterable[Record] | None = None,
     test: Iterable[Record] | None = None,
 ) -> Splits:
-    """Split by the shares of `spec`; `validation` and `test` are given where the spec names files.
+    """Split by the shares of `config`; `validation` and `test` are given where the config names files.
 
     Raises:
         ConfigError: the shares leave nothing to train on.
         DataError: a part that was asked for is empty, or a prompt stands in two parts and `data.overlap` is `error`.
     """
-    shares = {"validation": _share(spec.validation), "test": _share(spec.test)}
+    shares = {"validation": _share(config.validation), "test": _share(config.test)}
     if sum(shares.values()) >= 1:
         raise ConfigError("data.validation and data.test leave no training rows", given=shares, allowed="a sum below 1")
-    own = Records.of(records)
-    parts = assign(own, validation=shares["validation"], test=shares["test"])
+    own = Records.from_records(records)
+    parts = assign_splits(own, validation=shares["validation"], test=shares["test"])
     parts = Splits(
         parts.train,
-        parts.validation if validation is None else Records.of(validation),
-        parts.test if test is None else Records.of(test),
+        parts.validation if validation is None else Records.from_records(validation),
+        parts.test if test is None else Records.from_records(test),
     )
     _refuse_empty(parts, shares, len(own))
-    return _without_overlap(parts, spec)
+    return _without_overlap(parts, config)
 
 
-def _without_overlap(parts: Splits, spec: DataSpec) -> Splits:
+def _without_overlap(parts: Splits, config: DataConfig) -> Splits:
     pairs = {
         "train and validation": (parts.train, parts.validation),
         "train and test": (parts.train, parts.test),
         "validation and test": (parts.validation, parts.test),
     }
-    leaks = {names: crossing(left, right) for names, (left, right) in pairs.items()}
-    if spec.overlap == "error":
+    leaks = {names: overlapping_pairs(left, right) for names, (left, right) in pairs.items()}
+    if config.overlap == "error":
         for names, (left, right) in pairs.items():
             if len(leaks[names][0]):
                 raise _overlap_error(names, left.select(leaks[names][0]), right.select(leaks[names][1]))
@@ -183,35 +191,40 @@ def _distinct_groups(*parts: Records) -> np.ndarray:
     """Hashes of the groups of all parts together, each once."""
     groups = np.concatenate([part.groups() for part in parts])
     found: np.ndarray = groups[groups.any(axis=1)]
-    once: np.ndarray = found[firsts(found) == np.arange(len(found))]
+    once: np.ndarray = found[first_occurrence(found) == np.arange(len(found))]
     return once
 
 
 def _counts(part: Records) -> dict[str, int]:
-    groups, (again, _) = _distinct_groups(part), repeated(part)
+    groups, (again, _) = _distinct_groups(part), duplicate_pairs(part)
     return {"rows": len(part), "groups": len(groups), "duplicate_prompts": len(again)}
 
 
 _LIMIT_STREAM = 0x11317  # keeps the draw apart from other uses of the same seed
 
 
-def load_data(spec: DataSpec, seed: int) -> Splits:
-    """Read, split, weigh and cap what a data spec names.
+def load_data(config: DataConfig, seed: int) -> Splits:
+    """Read, split, weigh and cap what a data config names.
 
     Raises:
         ConfigError: a set is named twice, or the shares leave nothing to train on.
-        DataError: a source or row cannot be used, a split is empty, or splits overlap, as the spec's policies say.
+        DataError: a source or row cannot be used, a split is empty, or splits overlap, as the config's policies say.
     """
-    paths = weighted_paths(spec)
-    sets = [_load(spec, p) for p in paths]
-    held = {name: _held_out(spec, value) for name, value in (("validation", spec.validation), ("test", spec.test))}
+    paths = weighted_paths(config)
+    sets = [_load_set(config, p) for p in paths]
+    held = {
+        name: _load_held_out(config, value)
+        for name, value in (("validation", config.validation), ("test", config.test))
+    }
     splits = split(
-        Records.joined([loaded.records for loaded in sets]),
-        spec,
+        Records.concatenate([loaded.records for loaded in sets]),
+        config,
         validation=held["validation"].records if held["validation"] else None,
         test=held["test"].records if held["test"] else None,
     )
-    train = cap(reweigh(splits.train, {str(Path(p.path)): p.weight for p in paths}), spec.limit, seed)
+    train = limit_records(
+        repeat_by_weight(splits.train, {str(Path(p.path)): p.weight for p in paths}), config.limit, seed
+    )
     notes = {
         **splits.notes,
         "rows_before_weights": len(splits.train),
@@ -221,13 +234,13 @@ def load_data(spec: DataSpec, seed: int) -> Splits:
     return replace(splits, train=train, notes=notes)
 
 
-def weighted_paths(spec: DataSpec) -> tuple[WeightedPath, ...]:
-    """The sets of a spec; a single path has weight 1.
+def weighted_paths(config: DataConfig) -> tuple[WeightedPath, ...]:
+    """The sets of a config; a single path has weight 1.
 
     Raises:
         ConfigError: none, or one twice.
     """
-    paths = (WeightedPath(path=spec.path),) if isinstance(spec.path, str) else spec.path
+    paths = (WeightedPath(path=config.path),) if isinstance(config.path, str) else config.path
     names = [str(Path(p.path)) for p in paths]  # as read_rows writes it into every source
     if not names:
         raise ConfigError("data.path names no data set", allowed="a path, or a list of {path, weight}")
@@ -236,29 +249,29 @@ def weighted_paths(spec: DataSpec) -> tuple[WeightedPath, ...]:
     return paths
 
 
-def reweigh(records: Iterable[Record], weights: Mapping[str, float]) -> Records:
+def repeat_by_weight(records: Iterable[Record], weights: Mapping[str, float]) -> Records:
     """Repeat the records of each set `weight` times; the fraction is taken evenly in the order of their hashes.
 
     Weight 2 gives every record twice, 0.5 every second one, 1.5 every one and every second one again. Within a set the
     order of the file is kept.
     """
-    given = Records.of(records)
+    given = Records.from_records(records)
     mixed = [np.empty(0, dtype=np.int64)]
     for path, weight in weights.items():
-        own = given.of_path(path)
+        own = given.indices_from_path(path)
         whole, share = floor(weight), weight - floor(weight)
         mixed += [own] * whole
         if share:
-            digests = np.frombuffer(b"".join(map(_digest, lines(given.select(own)))), ">u8").reshape(-1, 2)
+            digests = np.frombuffer(b"".join(map(_digest, encoded_lines(given.select(own)))), ">u8").reshape(-1, 2)
             order = np.lexsort((digests[:, 1], digests[:, 0]))
             drawn = [i for rank, i in enumerate(order) if floor((rank + 1) * share) > floor(rank * share)]
             mixed.append(own[np.sort(drawn)] if drawn else own[:0])
     return given.select(np.concatenate(mixed))
 
 
-def cap(records: Iterable[Record], limit: int | None, seed: int) -> Records:
+def limit_records(records: Iterable[Record], limit: int | None, seed: int) -> Records:
     """At most `limit` records, drawn by the seed; a smaller limit takes a subset of a larger one's rows."""
-    given = Records.of(records)
+    given = Records.from_records(records)
     if limit is None or limit >= len(given):
         return given
     return given.select(np.sort(np.random.default_rng([seed, _LIMIT_STREAM]).permutation(len(given))[:limit]))
@@ -269,20 +282,20 @@ def _digest(line: bytes) -> bytes:
     return sha256(sha256(line).hexdigest().encode()).digest()[:16]
 
 
-def _load(spec: DataSpec, own: WeightedPath) -> Loaded:
+def _load_set(config: DataConfig, own: WeightedPath) -> LoadedRows:
     """A set with its own group column and task, where it names them."""
-    task = None if own.task is not None else spec.task
-    loaded = load_records(spec.model_copy(update={"group": own.group or spec.group, "task": task}), own.path)
+    task = None if own.task is not None else config.task
+    loaded = load_records(config.model_copy(update={"group": own.group or config.group, "task": task}), own.path)
     if own.task is None:
         return loaded
-    return replace(loaded, records=Records.of(replace(record, task=own.task) for record in loaded.records))
+    return replace(loaded, records=Records.from_records(replace(record, task=own.task) for record in loaded.records))
 
 
-def _held_out(spec: DataSpec, value: float | str) -> Loaded | None:
-    return load_records(spec, value, held_out=True) if isinstance(value, str) else None
+def _load_held_out(config: DataConfig, value: float | str) -> LoadedRows | None:
+    return load_records(config, value, held_out=True) if isinstance(value, str) else None
 
 
-def _set_summary(path: WeightedPath | None, loaded: Loaded) -> dict[str, object]:
+def _set_summary(path: WeightedPath | None, loaded: LoadedRows) -> dict[str, object]:
     return {
         "path": loaded.path,
         "weight": path.weight if path else None,
@@ -290,9 +303,9 @@ def _set_summary(path: WeightedPath | None, loaded: Loaded) -> dict[str, object]
         "mapping": loaded.mapping,
         "kept": len(loaded.records),
         "rejected": len(loaded.rejected),
-        "rejected_first": _lines(loaded.rejected[:10]),
+        "rejected_first": _line_numbers(loaded.rejected[:10]),
     }
 
 
-def _lines(rejected: Iterable[object]) -> list[str]:
+def _line_numbers(rejected: Iterable[object]) -> list[str]:
     return [str(r) for r in rejected]

@@ -15,22 +15,22 @@ from numpy.typing import NDArray
 
 from rung.config.data import LossOn
 from rung.data.byte_store import chunks
-from rung.data.records import characters
-from rung.data.token_store import OWN, Document, Flat, FlatWriter, Tokenised
+from rung.data.records import character_count
+from rung.data.token_store import OWN_ANSWER, TokenColumns, TokenColumnWriter, TokenizedDataset, TokenizedDocument
 from rung.errors import ConfigError, DataError, GateError
 from rung.types import Example, Record
 
 if TYPE_CHECKING:
-    from rung.data.chat import Chat
+    from rung.data.chat import ChatTemplate
 
 
 Overflow = Literal["error", "drop", "trim_prompt"]
 CHUNK = 512
-"""Rows tokenised or decoded in one call, at most."""
+"""Rows tokenized or decoded in one call, at most."""
 CHUNK_CHARACTERS = 1 << 20
 """Characters (or tokens) of one call, at most: a tokenizer's working memory is a hundred times its text."""
 BOUNDARY_SAMPLE = 1000
-"""Rows, evenly spaced, for which the whole text is tokenised at once to count differences."""
+"""Rows, evenly spaced, for which the whole text is tokenized at once to count differences."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,8 @@ class Preflight:
     failing: int
     tokens: int
     supervised_tokens: int
-    normalised: int
-    """Rows whose text comes back as the tokenizer's own normaliser writes it (composed accents, for example)."""
+    normalized: int
+    """Rows whose text comes back as the tokenizer's own normalizer writes it (composed accents, for example)."""
     boundary_checked: int
     boundary_differences: int
 
@@ -51,7 +51,7 @@ class Preflight:
         return asdict(self)
 
 
-class _Variant(NamedTuple):
+class _AnswerVariant(NamedTuple):
     """A record with its own answer, or with a rival's in its place."""
 
     number: int
@@ -60,35 +60,35 @@ class _Variant(NamedTuple):
 
 
 def tokenize_records(
-    chat: Chat,
+    chat: ChatTemplate,
     records: Sequence[Record],
     *,
     loss_on: LossOn = "answer",
     max_length: int | None = None,
     overflow: Overflow = "error",
     rivals: bool = False,
-) -> Tokenised:
+) -> TokenizedDataset:
     """Tokenize records, with their supervised tokens marked; with `rivals`, the other answers of each as well.
 
     Raises:
         DataError: the template refuses a row or rewrites its history, a document is too long under `error`, no
             document is left, or there are no records.
     """
-    flat = tokenise(chat, records, loss_on=loss_on, max_length=max_length, overflow=overflow, rivals=rivals)
-    return Tokenised.of(flat, records)
+    flat = tokenize_columns(chat, records, loss_on=loss_on, max_length=max_length, overflow=overflow, rivals=rivals)
+    return TokenizedDataset.from_columns(flat, records)
 
 
-def tokenise(
-    chat: Chat,
+def tokenize_columns(
+    chat: ChatTemplate,
     records: Sequence[Record],
     *,
     loss_on: LossOn,
     max_length: int | None,
     overflow: Overflow,
     rivals: bool = False,
-) -> Flat:
+) -> TokenColumns:
     """`tokenize_records`, as columns that a cache can keep."""
-    writer = FlatWriter()
+    writer = TokenColumnWriter()
     conversations = array("q")  # records that are kept and have turns
     long, stuck = array("q"), array("q")  # record and length, one after the other
     limit = sys.maxsize if max_length is None else max_length
@@ -121,12 +121,12 @@ def tokenise(
         raise _too_long("longer than data.max_length even without their prompt", stuck, limit, records)
     if not len(writer):
         if not len(records):
-            raise DataError("there are no rows to tokenise")
+            raise DataError("there are no rows to tokenize")
         raise DataError("no document is left", given=f"{len(long) // 2} of {len(records)} dropped for their length")
     step = max(1, -(-len(conversations) // BOUNDARY_SAMPLE))
     checked, differing = _boundaries(chat, (records[i] for i in conversations[::step]), loss_on)
     beyond, none = np.array(long, dtype=np.int64).reshape(-1, 2), np.empty((0, 2), dtype=np.int64)
-    return Flat(
+    return TokenColumns(
         *writer.regions(),
         rows=writer.rows(),
         dropped=beyond if overflow == "drop" else none,
@@ -136,67 +136,69 @@ def tokenise(
     )
 
 
-def preflight(chat: Chat, tokenised: Tokenised) -> Preflight:
+def preflight(chat: ChatTemplate, tokenized: TokenizedDataset) -> Preflight:
     """Gate 1: every row ends in a supervised stop, and its supervised ids decode to the answers as rendered.
 
     Raises:
         GateError: with the first ten failing rows and what is wrong with each.
     """
-    failing = normalised = 0
+    failing = normalized = 0
     shown: list[str] = []
-    rows = zip(tokenised.examples, tokenised.expected, tokenised.starts, strict=True)
+    rows = zip(tokenized.examples, tokenized.expected, tokenized.starts, strict=True)
     for chunk in chunks(rows, lambda row: len(row[0]), count=CHUNK, limit=CHUNK_CHARACTERS):
         for (example, expected, start), text in zip(chunk, _decoded(chat, chunk), strict=True):
-            reason = _fault(chat, example, start)
+            reason = _preflight_fault(chat, example, start)
             if reason is None and text != expected:
-                if text == _normalised(chat, expected):
-                    normalised += 1
+                if text == _normalized(chat, expected):
+                    normalized += 1
                 else:
                     reason = _difference(text, expected)
             if reason is not None:
                 failing += 1
                 shown += [f"{example.source}: {reason}"] if failing <= 10 else []
-    total = len(tokenised.examples)
+    total = len(tokenized.examples)
     if failing:
         raise GateError(f"preflight: {failing} of {total} rows would not train what they say", hint="\n  ".join(shown))
     return Preflight(
         rows=total,
         failing=0,
-        tokens=int(tokenised.lengths.sum()),
-        supervised_tokens=tokenised.supervised_tokens,
-        normalised=normalised,
-        boundary_checked=tokenised.boundary_checked,
-        boundary_differences=tokenised.boundary_differences,
+        tokens=int(tokenized.lengths.sum()),
+        supervised_tokens=tokenized.supervised_tokens,
+        normalized=normalized,
+        boundary_checked=tokenized.boundary_checked,
+        boundary_differences=tokenized.boundary_differences,
     )
 
 
-def _variants(records: Iterable[Record], rivals: bool) -> Iterator[_Variant]:
+def _variants(records: Iterable[Record], rivals: bool) -> Iterator[_AnswerVariant]:
     """Each record, followed by its rivals where they are asked for."""
     for number, record in enumerate(records):
-        if record.unanswered:
+        if record.is_prompt_only:
             hint = "prompts alone are for policies that answer themselves: objective.kind: grpo, or rung generate"
             raise DataError("this row has no answer to learn", where=str(record.source), hint=hint)
-        if not rivals and record.bad:
+        if not rivals and record.is_undesirable:
             hint = "leave such rows out, or take objective: {kind: preference, loss: kto}"
             raise DataError("this answer is labelled as bad, and would be learned", where=str(record.source), hint=hint)
         if rivals and record.score is None:
             hint = "objectives that compare take pairs, rankings or ratings, and kto labels (data.format)"
             raise DataError("this row compares nothing", where=str(record.source), hint=hint)
-        yield _Variant(number, OWN, record)
-        for i, rival in enumerate(record.rivals if rivals else ()):
+        yield _AnswerVariant(number, OWN_ANSWER, record)
+        for i, rival in enumerate(record.candidates if rivals else ()):
             answer = replace(record.messages[-1], content=rival.content)
-            yield _Variant(number, i, replace(record, messages=(*record.messages[:-1], answer), rivals=()))
+            yield _AnswerVariant(number, i, replace(record, messages=(*record.messages[:-1], answer), candidates=()))
 
 
-def _documents(chat: Chat, variants: Iterable[_Variant], loss_on: LossOn) -> Iterator[tuple[_Variant, Document]]:
-    for chunk in chunks(variants, lambda v: characters(v.record), count=CHUNK, limit=CHUNK_CHARACTERS):
-        parts = [chat.parts(v.record, loss_on) if v.record.text is None else None for v in chunk]
+def _documents(
+    chat: ChatTemplate, variants: Iterable[_AnswerVariant], loss_on: LossOn
+) -> Iterator[tuple[_AnswerVariant, TokenizedDocument]]:
+    for chunk in chunks(variants, lambda v: character_count(v.record), count=CHUNK, limit=CHUNK_CHARACTERS):
+        parts = [chat.split_conversation(v.record, loss_on) if v.record.text is None else None for v in chunk]
         texts = [[p.text for p in ps] if ps else [v.record.text or ""] for v, ps in zip(chunk, parts, strict=True)]
         pieces = iter(_encoded(chat, texts))
         for variant, own in zip(chunk, parts, strict=True):
             record = variant.record
             if own is None:
-                document = _plain(chat, record, next(pieces))
+                document = _plain_text(chat, record, next(pieces))
             else:
                 real = chat.inserted.first if chat.inserted else None
                 document = _conversation(
@@ -206,7 +208,7 @@ def _documents(chat: Chat, variants: Iterable[_Variant], loss_on: LossOn) -> Ite
             yield variant, document
 
 
-def _plain(chat: Chat, record: Record, ids: list[int]) -> Document:
+def _plain_text(chat: ChatTemplate, record: Record, ids: list[int]) -> TokenizedDocument:
     """Raw text with its stop; everything after the first token is learned."""
     if chat.inserted is not None:
         hint = "put all virtual tokens in front (method.positions)"
@@ -218,10 +220,12 @@ def _plain(chat: Chat, record: Record, ids: list[int]) -> Document:
     supervised = np.ones(len(whole), dtype=bool)
     supervised[0] = False
     expected = f"{chat.tokenizer.bos_token if head else ''}{record.text}{chat.tokenizer.eos_token}"
-    return Document(whole, supervised, 0, 0, expected)
+    return TokenizedDocument(whole, supervised, 0, 0, expected)
 
 
-def _conversation(pieces: list[tuple[bool, str, list[int]]], *, everything: bool, real: int | None) -> Document:
+def _conversation(
+    pieces: list[tuple[bool, str, list[int]]], *, everything: bool, real: int | None
+) -> TokenizedDocument:
     """Pieces one after the other. Ids from `real` on are virtual tokens, which nothing can predict."""
     ids = list(chain.from_iterable(piece for _, _, piece in pieces))
     supervised = np.repeat([s or everything for s, _, _ in pieces], [len(piece) for _, _, piece in pieces])
@@ -229,10 +233,10 @@ def _conversation(pieces: list[tuple[bool, str, list[int]]], *, everything: bool
     if real is not None:
         supervised &= np.array(ids) < real
     prompt = len(pieces[0][2])
-    return Document(ids, supervised, prompt, prompt, "".join(text for answer, text, _ in pieces if answer))
+    return TokenizedDocument(ids, supervised, prompt, prompt, "".join(text for answer, text, _ in pieces if answer))
 
 
-def _trim(chat: Chat, document: Document, limit: int) -> Document:
+def _trim(chat: ChatTemplate, document: TokenizedDocument, limit: int) -> TokenizedDocument:
     """Cut the earliest tokens of the prompt, but keep a leading BOS, and virtual tokens wherever they stand."""
     excess = len(document.ids) - limit
     if excess <= 0:
@@ -264,11 +268,11 @@ def _too_long(what: str, long: Sequence[int], limit: int, records: Sequence[Reco
     )
 
 
-def _boundaries(chat: Chat, sample: Iterable[Record], loss_on: LossOn) -> tuple[int, int]:
+def _boundaries(chat: ChatTemplate, sample: Iterable[Record], loss_on: LossOn) -> tuple[int, int]:
     """Conversations looked at, and those whose whole text has other ids than its pieces."""
     checked = differing = 0
-    for chunk in chunks(sample, characters, count=CHUNK, limit=CHUNK_CHARACTERS):
-        documents = [[p.text for p in chat.parts(r, loss_on)] for r in chunk]
+    for chunk in chunks(sample, character_count, count=CHUNK, limit=CHUNK_CHARACTERS):
+        documents = [[p.text for p in chat.split_conversation(r, loss_on)] for r in chunk]
         pieces = iter(_encoded(chat, documents))
         for whole, texts in zip(chat.encode(["".join(texts) for texts in documents]), documents, strict=True):
             checked += 1
@@ -276,20 +280,20 @@ def _boundaries(chat: Chat, sample: Iterable[Record], loss_on: LossOn) -> tuple[
     return checked, differing
 
 
-def _encoded(chat: Chat, documents: list[list[str]]) -> list[list[int]]:
+def _encoded(chat: ChatTemplate, documents: list[list[str]]) -> list[list[int]]:
     """Ids of all pieces of all documents, one after the other."""
     inner = [i > 0 for texts in documents for i in range(len(texts))]
     return chat.encode(list(chain.from_iterable(documents)), inner)
 
 
-def _decoded(chat: Chat, rows: Sequence[tuple[Example, str, int]]) -> Iterator[str]:
-    compared = [_compared(example, start).tolist() for example, _, start in rows]
+def _decoded(chat: ChatTemplate, rows: Sequence[tuple[Example, str, int]]) -> Iterator[str]:
+    compared = [_compared_texts(example, start).tolist() for example, _, start in rows]
     inner = iter(chat.decode((ids for ids, row in zip(compared, rows, strict=True) if row[2] > 0), inner=True))
     plain = iter(chat.decode(ids for ids, row in zip(compared, rows, strict=True) if row[2] == 0))
     return (next(inner) if start > 0 else next(plain) for _, _, start in rows)
 
 
-def _compared(example: Example, start: int) -> np.ndarray:
+def _compared_texts(example: Example, start: int) -> np.ndarray:
     mask = example.supervised.copy()
     mask[:start] = False
     if start == 0:
@@ -298,7 +302,7 @@ def _compared(example: Example, start: int) -> np.ndarray:
     return compared
 
 
-def _fault(chat: Chat, example: Example, start: int) -> str | None:
+def _preflight_fault(chat: ChatTemplate, example: Example, start: int) -> str | None:
     supervised = example.supervised
     if not supervised.any():
         return "no supervised token"
@@ -313,9 +317,9 @@ def _fault(chat: Chat, example: Example, start: int) -> str | None:
     return None
 
 
-def _normalised(chat: Chat, text: str) -> str | None:
-    normaliser = chat.tokenizer.backend_tokenizer.normalizer
-    return None if normaliser is None else str(normaliser.normalize_str(text))
+def _normalized(chat: ChatTemplate, text: str) -> str | None:
+    normalizer = chat.tokenizer.backend_tokenizer.normalizer
+    return None if normalizer is None else str(normalizer.normalize_str(text))
 
 
 def _difference(text: str, expected: str) -> str:
@@ -323,12 +327,12 @@ def _difference(text: str, expected: str) -> str:
     return f"decodes to {text[at : at + 30]!r} where the template wrote {expected[at : at + 30]!r} (character {at})"
 
 
-PROBED = 8
+TOKENS_PROBED = 8
 """Tokens at the end of a prompt that the gates look at."""
 
 
 @dataclass(frozen=True)
-class Prompted:
+class PromptDataset:
     """Prompts in the order of their records; the `row` of each is its place here."""
 
     examples: list[Example]
@@ -355,10 +359,12 @@ class Prompted:
     def preflight(self) -> Preflight:
         """What gate 1 has to say: there is nothing supervised that could be wrong."""
         n = len(self.examples)
-        return Preflight(n, 0, int(self.lengths.sum()), 0, normalised=0, boundary_checked=0, boundary_differences=0)
+        return Preflight(n, 0, int(self.lengths.sum()), 0, normalized=0, boundary_checked=0, boundary_differences=0)
 
 
-def prompts(chat: Chat, records: Sequence[Record], *, longest: int, overflow: Overflow) -> Prompted:
+def tokenize_prompts(
+    chat: ChatTemplate, records: Sequence[Record], *, longest: int, overflow: Overflow
+) -> PromptDataset:
     """Every question as the template puts it, up to where the answer begins, at most `longest` tokens.
 
     Raises `DataError` for rows without turns, and for prompts that are too long unless `overflow` is `drop`.
@@ -376,7 +382,7 @@ def prompts(chat: Chat, records: Sequence[Record], *, longest: int, overflow: Ov
             continue
         whole = np.array(ids, dtype=np.int32)
         # the end of it as if it were an answer, for the gates alone: what is learned from are answers of the policy
-        supervised = np.arange(len(whole)) >= max(1, len(whole) - PROBED)
+        supervised = np.arange(len(whole)) >= max(1, len(whole) - TOKENS_PROBED)
         kept.append(Example(whole, supervised, record.source, record.weight, record.group, record.task, row=len(kept)))
         own.append(record)
     if long and overflow != "drop":
@@ -388,4 +394,4 @@ def prompts(chat: Chat, records: Sequence[Record], *, longest: int, overflow: Ov
         )
     if not kept:
         raise DataError("no prompt is left", given=f"{len(long)} dropped for their length")
-    return Prompted(kept, own, len(long))
+    return PromptDataset(kept, own, len(long))

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rung.config.evaluation import EvaluateSpec
-from rung.console import Bar
-from rung.data.chat import Chat
+from rung.config.evaluation import EvaluationConfig
+from rung.console import ProgressBar
+from rung.data.chat import ChatTemplate
 from rung.data.messages import expected_text
 from rung.errors import DataError
-from rung.evaluation.prompting import Framing
+from rung.evaluation.prompting import PromptFormat
 from rung.models.generate import Sampling, generate_by_task
 from rung.models.policy import Policy
 from rung.models.tree_attention import has_flat_kernel
@@ -32,7 +32,7 @@ PERPLEXITY = "perplexity"
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class ScoredItem:
     """One question, its answer and its scores."""
 
     source: str
@@ -55,7 +55,7 @@ class Item:
 class Evaluation:
     """Per-item results; every summary is computed from them."""
 
-    items: tuple[Item, ...]
+    items: tuple[ScoredItem, ...]
     seconds_per_query: float
     metrics: tuple[str, ...] = field(default=())
 
@@ -106,15 +106,17 @@ class Evaluation:
     def read(path: Path) -> Evaluation:
         """What `write` wrote."""
         items, about = read_items(path)
-        return Evaluation(tuple(Item(**item) for item in items), about["seconds_per_query"], tuple(about["metrics"]))
+        return Evaluation(
+            tuple(ScoredItem(**item) for item in items), about["seconds_per_query"], tuple(about["metrics"])
+        )
 
 
 def evaluate(
     policy: Policy,
-    chat: Chat,
+    chat: ChatTemplate,
     records: Sequence[Record],
-    framing: Framing,
-    spec: EvaluateSpec,
+    framing: PromptFormat,
+    config: EvaluationConfig,
     *,
     title: str = "evaluate",
 ) -> Evaluation:
@@ -124,21 +126,21 @@ def evaluate(
     where only perplexity is measured, of reading the expected answer.
     Raises `DataError` for records without a question under metrics that need one.
     """
-    generated = [name for name in spec.metrics if name != PERPLEXITY]
+    generated = [name for name in config.metrics if name != PERPLEXITY]
     require_questions(records)
-    limit = policy.base.context - policy.method.virtual_tokens - spec.max_new_tokens
-    prompts = framed(chat, records, framing, limit)
+    limit = policy.base.context - policy.method.virtual_tokens - config.max_new_tokens
+    prompts = prompt_ids(chat, records, framing, limit)
     answers, stopped, seconds = [""] * len(records), [True] * len(records), 0.0
     if generated:
         tasks = [record.task for record in records]
-        answers, stopped, seconds = _answer(policy, chat, prompts, tasks, spec, title)
+        answers, stopped, seconds = _generate_answers(policy, chat, prompts, tasks, config, title)
     nats: Sequence[tuple[float | None, int | None]] = [(None, None)] * len(records)
-    if PERPLEXITY in spec.metrics:
+    if PERPLEXITY in config.metrics:
         started = time.perf_counter()
-        nats = _likelihoods(policy, chat, records, prompts)
+        nats = _answer_nats(policy, chat, records, prompts)
         seconds = seconds or time.perf_counter() - started
     items = tuple(
-        Item(
+        ScoredItem(
             source=str(record.source),
             group=record.group,
             question=record.question,
@@ -153,17 +155,17 @@ def evaluate(
         )
         for record, prompt, answer, done, likelihood in zip(records, prompts, answers, stopped, nats, strict=True)
     )
-    return Evaluation(items, seconds / max(1, len(items)), spec.metrics)
+    return Evaluation(items, seconds / max(1, len(items)), config.metrics)
 
 
-def framed(chat: Chat, records: Sequence[Record], framing: Framing, limit: int) -> list[list[int]]:
+def prompt_ids(chat: ChatTemplate, records: Sequence[Record], framing: PromptFormat, limit: int) -> list[list[int]]:
     """Ids of each prompt. Raises `DataError` for one of more than `limit` tokens."""
     prompts = [chat.prompt_ids(framing.turns(record), tools=record.tools) for record in records]
     if longest := max((p for p in prompts if len(p) > limit), key=len, default=None):
         raise DataError(
             f"this prompt has {len(longest)} tokens and the model takes {limit} before an answer",
             where=str(records[prompts.index(longest)].source),
-            hint="lower evaluate.shots, shorten the contexts or retrieve less, or use a base with a longer context",
+            hint="lower evaluation.shots, shorten the contexts or retrieve less, or use a base with a longer context",
         )
     return prompts
 
@@ -176,38 +178,38 @@ def require_questions(records: Sequence[Record]) -> None:
         raise DataError("plain text has no question to answer", where=str(without.source), hint=hint)
 
 
-def _answer(
+def _generate_answers(
     policy: Policy,
-    chat: Chat,
+    chat: ChatTemplate,
     prompts: Sequence[list[int]],
     tasks: Sequence[str | None],
-    spec: EvaluateSpec,
+    config: EvaluationConfig,
     title: str,
 ) -> tuple[list[str], list[bool], float]:
     started = time.perf_counter()
-    with Bar(title, len(prompts)) as bar:
+    with ProgressBar(title, len(prompts)) as bar:
         answers = generate_by_task(
             policy,
             prompts,
             tasks,
             stop_ids=chat.stop_ids,
-            sampling=Sampling(spec.max_new_tokens),
-            batch=spec.batch,
+            sampling=Sampling(config.max_new_tokens),
+            batch=config.batch,
             on_batch=bar.advance,
         )
     seconds = time.perf_counter() - started
-    texts = [chat.assistant_text(a.drawn).strip() for a in answers]
+    texts = [chat.assistant_text(a.all_tokens).strip() for a in answers]
     return texts, [a.stopped for a in answers], seconds
 
 
 @torch.no_grad()
-def _likelihoods(
-    policy: Policy, chat: Chat, records: Sequence[Record], prompts: Sequence[list[int]]
+def _answer_nats(
+    policy: Policy, chat: ChatTemplate, records: Sequence[Record], prompts: Sequence[list[int]]
 ) -> Sequence[tuple[float | None, int | None]]:
     """Nats and tokens of each expected answer with its stop, given the prompt of this framing."""
     examples = []
     for record, prompt in zip(records, prompts, strict=True):
-        answer = chat.encode([chat.parts(record, "answer")[-1].text], inner=True)[0]
+        answer = chat.encode([chat.split_conversation(record, "answer")[-1].text], inner=True)[0]
         ids = np.array([*prompt, *answer], dtype=np.int32)
         if len(ids) > policy.base.context - policy.method.virtual_tokens:
             raise DataError("prompt and expected answer are longer than the model's context", where=str(record.source))
@@ -216,7 +218,7 @@ def _likelihoods(
     found: dict[Source, tuple[float, int]] = {}
     trees = not has_flat_kernel(policy.device)
     batches = pack(examples, budget, share_prefixes=trees, device=policy.device)
-    for batch in policy.in_turn(batches):  # worked examples in front run once
+    for batch in policy.iterate_batches(batches):  # worked examples in front run once
         nats = torch.zeros(batch.sequences, device=policy.device).index_add_(
             0, batch.loss.owner, -policy.logprobs(batch)
         )

@@ -8,50 +8,50 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from rung.config.climb import Choose
-from rung.data.chat import in_context
-from rung.data.records import distinct
+from rung.config.climb import ExampleSelection
+from rung.data.chat import with_context
+from rung.data.records import distinct_conversations
 from rung.errors import DataError
-from rung.evaluation.retrieval import Index, words
+from rung.evaluation.retrieval import Bm25Index, query_words
 from rung.types import Message, Record
 
 Shots = tuple[Record, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Framing:
+class PromptFormat:
     """How each question is put, behind the context that its record has."""
 
     instruction: str | None = None
     shots: Shots = ()
     """Worked examples in front of every question: encoded once for all."""
-    nearest: Callable[[Record], Shots] | None = None
+    nearest_shots: Callable[[Record], Shots] | None = None
     """Worked examples of each question's own, instead."""
 
     def turns(self, record: Record) -> tuple[Message, ...]:
         """All turns up to the answer: instruction, worked examples, the question."""
-        own = [m for m in _asked(record) if m.role != "system"]
+        own = [m for m in _prompt_turns(record) if m.role != "system"]
         system = [self.instruction, *(m.content for m in record.messages if m.role == "system")]
         head = "\n\n".join(text for text in system if text)
-        shots = self.nearest(record) if self.nearest else self.shots
+        shots = self.nearest_shots(record) if self.nearest_shots else self.shots
         worked = [turn for shot in shots for turn in (*_without_system(shot), shot.messages[-1])]
         return (*((Message("system", head),) if head else ()), *worked, *own)
 
 
 def _without_system(record: Record) -> list[Message]:
-    return [m for m in _asked(record) if m.role != "system"]
+    return [m for m in _prompt_turns(record) if m.role != "system"]
 
 
-def _asked(record: Record) -> list[Message]:
+def _prompt_turns(record: Record) -> list[Message]:
     """The turns before the answer, the context in front of the first question."""
     turns = list(record.messages[:-1])
     if record.context:
         first = next(i for i, m in enumerate(turns) if m.role == "user")
-        turns[first] = replace(turns[first], content=in_context(record.context, turns[first].content))
+        turns[first] = replace(turns[first], content=with_context(record.context, turns[first].content))
     return turns
 
 
-def choose_shots(train: Sequence[Record], count: int, seed: int, choose: Choose = "random") -> Shots:
+def choose_shots(train: Sequence[Record], count: int, seed: int, choose: ExampleSelection = "random") -> Shots:
     """A fixed set of worked examples out of the training split: drawn, or with `coverage` those of `covering`.
 
     Drawn ones are from different groups as long as there are enough. Raises `DataError` when the split has fewer rows
@@ -59,9 +59,11 @@ def choose_shots(train: Sequence[Record], count: int, seed: int, choose: Choose 
     """
     if not count:
         return ()
-    usable = _usable(train, count)
+    usable = _usable_records(train, count)
     if choose == "coverage":
-        return tuple(train[int(usable[i])] for i in covering([words(train[int(i)].question) for i in usable], count))
+        return tuple(
+            train[int(usable[i])] for i in coverage_shots([query_words(train[int(i)].question) for i in usable], count)
+        )
     order = usable[np.random.default_rng([seed, 1]).permutation(len(usable))].tolist()
     chosen: dict[int, Record] = {}
     groups: set[str | None] = set()
@@ -83,17 +85,17 @@ def nearest_shots(train: Sequence[Record], count: int) -> Callable[[Record], Sho
     earlier is nearer, those without a common word included, so there are always `count`. Raises `DataError` when the
     split has fewer rows than asked for.
     """
-    usable = _usable(train, count)
-    index = Index([words(train[int(i)].question) for i in usable])
+    usable = _usable_records(train, count)
+    index = Bm25Index([query_words(train[int(i)].question) for i in usable])
 
     def nearest(record: Record) -> Shots:
-        order = np.argsort(-index.scores(words(record.question)), kind="stable")[:count]
+        order = np.argsort(-index.scores(query_words(record.question)), kind="stable")[:count]
         return tuple(train[int(usable[i])] for i in order[::-1])
 
     return nearest
 
 
-def covering(texts: Sequence[Sequence[str]], count: int) -> list[int]:
+def coverage_shots(texts: Sequence[Sequence[str]], count: int) -> list[int]:
     """Numbers of `count` texts that together cover the words of all: weighted maximum coverage, greedily.
 
     A word weighs as many texts as it stands in; each step takes the text whose words not yet covered weigh most, of
@@ -123,11 +125,12 @@ def covering(texts: Sequence[Sequence[str]], count: int) -> list[int]:
     return chosen
 
 
-def _usable(train: Sequence[Record], count: int) -> NDArray[np.int64]:
-    found = distinct(train)  # a weighted row stands in the split several times
-    usable: NDArray[np.int64] = found[[not train[int(i)].bad for i in found]]
+def _usable_records(train: Sequence[Record], count: int) -> NDArray[np.int64]:
+    found = distinct_conversations(train)  # a weighted row stands in the split several times
+    usable: NDArray[np.int64] = found[[not train[int(i)].is_undesirable for i in found]]
     if len(usable) < count:
         raise DataError(
-            f"{count} worked examples are wanted and the training split has {len(usable)} rows", where="evaluate.shots"
+            f"{count} worked examples are wanted and the training split has {len(usable)} rows",
+            where="evaluation.shots",
         )
     return usable

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rung.config.evaluation import RetrieveSpec
-from rung.data.chat import in_context
+from rung.config.evaluation import RetrievalConfig
+from rung.data.chat import with_context
 from rung.data.messages import expected_text
-from rung.data.read import SUFFIXES, Rejected, stream_rows
+from rung.data.read import SUFFIXES, RejectedRow, stream_rows
 from rung.data.records import Records
 from rung.errors import ConfigError, DataError
 from rung.scoring.stats import score_interval
@@ -28,7 +28,7 @@ K1, B = 1.5, 0.75
 _WORD = re.compile(r"\w+")
 
 
-def words(text: str) -> list[str]:
+def query_words(text: str) -> list[str]:
     """Runs of letters and digits, in compatibility form (NFKC) and casefolded.
 
     No stemming and no stop words: any language that separates its words is treated alike.
@@ -36,7 +36,7 @@ def words(text: str) -> list[str]:
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
-class Index:
+class Bm25Index:
     """BM25 over texts given as words, in bm25s's lucene variant (Lu 2024, arXiv 2407.03618; Kamphuis et al. 2020).
 
     score(q, d) = sum over the words t of q of ln(1 + (N - n + 0.5) / (n + 0.5)) * f / (f + K1 (1 - B + B |d| / L)), of
@@ -69,7 +69,7 @@ TEXTS = (".txt", ".md")
 _PIECE = re.compile(r"\S+")
 
 
-def cut(text: str, size: int, overlap: int) -> list[str]:
+def split_passages(text: str, size: int, overlap: int) -> list[str]:
     """Passages of `size` words (what white space separates), each as it stands in the text, line breaks and all.
 
     Neighbours share `overlap` words; the last two share more, so that no passage is a short rest. A text of at most
@@ -89,12 +89,12 @@ class Library:
     passages: tuple[str, ...]
     longer: tuple[bool, ...]
     """Of each passage, whether it was cut from a longer document."""
-    spec: RetrieveSpec
+    config: RetrievalConfig
     notes: dict[str, int]
     """What was counted: documents, empty ones, passages, duplicates."""
 
     @staticmethod
-    def of(documents: Iterable[str], spec: RetrieveSpec, where: str) -> Library:
+    def from_documents(documents: Iterable[str], config: RetrievalConfig, where: str) -> Library:
         """Cut documents into passages; of equal ones the first stands for all.
 
         Raises `DataError` when no document has a word.
@@ -103,7 +103,11 @@ class Library:
         count = empty = twice = 0
         for document in documents:
             count += 1
-            own = [passage for passage in cut(document, spec.chunk_words, spec.overlap) if words(passage)]
+            own = [
+                passage
+                for passage in split_passages(document, config.chunk_words, config.overlap)
+                if query_words(passage)
+            ]
             empty += not own
             for passage in own:
                 key = " ".join(passage.split())
@@ -118,15 +122,15 @@ class Library:
             "duplicate_passages": twice,
         }
         passages, longer = zip(*found.values(), strict=True)
-        return Library(passages, longer, spec, notes)
+        return Library(passages, longer, config, notes)
 
     @cached_property
     def _words(self) -> list[list[str]]:
-        return [words(passage) for passage in self.passages]
+        return [query_words(passage) for passage in self.passages]
 
     @cached_property
-    def _index(self) -> Index:
-        return Index(self._words)
+    def _index(self) -> Bm25Index:
+        return Bm25Index(self._words)
 
     @property
     def fingerprint(self) -> str:
@@ -138,27 +142,27 @@ class Library:
 
     def find(self, question: str) -> list[int]:
         """Numbers of the passages for a question, best first; none where it shares no word with any."""
-        return self._index.best(words(question), self.spec.top_k)
+        return self._index.best(query_words(question), self.config.top_k)
 
-    def shown(self, record: Record) -> Record:
+    def with_passages(self, record: Record) -> Record:
         """The record with what is found for its question, best first, in place of its context."""
         if not record.messages:  # plain text asks nothing
             return record
         return replace(record, context=self._passages(record.question))
 
-    def before(self, question: str) -> str:
+    def prepend_passages(self, question: str) -> str:
         """A question with what is found for it in front, as a record with that context is asked."""
         found = self._passages(question)
-        return question if found is None else in_context(found, question)
+        return question if found is None else with_context(found, question)
 
     def _passages(self, question: str) -> str | None:
         return "\n\n".join(self.passages[i] for i in self.find(question)) or None
 
-    def shown_all(self, records: Iterable[Record]) -> Records:
+    def with_passages_all(self, records: Iterable[Record]) -> Records:
         """`shown` of each."""
-        return Records.of(map(self.shown, records))
+        return Records.from_records(map(self.with_passages, records))
 
-    def measure(self, records: Sequence[Record]) -> dict[str, Any]:
+    def hit_rate(self, records: Sequence[Record]) -> dict[str, Any]:
         """How well it finds: the hit rate over records that still have their own contexts, ready for JSON.
 
         A question is hit when one of its passages contains the row's own context or, where that is longer than a
@@ -171,10 +175,10 @@ class Library:
             started = time.perf_counter()
             found = self.find(record.question)
             seconds += time.perf_counter() - started
-            own = _spaced(words(record.context or ""))
+            own = _normalize_spaces(query_words(record.context or ""))
             by_context += bool(own)
             without += not found
-            hits.append(any(self._hit(i, own, _spaced(words(expected_text(record)))) for i in found))
+            hits.append(any(self._hit(i, own, _normalize_spaces(query_words(expected_text(record)))) for i in found))
         clusters = [record.group if record.group is not None else str(record.source) for record in records]
         return {
             "hit_rate": score_interval([float(hit) for hit in hits], clusters, binary=True).to_json(),
@@ -184,35 +188,35 @@ class Library:
             "without_passages": without,
             "seconds_per_query": seconds / max(1, len(hits)),
             **self.notes,
-            "from": self.spec.documents,
-            **self.spec.model_dump(include={"chunk_words", "overlap", "top_k"}),
+            "from": self.config.documents,
+            **self.config.model_dump(include={"chunk_words", "overlap", "top_k"}),
         }
 
     def _hit(self, i: int, context: str, answer: str) -> bool:
-        passage = _spaced(self._words[i])
+        passage = _normalize_spaces(self._words[i])
         if context:
             return context in passage or (self.longer[i] and passage in context)
         return bool(answer) and answer in passage
 
 
-def read_documents(spec: RetrieveSpec) -> list[str]:
+def read_documents(config: RetrievalConfig) -> list[str]:
     """The texts that `documents` names, in the order of their paths or rows.
 
     Raises `DataError` for a place without documents, a file that is not UTF-8, and a row without a text.
     """
-    place = Path(spec.documents or "")
+    place = Path(config.documents or "")
     if place.is_dir() or place.suffix.lower() in TEXTS:
-        if spec.column is not None:
+        if config.column is not None:
             what = "column names one of a file of rows, and these are texts"
-            raise ConfigError(what, where="evaluate.retrieve.column", given=spec.column, hint="leave it out")
+            raise ConfigError(what, where="evaluation.retrieve.column", given=config.column, hint="leave it out")
         return _read_texts(place)
-    column, texts = spec.column or "text", []
-    for item in stream_rows(spec.documents or ""):
-        if isinstance(item, Rejected):
+    column, texts = config.column or "text", []
+    for item in stream_rows(config.documents or ""):
+        if isinstance(item, RejectedRow):
             raise DataError("this row of the documents cannot be read", where=str(item.source), given=item.reason)
         text = item.row.get(column)
         if not isinstance(text, str):
-            hint = "name another with evaluate.retrieve.column"
+            hint = "name another with evaluation.retrieve.column"
             known = ", ".join(item.row)
             raise DataError(f"no text in column {column!r}", where=str(item.source), given=known, hint=hint)
         texts.append(text)
@@ -221,7 +225,7 @@ def read_documents(spec: RetrieveSpec) -> list[str]:
 
 def _read_texts(place: Path) -> list[str]:
     if not place.exists():
-        raise DataError("no such file", where=str(place), hint="evaluate.retrieve.documents names it")
+        raise DataError("no such file", where=str(place), hint="evaluation.retrieve.documents names it")
     inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in TEXTS and p.is_file())
     files = inside if place.is_dir() else [place]
     if not files:
@@ -244,12 +248,12 @@ def own_contexts(parts: Iterable[Iterable[Record]]) -> list[str]:
     if not found:
         raise DataError(
             "there is nothing to retrieve from: no row has a context",
-            where="evaluate.retrieve.documents",
+            where="evaluation.retrieve.documents",
             hint="name a folder or a file of documents",
         )
     return list(found)
 
 
-def _spaced(found: Sequence[str]) -> str:
+def _normalize_spaces(found: Sequence[str]) -> str:
     """Words between single spaces, so that one text is within another only at the borders of words."""
     return f" {' '.join(found)} " if found else ""

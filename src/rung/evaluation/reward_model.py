@@ -13,11 +13,11 @@ from scipy.stats import spearmanr
 
 from rung.models.policy import Policy
 from rung.models.tree_attention import has_flat_kernel
-from rung.objectives.pairs import pairs
-from rung.objectives.reward import Reward
+from rung.objectives.pairs import answer_pairs
+from rung.objectives.reward import RewardObjective
 from rung.scoring.stats import Interval, score_interval
 from rung.training.packing import pack_in_slices
-from rung.training.step import read
+from rung.training.step import values_by_document
 from rung.types import Example
 
 BINS = 10
@@ -30,7 +30,7 @@ Verdict = Literal["healthy", "length", "unproven", "broken"]
 
 
 @dataclass(frozen=True, slots=True)
-class Health:
+class RewardModelHealth:
     """Of held-out pairs."""
 
     pairs: int
@@ -61,28 +61,30 @@ class Health:
 
 
 @dataclass(frozen=True)
-class Scorer:
+class RewardScorer:
     """A reward model that scores answers as they are made."""
 
     policy: Policy
-    objective: Reward
+    objective: RewardObjective
 
     def __call__(self, documents: Sequence[Example], budget: int) -> list[float]:
         """Of each document: prompt and answer, its stop the last token."""
         scores = self.objective.scores
-        return read([self.policy], documents, budget, lambda batch: scores(self.policy, batch).tolist())
+        return values_by_document([self.policy], documents, budget, lambda batch: scores(self.policy, batch).tolist())
 
 
 @torch.no_grad()
-def examine(policy: Policy, objective: Reward, examples: Iterable[Example], budget: int) -> Health:
+def score_reward_model(
+    policy: Policy, objective: RewardObjective, examples: Iterable[Example], budget: int
+) -> RewardModelHealth:
     """Score held-out answers, which stand row by row, and judge the scores."""
     differences, longer, clusters = [], [], []
     scores: list[float] = []
     lengths: list[int] = []
     trees = not has_flat_kernel(policy.device)
     batches = pack_in_slices(examples, budget, share_prefixes=trees, device=policy.device)
-    for batch in policy.in_turn(batches):
-        found, own = pairs(batch), objective.scores(policy, batch).tolist()
+    for batch in policy.iterate_batches(batches):
+        found, own = answer_pairs(batch), objective.scores(policy, batch).tolist()
         tokens = [int(d.supervised.sum()) for d in batch.documents]
         for a, b in zip(found.better, found.other, strict=True):
             differences.append(own[a] - own[b])
@@ -91,12 +93,12 @@ def examine(policy: Policy, objective: Reward, examples: Iterable[Example], budg
             clusters.append(first.group if first.group is not None else str(first.source))
         scores += own
         lengths += tokens
-    return judge(differences, longer, clusters, scores, lengths)
+    return reward_model_health(differences, longer, clusters, scores, lengths)
 
 
-def judge(
+def reward_model_health(
     differences: ArrayLike, longer: ArrayLike, clusters: Sequence[str], scores: ArrayLike, lengths: ArrayLike
-) -> Health:
+) -> RewardModelHealth:
     """Health from score differences of pairs [P], how much longer the better answers are [P], and all answers [D]."""
     d, n, r, t = (np.asarray(x, dtype=np.float64) for x in (differences, longer, scores, lengths))
     right = _shares(d)
@@ -107,7 +109,7 @@ def judge(
     by_length = float(spearmanr(r, t).statistic) if varies else 0.0
     known = float(_shares(n).mean())
     verdict, reason = _verdict(accuracy, known, by_length, spread if finite else float("nan"))
-    return Health(len(d), accuracy, known, calibration_error(d), by_length, spread, verdict, reason)
+    return RewardModelHealth(len(d), accuracy, known, calibration_error(d), by_length, spread, verdict, reason)
 
 
 def calibration_error(differences: NDArray[np.float64]) -> float:

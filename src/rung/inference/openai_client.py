@@ -18,9 +18,9 @@ from rung.files import Journal
 
 KEYS = ("RUNG_API_KEY", "OPENAI_API_KEY")
 """Environment variables that may hold the key; it is written nowhere."""
-AT_ONCE = 8
+DEFAULT_CONCURRENCY = 8
 """Requests on their way unless it is said otherwise."""
-AHEAD = 4
+MAX_QUEUED = 4
 """Requests that wait for their turn, for each that is on its way."""
 
 
@@ -32,7 +32,7 @@ class Server:
     """Up to and including `/v1`."""
     model: str
     """Its name there."""
-    concurrency: int = AT_ONCE
+    concurrency: int = DEFAULT_CONCURRENCY
     """Requests on their way at once."""
     retries: int = 6
     """Further tries of a request that fails for a moment."""
@@ -41,7 +41,7 @@ class Server:
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class ServerAnswer:
     """One answer."""
 
     text: str
@@ -50,7 +50,7 @@ class Said:
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class FailedRequest:
     """A prompt that got no answers."""
 
     prompt: int
@@ -58,7 +58,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Request:
+class ChatRequest:
     """One prompt as the server takes it."""
 
     messages: Sequence[Mapping[str, Any]]
@@ -66,33 +66,35 @@ class Request:
     """Further arguments: n, temperature, max_tokens, seed, tools."""
 
 
-def ask(
-    server: Server, requests: Sequence[Request], journal: Journal, on_answer: Callable[[], None]
-) -> tuple[dict[int, list[Said]], list[Failure]]:
+def ask_server(
+    server: Server, requests: Sequence[ChatRequest], journal: Journal, on_answer: Callable[[], None]
+) -> tuple[dict[int, list[ServerAnswer]], list[FailedRequest]]:
     """Answers by the number of their request, each on disk as it comes, and what failed for good.
 
     What the journal holds is not asked again. Raises `ConfigError` where the server refuses the key or does not know
     the model, `CheckpointError` where it cannot be reached; what was answered until then is kept.
     """
-    found = {int(number): [Said(*fields) for fields in kept] for number, kept in journal.known.items()}
-    failures: list[Failure] = []
+    found = {int(number): [ServerAnswer(*fields) for fields in kept] for number, kept in journal.results.items()}
+    failures: list[FailedRequest] = []
     missing = (number for number in range(len(requests)) if number not in found)
-    one = _one_of(server)
-    waiting: dict[Future[list[Said]], int] = {}
+    one = _make_client(server)
+    waiting: dict[Future[list[ServerAnswer]], int] = {}
 
-    def take(future: Future[list[Said]]) -> None:
+    def take(future: Future[list[ServerAnswer]]) -> None:
         number = waiting.pop(future)
         try:
             found[number] = future.result()
         except _RefusedError as error:
-            failures.append(Failure(number, str(error)))
+            failures.append(FailedRequest(number, str(error)))
             return
         journal.add(str(number), [[a.text, a.stopped] for a in found[number]])
         on_answer()
 
     with ThreadPoolExecutor(server.concurrency) as pool:
         try:
-            while _fill(waiting, missing, lambda n: pool.submit(one, requests[n]), AHEAD * server.concurrency):
+            while _submit_waiting(
+                waiting, missing, lambda n: pool.submit(one, requests[n]), MAX_QUEUED * server.concurrency
+            ):
                 for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                     take(future)
         except BaseException:
@@ -107,10 +109,10 @@ class _RefusedError(Exception):
     """One request will never be answered; others may be."""
 
 
-def _fill(
-    waiting: dict[Future[list[Said]], int],
+def _submit_waiting(
+    waiting: dict[Future[list[ServerAnswer]], int],
     missing: Iterator[int],
-    submit: Callable[[int], Future[list[Said]]],
+    submit: Callable[[int], Future[list[ServerAnswer]]],
     most: int,
 ) -> bool:
     """Hand over requests while there is room; whether any is on its way."""
@@ -119,16 +121,16 @@ def _fill(
     return bool(waiting)
 
 
-def _one_of(server: Server) -> Callable[[Request], list[Said]]:
+def _make_client(server: Server) -> Callable[[ChatRequest], list[ServerAnswer]]:
     """What asks one request, with a client that all threads share."""
-    openai = _library()
+    openai = _require_openai()
     key = next((os.environ[name] for name in KEYS if os.environ.get(name)), "none")
     client = openai.OpenAI(base_url=server.url, api_key=key, max_retries=server.retries, timeout=server.timeout)
 
     def clean(error: Exception) -> str:
         return " ".join(str(error).split()).replace(key, "***")[:300] if key != "none" else str(error)[:300]
 
-    def one(request: Request) -> list[Said]:
+    def one(request: ChatRequest) -> list[ServerAnswer]:
         try:
             answer = client.chat.completions.create(
                 model=server.model, messages=list(request.messages), **request.settings
@@ -146,20 +148,22 @@ def _one_of(server: Server) -> Callable[[Request], list[Said]]:
             raise _RefusedError(f"{type(error).__name__}: {clean(error)}") from None
         except ValueError as error:
             raise _RefusedError(f"the answer is not JSON: {clean(error)}") from None
-        return _said(answer, int(request.settings.get("n", 1)))
+        return _parse_answer(answer, int(request.settings.get("n", 1)))
 
     return one
 
 
-def _said(answer: Any, wanted: int) -> list[Said]:
+def _parse_answer(answer: Any, wanted: int) -> list[ServerAnswer]:
     choices = list(getattr(answer, "choices", None) or ())
     texts = [getattr(choice.message, "content", None) for choice in choices if getattr(choice, "message", None)]
     if len(texts) != wanted or any(text is None for text in texts):
         raise _RefusedError(f"{len(texts)} answers where {wanted} were asked for, or one without text")
-    return [Said(str(text), choice.finish_reason == "stop") for text, choice in zip(texts, choices, strict=True)]
+    return [
+        ServerAnswer(str(text), choice.finish_reason == "stop") for text, choice in zip(texts, choices, strict=True)
+    ]
 
 
-def _library() -> Any:
+def _require_openai() -> Any:
     try:
         return import_module("openai")
     except ImportError as error:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from rung.errors import CheckpointError
 
-How = Literal["sum", "ties", "dare", "magnitude"]
+CombineMethod = Literal["sum", "ties", "dare", "magnitude"]
 
 
-class Factors(NamedTuple):
+class LowRankFactors(NamedTuple):
     """One update: D = B A."""
 
     b_OR: Tensor
@@ -32,14 +32,14 @@ class Factors(NamedTuple):
         return self.b_OR @ self.a_RI
 
 
-class Reduced(NamedTuple):
+class TruncatedFactors(NamedTuple):
     """A matrix as factors of a stated rank, and what that lost: the norm of the rest over the norm of the whole."""
 
-    factors: Factors
+    factors: LowRankFactors
     lost: float
 
 
-def factors_of(state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> dict[str, Factors]:
+def lora_factors(state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> dict[str, LowRankFactors]:
     """The updates of a saved LoRA by module name, each with its own scale (rank and alpha patterns, rsLoRA) in B.
 
     Raises `CheckpointError` for an adapter that is no plain LoRA.
@@ -50,7 +50,7 @@ def factors_of(state: Mapping[str, Tensor], config: Mapping[str, Any], where: st
             where=where,
             given="DoRA" if config.get("use_dora") else config.get("peft_type"),
         )
-    found: dict[str, Factors] = {}
+    found: dict[str, LowRankFactors] = {}
     for key, a in state.items():
         if not key.endswith(".lora_A.weight"):
             if ".lora_" not in key:
@@ -60,9 +60,9 @@ def factors_of(state: Mapping[str, Tensor], config: Mapping[str, Any], where: st
         b = state.get(key.replace(".lora_A.", ".lora_B."))
         if b is None:
             raise CheckpointError("a tensor is missing", where=where, given=key.replace(".lora_A.", ".lora_B."))
-        alpha = _of(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
+        alpha = _pattern_value(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
         scale = alpha / (math.sqrt(len(a)) if config.get("use_rslora") else len(a))
-        found[name] = Factors(scale * b.float(), a.float())
+        found[name] = LowRankFactors(scale * b.float(), a.float())
     targets = config.get("target_modules")
     missing = set(targets) - found.keys() if isinstance(targets, list) else set()
     orphans = [k for k in state if k.endswith(".lora_B.weight") and k.replace(".lora_B.", ".lora_A.") not in state]
@@ -71,34 +71,39 @@ def factors_of(state: Mapping[str, Tensor], config: Mapping[str, Any], where: st
     return found
 
 
-def concatenated(updates: Sequence[Factors], weights: Sequence[float]) -> Factors:
+def concatenate(updates: Sequence[LowRankFactors], weights: Sequence[float]) -> LowRankFactors:
     """sum_i w_i D_i exactly, in the sum of the ranks."""
     b = torch.cat([w * u.b_OR for w, u in zip(weights, updates, strict=True)], dim=1)
-    return Factors(b, torch.cat([u.a_RI for u in updates]))
+    return LowRankFactors(b, torch.cat([u.a_RI for u in updates]))
 
 
-def combined(
-    updates: Sequence[Tensor], weights: Sequence[float], how: How, *, density: float, generator: torch.Generator
+def combine(
+    updates: Sequence[Tensor],
+    weights: Sequence[float],
+    how: CombineMethod,
+    *,
+    density: float,
+    generator: torch.Generator,
 ) -> Tensor:
     """One matrix from several [O, I]."""
     weighted = [w * d for w, d in zip(weights, updates, strict=True)]
     if how == "sum":
         return torch.stack(weighted).sum(0)
     if how == "magnitude":
-        return torch.stack([trimmed(d, density) for d in weighted]).sum(0)
+        return torch.stack([trim(d, density) for d in weighted]).sum(0)
     if how == "dare":
-        return torch.stack([dropped(d, density, generator) for d in weighted]).sum(0)
-    return ties([trimmed(d, density) for d in weighted])
+        return torch.stack([drop_and_rescale(d, density, generator) for d in weighted]).sum(0)
+    return ties([trim(d, density) for d in weighted])
 
 
-def trimmed(update: Tensor, density: float) -> Tensor:
+def trim(update: Tensor, density: float) -> Tensor:
     """The share `density` of entries that are largest in magnitude; zero elsewhere."""
     kept = max(1, round(density * update.numel()))
     threshold = update.abs().flatten().kthvalue(update.numel() - kept + 1).values
     return update * (update.abs() >= threshold)
 
 
-def dropped(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
+def drop_and_rescale(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
     """Entries kept with probability `density` and scaled up by its inverse (Yu et al. 2023, section 3)."""
     kept = torch.rand(update.shape, generator=generator, dtype=update.dtype) < density
     return update * kept / density
@@ -112,24 +117,24 @@ def ties(updates: Sequence[Tensor]) -> Tensor:
     return (stacked * agrees).sum(0) / agrees.sum(0).clamp(min=1)
 
 
-def reduced(update: Tensor, rank: int) -> Reduced:
+def truncate(update: Tensor, rank: int) -> TruncatedFactors:
     """The best approximation of this rank, its singular values shared out to both factors (Eckart and Young 1936)."""
     u, s, vh = torch.linalg.svd(update, full_matrices=False)
     rank = min(rank, len(s))
     root = s[:rank].sqrt()
     whole = float(s.norm())
     lost = float(s[rank:].norm()) / whole if whole else 0.0
-    return Reduced(Factors(u[:, :rank] * root, root[:, None] * vh[:rank]), lost)
+    return TruncatedFactors(LowRankFactors(u[:, :rank] * root, root[:, None] * vh[:rank]), lost)
 
 
-def recompressed(factors: Factors, rank: int) -> Reduced:
+def truncate_product(factors: LowRankFactors, rank: int) -> TruncatedFactors:
     """The same for a product of factors, without ever making the matrix."""
     q_b, r_b = torch.linalg.qr(factors.b_OR)
     q_a, r_a = torch.linalg.qr(factors.a_RI.T)
-    small = reduced(r_b @ r_a.T, rank)
-    return Reduced(Factors(q_b @ small.factors.b_OR, small.factors.a_RI @ q_a.T), small.lost)
+    small = truncate(r_b @ r_a.T, rank)
+    return TruncatedFactors(LowRankFactors(q_b @ small.factors.b_OR, small.factors.a_RI @ q_a.T), small.lost)
 
 
-def _of(pattern: Mapping[str, float], name: str, default: float) -> float:
+def _pattern_value(pattern: Mapping[str, float], name: str, default: float) -> float:
     """Peft's rule: a key stands for modules whose name ends with it."""
     return next((value for key, value in pattern.items() if name == key or name.endswith(f".{key}")), default)

@@ -1,4 +1,4 @@
-"""Bottleneck adapters for decoders that normalise before each block: Houlsby's, Pfeiffer's, and the parallel one.
+"""Bottleneck adapters for decoders that normalize before each block: Houlsby's, Pfeiffer's, and the parallel one.
 
 With x the residual stream and f a block (its norm included), a layer becomes
 
@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel
 
-from rung.config.layers import layers_named
-from rung.config.method import BottleneckSpec
+from rung.config.layers import resolve_layers
+from rung.config.method import BottleneckConfig
 from rung.errors import ConfigError, PlanError
-from rung.methods.adapter_files import named, read, write
+from rung.methods.adapter_files import named_adapter_parameters, read_rung_tuner, write_rung_tuner
 from rung.methods.protocol import Method, switched_off
 from rung.models.layers import layers_of
 from rung.models.targets import layer_number, linears_by_role
@@ -44,15 +44,15 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Adapter(nn.Module):
+class BottleneckAdapter(nn.Module):
     """up(activation(down(h))) on the last axis (Houlsby et al. 2019, section 2.1)."""
 
-    def __init__(self, features: int, spec: BottleneckSpec, like: Tensor) -> None:
+    def __init__(self, features: int, config: BottleneckConfig, like: Tensor) -> None:
         super().__init__()
         dtype = torch.promote_types(like.dtype, torch.float32)
-        self.down = nn.Linear(features, spec.width, device=like.device, dtype=dtype)
-        self.up = nn.Linear(spec.width, features, device=like.device, dtype=dtype)
-        self.activation, self.scale = _ACTIVATIONS[spec.activation], spec.scale
+        self.down = nn.Linear(features, config.width, device=like.device, dtype=dtype)
+        self.up = nn.Linear(config.width, features, device=like.device, dtype=dtype)
+        self.activation, self.scale = _ACTIVATIONS[config.activation], config.scale
         nn.init.normal_(self.down.weight, std=START)
         for start in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(start)
@@ -68,29 +68,29 @@ class Bottleneck(Method):
     """A narrow network behind or beside blocks of every chosen layer; the base never moves."""
 
     kind = NAME
-    artefact = "adapter"
+    artifact = "adapter"
     starts_as_base = True
 
-    def __init__(self, model: PreTrainedModel, spec: BottleneckSpec) -> None:
-        self.model, self.spec = model, spec
+    def __init__(self, model: PreTrainedModel, config: BottleneckConfig) -> None:
+        self.model, self.config = model, config
         self.on = True
         features = int(model.config.hidden_size)
         like = next(model.parameters())
-        self.hosts = _hosts(model, spec)
+        self.hosts = _hosts(model, config)
         for host in self.hosts.values():
-            host.add_module(NAME, Adapter(features, spec, like))
+            host.add_module(NAME, BottleneckAdapter(features, config, like))
         for name, host in self.hosts.items():
-            at = _block_ending_in(model, name) or host if spec.placement == "houlsby" else host
-            joined = self._beside if spec.placement == "parallel" else self._behind
+            at = _block_ending_in(model, name) or host if config.placement == "houlsby" else host
+            joined = self._parallel_hook if config.placement == "parallel" else self._sequential_hook
             at.register_forward_hook(partial(joined, host.get_submodule(NAME)))
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Down and up of every adapter."""
-        return named(self.hosts, NAME)
+        return named_adapter_parameters(self.hosts, NAME)
 
     def declared_parameters(self) -> int:
         """Adapters times 2 H w + w + H."""
-        features, width = int(self.model.config.hidden_size), self.spec.width
+        features, width = int(self.model.config.hidden_size), self.config.width
         return len(self.hosts) * (2 * features * width + width + features)
 
     def disabled(self) -> AbstractContextManager[None]:
@@ -99,16 +99,16 @@ class Bottleneck(Method):
 
     def save(self, folder: Path) -> None:
         """Write two files that peft loads once `rung.peft` is imported."""
-        write(
+        write_rung_tuner(
             folder,
             self.hosts,
             NAME,
-            {**self.spec.model_dump(mode="json"), "features": int(self.model.config.hidden_size)},
+            {**self.config.model_dump(mode="json"), "features": int(self.model.config.hidden_size)},
         )
 
     def load(self, folder: Path) -> None:
         """Read them; keys missing or left over raise `CheckpointError`."""
-        read(folder, self.hosts, NAME)
+        read_rung_tuner(folder, self.hosts, NAME)
 
     def merge(self) -> nn.Module:
         """Raises `PlanError`: what is not linear has no place in a weight."""
@@ -117,14 +117,14 @@ class Bottleneck(Method):
             hint="serve the base with the adapter, or train a lora",
         )
 
-    def _behind(self, adapter: nn.Module, at: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    def _sequential_hook(self, adapter: nn.Module, at: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         if not self.on:
             return output
         if isinstance(output, tuple):
             return (output[0] + adapter(output[0]), *output[1:])
         return output + adapter(output)
 
-    def _beside(self, adapter: nn.Module, at: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    def _parallel_hook(self, adapter: nn.Module, at: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         return output + adapter(inputs[0]) if self.on else output
 
 
@@ -135,18 +135,18 @@ def _block_ending_in(model: nn.Module, name: str) -> nn.Module | None:
     return block if own == "down_proj" and {"gate_proj", "up_proj"} <= dict(block.named_children()).keys() else None
 
 
-def _hosts(model: PreTrainedModel, spec: BottleneckSpec) -> dict[str, nn.Module]:
+def _hosts(model: PreTrainedModel, config: BottleneckConfig) -> dict[str, nn.Module]:
     """The modules whose output an adapter joins, by name. Raises `ConfigError` where the model has none of the kind."""
     layers = layers_of(model)
     names = {id(module): name for name, module in model.named_modules()}
-    wanted = layers_named(spec.layers, range(len(layers)))
-    if spec.placement == "pfeiffer":
+    wanted = resolve_layers(config.layers, range(len(layers)))
+    if config.placement == "pfeiffer":
         return {names[id(layer)]: layer for number, layer in enumerate(layers) if number in wanted}
     by_role = linears_by_role(model)
     found = (
-        [*by_role.get("o", ()), *by_role.get("down", ())] if spec.placement == "houlsby" else by_role.get("down", ())
+        [*by_role.get("o", ()), *by_role.get("down", ())] if config.placement == "houlsby" else by_role.get("down", ())
     )
-    if spec.placement == "parallel":  # beside the whole block, which must be a module of its own
+    if config.placement == "parallel":  # beside the whole block, which must be a module of its own
         blocks = dict.fromkeys(name.rpartition(".")[0] for name in found)
         found = [name for name in blocks if id(model.get_submodule(name)) not in {id(layer) for layer in layers}]
     chosen = {name: model.get_submodule(name) for name in found if layer_number(f"{name}.") in wanted}
@@ -154,7 +154,7 @@ def _hosts(model: PreTrainedModel, spec: BottleneckSpec) -> dict[str, nn.Module]
         raise ConfigError(
             "this model has no blocks of the kind that this adapter stands at",
             where="method.placement",
-            given=spec.placement,
+            given=config.placement,
             allowed="pfeiffer, which needs layers alone",
         )
     return chosen

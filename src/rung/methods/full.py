@@ -11,16 +11,16 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from rung.config.method import FullSpec, HeadSpec
+from rung.config.method import FullConfig, HeadConfig
 from rung.errors import ConfigError, PlanError
-from rung.methods.protocol import Method, same_keys, same_shapes
-from rung.models.bfloat16_weights import held_narrow
+from rung.methods.protocol import Method, require_same_keys, require_same_shapes
+from rung.models.bfloat16_weights import keeps_bfloat16_weights
 
 
 class _MovesTheBase(Method):
     """Shared by both: a moved model is saved whole, so that transformers loads it as it is."""
 
-    artefact = "model"
+    artifact = "model"
     starts_as_base = True
     model: PreTrainedModel
 
@@ -30,7 +30,7 @@ class _MovesTheBase(Method):
 
     def save(self, folder: Path) -> None:
         """Write the model as transformers does: in float32, lest the config say bfloat16 and the head be rounded."""
-        if held_narrow(self.model):
+        if keeps_bfloat16_weights(self.model):
             self.model.float()
         self.model.save_pretrained(folder)
 
@@ -38,8 +38,8 @@ class _MovesTheBase(Method):
         """Read what `save` wrote; keys missing or left over raise `CheckpointError`."""
         tensors = {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
         own = dict(self.model.named_parameters())  # tied weights stand once, as save_pretrained writes them
-        same_keys(tensors.keys(), own.keys(), str(folder))
-        same_shapes(own, tensors, str(folder))
+        require_same_keys(tensors.keys(), own.keys(), str(folder))
+        require_same_shapes(own, tensors, str(folder))
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(tensors[name])
@@ -55,7 +55,7 @@ class Full(_MovesTheBase):
 
     kind = "full"
 
-    def __init__(self, model: PreTrainedModel, spec: FullSpec) -> None:
+    def __init__(self, model: PreTrainedModel, config: FullConfig) -> None:
         narrow = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
         self.model = model.float() if narrow else model
         self.model.requires_grad_(True)
@@ -66,7 +66,7 @@ class Full(_MovesTheBase):
         """All of the base that something reads."""
         return sum(int(p.numel()) for p in self.model.parameters()) - self.left
 
-    def leave_head(self) -> None:
+    def freeze_output_head(self) -> None:
         """A head of its own stays as it is; one that is tied moves with the embeddings."""
         head, embeddings = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         if head is not None and head.weight is not embeddings.weight:
@@ -86,7 +86,7 @@ class Head(_MovesTheBase):
 
     kind = "head"
 
-    def __init__(self, model: PreTrainedModel, spec: HeadSpec) -> None:
+    def __init__(self, model: PreTrainedModel, config: HeadConfig) -> None:
         self.model = model
         original = model.get_output_embeddings()
         if not isinstance(original, nn.Linear):
@@ -104,7 +104,7 @@ class Head(_MovesTheBase):
         model.set_output_embeddings(self.head)
         model.config.tie_word_embeddings = False
 
-    def leave_head(self) -> None:
+    def freeze_output_head(self) -> None:
         """Raises `PlanError`: there would be nothing to train."""
         raise PlanError("the output head is all that moves, and this objective does not read it", where="method.kind")
 

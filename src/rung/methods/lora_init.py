@@ -16,33 +16,33 @@ import torch
 from torch import Tensor, nn
 
 from rung.errors import ConfigError
-from rung.methods.protocol import Sample
+from rung.methods.protocol import CalibrationData
 
 GAMMA = 16.0
 """LoRA-GA's factor on the scale of its start: the value of the paper's experiments (Wang et al. 2024)."""
 
 
-class Pair(NamedTuple):
+class LowRankPair(NamedTuple):
     """The two factors of an update."""
 
     b_OR: Tensor
     a_RI: Tensor
 
 
-def pissa(weight_OI: Tensor, rank: int, scale: float) -> Pair:
+def pissa(weight_OI: Tensor, rank: int, scale: float) -> LowRankPair:
     """Principal singular values and vectors: scale * B A is the best approximation of W (Meng et al. 2024, sec. 3)."""
     u, s, vh = torch.linalg.svd(weight_OI, full_matrices=False)
     root = (s[:rank] / scale).sqrt()
-    return Pair(u[:, :rank] * root, root[:, None] * vh[:rank])
+    return LowRankPair(u[:, :rank] * root, root[:, None] * vh[:rank])
 
 
-def olora(weight_OI: Tensor, rank: int) -> Pair:
+def olora(weight_OI: Tensor, rank: int) -> LowRankPair:
     """The first columns of Q and rows of R where W = Q R (Büyükakyüz 2024, section 3)."""
     q, r = torch.linalg.qr(weight_OI)
-    return Pair(q[:, :rank].contiguous(), r[:rank].contiguous())
+    return LowRankPair(q[:, :rank].contiguous(), r[:rank].contiguous())
 
 
-def corda(weight_OI: Tensor, moment_II: Tensor, rank: int, scale: float, *, knowledge: bool) -> Pair:
+def corda(weight_OI: Tensor, moment_II: Tensor, rank: int, scale: float, *, knowledge: bool) -> LowRankPair:
     """Singular vectors of W C, C the second moment of the inputs (Yang et al. 2024, section 3).
 
     The largest ones, which the documents use most; with `knowledge` the smallest, so that what the documents need is
@@ -52,16 +52,16 @@ def corda(weight_OI: Tensor, moment_II: Tensor, rank: int, scale: float, *, know
     u, s, vh = torch.linalg.svd(weight_OI @ moment, full_matrices=False)
     chosen = slice(len(s) - rank, len(s)) if knowledge else slice(rank)
     root = (s[chosen] / scale).sqrt()
-    return Pair(u[:, chosen] * root, root[:, None] * (vh[chosen] @ inverse))
+    return LowRankPair(u[:, chosen] * root, root[:, None] * (vh[chosen] @ inverse))
 
 
-def eva(weight_OI: Tensor, moment_II: Tensor, rank: int) -> Pair:
+def eva(weight_OI: Tensor, moment_II: Tensor, rank: int) -> LowRankPair:
     """A spans the directions in which the inputs vary most, B is zero (Paischer et al. 2024, section 3)."""
     _, vectors = torch.linalg.eigh(moment_II)  # ascending
-    return Pair(weight_OI.new_zeros(len(weight_OI), rank), vectors[:, -rank:].flip(1).T.contiguous())
+    return LowRankPair(weight_OI.new_zeros(len(weight_OI), rank), vectors[:, -rank:].flip(1).T.contiguous())
 
 
-def lora_ga(gradient_OI: Tensor, rank: int) -> Pair:
+def lora_ga(gradient_OI: Tensor, rank: int) -> LowRankPair:
     """Singular vectors of the gradient, different ones for B and A (Wang et al. 2024, section 3).
 
     The first step then changes the product by nearly the direction of the full gradient. Both are scaled by
@@ -70,17 +70,17 @@ def lora_ga(gradient_OI: Tensor, rank: int) -> Pair:
     outputs = len(gradient_OI)
     u, _, v = torch.svd_lowrank(gradient_OI, q=min(4 * rank, *gradient_OI.shape), niter=4)
     factor = outputs**0.25 / GAMMA**0.5
-    return Pair(u[:, rank : 2 * rank] * factor, (v[:, :rank] * factor).T.contiguous())
+    return LowRankPair(u[:, rank : 2 * rank] * factor, (v[:, :rank] * factor).T.contiguous())
 
 
-def loftq(weight_OI: Tensor, quantised_OI: Tensor, rank: int, scale: float) -> Pair:
-    """Make up for what quantising took away: scale * B A is the best approximation of it (Li et al. 2023, algorithm 1).
+def loftq(weight_OI: Tensor, quantized_OI: Tensor, rank: int, scale: float) -> LowRankPair:
+    """Make up for what quantizing took away: scale * B A is the best approximation of it (Li et al. 2023, algorithm 1).
 
-    One round of it, because further ones would quantise another matrix: the quantised base stays that of W.
+    One round of it, because further ones would quantize another matrix: the quantized base stays that of W.
     """
-    u, s, v = torch.svd_lowrank(weight_OI - quantised_OI, q=min(2 * rank, *weight_OI.shape), niter=4)
+    u, s, v = torch.svd_lowrank(weight_OI - quantized_OI, q=min(2 * rank, *weight_OI.shape), niter=4)
     root = (s[:rank] / scale).sqrt()
-    return Pair(u[:, :rank] * root, (v[:, :rank] * root).T.contiguous())
+    return LowRankPair(u[:, :rank] * root, (v[:, :rank] * root).T.contiguous())
 
 
 def check_rank(init: str, rank: int, name: str, outputs: int, inputs: int) -> None:
@@ -112,11 +112,11 @@ def _inverted(moment_II: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-BYTES = 512 * 2**20
+MOMENT_BYTES = 512 * 2**20
 """What moments or gradients may hold at once; more matrices take more passes over the sample."""
 
 
-def gradients(weights: Mapping[str, nn.Parameter], sample: Sample) -> Iterator[tuple[str, Tensor]]:
+def weight_gradients(weights: Mapping[str, nn.Parameter], sample: CalibrationData) -> Iterator[tuple[str, Tensor]]:
     """The loss's gradient of each weight over the sample, in float32 or wider, shaped as the weight."""
     for names in in_chunks({name: w.numel() for name, w in weights.items()}):
         with _widened([weights[name] for name in names]) as parameters:
@@ -125,15 +125,15 @@ def gradients(weights: Mapping[str, nn.Parameter], sample: Sample) -> Iterator[t
             yield found.popitem()
 
 
-def second_moments(
-    modules: Mapping[str, nn.Module], widths: Mapping[str, int], sample: Sample
+def input_second_moments(
+    modules: Mapping[str, nn.Module], widths: Mapping[str, int], sample: CalibrationData
 ) -> Iterator[tuple[str, Tensor]]:
     """Mean of x x^T over the tokens of the sample for the inputs of each module, [I, I] in float32 or wider."""
     for names in in_chunks({name: width**2 for name, width in widths.items()}):
         sums: dict[str, Tensor] = {}
         hooks = [modules[name].register_forward_pre_hook(partial(_add, sums, name)) for name in names]
         try:
-            sample.read()
+            sample.run_forward()
         finally:
             for hook in hooks:
                 hook.remove()
@@ -142,7 +142,7 @@ def second_moments(
             yield name, total / total.new_tensor(sample.tokens)
 
 
-def in_chunks(sizes: Mapping[str, int], limit: int = BYTES) -> Iterator[list[str]]:
+def in_chunks(sizes: Mapping[str, int], limit: int = MOMENT_BYTES) -> Iterator[list[str]]:
     """Names in order, as many at a time as hold at most `limit` bytes of float32; a larger one stands alone."""
     chunk: list[str] = []
     filled = 0

@@ -1,6 +1,6 @@
 """A pool of low-rank experts beside each linear, mixed by a learned router (LoRAMoE, Dou et al. 2023, eq. 4-5).
 
-    y = W x + s sum_e w_e(x) B_e A_e x,    w = softmax(R x), or its k largest entries renormalised (Li et al. 2024)
+    y = W x + s sum_e w_e(x) B_e A_e x,    w = softmax(R x), or its k largest entries renormalized (Li et al. 2024)
 
 All experts of a linear are two products: their A's stand on one another, their B's side by side, and the router's
 weights are multiplied in between. B starts at zero, so the model starts as its base.
@@ -25,12 +25,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rung.config.method import MixtureSpec
+from rung.config.method import MixtureConfig
 from rung.errors import PlanError
-from rung.methods.adapter_files import named, read, write
+from rung.methods.adapter_files import named_adapter_parameters, read_rung_tuner, write_rung_tuner
 from rung.methods.protocol import Method, switched_off
-from rung.models.fused_modules import plain_part
-from rung.models.targets import select
+from rung.models.fused_modules import plain_linear_params
+from rung.models.targets import select_linears
 from rung.types import LossTerm, PackedBatch
 
 NAME = "mixture"
@@ -39,22 +39,22 @@ ROUTER_START = 0.02
 """Standard deviation of the router at the start."""
 
 
-class Experts(nn.Module):
+class ExpertPool(nn.Module):
     """What is added to one linear's output."""
 
-    def __init__(self, inputs: int, outputs: int, spec: MixtureSpec, like: Tensor) -> None:
+    def __init__(self, inputs: int, outputs: int, config: MixtureConfig, like: Tensor) -> None:
         super().__init__()
         device, dtype = like.device, torch.promote_types(like.dtype, torch.float32)
-        self.count, self.rank, self.top = spec.experts, spec.rank, spec.top_k
-        self.scale = (2.0 * spec.rank if spec.alpha is None else spec.alpha) / spec.rank
-        self.router = nn.Parameter(torch.randn(spec.experts, inputs, device=device, dtype=dtype) * ROUTER_START)
-        self.a = nn.Parameter(torch.empty(spec.experts * spec.rank, inputs, device=device, dtype=dtype))
-        self.b = nn.Parameter(torch.zeros(outputs, spec.experts * spec.rank, device=device, dtype=dtype))
+        self.count, self.rank, self.top = config.experts, config.rank, config.top_k
+        self.scale = (2.0 * config.rank if config.alpha is None else config.alpha) / config.rank
+        self.router = nn.Parameter(torch.randn(config.experts, inputs, device=device, dtype=dtype) * ROUTER_START)
+        self.a = nn.Parameter(torch.empty(config.experts * config.rank, inputs, device=device, dtype=dtype))
+        self.b = nn.Parameter(torch.zeros(outputs, config.experts * config.rank, device=device, dtype=dtype))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
-        self.balanced = spec.balance_weight > 0.0
+        self.balanced = config.balance_weight > 0.0
         self.routed: tuple[Tensor, Tensor] | None = None
         """Probabilities and shares [T, E] of the last call with a graph; whoever reads them takes them away."""
-        self.load_E = torch.zeros(spec.experts, device=device, dtype=torch.float64)
+        self.load_E = torch.zeros(config.experts, device=device, dtype=torch.float64)
         """Weight that each expert got in calls with a graph, summed over tokens."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,10 +63,10 @@ class Experts(nn.Module):
         wide_TI = flat_TI.to(torch.promote_types(x.dtype, self.a.dtype))
         with torch.autocast(x.device.type, enabled=False):  # a choice between experts is not made in bfloat16
             probabilities_TE = torch.softmax(wide_TI @ self.router.T, dim=-1)
-        weights_TE = chosen(probabilities_TE, self.top)
+        weights_TE = top_k_weights(probabilities_TE, self.top)
         if torch.is_grad_enabled():
             self.load_E += weights_TE.detach().sum(0)
-            self.routed = (probabilities_TE, shares(weights_TE, self.top)) if self.balanced else None
+            self.routed = (probabilities_TE, expert_shares(weights_TE, self.top)) if self.balanced else None
         low_TER = (wide_TI @ self.a.T).view(-1, self.count, self.rank) * weights_TE[..., None]
         y_TO = self.scale * (low_TER.flatten(1) @ self.b.T)
         return y_TO.view(*x.shape[:-1], -1).to(x.dtype)
@@ -76,52 +76,52 @@ class Mixture(Method):
     """Experts beside the chosen linears; the base never moves."""
 
     kind = NAME
-    artefact = "adapter"
+    artifact = "adapter"
     starts_as_base = True
 
-    def __init__(self, model: PreTrainedModel, spec: MixtureSpec) -> None:
-        self.model, self.spec = model, spec
+    def __init__(self, model: PreTrainedModel, config: MixtureConfig) -> None:
+        self.model, self.config = model, config
         self.on = True
         self.hosts: dict[str, nn.Module] = {}
         like = next(model.parameters())
-        for name in select(model, spec.targets, spec.layers):
+        for name in select_linears(model, config.targets, config.layers):
             host = model.get_submodule(name)
-            part = plain_part(host)
+            part = plain_linear_params(host)
             assert part is not None  # noqa: S101 -- for the type checker: targets are linears
             outputs, inputs = part.weight.shape
-            host.add_module(NAME, Experts(inputs, outputs, spec, like))
-            host.register_forward_hook(self._beside)
+            host.add_module(NAME, ExpertPool(inputs, outputs, config, like))
+            host.register_forward_hook(self._add_experts)
             self.hosts[name] = host
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Router, A and B of every linear."""
-        return named(self.hosts, NAME)
+        return named_adapter_parameters(self.hosts, NAME)
 
     def declared_parameters(self) -> int:
         """Sum over linears of E I + E r (I + O)."""
-        spec, total = self.spec, 0
+        config, total = self.config, 0
         for host in self.hosts.values():
-            outputs, inputs = plain_part(host).weight.shape  # type: ignore[union-attr]
-            total += spec.experts * (inputs + spec.rank * (inputs + outputs))
+            outputs, inputs = plain_linear_params(host).weight.shape  # type: ignore[union-attr]
+            total += config.experts * (inputs + config.rank * (inputs + outputs))
         return total
 
     def disabled(self) -> AbstractContextManager[None]:
         """The base alone, inside the context."""
         return switched_off(self)
 
-    def keeps_apart(self) -> str | None:
+    def prefix_sharing_blocker(self) -> str | None:
         """The balance, which is counted by document."""
-        return "a mixture's balance counts each token for its own document" if self.spec.balance_weight else None
+        return "a mixture's balance counts each token for its own document" if self.config.balance_weight else None
 
-    def runs_again(self) -> bool:
+    def supports_recompute(self) -> bool:
         """Not while the balance is read off what the routers gave the first time."""
-        return self.spec.balance_weight == 0.0
+        return self.config.balance_weight == 0.0
 
     def penalty(self, batch: PackedBatch) -> list[LossTerm]:
         """`balance` times the mean over linears of each document's balance loss, summed over documents."""
-        if not self.spec.balance_weight:
+        if not self.config.balance_weight:
             return []
-        owner_T = owners(batch)
+        owner_T = document_of_token(batch)
         total: list[Tensor] = []
         for experts in self._experts().values():
             routed, experts.routed = experts.routed, None
@@ -130,7 +130,7 @@ class Mixture(Method):
                 total.append(balance_loss(probabilities_TE, shares_TE, owner_T, batch.sequences))
         if not total:
             return []
-        return [LossTerm(self.spec.balance_weight * torch.stack(total).mean(), "sequences", "balance")]
+        return [LossTerm(self.config.balance_weight * torch.stack(total).mean(), "sequences", "balance")]
 
     def statistics(self) -> Mapping[str, Any]:
         """For `run.json`: by linear, the share of the router's weight that each expert got in training."""
@@ -142,7 +142,7 @@ class Mixture(Method):
         """What the experts got so far."""
         return {name: own.load_E.tolist() for name, own in self._experts().items()}
 
-    def resume(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on counting."""
         experts = self._experts()
         for name, load in state.items():
@@ -150,11 +150,11 @@ class Mixture(Method):
 
     def save(self, folder: Path) -> None:
         """Write two files that peft loads once `rung.peft` is imported."""
-        write(folder, self.hosts, NAME, self.spec.model_dump(mode="json"))
+        write_rung_tuner(folder, self.hosts, NAME, self.config.model_dump(mode="json"))
 
     def load(self, folder: Path) -> None:
         """Read them; keys missing or left over raise `CheckpointError`."""
-        read(folder, self.hosts, NAME)
+        read_rung_tuner(folder, self.hosts, NAME)
 
     def merge(self) -> nn.Module:
         """Raises `PlanError`: which experts act depends on the token."""
@@ -166,11 +166,11 @@ class Mixture(Method):
     def _experts(self) -> dict[str, Any]:
         return {name: host.get_submodule(NAME) for name, host in self.hosts.items()}
 
-    def _beside(self, host: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    def _add_experts(self, host: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         return output + host.get_submodule(NAME)(inputs[0]) if self.on else output
 
 
-def chosen(probabilities_TE: Tensor, top: int | None) -> Tensor:
+def top_k_weights(probabilities_TE: Tensor, top: int | None) -> Tensor:
     """The weights of the experts: all, or the `top` largest, adding up to 1 again."""
     if top is None or top >= probabilities_TE.shape[1]:
         return probabilities_TE
@@ -179,7 +179,7 @@ def chosen(probabilities_TE: Tensor, top: int | None) -> Tensor:
     return torch.zeros_like(probabilities_TE).scatter(1, places, values)
 
 
-def owners(batch: PackedBatch) -> Tensor:
+def document_of_token(batch: PackedBatch) -> Tensor:
     """The document of each token of a row without shared parts, int64 [T]."""
     owner_T = torch.empty(len(batch.ids), dtype=torch.long)
     for number, rows in enumerate(batch.rows):
@@ -187,7 +187,7 @@ def owners(batch: PackedBatch) -> Tensor:
     return owner_T.to(batch.ids.device)
 
 
-def shares(weights_TE: Tensor, top: int | None) -> Tensor:
+def expert_shares(weights_TE: Tensor, top: int | None) -> Tensor:
     """How much of each token an expert got: a k-th if it was chosen, or the weight itself where all act."""
     if top is None or top >= weights_TE.shape[1]:
         return weights_TE

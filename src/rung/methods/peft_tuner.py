@@ -22,36 +22,36 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rung.config.base import ALL_LINEAR
-from rung.config.method import PeftSpec
+from rung.config.method import PeftTunerConfig
 from rung.errors import ConfigError, PlanError
-from rung.methods.adapter_files import read_state, write_peft
-from rung.methods.lora import DROPPED, quiet
-from rung.methods.protocol import Method, same_keys, same_shapes
-from rung.models.fused_modules import plain_part
-from rung.models.fused_ops import Part
-from rung.models.targets import select
+from rung.methods.adapter_files import read_state, write_peft_files
+from rung.methods.lora import DROPPED_ADAPTER, without_peft_warnings
+from rung.methods.protocol import Method, require_same_keys, require_same_shapes
+from rung.models.fused_modules import plain_linear_params
+from rung.models.fused_ops import LinearParams
+from rung.models.targets import select_linears
 
 
-class Passthrough(Method):
+class PeftTuner(Method):
     """peft's tuner under Rung's engine: its own forward, its own file."""
 
     kind = "peft"
-    artefact = "adapter"
+    artifact = "adapter"
 
-    def __init__(self, model: PreTrainedModel, spec: PeftSpec) -> None:
-        self.model, self.spec = model, spec
-        self.starts_as_base = spec.starts_as_base
-        config = _config(model, spec)
+    def __init__(self, model: PreTrainedModel, config: PeftTunerConfig) -> None:
+        self.model, self.config = model, config
+        self.starts_as_base = config.starts_as_base
+        peft_config = _peft_config(model, config)
         model.float()  # peft's tuners compute in the type the weights are held in
         try:
-            self.peft: PeftModel = quiet(get_peft_model, model, config)
+            self.peft: PeftModel = without_peft_warnings(get_peft_model, model, peft_config)
         except (ValueError, TypeError, NotImplementedError, KeyError, AttributeError) as error:
             what = f"peft does not take this config: {error}"
-            raise ConfigError(what, where="method.config", given=spec.config.get("peft_type")) from error
+            raise ConfigError(what, where="method.config", given=config.config.get("peft_type")) from error
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self._trainable:
             what = "peft found nothing in this model that this tuner could train"
-            raise ConfigError(what, where="method.config", given=spec.config.get("peft_type"))
+            raise ConfigError(what, where="method.config", given=config.config.get("peft_type"))
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """What peft leaves free."""
@@ -67,40 +67,40 @@ class Passthrough(Method):
         with self.peft.disable_adapter():
             yield
 
-    def part(self, module: nn.Module) -> Part | None:
+    def linear_params(self, module: nn.Module) -> LinearParams | None:
         """A plain linear as it stands; whatever belongs to a tuner computes itself."""
-        return None if isinstance(module, BaseTunerLayer) else plain_part(module)
+        return None if isinstance(module, BaseTunerLayer) else plain_linear_params(module)
 
-    def keeps_apart(self) -> str | None:
+    def prefix_sharing_blocker(self) -> str | None:
         """Dropout, if the tuner's config asks for it."""
-        return DROPPED if any("dropout" in key and value for key, value in self.spec.config.items()) else None
+        return DROPPED_ADAPTER if any("dropout" in key and value for key, value in self.config.config.items()) else None
 
     def save(self, folder: Path) -> None:
         """Write peft's two files."""
-        write_peft(folder, self._state(), self.peft.peft_config["default"].to_dict())
+        write_peft_files(folder, self._state(), self.peft.peft_config["default"].to_dict())
 
     def load(self, folder: Path) -> None:
         """Read them; keys missing or left over raise `CheckpointError`."""
         state, own = read_state(folder), self._state()
-        same_keys(state.keys(), own.keys(), str(folder))
-        same_shapes(own, state, str(folder))
-        quiet(set_peft_model_state_dict, self.peft, state)
+        require_same_keys(state.keys(), own.keys(), str(folder))
+        require_same_shapes(own, state, str(folder))
+        without_peft_warnings(set_peft_model_state_dict, self.peft, state)
 
     def merge(self) -> nn.Module:
         """The base with the tuner folded in, where peft can. Raises `PlanError` where it cannot."""
         try:
-            merged: nn.Module = quiet(self.peft.merge_and_unload, safe_merge=True)
+            merged: nn.Module = without_peft_warnings(self.peft.merge_and_unload, safe_merge=True)
         except (AttributeError, NotImplementedError, ValueError) as error:
             raise PlanError(f"peft cannot fold this tuner into the base: {error}") from error
         return merged
 
     def _state(self) -> dict[str, Tensor]:
-        return dict(quiet(get_peft_model_state_dict, self.peft, save_embedding_layers=False))
+        return dict(without_peft_warnings(get_peft_model_state_dict, self.peft, save_embedding_layers=False))
 
 
-def _config(model: PreTrainedModel, spec: PeftSpec) -> PeftConfig:
+def _peft_config(model: PreTrainedModel, config: PeftTunerConfig) -> PeftConfig:
     """Peft's config. Raises `ConfigError` for a tuner that is not there, is Rung's own, or takes other settings."""
-    given: dict[str, Any] = dict(spec.config)
+    given: dict[str, Any] = dict(config.config)
     kind = str(given.get("peft_type", "")).upper()
     if kind in REPLACED:
         own = REPLACED[kind]
@@ -117,24 +117,24 @@ def _config(model: PreTrainedModel, spec: PeftSpec) -> PeftConfig:
         refused = {key: given[key] for key in ("task_type", "inference_mode") if key in given}
         raise ConfigError("a run trains a model that writes", where="method.config", given=refused)
     given |= {"peft_type": kind, "task_type": "CAUSAL_LM"}
-    chosen = spec.targets != ALL_LINEAR or spec.layers is not None
+    chosen = config.targets != ALL_LINEAR or config.layers is not None
     if chosen and (kind in _NO_TARGETS or "target_modules" in given):
         why = "finds its modules itself" if kind in _NO_TARGETS else "names them in its config"
         raise ConfigError(f"targets and layers would do nothing: this tuner {why}", where="method", given=kind)
     if kind not in _NO_TARGETS:
-        given.setdefault("target_modules", select(model, spec.targets, spec.layers))
+        given.setdefault("target_modules", select_linears(model, config.targets, config.layers))
     if kind == "IA3" and isinstance(given["target_modules"], list):
         # by whole names, as the targets are: stock peft refuses a file in which they are none of them
         ends = given.get("feedforward_modules", FEED_FORWARD)
         ends = [ends] if isinstance(ends, str) else ends
         given["feedforward_modules"] = [n for n in given["target_modules"] if n.endswith(tuple(ends))] if ends else []
     try:
-        config = get_peft_config(given)
+        peft_config = get_peft_config(given)
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error), where="method.config", given=kind) from error
-    if hasattr(config, "fan_in_fan_out") and any(isinstance(module, Conv1D) for module in model.modules()):
-        config.fan_in_fan_out = True  # GPT-2 stores its weights transposed
-    return config
+    if hasattr(peft_config, "fan_in_fan_out") and any(isinstance(module, Conv1D) for module in model.modules()):
+        peft_config.fan_in_fan_out = True  # GPT-2 stores its weights transposed
+    return peft_config
 
 
 FEED_FORWARD = ("down_proj", "fc_out", "fc2", "dense_4h_to_h", "mlp.c_proj")

@@ -21,15 +21,15 @@ from peft import PeftConfig, PrefixTuningConfig, PromptTuningConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rung.config.method import PrefixSpec, PromptSpec, PTuningSpec, encoder_parameters, in_front
+from rung.config.method import PrefixConfig, PromptConfig, PTuningConfig, encoder_parameter_count, front_virtual_tokens
 from rung.errors import ConfigError, DataError, PlanError
-from rung.methods.adapter_files import CONFIG, read_state, write_peft
-from rung.methods.protocol import Method, Sample, same_keys, same_shapes, switched_off
-from rung.models.policy import Virtual
+from rung.methods.adapter_files import CONFIG, read_state, write_peft_files
+from rung.methods.protocol import CalibrationData, Method, require_same_keys, require_same_shapes, switched_off
+from rung.models.policy import VirtualTokenStates
 
-TENSOR = "prompt_embeddings"
+PROMPT_TENSOR = "prompt_embeddings"
 """peft's name, for prompts and for prefixes."""
-ALL = ""
+ALL_TASKS = ""
 """The task of a method that learns one thing for all."""
 FREQUENT = 5000
 """`vocabulary` draws from as many of the first tokens: vocabularies begin with what is frequent."""
@@ -42,25 +42,25 @@ ENCODED = 1.0
 class VirtualTokens(Method):
     """Rows [P, width] for each task, learned as they are or made by an encoder."""
 
-    artefact = "adapter"
+    artifact = "adapter"
     starts_as_base = False
     """Something stands before the document that was not there."""
 
-    def __init__(self, model: PreTrainedModel, spec: PromptSpec | PrefixSpec | PTuningSpec) -> None:
-        self.model, self.spec, self.kind = model, spec, spec.kind
+    def __init__(self, model: PreTrainedModel, config: PromptConfig | PrefixConfig | PTuningConfig) -> None:
+        self.model, self.config, self.kind = model, config, config.kind
         self.seed = torch.initial_seed()  # what `attach` has just set
-        self.count, self.front, self.on = spec.virtual_tokens, in_front(spec), True
-        self.tasks = spec.tasks or (ALL,)
-        config = model.config
-        self.features, self.layers = int(config.hidden_size), int(config.num_hidden_layers)
-        heads = int(config.num_attention_heads)
-        self.kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-        self.head_width = int(getattr(config, "head_dim", None) or self.features // heads)
-        self.every_layer = isinstance(spec, PrefixSpec) or getattr(spec, "layers", None) == "all"
+        self.count, self.front, self.on = config.virtual_tokens, front_virtual_tokens(config), True
+        self.tasks = config.tasks or (ALL_TASKS,)
+        model_config = model.config
+        self.features, self.layers = int(model_config.hidden_size), int(model_config.num_hidden_layers)
+        heads = int(model_config.num_attention_heads)
+        self.kv_heads = int(getattr(model_config, "num_key_value_heads", None) or heads)
+        self.head_width = int(getattr(model_config, "head_dim", None) or self.features // heads)
+        self.every_layer = isinstance(config, PrefixConfig) or getattr(config, "layers", None) == "all"
         self.width = 2 * self.layers * self.kv_heads * self.head_width if self.every_layer else self.features
         weight: Tensor = model.get_input_embeddings().weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.encoder = encoder_of(spec, self.features, self.width)
+        self.encoder = make_encoder(config, self.features, self.width)
         if self.encoder is not None:
             self.encoder.to(weight.device, dtype)
         std = ENCODED if self.encoder is not None else START if self.every_layer else float(weight.float().std())
@@ -68,7 +68,7 @@ class VirtualTokens(Method):
         self.tables = {
             task: nn.Parameter((torch.randn(shape, dtype=dtype) * std).to(weight.device)) for task in self.tasks
         }
-        needs_tokens = self.encoder is None and getattr(spec, "init", None) != "random"
+        needs_tokens = self.encoder is None and getattr(config, "init", None) != "random"
         self.sample_size = int(needs_tokens)  # for the tokenizer and the model: the documents are not looked at
 
     @property
@@ -81,11 +81,11 @@ class VirtualTokens(Method):
         """Those that stand inside, behind the ones in front in every table; 0 inside `disabled`."""
         return self.count - self.front if self.on else 0
 
-    def rows(self, task: str | None) -> Tensor:
+    def task_rows(self, task: str | None) -> Tensor:
         """All of a task, [P, width], with the graph. Raises `DataError` for a task without any."""
         return self._rows(self._named(task))
 
-    def virtual(self, rows: Tensor) -> Virtual:
+    def virtual_states(self, rows: Tensor) -> VirtualTokenStates:
         """Embeddings [P, H], or keys and values [1, K, P, D] by layer."""
         if not self.every_layer:
             return rows[: self.front]
@@ -93,39 +93,39 @@ class VirtualTokens(Method):
         both = [pair.unbind(0) for pair in pairs.unbind(0)]
         return {layer: (key[None], value[None]) for layer, (key, value) in enumerate(both)}
 
-    def inserted(self, rows: Tensor) -> Tensor:
+    def inserted_embeddings(self, rows: Tensor) -> Tensor:
         """Embeddings of those that stand inside."""
         return rows[self.front :]
 
-    def reached(self, tasks: Collection[str | None]) -> Collection[str] | None:
+    def trainable_for_tasks(self, tasks: Collection[str | None]) -> Collection[str] | None:
         """The tables of these tasks, and the encoder."""
-        if self.tasks == (ALL,):
+        if self.tasks == (ALL_TASKS,):
             return None
-        others = {f"{TENSOR}.{task}" for task in self.tasks if task not in tasks}
+        others = {f"{PROMPT_TENSOR}.{task}" for task in self.tasks if task not in tasks}
         return self.trainable().keys() - others
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The rows of each task, or what an encoder makes them from, and the encoder."""
-        own = {f"{TENSOR}.{task}" if task else TENSOR: table for task, table in self.tables.items()}
+        own = {f"{PROMPT_TENSOR}.{task}" if task else PROMPT_TENSOR: table for task, table in self.tables.items()}
         encoder = {} if self.encoder is None else dict(self.encoder.named_parameters())
         return {**own, **{f"encoder.{name}": parameter for name, parameter in encoder.items()}}
 
     def declared_parameters(self) -> int:
         """Tasks times P times the width of a row, or of the encoder's inputs, and the encoder's own."""
         rows = len(self.tasks) * self.count * (self.width if self.encoder is None else self.features)
-        return rows + encoder_parameters(self.spec, self.features, self.width)
+        return rows + encoder_parameter_count(self.config, self.features, self.width)
 
     def disabled(self) -> AbstractContextManager[None]:
         """The base alone, inside the context: documents begin with their own first token."""
         return switched_off(self)
 
-    def calibrate(self, sample: Sample, start: Path | None = None) -> None:
+    def calibrate(self, sample: CalibrationData, start: Path | None = None) -> None:
         """Begin with the embeddings, or the keys and values, of real tokens."""
         if start is not None:
             self.load(start)
             return
         for number, table in enumerate(self.tables.values()):
-            text = getattr(self.spec, "init_text", None)
+            text = getattr(self.config, "init_text", None)
             if text is not None:
                 ids = text_ids(sample.tokenizer, text, self.count)
             else:
@@ -135,8 +135,8 @@ class VirtualTokens(Method):
 
     def save(self, folder: Path) -> None:
         """Write peft's two files; of several tasks, in a folder for each."""
-        if self.tasks == (ALL,):
-            self._write(folder, self._rows(ALL))
+        if self.tasks == (ALL_TASKS,):
+            self._write(folder, self._rows(ALL_TASKS))
             return
         folder.mkdir(parents=True, exist_ok=True)
         listed = {"peft_type": "RUNG_TASKS", "tasks": {task: _folder(i) for i, task in enumerate(self.tasks)}}
@@ -148,11 +148,11 @@ class VirtualTokens(Method):
         """Read them; an encoder, if there was one, has done its work. Other keys raise `CheckpointError`."""
         found = {}
         for i, task in enumerate(self.tasks):
-            own = folder if self.tasks == (ALL,) else folder / _folder(i)
+            own = folder if self.tasks == (ALL_TASKS,) else folder / _folder(i)
             state = read_state(own)
-            same_keys(state.keys(), {TENSOR}, str(own))
-            same_shapes({TENSOR: torch.empty(self.count, self.width, device="meta")}, state, str(own))
-            found[task] = state[TENSOR]
+            require_same_keys(state.keys(), {PROMPT_TENSOR}, str(own))
+            require_same_shapes({PROMPT_TENSOR: torch.empty(self.count, self.width, device="meta")}, state, str(own))
+            found[task] = state[PROMPT_TENSOR]
         with torch.no_grad():
             for task, rows in found.items():
                 if self.encoder is None:
@@ -170,8 +170,8 @@ class VirtualTokens(Method):
         )
 
     def _named(self, task: str | None) -> str:
-        if self.tasks == (ALL,):
-            return ALL
+        if self.tasks == (ALL_TASKS,):
+            return ALL_TASKS
         if task not in self.tables:
             raise DataError(
                 "nothing was learned for this task",
@@ -187,7 +187,7 @@ class VirtualTokens(Method):
         made: Tensor = self.encoder(self.tables[task])
         return made
 
-    def _of_tokens(self, sample: Sample, ids: Sequence[int]) -> Tensor:
+    def _of_tokens(self, sample: CalibrationData, ids: Sequence[int]) -> Tensor:
         if not self.every_layer:
             rows: Tensor = self.model.get_input_embeddings()(torch.tensor(list(ids), device=self.model.device))
             return rows
@@ -197,8 +197,8 @@ class VirtualTokens(Method):
 
     def _write(self, folder: Path, rows: Tensor) -> None:
         if self.front < self.count:  # peft puts all of them in front, and would not notice
-            own = {"peft_type": "RUNG_P_TUNING", "task_type": "CAUSAL_LM", "spec": self.spec.model_dump()}
-            write_peft(folder, {TENSOR: rows}, own)
+            own = {"peft_type": "RUNG_P_TUNING", "task_type": "CAUSAL_LM", "config": self.config.model_dump()}
+            write_peft_files(folder, {PROMPT_TENSOR: rows}, own)
             return
         heads = self.kv_heads if self.every_layer else int(self.model.config.num_attention_heads)
         kind = PrefixTuningConfig if self.every_layer else PromptTuningConfig
@@ -210,10 +210,10 @@ class VirtualTokens(Method):
             num_attention_heads=heads,
             num_layers=self.layers,
         )
-        write_peft(folder, {TENSOR: rows}, config.to_dict())
+        write_peft_files(folder, {PROMPT_TENSOR: rows}, config.to_dict())
 
 
-class _Lstm(nn.Module):
+class _LstmEncoder(nn.Module):
     """Two layers in both directions, then linear, ReLU, linear (Liu et al. 2021, eq. 3)."""
 
     def __init__(self, features: int, hidden: int, width: int) -> None:
@@ -227,16 +227,16 @@ class _Lstm(nn.Module):
         return made
 
 
-def encoder_of(spec: PromptSpec | PrefixSpec | PTuningSpec, features: int, width: int) -> nn.Module | None:
+def make_encoder(config: PromptConfig | PrefixConfig | PTuningConfig, features: int, width: int) -> nn.Module | None:
     """The network that makes rows of this width from embeddings; None where rows are learned as they are."""
-    if isinstance(spec, PTuningSpec):
-        hidden = spec.hidden or features // 2
-        if spec.encoder == "lstm":
-            return _Lstm(features, hidden, width)
+    if isinstance(config, PTuningConfig):
+        hidden = config.hidden or features // 2
+        if config.encoder == "lstm":
+            return _LstmEncoder(features, hidden, width)
         first, second = nn.Linear(features, hidden), nn.Linear(hidden, hidden)
         return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Linear(hidden, width))
-    if isinstance(spec, PrefixSpec) and spec.projection is not None:
-        return nn.Sequential(nn.Linear(features, spec.projection), nn.Tanh(), nn.Linear(spec.projection, width))
+    if isinstance(config, PrefixConfig) and config.projection is not None:
+        return nn.Sequential(nn.Linear(features, config.projection), nn.Tanh(), nn.Linear(config.projection, width))
     return None
 
 

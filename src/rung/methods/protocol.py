@@ -11,23 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from rung.errors import CheckpointError
-from rung.models.fused_modules import plain_part
-from rung.models.fused_ops import Part
-from rung.models.policy import Virtual
+from rung.models.fused_modules import plain_linear_params
+from rung.models.fused_ops import LinearParams
+from rung.models.policy import VirtualTokenStates
 from rung.types import LossTerm, PackedBatch
 
 
-class Moving(NamedTuple):
+class TrainableSet(NamedTuple):
     """What moves in a step. The gradients of everything else are off, and its moments are dropped."""
 
     names: Collection[str]
-    anew: bool = False
+    restarted: bool = False
     """Drop the moments of what moves as well: it begins again."""
-    turns: bool = False
+    changes_for_good: bool = False
     """From here on it is another model: what was measured before does not compare."""
 
 
-class Sample(Protocol):
+class CalibrationData(Protocol):
     """Training documents that a method may look at before the first step."""
 
     tokens: int
@@ -35,7 +35,7 @@ class Sample(Protocol):
     tokenizer: Any
     """The base's own."""
 
-    def read(self) -> None:
+    def run_forward(self) -> None:
         """Run them once, without gradient; every linear is called as a module, so hooks see its inputs."""
         ...
 
@@ -52,7 +52,7 @@ class Method(Protocol):
     """A base with some numbers free to move. What most methods have nothing of is written out here."""
 
     kind: str
-    artefact: str
+    artifact: str
     """Folder a finished run keeps it in: `adapter` or `model`."""
     starts_as_base: bool
     """Whether the model answers exactly like the base before the first step."""
@@ -73,23 +73,23 @@ class Method(Protocol):
         """The base alone, inside the context. Raises `PlanError` where the base itself has moved."""
         ...
 
-    def part(self, module: nn.Module) -> Part | None:
+    def linear_params(self, module: nn.Module) -> LinearParams | None:
         """How a linear computes with this method, for `models.fused_modules`; None where only the module itself can."""
-        return plain_part(module)
+        return plain_linear_params(module)
 
-    def leave_head(self) -> None:
+    def freeze_output_head(self) -> None:
         """The objective does not read the model's output head: it must not move. Raises `PlanError` if all does."""
         return
 
-    def keeps_apart(self) -> str | None:
+    def prefix_sharing_blocker(self) -> str | None:
         """Why one copy of a shared prefix may not stand for several; None where it may."""
         return None
 
-    def runs_again(self) -> bool:
+    def supports_recompute(self) -> bool:
         """Whether a layer may compute a second time in the backward pass, to hold less."""
         return True
 
-    def reached(self, tasks: Collection[str | None]) -> Collection[str] | None:
+    def trainable_for_tasks(self, tasks: Collection[str | None]) -> Collection[str] | None:
         """Names of what documents of these tasks can move; None is everything."""
         return None
 
@@ -108,18 +108,18 @@ class Method(Protocol):
         """
         ...
 
-    def calibrate(self, sample: Sample, start: Path | None = None) -> None:
+    def calibrate(self, sample: CalibrationData, start: Path | None = None) -> None:
         """Set what starts from weights, activations or gradients, before the first step of a run.
 
         `start` is a folder that `save` wrote when the run began: a resumed run takes that up.
         """
         return
 
-    def at_step(self, step: int) -> Moving | None:
-        """Called before each optimiser step, counted from 0; None lets everything move."""
+    def at_step(self, step: int) -> TrainableSet | None:
+        """Called before each optimizer step, counted from 0; None lets everything move."""
         return None
 
-    def rate_factor(self, name: str) -> float:
+    def learning_rate_factor(self, name: str) -> float:
         """Learning rate of a trainable over the run's."""
         return 1.0
 
@@ -135,7 +135,7 @@ class Method(Protocol):
         """What a checkpoint keeps besides the trained numbers, as JSON."""
         return {}
 
-    def resume(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         """Take up what `state` gave when the run was stopped."""
         return
 
@@ -144,11 +144,11 @@ class Method(Protocol):
         """How many positions it puts before every document; 0 where it is off."""
         return 0
 
-    def rows(self, task: str | None) -> Tensor:
+    def task_rows(self, task: str | None) -> Tensor:
         """What virtual tokens are made of for documents of this task, with the graph."""
         return torch.empty(0, 0)
 
-    def virtual(self, rows: Tensor) -> Virtual:
+    def virtual_states(self, rows: Tensor) -> VirtualTokenStates:
         """Those that stand before a document: embeddings [P, H], or keys and values by layer."""
         return {}
 
@@ -157,7 +157,7 @@ class Method(Protocol):
         """How many ids beyond the vocabulary stand for something learned; 0 where it is off."""
         return 0
 
-    def inserted(self, rows: Tensor) -> Tensor:
+    def inserted_embeddings(self, rows: Tensor) -> Tensor:
         """Their embeddings [P, H]."""
         return rows
 
@@ -172,7 +172,7 @@ def switched_off(method: Any) -> Iterator[None]:
         method.on = before
 
 
-def same_shapes(own: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
+def require_same_shapes(own: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
     """Raise `CheckpointError` naming the first tensor of another shape: copying would stretch it."""
     for name, value in own.items():
         if value.shape != found[name].shape:
@@ -184,7 +184,7 @@ def same_shapes(own: Mapping[str, Tensor], found: Mapping[str, Tensor], where: s
             )
 
 
-def same_keys(found: object, expected: object, where: str) -> None:
+def require_same_keys(found: object, expected: object, where: str) -> None:
     """Raise `CheckpointError` naming the first missing and left-over keys."""
     have, want = set(found), set(expected)  # type: ignore[call-overload]
     if have != want:

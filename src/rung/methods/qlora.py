@@ -1,6 +1,6 @@
 """LoRA on a base held in 4 or 8 bits (QLoRA, Dettmers et al. 2023), through bitsandbytes.
 
-Every linear of the layers is quantised once, when the method is attached; embeddings, norms and the head stay as they
+Every linear of the layers is quantized once, when the method is attached; embeddings, norms and the head stay as they
 are. It saves memory, not time: each product first widens its matrix again.
 """
 
@@ -14,73 +14,73 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rung.config.method import QloraSpec
+from rung.config.method import QloraConfig
 from rung.errors import PlanError
-from rung.methods.layer_selection import sampled
-from rung.methods.lora import OWN, Lora
-from rung.methods.lora_init import Pair, check_rank, loftq
-from rung.models.bfloat16_weights import held_narrow
-from rung.models.fused_modules import plain_part
-from rung.models.targets import layer_number, select
+from rung.methods.layer_selection import with_layer_sampling
+from rung.methods.lora import TRAINED_ADAPTER, Lora
+from rung.methods.lora_init import LowRankPair, check_rank, loftq
+from rung.models.bfloat16_weights import keeps_bfloat16_weights
+from rung.models.fused_modules import plain_linear_params
+from rung.models.targets import layer_number, select_linears
 
 BLOCK = 64
 """Numbers that share one scale."""
 _FLAGS = {4: "is_loaded_in_4bit", 8: "is_loaded_in_8bit"}
 
 
-def qlora(model: PreTrainedModel, spec: QloraSpec) -> Lora:
-    """LoRA beside a quantised W: the adapter learns around the rounding, because it is there in training."""
-    starts = quantise(model, spec)
-    method = Lora(model, spec, QuantisedBase())
+def make_qlora(model: PreTrainedModel, config: QloraConfig) -> Lora:
+    """LoRA beside a quantized W: the adapter learns around the rounding, because it is there in training."""
+    starts = quantize(model, config)
+    method = Lora(model, config, QuantizedBase())
     for name, (b_OR, a_RI) in starts.items():
         layer = method.layer(name)
-        layer.lora_A[OWN].weight.data.copy_(a_RI)
-        layer.lora_B[OWN].weight.data.copy_(b_OR)
-    return sampled(method)
+        layer.lora_A[TRAINED_ADAPTER].weight.data.copy_(a_RI)
+        layer.lora_B[TRAINED_ADAPTER].weight.data.copy_(b_OR)
+    return with_layer_sampling(method)
 
 
-class QuantisedBase:
+class QuantizedBase:
     """What LoRA has to know of the base it stands on."""
 
-    def merged(self, layer: Any) -> nn.Module:
-        """The dequantised linear with B A added: what was trained and measured, in full width again."""
-        plain: Any = _widened(layer.base_layer)
-        delta = layer.get_delta_weight(OWN).to(plain.weight.dtype)
+    def merged_linear(self, layer: Any) -> nn.Module:
+        """The dequantized linear with B A added: what was trained and measured, in full width again."""
+        plain: Any = _dequantized_linear(layer.base_layer)
+        delta = layer.get_delta_weight(TRAINED_ADAPTER).to(plain.weight.dtype)
         with torch.no_grad():
             plain.weight += delta.T if isinstance(plain, Conv1D) else delta
         return plain  # type: ignore[no-any-return]
 
-    def widen(self, model: nn.Module) -> None:
-        """Hold every quantised matrix in full width from now on."""
+    def dequantize(self, model: nn.Module) -> None:
+        """Hold every quantized matrix in full width from now on."""
         for name, module in list(model.named_modules()):
-            if is_quantised(module):
-                model.set_submodule(name, _widened(module))
+            if is_quantized(module):
+                model.set_submodule(name, _dequantized_linear(module))
         for flag in _FLAGS.values():
             setattr(model, flag, False)
 
 
-def library() -> Any:
-    """The library of quantised linears. Raises `PlanError` where it is not installed."""
+def require_bitsandbytes() -> Any:
+    """The library of quantized linears. Raises `PlanError` where it is not installed."""
     try:
         import bitsandbytes
     except ImportError as error:
         raise PlanError(
-            "a quantised base needs bitsandbytes",
+            "a quantized base needs bitsandbytes",
             where="method.kind",
             given="qlora",
-            hint="pip install 'rung[quantised]'",
+            hint="pip install 'rung[quantized]'",
         ) from error
     return bitsandbytes
 
 
-def is_quantised(module: nn.Module) -> bool:
+def is_quantized(module: nn.Module) -> bool:
     """Whether a module is a linear of bitsandbytes."""
     return type(module).__module__.startswith("bitsandbytes.") and hasattr(module, "weight")
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """The matrix [O, I] that a quantised linear multiplies with, in float32."""
-    bnb, weight = library(), cast(Any, module.weight)
+    """The matrix [O, I] that a quantized linear multiplies with, in float32."""
+    bnb, weight = require_bitsandbytes(), cast(Any, module.weight)
     if hasattr(weight, "CB"):  # the first product moves both from the weight to the module's state
         held = weight if weight.CB is not None else cast(Any, module.state)
         scaled: Tensor = held.CB.float() * held.SCB.float()[:, None] / 127.0
@@ -89,42 +89,42 @@ def dense_weight(module: nn.Module) -> Tensor:
     return found.float()
 
 
-def quantise(model: PreTrainedModel, spec: QloraSpec) -> dict[str, Pair]:
+def quantize(model: PreTrainedModel, config: QloraConfig) -> dict[str, LowRankPair]:
     """Replace the linears of all layers, one at a time: two copies of the whole are never held.
 
     Returns the starts that `init: loftq` reads off what was lost, by target; nothing otherwise.
     """
-    starts: dict[str, Pair] = {}
-    compute = torch.bfloat16 if _in_bfloat16(model) else torch.float32
+    starts: dict[str, LowRankPair] = {}
+    compute = torch.bfloat16 if _to_bfloat16(model) else torch.float32
     targets = {name: m for name, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)}
-    wanted = set(select(model, spec.targets, spec.layers)) if spec.init == "loftq" else set()
+    wanted = set(select_linears(model, config.targets, config.layers)) if config.init == "loftq" else set()
     for name, module in targets.items():
         if layer_number(f"{name}.") is None:
             continue
-        part = plain_part(module)
+        part = plain_linear_params(module)
         assert part is not None  # noqa: S101 -- for the type checker: a linear has one
         weight = part.weight.detach().float().contiguous()
-        made = (_in_four_bits if spec.bits == 4 else _in_eight_bits)(weight, part.bias, spec, compute)
+        made = (_to_four_bits if config.bits == 4 else _to_eight_bits)(weight, part.bias, config, compute)
         if name in wanted:
-            check_rank("loftq", spec.rank, name, *weight.shape)
-            scale = (spec.alpha or 2.0 * spec.rank) / (spec.rank**0.5 if spec.rslora else spec.rank)
-            starts[name] = loftq(weight, dense_weight(made), spec.rank, scale)
+            check_rank("loftq", config.rank, name, *weight.shape)
+            scale = (config.alpha or 2.0 * config.rank) / (config.rank**0.5 if config.rslora else config.rank)
+            starts[name] = loftq(weight, dense_weight(made), config.rank, scale)
         made.transposed = isinstance(module, Conv1D)  # type: ignore[assignment]
         model.set_submodule(name, made)
         module.weight = None
-    setattr(model, _FLAGS[spec.bits], True)  # peft asks for it
+    setattr(model, _FLAGS[config.bits], True)  # peft asks for it
     return starts
 
 
-def _in_four_bits(weight: Tensor, bias: Tensor | None, spec: QloraSpec, compute: torch.dtype) -> nn.Module:
-    bnb = library()
+def _to_four_bits(weight: Tensor, bias: Tensor | None, config: QloraConfig, compute: torch.dtype) -> nn.Module:
+    bnb = require_bitsandbytes()
     outputs, inputs = weight.shape
     made = bnb.nn.Linear4bit(
         inputs,
         outputs,
         bias=bias is not None,
         compute_dtype=compute,
-        compress_statistics=spec.double_quantised,
+        compress_statistics=config.double_quant,
         quant_type="nf4",
         device="meta",
     )
@@ -132,32 +132,32 @@ def _in_four_bits(weight: Tensor, bias: Tensor | None, spec: QloraSpec, compute:
         weight,
         requires_grad=False,
         blocksize=BLOCK,
-        compress_statistics=spec.double_quantised,
+        compress_statistics=config.double_quant,
         quant_type="nf4",
         module=made,
     ).to(weight.device)
     # On processors with AVX512-BF16 an evaluation would repack the weights for a kernel that knows no gradient, and
     # training after it would go on without one.
     made.support_avx512bf16_for_cpu = False
-    made.bias = _frozen(bias)
+    made.bias = _frozen_bias(bias)
     return made  # type: ignore[no-any-return]
 
 
-def _in_eight_bits(weight: Tensor, bias: Tensor | None, spec: QloraSpec, compute: torch.dtype) -> nn.Module:
-    bnb = library()
+def _to_eight_bits(weight: Tensor, bias: Tensor | None, config: QloraConfig, compute: torch.dtype) -> nn.Module:
+    bnb = require_bitsandbytes()
     outputs, inputs = weight.shape
     made = bnb.nn.Linear8bitLt(inputs, outputs, bias=bias is not None, has_fp16_weights=False, device="meta")
     made.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(weight.device)
     # On a processor it rounds its inputs in evaluation and not in training: then what is measured would not be what
     # was trained.
     made.train = MethodType(lambda self, mode=True: self, made)
-    made.bias = _frozen(bias)
+    made.bias = _frozen_bias(bias)
     return made  # type: ignore[no-any-return]
 
 
-def _widened(module: nn.Module) -> nn.Module:
-    """A quantised linear as a plain one with the same numbers; a plain one as it is."""
-    if not is_quantised(module):
+def _dequantized_linear(module: nn.Module) -> nn.Module:
+    """A quantized linear as a plain one with the same numbers; a plain one as it is."""
+    if not is_quantized(module):
         return module
     weight = dense_weight(module)
     plain: Any
@@ -167,13 +167,13 @@ def _widened(module: nn.Module) -> nn.Module:
     else:
         plain = nn.Linear(weight.shape[1], weight.shape[0], module.bias is not None, device="meta")
     plain.weight = nn.Parameter(weight, requires_grad=False)
-    plain.bias = _frozen(cast(Any, module.bias))
+    plain.bias = _frozen_bias(cast(Any, module.bias))
     return plain  # type: ignore[no-any-return]
 
 
-def _frozen(bias: Tensor | None) -> nn.Parameter | None:
+def _frozen_bias(bias: Tensor | None) -> nn.Parameter | None:
     return None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
 
-def _in_bfloat16(model: PreTrainedModel) -> bool:
-    return next(model.parameters()).dtype is torch.bfloat16 and not held_narrow(model)
+def _to_bfloat16(model: PreTrainedModel) -> bool:
+    return next(model.parameters()).dtype is torch.bfloat16 and not keeps_bfloat16_weights(model)

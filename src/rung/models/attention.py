@@ -19,7 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 from rung.errors import PlanError
 from rung.models.kv_cache import Prefix, attend_one_token
-from rung.models.tree_attention import KeysValues, Rule, attend, attend_tree, path_mask, repeat
+from rung.models.tree_attention import AttentionParams, KeysValues, attend, attend_tree, path_mask, repeat_kv
 from rung.types import Segment
 
 NAME = "rung"
@@ -49,7 +49,7 @@ def tree_attention(
     shared: Mapping[int, KeysValues] | None = kwargs.pop("shared", None)
     captured: dict[int, KeysValues] | None = kwargs.pop("capture", None)
     before: Prefix | None = kwargs.pop("prefix", None)
-    rule = Rule(scaling, kwargs.pop("softcap", None), kwargs.pop("sliding_window", None), dropout)
+    rule = AttentionParams(scaling, kwargs.pop("softcap", None), kwargs.pop("sliding_window", None), dropout)
     kwargs.pop("is_causal", None)
     if unknown := sorted(k for k, v in kwargs.items() if v is not None and k not in _HARMLESS):
         raise PlanError(
@@ -73,7 +73,7 @@ def _decode(
     value: Tensor,
     mask: Tensor | None,
     prefix: KeysValues | None,
-    rule: Rule,
+    rule: AttentionParams,
 ) -> Tensor:
     """Prompts and their continuation, row by row: bool mask [B, 1, Q, S] of the rows' own keys, or None for causal."""
     length, width = query.shape[2:]
@@ -94,7 +94,7 @@ def _decode(
         )
         mask = torch.cat([mask.new_ones(*mask.shape[:3], shared), mask], dim=3)
     groups = query.shape[1] // key.shape[1]
-    out = attend(query, repeat(key, groups), repeat(value, groups), mask, rule, causal=mask is None)
+    out = attend(query, repeat_kv(key, groups), repeat_kv(value, groups), mask, rule, causal=mask is None)
     return out.transpose(1, 2).contiguous()
 
 

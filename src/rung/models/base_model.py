@@ -18,13 +18,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rung.config.support import refusal_of_model
+from rung.config.support import model_refusal
 from rung.errors import PlanError
-from rung.planning.architecture import Shape, shape_of
+from rung.planning.architecture import ModelShape, shape_from_config
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseModel:
     """A loaded base and what must be known to load it again."""
 
     model: PreTrainedModel
@@ -35,7 +35,7 @@ class Base:
     """Of the weights, independent of the dtype they are loaded in."""
     compute_dtype: torch.dtype
 
-    def twin(self) -> Base:
+    def share_weights(self) -> BaseModel:
         """The same weights in modules of its own: an adapter on one is not seen by the other. For a base as loaded."""
         held: dict[int, Tensor] = {id(t): t for t in self.model.buffers()}
         # parameters of its own over the same memory: whatever widens one of them leaves the others as they are
@@ -43,9 +43,9 @@ class Base:
         return replace(self, model=copy.deepcopy(self.model, held))
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> ModelShape:
         """Its numbers, that memory follows from."""
-        return shape_of(self.model.config.to_dict())
+        return shape_from_config(self.model.config.to_dict())
 
     @property
     def context(self) -> int:
@@ -88,9 +88,7 @@ def disable_dropout(config: Any) -> None:
 
 def refuse_unsupported(config: Any) -> None:
     """Raise `PlanError` with the reason for an architecture that cannot be trained here."""
-    if reason := refusal_of_model(
-        config.model_type, encoder_decoder=bool(getattr(config, "is_encoder_decoder", False))
-    ):
+    if reason := model_refusal(config.model_type, encoder_decoder=bool(getattr(config, "is_encoder_decoder", False))):
         raise PlanError(reason, where="model.name", given=config.model_type)
 
 

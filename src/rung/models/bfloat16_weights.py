@@ -37,7 +37,7 @@ def compute_in_float32(model: nn.Module) -> None:
             narrow.add(id(module.weight))
         elif type(module) is nn.Embedding:
             narrow.add(id(module.weight))
-            module.forward = _WideRows(module)  # type: ignore[method-assign, assignment]
+            module.forward = _WidenedEmbedding(module)  # type: ignore[method-assign, assignment]
     for module in model.modules():  # an embedding with a formula of its own computes in its weight's type
         if isinstance(module, nn.Embedding) and type(module) is not nn.Embedding:
             narrow.discard(id(module.weight))
@@ -46,18 +46,18 @@ def compute_in_float32(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def held_narrow(model: nn.Module) -> bool:
+def keeps_bfloat16_weights(model: nn.Module) -> bool:
     """Whether `compute_in_float32` was here: a base that computes in bfloat16 holds everything in it."""
     return {torch.bfloat16, torch.float32} <= {p.dtype for p in model.parameters()}
 
 
-def lost_precision(model: nn.Module) -> bool:
+def has_rounded_buffers(model: nn.Module) -> bool:
     """Whether a number that the file does not hold (a scale, a frequency) was rounded to bfloat16 at loading."""
     return any(buffer.dtype is torch.bfloat16 for buffer in model.buffers())
 
 
 @contextmanager
-def seeming_wide(modules: Iterable[nn.Module]) -> Iterator[None]:
+def report_float32_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, matrices of these modules held in bfloat16 claim to be float32: what is made beside them is drawn so.
 
     Their values are not there meanwhile.
@@ -72,7 +72,7 @@ def seeming_wide(modules: Iterable[nn.Module]) -> Iterator[None]:
             parameter.data = data
 
 
-class _WideRows:
+class _WidenedEmbedding:
     """The rows of an embedding that are looked up, widened."""
 
     def __init__(self, module: nn.Embedding) -> None:

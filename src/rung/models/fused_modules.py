@@ -1,6 +1,6 @@
 """Puts the functions of `models/fused_ops.py` under the modules of a model, where they compute the same.
 
-A module is recognised by its structure and, where a formula could differ between architectures, by trying: it keeps its
+A module is recognized by its structure and, where a formula could differ between architectures, by trying: it keeps its
 own forward unless ours agrees with it. The files a run writes do not change, only what a step keeps and how fast it is.
 """
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rung.models.fused_ops import ACTIVATIONS, Activation, Part, gated, gated_linear, linears, rms_norm
+from rung.models.fused_ops import ACTIVATIONS, Activation, LinearParams, gated, gated_linear, linears, rms_norm
 
-PartOf = Callable[[nn.Module], Part | None]
+LinearParamsOf = Callable[[nn.Module], LinearParams | None]
 """Reads a linear module at the moment of a call; None where only the module itself can compute."""
 
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -24,22 +24,22 @@ _AGREES = 1e-5
 """Largest difference of a norm from ours on unit normal input; one rounding of float32 is 1e-7."""
 
 
-def plain_part(module: nn.Module) -> Part | None:
+def plain_linear_params(module: nn.Module) -> LinearParams | None:
     """A linear without an adapter; transposed for GPT-2's Conv1D."""
     linear: Any = module
     if type(module) is nn.Linear:
-        return Part(linear.weight, linear.bias)
+        return LinearParams(linear.weight, linear.bias)
     if type(module) is Conv1D:
-        return Part(linear.weight.T, linear.bias)
+        return LinearParams(linear.weight.T, linear.bias)
     return None
 
 
-def fuse(model: nn.Module, part_of: PartOf = plain_part) -> dict[str, int]:
+def install_fused_forwards(model: nn.Module, part_of: LinearParamsOf = plain_linear_params) -> dict[str, int]:
     """Install everything that fits; returns how many norms, gated blocks and linears compute through our functions.
 
     All linears do, adapted or not: a weight may be narrower than its input, and the fused function widens it.
     """
-    unfuse(model)
+    remove_fused_forwards(model)
     counts = {"norms": 0, "gated": 0, "linears": 0}
     tried: dict[type, bool] = {}
     for module in list(model.modules()):
@@ -50,34 +50,34 @@ def fuse(model: nn.Module, part_of: PartOf = plain_part) -> dict[str, int]:
         for names in _TOGETHER:
             members = [getattr(module, name, None) for name in names]
             if all(isinstance(m, nn.Module) and part_of(m) is not None for m in members):
-                shared = _SharedInput(members, part_of)  # type: ignore[arg-type]
+                shared = _SharedInputLinears(members, part_of)  # type: ignore[arg-type]
                 for member in shared.members:
-                    member.forward = _Fused(member, part_of, shared)
+                    member.forward = _FusedLinear(member, part_of, shared)
                 done.update(shared.members)
     for module in list(model.modules()):
         if module not in done and part_of(module) is not None:
-            module.forward = _Fused(module, part_of)
+            module.forward = _FusedLinear(module, part_of)
             done.add(module)
     counts["linears"] = len(done)
     return counts
 
 
-def left_alone(model: nn.Module, part_of: PartOf) -> list[str]:
+def unfused_linears(model: nn.Module, part_of: LinearParamsOf) -> list[str]:
     """Names of adapted linears that compute through their library's own forward (dropout, DoRA)."""
     return [name for name, m in model.named_modules() if hasattr(m, "base_layer") and part_of(m) is None]
 
 
-def unfuse(model: nn.Module) -> None:
+def remove_fused_forwards(model: nn.Module) -> None:
     """Give every module its own forward back."""
     for module in _fused_modules(model):
         del module.forward
 
 
 @contextmanager
-def own_forwards(model: nn.Module) -> Iterator[None]:
+def original_forwards(model: nn.Module) -> Iterator[None]:
     """Inside, every module computes as transformers and peft wrote it: the oracle of the step-0 gate."""
     taken = {module: module.forward for module in _fused_modules(model)}
-    unfuse(model)
+    remove_fused_forwards(model)
     try:
         yield
     finally:
@@ -86,13 +86,15 @@ def own_forwards(model: nn.Module) -> Iterator[None]:
 
 
 def _fused_modules(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if isinstance(vars(m).get("forward"), _Fused | _Norm | _Gated)]
+    return [
+        m for m in model.modules() if isinstance(vars(m).get("forward"), _FusedLinear | _FusedNorm | _FusedGatedBlock)
+    ]
 
 
-class _SharedInput:
+class _SharedInputLinears:
     """Linears that are called one after another with the same tensor: the first call computes all of them."""
 
-    def __init__(self, members: Sequence[nn.Module], part_of: PartOf) -> None:
+    def __init__(self, members: Sequence[nn.Module], part_of: LinearParamsOf) -> None:
         self.members = list(members)
         self.part_of = part_of
         self.source: Tensor | None = None
@@ -118,10 +120,10 @@ class _SharedInput:
         return found
 
 
-class _Fused:
+class _FusedLinear:
     """The forward of a linear module."""
 
-    def __init__(self, module: nn.Module, part_of: PartOf, shared: _SharedInput | None = None) -> None:
+    def __init__(self, module: nn.Module, part_of: LinearParamsOf, shared: _SharedInputLinears | None = None) -> None:
         self.module, self.part_of, self.shared = module, part_of, shared
         self.own = module.forward
 
@@ -153,12 +155,12 @@ def _fuse_norm(module: nn.Module) -> bool:
     limit = 1e-1 if weight.dtype in (torch.bfloat16, torch.float16) else _AGREES
     for offset, ours in candidates:
         if ours.dtype == expected.dtype and (ours - expected).abs().max() <= limit:
-            module.forward = _Norm(module, eps, offset)
+            module.forward = _FusedNorm(module, eps, offset)
             return True
     return False
 
 
-class _Norm:
+class _FusedNorm:
     def __init__(self, module: nn.Module, eps: float, offset: float) -> None:
         self.module, self.eps, self.offset = module, eps, offset
 
@@ -166,14 +168,14 @@ class _Norm:
         return rms_norm(x, self.module.weight, self.eps, self.offset)  # type: ignore[arg-type]
 
 
-def _fuse_gated(module: nn.Module, part_of: PartOf, tried: dict[type, bool]) -> bool:
+def _fuse_gated(module: nn.Module, part_of: LinearParamsOf, tried: dict[type, bool]) -> bool:
     """down(act(gate(x)) * up(x)) as one backward pass, where that is what the module computes: tried once a class."""
     linear = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     if not all(isinstance(m, nn.Module) and hasattr(m, "in_features") for m in linear):
         return False
     if (activation := _activation(getattr(module, "act_fn", None))) is None:
         return False
-    ours = _Gated(module, activation, part_of)
+    ours = _FusedGatedBlock(module, activation, part_of)
     if type(module) not in tried:
         tried[type(module)] = _computes_the_same(module, ours, linear)
     if tried[type(module)]:
@@ -182,7 +184,7 @@ def _fuse_gated(module: nn.Module, part_of: PartOf, tried: dict[type, bool]) -> 
 
 
 @torch.no_grad()
-def _computes_the_same(module: nn.Module, ours: _Gated, linears: Sequence[Any]) -> bool:
+def _computes_the_same(module: nn.Module, ours: _FusedGatedBlock, linears: Sequence[Any]) -> bool:
     """On a little random input, in float32 at least: a base held narrow could not run its own forward."""
     parameters = [p for linear in linears for p in linear.parameters() if p.is_floating_point()]
     device = next(linears[0].parameters()).device
@@ -204,8 +206,8 @@ def _computes_the_same(module: nn.Module, ours: _Gated, linears: Sequence[Any]) 
     return same_shape and bool(torch.allclose(expected, found, rtol=1e-3, atol=1e-3 * float(expected.abs().max())))
 
 
-class _Gated:
-    def __init__(self, module: nn.Module, activation: Activation, part_of: PartOf) -> None:
+class _FusedGatedBlock:
+    def __init__(self, module: nn.Module, activation: Activation, part_of: LinearParamsOf) -> None:
         self.module, self.activation, self.part_of = module, activation, part_of
 
     def __call__(self, x: Tensor) -> Any:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from rung.models.matmul import linear, product
+from rung.models.matmul import linear, matmul
 
 Activation = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
 """A function and its backward pass (gradient, input) -> gradient."""
@@ -32,7 +32,7 @@ ACTIVATIONS: dict[str, Activation] = {
 """By the names transformers gives them."""
 
 
-class Part(NamedTuple):
+class LinearParams(NamedTuple):
     """One linear: y = x W^T + bias + scale * (x A^T) B^T (Hu et al. 2021, eq. 3)."""
 
     weight: Tensor  # [O, I]; may be bfloat16 beside float32 inputs: it is widened for the product, which is exact
@@ -42,18 +42,18 @@ class Part(NamedTuple):
     scale: float = 1.0
 
 
-def linears(x: Tensor, parts: Sequence[Part]) -> tuple[Tensor, ...]:
+def linears(x: Tensor, parts: Sequence[LinearParams]) -> tuple[Tensor, ...]:
     """Several linears of one input [..., I]: the low-rank products of all go as one, the input is kept once.
 
     An input that `rms_norm` made is not kept at all: the backward pass makes it again.
     """
-    normed: _Normed | None = getattr(x, _MADE_BY, None)
+    normed: _NormInput | None = getattr(x, _NORM_INPUTS, None)
     outputs = _Linears.apply(x, normed, tuple(p.scale for p in parts), *_flat(parts))  # type: ignore[no-untyped-call]
     # Shaped out here: a view made inside a function may not be changed in place, and some models clamp their queries.
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
 
-def gated_linear(gate: Tensor, up: Tensor, activation: Activation, part: Part) -> Tensor:
+def gated_linear(gate: Tensor, up: Tensor, activation: Activation, part: LinearParams) -> Tensor:
     """linear(activation(gate) * up) (Shazeer 2020, eq. 5 before its first two products); keeps gate and up alone."""
     return _GatedLinear.apply(gate, up, activation, part.scale, *_flat([part]))  # type: ignore[no-any-return, no-untyped-call]
 
@@ -70,14 +70,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     """
     y, rstd = _RmsNorm.apply(x, weight, eps, offset)  # type: ignore[no-untyped-call]
     if torch.is_grad_enabled():
-        setattr(y, _MADE_BY, _Normed(x.detach(), weight.detach(), rstd, offset))
+        setattr(y, _NORM_INPUTS, _NormInput(x.detach(), weight.detach(), rstd, offset))
     return y  # type: ignore[no-any-return]
 
 
-_MADE_BY = "_rung_normed"
+_NORM_INPUTS = "_rung_normed"
 
 
-class _Normed(NamedTuple):
+class _NormInput(NamedTuple):
     """What an output of `rms_norm` can be made from again."""
 
     x: Tensor
@@ -94,7 +94,7 @@ class _Normed(NamedTuple):
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, normed: _Normed | None, scales: tuple[float, ...], *flat: Tensor | None
+        ctx: Any, x: Tensor, normed: _NormInput | None, scales: tuple[float, ...], *flat: Tensor | None
     ) -> tuple[Tensor, ...]:
         parts = _parts(flat, scales)
         x_NI = x.reshape(-1, x.shape[-1]).to(_compute_dtype(x, parts))
@@ -115,7 +115,7 @@ class _Linears(torch.autograd.Function):
         kept, (low_NR, *flat) = saved[: ctx.kept], saved[ctx.kept :]
         x_NI = kept[0] if ctx.kept == 1 else None
         if ctx.kept > 1:
-            x_NI = _Normed(kept[0], kept[1], kept[2], ctx.offset).make().view(-1, ctx.shape[-1]).to(ctx.compute)
+            x_NI = _NormInput(kept[0], kept[1], kept[2], ctx.offset).make().view(-1, ctx.shape[-1]).to(ctx.compute)
         parts = _parts(flat, ctx.scales)
         need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         d_x, d_flat = _backward(grads, x_NI, low_NR, parts, need_x, need)
@@ -177,7 +177,7 @@ class _RmsNorm(torch.autograd.Function):
         ctx.mark_non_differentiable(rstd)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, rstd)
-        return _Normed(x, weight, rstd, offset).make(), rstd
+        return _NormInput(x, weight, rstd, offset).make(), rstd
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -197,28 +197,28 @@ class _RmsNorm(torch.autograd.Function):
         return d_x.to(x.dtype), d_weight, None, None
 
 
-def _flat(parts: Sequence[Part]) -> list[Tensor | None]:
+def _flat(parts: Sequence[LinearParams]) -> list[Tensor | None]:
     """Autograd sees tensors only as arguments of their own."""
     return [tensor for p in parts for tensor in (p.weight, p.bias, p.a, p.b)]
 
 
-def _parts(flat: Sequence[Tensor | None], scales: Sequence[float]) -> list[Part]:
+def _parts(flat: Sequence[Tensor | None], scales: Sequence[float]) -> list[LinearParams]:
     parts = []
     for i, scale in enumerate(scales):
         weight, bias, a, b = flat[4 * i : 4 * i + 4]
         assert weight is not None  # noqa: S101 -- for the type checker: every part has one
-        parts.append(Part(weight, bias, a, b, scale))
+        parts.append(LinearParams(weight, bias, a, b, scale))
     return parts
 
 
-def _compute_dtype(x: Tensor, parts: Sequence[Part]) -> torch.dtype:
+def _compute_dtype(x: Tensor, parts: Sequence[LinearParams]) -> torch.dtype:
     device = x.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return torch.promote_types(x.dtype, parts[0].weight.dtype)
 
 
-def _forward(x_NI: Tensor, parts: Sequence[Part]) -> tuple[list[Tensor], Tensor | None]:
+def _forward(x_NI: Tensor, parts: Sequence[LinearParams]) -> tuple[list[Tensor], Tensor | None]:
     """The outputs, and x A^T of every adapted part side by side."""
     dtype = x_NI.dtype
     adapted = [p.a for p in parts if p.a is not None]
@@ -239,7 +239,7 @@ def _backward(
     grads: Sequence[Tensor | None],
     x_NI: Tensor | None,
     low_NR: Tensor | None,
-    parts: Sequence[Part],
+    parts: Sequence[LinearParams],
     need_x: bool,
     need: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
@@ -256,22 +256,22 @@ def _backward(
         dtype = g_NO.dtype
         need_weight, need_bias, _, need_b = need[4 * i : 4 * i + 4]
         if p.b is not None and low_NR is not None and d_low is not None:
-            d_low[:, columns] = product(g_NO, p.b.to(dtype)).mul_(p.scale)
+            d_low[:, columns] = matmul(g_NO, p.b.to(dtype)).mul_(p.scale)
             if need_b:
-                d_flat[4 * i + 3] = product(low_NR[:, columns].T, g_NO).T.mul(p.scale).to(p.b.dtype)
+                d_flat[4 * i + 3] = matmul(low_NR[:, columns].T, g_NO).T.mul(p.scale).to(p.b.dtype)
         if need_weight and x_NI is not None:
-            d_flat[4 * i] = product(g_NO.T, x_NI).to(p.weight.dtype)
+            d_flat[4 * i] = matmul(g_NO.T, x_NI).to(p.weight.dtype)
         if need_bias and p.bias is not None:
             d_flat[4 * i + 1] = g_NO.sum(0).to(p.bias.dtype)
         if need_x:
             weight = p.weight.to(dtype)
-            along = product(g_NO, weight)
+            along = matmul(g_NO, weight)
             d_x = along if d_x is None else d_x.add_(along)
     adapted = [(i, p.a) for i, p in enumerate(parts) if p.a is not None]
     if d_low is not None and d_x is not None:
         d_x.addmm_(d_low, torch.cat([a for _, a in adapted]).to(d_low.dtype))
     if d_low is not None and x_NI is not None:
-        d_a = torch.split(product(d_low.T, x_NI), [len(a) for _, a in adapted])
+        d_a = torch.split(matmul(d_low.T, x_NI), [len(a) for _, a in adapted])
         for (i, a), rows in zip(adapted, d_a, strict=True):
             d_flat[4 * i + 2] = rows.to(a.dtype) if need[4 * i + 2] else None
     return d_x, d_flat

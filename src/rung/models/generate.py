@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from rung.errors import PlanError
-from rung.models.kv_cache import Prefix, own_cache, prefix_of
-from rung.models.policy import Policy, by_name, joined
+from rung.models.kv_cache import Prefix, new_cache, single_row_kv
+from rung.models.policy import Policy, concatenate_kv, model_inputs
 
 PREFILL_TOKENS = 16_384
 """Prompt tokens encoded at once: long prompts come in smaller batches, so that memory does not follow their length."""
@@ -34,7 +34,7 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class GeneratedAnswer:
     """Generated tokens, the stop apart."""
 
     ids: list[int]
@@ -50,7 +50,7 @@ class Answer:
         return self.stop is not None
 
     @property
-    def drawn(self) -> list[int]:
+    def all_tokens(self) -> list[int]:
         """Every token that was generated, the stop among them."""
         return self.ids if self.stop is None else [*self.ids, self.stop]
 
@@ -66,7 +66,7 @@ def generate(
     task: str | None = None,
     on_token: Callable[[int], None] | None = None,
     on_batch: Callable[[int], None] | None = None,
-) -> list[Answer]:
+) -> list[GeneratedAnswer]:
     """Answers in the order of the prompts, those to one next to each other, short and long prompts batched apart.
 
     `batch` is how many answers are made at once; those to one prompt are never parted. `task` is that of all prompts,
@@ -76,10 +76,10 @@ def generate(
     """
     if any(not prompt for prompt in prompts):
         raise ValueError("a prompt needs at least one token")
-    known = policy.first_inserted + policy.method.inserted_tokens
+    known = policy.vocab_size + policy.method.inserted_tokens
     if any(max(prompt) >= known for prompt in prompts):
         raise PlanError("a prompt holds virtual tokens that this model has not learned", where="method.positions")
-    found: list[list[Answer]] = [[] for _ in prompts]
+    found: list[list[GeneratedAnswer]] = [[] for _ in prompts]
     shared = _common_prefix(prompts)
     virtual = policy.method.virtual_tokens
     longest = virtual + max(map(len, prompts), default=0) + sampling.max_new_tokens
@@ -116,9 +116,9 @@ def generate_by_task(
     sampling: Sampling,
     batch: int = 32,
     on_batch: Callable[[int], None] | None = None,
-) -> list[Answer]:
+) -> list[GeneratedAnswer]:
     """`generate` for prompts of several tasks: what stands before a prompt may differ from task to task."""
-    found: dict[int, list[Answer]] = {}
+    found: dict[int, list[GeneratedAnswer]] = {}
     each = sampling.answers
     for task in sorted(set(tasks), key=str):
         own = [i for i, of in enumerate(tasks) if of == task]
@@ -153,11 +153,11 @@ class _Decoding:
             self.ids_BS[row, own] = torch.tensor(rest, device=device)
             self.mask_BS[row, own] = 1
             self.positions_BS[row, own] = torch.arange(before, before + len(rest), device=device)
-        self.entering = policy.entering(self.ids_BS, task)
+        self.entering = policy.embed(self.ids_BS, task)
         self.prefix = prefix
-        self.cache = own_cache()
+        self.cache = new_cache()
 
-    def run(self, on_token: Callable[[int], None] | None) -> list[Answer]:
+    def run(self, on_token: Callable[[int], None] | None) -> list[GeneratedAnswer]:
         entering, positions, answers = self.entering, self.positions_BS, self.sampling.answers
         count = answers * len(positions)
         self.alive = list(range(count))
@@ -166,7 +166,7 @@ class _Decoding:
         self.stops: list[int | None] = [None] * count
         for made in range(self.sampling.max_new_tokens):
             out = self.policy.model(
-                **by_name(entering),
+                **model_inputs(entering),
                 attention_mask=self.mask_BS,
                 position_ids=positions,
                 past_key_values=self.cache,
@@ -187,7 +187,7 @@ class _Decoding:
             entering = chosen[kept, None]
             positions = positions[kept, -1:] + 1
             self.mask_BS = torch.cat([self.mask_BS, self.mask_BS.new_ones(len(kept), 1)], dim=1)
-        return [Answer(*parts) for parts in zip(self.tokens, self.stops, self.logprobs, strict=True)]
+        return [GeneratedAnswer(*parts) for parts in zip(self.tokens, self.stops, self.logprobs, strict=True)]
 
     def _choose(self, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
         logprobs = torch.log_softmax(logits_BV / (self.sampling.temperature or 1.0), dim=-1)
@@ -241,24 +241,24 @@ def _batches(order: Sequence[int], lengths: Sequence[int], most: int) -> Iterato
 
 def _encode(policy: Policy, ids: Sequence[int], task: str | None) -> Prefix | None:
     """Keys and values of what stands before every row: virtual tokens, then the ids that all prompts begin with."""
-    found = policy.virtual(task)
+    found = policy.virtual_kv(task)
     virtual = None if found is None else [found[layer] for layer in sorted(found)]
     if not ids:
         return virtual
-    cache = own_cache()
+    cache = new_cache()
     row = torch.tensor([list(ids)], device=policy.device)
     start = policy.method.virtual_tokens
     positions = torch.arange(start, start + len(ids), device=policy.device)[None]
     policy.model(
-        **by_name(policy.entering(row, task)),
+        **model_inputs(policy.embed(row, task)),
         position_ids=positions,
         past_key_values=cache,
         prefix=virtual,
         use_cache=True,
         logits_to_keep=1,
     )
-    own = prefix_of(cache)
-    return own if virtual is None else [joined(*pair) for pair in zip(virtual, own, strict=True)]
+    own = single_row_kv(cache)
+    return own if virtual is None else [concatenate_kv(*pair) for pair in zip(virtual, own, strict=True)]
 
 
 def _sliding_window(policy: Policy) -> float:

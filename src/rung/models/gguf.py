@@ -1,4 +1,4 @@
-"""GGUF files as bases: weights dequantised by transformers, the tokenizer repaired where that loses something."""
+"""GGUF files as bases: weights dequantized by transformers, the tokenizer repaired where that loses something."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
 
 def load_gguf(where: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Read a GGUF file, its weights dequantised to `dtype`. Raises `ConfigError` where the file cannot be read."""
+    """Read a GGUF file, its weights dequantized to `dtype`. Raises `ConfigError` where the file cannot be read."""
     try:
         config = AutoConfig.from_pretrained(where.parent, gguf_file=where.name, **NO_CODE)
         refuse_unsupported(config)

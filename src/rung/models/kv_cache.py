@@ -13,11 +13,11 @@ from transformers.cache_utils import DynamicLayer
 Prefix = Sequence[tuple[Tensor, Tensor]]
 """Keys and values [1, K, P, D] of every layer, by layer number: what all rows of a batch begin with."""
 
-ROOM = 64
+INITIAL_CAPACITY = 64
 """Slots added whenever a buffer is full: appending one token then copies one token, not everything before it."""
 
 
-class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+class GrowingCacheLayer(DynamicLayer):  # type: ignore[misc]
     """transformers' dynamic cache layer, appending in place instead of concatenating at every token."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -30,7 +30,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         for i, states in enumerate((key_states, value_states)):
             if self.buffers[i].numel() == 0 or self.buffers[i].shape[2] < after:
                 rows, heads, _, width = states.shape
-                grown = states.new_empty(rows, heads, after + ROOM, width)
+                grown = states.new_empty(rows, heads, after + INITIAL_CAPACITY, width)
                 if before:
                     grown[:, :, :before] = self.buffers[i][:, :, :before]
                 self.buffers[i] = grown
@@ -45,12 +45,12 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
 
 
-def own_cache() -> Cache:
+def new_cache() -> Cache:
     """An empty cache of growing layers."""
-    return Cache(layer_class_to_replicate=GrowingLayer)
+    return Cache(layer_class_to_replicate=GrowingCacheLayer)
 
 
-def prefix_of(cache: Cache) -> Prefix:
+def single_row_kv(cache: Cache) -> Prefix:
     """The keys and values of a cache that holds one row."""
     return [(layer.keys.contiguous(), layer.values.contiguous()) for layer in cache.layers]
 

@@ -17,13 +17,13 @@ from rung.errors import PlanError
 from rung.models.targets import layer_number
 
 if TYPE_CHECKING:
-    from rung.models.base_model import Base
+    from rung.models.base_model import BaseModel
 
 
 _NAMES = ("layers", "h", "blocks")
 
 
-class _StandIn(nn.Module):
+class _LayerReplacement(nn.Module):
     """Takes a layer's place in the loop; whatever the loop reads from a layer is read from the original."""
 
     def __init__(self, original: nn.Module) -> None:
@@ -37,12 +37,12 @@ class _StandIn(nn.Module):
             return getattr(self.__dict__["original"], name)
 
 
-class _Skip(_StandIn):
+class _SkippedLayer(_LayerReplacement):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
 
 
-class _Feed(_StandIn):
+class _FedLayer(_LayerReplacement):
     def __init__(self, original: nn.Module, states_TH: Tensor) -> None:
         super().__init__(original)
         self.states_TH = states_TH
@@ -51,7 +51,7 @@ class _Feed(_StandIn):
         return self.states_TH[None].to(hidden_states.dtype)
 
 
-class _Record(_StandIn):
+class _RecordingLayer(_LayerReplacement):
     seen: Tensor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -60,7 +60,7 @@ class _Record(_StandIn):
         return out
 
 
-class _Again(_StandIn):
+class _RecomputedLayer(_LayerReplacement):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return checkpoint(self.__dict__["original"], *args, use_reentrant=False, **kwargs)
 
@@ -72,53 +72,55 @@ def layer_count(model: nn.Module) -> int:
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
     """The layers that the model's trunk loops over. Raises `PlanError` where they are not found."""
-    return _list_of(model)[2]
+    return _layer_list(model)[2]
 
 
-def put_layers(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+def set_layers(model: nn.Module, layers: Iterable[nn.Module]) -> None:
     """Take these for the model's layers, for good."""
-    owner, name, _ = _list_of(model)
+    owner, name, _ = _layer_list(model)
     setattr(owner, name, nn.ModuleList(layers))
 
 
 @contextmanager
-def feeding(model: nn.Module, layer: int, states_TH: Tensor) -> Iterator[None]:
+def start_from_layer(model: nn.Module, layer: int, states_TH: Tensor) -> Iterator[None]:
     """Inside, the layers below `layer` do not run: `states_TH` enters it."""
 
     def stand_in(i: int, own: nn.Module) -> nn.Module:
-        return own if i >= layer else _Feed(own, states_TH) if i == layer - 1 else _Skip(own)
+        return own if i >= layer else _FedLayer(own, states_TH) if i == layer - 1 else _SkippedLayer(own)
 
-    with _replaced(model, stand_in):
+    with _replaced_layers(model, stand_in):
         yield
 
 
 @contextmanager
-def recording(model: nn.Module, layer: int) -> Iterator[Callable[[], Tensor]]:
+def record_layer_input(model: nn.Module, layer: int) -> Iterator[Callable[[], Tensor]]:
     """Inside, only the layers below `layer` run; the function yielded gives what would enter it, [T, H]."""
-    kept: list[_Record] = []
+    kept: list[_RecordingLayer] = []
 
     def stand_in(i: int, own: nn.Module) -> nn.Module:
         if i == layer - 1:
-            kept.append(_Record(own))
+            kept.append(_RecordingLayer(own))
             return kept[0]
-        return own if i < layer else _Skip(own)
+        return own if i < layer else _SkippedLayer(own)
 
     def seen() -> Tensor:
         assert kept[0].seen is not None  # noqa: S101 -- for the type checker
         return kept[0].seen
 
-    with _replaced(model, stand_in):
+    with _replaced_layers(model, stand_in):
         yield seen
 
 
 @contextmanager
-def computing_again(model: nn.Module, which: range) -> Iterator[None]:
+def recompute_layers(model: nn.Module, which: range) -> Iterator[None]:
     """Inside, these layers keep their input alone and compute again in the backward pass (Chen et al. 2016)."""
-    with _replaced(model, lambda i, own: own if i not in which or isinstance(own, _StandIn) else _Again(own)):
+    with _replaced_layers(
+        model, lambda i, own: own if i not in which or isinstance(own, _LayerReplacement) else _RecomputedLayer(own)
+    ):
         yield
 
 
-def lowest_moving_layer(model: nn.Module, trainable: Iterable[str]) -> int:
+def lowest_trainable_layer(model: nn.Module, trainable: Iterable[str]) -> int:
     """The first layer that holds, or has below it, a number that moves; the number of layers where only the head does.
 
     0 where anything outside the layers moves that is not the output head: embeddings lie below all layers, and so do
@@ -128,7 +130,7 @@ def lowest_moving_layer(model: nn.Module, trainable: Iterable[str]) -> int:
     own = {id(p) for p in head.parameters()} if head is not None else set()
     below = {id(p) for p in model.get_input_embeddings().parameters()}  # type: ignore[operator]
     parameters = dict(model.named_parameters())
-    if _find(model) is None:
+    if _find_layer_list(model) is None:
         return 0
     lowest = layer_count(model)
     for name in trainable:
@@ -141,8 +143,8 @@ def lowest_moving_layer(model: nn.Module, trainable: Iterable[str]) -> int:
 
 
 @contextmanager
-def _replaced(model: nn.Module, stand_in: Callable[[int, nn.Module], nn.Module]) -> Iterator[None]:
-    owner, name, layers = _list_of(model)
+def _replaced_layers(model: nn.Module, stand_in: Callable[[int, nn.Module], nn.Module]) -> Iterator[None]:
+    owner, name, layers = _layer_list(model)
     setattr(owner, name, nn.ModuleList(stand_in(i, own) for i, own in enumerate(layers)))
     try:
         yield
@@ -150,13 +152,13 @@ def _replaced(model: nn.Module, stand_in: Callable[[int, nn.Module], nn.Module])
         setattr(owner, name, layers)
 
 
-def _list_of(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
-    if (found := _find(model)) is None:
+def _layer_list(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
+    if (found := _find_layer_list(model)) is None:
         raise PlanError("this model's layers are not where Rung looks for them", allowed=", ".join(_NAMES))
     return found
 
 
-def _find(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList] | None:
+def _find_layer_list(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList] | None:
     """The outermost list of layers, with its owner and its name there (OPT keeps it in a decoder of its own)."""
     trunk: nn.Module = getattr(model, str(model.base_model_prefix))
     for owner in trunk.modules():
@@ -166,7 +168,7 @@ def _find(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList] | None:
     return None
 
 
-def student(base: Base, layers: StudentLayers) -> Base:
+def drop_layers(base: BaseModel, layers: StudentLayers) -> BaseModel:
     """The same model with these layers alone; embeddings, final norm and head stay. In place: the rest is gone."""
     config = base.model.config
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
@@ -176,8 +178,8 @@ def student(base: Base, layers: StudentLayers) -> Base:
     own = student_layers(layers, len(every))
     kept = [every[i] for i in own]
     for number, layer in enumerate(kept):
-        _renumber(layer, number)
-    put_layers(base.model, kept)
+        _renumber_layer(layer, number)
+    set_layers(base.model, kept)
     config.num_hidden_layers = len(kept)
     if types := getattr(config, "layer_types", None):
         config.layer_types = [types[i] for i in own]
@@ -185,7 +187,7 @@ def student(base: Base, layers: StudentLayers) -> Base:
     return replace(base, fingerprint=weights)
 
 
-def _renumber(layer: nn.Module, number: int) -> None:
+def _renumber_layer(layer: nn.Module, number: int) -> None:
     """Where a layer keeps its keys and values goes by its number."""
     for module in layer.modules():
         if hasattr(module, "layer_idx"):

@@ -20,64 +20,64 @@ from transformers import (
 from transformers.utils import logging
 
 from rung.config.catalog import CATALOG
-from rung.config.model import ModelSpec
+from rung.config.model import ModelConfig
 from rung.errors import CheckpointError, ConfigError, PlanError, did_you_mean
-from rung.files import check_whole
+from rung.files import require_undamaged
 from rung.models import attention
 from rung.models.base_model import (
     NO_CODE,
-    Base,
+    BaseModel,
     compute_dtype,
     disable_dropout,
     fingerprint,
     first_line,
     refuse_unsupported,
 )
-from rung.models.bfloat16_weights import compute_in_float32, lost_precision, stored_in_bfloat16
-from rung.models.download import fetch
-from rung.models.fused_modules import fuse
+from rung.models.bfloat16_weights import compute_in_float32, has_rounded_buffers, stored_in_bfloat16
+from rung.models.download import download_base
+from rung.models.fused_modules import install_fused_forwards
 from rung.models.gguf import gguf_tokenizer, load_gguf
-from rung.models.layers import student
+from rung.models.layers import drop_layers
 
 
-def load_base(spec: ModelSpec, *, device: torch.device | None = None) -> Base:
+def load_base(config: ModelConfig, *, device: torch.device | None = None) -> BaseModel:
     """Load model and tokenizer, ready for segment trees, in eval mode, nothing trainable.
 
     Raises `ConfigError` for an unknown name, `PlanError` for an architecture Rung cannot take.
     """
     attention.register()
     logging.disable_progress_bar()  # a bar of half a second on stderr helps nobody
-    if spec.student_of is not None:
-        whole = {"name": spec.student_of, "student_of": None, "layers": None}
-        return student(load_base(spec.model_copy(update=whole), device=device), spec.layers or "every_other")
-    where = _resolve_name(spec.name)
+    if config.student_of is not None:
+        whole = {"name": config.student_of, "student_of": None, "layers": None}
+        return drop_layers(load_base(config.model_copy(update=whole), device=device), config.layers or "every_other")
+    where = _resolve_name(config.name)
     if isinstance(where, Path) and (where / "run.json").exists():
-        return _load_run_as_base(spec, where, device)
-    compute = compute_dtype(spec.dtype, device)
-    narrow = spec.fused and compute is torch.float32 and isinstance(where, Path) and where.is_dir()
+        return _load_run_as_base(config, where, device)
+    compute = compute_dtype(config.dtype, device)
+    narrow = config.fused and compute is torch.float32 and isinstance(where, Path) and where.is_dir()
     narrow = narrow and stored_in_bfloat16(Path(where))
-    model, tokenizer = _load(where, spec.revision, torch.bfloat16 if narrow else compute)
-    if narrow and lost_precision(model):
-        model, narrow = _load(where, spec.revision, compute)[0], False
+    model, tokenizer = _load(where, config.revision, torch.bfloat16 if narrow else compute)
+    if narrow and has_rounded_buffers(model):
+        model, narrow = _load(where, config.revision, compute)[0], False
     if narrow:
         compute_in_float32(model)
-    return _finished(model, tokenizer, spec, fingerprint(where, model.config), compute, device)
+    return _finished(model, tokenizer, config, fingerprint(where, model.config), compute, device)
 
 
-def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
     """The tokenizer alone, no weights."""
-    where = _resolve_name(spec.student_of or spec.name)
+    where = _resolve_name(config.student_of or config.name)
     if isinstance(where, Path) and (where / "run.json").exists():
         inside = next((where / name for name in ("model", "adapter") if (where / name).is_dir()), where)
         return _from_pretrained(AutoTokenizer, inside, None)
     if isinstance(where, Path) and where.suffix.lower() == ".gguf":
         return gguf_tokenizer(where)
-    return _from_pretrained(AutoTokenizer, where, spec.revision)
+    return _from_pretrained(AutoTokenizer, where, config.revision)
 
 
-def base_files(spec: ModelSpec) -> Path | None:
+def base_files(config: ModelConfig) -> Path | None:
     """The folder that holds a base as safetensors; None for a hub id, a GGUF file or a student."""
-    where = None if spec.student_of is not None else _resolve_name(spec.name)
+    where = None if config.student_of is not None else _resolve_name(config.name)
     if isinstance(where, Path) and (where / "run.json").exists():
         where = where / "model"
     found = isinstance(where, Path) and any(where.glob("*.safetensors"))
@@ -87,7 +87,7 @@ def base_files(spec: ModelSpec) -> Path | None:
 def _resolve_name(name: str) -> Path | str:
     """A folder or GGUF file on disk, or a hub id."""
     if name in CATALOG:
-        return fetch(name)
+        return download_base(name)
     path = Path(name).expanduser()
     if path.is_dir():
         if (path / "run.json").exists() or (path / "config.json").exists():
@@ -153,30 +153,30 @@ def _from_pretrained(auto: Any, where: Path | str, revision: str | None) -> Any:
 def _finished(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    spec: ModelSpec,
+    config: ModelConfig,
     weights: str,
     compute: torch.dtype,
     device: torch.device | None,
-) -> Base:
+) -> BaseModel:
     if len(tokenizer) < 2 or tokenizer.decode(tokenizer.encode("a b", add_special_tokens=False)).strip() != "a b":
         raise CheckpointError(
-            "the tokenizer does not give text back", where=spec.name, given=f"{len(tokenizer)} tokens"
+            "the tokenizer does not give text back", where=config.name, given=f"{len(tokenizer)} tokens"
         )
     model.set_attn_implementation(attention.NAME)
     model.requires_grad_(False)
     model.eval()
     if device is not None:
         model.to(device)
-    if spec.fused:
-        fuse(model)
-    return Base(model, tokenizer, spec.name, weights, compute)
+    if config.fused:
+        install_fused_forwards(model)
+    return BaseModel(model, tokenizer, config.name, weights, compute)
 
 
-def _load_run_as_base(spec: ModelSpec, run: Path, device: torch.device | None) -> Base:
+def _load_run_as_base(config: ModelConfig, run: Path, device: torch.device | None) -> BaseModel:
     """A finished run as a starting point: its full model, or its base with the adapter folded in."""
     manifest = json.loads((run / "run.json").read_text())
-    compute = compute_dtype(spec.dtype, device)
-    if manifest["spec"].get("objective", {}).get("kind") == "reward":
+    compute = compute_dtype(config.dtype, device)
+    if manifest["config"].get("objective", {}).get("kind") == "reward":
         raise PlanError(
             "this run is a reward model: it gives scores and writes nothing",
             where="model.name",
@@ -188,16 +188,16 @@ def _load_run_as_base(spec: ModelSpec, run: Path, device: torch.device | None) -
             f"this run is not finished (status {manifest.get('status')})", where=str(run), hint="rung train --resume"
         )
     folder = run / ("model" if (run / "model").is_dir() else "adapter")
-    check_whole(folder)
+    require_undamaged(folder)
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError("this folder holds no safetensors, and a pickle is not read", where=str(folder))
     if (run / "model").is_dir():
         model, tokenizer = _load(run / "model", None, compute)
-        return _finished(model, tokenizer, spec, fingerprint(run / "model", model.config), compute, device)
+        return _finished(model, tokenizer, config, fingerprint(run / "model", model.config), compute, device)
     kind = json.loads((run / "adapter" / "adapter_config.json").read_text()).get("peft_type")
-    if manifest["spec"]["method"]["kind"] == "qlora":
+    if manifest["config"]["method"]["kind"] == "qlora":
         raise PlanError(
-            "this run was trained on a quantised base, and the weights from before are another model",
+            "this run was trained on a quantized base, and the weights from before are another model",
             where="model.name",
             given=str(run),
             hint="rung merge makes a model of the two that can be a base",
@@ -209,7 +209,7 @@ def _load_run_as_base(spec: ModelSpec, run: Path, device: torch.device | None) -
             given=f"{run}, {kind}",
             allowed="runs of full, head and lora",
         )
-    base = load_base(ModelSpec.model_validate({**manifest["spec"]["model"], "dtype": spec.dtype}), device=device)
+    base = load_base(ModelConfig.model_validate({**manifest["config"]["model"], "dtype": config.dtype}), device=device)
     check_fingerprint(manifest, base, run)
     base.model.float()  # bfloat16 would round B A away
     with warnings.catch_warnings():
@@ -222,7 +222,7 @@ def _load_run_as_base(spec: ModelSpec, run: Path, device: torch.device | None) -
         except (UserWarning, RuntimeError) as error:
             raise CheckpointError(f"this adapter does not fit its base: {error}", where=str(run)) from error
     weights = hashlib.sha256(f"{base.fingerprint} {fingerprint(run / 'adapter', None)}".encode()).hexdigest()
-    return _finished(model, load_tokenizer(spec), spec, weights, compute, device)
+    return _finished(model, load_tokenizer(config), config, weights, compute, device)
 
 
 def classifier_keys(folder: Path) -> tuple[str, set[str]] | None:
@@ -237,7 +237,7 @@ def classifier_keys(folder: Path) -> tuple[str, set[str]] | None:
     return (type(model).__name__, keys) if "score.weight" in keys else None
 
 
-def check_fingerprint(manifest: dict[str, Any], base: Base, run: Path) -> None:
+def check_fingerprint(manifest: dict[str, Any], base: BaseModel, run: Path) -> None:
     """An adapter on another base is a different model: refuse it."""
     expected = manifest["fingerprints"]["base"]
     if base.fingerprint != expected:

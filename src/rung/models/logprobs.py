@@ -22,22 +22,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rung.models.matmul import linear, product
+from rung.models.matmul import linear, matmul
 
 
-class Tile(NamedTuple):
+class TileSize(NamedTuple):
     """How many entries and how many vocabulary rows meet at once."""
 
     entries: int
     columns: int
 
 
-TILE = Tile(512, 2048)
+TILE = TileSize(512, 2048)
 """4 MB of logits in float32: they stay in a processor's cache, and products of this size run at full rate."""
 
 
 @dataclass(frozen=True, slots=True)
-class LogitMap:
+class LogitTransform:
     """What is done to the product of head and hidden state: softcap * tanh(scale * z / softcap) / temperature."""
 
     scale: float = 1.0
@@ -46,11 +46,11 @@ class LogitMap:
     """Of sampling: log-probabilities are then those of the distribution that tokens are drawn from."""
 
     @staticmethod
-    def of(config: Any) -> LogitMap:
+    def of(config: Any) -> LogitTransform:
         """Read from a transformers config (Cohere multiplies, Granite divides, Gemma 2 caps)."""
         scale = float(getattr(config, "logit_scale", None) or 1.0)
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-        return LogitMap(scale, getattr(config, "final_logit_softcapping", None))
+        return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))
 
     def apply_(self, z_NV: Tensor) -> Tensor:
         """In place; returns its argument."""
@@ -78,8 +78,8 @@ class _TokenLogprobs(torch.autograd.Function):
         weight_VH: Tensor,
         bias_V: Tensor | None,
         target_N: Tensor,
-        logit_map: LogitMap,
-        tile: Tile,
+        logit_map: LogitTransform,
+        tile: TileSize,
     ) -> Tensor:
         head_moves = weight_VH.requires_grad or (bias_V is not None and bias_V.requires_grad)
         keep_direction = h_NH.requires_grad and not head_moves
@@ -116,19 +116,19 @@ class _TokenLogprobs(torch.autograd.Function):
             for columns, weight, logits in head.tiles(h, lse_N.dtype):
                 slope = ctx.logit_map.derivative(logits)
                 d_z = logits.sub_(lse_N[rows, None]).exp_().neg_()
-                inside, at = _within(target, columns)
+                inside, at = _targets_in_columns(target, columns)
                 d_z.scatter_add_(1, at[:, None], inside[:, None].to(d_z.dtype))
                 d_z = d_z.mul_(slope).mul_(grad).to(ctx.compute)
                 if grad_h is not None:
-                    grad_h[rows] += product(d_z, weight)
+                    grad_h[rows] += matmul(d_z, weight)
                 if grad_w is not None:
-                    grad_w[columns] += product(d_z.T, h)
+                    grad_w[columns] += matmul(d_z.T, h)
                 if grad_b is not None:
                     grad_b[columns] += d_z.sum(0)
         return grad_h, grad_w, grad_b, None, None, None
 
 
-class _Scan(NamedTuple):
+class _VocabularyScan(NamedTuple):
     lse_N: Tensor
     logit_N: Tensor
     direction_NH: Tensor | None
@@ -138,7 +138,7 @@ class _Scan(NamedTuple):
 class _Head:
     weight_VH: Tensor
     bias_V: Tensor | None
-    logit_map: LogitMap
+    logit_map: LogitTransform
     compute: torch.dtype
     columns: int
 
@@ -149,14 +149,14 @@ class _Head:
             bias = None if self.bias_V is None else self.bias_V[columns].to(self.compute)
             yield columns, weight, self.logit_map.apply_(linear(h_NH, weight, bias).to(exact))
 
-    def scan(self, h_NH: Tensor, target_N: Tensor, exact: torch.dtype, *, direction: bool) -> _Scan:
+    def scan(self, h_NH: Tensor, target_N: Tensor, exact: torch.dtype, *, direction: bool) -> _VocabularyScan:
         """One pass over the vocabulary: log-sum-exp, the targets' logits and, if asked for, the direction."""
         n = len(h_NH)
         top = torch.full((n, 1), -torch.inf, dtype=exact, device=h_NH.device)
         total, logit = torch.zeros_like(top), torch.zeros_like(top)
         mean = torch.zeros(n, h_NH.shape[1], dtype=exact, device=h_NH.device) if direction else None
         for columns, weight, logits in self.tiles(h_NH.to(self.compute), exact):
-            inside, at = _within(target_N, columns)
+            inside, at = _targets_in_columns(target_N, columns)
             logit = torch.where(inside[:, None], logits.gather(1, at[:, None]), logit)
             slope = self.logit_map.derivative(logits)
             higher = torch.maximum(top, logits.amax(1, keepdim=True))
@@ -167,11 +167,11 @@ class _Head:
             if mean is not None:
                 mean.mul_(shrink)
                 odds = odds.mul_(slope).to(self.compute)
-                mean.add_(product(odds, weight))
+                mean.add_(matmul(odds, weight))
         if mean is not None:
             slope = self.logit_map.derivative(logit)
             mean = (self.weight_VH[target_N].to(exact) * slope).sub_(mean.div_(total)).to(h_NH.dtype)
-        return _Scan((top + total.log())[:, 0], logit[:, 0], mean)
+        return _VocabularyScan((top + total.log())[:, 0], logit[:, 0], mean)
 
 
 def compute_dtype(h: Tensor, weight: Tensor) -> torch.dtype:
@@ -182,7 +182,7 @@ def compute_dtype(h: Tensor, weight: Tensor) -> torch.dtype:
     return torch.promote_types(h.dtype, weight.dtype)
 
 
-def _within(target_N: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+def _targets_in_columns(target_N: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     """Which targets stand in these columns, and where; without asking the device."""
     inside = (target_N >= columns.start) & (target_N < columns.stop)
     return inside, (target_N - columns.start).clamp(0, columns.stop - columns.start - 1)
@@ -202,7 +202,9 @@ def effective_linear(module: nn.Module) -> nn.Module:
     return copies[module.active_adapters[0]]  # type: ignore[index,no-any-return]
 
 
-def token_logprobs(h_NH: Tensor, head: nn.Module, target_N: Tensor, logit_map: LogitMap, tile: Tile = TILE) -> Tensor:
+def token_logprobs(
+    h_NH: Tensor, head: nn.Module, target_N: Tensor, logit_map: LogitTransform, tile: TileSize = TILE
+) -> Tensor:
     """Log-probability in nats of each target, shape [N], float32 or wider.
 
     `head` is the model's output layer (weight [V, H], optional bias [V]); `h_NH` the hidden states that predict.

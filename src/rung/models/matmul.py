@@ -23,23 +23,23 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 def linear(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """X W^T + bias, [N, O]. Records nothing for autograd. Operands share one type; any strides will do."""
-    if _takes(x_NI):
-        return torch.ops.mkldnn._linear_pointwise(_dense(x_NI), _dense(weight_OI), bias_O, "none", [], "")  # type: ignore[no-any-return]
+    if _onednn_supports(x_NI):
+        return torch.ops.mkldnn._linear_pointwise(_without_gaps(x_NI), _without_gaps(weight_OI), bias_O, "none", [], "")  # type: ignore[no-any-return]
     if bias_O is not None:
         return torch.addmm(bias_O, x_NI, weight_OI.T)
     return x_NI @ weight_OI.T
 
 
-def product(a_NK: Tensor, b_KM: Tensor) -> Tensor:
+def matmul(a_NK: Tensor, b_KM: Tensor) -> Tensor:
     """A b, [N, M]."""
     return linear(a_NK, b_KM.T)
 
 
-def _takes(x: Tensor) -> bool:
+def _onednn_supports(x: Tensor) -> bool:
     """Whether oneDNN multiplies this; it has no float64, and bfloat16 goes there by itself."""
     return x.dtype is torch.float32 and x.device.type == "cpu" and x.numel() > 0 and bool(torch.backends.mkldnn.enabled)
 
 
-def _dense(matrix: Tensor) -> Tensor:
+def _without_gaps(matrix: Tensor) -> Tensor:
     """Without gaps between rows or columns: oneDNN takes those a thousand times slower."""
     return matrix if matrix.is_contiguous() or matrix.T.is_contiguous() else matrix.contiguous()

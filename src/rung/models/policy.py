@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from rung.errors import PlanError
-from rung.models.base_model import Base
-from rung.models.layers import computing_again, feeding, recording
-from rung.models.logprobs import LogitMap, token_logprobs
+from rung.models.base_model import BaseModel
+from rung.models.layers import recompute_layers, record_layer_input, start_from_layer
+from rung.models.logprobs import LogitTransform, token_logprobs
 from rung.models.tree_attention import KeysValues
-from rung.types import Below, Example, LossTerm, PackedBatch, Segment, SharedPrefix
+from rung.types import CachedHidden, Example, LossTerm, PackedBatch, Segment, SharedPrefix
 
-Virtual = Tensor | Mapping[int, KeysValues]
+VirtualTokenStates = Tensor | Mapping[int, KeysValues]
 """What stands before every document: embeddings [P, H] that pass through the model, or keys and values by layer."""
 
 
-class Switchable(Protocol):
+class PolicyMethod(Protocol):
     """The part of a method that a policy needs."""
 
     @property
@@ -30,11 +30,11 @@ class Switchable(Protocol):
         """How many positions stand before every document; 0 for most methods, and where the method is off."""
         ...
 
-    def rows(self, task: str | None) -> Tensor:
+    def task_rows(self, task: str | None) -> Tensor:
         """What virtual tokens are made of for documents of this task, with the graph. Asked for once a step."""
         ...
 
-    def virtual(self, rows: Tensor) -> Virtual:
+    def virtual_states(self, rows: Tensor) -> VirtualTokenStates:
         """Those that stand before a document. Asked for only when there are some."""
         ...
 
@@ -43,7 +43,7 @@ class Switchable(Protocol):
         """How many ids beyond the vocabulary stand for something learned, wherever they occur; 0 for most methods."""
         ...
 
-    def inserted(self, rows: Tensor) -> Tensor:
+    def inserted_embeddings(self, rows: Tensor) -> Tensor:
         """Their embeddings [P, H]. Asked for only when there are some."""
         ...
 
@@ -56,21 +56,21 @@ class Switchable(Protocol):
         ...
 
 
-class Untouched:
+class NoMethod:
     """What a policy holds when nothing is tuned: off and on are the same."""
 
     virtual_tokens = 0
     inserted_tokens = 0
 
-    def rows(self, task: str | None) -> Tensor:
+    def task_rows(self, task: str | None) -> Tensor:
         """Nothing."""
         return torch.empty(0, 0)
 
-    def virtual(self, rows: Tensor) -> Virtual:
+    def virtual_states(self, rows: Tensor) -> VirtualTokenStates:
         """Nothing."""
         return {}
 
-    def inserted(self, rows: Tensor) -> Tensor:
+    def inserted_embeddings(self, rows: Tensor) -> Tensor:
         """Nothing."""
         return rows
 
@@ -86,26 +86,26 @@ class Untouched:
 class Policy:
     """A base with a method attached. Suffixes as in `rung.types`."""
 
-    def __init__(self, base: Base, method: Switchable) -> None:
+    def __init__(self, base: BaseModel, method: PolicyMethod) -> None:
         self.base = base
         self.method = method
         self.model = base.model
-        self.logit_map = LogitMap.of(base.model.config)
+        self.logit_map = LogitTransform.of(base.model.config)
         self.layers_to_recompute: Callable[[int], range] = lambda tokens: range(0)
         """Which layers a document of so many tokens computes again in the backward pass, so that it fits."""
         self.reference: Policy | None = None
         """What log-probabilities are compared with, where that is not the base with the method off."""
-        self.known: dict[int, float] | None = None
+        self.reference_cache: dict[int, float] | None = None
         """Sums of the reference's log-probabilities by document, where they are kept."""
-        self._shared: SharedPrefix | None = None
-        self._ahead: dict[bool, _Ahead] = {}
+        self._active_prefix: SharedPrefix | None = None
+        self._prefix_cache: dict[bool, PrefixCache] = {}
         """Of the prefix at hand, with the method on (False) or off."""
-        self._virtual: dict[str | None, _Ahead] = {}
+        self._virtual_cache: dict[str | None, PrefixCache] = {}
         """By task, while batches are run in turn."""
-        self._rows: dict[str | None, tuple[Tensor, Tensor]] = {}
+        self._rows_cache: dict[str | None, tuple[Tensor, Tensor]] = {}
         """What virtual tokens are made of, by task, while batches are run in turn: as computed, and as a leaf."""
-        self._in_turn = False
-        self._off = False
+        self._iterating = False
+        self._method_off = False
 
     @property
     def device(self) -> torch.device:
@@ -128,48 +128,48 @@ class Policy:
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """Last hidden state of every token, [T, H], after the final norm."""
-        shared = self._before(batch.prefix, batch.task)
+        shared = self._context_kv(batch.prefix, batch.task)
         positions = batch.positions + self.method.virtual_tokens
-        with self._from(batch.below):
-            entering = self.entering(batch.ids, batch.task)
-            return self._trunk(entering, positions, batch.segments, alone=batch.indivisible, shared=shared)
+        with self._starting_from(batch.cached_hidden):
+            entering = self.embed(batch.ids, batch.task)
+            return self._run_layers(entering, positions, batch.segments, alone=batch.is_single_row, shared=shared)
 
-    def entering(self, ids: Tensor, task: str | None) -> Tensor:
+    def embed(self, ids: Tensor, task: str | None) -> Tensor:
         """What the model takes for ids of any shape: the same, or embeddings [..., H] where some are inserted ones."""
         if not self.method.inserted_tokens:
             return ids
-        first = self.first_inserted
+        first = self.vocab_size
         known = self.model.get_input_embeddings()(ids.clamp(max=first - 1))
-        rows_PH = self.method.inserted(self._of(task))
+        rows_PH = self.method.inserted_embeddings(self._task_rows(task))
         own = rows_PH[(ids - first).clamp(min=0)].to(known.dtype)
         return torch.where((ids >= first)[..., None], own, known)
 
-    def _of(self, task: str | None) -> Tensor:
+    def _task_rows(self, task: str | None) -> Tensor:
         """What a task's virtual tokens are made of: for batches in turn computed once, and cut off."""
-        if task in self._rows:
-            return self._rows[task][1]
-        computed = self.method.rows(task)
-        if not self._in_turn:
+        if task in self._rows_cache:
+            return self._rows_cache[task][1]
+        computed = self.method.task_rows(task)
+        if not self._iterating:
             return computed
-        self._rows[task] = computed, _leaf(computed)
-        return self._rows[task][1]
+        self._rows_cache[task] = computed, _detached_leaf(computed)
+        return self._rows_cache[task][1]
 
     @property
-    def first_inserted(self) -> int:
+    def vocab_size(self) -> int:
         """The id of the first token beyond the vocabulary."""
         return int(self.model.get_input_embeddings().weight.shape[0])
 
     @torch.no_grad()
-    def states_below(self, batch: PackedBatch, layer: int) -> Tensor:
+    def hidden_states_entering(self, batch: PackedBatch, layer: int) -> Tensor:
         """Hidden states [T, H] that enter `layer`, counted from 0; the number of layers means the final norm."""
-        with recording(self.model, layer) as states:  # virtual tokens move layer 0, so there are none here
-            self._trunk(batch.ids, batch.positions, batch.segments, alone=False)
+        with record_layer_input(self.model, layer) as states:  # virtual tokens move layer 0, so there are none here
+            self._run_layers(batch.ids, batch.positions, batch.segments, alone=False)
             return states()
 
-    def _from(self, below: Below | None) -> AbstractContextManager[None]:
-        return nullcontext() if below is None else feeding(self.model, below.layer, below.states)
+    def _starting_from(self, below: CachedHidden | None) -> AbstractContextManager[None]:
+        return nullcontext() if below is None else start_from_layer(self.model, below.layer, below.states)
 
-    def _trunk(
+    def _run_layers(
         self, entering: Tensor, positions_T: Tensor, segments: Sequence[Segment], *, alone: bool, **attention: object
     ) -> Tensor:
         """Ids [T] or embeddings [T, H] through the layers.
@@ -178,9 +178,9 @@ class Policy:
         """
         trunk = getattr(self.model, self.model.base_model_prefix)
         again = self.layers_to_recompute(len(entering)) if alone and torch.is_grad_enabled() else range(0)
-        with self.autocast(), computing_again(self.model, again) if again else nullcontext():
+        with self.autocast(), recompute_layers(self.model, again) if again else nullcontext():
             out = trunk(
-                **by_name(entering[None]),
+                **model_inputs(entering[None]),
                 position_ids=positions_T[None],
                 # A mask of four dimensions is passed through untouched: the segments say who sees whom.
                 attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=entering.device),
@@ -191,80 +191,82 @@ class Policy:
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
 
-    def in_turn(self, batches: Iterable[PackedBatch]) -> Iterator[PackedBatch]:
+    def iterate_batches(self, batches: Iterable[PackedBatch]) -> Iterator[PackedBatch]:
         """The batches one by one, each with its prefix at hand: the way to run what `pack` made.
 
         After the last row of a prefix, the prefix receives their gradients; after the last of all, the virtual tokens
         receive theirs.
         """
-        self._in_turn = True
+        self._iterating = True
         try:
             for prefix, rows in groupby(batches, key=lambda batch: batch.prefix):
-                with self.sharing(prefix):
+                with self.shared_prefix(prefix):
                     yield from rows
-            for ahead in self._virtual.values():
+            for ahead in self._virtual_cache.values():
                 ahead.backward()
-            for computed, leaf in self._rows.values():
+            for computed, leaf in self._rows_cache.values():
                 if leaf.grad is not None:
                     computed.backward(leaf.grad)  # type: ignore[no-untyped-call]
         finally:
-            self._virtual.clear()
-            self._rows.clear()
-            self._in_turn = False
+            self._virtual_cache.clear()
+            self._rows_cache.clear()
+            self._iterating = False
 
     @contextmanager
-    def sharing(self, prefix: SharedPrefix | None) -> Iterator[None]:
+    def shared_prefix(self, prefix: SharedPrefix | None) -> Iterator[None]:
         """Rows with this prefix run inside; on leaving, the prefix receives their gradients all at once.
 
         The prefix runs at the first need. Its keys and values are leaves for the rows, so each row's backward pass ends
         there; what they collected is then back-propagated once. The sum is the gradient of the unshared rows.
         """
-        self._shared = prefix
+        self._active_prefix = prefix
         try:
             yield
-            if (ahead := self._ahead.get(False)) is not None:
+            if (ahead := self._prefix_cache.get(False)) is not None:
                 ahead.backward()
         finally:
-            self._shared = None
-            self._ahead.clear()
+            self._active_prefix = None
+            self._prefix_cache.clear()
 
-    def virtual(self, task: str | None = None) -> Mapping[int, KeysValues] | None:
+    def virtual_kv(self, task: str | None = None) -> Mapping[int, KeysValues] | None:
         """Keys and values of the method's virtual tokens, if it has any; computed once for batches in turn."""
         if not self.method.virtual_tokens:
             return None
-        if task in self._virtual:
-            return self._virtual[task].leaves
-        computed = self.method.virtual(self._of(task))
+        if task in self._virtual_cache:
+            return self._virtual_cache[task].leaves
+        computed = self.method.virtual_states(self._task_rows(task))
         if isinstance(computed, Tensor):
-            computed = self.captured(computed)
-        if not self._in_turn:
+            computed = self.prefix_kv(computed)
+        if not self._iterating:
             return computed
-        self._virtual[task] = _Ahead(computed)
-        return self._virtual[task].leaves
+        self._virtual_cache[task] = PrefixCache(computed)
+        return self._virtual_cache[task].leaves
 
-    def captured(
+    def prefix_kv(
         self, entering: Tensor, start: int = 0, before: Mapping[int, KeysValues] | None = None
     ) -> dict[int, KeysValues]:
         """Keys and values, by layer, of ids [T] or embeddings [T, H] that stand from position `start` on."""
         captured: dict[int, KeysValues] = {}
         positions = torch.arange(start, start + len(entering), device=entering.device)
         own = (Segment(0, len(entering), None),)
-        self._trunk(entering, positions, own, alone=True, shared=before, capture=captured)
+        self._run_layers(entering, positions, own, alone=True, shared=before, capture=captured)
         return captured
 
-    def _before(self, prefix: SharedPrefix | None, task: str | None) -> Mapping[int, KeysValues] | None:
+    def _context_kv(self, prefix: SharedPrefix | None, task: str | None) -> Mapping[int, KeysValues] | None:
         """Keys and values that every root of a row comes after: virtual tokens, then the prefix."""
-        virtual = self.virtual(task)
+        virtual = self.virtual_kv(task)
         if prefix is None:
             return virtual
-        if prefix is not self._shared:  # kept any longer its keys and values would be those of older weights
+        if prefix is not self._active_prefix:  # kept any longer its keys and values would be those of older weights
             raise RuntimeError("rows with a shared prefix run inside Policy.in_turn or Policy.sharing")
-        if self._off not in self._ahead:
-            with self._from(prefix.below):
-                entering = self.entering(prefix.ids, task)
-                self._ahead[self._off] = _Ahead(self.captured(entering, self.method.virtual_tokens, virtual))
-        own = self._ahead[self._off].leaves
-        return own if virtual is None else {layer: joined(virtual[layer], own[layer]) for layer in own}
+        if self._method_off not in self._prefix_cache:
+            with self._starting_from(prefix.cached_hidden):
+                entering = self.embed(prefix.ids, task)
+                self._prefix_cache[self._method_off] = PrefixCache(
+                    self.prefix_kv(entering, self.method.virtual_tokens, virtual)
+                )
+        own = self._prefix_cache[self._method_off].leaves
+        return own if virtual is None else {layer: concatenate_kv(virtual[layer], own[layer]) for layer in own}
 
     def logprobs(self, batch: PackedBatch) -> Tensor:
         """Log-probability in nats of each entry of the loss index, [N]."""
@@ -278,39 +280,41 @@ class Policy:
     def reference_logprobs(self, batch: PackedBatch) -> Tensor:
         """The same from the reference, which is the base alone unless another was set, without gradient."""
         if self.reference is not None:
-            alone = batch.of_another_model()
-            with torch.no_grad(), self.reference.sharing(alone.prefix):
+            alone = batch.without_cached_hidden()
+            with torch.no_grad(), self.reference.shared_prefix(alone.prefix):
                 return self.reference.logprobs(alone)
         return self.base_logprobs(batch)
 
     def reference_sums(self, batch: PackedBatch) -> Tensor:
         """The same summed over each document, [D]. Where `known` is set, a document is read once a run."""
-        if self.known is None:
-            return by_document(batch, self.reference_logprobs(batch))
+        if self.reference_cache is None:
+            return sum_by_document(batch, self.reference_logprobs(batch))
         keys = [document_key(document) for document in batch.documents]
-        if any(key not in self.known for key in keys):
-            found = by_document(batch, self.reference_logprobs(batch)).tolist()
+        if any(key not in self.reference_cache for key in keys):
+            found = sum_by_document(batch, self.reference_logprobs(batch)).tolist()
             for key, nats in zip(keys, found, strict=True):
-                self.known.setdefault(key, nats)  # what was used once stays: another batch would round otherwise
-        return torch.tensor([self.known[key] for key in keys], dtype=torch.float64, device=batch.ids.device)
+                self.reference_cache.setdefault(
+                    key, nats
+                )  # what was used once stays: another batch would round otherwise
+        return torch.tensor([self.reference_cache[key] for key in keys], dtype=torch.float64, device=batch.ids.device)
 
     def base_logprobs(self, batch: PackedBatch) -> Tensor:
         """The same with the method off, without gradient.
 
         Raises `PlanError` for documents with inserted tokens: the base has nothing to put there.
         """
-        if self.method.inserted_tokens and any((d.ids >= self.first_inserted).any() for d in batch.documents):
+        if self.method.inserted_tokens and any((d.ids >= self.vocab_size).any() for d in batch.documents):
             raise PlanError(
                 "the base alone cannot read documents with virtual tokens inside",
                 where="method.positions",
                 hint="put all of them in front, or name a run as the reference",
             )
-        self._off = True
+        self._method_off = True
         try:
             with torch.no_grad(), self.method.disabled():
                 return self.logprobs(batch)
         finally:
-            self._off = False
+            self._method_off = False
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """All logits [T, V]: for probes on short batches only."""
@@ -319,12 +323,12 @@ class Policy:
             return self.logit_map.apply_(self.head(hidden).clone())
 
 
-class _Ahead:
+class PrefixCache:
     """Keys and values of a prefix by layer: as computed, and cut off as leaves."""
 
     def __init__(self, computed: Mapping[int, KeysValues]) -> None:
         self.computed = computed
-        self.leaves = {layer: (_leaf(key), _leaf(value)) for layer, (key, value) in computed.items()}
+        self.leaves = {layer: (_detached_leaf(key), _detached_leaf(value)) for layer, (key, value) in computed.items()}
 
     def backward(self) -> None:
         """Pass on what the leaves collected."""
@@ -338,7 +342,7 @@ class _Ahead:
             torch.autograd.backward([t for t, _ in reached], [g for _, g in reached])
 
 
-def by_document(batch: PackedBatch, values_N: Tensor) -> Tensor:
+def sum_by_document(batch: PackedBatch, values_N: Tensor) -> Tensor:
     """Sums over the supervised tokens of each document, [D]."""
     return values_N.new_zeros(batch.sequences).index_add(0, batch.loss.owner, values_N)
 
@@ -351,15 +355,15 @@ def document_key(document: Example) -> int:
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
-def by_name(entering: Tensor) -> dict[str, Tensor]:
+def model_inputs(entering: Tensor) -> dict[str, Tensor]:
     """Ids or embeddings as the argument that transformers' models take them by."""
     return {"inputs_embeds" if entering.is_floating_point() else "input_ids": entering}
 
 
-def joined(first: KeysValues, second: KeysValues) -> KeysValues:
+def concatenate_kv(first: KeysValues, second: KeysValues) -> KeysValues:
     """One after the other, along the positions."""
     return torch.cat([first[0], second[0]], dim=2), torch.cat([first[1], second[1]], dim=2)
 
 
-def _leaf(tensor: Tensor) -> Tensor:
+def _detached_leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.requires_grad)

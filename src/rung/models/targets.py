@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from rung.config.base import Role
-from rung.config.layers import layers_named
+from rung.config.base import LinearRole
+from rung.config.layers import resolve_layers
 from rung.errors import ConfigError
 
 # Last part of a module's name -> roles it plays. Fused projections play several.
-_ROLES: dict[str, tuple[Role, ...]] = {
+_ROLES: dict[str, tuple[LinearRole, ...]] = {
     "q_proj": ("q",),
     "k_proj": ("k",),
     "v_proj": ("v",),
@@ -45,9 +45,9 @@ def layer_number(name: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def linears_by_role(model: nn.Module) -> dict[Role, list[str]]:
+def linears_by_role(model: nn.Module) -> dict[LinearRole, list[str]]:
     """Names of the linear modules of each role, in the order of the model."""
-    found: dict[Role, list[str]] = {}
+    found: dict[LinearRole, list[str]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and layer_number(name) is not None:
             for role in roles_of(name):
@@ -55,7 +55,7 @@ def linears_by_role(model: nn.Module) -> dict[Role, list[str]]:
     return found
 
 
-def select(model: nn.Module, roles: Iterable[Role], layers: Iterable[int] | str | None) -> list[str]:
+def select_linears(model: nn.Module, roles: Iterable[LinearRole], layers: Iterable[int] | str | None) -> list[str]:
     """Modules that play any of `roles` in the given layers: numbers, a range "15-29", a third by name, None for all.
 
     A gated model has no separate `gate` in architectures without one: a role that is absent is passed over as long as
@@ -70,11 +70,11 @@ def select(model: nn.Module, roles: Iterable[Role], layers: Iterable[int] | str 
             given=", ".join(roles),
             allowed=", ".join(by_role) or "none of its modules are known to Rung",
         )
-    wanted = layers_named(layers, {number for name in names if (number := layer_number(name)) is not None})
+    wanted = resolve_layers(layers, {number for name in names if (number := layer_number(name)) is not None})
     return [name for name in names if layer_number(name) in wanted]
 
 
-def roles_of(name: str) -> tuple[Role, ...]:
+def roles_of(name: str) -> tuple[LinearRole, ...]:
     """Roles that a module of this name plays; none for one that is not known."""
     parts = name.split(".")
     return _ROLES.get(parts[-1]) or _ROLES.get(".".join(parts[-2:]), ())

@@ -27,7 +27,7 @@ KeysValues = tuple[Tensor, Tensor]
 """Keys and values [1, K, P, D] that stand before every root of a row."""
 
 
-class Rule(NamedTuple):
+class AttentionParams(NamedTuple):
     """How scores are made, as transformers names it."""
 
     scaling: float | None
@@ -42,7 +42,7 @@ def attend_tree(
     value_1KTD: Tensor,
     segments: Sequence[Segment],
     before: KeysValues | None,
-    rule: Rule,
+    rule: AttentionParams,
 ) -> Tensor:
     """Returns [1, T, H, D]."""
     device = query_1HTD.device.type
@@ -57,11 +57,11 @@ def attend_tree(
     if device == "cpu" and rule.softcap is None and not rule.dropout and one_width:
         given = before if before is not None else (None, None)
         return _FlashTree.apply(query_1HTD, key_1KTD, value_1KTD, *given, tuple(segments), rule)  # type: ignore[no-any-return, no-untyped-call]
-    keys, values = _Laid(key_1KTD, before and before[0]), _Laid(value_1KTD, before and before[1])
+    keys, values = SplitKV(key_1KTD, before and before[0]), SplitKV(value_1KTD, before and before[1])
     groups = query_1HTD.shape[1] // key_1KTD.shape[1]
     pieces = []
     for rows, path, mask in _visits(segments, keys.before, rule.window, query_1HTD.device):
-        key, value = (repeat(laid.along(path, rows), groups) for laid in (keys, values))
+        key, value = (repeat_kv(laid.along(path, rows), groups) for laid in (keys, values))
         pieces.append(attend(query_1HTD[:, :, rows], key, value, mask, rule, causal=mask is None))
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous()
 
@@ -72,7 +72,7 @@ def has_flat_kernel(device: torch.device) -> bool:
 
 
 def _attend_flat(
-    query_1HTD: Tensor, key_1KTD: Tensor, value_1KTD: Tensor, segments: tuple[Segment, ...], rule: Rule
+    query_1HTD: Tensor, key_1KTD: Tensor, value_1KTD: Tensor, segments: tuple[Segment, ...], rule: AttentionParams
 ) -> Tensor:
     borders, longest = _borders(segments, query_1HTD.device)
     out: Tensor = flash_utils._flash_attention_forward(
@@ -112,18 +112,18 @@ class _FlashTree(torch.autograd.Function):
         before_key: Tensor | None,
         before_value: Tensor | None,
         segments: tuple[Segment, ...],
-        rule: Rule,
+        rule: AttentionParams,
     ) -> Tensor:
         _, heads, tokens, width = query.shape
         groups = heads // key.shape[1]
-        keys, values = _Laid(key, before_key), _Laid(value, before_value)
+        keys, values = SplitKV(key, before_key), SplitKV(value, before_value)
         out_1THD = query.new_empty(1, tokens, heads, width)
         lses = []
         for rows, path, mask in _visits(segments, keys.before, rule.window, query.device):
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 query[:, :, rows],
-                repeat(keys.along(path, rows), groups),
-                repeat(values.along(path, rows), groups),
+                repeat_kv(keys.along(path, rows), groups),
+                repeat_kv(values.along(path, rows), groups),
                 0.0,
                 mask is None,
                 attn_mask=_additive(mask, query.dtype),
@@ -139,15 +139,15 @@ class _FlashTree(torch.autograd.Function):
     def backward(ctx: Any, grad_1THD: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, before_key, before_value, out_1THD, *lses = ctx.saved_tensors
         groups = query.shape[1] // key.shape[1]
-        keys, values = _Laid(key, before_key), _Laid(value, before_value)
+        keys, values = SplitKV(key, before_key), SplitKV(value, before_value)
         d_query, d_keys, d_values = torch.empty_like(query), keys.zeros(), values.zeros()
         visits = _visits(ctx.segments, keys.before, ctx.rule.window, query.device)
         for lse, (rows, path, mask) in zip(lses, visits, strict=True):
             d_q, d_k, d_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 grad_1THD[:, rows].transpose(1, 2),
                 query[:, :, rows],
-                repeat(keys.along(path, rows), groups),
-                repeat(values.along(path, rows), groups),
+                repeat_kv(keys.along(path, rows), groups),
+                repeat_kv(values.along(path, rows), groups),
                 out_1THD[:, rows].transpose(1, 2),
                 lse,
                 0.0,
@@ -156,20 +156,21 @@ class _FlashTree(torch.autograd.Function):
                 scale=ctx.rule.scaling,
             )
             d_query[:, :, rows] = d_q
-            d_keys.add(_fold(d_k, groups), path, rows)
-            d_values.add(_fold(d_v, groups), path, rows)
+            d_keys.add(_sum_kv_groups(d_k, groups), path, rows)
+            d_values.add(_sum_kv_groups(d_v, groups), path, rows)
         return d_query, d_keys.row, d_values.row, d_keys.ahead, d_values.ahead, None, None
 
 
-class _Laid:
+class SplitKV:
     """Keys, values or their gradients: those of the row, and those that stand ahead of it."""
 
     def __init__(self, row_1KTD: Tensor, ahead_1KPD: Tensor | None) -> None:
         self.row, self.ahead = row_1KTD, ahead_1KPD
         self.before = 0 if ahead_1KPD is None else ahead_1KPD.shape[2]
 
-    def zeros(self) -> _Laid:
-        return _Laid(torch.zeros_like(self.row), None if self.ahead is None else torch.zeros_like(self.ahead))
+    def zeros(self) -> SplitKV:
+        """Zeros of the same shapes, to add gradients to."""
+        return SplitKV(torch.zeros_like(self.row), None if self.ahead is None else torch.zeros_like(self.ahead))
 
     def along(self, path: Sequence[Segment], rows: slice) -> Tensor:
         """What a segment sees, [1, K, S, D]."""
@@ -215,7 +216,7 @@ def path_mask(before: int, length: int, window: int | None, device: torch.device
     return seen if window is None else seen & (query_Q1 - key_1S < window)
 
 
-def repeat(tensor_BKSD: Tensor, groups: int) -> Tensor:
+def repeat_kv(tensor_BKSD: Tensor, groups: int) -> Tensor:
     """Key/value heads as many as query heads: the flash kernel of the processor wants them so."""
     if groups == 1:
         return tensor_BKSD
@@ -223,7 +224,7 @@ def repeat(tensor_BKSD: Tensor, groups: int) -> Tensor:
     return tensor_BKSD[:, :, None].expand(b, k, groups, s, d).reshape(b, k * groups, s, d)
 
 
-def _fold(tensor_BHSD: Tensor, groups: int) -> Tensor:
+def _sum_kv_groups(tensor_BHSD: Tensor, groups: int) -> Tensor:
     """The transpose of `repeat`."""
     if groups == 1:
         return tensor_BHSD
@@ -238,7 +239,7 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rule: Rule, *, causal: bool = False
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rule: AttentionParams, *, causal: bool = False
 ) -> Tensor:
     """Scaled dot products [B, H, Q, D], with the softcap that torch's own function does not know."""
     if rule.softcap is None:

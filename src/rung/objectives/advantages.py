@@ -10,7 +10,7 @@ SPREAD = 1e-4
 """Added to a group's standard deviation before it divides."""
 
 
-def over_group(rewards_G: Floats) -> Floats:
+def group_normalized_advantages(rewards_G: Floats) -> Floats:
     """(r - mean) / (standard deviation + 1e-4) (Shao et al. 2024, section 4.1.2)."""
     if rewards_G.max() == rewards_G.min():  # rounding would leave a little
         return np.zeros_like(rewards_G)
@@ -18,13 +18,13 @@ def over_group(rewards_G: Floats) -> Floats:
     return np.asarray((rewards_G - rewards_G.mean()) / spread)
 
 
-def over_mean(rewards_G: Floats) -> Floats:
+def mean_baseline_advantages(rewards_G: Floats) -> Floats:
     """R - mean: hard and easy prompts weigh what their rewards differ (Liu et al. 2025, section 3.2)."""
     alike = rewards_G.max() == rewards_G.min()
     return np.zeros_like(rewards_G) if alike else np.asarray(rewards_G - rewards_G.mean())
 
 
-def over_others(rewards_G: Floats) -> Floats:
+def leave_one_out_advantages(rewards_G: Floats) -> Floats:
     """R - mean of the others, an unbiased baseline (Ahmadian et al. 2024, eq. 7)."""
     n = len(rewards_G)
     if rewards_G.max() == rewards_G.min():
@@ -32,8 +32,8 @@ def over_others(rewards_G: Floats) -> Floats:
     return np.asarray(rewards_G - (rewards_G.sum() - rewards_G) / (n - 1))
 
 
-def generalised(rewards_T: Floats, values_T: Floats, gamma: float, decay: float) -> Floats:
-    """Generalised advantage estimates of one answer, which ends after T tokens (Schulman et al. 2016, eq. 16).
+def generalized_advantage_estimates(rewards_T: Floats, values_T: Floats, gamma: float, decay: float) -> Floats:
+    """Generalized advantage estimates of one answer, which ends after T tokens (Schulman et al. 2016, eq. 16).
 
     `values_T` is what was expected before each token. A_t = sum over l of (gamma decay)^l delta_(t+l), with
     delta_t = r_t + gamma V_(t+1) - V_t and nothing to expect after the end.
@@ -48,7 +48,7 @@ def generalised(rewards_T: Floats, values_T: Floats, gamma: float, decay: float)
     return found
 
 
-def whitened(parts: list[Floats]) -> list[Floats]:
+def whiten(parts: list[Floats]) -> list[Floats]:
     """All values of all answers with mean 0 and variance 1; values that hardly vary become 0."""
     every = np.concatenate(parts)
     spread = float(every.std())

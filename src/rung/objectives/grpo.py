@@ -12,32 +12,36 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rung.config.objective import GrpoSpec
-from rung.models.policy import Policy, by_document
-from rung.objectives.advantages import over_group, over_mean, over_others
-from rung.objectives.protocol import Objective, taken
+from rung.config.objective import GrpoConfig
+from rung.models.policy import Policy, sum_by_document
+from rung.objectives.advantages import group_normalized_advantages, leave_one_out_advantages, mean_baseline_advantages
+from rung.objectives.protocol import Objective, take_seen
 from rung.types import Counts, Example, LossTerm, PackedBatch, Rollout
 
-ADVANTAGES = {"grpo": over_group, "dr_grpo": over_mean, "rloo": over_others}
+ADVANTAGES = {
+    "grpo": group_normalized_advantages,
+    "dr_grpo": mean_baseline_advantages,
+    "rloo": leave_one_out_advantages,
+}
 
 
-def clipped(logratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """max(-A rho, -A clip(rho, 1 - c, 1 + c)), rho = exp(logratio) (Schulman et al. 2017, eq. 7, to be minimised)."""
+def clipped_surrogate(logratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """max(-A rho, -A clip(rho, 1 - c, 1 + c)), rho = exp(logratio) (Schulman et al. 2017, eq. 7, to be minimized)."""
     ratio = logratio.exp()
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1.0 - clip, 1.0 + clip))
 
 
-def kl_above(logprob: Tensor, reference: Tensor) -> Tensor:
+def kl_estimate(logprob: Tensor, reference: Tensor) -> Tensor:
     """exp(d) - d - 1 with d = reference - logprob: unbiased for the KL divergence, never below 0 (Schulman, k3)."""
     d = reference - logprob
     return torch.expm1(d) - d
 
 
-class Grpo(Objective):
+class GrpoObjective(Objective):
     """Sum over answers, each with the weight of its row; the divisor is the sum of the weights."""
 
-    def __init__(self, spec: GrpoSpec) -> None:
-        self.spec, self.rollout = spec, spec.rollout
+    def __init__(self, config: GrpoConfig) -> None:
+        self.config, self.rollout = config, config.rollout
         self.seen: list[dict[str, Tensor]] = []
         self.said: dict[str, float] = {}
 
@@ -46,28 +50,28 @@ class Grpo(Objective):
         tokens = sum(d.weight * d.predictions for d in batch.documents)
         return Counts(tokens=float(tokens), sequences=float(sum(d.weight for d in batch.documents)))
 
-    def columns(self, policy: Policy, rollout: Rollout) -> list[Mapping[str, np.ndarray]]:
+    def rollout_columns(self, policy: Policy, rollout: Rollout) -> list[Mapping[str, np.ndarray]]:
         """Advantages, and log-probabilities of the policy that made the answers and of the reference where needed."""
         documents, rewards = rollout.documents, np.array(rollout.rewards, dtype=np.float64)
         found: list[dict[str, np.ndarray]] = [{} for _ in documents]
-        if self.spec.rollout.steps > 1:
-            put(found, "old", rollout.read(policy.logprobs))
-        if self.spec.beta:
-            put(found, "reference", rollout.read(policy.reference_logprobs))
-        if self.spec.beta and self.spec.loss == "rloo":  # there the divergence is part of what an answer is worth
-            own = [c["old"] for c in found] if "old" in found[0] else rollout.read(policy.logprobs)
+        if self.config.rollout.steps > 1:
+            store_column(found, "old", rollout.evaluate_documents(policy.logprobs))
+        if self.config.beta:
+            store_column(found, "reference", rollout.evaluate_documents(policy.reference_logprobs))
+        if self.config.beta and self.config.loss == "rloo":  # there the divergence is part of what an answer is worth
+            own = [c["old"] for c in found] if "old" in found[0] else rollout.evaluate_documents(policy.logprobs)
             apart = [float((a - c["reference"]).sum()) for a, c in zip(own, found, strict=True)]
-            rewards = rewards - self.spec.beta * np.array(apart)
+            rewards = rewards - self.config.beta * np.array(apart)
         advantages = np.zeros(len(documents))
         groups = np.array([d.row for d in documents])
         for row in np.unique(groups):
-            advantages[groups == row] = ADVANTAGES[self.spec.loss](rewards[groups == row])
+            advantages[groups == row] = ADVANTAGES[self.config.loss](rewards[groups == row])
         for column, document, advantage in zip(found, documents, advantages, strict=True):
             column["advantage"] = np.full(document.predictions, advantage)
         self._say(rollout, groups)
         return list(found)
 
-    def moves(self, examples: Sequence[Example]) -> bool:
+    def has_signal(self, examples: Sequence[Example]) -> bool:
         """Whether some group has answers of different worth."""
         return any(bool(e.columns["advantage"].any()) for e in examples)
 
@@ -76,37 +80,39 @@ class Grpo(Objective):
         logprobs_N, given = policy.logprobs(batch), batch.loss.columns
         advantage_N = given["advantage"].to(logprobs_N.dtype)
         old_N = given["old"].to(logprobs_N.dtype) if "old" in given else logprobs_N.detach()
-        tokens_D = by_document(batch, torch.ones_like(logprobs_N))
-        if self.spec.loss == "rloo":
-            total_D = by_document(batch, logprobs_N - old_N)
-            losses_D = clipped(total_D, by_document(batch, advantage_N) / tokens_D, self.spec.clip)
+        tokens_D = sum_by_document(batch, torch.ones_like(logprobs_N))
+        if self.config.loss == "rloo":
+            total_D = sum_by_document(batch, logprobs_N - old_N)
+            losses_D = clipped_surrogate(total_D, sum_by_document(batch, advantage_N) / tokens_D, self.config.clip)
         else:
-            losses_N = clipped(logprobs_N - old_N, advantage_N, self.spec.clip)
-            if self.spec.beta:
-                losses_N = losses_N + self.spec.beta * kl_above(logprobs_N, given["reference"].to(logprobs_N.dtype))
-            share = tokens_D if self.spec.loss == "grpo" else self.spec.rollout.max_new_tokens
-            losses_D = by_document(batch, losses_N) / share
+            losses_N = clipped_surrogate(logprobs_N - old_N, advantage_N, self.config.clip)
+            if self.config.beta:
+                losses_N = losses_N + self.config.beta * kl_estimate(
+                    logprobs_N, given["reference"].to(logprobs_N.dtype)
+                )
+            share = tokens_D if self.config.loss == "grpo" else self.config.rollout.max_new_tokens
+            losses_D = sum_by_document(batch, losses_N) / share
         self._see(batch, logprobs_N.detach(), old_N, given.get("reference"))
         weight_D = losses_D.new_tensor([d.weight for d in batch.documents])
-        return [LossTerm((losses_D * weight_D).sum(), "sequences", self.spec.loss)]
+        return [LossTerm((losses_D * weight_D).sum(), "sequences", self.config.loss)]
 
-    def report(self) -> Mapping[str, float]:
+    def take_metrics(self) -> Mapping[str, float]:
         """Of the answers: rewards, lengths, groups without a lesson; of the step: ratio and divergence."""
         if not self.seen:
             return {}
-        found = taken(self.seen)
+        found = take_seen(self.seen)
         ratio = found["logratio"].exp()
-        outside = ((ratio - 1.0).abs() > self.spec.clip).double().mean()
+        outside = ((ratio - 1.0).abs() > self.config.clip).double().mean()
         divergence = {"kl": float(found["kl"].mean())} if "kl" in found else {}
         return {**self.said, "ratio": float(ratio.mean()), "clipped": float(outside), **divergence}
 
     def _see(self, batch: PackedBatch, logprobs_N: Tensor, old_N: Tensor, reference_N: Tensor | None) -> None:
         """What the loss uses: with rloo ratios of whole answers, and the plain log-ratio that is in its rewards."""
-        whole = self.spec.loss == "rloo"
-        kept = {"logratio": by_document(batch, logprobs_N - old_N) if whole else logprobs_N - old_N}
+        whole = self.config.loss == "rloo"
+        kept = {"logratio": sum_by_document(batch, logprobs_N - old_N) if whole else logprobs_N - old_N}
         if reference_N is not None:
             apart = logprobs_N - reference_N.to(logprobs_N.dtype)
-            kept["kl"] = apart if whole else kl_above(logprobs_N, logprobs_N - apart)
+            kept["kl"] = apart if whole else kl_estimate(logprobs_N, logprobs_N - apart)
         self.seen.append(kept)
 
     def _say(self, rollout: Rollout, groups: NDArray[np.int64]) -> None:
@@ -125,7 +131,7 @@ class Grpo(Objective):
         }
 
 
-def put(found: list[dict[str, np.ndarray]], name: str, values: Sequence[np.ndarray]) -> None:
+def store_column(found: list[dict[str, np.ndarray]], name: str, values: Sequence[np.ndarray]) -> None:
     """Values of each document by name."""
     for column, own in zip(found, values, strict=True):
         column[name] = own

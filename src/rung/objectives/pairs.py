@@ -12,7 +12,7 @@ ROUNDING = 1e-6
 """Spread of two quantities below which their correlation would be that of rounding."""
 
 
-class Pairs(NamedTuple):
+class AnswerPairs(NamedTuple):
     """Documents of the better and of the other answer, and what each pair counts: all pairs of a row its weight."""
 
     better: list[int]
@@ -20,13 +20,13 @@ class Pairs(NamedTuple):
     weight: list[float]
 
 
-def pairs(batch: PackedBatch) -> Pairs:
+def answer_pairs(batch: PackedBatch) -> AnswerPairs:
     """Every pair of a row that scores tell apart (Ouyang et al. 2022, eq. 1)."""
     rows: dict[int, list[int]] = {}
     for i, document in enumerate(batch.documents):
         rows.setdefault(document.row, []).append(i)
     score = [document.score or 0.0 for document in batch.documents]
-    found = Pairs([], [], [])
+    found = AnswerPairs([], [], [])
     for row in rows.values():
         own = [(a, b) for a in row for b in row if score[a] > score[b]]
         found.better.extend(a for a, _ in own)

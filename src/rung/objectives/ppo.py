@@ -1,4 +1,4 @@
-"""Proximal policy optimisation with a value model and a penalty for leaving the reference: RLHF's third step.
+"""Proximal policy optimization with a value model and a penalty for leaving the reference: RLHF's third step.
 
 Suffixes: D documents, N predictions, T tokens of one answer.
 """
@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rung.config.objective import PpoSpec
+from rung.config.objective import PpoConfig
 from rung.models.policy import Policy
-from rung.objectives.advantages import Floats, generalised, whitened
-from rung.objectives.grpo import clipped, kl_above, put
-from rung.objectives.protocol import Objective, taken
+from rung.objectives.advantages import Floats, generalized_advantage_estimates, whiten
+from rung.objectives.grpo import clipped_surrogate, kl_estimate, store_column
+from rung.objectives.protocol import Objective, take_seen
 from rung.objectives.reward import ScoreHead
 from rung.types import Counts, Example, LossTerm, PackedBatch, Rollout
 
@@ -29,25 +29,25 @@ def value_loss(values: Tensor, before: Tensor, returns: Tensor, clip: float) -> 
     return 0.5 * torch.maximum((values - returns).square(), (near - returns).square())
 
 
-def adapted(beta: float, divergence: float, target: float, answers: int, horizon: int) -> float:
+def adapt_penalty(beta: float, divergence: float, target: float, answers: int, horizon: int) -> float:
     """The next penalty: it rises while the divergence lies above its target (Ziegler et al. 2019, section 2.2)."""
     error = min(max(divergence / target - 1.0, -0.2), 0.2)
     return beta * (1.0 + error * min(1.0, answers / horizon))
 
 
-class Ppo(Objective):
+class PpoObjective(Objective):
     """Sum over the tokens of answers, each with the weight of its row."""
 
     head: ScoreHead
     """Of the value model: what is expected of an answer, before each of its tokens."""
 
-    def __init__(self, spec: PpoSpec) -> None:
-        self.spec, self.rollout = spec, spec.rollout
+    def __init__(self, config: PpoConfig) -> None:
+        self.config, self.rollout = config, config.rollout
         self.critic: Policy | None = None
         """The value model: an adapter of its own on the same base; None reads values off the policy's own states."""
         self.start: ScoreHead | None = None
         """The head that it comes with."""
-        self.beta = spec.beta
+        self.beta = config.beta
         self.seen: list[dict[str, Tensor]] = []
         self.said: dict[str, float] = {}
 
@@ -60,7 +60,7 @@ class Ppo(Objective):
         own = {} if self.critic is None else self.critic.method.trainable()  # type: ignore[attr-defined]
         return {**{f"value.{name}": p for name, p in own.items()}, "value.score.weight": self.head.weight}
 
-    def partners(self) -> Sequence[Policy]:
+    def partner_policies(self) -> Sequence[Policy]:
         """The value model."""
         return [] if self.critic is None else [self.critic]
 
@@ -68,7 +68,7 @@ class Ppo(Objective):
         """The penalty, which adapts."""
         return {"beta": self.beta}
 
-    def resume(self, state: Mapping[str, float]) -> None:
+    def load_state(self, state: Mapping[str, float]) -> None:
         """Take it up."""
         self.beta = state["beta"]
 
@@ -82,31 +82,36 @@ class Ppo(Objective):
         found: Tensor = self.head((self.critic or policy).hidden_states(batch)[batch.loss.source])
         return found
 
-    def columns(self, policy: Policy, rollout: Rollout) -> list[Mapping[str, np.ndarray]]:
+    def rollout_columns(self, policy: Policy, rollout: Rollout) -> list[Mapping[str, np.ndarray]]:
         """Log-probabilities, values, advantages and returns of every token, of the policy that made the answers."""
-        old, values = rollout.read(policy.logprobs), rollout.read(lambda batch: self.values(policy, batch))
+        old, values = (
+            rollout.evaluate_documents(policy.logprobs),
+            rollout.evaluate_documents(lambda batch: self.values(policy, batch)),
+        )
         apart = [np.zeros_like(own) for own in old]
-        if self.spec.beta:
-            apart = [a - b for a, b in zip(old, rollout.read(policy.reference_logprobs), strict=True)]
+        if self.config.beta:
+            apart = [a - b for a, b in zip(old, rollout.evaluate_documents(policy.reference_logprobs), strict=True)]
         advantages, returns = [], []
         for own, far, expected in zip(rollout.rewards, apart, values, strict=True):
             rewards = -self.beta * far.astype(np.float64)
             rewards[-1] += own  # the answer is judged when it ends: on its stop
-            found = generalised(rewards, expected.astype(np.float64), self.spec.gamma, self.spec.decay)
+            found = generalized_advantage_estimates(
+                rewards, expected.astype(np.float64), self.config.gamma, self.config.gae_lambda
+            )
             advantages.append(found)
             returns.append(found + expected)
         self._say(rollout, apart, values, returns)
-        if self.spec.whiten:
-            advantages = whitened(advantages)
+        if self.config.whiten:
+            advantages = whiten(advantages)
         columns: list[dict[str, np.ndarray]] = [{} for _ in old]
         for name, parts in (("old", old), ("values", values), ("advantage", advantages), ("returns", returns)):
-            put(columns, name, parts)
-        if (adapt := self.spec.adapt) is not None:
+            store_column(columns, name, parts)
+        if (adapt := self.config.adaptive_kl) is not None:
             n = len(rollout.documents)
-            self.beta = adapted(self.beta, self.said["kl_answer"], adapt.target, n, adapt.horizon)
+            self.beta = adapt_penalty(self.beta, self.said["kl_answer"], adapt.target, n, adapt.horizon)
         return list(columns)
 
-    def moves(self, examples: Sequence[Example]) -> bool:
+    def has_signal(self, examples: Sequence[Example]) -> bool:
         """Whether some token was worth more than another."""
         return any(bool(e.columns["advantage"].any()) for e in examples)
 
@@ -118,40 +123,42 @@ class Ppo(Objective):
         given = {name: column.to(logprobs_N.dtype) for name, column in batch.loss.columns.items()}
         weight_N = batch.loss.weight.to(logprobs_N.dtype)
         logratio_N = logprobs_N - given["old"]
-        policy_N = clipped(logratio_N, given["advantage"], self.spec.clip)
-        value_N = value_loss(values_N.to(logprobs_N.dtype), given["values"], given["returns"], self.spec.value_clip)
+        policy_N = clipped_surrogate(logratio_N, given["advantage"], self.config.clip)
+        value_N = value_loss(
+            values_N.to(logprobs_N.dtype), given["values"], given["returns"], self.config.cliprange_value
+        )
         self.seen.append(
             {"logratio": logratio_N.detach(), "logprob": logprobs_N.detach(), "value_loss": value_N.detach()}
         )
         terms = [
             LossTerm((policy_N * weight_N).sum(), "tokens", "policy"),
-            LossTerm(self.spec.value_weight * (value_N * weight_N).sum(), "tokens", "value"),
+            LossTerm(self.config.vf_coef * (value_N * weight_N).sum(), "tokens", "value"),
         ]
-        if self.spec.entropy:  # its gradient is -E[log p grad log p]; the ratio makes up for who drew the tokens
+        if self.config.entropy:  # its gradient is -E[log p grad log p]; the ratio makes up for who drew the tokens
             surprise_N = logratio_N.exp() * logprobs_N.detach()
-            terms.append(LossTerm(self.spec.entropy * (surprise_N * weight_N).sum(), "tokens", "entropy"))
+            terms.append(LossTerm(self.config.entropy * (surprise_N * weight_N).sum(), "tokens", "entropy"))
         return terms
 
-    def halts(self) -> str | None:
+    def stop_reason(self) -> str | None:
         """Why the rest of a rollout is left: the policy has moved too far from the one that made the answers."""
         logratio = torch.cat([own["logratio"] for own in self.seen]).double()
         divergence, ratio = float(_k3(logratio).mean()), float(logratio.exp().mean())
-        if divergence > self.spec.stops.kl:
-            return f"divergence {divergence:.3f} nats a token, at most {self.spec.stops.kl:g}"
-        if ratio > self.spec.stops.ratio:
-            return f"mean ratio {ratio:.2f}, at most {self.spec.stops.ratio:g}"
+        if divergence > self.config.stops.target_kl:
+            return f"divergence {divergence:.3f} nats a token, at most {self.config.stops.target_kl:g}"
+        if ratio > self.config.stops.ratio:
+            return f"mean ratio {ratio:.2f}, at most {self.config.stops.ratio:g}"
         return None
 
-    def report(self) -> Mapping[str, float]:
+    def take_metrics(self) -> Mapping[str, float]:
         """Of the answers: rewards, divergence, values; of the step: ratio, clipping, entropy."""
         if not self.seen:
             return {}
-        found = taken(self.seen)
+        found = take_seen(self.seen)
         ratio = found["logratio"].exp()
         return {
             **self.said,
             "ratio": float(ratio.mean()),
-            "clipped": float(((ratio - 1.0).abs() > self.spec.clip).double().mean()),
+            "clipped": float(((ratio - 1.0).abs() > self.config.clip).double().mean()),
             "kl_step": float(_k3(found["logratio"]).mean()),
             "entropy": float(-(ratio * found["logprob"]).mean()),
             "value_loss": float(found["value_loss"].mean()),
@@ -174,4 +181,4 @@ class Ppo(Objective):
 
 def _k3(logratio: Tensor) -> Tensor:
     """Of the policy that made the answers to the one at hand, each token's estimate."""
-    return kl_above(torch.zeros_like(logratio), logratio)
+    return kl_estimate(torch.zeros_like(logratio), logratio)

@@ -1,4 +1,4 @@
-"""Preference optimisation: the better of two answers becomes likelier than the other, measured against a reference.
+"""Preference optimization: the better of two answers becomes likelier than the other, measured against a reference.
 
 The losses are pure functions of a pair's log-ratios to the reference, summed over the tokens of each answer or divided
 by their number. The two answers of a pair share their prompt in the tree, so it is computed once.
@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from rung.config.objective import FREE, PreferenceSpec
-from rung.models.policy import Policy, by_document
-from rung.objectives.pairs import correlation, pairs
-from rung.objectives.protocol import Objective, taken
+from rung.config.objective import REFERENCE_FREE, PreferenceConfig
+from rung.models.policy import Policy, sum_by_document
+from rung.objectives.pairs import answer_pairs, correlation
+from rung.objectives.protocol import Objective, take_seen
 from rung.objectives.sft import nll
 from rung.types import Counts, Example, LossTerm, PackedBatch
 
 
-class Sides(NamedTuple):
+class PairLogprobs(NamedTuple):
     """What is known of the better and the other answer of each pair, [P] each."""
 
     better: Tensor
@@ -39,54 +39,54 @@ class Sides(NamedTuple):
         return self.better / self.better_tokens, self.other / self.other_tokens
 
 
-def dpo(sides: Sides, spec: PreferenceSpec) -> Tensor:
+def dpo(sides: PairLogprobs, config: PreferenceConfig) -> Tensor:
     """-log sigmoid(beta h), h the difference of the log-ratios (Rafailov et al. 2023, eq. 7). ln 2 where h is 0."""
-    return -F.logsigmoid(spec.strength * (sides.better - sides.other))
+    return -F.logsigmoid(config.resolved_beta * (sides.better - sides.other))
 
 
-def ipo(sides: Sides, spec: PreferenceSpec) -> Tensor:
+def ipo(sides: PairLogprobs, config: PreferenceConfig) -> Tensor:
     """(h - 1 / (2 beta))^2 with h in nats per token (Azar et al. 2024, eq. 17)."""
     better, other = sides.per_token()
-    return (better - other - 1.0 / (2.0 * spec.strength)).square()
+    return (better - other - 1.0 / (2.0 * config.resolved_beta)).square()
 
 
-def hinge(sides: Sides, spec: PreferenceSpec) -> Tensor:
+def hinge(sides: PairLogprobs, config: PreferenceConfig) -> Tensor:
     """max(0, 1 - beta h) (Zhao et al. 2023, SLiC, on the log-ratios)."""
-    return torch.relu(1.0 - spec.strength * (sides.better - sides.other))
+    return torch.relu(1.0 - config.resolved_beta * (sides.better - sides.other))
 
 
-def robust(sides: Sides, spec: PreferenceSpec) -> Tensor:
+def robust(sides: PairLogprobs, config: PreferenceConfig) -> Tensor:
     """DPO without the bias of labels of which a share e is wrong (Chowdhury et al. 2024, eq. 11)."""
-    h, e = spec.strength * (sides.better - sides.other), spec.label_smoothing
+    h, e = config.resolved_beta * (sides.better - sides.other), config.label_smoothing
     return (-(1.0 - e) * F.logsigmoid(h) + e * F.logsigmoid(-h)) / (1.0 - 2.0 * e)
 
 
-def simpo(sides: Sides, spec: PreferenceSpec) -> Tensor:
+def simpo(sides: PairLogprobs, config: PreferenceConfig) -> Tensor:
     """-log sigmoid(beta (h - margin)) with h in nats per token, no reference (Meng et al. 2024, eq. 6)."""
     better, other = sides.per_token()
-    return -F.logsigmoid(spec.strength * (better - other - spec.margin))
+    return -F.logsigmoid(config.resolved_beta * (better - other - config.margin))
 
 
-def orpo(sides: Sides, spec: PreferenceSpec) -> Tensor:
+def orpo(sides: PairLogprobs, config: PreferenceConfig) -> Tensor:
     """-beta log sigmoid of the difference of log-odds, no reference (Hong et al. 2024, eq. 7)."""
     better, other = sides.per_token()
-    return -spec.strength * F.logsigmoid(_log_odds(better) - _log_odds(other))
+    return -config.resolved_beta * F.logsigmoid(_log_odds(better) - _log_odds(other))
 
 
-def apo_zero(sides: Sides, spec: PreferenceSpec) -> Tensor:
+def apo_zero(sides: PairLogprobs, config: PreferenceConfig) -> Tensor:
     """Better answers up, others down, each on its own (D'Oosterlinck et al. 2024, eq. 6)."""
-    return 1.0 - torch.sigmoid(spec.strength * sides.better) + torch.sigmoid(spec.strength * sides.other)
+    return 1.0 - torch.sigmoid(config.resolved_beta * sides.better) + torch.sigmoid(config.resolved_beta * sides.other)
 
 
-def sigmoid_norm(sides: Sides, spec: PreferenceSpec) -> Tensor:
+def sigmoid_norm(sides: PairLogprobs, config: PreferenceConfig) -> Tensor:
     """DPO on log-ratios per token: length alone wins nothing (Meng et al. 2024, section 4.4)."""
     better, other = sides.per_token()
-    return -F.logsigmoid(spec.strength * (better - other))
+    return -F.logsigmoid(config.resolved_beta * (better - other))
 
 
 PER_TOKEN = frozenset({"ipo", "simpo", "orpo", "sigmoid_norm"})
 """Losses that compare nats per token."""
-LOSSES: dict[str, Callable[[Sides, PreferenceSpec], Tensor]] = {
+LOSSES: dict[str, Callable[[PairLogprobs, PreferenceConfig], Tensor]] = {
     "dpo": dpo,
     "ipo": ipo,
     "hinge": hinge,
@@ -98,63 +98,63 @@ LOSSES: dict[str, Callable[[Sides, PreferenceSpec], Tensor]] = {
 }
 
 
-def kto(ratio_D: Tensor, good_D: Tensor, reference_point: Tensor, spec: PreferenceSpec) -> Tensor:
+def kto(ratio_D: Tensor, good_D: Tensor, reference_point: Tensor, config: PreferenceConfig) -> Tensor:
     """1 - sigmoid of how far a good answer lies above the reference point, or a bad one below it [D].
 
     Ethayarajh et al. 2024, eq. 8; the reference point is the KL divergence to the reference, at least 0.
     """
-    above_D = spec.strength * (ratio_D - reference_point)
-    weight_D = torch.where(good_D, 1.0, spec.bad_weight)
+    above_D = config.resolved_beta * (ratio_D - reference_point)
+    weight_D = torch.where(good_D, 1.0, config.undesirable_weight)
     return weight_D * (1.0 - torch.sigmoid(torch.where(good_D, above_D, -above_D)))
 
 
-def preference(spec: PreferenceSpec) -> Objective:
+def make_preference_objective(config: PreferenceConfig) -> Objective:
     """The objective of a loss: of pairs, or of single answers."""
-    return Unpaired(spec) if spec.loss == "kto" else Paired(spec)
+    return UnpairedPreference(config) if config.loss == "kto" else PairedPreference(config)
 
 
-class Paired(Objective):
+class PairedPreference(Objective):
     """Sum over rows of the mean loss of a row's pairs (Ouyang et al. 2022, eq. 1), each with the row's weight."""
 
     compares, at_least = True, 2
 
-    def __init__(self, spec: PreferenceSpec) -> None:
-        self.spec = spec
+    def __init__(self, config: PreferenceConfig) -> None:
+        self.config = config
         self.seen: list[dict[str, Tensor]] = []
 
     def count(self, batch: PackedBatch) -> Counts:
         """Weights of the rows, and of the tokens of their best answers."""
-        found, documents = pairs(batch), batch.documents
+        found, documents = answer_pairs(batch), batch.documents
         best = set(found.better) - set(found.other)
         learned = sum(documents[i].weight * int(documents[i].supervised[1:].sum()) for i in best)
         return Counts(tokens=float(learned), sequences=float(batch.sequences), pairs=sum(found.weight))
 
     def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
         """One term of the pairs, and one of the best answers' tokens where `sft` is above 0."""
-        found, against_D = pairs(batch), None
-        if self.spec.loss not in FREE:  # before the policy keeps what its backward pass needs
+        found, against_D = answer_pairs(batch), None
+        if self.config.loss not in REFERENCE_FREE:  # before the policy keeps what its backward pass needs
             against_D = policy.reference_sums(batch)
         logprobs_N, owner_N = policy.logprobs(batch), batch.loss.owner
         better_P, other_P = (torch.tensor(side, device=owner_N.device) for side in (found.better, found.other))
-        own_D = by_document(batch, logprobs_N)
-        tokens_D = by_document(batch, torch.ones_like(logprobs_N))
+        own_D = sum_by_document(batch, logprobs_N)
+        tokens_D = sum_by_document(batch, torch.ones_like(logprobs_N))
         ratio_D = own_D if against_D is None else own_D - against_D.to(own_D.dtype)
-        sides = Sides(ratio_D[better_P], ratio_D[other_P], tokens_D[better_P], tokens_D[other_P])
-        losses_P = LOSSES[self.spec.loss](sides, self.spec)
+        sides = PairLogprobs(ratio_D[better_P], ratio_D[other_P], tokens_D[better_P], tokens_D[other_P])
+        losses_P = LOSSES[self.config.loss](sides, self.config)
         self._see(sides, own_D.detach()[better_P], own_D.detach()[other_P])
-        terms = [LossTerm((losses_P * losses_P.new_tensor(found.weight)).sum(), "pairs", self.spec.loss)]
-        if self.spec.sft_weight:
+        terms = [LossTerm((losses_P * losses_P.new_tensor(found.weight)).sum(), "pairs", self.config.loss)]
+        if self.config.sft_weight:
             best_D = torch.zeros(batch.sequences, dtype=torch.bool, device=owner_N.device)
             best_D[better_P] = True
             best_D[other_P] = False
-            terms.append(cross_entropy(batch, logprobs_N, best_D, self.spec.sft_weight))
+            terms.append(cross_entropy(batch, logprobs_N, best_D, self.config.sft_weight))
         return terms
 
-    def report(self) -> Mapping[str, float]:
+    def take_metrics(self) -> Mapping[str, float]:
         """Of the pairs: the margin that the loss sees, how many stand the right way, log-probabilities, lengths."""
         if not self.seen:
             return {}
-        found = taken(self.seen)
+        found = take_seen(self.seen)
         margin, longer = found["margin"], found["better_tokens"] - found["other_tokens"]
         return {
             "margin": float(margin.mean()),
@@ -165,11 +165,11 @@ class Paired(Objective):
             "length_correlation": correlation(margin, longer),
         }
 
-    def _see(self, sides: Sides, better: Tensor, other: Tensor) -> None:
-        first, second = sides.per_token() if self.spec.loss in PER_TOKEN else sides[:2]
+    def _see(self, sides: PairLogprobs, better: Tensor, other: Tensor) -> None:
+        first, second = sides.per_token() if self.config.loss in PER_TOKEN else sides[:2]
         self.seen.append(
             {
-                "margin": (self.spec.strength * (first - second)).detach(),
+                "margin": (self.config.resolved_beta * (first - second)).detach(),
                 "better": better,
                 "other": other,
                 "better_tokens": sides.better_tokens,
@@ -178,7 +178,7 @@ class Paired(Objective):
         )
 
 
-class Unpaired(Objective):
+class UnpairedPreference(Objective):
     """KTO: each answer on its own, good or bad; of a row with several the best is good.
 
     The reference point is the mean log-ratio of answers behind prompts of other rows, read before each step
@@ -187,19 +187,19 @@ class Unpaired(Objective):
 
     compares = True
 
-    def __init__(self, spec: PreferenceSpec) -> None:
-        self.spec = spec
+    def __init__(self, config: PreferenceConfig) -> None:
+        self.config = config
         self.reference_point = torch.zeros(())
         self.seen: list[dict[str, Tensor]] = []
 
     def count(self, batch: PackedBatch) -> Counts:
         """Weights of the answers, and of the tokens of the good ones."""
         weight = sum(document.weight for document in batch.documents)
-        kept = [d for d, is_good in zip(batch.documents, good(batch), strict=True) if is_good]
+        kept = [d for d, is_good in zip(batch.documents, is_good_answer(batch), strict=True) if is_good]
         learned = sum(d.weight * int(d.supervised[1:].sum()) for d in kept)
         return Counts(tokens=float(learned), sequences=float(batch.sequences), pairs=float(weight))
 
-    def beside(self, examples: Sequence[Example]) -> list[Example]:
+    def kl_examples(self, examples: Sequence[Example]) -> list[Example]:
         """Each prompt with an answer of the next row; none that would be longer than all documents of the step."""
         rows: dict[int, list[Example]] = {}
         for i, e in enumerate(examples):
@@ -221,29 +221,29 @@ class Unpaired(Objective):
         ratios = []
         for batch in batches:
             logprobs_N = policy.logprobs(batch)
-            ratios.append(by_document(batch, logprobs_N - policy.reference_logprobs(batch).to(logprobs_N.dtype)))
+            ratios.append(sum_by_document(batch, logprobs_N - policy.reference_logprobs(batch).to(logprobs_N.dtype)))
         self.reference_point = torch.cat(ratios).mean().clamp(min=0.0)
 
     def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
         """One term of the answers, and one of the good ones' tokens where `sft` is above 0."""
         against_D = policy.reference_sums(batch)
-        logprobs_N, is_good = policy.logprobs(batch), good(batch)
-        ratio_D = by_document(batch, logprobs_N) - against_D.to(logprobs_N.dtype)
+        logprobs_N, is_good = policy.logprobs(batch), is_good_answer(batch)
+        ratio_D = sum_by_document(batch, logprobs_N) - against_D.to(logprobs_N.dtype)
         good_D = torch.tensor(is_good, device=ratio_D.device)
         weight_D = ratio_D.new_tensor([document.weight for document in batch.documents])
-        losses_D = kto(ratio_D, good_D, self.reference_point.to(ratio_D), self.spec)
+        losses_D = kto(ratio_D, good_D, self.reference_point.to(ratio_D), self.config)
         self.seen.append({"ratio": ratio_D.detach(), "good": good_D})
         terms = [LossTerm((losses_D * weight_D).sum(), "pairs", "kto")]
-        if self.spec.sft_weight and any(is_good):
-            terms.append(cross_entropy(batch, logprobs_N, good_D, self.spec.sft_weight))
+        if self.config.sft_weight and any(is_good):
+            terms.append(cross_entropy(batch, logprobs_N, good_D, self.config.sft_weight))
         return terms
 
-    def report(self) -> Mapping[str, float]:
+    def take_metrics(self) -> Mapping[str, float]:
         """Rewards beta r of good and of bad answers, their difference, and the reference point in nats."""
         if not self.seen:
             return {}
-        found = taken(self.seen)
-        reward, is_good = self.spec.strength * found["ratio"], found["good"] > 0
+        found = take_seen(self.seen)
+        reward, is_good = self.config.resolved_beta * found["ratio"], found["good"] > 0
         means = {
             name: float(reward[which].mean()) for name, which in (("good", is_good), ("bad", ~is_good)) if which.any()
         }
@@ -252,7 +252,7 @@ class Unpaired(Objective):
         return {**margin, **rewards, "reference_point": float(self.reference_point)}
 
 
-def good(batch: PackedBatch) -> list[bool]:
+def is_good_answer(batch: PackedBatch) -> list[bool]:
     """Whether each document's answer is a good one: labelled above 0, or the best of a row of several."""
     rows: dict[int, list[float]] = {}
     for document in batch.documents:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rung.config.objective import RolloutSpec
+from rung.config.objective import RolloutConfig
 from rung.models.policy import Policy
 from rung.types import Counts, Example, LossTerm, PackedBatch, Rollout
 
@@ -24,7 +24,7 @@ class Objective(Protocol):
     reads_head: bool = True
     """Whether its loss comes out of the model's own output head."""
 
-    rollout: RolloutSpec | None = None
+    rollout: RolloutConfig | None = None
     """How the policy makes the answers that it learns from; None learns from those of the data."""
     share: float = 1.0
     """Of the rows, those that the policy answers itself; below 1 the others keep the answers of the data."""
@@ -41,7 +41,7 @@ class Objective(Protocol):
         """What moves besides the method's own, by name: the heads it owns."""
         return {}
 
-    def published(self) -> Tensor | None:
+    def published_head(self) -> Tensor | None:
         """A head [1, H] that belongs to the finished model: what it answers with instead of tokens."""
         return None
 
@@ -50,10 +50,10 @@ class Objective(Protocol):
         ...
 
     def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
-        """Terms to be minimised, as sums."""
+        """Terms to be minimized, as sums."""
         ...
 
-    def beside(self, examples: Sequence[Example]) -> list[Example]:
+    def kl_examples(self, examples: Sequence[Example]) -> list[Example]:
         """Documents that a step over these must read first, without learning from them."""
         return []
 
@@ -61,36 +61,36 @@ class Objective(Protocol):
         """Read them; called without gradient, before the batches of the step."""
         return
 
-    def columns(self, policy: Policy, rollout: Rollout) -> list[Mapping[str, np.ndarray]]:
+    def rollout_columns(self, policy: Policy, rollout: Rollout) -> list[Mapping[str, np.ndarray]]:
         """What is known of each token of the answers before they are learned from; by document, by name."""
         return [{} for _ in rollout.documents]
 
-    def partners(self) -> Sequence[Policy]:
+    def partner_policies(self) -> Sequence[Policy]:
         """Other policies that learn from the same batches."""
         return ()
 
-    def halts(self) -> str | None:
-        """Asked before an optimiser step: why the rest of a rollout is left, if it is."""
+    def stop_reason(self) -> str | None:
+        """Asked before an optimizer step: why the rest of a rollout is left, if it is."""
         return None
 
     def state(self) -> dict[str, float]:
         """What it learned besides parameters, for checkpoints."""
         return {}
 
-    def resume(self, state: Mapping[str, float]) -> None:
+    def load_state(self, state: Mapping[str, float]) -> None:
         """Take up what `state` gave."""
         return
 
-    def moves(self, examples: Sequence[Example]) -> bool:
+    def has_signal(self, examples: Sequence[Example]) -> bool:
         """Whether there is anything to learn from these: answers that are all worth the same teach nothing."""
         return True
 
-    def report(self) -> Mapping[str, float]:
+    def take_metrics(self) -> Mapping[str, float]:
         """Means over the batches seen since the last report, for the log; then it forgets them."""
         return {}
 
 
-def taken(seen: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def take_seen(seen: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """What batches left behind, one after the other in float64, by name; then it is forgotten."""
     found = {name: torch.cat([own[name] for own in seen]).double() for name in seen[0]}
     seen.clear()

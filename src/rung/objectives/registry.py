@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rung.objectives.distill import Distill
-from rung.objectives.grpo import Grpo
-from rung.objectives.ppo import Ppo
-from rung.objectives.preference import preference
+from rung.objectives.distill import DistillObjective
+from rung.objectives.grpo import GrpoObjective
+from rung.objectives.ppo import PpoObjective
+from rung.objectives.preference import make_preference_objective
 from rung.objectives.protocol import Objective
-from rung.objectives.reward import Reward
-from rung.objectives.sft import Sft
+from rung.objectives.reward import RewardObjective
+from rung.objectives.sft import SftObjective
 
 OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
-    "sft": Sft,
-    "preference": preference,
-    "reward": Reward,
-    "grpo": Grpo,
-    "ppo": Ppo,
-    "distill": Distill,
+    "sft": SftObjective,
+    "preference": make_preference_objective,
+    "reward": RewardObjective,
+    "grpo": GrpoObjective,
+    "ppo": PpoObjective,
+    "distill": DistillObjective,
 }

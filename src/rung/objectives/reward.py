@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from rung.config.objective import RewardSpec
+from rung.config.objective import RewardConfig
 from rung.models.policy import Policy
-from rung.objectives.pairs import correlation, pairs
-from rung.objectives.protocol import Objective, taken
+from rung.objectives.pairs import answer_pairs, correlation
+from rung.objectives.protocol import Objective, take_seen
 from rung.types import Counts, LossTerm, PackedBatch
 
 
@@ -23,7 +23,7 @@ def bradley_terry(better_P: Tensor, other_P: Tensor, margin_P: Tensor) -> Tensor
     return -F.logsigmoid(better_P - other_P - margin_P)
 
 
-def centring(better_P: Tensor, other_P: Tensor) -> Tensor:
+def center_rewards_loss(better_P: Tensor, other_P: Tensor) -> Tensor:
     """(r_w + r_l)^2 [P]: comparing leaves the level of the scores open, this holds it at 0 (Eisenstein et al. 2024)."""
     return (better_P + other_P).square()
 
@@ -56,14 +56,14 @@ def last_tokens(batch: PackedBatch) -> Tensor:
     return torch.tensor([int(places[-1]) for places in batch.rows], device=batch.ids.device)
 
 
-class Reward(Objective):
+class RewardObjective(Objective):
     """Sum over rows of the mean loss of a row's pairs, each with the row's weight."""
 
     compares, at_least, reads_head = True, 2, False
     head: ScoreHead
 
-    def __init__(self, spec: RewardSpec) -> None:
-        self.spec = spec
+    def __init__(self, config: RewardConfig) -> None:
+        self.config = config
         self.seen: list[dict[str, Tensor]] = []
 
     def begin(self, policy: Policy, seed: int) -> None:
@@ -74,13 +74,13 @@ class Reward(Objective):
         """The head."""
         return {"score.weight": self.head.weight}
 
-    def published(self) -> Tensor:
+    def published_head(self) -> Tensor:
         """The head."""
         return self.head.weight.detach()
 
     def count(self, batch: PackedBatch) -> Counts:
         """Weights of the rows."""
-        return Counts(sequences=float(batch.sequences), pairs=sum(pairs(batch).weight))
+        return Counts(sequences=float(batch.sequences), pairs=sum(answer_pairs(batch).weight))
 
     def scores(self, policy: Policy, batch: PackedBatch) -> Tensor:
         """Of every document, [D]; on the scale of a log-odds: a difference of 1.1 is a preference of 3 to 1."""
@@ -88,26 +88,26 @@ class Reward(Objective):
         return scores
 
     def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
-        """One term of the pairs, and one that centres the scores where `centre` is above 0."""
-        found, scores_D = pairs(batch), self.scores(policy, batch)
+        """One term of the pairs, and one that centers the scores where `center` is above 0."""
+        found, scores_D = answer_pairs(batch), self.scores(policy, batch)
         better_P, other_P = (torch.tensor(side, device=scores_D.device) for side in (found.better, found.other))
         weight_P = scores_D.new_tensor(found.weight)
         given = [document.score or 0.0 for document in batch.documents]
         apart = [given[a] - given[b] for a, b in zip(found.better, found.other, strict=True)]
         better, other = scores_D[better_P], scores_D[other_P]
-        losses_P = bradley_terry(better, other, self.spec.margin * scores_D.new_tensor(apart))
+        losses_P = bradley_terry(better, other, self.config.margin * scores_D.new_tensor(apart))
         self._see(batch, better.detach(), other.detach(), better_P, other_P)
         terms = [LossTerm((losses_P * weight_P).sum(), "pairs", "bradley_terry")]
-        if self.spec.centre:
-            level = (centring(better, other) * weight_P).sum()
-            terms.append(LossTerm(self.spec.centre * level, "pairs", "centring"))
+        if self.config.center_rewards_coefficient:
+            level = (center_rewards_loss(better, other) * weight_P).sum()
+            terms.append(LossTerm(self.config.center_rewards_coefficient * level, "pairs", "centering"))
         return terms
 
-    def report(self) -> Mapping[str, float]:
+    def take_metrics(self) -> Mapping[str, float]:
         """Of the pairs: how many stand the right way, scores, and how far their differences follow the lengths'."""
         if not self.seen:
             return {}
-        found = taken(self.seen)
+        found = take_seen(self.seen)
         margin = found["better"] - found["other"]
         return {
             "accuracy": float((margin > 0).double().mean()),

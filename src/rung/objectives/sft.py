@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rung.config.objective import SftSpec
+from rung.config.objective import SftConfig
 from rung.models.policy import Policy
 from rung.objectives.protocol import Objective
 from rung.types import Counts, LossTerm, PackedBatch
@@ -15,11 +15,11 @@ def nll(logprobs_N: Tensor, weight_N: Tensor) -> Tensor:
     return -(logprobs_N * weight_N.to(logprobs_N.dtype)).sum()
 
 
-class Sft(Objective):
+class SftObjective(Objective):
     """Sum of weighted token losses; the divisor is the sum of the weights: a row of weight 2 counts as two."""
 
-    def __init__(self, spec: SftSpec) -> None:
-        self.spec = spec
+    def __init__(self, config: SftConfig) -> None:
+        self.config = config
 
     def count(self, batch: PackedBatch) -> Counts:
         """The sum of the weights of the supervised tokens."""

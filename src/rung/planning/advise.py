@@ -9,37 +9,53 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rung.config.method import METHOD_SPECS, MOVES_BASE
-from rung.config.model import ALONE, ModelSpec
-from rung.config.objective import ModelRewardSpec
-from rung.config.run import RunSpec
+from rung.config.method import BASE_CHANGING_METHODS, METHOD_CONFIGS
+from rung.config.model import WITHOUT_RUN_SETTINGS, ModelConfig
+from rung.config.objective import ModelRewardConfig
+from rung.config.run import RunConfig
 from rung.errors import ConfigError, did_you_mean
-from rung.planning.architecture import Shape, read_shape
-from rung.planning.memory import Memory, Stage, Work, afterwards, memory, tokens_per_micro_batch
-from rung.planning.method_cost import trained
-from rung.planning.throughput import DEVICES, LENGTH, Amount, Device, Rate, amount_of, rate_for, run_flops
+from rung.planning.architecture import ModelShape, read_shape
+from rung.planning.memory import (
+    MemoryEstimate,
+    MicroBatch,
+    Stage,
+    estimate_follow_up_commands,
+    estimate_memory,
+    tokens_per_micro_batch,
+)
+from rung.planning.method_cost import method_cost
+from rung.planning.throughput import (
+    DEVICES,
+    LENGTH,
+    DataVolume,
+    Device,
+    Throughput,
+    estimate_data_volume,
+    run_flops,
+    throughput_for,
+)
 
 PROBED = 2048
 """The largest budget that `probe` tries."""
 SMALL = 256
 """Tokens at once beside further changes: fewer would be slower and spare little."""
 LEARNED = 0.5
-"""Share of a micro-batch that the loss is taken of, as long as nothing has been tokenised."""
+"""Share of a micro-batch that the loss is taken of, as long as nothing has been tokenized."""
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RunPlan:
     """One run's cost."""
 
     method: str
-    moving: int | None
+    trainable: int | None
     """Numbers that move; None where only the loaded model can tell."""
-    memory: Memory
+    memory: MemoryEstimate
     flops: float | None
     """None where nobody knows how much data there is."""
     seconds: float | None
     """At the rate; None where none is known."""
-    after: tuple[Stage, ...]
+    follow_up: tuple[Stage, ...]
     """What `rung eval` and `rung merge` hold."""
     limit: int | None
     """Bytes that there are; None where nobody said."""
@@ -53,9 +69,9 @@ class Plan:
         """Plain values."""
         return {
             "method": self.method,
-            "trainable_parameters": self.moving,
+            "trainable_parameters": self.trainable,
             "memory": self.memory.to_json(),
-            "after": {stage.name: stage.bytes + self.memory.footprint for stage in self.after},
+            "after": {stage.name: stage.bytes + self.memory.footprint for stage in self.follow_up},
             "flops": self.flops,
             "seconds": self.seconds,
             "fits": self.fits,
@@ -63,28 +79,28 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class CheapestChange:
     """A setting that makes a run fit."""
 
     overrides: tuple[str, ...]
     """As they are given on the command line."""
     costs: str
     """What is lost by it."""
-    plan: Plan
+    plan: RunPlan
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
     """Everything `rung plan` says."""
 
-    shape: Shape
-    work: Work
-    amount: Amount | None
+    shape: ModelShape
+    micro_batch: MicroBatch
+    data_volume: DataVolume | None
     """None where no data is there, and nobody said."""
-    rate: Rate | None
-    own: Plan
-    others: tuple[Plan, ...]
-    change: Change | None
+    throughput: Throughput | None
+    own: RunPlan
+    others: tuple[RunPlan, ...]
+    change: CheapestChange | None
     """The cheapest that fits, where the config's own run does not and any does."""
 
     def to_json(self) -> dict[str, Any]:
@@ -92,11 +108,13 @@ class Advice:
         change = self.change
         return {
             "parameters": self.shape.parameters,
-            "compute": self.work.compute,
-            "tokens_per_micro_batch": self.work.tokens,
-            "tokens": self.amount and self.amount.tokens,
-            "tokens_given": self.amount is not None and self.amount.known,
-            "rate": None if self.rate is None else {"flops": self.rate.flops, "source": self.rate.source},
+            "compute": self.micro_batch.compute,
+            "tokens_per_micro_batch": self.micro_batch.tokens,
+            "tokens": self.data_volume and self.data_volume.tokens,
+            "tokens_given": self.data_volume is not None and self.data_volume.known,
+            "rate": None
+            if self.throughput is None
+            else {"flops": self.throughput.flops, "source": self.throughput.source},
             "limit_bytes": self.own.limit,
             "plan": self.own.to_json(),
             "methods": [other.to_json() for other in self.others],
@@ -106,59 +124,62 @@ class Advice:
 
 
 def advise(
-    spec: RunSpec, *, limit: int | None = None, device: Device | None = None, tokens: float | None = None
+    config: RunConfig, *, limit: int | None = None, device: Device | None = None, tokens: float | None = None
 ) -> Advice:
     """Plan a run and its alternatives from the configs of its models alone.
 
     `limit` is in bytes, `tokens` are those of an epoch; `device` None is this machine. Raises `ConfigError` for a model
     without a config.
     """
-    shape, amount = read_shape(spec.model), _guess(spec)
+    shape, amount = read_shape(config.model), _guess(config)
     if tokens is not None:
-        amount = replace(amount or amount_of([]), tokens=tokens, known=True)
+        amount = replace(amount or estimate_data_volume([]), tokens=tokens, known=True)
     limit = device.memory if limit is None and device is not None else limit
-    work = guessed_work(spec, shape, device)
-    rate = rate_for(device, work.compute)
+    work = assumed_micro_batch(config, shape, device)
+    rate = throughput_for(device, work.compute)
 
-    def plan(changed: RunSpec, name: str) -> Plan:
-        own, others = guessed_work(changed, shape, device), other_shapes(changed)
+    def plan(changed: RunConfig, name: str) -> RunPlan:
+        own, others = assumed_micro_batch(changed, shape, device), auxiliary_shapes(changed)
         return _plan(changed, name, shape, own, amount, rate, limit, others)
 
-    mine = plan(spec, _name(spec))
+    mine = plan(config, _name(config))
     change = None
     if mine.fits is False:
-        tried = (Change(o, costs, plan(changed, _name(changed))) for o, costs, changed in _changes(spec, work.tokens))
+        tried = (
+            CheapestChange(o, costs, plan(changed, _name(changed)))
+            for o, costs, changed in _changes(config, work.tokens)
+        )
         change = next((c for c in tried if c.plan.fits), None)
-    beside = tuple(plan(changed, name) for name, changed in alternatives(spec))
+    beside = tuple(plan(changed, name) for name, changed in alternatives(config))
     return Advice(shape, work, amount, rate, mine, beside, change)
 
 
 def _plan(
-    spec: RunSpec,
+    config: RunConfig,
     name: str,
-    shape: Shape,
-    work: Work,
-    amount: Amount | None,
-    rate: Rate | None,
+    shape: ModelShape,
+    work: MicroBatch,
+    amount: DataVolume | None,
+    rate: Throughput | None,
     limit: int | None,
-    others: Mapping[str, Shape],
-) -> Plan:
-    flops = None if amount is None else run_flops(spec, shape, amount, others.get("teacher"))
+    others: Mapping[str, ModelShape],
+) -> RunPlan:
+    flops = None if amount is None else run_flops(config, shape, amount, others.get("teacher"))
     seconds = None if rate is None or flops is None else flops / rate.flops
-    found = memory(spec, shape, work, others)
-    after = afterwards(spec, shape, work, amount.length if amount else LENGTH)
-    return Plan(name, trained(spec.method, shape).moving, found, flops, seconds, after, limit)
+    found = estimate_memory(config, shape, work, others)
+    after = estimate_follow_up_commands(config, shape, work, amount.length if amount else LENGTH)
+    return RunPlan(name, method_cost(config.method, shape).trainable, found, flops, seconds, after, limit)
 
 
-def guessed_work(spec: RunSpec, shape: Shape, device: Device | None) -> Work:
-    """What is computed at once, before anything has been tokenised: as much as the budget allows."""
-    given = spec.engine.tokens_per_micro_batch
+def assumed_micro_batch(config: RunConfig, shape: ModelShape, device: Device | None) -> MicroBatch:
+    """What is computed at once, before anything has been tokenized: as much as the budget allows."""
+    given = config.training.tokens_per_micro_batch
     kind = "cpu" if device is None else "cuda"
     budget = tokens_per_micro_batch(shape, kind) if given == "auto" else PROBED if given == "probe" else given
-    longest = spec.data.max_length or 0
+    longest = config.data.max_length or 0
     tokens = max(budget, longest)
-    return Work(
-        compute_type(spec.model, device),
+    return MicroBatch(
+        compute_type(config.model, device),
         tokens,
         int(tokens * LEARNED),
         documents=1 if longest > budget else 2,
@@ -166,7 +187,7 @@ def guessed_work(spec: RunSpec, shape: Shape, device: Device | None) -> Work:
     )
 
 
-def compute_type(model: ModelSpec, device: Device | None) -> str:
+def compute_type(model: ModelConfig, device: Device | None) -> str:
     """What products run in: `auto` takes bfloat16 where hardware multiplies it."""
     if model.dtype != "auto":
         return model.dtype
@@ -184,30 +205,30 @@ def multiplies_bfloat16() -> bool:
     return "avx512_bf16" in flags or "amx_tile" in flags
 
 
-def other_shapes(spec: RunSpec) -> dict[str, Shape]:
+def auxiliary_shapes(config: RunConfig) -> dict[str, ModelShape]:
     """Further models of a run, by what they are there for; adapters on the run's own base are none."""
-    found: dict[str, Shape] = {}
-    named = getattr(spec.objective, "against", None)
+    found: dict[str, ModelShape] = {}
+    named = getattr(config.objective, "against", None)
     if named == "base":
-        if spec.method.kind == "full":
-            found["reference"] = read_shape(spec.model)
+        if config.method.kind == "full":
+            found["reference"] = read_shape(config.model)
     elif named is not None:
-        found["reference"] = _named(spec, named, "objective.reference")
-    if spec.objective.kind == "distill":
-        found["teacher"] = _named(spec, spec.objective.teacher, "objective.teacher")
-    reward = getattr(spec.objective, "reward", None)
-    if isinstance(reward, ModelRewardSpec):
+        found["reference"] = _named(config, named, "objective.reference")
+    if config.objective.kind == "distill":
+        found["teacher"] = _named(config, config.objective.teacher, "objective.teacher")
+    reward = getattr(config.objective, "reward", None)
+    if isinstance(reward, ModelRewardConfig):
         base = require_reward_run(reward.run).get("model", {}).get("name")
-        whole = (Path(reward.run) / "model").exists() or spec.method.kind in MOVES_BASE
-        if whole or base != spec.model.name:  # else it is one more adapter on this run's weights
-            found["reward"] = _named(spec, reward.run, "objective.reward.run")
+        whole = (Path(reward.run) / "model").exists() or config.method.kind in BASE_CHANGING_METHODS
+        if whole or base != config.model.name:  # else it is one more adapter on this run's weights
+            found["reward"] = _named(config, reward.run, "objective.reward.run")
     return found
 
 
-def _named(spec: RunSpec, name: str, where: str) -> Shape:
+def _named(config: RunConfig, name: str, where: str) -> ModelShape:
     """Of a model that the config names elsewhere: what is wrong with it is said of that place."""
     try:
-        return read_shape(spec.model.model_copy(update={"name": name, **ALONE}))
+        return read_shape(config.model.model_copy(update={"name": name, **WITHOUT_RUN_SETTINGS}))
     except ConfigError as error:
         own = where if error.where == "model.name" else error.where
         raise ConfigError(
@@ -219,61 +240,61 @@ def require_reward_run(run: str) -> dict[str, Any]:
     """The config of a reward run. Raises `ConfigError` for a folder without a run, or of another kind."""
     where = "objective.reward.run"
     try:
-        spec: dict[str, Any] = json.loads((Path(run) / "run.json").read_text())["spec"]
-        kind = spec.get("objective", {}).get("kind", "sft")
+        config: dict[str, Any] = json.loads((Path(run) / "run.json").read_text())["config"]
+        kind = config.get("objective", {}).get("kind", "sft")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError("there is no such run", where=where, given=run) from error
     if kind != "reward":
         raise ConfigError("this run is no reward model", where=where, given=f"{run}: objective.kind: {kind}")
-    return spec
+    return config
 
 
-def alternatives(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
+def alternatives(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     """The same run under every method: with the config's own settings where it is the config's, else with defaults."""
-    kinds: Mapping[str, Any] = METHOD_SPECS
+    kinds: Mapping[str, Any] = METHOD_CONFIGS
     for kind, made in kinds.items():
         if kind == "peft":
             continue  # what its tuners hold is known once the model is loaded
         if kind == "qlora":
             for bits in (8, 4):
-                own = made(bits=bits) if spec.method.kind != kind else spec.method.model_copy(update={"bits": bits})
-                yield f"qlora, {bits} bits", spec.model_copy(update={"method": own})
+                own = made(bits=bits) if config.method.kind != kind else config.method.model_copy(update={"bits": bits})
+                yield f"qlora, {bits} bits", config.model_copy(update={"method": own})
             continue
-        yield kind, spec.model_copy(update={"method": spec.method if kind == spec.method.kind else made()})
+        yield kind, config.model_copy(update={"method": config.method if kind == config.method.kind else made()})
 
 
-def _name(spec: RunSpec) -> str:
+def _name(config: RunConfig) -> str:
     """Of a method in the table of all."""
-    return f"qlora, {getattr(spec.method, 'bits', 4)} bits" if spec.method.kind == "qlora" else spec.method.kind
+    return f"qlora, {getattr(config.method, 'bits', 4)} bits" if config.method.kind == "qlora" else config.method.kind
 
 
-def _changes(spec: RunSpec, now: int) -> Iterator[tuple[tuple[str, ...], str, RunSpec]]:
+def _changes(config: RunConfig, now: int) -> Iterator[tuple[tuple[str, ...], str, RunConfig]]:
     """From what costs nothing but time to what makes another run of it."""
     for tokens in (4096, 2048, 1024, 512, 256, 128):
-        if tokens < now and tokens >= (spec.data.max_length or 0):
-            engine = spec.engine.model_copy(update={"tokens_per_micro_batch": tokens})
+        if tokens < now and tokens >= (config.data.max_length or 0):
+            engine = config.training.model_copy(update={"tokens_per_micro_batch": tokens})
             yield (
-                (f"engine.tokens_per_micro_batch={tokens}",),
+                (f"training.tokens_per_micro_batch={tokens}",),
                 "speed alone",
-                spec.model_copy(update={"engine": engine}),
+                config.model_copy(update={"training": engine}),
             )
-    small = spec.engine.model_copy(update={"tokens_per_micro_batch": min(SMALL, now)})
-    least = spec.model_copy(update={"engine": small})
+    small = config.training.model_copy(update={"tokens_per_micro_batch": min(SMALL, now)})
+    least = config.model_copy(update={"training": small})
 
     def with_(override: str) -> tuple[str, ...]:
-        return f"engine.tokens_per_micro_batch={small.tokens_per_micro_batch}", override
+        return f"training.tokens_per_micro_batch={small.tokens_per_micro_batch}", override
 
-    moments = small.optimiser.model_copy(update={"moments": "int8"})
-    eight = least.model_copy(update={"engine": small.model_copy(update={"optimiser": moments})})
-    if spec.engine.optimiser.moments != "int8":
-        yield with_("engine.optimiser.moments=int8"), "moments rounded to 8 bits", eight
+    moments = small.optimizer.model_copy(update={"moments": "int8"})
+    eight = least.model_copy(update={"training": small.model_copy(update={"optimizer": moments})})
+    if config.training.optimizer.state_dtype != "int8":
+        yield with_("training.optimizer.state_dtype=int8"), "moments rounded to 8 bits", eight
     for length in (2048, 1024, 512, 256):
-        if spec.data.max_length and length < spec.data.max_length:
-            data = spec.data.model_copy(update={"max_length": length})
+        if config.data.max_length and length < config.data.max_length:
+            data = config.data.model_copy(update={"max_length": length})
             yield with_(f"data.max_length={length}"), "longer documents", least.model_copy(update={"data": data})
     for rank in (8, 4):
-        if getattr(spec.method, "rank", 0) > rank:
-            method = spec.method.model_copy(update={"rank": rank})
+        if getattr(config.method, "rank", 0) > rank:
+            method = config.method.model_copy(update={"rank": rank})
             yield with_(f"method.rank={rank}"), "what an adapter can hold", least.model_copy(update={"method": method})
     ladder: Sequence[tuple[str, dict[str, Any]]] = (
         ("method={kind: lora}", {"kind": "lora"}),
@@ -282,14 +303,14 @@ def _changes(spec: RunSpec, now: int) -> Iterator[tuple[tuple[str, ...], str, Ru
         ("method={kind: prompt}", {"kind": "prompt"}),
     )
     for override, settings in ladder:
-        if settings["kind"] != spec.method.kind or "bits" in settings:
+        if settings["kind"] != config.method.kind or "bits" in settings:
             kind = settings["kind"]
-            made: Any = METHOD_SPECS[kind]
+            made: Any = METHOD_CONFIGS[kind]
             method = made.model_validate(settings)
             yield with_(override), "another method", least.model_copy(update={"method": method})
 
 
-def size_of(text: str | None) -> int | None:
+def parse_size(text: str | None) -> int | None:
     """Bytes of 24GiB, 24GB, 512MiB or a plain number. Raises `ConfigError` for anything else."""
     if text is None:
         return None
@@ -302,7 +323,7 @@ def size_of(text: str | None) -> int | None:
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
-def device_named(name: str | None) -> Device | None:
+def parse_device(name: str | None) -> Device | None:
     """A known device. Raises `ConfigError` for another."""
     if name is None:
         return None
@@ -313,14 +334,14 @@ def device_named(name: str | None) -> Device | None:
     return DEVICES[name.lower()]
 
 
-def _guess(spec: RunSpec) -> Amount | None:
+def _guess(config: RunConfig) -> DataVolume | None:
     """From the sizes of the data's files, and what the config leaves of them; None where none is there."""
-    paths = [spec.data.path] if isinstance(spec.data.path, str) else [one.path for one in spec.data.path]
-    shares = [s for s in (spec.data.validation, spec.data.test) if isinstance(s, float | int)]
-    found = amount_of([Path(name) for name in paths])
+    paths = [config.data.path] if isinstance(config.data.path, str) else [one.path for one in config.data.path]
+    shares = [s for s in (config.data.validation, config.data.test) if isinstance(s, float | int)]
+    found = estimate_data_volume([Path(name) for name in paths])
     if not found.tokens:
         return None
     kept = found.tokens * max(0.0, 1.0 - sum(shares))
-    if spec.data.limit is not None:
-        kept = min(kept, spec.data.limit * found.length)
-    return Amount(kept, found.learned, found.length, known=False)
+    if config.data.limit is not None:
+        kept = min(kept, config.data.limit * found.length)
+    return DataVolume(kept, found.learned, found.length, known=False)

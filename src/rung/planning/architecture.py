@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rung.config.base import Role
+from rung.config.base import LinearRole
 from rung.config.catalog import CATALOG
 from rung.config.layers import student_layers
-from rung.config.model import ModelSpec, StudentLayers
-from rung.config.support import refusal_of_model
+from rung.config.model import ModelConfig, StudentLayers
+from rung.config.support import model_refusal
 from rung.errors import CheckpointError, ConfigError, PlanError, did_you_mean
 
 HEADER = 100 * 2**20
@@ -38,10 +38,10 @@ _ALL_HEADS = frozenset({"opt", "gpt2", "gpt_neox"})
 
 
 @dataclass(frozen=True, slots=True)
-class Matrix:
+class LinearShape:
     """A linear of one layer."""
 
-    roles: tuple[Role, ...]
+    roles: tuple[LinearRole, ...]
     """Several where projections are fused."""
     inputs: int
     outputs: int
@@ -54,7 +54,7 @@ class Matrix:
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class ModelShape:
     """A decoder in numbers."""
 
     kind: str
@@ -70,7 +70,7 @@ class Shape:
     vocabulary: int
     tied: bool
     """Whether the head is the embeddings."""
-    matrices: tuple[Matrix, ...]
+    matrices: tuple[LinearShape, ...]
     """Linears of one layer."""
     vectors: int
     """Numbers of a layer outside its linears: norms."""
@@ -113,30 +113,30 @@ class Shape:
         return inside + self.embedding * (1 if self.tied else 2) + self.outside
 
 
-def read_shape(spec: ModelSpec) -> Shape:
+def read_shape(config: ModelConfig) -> ModelShape:
     """The shape of a run's base, from its config alone.
 
     Raises `ConfigError` for a name that leads to no config, `PlanError` for an architecture that Rung cannot take.
     """
-    if spec.student_of is not None:
-        whole = read_shape(spec.model_copy(update={"name": spec.student_of, "student_of": None, "layers": None}))
-        return _replace_layers(whole, spec.layers or "every_other")
-    if spec.name in CATALOG:
-        return shape_of(CATALOG[spec.name].config)
-    if Path(spec.name).suffix.lower() == ".gguf" and Path(spec.name).expanduser().is_file():
-        return _of_gguf(Path(spec.name).expanduser())
-    folder = _folder(spec)
+    if config.student_of is not None:
+        whole = read_shape(config.model_copy(update={"name": config.student_of, "student_of": None, "layers": None}))
+        return _replace_layers(whole, config.layers or "every_other")
+    if config.name in CATALOG:
+        return shape_from_config(CATALOG[config.name].config)
+    if Path(config.name).suffix.lower() == ".gguf" and Path(config.name).expanduser().is_file():
+        return _of_gguf(Path(config.name).expanduser())
+    folder = _folder(config)
     if folder is not None and (folder / "run.json").exists():
         return _of_run(folder)
-    path = folder / "config.json" if folder is not None else _of_hub(spec)
+    path = folder / "config.json" if folder is not None else _of_hub(config)
     try:
-        config = json.loads(path.read_text())
+        model_json = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"this config cannot be read: {error}", where=str(path)) from error
-    return shape_of(config, stored_type(path.parent))
+    return shape_from_config(model_json, stored_type(path.parent))
 
 
-def shape_of(config: Mapping[str, Any], stored: str | None = None) -> Shape:
+def shape_from_config(config: Mapping[str, Any], stored: str | None = None) -> ModelShape:
     """The shape that a transformers config describes.
 
     Raises `PlanError` for an architecture that is refused, `ConfigError` where a number is missing.
@@ -144,7 +144,7 @@ def shape_of(config: Mapping[str, Any], stored: str | None = None) -> Shape:
     if not isinstance(config, Mapping):
         raise ConfigError("this config is no object", where="config.json", given=type(config).__name__)
     kind = str(config.get("model_type", "llama"))
-    if why := refusal_of_model(kind, encoder_decoder=bool(config.get("is_encoder_decoder"))):
+    if why := model_refusal(kind, encoder_decoder=bool(config.get("is_encoder_decoder"))):
         raise PlanError(why, where="model.name", given=kind)
     try:
         return _shape(kind, config, stored or _type_of(config))
@@ -153,7 +153,7 @@ def shape_of(config: Mapping[str, Any], stored: str | None = None) -> Shape:
         raise ConfigError(what, where="config.json", given=kind) from error
 
 
-def _shape(kind: str, config: Mapping[str, Any], stored: str) -> Shape:
+def _shape(kind: str, config: Mapping[str, Any], stored: str) -> ModelShape:
     def number(*names: str, default: int | None = None) -> int:
         for name in names:
             if config.get(name) is not None:
@@ -173,7 +173,7 @@ def _shape(kind: str, config: Mapping[str, Any], stored: str) -> Shape:
     matrices, vectors, outside = _inside(kind, config, (width, query, kv, mlp))
     outside += {"gpt2": context * width, "opt": (context + 2) * width, "phi": vocabulary}.get(kind, 0)
     tied = bool(config.get("tie_word_embeddings", kind not in _UNTIED))
-    return Shape(
+    return ModelShape(
         *(kind, layers, width, heads, kv_heads, head_width, mlp, vocabulary),
         tied=tied,
         matrices=matrices,
@@ -186,29 +186,33 @@ def _shape(kind: str, config: Mapping[str, Any], stored: str) -> Shape:
 
 def _inside(
     kind: str, config: Mapping[str, Any], widths: tuple[int, int, int, int]
-) -> tuple[tuple[Matrix, ...], int, int]:
+) -> tuple[tuple[LinearShape, ...], int, int]:
     """The linears of a layer, the numbers of its norms, and those of the last norm."""
     width, query, kv, mlp = widths
     if kind in ("gpt2", "opt", "phi", "gpt_neox"):  # biases everywhere, LayerNorm, no gate
         if kind in ("gpt2", "gpt_neox"):
-            own: Sequence[Matrix] = [Matrix(("q", "k", "v"), width, query + 2 * kv, True)]
+            own: Sequence[LinearShape] = [LinearShape(("q", "k", "v"), width, query + 2 * kv, True)]
         else:
-            own = [Matrix((role,), width, out, True) for role, out in _qkv(query, kv)]
-        both = (*own, Matrix(("o",), query, width, True), Matrix(("up",), width, mlp, True))
+            own = [LinearShape((role,), width, out, True) for role, out in _qkv(query, kv)]
+        both = (*own, LinearShape(("o",), query, width, True), LinearShape(("up",), width, mlp, True))
         norms = 1 if kind == "phi" else 2
-        return (*both, Matrix(("down",), mlp, width, True)), norms * 2 * width, 2 * width
+        return (*both, LinearShape(("down",), mlp, width, True)), norms * 2 * width, 2 * width
     if kind == "phi3":
-        fused = Matrix(("q", "k", "v"), width, query + 2 * kv), Matrix(("o",), query, width)
-        return (*fused, Matrix(("gate", "up"), width, 2 * mlp), Matrix(("down",), mlp, width)), 2 * width, width
+        fused = LinearShape(("q", "k", "v"), width, query + 2 * kv), LinearShape(("o",), query, width)
+        return (
+            (*fused, LinearShape(("gate", "up"), width, 2 * mlp), LinearShape(("down",), mlp, width)),
+            2 * width,
+            width,
+        )
     biased = bool(config.get("attention_bias", kind == "qwen2"))
     out_biased = biased and kind != "qwen2"
     inner = bool(config.get("mlp_bias", False))
-    attention = (*(Matrix((role,), width, out, biased) for role, out in _qkv(query, kv)),)
+    attention = (*(LinearShape((role,), width, out, biased) for role, out in _qkv(query, kv)),)
     block = (
-        Matrix(("o",), query, width, out_biased),
-        Matrix(("gate",), width, mlp, inner),
-        Matrix(("up",), width, mlp, inner),
-        Matrix(("down",), mlp, width, inner),
+        LinearShape(("o",), query, width, out_biased),
+        LinearShape(("gate",), width, mlp, inner),
+        LinearShape(("up",), width, mlp, inner),
+        LinearShape(("down",), mlp, width, inner),
     )
     norms = (4 if kind in ("gemma2", "gemma3_text") else 2) * width
     head_width = query // int(config["num_attention_heads"])
@@ -217,7 +221,7 @@ def _inside(
     return (*attention, *block), norms, width
 
 
-def _qkv(query: int, kv: int) -> tuple[tuple[Role, int], ...]:
+def _qkv(query: int, kv: int) -> tuple[tuple[LinearRole, int], ...]:
     return ("q", query), ("k", kv), ("v", kv)
 
 
@@ -250,40 +254,40 @@ def _type_of(config: Mapping[str, Any]) -> str:
     return said if said in BYTES else "float32"
 
 
-def _replace_layers(whole: Shape, layers: StudentLayers) -> Shape:
+def _replace_layers(whole: ModelShape, layers: StudentLayers) -> ModelShape:
     return replace(whole, layers=len(student_layers(layers, whole.layers)))
 
 
-def _folder(spec: ModelSpec) -> Path | None:
+def _folder(config: ModelConfig) -> Path | None:
     """Where the model stands on this disk; None for a hub id."""
-    path = Path(spec.name).expanduser()
+    path = Path(config.name).expanduser()
     if path.is_dir() and ((path / "run.json").exists() or (path / "config.json").exists()):
         return path
     if path.exists():
         what = "this holds neither a model (config.json) nor a run (run.json)"
-        raise ConfigError(what, where="model.name", given=spec.name)
-    if spec.name.count("/") == 1 and not spec.name.startswith((".", "/", "~")) and not path.parent.exists():
+        raise ConfigError(what, where="model.name", given=config.name)
+    if config.name.count("/") == 1 and not config.name.startswith((".", "/", "~")) and not path.parent.exists():
         return None
-    near = did_you_mean(spec.name, list(CATALOG))
+    near = did_you_mean(config.name, list(CATALOG))
     hint = f"did you mean {near}?" if near else None
-    raise ConfigError("no such model", where="model.name", given=spec.name, hint=hint)
+    raise ConfigError("no such model", where="model.name", given=config.name, hint=hint)
 
 
-def _of_run(folder: Path) -> Shape:
+def _of_run(folder: Path) -> ModelShape:
     """A run's own model where it was trained whole, else its base."""
     if (folder / "model" / "config.json").exists():
-        return read_shape(ModelSpec(name=str(folder / "model")))
+        return read_shape(ModelConfig(name=str(folder / "model")))
     try:
-        spec = json.loads((folder / "run.json").read_text())["spec"]["model"]
+        config = json.loads((folder / "run.json").read_text())["config"]["model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"run.json is not the manifest of a run: {error}", where=str(folder)) from error
-    found = ModelSpec.model_validate(spec)
+    found = ModelConfig.model_validate(config)
     if Path(found.student_of or found.name).resolve() == folder.resolve():
         raise CheckpointError("this run says that it stands on itself", where=str(folder))
     return read_shape(found)
 
 
-def _of_gguf(file: Path) -> Shape:
+def _of_gguf(file: Path) -> ModelShape:
     """By the names that llama.cpp gives its numbers; what is loaded of them is float32."""
     from gguf import GGUFReader
 
@@ -301,20 +305,20 @@ def _of_gguf(file: Path) -> Shape:
     tensors = {tensor.name: tensor.shape.tolist() for tensor in reader.tensors}
     vocabulary = max(tensors.get("token_embd.weight", [0]))
     own = {"model_type": kind, "vocab_size": vocabulary, "tie_word_embeddings": "output.weight" not in tensors}
-    return shape_of({**own, **named}, "float32")
+    return shape_from_config({**own, **named}, "float32")
 
 
-def _of_hub(spec: ModelSpec) -> Path:
+def _of_hub(config: ModelConfig) -> Path:
     """The config of a hub id: kept from an earlier download, or brought now; nothing else of it is."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(spec.name, "config.json", revision=spec.revision))
+        return Path(hf_hub_download(config.name, "config.json", revision=config.revision))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise ConfigError(
             "the config of this model is not here and cannot be brought",
             where="model.name",
-            given=f"{spec.name}: {str(error).splitlines()[0]}",
+            given=f"{config.name}: {str(error).splitlines()[0]}",
             hint="give a folder with its config.json; nothing else of the model is needed to plan",
         ) from error

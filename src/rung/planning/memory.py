@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rung.config.method import MOVES_BASE, in_front
-from rung.config.run import RunSpec
-from rung.planning.architecture import BYTES, Shape
-from rung.planning.method_cost import Trained, activation_bytes_per_token, method_bytes_per_token, trained
-from rung.planning.throughput import rolls
+from rung.config.method import BASE_CHANGING_METHODS, front_virtual_tokens
+from rung.config.run import RunConfig
+from rung.planning.architecture import BYTES, ModelShape
+from rung.planning.method_cost import MethodCost, activation_bytes_per_token, method_bytes_per_token, method_cost
+from rung.planning.throughput import generates_rollouts
 
-FOOTPRINT = 560 * 2**20
+BASELINE_RSS = 560 * 2**20
 """Python, torch, transformers and a tokenizer of 49,152 tokens, without a model (measured)."""
 ACTIVATION_BYTES = 512 * 2**20
 """What the activations of one micro-batch may hold on a processor."""
@@ -32,10 +32,17 @@ NF4_PLAIN = 0.5 + 4 / 64
 
 BITSANDBYTES = 110 * 10**6
 """The library alone (measured)."""
-HOLES, HOLES_ALONE = 0.19, 0.65
+FRAGMENTATION, FRAGMENTATION_SINGLE_DOCUMENT = 0.19, 0.65
 """Of what a step keeps: freed memory of a size that is not asked for again (measured with glibc 2.36). A long document,
 alone in its micro-batch, leaves more: what attention makes and forgets is as large, and of another size in the next."""
-HOLES_OF = {"prompt": 0.43, "prefix": 0.43, "p_tuning": 0.43, "bottleneck": 0.51, "qlora": 0.94, "mixture": 1.29}
+FRAGMENTATION_BY_METHOD = {
+    "prompt": 0.43,
+    "prefix": 0.43,
+    "p_tuning": 0.43,
+    "bottleneck": 0.51,
+    "qlora": 0.94,
+    "mixture": 1.29,
+}
 """The same of methods that make and forget more on the way (measured for each; with glibc 2.38 and later there may be
 less: before that, an aligned block was not given out again to a request of its own size)."""
 UNFUSED = 3.4
@@ -74,7 +81,7 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class MicroBatch:
     """What a run computes at once, as far as it is known."""
 
     compute: str
@@ -94,11 +101,11 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class MemoryEstimate:
     """A run's stages in their order."""
 
     stages: tuple[Stage, ...]
-    footprint: int = FOOTPRINT
+    footprint: int = BASELINE_RSS
 
     @property
     def largest(self) -> Stage:
@@ -122,36 +129,38 @@ class Memory:
         return {**total, "footprint_bytes": self.footprint, "at": self.largest.name, "stages": stages}
 
 
-def tokens_per_micro_batch(shape: Shape, device: str) -> int:
+def tokens_per_micro_batch(shape: ModelShape, device: str) -> int:
     """The `auto` budget. 776 tokens for a 135M model: a few hundred rows keep products near full speed."""
     if device == "cuda":
         return CUDA_TOKENS
     return max(FEWEST, min(MOST, ACTIVATION_BYTES // activation_bytes_per_token(shape)))
 
 
-def memory(spec: RunSpec, shape: Shape, work: Work, others: Mapping[str, Shape] | None = None) -> Memory:
+def estimate_memory(
+    config: RunConfig, shape: ModelShape, work: MicroBatch, others: Mapping[str, ModelShape] | None = None
+) -> MemoryEstimate:
     """The stages of `rung train`. `others` are the shapes of further models, by what they are there for."""
-    own = trained(spec.method, shape)
-    held = _held(spec, shape, own, work, others or {})
-    backward = _backward(spec, shape, own, work)
+    own = method_cost(config.method, shape)
+    held = _held(config, shape, own, work, others or {})
+    backward = _backward(config, shape, own, work)
     # what a step has freed stays with the process: the next one uses it again
     heap = [term for term in backward if term.name in ("activations", "scratch", "holes", "products")]
     stages = [
-        Stage("loading", (*_loading(spec, shape, work), *_imported(spec))),
+        Stage("loading", (*_loading(config, shape, work), *_imported(config))),
         Stage("steps", (*held, *backward)),
-        Stage("optimiser", (*held, *_update(own), *heap)),
+        Stage("optimizer", (*held, *_update(own), *heap)),
     ]
-    rollout = getattr(spec.objective, "rollout", None)
-    if rollout is not None and rolls(spec):
-        rows = min(rollout.batch, rollout.answers * spec.engine.examples_per_step)
-        tokens = work.tokens // max(1, rollout.answers) + rollout.max_new_tokens
-        stages.append(Stage("rollouts", (*held, *answering(shape, rows, tokens, work.compute))))
+    rollout = getattr(config.objective, "rollout", None)
+    if rollout is not None and generates_rollouts(config):
+        rows = min(rollout.batch, rollout.num_generations * config.training.examples_per_step)
+        tokens = work.tokens // max(1, rollout.num_generations) + rollout.max_new_tokens
+        stages.append(Stage("rollouts", (*held, *decoding_terms(shape, rows, tokens, work.compute))))
     kept = [term for term in held if term.name not in ("moments", "value")]
     stages.append(Stage("saving", (*kept, *_saving(own))))
-    return Memory(tuple(stages))
+    return MemoryEstimate(tuple(stages))
 
 
-def answering(shape: Shape, rows: int, tokens: int, compute: str) -> Sequence[Term]:
+def decoding_terms(shape: ModelShape, rows: int, tokens: int, compute: str) -> Sequence[Term]:
     """What decoding holds besides the weights: `rows` answers at once, `tokens` long with their prompts."""
     width = BYTES[compute]
     cache = rows * tokens * 2 * shape.kv * shape.layers * width
@@ -161,24 +170,24 @@ def answering(shape: Shape, rows: int, tokens: int, compute: str) -> Sequence[Te
     )
 
 
-def weights(spec: RunSpec, shape: Shape, compute: str) -> Sequence[Term]:
+def weight_terms(config: RunConfig, shape: ModelShape, compute: str) -> Sequence[Term]:
     """The base as it stands in memory while it is trained."""
-    kind = spec.method.kind
+    kind = config.method.kind
     outside = shape.layers * shape.vectors + shape.outside
     embeddings = shape.embedding * (1 if shape.tied else 2)
     inside = shape.layers * shape.linear
     if kind == "full":
         return (Term("weights", 4 * shape.parameters, "float32: what moves is never narrower"),)
-    narrow = compute == "bfloat16" or (shape.stored == "bfloat16" and spec.model.fused)
+    narrow = compute == "bfloat16" or (shape.stored == "bfloat16" and config.model.fused)
     width = 2 if narrow else 4
     small = 2 if compute == "bfloat16" else 4
     rest = width * embeddings + small * outside
     if kind == "qlora":
-        bits, double = getattr(spec.method, "bits", 4), getattr(spec.method, "double_quantised", True)
+        bits, double = getattr(config.method, "bits", 4), getattr(config.method, "double_quant", True)
         each = 1.0 if bits == 8 else NF4 if double else NF4_PLAIN
         scales = 4 * shape.layers * sum(m.outputs for m in shape.matrices) if bits == 8 else 0
         return (
-            Term("quantised", int(inside * each) + scales, f"{bits} bits a number of the layers' linears, and scales"),
+            Term("quantized", int(inside * each) + scales, f"{bits} bits a number of the layers' linears, and scales"),
             Term("weights", rest, "embeddings, head and norms, as they are"),
             *_still_mapped(shape, inside, width),
         )
@@ -186,52 +195,54 @@ def weights(spec: RunSpec, shape: Shape, compute: str) -> Sequence[Term]:
     return (Term("weights", width * inside + rest, why),)
 
 
-def _imported(spec: RunSpec) -> Sequence[Term]:
+def _imported(config: RunConfig) -> Sequence[Term]:
     """What is not loaded for every run."""
-    if spec.method.kind != "qlora" and spec.engine.optimiser.moments != "int8":
+    if config.method.kind != "qlora" and config.training.optimizer.state_dtype != "int8":
         return ()
     return (Term("bitsandbytes", BITSANDBYTES, "the library (measured)"),)
 
 
-def _still_mapped(shape: Shape, inside: int, width: int) -> Sequence[Term]:
-    """What was quantised stays readable in the file as long as embeddings are read from it."""
+def _still_mapped(shape: ModelShape, inside: int, width: int) -> Sequence[Term]:
+    """What was quantized stays readable in the file as long as embeddings are read from it."""
     if BYTES[shape.stored] != width or shape.stored == "float16":
         return ()
     return (Term("file", width * inside, f"{shape.stored}, mapped with its embeddings", mapped=True),)
 
 
-def _held(spec: RunSpec, shape: Shape, own: Trained, work: Work, others: Mapping[str, Shape]) -> Sequence[Term]:
+def _held(
+    config: RunConfig, shape: ModelShape, own: MethodCost, work: MicroBatch, others: Mapping[str, ModelShape]
+) -> Sequence[Term]:
     """What stands in memory from the first step to the last."""
-    found = [*weights(spec, shape, work.compute), *_imported(spec)]
-    moving = own.moving or 0
-    if spec.method.kind != "full":
+    found = [*weight_terms(config, shape, work.compute), *_imported(config)]
+    moving = own.trainable or 0
+    if config.method.kind != "full":
         found.append(Term("adapter", 4 * (moving + own.frozen), "float32, and the frozen half where there is one"))
-    moments = 2 if spec.engine.optimiser.moments == "int8" else 8
+    moments = 2 if config.training.optimizer.state_dtype == "int8" else 8
     found.append(Term("moments", moments * moving, f"{moments // 2} bytes for each of AdamW's two"))
-    if spec.objective.kind == "ppo" and spec.method.kind not in MOVES_BASE:
+    if config.objective.kind == "ppo" and config.method.kind not in BASE_CHANGING_METHODS:
         found.append(Term("value", 16 * moving, "the value model's own adapter, its gradients and moments"))
     for name, other in others.items():
-        width = 2 if work.compute == "bfloat16" or (other.stored == "bfloat16" and spec.model.fused) else 4
+        width = 2 if work.compute == "bfloat16" or (other.stored == "bfloat16" and config.model.fused) else 4
         found.append(Term(name, width * other.parameters, "a second model"))
     return found
 
 
-def _backward(spec: RunSpec, shape: Shape, own: Trained, work: Work) -> Sequence[Term]:
+def _backward(config: RunConfig, shape: ModelShape, own: MethodCost, work: MicroBatch) -> Sequence[Term]:
     """What a step holds besides, at the end of the forward pass of its last micro-batch."""
     lowest = min(own.lowest, shape.layers - 1)
     kept = activation_bytes_per_token(shape, work.compute, lowest=lowest)
-    kept += method_bytes_per_token(spec.method, shape, work.compute)
-    tokens = work.tokens + in_front(spec.method)
-    gradients = 4 * (own.moving or 0)
-    activations = int(kept * tokens * (1.0 if spec.model.fused else UNFUSED))
+    kept += method_bytes_per_token(config.method, shape, work.compute)
+    tokens = work.tokens + front_virtual_tokens(config.method)
+    gradients = 4 * (own.trainable or 0)
+    activations = int(kept * tokens * (1.0 if config.model.fused else UNFUSED))
     if work.batches == 1:  # gradients come as activations go
         gradients = max(0, gradients - activations)
     per_token = BYTES[work.compute]
     scratch = per_token * tokens * (4 * shape.mlp + 4 * shape.width)
     vectors = 3 * per_token * shape.width * work.learned
-    holes = _holes(spec, shape, work)
+    holes = _fragmentation(config, shape, work)
     # gradients of the head, of the embeddings, and their sum where both are one matrix
-    moved = {"full": 3 if shape.tied else 2, "head": 1}.get(spec.method.kind, 0) * 4 * shape.embedding
+    moved = {"full": 3 if shape.tied else 2, "head": 1}.get(config.method.kind, 0) * 4 * shape.embedding
     return (
         Term("gradients", gradients, "float32"),
         Term("activations", activations, f"{kept:,} bytes for each of {tokens:,} tokens"),
@@ -244,52 +255,56 @@ def _backward(spec: RunSpec, shape: Shape, own: Trained, work: Work) -> Sequence
     )
 
 
-def _holes(spec: RunSpec, shape: Shape, work: Work) -> float:
+def _fragmentation(config: RunConfig, shape: ModelShape, work: MicroBatch) -> float:
     if work.device != "cpu":
-        return HOLES
+        return FRAGMENTATION
     alone = work.documents == 1 and work.tokens > tokens_per_micro_batch(shape, "cpu")
-    return max(HOLES_OF.get(spec.method.kind, HOLES), HOLES_ALONE if alone else 0.0)
+    return max(
+        FRAGMENTATION_BY_METHOD.get(config.method.kind, FRAGMENTATION), FRAGMENTATION_SINGLE_DOCUMENT if alone else 0.0
+    )
 
 
-def _update(own: Trained) -> Sequence[Term]:
+def _update(own: MethodCost) -> Sequence[Term]:
     """What AdamW holds besides: it makes two tensors as large as the one it steps."""
     return (
-        Term("gradients", 4 * (own.moving or 0), "float32"),
+        Term("gradients", 4 * (own.trainable or 0), "float32"),
         Term("temporaries", 2 * 4 * own.largest, "twice the largest tensor that moves"),
     )
 
 
-def _loading(spec: RunSpec, shape: Shape, work: Work) -> Sequence[Term]:
+def _loading(config: RunConfig, shape: ModelShape, work: MicroBatch) -> Sequence[Term]:
     """A file is mapped: what it holds in the type that is asked for is not copied, but read when it is needed."""
-    narrow = work.compute == "bfloat16" or (shape.stored == "bfloat16" and spec.model.fused)
+    narrow = work.compute == "bfloat16" or (shape.stored == "bfloat16" and config.model.fused)
     loaded = "bfloat16" if narrow else "float32"
-    final = tuple(weights(spec, shape, work.compute))
+    final = tuple(weight_terms(config, shape, work.compute))
     file = Term("file", BYTES[shape.stored] * shape.parameters, f"{shape.stored}, as it is mapped", mapped=True)
     if shape.stored != loaded:
         copied = Term("copies", BYTES[loaded] * shape.parameters, f"of all of it, as {loaded}")
-        return (file, copied) if spec.method.kind not in ("full", "qlora") else (copied, *final)
-    if spec.method.kind == "qlora" or (spec.method.kind == "full" and loaded == "bfloat16"):
+        return (file, copied) if config.method.kind not in ("full", "qlora") else (copied, *final)
+    if config.method.kind == "qlora" or (config.method.kind == "full" and loaded == "bfloat16"):
         return (file, *final)
     return final
 
 
-def _saving(own: Trained) -> Sequence[Term]:
+def _saving(own: MethodCost) -> Sequence[Term]:
     """What is written is copied tensor by tensor, and looked at again so."""
     return (Term("copies", 2 * 4 * own.largest, "of the largest tensor, written and looked at again"),)
 
 
-def afterwards(spec: RunSpec, shape: Shape, work: Work, length: float) -> tuple[Stage, ...]:
+def estimate_follow_up_commands(
+    config: RunConfig, shape: ModelShape, work: MicroBatch, length: float
+) -> tuple[Stage, ...]:
     """`rung eval` and `rung merge`, each a process of its own; `length` is of a prompt in tokens."""
-    own, tokens = trained(spec.method, shape), int(spec.data.max_length or length)
-    whole = spec.method.kind in MOVES_BASE
-    adapter = 0 if whole else 4 * ((own.moving or 0) + own.frozen)
-    rows, width = spec.evaluate.batch, BYTES[work.compute]
+    own, tokens = method_cost(config.method, shape), int(config.data.max_length or length)
+    whole = config.method.kind in BASE_CHANGING_METHODS
+    adapter = 0 if whole else 4 * ((own.trainable or 0) + own.frozen)
+    rows, width = config.evaluation.batch, BYTES[work.compute]
     evaluation = Stage(
         "evaluation",
         (
-            *weights(spec, shape, work.compute),
+            *weight_terms(config, shape, work.compute),
             Term("adapter", adapter, "float32"),
-            *answering(shape, rows, tokens + spec.evaluate.max_new_tokens, work.compute),
+            *decoding_terms(shape, rows, tokens + config.evaluation.max_new_tokens, work.compute),
             Term(
                 "scratch", width * rows * tokens * 4 * (shape.mlp + shape.width), "what one layer makes of the prompts"
             ),

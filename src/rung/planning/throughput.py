@@ -9,7 +9,7 @@ beside them, V x H the head, n tokens of which m are learned, s the length of a 
     head             2 V H m forward and again backward, and once more for its weights where they move
 
 so 4 P L a token with a frozen base and 6 P L without one. Not counted: embeddings, norms, activations, softmax, what is
-computed again, the optimiser; a measured rate has them in it.
+computed again, the optimizer; a measured rate has them in it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rung.config.objective import ROLLING
-from rung.config.run import RunSpec
+from rung.config.objective import ROLLOUT_KINDS
+from rung.config.run import RunConfig
 from rung.files import cache_folder, write_text
-from rung.planning.architecture import Shape
-from rung.planning.method_cost import trained
+from rung.planning.architecture import ModelShape
+from rung.planning.method_cost import method_cost
 
 CHARACTERS_PER_TOKEN = 4.0
-"""Of English text, roughly: what a file's size is divided by as long as nothing has been tokenised."""
+"""Of English text, roughly: what a file's size is divided by as long as nothing has been tokenized."""
 LENGTH = 300.0
 """Tokens of a document, as long as none was read."""
 MFU = 0.4
@@ -67,7 +67,7 @@ DEVICES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Amount:
+class DataVolume:
     """What a run reads."""
 
     tokens: float
@@ -80,75 +80,79 @@ class Amount:
     """Whether they were counted, or taken from the size of a file."""
 
 
-def amount_of(files: list[Path], *, learned: float = 0.4, length: float = LENGTH) -> Amount:
+def estimate_data_volume(files: list[Path], *, learned: float = 0.4, length: float = LENGTH) -> DataVolume:
     """From the sizes of data files that are there; no more than a first guess."""
     characters = sum(file.stat().st_size for file in files if file.is_file())
-    return Amount(characters / CHARACTERS_PER_TOKEN, learned, length, known=False)
+    return DataVolume(characters / CHARACTERS_PER_TOKEN, learned, length, known=False)
 
 
-def run_flops(spec: RunSpec, shape: Shape, amount: Amount, teacher: Shape | None = None) -> float:
+def run_flops(config: RunConfig, shape: ModelShape, amount: DataVolume, teacher: ModelShape | None = None) -> float:
     """Operations of the whole run: its epochs, a reference's and a teacher's passes, and the answers it makes."""
-    passes: float = spec.engine.epochs
-    if spec.engine.max_steps is not None and amount.tokens:
-        passes = min(passes, spec.engine.max_steps * spec.engine.examples_per_step * amount.length / amount.tokens)
-    own = token_flops(spec, shape, amount)
+    passes: float = config.training.epochs
+    if config.training.max_steps is not None and amount.tokens:
+        passes = min(
+            passes, config.training.max_steps * config.training.examples_per_step * amount.length / amount.tokens
+        )
+    own = token_flops(config, shape, amount)
     forward = _forward(shape, amount)
-    rollout = getattr(spec.objective, "rollout", None)
-    if rollout is not None and rolls(spec):
-        answered: float = rollout.answers * (amount.length + rollout.max_new_tokens) / amount.length
-        each: float = forward + rollout.epochs * own + (forward if getattr(spec.objective, "against", None) else 0.0)
+    rollout = getattr(config.objective, "rollout", None)
+    if rollout is not None and generates_rollouts(config):
+        answered: float = rollout.num_generations * (amount.length + rollout.max_new_tokens) / amount.length
+        each: float = (
+            forward + rollout.num_iterations * own + (forward if getattr(config.objective, "against", None) else 0.0)
+        )
         return passes * amount.tokens * answered * each
     once = 0.0
-    if spec.objective.kind == "preference" and getattr(spec.objective, "against", None):
+    if config.objective.kind == "preference" and getattr(config.objective, "against", None):
         once = forward  # kept by document: read once a run
-    if spec.objective.kind == "distill":
-        once = _forward(teacher or shape, amount) * (1.0 if spec.objective.keep_states else passes)
+    if config.objective.kind == "distill":
+        once = _forward(teacher or shape, amount) * (1.0 if config.objective.cache_teacher_states else passes)
     return amount.tokens * (passes * own + once)
 
 
-def rolls(spec: RunSpec) -> bool:
+def generates_rollouts(config: RunConfig) -> bool:
     """Whether the policy makes answers of its own."""
-    return spec.objective.kind in ROLLING or bool(getattr(spec.objective, "on_policy", 0.0))
+    return config.objective.kind in ROLLOUT_KINDS or bool(getattr(config.objective, "on_policy", 0.0))
 
 
-def token_flops(spec: RunSpec, shape: Shape, amount: Amount) -> float:
+def token_flops(config: RunConfig, shape: ModelShape, amount: DataVolume) -> float:
     """Operations for one token of training, forward and backward."""
-    own = trained(spec.method, shape)
+    own = method_cost(config.method, shape)
     upper = shape.layers - min(own.lowest, shape.layers)
-    full = spec.method.kind == "full"
-    beside = 0 if full or spec.method.kind in ("head", "prompt", "prefix", "p_tuning") else (own.moving or 0)
+    full = config.method.kind == "full"
+    beside = 0 if full or config.method.kind in ("head", "prompt", "prefix", "p_tuning") else (own.trainable or 0)
     attention = 4.0 * shape.query * amount.length / 2
     forward = 2.0 * (shape.linear * shape.layers + beside) + attention * shape.layers
     backward = 2.0 * (shape.linear * upper + beside) + 2 * attention * upper
     weight = 2.0 * (shape.linear * shape.layers if full else beside)
-    head = 2.0 * shape.embedding * amount.learned * (3 if full or spec.method.kind == "head" else 2)
+    head = 2.0 * shape.embedding * amount.learned * (3 if full or config.method.kind == "head" else 2)
     return forward + backward + weight + head
 
 
-def _forward(shape: Shape, amount: Amount) -> float:
+def _forward(shape: ModelShape, amount: DataVolume) -> float:
     attention = 4.0 * shape.query * amount.length / 2
     return 2.0 * shape.linear * shape.layers + attention * shape.layers + 2.0 * shape.embedding * amount.learned
 
 
 @dataclass(frozen=True, slots=True)
-class Rate:
+class Throughput:
     """Operations a second, and where the number comes from."""
 
     flops: float
     source: str
 
 
-def rate_for(device: Device | None, compute: str) -> Rate | None:
+def throughput_for(device: Device | None, compute: str) -> Throughput | None:
     """Of a known device, stated; of this machine, measured by the runs it has finished. None where nothing is known."""
     if device is not None:
-        return Rate(MFU * device.flops, f"{MFU:.0%} of {device.name}'s stated peak: not measured")
+        return Throughput(MFU * device.flops, f"{MFU:.0%} of {device.name}'s stated peak: not measured")
     measured = _measured().get(compute)
     if measured is None:
         return None
-    return Rate(measured["flops"], f"the fastest run on this machine ({measured['run']})")
+    return Throughput(measured["flops"], f"the fastest run on this machine ({measured['run']})")
 
 
-def keep_rate(compute: str, flops: float, run: str) -> None:
+def record_throughput(compute: str, flops: float, run: str) -> None:
     """What a finished run reached on this machine, for later plans: the fastest, as others may have had company."""
     known = _measured()
     if flops <= known.get(compute, {}).get("flops", 0.0):

@@ -10,14 +10,14 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rung.report.formatting import significant
-from rung.report.run_reader import PERPLEXITY, Rung, is_binary
+from rung.report.formatting import format_significant
+from rung.report.run_reader import PERPLEXITY, MeasuredRung, is_binary
 
 Item = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class MetricMark:
     """One metric's judgement of one answer."""
 
     metric: str
@@ -27,19 +27,19 @@ class Mark:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ShownAnswer:
     """What one rung answered."""
 
     rung: str
     text: str
     stopped: bool
-    marks: tuple[Mark, ...]
+    marks: tuple[MetricMark, ...]
     context: str | None = None
     """What it saw, where that is not what stands with the question."""
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
+class ShownExample:
     """One question with every rung's answer."""
 
     source: str
@@ -47,7 +47,7 @@ class Example:
     question: str
     context: str | None
     expected: str
-    answers: tuple[Answer, ...]
+    answers: tuple[ShownAnswer, ...]
     filters: tuple[str, ...] = ()
     """Keys of those that show it."""
 
@@ -68,7 +68,7 @@ class Browser:
 
     filters: tuple[Filter, ...]
     """The first is what stands there before anybody chooses; a single one is no choice."""
-    examples: tuple[Example, ...]
+    examples: tuple[ShownExample, ...]
     apart: bool = False
     """Whether the rungs differ on any item."""
 
@@ -77,7 +77,7 @@ FIRST, EACH = 10, 20
 """Items on the page at first, and for each filter."""
 
 
-def browse(rungs: Sequence[Rung], metrics: Sequence[str]) -> Browser:
+def browse_answers(rungs: Sequence[MeasuredRung], metrics: Sequence[str]) -> Browser:
     """Items that every rung answered, by who was right; the same folder always gives the same ones.
 
     Rare patterns would drown in frequent ones, so patterns take turns, and within one so do the clusters.
@@ -88,12 +88,12 @@ def browse(rungs: Sequence[Rung], metrics: Sequence[str]) -> Browser:
     answered = [{item["source"]: item for item in rung.items} for rung in shown]
     shared = [source for source in answered[0] if all(source in items for items in answered)]
     rows = [[items[source] for items in answered] for source in shared]
-    order = _in_turn(rows, metrics)
+    order = _display_order(rows, metrics)
     apart = [i for i in order if _interest(rows[i], metrics) < 2]
     on = {i: ["differ"] for i in (apart or order)[:FIRST]}
     filters = [Filter("differ", "where they differ" if apart else "some of each", len(apart or order))]
-    for key, label, holds in _kinds(shown, metrics):
-        found = [i for i in order if holds(_well(rows[i], metrics[0]))]
+    for key, label, holds in _available_filters(shown, metrics):
+        found = [i for i in order if holds(_did_well(rows[i], metrics[0]))]
         if found:
             filters.append(Filter(key, label, len(found)))
         for i in found[:EACH]:
@@ -104,7 +104,9 @@ def browse(rungs: Sequence[Rung], metrics: Sequence[str]) -> Browser:
     )
 
 
-def _kinds(rungs: Sequence[Rung], metrics: Sequence[str]) -> list[tuple[str, str, Callable[[Sequence[bool]], bool]]]:
+def _available_filters(
+    rungs: Sequence[MeasuredRung], metrics: Sequence[str]
+) -> list[tuple[str, str, Callable[[Sequence[bool]], bool]]]:
     """Filters that these rungs can be told apart by: a key, what it says, and whether it holds of who was right."""
     if not metrics or metrics[0] == PERPLEXITY:  # by which no answer is right
         return []
@@ -126,7 +128,7 @@ def _kinds(rungs: Sequence[Rung], metrics: Sequence[str]) -> list[tuple[str, str
     return [*kinds, ("all", "all right", all), ("none", "none right", lambda well: not any(well))]
 
 
-def _in_turn(rows: Sequence[Sequence[Item]], metrics: Sequence[str]) -> list[int]:
+def _display_order(rows: Sequence[Sequence[Item]], metrics: Sequence[str]) -> list[int]:
     """Numbers of the rows, those to show first in front."""
     patterns = [_pattern(row, metrics[:1]) for row in rows]
     kinds = [_interest(row, metrics) for row in rows]
@@ -152,10 +154,10 @@ def _interest(row: Sequence[Item], metrics: Sequence[str]) -> int:
 
 def _pattern(row: Sequence[Item], metrics: Sequence[str]) -> tuple[tuple[bool, ...], ...]:
     """Who did well, by each metric: a row of booleans, one a rung."""
-    return tuple(_well(row, metric) for metric in metrics)
+    return tuple(_did_well(row, metric) for metric in metrics)
 
 
-def _well(row: Sequence[Item], metric: str) -> tuple[bool, ...]:
+def _did_well(row: Sequence[Item], metric: str) -> tuple[bool, ...]:
     if metric == PERPLEXITY:  # no answer is right by it: the likeliest is told from the rest
         nats = [_nats(item) for item in row]
         best = min((n for n in nats if n is not None), default=None)
@@ -163,13 +165,15 @@ def _well(row: Sequence[Item], metric: str) -> tuple[bool, ...]:
     return tuple(item.get("scores", {}).get(metric, 0.0) >= 0.5 for item in row)
 
 
-def _example(row: Sequence[Item], labels: Sequence[str], metrics: Sequence[str], filters: Sequence[str]) -> Example:
+def _example(
+    row: Sequence[Item], labels: Sequence[str], metrics: Sequence[str], filters: Sequence[str]
+) -> ShownExample:
     first = row[0]
     seen = Counter(item["context"] for item in row if item.get("context"))
     # The context may be withheld from one rung only: it is the item's all the same.
     context = seen.most_common(1)[0][0] if seen else None
     answers = tuple(
-        Answer(
+        ShownAnswer(
             label,
             item.get("answer", ""),
             bool(item.get("stopped", True)),
@@ -179,20 +183,20 @@ def _example(row: Sequence[Item], labels: Sequence[str], metrics: Sequence[str],
         for label, item in zip(labels, row, strict=True)
     )
     question, expected = first.get("question", ""), first.get("expected", "")
-    return Example(first["source"], first.get("group"), question, context, expected, answers, tuple(filters))
+    return ShownExample(first["source"], first.get("group"), question, context, expected, answers, tuple(filters))
 
 
-def _marks(item: Item, metrics: Sequence[str]) -> tuple[Mark, ...]:
+def _marks(item: Item, metrics: Sequence[str]) -> tuple[MetricMark, ...]:
     marks = []
     for metric in metrics:
         if metric == PERPLEXITY:
             if (nats := _nats(item)) is not None:
-                marks.append(Mark(metric, f"{significant(nats, 3)} nats per token", "plain"))
+                marks.append(MetricMark(metric, f"{format_significant(nats, 3)} nats per token", "plain"))
         elif (score := item.get("scores", {}).get(metric)) is not None:
             if is_binary(metric):
-                marks.append(Mark(metric, "right" if score else "wrong", "good" if score else "bad"))
+                marks.append(MetricMark(metric, "right" if score else "wrong", "good" if score else "bad"))
             else:
-                marks.append(Mark(metric, f"{score:.2f}", "plain"))
+                marks.append(MetricMark(metric, f"{score:.2f}", "plain"))
     return tuple(marks)
 
 

@@ -12,11 +12,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from rung.errors import CheckpointError
 from rung.report import sections
-from rung.report.answer_browser import EACH, FIRST, browse
-from rung.report.run_reader import Source, read
+from rung.report.answer_browser import EACH, FIRST, browse_answers
+from rung.report.run_reader import ReportSource, read_report_source
 
 
-def build(folder: Path) -> Path:
+def write_report(folder: Path) -> Path:
     """Write `report.html` into a run or climb folder, in one go, and return its path.
 
     The same folder always gives the same bytes. Raises `CheckpointError` when the folder holds no run or cannot be
@@ -24,7 +24,7 @@ def build(folder: Path) -> Path:
     """
     target = folder / "report.html"
     aside = target.with_name(f".{target.name}.{os.getpid()}")
-    page = render(read(folder))
+    page = render_page(read_report_source(folder))
     try:
         aside.write_bytes(page.encode("utf-8", "replace"))  # data may hold lone surrogates
         os.replace(aside, target)
@@ -34,7 +34,7 @@ def build(folder: Path) -> Path:
     return target
 
 
-def render(source: Source) -> str:
+def render_page(source: ReportSource) -> str:
     """The page as text."""
     return _template().render(
         title=source.path.resolve().name,
@@ -42,19 +42,19 @@ def render(source: Source) -> str:
         status=sections.status(source),
         facts=sections.facts(source),
         ladder=sections.ladder(source),
-        judged=sections.judged(source),
+        judged=sections.verdict_plots(source),
         score_plots=sections.score_plots(source),
         cost_plots=sections.cost_plots(source),
-        learning=sections.learning(source),
-        besides=sections.besides(source),
+        learning=sections.learning_curve_plots(source),
+        besides=sections.further_findings(source),
         retrieval=sections.retrieval(source),
         instructions=sections.instructions(source),
         curves=sections.curves(source),
         layers=sections.layers(source),
         first=FIRST,
         each=EACH,
-        browser=browse(source.rungs, source.metrics),
-        trained=sections.trained(source),
+        browser=browse_answers(source.rungs, source.metrics),
+        trained=sections.training_summaries(source),
         data=sections.data(source),
         gates=sections.gates(source),
         versions=sections.versions(source),
@@ -71,16 +71,16 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["minus"] = _minus
-    environment.filters["present"] = _present
+    environment.filters["minus"] = _typeset_minus
+    environment.filters["present"] = _without_missing
     return environment.get_template("template.html")
 
 
-def _minus(text: str) -> str:
+def _typeset_minus(text: str) -> str:
     """Typeset negative numbers."""
     return text.replace("-", "\u2212")
 
 
-def _present(pairs: Mapping[str, Any]) -> dict[str, Any]:
+def _without_missing(pairs: Mapping[str, Any]) -> dict[str, Any]:
     """Without what is absent."""
     return {name: value for name, value in pairs.items() if value not in (None, "")}

@@ -1,4 +1,4 @@
-"""Plots as inline SVG: deterministic, in the page's own colours and font, with a text for those who cannot see them."""
+"""Plots as inline SVG: deterministic, in the page's own colors and font, with a text for those who cannot see them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from markupsafe import Markup, escape
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from rung.report.formatting import bounds, decimals, fixed
+from rung.report.formatting import decimals, format_bounds, format_fixed
 
 Json = Mapping[str, Any]
-Draw = Callable[[Any], None]
+DrawFunction = Callable[[Any], None]
 
-# Colours that occur nowhere else: the style sheet's variables take their place, so one drawing suits both schemes.
+# Colors that occur nowhere else: the style sheet's variables take their place, so one drawing suits both schemes.
 INK, MUTED, GRID = "#010101", "#010102", "#010103"
 SERIES = tuple(f"#0102{i:02d}" for i in range(6))
 _STYLE = {INK: "currentColor", MUTED: "var(--muted)", GRID: "var(--line)"} | {
-    colour: f"var(--series-{i})" for i, colour in enumerate(SERIES)
+    color: f"var(--series-{i})" for i, color in enumerate(SERIES)
 }
 _MARKERS = "osD^vP"
 _RC = {
@@ -69,7 +69,7 @@ def scores(rows: Sequence[tuple[str, Mapping[str, Json]]], metrics: Sequence[str
 
     digits = {m: decimals(found.get(m) for _, found in rows) for m in metrics}
     said = [
-        f"{label}: " + ", ".join(f"{m} {_said(found[m], digits[m])}" for m in metrics if m in found)
+        f"{label}: " + ", ".join(f"{m} {_estimate_text(found[m], digits[m])}" for m in metrics if m in found)
         for label, found in rows
     ]
     height = 0.75 + len(rows) * max(0.36, 0.2 * len(metrics))
@@ -92,7 +92,7 @@ def differences(rows: Sequence[Json], best: str, margin: float, unit: str, *, lo
         _legend(axes)
 
     digits = decimals(row["difference"] for row in others)
-    said = [f"{row['name']}: {_said(row['difference'], digits)}, {row['reason']}" for row in others]
+    said = [f"{row['name']}: {_estimate_text(row['difference'], digits)}, {row['reason']}" for row in others]
     text = f"Paired difference to {best}, margin {margin:.2g}. " + "; ".join(said)
     return _svg("differences", draw, 0.95 + 0.36 * len(others), text)
 
@@ -116,7 +116,7 @@ def cost(points: Sequence[tuple[str, Json, float]], metric: str, x_label: str) -
     return _svg(f"cost-{x_label}", draw, 2.9, f"{metric} against {x_label}. " + "; ".join(said))
 
 
-def course(name: str, logs: Sequence[Sequence[Json]], key: str, unit: str = "") -> Markup:
+def logged_curve(name: str, logs: Sequence[Sequence[Json]], key: str, unit: str = "") -> Markup:
     """A logged number over the steps, in training and validation; several training seeds lie over one another."""
     known = key.replace("_", " ")
 
@@ -130,7 +130,7 @@ def course(name: str, logs: Sequence[Sequence[Json]], key: str, unit: str = "") 
                 axes.plot(
                     *held, "o-", color=SERIES[0], markersize=4, linewidth=1.6, label=None if number else "validation"
                 )
-        axes.set_xlabel("optimiser step")
+        axes.set_xlabel("optimizer step")
         axes.set_ylabel(f"{known}, {unit}" if unit else known)
         axes.xaxis.get_major_locator().set_params(integer=True)
         _legend(axes)
@@ -139,7 +139,7 @@ def course(name: str, logs: Sequence[Sequence[Json]], key: str, unit: str = "") 
     for own, what in ((key, "training"), (f"validation_{key}", "validation")):
         ends = [values for log in logs if (values := _curve(log, own)[1])]
         said += [f"{what} {known} from {values[0]:.3f} to {values[-1]:.3f}" for values in ends]
-    text = f"{known[:1].upper()}{known[1:]} over the optimiser steps: " + "; ".join(said)
+    text = f"{known[:1].upper()}{known[1:]} over the optimizer steps: " + "; ".join(said)
     return _svg(f"{key}-{name}", draw, 2.6, text)
 
 
@@ -148,11 +148,11 @@ def layer_scores(name: str, scores: Mapping[str, float], winners: Sequence[int])
     numbers = sorted(map(int, scores))
 
     def draw(axes: Any) -> None:
-        for label, colour, chosen in (
+        for label, color, chosen in (
             ("went on", SERIES[0], [n for n in numbers if n in winners]),
             ("left", GRID, [n for n in numbers if n not in winners]),
         ):
-            axes.bar(chosen, [scores[str(n)] for n in chosen], color=colour, label=label)
+            axes.bar(chosen, [scores[str(n)] for n in chosen], color=color, label=label)
         axes.set_xlabel("layer")
         axes.set_ylabel("share of the score")
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -174,13 +174,13 @@ def _curve(log: Sequence[Json], key: str) -> tuple[list[int], list[float]]:
 
 def _whisker(axes: Any, estimate: Json, place: float, number: int, label: str | None) -> None:
     low, high = _finite(estimate)
-    colour, mean = SERIES[number % len(SERIES)], estimate["mean"]
-    axes.plot([low, high], [place, place], color=colour, linewidth=1.8, solid_capstyle="round")
-    style = {"color": colour, "marker": _MARKERS[number % len(_MARKERS)], "markersize": 6 if number == 0 else 4.5}
+    color, mean = SERIES[number % len(SERIES)], estimate["mean"]
+    axes.plot([low, high], [place, place], color=color, linewidth=1.8, solid_capstyle="round")
+    style = {"color": color, "marker": _MARKERS[number % len(_MARKERS)], "markersize": 6 if number == 0 else 4.5}
     axes.plot([mean], [place], linestyle="none", label=label, clip_on=False, **style)
     for bound, arrow in ((estimate["low"], "<"), (estimate["high"], ">")):
         if bound is None:  # no bound is known: an arrow that points outwards
-            axes.plot([mean], [place], linestyle="none", color=colour, marker=arrow, markersize=9, fillstyle="none")
+            axes.plot([mean], [place], linestyle="none", color=color, marker=arrow, markersize=9, fillstyle="none")
 
 
 def _finite(estimate: Json) -> tuple[float, float]:
@@ -206,8 +206,8 @@ def _clip(label: str, limit: int = 22) -> str:
     return label if len(label) <= limit else label[: limit - 1] + "…"
 
 
-def _said(estimate: Json, digits: int) -> str:
-    return f"{fixed(estimate['mean'], digits)} {bounds(estimate, digits)}"
+def _estimate_text(estimate: Json, digits: int) -> str:
+    return f"{format_fixed(estimate['mean'], digits)} {format_bounds(estimate, digits)}"
 
 
 @contextmanager
@@ -219,8 +219,8 @@ def _settings(salt: str) -> Iterator[None]:
         yield
 
 
-def _svg(name: str, draw: Draw, height: float, text: str) -> Markup:
-    """Draw and make it fit the page: its colours, its font, ids of its own, no XML head, no fixed size."""
+def _svg(name: str, draw: DrawFunction, height: float, text: str) -> Markup:
+    """Draw and make it fit the page: its colors, its font, ids of its own, no XML head, no fixed size."""
     out = io.StringIO()
     with _settings(name):
         figure = Figure(figsize=(4.7, height), layout="constrained")
@@ -231,8 +231,8 @@ def _svg(name: str, draw: Draw, height: float, text: str) -> Markup:
     view = re.search(r'viewBox="[^"]*"', drawn)
     inner = drawn[drawn.index(">", drawn.index("<svg")) + 1 : drawn.rindex("</svg>")]
     inner = re.sub(r"<metadata>.*?</metadata>", "", inner, flags=re.DOTALL)
-    for colour, variable in _STYLE.items():
-        inner = inner.replace(colour, variable)
+    for color, variable in _STYLE.items():
+        inner = inner.replace(color, variable)
     scope = re.sub(r"\W+", "-", name)
     inner = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{scope}-", inner)
     box = view.group() if view else ""

@@ -9,7 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from rung.config.climb import RungSpec, ThenSpec
+from rung.config.climb import OnTopConfig, RungConfig
 from rung.scoring.metrics import METRICS
 from rung.training.run_folder import read_items, read_manifest
 
@@ -17,7 +17,7 @@ PERPLEXITY = "perplexity"
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class LoggedRun:
     """One training run."""
 
     label: str
@@ -26,7 +26,7 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Rung:
+class MeasuredRung:
     """One rung as measured. Of several training seeds, items are those of the first."""
 
     label: str
@@ -35,16 +35,16 @@ class Rung:
     items: tuple[Mapping[str, Any], ...]
     cut_off: int | None
     """Answers that ended at `max_new_tokens`."""
-    runs: tuple[Run, ...]
+    runs: tuple[LoggedRun, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ReportSource:
     """Everything a report is made of."""
 
     path: Path
     manifest: Mapping[str, Any]
-    rungs: tuple[Rung, ...]
+    rungs: tuple[MeasuredRung, ...]
     """A single run is one rung."""
 
     @property
@@ -58,13 +58,13 @@ class Source:
         return self.manifest.get("ladder")
 
     @property
-    def spec(self) -> Mapping[str, Any]:
+    def config(self) -> Mapping[str, Any]:
         """The resolved config."""
-        spec: Mapping[str, Any] = self.manifest.get("spec", {})
-        return spec
+        config: Mapping[str, Any] = self.manifest.get("config", {})
+        return config
 
     @property
-    def runs(self) -> tuple[Run, ...]:
+    def runs(self) -> tuple[LoggedRun, ...]:
         """Every training run, all seeds of all rungs."""
         return tuple(run for rung in self.rungs for run in rung.runs)
 
@@ -74,16 +74,16 @@ class Source:
         return tuple(dict.fromkeys(name for rung in self.rungs for name in rung.row.get("scores", {})))
 
 
-def read(path: Path) -> Source:
+def read_report_source(path: Path) -> ReportSource:
     """Read a folder. Raises `CheckpointError` when it holds no run."""
     manifest = read_manifest(path)
     if "climb" not in manifest:
-        run = Run("", manifest, _lines(path / "log.jsonl"))
+        run = LoggedRun("", manifest, _lines(path / "log.jsonl"))
         row = manifest.get("metrics", {})
-        return Source(path, manifest, (Rung("this run", row, _items(path), row.get("cut_off"), (run,)),))
+        return ReportSource(path, manifest, (MeasuredRung("this run", row, _items(path), row.get("cut_off"), (run,)),))
     ladder = manifest.get("ladder")
-    rungs = _finished(path, ladder) if ladder else _so_far(path, manifest.get("spec", {}))
-    return Source(path, manifest, rungs)
+    rungs = _finished(path, ladder) if ladder else _so_far(path, manifest.get("config", {}))
+    return ReportSource(path, manifest, rungs)
 
 
 def is_binary(metric: str) -> bool:
@@ -91,7 +91,7 @@ def is_binary(metric: str) -> bool:
     return metric in METRICS and METRICS[metric].binary
 
 
-def _finished(path: Path, ladder: Mapping[str, Any]) -> tuple[Rung, ...]:
+def _finished(path: Path, ladder: Mapping[str, Any]) -> tuple[MeasuredRung, ...]:
     rungs = []
     for row in ladder["ladder"]:
         # The climb may have been moved since: only the part below it counts.
@@ -100,27 +100,27 @@ def _finished(path: Path, ladder: Mapping[str, Any]) -> tuple[Rung, ...]:
     return tuple(rungs)
 
 
-def _so_far(path: Path, spec: Mapping[str, Any]) -> tuple[Rung, ...]:
+def _so_far(path: Path, config: Mapping[str, Any]) -> tuple[MeasuredRung, ...]:
     """Rungs of an unfinished climb, in the order of its config."""
-    climb = spec.get("climb", {})
-    rungs: list[RungSpec | ThenSpec] = [RungSpec.model_validate(rung) for rung in climb.get("rungs", ())]
-    rungs += [ThenSpec.model_validate(then) for then in climb.get("then", ())]
+    climb = config.get("climb", {})
+    rungs: list[RungConfig | OnTopConfig] = [RungConfig.model_validate(rung) for rung in climb.get("rungs", ())]
+    rungs += [OnTopConfig.model_validate(then) for then in climb.get("on_top", ())]
     asked = {rung.slug: (number, rung.label) for number, rung in enumerate(rungs)}
     found = [p for p in (path / "rungs").glob("*") if p.is_dir()]
     found.sort(key=lambda p: (asked.get(p.name, (len(asked), ""))[0], p.name))
     return tuple(_rung(asked.get(p.name, (0, p.name))[1], p, None) for p in found)
 
 
-def _rung(label: str, folder: Path, row: Mapping[str, Any] | None) -> Rung:
+def _rung(label: str, folder: Path, row: Mapping[str, Any] | None) -> MeasuredRung:
     seeds = sorted(folder.glob("seed-*"), key=lambda p: (len(p.name), p.name))
     places = seeds or [folder]
     result = _object(places[0] / "result.json")
     runs = tuple(
-        Run(f"{label}, seed {i}" if seeds else label, read_manifest(place), _lines(place / "log.jsonl"))
+        LoggedRun(f"{label}, seed {i}" if seeds else label, read_manifest(place), _lines(place / "log.jsonl"))
         for i, place in enumerate(places)
         if (place / "run.json").exists()
     )
-    return Rung(label, row or result, _items(places[0]), result.get("cut_off"), runs)
+    return MeasuredRung(label, row or result, _items(places[0]), result.get("cut_off"), runs)
 
 
 def _items(folder: Path) -> tuple[Mapping[str, Any], ...]:

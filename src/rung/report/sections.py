@@ -11,16 +11,18 @@ import yaml
 from markupsafe import Markup
 
 from rung.report import plots
-from rung.report.formatting import count, duration, loss, memory
-from rung.report.run_reader import PERPLEXITY, Run, Source
+from rung.report.formatting import format_bytes, format_count, format_duration, format_loss
+from rung.report.run_reader import PERPLEXITY, LoggedRun, ReportSource
 from rung.report.summaries import (
     LadderRow,
-    Tried,
-    after_climb,
-    after_run,
+    TriedInstruction,
+    commands_after_climb,
+    commands_after_run,
     contamination_text,
     gain_unit,
     ladder_rows,
+    logged_keys_shown,
+    loss_unit,
     lottery_text,
     measured_text,
     method_text,
@@ -28,16 +30,14 @@ from rung.report.summaries import (
     retrieved_text,
     reward_text,
     router_text,
-    shown_of,
-    tried,
-    unit_of,
+    tried_instructions,
 )
 
 Pairs = dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
-class Status:
+class StatusSection:
     """What stands on top."""
 
     tone: str
@@ -50,7 +50,7 @@ class Status:
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class LadderTable:
     """A ladder ready for the page."""
 
     metrics: tuple[str, ...]
@@ -60,7 +60,7 @@ class Table:
     note: str
 
 
-def status(source: Source) -> Status:
+def status(source: ReportSource) -> StatusSection:
     """The verdict; or how the run ended and what to do about it."""
     manifest = source.manifest
     if not source.is_climb:
@@ -68,24 +68,24 @@ def status(source: Source) -> Status:
     if source.ladder:
         verdict = source.ladder["verdict"]
         tone, kicker = ("good", "Verdict") if verdict.get("recommended") else ("warn", "Verdict: not settled")
-        return Status(tone, kicker, verdict["text"], commands=tuple(after_climb(source.ladder)))
+        return StatusSection(tone, kicker, verdict["text"], commands=tuple(commands_after_climb(source.ladder)))
     done = sum(bool(rung.row) for rung in source.rungs)
-    asked = len(source.spec.get("climb", {}).get("rungs", ())) or len(source.rungs)
+    asked = len(source.config.get("climb", {}).get("rungs", ())) or len(source.rungs)
     text = f"{done} of {asked} rungs are measured; without all of them there is no verdict."
     errors = tuple(f"{run.label}: {run.manifest['error']}" for run in source.runs if run.manifest.get("error"))
     interrupted = manifest.get("status") == "interrupted"
     kicker = "This climb failed" if errors else "Interrupted" if interrupted else "This climb is not finished"
     command = "rung climb CONFIG  # the same config goes on where it stands, finished rungs are not repeated"
-    return Status("bad" if errors else "warn", kicker, text, errors, (command,))
+    return StatusSection("bad" if errors else "warn", kicker, text, errors, (command,))
 
 
-def facts(source: Source) -> Pairs:
+def facts(source: ReportSource) -> Pairs:
     """A few key numbers."""
-    manifest, spec = source.manifest, source.spec
-    found = {"base": str(spec.get("model", {}).get("name", ""))}
+    manifest, config = source.manifest, source.config
+    found = {"base": str(config.get("model", {}).get("name", ""))}
     if source.is_climb:
-        climb, ladder = spec.get("climb", {}), source.ladder
-        found["deciding score"] = str(next(iter(spec.get("evaluate", {}).get("metrics", ())), ""))
+        climb, ladder = config.get("climb", {}), source.ladder
+        found["deciding score"] = str(next(iter(config.get("evaluation", {}).get("metrics", ())), ""))
         if ladder:
             found["held-out questions"] = f"{ladder['examples']:,} in {ladder['clusters']:,} clusters"
         if "margin" in climb:
@@ -94,17 +94,17 @@ def facts(source: Source) -> Pairs:
             found["target"] = f"{climb['target']:g}"
         found["training seeds"] = str(climb.get("seeds", ""))
         return found
-    found["method"] = str(spec.get("method", {}).get("kind", ""))
+    found["method"] = str(config.get("method", {}).get("kind", ""))
     measured = {
-        "validation loss": loss(manifest.get("validation_loss")),
-        "training time": duration(manifest.get("train_seconds")),
-        "peak memory": memory(manifest.get("peak_memory_bytes")),
-        "trainable parameters": count(manifest.get("trainable_parameters")),
+        "validation loss": format_loss(manifest.get("validation_loss")),
+        "training time": format_duration(manifest.get("train_seconds")),
+        "peak memory": format_bytes(manifest.get("peak_memory_bytes")),
+        "trainable parameters": format_count(manifest.get("trainable_parameters")),
     }
     return found | {name: text for name, text in measured.items() if text != "–"}
 
 
-def ladder(source: Source) -> Table | None:
+def ladder(source: ReportSource) -> LadderTable | None:
     """Scores and costs: the rungs of a climb, or the single run once it has been scored."""
     measured = [rung for rung in source.rungs if rung.row.get("scores")]
     if not measured:
@@ -112,34 +112,34 @@ def ladder(source: Source) -> Table | None:
     verdict = source.ladder["verdict"] if source.ladder else None
     rows = [(rung.label, rung.row if source.is_climb else {**source.manifest, **rung.row}) for rung in measured]
     cut = [f"{r.label} {r.cut_off} of {len(r.items)}" for r in measured if r.cut_off and r.items]
-    note = f"Answers cut at evaluate.max_new_tokens: {', '.join(cut)}." if cut else ""
+    note = f"Answers cut at evaluation.max_new_tokens: {', '.join(cut)}." if cut else ""
     metrics = source.metrics
     unit = gain_unit(metrics) if source.ladder else None
-    return Table(metrics, unit, tuple(ladder_rows(rows, metrics, verdict)), note)
+    return LadderTable(metrics, unit, tuple(ladder_rows(rows, metrics, verdict)), note)
 
 
-def judged(source: Source) -> Markup | None:
+def verdict_plots(source: ReportSource) -> Markup | None:
     """The differences that the verdict rests on."""
     if not source.ladder or len(source.ladder["verdict"]["rungs"]) < 2:
         return None
     verdict, lower = source.ladder["verdict"], source.ladder["metric"] == PERPLEXITY
-    margin = source.spec.get("climb", {}).get("margin", 0.0)
+    margin = source.config.get("climb", {}).get("margin", 0.0)
     unit = "nats per token" if lower else f"points of {source.ladder['metric']}"
     limit = math.log1p(margin) if lower else margin
     return plots.differences(verdict["rungs"], verdict["best"], limit, unit, lower_is_better=lower)
 
 
-def score_plots(source: Source) -> list[Markup]:
+def score_plots(source: ReportSource) -> list[Markup]:
     """Scores from 0 to 1 in one plot, perplexity in its own."""
     rows = [(rung.label, rung.row["scores"]) for rung in source.rungs if rung.row.get("scores")]
-    target, deciding = source.spec.get("climb", {}).get("target"), source.metrics[:1]
+    target, deciding = source.config.get("climb", {}).get("target"), source.metrics[:1]
     if len(rows) < 2:
         return []
     groups = [[m for m in source.metrics if (m == PERPLEXITY) == apart] for apart in (False, True)]
     return [plots.scores(rows, group, target if group[:1] == list(deciding) else None) for group in groups if group]
 
 
-def cost_plots(source: Source) -> list[Markup]:
+def cost_plots(source: ReportSource) -> list[Markup]:
     """The deciding score against what every query costs."""
     rows = [rung for rung in source.rungs if rung.row.get("scores")]
     if len(rows) < 2:
@@ -152,7 +152,7 @@ def cost_plots(source: Source) -> list[Markup]:
     ]
 
 
-def learning(source: Source) -> Markup | None:
+def learning_curve_plots(source: ReportSource) -> Markup | None:
     """The deciding score of a tuned rung against the rows that it learned from."""
     points = source.ladder.get("curve", ()) if source.ladder else ()
     if not points:
@@ -165,7 +165,7 @@ def learning(source: Source) -> Markup | None:
     return plots.cost(found, source.metrics[0], "training rows")
 
 
-def besides(source: Source) -> Pairs:
+def further_findings(source: ReportSource) -> Pairs:
     """What the ladder says beside its verdict."""
     ladder: Mapping[str, Any] = source.ladder or {}
     further = ladder.get("further") or {}
@@ -177,7 +177,7 @@ def besides(source: Source) -> Pairs:
     }
 
 
-def retrieval(source: Source) -> list[tuple[str, Pairs]]:
+def retrieval(source: ReportSource) -> list[tuple[str, Pairs]]:
     """How well each rung that retrieves found what its questions ask for, and in what."""
     return [(rung.label, _retrieval(rung.row["retrieval"])) for rung in source.rungs if rung.row.get("retrieval")]
 
@@ -196,35 +196,35 @@ def _retrieval(found: Mapping[str, Any]) -> Pairs:
     }
 
 
-def instructions(source: Source) -> list[Tried]:
+def instructions(source: ReportSource) -> list[TriedInstruction]:
     """Every instruction that was tried on the validation split, with its scores."""
     found: Mapping[str, Any] = next((rung.row for rung in source.rungs if rung.row.get("instructions")), {})
-    return tried(found.get("instructions", ()), source.metrics, found.get("instruction"))
+    return tried_instructions(found.get("instructions", ()), source.metrics, found.get("instruction"))
 
 
-def curves(source: Source) -> list[tuple[str, Markup]]:
+def curves(source: ReportSource) -> list[tuple[str, Markup]]:
     """What was logged over the steps of each tuned rung: its loss, or what tells more."""
-    unit = unit_of(source.spec)
+    unit = loss_unit(source.config)
     drawn = []
     for rung in source.rungs:
-        for key in shown_of(source.spec):
+        for key in logged_keys_shown(source.config):
             if logs := [run.log for run in rung.runs if plots.has_curve(run.log, key)]:
-                drawn.append((rung.label, plots.course(rung.label, logs, key, unit if key == "loss" else "")))
+                drawn.append((rung.label, plots.logged_curve(rung.label, logs, key, unit if key == "loss" else "")))
     return drawn
 
 
-def layers(source: Source) -> list[tuple[str, Markup]]:
+def layers(source: ReportSource) -> list[tuple[str, Markup]]:
     """What the layers of each lottery scored."""
     found = [(run.label, run.manifest.get("lottery")) for run in source.runs]
     return [(label, plots.layer_scores(label, own["scores"], own["winners"])) for label, own in found if own]
 
 
-def trained(source: Source) -> list[tuple[str, Pairs]]:
+def training_summaries(source: ReportSource) -> list[tuple[str, Pairs]]:
     """What was trained, one entry a training run."""
     return [(run.label, _trained(run)) for run in source.runs]
 
 
-def data(source: Source) -> Pairs:
+def data(source: ReportSource) -> Pairs:
     """What the data held, and what of it was used."""
     found = source.manifest.get("data", {})
     splits, train = found.get("splits", {}), found.get("train", {})
@@ -256,7 +256,7 @@ def data(source: Source) -> Pairs:
     return lines | {f"{name} fingerprint": value for name, value in prints.items()}
 
 
-def gates(source: Source) -> list[tuple[str, list[Pairs]]]:
+def gates(source: ReportSource) -> list[tuple[str, list[Pairs]]]:
     """Each run's gates with what they measured."""
     return [
         (
@@ -276,7 +276,7 @@ def gates(source: Source) -> list[tuple[str, list[Pairs]]]:
     ]
 
 
-def versions(source: Source) -> Pairs:
+def versions(source: ReportSource) -> Pairs:
     """What computed it."""
     found = dict(source.manifest.get("versions", {}))
     run: Mapping[str, Any] = source.runs[0].manifest if source.runs else {}
@@ -284,26 +284,26 @@ def versions(source: Source) -> Pairs:
     return {name: str(value) for name, value in {**found, **extra}.items() if value}
 
 
-def config(source: Source) -> str:
+def config(source: ReportSource) -> str:
     """The resolved config as YAML."""
-    return yaml.safe_dump(dict(source.spec), sort_keys=False, allow_unicode=True, width=100) if source.spec else ""
+    return yaml.safe_dump(dict(source.config), sort_keys=False, allow_unicode=True, width=100) if source.config else ""
 
 
-def _run_status(manifest: Mapping[str, Any]) -> Status:
-    state, spec = str(manifest.get("status")), manifest.get("spec", {})
-    commands = tuple(after_run(manifest, str(spec.get("output", "RUN"))))
+def _run_status(manifest: Mapping[str, Any]) -> StatusSection:
+    state, config = str(manifest.get("status")), manifest.get("config", {})
+    commands = tuple(commands_after_run(manifest, str(config.get("output", "RUN"))))
     steps = f"{manifest['steps']:,} steps" if manifest.get("steps") else "no step"
     if state == "finished":
-        said = f"{method_text(spec.get('method', {}))}. {steps}"
+        said = f"{method_text(config.get('method', {}))}. {steps}"
         if manifest.get("validation_loss") is not None:
-            said += f", validation loss {loss(manifest['validation_loss'])} {unit_of(spec)}"
-        return Status("good", "Finished", f"{said}.", commands=commands)
+            said += f", validation loss {format_loss(manifest['validation_loss'])} {loss_unit(config)}"
+        return StatusSection("good", "Finished", f"{said}.", commands=commands)
     if state == "interrupted":
         text = f"Stopped by the user after {steps}; its checkpoint is saved."
-        return Status("warn", "Interrupted", text, commands=commands)
+        return StatusSection("warn", "Interrupted", text, commands=commands)
     if state != "failed":
         text = "It was running when this page was made. If nothing runs any more, it was killed."
-        return Status("warn", "Not finished", text, commands=commands)
+        return StatusSection("warn", "Not finished", text, commands=commands)
     failed = [gate["name"] for gate in manifest.get("gates", ()) if gate.get("state") == "failed"]
     text = f"Gate {', '.join(failed)} did not pass: its numbers stand below." if failed else "The error was:"
     details = [str(manifest.get("error") or "no message was recorded")]
@@ -313,18 +313,18 @@ def _run_status(manifest: Mapping[str, Any]) -> Status:
         "rung train CONFIG --resume  # goes on with the same config, once the cause is gone",
         "rung train CONFIG --overwrite  # starts anew, where the config has to change",
     )
-    return Status("bad", "This run failed", text, tuple(details), commands)
+    return StatusSection("bad", "This run failed", text, tuple(details), commands)
 
 
-def _trained(run: Run) -> Pairs:
-    manifest, spec = run.manifest, run.manifest.get("spec", {})
-    engine, model = spec.get("engine", {}), spec.get("model", {})
+def _trained(run: LoggedRun) -> Pairs:
+    manifest, config = run.manifest, run.manifest.get("config", {})
+    engine, model = config.get("training", {}), config.get("model", {})
     rate, speed = manifest.get("learning_rate"), manifest.get("tokens_per_second")
     schedule = f"{rate:g}, {engine.get('schedule')}, warm-up {engine.get('warmup', 0):.0%}" if rate else ""
     steps = f"{manifest['steps']:,}" if manifest.get("steps") else ""
     best = manifest.get("best_step")
     lines = {
-        "method": method_text(spec.get("method", {})),
+        "method": method_text(config.get("method", {})),
         "base": str(model.get("name", "")),
         "base fingerprint": str(manifest.get("fingerprints", {}).get("base", ""))[:16],
         "trainable": f"{manifest['trainable_parameters']:,}" if manifest.get("trainable_parameters") else "",
@@ -332,11 +332,13 @@ def _trained(run: Run) -> Pairs:
         "learning rate": schedule,
         "steps": f"{steps}, each of {engine.get('examples_per_step')} documents" if steps else "",
         "tokens": f"{manifest['tokens']:,}" if manifest.get("tokens") else "",
-        "time": duration(manifest["train_seconds"]) if manifest.get("train_seconds") else "",
+        "time": format_duration(manifest["train_seconds"]) if manifest.get("train_seconds") else "",
         "speed": f"{speed:,.0f} tokens/s" if speed else "",
-        "peak memory": memory(manifest["peak_memory_bytes"]) if manifest.get("peak_memory_bytes") else "",
-        "training loss": f"{loss(manifest['train_loss'])} in the last step" if steps else "",
-        "validation loss": loss(manifest["validation_loss"]) if manifest.get("validation_loss") is not None else "",
+        "peak memory": format_bytes(manifest["peak_memory_bytes"]) if manifest.get("peak_memory_bytes") else "",
+        "training loss": f"{format_loss(manifest['train_loss'])} in the last step" if steps else "",
+        "validation loss": format_loss(manifest["validation_loss"])
+        if manifest.get("validation_loss") is not None
+        else "",
         "held-out pairs": preferred_text(run.log),
         "reward model": reward_text(manifest.get("reward") or {}),
         "lowest at step": f"{best:,}" if best and best != manifest.get("steps") else "",

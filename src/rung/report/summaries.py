@@ -10,8 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from rung.config.climb import UNTUNED
-from rung.config.method import MOVES_BASE
-from rung.report.formatting import NONE, Json, bounds, count, decimals, duration, fixed, memory, p_value, significant
+from rung.config.method import BASE_CHANGING_METHODS
+from rung.report.formatting import (
+    MISSING,
+    Json,
+    decimals,
+    format_bounds,
+    format_bytes,
+    format_count,
+    format_duration,
+    format_fixed,
+    format_p_value,
+    format_significant,
+)
 from rung.report.run_reader import PERPLEXITY
 
 ALL_ROLES = {"q", "k", "v", "o", "gate", "up", "down"}
@@ -59,13 +70,13 @@ def ladder_rows(rows: Sequence[tuple[str, Json]], metrics: Sequence[str], verdic
     return [
         LadderRow(
             label,
-            _note(label, verdict),
+            _rung_note(label, verdict),
             row.get("sees", ""),
             tuple(_score(row.get("scores", {}).get(m), digits[m]) for m in metrics),
             _gain(row.get("gain"), gain_digits, corrected.get(label), lower_is_better=lower),
-            count(row.get("trainable_parameters") or None),
-            duration(row.get("train_seconds") or None),
-            memory(row.get("peak_memory_bytes")),
+            format_count(row.get("trainable_parameters") or None),
+            format_duration(row.get("train_seconds") or None),
+            format_bytes(row.get("peak_memory_bytes")),
             _rounded(row.get("prompt_tokens")),
             _seconds(row.get("seconds_per_query")),
         )
@@ -76,14 +87,15 @@ def ladder_rows(rows: Sequence[tuple[str, Json]], metrics: Sequence[str], verdic
 def retrieved_text(found: Json) -> str:
     """How often the right passage was retrieved."""
     rate, digits = found["hit_rate"], decimals([found["hit_rate"]])
-    text = f"{fixed(rate['mean'], digits)} {bounds(rate, digits)}, {found['hits']:,} of {rate['examples']:,} questions"
+    interval = f"{format_fixed(rate['mean'], digits)} {format_bounds(rate, digits)}"
+    text = f"{interval}, {found['hits']:,} of {rate['examples']:,} questions"
     if missed := found["without_passages"]:
         text += f"; {missed:,} share no word with any"
     return text
 
 
 @dataclass(frozen=True, slots=True)
-class Tried:
+class TriedInstruction:
     """An instruction and what it scored on the validation split."""
 
     text: str
@@ -91,11 +103,11 @@ class Tried:
     chosen: bool
 
 
-def tried(found: Sequence[Json], metrics: Sequence[str], chosen: str | None) -> list[Tried]:
+def tried_instructions(found: Sequence[Json], metrics: Sequence[str], chosen: str | None) -> list[TriedInstruction]:
     """Instructions as rows of a table."""
     digits = {m: decimals(one["scores"].get(m) for one in found) for m in metrics}
     return [
-        Tried(
+        TriedInstruction(
             one["instruction"],
             tuple(_score(one["scores"].get(m), digits[m]) for m in metrics),
             one["instruction"] == chosen,
@@ -125,13 +137,13 @@ def method_text(method: Json) -> str:
         "peft": f"peft's {(method.get('config') or {}).get('peft_type')}",
         "bottleneck": f"{method.get('placement')} adapters of width {method.get('width')}{layers and ', ' + layers}",
         "prompt": f"prompt of {method.get('virtual_tokens')} virtual tokens",
-        "p_tuning": f"P-tuning, {_placed(method)} made by {method.get('encoder')}",
+        "p_tuning": f"P-tuning, {_placement_text(method)} made by {method.get('encoder')}",
         "prefix": f"prefix of {method.get('virtual_tokens')} virtual tokens in every layer",
     }
     return sizes.get(kind, kind)
 
 
-def _placed(method: Json) -> str:
+def _placement_text(method: Json) -> str:
     places = {place: count for place, count in (method.get("positions") or {}).items() if count}
     inside = ", ".join(f"{count} {'in front' if at == 'front' else f'before the {at}'}" for at, count in places.items())
     return f"{method.get('virtual_tokens')} virtual tokens{inside and f' ({inside})'}"
@@ -139,9 +151,12 @@ def _placed(method: Json) -> str:
 
 def _lora_text(method: Json) -> str:
     targets, rank = method.get("targets") or (), method.get("rank") or 0
-    ranks, init, ratio = method.get("ranks") or {}, method.get("init", "default"), method.get("rate_ratio", 1.0)
-    sampled = method.get("sampled_layers")
-    names = {"qlora": f"QLoRA on {method.get('bits')} bits,", "lottery": f"LoRA on the {method.get('choose')} layers,"}
+    ranks, init, ratio = method.get("ranks") or {}, method.get("init", "default"), method.get("loraplus_lr_ratio", 1.0)
+    sampled = method.get("lisa_n_layers")
+    names = {
+        "qlora": f"QLoRA on {method.get('bits')} bits,",
+        "lottery": f"LoRA on the {method.get('lottery', {}).get('choose')} layers,",
+    }
     parts = [
         f"{names.get(str(method.get('kind')), 'LoRA')} rank {rank}, alpha {method.get('alpha') or 2 * rank:g}",
         ", ".join(f"{place}: {own}" for place, own in ranks.items()),
@@ -247,7 +262,8 @@ def contamination_text(found: Json) -> dict[str, str]:
         if own["items"]:
             left, first = own["scores_without"] or {}, own["examples"][0]
             scores = ", ".join(
-                f"{name} {fixed(s['mean'], decimals([s]))} {bounds(s, decimals([s]))}" for name, s in left.items()
+                f"{name} {format_fixed(s['mean'], decimals([s]))} {format_bounds(s, decimals([s]))}"
+                for name, s in left.items()
             )
             text = str(first.get("matched") or first.get("text") or "")
             named = f"{first['held_out']} is {first['train']}" + (f": {_short(text)}" if text else "")
@@ -268,13 +284,13 @@ def measured_text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def after_climb(ladder: Json) -> list[str]:
+def commands_after_climb(ladder: Json) -> list[str]:
     """Commands that fit the verdict, each followed by why."""
     verdict, commands = ladder["verdict"], []
     if needed := verdict.get("examples_needed"):
         name = shlex.quote(f"{ladder['folder']}-{needed}")
         commands.append(
-            f"rung climb CONFIG evaluate.limit={needed} output={name}  # or a larger data.test: to settle it"
+            f"rung climb CONFIG evaluation.limit={needed} output={name}  # or a larger data.test: to settle it"
         )
     if tuned := _tuned_folder(ladder):
         quoted = shlex.quote(tuned)
@@ -296,7 +312,7 @@ UNITS = {
 """What a loss is counted in; nats per token unless said."""
 
 
-SHOWN = {
+SHOWN_KEYS = {
     "preference": ("loss", "accuracy", "margin"),
     "reward": ("loss", "accuracy"),
     "grpo": ("reward", "kl", "all_right", "all_wrong"),
@@ -305,32 +321,32 @@ SHOWN = {
 """What of the log shows how a run went; the loss unless said: that of a rollout says little."""
 
 
-def shown_of(spec: Mapping[str, Any]) -> tuple[str, ...]:
+def logged_keys_shown(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of logged numbers to draw over the steps."""
-    return SHOWN.get(str(spec.get("objective", {}).get("kind")), ("loss",))
+    return SHOWN_KEYS.get(str(config.get("objective", {}).get("kind")), ("loss",))
 
 
-def unit_of(spec: Mapping[str, Any]) -> str:
+def loss_unit(config: Mapping[str, Any]) -> str:
     """Of the losses of a run."""
-    return UNITS.get(str(spec.get("objective", {}).get("kind")), "nats per token")
+    return UNITS.get(str(config.get("objective", {}).get("kind")), "nats per token")
 
 
-def after_run(manifest: Json, output: str) -> list[str]:
+def commands_after_run(manifest: Json, output: str) -> list[str]:
     """Commands that fit how a run ended, each followed by why."""
     quoted, status = shlex.quote(output), manifest.get("status")
     if status != "finished":
         return ["rung train CONFIG --resume  # goes on from its last checkpoint, with the same config"]
-    if manifest.get("spec", {}).get("objective", {}).get("kind") == "reward":
+    if manifest.get("config", {}).get("objective", {}).get("kind") == "reward":
         return [f"rung eval {quoted}  # what it is worth on held-out pairs"]
     scored = "scores" in manifest.get("metrics", {})
     score = [] if scored else [f"rung eval {quoted}  # its score on held-out questions"]
     return [*score, f"rung chat {quoted} --compare  # base and tuned side by side"]
 
 
-def artefact(manifest: Json, output: str) -> str:
+def artifact_folder(manifest: Json, output: str) -> str:
     """Where the tuned weights are."""
-    kind = manifest.get("spec", {}).get("method", {}).get("kind")
-    return str(Path(output) / ("model" if kind in MOVES_BASE else "adapter"))
+    kind = manifest.get("config", {}).get("method", {}).get("kind")
+    return str(Path(output) / ("model" if kind in BASE_CHANGING_METHODS else "adapter"))
 
 
 def _tuned_folder(ladder: Json) -> str | None:
@@ -345,7 +361,7 @@ def _tuned_folder(ladder: Json) -> str | None:
     return str(max(tuned, key=lambda row: sign * row["scores"][ladder["metric"]]["mean"])["folder"])
 
 
-def _note(label: str, verdict: Json | None) -> str:
+def _rung_note(label: str, verdict: Json | None) -> str:
     if verdict is None:
         return ""
     if label == (verdict.get("recommended") or verdict.get("safe")):
@@ -354,22 +370,22 @@ def _note(label: str, verdict: Json | None) -> str:
 
 
 def _score(estimate: Json | None, digits: int) -> Cell:
-    return Cell(fixed(estimate["mean"], digits), bounds(estimate, digits)) if estimate else Cell(NONE)
+    return Cell(format_fixed(estimate["mean"], digits), format_bounds(estimate, digits)) if estimate else Cell(MISSING)
 
 
 def _gain(estimate: Json | None, digits: int, corrected: float | None, *, lower_is_better: bool) -> Cell:
     if estimate is None:
-        return Cell(NONE)
+        return Cell(MISSING)
     low, high = estimate.get("low"), estimate.get("high")
     up, down = low is not None and low > 0, high is not None and high < 0
     tone = ("bad" if up == lower_is_better else "good") if up or down else ""
-    mean = fixed(estimate["mean"], digits, signed=True)
-    return Cell(mean, bounds(estimate, digits), p_value(corrected), tone)
+    mean = format_fixed(estimate["mean"], digits, signed=True)
+    return Cell(mean, format_bounds(estimate, digits), format_p_value(corrected), tone)
 
 
 def _rounded(number: float | None) -> str:
-    return NONE if number is None else f"{number:,.0f}"
+    return MISSING if number is None else f"{number:,.0f}"
 
 
 def _seconds(number: float | None) -> str:
-    return NONE if number is None else f"{significant(number)} s"
+    return MISSING if number is None else f"{format_significant(number)} s"

@@ -6,10 +6,10 @@ import hashlib
 import json
 from pathlib import Path
 from transformers import GenerationConfig
-from rung.data.chat import Chat
+from rung.data.chat import ChatTemplate
 from rung.training.run_folder import write_json
 from rung.errors import CheckpointError
-from rung.models.base_model import Base
+from rung.models.base_model import BaseModel
 from rung.types import Message
 import subprocess
 import sys
@@ -22,27 +22,27 @@ from rung.errors import GateError
 
 
 
-ORIGIN = "rung.json"
+ORIGIN_FILE = "rung.json"
 """Beside saved weights: base, fingerprint and template."""
-PROMPT = "rung_prompt.json"
+KNOWN_PROMPT_FILE = "rung_prompt.json"
 """Beside saved weights: a conversation and its ids."""
-KNOWN = "What does it cost,  in 2024, for 12 of them: 3.50 or 42? Straße 7, 東京 🙂"
+KNOWN_CONVERSATION = "What does it cost,  in 2024, for 12 of them: 3.50 or 42? Straße 7, 東京 🙂"
 """Digits, several spaces, and characters of one to four bytes: where tokenizers differ."""
 DATED = "strftime_now"
 """In a template that writes the day of the year, no prompt stays what it was."""
 
 
-def write_origin(target: Path, chat: Chat, base: Base) -> None:
+def write_origin(target: Path, chat: ChatTemplate, base: BaseModel) -> None:
     """What the weights stand on and were trained with, beside them: a copied folder still says it."""
     template = hashlib.sha256(chat.template.encode()).hexdigest()
-    write_json(target / ORIGIN, {"base": base.name, "base_fingerprint": base.fingerprint, "template": template})
+    write_json(target / ORIGIN_FILE, {"base": base.name, "base_fingerprint": base.fingerprint, "template": template})
 
 
-def check_origin(folder: Path, base: Base) -> None:
+def check_origin(folder: Path, base: BaseModel) -> None:
     """Refuse weights that name another base. Raises `CheckpointError`."""
-    if not (folder / ORIGIN).exists():
+    if not (folder / ORIGIN_FILE).exists():
         return
-    origin = json.loads((folder / ORIGIN).read_text())
+    origin = json.loads((folder / ORIGIN_FILE).read_text())
     if origin["base_fingerprint"] != base.fingerprint:
         raise CheckpointError(
             "this adapter was trained on another base",
@@ -52,23 +52,23 @@ def check_origin(folder: Path, base: Base) -> None:
         )
 
 
-def check_prompt(folder: Path, chat: Chat) -> None:
+def check_prompt(folder: Path, chat: ChatTemplate) -> None:
     """Raise `CheckpointError` where the known conversation is framed otherwise than when the weights were written."""
-    if not (folder / PROMPT).exists() or DATED in chat.template:
+    if not (folder / KNOWN_PROMPT_FILE).exists() or DATED in chat.template:
         return
-    known = json.loads((folder / PROMPT).read_text())
+    known = json.loads((folder / KNOWN_PROMPT_FILE).read_text())
     ids = chat.prompt_ids([Message(turn["role"], turn["content"]) for turn in known["messages"]])
     if ids != known["ids"]:
         raise CheckpointError(
             "text is framed otherwise here than in training",
-            where=str(folder / PROMPT),
+            where=str(folder / KNOWN_PROMPT_FILE),
             given=ids,
             allowed=str(known["ids"]),
             hint="another version of tokenizers or transformers? run.json has those of the run",
         )
 
 
-def pad_beside_stops(chat: Chat) -> int:
+def pad_token_outside_stops(chat: ChatTemplate) -> int:
     """A token to pad with that ends no answer, the tokenizer's own where it can be.
 
     transformers' sequence classification reads the last token that is not the padding: where the stop pads, that is the
@@ -79,14 +79,14 @@ def pad_beside_stops(chat: Chat) -> int:
     return next(int(i) for i in known if i is not None and i not in chat.stop_ids)
 
 
-def write_text_side(target: Path, chat: Chat, pad_id: int | None = None) -> None:
+def write_tokenizer_files(target: Path, chat: ChatTemplate, pad_id: int | None = None) -> None:
     """Tokenizer, template and stop ids, so that a server frames text exactly as training did; `pad_id` pads there.
 
     And the ids of a known conversation, which any server must give: its tokens are those of training, or it is wrong.
     """
     tokenizer = chat.tokenizer
-    ids = chat.prompt_ids([Message("user", KNOWN)])
-    write_json(target / PROMPT, {"messages": [{"role": "user", "content": KNOWN}], "ids": ids})
+    ids = chat.prompt_ids([Message("user", KNOWN_CONVERSATION)])
+    write_json(target / KNOWN_PROMPT_FILE, {"messages": [{"role": "user", "content": KNOWN_CONVERSATION}], "ids": ids})
     own = tokenizer.chat_template, tokenizer.pad_token
     tokenizer.chat_template = chat.template
     if pad_id is not None:
@@ -112,7 +112,7 @@ json.dump(chosen, sys.stdout)
 """
 
 
-def reload_logprobs(folder: Path, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+def logprobs_in_fresh_process(folder: Path, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Log-probability of every token but the first of each row, from plain transformers in another process.
 
     Raises `GateError` when the model does not load there.

@@ -5,33 +5,34 @@ from __future__ import annotations
 from rung.training.distributed import World
 from rung.training.run_folder import total_steps
 from rung.errors import ConfigError, DataError, PlanError
-from rung.runs.dataset import Data
-from rung.config.objective import ROLLING
-from rung.config.run import RunSpec
-from rung.config.support import refusal_of_processes, refusal_of_shards
+from rung.runs.dataset import RunData
+from rung.config.objective import ROLLOUT_KINDS
+from rung.config.method import LotteryConfig
+from rung.config.run import RunConfig
+from rung.config.support import multi_process_refusal, sharding_refusal
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 import torch
-from rung.data.token_store import Tokenised
-from rung.data.tokenize import Prompted
+from rung.data.token_store import TokenizedDataset
+from rung.data.tokenize import PromptDataset
 from rung.training.trainer import Trainer
-from rung.console import say
+from rung.console import print_status
 from rung.training.run_folder import peak_memory_bytes
 from rung.errors import PlanError
-from rung.planning.advise import advise, compute_type, other_shapes
-from rung.planning.memory import FEWEST, Memory, Work, memory
-from rung.planning.architecture import Shape, read_shape
-from rung.planning.throughput import Amount, keep_rate, token_flops
-from rung.report.formatting import memory as in_words
+from rung.planning.advise import advise, compute_type, auxiliary_shapes
+from rung.planning.memory import FEWEST, MemoryEstimate, MicroBatch, estimate_memory
+from rung.planning.architecture import ModelShape, read_shape
+from rung.planning.throughput import DataVolume, record_throughput, token_flops
+from rung.report.formatting import format_bytes as in_words
 
 
 
 
-def check_tasks(spec: RunSpec, data: Data) -> None:
+def check_tasks(config: RunConfig, data: RunData) -> None:
     """A method with something of its own for each task must know every task of the data."""
-    known = set(getattr(spec.method, "tasks", ()))
+    known = set(getattr(config.method, "tasks", ()))
     if not known:
         return
     learned = {record.task for record in data.splits.train}
@@ -49,27 +50,27 @@ def check_tasks(spec: RunSpec, data: Data) -> None:
         raise DataError(what, given=", ".join(idle))
 
 
-def check_processes(spec: RunSpec, world: World) -> None:
+def check_processes(config: RunConfig, world: World) -> None:
     """What several processes cannot share, or have not been tested to."""
-    own = spec.objective.kind in ROLLING or getattr(spec.objective, "on_policy", 0.0) > 0.0
-    if world.size > 1 and (why := refusal_of_processes(spec.method.kind, own_answers=own)):
+    own = config.objective.kind in ROLLOUT_KINDS or getattr(config.objective, "on_policy", 0.0) > 0.0
+    if world.size > 1 and (why := multi_process_refusal(config.method.kind, own_answers=own)):
         raise PlanError(why, where="WORLD_SIZE", given=world.size, hint="run it in one process")
-    if world.size > 1 and spec.model.sharded:
-        named = getattr(spec.objective, "reference", None)
-        moments = spec.engine.optimiser.moments
-        if why := refusal_of_shards(spec.method.kind, spec.objective.kind, reference=named, moments=moments):
+    if world.size > 1 and config.model.sharded:
+        named = getattr(config.objective, "reference", None)
+        moments = config.training.optimizer.state_dtype
+        if why := sharding_refusal(config.method.kind, config.objective.kind, reference=named, moments=moments):
             raise PlanError(why, where="model.sharded", hint="leave model.sharded out: replicas do")
 
 
-def check_lottery(spec: RunSpec, rows: int) -> None:
+def check_lottery(config: RunConfig, rows: int) -> None:
     """A run that ends while all layers still move would be a plain lora without a word."""
-    rollout = getattr(spec.objective, "rollout", None)
-    scouting = getattr(spec.method, "scout_steps", 0)
-    total = total_steps(spec.engine, rows, rollout.steps if rollout else 1)
+    rollout = getattr(config.objective, "rollout", None)
+    scouting = config.method.lottery.scout_steps if isinstance(config.method, LotteryConfig) else 0
+    total = total_steps(config.training, rows, rollout.steps if rollout else 1)
     if scouting >= total:
         raise ConfigError(
             "the run ends before the lottery is drawn",
-            where="method.scout_steps",
+            where="method.lottery.scout_steps",
             given=scouting,
             allowed=f"below the run's {total} steps",
         )
@@ -77,7 +78,7 @@ def check_lottery(spec: RunSpec, rows: int) -> None:
 
 WINDOWS = 16
 """Steps whose rows are packed beforehand to see how large a micro-batch becomes."""
-TELLING = 30.0
+MIN_TIMED_SECONDS = 30.0
 """Seconds of training after which a run's speed says something about the machine."""
 
 
@@ -85,7 +86,7 @@ class DoesNotFitError(PlanError):
     """What a run needs is not there."""
 
 
-def available(device: torch.device) -> int | None:
+def free_memory(device: torch.device) -> int | None:
     """Bytes that are free for a run, with what the process holds already; None where the system does not say."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -99,41 +100,41 @@ def available(device: torch.device) -> int | None:
     return free + held
 
 
-def refuse_hopeless(spec: RunSpec, device: torch.device, *, beyond: bool) -> None:
+def refuse_if_too_large(config: RunConfig, device: torch.device, *, beyond: bool) -> None:
     """Before anything is loaded: raise `PlanError` where not even the smallest micro-batch could be computed."""
     if device.type != "cpu":
         return
-    shape = read_shape(spec.model)
-    compute = compute_type(spec.model, None)
-    least = memory(spec, shape, Work(compute, FEWEST, FEWEST // 2), other_shapes(spec))
-    _refuse(spec, least, available(device), beyond=beyond)
+    shape = read_shape(config.model)
+    compute = compute_type(config.model, None)
+    least = estimate_memory(config, shape, MicroBatch(compute, FEWEST, FEWEST // 2), auxiliary_shapes(config))
+    _refuse(config, least, free_memory(device), beyond=beyond)
 
 
-def expect(spec: RunSpec, shape: Shape, trainer: Trainer, data: Data, *, beyond: bool) -> tuple[Memory, Work]:
+def plan_run(config: RunConfig, shape: ModelShape, trainer: Trainer, data: RunData, *, beyond: bool) -> tuple[MemoryEstimate, MicroBatch]:
     """What the run will hold, from its own rows, and what it computes at once.
 
     Raises `DoesNotFitError` where there is less, unless told to go on.
     """
     compute = str(trainer.policy.base.compute_dtype).removeprefix("torch.")
-    if isinstance(data.train, Prompted):  # its documents are made as it goes
-        work = Work(compute, trainer.budget, trainer.budget // 2, device=trainer.policy.device.type)
+    if isinstance(data.train, PromptDataset):  # its documents are made as it goes
+        work = MicroBatch(compute, trainer.budget, trainer.budget // 2, device=trainer.policy.device.type)
     else:
         work = _work(trainer, data.train, compute)
-    found = memory(spec, shape, work, other_shapes(spec))
-    _refuse(spec, found, available(trainer.policy.device), beyond=beyond)
+    found = estimate_memory(config, shape, work, auxiliary_shapes(config))
+    _refuse(config, found, free_memory(trainer.policy.device), beyond=beyond)
     return found, work
 
 
-def _work(trainer: Trainer, data: Tokenised, compute: str) -> Work:
+def _work(trainer: Trainer, data: TokenizedDataset, compute: str) -> MicroBatch:
     """The largest micro-batch of the first steps, and of the longest row; what of their tokens is computed at all."""
-    rows, steps = data.rows, -(-len(data.rows) // trainer.spec.examples_per_step)
+    rows, steps = data.rows, -(-len(data.rows) // trainer.config.examples_per_step)
     windows = [trainer.pack(trainer.window(rows, step), trainer.budget) for step in range(min(WINDOWS, steps))]
     every = [batch for window in windows for batch in window]
     largest = max([*every, *trainer.pack(data.longest_row(), trainer.budget)], key=lambda batch: len(batch.ids))
     ahead = {id(batch.prefix): len(batch.prefix.ids) for batch in every if batch.prefix is not None}
     computed = sum(len(batch.ids) for batch in every) + sum(ahead.values())
     share = computed / sum(batch.document_tokens for batch in every)
-    return Work(
+    return MicroBatch(
         compute,
         tokens=len(largest.ids),
         learned=len(largest.loss.target),
@@ -144,30 +145,30 @@ def _work(trainer: Trainer, data: Tokenised, compute: str) -> Work:
     )
 
 
-def _refuse(spec: RunSpec, found: Memory, there: int | None, *, beyond: bool) -> None:
+def _refuse(config: RunConfig, found: MemoryEstimate, there: int | None, *, beyond: bool) -> None:
     if there is None or found.needed <= there:
         return
     what = f"this run needs {in_words(found.needed)} at its peak"
     if beyond:
-        say(f"{what}, and {in_words(there)} are free: it goes on because of --beyond-memory")
+        print_status(f"{what}, and {in_words(there)} are free: it goes on because of --beyond-memory")
         return
-    change = advise(spec, limit=there).change
+    change = advise(config, limit=there).change
     fitting = f"the cheapest change that fits: {shlex.join(change.overrides)}" if change else "see: rung plan CONFIG"
     hint = f"{fitting}; or start it with --beyond-memory"
     raise DoesNotFitError(what, where="memory", given=f"{in_words(there)} free", hint=hint)
 
 
-def reality(
-    spec: RunSpec, shape: Shape, plan: tuple[Memory, Work], manifest: Mapping[str, Any], loading: int
+def measured_vs_planned(
+    config: RunConfig, shape: ModelShape, plan: tuple[MemoryEstimate, MicroBatch], manifest: Mapping[str, Any], loading: int
 ) -> dict[str, Any]:
     """The plan with what was measured, for `run.json`; a long run's speed is kept for later plans of this machine."""
     found, work = plan
     seconds, tokens = manifest.get("train_seconds") or 0.0, manifest.get("tokens") or 0
-    if seconds >= TELLING and tokens and spec.objective.kind == "sft" and "trunk" not in manifest:
+    if seconds >= MIN_TIMED_SECONDS and tokens and config.objective.kind == "sft" and "trunk" not in manifest:
         train = manifest.get("data", {}).get("train", {})
         rows = max(1, int(train.get("examples", 0) or 1))
-        amount = Amount(tokens, train["supervised_tokens"] / train["tokens"], train["tokens"] / rows, known=True)
-        rate = token_flops(spec, shape, amount) * tokens * work.computed / seconds
-        keep_rate(str(manifest.get("compute_dtype")), rate, f"{spec.method.kind} on {spec.model.name}")
+        amount = DataVolume(tokens, train["supervised_tokens"] / train["tokens"], train["tokens"] / rows, known=True)
+        rate = token_flops(config, shape, amount) * tokens * work.computed / seconds
+        record_throughput(str(manifest.get("compute_dtype")), rate, f"{config.method.kind} on {config.model.name}")
     measured = {"loading": loading, "steps": manifest.get("peak_memory_bytes"), "saving": peak_memory_bytes()}
     return {**found.to_json(), "measured": measured}

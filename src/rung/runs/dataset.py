@@ -8,35 +8,35 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rung.data.cache import cached_examples
-from rung.data.chat import Chat
-from rung.data.token_store import Tokenised
+from rung.data.chat import ChatTemplate
+from rung.data.token_store import TokenizedDataset
 from rung.data.tokenize import Preflight
 from rung.data.splits import load_data
-from rung.data.tokenize import Prompted, prompts
+from rung.data.tokenize import PromptDataset, tokenize_prompts
 from rung.data.records import Records
 from rung.data.splits import Splits
-from rung.console import stage
+from rung.console import status
 from rung.errors import DataError
 from rung.evaluation.retrieval import Library, own_contexts, read_documents
-from rung.models.base_model import Base
+from rung.models.base_model import BaseModel
 from rung.objectives.registry import OBJECTIVES
-from rung.runs.load import inserted_in
-from rung.scoring.verifiers import expects
-from rung.config.evaluation import Context, RetrieveSpec
-from rung.config.method import in_front
-from rung.config.objective import ModelRewardSpec
-from rung.config.run import RunSpec
+from rung.runs.load import inserted_positions
+from rung.scoring.verifiers import needs_expected_answer
+from rung.config.evaluation import Context, RetrievalConfig
+from rung.config.method import front_virtual_tokens
+from rung.config.objective import ModelRewardConfig
+from rung.config.run import RunConfig
 from rung.types import Example
 
 
 @dataclass(frozen=True)
-class Data:
+class RunData:
     """A config's data, read once and used by every rung."""
 
     splits: Splits
-    chat: Chat
-    train: Tokenised | Prompted
-    validation: Tokenised | Prompted | None
+    chat: ChatTemplate
+    train: TokenizedDataset | PromptDataset
+    validation: TokenizedDataset | PromptDataset | None
     preflight: Preflight
 
     def summary(self) -> dict[str, Any]:
@@ -46,56 +46,56 @@ class Data:
         return {"splits": self.splits.summary(), **counts, "preflight": self.preflight.to_json()}
 
 
-def read_splits(spec: RunSpec) -> Splits:
+def read_splits(config: RunConfig) -> Splits:
     """The three parts of the data. Needs no model, so bad data is found before anything is loaded."""
-    with stage("reading data"):
-        return load_data(spec.data, spec.seed)
+    with status("reading data"):
+        return load_data(config.data, config.seed)
 
 
-def library_of(spec: RunSpec, splits: Splits | None = None) -> Library:
+def load_library(config: RunConfig, splits: Splits | None = None) -> Library:
     """What passages are retrieved from; rows are read where they are not at hand. Raises `DataError` for nothing."""
-    own = spec.evaluate.retrieve or RetrieveSpec()
-    with stage("indexing documents"):
+    own = config.evaluation.retrieve or RetrievalConfig()
+    with status("indexing documents"):
         if own.documents is None:
-            if splits is None or spec.data.limit is not None:  # fewer rows must not make the search easier
-                splits = load_data(spec.data.model_copy(update={"limit": None}), spec.seed)
-            return Library.of(own_contexts((splits.train, splits.validation, splits.test)), own, "data.path")
-        return Library.of(read_documents(own), own, own.documents)
+            if splits is None or config.data.limit is not None:  # fewer rows must not make the search easier
+                splits = load_data(config.data.model_copy(update={"limit": None}), config.seed)
+            return Library.from_documents(own_contexts((splits.train, splits.validation, splits.test)), own, "data.path")
+        return Library.from_documents(read_documents(own), own, own.documents)
 
 
-def as_asked(context: Context, records: Records, library: Library | None) -> Records:
+def with_contexts(context: Context, records: Records, library: Library | None) -> Records:
     """Records with what stands before their questions: their own contexts, none, or passages of the library."""
     if context == "given":
         return records
     if context == "withheld" or library is None:
-        return Records.of(replace(record, context=None) for record in records)
-    return library.shown_all(records)
+        return Records.from_records(replace(record, context=None) for record in records)
+    return library.with_passages_all(records)
 
 
-def tokenise(spec: RunSpec, splits: Splits, base: Base, library: Library | None = None) -> Data:
+def tokenize_splits(config: RunConfig, splits: Splits, base: BaseModel, library: Library | None = None) -> RunData:
     """Examples for training and validation, through the cache, with gate 1 passed; their contexts as they are asked."""
-    chat = Chat(base.tokenizer, spec.model.template, inserted_in(spec.method, base))
-    longest = room_of(spec, base)
-    context = spec.evaluate.context
+    chat = ChatTemplate(base.tokenizer, config.model.template, inserted_positions(config.method, base))
+    longest = max_document_tokens(config, base)
+    context = config.evaluation.context
     if context == "retrieved" and library is None:
-        library = library_of(spec, splits)
+        library = load_library(config, splits)
     # a tuned model must be trained on what it will be asked
-    asked = [as_asked(context, part, library) for part in (splits.train, splits.validation)]
+    asked = [with_contexts(context, part, library) for part in (splits.train, splits.validation)]
     splits = replace(splits, train=asked[0], validation=asked[1])
-    objective = OBJECTIVES[spec.objective.kind](spec.objective)
+    objective = OBJECTIVES[config.objective.kind](config.objective)
     if objective.rollout is not None and objective.judged:
-        return _prompted(spec, splits, chat, longest - objective.rollout.max_new_tokens)
-    train = documents(spec, chat, splits.train, longest)
-    validation = documents(spec, chat, splits.validation, longest) if splits.validation else None
+        return _prompt_only_data(config, splits, chat, longest - objective.rollout.max_new_tokens)
+    train = tokenize_for_objective(config, chat, splits.train, longest)
+    validation = tokenize_for_objective(config, chat, splits.validation, longest) if splits.validation else None
     for part in (train, validation):
         if part is not None:
             _check_ids(part.examples, base)
     if validation is not None:
         preflight(chat, validation)
-    return Data(splits, chat, train, validation, preflight(chat, train))
+    return RunData(splits, chat, train, validation, preflight(chat, train))
 
 
-def _check_ids(examples: Sequence[Example], base: Base) -> None:
+def _check_ids(examples: Sequence[Example], base: BaseModel) -> None:
     """Raise `DataError` for a token that the model has no embedding of: some tokenizers name more than there are."""
     rows = int(base.model.get_input_embeddings().weight.shape[0])
     if len(base.tokenizer) <= rows:
@@ -110,47 +110,47 @@ def _check_ids(examples: Sequence[Example], base: Base) -> None:
             )
 
 
-def room_of(spec: RunSpec, base: Base) -> int:
+def max_document_tokens(config: RunConfig, base: BaseModel) -> int:
     """Tokens that a document may have."""
-    room = base.context - in_front(spec.method)
-    return min(spec.data.max_length or room, room)
+    room = base.context - front_virtual_tokens(config.method)
+    return min(config.data.max_length or room, room)
 
 
-def documents(spec: RunSpec, chat: Chat, records: Records, longest: int) -> Tokenised:
+def tokenize_for_objective(config: RunConfig, chat: ChatTemplate, records: Records, longest: int) -> TokenizedDataset:
     """What a run learns from or is measured on, as its config says. Raises `DataError` for rows of too few answers."""
-    objective = OBJECTIVES[spec.objective.kind](spec.objective)
-    with stage("tokenising"):
+    objective = OBJECTIVES[config.objective.kind](config.objective)
+    with status("tokenizing"):
         found = cached_examples(
             chat,
             records,
-            loss_on=spec.data.loss_on,
+            loss_on=config.data.loss_on,
             max_length=longest,
-            overflow=spec.data.overflow,
+            overflow=config.data.overflow,
             rivals=objective.compares,
         )
-    if (lonely := found.fewer_than(objective.at_least)) is not None:
+    if (lonely := found.first_row_with_fewer(objective.at_least)) is not None:
         hint = "labelled answers are for loss: kto; pairs, rankings and ratings for all others"
         raise DataError("this row has one answer and nothing to compare it with", where=str(lonely), hint=hint)
     return found
 
 
-def held_out(spec: RunSpec, chat: Chat, records: Records, base: Base) -> Tokenised:
+def tokenize_held_out(config: RunConfig, chat: ChatTemplate, records: Records, base: BaseModel) -> TokenizedDataset:
     """Documents of held-out rows as they are asked, made as the run's own were."""
-    found = documents(spec, chat, records, room_of(spec, base))
+    found = tokenize_for_objective(config, chat, records, max_document_tokens(config, base))
     _check_ids(found.examples, base)
     return found
 
 
-def _prompted(spec: RunSpec, splits: Splits, chat: Chat, longest: int) -> Data:
+def _prompt_only_data(config: RunConfig, splits: Splits, chat: ChatTemplate, longest: int) -> RunData:
     """The questions alone, for a policy that answers them itself. Raises `DataError` where rewards want answers."""
-    source = getattr(spec.objective, "reward", None)
-    if source is not None and not isinstance(source, ModelRewardSpec) and expects(source):
+    source = getattr(config.objective, "reward", None)
+    if source is not None and not isinstance(source, ModelRewardConfig) and needs_expected_answer(source):
         for record in (*splits.train, *splits.validation):
-            if record.unanswered or record.bad:
+            if record.is_prompt_only or record.is_undesirable:
                 what = "this reward compares with the expected answer, and this row has none"
                 raise DataError(what, where=str(record.source), given=f"objective.reward.kind: {source.kind}")
-    with stage("tokenising"):
-        train = prompts(chat, splits.train, longest=longest, overflow=spec.data.overflow)
+    with status("tokenizing"):
+        train = tokenize_prompts(chat, splits.train, longest=longest, overflow=config.data.overflow)
         held = splits.validation
-        validation = prompts(chat, held, longest=longest, overflow=spec.data.overflow) if held else None
-    return Data(splits, chat, train, validation, train.preflight())
+        validation = tokenize_prompts(chat, held, longest=longest, overflow=config.data.overflow) if held else None
+    return RunData(splits, chat, train, validation, train.preflight())

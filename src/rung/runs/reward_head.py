@@ -15,10 +15,10 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rung.console import say
+from rung.console import print_status
 from rung.training.run_folder import write_json
 from rung.errors import CheckpointError
-from rung.methods.adapter_files import CONFIG, WEIGHTS, is_score
+from rung.methods.adapter_files import CONFIG, WEIGHTS, is_score_head
 from rung.models.load import classifier_keys
 
 SCORE = "score.weight"
@@ -26,7 +26,7 @@ BESIDE = "score.safetensors"
 """Where the head stands when no library has a place for it."""
 
 
-def write_score(folder: Path, weight: Tensor, pad_id: int) -> None:
+def write_score_head(folder: Path, weight: Tensor, pad_id: int) -> None:
     """Add the head [1, H] to a written adapter or model."""
     weight = weight.detach().cpu().contiguous()
     if (folder / WEIGHTS).exists():
@@ -37,11 +37,11 @@ def write_score(folder: Path, weight: Tensor, pad_id: int) -> None:
         save_file({SCORE: weight}, folder / BESIDE)
 
 
-def read_score(folder: Path) -> Tensor:
+def read_score_head(folder: Path) -> Tensor:
     """The head of a written adapter or model. Raises `CheckpointError` where there is none."""
     for file in sorted(folder.glob("*.safetensors")):
         for name, value in load_file(file).items():
-            if name == SCORE or is_score(name):
+            if name == SCORE or is_score_head(name):
                 return value
     raise CheckpointError("there is no score head: this is no reward model", where=str(folder))
 
@@ -60,7 +60,7 @@ def _into_model(folder: Path, weight: Tensor, pad_id: int) -> None:
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     found = classifier_keys(folder)
     if found is None:
-        say(f"transformers has no sequence classification for {config['model_type']}: the head stands in {BESIDE}")
+        print_status(f"transformers has no sequence classification for {config['model_type']}: the head stands in {BESIDE}")
         save_file({SCORE: weight}, folder / BESIDE)
         return
     name, keys = found

@@ -20,13 +20,13 @@ Label = Hashable | None
 """What a rater said of an item; None where nothing."""
 Ratings = Sequence[Sequence[Label]]
 """One list an item, one entry a rater, the raters in the same order."""
-Counts = NDArray[np.float64]
+CountTable = NDArray[np.float64]
 """[..., K, K]: how often label c stood beside label k, summed over items."""
 
 
 def percent_agreement(ratings: Ratings, clusters: Clusters = None, seed: int = 0) -> Interval:
     """Share of pairs of raters who said the same, of all pairs that rated an item, each pair counting once."""
-    return _interval(_pairs(ratings), clusters, seed, lambda table: np.zeros(table.shape[:-2]))
+    return _interval(_pair_counts(ratings), clusters, seed, lambda table: np.zeros(table.shape[:-2]))
 
 
 def cohen_kappa(first: Sequence[Label], second: Sequence[Label], clusters: Clusters = None, seed: int = 0) -> Interval:
@@ -43,11 +43,11 @@ def cohen_kappa(first: Sequence[Label], second: Sequence[Label], clusters: Clust
     tables = np.zeros((int(kept.sum()), k, k))
     tables[np.arange(len(tables)), codes[kept, 0], codes[kept, 1]] = 1.0
 
-    def chance(table: Counts) -> Floats:
+    def chance(table: CountTable) -> Floats:
         both: Floats = (table.sum(axis=-1) * table.sum(axis=-2)).sum(axis=-1)
         return np.asarray(both / table.sum(axis=(-1, -2)) ** 2)
 
-    return _interval(tables, _kept(clusters, kept), seed, chance)
+    return _interval(tables, _filter_clusters(clusters, kept), seed, chance)
 
 
 def fleiss_kappa(ratings: Ratings, clusters: Clusters = None, seed: int = 0) -> Interval:
@@ -59,11 +59,11 @@ def fleiss_kappa(ratings: Ratings, clusters: Clusters = None, seed: int = 0) -> 
     if len(counts) != 1 or min(counts) < 2:
         raise ValueError("Fleiss' kappa needs equally many ratings an item, at least 2; Krippendorff's alpha does not")
 
-    def chance(table: Counts) -> Floats:
+    def chance(table: CountTable) -> Floats:
         shares: Floats = table.sum(axis=-1) / table.sum(axis=(-1, -2))[..., None]
         return np.asarray((shares**2).sum(axis=-1))
 
-    return _interval(_pairs(ratings), clusters, seed, chance)
+    return _interval(_pair_counts(ratings), clusters, seed, chance)
 
 
 def krippendorff_alpha(ratings: Ratings, clusters: Clusters = None, seed: int = 0) -> Interval:
@@ -73,28 +73,28 @@ def krippendorff_alpha(ratings: Ratings, clusters: Clusters = None, seed: int = 
     replacement, so alpha lies above Fleiss' kappa by an amount that shrinks with the number of ratings.
     """
 
-    def chance(table: Counts) -> Floats:
+    def chance(table: CountTable) -> Floats:
         of_label: Floats = table.sum(axis=-1)
         n = of_label.sum(axis=-1)
         return np.asarray((of_label * (of_label - 1.0)).sum(axis=-1) / (n * (n - 1.0)))
 
     # Coincidences: an item with m ratings counts m of them, spread over its m (m - 1) ordered pairs.
-    tables = _pairs(ratings)
+    tables = _pair_counts(ratings)
     m = np.array([sum(label is not None for label in item) for item in ratings], dtype=np.float64)
     return _interval(tables / np.maximum(m - 1.0, 1.0)[:, None, None], clusters, seed, chance)
 
 
-def _beyond(agreed: Floats | float, chance: Floats | float) -> Floats:
+def _chance_corrected(agreed: Floats | float, chance: Floats | float) -> Floats:
     """Agreement beyond chance, of what there is beyond chance; not a number where there is nothing beyond."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray((np.asarray(agreed) - chance) / (1.0 - np.asarray(chance)))
 
 
-def _agreed(table: Counts) -> Floats:
+def _agreement_share(table: CountTable) -> Floats:
     return np.asarray(np.trace(table, axis1=-2, axis2=-1) / table.sum(axis=(-1, -2)))
 
 
-def _interval(tables: Counts, clusters: Clusters, seed: int, chance: Callable[[Counts], Floats]) -> Interval:
+def _interval(tables: CountTable, clusters: Clusters, seed: int, chance: Callable[[CountTable], Floats]) -> Interval:
     """Agreement beyond chance of all items, clusters resampled.
 
     Where the resampling has no spread (all agree throughout) Wilson's bounds of the raw agreement on the number of
@@ -104,24 +104,27 @@ def _interval(tables: Counts, clusters: Clusters, seed: int, chance: Callable[[C
     if not rated.any():
         raise ValueError("no item was rated by two")
     k = tables.shape[-1]
-    sums = np.stack(cluster_sums(_kept(clusters, rated), *tables[rated].reshape(-1, k * k).T), axis=1)
+    sums = np.stack(cluster_sums(_filter_clusters(clusters, rated), *tables[rated].reshape(-1, k * k).T), axis=1)
     n, c, whole = int(rated.sum()), len(sums), sums.sum(axis=0).reshape(k, k)
-    agreed, by_chance = float(_agreed(whole)), float(chance(whole))
+    agreed, by_chance = float(_agreement_share(whole)), float(chance(whole))
     if 1.0 - by_chance < TINY:
         return Interval(math.nan, -math.inf, math.inf, n, c, "undefined: only one label occurs")
-    value = float(_beyond(agreed, by_chance))
-    if np.ptp(_agreed(sums.reshape(c, k, k))) < TINY:
+    value = float(_chance_corrected(agreed, by_chance))
+    if np.ptp(_agreement_share(sums.reshape(c, k, k))) < TINY:
         floor = wilson(min(agreed, 1.0) * c, c)
-        low, high = (float(_beyond(bound, by_chance)) for bound in (floor.low, floor.high))
+        low, high = (float(_chance_corrected(bound, by_chance)) for bound in (floor.low, floor.high))
         return Interval(value, low, high, n, c, "wilson floor")
     rng, values, agreements = np.random.default_rng(seed), [], []
     for rows in _slices(SAMPLES, max(1, 2_000_000 // c)):
         drawn = (rng.multinomial(c, np.full(c, 1.0 / c), size=rows) @ sums).reshape(rows, k, k)
-        agreements.append(_agreed(drawn))
-        values.append(np.nan_to_num(_beyond(agreements[-1], chance(drawn)), nan=0.0))
+        agreements.append(_agreement_share(drawn))
+        values.append(np.nan_to_num(_chance_corrected(agreements[-1], chance(drawn)), nan=0.0))
     replicates, method = np.concatenate(values), "cluster bootstrap"
     if np.ptp(replicates) < TINY:  # who says the same of everything has kappa 0 in every resample
-        replicates, method = _beyond(np.concatenate(agreements), by_chance), "cluster bootstrap, chance as it was"
+        replicates, method = (
+            _chance_corrected(np.concatenate(agreements), by_chance),
+            "cluster bootstrap, chance as it was",
+        )
     low, high = expanded_percentiles(replicates, c)
     return Interval(value, low, high, n, c, method)
 
@@ -130,7 +133,7 @@ def _slices(total: int, size: int) -> list[int]:
     return [min(size, total - start) for start in range(0, total, size)]
 
 
-def _pairs(ratings: Ratings) -> Counts:
+def _pair_counts(ratings: Ratings) -> CountTable:
     """Ordered pairs of ratings of each item, [N, K, K]: symmetric, by different raters."""
     codes = _codes(ratings)
     k = int(codes.max(initial=0)) + 1
@@ -138,7 +141,7 @@ def _pairs(ratings: Ratings) -> Counts:
     for column in codes.T:
         given = column >= 0
         ones[given, column[given]] += 1.0
-    tables: Counts = ones[:, :, None] * ones[:, None, :]
+    tables: CountTable = ones[:, :, None] * ones[:, None, :]
     tables[:, np.arange(k), np.arange(k)] -= ones
     return tables
 
@@ -152,7 +155,7 @@ def _codes(ratings: Ratings) -> NDArray[np.intp]:
     return np.array(rows, dtype=np.intp).reshape(len(rows), -1)
 
 
-def _kept(clusters: Clusters, kept: NDArray[np.bool_]) -> Clusters:
+def _filter_clusters(clusters: Clusters, kept: NDArray[np.bool_]) -> Clusters:
     if clusters is None:
         return None
     if len(clusters) != len(kept):

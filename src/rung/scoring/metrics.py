@@ -113,13 +113,13 @@ def exact(answer: str, expected: str) -> float:
     return float(answer.strip() == expected.strip())
 
 
-def normalised(answer: str, expected: str) -> float:
+def normalized(answer: str, expected: str) -> float:
     """1 when the words are equal, else 0: `The Revenue.` equals `revenue`.
 
     Like SQuAD (Rajpurkar et al. 2016): casefolded, whitespace collapsed, articles a/an/the dropped. Unlike SQuAD, which
     makes 4.1 equal to 41 and -5 to 5, only punctuation *around* a word goes, and numbers keep sign, brackets and point.
     """
-    return float(normalise(answer) == normalise(expected))
+    return float(normalize(answer) == normalize(expected))
 
 
 def numeric(answer: str, expected: str) -> float:
@@ -134,26 +134,26 @@ def numeric(answer: str, expected: str) -> float:
     facing a percentage, is also right when the bare numerals agree (`412` for `USD 412 million`, `12.5` for `12.5%`).
     Two different currencies never agree. Where the expected answer states a direction (`fell by 3`), magnitudes are
     compared and the opposite direction (`rose by 3`) is wrong. When the expected answer holds no number, the score is
-    `normalised`, so that `Not disclosed.` can be right.
+    `normalized`, so that `Not disclosed.` can be right.
     """
     wanted = quantity(expected)
     if wanted is None:
-        return normalised(answer, expected)
+        return normalized(answer, expected)
     found = quantity(answer)
     if found is None:
         return 0.0
     if way := _direction(expected):
         opposite = (_direction(answer) or (-1 if found.numeral < 0 else 0)) == -way
-        return float(not opposite and _agree(abs(found), abs(wanted)))
-    return float(_agree(found, wanted))
+        return float(not opposite and _quantities_agree(abs(found), abs(wanted)))
+    return float(_quantities_agree(found, wanted))
 
 
 def token_f1(answer: str, expected: str) -> float:
-    """Harmonic mean of word precision and recall (SQuAD, Rajpurkar et al. 2016) on the words of `normalise`.
+    """Harmonic mean of word precision and recall (SQuAD, Rajpurkar et al. 2016) on the words of `normalize`.
 
     `net revenue rose` against `revenue rose` is 0.8. Two empty texts score 1, as in SQuAD 2.0.
     """
-    found, wanted = normalise(answer), normalise(expected)
+    found, wanted = normalize(answer), normalize(expected)
     if not found or not wanted:
         return float(found == wanted)
     shared = sum((Counter(found) & Counter(wanted)).values())
@@ -163,13 +163,13 @@ def token_f1(answer: str, expected: str) -> float:
 def rouge_l(answer: str, expected: str) -> float:
     """F-measure of the longest common subsequence (Lin 2004), by the rouge-score package, no stemming.
 
-    Its tokeniser keeps ASCII letters and digits only: do not use it for text in other scripts.
+    Its tokenizer keeps ASCII letters and digits only: do not use it for text in other scripts.
     """
     return float(_rouge_scorer().score(expected, answer)["rougeL"].fmeasure)
 
 
-def normalise(text: str) -> tuple[str, ...]:
-    """The words that `normalised` and `token_f1` compare.
+def normalize(text: str) -> tuple[str, ...]:
+    """The words that `normalized` and `token_f1` compare.
 
     Articles stay when there is nothing else, or the choice `A` would equal an empty answer.
     """
@@ -189,10 +189,10 @@ def quantity(text: str) -> Quantity | None:
 
 
 def _quantities(text: str) -> list[Quantity]:
-    return [_read(match) for match in _QUANTITY.finditer(text)]
+    return [_read_quantity(match) for match in _QUANTITY.finditer(text)]
 
 
-def _read(match: re.Match[str]) -> Quantity:
+def _read_quantity(match: re.Match[str]) -> Quantity:
     part = match.groupdict()
     bracketed = (part["open"] or part["open_late"]) and (part["close"] or part["close_late"])
     negative = part["minus"] or part["minus_late"] or bracketed or part["loss"]
@@ -215,7 +215,7 @@ def _is_date(match: re.Match[str]) -> bool:
     return bool(day_first or _DATE.search(text[max(0, start - 24) : end]))
 
 
-def _agree(one: Quantity, other: Quantity) -> bool:
+def _quantities_agree(one: Quantity, other: Quantity) -> bool:
     same_numeral = math.isclose(one.numeral, other.numeral, rel_tol=RELATIVE_TOLERANCE)
     if one.currency and other.currency and one.currency != other.currency:
         return False
@@ -249,7 +249,7 @@ METRICS: dict[str, Metric] = {
     name: Metric(name, function, binary, True, (function.__doc__ or "").split("\n", 1)[0])
     for name, function, binary in (
         ("exact", exact, True),
-        ("normalised", normalised, True),
+        ("normalized", normalized, True),
         ("numeric", numeric, True),
         ("token_f1", token_f1, False),
         ("rouge_l", rouge_l, False),

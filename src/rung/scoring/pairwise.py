@@ -30,7 +30,7 @@ LONGEST_STEP = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Verdicts:
+class PairVerdicts:
     """What a judge said of one pair, each with the answers named as given and not as shown; None: unreadable."""
 
     first_shown_first: Outcome | None
@@ -70,11 +70,11 @@ class Preference:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return _plain(self)
+        return _plain_values(self)
 
 
 @dataclass(frozen=True, slots=True)
-class Trust:
+class JudgeAgreement:
     """Whether a judge was checked against people, and what that showed."""
 
     trusted: bool
@@ -93,10 +93,12 @@ class Trust:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return _plain(self)
+        return _plain_values(self)
 
 
-def preference(verdicts: Sequence[Verdicts], lengths: ArrayLike, clusters: Sequence[str], seed: int = 0) -> Preference:
+def summarize_preferences(
+    verdicts: Sequence[PairVerdicts], lengths: ArrayLike, clusters: Sequence[str], seed: int = 0
+) -> Preference:
     """Sum up verdicts on pairs whose answers have `lengths` [P, 2] in characters."""
     sizes = np.asarray(lengths, dtype=np.float64).reshape(-1, 2)
     read = [i for i, v in enumerate(verdicts) if v.outcome is not None]
@@ -105,7 +107,7 @@ def preference(verdicts: Sequence[Verdicts], lengths: ArrayLike, clusters: Seque
     values = np.array([VALUE[outcome] for outcome in outcomes])
     apart = sizes[read, 0] - sizes[read, 1]
     decided = (values != 0.5) & (apart != 0)
-    shown = [(s, c) for i, c in zip(read, own, strict=True) for s in _shown(verdicts[i])]
+    shown = [(s, c) for i, c in zip(read, own, strict=True) for s in _prefers_shown_first(verdicts[i])]
     same = [float(verdicts[i].first_shown_first == verdicts[i].second_shown_first) for i in read]
     means = sizes.mean(axis=0) if len(sizes) else np.zeros(2)
     return Preference(
@@ -147,13 +149,13 @@ def length_controlled(outcomes: ArrayLike, apart: ArrayLike, clusters: Clusters,
     rows = max(1, 1_000_000 // len(y))
     for start in range(0, REFITS, rows):
         drawn = rng.multinomial(c, np.full(c, 1.0 / c), size=min(rows, REFITS - start))
-        rates.append(_sigmoid(fit(x, y, drawn[:, at].astype(np.float64))[:, 0]))
-    rate = float(_sigmoid(fit(x, y, np.ones((1, len(y))))[0, 0]))
+        rates.append(_sigmoid(fit_logistic(x, y, drawn[:, at].astype(np.float64))[:, 0]))
+    rate = float(_sigmoid(fit_logistic(x, y, np.ones((1, len(y))))[0, 0]))
     low, high = expanded_percentiles(np.concatenate(rates), c) if c > 1 else (0.0, 1.0)
     return Interval(rate, low, high, len(y), c, "refitted cluster bootstrap")
 
 
-def fit(x: Floats, y: Floats, weights: Floats) -> Floats:
+def fit_logistic(x: Floats, y: Floats, weights: Floats) -> Floats:
     """Constant and slope [B, 2] of a logistic regression of y [P] on x [P], for each row of weights [B, P].
 
     The minimum of sum w (log(1 + e^z) - y z) + RIDGE / 2 (a^2 + b^2), z = a + b x, by Newton's method.
@@ -172,16 +174,18 @@ def fit(x: Floats, y: Floats, weights: Floats) -> Floats:
     return found
 
 
-def trust(
-    verdicts: Sequence[Verdicts], people: Sequence[Sequence[Label]], clusters: Sequence[str], least: float
-) -> Trust:
+def check_judge(
+    verdicts: Sequence[PairVerdicts], people: Sequence[Sequence[Label]], clusters: Sequence[str], least: float
+) -> JudgeAgreement:
     """Whether a judge agrees with people: the lower end of its kappa with their majority reaches `least`."""
     majorities = [majority(labels) for labels in people]
     kept = [i for i, m in enumerate(majorities) if m is not None and verdicts[i].outcome is not None]
     undecided = sum(m is None for m in majorities)
     unreadable = sum(v.outcome is None for v in verdicts)
     if not kept:
-        return Trust(False, "none of the labelled pairs has both a majority and a verdict", 0, unreadable, undecided)
+        return JudgeAgreement(
+            False, "none of the labelled pairs has both a majority and a verdict", 0, unreadable, undecided
+        )
     both = [(verdicts[i].outcome, majorities[i]) for i in kept]
     own = [clusters[i] for i in kept]
     kappa = cohen_kappa([a for a, _ in both], [b for _, b in both], own)
@@ -192,7 +196,7 @@ def trust(
     trusted = kappa.low >= least
     reason = f"kappa with people {kappa.mean:.2f} [{kappa.low:.2f}, {kappa.high:.2f}] on {len(kept)} labelled pairs"
     reason += "" if trusted else f": its lower end does not reach {least:g}"
-    return Trust(trusted, reason, len(kept), unreadable, undecided, kappa, percent_agreement(both, own), alone)
+    return JudgeAgreement(trusted, reason, len(kept), unreadable, undecided, kappa, percent_agreement(both, own), alone)
 
 
 def majority(labels: Sequence[Label]) -> Label:
@@ -201,7 +205,7 @@ def majority(labels: Sequence[Label]) -> Label:
     return next((label for label in given if 2 * given.count(label) > len(given)), None)
 
 
-def _shown(verdicts: Verdicts) -> list[float]:
+def _prefers_shown_first(verdicts: PairVerdicts) -> list[float]:
     """1 for each verdict for the answer shown first, 0 for each for the other."""
     found = []
     for verdict, leading in ((verdicts.first_shown_first, "first"), (verdicts.second_shown_first, "second")):
@@ -221,6 +225,6 @@ def _sigmoid(z: Floats) -> NDArray[np.float64]:
     return np.asarray(0.5 * (1.0 + np.tanh(0.5 * z)))
 
 
-def _plain(found: Preference | Trust) -> dict[str, Any]:
+def _plain_values(found: Preference | JudgeAgreement) -> dict[str, Any]:
     own = {field.name: getattr(found, field.name) for field in fields(found)}
     return {name: value.to_json() if isinstance(value, Interval) else value for name, value in own.items()}

@@ -19,12 +19,12 @@ from rung.scoring.stats import (
     Interval,
     Z,
     clustered_error,
-    detectable,
+    detectable_difference,
     examples_needed,
-    flipped,
     is_binary,
     paired_difference,
     score_interval,
+    sign_flip_p_value,
 )
 
 Reason = Literal["best", "reaches target", "within margin", "worse", "cannot tell"]
@@ -50,7 +50,7 @@ class RungVerdict:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class LadderStep:
     """One rung against the one below it."""
 
     lower: str
@@ -84,7 +84,7 @@ class Verdict:
     rungs: tuple[RungVerdict, ...]
     examples_needed: int | None
     text: str
-    steps: tuple[Step, ...] = ()
+    steps: tuple[LadderStep, ...] = ()
     """Each rung against the one below it, lowest first."""
 
     def to_json(self) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class _Measured:
+class _MeasuredRung:
     name: str
     items: Floats
     """Score of each item, mean over the training seeds."""
@@ -107,7 +107,7 @@ class _Measured:
     score: Interval
 
 
-def verdict(
+def recommend(
     rungs: Sequence[tuple[str, ArrayLike]],
     margin: float,
     target: float | None = None,
@@ -140,7 +140,7 @@ def verdict(
         if rung is best:
             difference = replace(difference, low=0.0, high=0.0, method="identity", p_value=None)
         else:
-            difference = _widened(difference, best, rung)
+            difference = _with_seed_variance(difference, best, rung)
         reason = _reason(rung.score, difference, rung is best, sign, margin, target)
         needed = None
         if reason == "cannot tell":
@@ -151,17 +151,17 @@ def verdict(
         judged.append(RungVerdict(rung.name, rung.score, difference, reason, needed))
     found = _conclude(tuple(judged), best.name, margin, target, in_nats)
     steps = _steps(measured, clusters, weights, seed)
-    return replace(found, steps=steps, text=f"{found.text}{_unseen(steps, in_nats)}")
+    return replace(found, steps=steps, text=f"{found.text}{_steps_without_difference(steps, in_nats)}")
 
 
-def score_of(
+def rung_score(
     table: ArrayLike, clusters: Clusters = None, *, weights: ArrayLike | None = None, seed: int = 0
 ) -> Interval:
     """Score of one rung from [items] or [training seeds, items], the spread between seeds included."""
     return _measure("", table, clusters, weights, seed).score
 
 
-def gain_over(
+def paired_gain(
     lower: ArrayLike,
     upper: ArrayLike,
     clusters: Clusters = None,
@@ -178,33 +178,39 @@ def gain_over(
     return _gain(first, second, clusters, weights, seed)
 
 
-def _gain(first: _Measured, second: _Measured, clusters: Clusters, weights: ArrayLike | None, seed: int) -> Difference:
+def _gain(
+    first: _MeasuredRung, second: _MeasuredRung, clusters: Clusters, weights: ArrayLike | None, seed: int
+) -> Difference:
     found = paired_difference(first.items, second.items, clusters, seed, weights=weights)
     noise = first.seed_variance + second.seed_variance
     if noise == 0.0:
-        p = flipped(first.items, second.items, clusters, weights=weights, seed=seed)
+        p = sign_flip_p_value(first.items, second.items, clusters, weights=weights, seed=seed)
     else:
         total = clustered_error(second.items - first.items, clusters, weights=weights) ** 2 + noise
-        p = 2 * float(special.stdtr(_freedom(total, first, second), -abs(found.mean) / math.sqrt(total)))
-    return replace(_widened(found, first, second), p_value=p)
+        p = 2 * float(special.stdtr(_degrees_of_freedom(total, first, second), -abs(found.mean) / math.sqrt(total)))
+    return replace(_with_seed_variance(found, first, second), p_value=p)
 
 
-def _steps(measured: Sequence[_Measured], clusters: Clusters, weights: ArrayLike | None, seed: int) -> tuple[Step, ...]:
+def _steps(
+    measured: Sequence[_MeasuredRung], clusters: Clusters, weights: ArrayLike | None, seed: int
+) -> tuple[LadderStep, ...]:
     pairs = list(zip(measured, measured[1:], strict=False))
     gains = [_gain(first, second, clusters, weights, seed) for first, second in pairs]
     corrected = holm([gain.p_value for gain in gains if gain.p_value is not None])
     return tuple(
-        Step(first.name, second.name, gain, p, _detectable(first, second, clusters, weights))
+        LadderStep(first.name, second.name, gain, p, _detectable(first, second, clusters, weights))
         for (first, second), gain, p in zip(pairs, gains, corrected, strict=True)
     )
 
 
-def _detectable(first: _Measured, second: _Measured, clusters: Clusters, weights: ArrayLike | None) -> float | None:
+def _detectable(
+    first: _MeasuredRung, second: _MeasuredRung, clusters: Clusters, weights: ArrayLike | None
+) -> float | None:
     noise = first.seed_variance + second.seed_variance
-    return detectable(second.items - first.items, clusters, weights=weights, seed_variance=noise)
+    return detectable_difference(second.items - first.items, clusters, weights=weights, seed_variance=noise)
 
 
-def _unseen(steps: Sequence[Step], in_nats: bool) -> str:
+def _steps_without_difference(steps: Sequence[LadderStep], in_nats: bool) -> str:
     """The steps that show no difference, each with what these items would have shown."""
     told = []
     for step in steps:
@@ -215,17 +221,17 @@ def _unseen(steps: Sequence[Step], in_nats: bool) -> str:
     return f" No sure difference between {'; between '.join(told)}." if told else ""
 
 
-def _measure(name: str, scores: ArrayLike, clusters: Clusters, weights: ArrayLike | None, seed: int) -> _Measured:
+def _measure(name: str, scores: ArrayLike, clusters: Clusters, weights: ArrayLike | None, seed: int) -> _MeasuredRung:
     table = np.atleast_2d(np.asarray(scores, dtype=np.float64))
     seeds, items = len(table), table.mean(axis=0)
     means = np.average(table, axis=1, weights=None if weights is None else np.asarray(weights, dtype=np.float64))
     variance = float(means.var(ddof=1)) / seeds if seeds > 1 else 0.0
     score = score_interval(items, clusters, binary=is_binary(items), weights=weights, seed=seed)
-    measured = _Measured(name, items, variance, seeds, score)
-    return replace(measured, score=_widened(score, measured))
+    measured = _MeasuredRung(name, items, variance, seeds, score)
+    return replace(measured, score=_with_seed_variance(score, measured))
 
 
-def _widened(estimate: Estimate, *sources: _Measured) -> Estimate:
+def _with_seed_variance(estimate: Estimate, *sources: _MeasuredRung) -> Estimate:
     """Add the variance between training seeds to an interval over items.
 
     half' = t_f / z * sqrt(half^2 + z^2 v), v the sum of s^2 / S over the sources, and f the Welch-Satterthwaite degrees
@@ -236,7 +242,7 @@ def _widened(estimate: Estimate, *sources: _Measured) -> Estimate:
     if noise == 0.0 or not math.isfinite(estimate.high - estimate.low):
         return estimate
     total = ((estimate.high - estimate.low) / 2 / Z) ** 2 + noise
-    stretch = float(special.stdtrit(_freedom(total, *sources), 1 - ALPHA / 2)) / Z
+    stretch = float(special.stdtrit(_degrees_of_freedom(total, *sources), 1 - ALPHA / 2)) / Z
     below, above = (
         stretch * math.hypot(side, Z * math.sqrt(noise))
         for side in (estimate.mean - estimate.low, estimate.high - estimate.mean)
@@ -245,7 +251,7 @@ def _widened(estimate: Estimate, *sources: _Measured) -> Estimate:
     return replace(estimate, low=estimate.mean - below, high=estimate.mean + above, method=method)
 
 
-def _freedom(total: float, *sources: _Measured) -> float:
+def _degrees_of_freedom(total: float, *sources: _MeasuredRung) -> float:
     """Degrees of freedom of a variance part of which is that between seeds (Welch and Satterthwaite)."""
     return total**2 / sum(m.seed_variance**2 / (m.seeds - 1) for m in sources if m.seed_variance)
 

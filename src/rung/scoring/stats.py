@@ -73,10 +73,10 @@ def wilson(successes: float, n: float) -> Interval:
     if not 0 <= successes <= n or n <= 0:
         raise ValueError(f"needs 0 <= successes <= n and n > 0, got {successes} of {n}")
     share = successes / n
-    centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    center = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-    low = 0.0 if successes == 0 else centre - half
-    high = 1.0 if successes == n else centre + half
+    low = 0.0 if successes == 0 else center - half
+    high = 1.0 if successes == n else center + half
     return Interval(share, low, high, int(n), int(n), "wilson")
 
 
@@ -89,7 +89,7 @@ def t_interval(scores: ArrayLike) -> Interval:
     n = len(values)
     mean = float(values.mean())
     if np.ptp(values) == 0:
-        return _without_spread(values, mean, n)
+        return _interval_without_spread(values, mean, n)
     half = float(special.stdtrit(n - 1, 1 - ALPHA / 2) * values.std(ddof=1) / math.sqrt(n))
     return Interval(mean, mean - half, mean + half, n, n, "t")
 
@@ -115,7 +115,7 @@ def cluster_bootstrap(
     sums, totals = cluster_sums(clusters, values * sizes, sizes)
     mean, c = float(sums.sum() / totals.sum()), len(sums)
     if np.ptp(sums / totals) < TINY:
-        return _without_spread(values, mean, c)
+        return _interval_without_spread(values, mean, c)
     low, high = expanded_percentiles(resample(sums, totals, seed, samples), c)
     return Interval(mean, low, high, len(values), c, "cluster bootstrap")
 
@@ -165,7 +165,7 @@ def paired_difference(
         low, high = expanded_percentiles(resample(sums, totals, seed, samples), c)
         method = "paired cluster bootstrap"
     differing = int((np.abs(per_cluster) > TINY).sum())
-    if _within_0_1(np.concatenate([a, b])) and (not spread or differing < min(SIGN_TEST_MINIMUM, c)):
+    if _clip_to_unit(np.concatenate([a, b])) and (not spread or differing < min(SIGN_TEST_MINIMUM, c)):
         floor_low, floor_high = _discordant_bound(per_cluster)
         low, high = (min(low, floor_low), max(high, floor_high)) if spread else (floor_low, floor_high)
         method = "exact bound on differing clusters"
@@ -218,7 +218,7 @@ def examples_needed(
     return max(2, math.ceil(factor * n * error**2 / room)) if room > 0 else None
 
 
-def detectable(
+def detectable_difference(
     differences: ArrayLike,
     clusters: Clusters = None,
     *,
@@ -243,7 +243,7 @@ def detectable(
     return reach * math.sqrt(variance * c / (c - 1) + seed_variance)
 
 
-def flipped(
+def sign_flip_p_value(
     first: ArrayLike, second: ArrayLike, clusters: Clusters = None, *, weights: ArrayLike | None = None, seed: int = 0
 ) -> float:
     """p-value of a paired difference: signs of whole clusters flipped, see `significance.sign_flips`."""
@@ -289,14 +289,14 @@ def expanded_percentiles(replicates: Floats, c: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _without_spread(values: Floats, mean: float, units: int) -> Interval:
-    if not _within_0_1(values):
+def _interval_without_spread(values: Floats, mean: float, units: int) -> Interval:
+    if not _clip_to_unit(values):
         return Interval(mean, -math.inf, math.inf, len(values), units, "unbounded")
     floor = wilson(min(mean, 1.0) * units, units)
     return Interval(mean, floor.low, floor.high, len(values), units, "wilson floor")
 
 
-def _within_0_1(values: Floats) -> bool:
+def _clip_to_unit(values: Floats) -> bool:
     return bool(values.min() >= 0 and values.max() <= 1)
 
 

@@ -10,28 +10,30 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rung.config.objective import FunctionSpec, RegexSpec, VerifierSpec
+from rung.config.objective import FunctionRewardConfig, RegexRewardConfig, VerifierConfig
 from rung.errors import ConfigError, DataError
-from rung.scoring.metrics import METRICS, normalised, numeric
+from rung.scoring.metrics import METRICS, normalized, numeric
 
 Row = Mapping[str, Any]
 """`question`, `expected`, `context`, `task`, `group`, and `source`, where the row came from."""
 Verifier = Callable[[str, Row], float]
 
 
-def verifier(spec: VerifierSpec | RegexSpec | FunctionSpec) -> Verifier:
-    """What a spec says. Raises `ConfigError` for a function that is not there."""
-    if isinstance(spec, RegexSpec):
-        return _by_pattern(re.compile(spec.pattern))
-    if isinstance(spec, FunctionSpec):
-        return _by_function(spec.path)
-    metric = METRICS[spec.kind].function
+def make_verifier(config: VerifierConfig | RegexRewardConfig | FunctionRewardConfig) -> Verifier:
+    """What a config says. Raises `ConfigError` for a function that is not there."""
+    if isinstance(config, RegexRewardConfig):
+        return _by_pattern(re.compile(config.pattern))
+    if isinstance(config, FunctionRewardConfig):
+        return _by_function(config.path)
+    metric = METRICS[config.kind].function
     return lambda answer, row: float(metric(answer, row["expected"]))
 
 
-def expects(spec: VerifierSpec | RegexSpec | FunctionSpec) -> bool:
+def needs_expected_answer(config: VerifierConfig | RegexRewardConfig | FunctionRewardConfig) -> bool:
     """Whether it compares with the expected answer: of a row without one the empty answer would be right."""
-    return isinstance(spec, VerifierSpec) or (isinstance(spec, RegexSpec) and re.compile(spec.pattern).groups > 0)
+    return isinstance(config, VerifierConfig) or (
+        isinstance(config, RegexRewardConfig) and re.compile(config.pattern).groups > 0
+    )
 
 
 def _by_pattern(pattern: re.Pattern[str]) -> Verifier:
@@ -40,7 +42,7 @@ def _by_pattern(pattern: re.Pattern[str]) -> Verifier:
         if found is None or not pattern.groups:
             return float(found is not None)
         said = found.group(1) or ""
-        return max(normalised(said, row["expected"]), numeric(said, row["expected"]))
+        return max(normalized(said, row["expected"]), numeric(said, row["expected"]))
 
     return verify
 

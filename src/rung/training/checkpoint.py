@@ -11,42 +11,42 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from rung.files import verify, write_folder, writing
-from rung.training.optimizer import Holding
+from rung.files import find_damage, reporting_write_errors, write_folder
+from rung.training.optimizer import OptimizerState
 
-REFERENCE = "reference.safetensors"
+REFERENCE_FILE = "reference.safetensors"
 
 
-def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
+def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that verifies; what is passed over is told to `warn`."""
     for candidate in sorted(folder.glob("step-*"), reverse=True):
-        if problem := verify(candidate):
+        if problem := find_damage(candidate):
             warn(f"checkpoint {candidate.name} passed over: {problem}")
             continue
         return candidate
     return None
 
 
-def prune(folder: Path, keep: int) -> None:
+def remove_old_checkpoints(folder: Path, keep: int) -> None:
     """Remove all but the newest `keep` numbered checkpoints."""
     for old in sorted(folder.glob("step-*"), reverse=True)[keep:]:
         shutil.rmtree(old)
 
 
 def write_checkpoint(
-    folder: Path, held: Holding, progress: Mapping[str, Any], known: Mapping[int, float] | None = None
+    folder: Path, held: OptimizerState, progress: Mapping[str, Any], known: Mapping[int, float] | None = None
 ) -> None:
     """Everything a later process needs to go on as if nothing had happened; `known` is the reference's, by document.
 
     The first process writes; where the model is in parts each writes its own rows, into one folder.
     """
     world = held.world
-    if not world.first:
+    if not world.is_rank0:
         if held.rows:
             aside = Path(world.gather(None)[0])
-            with writing(folder):
+            with reporting_write_errors(folder):
                 held.save(_part(aside, world.rank))
-            world.wait()
+            world.barrier()
         return
 
     def fill(aside: Path) -> None:
@@ -56,9 +56,9 @@ def write_checkpoint(
         (aside / "progress.json").write_text(json.dumps(dict(progress), indent=2) + "\n")
         if known:
             keys, nats = torch.tensor(list(known)), torch.tensor(list(known.values()), dtype=torch.float64)
-            save_file({"documents": keys, "nats": nats}, aside / REFERENCE)
+            save_file({"documents": keys, "nats": nats}, aside / REFERENCE_FILE)
         if held.rows:
-            world.wait()
+            world.barrier()
 
     write_folder(folder, fill)
 
@@ -67,11 +67,11 @@ def _part(folder: Path, rank: int) -> Path:
     return folder / f"part-{rank:05d}"
 
 
-def read_known(folder: Path) -> dict[int, float]:
+def read_reference_cache(folder: Path) -> dict[int, float]:
     """What the reference gave documents by then; nothing where it was not asked."""
-    if not (folder / REFERENCE).exists():
+    if not (folder / REFERENCE_FILE).exists():
         return {}
-    found = load_file(folder / REFERENCE)
+    found = load_file(folder / REFERENCE_FILE)
     return dict(zip(found["documents"].tolist(), found["nats"].tolist(), strict=True))
 
 

@@ -27,12 +27,12 @@ from rung.types import Example
 
 BUCKET = 2**25
 """Numbers that are added up over the processes in one message."""
-PATIENCE = timedelta(minutes=30)
+PEER_TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others."""
 T = TypeVar("T")
 
 
-class ElsewhereError(RungError):
+class PeerProcessError(RungError):
     """Another process of the run ended, and said why."""
 
     exit_code = CheckpointError.exit_code
@@ -49,11 +49,11 @@ class World:
     device: torch.device = torch.device("cpu")
 
     @property
-    def first(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this is the process that writes and speaks."""
         return self.rank == 0
 
-    def share(self, examples: Sequence[Example]) -> Sequence[Example]:
+    def split_examples(self, examples: Sequence[Example]) -> Sequence[Example]:
         """What of a step is for this process: about as many tokens as the others', rows of several documents whole."""
         if self.size == 1:
             return examples
@@ -69,16 +69,16 @@ class World:
                 mine.append(i)
         return [e for i in sorted(mine) for e in rows[i]]
 
-    def part(self, rows: Sequence[T]) -> Sequence[T]:
+    def every_nth(self, rows: Sequence[T]) -> Sequence[T]:
         """Every size-th of some rows."""
         return rows if self.size == 1 else [rows[i] for i in range(self.rank, len(rows), self.size)]
 
-    def draw_dropout(self, seed: int, step: int) -> None:
+    def seed_dropout(self, seed: int, step: int) -> None:
         """Of several processes each drops something else, and a resume the same again; one alone goes on drawing."""
         if self.size > 1:
             torch.manual_seed(int(np.random.SeedSequence([seed, 8, step, self.rank]).generate_state(1)[0]))
 
-    def rounds(self, batches: int) -> int:
+    def missing_batches(self, batches: int) -> int:
         """How many batches a process computes more than it has, so that all compute as many."""
         return max(self.gather(batches)) - batches if self.sharded else 0
 
@@ -88,16 +88,16 @@ class World:
             return [value]
         own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
         lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
-        with _together():
+        with _translating_peer_errors():
             distributed.all_gather(lengths, torch.tensor([len(own)], device=self.device))
         longest = max(int(n) for n in lengths)
         padded = torch.nn.functional.pad(own, (0, longest - len(own)))
         found = [torch.empty(longest, dtype=torch.uint8, device=self.device) for _ in range(self.size)]
-        with _together():
+        with _translating_peer_errors():
             distributed.all_gather(found, padded)
         return [json.loads(bytes(f[: int(n)].tolist())) for f, n in zip(found, lengths, strict=True)]
 
-    def total(self, values: Sequence[float]) -> list[float]:
+    def sum_values(self, values: Sequence[float]) -> list[float]:
         """The sums over all processes, in the order of their ranks."""
         return [sum(own) for own in zip(*self.gather(list(values)), strict=True)]
 
@@ -105,31 +105,31 @@ class World:
         """Whether any process says so."""
         return any(self.gather(flag))
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
+    def sum_tensors(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors of one type by their sums over all processes."""
         if self.size == 1:
             return
         for bucket in _buckets(tensors):
             flat = torch.cat([t.reshape(-1) for t in bucket])
-            with _together():
+            with _translating_peer_errors():
                 distributed.all_reduce(flat)
             for t, own in zip(bucket, torch.split(flat, [t.numel() for t in bucket]), strict=True):
                 t.copy_(own.view_as(t))
 
-    def add_up_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """The gradient of the whole step; what no process has one for keeps none, and so does not decay."""
         if self.size == 1:
             return
         has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=self.device)
-        self.add_up([has])
+        self.sum_tensors([has])
         reached = [p for p, count in zip(parameters, has.tolist(), strict=True) if count]
         for p in reached:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         for dtype in {p.dtype: None for p in reached}:
-            self.add_up([p.grad for p in reached if p.dtype == dtype and p.grad is not None])
+            self.sum_tensors([p.grad for p in reached if p.dtype == dtype and p.grad is not None])
 
-    def seen(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    def gather_metrics(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """What all processes saw of a step, for its report."""
         if self.size == 1:
             return batches
@@ -143,35 +143,35 @@ class World:
                 found.setdefault(name, []).extend(values)
         return [{name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}] if found else []
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """For all others."""
         self.gather(None)
 
-    def first_does(self, work: Callable[[], Any]) -> Any:
+    def on_rank0(self, work: Callable[[], Any]) -> Any:
         """Let the first process do something, whose result, which JSON can hold, all want; it may refuse."""
         if self.size == 1:
             return work()
         told: Any = None
         try:
-            told = {"value": work()} if self.first else None
+            told = {"value": work()} if self.is_rank0 else None
         except RungError as error:
             self.gather({"error": error.summary})
             raise
         told = self.gather(told)[0]
         if "error" in told:
-            raise ElsewhereError(f"the first process refused: {told['error']}")
+            raise PeerProcessError(f"the first process refused: {told['error']}")
         return told["value"]
 
-    def after_the_first(self, work: Callable[[], T]) -> T:
+    def rank0_first(self, work: Callable[[], T]) -> T:
         """Let the first process do something before the others: they find it done."""
-        if not self.first:
-            self.wait()
+        if not self.is_rank0:
+            self.barrier()
         found = work()
-        if self.first:
-            self.wait()
+        if self.is_rank0:
+            self.barrier()
         return found
 
-    def agree(self, said: Mapping[str, Any]) -> None:
+    def assert_equal(self, said: Mapping[str, Any]) -> None:
         """Raise `GateError` where the processes do not hold the same."""
         everyone = self.gather(dict(said))
         for rank, other in enumerate(everyone):
@@ -180,18 +180,18 @@ class World:
                 raise GateError(what, where="WORLD_SIZE", given=other.get(differing[0]))
 
 
-ALONE = World()
+SINGLE_PROCESS = World()
 
 
 @contextmanager
-def launched() -> Iterator[World]:
+def join_process_group() -> Iterator[World]:
     """The processes that a launcher started, by its environment; alone where there was none.
 
     Raises `PlanError` where they are not as many as the launcher said.
     """
     said = os.environ.get("WORLD_SIZE") or "1"
     if said == "1":
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
         what = "several processes are announced, but not where they find one another"
@@ -202,8 +202,8 @@ def launched() -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     console.quiet = rank > 0
-    with _together():
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    with _translating_peer_errors():
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PEER_TIMEOUT)
     try:
         world = World(rank, distributed.get_world_size(), device=device)
         ranks = [own["rank"] for own in world.gather({"rank": rank})]
@@ -214,7 +214,7 @@ def launched() -> Iterator[World]:
     except RuntimeError as error:  # of layers in parts, which are gathered by torch itself
         if isinstance(error, RungError) or not (isinstance(error, distributed.DistError) or "gloo" in str(error)):
             raise
-        raise _gone(error) from error
+        raise _peer_error(error) from error
     finally:
         console.quiet = False
         distributed.destroy_process_group()
@@ -234,14 +234,14 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _together() -> Iterator[None]:
+def _translating_peer_errors() -> Iterator[None]:
     """What torch says of a process that is gone, in our words."""
     try:
         yield
     except RuntimeError as error:
-        raise _gone(error) from error
+        raise _peer_error(error) from error
 
 
-def _gone(error: RuntimeError) -> ElsewhereError:
+def _peer_error(error: RuntimeError) -> PeerProcessError:
     what = f"another process of this run has ended: {str(error).splitlines()[0]}"
-    return ElsewhereError(what, hint="look for its own message; start all again with --resume")
+    return PeerProcessError(what, hint="look for its own message; start all again with --resume")

@@ -18,25 +18,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rung.console import say
-from rung.data.byte_store import Blob
+from rung.console import print_status
+from rung.data.byte_store import AppendFile
 from rung.errors import CheckpointError
 from rung.files import cache_folder
 from rung.models.policy import Policy
 from rung.training.packing import pack_together
-from rung.types import Below, Example, PackedBatch, SharedPrefix
+from rung.types import CachedHidden, Example, PackedBatch, SharedPrefix
 
 LENGTHS = 1000
 """Documents looked at to know how long all of them are."""
 
 
-def has_room(rows: Sequence[Sequence[Example]], width: int) -> bool:
+def has_disk_space(rows: Sequence[Sequence[Example]], width: int) -> bool:
     """Whether half of the free disk takes the states of all these documents; says so where it does not."""
     some = [sum(map(len, rows[i])) for i in range(0, len(rows), max(1, len(rows) // LENGTHS))]
     needed = int(np.mean(some) * len(rows) * 4 * width)
     enough = needed <= shutil.disk_usage(cache_folder()).free // 2
     if not enough:
-        say(f"some layers do not move, but keeping their states would take {needed / 1e9:.0f} GB")
+        print_status(f"some layers do not move, but keeping their states would take {needed / 1e9:.0f} GB")
     return enough
 
 
@@ -47,12 +47,12 @@ class _Entry(NamedTuple):
     dtype: torch.dtype
 
 
-class TrunkCache:
+class FrozenLayerCache:
     """Hidden states that enter `layer`, by document. `budget` tokens are computed at once."""
 
     def __init__(self, policy: Policy, layer: int, budget: int, *, share_prefixes: bool = True) -> None:
         self.policy, self.layer, self.budget, self.share_prefixes = policy, layer, budget, share_prefixes
-        self.states = Blob.new()
+        self.states = AppendFile.new()
         self.entries: dict[bytes, _Entry] = {}
 
     def feed(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
@@ -76,7 +76,7 @@ class TrunkCache:
         for batch in pack_together(
             documents, self.budget, share_prefixes=self.share_prefixes, device=self.policy.device
         ):
-            states = self.policy.states_below(batch, self.layer).cpu()
+            states = self.policy.hidden_states_entering(batch, self.layer).cpu()
             for document, rows in zip(batch.documents, batch.rows, strict=True):
                 self._write(document, states[torch.from_numpy(rows)])
 
@@ -92,7 +92,7 @@ class TrunkCache:
             raise CheckpointError(
                 "cached hidden states are not what was written",
                 where=self.states.name,
-                hint="the disk may be failing; engine.cache_trunk=false does without",
+                hint="the disk may be failing; training.cache_frozen_layers=false does without",
             )
         return torch.frombuffer(raw, dtype=entry.dtype).view(len(document), -1)
 
@@ -105,11 +105,11 @@ class TrunkCache:
                 states_TH = own.new_empty(len(batch.ids), own.shape[1])
             states_TH[torch.from_numpy(rows)] = own[ahead:]
             if batch.prefix is not None and batch.prefix not in prefixes:
-                below = Below(self.layer, own[:ahead].to(self.policy.device))
-                prefixes[batch.prefix] = replace(batch.prefix, below=below)
+                below = CachedHidden(self.layer, own[:ahead].to(self.policy.device))
+                prefixes[batch.prefix] = replace(batch.prefix, cached_hidden=below)
         assert states_TH is not None  # noqa: S101 -- a row holds at least one document
         prefix = None if batch.prefix is None else prefixes[batch.prefix]
-        return replace(batch, below=Below(self.layer, states_TH.to(self.policy.device)), prefix=prefix)
+        return replace(batch, cached_hidden=CachedHidden(self.layer, states_TH.to(self.policy.device)), prefix=prefix)
 
 
 def _key(document: Example) -> bytes:

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 _ROWS = (Shard(0),)
 
 
-def split(model: nn.Module, layers: Sequence[nn.Module], whole: Iterable[nn.Parameter]) -> None:
+def shard_model(model: nn.Module, layers: Sequence[nn.Module], whole: Iterable[nn.Parameter]) -> None:
     """Leave each process its rows of the layers' weights, and of what moves outside them.
 
     Nothing of `whole` is split, nor are vectors and frozen weights outside the layers: their gradients are those of
@@ -37,29 +37,29 @@ def split(model: nn.Module, layers: Sequence[nn.Module], whole: Iterable[nn.Para
             continue
         if id(parameter) not in made:
             made[id(parameter)] = nn.Parameter(distribute_tensor(parameter.detach(), mesh, _ROWS, src_data_rank=None))
-        _read_whole(module, name, made[id(parameter)])
+        _gather_on_read(module, name, made[id(parameter)])
 
 
-def unite(model: nn.Module, *, keep: bool) -> None:
+def gather_full(model: nn.Module, *, keep: bool) -> None:
     """Make whole what moves, in the memory of the processor that keeps it; in the others nothing is left of it."""
     made: dict[int, nn.Parameter] = {}
     for module, name, parameter in _parameters(model):
         if not isinstance(parameter, DTensor) or not parameter.requires_grad:
             continue
         if id(parameter) not in made:
-            gathered = _whole(parameter).detach()  # all take part
+            gathered = _gather_parameter(parameter).detach()  # all take part
             made[id(parameter)] = nn.Parameter(gathered.cpu() if keep else gathered.new_empty(0))
         module._parameters[name] = made[id(parameter)]
         if (kind := getattr(module, _WITHOUT, None)) is not None:
             module.__class__ = kind
 
 
-def held_here(parameter: nn.Parameter) -> nn.Parameter:
+def local_tensor(parameter: nn.Parameter) -> nn.Parameter:
     """What this process holds of a parameter, in the same memory: all of it, or its rows."""
-    return nn.Parameter(_local(parameter).detach()) if isinstance(parameter, DTensor) else parameter
+    return nn.Parameter(_local_shard(parameter).detach()) if isinstance(parameter, DTensor) else parameter
 
 
-def rows_here(parameter: Tensor) -> slice | None:
+def local_rows(parameter: Tensor) -> slice | None:
     """Which rows of a parameter this process holds; None is all of it."""
     if not isinstance(parameter, DTensor):
         return None
@@ -71,7 +71,7 @@ def rows_here(parameter: Tensor) -> slice | None:
 
 def digests(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, int]:
     """An exact 64-bit reduction of each tensor, of one in parts of what is held here."""
-    own = ((name, _local(p)) for name, p in parameters)
+    own = ((name, _local_shard(p)) for name, p in parameters)
     return {name: int(torch.hash_tensor(p.detach()).item()) for name, p in own if p.numel()}
 
 
@@ -84,18 +84,18 @@ def _shard(module: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter]) -> N
     sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
 
-def _read_whole(module: nn.Module, name: str, part: nn.Parameter) -> None:
+def _gather_on_read(module: nn.Module, name: str, part: nn.Parameter) -> None:
     """Hold a part under a parameter's name. Who reads it there gets the whole."""
 
     def whole(self: nn.Module) -> Tensor:
-        return _whole(self._parameters[name])
+        return _gather_parameter(self._parameters[name])
 
     module._parameters[name] = part
     kind = type(module)
     module.__class__ = type(kind.__name__, (kind,), {name: property(whole), _WITHOUT: kind})
 
 
-def _whole(tensor: Tensor | None) -> Tensor:
+def _gather_parameter(tensor: Tensor | None) -> Tensor:
     """Gathered from all processes; its gradient is summed over them into the parts."""
     if not isinstance(tensor, DTensor):
         raise TypeError(f"no part of anything: {type(tensor)}")
@@ -103,7 +103,7 @@ def _whole(tensor: Tensor | None) -> Tensor:
     return whole
 
 
-def _local(tensor: Tensor) -> Tensor:
+def _local_shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

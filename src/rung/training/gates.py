@@ -14,18 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rung.console import say
+from rung.console import print_status
 from rung.errors import GateError
 from rung.files import write_text
-from rung.methods.protocol import Method, Moving
-from rung.models.bfloat16_weights import held_narrow
-from rung.models.fused_modules import own_forwards
+from rung.methods.protocol import Method, TrainableSet
+from rung.models.bfloat16_weights import keeps_bfloat16_weights
+from rung.models.fused_modules import original_forwards
 from rung.models.generate import Sampling, generate
 from rung.models.policy import Policy
-from rung.training.distributed import ALONE, World
+from rung.training.distributed import SINGLE_PROCESS, World
 from rung.training.fsdp import digests
 from rung.training.packing import pack, pack_separately
-from rung.training.run_folder import NOT_FINITE, Gate, Progress, RunFolder
+from rung.training.run_folder import NOT_FINITE_FILE, Gate, Progress, RunFolder
 from rung.types import Example
 
 TOLERANCE: dict[torch.dtype, float] = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.5}
@@ -37,14 +37,14 @@ OUTLIER times what those do, but by no more than FURTHEST. Of transformers' own 
 by one lie up to 0.67 nats apart on 280 tokens, nine tenths less than 0.1; a fault moves some by whole nats, or all."""
 
 
-def check_trainable(method: Method, optimiser: torch.optim.Optimizer, heads: int = 0) -> Gate:
-    """What the method declares is what the optimiser holds and may move. An empty set is a failure too.
+def check_trainable(method: Method, optimizer: torch.optim.Optimizer, heads: int = 0) -> Gate:
+    """What the method declares is what the optimizer holds and may move. An empty set is a failure too.
 
     `heads` is how many numbers the objective owns besides.
     """
     declared = method.declared_parameters() + heads
-    held = sum(p.numel() for group in optimiser.param_groups for p in group["params"] if p.requires_grad)
-    return _gate("step0.trainable", held == declared > 0, f"{held:,} in the optimiser", f"{declared:,} declared")
+    held = sum(p.numel() for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
+    return _gate("step0.trainable", held == declared > 0, f"{held:,} in the optimizer", f"{declared:,} declared")
 
 
 @torch.no_grad()
@@ -53,7 +53,7 @@ def check_identity(policy: Policy, method: Method, probe: Sequence[Example]) -> 
 
     A start that is not zero and is subtracted again cancels only to rounding.
     """
-    if method.artefact != "adapter" or not method.starts_as_base:
+    if method.artifact != "adapter" or not method.starts_as_base:
         return None
     batches = pack(probe, sum(map(len, probe)), device=policy.device)
     difference = max(float((policy.logprobs(b) - policy.base_logprobs(b)).abs().max()) for b in batches)
@@ -86,11 +86,11 @@ def check_packing(policy: Policy, probe: Sequence[Example]) -> Gate:
 @torch.no_grad()
 def check_fused(policy: Policy, probe: Sequence[Example]) -> Gate | None:
     """Rung's own functions give what transformers' and peft's forward gives. A base held narrow has only ours."""
-    if policy.base.compute_dtype is torch.float32 and held_narrow(policy.model):
+    if policy.base.compute_dtype is torch.float32 and keeps_bfloat16_weights(policy.model):
         return None
     batches = pack(probe, sum(map(len, probe)), device=policy.device)
     ours = torch.cat([policy.logprobs(batch) for batch in batches])
-    with own_forwards(policy.model):
+    with original_forwards(policy.model):
         theirs = torch.cat([policy.logprobs(batch) for batch in batches])
     return _close("step0.fused", ours - theirs, policy)
 
@@ -117,10 +117,10 @@ def frozen_digest(model: nn.Module) -> dict[str, int]:
     return digests((name, p) for name, p in model.named_parameters() if not p.requires_grad)
 
 
-class Movement:
-    """Gate 3: every declared tensor received a gradient and moved its optimiser state; nothing else changed a bit."""
+class MovementGate:
+    """Gate 3: every declared tensor received a gradient and moved its optimizer state; nothing else changed a bit."""
 
-    def __init__(self, model: nn.Module, trainable: Mapping[str, nn.Parameter], world: World = ALONE) -> None:
+    def __init__(self, model: nn.Module, trainable: Mapping[str, nn.Parameter], world: World = SINGLE_PROCESS) -> None:
         self.model, self.trainable, self.world = model, trainable, world
         self.before = frozen_digest(model)
         self.chances: Counter[str] = Counter()
@@ -128,13 +128,13 @@ class Movement:
         self.moved: set[str] = set()
         self.gate: Gate | None = None
 
-    def see(
+    def observe(
         self,
-        optimiser: torch.optim.Optimizer,
-        moving: Moving | None = None,
+        optimizer: torch.optim.Optimizer,
+        moving: TrainableSet | None = None,
         reached: Collection[str] | None = None,
     ) -> Gate | None:
-        """Look at the gradients right after an optimiser step; the verdict comes once a tensor has had two chances.
+        """Look at the gradients right after an optimizer step; the verdict comes once a tensor has had two chances.
 
         `moving` says what may move in this step, `reached` what its documents can move; None is everything.
         """
@@ -142,13 +142,13 @@ class Movement:
             return None
         names = set(self.trainable) if moving is None else set(moving.names)
         names &= names if reached is None else set(reached)
-        if moving is not None and moving.anew:
+        if moving is not None and moving.restarted:
             self.chances.clear()
         self.chances.update(names)
         for name in names - self.moved:
             parameter = self.trainable[name]
             gradient = parameter.grad
-            state: Mapping[str, Tensor] = optimiser.state.get(parameter, {})
+            state: Mapping[str, Tensor] = optimizer.state.get(parameter, {})
             moment = state.get("exp_avg", state.get("state1"))  # torch's name, and that of moments in 8 bits
             if gradient is not None and moment is not None and bool(gradient.any()) and bool(moment.any()):
                 self.moved.add(name)
@@ -172,7 +172,7 @@ class Movement:
         return Gate("movement", "passed", measured, "all, 0")
 
 
-def not_reached() -> Gate:
+def movement_not_reached() -> Gate:
     """What a run of fewer than two steps says."""
     return Gate("movement", "not_reached", "fewer than two steps", "all, 0")
 
@@ -212,24 +212,27 @@ SKIPS_BEFORE_STOP = 3
 """Steps in a row that may be skipped because their loss or gradient was not finite."""
 
 
-def skip(folder: RunFolder, progress: Progress, examples: Sequence[Example], loss: float, norm: float) -> None:
+def skip_step(folder: RunFolder, progress: Progress, examples: Sequence[Example], loss: float, norm: float) -> None:
     """Count a step that was skipped. Raises `GateError` after the last that may be, with its documents on disk."""
     progress.skipped += 1
-    say(f"step {progress.step} skipped: loss {loss}, gradient norm {norm}")
+    print_status(f"step {progress.step} skipped: loss {loss}, gradient norm {norm}")
     if progress.skipped < SKIPS_BEFORE_STOP:
         return
     if folder.writes:
-        write_text(folder.path / NOT_FINITE, "".join(json.dumps(_told(example)) + "\n" for example in examples))
+        write_text(
+            folder.path / NOT_FINITE_FILE,
+            "".join(json.dumps(_describe_document(example)) + "\n" for example in examples),
+        )
     folder.update(not_finite={"step": progress.step, "rows": [str(example.source) for example in examples]})
     raise GateError(
         f"loss or gradient was not finite in {SKIPS_BEFORE_STOP} steps running",
         where=str(folder.path),
-        given=f"loss {loss}, gradient norm {norm}; the last step's documents stand in {NOT_FINITE}",
-        hint="lower engine.learning_rate, or look at those rows",
+        given=f"loss {loss}, gradient norm {norm}; the last step's documents stand in {NOT_FINITE_FILE}",
+        hint="lower training.learning_rate, or look at those rows",
     )
 
 
-def _told(example: Example) -> dict[str, object]:
+def _describe_document(example: Example) -> dict[str, object]:
     """A document as the step saw it."""
     return {
         "source": str(example.source),

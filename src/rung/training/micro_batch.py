@@ -11,7 +11,7 @@ from rung.errors import PlanError
 from rung.methods.protocol import Method
 from rung.models.policy import Policy
 from rung.objectives.protocol import Objective
-from rung.planning.architecture import Shape
+from rung.planning.architecture import ModelShape
 from rung.planning.method_cost import layer_bytes_per_token
 from rung.training.step import accumulate
 from rung.types import Example, PackedBatch
@@ -19,7 +19,7 @@ from rung.types import Example, PackedBatch
 LONGEST_BYTES = 4 * 2**30
 """What a single document may hold on a processor; one that needs more has its first layers computed again."""
 CANDIDATES = (256, 512, 768, 1024, 1536, 2048)
-WORTH = 1.03
+NEARLY_AS_FAST = 1.03
 """A larger micro-batch holds more memory: it must be this much faster to be taken."""
 
 
@@ -30,7 +30,7 @@ def longest_document_bytes(device: torch.device) -> int:
     return LONGEST_BYTES
 
 
-def layers_to_recompute(shape: Shape, tokens: int, *, lowest: int = 0, limit: int = LONGEST_BYTES) -> range:
+def layers_to_recompute(shape: ModelShape, tokens: int, *, lowest: int = 0, limit: int = LONGEST_BYTES) -> range:
     """Which layers a document of this many tokens must compute again so that what it keeps fits into `limit` bytes.
 
     Layers below `lowest` do not move and keep nothing. A layer computed again keeps its input: 4 H bytes a token.
@@ -41,7 +41,7 @@ def layers_to_recompute(shape: Shape, tokens: int, *, lowest: int = 0, limit: in
     return range(lowest, lowest + count)
 
 
-def probe(
+def measure_micro_batch_tokens(
     policy: Policy,
     objective: Objective,
     examples: Sequence[Example],
@@ -68,7 +68,7 @@ def probe(
     policy.model.eval()
     policy.model.zero_grad(set_to_none=True)
     fastest = min(seconds.values())
-    return next(budget for budget, taken in seconds.items() if taken <= WORTH * fastest)
+    return next(budget for budget, taken in seconds.items() if taken <= NEARLY_AS_FAST * fastest)
 
 
 def try_longest(
@@ -99,8 +99,8 @@ def try_longest(
     finally:
         policy.model.eval()
         policy.model.zero_grad(set_to_none=True)
-        method.resume(kept)
-        objective.report()
+        method.load_state(kept)
+        objective.take_metrics()
 
 
 def _timed(policy: Policy, objective: Objective, window: Sequence[PackedBatch]) -> float:

@@ -16,62 +16,66 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rung.config.training import OptimiserSpec
-from rung.console import say
+from rung.config.training import OptimizerConfig
+from rung.console import print_status
 from rung.errors import PlanError
-from rung.methods.protocol import Moving, same_keys, same_shapes
-from rung.training.distributed import ALONE, World
-from rung.training.fsdp import digests, held_here, rows_here
+from rung.methods.protocol import TrainableSet, require_same_keys, require_same_shapes
+from rung.training.distributed import SINGLE_PROCESS, World
+from rung.training.fsdp import digests, local_rows, local_tensor
 
 
-def make_optimiser(
-    trainable: Mapping[str, nn.Parameter], spec: OptimiserSpec, rate_factor: Callable[[str], float] = lambda _: 1.0
+def make_optimizer(
+    trainable: Mapping[str, nn.Parameter], config: OptimizerConfig, rate_factor: Callable[[str], float] = lambda _: 1.0
 ) -> torch.optim.Optimizer:
     """AdamW with decay on matrices only; `set_rate` sets the learning rate at every step."""
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in trainable.items():
         groups.setdefault((parameter.dim() > 1, rate_factor(name)), []).append(parameter)
     made = [
-        {"params": members, "weight_decay": spec.weight_decay if matrix else 0.0, "rate_factor": factor}
+        {"params": members, "weight_decay": config.weight_decay if matrix else 0.0, "rate_factor": factor}
         for (matrix, factor), members in sorted(groups.items(), key=lambda item: item[0], reverse=True)
     ]
-    kind = torch.optim.AdamW if spec.moments == "float32" else _in_eight_bits(next(iter(trainable.values())).device)
-    return kind(made, lr=0.0, betas=(spec.beta1, spec.beta2), eps=spec.epsilon)
+    kind = (
+        torch.optim.AdamW
+        if config.state_dtype == "float32"
+        else _eight_bit_adamw(next(iter(trainable.values())).device)
+    )
+    return kind(made, lr=0.0, betas=(config.beta1, config.beta2), eps=config.epsilon)
 
 
-def _in_eight_bits(device: torch.device) -> Any:
+def _eight_bit_adamw(device: torch.device) -> Any:
     """AdamW of bitsandbytes. Raises `PlanError` where the library is not installed."""
     try:
         bnb: Any = import_module("bitsandbytes.optim")
     except ImportError as error:
         raise PlanError(
             "moments in 8 bits need bitsandbytes",
-            where="engine.optimiser.moments",
+            where="training.optimizer.state_dtype",
             given="int8",
-            hint="pip install 'rung[quantised]'",
+            hint="pip install 'rung[quantized]'",
         ) from error
     if device.type == "cuda":
         return bnb.PagedAdamW8bit
-    say("moments in 8 bits, without paging: that needs a graphics card")
+    print_status("moments in 8 bits, without paging: that needs a graphics card")
     return bnb.AdamW8bit
 
 
-def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """The run's rate of this step, times each group's own factor."""
-    for group in optimiser.param_groups:
+    for group in optimizer.param_groups:
         group["lr"] = rate * group["rate_factor"]
 
 
-def move_only(optimiser: torch.optim.Optimizer, trainable: Mapping[str, nn.Parameter], moving: Moving) -> None:
+def train_only(optimizer: torch.optim.Optimizer, trainable: Mapping[str, nn.Parameter], moving: TrainableSet) -> None:
     """Freeze what does not move, and drop its moments: those of layers that come and go would pile up."""
     for name, parameter in trainable.items():
         moves = name in moving.names
         parameter.requires_grad_(moves)
-        if moving.anew or not moves:
-            optimiser.state.pop(parameter, None)
+        if moving.restarted or not moves:
+            optimizer.state.pop(parameter, None)
 
 
-def rate_at(step: int, *, total: int, peak: float, schedule: str, warmup: float) -> float:
+def learning_rate_at(step: int, *, total: int, peak: float, schedule: str, warmup: float) -> float:
     """Learning rate of the step counted from 0.
 
     It rises linearly over ceil(warmup * total) steps, the first of them already above 0, and then follows the schedule
@@ -86,58 +90,58 @@ def rate_at(step: int, *, total: int, peak: float, schedule: str, warmup: float)
     return peak * (0.5 * (1.0 + math.cos(math.pi * done)) if schedule == "cosine" else 1.0 - done)
 
 
-WEIGHTS, MOMENTS = "weights.safetensors", "optimiser.safetensors"
+WEIGHTS, MOMENTS = "weights.safetensors", "optimizer.safetensors"
 
 
 @dataclass
-class Holding:
+class OptimizerState:
     """`moving` gives the model's parameters by name, `factor` the learning rate of each over the run's."""
 
-    moving: Callable[[], Mapping[str, nn.Parameter]]
-    spec: OptimiserSpec
+    parameters: Callable[[], Mapping[str, nn.Parameter]]
+    config: OptimizerConfig
     factor: Callable[[str], float]
-    world: World = ALONE
+    world: World = SINGLE_PROCESS
     rows: dict[str, slice] = field(default_factory=dict)
     """Which rows of a parameter are held here, for those that are in parts."""
 
     def __post_init__(self) -> None:
         self._parts: dict[str, nn.Parameter] = {}
-        self.optimiser = make_optimiser(self.own, self.spec, self.factor)
+        self.optimizer = make_optimizer(self.local_parameters, self.config, self.factor)
 
     @property
-    def own(self) -> dict[str, nn.Parameter]:
+    def local_parameters(self) -> dict[str, nn.Parameter]:
         """What is held here of each parameter, in the model's own memory."""
-        return {**self.moving(), **self._parts}
+        return {**self.parameters(), **self._parts}
 
-    def take_parts(self) -> None:
+    def shard_parameters(self) -> None:
         """The model has been split: from here on only the rows held here are stepped. Moments begin anew."""
-        moving = self.moving()
-        self.rows = {name: rows for name, p in moving.items() if (rows := rows_here(p)) is not None}
-        self._parts = {name: held_here(moving[name]) for name in self.rows}
-        self.optimiser = make_optimiser(self.own, self.spec, self.factor)
+        moving = self.parameters()
+        self.rows = {name: rows for name, p in moving.items() if (rows := local_rows(p)) is not None}
+        self._parts = {name: local_tensor(moving[name]) for name in self.rows}
+        self.optimizer = make_optimizer(self.local_parameters, self.config, self.factor)
 
-    def clear(self) -> None:
+    def zero_grad(self) -> None:
         """Forget all gradients."""
-        for parameter in (*self.moving().values(), *self._parts.values()):
+        for parameter in (*self.parameters().values(), *self._parts.values()):
             parameter.grad = None
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Nothing is stepped any more: gradients and moments go before the result is written."""
-        self.clear()
-        self.optimiser.state.clear()
-        give_back()
+        self.zero_grad()
+        self.optimizer.state.clear()
+        return_freed_memory()
 
-    def gather(self, clip: float | None) -> Tensor:
+    def reduce_and_clip(self, clip: float | None) -> Tensor:
         """Make gradients those of the whole step, at most `clip` long; returns how long they were, a scalar."""
-        moving = self.moving()
+        moving = self.parameters()
         for name, part in self._parts.items():
             gradient = moving[name].grad  # summed over the processes as it arrived
             part.grad = gradient.to_local() if isinstance(gradient, DTensor) else None
         replicas = [p for name, p in moving.items() if name not in self._parts]
-        self.world.add_up_gradients(replicas)
+        self.world.sum_gradients(replicas)
         if not self._parts:
             return torch.nn.utils.clip_grad_norm_(replicas, clip or math.inf)
-        split = self.world.total([_squares(self._parts.values())])[0]
+        split = self.world.sum_values([_squares(self._parts.values())])[0]
         norm = math.sqrt(split + _squares(replicas))
         if clip is not None and norm > clip:
             for parameter in (*replicas, *self._parts.values()):
@@ -147,25 +151,25 @@ class Holding:
 
     def step(self, rate: float) -> None:
         """Move, at the run's rate of this step times each group's own factor."""
-        set_rate(self.optimiser, rate)
-        self.optimiser.step()
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
 
-    def replicas(self) -> dict[str, int]:
+    def replica_digests(self) -> dict[str, int]:
         """Digests of what every process holds whole, and so alike."""
-        return digests((name, p) for name, p in self.moving().items() if name not in self.rows)
+        return digests((name, p) for name, p in self.parameters().items() if name not in self.rows)
 
     def save(self, folder: Path) -> None:
         """Write numbers, moments and the generator's state; other processes than the first write their rows alone."""
         folder.mkdir(exist_ok=True)
-        own, first = self.own, self.world.first
+        own, first = self.local_parameters, self.world.is_rank0
         mine = {n: p for n, p in own.items() if n in self.rows or first}
         kept = {n: p.detach() for n, p in mine.items() if p.numel() or n not in self.rows}
         save_file(_on_disk(kept), folder / WEIGHTS)
         known = {id(p): n for n, p in own.items()}
         moments: dict[str, Tensor] = {"rng": torch.get_rng_state()} if first else {}
-        for number, parameter in enumerate(_numbered(self.optimiser)):
+        for number, parameter in enumerate(_numbered_parameters(self.optimizer)):
             in_parts = known[id(parameter)] in self.rows
-            for name, value in self.optimiser.state.get(parameter, {}).items():
+            for name, value in self.optimizer.state.get(parameter, {}).items():
                 tensor = torch.as_tensor(value).detach()
                 here = tensor.numel() > 0 if in_parts and tensor.dim() else first
                 if here:
@@ -175,32 +179,34 @@ class Holding:
     @torch.no_grad()
     def load_weights(self, folder: Path) -> None:
         """Put numbers back. Raises `CheckpointError` unless names and shapes are the same."""
-        stored, moving = _Stored(folder, WEIGHTS), self.moving()
-        same_keys(stored.names(), moving.keys(), "checkpoint")
-        same_shapes(moving, {name: torch.empty(stored.shape(name), device="meta") for name in moving}, "checkpoint")
-        for name, parameter in self.own.items():
+        stored, moving = _CheckpointTensors(folder, WEIGHTS), self.parameters()
+        require_same_keys(stored.names(), moving.keys(), "checkpoint")
+        require_same_shapes(
+            moving, {name: torch.empty(stored.shape(name), device="meta") for name in moving}, "checkpoint"
+        )
+        for name, parameter in self.local_parameters.items():
             parameter.copy_(stored.read(name, self.rows.get(name)))
 
     def load(self, folder: Path) -> None:
         """Put back what `save` wrote, in as many processes or in another number of them."""
         self.load_weights(folder)
-        stored = _Stored(folder, MOMENTS)
+        stored = _CheckpointTensors(folder, MOMENTS)
         torch.set_rng_state(stored.read("rng"))
-        parameters, names = _numbered(self.optimiser), {id(p): n for n, p in self.own.items()}
+        parameters, names = _numbered_parameters(self.optimizer), {id(p): n for n, p in self.local_parameters.items()}
         for parameter in parameters:
-            self.optimiser.state[parameter] = {}
+            self.optimizer.state[parameter] = {}
         for key in sorted(stored.names() - {"rng"}):
             number, name = key.split(".", 1)
             parameter = parameters[int(number)]
             rows = self.rows.get(names[id(parameter)]) if stored.shape(key) else None
             value = stored.read(key, rows)
             if name == "step":  # torch counts in a float tensor, bitsandbytes in a plain number
-                self.optimiser.state[parameter][name] = int(value) if value.dtype is torch.int64 else value
+                self.optimizer.state[parameter][name] = int(value) if value.dtype is torch.int64 else value
             else:
-                self.optimiser.state[parameter][name] = value.to(parameter.device)
+                self.optimizer.state[parameter][name] = value.to(parameter.device)
 
 
-class _Stored:
+class _CheckpointTensors:
     """Tensors of a checkpoint: whole, or by rows in the folders of several processes, in their order."""
 
     def __init__(self, folder: Path, file: str) -> None:
@@ -243,11 +249,11 @@ def _on_disk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.contiguous().cpu() for name, value in tensors.items()}
 
 
-def _numbered(optimiser: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [parameter for group in optimiser.param_groups for parameter in group["params"]]
+def _numbered_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def give_back() -> None:
+def return_freed_memory() -> None:
     """Return freed memory to the system, where the allocator can (glibc): what was many small tensors stays else."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -21,7 +21,7 @@ MIN_SHARED = 16
 
 SLICE = 512
 """Documents packed together where the whole set is only summed over."""
-MIN_AHEAD = 64
+MIN_PREFIX_AHEAD = 64
 """A beginning that several batches of a step share runs once, ahead of them, when it has at least this many tokens."""
 
 
@@ -38,13 +38,13 @@ def pack(
     if len(tasks) > 1:
         own = [[e for e in examples if e.task == task] for task in sorted(tasks, key=str)]
         return [b for part in own for b in pack(part, budget, share_prefixes=share_prefixes, device=device)]
-    ordered, common = _in_order(examples)
+    ordered, common = _sorted_by_tokens(examples)
     if not share_prefixes:
-        return _fill(_Group(ordered, [0] * len(ordered), 0), budget, False, device)
+        return _pack_group(_PrefixGroup(ordered, [0] * len(ordered), 0), budget, False, device)
     found: list[PackedBatch] = []
-    for run, ahead in _merged(_plan(ordered, common, range(len(ordered)), budget)):
-        group = _Group(ordered[run.start : run.stop], common[run.start : run.stop], ahead)
-        found += _fill(group, budget, share_prefixes, device)
+    for run, ahead in _merged(_best_cuts(ordered, common, range(len(ordered)), budget)):
+        group = _PrefixGroup(ordered[run.start : run.stop], common[run.start : run.stop], ahead)
+        found += _pack_group(group, budget, share_prefixes, device)
     return found
 
 
@@ -52,15 +52,17 @@ def pack_together(
     examples: Sequence[Example], budget: int, *, share_prefixes: bool = True, device: torch.device | None = None
 ) -> list[PackedBatch]:
     """Like `pack`, with every document whole in its row: nothing runs ahead, and tasks do not matter."""
-    ordered, common = _in_order(examples)
-    return _fill(_Group(ordered, common if share_prefixes else [0] * len(ordered), 0), budget, share_prefixes, device)
+    ordered, common = _sorted_by_tokens(examples)
+    return _pack_group(
+        _PrefixGroup(ordered, common if share_prefixes else [0] * len(ordered), 0), budget, share_prefixes, device
+    )
 
 
 def pack_separately(examples: Sequence[Example], device: torch.device | None = None) -> list[PackedBatch]:
     """One document a batch, or one row of the data: the plain way, for comparison."""
     rows: list[list[Example]] = []
     for example in examples:
-        if not rows or _parted(rows[-1][-1], example):
+        if not rows or _from_different_rows(rows[-1][-1], example):
             rows.append([])
         rows[-1].append(example)
     return [_batch(row, False, device) for row in rows]
@@ -72,7 +74,7 @@ def pack_in_slices(
     """Batches of a set of any size, of which only a slice is in memory at once."""
     slice_: list[Example] = []
     for example in examples:
-        if len(slice_) >= SLICE and _parted(slice_[-1], example):
+        if len(slice_) >= SLICE and _from_different_rows(slice_[-1], example):
             yield from pack(slice_, budget, share_prefixes=share_prefixes, device=device)
             slice_ = []
         slice_.append(example)
@@ -91,7 +93,7 @@ def largest_first(batches: Sequence[PackedBatch]) -> list[PackedBatch]:
     return [batch for group in together for batch in sorted(group, key=lambda batch: -len(batch.ids))]
 
 
-class _Group(NamedTuple):
+class _PrefixGroup(NamedTuple):
     """Neighbours in the sorted order, what each has in common with the one before, and what runs ahead of them all."""
 
     examples: Sequence[Example]
@@ -100,7 +102,7 @@ class _Group(NamedTuple):
 
     def borders(self) -> list[int]:
         """Where it may be cut: before each document that does not belong to the row of the one before."""
-        return [i for i, (a, b) in enumerate(pairwise(self.examples), start=1) if _parted(a, b)]
+        return [i for i, (a, b) in enumerate(pairwise(self.examples), start=1) if _from_different_rows(a, b)]
 
     def costs(self) -> list[int]:
         """Tokens to compute for each, if all stood in one row."""
@@ -108,34 +110,34 @@ class _Group(NamedTuple):
         return [len(e) - self.ahead - s for e, s in zip(self.examples, shared, strict=True)]
 
 
-def _in_order(examples: Sequence[Example]) -> tuple[list[Example], list[int]]:
+def _sorted_by_tokens(examples: Sequence[Example]) -> tuple[list[Example], list[int]]:
     """Sorted by tokens, with what each has in common with the one before."""
     first: dict[int, list[int]] = {}
     for e in sorted(examples, key=lambda e: e.ids.tolist(), reverse=True):
         first[e.row] = e.ids.tolist()  # the lowest of a row stands for it
     ordered = sorted(examples, key=lambda e: (e.ids.tolist() if e.row < 0 else first[e.row], e.row, e.ids.tolist()))
-    return ordered, [0, *(_common(a.ids, b.ids) for a, b in pairwise(ordered))]
+    return ordered, [0, *(_common_prefix_length(a.ids, b.ids) for a, b in pairwise(ordered))]
 
 
-def _plan(
+def _best_cuts(
     ordered: Sequence[Example], common: Sequence[int], run: range, budget: int, depth: int = 0
 ) -> list[tuple[range, int, int]]:
     """Cut a run into (part, tokens to run ahead, tokens saved by it) so that most is saved.
 
     A beginning runs ahead only when nothing in it is supervised: then every prediction is made within the rows.
     """
-    group = _Group(ordered[run.start : run.stop], common[run.start : run.stop], 0)
+    group = _PrefixGroup(ordered[run.start : run.stop], common[run.start : run.stop], 0)
     rows = -(-sum(group.costs()) // budget)
     if rows < 2 or len(run) < 2 or depth > 64:
         return [(run, 0, 0)]
     shared = min(common[i] for i in run[1:])
     predicted = [int(e.supervised[1:].argmax()) if e.supervised[1:].any() else len(e) - 1 for e in group.examples]
     ahead = min(shared, *predicted, *(len(e) - 1 for e in group.examples))
-    whole = (run, ahead, (rows - 1) * ahead) if ahead >= MIN_AHEAD else (run, 0, 0)
+    whole = (run, ahead, (rows - 1) * ahead) if ahead >= MIN_PREFIX_AHEAD else (run, 0, 0)
     cuts = [run.start, *(run.start + i for i in group.borders() if common[run.start + i] == shared), run.stop]
     if len(cuts) == 2:
         return [whole]
-    parts = [piece for a, b in pairwise(cuts) for piece in _plan(ordered, common, range(a, b), budget, depth + 1)]
+    parts = [piece for a, b in pairwise(cuts) for piece in _best_cuts(ordered, common, range(a, b), budget, depth + 1)]
     return parts if sum(saved for _, _, saved in parts) > whole[2] else [whole]
 
 
@@ -150,21 +152,23 @@ def _merged(parts: Sequence[tuple[range, int, int]]) -> list[tuple[range, int]]:
     return merged
 
 
-def _fill(group: _Group, budget: int, share_prefixes: bool, device: torch.device | None) -> list[PackedBatch]:
+def _pack_group(
+    group: _PrefixGroup, budget: int, share_prefixes: bool, device: torch.device | None
+) -> list[PackedBatch]:
     # As many rows as the budget needs, as equal as they can be: the largest sets the memory, and rows of one size leave
     # no holes in the heap.
     costs = group.costs()
-    fewest = len(_cut(group, costs, budget))
+    fewest = len(_split_to_budget(group, costs, budget))
     low, high = 1, budget
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if len(_cut(group, costs, middle)) <= fewest else (middle + 1, high)
-    rows = [group.examples[row.start : row.stop] for row in _cut(group, costs, low)]
+        low, high = (low, middle) if len(_split_to_budget(group, costs, middle)) <= fewest else (middle + 1, high)
+    rows = [group.examples[row.start : row.stop] for row in _split_to_budget(group, costs, low)]
     prefix = SharedPrefix(_tensor([group.examples[0].ids[: group.ahead]], device)) if group.ahead else None
-    return [batch for row in rows for batch in _within(row, budget, share_prefixes, device, prefix)]
+    return [batch for row in rows for batch in _pack_within_budget(row, budget, share_prefixes, device, prefix)]
 
 
-def _cut(group: _Group, costs: Sequence[int], most: int) -> list[range]:
+def _split_to_budget(group: _PrefixGroup, costs: Sequence[int], most: int) -> list[range]:
     """Neighbours in rows of at most `most` computed tokens; a longer document stands alone."""
     rows: list[range] = []
     filled = 0
@@ -179,7 +183,7 @@ def _cut(group: _Group, costs: Sequence[int], most: int) -> list[range]:
     return rows
 
 
-def _within(
+def _pack_within_budget(
     group: Sequence[Example],
     budget: int,
     share_prefixes: bool,
@@ -188,15 +192,15 @@ def _within(
 ) -> list[PackedBatch]:
     """The costs above take a prefix as shared by neighbours; where the tree shares a little less, halves fit."""
     batch = _batch(group, share_prefixes, device, prefix)
-    borders = _Group(group, (), 0).borders()
+    borders = _PrefixGroup(group, (), 0).borders()
     if len(batch.ids) <= budget or not borders:
         return [batch]
     half = min(borders, key=lambda border: abs(border - len(group) // 2))
     halves = (group[:half], group[half:])
-    return [b for part in halves for b in _within(part, budget, share_prefixes, device, prefix)]
+    return [b for part in halves for b in _pack_within_budget(part, budget, share_prefixes, device, prefix)]
 
 
-class _Row:
+class _RowBuilder:
     """A packed row under construction. `rows[i]` lists where the tokens of example i stand."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
@@ -227,7 +231,7 @@ class _Row:
             self.add(members, depth, len(own[0]), parent)
             return
         # what all neighbours share, all share; the ends alone say less, because rows of the data stand together
-        common = min(_common(a.ids, b.ids) for a, b in pairwise(own))
+        common = min(_common_prefix_length(a.ids, b.ids) for a, b in pairwise(own))
         alike = all(len(e) == common for e in own)
         if common - depth >= MIN_SHARED or alike:
             node = self.add(members, depth, common, parent)
@@ -243,7 +247,7 @@ class _Row:
         for i in range(members.start + 1, members.stop + 1):
             if i < members.stop:
                 a, b = self.examples[i - 1].ids, self.examples[i].ids
-                if _common(a, b) - depth >= MIN_SHARED or np.array_equal(a, b):
+                if _common_prefix_length(a, b) - depth >= MIN_SHARED or np.array_equal(a, b):
                     continue
             self.add_tree(range(start, i), depth, parent)
             start = i
@@ -252,7 +256,7 @@ class _Row:
 def _batch(
     examples: Sequence[Example], share_prefixes: bool, device: torch.device | None, prefix: SharedPrefix | None = None
 ) -> PackedBatch:
-    row, ahead = _Row(examples), 0 if prefix is None else len(prefix.ids)
+    row, ahead = _RowBuilder(examples), 0 if prefix is None else len(prefix.ids)
     if share_prefixes:
         row.add_tree(range(len(examples)), ahead, None)
     else:
@@ -292,12 +296,12 @@ def _tensor(parts: Sequence[np.ndarray], device: torch.device | None) -> torch.T
     return torch.from_numpy(whole).to(device)
 
 
-def _parted(a: Example, b: Example) -> bool:
+def _from_different_rows(a: Example, b: Example) -> bool:
     """Whether neighbours belong to different rows of the data."""
     return a.row < 0 or a.row != b.row
 
 
-def _common(a: np.ndarray, b: np.ndarray) -> int:
+def _common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
     length = min(len(a), len(b))
     differ = np.flatnonzero(a[:length] != b[:length])
     return int(differ[0]) if len(differ) else length

@@ -17,16 +17,16 @@ from typing import IO, Any, Literal
 import numpy as np
 from torch import nn
 
-from rung.config.training import EngineSpec
+from rung.config.training import TrainingConfig
 from rung.errors import CheckpointError, ConfigError, RungError
-from rung.files import hold, let_go, tidy, write_bytes, write_text
+from rung.files import lock_file, recover_interrupted_writes, unlock_and_remove, write_bytes, write_text
 
 State = Literal["passed", "failed", "not_reached"]
-NOT_FINITE = "not_finite.jsonl"
+NOT_FINITE_FILE = "not_finite.jsonl"
 """The documents of the step that ended a run because its loss was no number."""
 GENERATED = (
     *("run.json", "log.jsonl", "checkpoints", "start", "adapter", "model", "rungs", "report.html"),
-    *("items.parquet", "result.json", "eval.parquet", NOT_FINITE, "search", "curve"),
+    *("items.parquet", "result.json", "eval.parquet", NOT_FINITE_FILE, "search", "curve"),
 )
 """What a run writes into its folder, and what `--overwrite` therefore may remove."""
 LOCK = ".lock"
@@ -59,7 +59,7 @@ class RunFolder:
 
     @staticmethod
     def check(
-        path: Path, spec: Mapping[str, Any], *, resume: bool, overwrite: bool, free: Collection[str] = ()
+        path: Path, config: Mapping[str, Any], *, resume: bool, overwrite: bool, free: Collection[str] = ()
     ) -> dict[str, Any] | None:
         """The manifest of the run to go on with, or None for a new one; touches nothing.
 
@@ -80,7 +80,7 @@ class RunFolder:
             return None
         if overwrite:
             return None
-        if not {"spec", "gates"} <= existing.keys():
+        if not {"config", "gates"} <= existing.keys():
             raise CheckpointError("run.json is not the manifest of a run", where=str(path), hint="use --overwrite")
         if not resume:
             raise CheckpointError(
@@ -88,7 +88,7 @@ class RunFolder:
                 where=str(path),
                 hint="go on with --resume, start anew with --overwrite, or name another output=...",
             )
-        differing = _changed({**existing["spec"], "output": None}, {**spec, "output": None})
+        differing = _changed_settings({**existing["config"], "output": None}, {**config, "output": None})
         if changed := sorted(set(differing) - set(free)):
             raise CheckpointError(
                 "the run in this folder has another config", where=str(path), given="differs in " + ", ".join(changed)
@@ -96,9 +96,9 @@ class RunFolder:
         return existing
 
     @staticmethod
-    def claim(
+    def acquire(
         path: Path,
-        spec: Mapping[str, Any],
+        config: Mapping[str, Any],
         *,
         resume: bool = False,
         overwrite: bool = False,
@@ -109,23 +109,23 @@ class RunFolder:
         `overwrite` removes what a run wrote there, and nothing else. Raises `CheckpointError` where another process is
         at work in it.
         """
-        RunFolder.check(path, spec, resume=resume, overwrite=overwrite, free=free)
-        held = hold(path / LOCK)
+        RunFolder.check(path, config, resume=resume, overwrite=overwrite, free=free)
+        held = lock_file(path / LOCK)
         try:
             # once more: until now another process may have been at work here
-            existing = RunFolder.check(path, spec, resume=resume, overwrite=overwrite, free=free)
+            existing = RunFolder.check(path, config, resume=resume, overwrite=overwrite, free=free)
         except RungError:
-            let_go(path / LOCK, held)
+            unlock_and_remove(path / LOCK, held)
             raise
         for place in (path, path / "checkpoints"):
-            tidy(place)
+            recover_interrupted_writes(place)
         if existing is not None:
             return RunFolder(path, existing, _held=held)
         if overwrite:
             for name in GENERATED:
                 target = path / name
                 shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
-        started = {"status": "started", "spec": dict(spec), "gates": [], "versions": versions()}
+        started = {"status": "started", "config": dict(config), "gates": [], "versions": versions()}
         folder = RunFolder(path, started, _held=held)
         folder.write()
         return folder
@@ -169,7 +169,7 @@ class RunFolder:
         if self._log is not None:
             self._log.close()
         if self._held is not None:
-            let_go(self.path / LOCK, self._held)
+            unlock_and_remove(self.path / LOCK, self._held)
         self._log = self._held = None
 
 
@@ -231,12 +231,14 @@ def peak_memory_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _changed(old: Any, new: Any, at: str = "") -> list[str]:
-    """Dotted names of the settings in which two specs differ."""
+def _changed_settings(old: Any, new: Any, at: str = "") -> list[str]:
+    """Dotted names of the settings in which two configs differ."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         keys = set(old) | set(new)
         return [
-            name for key in keys for name in _changed(old.get(key), new.get(key), f"{at}.{key}" if at else str(key))
+            name
+            for key in keys
+            for name in _changed_settings(old.get(key), new.get(key), f"{at}.{key}" if at else str(key))
         ]
     same = json.dumps(old, sort_keys=True, default=str) == json.dumps(new, sort_keys=True, default=str)
     return [] if same else [at]
@@ -244,10 +246,10 @@ def _changed(old: Any, new: Any, at: str = "") -> list[str]:
 
 @dataclass
 class Progress:
-    """What changes as a run goes on, besides weights and optimiser: all of it is JSON."""
+    """What changes as a run goes on, besides weights and optimizer: all of it is JSON."""
 
     step: int = 0
-    """Optimiser steps taken, skipped ones included."""
+    """Optimizer steps taken, skipped ones included."""
     seconds: float = 0.0
     tokens: int = 0
     loss: float = math.nan
@@ -264,20 +266,20 @@ class Progress:
     """What the method keeps besides parameters."""
 
 
-Watch = Callable[[float], str | None]
+StopCheck = Callable[[float], str | None]
 """Hears of a validation loss; says why the run should end there, if it should."""
 
 
-def nobody(loss: float) -> str | None:
+def never_stop(loss: float) -> str | None:
     """Watches nothing."""
     return None
 
 
-def total_steps(spec: EngineSpec, rows: int, repeats: int = 1) -> int:
-    """Optimiser steps of a whole run over this many rows, each window of them learned from so many times."""
-    per_epoch = -(-rows // spec.examples_per_step)
-    total = math.ceil(spec.epochs * per_epoch - 1e-9) * repeats
-    return min(total, spec.max_steps or total)
+def total_steps(config: TrainingConfig, rows: int, repeats: int = 1) -> int:
+    """Optimizer steps of a whole run over this many rows, each window of them learned from so many times."""
+    per_epoch = -(-rows // config.examples_per_step)
+    total = math.ceil(config.epochs * per_epoch - 1e-9) * repeats
+    return min(total, config.max_steps or total)
 
 
 def rows_of_step(step: int, rows: int, per_step: int, seed: int) -> list[int]:
@@ -287,7 +289,7 @@ def rows_of_step(step: int, rows: int, per_step: int, seed: int) -> list[int]:
     return [int(row) for row in order[place * per_step : (place + 1) * per_step]]
 
 
-def summary(progress: Progress, moving: Mapping[str, nn.Parameter]) -> Mapping[str, Any]:
+def progress_summary(progress: Progress, moving: Mapping[str, nn.Parameter]) -> Mapping[str, Any]:
     """The run's own numbers for `run.json`; times are without loading, evaluation and saving."""
     return {
         "steps": progress.step,

@@ -1,4 +1,4 @@
-"""One optimiser step's gradient: count first, then accumulate sums divided by the count of the whole window.
+"""One optimizer step's gradient: count first, then accumulate sums divided by the count of the whole window.
 
 Averaging the means of micro-batches would weight the tokens of sparse micro-batches more (transformers#34191).
 """
@@ -16,7 +16,7 @@ from rung.errors import DataError
 from rung.models.policy import Policy
 from rung.models.tree_attention import has_flat_kernel
 from rung.objectives.protocol import Objective
-from rung.training.distributed import ALONE, World
+from rung.training.distributed import SINGLE_PROCESS, World
 from rung.training.packing import pack
 from rung.types import Counts, Example, PackedBatch, Unit
 
@@ -32,7 +32,7 @@ def accumulate(
     policy: Policy,
     objective: Objective,
     window: Sequence[PackedBatch],
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
     pace: Callable[[], PackedBatch] | None = None,
 ) -> Tensor:
     """Fill .grad with the gradient of (sum / count of the window); return the loss in nats per unit, a scalar.
@@ -42,33 +42,35 @@ def accumulate(
     Raises `DataError` when nothing in the window is supervised.
     """
     own = count_window(objective, window)
-    totals = own if world.size == 1 else Counts(*world.total([own.tokens, own.sequences, own.pairs]))
+    totals = own if world.size == 1 else Counts(*world.sum_values([own.tokens, own.sequences, own.pairs]))
     if totals.tokens <= 0 and totals.pairs <= 0:
         where = window[0].documents[0].source if window and window[0].documents else None
         raise DataError("no supervised token in this step", where=str(where), hint="run: rung data check")
-    shares, behind = [], world.rounds(len(window))
-    batches: Iterable[PackedBatch] = policy.in_turn(window)
-    for partner in objective.partners():
-        batches = partner.in_turn(batches)
+    shares, behind = [], world.missing_batches(len(window))
+    batches: Iterable[PackedBatch] = policy.iterate_batches(window)
+    for partner in objective.partner_policies():
+        batches = partner.iterate_batches(batches)
     for batch in batches:
         terms = [*objective.loss(policy, batch), *policy.method.penalty(batch)]
         loss = torch.stack([term.total / totals[term.unit] for term in terms]).sum()
         loss.backward()  # type: ignore[no-untyped-call]
         shares.append(loss.detach())  # no .item(): it would wait for the device
-    _keep_pace(policy, objective, behind, pace)
+    _compute_filler_batches(policy, objective, behind, pace)
     loss = torch.stack(shares).sum() if shares else torch.zeros((), device=policy.device)
     if world.size > 1:
-        loss = torch.tensor(world.total([float(loss)])[0], device=policy.device)
+        loss = torch.tensor(world.sum_values([float(loss)])[0], device=policy.device)
     return loss
 
 
-def _keep_pace(policy: Policy, objective: Objective, behind: int, pace: Callable[[], PackedBatch] | None) -> None:
+def _compute_filler_batches(
+    policy: Policy, objective: Objective, behind: int, pace: Callable[[], PackedBatch] | None
+) -> None:
     """Layers in parts are gathered by all processes at once: one that has fewer batches computes some for nothing."""
     if not behind or pace is None:
         return
     seen = list(objective.seen)
     for _ in range(behind):
-        for batch in policy.in_turn([pace()]):
+        for batch in policy.iterate_batches([pace()]):
             loss = torch.stack([term.total for term in objective.loss(policy, batch)]).sum() * 0.0
             if torch.is_grad_enabled():
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -80,7 +82,7 @@ def mean_loss(
     policy: Policy,
     objective: Objective,
     batches: Iterable[PackedBatch],
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
     pace: Callable[[], PackedBatch] | None = None,
 ) -> float:
     """Loss over a whole set, of several processes over the sets of all.
@@ -91,12 +93,12 @@ def mean_loss(
     counts, behind = Counts(), 0
     if world.sharded:
         batches = list(batches)
-        behind = world.rounds(len(batches))
-    for batch in policy.in_turn(batches):
+        behind = world.missing_batches(len(batches))
+    for batch in policy.iterate_batches(batches):
         counts = counts + objective.count(batch)
         for term in objective.loss(policy, batch):
             totals[term.unit] = totals.get(term.unit, 0.0) + float(term.total)
-    _keep_pace(policy, objective, behind, pace)
+    _compute_filler_batches(policy, objective, behind, pace)
     if world.size > 1:
         everyone = world.gather([totals, [counts.tokens, counts.sequences, counts.pairs]])
         units = {unit for own, _ in everyone for unit in own}
@@ -106,7 +108,7 @@ def mean_loss(
 
 
 @torch.no_grad()
-def read(
+def values_by_document(
     readers: Sequence[Policy],
     documents: Sequence[Example],
     budget: int,
@@ -125,13 +127,13 @@ def read(
     longest = max(budget, *map(len, documents))
     batches: Iterable[PackedBatch] = pack(documents, longest, share_prefixes=trees, device=device)
     for reader in readers:
-        batches = reader.in_turn(batches)
+        batches = reader.iterate_batches(batches)
     for batch in batches:
         found |= {place[id(d)]: own for d, own in zip(batch.documents, value(batch), strict=True)}
     return [found[i] for i in range(len(documents))]
 
 
-class Sample:
+class CalibrationBatch:
     """The documents, packed within the run's micro-batch budget: memory does not follow their number."""
 
     def __init__(self, policy: Policy, objective: Objective, examples: Sequence[Example], budget: int) -> None:
@@ -140,10 +142,10 @@ class Sample:
         self.tokenizer = policy.base.tokenizer
         self.tokens = sum(len(batch.ids) for batch in self.batches)
 
-    def read(self) -> None:
+    def run_forward(self) -> None:
         """Run them once, without gradient."""
         with torch.no_grad():
-            for batch in self.policy.in_turn(self.batches):
+            for batch in self.policy.iterate_batches(self.batches):
                 self.policy.hidden_states(batch)  # the head is no target
 
     def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
@@ -158,4 +160,4 @@ class Sample:
         """Keys and values of these tokens in the base, by layer."""
         row = torch.tensor(list(ids), dtype=torch.long, device=self.policy.device)
         with torch.no_grad(), self.policy.method.disabled():
-            return self.policy.captured(row)
+            return self.policy.prefix_kv(row)

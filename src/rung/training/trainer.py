@@ -14,24 +14,24 @@ from typing import Any
 
 import torch
 
-from rung.config.training import EngineSpec
-from rung.console import Bar, Interrupted, interruptible, say
+from rung.config.training import TrainingConfig
+from rung.console import Interrupted, ProgressBar, interruptible, print_status
 from rung.errors import DataError, GateError
-from rung.files import verify
+from rung.files import find_damage
 from rung.methods.protocol import Method
-from rung.models.layers import layers_of, lowest_moving_layer
+from rung.models.layers import layers_of, lowest_trainable_layer
 from rung.models.policy import Policy
 from rung.models.tree_attention import has_flat_kernel
 from rung.objectives.protocol import Objective
 from rung.training import checkpoint, fsdp
-from rung.training.distributed import ALONE, World
-from rung.training.frozen_layer_cache import TrunkCache, has_room
-from rung.training.gates import Movement, enforce, not_reached, skip
+from rung.training.distributed import SINGLE_PROCESS, World
+from rung.training.frozen_layer_cache import FrozenLayerCache, has_disk_space
+from rung.training.gates import MovementGate, enforce, movement_not_reached, skip_step
 from rung.training.micro_batch import layers_to_recompute, longest_document_bytes
-from rung.training.optimizer import Holding, move_only, rate_at
+from rung.training.optimizer import OptimizerState, learning_rate_at, train_only
 from rung.training.packing import largest_first, pack, pack_in_slices, pack_separately, pack_together
-from rung.training.rollout import Rollouts
-from rung.training.run_folder import Gate, Progress, RunFolder, Watch, nobody, rows_of_step, total_steps
+from rung.training.rollout import RolloutSource
+from rung.training.run_folder import Gate, Progress, RunFolder, StopCheck, never_stop, rows_of_step, total_steps
 from rung.training.step import accumulate, mean_loss
 from rung.types import Example, PackedBatch
 
@@ -46,39 +46,39 @@ class Trainer:
     policy: Policy
     method: Method
     objective: Objective
-    spec: EngineSpec
+    config: TrainingConfig
     peak_rate: float
     budget: int
     seed: int
     folder: RunFolder
     progress: Progress = field(default_factory=Progress)
-    rollouts: Rollouts | None = None
+    rollouts: RolloutSource | None = None
     """Where the documents come from, when the policy makes them itself."""
-    world: World = ALONE
+    world: World = SINGLE_PROCESS
     """The processes that share the steps."""
     in_parts: bool = False
     """Whether each process gives away what others hold, once the gates have passed."""
-    first: Sequence[Example] = ()
+    first_example: Sequence[Example] = ()
     """The first row of the data."""
-    watch: Watch = nobody
+    stop_check: StopCheck = never_stop
     """Hears of every validation loss, and says why the run should end there, if it should."""
 
     def __post_init__(self) -> None:
         owned = self.objective.trainable().keys()
-        self.held = Holding(
-            lambda: self.moving,
-            self.spec.optimiser,
-            lambda name: 1.0 if name in owned else self.method.rate_factor(name),
+        self.optimizer_state = OptimizerState(
+            lambda: self.trainable,
+            self.config.optimizer,
+            lambda name: 1.0 if name in owned else self.method.learning_rate_factor(name),
             self.world,
         )
         self.halted_until = 0
         """The first step after the rollout that is no longer learned from."""
         self.checkpoints = self.folder.path / "checkpoints"
-        self.trunk: TrunkCache | None = None
-        self.policy.known = {} if self.objective.compares else None
-        self.sharing = self._sharing()
-        self.lowest = lowest_moving_layer(self.policy.model, self.method.trainable())
-        if self.method.runs_again():
+        self.trunk: FrozenLayerCache | None = None
+        self.policy.reference_cache = {} if self.objective.compares else None
+        self.sharing = self._share_prefixes()
+        self.lowest = lowest_trainable_layer(self.policy.model, self.method.trainable())
+        if self.method.supports_recompute():
             self.policy.layers_to_recompute = partial(
                 layers_to_recompute,
                 self.policy.base.shape,
@@ -87,48 +87,54 @@ class Trainer:
             )
 
     @property
-    def moving(self) -> dict[str, torch.nn.Parameter]:
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
         """Every parameter that a step may move: the method's, and those of heads that the objective owns."""
         return {**self.method.trainable(), **self.objective.trainable()}
 
-    def split(self) -> None:
+    def shard(self) -> None:
         """From here on each process holds a part of the model; what must run alike in all of them does.
 
         An adapter stays whole, and so is added up as those of replicas are.
         """
-        whole = self.method.trainable().values() if self.method.artefact == "adapter" else ()
-        fsdp.split(self.policy.model, list(layers_of(self.policy.model)), whole)
+        whole = self.method.trainable().values() if self.method.artifact == "adapter" else ()
+        fsdp.shard_model(self.policy.model, list(layers_of(self.policy.model)), whole)
         if (other := self.policy.reference) is not None:
-            fsdp.split(other.model, list(layers_of(other.model)), ())
-        self.held.take_parts()
+            fsdp.shard_model(other.model, list(layers_of(other.model)), ())
+        self.optimizer_state.shard_parameters()
         self.world = replace(self.world, sharded=True)
-        self.sharing, self.policy.known = self._sharing(), None
+        self.sharing, self.policy.reference_cache = self._share_prefixes(), None
         self.policy.layers_to_recompute = lambda tokens: range(0)
 
-    def unite(self) -> None:
+    def gather_model(self) -> None:
         """The first process holds all that moved again; afterwards nothing is trained."""
         if self.world.sharded:
-            fsdp.unite(self.policy.model, keep=self.world.first)
+            fsdp.gather_full(self.policy.model, keep=self.world.is_rank0)
 
     def restore(self) -> bool:
         """Take up the newest checkpoint that verifies, if there is one."""
-        name = self.world.first_does(lambda: getattr(checkpoint.newest(self.checkpoints, say), "name", None))
+        name = self.world.on_rank0(
+            lambda: getattr(checkpoint.newest_checkpoint(self.checkpoints, print_status), "name", None)
+        )
         if name is None:
             return False
         if self.in_parts:
-            self.split()
+            self.shard()
         found = self.checkpoints / name
-        self.held.load(found)
+        self.optimizer_state.load(found)
         self.progress = Progress(**checkpoint.read_progress(found))
-        self.objective.resume(self.progress.objective or self.objective.state())
-        self.method.resume(self.progress.method)
-        if self.policy.known is not None:
-            self.policy.known.update(checkpoint.read_known(found))
+        self.objective.load_state(self.progress.objective or self.objective.state())
+        self.method.load_state(self.progress.method)
+        if self.policy.reference_cache is not None:
+            self.policy.reference_cache.update(checkpoint.read_reference_cache(found))
         self.folder.trim_log(self.progress.step)
         best = self.checkpoints / "best"
-        if self.world.first and not verify(best) and checkpoint.read_progress(best)["step"] != self.progress.best_step:
+        if (
+            self.world.is_rank0
+            and not find_damage(best)
+            and checkpoint.read_progress(best)["step"] != self.progress.best_step
+        ):
             shutil.rmtree(best)  # of steps that are taken once more, and may come out otherwise
-        say(f"resumed from {found.name}")
+        print_status(f"resumed from {found.name}")
         return True
 
     def run(self, train: Sequence[Row], validation: Sequence[Row]) -> Progress:
@@ -139,30 +145,32 @@ class Trainer:
         if not train:
             raise DataError("no training rows are left", hint="look at the counts of: rung data check")
         if self.in_parts and not self.world.sharded:
-            self.split()
-        total = total_steps(self.spec, len(train), self.repeats)
+            self.shard()
+        total = total_steps(self.config, len(train), self.steps_per_window)
         judged = any(gate["name"] == "movement" for gate in self.folder.manifest["gates"])
-        movement = None if judged else Movement(self.policy.model, self.held.own, self.world)
-        self.objective.report()  # what was measured before the first step is no part of it
-        self.first = train[0]
+        movement = (
+            None if judged else MovementGate(self.policy.model, self.optimizer_state.local_parameters, self.world)
+        )
+        self.objective.take_metrics()  # what was measured before the first step is no part of it
+        self.first_example = train[0]
         self.policy.model.train()
-        self.trunk = self._trunk(train)
+        self.trunk = self._frozen_layer_cache(train)
         try:
             sampling = nullcontext() if self.rollouts is None else self.rollouts.sampling()
-            with sampling, interruptible() as stopping, Bar("train", total, self.progress.step) as bar:
+            with sampling, interruptible() as stopping, ProgressBar("train", total, self.progress.step) as bar:
                 while self.progress.step < total:
-                    entry = self._step(self.window(train, self.progress.step // self.repeats), total, movement)
+                    entry = self._step(self.window(train, self.progress.step // self.steps_per_window), total, movement)
                     last = self.progress.step == total
-                    enough = self._measure(validation, entry, last)
+                    enough = self._validate(validation, entry, last)
                     self.folder.log(entry)
                     bar.advance(loss=f"{entry['loss']:.4f}", rate=f"{entry['learning_rate']:.1e}")
-                    if self.world.any(stopping()) and self._may_save:
+                    if self.world.any(stopping()) and self._at_checkpoint_boundary:
                         self._save()
                         raise Interrupted
                     if enough:
-                        say(f"{enough}: stopped early")
+                        print_status(f"{enough}: stopped early")
                         break
-                    if not last and self._may_save and self._due(self.spec.checkpoint_every):
+                    if not last and self._at_checkpoint_boundary and self._is_due(self.config.checkpoint_every):
                         self._save()
         finally:
             self.policy.model.eval()
@@ -170,115 +178,125 @@ class Trainer:
                 self.folder.update(trunk=self.trunk.summary())
                 self.trunk = None  # and its file
         if movement is not None and movement.gate is None:
-            gate = not_reached()
+            gate = movement_not_reached()
             self.folder.gate(gate)
-            say(str(gate))
+            print_status(str(gate))
         self._keep_best()
         return self.progress
 
     @property
-    def repeats(self) -> int:
-        """Optimiser steps of one window of rows: more than one where a rollout is learned from several times."""
+    def steps_per_window(self) -> int:
+        """Optimizer steps of one window of rows: more than one where a rollout is learned from several times."""
         return 1 if self.rollouts is None else self.rollouts.steps
 
     @property
-    def _may_save(self) -> bool:
+    def _at_checkpoint_boundary(self) -> bool:
         """Whether the next step begins with a rollout of its own: what was made earlier need not be kept then."""
-        return self.progress.step % self.repeats == 0
+        return self.progress.step % self.steps_per_window == 0
 
-    def _due(self, every: int | None) -> bool:
+    def _is_due(self, every: int | None) -> bool:
         """Whether so many steps have gone by, some of them since the last window."""
         step = self.progress.step
-        return every is not None and step // every > (step - self.repeats) // every
+        return every is not None and step // every > (step - self.steps_per_window) // every
 
     def window(self, train: Sequence[Row], step: int) -> list[Example]:
         """The documents of a step counted from 0."""
-        chosen = rows_of_step(step, len(train), self.spec.examples_per_step, self.seed)
+        chosen = rows_of_step(step, len(train), self.config.examples_per_step, self.seed)
         return [e for i in chosen for e in train[i]]
 
     def pack(self, examples: Sequence[Example], budget: int) -> list[PackedBatch]:
         """The rows of these documents, in the way this run packs."""
-        if self.spec.packing == "none":
+        if self.config.packing == "none":
             return pack_separately(examples, self.policy.device)
         return largest_first(pack(examples, budget, share_prefixes=self.sharing, device=self.policy.device))
 
-    def _sharing(self) -> bool:
+    def _share_prefixes(self) -> bool:
         """Whether beginnings are computed once; says why not where the config asks for it."""
-        if self.spec.packing != "tree":
+        if self.config.packing != "tree":
             return False
         if self.world.sharded:
-            say("no shared prefixes: layers are gathered for whole documents")
+            print_status("no shared prefixes: layers are gathered for whole documents")
             return False
-        if reason := self.method.keeps_apart():
-            say(f"no shared prefixes: {reason}")
+        if reason := self.method.prefix_sharing_blocker():
+            print_status(f"no shared prefixes: {reason}")
             return False
         if has_flat_kernel(self.policy.device):
-            say("variable-length flash attention knows no trees: shared prefixes are unrolled")
+            print_status("variable-length flash attention knows no trees: shared prefixes are unrolled")
             return False
         return True
 
-    def _trunk(self, train: Sequence[Row]) -> TrunkCache | None:
+    def _frozen_layer_cache(self, train: Sequence[Row]) -> FrozenLayerCache | None:
         """A cache of the layers that do not move, where they would run a second time and the disk has room."""
         if self.rollouts is not None or self.world.sharded:
             return None
-        first_epoch = -(-len(train) // self.spec.examples_per_step)
-        if not self.spec.cache_trunk or self.lowest == 0 or total_steps(self.spec, len(train)) <= first_epoch:
+        first_epoch = -(-len(train) // self.config.examples_per_step)
+        if (
+            not self.config.cache_frozen_layers
+            or self.lowest == 0
+            or total_steps(self.config, len(train)) <= first_epoch
+        ):
             return None
-        if not has_room(train, self.policy.model.config.hidden_size):
+        if not has_disk_space(train, self.policy.model.config.hidden_size):
             return None
-        say(f"layers below {self.lowest} do not move: each document passes them once")
-        trunk = TrunkCache(self.policy, self.lowest, self.budget, share_prefixes=self.sharing)
+        print_status(f"layers below {self.lowest} do not move: each document passes them once")
+        trunk = FrozenLayerCache(self.policy, self.lowest, self.budget, share_prefixes=self.sharing)
         # resumed: rows as they were, so the same bits; in a later epoch a process may meet rows that were another's
         last = first_epoch if self.world.size == 1 else self.progress.step
         for step in range(min(self.progress.step, last)):
-            trunk.fill(self.pack(self.world.share(self.window(train, step)), self.budget))
+            trunk.fill(self.pack(self.world.split_examples(self.window(train, step)), self.budget))
         return trunk
 
-    def _step(self, examples: Sequence[Example], total: int, movement: Movement | None) -> dict[str, Any]:
+    def _step(self, examples: Sequence[Example], total: int, movement: MovementGate | None) -> dict[str, Any]:
         started = time.perf_counter()
-        rate = rate_at(
-            self.progress.step, total=total, peak=self.peak_rate, schedule=self.spec.schedule, warmup=self.spec.warmup
+        rate = learning_rate_at(
+            self.progress.step,
+            total=total,
+            peak=self.peak_rate,
+            schedule=self.config.schedule,
+            warmup=self.config.warmup_ratio,
         )
         owned = self.objective.trainable().keys()
         moving = self.method.at_step(self.progress.step)
         if moving is not None:
             moving = moving._replace(names={*moving.names, *owned})
-            move_only(self.held.optimiser, self.moving, moving)
-            if moving.turns:
-                self._turn()
+            train_only(self.optimizer_state.optimizer, self.trainable, moving)
+            if moving.changes_for_good:
+                self._reset_best()
         if self.progress.step < self.halted_until:
             self.progress.step += 1
-            return {**self._nothing(rate), "halted": "the rest of the rollout"}
+            return {**self._empty_entry(rate), "halted": "the rest of the rollout"}
         examples, rolled = self._documents(examples)
-        batches = self.pack(self.world.share(examples), self.budget)
+        batches = self.pack(self.world.split_examples(examples), self.budget)
         batches = batches if self.trunk is None else self.trunk.feed(batches)
-        self.held.clear()
-        if beside := self.objective.beside(examples):
+        self.optimizer_state.zero_grad()
+        if beside := self.objective.kl_examples(examples):
             with torch.no_grad():
-                self.objective.prepare(self.policy, self.policy.in_turn(self.pack(beside, self.budget)))
-        self.world.draw_dropout(self.seed, self.progress.step)
-        loss = accumulate(self.policy, self.objective, batches, self.world, self._pace)
-        norm = self.held.gather(self.spec.clip)
+                self.objective.prepare(self.policy, self.policy.iterate_batches(self.pack(beside, self.budget)))
+        self.world.seed_dropout(self.seed, self.progress.step)
+        loss = accumulate(self.policy, self.objective, batches, self.world, self.filler_batch)
+        norm = self.optimizer_state.reduce_and_clip(self.config.max_grad_norm)
         finite = bool(torch.isfinite(norm) & torch.isfinite(loss))
-        halted = self.objective.halts() if finite else None
+        halted = self.objective.stop_reason() if finite else None
         if finite and halted is None:
-            self.held.step(rate)
+            self.optimizer_state.step(rate)
             self.progress.skipped = 0
         seconds = time.perf_counter() - started
-        tokens = int(self.world.total([sum(batch.document_tokens for batch in batches)])[0])
+        tokens = int(self.world.sum_values([sum(batch.document_tokens for batch in batches)])[0])
         self.progress.step += 1
         if halted is not None:  # what is left of this rollout is not learned from
-            self.halted_until = -(-self.progress.step // self.repeats) * self.repeats
+            self.halted_until = -(-self.progress.step // self.steps_per_window) * self.steps_per_window
         self.progress.seconds += seconds
         self.progress.tokens += tokens
         self.progress.loss = float(loss)
         if not finite:
-            skip(self.folder, self.progress, examples, float(loss), float(norm))
-        elif movement is not None and halted is None and self.objective.moves(examples):
-            reached = self.method.reached({e.task for e in examples})
-            gate = movement.see(self.held.optimiser, moving, None if reached is None else {*reached, *owned})
+            skip_step(self.folder, self.progress, examples, float(loss), float(norm))
+        elif movement is not None and halted is None and self.objective.has_signal(examples):
+            reached = self.method.trainable_for_tasks({e.task for e in examples})
+            gate = movement.observe(
+                self.optimizer_state.optimizer, moving, None if reached is None else {*reached, *owned}
+            )
             if gate is not None:
-                self._pass(gate)
+                self._record_gate(gate)
         return {
             "step": self.progress.step,
             "loss": float(loss),
@@ -287,7 +305,7 @@ class Trainer:
             "tokens": tokens,
             "seconds": round(seconds, 4),
             **rolled,
-            **self._report(),
+            **self._gathered_metrics(),
             **({} if finite else {"skipped": True}),
             **({} if halted is None else {"halted": halted}),
         }
@@ -296,101 +314,103 @@ class Trainer:
         """What a step learns from: rows of the data as they are, or what the policy makes of them; what that cost."""
         if self.rollouts is None:
             return examples, {}
-        made, told = self.rollouts.take(examples, self.progress.step)
+        made, told = self.rollouts.documents_for_step(examples, self.progress.step)
         if (gate := self.rollouts.gate) is not None:
             self.rollouts.gate = None
-            self._pass(gate)
+            self._record_gate(gate)
         return made, told
 
-    def _pass(self, gate: Gate) -> None:
+    def _record_gate(self, gate: Gate) -> None:
         """Record a gate, then enforce it."""
         self.folder.gate(gate)
-        say(str(gate))
+        print_status(str(gate))
         enforce(gate)
 
-    def _nothing(self, rate: float) -> dict[str, Any]:
+    def _empty_entry(self, rate: float) -> dict[str, Any]:
         """The entry of a step in which nothing was computed."""
         idle = {"loss": self.progress.loss, "learning_rate": rate, "grad_norm": 0.0, "tokens": 0, "seconds": 0.0}
         return {"step": self.progress.step, **idle}
 
-    def _turn(self) -> None:
+    def _reset_best(self) -> None:
         """The method is another from here on: earlier validation losses and their best weights were of the old one."""
         self.folder.update(**self.method.statistics())
         self.progress.best, self.progress.best_step, self.progress.misses = None, 0, 0
-        if self.world.first:
+        if self.world.is_rank0:
             shutil.rmtree(self.checkpoints / "best", ignore_errors=True)
 
-    def _measure(self, validation: Sequence[Row], entry: dict[str, Any], last: bool) -> str | None:
+    def _validate(self, validation: Sequence[Row], entry: dict[str, Any], last: bool) -> str | None:
         """Validation loss when it is due; why the run should end here, if it should."""
-        if not validation or not (last or (self._may_save and self._due(self.spec.eval_every))):
+        if not validation or not (last or (self._at_checkpoint_boundary and self._is_due(self.config.eval_every))):
             return None
         self.policy.model.eval()
-        value, found = self._held_out(validation)
+        value, found = self._validation_metrics(validation)
         entry.update({f"validation_{name}": number for name, number in found.items()})
         self.policy.model.train()
         self.progress.validation = entry["validation_loss"] = value
         if not math.isfinite(value):  # nothing would ever lie below it
-            say(f"the validation loss of step {self.progress.step} is {value}: it counts as no better")
+            print_status(f"the validation loss of step {self.progress.step} is {value}: it counts as no better")
         elif self.progress.best is None or value < self.progress.best:
             self.progress.best, self.progress.best_step, self.progress.misses = value, self.progress.step, 0
-            if self.spec.patience is not None:
+            if self.config.patience is not None:
                 self._write(self.checkpoints / "best")
-            return self.watch(value)
+            return self.stop_check(value)
         self.progress.misses += 1
-        if self.spec.patience is not None and self.progress.misses > self.spec.patience:
+        if self.config.patience is not None and self.progress.misses > self.config.patience:
             return f"no better validation loss in {self.progress.misses} measurements"
-        return self.watch(value)
+        return self.stop_check(value)
 
-    def _held_out(self, validation: Sequence[Row]) -> tuple[float, Mapping[str, float]]:
+    def _validation_metrics(self, validation: Sequence[Row]) -> tuple[float, Mapping[str, float]]:
         """The loss on validation rows, of rollouts minus the mean reward of greedy answers, and what else was seen."""
         if self.rollouts is not None and self.rollouts.validation is not None:
             told = self.rollouts.validate([e for row in validation for e in row])
             return -told["reward"], told
-        validation = self.world.part(validation)
+        validation = self.world.every_nth(validation)
         batches: Iterable[PackedBatch]
-        if self.spec.packing == "none":
+        if self.config.packing == "none":
             batches = (batch for row in validation for batch in pack_separately(row, self.policy.device))
         else:
             every = chain.from_iterable(validation)
             batches = pack_in_slices(every, self.budget, share_prefixes=self.sharing, device=self.policy.device)
-        self.objective.report()  # of the last training step: already in its entry
-        return mean_loss(self.policy, self.objective, batches, self.world, self._pace), self._report()
+        self.objective.take_metrics()  # of the last training step: already in its entry
+        return mean_loss(self.policy, self.objective, batches, self.world, self.filler_batch), self._gathered_metrics()
 
     def _keep_best(self) -> None:
         """With patience the run ends with the weights of the lowest validation loss."""
         best = self.checkpoints / "best"
-        self.world.wait()  # until it is written
-        if self.spec.patience is None or self.progress.best_step == self.progress.step:
+        self.world.barrier()  # until it is written
+        if self.config.patience is None or self.progress.best_step == self.progress.step:
             return
         if not best.exists():
-            say(f"step {self.progress.best_step} had the lowest validation loss, but its weights went with a stop")
+            print_status(
+                f"step {self.progress.best_step} had the lowest validation loss, but its weights went with a stop"
+            )
             return
-        if problem := verify(best):
+        if problem := find_damage(best):
             raise GateError(f"the best checkpoint cannot be used: {problem}", where=str(best))
-        self.held.load_weights(best)
+        self.optimizer_state.load_weights(best)
         self.progress.validation = self.progress.best
-        say(f"kept the weights of step {self.progress.best_step}")
+        print_status(f"kept the weights of step {self.progress.best_step}")
 
-    def _pace(self) -> PackedBatch:
+    def filler_batch(self) -> PackedBatch:
         """The first row of the data, for a process that must compute though it has nothing left to."""
-        return pack_together(self.first, self.budget, share_prefixes=False, device=self.policy.device)[0]
+        return pack_together(self.first_example, self.budget, share_prefixes=False, device=self.policy.device)[0]
 
-    def _report(self) -> Mapping[str, float]:
+    def _gathered_metrics(self) -> Mapping[str, float]:
         """What the objective saw, of all processes."""
-        self.objective.seen = self.world.seen(self.objective.seen)
-        return self.objective.report()
+        self.objective.seen = self.world.gather_metrics(self.objective.seen)
+        return self.objective.take_metrics()
 
     def _save(self) -> None:
         self._write(self.checkpoints / f"step-{self.progress.step:08d}")
-        if self.world.first:
-            checkpoint.prune(self.checkpoints, self.spec.keep)
+        if self.world.is_rank0:
+            checkpoint.remove_old_checkpoints(self.checkpoints, self.config.save_total_limit)
 
     def _write(self, folder: Any) -> None:
-        known = self.policy.known
+        known = self.policy.reference_cache
         if self.world.size > 1:
-            self.world.agree(self.held.replicas())
+            self.world.assert_equal(self.optimizer_state.replica_digests())
             if known is not None:
                 everyone = self.world.gather(list(known.items()))
                 known = {key: nats for own in everyone for key, nats in own}
         self.progress.objective, self.progress.method = self.objective.state(), self.method.state()
-        checkpoint.write_checkpoint(folder, self.held, asdict(self.progress), known)
+        checkpoint.write_checkpoint(folder, self.optimizer_state, asdict(self.progress), known)

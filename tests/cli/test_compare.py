@@ -37,20 +37,20 @@ def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
 
 def with_judge(config: Path, judge: str) -> Path:
     file = config.with_name("judged.yaml")
-    file.write_text(config.read_text().replace("evaluate: {", f"evaluate: {{judge: {judge}, "))
+    file.write_text(config.read_text().replace("evaluation: {", f"evaluation: {{judge: {judge}, "))
     return file
 
 
 def test_differences_are_paired_and_signed(trained: Path, tiny_base: Path, tmp_path: Path, capsys: Any) -> None:
     run = tmp_path / "run"
-    code, out, err = inside(capsys, "eval", run, "--against", tiny_base, "--json")
+    code, out, err = inside(capsys, "eval", run, "--baseline", tiny_base, "--json")
     assert code == 0, err
     found = json.loads(out)
     nats = found["metrics"]["perplexity"]
     assert nats["after"]["mean"] < nats["before"]["mean"] and nats["difference"]["mean"] < 0
     code, out, _ = inside(capsys, "eval", run, "--json")
     assert json.loads(out)["scores"]["perplexity"] == nats["after"]
-    code, out, _ = inside(capsys, "eval", run, "--against", run)
+    code, out, _ = inside(capsys, "eval", run, "--baseline", run)
     assert code == 0 and "no sure difference" in out and "p = 1" in out
     assert "judge" not in found
 
@@ -59,7 +59,7 @@ def test_a_judge_at_hand_is_not_believed_unchecked(trained: Path, tiny_base: Pat
     task = with_judge(trained, f"{{model: {tiny_base}}}")
     pairs = tmp_path / "pairs.jsonl"
     code, out, err = inside(
-        capsys, "eval", tmp_path / "run", "--against", tiny_base, "--config", task, "--json", "-o", pairs
+        capsys, "eval", tmp_path / "run", "--baseline", tiny_base, "--config", task, "--json", "-o", pairs
     )
     assert code == 0, err
     judge = json.loads(out)["judge"]
@@ -67,7 +67,7 @@ def test_a_judge_at_hand_is_not_believed_unchecked(trained: Path, tiny_base: Pat
     assert judge["trust"]["trusted"] is False and "not measured" in judge["trust"]["reason"]
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     assert len(rows) == judge["pairs"] and set(rows[0]["first_shown_first"]["basis"]) == {"A", "B", "C"}
-    code, _, err = inside(capsys, "eval", tmp_path / "run", "--against", tiny_base, "--config", task, "-o", pairs)
+    code, _, err = inside(capsys, "eval", tmp_path / "run", "--baseline", tiny_base, "--config", task, "-o", pairs)
     assert code == 2 and "exists already" in err
 
 
@@ -84,7 +84,7 @@ def test_a_judge_behind_a_server_is_asked_once_and_checked(
     ]
     (tmp_path / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = with_judge(trained, f"{{model: big, server: '{url}', human: {tmp_path / 'people.jsonl'}, concurrency: 3}}")
-    asking = ("eval", tmp_path / "run", "--against", tiny_base, "--config", task)
+    asking = ("eval", tmp_path / "run", "--baseline", tiny_base, "--config", task)
     code, out, err = inside(capsys, *asking, "--json")
     assert code == 0, err
     found = json.loads(out)
@@ -105,7 +105,7 @@ def test_a_judge_behind_a_server_is_asked_once_and_checked(
 
 @pytest.mark.parametrize(
     ("given", "words"),
-    [(("-o", "x.jsonl"), "--against"), (("--against", "{run}", "-o", "x.jsonl"), "evaluate.judge")],
+    [(("-o", "x.jsonl"), "--baseline"), (("--baseline", "{run}", "-o", "x.jsonl"), "evaluation.judge")],
 )
 def test_what_does_not_go_together(
     given: tuple[str, ...], words: str, trained: Path, tmp_path: Path, capsys: Any
