@@ -65,7 +65,7 @@ class RunConfig(Config):
             self._answers_can_be_compared(self.objective)
         if self.objective.kind in ROLLOUT_KINDS:
             self._answers_can_be_made()
-        if getattr(self.objective, "against", None) and inserted_token_ids(self.method, 0):
+        if getattr(self.objective, "reference_model", None) and inserted_token_ids(self.method, 0):
             raise ValueError("a reference cannot read virtual tokens inside the text: put all of them in front")
         if isinstance(self.objective, RewardConfig) and self.method.kind == "head":
             raise ValueError("a reward model does not read the model's output head, which is all that head moves")
@@ -101,5 +101,5 @@ class RunConfig(Config):
     @property
     def learning_rate(self) -> float:
         """The peak rate: the config's, or the method's default times what the objective takes of it."""
-        own = getattr(self.method, "default_rate", self.method.DEFAULT_LEARNING_RATE)
+        own = getattr(self.method, "default_learning_rate", self.method.DEFAULT_LEARNING_RATE)
         return float(self.training.learning_rate or own * self.objective.LEARNING_RATE_SCALE)

@@ -83,18 +83,18 @@ class ChatTemplate:
         self.eos_id: int | None = tokenizer.eos_token_id
         self.adds_bos = self.bos_id is not None and tokenizer("a")["input_ids"][:1] == [self.bos_id]
         """Whether the tokenizer itself puts a BOS in front: then documents without a template get one too."""
-        self.inserted: PromptPositions | None = None
+        self.positions: PromptPositions | None = None
         self._anchor = self._find_anchor()
         self.template = self._template(template)
         self._control = _control_tokens(tokenizer)
         self._endings, self._lead = self._probe(template)
-        self.inserted = positions
+        self.positions = positions
         self.stop_ids = tuple(dict.fromkeys(e.stop_id for e in self._endings))
 
     def without_virtual_tokens(self) -> ChatTemplate:
         """The same without anything inserted: what a model that learned nothing reads."""
         plain = copy.copy(self)
-        plain.inserted = None
+        plain.positions = None
         return plain
 
     def prompt_text(self, messages: Sequence[Message], *, context: str | None = None, tools: str | None = None) -> str:
@@ -154,7 +154,7 @@ class ChatTemplate:
         """What stands before the stop, without what is inserted."""
         ending = next(e for e in self._endings if answer.endswith(e.stop))
         text = answer.removesuffix(ending.stop).removesuffix(ending.before)
-        return text if self.inserted is None else "".join(self.inserted.split_at_marks(text)[::2])
+        return text if self.positions is None else "".join(self.positions.split_at_marks(text)[::2])
 
     def encode(self, texts: Sequence[str], inner: bool | Sequence[bool] = False) -> list[list[int]]:
         """Ids of each text on its own, no special token added: the template has written them.
@@ -164,13 +164,13 @@ class ChatTemplate:
         ones need no such anchor.
         """
         inner = [inner] * len(texts) if isinstance(inner, bool) else inner
-        if self.inserted is None:
+        if self.positions is None:
             return self._encode_within(texts, inner)
-        cut = [self.inserted.split_at_marks(text) for text in texts]
+        cut = [self.positions.split_at_marks(text) for text in texts]
         within = [flag or i > 0 for parts, flag in zip(cut, inner, strict=True) for i in range(len(parts[::2]))]
         encoded = iter(self._encode_within([text for parts in cut for text in parts[::2]], within))
         rows = [
-            [self.inserted.ids_of_mark(part) if i % 2 else next(encoded) for i, part in enumerate(parts)]
+            [self.positions.ids_of_mark(part) if i % 2 else next(encoded) for i, part in enumerate(parts)]
             for parts in cut
         ]
         return [list(chain.from_iterable(row)) for row in rows]
@@ -203,7 +203,7 @@ class ChatTemplate:
         for state in ("padding", "truncation"):  # earlier calls of someone else leave traces there
             backend.pop(state, None)
         special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
-        inside = [sorted(self.inserted.ids.items())] if self.inserted else []
+        inside = [sorted(self.positions.ids.items())] if self.positions else []
         return json.dumps([backend, special, self.template, *inside], sort_keys=True)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -274,7 +274,7 @@ class ChatTemplate:
             if first is None:
                 raise DataError("a context, but no user turn to put it in front of", where=str(at) if at else None)
             first["content"] = with_context(context, first["content"])
-        inserted = self.inserted
+        inserted = self.positions
         if inserted is not None:
             turns = inserted.with_marks(turns, at)
         try:

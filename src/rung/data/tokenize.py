@@ -106,7 +106,7 @@ def tokenize_columns(
                     given=overflow,
                     allowed="error or drop",
                 )
-            inserted = sum(token >= chat.inserted.first for token in document.ids) if chat.inserted else 0
+            inserted = sum(token >= chat.positions.first for token in document.ids) if chat.positions else 0
             if length - max(document.prompt - 1 - inserted, 0) > limit:  # one stays: it predicts the answer's first
                 stuck.extend((i, length))
                 continue
@@ -200,7 +200,7 @@ def _documents(
             if own is None:
                 document = _plain_text(chat, record, next(pieces))
             else:
-                real = chat.inserted.first if chat.inserted else None
+                real = chat.positions.first if chat.positions else None
                 document = _conversation(
                     [(p.supervised, p.text, next(pieces)) for p in own], everything=loss_on == "all", real=real
                 )
@@ -210,7 +210,7 @@ def _documents(
 
 def _plain_text(chat: ChatTemplate, record: Record, ids: list[int]) -> TokenizedDocument:
     """Raw text with its stop; everything after the first token is learned."""
-    if chat.inserted is not None:
+    if chat.positions is not None:
         hint = "put all virtual tokens in front (method.positions)"
         raise DataError("plain text has no turns that tokens could be inserted in", where=str(record.source), hint=hint)
     if chat.eos_id is None:
@@ -243,7 +243,7 @@ def _trim(chat: ChatTemplate, document: TokenizedDocument, limit: int) -> Tokeni
         return document
     head = int(chat.bos_id is not None and document.ids[0] == chat.bos_id)
     ids = np.array(document.ids)
-    real = chat.inserted.first if chat.inserted else np.iinfo(ids.dtype).max
+    real = chat.positions.first if chat.positions else np.iinfo(ids.dtype).max
     cut = head + np.flatnonzero(ids[head : document.prompt] < real)[:excess]
     supervised = np.delete(document.supervised, cut)
     supervised[0] = False

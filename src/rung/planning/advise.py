@@ -208,7 +208,7 @@ def multiplies_bfloat16() -> bool:
 def auxiliary_shapes(config: RunConfig) -> dict[str, ModelShape]:
     """Further models of a run, by what they are there for; adapters on the run's own base are none."""
     found: dict[str, ModelShape] = {}
-    named = getattr(config.objective, "against", None)
+    named = getattr(config.objective, "reference_model", None)
     if named == "base":
         if config.method.kind == "full":
             found["reference"] = read_shape(config.model)

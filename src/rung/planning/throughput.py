@@ -99,11 +99,13 @@ def run_flops(config: RunConfig, shape: ModelShape, amount: DataVolume, teacher:
     if rollout is not None and generates_rollouts(config):
         answered: float = rollout.num_generations * (amount.length + rollout.max_new_tokens) / amount.length
         each: float = (
-            forward + rollout.num_iterations * own + (forward if getattr(config.objective, "against", None) else 0.0)
+            forward
+            + rollout.num_iterations * own
+            + (forward if getattr(config.objective, "reference_model", None) else 0.0)
         )
         return passes * amount.tokens * answered * each
     once = 0.0
-    if config.objective.kind == "preference" and getattr(config.objective, "against", None):
+    if config.objective.kind == "preference" and getattr(config.objective, "reference_model", None):
         once = forward  # kept by document: read once a run
     if config.objective.kind == "distill":
         once = _forward(teacher or shape, amount) * (1.0 if config.objective.cache_teacher_states else passes)

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
-from transformers import GenerationConfig
-from rung.data.chat import ChatTemplate
-from rung.training.run_folder import write_json
-from rung.errors import CheckpointError
-from rung.models.base_model import BaseModel
-from rung.types import Message
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
 import torch
+from transformers import GenerationConfig
+
+from rung.data.chat import ChatTemplate
+from rung.errors import CheckpointError, GateError
+from rung.models.base_model import BaseModel
 from rung.training.gates import TOLERANCE
-from rung.training.run_folder import Gate
-from rung.errors import GateError
-
-
-
+from rung.training.run_folder import Gate, write_json
+from rung.types import Message
 
 ORIGIN_FILE = "rung.json"
 """Beside saved weights: base, fingerprint and template."""

@@ -8,31 +8,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rung.data.chat import ChatTemplate
-from rung.data.tokenize import PromptDataset
-from rung.console import print_status
-from rung.training.run_folder import read_manifest
-from rung.training.rollout import RewardFunction
-from rung.errors import ConfigError, PlanError
-from rung.evaluation.reward_model import RewardScorer
-from rung.methods.registry import attach_method
-from rung.models.generate import GeneratedAnswer
-from rung.models.base_model import BaseModel
-from rung.models.policy import Policy, NoMethod
-from rung.objectives.reward import ScoreHead
-from rung.runs.load import load_base_on_device, share_base_if_same, open_reward_model
-from rung.planning.advise import require_reward_run
-from rung.scoring.verifiers import Verifier, make_verifier
 from rung.config.method import BASE_CHANGING_METHODS, LoraConfig
 from rung.config.model import WITHOUT_RUN_SETTINGS
 from rung.config.objective import DistillConfig, FunctionRewardConfig, ModelRewardConfig, PpoConfig
 from rung.config.run import RunConfig
+from rung.console import print_status
+from rung.data.chat import ChatTemplate
+from rung.data.tokenize import PromptDataset
+from rung.errors import ConfigError, PlanError
+from rung.evaluation.reward_model import RewardScorer
+from rung.methods.registry import attach_method
+from rung.models.base_model import BaseModel
+from rung.models.generate import GeneratedAnswer
+from rung.models.policy import NoMethod, Policy
+from rung.objectives.reward import ScoreHead
+from rung.planning.advise import require_reward_run
+from rung.runs.load import load_base_on_device, open_reward_model, share_base_if_same
+from rung.scoring.verifiers import Verifier, make_verifier
+from rung.training.rollout import RewardFunction
+from rung.training.run_folder import read_manifest
 from rung.types import Example, Record
 
 
 def load_reference(config: RunConfig, base: BaseModel) -> Policy | None:
     """The model that an objective compares with, where it is not the base with the method off."""
-    named = getattr(config.objective, "against", None)
+    named = getattr(config.objective, "reference_model", None)
     if named is None:
         return None
     if named == "base" and config.method.kind != "full":
@@ -66,17 +66,18 @@ class AuxiliaryModels:
 
 def load_auxiliary_models(config: RunConfig, base: BaseModel, chat: ChatTemplate) -> AuxiliaryModels:
     """Load them, before the method is attached: a copy of the base's weights can only be shared as it was loaded."""
-    worth, (critic, head), reference = load_reward_source(config, base, chat), load_value_model(config, base), load_reference(config, base)
-    prints = {} if reference is None else {"reference": reference.base.fingerprint}
-    if isinstance(worth, RewardScorer):
+    reward_source, (value_model, head) = load_reward_source(config, base, chat), load_value_model(config, base)
+    reference = load_reference(config, base)
+    fingerprints = {} if reference is None else {"reference": reference.base.fingerprint}
+    if isinstance(reward_source, RewardScorer):
         run = Path(config.objective.reward.run)  # type: ignore[union-attr]
-        prints["reward"] = _digest(sorted(run.glob("[am]*/**/*.safetensors")))  # of adapter/ or model/
+        fingerprints["reward"] = _digest(sorted(run.glob("[am]*/**/*.safetensors")))  # of adapter/ or model/
     elif isinstance(getattr(config.objective, "reward", None), FunctionRewardConfig):
-        prints["reward"] = _digest([Path(config.objective.reward.path.rpartition(":")[0])])  # type: ignore[union-attr]
+        fingerprints["reward"] = _digest([Path(config.objective.reward.path.rpartition(":")[0])])  # type: ignore[union-attr]
     teacher = load_teacher(config, base)
     if teacher is not None:
-        prints["teacher"] = teacher.base.fingerprint
-    return AuxiliaryModels(reference, worth, critic, teacher, head, prints)
+        fingerprints["teacher"] = teacher.base.fingerprint
+    return AuxiliaryModels(reference, reward_source, value_model, teacher, head, fingerprints)
 
 
 def load_teacher(config: RunConfig, base: BaseModel) -> Policy | None:
@@ -142,7 +143,7 @@ def require_same_tokens(reward: Path, theirs: ChatTemplate, ours: ChatTemplate) 
         raise ConfigError("the reward model has another vocabulary", given=reward)
     if theirs.template != ours.template:
         raise ConfigError("the reward model was trained with another chat template", given=reward)
-    if theirs.inserted is not None or ours.inserted is not None:
+    if theirs.positions is not None or ours.positions is not None:
         what = "a reward model and virtual tokens inside the text do not go together: they are other texts to each"
         raise ConfigError(what, given=reward)
 
@@ -169,7 +170,9 @@ def load_value_model(config: RunConfig, base: BaseModel) -> tuple[Policy | None,
     return Policy(twin, attach_method(twin.model, plain, seed=config.seed + 1, fused=config.model.fused)), None
 
 
-def make_reward_function(worth: RewardSource, chat: ChatTemplate, prompted: PromptDataset, budget: int) -> RewardFunction:
+def make_reward_function(
+    worth: RewardSource, chat: ChatTemplate, prompted: PromptDataset, budget: int
+) -> RewardFunction:
     """What answers to these prompts are worth."""
     if isinstance(worth, RewardScorer):
         return lambda documents, answers: worth(documents, budget)

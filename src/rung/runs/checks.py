@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from rung.training.distributed import World
-from rung.training.run_folder import total_steps
-from rung.errors import ConfigError, DataError, PlanError
-from rung.runs.dataset import RunData
-from rung.config.objective import ROLLOUT_KINDS
-from rung.config.method import LotteryConfig
-from rung.config.run import RunConfig
-from rung.config.support import multi_process_refusal, sharding_refusal
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
 import torch
+
+from rung.config.method import LotteryConfig
+from rung.config.objective import ROLLOUT_KINDS
+from rung.config.run import RunConfig
+from rung.config.support import multi_process_refusal, sharding_refusal
+from rung.console import print_status
 from rung.data.token_store import TokenizedDataset
 from rung.data.tokenize import PromptDataset
-from rung.training.trainer import Trainer
-from rung.console import print_status
-from rung.training.run_folder import peak_memory_bytes
-from rung.errors import PlanError
-from rung.planning.advise import advise, compute_type, auxiliary_shapes
-from rung.planning.memory import FEWEST, MemoryEstimate, MicroBatch, estimate_memory
+from rung.errors import ConfigError, DataError, PlanError
+from rung.planning.advise import advise, auxiliary_shapes, compute_type
 from rung.planning.architecture import ModelShape, read_shape
+from rung.planning.memory import FEWEST, MemoryEstimate, MicroBatch, estimate_memory
 from rung.planning.throughput import DataVolume, record_throughput, token_flops
 from rung.report.formatting import format_bytes as in_words
-
-
+from rung.runs.dataset import RunData
+from rung.training.distributed import World
+from rung.training.run_folder import peak_memory_bytes, total_steps
+from rung.training.trainer import Trainer
 
 
 def check_tasks(config: RunConfig, data: RunData) -> None:
@@ -110,7 +108,9 @@ def refuse_if_too_large(config: RunConfig, device: torch.device, *, beyond: bool
     _refuse(config, least, free_memory(device), beyond=beyond)
 
 
-def plan_run(config: RunConfig, shape: ModelShape, trainer: Trainer, data: RunData, *, beyond: bool) -> tuple[MemoryEstimate, MicroBatch]:
+def plan_run(
+    config: RunConfig, shape: ModelShape, trainer: Trainer, data: RunData, *, beyond: bool
+) -> tuple[MemoryEstimate, MicroBatch]:
     """What the run will hold, from its own rows, and what it computes at once.
 
     Raises `DoesNotFitError` where there is less, unless told to go on.
@@ -159,7 +159,11 @@ def _refuse(config: RunConfig, found: MemoryEstimate, there: int | None, *, beyo
 
 
 def measured_vs_planned(
-    config: RunConfig, shape: ModelShape, plan: tuple[MemoryEstimate, MicroBatch], manifest: Mapping[str, Any], loading: int
+    config: RunConfig,
+    shape: ModelShape,
+    plan: tuple[MemoryEstimate, MicroBatch],
+    manifest: Mapping[str, Any],
+    loading: int,
 ) -> dict[str, Any]:
     """The plan with what was measured, for `run.json`; a long run's speed is kept for later plans of this machine."""
     found, work = plan

@@ -1,31 +1,28 @@
 """A config's data, ready to be learned from or measured on."""
 
 from __future__ import annotations
-from rung.data.tokenize import preflight
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rung.config.evaluation import Context, RetrievalConfig
+from rung.config.method import front_virtual_tokens
+from rung.config.objective import ModelRewardConfig
+from rung.config.run import RunConfig
+from rung.console import status
 from rung.data.cache import cached_examples
 from rung.data.chat import ChatTemplate
-from rung.data.token_store import TokenizedDataset
-from rung.data.tokenize import Preflight
-from rung.data.splits import load_data
-from rung.data.tokenize import PromptDataset, tokenize_prompts
 from rung.data.records import Records
-from rung.data.splits import Splits
-from rung.console import status
+from rung.data.splits import Splits, load_data
+from rung.data.token_store import TokenizedDataset
+from rung.data.tokenize import Preflight, PromptDataset, preflight, tokenize_prompts
 from rung.errors import DataError
 from rung.evaluation.retrieval import Library, own_contexts, read_documents
 from rung.models.base_model import BaseModel
 from rung.objectives.registry import OBJECTIVES
 from rung.runs.load import inserted_positions
 from rung.scoring.verifiers import needs_expected_answer
-from rung.config.evaluation import Context, RetrievalConfig
-from rung.config.method import front_virtual_tokens
-from rung.config.objective import ModelRewardConfig
-from rung.config.run import RunConfig
 from rung.types import Example
 
 
@@ -59,7 +56,9 @@ def load_library(config: RunConfig, splits: Splits | None = None) -> Library:
         if own.documents is None:
             if splits is None or config.data.limit is not None:  # fewer rows must not make the search easier
                 splits = load_data(config.data.model_copy(update={"limit": None}), config.seed)
-            return Library.from_documents(own_contexts((splits.train, splits.validation, splits.test)), own, "data.path")
+            return Library.from_documents(
+                own_contexts((splits.train, splits.validation, splits.test)), own, "data.path"
+            )
         return Library.from_documents(read_documents(own), own, own.documents)
 
 

@@ -8,31 +8,31 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rung.data.chat import ChatTemplate
-from rung.data.prompt_positions import PromptPositions
-from rung.data.records import Records
-from rung.data.splits import Splits
-from rung.console import status
-from rung.training.run_folder import read_manifest
-from rung.errors import CheckpointError, ConfigError, PlanError
-from rung.evaluation.prompting import PromptFormat
-from rung.evaluation.evaluate import Evaluation, evaluate
-from rung.methods.lora import Lora
-from rung.methods.registry import attach_method
-from rung.models.fused_modules import install_fused_forwards
-from rung.models.load import check_fingerprint, load_base, load_tokenizer
-from rung.models.base_model import BaseModel
-from rung.models.policy import Policy, NoMethod
-from rung.objectives.reward import RewardObjective, ScoreHead
-from rung.runs.artifact import check_origin, check_prompt
-from rung.runs.reward_head import read_score_head
 from rung.config.io import parse_config
 from rung.config.method import MethodConfig, inserted_token_ids
 from rung.config.model import ModelConfig
 from rung.config.objective import RewardConfig
 from rung.config.run import RunConfig
-from rung.types import Record
+from rung.console import status
+from rung.data.chat import ChatTemplate
+from rung.data.prompt_positions import PromptPositions
+from rung.data.records import Records
+from rung.data.splits import Splits
+from rung.errors import CheckpointError, ConfigError, PlanError
+from rung.evaluation.evaluate import Evaluation, evaluate
+from rung.evaluation.prompting import PromptFormat
 from rung.files import require_undamaged
+from rung.methods.lora import Lora
+from rung.methods.registry import attach_method
+from rung.models.base_model import BaseModel
+from rung.models.fused_modules import install_fused_forwards
+from rung.models.load import check_fingerprint, load_base, load_tokenizer
+from rung.models.policy import NoMethod, Policy
+from rung.objectives.reward import RewardObjective, ScoreHead
+from rung.runs.artifact import check_origin, check_prompt
+from rung.runs.reward_head import read_score_head
+from rung.training.run_folder import read_manifest
+from rung.types import Record
 
 
 def device() -> torch.device:
@@ -72,7 +72,9 @@ def config_of_run(run: Path) -> RunConfig:
     return parse_config(read_manifest(run)["config"], str(run / "run.json"))
 
 
-def open_reward_model(path: Path, base: BaseModel | None = None) -> tuple[Policy, ChatTemplate, RewardObjective, RunConfig]:
+def open_reward_model(
+    path: Path, base: BaseModel | None = None
+) -> tuple[Policy, ChatTemplate, RewardObjective, RunConfig]:
     """A finished reward model: its base, or the one given, with its method and its head on top.
 
     Raises `CheckpointError` for other runs, and on another base.
@@ -183,7 +185,11 @@ def dequantize(policy: Policy, config: RunConfig) -> None:
             install_fused_forwards(policy.model, method.linear_params)
 
 
-def score_policy(policy: Policy, chat: ChatTemplate, config: RunConfig, records: Sequence[Record], *, tuned: bool) -> Evaluation:
-    """Score test records as they are asked (`prepared.as_asked`); an untuned model gets `evaluation.instruction`."""
+def score_policy(
+    policy: Policy, chat: ChatTemplate, config: RunConfig, records: Sequence[Record], *, tuned: bool
+) -> Evaluation:
+    """Score test records as `dataset.with_contexts` gives them; an untuned model gets `evaluation.instruction`."""
     dequantize_if_configured(policy, config)
-    return evaluate(policy, chat, records, PromptFormat(None if tuned else config.evaluation.instruction), config.evaluation)
+    return evaluate(
+        policy, chat, records, PromptFormat(None if tuned else config.evaluation.instruction), config.evaluation
+    )

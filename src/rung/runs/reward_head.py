@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rung.console import print_status
-from rung.training.run_folder import write_json
 from rung.errors import CheckpointError
 from rung.methods.adapter_files import CONFIG, WEIGHTS, is_score_head
 from rung.models.load import classifier_keys
+from rung.training.run_folder import write_json
 
 SCORE = "score.weight"
 BESIDE = "score.safetensors"
@@ -60,7 +60,9 @@ def _into_model(folder: Path, weight: Tensor, pad_id: int) -> None:
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     found = classifier_keys(folder)
     if found is None:
-        print_status(f"transformers has no sequence classification for {config['model_type']}: the head stands in {BESIDE}")
+        print_status(
+            f"transformers has no sequence classification for {config['model_type']}: the head stands in {BESIDE}"
+        )
         save_file({SCORE: weight}, folder / BESIDE)
         return
     name, keys = found

@@ -1,4 +1,4 @@
-"""Composes a `RunSpec` into objects and starts it: the only place that sees both tables."""
+"""Composes a `RunConfig` into objects and starts it: the only place that sees both tables."""
 
 from __future__ import annotations
 
@@ -10,52 +10,53 @@ from typing import Any
 import numpy as np
 import torch
 
-from rung.runs import checks
-from rung.runs.checks import check_lottery, check_processes, check_tasks
+from rung.config.io import config_to_dict
+from rung.config.run import RunConfig
+from rung.config.support import TESTED_MODELS, UNTESTED_DEVICES
+from rung.console import Interrupted, print_status, status
 from rung.data.chat import ChatTemplate
 from rung.data.tokenize import PromptDataset
+from rung.errors import CheckpointError, DataError, RungError
+from rung.evaluation.reward_model import score_reward_model
+from rung.files import find_damage, write_folder
+from rung.methods.protocol import Method
+from rung.methods.registry import attach_method
+from rung.models.base_model import BaseModel
+from rung.models.fused_modules import unfused_linears
+from rung.models.policy import Policy
+from rung.models.targets import coverage
+from rung.objectives.distill import DistillObjective
+from rung.objectives.ppo import PpoObjective
+from rung.objectives.protocol import Objective
+from rung.objectives.registry import OBJECTIVES
+from rung.objectives.reward import RewardObjective
+from rung.planning.advise import assumed_micro_batch, auxiliary_shapes
+from rung.planning.memory import estimate_memory, tokens_per_micro_batch
+from rung.runs import checks
+from rung.runs.artifact import pad_token_outside_stops, write_origin, write_tokenizer_files
+from rung.runs.auxiliary_models import AuxiliaryModels, load_auxiliary_models, make_reward_function
+from rung.runs.checks import check_lottery, check_processes, check_tasks
+from rung.runs.dataset import RunData, read_splits, tokenize_splits
+from rung.runs.load import device, load_base_on_device
+from rung.runs.reward_head import write_score_head
 from rung.training import gates
-from rung.training.micro_batch import measure_micro_batch_tokens, try_longest
 from rung.training.distributed import SINGLE_PROCESS, World
-from rung.console import Interrupted
-from rung.training.trainer import Trainer
-from rung.console import print_status, status
+from rung.training.micro_batch import measure_micro_batch_tokens, try_longest
+from rung.training.rollout import RewardFunction, RolloutSource
 from rung.training.run_folder import (
     NOT_FINITE_FILE,
     Gate,
     RunFolder,
+    StopCheck,
+    never_stop,
     peak_memory_bytes,
+    progress_summary,
     read_manifest,
     reset_peak_memory,
     versions,
 )
-from rung.training.rollout import RewardFunction, RolloutSource
 from rung.training.step import CalibrationBatch
-from rung.training.run_folder import StopCheck, never_stop, progress_summary
-from rung.errors import CheckpointError, DataError, RungError
-from rung.evaluation.reward_model import score_reward_model
-from rung.methods.protocol import Method
-from rung.methods.registry import attach_method
-from rung.models.fused_modules import unfused_linears
-from rung.models.base_model import BaseModel
-from rung.models.policy import Policy
-from rung.models.targets import coverage
-from rung.objectives.protocol import Objective
-from rung.objectives.distill import DistillObjective
-from rung.objectives.ppo import PpoObjective
-from rung.objectives.reward import RewardObjective
-from rung.objectives.registry import OBJECTIVES
-from rung.runs.load import device, load_base_on_device
-from rung.runs.auxiliary_models import AuxiliaryModels, load_auxiliary_models, make_reward_function
-from rung.planning.advise import assumed_micro_batch, auxiliary_shapes
-from rung.planning.memory import estimate_memory, tokens_per_micro_batch
-from rung.runs.dataset import RunData, read_splits, tokenize_splits
-from rung.runs.artifact import pad_token_outside_stops, write_origin, write_tokenizer_files
-from rung.runs.reward_head import write_score_head
-from rung.config.io import config_to_dict
-from rung.config.run import RunConfig
-from rung.config.support import UNTESTED_DEVICES, TESTED_MODELS
-from rung.files import find_damage, write_folder
+from rung.training.trainer import Trainer
 
 PROBE_DOCUMENTS = 4
 """Training documents that the step-0 gates look at: the shortest, which cost nothing."""
@@ -89,7 +90,9 @@ def train_run(
         checks.refuse_if_too_large(config, device(), beyond=beyond_memory)
     base = load_base_on_device(config.model)
     data = world.rank0_first(lambda: tokenize_splits(config, splits, base))  # the others find it in the cache
-    _, folder = train_on_data(config, base, data, resume=resume, overwrite=overwrite, beyond_memory=beyond_memory, world=world)
+    _, folder = train_on_data(
+        config, base, data, resume=resume, overwrite=overwrite, beyond_memory=beyond_memory, world=world
+    )
     world.barrier()
     return folder.manifest
 
@@ -106,13 +109,14 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     heads = _objective(config, Policy(base, method), others).trainable().values()
     rollout = getattr(config.objective, "rollout", None)
     steps_per_epoch = -(-len(data.train.rows) // config.training.examples_per_step) * (rollout.steps if rollout else 1)
+    plan = estimate_memory(config, shape, assumed_micro_batch(config, shape, None), auxiliary_shapes(config))
     return {
         **data.summary(),
         "steps_per_epoch": steps_per_epoch,
         "tokens_per_micro_batch": micro_batch_tokens(config, base),
         "trainable_parameters": method.declared_parameters() + sum(p.numel() for p in heads),
         "learning_rate": config.learning_rate,
-        "plan": estimate_memory(config, shape, assumed_micro_batch(config, shape, None), auxiliary_shapes(config)).to_json(),
+        "plan": plan.to_json(),
     }
 
 
@@ -167,7 +171,9 @@ def _claim_folder(config: RunConfig, world: World, *, resume: bool, overwrite: b
     return claimed[0] if claimed else RunFolder(path, manifest, writes=False)
 
 
-def _trainer(config: RunConfig, policy: Policy, data: RunData, folder: RunFolder, others: AuxiliaryModels, world: World) -> Trainer:
+def _trainer(
+    config: RunConfig, policy: Policy, data: RunData, folder: RunFolder, others: AuxiliaryModels, world: World
+) -> Trainer:
     """The loop with all that it needs; the folder says what it stands on."""
     method: Method = policy.method  # type: ignore[assignment]
     objective = _objective(config, policy, others)
@@ -235,7 +241,9 @@ def _objective(config: RunConfig, policy: Policy, others: AuxiliaryModels) -> Ob
     return objective
 
 
-def _record_start(config: RunConfig, policy: Policy, data: RunData, folder: RunFolder, others: AuxiliaryModels, world: World) -> None:
+def _record_start(
+    config: RunConfig, policy: Policy, data: RunData, folder: RunFolder, others: AuxiliaryModels, world: World
+) -> None:
     """Say what the run stands on. Raises `CheckpointError` where that is not what it began with."""
     alone = _report_unusual(policy, policy.method, config)  # type: ignore[arg-type]
     fingerprints = {**others.fingerprints, **_fingerprints(policy.base, data)}
@@ -261,11 +269,18 @@ def _record_start(config: RunConfig, policy: Policy, data: RunData, folder: RunF
     )
 
 
-def _rollouts(config: RunConfig, policy: Policy, objective: Objective, data: RunData, others: AuxiliaryModels) -> RolloutSource | None:
+def _rollouts(
+    config: RunConfig, policy: Policy, objective: Objective, data: RunData, others: AuxiliaryModels
+) -> RolloutSource | None:
     """How the policy answers and who says what that is worth, for objectives that learn from it."""
     if objective.rollout is None:
         return None
-    worth, own, held, budget = others.reward_source, data.train, data.validation, micro_batch_tokens(config, policy.base)
+    worth, own, held, budget = (
+        others.reward_source,
+        data.train,
+        data.validation,
+        micro_batch_tokens(config, policy.base),
+    )
     judges: list[RewardFunction | None] = [None, None]
     if worth is not None and isinstance(own, PromptDataset):
         parts = (own, held if isinstance(held, PromptDataset) else own)
