@@ -43,6 +43,11 @@ class BaseModel:
         return replace(self, model=copy.deepcopy(self.model, held))
 
     @property
+    def vocab_size(self) -> int:
+        """Rows of the input embeddings: ids from here on are virtual tokens."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
     def shape(self) -> ModelShape:
         """Its numbers, that memory follows from."""
         return shape_from_config(self.model.config.to_dict())

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from rung.config.catalog import CATALOG
 from rung.config.model import ModelConfig
 from rung.errors import CheckpointError, ConfigError, PlanError, did_you_mean
-from rung.files import require_undamaged
+from rung.files import is_run_folder, require_undamaged
 from rung.models import attention
 from rung.models.base_model import (
     NO_CODE,
@@ -51,7 +51,7 @@ def load_base(config: ModelConfig, *, device: torch.device | None = None) -> Bas
         whole = {"name": config.student_of, "student_of": None, "layers": None}
         return drop_layers(load_base(config.model_copy(update=whole), device=device), config.layers or "every_other")
     where = _resolve_name(config.name)
-    if isinstance(where, Path) and (where / "run.json").exists():
+    if isinstance(where, Path) and is_run_folder(where):
         return _load_run_as_base(config, where, device)
     compute = compute_dtype(config.dtype, device)
     narrow = config.fused and compute is torch.float32 and isinstance(where, Path) and where.is_dir()
@@ -67,7 +67,7 @@ def load_base(config: ModelConfig, *, device: torch.device | None = None) -> Bas
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
     """The tokenizer alone, no weights."""
     where = _resolve_name(config.student_of or config.name)
-    if isinstance(where, Path) and (where / "run.json").exists():
+    if isinstance(where, Path) and is_run_folder(where):
         inside = next((where / name for name in ("model", "adapter") if (where / name).is_dir()), where)
         return _from_pretrained(AutoTokenizer, inside, None)
     if isinstance(where, Path) and where.suffix.lower() == ".gguf":
@@ -78,7 +78,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
 def base_files(config: ModelConfig) -> Path | None:
     """The folder that holds a base as safetensors; None for a hub id, a GGUF file or a student."""
     where = None if config.student_of is not None else _resolve_name(config.name)
-    if isinstance(where, Path) and (where / "run.json").exists():
+    if isinstance(where, Path) and is_run_folder(where):
         where = where / "model"
     found = isinstance(where, Path) and any(where.glob("*.safetensors"))
     return where if found and isinstance(where, Path) else None
@@ -90,7 +90,7 @@ def _resolve_name(name: str) -> Path | str:
         return download_base(name)
     path = Path(name).expanduser()
     if path.is_dir():
-        if (path / "run.json").exists() or (path / "config.json").exists():
+        if is_run_folder(path) or (path / "config.json").exists():
             return path
         raise ConfigError(
             "this folder holds neither a model (config.json) nor a run (run.json)", where="model.name", given=name

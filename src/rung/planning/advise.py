@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rung.config.method import BASE_CHANGING_METHODS, METHOD_CONFIGS
+from rung.config.method import BASE_CHANGING_METHODS, METHOD_CONFIGS, QloraConfig
 from rung.config.model import WITHOUT_RUN_SETTINGS, ModelConfig
 from rung.config.objective import ModelRewardConfig
 from rung.config.run import RunConfig
@@ -208,7 +208,7 @@ def multiplies_bfloat16() -> bool:
 def auxiliary_shapes(config: RunConfig) -> dict[str, ModelShape]:
     """Further models of a run, by what they are there for; adapters on the run's own base are none."""
     found: dict[str, ModelShape] = {}
-    named = getattr(config.objective, "reference_model", None)
+    named = config.objective.reference_model
     if named == "base":
         if config.method.kind == "full":
             found["reference"] = read_shape(config.model)
@@ -216,7 +216,7 @@ def auxiliary_shapes(config: RunConfig) -> dict[str, ModelShape]:
         found["reference"] = _named(config, named, "objective.reference")
     if config.objective.kind == "distill":
         found["teacher"] = _named(config, config.objective.teacher, "objective.teacher")
-    reward = getattr(config.objective, "reward", None)
+    reward = config.objective.reward
     if isinstance(reward, ModelRewardConfig):
         base = require_reward_run(reward.run).get("model", {}).get("name")
         whole = (Path(reward.run) / "model").exists() or config.method.kind in BASE_CHANGING_METHODS
@@ -265,7 +265,7 @@ def alternatives(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
 
 def _name(config: RunConfig) -> str:
     """Of a method in the table of all."""
-    return f"qlora, {getattr(config.method, 'bits', 4)} bits" if config.method.kind == "qlora" else config.method.kind
+    return f"qlora, {config.method.bits} bits" if isinstance(config.method, QloraConfig) else config.method.kind
 
 
 def _changes(config: RunConfig, now: int) -> Iterator[tuple[tuple[str, ...], str, RunConfig]]:
@@ -293,7 +293,7 @@ def _changes(config: RunConfig, now: int) -> Iterator[tuple[tuple[str, ...], str
             data = config.data.model_copy(update={"max_length": length})
             yield with_(f"data.max_length={length}"), "longer documents", least.model_copy(update={"data": data})
     for rank in (8, 4):
-        if getattr(config.method, "rank", 0) > rank:
+        if (config.method.adapter_rank or 0) > rank:
             method = config.method.model_copy(update={"rank": rank})
             yield with_(f"method.rank={rank}"), "what an adapter can hold", least.model_copy(update={"method": method})
     ladder: Sequence[tuple[str, dict[str, Any]]] = (

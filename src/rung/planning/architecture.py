@@ -15,6 +15,7 @@ from rung.config.layers import student_layers
 from rung.config.model import ModelConfig, StudentLayers
 from rung.config.support import model_refusal
 from rung.errors import CheckpointError, ConfigError, PlanError, did_you_mean
+from rung.files import is_run_folder
 
 HEADER = 100 * 2**20
 """The longest description that a safetensors file may begin with."""
@@ -126,7 +127,7 @@ def read_shape(config: ModelConfig) -> ModelShape:
     if Path(config.name).suffix.lower() == ".gguf" and Path(config.name).expanduser().is_file():
         return _of_gguf(Path(config.name).expanduser())
     folder = _folder(config)
-    if folder is not None and (folder / "run.json").exists():
+    if folder is not None and is_run_folder(folder):
         return _of_run(folder)
     path = folder / "config.json" if folder is not None else _of_hub(config)
     try:
@@ -261,7 +262,7 @@ def _replace_layers(whole: ModelShape, layers: StudentLayers) -> ModelShape:
 def _folder(config: ModelConfig) -> Path | None:
     """Where the model stands on this disk; None for a hub id."""
     path = Path(config.name).expanduser()
-    if path.is_dir() and ((path / "run.json").exists() or (path / "config.json").exists()):
+    if path.is_dir() and (is_run_folder(path) or (path / "config.json").exists()):
         return path
     if path.exists():
         what = "this holds neither a model (config.json) nor a run (run.json)"

@@ -150,7 +150,7 @@ def estimate_memory(
         Stage("steps", (*held, *backward)),
         Stage("optimizer", (*held, *_update(own), *heap)),
     ]
-    rollout = getattr(config.objective, "rollout", None)
+    rollout = config.objective.rollout
     if rollout is not None and generates_rollouts(config):
         rows = min(rollout.batch, rollout.num_generations * config.training.examples_per_step)
         tokens = work.tokens // max(1, rollout.num_generations) + rollout.max_new_tokens

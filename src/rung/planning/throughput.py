@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rung.config.objective import ROLLOUT_KINDS
 from rung.config.run import RunConfig
 from rung.files import cache_folder, write_text
 from rung.planning.architecture import ModelShape
@@ -95,17 +94,13 @@ def run_flops(config: RunConfig, shape: ModelShape, amount: DataVolume, teacher:
         )
     own = token_flops(config, shape, amount)
     forward = _forward(shape, amount)
-    rollout = getattr(config.objective, "rollout", None)
+    rollout = config.objective.rollout
     if rollout is not None and generates_rollouts(config):
         answered: float = rollout.num_generations * (amount.length + rollout.max_new_tokens) / amount.length
-        each: float = (
-            forward
-            + rollout.num_iterations * own
-            + (forward if getattr(config.objective, "reference_model", None) else 0.0)
-        )
+        each: float = forward + rollout.num_iterations * own + (forward if config.objective.reference_model else 0.0)
         return passes * amount.tokens * answered * each
     once = 0.0
-    if config.objective.kind == "preference" and getattr(config.objective, "reference_model", None):
+    if config.objective.kind == "preference" and config.objective.reference_model:
         once = forward  # kept by document: read once a run
     if config.objective.kind == "distill":
         once = _forward(teacher or shape, amount) * (1.0 if config.objective.cache_teacher_states else passes)
@@ -114,7 +109,7 @@ def run_flops(config: RunConfig, shape: ModelShape, amount: DataVolume, teacher:
 
 def generates_rollouts(config: RunConfig) -> bool:
     """Whether the policy makes answers of its own."""
-    return config.objective.kind in ROLLOUT_KINDS or bool(getattr(config.objective, "on_policy", 0.0))
+    return config.objective.on_policy_share > 0.0
 
 
 def token_flops(config: RunConfig, shape: ModelShape, amount: DataVolume) -> float:

@@ -18,7 +18,7 @@ from rung.data.chat import ChatTemplate
 from rung.data.tokenize import PromptDataset
 from rung.errors import CheckpointError, DataError, RungError
 from rung.evaluation.reward_model import score_reward_model
-from rung.files import find_damage, write_folder
+from rung.files import find_damage, is_run_folder, write_folder
 from rung.methods.protocol import Method
 from rung.methods.registry import attach_method
 from rung.models.base_model import BaseModel
@@ -79,7 +79,7 @@ def train_run(
 
     def finished() -> dict[str, Any] | None:
         RunFolder.check(output, config_to_dict(config), resume=resume, overwrite=overwrite)
-        there = read_manifest(output) if resume and (output / "run.json").exists() else {}
+        there = read_manifest(output) if resume and is_run_folder(output) else {}
         return there if there.get("status") == "finished" else None
 
     done: dict[str, Any] | None = world.on_rank0(finished)
@@ -107,7 +107,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     others = load_auxiliary_models(config, base, data.chat)
     shape, method = base.shape, attach_method(base.model, config.method, seed=config.seed, fused=config.model.fused)
     heads = _objective(config, Policy(base, method), others).trainable().values()
-    rollout = getattr(config.objective, "rollout", None)
+    rollout = config.objective.rollout
     steps_per_epoch = -(-len(data.train.rows) // config.training.examples_per_step) * (rollout.steps if rollout else 1)
     plan = estimate_memory(config, shape, assumed_micro_batch(config, shape, None), auxiliary_shapes(config))
     return {
