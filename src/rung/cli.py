@@ -122,16 +122,17 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train one run."""
+    from rung.config.io import resolve_config
+
+    run_config = resolve_config(config, overrides or ())  # before torch is imported: a config error is instant
     from rung.commands.train import preview
     from rung.commands.train import train as train_run
     from rung.report.tables import dry_run_lines, run_lines
 
     if dry_run:
-        prepared = preview(config, overrides=overrides or ())
+        prepared = preview(run_config)
         return _show(prepared, dry_run_lines(prepared), as_json)
-    result = train_run(
-        config, overrides=overrides or (), resume=resume, overwrite=overwrite, beyond_memory=beyond_memory
-    )
+    result = train_run(run_config, resume=resume, overwrite=overwrite, beyond_memory=beyond_memory)
     if result.report is not None:  # of several processes the first one speaks
         _show(result.to_json(), run_lines(result.to_json(), result.path, result.report), as_json)
 
@@ -141,10 +142,13 @@ def climb(
     config: ConfigPath, overrides: Overrides = None, overwrite: Overwrite = False, as_json: AsJson = False
 ) -> None:
     """Measure the rungs on one held-out test set, print the ladder, recommend. Goes on where it stands."""
+    from rung.config.io import resolve_config
+
+    run_config = resolve_config(config, overrides or ())  # before torch is imported: a config error is instant
     from rung.commands.climb import climb as run_climb
     from rung.report.tables import ladder_lines
 
-    ladder = run_climb(config, overrides=overrides or (), overwrite=overwrite).to_json()
+    ladder = run_climb(run_config, overwrite=overwrite).to_json()
     _show(ladder, ladder_lines(ladder), as_json)
 
 

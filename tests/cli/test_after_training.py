@@ -94,7 +94,7 @@ def test_a_merged_model_that_does_not_load_fails_parity(
 ) -> None:
 
     monkeypatch.setattr(
-        "rung.commands.merge.write_text_side", lambda target, chat: (target / "config.json").write_text("{}")
+        "rung.commands.merge.write_tokenizer_files", lambda target, chat: (target / "config.json").write_text("{}")
     )
     code, _, err = inside(capsys, "merge", run, tmp_path / "merged")
     assert code == 3 and "does not load" in err

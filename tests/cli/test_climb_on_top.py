@@ -106,7 +106,7 @@ def test_a_rung_on_top_of_one_that_retrieves(config: Path, tmp_path: Path, pairs
 
 
 def test_nothing_that_fits_is_said(config: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "available", lambda device: 1000)
+    monkeypatch.setattr(checks, "free_memory", lambda device: 1000)
     search = {"trials": 2, "learning_rate": [1e-4, 1e-2]}
     climb(config, rungs=["lora"], search=search)
     for _ in range(2):  # and a second start is no other
@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_left_out_with_the_reason(
             raise checks.DoesNotFitError("this run needs 9 GB at its peak")
         before(run_config, device, beyond=beyond)
 
-    monkeypatch.setattr(checks, "refuse_hopeless", refuse)
+    monkeypatch.setattr(checks, "refuse_if_too_large", refuse)
     code, out, err = inside(capsys, "climb", config, "--json")
     assert code == 0, err
     ladder = json.loads(out)

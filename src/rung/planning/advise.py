@@ -284,7 +284,7 @@ def _changes(config: RunConfig, now: int) -> Iterator[tuple[tuple[str, ...], str
     def with_(override: str) -> tuple[str, ...]:
         return f"training.tokens_per_micro_batch={small.tokens_per_micro_batch}", override
 
-    moments = small.optimizer.model_copy(update={"moments": "int8"})
+    moments = small.optimizer.model_copy(update={"state_dtype": "int8"})
     eight = least.model_copy(update={"training": small.model_copy(update={"optimizer": moments})})
     if config.training.optimizer.state_dtype != "int8":
         yield with_("training.optimizer.state_dtype=int8"), "moments rounded to 8 bits", eight
