@@ -281,10 +281,10 @@ class Climb:
             return search.apply_settings(rung, found["chosen"])
         config = rung_run_config(self.config, rung, str(place), self.config.seed)
 
-        def train(trial: RunConfig, watch: StopCheck) -> None:
+        def train(trial: RunConfig, stop_check: StopCheck) -> None:
             base, self._fresh = self._fresh_base(), None
             own = tokenize_splits(trial, asking.splits, base, asking.library) if _changes_documents(trial) else data
-            train_on_data(trial, base, own, watch=watch)
+            train_on_data(trial, base, own, stop_check=stop_check)
 
         wanted = self.config.climb.search
         assert wanted is not None  # noqa: S101 -- for the type checker: asked by `_tune`

@@ -129,11 +129,11 @@ def train_on_data(
     overwrite: bool = False,
     beyond_memory: bool = False,
     world: World = SINGLE_PROCESS,
-    watch: StopCheck = never_stop,
+    stop_check: StopCheck = never_stop,
 ) -> tuple[Policy, RunFolder]:
     """Train on data already read; the policy comes back in eval mode with the run's final weights.
 
-    `watch` hears of every validation loss, and says why the run should end there, if it should.
+    `stop_check` is given every validation loss, and returns why the run should end there, or None.
     """
     shape = base.shape
     check_processes(config, world)
@@ -145,8 +145,7 @@ def train_on_data(
     policy = Policy(base, method)
     policy.reference = others.reference
     with closing(_claim_folder(config, world, resume=resume, overwrite=overwrite)) as folder:
-        trainer = _trainer(config, policy, data, folder, others, world)
-        trainer.stop_check = watch
+        trainer = _trainer(config, policy, data, folder, others, world, stop_check)
         try:
             plan = checks.plan_run(config, shape, trainer, data, beyond=beyond_memory) if world.size == 1 else None
         except RungError as error:
@@ -172,7 +171,13 @@ def _claim_folder(config: RunConfig, world: World, *, resume: bool, overwrite: b
 
 
 def _trainer(
-    config: RunConfig, policy: Policy, data: RunData, folder: RunFolder, others: AuxiliaryModels, world: World
+    config: RunConfig,
+    policy: Policy,
+    data: RunData,
+    folder: RunFolder,
+    others: AuxiliaryModels,
+    world: World,
+    stop_check: StopCheck,
 ) -> Trainer:
     """The loop with all that it needs; the folder says what it stands on."""
     method: Method = policy.method  # type: ignore[assignment]
@@ -192,6 +197,7 @@ def _trainer(
         rollouts=_rollouts(config, policy, objective, data, others),
         world=world,
         in_parts=config.model.sharded and world.size > 1,
+        stop_check=stop_check,
     )
 
 
