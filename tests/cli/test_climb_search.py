@@ -125,7 +125,7 @@ def test_settings_that_cannot_be_do_not_end_a_search(
     from rung.commands import climb as climbing
     from rung.errors import GateError
 
-    train, tried = climbing.running.train_on, []
+    train, tried = climbing.train_on_data, []
 
     def failing(run_config: RunConfig, *given: Any, **more: Any) -> Any:
         tried.append(run_config)

@@ -126,7 +126,7 @@ def test_prompts_alone_teach_nothing(config: Path, prompts: Path, capsys: Any) -
     code, _, err = inside(capsys, "train", config, *given)
     assert code == 2 and "no answer to learn" in err and "line 1" in err
     reward = "{kind: regex, pattern: a}"
-    rolling = f"objective={{kind: grpo, reward: {reward}, rollout: {{answers: 4, max_new_tokens: 5}}}}"
+    rolling = f"objective={{kind: grpo, reward: {reward}, rollout: {{num_generations: 4, max_new_tokens: 5}}}}"
     code, _, err = inside(capsys, "train", config, *given, rolling, "training.max_steps=2")
     assert code == 0, err
     file = config.parent / "prompts.yaml"

@@ -125,7 +125,7 @@ def tokenize_for_objective(config: RunConfig, chat: ChatTemplate, records: Recor
             loss_on=config.data.loss_on,
             max_length=longest,
             overflow=config.data.overflow,
-            rivals=objective.compares,
+            candidates=objective.compares,
         )
     if (lonely := found.first_row_with_fewer(objective.at_least)) is not None:
         hint = "labelled answers are for loss: kto; pairs, rankings and ratings for all others"
