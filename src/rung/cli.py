@@ -230,7 +230,9 @@ def generate(  # noqa: PLR0913 -- options of a command line, each named where it
     reference: Annotated[
         str | None, typer.Option("--reference", help="A run or a base: how much likelier each answer is here, in nats.")
     ] = None,
-    format: Annotated[str, typer.Option("--format", help="As data.format; prompt for rows without answers.")] = "auto",
+    format: Annotated[
+        str, typer.Option("--format", help="As data.format; prompt_only for rows without answers.")
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     model: Annotated[str | None, typer.Option("--model", help="Of a server: the model's name there.")] = None,
     concurrency: Annotated[

@@ -395,7 +395,8 @@ def test_one_of_several_adapters_may_widen_its_base_alone(tiny_base: Path) -> No
 
 AS_BASES = [
     "model.name={run}",
-    "objective={{kind: grpo, reward: {{kind: exact}}, reference: {run}, rollout: {{num_generations: 2, max_new_tokens: 4}}}}",
+    "objective={{kind: grpo, reward: {{kind: exact}}, reference: {run}, "
+    "rollout: {{num_generations: 2, max_new_tokens: 4}}}}",
     "objective={{kind: distill, teacher: {run}}}",
 ]
 """Ways to build on a finished run."""

@@ -103,7 +103,7 @@ def test_yaml_errors_name_the_line(tmp_path: Path, capsys: pytest.CaptureFixture
         ("data: {path: x}\nmethod: [\n", ["broken.yaml line"]),
         ("data: {path: x}\noutput: a\noutput: b\n", ["line 3", "stands twice"]),
         ("- a\n", ["mapping"]),
-        ("data: {path: x}\nengine:\n  epohcs: 3\noutput: r\n", ["line 3", "training.epochs"]),
+        ("data: {path: x}\ntraining:\n  epohcs: 3\noutput: r\n", ["line 3", "training.epochs"]),
     ):
         file.write_text(text)
         code, _, err = inside(capsys, "train", file)

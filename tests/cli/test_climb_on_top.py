@@ -127,7 +127,7 @@ def test_nothing_that_fits_is_said(config: Path, capsys: Any, monkeypatch: pytes
             "folder",
         ),
         ({"rungs": ["lora"], "on_top": [{"objective": {"kind": "preference"}}]}, "base_rung"),
-        ({"rungs": ["lora"], "stop": True}, "target"),
+        ({"rungs": ["lora"], "stop_at_target": True}, "target"),
     ],
 )
 def test_nonsense_is_refused_before_anything_is_spent(
@@ -139,7 +139,7 @@ def test_nonsense_is_refused_before_anything_is_spent(
 
 
 def test_it_stops_at_the_target_when_asked(config: Path, capsys: Any, tmp_path: Path) -> None:
-    climb(config, rungs=["zero_shot", "few_shot", "lora"], target=1e9, stop=True)
+    climb(config, rungs=["zero_shot", "few_shot", "lora"], target=1e9, stop_at_target=True)
     code, out, err = inside(capsys, "climb", config, "evaluation.metrics=[perplexity]", "--json")
     assert code == 0, err
     ladder = json.loads(out)

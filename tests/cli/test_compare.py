@@ -83,7 +83,9 @@ def test_a_judge_behind_a_server_is_asked_once_and_checked(
         for i in range(40)
     ]
     (tmp_path / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = with_judge(trained, f"{{model: big, server: '{url}', human: {tmp_path / 'people.jsonl'}, concurrency: 3}}")
+    task = with_judge(
+        trained, f"{{model: big, server: '{url}', human_labels: {tmp_path / 'people.jsonl'}, concurrency: 3}}"
+    )
     asking = ("eval", tmp_path / "run", "--baseline", tiny_base, "--config", task)
     code, out, err = inside(capsys, *asking, "--json")
     assert code == 0, err

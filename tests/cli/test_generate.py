@@ -53,7 +53,7 @@ def test_prompts_alone_and_equal_answers(tiny_base: Path, prompts: Path, tmp_pat
     given = ("--data", prompts, "--n", 4, "--temperature", 0, "--max-new-tokens", 5)
     code, _, err = inside(capsys, "generate", tiny_base, *given, "-o", tmp_path / "a.jsonl")
     assert code == 2 and "format" in err
-    given = (*given, "--format", "prompt")
+    given = (*given, "--format", "prompt_only")
     assert inside(capsys, "generate", tiny_base, *given, "-o", tmp_path / "a.jsonl", "--distinct")[0] == 0
     rows = read(tmp_path / "a.jsonl")
     assert [len(row["answers"]) for row in rows] == [1] * 5 and "expected" not in rows[0]

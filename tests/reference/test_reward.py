@@ -47,7 +47,7 @@ def test_loss_and_gradient_are_those_of_documents_alone(answers: int, shared: in
     examples = rows(3, answers=answers, shared=shared)
     policy, method = tuned("lora", "phi", dtype=torch.float64, rank=4)
     theirs, their_method = naive("lora", "phi", dtype=torch.float64, rank=4)
-    objective = reward(policy, margin=0.3, center=0.05)
+    objective = reward(policy, margin=0.3, center_rewards_coefficient=0.05)
     weight = objective.head.weight.detach().clone().requires_grad_(True)
     total, weights = torch.zeros((), dtype=torch.float64), 0.0
     for start in range(0, len(examples), answers):

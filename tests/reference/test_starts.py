@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from torch import Tensor
 
@@ -56,7 +57,7 @@ def inputs_of(name: str) -> np.ndarray:
 def test_the_start_is_that_of_peft_and_so_is_the_model(init: str, shape: str) -> None:
     _, method = started(init, shape)
     plain = tiny_model(shape)
-    config = LoraConfig(
+    config = PeftLoraConfig(
         r=4,
         lora_alpha=8,
         target_modules=method.names,

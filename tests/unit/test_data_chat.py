@@ -146,7 +146,7 @@ def test_opening_that_the_template_does_not_keep_is_refused(tiny_tokenizer: PreT
     ("written", "answer", "learned_text"),
     [
         ("m['content'].split('</think>')[-1]", "<think>x</think>a", None),  # reasoning is dropped
-        ("m['content'].replace('color', 'color')", "a color", None),
+        ("m['content'].replace('colour', 'color')", "a colour", None),
         ("m['content'] | trim", " a\n", "a<|im_end|>"),  # white space is the template's
         ("'<think>\n\n</think>\n\n' + m['content']", "a", "<think>\n\n</think>\n\na<|im_end|>"),  # before every answer
     ],

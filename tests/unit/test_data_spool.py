@@ -192,10 +192,11 @@ def test_another_process_finds_the_cache_and_any_reader_takes_it(
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
     code = (
         "import sys; from pathlib import Path; from transformers import AutoTokenizer;"
-        "from rung.data import Chat, cached_examples; from rung.types import *;"
+        "from rung.data import ChatTemplate, cached_examples; from rung.types import *;"
         "rows = [Record((Message('user', 'q\\u2028 é🙂'), Message('assistant', 'a\\n')), Source('x', 5)),"
         "Record((Message('user', 'q'), Message('assistant', 'a')), Source('x', 6), 'context', None, 'g', 0.1)];"
-        "found = cached_examples(Chat(AutoTokenizer.from_pretrained(sys.argv[1])), rows, folder=Path(sys.argv[2]));"
+        "chat = ChatTemplate(AutoTokenizer.from_pretrained(sys.argv[1]));"
+        "found = cached_examples(chat, rows, folder=Path(sys.argv[2]));"
         "print(found.from_cache, [e.ids.tolist() for e in found.examples])"
     )
     arguments = [sys.executable, "-c", code, str(tmp_path / "tokenizer"), str(tmp_path)]
@@ -293,11 +294,12 @@ def test_memory_does_not_grow_with_the_rows(
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
     code = (
         "import sys; from pathlib import Path; from transformers import PreTrainedTokenizerFast;"
-        "from rung.data import Chat, cached_examples, load_data; from rung.config.data import DataSpec\n"
-        "chat = Chat(PreTrainedTokenizerFast.from_pretrained(sys.argv[1]))\n"
+        "from rung.data import ChatTemplate, cached_examples, load_data; from rung.data.tokenize import preflight\n"
+        "from rung.config.data import DataConfig\n"
+        "chat = ChatTemplate(PreTrainedTokenizerFast.from_pretrained(sys.argv[1]))\n"
         "for path in (sys.argv[2], *sys.argv[2:]):\n"  # the first once more: what it leaves is there already
         "    Path('/proc/self/clear_refs').write_text('5')\n"
-        "    splits = load_data(DataSpec(path=path), 0)\n"
+        "    splits = load_data(DataConfig(path=path), 0)\n"
         "    splits.summary()\n"
         "    preflight(chat, cached_examples(chat, splits.train))\n"
         "    print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])\n"

@@ -15,7 +15,7 @@ from rung.files import Journal, lock_file, recover_interrupted_writes, unlock_an
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
-    again = f"from rung.files import hold; from pathlib import Path; hold(Path({str(tmp_path / 'x')!r}))"
+    again = f"from rung.files import lock_file; from pathlib import Path; lock_file(Path({str(tmp_path / 'x')!r}))"
     with lock_file(tmp_path / "x"):
         with pytest.raises(CheckpointError, match="another process"):
             lock_file(tmp_path / "x")

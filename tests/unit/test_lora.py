@@ -62,10 +62,10 @@ def test_layers_that_say_nothing(given: str) -> None:
 def test_the_most_specific_rank_counts_and_alpha_follows() -> None:
     config = LoraConfig(rank=8, rank_pattern={"down": 4, "1": 2, "1.q": 3})
     method = attach_method(tiny_model(), config, seed=0)
-    found = {name.removeprefix("model.layers."): rank for name, rank in method.rank_pattern.items()}
+    found = {name.removeprefix("model.layers."): rank for name, rank in method.ranks.items()}
     assert found["0.mlp.down_proj"] == 4 and found["1.mlp.down_proj"] == 2 and found["1.self_attn.q_proj"] == 3
     assert found["0.self_attn.q_proj"] == 8
-    for name, rank in method.rank_pattern.items():
+    for name, rank in method.ranks.items():
         layer = method.model.get_submodule(name)
         assert layer.r["default"] == rank and layer.scaling["default"] == 2.0
     fixed = attach_method(tiny_model(), config.model_copy(update={"alpha": 6.0}), seed=0)

@@ -50,7 +50,7 @@ def write_rung_tuner(folder: Path, hosts: Mapping[str, nn.Module], own: str, con
         "peft_type": f"RUNG_{own.upper()}",
         "task_type": "CAUSAL_LM",
         "target_modules": list(hosts),
-        "config": dict(config),
+        "method_config": dict(config),
     }
     write_peft_files(
         folder, {_key(name, own): p for name, p in named_adapter_parameters(hosts, own).items()}, peft_config

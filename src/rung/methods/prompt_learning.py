@@ -198,7 +198,7 @@ class VirtualTokens(Method):
 
     def _write(self, folder: Path, rows: Tensor) -> None:
         if self.front < self.count:  # peft puts all of them in front, and would not notice
-            own = {"peft_type": "RUNG_P_TUNING", "task_type": "CAUSAL_LM", "config": self.config.model_dump()}
+            own = {"peft_type": "RUNG_P_TUNING", "task_type": "CAUSAL_LM", "method_config": self.config.model_dump()}
             write_peft_files(folder, {PROMPT_TENSOR: rows}, own)
             return
         heads = self.kv_heads if self.every_layer else int(self.model.config.num_attention_heads)
