@@ -47,8 +47,8 @@ def rows(n: int, start: int = 0, **more: Any) -> list[dict[str, Any]]:
 
 def test_position_is_the_same_in_every_process() -> None:
     code = (
-        "from rung.data.splits import position; from rung.types import *;"
-        "print(position(Record((Message('user','Naïve  Q'),Message('assistant','a')),Source('x',1))))"
+        "from rung.data.splits import split_position; from rung.types import *;"
+        "print(split_position(Record((Message('user','Naïve  Q'),Message('assistant','a')),Source('x',1))))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert float(out) == split_position(record("naïve q", "other"))
