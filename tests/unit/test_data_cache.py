@@ -27,7 +27,7 @@ def test_hit_gives_the_same_examples_wherever_the_rows_stand(
 ) -> None:
     chat = ChatTemplate(tiny_tokenizer)
     made = cached_examples(chat, ROWS, max_length=45, overflow="drop", folder=tmp_path)
-    assert not made.from_cache and made.dropped
+    assert not made.from_cache and made.dropped_documents
     moved = [replace(r, source=Source("elsewhere.jsonl", r.source.line)) for r in ROWS]
     found = cached_examples(chat, moved, max_length=45, overflow="drop", folder=tmp_path)
     assert found.from_cache
@@ -39,7 +39,7 @@ def test_hit_gives_the_same_examples_wherever_the_rows_stand(
         made.compared_starts,
         made.record_indices,
     )
-    assert [x.length for x in found.dropped] == [x.length for x in made.dropped]
+    assert [x.length for x in found.dropped_documents] == [x.length for x in made.dropped_documents]
     assert preflight(chat, found) == preflight(chat, made)
     assert [p.suffix for p in tmp_path.iterdir()] == [".safetensors"]
 

@@ -324,13 +324,13 @@ def test_overflow_policies(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     assert "12 of 13 documents" in str(caught.value) and "and 2 more" in str(caught.value)
     assert "tokens" in str(caught.value) and "data.overflow" in str(caught.value)
     dropped = tokenize_records(chat, rows, max_length=64, overflow="drop")
-    assert (len(dropped.examples), len(dropped.dropped), dropped.record_indices) == (1, 12, (0,))
+    assert (len(dropped.examples), len(dropped.dropped_documents), dropped.record_indices) == (1, 12, (0,))
     assert dropped.summary()["dropped"] == 12
     with pytest.raises(DataError, match="no document is left(?s:.*)12 of 12"):
         tokenize_records(chat, rows[1:], max_length=64, overflow="drop")
     for loss_on in ("answer", "assistant_turns", "all"):
         trimmed = tokenize_records(chat, rows, loss_on=loss_on, max_length=64, overflow="trim_prompt")  # type: ignore[arg-type]
-        assert len(trimmed.trimmed) == 12 and trimmed.lengths.max() == 64
+        assert len(trimmed.trimmed_documents) == 12 and trimmed.lengths.max() == 64
         assert preflight(chat, trimmed).rows == 13
         for example in trimmed.examples:
             assert example.ids[0] == 1 and not example.supervised[0]

@@ -175,8 +175,8 @@ def test_examples_on_disk_are_the_examples(
         found.expected_texts,
         found.compared_starts,
     )
-    assert (made.dropped, made.trimmed) == (found.dropped, found.trimmed)
-    assert [x.record for x in (found.dropped or found.trimmed)] == [2]
+    assert (made.dropped_documents, made.trimmed_documents) == (found.dropped_documents, found.trimmed_documents)
+    assert [x.record for x in (found.dropped_documents or found.trimmed_documents)] == [2]
     for i, (a, b) in enumerate(zip(made.examples, found.examples, strict=True)):
         alone = tokenize_records(chat, [rows[made.record_indices[i]]], max_length=60, overflow="trim_prompt").examples[
             0

@@ -1,6 +1,6 @@
 """Data: from files to supervised tokens (read, detect the format, split, render, tokenize, check).
 
-Nothing here imports torch, so `rung data check` and `rung plan` start in a second. Rows and tokens stay on disk
+Nothing here imports torch, which keeps `rung data check` and `rung plan` fast to start. Rows and tokens stay on disk
 (decision 0011): memory does not grow with the data, at the price of disk space in the cache folder.
 """
 

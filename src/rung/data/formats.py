@@ -355,9 +355,9 @@ def _system(get: Any) -> tuple[Message, ...]:
     return (Message("system", system),) if system else ()
 
 
-def _key(value: object, what: str, name: str) -> str:
+def _key(value: object, column_kind: str, name: str) -> str:
     if value is None or value == "" or isinstance(value, list | dict):
-        raise DataError(f"no value in the {what} column {name!r}")
+        raise DataError(f"no value in the {column_kind} column {name!r}")
     return encodable(str(value), name)
 
 

@@ -132,8 +132,8 @@ def check_order(messages: Sequence[Message]) -> None:
     previous: Message | None = None
     for i, message in enumerate(messages):
         if message.role not in _NEXT_ROLES[previous.role if previous else None]:
-            after = f"after {previous.role}" if previous else "at the start"
-            raise DataError(f"wrong role order: turn {i + 1} is {message.role} {after}")
+            position_text = f"after {previous.role}" if previous else "at the start"
+            raise DataError(f"wrong role order: turn {i + 1} is {message.role} {position_text}")
         if message.role == "tool" and previous and previous.role == "assistant" and not previous.tool_calls:
             raise DataError(f"wrong role order: turn {i + 1} is tool, but the turn before calls none")
         previous = message
@@ -283,7 +283,7 @@ def parse_answers(format: Format, get: Callable[[str], Any]) -> list[Candidate]:
             raise DataError("chosen and rejected are the same")
     elif format == "ranked":
         texts = [_answer(value, "ranked") for value in _answer_list(get("ranked"), "ranked")]
-        candidates = [Candidate(text, float(len(texts) - 1 - place)) for place, text in enumerate(texts)]
+        candidates = [Candidate(text, float(len(texts) - 1 - rank)) for rank, text in enumerate(texts)]
     elif format == "rated":
         texts = [_answer(value, "answers") for value in _answer_list(get("answers"), "answers")]
         scores = [_score(value) for value in _answer_list(get("scores"), "scores")]

@@ -94,11 +94,11 @@ def stream_rows(path: str) -> Iterator[ParsedRow | RejectedRow]:
             readable_count += 1
             yield ParsedRow(source, value)
             continue
-        rejected = RejectedRow(source, _reason(value))
+        rejected_row = RejectedRow(source, _reason(value))
         # remembered for the error below: by then the caller has consumed the stream
-        first_rejected = first_rejected or rejected
+        first_rejected = first_rejected or rejected_row
         rejected_count += 1
-        yield rejected
+        yield rejected_row
     if not readable_count:
         example = f"; the first: {first_rejected}" if first_rejected else ""
         raise DataError(f"holds no readable row{example}", where=path, given=f"{rejected_count} rejected rows")

@@ -335,5 +335,5 @@ def _set_summary(path: WeightedPath | None, loaded: LoadedRows) -> dict[str, obj
     }
 
 
-def _line_numbers(rejected: Iterable[object]) -> list[str]:
-    return [str(r) for r in rejected]
+def _line_numbers(rejected_rows: Iterable[object]) -> list[str]:
+    return [str(r) for r in rejected_rows]

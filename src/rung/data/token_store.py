@@ -145,8 +145,8 @@ class TokenizedDataset:
     """The text that each example's supervised tokens must decode to: answers with their stops as rendered."""
     compared_starts: Sequence[int]
     """Start of the compared tokens of each example; 0 for plain text, whose first token counts too."""
-    dropped: Sequence[TooLong] = ()
-    trimmed: Sequence[TooLong] = ()
+    dropped_documents: Sequence[TooLong] = ()
+    trimmed_documents: Sequence[TooLong] = ()
     boundary_checked: int = 0
     boundary_differences: int = 0
     """Rows, out of `boundary_checked`, with other ids when tokenized as one piece. Reported, never used."""
@@ -166,8 +166,8 @@ class TokenizedDataset:
             MappedSequence(int, columns.rows["record"]),
             MappedSequence(text, all_rows),
             MappedSequence(int, columns.rows["start"]),
-            dropped=_too_long_documents(columns.dropped, records),
-            trimmed=_too_long_documents(columns.trimmed, records),
+            dropped_documents=_too_long_documents(columns.dropped, records),
+            trimmed_documents=_too_long_documents(columns.trimmed, records),
             boundary_checked=columns.boundary_checked,
             boundary_differences=columns.boundary_differences,
             from_cache=from_cache,
@@ -227,8 +227,8 @@ class TokenizedDataset:
             "tokens": int(self.lengths.sum()),
             "supervised_tokens": self.supervised_tokens,
             "longest": int(self.lengths.max(initial=0)),
-            "dropped": len(self.dropped),
-            "trimmed": len(self.trimmed),
+            "dropped": len(self.dropped_documents),
+            "trimmed": len(self.trimmed_documents),
             "boundary_checked": self.boundary_checked,
             "boundary_differences": self.boundary_differences,
             "from_cache": self.from_cache,

@@ -374,7 +374,7 @@ class PromptDataset:
     examples: list[Example]
     records: list[Record]
     """The record of each prompt."""
-    dropped: int
+    dropped_count: int
 
     @property
     def rows(self) -> list[list[Example]]:
@@ -390,7 +390,7 @@ class PromptDataset:
         """Counts for `run.json`."""
         lengths = self.lengths
         counts = {"examples": len(lengths), "tokens": int(lengths.sum()), "supervised_tokens": 0}
-        return {**counts, "longest": int(lengths.max()), "dropped": self.dropped, "trimmed": 0}
+        return {**counts, "longest": int(lengths.max()), "dropped": self.dropped_count, "trimmed": 0}
 
     def preflight(self) -> Preflight:
         """Gate 1 always passes: prompts have no supervised tokens that could be wrong."""

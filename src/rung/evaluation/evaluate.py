@@ -140,6 +140,7 @@ def evaluate(
     prompts = prompt_ids(chat, records, prompt_format, max_prompt_tokens)
     answers, stopped, seconds = [""] * len(records), [True] * len(records), 0.0
     if generated:
+        # what a method puts before a prompt, such as virtual tokens, may differ from task to task
         tasks = [record.task for record in records]
         answers, stopped, seconds = _generate_answers(policy, chat, prompts, tasks, config, title)
     nats: Sequence[tuple[float | None, int | None]] = [(None, None)] * len(records)

@@ -130,6 +130,7 @@ def judge_by_logprobs(policy: Policy, chat: ChatTemplate) -> AskJudge:
     for a mark is unreadable.
     """
     endings = [chat.encode([mark], mid_document=True)[0] for mark in MARKS]
+    # the longest mark must fit as well, so that all marks of a prompt can be compared
     max_prompt_tokens = policy.base.context - policy.method.virtual_tokens - max(map(len, endings))
 
     def ask(prompts: Sequence[tuple[Message, ...]]) -> list[JudgeVerdict]:

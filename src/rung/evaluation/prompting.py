@@ -73,18 +73,18 @@ def choose_shots(train: Sequence[Record], count: int, seed: int, selection: Exam
         )
     # a permutation, not a sample: a larger count extends the smaller set
     order = usable[np.random.default_rng([seed, 1]).permutation(len(usable))].tolist()
-    chosen: dict[int, Record] = {}
+    shots: dict[int, Record] = {}
     groups: set[str | None] = set()
     for i in order:
-        if len(chosen) == count:
+        if len(shots) == count:
             break
         record = train[i]
         if record.group is None or record.group not in groups:
-            chosen[i] = record
+            shots[i] = record
             groups.add(record.group)
     # fewer groups than examples: fill up with rows of groups that are already represented
-    spare = (i for i in order if i not in chosen)
-    return (*chosen.values(), *(train[next(spare)] for _ in range(count - len(chosen))))
+    spare = (i for i in order if i not in shots)
+    return (*shots.values(), *(train[next(spare)] for _ in range(count - len(shots))))
 
 
 def nearest_shots(train: Sequence[Record], count: int) -> Callable[[Record], Shots]:
@@ -124,21 +124,22 @@ def coverage_shots(texts: Sequence[Sequence[str]], count: int) -> list[int]:
     incidence = csr_array((np.ones(len(columns)), columns, ends), shape=(len(rows), max(1, len(word_index))))
     weights: NDArray[np.float64] = np.bincount(columns, minlength=max(1, len(word_index))).astype(np.float64)
     remaining, available = weights.copy(), np.ones(len(rows), dtype=bool)
-    chosen: list[int] = []
+    indices: list[int] = []
     for _ in range(min(count, len(rows))):
         gains = np.where(available, incidence @ remaining, -1.0)
         if gains.max() == 0.0:
             remaining = weights.copy()
             gains = np.where(available, incidence @ remaining, -1.0)
         best = int(gains.argmax())
-        chosen.append(best)
+        indices.append(best)
         available[best] = False
         remaining[rows[best]] = 0.0
-    return chosen
+    return indices
 
 
 def _usable_records(train: Sequence[Record], count: int) -> NDArray[np.int64]:
     distinct = distinct_conversations(train)  # a weighted row is in the split several times
+    # an answer labelled as undesirable is no example to follow
     usable: NDArray[np.int64] = distinct[[not train[int(i)].is_undesirable for i in distinct]]
     if len(usable) < count:
         raise DataError(

@@ -76,7 +76,7 @@ class Browser:
     """True if the rungs differ on any item."""
 
 
-# small on purpose: with long contexts twenty items per filter already make a page of megabytes
+# small on purpose: every item is in the page, with its context, and contexts can be long
 FIRST_ITEMS, ITEMS_PER_FILTER = 10, 20
 """Items shown when the page opens, and items per further filter."""
 

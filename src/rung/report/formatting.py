@@ -30,7 +30,7 @@ def format_count(number: float | None) -> str:
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         # 0.9995: 999,600 rounds to 1.0M, not to 1000k
         if number >= 0.9995 * size:
-            return f"{_short(number / size)}{unit}"
+            return f"{_short_number(number / size)}{unit}"
     return f"{number:.0f}"
 
 
@@ -40,7 +40,7 @@ def format_bytes(size: float | None) -> str:
         return MISSING
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= 0.9995 * scale:
-            return f"{_short(size / scale)} {unit}"
+            return f"{_short_number(size / scale)} {unit}"
     return f"{size:.0f} B"
 
 
@@ -117,7 +117,7 @@ def _half_width(estimate: Json) -> float | None:
     return None if low is None or high is None else float(high - low) / 2
 
 
-def _short(value: float) -> str:
+def _short_number(value: float) -> str:
     return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
 
 

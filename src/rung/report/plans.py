@@ -55,7 +55,7 @@ def _data(advice: Advice) -> str:
 
 
 def _rate(advice: Advice) -> str:
-    # no guess without a measurement: times of untried hardware would be off by factors
+    # no default throughput: machines differ by factors of a thousand
     if advice.throughput is None:
         return "unknown: no run has finished here yet, and no --device was named"
     return f"{advice.throughput.flops / 1e9:,.0f} GFLOP/s, {advice.throughput.source}"
@@ -80,7 +80,7 @@ def _stages(run_plan: RunPlan) -> Any:
         )
         # only the peak decides whether a run fits
         for term in stage.terms if largest else ():
-            table.add_row(Text(f"    {term.name}"), Text(format_bytes(term.bytes)), _why(term))
+            table.add_row(Text(f"    {term.name}"), Text(format_bytes(term.bytes)), _reason_text(term))
     table.add_row(
         Text("  libraries"), Text(format_bytes(memory.footprint)), Text("Python, torch, transformers, a tokenizer")
     )
@@ -97,7 +97,7 @@ def _stages(run_plan: RunPlan) -> Any:
     return table
 
 
-def _why(term: Term) -> Text:
+def _reason_text(term: Term) -> Text:
     return Text(term.why, style="dim")
 
 
@@ -118,8 +118,8 @@ def _methods(advice: Advice) -> Any:
             format_bytes(terms.get("activations", 0)),
         ]
         cells += [format_bytes(plan.memory.needed), format_duration(plan.seconds)]
-        chosen = plan.method == advice.own.method
-        row = [Text(("> " if chosen else "  ") + plan.method), *map(Text, cells)]
+        is_configured = plan.method == advice.own.method
+        row = [Text(("> " if is_configured else "  ") + plan.method), *map(Text, cells)]
         if plan.fits is not None:
             row.append(Text("yes" if plan.fits else "no", style=_TONE[plan.fits]))
         table.add_row(*row)

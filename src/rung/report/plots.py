@@ -62,12 +62,12 @@ def scores(rows: Sequence[tuple[str, Mapping[str, Json]]], metrics: Sequence[str
         # metrics share a row: their whiskers are spread over 0.7 of its height
         step = 0.7 / len(metrics)
         for number, metric in enumerate(metrics):
-            for place, (_, scores_by_metric) in enumerate(rows):
+            for row_index, (_, scores_by_metric) in enumerate(rows):
                 if metric in scores_by_metric:
                     # one legend entry a metric
-                    label = metric if place == 0 else None
-                    height_position = place + (number - (len(metrics) - 1) / 2) * step
-                    _whisker(axes, scores_by_metric[metric], height_position, number, label)
+                    label = metric if row_index == 0 else None
+                    position = row_index + (number - (len(metrics) - 1) / 2) * step
+                    _whisker(axes, scores_by_metric[metric], position, number, label)
         if target is not None:
             axes.axvline(target, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=f"target {target:g}")
         # scores start at 0, or small differences look large
@@ -90,23 +90,25 @@ def scores(rows: Sequence[tuple[str, Mapping[str, Json]]], metrics: Sequence[str
 def differences(rows: Sequence[Json], best: str, margin: float, unit: str, *, lower_is_better: bool) -> Markup:
     """Paired difference of each rung to the best one, with the margin: the basis of the verdict."""
     # the best rung's difference to itself is 0 by definition
-    others = [row for row in rows if row["name"] != best]
+    compared_rows = [row for row in rows if row["name"] != best]
     limit = margin if lower_is_better else -margin
 
     def draw(axes: Any) -> None:
         axes.axvline(0, color=MUTED, linewidth=1)
         axes.axvline(limit, color=SERIES[1], linewidth=1.2, linestyle=(0, (4, 3)), label=f"margin {margin:.2g}")
-        for place, row in enumerate(others):
-            _whisker(axes, row["difference"], place, 0, None)
+        for row_index, row in enumerate(compared_rows):
+            _whisker(axes, row["difference"], row_index, 0, None)
         axes.locator_params(axis="x", nbins=6)
-        _categories(axes, [row["name"] for row in others])
+        _categories(axes, [row["name"] for row in compared_rows])
         axes.set_xlabel(f"difference to {_clip(best)}, {unit}")
         _legend(axes)
 
-    digits = decimals(row["difference"] for row in others)
-    descriptions = [f"{row['name']}: {_estimate_text(row['difference'], digits)}, {row['reason']}" for row in others]
+    digits = decimals(row["difference"] for row in compared_rows)
+    descriptions = [
+        f"{row['name']}: {_estimate_text(row['difference'], digits)}, {row['reason']}" for row in compared_rows
+    ]
     text = f"Paired difference to {best}, margin {margin:.2g}. " + "; ".join(descriptions)
-    return _svg("differences", draw, 0.95 + 0.36 * len(others), text)
+    return _svg("differences", draw, 0.95 + 0.36 * len(compared_rows), text)
 
 
 def cost(points: Sequence[tuple[str, Json, float]], metric: str, x_label: str) -> Markup:

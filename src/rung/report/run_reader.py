@@ -125,9 +125,11 @@ def _read_rung(label: str, folder: Path, row: Mapping[str, Any] | None) -> Measu
     run_folders = seeds or [folder]
     result = _read_object(run_folders[0] / "result.json")
     runs = tuple(
-        LoggedRun(f"{label}, seed {i}" if seeds else label, read_manifest(place), _read_log(place / "log.jsonl"))
-        for i, place in enumerate(run_folders)
-        if (place / "run.json").exists()
+        LoggedRun(
+            f"{label}, seed {i}" if seeds else label, read_manifest(run_folder), _read_log(run_folder / "log.jsonl")
+        )
+        for i, run_folder in enumerate(run_folders)
+        if (run_folder / "run.json").exists()
     )
     return MeasuredRung(label, row or result, _read_items(run_folders[0]), result.get("cut_off"), runs)
 

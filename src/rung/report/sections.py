@@ -101,24 +101,24 @@ def facts(source: ReportSource) -> Pairs:
         pairs["training seeds"] = str(climb.get("seeds", ""))
         return pairs
     pairs["method"] = str(config.get("method", {}).get("kind", ""))
-    measured = {
+    measurements = {
         "validation loss": format_loss(manifest.get("validation_loss")),
         "training time": format_duration(manifest.get("train_seconds")),
         "peak memory": format_bytes(manifest.get("peak_memory_bytes")),
         "trainable parameters": format_count(manifest.get("trainable_parameters")),
     }
     # format functions return a dash for a missing value
-    return pairs | {name: text for name, text in measured.items() if text != "–"}
+    return pairs | {name: text for name, text in measurements.items() if text != "–"}
 
 
 def ladder(source: ReportSource) -> LadderTable | None:
     """Scores and costs of the rungs of a climb, or of a single run once it is evaluated."""
-    measured = [rung for rung in source.rungs if rung.row.get("scores")]
-    if not measured:
+    measured_rungs = [rung for rung in source.rungs if rung.row.get("scores")]
+    if not measured_rungs:
         return None
     verdict = source.ladder["verdict"] if source.ladder else None
-    rows = [(rung.label, rung.row if source.is_climb else {**source.manifest, **rung.row}) for rung in measured]
-    cut_off = [f"{r.label} {r.cut_off} of {len(r.items)}" for r in measured if r.cut_off and r.items]
+    rows = [(rung.label, rung.row if source.is_climb else {**source.manifest, **rung.row}) for rung in measured_rungs]
+    cut_off = [f"{r.label} {r.cut_off} of {len(r.items)}" for r in measured_rungs if r.cut_off and r.items]
     note = f"Answers cut at evaluation.max_new_tokens: {', '.join(cut_off)}." if cut_off else ""
     metrics = source.metrics
     # gains are paired differences, which only a finished climb has computed

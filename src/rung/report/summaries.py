@@ -1,6 +1,6 @@
 """Texts shared by the report page and the terminal: ladder rows, methods, gates, next commands.
 
-One place for both, so that they cannot disagree. Functions read the JSON of `run.json` and `ladder.json` with defaults,
+One place for both, so that they cannot disagree. Functions read the JSON of `run.json` with defaults,
 because the folder may come from a run that failed early. `sections` and `tables` call them.
 """
 
@@ -280,12 +280,12 @@ def contamination_text(result: Json) -> dict[str, str]:
                 for name, score in scores_without.items()
             )
             text = str(first.get("matched") or first.get("text") or "")
-            example = f"{first['held_out']} is {first['train']}" + (f": {_short(text)}" if text else "")
+            example = f"{first['held_out']} is {first['train']}" + (f": {_truncated(text)}" if text else "")
             lines[f"without {tier}"] = f"{scores or 'nothing is left'}\n{example}"
     return lines
 
 
-def _short(text: str, width: int = 80) -> str:
+def _truncated(text: str, width: int = 80) -> str:
     return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
@@ -302,11 +302,11 @@ def measured_text(value: Any) -> str:
 def commands_after_climb(ladder: Json) -> list[str]:
     """Next commands for the verdict, each with its reason."""
     verdict, commands = ladder["verdict"], []
-    if needed := verdict.get("examples_needed"):
+    if examples_needed := verdict.get("examples_needed"):
         # another output folder: the larger test set would not match the finished rungs
-        name = shlex.quote(f"{ladder['folder']}-{needed}")
+        name = shlex.quote(f"{ladder['folder']}-{examples_needed}")
         commands.append(
-            f"rung climb CONFIG evaluation.limit={needed} output={name}  # or a larger data.test: to settle it"
+            f"rung climb CONFIG evaluation.limit={examples_needed} output={name}  # or a larger data.test: to settle it"
         )
     if tuned := _tuned_folder(ladder):
         quoted = shlex.quote(tuned)

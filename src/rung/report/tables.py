@@ -131,11 +131,11 @@ def dry_run_lines(result: dict[str, Any]) -> list[str]:
     """Data and settings of a dry run."""
     splits, train, preflight = result["splits"], result["train"], result["preflight"]
     parts = ", ".join(f"{splits[part]['rows']:,} {part}" for part in ("train", "validation", "test"))
-    read = sum(s.get("kept", 0) for s in splits.get("sets", ()))
-    rejected = sum(s.get("rejected", 0) for s in splits.get("sets", ()))
+    read_count = sum(s.get("kept", 0) for s in splits.get("sets", ()))
+    rejected_count = sum(s.get("rejected", 0) for s in splits.get("sets", ()))
     share = train["supervised_tokens"] / train["tokens"] if train["tokens"] else 0.0
     lines = {
-        "rows": f"{read:,} read, {rejected:,} rejected; {parts}" if read else parts,
+        "rows": f"{read_count:,} read, {rejected_count:,} rejected; {parts}" if read_count else parts,
         "tokens": f"{train['tokens']:,} in training rows"
         + (f", {train['supervised_tokens']:,} supervised ({share:.0%})" if share else ": prompts alone")
         + f"; the longest row has {train['longest']:,}",

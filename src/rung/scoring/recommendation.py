@@ -150,14 +150,14 @@ def recommend(
         else:
             difference = _with_seed_variance(difference, best, rung)
         reason = _reason(rung.score, difference, rung is best, sign, margin, target)
-        needed = None
+        item_count = None
         if reason == "cannot tell":
             gain = sign * (rung.items - best.items)
             seed_variance = rung.seed_variance + best.seed_variance
-            needed = examples_needed(gain, margin, clusters, weights=weights, seed_variance=seed_variance)
+            item_count = examples_needed(gain, margin, clusters, weights=weights, seed_variance=seed_variance)
             # more than there are: this many were not enough
-            needed = needed and _round_up(max(needed, len(gain) + 1))
-        rung_verdicts.append(RungVerdict(rung.name, rung.score, difference, reason, needed))
+            item_count = item_count and _round_up(max(item_count, len(gain) + 1))
+        rung_verdicts.append(RungVerdict(rung.name, rung.score, difference, reason, item_count))
     verdict = _conclude(tuple(rung_verdicts), best.name, margin, target, in_nats)
     steps = _steps(measured_rungs, clusters, weights, seed)
     return replace(verdict, steps=steps, text=f"{verdict.text}{_steps_without_difference(steps, in_nats)}")
@@ -244,8 +244,8 @@ def _measure(name: str, scores: ArrayLike, clusters: Clusters, weights: ArrayLik
     means = np.average(table, axis=1, weights=None if weights is None else np.asarray(weights, dtype=np.float64))
     variance = float(means.var(ddof=1)) / seeds if seeds > 1 else 0.0
     score = score_interval(items, clusters, binary=is_binary(items), weights=weights, seed=seed)
-    measured = _MeasuredRung(name, items, variance, seeds, score)
-    return replace(measured, score=_with_seed_variance(score, measured))
+    rung = _MeasuredRung(name, items, variance, seeds, score)
+    return replace(rung, score=_with_seed_variance(score, rung))
 
 
 def _with_seed_variance(estimate: Estimate, *sources: _MeasuredRung) -> Estimate:
@@ -309,18 +309,18 @@ def _conclude(rungs: tuple[RungVerdict, ...], best: str, margin: float, target: 
         "reaches target": f"its interval lies at or beyond the target {target_text}",
         "within margin": f"it is not worse than {best} by more than {margin_text}",
     }
-    needed = max((r.examples_needed or 0 for r in undecided), default=0) or None
+    examples_needed = max((r.examples_needed or 0 for r in undecided), default=0) or None
     if not undecided:
         text = f"{safe.name} is enough: {score_text(safe.score)}; {reasons[safe.reason]}."
     else:
         names = " and ".join(r.name for r in undecided)
         remedy = "more examples alone will not do, it takes more training seeds or another margin"
-        if needed:
-            remedy = f"needs about {needed} examples (has {safe.score.examples})"
+        if examples_needed:
+            remedy = f"needs about {examples_needed} examples (has {safe.score.examples})"
         text = f"Cannot tell whether {names} would be enough: {remedy}. {safe.name} is safe: {score_text(safe.score)}."
     if target is not None and not any(r.reason == "reaches target" for r in rungs):
         text += f" No rung is sure to reach the target {target_text}."
-    return Verdict(None if undecided else safe.name, safe.name, best, rungs, needed, text)
+    return Verdict(None if undecided else safe.name, safe.name, best, rungs, examples_needed, text)
 
 
 def _round_up(n: int) -> int:
