@@ -362,7 +362,10 @@ def _key(value: object, column_kind: str, name: str) -> str:
 
 
 def _fitting_formats(map: Mapping[str, str], counts: Mapping[str, Any]) -> list[Format]:
-    """A column called label may hold anything, and many files have a prompt: those formats must be asked for."""
+    """Formats whose columns exist, without those that must be named in the config.
+
+    Columns called label or prompt are too common to identify `unpaired_preference` and `prompt_only`.
+    """
     detectable = (name for name in FORMATS if name not in ("unpaired_preference", "prompt_only"))
     return [name for name in detectable if _fits(FORMATS[name], map, counts)]
 
@@ -374,7 +377,7 @@ def _fits(columns: FormatColumns, map: Mapping[str, str], counts: Mapping[str, A
 
 
 def _competing_columns(detection: DetectedFormat, map: Mapping[str, str]) -> tuple[str, str] | None:
-    """Two columns that could both be what is learned, unless `map` says which."""
+    """Two columns that could both be the answer, unless `map` decides."""
     answer = FORMATS[detection.format].answer
     if answer in map or "text" in map:
         return None

@@ -79,6 +79,7 @@ def assign_splits(records: Iterable[Record], *, validation: float, test: float) 
     """Cut by thresholds: [0, test) is test, the next `validation` of the range is validation, the rest is train."""
     stored_records = Records.from_records(records)
     positions = _split_positions(stored_records)
+    # test has the low end: changing the validation share never moves a test row
     in_validation = (positions >= test) & (positions < test + validation)
     return Splits(
         train=stored_records.select(np.flatnonzero(positions >= test + validation)),

@@ -203,6 +203,7 @@ class TokenizedDataset:
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, int64."""
+        # from the table where there is one: packing needs all lengths, and reading every example is slow
         if isinstance(self.examples, StoredExamples):
             return self.examples.rows["length"].astype(np.int64)
         return np.array([len(e) for e in self.examples], dtype=np.int64)

@@ -99,6 +99,7 @@ def tokenize_columns(
     conversations = array("q")  # records that are kept and have turns
     too_long, untrimmable = array("q"), array("q")  # record and length, one after the other
     limit = sys.maxsize if max_length is None else max_length
+    # All answers of a record are kept or dropped together: half a pair compares nothing.
     for i, row in groupby(
         _documents(chat, _variants(records, with_candidates), loss_on), key=lambda pair: pair[0].record_index
     ):

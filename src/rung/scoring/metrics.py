@@ -131,7 +131,7 @@ def normalized(answer: str, expected: str) -> float:
 def numeric(answer: str, expected: str) -> float:
     """1 when the quantity in the answer is the expected one, else 0: `$1.2bn` equals `USD 1,200 million`.
 
-    Which number counts: the first behind the last `####`; else the last with a currency, percent or scale mark; else
+    Which number counts: the first after the last `####`; else the last with a currency, percent or scale mark; else
     the last that is not part of a date (see `Quantity.is_date`); else the last. Digits glued to letters (FY2023, Q4)
     are no number. Brackets, a minus (ASCII or U+2212) and `loss of` make it negative. Points are decimals, commas
     group thousands.

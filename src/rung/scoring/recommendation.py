@@ -126,13 +126,14 @@ def recommend(
 
     A rung is enough when the interval of its paired difference to the best rung excludes being worse by more than
     `margin`, or when the *lower end* of its score's interval reaches `target`: a point score that reaches it by luck is
-    not enough. It is worse when that interval lies wholly beyond the margin; else the test set cannot tell. The best is
-    the best mean on these same items, the lower rung on a tie. Intervals are 95 % each, not corrected for many rungs;
-    the p-values of the steps are, and where a step shows no difference the text says how large a one would have shown.
+    not enough. It is worse when that interval lies completely beyond the margin; else the test set cannot tell. The
+    best rung has the best mean on these items, the lower rung on a tie. Intervals are 95 % each, not corrected for
+    several rungs; p-values of the steps are corrected, and for a step without a difference the text has the detectable
+    one.
 
-    Several training seeds add the variance between their means (see `_widened`). For perplexity pass nats per token,
-    token counts as `weights`, `in_nats` (lower is then better, and the text speaks of perplexity), the logarithm of
-    the target, and a margin in nats.
+    Several training seeds add the variance between their means (see `_with_seed_variance`). For perplexity pass nats
+    per token, token counts as `weights`, `in_nats` (lower is then better, and the text has perplexities), the logarithm
+    of the target, and a margin in nats.
     """
     if not rungs or margin < 0:
         raise ValueError("a verdict needs at least one rung and a margin of at least 0")

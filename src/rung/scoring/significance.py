@@ -28,10 +28,10 @@ ROUNDING = 1e-9
 def sign_flips(gains: ArrayLike, seed: int = 0) -> float:
     """p-value of the hypothesis that a cluster's gain is as likely as the same loss (Fisher 1935, section 21).
 
-    `gains` [C] are sums of paired differences, one a cluster: flipping whole clusters keeps what their items have in
-    common. The share of assignments of signs whose sum is at least as far from zero as the one observed. Exact for
-    whole numbers, as differences of binary scores are, and where at most `ENUMERATED` clusters differ; else from
-    random assignments, the observed one counted among them (Phipson and Smyth 2010). With one item a cluster and
+    `gains` [C] are sums of paired differences, one per cluster: flipping complete clusters keeps the dependence of
+    their items. The p-value is the share of sign assignments whose sum is at least as far from zero as the observed
+    one. Exact for integers, such as differences of binary scores, and for at most `MAX_ENUMERATED` differing clusters;
+    else from random assignments, the observed one included (Phipson and Smyth 2010). With one item per cluster and
     binary scores it is McNemar's exact test. Darwin's 15 pairs of plants give 1726 / 2^15.
     """
     values = np.asarray(gains, dtype=np.float64)
