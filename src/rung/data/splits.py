@@ -164,7 +164,7 @@ def _resolve_overlap(parts: Splits, config: DataConfig) -> Splits:
             hint="hold out another file or a share",
         )
     held_out = _distinct_groups(parts.validation, parts.test)
-    # inclusion and exclusion: groups on both sides make intervals too narrow, so they are counted
+    # inclusion and exclusion; a group on both sides can make held-out scores look better than they are
     shared = len(held_out) + len(_distinct_groups(train)) - len(_distinct_groups(parts.validation, parts.test, train))
     notes = {
         "overlap_dropped": len(leaked_rows),

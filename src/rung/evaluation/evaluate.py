@@ -77,7 +77,7 @@ class Evaluation:
     def scores(self, metric: str) -> NDArray[np.float64]:
         """Score of each item; nats per token for perplexity."""
         if metric == PERPLEXITY:
-            # per token, or long answers would dominate a paired difference
+            # per token; `weights` gives long answers their influence back
             return np.array([(i.nats or 0.0) / (i.answer_tokens or 1) for i in self.items])
         return np.array([item.scores[metric] for item in self.items])
 
@@ -165,7 +165,7 @@ def evaluate(
         )
         for record, prompt, answer, ended, likelihood in zip(records, prompts, answers, stopped, nats, strict=True)
     )
-    # max: a limit of 0 rows leaves no items
+    # max: no division by zero for an empty split
     return Evaluation(items, seconds / max(1, len(items)), config.metrics)
 
 

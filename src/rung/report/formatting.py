@@ -93,7 +93,7 @@ def decimals(estimates: Iterable[Json | None]) -> int:
     Rounding of the Particle Data Group: an error that begins with 100 to 354 keeps two digits, another one keeps one.
     """
     half_widths = [half for e in estimates if e and (half := _half_width(e))]
-    # 3.55 = 0.0355 * 100: the rule's border between two digits and one; 4 decimals at most
+    # 3.55: the rule's border between two digits and one, scaled; at most 4 decimals
     return min((max(0, min(4, math.ceil(-math.log10(half / 3.55)))) for half in half_widths), default=2)
 
 

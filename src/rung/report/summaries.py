@@ -368,13 +368,13 @@ def artifact_folder(manifest: Json, output: str) -> str:
 
 def _tuned_folder(ladder: Json) -> str | None:
     """The run for `rung chat`: the recommended rung, the best one, or the tuned rung with the highest score."""
+    # the verdict may favor an untuned rung, but only a tuned one can be compared with its base
     tuned = [row for row in ladder["ladder"] if row["kind"] not in UNTUNED]
     if not tuned:
         return None
     for name in (ladder["verdict"].get("recommended"), ladder["verdict"].get("best")):
         if row := next((row for row in tuned if row["rung"] == name), None):
             return str(row["folder"])
-    # the verdict may favor an untuned rung, but only a tuned one can be compared with its base
     sign = -1 if ladder["metric"] == PERPLEXITY else 1
     return str(max(tuned, key=lambda row: sign * row["scores"][ladder["metric"]]["mean"])["folder"])
 

@@ -234,7 +234,7 @@ def _quantities_agree(first: Quantity, second: Quantity) -> bool:
     if first.percent != second.percent:  # percent is a unit of its own, but a number without any mark may stand for it
         return same_numeral and not (first.has_mark and second.has_mark)
     if first.scale is None or second.scale is None:
-        # the expected answer may give its scale only in the question (`in millions`)
+        # one side may leave the scale to the question (`in millions`)
         return same_numeral or math.isclose(first.value, second.value, rel_tol=RELATIVE_TOLERANCE)
     return math.isclose(first.value, second.value, rel_tol=RELATIVE_TOLERANCE)
 
