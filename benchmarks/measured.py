@@ -97,7 +97,7 @@ def _routing(policy: Policy, chat: ChatTemplate, records: list[Record]) -> dict[
     for task in tasks:
         method.load_state({name: [0.0] * method.config.experts for name in method.hosts})
         asked = [r for r in records if r.task == task][:ROUTED]
-        found = tokenize_prompts(chat, asked, longest=policy.base.context, overflow="error").examples
+        found = tokenize_prompts(chat, asked, max_length=policy.base.context, overflow="error").examples
         rows = [replace(e, supervised=np.arange(len(e.ids)) > 0) for e in found]
         for batch in pack(rows, 1024, share_prefixes=False):
             policy.logprobs(batch)

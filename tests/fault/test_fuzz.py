@@ -125,7 +125,7 @@ def check_readers(cases: int, folder: Path) -> None:
             found = read_records(DataConfig(path=str(file)), str(file))
         except DataError:
             return
-        assert len(found.records) + len(found.rejected) == len(given_rows)
+        assert len(found.records) + len(found.rejected_rows) == len(given_rows)
         for record in found.records:
             assert record.source.line in given_rows
             assert record.text is not None or record.messages
@@ -145,7 +145,7 @@ def check_rejects(cases: int, folder: Path) -> None:
         except DataError:
             return
         assert len(kept.records) >= good
-        if kept.rejected:
+        if kept.rejected_rows:
             with pytest.raises(DataError, match="rows cannot be used"):
                 load_records(DataConfig(path=str(file), format="question_answer"), str(file))
 
@@ -172,11 +172,13 @@ def check_spans(cases: int, tokenizer: PreTrainedTokenizerFast) -> None:
                 assert "d.jsonl" in str(refused) or "no document" in str(refused)
                 continue
             (example,) = found.examples
-            assert chat.decode([example.ids[example.supervised].tolist()], inner=True) == [found.expected[0]]
+            assert chat.decode([example.ids[example.supervised].tolist()], mid_document=True) == [
+                found.expected_texts[0]
+            ]
             answers = [
                 text for i, text in enumerate(contents) if i % 2 and (loss_on != "answer" or i == len(contents) - 1)
             ]
-            assert all("".join(text.split()) in "".join(found.expected[0].split()) for text in answers)
+            assert all("".join(text.split()) in "".join(found.expected_texts[0].split()) for text in answers)
 
 
 def check_packing(cases: int) -> None:
@@ -314,7 +316,7 @@ def test_a_line_of_ten_megabytes(size: int, tmp_path: Path) -> None:
     rows = [{"question": "q", "answer": "a" * size}, {"question": "r", "answer": "b"}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = read_records(DataConfig(path=str(file)), str(file))
-    assert [len(r.answer) for r in found.records] == [size, 1] and not found.rejected
+    assert [len(r.answer) for r in found.records] == [size, 1] and not found.rejected_rows
 
 
 def test_nesting_and_keys_that_stand_twice(tmp_path: Path) -> None:
@@ -323,4 +325,4 @@ def test_nesting_and_keys_that_stand_twice(tmp_path: Path) -> None:
     twice = '{"question": "q", "question": "r", "answer": "a"}'
     file.write_text("\n".join([deep, twice, '{"question": "q", "answer": "a"}']))
     found = read_records(DataConfig(path=str(file)), str(file))
-    assert [r.source.line for r in found.records] == [3] and [r.source.line for r in found.rejected] == [1, 2]
+    assert [r.source.line for r in found.records] == [3] and [r.source.line for r in found.rejected_rows] == [1, 2]

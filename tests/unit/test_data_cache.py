@@ -27,15 +27,19 @@ def test_hit_gives_the_same_examples_wherever_the_rows_stand(
 ) -> None:
     chat = ChatTemplate(tiny_tokenizer)
     made = cached_examples(chat, ROWS, max_length=45, overflow="drop", folder=tmp_path)
-    assert not made.from_cache and made.dropped
+    assert not made.from_cache and made.dropped_documents
     moved = [replace(r, source=Source("elsewhere.jsonl", r.source.line)) for r in ROWS]
     found = cached_examples(chat, moved, max_length=45, overflow="drop", folder=tmp_path)
     assert found.from_cache
     for a, b in zip(made.examples, found.examples, strict=True):
         assert np.array_equal(a.ids, b.ids) and np.array_equal(a.supervised, b.supervised)
         assert b.source.path == "elsewhere.jsonl" and (a.weight, a.group) == (b.weight, b.group)
-    assert (found.expected, found.starts, found.kept) == (made.expected, made.starts, made.kept)
-    assert [x.length for x in found.dropped] == [x.length for x in made.dropped]
+    assert (found.expected_texts, found.compared_starts, found.record_indices) == (
+        made.expected_texts,
+        made.compared_starts,
+        made.record_indices,
+    )
+    assert [x.length for x in found.dropped_documents] == [x.length for x in made.dropped_documents]
     assert preflight(chat, found) == preflight(chat, made)
     assert [p.suffix for p in tmp_path.iterdir()] == [".safetensors"]
 
@@ -68,7 +72,7 @@ def test_a_damaged_file_is_built_anew(tiny_tokenizer: PreTrainedTokenizerFast, t
     flipped = data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]
     file.write_bytes({"truncate": data[: len(data) // 2], "flip": flipped, "empty": b""}[damage])
     again = cached_examples(chat, ROWS, folder=tmp_path)
-    assert not again.from_cache and again.expected == made.expected
+    assert not again.from_cache and again.expected_texts == made.expected_texts
     assert cached_examples(chat, ROWS, folder=tmp_path).from_cache
 
 

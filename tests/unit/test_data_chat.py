@@ -40,13 +40,13 @@ def chat(tiny_tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
 
 def test_what_is_encoded_follows_the_length_of_a_chat(chat: ChatTemplate, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many of its answers are learned: its pieces once, and pieces and whole once more to compare borders."""
-    encode, seen = ChatTemplate._encode, list[int]()
+    encode, seen = ChatTemplate._encode_texts, list[int]()
 
     def counted(self: ChatTemplate, texts: list[str]) -> list[list[int]]:
         seen.extend(map(len, texts))
         return encode(self, texts)
 
-    monkeypatch.setattr(ChatTemplate, "_encode", counted)
+    monkeypatch.setattr(ChatTemplate, "_encode_texts", counted)
     rows = [record(*(f"turn {i}" for i in range(200))), record("q", "a")]
     made = tokenize_records(chat, rows, loss_on="assistant_turns").examples
     assert sum(seen) == 3 * sum(map(len, chat.decode([example.ids.tolist() for example in made])))
@@ -271,7 +271,7 @@ def test_vocabularies_that_write_a_space_of_their_own(scheme: str, template: str
     stop = "</s>" if template == PLAIN_TEMPLATE else " </s>"
     tokenized = tokenize_records(chat, [row], loss_on="assistant_turns")
     assert preflight(chat, tokenized).rows == 1
-    assert tokenized.expected == (f" it is{stop}  it is a cat.{stop}",)
+    assert tokenized.expected_texts == (f" it is{stop}  it is a cat.{stop}",)
     example = one(chat, row)
     assert chat.assistant_text(example.ids[example.supervised].tolist()) == " it is a cat."
 
@@ -307,7 +307,7 @@ def test_answers_of_a_row_share_a_prompt_that_would_merge(
     merging = "{% for m in messages %}{{ m['content'] + ('</s>' if m['role'] == 'assistant' else '') }}{% endfor %}"
     chat = ChatTemplate(with_template(tiny_tokenizer, merging))
     row = record("what is th", "e", score=1.0, candidates=(Candidate("xyz", 0.0),))
-    better, other = tokenize_records(chat, [row], candidates=True).examples
+    better, other = tokenize_records(chat, [row], with_candidates=True).examples
     prompt = chat.prompt_ids(row.messages[:1])
     for document, answer in ((better, "e"), (other, "xyz")):
         start = int(document.supervised.argmax())
@@ -324,13 +324,13 @@ def test_overflow_policies(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     assert "12 of 13 documents" in str(caught.value) and "and 2 more" in str(caught.value)
     assert "tokens" in str(caught.value) and "data.overflow" in str(caught.value)
     dropped = tokenize_records(chat, rows, max_length=64, overflow="drop")
-    assert (len(dropped.examples), len(dropped.dropped), dropped.kept) == (1, 12, (0,))
+    assert (len(dropped.examples), len(dropped.dropped_documents), dropped.record_indices) == (1, 12, (0,))
     assert dropped.summary()["dropped"] == 12
     with pytest.raises(DataError, match="no document is left(?s:.*)12 of 12"):
         tokenize_records(chat, rows[1:], max_length=64, overflow="drop")
     for loss_on in ("answer", "assistant_turns", "all"):
         trimmed = tokenize_records(chat, rows, loss_on=loss_on, max_length=64, overflow="trim_prompt")  # type: ignore[arg-type]
-        assert len(trimmed.trimmed) == 12 and trimmed.lengths.max() == 64
+        assert len(trimmed.trimmed_documents) == 12 and trimmed.lengths.max() == 64
         assert preflight(chat, trimmed).rows == 13
         for example in trimmed.examples:
             assert example.ids[0] == 1 and not example.supervised[0]

@@ -40,12 +40,12 @@ def test_report_of_a_mixed_file(tmp_path: Path, tiny_tokenizer: PreTrainedTokeni
     rows += ["broken", {"question": "q", "answer": 3}, {"question": "Question  [5]", "answer": "no"}]
     rows += [{"question": "stop", "answer": "a <|im_end|> b"}]
     report = inspect_data(write(tmp_path, "d.jsonl", rows))
-    assert (report.kept, len(report.rejected), report.supervised_share) == (42, 2, None)
+    assert (report.kept_count, len(report.rejected_rows), report.supervised_share) == (42, 2, None)
     assert report.lengths is not None and report.lengths.unit == "characters"
     assert not report.ok and sum(report.splits.values()) == 42
     with_tokens = inspect_data(write(tmp_path, "d.jsonl", rows), ChatTemplate(tiny_tokenizer))
-    assert [r.source.line for r in with_tokens.rejected] == [41, 42, 44]
-    assert with_tokens.rejected[-1].reason == "the answer holds a stop token of the template"
+    assert [r.source.line for r in with_tokens.rejected_rows] == [41, 42, 44]
+    assert with_tokens.rejected_rows[-1].reason == "the answer holds a stop token of the template"
     assert with_tokens.lengths is not None and with_tokens.lengths.unit == "tokens"
     assert with_tokens.supervised_share is not None and 0 < with_tokens.supervised_share < 0.5
     assert [a.rpartition(" ")[2] for pair in with_tokens.duplicates for a in pair] == ["43", "6"]
@@ -67,10 +67,10 @@ def test_overlap_and_near_duplicates_across_files(tmp_path: Path) -> None:
     config = DataConfig(path=train, test=write(tmp_path, "test.jsonl", held), validation=0)
     report = inspect_data(config)
     assert len(report.overlap) == 1 and not report.ok
-    assert [n.held_out.rpartition(" ")[2] for n in report.near[8]] == ["1", "2"]
-    assert [n.matched for n in report.near[13]] == [LONG]
-    assert report.near[8][1].matched == " ".join(LONG.split()[:9])
-    assert 0.5 < report.near[13][0].containment < 1
+    assert [n.held_out.rpartition(" ")[2] for n in report.ngram_matches[8]] == ["1", "2"]
+    assert [n.matched for n in report.ngram_matches[13]] == [LONG]
+    assert report.ngram_matches[8][1].matched == " ".join(LONG.split()[:9])
+    assert 0.5 < report.ngram_matches[13][0].containment < 1
     assert "sharing 13 words" in printed(report)
 
 
@@ -94,7 +94,7 @@ def test_a_chat_that_refuses_every_row_still_reports(tmp_path: Path, tiny_tokeni
     report = inspect_data(
         write(tmp_path, "d.jsonl", [{"question": "q", "answer": "<|im_end|> x"}]), ChatTemplate(tiny_tokenizer)
     )
-    assert (report.kept, report.lengths, report.supervised_share) == (0, None, None)
+    assert (report.kept_count, report.lengths, report.supervised_share) == (0, None, None)
 
 
 def test_the_data_package_loads_without_torch() -> None:
@@ -105,19 +105,19 @@ def test_the_data_package_loads_without_torch() -> None:
 def test_real_gsm8k_near_duplicates(real_data: Path) -> None:
     folder = real_data / "gsm8k"
     report = inspect_data(DataConfig(path=str(folder / "train.jsonl"), validation=0, test=str(folder / "test.jsonl")))
-    assert report.kept == 3319 and not report.rejected
-    assert 0 < len(report.near[13]) < len(report.near[8]) <= 80
+    assert report.kept_count == 3319 and not report.rejected_rows
+    assert 0 < len(report.ngram_matches[13]) < len(report.ngram_matches[8]) <= 80
 
 
 def test_better_answers_that_are_mostly_the_longer_are_pointed_out(tmp_path: Path) -> None:
     """A reward model that learned length alone would get them right."""
     rows = [{"prompt": f"q {i}", "chosen": "long " * (3 + i % 2), "rejected": "short " * 2} for i in range(20)]
     found = inspect_data(write(tmp_path, "p.jsonl", [*rows, {"prompt": "q", "chosen": "abc", "rejected": "xyz"}]))
-    assert found.compared is not None and found.compared.pairs == 21
-    assert found.compared.longer == pytest.approx((20 + 0.5) / 21)
-    assert found.compared.typical == pytest.approx(15 / 12)
+    assert found.answer_lengths is not None and found.answer_lengths.pairs == 21
+    assert found.answer_lengths.longer == pytest.approx((20 + 0.5) / 21)
+    assert found.answer_lengths.typical == pytest.approx(15 / 12)
     assert found.to_json()["compared"]["pairs"] == 21
     assert "length alone may be what is learned" in printed(found)
     even = [{"prompt": f"q {i}", "chosen": "a" * (2 + i % 2), "rejected": "b" * (3 - i % 2)} for i in range(20)]
     assert "of either length" in printed(inspect_data(write(tmp_path, "e.jsonl", even)))
-    assert inspect_data(write(tmp_path, "s.jsonl", [{"question": "q", "answer": "a"}])).compared is None
+    assert inspect_data(write(tmp_path, "s.jsonl", [{"question": "q", "answer": "a"}])).answer_lengths is None

@@ -266,7 +266,7 @@ def test_rejects_policy(tmp_path: Path) -> None:
     assert "line 11:" in text and "line 12:" not in text and "and 3 more" in text and "data.rejects: drop" in text
     loaded = load_records(DataConfig(path=str(file), rejects="drop"), str(file))
     assert [r.source.line for r in loaded.records] == [1, 15]
-    assert [r.source.line for r in loaded.rejected] == list(range(2, 15))
+    assert [r.source.line for r in loaded.rejected_rows] == list(range(2, 15))
     assert loaded.format == "question_answer" and loaded.mapping == {"question": "question", "answer": "answer"}
     file.write_text('{"question": "q", "answer": 4}')
     with pytest.raises(DataError, match="no row is left"):

@@ -25,8 +25,8 @@ def test_jsonl_keeps_line_numbers_and_rejects_broken_lines(tmp_path: Path) -> No
     lines = [json.dumps({"a": i}) for i in range(16)] + ['{"a": 17,, }', "", "[1]", '{"a": NaN}', '{"a": 1, "a": 2}']
     rows = read_rows(write(tmp_path, "d.jsonl", "\n".join(lines)))
     assert [s.line for s, _ in rows.rows] == list(range(1, 17))
-    assert [r.source.line for r in rows.rejected] == [17, 19, 20, 21]
-    reasons = [r.reason for r in rows.rejected]
+    assert [r.source.line for r in rows.rejected_rows] == [17, 19, 20, 21]
+    reasons = [r.reason for r in rows.rejected_rows]
     assert "broken JSON" in reasons[0] and "(column 10)" in reasons[0]
     assert "not an object" in reasons[1] and "NaN" in reasons[2] and "'a' stands twice" in reasons[3]
 
@@ -82,7 +82,7 @@ def test_missing_file_names_the_near_one(tmp_path: Path) -> None:
 def test_csv_with_quoted_newlines_keeps_true_lines(tmp_path: Path) -> None:
     rows = read_rows(write(tmp_path, "d.csv", 'q,a\n"one\ntwo",x\n"three, ""four""",y\nonly\n\n5,z\n'))
     assert [(s.line, r["q"]) for s, r in rows.rows] == [(2, "one\ntwo"), (4, 'three, "four"'), (7, "5")]
-    assert [(r.source.line, r.reason) for r in rows.rejected] == [(5, "1 fields, but the header names 2")]
+    assert [(r.source.line, r.reason) for r in rows.rejected_rows] == [(5, "1 fields, but the header names 2")]
 
 
 def test_parquet_null_tool_fields_do_not_leak(tmp_path: Path) -> None:

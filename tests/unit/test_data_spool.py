@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from transformers import PreTrainedTokenizerFast
 
 from rung.config.data import DataConfig
-from rung.data.byte_store import BUFFER, AppendFile, TextStore, chunks
+from rung.data.byte_store import BUFFER_BYTES, AppendFile, TextStore, chunks
 from rung.data.cache import cached_examples
 from rung.data.chat import ChatTemplate
 from rung.data.formats import load_records
@@ -123,7 +123,7 @@ def test_chunks_are_bounded_in_number_and_size() -> None:
 
 def test_a_blob_reads_what_was_written_across_buffers() -> None:
     blob, texts = AppendFile.new(), TextStore()
-    parts = [bytes([i]) * (BUFFER // 3 + i) for i in range(8)]
+    parts = [bytes([i]) * (BUFFER_BYTES // 3 + i) for i in range(8)]
     starts = [blob.append(part) for part in parts]
     assert [blob.read(start, len(part)) for start, part in zip(starts, parts, strict=True)] == parts
     blob.append(b"more")
@@ -170,11 +170,17 @@ def test_examples_on_disk_are_the_examples(
     found = cached_examples(chat, Records.from_records(rows), max_length=60, overflow=overflow, folder=tmp_path)  # type: ignore[arg-type]
     assert not made.from_cache and found.from_cache and isinstance(found.examples, StoredExamples)
     assert {**made.summary(), "from_cache": True} == found.summary()
-    assert (made.kept, made.expected, made.starts) == (found.kept, found.expected, found.starts)
-    assert (made.dropped, made.trimmed) == (found.dropped, found.trimmed)
-    assert [x.record for x in (found.dropped or found.trimmed)] == [2]
+    assert (made.record_indices, made.expected_texts, made.compared_starts) == (
+        found.record_indices,
+        found.expected_texts,
+        found.compared_starts,
+    )
+    assert (made.dropped_documents, made.trimmed_documents) == (found.dropped_documents, found.trimmed_documents)
+    assert [x.record for x in (found.dropped_documents or found.trimmed_documents)] == [2]
     for i, (a, b) in enumerate(zip(made.examples, found.examples, strict=True)):
-        alone = tokenize_records(chat, [rows[made.kept[i]]], max_length=60, overflow="trim_prompt").examples[0]
+        alone = tokenize_records(chat, [rows[made.record_indices[i]]], max_length=60, overflow="trim_prompt").examples[
+            0
+        ]
         for other in (a, b, found.examples[i - len(found.examples)], found.examples[i:][0]):
             assert other.ids.dtype == np.int32 and other.supervised.dtype == bool
             assert np.array_equal(other.ids, alone.ids) and np.array_equal(other.supervised, alone.supervised)
@@ -216,7 +222,7 @@ def test_two_that_fill_one_cache_leave_one_whole_file(tiny_tokenizer: PreTrained
     first = cached_examples(chat, ROWS[:2], folder=tmp_path)
     found = cached_examples(chat, ROWS[:2], folder=tmp_path)
     (file,) = tmp_path.iterdir()
-    cache._store(file, first.examples._flat)  # type: ignore[attr-defined]
+    cache._store(file, first.examples._columns)  # type: ignore[attr-defined]
     assert list(tmp_path.iterdir()) == [file]
     assert np.array_equal(found.examples[1].ids, first.examples[1].ids)
     assert cached_examples(chat, ROWS[:2], folder=tmp_path).from_cache
@@ -233,7 +239,7 @@ def test_a_flipped_byte_anywhere_is_noticed(
     data[int(place * len(data))] ^= 0xFF
     file.write_bytes(data)
     again = cached_examples(chat, ROWS[:3], folder=tmp_path)
-    assert not again.from_cache and again.expected == made.expected
+    assert not again.from_cache and again.expected_texts == made.expected_texts
 
 
 def test_a_first_row_that_misleads_costs_a_second_pass_and_nothing_else(tmp_path: Path) -> None:
@@ -242,7 +248,7 @@ def test_a_first_row_that_misleads_costs_a_second_pass_and_nothing_else(tmp_path
     file.write_text("\n".join(map(json.dumps, rows)))
     loaded = load_records(DataConfig(path=str(file), rejects="drop", group="g"), str(file))
     assert [(r.source.line, r.group) for r in loaded.records] == [(2, "1")]
-    assert [(r.source.line, r.reason[:9]) for r in loaded.rejected] == [(1, "no value "), (3, "answer is")]
+    assert [(r.source.line, r.reason[:9]) for r in loaded.rejected_rows] == [(1, "no value "), (3, "answer is")]
     assert loaded.detection.counts == {"question": 3, "answer": 2, "g": 2} and loaded.detection.rows == 3
 
 
@@ -268,7 +274,7 @@ def test_a_list_in_json_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Mo
             read_rows(str(file))
     file.write_text('[{"a": 1}, 12345, [], {"a": 2}]')
     rows = read_rows(str(file))
-    assert [s.line for s, _ in rows.rows] == [1, 4] and [r.source.line for r in rows.rejected] == [2, 3]
+    assert [s.line for s, _ in rows.rows] == [1, 4] and [r.source.line for r in rows.rejected_rows] == [2, 3]
 
 
 def test_a_huge_line_and_half_characters_are_rows_like_others(tmp_path: Path) -> None:
@@ -282,7 +288,7 @@ def test_a_huge_line_and_half_characters_are_rows_like_others(tmp_path: Path) ->
     file.write_text("\n".join(map(json.dumps, rows)))
     loaded = load_records(DataConfig(path=str(file), rejects="drop"), str(file))
     assert [len(r.question) for r in loaded.records] == [10_000_000]
-    assert [str(r) for r in loaded.rejected] == [
+    assert [str(r) for r in loaded.rejected_rows] == [
         f"{file} line 2: tool_calls holds half a character (a lone surrogate) at position 68"
     ]
 
@@ -294,8 +300,8 @@ def test_memory_does_not_grow_with_the_rows(
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
     code = (
         "import sys; from pathlib import Path; from transformers import PreTrainedTokenizerFast;"
-        "from rung.data import ChatTemplate, cached_examples, load_data; from rung.data.tokenize import preflight\n"
-        "from rung.config.data import DataConfig\n"
+        "from rung.data import ChatTemplate, cached_examples, load_data; from rung.config.data import DataConfig\n"
+        "from rung.data.tokenize import preflight\n"
         "chat = ChatTemplate(PreTrainedTokenizerFast.from_pretrained(sys.argv[1]))\n"
         "for path in (sys.argv[2], *sys.argv[2:]):\n"  # the first once more: what it leaves is there already
         "    Path('/proc/self/clear_refs').write_text('5')\n"

@@ -31,10 +31,10 @@ def test_they_stand_before_the_words_of_each_turn(tiny_tokenizer: PreTrainedToke
     assert plain.decode([real(ids)]) == plain.decode([tokenize_records(plain, [row]).examples[0].ids.tolist()])
     places = [i for i, token in enumerate(ids) if token == USER[0]]
     assert [ids[i : i + 2] for i in places] == [list(USER)] * 2
-    after = [plain.decode([real(ids[i:])], inner=True)[0].lstrip() for i in places]
+    after = [plain.decode([real(ids[i:])], mid_document=True)[0].lstrip() for i in places]
     assert after[0].startswith("given\n\nfirst words") and after[1].startswith("more words")
     answers = [i for i, token in enumerate(ids) if token == ASSISTANT[0]]
-    after = [plain.decode([real(ids[i:])], inner=True)[0].lstrip() for i in answers]
+    after = [plain.decode([real(ids[i:])], mid_document=True)[0].lstrip() for i in answers]
     assert after[0].startswith("first answer") and after[1].startswith("last answer")
     assert bool(example.supervised[answers[1] + 1]) and not example.supervised[: answers[1] + 1].any()
 

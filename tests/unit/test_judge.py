@@ -75,7 +75,7 @@ def test_log_probabilities_are_those_of_each_prompt_alone(tiny_tokenizer: object
             ids = chat.prompt_ids(turns)
             alone = {}
             for mark in MARKS:
-                (token,) = chat.encode([mark], inner=True)[0]
+                (token,) = chat.encode([mark], mid_document=True)[0]
                 logits = model(torch.tensor([ids])).logits[0, -1]
                 alone[mark] = float(torch.log_softmax(logits, -1)[token])
             assert said.basis == pytest.approx(alone, abs=1e-4)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from rung.errors import CheckpointError
-from rung.report.answer_browser import EACH, FIRST, browse_answers
+from rung.report.answer_browser import FIRST_ITEMS, ITEMS_PER_FILTER, browse_answers
 from rung.report.html import write_report
 from rung.report.run_reader import read_report_source
 from rung.scoring.recommendation import recommend
@@ -365,7 +365,7 @@ def test_examples_show_every_way_the_rungs_differ(tmp_path: Path) -> None:
     every = list(zip(*([item["scores"]["exact"] for item in rung.items] for rung in source.rungs), strict=True))
     differing = {p for p in every if len(set(p)) > 1}
     assert len(set(patterns)) == len(differing) and all(len(set(p)) > 1 for p in patterns)
-    assert len({example.group for example in shown}) >= 6 and len(shown) == FIRST
+    assert len({example.group for example in shown}) >= 6 and len(shown) == FIRST_ITEMS
     assert browse_answers(source.rungs, source.metrics) == browse_answers(
         read_report_source(tmp_path / "climb").rungs, source.metrics
     )
@@ -382,10 +382,10 @@ def test_filters_show_who_alone_was_right(tmp_path: Path) -> None:
     }
     browser = browse_answers(source.rungs, source.metrics)
     assert {f.key: f.items for f in browser.filters[1:]} == {key: n for key, n in counted.items() if n}
-    assert counted["tuned"] > EACH
+    assert counted["tuned"] > ITEMS_PER_FILTER
     for key in counted:
         shown = [example for example in browser.examples if key in example.filters]
-        assert len(shown) == min(EACH, counted[key])
+        assert len(shown) == min(ITEMS_PER_FILTER, counted[key])
         for example in shown:
             right = [answer.marks[0].tone == "good" for answer in example.answers]
             wanted = {"tuned": [False, False, True], "all": [True] * 3, "none": [False] * 3}.get(key)

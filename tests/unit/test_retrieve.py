@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from rung.config.evaluation import RetrievalConfig
 from rung.errors import ConfigError, DataError
-from rung.evaluation.retrieval import Bm25Index, Library, own_contexts, query_words, read_documents, split_passages
+from rung.evaluation.retrieval import Bm25Index, Library, query_words, read_documents, row_contexts, split_passages
 from rung.scoring.stats import wilson
 from rung.types import Message, Record, Source
 
@@ -188,9 +188,9 @@ def test_documents_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 
 def test_own_contexts_stand_once() -> None:
     rows = [record("q", context="a"), record("r", context=" "), record("s"), record("t", context="a")]
-    assert own_contexts([rows, [record("u", context="b")]]) == ["a", "b"]
+    assert row_contexts([rows, [record("u", context="b")]]) == ["a", "b"]
     with pytest.raises(DataError, match="no row has a context"):
-        own_contexts([rows[1:3]])
+        row_contexts([rows[1:3]])
 
 
 def test_real_questions_find_their_paragraphs(real_data: Path) -> None:

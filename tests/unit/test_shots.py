@@ -63,9 +63,9 @@ def test_nearest_are_bm25s_best_with_the_nearest_last() -> None:
 
 def test_covering_shots_are_fixed_and_say_what_others_do() -> None:
     train = rows("a", "a b", "c d e", "a b", "c")
-    assert [r.question for r in choose_shots(train, 2, seed=0, choose="coverage")] == ["a b", "c d e"]
-    assert choose_shots(train, 3, seed=0, choose="coverage") == choose_shots(train, 3, seed=9, choose="coverage")
-    assert choose_shots(train, 0, seed=0, choose="coverage") == ()
+    assert [r.question for r in choose_shots(train, 2, seed=0, selection="coverage")] == ["a b", "c d e"]
+    assert choose_shots(train, 3, seed=0, selection="coverage") == choose_shots(train, 3, seed=9, selection="coverage")
+    assert choose_shots(train, 0, seed=0, selection="coverage") == ()
 
 
 def test_shots_of_its_own_stand_before_each_question() -> None:

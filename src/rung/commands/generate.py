@@ -103,7 +103,7 @@ def generate_answers(target: str, data: str, output: Path, asked: GenerateReques
     chosen = records_for(output, data, asked)
     policy, chat, scorer = _open(target, asked)
     room = policy.base.context - policy.method.virtual_tokens - asked.sampling.max_new_tokens
-    prompted = tokenize_prompts(chat, chosen, longest=room, overflow="error")
+    prompted = tokenize_prompts(chat, chosen, max_length=room, overflow="error")
     with closing(_journal(output, target, policy, prompted, asked.sampling)) as journal:
         answers = _sample_answers(policy, chat, prompted, asked.sampling, journal)
         documents = _documents(prompted, answers, asked.sampling.answers)

@@ -1,7 +1,8 @@
-"""Bytes on disk instead of objects in memory: an item is made when it is asked for, and nobody keeps it.
+"""Append-only files and lazy sequences: items are decoded from disk on access and not kept in memory.
 
-So the memory of a run does not grow with its rows. Files are read with pread, never mapped: a mapped page counts as
-memory of the process once it was touched.
+The memory of a run therefore does not grow with its rows (decision 0011). The cost is that an item read twice is
+decoded twice. Files are read with pread, not mapped: a mapped page counts as memory of the process once touched.
+`records`, `token_store` and `cache` are built on this module.
 """
 
 from __future__ import annotations
@@ -22,105 +23,109 @@ from rung.errors import CheckpointError
 from rung.files import cache_folder
 
 T = TypeVar("T")
-BUFFER = 1 << 18
-"""Bytes written or read in one go."""
+BUFFER_BYTES = 1 << 18
+"""Bytes per write or read."""
 DISK_SPACE_HINT = "free some disk space, or set RUNG_CACHE to a folder with room"
 
 
 class AppendFile:
-    """A file of bytes: appended to, and read from anywhere. A file descriptor that goes with its last user."""
+    """A file that grows at its end and is read at any offset. The descriptor closes with the last reference."""
 
     def __init__(self, descriptor: int, size: int, name: str) -> None:
         self.name = name
         self.size = size
         self._descriptor = descriptor
-        self._waiting = bytearray()
+        self._pending = bytearray()
+        # not __del__: slices and views share this object, and finalize also runs at interpreter exit
         weakref.finalize(self, os.close, descriptor)
 
     @classmethod
     def new(cls) -> AppendFile:
-        """An empty file without a name beside the cache: however the process ends, nothing of it stays.
+        """An empty unnamed file in the cache folder: it disappears however the process ends.
 
-        Not in the system's temporary folder, which often is memory.
+        The system's temporary folder is not used, because it is often a RAM disk.
         """
         folder = cache_folder()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+                # dup: TemporaryFile closes its own descriptor at the end of the with block
                 return cls(os.dup(file.fileno()), 0, str(folder))
         except OSError as error:
             raise CheckpointError(f"could not write here: {error}", where=str(folder), hint=DISK_SPACE_HINT) from error
 
     @classmethod
     def open(cls, path: Path) -> AppendFile:
-        """A file that is there, for reading. It may be replaced meanwhile. Raises OSError."""
+        """Open an existing file for reading; another process may replace it meanwhile. Raises OSError."""
+        # CLOEXEC: child processes must not inherit the descriptor
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         return cls(descriptor, os.fstat(descriptor).st_size, str(path))
 
     def append(self, data: bytes | memoryview) -> int:
-        """Add bytes at the end; where they begin."""
+        """Append bytes and return the offset of the first one."""
         start = self.size
-        self._waiting += data
+        self._pending += data
         self.size += len(data)
-        if len(self._waiting) >= BUFFER:
+        if len(self._pending) >= BUFFER_BYTES:
             self._flush()
         return start
 
     def read(self, start: int, size: int) -> bytes:
-        """Exactly these bytes. Raises `CheckpointError` when the file is shorter than it was."""
-        if self._waiting:
+        """Read exactly `size` bytes. Raises `CheckpointError` when the file has become shorter."""
+        if self._pending:
             self._flush()
         data = os.pread(self._descriptor, size, start)
         while len(data) < size:  # one call reads at most 2 GiB
-            more = os.pread(self._descriptor, size - len(data), start + len(data))
-            if not more:
+            chunk = os.pread(self._descriptor, size - len(data), start + len(data))
+            if not chunk:
                 raise CheckpointError("a file of the cache was cut short while in use", where=self.name)
-            data += more
+            data += chunk
         return data
 
     def _flush(self) -> None:
         try:
-            with memoryview(self._waiting) as rest:
-                done = 0
-                while done < len(rest):
-                    done += os.write(self._descriptor, rest[done:])
+            # a memoryview, so that a partial write (full disk, signal) does not copy the rest
+            with memoryview(self._pending) as view:
+                offset = 0
+                while offset < len(view):
+                    offset += os.write(self._descriptor, view[offset:])
         except OSError as error:
             raise CheckpointError(f"could not write here: {error}", where=self.name, hint=DISK_SPACE_HINT) from error
-        self._waiting.clear()
+        self._pending.clear()
 
 
 class ByteRange(NamedTuple):
-    """A stretch of a blob."""
+    """A range of bytes in a file."""
 
     file: AppendFile
     start: int
     size: int
 
     @classmethod
-    def of_file(cls, blob: AppendFile) -> ByteRange:
-        """All that was written so far."""
-        return cls(blob, 0, blob.size)
+    def of_file(cls, file: AppendFile) -> ByteRange:
+        """All bytes written so far."""
+        return cls(file, 0, file.size)
 
     def read(self, start: int, size: int) -> bytes:
-        """Bytes from `start` within the region."""
+        """`size` bytes from offset `start` of the range."""
         return self.file.read(self.start + start, size)
 
     def pieces(self) -> Iterator[bytes]:
-        """All bytes in order, a buffer at a time."""
-        for start in range(0, self.size, BUFFER):
-            yield self.read(start, min(BUFFER, self.size - start))
+        """All bytes in order, one buffer at a time."""
+        for start in range(0, self.size, BUFFER_BYTES):
+            yield self.read(start, min(BUFFER_BYTES, self.size - start))
 
 
 class LazySequence(Sequence[T]):
-    """A sequence whose items are made on access; equal to any sequence of equal items. A slice is lazy too."""
+    """A sequence whose items are created on access; it equals any sequence of equal items. Slices are lazy too."""
 
     @abstractmethod
     def at(self, i: int) -> T:
-        """Item `i`, which is in range."""
+        """Item `i`, already checked to be in range."""
 
     @abstractmethod
     def select(self, rows: slice | np.ndarray) -> Self:
-        """The items of a slice or at these indices, in their order."""
+        """The items of a slice or at the given indices, in that order."""
 
     @overload
     def __getitem__(self, index: int) -> T: ...
@@ -134,6 +139,7 @@ class LazySequence(Sequence[T]):
             raise IndexError(f"item {i} of {length}")
         return self.at(i % length)
 
+    # Sequence's own __iter__ would go through __getitem__ and its range checks for every item.
     def __iter__(self) -> Iterator[T]:
         return map(self.at, range(len(self)))
 
@@ -142,32 +148,33 @@ class LazySequence(Sequence[T]):
             return NotImplemented
         return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
 
+    # Equal to lists, which are not hashable either.
     __hash__ = None  # type: ignore[assignment]
 
 
 class MappedSequence(LazySequence[T]):
-    """Items that a function makes from their numbers."""
+    """Items computed by a function from their indices."""
 
-    def __init__(self, make: Callable[[int], T], numbers: np.ndarray | range) -> None:
-        self._make, self._numbers = make, numbers
+    def __init__(self, make_item: Callable[[int], T], indices: np.ndarray | range) -> None:
+        self._make_item, self._indices = make_item, indices
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._indices)
 
     def at(self, i: int) -> T:
-        """Made anew each time."""
-        return self._make(int(self._numbers[i]))
+        """Compute one; nothing is cached."""
+        return self._make_item(int(self._indices[i]))
 
     def select(self, rows: slice | np.ndarray) -> MappedSequence[T]:
-        """A view of these alone."""
-        return MappedSequence(self._make, np.asarray(self._numbers)[rows])
+        """A view of these items."""
+        return MappedSequence(self._make_item, np.asarray(self._indices)[rows])
 
 
 class TextStore:
-    """Texts on disk, each with a number of its own."""
+    """Texts on disk, each with a number."""
 
     def __init__(self) -> None:
-        self._blob = AppendFile.new()
+        self._file = AppendFile.new()
         self._ends = array("q", [0])
         self._numbers = array("q")
 
@@ -175,28 +182,29 @@ class TextStore:
         return len(self._numbers)
 
     def add(self, number: int, text: str) -> None:
-        """Keep a text and its number."""
-        self._blob.append(text.encode(errors="surrogatepass"))
-        self._ends.append(self._blob.size)
+        """Store a text and its number."""
+        # surrogatepass: reasons of rejected rows may quote lone surrogates
+        self._file.append(text.encode(errors="surrogatepass"))
+        self._ends.append(self._file.size)
         self._numbers.append(number)
 
     def at(self, i: int) -> tuple[int, str]:
-        """Number and text that were added as the i-th."""
+        """Number and text of the i-th addition."""
         start = self._ends[i]
-        text = self._blob.read(start, self._ends[i + 1] - start)
+        text = self._file.read(start, self._ends[i + 1] - start)
         return self._numbers[i], text.decode(errors="surrogatepass")
 
 
 def chunks(items: Iterable[T], size: Callable[[T], int], *, count: int, limit: int) -> Iterator[list[T]]:
-    """Lists of at most `count` items that together are at most `limit` in size; a larger item stands alone."""
+    """Lists of at most `count` items with a total size of at most `limit`; a larger item gets a list to itself."""
     chunk: list[T] = []
-    filled = 0
+    chunk_size = 0
     for item in items:
-        own = size(item)
-        if chunk and (len(chunk) == count or filled + own > limit):
+        item_size = size(item)
+        if chunk and (len(chunk) == count or chunk_size + item_size > limit):
             yield chunk
-            chunk, filled = [], 0
+            chunk, chunk_size = [], 0
         chunk.append(item)
-        filled += own
+        chunk_size += item_size
     if chunk:
         yield chunk

@@ -1,4 +1,9 @@
-"""Tokenized examples on disk, found by content: data, tokenizer, template, labels and code version (FAILURES 7)."""
+"""Cache of tokenized examples on disk, keyed by content (FAILURES 7).
+
+The key covers data, tokenizer, template, labels and code version, never a path, so that two configs on the same rows
+share a file and no stale file can match. A file is plain safetensors, checksummed; a damaged one is rebuilt. Reading
+the whole file once for its checksum is the price. `runs.dataset` calls `cached_examples`.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +28,7 @@ from rung.files import cache_folder
 from rung.types import Record
 
 CODE_VERSION = 4
-"""Raise it with every change to what chat.py, tokenize.py or token_store.py produce."""
+"""Increase it with every change of what chat.py, tokenize.py or token_store.py produce."""
 _TENSORS = {
     "ids": ("I32", 4),
     "supervised": ("BOOL", 1),
@@ -32,7 +37,7 @@ _TENSORS = {
     "dropped": ("I64", 8),
     "trimmed": ("I64", 8),
 }
-"""Tensors of a file in their order, each flat: type and bytes of a value."""
+"""Tensors of a file in their order, all flat: dtype and bytes per value."""
 
 
 def cached_examples(
@@ -42,23 +47,25 @@ def cached_examples(
     loss_on: LossOn = "answer",
     max_length: int | None = None,
     overflow: Overflow = "error",
-    candidates: bool = False,
+    with_candidates: bool = False,
     folder: Path | None = None,
 ) -> TokenizedDataset:
-    """`tokenize_records`, kept in `folder` (default: `tokenized` in Rung's cache folder); a damaged file is built anew.
+    """`tokenize_records`, cached in `folder` (default: `tokenized` in Rung's cache folder); a damaged file is rebuilt.
 
     Raises:
         DataError: as `tokenize_records`; nothing is stored then.
     """
-    name = cache_key(chat, records, loss_on=loss_on, max_length=max_length, overflow=overflow, candidates=candidates)
-    file = (folder or cache_folder() / "tokenized") / f"{name}.safetensors"
-    if (found := _load(file)) is not None:
-        return TokenizedDataset.from_columns(found, records, from_cache=True)
-    made = tokenize_columns(
-        chat, records, loss_on=loss_on, max_length=max_length, overflow=overflow, candidates=candidates
+    name = cache_key(
+        chat, records, loss_on=loss_on, max_length=max_length, overflow=overflow, with_candidates=with_candidates
     )
-    _store(file, made)
-    return TokenizedDataset.from_columns(made, records)
+    path = (folder or cache_folder() / "tokenized") / f"{name}.safetensors"
+    if (columns := _load(path)) is not None:
+        return TokenizedDataset.from_columns(columns, records, from_cache=True)
+    columns = tokenize_columns(
+        chat, records, loss_on=loss_on, max_length=max_length, overflow=overflow, with_candidates=with_candidates
+    )
+    _store(path, columns)
+    return TokenizedDataset.from_columns(columns, records)
 
 
 def cache_key(
@@ -68,82 +75,89 @@ def cache_key(
     loss_on: LossOn,
     max_length: int | None,
     overflow: Overflow,
-    candidates: bool = False,
+    with_candidates: bool = False,
 ) -> str:
-    """SHA-256 over all that decides the ids, and nothing else: no path, no output folder, no tokenizer class."""
-    parts = [CODE_VERSION, fingerprint(records), chat.identity(), loss_on, max_length, overflow, candidates]
-    return sha256(json.dumps(parts).encode()).hexdigest()
+    """SHA-256 of everything that decides the ids, and nothing else: no path, no output folder, no tokenizer class."""
+    fields = [CODE_VERSION, fingerprint(records), chat.identity(), loss_on, max_length, overflow, with_candidates]
+    return sha256(json.dumps(fields).encode()).hexdigest()
 
 
-def _store(file: Path, made: TokenColumns) -> None:
-    """Write the file a piece at a time, which safetensors' own writer cannot do; any reader of safetensors takes it."""
+def _store(path: Path, columns: TokenColumns) -> None:
+    """Write the file piece by piece, which safetensors' own writer cannot do; any safetensors reader accepts it."""
+    # the small tables go through the same interface as the large columns
     tables = AppendFile.new()
-    regions = {name: getattr(made, name) for name in ("ids", "supervised", "texts")}
+    ranges = {name: getattr(columns, name) for name in ("ids", "supervised", "texts")}
     for name in ("rows", "dropped", "trimmed"):
-        data = getattr(made, name).tobytes()
-        regions[name] = ByteRange(tables, tables.append(data), len(data))
-    boundary = json.dumps([made.boundary_checked, made.boundary_differences])
-    header: dict[str, Any] = {"__metadata__": {"boundary": boundary, "sha256": _checksum(regions, boundary)}}
+        data = getattr(columns, name).tobytes()
+        ranges[name] = ByteRange(tables, tables.append(data), len(data))
+    boundary = json.dumps([columns.boundary_checked, columns.boundary_differences])
+    header: dict[str, Any] = {"__metadata__": {"boundary": boundary, "sha256": _checksum(ranges, boundary)}}
     end = 0
     for name, (dtype, width) in _TENSORS.items():
-        start, end = end, end + regions[name].size
-        header[name] = {"dtype": dtype, "shape": [regions[name].size // width], "data_offsets": [start, end]}
+        start, end = end, end + ranges[name].size
+        header[name] = {"dtype": dtype, "shape": [ranges[name].size // width], "data_offsets": [start, end]}
     text = json.dumps(header).encode()
+    # the safetensors format pads its header with spaces to a multiple of 8, so that tensors are aligned
     text += b" " * (-len(text) % 8)
     temporary: str | None = None
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-        with open(handle, "wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # written under another name and renamed: two processes may build the same file at once
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        with open(handle, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
             for name in _TENSORS:
-                out.writelines(regions[name].pieces())
-        os.replace(temporary, file)
+                file.writelines(ranges[name].pieces())
+        os.replace(temporary, path)
     except OSError as error:
         raise CheckpointError(
-            f"could not write the cache: {error}", where=str(file.parent), hint=DISK_SPACE_HINT
+            f"could not write the cache: {error}", where=str(path.parent), hint=DISK_SPACE_HINT
         ) from error
     finally:
         if temporary is not None:
+            # gone after os.replace; still there after an error
             Path(temporary).unlink(missing_ok=True)
 
 
-def _load(file: Path) -> TokenColumns | None:
-    """The stored documents; None when there is no whole file."""
+def _load(path: Path) -> TokenColumns | None:
+    """The stored documents; None when there is no complete file."""
     try:
-        blob = AppendFile.open(file)
-        size = int.from_bytes(blob.read(0, 8), "little")
-        if size > blob.size:
+        file = AppendFile.open(path)
+        header_size = int.from_bytes(file.read(0, 8), "little")
+        # a truncated or foreign file: refuse before allocating for its header
+        if header_size > file.size:
             return None
-        header: dict[str, Any] = json.loads(blob.read(8, size))
-        spans = {name: header[name]["data_offsets"] for name in _TENSORS}
-        regions = {name: ByteRange(blob, 8 + size + start, end - start) for name, (start, end) in spans.items()}
+        header: dict[str, Any] = json.loads(file.read(8, header_size))
+        offsets = {name: header[name]["data_offsets"] for name in _TENSORS}
+        ranges = {name: ByteRange(file, 8 + header_size + start, end - start) for name, (start, end) in offsets.items()}
         boundary = header["__metadata__"]["boundary"]
-        if header["__metadata__"]["sha256"] != _checksum(regions, boundary):
+        if header["__metadata__"]["sha256"] != _checksum(ranges, boundary):
             return None
+    # any damage means a rebuild, never an error: the cache holds nothing that cannot be recomputed
     except (OSError, ValueError, LookupError, TypeError, CheckpointError):
         return None
-    checked, differing = json.loads(boundary)
+    boundary_checked, boundary_differences = json.loads(boundary)
 
     def table(name: str) -> bytes:
-        return regions[name].read(0, regions[name].size)
+        return ranges[name].read(0, ranges[name].size)
 
     return TokenColumns(
-        ids=regions["ids"],
-        supervised=regions["supervised"],
-        texts=regions["texts"],
+        ids=ranges["ids"],
+        supervised=ranges["supervised"],
+        texts=ranges["texts"],
         rows=np.frombuffer(table("rows"), ROW_DTYPE),
         dropped=np.frombuffer(table("dropped"), "<i8").reshape(-1, 2),
         trimmed=np.frombuffer(table("trimmed"), "<i8").reshape(-1, 2),
-        boundary_checked=checked,
-        boundary_differences=differing,
+        boundary_checked=boundary_checked,
+        boundary_differences=boundary_differences,
     )
 
 
-def _checksum(regions: Mapping[str, ByteRange], boundary: str) -> str:
+def _checksum(ranges: Mapping[str, ByteRange], boundary: str) -> str:
     digest = sha256(boundary.encode())
     for name in _TENSORS:
-        digest.update(f"{name} {regions[name].size}\n".encode())
-        for piece in regions[name].pieces():
+        # names and sizes are hashed too: moving bytes from one tensor to the next must change the checksum
+        digest.update(f"{name} {ranges[name].size}\n".encode())
+        for piece in ranges[name].pieces():
             digest.update(piece)
     return digest.hexdigest()

@@ -1,4 +1,10 @@
-"""The one path from a record to text, ids and supervised spans, for training, evaluation and chat (FAILURES 1-5)."""
+"""Chat templates: the only path from a record to text, ids and supervised spans (FAILURES 1-5).
+
+Training, evaluation, generation and chat all use `ChatTemplate`, so that a prompt has the same ids everywhere.
+The stop tokens and what surrounds an answer are found by rendering probe conversations, not configured per model:
+that works for any template, and a template without a stop token is refused. Prompt and answer are tokenized
+separately (decision 0003), which costs an occasional extra token compared with other tools.
+"""
 
 from __future__ import annotations
 
@@ -32,46 +38,47 @@ PLAIN_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}
 """
-"""`model.template: plain`, for bases without a template. The stop is the tokenizer's end-of-text token."""
+"""`model.template: plain`, for base models without a template. The stop is the tokenizer's end-of-text token."""
 
 __all__ = ["PLAIN_TEMPLATE", "ChatTemplate", "TextPart", "with_context"]
 
+# A word no template writes by itself: its position in the rendered text shows where an answer stands.
 _SENTINEL = "RungSentinel"
 _CALL = '[{"type": "function", "function": {"name": "f", "arguments": {"x": "1"}}}]'
 
 
 class TextPart(NamedTuple):
-    """A piece of a document that is tokenized on its own."""
+    """A piece of a document that is tokenized separately."""
 
     text: str
     supervised: bool
 
 
 class _AnswerEnding(NamedTuple):
-    """What a template writes after an answer: up to and including the stop, and then until the next turn."""
+    """What a template writes after an answer: text before the stop, the stop, and text up to the next turn."""
 
-    before: str  # between the answer and the stop
+    before_stop: str  # between the answer and the stop
     stop: str
-    after: str
+    after_stop: str
     stop_id: int
 
 
 class ChatTemplate:
-    """A tokenizer with a template. The tokenizer is never changed.
+    """A tokenizer with a chat template. The tokenizer is never modified.
 
     Args:
         tokenizer: a fast tokenizer of transformers.
         template: `auto` (the tokenizer's own), `plain` (`PLAIN_TEMPLATE`), or the path of a .jinja file.
-        inserted: virtual tokens inside the conversation; none for most methods.
+        positions: virtual tokens inside the conversation; None for most methods.
 
     Raises:
         ConfigError: no template, a broken one, one without a stop token, or one that begins with two BOS.
     """
 
     template: str
-    """The jinja text in use; write it into whatever is published."""
+    """The Jinja text in use; published models carry it."""
     stop_ids: tuple[int, ...]
-    """Tokens that end an assistant turn, read off the rendered template; the first ends a plain answer."""
+    """Tokens that end an assistant turn, found in the rendered template; the first ends a plain answer."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerFast, template: str = "auto", positions: PromptPositions | None = None
@@ -82,23 +89,26 @@ class ChatTemplate:
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int | None = tokenizer.eos_token_id
         self.adds_bos = self.bos_id is not None and tokenizer("a")["input_ids"][:1] == [self.bos_id]
-        """Whether the tokenizer itself puts a BOS in front: then documents without a template get one too."""
+        """Whether the tokenizer itself prepends a BOS: then documents without a template get one too."""
         self.positions: PromptPositions | None = None
+        # The order matters: rendering needs the template, endings need the control tokens, and the probes must run
+        # before virtual tokens are set, because they show the template alone.
         self._anchor = self._find_anchor()
-        self.template = self._template(template)
-        self._control = _control_tokens(tokenizer)
-        self._endings, self._lead = self._probe(template)
+        self.template = self._read_template(template)
+        self._control_ids = _control_tokens(tokenizer)
+        self._endings, self._answer_prefix = self._probe_endings(template)
         self.positions = positions
         self.stop_ids = tuple(dict.fromkeys(e.stop_id for e in self._endings))
 
     def without_virtual_tokens(self) -> ChatTemplate:
-        """The same without anything inserted: what a model that learned nothing reads."""
+        """The same template without virtual tokens: the input of the untuned model."""
+        # shallow: probing the template again would render it three times for the same result
         plain = copy.copy(self)
         plain.positions = None
         return plain
 
     def prompt_text(self, messages: Sequence[Message], *, context: str | None = None, tools: str | None = None) -> str:
-        """The text a model is to continue, with the template's opening of the answer.
+        """The prompt text, including the template's opening of the answer.
 
         Raises:
             DataError: with the template's own message, where it refuses these turns.
@@ -108,7 +118,7 @@ class ChatTemplate:
     def prompt_ids(
         self, messages: Sequence[Message], *, context: str | None = None, tools: str | None = None
     ) -> list[int]:
-        """`prompt_text` as ids, what is inserted among them; special tokens come from the template alone.
+        """`prompt_text` as ids, virtual tokens included; special tokens come from the template only.
 
         Raises:
             DataError: the template refuses these turns, or the ids begin with two BOS.
@@ -118,14 +128,15 @@ class ChatTemplate:
         return ids
 
     def assistant_text(self, ids: Sequence[int]) -> str:
-        """Generated ids as the text of the turn: cut at the first stop, without what the template puts around it."""
+        """Generated ids as the text of the turn: cut at the first stop, without what the template writes around it."""
+        # eos as well: a base model may end a text its own way before tuning
         stops = {*self.stop_ids, self.eos_id}
         end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
-        text = self.decode([ids[:end]], inner=True)[0].removeprefix(self._lead)
-        return text.removesuffix(self._endings[0].before) if end < len(ids) else text
+        text = self.decode([ids[:end]], mid_document=True)[0].removeprefix(self._answer_prefix)
+        return text.removesuffix(self._endings[0].before_stop) if end < len(ids) else text
 
     def split_conversation(self, record: Record, loss_on: LossOn) -> list[TextPart]:
-        """Cut a rendered conversation into prompt and answer pieces; it ends with its last stop.
+        """Split a rendered conversation into prompt and answer pieces; it ends with its last stop.
 
         Answer i is render(turns up to i) minus render(turns before i, with the opening of an answer).
 
@@ -135,78 +146,87 @@ class ChatTemplate:
         last = len(record.messages) - 1
         turns = range(last + 1) if loss_on == "assistant_turns" else (last,)
         parts: list[TextPart] = []
-        done = ""
+        prefix = ""
         for i in turns:
             if record.messages[i].role != "assistant":
                 continue
-            prompt = self._render(record.messages[:i], record.context, record.tools, generation=True, at=record.source)
-            full = self._render(record.messages[: i + 1], record.context, record.tools, at=record.source)
-            if not (full.startswith(prompt) and prompt.startswith(done)):
-                raise unstable_template_error(record.source, i, loss_on, earlier=full.startswith(prompt))
-            answer = full[len(prompt) : len(full) - len(self._after(full, record.source))]
-            if not renders_unchanged(self._body(answer), record.messages[i], self._lead):
-                raise rewritten_answer_error(record.source, i, self._body(answer))
-            parts += [TextPart(prompt[len(done) :], False), TextPart(answer, True)]
-            done = prompt + answer
+            prompt = self._render(
+                record.messages[:i], record.context, record.tools, generation=True, source=record.source
+            )
+            full = self._render(record.messages[: i + 1], record.context, record.tools, source=record.source)
+            # both must be prefixes, or the training text differs from the prompts of inference
+            if not (full.startswith(prompt) and prompt.startswith(prefix)):
+                raise unstable_template_error(record.source, i, loss_on, rewrites_history=full.startswith(prompt))
+            answer = full[len(prompt) : len(full) - len(self._text_after_stop(full, record.source))]
+            if not renders_unchanged(self._answer_body(answer), record.messages[i], self._answer_prefix):
+                raise rewritten_answer_error(record.source, i, self._answer_body(answer))
+            parts += [TextPart(prompt[len(prefix) :], False), TextPart(answer, True)]
+            prefix = prompt + answer
         return parts
 
-    def _body(self, answer: str) -> str:
-        """What stands before the stop, without what is inserted."""
+    def _answer_body(self, answer: str) -> str:
+        """The answer text before the stop, without marks of virtual tokens."""
         ending = next(e for e in self._endings if answer.endswith(e.stop))
-        text = answer.removesuffix(ending.stop).removesuffix(ending.before)
+        text = answer.removesuffix(ending.stop).removesuffix(ending.before_stop)
         return text if self.positions is None else "".join(self.positions.split_at_marks(text)[::2])
 
-    def encode(self, texts: Sequence[str], inner: bool | Sequence[bool] = False) -> list[list[int]]:
-        """Ids of each text on its own, no special token added: the template has written them.
+    def encode(self, texts: Sequence[str], mid_document: bool | Sequence[bool] = False) -> list[list[int]]:
+        """Ids of each text, without added special tokens: the template has written them.
 
-        `inner` says which texts (or whether all) go on within a document, as answers do. SentencePiece vocabularies put
-        a space before every text, so those are encoded after a newline, which is then taken off again; byte-level
-        ones need no such anchor.
+        `mid_document` says which texts (or whether all) continue a document, as answers do. SentencePiece vocabularies
+        put a space before every text, so such texts are encoded after a newline whose ids are then removed;
+        byte-level vocabularies need no such anchor.
         """
-        inner = [inner] * len(texts) if isinstance(inner, bool) else inner
+        mid_document = [mid_document] * len(texts) if isinstance(mid_document, bool) else mid_document
         if self.positions is None:
-            return self._encode_within(texts, inner)
-        cut = [self.positions.split_at_marks(text) for text in texts]
-        within = [flag or i > 0 for parts, flag in zip(cut, inner, strict=True) for i in range(len(parts[::2]))]
-        encoded = iter(self._encode_within([text for parts in cut for text in parts[::2]], within))
+            return self._encode_anchored(texts, mid_document)
+        segments = [self.positions.split_at_marks(text) for text in texts]
+        segment_flags = [
+            flag or i > 0 for parts, flag in zip(segments, mid_document, strict=True) for i in range(len(parts[::2]))
+        ]
+        # one tokenizer call for all segments: the fast tokenizer is parallel only within a call
+        encoded = iter(self._encode_anchored([text for parts in segments for text in parts[::2]], segment_flags))
         rows = [
             [self.positions.ids_of_mark(part) if i % 2 else next(encoded) for i, part in enumerate(parts)]
-            for parts in cut
+            for parts in segments
         ]
         return [list(chain.from_iterable(row)) for row in rows]
 
-    def _encode_within(self, texts: Sequence[str], inner: Sequence[bool]) -> list[list[int]]:
+    def _encode_anchored(self, texts: Sequence[str], mid_document: Sequence[bool]) -> list[list[int]]:
         if not self._anchor:
-            return self._encode(texts)
+            return self._encode_texts(texts)
         size = len(self._anchor)
-        rows = self._encode(["\n" + t if within else t for t, within in zip(texts, inner, strict=True)])
-        return [row[size:] if within else row for row, within in zip(rows, inner, strict=True)]
+        rows = self._encode_texts(
+            ["\n" + text if flag else text for text, flag in zip(texts, mid_document, strict=True)]
+        )
+        return [row[size:] if flag else row for row, flag in zip(rows, mid_document, strict=True)]
 
-    def decode(self, ids: Iterable[Sequence[int]], *, inner: bool = False) -> list[str]:
-        """Byte-exact text of each row of ids, special tokens included; `inner` as in `encode`."""
-        anchor = self._anchor if inner else []
+    def decode(self, ids: Iterable[Sequence[int]], *, mid_document: bool = False) -> list[str]:
+        """Byte-exact text of each row of ids, special tokens included; `mid_document` as in `encode`."""
+        anchor = self._anchor if mid_document else []
         rows = [[*anchor, *row] for row in ids]
         # clean_up_tokenization_spaces eats spaces before punctuation
         texts = self.tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return [str(text).removeprefix("\n") for text in texts] if anchor else list(texts)
 
     def check_bos(self, ids: Sequence[int], where: str) -> None:
-        """Refuse a document that begins with two BOS tokens (FAILURES 4)."""
+        """Raise `DataError` for a document that begins with two BOS tokens (FAILURES 4)."""
         if self.bos_id is not None and len(ids) > 1 and ids[0] == ids[1] == self.bos_id:
             raise DataError(
                 "begins with two BOS tokens", where=where, hint="the template or the text writes one too many"
             )
 
     def identity(self) -> str:
-        """Everything but the data that decides the ids: the tokenizer, its special tokens and the template, as JSON."""
+        """Everything besides the data that decides the ids, as JSON: tokenizer, special tokens, template."""
         backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        # not part of the vocabulary, and this module turns both off in every call
         for state in ("padding", "truncation"):  # earlier calls of someone else leave traces there
             backend.pop(state, None)
         special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
-        inside = [sorted(self.positions.ids.items())] if self.positions else []
-        return json.dumps([backend, special, self.template, *inside], sort_keys=True)
+        virtual_ids = [sorted(self.positions.ids.items())] if self.positions else []
+        return json.dumps([backend, special, self.template, *virtual_ids], sort_keys=True)
 
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
         encoded = self.tokenizer(
@@ -220,21 +240,24 @@ class ChatTemplate:
         return [list(ids) for ids in encoded["input_ids"]]
 
     def _find_anchor(self) -> list[int]:
-        """Ids of a newline where the tokenizer writes a space of its own before every text, else nothing."""
-        newline, alone, after = self._encode(["\n", "a", "\na"])
-        return newline if after[: len(newline)] == newline and after[len(newline) :] != alone else []
+        """Ids of a newline where the tokenizer puts a space before every text, else an empty list."""
+        newline, bare, anchored = self._encode_texts(["\n", "a", "\na"])
+        return newline if anchored[: len(newline)] == newline and anchored[len(newline) :] != bare else []
 
-    def _template(self, choice: str) -> str:
+    def _read_template(self, choice: str) -> str:
         if choice == "plain":
             if self.tokenizer.eos_token is None:
                 raise ConfigError(
                     "the tokenizer has no end-of-text token to stop at", where="model.template", given=choice
                 )
+            # the model was pretrained with a BOS only where its tokenizer adds one
             return ("{{- bos_token -}}\n" if self.adds_bos else "") + PLAIN_TEMPLATE
         if choice == "auto":
-            own = self.tokenizer.chat_template
-            own = own.get("default") if isinstance(own, dict) else own
-            if not own:
+            tokenizer_template = self.tokenizer.chat_template
+            tokenizer_template = (
+                tokenizer_template.get("default") if isinstance(tokenizer_template, dict) else tokenizer_template
+            )
+            if not tokenizer_template:
                 raise ConfigError(
                     "the tokenizer has no chat template",
                     where="model.template",
@@ -242,7 +265,7 @@ class ChatTemplate:
                     allowed="auto, plain, or a .jinja file",
                     hint="set model.template: plain",
                 )
-            return str(own)
+            return str(tokenizer_template)
         if not choice.endswith(".jinja") or not Path(choice).is_file():
             raise ConfigError(
                 "no such template",
@@ -259,24 +282,27 @@ class ChatTemplate:
         tools: str | None = None,
         *,
         generation: bool = False,
-        at: Source | None = None,
+        source: Source | None = None,
     ) -> str:
         turns = [for_template(m) for m in messages]
-        for name, used in (("tools", tools), ("tool_calls", any(m.tool_calls for m in messages))):
-            if used and name not in self.template:
+        # Jinja ignores variables a template never uses: tools would silently vanish from the prompt
+        for name, present in (("tools", tools), ("tool_calls", any(m.tool_calls for m in messages))):
+            if present and name not in self.template:
                 raise DataError(
                     f"the row has {name}, but the chat template never shows them",
-                    where=str(at) if at else None,
+                    where=str(source) if source else None,
                     hint="set model.template: plain, or a .jinja file that writes them",
                 )
         if context:
-            first = next((t for t in turns if t["role"] == "user"), None)
-            if first is None:
-                raise DataError("a context, but no user turn to put it in front of", where=str(at) if at else None)
-            first["content"] = with_context(context, first["content"])
-        inserted = self.positions
-        if inserted is not None:
-            turns = inserted.with_marks(turns, at)
+            first_user = next((t for t in turns if t["role"] == "user"), None)
+            if first_user is None:
+                raise DataError(
+                    "a context, but no user turn to put it in front of", where=str(source) if source else None
+                )
+            first_user["content"] = with_context(context, first_user["content"])
+        positions = self.positions
+        if positions is not None:
+            turns = positions.with_marks(turns, source)
         try:
             text = self.tokenizer.apply_chat_template(
                 turns,
@@ -285,21 +311,22 @@ class ChatTemplate:
                 add_generation_prompt=generation,
                 tokenize=False,
             )
+        # templates fail in many ways: raise_exception, a missing key, a method that a value lacks
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise DataError(
                 f"the chat template refuses this conversation: {error}",
-                where=str(at) if at else None,
+                where=str(source) if source else None,
                 given=" ".join(m.role for m in messages),
                 hint="change the row, or set model.template: plain or a .jinja file",
             ) from error
         return (
             str(text)
-            if inserted is None
-            else inserted.with_answer_mark(str(text), turns, self._lead, generation=generation)
+            if positions is None
+            else positions.with_answer_mark(str(text), turns, self._answer_prefix, generation=generation)
         )
 
-    def _probe(self, choice: str) -> tuple[list[_AnswerEnding], str]:
-        """Render sentinel answers and look at what the template writes around them."""
+    def _probe_endings(self, choice: str) -> tuple[list[_AnswerEnding], str]:
+        """Render sentinel answers and extract what the template writes around them."""
         question = Message("user", "Q")
         try:
             opening = self._render([question], generation=True)
@@ -308,62 +335,66 @@ class ChatTemplate:
             raise ConfigError(
                 f"the chat template is broken: {error.summary}", where="model.template", given=choice
             ) from error
-        body, found, tail = full.rpartition(_SENTINEL)
-        ending = self._ending(tail)
-        if not found or ending is None:
+        body, sentinel, tail = full.rpartition(_SENTINEL)
+        ending = self._find_ending(tail)
+        if not sentinel or ending is None:
             raise ConfigError(
-                f"the chat template {'ends an answer without a stop token' if found else 'leaves answers out'}",
+                f"the chat template {'ends an answer without a stop token' if sentinel else 'leaves answers out'}",
                 where="model.template",
                 given=tail or choice,
                 allowed="a special token after every assistant turn",
                 hint="set model.template: plain, or a .jinja file that writes one",
             )
         try:
-            self.check_bos(self._encode([full])[0], "model.template")
+            # here and not at the first row: a template that doubles the BOS is a config error, not a data error
+            self.check_bos(self._encode_texts([full])[0], "model.template")
         except DataError as error:
             raise ConfigError(error.summary, where="model.template", hint=error.hint) from error
         endings = [ending]
-        call = self._call_ending(question)
-        if call and (call.stop, call.after) != (ending.stop, ending.after):
-            endings.append(call)
+        # listed only where it differs, so that the first ending stays that of a plain answer
+        call_ending = self._tool_call_ending(question)
+        if call_ending and (call_ending.stop, call_ending.after_stop) != (ending.stop, ending.after_stop):
+            endings.append(call_ending)
         return endings, body.removeprefix(opening) if body.startswith(opening) else ""
 
-    def _ending(self, tail: str) -> _AnswerEnding | None:
-        found = [(tail.find(text), -len(text), text) for text in self._control if text in tail]
-        if not found:
+    def _find_ending(self, tail: str) -> _AnswerEnding | None:
+        # the earliest control token, and of two at one position the longer: `<|end|>` may be a prefix of another
+        matches = [(tail.find(text), -len(text), text) for text in self._control_ids if text in tail]
+        if not matches:
             return None
-        at, _, stop = min(found)
-        return _AnswerEnding(tail[:at], stop, tail[at + len(stop) :], self._control[stop])
+        position, _, stop = min(matches)
+        return _AnswerEnding(tail[:position], stop, tail[position + len(stop) :], self._control_ids[stop])
 
-    def _call_ending(self, question: Message) -> _AnswerEnding | None:
-        """Some templates end a turn that calls a tool with a stop of its own; some know no tools at all."""
+    def _tool_call_ending(self, question: Message) -> _AnswerEnding | None:
+        """Some templates end a turn with a tool call by another stop; others do not support tools at all (None)."""
         try:
             text = self._render([question, Message("assistant", "", tool_calls=_CALL)])
         except DataError:
             return None
+        # no sentinel can stand in a call, so the stop is the control token at the end of the text
         body = text.rstrip()
-        stop = max((t for t in self._control if body.endswith(t)), key=len, default=None)
-        return _AnswerEnding("", stop, text[len(body) :], self._control[stop]) if stop else None
+        stop = max((t for t in self._control_ids if body.endswith(t)), key=len, default=None)
+        return _AnswerEnding("", stop, text[len(body) :], self._control_ids[stop]) if stop else None
 
-    def _after(self, full: str, source: Source) -> str:
+    def _text_after_stop(self, full: str, source: Source) -> str:
         for ending in self._endings:
-            if full.endswith(ending.stop + ending.after):
-                return ending.after
+            if full.endswith(ending.stop + ending.after_stop):
+                return ending.after_stop
         raise DataError(
             "the template ends this answer without a stop token",
             where=str(source),
             given=repr(full[-60:]),
-            allowed=" or ".join(repr(e.stop + e.after) for e in self._endings),
+            allowed=" or ".join(repr(e.stop + e.after_stop) for e in self._endings),
         )
 
 
 def with_context(context: str, question: str) -> str:
-    """A question with its context in front."""
+    """A question preceded by its context."""
     return f"{context}\n\n{question}"
 
 
 def _control_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    """Tokens that can be a stop: special ones, and added ones that are not mere white space."""
+    """Tokens that can be a stop: special tokens, and added tokens that are not just white space."""
     added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special or t.content.strip()}
     special = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
     return {**added, **{str(text): int(i) for text, i in special}}

@@ -1,4 +1,9 @@
-"""What `rung data check` says about a data set, before anything is trained on it."""
+"""The report of `rung data check`: formats, rejects, splits, duplicates, lengths and diversity of a data set.
+
+Every row is read and, with a template, tokenized and decoded: a full pass over the data instead of a sample, because
+a single bad row can stop a run after hours. Bad rows are listed with their lines and never raised. Called by
+`commands.data_check`.
+"""
 
 from __future__ import annotations
 
@@ -39,15 +44,15 @@ if TYPE_CHECKING:
 
     from rung.data.chat import ChatTemplate
 
-SKEWED = 0.2
-"""Share of pairs beyond a half in which the better answer is the longer, or the shorter, that is worth a word."""
+LENGTH_BIAS_THRESHOLD = 0.2
+"""Distance from 0.5 of the share of pairs won by the longer answer from which the report warns about length."""
 MAX_SHOWN = 10
-"""Rows of each kind that the printed report names; the JSON has all."""
+"""Rows of each kind listed in the printed report; the JSON has all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Spread of the documents' lengths."""
+    """Distribution of the documents' lengths."""
 
     unit: str  # "tokens" or "characters"
     minimum: int
@@ -58,7 +63,7 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Diversity:
-    """How varied the answers are (Li et al. 2016: distinct n-grams per n-gram)."""
+    """Diversity of the answers (Li et al. 2016: distinct n-grams per n-gram)."""
 
     distinct_1: float
     distinct_2: float
@@ -68,43 +73,43 @@ class Diversity:
 
 @dataclass(frozen=True, slots=True)
 class AnswerLengths:
-    """Rows whose answers are compared: whether the better one is simply the longer."""
+    """Length bias of compared answers: whether the better one is simply the longer."""
 
     pairs: int
-    """Of the best answer with each other."""
+    """The best answer of a row with each of its other answers."""
     longer: float
-    """Share of them in which the better answer has more characters; equal lengths count half."""
+    """Share of pairs in which the better answer has more characters; equal lengths count half."""
     typical: float
     """Median of (characters of the better) / (characters of the other)."""
 
 
 @dataclass(frozen=True, slots=True)
 class DataReport:
-    """Everything `check` computed. It prints itself on a rich console."""
+    """Everything `inspect_data` computed; prints itself on a rich console."""
 
     detections: dict[str, DetectedFormat]
-    kept: int
-    rejected: tuple[RejectedRow, ...]
+    kept_count: int
+    rejected_rows: tuple[RejectedRow, ...]
     splits: dict[str, int]
     lengths: Lengths | None
     duplicates: tuple[tuple[str, str], ...]
-    """Rows that ask what an earlier row asks, with that row."""
+    """Rows with the prompt of an earlier row, with that row."""
     overlap: tuple[tuple[str, str], ...]
-    """Training rows whose prompt also stands in a held-out split, with that row."""
-    near: dict[int, tuple[NgramMatch, ...]]
+    """Training rows whose prompt also occurs in a held-out split, with that row."""
+    ngram_matches: dict[int, tuple[NgramMatch, ...]]
     """Per n: held-out rows that share an n-gram of words with the training split."""
-    fuzzy: tuple[FuzzyMatch, ...]
-    """Held-out rows most of whose characters also stand in a training row in the same order."""
+    fuzzy_matches: tuple[FuzzyMatch, ...]
+    """Held-out rows whose character 5-grams mostly occur in one training row."""
     diversity: Diversity | None
-    compared: AnswerLengths | None
-    """None where nothing is compared."""
+    answer_lengths: AnswerLengths | None
+    """None for data without compared answers."""
     supervised_share: float | None
     """Supervised tokens over all tokens; None without a tokenizer."""
 
     @property
     def ok(self) -> bool:
-        """True when every row can be used and no training prompt is held out."""
-        return not self.rejected and not self.overlap
+        """True when every row is usable and no training prompt is held out."""
+        return not self.rejected_rows and not self.overlap
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -114,16 +119,20 @@ class DataReport:
                 path: {"format": d.format, "mapping": d.mapping, "columns": d.counts, "unused": list(d.unused)}
                 for path, d in self.detections.items()
             },
-            "rows": {"kept": self.kept, "rejected": len(self.rejected)},
-            "rejected": [{"path": r.source.path, "line": r.source.line, "reason": r.reason} for r in self.rejected],
+            "rows": {"kept": self.kept_count, "rejected": len(self.rejected_rows)},
+            "rejected": [
+                {"path": r.source.path, "line": r.source.line, "reason": r.reason} for r in self.rejected_rows
+            ],
             "splits": self.splits,
             "lengths": asdict(self.lengths) if self.lengths else None,
             "duplicate_prompts": [list(pair) for pair in self.duplicates],
             "overlap": [list(pair) for pair in self.overlap],
-            "near_duplicates": {str(n): [near.to_json() for near in found] for n, found in self.near.items()},
-            "fuzzy_duplicates": [alike.to_json() for alike in self.fuzzy],
+            "near_duplicates": {
+                str(n): [match.to_json() for match in matches] for n, matches in self.ngram_matches.items()
+            },
+            "fuzzy_duplicates": [match.to_json() for match in self.fuzzy_matches],
             "diversity": asdict(self.diversity) if self.diversity else None,
-            "compared": asdict(self.compared) if self.compared else None,
+            "compared": asdict(self.answer_lengths) if self.answer_lengths else None,
             "supervised_share": self.supervised_share,
         }
 
@@ -144,37 +153,40 @@ class DataReport:
 def inspect_data(
     target: str | DataConfig, chat: ChatTemplate | None = None, *, loss_on: LossOn | None = None
 ) -> DataReport:
-    """Look at every row of a file or a data config. With `chat`, lengths are in tokens and every row is tokenized.
+    """Inspect every row of a file or a data config. With `chat`, every row is tokenized and lengths are in tokens.
 
     Raises:
         DataError: a source cannot be read at all, or its columns fit no format. Bad rows are reported, never raised.
     """
     config = DataConfig(path=target) if isinstance(target, str) else target
     detections: dict[str, DetectedFormat] = {}
-    rejected: list[RejectedRow] = []
-    own = Records.concatenate([_load(config, p.path, detections, rejected) for p in weighted_paths(config)])
-    held = {
-        name: _load(config, value, detections, rejected, held_out=True)
+    rejected_rows: list[RejectedRow] = []
+    records = Records.concatenate([_load(config, p.path, detections, rejected_rows) for p in weighted_paths(config)])
+    held_out_files = {
+        name: _load(config, value, detections, rejected_rows, held_out=True)
         for name, value in (("validation", config.validation), ("test", config.test))
         if isinstance(value, str)
     }
-    own, lengths, share = _measure(own, chat, loss_on or config.loss_on, rejected)
-    parts = assign_splits(own, validation=_share(config.validation), test=_share(config.test))
-    parts = Splits(parts.train, held.get("validation", parts.validation), held.get("test", parts.test))
+    # before the split: the splits below are those of the rows that remain once all faults are mended or dropped
+    records, lengths, supervised_share = _measure(records, chat, loss_on or config.loss_on, rejected_rows)
+    parts = assign_splits(records, validation=_share(config.validation), test=_share(config.test))
+    parts = Splits(
+        parts.train, held_out_files.get("validation", parts.validation), held_out_files.get("test", parts.test)
+    )
     held_out = Records.concatenate([parts.validation, parts.test])
     return DataReport(
         detections=detections,
-        kept=len(own) + sum(len(records) for records in held.values()),
-        rejected=tuple(sorted(rejected, key=lambda r: r.source)),
+        kept_count=len(records) + sum(len(records) for records in held_out_files.values()),
+        rejected_rows=tuple(sorted(rejected_rows, key=lambda r: r.source)),
         splits={"train": len(parts.train), "validation": len(parts.validation), "test": len(parts.test)},
         lengths=lengths,
-        duplicates=_named_pairs(own, own, duplicate_pairs(own)),
+        duplicates=_named_pairs(records, records, duplicate_pairs(records)),
         overlap=_named_pairs(parts.train, held_out, overlapping_pairs(parts.train, held_out)),
-        near={n: near_duplicates(parts.train, held_out, n) for n in NGRAM_WORDS},
-        fuzzy=fuzzy_duplicates(parts.train, held_out),
-        diversity=_diversity(own),
-        compared=_answer_lengths(own),
-        supervised_share=share,
+        ngram_matches={n: near_duplicates(parts.train, held_out, n) for n in NGRAM_WORDS},
+        fuzzy_matches=fuzzy_duplicates(parts.train, held_out),
+        diversity=_diversity(records),
+        answer_lengths=_answer_lengths(records),
+        supervised_share=supervised_share,
     )
 
 
@@ -183,78 +195,85 @@ def _named_pairs(left: Records, right: Records, pairs: tuple[np.ndarray, np.ndar
 
 
 def colored_tokens(example: Example, chat: ChatTemplate) -> Text:
-    """The document as text: what is learned in green, what is only read dimmed, every token in a shade of its own."""
+    """The document as text: supervised tokens green, all others dimmed, neighboring tokens in two shades."""
     from rich.text import Text
 
     shades = {True: ("bold green", "bold bright_green"), False: ("dim", "dim italic")}
     text = Text()
-    for i, (piece, learned) in enumerate(_pieces(example, chat)):
-        text.append(piece, style=shades[learned][i % 2])
+    for i, (piece, is_supervised) in enumerate(_token_pieces(example, chat)):
+        text.append(piece, style=shades[is_supervised][i % 2])
     return text
 
 
-def _pieces(example: Example, chat: ChatTemplate) -> Iterator[tuple[str, bool]]:
-    """Token texts; tokens that share the bytes of one character come as one piece."""
-    waiting: list[int] = []
+def _token_pieces(example: Example, chat: ChatTemplate) -> Iterator[tuple[str, bool]]:
+    """Token texts with their supervision; tokens that share the bytes of one character are joined."""
+    pending: list[int] = []
     last = len(example) - 1
-    for i, (token, learned) in enumerate(zip(example.ids.tolist(), example.supervised.tolist(), strict=True)):
-        waiting.append(token)
-        piece = chat.decode([waiting])[0]
-        changes = i == last or bool(example.supervised[i + 1]) != learned
-        if changes or not piece.endswith("\ufffd"):
-            yield piece, learned
-            waiting = []
+    for i, (token, is_supervised) in enumerate(zip(example.ids.tolist(), example.supervised.tolist(), strict=True)):
+        pending.append(token)
+        piece = chat.decode([pending])[0]
+        # Half a character decodes to U+FFFD: wait for its other bytes, but never across a change of color.
+        label_changes = i == last or bool(example.supervised[i + 1]) != is_supervised
+        if label_changes or not piece.endswith("\ufffd"):
+            yield piece, is_supervised
+            pending = []
 
 
 def _load(
     config: DataConfig,
     path: str,
     detections: dict[str, DetectedFormat],
-    rejected: list[RejectedRow],
+    rejected_rows: list[RejectedRow],
     *,
     held_out: bool = False,
 ) -> Records:
     loaded = read_records(config, path, held_out=held_out)
     detections[path] = loaded.detection
-    rejected += loaded.rejected
+    rejected_rows += loaded.rejected_rows
     return loaded.records
 
 
 def _measure(
-    records: Records, chat: ChatTemplate | None, loss_on: LossOn, rejected: list[RejectedRow]
+    records: Records, chat: ChatTemplate | None, loss_on: LossOn, rejected_rows: list[RejectedRow]
 ) -> tuple[Records, Lengths | None, float | None]:
-    """Lengths and supervised share; rows that the template or the preflight refuses move to `rejected`."""
+    """Lengths and supervised share; rows that the template or the preflight refuses move to `rejected_rows`."""
     if chat is None or not records:
+        # without a tokenizer, characters are the only unit available
         sizes = np.fromiter(map(character_count, records), dtype=np.int64, count=len(records))
         return records, _lengths(sizes, "characters"), None
     if records[0].is_prompt_only:
         return (
             records,
-            _lengths(tokenize_prompts(chat, records, longest=sys.maxsize, overflow="error").lengths, "tokens"),
+            _lengths(tokenize_prompts(chat, records, max_length=sys.maxsize, overflow="error").lengths, "tokens"),
             None,
         )
     tokenized: TokenizedDataset | None = None
-    candidates = records[0].score is not None
+    with_candidates = records[0].score is not None
     try:
-        tokenized = tokenize_records(chat, records, loss_on=loss_on, candidates=candidates)
+        tokenized = tokenize_records(chat, records, loss_on=loss_on, with_candidates=with_candidates)
         preflight(chat, tokenized)
+    # The batch names at most ten rows. Only after a failure is every row tried alone, which is much slower.
     except (DataError, GateError):
-        usable = [i for i, r in enumerate(records) if not _is_refused(r, chat, loss_on, rejected)]
-        records = records.select(np.array(usable, dtype=np.int64))
-        tokenized = tokenize_records(chat, records, loss_on=loss_on, candidates=candidates) if records else None
+        usable_indices = [i for i, r in enumerate(records) if not _is_refused(r, chat, loss_on, rejected_rows)]
+        records = records.select(np.array(usable_indices, dtype=np.int64))
+        tokenized = (
+            tokenize_records(chat, records, loss_on=loss_on, with_candidates=with_candidates) if records else None
+        )
     if tokenized is None:
         return records, None, None
     share = tokenized.supervised_tokens / int(tokenized.lengths.sum())
     return records, _lengths(tokenized.lengths, "tokens"), share
 
 
-def _is_refused(record: Record, chat: ChatTemplate, loss_on: LossOn, rejected: list[RejectedRow]) -> bool:
+def _is_refused(record: Record, chat: ChatTemplate, loss_on: LossOn, rejected_rows: list[RejectedRow]) -> bool:
     try:
-        preflight(chat, tokenize_records(chat, [record], loss_on=loss_on, candidates=record.score is not None))
+        preflight(chat, tokenize_records(chat, [record], loss_on=loss_on, with_candidates=record.score is not None))
     except DataError as error:
-        rejected.append(RejectedRow(record.source, error.summary))
+        rejected_rows.append(RejectedRow(record.source, error.summary))
     except GateError as error:
-        rejected.append(RejectedRow(record.source, (error.hint or error.summary).removeprefix(f"{record.source}: ")))
+        rejected_rows.append(
+            RejectedRow(record.source, (error.hint or error.summary).removeprefix(f"{record.source}: "))
+        )
     else:
         return False
     return True
@@ -268,36 +287,37 @@ def _lengths(lengths: np.ndarray, unit: str) -> Lengths | None:
 
 
 def _diversity(records: Records) -> Diversity | None:
-    """From hashes of words, pairs and answers: the texts of all answers are never in memory together."""
-    ones, twos = HashSet(), HashSet()
-    answers, rows = array("q"), array("q")
-    given = ((i, answer) for i, answer in enumerate(r.answer for r in records) if answer)
-    for chunk in chunks(given, lambda x: len(x[1]), count=1024, limit=1 << 20):
-        own = [words(answer) for _, answer in chunk]
-        ones.add(ngram_hashes(own, 1)[0])
-        twos.add(ngram_hashes(own, 2)[0])
-        answers.extend(hash(answer) for _, answer in chunk)
-        rows.extend(i for i, _ in chunk)
-    if not answers:
+    """Computed from hashes of words, pairs and answers: the texts of all answers are never in memory together."""
+    unigrams, bigrams = HashSet(), HashSet()
+    answer_hashes, row_indices = array("q"), array("q")
+    indexed_answers = ((i, answer) for i, answer in enumerate(r.answer for r in records) if answer)
+    for chunk in chunks(indexed_answers, lambda x: len(x[1]), count=1024, limit=1 << 20):
+        answer_words = [words(answer) for _, answer in chunk]
+        unigrams.add(ngram_hashes(answer_words, 1)[0])
+        bigrams.add(ngram_hashes(answer_words, 2)[0])
+        answer_hashes.extend(hash(answer) for _, answer in chunk)
+        row_indices.extend(i for i, _ in chunk)
+    if not answer_hashes:
         return None
-    _, first, counts = np.unique(np.array(answers), return_index=True, return_counts=True)
-    most = int(first[counts == counts.max()].min())  # of answers equally common the first
+    _, first_indices, counts = np.unique(np.array(answer_hashes), return_index=True, return_counts=True)
+    most_common = int(first_indices[counts == counts.max()].min())  # the first of equally common answers
     return Diversity(
-        len(ones.values()) / ones.total if ones.total else 0.0,
-        len(twos.values()) / twos.total if twos.total else 0.0,
-        records[rows[most]].answer,
-        int(counts.max()) / len(answers),
+        len(unigrams.values()) / unigrams.total if unigrams.total else 0.0,
+        len(bigrams.values()) / bigrams.total if bigrams.total else 0.0,
+        records[row_indices[most_common]].answer,
+        int(counts.max()) / len(answer_hashes),
     )
 
 
 def _answer_lengths(records: Records) -> AnswerLengths | None:
     ratios = array("d")
     for record in records:
-        ratios.extend((len(record.answer) or 1) / (len(rival.content) or 1) for rival in record.candidates)
+        # an empty answer counts as one character: the ratio stays finite
+        ratios.extend((len(record.answer) or 1) / (len(candidate.content) or 1) for candidate in record.candidates)
     if not ratios:
         return None
-    found = np.array(ratios)
-    return AnswerLengths(len(found), float(((found > 1) + 0.5 * (found == 1)).mean()), float(np.median(found)))
+    values = np.array(ratios)
+    return AnswerLengths(len(values), float(((values > 1) + 0.5 * (values == 1)).mean()), float(np.median(values)))
 
 
 def _share(value: float | str) -> float:
@@ -311,7 +331,7 @@ def _table(report: DataReport) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for path, detection in report.detections.items():
         table.add_row(escape(path), escape(str(detection)))
-    table.add_row("rows", f"{report.kept} kept, {len(report.rejected)} rejected")
+    table.add_row("rows", f"{report.kept_count} kept, {len(report.rejected_rows)} rejected")
     table.add_row("splits", ", ".join(f"{name} {n}" for name, n in report.splits.items()))
     if size := report.lengths:
         spread = f"min {size.minimum}, median {size.median:g}, p95 {size.p95:g}, max {size.maximum}"
@@ -321,32 +341,36 @@ def _table(report: DataReport) -> Table:
     if d := report.diversity:
         table.add_row("distinct-1, distinct-2", f"{d.distinct_1:.3f}, {d.distinct_2:.3f} of the answers' words")
         table.add_row("most common answer", escape(f"{d.most_common_share:.1%}: {d.most_common[:60]!r}"))
-    if c := report.compared:
-        says = "length alone may be what is learned" if abs(c.longer - 0.5) > SKEWED else "of either length"
-        told = f"longer in {c.longer:.0%} of {c.pairs} pairs, {c.typical:.2f} times as long in the median one: {says}"
-        table.add_row("better answers", told)
+    if c := report.answer_lengths:
+        verdict = (
+            "length alone may be what is learned" if abs(c.longer - 0.5) > LENGTH_BIAS_THRESHOLD else "of either length"
+        )
+        description = (
+            f"longer in {c.longer:.0%} of {c.pairs} pairs, {c.typical:.2f} times as long in the median one: {verdict}"
+        )
+        table.add_row("better answers", description)
     table.add_row("duplicate prompts", str(len(report.duplicates)))
     table.add_row("train prompts held out", str(len(report.overlap)))
-    for n, found in report.near.items():
-        table.add_row(f"held-out rows sharing {n} words", str(len(found)))
-    table.add_row(f"held-out rows {JACCARD_THRESHOLD:.0%} the same", str(len(report.fuzzy)))
+    for n, matches in report.ngram_matches.items():
+        table.add_row(f"held-out rows sharing {n} words", str(len(matches)))
+    table.add_row(f"held-out rows {JACCARD_THRESHOLD:.0%} the same", str(len(report.fuzzy_matches)))
     return table
 
 
-def _on_one_line(text: str, width: int = 110) -> str:
+def _truncated(text: str, width: int = 110) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _details(report: DataReport) -> dict[str, list[str]]:
     return {
-        "rejected": [str(r) for r in report.rejected],
+        "rejected": [str(r) for r in report.rejected_rows],
         "duplicate prompts": [f"{a} = {b}" for a, b in report.duplicates],
         "train prompts held out": [f"{a} = {b}" for a, b in report.overlap],
         **{
-            f"sharing {n} words with the training split (most alike first)": [_on_one_line(str(x)) for x in found]
-            for n, found in report.near.items()
+            f"sharing {n} words with the training split (most alike first)": [_truncated(str(x)) for x in matches]
+            for n, matches in report.ngram_matches.items()
         },
         f"{JACCARD_THRESHOLD:.0%} of the character 5-grams in a training row": [
-            _on_one_line(str(x)) for x in report.fuzzy
+            _truncated(str(x)) for x in report.fuzzy_matches
         ],
     }

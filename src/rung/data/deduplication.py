@@ -1,7 +1,8 @@
-"""Near duplicates: word n-grams of held-out rows that also stand in the training rows, with the text that matches.
+"""Near duplicates: held-out rows that share word n-grams, or most character 5-grams, with a training row.
 
 A flag alone misleads: on GSM8K 80 test questions share an 8-gram with the training questions, and 3 a 13-gram. So each
-match carries its text and how much of the row it covers.
+match carries its text and how much of the row it covers. Word n-grams are compared by 64-bit hashes of the held-out
+rows only, so memory follows the held-out split and not the training data. Used by `check` and `contamination`.
 """
 
 from __future__ import annotations
@@ -20,21 +21,24 @@ from rung.data.records import Records, character_count
 from rung.types import Record
 
 NGRAM_WORDS = (8, 13)
-"""Lengths looked at: 13 as in GPT-3's contamination study (Brown et al. 2020, appendix C), 8 to see what comes near."""
+"""Lengths of n-grams: 13 as in GPT-3's contamination study (Brown et al. 2020, appendix C), 8 as a weaker signal."""
 _WORD = re.compile(r"\w+")
-_HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no word of an n-gram is lost
-_MERGE = 1 << 20
-_ROWS = 1024
+_HASH_FACTOR = np.uint64(
+    0x9E3779B97F4A7C15
+)  # odd, so that multiplication modulo 2^64 is invertible and no word is lost
+# hashes collected between two sorts: 8 MB
+_MERGE_SIZE = 1 << 20
+_CHUNK_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class NgramMatch:
-    """A held-out row and the training row that shares most n-grams with it."""
+    """A held-out row and the training row that shares the most n-grams with it."""
 
     held_out: str
     train: str
     containment: float
-    """Share of the held-out row's n-grams that stand in the training row."""
+    """Share of the held-out row's n-grams that occur in the training row."""
     matched: str
     """The longest run of shared words."""
 
@@ -47,118 +51,125 @@ class NgramMatch:
 
 
 def words(text: str) -> list[str]:
-    """Words, casefolded, without punctuation."""
+    """The words of a text, casefolded, without punctuation."""
     return _WORD.findall(text.casefold())
 
 
 def ngram_hashes(texts: Sequence[list[str]], n: int) -> tuple[np.ndarray, np.ndarray]:
-    """A 64-bit hash of each n-gram of words (uint64), and which text it stands in. Good within one process only."""
+    """A 64-bit hash of each word n-gram (uint64) and the index of its text. Valid within one process only."""
     lengths = [len(text) for text in texts]
-    own = np.fromiter(map(hash, chain.from_iterable(texts)), dtype=np.int64, count=sum(lengths)).view(np.uint64)
-    count = max(0, len(own) - n + 1)
+    # Python's hash is salted per process and fast; sha256 of every word would take most of the time
+    word_hashes = np.fromiter(map(hash, chain.from_iterable(texts)), dtype=np.int64, count=sum(lengths)).view(np.uint64)
+    count = max(0, len(word_hashes) - n + 1)
     hashes = np.zeros(count, dtype=np.uint64)
     for i in range(n):
-        hashes = hashes * _HASH_FACTOR + own[i : i + count]
-    owner = np.repeat(np.arange(len(texts)), lengths)
-    inside = owner[:count] == owner[len(own) - count :]
-    return hashes[inside], owner[:count][inside]
+        hashes = hashes * _HASH_FACTOR + word_hashes[i : i + count]
+    text_index = np.repeat(np.arange(len(texts)), lengths)
+    # all texts are hashed as one stream: n-grams across a border between two texts are dropped here
+    within_one_text = text_index[:count] == text_index[len(word_hashes) - count :]
+    return hashes[within_one_text], text_index[:count][within_one_text]
 
 
 class HashSet:
-    """Hashes, each kept once."""
+    """A set of 64-bit hashes as a sorted array: 8 bytes each instead of about 60 in a Python set."""
 
     def __init__(self) -> None:
         self.total = 0
-        self._known = np.empty(0, dtype=np.uint64)
-        self._waiting: list[np.ndarray] = []
-        self._room = _MERGE
+        self._sorted = np.empty(0, dtype=np.uint64)
+        self._pending: list[np.ndarray] = []
+        self._until_merge = _MERGE_SIZE
 
     def add(self, hashes: np.ndarray) -> None:
-        """Take in some more."""
+        """Add hashes; they are merged once enough are pending."""
         self.total += len(hashes)
-        self._waiting.append(hashes)
-        self._room -= len(hashes)
-        if self._room <= 0:
+        self._pending.append(hashes)
+        self._until_merge -= len(hashes)
+        if self._until_merge <= 0:
             self.values()
 
     def values(self) -> np.ndarray:
-        """All of them, sorted: uint64."""
-        every = np.concatenate([self._known, *self._waiting])
-        self._waiting.clear()
-        every.sort()  # np.unique takes several times the room and the time
-        self._known = every[np.concatenate([[True], every[1:] != every[:-1]])] if len(every) else every
-        self._room = max(_MERGE, len(self._known) // 2)
-        return self._known
+        """All distinct hashes, sorted: uint64."""
+        merged = np.concatenate([self._sorted, *self._pending])
+        self._pending.clear()
+        merged.sort()  # np.unique takes several times the memory and time
+        self._sorted = merged[np.concatenate([[True], merged[1:] != merged[:-1]])] if len(merged) else merged
+        # proportional to the size, so that all merges together stay O(n log n)
+        self._until_merge = max(_MERGE_SIZE, len(self._sorted) // 2)
+        return self._sorted
 
 
 def near_duplicates(train: Iterable[Record], held_out: Iterable[Record], n: int) -> tuple[NgramMatch, ...]:
-    """Held-out rows that share at least one n-gram of words with a training row, most covered first.
+    """Held-out rows that share at least one word n-gram with a training row, highest containment first.
 
-    Of the training rows that share equally many the first is named.
+    Of training rows that share equally many n-grams the first is named.
     """
     train, held_out = Records.from_records(train), Records.from_records(held_out)
-    wanted = HashSet()
+    held_out_hashes = HashSet()
     for _, texts in _chunked_words(held_out):
-        wanted.add(ngram_hashes(texts, n)[0])
-    holders = _PostingLists(train, wanted.values(), n)
-    found = [near for start, texts in _chunked_words(held_out) for near in holders.nearest(held_out, start, texts)]
-    return tuple(sorted(found, key=lambda x: -x.containment))
+        held_out_hashes.add(ngram_hashes(texts, n)[0])
+    postings = _PostingLists(train, held_out_hashes.values(), n)
+    matches = [match for start, texts in _chunked_words(held_out) for match in postings.nearest(held_out, start, texts)]
+    return tuple(sorted(matches, key=lambda x: -x.containment))
 
 
 class _PostingLists:
-    """Which training rows hold which of the wanted n-grams."""
+    """Inverted index: for each n-gram of the held-out rows, the training rows that contain it."""
 
-    def __init__(self, train: Records, wanted: np.ndarray, n: int) -> None:
-        self.train, self.n, self._wanted = train, n, wanted
+    def __init__(self, train: Records, hashes: np.ndarray, n: int) -> None:
+        self.train, self.n, self._hashes = train, n, hashes
+        # starts with an empty array, so that concatenate works without any training row
         pairs = [np.empty((0, 2), dtype=np.int64)]  # index of the n-gram, training row
         for start, texts in _chunked_words(train):
-            grams, owner = self._places(texts)
-            pairs.append(np.unique(np.stack([grams, owner + start], axis=1), axis=0))
+            grams, text_index = self._locate(texts)
+            # unique within a chunk: a row that repeats an n-gram counts once
+            pairs.append(np.unique(np.stack([grams, text_index + start], axis=1), axis=0))
         grams, rows = np.concatenate(pairs).T
         self._rows = rows[np.argsort(grams, kind="stable")]
-        self._ends = np.concatenate([[0], np.cumsum(np.bincount(grams, minlength=len(wanted)))])
-        # Rows of one template share the same n-grams with thousands of others.
-        self._best = lru_cache(maxsize=1024)(self._most_votes)
+        self._ends = np.concatenate([[0], np.cumsum(np.bincount(grams, minlength=len(hashes)))])
+        # cached: rows of one template share the same n-grams with thousands of others
+        self._best_row = lru_cache(maxsize=1024)(self._most_shared_row)
 
     def nearest(self, held_out: Records, start: int, texts: Sequence[list[str]]) -> Iterator[NgramMatch]:
-        """What was found for the rows from `start` on, whose words are `texts`."""
-        grams, owner = self._places(texts)
-        held = self._ends[grams + 1] > self._ends[grams]
-        grams, owner = grams[held], owner[held]
-        for i in np.unique(owner).tolist():
-            best = self._best(tuple(np.unique(grams[owner == i]).tolist()))
-            near = _overlap(texts[i], prompt_words(self.train[best]), self.n)
-            if near is not None:
-                yield NgramMatch(str(held_out.source(start + i)), str(self.train.source(best)), *near)
+        """Matches of the held-out rows from `start` on, whose words are `texts`."""
+        grams, text_index = self._locate(texts)
+        in_train = self._ends[grams + 1] > self._ends[grams]
+        grams, text_index = grams[in_train], text_index[in_train]
+        for i in np.unique(text_index).tolist():
+            row = self._best_row(tuple(np.unique(grams[text_index == i]).tolist()))
+            overlap = _overlap(texts[i], prompt_words(self.train[row]), self.n)
+            if overlap is not None:
+                yield NgramMatch(str(held_out.source(start + i)), str(self.train.source(row)), *overlap)
 
-    def _places(self, texts: Sequence[list[str]]) -> tuple[np.ndarray, np.ndarray]:
-        """The n-grams of texts that are wanted, by their index, and the text of each."""
-        hashes, owner = ngram_hashes(texts, self.n)
-        if not len(self._wanted):
+    def _locate(self, texts: Sequence[list[str]]) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of the held-out n-grams that occur in the texts, and the text of each."""
+        hashes, text_index = ngram_hashes(texts, self.n)
+        if not len(self._hashes):
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
-        at = np.minimum(np.searchsorted(self._wanted, hashes), len(self._wanted) - 1)
-        known = self._wanted[at] == hashes
-        return at[known], owner[known]
+        # searchsorted returns len for values beyond the last one
+        index = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
+        present = self._hashes[index] == hashes
+        return index[present], text_index[present]
 
-    def _most_votes(self, grams: tuple[int, ...]) -> int:
+    def _most_shared_row(self, grams: tuple[int, ...]) -> int:
         votes = np.concatenate([self._rows[self._ends[g] : self._ends[g + 1]] for g in grams])
+        # argmax takes the first of equal counts: the result does not depend on chunking
         return int(np.bincount(votes).argmax())
 
 
-def _overlap(asked: list[str], theirs: list[str], n: int) -> tuple[float, str] | None:
-    """Share of the n-grams of a text that another holds, and the longest run of words in both."""
-    known = set(_prompt_ngrams(theirs, n))
-    shared = [gram in known for gram in _prompt_ngrams(asked, n)]
-    if not any(shared):  # two n-grams of one hash
+def _overlap(held_out_words: list[str], train_words: list[str], n: int) -> tuple[float, str] | None:
+    """Share of a text's n-grams that another text contains, and the longest common run of words."""
+    train_ngrams = set(_ngrams(train_words, n))
+    shared = [gram in train_ngrams for gram in _ngrams(held_out_words, n)]
+    if not any(shared):  # a hash collision
         return None
     start, length = _longest_run(shared)
-    return sum(shared) / len(shared), " ".join(asked[start : start + length + n - 1])
+    return sum(shared) / len(shared), " ".join(held_out_words[start : start + length + n - 1])
 
 
 def _chunked_words(records: Records) -> Iterator[tuple[int, list[list[str]]]]:
-    """What is asked, in words, some rows at a time with the index of the first."""
+    """Words of the prompts, some rows at a time, with the index of the first row."""
     start = 0
-    for chunk in chunks(records, character_count, count=_ROWS, limit=_MERGE):
+    for chunk in chunks(records, character_count, count=_CHUNK_ROWS, limit=_MERGE_SIZE):
         yield start, [prompt_words(record) for record in chunk]
         start += len(chunk)
 
@@ -174,36 +185,37 @@ def _longest_run(flags: list[bool]) -> tuple[int, int]:
 
 
 def prompt_words(record: Record) -> list[str]:
-    """The context and the turns before the answer, without system turns: those are shared by design."""
+    """Words of the context and of the turns before the answer. System turns are left out: rows share them by design."""
     if record.text is not None:
         return words(record.text)
     turns = [m.content for m in record.messages[:-1] if m.role != "system"]
     return words(" ".join([record.context or "", *turns]))
 
 
-def _prompt_ngrams(asked: list[str], n: int) -> list[str]:
-    return [" ".join(asked[i : i + n]) for i in range(len(asked) - n + 1)]
+def _ngrams(prompt: list[str], n: int) -> list[str]:
+    return [" ".join(prompt[i : i + n]) for i in range(len(prompt) - n + 1)]
 
 
 SHINGLE_CHARACTERS = 5
-"""Characters of a shingle."""
+"""Characters per shingle."""
 JACCARD_THRESHOLD = 0.8
 """Jaccard similarity of the sets of shingles from which two texts count as the same."""
-BANDS, ROWS = 25, 5
-"""Of the signature. A pair of similarity s is looked at with probability 1 - (1 - s^5)^25: 0.99995 at 0.8."""
+BANDS, BAND_ROWS = 25, 5
+"""Bands and rows of the signature. A pair of similarity s is compared with probability 1 - (1 - s^5)^25: 0.99995
+at 0.8."""
 _SHINGLE_HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True, slots=True)
 class FuzzyMatch:
-    """A held-out row and the training row most like it."""
+    """A held-out row and the most similar training row."""
 
     held_out: str
     train: str
     jaccard: float
-    """Exact, of the sets of character 5-grams."""
+    """Exact Jaccard similarity of the sets of character 5-grams."""
     text: str
-    """What the training row asks, in words."""
+    """The words of the training row's prompt."""
 
     def to_json(self) -> dict[str, Any]:
         """The fields by name."""
@@ -214,38 +226,42 @@ class FuzzyMatch:
 
 
 def fuzzy_duplicates(
-    train: Iterable[Record], held_out: Iterable[Record], least: float = JACCARD_THRESHOLD
+    train: Iterable[Record], held_out: Iterable[Record], threshold: float = JACCARD_THRESHOLD
 ) -> tuple[FuzzyMatch, ...]:
-    """Held-out rows of which a training row shares at least `least` of the shingles of both, most alike first.
+    """Held-out rows with a Jaccard similarity of at least `threshold` to a training row, most similar first.
 
-    Signatures of the held-out rows alone are kept; training rows are read one at a time (Broder 1997; banding as in
+    Only signatures of the held-out rows are kept; training rows are read one at a time (Broder 1997; banding as in
     Leskovec et al., Mining of Massive Datasets, section 3.4).
     """
     from datasketch import MinHashLSH
 
-    known = list(_shingled_texts(Records.from_records(held_out)))
-    index = MinHashLSH(num_perm=BANDS * ROWS, params=(BANDS, ROWS))
-    for i, (_, text) in enumerate(known):
+    held_out_texts = list(_shingled_texts(Records.from_records(held_out)))
+    index = MinHashLSH(num_perm=BANDS * BAND_ROWS, params=(BANDS, BAND_ROWS))
+    for i, (_, text) in enumerate(held_out_texts):
         if text:
             index.insert(i, _signature(text))
     best: dict[int, tuple[float, str, str]] = {}
     for source, text in _shingled_texts(Records.from_records(train)):
         for i in index.query(_signature(text)) if text else ():
-            similar = jaccard(known[i][1], text)
-            if similar >= least and similar > best.get(i, (0.0,))[0]:
-                best[i] = similar, source, text
-    found = [FuzzyMatch(known[i][0], source, similar, text) for i, (similar, source, text) in sorted(best.items())]
-    return tuple(sorted(found, key=lambda alike: -alike.jaccard))
+            # MinHash only proposes candidates; the similarity reported is exact
+            similarity = jaccard(held_out_texts[i][1], text)
+            if similarity >= threshold and similarity > best.get(i, (0.0,))[0]:
+                best[i] = similarity, source, text
+    matches = [
+        FuzzyMatch(held_out_texts[i][0], source, similarity, text)
+        for i, (similarity, source, text) in sorted(best.items())
+    ]
+    return tuple(sorted(matches, key=lambda match: -match.jaccard))
 
 
 def jaccard(first: str, second: str) -> float:
-    """Shingles in both over shingles in either: 1 for equal texts."""
+    """Size of the intersection of the shingle sets over the size of their union: 1 for equal texts."""
     a, b = shingles(first), shingles(second)
     return len(a & b) / len(a | b)
 
 
 def shingles(text: str) -> set[str]:
-    """Every run of five characters; a shorter text is its own."""
+    """All runs of five characters; a shorter text is its only shingle."""
     return {text[i : i + SHINGLE_CHARACTERS] for i in range(max(1, len(text) - SHINGLE_CHARACTERS + 1))}
 
 
@@ -257,11 +273,13 @@ def _shingled_texts(records: Records) -> Iterator[tuple[str, str]]:
 def _signature(text: str) -> Any:
     from datasketch import MinHash
 
-    found = MinHash(num_perm=BANDS * ROWS, hashfunc=int, scheme="affine32")
-    points = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32).astype(np.uint64)
-    count = max(1, len(points) - SHINGLE_CHARACTERS + 1)
+    minhash = MinHash(num_perm=BANDS * BAND_ROWS, hashfunc=int, scheme="affine32")
+    # hashed with numpy over code points: datasketch's own update hashes one Python string at a time
+    codepoints = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32).astype(np.uint64)
+    count = max(1, len(codepoints) - SHINGLE_CHARACTERS + 1)
     hashes = np.zeros(count, dtype=np.uint64)
-    for i in range(min(SHINGLE_CHARACTERS, len(points))):
-        hashes = hashes * _SHINGLE_HASH_FACTOR + points[i : i + count]
-    found.update_batch(np.unique(hashes >> np.uint64(32)).tolist())
-    return found
+    for i in range(min(SHINGLE_CHARACTERS, len(codepoints))):
+        hashes = hashes * _SHINGLE_HASH_FACTOR + codepoints[i : i + count]
+    # the upper 32 bits: the lower ones of a product depend on few input bits
+    minhash.update_batch(np.unique(hashes >> np.uint64(32)).tolist())
+    return minhash

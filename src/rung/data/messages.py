@@ -1,4 +1,9 @@
-"""Values of a row to checked turns. All raise `DataError` with the bare reason; the caller adds the line."""
+"""Conversion of the values of a row into checked turns and compared answers.
+
+Everything is validated here, so that the rest of the package can trust a `Record`. All functions raise `DataError`
+with the bare reason; `formats` adds the line of the row. Strict on purpose: a number where text belongs is refused
+with a hint instead of converted, because a silently converted label trains the wrong thing.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +27,8 @@ _SHAREGPT_ROLES: dict[str, MessageRole] = {
     "observation": "tool",
     "tool": "tool",
 }
-_FOLLOWS: dict[MessageRole | None, tuple[MessageRole, ...]] = {
+# Roles that may follow a role. A system turn comes first only: many templates refuse it elsewhere.
+_NEXT_ROLES: dict[MessageRole | None, tuple[MessageRole, ...]] = {
     None: ("system", "user"),
     "system": ("user",),
     "user": ("assistant",),
@@ -32,13 +38,14 @@ _FOLLOWS: dict[MessageRole | None, tuple[MessageRole, ...]] = {
 
 
 def text_of(value: object, name: str) -> str:
-    """The value as text that can be trained on.
+    """The value as text that can be used for training.
 
     Raises:
         DataError: it is missing, empty, not text, or not encodable.
     """
     if value is None:
         raise DataError(f"no {name}")
+    # not converted: a program that wrote numbers may have turned `007` into 7 before
     if isinstance(value, bool | int | float):
         raise DataError(f'{name} is the {_type_name(value)} {value}, not text: quote it ("{value}")')
     if not isinstance(value, str):
@@ -54,7 +61,7 @@ def optional_text(value: object, name: str) -> str | None:
 
 
 def encodable(value: str, name: str) -> str:
-    """Refuse lone surrogates, which JSON escapes can smuggle in and no tokenizer takes."""
+    """Refuse lone surrogates, which JSON escapes allow and no tokenizer accepts."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -63,30 +70,31 @@ def encodable(value: str, name: str) -> str:
 
 
 def from_messages(value: object, name: str = "messages") -> tuple[Message, ...]:
-    """A list of {role, content, tool_calls, name} objects, or its JSON text, to turns, in whatever order."""
+    """A list of {role, content, tool_calls, name} objects, or its JSON text, as turns; their order is not checked."""
     return tuple(_message(item, f"{name}[{i}]") for i, item in enumerate(_list(value, name)))
 
 
 def from_sharegpt(value: object) -> tuple[Message, ...]:
-    """A list of {from, value} objects to turns."""
+    """A list of {from, value} objects as turns."""
     turns = []
     for i, item in enumerate(_list(value, "conversations")):
         if not isinstance(item, Mapping):
             raise DataError(f"conversations[{i}] is a {_type_name(item)}, not an object with from and value")
         role, content = item.get("from"), item.get("value")
+        # ShareGPT writes a tool call as a turn of a role of its own
         if role == "function_call":
             calls = _json_value(text_of(content, f"value of conversations[{i}]"), f"value of conversations[{i}]")
             turns.append(Message("assistant", "", tool_calls=tool_calls_text(calls)))
         elif isinstance(role, str) and role in _SHAREGPT_ROLES:
             turns.append(_turn(_SHAREGPT_ROLES[role], content, f"conversations[{i}]"))
         else:
-            known = ", ".join([*_SHAREGPT_ROLES, "function_call"])
-            raise DataError(f"unknown role {role!r} in conversations[{i}]; known: {known}")
+            known_roles = ", ".join([*_SHAREGPT_ROLES, "function_call"])
+            raise DataError(f"unknown role {role!r} in conversations[{i}]; known: {known_roles}")
     return tuple(turns)
 
 
 def from_history(value: object) -> tuple[Message, ...]:
-    """Alpaca's list of [question, answer] pairs to turns."""
+    """Alpaca's list of [question, answer] pairs as turns."""
     turns: list[Message] = []
     for i, pair in enumerate(_list(value, "history") if value else ()):
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
@@ -96,19 +104,20 @@ def from_history(value: object) -> tuple[Message, ...]:
 
 
 def tool_calls_text(value: object) -> str:
-    """Tool calls as JSON text; a bare {name, arguments} is wrapped, and arguments given as JSON text are parsed."""
+    """Tool calls as JSON text; a bare {name, arguments} is wrapped, and arguments in JSON text are parsed."""
     value = _json_value(value, "tool_calls") if isinstance(value, str) else value
     calls = value if isinstance(value, list) else [value]
     return encodable(json.dumps([_tool_call(call) for call in calls], ensure_ascii=False), "tool_calls")
 
 
 def tools_text(value: object) -> str | None:
-    """Tool schemas as JSON text, or None where there are none."""
+    """Tool schemas as JSON text, or None without tools."""
     value = _json_value(value, "tools") if isinstance(value, str) and value else value
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
         raise DataError("tools is not a list of objects")
+    # stored as text: as nested columns a parquet file would add every tool's null fields to all (FAILURES 8)
     return encodable(json.dumps(value, ensure_ascii=False), "tools")
 
 
@@ -116,15 +125,15 @@ def check_order(messages: Sequence[Message]) -> None:
     """Refuse conversations that cannot be trained on.
 
     Raises:
-        DataError: no assistant turn, a last turn of someone else, or turns in an order no template knows.
+        DataError: no assistant turn, a last turn of another role, or turns in an order that no template supports.
     """
     if not any(m.role == "assistant" for m in messages):
         raise DataError("no assistant turn")
     previous: Message | None = None
     for i, message in enumerate(messages):
-        if message.role not in _FOLLOWS[previous.role if previous else None]:
-            after = f"after {previous.role}" if previous else "at the start"
-            raise DataError(f"wrong role order: turn {i + 1} is {message.role} {after}")
+        if message.role not in _NEXT_ROLES[previous.role if previous else None]:
+            position_text = f"after {previous.role}" if previous else "at the start"
+            raise DataError(f"wrong role order: turn {i + 1} is {message.role} {position_text}")
         if message.role == "tool" and previous and previous.role == "assistant" and not previous.tool_calls:
             raise DataError(f"wrong role order: turn {i + 1} is tool, but the turn before calls none")
         previous = message
@@ -152,10 +161,10 @@ def _message(item: object, name: str) -> Message:
 
 def _turn(role: MessageRole, content: object, name: str, tool: object = None) -> Message:
     tool = encodable(tool, "name") if isinstance(tool, str) else None
-    if content == "" and role in ("system", "tool"):  # an empty result, or "no system prompt", says something
+    if content == "" and role in ("system", "tool"):  # an empty tool result or system prompt carries information
         return Message(role, "", name=tool)
-    what = {"user": "question", "assistant": "answer"}.get(role, "content")
-    return Message(role, text_of(content, f"{what} in {name}"), name=tool)
+    noun = {"user": "question", "assistant": "answer"}.get(role, "content")
+    return Message(role, text_of(content, f"{noun} in {name}"), name=tool)
 
 
 def _joined_parts(parts: Sequence[object], name: str) -> str:
@@ -168,14 +177,16 @@ def _joined_parts(parts: Sequence[object], name: str) -> str:
 def _tool_call(call: object) -> dict[str, Any]:
     if not isinstance(call, Mapping):
         raise DataError(f"a tool call is a {_type_name(call)}, not an object")
+    # OpenAI nests name and arguments under `function`, other exports do not
     function = call.get("function", call)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise DataError("a tool call names no function")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
+        # OpenAI writes arguments as JSON text; templates expect the object
         arguments = _json_value(arguments, "arguments of a tool call") if arguments else {}
-    rest = {key: value for key, value in call.items() if key == "id"} if "function" in call else {}
-    return {**rest, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    call_id = {key: value for key, value in call.items() if key == "id"} if "function" in call else {}
+    return {**call_id, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
 def _list(value: object, name: str) -> list[Any]:
@@ -204,7 +215,7 @@ def _type_name(value: object) -> str:
 
 
 def for_template(message: Message) -> dict[str, Any]:
-    """A turn as chat templates take it."""
+    """A turn in the form that chat templates expect."""
     turn: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
         turn["tool_calls"] = json.loads(message.tool_calls)
@@ -213,93 +224,97 @@ def for_template(message: Message) -> dict[str, Any]:
     return turn
 
 
-def renders_unchanged(written: str, message: Message, lead: str) -> bool:
-    """Whether what a template wrote for an answer is the row's own text, white space apart.
+def renders_unchanged(rendered: str, message: Message, answer_prefix: str) -> bool:
+    """Whether a template wrote the answer of the row unchanged, ignoring white space.
 
-    `lead` is what it writes before every answer. Calls of tools are written in a form of the template's own.
+    `answer_prefix` is what it writes before every answer. Tool calls pass: templates write them in their own form.
     """
-    said, own, before = ("".join(text.split()) for text in (written, message.content, lead))
-    return bool(message.tool_calls) or said in (own, before + own)
+    # white space is ignored because many templates strip answers
+    rendered, content, prefix = ("".join(text.split()) for text in (rendered, message.content, answer_prefix))
+    return bool(message.tool_calls) or rendered in (content, prefix + content)
 
 
-def unstable_template_error(source: Source, turn: int, loss_on: LossOn, *, earlier: bool) -> DataError:
-    """The error for a template whose text of training is not that of inference."""
-    what = (
-        "rewrites earlier turns when a later one comes" if earlier else "opens this answer otherwise than it writes it"
+def unstable_template_error(source: Source, turn: int, loss_on: LossOn, *, rewrites_history: bool) -> DataError:
+    """The error for a template whose training text differs from its inference text."""
+    fault = (
+        "rewrites earlier turns when a later one comes"
+        if rewrites_history
+        else "opens this answer otherwise than it writes it"
     )
     remedies = ["set model.template to a .jinja file that keeps the history as it was generated"]
     if loss_on == "assistant_turns":
         remedies.insert(0, "set data.loss_on: answer, or give each turn a row of its own")
     return DataError(
-        f"turn {turn + 1}: the template {what}, so the training text is not what the model will see",
+        f"turn {turn + 1}: the template {fault}, so the training text is not what the model will see",
         where=str(source),
         hint="; or ".join(remedies),
     )
 
 
-def rewritten_answer_error(source: Source, turn: int, written: str) -> DataError:
+def rewritten_answer_error(source: Source, turn: int, rendered: str) -> DataError:
     """The error for an answer that a template changes."""
     return DataError(
         f"turn {turn + 1}: the template writes another answer than the row has",
         where=str(source),
-        given=repr(written),
+        given=repr(rendered),
         hint="set model.template to a .jinja file that keeps answers whole, reasoning included, or change the rows",
     )
 
 
-SHOWN = 60
-"""Characters of a wrong value that a message repeats."""
+MAX_SHOWN_CHARACTERS = 60
+"""Characters of a wrong value quoted in a message."""
 
 
 def parse_answers(format: Format, get: Callable[[str], Any]) -> list[Candidate]:
-    """The answers of a row of a comparing format, best first; none for other formats.
+    """The answers of a row of a comparison format, best first; an empty list for other formats.
 
-    A pair scores 1 and 0, or its margin and 0; a ranking of k answers k - 1 down to 0; ratings as they are given; a
-    labelled answer 1 or 0.
-    Raises `DataError` for rows that compare nothing.
+    A pair scores 1 and 0, or its margin and 0; a ranking of k answers k - 1 down to 0; ratings keep their scores; a
+    labelled answer scores 1 or 0. Raises `DataError` for rows that compare nothing.
     """
     if format == "preference":
         margin = 1.0 if get("margin") is None else _score(get("margin"))
         if margin <= 0.0:
             raise DataError(f"the margin is {margin:g}: the chosen answer would be no better than the rejected one")
-        found = [
+        candidates = [
             Candidate(_answer(get("chosen"), "chosen"), margin),
             Candidate(_answer(get("rejected"), "rejected"), 0.0),
         ]
-        if found[0].content == found[1].content:
+        if candidates[0].content == candidates[1].content:
             raise DataError("chosen and rejected are the same")
     elif format == "ranked":
         texts = [_answer(value, "ranked") for value in _answer_list(get("ranked"), "ranked")]
-        found = [Candidate(text, float(len(texts) - 1 - place)) for place, text in enumerate(texts)]
+        candidates = [Candidate(text, float(len(texts) - 1 - rank)) for rank, text in enumerate(texts)]
     elif format == "rated":
         texts = [_answer(value, "answers") for value in _answer_list(get("answers"), "answers")]
         scores = [_score(value) for value in _answer_list(get("scores"), "scores")]
         if len(texts) != len(scores):
             raise DataError(f"{len(texts)} answers and {len(scores)} scores")
-        found = sorted(map(Candidate, texts, scores), key=lambda r: -r.score)
+        # a stable sort: equal ratings keep the order of the file
+        candidates = sorted(map(Candidate, texts, scores), key=lambda r: -r.score)
     elif format == "unpaired_preference":
         return [Candidate(_answer(get("completion"), "completion"), _label(get("label")))]
     else:
         return []
-    if len(found) < 2:
+    if len(candidates) < 2:
         raise DataError("one answer has nothing to be compared with")
-    if len({r.content for r in found}) < len(found):
+    # equal texts with different scores would push one sequence up and down at once
+    if len({r.content for r in candidates}) < len(candidates):
         raise DataError("two of the answers are the same")
-    if found[0].score == found[-1].score:
+    if candidates[0].score == candidates[-1].score:
         raise DataError("all answers have the same score")
-    return found
+    return candidates
 
 
 def parse_weight(value: object) -> float:
-    """How often a row counts; a number as text will do. Raises `DataError` unless it is positive and finite."""
+    """How often a row counts; numbers in text are accepted. Raises `DataError` unless it is positive and finite."""
     number = 1.0 if value is None else _number(value)
     if not 0 < number < math.inf:
-        raise DataError(f"weight is {_shortened(value)}, not a positive number")
+        raise DataError(f"weight is {_short_repr(value)}, not a positive number")
     return number
 
 
 def _number(value: object) -> float:
-    """NaN for what is none: true and false, words, an integer that no float reaches."""
+    """The value as float; NaN for booleans, words, and integers beyond the range of floats."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return math.nan
     try:
@@ -308,13 +323,14 @@ def _number(value: object) -> float:
         return math.nan
 
 
-def _shortened(value: object) -> str:
+def _short_repr(value: object) -> str:
     text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
 
 
 def _answer(value: object, name: str) -> str:
-    """A text, a message, or a list of one."""
+    """An answer as text, as a message, or as a list with one message."""
+    # TRL's conversational format: chosen and rejected are lists of messages
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if isinstance(value, dict):
@@ -333,7 +349,7 @@ def _label(value: object) -> float:
 
 def _score(value: object) -> float:
     if isinstance(value, str) or not math.isfinite(number := _number(value)):
-        raise DataError(f"a score is {_shortened(value)}, not a number")
+        raise DataError(f"a score is {_short_repr(value)}, not a number")
     return number
 
 
@@ -344,5 +360,5 @@ def _answer_list(value: object, name: str) -> list[Any]:
 
 
 def expected_text(record: Record) -> str:
-    """The expected answer; a call of a tool is its JSON text."""
+    """The expected answer; for a tool call its JSON text."""
     return record.answer or record.messages[-1].tool_calls or ""

@@ -1,7 +1,9 @@
-"""Where virtual tokens stand inside a conversation: before what a turn says.
+"""Positions of virtual tokens inside a conversation: at the beginning of the turns of a role.
 
-Their ids lie beyond the vocabulary, so no text can write them. A template never sees ids: it gets a mark instead, a
-code point that Unicode reserves for use within a program, and `Chat.encode` puts the ids where the mark came out.
+Their ids lie beyond the vocabulary, so no text can contain them (decision 0016). A template never sees ids: it gets a
+mark, a code point that Unicode reserves for internal use, and `ChatTemplate.encode` puts the ids where the mark comes
+out. So any template works that keeps the beginning of a turn. `virtual_token_positions` builds
+them from the method.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from rung.errors import DataError
 from rung.types import Source
 
 MARKS = {"user": "\ufdd0", "assistant": "\ufdd1"}
-"""By role; noncharacters, which no text should hold (The Unicode Standard, section 23.7)."""
-_ANY = re.compile(f"([{''.join(MARKS.values())}])")
+"""Mark of each role; noncharacters, which no text should contain (The Unicode Standard, section 23.7)."""
+_ANY_MARK = re.compile(f"([{''.join(MARKS.values())}])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,44 +29,49 @@ class PromptPositions:
     ids: Mapping[str, tuple[int, ...]]
 
     @property
-    def first(self) -> int:
-        """The lowest of the ids: real tokens stand below it."""
+    def first_id(self) -> int:
+        """The lowest virtual id; ids of real tokens are smaller."""
         return min(min(ids) for ids in self.ids.values())
 
-    def with_marks(self, turns: Sequence[Mapping[str, Any]], at: Source | None) -> list[dict[str, Any]]:
-        """Turns as a template gets them. Raises `DataError` where the text itself holds a mark."""
+    def with_marks(self, turns: Sequence[Mapping[str, Any]], source: Source | None) -> list[dict[str, Any]]:
+        """Turns as the template receives them. Raises `DataError` where the text itself contains a mark."""
         for turn in turns:
-            if found := _ANY.search(turn["content"]):
+            if match := _ANY_MARK.search(turn["content"]):
                 raise DataError(
                     "the text holds a code point that is not a character",
-                    where=str(at) if at else None,
-                    given=f"U+{ord(found[0]):04X}",
+                    where=str(source) if source else None,
+                    given=f"U+{ord(match[0]):04X}",
                     hint="remove it: it marks where virtual tokens stand",
                 )
         return [{**turn, "content": self._mark(turn["role"]) + turn["content"]} for turn in turns]
 
-    def with_answer_mark(self, text: str, turns: Sequence[Mapping[str, Any]], lead: str, *, generation: bool) -> str:
-        """What a template made of marked turns, with a mark where the answer to come begins.
+    def with_answer_mark(
+        self, text: str, turns: Sequence[Mapping[str, Any]], answer_prefix: str, *, generation: bool
+    ) -> str:
+        """The rendered text of marked turns, with a mark where the next answer begins.
 
-        `lead` is what the template writes before an answer without opening it by that: it belongs to the answer.
+        `answer_prefix` is what the template writes before an answer but not in the generation prompt: it belongs to
+        the answer.
         Raises `DataError` when marks were lost on the way.
         """
-        if len(_ANY.findall(text)) != sum(turn["role"] in self.ids for turn in turns):
+        # a template that strips or repeats content would silently drop or double virtual tokens
+        if len(_ANY_MARK.findall(text)) != sum(turn["role"] in self.ids for turn in turns):
             raise DataError(
                 "the chat template leaves out or repeats the beginning of a turn, where virtual tokens should stand",
                 hint="put all of them in front, or set model.template to a .jinja file that keeps every turn",
             )
         opening = self._mark("assistant")
-        if opening and lead:
-            text = text.replace(lead + opening, opening + lead)
+        if opening and answer_prefix:
+            # in generation the model writes the prefix itself, behind the virtual tokens: keep that order in training
+            text = text.replace(answer_prefix + opening, opening + answer_prefix)
         return text + opening if generation else text
 
     def split_at_marks(self, text: str) -> list[str]:
-        """Text and marks in turn, `[text, mark, text, ..., text]`."""
-        return _ANY.split(text)
+        """Text and marks alternating, `[text, mark, text, ..., text]`."""
+        return _ANY_MARK.split(text)
 
     def ids_of_mark(self, mark: str) -> tuple[int, ...]:
-        """The ids that a mark stands for."""
+        """The virtual ids of a mark."""
         return next(ids for role, ids in self.ids.items() if MARKS[role] == mark)
 
     def _mark(self, role: str) -> str:
@@ -72,8 +79,8 @@ class PromptPositions:
 
 
 def without_marks(text: str) -> str:
-    """The text as a person reads it."""
-    return _ANY.sub("", text)
+    """The text without marks, for display."""
+    return _ANY_MARK.sub("", text)
 
 
 def virtual_token_positions(method: MethodConfig, vocab_size: int) -> PromptPositions | None:

@@ -1,4 +1,9 @@
-"""Files and `datasets` names to raw rows, each with the line it stands on. Nothing is dropped without a reason."""
+"""Readers: files and `datasets` names as raw rows, each with its line. Nothing is dropped without a reason.
+
+Own readers for .jsonl, .json and .csv instead of pandas or `datasets`, which guess types (`007` becomes 7), drop line
+numbers and load the file into memory. They are strict and stream one row at a time, but slower than pyarrow. `formats`
+reads training and test data through `stream_rows`, `evaluation.retrieval` its documents.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +22,9 @@ from rung.types import Source
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 CHUNK_CHARACTERS = 1 << 20
-"""Characters of a .json file that are read at once."""
-BATCH = 256
-"""Rows of a parquet file that are decoded at once."""
+"""Characters of a .json file read at once."""
+PARQUET_BATCH_ROWS = 256
+"""Rows of a parquet file decoded at once."""
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 
@@ -42,30 +47,30 @@ class ParsedRow(NamedTuple):
 
 
 class _MalformedRow(NamedTuple):
-    """What stands in place of a row that cannot be parsed."""
+    """Placeholder for a row that cannot be parsed."""
 
     reason: str
 
 
 ReadItem = tuple[int, object]
-"""A line and the value on it: a row, a `_Broken`, or something else that is no row."""
+"""A line and its value: a row, a `_MalformedRow`, or another value that is no row."""
 
 
 @dataclass(slots=True)
 class SourceRows:
-    """A whole source in memory: rows that could be read, and rows that could not."""
+    """A complete source in memory: readable and rejected rows."""
 
     path: str
     rows: list[tuple[Source, Row]] = field(default_factory=list)
-    rejected: list[RejectedRow] = field(default_factory=list)
+    rejected_rows: list[RejectedRow] = field(default_factory=list)
 
 
 def read_rows(path: str) -> SourceRows:
-    """All that `stream_rows` gives, for sources of few rows."""
+    """All items of `stream_rows`, for small sources."""
     rows = SourceRows(path)
     for item in stream_rows(path):
         if isinstance(item, RejectedRow):
-            rows.rejected.append(item)
+            rows.rejected_rows.append(item)
         else:
             rows.rows.append(item)
     return rows
@@ -74,28 +79,29 @@ def read_rows(path: str) -> SourceRows:
 def stream_rows(path: str) -> Iterator[ParsedRow | RejectedRow]:
     """Read a .jsonl, .json, .csv or .parquet file, or a `datasets` name (`name`, `name:split`, `name/config:split`).
 
-    One row at a time, in the order of the source; only a .json file that is not a plain list stands in memory as a
-    whole. A broken line of a .jsonl or .csv file is a rejected row; the caller's policy decides about it.
+    One row at a time, in the order of the source; only a .json file that is not a plain list is loaded into memory. A
+    broken line of a .jsonl or .csv file is a rejected row; the caller's policy decides about it.
 
     Raises:
         DataError: the source is missing, a folder, empty, undecodable, or no row of it can be read.
     """
-    name, items = _open(path)
-    read = refused = 0
-    first: RejectedRow | None = None
+    name, items = _open_source(path)
+    readable_count = rejected_count = 0
+    first_rejected: RejectedRow | None = None
     for line, value in items:
         source = Source(name, line)
         if isinstance(value, dict):
-            read += 1
+            readable_count += 1
             yield ParsedRow(source, value)
             continue
-        rejected = RejectedRow(source, _reason(value))
-        first = first or rejected
-        refused += 1
-        yield rejected
-    if not read:
-        named = f"; the first: {first}" if first else ""
-        raise DataError(f"holds no readable row{named}", where=path, given=f"{refused} rejected rows")
+        rejected_row = RejectedRow(source, _reason(value))
+        # remembered for the error below: by then the caller has consumed the stream
+        first_rejected = first_rejected or rejected_row
+        rejected_count += 1
+        yield rejected_row
+    if not readable_count:
+        example = f"; the first: {first_rejected}" if first_rejected else ""
+        raise DataError(f"holds no readable row{example}", where=path, given=f"{rejected_count} rejected rows")
 
 
 def _reason(value: object) -> str:
@@ -104,13 +110,14 @@ def _reason(value: object) -> str:
     )
 
 
-def _open(path: str) -> tuple[str, Iterator[ReadItem]]:
+def _open_source(path: str) -> tuple[str, Iterator[ReadItem]]:
     file = Path(path)
     reader = _READERS.get(file.suffix.lower())
     if file.is_dir():
         files = ", ".join(sorted(p.name for p in file.iterdir() if p.suffix in SUFFIXES)[:10])
         raise DataError("is a folder, not a file", where=path, hint=f"it holds: {files or 'no data file'}")
     if not file.exists():
+        # a path, not a hub name: asking the hub would only wait for the network
         if reader or path.startswith(("/", "./", "../", "~")):
             _missing_file_error(file)
         return path, _read_hub(path)
@@ -126,14 +133,15 @@ def _missing_file_error(file: Path) -> NoReturn:
     if not folder.is_dir():
         raise DataError("no such file, and no such folder", where=str(file), given=str(folder))
     names = [p.name for p in folder.iterdir() if p.is_file()]
-    near = get_close_matches(file.name, names, n=3, cutoff=0.5)
-    there = sorted(n for n in names if n.endswith(SUFFIXES))[:10]
-    hint = f"did you mean {', '.join(near)}?" if near else f"data files there: {', '.join(there) or 'none'}"
+    similar = get_close_matches(file.name, names, n=3, cutoff=0.5)
+    data_files = sorted(n for n in names if n.endswith(SUFFIXES))[:10]
+    hint = f"did you mean {', '.join(similar)}?" if similar else f"data files there: {', '.join(data_files) or 'none'}"
     raise DataError("no such file", where=str(file), hint=hint)
 
 
-def _text(file: Path, newline: str) -> TextIO:
-    """The file as text, after a look at all of it: nothing is used of a file that is not UTF-8."""
+def _open_utf8(file: Path, newline: str) -> TextIO:
+    """Open the file as text after checking all of it: no row is used of a file that is not UTF-8."""
+    # checked by line, to name the line: the text layer decodes in blocks and knows no line number
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
@@ -144,15 +152,17 @@ def _text(file: Path, newline: str) -> TextIO:
                     where=f"{file} line {number}",
                     hint="save the file as UTF-8",
                 ) from error
+    # utf-8-sig: Excel writes a byte order mark, which would become part of the first column's name
     return file.open(encoding="utf-8-sig", newline=newline)
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> Row:
     row = dict(pairs)
+    # json keeps the last of two equal keys, so the other value would vanish
     if len(row) != len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {twice!r} stands twice in one object")
+        duplicate = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {duplicate!r} stands twice in one object")
     return row
 
 
@@ -165,17 +175,18 @@ def parse_json(text: str) -> Any:
     return json.loads(text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
 
 
-BLANK = " \t\n\r\v\f"
-"""What a line may hold and still be no row. Python counts more as space: control characters, which are broken rows."""
+BLANK_CHARACTERS = " \t\n\r\v\f"
+"""Characters of a blank line. Python's strip removes more, such as control characters: those are broken rows."""
 
 
 def _read_jsonl(file: Path) -> Iterator[ReadItem]:
     # Lines end in \n alone: U+2028 and U+0085 are legal inside JSON strings.
-    with _text(file, newline="\n") as lines:
+    with _open_utf8(file, newline="\n") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip(BLANK):
+            if not line.strip(BLANK_CHARACTERS):
                 continue
             try:
+                # \r alone is taken off too: files from Windows end lines in \r\n
                 yield number, parse_json(line.rstrip("\n").rstrip("\r"))
             except json.JSONDecodeError as error:
                 yield number, _MalformedRow(f"broken JSON: {error.msg} (column {error.colno})")
@@ -188,67 +199,70 @@ def _read_json(file: Path) -> Iterator[ReadItem]:
     try:
         for number, item in enumerate(_elements(file), start=1):
             yield number, item
-    except (ValueError, RecursionError):  # not a plain list, or broken: a look at the whole says what
-        yield from enumerate(_whole_json(file)[number:], start=number + 1)
+    except (ValueError, RecursionError):  # not a plain list, or broken: parsing the complete file tells which
+        yield from enumerate(_load_json(file)[number:], start=number + 1)
 
 
 def _elements(file: Path) -> Iterator[Any]:
-    """The values of a list, one after the other, with only a piece of the file in memory.
+    """The values of a JSON list one by one, with only a piece of the file in memory.
 
     Raises:
-        ValueError: the file is no list, or broken somewhere.
+        ValueError: the file is not a list, or broken.
     """
     decoder = json.JSONDecoder(object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
-    with _text(file, newline="") as text:
+    with _open_utf8(file, newline="") as text:
         buffer = text.read(CHUNK_CHARACTERS)
-        at = _skip_space(buffer, 0)
-        if not buffer.startswith("[", at):
+        position = _skip_space(buffer, 0)
+        if not buffer.startswith("[", position):
             raise ValueError("no list")
-        at += 1
+        position += 1
         while True:
-            found = _element(decoder, buffer, at)
-            if found is None:
-                more = text.read(max(CHUNK_CHARACTERS, len(buffer) - at))
-                if not more:
+            element = _element(decoder, buffer, position)
+            if element is None:
+                # at least doubles the buffer: a value longer than it is then parsed O(log n) times, not O(n)
+                chunk = text.read(max(CHUNK_CHARACTERS, len(buffer) - position))
+                if not chunk:
                     raise ValueError("broken off")
-                buffer, at = buffer[at:] + more, 0
+                buffer, position = buffer[position:] + chunk, 0
                 continue
-            value, end = found
+            value, end = element
             yield value
-            at = end + 1
+            position = end + 1
             if buffer[end] == "]":
                 break
-        rest = buffer[at:] + text.read()
-        if _skip_space(rest, 0) < len(rest):
+        trailing = buffer[position:] + text.read()
+        if _skip_space(trailing, 0) < len(trailing):
             raise ValueError("more behind the list")
 
 
-def _element(decoder: json.JSONDecoder, buffer: str, at: int) -> tuple[Any, int] | None:
-    """The value at this place and where the sign behind it stands; None when one of them is not there (yet)."""
+def _element(decoder: json.JSONDecoder, buffer: str, position: int) -> tuple[Any, int] | None:
+    """The value at this position and the position of the delimiter after it; None when one is not in the buffer yet."""
     try:
-        value, end = decoder.raw_decode(buffer, _skip_space(buffer, at))
+        value, end = decoder.raw_decode(buffer, _skip_space(buffer, position))
     except json.JSONDecodeError:
         return None
     end = _skip_space(buffer, end)
+    # a number at the end of the buffer may go on: only a delimiter shows that it is complete
     return (value, end) if buffer.startswith((",", "]"), end) else None
 
 
-def _skip_space(text: str, at: int) -> int:
-    found = _SPACE.match(text, at)
-    return found.end() if found else at
+def _skip_space(text: str, position: int) -> int:
+    match = _SPACE.match(text, position)
+    return match.end() if match else position
 
 
-def _whole_json(file: Path) -> list[Any]:
-    with _text(file, newline="") as whole:
-        text = whole.read()
+def _load_json(file: Path) -> list[Any]:
+    with _open_utf8(file, newline="") as stream:
+        text = stream.read()
     try:
         value = parse_json(text)
     except json.JSONDecodeError as error:
-        lines = error.msg == "Extra data"
+        # the typical mistake: JSON Lines in a file called .json
+        is_jsonl = error.msg == "Extra data"
         raise DataError(
             f"broken JSON: {error.msg} (column {error.colno})",
             where=f"{file} line {error.lineno}",
-            hint="one object per line is .jsonl: rename the file" if lines else None,
+            hint="one object per line is .jsonl: rename the file" if is_jsonl else None,
         ) from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"refused JSON: {error}", where=str(file)) from error
@@ -263,7 +277,7 @@ def _csv_lines(file: Path) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, refuses long contexts
     start = 1
     try:
-        with _text(file, newline="") as lines:
+        with _open_utf8(file, newline="") as lines:
             reader = csv.reader(lines, strict=True)
             for fields in reader:
                 yield start, fields
@@ -275,8 +289,8 @@ def _csv_lines(file: Path) -> Iterator[tuple[int, list[str]]]:
 def _read_csv(file: Path) -> Iterator[ReadItem]:
     lines = _csv_lines(file)
     header = next(lines, (1, []))[1]
-    if twice := sorted({name for name in header if header.count(name) > 1}):
-        raise DataError(f"column {twice[0]!r} stands twice in the header", where=f"{file} line 1")
+    if duplicates := sorted({name for name in header if header.count(name) > 1}):
+        raise DataError(f"column {duplicates[0]!r} stands twice in the header", where=f"{file} line 1")
     for number, fields in lines:
         if len(fields) == len(header):
             yield number, dict(zip(header, fields, strict=True))
@@ -285,7 +299,7 @@ def _read_csv(file: Path) -> Iterator[ReadItem]:
 
 
 def _prune_nulls(value: Any) -> Any:
-    """Remove null fields inside nested values: a columnar store gives every object the fields of all (FAILURES 8)."""
+    """Remove null fields from nested values: a columnar store gives every object the fields of all (FAILURES 8)."""
     if isinstance(value, dict):
         return {key: _prune_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
@@ -299,24 +313,27 @@ def _read_parquet(file: Path) -> Iterator[ReadItem]:
 
     number = 0
     try:
-        with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 16) as table:  # else whole row groups are held
-            for batch in table.iter_batches(batch_size=BATCH):
+        with pq.ParquetFile(
+            file, pre_buffer=False, buffer_size=1 << 16
+        ) as table:  # else complete row groups stay in memory
+            for batch in table.iter_batches(batch_size=PARQUET_BATCH_ROWS):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, {name: _prune_nulls(value) for name, value in row.items()}
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"broken parquet: {error}", where=str(file)) from error
     finally:
+        # arrow's pool keeps freed pages, which would count as memory of the training run
         pa.default_memory_pool().release_unused()
 
 
 def _hub_candidates(name: str) -> list[tuple[str, str | None]]:
-    """`a/b` is a set of an owner or, failing that, a configuration of a set without one; `a/b/c` is never in doubt."""
+    """`a/b` is an owner's data set or, failing that, a configuration of a set without owner; `a/b/c` is unambiguous."""
     match name.split("/"):
         case [first, second]:
             return [(name, None), (first, second)]
-        case [owner, short, config]:
-            return [(f"{owner}/{short}", config)]
+        case [owner, set_name, config]:
+            return [(f"{owner}/{set_name}", config)]
         case _:
             return [(name, None)]
 
@@ -326,24 +343,25 @@ def _read_hub(path: str) -> Iterator[ReadItem]:
 
     name, _, split = path.partition(":")
     reasons = []
-    loaded = None
+    dataset = None
     for candidate, config in _hub_candidates(name):
         try:
-            loaded = datasets.load_dataset(candidate, config, split=split or "train")
+            dataset = datasets.load_dataset(candidate, config, split=split or "train")
             break
         except Exception as error:  # hub, cache, network and builder each raise their own kinds
             reasons.append(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
             if isinstance(error, ConnectionError):
                 break  # the other reading of the name would only wait through the same retries
-    if loaded is None:
+    if dataset is None:
         raise DataError(
             "neither a file here nor a `datasets` set that can be reached",
             where=path,
+            # the first reading of the name is the likelier one
             given=reasons[0],
             allowed=f"a {', '.join(SUFFIXES)} file, or name, name:split, name/config:split",
             hint="without a network, save the set as a file and give its path",
         )
-    for number, row in enumerate(loaded, start=1):
+    for number, row in enumerate(dataset, start=1):
         yield number, {column: _prune_nulls(value) for column, value in row.items()}
 
 

@@ -1,4 +1,9 @@
-"""Records on disk, one line of JSON each; in memory only where a record stands and hashes of its prompt and group."""
+"""Records on disk, one line of JSON each; in memory only their positions and hashes of prompt and group.
+
+56 bytes of memory per record instead of several kB (decision 0011); a record read twice is parsed twice. Splits,
+duplicates and overlaps are computed from the hashes without reading records. The stored line is also what the
+fingerprint of the data is computed from. Written by `formats`, read by everything behind it.
+"""
 
 from __future__ import annotations
 
@@ -20,24 +25,26 @@ ROW_DTYPE = np.dtype(
         ("line", "<i8"),
         ("size", "<u4"),
         ("origin", "<u4"),
+        # big-endian, so that the two halves read as the digest's bytes do
         ("prompt", ">u8", (2,)),
         ("group", ">u8", (2,)),
     ]
 )
-"""What stays in memory of a record: 56 bytes. The hashes are the first 128 bits of `prompt_key` and `group_key`."""
-_PACK = struct.Struct("<qqII16s16s")
+"""Memory of a record: 56 bytes. The hashes are the first 128 bits of `prompt_key` and `group_key`."""
+_ROW_STRUCT = struct.Struct("<qqII16s16s")
+# a real group hashes to zeros with probability 2^-128
 _NO_GROUP = bytes(16)
 
 
 class Records(LazySequence[Record]):
-    """Records on disk, read one at a time. `origins` names the blob and the path of each row's source."""
+    """Records on disk, read one at a time. `origins` has the file and the source path of each row."""
 
     def __init__(self, rows: np.ndarray, origins: tuple[tuple[AppendFile, str], ...]) -> None:
         self.rows, self.origins = rows, origins
 
     @staticmethod
     def from_records(records: Iterable[Record]) -> Records:
-        """The records themselves, written down unless they are already."""
+        """The records on disk: unchanged if they are `Records`, else written."""
         if isinstance(records, Records):
             return records
         writer = RecordWriter()
@@ -47,15 +54,16 @@ class Records(LazySequence[Record]):
 
     @staticmethod
     def concatenate(parts: Sequence[Records]) -> Records:
-        """One after the other."""
+        """All parts in order; nothing is copied on disk."""
         if len(parts) == 1:
             return parts[0]
         tables = [np.empty(0, ROW_DTYPE)]
         origins: list[tuple[AppendFile, str]] = []
         for part in parts:
-            moved = part.rows.copy()
-            moved["origin"] += len(origins)
-            tables.append(moved)
+            shifted = part.rows.copy()
+            # origins are numbered within a part
+            shifted["origin"] += len(origins)
+            tables.append(shifted)
             origins += part.origins
         return Records(np.concatenate(tables), tuple(origins))
 
@@ -63,57 +71,58 @@ class Records(LazySequence[Record]):
         return len(self.rows)
 
     def __iter__(self) -> Iterator[Record]:
-        for line, source in self.stored():
+        for line, source in self.encoded_with_sources():
             yield _decode_record(line, source)
 
     def at(self, i: int) -> Record:
-        """Read one."""
+        """Read one record."""
         return next(iter(self.select(slice(i, i + 1))))
 
     def select(self, rows: slice | np.ndarray) -> Records:
-        """These alone; nothing is read."""
+        """The selected records; nothing is read."""
         return Records(self.rows[rows], self.origins)
 
     def source(self, i: int) -> Source:
-        """Where a record came from, without reading it."""
+        """The source of a record, without reading it."""
         return Source(self.origins[self.rows["origin"][i]][1], int(self.rows["line"][i]))
 
-    def stored(self) -> Iterator[tuple[bytes, Source]]:
-        """Each record's line, as `encode` wrote it, and where it came from."""
-        for begin in range(0, len(self.rows), 1024):
-            rows = self.rows[begin : begin + 1024]
+    def encoded_with_sources(self) -> Iterator[tuple[bytes, Source]]:
+        """Each record's line, as written by `encode_record`, and its source."""
+        for offset in range(0, len(self.rows), 1024):
+            rows = self.rows[offset : offset + 1024]
             columns = (rows[name].tolist() for name in ("start", "size", "line", "origin"))  # numpy scalars are slow
             for start, size, line, origin in zip(*columns, strict=True):
-                blob, path = self.origins[origin]
-                yield blob.read(start, size), Source(path, line)
+                file, path = self.origins[origin]
+                yield file.read(start, size), Source(path, line)
 
     def indices_from_path(self, path: str) -> np.ndarray:
-        """Indices of the records that came from there."""
-        wanted = [number for number, (_, own) in enumerate(self.origins) if own == path]
-        return np.flatnonzero(np.isin(self.rows["origin"], wanted))
+        """Indices of the records from this path."""
+        origin_ids = [number for number, (_, origin_path) in enumerate(self.origins) if origin_path == path]
+        # several origins may have one path: each concatenated part has its own
+        return np.flatnonzero(np.isin(self.rows["origin"], origin_ids))
 
     def prompts(self) -> np.ndarray:
         """Hashes of the normalized prompts, uint64 [n, 2]."""
         return self.rows["prompt"].astype(np.uint64)
 
     def groups(self) -> np.ndarray:
-        """Hashes of the groups, uint64 [n, 2]; zeros where there is none."""
+        """Hashes of the groups, uint64 [n, 2]; zeros without a group."""
         return self.rows["group"].astype(np.uint64)
 
 
 class RecordWriter:
-    """Takes records one by one and gives them back as `Records`."""
+    """Writes records one by one and returns them as `Records`."""
 
     def __init__(self) -> None:
-        self._blob = AppendFile.new()
+        self._file = AppendFile.new()
         self._rows = bytearray()
         self._paths: dict[str, int] = {}
 
     def add(self, record: Record) -> None:
-        """Write a record down."""
+        """Write one record."""
         line = encode_record(record)
-        self._rows += _PACK.pack(
-            self._blob.append(line),
+        self._rows += _ROW_STRUCT.pack(
+            self._file.append(line),
             record.source.line,
             len(line),
             self._paths.setdefault(record.source.path, len(self._paths)),
@@ -122,42 +131,43 @@ class RecordWriter:
         )
 
     def records(self) -> Records:
-        """All that was written; nothing can be added afterwards."""
-        return Records(np.frombuffer(self._rows, ROW_DTYPE), tuple((self._blob, path) for path in self._paths))
+        """All written records; nothing can be added afterwards."""
+        return Records(np.frombuffer(self._rows, ROW_DTYPE), tuple((self._file, path) for path in self._paths))
 
 
 def encode_record(record: Record) -> bytes:
-    """The content of a record, without its source, as one line of JSON."""
+    """The content of a record as one line of JSON, without its source."""
     turns = [(m.role, m.content, m.tool_calls, m.name) for m in record.messages]
-    task: list[Any] = [] if record.task is None else [record.task]
+    # Appended only where they are set: fingerprints of data without them stay those of earlier versions.
+    optional_fields: list[Any] = [] if record.task is None else [record.task]
     if record.score is not None or record.candidates:
-        task = [record.task, record.score, [(r.content, r.score) for r in record.candidates]]
-    fields = [turns, record.context, record.tools, record.group, record.weight, record.text, *task]
+        optional_fields = [record.task, record.score, [(r.content, r.score) for r in record.candidates]]
+    fields = [turns, record.context, record.tools, record.group, record.weight, record.text, *optional_fields]
     return json.dumps(fields).encode() + b"\n"
 
 
 def _decode_record(line: bytes, source: Source) -> Record:
-    turns, context, tools, group, weight, text, *more = json.loads(line)
-    if len(more) > 1:
-        more[2] = tuple(Candidate(*rival) for rival in more[2])
-    return Record(tuple(Message(*turn) for turn in turns), source, context, tools, group, weight, text, *more)
+    turns, context, tools, group, weight, text, *extras = json.loads(line)
+    if len(extras) > 1:
+        extras[2] = tuple(Candidate(*candidate) for candidate in extras[2])
+    return Record(tuple(Message(*turn) for turn in turns), source, context, tools, group, weight, text, *extras)
 
 
 def character_count(record: Record) -> int:
-    """Length of all its texts."""
+    """Total length of all texts of a record."""
     turns = sum(len(m.content) for m in record.messages) + sum(len(r.content) for r in record.candidates)
     return len(record.text or "") + len(record.context or "") + turns
 
 
 def encoded_lines(records: Iterable[Record]) -> Iterator[bytes]:
-    """The content of each record, as `encode` writes it."""
+    """The content of each record, as `encode_record` writes it."""
     if isinstance(records, Records):
-        return (line for line, _ in records.stored())
+        return (line for line, _ in records.encoded_with_sources())
     return map(encode_record, records)
 
 
 def fingerprint(records: Iterable[Record]) -> str:
-    """SHA-256 over the content of records, in order, without their sources."""
+    """SHA-256 of the content of records, in order, without their sources."""
     digest = sha256()
     for line in encoded_lines(records):
         digest.update(line)
@@ -165,7 +175,7 @@ def fingerprint(records: Iterable[Record]) -> str:
 
 
 def normalized_prompt(record: Record) -> str:
-    """What is asked, casefolded and with white space collapsed: context and all turns before the final answer."""
+    """The prompt casefolded and with white space collapsed: context and all turns before the final answer."""
     if record.text is not None:
         return _normalize(record.text)
     turns = [f"{m.role}: {m.content} {m.tool_calls or ''}" for m in record.messages[:-1]]
@@ -174,6 +184,7 @@ def normalized_prompt(record: Record) -> str:
 
 def prompt_key(record: Record) -> bytes:
     """SHA-256 of the normalized prompt."""
+    # a prefix per kind: a prompt and a group of the same text get different positions in the split
     return sha256(f"prompt\0{normalized_prompt(record)}".encode(errors="surrogatepass")).digest()
 
 
@@ -183,28 +194,30 @@ def group_key(group: str) -> bytes:
 
 
 def distinct_conversations(records: Iterable[Record]) -> np.ndarray:
-    """Indices of the conversations that differ in context or turns, in order; of copies the last stands for all."""
+    """Indices of conversations with distinct context or turns, in order; the last of several copies is taken."""
     rows, keys = array("q"), bytearray()
     for i, record in enumerate(records):
         if record.messages:
-            own = Record(record.messages, record.source, record.context)
+            conversation = Record(record.messages, record.source, record.context)
             rows.append(i)
-            keys += sha256(encode_record(own)).digest()[:16]
+            keys += sha256(encode_record(conversation)).digest()[:16]
     hashes = np.frombuffer(keys, ">u8").reshape(-1, 2).astype(np.uint64)
-    last = len(hashes) - 1 - first_occurrence(hashes[::-1])[::-1]
-    found: np.ndarray = np.array(rows, dtype=np.int64)[last[first_occurrence(hashes) == np.arange(len(hashes))]]
-    return found
+    last_occurrence = len(hashes) - 1 - first_occurrence(hashes[::-1])[::-1]
+    distinct_rows: np.ndarray = np.array(rows, dtype=np.int64)[
+        last_occurrence[first_occurrence(hashes) == np.arange(len(hashes))]
+    ]
+    return distinct_rows
 
 
 def first_occurrence(keys: np.ndarray) -> np.ndarray:
-    """Index of the first row with the same key, for each row of uint64 [n, 2]: its own where none came before."""
+    """For each row of uint64 [n, 2] the index of the first row with the same key: its own if it is the first."""
     order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: rows of one key stay in their order
     ordered = keys[order]
-    begins = np.ones(len(keys), dtype=bool)
-    begins[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    found = np.empty(len(keys), dtype=np.int64)
-    found[order] = order[np.maximum.accumulate(np.where(begins, np.arange(len(keys)), 0))]
-    return found
+    starts_key = np.ones(len(keys), dtype=bool)
+    starts_key[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    first_indices = np.empty(len(keys), dtype=np.int64)
+    first_indices[order] = order[np.maximum.accumulate(np.where(starts_key, np.arange(len(keys)), 0))]
+    return first_indices
 
 
 def _normalize(text: str) -> str:

@@ -1,4 +1,9 @@
-"""Rendered parts to `Example`s: batched, within the length allowed, and checked row by row (preflight, gate 1)."""
+"""Tokenization: rendered parts to `Example`s, the length policies, and the preflight check (gate 1).
+
+Prompt and answer are tokenized separately (decision 0003), in batches bounded by rows and characters. The preflight
+decodes every supervised span and compares it with the rendered answer, which costs about as much as tokenizing again
+and finds wrong labels before a run instead of after it. `cache` calls `tokenize_columns`, `runs.dataset` the rest.
+"""
 
 from __future__ import annotations
 
@@ -26,23 +31,23 @@ if TYPE_CHECKING:
 
 Overflow = Literal["error", "drop", "trim_prompt"]
 CHUNK = 512
-"""Rows tokenized or decoded in one call, at most."""
+"""Maximum of rows tokenized or decoded in one call."""
 CHUNK_CHARACTERS = 1 << 20
-"""Characters (or tokens) of one call, at most: a tokenizer's working memory is a hundred times its text."""
+"""Maximum of characters (or tokens) in one call: a tokenizer's working memory is a hundred times its text."""
 BOUNDARY_SAMPLE = 1000
-"""Rows, evenly spaced, for which the whole text is tokenized at once to count differences."""
+"""Evenly spaced rows whose complete text is also tokenized at once, to count differences."""
 
 
 @dataclass(frozen=True, slots=True)
 class Preflight:
-    """What gate 1 measured."""
+    """Measurements of gate 1."""
 
     rows: int
     failing: int
     tokens: int
     supervised_tokens: int
     normalized: int
-    """Rows whose text comes back as the tokenizer's own normalizer writes it (composed accents, for example)."""
+    """Rows whose text decodes to its form under the tokenizer's normalizer (composed accents, for example)."""
     boundary_checked: int
     boundary_differences: int
 
@@ -52,10 +57,10 @@ class Preflight:
 
 
 class _AnswerVariant(NamedTuple):
-    """A record with its own answer, or with a rival's in its place."""
+    """A record with its own answer, or with the answer of a candidate in its place."""
 
-    number: int
-    rival: int
+    record_index: int
+    candidate_index: int
     record: Record
 
 
@@ -66,18 +71,18 @@ def tokenize_records(
     loss_on: LossOn = "answer",
     max_length: int | None = None,
     overflow: Overflow = "error",
-    candidates: bool = False,
+    with_candidates: bool = False,
 ) -> TokenizedDataset:
-    """Tokenize records, with their supervised tokens marked; with `candidates`, the other answers of each as well.
+    """Tokenize records and mark their supervised tokens; `with_candidates` adds the other answers of each record.
 
     Raises:
         DataError: the template refuses a row or rewrites its history, a document is too long under `error`, no
             document is left, or there are no records.
     """
-    flat = tokenize_columns(
-        chat, records, loss_on=loss_on, max_length=max_length, overflow=overflow, candidates=candidates
+    columns = tokenize_columns(
+        chat, records, loss_on=loss_on, max_length=max_length, overflow=overflow, with_candidates=with_candidates
     )
-    return TokenizedDataset.from_columns(flat, records)
+    return TokenizedDataset.from_columns(columns, records)
 
 
 def tokenize_columns(
@@ -87,18 +92,22 @@ def tokenize_columns(
     loss_on: LossOn,
     max_length: int | None,
     overflow: Overflow,
-    candidates: bool = False,
+    with_candidates: bool = False,
 ) -> TokenColumns:
-    """`tokenize_records`, as columns that a cache can keep."""
+    """`tokenize_records`, as columns that the cache can store."""
     writer = TokenColumnWriter()
     conversations = array("q")  # records that are kept and have turns
-    long, stuck = array("q"), array("q")  # record and length, one after the other
+    too_long, untrimmable = array("q"), array("q")  # record and length, one after the other
     limit = sys.maxsize if max_length is None else max_length
-    for i, row in groupby(_documents(chat, _variants(records, candidates), loss_on), key=lambda made: made[0].number):
+    # All answers of a record are kept or dropped together: half a pair compares nothing.
+    for i, row in groupby(
+        _documents(chat, _variants(records, with_candidates), loss_on), key=lambda pair: pair[0].record_index
+    ):
         variants, documents = zip(*row, strict=True)
         document, length = documents[0], max(len(d.ids) for d in documents)
         if length > limit:
-            long.extend((i, length))
+            too_long.extend((i, length))
+            # collected, not raised at once: the error names the first ten and counts all
             if overflow != "trim_prompt":
                 continue
             if len(documents) > 1:
@@ -108,86 +117,99 @@ def tokenize_columns(
                     given=overflow,
                     allowed="error or drop",
                 )
-            inserted = sum(token >= chat.positions.first for token in document.ids) if chat.positions else 0
-            if length - max(document.prompt - 1 - inserted, 0) > limit:  # one stays: it predicts the answer's first
-                stuck.extend((i, length))
+            # virtual tokens are never trimmed, see `_trim`
+            virtual_count = sum(token >= chat.positions.first_id for token in document.ids) if chat.positions else 0
+            if (
+                length - max(document.prompt_length - 1 - virtual_count, 0) > limit
+            ):  # one stays: it predicts the answer's first
+                untrimmable.extend((i, length))
                 continue
             documents = (_trim(chat, document, limit),)
         for variant, document in zip(variants, documents, strict=True):
-            writer.add(i, document, variant.rival)
+            writer.add(i, document, variant.candidate_index)
         if variants[0].record.text is None:
+            # plain texts have no border between pieces
             conversations.append(i)
-    if long and overflow == "error":
-        raise _too_long("longer than data.max_length", long, limit, records)
-    if stuck:
-        raise _too_long("longer than data.max_length even without their prompt", stuck, limit, records)
+    if too_long and overflow == "error":
+        raise _too_long_error("longer than data.max_length", too_long, limit, records)
+    if untrimmable:
+        raise _too_long_error("longer than data.max_length even without their prompt", untrimmable, limit, records)
     if not len(writer):
         if not len(records):
             raise DataError("there are no rows to tokenize")
-        raise DataError("no document is left", given=f"{len(long) // 2} of {len(records)} dropped for their length")
+        raise DataError("no document is left", given=f"{len(too_long) // 2} of {len(records)} dropped for their length")
+    # evenly spaced over the file, because sources are often sorted
     step = max(1, -(-len(conversations) // BOUNDARY_SAMPLE))
-    checked, differing = _boundaries(chat, (records[i] for i in conversations[::step]), loss_on)
-    beyond, none = np.array(long, dtype=np.int64).reshape(-1, 2), np.empty((0, 2), dtype=np.int64)
+    boundary_checked, boundary_differences = _count_boundary_differences(
+        chat, (records[i] for i in conversations[::step]), loss_on
+    )
+    too_long_table, empty_table = np.array(too_long, dtype=np.int64).reshape(-1, 2), np.empty((0, 2), dtype=np.int64)
     return TokenColumns(
-        *writer.regions(),
+        *writer.byte_ranges(),
         rows=writer.rows(),
-        dropped=beyond if overflow == "drop" else none,
-        trimmed=beyond if overflow == "trim_prompt" else none,
-        boundary_checked=checked,
-        boundary_differences=differing,
+        dropped=too_long_table if overflow == "drop" else empty_table,
+        trimmed=too_long_table if overflow == "trim_prompt" else empty_table,
+        boundary_checked=boundary_checked,
+        boundary_differences=boundary_differences,
     )
 
 
 def preflight(chat: ChatTemplate, tokenized: TokenizedDataset) -> Preflight:
-    """Gate 1: every row ends in a supervised stop, and its supervised ids decode to the answers as rendered.
+    """Gate 1: every row ends in a supervised stop, and its supervised ids decode to the rendered answers.
 
     Raises:
         GateError: with the first ten failing rows and what is wrong with each.
     """
-    failing = normalized = 0
-    shown: list[str] = []
-    rows = zip(tokenized.examples, tokenized.expected, tokenized.starts, strict=True)
+    failing_count = normalized_count = 0
+    messages: list[str] = []
+    rows = zip(tokenized.examples, tokenized.expected_texts, tokenized.compared_starts, strict=True)
     for chunk in chunks(rows, lambda row: len(row[0]), count=CHUNK, limit=CHUNK_CHARACTERS):
-        for (example, expected, start), text in zip(chunk, _decoded(chat, chunk), strict=True):
+        for (example, expected, start), text in zip(chunk, _decode_supervised(chat, chunk), strict=True):
             reason = _preflight_fault(chat, example, start)
             if reason is None and text != expected:
-                if text == _normalized(chat, expected):
-                    normalized += 1
+                # a normalizer cannot be undone, and inference applies it as well: counted, not refused
+                if text == _normalized_text(chat, expected):
+                    normalized_count += 1
                 else:
-                    reason = _difference(text, expected)
+                    reason = _describe_difference(text, expected)
             if reason is not None:
-                failing += 1
-                shown += [f"{example.source}: {reason}"] if failing <= 10 else []
+                failing_count += 1
+                messages += [f"{example.source}: {reason}"] if failing_count <= 10 else []
     total = len(tokenized.examples)
-    if failing:
-        raise GateError(f"preflight: {failing} of {total} rows would not train what they say", hint="\n  ".join(shown))
+    if failing_count:
+        raise GateError(
+            f"preflight: {failing_count} of {total} rows would not train what they say", hint="\n  ".join(messages)
+        )
     return Preflight(
         rows=total,
         failing=0,
         tokens=int(tokenized.lengths.sum()),
         supervised_tokens=tokenized.supervised_tokens,
-        normalized=normalized,
+        normalized=normalized_count,
         boundary_checked=tokenized.boundary_checked,
         boundary_differences=tokenized.boundary_differences,
     )
 
 
-def _variants(records: Iterable[Record], candidates: bool) -> Iterator[_AnswerVariant]:
-    """Each record, followed by its candidates where they are asked for."""
-    for number, record in enumerate(records):
+def _variants(records: Iterable[Record], with_candidates: bool) -> Iterator[_AnswerVariant]:
+    """Each record, followed by its candidates if `with_candidates`."""
+    for record_index, record in enumerate(records):
         if record.is_prompt_only:
             hint = "prompts alone are for policies that answer themselves: objective.kind: grpo, or rung generate"
             raise DataError("this row has no answer to learn", where=str(record.source), hint=hint)
-        if not candidates and record.is_undesirable:
+        # an error, not a filter: dropping rows silently would hide a wrong objective
+        if not with_candidates and record.is_undesirable:
             hint = "leave such rows out, or take objective: {kind: preference, loss: kto}"
             raise DataError("this answer is labelled as bad, and would be learned", where=str(record.source), hint=hint)
-        if candidates and record.score is None:
+        if with_candidates and record.score is None:
             hint = "objectives that compare take pairs, rankings or ratings, and kto labels (data.format)"
             raise DataError("this row compares nothing", where=str(record.source), hint=hint)
-        yield _AnswerVariant(number, OWN_ANSWER, record)
-        for i, rival in enumerate(record.candidates if candidates else ()):
-            answer = replace(record.messages[-1], content=rival.content)
-            yield _AnswerVariant(number, i, replace(record, messages=(*record.messages[:-1], answer), candidates=()))
+        yield _AnswerVariant(record_index, OWN_ANSWER, record)
+        for i, candidate in enumerate(record.candidates if with_candidates else ()):
+            answer = replace(record.messages[-1], content=candidate.content)
+            yield _AnswerVariant(
+                record_index, i, replace(record, messages=(*record.messages[:-1], answer), candidates=())
+            )
 
 
 def _documents(
@@ -196,204 +218,219 @@ def _documents(
     for chunk in chunks(variants, lambda v: character_count(v.record), count=CHUNK, limit=CHUNK_CHARACTERS):
         parts = [chat.split_conversation(v.record, loss_on) if v.record.text is None else None for v in chunk]
         texts = [[p.text for p in ps] if ps else [v.record.text or ""] for v, ps in zip(chunk, parts, strict=True)]
-        pieces = iter(_encoded(chat, texts))
-        for variant, own in zip(chunk, parts, strict=True):
+        # one call for all pieces of the chunk; they come back in order
+        pieces = iter(_encode_pieces(chat, texts))
+        for variant, conversation_parts in zip(chunk, parts, strict=True):
             record = variant.record
-            if own is None:
+            if conversation_parts is None:
                 document = _plain_text(chat, record, next(pieces))
             else:
-                real = chat.positions.first if chat.positions else None
+                first_virtual_id = chat.positions.first_id if chat.positions else None
                 document = _conversation(
-                    [(p.supervised, p.text, next(pieces)) for p in own], everything=loss_on == "all", real=real
+                    [(p.supervised, p.text, next(pieces)) for p in conversation_parts],
+                    learn_all=loss_on == "all",
+                    first_virtual_id=first_virtual_id,
                 )
             chat.check_bos(document.ids, str(record.source))
             yield variant, document
 
 
 def _plain_text(chat: ChatTemplate, record: Record, ids: list[int]) -> TokenizedDocument:
-    """Raw text with its stop; everything after the first token is learned."""
+    """Raw text with its stop; all tokens after the first are supervised."""
     if chat.positions is not None:
         hint = "put all virtual tokens in front (method.positions)"
         raise DataError("plain text has no turns that tokens could be inserted in", where=str(record.source), hint=hint)
     if chat.eos_id is None:
         raise ConfigError("plain text needs an end-of-text token, and the tokenizer has none", where=str(record.source))
-    head = [chat.bos_id] if chat.adds_bos and chat.bos_id is not None and ids[:1] != [chat.bos_id] else []
-    whole = [*head, *ids, chat.eos_id]
-    supervised = np.ones(len(whole), dtype=bool)
+    # as the tokenizer itself would do; not if the text already begins with one
+    bos_ids = [chat.bos_id] if chat.adds_bos and chat.bos_id is not None and ids[:1] != [chat.bos_id] else []
+    document_ids = [*bos_ids, *ids, chat.eos_id]
+    supervised = np.ones(len(document_ids), dtype=bool)
     supervised[0] = False
-    expected = f"{chat.tokenizer.bos_token if head else ''}{record.text}{chat.tokenizer.eos_token}"
-    return TokenizedDocument(whole, supervised, 0, 0, expected)
+    expected = f"{chat.tokenizer.bos_token if bos_ids else ''}{record.text}{chat.tokenizer.eos_token}"
+    return TokenizedDocument(document_ids, supervised, 0, 0, expected)
 
 
 def _conversation(
-    pieces: list[tuple[bool, str, list[int]]], *, everything: bool, real: int | None
+    pieces: list[tuple[bool, str, list[int]]], *, learn_all: bool, first_virtual_id: int | None
 ) -> TokenizedDocument:
-    """Pieces one after the other. Ids from `real` on are virtual tokens, which nothing can predict."""
+    """Concatenate pieces. Ids from `first_virtual_id` on are virtual tokens, which no model can predict."""
     ids = list(chain.from_iterable(piece for _, _, piece in pieces))
-    supervised = np.repeat([s or everything for s, _, _ in pieces], [len(piece) for _, _, piece in pieces])
+    # the first token has no predecessor that could predict it
+    supervised = np.repeat([s or learn_all for s, _, _ in pieces], [len(piece) for _, _, piece in pieces])
     supervised[0] = False
-    if real is not None:
-        supervised &= np.array(ids) < real
-    prompt = len(pieces[0][2])
-    return TokenizedDocument(ids, supervised, prompt, prompt, "".join(text for answer, text, _ in pieces if answer))
+    if first_virtual_id is not None:
+        supervised &= np.array(ids) < first_virtual_id
+    prompt_length = len(pieces[0][2])
+    return TokenizedDocument(
+        ids, supervised, prompt_length, prompt_length, "".join(text for is_answer, text, _ in pieces if is_answer)
+    )
 
 
 def _trim(chat: ChatTemplate, document: TokenizedDocument, limit: int) -> TokenizedDocument:
-    """Cut the earliest tokens of the prompt, but keep a leading BOS, and virtual tokens wherever they stand."""
+    """Remove the earliest tokens of the prompt, but keep a leading BOS and all virtual tokens."""
     excess = len(document.ids) - limit
     if excess <= 0:
         return document
-    head = int(chat.bos_id is not None and document.ids[0] == chat.bos_id)
+    bos_count = int(chat.bos_id is not None and document.ids[0] == chat.bos_id)
     ids = np.array(document.ids)
-    real = chat.positions.first if chat.positions else np.iinfo(ids.dtype).max
-    cut = head + np.flatnonzero(ids[head : document.prompt] < real)[:excess]
-    supervised = np.delete(document.supervised, cut)
+    first_virtual_id = chat.positions.first_id if chat.positions else np.iinfo(ids.dtype).max
+    # from the beginning: the question is usually at the end of the prompt, right before the answer
+    cut_positions = bos_count + np.flatnonzero(ids[bos_count : document.prompt_length] < first_virtual_id)[:excess]
+    supervised = np.delete(document.supervised, cut_positions)
     supervised[0] = False
     return document._replace(
-        ids=np.delete(ids, cut).tolist(),
+        ids=np.delete(ids, cut_positions).tolist(),
         supervised=supervised,
-        start=document.start - excess,
-        prompt=document.prompt - excess,
+        compared_start=document.compared_start - excess,
+        prompt_length=document.prompt_length - excess,
     )
 
 
-def _too_long(what: str, long: Sequence[int], limit: int, records: Sequence[Record]) -> DataError:
-    """`long` holds index and length of each, one after the other."""
-    count = len(long) // 2
-    shown = zip(long[0:20:2], long[1:20:2], strict=True)
-    lines = [f"{records[i].source}: {length} tokens" for i, length in shown]
-    more = [f"and {count - 10} more"] if count > 10 else []
+def _too_long_error(description: str, too_long: Sequence[int], limit: int, records: Sequence[Record]) -> DataError:
+    """`too_long` has index and length alternating."""
+    count = len(too_long) // 2
+    examples = zip(too_long[0:20:2], too_long[1:20:2], strict=True)
+    lines = [f"{records[i].source}: {length} tokens" for i, length in examples]
+    remainder = [f"and {count - 10} more"] if count > 10 else []
     return DataError(
-        f"{count} of {len(records)} documents are {what}",
+        f"{count} of {len(records)} documents are {description}",
         given=f"room for {limit} tokens: data.max_length, or the base's context less virtual tokens",
-        hint="\n  ".join([*lines, *more, "make room, or set data.overflow: drop or trim_prompt"]),
+        hint="\n  ".join([*lines, *remainder, "make room, or set data.overflow: drop or trim_prompt"]),
     )
 
 
-def _boundaries(chat: ChatTemplate, sample: Iterable[Record], loss_on: LossOn) -> tuple[int, int]:
-    """Conversations looked at, and those whose whole text has other ids than its pieces."""
-    checked = differing = 0
+def _count_boundary_differences(chat: ChatTemplate, sample: Iterable[Record], loss_on: LossOn) -> tuple[int, int]:
+    """Conversations compared, and those whose complete text has other ids than its pieces."""
+    sample_count = difference_count = 0
     for chunk in chunks(sample, character_count, count=CHUNK, limit=CHUNK_CHARACTERS):
         documents = [[p.text for p in chat.split_conversation(r, loss_on)] for r in chunk]
-        pieces = iter(_encoded(chat, documents))
-        for whole, texts in zip(chat.encode(["".join(texts) for texts in documents]), documents, strict=True):
-            checked += 1
-            differing += whole != list(chain.from_iterable(next(pieces) for _ in texts))
-    return checked, differing
+        pieces = iter(_encode_pieces(chat, documents))
+        for joined_ids, texts in zip(chat.encode(["".join(texts) for texts in documents]), documents, strict=True):
+            sample_count += 1
+            difference_count += joined_ids != list(chain.from_iterable(next(pieces) for _ in texts))
+    return sample_count, difference_count
 
 
-def _encoded(chat: ChatTemplate, documents: list[list[str]]) -> list[list[int]]:
-    """Ids of all pieces of all documents, one after the other."""
-    inner = [i > 0 for texts in documents for i in range(len(texts))]
-    return chat.encode(list(chain.from_iterable(documents)), inner)
+def _encode_pieces(chat: ChatTemplate, documents: list[list[str]]) -> list[list[int]]:
+    """Ids of all pieces of all documents, in order."""
+    mid_document = [i > 0 for texts in documents for i in range(len(texts))]
+    return chat.encode(list(chain.from_iterable(documents)), mid_document)
 
 
-def _decoded(chat: ChatTemplate, rows: Sequence[tuple[Example, str, int]]) -> Iterator[str]:
-    compared = [_compared_texts(example, start).tolist() for example, _, start in rows]
-    inner = iter(chat.decode((ids for ids, row in zip(compared, rows, strict=True) if row[2] > 0), inner=True))
-    plain = iter(chat.decode(ids for ids, row in zip(compared, rows, strict=True) if row[2] == 0))
-    return (next(inner) if start > 0 else next(plain) for _, _, start in rows)
+def _decode_supervised(chat: ChatTemplate, rows: Sequence[tuple[Example, str, int]]) -> Iterator[str]:
+    compared_ids = [_compared_ids(example, start).tolist() for example, _, start in rows]
+    # Two calls, because the anchor of `decode` applies to texts that continue a document only.
+    conversation_texts = iter(
+        chat.decode((ids for ids, row in zip(compared_ids, rows, strict=True) if row[2] > 0), mid_document=True)
+    )
+    plain_texts = iter(chat.decode(ids for ids, row in zip(compared_ids, rows, strict=True) if row[2] == 0))
+    return (next(conversation_texts) if start > 0 else next(plain_texts) for _, _, start in rows)
 
 
-def _compared_texts(example: Example, start: int) -> np.ndarray:
+def _compared_ids(example: Example, start: int) -> np.ndarray:
     mask = example.supervised.copy()
     mask[:start] = False
     if start == 0:
-        mask[0] = True  # the first token of a plain text is not predicted, but its bytes may belong to the second
-    compared: np.ndarray = example.ids[mask]
-    return compared
+        mask[0] = True  # the first token of plain text is not predicted, but may share the bytes of a character
+    ids: np.ndarray = example.ids[mask]
+    return ids
 
 
 def _preflight_fault(chat: ChatTemplate, example: Example, start: int) -> str | None:
     supervised = example.supervised
     if not supervised.any():
         return "no supervised token"
+    # plain text ends in eos whatever the template's stops are
     stops = [i for i in ([chat.eos_id] if start == 0 else chat.stop_ids) if i is not None]
     at_stop = np.isin(example.ids, stops)
     if not (supervised[-1] and at_stop[-1]):
         return f"does not end in a supervised stop token (one of {stops})"
     # A stop followed by more of the same answer was written there by the data: it would teach to stop early.
-    inside = at_stop[:-1] & supervised[:-1] & supervised[1:]
-    if start > 0 and inside[start:].any():
+    early_stops = at_stop[:-1] & supervised[:-1] & supervised[1:]
+    if start > 0 and early_stops[start:].any():
         return "the answer holds a stop token of the template"
     return None
 
 
-def _normalized(chat: ChatTemplate, text: str) -> str | None:
+def _normalized_text(chat: ChatTemplate, text: str) -> str | None:
     normalizer = chat.tokenizer.backend_tokenizer.normalizer
     return None if normalizer is None else str(normalizer.normalize_str(text))
 
 
-def _difference(text: str, expected: str) -> str:
-    at = len(os.path.commonprefix([text, expected]))
-    return f"decodes to {text[at : at + 30]!r} where the template wrote {expected[at : at + 30]!r} (character {at})"
+def _describe_difference(text: str, expected: str) -> str:
+    position = len(os.path.commonprefix([text, expected]))
+    decoded, rendered = (side[position : position + 30] for side in (text, expected))
+    return f"decodes to {decoded!r} where the template wrote {rendered!r} (character {position})"
 
 
 TOKENS_PROBED = 8
-"""Tokens at the end of a prompt that the gates look at."""
+"""Tokens at the end of a prompt that the gates compare."""
 
 
 @dataclass(frozen=True)
 class PromptDataset:
-    """Prompts in the order of their records; the `row` of each is its place here."""
+    """Tokenized prompts in the order of their records; the `row` of an example is its index here."""
 
     examples: list[Example]
     records: list[Record]
-    """Of each prompt."""
-    dropped: int
+    """The record of each prompt."""
+    dropped_count: int
 
     @property
     def rows(self) -> list[list[Example]]:
-        """A prompt each."""
+        """One prompt per row."""
         return [[example] for example in self.examples]
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each."""
+        """Tokens of each prompt, int64."""
         return np.array([len(e) for e in self.examples], dtype=np.int64)
 
     def summary(self) -> dict[str, Any]:
         """Counts for `run.json`."""
         lengths = self.lengths
         counts = {"examples": len(lengths), "tokens": int(lengths.sum()), "supervised_tokens": 0}
-        return {**counts, "longest": int(lengths.max()), "dropped": self.dropped, "trimmed": 0}
+        return {**counts, "longest": int(lengths.max()), "dropped": self.dropped_count, "trimmed": 0}
 
     def preflight(self) -> Preflight:
-        """What gate 1 has to say: there is nothing supervised that could be wrong."""
+        """Gate 1 always passes: prompts have no supervised tokens that could be wrong."""
         n = len(self.examples)
         return Preflight(n, 0, int(self.lengths.sum()), 0, normalized=0, boundary_checked=0, boundary_differences=0)
 
 
 def tokenize_prompts(
-    chat: ChatTemplate, records: Sequence[Record], *, longest: int, overflow: Overflow
+    chat: ChatTemplate, records: Sequence[Record], *, max_length: int, overflow: Overflow
 ) -> PromptDataset:
-    """Every question as the template puts it, up to where the answer begins, at most `longest` tokens.
+    """Every question as rendered up to the beginning of the answer, at most `max_length` tokens.
 
     Raises `DataError` for rows without turns, and for prompts that are too long unless `overflow` is `drop`.
     """
-    kept: list[Example] = []
-    own: list[Record] = []
-    long: list[tuple[Record, int]] = []
+    examples: list[Example] = []
+    kept_records: list[Record] = []
+    too_long: list[tuple[Record, int]] = []
     for record in records:
         if not record.messages:
             hint = "give rows with a question"
             raise DataError("plain text has no question to answer", where=str(record.source), hint=hint)
-        ids = chat.prompt_ids(record.messages[:-1], context=record.context, tools=record.tools)
-        if len(ids) > longest:
-            long.append((record, len(ids)))
+        prompt_ids = chat.prompt_ids(record.messages[:-1], context=record.context, tools=record.tools)
+        if len(prompt_ids) > max_length:
+            too_long.append((record, len(prompt_ids)))
             continue
-        whole = np.array(ids, dtype=np.int32)
-        # the end of it as if it were an answer, for the gates alone: what is learned from are answers of the policy
-        supervised = np.arange(len(whole)) >= max(1, len(whole) - TOKENS_PROBED)
-        kept.append(Example(whole, supervised, record.source, record.weight, record.group, record.task, row=len(kept)))
-        own.append(record)
-    if long and overflow != "drop":
-        lines = [f"{record.source}: {length} tokens" for record, length in long[:10]]
+        ids = np.array(prompt_ids, dtype=np.int32)
+        # marks the end of the prompt as if it were an answer, for the gates only: training uses answers of the policy
+        supervised = np.arange(len(ids)) >= max(1, len(ids) - TOKENS_PROBED)
+        examples.append(
+            Example(ids, supervised, record.source, record.weight, record.group, record.task, row=len(examples))
+        )
+        kept_records.append(record)
+    if too_long and overflow != "drop":
+        lines = [f"{record.source}: {length} tokens" for record, length in too_long[:10]]
         raise DataError(
-            f"{len(long)} of {len(records)} prompts leave no room for an answer",
-            given=f"at most {longest} tokens",
+            f"{len(too_long)} of {len(records)} prompts leave no room for an answer",
+            given=f"at most {max_length} tokens",
             hint="\n  ".join([*lines, "a smaller max_new_tokens leaves more; data.overflow: drop leaves them out"]),
         )
-    if not kept:
-        raise DataError("no prompt is left", given=f"{len(long)} dropped for their length")
-    return PromptDataset(kept, own, len(long))
+    if not examples:
+        raise DataError("no prompt is left", given=f"{len(too_long)} dropped for their length")
+    return PromptDataset(examples, kept_records, len(too_long))

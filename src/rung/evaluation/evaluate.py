@@ -1,4 +1,9 @@
-"""A task is held-out questions, a framing and metrics; its result is one score per item and what the answers cost."""
+"""Evaluation: answers or likelihoods for held-out questions, scored per item, with what a query costs.
+
+Only per-item scores are stored; every summary, interval and comparison is computed from them later, so two runs can be
+compared item by item without generating again. Decoding is greedy: a score is reproducible, and sampling noise does
+not hide a difference. `runs.load`, `commands.climb` and `commands.forgetting` call `evaluate`.
+"""
 
 from __future__ import annotations
 
@@ -39,13 +44,13 @@ class ScoredItem:
     group: str | None
     question: str
     context: str | None
-    """What stood before the question."""
+    """The context shown with the question."""
     expected: str
     answer: str
     scores: dict[str, float]
     prompt_tokens: int
     stopped: bool
-    """False when the answer was cut at `max_new_tokens`."""
+    """False when the answer was truncated at `max_new_tokens`."""
     nats: float | None = None
     """Negative log-likelihood of the expected answer, where perplexity is measured."""
     answer_tokens: int | None = None
@@ -66,23 +71,25 @@ class Evaluation:
 
     @property
     def prompt_tokens(self) -> float:
-        """Mean tokens of a prompt: the price paid at every query."""
+        """Mean tokens of a prompt: a cost of every query."""
         return float(np.mean([item.prompt_tokens for item in self.items]))
 
     def scores(self, metric: str) -> NDArray[np.float64]:
         """Score of each item; nats per token for perplexity."""
         if metric == PERPLEXITY:
+            # per token; `weights` gives long answers their influence back
             return np.array([(i.nats or 0.0) / (i.answer_tokens or 1) for i in self.items])
         return np.array([item.scores[metric] for item in self.items])
 
     def weights(self, metric: str) -> NDArray[np.float64] | None:
-        """Tokens of each item for perplexity, which weighs an item by its length; otherwise none."""
+        """Tokens of each item for perplexity, which weights an item by its length; None for other metrics."""
         return np.array([float(i.answer_tokens or 1) for i in self.items]) if metric == PERPLEXITY else None
 
     def interval(self, metric: str) -> Interval:
         """Mean and 95 % interval."""
         if metric == PERPLEXITY:
             nats = [item.nats or 0.0 for item in self.items]
+            # a ratio of sums: perplexity is not a mean over items
             return ratio_interval(nats, [item.answer_tokens or 1 for item in self.items], self.clusters)
         return score_interval(self.scores(metric), self.clusters, binary=METRICS[metric].binary)
 
@@ -98,16 +105,16 @@ class Evaluation:
         }
 
     def write(self, path: Path) -> None:
-        """A row an item, and what belongs to all in the file's metadata."""
-        about = {"seconds_per_query": self.seconds_per_query, "metrics": list(self.metrics)}
-        write_items(path, [asdict(item) for item in self.items], about)
+        """Write one row per item; seconds per query and metrics go into the file's metadata."""
+        metadata = {"seconds_per_query": self.seconds_per_query, "metrics": list(self.metrics)}
+        write_items(path, [asdict(item) for item in self.items], metadata)
 
     @staticmethod
     def read(path: Path) -> Evaluation:
-        """What `write` wrote."""
-        items, about = read_items(path)
+        """Read what `write` wrote."""
+        items, metadata = read_items(path)
         return Evaluation(
-            tuple(ScoredItem(**item) for item in items), about["seconds_per_query"], tuple(about["metrics"])
+            tuple(ScoredItem(**item) for item in items), metadata["seconds_per_query"], tuple(metadata["metrics"])
         )
 
 
@@ -115,30 +122,33 @@ def evaluate(
     policy: Policy,
     chat: ChatTemplate,
     records: Sequence[Record],
-    framing: PromptFormat,
+    prompt_format: PromptFormat,
     config: EvaluationConfig,
     *,
     title: str = "evaluate",
 ) -> Evaluation:
     """Answer every record greedily and score it.
 
-    Seconds per query are wall time over all items, shared prefixes encoded once, as a server would: of answering, or,
-    where only perplexity is measured, of reading the expected answer.
+    Seconds per query are wall time over all items, with shared prefixes encoded once, as a server would do: the time to
+    answer, or, where only perplexity is measured, the time to read the expected answer.
     Raises `DataError` for records without a question under metrics that need one.
     """
     generated = [name for name in config.metrics if name != PERPLEXITY]
     require_questions(records)
-    limit = policy.base.context - policy.method.virtual_tokens - config.max_new_tokens
-    prompts = prompt_ids(chat, records, framing, limit)
+    # virtual tokens take positions of the context too
+    max_prompt_tokens = policy.base.context - policy.method.virtual_tokens - config.max_new_tokens
+    prompts = prompt_ids(chat, records, prompt_format, max_prompt_tokens)
     answers, stopped, seconds = [""] * len(records), [True] * len(records), 0.0
     if generated:
+        # what a method puts before a prompt, such as virtual tokens, may differ from task to task
         tasks = [record.task for record in records]
         answers, stopped, seconds = _generate_answers(policy, chat, prompts, tasks, config, title)
     nats: Sequence[tuple[float | None, int | None]] = [(None, None)] * len(records)
     if PERPLEXITY in config.metrics:
-        started = time.perf_counter()
+        start_time = time.perf_counter()
         nats = _answer_nats(policy, chat, records, prompts)
-        seconds = seconds or time.perf_counter() - started
+        # generation is what a user waits for; reading counts only where nothing is generated
+        seconds = seconds or time.perf_counter() - start_time
     items = tuple(
         ScoredItem(
             source=str(record.source),
@@ -149,21 +159,24 @@ def evaluate(
             answer=answer,
             scores={name: METRICS[name].function(answer, expected_text(record)) for name in generated},
             prompt_tokens=len(prompt),
-            stopped=done,
+            stopped=ended,
             nats=likelihood[0],
             answer_tokens=likelihood[1],
         )
-        for record, prompt, answer, done, likelihood in zip(records, prompts, answers, stopped, nats, strict=True)
+        for record, prompt, answer, ended, likelihood in zip(records, prompts, answers, stopped, nats, strict=True)
     )
+    # max: no division by zero for an empty split
     return Evaluation(items, seconds / max(1, len(items)), config.metrics)
 
 
-def prompt_ids(chat: ChatTemplate, records: Sequence[Record], framing: PromptFormat, limit: int) -> list[list[int]]:
-    """Ids of each prompt. Raises `DataError` for one of more than `limit` tokens."""
-    prompts = [chat.prompt_ids(framing.turns(record), tools=record.tools) for record in records]
-    if longest := max((p for p in prompts if len(p) > limit), key=len, default=None):
+def prompt_ids(
+    chat: ChatTemplate, records: Sequence[Record], prompt_format: PromptFormat, max_prompt_tokens: int
+) -> list[list[int]]:
+    """Ids of each prompt. Raises `DataError` for a prompt of more than `max_prompt_tokens` tokens."""
+    prompts = [chat.prompt_ids(prompt_format.turns(record), tools=record.tools) for record in records]
+    if longest := max((p for p in prompts if len(p) > max_prompt_tokens), key=len, default=None):
         raise DataError(
-            f"this prompt has {len(longest)} tokens and the model takes {limit} before an answer",
+            f"this prompt has {len(longest)} tokens and the model takes {max_prompt_tokens} before an answer",
             where=str(records[prompts.index(longest)].source),
             hint="lower evaluation.shots, shorten the contexts or retrieve less, or use a base with a longer context",
         )
@@ -171,11 +184,11 @@ def prompt_ids(chat: ChatTemplate, records: Sequence[Record], framing: PromptFor
 
 
 def require_questions(records: Sequence[Record]) -> None:
-    """Raise `DataError` for plain text: it has no question to answer."""
-    without = next((record for record in records if not record.messages), None)
-    if without is not None:
+    """Raise `DataError` for plain text, which has no question to answer."""
+    text_record = next((record for record in records if not record.messages), None)
+    if text_record is not None:
         hint = "evaluate rows with a question and an answer"
-        raise DataError("plain text has no question to answer", where=str(without.source), hint=hint)
+        raise DataError("plain text has no question to answer", where=str(text_record.source), hint=hint)
 
 
 def _generate_answers(
@@ -186,7 +199,7 @@ def _generate_answers(
     config: EvaluationConfig,
     title: str,
 ) -> tuple[list[str], list[bool], float]:
-    started = time.perf_counter()
+    start_time = time.perf_counter()
     with ProgressBar(title, len(prompts)) as bar:
         answers = generate_by_task(
             policy,
@@ -197,7 +210,7 @@ def _generate_answers(
             batch=config.batch,
             on_batch=bar.advance,
         )
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - start_time
     texts = [chat.assistant_text(a.all_tokens).strip() for a in answers]
     return texts, [a.stopped for a in answers], seconds
 
@@ -206,24 +219,26 @@ def _generate_answers(
 def _answer_nats(
     policy: Policy, chat: ChatTemplate, records: Sequence[Record], prompts: Sequence[list[int]]
 ) -> Sequence[tuple[float | None, int | None]]:
-    """Nats and tokens of each expected answer with its stop, given the prompt of this framing."""
+    """Nats and tokens of each expected answer with its stop, given its prompt."""
     examples = []
     for record, prompt in zip(records, prompts, strict=True):
-        answer = chat.encode([chat.split_conversation(record, "answer")[-1].text], inner=True)[0]
+        # the answer as training renders it, behind the prompt of this format
+        answer = chat.encode([chat.split_conversation(record, "answer")[-1].text], mid_document=True)[0]
         ids = np.array([*prompt, *answer], dtype=np.int32)
         if len(ids) > policy.base.context - policy.method.virtual_tokens:
             raise DataError("prompt and expected answer are longer than the model's context", where=str(record.source))
         examples.append(Example(ids, np.arange(len(ids)) >= len(prompt), record.source, task=record.task))
     budget = tokens_per_micro_batch(policy.base.shape, policy.device.type)
-    found: dict[Source, tuple[float, int]] = {}
-    trees = not has_flat_kernel(policy.device)
-    batches = pack(examples, budget, share_prefixes=trees, device=policy.device)
-    for batch in policy.iterate_batches(batches):  # worked examples in front run once
+    nats_and_tokens: dict[Source, tuple[float, int]] = {}
+    share_prefixes = not has_flat_kernel(policy.device)
+    batches = pack(examples, budget, share_prefixes=share_prefixes, device=policy.device)
+    for batch in policy.iterate_batches(batches):  # shared worked examples are computed once
         nats = torch.zeros(batch.sequences, device=policy.device).index_add_(
             0, batch.loss.owner, -policy.logprobs(batch)
         )
         tokens = torch.bincount(batch.loss.owner, minlength=batch.sequences)
-        found |= dict(
+        nats_and_tokens |= dict(
             zip([d.source for d in batch.documents], zip(nats.tolist(), tokens.tolist(), strict=True), strict=True)
         )
-    return [found[record.source] for record in records]
+    # packing reorders documents
+    return [nats_and_tokens[record.source] for record in records]

@@ -1,4 +1,9 @@
-"""A judge of pairs of answers: what it is asked, in both orders, and what its log-probabilities or its words say."""
+"""LLM judge for pairs of answers: its prompts, in both orders, and how verdicts are read.
+
+Every pair is judged twice with the answers swapped, which doubles the cost and removes position bias. A local model is
+read by the log-probabilities of the marks A, B and C (no generation, never unreadable); a server by its text, because
+not every server returns log-probabilities. `commands.judge` and `commands.compare` use it.
+"""
 
 from __future__ import annotations
 
@@ -21,24 +26,25 @@ from rung.training.step import values_by_document
 from rung.types import Example, Message, Source
 
 MARKS = ("A", "B", "C")
-"""The answer shown first is better; the one shown second; neither."""
+"""A: the answer shown first is better; B: the one shown second; C: a tie."""
+# Prompt texts are part of the result: changing a word changes verdicts and the agreement with people.
 CRITERIA = "Better is what is correct, helpful and to the point."
 SYSTEM = (
     "You compare two answers to a question. {criteria} "
     "Neither the order in which the answers are shown nor their length is a reason."
 )
-BY_MARK = "Which answer is better? Reply with A or B, or with C for a tie."
-BY_WORDS = (
+MARK_INSTRUCTION = "Which answer is better? Reply with A or B, or with C for a tie."
+REASONS_INSTRUCTION = (
     "Which answer is better? Give your reasons in a few sentences, "
     "then end with [[A]] or [[B]], or with [[C]] for a tie."
 )
-MEANING: dict[bool, dict[str, Outcome]] = {
+OUTCOME_OF_MARK: dict[bool, dict[str, Outcome]] = {
     False: {"A": "first", "B": "second", "C": "tie"},
     True: {"A": "second", "B": "first", "C": "tie"},
 }
-"""What a mark says of the answers as given, by whether they were swapped."""
-SLICE = 64
-"""Prompts after which the bar moves on."""
+"""Outcome of a mark in the original order of the answers, by whether they were swapped."""
+PROMPTS_PER_UPDATE = 64
+"""Prompts between two updates of the progress bar."""
 _MARK = re.compile(r"\[\[([ABC])\]\]")
 
 
@@ -56,26 +62,26 @@ class AnswerPair:
 
     @property
     def cluster(self) -> str:
-        """Its group, or itself."""
+        """The group, or else the source of the pair."""
         return self.group if self.group is not None else self.source
 
 
 @dataclass(frozen=True, slots=True)
 class JudgeVerdict:
-    """One verdict on a pair in one order, and what it was read from: log-probabilities or words."""
+    """One verdict on a pair in one order, and its basis: log-probabilities or text."""
 
     mark: str | None
-    """One of `MARKS`; None: unreadable."""
+    """One of `MARKS`; None if unreadable."""
     basis: Any
 
     def outcome(self, swapped: bool) -> Outcome | None:
-        """The verdict with the answers named as given."""
-        return None if self.mark is None else MEANING[swapped][self.mark]
+        """The verdict in the original order of the answers."""
+        return None if self.mark is None else OUTCOME_OF_MARK[swapped][self.mark]
 
 
 @dataclass(frozen=True, slots=True)
 class JudgedPair:
-    """A pair, and what was said of it in both orders."""
+    """A pair with its verdicts in both orders."""
 
     pair: AnswerPair
     first_shown_first: JudgeVerdict
@@ -83,97 +89,116 @@ class JudgedPair:
 
     @property
     def verdicts(self) -> PairVerdicts:
-        """Read."""
+        """The outcomes of both orders."""
         return PairVerdicts(self.first_shown_first.outcome(False), self.second_shown_first.outcome(True))
 
 
 AskJudge = Callable[[Sequence[tuple[Message, ...]]], list[JudgeVerdict]]
-"""What answers prompts with verdicts, in their order."""
+"""Maps prompts to verdicts, in order."""
 
 
 def judge_both_orders(pairs: Sequence[AnswerPair], config: JudgeConfig, ask: AskJudge) -> list[JudgedPair]:
-    """Ask for each pair twice, the answers in either order."""
-    by_words = config.server is not None
-    prompts = [judge_prompt(pair, config, swapped, by_words) for pair in pairs for swapped in (False, True)]
-    said = ask(prompts)
-    return [JudgedPair(pair, said[2 * i], said[2 * i + 1]) for i, pair in enumerate(pairs)]
+    """Judge each pair twice, once in each order of the answers."""
+    # only generated text can hold reasons; log-probabilities of a mark are read without generating
+    with_reasons = config.server is not None
+    prompts = [judge_prompt(pair, config, swapped, with_reasons) for pair in pairs for swapped in (False, True)]
+    verdicts = ask(prompts)
+    # two prompts a pair, the original order first
+    return [JudgedPair(pair, verdicts[2 * i], verdicts[2 * i + 1]) for i, pair in enumerate(pairs)]
 
 
-def judge_prompt(pair: AnswerPair, config: JudgeConfig, swapped: bool, by_words: bool) -> tuple[Message, ...]:
-    """What the judge reads; `by_words` asks for reasons and a mark in brackets, otherwise for the mark alone."""
-    one, other = (pair.second, pair.first) if swapped else (pair.first, pair.second)
+def judge_prompt(pair: AnswerPair, config: JudgeConfig, swapped: bool, with_reasons: bool) -> tuple[Message, ...]:
+    """The prompt of the judge; `with_reasons` asks for reasons and a mark in brackets, otherwise for the mark only."""
+    answer_a, answer_b = (pair.second, pair.first) if swapped else (pair.first, pair.second)
     question = with_context(pair.context, pair.question) if pair.context else pair.question
     parts = [f"[Question]\n{question}"]
     if config.reference and pair.expected:
         parts.append(f"[Expected answer]\n{pair.expected}")
-    parts += [f"[Answer A]\n{one}", f"[Answer B]\n{other}", BY_WORDS if by_words else BY_MARK]
-    head = SYSTEM.format(criteria=config.criteria or CRITERIA)
-    return Message("system", head), Message("user", "\n\n".join(parts))
+    parts += [
+        f"[Answer A]\n{answer_a}",
+        f"[Answer B]\n{answer_b}",
+        REASONS_INSTRUCTION if with_reasons else MARK_INSTRUCTION,
+    ]
+    system = SYSTEM.format(criteria=config.criteria or CRITERIA)
+    return Message("system", system), Message("user", "\n\n".join(parts))
 
 
 def judge_by_logprobs(policy: Policy, chat: ChatTemplate) -> AskJudge:
-    """Ask a model at hand: the mark whose tokens are likeliest to follow (Zheng et al. 2023 read words instead).
+    """Judge with a loaded model: the mark with the highest log-probability (Zheng et al. 2023 parse text instead).
 
-    The marks of a prompt share it, and the prompts what they begin with, so each is computed once. A prompt that
-    leaves no room is unreadable.
+    Marks share their prompt and prompts share their beginning, so each is computed once. A prompt that leaves no room
+    for a mark is unreadable.
     """
-    endings = [chat.encode([mark], inner=True)[0] for mark in MARKS]
-    room = policy.base.context - policy.method.virtual_tokens - max(map(len, endings))
+    endings = [chat.encode([mark], mid_document=True)[0] for mark in MARKS]
+    # the longest mark must fit as well, so that all marks of a prompt can be compared
+    max_prompt_tokens = policy.base.context - policy.method.virtual_tokens - max(map(len, endings))
 
     def ask(prompts: Sequence[tuple[Message, ...]]) -> list[JudgeVerdict]:
         ids = [chat.prompt_ids(turns) for turns in prompts]
-        fitting = [i for i, own in enumerate(ids) if len(own) <= room]
+        fitting = [i for i, prompt in enumerate(ids) if len(prompt) <= max_prompt_tokens]
         documents = [_document(ids[i], ending, i) for i in fitting for ending in endings]
         budget = tokens_per_micro_batch(policy.base.shape, policy.device.type)
-        found: list[float] = []
+        logprobs: list[float] = []
         with ProgressBar("judge", len(prompts), len(prompts) - len(fitting)) as bar:
-            for start in range(0, len(documents), 3 * SLICE):
-                part = documents[start : start + 3 * SLICE]
-                found += values_by_document(
-                    [policy], part, budget, lambda batch: sum_by_document(batch, policy.logprobs(batch)).tolist()
+            # a multiple of three: the marks of a prompt stay in one slice and share it
+            for start in range(0, len(documents), 3 * PROMPTS_PER_UPDATE):
+                documents_slice = documents[start : start + 3 * PROMPTS_PER_UPDATE]
+                logprobs += values_by_document(
+                    [policy],
+                    documents_slice,
+                    budget,
+                    lambda batch: sum_by_document(batch, policy.logprobs(batch)).tolist(),
                 )
-                bar.advance(len(part) // 3)
-        said = [JudgeVerdict(None, f"{len(own)} tokens, and {room} have room") for own in ids]
-        for place, i in enumerate(fitting):
-            nats = dict(zip(MARKS, found[3 * place : 3 * place + 3], strict=True))
-            said[i] = JudgeVerdict(max(MARKS, key=nats.__getitem__), nats)
-        return said
+                bar.advance(len(documents_slice) // 3)
+        verdicts = [JudgeVerdict(None, f"{len(prompt)} tokens, and {max_prompt_tokens} have room") for prompt in ids]
+        for position, i in enumerate(fitting):
+            mark_logprobs = dict(zip(MARKS, logprobs[3 * position : 3 * position + 3], strict=True))
+            verdicts[i] = JudgeVerdict(max(MARKS, key=mark_logprobs.__getitem__), mark_logprobs)
+        return verdicts
 
     return ask
 
 
 def _document(ids: Sequence[int], ending: Sequence[int], row: int) -> Example:
-    whole = np.array([*ids, *ending], dtype=np.int32)
-    return Example(whole, np.arange(len(whole)) >= len(ids), Source("judge", row), row=row)
+    document_ids = np.array([*ids, *ending], dtype=np.int32)
+    return Example(document_ids, np.arange(len(document_ids)) >= len(ids), Source("judge", row), row=row)
 
 
 def parse_verdict(text: str) -> JudgeVerdict:
-    """The last mark in brackets of what a judge wrote; unreadable without one."""
+    """The last mark in brackets of a judge's text; unreadable without one."""
     marks = _MARK.findall(text)
+    # the last one: reasons often quote the instruction, and a model may revise its view
     return JudgeVerdict(marks[-1] if marks else None, text)
 
 
 def read_human_labels(path: str) -> tuple[list[AnswerPair], list[list[Outcome | None]]]:
-    """Pairs that people have labelled, with the labels.
+    """Pairs labelled by people, with their labels.
 
-    Columns: `question`, `first`, `second`, `human` (first, second or tie, or a list of these with null for nothing
-    said), and optionally `context`, `expected` and `group`. Raises `DataError` for a row that is not so.
+    Columns: `question`, `first`, `second`, `human` (first, second or tie, or a list of these with null for a missing
+    label), and optionally `context`, `expected` and `group`. Raises `DataError` for other rows.
     """
     pairs: list[AnswerPair] = []
     labels: list[list[Outcome | None]] = []
     for item in stream_rows(path):
         if isinstance(item, RejectedRow):
+            # no reject policy here: a few hundred labels decide whether a judge is trusted
             raise DataError(item.reason, where=str(item.source))
         row, where = item.row, str(item.source)
         texts = {name: row.get(name) for name in ("question", "first", "second")}
-        if wrong := [name for name, text in texts.items() if not isinstance(text, str)]:
+        if missing_columns := [name for name, text in texts.items() if not isinstance(text, str)]:
             hint = "a labelled pair has question, first, second and human"
-            raise DataError(f"no text in column {wrong[0]}", where=where, given=texts[wrong[0]], hint=hint)
-        given = row.get("human")
-        own = given if isinstance(given, list) else [given]
-        if not any(label is not None for label in own) or any(x is not None and x not in OUTCOMES for x in own):
-            raise DataError("not what a person could have said", where=where, given=given, allowed=", ".join(OUTCOMES))
-        further = {name: str(row[name]) for name in ("context", "expected", "group") if row.get(name) is not None}
-        pairs.append(AnswerPair(**texts, source=where, **further))  # type: ignore[arg-type]
-        labels.append(own)
+            raise DataError(
+                f"no text in column {missing_columns[0]}", where=where, given=texts[missing_columns[0]], hint=hint
+            )
+        value = row.get("human")
+        row_labels = value if isinstance(value, list) else [value]
+        if not any(label is not None for label in row_labels) or any(
+            x is not None and x not in OUTCOMES for x in row_labels
+        ):
+            raise DataError("not what a person could have said", where=where, given=value, allowed=", ".join(OUTCOMES))
+        optional_fields = {
+            name: str(row[name]) for name in ("context", "expected", "group") if row.get(name) is not None
+        }
+        pairs.append(AnswerPair(**texts, source=where, **optional_fields))  # type: ignore[arg-type]
+        labels.append(row_labels)
     return pairs, labels

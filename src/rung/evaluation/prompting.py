@@ -1,4 +1,10 @@
-"""What stands around a question: nothing for a tuned model, the best honest prompt for an untuned one."""
+"""Prompt formats: instruction and worked examples around a question.
+
+A tuned model is asked as it was trained, an untuned one with the best prompt that the training split allows, so that
+tuning is compared with honest prompting. Worked examples come from the training split only. Fixed examples are encoded
+once for all questions; nearest examples fit better but cost their prompt at every question. `commands.climb_prompts`
+chooses the format, `evaluate` applies it.
+"""
 
 from __future__ import annotations
 
@@ -20,22 +26,23 @@ Shots = tuple[Record, ...]
 
 @dataclass(frozen=True, slots=True)
 class PromptFormat:
-    """How each question is put, behind the context that its record has."""
+    """The prompt of each question: instruction, worked examples, then the question behind its context."""
 
     instruction: str | None = None
     shots: Shots = ()
-    """Worked examples in front of every question: encoded once for all."""
+    """Worked examples before every question, encoded once for all."""
     nearest_shots: Callable[[Record], Shots] | None = None
-    """Worked examples of each question's own, instead."""
+    """Worked examples chosen for each question instead."""
 
     def turns(self, record: Record) -> tuple[Message, ...]:
-        """All turns up to the answer: instruction, worked examples, the question."""
-        own = [m for m in _prompt_turns(record) if m.role != "system"]
-        system = [self.instruction, *(m.content for m in record.messages if m.role == "system")]
-        head = "\n\n".join(text for text in system if text)
+        """All turns before the answer: instruction, worked examples, question."""
+        # One system turn in front: templates refuse a second one, or one after the examples.
+        question_turns = [m for m in _prompt_turns(record) if m.role != "system"]
+        system_parts = [self.instruction, *(m.content for m in record.messages if m.role == "system")]
+        system_text = "\n\n".join(text for text in system_parts if text)
         shots = self.nearest_shots(record) if self.nearest_shots else self.shots
-        worked = [turn for shot in shots for turn in (*_without_system(shot), shot.messages[-1])]
-        return (*((Message("system", head),) if head else ()), *worked, *own)
+        example_turns = [turn for shot in shots for turn in (*_without_system(shot), shot.messages[-1])]
+        return (*((Message("system", system_text),) if system_text else ()), *example_turns, *question_turns)
 
 
 def _without_system(record: Record) -> list[Message]:
@@ -43,7 +50,7 @@ def _without_system(record: Record) -> list[Message]:
 
 
 def _prompt_turns(record: Record) -> list[Message]:
-    """The turns before the answer, the context in front of the first question."""
+    """The turns before the answer, with the context in the first question."""
     turns = list(record.messages[:-1])
     if record.context:
         first = next(i for i, m in enumerate(turns) if m.role == "user")
@@ -51,44 +58,47 @@ def _prompt_turns(record: Record) -> list[Message]:
     return turns
 
 
-def choose_shots(train: Sequence[Record], count: int, seed: int, choose: ExampleSelection = "random") -> Shots:
-    """A fixed set of worked examples out of the training split: drawn, or with `coverage` those of `covering`.
+def choose_shots(train: Sequence[Record], count: int, seed: int, selection: ExampleSelection = "random") -> Shots:
+    """A fixed set of worked examples from the training split: random, or with `coverage` those of `coverage_shots`.
 
-    Drawn ones are from different groups as long as there are enough. Raises `DataError` when the split has fewer rows
-    than asked for.
+    Random examples come from different groups as long as there are enough. Raises `DataError` when the split has too
+    few rows.
     """
     if not count:
         return ()
     usable = _usable_records(train, count)
-    if choose == "coverage":
+    if selection == "coverage":
         return tuple(
             train[int(usable[i])] for i in coverage_shots([query_words(train[int(i)].question) for i in usable], count)
         )
+    # a permutation, not a sample: a larger count extends the smaller set
     order = usable[np.random.default_rng([seed, 1]).permutation(len(usable))].tolist()
-    chosen: dict[int, Record] = {}
+    shots: dict[int, Record] = {}
     groups: set[str | None] = set()
     for i in order:
-        if len(chosen) == count:
+        if len(shots) == count:
             break
         record = train[i]
         if record.group is None or record.group not in groups:
-            chosen[i] = record
+            shots[i] = record
             groups.add(record.group)
-    rest = (i for i in order if i not in chosen)
-    return (*chosen.values(), *(train[next(rest)] for _ in range(count - len(chosen))))
+    # fewer groups than examples: fill up with rows of groups that are already represented
+    spare = (i for i in order if i not in shots)
+    return (*shots.values(), *(train[next(spare)] for _ in range(count - len(shots))))
 
 
 def nearest_shots(train: Sequence[Record], count: int) -> Callable[[Record], Shots]:
-    """For a question the `count` training rows whose questions score highest by BM25, the nearest last.
+    """For each question the `count` training rows whose questions score highest by BM25, the nearest last.
 
-    The nearest stands next to the question (Liu et al. 2022, arXiv 2101.06804, section 2). Of rows that score alike the
-    earlier is nearer, those without a common word included, so there are always `count`. Raises `DataError` when the
-    split has fewer rows than asked for.
+    The nearest is next to the question (Liu et al. 2022, arXiv 2101.06804, section 2). Of rows with equal scores the
+    earlier is nearer, rows without a common word included, so there are always `count`. Raises `DataError` when the
+    split has too few rows.
     """
     usable = _usable_records(train, count)
     index = Bm25Index([query_words(train[int(i)].question) for i in usable])
 
     def nearest(record: Record) -> Shots:
+        # a stable sort, so that ties do not depend on numpy's algorithm
         order = np.argsort(-index.scores(query_words(record.question)), kind="stable")[:count]
         return tuple(train[int(usable[i])] for i in order[::-1])
 
@@ -96,38 +106,41 @@ def nearest_shots(train: Sequence[Record], count: int) -> Callable[[Record], Sho
 
 
 def coverage_shots(texts: Sequence[Sequence[str]], count: int) -> list[int]:
-    """Numbers of `count` texts that together cover the words of all: weighted maximum coverage, greedily.
+    """Indices of `count` texts that together cover the words of all: greedy weighted maximum coverage.
 
-    A word weighs as many texts as it stands in; each step takes the text whose words not yet covered weigh most, of
-    equal ones the earliest. What is covered weighs at least 1 - 1/e of what any `count` texts could cover (Nemhauser,
-    Wolsey and Fisher 1978, section 4; for worked examples: Gupta et al. 2023, arXiv 2305.14907). Where nothing is left
-    to cover, all words count anew.
+    The weight of a word is the number of texts that contain it; each step takes the text with the largest weight of
+    words not covered yet, the earliest of equal ones. The covered weight is at least 1 - 1/e of what any `count` texts
+    could cover (Nemhauser, Wolsey and Fisher 1978, section 4; for worked examples: Gupta et al. 2023, arXiv
+    2305.14907). Once everything is covered, all words count again.
     """
+    # imported here: only this choice of examples needs scipy.sparse
     from scipy.sparse import csr_array
 
-    number: dict[str, int] = {}
-    rows = [sorted({number.setdefault(word, len(number)) for word in text}) for text in texts]
+    word_index: dict[str, int] = {}
+    rows = [sorted({word_index.setdefault(word, len(word_index)) for word in text}) for text in texts]
     ends = np.cumsum([0, *map(len, rows)])
     columns = np.array([column for row in rows for column in row], dtype=np.int64)
-    holds = csr_array((np.ones(len(columns)), columns, ends), shape=(len(rows), max(1, len(number))))
-    weights: NDArray[np.float64] = np.bincount(columns, minlength=max(1, len(number))).astype(np.float64)
-    left, free = weights.copy(), np.ones(len(rows), dtype=bool)
-    chosen: list[int] = []
+    # sparse: a dense matrix of 10,000 texts by 30,000 words would take 2.4 GB
+    incidence = csr_array((np.ones(len(columns)), columns, ends), shape=(len(rows), max(1, len(word_index))))
+    weights: NDArray[np.float64] = np.bincount(columns, minlength=max(1, len(word_index))).astype(np.float64)
+    remaining, available = weights.copy(), np.ones(len(rows), dtype=bool)
+    indices: list[int] = []
     for _ in range(min(count, len(rows))):
-        gains = np.where(free, holds @ left, -1.0)
+        gains = np.where(available, incidence @ remaining, -1.0)
         if gains.max() == 0.0:
-            left = weights.copy()
-            gains = np.where(free, holds @ left, -1.0)
-        taken = int(gains.argmax())
-        chosen.append(taken)
-        free[taken] = False
-        left[rows[taken]] = 0.0
-    return chosen
+            remaining = weights.copy()
+            gains = np.where(available, incidence @ remaining, -1.0)
+        best = int(gains.argmax())
+        indices.append(best)
+        available[best] = False
+        remaining[rows[best]] = 0.0
+    return indices
 
 
 def _usable_records(train: Sequence[Record], count: int) -> NDArray[np.int64]:
-    found = distinct_conversations(train)  # a weighted row stands in the split several times
-    usable: NDArray[np.int64] = found[[not train[int(i)].is_undesirable for i in found]]
+    distinct = distinct_conversations(train)  # a weighted row is in the split several times
+    # an answer labelled as undesirable is no example to follow
+    usable: NDArray[np.int64] = distinct[[not train[int(i)].is_undesirable for i in distinct]]
     if len(usable) < count:
         raise DataError(
             f"{count} worked examples are wanted and the training split has {len(usable)} rows",

@@ -1,4 +1,9 @@
-"""Which texts share the telling words of a query: BM25, by bm25s."""
+"""Retrieval: BM25 over passages, which rungs with retrieval put before their questions.
+
+BM25 (bm25s) instead of embeddings: no model to download, deterministic, fast on a CPU, and strong where questions use
+the words of the documents; it misses paraphrases. Passages and index are held in memory. `hit_rate` reports how often
+the right passage is retrieved, so that a weak score can be attributed to the search or to the model (decision 0020).
+"""
 
 from __future__ import annotations
 
@@ -24,58 +29,60 @@ from rung.errors import ConfigError, DataError
 from rung.scoring.stats import score_interval
 from rung.types import Record
 
+# the usual values, also bm25s's defaults; not tuned, because tuning would need validation questions
 K1, B = 1.5, 0.75
 _WORD = re.compile(r"\w+")
 
 
 def query_words(text: str) -> list[str]:
-    """Runs of letters and digits, in compatibility form (NFKC) and casefolded.
+    """Runs of letters and digits, normalized (NFKC) and casefolded.
 
-    No stemming and no stop words: any language that separates its words is treated alike.
+    No stemming and no stop words: all languages that separate words are treated equally.
     """
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 class Bm25Index:
-    """BM25 over texts given as words, in bm25s's lucene variant (Lu 2024, arXiv 2407.03618; Kamphuis et al. 2020).
+    """BM25 over texts given as words, bm25s's lucene variant (Lu 2024, arXiv 2407.03618; Kamphuis et al. 2020).
 
     score(q, d) = sum over the words t of q of ln(1 + (N - n + 0.5) / (n + 0.5)) * f / (f + K1 (1 - B + B |d| / L)), of
-    N texts of L words in the mean, t in n of them and f times in d; a word that stands twice in q counts twice.
+    N texts with a mean of L words, t in n of them and f times in d; a word that occurs twice in q counts twice.
     """
 
     def __init__(self, texts: Sequence[Sequence[str]]) -> None:
-        import bm25s  # here and not above: only those who ask for it wait
+        import bm25s  # not at the top: only runs with retrieval pay for the import
 
-        self._size = len(texts)
-        self._found = bm25s.BM25(k1=K1, b=B, method="lucene", dtype="float64") if any(texts) else None
-        if self._found is not None:
-            self._found.index([list(text) for text in texts], create_empty_token=False, show_progress=False)
+        self._text_count = len(texts)
+        # an index needs at least one word; float64, so that equal texts get equal scores on every machine
+        self._bm25 = bm25s.BM25(k1=K1, b=B, method="lucene", dtype="float64") if any(texts) else None
+        if self._bm25 is not None:
+            self._bm25.index([list(text) for text in texts], create_empty_token=False, show_progress=False)
 
     def scores(self, query: Sequence[str]) -> NDArray[np.float64]:
-        """Score of each text, float64 [N]; 0 where no word of the query stands in it."""
-        if self._found is None or not query:
-            return np.zeros(self._size)
-        return np.asarray(self._found.get_scores(list(query)), dtype=np.float64)
+        """Score of each text, float64 [N]; 0 for a text without a word of the query."""
+        if self._bm25 is None or not query:
+            return np.zeros(self._text_count)
+        return np.asarray(self._bm25.get_scores(list(query)), dtype=np.float64)
 
     def best(self, query: Sequence[str], count: int) -> list[int]:
-        """At most `count` texts that share a word with the query, best first; of equal ones the earlier first."""
+        """At most `count` texts that share a word with the query, best first; ties in the order of the texts."""
         scores = self.scores(query)
         order = np.argsort(-scores, kind="stable")[:count]
         return [int(i) for i in order if scores[i] > 0.0]
 
 
-TEXTS = (".txt", ".md")
-"""Suffixes of files that are one document each."""
+TEXT_SUFFIXES = (".txt", ".md")
+"""Suffixes of files that contain one document each."""
 _PIECE = re.compile(r"\S+")
 
 
 def split_passages(text: str, size: int, overlap: int) -> list[str]:
-    """Passages of `size` words (what white space separates), each as it stands in the text, line breaks and all.
+    """Passages of `size` words (separated by white space), each unchanged, including line breaks.
 
-    Neighbours share `overlap` words; the last two share more, so that no passage is a short rest. A text of at most
-    `size` words is one passage, one without words is none.
+    Neighboring passages share `overlap` words; the last two share more, so that no passage is a short remainder. A text
+    of at most `size` words is one passage; a text without words has none.
     """
-    spans = [found.span() for found in _PIECE.finditer(text)]
+    spans = [match.span() for match in _PIECE.finditer(text)]
     if len(spans) <= size:
         return [text.strip()] if spans else []
     starts = [*range(0, len(spans) - size, size - overlap), len(spans) - size]
@@ -84,45 +91,46 @@ def split_passages(text: str, size: int, overlap: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Library:
-    """Passages to be looked up. Held in memory, as the index over them is."""
+    """Passages for retrieval, in memory together with their index."""
 
     passages: tuple[str, ...]
     longer: tuple[bool, ...]
-    """Of each passage, whether it was cut from a longer document."""
+    """For each passage, whether it was cut from a longer document."""
     config: RetrievalConfig
     notes: dict[str, int]
-    """What was counted: documents, empty ones, passages, duplicates."""
+    """Counts of documents, empty documents, passages and duplicates."""
 
     @staticmethod
     def from_documents(documents: Iterable[str], config: RetrievalConfig, where: str) -> Library:
-        """Cut documents into passages; of equal ones the first stands for all.
+        """Split documents into passages; equal passages are kept once.
 
         Raises `DataError` when no document has a word.
         """
-        found: dict[str, tuple[str, bool]] = {}
-        count = empty = twice = 0
+        passages_by_key: dict[str, tuple[str, bool]] = {}
+        document_count = empty_count = duplicate_count = 0
         for document in documents:
-            count += 1
-            own = [
+            document_count += 1
+            document_passages = [
                 passage
                 for passage in split_passages(document, config.chunk_words, config.overlap)
                 if query_words(passage)
             ]
-            empty += not own
-            for passage in own:
+            empty_count += not document_passages
+            for passage in document_passages:
+                # white space apart, or the same passage in two layouts would take two of the top k
                 key = " ".join(passage.split())
-                twice += key in found
-                found.setdefault(key, (passage, len(own) > 1))
-        if not found:
-            raise DataError("no document has a word to be found by", where=where, given=f"{count} documents")
+                duplicate_count += key in passages_by_key
+                passages_by_key.setdefault(key, (passage, len(document_passages) > 1))
+        if not passages_by_key:
+            raise DataError("no document has a word to be found by", where=where, given=f"{document_count} documents")
         notes = {
-            "documents": count,
-            "empty_documents": empty,
-            "passages": len(found),
-            "duplicate_passages": twice,
+            "documents": document_count,
+            "empty_documents": empty_count,
+            "passages": len(passages_by_key),
+            "duplicate_passages": duplicate_count,
         }
-        passages, longer = zip(*found.values(), strict=True)
-        return Library(passages, longer, config, notes)
+        passages, is_cut = zip(*passages_by_key.values(), strict=True)
+        return Library(passages, is_cut, config, notes)
 
     @cached_property
     def _words(self) -> list[list[str]]:
@@ -134,58 +142,60 @@ class Library:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the passages in their order."""
+        """SHA-256 of the passages in order."""
         digest = sha256()
         for passage in self.passages:
             digest.update(sha256(passage.encode(errors="surrogatepass")).digest())
         return digest.hexdigest()
 
     def find(self, question: str) -> list[int]:
-        """Numbers of the passages for a question, best first; none where it shares no word with any."""
+        """Indices of the passages for a question, best first; empty if it shares no word with any."""
         return self._index.best(query_words(question), self.config.top_k)
 
     def with_passages(self, record: Record) -> Record:
-        """The record with what is found for its question, best first, in place of its context."""
+        """The record with the passages for its question, best first, as its context."""
         if not record.messages:  # plain text asks nothing
             return record
         return replace(record, context=self._passages(record.question))
 
     def prepend_passages(self, question: str) -> str:
-        """A question with what is found for it in front, as a record with that context is asked."""
-        found = self._passages(question)
-        return question if found is None else with_context(found, question)
+        """A question with its passages before it, rendered like a record with that context."""
+        passages = self._passages(question)
+        return question if passages is None else with_context(passages, question)
 
     def _passages(self, question: str) -> str | None:
         return "\n\n".join(self.passages[i] for i in self.find(question)) or None
 
     def with_passages_all(self, records: Iterable[Record]) -> Records:
-        """`shown` of each."""
+        """`with_passages` of each record."""
         return Records.from_records(map(self.with_passages, records))
 
     def hit_rate(self, records: Sequence[Record]) -> dict[str, Any]:
-        """How well it finds: the hit rate over records that still have their own contexts, ready for JSON.
+        """Hit rate over records that still have their own contexts, as JSON.
 
-        A question is hit when one of its passages contains the row's own context or, where that is longer than a
-        passage, was cut from inside it; of a row without a context, when one contains the expected answer (Karpukhin et
-        al. 2020, arXiv 2004.04906, section 5). Texts are compared word by word.
+        A question is a hit when one of its passages contains the row's own context or, where the context is longer than
+        a passage, was cut from it; for a row without context, when one contains the expected answer (Karpukhin et al.
+        2020, arXiv 2004.04906, section 5). Texts are compared word by word.
         """
-        hits, by_context, without, seconds = [], 0, 0, 0.0
-        self.find("")  # the index is made once
+        hits, by_context, without_passages, seconds = [], 0, 0, 0.0
+        self.find("")  # builds the cached index, which must not count as time of the first question
         for record in records:
-            started = time.perf_counter()
-            found = self.find(record.question)
-            seconds += time.perf_counter() - started
-            own = _normalize_spaces(query_words(record.context or ""))
-            by_context += bool(own)
-            without += not found
-            hits.append(any(self._hit(i, own, _normalize_spaces(query_words(expected_text(record)))) for i in found))
+            start_time = time.perf_counter()
+            passage_ids = self.find(record.question)
+            seconds += time.perf_counter() - start_time
+            context = _normalize_spaces(query_words(record.context or ""))
+            by_context += bool(context)
+            without_passages += not passage_ids
+            hits.append(
+                any(self._hit(i, context, _normalize_spaces(query_words(expected_text(record)))) for i in passage_ids)
+            )
         clusters = [record.group if record.group is not None else str(record.source) for record in records]
         return {
             "hit_rate": score_interval([float(hit) for hit in hits], clusters, binary=True).to_json(),
             "hits": sum(hits),
             "judged_by_context": by_context,
             "judged_by_answer": len(hits) - by_context,
-            "without_passages": without,
+            "without_passages": without_passages,
             "seconds_per_query": seconds / max(1, len(hits)),
             **self.notes,
             "from": self.config.documents,
@@ -200,16 +210,16 @@ class Library:
 
 
 def read_documents(config: RetrievalConfig) -> list[str]:
-    """The texts that `documents` names, in the order of their paths or rows.
+    """The texts of `documents`, in the order of their paths or rows.
 
-    Raises `DataError` for a place without documents, a file that is not UTF-8, and a row without a text.
+    Raises `DataError` for a folder without documents, a file that is not UTF-8, and a row without text.
     """
-    place = Path(config.documents or "")
-    if place.is_dir() or place.suffix.lower() in TEXTS:
+    path = Path(config.documents or "")
+    if path.is_dir() or path.suffix.lower() in TEXT_SUFFIXES:
         if config.column is not None:
-            what = "column names one of a file of rows, and these are texts"
-            raise ConfigError(what, where="evaluation.retrieve.column", given=config.column, hint="leave it out")
-        return _read_texts(place)
+            summary = "column names one of a file of rows, and these are texts"
+            raise ConfigError(summary, where="evaluation.retrieve.column", given=config.column, hint="leave it out")
+        return _read_texts(path)
     column, texts = config.column or "text", []
     for item in stream_rows(config.documents or ""):
         if isinstance(item, RejectedRow):
@@ -217,20 +227,21 @@ def read_documents(config: RetrievalConfig) -> list[str]:
         text = item.row.get(column)
         if not isinstance(text, str):
             hint = "name another with evaluation.retrieve.column"
-            known = ", ".join(item.row)
-            raise DataError(f"no text in column {column!r}", where=str(item.source), given=known, hint=hint)
+            columns = ", ".join(item.row)
+            raise DataError(f"no text in column {column!r}", where=str(item.source), given=columns, hint=hint)
         texts.append(text)
     return texts
 
 
-def _read_texts(place: Path) -> list[str]:
-    if not place.exists():
-        raise DataError("no such file", where=str(place), hint="evaluation.retrieve.documents names it")
-    inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in TEXTS and p.is_file())
-    files = inside if place.is_dir() else [place]
+def _read_texts(path: Path) -> list[str]:
+    if not path.exists():
+        raise DataError("no such file", where=str(path), hint="evaluation.retrieve.documents names it")
+    # sorted: the order of a folder differs between file systems, and ties go to the earlier passage
+    text_files = sorted(p for p in path.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES and p.is_file())
+    files = text_files if path.is_dir() else [path]
     if not files:
-        allowed = f"{' and '.join(TEXTS)} files, or a {', '.join(SUFFIXES)} file of rows"
-        raise DataError("this folder holds no document", where=str(place), allowed=allowed)
+        allowed = f"{' and '.join(TEXT_SUFFIXES)} files, or a {', '.join(SUFFIXES)} file of rows"
+        raise DataError("this folder holds no document", where=str(path), allowed=allowed)
     texts = []
     for file in files:
         try:
@@ -242,18 +253,18 @@ def _read_texts(place: Path) -> list[str]:
     return texts
 
 
-def own_contexts(parts: Iterable[Iterable[Record]]) -> list[str]:
-    """The contexts of a run's own rows, each once, in their order. Raises `DataError` where no row has one."""
-    found = dict.fromkeys(r.context for part in parts for r in part if r.context and not r.context.isspace())
-    if not found:
+def row_contexts(parts: Iterable[Iterable[Record]]) -> list[str]:
+    """The distinct contexts of a run's own rows, in order. Raises `DataError` if no row has one."""
+    contexts = dict.fromkeys(r.context for part in parts for r in part if r.context and not r.context.isspace())
+    if not contexts:
         raise DataError(
             "there is nothing to retrieve from: no row has a context",
             where="evaluation.retrieve.documents",
             hint="name a folder or a file of documents",
         )
-    return list(found)
+    return list(contexts)
 
 
-def _normalize_spaces(found: Sequence[str]) -> str:
-    """Words between single spaces, so that one text is within another only at the borders of words."""
-    return f" {' '.join(found)} " if found else ""
+def _normalize_spaces(words: Sequence[str]) -> str:
+    """Words between single spaces, so that a text can be part of another only at word borders."""
+    return f" {' '.join(words)} " if words else ""

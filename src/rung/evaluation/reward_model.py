@@ -1,4 +1,9 @@
-"""What a reward model is worth: how often it puts the better answer above the other, and what it goes by."""
+"""Health of a reward model: accuracy on held-out pairs, calibration, and whether it mostly measures length.
+
+A policy trained on a bad reward model gets worse while its reward rises, so PPO and GRPO refuse an unhealthy one. The
+checks need only held-out pairs that are scored once; they find constant, inverted and length-driven scores, not subtler
+flaws. `runs.train` and `commands.evaluate` call `score_reward_model`.
+"""
 
 from __future__ import annotations
 
@@ -21,27 +26,27 @@ from rung.training.step import values_by_document
 from rung.types import Example
 
 BINS = 10
-"""Of equal numbers of pairs, in which promised and kept accuracy are compared."""
-SPREAD = 1e-4
-"""Standard deviation of the scores below which a reward model says the same of everything."""
-MOSTLY = 0.7
-"""Rank correlation with length from which on a reward model mostly measures length."""
+"""Bins of equal numbers of pairs, in which predicted and observed accuracy are compared."""
+MIN_SPREAD = 1e-4
+"""Standard deviation of the scores up to which a reward model counts as constant."""
+LENGTH_CORRELATION_LIMIT = 0.7
+"""Rank correlation with length above which a reward model mostly measures length."""
 Verdict = Literal["healthy", "length", "unproven", "broken"]
 
 
 @dataclass(frozen=True, slots=True)
 class RewardModelHealth:
-    """Of held-out pairs."""
+    """Health on held-out pairs."""
 
     pairs: int
     accuracy: Interval
     """Share of pairs whose better answer scores higher; a tie counts half."""
     longer: float
-    """Share of pairs that always taking the longer answer would get right; equal lengths count half."""
+    """Accuracy of always preferring the longer answer; equal lengths count half."""
     calibration_error: float
-    """Mean distance of promised and kept accuracy over bins (Naeini et al. 2015): sigmoid(|r_w - r_l|) is promised."""
+    """Mean distance of predicted and observed accuracy over bins (Naeini et al. 2015), sigmoid(|r_w - r_l|)."""
     length_correlation: float
-    """Rank correlation of score and answer length over all answers (Spearman's)."""
+    """Spearman's rank correlation of score and answer length over all answers."""
     spread: float
     """Standard deviation of the scores."""
     verdict: Verdict
@@ -62,13 +67,13 @@ class RewardModelHealth:
 
 @dataclass(frozen=True)
 class RewardScorer:
-    """A reward model that scores answers as they are made."""
+    """A reward model that scores answers during training."""
 
     policy: Policy
     objective: RewardObjective
 
     def __call__(self, documents: Sequence[Example], budget: int) -> list[float]:
-        """Of each document: prompt and answer, its stop the last token."""
+        """Score of each document (prompt and answer, ending in its stop)."""
         scores = self.objective.scores
         return values_by_document([self.policy], documents, budget, lambda batch: scores(self.policy, batch).tolist())
 
@@ -77,61 +82,80 @@ class RewardScorer:
 def score_reward_model(
     policy: Policy, objective: RewardObjective, examples: Iterable[Example], budget: int
 ) -> RewardModelHealth:
-    """Score held-out answers, which stand row by row, and judge the scores."""
-    differences, longer, clusters = [], [], []
+    """Score held-out answers, grouped by row, and assess the scores."""
+    differences, length_differences, clusters = [], [], []
     scores: list[float] = []
     lengths: list[int] = []
-    trees = not has_flat_kernel(policy.device)
-    batches = pack_in_slices(examples, budget, share_prefixes=trees, device=policy.device)
+    share_prefixes = not has_flat_kernel(policy.device)
+    # in slices: a preference set may be larger than memory
+    batches = pack_in_slices(examples, budget, share_prefixes=share_prefixes, device=policy.device)
     for batch in policy.iterate_batches(batches):
-        found, own = answer_pairs(batch), objective.scores(policy, batch).tolist()
+        pairs, batch_scores = answer_pairs(batch), objective.scores(policy, batch).tolist()
         tokens = [int(d.supervised.sum()) for d in batch.documents]
-        for a, b in zip(found.better, found.other, strict=True):
-            differences.append(own[a] - own[b])
-            longer.append(tokens[a] - tokens[b])
+        for a, b in zip(pairs.better, pairs.other, strict=True):
+            differences.append(batch_scores[a] - batch_scores[b])
+            length_differences.append(tokens[a] - tokens[b])
             first = batch.documents[a]
             clusters.append(first.group if first.group is not None else str(first.source))
-        scores += own
+        scores += batch_scores
         lengths += tokens
-    return reward_model_health(differences, longer, clusters, scores, lengths)
+    return reward_model_health(differences, length_differences, clusters, scores, lengths)
 
 
 def reward_model_health(
-    differences: ArrayLike, longer: ArrayLike, clusters: Sequence[str], scores: ArrayLike, lengths: ArrayLike
+    differences: ArrayLike,
+    length_differences: ArrayLike,
+    clusters: Sequence[str],
+    scores: ArrayLike,
+    lengths: ArrayLike,
 ) -> RewardModelHealth:
-    """Health from score differences of pairs [P], how much longer the better answers are [P], and all answers [D]."""
-    d, n, r, t = (np.asarray(x, dtype=np.float64) for x in (differences, longer, scores, lengths))
-    right = _shares(d)
-    accuracy = score_interval(right, clusters, binary=bool(np.isin(right, (0.0, 1.0)).all()))
+    """Health from score and length differences of pairs [P], better minus other, and all scores and lengths [D]."""
+    d, n, r, t = (np.asarray(x, dtype=np.float64) for x in (differences, length_differences, scores, lengths))
+    correct = _correct_shares(d)
+    accuracy = score_interval(correct, clusters, binary=bool(np.isin(correct, (0.0, 1.0)).all()))
     spread = float(r.std())
-    finite = bool(np.isfinite(r).all())
-    varies = finite and spread > SPREAD and float(t.std()) > 0
-    by_length = float(spearmanr(r, t).statistic) if varies else 0.0
-    known = float(_shares(n).mean())
-    verdict, reason = _verdict(accuracy, known, by_length, spread if finite else float("nan"))
-    return RewardModelHealth(len(d), accuracy, known, calibration_error(d), by_length, spread, verdict, reason)
+    # one NaN makes every statistic NaN; the verdict below names it
+    is_finite = bool(np.isfinite(r).all())
+    # spearmanr warns and returns NaN for constant input
+    varies = is_finite and spread > MIN_SPREAD and float(t.std()) > 0
+    length_correlation = float(spearmanr(r, t).statistic) if varies else 0.0
+    accuracy_by_length = float(_correct_shares(n).mean())
+    verdict, reason = _verdict(accuracy, accuracy_by_length, length_correlation, spread if is_finite else float("nan"))
+    return RewardModelHealth(
+        len(d), accuracy, accuracy_by_length, calibration_error(d), length_correlation, spread, verdict, reason
+    )
 
 
 def calibration_error(differences: NDArray[np.float64]) -> float:
-    """Expected calibration error over bins of equal numbers."""
+    """Expected calibration error over bins of equal size."""
     confidence = 1.0 / (1.0 + np.exp(-np.abs(differences)))
+    # bins of equal numbers: with equal widths most bins would be nearly empty
     order = np.argsort(confidence, kind="stable")
-    parts = np.array_split(order, min(BINS, len(order)))
-    gaps = [abs(float(confidence[p].mean() - _shares(differences[p]).mean())) * len(p) for p in parts]
+    bins = np.array_split(order, min(BINS, len(order)))
+    gaps = [abs(float(confidence[p].mean() - _correct_shares(differences[p]).mean())) * len(p) for p in bins]
     return float(sum(gaps) / len(order))
 
 
-def _shares(differences: NDArray[np.float64]) -> NDArray[np.float64]:
+def _correct_shares(differences: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(differences == 0, 0.5, (differences > 0).astype(np.float64))
 
 
-def _verdict(accuracy: Interval, longer: float, by_length: float, spread: float) -> tuple[Verdict, str]:
-    if not spread > SPREAD:
+def _verdict(
+    accuracy: Interval, accuracy_by_length: float, length_correlation: float, spread: float
+) -> tuple[Verdict, str]:
+    # `not >` and not `<=`: NaN is broken too
+    if not spread > MIN_SPREAD:
         return "broken", f"its scores do not differ (standard deviation {spread:.1e})"
     if accuracy.high < 0.5:
         return "broken", "it prefers the worse answers"
     if accuracy.low <= 0.5:
         return "unproven", f"these pairs do not tell it from guessing: accuracy {accuracy.mean:.2f}"
-    if abs(by_length) > MOSTLY and accuracy.low <= max(longer, 1.0 - longer):
-        return "length", f"it mostly measures length (rank correlation {by_length:+.2f}), and is no better than that"
+    # in both directions: a model may also prefer the shorter answer
+    if abs(length_correlation) > LENGTH_CORRELATION_LIMIT and accuracy.low <= max(
+        accuracy_by_length, 1.0 - accuracy_by_length
+    ):
+        return (
+            "length",
+            f"it mostly measures length (rank correlation {length_correlation:+.2f}), and is no better than that",
+        )
     return "healthy", "better than guessing beyond doubt"

@@ -1,1 +1,1 @@
-"""One way to get answers from a model behind a server."""
+"""Inference over HTTP: answers from a model behind a server. Local generation is in `models.generate`."""

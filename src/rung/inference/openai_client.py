@@ -1,7 +1,9 @@
-"""Answers of a model behind an OpenAI-compatible server (vLLM, llama.cpp, Ollama): kept as they come, none lost.
+"""Client for models behind an OpenAI-compatible server (vLLM, llama.cpp, Ollama).
 
-The openai client repeats what fails for a moment (connections, 408, 409, 429, 5xx), waiting twice as long each time, or
-as long as the server asks for. What fails for good is said, never a row.
+Every answer is written to a journal when it arrives, so a killed command resumes without asking again (FAILURES 28).
+The openai client retries temporary failures (connections, 408, 409, 429, 5xx) with exponential backoff or the delay the
+server requests. Permanent failures are returned by name, never as rows. Threads instead of asyncio: the caller stays
+synchronous, and a few dozen requests need no more. `commands.generate` and `commands.judge` use it.
 """
 
 from __future__ import annotations
@@ -16,28 +18,28 @@ from typing import Any
 from rung.errors import CheckpointError, ConfigError, PlanError
 from rung.files import Journal
 
-KEYS = ("RUNG_API_KEY", "OPENAI_API_KEY")
-"""Environment variables that may hold the key; it is written nowhere."""
+API_KEY_VARIABLES = ("RUNG_API_KEY", "OPENAI_API_KEY")
+"""Environment variables with the API key; it is never written to a file or message."""
 DEFAULT_CONCURRENCY = 8
-"""Requests on their way unless it is said otherwise."""
-MAX_QUEUED = 4
-"""Requests that wait for their turn, for each that is on its way."""
+"""Concurrent requests by default."""
+QUEUED_PER_WORKER = 4
+"""Submitted requests per concurrent one: enough to keep all workers busy, few enough to cancel quickly."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """Where the model is, and how it is asked."""
+    """Address of a model and the settings of its requests."""
 
     url: str
-    """Up to and including `/v1`."""
+    """URL up to and including `/v1`."""
     model: str
-    """Its name there."""
+    """Name of the model on the server."""
     concurrency: int = DEFAULT_CONCURRENCY
-    """Requests on their way at once."""
+    """Concurrent requests."""
     retries: int = 6
-    """Further tries of a request that fails for a moment."""
+    """Retries of a request that fails temporarily."""
     timeout: float = 300.0
-    """Seconds for one try."""
+    """Seconds per try."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class ServerAnswer:
 
     text: str
     stopped: bool
-    """Whether the model ended it, or it was cut."""
+    """True if the model ended the answer, False if it was truncated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,105 +61,113 @@ class FailedRequest:
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """One prompt as the server takes it."""
+    """One prompt in the form of the server's API."""
 
     messages: Sequence[Mapping[str, Any]]
     settings: Mapping[str, Any]
-    """Further arguments: n, temperature, max_tokens, seed, tools."""
+    """Other arguments: n, temperature, max_tokens, seed, tools."""
 
 
 def ask_server(
     server: Server, requests: Sequence[ChatRequest], journal: Journal, on_answer: Callable[[], None]
 ) -> tuple[dict[int, list[ServerAnswer]], list[FailedRequest]]:
-    """Answers by the number of their request, each on disk as it comes, and what failed for good.
+    """Answers by the index of their request, each written when it arrives, and permanent failures.
 
-    What the journal holds is not asked again. Raises `ConfigError` where the server refuses the key or does not know
-    the model, `CheckpointError` where it cannot be reached; what was answered until then is kept.
+    Requests in the journal are not repeated. Raises `ConfigError` if the server refuses the key or does not know the
+    model, `CheckpointError` if it cannot be reached; answers up to then are kept.
     """
-    found = {int(number): [ServerAnswer(*fields) for fields in kept] for number, kept in journal.results.items()}
+    answers = {int(number): [ServerAnswer(*fields) for fields in rows] for number, rows in journal.results.items()}
     failures: list[FailedRequest] = []
-    missing = (number for number in range(len(requests)) if number not in found)
-    one = _make_client(server)
-    waiting: dict[Future[list[ServerAnswer]], int] = {}
+    unanswered = (number for number in range(len(requests)) if number not in answers)
+    ask_one = _make_client(server)
+    in_flight: dict[Future[list[ServerAnswer]], int] = {}
 
-    def take(future: Future[list[ServerAnswer]]) -> None:
-        number = waiting.pop(future)
+    def record_result(future: Future[list[ServerAnswer]]) -> None:
+        number = in_flight.pop(future)
         try:
-            found[number] = future.result()
+            answers[number] = future.result()
+        # only this request fails; every other error stops all of them
         except _RefusedError as error:
             failures.append(FailedRequest(number, str(error)))
             return
-        journal.add(str(number), [[a.text, a.stopped] for a in found[number]])
+        journal.add(str(number), [[a.text, a.stopped] for a in answers[number]])
         on_answer()
 
     with ThreadPoolExecutor(server.concurrency) as pool:
         try:
-            while _submit_waiting(
-                waiting, missing, lambda n: pool.submit(one, requests[n]), MAX_QUEUED * server.concurrency
+            # a bounded queue instead of submitting all: memory, and a stop that does not wait for thousands
+            while _submit_next(
+                in_flight,
+                unanswered,
+                lambda n: pool.submit(ask_one, requests[n]),
+                QUEUED_PER_WORKER * server.concurrency,
             ):
-                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    take(future)
+                for future in wait(in_flight, return_when=FIRST_COMPLETED).done:
+                    record_result(future)
         except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)  # what is on its way has been paid for
-            for future in [f for f in waiting if f.done() and not f.cancelled() and f.exception() is None]:
-                take(future)
+            pool.shutdown(wait=True, cancel_futures=True)  # requests in flight have been paid for
+            for future in [f for f in in_flight if f.done() and not f.cancelled() and f.exception() is None]:
+                record_result(future)
             raise
-    return found, sorted(failures, key=lambda failure: failure.prompt)
+    # completion order differs between runs
+    return answers, sorted(failures, key=lambda failure: failure.prompt)
 
 
 class _RefusedError(Exception):
-    """One request will never be answered; others may be."""
+    """The server rejects one request for good; others may succeed."""
 
 
-def _submit_waiting(
-    waiting: dict[Future[list[ServerAnswer]], int],
-    missing: Iterator[int],
+def _submit_next(
+    in_flight: dict[Future[list[ServerAnswer]], int],
+    unanswered: Iterator[int],
     submit: Callable[[int], Future[list[ServerAnswer]]],
-    most: int,
+    limit: int,
 ) -> bool:
-    """Hand over requests while there is room; whether any is on its way."""
-    while len(waiting) < most and (number := next(missing, None)) is not None:
-        waiting[submit(number)] = number
-    return bool(waiting)
+    """Submit requests up to the limit; return whether any is in flight."""
+    while len(in_flight) < limit and (number := next(unanswered, None)) is not None:
+        in_flight[submit(number)] = number
+    return bool(in_flight)
 
 
 def _make_client(server: Server) -> Callable[[ChatRequest], list[ServerAnswer]]:
-    """What asks one request, with a client that all threads share."""
+    """A function that sends one request, with one client for all threads."""
     openai = _require_openai()
-    key = next((os.environ[name] for name in KEYS if os.environ.get(name)), "none")
+    # local servers need no key, but the client refuses to start without one
+    key = next((os.environ[name] for name in API_KEY_VARIABLES if os.environ.get(name)), "none")
     client = openai.OpenAI(base_url=server.url, api_key=key, max_retries=server.retries, timeout=server.timeout)
 
+    # servers quote the key or whole pages in errors: both must stay out of logs
     def clean(error: Exception) -> str:
         return " ".join(str(error).split()).replace(key, "***")[:300] if key != "none" else str(error)[:300]
 
-    def one(request: ChatRequest) -> list[ServerAnswer]:
+    def ask_one(request: ChatRequest) -> list[ServerAnswer]:
         try:
             answer = client.chat.completions.create(
                 model=server.model, messages=list(request.messages), **request.settings
             )
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            what = f"the server refuses the key in {' or '.join(KEYS)}: {clean(error)}"
-            raise ConfigError(what, where=server.url) from None
+            summary = f"the server refuses the key in {' or '.join(API_KEY_VARIABLES)}: {clean(error)}"
+            raise ConfigError(summary, where=server.url) from None
         except openai.NotFoundError as error:
             raise ConfigError(f"no such model there: {clean(error)}", where=server.url, given=server.model) from None
         except openai.APIConnectionError as error:  # a timeout is one, too
-            what = f"the server cannot be reached, after {server.retries} further tries: {clean(error)}"
+            summary = f"the server cannot be reached, after {server.retries} further tries: {clean(error)}"
             hint = "what was answered is kept: the same command goes on"
-            raise CheckpointError(what, where=server.url, hint=hint) from None
+            raise CheckpointError(summary, where=server.url, hint=hint) from None
         except openai.OpenAIError as error:
             raise _RefusedError(f"{type(error).__name__}: {clean(error)}") from None
         except ValueError as error:
             raise _RefusedError(f"the answer is not JSON: {clean(error)}") from None
         return _parse_answer(answer, int(request.settings.get("n", 1)))
 
-    return one
+    return ask_one
 
 
-def _parse_answer(answer: Any, wanted: int) -> list[ServerAnswer]:
+def _parse_answer(answer: Any, expected_count: int) -> list[ServerAnswer]:
     choices = list(getattr(answer, "choices", None) or ())
     texts = [getattr(choice.message, "content", None) for choice in choices if getattr(choice, "message", None)]
-    if len(texts) != wanted or any(text is None for text in texts):
-        raise _RefusedError(f"{len(texts)} answers where {wanted} were asked for, or one without text")
+    if len(texts) != expected_count or any(text is None for text in texts):
+        raise _RefusedError(f"{len(texts)} answers where {expected_count} were asked for, or one without text")
     return [
         ServerAnswer(str(text), choice.finish_reason == "stop") for text, choice in zip(texts, choices, strict=True)
     ]

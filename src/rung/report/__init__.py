@@ -1,1 +1,4 @@
-"""What a person reads about a run: an HTML page and lines for the terminal. Reads run folders and nothing else."""
+"""Report: the HTML page and the terminal output about a run, a climb or a plan.
+
+Reads run folders and nothing else, so a report can be made anywhere and again at any time. No torch.
+"""

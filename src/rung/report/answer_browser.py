@@ -1,6 +1,9 @@
-"""Which items to show side by side: those on which the rungs differ, each pattern of right and wrong in turn.
+"""Answer browser: which items the report shows side by side.
 
-Others stand behind filters, by who was right: what only tuning gets right, what it lost, what only looking up finds.
+A random sample would mostly show questions that all rungs answer alike. So items on which the rungs differ come first,
+with every pattern of right and wrong in turn; filters select by who was right (only tuned, only with retrieval, none).
+The page has no scripts, so filters work by CSS and every item is in the page: their number is limited. The choice is
+deterministic. `html` calls `browse_answers`.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ Item = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class MetricMark:
-    """One metric's judgement of one answer."""
+    """Result of one metric for one answer."""
 
     metric: str
     text: str
@@ -28,14 +31,14 @@ class MetricMark:
 
 @dataclass(frozen=True, slots=True)
 class ShownAnswer:
-    """What one rung answered."""
+    """The answer of one rung."""
 
     rung: str
     text: str
     stopped: bool
     marks: tuple[MetricMark, ...]
     context: str | None = None
-    """What it saw, where that is not what stands with the question."""
+    """Context of this rung, where it differs from the context shown with the question."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,119 +52,128 @@ class ShownExample:
     expected: str
     answers: tuple[ShownAnswer, ...]
     filters: tuple[str, ...] = ()
-    """Keys of those that show it."""
+    """Keys of the filters that show it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Some of the items, by who was right."""
+    """A selection of items by who was right."""
 
     key: str
     label: str
     items: int
-    """All of them; no more than `EACH` are on the page, of the first no more than `FIRST`."""
+    """Number of matching items; at most `ITEMS_PER_FILTER` are on the page, `FIRST_ITEMS` for the first filter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Browser:
-    """Items to look through."""
+    """Items of the answer browser with their filters."""
 
     filters: tuple[Filter, ...]
-    """The first is what stands there before anybody chooses; a single one is no choice."""
+    """The first is active when the page opens; a single one is not shown as a choice."""
     examples: tuple[ShownExample, ...]
-    apart: bool = False
-    """Whether the rungs differ on any item."""
+    differs: bool = False
+    """True if the rungs differ on any item."""
 
 
-FIRST, EACH = 10, 20
-"""Items on the page at first, and for each filter."""
+# small on purpose: every item is in the page, with its context, and contexts can be long
+FIRST_ITEMS, ITEMS_PER_FILTER = 10, 20
+"""Items shown when the page opens, and items per further filter."""
 
 
 def browse_answers(rungs: Sequence[MeasuredRung], metrics: Sequence[str]) -> Browser:
-    """Items that every rung answered, by who was right; the same folder always gives the same ones.
+    """Items answered by every rung, ordered by who was right; deterministic for a folder.
 
-    Rare patterns would drown in frequent ones, so patterns take turns, and within one so do the clusters.
+    Rare patterns would drown in frequent ones, so patterns take turns, and within a pattern clusters do.
     """
-    shown = [rung for rung in rungs if rung.items]
-    if not shown:
+    answered_rungs = [rung for rung in rungs if rung.items]
+    if not answered_rungs:
         return Browser((), ())
-    answered = [{item["source"]: item for item in rung.items} for rung in shown]
-    shared = [source for source in answered[0] if all(source in items for items in answered)]
-    rows = [[items[source] for items in answered] for source in shared]
+    items_by_source = [{item["source"]: item for item in rung.items} for rung in answered_rungs]
+    # rungs of an unfinished climb may have answered different limits
+    shared_sources = [source for source in items_by_source[0] if all(source in items for items in items_by_source)]
+    rows = [[items[source] for items in items_by_source] for source in shared_sources]
     order = _display_order(rows, metrics)
-    apart = [i for i in order if _interest(rows[i], metrics) < 2]
-    on = {i: ["differ"] for i in (apart or order)[:FIRST]}
-    filters = [Filter("differ", "where they differ" if apart else "some of each", len(apart or order))]
-    for key, label, holds in _available_filters(shown, metrics):
-        found = [i for i in order if holds(_did_well(rows[i], metrics[0]))]
-        if found:
-            filters.append(Filter(key, label, len(found)))
-        for i in found[:EACH]:
-            on.setdefault(i, []).append(key)
-    labels = [rung.label for rung in shown]
+    differing = [i for i in order if _display_rank(rows[i], metrics) < 2]
+    # without differences the first filter shows some of each pattern instead of an empty page
+    filters_of_row = {i: ["differ"] for i in (differing or order)[:FIRST_ITEMS]}
+    filters = [Filter("differ", "where they differ" if differing else "some of each", len(differing or order))]
+    for key, label, matches in _available_filters(answered_rungs, metrics):
+        matching_rows = [i for i in order if matches(_is_right(rows[i], metrics[0]))]
+        if matching_rows:
+            filters.append(Filter(key, label, len(matching_rows)))
+        for i in matching_rows[:ITEMS_PER_FILTER]:
+            filters_of_row.setdefault(i, []).append(key)
+    labels = [rung.label for rung in answered_rungs]
     return Browser(
-        tuple(filters), tuple(_example(rows[i], labels, metrics, on[i]) for i in order if i in on), bool(apart)
+        tuple(filters),
+        tuple(_example(rows[i], labels, metrics, filters_of_row[i]) for i in order if i in filters_of_row),
+        bool(differing),
     )
 
 
 def _available_filters(
     rungs: Sequence[MeasuredRung], metrics: Sequence[str]
 ) -> list[tuple[str, str, Callable[[Sequence[bool]], bool]]]:
-    """Filters that these rungs can be told apart by: a key, what it says, and whether it holds of who was right."""
-    if not metrics or metrics[0] == PERPLEXITY:  # by which no answer is right
+    """Filters that separate these rungs: key, label, and a predicate on who was right."""
+    if not metrics or metrics[0] == PERPLEXITY:  # perplexity does not say who is right
         return []
     if len(rungs) == 1:
         return [("all", "right", all), ("none", "wrong", lambda well: not any(well))]
 
-    def only(those: Sequence[bool]) -> Callable[[Sequence[bool]], bool]:
-        """Whether some of these were right, and none of the others."""
-        return lambda well: {True} == {own for own, right in zip(those, well, strict=True) if right}
+    def only(selected: Sequence[bool]) -> Callable[[Sequence[bool]], bool]:
+        """A predicate: exactly rungs of the selection were right."""
+        return lambda well: {True} == {is_selected for is_selected, right in zip(selected, well, strict=True) if right}
 
     tuned = [bool(rung.runs) for rung in rungs]
-    found = [bool(rung.row.get("retrieval")) for rung in rungs]
-    kinds: list[tuple[str, str, Callable[[Sequence[bool]], bool]]] = []
+    retrieves = [bool(rung.row.get("retrieval")) for rung in rungs]
+    filters: list[tuple[str, str, Callable[[Sequence[bool]], bool]]] = []
+    # a filter that can match nothing, or everything, is no choice
     if len(set(tuned)) > 1:
-        kinds.append(("tuned", "only tuned is right", only(tuned)))
-        kinds.append(("untuned", "only untuned is right", only([not own for own in tuned])))
-    if len(set(found)) > 1:
-        kinds.append(("found", "only with retrieval", only(found)))
-    return [*kinds, ("all", "all right", all), ("none", "none right", lambda well: not any(well))]
+        filters.append(("tuned", "only tuned is right", only(tuned)))
+        filters.append(("untuned", "only untuned is right", only([not is_selected for is_selected in tuned])))
+    if len(set(retrieves)) > 1:
+        filters.append(("found", "only with retrieval", only(retrieves)))
+    return [*filters, ("all", "all right", all), ("none", "none right", lambda well: not any(well))]
 
 
 def _display_order(rows: Sequence[Sequence[Item]], metrics: Sequence[str]) -> list[int]:
-    """Numbers of the rows, those to show first in front."""
+    """Indices of the rows in the order of display."""
     patterns = [_pattern(row, metrics[:1]) for row in rows]
-    kinds = [_interest(row, metrics) for row in rows]
-    seen: Counter[Hashable] = Counter()
+    kinds = [_display_rank(row, metrics) for row in rows]
+    # One counter for two turns: first of a cluster within its pattern, then of a row within its pattern.
+    counts: Counter[Hashable] = Counter()
     turn_of_cluster = []
     for i, row in enumerate(rows):
         key = (kinds[i], patterns[i], row[0].get("group") or row[0]["source"])
-        turn_of_cluster.append(seen[key])
-        seen[key] += 1
+        turn_of_cluster.append(counts[key])
+        counts[key] += 1
+    # the index breaks ties, so the order is that of the data
     by_cluster = sorted(range(len(rows)), key=lambda i: (turn_of_cluster[i], i))
     turn: dict[int, int] = {}
     for i in by_cluster:
-        turn[i] = seen[kinds[i], patterns[i]]
-        seen[kinds[i], patterns[i]] += 1
+        turn[i] = counts[kinds[i], patterns[i]]
+        counts[kinds[i], patterns[i]] += 1
     return sorted(range(len(rows)), key=lambda i: (kinds[i], turn[i], i))
 
 
-def _interest(row: Sequence[Item], metrics: Sequence[str]) -> int:
-    """0 where the rungs differ by the deciding metric, 1 where they differ by another one, 2 where they agree."""
-    judged = [len(set(well)) > 1 for well in _pattern(row, metrics)]
-    return 0 if judged[:1] == [True] else 1 if any(judged) else 2
+def _display_rank(row: Sequence[Item], metrics: Sequence[str]) -> int:
+    """0 where the rungs differ in the deciding metric, 1 where they differ in another one, 2 where they agree."""
+    differences = [len(set(well)) > 1 for well in _pattern(row, metrics)]
+    return 0 if differences[:1] == [True] else 1 if any(differences) else 2
 
 
 def _pattern(row: Sequence[Item], metrics: Sequence[str]) -> tuple[tuple[bool, ...], ...]:
-    """Who did well, by each metric: a row of booleans, one a rung."""
-    return tuple(_did_well(row, metric) for metric in metrics)
+    """For each metric, which rungs are right: one boolean per rung."""
+    return tuple(_is_right(row, metric) for metric in metrics)
 
 
-def _did_well(row: Sequence[Item], metric: str) -> tuple[bool, ...]:
-    if metric == PERPLEXITY:  # no answer is right by it: the likeliest is told from the rest
+def _is_right(row: Sequence[Item], metric: str) -> tuple[bool, ...]:
+    if metric == PERPLEXITY:  # no answer is right by perplexity: the lowest one counts as right
         nats = [_nats(item) for item in row]
         best = min((n for n in nats if n is not None), default=None)
         return tuple(n == best for n in nats)
+    # graded metrics (F1, ROUGE-L) count as right from one half on
     return tuple(item.get("scores", {}).get(metric, 0.0) >= 0.5 for item in row)
 
 
@@ -169,16 +181,16 @@ def _example(
     row: Sequence[Item], labels: Sequence[str], metrics: Sequence[str], filters: Sequence[str]
 ) -> ShownExample:
     first = row[0]
-    seen = Counter(item["context"] for item in row if item.get("context"))
-    # The context may be withheld from one rung only: it is the item's all the same.
-    context = seen.most_common(1)[0][0] if seen else None
+    contexts = Counter(item["context"] for item in row if item.get("context"))
+    # The most common context is shown once with the question: only some rungs may have another one, or none.
+    context = contexts.most_common(1)[0][0] if contexts else None
     answers = tuple(
         ShownAnswer(
             label,
             item.get("answer", ""),
             bool(item.get("stopped", True)),
             _marks(item, metrics),
-            own if (own := item.get("context")) != context else None,
+            item_context if (item_context := item.get("context")) != context else None,
         )
         for label, item in zip(labels, row, strict=True)
     )

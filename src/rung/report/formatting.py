@@ -1,4 +1,8 @@
-"""Numbers as people read them: 4.9M, 2.4 GB, 3 min 12 s, and never more digits than are known."""
+"""Formatting of numbers and terminal tables: 4.9M, 2.4 GB, 3 min 12 s, never more digits than are certain.
+
+Digits follow the uncertainty: a score is rounded to what its interval supports, so a table never suggests a precision
+that the test set does not have. Exact values are in the JSON output. All report modules and the terminal use it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from rich.text import Text
 
 Json = Mapping[str, Any]
 MISSING = "–"
-"""Stands where there is nothing to say."""
+"""Shown for a missing value."""
 
 
 def format_count(number: float | None) -> str:
@@ -24,8 +28,9 @@ def format_count(number: float | None) -> str:
     if number is None:
         return MISSING
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        # 0.9995: 999,600 rounds to 1.0M, not to 1000k
         if number >= 0.9995 * size:
-            return f"{_short(number / size)}{unit}"
+            return f"{_short_number(number / size)}{unit}"
     return f"{number:.0f}"
 
 
@@ -35,7 +40,7 @@ def format_bytes(size: float | None) -> str:
         return MISSING
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= 0.9995 * scale:
-            return f"{_short(size / scale)} {unit}"
+            return f"{_short_number(size / scale)} {unit}"
     return f"{size:.0f} B"
 
 
@@ -43,17 +48,18 @@ def format_duration(seconds: float | None) -> str:
     """A time in at most two units: 192 is 3 min 12 s."""
     if seconds is None:
         return MISSING
+    # below ten seconds fractions matter; 9.95 would round to 10
     if seconds < 9.95:
         return f"{format_significant(seconds)} s"
-    whole = round(seconds)
+    total = round(seconds)
     for (large, size), (small, part) in (
         (("d", 86400), ("h", 3600)),
         (("h", 3600), ("min", 60)),
         (("min", 60), ("s", 1)),
     ):
-        if whole >= size:
-            return f"{whole // size} {large} {whole % size // part} {small}"
-    return f"{whole} s"
+        if total >= size:
+            return f"{total // size} {large} {total % size // part} {small}"
+    return f"{total} s"
 
 
 def format_significant(number: float, digits: int = 2) -> str:
@@ -63,6 +69,7 @@ def format_significant(number: float, digits: int = 2) -> str:
     if number == 0:
         return "0"
     size = math.floor(math.log10(abs(number)))
+    # as Python's %g: below 0.0001 leading zeros are hard to count
     if size < -4:
         return f"{number:.{digits - 1}e}"
     return f"{number:.{max(0, digits - 1 - size)}f}"
@@ -74,23 +81,25 @@ def format_loss(nats: float | None) -> str:
 
 
 def format_p_value(p: float | None) -> str:
-    """Empty when no test is valid."""
+    """A p-value as text; empty if no valid test exists."""
     if p is None:
         return ""
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
 def decimals(estimates: Iterable[Json | None]) -> int:
-    """Decimals that a column of estimates can bear, so that it lines up: those of the least certain one.
+    """Decimals of a column of estimates, the same for all, so that it lines up: those of the least certain one.
 
     Rounding of the Particle Data Group: an error that begins with 100 to 354 keeps two digits, another one keeps one.
     """
-    known = [half for e in estimates if e and (half := _half_width(e))]
-    return min((max(0, min(4, math.ceil(-math.log10(half / 3.55)))) for half in known), default=2)
+    half_widths = [half for e in estimates if e and (half := _half_width(e))]
+    # 3.55: the rule's border between two digits and one, scaled; at most 4 decimals
+    return min((max(0, min(4, math.ceil(-math.log10(half / 3.55)))) for half in half_widths), default=2)
 
 
 def format_fixed(number: float, digits: int, *, signed: bool = False) -> str:
-    """A number with a number of decimals and no minus zero."""
+    """A number with a fixed number of decimals, without minus zero."""
+    # -0.0 + 0.0 is 0.0
     rounded = round(number, digits) + 0.0
     return f"{rounded:{'+' if signed and rounded else ''}.{digits}f}"
 
@@ -98,9 +107,9 @@ def format_fixed(number: float, digits: int, *, signed: bool = False) -> str:
 def format_bounds(estimate: Json, digits: int) -> str:
     """The 95 % interval; a bound that is null is infinite."""
     low, high = estimate.get("low"), estimate.get("high")
-    left = "(-∞" if low is None else f"[{format_fixed(low, digits)}"
-    right = "∞)" if high is None else f"{format_fixed(high, digits)}]"
-    return f"{left}, {right}"
+    low_text = "(-∞" if low is None else f"[{format_fixed(low, digits)}"
+    high_text = "∞)" if high is None else f"{format_fixed(high, digits)}]"
+    return f"{low_text}, {high_text}"
 
 
 def _half_width(estimate: Json) -> float | None:
@@ -108,40 +117,45 @@ def _half_width(estimate: Json) -> float | None:
     return None if low is None or high is None else float(high - low) / 2
 
 
-def _short(value: float) -> str:
+def _short_number(value: float) -> str:
     return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
 
 
 PIPE_WIDTH = 120
-"""Width where no terminal is attached: one line a rung, for logs and for grep."""
+"""Width without a terminal: one line per rung, for logs and grep."""
 
 
-def empty_table(heads: Sequence[str], gap: int = 1, left: Collection[int] = (0,)) -> Table:
-    """An empty one; columns `left` are text, all others numbers."""
-    made = Table(box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold", show_edge=False)
+def empty_table(heads: Sequence[str], gap: int = 1, text_columns: Collection[int] = (0,)) -> Table:
+    """An empty table; `text_columns` are left-aligned text, all others right-aligned numbers."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold", show_edge=False)
     for number, head in enumerate(heads):
-        made.add_column(Text(head), justify="left" if number in left else "right", no_wrap=number not in left)
-    return made
+        # numbers never wrap: half a number in the next line reads as another number
+        table.add_column(
+            Text(head), justify="left" if number in text_columns else "right", no_wrap=number not in text_columns
+        )
+    return table
 
 
 def render_lines(parts: Callable[[Console], Sequence[RenderableType]]) -> list[str]:
-    """What a console as wide and as colorful as the terminal shows, as lines."""
+    """The output of a console with the width and colors of the terminal, as lines."""
+    # any stream: in `rung climb | less` stdout is a pipe, but a person reads it in a terminal
     attached = any(os.isatty(stream) for stream in (0, 1, 2)) or "COLUMNS" in os.environ
     width = Console().width if attached else PIPE_WIDTH
-    out = io.StringIO()
-    console = Console(file=out, width=width, force_terminal=sys.stdout.isatty(), highlight=False)
+    buffer = io.StringIO()
+    # colors only if stdout itself is a terminal: files must not contain escape codes
+    console = Console(file=buffer, width=width, force_terminal=sys.stdout.isatty(), highlight=False)
     console.print(*parts(console), sep="\n")
-    return [encodable_on_terminal(line.rstrip()) for line in out.getvalue().splitlines()]
+    return [encodable_on_terminal(line.rstrip()) for line in buffer.getvalue().splitlines()]
 
 
 def name_value_table(lines: Mapping[str, str]) -> list[str]:
-    """Names on the left, values lined up on the right."""
+    """Lines of names on the left and aligned values on the right."""
     width = max(map(len, lines))
     hanging = "\n" + " " * (width + 4)
     return [encodable_on_terminal(f"  {name:<{width}}  {text}".replace("\n", hanging)) for name, text in lines.items()]
 
 
 def encodable_on_terminal(line: str) -> str:
-    """The line in letters this terminal has: a result must not be lost to its encoding."""
+    """The line in the encoding of the terminal: a result must not be lost to a UnicodeEncodeError."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return line.encode(encoding, "replace").decode(encoding)

@@ -1,4 +1,9 @@
-"""One self-contained page about a run or a climb: no scripts, nothing loaded from anywhere."""
+"""HTML report: one self-contained page about a run or a climb.
+
+No scripts and no external resources: the page can be mailed or archived and opens offline; the price is that plots are
+inline SVG and not interactive. The same folder always gives the same bytes, so reports can be compared by diff.
+`cli` calls `write_report`.
+"""
 
 from __future__ import annotations
 
@@ -12,49 +17,50 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from rung.errors import CheckpointError
 from rung.report import sections
-from rung.report.answer_browser import EACH, FIRST, browse_answers
+from rung.report.answer_browser import FIRST_ITEMS, ITEMS_PER_FILTER, browse_answers
 from rung.report.run_reader import ReportSource, read_report_source
 
 
 def write_report(folder: Path) -> Path:
-    """Write `report.html` into a run or climb folder, in one go, and return its path.
+    """Write `report.html` into a run or climb folder atomically, and return its path.
 
     The same folder always gives the same bytes. Raises `CheckpointError` when the folder holds no run or cannot be
     written to.
     """
     target = folder / "report.html"
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
+    # written beside the target and renamed: a browser never reloads half a page
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     page = render_page(read_report_source(folder))
     try:
-        aside.write_bytes(page.encode("utf-8", "replace"))  # data may hold lone surrogates
-        os.replace(aside, target)
+        temporary.write_bytes(page.encode("utf-8", "replace"))  # data may hold lone surrogates
+        os.replace(temporary, target)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise CheckpointError(f"could not write: {error.strerror or error}", where=str(target)) from error
     return target
 
 
 def render_page(source: ReportSource) -> str:
-    """The page as text."""
+    """The page as HTML text."""
     return _template().render(
         title=source.path.resolve().name,
         source=source,
         status=sections.status(source),
         facts=sections.facts(source),
         ladder=sections.ladder(source),
-        judged=sections.verdict_plots(source),
+        verdict_plot=sections.verdict_plots(source),
         score_plots=sections.score_plots(source),
         cost_plots=sections.cost_plots(source),
-        learning=sections.learning_curve_plots(source),
-        besides=sections.further_findings(source),
+        learning_curve=sections.learning_curve_plots(source),
+        further_findings=sections.further_findings(source),
         retrieval=sections.retrieval(source),
         instructions=sections.instructions(source),
         curves=sections.curves(source),
         layers=sections.layers(source),
-        first=FIRST,
-        each=EACH,
+        first=FIRST_ITEMS,
+        each=ITEMS_PER_FILTER,
         browser=browse_answers(source.rungs, source.metrics),
-        trained=sections.training_summaries(source),
+        training=sections.training_summaries(source),
         data=sections.data(source),
         gates=sections.gates(source),
         versions=sections.versions(source),
@@ -67,6 +73,7 @@ def _template() -> Template:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        # a misspelled name in the template raises, instead of leaving a gap in the page
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -77,10 +84,10 @@ def _template() -> Template:
 
 
 def _typeset_minus(text: str) -> str:
-    """Typeset negative numbers."""
+    """Replace hyphens by minus signs."""
     return text.replace("-", "\u2212")
 
 
 def _without_missing(pairs: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what is absent."""
+    """The pairs without empty values."""
     return {name: value for name, value in pairs.items() if value not in (None, "")}

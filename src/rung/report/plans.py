@@ -1,4 +1,8 @@
-"""Lines of a plan for the terminal; nothing here imports torch."""
+"""Terminal output of `rung plan`: memory term by term, all methods side by side, and the cheapest change that fits.
+
+Every byte is shown with its formula's origin, so that an estimate can be checked. Nothing here imports torch: a plan
+must work on a laptop in a second. The command line calls `plan_lines`.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from rung.report.formatting import (
     render_lines,
 )
 
-AFTER = {
+FOLLOW_UP_NOTES = {
     "evaluation": "rung eval: so many questions at once as evaluation.batch says, keys and values of all",
     "merging": "rung merge: the whole model in float32; with --by-shard no more than a matrix",
 }
@@ -26,17 +30,17 @@ _TONE = {True: "green", False: "red"}
 
 
 def plan_lines(advice: Advice, where: str) -> list[str]:
-    """The config's own run term by term, every method beside it, and what would make it fit."""
-    shape, work, own = advice.shape, advice.micro_batch, advice.own
+    """The configured run term by term, all methods in comparison, and what would make it fit."""
+    shape, work, run_plan = advice.shape, advice.micro_batch, advice.own
     facts = {
         "model": f"{format_count(shape.parameters)} parameters: {shape.layers} layers of width {shape.width:,}, "
         f"{shape.stored} on disk, computed in {work.compute}",
         "at once": f"{work.tokens:,} tokens",
         "data": _data(advice),
         "rate": _rate(advice),
-        "run": _run(own),
+        "run": _run(run_plan),
     }
-    lines = ["", where, *name_value_table(facts), "", *render_lines(lambda _: [_stages(own)]), ""]
+    lines = ["", where, *name_value_table(facts), "", *render_lines(lambda _: [_stages(run_plan)]), ""]
     lines += render_lines(lambda _: [_methods(advice)])
     return [*lines, "", *_verdict(advice)]
 
@@ -44,63 +48,67 @@ def plan_lines(advice: Advice, where: str) -> list[str]:
 def _data(advice: Advice) -> str:
     if advice.data_volume is None:
         return "unknown: the data are not here; --tokens says how much there is"
-    guessed = (
+    origin = (
         "as given" if advice.data_volume.known else "guessed from the size of the data's files: --tokens says better"
     )
-    return f"{format_count(advice.data_volume.tokens)} tokens an epoch, {guessed}"
+    return f"{format_count(advice.data_volume.tokens)} tokens an epoch, {origin}"
 
 
 def _rate(advice: Advice) -> str:
+    # no default throughput: machines differ by factors of a thousand
     if advice.throughput is None:
         return "unknown: no run has finished here yet, and no --device was named"
     return f"{advice.throughput.flops / 1e9:,.0f} GFLOP/s, {advice.throughput.source}"
 
 
-def _run(own: RunPlan) -> str:
-    if own.flops is None:
+def _run(run_plan: RunPlan) -> str:
+    if run_plan.flops is None:
         return "unknown"
-    time = f", {format_duration(own.seconds)}" if own.seconds is not None else ""
-    return f"{own.flops / 1e12:,.0f} TFLOP{time}"
+    time = f", {format_duration(run_plan.seconds)}" if run_plan.seconds is not None else ""
+    return f"{run_plan.flops / 1e12:,.0f} TFLOP{time}"
 
 
-def _stages(own: RunPlan) -> Any:
-    """One line a term, the largest stage whole, the others in one line each; then what other commands hold."""
-    found = own.memory
-    shown = empty_table(["memory", "", "from"], gap=2, left=(0, 2))
-    for stage in found.stages:
-        largest = stage is found.largest
+def _stages(run_plan: RunPlan) -> Any:
+    """The largest stage term by term, other stages in one line each, then the memory of follow-up commands."""
+    memory = run_plan.memory
+    table = empty_table(["memory", "", "from"], gap=2, text_columns=(0, 2))
+    for stage in memory.stages:
+        largest = stage is memory.largest
         mark = "> " if largest else "  "
-        shown.add_row(
+        table.add_row(
             Text(f"{mark}{stage.name}", style="bold" if largest else ""), Text(format_bytes(stage.bytes)), Text()
         )
+        # only the peak decides whether a run fits
         for term in stage.terms if largest else ():
-            shown.add_row(Text(f"    {term.name}"), Text(format_bytes(term.bytes)), _why(term))
-    shown.add_row(
-        Text("  libraries"), Text(format_bytes(found.footprint)), Text("Python, torch, transformers, a tokenizer")
+            table.add_row(Text(f"    {term.name}"), Text(format_bytes(term.bytes)), _reason_text(term))
+    table.add_row(
+        Text("  libraries"), Text(format_bytes(memory.footprint)), Text("Python, torch, transformers, a tokenizer")
     )
-    shown.add_row(
-        Text("  peak", style="bold"), Text(format_bytes(found.peak), style="bold"), Text(f"in {found.largest.name}")
+    table.add_row(
+        Text("  peak", style="bold"), Text(format_bytes(memory.peak), style="bold"), Text(f"in {memory.largest.name}")
     )
-    for stage in own.follow_up:
-        shown.add_row(
+    for stage in run_plan.follow_up:
+        table.add_row(
             Text(f"  {stage.name}"),
-            Text(format_bytes(stage.bytes + found.footprint)),
-            Text(AFTER[stage.name], style="dim"),
+            # another process: it loads the libraries again
+            Text(format_bytes(stage.bytes + memory.footprint)),
+            Text(FOLLOW_UP_NOTES[stage.name], style="dim"),
         )
-    return shown
+    return table
 
 
-def _why(term: Term) -> Text:
+def _reason_text(term: Term) -> Text:
     return Text(term.why, style="dim")
 
 
 def _methods(advice: Advice) -> Any:
-    """All methods side by side."""
+    """A table of all methods."""
     heads = ["method", "trainable", "weights", "optimizer", "activations", "needed", "time"]
     limit = advice.own.limit
-    shown = empty_table([*heads, *(["fits"] if limit is not None else [])])
+    table = empty_table([*heads, *(["fits"] if limit is not None else [])])
     for plan in advice.others:
         terms = {term.name: term.bytes for stage in plan.memory.stages for term in stage.terms if stage.name == "steps"}
+        # quantized methods keep most of the base as `quantized` and the rest as `weights`
         base = terms.get("weights", 0) + terms.get("quantized", 0)
         states = terms.get("moments", 0) + terms.get("gradients", 0)
         cells = [
@@ -110,26 +118,26 @@ def _methods(advice: Advice) -> Any:
             format_bytes(terms.get("activations", 0)),
         ]
         cells += [format_bytes(plan.memory.needed), format_duration(plan.seconds)]
-        chosen = plan.method == advice.own.method
-        row = [Text(("> " if chosen else "  ") + plan.method), *map(Text, cells)]
+        is_configured = plan.method == advice.own.method
+        row = [Text(("> " if is_configured else "  ") + plan.method), *map(Text, cells)]
         if plan.fits is not None:
             row.append(Text("yes" if plan.fits else "no", style=_TONE[plan.fits]))
-        shown.add_row(*row)
-    return shown
+        table.add_row(*row)
+    return table
 
 
 def _verdict(advice: Advice) -> list[str]:
-    own = advice.own
-    if own.limit is None:
+    run_plan = advice.own
+    if run_plan.limit is None:
         return ["--memory 24GiB or --device h100 says what fits."]
-    if own.fits:
-        return [f"It fits: {format_bytes(own.memory.needed)} of {format_bytes(own.limit)}."]
-    told = [f"It does not fit: it needs {format_bytes(own.memory.needed)}, of {format_bytes(own.limit)}."]
+    if run_plan.fits:
+        return [f"It fits: {format_bytes(run_plan.memory.needed)} of {format_bytes(run_plan.limit)}."]
+    lines = [f"It does not fit: it needs {format_bytes(run_plan.memory.needed)}, of {format_bytes(run_plan.limit)}."]
     if advice.change is None:
-        return [*told, "No single change makes it fit: take a smaller model, or share it out (docs/scale.md)."]
+        return [*lines, "No single change makes it fit: take a smaller model, or share it out (docs/scale.md)."]
     fitting = format_bytes(advice.change.plan.memory.needed)
     return [
-        *told,
+        *lines,
         f"The cheapest change that does, {fitting}, at the cost of {advice.change.costs}:",
         f"  {shlex.join(advice.change.overrides)}",
     ]

@@ -1,4 +1,9 @@
-"""Plots as inline SVG: deterministic, in the page's own colors and font, with a text for those who cannot see them."""
+"""Plots as inline SVG, deterministic, in the page's colors and font, each with a text alternative.
+
+Matplotlib draws, and the SVG is then adapted to the page: CSS variables instead of colors, so that one drawing suits
+light and dark mode, and unique ids. A JavaScript library would be interactive, but the page has no scripts. `sections`
+calls one function per plot.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +25,7 @@ from rung.report.formatting import decimals, format_bounds, format_fixed
 Json = Mapping[str, Any]
 DrawFunction = Callable[[Any], None]
 
-# Colors that occur nowhere else: the style sheet's variables take their place, so one drawing suits both schemes.
+# Colors used nowhere else: CSS variables replace them, so one drawing suits the light and the dark scheme.
 INK, MUTED, GRID = "#010101", "#010102", "#010103"
 SERIES = tuple(f"#0102{i:02d}" for i in range(6))
 _STYLE = {INK: "currentColor", MUTED: "var(--muted)", GRID: "var(--line)"} | {
@@ -38,8 +43,10 @@ _RC = {
     "grid.color": GRID,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
+    # text stays text: searchable, and in the page's font
     "svg.fonttype": "none",
     "text.color": INK,
+    # labels may contain dollar signs
     "text.parse_math": False,
     "xtick.color": MUTED,
     "xtick.labelsize": 8.5,
@@ -52,138 +59,155 @@ def scores(rows: Sequence[tuple[str, Mapping[str, Json]]], metrics: Sequence[str
     """Score of each rung by each metric, with its 95 % interval."""
 
     def draw(axes: Any) -> None:
+        # metrics share a row: their whiskers are spread over 0.7 of its height
         step = 0.7 / len(metrics)
         for number, metric in enumerate(metrics):
-            for place, (_, found) in enumerate(rows):
-                if metric in found:
-                    label = metric if place == 0 else None
-                    at = place + (number - (len(metrics) - 1) / 2) * step
-                    _whisker(axes, found[metric], at, number, label)
+            for row_index, (_, scores_by_metric) in enumerate(rows):
+                if metric in scores_by_metric:
+                    # one legend entry a metric
+                    label = metric if row_index == 0 else None
+                    position = row_index + (number - (len(metrics) - 1) / 2) * step
+                    _whisker(axes, scores_by_metric[metric], position, number, label)
         if target is not None:
             axes.axvline(target, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=f"target {target:g}")
+        # scores start at 0, or small differences look large
         axes.set_xlim(left=0)
         _categories(axes, [label for label, _ in rows])
         axes.set_xlabel(("perplexity, lower is better" if metrics[0] == "perplexity" else "score") + ", 95 % interval")
         if len(metrics) > 1 or target is not None:
             _legend(axes)
 
-    digits = {m: decimals(found.get(m) for _, found in rows) for m in metrics}
-    said = [
-        f"{label}: " + ", ".join(f"{m} {_estimate_text(found[m], digits[m])}" for m in metrics if m in found)
-        for label, found in rows
+    digits = {m: decimals(scores_by_metric.get(m) for _, scores_by_metric in rows) for m in metrics}
+    descriptions = [
+        f"{label}: "
+        + ", ".join(f"{m} {_estimate_text(scores_by_metric[m], digits[m])}" for m in metrics if m in scores_by_metric)
+        for label, scores_by_metric in rows
     ]
     height = 0.75 + len(rows) * max(0.36, 0.2 * len(metrics))
-    return _svg("scores-" + "-".join(metrics), draw, height, "Scores with intervals. " + "; ".join(said))
+    return _svg("scores-" + "-".join(metrics), draw, height, "Scores with intervals. " + "; ".join(descriptions))
 
 
 def differences(rows: Sequence[Json], best: str, margin: float, unit: str, *, lower_is_better: bool) -> Markup:
-    """What the verdict rests on: the paired difference of each rung to the best one, and the margin."""
-    others = [row for row in rows if row["name"] != best]
+    """Paired difference of each rung to the best one, with the margin: the basis of the verdict."""
+    # the best rung's difference to itself is 0 by definition
+    compared_rows = [row for row in rows if row["name"] != best]
     limit = margin if lower_is_better else -margin
 
     def draw(axes: Any) -> None:
         axes.axvline(0, color=MUTED, linewidth=1)
         axes.axvline(limit, color=SERIES[1], linewidth=1.2, linestyle=(0, (4, 3)), label=f"margin {margin:.2g}")
-        for place, row in enumerate(others):
-            _whisker(axes, row["difference"], place, 0, None)
+        for row_index, row in enumerate(compared_rows):
+            _whisker(axes, row["difference"], row_index, 0, None)
         axes.locator_params(axis="x", nbins=6)
-        _categories(axes, [row["name"] for row in others])
+        _categories(axes, [row["name"] for row in compared_rows])
         axes.set_xlabel(f"difference to {_clip(best)}, {unit}")
         _legend(axes)
 
-    digits = decimals(row["difference"] for row in others)
-    said = [f"{row['name']}: {_estimate_text(row['difference'], digits)}, {row['reason']}" for row in others]
-    text = f"Paired difference to {best}, margin {margin:.2g}. " + "; ".join(said)
-    return _svg("differences", draw, 0.95 + 0.36 * len(others), text)
+    digits = decimals(row["difference"] for row in compared_rows)
+    descriptions = [
+        f"{row['name']}: {_estimate_text(row['difference'], digits)}, {row['reason']}" for row in compared_rows
+    ]
+    text = f"Paired difference to {best}, margin {margin:.2g}. " + "; ".join(descriptions)
+    return _svg("differences", draw, 0.95 + 0.36 * len(compared_rows), text)
 
 
 def cost(points: Sequence[tuple[str, Json, float]], metric: str, x_label: str) -> Markup:
-    """Score of each rung against what a query costs."""
+    """Score of each rung against the cost of a query."""
 
     def draw(axes: Any) -> None:
         for number, (label, score, x) in enumerate(points):
-            low, high = _finite(score)
+            low, high = _finite_bounds(score)
             style = {"color": SERIES[number % len(SERIES)], "marker": _MARKERS[number % len(_MARKERS)]}
-            span = [[score["mean"] - low], [high - score["mean"]]]
-            axes.errorbar([x], [score["mean"]], yerr=span, label=_clip(label), linestyle="none", clip_on=False, **style)
+            error = [[score["mean"] - low], [high - score["mean"]]]
+            axes.errorbar(
+                [x], [score["mean"]], yerr=error, label=_clip(label), linestyle="none", clip_on=False, **style
+            )
+        # `or 1`: an axis of zero width would be an error when all costs are 0
         axes.set_xlim(0, 1.1 * max([x for *_, x in points], default=0) or 1)
         axes.set_ylim(bottom=0)
         axes.set_xlabel(x_label)
         axes.set_ylabel(metric)
         _legend(axes)
 
-    said = [f"{label}: {metric} {score['mean']:.3g} at {x:.3g}" for label, score, x in points]
-    return _svg(f"cost-{x_label}", draw, 2.9, f"{metric} against {x_label}. " + "; ".join(said))
+    descriptions = [f"{label}: {metric} {score['mean']:.3g} at {x:.3g}" for label, score, x in points]
+    return _svg(f"cost-{x_label}", draw, 2.9, f"{metric} against {x_label}. " + "; ".join(descriptions))
 
 
 def logged_curve(name: str, logs: Sequence[Sequence[Json]], key: str, unit: str = "") -> Markup:
-    """A logged number over the steps, in training and validation; several training seeds lie over one another."""
-    known = key.replace("_", " ")
+    """A logged number over the steps, in training and validation; several training seeds are drawn over each other."""
+    title = key.replace("_", " ")
 
     def draw(axes: Any) -> None:
-        faint = 0.9 / math.sqrt(len(logs))
+        # more seeds, fainter lines: the sum stays readable
+        opacity = 0.9 / math.sqrt(len(logs))
         for number, log in enumerate(logs):
             first = number == 0
-            train, held = _curve(log, key), _curve(log, f"validation_{key}")
-            axes.plot(*train, color=SERIES[5], linewidth=1.1, alpha=faint, label="training" if first else None)
-            if held[0]:
+            train, validation = _curve(log, key), _curve(log, f"validation_{key}")
+            axes.plot(*train, color=SERIES[5], linewidth=1.1, alpha=opacity, label="training" if first else None)
+            if validation[0]:
                 axes.plot(
-                    *held, "o-", color=SERIES[0], markersize=4, linewidth=1.6, label=None if number else "validation"
+                    *validation,
+                    "o-",
+                    color=SERIES[0],
+                    markersize=4,
+                    linewidth=1.6,
+                    label=None if number else "validation",
                 )
         axes.set_xlabel("optimizer step")
-        axes.set_ylabel(f"{known}, {unit}" if unit else known)
+        axes.set_ylabel(f"{title}, {unit}" if unit else title)
         axes.xaxis.get_major_locator().set_params(integer=True)
         _legend(axes)
 
-    said = []
-    for own, what in ((key, "training"), (f"validation_{key}", "validation")):
-        ends = [values for log in logs if (values := _curve(log, own)[1])]
-        said += [f"{what} {known} from {values[0]:.3f} to {values[-1]:.3f}" for values in ends]
-    text = f"{known[:1].upper()}{known[1:]} over the optimizer steps: " + "; ".join(said)
+    descriptions = []
+    for curve_key, curve_name in ((key, "training"), (f"validation_{key}", "validation")):
+        ends = [values for log in logs if (values := _curve(log, curve_key)[1])]
+        descriptions += [f"{curve_name} {title} from {values[0]:.3f} to {values[-1]:.3f}" for values in ends]
+    text = f"{title[:1].upper()}{title[1:]} over the optimizer steps: " + "; ".join(descriptions)
     return _svg(f"{key}-{name}", draw, 2.6, text)
 
 
 def layer_scores(name: str, scores: Mapping[str, float], winners: Sequence[int]) -> Markup:
-    """What each layer scored in a lottery; those that went on stand out."""
+    """Score of each layer in a lottery; the layers that continued are highlighted."""
     numbers = sorted(map(int, scores))
 
     def draw(axes: Any) -> None:
-        for label, color, chosen in (
+        for label, color, layers in (
             ("went on", SERIES[0], [n for n in numbers if n in winners]),
             ("left", GRID, [n for n in numbers if n not in winners]),
         ):
-            axes.bar(chosen, [scores[str(n)] for n in chosen], color=color, label=label)
+            axes.bar(layers, [scores[str(n)] for n in layers], color=color, label=label)
         axes.set_xlabel("layer")
         axes.set_ylabel("share of the score")
         axes.xaxis.get_major_locator().set_params(integer=True)
         _legend(axes)
 
-    said = ", ".join(f"{n}: {scores[str(n)]:.1%}" for n in numbers)
-    return _svg(f"layers-{name}", draw, 2.2, f"Share of the score of each layer. {said}")
+    description = ", ".join(f"{n}: {scores[str(n)]:.1%}" for n in numbers)
+    return _svg(f"layers-{name}", draw, 2.2, f"Share of the score of each layer. {description}")
 
 
 def has_curve(log: Sequence[Json], key: str = "loss") -> bool:
-    """Whether a log holds a line to draw, and not a single point."""
+    """True if a log has at least two points to draw."""
     return len(_curve(log, key)[0]) > 1
 
 
 def _curve(log: Sequence[Json], key: str) -> tuple[list[int], list[float]]:
+    # a NaN loss would break the axis limits
     entries = [e for e in log if isinstance(e.get(key), int | float) and math.isfinite(e[key])]
     return [e["step"] for e in entries], [e[key] for e in entries]
 
 
-def _whisker(axes: Any, estimate: Json, place: float, number: int, label: str | None) -> None:
-    low, high = _finite(estimate)
+def _whisker(axes: Any, estimate: Json, position: float, number: int, label: str | None) -> None:
+    low, high = _finite_bounds(estimate)
     color, mean = SERIES[number % len(SERIES)], estimate["mean"]
-    axes.plot([low, high], [place, place], color=color, linewidth=1.8, solid_capstyle="round")
+    axes.plot([low, high], [position, position], color=color, linewidth=1.8, solid_capstyle="round")
     style = {"color": color, "marker": _MARKERS[number % len(_MARKERS)], "markersize": 6 if number == 0 else 4.5}
-    axes.plot([mean], [place], linestyle="none", label=label, clip_on=False, **style)
+    axes.plot([mean], [position], linestyle="none", label=label, clip_on=False, **style)
     for bound, arrow in ((estimate["low"], "<"), (estimate["high"], ">")):
-        if bound is None:  # no bound is known: an arrow that points outwards
-            axes.plot([mean], [place], linestyle="none", color=color, marker=arrow, markersize=9, fillstyle="none")
+        if bound is None:  # an infinite bound: an arrow pointing outwards
+            axes.plot([mean], [position], linestyle="none", color=color, marker=arrow, markersize=9, fillstyle="none")
 
 
-def _finite(estimate: Json) -> tuple[float, float]:
+def _finite_bounds(estimate: Json) -> tuple[float, float]:
     mean = estimate["mean"]
     low, high = estimate.get("low"), estimate.get("high")
     return min(mean, mean if low is None else low), max(mean, mean if high is None else high)
@@ -191,17 +215,19 @@ def _finite(estimate: Json) -> tuple[float, float]:
 
 def _categories(axes: Any, labels: Sequence[str]) -> None:
     axes.set_yticks(range(len(labels)), [_clip(label) for label in labels], color=INK)
-    axes.set_ylim(len(labels) - 0.4, -0.6)  # the lowest rung on top, as in the table
+    axes.set_ylim(len(labels) - 0.4, -0.6)  # reversed: the lowest rung on top, as in the table
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
 
 
 def _legend(axes: Any) -> None:
     handles, _ = axes.get_legend_handles_labels()
+    # four entries in three columns would leave one alone in the second line
     columns = 2 if len(handles) == 4 else 3
     axes.figure.legend(loc="outside upper left", ncols=columns, handlelength=1.4, columnspacing=1.2, fontsize=8.5)
 
 
+# Long labels would squeeze the plot: the full name is in the table and in the text alternative.
 def _clip(label: str, limit: int = 22) -> str:
     return label if len(label) <= limit else label[: limit - 1] + "…"
 
@@ -212,6 +238,7 @@ def _estimate_text(estimate: Json, digits: int) -> str:
 
 @contextmanager
 def _settings(salt: str) -> Iterator[None]:
+    # the salt makes matplotlib's ids deterministic, and different from plot to plot
     with mpl.rc_context({**_RC, "svg.hashsalt": salt}), warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message="Glyph .* missing from", category=UserWarning
@@ -220,20 +247,24 @@ def _settings(salt: str) -> Iterator[None]:
 
 
 def _svg(name: str, draw: DrawFunction, height: float, text: str) -> Markup:
-    """Draw and make it fit the page: its colors, its font, ids of its own, no XML head, no fixed size."""
-    out = io.StringIO()
+    """Draw a plot and adapt its SVG to the page: CSS colors, unique ids, no XML header, no fixed size."""
+    buffer = io.StringIO()
     with _settings(name):
         figure = Figure(figsize=(4.7, height), layout="constrained")
+        # not pyplot: no global state, no display, no figure that stays open
         FigureCanvasSVG(figure)
         draw(figure.add_subplot())
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    drawn = out.getvalue()
-    view = re.search(r'viewBox="[^"]*"', drawn)
-    inner = drawn[drawn.index(">", drawn.index("<svg")) + 1 : drawn.rindex("</svg>")]
-    inner = re.sub(r"<metadata>.*?</metadata>", "", inner, flags=re.DOTALL)
+        # Date None: the same data must give the same bytes
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    view = re.search(r'viewBox="[^"]*"', svg)
+    content = svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")]
+    # the metadata names matplotlib's version: an update would change every page
+    content = re.sub(r"<metadata>.*?</metadata>", "", content, flags=re.DOTALL)
     for color, variable in _STYLE.items():
-        inner = inner.replace(color, variable)
+        content = content.replace(color, variable)
+    # matplotlib's ids are unique within a figure only, and a page has many figures
     scope = re.sub(r"\W+", "-", name)
-    inner = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{scope}-", inner)
+    content = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{scope}-", content)
     box = view.group() if view else ""
-    return Markup(f'<svg class="plot" role="img" {box} aria-label="{escape(text)}">{inner}</svg>')  # noqa: S704
+    return Markup(f'<svg class="plot" role="img" {box} aria-label="{escape(text)}">{content}</svg>')  # noqa: S704

@@ -1,6 +1,11 @@
-"""A run or climb folder as the report sees it. Pieces that are missing stay missing."""
+"""Reader of a run or climb folder for the report.
+
+Missing pieces stay missing: a report must also open for a run that failed or is still running, because that is when it
+is needed most. So nothing is validated beyond `run.json`; sections show what exists. `html` calls `read_report_source`.
+"""
 
 from __future__ import annotations
+from rung.files import is_run_folder
 
 import json
 from collections.abc import Mapping
@@ -10,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from rung.config.climb import OnTopConfig, RungConfig
-from rung.files import is_run_folder
 from rung.scoring.metrics import METRICS
 from rung.training.run_folder import read_items, read_manifest
 
@@ -28,20 +32,20 @@ class LoggedRun:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredRung:
-    """One rung as measured. Of several training seeds, items are those of the first."""
+    """One measured rung. With several training seeds, items are those of the first seed."""
 
     label: str
     row: Mapping[str, Any]
-    """Its row of the ladder; of an unfinished climb, its `result.json`; empty when there is neither."""
+    """Its row of the ladder; in an unfinished climb its `result.json`; empty if there is neither."""
     items: tuple[Mapping[str, Any], ...]
     cut_off: int | None
-    """Answers that ended at `max_new_tokens`."""
+    """Answers truncated at `max_new_tokens`."""
     runs: tuple[LoggedRun, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ReportSource:
-    """Everything a report is made of."""
+    """All data of a report."""
 
     path: Path
     manifest: Mapping[str, Any]
@@ -50,12 +54,12 @@ class ReportSource:
 
     @property
     def is_climb(self) -> bool:
-        """Whether several rungs stand here."""
+        """True for a climb, False for a single run."""
         return "climb" in self.manifest
 
     @property
     def ladder(self) -> Mapping[str, Any] | None:
-        """What a finished climb concluded."""
+        """The result of a finished climb."""
         return self.manifest.get("ladder")
 
     @property
@@ -71,72 +75,80 @@ class ReportSource:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Scores that were measured, the deciding one first."""
+        """Measured metrics, the deciding one first."""
         return tuple(dict.fromkeys(name for rung in self.rungs for name in rung.row.get("scores", {})))
 
 
 def read_report_source(path: Path) -> ReportSource:
     """Read a folder. Raises `CheckpointError` when it holds no run."""
     manifest = read_manifest(path)
+    # a single run is shown as a ladder of one rung, so that sections need no second case
     if "climb" not in manifest:
-        run = LoggedRun("", manifest, _lines(path / "log.jsonl"))
+        run = LoggedRun("", manifest, _read_log(path / "log.jsonl"))
         row = manifest.get("metrics", {})
-        return ReportSource(path, manifest, (MeasuredRung("this run", row, _items(path), row.get("cut_off"), (run,)),))
+        return ReportSource(
+            path, manifest, (MeasuredRung("this run", row, _read_items(path), row.get("cut_off"), (run,)),)
+        )
     ladder = manifest.get("ladder")
-    rungs = _finished(path, ladder) if ladder else _so_far(path, manifest.get("config", {}))
+    rungs = _finished_rungs(path, ladder) if ladder else _unfinished_rungs(path, manifest.get("config", {}))
     return ReportSource(path, manifest, rungs)
 
 
 def is_binary(metric: str) -> bool:
-    """Whether an answer is simply right or wrong by it."""
+    """True if the metric scores only 0 and 1."""
     return metric in METRICS and METRICS[metric].binary
 
 
-def _finished(path: Path, ladder: Mapping[str, Any]) -> tuple[MeasuredRung, ...]:
+def _finished_rungs(path: Path, ladder: Mapping[str, Any]) -> tuple[MeasuredRung, ...]:
     rungs = []
     for row in ladder["ladder"]:
-        # The climb may have been moved since: only the part below it counts.
-        below = Path(row["folder"]).relative_to(ladder["folder"])
-        rungs.append(_rung(row["rung"], path.joinpath(*below.parts[:2]), row))  # rungs/NAME, without seed-0
+        # The climb may have been moved since: only the path relative to it is used.
+        relative = Path(row["folder"]).relative_to(ladder["folder"])
+        rungs.append(_read_rung(row["rung"], path.joinpath(*relative.parts[:2]), row))  # rungs/NAME, without seed-0
     return tuple(rungs)
 
 
-def _so_far(path: Path, config: Mapping[str, Any]) -> tuple[MeasuredRung, ...]:
+def _unfinished_rungs(path: Path, config: Mapping[str, Any]) -> tuple[MeasuredRung, ...]:
     """Rungs of an unfinished climb, in the order of its config."""
     climb = config.get("climb", {})
     rungs: list[RungConfig | OnTopConfig] = [RungConfig.model_validate(rung) for rung in climb.get("rungs", ())]
-    rungs += [OnTopConfig.model_validate(then) for then in climb.get("on_top", ())]
-    asked = {rung.slug: (number, rung.label) for number, rung in enumerate(rungs)}
-    found = [p for p in (path / "rungs").glob("*") if p.is_dir()]
-    found.sort(key=lambda p: (asked.get(p.name, (len(asked), ""))[0], p.name))
-    return tuple(_rung(asked.get(p.name, (0, p.name))[1], p, None) for p in found)
+    rungs += [OnTopConfig.model_validate(rung) for rung in climb.get("on_top", ())]
+    config_order = {rung.slug: (number, rung.label) for number, rung in enumerate(rungs)}
+    folders = [p for p in (path / "rungs").glob("*") if p.is_dir()]
+    # folders that the config does not name come last
+    folders.sort(key=lambda p: (config_order.get(p.name, (len(config_order), ""))[0], p.name))
+    return tuple(_read_rung(config_order.get(p.name, (0, p.name))[1], p, None) for p in folders)
 
 
-def _rung(label: str, folder: Path, row: Mapping[str, Any] | None) -> MeasuredRung:
+def _read_rung(label: str, folder: Path, row: Mapping[str, Any] | None) -> MeasuredRung:
+    # by length first: seed-10 after seed-9
     seeds = sorted(folder.glob("seed-*"), key=lambda p: (len(p.name), p.name))
-    places = seeds or [folder]
-    result = _object(places[0] / "result.json")
+    run_folders = seeds or [folder]
+    result = _read_object(run_folders[0] / "result.json")
     runs = tuple(
-        LoggedRun(f"{label}, seed {i}" if seeds else label, read_manifest(place), _lines(place / "log.jsonl"))
-        for i, place in enumerate(places)
-        if is_run_folder(place)
+        LoggedRun(
+            f"{label}, seed {i}" if seeds else label, read_manifest(run_folder), _read_log(run_folder / "log.jsonl")
+        )
+        for i, run_folder in enumerate(run_folders)
+        if is_run_folder(run_folder)
     )
-    return MeasuredRung(label, row or result, _items(places[0]), result.get("cut_off"), runs)
+    return MeasuredRung(label, row or result, _read_items(run_folders[0]), result.get("cut_off"), runs)
 
 
-def _items(folder: Path) -> tuple[Mapping[str, Any], ...]:
-    kept = next((folder / name for name in ("items.parquet", "eval.parquet") if (folder / name).exists()), None)
-    return tuple(read_items(kept)[0]) if kept else ()
+def _read_items(folder: Path) -> tuple[Mapping[str, Any], ...]:
+    # rungs of a climb write items.parquet, `rung eval` writes eval.parquet
+    path = next((folder / name for name in ("items.parquet", "eval.parquet") if (folder / name).exists()), None)
+    return tuple(read_items(path)[0]) if path else ()
 
 
-def _object(path: Path) -> Mapping[str, Any]:
+def _read_object(path: Path) -> Mapping[str, Any]:
     return _parse(path.read_text(encoding="utf-8")) or {} if path.exists() else {}
 
 
-def _lines(path: Path) -> tuple[Mapping[str, Any], ...]:
-    """Objects of a JSON lines file up to the first line that a kill left unfinished."""
+def _read_log(path: Path) -> tuple[Mapping[str, Any], ...]:
+    """Objects of a JSON Lines file up to the first line that a kill left incomplete."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    lines = map(_parse, text.split("\n"))  # not splitlines: U+2028 may stand unescaped inside a JSON string
+    lines = map(_parse, text.split("\n"))  # not splitlines: U+2028 may occur unescaped inside a JSON string
     return tuple(line for line in takewhile(lambda line: line is not None, lines) if line is not None)
 
 

@@ -1,4 +1,8 @@
-"""What the page and the terminal both say: the rows of the ladder, what was trained, the gates, what to do next."""
+"""Texts shared by the report page and the terminal: ladder rows, methods, gates, next commands.
+
+One place for both, so that they cannot disagree. Functions read the JSON of `run.json` with defaults,
+because the folder may come from a run that failed early. `sections` and `tables` call them.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +30,8 @@ from rung.report.formatting import (
 from rung.report.run_reader import PERPLEXITY
 
 ALL_ROLES = {"q", "k", "v", "o", "gate", "up", "down"}
-MERGED = ("lora", "qlora", "lottery")
-"""Methods that `rung merge` folds into a base; the others are whole already, or cannot be."""
+MERGEABLE_METHODS = ("lora", "qlora", "lottery")
+"""Methods that `rung merge` merges into a base; others are complete models already, or cannot be merged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,7 @@ class Cell:
     bounds: str = ""
     p: str = ""
     tone: str = ""
-    """good or bad where the interval excludes no change at all."""
+    """good or bad if the interval excludes zero."""
 
     def __str__(self) -> str:
         return " ".join(part for part in (self.mean, self.bounds) if part)
@@ -50,7 +54,7 @@ class LadderRow:
 
     rung: str
     note: str
-    """recommended, safe or best; empty for the others."""
+    """recommended, safe or best; empty for other rungs."""
     sees: str
     scores: tuple[Cell, ...]
     gain: Cell
@@ -62,10 +66,11 @@ class LadderRow:
 
 
 def ladder_rows(rows: Sequence[tuple[str, Json]], metrics: Sequence[str], verdict: Json | None) -> list[LadderRow]:
-    """Rows of (label, measured) as text; the decimals of a column are those its least certain number can bear."""
+    """Rows of (label, measurements) as text; the decimals of a column follow its least certain number."""
     digits = {m: decimals(row.get("scores", {}).get(m) for _, row in rows) for m in metrics}
     gain_digits = decimals(row.get("gain") for _, row in rows)
-    lower = metrics[0] == PERPLEXITY
+    lower_is_better = metrics[0] == PERPLEXITY
+    # Holm's p-values: every step of the ladder is a test
     corrected = {step["upper"]: step["p_holm"] for step in (verdict or {}).get("steps", ())}
     return [
         LadderRow(
@@ -73,7 +78,7 @@ def ladder_rows(rows: Sequence[tuple[str, Json]], metrics: Sequence[str], verdic
             _rung_note(label, verdict),
             row.get("sees", ""),
             tuple(_score(row.get("scores", {}).get(m), digits[m]) for m in metrics),
-            _gain(row.get("gain"), gain_digits, corrected.get(label), lower_is_better=lower),
+            _gain(row.get("gain"), gain_digits, corrected.get(label), lower_is_better=lower_is_better),
             format_count(row.get("trainable_parameters") or None),
             format_duration(row.get("train_seconds") or None),
             format_bytes(row.get("peak_memory_bytes")),
@@ -84,45 +89,47 @@ def ladder_rows(rows: Sequence[tuple[str, Json]], metrics: Sequence[str], verdic
     ]
 
 
-def retrieved_text(found: Json) -> str:
-    """How often the right passage was retrieved."""
-    rate, digits = found["hit_rate"], decimals([found["hit_rate"]])
+def retrieved_text(result: Json) -> str:
+    """Hit rate of retrieval as text."""
+    rate, digits = result["hit_rate"], decimals([result["hit_rate"]])
     interval = f"{format_fixed(rate['mean'], digits)} {format_bounds(rate, digits)}"
-    text = f"{interval}, {found['hits']:,} of {rate['examples']:,} questions"
-    if missed := found["without_passages"]:
-        text += f"; {missed:,} share no word with any"
+    text = f"{interval}, {result['hits']:,} of {rate['examples']:,} questions"
+    if no_match := result["without_passages"]:
+        text += f"; {no_match:,} share no word with any"
     return text
 
 
 @dataclass(frozen=True, slots=True)
 class TriedInstruction:
-    """An instruction and what it scored on the validation split."""
+    """An instruction with its scores on the validation split."""
 
     text: str
     scores: tuple[Cell, ...]
     chosen: bool
 
 
-def tried_instructions(found: Sequence[Json], metrics: Sequence[str], chosen: str | None) -> list[TriedInstruction]:
+def tried_instructions(
+    instructions: Sequence[Json], metrics: Sequence[str], chosen: str | None
+) -> list[TriedInstruction]:
     """Instructions as rows of a table."""
-    digits = {m: decimals(one["scores"].get(m) for one in found) for m in metrics}
+    digits = {m: decimals(instruction["scores"].get(m) for instruction in instructions) for m in metrics}
     return [
         TriedInstruction(
-            one["instruction"],
-            tuple(_score(one["scores"].get(m), digits[m]) for m in metrics),
-            one["instruction"] == chosen,
+            instruction["instruction"],
+            tuple(_score(instruction["scores"].get(m), digits[m]) for m in metrics),
+            instruction["instruction"] == chosen,
         )
-        for one in found
+        for instruction in instructions
     ]
 
 
 def gain_unit(metrics: Sequence[str]) -> str:
-    """What a gain is counted in."""
+    """Unit of gains."""
     return "nats per token, below 0 is better" if metrics[0] == PERPLEXITY else "points of the score"
 
 
 def method_text(method: Json) -> str:
-    """A method in words."""
+    """Description of a method."""
     kind = str(method.get("kind", ""))
     if kind == "full":
         return "full: every weight"
@@ -131,6 +138,7 @@ def method_text(method: Json) -> str:
     if kind in ("lora", "qlora", "lottery"):
         return _lora_text(method)
     layers = _layers_text(method.get("layers"))
+    # built for all kinds at once: .get returns None for settings of other methods
     sizes = {
         "mixture": f"{method.get('experts')} experts of rank {method.get('rank')}, "
         + (f"{method['top_k']} at a time" if method.get("top_k") else "all at once"),
@@ -145,8 +153,10 @@ def method_text(method: Json) -> str:
 
 def _placement_text(method: Json) -> str:
     places = {place: count for place, count in (method.get("positions") or {}).items() if count}
-    inside = ", ".join(f"{count} {'in front' if at == 'front' else f'before the {at}'}" for at, count in places.items())
-    return f"{method.get('virtual_tokens')} virtual tokens{inside and f' ({inside})'}"
+    placement = ", ".join(
+        f"{count} {'in front' if place == 'front' else f'before the {place}'}" for place, count in places.items()
+    )
+    return f"{method.get('virtual_tokens')} virtual tokens{placement and f' ({placement})'}"
 
 
 def _lora_text(method: Json) -> str:
@@ -159,7 +169,7 @@ def _lora_text(method: Json) -> str:
     }
     parts = [
         f"{names.get(str(method.get('kind')), 'LoRA')} rank {rank}, alpha {method.get('alpha') or 2 * rank:g}",
-        ", ".join(f"{place}: {own}" for place, own in ranks.items()),
+        ", ".join(f"{place}: {place_rank}" for place, place_rank in ranks.items()),
         "all linear layers" if set(targets) == ALL_ROLES else "on " + " ".join(map(str, targets)),
         _layers_text(method.get("layers")),
         f"{sampled} layers at a time" if sampled else "",
@@ -178,7 +188,7 @@ def _layers_text(layers: object) -> str:
 
 
 def gates_text(gates: Sequence[Json]) -> str:
-    """All gates in one line; those that did not pass by name."""
+    """All gates in one line; failed and unreached gates by name."""
     states: dict[str, list[str]] = {"failed": [], "not_reached": [], "passed": []}
     for gate in gates:
         states.setdefault(gate["state"], []).append(gate["name"])
@@ -191,148 +201,155 @@ def gates_text(gates: Sequence[Json]) -> str:
     return ", ".join(parts) or "none reached"
 
 
-def reward_text(found: Mapping[str, Any]) -> str:
-    """What a reward model was found to be worth on validation pairs."""
-    if not found:
+def reward_text(health: Mapping[str, Any]) -> str:
+    """Health of a reward model on validation pairs."""
+    if not health:
         return ""
-    a = found["accuracy"]
-    right = f"{a['mean']:.2f} [{a['low']:.2f}, {a['high']:.2f}] of {found['pairs']:,} pairs right"
-    known = f"{found['longer']:.2f} by length alone, calibration error {found['calibration_error']:.2f}"
-    return f"{found['verdict']}: {found['reason']}; {right}, {known}"
+    a = health["accuracy"]
+    accuracy_text = f"{a['mean']:.2f} [{a['low']:.2f}, {a['high']:.2f}] of {health['pairs']:,} pairs right"
+    length_text = f"{health['longer']:.2f} by length alone, calibration error {health['calibration_error']:.2f}"
+    return f"{health['verdict']}: {health['reason']}; {accuracy_text}, {length_text}"
 
 
 LENGTH_RATIO, LENGTH_CORRELATION = 1.5, 0.5
-"""From which on a report warns that preferences may be about length."""
+"""Values from which the report warns that preferences may be about length."""
 
 
 def preferred_text(log: Sequence[Json]) -> str:
-    """How a preference run did on its validation pairs, from the last time they were measured."""
-    found = next((e for e in reversed(log) if "validation_margin" in e), None)
-    if found is None:
+    """Last measurement of a preference run on its validation pairs."""
+    entry = next((e for e in reversed(log) if "validation_margin" in e), None)
+    if entry is None:
         return ""
-    parts = [f"margin {found['validation_margin']:+.3f}"]
-    if "validation_accuracy" in found:
-        lengths = f"margin goes with length by {found['validation_length_correlation']:+.2f}"
-        parts = [f"{found['validation_accuracy']:.0%} the right way round", *parts, lengths]
-        ratio = found.get("validation_length_ratio", 1.0)
-        if ratio >= LENGTH_RATIO or found["validation_length_correlation"] >= LENGTH_CORRELATION:
+    parts = [f"margin {entry['validation_margin']:+.3f}"]
+    if "validation_accuracy" in entry:
+        lengths = f"margin goes with length by {entry['validation_length_correlation']:+.2f}"
+        parts = [f"{entry['validation_accuracy']:.0%} the right way round", *parts, lengths]
+        ratio = entry.get("validation_length_ratio", 1.0)
+        if ratio >= LENGTH_RATIO or entry["validation_length_correlation"] >= LENGTH_CORRELATION:
             longer = f"better answers are {ratio:.1f} times as long, " if ratio > 1.0 else ""
             parts.append(f"beware: {longer}length alone may be learned")
     return ", ".join(parts)
 
 
-def lottery_text(found: Mapping[str, Any]) -> str:
-    """Which layers went on, what each third of the model scored, and whether its middle won beyond chance."""
-    if not found:
+def lottery_text(lottery: Mapping[str, Any]) -> str:
+    """Layers that continued, the score of each third of the model, and whether the middle third won beyond chance."""
+    if not lottery:
         return ""
-    scores, winners = {int(n): score for n, score in found["scores"].items()}, found["winners"]
+    scores, winners = {int(n): score for n, score in lottery["scores"].items()}, lottery["winners"]
+    # thirds by the layers of the model, not by those scored: a lottery may score a part only
     names = ("first", "middle", "last")
-    third = {n: names[3 * n // found["of_layers"]] for n in scores}
+    third = {n: names[3 * n // lottery["of_layers"]] for n in scores}
     shares = ", ".join(f"{name} third {sum(s for n, s in scores.items() if third[n] == name):.0%}" for name in names)
     text = f"layers {', '.join(map(str, winners))} went on; scores: {shares}"
-    if found["choose"] != "best":
-        return f"{text}; chosen: {found['choose']}"
-    middle, won = sum(name == "middle" for name in third.values()), sum(third[n] == "middle" for n in winners)
-    expected, chance = middle * len(winners) / len(scores), _at_least(won, len(scores), middle, len(winners))
-    return f"{text}; {won} of the {len(winners)} from the middle third, {expected:.1f} by chance (p = {chance:.2f})"
+    if lottery["choose"] != "best":
+        return f"{text}; chosen: {lottery['choose']}"
+    middle = sum(name == "middle" for name in third.values())
+    middle_winners = sum(third[n] == "middle" for n in winners)
+    expected = middle * len(winners) / len(scores)
+    chance = _hypergeometric_tail(middle_winners, len(scores), middle, len(winners))
+    by_chance = f"{expected:.1f} by chance (p = {chance:.2f})"
+    return f"{text}; {middle_winners} of the {len(winners)} from the middle third, {by_chance}"
 
 
-def _at_least(found: int, layers: int, middle: int, drawn: int) -> float:
-    """Probability that a random draw without replacement holds as many of the middle ones, or more (hypergeometric)."""
-    ways = sum(math.comb(middle, k) * math.comb(layers - middle, drawn - k) for k in range(found, drawn + 1))
-    return ways / math.comb(layers, drawn)
+def _hypergeometric_tail(successes: int, layers: int, middle: int, winners: int) -> float:
+    """Hypergeometric P(X >= successes) of middle layers among the winners of a random draw without replacement."""
+    ways = sum(math.comb(middle, k) * math.comb(layers - middle, winners - k) for k in range(successes, winners + 1))
+    return ways / math.comb(layers, winners)
 
 
 def router_text(load: Mapping[str, Sequence[float]]) -> str:
-    """How evenly a mixture's router spread the tokens, over all linears."""
-    shares = [share for own in load.values() for share in own]
+    """Range of the token shares of a mixture's experts, over all linears."""
+    shares = [share for expert_shares in load.values() for share in expert_shares]
     if not shares:
         return ""
     even = 1.0 / len(next(iter(load.values())))
     return f"{min(shares):.0%} to {max(shares):.0%} of the tokens an expert; even would be {even:.0%}"
 
 
-def contamination_text(found: Json) -> dict[str, str]:
-    """How many test items stand in the training rows; of each kind that has any the scores without, and an example."""
-    if "unknown" in found:
-        return {"seen in training": f"unknown: {found['unknown']}"}
-    counts = ", ".join(f"{tier} {own['items']:,}" for tier, own in found["tiers"].items())
-    lines = {"seen in training": f"{counts} of {found['items']:,} questions, in {found['train_rows']:,} rows"}
-    for tier, own in found["tiers"].items():
-        if own["items"]:
-            left, first = own["scores_without"] or {}, own["examples"][0]
+def contamination_text(result: Json) -> dict[str, str]:
+    """Test items that occur in the training rows; per tier the scores without them, and an example."""
+    if "unknown" in result:
+        return {"seen in training": f"unknown: {result['unknown']}"}
+    counts = ", ".join(f"{tier} {tier_result['items']:,}" for tier, tier_result in result["tiers"].items())
+    lines = {"seen in training": f"{counts} of {result['items']:,} questions, in {result['train_rows']:,} rows"}
+    for tier, tier_result in result["tiers"].items():
+        if tier_result["items"]:
+            scores_without, first = tier_result["scores_without"] or {}, tier_result["examples"][0]
             scores = ", ".join(
-                f"{name} {format_fixed(s['mean'], decimals([s]))} {format_bounds(s, decimals([s]))}"
-                for name, s in left.items()
+                f"{name} {format_fixed(score['mean'], decimals([score]))} {format_bounds(score, decimals([score]))}"
+                for name, score in scores_without.items()
             )
             text = str(first.get("matched") or first.get("text") or "")
-            named = f"{first['held_out']} is {first['train']}" + (f": {_short(text)}" if text else "")
-            lines[f"without {tier}"] = f"{scores or 'nothing is left'}\n{named}"
+            example = f"{first['held_out']} is {first['train']}" + (f": {_truncated(text)}" if text else "")
+            lines[f"without {tier}"] = f"{scores or 'nothing is left'}\n{example}"
     return lines
 
 
-def _short(text: str, width: int = 80) -> str:
+def _truncated(text: str, width: int = 80) -> str:
     return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def measured_text(value: Any) -> str:
-    """What a gate measured, or its limit."""
+    """A gate's measurement or limit as text."""
     if isinstance(value, Mapping):
         return ", ".join(f"{key.replace('_', ' ')} {measured_text(part)}" for key, part in value.items())
     if isinstance(value, float):
         return f"{value:.2g}"
+    # bool is an int in Python
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def commands_after_climb(ladder: Json) -> list[str]:
-    """Commands that fit the verdict, each followed by why."""
+    """Next commands for the verdict, each with its reason."""
     verdict, commands = ladder["verdict"], []
-    if needed := verdict.get("examples_needed"):
-        name = shlex.quote(f"{ladder['folder']}-{needed}")
+    if examples_needed := verdict.get("examples_needed"):
+        # another output folder: the larger test set would not match the finished rungs
+        name = shlex.quote(f"{ladder['folder']}-{examples_needed}")
         commands.append(
-            f"rung climb CONFIG evaluation.limit={needed} output={name}  # or a larger data.test: to settle it"
+            f"rung climb CONFIG evaluation.limit={examples_needed} output={name}  # or a larger data.test: to settle it"
         )
     if tuned := _tuned_folder(ladder):
         quoted = shlex.quote(tuned)
         commands.append(f"rung chat {quoted} --compare  # base and tuned side by side")
         row = next(row for row in ladder["ladder"] if row["folder"] == tuned)
-        if row["rung"] == verdict.get("recommended") and row["kind"] in MERGED:
+        # merging is only suggested for what the verdict recommends to serve
+        if row["rung"] == verdict.get("recommended") and row["kind"] in MERGEABLE_METHODS:
             commands.append(
                 f"rung merge {quoted} {shlex.quote(ladder['folder'] + '-merged')}  # a plain model to serve"
             )
     return commands
 
 
-UNITS = {
+LOSS_UNITS = {
     "preference": "of a pair or an answer",
     "reward": "nats of a pair",
     "grpo": "of an answer; validation is minus the mean reward",
     "ppo": "of a token; validation is minus the mean reward",
 }
-"""What a loss is counted in; nats per token unless said."""
+"""Unit of a loss by objective; nats per token for all others."""
 
 
-SHOWN_KEYS = {
+PLOTTED_KEYS = {
     "preference": ("loss", "accuracy", "margin"),
     "reward": ("loss", "accuracy"),
     "grpo": ("reward", "kl", "all_right", "all_wrong"),
     "ppo": ("reward", "kl_answer", "value_loss"),
 }
-"""What of the log shows how a run went; the loss unless said: that of a rollout says little."""
+"""Logged numbers that show the progress of an objective; the loss for all others. The loss of a rollout says little."""
 
 
 def logged_keys_shown(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of logged numbers to draw over the steps."""
-    return SHOWN_KEYS.get(str(config.get("objective", {}).get("kind")), ("loss",))
+    """Names of the logged numbers to plot over the steps."""
+    return PLOTTED_KEYS.get(str(config.get("objective", {}).get("kind")), ("loss",))
 
 
 def loss_unit(config: Mapping[str, Any]) -> str:
-    """Of the losses of a run."""
-    return UNITS.get(str(config.get("objective", {}).get("kind")), "nats per token")
+    """Unit of the losses of a run."""
+    return LOSS_UNITS.get(str(config.get("objective", {}).get("kind")), "nats per token")
 
 
 def commands_after_run(manifest: Json, output: str) -> list[str]:
-    """Commands that fit how a run ended, each followed by why."""
+    """Next commands for the state of a run, each with its reason."""
     quoted, status = shlex.quote(output), manifest.get("status")
     if status != "finished":
         return ["rung train CONFIG --resume  # goes on from its last checkpoint, with the same config"]
@@ -344,19 +361,20 @@ def commands_after_run(manifest: Json, output: str) -> list[str]:
 
 
 def artifact_folder(manifest: Json, output: str) -> str:
-    """Where the tuned weights are."""
+    """Folder of the tuned weights."""
     kind = manifest.get("config", {}).get("method", {}).get("kind")
     return str(Path(output) / ("model" if kind in BASE_CHANGING_METHODS else "adapter"))
 
 
 def _tuned_folder(ladder: Json) -> str | None:
-    """The run to talk to: the recommended rung, the best one, or the highest of the tuned."""
+    """The run for `rung chat`: the recommended rung, the best one, or the tuned rung with the highest score."""
+    # the verdict may favor an untuned rung, but only a tuned one can be compared with its base
     tuned = [row for row in ladder["ladder"] if row["kind"] not in UNTUNED]
     if not tuned:
         return None
     for name in (ladder["verdict"].get("recommended"), ladder["verdict"].get("best")):
-        if found := next((row for row in tuned if row["rung"] == name), None):
-            return str(found["folder"])
+        if row := next((row for row in tuned if row["rung"] == name), None):
+            return str(row["folder"])
     sign = -1 if ladder["metric"] == PERPLEXITY else 1
     return str(max(tuned, key=lambda row: sign * row["scores"][ladder["metric"]]["mean"])["folder"])
 
@@ -377,8 +395,9 @@ def _gain(estimate: Json | None, digits: int, corrected: float | None, *, lower_
     if estimate is None:
         return Cell(MISSING)
     low, high = estimate.get("low"), estimate.get("high")
-    up, down = low is not None and low > 0, high is not None and high < 0
-    tone = ("bad" if up == lower_is_better else "good") if up or down else ""
+    # an infinite bound (None) excludes nothing
+    above_zero, below_zero = low is not None and low > 0, high is not None and high < 0
+    tone = ("bad" if above_zero == lower_is_better else "good") if above_zero or below_zero else ""
     mean = format_fixed(estimate["mean"], digits, signed=True)
     return Cell(mean, format_bounds(estimate, digits), format_p_value(corrected), tone)
 

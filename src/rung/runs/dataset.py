@@ -19,7 +19,7 @@ from rung.data.splits import Splits, load_data
 from rung.data.token_store import TokenizedDataset
 from rung.data.tokenize import Preflight, PromptDataset, preflight, tokenize_prompts
 from rung.errors import DataError
-from rung.evaluation.retrieval import Library, own_contexts, read_documents
+from rung.evaluation.retrieval import Library, read_documents, row_contexts
 from rung.models.base_model import BaseModel
 from rung.objectives.registry import OBJECTIVES
 from rung.scoring.verifiers import needs_expected_answer
@@ -57,7 +57,7 @@ def load_library(config: RunConfig, splits: Splits | None = None) -> Library:
             if splits is None or config.data.limit is not None:  # fewer rows must not make the search easier
                 splits = load_data(config.data.model_copy(update={"limit": None}), config.seed)
             return Library.from_documents(
-                own_contexts((splits.train, splits.validation, splits.test)), own, "data.path"
+                row_contexts((splits.train, splits.validation, splits.test)), own, "data.path"
             )
         return Library.from_documents(read_documents(own), own, own.documents)
 
@@ -125,7 +125,7 @@ def tokenize_for_objective(config: RunConfig, chat: ChatTemplate, records: Recor
             loss_on=config.data.loss_on,
             max_length=longest,
             overflow=config.data.overflow,
-            candidates=objective.compares,
+            with_candidates=objective.compares,
         )
     if (lonely := found.first_row_with_fewer(objective.at_least)) is not None:
         hint = "labelled answers are for loss: kto; pairs, rankings and ratings for all others"
@@ -149,7 +149,7 @@ def _prompt_only_data(config: RunConfig, splits: Splits, chat: ChatTemplate, lon
                 what = "this reward compares with the expected answer, and this row has none"
                 raise DataError(what, where=str(record.source), given=f"objective.reward.kind: {source.kind}")
     with status("tokenizing"):
-        train = tokenize_prompts(chat, splits.train, longest=longest, overflow=config.data.overflow)
+        train = tokenize_prompts(chat, splits.train, max_length=longest, overflow=config.data.overflow)
         held = splits.validation
-        validation = tokenize_prompts(chat, held, longest=longest, overflow=config.data.overflow) if held else None
+        validation = tokenize_prompts(chat, held, max_length=longest, overflow=config.data.overflow) if held else None
     return RunData(splits, chat, train, validation, train.preflight())

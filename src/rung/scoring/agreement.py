@@ -1,8 +1,8 @@
-"""How far people, or a judge and people, agree beyond chance: on labels without an order, with intervals of 95 %.
+"""Inter-rater agreement beyond chance for nominal labels, with 95 % intervals (people, or a judge and people).
 
-Every statistic here is a function of counts that add up over items, so a bootstrap over clusters resamples the counts
-and works out the statistic anew, chance included. Raw agreement stands beside it: where one label is rare, kappa and
-alpha are low however often two raters agree.
+Every statistic is a function of counts that add up over items, so the cluster bootstrap resamples counts and recomputes
+the statistic, chance included, for all replicates at once. Raw agreement is reported too: where one label is rare,
+kappa and alpha are low however often two raters agree. Used by `pairwise.check_judge`.
 """
 
 from __future__ import annotations
@@ -17,43 +17,44 @@ from rung.scoring.significance import Floats
 from rung.scoring.stats import SAMPLES, TINY, Clusters, Interval, cluster_sums, expanded_percentiles, wilson
 
 Label = Hashable | None
-"""What a rater said of an item; None where nothing."""
+"""Label of an item by a rater; None if missing."""
 Ratings = Sequence[Sequence[Label]]
-"""One list an item, one entry a rater, the raters in the same order."""
+"""One list per item, one entry per rater, raters in the same order."""
 CountTable = NDArray[np.float64]
-"""[..., K, K]: how often label c stood beside label k, summed over items."""
+"""[..., K, K]: how often label c occurred together with label k, summed over items."""
 
 
 def percent_agreement(ratings: Ratings, clusters: Clusters = None, seed: int = 0) -> Interval:
-    """Share of pairs of raters who said the same, of all pairs that rated an item, each pair counting once."""
+    """Share of pairs of raters with the same label, of all pairs that rated an item, each pair counting once."""
     return _interval(_pair_counts(ratings), clusters, seed, lambda table: np.zeros(table.shape[:-2]))
 
 
 def cohen_kappa(first: Sequence[Label], second: Sequence[Label], clusters: Clusters = None, seed: int = 0) -> Interval:
     """Cohen's kappa of two raters (Cohen 1960, eq. 1): (p_o - p_e) / (1 - p_e), chance from each rater's own shares.
 
-    Items that one of them left out are left out. 20 yes-yes, 15 no-no, 5 and 10 apart give 0.4. Not a number where
-    both said one and the same label throughout.
+    Items without a label by one of them are ignored. 20 yes-yes, 15 no-no, 5 and 10 disagreements give 0.4. NaN where
+    both used one label only.
     """
     if len(first) != len(second):
         raise ValueError(f"{len(first)} and {len(second)} labels: two raters rate the same items")
     codes = _codes(list(zip(first, second, strict=True)))
-    kept: NDArray[np.bool_] = np.all(codes >= 0, axis=1)
+    both_rated: NDArray[np.bool_] = np.all(codes >= 0, axis=1)
     k = int(codes.max(initial=0)) + 1
-    tables = np.zeros((int(kept.sum()), k, k))
-    tables[np.arange(len(tables)), codes[kept, 0], codes[kept, 1]] = 1.0
+    # one-hot per item: the tables add up to the confusion matrix
+    tables = np.zeros((int(both_rated.sum()), k, k))
+    tables[np.arange(len(tables)), codes[both_rated, 0], codes[both_rated, 1]] = 1.0
 
     def chance(table: CountTable) -> Floats:
-        both: Floats = (table.sum(axis=-1) * table.sum(axis=-2)).sum(axis=-1)
-        return np.asarray(both / table.sum(axis=(-1, -2)) ** 2)
+        expected: Floats = (table.sum(axis=-1) * table.sum(axis=-2)).sum(axis=-1)
+        return np.asarray(expected / table.sum(axis=(-1, -2)) ** 2)
 
-    return _interval(tables, _filter_clusters(clusters, kept), seed, chance)
+    return _interval(tables, _filter_clusters(clusters, both_rated), seed, chance)
 
 
 def fleiss_kappa(ratings: Ratings, clusters: Clusters = None, seed: int = 0) -> Interval:
-    """Fleiss' kappa of several raters (Fleiss 1971, eqs. 1-7), chance from the shares of all raters together.
+    """Fleiss' kappa of several raters (Fleiss 1971, eqs. 1-7), chance from the label shares of all raters together.
 
-    Every item needs as many ratings as any other, by whomever. Raises ValueError where it has not.
+    Every item needs the same number of ratings, by any raters. Raises ValueError otherwise.
     """
     counts = {sum(label is not None for label in item) for item in ratings}
     if len(counts) != 1 or min(counts) < 2:
@@ -69,14 +70,14 @@ def fleiss_kappa(ratings: Ratings, clusters: Clusters = None, seed: int = 0) -> 
 def krippendorff_alpha(ratings: Ratings, clusters: Clusters = None, seed: int = 0) -> Interval:
     """Krippendorff's alpha for labels without an order (Krippendorff 2011, "Computing", part C): 1 - D_o / D_e.
 
-    Raters may leave items out; an item with one rating tells nothing and is left out. D_e is chance without
-    replacement, so alpha lies above Fleiss' kappa by an amount that shrinks with the number of ratings.
+    Ratings may be missing; an item with one rating is ignored. D_e is chance without replacement, so alpha exceeds
+    Fleiss' kappa by an amount that shrinks with the number of ratings.
     """
 
     def chance(table: CountTable) -> Floats:
-        of_label: Floats = table.sum(axis=-1)
-        n = of_label.sum(axis=-1)
-        return np.asarray((of_label * (of_label - 1.0)).sum(axis=-1) / (n * (n - 1.0)))
+        label_counts: Floats = table.sum(axis=-1)
+        n = label_counts.sum(axis=-1)
+        return np.asarray((label_counts * (label_counts - 1.0)).sum(axis=-1) / (n * (n - 1.0)))
 
     # Coincidences: an item with m ratings counts m of them, spread over its m (m - 1) ordered pairs.
     tables = _pair_counts(ratings)
@@ -84,10 +85,10 @@ def krippendorff_alpha(ratings: Ratings, clusters: Clusters = None, seed: int = 
     return _interval(tables / np.maximum(m - 1.0, 1.0)[:, None, None], clusters, seed, chance)
 
 
-def _chance_corrected(agreed: Floats | float, chance: Floats | float) -> Floats:
-    """Agreement beyond chance, of what there is beyond chance; not a number where there is nothing beyond."""
+def _chance_corrected(agreement: Floats | float, chance: Floats | float) -> Floats:
+    """(agreement - chance) / (1 - chance); NaN where chance is 1."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray((np.asarray(agreed) - chance) / (1.0 - np.asarray(chance)))
+        return np.asarray((np.asarray(agreement) - chance) / (1.0 - np.asarray(chance)))
 
 
 def _agreement_share(table: CountTable) -> Floats:
@@ -95,34 +96,37 @@ def _agreement_share(table: CountTable) -> Floats:
 
 
 def _interval(tables: CountTable, clusters: Clusters, seed: int, chance: Callable[[CountTable], Floats]) -> Interval:
-    """Agreement beyond chance of all items, clusters resampled.
+    """Chance-corrected agreement of all items with its interval, clusters resampled.
 
-    Where the resampling has no spread (all agree throughout) Wilson's bounds of the raw agreement on the number of
-    clusters take its place, chance as it was. A replicate in which only one label occurs shows nothing beyond chance.
+    If the replicates have no spread (all agree) the interval is Wilson's for the raw agreement on the number of
+    clusters, with the observed chance. A replicate with only one label counts as 0, nothing beyond chance.
     """
-    rated = tables.sum(axis=(1, 2)) > 0
-    if not rated.any():
+    is_rated = tables.sum(axis=(1, 2)) > 0
+    if not is_rated.any():
         raise ValueError("no item was rated by two")
     k = tables.shape[-1]
-    sums = np.stack(cluster_sums(_filter_clusters(clusters, rated), *tables[rated].reshape(-1, k * k).T), axis=1)
-    n, c, whole = int(rated.sum()), len(sums), sums.sum(axis=0).reshape(k, k)
-    agreed, by_chance = float(_agreement_share(whole)), float(chance(whole))
-    if 1.0 - by_chance < TINY:
+    # summed by cluster first: a replicate is then one matrix product instead of a pass over the items
+    sums = np.stack(cluster_sums(_filter_clusters(clusters, is_rated), *tables[is_rated].reshape(-1, k * k).T), axis=1)
+    n, c, total_table = int(is_rated.sum()), len(sums), sums.sum(axis=0).reshape(k, k)
+    agreement, chance_agreement = float(_agreement_share(total_table)), float(chance(total_table))
+    if 1.0 - chance_agreement < TINY:
         return Interval(math.nan, -math.inf, math.inf, n, c, "undefined: only one label occurs")
-    value = float(_chance_corrected(agreed, by_chance))
+    value = float(_chance_corrected(agreement, chance_agreement))
     if np.ptp(_agreement_share(sums.reshape(c, k, k))) < TINY:
-        floor = wilson(min(agreed, 1.0) * c, c)
-        low, high = (float(_chance_corrected(bound, by_chance)) for bound in (floor.low, floor.high))
+        # min: rounding may put a perfect agreement just above 1
+        floor = wilson(min(agreement, 1.0) * c, c)
+        low, high = (float(_chance_corrected(bound, chance_agreement)) for bound in (floor.low, floor.high))
         return Interval(value, low, high, n, c, "wilson floor")
     rng, values, agreements = np.random.default_rng(seed), [], []
+    # in slices of two million numbers, so that memory stays at tens of megabytes
     for rows in _slices(SAMPLES, max(1, 2_000_000 // c)):
-        drawn = (rng.multinomial(c, np.full(c, 1.0 / c), size=rows) @ sums).reshape(rows, k, k)
-        agreements.append(_agreement_share(drawn))
-        values.append(np.nan_to_num(_chance_corrected(agreements[-1], chance(drawn)), nan=0.0))
+        resampled_tables = (rng.multinomial(c, np.full(c, 1.0 / c), size=rows) @ sums).reshape(rows, k, k)
+        agreements.append(_agreement_share(resampled_tables))
+        values.append(np.nan_to_num(_chance_corrected(agreements[-1], chance(resampled_tables)), nan=0.0))
     replicates, method = np.concatenate(values), "cluster bootstrap"
-    if np.ptp(replicates) < TINY:  # who says the same of everything has kappa 0 in every resample
+    if np.ptp(replicates) < TINY:  # a rater with one label for everything has kappa 0 in every resample
         replicates, method = (
-            _chance_corrected(np.concatenate(agreements), by_chance),
+            _chance_corrected(np.concatenate(agreements), chance_agreement),
             "cluster bootstrap, chance as it was",
         )
     low, high = expanded_percentiles(replicates, c)
@@ -134,30 +138,31 @@ def _slices(total: int, size: int) -> list[int]:
 
 
 def _pair_counts(ratings: Ratings) -> CountTable:
-    """Ordered pairs of ratings of each item, [N, K, K]: symmetric, by different raters."""
+    """Ordered pairs of ratings of each item by different raters, [N, K, K], symmetric."""
     codes = _codes(ratings)
     k = int(codes.max(initial=0)) + 1
-    ones = np.zeros((len(codes), k))
+    label_counts = np.zeros((len(codes), k))
     for column in codes.T:
-        given = column >= 0
-        ones[given, column[given]] += 1.0
-    tables: CountTable = ones[:, :, None] * ones[:, None, :]
-    tables[:, np.arange(k), np.arange(k)] -= ones
+        is_rated = column >= 0
+        label_counts[is_rated, column[is_rated]] += 1.0
+    tables: CountTable = label_counts[:, :, None] * label_counts[:, None, :]
+    # n_k^2 counts a rating with itself; n_k (n_k - 1) does not
+    tables[:, np.arange(k), np.arange(k)] -= label_counts
     return tables
 
 
 def _codes(ratings: Ratings) -> NDArray[np.intp]:
-    """Labels as numbers in the order they occur, -1 for none, [items, raters]."""
+    """Labels as integers in the order of occurrence, -1 for missing, [items, raters]."""
     if len(ratings) == 0 or len({len(item) for item in ratings}) != 1:
         raise ValueError("ratings are one list an item, each with an entry a rater (None for nothing said)")
-    known: dict[Hashable, int] = {}
-    rows = [[-1 if x is None else known.setdefault(x, len(known)) for x in item] for item in ratings]
+    code_of_label: dict[Hashable, int] = {}
+    rows = [[-1 if x is None else code_of_label.setdefault(x, len(code_of_label)) for x in item] for item in ratings]
     return np.array(rows, dtype=np.intp).reshape(len(rows), -1)
 
 
-def _filter_clusters(clusters: Clusters, kept: NDArray[np.bool_]) -> Clusters:
+def _filter_clusters(clusters: Clusters, mask: NDArray[np.bool_]) -> Clusters:
     if clusters is None:
         return None
-    if len(clusters) != len(kept):
-        raise ValueError(f"{len(clusters)} cluster ids for {len(kept)} items")
-    return [cluster for cluster, own in zip(clusters, kept.tolist(), strict=True) if own]
+    if len(clusters) != len(mask):
+        raise ValueError(f"{len(clusters)} cluster ids for {len(mask)} items")
+    return [cluster for cluster, keep in zip(clusters, mask.tolist(), strict=True) if keep]

@@ -1,6 +1,8 @@
-"""Scores of one answer against the expected one: text in, a number from 0 to 1 out.
+"""Metrics: score of one answer against the expected one, from 0 to 1.
 
-`numeric` stands beside `exact` so that a tuned rung never wins by formatting alone.
+Pure functions of two strings, by rules instead of a model: cheap, deterministic and checkable, but blind to
+paraphrases (see `evaluation.judge`). `numeric` exists besides `exact` so that a tuned model never wins by formatting
+alone. `evaluation.evaluate` scores with `METRICS`, `verifiers` makes rewards of them.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+# wide enough for float arithmetic on scaled numbers, too narrow to accept a rounded answer
 RELATIVE_TOLERANCE = 1e-6
 
 _ARTICLES = frozenset({"a", "an", "the"})
 _QUOTES = "\"'\u2018\u2019\u201c\u201d"
 _BRACKETS = "()[]{}"
 
+# `m` is million, as in financial reports, not the Roman thousand.
 _SCALES = {
     1e3: ("k", "thousand", "thousands"),
     1e6: ("m", "mm", "mn", "mln", "million", "millions"),
@@ -30,19 +34,21 @@ _CURRENCY = {
     **dict.fromkeys(("us$", "$", "usd", "us dollars", "dollar", "dollars"), "USD"),
     **dict.fromkeys(("\u20ac", "eur", "euro", "euros"), "EUR"),
     **dict.fromkeys(("\u00a3", "gbp", "pound", "pounds"), "GBP"),
+    # also the sign of the yuan, which a number alone does not tell
     **dict.fromkeys(("\u00a5", "jpy", "yen"), "JPY"),
     "chf": "CHF",
 }
 
 
-def _words(known: dict[str, Any]) -> str:
-    longest_first = sorted(known, key=len, reverse=True)
+def _alternatives(vocabulary: dict[str, Any]) -> str:
+    # an alternation takes the first match: `us$` must be tried before `$`
+    longest_first = sorted(vocabulary, key=len, reverse=True)
     return "|".join(re.escape(w) + (r"\b" if w[-1].isalpha() else "") for w in longest_first)
 
 
 _QUANTITY = re.compile(
     rf"""
-    (?<![\w.])                                     # FY2023, Q4 and 1.2.3 hold no number of their own
+    (?<![\w.])                                     # FY2023, Q4 and 1.2.3 contain no separate number
     (?P<loss>(?:loss|deficit)\ of\ )?
     (?P<open>\()? (?P<minus>[-\u2212])?
     (?:(?P<before>us\$|[$\u20ac\u00a3\u00a5]|usd|eur|gbp|jpy|chf)\s*)?
@@ -50,9 +56,9 @@ _QUANTITY = re.compile(
     (?P<numeral>(?>(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|\.\d+))
     (?!(?:st|nd|rd|th)\b)
     (?P<close>\))?
-    (?:[\s-]*(?P<scale>{_words(_SCALE)}))?
+    (?:[\s-]*(?P<scale>{_alternatives(_SCALE)}))?
     (?:\s*(?P<percent>%|percent(?:age\ points?)?\b|per\ cent\b|pct\b))?
-    (?:\s*(?P<after>{_words(_CURRENCY)}))?
+    (?:\s*(?P<after>{_alternatives(_CURRENCY)}))?
     (?P<close_late>\))?
     """,
     re.VERBOSE | re.IGNORECASE,
@@ -80,36 +86,36 @@ class Quantity:
     percent: bool = False
     currency: str | None = None
     is_date: bool = False
-    """A year behind a word for time (`in 2023`, `FY 2023`, `(2023)`), or a day or year beside a month's name."""
+    """A year after a word for time (`in 2023`, `FY 2023`, `(2023)`), or a day or year next to a month's name."""
 
     @property
     def value(self) -> float:
-        """The number meant: 412 million is 4.12e8, 12.5% is 12.5."""
+        """The scaled number: 412 million is 4.12e8, 12.5% is 12.5."""
         return self.numeral * (self.scale or 1.0)
 
     def __abs__(self) -> Quantity:
         return replace(self, numeral=abs(self.numeral))
 
     @property
-    def marked(self) -> bool:
-        """Whether it carries a currency, percent or scale mark."""
+    def has_mark(self) -> bool:
+        """True if it has a currency, percent or scale mark."""
         return bool(self.scale or self.percent or self.currency)
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One row of the table."""
+    """One row of `METRICS`."""
 
     name: str
     function: Callable[[str, str], float]
     binary: bool
-    """Only 0 and 1 occur, so the interval can be Wilson's and the paired test McNemar's."""
+    """Only 0 and 1 occur, so Wilson's interval and McNemar's test apply."""
     higher_is_better: bool
     doc: str
 
 
 def exact(answer: str, expected: str) -> float:
-    """1 when the texts are equal but for outer whitespace, else 0. Case and every full stop count."""
+    """1 when the texts are equal except for outer whitespace, else 0. Case and punctuation count."""
     return float(answer.strip() == expected.strip())
 
 
@@ -125,7 +131,7 @@ def normalized(answer: str, expected: str) -> float:
 def numeric(answer: str, expected: str) -> float:
     """1 when the quantity in the answer is the expected one, else 0: `$1.2bn` equals `USD 1,200 million`.
 
-    Which number counts: the first behind the last `####`; else the last with a currency, percent or scale mark; else
+    Which number counts: the first after the last `####`; else the last with a currency, percent or scale mark; else
     the last that is not part of a date (see `Quantity.is_date`); else the last. Digits glued to letters (FY2023, Q4)
     are no number. Brackets, a minus (ASCII or U+2212) and `loss of` make it negative. Points are decimals, commas
     group thousands.
@@ -136,16 +142,17 @@ def numeric(answer: str, expected: str) -> float:
     compared and the opposite direction (`rose by 3`) is wrong. When the expected answer holds no number, the score is
     `normalized`, so that `Not disclosed.` can be right.
     """
-    wanted = quantity(expected)
-    if wanted is None:
+    expected_quantity = quantity(expected)
+    if expected_quantity is None:
         return normalized(answer, expected)
-    found = quantity(answer)
-    if found is None:
+    answer_quantity = quantity(answer)
+    if answer_quantity is None:
         return 0.0
-    if way := _direction(expected):
-        opposite = (_direction(answer) or (-1 if found.numeral < 0 else 0)) == -way
-        return float(not opposite and _quantities_agree(abs(found), abs(wanted)))
-    return float(_quantities_agree(found, wanted))
+    # `fell by 3` may be written as -3 or as 3: only magnitude and direction are comparable
+    if direction := _direction(expected):
+        opposite = (_direction(answer) or (-1 if answer_quantity.numeral < 0 else 0)) == -direction
+        return float(not opposite and _quantities_agree(abs(answer_quantity), abs(expected_quantity)))
+    return float(_quantities_agree(answer_quantity, expected_quantity))
 
 
 def token_f1(answer: str, expected: str) -> float:
@@ -153,11 +160,12 @@ def token_f1(answer: str, expected: str) -> float:
 
     `net revenue rose` against `revenue rose` is 0.8. Two empty texts score 1, as in SQuAD 2.0.
     """
-    found, wanted = normalize(answer), normalize(expected)
-    if not found or not wanted:
-        return float(found == wanted)
-    shared = sum((Counter(found) & Counter(wanted)).values())
-    return 2.0 * shared / (len(found) + len(wanted))
+    answer_words, expected_words = normalize(answer), normalize(expected)
+    if not answer_words or not expected_words:
+        return float(answer_words == expected_words)
+    # multisets: a repeated word counts as often as both have it
+    shared = sum((Counter(answer_words) & Counter(expected_words)).values())
+    return 2.0 * shared / (len(answer_words) + len(expected_words))
 
 
 def rouge_l(answer: str, expected: str) -> float:
@@ -169,20 +177,23 @@ def rouge_l(answer: str, expected: str) -> float:
 
 
 def normalize(text: str) -> tuple[str, ...]:
-    """The words that `normalized` and `token_f1` compare.
+    """The words compared by `normalized` and `token_f1`.
 
     Articles stay when there is nothing else, or the choice `A` would equal an empty answer.
     """
+    # a typographic minus (U+2212) equals the ASCII one
     words = [w for w in map(_bare_word, text.casefold().replace("\u2212", "-").split()) if w]
     return tuple([w for w in words if w not in _ARTICLES] or words)
 
 
 def quantity(text: str) -> Quantity | None:
-    """The one number that counts in a text, by the rule of `numeric`; None when there is none."""
+    """The number of a text by the rule of `numeric`; None if there is none."""
+    # GSM8K's format: the final answer follows ####
     if "####" in text and (final := _quantities(text.rpartition("####")[2])):
         return final[0]
-    found = _quantities(text)
-    for candidates in ([q for q in found if q.marked], [q for q in found if not q.is_date], found):
+    quantities = _quantities(text)
+    # the last candidate: answers state their result at the end
+    for candidates in ([q for q in quantities if q.has_mark], [q for q in quantities if not q.is_date], quantities):
         if candidates:
             return candidates[-1]
     return None
@@ -193,18 +204,19 @@ def _quantities(text: str) -> list[Quantity]:
 
 
 def _read_quantity(match: re.Match[str]) -> Quantity:
-    part = match.groupdict()
-    bracketed = (part["open"] or part["open_late"]) and (part["close"] or part["close_late"])
-    negative = part["minus"] or part["minus_late"] or bracketed or part["loss"]
-    number = float(part["numeral"].replace(",", ""))
-    currency = part["before"] or part["after"]
+    groups = match.groupdict()
+    in_brackets = (groups["open"] or groups["open_late"]) and (groups["close"] or groups["close_late"])
+    negative = groups["minus"] or groups["minus_late"] or in_brackets or groups["loss"]
+    number = float(groups["numeral"].replace(",", ""))
+    currency = groups["before"] or groups["after"]
     quantity = Quantity(
         numeral=-number if negative else number,
-        scale=_SCALE[part["scale"].lower()] if part["scale"] else None,
-        percent=bool(part["percent"]),
+        scale=_SCALE[groups["scale"].lower()] if groups["scale"] else None,
+        percent=bool(groups["percent"]),
         currency=_CURRENCY[currency.lower()] if currency else None,
     )
-    if not quantity.marked and _is_date(match):
+    # the sign is dropped: the hyphen of `May-2023` is no minus
+    if not quantity.has_mark and _is_date(match):
         return Quantity(number, is_date=True)
     return quantity
 
@@ -215,19 +227,20 @@ def _is_date(match: re.Match[str]) -> bool:
     return bool(day_first or _DATE.search(text[max(0, start - 24) : end]))
 
 
-def _quantities_agree(one: Quantity, other: Quantity) -> bool:
-    same_numeral = math.isclose(one.numeral, other.numeral, rel_tol=RELATIVE_TOLERANCE)
-    if one.currency and other.currency and one.currency != other.currency:
+def _quantities_agree(first: Quantity, second: Quantity) -> bool:
+    same_numeral = math.isclose(first.numeral, second.numeral, rel_tol=RELATIVE_TOLERANCE)
+    if first.currency and second.currency and first.currency != second.currency:
         return False
-    if one.percent != other.percent:  # percent is a unit of its own, but a number without any mark may stand for it
-        return same_numeral and not (one.marked and other.marked)
-    if one.scale is None or other.scale is None:
-        return same_numeral or math.isclose(one.value, other.value, rel_tol=RELATIVE_TOLERANCE)
-    return math.isclose(one.value, other.value, rel_tol=RELATIVE_TOLERANCE)
+    if first.percent != second.percent:  # percent is a unit of its own, but a number without any mark may stand for it
+        return same_numeral and not (first.has_mark and second.has_mark)
+    if first.scale is None or second.scale is None:
+        # one side may leave the scale to the question (`in millions`)
+        return same_numeral or math.isclose(first.value, second.value, rel_tol=RELATIVE_TOLERANCE)
+    return math.isclose(first.value, second.value, rel_tol=RELATIVE_TOLERANCE)
 
 
 def _direction(text: str) -> int:
-    """1 when the text says up, -1 when it says down, 0 when neither or both."""
+    """1 if the text states an increase, -1 for a decrease, 0 for neither or both."""
     return bool(_UP.search(text)) - bool(_DOWN.search(text))
 
 
@@ -239,7 +252,7 @@ def _bare_word(word: str) -> str:
 
 @cache
 def _rouge_scorer() -> Any:
-    # Here and not above: it pulls in nltk, so only those who ask for it wait.
+    # Not at the top: it imports nltk, which only runs with this metric should wait for.
     from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped,unused-ignore]
 
     return RougeScorer(["rougeL"], use_stemmer=False)
@@ -255,4 +268,4 @@ METRICS: dict[str, Metric] = {
         ("rouge_l", rouge_l, False),
     )
 }
-"""Every metric that compares two texts. Perplexity compares none: see `stats.ratio_interval`."""
+"""All metrics that compare two texts. Perplexity does not: see `stats.ratio_interval`."""

@@ -1,7 +1,8 @@
-"""What verdicts on pairs of answers add up to: how often the first is preferred, and what the judge goes by.
+"""Statistics of pairwise verdicts: win rate, length-controlled win rate, position bias, and trust in the judge.
 
-A judge sees each pair in both orders. It prefers an answer when it does so in both; where the orders disagree the pair
-is a tie (Zheng et al. 2023, section 3.4). What could not be read is counted and never scored.
+A judge sees each pair in both orders. It prefers an answer if it does so in both; if the orders disagree the pair is a
+tie (Zheng et al. 2023, section 3.4). Ties cost power and remove position bias. Unreadable verdicts are counted, never
+scored. Pure functions of verdicts, used by `commands.judge` and `commands.compare`.
 """
 
 from __future__ import annotations
@@ -19,26 +20,26 @@ from rung.scoring.stats import Clusters, Interval, expanded_percentiles, score_i
 
 Outcome = Literal["first", "second", "tie"]
 OUTCOMES: tuple[Outcome, ...] = ("first", "second", "tie")
-VALUE = {"first": 1.0, "tie": 0.5, "second": 0.0}
+OUTCOME_VALUES = {"first": 1.0, "tie": 0.5, "second": 0.0}
 REFITS = 2_000
-"""Resamples on which the regression on length is fitted anew."""
+"""Resamples on which the regression on length is refitted. A fifth of the usual number: each one is a fit."""
 RIDGE = 0.01
-"""Half of it times the squared coefficients keeps the fit finite where all verdicts go one way."""
-STEPS = 60
-LONGEST_STEP = 2.0
-"""Of Newton's method, in units of log-odds: a longer one overshoots where almost all verdicts go one way."""
+"""Ridge penalty, which keeps the fit finite where all verdicts go one way."""
+MAX_NEWTON_STEPS = 60
+MAX_STEP_SIZE = 2.0
+"""Limits of Newton's method. Steps in log-odds; longer ones overshoot where almost all verdicts go one way."""
 
 
 @dataclass(frozen=True, slots=True)
 class PairVerdicts:
-    """What a judge said of one pair, each with the answers named as given and not as shown; None: unreadable."""
+    """Outcomes of one pair in both orders, in the original order of the answers; None if unreadable."""
 
     first_shown_first: Outcome | None
     second_shown_first: Outcome | None
 
     @property
     def outcome(self) -> Outcome | None:
-        """The pair's: a preference that holds in both orders, else a tie; None where one could not be read."""
+        """The preference if it holds in both orders, else a tie; None if one verdict is unreadable."""
         a, b = self.first_shown_first, self.second_shown_first
         if a is None or b is None:
             return None
@@ -47,26 +48,26 @@ class PairVerdicts:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """Of all pairs. Shares are None where there is nothing to take them of."""
+    """Summary of all pairs. Shares are None if no pair counts for them."""
 
     pairs: int
     unreadable: int
-    """Pairs that one of the orders has no readable verdict on; they are in nothing below."""
+    """Pairs without a readable verdict in one of the orders; excluded from everything below."""
     wins: int
     ties: int
     losses: int
     win_rate: Interval | None
-    """Share of pairs in which the first answer is preferred, a tie counting half."""
+    """Share of pairs in which the first answer is preferred; a tie counts half."""
     length_controlled: Interval | None
-    """The same were both answers of one length, see `length_controlled`."""
+    """The win rate for answers of equal length, see `length_controlled`."""
     consistent: Interval | None
     """Share of pairs with the same verdict in both orders."""
     shown_first: Interval | None
-    """Share of single verdicts, ties left out, for the answer that was shown first: 0.5 without position bias."""
+    """Share of single verdicts, without ties, for the answer shown first: 0.5 without position bias."""
     longer: Interval | None
-    """Share of preferences for the longer answer, of pairs whose lengths differ: 0.5 without a taste for length."""
+    """Share of preferences for the longer answer, of pairs with different lengths: 0.5 without length bias."""
     characters: tuple[float, float]
-    """Mean length of the first answers and of the second."""
+    """Mean lengths of the first and of the second answers."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -75,7 +76,7 @@ class Preference:
 
 @dataclass(frozen=True, slots=True)
 class JudgeAgreement:
-    """Whether a judge was checked against people, and what that showed."""
+    """Agreement of a judge with people, and whether it is trusted."""
 
     trusted: bool
     reason: str
@@ -83,13 +84,13 @@ class JudgeAgreement:
     """Labelled pairs with a majority and a readable verdict."""
     unreadable: int = 0
     undecided: int = 0
-    """Pairs whose people have no majority; left out."""
+    """Pairs without a majority of people; excluded."""
     kappa: Interval | None = None
-    """Cohen's, of the judge and the majority of people."""
+    """Cohen's kappa of the judge and the majority of people."""
     agreement: Interval | None = None
-    """Share of pairs on which they say the same."""
+    """Share of pairs on which they agree."""
     people: Interval | None = None
-    """Krippendorff's alpha among the people: what a judge can hardly surpass. None with one label a pair."""
+    """Krippendorff's alpha among the people, a practical upper limit for a judge. None with one label per pair."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -99,37 +100,42 @@ class JudgeAgreement:
 def summarize_preferences(
     verdicts: Sequence[PairVerdicts], lengths: ArrayLike, clusters: Sequence[str], seed: int = 0
 ) -> Preference:
-    """Sum up verdicts on pairs whose answers have `lengths` [P, 2] in characters."""
+    """Summarize verdicts on pairs whose answers have `lengths` [P, 2] in characters."""
     sizes = np.asarray(lengths, dtype=np.float64).reshape(-1, 2)
-    read = [i for i, v in enumerate(verdicts) if v.outcome is not None]
+    readable = [i for i, v in enumerate(verdicts) if v.outcome is not None]
     outcomes = [v.outcome for v in verdicts if v.outcome is not None]
-    own = [clusters[i] for i in read]
-    values = np.array([VALUE[outcome] for outcome in outcomes])
-    apart = sizes[read, 0] - sizes[read, 1]
-    decided = (values != 0.5) & (apart != 0)
-    shown = [(s, c) for i, c in zip(read, own, strict=True) for s in _prefers_shown_first(verdicts[i])]
-    same = [float(verdicts[i].first_shown_first == verdicts[i].second_shown_first) for i in read]
+    readable_clusters = [clusters[i] for i in readable]
+    values = np.array([OUTCOME_VALUES[outcome] for outcome in outcomes])
+    length_differences = sizes[readable, 0] - sizes[readable, 1]
+    # ties and equal lengths say nothing about a preference for length
+    decided = (values != 0.5) & (length_differences != 0)
+    first_preferences = [
+        (s, c) for i, c in zip(readable, readable_clusters, strict=True) for s in _prefers_shown_first(verdicts[i])
+    ]
+    agreements = [float(verdicts[i].first_shown_first == verdicts[i].second_shown_first) for i in readable]
     means = sizes.mean(axis=0) if len(sizes) else np.zeros(2)
     return Preference(
         pairs=len(verdicts),
-        unreadable=len(verdicts) - len(read),
+        unreadable=len(verdicts) - len(readable),
         wins=outcomes.count("first"),
         ties=outcomes.count("tie"),
         losses=outcomes.count("second"),
-        win_rate=_rate(values, own, seed),
-        length_controlled=length_controlled(values, apart, own, seed) if read else None,
-        consistent=_rate(same, own, seed),
-        shown_first=_rate([s for s, _ in shown], [c for _, c in shown], seed),
+        win_rate=_rate(values, readable_clusters, seed),
+        length_controlled=length_controlled(values, length_differences, readable_clusters, seed) if readable else None,
+        consistent=_rate(agreements, readable_clusters, seed),
+        shown_first=_rate([s for s, _ in first_preferences], [c for _, c in first_preferences], seed),
         longer=_rate(
-            ((apart > 0) == (values == 1.0))[decided].astype(np.float64),
-            [c for c, kept in zip(own, decided.tolist(), strict=True) if kept],
+            ((length_differences > 0) == (values == 1.0))[decided].astype(np.float64),
+            [c for c, keep in zip(readable_clusters, decided.tolist(), strict=True) if keep],
             seed,
         ),
         characters=(float(means[0]), float(means[1])),
     )
 
 
-def length_controlled(outcomes: ArrayLike, apart: ArrayLike, clusters: Clusters, seed: int = 0) -> Interval:
+def length_controlled(
+    outcomes: ArrayLike, length_differences: ArrayLike, clusters: Clusters, seed: int = 0
+) -> Interval:
     """Win rate of two answers of one length (Dubois et al. 2024, arXiv 2404.04475, without instruction difficulty).
 
     Logistic regression of outcomes [P] (1, 0.5, 0) on tanh((difference of lengths) / (its standard deviation)); the
@@ -137,20 +143,26 @@ def length_controlled(outcomes: ArrayLike, apart: ArrayLike, clusters: Clusters,
     an error of predicted preferences leaves out. Where all outcomes or all lengths are the same, length explains
     nothing and the raw rate is returned.
     """
-    y, d = np.asarray(outcomes, dtype=np.float64), np.asarray(apart, dtype=np.float64)
+    y, d = np.asarray(outcomes, dtype=np.float64), np.asarray(length_differences, dtype=np.float64)
     if len(y) != len(d) or len(y) == 0:
         raise ValueError(f"{len(y)} outcomes and {len(d)} differences of length")
+    # equal lengths cannot be standardized, and equal outcomes would leave the rate to the ridge penalty
     if np.ptp(y) == 0 or np.ptp(d) == 0:
         return score_interval(y, clusters, binary=bool(np.isin(y, (0.0, 1.0)).all()), seed=seed)
+    # tanh: an extreme difference of length must not dominate the fit
     x = np.tanh(d / d.std(ddof=1))
-    at = np.arange(len(y)) if clusters is None else np.unique([str(c) for c in clusters], return_inverse=True)[1]
-    c = int(at.max()) + 1
+    cluster_index = (
+        np.arange(len(y)) if clusters is None else np.unique([str(c) for c in clusters], return_inverse=True)[1]
+    )
+    c = int(cluster_index.max()) + 1
     rng, rates = np.random.default_rng(seed), []
     rows = max(1, 1_000_000 // len(y))
     for start in range(0, REFITS, rows):
-        drawn = rng.multinomial(c, np.full(c, 1.0 / c), size=min(rows, REFITS - start))
-        rates.append(_sigmoid(fit_logistic(x, y, drawn[:, at].astype(np.float64))[:, 0]))
+        # counts per cluster as weights: all fits of a slice run as one batch
+        cluster_counts = rng.multinomial(c, np.full(c, 1.0 / c), size=min(rows, REFITS - start))
+        rates.append(_sigmoid(fit_logistic(x, y, cluster_counts[:, cluster_index].astype(np.float64))[:, 0]))
     rate = float(_sigmoid(fit_logistic(x, y, np.ones((1, len(y))))[0, 0]))
+    # one cluster cannot be resampled, so nothing is known but that a rate lies in [0, 1]
     low, high = expanded_percentiles(np.concatenate(rates), c) if c > 1 else (0.0, 1.0)
     return Interval(rate, low, high, len(y), c, "refitted cluster bootstrap")
 
@@ -160,58 +172,69 @@ def fit_logistic(x: Floats, y: Floats, weights: Floats) -> Floats:
 
     The minimum of sum w (log(1 + e^z) - y z) + RIDGE / 2 (a^2 + b^2), z = a + b x, by Newton's method.
     """
-    found = np.zeros((len(weights), 2))
-    for _ in range(STEPS):
-        p = _sigmoid(found[:, :1] + found[:, 1:] * x)
-        off, v = weights * (p - y), weights * p * (1.0 - p)
-        g0, g1 = off.sum(axis=1) + RIDGE * found[:, 0], off @ x + RIDGE * found[:, 1]
+    coefficients = np.zeros((len(weights), 2))
+    for _ in range(MAX_NEWTON_STEPS):
+        p = _sigmoid(coefficients[:, :1] + coefficients[:, 1:] * x)
+        residuals, v = weights * (p - y), weights * p * (1.0 - p)
+        g0, g1 = residuals.sum(axis=1) + RIDGE * coefficients[:, 0], residuals @ x + RIDGE * coefficients[:, 1]
         h00, h01, h11 = v.sum(axis=1) + RIDGE, v @ x, v @ x**2 + RIDGE
         step = np.stack([h11 * g0 - h01 * g1, h00 * g1 - h01 * g0], axis=1) / (h00 * h11 - h01**2)[:, None]
         size = np.abs(step).max(axis=1, keepdims=True)
-        found -= step * np.minimum(1.0, LONGEST_STEP / np.maximum(size, 1e-300))
+        coefficients -= step * np.minimum(1.0, MAX_STEP_SIZE / np.maximum(size, 1e-300))
+        # all fits of the batch have converged
         if size.max() < 1e-10:
             break
-    return found
+    return coefficients
 
 
 def check_judge(
-    verdicts: Sequence[PairVerdicts], people: Sequence[Sequence[Label]], clusters: Sequence[str], least: float
+    verdicts: Sequence[PairVerdicts], people: Sequence[Sequence[Label]], clusters: Sequence[str], min_kappa: float
 ) -> JudgeAgreement:
-    """Whether a judge agrees with people: the lower end of its kappa with their majority reaches `least`."""
+    """Check a judge: it is trusted if the lower end of its kappa with the majority of people reaches `min_kappa`."""
     majorities = [majority(labels) for labels in people]
-    kept = [i for i, m in enumerate(majorities) if m is not None and verdicts[i].outcome is not None]
+    usable = [i for i, m in enumerate(majorities) if m is not None and verdicts[i].outcome is not None]
     undecided = sum(m is None for m in majorities)
     unreadable = sum(v.outcome is None for v in verdicts)
-    if not kept:
+    if not usable:
         return JudgeAgreement(
             False, "none of the labelled pairs has both a majority and a verdict", 0, unreadable, undecided
         )
-    both = [(verdicts[i].outcome, majorities[i]) for i in kept]
-    own = [clusters[i] for i in kept]
-    kappa = cohen_kappa([a for a, _ in both], [b for _, b in both], own)
-    several = max(len([x for x in labels if x is not None]) for labels in people) > 1
+    label_pairs = [(verdicts[i].outcome, majorities[i]) for i in usable]
+    usable_clusters = [clusters[i] for i in usable]
+    kappa = cohen_kappa([a for a, _ in label_pairs], [b for _, b in label_pairs], usable_clusters)
+    several_raters = max(len([x for x in labels if x is not None]) for labels in people) > 1
     width = max(map(len, people))
     padded = [[*labels, *[None] * (width - len(labels))] for labels in people]
-    alone = krippendorff_alpha(padded, clusters) if several else None
-    trusted = kappa.low >= least
-    reason = f"kappa with people {kappa.mean:.2f} [{kappa.low:.2f}, {kappa.high:.2f}] on {len(kept)} labelled pairs"
-    reason += "" if trusted else f": its lower end does not reach {least:g}"
-    return JudgeAgreement(trusted, reason, len(kept), unreadable, undecided, kappa, percent_agreement(both, own), alone)
+    alpha = krippendorff_alpha(padded, clusters) if several_raters else None
+    # the lower end, so that a few labels cannot make a judge trusted by luck
+    trusted = kappa.low >= min_kappa
+    reason = f"kappa with people {kappa.mean:.2f} [{kappa.low:.2f}, {kappa.high:.2f}] on {len(usable)} labelled pairs"
+    reason += "" if trusted else f": its lower end does not reach {min_kappa:g}"
+    return JudgeAgreement(
+        trusted,
+        reason,
+        len(usable),
+        unreadable,
+        undecided,
+        kappa,
+        percent_agreement(label_pairs, usable_clusters),
+        alpha,
+    )
 
 
 def majority(labels: Sequence[Label]) -> Label:
-    """What more than half of those who said something said; None where there is no such label."""
-    given = [label for label in labels if label is not None]
-    return next((label for label in given if 2 * given.count(label) > len(given)), None)
+    """The label of more than half of the raters with a label; None if there is none."""
+    existing = [label for label in labels if label is not None]
+    return next((label for label in existing if 2 * existing.count(label) > len(existing)), None)
 
 
 def _prefers_shown_first(verdicts: PairVerdicts) -> list[float]:
-    """1 for each verdict for the answer shown first, 0 for each for the other."""
-    found = []
-    for verdict, leading in ((verdicts.first_shown_first, "first"), (verdicts.second_shown_first, "second")):
+    """1 for each verdict for the answer shown first, 0 for each verdict for the other."""
+    preferences = []
+    for verdict, shown_first in ((verdicts.first_shown_first, "first"), (verdicts.second_shown_first, "second")):
         if verdict is not None and verdict != "tie":
-            found.append(float(verdict == leading))
-    return found
+            preferences.append(float(verdict == shown_first))
+    return preferences
 
 
 def _rate(values: ArrayLike, clusters: Sequence[str], seed: int) -> Interval | None:
@@ -225,6 +248,6 @@ def _sigmoid(z: Floats) -> NDArray[np.float64]:
     return np.asarray(0.5 * (1.0 + np.tanh(0.5 * z)))
 
 
-def _plain_values(found: Preference | JudgeAgreement) -> dict[str, Any]:
-    own = {field.name: getattr(found, field.name) for field in fields(found)}
-    return {name: value.to_json() if isinstance(value, Interval) else value for name, value in own.items()}
+def _plain_values(result: Preference | JudgeAgreement) -> dict[str, Any]:
+    values = {field.name: getattr(result, field.name) for field in fields(result)}
+    return {name: value.to_json() if isinstance(value, Interval) else value for name, value in values.items()}

@@ -1,4 +1,9 @@
-"""Which rung of a measured ladder is enough, in numbers and in words."""
+"""Recommendation: which rung of a measured ladder is enough, in numbers and in words.
+
+The rule is non-inferiority with a margin, not significance (decision 0004): a test set that is too small gives "cannot
+tell" with the number of examples needed, never a recommendation. The cost is that small test sets rarely recommend the
+lowest rung. Pure functions of per-item scores; `commands.ladder` calls `recommend`.
+"""
 
 from __future__ import annotations
 
@@ -41,11 +46,11 @@ class RungVerdict:
     """This rung minus the best, in points of the metric; all zeros for the best itself."""
     reason: Reason
     examples_needed: int | None
-    """About how many test items would tell, where this test set cannot; None when it can or no number would."""
+    """Approximate test items for a decision, if this test set cannot tell; None if it can or no number would."""
 
     @property
     def enough(self) -> bool:
-        """Whether this rung may be stopped at."""
+        """True if no higher rung is needed."""
         return self.reason not in ("worse", "cannot tell")
 
 
@@ -56,15 +61,15 @@ class LadderStep:
     lower: str
     upper: str
     difference: Difference
-    """Upper minus lower, in points of the metric, with the p-value of this test alone."""
+    """Upper minus lower, in points of the metric, with its uncorrected p-value."""
     p_holm: float
     """The p-value corrected for all steps of the ladder (Holm 1979)."""
     detectable: float | None
-    """The smallest true difference that these items would show with 80 % power; None where nothing is known of it."""
+    """The smallest true difference that these items detect with 80 % power; None if unknown."""
 
     @property
     def differs(self) -> bool:
-        """Whether the two surely differ, however many steps were tested."""
+        """True if the difference is significant after correction for all steps."""
         return self.p_holm <= ALPHA
 
     def to_json(self) -> dict[str, Any]:
@@ -74,12 +79,12 @@ class LadderStep:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the ladder says."""
+    """The conclusion from a ladder."""
 
     recommended: str | None
-    """The lowest rung that is enough; None when a rung below it cannot be told either way."""
+    """The lowest rung that is enough; None if a lower rung is undecided."""
     safe: str | None
-    """The lowest rung that is enough, whether or not a lower one might be too."""
+    """The lowest rung that is surely enough, even if a lower one might be too."""
     best: str
     rungs: tuple[RungVerdict, ...]
     examples_needed: int | None
@@ -121,43 +126,48 @@ def recommend(
 
     A rung is enough when the interval of its paired difference to the best rung excludes being worse by more than
     `margin`, or when the *lower end* of its score's interval reaches `target`: a point score that reaches it by luck is
-    not enough. It is worse when that interval lies wholly beyond the margin; else the test set cannot tell. The best is
-    the best mean on these same items, the lower rung on a tie. Intervals are 95 % each, not corrected for many rungs;
-    the p-values of the steps are, and where a step shows no difference the text says how large a one would have shown.
+    not enough. It is worse when that interval lies completely beyond the margin; else the test set cannot tell. The
+    best rung has the best mean on these items, the lower rung on a tie. Intervals are 95 % each, not corrected for
+    several rungs; p-values of the steps are corrected, and for a step without a difference the text has the detectable
+    one.
 
-    Several training seeds add the variance between their means (see `_widened`). For perplexity pass nats per token,
-    token counts as `weights`, `in_nats` (lower is then better, and the text speaks of perplexity), the logarithm of
-    the target, and a margin in nats.
+    Several training seeds add the variance between their means (see `_with_seed_variance`). For perplexity pass nats
+    per token, token counts as `weights`, `in_nats` (lower is then better, and the text has perplexities), the logarithm
+    of the target, and a margin in nats.
     """
     if not rungs or margin < 0:
         raise ValueError("a verdict needs at least one rung and a margin of at least 0")
+    # nats are better when lower
     sign = -1.0 if in_nats else 1.0
-    measured = [_measure(name, scores, clusters, weights, seed) for name, scores in rungs]
-    best = max(measured, key=lambda m: sign * m.score.mean)
-    judged = []
-    for rung in measured:
+    measured_rungs = [_measure(name, scores, clusters, weights, seed) for name, scores in rungs]
+    # max returns the first of equal means: the lower rung
+    best = max(measured_rungs, key=lambda m: sign * m.score.mean)
+    rung_verdicts = []
+    for rung in measured_rungs:
         difference = paired_difference(best.items, rung.items, clusters, seed, weights=weights)
         if rung is best:
+            # the best minus itself is exactly zero: no bound for small samples applies
             difference = replace(difference, low=0.0, high=0.0, method="identity", p_value=None)
         else:
             difference = _with_seed_variance(difference, best, rung)
         reason = _reason(rung.score, difference, rung is best, sign, margin, target)
-        needed = None
+        item_count = None
         if reason == "cannot tell":
             gain = sign * (rung.items - best.items)
-            noise = rung.seed_variance + best.seed_variance
-            needed = examples_needed(gain, margin, clusters, weights=weights, seed_variance=noise)
-            needed = needed and _rounded_up(max(needed, len(gain) + 1))
-        judged.append(RungVerdict(rung.name, rung.score, difference, reason, needed))
-    found = _conclude(tuple(judged), best.name, margin, target, in_nats)
-    steps = _steps(measured, clusters, weights, seed)
-    return replace(found, steps=steps, text=f"{found.text}{_steps_without_difference(steps, in_nats)}")
+            seed_variance = rung.seed_variance + best.seed_variance
+            item_count = examples_needed(gain, margin, clusters, weights=weights, seed_variance=seed_variance)
+            # more than there are: this many were not enough
+            item_count = item_count and _round_up(max(item_count, len(gain) + 1))
+        rung_verdicts.append(RungVerdict(rung.name, rung.score, difference, reason, item_count))
+    verdict = _conclude(tuple(rung_verdicts), best.name, margin, target, in_nats)
+    steps = _steps(measured_rungs, clusters, weights, seed)
+    return replace(verdict, steps=steps, text=f"{verdict.text}{_steps_without_difference(steps, in_nats)}")
 
 
 def rung_score(
     table: ArrayLike, clusters: Clusters = None, *, weights: ArrayLike | None = None, seed: int = 0
 ) -> Interval:
-    """Score of one rung from [items] or [training seeds, items], the spread between seeds included."""
+    """Score of one rung from [items] or [training seeds, items], with the variance between seeds."""
     return _measure("", table, clusters, weights, seed).score
 
 
@@ -171,8 +181,8 @@ def paired_gain(
 ) -> Difference:
     """Paired difference of two rungs, upper minus lower, the spread between training seeds included, with its p-value.
 
-    The p-value is that of sign flips over clusters; with several training seeds that of Welch's t, whose error has the
-    seeds' variance beside the clustered one.
+    The p-value is that of sign flips over clusters; with several training seeds that of Welch's t, whose variance is
+    the clustered one plus that of the seeds.
     """
     first, second = (_measure("", table, clusters, weights, seed) for table in (lower, upper))
     return _gain(first, second, clusters, weights, seed)
@@ -181,20 +191,23 @@ def paired_gain(
 def _gain(
     first: _MeasuredRung, second: _MeasuredRung, clusters: Clusters, weights: ArrayLike | None, seed: int
 ) -> Difference:
-    found = paired_difference(first.items, second.items, clusters, seed, weights=weights)
-    noise = first.seed_variance + second.seed_variance
-    if noise == 0.0:
+    difference = paired_difference(first.items, second.items, clusters, seed, weights=weights)
+    seed_variance = first.seed_variance + second.seed_variance
+    # exact where possible; flipping signs cannot represent the variance between seeds
+    if seed_variance == 0.0:
         p = sign_flip_p_value(first.items, second.items, clusters, weights=weights, seed=seed)
     else:
-        total = clustered_error(second.items - first.items, clusters, weights=weights) ** 2 + noise
-        p = 2 * float(special.stdtr(_degrees_of_freedom(total, first, second), -abs(found.mean) / math.sqrt(total)))
-    return replace(_with_seed_variance(found, first, second), p_value=p)
+        total = clustered_error(second.items - first.items, clusters, weights=weights) ** 2 + seed_variance
+        p = 2 * float(
+            special.stdtr(_degrees_of_freedom(total, first, second), -abs(difference.mean) / math.sqrt(total))
+        )
+    return replace(_with_seed_variance(difference, first, second), p_value=p)
 
 
 def _steps(
-    measured: Sequence[_MeasuredRung], clusters: Clusters, weights: ArrayLike | None, seed: int
+    rungs: Sequence[_MeasuredRung], clusters: Clusters, weights: ArrayLike | None, seed: int
 ) -> tuple[LadderStep, ...]:
-    pairs = list(zip(measured, measured[1:], strict=False))
+    pairs = list(zip(rungs, rungs[1:], strict=False))
     gains = [_gain(first, second, clusters, weights, seed) for first, second in pairs]
     corrected = holm([gain.p_value for gain in gains if gain.p_value is not None])
     return tuple(
@@ -206,29 +219,34 @@ def _steps(
 def _detectable(
     first: _MeasuredRung, second: _MeasuredRung, clusters: Clusters, weights: ArrayLike | None
 ) -> float | None:
-    noise = first.seed_variance + second.seed_variance
-    return detectable_difference(second.items - first.items, clusters, weights=weights, seed_variance=noise)
+    seed_variance = first.seed_variance + second.seed_variance
+    return detectable_difference(second.items - first.items, clusters, weights=weights, seed_variance=seed_variance)
 
 
 def _steps_without_difference(steps: Sequence[LadderStep], in_nats: bool) -> str:
-    """The steps that show no difference, each with what these items would have shown."""
-    told = []
+    """The steps without a significant difference, each with the smallest difference that would be detected."""
+    descriptions = []
     for step in steps:
         if not step.differs:
-            least = step.detectable
-            size = "unknown" if least is None else f"{math.expm1(least):.1%}" if in_nats else f"{least:.2g}"
-            told.append(f"{step.upper} and {step.lower} (p = {step.p_holm:.2g}, smallest that would show: {size})")
-    return f" No sure difference between {'; between '.join(told)}." if told else ""
+            detectable = step.detectable
+            size = (
+                "unknown" if detectable is None else f"{math.expm1(detectable):.1%}" if in_nats else f"{detectable:.2g}"
+            )
+            descriptions.append(
+                f"{step.upper} and {step.lower} (p = {step.p_holm:.2g}, smallest that would show: {size})"
+            )
+    return f" No sure difference between {'; between '.join(descriptions)}." if descriptions else ""
 
 
 def _measure(name: str, scores: ArrayLike, clusters: Clusters, weights: ArrayLike | None, seed: int) -> _MeasuredRung:
     table = np.atleast_2d(np.asarray(scores, dtype=np.float64))
     seeds, items = len(table), table.mean(axis=0)
+    # weighted as the score itself, or seeds would scatter around another mean
     means = np.average(table, axis=1, weights=None if weights is None else np.asarray(weights, dtype=np.float64))
     variance = float(means.var(ddof=1)) / seeds if seeds > 1 else 0.0
     score = score_interval(items, clusters, binary=is_binary(items), weights=weights, seed=seed)
-    measured = _MeasuredRung(name, items, variance, seeds, score)
-    return replace(measured, score=_with_seed_variance(score, measured))
+    rung = _MeasuredRung(name, items, variance, seeds, score)
+    return replace(rung, score=_with_seed_variance(score, rung))
 
 
 def _with_seed_variance(estimate: Estimate, *sources: _MeasuredRung) -> Estimate:
@@ -238,17 +256,19 @@ def _with_seed_variance(estimate: Estimate, *sources: _MeasuredRung) -> Estimate
     of freedom (half / z)^2 + v squared over sum (s^2 / S)^2 / (S - 1): two seeds that agree widen little, two that
     do not widen a lot.
     """
-    noise = sum(m.seed_variance for m in sources)
-    if noise == 0.0 or not math.isfinite(estimate.high - estimate.low):
+    seed_variance = sum(m.seed_variance for m in sources)
+    # an infinite interval cannot be widened
+    if seed_variance == 0.0 or not math.isfinite(estimate.high - estimate.low):
         return estimate
-    total = ((estimate.high - estimate.low) / 2 / Z) ** 2 + noise
+    total = ((estimate.high - estimate.low) / 2 / Z) ** 2 + seed_variance
     stretch = float(special.stdtrit(_degrees_of_freedom(total, *sources), 1 - ALPHA / 2)) / Z
-    below, above = (
-        stretch * math.hypot(side, Z * math.sqrt(noise))
+    # each side on its own: bootstrap intervals are not symmetric
+    lower_half, upper_half = (
+        stretch * math.hypot(side, Z * math.sqrt(seed_variance))
         for side in (estimate.mean - estimate.low, estimate.high - estimate.mean)
     )
     method = f"{estimate.method} and training seeds"
-    return replace(estimate, low=estimate.mean - below, high=estimate.mean + above, method=method)
+    return replace(estimate, low=estimate.mean - lower_half, high=estimate.mean + upper_half, method=method)
 
 
 def _degrees_of_freedom(total: float, *sources: _MeasuredRung) -> float:
@@ -259,50 +279,52 @@ def _degrees_of_freedom(total: float, *sources: _MeasuredRung) -> float:
 def _reason(
     score: Interval, difference: Difference, is_best: bool, sign: float, margin: float, target: float | None
 ) -> Reason:
-    surely = score.low if sign > 0 else -score.high
-    worst, kindest = sorted((sign * difference.low, sign * difference.high))
-    if target is not None and surely >= sign * target:
+    # the bound on the unfavorable side
+    certain_score = score.low if sign > 0 else -score.high
+    lower_bound, upper_bound = sorted((sign * difference.low, sign * difference.high))
+    if target is not None and certain_score >= sign * target:
         return "reaches target"
     if is_best:
         return "best"
-    if worst >= -margin:
+    if lower_bound >= -margin:
         return "within margin"
-    return "worse" if kindest < -margin else "cannot tell"
+    return "worse" if upper_bound < -margin else "cannot tell"
 
 
 def _conclude(rungs: tuple[RungVerdict, ...], best: str, margin: float, target: float | None, in_nats: bool) -> Verdict:
-    by = f"{math.expm1(margin):.0%}" if in_nats else f"{margin:g}"
-    goal = None if target is None else f"{math.exp(target) if in_nats else target:g}"
+    margin_text = f"{math.expm1(margin):.0%}" if in_nats else f"{margin:g}"
+    target_text = None if target is None else f"{math.exp(target) if in_nats else target:g}"
 
-    def shown(score: Interval) -> str:
+    def score_text(score: Interval) -> str:
         mean, low, high = (math.exp(x) if in_nats else x for x in (score.mean, score.low, score.high))
         return f"{mean:.3f} [{low:.3f}, {high:.3f}], {score.examples} examples, {score.clusters} clusters"
 
     if all(r.score.mean == 0.0 for r in rungs) and not any(r.reason == "reaches target" for r in rungs):
-        text = f"No rung scores at all: {shown(rungs[0].score)}. Look at the answers before climbing higher."
+        text = f"No rung scores at all: {score_text(rungs[0].score)}. Look at the answers before climbing higher."
         return Verdict(None, None, best, rungs, None, text)
-    height = next(i for i, r in enumerate(rungs) if r.enough)  # the best rung always is
-    safe, undecided = rungs[height], [r for r in rungs[:height] if r.reason == "cannot tell"]
-    why = {
-        "best": "no rung scores higher" + (f" and every lower one is worse by more than {by}" if height else ""),
-        "reaches target": f"its interval lies at or beyond the target {goal}",
-        "within margin": f"it is not worse than {best} by more than {by}",
+    safe_index = next(i for i, r in enumerate(rungs) if r.enough)  # exists: the best rung is always enough
+    safe, undecided = rungs[safe_index], [r for r in rungs[:safe_index] if r.reason == "cannot tell"]
+    reasons = {
+        "best": "no rung scores higher"
+        + (f" and every lower one is worse by more than {margin_text}" if safe_index else ""),
+        "reaches target": f"its interval lies at or beyond the target {target_text}",
+        "within margin": f"it is not worse than {best} by more than {margin_text}",
     }
-    needed = max((r.examples_needed or 0 for r in undecided), default=0) or None
+    examples_needed = max((r.examples_needed or 0 for r in undecided), default=0) or None
     if not undecided:
-        text = f"{safe.name} is enough: {shown(safe.score)}; {why[safe.reason]}."
+        text = f"{safe.name} is enough: {score_text(safe.score)}; {reasons[safe.reason]}."
     else:
         names = " and ".join(r.name for r in undecided)
-        more = "more examples alone will not do, it takes more training seeds or another margin"
-        if needed:
-            more = f"needs about {needed} examples (has {safe.score.examples})"
-        text = f"Cannot tell whether {names} would be enough: {more}. {safe.name} is safe: {shown(safe.score)}."
+        remedy = "more examples alone will not do, it takes more training seeds or another margin"
+        if examples_needed:
+            remedy = f"needs about {examples_needed} examples (has {safe.score.examples})"
+        text = f"Cannot tell whether {names} would be enough: {remedy}. {safe.name} is safe: {score_text(safe.score)}."
     if target is not None and not any(r.reason == "reaches target" for r in rungs):
-        text += f" No rung is sure to reach the target {goal}."
-    return Verdict(None if undecided else safe.name, safe.name, best, rungs, needed, text)
+        text += f" No rung is sure to reach the target {target_text}."
+    return Verdict(None if undecided else safe.name, safe.name, best, rungs, examples_needed, text)
 
 
-def _rounded_up(n: int) -> int:
-    """Two significant digits: the estimate is no better than that."""
+def _round_up(n: int) -> int:
+    """Round up to two significant digits: the estimate is not more precise."""
     unit = int(10 ** max(0, math.floor(math.log10(n)) - 1))
     return -(-n // unit) * unit

@@ -1,8 +1,9 @@
-"""How sure a score is: intervals of 95 % for one system, for the difference of two, and for a ratio.
+"""Uncertainty of scores: 95 % intervals of one system, of the difference of two, and of a ratio.
 
-Scores are stored per item; everything here is a pure function of them. Items of one cluster (a filing, a document) are
-not independent, so whole clusters are resampled. An interval never has zero width: where a sample shows no spread, an
-exact bound takes its place, and where no bound exists it is infinite (null in JSON).
+Scores are stored per item, and everything here is a pure function of them. Items of one cluster (a filing, a document)
+are not independent, so complete clusters are resampled. An interval never has zero width: if a sample has no spread, an
+exact bound replaces it, and if no bound exists it is infinite (null in JSON). That makes intervals on small test sets
+wide on purpose. `evaluation`, `recommendation`, `agreement` and `pairwise` build on it.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from scipy import special  # type: ignore[import-untyped,unused-ignore]
 from rung.scoring.significance import Floats, mcnemar, sign_flips
 
 Clusters = Sequence[Hashable] | None
-"""One cluster id an item. An item whose id is None is a cluster of its own; None for all means no clusters."""
+"""One cluster id per item. An item with id None is its own cluster; None instead of ids means no clusters."""
 
 ALPHA = 0.05
 Z = NormalDist().inv_cdf(1 - ALPHA / 2)
 POWER_Z = NormalDist().inv_cdf(0.8)
 SAMPLES = 10_000
-TINY = 1e-12  # cluster means that should be equal differ by rounding
+TINY = 1e-12  # tolerance for cluster means that are equal except for rounding
 SIGN_TEST_MINIMUM = 6
 """Below six differing clusters even a unanimous sign test has p > 0.05, so no interval may exclude zero."""
 
@@ -58,7 +59,7 @@ class Difference:
     clusters: int
     method: str
     p_value: float | None = None
-    """Two-sided: exact McNemar for binary scores without clusters; that of a test of its own where one was made."""
+    """Two-sided: exact McNemar for binary scores without clusters, or that of another test that replaced it."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers; an infinite bound is null."""
@@ -75,6 +76,7 @@ def wilson(successes: float, n: float) -> Interval:
     share = successes / n
     center = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    # exactly 0 and 1 at the ends, where rounding would leave 1e-17
     low = 0.0 if successes == 0 else center - half
     high = 1.0 if successes == n else center + half
     return Interval(share, low, high, int(n), int(n), "wilson")
@@ -88,6 +90,7 @@ def t_interval(scores: ArrayLike) -> Interval:
     values = _scores(scores)
     n = len(values)
     mean = float(values.mean())
+    # Student's interval would have zero width
     if np.ptp(values) == 0:
         return _interval_without_spread(values, mean, n)
     half = float(special.stdtrit(n - 1, 1 - ALPHA / 2) * values.std(ddof=1) / math.sqrt(n))
@@ -114,6 +117,7 @@ def cluster_bootstrap(
     values, sizes = _scores(scores), _weights(weights, scores)
     sums, totals = cluster_sums(clusters, values * sizes, sizes)
     mean, c = float(sums.sum() / totals.sum()), len(sums)
+    # without spread between clusters every replicate is the same
     if np.ptp(sums / totals) < TINY:
         return _interval_without_spread(values, mean, c)
     low, high = expanded_percentiles(resample(sums, totals, seed, samples), c)
@@ -129,7 +133,8 @@ def score_interval(
     else t: normal-theory intervals are too narrow for shares at a few hundred items (Bowyer et al. 2025).
     """
     values = _scores(scores)
-    if weights is not None or _grouped(clusters, len(values)):
+    # Wilson and t assume independent items of equal weight
+    if weights is not None or _has_clusters(clusters, len(values)):
         return cluster_bootstrap(values, clusters, seed, weights=weights)
     if binary:
         if not is_binary(values):
@@ -161,16 +166,18 @@ def paired_difference(
     sums, totals = cluster_sums(clusters, gain * sizes, sizes)
     mean, c, per_cluster = float(sums.sum() / totals.sum()), len(sums), sums / totals
     low, high, method = -math.inf, math.inf, "unbounded"
-    if spread := bool(np.ptp(per_cluster) > TINY):
+    if has_spread := bool(np.ptp(per_cluster) > TINY):
         low, high = expanded_percentiles(resample(sums, totals, seed, samples), c)
         method = "paired cluster bootstrap"
-    differing = int((np.abs(per_cluster) > TINY).sum())
-    if _clip_to_unit(np.concatenate([a, b])) and (not spread or differing < min(SIGN_TEST_MINIMUM, c)):
+    differing_count = int((np.abs(per_cluster) > TINY).sum())
+    # few differing clusters: percentiles are too narrow there, and may exclude zero after five wins
+    if _is_in_unit_range(np.concatenate([a, b])) and (not has_spread or differing_count < min(SIGN_TEST_MINIMUM, c)):
         floor_low, floor_high = _discordant_bound(per_cluster)
-        low, high = (min(low, floor_low), max(high, floor_high)) if spread else (floor_low, floor_high)
+        low, high = (min(low, floor_low), max(high, floor_high)) if has_spread else (floor_low, floor_high)
         method = "exact bound on differing clusters"
-    testable = weights is None and is_binary(a) and is_binary(b) and not _grouped(clusters, len(a))
-    return Difference(mean, low, high, len(a), c, method, mcnemar(a, b) if testable else None)
+    # McNemar's test assumes independent items
+    mcnemar_applies = weights is None and is_binary(a) and is_binary(b) and not _has_clusters(clusters, len(a))
+    return Difference(mean, low, high, len(a), c, method, mcnemar(a, b) if mcnemar_applies else None)
 
 
 def ratio_interval(
@@ -178,15 +185,21 @@ def ratio_interval(
 ) -> Interval:
     """Perplexity exp(sum of nats / sum of tokens) of items with `totals` nats over `counts` tokens.
 
-    The ratio of sums, not the mean of ratios: an item counts by its length. Its interval is the exponential of the
-    cluster bootstrap's. 2 * log(8) nats over 2 tokens is perplexity 8.
+    The ratio of sums, not the mean of ratios: items are weighted by length. The interval is the exponential of that of
+    the cluster bootstrap. 2 * log(8) nats over 2 tokens is perplexity 8.
     """
     tokens = _weights(counts, totals)
-    inner = cluster_bootstrap(_scores(totals) / tokens, clusters, seed, samples, weights=tokens)
-    if inner.method != "cluster bootstrap":  # nats have no upper bound, so nothing is known without spread
-        return Interval(math.exp(inner.mean), 0.0, math.inf, inner.examples, inner.clusters, "unbounded")
-    low, high = math.exp(inner.low), math.exp(inner.high)
-    return Interval(math.exp(inner.mean), low, high, inner.examples, inner.clusters, inner.method)
+    log_interval = cluster_bootstrap(_scores(totals) / tokens, clusters, seed, samples, weights=tokens)
+    if (
+        log_interval.method != "cluster bootstrap"
+    ):  # nats have no upper bound, so there is no exact bound without spread
+        return Interval(
+            math.exp(log_interval.mean), 0.0, math.inf, log_interval.examples, log_interval.clusters, "unbounded"
+        )
+    low, high = math.exp(log_interval.low), math.exp(log_interval.high)
+    return Interval(
+        math.exp(log_interval.mean), low, high, log_interval.examples, log_interval.clusters, log_interval.method
+    )
 
 
 def examples_needed(
@@ -197,12 +210,12 @@ def examples_needed(
     weights: ArrayLike | None = None,
     seed_variance: float = 0.0,
 ) -> int | None:
-    """Items it takes, clustered as here, to tell with 80 % power on which side of -`margin` the difference lies.
+    """Items, clustered as here, that decide with 80 % power on which side of -`margin` the difference lies.
 
     n = (z_{0.975} + z_{0.8})^2 V / d^2 (Miller 2024, sample-size formula), where V = n * clustered error^2 and d is the
     distance of the observed mean difference from -margin, but at least half the margin: a mean that sits on it by
     chance would ask for infinitely many. `seed_variance` does not shrink with n, so it is taken from d^2 first.
-    None: no number of items will do, the seeds scatter too much. Without any spread it is the rule of three:
+    None: no number of items is enough, because the seeds scatter too much. Without spread it is the rule of three:
     log(0.05) / log(1 - margin) clusters, 59 for a margin of 0.05.
     """
     values, sizes = _scores(differences), _weights(weights, differences)
@@ -214,8 +227,8 @@ def examples_needed(
         return math.ceil(per_cluster * (1 if margin >= 1 else math.log(ALPHA) / math.log1p(-margin)))
     factor = (Z + POWER_Z) ** 2
     distance = max(abs(float(np.average(values, weights=sizes)) + margin), margin / 2)
-    room = distance**2 - factor * seed_variance
-    return max(2, math.ceil(factor * n * error**2 / room)) if room > 0 else None
+    effect = distance**2 - factor * seed_variance
+    return max(2, math.ceil(factor * n * error**2 / effect)) if effect > 0 else None
 
 
 def detectable_difference(
@@ -225,12 +238,12 @@ def detectable_difference(
     weights: ArrayLike | None = None,
     seed_variance: float = 0.0,
 ) -> float | None:
-    """The smallest true difference that a test on these items finds with 80 % power, in points of the metric.
+    """The smallest true difference that a test on these items detects with 80 % power, in points of the metric.
 
     (t_{0.975} + t_{0.8}) * error, t with C - 1 degrees of freedom (Bloom 1995: 2.8 standard errors where clusters are
     many), the error clustered as in `clustered_error` times sqrt(C / (C - 1)) and with the variance of the seeds.
-    Where no cluster differs it is the exact rule of three, 1 - 0.05^(1/C), for scores within 0 and 1. None for a
-    single cluster, and where all differ by the same: nothing is known of the spread.
+    If no cluster differs it is the exact rule of three, 1 - 0.05^(1/C), for scores within 0 and 1. None for a single
+    cluster, and if all differ equally: the spread is unknown.
     """
     values, sizes = _scores(differences), _weights(weights, differences)
     c = len(cluster_sums(clusters, sizes)[0])
@@ -239,16 +252,17 @@ def detectable_difference(
     variance = clustered_error(values, clusters, weights=sizes) ** 2
     if c < 2 or variance + seed_variance <= TINY**2:
         return None
-    reach = float(special.stdtrit(c - 1, 1 - ALPHA / 2) + special.stdtrit(c - 1, 0.8))
-    return reach * math.sqrt(variance * c / (c - 1) + seed_variance)
+    factor = float(special.stdtrit(c - 1, 1 - ALPHA / 2) + special.stdtrit(c - 1, 0.8))
+    return factor * math.sqrt(variance * c / (c - 1) + seed_variance)
 
 
 def sign_flip_p_value(
     first: ArrayLike, second: ArrayLike, clusters: Clusters = None, *, weights: ArrayLike | None = None, seed: int = 0
 ) -> float:
-    """p-value of a paired difference: signs of whole clusters flipped, see `significance.sign_flips`."""
+    """p-value of a paired difference by flipping the signs of clusters, see `significance.sign_flips`."""
     gain = _scores(second) - _scores(first)
     (gains,) = cluster_sums(clusters, gain if weights is None else gain * _weights(weights, gain))
+    # gains that cancel within a cluster leave rounding, which would count as differing
     return sign_flips(np.where(np.abs(gains) > TINY, gains, 0.0), seed)
 
 
@@ -271,32 +285,32 @@ def resample(sums: Floats, sizes: Floats, seed: int, samples: int = SAMPLES) -> 
     rows = max(1, 2_000_000 // c)  # draws at once, so that memory stays at tens of megabytes
     parts = []
     for start in range(0, samples, rows):
-        drawn = rng.integers(c, size=(min(rows, samples - start), c))
-        parts.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
+        draws = rng.integers(c, size=(min(rows, samples - start), c))
+        parts.append(sums[draws].sum(axis=1) / sizes[draws].sum(axis=1))
     return np.concatenate(parts)
 
 
 def is_binary(scores: Floats) -> bool:
-    """Whether only 0 and 1 occur."""
+    """True if only 0 and 1 occur."""
     return bool(np.isin(scores, (0.0, 1.0)).all())
 
 
 def expanded_percentiles(replicates: Floats, c: int) -> tuple[float, float]:
-    """95 % of the replicates of C clusters, as far out as Student's t asks for (Hesterberg 2015, section 5.3)."""
-    reach = float(special.stdtrit(c - 1, 1 - ALPHA / 2)) * math.sqrt(c / (c - 1))
-    tail = NormalDist().cdf(-reach)
+    """95 % interval of the replicates of C clusters, widened as Student's t requires (Hesterberg 2015, section 5.3)."""
+    factor = float(special.stdtrit(c - 1, 1 - ALPHA / 2)) * math.sqrt(c / (c - 1))
+    tail = NormalDist().cdf(-factor)
     low, high = np.quantile(replicates, (tail, 1 - tail))
     return float(low), float(high)
 
 
 def _interval_without_spread(values: Floats, mean: float, units: int) -> Interval:
-    if not _clip_to_unit(values):
+    if not _is_in_unit_range(values):
         return Interval(mean, -math.inf, math.inf, len(values), units, "unbounded")
     floor = wilson(min(mean, 1.0) * units, units)
     return Interval(mean, floor.low, floor.high, len(values), units, "wilson floor")
 
 
-def _clip_to_unit(values: Floats) -> bool:
+def _is_in_unit_range(values: Floats) -> bool:
     return bool(values.min() >= 0 and values.max() <= 1)
 
 
@@ -308,11 +322,13 @@ def _discordant_bound(per_cluster: Floats) -> tuple[float, float]:
     differing cluster among C that is +-(1 - 0.05^(1/C)), the exact form of the rule of three.
     """
     c, better, worse = len(per_cluster), int((per_cluster > TINY).sum()), int((per_cluster < -TINY).sum())
-    differ = better + worse
-    share = 1.0 if differ == c else float(special.betaincinv(differ + 1, c - differ, 1 - ALPHA))
-    low = float(special.betaincinv(better, worse + 1, ALPHA / 2)) if better else 0.0
-    high = float(special.betaincinv(better + 1, worse, 1 - ALPHA / 2)) if worse else 1.0
-    return share * (2 * low - 1), share * (2 * high - 1)
+    differing_count = better + worse
+    differing_share = (
+        1.0 if differing_count == c else float(special.betaincinv(differing_count + 1, c - differing_count, 1 - ALPHA))
+    )
+    low_better_share = float(special.betaincinv(better, worse + 1, ALPHA / 2)) if better else 0.0
+    high_better_share = float(special.betaincinv(better + 1, worse, 1 - ALPHA / 2)) if worse else 1.0
+    return differing_share * (2 * low_better_share - 1), differing_share * (2 * high_better_share - 1)
 
 
 def _cluster_codes(clusters: Clusters, n: int) -> NDArray[np.intp]:
@@ -320,6 +336,7 @@ def _cluster_codes(clusters: Clusters, n: int) -> NDArray[np.intp]:
         return np.arange(n)
     if len(clusters) != n:
         raise ValueError(f"{len(clusters)} cluster ids for {n} scores")
+    # tagged keys: an item's index must not collide with a cluster id that is an integer
     codes: dict[Hashable, int] = {}
     keys = [("item", i) if c is None else ("cluster", c) for i, c in enumerate(clusters)]
     return np.array([codes.setdefault(key, len(codes)) for key in keys], dtype=np.intp)
@@ -331,7 +348,7 @@ def cluster_sums(clusters: Clusters, *columns: Floats) -> list[Floats]:
     return [np.bincount(codes, weights=column).astype(np.float64) for column in columns]
 
 
-def _grouped(clusters: Clusters, n: int) -> bool:
+def _has_clusters(clusters: Clusters, n: int) -> bool:
     return bool(_cluster_codes(clusters, n).max() + 1 < n)
 
 

@@ -1,4 +1,9 @@
-"""Rewards that can be checked: a function of the answer and of its row."""
+"""Verifiable rewards: a function of the answer and of its row, from a metric, a pattern or a Python file.
+
+No model is needed, so a reward costs microseconds and cannot be gamed through a reward model's flaws, only through the
+rule itself. A function from a file runs with the user's rights: it is the user's own code and is not sandboxed.
+`runs.auxiliary_models` makes the verifier of GRPO and PPO runs with `make_verifier`.
+"""
 
 from __future__ import annotations
 
@@ -15,62 +20,66 @@ from rung.errors import ConfigError, DataError
 from rung.scoring.metrics import METRICS, normalized, numeric
 
 Row = Mapping[str, Any]
-"""`question`, `expected`, `context`, `task`, `group`, and `source`, where the row came from."""
+"""`question`, `expected`, `context`, `task`, `group`, and `source` (path and line of the row)."""
 Verifier = Callable[[str, Row], float]
 
 
 def make_verifier(config: VerifierConfig | RegexRewardConfig | FunctionRewardConfig) -> Verifier:
-    """What a config says. Raises `ConfigError` for a function that is not there."""
+    """The verifier of a config. Raises `ConfigError` if the file or function does not exist."""
     if isinstance(config, RegexRewardConfig):
-        return _by_pattern(re.compile(config.pattern))
+        return _pattern_verifier(re.compile(config.pattern))
     if isinstance(config, FunctionRewardConfig):
-        return _by_function(config.path)
+        return _function_verifier(config.path)
     metric = METRICS[config.kind].function
     return lambda answer, row: float(metric(answer, row["expected"]))
 
 
 def needs_expected_answer(config: VerifierConfig | RegexRewardConfig | FunctionRewardConfig) -> bool:
-    """Whether it compares with the expected answer: of a row without one the empty answer would be right."""
+    """True if the verifier reads the expected answer: for a row without one the empty answer would be right."""
     return isinstance(config, VerifierConfig) or (
         isinstance(config, RegexRewardConfig) and re.compile(config.pattern).groups > 0
     )
 
 
-def _by_pattern(pattern: re.Pattern[str]) -> Verifier:
+def _pattern_verifier(pattern: re.Pattern[str]) -> Verifier:
     def verify(answer: str, row: Row) -> float:
-        found = pattern.search(answer)
-        if found is None or not pattern.groups:
-            return float(found is not None)
-        said = found.group(1) or ""
-        return max(normalized(said, row["expected"]), numeric(said, row["expected"]))
+        match = pattern.search(answer)
+        if match is None or not pattern.groups:
+            return float(match is not None)
+        # the group extracts the answer from its format, and then either metric may accept it
+        text = match.group(1) or ""
+        return max(normalized(text, row["expected"]), numeric(text, row["expected"]))
 
     return verify
 
 
-def _by_function(path: str) -> Verifier:
+def _function_verifier(path: str) -> Verifier:
     file, _, name = path.rpartition(":")
-    found = importlib.util.spec_from_file_location("rung_reward", file) if Path(file).is_file() else None
-    if found is None or found.loader is None:
+    spec = importlib.util.spec_from_file_location("rung_reward", file) if Path(file).is_file() else None
+    if spec is None or spec.loader is None:
         raise ConfigError("there is no such file", where="objective.reward.path", given=file)
-    module = importlib.util.module_from_spec(found)
-    sys.modules[module.__name__] = module  # dataclasses look their own module up
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses look up their module by name
     try:
-        found.loader.exec_module(module)
+        spec.loader.exec_module(module)
     except Exception as error:
         raise ConfigError(
             f"this file does not run: {type(error).__name__}: {error}", where="objective.reward.path", given=file
         ) from error
+    # only the name is looked up here; a wrong signature fails at the first answer
     function: Any = getattr(module, name, None)
     if not callable(function):
         raise ConfigError("this file has no such function", where="objective.reward.path", given=path)
 
     def verify(answer: str, row: Row) -> float:
         try:
+            # a copy: a function that changes its row must not change that of the next answer
             value = function(answer, dict(row))
         except Exception as error:
-            what = f"the reward function failed: {type(error).__name__}: {error}"
-            raise DataError(what, where=str(row["source"]), given=repr(answer[:80])) from error
+            summary = f"the reward function failed: {type(error).__name__}: {error}"
+            raise DataError(summary, where=str(row["source"]), given=repr(answer[:80])) from error
         try:
+            # float("1.0") would accept text that the function returned by mistake
             number = math.nan if isinstance(value, str) else float(value)
         except (TypeError, ValueError, OverflowError):
             number = math.nan
