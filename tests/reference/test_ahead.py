@@ -76,7 +76,7 @@ def test_a_broken_prefix_is_noticed(broken: str, monkeypatch: pytest.MonkeyPatch
             leaves[0][1].data[..., 3, :] += 0.5
             return leaves
 
-        monkeypatch.setattr(Policy, "_before", poisoned)
+        monkeypatch.setattr(Policy, "_context_kv", poisoned)
     accumulate(policy, SftObjective(SftConfig()), batches)
     assert distance(gradients(method), gradients(plain)) > 1e-3
 

@@ -166,7 +166,7 @@ def test_longer_answers_that_win_are_seen_in_the_log() -> None:
     objective = PairedPreference(spec_of("dpo"))
     lengths = torch.arange(1.0, 9.0)
     sides = PairLogprobs(2.0 * lengths, lengths, 2.0 * lengths, lengths)
-    objective._see(sides, torch.zeros(8), torch.zeros(8))
+    objective._record_batch(sides, torch.zeros(8), torch.zeros(8))
     found = objective.take_metrics()
     assert found["length_ratio"] == pytest.approx(2.0) and found["length_correlation"] == pytest.approx(1.0)
     assert found["accuracy"] == 1.0 and objective.take_metrics() == {}

@@ -135,7 +135,7 @@ def test_gradients_reach_virtual_tokens_once_per_step(monkeypatch: pytest.Monkey
     policy, method = tuned("prompt", virtual_tokens=3)
     calls = []
     genuine = policy.prefix_kv
-    monkeypatch.setattr(policy, "captured", lambda *given: calls.append(1) or genuine(*given))
+    monkeypatch.setattr(policy, "prefix_kv", lambda *given: calls.append(1) or genuine(*given))
     accumulate(policy, SFT, pack(documents(6, count=7), 30))
     assert len(calls) == 1 and method.trainable()["prompt_embeddings"].grad.abs().max() > 0
     monkeypatch.setattr("rung.models.policy.PrefixCache.backward", lambda self: None)

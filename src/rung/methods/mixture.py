@@ -28,31 +28,31 @@ from transformers import PreTrainedModel
 from rung.config.method import MixtureConfig
 from rung.errors import PlanError
 from rung.methods.adapter_files import named_adapter_parameters, read_rung_tuner, write_rung_tuner
-from rung.methods.protocol import Method, switched_off
+from rung.methods.protocol import Method, turned_off
 from rung.models.fused_modules import plain_linear_params
 from rung.models.targets import select_linears
 from rung.types import LossTerm, PackedBatch
 
 NAME = "mixture"
 """Of the submodule that a linear gets."""
-ROUTER_START = 0.02
+ROUTER_INIT_STD = 0.02
 """Standard deviation of the router at the start."""
 
 
 class ExpertPool(nn.Module):
     """What is added to one linear's output."""
 
-    def __init__(self, inputs: int, outputs: int, config: MixtureConfig, like: Tensor) -> None:
+    def __init__(self, inputs: int, outputs: int, config: MixtureConfig, reference: Tensor) -> None:
         super().__init__()
-        device, dtype = like.device, torch.promote_types(like.dtype, torch.float32)
+        device, dtype = reference.device, torch.promote_types(reference.dtype, torch.float32)
         self.count, self.rank, self.top = config.experts, config.rank, config.top_k
         self.scale = (2.0 * config.rank if config.alpha is None else config.alpha) / config.rank
-        self.router = nn.Parameter(torch.randn(config.experts, inputs, device=device, dtype=dtype) * ROUTER_START)
+        self.router = nn.Parameter(torch.randn(config.experts, inputs, device=device, dtype=dtype) * ROUTER_INIT_STD)
         self.a = nn.Parameter(torch.empty(config.experts * config.rank, inputs, device=device, dtype=dtype))
         self.b = nn.Parameter(torch.zeros(outputs, config.experts * config.rank, device=device, dtype=dtype))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
-        self.balanced = config.balance_weight > 0.0
-        self.routed: tuple[Tensor, Tensor] | None = None
+        self.tracks_balance = config.balance_weight > 0.0
+        self.routing: tuple[Tensor, Tensor] | None = None
         """Probabilities and shares [T, E] of the last call with a graph; whoever reads them takes them away."""
         self.load_E = torch.zeros(config.experts, device=device, dtype=torch.float64)
         """Weight that each expert got in calls with a graph, summed over tokens."""
@@ -66,7 +66,7 @@ class ExpertPool(nn.Module):
         weights_TE = top_k_weights(probabilities_TE, self.top)
         if torch.is_grad_enabled():
             self.load_E += weights_TE.detach().sum(0)
-            self.routed = (probabilities_TE, expert_shares(weights_TE, self.top)) if self.balanced else None
+            self.routing = (probabilities_TE, expert_shares(weights_TE, self.top)) if self.tracks_balance else None
         low_TER = (wide_TI @ self.a.T).view(-1, self.count, self.rank) * weights_TE[..., None]
         y_TO = self.scale * (low_TER.flatten(1) @ self.b.T)
         return y_TO.view(*x.shape[:-1], -1).to(x.dtype)
@@ -81,15 +81,15 @@ class Mixture(Method):
 
     def __init__(self, model: PreTrainedModel, config: MixtureConfig) -> None:
         self.model, self.config = model, config
-        self.on = True
+        self.enabled = True
         self.hosts: dict[str, nn.Module] = {}
-        like = next(model.parameters())
+        reference = next(model.parameters())
         for name in select_linears(model, config.targets, config.layers):
             host = model.get_submodule(name)
-            part = plain_linear_params(host)
-            assert part is not None  # noqa: S101 -- for the type checker: targets are linears
-            outputs, inputs = part.weight.shape
-            host.add_module(NAME, ExpertPool(inputs, outputs, config, like))
+            params = plain_linear_params(host)
+            assert params is not None  # noqa: S101 -- for the type checker: targets are linears
+            outputs, inputs = params.weight.shape
+            host.add_module(NAME, ExpertPool(inputs, outputs, config, reference))
             host.register_forward_hook(self._add_experts)
             self.hosts[name] = host
 
@@ -107,7 +107,7 @@ class Mixture(Method):
 
     def disabled(self) -> AbstractContextManager[None]:
         """The base alone, inside the context."""
-        return switched_off(self)
+        return turned_off(self)
 
     def prefix_sharing_blocker(self) -> str | None:
         """The balance, which is counted by document."""
@@ -122,25 +122,25 @@ class Mixture(Method):
         if not self.config.balance_weight:
             return []
         owner_T = document_of_token(batch)
-        total: list[Tensor] = []
+        losses: list[Tensor] = []
         for experts in self._experts().values():
-            routed, experts.routed = experts.routed, None
-            if routed is not None:
-                probabilities_TE, shares_TE = routed
-                total.append(balance_loss(probabilities_TE, shares_TE, owner_T, batch.sequences))
-        if not total:
+            routing, experts.routing = experts.routing, None
+            if routing is not None:
+                probabilities_TE, shares_TE = routing
+                losses.append(balance_loss(probabilities_TE, shares_TE, owner_T, batch.sequences))
+        if not losses:
             return []
-        return [LossTerm(self.config.balance_weight * torch.stack(total).mean(), "sequences", "balance")]
+        return [LossTerm(self.config.balance_weight * torch.stack(losses).mean(), "sequences", "balance")]
 
     def statistics(self) -> Mapping[str, Any]:
         """For `run.json`: by linear, the share of the router's weight that each expert got in training."""
-        loads = {name: own.load_E for name, own in self._experts().items()}
+        loads = {name: pool.load_E for name, pool in self._experts().items()}
         shares = {name: (load / load.sum()).tolist() for name, load in loads.items() if load.any()}
         return {"router_load": {name: [round(share, 4) for share in values] for name, values in shares.items()}}
 
     def state(self) -> dict[str, Any]:
         """What the experts got so far."""
-        return {name: own.load_E.tolist() for name, own in self._experts().items()}
+        return {name: pool.load_E.tolist() for name, pool in self._experts().items()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on counting."""
@@ -167,16 +167,16 @@ class Mixture(Method):
         return {name: host.get_submodule(NAME) for name, host in self.hosts.items()}
 
     def _add_experts(self, host: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output + host.get_submodule(NAME)(inputs[0]) if self.on else output
+        return output + host.get_submodule(NAME)(inputs[0]) if self.enabled else output
 
 
 def top_k_weights(probabilities_TE: Tensor, top: int | None) -> Tensor:
     """The weights of the experts: all, or the `top` largest, adding up to 1 again."""
     if top is None or top >= probabilities_TE.shape[1]:
         return probabilities_TE
-    values, places = probabilities_TE.topk(top, dim=1)
+    values, indices = probabilities_TE.topk(top, dim=1)
     values = values / values.sum(1, keepdim=True)
-    return torch.zeros_like(probabilities_TE).scatter(1, places, values)
+    return torch.zeros_like(probabilities_TE).scatter(1, indices, values)
 
 
 def document_of_token(batch: PackedBatch) -> Tensor:

@@ -21,9 +21,9 @@ class TrainableSet(NamedTuple):
     """What moves in a step. The gradients of everything else are off, and its moments are dropped."""
 
     names: Collection[str]
-    restarted: bool = False
+    restart_moments: bool = False
     """Drop the moments of what moves as well: it begins again."""
-    changes_for_good: bool = False
+    changes_permanently: bool = False
     """From here on it is another model: what was measured before does not compare."""
 
 
@@ -163,32 +163,32 @@ class Method(Protocol):
 
 
 @contextmanager
-def switched_off(method: Any) -> Iterator[None]:
-    """Inside, `method.on` is False: for methods that ask it whenever they would act."""
-    before, method.on = method.on, False
+def turned_off(method: Any) -> Iterator[None]:
+    """Inside, `method.enabled` is False: for methods that ask it whenever they would act."""
+    previous, method.enabled = method.enabled, False
     try:
         yield
     finally:
-        method.on = before
+        method.enabled = previous
 
 
-def require_same_shapes(own: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
+def require_same_shapes(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
     """Raise `CheckpointError` naming the first tensor of another shape: copying would stretch it."""
-    for name, value in own.items():
-        if value.shape != found[name].shape:
+    for name, value in expected.items():
+        if value.shape != tensors[name].shape:
             raise CheckpointError(
                 f"{name} has another shape",
                 where=where,
-                given=tuple(found[name].shape),
+                given=tuple(tensors[name].shape),
                 allowed=str(tuple(value.shape)),
             )
 
 
-def require_same_keys(found: object, expected: object, where: str) -> None:
+def require_same_keys(keys: object, expected: object, where: str) -> None:
     """Raise `CheckpointError` naming the first missing and left-over keys."""
-    have, want = set(found), set(expected)  # type: ignore[call-overload]
-    if have != want:
-        missing, extra = sorted(want - have), sorted(have - want)
+    present_keys, expected_keys = set(keys), set(expected)  # type: ignore[call-overload]
+    if present_keys != expected_keys:
+        missing, extra = sorted(expected_keys - present_keys), sorted(present_keys - expected_keys)
         raise CheckpointError(
             f"its tensors are not this method's: {len(missing)} missing, {len(extra)} left over",
             where=where,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rung.types import PackedBatch
 
-ROUNDING = 1e-6
+MIN_SPREAD = 1e-6
 """Spread of two quantities below which their correlation would be that of rounding."""
 
 
@@ -26,17 +26,17 @@ def answer_pairs(batch: PackedBatch) -> AnswerPairs:
     for i, document in enumerate(batch.documents):
         rows.setdefault(document.row, []).append(i)
     score = [document.score or 0.0 for document in batch.documents]
-    found = AnswerPairs([], [], [])
+    pairs = AnswerPairs([], [], [])
     for row in rows.values():
-        own = [(a, b) for a in row for b in row if score[a] > score[b]]
-        found.better.extend(a for a, _ in own)
-        found.other.extend(b for _, b in own)
-        found.weight.extend(batch.documents[a].weight / len(own) for a, _ in own)
-    return found
+        row_pairs = [(a, b) for a in row for b in row if score[a] > score[b]]
+        pairs.better.extend(a for a, _ in row_pairs)
+        pairs.other.extend(b for _, b in row_pairs)
+        pairs.weight.extend(batch.documents[a].weight / len(row_pairs) for a, _ in row_pairs)
+    return pairs
 
 
 def correlation(first: Tensor, second: Tensor) -> float:
     """Pearson's, of two vectors in float64; 0 where one of them hardly varies."""
     spread = first.std(correction=0) * second.std(correction=0)
     covariance = ((first - first.mean()) * (second - second.mean())).mean()
-    return float(covariance / spread) if float(spread) > ROUNDING else 0.0
+    return float(covariance / spread) if float(spread) > MIN_SPREAD else 0.0

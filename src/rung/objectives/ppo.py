@@ -15,18 +15,18 @@ from rung.config.objective import PpoConfig
 from rung.models.policy import Policy
 from rung.objectives.advantages import Floats, generalized_advantage_estimates, whiten
 from rung.objectives.grpo import clipped_surrogate, kl_estimate, store_column
-from rung.objectives.protocol import Objective, take_seen
+from rung.objectives.protocol import Objective, take_batch_metrics
 from rung.objectives.reward import ScoreHead
 from rung.types import Counts, Example, LossTerm, PackedBatch, Rollout
 
 
-def value_loss(values: Tensor, before: Tensor, returns: Tensor, clip: float) -> Tensor:
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
     """Half the larger of (V - R)^2 and (V' - R)^2, V' kept within the clip of the value before the update.
 
     Schulman et al.'s reference implementation of PPO2, as used by Ziegler et al. 2019.
     """
-    near = before + (values - before).clamp(-clip, clip)
-    return 0.5 * torch.maximum((values - returns).square(), (near - returns).square())
+    clipped_values = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * torch.maximum((values - returns).square(), (clipped_values - returns).square())
 
 
 def adapt_penalty(beta: float, divergence: float, target: float, answers: int, horizon: int) -> float:
@@ -45,20 +45,20 @@ class PpoObjective(Objective):
         self.config, self.rollout = config, config.rollout
         self.critic: Policy | None = None
         """The value model: an adapter of its own on the same base; None reads values off the policy's own states."""
-        self.start: ScoreHead | None = None
+        self.initial_head: ScoreHead | None = None
         """The head that it comes with."""
         self.beta = config.beta
         self.seen: list[dict[str, Tensor]] = []
-        self.said: dict[str, float] = {}
+        self.rollout_metrics: dict[str, float] = {}
 
     def begin(self, policy: Policy, seed: int) -> None:
         """A fresh value head, unless the value model comes with one."""
-        self.head = self.start or ScoreHead.fresh(policy, seed)
+        self.head = self.initial_head or ScoreHead.fresh(policy, seed)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The value model's numbers and its head."""
-        own = {} if self.critic is None else self.critic.method.trainable()  # type: ignore[attr-defined]
-        return {**{f"value.{name}": p for name, p in own.items()}, "value.score.weight": self.head.weight}
+        critic_parameters = {} if self.critic is None else self.critic.method.trainable()  # type: ignore[attr-defined]
+        return {**{f"value.{name}": p for name, p in critic_parameters.items()}, "value.score.weight": self.head.weight}
 
     def partner_policies(self) -> Sequence[Policy]:
         """The value model."""
@@ -79,8 +79,8 @@ class PpoObjective(Objective):
 
     def values(self, policy: Policy, batch: PackedBatch) -> Tensor:
         """What is expected before each token of the answers, [N]."""
-        found: Tensor = self.head((self.critic or policy).hidden_states(batch)[batch.loss.source])
-        return found
+        values: Tensor = self.head((self.critic or policy).hidden_states(batch)[batch.loss.source])
+        return values
 
     def rollout_columns(self, policy: Policy, rollout: Rollout) -> list[Mapping[str, np.ndarray]]:
         """Log-probabilities, values, advantages and returns of every token, of the policy that made the answers."""
@@ -88,19 +88,19 @@ class PpoObjective(Objective):
             rollout.evaluate_documents(policy.logprobs),
             rollout.evaluate_documents(lambda batch: self.values(policy, batch)),
         )
-        apart = [np.zeros_like(own) for own in old]
+        logratios = [np.zeros_like(reward) for reward in old]
         if self.config.beta:
-            apart = [a - b for a, b in zip(old, rollout.evaluate_documents(policy.reference_logprobs), strict=True)]
+            logratios = [a - b for a, b in zip(old, rollout.evaluate_documents(policy.reference_logprobs), strict=True)]
         advantages, returns = [], []
-        for own, far, expected in zip(rollout.rewards, apart, values, strict=True):
-            rewards = -self.beta * far.astype(np.float64)
-            rewards[-1] += own  # the answer is judged when it ends: on its stop
-            found = generalized_advantage_estimates(
-                rewards, expected.astype(np.float64), self.config.gamma, self.config.gae_lambda
+        for reward, logratio, value in zip(rollout.rewards, logratios, values, strict=True):
+            rewards = -self.beta * logratio.astype(np.float64)
+            rewards[-1] += reward  # the answer is judged when it ends: on its stop
+            advantage = generalized_advantage_estimates(
+                rewards, value.astype(np.float64), self.config.gamma, self.config.gae_lambda
             )
-            advantages.append(found)
-            returns.append(found + expected)
-        self._say(rollout, apart, values, returns)
+            advantages.append(advantage)
+            returns.append(advantage + value)
+        self._record_rollout(rollout, logratios, values, returns)
         if self.config.whiten:
             advantages = whiten(advantages)
         columns: list[dict[str, np.ndarray]] = [{} for _ in old]
@@ -108,7 +108,7 @@ class PpoObjective(Objective):
             store_column(columns, name, parts)
         if (adapt := self.config.adaptive_kl) is not None:
             n = len(rollout.documents)
-            self.beta = adapt_penalty(self.beta, self.said["kl_answer"], adapt.target, n, adapt.horizon)
+            self.beta = adapt_penalty(self.beta, self.rollout_metrics["kl_answer"], adapt.target, n, adapt.horizon)
         return list(columns)
 
     def has_signal(self, examples: Sequence[Example]) -> bool:
@@ -120,12 +120,12 @@ class PpoObjective(Objective):
         hidden = policy.hidden_states(batch)
         logprobs_N = policy.logprobs_of(hidden, batch)
         values_N = self.head(hidden[batch.loss.source]) if self.critic is None else self.values(policy, batch)
-        given = {name: column.to(logprobs_N.dtype) for name, column in batch.loss.columns.items()}
+        columns = {name: column.to(logprobs_N.dtype) for name, column in batch.loss.columns.items()}
         weight_N = batch.loss.weight.to(logprobs_N.dtype)
-        logratio_N = logprobs_N - given["old"]
-        policy_N = clipped_surrogate(logratio_N, given["advantage"], self.config.clip)
+        logratio_N = logprobs_N - columns["old"]
+        policy_N = clipped_surrogate(logratio_N, columns["advantage"], self.config.clip)
         value_N = value_loss(
-            values_N.to(logprobs_N.dtype), given["values"], given["returns"], self.config.cliprange_value
+            values_N.to(logprobs_N.dtype), columns["values"], columns["returns"], self.config.cliprange_value
         )
         self.seen.append(
             {"logratio": logratio_N.detach(), "logprob": logprobs_N.detach(), "value_loss": value_N.detach()}
@@ -141,7 +141,7 @@ class PpoObjective(Objective):
 
     def stop_reason(self) -> str | None:
         """Why the rest of a rollout is left: the policy has moved too far from the one that made the answers."""
-        logratio = torch.cat([own["logratio"] for own in self.seen]).double()
+        logratio = torch.cat([batch["logratio"] for batch in self.seen]).double()
         divergence, ratio = float(_k3(logratio).mean()), float(logratio.exp().mean())
         if divergence > self.config.stops.target_kl:
             return f"divergence {divergence:.3f} nats a token, at most {self.config.stops.target_kl:g}"
@@ -153,27 +153,29 @@ class PpoObjective(Objective):
         """Of the answers: rewards, divergence, values; of the step: ratio, clipping, entropy."""
         if not self.seen:
             return {}
-        found = take_seen(self.seen)
-        ratio = found["logratio"].exp()
+        metrics = take_batch_metrics(self.seen)
+        ratio = metrics["logratio"].exp()
         return {
-            **self.said,
+            **self.rollout_metrics,
             "ratio": float(ratio.mean()),
             "clipped": float(((ratio - 1.0).abs() > self.config.clip).double().mean()),
-            "kl_step": float(_k3(found["logratio"]).mean()),
-            "entropy": float(-(ratio * found["logprob"]).mean()),
-            "value_loss": float(found["value_loss"].mean()),
+            "kl_step": float(_k3(metrics["logratio"]).mean()),
+            "entropy": float(-(ratio * metrics["logprob"]).mean()),
+            "value_loss": float(metrics["value_loss"].mean()),
         }
 
-    def _say(self, rollout: Rollout, apart: Sequence[Floats], values: Sequence[Floats], returns: list[Floats]) -> None:
-        every, expected = np.concatenate(returns), np.concatenate([np.asarray(v) for v in values])
-        spread = float(every.var())
-        self.said = {
+    def _record_rollout(
+        self, rollout: Rollout, logratios: Sequence[Floats], values: Sequence[Floats], returns: list[Floats]
+    ) -> None:
+        all_returns, all_values = np.concatenate(returns), np.concatenate([np.asarray(v) for v in values])
+        variance = float(all_returns.var())
+        self.rollout_metrics = {
             "reward": float(np.mean(rollout.rewards)),
             "reward_spread": float(np.std(rollout.rewards)),
-            "kl": float(np.concatenate([np.asarray(a) for a in apart]).mean()),
-            "kl_answer": float(np.mean([float(a.sum()) for a in apart])),
+            "kl": float(np.concatenate([np.asarray(a) for a in logratios]).mean()),
+            "kl_answer": float(np.mean([float(a.sum()) for a in logratios])),
             "beta": self.beta,
-            "explained": 1.0 - float((every - expected).var()) / spread if spread > 0 else 0.0,
+            "explained": 1.0 - float((all_returns - all_values).var()) / variance if variance > 0 else 0.0,
             "answer_tokens": float(np.mean([d.predictions for d in rollout.documents])),
             "cut": 1.0 - float(np.mean(rollout.stopped)),
         }

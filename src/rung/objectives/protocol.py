@@ -17,20 +17,20 @@ from rung.types import Counts, Example, LossTerm, PackedBatch, Rollout
 class Objective(Protocol):
     """Sums with units; the engine divides them by the counts of the whole window and of all ranks."""
 
-    compares: bool = False
+    compares_answers: bool = False
     """Whether it looks at all answers of a row at once."""
-    at_least: int = 1
+    min_answers: int = 1
     """Answers that a row must have."""
     reads_head: bool = True
     """Whether its loss comes out of the model's own output head."""
 
     rollout: RolloutConfig | None = None
     """How the policy makes the answers that it learns from; None learns from those of the data."""
-    share: float = 1.0
+    on_policy_share: float = 1.0
     """Of the rows, those that the policy answers itself; below 1 the others keep the answers of the data."""
-    judged: bool = True
+    uses_rewards: bool = True
     """Whether its own answers are worth something; else they are learned from as they are."""
-    seen: list[dict[str, Tensor]] = []
+    batch_metrics: list[dict[str, Tensor]] = []
     """What batches left behind for the report, by name."""
 
     def begin(self, policy: Policy, seed: int) -> None:
@@ -90,8 +90,8 @@ class Objective(Protocol):
         return {}
 
 
-def take_seen(seen: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def take_batch_metrics(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """What batches left behind, one after the other in float64, by name; then it is forgotten."""
-    found = {name: torch.cat([own[name] for own in seen]).double() for name in seen[0]}
-    seen.clear()
-    return found
+    metrics = {name: torch.cat([batch[name] for batch in batches]).double() for name in batches[0]}
+    batches.clear()
+    return metrics

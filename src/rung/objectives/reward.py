@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 from rung.config.objective import RewardConfig
 from rung.models.policy import Policy
 from rung.objectives.pairs import answer_pairs, correlation
-from rung.objectives.protocol import Objective, take_seen
+from rung.objectives.protocol import Objective, take_batch_metrics
 from rung.types import Counts, LossTerm, PackedBatch
 
 
@@ -39,9 +39,9 @@ class ScoreHead(nn.Module):
     def fresh(policy: Policy, seed: int) -> ScoreHead:
         """Drawn from N(0, 1 / (H + 1)) (Stiennon et al. 2020, appendix B.1)."""
         width = policy.model.get_input_embeddings().weight.shape[1]
-        random = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
         dtype = torch.promote_types(torch.float32, policy.model.get_input_embeddings().weight.dtype)
-        weight = torch.randn(1, width, generator=random, dtype=torch.float32) / (width + 1) ** 0.5
+        weight = torch.randn(1, width, generator=generator, dtype=torch.float32) / (width + 1) ** 0.5
         return ScoreHead(weight.to(policy.device, dtype))
 
     def forward(self, h: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class ScoreHead(nn.Module):
 
 def last_tokens(batch: PackedBatch) -> Tensor:
     """Where the last token of each document stands in the row, [D]: that of its stop, where it has one."""
-    return torch.tensor([int(places[-1]) for places in batch.rows], device=batch.ids.device)
+    return torch.tensor([int(positions[-1]) for positions in batch.rows], device=batch.ids.device)
 
 
 class RewardObjective(Objective):
@@ -89,34 +89,36 @@ class RewardObjective(Objective):
 
     def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
         """One term of the pairs, and one that centers the scores where `center` is above 0."""
-        found, scores_D = answer_pairs(batch), self.scores(policy, batch)
-        better_P, other_P = (torch.tensor(side, device=scores_D.device) for side in (found.better, found.other))
-        weight_P = scores_D.new_tensor(found.weight)
-        given = [document.score or 0.0 for document in batch.documents]
-        apart = [given[a] - given[b] for a, b in zip(found.better, found.other, strict=True)]
+        pairs, scores_D = answer_pairs(batch), self.scores(policy, batch)
+        better_P, other_P = (torch.tensor(side, device=scores_D.device) for side in (pairs.better, pairs.other))
+        weight_P = scores_D.new_tensor(pairs.weight)
+        data_scores = [document.score or 0.0 for document in batch.documents]
+        score_differences = [data_scores[a] - data_scores[b] for a, b in zip(pairs.better, pairs.other, strict=True)]
         better, other = scores_D[better_P], scores_D[other_P]
-        losses_P = bradley_terry(better, other, self.config.margin * scores_D.new_tensor(apart))
-        self._see(batch, better.detach(), other.detach(), better_P, other_P)
+        losses_P = bradley_terry(better, other, self.config.margin * scores_D.new_tensor(score_differences))
+        self._record_batch(batch, better.detach(), other.detach(), better_P, other_P)
         terms = [LossTerm((losses_P * weight_P).sum(), "pairs", "bradley_terry")]
         if self.config.center_rewards_coefficient:
-            level = (center_rewards_loss(better, other) * weight_P).sum()
-            terms.append(LossTerm(self.config.center_rewards_coefficient * level, "pairs", "centering"))
+            centering = (center_rewards_loss(better, other) * weight_P).sum()
+            terms.append(LossTerm(self.config.center_rewards_coefficient * centering, "pairs", "centering"))
         return terms
 
     def take_metrics(self) -> Mapping[str, float]:
         """Of the pairs: how many stand the right way, scores, and how far their differences follow the lengths'."""
         if not self.seen:
             return {}
-        found = take_seen(self.seen)
-        margin = found["better"] - found["other"]
+        metrics = take_batch_metrics(self.seen)
+        margin = metrics["better"] - metrics["other"]
         return {
             "accuracy": float((margin > 0).double().mean()),
             "margin": float(margin.mean()),
-            "chosen_score": float(found["better"].mean()),
-            "rejected_score": float(found["other"].mean()),
-            "length_correlation": correlation(margin, found["longer"]),
+            "chosen_score": float(metrics["better"].mean()),
+            "rejected_score": float(metrics["other"].mean()),
+            "length_correlation": correlation(margin, metrics["longer"]),
         }
 
-    def _see(self, batch: PackedBatch, better: Tensor, other: Tensor, better_P: Tensor, other_P: Tensor) -> None:
+    def _record_batch(
+        self, batch: PackedBatch, better: Tensor, other: Tensor, better_P: Tensor, other_P: Tensor
+    ) -> None:
         tokens_D = torch.tensor([int(d.supervised.sum()) for d in batch.documents], device=better.device)
         self.seen.append({"better": better, "other": other, "longer": tokens_D[better_P] - tokens_D[other_P]})

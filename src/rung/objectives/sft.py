@@ -24,8 +24,8 @@ class SftObjective(Objective):
     def count(self, batch: PackedBatch) -> Counts:
         """The sum of the weights of the supervised tokens."""
         # from the documents: the weights of the batch may stand on a device, and reading them would wait for it
-        learned = sum(d.weight * int(d.supervised[1:].sum()) for d in batch.documents)
-        return Counts(tokens=float(learned), sequences=float(batch.sequences))
+        tokens = sum(d.weight * int(d.supervised[1:].sum()) for d in batch.documents)
+        return Counts(tokens=float(tokens), sequences=float(batch.sequences))
 
     def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
         """One term, in nats."""

@@ -16,13 +16,13 @@ from rung.config.model import ModelConfig, StudentLayers
 from rung.config.support import model_refusal
 from rung.errors import CheckpointError, ConfigError, PlanError, did_you_mean
 
-HEADER = 100 * 2**20
+MAX_HEADER_BYTES = 100 * 2**20
 """The longest description that a safetensors file may begin with."""
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_UNTIED = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gpt_neox", "olmo2", "granite"})
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_UNTIED_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gpt_neox", "olmo2", "granite"})
 """Architectures whose head is their own unless the config ties it to the embeddings."""
 
-_GGUF = {
+_GGUF_KEYS = {
     "hidden_size": "embedding_length",
     "num_hidden_layers": "block_count",
     "num_attention_heads": "attention.head_count",
@@ -33,7 +33,7 @@ _GGUF = {
 }
 """Names of transformers, and those of llama.cpp behind the architecture's."""
 
-_ALL_HEADS = frozenset({"opt", "gpt2", "gpt_neox"})
+_MULTI_HEAD_TYPES = frozenset({"opt", "gpt2", "gpt_neox"})
 """Architectures that know no shared keys, whatever a config says."""
 
 
@@ -48,7 +48,7 @@ class LinearShape:
     bias: bool = False
 
     @property
-    def numbers(self) -> int:
+    def parameters(self) -> int:
         """Weights and biases."""
         return self.inputs * self.outputs + (self.outputs if self.bias else 0)
 
@@ -72,11 +72,11 @@ class ModelShape:
     """Whether the head is the embeddings."""
     matrices: tuple[LinearShape, ...]
     """Linears of one layer."""
-    vectors: int
+    norm_parameters: int
     """Numbers of a layer outside its linears: norms."""
-    outside: int
+    other_parameters: int
     """Numbers outside the layers that are neither embeddings nor head: positions, the last norm, a head's bias."""
-    stored: str
+    stored_dtype: str
     """Type of the numbers in its file: float32, bfloat16 or float16."""
     context: int
     """Longest document in tokens."""
@@ -97,20 +97,20 @@ class ModelShape:
         return any("gate" in m.roles for m in self.matrices)
 
     @property
-    def linear(self) -> int:
+    def linear_parameters(self) -> int:
         """Numbers in the linears of a layer."""
-        return sum(m.numbers for m in self.matrices)
+        return sum(m.parameters for m in self.matrices)
 
     @property
-    def embedding(self) -> int:
+    def embedding_parameters(self) -> int:
         """Numbers in the embeddings; as many again in a head that is not tied to them."""
         return self.vocabulary * self.width
 
     @property
     def parameters(self) -> int:
         """All numbers of the model."""
-        inside = self.layers * (self.linear + self.vectors)
-        return inside + self.embedding * (1 if self.tied else 2) + self.outside
+        inside = self.layers * (self.linear_parameters + self.norm_parameters)
+        return inside + self.embedding_parameters * (1 if self.tied else 2) + self.other_parameters
 
 
 def read_shape(config: ModelConfig) -> ModelShape:
@@ -119,16 +119,18 @@ def read_shape(config: ModelConfig) -> ModelShape:
     Raises `ConfigError` for a name that leads to no config, `PlanError` for an architecture that Rung cannot take.
     """
     if config.student_of is not None:
-        whole = read_shape(config.model_copy(update={"name": config.student_of, "student_of": None, "layers": None}))
-        return _replace_layers(whole, config.layers or "every_other")
+        teacher_shape = read_shape(
+            config.model_copy(update={"name": config.student_of, "student_of": None, "layers": None})
+        )
+        return _replace_layers(teacher_shape, config.layers or "every_other")
     if config.name in CATALOG:
         return shape_from_config(CATALOG[config.name].config)
     if Path(config.name).suffix.lower() == ".gguf" and Path(config.name).expanduser().is_file():
-        return _of_gguf(Path(config.name).expanduser())
-    folder = _folder(config)
+        return _shape_from_gguf(Path(config.name).expanduser())
+    folder = _model_folder(config)
     if folder is not None and (folder / "run.json").exists():
-        return _of_run(folder)
-    path = folder / "config.json" if folder is not None else _of_hub(config)
+        return _shape_from_run(folder)
+    path = folder / "config.json" if folder is not None else _hub_config_path(config)
     try:
         model_json = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -144,13 +146,13 @@ def shape_from_config(config: Mapping[str, Any], stored: str | None = None) -> M
     if not isinstance(config, Mapping):
         raise ConfigError("this config is no object", where="config.json", given=type(config).__name__)
     kind = str(config.get("model_type", "llama"))
-    if why := model_refusal(kind, encoder_decoder=bool(config.get("is_encoder_decoder"))):
-        raise PlanError(why, where="model.name", given=kind)
+    if reason := model_refusal(kind, encoder_decoder=bool(config.get("is_encoder_decoder"))):
+        raise PlanError(reason, where="model.name", given=kind)
     try:
-        return _shape(kind, config, stored or _type_of(config))
+        return _shape(kind, config, stored or _declared_dtype(config))
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        what = f"this config lacks a number that memory follows from: {error}"
-        raise ConfigError(what, where="config.json", given=kind) from error
+        reason = f"this config lacks a number that memory follows from: {error}"
+        raise ConfigError(reason, where="config.json", given=kind) from error
 
 
 def _shape(kind: str, config: Mapping[str, Any], stored: str) -> ModelShape:
@@ -164,55 +166,55 @@ def _shape(kind: str, config: Mapping[str, Any], stored: str) -> ModelShape:
 
     width, layers = number("hidden_size", "n_embd"), number("num_hidden_layers", "n_layer")
     heads = number("num_attention_heads", "n_head")
-    kv_heads = heads if kind in _ALL_HEADS else number("num_key_value_heads", default=heads)
+    kv_heads = heads if kind in _MULTI_HEAD_TYPES else number("num_key_value_heads", default=heads)
     head_width = number("head_dim", default=width // heads)
     mlp = number("intermediate_size", "ffn_dim", "n_inner", default=4 * width)
     vocabulary = number("vocab_size")
     context = number("max_position_embeddings", "n_positions", default=2**20)
     query, kv = heads * head_width, kv_heads * head_width
-    matrices, vectors, outside = _inside(kind, config, (width, query, kv, mlp))
+    matrices, vectors, outside = _layer_linears(kind, config, (width, query, kv, mlp))
     outside += {"gpt2": context * width, "opt": (context + 2) * width, "phi": vocabulary}.get(kind, 0)
-    tied = bool(config.get("tie_word_embeddings", kind not in _UNTIED))
+    tied = bool(config.get("tie_word_embeddings", kind not in _UNTIED_TYPES))
     return ModelShape(
         *(kind, layers, width, heads, kv_heads, head_width, mlp, vocabulary),
         tied=tied,
         matrices=matrices,
-        vectors=vectors,
-        outside=outside,
-        stored=stored,
+        norm_parameters=vectors,
+        other_parameters=outside,
+        stored_dtype=stored,
         context=context,
     )
 
 
-def _inside(
+def _layer_linears(
     kind: str, config: Mapping[str, Any], widths: tuple[int, int, int, int]
 ) -> tuple[tuple[LinearShape, ...], int, int]:
     """The linears of a layer, the numbers of its norms, and those of the last norm."""
     width, query, kv, mlp = widths
     if kind in ("gpt2", "opt", "phi", "gpt_neox"):  # biases everywhere, LayerNorm, no gate
         if kind in ("gpt2", "gpt_neox"):
-            own: Sequence[LinearShape] = [LinearShape(("q", "k", "v"), width, query + 2 * kv, True)]
+            attention: Sequence[LinearShape] = [LinearShape(("q", "k", "v"), width, query + 2 * kv, True)]
         else:
-            own = [LinearShape((role,), width, out, True) for role, out in _qkv(query, kv)]
-        both = (*own, LinearShape(("o",), query, width, True), LinearShape(("up",), width, mlp, True))
+            attention = [LinearShape((role,), width, out, True) for role, out in _qkv(query, kv)]
+        linears = (*attention, LinearShape(("o",), query, width, True), LinearShape(("up",), width, mlp, True))
         norms = 1 if kind == "phi" else 2
-        return (*both, LinearShape(("down",), mlp, width, True)), norms * 2 * width, 2 * width
+        return (*linears, LinearShape(("down",), mlp, width, True)), norms * 2 * width, 2 * width
     if kind == "phi3":
-        fused = LinearShape(("q", "k", "v"), width, query + 2 * kv), LinearShape(("o",), query, width)
+        attention_linears = LinearShape(("q", "k", "v"), width, query + 2 * kv), LinearShape(("o",), query, width)
         return (
-            (*fused, LinearShape(("gate", "up"), width, 2 * mlp), LinearShape(("down",), mlp, width)),
+            (*attention_linears, LinearShape(("gate", "up"), width, 2 * mlp), LinearShape(("down",), mlp, width)),
             2 * width,
             width,
         )
-    biased = bool(config.get("attention_bias", kind == "qwen2"))
-    out_biased = biased and kind != "qwen2"
-    inner = bool(config.get("mlp_bias", False))
-    attention = (*(LinearShape((role,), width, out, biased) for role, out in _qkv(query, kv)),)
+    has_bias = bool(config.get("attention_bias", kind == "qwen2"))
+    out_biased = has_bias and kind != "qwen2"
+    mlp_bias = bool(config.get("mlp_bias", False))
+    attention = (*(LinearShape((role,), width, out, has_bias) for role, out in _qkv(query, kv)),)
     block = (
         LinearShape(("o",), query, width, out_biased),
-        LinearShape(("gate",), width, mlp, inner),
-        LinearShape(("up",), width, mlp, inner),
-        LinearShape(("down",), mlp, width, inner),
+        LinearShape(("gate",), width, mlp, mlp_bias),
+        LinearShape(("up",), width, mlp, mlp_bias),
+        LinearShape(("down",), mlp, width, mlp_bias),
     )
     norms = (4 if kind in ("gemma2", "gemma3_text") else 2) * width
     head_width = query // int(config["num_attention_heads"])
@@ -227,53 +229,53 @@ def _qkv(query: int, kv: int) -> tuple[tuple[LinearRole, int], ...]:
 
 def stored_type(folder: Path) -> str | None:
     """The type that most numbers of a model folder's safetensors files have; None where there are none."""
-    found: dict[str, int] = {}
+    bytes_by_dtype: dict[str, int] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        for entry in _header(file).values():
+        for entry in _read_header(file).values():
             if "dtype" in entry:
                 size = entry["data_offsets"][1] - entry["data_offsets"][0]
-                found[entry["dtype"]] = found.get(entry["dtype"], 0) + size
+                bytes_by_dtype[entry["dtype"]] = bytes_by_dtype.get(entry["dtype"], 0) + size
     names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-    return names.get(max(found, key=found.__getitem__)) if found else None
+    return names.get(max(bytes_by_dtype, key=bytes_by_dtype.__getitem__)) if bytes_by_dtype else None
 
 
-def _header(file: Path) -> dict[str, dict[str, Any]]:
+def _read_header(file: Path) -> dict[str, dict[str, Any]]:
     """What stands before the numbers of a safetensors file: eight bytes of length, then JSON."""
-    with file.open("rb") as opened:
+    with file.open("rb") as stream:
         try:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            header: dict[str, dict[str, Any]] = json.loads(opened.read(min(length, HEADER)))
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header: dict[str, dict[str, Any]] = json.loads(stream.read(min(length, MAX_HEADER_BYTES)))
         except (struct.error, ValueError) as error:
             raise ConfigError(f"this is no safetensors file: {error}", where=str(file)) from error
     return header
 
 
-def _type_of(config: Mapping[str, Any]) -> str:
+def _declared_dtype(config: Mapping[str, Any]) -> str:
     """The type a config says its numbers have; without a word they are taken for bfloat16, as most are published."""
-    said = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-    return said if said in BYTES else "float32"
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    return dtype if dtype in DTYPE_BYTES else "float32"
 
 
-def _replace_layers(whole: ModelShape, layers: StudentLayers) -> ModelShape:
-    return replace(whole, layers=len(student_layers(layers, whole.layers)))
+def _replace_layers(shape: ModelShape, layers: StudentLayers) -> ModelShape:
+    return replace(shape, layers=len(student_layers(layers, shape.layers)))
 
 
-def _folder(config: ModelConfig) -> Path | None:
+def _model_folder(config: ModelConfig) -> Path | None:
     """Where the model stands on this disk; None for a hub id."""
     path = Path(config.name).expanduser()
     if path.is_dir() and ((path / "run.json").exists() or (path / "config.json").exists()):
         return path
     if path.exists():
-        what = "this holds neither a model (config.json) nor a run (run.json)"
-        raise ConfigError(what, where="model.name", given=config.name)
+        reason = "this holds neither a model (config.json) nor a run (run.json)"
+        raise ConfigError(reason, where="model.name", given=config.name)
     if config.name.count("/") == 1 and not config.name.startswith((".", "/", "~")) and not path.parent.exists():
         return None
-    near = did_you_mean(config.name, list(CATALOG))
-    hint = f"did you mean {near}?" if near else None
+    suggestion = did_you_mean(config.name, list(CATALOG))
+    hint = f"did you mean {suggestion}?" if suggestion else None
     raise ConfigError("no such model", where="model.name", given=config.name, hint=hint)
 
 
-def _of_run(folder: Path) -> ModelShape:
+def _shape_from_run(folder: Path) -> ModelShape:
     """A run's own model where it was trained whole, else its base."""
     if (folder / "model" / "config.json").exists():
         return read_shape(ModelConfig(name=str(folder / "model")))
@@ -281,13 +283,13 @@ def _of_run(folder: Path) -> ModelShape:
         config = json.loads((folder / "run.json").read_text())["config"]["model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"run.json is not the manifest of a run: {error}", where=str(folder)) from error
-    found = ModelConfig.model_validate(config)
-    if Path(found.student_of or found.name).resolve() == folder.resolve():
+    model_config = ModelConfig.model_validate(config)
+    if Path(model_config.student_of or model_config.name).resolve() == folder.resolve():
         raise CheckpointError("this run says that it stands on itself", where=str(folder))
-    return read_shape(found)
+    return read_shape(model_config)
 
 
-def _of_gguf(file: Path) -> ModelShape:
+def _shape_from_gguf(file: Path) -> ModelShape:
     """By the names that llama.cpp gives its numbers; what is loaded of them is float32."""
     from gguf import GGUFReader
 
@@ -295,20 +297,20 @@ def _of_gguf(file: Path) -> ModelShape:
         reader = GGUFReader(file)
         kind = str(reader.fields["general.architecture"].contents())
     except Exception as error:  # the reader fails in many ways on a file that is no GGUF
-        what = f"this GGUF file cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        raise ConfigError(what, where="model.name", given=str(file)) from error
-    named = {
+        reason = f"this GGUF file cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        raise ConfigError(reason, where="model.name", given=str(file)) from error
+    settings = {
         name: reader.fields[f"{kind}.{key}"].contents()
-        for name, key in _GGUF.items()
+        for name, key in _GGUF_KEYS.items()
         if f"{kind}.{key}" in reader.fields
     }
     tensors = {tensor.name: tensor.shape.tolist() for tensor in reader.tensors}
     vocabulary = max(tensors.get("token_embd.weight", [0]))
-    own = {"model_type": kind, "vocab_size": vocabulary, "tie_word_embeddings": "output.weight" not in tensors}
-    return shape_from_config({**own, **named}, "float32")
+    config = {"model_type": kind, "vocab_size": vocabulary, "tie_word_embeddings": "output.weight" not in tensors}
+    return shape_from_config({**config, **settings}, "float32")
 
 
-def _of_hub(config: ModelConfig) -> Path:
+def _hub_config_path(config: ModelConfig) -> Path:
     """The config of a hub id: kept from an earlier download, or brought now; nothing else of it is."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

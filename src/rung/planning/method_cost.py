@@ -7,7 +7,7 @@ from typing import Any
 
 from rung.config.layers import resolve_layers
 from rung.config.method import SUBTRACTED_INITS, LowRankConfig, MixtureConfig, PrefixConfig, encoder_parameter_count
-from rung.planning.architecture import BYTES, LinearShape, ModelShape
+from rung.planning.architecture import DTYPE_BYTES, LinearShape, ModelShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,59 +16,67 @@ class MethodCost:
 
     trainable: int | None
     """Numbers that an optimizer steps; None for a tuner of peft's, which alone knows."""
-    frozen: int = 0
+    frozen_parameters: int = 0
     """Numbers beside the base that stand still: the half of an adapter that takes its start off again."""
-    saved: int = 0
+    saved_parameters: int = 0
     """Numbers that the published folder holds."""
-    largest: int = 0
+    largest_tensor: int = 0
     """Numbers in the largest tensor that moves."""
-    lowest: int = 0
+    lowest_layer: int = 0
     """The lowest layer that anything moves in; those below keep nothing for the backward pass."""
 
 
 def method_cost(config: Any, shape: ModelShape) -> MethodCost:
     """What `config`, a method's, moves in a model of this shape. Raises `ConfigError` for layers that are not there."""
-    made = _BY_KIND.get(config.kind)
-    return MethodCost(None) if made is None else made(config, shape)
+    formula = _BY_KIND.get(config.kind)
+    return MethodCost(None) if formula is None else formula(config, shape)
 
 
 def _full(config: Any, shape: ModelShape) -> MethodCost:
-    return MethodCost(shape.parameters, saved=shape.parameters, largest=shape.embedding)
+    return MethodCost(shape.parameters, saved_parameters=shape.parameters, largest_tensor=shape.embedding_parameters)
 
 
 def _head(config: Any, shape: ModelShape) -> MethodCost:
-    own = shape.embedding + (shape.vocabulary if shape.kind == "phi" else 0)
-    whole = shape.parameters + (shape.embedding if shape.tied else 0)  # untied first
-    return MethodCost(own, saved=whole, largest=shape.embedding, lowest=shape.layers)
+    head_parameters = shape.embedding_parameters + (shape.vocabulary if shape.kind == "phi" else 0)
+    saved = shape.parameters + (shape.embedding_parameters if shape.tied else 0)  # untied first
+    return MethodCost(
+        head_parameters, saved_parameters=saved, largest_tensor=shape.embedding_parameters, lowest_layer=shape.layers
+    )
 
 
 def _low_rank(config: LowRankConfig, shape: ModelShape) -> MethodCost:
-    chosen = resolve_layers(config.layers, range(shape.layers))
-    numbers = largest = 0
-    for layer in chosen:
+    layers = resolve_layers(config.layers, range(shape.layers))
+    adapter = largest = 0
+    for layer in layers:
         for matrix in targeted_linears(config.targets, shape):
             rank = rank_at(config, layer, matrix)
-            numbers += rank * (matrix.inputs + matrix.outputs) + (matrix.outputs if config.dora else 0)
+            adapter += rank * (matrix.inputs + matrix.outputs) + (matrix.outputs if config.dora else 0)
             largest = max(largest, rank * max(matrix.inputs, matrix.outputs))
-    whole = shape.embedding * sum(name in ("lm_head", "embed_tokens", "wte") for name in config.modules_to_save)
+    full_modules = shape.embedding_parameters * sum(
+        name in ("lm_head", "embed_tokens", "wte") for name in config.modules_to_save
+    )
     halves = 2 if config.init in SUBTRACTED_INITS else 1
-    moving = numbers + whole
-    return MethodCost(moving, numbers * (halves - 1), numbers * halves + whole, max(largest, whole), min(chosen))
+    trainable = adapter + full_modules
+    return MethodCost(
+        trainable, adapter * (halves - 1), adapter * halves + full_modules, max(largest, full_modules), min(layers)
+    )
 
 
 def _mixture(config: MixtureConfig, shape: ModelShape) -> MethodCost:
-    chosen = resolve_layers(config.layers, range(shape.layers))
-    own = targeted_linears(config.targets, shape)
-    each = sum(config.experts * (config.rank * (m.inputs + m.outputs) + m.inputs) for m in own)
-    widest = max((max(m.inputs, m.outputs) for m in own), default=0)
-    return MethodCost(len(chosen) * each, 0, len(chosen) * each, config.experts * config.rank * widest, min(chosen))
+    layers = resolve_layers(config.layers, range(shape.layers))
+    linears = targeted_linears(config.targets, shape)
+    per_layer = sum(config.experts * (config.rank * (m.inputs + m.outputs) + m.inputs) for m in linears)
+    widest = max((max(m.inputs, m.outputs) for m in linears), default=0)
+    return MethodCost(
+        len(layers) * per_layer, 0, len(layers) * per_layer, config.experts * config.rank * widest, min(layers)
+    )
 
 
 def _bottleneck(config: Any, shape: ModelShape) -> MethodCost:
-    chosen = resolve_layers(config.layers, range(shape.layers))
-    each = 2 * shape.width * config.width + config.width + shape.width
-    numbers = len(chosen) * (2 if config.placement == "houlsby" else 1) * each
-    return MethodCost(numbers, 0, numbers, shape.width * config.width, min(chosen))
+    layers = resolve_layers(config.layers, range(shape.layers))
+    per_adapter = 2 * shape.width * config.width + config.width + shape.width
+    parameters = len(layers) * (2 if config.placement == "houlsby" else 1) * per_adapter
+    return MethodCost(parameters, 0, parameters, shape.width * config.width, min(layers))
 
 
 def _virtual(config: Any, shape: ModelShape) -> MethodCost:
@@ -103,7 +111,7 @@ _BY_KIND: dict[str, Any] = {
 
 def layer_bytes_per_token(shape: ModelShape, compute: str = "float32") -> int:
     """What one layer of the base keeps."""
-    return 2 * (shape.width + shape.query + shape.kv + shape.mlp) * BYTES[compute]
+    return 2 * (shape.width + shape.query + shape.kv + shape.mlp) * DTYPE_BYTES[compute]
 
 
 def activation_bytes_per_token(shape: ModelShape, compute: str = "float32", *, lowest: int = 0) -> int:
@@ -115,8 +123,8 @@ def method_bytes_per_token(config: Any, shape: ModelShape, compute: str = "float
     """What `config`, a method's, makes its layers keep besides."""
     if not hasattr(config, "targets") and config.kind != "bottleneck":
         return 0
-    chosen = resolve_layers(config.layers, range(shape.layers))
-    return sum(extra_activations_per_token(config, shape, layer) for layer in chosen) * BYTES[compute]
+    layers = resolve_layers(config.layers, range(shape.layers))
+    return sum(extra_activations_per_token(config, shape, layer) for layer in layers) * DTYPE_BYTES[compute]
 
 
 def extra_activations_per_token(config: Any, shape: ModelShape, layer: int) -> int:
@@ -126,8 +134,8 @@ def extra_activations_per_token(config: Any, shape: ModelShape, layer: int) -> i
     if isinstance(config, MixtureConfig):
         return _mixture_activations(config, shape)
     if config.kind == "bottleneck":  # its middle before and behind the activation, and its input unless a norm made it
-        own = 2 * config.width + (0 if config.placement == "parallel" else shape.width)
-        return int(own * (2 if config.placement == "houlsby" else 1))
+        per_adapter = 2 * config.width + (0 if config.placement == "parallel" else shape.width)
+        return int(per_adapter * (2 if config.placement == "houlsby" else 1))
     return 0
 
 
@@ -137,21 +145,21 @@ def _low_rank_activations(config: LowRankConfig, shape: ModelShape, layer: int) 
     Their last linear computes by itself and keeps what enters it, as an adapted one in 4 bits does; 8 bits keep every
     input (bitsandbytes).
     """
-    aimed = targeted_linears(config.targets, shape)
-    low = sum(rank_at(config, layer, matrix) for matrix in aimed) * (2 if config.init in SUBTRACTED_INITS else 1)
+    linears = targeted_linears(config.targets, shape)
+    low = sum(rank_at(config, layer, matrix) for matrix in linears) * (2 if config.init in SUBTRACTED_INITS else 1)
     bits = getattr(config, "bits", 4) if config.kind == "qlora" else 32
-    dropped = 2 * sum(m.inputs for m in aimed) if config.dropout else 0
-    scaled = 2 * sum(m.outputs for m in aimed) if config.dora else 0
+    dropout = 2 * sum(m.inputs for m in linears) if config.dropout else 0
+    dora = 2 * sum(m.outputs for m in linears) if config.dora else 0
     if bits == 8:
-        return low + dropped + scaled + 2 * shape.width + shape.mlp
-    apart = (bits == 4 or scaled) and not dropped and any("down" in m.roles for m in aimed)
-    return low + dropped + scaled + (shape.mlp if apart else 0)
+        return low + dropout + dora + 2 * shape.width + shape.mlp
+    keeps_down_input = (bits == 4 or dora) and not dropout and any("down" in m.roles for m in linears)
+    return low + dropout + dora + (shape.mlp if keeps_down_input else 0)
 
 
 def _mixture_activations(config: MixtureConfig, shape: ModelShape) -> int:
     """Inputs of every linear, and what each expert makes of them, before and behind its weight."""
-    aimed = targeted_linears(config.targets, shape)
-    roles = {role for matrix in aimed for role in matrix.roles}
-    normed = sum(shape.width for own in ({"q", "k", "v"}, {"gate", "up"}) if own & roles)
+    linears = targeted_linears(config.targets, shape)
+    roles = {role for matrix in linears for role in matrix.roles}
+    shared_inputs = sum(shape.width for group in ({"q", "k", "v"}, {"gate", "up"}) if group & roles)
     hidden = shape.mlp if "down" in roles else 0
-    return normed + hidden + len(aimed) * config.experts * (2 * config.rank + 1)
+    return shared_inputs + hidden + len(linears) * config.experts * (2 * config.rank + 1)

@@ -27,7 +27,7 @@ from rung.planning.method_cost import method_cost
 
 CHARACTERS_PER_TOKEN = 4.0
 """Of English text, roughly: what a file's size is divided by as long as nothing has been tokenized."""
-LENGTH = 300.0
+DEFAULT_DOCUMENT_TOKENS = 300.0
 """Tokens of a document, as long as none was read."""
 MFU = 0.4
 """Share of a device's peak that training reaches where nothing was measured."""
@@ -72,44 +72,51 @@ class DataVolume:
 
     tokens: float
     """Of one epoch, those of all answers of a row among them."""
-    learned: float
+    supervised_share: float
     """Share of them that the loss is taken of."""
-    length: float
+    document_tokens: float
     """Tokens of a document, in the mean."""
-    known: bool
+    is_counted: bool
     """Whether they were counted, or taken from the size of a file."""
 
 
-def estimate_data_volume(files: list[Path], *, learned: float = 0.4, length: float = LENGTH) -> DataVolume:
+def estimate_data_volume(
+    files: list[Path], *, supervised_share: float = 0.4, document_tokens: float = DEFAULT_DOCUMENT_TOKENS
+) -> DataVolume:
     """From the sizes of data files that are there; no more than a first guess."""
     characters = sum(file.stat().st_size for file in files if file.is_file())
-    return DataVolume(characters / CHARACTERS_PER_TOKEN, learned, length, known=False)
+    return DataVolume(characters / CHARACTERS_PER_TOKEN, supervised_share, document_tokens, is_counted=False)
 
 
-def run_flops(config: RunConfig, shape: ModelShape, amount: DataVolume, teacher: ModelShape | None = None) -> float:
+def run_flops(config: RunConfig, shape: ModelShape, volume: DataVolume, teacher: ModelShape | None = None) -> float:
     """Operations of the whole run: its epochs, a reference's and a teacher's passes, and the answers it makes."""
     passes: float = config.training.epochs
-    if config.training.max_steps is not None and amount.tokens:
+    if config.training.max_steps is not None and volume.tokens:
         passes = min(
-            passes, config.training.max_steps * config.training.examples_per_step * amount.length / amount.tokens
+            passes,
+            config.training.max_steps * config.training.examples_per_step * volume.document_tokens / volume.tokens,
         )
-    own = token_flops(config, shape, amount)
-    forward = _forward(shape, amount)
+    training_flops = token_flops(config, shape, volume)
+    forward = _forward_flops(shape, volume)
     rollout = getattr(config.objective, "rollout", None)
     if rollout is not None and generates_rollouts(config):
-        answered: float = rollout.num_generations * (amount.length + rollout.max_new_tokens) / amount.length
-        each: float = (
+        answer_ratio: float = (
+            rollout.num_generations * (volume.document_tokens + rollout.max_new_tokens) / volume.document_tokens
+        )
+        answer_flops: float = (
             forward
-            + rollout.num_iterations * own
+            + rollout.num_iterations * training_flops
             + (forward if getattr(config.objective, "reference_model", None) else 0.0)
         )
-        return passes * amount.tokens * answered * each
-    once = 0.0
+        return passes * volume.tokens * answer_ratio * answer_flops
+    extra_flops = 0.0
     if config.objective.kind == "preference" and getattr(config.objective, "reference_model", None):
-        once = forward  # kept by document: read once a run
+        extra_flops = forward  # kept by document: read once a run
     if config.objective.kind == "distill":
-        once = _forward(teacher or shape, amount) * (1.0 if config.objective.cache_teacher_states else passes)
-    return amount.tokens * (passes * own + once)
+        extra_flops = _forward_flops(teacher or shape, volume) * (
+            1.0 if config.objective.cache_teacher_states else passes
+        )
+    return volume.tokens * (passes * training_flops + extra_flops)
 
 
 def generates_rollouts(config: RunConfig) -> bool:
@@ -117,23 +124,29 @@ def generates_rollouts(config: RunConfig) -> bool:
     return config.objective.kind in ROLLOUT_KINDS or bool(getattr(config.objective, "on_policy", 0.0))
 
 
-def token_flops(config: RunConfig, shape: ModelShape, amount: DataVolume) -> float:
+def token_flops(config: RunConfig, shape: ModelShape, volume: DataVolume) -> float:
     """Operations for one token of training, forward and backward."""
-    own = method_cost(config.method, shape)
-    upper = shape.layers - min(own.lowest, shape.layers)
+    cost = method_cost(config.method, shape)
+    backward_layers = shape.layers - min(cost.lowest_layer, shape.layers)
     full = config.method.kind == "full"
-    beside = 0 if full or config.method.kind in ("head", "prompt", "prefix", "p_tuning") else (own.trainable or 0)
-    attention = 4.0 * shape.query * amount.length / 2
-    forward = 2.0 * (shape.linear * shape.layers + beside) + attention * shape.layers
-    backward = 2.0 * (shape.linear * upper + beside) + 2 * attention * upper
-    weight = 2.0 * (shape.linear * shape.layers if full else beside)
-    head = 2.0 * shape.embedding * amount.learned * (3 if full or config.method.kind == "head" else 2)
+    adapter = 0 if full or config.method.kind in ("head", "prompt", "prefix", "p_tuning") else (cost.trainable or 0)
+    attention = 4.0 * shape.query * volume.document_tokens / 2
+    forward = 2.0 * (shape.linear_parameters * shape.layers + adapter) + attention * shape.layers
+    backward = 2.0 * (shape.linear_parameters * backward_layers + adapter) + 2 * attention * backward_layers
+    weight = 2.0 * (shape.linear_parameters * shape.layers if full else adapter)
+    head = (
+        2.0 * shape.embedding_parameters * volume.supervised_share * (3 if full or config.method.kind == "head" else 2)
+    )
     return forward + backward + weight + head
 
 
-def _forward(shape: ModelShape, amount: DataVolume) -> float:
-    attention = 4.0 * shape.query * amount.length / 2
-    return 2.0 * shape.linear * shape.layers + attention * shape.layers + 2.0 * shape.embedding * amount.learned
+def _forward_flops(shape: ModelShape, volume: DataVolume) -> float:
+    attention = 4.0 * shape.query * volume.document_tokens / 2
+    return (
+        2.0 * shape.linear_parameters * shape.layers
+        + attention * shape.layers
+        + 2.0 * shape.embedding_parameters * volume.supervised_share
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,28 +161,28 @@ def throughput_for(device: Device | None, compute: str) -> Throughput | None:
     """Of a known device, stated; of this machine, measured by the runs it has finished. None where nothing is known."""
     if device is not None:
         return Throughput(MFU * device.flops, f"{MFU:.0%} of {device.name}'s stated peak: not measured")
-    measured = _measured().get(compute)
-    if measured is None:
+    rate = _read_rates().get(compute)
+    if rate is None:
         return None
-    return Throughput(measured["flops"], f"the fastest run on this machine ({measured['run']})")
+    return Throughput(rate["flops"], f"the fastest run on this machine ({rate['run']})")
 
 
 def record_throughput(compute: str, flops: float, run: str) -> None:
     """What a finished run reached on this machine, for later plans: the fastest, as others may have had company."""
-    known = _measured()
-    if flops <= known.get(compute, {}).get("flops", 0.0):
+    rates = _read_rates()
+    if flops <= rates.get(compute, {}).get("flops", 0.0):
         return
-    found = {**known, compute: {"flops": flops, "run": run}}
-    write_text(_rates(), json.dumps(found, indent=2) + "\n")
+    new_rates = {**rates, compute: {"flops": flops, "run": run}}
+    write_text(_rates_path(), json.dumps(new_rates, indent=2) + "\n")
 
 
-def _measured() -> dict[str, dict[str, Any]]:
+def _read_rates() -> dict[str, dict[str, Any]]:
     try:
-        found: dict[str, dict[str, Any]] = json.loads(_rates().read_text())
+        rates: dict[str, dict[str, Any]] = json.loads(_rates_path().read_text())
     except (OSError, ValueError):
         return {}
-    return found
+    return rates
 
 
-def _rates() -> Path:
+def _rates_path() -> Path:
     return cache_folder() / "rates.json"

@@ -27,10 +27,10 @@ _TONE = {True: "green", False: "red"}
 
 def plan_lines(advice: Advice, where: str) -> list[str]:
     """The config's own run term by term, every method beside it, and what would make it fit."""
-    shape, work, own = advice.shape, advice.micro_batch, advice.own
+    shape, work, own = advice.shape, advice.micro_batch, advice.plan
     facts = {
         "model": f"{format_count(shape.parameters)} parameters: {shape.layers} layers of width {shape.width:,}, "
-        f"{shape.stored} on disk, computed in {work.compute}",
+        f"{shape.stored_dtype} on disk, computed in {work.compute_dtype}",
         "at once": f"{work.tokens:,} tokens",
         "data": _data(advice),
         "rate": _rate(advice),
@@ -45,7 +45,9 @@ def _data(advice: Advice) -> str:
     if advice.data_volume is None:
         return "unknown: the data are not here; --tokens says how much there is"
     guessed = (
-        "as given" if advice.data_volume.known else "guessed from the size of the data's files: --tokens says better"
+        "as given"
+        if advice.data_volume.is_counted
+        else "guessed from the size of the data's files: --tokens says better"
     )
     return f"{format_count(advice.data_volume.tokens)} tokens an epoch, {guessed}"
 
@@ -68,7 +70,7 @@ def _stages(own: RunPlan) -> Any:
     found = own.memory
     shown = empty_table(["memory", "", "from"], gap=2, left=(0, 2))
     for stage in found.stages:
-        largest = stage is found.largest
+        largest = stage is found.largest_stage
         mark = "> " if largest else "  "
         shown.add_row(
             Text(f"{mark}{stage.name}", style="bold" if largest else ""), Text(format_bytes(stage.bytes)), Text()
@@ -79,7 +81,9 @@ def _stages(own: RunPlan) -> Any:
         Text("  libraries"), Text(format_bytes(found.footprint)), Text("Python, torch, transformers, a tokenizer")
     )
     shown.add_row(
-        Text("  peak", style="bold"), Text(format_bytes(found.peak), style="bold"), Text(f"in {found.largest.name}")
+        Text("  peak", style="bold"),
+        Text(format_bytes(found.peak), style="bold"),
+        Text(f"in {found.largest_stage.name}"),
     )
     for stage in own.follow_up:
         shown.add_row(
@@ -91,15 +95,15 @@ def _stages(own: RunPlan) -> Any:
 
 
 def _why(term: Term) -> Text:
-    return Text(term.why, style="dim")
+    return Text(term.source, style="dim")
 
 
 def _methods(advice: Advice) -> Any:
     """All methods side by side."""
     heads = ["method", "trainable", "weights", "optimizer", "activations", "needed", "time"]
-    limit = advice.own.limit
+    limit = advice.plan.limit
     shown = empty_table([*heads, *(["fits"] if limit is not None else [])])
-    for plan in advice.others:
+    for plan in advice.alternatives:
         terms = {term.name: term.bytes for stage in plan.memory.stages for term in stage.terms if stage.name == "steps"}
         base = terms.get("weights", 0) + terms.get("quantized", 0)
         states = terms.get("moments", 0) + terms.get("gradients", 0)
@@ -109,8 +113,8 @@ def _methods(advice: Advice) -> Any:
             format_bytes(states),
             format_bytes(terms.get("activations", 0)),
         ]
-        cells += [format_bytes(plan.memory.needed), format_duration(plan.seconds)]
-        chosen = plan.method == advice.own.method
+        cells += [format_bytes(plan.memory.required_bytes), format_duration(plan.seconds)]
+        chosen = plan.method == advice.plan.method
         row = [Text(("> " if chosen else "  ") + plan.method), *map(Text, cells)]
         if plan.fits is not None:
             row.append(Text("yes" if plan.fits else "no", style=_TONE[plan.fits]))
@@ -119,17 +123,17 @@ def _methods(advice: Advice) -> Any:
 
 
 def _verdict(advice: Advice) -> list[str]:
-    own = advice.own
+    own = advice.plan
     if own.limit is None:
         return ["--memory 24GiB or --device h100 says what fits."]
     if own.fits:
-        return [f"It fits: {format_bytes(own.memory.needed)} of {format_bytes(own.limit)}."]
-    told = [f"It does not fit: it needs {format_bytes(own.memory.needed)}, of {format_bytes(own.limit)}."]
+        return [f"It fits: {format_bytes(own.memory.required_bytes)} of {format_bytes(own.limit)}."]
+    told = [f"It does not fit: it needs {format_bytes(own.memory.required_bytes)}, of {format_bytes(own.limit)}."]
     if advice.change is None:
         return [*told, "No single change makes it fit: take a smaller model, or share it out (docs/scale.md)."]
-    fitting = format_bytes(advice.change.plan.memory.needed)
+    fitting = format_bytes(advice.change.plan.memory.required_bytes)
     return [
         *told,
-        f"The cheapest change that does, {fitting}, at the cost of {advice.change.costs}:",
+        f"The cheapest change that does, {fitting}, at the cost of {advice.change.cost}:",
         f"  {shlex.join(advice.change.overrides)}",
     ]

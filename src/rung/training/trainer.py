@@ -75,7 +75,7 @@ class Trainer:
         """The first step after the rollout that is no longer learned from."""
         self.checkpoints = self.folder.path / "checkpoints"
         self.trunk: FrozenLayerCache | None = None
-        self.policy.reference_cache = {} if self.objective.compares else None
+        self.policy.reference_cache = {} if self.objective.compares_answers else None
         self.sharing = self._share_prefixes()
         self.lowest = lowest_trainable_layer(self.policy.model, self.method.trainable())
         if self.method.supports_recompute():
@@ -260,7 +260,7 @@ class Trainer:
         if moving is not None:
             moving = moving._replace(names={*moving.names, *owned})
             train_only(self.optimizer_state.optimizer, self.trainable, moving)
-            if moving.changes_for_good:
+            if moving.changes_permanently:
                 self._reset_best()
         if self.progress.step < self.halted_until:
             self.progress.step += 1
@@ -397,7 +397,7 @@ class Trainer:
 
     def _gathered_metrics(self) -> Mapping[str, float]:
         """What the objective saw, of all processes."""
-        self.objective.seen = self.world.gather_metrics(self.objective.seen)
+        self.objective.batch_metrics = self.world.gather_metrics(self.objective.batch_metrics)
         return self.objective.take_metrics()
 
     def _save(self) -> None:
