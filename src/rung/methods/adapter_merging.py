@@ -107,6 +107,7 @@ def trim(update: Tensor, density: float) -> Tensor:
 
 def drop_and_rescale(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
     """DARE: keep each entry with probability `density` and divide by it (Yu et al. 2023, section 3)."""
+    # The caller's generator: the same seed gives the same merged adapter.
     mask = torch.rand(update.shape, generator=generator, dtype=update.dtype) < density
     return update * mask / density
 
@@ -132,6 +133,7 @@ def truncate(update: Tensor, rank: int) -> TruncatedFactors:
 
 def truncate_product(factors: LowRankFactors, rank: int) -> TruncatedFactors:
     """`truncate` for a product of factors, without the full matrix: QR of both, SVD of the small core."""
+    # Q has orthonormal columns, so the singular values of B A are those of the small R_b R_a^T.
     q_b, r_b = torch.linalg.qr(factors.b_OR)
     q_a, r_a = torch.linalg.qr(factors.a_RI.T)
     core = truncate(r_b @ r_a.T, rank)
@@ -139,5 +141,5 @@ def truncate_product(factors: LowRankFactors, rank: int) -> TruncatedFactors:
 
 
 def _pattern_value(pattern: Mapping[str, float], name: str, default: float) -> float:
-    """peft's rule: a key applies to modules whose name ends with it."""
+    """Peft's rule: a key applies to modules whose name ends with it."""
     return next((value for key, value in pattern.items() if name == key or name.endswith(f".{key}")), default)

@@ -129,6 +129,7 @@ class Bottleneck(Method):
         return output + adapter(output)
 
     def _parallel_hook(self, adapter: nn.Module, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        # The input of the block is already normalized: norm(x) in the formula above.
         return output + adapter(inputs[0]) if self.enabled else output
 
 

@@ -40,6 +40,7 @@ class _TrainsBase(Method):
 
     def load(self, folder: Path) -> None:
         """Load what `save` wrote; missing or unexpected keys raise `CheckpointError`."""
+        # All shards: `save_pretrained` splits large models.
         tensors = {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
         parameters = dict(self.model.named_parameters())  # tied weights once, as in the file
         require_same_keys(tensors.keys(), parameters.keys(), str(folder))

@@ -100,6 +100,7 @@ class LayerLottery:
             raise CheckpointError("this checkpoint does not tell who won")
         return TrainableSet(
             _trainable_names(self.method, self.winners),
+            # Only at the draw: later steps keep the moments they have accumulated.
             restart_moments=is_draw_step and self.config.lottery.rewind,
             changes_permanently=is_draw_step,
         )
@@ -182,6 +183,7 @@ def choose_winners(scores: Mapping[int, float], config: LotteryConfig, seed: int
     layers = sorted(scores)
     count = winner_count(config, len(layers))
     if config.lottery.choose == "best":
+        # Ties go to the lower layer, whatever the order of the scores.
         winners = sorted(layers, key=lambda number: (-scores[number], number))[:count]
     elif config.lottery.choose == "random":
         # A stream separate from those of other draws with the same seed.

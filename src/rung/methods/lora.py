@@ -96,6 +96,7 @@ class Lora(Method):
         self.layer_schedule: LayerSchedule | None = None
         self.starts_as_base = config.init != "loftq"  # LoftQ starts closer to the unquantized base
         self.seed = torch.initial_seed()  # set by `attach_method` just before
+        # Full names, so that peft adapts exactly these modules.
         self.names = select_linears(model, config.targets, config.layers)
         self.active_names = list(self.names)
         """Linears whose update is active: all, unless `keep_only` was called."""
@@ -194,6 +195,7 @@ class Lora(Method):
 
     def linear_params(self, module: nn.Module) -> LinearParams | None:
         """Parameters of peft's layer as it computes now; None if only peft can compute it (dropout, DoRA, variants)."""
+        # The exact type: peft's other layers (quantized, embeddings) have their own products.
         if type(module) is not PeftLinear:
             return plain_linear_params(module)
         layer: Any = module
@@ -244,6 +246,7 @@ class Lora(Method):
 
     def load(self, folder: Path) -> None:
         """Load what `save` wrote; missing or unexpected keys raise `CheckpointError`."""
+        # A lottery saves only the winners' linears.
         if self.layer_schedule is not None:
             self.keep_only(set(json.loads((folder / CONFIG).read_text())["target_modules"]))
         state, expected = read_state(folder), self._state()
@@ -256,6 +259,7 @@ class Lora(Method):
         """Merge B A into the base; peft raises if a merged weight is not finite."""
         self.model.float()  # B A would be rounded away in bfloat16
         if self.quantized is not None:
+            # peft would quantize the sum again, which rounds small updates away.
             for name in self.names:
                 self.model.set_submodule(name, self.quantized.merged_linear(self.layer(name)))
             self.quantized.dequantize(self.model)
@@ -266,7 +270,7 @@ class Lora(Method):
         return merged
 
     def layer(self, name: str) -> Any:
-        """peft's module for a target."""
+        """Peft's module for a target."""
         return self.model.get_submodule(name)
 
     def _config(self, modules_to_save: list[str]) -> LoraConfig:
@@ -283,8 +287,10 @@ class Lora(Method):
             target_modules=self.names,
             use_rslora=config.rslora,
             use_dora=config.dora,
+            # Data-dependent starts begin with peft's default; `calibrate` overwrites it.
             init_lora_weights=_INIT.get(config.init, True),
             modules_to_save=modules_to_save or None,
+            # GPT-2's Conv1D stores its weight transposed.
             fan_in_fan_out=any(isinstance(self.model.get_submodule(n), Conv1D) for n in self.names),
             task_type="CAUSAL_LM",
         )
@@ -298,6 +304,7 @@ class Lora(Method):
         if overlapping:
             reason = "these modules would be trained whole and get an adapter as well"
             raise ConfigError(reason, where="method.modules_to_save", given=", ".join(overlapping))
+        # The three forms of a key in `rank_pattern`: layer, role, and layer with role.
         places = {str(layer_number(name)) for name in self.names} | {r for name in self.names for r in roles_of(name)}
         places |= {f"{layer_number(name)}.{role}" for name in self.names for role in roles_of(name)}
         if idle := sorted(config.rank_pattern.keys() - places):
@@ -315,7 +322,7 @@ class Lora(Method):
             )
 
     def layers(self) -> dict[str, Any]:
-        """peft's modules by target."""
+        """Peft's modules by target."""
         return {name: self.layer(name) for name in self.names}
 
     def _initial_factors(self, sample: CalibrationData) -> Iterator[tuple[str, starts.LowRankPair]]:

@@ -72,6 +72,7 @@ def lora_ga(gradient_OI: Tensor, rank: int) -> LowRankPair:
     outputs = len(gradient_OI)
     u, _, v = torch.svd_lowrank(gradient_OI, q=min(4 * rank, *gradient_OI.shape), niter=4)
     factor = outputs**0.25 / LORA_GA_GAMMA**0.5
+    # B takes the second group of left vectors, A the first group of right ones: the first step covers 2 R directions.
     return LowRankPair(u[:, rank : 2 * rank] * factor, (v[:, :rank] * factor).T.contiguous())
 
 
@@ -104,6 +105,7 @@ def _damped_inverse(moment_II: Tensor) -> tuple[Tensor, Tensor]:
     """Add as much of the mean diagonal to the moment as a stable inverse needs; return both."""
     identity = torch.eye(len(moment_II), dtype=moment_II.dtype, device=moment_II.device)
     damping = 0.01 * moment_II.diagonal().mean() * identity
+    # As in peft's CorDA: 1 % of the mean diagonal, doubled until the inverse is accurate.
     for doublings in range(10):
         damped = moment_II + damping * 2**doublings
         inverse = torch.linalg.inv(damped)

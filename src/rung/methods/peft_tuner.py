@@ -1,4 +1,8 @@
-"""Any other tuner of peft, by its own config: IA3, VeRA, OFT and their kin, as peft computes them."""
+"""Any other peft tuner through its own config: IA3, VeRA, OFT and others, computed by peft.
+
+It gives access to every tuner in peft without code for each. The cost: peft's forward is slower than the fused one, the
+base is float32, and tuners that need a training loop of their own are refused by name. `methods/registry.py` builds it.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +37,7 @@ from rung.models.targets import select_linears
 
 
 class PeftTuner(Method):
-    """peft's tuner under Rung's engine: its own forward, its own file."""
+    """A peft tuner in Rung's trainer, with peft's forward and file format."""
 
     kind = "peft"
     artifact = "adapter"
@@ -42,9 +46,11 @@ class PeftTuner(Method):
         self.model, self.config = model, config
         self.starts_as_base = config.starts_as_base
         peft_config = _peft_config(model, config)
-        model.float()  # peft's tuners compute in the type the weights are held in
+        # peft's tuners compute in the dtype of the stored weights.
+        model.float()
         try:
             self.peft: PeftModel = without_peft_warnings(get_peft_model, model, peft_config)
+        # peft raises any of these for a config that does not fit the model.
         except (ValueError, TypeError, NotImplementedError, KeyError, AttributeError) as error:
             reason = f"peft does not take this config: {error}"
             raise ConfigError(reason, where="method.config", given=config.config.get("peft_type")) from error
@@ -54,25 +60,25 @@ class PeftTuner(Method):
             raise ConfigError(reason, where="method.config", given=config.config.get("peft_type"))
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """What peft leaves free."""
+        """Parameters that peft marks trainable."""
         return dict(self._trainable)
 
     def declared_parameters(self) -> int:
-        """As peft counts them."""
+        """Number of trainable parameters as counted by peft."""
         return int(self.peft.get_nb_trainable_parameters()[0])
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The base alone, inside the context."""
+        """Within the context the model is the base without the method."""
         with self.peft.disable_adapter():
             yield
 
     def linear_params(self, module: nn.Module) -> LinearParams | None:
-        """A plain linear as it stands; whatever belongs to a tuner computes itself."""
+        """Parameters of a plain linear; None for a tuner's layer, which computes itself."""
         return None if isinstance(module, BaseTunerLayer) else plain_linear_params(module)
 
     def prefix_sharing_blocker(self) -> str | None:
-        """Dropout, if the tuner's config asks for it."""
+        """Dropout, if the tuner's config sets one."""
         return (
             DROPOUT_BLOCKS_SHARING
             if any("dropout" in key and value for key, value in self.config.config.items())
@@ -84,14 +90,14 @@ class PeftTuner(Method):
         write_peft_files(folder, self._state(), self.peft.peft_config["default"].to_dict())
 
     def load(self, folder: Path) -> None:
-        """Read them; keys missing or left over raise `CheckpointError`."""
+        """Load what `save` wrote; missing or unexpected keys raise `CheckpointError`."""
         state, expected = read_state(folder), self._state()
         require_same_keys(state.keys(), expected.keys(), str(folder))
         require_same_shapes(expected, state, str(folder))
         without_peft_warnings(set_peft_model_state_dict, self.peft, state)
 
     def merge(self) -> nn.Module:
-        """The base with the tuner folded in, where peft can. Raises `PlanError` where it cannot."""
+        """Merge the tuner into the base. Raises `PlanError` if peft cannot."""
         try:
             merged: nn.Module = without_peft_warnings(self.peft.merge_and_unload, safe_merge=True)
         except (AttributeError, NotImplementedError, ValueError) as error:
@@ -103,7 +109,7 @@ class PeftTuner(Method):
 
 
 def _peft_config(model: PreTrainedModel, config: PeftTunerConfig) -> PeftConfig:
-    """Peft's config. Raises `ConfigError` for a tuner that is not there, is Rung's own, or takes other settings."""
+    """Build peft's config. Raises `ConfigError` for a tuner that is unknown, refused, or a method of Rung."""
     settings: dict[str, Any] = dict(config.config)
     kind = str(settings.get("peft_type", "")).upper()
     if kind in OWN_METHODS:
@@ -121,6 +127,7 @@ def _peft_config(model: PreTrainedModel, config: PeftTunerConfig) -> PeftConfig:
         refused = {key: settings[key] for key in ("task_type", "inference_mode") if key in settings}
         raise ConfigError("a run trains a model that writes", where="method.config", given=refused)
     settings |= {"peft_type": kind, "task_type": "CAUSAL_LM"}
+    # Targets that a tuner would ignore are an error: a setting without effect is a bug.
     selects_modules = config.targets != ALL_LINEAR or config.layers is not None
     if selects_modules and (kind in _NO_TARGETS or "target_modules" in settings):
         why = "finds its modules itself" if kind in _NO_TARGETS else "names them in its config"
@@ -128,7 +135,7 @@ def _peft_config(model: PreTrainedModel, config: PeftTunerConfig) -> PeftConfig:
     if kind not in _NO_TARGETS:
         settings.setdefault("target_modules", select_linears(model, config.targets, config.layers))
     if kind == "IA3" and isinstance(settings["target_modules"], list):
-        # by whole names, as the targets are: stock peft refuses a file in which they are none of them
+        # Full names, like the targets: peft refuses a file whose feed-forward modules are not among the targets.
         ends = settings.get("feedforward_modules", FEED_FORWARD)
         ends = [ends] if isinstance(ends, str) else ends
         settings["feedforward_modules"] = (
@@ -144,7 +151,7 @@ def _peft_config(model: PreTrainedModel, config: PeftTunerConfig) -> PeftConfig:
 
 
 FEED_FORWARD = ("down_proj", "fc_out", "fc2", "dense_4h_to_h", "mlp.c_proj")
-"""Ends of names of the matrices that IA3 scales the inputs of (Liu et al. 2022, section 3.3)."""
+"""Endings of the names of matrices whose inputs IA3 scales (Liu et al. 2022, section 3.3)."""
 OWN_METHODS = {
     "LORA": "kind: lora",
     "PROMPT_TUNING": "kind: prompt",
@@ -155,7 +162,7 @@ OWN_METHODS = {
     "CARTRIDGE": "kind: prefix",
     "XLORA": "kind: mixture",
 }
-"""Tuners that Rung computes itself."""
+"""Tuners for which Rung has a method, and that method."""
 REFUSED = {
     "ADALORA": "AdaLoRA hands its ranks out anew between steps, which peft leaves to a training loop of its own",
     "POLY": "Poly chooses among its skills by task ids, which peft wants as an argument of every forward",
@@ -163,6 +170,6 @@ REFUSED = {
     "LILY": "Lily's router averages over every token at hand, those of other documents and those to come among them",
     "SHADOW": "Shadow's layers read what a forward of peft's own left behind, which no other forward does",
 }
-"""Tuners that would train as something else than their name says."""
+"""Tuners that would train differently than their name says, with the reason."""
 _NO_TARGETS = frozenset({"LN_TUNING", "ADAPTION_PROMPT", "TRAINABLE_TOKENS"})
-"""Tuners that find their modules themselves."""
+"""Tuners that choose their modules themselves."""
