@@ -1,7 +1,8 @@
-"""Preference optimization: the better of two answers becomes likelier than the other, measured against a reference.
+"""Preference optimization: raise the better of two answers over the other, relative to a reference.
 
 The losses are pure functions of a pair's log-ratios to the reference, summed over the tokens of each answer or divided
-by their number. The two answers of a pair share their prompt in the tree, so it is computed once.
+by their number. The two answers of a pair share their prompt in the tree, so it is computed once. No reward model is
+needed; the reference costs a second forward pass, which is cached by document. `objectives/registry.py` builds it.
 
 Suffixes: D documents of a batch, P pairs.
 """
@@ -26,10 +27,10 @@ from rung.types import Counts, Example, LossTerm, PackedBatch
 
 
 class PairLogprobs(NamedTuple):
-    """What is known of the better and the other answer of each pair, [P] each."""
+    """Log-probabilities and lengths of the better and the other answer of each pair, [P] each."""
 
     better: Tensor
-    """Log-probability of the answer, in nats; of the reference taken off where there is one."""
+    """Log-probability of the answer in nats, minus that of the reference if there is one."""
     other: Tensor
     better_tokens: Tensor
     other_tokens: Tensor
@@ -74,12 +75,12 @@ def orpo(pairs: PairLogprobs, config: PreferenceConfig) -> Tensor:
 
 
 def apo_zero(pairs: PairLogprobs, config: PreferenceConfig) -> Tensor:
-    """Better answers up, others down, each on its own (D'Oosterlinck et al. 2024, eq. 6)."""
+    """Raise better answers and lower others, each independently (D'Oosterlinck et al. 2024, eq. 6)."""
     return 1.0 - torch.sigmoid(config.resolved_beta * pairs.better) + torch.sigmoid(config.resolved_beta * pairs.other)
 
 
 def sigmoid_norm(pairs: PairLogprobs, config: PreferenceConfig) -> Tensor:
-    """DPO on log-ratios per token: length alone wins nothing (Meng et al. 2024, section 4.4)."""
+    """DPO on log-ratios per token, which removes the advantage of length (Meng et al. 2024, section 4.4)."""
     better, other = pairs.per_token()
     return -F.logsigmoid(config.resolved_beta * (better - other))
 
@@ -99,7 +100,7 @@ LOSSES: dict[str, Callable[[PairLogprobs, PreferenceConfig], Tensor]] = {
 
 
 def kto(ratio_D: Tensor, good_D: Tensor, reference_point: Tensor, config: PreferenceConfig) -> Tensor:
-    """1 - sigmoid of how far a good answer lies above the reference point, or a bad one below it [D].
+    """1 - sigmoid of the margin of a good answer above the reference point, or of a bad one below it, [D].
 
     Ethayarajh et al. 2024, eq. 8; the reference point is the KL divergence to the reference, at least 0.
     """
@@ -109,30 +110,32 @@ def kto(ratio_D: Tensor, good_D: Tensor, reference_point: Tensor, config: Prefer
 
 
 def make_preference_objective(config: PreferenceConfig) -> Objective:
-    """The objective of a loss: of pairs, or of single answers."""
+    """The objective for a loss: paired, or unpaired for KTO."""
     return UnpairedPreference(config) if config.loss == "kto" else PairedPreference(config)
 
 
 class PairedPreference(Objective):
     """Sum over rows of the mean loss of a row's pairs (Ouyang et al. 2022, eq. 1), each with the row's weight."""
 
-    compares, at_least = True, 2
+    compares_answers, min_answers = True, 2
 
     def __init__(self, config: PreferenceConfig) -> None:
         self.config = config
-        self.seen: list[dict[str, Tensor]] = []
+        self.batch_metrics: list[dict[str, Tensor]] = []
 
     def count(self, batch: PackedBatch) -> Counts:
         """Weights of the rows, and of the tokens of their best answers."""
         pairs, documents = answer_pairs(batch), batch.documents
+        # Answers that no other answer beats: only these are targets of the SFT term.
         best = set(pairs.better) - set(pairs.other)
         tokens = sum(documents[i].weight * int(documents[i].supervised[1:].sum()) for i in best)
         return Counts(tokens=float(tokens), sequences=float(batch.sequences), pairs=sum(pairs.weight))
 
     def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
-        """One term of the pairs, and one of the best answers' tokens where `sft` is above 0."""
+        """One term of the pairs, and one of the best answers' tokens if `sft_weight` is above 0."""
         pairs, reference_D = answer_pairs(batch), None
-        if self.config.loss not in REFERENCE_FREE:  # before the policy keeps what its backward pass needs
+        # The reference runs first, while no activations of the policy are stored.
+        if self.config.loss not in REFERENCE_FREE:
             reference_D = policy.reference_sums(batch)
         logprobs_N, owner_N = policy.logprobs(batch), batch.loss.owner
         better_P, other_P = (torch.tensor(side, device=owner_N.device) for side in (pairs.better, pairs.other))
@@ -151,10 +154,10 @@ class PairedPreference(Objective):
         return terms
 
     def take_metrics(self) -> Mapping[str, float]:
-        """Of the pairs: the margin that the loss sees, how many stand the right way, log-probabilities, lengths."""
-        if not self.seen:
+        """Of the pairs: the margin that the loss sees, accuracy, log-probabilities, and lengths."""
+        if not self.batch_metrics:
             return {}
-        metrics = take_batch_metrics(self.seen)
+        metrics = take_batch_metrics(self.batch_metrics)
         margin, length_difference = metrics["margin"], metrics["better_tokens"] - metrics["other_tokens"]
         return {
             "margin": float(margin.mean()),
@@ -167,7 +170,7 @@ class PairedPreference(Objective):
 
     def _record_batch(self, pair_logprobs: PairLogprobs, better: Tensor, other: Tensor) -> None:
         first, second = pair_logprobs.per_token() if self.config.loss in PER_TOKEN else pair_logprobs[:2]
-        self.seen.append(
+        self.batch_metrics.append(
             {
                 "margin": (self.config.resolved_beta * (first - second)).detach(),
                 "better": better,
@@ -179,18 +182,19 @@ class PairedPreference(Objective):
 
 
 class UnpairedPreference(Objective):
-    """KTO: each answer on its own, good or bad; of a row with several the best is good.
+    """KTO: each answer is good or bad independently; in a row with several answers the best is good.
 
-    The reference point is the mean log-ratio of answers behind prompts of other rows, read before each step
-    (Ethayarajh et al. 2024, section 4.1). A validation loss takes that of the last step.
+    The reference point is the mean log-ratio of answers after the prompts of other rows, computed before each step
+    (Ethayarajh et al. 2024, section 4.1). A validation loss uses that of the last step.
     """
 
     compares_answers = True
 
     def __init__(self, config: PreferenceConfig) -> None:
         self.config = config
+        # 0 until the first step: policy and reference are still equal.
         self.reference_point = torch.zeros(())
-        self.seen: list[dict[str, Tensor]] = []
+        self.batch_metrics: list[dict[str, Tensor]] = []
 
     def count(self, batch: PackedBatch) -> Counts:
         """Weights of the answers, and of the tokens of the good ones."""
@@ -200,7 +204,7 @@ class UnpairedPreference(Objective):
         return Counts(tokens=float(tokens), sequences=float(batch.sequences), pairs=float(weight))
 
     def kl_examples(self, examples: Sequence[Example]) -> list[Example]:
-        """Each prompt with an answer of the next row; none that would be longer than all documents of the step."""
+        """Each prompt with an answer of the next row, unless it is longer than the longest document of the step."""
         rows: dict[int, list[Example]] = {}
         for i, e in enumerate(examples):
             rows.setdefault(e.row if e.row >= 0 else -1 - i, []).append(e)
@@ -211,8 +215,10 @@ class UnpairedPreference(Objective):
                 answer = next_group[k % len(next_group)]
                 prompt_end, answer_start = int(e.supervised.argmax()), int(answer.supervised.argmax())
                 ids = np.concatenate([e.ids[:prompt_end], answer.ids[answer_start:]])
+                # Longer rows could exceed the memory that was planned for the step.
                 if len(ids) <= max_length:
                     supervised = np.concatenate([e.supervised[:prompt_end], answer.supervised[answer_start:]])
+                    # Row -1: a mismatched answer belongs to no group and may be packed anywhere.
                     mismatched.append(replace(e, ids=ids, supervised=supervised, row=-1))
         return mismatched
 
@@ -222,27 +228,28 @@ class UnpairedPreference(Objective):
         for batch in batches:
             logprobs_N = policy.logprobs(batch)
             ratios.append(sum_by_document(batch, logprobs_N - policy.reference_logprobs(batch).to(logprobs_N.dtype)))
+        # A KL divergence is not negative; the estimate from a few answers may be.
         self.reference_point = torch.cat(ratios).mean().clamp(min=0.0)
 
     def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
-        """One term of the answers, and one of the good ones' tokens where `sft` is above 0."""
+        """One term of the answers, and one of the good answers' tokens if `sft_weight` is above 0."""
         reference_D = policy.reference_sums(batch)
         logprobs_N, is_good = policy.logprobs(batch), is_good_answer(batch)
         ratio_D = sum_by_document(batch, logprobs_N) - reference_D.to(logprobs_N.dtype)
         good_D = torch.tensor(is_good, device=ratio_D.device)
         weight_D = ratio_D.new_tensor([document.weight for document in batch.documents])
         losses_D = kto(ratio_D, good_D, self.reference_point.to(ratio_D), self.config)
-        self.seen.append({"ratio": ratio_D.detach(), "good": good_D})
+        self.batch_metrics.append({"ratio": ratio_D.detach(), "good": good_D})
         terms = [LossTerm((losses_D * weight_D).sum(), "pairs", "kto")]
         if self.config.sft_weight and any(is_good):
             terms.append(cross_entropy(batch, logprobs_N, good_D, self.config.sft_weight))
         return terms
 
     def take_metrics(self) -> Mapping[str, float]:
-        """Rewards beta r of good and of bad answers, their difference, and the reference point in nats."""
-        if not self.seen:
+        """Mean rewards beta r of good and bad answers, their difference, and the reference point in nats."""
+        if not self.batch_metrics:
             return {}
-        metrics = take_batch_metrics(self.seen)
+        metrics = take_batch_metrics(self.batch_metrics)
         reward, is_good = self.config.resolved_beta * metrics["ratio"], metrics["good"] > 0
         means = {
             name: float(reward[mask].mean()) for name, mask in (("good", is_good), ("bad", ~is_good)) if mask.any()
@@ -253,7 +260,7 @@ class UnpairedPreference(Objective):
 
 
 def is_good_answer(batch: PackedBatch) -> list[bool]:
-    """Whether each document's answer is a good one: labelled above 0, or the best of a row of several."""
+    """Whether each document's answer is good: labeled above 0, or the best of a row with several."""
     rows: dict[int, list[float]] = {}
     for document in batch.documents:
         rows.setdefault(document.row, []).append(document.score or 0.0)
@@ -262,12 +269,13 @@ def is_good_answer(batch: PackedBatch) -> list[bool]:
 
 
 def cross_entropy(batch: PackedBatch, logprobs_N: Tensor, mask_D: Tensor, weight: float) -> LossTerm:
-    """Of the tokens of the chosen documents."""
+    """Weighted cross-entropy of the tokens of the documents in `mask_D`."""
     mask_N = mask_D[batch.loss.owner]
     return LossTerm(weight * nll(logprobs_N[mask_N], batch.loss.weight[mask_N]), "tokens", "sft")
 
 
 def _log_odds(logprob: Tensor) -> Tensor:
-    """log(p / (1 - p)) of a log-probability, which rounding may have made 0: then p is the largest below 1."""
+    """log(p / (1 - p)) of a log-probability. If rounding made it 0, the largest p below 1 is used."""
     below_zero = logprob.clamp(max=-torch.finfo(logprob.dtype).eps)
+    # expm1: 1 - exp(x) would cancel for p near 1.
     return below_zero - torch.log(-torch.expm1(below_zero))
