@@ -207,6 +207,7 @@ class UnpairedPreference(Objective):
         """Each prompt with an answer of the next row, unless it is longer than the longest document of the step."""
         rows: dict[int, list[Example]] = {}
         for i, e in enumerate(examples):
+            # A document without a row is a group of its own.
             rows.setdefault(e.row if e.row >= 0 else -1 - i, []).append(e)
         groups, max_length = list(rows.values()), max(map(len, examples), default=0)
         mismatched = []

@@ -1,4 +1,9 @@
-"""What a config takes, what every other method would take, and the cheapest change that makes it fit."""
+"""The plan of a run: its memory and time, those of every other method, and the cheapest change that makes it fit.
+
+Everything follows from configs: no weights are loaded and torch is not imported, so `rung plan` answers in a second.
+The price is that an estimate needs formulas for each method; `runs/checks.py` plans again with the run's own data and
+compares the plan with what was measured.
+"""
 
 from __future__ import annotations
 
@@ -36,33 +41,33 @@ from rung.planning.throughput import (
 )
 
 MAX_PROBED_TOKENS = 2048
-"""The largest budget that `probe` tries."""
+"""The largest micro-batch, in tokens, that `probe` tries."""
 SMALL_MICRO_BATCH = 256
-"""Tokens at once beside further changes: fewer would be slower and spare little."""
+"""Tokens of a micro-batch when other settings change too; fewer would be slower and save little."""
 SUPERVISED_SHARE = 0.5
-"""Share of a micro-batch that the loss is taken of, as long as nothing has been tokenized."""
+"""Assumed share of supervised tokens in a micro-batch, before anything has been tokenized."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """One run's cost."""
+    """Memory and time of one run."""
 
     method: str
     trainable: int | None
-    """Numbers that move; None where only the loaded model can tell."""
+    """Trainable parameters; None if only the loaded model can tell."""
     memory: MemoryEstimate
     flops: float | None
-    """None where nobody knows how much data there is."""
+    """Operations of the run; None if the amount of data is unknown."""
     seconds: float | None
-    """At the rate; None where none is known."""
+    """Time at the known throughput; None if there is none."""
     follow_up: tuple[Stage, ...]
-    """What `rung eval` and `rung merge` hold."""
+    """Memory of `rung eval` and `rung merge` after the run."""
     limit: int | None
-    """Bytes that there are; None where nobody said."""
+    """Available bytes; None if not stated."""
 
     @property
     def fits(self) -> bool | None:
-        """Whether what is needed lies within the limit; None without one."""
+        """Whether the required memory is within the limit; None without a limit."""
         return None if self.limit is None else self.memory.required_bytes <= self.limit
 
     def to_json(self) -> dict[str, Any]:
@@ -83,25 +88,25 @@ class CheapestChange:
     """A setting that makes a run fit."""
 
     overrides: tuple[str, ...]
-    """As they are given on the command line."""
+    """Settings as given on the command line."""
     cost: str
-    """What is lost by it."""
+    """What the change costs."""
     plan: RunPlan
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """Everything `rung plan` says."""
+    """The result of `rung plan`."""
 
     shape: ModelShape
     micro_batch: MicroBatch
     data_volume: DataVolume | None
-    """None where no data is there, and nobody said."""
+    """None if the data is missing and no amount was given."""
     throughput: Throughput | None
     plan: RunPlan
     alternatives: tuple[RunPlan, ...]
     change: CheapestChange | None
-    """The cheapest that fits, where the config's own run does not and any does."""
+    """The cheapest change that fits, if the config's own run does not; None if no change fits."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -126,9 +131,9 @@ class Advice:
 def advise(
     config: RunConfig, *, limit: int | None = None, device: Device | None = None, tokens: float | None = None
 ) -> Advice:
-    """Plan a run and its alternatives from the configs of its models alone.
+    """Plan a run and its alternatives from the configs of its models.
 
-    `limit` is in bytes, `tokens` are those of an epoch; `device` None is this machine. Raises `ConfigError` for a model
+    `limit` is in bytes, `tokens` counts one epoch, `device` None means this machine. Raises `ConfigError` for a model
     without a config.
     """
     shape, volume = read_shape(config.model), _guess_data_volume(config)
@@ -145,6 +150,7 @@ def advise(
     own_plan = plan(config, _method_label(config))
     change = None
     if own_plan.fits is False:
+        # A generator: the changes are ordered by cost, and planning stops at the first that fits.
         candidates = (
             CheapestChange(o, costs, plan(changed, _method_label(changed)))
             for o, costs, changed in _candidate_changes(config, micro_batch.tokens)
@@ -174,7 +180,7 @@ def _plan(
 
 
 def assumed_micro_batch(config: RunConfig, shape: ModelShape, device: Device | None) -> MicroBatch:
-    """What is computed at once, before anything has been tokenized: as much as the budget allows."""
+    """The largest micro-batch that the budget allows, before anything has been tokenized."""
     budget_setting = config.training.tokens_per_micro_batch
     kind = "cpu" if device is None else "cuda"
     budget = (
@@ -185,18 +191,20 @@ def assumed_micro_batch(config: RunConfig, shape: ModelShape, device: Device | N
         else budget_setting
     )
     max_length = config.data.max_length or 0
+    # A document is never divided, so one longer than the budget is a micro-batch of its own.
     tokens = max(budget, max_length)
     return MicroBatch(
         compute_type(config.model, device),
         tokens,
         int(tokens * SUPERVISED_SHARE),
+        # Memory fragments more for a single long document; see `planning/memory.py`.
         documents=1 if max_length > budget else 2,
         device=kind,
     )
 
 
 def compute_type(model: ModelConfig, device: Device | None) -> str:
-    """What products run in: `auto` takes bfloat16 where hardware multiplies it."""
+    """The dtype of products: `auto` takes bfloat16 if the hardware multiplies it."""
     if model.dtype != "auto":
         return model.dtype
     if device is not None:
@@ -205,19 +213,21 @@ def compute_type(model: ModelConfig, device: Device | None) -> str:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this machine's processor has AVX512-BF16 or AMX: what torch would say, without torch."""
+    """Whether this machine's processor has AVX512-BF16 or AMX; asked without importing torch."""
     try:
         flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
+    # The file exists only on Linux; elsewhere the answer is no.
     except (OSError, IndexError):
         return False
     return "avx512_bf16" in flags or "amx_tile" in flags
 
 
 def auxiliary_shapes(config: RunConfig) -> dict[str, ModelShape]:
-    """Further models of a run, by what they are there for; adapters on the run's own base are none."""
+    """Shapes of further models in a run, by purpose; adapters on the run's own base do not count."""
     shapes: dict[str, ModelShape] = {}
     reference = getattr(config.objective, "reference_model", None)
     if reference == "base":
+        # Other methods switch themselves off; full fine-tuning needs a second copy of the base.
         if config.method.kind == "full":
             shapes["reference"] = read_shape(config.model)
     elif reference is not None:
@@ -228,13 +238,13 @@ def auxiliary_shapes(config: RunConfig) -> dict[str, ModelShape]:
     if isinstance(reward, ModelRewardConfig):
         base = require_reward_run(reward.run).get("model", {}).get("name")
         is_full_model = (Path(reward.run) / "model").exists() or config.method.kind in BASE_CHANGING_METHODS
-        if is_full_model or base != config.model.name:  # else it is one more adapter on this run's weights
+        if is_full_model or base != config.model.name:  # else it is an adapter on this run's weights
             shapes["reward"] = _auxiliary_shape(config, reward.run, "objective.reward.run")
     return shapes
 
 
 def _auxiliary_shape(config: RunConfig, name: str, where: str) -> ModelShape:
-    """Of a model that the config names elsewhere: what is wrong with it is said of that place."""
+    """Shape of a model that the config names outside `model.name`; errors refer to that setting."""
     try:
         return read_shape(config.model.model_copy(update={"name": name, **WITHOUT_RUN_SETTINGS}))
     except ConfigError as error:
@@ -245,7 +255,7 @@ def _auxiliary_shape(config: RunConfig, name: str, where: str) -> ModelShape:
 
 
 def require_reward_run(run: str) -> dict[str, Any]:
-    """The config of a reward run. Raises `ConfigError` for a folder without a run, or of another kind."""
+    """The config of a reward run. Raises `ConfigError` for a folder without a run, or a run of another kind."""
     where = "objective.reward.run"
     try:
         config: dict[str, Any] = json.loads((Path(run) / "run.json").read_text())["config"]
@@ -258,11 +268,11 @@ def require_reward_run(run: str) -> dict[str, Any]:
 
 
 def alternatives(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
-    """The same run under every method: with the config's own settings where it is the config's, else with defaults."""
+    """The run with every method: with the config's settings for its own method, with defaults for others."""
     kinds: Mapping[str, Any] = METHOD_CONFIGS
     for kind, config_class in kinds.items():
         if kind == "peft":
-            continue  # what its tuners hold is known once the model is loaded
+            continue  # the size of its tuners is known only for a loaded model
         if kind == "qlora":
             for bits in (8, 4):
                 method = (
@@ -279,12 +289,12 @@ def alternatives(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
 
 
 def _method_label(config: RunConfig) -> str:
-    """Of a method in the table of all."""
+    """Label of a config's method in the table of alternatives."""
     return f"qlora, {getattr(config.method, 'bits', 4)} bits" if config.method.kind == "qlora" else config.method.kind
 
 
 def _candidate_changes(config: RunConfig, current_tokens: int) -> Iterator[tuple[tuple[str, ...], str, RunConfig]]:
-    """From what costs nothing but time to what makes another run of it."""
+    """Changes in order of cost: first those that cost only time, last another method."""
     for tokens in (4096, 2048, 1024, 512, 256, 128):
         if tokens < current_tokens and tokens >= (config.data.max_length or 0):
             training = config.training.model_copy(update={"tokens_per_micro_batch": tokens})
@@ -293,6 +303,7 @@ def _candidate_changes(config: RunConfig, current_tokens: int) -> Iterator[tuple
                 "speed alone",
                 config.model_copy(update={"training": training}),
             )
+    # Further changes assume the smallest micro-batch, because that saving costs least.
     small_training = config.training.model_copy(
         update={"tokens_per_micro_batch": min(SMALL_MICRO_BATCH, current_tokens)}
     )
@@ -341,11 +352,12 @@ def parse_size(text: str | None) -> int | None:
     return int(float(match[1]) * size)
 
 
+# Decimal without an i (GB), binary with it (GiB).
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 def parse_device(name: str | None) -> Device | None:
-    """A known device. Raises `ConfigError` for another."""
+    """Look up a device. Raises `ConfigError` for an unknown one."""
     if name is None:
         return None
     if name.lower() not in DEVICES:
@@ -356,7 +368,7 @@ def parse_device(name: str | None) -> Device | None:
 
 
 def _guess_data_volume(config: RunConfig) -> DataVolume | None:
-    """From the sizes of the data's files, and what the config leaves of them; None where none is there."""
+    """Data volume from the file sizes and the config's splits and limit; None if no file exists."""
     paths = [config.data.path] if isinstance(config.data.path, str) else [source.path for source in config.data.path]
     shares = [s for s in (config.data.validation, config.data.test) if isinstance(s, float | int)]
     volume = estimate_data_volume([Path(name) for name in paths])

@@ -1,8 +1,9 @@
-"""Bytes that a run holds at its peak, term by term, from the shape of its model.
+"""Memory of a run at its peak, term by term, from the shape of its model.
 
-A run has stages (loading, steps, rollouts, saving), and its peak is that of the largest. Formulas are those of what the
-engine keeps: layers what `rung.planning.method_cost` says, the head two vectors of width H a learned token. What
-Python and its libraries hold before any model is there comes on top, and is stated apart: `FOOTPRINT`.
+A run has stages (loading, steps, rollouts, saving), and its peak is that of the largest. The formulas follow what the
+trainer stores: layers as in `planning/method_cost.py`, the head vectors of width H a supervised token. The memory of
+Python and its libraries before a model is loaded is added separately: `BASELINE_RSS`. Constants marked as measured come
+from runs on one machine; GPUs were not measured.
 """
 
 from __future__ import annotations
@@ -17,24 +18,25 @@ from rung.planning.method_cost import MethodCost, activation_bytes_per_token, me
 from rung.planning.throughput import generates_rollouts
 
 BASELINE_RSS = 560 * 2**20
-"""Python, torch, transformers and a tokenizer of 49,152 tokens, without a model (measured)."""
+"""Resident memory of Python, torch, transformers and a tokenizer of 49,152 tokens, without a model (measured)."""
 ACTIVATION_BYTES = 512 * 2**20
-"""What the activations of one micro-batch may hold on a processor."""
+"""Budget for the activations of one micro-batch on a processor."""
 MIN_TOKENS, MAX_TOKENS = 256, 4096
 """Below some hundred rows matrix products slow down; beyond a few thousand nothing is gained on a processor."""
+# A GPU needs more rows per launch than a processor for full rate; not measured here.
 CUDA_TOKENS = 16_384
 TILE_LOGITS = 512 * 2048
-"""Logits that the head computes at once."""
+"""Logits in one tile of the head, as in `models/logprobs.py`."""
 NF4_BYTES = 0.5 + 1 / 64
-"""Bytes a number of a 4-bit base: half a byte, and a scale of one byte for 64 numbers (Dettmers et al. 2023)."""
+"""Bytes per weight of a 4-bit base: half a byte, and a one-byte scale for 64 weights (Dettmers et al. 2023)."""
 NF4_FLOAT_SCALES_BYTES = 0.5 + 4 / 64
-"""The same with scales in float32."""
+"""Bytes per weight with scales in float32 (`double_quant: false`)."""
 
 BITSANDBYTES_BYTES = 110 * 10**6
-"""The library alone (measured)."""
+"""Resident memory of the library (measured)."""
 FRAGMENTATION, FRAGMENTATION_SINGLE_DOCUMENT = 0.19, 0.65
-"""Of what a step keeps: freed memory of a size that is not asked for again (measured with glibc 2.36). A long document,
-alone in its micro-batch, leaves more: what attention makes and forgets is as large, and of another size in the next."""
+"""Share of a step's memory that is freed but not reusable, because no later request has its size (measured with glibc
+2.36). A single long document leaves more: the temporaries of attention are as large, and differ in the next batch."""
 FRAGMENTATION_BY_METHOD = {
     "prompt": 0.43,
     "prefix": 0.43,
@@ -43,66 +45,66 @@ FRAGMENTATION_BY_METHOD = {
     "qlora": 0.94,
     "mixture": 1.29,
 }
-"""The same of methods that make and forget more on the way (measured for each; with glibc 2.38 and later there may be
-less: before that, an aligned block was not given out again to a request of its own size)."""
+"""The same for methods with more temporaries (measured for each). glibc 2.38 and later may leave less: earlier versions
+did not reuse an aligned block for a request of the same size."""
 UNFUSED_FACTOR = 3.4
-"""Times what transformers' and peft's own forward keep (`model.fused: false`), beside ours (measured)."""
+"""Factor on stored activations with transformers' and peft's forward (`model.fused: false`) (measured)."""
 PRODUCT_BUFFER_BYTES = 105 * 10**6
-"""Buffers of the processor's matrix products, which a model of no size does not need (measured)."""
+"""Buffers of matrix products on a processor (measured)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """What one thing holds, in bytes, and where the number comes from."""
+    """One contribution to memory, in bytes, and the source of the number."""
 
     name: str
     bytes: int
     source: str
     mapped: bool = False
-    """Pages of a file that the system takes back when memory is short: resident, but not needed."""
+    """Mapped pages of a file, which the system can reclaim: resident, but not required."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A part of a run, and all that is held at its peak."""
+    """A part of a run, and all memory at its peak."""
 
     name: str
     terms: tuple[Term, ...]
 
     @property
     def bytes(self) -> int:
-        """All terms together."""
+        """Sum of all terms."""
         return sum(term.bytes for term in self.terms)
 
     @property
     def required_bytes(self) -> int:
-        """The same without what the system can take back."""
+        """Sum of the terms that the system cannot reclaim."""
         return sum(term.bytes for term in self.terms if not term.mapped)
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What a run computes at once, as far as it is known."""
+    """The largest micro-batch of a run, as far as it is known."""
 
     compute_dtype: str
     """float32 or bfloat16."""
     tokens: int
-    """Of the largest micro-batch."""
+    """Tokens of the largest micro-batch."""
     supervised_tokens: int
-    """Of them, those that the loss is taken of."""
+    """Supervised tokens among them."""
     compute_ratio: float = 1.0
-    """Tokens computed over tokens of the documents: less than 1 where beginnings are shared."""
+    """Tokens computed over tokens of the documents: below 1 if prefixes are shared."""
     documents: int = 2
-    """Of the largest micro-batch."""
+    """Documents of the largest micro-batch."""
     batches: int = 2
-    """Micro-batches of a step: with one, gradients grow while activations go."""
+    """Micro-batches of a step; with one, gradients are allocated while activations are freed."""
     device: str = "cpu"
-    """Holes are those of the processor's allocator; another's were not measured, and take the smallest share."""
+    """Fragmentation was measured for the CPU allocator; other devices take the smallest share."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """A run's stages in their order."""
+    """A run's stages in order."""
 
     stages: tuple[Stage, ...]
     footprint: int = BASELINE_RSS
@@ -114,12 +116,12 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> int:
-        """Bytes at the peak, with what the libraries hold: what is resident where memory is not short."""
+        """Resident bytes at the peak, including libraries, while memory is not short."""
         return self.largest_stage.bytes + self.footprint
 
     @property
     def required_bytes(self) -> int:
-        """Bytes that there must be."""
+        """Bytes that must be available."""
         return max(stage.required_bytes for stage in self.stages) + self.footprint
 
     def to_json(self) -> dict[str, object]:
@@ -133,17 +135,18 @@ def tokens_per_micro_batch(shape: ModelShape, device: str) -> int:
     """The `auto` budget. 776 tokens for a 135M model: a few hundred rows keep products near full speed."""
     if device == "cuda":
         return CUDA_TOKENS
+    # The float32 count without a method, so that the budget depends only on the base.
     return max(MIN_TOKENS, min(MAX_TOKENS, ACTIVATION_BYTES // activation_bytes_per_token(shape)))
 
 
 def estimate_memory(
     config: RunConfig, shape: ModelShape, micro_batch: MicroBatch, auxiliary: Mapping[str, ModelShape] | None = None
 ) -> MemoryEstimate:
-    """The stages of `rung train`. `others` are the shapes of further models, by what they are there for."""
+    """Memory of the stages of `rung train`; `auxiliary` holds the shapes of further models by purpose."""
     cost = method_cost(config.method, shape)
     resident = _resident_terms(config, shape, cost, micro_batch, auxiliary or {})
     step = _step_terms(config, shape, cost, micro_batch)
-    # what a step has freed stays with the process: the next one uses it again
+    # The allocator does not return what a step has freed: it is still resident while the optimizer runs.
     heap = [term for term in step if term.name in ("activations", "scratch", "holes", "products")]
     stages = [
         Stage("loading", (*_loading_terms(config, shape, micro_batch), *_library_terms(config))),
@@ -152,16 +155,18 @@ def estimate_memory(
     ]
     rollout = getattr(config.objective, "rollout", None)
     if rollout is not None and generates_rollouts(config):
+        # A step never needs more answers at once than it generates.
         rows = min(rollout.batch, rollout.num_generations * config.training.examples_per_step)
         tokens = micro_batch.tokens // max(1, rollout.num_generations) + rollout.max_new_tokens
         stages.append(Stage("rollouts", (*resident, *decoding_terms(shape, rows, tokens, micro_batch.compute_dtype))))
+    # After the last step moments and value model are freed.
     trained = [term for term in resident if term.name not in ("moments", "value")]
     stages.append(Stage("saving", (*trained, *_saving_terms(cost))))
     return MemoryEstimate(tuple(stages))
 
 
 def decoding_terms(shape: ModelShape, rows: int, tokens: int, compute: str) -> Sequence[Term]:
-    """What decoding holds besides the weights: `rows` answers at once, `tokens` long with their prompts."""
+    """Memory of decoding besides the weights: `rows` answers at once, `tokens` long including prompts."""
     width = DTYPE_BYTES[compute]
     cache = rows * tokens * 2 * shape.kv * shape.layers * width
     return (
@@ -171,20 +176,23 @@ def decoding_terms(shape: ModelShape, rows: int, tokens: int, compute: str) -> S
 
 
 def weight_terms(config: RunConfig, shape: ModelShape, compute: str) -> Sequence[Term]:
-    """The base as it stands in memory while it is trained."""
+    """Memory of the base during training."""
     kind = config.method.kind
     non_linear = shape.layers * shape.norm_parameters + shape.other_parameters
     embeddings = shape.embedding_parameters * (1 if shape.tied else 2)
     linear_parameters = shape.layers * shape.linear_parameters
     if kind == "full":
         return (Term("weights", 4 * shape.parameters, "float32: what moves is never narrower"),)
+    # Without fused functions a bfloat16 file is widened at loading (decision 0010).
     is_bfloat16 = compute == "bfloat16" or (shape.stored_dtype == "bfloat16" and config.model.fused)
     width = 2 if is_bfloat16 else 4
+    # Norms and biases are widened once; only matrices stay bfloat16.
     vector_width = 2 if compute == "bfloat16" else 4
     non_linear_bytes = width * embeddings + vector_width * non_linear
     if kind == "qlora":
         bits, double = getattr(config.method, "bits", 4), getattr(config.method, "double_quant", True)
         bytes_each = 1.0 if bits == 8 else NF4_BYTES if double else NF4_FLOAT_SCALES_BYTES
+        # 8 bits: one float32 scale for each output.
         scales = 4 * shape.layers * sum(m.outputs for m in shape.matrices) if bits == 8 else 0
         return (
             Term(
@@ -204,14 +212,15 @@ def weight_terms(config: RunConfig, shape: ModelShape, compute: str) -> Sequence
 
 
 def _library_terms(config: RunConfig) -> Sequence[Term]:
-    """What is not loaded for every run."""
+    """Libraries that not every run imports."""
     if config.method.kind != "qlora" and config.training.optimizer.state_dtype != "int8":
         return ()
     return (Term("bitsandbytes", BITSANDBYTES_BYTES, "the library (measured)"),)
 
 
 def _mapped_file_terms(shape: ModelShape, linear_parameters: int, width: int) -> Sequence[Term]:
-    """What was quantized stays readable in the file as long as embeddings are read from it."""
+    """The quantized weights' file stays mapped as long as the embeddings are read from it."""
+    # Converted weights are copies, so nothing keeps the file mapped.
     if DTYPE_BYTES[shape.stored_dtype] != width or shape.stored_dtype == "float16":
         return ()
     return (Term("file", width * linear_parameters, f"{shape.stored_dtype}, mapped with its embeddings", mapped=True),)
@@ -220,13 +229,14 @@ def _mapped_file_terms(shape: ModelShape, linear_parameters: int, width: int) ->
 def _resident_terms(
     config: RunConfig, shape: ModelShape, cost: MethodCost, micro_batch: MicroBatch, auxiliary: Mapping[str, ModelShape]
 ) -> Sequence[Term]:
-    """What stands in memory from the first step to the last."""
+    """Memory from the first step to the last."""
     terms = [*weight_terms(config, shape, micro_batch.compute_dtype), *_library_terms(config)]
     trainable = cost.trainable or 0
     if config.method.kind != "full":
         terms.append(
             Term("adapter", 4 * (trainable + cost.frozen_parameters), "float32, and the frozen half where there is one")
         )
+    # Two moments for each parameter, of one byte or of four.
     moments = 2 if config.training.optimizer.state_dtype == "int8" else 8
     terms.append(Term("moments", moments * trainable, f"{moments // 2} bytes for each of AdamW's two"))
     if config.objective.kind == "ppo" and config.method.kind not in BASE_CHANGING_METHODS:
@@ -243,20 +253,21 @@ def _resident_terms(
 
 
 def _step_terms(config: RunConfig, shape: ModelShape, cost: MethodCost, micro_batch: MicroBatch) -> Sequence[Term]:
-    """What a step holds besides, at the end of the forward pass of its last micro-batch."""
+    """Further memory of a step, at the end of the forward pass of its last micro-batch."""
     lowest = min(cost.lowest_layer, shape.layers - 1)
     bytes_per_token = activation_bytes_per_token(shape, micro_batch.compute_dtype, lowest=lowest)
     bytes_per_token += method_bytes_per_token(config.method, shape, micro_batch.compute_dtype)
     tokens = micro_batch.tokens + front_virtual_tokens(config.method)
     gradients = 4 * (cost.trainable or 0)
     activations = int(bytes_per_token * tokens * (1.0 if config.model.fused else UNFUSED_FACTOR))
-    if micro_batch.batches == 1:  # gradients come as activations go
+    # Gradients are allocated as activations are freed, so only the excess adds to the peak.
+    if micro_batch.batches == 1:
         gradients = max(0, gradients - activations)
     dtype_bytes = DTYPE_BYTES[micro_batch.compute_dtype]
     scratch = dtype_bytes * tokens * (4 * shape.mlp + 4 * shape.width)
     vectors = 3 * dtype_bytes * shape.width * micro_batch.supervised_tokens
     fragmentation = _fragmentation(config, shape, micro_batch)
-    # gradients of the head, of the embeddings, and their sum where both are one matrix
+    # Gradients of the head, of the embeddings, and their sum if both are one matrix.
     vocabulary_gradients = (
         {"full": 3 if shape.tied else 2, "head": 1}.get(config.method.kind, 0) * 4 * shape.embedding_parameters
     )
@@ -289,7 +300,7 @@ def _fragmentation(config: RunConfig, shape: ModelShape, micro_batch: MicroBatch
 
 
 def _optimizer_terms(cost: MethodCost) -> Sequence[Term]:
-    """What AdamW holds besides: it makes two tensors as large as the one it steps."""
+    """Further memory of AdamW: two temporaries as large as the tensor it updates."""
     return (
         Term("gradients", 4 * (cost.trainable or 0), "float32"),
         Term("temporaries", 2 * 4 * cost.largest_tensor, "twice the largest tensor that moves"),
@@ -297,7 +308,7 @@ def _optimizer_terms(cost: MethodCost) -> Sequence[Term]:
 
 
 def _loading_terms(config: RunConfig, shape: ModelShape, micro_batch: MicroBatch) -> Sequence[Term]:
-    """A file is mapped: what it holds in the type that is asked for is not copied, but read when it is needed."""
+    """Memory of loading. Files are mapped: weights in the requested dtype are not copied, but read when needed."""
     is_bfloat16 = micro_batch.compute_dtype == "bfloat16" or (shape.stored_dtype == "bfloat16" and config.model.fused)
     loaded_dtype = "bfloat16" if is_bfloat16 else "float32"
     final = tuple(weight_terms(config, shape, micro_batch.compute_dtype))
@@ -310,20 +321,21 @@ def _loading_terms(config: RunConfig, shape: ModelShape, micro_batch: MicroBatch
     if shape.stored_dtype != loaded_dtype:
         copies = Term("copies", DTYPE_BYTES[loaded_dtype] * shape.parameters, f"of all of it, as {loaded_dtype}")
         return (file, copies) if config.method.kind not in ("full", "qlora") else (copies, *final)
+    # Every page of the file is read while its weights are converted.
     if config.method.kind == "qlora" or (config.method.kind == "full" and loaded_dtype == "bfloat16"):
         return (file, *final)
     return final
 
 
 def _saving_terms(cost: MethodCost) -> Sequence[Term]:
-    """What is written is copied tensor by tensor, and looked at again so."""
+    """Memory of saving: tensors are copied and verified one at a time."""
     return (Term("copies", 2 * 4 * cost.largest_tensor, "of the largest tensor, written and looked at again"),)
 
 
 def estimate_follow_up_commands(
     config: RunConfig, shape: ModelShape, micro_batch: MicroBatch, length: float
 ) -> tuple[Stage, ...]:
-    """`rung eval` and `rung merge`, each a process of its own; `length` is of a prompt in tokens."""
+    """Memory of `rung eval` and `rung merge`, each a separate process; `length` is that of a prompt in tokens."""
     cost, tokens = method_cost(config.method, shape), int(config.data.max_length or length)
     changes_base = config.method.kind in BASE_CHANGING_METHODS
     adapter = 0 if changes_base else 4 * ((cost.trainable or 0) + cost.frozen_parameters)

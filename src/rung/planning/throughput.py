@@ -1,15 +1,15 @@
-"""Operations of a run and the hours they take at a rate.
+"""Floating-point operations of a run, and the time they take at a known throughput.
 
-With P the numbers of a layer's linears, L the layers (L' from the lowest that moves upwards), r those of the method
-beside them, V x H the head, n tokens of which m are learned, s the length of a document:
+With P the parameters of a layer's linears, L the layers (L' from the lowest trainable one upwards), r the parameters of
+the method, V x H the head, n tokens of which m are supervised, s the length of a document:
 
     forward          2 P L n + 2 r n + 4 H_q L sum(s^2 / 2)
     input gradient   2 P L' n + 2 r n + 8 H_q L' sum(s^2 / 2)
-    weight gradient  2 r n, or 2 P L n where all moves
-    head             2 V H m forward and again backward, and once more for its weights where they move
+    weight gradient  2 r n, or 2 P L n if the base is trained
+    head             2 V H m forward and again backward, and once more for its weights if they are trained
 
-so 4 P L a token with a frozen base and 6 P L without one. Not counted: embeddings, norms, activations, softmax, what is
-computed again, the optimizer; a measured rate has them in it.
+so 4 P L a token with a frozen base and 6 P L otherwise. Not counted: embeddings, norms, activations, softmax,
+recomputation, the optimizer; a measured throughput includes them. `runs/checks.py` records that of finished runs.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from rung.planning.architecture import ModelShape
 from rung.planning.method_cost import method_cost
 
 CHARACTERS_PER_TOKEN = 4.0
-"""Of English text, roughly: what a file's size is divided by as long as nothing has been tokenized."""
+"""Rough value for English text; divides a file's size before anything has been tokenized."""
 DEFAULT_DOCUMENT_TOKENS = 300.0
-"""Tokens of a document, as long as none was read."""
+"""Assumed tokens of a document before the data is read."""
 MFU = 0.4
-"""Share of a device's peak that training reaches where nothing was measured."""
+"""Assumed share of a device's peak that training reaches, where nothing was measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What a plan is for. Peaks are the makers' dense bfloat16 figures; none of them was measured by this project."""
+    """A device to plan for. Peaks are the manufacturers' dense bfloat16 figures, not measurements."""
 
     name: str
     memory: int
     """Bytes."""
     flops: float
-    """Operations a second at the peak."""
+    """Peak operations per second."""
     compute: str = "bfloat16"
 
 
@@ -68,29 +68,30 @@ DEVICES = {
 
 @dataclass(frozen=True, slots=True)
 class DataVolume:
-    """What a run reads."""
+    """Size of a run's training data."""
 
     tokens: float
-    """Of one epoch, those of all answers of a row among them."""
+    """Tokens of one epoch, including all answers of a row."""
     supervised_share: float
-    """Share of them that the loss is taken of."""
+    """Share of supervised tokens."""
     document_tokens: float
-    """Tokens of a document, in the mean."""
+    """Mean tokens of a document."""
     is_counted: bool
-    """Whether they were counted, or taken from the size of a file."""
+    """Whether the tokens were counted; otherwise they are estimated from file sizes."""
 
 
 def estimate_data_volume(
     files: list[Path], *, supervised_share: float = 0.4, document_tokens: float = DEFAULT_DOCUMENT_TOKENS
 ) -> DataVolume:
-    """From the sizes of data files that are there; no more than a first guess."""
+    """A first guess from the sizes of existing data files."""
     characters = sum(file.stat().st_size for file in files if file.is_file())
     return DataVolume(characters / CHARACTERS_PER_TOKEN, supervised_share, document_tokens, is_counted=False)
 
 
 def run_flops(config: RunConfig, shape: ModelShape, volume: DataVolume, teacher: ModelShape | None = None) -> float:
-    """Operations of the whole run: its epochs, a reference's and a teacher's passes, and the answers it makes."""
+    """Operations of the whole run: epochs, passes of reference and teacher, and generated answers."""
     passes: float = config.training.epochs
+    # A run with `max_steps` may end within an epoch.
     if config.training.max_steps is not None and volume.tokens:
         passes = min(
             passes,
@@ -100,6 +101,7 @@ def run_flops(config: RunConfig, shape: ModelShape, volume: DataVolume, teacher:
     forward = _forward_flops(shape, volume)
     rollout = getattr(config.objective, "rollout", None)
     if rollout is not None and generates_rollouts(config):
+        # Every prompt is answered several times, and each answer is trained on for several passes.
         answer_ratio: float = (
             rollout.num_generations * (volume.document_tokens + rollout.max_new_tokens) / volume.document_tokens
         )
@@ -111,7 +113,7 @@ def run_flops(config: RunConfig, shape: ModelShape, volume: DataVolume, teacher:
         return passes * volume.tokens * answer_ratio * answer_flops
     extra_flops = 0.0
     if config.objective.kind == "preference" and getattr(config.objective, "reference_model", None):
-        extra_flops = forward  # kept by document: read once a run
+        extra_flops = forward  # the reference is cached by document: one pass a run
     if config.objective.kind == "distill":
         extra_flops = _forward_flops(teacher or shape, volume) * (
             1.0 if config.objective.cache_teacher_states else passes
@@ -120,20 +122,23 @@ def run_flops(config: RunConfig, shape: ModelShape, volume: DataVolume, teacher:
 
 
 def generates_rollouts(config: RunConfig) -> bool:
-    """Whether the policy makes answers of its own."""
+    """Whether the policy generates answers during training."""
     return config.objective.kind in ROLLOUT_KINDS or bool(getattr(config.objective, "on_policy", 0.0))
 
 
 def token_flops(config: RunConfig, shape: ModelShape, volume: DataVolume) -> float:
     """Operations for one token of training, forward and backward."""
     cost = method_cost(config.method, shape)
+    # Gradients stop at the lowest trainable layer.
     backward_layers = shape.layers - min(cost.lowest_layer, shape.layers)
     full = config.method.kind == "full"
+    # Head and virtual tokens add no linear to a layer.
     adapter = 0 if full or config.method.kind in ("head", "prompt", "prefix", "p_tuning") else (cost.trainable or 0)
     attention = 4.0 * shape.query * volume.document_tokens / 2
     forward = 2.0 * (shape.linear_parameters * shape.layers + adapter) + attention * shape.layers
     backward = 2.0 * (shape.linear_parameters * backward_layers + adapter) + 2 * attention * backward_layers
     weight = 2.0 * (shape.linear_parameters * shape.layers if full else adapter)
+    # Logits are computed only for supervised tokens.
     head = (
         2.0 * shape.embedding_parameters * volume.supervised_share * (3 if full or config.method.kind == "head" else 2)
     )
@@ -151,14 +156,14 @@ def _forward_flops(shape: ModelShape, volume: DataVolume) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    """Operations a second, and where the number comes from."""
+    """Operations per second, and the source of the number."""
 
     flops: float
     source: str
 
 
 def throughput_for(device: Device | None, compute: str) -> Throughput | None:
-    """Of a known device, stated; of this machine, measured by the runs it has finished. None where nothing is known."""
+    """Throughput of a listed device, or as measured by finished runs on this machine; None if unknown."""
     if device is not None:
         return Throughput(MFU * device.flops, f"{MFU:.0%} of {device.name}'s stated peak: not measured")
     rate = _read_rates().get(compute)
@@ -168,7 +173,10 @@ def throughput_for(device: Device | None, compute: str) -> Throughput | None:
 
 
 def record_throughput(compute: str, flops: float, run: str) -> None:
-    """What a finished run reached on this machine, for later plans: the fastest, as others may have had company."""
+    """Store the throughput of a finished run for later plans.
+
+    Only the fastest is kept: slower runs may have shared the machine.
+    """
     rates = _read_rates()
     if flops <= rates.get(compute, {}).get("flops", 0.0):
         return
@@ -179,6 +187,7 @@ def record_throughput(compute: str, flops: float, run: str) -> None:
 def _read_rates() -> dict[str, dict[str, Any]]:
     try:
         rates: dict[str, dict[str, Any]] = json.loads(_rates_path().read_text())
+    # A missing or damaged cache only means that nothing was measured.
     except (OSError, ValueError):
         return {}
     return rates
