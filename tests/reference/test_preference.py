@@ -120,8 +120,8 @@ def test_all_pairs_of_a_ranking_and_none_of_a_tie() -> None:
     assert {batch.documents[a].row for a in better} == {0, 1, 2}
     tied = [replace(e, score=min(e.score, 2.0)) for e in ranked]
     # scores 4, 3, 2, 1 become 2, 2, 2, 1: three pairs a row
-    assert len(answer_pairs(pack(tied, 10_000)[0]).better) == 3 * 3
-    assert answer_pairs(pack([replace(e, score=0.0) for e in ranked], 10_000)[0]).better == []
+    assert len(answer_pairs(pack(tied, 10_000)[0]).chosen) == 3 * 3
+    assert answer_pairs(pack([replace(e, score=0.0) for e in ranked], 10_000)[0]).chosen == []
 
 
 @pytest.mark.parametrize("budget", [20, 60, 90, 300])

@@ -86,7 +86,7 @@ def score_reward_model(
     for batch in policy.iterate_batches(batches):
         found, own = answer_pairs(batch), objective.scores(policy, batch).tolist()
         tokens = [int(d.supervised.sum()) for d in batch.documents]
-        for a, b in zip(found.better, found.other, strict=True):
+        for a, b in zip(found.chosen, found.rejected, strict=True):
             differences.append(own[a] - own[b])
             longer.append(tokens[a] - tokens[b])
             first = batch.documents[a]

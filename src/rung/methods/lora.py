@@ -297,8 +297,8 @@ class Lora(Method):
 
     def _check(self) -> None:
         config = self.config
-        known = {name.rsplit(".", 1)[-1] for name, _ in self.model.named_modules()}
-        if unknown := sorted(set(config.modules_to_save) - known):
+        module_names = {name.rsplit(".", 1)[-1] for name, _ in self.model.named_modules()}
+        if unknown := sorted(set(config.modules_to_save) - module_names):
             raise ConfigError("no such module", where="method.modules_to_save", given=", ".join(unknown))
         overlapping = [m for m in config.modules_to_save if any(f".{m}." in f".{name}." for name in self.names)]
         if overlapping:

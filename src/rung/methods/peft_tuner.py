@@ -130,8 +130,8 @@ def _peft_config(model: PreTrainedModel, config: PeftTunerConfig) -> PeftConfig:
     # Targets that a tuner would ignore are an error: a setting without effect is a bug.
     selects_modules = config.targets != ALL_LINEAR or config.layers is not None
     if selects_modules and (kind in _NO_TARGETS or "target_modules" in settings):
-        why = "finds its modules itself" if kind in _NO_TARGETS else "names them in its config"
-        raise ConfigError(f"targets and layers would do nothing: this tuner {why}", where="method", given=kind)
+        cause = "finds its modules itself" if kind in _NO_TARGETS else "names them in its config"
+        raise ConfigError(f"targets and layers would do nothing: this tuner {cause}", where="method", given=kind)
     if kind not in _NO_TARGETS:
         settings.setdefault("target_modules", select_linears(model, config.targets, config.layers))
     if kind == "IA3" and isinstance(settings["target_modules"], list):

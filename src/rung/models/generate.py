@@ -158,13 +158,13 @@ class _Decoding:
         generator: torch.Generator,
     ) -> None:
         self.policy, self.stop_ids, self.sampling, self.generator = policy, stop_ids, sampling, generator
-        longest = max(len(suffix) for suffix in suffixes)
+        max_suffix_length = max(len(suffix) for suffix in suffixes)
         device = policy.device
-        self.ids_BS = torch.zeros(len(suffixes), longest, dtype=torch.long, device=device)
+        self.ids_BS = torch.zeros(len(suffixes), max_suffix_length, dtype=torch.long, device=device)
         self.mask_BS = torch.zeros_like(self.ids_BS)
         self.positions_BS = torch.zeros_like(self.ids_BS)
         for row, rest in enumerate(suffixes):  # left padding: the last slot of every row predicts
-            columns = slice(longest - len(rest), longest)
+            columns = slice(max_suffix_length - len(rest), max_suffix_length)
             self.ids_BS[row, columns] = torch.tensor(rest, device=device)
             self.mask_BS[row, columns] = 1
             self.positions_BS[row, columns] = torch.arange(start_position, start_position + len(rest), device=device)

@@ -121,10 +121,13 @@ def record_layer_input(model: nn.Module, layer: int) -> Iterator[Callable[[], Te
 @contextmanager
 def recompute_layers(model: nn.Module, layer_numbers: range) -> Iterator[None]:
     """Within the context these layers store only their input and recompute in the backward pass (Chen et al. 2016)."""
-    with _replaced_layers(
-        model,
-        lambda i, own: own if i not in layer_numbers or isinstance(own, _LayerReplacement) else _RecomputedLayer(own),
-    ):
+
+    def substitute(i: int, original: nn.Module) -> nn.Module:
+        # A replaced layer does not run in full, so there is nothing to recompute.
+        replaced = i not in layer_numbers or isinstance(original, _LayerReplacement)
+        return original if replaced else _RecomputedLayer(original)
+
+    with _replaced_layers(model, substitute):
         yield
 
 

@@ -97,7 +97,7 @@ def coverage(model: nn.Module, trainable: Iterable[str]) -> str:
     trained_linears = {
         name for name in linears if any(trainable_name.startswith(f".{name}.") for trainable_name in names)
     }
-    trained_layers = {number for own in names if (number := layer_number(own)) is not None}
+    trained_layers = {number for parameter_name in names if (number := layer_number(parameter_name)) is not None}
     all_layers = {number for name in linears if (number := layer_number(f".{name}.")) is not None}
     of_layers = f"{len(trained_layers)} of {len(all_layers)} layers"
     return f"{len(trained_linears)} of {len(linears)} linears, in {of_layers}" if trained_linears else of_layers

@@ -76,7 +76,7 @@ def has_flat_kernel(device: torch.device) -> bool:
 def _attend_flat(
     query_1HTD: Tensor, key_1KTD: Tensor, value_1KTD: Tensor, segments: tuple[Segment, ...], params: AttentionParams
 ) -> Tensor:
-    cumulative_lengths, longest = _cumulative_lengths(segments, query_1HTD.device)
+    cumulative_lengths, max_length = _cumulative_lengths(segments, query_1HTD.device)
     out: Tensor = flash_utils._flash_attention_forward(
         query_1HTD.transpose(1, 2),
         key_1KTD.transpose(1, 2),
@@ -90,8 +90,8 @@ def _attend_flat(
         softcap=params.softcap,
         cu_seq_lens_q=cumulative_lengths,
         cu_seq_lens_k=cumulative_lengths,
-        max_length_q=longest,
-        max_length_k=longest,
+        max_length_q=max_length,
+        max_length_k=max_length,
         attn_implementation="flash_attention_2",
     )
     return out

@@ -19,8 +19,8 @@ MIN_SPREAD = 1e-6
 class AnswerPairs(NamedTuple):
     """Indices of the better and the other answer of each pair, and pair weights that sum to the row's weight."""
 
-    better: list[int]
-    other: list[int]
+    chosen: list[int]
+    rejected: list[int]
     weight: list[float]
 
 
@@ -33,8 +33,8 @@ def answer_pairs(batch: PackedBatch) -> AnswerPairs:
     pairs = AnswerPairs([], [], [])
     for row in rows.values():
         row_pairs = [(a, b) for a in row for b in row if score[a] > score[b]]
-        pairs.better.extend(a for a, _ in row_pairs)
-        pairs.other.extend(b for _, b in row_pairs)
+        pairs.chosen.extend(a for a, _ in row_pairs)
+        pairs.rejected.extend(b for _, b in row_pairs)
         # Divided by the number of pairs: a ranking of many answers weighs as much as one pair.
         pairs.weight.extend(batch.documents[a].weight / len(row_pairs) for a, _ in row_pairs)
     return pairs

@@ -29,60 +29,62 @@ from rung.types import Counts, Example, LossTerm, PackedBatch
 class PairLogprobs(NamedTuple):
     """Log-probabilities and lengths of the better and the other answer of each pair, [P] each."""
 
-    better: Tensor
+    chosen: Tensor
     """Log-probability of the answer in nats, minus that of the reference if there is one."""
-    other: Tensor
-    better_tokens: Tensor
-    other_tokens: Tensor
+    rejected: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
 
     def per_token(self) -> tuple[Tensor, Tensor]:
         """Both in nats per token."""
-        return self.better / self.better_tokens, self.other / self.other_tokens
+        return self.chosen / self.chosen_tokens, self.rejected / self.rejected_tokens
 
 
 def dpo(pairs: PairLogprobs, config: PreferenceConfig) -> Tensor:
     """-log sigmoid(beta h), h the difference of the log-ratios (Rafailov et al. 2023, eq. 7). ln 2 where h is 0."""
-    return -F.logsigmoid(config.resolved_beta * (pairs.better - pairs.other))
+    return -F.logsigmoid(config.resolved_beta * (pairs.chosen - pairs.rejected))
 
 
 def ipo(pairs: PairLogprobs, config: PreferenceConfig) -> Tensor:
     """(h - 1 / (2 beta))^2 with h in nats per token (Azar et al. 2024, eq. 17)."""
-    better, other = pairs.per_token()
-    return (better - other - 1.0 / (2.0 * config.resolved_beta)).square()
+    chosen, rejected = pairs.per_token()
+    return (chosen - rejected - 1.0 / (2.0 * config.resolved_beta)).square()
 
 
 def hinge(pairs: PairLogprobs, config: PreferenceConfig) -> Tensor:
     """max(0, 1 - beta h) (Zhao et al. 2023, SLiC, on the log-ratios)."""
-    return torch.relu(1.0 - config.resolved_beta * (pairs.better - pairs.other))
+    return torch.relu(1.0 - config.resolved_beta * (pairs.chosen - pairs.rejected))
 
 
 def robust(pairs: PairLogprobs, config: PreferenceConfig) -> Tensor:
     """DPO without the bias of labels of which a share e is wrong (Chowdhury et al. 2024, eq. 11)."""
-    h, e = config.resolved_beta * (pairs.better - pairs.other), config.label_smoothing
+    h, e = config.resolved_beta * (pairs.chosen - pairs.rejected), config.label_smoothing
     return (-(1.0 - e) * F.logsigmoid(h) + e * F.logsigmoid(-h)) / (1.0 - 2.0 * e)
 
 
 def simpo(pairs: PairLogprobs, config: PreferenceConfig) -> Tensor:
     """-log sigmoid(beta (h - margin)) with h in nats per token, no reference (Meng et al. 2024, eq. 6)."""
-    better, other = pairs.per_token()
-    return -F.logsigmoid(config.resolved_beta * (better - other - config.margin))
+    chosen, rejected = pairs.per_token()
+    return -F.logsigmoid(config.resolved_beta * (chosen - rejected - config.margin))
 
 
 def orpo(pairs: PairLogprobs, config: PreferenceConfig) -> Tensor:
     """-beta log sigmoid of the difference of log-odds, no reference (Hong et al. 2024, eq. 7)."""
-    better, other = pairs.per_token()
-    return -config.resolved_beta * F.logsigmoid(_log_odds(better) - _log_odds(other))
+    chosen, rejected = pairs.per_token()
+    return -config.resolved_beta * F.logsigmoid(_log_odds(chosen) - _log_odds(rejected))
 
 
 def apo_zero(pairs: PairLogprobs, config: PreferenceConfig) -> Tensor:
     """Raise better answers and lower others, each independently (D'Oosterlinck et al. 2024, eq. 6)."""
-    return 1.0 - torch.sigmoid(config.resolved_beta * pairs.better) + torch.sigmoid(config.resolved_beta * pairs.other)
+    return (
+        1.0 - torch.sigmoid(config.resolved_beta * pairs.chosen) + torch.sigmoid(config.resolved_beta * pairs.rejected)
+    )
 
 
 def sigmoid_norm(pairs: PairLogprobs, config: PreferenceConfig) -> Tensor:
     """DPO on log-ratios per token, which removes the advantage of length (Meng et al. 2024, section 4.4)."""
-    better, other = pairs.per_token()
-    return -F.logsigmoid(config.resolved_beta * (better - other))
+    chosen, rejected = pairs.per_token()
+    return -F.logsigmoid(config.resolved_beta * (chosen - rejected))
 
 
 PER_TOKEN = frozenset({"ipo", "simpo", "orpo", "sigmoid_norm"})
@@ -127,7 +129,7 @@ class PairedPreference(Objective):
         """Weights of the rows, and of the tokens of their best answers."""
         pairs, documents = answer_pairs(batch), batch.documents
         # Answers that no other answer beats: only these are targets of the SFT term.
-        best = set(pairs.better) - set(pairs.other)
+        best = set(pairs.chosen) - set(pairs.rejected)
         tokens = sum(documents[i].weight * int(documents[i].supervised[1:].sum()) for i in best)
         return Counts(tokens=float(tokens), sequences=float(batch.sequences), pairs=sum(pairs.weight))
 
@@ -138,18 +140,18 @@ class PairedPreference(Objective):
         if self.config.loss not in REFERENCE_FREE:
             reference_D = policy.reference_sums(batch)
         logprobs_N, owner_N = policy.logprobs(batch), batch.loss.owner
-        better_P, other_P = (torch.tensor(side, device=owner_N.device) for side in (pairs.better, pairs.other))
+        chosen_P, rejected_P = (torch.tensor(side, device=owner_N.device) for side in (pairs.chosen, pairs.rejected))
         policy_D = sum_by_document(batch, logprobs_N)
         tokens_D = sum_by_document(batch, torch.ones_like(logprobs_N))
         ratio_D = policy_D if reference_D is None else policy_D - reference_D.to(policy_D.dtype)
-        pair_logprobs = PairLogprobs(ratio_D[better_P], ratio_D[other_P], tokens_D[better_P], tokens_D[other_P])
+        pair_logprobs = PairLogprobs(ratio_D[chosen_P], ratio_D[rejected_P], tokens_D[chosen_P], tokens_D[rejected_P])
         losses_P = LOSSES[self.config.loss](pair_logprobs, self.config)
-        self._record_batch(pair_logprobs, policy_D.detach()[better_P], policy_D.detach()[other_P])
+        self._record_batch(pair_logprobs, policy_D.detach()[chosen_P], policy_D.detach()[rejected_P])
         terms = [LossTerm((losses_P * losses_P.new_tensor(pairs.weight)).sum(), "pairs", self.config.loss)]
         if self.config.sft_weight:
             best_D = torch.zeros(batch.sequences, dtype=torch.bool, device=owner_N.device)
-            best_D[better_P] = True
-            best_D[other_P] = False
+            best_D[chosen_P] = True
+            best_D[rejected_P] = False
             terms.append(cross_entropy(batch, logprobs_N, best_D, self.config.sft_weight))
         return terms
 
@@ -158,25 +160,25 @@ class PairedPreference(Objective):
         if not self.batch_metrics:
             return {}
         metrics = take_batch_metrics(self.batch_metrics)
-        margin, length_difference = metrics["margin"], metrics["better_tokens"] - metrics["other_tokens"]
+        margin, length_difference = metrics["margin"], metrics["chosen_tokens"] - metrics["rejected_tokens"]
         return {
             "margin": float(margin.mean()),
             "accuracy": float((margin > 0).double().mean()),
-            "chosen_logprob": float(metrics["better"].mean()),
-            "rejected_logprob": float(metrics["other"].mean()),
-            "length_ratio": float(metrics["better_tokens"].sum() / metrics["other_tokens"].sum()),
+            "chosen_logprob": float(metrics["chosen"].mean()),
+            "rejected_logprob": float(metrics["rejected"].mean()),
+            "length_ratio": float(metrics["chosen_tokens"].sum() / metrics["rejected_tokens"].sum()),
             "length_correlation": correlation(margin, length_difference),
         }
 
-    def _record_batch(self, pair_logprobs: PairLogprobs, better: Tensor, other: Tensor) -> None:
+    def _record_batch(self, pair_logprobs: PairLogprobs, chosen: Tensor, rejected: Tensor) -> None:
         first, second = pair_logprobs.per_token() if self.config.loss in PER_TOKEN else pair_logprobs[:2]
         self.batch_metrics.append(
             {
                 "margin": (self.config.resolved_beta * (first - second)).detach(),
-                "better": better,
-                "other": other,
-                "better_tokens": pair_logprobs.better_tokens,
-                "other_tokens": pair_logprobs.other_tokens,
+                "chosen": chosen,
+                "rejected": rejected,
+                "chosen_tokens": pair_logprobs.chosen_tokens,
+                "rejected_tokens": pair_logprobs.rejected_tokens,
             }
         )
 

@@ -21,14 +21,14 @@ from rung.objectives.protocol import Objective, take_batch_metrics
 from rung.types import Counts, LossTerm, PackedBatch
 
 
-def bradley_terry(better_P: Tensor, other_P: Tensor, margin_P: Tensor) -> Tensor:
+def bradley_terry(chosen_P: Tensor, rejected_P: Tensor, margin_P: Tensor) -> Tensor:
     """-log sigmoid(r_w - r_l - m) in nats [P] (Ouyang et al. 2022, eq. 1; the margin m: Touvron et al. 2023, eq. 2)."""
-    return -F.logsigmoid(better_P - other_P - margin_P)
+    return -F.logsigmoid(chosen_P - rejected_P - margin_P)
 
 
-def center_rewards_loss(better_P: Tensor, other_P: Tensor) -> Tensor:
+def center_rewards_loss(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
     """(r_w + r_l)^2 [P]: pairs leave the level of the scores free, this term keeps it at 0 (Eisenstein et al. 2024)."""
-    return (better_P + other_P).square()
+    return (chosen_P + rejected_P).square()
 
 
 class ScoreHead(nn.Module):
@@ -96,17 +96,17 @@ class RewardObjective(Objective):
     def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
         """One term of the pairs, and one that centers the scores if `center_rewards_coefficient` is above 0."""
         pairs, scores_D = answer_pairs(batch), self.scores(policy, batch)
-        better_P, other_P = (torch.tensor(side, device=scores_D.device) for side in (pairs.better, pairs.other))
+        chosen_P, rejected_P = (torch.tensor(side, device=scores_D.device) for side in (pairs.chosen, pairs.rejected))
         weight_P = scores_D.new_tensor(pairs.weight)
         data_scores = [document.score or 0.0 for document in batch.documents]
         # The margin grows with the difference of the data's scores: clear preferences need a larger gap.
-        score_differences = [data_scores[a] - data_scores[b] for a, b in zip(pairs.better, pairs.other, strict=True)]
-        better, other = scores_D[better_P], scores_D[other_P]
-        losses_P = bradley_terry(better, other, self.config.margin * scores_D.new_tensor(score_differences))
-        self._record_batch(batch, better.detach(), other.detach(), better_P, other_P)
+        score_differences = [data_scores[a] - data_scores[b] for a, b in zip(pairs.chosen, pairs.rejected, strict=True)]
+        chosen, rejected = scores_D[chosen_P], scores_D[rejected_P]
+        losses_P = bradley_terry(chosen, rejected, self.config.margin * scores_D.new_tensor(score_differences))
+        self._record_batch(batch, chosen.detach(), rejected.detach(), chosen_P, rejected_P)
         terms = [LossTerm((losses_P * weight_P).sum(), "pairs", "bradley_terry")]
         if self.config.center_rewards_coefficient:
-            centering = (center_rewards_loss(better, other) * weight_P).sum()
+            centering = (center_rewards_loss(chosen, rejected) * weight_P).sum()
             terms.append(LossTerm(self.config.center_rewards_coefficient * centering, "pairs", "centering"))
         return terms
 
@@ -115,17 +115,19 @@ class RewardObjective(Objective):
         if not self.batch_metrics:
             return {}
         metrics = take_batch_metrics(self.batch_metrics)
-        margin = metrics["better"] - metrics["other"]
+        margin = metrics["chosen"] - metrics["rejected"]
         return {
             "accuracy": float((margin > 0).double().mean()),
             "margin": float(margin.mean()),
-            "chosen_score": float(metrics["better"].mean()),
-            "rejected_score": float(metrics["other"].mean()),
+            "chosen_score": float(metrics["chosen"].mean()),
+            "rejected_score": float(metrics["rejected"].mean()),
             "length_correlation": correlation(margin, metrics["longer"]),
         }
 
     def _record_batch(
-        self, batch: PackedBatch, better: Tensor, other: Tensor, better_P: Tensor, other_P: Tensor
+        self, batch: PackedBatch, chosen: Tensor, rejected: Tensor, chosen_P: Tensor, rejected_P: Tensor
     ) -> None:
-        tokens_D = torch.tensor([int(d.supervised.sum()) for d in batch.documents], device=better.device)
-        self.batch_metrics.append({"better": better, "other": other, "longer": tokens_D[better_P] - tokens_D[other_P]})
+        tokens_D = torch.tensor([int(d.supervised.sum()) for d in batch.documents], device=chosen.device)
+        self.batch_metrics.append(
+            {"chosen": chosen, "rejected": rejected, "longer": tokens_D[chosen_P] - tokens_D[rejected_P]}
+        )

@@ -113,8 +113,8 @@ class ModelShape:
     @property
     def parameters(self) -> int:
         """All parameters of the model."""
-        inside = self.layers * (self.linear_parameters + self.norm_parameters)
-        return inside + self.embedding_parameters * (1 if self.tied else 2) + self.other_parameters
+        layer_parameters = self.layers * (self.linear_parameters + self.norm_parameters)
+        return layer_parameters + self.embedding_parameters * (1 if self.tied else 2) + self.other_parameters
 
 
 def read_shape(config: ModelConfig) -> ModelShape:
