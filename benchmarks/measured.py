@@ -28,7 +28,7 @@ from rung.models.fused_modules import install_fused_forwards
 from rung.models.policy import NoMethod, Policy
 from rung.objectives.sft import SftObjective
 from rung.runs.dataset import read_splits
-from rung.runs.load import open_base, open_run, score_policy, test_records
+from rung.runs.load import LoadedRun, open_base, open_run, score, test_records
 from rung.training.packing import pack
 from rung.training.step import mean_loss
 from rung.types import Example, Record, Source
@@ -45,11 +45,12 @@ def measure(config: Path, run: Path | None, items: Path, questions: int) -> dict
     run_config = run_config.model_copy(
         update={"evaluation": run_config.evaluation.model_copy(update={"limit": questions})}
     )
-    policy, chat = open_base(run_config.model) if run is None else open_run(run)[:2]
+    model = open_base(run_config.model) if run is None else open_run(run)
+    policy, chat = model.policy, model.chat
     records = test_records(run_config, read_splits(run_config))
     rows = unrelated(chat)
     held = bytes_held(policy.model)  # before the first product, which may keep more
-    found = score_policy(policy, chat, run_config, records, tuned=run is not None)
+    found = score(model, run_config, records)
     found.write(items)
     return {
         **_scores(found, records),
@@ -80,7 +81,7 @@ def _in_full_width(policy: Policy, chat: ChatTemplate, config: RunConfig, record
     model: Any = policy.method.merge()
     install_fused_forwards(model)
     merged = Policy(replace(policy.base, model=model), NoMethod())
-    found = score_policy(merged, chat, config, records, tuned=True)
+    found = score(LoadedRun(merged, chat, config, "run"), config, records)
     return {"merged": {**_scores(found, records), "held_bytes": bytes_held(merged.model)}}
 
 

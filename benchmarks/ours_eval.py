@@ -22,7 +22,7 @@ IMPORTED = resident()
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:
     """Answer all prompts with the settings that an evaluation or a rollout has by default."""
-    policy, _ = open_base(ModelConfig(name=job["base"], dtype="float32"))
+    policy = open_base(ModelConfig(name=job["base"], dtype="float32")).policy
     sampling, batch, stops = Sampling(job["max_new_tokens"]), EvaluationConfig().batch, job["stop_ids"]
     if job["answers"] > 1:
         sampling = Sampling(job["max_new_tokens"], 1.0, job["seed"], job["answers"])

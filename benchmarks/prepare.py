@@ -51,7 +51,7 @@ def prepare_answering(work: Answering, folder: Path) -> dict[str, Any]:
     """Prompt ids with the first rows as worked examples in front of every question."""
     config = load_config(str(folder / "train.yaml")).config
     records = read_splits(config).train
-    _, chat = open_base(config.model)
+    chat = open_base(config.model).chat
     framing = PromptFormat(shots=tuple(records[: work.shots]))
     pad = chat.tokenizer.pad_token_id
     return {

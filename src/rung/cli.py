@@ -12,7 +12,7 @@ import typer
 
 from rung import __version__
 from rung.commands.exit_codes import exit_code_of, exit_process
-from rung.errors import ConfigError, PlanError
+from rung.errors import REFUSED, ConfigError, PlanError
 
 app = typer.Typer(
     help="Adapt a language model to a task, climb only as high as the task needs, and prove each step.",
@@ -96,15 +96,17 @@ def plan(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Memory and time of a run before anything is loaded, of every method, and what would make it fit."""
-    from rung.config.io import load_config
-    from rung.planning.advise import advise, parse_device, parse_size
+    """Memory and time of a run before anything is loaded, of every method, and what would make it fit.
 
-    run_config = load_config(config, overrides or ()).config
-    advice = advise(run_config, limit=parse_size(memory), device=parse_device(device), tokens=tokens)
+    Exit 3 where the config's own method does not fit into --memory.
+    """
+    from rung.commands.plan import plan as make_plan
     from rung.report.plans import plan_lines
 
+    advice = make_plan(config, overrides=overrides or (), memory=memory, device=device, tokens=tokens)
     _show(advice.to_json(), plan_lines(advice, config), as_json)
+    if advice.plan.fits is False:
+        raise typer.Exit(REFUSED)
 
 
 @app.command()
@@ -120,26 +122,19 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train one run."""
-    from rung.config.io import load_config
-    from rung.report.tables import dry_run_lines, run_lines
-    from rung.runs.train import dry_run as prepare_only
-    from rung.runs.train import train_run
+    from rung.config.io import resolve_config
 
-    run_config = load_config(config, overrides or ()).config
+    run_config = resolve_config(config, overrides or ())  # before torch is imported: a config error is instant
+    from rung.commands.train import preview
+    from rung.commands.train import train as train_run
+    from rung.report.tables import dry_run_lines, run_lines
 
     if dry_run:
-        found = prepare_only(run_config)
-        return _show(found, dry_run_lines(found), as_json)
-    from rung.training.distributed import join_process_group
-
-    with join_process_group() as world:
-        manifest = train_run(run_config, resume=resume, overwrite=overwrite, beyond_memory=beyond_memory, world=world)
-    if not world.is_rank0:
-        return None
-    from rung.report.html import write_report
-
-    report = write_report(Path(run_config.output))
-    _show({**manifest, "report": str(report)}, run_lines(manifest, run_config.output, str(report)), as_json)
+        prepared = preview(run_config)
+        return _show(prepared, dry_run_lines(prepared), as_json)
+    result = train_run(run_config, resume=resume, overwrite=overwrite, beyond_memory=beyond_memory)
+    if result.report is not None:  # of several processes the first one speaks
+        _show(result.to_json(), run_lines(result.to_json(), result.path, result.report), as_json)
 
 
 @app.command()
@@ -147,15 +142,13 @@ def climb(
     config: ConfigPath, overrides: Overrides = None, overwrite: Overwrite = False, as_json: AsJson = False
 ) -> None:
     """Measure the rungs on one held-out test set, print the ladder, recommend. Goes on where it stands."""
-    from rung.config.io import load_config
+    from rung.config.io import resolve_config
 
-    run_config = load_config(config, overrides or ()).config
-    from rung.commands.climb import Climb
-    from rung.report.html import write_report
+    run_config = resolve_config(config, overrides or ())  # before torch is imported: a config error is instant
+    from rung.commands.climb import climb as run_climb
     from rung.report.tables import ladder_lines
 
-    ladder = Climb(run_config, overwrite=overwrite).run().to_json()
-    write_report(Path(run_config.output))
+    ladder = run_climb(run_config, overwrite=overwrite).to_json()
     _show(ladder, ladder_lines(ladder), as_json)
 
 
@@ -190,16 +183,18 @@ def evaluate(
             raise ConfigError(what, where=where, given=baseline or config)
         from rung.commands.forgetting import measure_forgetting
 
-        found = measure_forgetting(target, forgetting, limit=limit)
-        return _show(found, forgetting_lines(found), as_json)
+        forgotten = measure_forgetting(target, forgetting, limit=limit).to_json()
+        return _show(forgotten, forgetting_lines(forgotten), as_json)
     if baseline is not None:
-        from rung.commands.compare import compare_on_task
+        from rung.commands.compare import compare
 
-        found = compare_on_task(target, baseline, config=config, overrides=overrides or (), limit=limit, output=output)
-        return _show(found, comparison_lines(found), as_json)
-    from rung.commands.evaluate import evaluate_target
+        compared = compare(
+            target, baseline, config=config, overrides=overrides or (), limit=limit, output=output
+        ).to_json()
+        return _show(compared, comparison_lines(compared), as_json)
+    from rung.commands.evaluate import evaluate as evaluate_target
 
-    result = evaluate_target(target, config=config, overrides=overrides or (), limit=limit)
+    result = evaluate_target(target, config=config, overrides=overrides or (), limit=limit).to_json()
     _show(result, score_lines(result), as_json)
 
 
@@ -244,30 +239,18 @@ def generate(  # noqa: PLR0913 -- options of a command line, each named where it
     as_json: AsJson = False,
 ) -> None:
     """Sample answers to the prompts of a file: to be ranked, scored, or learned from."""
-    from rung.commands.generate import GenerateRequest, generate_answers, parse_format
+    from rung.commands.generate import GenerateRequest, parse_format
+    from rung.commands.generate import generate as generate_answers
     from rung.models.generate import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, seed, n)
-    asked = GenerateRequest(sampling, limit, distinct, reward, reference, parse_format(format))
-    if target.startswith(("http://", "https://")):
-        if model is None:
-            raise ConfigError("a server may hold several models", where="--model", hint="name one of them")
-        from rung.commands.generate import generate_remotely
-        from rung.inference.openai_client import DEFAULT_CONCURRENCY, Server
-
-        result = generate_remotely(Server(target, model, concurrency or DEFAULT_CONCURRENCY), data, output, asked)
-    elif model is not None or concurrency is not None:
-        option, given = ("--model", model) if model is not None else ("--concurrency", concurrency)
-        raise ConfigError(
-            "only a server is asked for a model by name, or in several requests", where=option, given=given
-        )
-    else:
-        result = generate_answers(target, data, output, asked)
-    line = f"{result['answers']:,} answers to {result['prompts']:,} prompts in {output}, {result['cut']:,} of them cut"
-    if alike := result["nothing_to_compare"]:
-        line += f"; {alike:,} prompts left out, whose answers score alike"
-    means = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in result["means"].items())
-    _show(result, [line, f"mean of an answer: {means}"], as_json)
+    request = GenerateRequest(sampling, limit, distinct, reward, reference, parse_format(format))
+    result = generate_answers(target, data, output, request, model=model, concurrency=concurrency)
+    line = f"{result.answers:,} answers to {result.prompts:,} prompts in {output}, {result.cut:,} of them cut"
+    if result.nothing_to_compare:
+        line += f"; {result.nothing_to_compare:,} prompts left out, whose answers score alike"
+    means = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in result.means.items())
+    _show(result.to_json(), [line, f"mean of an answer: {means}"], as_json)
 
 
 @app.command()
@@ -283,13 +266,13 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Fold an adapter into its base and write a plain transformers model, checked in a fresh process."""
-    from rung.commands.merge import merge_run
+    from rung.commands.merge import merge as merge_run
 
     result = merge_run(Path(target), folder, "original" if original else "trained", by_shard=by_shard)
-    lines = [f"merged into {folder}", f"{result['measure']}: {result['difference']:.2e}"]
+    lines = [f"merged into {folder}", f"{result.measure}: {result.difference:.2e}"]
     if original:
-        lines.append(f"largest difference to the run on its quantized base: {result['moved_from_run']:.2e}")
-    _show(result, lines, as_json)
+        lines.append(f"largest difference to the run on its quantized base: {result.moved_from_run:.2e}")
+    _show(result.to_json(), lines, as_json)
 
 
 @app.command()
@@ -304,16 +287,17 @@ def fuse(
     as_json: AsJson = False,
 ) -> None:
     """Combine several runs of one base into one plain LoRA, on their true updates."""
-    from rung.commands.merge_adapters import FusePlan, fuse_runs, parse_method, parse_weights
+    from rung.commands.merge_adapters import FusePlan, parse_method, parse_weights
+    from rung.commands.merge_adapters import fuse as fuse_runs
 
     plan = FusePlan(*parse_method(how), parse_weights(weights), rank, seed, learn)
     result = fuse_runs(runs, folder, plan)
-    shares = ", ".join(f"{run.name} {weight:g}" for run, weight in zip(runs, result["weights"], strict=True))
+    shares = ", ".join(f"{run.name} {weight:g}" for run, weight in zip(runs, result.weights, strict=True))
     lines = [
         f"fused into {folder}: {shares}",
-        f"lost to the rank of the result: {result['lost']:.2%} of the update's norm",
+        f"lost to the rank of the result: {result.lost:.2%} of the update's norm",
     ]
-    _show(result, lines, as_json)
+    _show(result.to_json(), lines, as_json)
 
 
 @app.command()

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from rung.errors import CheckpointError, GateError
 
 MANIFEST = "manifest.json"
+RUN_FILE = "run.json"
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -222,3 +223,8 @@ def cache_folder() -> Path:
     if given := os.environ.get("RUNG_CACHE"):
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rung"
+
+
+def is_run_folder(path: str | Path) -> bool:
+    """Whether a folder holds a run or a climb, finished or not."""
+    return (Path(path) / RUN_FILE).exists()

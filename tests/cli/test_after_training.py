@@ -94,7 +94,7 @@ def test_a_merged_model_that_does_not_load_fails_parity(
 ) -> None:
 
     monkeypatch.setattr(
-        "rung.commands.merge.write_text_side", lambda target, chat: (target / "config.json").write_text("{}")
+        "rung.commands.merge.write_tokenizer_files", lambda target, chat: (target / "config.json").write_text("{}")
     )
     code, _, err = inside(capsys, "merge", run, tmp_path / "merged")
     assert code == 3 and "does not load" in err
@@ -208,7 +208,8 @@ def test_full_run_loads_in_plain_transformers(config: Path, tmp_path: Path, caps
     folder = tmp_path / "run" / "model"
     plain = AutoModelForCausalLM.from_pretrained(folder).eval()
     row = torch.tensor([[5, 6, 7, 8, 9]])
-    policy, chat, _ = open_run(tmp_path / "run")
+    run = open_run(tmp_path / "run")
+    policy, chat = run.policy, run.chat
     assert (plain(row).logits - policy.model(row, use_cache=False).logits).abs().max() < 1e-5
     assert AutoTokenizer.from_pretrained(folder).chat_template == chat.template
     assert plain.generation_config.eos_token_id == [4]
@@ -262,7 +263,7 @@ def test_a_run_keeps_its_template_as_a_base(config: Path, tmp_path: Path, capsys
     template.unlink()
     assert inside(capsys, "train", config, *settings)[0] == 0
     for run in ("run", "second"):
-        assert open_run(tmp_path / run)[1].template == text
+        assert open_run(tmp_path / run).chat.template == text
 
 
 def test_a_copied_adapter_still_names_its_base(run: Path, tmp_path: Path) -> None:
@@ -307,18 +308,16 @@ def test_several_adapters_share_one_base_and_never_touch_it(config: Path, tmp_pa
         given = [f"method={{{method}}}", "training.max_steps=2", f"output={tmp_path / name}"]
         assert inside(capsys, "train", config, *given)[0] == 0
     shelf = open_runs([tmp_path / name for name in methods])
-    weights = [
-        {p.data_ptr() for n, p in policy.model.named_parameters() if "embed" in n} for policy, _ in shelf.values()
-    ]
+    weights = [{p.data_ptr() for n, p in run.policy.model.named_parameters() if "embed" in n} for run in shelf.values()]
     assert all(own == weights[0] for own in weights)
     batch = pack_separately(documents(1, count=1))[0]
-    alone = {name: open_run(tmp_path / name)[0].logprobs(batch) for name in methods}
-    before = {name: policy.reference_logprobs(batch) for name, (policy, _) in shelf.items()}
+    alone = {name: open_run(tmp_path / name).policy.logprobs(batch) for name in methods}
+    before = {name: run.policy.reference_logprobs(batch) for name, run in shelf.items()}
     assert all((found - before["low"]).abs().max() < 1e-5 for found in before.values())
     with torch.no_grad():
         for turn in range(1000):
             name = list(methods)[turn % len(methods)]
-            policy = shelf[name][0]
+            policy = shelf[name].policy
             assert torch.equal(policy.logprobs(batch), alone[name])
             if turn % 7 == 0:
                 assert torch.equal(policy.reference_logprobs(batch), before[name])
@@ -396,7 +395,7 @@ def test_one_of_several_adapters_may_widen_its_base_alone(tiny_base: Path) -> No
 
 AS_BASES = [
     "model.name={run}",
-    "objective={{kind: grpo, reward: {{kind: exact}}, reference: {run}, rollout: {{answers: 2, max_new_tokens: 4}}}}",
+    "objective={{kind: grpo, reward: {{kind: exact}}, reference: {run}, rollout: {{num_generations: 2, max_new_tokens: 4}}}}",
     "objective={{kind: distill, teacher: {run}}}",
 ]
 """Ways to build on a finished run."""
@@ -447,7 +446,7 @@ def test_text_is_framed_as_it_was(config: Path, tmp_path: Path, capsys: Any, mon
     assert inside(capsys, "train", config)[0] == 0
     adapter = tmp_path / "run" / "adapter"
     known = json.loads((adapter / "rung_prompt.json").read_text())
-    chat = open_run(tmp_path / "run")[1]
+    chat = open_run(tmp_path / "run").chat
     assert chat.prompt_ids([Message("user", known["messages"][0]["content"])]) == known["ids"]
     plain = AutoTokenizer.from_pretrained(adapter)  # as any server has it
     asked = plain.apply_chat_template(known["messages"], add_generation_prompt=True, return_dict=False)

@@ -39,7 +39,7 @@ def test_preferences_on_top_of_a_tuned_rung(config: Path, tmp_path: Path, pairs:
     climb(
         config,
         rungs=["zero_shot", "lora"],
-        then=[then, {**then, "name": "kto", "objective": {"kind": "preference", "loss": "kto"}}],
+        on_top=[then, {**then, "name": "kto", "objective": {"kind": "preference", "loss": "kto"}}],
     )
     code, out, err = inside(capsys, "climb", config, "--json")
     assert code == 0, err
@@ -95,7 +95,7 @@ def test_a_rung_on_top_of_one_that_retrieves(config: Path, tmp_path: Path, pairs
     """It sees in training what it will see in the test."""
     then = {"base_rung": "lora", "objective": {"kind": "sft"}, "training": {"max_steps": 1}}
     rungs = ["zero_shot", "rag", {"kind": "lora", "context": "retrieved"}]
-    climb(config, rungs=rungs, then=[then])
+    climb(config, rungs=rungs, on_top=[then])
     code, out, err = inside(capsys, "climb", config, "evaluation.context=withheld", "evaluation.shots=0", "--json")
     assert code == 0, err
     run = json.loads((tmp_path / "run" / "rungs" / "lora-then-sft" / "run.json").read_text())
@@ -106,7 +106,7 @@ def test_a_rung_on_top_of_one_that_retrieves(config: Path, tmp_path: Path, pairs
 
 
 def test_nothing_that_fits_is_said(config: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "available", lambda device: 1000)
+    monkeypatch.setattr(checks, "free_memory", lambda device: 1000)
     search = {"trials": 2, "learning_rate": [1e-4, 1e-2]}
     climb(config, rungs=["lora"], search=search)
     for _ in range(2):  # and a second start is no other
@@ -155,7 +155,7 @@ def test_what_does_not_fit_is_left_out_with_the_reason(
     config: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     then = {"base_rung": "full", "objective": {"kind": "sft"}}
-    climb(config, rungs=["zero_shot", "full", "lora"], then=[then])
+    climb(config, rungs=["zero_shot", "full", "lora"], on_top=[then])
     before = checks.refuse_if_too_large
 
     def refuse(run_config: RunConfig, device: Any, *, beyond: bool) -> None:
@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_left_out_with_the_reason(
             raise checks.DoesNotFitError("this run needs 9 GB at its peak")
         before(run_config, device, beyond=beyond)
 
-    monkeypatch.setattr(checks, "refuse_hopeless", refuse)
+    monkeypatch.setattr(checks, "refuse_if_too_large", refuse)
     code, out, err = inside(capsys, "climb", config, "--json")
     assert code == 0, err
     ladder = json.loads(out)

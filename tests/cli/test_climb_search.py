@@ -125,7 +125,7 @@ def test_settings_that_cannot_be_do_not_end_a_search(
     from rung.commands import climb as climbing
     from rung.errors import GateError
 
-    train, tried = climbing.running.train_on, []
+    train, tried = climbing.train_on_data, []
 
     def failing(run_config: RunConfig, *given: Any, **more: Any) -> Any:
         tried.append(run_config)
@@ -133,7 +133,7 @@ def test_settings_that_cannot_be_do_not_end_a_search(
             raise GateError("gate step0.packing failed")
         return train(run_config, *given, **more)
 
-    monkeypatch.setattr(climbing.running, "train_on", failing)
+    monkeypatch.setattr(climbing, "train_on_data", failing)
     climb(config, rungs=["zero_shot", "lora"], search={"trials": 3, "rank": [2, 8]})
     code, _, err = inside(capsys, "climb", config, "data.validation=0.2", "--json")
     assert code == 0 and "this trial failed" in err, err

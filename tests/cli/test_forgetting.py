@@ -107,7 +107,7 @@ def test_a_ladder_says_what_each_tuned_rung_forgets(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(climbing, "forgotten", killed)
+        patch.setattr(climbing, "measure_forgetting", killed)
         assert inside(capsys, "climb", config, *settings)[0] == 130
     code, out, err = inside(capsys, "climb", config, *settings, "--json")
     assert code == 0 and "what lora has forgotten" in err, err

@@ -31,7 +31,7 @@ def runs(config: Path, tmp_path: Path, capsys: Any) -> list[Path]:
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     """Every matrix of the run, base and updates added."""
-    policy, _, _ = open_run(folder)
+    policy = open_run(folder).policy
     method: Any = policy.method
     return {n: p.detach() for n, p in method.merge().named_parameters()}
 
@@ -43,7 +43,7 @@ def test_the_sum_is_exact_and_a_run_like_any_other(runs: list[Path], tmp_path: P
     result = json.loads(out)
     assert result["lost"] == 0.0 and result["weights"] == [0.5, 2.0] and result["ranks"] == [4, 12]
     first, second, both = (weights_of(folder) for folder in (*runs, fused))
-    policy, _, _ = open_run(runs[0])
+    policy = open_run(runs[0]).policy
     base = {n.replace(".base_layer", ""): p.detach() for n, p in policy.model.named_parameters() if "lora_" not in n}
     for name, value in both.items():
         expected = base[name] + 0.5 * (first[name] - base[name]) + 2.0 * (second[name] - base[name])

@@ -38,7 +38,7 @@ def test_answers_of_a_base(tiny_base: Path, questions: Path, tmp_path: Path, cap
     rows = read(tmp_path / "a.jsonl")
     assert len(rows) == 4 and all(len(row["answers"]) == len(row["stopped"]) == 3 for row in rows)
     assert rows[0]["prompt"] == "what is in it, 0?" and rows[0]["context"] == "box 0" and rows[0]["expected"] == "pears"
-    assert json.loads(out)["made"] == 12
+    assert json.loads(out)["sampled"] == 12
     lengths = [n for row in rows for n in row["tokens"]]
     assert json.loads(out)["means"] == {"tokens": pytest.approx(sum(lengths) / 12)} and max(lengths) <= 6
     assert inside(capsys, "generate", tiny_base, *given, "-o", tmp_path / "b.jsonl")[0] == 0
@@ -92,7 +92,8 @@ def test_how_far_answers_are_from_a_reference(config: Path, questions: Path, tmp
     code, out, err = inside(capsys, "generate", run, *given, "--reference", base, "-o", tmp_path / "a.jsonl", "--json")
     assert code == 0, err
     rows = read(tmp_path / "a.jsonl")
-    policy, chat, _ = open_run(run)
+    opened = open_run(run)
+    policy, chat = opened.policy, opened.chat
     asked = [chat.prompt_ids([Message("user", row["prompt"])], context=row["context"]) for row in rows]
     answers = generate(policy, asked, stop_ids=chat.stop_ids, sampling=Sampling(6, 1.0, slice_seed(0, 0), 2))  # again
     found = [value for row in rows for value in row["log_ratios"]]
@@ -125,7 +126,7 @@ def test_prompts_alone_teach_nothing(config: Path, prompts: Path, capsys: Any) -
     code, _, err = inside(capsys, "train", config, *given)
     assert code == 2 and "no answer to learn" in err and "line 1" in err
     reward = "{kind: regex, pattern: a}"
-    rolling = f"objective={{kind: grpo, reward: {reward}, rollout: {{answers: 4, max_new_tokens: 5}}}}"
+    rolling = f"objective={{kind: grpo, reward: {reward}, rollout: {{num_generations: 4, max_new_tokens: 5}}}}"
     code, _, err = inside(capsys, "train", config, *given, rolling, "training.max_steps=2")
     assert code == 0, err
     file = config.parent / "prompts.yaml"

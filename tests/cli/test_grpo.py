@@ -18,7 +18,7 @@ def rewarded(config: Path, tmp_path: Path) -> Path:
     (tmp_path / "mine.py").write_text(FUNCTION)
     text = config.read_text().replace("learning_rate: 1.0e-2", "learning_rate: 3.0e-2")
     reward = f"{{kind: function, path: '{tmp_path}/mine.py:few'}}"
-    rollout = "{answers: 8, max_new_tokens: 8}"
+    rollout = "{num_generations: 8, max_new_tokens: 8}"
     config.write_text(text + f"objective: {{kind: grpo, beta: 0.01, reward: {reward}, rollout: {rollout}}}\n")
     return config
 

@@ -65,7 +65,7 @@ def test_a_base_of_several_files_and_transposed_weights(
 
 def test_what_does_not_fit_is_merged_so(config: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     assert inside(capsys, "train", config)[0] == 0
-    monkeypatch.setattr("rung.commands.merge.available", lambda device: 2**20)
+    monkeypatch.setattr("rung.commands.merge.free_memory", lambda device: 2**20)
     code, out, err = inside(capsys, "merge", tmp_path / "run", tmp_path / "merged", "--json")
     assert code == 0 and "merged tensor by tensor" in err and json.loads(out)["files"] == 1
 
@@ -157,7 +157,7 @@ def test_an_adapter_that_is_not_whole(
     gone = {first} if broken == "half" else {first, first.replace("lora_A", "lora_B")} if broken == "module" else set()
     kept = {name: t * (float("nan") if broken == "nan" else 1) for name, t in state.items() if name not in gone}
     save_file(kept, file)
-    monkeypatch.setattr("rung.commands.merge.check_whole", lambda folder: None)
+    monkeypatch.setattr("rung.commands.merge.require_undamaged", lambda folder: None)
     code, _, err = inside(capsys, "merge", tmp_path / "run", tmp_path / "merged", "--by-shard")
     assert code == 3 and words in err and "Traceback" not in err, err
     assert not (tmp_path / "merged").exists()
@@ -167,7 +167,7 @@ def test_a_base_that_cannot_be_merged_so_is_merged_whole(
     config: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
     assert inside(capsys, "train", config, "method={kind: lora, rank: 4, dora: true}")[0] == 0
-    monkeypatch.setattr("rung.commands.merge.available", lambda device: 2**20)
+    monkeypatch.setattr("rung.commands.merge.free_memory", lambda device: 2**20)
     code, out, err = inside(capsys, "merge", tmp_path / "run", tmp_path / "merged", "--json")
     assert code == 0 and "merged whole all the same" in err and "moved_from_base" in json.loads(out)
 

@@ -18,7 +18,7 @@ def short(config: Path, tmp_path: Path) -> Path:
     (tmp_path / "mine.py").write_text("def few(answer, row):\n    return -len(answer) / 8\n")
     text = config.read_text().replace("learning_rate: 1.0e-2", "learning_rate: 2.0e-2")
     reward = f"{{kind: function, path: '{tmp_path}/mine.py:few'}}"
-    rollout = "{answers: 4, max_new_tokens: 8, epochs: 2, num_minibatches: 2}"
+    rollout = "{num_generations: 4, max_new_tokens: 8, num_iterations: 2, num_minibatches: 2}"
     config.write_text(text + f"objective: {{kind: ppo, beta: 0.02, reward: {reward}, rollout: {rollout}}}\n")
     return config
 
@@ -85,7 +85,7 @@ def rewarded(compared: Path, tmp_path: Path, capsys: Any) -> Path:
 
 def test_a_reward_model_on_the_same_weights(rewarded: Path, tmp_path: Path, capsys: Any) -> None:
     reward = f"reward: {{kind: model, run: {tmp_path / 'reward'}}}"
-    objective = f"objective={{kind: ppo, {reward}, value: reward, rollout: {{answers: 2, max_new_tokens: 6}}}}"
+    objective = f"objective={{kind: ppo, {reward}, value: reward, rollout: {{num_generations: 2, max_new_tokens: 6}}}}"
     code, _, err = inside(
         capsys, "train", rewarded, objective, "data.test=0", "training.max_steps=4", "data.validation=0"
     )
@@ -103,7 +103,7 @@ def test_a_reward_model_that_is_not_healthy(rewarded: Path, tmp_path: Path, caps
     manifest["reward"].update(verdict="length", reason="it mostly measures length")
     path.write_text(json.dumps(manifest))
     model = f"{{kind: model, run: {tmp_path / 'reward'}}}"
-    objective = f"objective={{kind: grpo, reward: {model}, rollout: {{answers: 2, max_new_tokens: 6}}}}"
+    objective = f"objective={{kind: grpo, reward: {model}, rollout: {{num_generations: 2, max_new_tokens: 6}}}}"
     code, _, err = inside(capsys, "train", rewarded, objective, "training.max_steps=2")
     assert code == 3 and "not fit to be followed" in err and not (tmp_path / "run").exists()
     code, _, err = inside(capsys, "train", rewarded, objective, "objective.reward.accept=true", "training.max_steps=2")

@@ -95,7 +95,7 @@ def test_shots_of_a_retrieving_rung_carry_their_own_passages(boxes: Path, tmp_pa
         return ask(chat, records, framing, limit)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "framed", spy)
+        patch.setattr(evaluate, "prompt_ids", spy)
         code, _, err = inside(capsys, "climb", boxes, "climb.rungs=[few_shot+rag]", "evaluation.retrieve={top_k: 1}")
     assert code == 0, err
     ((framing, turns),) = shown

@@ -266,12 +266,12 @@ def test_a_probed_micro_batch_is_kept_by_a_resume(
     config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ["training.tokens_per_micro_batch=probe", "training.checkpoint_every=2"]
-    monkeypatch.setattr("rung.runs.train.probe", lambda *_: 333)
+    monkeypatch.setattr("rung.runs.train.measure_micro_batch_tokens", lambda *_: 333)
     assert inside(capsys, "train", config, *settings)[0] == 0
     run = tmp_path / "run"
     assert manifest(run)["tokens_per_micro_batch"] == 333
     (run / "run.json").write_text(json.dumps({**manifest(run), "status": "running"}))
-    monkeypatch.setattr("rung.runs.train.probe", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("rung.runs.train.measure_micro_batch_tokens", lambda *_: pytest.fail("measured again"))
     assert inside(capsys, "train", config, *settings, "--resume")[0] == 0
     assert manifest(run)["tokens_per_micro_batch"] == 333
 

@@ -123,17 +123,17 @@ def rolled(objective: PpoObjective, rewards: list[float], apart: list[np.ndarray
 
 def test_the_reward_lands_on_the_last_token_and_the_penalty_on_each() -> None:
     apart = [np.array([0.5, -0.2, 0.1]), np.array([0.0, 0.4])]
-    columns = rolled(PpoObjective(spec_of(beta=0.1, whiten=False, decay=0.0)), [2.0, -1.0], apart)
+    columns = rolled(PpoObjective(spec_of(beta=0.1, whiten=False, gae_lambda=0.0)), [2.0, -1.0], apart)
     assert columns[0]["advantage"] == pytest.approx([-0.05, 0.02, 2.0 - 0.01])
     assert columns[1]["advantage"] == pytest.approx([0.0, -1.0 - 0.04])
     assert columns[0]["returns"] == pytest.approx(columns[0]["advantage"])  # nothing was expected
 
 
 def test_the_penalty_moves_and_is_kept() -> None:
-    objective = PpoObjective(spec_of(beta=0.1, adapt={"target": 0.2, "horizon": 10}))
+    objective = PpoObjective(spec_of(beta=0.1, adaptive_kl={"target": 0.2, "horizon": 10}))
     rolled(objective, [1.0, 1.0], [np.array([0.5, 0.5]), np.array([0.5, 0.5])])
     assert objective.beta == pytest.approx(0.1 * (1 + 0.2 * 2 / 10))
-    again = PpoObjective(spec_of(beta=0.1, adapt={}))
+    again = PpoObjective(spec_of(beta=0.1, adaptive_kl={}))
     again.load_state(objective.state())
     assert again.beta == objective.beta
 

@@ -306,8 +306,8 @@ def test_answers_of_a_row_share_a_prompt_that_would_merge(
     """`th` and `e` are one token together: tokenized as one text, the two prompts would end in different ones."""
     merging = "{% for m in messages %}{{ m['content'] + ('</s>' if m['role'] == 'assistant' else '') }}{% endfor %}"
     chat = ChatTemplate(with_template(tiny_tokenizer, merging))
-    row = record("what is th", "e", score=1.0, rivals=(Candidate("xyz", 0.0),))
-    better, other = tokenize_records(chat, [row], rivals=True).examples
+    row = record("what is th", "e", score=1.0, candidates=(Candidate("xyz", 0.0),))
+    better, other = tokenize_records(chat, [row], candidates=True).examples
     prompt = chat.prompt_ids(row.messages[:1])
     for document, answer in ((better, "e"), (other, "xyz")):
         start = int(document.supervised.argmax())

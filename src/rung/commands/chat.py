@@ -5,23 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
 
-from rung.config.io import parse_config
-from rung.config.model import ModelConfig
-from rung.data.chat import ChatTemplate
 from rung.errors import ConfigError, DataError
-from rung.evaluation.retrieval import Library
 from rung.models.generate import Sampling, generate
-from rung.models.policy import Policy
-from rung.runs.dataset import load_library
-from rung.runs.load import config_of_run, open_base, open_run
-from rung.training.run_folder import is_climb, read_manifest
+from rung.runs.load import LoadedRun, library_of_target, open_base, open_target, refuse_climb
 from rung.types import Message
 
 out = Console(highlight=False)
@@ -32,28 +25,26 @@ class ChatModel:
     """One model and its own memory of the conversation."""
 
     name: str
-    policy: Policy
-    chat: ChatTemplate
+    model: LoadedRun
     prepare_turn: Callable[[], AbstractContextManager[object]]
     """Entered around every answer: switches an adapter off for the base's side."""
     turns: list[Message]
     task: str | None = None
     """Of several that a model learned something for."""
-    tasks: tuple[str, ...] = ()
-    """All of them."""
 
     def answer(self, sampling: Sampling, *, stream: bool) -> str:
         """Say something to the last turn and remember it. Raises `DataError` when the conversation is too long."""
-        prompt = self.chat.prompt_ids(self.turns)
-        room = self.policy.base.context - self.policy.method.virtual_tokens - len(prompt)
+        policy, chat = self.model.policy, self.model.chat
+        prompt = chat.prompt_ids(self.turns)
+        room = policy.base.context - policy.method.virtual_tokens - len(prompt)
         if room < 1:
             raise DataError("the conversation is longer than the model's context", hint="/new starts over")
         shown: list[int] = []
 
         def show(token: int) -> None:
-            before = self.chat.assistant_text(shown)
+            before = chat.assistant_text(shown)
             shown.append(token)
-            now = self.chat.assistant_text(shown)
+            now = chat.assistant_text(shown)
             if not now.endswith("\ufffd"):  # half a character: wait for its other bytes
                 sys.stdout.write(now[len(before.rstrip("\ufffd")) :])
                 sys.stdout.flush()
@@ -61,14 +52,14 @@ class ChatModel:
         limit = Sampling(min(sampling.max_new_tokens, room), sampling.temperature, sampling.seed)
         with self.prepare_turn():
             ids = generate(
-                self.policy,
+                policy,
                 [prompt],
-                stop_ids=self.chat.stop_ids,
+                stop_ids=chat.stop_ids,
                 sampling=limit,
                 task=self.task,
                 on_token=show if stream else None,
             )[0].ids
-        text = self.chat.assistant_text(ids).strip()
+        text = chat.assistant_text(ids).strip()
         self.turns.append(Message("assistant", text))
         return text
 
@@ -81,9 +72,10 @@ class Conversation:
     ) -> None:
         self.system = [Message("system", system)] if system else []
         self.sampling = sampling
-        self.library = _library(target)  # before anything is loaded
+        refuse_climb(target)
+        self.library = library_of_target(target)  # before a model is loaded: a missing document is found at once
         self.speakers = _open_models(target, compare)
-        if task is not None and not any(speaker.tasks for speaker in self.speakers):
+        if task is not None and not any(speaker.model.tasks for speaker in self.speakers):
             raise ConfigError("this model learned nothing for tasks of their own", where="--task", given=task)
         for speaker in self.speakers:
             speaker.task = task
@@ -140,33 +132,17 @@ class Conversation:
         out.print(Columns([Panel(answer, title=name, width=width) for name, answer in answers]))
 
 
-def _library(target: str) -> Library | None:
-    """Where a run that was trained on retrieved passages looks up what stands before a question."""
-    path = Path(target)
-    if not (path / "run.json").exists() or (config := config_of_run(path)).evaluation.context != "retrieved":
-        return None
-    return load_library(config)
-
-
 def _open_models(target: str, compare: bool) -> list[ChatModel]:
-    path = Path(target)
-    if not (path / "run.json").exists():
+    tuned = open_target(target)
+    if tuned.config is None:
         if compare:
             raise ConfigError("--compare wants a run: a base has nothing to be compared with", given=target)
-        policy, chat = open_base(ModelConfig(name=target))
-        return [ChatModel(target, policy, chat, nullcontext, [])]
-    if is_climb(path):
-        raise ConfigError("this is a climb, not a run", given=target, hint=f"its runs stand in {path / 'rungs'}")
-    policy, chat, config = open_run(path)
-    tasks = getattr(config.method, "tasks", ())
-    tuned = ChatModel(f"tuned ({config.method.kind})", policy, chat, nullcontext, [], tasks=tasks)
+        return [ChatModel(target, tuned, nullcontext, [])]
+    model = ChatModel(f"tuned ({tuned.config.method.kind})", tuned, nullcontext, [])
     if not compare:
-        return [tuned]
-    if (path / "adapter").is_dir():
-        return [
-            ChatModel(f"base ({config.model.name})", policy, chat.without_virtual_tokens(), policy.method.disabled, []),
-            tuned,
-        ]
-    model = parse_config(read_manifest(path)["config"], str(path)).model
-    base, base_chat = open_base(model)
-    return [ChatModel(f"base ({model.name})", base, base_chat, nullcontext, []), tuned]
+        return [model]
+    if (Path(target) / "adapter").is_dir():
+        base, switch = replace(tuned, chat=tuned.chat.without_virtual_tokens()), tuned.policy.method.disabled
+    else:
+        base, switch = open_base(tuned.config.model), nullcontext
+    return [ChatModel(f"base ({tuned.config.model.name})", base, switch, []), model]

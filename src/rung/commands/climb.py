@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from rung.commands.ladder import (
 )
 from rung.config.climb import UNTUNED, OnTopConfig, RungConfig
 from rung.config.evaluation import Context
-from rung.config.io import config_to_dict, on_top_run_config, rung_run_config
+from rung.config.io import ConfigSource, config_to_dict, on_top_run_config, resolve_config, rung_run_config
 from rung.config.method import FullConfig
 from rung.config.run import RunConfig
 from rung.console import print_status
@@ -36,12 +36,14 @@ from rung.data.splits import Splits
 from rung.errors import CheckpointError, ConfigError, DataError, PlanError, RungError
 from rung.evaluation.evaluate import PERPLEXITY, Evaluation, evaluate
 from rung.evaluation.prompting import PromptFormat
+from rung.files import is_run_folder
 from rung.models.base_model import BaseModel
 from rung.models.policy import NoMethod, Policy
+from rung.report.html import write_report
 from rung.runs import checks
 from rung.runs.checks import DoesNotFitError
 from rung.runs.dataset import RunData, read_splits, tokenize_splits
-from rung.runs.load import dequantize_if_configured, device, load_base_on_device, open_run
+from rung.runs.load import LoadedRun, dequantize_if_configured, device, load_base_on_device, open_run
 from rung.runs.train import train_on_data
 from rung.training.run_folder import RunFolder, StopCheck, is_climb, read_manifest, reset_peak_memory, write_json
 from rung.types import Record
@@ -63,7 +65,7 @@ class Climb:
                 rung_run_config(config, rung, config.output, config.seed)
         for then in config.climb.on_top:
             on_top_run_config(config, then, config.output, config.output, config.seed)
-        resume = (self.path / "run.json").exists() and not overwrite
+        resume = is_run_folder(self.path) and not overwrite
         if resume and not is_climb(self.path):
             raise CheckpointError(
                 "this folder holds a single run, not a climb", where=str(self.path), hint="name another output=..."
@@ -103,7 +105,7 @@ class Climb:
         asking.check_room(own.chat, base.context - self.config.evaluation.max_new_tokens)
         if other is not None:
             require_room(other, own.chat, base.context)
-        resume = (self.path / "run.json").exists() and not self._overwrite
+        resume = is_run_folder(self.path) and not self._overwrite
         claimed = RunFolder.acquire(
             self.path, config_to_dict(self.config), resume=resume, overwrite=self._overwrite, free=UNTRAINED_COST
         )
@@ -184,7 +186,7 @@ class Climb:
 
     def _refuse_other_fingerprint(self, what: str, fingerprint: str) -> None:
         """Rungs measured on other data or another base must not stand in one ladder."""
-        known = (self.path / "run.json").exists() and not self._overwrite
+        known = is_run_folder(self.path) and not self._overwrite
         begun = read_manifest(self.path).get("fingerprints", {}) if known else {}
         if begun.get(what, fingerprint) != fingerprint:
             have = "have" if what == "documents" else "has"
@@ -237,31 +239,40 @@ class Climb:
 
     def _measure_tuned(self, rung: RungConfig, folder: Path, number: int, data: RunData, asking: ClimbPrompts) -> None:
         """A tuned rung: a run in a folder of its own, then the bare question."""
-        begun = (folder / "run.json").exists()
+        begun = is_run_folder(folder)
         if not begun:
             unsearched = rung_run_config(self.config, rung, str(folder), self.config.seed + number)
             checks.refuse_if_too_large(unsearched, device(), beyond=False)
         if self.config.climb.search is not None:
             rung = self._apply_search(rung, data, asking)
         config = rung_run_config(self.config, rung, str(folder), self.config.seed + number)
-        if begun and read_manifest(folder)["status"] == "finished":
-            policy, chat, _ = open_run(folder)
-        else:
-            base = self._fresh_base()
-            own = data
-            if _changes_documents(config):
-                own = tokenize_splits(config, asking.splits, base, asking.library)
-            policy, _ = train_on_data(config, base, own, resume=begun)
-            self._fresh = None  # its model has been tuned
-            chat = own.chat
+
+        def rows(base: BaseModel) -> RunData:
+            own_rows = _changes_documents(config)
+            return tokenize_splits(config, asking.splits, base, asking.library) if own_rows else data
+
+        model = self._train_or_open(config, rows)
         manifest = read_manifest(folder)
         asked = asking.for_rung(rung, None)
-        dequantize_if_configured(policy, config)
-        result = evaluate(policy, chat, asked.records, asked.prompt_format, config.evaluation, title=rung.label)
+        dequantize_if_configured(model.policy, config)
+        result = evaluate(
+            model.policy, model.chat, asked.records, asked.prompt_format, config.evaluation, title=rung.label
+        )
         tried = search.read_search(self.path / "search" / rung.slug)
         store_rung_result(
             folder, result, {**_training_cost(manifest, folder), **asked.facts, **({"search": tried} if tried else {})}
         )
+
+    def _train_or_open(self, config: RunConfig, data: Callable[[BaseModel], RunData]) -> LoadedRun:
+        """The run of a config: opened where it is finished, otherwise trained, or resumed where it was stopped."""
+        folder = Path(config.output)
+        started = is_run_folder(folder)
+        if started and read_manifest(folder)["status"] == "finished":
+            return open_run(folder)
+        base, self._fresh = self._fresh_base(), None  # training changes this base
+        run_data = data(base)
+        policy, _ = train_on_data(config, base, run_data, resume=started)
+        return LoadedRun(policy, run_data.chat, config, "run")
 
     def _apply_search(self, rung: RungConfig, data: RunData, asking: ClimbPrompts) -> RungConfig:
         """The rung with settings chosen on the validation split, once for all training seeds."""
@@ -270,10 +281,10 @@ class Climb:
             return search.apply_settings(rung, found["chosen"])
         config = rung_run_config(self.config, rung, str(place), self.config.seed)
 
-        def train(trial: RunConfig, watch: StopCheck) -> None:
+        def train(trial: RunConfig, stop_check: StopCheck) -> None:
             base, self._fresh = self._fresh_base(), None
             own = tokenize_splits(trial, asking.splits, base, asking.library) if _changes_documents(trial) else data
-            train_on_data(trial, base, own, watch=watch)
+            train_on_data(trial, base, own, stop_check=stop_check)
 
         wanted = self.config.climb.search
         assert wanted is not None  # noqa: S101 -- for the type checker: asked by `_tune`
@@ -321,7 +332,7 @@ class Climb:
                 found = measure_forgetting(
                     str(place), str(self.config.climb.forgetting), limit=self.config.evaluation.limit
                 )
-                write_json(place / RESULT_FILE, found)
+                write_json(place / RESULT_FILE, found.to_json())
 
     def _forgetting_results(self) -> Iterator[ForgettingResult]:
         """What was found."""
@@ -338,16 +349,12 @@ class Climb:
         own = search.apply_settings(rung, found["chosen"]) if found else rung
         config = rung_run_config(self.config, own, str(place), self.config.seed)
         config = config.model_copy(update={"data": config.data.model_copy(update={"limit": rows})})
-        begun = (place / "run.json").exists()
-        if begun and read_manifest(place)["status"] == "finished":
-            policy, chat, _ = open_run(place)
-        else:
-            base, self._fresh = self._fresh_base(), None
-            fewer = tokenize_splits(config, read_splits(config), base, asking.library)
-            policy, _ = train_on_data(config, base, fewer, resume=begun)
-            chat = fewer.chat
+        model = self._train_or_open(
+            config, lambda base: tokenize_splits(config, read_splits(config), base, asking.library)
+        )
         asked, manifest = asking.for_rung(rung, None), read_manifest(place)
-        result = evaluate(policy, chat, asked.records, asked.prompt_format, config.evaluation, title=f"{rows:,} rows")
+        title = f"{rows:,} rows"
+        result = evaluate(model.policy, model.chat, asked.records, asked.prompt_format, config.evaluation, title=title)
         learned = manifest["data"]["splits"]["train"]["rows"]
         store_rung_result(
             place, result, {**_training_cost(manifest, place), "rung": rung.label, "rows": learned, **asked.facts}
@@ -358,16 +365,18 @@ class Climb:
         own = next(rung for rung in self.config.climb.rungs if rung.label == then.base_rung)
         below = self._folders(own)[number]
         config = on_top_run_config(self.config, then, str(below), str(folder), self.config.seed + number)
-        begun = (folder / "run.json").exists()
+        begun = is_run_folder(folder)
         if not begun:
             checks.refuse_if_too_large(config, device(), beyond=False)
         if not (begun and read_manifest(folder)["status"] == "finished"):
             self._fresh = None  # one model at a time
             splits, base = read_splits(config), load_base_on_device(config.model)
             train_on_data(config, base, tokenize_splits(config, splits, base, asking.library), resume=begun)
-        manifest, (policy, chat, _) = read_manifest(folder), open_run(folder)
+        manifest, model = read_manifest(folder), open_run(folder)
         asked = asking.for_rung(own, None)
-        result = evaluate(policy, chat, asked.records, asked.prompt_format, self.config.evaluation, title=then.label)
+        result = evaluate(
+            model.policy, model.chat, asked.records, asked.prompt_format, self.config.evaluation, title=then.label
+        )
         # what it stands on was trained as well
         before, cost = read_rung_result(below), _training_cost(manifest, folder)
         both = {name: cost[name] + before[name] for name in ("train_seconds", "disk_bytes")}
@@ -411,7 +420,7 @@ class Climb:
 
 def _changes_documents(config: RunConfig) -> bool:
     """Whether a method's virtual tokens make documents longer, or stand inside them."""
-    return hasattr(config.method, "virtual_tokens")
+    return config.method.virtual_token_count > 0
 
 
 def _training_cost(manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -419,3 +428,15 @@ def _training_cost(manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     keys = ("trainable_parameters", "train_seconds", "tokens_per_second")
     kept = [file for name in ("adapter", "model") for file in (folder / name).rglob("*") if file.is_file()]
     return {**{key: manifest[key] for key in keys}, "disk_bytes": sum(file.stat().st_size for file in kept)}
+
+
+def climb(config: ConfigSource, *, overrides: Sequence[str] = (), overwrite: bool = False) -> Ladder:
+    """Measure the rungs of a config on one held-out test set and recommend the lowest that is enough.
+
+    A climb that was stopped goes on; finished rungs are not repeated. `overwrite` starts anew. Writes the report.
+    Raises as `rung.train`.
+    """
+    run_config = resolve_config(config, overrides)
+    ladder = Climb(run_config, overwrite=overwrite).run()
+    write_report(Path(run_config.output))
+    return ladder

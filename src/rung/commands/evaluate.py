@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rung.config.io import load_config
+from rung.config.io import ConfigSource, resolve_config
 from rung.config.objective import RewardConfig
 from rung.config.run import RunConfig
 from rung.data.contamination import contamination
@@ -15,19 +15,34 @@ from rung.data.records import Records
 from rung.errors import ConfigError, RungError
 from rung.evaluation.evaluate import Evaluation, ScoredItem
 from rung.evaluation.reward_model import score_reward_model
+from rung.files import is_run_folder
+from rung.results import EvaluationResult
 from rung.runs.dataset import load_library, read_splits, tokenize_held_out, with_contexts
-from rung.runs.load import config_of_run, open_base, open_reward_model, open_run, score_policy, test_records
+from rung.runs.load import (
+    config_of_run,
+    open_reward_model,
+    open_target,
+    refuse_climb,
+    score,
+    test_records,
+)
 from rung.runs.train import micro_batch_tokens
-from rung.training.run_folder import RunFolder, is_climb, read_manifest
+from rung.training.run_folder import RunFolder, read_manifest
 
 
-def evaluate_target(target: str, *, config: str | None, overrides: Sequence[str], limit: int | None) -> dict[str, Any]:
-    """Score `target` on the test split of `config`, or of the run itself.
+def evaluate(
+    target: str | Path,
+    *,
+    config: ConfigSource | None = None,
+    overrides: Sequence[str] = (),
+    limit: int | None = None,
+) -> EvaluationResult:
+    """Score a run or a base on the test split of `config`, or of the run itself.
 
     A run scored on its own task keeps the result in its folder. Raises `ConfigError` when a base comes without a task.
     """
-    path = Path(target)
-    is_run = (path / "run.json").exists()
+    path, target = Path(target), str(target)
+    is_run = is_run_folder(path)
     task, originals, records, found = evaluation_task(target, config=config, overrides=overrides, limit=limit)
     if is_run and isinstance(task.objective, RewardConfig):
         return _evaluate_reward_model(path, task, records, config=config, keep=config is None and limit is None)
@@ -39,7 +54,15 @@ def evaluate_target(target: str, *, config: str | None, overrides: Sequence[str]
         result.write(path / "eval.parquet")  # items.parquet belongs to the climb that a run may stand in
         manifest = read_manifest(path)
         RunFolder(path, manifest).update(metrics={**manifest.get("metrics", {}), **measured}, **contaminated)
-    return {"target": target, "task": config or target, **measured, **contaminated}
+    result_json = {"target": target, "task": task_name(config, target), **measured, **contaminated}
+    return EvaluationResult.model_validate(result_json)
+
+
+def task_name(config: ConfigSource | None, target: str) -> str:
+    """What a result calls its task: the config's file or output, or the run itself."""
+    if config is None:
+        return target
+    return str(config) if isinstance(config, str | Path) else resolve_config(config).output
 
 
 def contamination_of(run: Path, result: Evaluation, records: Records) -> dict[str, Any]:
@@ -74,14 +97,15 @@ class EvaluationTask(NamedTuple):
     """How well that was found; empty where nothing was looked up."""
 
 
-def evaluation_task(target: str, *, config: str | None, overrides: Sequence[str], limit: int | None) -> EvaluationTask:
+def evaluation_task(
+    target: str, *, config: ConfigSource | None, overrides: Sequence[str], limit: int | None
+) -> EvaluationTask:
     """What `target` is scored on. Raises `ConfigError` when a base comes without a task."""
     path = Path(target)
-    if is_climb(path):
-        raise ConfigError("this is a climb, not a run", given=target, hint=f"its runs stand in {path / 'rungs'}")
+    refuse_climb(target)
     if overrides and config is None:
         raise ConfigError("overrides go with --config", given=" ".join(overrides))
-    task = _task(path, config, overrides, (path / "run.json").exists())
+    task = _task(path, config, overrides, is_run_folder(path))
     if limit is not None:
         task = task.model_copy(update={"evaluation": task.evaluation.model_copy(update={"limit": limit})})
     splits = read_splits(task)
@@ -102,18 +126,12 @@ def _scores(result: Evaluation, items: Sequence[ScoredItem]) -> dict[str, Any] |
 
 def evaluate_on_task(target: str, task: RunConfig, records: Records) -> Evaluation:
     """What a run or a base answers, scored; nothing of it stays in memory."""
-    path = Path(target)
-    is_run = (path / "run.json").exists()
-    if is_run:
-        policy, chat, _ = open_run(path)
-    else:
-        policy, chat = open_base(task.model.model_copy(update={"name": target}))
-    return score_policy(policy, chat, task, records, tuned=is_run)
+    return score(open_target(target, task.model), task, records)
 
 
 def _evaluate_reward_model(
-    path: Path, task: RunConfig, records: Records, *, config: str | None, keep: bool
-) -> dict[str, Any]:
+    path: Path, task: RunConfig, records: Records, *, config: ConfigSource | None, keep: bool
+) -> EvaluationResult:
     """A reward model on held-out comparisons."""
     policy, chat, objective, _ = open_reward_model(path)
     examples = tokenize_held_out(task, chat, records, policy.base).examples
@@ -122,12 +140,13 @@ def _evaluate_reward_model(
     if keep:
         manifest = read_manifest(path)
         RunFolder(path, manifest).update(metrics={**manifest.get("metrics", {}), **result})
-    return {"target": str(path), "task": config or str(path), **result, "said": str(health)}
+    named = {"target": str(path), "task": task_name(config, str(path))}
+    return EvaluationResult.model_validate({**named, **result, "summary": str(health)})
 
 
-def _task(path: Path, config: str | None, overrides: Sequence[str], is_run: bool) -> RunConfig:
+def _task(path: Path, config: ConfigSource | None, overrides: Sequence[str], is_run: bool) -> RunConfig:
     if config is not None:
-        return load_config(config, overrides).config
+        return resolve_config(config, overrides)
     if is_run:
         return config_of_run(path)
     raise ConfigError("a base has no task of its own", given=str(path), hint="name one with --config CONFIG")

@@ -25,9 +25,17 @@ from rung.evaluation.evaluate import PERPLEXITY, Evaluation, ScoredItem, evaluat
 from rung.evaluation.prompting import PromptFormat
 from rung.models.policy import Policy, sum_by_document
 from rung.planning.memory import tokens_per_micro_batch
+from rung.results import ForgettingComparison
 from rung.runs.dataset import read_splits, with_contexts
-from rung.runs.load import config_of_run, dequantize_if_configured, open_base, open_run, test_records
-from rung.training.run_folder import is_climb
+from rung.runs.load import (
+    LoadedRun,
+    config_of_run,
+    dequantize_if_configured,
+    open_base,
+    open_run,
+    target_kind,
+    test_records,
+)
 from rung.training.step import values_by_document
 from rung.types import Record
 
@@ -37,7 +45,7 @@ EvaluatedModel = tuple[Policy, ChatTemplate, AbstractContextManager[None]]
 """A model, how it reads, and what must be in force while it does."""
 
 
-def measure_forgetting(run: str, data: str, *, limit: int | None) -> dict[str, Any]:
+def measure_forgetting(run: str, data: str, *, limit: int | None = None) -> ForgettingComparison:
     """Perplexity and scores of a run and of its base on `data`, paired: run minus base.
 
     `data` is a data file, all of whose rows count, or a config, whose test split does under its own metrics and
@@ -46,24 +54,27 @@ def measure_forgetting(run: str, data: str, *, limit: int | None) -> dict[str, A
     nothing is left.
     """
     path = Path(run)
-    if is_climb(path) or not (path / "run.json").exists():
-        hint = f"its runs stand in {path / 'rungs'}" if is_climb(path) else "a base has learned nothing to forget for"
+    if (kind := target_kind(path)) != "run":
+        hint = f"its runs stand in {path / 'rungs'}" if kind == "climb" else "a base has learned nothing to forget for"
         raise ConfigError("this is not a run", where="--forgetting", given=run, hint=hint)
-    tuned, chat, own = open_run(path)
-    records, asked, seed = forgetting_task(own, data, limit)
-    dequantize_if_configured(tuned, own)
-    room = tuned.base.context - tuned.method.virtual_tokens
-    after, before = (_measure_model(reader, records, asked, room) for reader in _evaluated_models(path, tuned, chat))
+    config, tuned = config_of_run(path), open_run(path)
+    records, asked, seed = forgetting_task(config, data, limit)
+    dequantize_if_configured(tuned.policy, config)
+    room = tuned.policy.base.context - tuned.policy.method.virtual_tokens
+    models = _evaluated_models(path, tuned)
+    after, before = (_measure_model(model, records, asked, room) for model in models)
     if dropped := len(records) - len(after.items):
         print_status(f"{dropped:,} of {len(records):,} texts are longer than the model's context and left out")
-    return {
-        "target": run,
-        "forgetting": data,
-        "metrics": {name: paired_scores(before, after, name, seed) for name in after.metrics},
-        "examples": len(after.items),
-        "clusters": len(set(after.clusters)),
-        "dropped": dropped,
-    }
+    return ForgettingComparison.model_validate(
+        {
+            "target": run,
+            "forgetting": data,
+            "metrics": {name: paired_scores(before, after, name, seed) for name in after.metrics},
+            "examples": len(after.items),
+            "clusters": len(set(after.clusters)),
+            "dropped": dropped,
+        }
+    )
 
 
 ForgettingTask = tuple[Records, EvaluationConfig, int]
@@ -112,14 +123,14 @@ def _closed_book_records(records: Sequence[Record], asked: EvaluationConfig) -> 
     return records if asked.context == "given" else with_contexts("withheld", Records.from_records(records), None)
 
 
-def _evaluated_models(path: Path, tuned: Policy, chat: ChatTemplate) -> Iterator[EvaluatedModel]:
+def _evaluated_models(path: Path, tuned: LoadedRun) -> Iterator[EvaluatedModel]:
     """The run, then its base: the same weights with the adapter off, or the base itself of a whole model."""
-    yield tuned, chat, nullcontext()
+    yield tuned.policy, tuned.chat, nullcontext()
     if (path / "adapter").is_dir():
-        yield tuned, chat.without_virtual_tokens(), tuned.method.disabled()
+        yield tuned.policy, tuned.chat.without_virtual_tokens(), tuned.policy.method.disabled()
         return
-    base, own = open_base(config_of_run(path).model)
-    yield base, own, nullcontext()
+    base = open_base(config_of_run(path).model)
+    yield base.policy, base.chat, nullcontext()
 
 
 def _sample_records(records: Records, limit: int | None) -> Records:

@@ -12,8 +12,7 @@ from typing import Any, get_args
 import numpy as np
 
 from rung.config.data import DataConfig, Format
-from rung.config.io import parse_config
-from rung.config.model import WITHOUT_RUN_SETTINGS, ModelConfig
+from rung.config.model import ModelConfig
 from rung.console import ProgressBar, print_status
 from rung.data.chat import ChatTemplate
 from rung.data.formats import load_records
@@ -22,14 +21,22 @@ from rung.data.tokenize import PromptDataset, tokenize_prompts
 from rung.errors import CheckpointError, ConfigError
 from rung.evaluation.prompting import PromptFormat
 from rung.evaluation.reward_model import RewardScorer
-from rung.files import MANIFEST, Journal, write_text
-from rung.inference.openai_client import ChatRequest, FailedRequest, Server, ask_server
+from rung.files import MANIFEST, Journal, is_run_folder, write_text
+from rung.inference.openai_client import DEFAULT_CONCURRENCY, ChatRequest, FailedRequest, Server, ask_server
 from rung.models.base_model import BaseModel
 from rung.models.generate import GeneratedAnswer, Sampling, generate_by_task
 from rung.models.policy import NoMethod, Policy, sum_by_document
+from rung.results import GenerationResult
 from rung.runs.auxiliary_models import require_same_tokens
-from rung.runs.load import load_base_on_device, open_base, open_reward_model, open_run, share_base_if_same
-from rung.training.run_folder import read_manifest
+from rung.runs.load import (
+    config_of_run,
+    load_base_on_device,
+    open_reward_model,
+    open_run,
+    open_target,
+    share_base_if_same,
+    target_kind,
+)
 from rung.training.step import values_by_document
 from rung.types import Example, PackedBatch, Record
 
@@ -45,7 +52,7 @@ TOKENS = 4096
 class GenerateRequest:
     """What is wanted of the answers."""
 
-    sampling: Sampling
+    sampling: Sampling = Sampling(256, 1.0, answers_per_prompt=4)
     limit: int | None = None
     """At most this many prompts."""
     distinct: bool = False
@@ -55,6 +62,34 @@ class GenerateRequest:
     reference: str | None = None
     """A run or a base: answers come with how much likelier they are here than there."""
     format: Format = "auto"
+
+
+def generate(
+    target: str,
+    data: str,
+    output: Path,
+    request: GenerateRequest,
+    *,
+    model: str | None = None,
+    concurrency: int | None = None,
+) -> GenerationResult:
+    """Sample answers to the prompts of a data file and write one row for each prompt to `output`.
+
+    `target` is a run, a base, or the URL of an OpenAI-compatible server, which wants `model`, the model's name there;
+    `concurrency` is how many requests a server gets at once, 8 unless set. Generation is saved incrementally: the same
+    call goes on after a stop. Raises `ConfigError` where the output exists already.
+    """
+    if target_kind(target) == "server":
+        if model is None:
+            raise ConfigError("a server may hold several models", where="--model", hint="name one of them")
+        server = Server(target, model, concurrency or DEFAULT_CONCURRENCY)
+        return GenerationResult.model_validate(generate_remotely(server, data, output, request))
+    if model is not None or concurrency is not None:
+        option, value = ("--model", model) if model is not None else ("--concurrency", concurrency)
+        raise ConfigError(
+            "only a server is asked for a model by name, or in several requests", where=option, given=value
+        )
+    return GenerationResult.model_validate(generate_answers(target, data, output, request))
 
 
 def generate_answers(target: str, data: str, output: Path, asked: GenerateRequest) -> dict[str, Any]:
@@ -118,7 +153,7 @@ def write_rows(
         "output": str(output),
         "prompts": len(rows),
         "answers": sum(len(row["answers"]) for row in rows),
-        "made": len(made.texts),
+        "sampled": len(made.texts),
         "cut": sum(not stopped for stopped in made.stopped),
         "nothing_to_compare": len(records) - len(rows),
         "means": {name: float(np.mean(values)) for name, values in of_all.items() if values},
@@ -160,14 +195,13 @@ def parse_format(text: str) -> Format:
 def _open(target: str, asked: GenerateRequest) -> tuple[Policy, ChatTemplate, RewardScorer | None]:
     """What answers, with its reference, and what scores; a base that carries several of them is held once."""
     path = Path(target)
-    run = (path / "run.json").exists()
-    config = (
-        parse_config(read_manifest(path)["config"], str(path / "run.json")).model if run else ModelConfig(name=target)
-    )
+    run = is_run_folder(path)
+    config = config_of_run(path).model if run else ModelConfig(name=target)
     base = None if run and (path / "model").is_dir() else load_base_on_device(config)
     own = base.share_weights() if base is not None and (asked.reward or asked.reference) else base
     if run or own is None:
-        policy, chat, _ = open_run(path, own)
+        model = open_run(path, own)
+        policy, chat = model.policy, model.chat
     else:
         policy, chat = Policy(own, NoMethod()), ChatTemplate(own.tokenizer)
     if asked.reference is not None:
@@ -181,9 +215,8 @@ def _reference(named: str, config: ModelConfig, base: BaseModel | None) -> Polic
     """A run with its adapter on, or a base; the base of what answers where that is it."""
     if base is not None and config.student_of is None and named == config.name:
         return Policy(base.share_weights(), NoMethod())
-    if (Path(named) / "run.json").exists():
-        return open_run(Path(named), share_base_if_same(Path(named), base))[0]
-    return open_base(config.model_copy(update={"name": named, **WITHOUT_RUN_SETTINGS}))[0]
+    shared = share_base_if_same(Path(named), base) if is_run_folder(named) else None
+    return open_target(named, config, shared).policy
 
 
 def _open_scorer(run: Path, ours: ChatTemplate, base: BaseModel | None) -> RewardScorer:

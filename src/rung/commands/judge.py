@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 from rung.config.judge import JudgeConfig
-from rung.config.model import ModelConfig
 from rung.console import ProgressBar, print_status
 from rung.evaluation.judge import (
     AnswerPair,
@@ -26,7 +24,7 @@ from rung.evaluation.judge import (
 from rung.files import Journal, cache_folder
 from rung.inference.openai_client import DEFAULT_CONCURRENCY, ChatRequest, Server
 from rung.inference.openai_client import ask_server as ask_server
-from rung.runs.load import open_base, open_run
+from rung.runs.load import open_target
 from rung.scoring.pairwise import JudgeAgreement, Preference, check_judge, summarize_preferences
 from rung.types import Message
 
@@ -75,12 +73,8 @@ def judge_pairs(config: JudgeConfig, pairs: Sequence[AnswerPair], seed: int = 0)
 def _ask_function(config: JudgeConfig) -> AskJudge:
     if config.server is not None:
         return _ask_by_server(Server(config.server, config.model, config.concurrency or DEFAULT_CONCURRENCY))
-    path = Path(config.model)
-    if (path / "run.json").exists():
-        policy, chat, _ = open_run(path)
-    else:
-        policy, chat = open_base(ModelConfig(name=config.model))
-    return judge_by_logprobs(policy, chat)
+    judge = open_target(config.model)
+    return judge_by_logprobs(judge.policy, judge.chat)
 
 
 def _ask_by_server(server: Server) -> AskJudge:

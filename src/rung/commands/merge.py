@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 
 from rung.commands.merge_shards import merge_shards, read_updates
-from rung.config.io import parse_config
-from rung.config.method import LoraConfig
+from rung.config.method import LoraConfig, LowRankConfig
 from rung.config.model import ModelConfig
 from rung.config.run import RunConfig
 from rung.console import print_status
@@ -26,9 +25,10 @@ from rung.models.policy import Policy
 from rung.planning.architecture import read_shape
 from rung.planning.memory import BASELINE_RSS
 from rung.report.formatting import format_bytes
+from rung.results import MergeResult
 from rung.runs.artifact import check_parity, check_prompt, logprobs_in_fresh_process, write_tokenizer_files
 from rung.runs.checks import free_memory
-from rung.runs.load import dequantize, load_base_on_device, open_run
+from rung.runs.load import LoadedRun, config_of_run, dequantize, load_base_on_device, open_run
 from rung.training import gates
 from rung.training.packing import pack_separately
 from rung.training.run_folder import Gate, read_manifest
@@ -40,7 +40,7 @@ PROBE_TEXTS = "In fiscal year 2023 revenue rose to 412 million, and costs fell b
 MergeBase = Literal["trained", "original"]
 
 
-def merge_run(run: Path, folder: Path, onto: MergeBase = "trained", *, by_shard: bool = False) -> dict[str, Any]:
+def merge(run: Path, folder: Path, onto: MergeBase = "trained", *, by_shard: bool = False) -> MergeResult:
     """Write the merged model and prove it (gate 5). In float32, from the pristine base.
 
     `onto` the base that it was `trained` on, or the `original` that was quantized for training: another model, and
@@ -64,8 +64,9 @@ def merge_run(run: Path, folder: Path, onto: MergeBase = "trained", *, by_shard:
             if by_shard:
                 raise
             print_status(f"merged whole all the same: {error.summary}")
-    policy, chat, config = _open_in_float32(run)
-    if getattr(config.method, "tasks", ()):
+    config, model = config_of_run(run), _open_in_float32(run)
+    policy, chat = model.policy, model.chat
+    if config.method.tasks:
         policy.method.merge()  # type: ignore[attr-defined]  # which says why it cannot be
     rows = _rows(chat)
     ours, from_run = _logprobs(policy, rows), {}
@@ -95,16 +96,13 @@ def merge_run(run: Path, folder: Path, onto: MergeBase = "trained", *, by_shard:
         raise
     moved = {"moved_from_base": _largest_difference(base, theirs), **from_run}
     measured = {"measure": "largest difference of log-probabilities", "difference": gate.measured, "limit": gate.limit}
-    return {"path": str(folder), **measured, **moved}
+    return MergeResult.model_validate({"path": str(folder), **measured, **moved})
 
 
 def _needs_shards(run: Path) -> bool:
     """Whether the base in float32, and then the reloaded model, is more than there is memory for."""
     there = free_memory(torch.device("cpu"))
-    needed = (
-        4 * read_shape(parse_config(read_manifest(run)["config"], str(run / "run.json")).model).parameters
-        + BASELINE_RSS
-    )
+    needed = 4 * read_shape(config_of_run(run).model).parameters + BASELINE_RSS
     if there is None or needed <= there:
         return False
     print_status(
@@ -114,9 +112,9 @@ def _needs_shards(run: Path) -> bool:
     return True
 
 
-def _by_shard(run: Path, folder: Path, onto: MergeBase) -> dict[str, Any]:
+def _by_shard(run: Path, folder: Path, onto: MergeBase) -> MergeResult:
     manifest = read_manifest(run)
-    config = parse_config(manifest["config"], str(run / "run.json"))
+    config = config_of_run(run)
     if config.method.kind == "qlora" or onto == "original":
         raise PlanError("a quantized base is widened first, which only a whole merge does", where=str(run))
     base = base_files(config.model)
@@ -138,14 +136,16 @@ def _by_shard(run: Path, folder: Path, onto: MergeBase) -> dict[str, Any]:
     write_folder(folder, fill)
     gate, moved = proved[0]
     files = len(list(folder.glob("*.safetensors")))
-    return {
-        "path": str(folder),
-        "measure": "largest error, over what rounding to float32 allows",
-        "difference": gate.measured,
-        "limit": gate.limit,
-        "largest_change": moved,
-        "files": files,
-    }
+    return MergeResult.model_validate(
+        {
+            "path": str(folder),
+            "measure": "largest error, over what rounding to float32 allows",
+            "difference": gate.measured,
+            "limit": gate.limit,
+            "largest_change": moved,
+            "files": files,
+        }
+    )
 
 
 def _write_merged(method: Method, folder: Path, chat: ChatTemplate) -> None:
@@ -158,15 +158,15 @@ def _write_merged(method: Method, folder: Path, chat: ChatTemplate) -> None:
     write_folder(folder, fill)
 
 
-def _open_in_float32(run: Path) -> tuple[Policy, ChatTemplate, RunConfig]:
+def _open_in_float32(run: Path) -> LoadedRun:
     """The run in float32, whatever it computed in: what is merged is compared with a plain float32 model."""
-    config = parse_config(read_manifest(run)["config"], str(run / "run.json"))
+    config = config_of_run(run)
     return open_run(run, load_base_on_device(config.model.model_copy(update={"dtype": "float32"})))
 
 
 def _merge_onto_original(run: Path, config: RunConfig) -> Policy:
     """The saved adapter as a plain LoRA on the base in full width."""
-    if getattr(config.method, "init", None) == "loftq":
+    if isinstance(config.method, LowRankConfig) and config.method.init == "loftq":
         raise ConfigError(
             "an adapter begun by loftq holds what quantizing took away: on the original base it would count twice",
             where="--original",

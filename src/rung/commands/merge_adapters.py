@@ -44,6 +44,7 @@ from rung.models.load import check_fingerprint, load_tokenizer
 from rung.models.policy import Policy
 from rung.models.targets import layer_number, roles_of
 from rung.objectives.registry import OBJECTIVES
+from rung.results import FuseResult
 from rung.runs.artifact import write_origin, write_tokenizer_files
 from rung.runs.auxiliary_models import load_reference
 from rung.runs.dataset import read_splits, tokenize_splits
@@ -104,8 +105,8 @@ def parse_weights(text: str | None) -> tuple[float, ...] | None:
         raise ConfigError("weights are numbers with commas between", where="--weights", given=text) from error
 
 
-def fuse_runs(runs: Sequence[Path], folder: Path, plan: FusePlan) -> dict[str, Any]:
-    """Write the fused run and return what it is made of.
+def fuse(runs: Sequence[Path], folder: Path, plan: FusePlan) -> FuseResult:
+    """Combine several runs of one base into one, written as a run folder.
 
     Raises `ConfigError` and `CheckpointError` for runs that do not go together.
     """
@@ -139,7 +140,7 @@ def fuse_runs(runs: Sequence[Path], folder: Path, plan: FusePlan) -> dict[str, A
         _set_factors(method, fused)
     first = _config_of(runs[0], manifests[0]).model_copy(update={"method": config, "output": str(folder)})
     _write(runs, manifests, first, base, method, {"how": plan.how, "weights": list(weights), "lost": lost})
-    return {"path": str(folder), "weights": list(weights), "ranks": ranks, "lost": lost, "search": searched}
+    return FuseResult(path=str(folder), weights=weights, ranks=tuple(ranks), lost=lost, search=searched)
 
 
 def learn_weights(

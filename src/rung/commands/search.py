@@ -143,13 +143,13 @@ def _run_trial(
 
 def _searched_settings(search: SearchConfig, config: RunConfig) -> list[str]:
     """What is drawn for this method."""
-    asked = {"rank": search.rank and hasattr(config.method, "rank"), "learning_rate": search.learning_rate}
+    asked = {"rank": search.rank and config.method.adapter_rank is not None, "learning_rate": search.learning_rate}
     return [name for name, wanted in {**asked, "epochs": search.epochs}.items() if wanted]
 
 
 def _sample_settings(trial: optuna.Trial, search: SearchConfig, config: RunConfig) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    if search.rank and hasattr(config.method, "rank"):
+    if search.rank and config.method.adapter_rank is not None:
         found["rank"] = trial.suggest_int("rank", *search.rank, log=True)
     if search.learning_rate:
         found["learning_rate"] = trial.suggest_float("learning_rate", *search.learning_rate, log=True)
@@ -162,7 +162,7 @@ def _trial_config(config: RunConfig, tried: Mapping[str, Any], folder: Path, row
     """The rung's run with a trial's settings, measured so often that halving has something to compare."""
     method = config.method.model_copy(update={"rank": tried["rank"]}) if "rank" in tried else config.method
     training = config.training.model_copy(update={name: value for name, value in tried.items() if name != "rank"})
-    rollout = getattr(config.objective, "rollout", None)
+    rollout = config.objective.rollout
     every = max(1, total_steps(training, rows, rollout.steps if rollout else 1) // MEASUREMENTS)
     training = training.model_copy(update={"eval_every": every, "patience": None, "checkpoint_every": None})
     return config.model_copy(update={"method": method, "training": training, "output": str(folder)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -93,6 +94,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
     for override in overrides:
         _apply(raw, lines, override)
     return LoadedConfig(_validate(raw, lines), {_dotted(place): origin for place, origin in lines.items()})
+
+
+ConfigSource = RunConfig | Mapping[str, Any] | str | Path
+"""What a Python program may give as a config: a config, a mapping of plain values, or the path of a YAML file."""
+
+
+def resolve_config(source: ConfigSource, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of any source, with `key=value` overrides applied. Raises `ConfigError`."""
+    if isinstance(source, str | Path):
+        return load_config(source, overrides).config
+    raw: dict[str, Any] = config_to_dict(source) if isinstance(source, RunConfig) else copy.deepcopy(dict(source))
+    lines: dict[KeyPath, str] = {}
+    for override in overrides:
+        _apply(raw, lines, override)
+    return _validate(raw, lines)
 
 
 def parse_config(raw: Mapping[str, Any], where: str = "config") -> RunConfig:

@@ -39,21 +39,65 @@ Init = Literal[
 _PLACE = r"^((q|k|v|o|gate|up|down)|\d+|\d+\.(q|k|v|o|gate|up|down))$"
 
 
-class FullConfig(Config):
+VirtualTokens = Annotated[int, Field(ge=1, le=500)]
+
+
+class MethodBase(Config):
+    """What every method answers, whatever its settings: the code that composes a run asks nothing else."""
+
+    DEFAULT_LEARNING_RATE: ClassVar[float]
+
+    @property
+    def default_learning_rate(self) -> float:
+        """Peak rate of supervised fine-tuning where a config names none."""
+        return self.DEFAULT_LEARNING_RATE
+
+    @property
+    def adapter_rank(self) -> int | None:
+        """Rank of its low-rank updates; None for a method without any."""
+        return None
+
+    @property
+    def adapter_dropout(self) -> float:
+        """Dropout on the input of its adapters."""
+        return 0.0
+
+
+class WeightMethodBase(MethodBase):
+    """A method that trains weights, of the base or of adapters beside it, and adds no virtual tokens."""
+
+    tasks: ClassVar[tuple[str, ...]] = ()
+    positions: ClassVar[None] = None
+    virtual_token_count: ClassVar[int] = 0
+
+
+class VirtualTokenBase(MethodBase):
+    """A method that trains virtual tokens."""
+
+    virtual_tokens: VirtualTokens = 20
+    """Virtual tokens of each document."""
+
+    @property
+    def virtual_token_count(self) -> int:
+        """All of them, wherever they stand."""
+        return self.virtual_tokens
+
+
+class FullConfig(WeightMethodBase):
     """Every weight of the base moves."""
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 5e-5
     kind: Literal["full"] = "full"
 
 
-class HeadConfig(Config):
+class HeadConfig(WeightMethodBase):
     """Only the output head moves. A head tied to the embeddings is untied first, and the saved config says so."""
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 5e-4
     kind: Literal["head"] = "head"
 
 
-class LowRankConfig(Config):
+class LowRankConfig(WeightMethodBase):
     """What lora, qlora and lottery have in common."""
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 5e-4
@@ -64,6 +108,16 @@ class LowRankConfig(Config):
         """Where B does not start at zero the first step is a large one, and a faster B multiplies it: a fifth there."""
         eager = self.init in SUBTRACTED_INITS or self.loraplus_lr_ratio > 1.0
         return self.DEFAULT_LEARNING_RATE / (5.0 if eager else 1.0)
+
+    @property
+    def adapter_rank(self) -> int:
+        """The rank of all layers without one of their own."""
+        return self.rank
+
+    @property
+    def adapter_dropout(self) -> float:
+        """As set."""
+        return self.dropout
 
     rank: PositiveInt = 16
     """Columns of B. Trainable parameters grow linearly with it."""
@@ -189,7 +243,7 @@ class LotteryConfig(LowRankConfig):
         return self
 
 
-class MixtureConfig(Config):
+class MixtureConfig(WeightMethodBase):
     """Low-rank experts beside each linear, mixed by a learned router (Dou et al. 2023, eq. 4-5)."""
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 5e-4
@@ -219,12 +273,17 @@ class MixtureConfig(Config):
         return self
 
     @property
+    def adapter_rank(self) -> int:
+        """The rank of each expert."""
+        return self.rank
+
+    @property
     def balance_weight(self) -> float:
         """The weight in use."""
         return (1e-3 if self.top_k else 0.0) if self.balance is None else self.balance
 
 
-class PeftTunerConfig(Config):
+class PeftTunerConfig(WeightMethodBase):
     """Any other tuner of peft."""
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 1e-3
@@ -239,7 +298,7 @@ class PeftTunerConfig(Config):
     """Whether this tuner begins as the base, which the step-0 gate then checks."""
 
 
-class BottleneckConfig(Config):
+class BottleneckConfig(WeightMethodBase):
     """A narrow network beside or behind each block: x + up(activation(down(x))) (Houlsby et al. 2019, section 2.1)."""
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 1e-3
@@ -258,13 +317,11 @@ class BottleneckConfig(Config):
     """As for lora."""
 
 
-VirtualTokens = Annotated[int, Field(ge=1, le=500)]
-
-
-class PromptConfig(Config):
+class PromptConfig(VirtualTokenBase):
     """Learned embeddings in front of every document (Lester et al. 2021)."""
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 3e-2
+    positions: ClassVar[None] = None
     kind: Literal["prompt"] = "prompt"
     virtual_tokens: VirtualTokens = 20
     """Embeddings that are learned."""
@@ -283,10 +340,11 @@ class PromptConfig(Config):
         return self
 
 
-class PrefixConfig(Config):
+class PrefixConfig(VirtualTokenBase):
     """Learned keys and values before every document, in every layer (Li and Liang 2021, eq. 3)."""
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 1e-2
+    positions: ClassVar[None] = None
     kind: Literal["prefix"] = "prefix"
     virtual_tokens: VirtualTokens = 20
     """Keys and values that are learned in each layer."""
@@ -308,7 +366,7 @@ class VirtualTokenPositions(Config):
     """Before each answer, right after the template has opened it."""
 
 
-class PTuningConfig(Config):
+class PTuningConfig(VirtualTokenBase):
     """Virtual tokens made by an encoder that tasks share; its output alone is saved (Liu et al. 2021, section 3.2)."""
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 1e-3
@@ -337,10 +395,9 @@ class PTuningConfig(Config):
         return self
 
 
-def front_virtual_tokens(config: Config) -> int:
+def front_virtual_tokens(config: AnyMethodConfig) -> int:
     """Virtual tokens that stand before every document; those inside are counted in the documents."""
-    positions: VirtualTokenPositions | None = getattr(config, "positions", None)
-    return int(getattr(config, "virtual_tokens", 0)) if positions is None else positions.front
+    return config.virtual_token_count if config.positions is None else config.positions.front
 
 
 def encoder_parameter_count(config: Config, features: int, width: int) -> int:
@@ -356,15 +413,16 @@ def encoder_parameter_count(config: Config, features: int, width: int) -> int:
     return first + second + (2 * h + 1) * 2 * h + (2 * h + 1) * width
 
 
-def inserted_token_ids(config: Config, first: int) -> dict[str, tuple[int, ...]]:
+def inserted_token_ids(config: AnyMethodConfig, first: int) -> dict[str, tuple[int, ...]]:
     """Ids by role of those that stand inside, from `first` on; without the roles that have none."""
-    positions: VirtualTokenPositions | None = getattr(config, "positions", None)
-    found, at = {}, first
-    for role in ("user", "assistant"):
-        if count := getattr(positions, role, 0):
-            found[role] = tuple(range(at, at + count))
-            at += count
-    return found
+    if config.positions is None:
+        return {}
+    ids, start = {}, first
+    for role, count in (("user", config.positions.user), ("assistant", config.positions.assistant)):
+        if count:
+            ids[role] = tuple(range(start, start + count))
+            start += count
+    return ids
 
 
 AnyMethodConfig = (

@@ -10,11 +10,30 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_
 from rung.config.base import Config
 
 
-class SftConfig(Config):
+class ObjectiveBase(Config):
+    """What every objective answers, whatever its settings: the code that composes a run asks nothing else."""
+
+    LEARNING_RATE_SCALE: ClassVar[float]
+    """Factor of the method's default learning rate."""
+
+    @property
+    def reference_model(self) -> str | None:
+        """The model that log-probabilities are compared with: `base` or a run; None where there is none."""
+        return None
+
+    @property
+    def on_policy_share(self) -> float:
+        """Share of the rows that the policy answers itself."""
+        return 0.0
+
+
+class SftConfig(ObjectiveBase):
     """Cross-entropy of the supervised tokens, in nats per token, each row scaled by its `weight` column."""
 
     LEARNING_RATE_SCALE: ClassVar[float] = 1.0
     """Default learning rate over the method's own."""
+    rollout: ClassVar[None] = None
+    reward: ClassVar[None] = None
     kind: Literal["sft"] = "sft"
 
 
@@ -27,10 +46,12 @@ ROLLOUT_KINDS = frozenset({"grpo", "ppo"})
 """Objectives that learn from answers of the policy's own."""
 
 
-class PreferenceConfig(Config):
+class PreferenceConfig(ObjectiveBase):
     """Make the better of two answers likelier than the other, measured against a reference (Rafailov et al. 2023)."""
 
     LEARNING_RATE_SCALE: ClassVar[float] = 0.1
+    rollout: ClassVar[None] = None
+    reward: ClassVar[None] = None
     kind: Literal["preference"] = "preference"
     loss: PreferenceLoss = "dpo"
     """Of the difference h between the answers' log-ratios to the reference: see docs/objectives/preference.md."""
@@ -78,10 +99,12 @@ class PreferenceConfig(Config):
         return float(self.loss == "orpo") if self.sft is None else self.sft
 
 
-class RewardConfig(Config):
+class RewardConfig(ObjectiveBase):
     """A scalar head that puts better answers above others (Ouyang et al. 2022): pairs, rankings or ratings."""
 
     LEARNING_RATE_SCALE: ClassVar[float] = 0.3
+    rollout: ClassVar[None] = None
+    reward: ClassVar[None] = None
     kind: Literal["reward"] = "reward"
     margin: NonNegativeFloat = 0.0
     """How far apart two scores should be, times the difference of the scores in the data: of a pair its `margin`
@@ -178,7 +201,7 @@ class PpoStopConfig(Config):
     """Mean ratio of the tokens' probabilities."""
 
 
-class GrpoConfig(Config):
+class GrpoConfig(ObjectiveBase):
     """Answers better than others to the same prompt become likelier (Shao et al. 2024): no value model."""
 
     LEARNING_RATE_SCALE: ClassVar[float] = 0.1
@@ -207,12 +230,17 @@ class GrpoConfig(Config):
         return self
 
     @property
+    def on_policy_share(self) -> float:
+        """All of them."""
+        return 1.0
+
+    @property
     def reference_model(self) -> str | None:
         """The reference, if it is asked for."""
         return self.reference if self.beta else None
 
 
-class PpoConfig(Config):
+class PpoConfig(ObjectiveBase):
     """Answers worth more than a value model expected become likelier (Schulman et al. 2017; Ouyang et al. 2022)."""
 
     LEARNING_RATE_SCALE: ClassVar[float] = 0.1
@@ -255,15 +283,21 @@ class PpoConfig(Config):
         return self
 
     @property
+    def on_policy_share(self) -> float:
+        """All of them."""
+        return 1.0
+
+    @property
     def reference_model(self) -> str | None:
         """The reference, if it is asked for."""
         return self.reference if self.beta else None
 
 
-class DistillConfig(Config):
+class DistillConfig(ObjectiveBase):
     """The distribution of a teacher is followed token by token (Hinton et al. 2015; Agarwal et al. 2024)."""
 
     LEARNING_RATE_SCALE: ClassVar[float] = 1.0
+    reward: ClassVar[None] = None
     kind: Literal["distill"] = "distill"
     teacher: str = Field(default=..., min_length=1)
     """A run's folder, or any base; its vocabulary must be the student's."""
@@ -287,6 +321,11 @@ class DistillConfig(Config):
     """How the student answers."""
     cache_teacher_states: bool = True
     """What the teacher gave for a document is kept on disk: from the second epoch on it is not asked again."""
+
+    @property
+    def on_policy_share(self) -> float:
+        """As set."""
+        return self.on_policy
 
     @model_validator(mode="after")
     def _reject_unused_settings(self) -> DistillConfig:

@@ -8,7 +8,7 @@ from rung.config.base import Config
 from rung.config.climb import WITH_SHOTS, ClimbConfig
 from rung.config.data import DataConfig
 from rung.config.evaluation import EvaluationConfig
-from rung.config.method import LoraConfig, MethodConfig, inserted_token_ids
+from rung.config.method import LoraConfig, LowRankConfig, MethodConfig, inserted_token_ids
 from rung.config.model import ModelConfig
 from rung.config.objective import (
     COMPARISON_KINDS,
@@ -65,7 +65,7 @@ class RunConfig(Config):
             self._answers_can_be_compared(self.objective)
         if self.objective.kind in ROLLOUT_KINDS:
             self._answers_can_be_made()
-        if getattr(self.objective, "reference_model", None) and inserted_token_ids(self.method, 0):
+        if self.objective.reference_model and inserted_token_ids(self.method, 0):
             raise ValueError("a reference cannot read virtual tokens inside the text: put all of them in front")
         if isinstance(self.objective, RewardConfig) and self.method.kind == "head":
             raise ValueError("a reward model does not read the model's output head, which is all that head moves")
@@ -79,11 +79,11 @@ class RunConfig(Config):
         kind = self.objective.kind
         if self.training.tokens_per_micro_batch == "probe":
             raise ValueError(f"{kind} makes its own answers, so there is nothing to probe with before the first step")
-        if getattr(self.method, "init", None) == "lora_ga":
+        if isinstance(self.method, LowRankConfig) and self.method.init == "lora_ga":
             raise ValueError(f"init: lora_ga begins from gradients, and {kind} has none before its first answers")
         if self.data.loss_on != "answer":
             raise ValueError(f"{kind} learns from answers of its own: data.loss_on is answer")
-        if getattr(self.method, "dropout", 0.0):
+        if self.method.adapter_dropout:
             raise ValueError(
                 f"{kind} compares with how its answers were made, which dropout would change: leave it out"
             )
@@ -101,5 +101,5 @@ class RunConfig(Config):
     @property
     def learning_rate(self) -> float:
         """The peak rate: the config's, or the method's default times what the objective takes of it."""
-        own = getattr(self.method, "default_learning_rate", self.method.DEFAULT_LEARNING_RATE)
+        own = self.method.default_learning_rate
         return float(self.training.learning_rate or own * self.objective.LEARNING_RATE_SCALE)

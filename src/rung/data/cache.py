@@ -42,7 +42,7 @@ def cached_examples(
     loss_on: LossOn = "answer",
     max_length: int | None = None,
     overflow: Overflow = "error",
-    rivals: bool = False,
+    candidates: bool = False,
     folder: Path | None = None,
 ) -> TokenizedDataset:
     """`tokenize_records`, kept in `folder` (default: `tokenized` in Rung's cache folder); a damaged file is built anew.
@@ -50,11 +50,13 @@ def cached_examples(
     Raises:
         DataError: as `tokenize_records`; nothing is stored then.
     """
-    name = cache_key(chat, records, loss_on=loss_on, max_length=max_length, overflow=overflow, rivals=rivals)
+    name = cache_key(chat, records, loss_on=loss_on, max_length=max_length, overflow=overflow, candidates=candidates)
     file = (folder or cache_folder() / "tokenized") / f"{name}.safetensors"
     if (found := _load(file)) is not None:
         return TokenizedDataset.from_columns(found, records, from_cache=True)
-    made = tokenize_columns(chat, records, loss_on=loss_on, max_length=max_length, overflow=overflow, rivals=rivals)
+    made = tokenize_columns(
+        chat, records, loss_on=loss_on, max_length=max_length, overflow=overflow, candidates=candidates
+    )
     _store(file, made)
     return TokenizedDataset.from_columns(made, records)
 
@@ -66,10 +68,10 @@ def cache_key(
     loss_on: LossOn,
     max_length: int | None,
     overflow: Overflow,
-    rivals: bool = False,
+    candidates: bool = False,
 ) -> str:
     """SHA-256 over all that decides the ids, and nothing else: no path, no output folder, no tokenizer class."""
-    parts = [CODE_VERSION, fingerprint(records), chat.identity(), loss_on, max_length, overflow, rivals]
+    parts = [CODE_VERSION, fingerprint(records), chat.identity(), loss_on, max_length, overflow, candidates]
     return sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -234,14 +234,14 @@ def _measure(
             None,
         )
     tokenized: TokenizedDataset | None = None
-    rivals = records[0].score is not None
+    candidates = records[0].score is not None
     try:
-        tokenized = tokenize_records(chat, records, loss_on=loss_on, rivals=rivals)
+        tokenized = tokenize_records(chat, records, loss_on=loss_on, candidates=candidates)
         preflight(chat, tokenized)
     except (DataError, GateError):
         usable = [i for i, r in enumerate(records) if not _is_refused(r, chat, loss_on, rejected)]
         records = records.select(np.array(usable, dtype=np.int64))
-        tokenized = tokenize_records(chat, records, loss_on=loss_on, rivals=rivals) if records else None
+        tokenized = tokenize_records(chat, records, loss_on=loss_on, candidates=candidates) if records else None
     if tokenized is None:
         return records, None, None
     share = tokenized.supervised_tokens / int(tokenized.lengths.sum())
@@ -250,7 +250,7 @@ def _measure(
 
 def _is_refused(record: Record, chat: ChatTemplate, loss_on: LossOn, rejected: list[RejectedRow]) -> bool:
     try:
-        preflight(chat, tokenize_records(chat, [record], loss_on=loss_on, rivals=record.score is not None))
+        preflight(chat, tokenize_records(chat, [record], loss_on=loss_on, candidates=record.score is not None))
     except DataError as error:
         rejected.append(RejectedRow(record.source, error.summary))
     except GateError as error:

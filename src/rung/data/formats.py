@@ -148,9 +148,9 @@ def _detect(
     if group:
         mapping["group"] = group
     detection = DetectedFormat(found, mapping, dict(counts), census.rows)
-    if format == "auto" and (rivals := _competing_columns(detection, map)):
+    if format == "auto" and (candidates := _competing_columns(detection, map)):
         raise _ambiguous_format_error(
-            path, counts, f"{rivals[0]!r} and {rivals[1]!r} could both be what is to be learned"
+            path, counts, f"{candidates[0]!r} and {candidates[1]!r} could both be what is to be learned"
         )
     return detection
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rung.config.method import MethodConfig, inserted_token_ids
 from rung.errors import DataError
 from rung.types import Source
 
@@ -73,3 +74,9 @@ class PromptPositions:
 def without_marks(text: str) -> str:
     """The text as a person reads it."""
     return _ANY.sub("", text)
+
+
+def virtual_token_positions(method: MethodConfig, vocab_size: int) -> PromptPositions | None:
+    """Virtual tokens that a method puts inside conversations, as ids from `vocab_size` on; None for most methods."""
+    ids = inserted_token_ids(method, vocab_size)
+    return PromptPositions(ids) if ids else None

@@ -110,7 +110,7 @@ class StoredExamples(LazySequence[Example]):
         own = self._records[record]
         ids = np.frombuffer(self._flat.ids.read(4 * token, 4 * length), dtype="<i4").copy()
         supervised = np.frombuffer(self._flat.supervised.read(token, length), dtype=bool).copy()
-        score = own.score if rival == OWN_ANSWER else own.rivals[rival].score
+        score = own.score if rival == OWN_ANSWER else own.candidates[rival].score
         return Example(ids, supervised, own.source, own.weight, own.group, own.task, record, score)
 
     def select(self, rows: slice | np.ndarray) -> StoredExamples:

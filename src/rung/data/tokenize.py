@@ -66,15 +66,17 @@ def tokenize_records(
     loss_on: LossOn = "answer",
     max_length: int | None = None,
     overflow: Overflow = "error",
-    rivals: bool = False,
+    candidates: bool = False,
 ) -> TokenizedDataset:
-    """Tokenize records, with their supervised tokens marked; with `rivals`, the other answers of each as well.
+    """Tokenize records, with their supervised tokens marked; with `candidates`, the other answers of each as well.
 
     Raises:
         DataError: the template refuses a row or rewrites its history, a document is too long under `error`, no
             document is left, or there are no records.
     """
-    flat = tokenize_columns(chat, records, loss_on=loss_on, max_length=max_length, overflow=overflow, rivals=rivals)
+    flat = tokenize_columns(
+        chat, records, loss_on=loss_on, max_length=max_length, overflow=overflow, candidates=candidates
+    )
     return TokenizedDataset.from_columns(flat, records)
 
 
@@ -85,14 +87,14 @@ def tokenize_columns(
     loss_on: LossOn,
     max_length: int | None,
     overflow: Overflow,
-    rivals: bool = False,
+    candidates: bool = False,
 ) -> TokenColumns:
     """`tokenize_records`, as columns that a cache can keep."""
     writer = TokenColumnWriter()
     conversations = array("q")  # records that are kept and have turns
     long, stuck = array("q"), array("q")  # record and length, one after the other
     limit = sys.maxsize if max_length is None else max_length
-    for i, row in groupby(_documents(chat, _variants(records, rivals), loss_on), key=lambda made: made[0].number):
+    for i, row in groupby(_documents(chat, _variants(records, candidates), loss_on), key=lambda made: made[0].number):
         variants, documents = zip(*row, strict=True)
         document, length = documents[0], max(len(d.ids) for d in documents)
         if length > limit:
@@ -170,20 +172,20 @@ def preflight(chat: ChatTemplate, tokenized: TokenizedDataset) -> Preflight:
     )
 
 
-def _variants(records: Iterable[Record], rivals: bool) -> Iterator[_AnswerVariant]:
-    """Each record, followed by its rivals where they are asked for."""
+def _variants(records: Iterable[Record], candidates: bool) -> Iterator[_AnswerVariant]:
+    """Each record, followed by its candidates where they are asked for."""
     for number, record in enumerate(records):
         if record.is_prompt_only:
             hint = "prompts alone are for policies that answer themselves: objective.kind: grpo, or rung generate"
             raise DataError("this row has no answer to learn", where=str(record.source), hint=hint)
-        if not rivals and record.is_undesirable:
+        if not candidates and record.is_undesirable:
             hint = "leave such rows out, or take objective: {kind: preference, loss: kto}"
             raise DataError("this answer is labelled as bad, and would be learned", where=str(record.source), hint=hint)
-        if rivals and record.score is None:
+        if candidates and record.score is None:
             hint = "objectives that compare take pairs, rankings or ratings, and kto labels (data.format)"
             raise DataError("this row compares nothing", where=str(record.source), hint=hint)
         yield _AnswerVariant(number, OWN_ANSWER, record)
-        for i, rival in enumerate(record.candidates if rivals else ()):
+        for i, rival in enumerate(record.candidates if candidates else ()):
             answer = replace(record.messages[-1], content=rival.content)
             yield _AnswerVariant(number, i, replace(record, messages=(*record.messages[:-1], answer), candidates=()))
 

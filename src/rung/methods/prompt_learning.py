@@ -57,7 +57,8 @@ class VirtualTokens(Method):
         heads = int(model_config.num_attention_heads)
         self.kv_heads = int(getattr(model_config, "num_key_value_heads", None) or heads)
         self.head_width = int(getattr(model_config, "head_dim", None) or self.features // heads)
-        self.every_layer = isinstance(config, PrefixConfig) or getattr(config, "layers", None) == "all"
+        in_layers = isinstance(config, PTuningConfig) and config.layers == "all"
+        self.every_layer = in_layers or isinstance(config, PrefixConfig)
         self.width = 2 * self.layers * self.kv_heads * self.head_width if self.every_layer else self.features
         weight: Tensor = model.get_input_embeddings().weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -76,7 +77,7 @@ class VirtualTokens(Method):
         self.tables = {
             task: nn.Parameter((torch.randn(shape, dtype=dtype) * std).to(weight.device)) for task in self.tasks
         }
-        needs_tokens = self.encoder is None and getattr(config, "init", None) != "random"
+        needs_tokens = self.encoder is None and not (isinstance(config, PromptConfig) and config.init == "random")
         self.sample_size = int(needs_tokens)  # only for the sample's tokenizer and model, not its documents
 
     @property
@@ -134,7 +135,7 @@ class VirtualTokens(Method):
             self.load(start)
             return
         for number, table in enumerate(self.tables.values()):
-            text = getattr(self.config, "init_text", None)
+            text = self.config.init_text if isinstance(self.config, PromptConfig) else None
             if text is not None:
                 ids = text_ids(sample.tokenizer, text, self.count)
             else:

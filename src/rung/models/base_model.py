@@ -48,6 +48,11 @@ class BaseModel:
         return replace(self, model=copy.deepcopy(self.model, memo))
 
     @property
+    def vocab_size(self) -> int:
+        """Rows of the input embeddings: ids from here on are virtual tokens."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
     def shape(self) -> ModelShape:
         """Layer counts and widths, from which memory is planned."""
         return shape_from_config(self.model.config.to_dict())

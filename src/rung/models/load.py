@@ -27,7 +27,7 @@ from transformers.utils import logging
 from rung.config.catalog import CATALOG
 from rung.config.model import ModelConfig
 from rung.errors import CheckpointError, ConfigError, PlanError, did_you_mean
-from rung.files import require_undamaged
+from rung.files import is_run_folder, require_undamaged
 from rung.models import attention
 from rung.models.base_model import (
     NO_REMOTE_CODE,
@@ -58,7 +58,7 @@ def load_base(config: ModelConfig, *, device: torch.device | None = None) -> Bas
             load_base(config.model_copy(update=full_model), device=device), config.layers or "every_other"
         )
     source = _resolve_name(config.name)
-    if isinstance(source, Path) and (source / "run.json").exists():
+    if isinstance(source, Path) and is_run_folder(source):
         return _load_run_as_base(config, source, device)
     compute = compute_dtype(config.dtype, device)
     # Only the fused functions widen a bfloat16 weight; transformers' linear would refuse the mixed types.
@@ -76,7 +76,7 @@ def load_base(config: ModelConfig, *, device: torch.device | None = None) -> Bas
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
     """Load only the tokenizer, no weights."""
     source = _resolve_name(config.student_of or config.name)
-    if isinstance(source, Path) and (source / "run.json").exists():
+    if isinstance(source, Path) and is_run_folder(source):
         folder = next((source / name for name in ("model", "adapter") if (source / name).is_dir()), source)
         return _from_pretrained(AutoTokenizer, folder, None)
     if isinstance(source, Path) and source.suffix.lower() == ".gguf":
@@ -87,7 +87,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
 def base_files(config: ModelConfig) -> Path | None:
     """The folder with a base's safetensors files; None for a hub id, a GGUF file or a student."""
     source = None if config.student_of is not None else _resolve_name(config.name)
-    if isinstance(source, Path) and (source / "run.json").exists():
+    if isinstance(source, Path) and is_run_folder(source):
         source = source / "model"
     has_safetensors = isinstance(source, Path) and any(source.glob("*.safetensors"))
     return source if has_safetensors and isinstance(source, Path) else None
@@ -99,7 +99,7 @@ def _resolve_name(name: str) -> Path | str:
         return download_base(name)
     path = Path(name).expanduser()
     if path.is_dir():
-        if (path / "run.json").exists() or (path / "config.json").exists():
+        if is_run_folder(path) or (path / "config.json").exists():
             return path
         raise ConfigError(
             "this folder holds neither a model (config.json) nor a run (run.json)", where="model.name", given=name

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rung.config.method import BASE_CHANGING_METHODS, METHOD_CONFIGS
+from rung.config.method import BASE_CHANGING_METHODS, METHOD_CONFIGS, QloraConfig
 from rung.config.model import WITHOUT_RUN_SETTINGS, ModelConfig
 from rung.config.objective import ModelRewardConfig
 from rung.config.run import RunConfig
@@ -225,7 +225,7 @@ def multiplies_bfloat16() -> bool:
 def auxiliary_shapes(config: RunConfig) -> dict[str, ModelShape]:
     """Shapes of further models in a run, by purpose; adapters on the run's own base do not count."""
     shapes: dict[str, ModelShape] = {}
-    reference = getattr(config.objective, "reference_model", None)
+    reference = config.objective.reference_model
     if reference == "base":
         # Other methods switch themselves off; full fine-tuning needs a second copy of the base.
         if config.method.kind == "full":
@@ -234,7 +234,7 @@ def auxiliary_shapes(config: RunConfig) -> dict[str, ModelShape]:
         shapes["reference"] = _auxiliary_shape(config, reference, "objective.reference")
     if config.objective.kind == "distill":
         shapes["teacher"] = _auxiliary_shape(config, config.objective.teacher, "objective.teacher")
-    reward = getattr(config.objective, "reward", None)
+    reward = config.objective.reward
     if isinstance(reward, ModelRewardConfig):
         base = require_reward_run(reward.run).get("model", {}).get("name")
         is_full_model = (Path(reward.run) / "model").exists() or config.method.kind in BASE_CHANGING_METHODS
@@ -290,7 +290,7 @@ def alternatives(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
 
 def _method_label(config: RunConfig) -> str:
     """Label of a config's method in the table of alternatives."""
-    return f"qlora, {getattr(config.method, 'bits', 4)} bits" if config.method.kind == "qlora" else config.method.kind
+    return f"qlora, {config.method.bits} bits" if isinstance(config.method, QloraConfig) else config.method.kind
 
 
 def _candidate_changes(config: RunConfig, current_tokens: int) -> Iterator[tuple[tuple[str, ...], str, RunConfig]]:
@@ -312,7 +312,7 @@ def _candidate_changes(config: RunConfig, current_tokens: int) -> Iterator[tuple
     def with_(override: str) -> tuple[str, ...]:
         return f"training.tokens_per_micro_batch={small_training.tokens_per_micro_batch}", override
 
-    moments = small_training.optimizer.model_copy(update={"moments": "int8"})
+    moments = small_training.optimizer.model_copy(update={"state_dtype": "int8"})
     int8_config = small_config.model_copy(update={"training": small_training.model_copy(update={"optimizer": moments})})
     if config.training.optimizer.state_dtype != "int8":
         yield with_("training.optimizer.state_dtype=int8"), "moments rounded to 8 bits", int8_config
@@ -321,7 +321,7 @@ def _candidate_changes(config: RunConfig, current_tokens: int) -> Iterator[tuple
             data = config.data.model_copy(update={"max_length": length})
             yield with_(f"data.max_length={length}"), "longer documents", small_config.model_copy(update={"data": data})
     for rank in (8, 4):
-        if getattr(config.method, "rank", 0) > rank:
+        if (config.method.adapter_rank or 0) > rank:
             method = config.method.model_copy(update={"rank": rank})
             yield (
                 with_(f"method.rank={rank}"),

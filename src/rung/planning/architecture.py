@@ -19,6 +19,7 @@ from rung.config.layers import student_layers
 from rung.config.model import ModelConfig, StudentLayers
 from rung.config.support import model_refusal
 from rung.errors import CheckpointError, ConfigError, PlanError, did_you_mean
+from rung.files import is_run_folder
 
 MAX_HEADER_BYTES = 100 * 2**20
 """Upper limit for the JSON header of a safetensors file: a damaged length must not fill memory."""
@@ -132,7 +133,7 @@ def read_shape(config: ModelConfig) -> ModelShape:
     if Path(config.name).suffix.lower() == ".gguf" and Path(config.name).expanduser().is_file():
         return _shape_from_gguf(Path(config.name).expanduser())
     folder = _model_folder(config)
-    if folder is not None and (folder / "run.json").exists():
+    if folder is not None and is_run_folder(folder):
         return _shape_from_run(folder)
     path = folder / "config.json" if folder is not None else _hub_config_path(config)
     try:
@@ -276,7 +277,7 @@ def _replace_layers(shape: ModelShape, layers: StudentLayers) -> ModelShape:
 def _model_folder(config: ModelConfig) -> Path | None:
     """The model's folder on this disk; None for a hub id."""
     path = Path(config.name).expanduser()
-    if path.is_dir() and ((path / "run.json").exists() or (path / "config.json").exists()):
+    if path.is_dir() and (is_run_folder(path) or (path / "config.json").exists()):
         return path
     if path.exists():
         reason = "this holds neither a model (config.json) nor a run (run.json)"

@@ -153,7 +153,7 @@ def estimate_memory(
         Stage("steps", (*resident, *step)),
         Stage("optimizer", (*resident, *_optimizer_terms(cost), *heap)),
     ]
-    rollout = getattr(config.objective, "rollout", None)
+    rollout = config.objective.rollout
     if rollout is not None and generates_rollouts(config):
         # A step never needs more answers at once than it generates.
         rows = min(rollout.batch, rollout.num_generations * config.training.examples_per_step)

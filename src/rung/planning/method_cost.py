@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from rung.config.layers import resolve_layers
-from rung.config.method import SUBTRACTED_INITS, LowRankConfig, MixtureConfig, PrefixConfig, encoder_parameter_count
+from rung.config.method import (
+    SUBTRACTED_INITS,
+    LowRankConfig,
+    MixtureConfig,
+    PrefixConfig,
+    PTuningConfig,
+    QloraConfig,
+    encoder_parameter_count,
+)
 from rung.planning.architecture import DTYPE_BYTES, LinearShape, ModelShape
 
 
@@ -88,7 +96,7 @@ def _bottleneck(config: Any, shape: ModelShape) -> MethodCost:
 
 def _virtual(config: Any, shape: ModelShape) -> MethodCost:
     tasks, tokens = max(1, len(config.tasks)), config.virtual_tokens
-    every_layer = isinstance(config, PrefixConfig) or getattr(config, "layers", None) == "all"
+    every_layer = isinstance(config, PrefixConfig) or (isinstance(config, PTuningConfig) and config.layers == "all")
     width = 2 * shape.layers * shape.kv if every_layer else shape.width
     # The encoder is trained; only its output is saved.
     encoder = encoder_parameter_count(config, shape.width, width)
@@ -156,7 +164,7 @@ def _low_rank_activations(config: LowRankConfig, shape: ModelShape, layer: int) 
     """
     linears = targeted_linears(config.targets, shape)
     low = sum(rank_at(config, layer, matrix) for matrix in linears) * (2 if config.init in SUBTRACTED_INITS else 1)
-    bits = getattr(config, "bits", 4) if config.kind == "qlora" else 32
+    bits = config.bits if isinstance(config, QloraConfig) else 32
     dropout = 2 * sum(m.inputs for m in linears) if config.dropout else 0
     dora = 2 * sum(m.outputs for m in linears) if config.dora else 0
     if bits == 8:

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rung.config.objective import ROLLOUT_KINDS
 from rung.config.run import RunConfig
 from rung.files import cache_folder, write_text
 from rung.planning.architecture import ModelShape
@@ -99,20 +98,18 @@ def run_flops(config: RunConfig, shape: ModelShape, volume: DataVolume, teacher:
         )
     training_flops = token_flops(config, shape, volume)
     forward = _forward_flops(shape, volume)
-    rollout = getattr(config.objective, "rollout", None)
+    rollout = config.objective.rollout
     if rollout is not None and generates_rollouts(config):
         # Every prompt is answered several times, and each answer is trained on for several passes.
         answer_ratio: float = (
             rollout.num_generations * (volume.document_tokens + rollout.max_new_tokens) / volume.document_tokens
         )
         answer_flops: float = (
-            forward
-            + rollout.num_iterations * training_flops
-            + (forward if getattr(config.objective, "reference_model", None) else 0.0)
+            forward + rollout.num_iterations * training_flops + (forward if config.objective.reference_model else 0.0)
         )
         return passes * volume.tokens * answer_ratio * answer_flops
     extra_flops = 0.0
-    if config.objective.kind == "preference" and getattr(config.objective, "reference_model", None):
+    if config.objective.kind == "preference" and config.objective.reference_model:
         extra_flops = forward  # the reference is cached by document: one pass a run
     if config.objective.kind == "distill":
         extra_flops = _forward_flops(teacher or shape, volume) * (
@@ -123,7 +120,7 @@ def run_flops(config: RunConfig, shape: ModelShape, volume: DataVolume, teacher:
 
 def generates_rollouts(config: RunConfig) -> bool:
     """Whether the policy generates answers during training."""
-    return config.objective.kind in ROLLOUT_KINDS or bool(getattr(config.objective, "on_policy", 0.0))
+    return config.objective.on_policy_share > 0.0
 
 
 def token_flops(config: RunConfig, shape: ModelShape, volume: DataVolume) -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rung.config.climb import OnTopConfig, RungConfig
+from rung.files import is_run_folder
 from rung.scoring.metrics import METRICS
 from rung.training.run_folder import read_items, read_manifest
 
@@ -118,7 +119,7 @@ def _rung(label: str, folder: Path, row: Mapping[str, Any] | None) -> MeasuredRu
     runs = tuple(
         LoggedRun(f"{label}, seed {i}" if seeds else label, read_manifest(place), _lines(place / "log.jsonl"))
         for i, place in enumerate(places)
-        if (place / "run.json").exists()
+        if is_run_folder(place)
     )
     return MeasuredRung(label, row or result, _items(places[0]), result.get("cut_off"), runs)
 

@@ -141,7 +141,7 @@ def dry_run_lines(found: dict[str, Any]) -> list[str]:
 def score_lines(result: dict[str, Any]) -> list[str]:
     """Scores with their intervals, and what a query costs; of a reward model what it is worth."""
     if "reward" in result:
-        return ["", encodable_on_terminal(f"{result['target']}: {result['said']}")]
+        return ["", encodable_on_terminal(f"{result['target']}: {result['summary']}")]
     lines = {}
     for name, estimate in result["scores"].items():
         digits = decimals([estimate])
@@ -225,7 +225,7 @@ NOTABLE_LENGTH_EFFECT = 0.1
 def comparison_lines(result: Json) -> list[str]:
     """One system against another: each metric, then what the judge prefers."""
     size = f"{result['examples']:,} held-out questions in {result['clusters']:,} clusters, 95 % intervals, paired"
-    told = ["", encodable_on_terminal(f"{result['target']} against {result['against']}: {size}")]
+    told = ["", encodable_on_terminal(f"{result['target']} against {result['baseline']}: {size}")]
     told += name_value_table({name: metric_text(name, found) for name, found in result["metrics"].items()})
     if judge := result.get("judge"):
         told += [

@@ -32,7 +32,7 @@ from rung.types import Example, Record
 
 def load_reference(config: RunConfig, base: BaseModel) -> Policy | None:
     """The model that an objective compares with, where it is not the base with the method off."""
-    named = getattr(config.objective, "reference_model", None)
+    named = config.objective.reference_model
     if named is None:
         return None
     if named == "base" and config.method.kind != "full":
@@ -72,8 +72,8 @@ def load_auxiliary_models(config: RunConfig, base: BaseModel, chat: ChatTemplate
     if isinstance(reward_source, RewardScorer):
         run = Path(config.objective.reward.run)  # type: ignore[union-attr]
         fingerprints["reward"] = _digest(sorted(run.glob("[am]*/**/*.safetensors")))  # of adapter/ or model/
-    elif isinstance(getattr(config.objective, "reward", None), FunctionRewardConfig):
-        fingerprints["reward"] = _digest([Path(config.objective.reward.path.rpartition(":")[0])])  # type: ignore[union-attr]
+    elif isinstance(config.objective.reward, FunctionRewardConfig):
+        fingerprints["reward"] = _digest([Path(config.objective.reward.path.rpartition(":")[0])])
     teacher = load_teacher(config, base)
     if teacher is not None:
         fingerprints["teacher"] = teacher.base.fingerprint
@@ -109,7 +109,7 @@ def load_reward_source(config: RunConfig, base: BaseModel, chat: ChatTemplate) -
 
     Raises `ConfigError` where it cannot be had, `PlanError` for a reward model that is not healthy.
     """
-    source = getattr(config.objective, "reward", None)
+    source = config.objective.reward
     if source is None:
         return None
     if not isinstance(source, ModelRewardConfig):
@@ -131,7 +131,7 @@ def load_reward_source(config: RunConfig, base: BaseModel, chat: ChatTemplate) -
         if learned != asked:
             what = "this reward model was trained on other prompts"
             raise ConfigError(what, where=source.run, given=f"evaluate.{name}: {learned}", allowed=f"{asked}")
-    if tasks := set(getattr(trained.method, "tasks", ())) - set(getattr(config.method, "tasks", ())):
+    if tasks := set(trained.method.tasks) - set(config.method.tasks):
         what = "this reward model learned something for each task, and this run knows other tasks"
         raise ConfigError(what, where=source.run, given=", ".join(sorted(tasks)))
     return RewardScorer(policy, objective)
@@ -166,7 +166,7 @@ def load_value_model(config: RunConfig, base: BaseModel) -> tuple[Policy | None,
         return policy, reward.head
     if config.method.kind in BASE_CHANGING_METHODS:
         return None, None
-    twin, plain = base.share_weights(), LoraConfig(rank=getattr(config.method, "rank", LoraConfig().rank))
+    twin, plain = base.share_weights(), LoraConfig(rank=config.method.adapter_rank or LoraConfig().rank)
     return Policy(twin, attach_method(twin.model, plain, seed=config.seed + 1, fused=config.model.fused)), None
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from rung.config.method import LotteryConfig
-from rung.config.objective import ROLLOUT_KINDS
 from rung.config.run import RunConfig
 from rung.config.support import multi_process_refusal, sharding_refusal
 from rung.console import print_status
@@ -30,7 +29,7 @@ from rung.training.trainer import Trainer
 
 def check_tasks(config: RunConfig, data: RunData) -> None:
     """A method with something of its own for each task must know every task of the data."""
-    known = set(getattr(config.method, "tasks", ()))
+    known = set(config.method.tasks)
     if not known:
         return
     learned = {record.task for record in data.splits.train}
@@ -50,11 +49,11 @@ def check_tasks(config: RunConfig, data: RunData) -> None:
 
 def check_processes(config: RunConfig, world: World) -> None:
     """What several processes cannot share, or have not been tested to."""
-    own = config.objective.kind in ROLLOUT_KINDS or getattr(config.objective, "on_policy", 0.0) > 0.0
+    own = config.objective.on_policy_share > 0.0
     if world.size > 1 and (why := multi_process_refusal(config.method.kind, own_answers=own)):
         raise PlanError(why, where="WORLD_SIZE", given=world.size, hint="run it in one process")
     if world.size > 1 and config.model.sharded:
-        named = getattr(config.objective, "reference", None)
+        named = config.objective.reference_model
         moments = config.training.optimizer.state_dtype
         if why := sharding_refusal(config.method.kind, config.objective.kind, reference=named, moments=moments):
             raise PlanError(why, where="model.sharded", hint="leave model.sharded out: replicas do")
@@ -62,7 +61,7 @@ def check_processes(config: RunConfig, world: World) -> None:
 
 def check_lottery(config: RunConfig, rows: int) -> None:
     """A run that ends while all layers still move would be a plain lora without a word."""
-    rollout = getattr(config.objective, "rollout", None)
+    rollout = config.objective.rollout
     scouting = config.method.lottery.scout_steps if isinstance(config.method, LotteryConfig) else 0
     total = total_steps(config.training, rows, rollout.steps if rollout else 1)
     if scouting >= total:

@@ -13,6 +13,7 @@ from rung.config.run import RunConfig
 from rung.console import status
 from rung.data.cache import cached_examples
 from rung.data.chat import ChatTemplate
+from rung.data.prompt_positions import virtual_token_positions
 from rung.data.records import Records
 from rung.data.splits import Splits, load_data
 from rung.data.token_store import TokenizedDataset
@@ -21,7 +22,6 @@ from rung.errors import DataError
 from rung.evaluation.retrieval import Library, own_contexts, read_documents
 from rung.models.base_model import BaseModel
 from rung.objectives.registry import OBJECTIVES
-from rung.runs.load import inserted_positions
 from rung.scoring.verifiers import needs_expected_answer
 from rung.types import Example
 
@@ -73,7 +73,7 @@ def with_contexts(context: Context, records: Records, library: Library | None) -
 
 def tokenize_splits(config: RunConfig, splits: Splits, base: BaseModel, library: Library | None = None) -> RunData:
     """Examples for training and validation, through the cache, with gate 1 passed; their contexts as they are asked."""
-    chat = ChatTemplate(base.tokenizer, config.model.template, inserted_positions(config.method, base))
+    chat = ChatTemplate(base.tokenizer, config.model.template, virtual_token_positions(config.method, base.vocab_size))
     longest = max_document_tokens(config, base)
     context = config.evaluation.context
     if context == "retrieved" and library is None:
@@ -125,7 +125,7 @@ def tokenize_for_objective(config: RunConfig, chat: ChatTemplate, records: Recor
             loss_on=config.data.loss_on,
             max_length=longest,
             overflow=config.data.overflow,
-            rivals=objective.compares_answers,
+            candidates=objective.compares_answers,
         )
     if (lonely := found.first_row_with_fewer(objective.min_answers)) is not None:
         hint = "labelled answers are for loss: kto; pairs, rankings and ratings for all others"
@@ -142,7 +142,7 @@ def tokenize_held_out(config: RunConfig, chat: ChatTemplate, records: Records, b
 
 def _prompt_only_data(config: RunConfig, splits: Splits, chat: ChatTemplate, longest: int) -> RunData:
     """The questions alone, for a policy that answers them itself. Raises `DataError` where rewards want answers."""
-    source = getattr(config.objective, "reward", None)
+    source = config.objective.reward
     if source is not None and not isinstance(source, ModelRewardConfig) and needs_expected_answer(source):
         for record in (*splits.train, *splits.validation):
             if record.is_prompt_only or record.is_undesirable:

@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Literal, overload
 
 import numpy as np
 import torch
 
 from rung.config.io import parse_config
-from rung.config.method import MethodConfig, inserted_token_ids
-from rung.config.model import ModelConfig
+from rung.config.model import WITHOUT_RUN_SETTINGS, ModelConfig
 from rung.config.objective import RewardConfig
 from rung.config.run import RunConfig
 from rung.console import status
 from rung.data.chat import ChatTemplate
-from rung.data.prompt_positions import PromptPositions
+from rung.data.prompt_positions import virtual_token_positions
 from rung.data.records import Records
 from rung.data.splits import Splits
-from rung.errors import CheckpointError, ConfigError, PlanError
+from rung.errors import CheckpointError, ConfigError, DataError, PlanError
 from rung.evaluation.evaluate import Evaluation, evaluate
 from rung.evaluation.prompting import PromptFormat
-from rung.files import require_undamaged
+from rung.evaluation.retrieval import Library
+from rung.files import is_run_folder, require_undamaged
 from rung.methods.lora import Lora
 from rung.methods.registry import attach_method
 from rung.models.base_model import BaseModel
 from rung.models.fused_modules import install_fused_forwards
+from rung.models.generate import Sampling, generate
 from rung.models.load import check_fingerprint, load_base, load_tokenizer
 from rung.models.policy import NoMethod, Policy
 from rung.objectives.reward import RewardObjective, ScoreHead
 from rung.runs.artifact import check_origin, check_prompt
+from rung.runs.dataset import load_library
 from rung.runs.reward_head import read_score_head
-from rung.training.run_folder import read_manifest
-from rung.types import Record
+from rung.training.run_folder import is_climb, read_manifest
+from rung.types import Message, Record
 
 
 def device() -> torch.device:
@@ -46,13 +51,105 @@ def load_base_on_device(config: ModelConfig) -> BaseModel:
         return load_base(config, device=device())
 
 
-def inserted_positions(method: MethodConfig, base: BaseModel) -> PromptPositions | None:
-    """The virtual tokens that stand inside a conversation, by ids beyond the base's vocabulary."""
-    ids = inserted_token_ids(method, int(base.model.get_input_embeddings().weight.shape[0]))
-    return PromptPositions(ids) if ids else None
+def library_of_target(name: str | Path) -> Library | None:
+    """What a run that was trained on retrieved passages retrieves from; None for other runs and for bases."""
+    if target_kind(name) != "run" or (config := config_of_run(Path(name))).evaluation.context != "retrieved":
+        return None
+    return load_library(config)
 
 
-def open_run(path: Path, base: BaseModel | None = None) -> tuple[Policy, ChatTemplate, RunConfig]:
+TargetKind = Literal["run", "climb", "server", "base"]
+"""What a name on the command line, in a config or in a call can stand for."""
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A model that is ready to answer: a base alone, or a base with what a run learned."""
+
+    policy: Policy
+    chat: ChatTemplate
+    config: RunConfig | None = None
+    """The run's own; None for a base."""
+    kind: Literal["run", "base"] = "base"
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Tasks that the run learned something of its own for; most runs and all bases have none."""
+        return self.config.method.tasks if self.config is not None else ()
+
+    @cached_property
+    def library(self) -> Library | None:
+        """What a run that was trained on retrieved passages retrieves from; None for all others."""
+        if self.config is None or self.config.evaluation.context != "retrieved":
+            return None
+        return load_library(self.config)
+
+    def answer(
+        self,
+        question: str | Sequence[Message],
+        *,
+        context: str | None = None,
+        system: str | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int = 0,
+        task: str | None = None,
+    ) -> str:
+        """Answer a question, or the last turn of a conversation. `temperature` 0 is greedy.
+
+        Without a `context`, a run that was trained on retrieved passages retrieves them, as in `rung chat`. Raises
+        `DataError` for a prompt that leaves no room for an answer, `ConfigError` for a task that was not learned.
+        """
+        turns = [Message("user", question)] if isinstance(question, str) else list(question)
+        if system is not None:
+            turns.insert(0, Message("system", system))
+        if context is None and self.library is not None:
+            turns[-1] = replace(turns[-1], content=self.library.prepend_passages(turns[-1].content))
+        if task is not None and task not in self.tasks:
+            raise ConfigError("this model learned no such task", given=task, allowed=", ".join(self.tasks) or "none")
+        prompt = self.chat.prompt_ids(turns, context=context)
+        room = self.policy.base.context - self.policy.method.virtual_tokens - len(prompt)
+        if room < 1:
+            raise DataError("the prompt is longer than the model's context", given=f"{len(prompt):,} tokens")
+        sampling = Sampling(min(max_new_tokens, room), temperature, seed)
+        answers = generate(self.policy, [prompt], stop_ids=self.chat.stop_ids, sampling=sampling, task=task)
+        return self.chat.assistant_text(answers[0].ids).strip()
+
+
+def target_kind(name: str | Path) -> TargetKind:
+    """What a name stands for: a run's folder, a climb's, the URL of a server, or else a base."""
+    if str(name).startswith(("http://", "https://")):
+        return "server"
+    if not is_run_folder(name):
+        return "base"
+    return "climb" if is_climb(Path(name)) else "run"
+
+
+def refuse_climb(name: str | Path, where: str | None = None) -> None:
+    """Raise `ConfigError` for a climb, which is not one model."""
+    if target_kind(name) == "climb":
+        raise ConfigError(
+            "this is a climb, not a run", where=where, given=name, hint=f"its runs stand in {Path(name) / 'rungs'}"
+        )
+
+
+def open_target(name: str | Path, model: ModelConfig | None = None, base: BaseModel | None = None) -> LoadedRun:
+    """Open a run or a base by its name. `model`: how a base is loaded; `base`: the loaded one of a run with an adapter.
+
+    Raises `ConfigError` for a climb, a server and a name that leads nowhere, and as `open_run`.
+    """
+    refuse_climb(name)
+    if target_kind(name) == "server":
+        raise ConfigError("a server answers for itself and cannot be opened", given=name, hint="rung generate asks it")
+    if target_kind(name) == "run":
+        return open_run(Path(name), base)
+    model = model or ModelConfig()
+    if model.name != str(name) or model.student_of is not None:  # revision and layers are those of another model
+        model = model.model_copy(update={"name": str(name), **WITHOUT_RUN_SETTINGS})
+    return open_base(model)
+
+
+def open_run(path: Path, base: BaseModel | None = None) -> LoadedRun:
     """A finished run, ready to answer: its base, or the one given, with its method on top.
 
     Raises `CheckpointError` on another base, `PlanError` for a reward model, which writes nothing.
@@ -64,7 +161,7 @@ def open_run(path: Path, base: BaseModel | None = None) -> tuple[Policy, ChatTem
             where=str(path),
             hint="rung eval measures it on held-out pairs",
         )
-    return policy, chat, config
+    return LoadedRun(policy, chat, config, "run")
 
 
 def config_of_run(run: Path) -> RunConfig:
@@ -114,7 +211,7 @@ def _open(path: Path, base: BaseModel | None) -> tuple[Policy, ChatTemplate, Run
     method = attach_method(base.model, config.method, seed=config.seed, fused=config.model.fused)
     method.load(path / "adapter")
     tokenizer = load_tokenizer(ModelConfig(name=str(path)))  # with the template trained with
-    chat = ChatTemplate(tokenizer, positions=inserted_positions(config.method, base))
+    chat = ChatTemplate(tokenizer, positions=virtual_token_positions(config.method, base.vocab_size))
     check_prompt(path / "adapter", chat)
     return Policy(base, method), chat, config
 
@@ -126,7 +223,7 @@ def share_base_if_same(run: Path, base: BaseModel | None) -> BaseModel | None:
     return base.share_weights() if read_manifest(run)["fingerprints"]["base"] == base.fingerprint else None
 
 
-def open_runs(paths: Sequence[Path]) -> dict[str, tuple[Policy, ChatTemplate]]:
+def open_runs(paths: Sequence[Path]) -> dict[str, LoadedRun]:
     """Adapters of one base by the names of their folders, its weights held once: each answers by itself.
 
     Raises `CheckpointError` for runs of another base, `ConfigError` for runs that are whole models or of one name.
@@ -137,15 +234,14 @@ def open_runs(paths: Sequence[Path]) -> dict[str, tuple[Policy, ChatTemplate]]:
         raise ConfigError("two of these runs have one name", given=", ".join(path.name for path in paths))
     if not paths:
         return {}
-    base = load_base_on_device(parse_config(read_manifest(paths[0])["config"], str(paths[0])).model)
-    opened = {path.name: open_run(path, base.share_weights()) for path in paths}
-    return {name: (policy, chat) for name, (policy, chat, _) in opened.items()}
+    base = load_base_on_device(config_of_run(paths[0]).model)
+    return {path.name: open_run(path, base.share_weights()) for path in paths}
 
 
-def open_base(config: ModelConfig) -> tuple[Policy, ChatTemplate]:
+def open_base(config: ModelConfig) -> LoadedRun:
     """A base alone, ready to answer."""
     base = load_base_on_device(config)
-    return Policy(base, NoMethod()), ChatTemplate(base.tokenizer, config.template)
+    return LoadedRun(Policy(base, NoMethod()), ChatTemplate(base.tokenizer, config.template))
 
 
 def test_records(config: RunConfig, splits: Splits) -> Records:
@@ -185,11 +281,29 @@ def dequantize(policy: Policy, config: RunConfig) -> None:
             install_fused_forwards(policy.model, method.linear_params)
 
 
-def score_policy(
-    policy: Policy, chat: ChatTemplate, config: RunConfig, records: Sequence[Record], *, tuned: bool
-) -> Evaluation:
-    """Score test records as `dataset.with_contexts` gives them; an untuned model gets `evaluation.instruction`."""
-    dequantize_if_configured(policy, config)
-    return evaluate(
-        policy, chat, records, PromptFormat(None if tuned else config.evaluation.instruction), config.evaluation
-    )
+def score(model: LoadedRun, config: RunConfig, records: Sequence[Record]) -> Evaluation:
+    """Score test records as `dataset.with_contexts` gives them; a base gets `evaluation.instruction`, a run none."""
+    dequantize_if_configured(model.policy, config)
+    prompt_format = PromptFormat(config.evaluation.instruction if model.kind == "base" else None)
+    return evaluate(model.policy, model.chat, records, prompt_format, config.evaluation)
+
+
+@overload
+def load(target: str | Path) -> LoadedRun: ...
+
+
+@overload
+def load(target: list[str | Path] | tuple[str | Path, ...]) -> dict[str, LoadedRun]: ...
+
+
+def load(target: str | Path | list[str | Path] | tuple[str | Path, ...]) -> LoadedRun | dict[str, LoadedRun]:
+    """Load a run or a base that answers; of several runs on one base, each by the name of its folder.
+
+    The weights of a shared base are in memory once, and no adapter sees another. A base is a name from `rung models`,
+    a transformers folder, a GGUF file or a hub id.
+
+    Raises `CheckpointError` for a run that is not finished, damaged, or on another base than the first.
+    """
+    if isinstance(target, str | Path):
+        return open_target(target)
+    return open_runs([Path(run) for run in target])

@@ -18,7 +18,7 @@ from rung.data.chat import ChatTemplate
 from rung.data.tokenize import PromptDataset
 from rung.errors import CheckpointError, DataError, RungError
 from rung.evaluation.reward_model import score_reward_model
-from rung.files import find_damage, write_folder
+from rung.files import find_damage, is_run_folder, write_folder
 from rung.methods.protocol import Method
 from rung.methods.registry import attach_method
 from rung.models.base_model import BaseModel
@@ -79,7 +79,7 @@ def train_run(
 
     def finished() -> dict[str, Any] | None:
         RunFolder.check(output, config_to_dict(config), resume=resume, overwrite=overwrite)
-        there = read_manifest(output) if resume and (output / "run.json").exists() else {}
+        there = read_manifest(output) if resume and is_run_folder(output) else {}
         return there if there.get("status") == "finished" else None
 
     done: dict[str, Any] | None = world.on_rank0(finished)
@@ -107,7 +107,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     others = load_auxiliary_models(config, base, data.chat)
     shape, method = base.shape, attach_method(base.model, config.method, seed=config.seed, fused=config.model.fused)
     heads = _objective(config, Policy(base, method), others).trainable().values()
-    rollout = getattr(config.objective, "rollout", None)
+    rollout = config.objective.rollout
     steps_per_epoch = -(-len(data.train.rows) // config.training.examples_per_step) * (rollout.steps if rollout else 1)
     plan = estimate_memory(config, shape, assumed_micro_batch(config, shape, None), auxiliary_shapes(config))
     return {
@@ -129,11 +129,11 @@ def train_on_data(
     overwrite: bool = False,
     beyond_memory: bool = False,
     world: World = SINGLE_PROCESS,
-    watch: StopCheck = never_stop,
+    stop_check: StopCheck = never_stop,
 ) -> tuple[Policy, RunFolder]:
     """Train on data already read; the policy comes back in eval mode with the run's final weights.
 
-    `watch` hears of every validation loss, and says why the run should end there, if it should.
+    `stop_check` is given every validation loss, and returns why the run should end there, or None.
     """
     shape = base.shape
     check_processes(config, world)
@@ -145,8 +145,7 @@ def train_on_data(
     policy = Policy(base, method)
     policy.reference = others.reference
     with closing(_claim_folder(config, world, resume=resume, overwrite=overwrite)) as folder:
-        trainer = _trainer(config, policy, data, folder, others, world)
-        trainer.stop_check = watch
+        trainer = _trainer(config, policy, data, folder, others, world, stop_check)
         try:
             plan = checks.plan_run(config, shape, trainer, data, beyond=beyond_memory) if world.size == 1 else None
         except RungError as error:
@@ -172,7 +171,13 @@ def _claim_folder(config: RunConfig, world: World, *, resume: bool, overwrite: b
 
 
 def _trainer(
-    config: RunConfig, policy: Policy, data: RunData, folder: RunFolder, others: AuxiliaryModels, world: World
+    config: RunConfig,
+    policy: Policy,
+    data: RunData,
+    folder: RunFolder,
+    others: AuxiliaryModels,
+    world: World,
+    stop_check: StopCheck,
 ) -> Trainer:
     """The loop with all that it needs; the folder says what it stands on."""
     method: Method = policy.method  # type: ignore[assignment]
@@ -192,6 +197,7 @@ def _trainer(
         rollouts=_rollouts(config, policy, objective, data, others),
         world=world,
         in_parts=config.model.sharded and world.size > 1,
+        stop_check=stop_check,
     )
 
 

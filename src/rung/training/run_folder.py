@@ -19,7 +19,7 @@ from torch import nn
 
 from rung.config.training import TrainingConfig
 from rung.errors import CheckpointError, ConfigError, RungError
-from rung.files import lock_file, recover_interrupted_writes, unlock_and_remove, write_bytes, write_text
+from rung.files import is_run_folder, lock_file, recover_interrupted_writes, unlock_and_remove, write_bytes, write_text
 
 State = Literal["passed", "failed", "not_reached"]
 NOT_FINITE_FILE = "not_finite.jsonl"
@@ -69,7 +69,7 @@ class RunFolder:
         """
         if resume and overwrite:
             raise ConfigError("a run goes on or starts anew: --resume and --overwrite exclude one another")
-        existing = read_manifest(path) if (path / "run.json").exists() else None
+        existing = read_manifest(path) if is_run_folder(path) else None
         if existing is None:
             if path.exists() and (not path.is_dir() or any(p.name != LOCK for p in path.iterdir())):
                 raise CheckpointError(
@@ -188,7 +188,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def is_climb(path: Path) -> bool:
     """Whether a folder holds a climb, whose runs stand below it."""
-    return (path / "run.json").exists() and "climb" in read_manifest(path)
+    return is_run_folder(path) and "climb" in read_manifest(path)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,18 +12,20 @@ from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rung.config.training import TrainingConfig
 from rung.console import Interrupted, ProgressBar, interruptible, print_status
-from rung.errors import DataError, GateError
+from rung.errors import DataError
 from rung.files import find_damage
-from rung.methods.protocol import Method
+from rung.methods.protocol import Method, TrainableSet
 from rung.models.layers import layers_of, lowest_trainable_layer
 from rung.models.policy import Policy
 from rung.models.tree_attention import has_flat_kernel
 from rung.objectives.protocol import Objective
 from rung.training import checkpoint, fsdp
 from rung.training.distributed import SINGLE_PROCESS, World
+from rung.training.early_stopping import EarlyStopping
 from rung.training.frozen_layer_cache import FrozenLayerCache, has_disk_space
 from rung.training.gates import MovementGate, enforce, movement_not_reached, skip_step
 from rung.training.micro_batch import layers_to_recompute, longest_document_bytes
@@ -37,6 +38,40 @@ from rung.types import Example, PackedBatch
 
 Row = Sequence[Example]
 """The documents of one row of the data."""
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one optimizer step measured."""
+
+    loss: float
+    """Per unit of the objective."""
+    learning_rate: float
+    grad_norm: float = 0.0
+    """Before clipping."""
+    tokens: int = 0
+    """Of all processes, as the user counts them."""
+    seconds: float = 0.0
+    objective: Mapping[str, float] = field(default_factory=dict)
+    """The objective's own numbers."""
+    skipped: bool = False
+    """Whether loss or gradient was not finite, so that no parameter moved."""
+    halted: str | None = None
+    """Why the objective ended the rollout here."""
+
+    def log_entry(self, step: int) -> dict[str, Any]:
+        """The object that `log.jsonl` holds for this step."""
+        return {
+            "step": step,
+            "loss": self.loss,
+            "learning_rate": self.learning_rate,
+            "grad_norm": self.grad_norm,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 4),
+            **self.objective,
+            **({"skipped": True} if self.skipped else {}),
+            **({} if self.halted is None else {"halted": self.halted}),
+        }
 
 
 @dataclass
@@ -74,6 +109,9 @@ class Trainer:
         self.halted_until = 0
         """The first step after the rollout that is no longer learned from."""
         self.checkpoints = self.folder.path / "checkpoints"
+        self.early_stopping = EarlyStopping(
+            self.config.patience, self.checkpoints / "best", self._write, self.stop_check
+        )
         self.trunk: FrozenLayerCache | None = None
         self.policy.reference_cache = {} if self.objective.compares_answers else None
         self.sharing = self._share_prefixes()
@@ -246,7 +284,8 @@ class Trainer:
             trunk.fill(self.pack(self.world.split_examples(self.window(train, step)), self.budget))
         return trunk
 
-    def _step(self, examples: Sequence[Example], total: int, movement: MovementGate | None) -> dict[str, Any]:
+    def _step(self, window: Sequence[Example], total: int, movement: MovementGate | None) -> dict[str, Any]:
+        """One optimizer step over a window of documents; its entry in the log."""
         started = time.perf_counter()
         rate = learning_rate_at(
             self.progress.step,
@@ -255,60 +294,79 @@ class Trainer:
             schedule=self.config.schedule,
             warmup=self.config.warmup_ratio,
         )
-        owned = self.objective.trainable().keys()
-        moving = self.method.at_step(self.progress.step)
-        if moving is not None:
-            moving = moving._replace(names={*moving.names, *owned})
-            train_only(self.optimizer_state.optimizer, self.trainable, moving)
-            if moving.changes_permanently:
-                self._reset_best()
+        selection = self._select_trainable()
         if self.progress.step < self.halted_until:
             self.progress.step += 1
-            return {**self._empty_entry(rate), "halted": "the rest of the rollout"}
-        examples, rolled = self._documents(examples)
-        batches = self.pack(self.world.split_examples(examples), self.budget)
-        batches = batches if self.trunk is None else self.trunk.feed(batches)
-        self.optimizer_state.zero_grad()
-        if beside := self.objective.kl_examples(examples):
-            with torch.no_grad():
-                self.objective.prepare(self.policy, self.policy.iterate_batches(self.pack(beside, self.budget)))
-        self.world.seed_dropout(self.seed, self.progress.step)
-        loss = accumulate(self.policy, self.objective, batches, self.world, self.filler_batch)
-        norm = self.optimizer_state.reduce_and_clip(self.config.max_grad_norm)
+            halted_step = StepMetrics(self.progress.loss, rate, halted="the rest of the rollout")
+            return halted_step.log_entry(self.progress.step)
+        examples, rollout_metrics = self._documents(window)
+        batches = self._batches(examples)
+        loss, norm = self._gradient(examples, batches)
         finite = bool(torch.isfinite(norm) & torch.isfinite(loss))
         halted = self.objective.stop_reason() if finite else None
         if finite and halted is None:
             self.optimizer_state.step(rate)
             self.progress.skipped = 0
+        # the clock stops here: gates and logging are not what a user compares speeds by
         seconds = time.perf_counter() - started
         tokens = int(self.world.sum_values([sum(batch.document_tokens for batch in batches)])[0])
+        self._advance(float(loss), tokens, seconds, halted)
+        if not finite:
+            skip_step(self.folder, self.progress, examples, float(loss), float(norm))
+        elif movement is not None and halted is None and self.objective.has_signal(examples):
+            self._observe_movement(movement, selection, examples)
+        return StepMetrics(
+            *(float(loss), rate, float(norm), tokens, seconds),
+            objective={**rollout_metrics, **self._gathered_metrics()},
+            skipped=not finite,
+            halted=halted,
+        ).log_entry(self.progress.step)
+
+    def _select_trainable(self) -> TrainableSet | None:
+        """What the method trains in this step, with the heads of the objective; None is everything."""
+        selection = self.method.at_step(self.progress.step)
+        if selection is None:
+            return None
+        selection = selection._replace(names={*selection.names, *self.objective.trainable()})
+        train_only(self.optimizer_state.optimizer, self.trainable, selection)
+        if selection.changes_permanently:
+            self._reset_best()
+        return selection
+
+    def _batches(self, examples: Sequence[Example]) -> list[PackedBatch]:
+        """The documents that this process computes, packed, with cached hidden states where there are some."""
+        batches = self.pack(self.world.split_examples(examples), self.budget)
+        return batches if self.trunk is None else self.trunk.feed(batches)
+
+    def _gradient(self, examples: Sequence[Example], batches: list[PackedBatch]) -> tuple[Tensor, Tensor]:
+        """Fill the gradients of the step, summed over processes and clipped; the loss and the gradient norm."""
+        self.optimizer_state.zero_grad()
+        if kl_examples := self.objective.kl_examples(examples):
+            with torch.no_grad():
+                self.objective.prepare(self.policy, self.policy.iterate_batches(self.pack(kl_examples, self.budget)))
+        # a resumed run must drop what the run that was never stopped drops: the seed follows from the step alone
+        self.world.seed_dropout(self.seed, self.progress.step)
+        loss = accumulate(self.policy, self.objective, batches, self.world, self.filler_batch)
+        return loss, self.optimizer_state.reduce_and_clip(self.config.max_grad_norm)
+
+    def _advance(self, loss: float, tokens: int, seconds: float, halted: str | None) -> None:
+        """Count a step as taken."""
         self.progress.step += 1
         if halted is not None:  # what is left of this rollout is not learned from
             self.halted_until = -(-self.progress.step // self.steps_per_window) * self.steps_per_window
         self.progress.seconds += seconds
         self.progress.tokens += tokens
-        self.progress.loss = float(loss)
-        if not finite:
-            skip_step(self.folder, self.progress, examples, float(loss), float(norm))
-        elif movement is not None and halted is None and self.objective.has_signal(examples):
-            reached = self.method.trainable_for_tasks({e.task for e in examples})
-            gate = movement.observe(
-                self.optimizer_state.optimizer, moving, None if reached is None else {*reached, *owned}
-            )
-            if gate is not None:
-                self._record_gate(gate)
-        return {
-            "step": self.progress.step,
-            "loss": float(loss),
-            "learning_rate": rate,
-            "grad_norm": float(norm),
-            "tokens": tokens,
-            "seconds": round(seconds, 4),
-            **rolled,
-            **self._gathered_metrics(),
-            **({} if finite else {"skipped": True}),
-            **({} if halted is None else {"halted": halted}),
-        }
+        self.progress.loss = loss
+
+    def _observe_movement(
+        self, movement: MovementGate, selection: TrainableSet | None, examples: Sequence[Example]
+    ) -> None:
+        """Gate 3: parameters of tasks without a document in this step cannot have received a gradient."""
+        reached = self.method.trainable_for_tasks({example.task for example in examples})
+        names = None if reached is None else {*reached, *self.objective.trainable()}
+        gate = movement.observe(self.optimizer_state.optimizer, selection, names)
+        if gate is not None:
+            self._record_gate(gate)
 
     def _documents(self, examples: Sequence[Example]) -> tuple[Sequence[Example], dict[str, Any]]:
         """What a step learns from: rows of the data as they are, or what the policy makes of them; what that cost."""
@@ -326,17 +384,10 @@ class Trainer:
         print_status(str(gate))
         enforce(gate)
 
-    def _empty_entry(self, rate: float) -> dict[str, Any]:
-        """The entry of a step in which nothing was computed."""
-        idle = {"loss": self.progress.loss, "learning_rate": rate, "grad_norm": 0.0, "tokens": 0, "seconds": 0.0}
-        return {"step": self.progress.step, **idle}
-
     def _reset_best(self) -> None:
-        """The method is another from here on: earlier validation losses and their best weights were of the old one."""
+        """Start early stopping anew: the method has changed, so earlier losses and weights are of another model."""
         self.folder.update(**self.method.statistics())
-        self.progress.best, self.progress.best_step, self.progress.misses = None, 0, 0
-        if self.world.is_rank0:
-            shutil.rmtree(self.checkpoints / "best", ignore_errors=True)
+        self.early_stopping.reset(self.progress, remove=self.world.is_rank0)
 
     def _validate(self, validation: Sequence[Row], entry: dict[str, Any], last: bool) -> str | None:
         """Validation loss when it is due; why the run should end here, if it should."""
@@ -347,17 +398,7 @@ class Trainer:
         entry.update({f"validation_{name}": number for name, number in found.items()})
         self.policy.model.train()
         self.progress.validation = entry["validation_loss"] = value
-        if not math.isfinite(value):  # nothing would ever lie below it
-            print_status(f"the validation loss of step {self.progress.step} is {value}: it counts as no better")
-        elif self.progress.best is None or value < self.progress.best:
-            self.progress.best, self.progress.best_step, self.progress.misses = value, self.progress.step, 0
-            if self.config.patience is not None:
-                self._write(self.checkpoints / "best")
-            return self.stop_check(value)
-        self.progress.misses += 1
-        if self.config.patience is not None and self.progress.misses > self.config.patience:
-            return f"no better validation loss in {self.progress.misses} measurements"
-        return self.stop_check(value)
+        return self.early_stopping.update(self.progress, value)
 
     def _validation_metrics(self, validation: Sequence[Row]) -> tuple[float, Mapping[str, float]]:
         """The loss on validation rows, of rollouts minus the mean reward of greedy answers, and what else was seen."""
@@ -376,17 +417,10 @@ class Trainer:
 
     def _keep_best(self) -> None:
         """With patience the run ends with the weights of the lowest validation loss."""
-        best = self.checkpoints / "best"
-        self.world.barrier()  # until it is written
-        if self.config.patience is None or self.progress.best_step == self.progress.step:
+        self.world.barrier()  # until the first process has written it
+        best = self.early_stopping.best_weights(self.progress)
+        if best is None:
             return
-        if not best.exists():
-            print_status(
-                f"step {self.progress.best_step} had the lowest validation loss, but its weights went with a stop"
-            )
-            return
-        if problem := find_damage(best):
-            raise GateError(f"the best checkpoint cannot be used: {problem}", where=str(best))
         self.optimizer_state.load_weights(best)
         self.progress.validation = self.progress.best
         print_status(f"kept the weights of step {self.progress.best_step}")

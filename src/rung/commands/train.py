@@ -1,0 +1,48 @@
+"""`rung train`: one run from a config into its folder, with its report.
+
+The work is in `runs.train`; this file is where the command line and `rung.train` meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rung.config.io import ConfigSource, resolve_config
+from rung.report.html import write_report
+from rung.results import RunResult
+from rung.runs.train import dry_run, train_run
+from rung.training.distributed import join_process_group
+
+
+def train(
+    config: ConfigSource,
+    *,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+    beyond_memory: bool = False,
+) -> RunResult:
+    """Train one run into the folder that the config's `output` names.
+
+    `config` is a file, a mapping or a `RunConfig`; `overrides` are `key=value`, as on the command line. `resume` goes
+    on with the run in the folder, `overwrite` replaces it, `beyond_memory` starts what the plan says does not fit.
+    Under torchrun every process calls this; the first one writes.
+
+    Raises:
+        ConfigError, DataError: the config or the data cannot be used.
+        PlanError: the run does not fit, or the combination is not supported.
+        CheckpointError: the folder holds another run, or is damaged.
+        GateError: a gate measured what must not be.
+    """
+    run_config = resolve_config(config, overrides)
+    with join_process_group() as world:
+        manifest = train_run(run_config, resume=resume, overwrite=overwrite, beyond_memory=beyond_memory, world=world)
+    report = str(write_report(Path(run_config.output))) if world.is_rank0 else None
+    return RunResult.model_validate({**manifest, "path": run_config.output, "report": report})
+
+
+def preview(config: ConfigSource, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Everything up to the first step: data, model, preflight. Writes nothing."""
+    return dry_run(resolve_config(config, overrides))
