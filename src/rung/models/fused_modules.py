@@ -116,9 +116,8 @@ class _SharedInputLinears:
                 self.shared_input = None
             return output
         if module in self.pending_outputs and self.shared_input is not None and self.shared_input.shape == x.shape:
-            self.inputs_differ = (
-                True  # this architecture gives the members different tensors: a joint product would be wasted
-            )
+            # This architecture gives the members different tensors: a joint product would be wasted.
+            self.inputs_differ = True
         self.shared_input, self.pending_outputs = None, {}
         params = [self.params_of(member) for member in self.members]
         if self.inputs_differ or any(part is None for part in params):

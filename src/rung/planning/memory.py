@@ -22,7 +22,7 @@ BASELINE_RSS = 560 * 2**20
 ACTIVATION_BYTES = 512 * 2**20
 """Budget for the activations of one micro-batch on a processor."""
 MIN_TOKENS, MAX_TOKENS = 256, 4096
-"""Below some hundred rows matrix products slow down; beyond a few thousand nothing is gained on a processor."""
+"""Limits of the `auto` budget: products slow down below a few hundred rows and gain nothing beyond a few thousand."""
 # A GPU needs more rows per launch than a processor for full rate; not measured here.
 CUDA_TOKENS = 16_384
 TILE_LOGITS = 512 * 2048
@@ -264,6 +264,7 @@ def _step_terms(config: RunConfig, shape: ModelShape, cost: MethodCost, micro_ba
     if micro_batch.batches == 1:
         gradients = max(0, gradients - activations)
     dtype_bytes = DTYPE_BYTES[micro_batch.compute_dtype]
+    # Temporaries of one layer at a time; the allocator uses the same memory for the next layer.
     scratch = dtype_bytes * tokens * (4 * shape.mlp + 4 * shape.width)
     vectors = 3 * dtype_bytes * shape.width * micro_batch.supervised_tokens
     fragmentation = _fragmentation(config, shape, micro_batch)
