@@ -228,9 +228,8 @@ class _FusedGatedBlock:
         gate, up = self.module.gate_proj(x), self.module.up_proj(x)  # type: ignore[operator]
         down_proj: Any = self.module.down_proj
         params = self.params_of(down_proj)
-        if (
-            params is None or down_proj._forward_hooks or down_proj._forward_pre_hooks
-        ):  # a hook runs only if the module is called
+        # A hook runs only if the module is called.
+        if params is None or down_proj._forward_hooks or down_proj._forward_pre_hooks:
             return down_proj(gated(gate, up, self.activation))
         return gated_linear(gate, up, self.activation, params)
 
