@@ -29,7 +29,7 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
         batch, stops = RolloutConfig().batch, []
     reset_peak()
     started = time.perf_counter()
-    answers = generate(policy, job["prompts"], stop_ids=stops, sampling=sampling, batch=batch)
+    answers = generate(policy, job["prompts"], stop_ids=stops, sampling=sampling, batch_size=batch)
     seconds = time.perf_counter() - started
     return {
         "seconds": seconds,

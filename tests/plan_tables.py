@@ -66,7 +66,7 @@ def rule_rows() -> list[str]:
     lines = ["| | " + " | ".join(KNOWN) + " |", "|---" * (len(KNOWN) + 1) + "|"]
     for method, settings in METHODS.items():
         lines.append(f"| {method}, listed | " + " | ".join(str(gb) for gb in listed(method)) + " |")
-        own = [planned(name, method=settings).needed / 1e9 for name in KNOWN]
+        own = [planned(name, method=settings).required_bytes / 1e9 for name in KNOWN]
         lines.append(f"| {method}, planned | " + " | ".join(f"{gb:,.0f}" for gb in own) + " |")
     return lines
 
@@ -103,13 +103,15 @@ LEVERS: tuple[tuple[str, int, str, dict[str, Any]], ...] = (
 
 def lever_rows() -> list[str]:
     """What each lever does to a model of 7B."""
-    first = planned("7B").needed
+    first = planned("7B").required_bytes
     lines = ["| Llama 2 7B | needed | beside the first |", "|---|---|---|"]
     for name, tokens, compute, settings in LEVERS:
         others = {"reference": known("7B")} if "objective" in settings else {}
         config = RunConfig.model_validate({"data": {"path": "rows.jsonl"}, "output": "run", **settings})
-        shape = replace(known("7B"), stored=compute)
-        peak = estimate_memory(config, shape, MicroBatch(compute, tokens, tokens // 2, device="cuda"), others).needed
+        shape = replace(known("7B"), stored_dtype=compute)
+        peak = estimate_memory(
+            config, shape, MicroBatch(compute, tokens, tokens // 2, device="cuda"), others
+        ).required_bytes
         lines.append(f"| {name} | {in_words(peak)} | {peak / first:.2f}x |")
     return lines
 

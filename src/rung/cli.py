@@ -105,7 +105,7 @@ def plan(
 
     advice = make_plan(config, overrides=overrides or (), memory=memory, device=device, tokens=tokens)
     _show(advice.to_json(), plan_lines(advice, config), as_json)
-    if advice.own.fits is False:
+    if advice.plan.fits is False:
         raise typer.Exit(REFUSED)
 
 

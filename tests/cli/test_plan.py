@@ -67,13 +67,13 @@ def test_what_does_not_fit_comes_with_the_cheapest_change_that_does(large: Path,
         if change:
             assert change["plan"]["fits"] and change["plan"]["memory"]["needed_bytes"] <= parse_size(memory)  # type: ignore[operator]
             config = load_config(str(large), change["overrides"]).config
-            assert advise(config, limit=parse_size(memory)).own.fits  # as it is printed, it can be typed
+            assert advise(config, limit=parse_size(memory)).plan.fits  # as it is printed, it can be typed
     assert fitting[0] is None and "int8" in fitting[1] and "lora" in fitting[2] and "qlora" in fitting[3]
 
 
 def test_every_lever_moves_what_it_is_said_to(large: Path) -> None:
     def peak(*settings: str) -> int:
-        return advise(load_config(str(large), settings).config).own.memory.peak
+        return advise(load_config(str(large), settings).config).plan.memory.peak
 
     lora = "method={kind: lora}"
     assert peak(lora) < peak()

@@ -50,10 +50,10 @@ def test_results_are_those_of_the_command_line(config: Path, tmp_path: Path, cap
 def test_a_config_may_be_a_mapping_a_file_or_an_object(config: Path) -> None:
     mapping = yaml.safe_load(config.read_text())
     advice = rung.plan(mapping, memory="24GiB")
-    assert advice.own.fits and advice.own.trainable == rung.plan(config).own.trainable
+    assert advice.plan.fits and advice.plan.trainable == rung.plan(config).plan.trainable
     loaded = rung.load_config(config).config
     wider = rung.plan(loaded, overrides=["method.rank=8"])
-    assert wider.own.trainable == 2 * advice.own.trainable and loaded.method.rank == 4
+    assert wider.plan.trainable == 2 * advice.plan.trainable and loaded.method.rank == 4
     assert mapping == yaml.safe_load(config.read_text())
     with pytest.raises(rung.ConfigError, match=r"did you mean method\.rank"):
         rung.plan({**mapping, "method": {"kind": "lora", "rnak": 4}})

@@ -557,7 +557,7 @@ def test_one_step_with_every_objective(kind: str, config: dict[str, object], obj
             method.freeze_output_head()
         return
     examples = documents(5, count=6, shared=17)
-    if minimized.compares:
+    if minimized.compares_answers:
         examples = [replace(e, row=i // 2, score=float(i % 2)) for i, e in enumerate(examples)]
         policy.reference = policy_of(tiny_model()) if method.artifact == "model" else None
     if minimized.rollout is not None:

@@ -16,7 +16,7 @@ from models import tiny_model
 from rung.config.method import METHOD_CONFIGS
 from rung.config.objective import SftConfig
 from rung.errors import ConfigError, PlanError
-from rung.methods.peft_tuner import REFUSED, REPLACED
+from rung.methods.peft_tuner import OWN_METHODS, REFUSED
 from rung.methods.registry import attach_method
 from rung.models.fused_modules import install_fused_forwards
 from rung.objectives.sft import SftObjective
@@ -86,7 +86,7 @@ def config_of(kind: str) -> dict[str, Any]:
 
 def test_every_tuner_of_peft_is_in_one_place() -> None:
     """Trained tokens depend on the base's head, and have a test of their own."""
-    places = [*TUNERS, *REPLACED, *REFUSED, "TRAINABLE_TOKENS"]
+    places = [*TUNERS, *OWN_METHODS, *REFUSED, "TRAINABLE_TOKENS"]
     assert sorted(places) == sorted(PeftType.__members__)
 
 

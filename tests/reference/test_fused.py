@@ -189,7 +189,7 @@ def test_a_broken_function_is_noticed(broken: str, monkeypatch: pytest.MonkeyPat
     if broken == "shared":
         attention = policy.model.model.layers[0].self_attn
         mixed_up = {attention.k_proj: attention.v_proj}
-        attention.q_proj.forward.shared.part_of = lambda m: method.linear_params(mixed_up.get(m, m))
+        attention.q_proj.forward.group.params_of = lambda m: method.linear_params(mixed_up.get(m, m))
     accumulate(policy, SftObjective(SftConfig()), pack(examples, 64))
     assert distance(gradients(method), gradients(plain)) > 1e-3
 

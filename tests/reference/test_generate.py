@@ -7,7 +7,7 @@ import torch
 
 from builders import policy_of, tuned
 from models import SHAPES, tiny_model
-from rung.models.generate import Sampling, _batches, _common_prefix, generate
+from rung.models.generate import Sampling, _batches, _common_prefix_length, generate
 
 PROMPTS = [[5, 6, 7, 40, 41], [5, 6, 7, 90], [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [5, 6, 7, 300, 200, 100, 50]]
 
@@ -16,7 +16,7 @@ PROMPTS = [[5, 6, 7, 40, 41], [5, 6, 7, 90], [5, 6, 7, 8, 9, 10, 11, 12, 13, 14,
 @pytest.mark.parametrize("prompts", [PROMPTS, [p[3:] for p in PROMPTS]], ids=["shared prefix", "nothing shared"])
 def test_greedy_answers_equal_those_of_transformers(shape: str, prompts: list[list[int]]) -> None:
     model = tiny_model(shape, dtype=torch.float64)
-    answers = generate(policy_of(model), prompts, stop_ids=[2, 17], sampling=Sampling(9), batch=3)
+    answers = generate(policy_of(model), prompts, stop_ids=[2, 17], sampling=Sampling(9), batch_size=3)
     for prompt, answer in zip(prompts, answers, strict=True):
         row = torch.tensor([prompt])
         theirs = model.generate(
@@ -48,7 +48,9 @@ def test_sampling_follows_the_seed_and_the_distribution() -> None:
         for seed in (1, 1, 2)
     ]
     assert again[0] == again[1] != again[2]
-    first = [a.ids[0] for a in generate(policy, [[5, 6]] * 4000, stop_ids=[], sampling=Sampling(1, 0.7, 3), batch=4000)]
+    first = [
+        a.ids[0] for a in generate(policy, [[5, 6]] * 4000, stop_ids=[], sampling=Sampling(1, 0.7, 3), batch_size=4000)
+    ]
     logits = policy.model(torch.tensor([[5, 6]])).logits[0, -1]
     share = torch.bincount(torch.tensor(first), minlength=12) / 4000
     assert (share - torch.softmax(logits / 0.7, -1)).abs().max() < 0.03  # four standard errors at most
@@ -70,7 +72,7 @@ def test_an_empty_prompt_is_refused() -> None:
     [([[1, 2, 3], [1, 2, 4]], 2), ([[1, 2], [1, 2]], 1), ([[1, 2], [1, 2, 3]], 1), ([[1]], 0), ([[1], [2]], 0)],
 )
 def test_common_prefix_leaves_a_token_to_everyone(prompts: list[list[int]], shared: int) -> None:
-    assert _common_prefix(prompts) == shared
+    assert _common_prefix_length(prompts) == shared
 
 
 def test_long_prompts_come_in_smaller_batches() -> None:

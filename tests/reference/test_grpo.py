@@ -127,7 +127,11 @@ def test_what_is_drawn_is_what_is_scored(temperature: float, shape: str) -> None
         assert told["rollout_seconds"] > 0 and len(examples) == 4 * 3
         seed = int(np.random.SeedSequence([0, 5, 0]).generate_state(1)[0])
         made = generate(
-            policy, [p.ids.tolist() for p in asked], stop_ids=(2,), sampling=Sampling(9, temperature, seed, 3), batch=64
+            policy,
+            [p.ids.tolist() for p in asked],
+            stop_ids=(2,),
+            sampling=Sampling(9, temperature, seed, 3),
+            batch_size=64,
         )
         for e, answer in zip(examples, made, strict=True):
             assert e.ids[-len(answer.all_tokens) :].tolist() == answer.all_tokens and e.predictions == len(
@@ -160,14 +164,14 @@ def test_several_answers_read_their_prompt_once() -> None:
     hook = policy.model.model.layers[0].register_forward_pre_hook(
         lambda m, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).shape[0]), with_kwargs=True
     )
-    many = generate(policy, asked, stop_ids=(), sampling=Sampling(5, answers=6), batch=24)
+    many = generate(policy, asked, stop_ids=(), sampling=Sampling(5, answers_per_prompt=6), batch_size=24)
     hook.remove()
     assert seen[0] == len(asked) and seen[1] == 6 * len(asked)
-    once = generate(policy, asked, stop_ids=(), sampling=Sampling(5), batch=24)
+    once = generate(policy, asked, stop_ids=(), sampling=Sampling(5), batch_size=24)
     assert [a.ids for a in many] == [a.ids for a in once for _ in range(6)]  # greedy: all the same
-    drawn = generate(policy, asked, stop_ids=(), sampling=Sampling(5, 1.0, 3, 6), batch=24)
+    drawn = generate(policy, asked, stop_ids=(), sampling=Sampling(5, 1.0, 3, 6), batch_size=24)
     assert len({tuple(a.ids) for a in drawn[:6]}) > 1
-    assert [a.ids for a in generate(policy, asked, stop_ids=(), sampling=Sampling(5, 1.0, 3, 6), batch=24)] == [
+    assert [a.ids for a in generate(policy, asked, stop_ids=(), sampling=Sampling(5, 1.0, 3, 6), batch_size=24)] == [
         a.ids for a in drawn
     ]
 
@@ -179,7 +183,7 @@ def test_drawn_tokens_follow_their_distribution() -> None:
     with torch.no_grad():
         logits = policy.model(torch.tensor([prompt])).logits[0, -1]
     p = torch.softmax(logits / 0.5, -1).numpy()
-    drawn = generate(policy, [prompt], stop_ids=(), sampling=Sampling(1, 0.5, 1, 2000), batch=2000)
+    drawn = generate(policy, [prompt], stop_ids=(), sampling=Sampling(1, 0.5, 1, 2000), batch_size=2000)
     counts = np.bincount([a.ids[0] for a in drawn], minlength=len(p))
     top = np.argsort(-p)[:20]
     expected = 2000 * p[top]

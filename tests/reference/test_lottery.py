@@ -67,8 +67,8 @@ def test_scores_are_norms_and_energies_of_the_true_updates() -> None:
         delta = layer.get_delta_weight("default").detach()
         norms[layer_number(f"{name}.")] += float(delta.square().sum())
         energies[layer_number(f"{name}.")] += float((torch.cat(seen[name]) @ delta.T).square().sum())
-    assert method.course.norms() == pytest.approx(norms, rel=1e-5)
-    assert method.course.energies() == pytest.approx(energies, rel=1e-4)
+    assert method.layer_schedule.norms() == pytest.approx(norms, rel=1e-5)
+    assert method.layer_schedule.energies() == pytest.approx(energies, rel=1e-4)
 
 
 @pytest.mark.parametrize("rewind", [True, False])
@@ -82,11 +82,14 @@ def test_winners_alone_move_and_losers_add_nothing(rewind: bool, tmp_path: Path)
         before = {n: p.detach().clone() for n, p in method.trainable().items()}
         moving = method.at_step(step)
         assert (moving is None) == (step < 2)
-        assert moving is None or (moving.changes_for_good, moving.restarted) == (step == 2, step == 2 and rewind)
+        assert moving is None or (moving.changes_permanently, moving.restart_moments) == (
+            step == 2,
+            step == 2 and rewind,
+        )
         if moving is not None:
             train_only(optimizer, method.trainable(), moving)
         if step == 2:
-            (winner,) = method.course.winners
+            (winner,) = method.layer_schedule.winners
             for name, parameter in method.trainable().items():
                 if layer_number(f".{name}") == winner:
                     assert torch.equal(parameter, start[name] if rewind else before[name])
@@ -121,9 +124,9 @@ def test_a_resumed_lottery_knows_its_winners() -> None:
     _, other = tuned("lottery", lottery={"scout_steps": 2})
     other.load_state(kept)
     moving = other.at_step(7)
-    assert other.course.winners == method.course.winners and not moving.restarted
+    assert other.layer_schedule.winners == method.layer_schedule.winners and not moving.restart_moments
     assert other.statistics() == method.statistics() and set(other.trainable()) == set(method.trainable())
-    other.course.winners = None
+    other.layer_schedule.winners = None
     with pytest.raises(CheckpointError, match="who won"):
         other.at_step(7)
 

@@ -146,7 +146,7 @@ def test_no_graph_outlives_its_batch(balance: float) -> None:
     """What a router keeps of a batch would keep all its activations."""
     policy, method = tuned("mixture", experts=3, rank=2, balance=balance)
     accumulate(policy, SFT, pack(documents(), 10_000, share_prefixes=False))
-    assert all(host.get_submodule(NAME).routed is None for host in method.hosts.values())
+    assert all(host.get_submodule(NAME).routing is None for host in method.hosts.values())
     assert len(method.statistics()["router_load"]) == len(method.hosts)
 
 

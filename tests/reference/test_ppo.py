@@ -140,10 +140,10 @@ def test_the_penalty_moves_and_is_kept() -> None:
 
 def test_it_halts_where_it_has_gone_too_far() -> None:
     objective = PpoObjective(spec_of(stops={"target_kl": 0.1, "ratio": 3.0}))
-    objective.seen = [{"logratio": torch.full((4,), 0.05)}]
+    objective.batch_metrics = [{"logratio": torch.full((4,), 0.05)}]
     assert objective.stop_reason() is None
-    objective.seen = [{"logratio": torch.full((4,), -1.0)}]
+    objective.batch_metrics = [{"logratio": torch.full((4,), -1.0)}]
     assert "divergence" in (objective.stop_reason() or "")
     objective = PpoObjective(spec_of(stops={"target_kl": 9.0, "ratio": 3.0}))
-    objective.seen = [{"logratio": torch.full((4,), 1.5)}]
+    objective.batch_metrics = [{"logratio": torch.full((4,), 1.5)}]
     assert "ratio" in (objective.stop_reason() or "")

@@ -120,8 +120,8 @@ def test_all_pairs_of_a_ranking_and_none_of_a_tie() -> None:
     assert {batch.documents[a].row for a in better} == {0, 1, 2}
     tied = [replace(e, score=min(e.score, 2.0)) for e in ranked]
     # scores 4, 3, 2, 1 become 2, 2, 2, 1: three pairs a row
-    assert len(answer_pairs(pack(tied, 10_000)[0]).better) == 3 * 3
-    assert answer_pairs(pack([replace(e, score=0.0) for e in ranked], 10_000)[0]).better == []
+    assert len(answer_pairs(pack(tied, 10_000)[0]).chosen) == 3 * 3
+    assert answer_pairs(pack([replace(e, score=0.0) for e in ranked], 10_000)[0]).chosen == []
 
 
 @pytest.mark.parametrize("budget", [20, 60, 90, 300])
@@ -166,7 +166,7 @@ def test_longer_answers_that_win_are_seen_in_the_log() -> None:
     objective = PairedPreference(spec_of("dpo"))
     lengths = torch.arange(1.0, 9.0)
     sides = PairLogprobs(2.0 * lengths, lengths, 2.0 * lengths, lengths)
-    objective._see(sides, torch.zeros(8), torch.zeros(8))
+    objective._record_batch(sides, torch.zeros(8), torch.zeros(8))
     found = objective.take_metrics()
     assert found["length_ratio"] == pytest.approx(2.0) and found["length_correlation"] == pytest.approx(1.0)
     assert found["accuracy"] == 1.0 and objective.take_metrics() == {}

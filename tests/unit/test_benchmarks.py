@@ -35,7 +35,7 @@ def test_operations_are_those_that_torch_counts() -> None:
     counted = counter.get_total_flops()
     rotary = 2 * LENGTH * config.head_dim // 2  # angles are made by a product
     assert found["block_forward"] + found["head_forward"] + half_square == pytest.approx(counted, abs=rotary)
-    assert found["block_weight_grad"] == 2.0 * LENGTH * shape.linear * shape.layers
+    assert found["block_weight_grad"] == 2.0 * LENGTH * shape.linear_parameters * shape.layers
 
 
 def test_shared_beginnings_are_counted_once_where_asked() -> None:
@@ -43,7 +43,7 @@ def test_shared_beginnings_are_counted_once_where_asked() -> None:
     documents = [Document((1, 2, 3, 4, 5 + i), (False,) * 4 + (True,)) for i in range(3)]
     whole, once = (step_flops(documents, shape, Trained(4), shared=shared) for shared in (False, True))
     low = 2 * 4 * sum(m.inputs + m.outputs for m in shape.matrices)
-    saved = 2.0 * 8 * (2 * shape.linear + low) + 4.0 * 32 * 2 * (2 * 16 / 2)
+    saved = 2.0 * 8 * (2 * shape.linear_parameters + low) + 4.0 * 32 * 2 * (2 * 16 / 2)
     assert whole["block_forward"] - once["block_forward"] == pytest.approx(saved)
     assert whole["head_forward"] == once["head_forward"]
 

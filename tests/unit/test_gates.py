@@ -216,7 +216,7 @@ def test_movement_counts_anew_what_begins_anew() -> None:
     found = []
     for moving, still in (
         (None, a),
-        (TrainableSet(names, restarted=True, changes_for_good=True), a),
+        (TrainableSet(names, restart_moments=True, changes_permanently=True), a),
         (TrainableSet(names), set()),
     ):
         stepped(method, optimizer, still)

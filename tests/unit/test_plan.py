@@ -57,9 +57,9 @@ def test_a_config_as_it_is_written_says_the_same(kind: str, tmp_path: Path) -> N
     model = tiny_model(kind)
     model.save_pretrained(tmp_path)
     shape = read_shape(ModelConfig(name=str(tmp_path)))
-    assert shape.parameters == model.num_parameters() and shape.stored == "float32"
+    assert shape.parameters == model.num_parameters() and shape.stored_dtype == "float32"
     model.bfloat16().save_pretrained(tmp_path)
-    assert read_shape(ModelConfig(name=str(tmp_path))).stored == "bfloat16"
+    assert read_shape(ModelConfig(name=str(tmp_path))).stored_dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi3", "gpt2", "gemma2"])
@@ -73,7 +73,7 @@ def test_what_moves_is_what_the_method_declares(kind: str, name: str) -> None:
     parameters = method.trainable()
     assert found.trainable == method.declared_parameters() == sum(p.numel() for p in parameters.values())
     if name.split()[0] not in ("prefix", "p_tuning"):  # of an encoder the largest tensor is taken for its whole
-        assert found.largest == max(p.numel() for p in parameters.values())
+        assert found.largest_tensor == max(p.numel() for p in parameters.values())
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -99,7 +99,7 @@ def test_a_gguf_file_says_its_shape(tied: bool, tmp_path: Path) -> None:
     writer.close()
     shape = read_shape(ModelConfig(name=str(file)))
     assert shape.parameters == tiny_model(tie_word_embeddings=tied).num_parameters() and shape.tied == tied
-    assert shape.context == config.max_position_embeddings and shape.stored == "float32"
+    assert shape.context == config.max_position_embeddings and shape.stored_dtype == "float32"
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ConfigError, match="GGUF"):
         read_shape(ModelConfig(name=str(file)))
@@ -165,8 +165,8 @@ def test_the_fastest_run_is_the_rate(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_operations_are_those_of_the_products() -> None:
     """Against a count of the products themselves: 4 P a token with a frozen base, 6 P without one, and so on."""
     shape = shape_from_config(CATALOG["smollm2-135m"].config)
-    amount = DataVolume(1.0, learned=0.0, length=0.0, known=True)
-    inside = shape.layers * shape.linear
+    amount = DataVolume(1.0, supervised_share=0.0, document_tokens=0.0, is_counted=True)
+    inside = shape.layers * shape.linear_parameters
 
     def token(**method: Any) -> float:
         config = RunConfig.model_validate({"data": {"path": "x"}, "output": "y", "method": method})
@@ -177,7 +177,7 @@ def test_operations_are_those_of_the_products() -> None:
     assert token(kind="head") == 2 * inside
     half = token(kind="lora", layers="15-29")
     assert half == 2 * inside + inside + 6 * 4_884_480 / 2
-    learned = DataVolume(1.0, learned=1.0, length=100.0, known=True)
+    learned = DataVolume(1.0, supervised_share=1.0, document_tokens=100.0, is_counted=True)
     config = RunConfig.model_validate({"data": {"path": "x"}, "output": "y"})
     attention = 12 * shape.query * 50 * shape.layers
-    assert token_flops(config, shape, learned) == token(kind="lora") + 4 * shape.embedding + attention
+    assert token_flops(config, shape, learned) == token(kind="lora") + 4 * shape.embedding_parameters + attention

@@ -52,7 +52,7 @@ TOKENS = 4096
 class GenerateRequest:
     """What is wanted of the answers."""
 
-    sampling: Sampling = Sampling(256, 1.0, answers=4)
+    sampling: Sampling = Sampling(256, 1.0, answers_per_prompt=4)
     limit: int | None = None
     """At most this many prompts."""
     distinct: bool = False
@@ -106,7 +106,7 @@ def generate_answers(target: str, data: str, output: Path, asked: GenerateReques
     prompted = tokenize_prompts(chat, chosen, max_length=room, overflow="error")
     with closing(_journal(output, target, policy, prompted, asked.sampling)) as journal:
         answers = _sample_answers(policy, chat, prompted, asked.sampling, journal)
-        documents = _documents(prompted, answers, asked.sampling.answers)
+        documents = _documents(prompted, answers, asked.sampling.answers_per_prompt)
         made = GeneratedAnswers(
             [chat.assistant_text(a.all_tokens).strip() for a in answers],
             [len(a.all_tokens) for a in answers],
@@ -162,7 +162,7 @@ def write_rows(
 
 def _rows(records: Sequence[Record], made: GeneratedAnswers, asked: GenerateRequest) -> list[dict[str, Any]]:
     """With scores the best answer comes first, and prompts whose answers score alike are left out."""
-    rows, each, scores = [], asked.sampling.answers, made.scores
+    rows, each, scores = [], asked.sampling.answers_per_prompt, made.scores
     for i, record in enumerate(records):
         own = range(i * each, (i + 1) * each)
         order = sorted(own, key=lambda k: -scores[k]) if scores else list(own)
@@ -246,7 +246,7 @@ def _sample_answers(
     policy: Policy, chat: ChatTemplate, prompted: PromptDataset, sampling: Sampling, journal: Journal
 ) -> list[GeneratedAnswer]:
     """As many to each prompt as `sampling` says, in their order; slice by slice, so that a stop loses one at most."""
-    width = max(1, SLICE // sampling.answers)
+    width = max(1, SLICE // sampling.answers_per_prompt)
     parts = [prompted.examples[i : i + width] for i in range(0, len(prompted.examples), width)]
     if journal.results:
         print_status(f"going on after {len(journal.results):,} of {len(parts):,} parts, kept in {journal.path}")
@@ -263,7 +263,7 @@ def _sample_answers(
                 [e.task for e in part],
                 stop_ids=chat.stop_ids,
                 sampling=replace(sampling, seed=slice_seed(sampling.seed, number)),
-                batch=BATCH,
+                batch_size=BATCH,
                 on_batch=bar.advance,
             )
             journal.add(str(number), [[a.ids, a.stop, a.logprobs] for a in made])
@@ -359,7 +359,7 @@ def _chat_request(record: Record, number: int, asked: GenerateRequest) -> ChatRe
     sampling = asked.sampling
     turns = PromptFormat().turns(record)
     settings: dict[str, Any] = {
-        "n": sampling.answers,
+        "n": sampling.answers_per_prompt,
         "temperature": sampling.temperature,
         "max_tokens": sampling.max_new_tokens,
         "seed": slice_seed(sampling.seed, number) % 2**31,

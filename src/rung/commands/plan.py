@@ -19,7 +19,7 @@ def plan(
     """Estimate what a run holds and how long it takes, for its own method and for all others.
 
     `memory` is what there is, for example `24GiB`; `device` a known device, for example `h100`; `tokens` the tokens of
-    an epoch, where the data files are not at hand. `Advice.own.fits` says whether the config's own method fits.
+    an epoch, where the data files are not at hand. `Advice.plan.fits` says whether the config's own method fits.
 
     Raises `ConfigError` for a config, a size or a device that cannot be read.
     """

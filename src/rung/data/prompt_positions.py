@@ -2,8 +2,8 @@
 
 Their ids lie beyond the vocabulary, so no text can contain them (decision 0016). A template never sees ids: it gets a
 mark, a code point that Unicode reserves for internal use, and `ChatTemplate.encode` puts the ids where the mark comes
-out. So any template works that keeps the beginning of a turn. `virtual_token_positions` builds
-them from the method.
+out. So any template works that keeps the beginning of a turn. `virtual_token_positions`
+builds them from the method.
 """
 
 from __future__ import annotations

@@ -207,7 +207,7 @@ def _generate_answers(
             tasks,
             stop_ids=chat.stop_ids,
             sampling=Sampling(config.max_new_tokens),
-            batch=config.batch,
+            batch_size=config.batch,
             on_batch=bar.advance,
         )
     seconds = time.perf_counter() - start_time

@@ -92,7 +92,7 @@ def score_reward_model(
     for batch in policy.iterate_batches(batches):
         pairs, batch_scores = answer_pairs(batch), objective.scores(policy, batch).tolist()
         tokens = [int(d.supervised.sum()) for d in batch.documents]
-        for a, b in zip(pairs.better, pairs.other, strict=True):
+        for a, b in zip(pairs.chosen, pairs.rejected, strict=True):
             differences.append(batch_scores[a] - batch_scores[b])
             length_differences.append(tokens[a] - tokens[b])
             first = batch.documents[a]

@@ -1,1 +1,1 @@
-"""Which numbers may move: full fine-tuning, the head alone, LoRA."""
+"""Adaptation methods: which parameters are trained, how they start, and how they are saved."""

@@ -1,7 +1,8 @@
-"""Several adapters into one: pure functions on the true updates, in float32 or wider.
+"""Merging several adapters into one: pure functions on the updates B A, in float32 or wider.
 
-An update of one matrix is held as its factors, D = B A with the scale already in B, or as the matrix itself. peft's own
-routine merges A and B apart, which adds terms that no adapter had, and keeps a scale that no longer fits.
+An update of one matrix is stored as its factors, D = B A with the scale in B, or as the full matrix. peft's routine
+merges A and B separately, which adds cross terms that no adapter had, and keeps a scale that no longer fits. The cost
+here is a full matrix and an SVD for every method except `sum`. `commands/merge_adapters.py` uses them.
 
 Suffixes: O outputs, I inputs, R rank.
 """
@@ -33,16 +34,16 @@ class LowRankFactors(NamedTuple):
 
 
 class TruncatedFactors(NamedTuple):
-    """A matrix as factors of a stated rank, and what that lost: the norm of the rest over the norm of the whole."""
+    """Factors of a given rank, and the loss: the norm of the discarded part over the norm of the matrix."""
 
     factors: LowRankFactors
     lost: float
 
 
 def lora_factors(state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> dict[str, LowRankFactors]:
-    """The updates of a saved LoRA by module name, each with its own scale (rank and alpha patterns, rsLoRA) in B.
+    """Updates of a saved LoRA by module name, with each module's scale (rank and alpha patterns, rsLoRA) in B.
 
-    Raises `CheckpointError` for an adapter that is no plain LoRA.
+    Raises `CheckpointError` for an adapter other than plain LoRA.
     """
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("lora_bias"):
         raise CheckpointError(
@@ -50,7 +51,7 @@ def lora_factors(state: Mapping[str, Tensor], config: Mapping[str, Any], where: 
             where=where,
             given="DoRA" if config.get("use_dora") else config.get("peft_type"),
         )
-    found: dict[str, LowRankFactors] = {}
+    factors: dict[str, LowRankFactors] = {}
     for key, a in state.items():
         if not key.endswith(".lora_A.weight"):
             if ".lora_" not in key:
@@ -61,18 +62,19 @@ def lora_factors(state: Mapping[str, Tensor], config: Mapping[str, Any], where: 
         if b is None:
             raise CheckpointError("a tensor is missing", where=where, given=key.replace(".lora_A.", ".lora_B."))
         alpha = _pattern_value(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
+        # The rank is read off the tensor: `rank_pattern` may differ from `r`.
         scale = alpha / (math.sqrt(len(a)) if config.get("use_rslora") else len(a))
-        found[name] = LowRankFactors(scale * b.float(), a.float())
+        factors[name] = LowRankFactors(scale * b.float(), a.float())
     targets = config.get("target_modules")
-    missing = set(targets) - found.keys() if isinstance(targets, list) else set()
+    missing = set(targets) - factors.keys() if isinstance(targets, list) else set()
     orphans = [k for k in state if k.endswith(".lora_B.weight") and k.replace(".lora_B.", ".lora_A.") not in state]
-    if orphans or any("." in name for name in missing):  # roles alone are no names
+    if orphans or any("." in name for name in missing):  # a full name must have a tensor; a role may match nothing
         raise CheckpointError("a tensor is missing", where=where, given=[*orphans, *sorted(missing)][:2])
-    return found
+    return factors
 
 
 def concatenate(updates: Sequence[LowRankFactors], weights: Sequence[float]) -> LowRankFactors:
-    """sum_i w_i D_i exactly, in the sum of the ranks."""
+    """sum_i w_i D_i exactly; its rank is the sum of the ranks."""
     b = torch.cat([w * u.b_OR for w, u in zip(weights, updates, strict=True)], dim=1)
     return LowRankFactors(b, torch.cat([u.a_RI for u in updates]))
 
@@ -85,7 +87,7 @@ def combine(
     density: float,
     generator: torch.Generator,
 ) -> Tensor:
-    """One matrix from several [O, I]."""
+    """Combine several matrices [O, I] into one."""
     weighted = [w * d for w, d in zip(weights, updates, strict=True)]
     if how == "sum":
         return torch.stack(weighted).sum(0)
@@ -97,44 +99,47 @@ def combine(
 
 
 def trim(update: Tensor, density: float) -> Tensor:
-    """The share `density` of entries that are largest in magnitude; zero elsewhere."""
-    kept = max(1, round(density * update.numel()))
-    threshold = update.abs().flatten().kthvalue(update.numel() - kept + 1).values
+    """Keep the share `density` of entries with the largest magnitude; set the others to zero."""
+    kept_count = max(1, round(density * update.numel()))
+    threshold = update.abs().flatten().kthvalue(update.numel() - kept_count + 1).values
     return update * (update.abs() >= threshold)
 
 
 def drop_and_rescale(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """Entries kept with probability `density` and scaled up by its inverse (Yu et al. 2023, section 3)."""
-    kept = torch.rand(update.shape, generator=generator, dtype=update.dtype) < density
-    return update * kept / density
+    """DARE: keep each entry with probability `density` and divide by it (Yu et al. 2023, section 3)."""
+    # The caller's generator: the same seed gives the same merged adapter.
+    mask = torch.rand(update.shape, generator=generator, dtype=update.dtype) < density
+    return update * mask / density
 
 
 def ties(updates: Sequence[Tensor]) -> Tensor:
-    """Of trimmed updates: elect the sign of the larger mass, average what agrees (Yadav et al. 2023, algorithm 1)."""
+    """TIES: elect the sign with the larger mass, average the entries with it (Yadav et al. 2023, algorithm 1)."""
     stacked = torch.stack(list(updates))
-    elected = stacked.sum(0).sign()
-    agrees = (stacked.sign() == elected) & (elected != 0)
+    elected_sign = stacked.sum(0).sign()
+    # Where positive and negative mass cancel exactly no sign is elected, and the result is 0.
+    agrees = (stacked.sign() == elected_sign) & (elected_sign != 0)
     return (stacked * agrees).sum(0) / agrees.sum(0).clamp(min=1)
 
 
 def truncate(update: Tensor, rank: int) -> TruncatedFactors:
-    """The best approximation of this rank, its singular values shared out to both factors (Eckart and Young 1936)."""
+    """The best approximation of this rank, singular values split between the factors (Eckart and Young 1936)."""
     u, s, vh = torch.linalg.svd(update, full_matrices=False)
     rank = min(rank, len(s))
     root = s[:rank].sqrt()
-    whole = float(s.norm())
-    lost = float(s[rank:].norm()) / whole if whole else 0.0
+    norm = float(s.norm())
+    lost = float(s[rank:].norm()) / norm if norm else 0.0
     return TruncatedFactors(LowRankFactors(u[:, :rank] * root, root[:, None] * vh[:rank]), lost)
 
 
 def truncate_product(factors: LowRankFactors, rank: int) -> TruncatedFactors:
-    """The same for a product of factors, without ever making the matrix."""
+    """`truncate` for a product of factors, without the full matrix: QR of both, SVD of the small core."""
+    # Q has orthonormal columns, so the singular values of B A are those of the small R_b R_a^T.
     q_b, r_b = torch.linalg.qr(factors.b_OR)
     q_a, r_a = torch.linalg.qr(factors.a_RI.T)
-    small = truncate(r_b @ r_a.T, rank)
-    return TruncatedFactors(LowRankFactors(q_b @ small.factors.b_OR, small.factors.a_RI @ q_a.T), small.lost)
+    core = truncate(r_b @ r_a.T, rank)
+    return TruncatedFactors(LowRankFactors(q_b @ core.factors.b_OR, core.factors.a_RI @ q_a.T), core.lost)
 
 
 def _pattern_value(pattern: Mapping[str, float], name: str, default: float) -> float:
-    """Peft's rule: a key stands for modules whose name ends with it."""
+    """Peft's rule: a key applies to modules whose name ends with it."""
     return next((value for key, value in pattern.items() if name == key or name.endswith(f".{key}")), default)

@@ -1,4 +1,8 @@
-"""Methods that move weights of the base itself: all of them, or the output head alone."""
+"""Methods that train weights of the base itself: all of them, or only the output head.
+
+The base is gone afterwards, so a reference policy needs a second copy, and the run folder holds a whole model instead
+of an adapter. `methods/registry.py` builds them.
+"""
 
 from __future__ import annotations
 
@@ -17,72 +21,74 @@ from rung.methods.protocol import Method, require_same_keys, require_same_shapes
 from rung.models.bfloat16_weights import keeps_bfloat16_weights
 
 
-class _MovesTheBase(Method):
-    """Shared by both: a moved model is saved whole, so that transformers loads it as it is."""
+class _TrainsBase(Method):
+    """Common part of both methods: the whole model is saved, so that transformers loads it directly."""
 
     artifact = "model"
     starts_as_base = True
     model: PreTrainedModel
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """What moves, by name."""
+        """Parameters that require gradients, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def save(self, folder: Path) -> None:
-        """Write the model as transformers does: in float32, lest the config say bfloat16 and the head be rounded."""
+        """Save as transformers does, in float32: a config that says bfloat16 would round the trained head."""
         if keeps_bfloat16_weights(self.model):
             self.model.float()
         self.model.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote; keys missing or left over raise `CheckpointError`."""
+        """Load what `save` wrote; missing or unexpected keys raise `CheckpointError`."""
+        # All shards: `save_pretrained` splits large models.
         tensors = {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
-        own = dict(self.model.named_parameters())  # tied weights stand once, as save_pretrained writes them
-        require_same_keys(tensors.keys(), own.keys(), str(folder))
-        require_same_shapes(own, tensors, str(folder))
+        parameters = dict(self.model.named_parameters())  # tied weights once, as in the file
+        require_same_keys(tensors.keys(), parameters.keys(), str(folder))
+        require_same_shapes(parameters, tensors, str(folder))
         with torch.no_grad():
-            for name, parameter in own.items():
+            for name, parameter in parameters.items():
                 parameter.copy_(tensors[name])
 
     def merge(self) -> nn.Module:
-        """The model itself: it is whole already."""
+        """Return the model: there is nothing to merge."""
         model: nn.Module = self.model
         return model
 
 
-class Full(_MovesTheBase):
-    """Every weight moves, in float32 whatever the compute type."""
+class Full(_TrainsBase):
+    """Train every weight, in float32 whatever the compute dtype."""
 
     kind = "full"
 
     def __init__(self, model: PreTrainedModel, config: FullConfig) -> None:
-        narrow = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
-        self.model = model.float() if narrow else model
+        has_half_precision = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+        # Updates smaller than a bfloat16 rounding step would be lost. Products may still run in bfloat16.
+        self.model = model.float() if has_half_precision else model
         self.model.requires_grad_(True)
-        self.left = 0
-        """Parameters of a head that nothing reads."""
+        self.unused_head_parameters = 0
+        """Parameters of an untied head that the objective does not read."""
 
     def declared_parameters(self) -> int:
-        """All of the base that something reads."""
-        return sum(int(p.numel()) for p in self.model.parameters()) - self.left
+        """All parameters of the base except an unused head."""
+        return sum(int(p.numel()) for p in self.model.parameters()) - self.unused_head_parameters
 
     def freeze_output_head(self) -> None:
-        """A head of its own stays as it is; one that is tied moves with the embeddings."""
+        """Freeze an untied head; a tied one is trained as the embeddings."""
         head, embeddings = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         if head is not None and head.weight is not embeddings.weight:
             head.requires_grad_(False)
-            self.left = sum(int(p.numel()) for p in head.parameters())
+            self.unused_head_parameters = sum(int(p.numel()) for p in head.parameters())
 
     def disabled(self) -> AbstractContextManager[None]:
-        """Raises `PlanError`: the base has moved."""
+        """Raise `PlanError`: the base has changed."""
         raise PlanError(
             "full fine-tuning moves the base itself, so the base is no longer there to compare with",
             hint="load the base a second time",
         )
 
 
-class Head(_MovesTheBase):
-    """Only the output head moves; a tied head is copied first, so that the embeddings stay."""
+class Head(_TrainsBase):
+    """Train only the output head; a tied head is copied first, so that the embeddings stay frozen."""
 
     kind = "head"
 
@@ -91,6 +97,7 @@ class Head(_MovesTheBase):
         original = model.get_output_embeddings()
         if not isinstance(original, nn.Linear):
             raise ConfigError("this model has no linear output head", where="method.kind", given="head")
+        # Kept for `disabled`, which needs the untrained head.
         self.original = original
         weight = original.weight
         dtype = torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
@@ -102,20 +109,21 @@ class Head(_MovesTheBase):
             if original.bias is not None:
                 self.head.bias.copy_(original.bias)
         model.set_output_embeddings(self.head)
+        # Otherwise transformers ties the head again when the saved model is loaded.
         model.config.tie_word_embeddings = False
 
     def freeze_output_head(self) -> None:
-        """Raises `PlanError`: there would be nothing to train."""
+        """Raise `PlanError`: nothing would be left to train."""
         raise PlanError("the output head is all that moves, and this objective does not read it", where="method.kind")
 
     def declared_parameters(self) -> int:
-        """Vocabulary times width, and the bias where there is one."""
+        """Vocabulary times width, plus the bias if there is one."""
         outputs, inputs = self.original.weight.shape
         return int(outputs * inputs + (outputs if self.original.bias is not None else 0))
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The base with its own head, inside the context."""
+        """Within the context the model has its original head."""
         self.model.set_output_embeddings(self.original)
         try:
             yield

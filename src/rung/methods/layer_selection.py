@@ -1,8 +1,9 @@
-"""Which layers of a LoRA take part as a run goes on: some drawn at a time, or the winners of a competition.
+"""Which layers of a LoRA are trained as a run proceeds: some sampled at a time (LISA), or the winners of a lottery.
 
-The competition: all layers move for some steps and are scored by what they learned, the norm of their updates or the
-energy of what these add to the linears' outputs (LoRA-drop, Zhou et al. 2024, eq. 3). The winners go back to their
-start (Frankle and Carbin 2019, section 1) or on from where they are; the others leave for good.
+The lottery trains all layers for some steps and scores each by the norm of its update, or by the energy that the update
+adds to the outputs of its linears (LoRA-drop, Zhou et al. 2024, eq. 3). The winners restart from their initial values
+(Frankle and Carbin 2019, section 1) or continue; the others are dropped permanently. It costs the scouting steps and a
+copy of the initial values. `methods/registry.py` and `methods/qlora.py` build LoRA through this file.
 """
 
 from __future__ import annotations
@@ -25,27 +26,27 @@ from rung.models.targets import layer_number
 
 
 def make_lora(model: PreTrainedModel, config: LoraConfig) -> Lora:
-    """LoRA, of which `lisa_n_layers` move at a time where the config says so."""
+    """LoRA, with `lisa_n_layers` layers trained at a time if the config says so."""
     return with_layer_sampling(Lora(model, config))
 
 
 def with_layer_sampling(method: Lora) -> Lora:
-    """The same method, its layers drawn where its config asks for it."""
+    """Add layer sampling to a LoRA if its config asks for it; return the same object."""
     if method.config.lisa_n_layers is not None:
-        method.course = LayerSampling(method)
+        method.layer_schedule = LayerSampling(method)
     return method
 
 
 def make_lottery(model: PreTrainedModel, config: LotteryConfig) -> Lora:
-    """LoRA whose layers compete."""
+    """LoRA with a lottery among its layers."""
     method = Lora(model, config)
     method.sample_size = config.init_examples if config.lottery.score == "energy" else 0
-    method.course = LayerLottery(method, config)
+    method.layer_schedule = LayerLottery(method, config)
     return method
 
 
 class LayerSampling:
-    """So many layers at a time, drawn anew every period, from seed and step alone (LISA, Pan et al. 2024, alg. 1)."""
+    """A new sample of layers every period, a function of seed and step (LISA, Pan et al. 2024, alg. 1)."""
 
     sample: CalibrationData | None = None
 
@@ -54,66 +55,69 @@ class LayerSampling:
         self.layers = _layers(method)
 
     def at_step(self, step: int) -> TrainableSet:
-        """The layers of this period."""
+        """The trainable parameters of this period's layers."""
         config = self.method.config
-        random = np.random.default_rng([self.method.seed, step // config.lisa_step_interval])
-        drawn = random.choice(self.layers, size=config.lisa_n_layers, replace=False).tolist()
-        return TrainableSet(_trainables(self.method, drawn))
+        # From the period number, not from a running generator: a resumed run draws the same layers.
+        generator = np.random.default_rng([self.method.seed, step // config.lisa_step_interval])
+        layers = generator.choice(self.layers, size=config.lisa_n_layers, replace=False).tolist()
+        return TrainableSet(_trainable_names(self.method, layers))
 
     def statistics(self) -> Mapping[str, Any]:
-        """Nothing: the draw follows from seed and step."""
+        """Empty: the sample follows from seed and step."""
         return {}
 
     def state(self) -> dict[str, Any]:
-        """Nothing, for the same reason."""
+        """Empty: the sample follows from seed and step."""
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Nothing to take up."""
+        """Do nothing."""
 
 
 class LayerLottery:
-    """Scouting with all layers, then training with the winners."""
+    """Scouting with all layers, then training of the winners."""
 
     def __init__(self, method: Lora, config: LotteryConfig) -> None:
         self.method, self.config = method, config
         self.sample: CalibrationData | None = None
         self.layers = _layers(method)
         if winner_count(config, len(self.layers)) == len(self.layers):
-            what = f"of {len(self.layers)} layers all would be kept: that is lora"
-            raise ConfigError(what, where="method.lottery.keep", given=config.lottery.keep)
-        self.start = {name: p.detach().clone() for name, p in method.trainable().items()}
+            reason = f"of {len(self.layers)} layers all would be kept: that is lora"
+            raise ConfigError(reason, where="method.lottery.keep", given=config.lottery.keep)
+        # Cloned before the first step; the winners restart from these values.
+        self.initial_values = {name: p.detach().clone() for name, p in method.trainable().items()}
         self.winners: tuple[int, ...] | None = None
         self.scores: dict[int, float] = {}
 
     def at_step(self, step: int) -> TrainableSet | None:
-        """Everything while scouting; then the winners, which begin anew, their moments too, when they rewind."""
+        """None (all parameters) while scouting, then the winners; with `rewind` their moments restart as well."""
         if step < self.config.lottery.scout_steps:
             return None
-        drawn = self.winners is None and step == self.config.lottery.scout_steps
-        if drawn:
+        is_draw_step = self.winners is None and step == self.config.lottery.scout_steps
+        if is_draw_step:
             self._choose_winners()
         if self.winners is None:
             raise CheckpointError("this checkpoint does not tell who won")
         return TrainableSet(
-            _trainables(self.method, self.winners),
-            restarted=drawn and self.config.lottery.rewind,
-            changes_for_good=drawn,
+            _trainable_names(self.method, self.winners),
+            # Only at the draw: later steps keep the moments they have accumulated.
+            restart_moments=is_draw_step and self.config.lottery.rewind,
+            changes_permanently=is_draw_step,
         )
 
     def state(self) -> dict[str, Any]:
-        """Scores and winners, once they are drawn."""
+        """Scores and winners, once chosen."""
         return {} if self.winners is None else {"scores": sorted(self.scores.items()), "winners": self.winners}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """The same winners: no second draw."""
+        """Restore the winners without choosing again."""
         if state:
             self.scores = {int(number): float(score) for number, score in state["scores"]}
             self.winners = tuple(map(int, state["winners"]))
             self._drop_losers()
 
     def statistics(self) -> Mapping[str, Any]:
-        """Scores of the layers, as shares of their sum, and who won."""
+        """Scores of the layers as shares of their sum, and the winners."""
         if not self.scores:
             return {}
         return {
@@ -129,6 +133,7 @@ class LayerLottery:
         """Squared Frobenius norm of each layer's updates, from their factors: |B A|^2 = sum((B^T B) * (A A^T))."""
         norms = dict.fromkeys(self.layers, 0.0)
         for name, layer in self.method.layers().items():
+            # From the factors, so that the matrix B A is never built.
             a, b = (
                 layer.lora_A[TRAINED_ADAPTER].weight.detach().double(),
                 layer.lora_B[TRAINED_ADAPTER].weight.detach().double(),
@@ -137,7 +142,7 @@ class LayerLottery:
         return norms
 
     def energies(self) -> dict[int, float]:
-        """Sum over the sample's tokens of |s B A x|^2 for each layer."""
+        """Sum over the sample's tokens of |s B A x|^2 for each layer. Raises `PlanError` without a sample."""
         if self.sample is None:
             raise PlanError("there are no documents to score layers on", where="method.score", given="energy")
         energies = dict.fromkeys(self.layers, 0.0)
@@ -153,39 +158,41 @@ class LayerLottery:
         return energies
 
     def _choose_winners(self) -> None:
-        found = self.norms() if self.config.lottery.score == "delta" else self.energies()
-        whole = sum(found.values()) or 1.0
-        self.scores = {number: score / whole for number, score in found.items()}
+        scores = self.norms() if self.config.lottery.score == "delta" else self.energies()
+        total = sum(scores.values()) or 1.0
+        self.scores = {number: score / total for number, score in scores.items()}
         self.winners = choose_winners(self.scores, self.config, self.method.seed)
         self._drop_losers()
         if self.config.lottery.rewind:
-            own = self.method.trainable()
+            parameters = self.method.trainable()
             with torch.no_grad():
-                for name in _trainables(self.method, self.winners):
-                    own[name].copy_(self.start[name])
+                for name in _trainable_names(self.method, self.winners):
+                    parameters[name].copy_(self.initial_values[name])
 
     def _drop_losers(self) -> None:
         self.method.keep_only([name for name in self.method.names if _layer(name) in (self.winners or ())])
 
 
-def winner_count(config: LotteryConfig, layers: int) -> int:
-    """How many of so many layers go on."""
-    return max(1, round(config.lottery.keep * layers))
+def winner_count(config: LotteryConfig, layer_count: int) -> int:
+    """Number of winners among `layer_count` layers, at least 1."""
+    return max(1, round(config.lottery.keep * layer_count))
 
 
 def choose_winners(scores: Mapping[int, float], config: LotteryConfig, seed: int) -> tuple[int, ...]:
-    """The layers that stay: the best, or as many others to compare them with."""
+    """The winners: the best layers, or as many others as a control (`choose`)."""
     layers = sorted(scores)
     count = winner_count(config, len(layers))
     if config.lottery.choose == "best":
-        picked = sorted(layers, key=lambda number: (-scores[number], number))[:count]
+        # Ties go to the lower layer, whatever the order of the scores.
+        winners = sorted(layers, key=lambda number: (-scores[number], number))[:count]
     elif config.lottery.choose == "random":
-        picked = np.random.default_rng([seed, 4]).choice(layers, size=count, replace=False).tolist()
+        # A stream separate from those of other draws with the same seed.
+        winners = np.random.default_rng([seed, 4]).choice(layers, size=count, replace=False).tolist()
     else:
-        spare = len(layers) - count
-        begin = {"first": 0, "middle": spare // 2, "last": spare}[config.lottery.choose]
-        picked = layers[begin : begin + count]
-    return tuple(sorted(picked))
+        loser_count = len(layers) - count
+        first = {"first": 0, "middle": loser_count // 2, "last": loser_count}[config.lottery.choose]
+        winners = layers[first : first + count]
+    return tuple(sorted(winners))
 
 
 def _add_energy(energies: dict[int, float], number: int, module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -200,8 +207,8 @@ def _layers(method: Lora) -> list[int]:
     return sorted({_layer(name) for name in method.names})
 
 
-def _trainables(method: Lora, layers: Collection[int]) -> set[str]:
-    """Names of what can move in these layers, and outside of all."""
+def _trainable_names(method: Lora, layers: Collection[int]) -> set[str]:
+    """Names of trainable parameters in these layers, and of those outside all layers."""
     return {name for name in method.trainable() if layer_number(f".{name}") in {None, *layers}}
 
 

@@ -1,6 +1,8 @@
-"""Starts of a low-rank pair B [O, R], A [R, I] that are read off weights, activations or gradients.
+"""Initial values of a low-rank pair B [O, R], A [R, I] computed from weights, activations or gradients.
 
-Each is a pure function in float32 or wider. `scale` is what the pair will be multiplied by (alpha / rank).
+Each is a pure function in float32 or wider. `scale` is the factor by which the pair will be multiplied (alpha / rank).
+They cost a decomposition for each matrix, and some a pass over training documents; `MOMENT_BYTES` bounds the memory at
+the price of more passes. `methods/lora.py` and `methods/qlora.py` call them.
 
 Suffixes: O outputs, I inputs, R rank.
 """
@@ -18,8 +20,8 @@ from torch import Tensor, nn
 from rung.errors import ConfigError
 from rung.methods.protocol import CalibrationData
 
-GAMMA = 16.0
-"""LoRA-GA's factor on the scale of its start: the value of the paper's experiments (Wang et al. 2024)."""
+LORA_GA_GAMMA = 16.0
+"""LoRA-GA's scale factor: the value of the paper's experiments (Wang et al. 2024)."""
 
 
 class LowRankPair(NamedTuple):
@@ -45,18 +47,18 @@ def olora(weight_OI: Tensor, rank: int) -> LowRankPair:
 def corda(weight_OI: Tensor, moment_II: Tensor, rank: int, scale: float, *, knowledge: bool) -> LowRankPair:
     """Singular vectors of W C, C the second moment of the inputs (Yang et al. 2024, section 3).
 
-    The largest ones, which the documents use most; with `knowledge` the smallest, so that what the documents need is
-    preserved. Raises `ConfigError` where C cannot be inverted.
+    The largest ones, which the documents use most; with `knowledge` the smallest, which preserves what the documents
+    need. Raises `ConfigError` if C cannot be inverted.
     """
-    moment, inverse = _inverted(moment_II)
+    moment, inverse = _damped_inverse(moment_II)
     u, s, vh = torch.linalg.svd(weight_OI @ moment, full_matrices=False)
-    chosen = slice(len(s) - rank, len(s)) if knowledge else slice(rank)
-    root = (s[chosen] / scale).sqrt()
-    return LowRankPair(u[:, chosen] * root, root[:, None] * (vh[chosen] @ inverse))
+    columns = slice(len(s) - rank, len(s)) if knowledge else slice(rank)
+    root = (s[columns] / scale).sqrt()
+    return LowRankPair(u[:, columns] * root, root[:, None] * (vh[columns] @ inverse))
 
 
 def eva(weight_OI: Tensor, moment_II: Tensor, rank: int) -> LowRankPair:
-    """A spans the directions in which the inputs vary most, B is zero (Paischer et al. 2024, section 3)."""
+    """A spans the directions of largest input variance, B is zero (Paischer et al. 2024, section 3)."""
     _, vectors = torch.linalg.eigh(moment_II)  # ascending
     return LowRankPair(weight_OI.new_zeros(len(weight_OI), rank), vectors[:, -rank:].flip(1).T.contiguous())
 
@@ -69,40 +71,45 @@ def lora_ga(gradient_OI: Tensor, rank: int) -> LowRankPair:
     """
     outputs = len(gradient_OI)
     u, _, v = torch.svd_lowrank(gradient_OI, q=min(4 * rank, *gradient_OI.shape), niter=4)
-    factor = outputs**0.25 / GAMMA**0.5
+    factor = outputs**0.25 / LORA_GA_GAMMA**0.5
+    # B takes the second group of left vectors, A the first group of right ones: the first step covers 2 R directions.
     return LowRankPair(u[:, rank : 2 * rank] * factor, (v[:, :rank] * factor).T.contiguous())
 
 
 def loftq(weight_OI: Tensor, quantized_OI: Tensor, rank: int, scale: float) -> LowRankPair:
-    """Make up for what quantizing took away: scale * B A is the best approximation of it (Li et al. 2023, algorithm 1).
+    """Best approximation of the quantization error by scale * B A (Li et al. 2023, algorithm 1).
 
-    One round of it, because further ones would quantize another matrix: the quantized base stays that of W.
+    One iteration, because further ones would quantize another matrix than W.
     """
+    # A randomized SVD with oversampling suffices: only the leading vectors are used.
     u, s, v = torch.svd_lowrank(weight_OI - quantized_OI, q=min(2 * rank, *weight_OI.shape), niter=4)
     root = (s[:rank] / scale).sqrt()
     return LowRankPair(u[:, :rank] * root, (v[:, :rank] * root).T.contiguous())
 
 
 def check_rank(init: str, rank: int, name: str, outputs: int, inputs: int) -> None:
-    """Raise `ConfigError` for a rank that a start cannot have for a matrix of this shape."""
-    most = min(outputs, inputs)
-    most = {"lora_ga": most // 2, "eva": inputs}.get(init, most)
-    if rank > most:
+    """Raise `ConfigError` if an initialization cannot have this rank for a matrix of this shape."""
+    max_rank = min(outputs, inputs)
+    # LoRA-GA takes different singular vectors for A and B, so it needs twice as many.
+    max_rank = {"lora_ga": max_rank // 2, "eva": inputs}.get(init, max_rank)
+    if rank > max_rank:
         raise ConfigError(
             f"init {init} has no start of this rank for {name}, a matrix of {outputs} x {inputs}",
             where="method.rank",
             given=rank,
-            allowed=f"1 to {most}",
+            allowed=f"1 to {max_rank}",
         )
 
 
-def _inverted(moment_II: Tensor) -> tuple[Tensor, Tensor]:
-    """The moment with as much of its mean diagonal added as its inverse needs, and the inverse."""
+def _damped_inverse(moment_II: Tensor) -> tuple[Tensor, Tensor]:
+    """Add as much of the mean diagonal to the moment as a stable inverse needs; return both."""
     identity = torch.eye(len(moment_II), dtype=moment_II.dtype, device=moment_II.device)
-    damp = 0.01 * moment_II.diagonal().mean() * identity
+    damping = 0.01 * moment_II.diagonal().mean() * identity
+    # As in peft's CorDA: 1 % of the mean diagonal, doubled until the inverse is accurate.
     for doublings in range(10):
-        damped = moment_II + damp * 2**doublings
+        damped = moment_II + damping * 2**doublings
         inverse = torch.linalg.inv(damped)
+        # The product with the inverse shows whether the inversion was numerically sound.
         if bool((damped @ inverse - identity).norm() < 0.05):
             return damped, inverse
     raise ConfigError(
@@ -113,16 +120,17 @@ def _inverted(moment_II: Tensor) -> tuple[Tensor, Tensor]:
 
 
 MOMENT_BYTES = 512 * 2**20
-"""What moments or gradients may hold at once; more matrices take more passes over the sample."""
+"""Memory for moments or gradients at one time; more matrices take more passes over the sample."""
 
 
 def weight_gradients(weights: Mapping[str, nn.Parameter], sample: CalibrationData) -> Iterator[tuple[str, Tensor]]:
-    """The loss's gradient of each weight over the sample, in float32 or wider, shaped as the weight."""
+    """Gradient of the loss over the sample for each weight, in float32 or wider, in the weight's shape."""
     for names in in_chunks({name: w.numel() for name, w in weights.items()}):
-        with _widened([weights[name] for name in names]) as parameters:
-            found = dict(zip(names, sample.gradients(parameters), strict=True))
-        while found:
-            yield found.popitem()
+        with _in_float32([weights[name] for name in names]) as parameters:
+            gradients = dict(zip(names, sample.gradients(parameters), strict=True))
+        # Popped, so that each gradient is freed once its pair is computed.
+        while gradients:
+            yield gradients.popitem()
 
 
 def input_second_moments(
@@ -131,7 +139,7 @@ def input_second_moments(
     """Mean of x x^T over the tokens of the sample for the inputs of each module, [I, I] in float32 or wider."""
     for names in in_chunks({name: width**2 for name, width in widths.items()}):
         sums: dict[str, Tensor] = {}
-        hooks = [modules[name].register_forward_pre_hook(partial(_add, sums, name)) for name in names]
+        hooks = [modules[name].register_forward_pre_hook(partial(_add_moment, sums, name)) for name in names]
         try:
             sample.run_forward()
         finally:
@@ -143,38 +151,38 @@ def input_second_moments(
 
 
 def in_chunks(sizes: Mapping[str, int], limit: int = MOMENT_BYTES) -> Iterator[list[str]]:
-    """Names in order, as many at a time as hold at most `limit` bytes of float32; a larger one stands alone."""
+    """Names in order, in chunks of at most `limit` bytes of float32; a larger one is a chunk by itself."""
     chunk: list[str] = []
-    filled = 0
+    chunk_bytes = 0
     for name, size in sizes.items():
-        if chunk and filled + 4 * size > limit:
+        if chunk and chunk_bytes + 4 * size > limit:
             yield chunk
-            chunk, filled = [], 0
+            chunk, chunk_bytes = [], 0
         chunk.append(name)
-        filled += 4 * size
+        chunk_bytes += 4 * size
     if chunk:
         yield chunk
 
 
-def _add(sums: dict[str, Tensor], name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+def _add_moment(sums: dict[str, Tensor], name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
     x = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    with torch.autocast(x.device.type, enabled=False):  # the trunk's would multiply, and then add, in bfloat16
+    with torch.autocast(x.device.type, enabled=False):  # the trunk's autocast would multiply and add in bfloat16
         moment = x.T @ x
     sums[name] = sums[name].add_(moment) if name in sums else moment
 
 
 @contextmanager
-def _widened(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Inside, the parameters are float32 at least and can be moved: a gradient in bfloat16 would be rounded."""
-    held = [p.data for p in parameters]
+def _in_float32(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Within the context parameters are float32 or wider and require gradients; bfloat16 would round them."""
+    stored_data = [p.data for p in parameters]
     for p in parameters:
         p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
         p.requires_grad_(True)
     try:
         yield list(parameters)
     finally:
-        for p, data in zip(parameters, held, strict=True):
+        for p, data in zip(parameters, stored_data, strict=True):
             p.requires_grad_(False)
             p.data = data
             p.grad = None

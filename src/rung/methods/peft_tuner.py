@@ -1,4 +1,8 @@
-"""Any other tuner of peft, by its own config: IA3, VeRA, OFT and their kin, as peft computes them."""
+"""Any other peft tuner through its own config: IA3, VeRA, OFT and others, computed by peft.
+
+It gives access to every tuner in peft without code for each. The cost: peft's forward is slower than the fused one, the
+base is float32, and tuners that need a training loop of their own are refused by name. `methods/registry.py` builds it.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ from rung.config.base import ALL_LINEAR
 from rung.config.method import PeftTunerConfig
 from rung.errors import ConfigError, PlanError
 from rung.methods.adapter_files import read_state, write_peft_files
-from rung.methods.lora import DROPPED_ADAPTER, without_peft_warnings
+from rung.methods.lora import DROPOUT_BLOCKS_SHARING, without_peft_warnings
 from rung.methods.protocol import Method, require_same_keys, require_same_shapes
 from rung.models.fused_modules import plain_linear_params
 from rung.models.fused_ops import LinearParams
@@ -33,7 +37,7 @@ from rung.models.targets import select_linears
 
 
 class PeftTuner(Method):
-    """peft's tuner under Rung's engine: its own forward, its own file."""
+    """A peft tuner in Rung's trainer, with peft's forward and file format."""
 
     kind = "peft"
     artifact = "adapter"
@@ -42,52 +46,58 @@ class PeftTuner(Method):
         self.model, self.config = model, config
         self.starts_as_base = config.starts_as_base
         peft_config = _peft_config(model, config)
-        model.float()  # peft's tuners compute in the type the weights are held in
+        # peft's tuners compute in the dtype of the stored weights.
+        model.float()
         try:
             self.peft: PeftModel = without_peft_warnings(get_peft_model, model, peft_config)
+        # peft raises any of these for a config that does not fit the model.
         except (ValueError, TypeError, NotImplementedError, KeyError, AttributeError) as error:
-            what = f"peft does not take this config: {error}"
-            raise ConfigError(what, where="method.config", given=config.config.get("peft_type")) from error
+            reason = f"peft does not take this config: {error}"
+            raise ConfigError(reason, where="method.config", given=config.config.get("peft_type")) from error
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self._trainable:
-            what = "peft found nothing in this model that this tuner could train"
-            raise ConfigError(what, where="method.config", given=config.config.get("peft_type"))
+            reason = "peft found nothing in this model that this tuner could train"
+            raise ConfigError(reason, where="method.config", given=config.config.get("peft_type"))
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """What peft leaves free."""
+        """Parameters that peft marks trainable."""
         return dict(self._trainable)
 
     def declared_parameters(self) -> int:
-        """As peft counts them."""
+        """Number of trainable parameters as counted by peft."""
         return int(self.peft.get_nb_trainable_parameters()[0])
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The base alone, inside the context."""
+        """Within the context the model is the base without the method."""
         with self.peft.disable_adapter():
             yield
 
     def linear_params(self, module: nn.Module) -> LinearParams | None:
-        """A plain linear as it stands; whatever belongs to a tuner computes itself."""
+        """Parameters of a plain linear; None for a tuner's layer, which computes itself."""
         return None if isinstance(module, BaseTunerLayer) else plain_linear_params(module)
 
     def prefix_sharing_blocker(self) -> str | None:
-        """Dropout, if the tuner's config asks for it."""
-        return DROPPED_ADAPTER if any("dropout" in key and value for key, value in self.config.config.items()) else None
+        """Dropout, if the tuner's config sets one."""
+        return (
+            DROPOUT_BLOCKS_SHARING
+            if any("dropout" in key and value for key, value in self.config.config.items())
+            else None
+        )
 
     def save(self, folder: Path) -> None:
         """Write peft's two files."""
         write_peft_files(folder, self._state(), self.peft.peft_config["default"].to_dict())
 
     def load(self, folder: Path) -> None:
-        """Read them; keys missing or left over raise `CheckpointError`."""
-        state, own = read_state(folder), self._state()
-        require_same_keys(state.keys(), own.keys(), str(folder))
-        require_same_shapes(own, state, str(folder))
+        """Load what `save` wrote; missing or unexpected keys raise `CheckpointError`."""
+        state, expected = read_state(folder), self._state()
+        require_same_keys(state.keys(), expected.keys(), str(folder))
+        require_same_shapes(expected, state, str(folder))
         without_peft_warnings(set_peft_model_state_dict, self.peft, state)
 
     def merge(self) -> nn.Module:
-        """The base with the tuner folded in, where peft can. Raises `PlanError` where it cannot."""
+        """Merge the tuner into the base. Raises `PlanError` if peft cannot."""
         try:
             merged: nn.Module = without_peft_warnings(self.peft.merge_and_unload, safe_merge=True)
         except (AttributeError, NotImplementedError, ValueError) as error:
@@ -99,37 +109,40 @@ class PeftTuner(Method):
 
 
 def _peft_config(model: PreTrainedModel, config: PeftTunerConfig) -> PeftConfig:
-    """Peft's config. Raises `ConfigError` for a tuner that is not there, is Rung's own, or takes other settings."""
-    given: dict[str, Any] = dict(config.config)
-    kind = str(given.get("peft_type", "")).upper()
-    if kind in REPLACED:
-        own = REPLACED[kind]
-        raise ConfigError("this tuner has a method of its own", where="method.config", given=kind, allowed=own)
+    """Build peft's config. Raises `ConfigError` for a tuner that is unknown, refused, or a method of Rung."""
+    settings: dict[str, Any] = dict(config.config)
+    kind = str(settings.get("peft_type", "")).upper()
+    if kind in OWN_METHODS:
+        replacement = OWN_METHODS[kind]
+        raise ConfigError("this tuner has a method of its own", where="method.config", given=kind, allowed=replacement)
     if kind not in PeftType.__members__:
-        known = ", ".join(sorted(set(PeftType.__members__) - set(REPLACED)))
-        raise ConfigError("no such tuner", where="method.config.peft_type", given=kind or None, allowed=known)
+        names = ", ".join(sorted(set(PeftType.__members__) - set(OWN_METHODS)))
+        raise ConfigError("no such tuner", where="method.config.peft_type", given=kind or None, allowed=names)
     if kind in REFUSED:
         raise ConfigError(REFUSED[kind], where="method.config", given=kind, hint="kind: lora with ranks, or lottery")
     if kind == "TRAINABLE_TOKENS" and model.config.tie_word_embeddings:
-        what = "rows of a tied embedding are the head's as well, which is read past the tuner"
-        raise ConfigError(what, where="method.config", given=kind, hint="kind: full, or a base whose head is its own")
-    if given.get("task_type", "CAUSAL_LM") != "CAUSAL_LM" or given.get("inference_mode"):
-        refused = {key: given[key] for key in ("task_type", "inference_mode") if key in given}
+        reason = "rows of a tied embedding are the head's as well, which is read past the tuner"
+        raise ConfigError(reason, where="method.config", given=kind, hint="kind: full, or a base whose head is its own")
+    if settings.get("task_type", "CAUSAL_LM") != "CAUSAL_LM" or settings.get("inference_mode"):
+        refused = {key: settings[key] for key in ("task_type", "inference_mode") if key in settings}
         raise ConfigError("a run trains a model that writes", where="method.config", given=refused)
-    given |= {"peft_type": kind, "task_type": "CAUSAL_LM"}
-    chosen = config.targets != ALL_LINEAR or config.layers is not None
-    if chosen and (kind in _NO_TARGETS or "target_modules" in given):
-        why = "finds its modules itself" if kind in _NO_TARGETS else "names them in its config"
-        raise ConfigError(f"targets and layers would do nothing: this tuner {why}", where="method", given=kind)
+    settings |= {"peft_type": kind, "task_type": "CAUSAL_LM"}
+    # Targets that a tuner would ignore are an error: a setting without effect is a bug.
+    selects_modules = config.targets != ALL_LINEAR or config.layers is not None
+    if selects_modules and (kind in _NO_TARGETS or "target_modules" in settings):
+        cause = "finds its modules itself" if kind in _NO_TARGETS else "names them in its config"
+        raise ConfigError(f"targets and layers would do nothing: this tuner {cause}", where="method", given=kind)
     if kind not in _NO_TARGETS:
-        given.setdefault("target_modules", select_linears(model, config.targets, config.layers))
-    if kind == "IA3" and isinstance(given["target_modules"], list):
-        # by whole names, as the targets are: stock peft refuses a file in which they are none of them
-        ends = given.get("feedforward_modules", FEED_FORWARD)
+        settings.setdefault("target_modules", select_linears(model, config.targets, config.layers))
+    if kind == "IA3" and isinstance(settings["target_modules"], list):
+        # Full names, like the targets: peft refuses a file whose feed-forward modules are not among the targets.
+        ends = settings.get("feedforward_modules", FEED_FORWARD)
         ends = [ends] if isinstance(ends, str) else ends
-        given["feedforward_modules"] = [n for n in given["target_modules"] if n.endswith(tuple(ends))] if ends else []
+        settings["feedforward_modules"] = (
+            [n for n in settings["target_modules"] if n.endswith(tuple(ends))] if ends else []
+        )
     try:
-        peft_config = get_peft_config(given)
+        peft_config = get_peft_config(settings)
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error), where="method.config", given=kind) from error
     if hasattr(peft_config, "fan_in_fan_out") and any(isinstance(module, Conv1D) for module in model.modules()):
@@ -138,8 +151,8 @@ def _peft_config(model: PreTrainedModel, config: PeftTunerConfig) -> PeftConfig:
 
 
 FEED_FORWARD = ("down_proj", "fc_out", "fc2", "dense_4h_to_h", "mlp.c_proj")
-"""Ends of names of the matrices that IA3 scales the inputs of (Liu et al. 2022, section 3.3)."""
-REPLACED = {
+"""Endings of the names of matrices whose inputs IA3 scales (Liu et al. 2022, section 3.3)."""
+OWN_METHODS = {
     "LORA": "kind: lora",
     "PROMPT_TUNING": "kind: prompt",
     "PREFIX_TUNING": "kind: prefix",
@@ -149,7 +162,7 @@ REPLACED = {
     "CARTRIDGE": "kind: prefix",
     "XLORA": "kind: mixture",
 }
-"""Tuners that Rung computes itself."""
+"""Tuners for which Rung has a method, and that method."""
 REFUSED = {
     "ADALORA": "AdaLoRA hands its ranks out anew between steps, which peft leaves to a training loop of its own",
     "POLY": "Poly chooses among its skills by task ids, which peft wants as an argument of every forward",
@@ -157,6 +170,6 @@ REFUSED = {
     "LILY": "Lily's router averages over every token at hand, those of other documents and those to come among them",
     "SHADOW": "Shadow's layers read what a forward of peft's own left behind, which no other forward does",
 }
-"""Tuners that would train as something else than their name says."""
+"""Tuners that would train differently than their name says, with the reason."""
 _NO_TARGETS = frozenset({"LN_TUNING", "ADAPTION_PROMPT", "TRAINABLE_TOKENS"})
-"""Tuners that find their modules themselves."""
+"""Tuners that choose their modules themselves."""

@@ -1,9 +1,10 @@
-"""Virtual tokens: something learned stands before every document, and the model stays as it is.
+"""Virtual tokens: learned states precede every document, and the model stays frozen.
 
 Prompt tuning learns embeddings that pass through all layers (Lester et al. 2021). Prefix tuning learns keys and values
-in every layer (Li and Liang 2021): as they are (Liu et al. 2022, P-tuning v2), or made by a network from learned
-embeddings. P-tuning makes either of them with an encoder that several tasks share (Liu et al. 2021). What an encoder
-gives is computed once a step, and alone is saved.
+in every layer (Li and Liang 2021): directly (Liu et al. 2022, P-tuning v2), or computed by a network from learned
+embeddings. P-tuning computes either with an encoder shared by several tasks (Liu et al. 2021). The output of an encoder
+is computed once a step, and only that output is saved. Nothing can be merged into weights; `models/policy.py` puts the
+states before the rows (decisions 0014, 0016).
 
 Suffixes: P virtual tokens, H width, L layers, K key/value heads, D head width.
 """
@@ -24,32 +25,32 @@ from transformers import PreTrainedModel
 from rung.config.method import PrefixConfig, PromptConfig, PTuningConfig, encoder_parameter_count, front_virtual_tokens
 from rung.errors import ConfigError, DataError, PlanError
 from rung.methods.adapter_files import CONFIG, read_state, write_peft_files
-from rung.methods.protocol import CalibrationData, Method, require_same_keys, require_same_shapes, switched_off
+from rung.methods.protocol import CalibrationData, Method, require_same_keys, require_same_shapes, turned_off
 from rung.models.policy import VirtualTokenStates
 
 PROMPT_TENSOR = "prompt_embeddings"
-"""peft's name, for prompts and for prefixes."""
+"""peft's tensor name, for prompts and for prefixes."""
 ALL_TASKS = ""
-"""The task of a method that learns one thing for all."""
-FREQUENT = 5000
-"""`vocabulary` draws from as many of the first tokens: vocabularies begin with what is frequent."""
-START = 0.02
-"""Standard deviation of keys and values before they are those of real tokens."""
-ENCODED = 1.0
-"""And of what an encoder makes rows from, as torch draws embeddings: smaller ones drown in its biases."""
+"""The task name of a method without tasks."""
+FREQUENT_TOKENS = 5000
+"""`init: vocabulary` samples from this many first tokens: vocabularies start with frequent tokens."""
+KV_INIT_STD = 0.02
+"""Initial standard deviation of keys and values, unless they are taken from real tokens."""
+ENCODER_INPUT_STD = 1.0
+"""Initial standard deviation of an encoder's inputs, as in torch's embeddings; with less, its biases dominate."""
 
 
 class VirtualTokens(Method):
-    """Rows [P, width] for each task, learned as they are or made by an encoder."""
+    """Rows [P, width] for each task, learned directly or computed by an encoder."""
 
     artifact = "adapter"
     starts_as_base = False
-    """Something stands before the document that was not there."""
+    """False: the virtual tokens change the model's input."""
 
     def __init__(self, model: PreTrainedModel, config: PromptConfig | PrefixConfig | PTuningConfig) -> None:
         self.model, self.config, self.kind = model, config, config.kind
-        self.seed = torch.initial_seed()  # what `attach` has just set
-        self.count, self.front, self.on = config.virtual_tokens, front_virtual_tokens(config), True
+        self.seed = torch.initial_seed()  # set by `attach_method` just before
+        self.count, self.front, self.enabled = config.virtual_tokens, front_virtual_tokens(config), True
         self.tasks = config.tasks or (ALL_TASKS,)
         model_config = model.config
         self.features, self.layers = int(model_config.hidden_size), int(model_config.num_hidden_layers)
@@ -61,67 +62,75 @@ class VirtualTokens(Method):
         self.width = 2 * self.layers * self.kv_heads * self.head_width if self.every_layer else self.features
         weight: Tensor = model.get_input_embeddings().weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
+        # The encoder is built before the tables: the order of random draws is part of the result of a seed.
         self.encoder = make_encoder(config, self.features, self.width)
         if self.encoder is not None:
             self.encoder.to(weight.device, dtype)
-        std = ENCODED if self.encoder is not None else START if self.every_layer else float(weight.float().std())
+        std = (
+            ENCODER_INPUT_STD
+            if self.encoder is not None
+            else KV_INIT_STD
+            if self.every_layer
+            else float(weight.float().std())
+        )
         shape = (self.count, self.width if self.encoder is None else self.features)
         self.tables = {
             task: nn.Parameter((torch.randn(shape, dtype=dtype) * std).to(weight.device)) for task in self.tasks
         }
         needs_tokens = self.encoder is None and not (isinstance(config, PromptConfig) and config.init == "random")
-        self.sample_size = int(needs_tokens)  # for the tokenizer and the model: the documents are not looked at
+        self.sample_size = int(needs_tokens)  # only for the sample's tokenizer and model, not its documents
 
     @property
     def virtual_tokens(self) -> int:
-        """Those that stand in front; 0 inside `disabled`."""
-        return self.front if self.on else 0
+        """Number of virtual tokens in front; 0 inside `disabled`."""
+        return self.front if self.enabled else 0
 
     @property
     def inserted_tokens(self) -> int:
-        """Those that stand inside, behind the ones in front in every table; 0 inside `disabled`."""
-        return self.count - self.front if self.on else 0
+        """Number of virtual tokens inside documents, stored after those in front; 0 inside `disabled`."""
+        return self.count - self.front if self.enabled else 0
 
     def task_rows(self, task: str | None) -> Tensor:
-        """All of a task, [P, width], with the graph. Raises `DataError` for a task without any."""
-        return self._rows(self._named(task))
+        """All rows of a task, [P, width], with the graph. Raises `DataError` for an unknown task."""
+        return self._rows(self._task_key(task))
 
     def virtual_states(self, rows: Tensor) -> VirtualTokenStates:
         """Embeddings [P, H], or keys and values [1, K, P, D] by layer."""
         if not self.every_layer:
             return rows[: self.front]
+        # peft's row layout: layers, then key and value, then heads.
         pairs = rows.view(self.count, self.layers, 2, self.kv_heads, self.head_width).permute(1, 2, 3, 0, 4)
-        both = [pair.unbind(0) for pair in pairs.unbind(0)]
-        return {layer: (key[None], value[None]) for layer, (key, value) in enumerate(both)}
+        keys_values = [pair.unbind(0) for pair in pairs.unbind(0)]
+        return {layer: (key[None], value[None]) for layer, (key, value) in enumerate(keys_values)}
 
     def inserted_embeddings(self, rows: Tensor) -> Tensor:
-        """Embeddings of those that stand inside."""
+        """Embeddings of the virtual tokens inside documents."""
         return rows[self.front :]
 
     def trainable_for_tasks(self, tasks: Collection[str | None]) -> Collection[str] | None:
-        """The tables of these tasks, and the encoder."""
+        """Names of the tables of these tasks and of the encoder; None (all) without tasks."""
         if self.tasks == (ALL_TASKS,):
             return None
-        others = {f"{PROMPT_TENSOR}.{task}" for task in self.tasks if task not in tasks}
-        return self.trainable().keys() - others
+        other_tables = {f"{PROMPT_TENSOR}.{task}" for task in self.tasks if task not in tasks}
+        return self.trainable().keys() - other_tables
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The rows of each task, or what an encoder makes them from, and the encoder."""
-        own = {f"{PROMPT_TENSOR}.{task}" if task else PROMPT_TENSOR: table for task, table in self.tables.items()}
+        """The rows of each task or the encoder's inputs for them, and the encoder."""
+        tables = {f"{PROMPT_TENSOR}.{task}" if task else PROMPT_TENSOR: table for task, table in self.tables.items()}
         encoder = {} if self.encoder is None else dict(self.encoder.named_parameters())
-        return {**own, **{f"encoder.{name}": parameter for name, parameter in encoder.items()}}
+        return {**tables, **{f"encoder.{name}": parameter for name, parameter in encoder.items()}}
 
     def declared_parameters(self) -> int:
-        """Tasks times P times the width of a row, or of the encoder's inputs, and the encoder's own."""
+        """Tasks times P times the width of a row or of the encoder's input, plus the encoder."""
         rows = len(self.tasks) * self.count * (self.width if self.encoder is None else self.features)
         return rows + encoder_parameter_count(self.config, self.features, self.width)
 
     def disabled(self) -> AbstractContextManager[None]:
-        """The base alone, inside the context: documents begin with their own first token."""
-        return switched_off(self)
+        """Within the context the model is the base: documents start with their first token."""
+        return turned_off(self)
 
     def calibrate(self, sample: CalibrationData, start: Path | None = None) -> None:
-        """Begin with the embeddings, or the keys and values, of real tokens."""
+        """Initialize with the embeddings, or the keys and values, of real tokens."""
         if start is not None:
             self.load(start)
             return
@@ -130,47 +139,52 @@ class VirtualTokens(Method):
             if text is not None:
                 ids = text_ids(sample.tokenizer, text, self.count)
             else:
+                # Another seed for each task, so that tasks start at different tokens.
                 ids = frequent_ids(sample.tokenizer, self.count, self.seed + number)
             with torch.no_grad():
-                table.copy_(self._of_tokens(sample, ids))
+                table.copy_(self._rows_from_tokens(sample, ids))
 
     def save(self, folder: Path) -> None:
-        """Write peft's two files; of several tasks, in a folder for each."""
+        """Write peft's two files; with several tasks, in one folder for each."""
         if self.tasks == (ALL_TASKS,):
             self._write(folder, self._rows(ALL_TASKS))
             return
         folder.mkdir(parents=True, exist_ok=True)
-        listed = {"peft_type": "RUNG_TASKS", "tasks": {task: _folder(i) for i, task in enumerate(self.tasks)}}
-        (folder / CONFIG).write_text(json.dumps(listed, indent=2) + "\n")
+        index = {"peft_type": "RUNG_TASKS", "tasks": {task: _task_folder(i) for i, task in enumerate(self.tasks)}}
+        (folder / CONFIG).write_text(json.dumps(index, indent=2) + "\n")
         for i, task in enumerate(self.tasks):
-            self._write(folder / _folder(i), self._rows(task))
+            self._write(folder / _task_folder(i), self._rows(task))
 
     def load(self, folder: Path) -> None:
-        """Read them; an encoder, if there was one, has done its work. Other keys raise `CheckpointError`."""
-        found = {}
+        """Load what `save` wrote; an encoder is not saved and is dropped. Other keys raise `CheckpointError`."""
+        rows_by_task = {}
         for i, task in enumerate(self.tasks):
-            own = folder if self.tasks == (ALL_TASKS,) else folder / _folder(i)
-            state = read_state(own)
-            require_same_keys(state.keys(), {PROMPT_TENSOR}, str(own))
-            require_same_shapes({PROMPT_TENSOR: torch.empty(self.count, self.width, device="meta")}, state, str(own))
-            found[task] = state[PROMPT_TENSOR]
+            task_folder = folder if self.tasks == (ALL_TASKS,) else folder / _task_folder(i)
+            state = read_state(task_folder)
+            require_same_keys(state.keys(), {PROMPT_TENSOR}, str(task_folder))
+            # A tensor on the meta device: only its shape is compared.
+            require_same_shapes(
+                {PROMPT_TENSOR: torch.empty(self.count, self.width, device="meta")}, state, str(task_folder)
+            )
+            rows_by_task[task] = state[PROMPT_TENSOR]
         with torch.no_grad():
-            for task, rows in found.items():
+            for task, rows in rows_by_task.items():
                 if self.encoder is None:
                     self.tables[task].copy_(rows)
                 else:
-                    like = self.tables[task]
-                    self.tables[task] = nn.Parameter(rows.to(like.device, like.dtype))
+                    table = self.tables[task]
+                    # The encoder's input had another width than the rows it computed.
+                    self.tables[task] = nn.Parameter(rows.to(table.device, table.dtype))
         self.encoder = None
 
     def merge(self) -> nn.Module:
-        """Raises `PlanError`: there is no weight that it could be added to."""
+        """Raise `PlanError`: there is no weight to add virtual tokens to."""
         raise PlanError(
             "virtual tokens cannot be folded into the base: they stand in its input, not in its weights",
             hint="serve the base with the adapter, or train a lora",
         )
 
-    def _named(self, task: str | None) -> str:
+    def _task_key(self, task: str | None) -> str:
         if self.tasks == (ALL_TASKS,):
             return ALL_TASKS
         if task not in self.tables:
@@ -185,25 +199,30 @@ class VirtualTokens(Method):
     def _rows(self, task: str) -> Tensor:
         if self.encoder is None:
             return self.tables[task]
-        made: Tensor = self.encoder(self.tables[task])
-        return made
+        rows: Tensor = self.encoder(self.tables[task])
+        return rows
 
-    def _of_tokens(self, sample: CalibrationData, ids: Sequence[int]) -> Tensor:
+    def _rows_from_tokens(self, sample: CalibrationData, ids: Sequence[int]) -> Tensor:
         if not self.every_layer:
             rows: Tensor = self.model.get_input_embeddings()(torch.tensor(list(ids), device=self.model.device))
             return rows
-        found = sample.keys_values(ids)
-        pairs = torch.stack([torch.cat(found[layer]) for layer in range(self.layers)])  # [L, 2, K, P, D]
+        keys_values = sample.keys_values(ids)
+        pairs = torch.stack([torch.cat(keys_values[layer]) for layer in range(self.layers)])  # [L, 2, K, P, D]
         return pairs.permute(3, 0, 1, 2, 4).reshape(self.count, self.width)
 
     def _write(self, folder: Path, rows: Tensor) -> None:
-        if self.front < self.count:  # peft puts all of them in front, and would not notice
-            own = {"peft_type": "RUNG_P_TUNING", "task_type": "CAUSAL_LM", "method_config": self.config.model_dump()}
-            write_peft_files(folder, {PROMPT_TENSOR: rows}, own)
+        # Stock peft would put all tokens in front without an error, so the file has a type that peft refuses.
+        if self.front < self.count:
+            settings = {
+                "peft_type": "RUNG_P_TUNING",
+                "task_type": "CAUSAL_LM",
+                "method_config": self.config.model_dump(),
+            }
+            write_peft_files(folder, {PROMPT_TENSOR: rows}, settings)
             return
         heads = self.kv_heads if self.every_layer else int(self.model.config.num_attention_heads)
-        kind = PrefixTuningConfig if self.every_layer else PromptTuningConfig
-        config: PeftConfig = kind(
+        config_class = PrefixTuningConfig if self.every_layer else PromptTuningConfig
+        config: PeftConfig = config_class(
             task_type="CAUSAL_LM",
             num_virtual_tokens=self.count,
             token_dim=self.kv_heads * self.head_width if self.every_layer else self.features,
@@ -215,7 +234,7 @@ class VirtualTokens(Method):
 
 
 class _LstmEncoder(nn.Module):
-    """Two layers in both directions, then linear, ReLU, linear (Liu et al. 2021, eq. 3)."""
+    """Bidirectional LSTM of two layers, then linear, ReLU, linear (Liu et al. 2021, eq. 3)."""
 
     def __init__(self, features: int, hidden: int, width: int) -> None:
         super().__init__()
@@ -224,12 +243,12 @@ class _LstmEncoder(nn.Module):
 
     def forward(self, rows_PH: Tensor) -> Tensor:
         """[P, H] -> [P, width]."""
-        made: Tensor = self.head(self.lstm(rows_PH[None])[0])[0]
-        return made
+        rows: Tensor = self.head(self.lstm(rows_PH[None])[0])[0]
+        return rows
 
 
 def make_encoder(config: PromptConfig | PrefixConfig | PTuningConfig, features: int, width: int) -> nn.Module | None:
-    """The network that makes rows of this width from embeddings; None where rows are learned as they are."""
+    """The network that computes rows of this width from embeddings; None if rows are learned directly."""
     if isinstance(config, PTuningConfig):
         hidden = config.hidden or features // 2
         if config.encoder == "lstm":
@@ -242,27 +261,29 @@ def make_encoder(config: PromptConfig | PrefixConfig | PTuningConfig, features: 
 
 
 def frequent_ids(tokenizer: Any, count: int, seed: int) -> list[int]:
-    """Different tokens drawn from the first of the vocabulary that are no special ones."""
+    """Sample different tokens from the start of the vocabulary, without special tokens."""
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    known = [i for i in range(min(len(tokenizer), FREQUENT + len(special))) if i not in special][:FREQUENT]
-    if len(known) < count:
+    candidates = [i for i in range(min(len(tokenizer), FREQUENT_TOKENS + len(special))) if i not in special][
+        :FREQUENT_TOKENS
+    ]
+    if len(candidates) < count:
         raise ConfigError(
             "the vocabulary has fewer tokens than the prompt",
             where="method.virtual_tokens",
             given=count,
-            allowed=f"1 to {len(known)}",
+            allowed=f"1 to {len(candidates)}",
         )
-    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))[:count]
-    return [known[int(i)] for i in order]
+    order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))[:count]
+    return [candidates[int(i)] for i in order]
 
 
 def text_ids(tokenizer: Any, text: str, count: int) -> list[int]:
-    """The tokens of a text, repeated or cut to `count`."""
+    """The tokens of a text, repeated or truncated to `count`."""
     ids: Sequence[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise ConfigError("this text has no token", where="method.init_text", given=text)
     return [ids[i % len(ids)] for i in range(count)]
 
 
-def _folder(number: int) -> str:
+def _task_folder(number: int) -> str:
     return f"task-{number}"

@@ -1,4 +1,8 @@
-"""The contract of a method. A method never knows the objective."""
+"""The contract of a method: what is trained, how it is saved, and what the trainer may ask.
+
+A method never knows the objective. Most methods need few of these members, so the protocol holds defaults and methods
+inherit from it; the cost is a wide interface. `methods/registry.py` lists the implementations.
+"""
 
 from __future__ import annotations
 
@@ -18,177 +22,178 @@ from rung.types import LossTerm, PackedBatch
 
 
 class TrainableSet(NamedTuple):
-    """What moves in a step. The gradients of everything else are off, and its moments are dropped."""
+    """Parameters trained in a step; all others get no gradients and lose their moments."""
 
     names: Collection[str]
-    restarted: bool = False
-    """Drop the moments of what moves as well: it begins again."""
-    changes_for_good: bool = False
-    """From here on it is another model: what was measured before does not compare."""
+    restart_moments: bool = False
+    """Drop the moments of these parameters as well, because they restart."""
+    changes_permanently: bool = False
+    """The model changed: earlier measurements are not comparable with later ones."""
 
 
 class CalibrationData(Protocol):
-    """Training documents that a method may look at before the first step."""
+    """Training documents that a method may read before the first step."""
 
     tokens: int
-    """How many tokens `read` passes through the model."""
+    """Number of tokens that `run_forward` passes through the model."""
     tokenizer: Any
-    """The base's own."""
+    """The tokenizer of the base."""
 
     def run_forward(self) -> None:
-        """Run them once, without gradient; every linear is called as a module, so hooks see its inputs."""
+        """Run the documents once, without gradient; every linear is called as a module, so hooks see its inputs."""
         ...
 
     def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """The gradient of the objective's loss, as one step over all of them would have it."""
+        """Gradient of the objective's loss, as in one step over all documents."""
         ...
 
     def keys_values(self, ids: Sequence[int]) -> Mapping[int, tuple[Tensor, Tensor]]:
-        """Keys and values [1, K, T, D] of these tokens in the base, by layer, from position 0 on."""
+        """Keys and values [1, K, T, D] of these tokens in the base, by layer, from position 0."""
         ...
 
 
 class Method(Protocol):
-    """A base with some numbers free to move. What most methods have nothing of is written out here."""
+    """A base with some trainable parameters. Members that most methods do not need have defaults here."""
 
     kind: str
     artifact: str
-    """Folder a finished run keeps it in: `adapter` or `model`."""
+    """Subfolder of a finished run: `adapter` or `model`."""
     starts_as_base: bool
-    """Whether the model answers exactly like the base before the first step."""
+    """Whether the model equals the base before the first step."""
     subtracts: bool = False
-    """Whether a start that is not zero is taken off again: then it starts as the base only to rounding."""
+    """Whether a nonzero initial update is subtracted again: the model then equals the base up to rounding."""
     sample_size: int = 0
-    """Training documents that `calibrate` looks at; 0 where it has nothing to do."""
+    """Number of training documents that `calibrate` needs; 0 if it does nothing."""
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """What moves, by name, in a stable order."""
+        """Trainable parameters by name, in a stable order."""
         ...
 
     def declared_parameters(self) -> int:
-        """How many numbers should move, from the formula of the method and the shapes of the base."""
+        """Expected number of trainable parameters, from the method's formula and the shapes of the base."""
         ...
 
     def disabled(self) -> AbstractContextManager[None]:
-        """The base alone, inside the context. Raises `PlanError` where the base itself has moved."""
+        """Within the context the model is the base. Raises `PlanError` if the base itself is trained."""
         ...
 
     def linear_params(self, module: nn.Module) -> LinearParams | None:
-        """How a linear computes with this method, for `models.fused_modules`; None where only the module itself can."""
+        """Parameters of a linear with this method, for `models/fused_modules.py`; None if only the module can."""
         return plain_linear_params(module)
 
     def freeze_output_head(self) -> None:
-        """The objective does not read the model's output head: it must not move. Raises `PlanError` if all does."""
+        """Freeze the output head, which the objective does not read. Raises `PlanError` if only the head is trained."""
         return
 
     def prefix_sharing_blocker(self) -> str | None:
-        """Why one copy of a shared prefix may not stand for several; None where it may."""
+        """The reason why documents may not share one copy of a prefix; None if they may."""
         return None
 
     def supports_recompute(self) -> bool:
-        """Whether a layer may compute a second time in the backward pass, to hold less."""
+        """Whether layers may recompute in the backward pass to save memory."""
         return True
 
     def trainable_for_tasks(self, tasks: Collection[str | None]) -> Collection[str] | None:
-        """Names of what documents of these tasks can move; None is everything."""
+        """Names of parameters that documents of these tasks can train; None means all."""
         return None
 
     def save(self, folder: Path) -> None:
-        """Write files that peft or transformers load as they are."""
+        """Write files that peft or transformers load directly."""
         ...
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote. Keys missing or left over are an error."""
+        """Load what `save` wrote. Missing or unexpected keys are an error."""
         ...
 
     def merge(self) -> nn.Module:
-        """The model with the method folded in, on its own: afterwards this method is spent.
+        """Return the model with the method merged; the method cannot be used afterwards.
 
-        Raises `PlanError` with the reason where it cannot be.
+        Raises `PlanError` with the reason if it cannot be merged.
         """
         ...
 
     def calibrate(self, sample: CalibrationData, start: Path | None = None) -> None:
-        """Set what starts from weights, activations or gradients, before the first step of a run.
+        """Initialize from weights, activations or gradients, before the first step of a run.
 
-        `start` is a folder that `save` wrote when the run began: a resumed run takes that up.
+        `start` is a folder that `save` wrote at the start of the run; a resumed run loads it instead.
         """
         return
 
     def at_step(self, step: int) -> TrainableSet | None:
-        """Called before each optimizer step, counted from 0; None lets everything move."""
+        """Parameters trained at this optimizer step, counted from 0; None means all."""
         return None
 
     def learning_rate_factor(self, name: str) -> float:
-        """Learning rate of a trainable over the run's."""
+        """Factor on the run's learning rate for a trainable parameter."""
         return 1.0
 
     def penalty(self, batch: PackedBatch) -> list[LossTerm]:
-        """What the method itself adds to the loss of the batch just computed; no part of a validation loss."""
+        """Terms that the method adds to the loss of the batch just computed; not part of a validation loss."""
         return []
 
     def statistics(self) -> Mapping[str, Any]:
-        """What it has to say about a run, for `run.json`."""
+        """Statistics of the method for `run.json`."""
         return {}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps besides the trained numbers, as JSON."""
+        """State for checkpoints besides the trained parameters, as JSON."""
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state` gave when the run was stopped."""
+        """Restore what `state` returned."""
         return
 
     @property
     def virtual_tokens(self) -> int:
-        """How many positions it puts before every document; 0 where it is off."""
+        """Number of positions before every document; 0 while the method is off."""
         return 0
 
     def task_rows(self, task: str | None) -> Tensor:
-        """What virtual tokens are made of for documents of this task, with the graph."""
+        """Source of the virtual tokens of a task, with the autograd graph."""
         return torch.empty(0, 0)
 
     def virtual_states(self, rows: Tensor) -> VirtualTokenStates:
-        """Those that stand before a document: embeddings [P, H], or keys and values by layer."""
+        """States that precede a document: embeddings [P, H], or keys and values by layer."""
         return {}
 
     @property
     def inserted_tokens(self) -> int:
-        """How many ids beyond the vocabulary stand for something learned; 0 where it is off."""
+        """Number of ids beyond the vocabulary that stand for learned embeddings; 0 while the method is off."""
         return 0
 
     def inserted_embeddings(self, rows: Tensor) -> Tensor:
-        """Their embeddings [P, H]."""
+        """Embeddings [P, H] of the inserted tokens."""
         return rows
 
 
 @contextmanager
-def switched_off(method: Any) -> Iterator[None]:
-    """Inside, `method.on` is False: for methods that ask it whenever they would act."""
-    before, method.on = method.on, False
+def turned_off(method: Any) -> Iterator[None]:
+    """Within the context `method.enabled` is False, for methods that check it before they act."""
+    # The previous value, not True: contexts may be nested.
+    previous, method.enabled = method.enabled, False
     try:
         yield
     finally:
-        method.on = before
+        method.enabled = previous
 
 
-def require_same_shapes(own: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
-    """Raise `CheckpointError` naming the first tensor of another shape: copying would stretch it."""
-    for name, value in own.items():
-        if value.shape != found[name].shape:
+def require_same_shapes(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise `CheckpointError` naming the first tensor of another shape, which `copy_` would broadcast."""
+    for name, value in expected.items():
+        if value.shape != tensors[name].shape:
             raise CheckpointError(
                 f"{name} has another shape",
                 where=where,
-                given=tuple(found[name].shape),
+                given=tuple(tensors[name].shape),
                 allowed=str(tuple(value.shape)),
             )
 
 
-def require_same_keys(found: object, expected: object, where: str) -> None:
-    """Raise `CheckpointError` naming the first missing and left-over keys."""
-    have, want = set(found), set(expected)  # type: ignore[call-overload]
-    if have != want:
-        missing, extra = sorted(want - have), sorted(have - want)
+def require_same_keys(keys: object, expected: object, where: str) -> None:
+    """Raise `CheckpointError` naming the first missing and unexpected keys."""
+    present_keys, expected_keys = set(keys), set(expected)  # type: ignore[call-overload]
+    if present_keys != expected_keys:
+        missing, extra = sorted(expected_keys - present_keys), sorted(present_keys - expected_keys)
         raise CheckpointError(
             f"its tensors are not this method's: {len(missing)} missing, {len(extra)} left over",
             where=where,

@@ -1,7 +1,7 @@
-"""LoRA on a base held in 4 or 8 bits (QLoRA, Dettmers et al. 2023), through bitsandbytes.
+"""LoRA on a base in 4 or 8 bits (QLoRA, Dettmers et al. 2023), through bitsandbytes.
 
 Every linear of the layers is quantized once, when the method is attached; embeddings, norms and the head stay as they
-are. It saves memory, not time: each product first widens its matrix again.
+are. It saves memory, not time: each product first dequantizes its matrix. `methods/registry.py` builds it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from rung.models.bfloat16_weights import keeps_bfloat16_weights
 from rung.models.fused_modules import plain_linear_params
 from rung.models.targets import layer_number, select_linears
 
-BLOCK = 64
-"""Numbers that share one scale."""
+BLOCK_SIZE = 64
+"""Weights that share one scale."""
 _FLAGS = {4: "is_loaded_in_4bit", 8: "is_loaded_in_8bit"}
 
 
 def make_qlora(model: PreTrainedModel, config: QloraConfig) -> Lora:
-    """LoRA beside a quantized W: the adapter learns around the rounding, because it is there in training."""
+    """LoRA beside a quantized W. The adapter is trained with the rounding and compensates for it."""
+    # LoftQ reads the dense weights while they are quantized; afterwards they are gone.
     starts = quantize(model, config)
     method = Lora(model, config, QuantizedBase())
     for name, (b_OR, a_RI) in starts.items():
@@ -40,10 +41,10 @@ def make_qlora(model: PreTrainedModel, config: QloraConfig) -> Lora:
 
 
 class QuantizedBase:
-    """What LoRA has to know of the base it stands on."""
+    """Dequantization of the base, for `Lora.merge`."""
 
     def merged_linear(self, layer: Any) -> nn.Module:
-        """The dequantized linear with B A added: what was trained and measured, in full width again."""
+        """The dequantized linear with B A added, in float32: the weights that were trained and measured."""
         plain: Any = _dequantized_linear(layer.base_layer)
         delta = layer.get_delta_weight(TRAINED_ADAPTER).to(plain.weight.dtype)
         with torch.no_grad():
@@ -51,7 +52,7 @@ class QuantizedBase:
         return plain  # type: ignore[no-any-return]
 
     def dequantize(self, model: nn.Module) -> None:
-        """Hold every quantized matrix in full width from now on."""
+        """Replace every quantized linear by a dense one."""
         for name, module in list(model.named_modules()):
             if is_quantized(module):
                 model.set_submodule(name, _dequantized_linear(module))
@@ -60,7 +61,7 @@ class QuantizedBase:
 
 
 def require_bitsandbytes() -> Any:
-    """The library of quantized linears. Raises `PlanError` where it is not installed."""
+    """Import bitsandbytes. Raises `PlanError` if it is not installed."""
     try:
         import bitsandbytes
     except ImportError as error:
@@ -75,100 +76,104 @@ def require_bitsandbytes() -> Any:
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether a module is a linear of bitsandbytes."""
+    # By module name, so that bitsandbytes need not be installed to ask.
     return type(module).__module__.startswith("bitsandbytes.") and hasattr(module, "weight")
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """The matrix [O, I] that a quantized linear multiplies with, in float32."""
+    """The dequantized matrix [O, I] of a quantized linear, in float32."""
     bnb, weight = require_bitsandbytes(), cast(Any, module.weight)
-    if hasattr(weight, "CB"):  # the first product moves both from the weight to the module's state
-        held = weight if weight.CB is not None else cast(Any, module.state)
-        scaled: Tensor = held.CB.float() * held.SCB.float()[:, None] / 127.0
+    # 8 bits: the first product moves CB and SCB from the weight to the module's state.
+    if hasattr(weight, "CB"):
+        storage = weight if weight.CB is not None else cast(Any, module.state)
+        scaled: Tensor = storage.CB.float() * storage.SCB.float()[:, None] / 127.0
         return scaled.contiguous()
-    found: Tensor = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-    return found.float()
+    weight_OI: Tensor = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+    return weight_OI.float()
 
 
 def quantize(model: PreTrainedModel, config: QloraConfig) -> dict[str, LowRankPair]:
-    """Replace the linears of all layers, one at a time: two copies of the whole are never held.
+    """Quantize the linears of all layers one at a time, so that two copies of the model never exist.
 
-    Returns the starts that `init: loftq` reads off what was lost, by target; nothing otherwise.
+    Returns the initial factors of `init: loftq` by target; an empty dictionary otherwise.
     """
     starts: dict[str, LowRankPair] = {}
-    compute = torch.bfloat16 if _to_bfloat16(model) else torch.float32
+    compute_dtype = torch.bfloat16 if _to_bfloat16(model) else torch.float32
     targets = {name: m for name, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)}
-    wanted = set(select_linears(model, config.targets, config.layers)) if config.init == "loftq" else set()
+    loftq_names = set(select_linears(model, config.targets, config.layers)) if config.init == "loftq" else set()
     for name, module in targets.items():
         if layer_number(f"{name}.") is None:
             continue
-        part = plain_linear_params(module)
-        assert part is not None  # noqa: S101 -- for the type checker: a linear has one
-        weight = part.weight.detach().float().contiguous()
-        made = (_to_four_bits if config.bits == 4 else _to_eight_bits)(weight, part.bias, config, compute)
-        if name in wanted:
+        params = plain_linear_params(module)
+        assert params is not None  # noqa: S101 -- for the type checker: a linear has one
+        weight = params.weight.detach().float().contiguous()
+        quantized = (_to_four_bits if config.bits == 4 else _to_eight_bits)(weight, params.bias, config, compute_dtype)
+        if name in loftq_names:
             check_rank("loftq", config.rank, name, *weight.shape)
             scale = (config.alpha or 2.0 * config.rank) / (config.rank**0.5 if config.rslora else config.rank)
-            starts[name] = loftq(weight, dense_weight(made), config.rank, scale)
-        made.transposed = isinstance(module, Conv1D)  # type: ignore[assignment]
-        model.set_submodule(name, made)
+            starts[name] = loftq(weight, dense_weight(quantized), config.rank, scale)
+        quantized.transposed = isinstance(module, Conv1D)  # type: ignore[assignment]
+        model.set_submodule(name, quantized)
+        # Frees the dense matrix now: `targets` still refers to the module.
         module.weight = None
-    setattr(model, _FLAGS[config.bits], True)  # peft asks for it
+    # peft reads this flag to choose the layers for quantized linears.
+    setattr(model, _FLAGS[config.bits], True)
     return starts
 
 
-def _to_four_bits(weight: Tensor, bias: Tensor | None, config: QloraConfig, compute: torch.dtype) -> nn.Module:
+def _to_four_bits(weight: Tensor, bias: Tensor | None, config: QloraConfig, compute_dtype: torch.dtype) -> nn.Module:
     bnb = require_bitsandbytes()
     outputs, inputs = weight.shape
-    made = bnb.nn.Linear4bit(
+    linear = bnb.nn.Linear4bit(
         inputs,
         outputs,
         bias=bias is not None,
-        compute_dtype=compute,
+        compute_dtype=compute_dtype,
         compress_statistics=config.double_quant,
         quant_type="nf4",
         device="meta",
     )
-    made.weight = bnb.nn.Params4bit(
+    linear.weight = bnb.nn.Params4bit(
         weight,
         requires_grad=False,
-        blocksize=BLOCK,
+        blocksize=BLOCK_SIZE,
         compress_statistics=config.double_quant,
         quant_type="nf4",
-        module=made,
+        module=linear,
     ).to(weight.device)
-    # On processors with AVX512-BF16 an evaluation would repack the weights for a kernel that knows no gradient, and
-    # training after it would go on without one.
-    made.support_avx512bf16_for_cpu = False
-    made.bias = _frozen_bias(bias)
-    return made  # type: ignore[no-any-return]
+    # On processors with AVX512-BF16 an evaluation would repack the weights for a kernel without a backward pass, and
+    # training afterwards would continue without gradients.
+    linear.support_avx512bf16_for_cpu = False
+    linear.bias = _frozen_bias(bias)
+    return linear  # type: ignore[no-any-return]
 
 
-def _to_eight_bits(weight: Tensor, bias: Tensor | None, config: QloraConfig, compute: torch.dtype) -> nn.Module:
+def _to_eight_bits(weight: Tensor, bias: Tensor | None, config: QloraConfig, compute_dtype: torch.dtype) -> nn.Module:
     bnb = require_bitsandbytes()
     outputs, inputs = weight.shape
-    made = bnb.nn.Linear8bitLt(inputs, outputs, bias=bias is not None, has_fp16_weights=False, device="meta")
-    made.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(weight.device)
-    # On a processor it rounds its inputs in evaluation and not in training: then what is measured would not be what
-    # was trained.
-    made.train = MethodType(lambda self, mode=True: self, made)
-    made.bias = _frozen_bias(bias)
-    return made  # type: ignore[no-any-return]
+    linear = bnb.nn.Linear8bitLt(inputs, outputs, bias=bias is not None, has_fp16_weights=False, device="meta")
+    linear.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(weight.device)
+    # On a processor bitsandbytes rounds inputs in evaluation but not in training, so evaluation would measure another
+    # model than the one that was trained.
+    linear.train = MethodType(lambda self, mode=True: self, linear)
+    linear.bias = _frozen_bias(bias)
+    return linear  # type: ignore[no-any-return]
 
 
 def _dequantized_linear(module: nn.Module) -> nn.Module:
-    """A quantized linear as a plain one with the same numbers; a plain one as it is."""
+    """Convert a quantized linear to a dense one with the same values; return any other module unchanged."""
     if not is_quantized(module):
         return module
     weight = dense_weight(module)
-    plain: Any
+    linear: Any
     if module.transposed:
-        plain = Conv1D(*weight.shape)
+        linear = Conv1D(*weight.shape)
         weight = weight.T.contiguous()
     else:
-        plain = nn.Linear(weight.shape[1], weight.shape[0], module.bias is not None, device="meta")
-    plain.weight = nn.Parameter(weight, requires_grad=False)
-    plain.bias = _frozen_bias(cast(Any, module.bias))
-    return plain  # type: ignore[no-any-return]
+        linear = nn.Linear(weight.shape[1], weight.shape[0], module.bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.bias = _frozen_bias(cast(Any, module.bias))
+    return linear  # type: ignore[no-any-return]
 
 
 def _frozen_bias(bias: Tensor | None) -> nn.Parameter | None:

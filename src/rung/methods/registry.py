@@ -1,4 +1,7 @@
-"""The table of methods: the contract suite runs over its lines, so nothing escapes."""
+"""The table of methods, and `attach_method`, which applies one to a loaded model.
+
+A method is a line here, a config class and a module. The contract tests run over this table, so no method escapes them.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +38,15 @@ METHODS: dict[str, Callable[[PreTrainedModel, Any], Method]] = {
 
 
 def attach_method(model: PreTrainedModel, config: MethodConfig, *, seed: int, fused: bool = True) -> Method:
-    """Free the numbers a config names. The draw of new numbers depends on the seed alone.
+    """Attach the method of a config to a model. New parameters depend only on the seed.
 
-    `fused` puts Rung's own functions under the modules; the numbers are the same within rounding.
+    `fused` installs the functions of `models/fused_ops.py`; results are the same within rounding.
     """
+    # Methods and peft draw initial values from torch's global generator.
     torch.manual_seed(seed)
     method = METHODS[config.kind](model, config)
-    model.eval()  # what a method put in place begins in training mode: dropout would be on in every answer
+    # New modules start in training mode: their dropout would be active in every answer.
+    model.eval()
     if fused:
         install_fused_forwards(model, method.linear_params)
     return method

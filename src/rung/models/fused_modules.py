@@ -1,7 +1,9 @@
-"""Puts the functions of `models/fused_ops.py` under the modules of a model, where they compute the same.
+"""Installs the functions of `models/fused_ops.py` as the forward of a model's modules.
 
-A module is recognized by its structure and, where a formula could differ between architectures, by trying: it keeps its
-own forward unless ours agrees with it. The files a run writes do not change, only what a step keeps and how fast it is.
+A module is recognized by its structure. Where a formula could differ between architectures, both forwards run on
+random input, and a module keeps its forward unless the results agree. The files that a run writes do not change, only
+the memory and time of a step. A trunk written here would be faster still, but for one architecture only (decision
+0007). `models/load.py` installs it for a base, `methods/registry.py` again once a method is attached.
 """
 
 from __future__ import annotations
@@ -17,16 +19,18 @@ from transformers.pytorch_utils import Conv1D
 from rung.models.fused_ops import ACTIVATIONS, Activation, LinearParams, gated, gated_linear, linears, rms_norm
 
 LinearParamsOf = Callable[[nn.Module], LinearParams | None]
-"""Reads a linear module at the moment of a call; None where only the module itself can compute."""
+"""Reads the parameters of a linear module at each call; None if only the module's forward can compute it."""
 
-_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-_AGREES = 1e-5
-"""Largest difference of a norm from ours on unit normal input; one rounding of float32 is 1e-7."""
+# Linears that read the same tensor in all supported architectures; in others `_SharedInputLinears` notices.
+_SHARED_INPUT_NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_NORM_TOLERANCE = 1e-5
+"""Largest difference between a norm and `rms_norm` on unit normal input; one rounding of float32 is 1e-7."""
 
 
 def plain_linear_params(module: nn.Module) -> LinearParams | None:
-    """A linear without an adapter; transposed for GPT-2's Conv1D."""
+    """Parameters of a linear without an adapter; GPT-2's Conv1D is transposed. None for any other module."""
     linear: Any = module
+    # The exact type: a subclass (a quantized linear, for example) may compute something else.
     if type(module) is nn.Linear:
         return LinearParams(linear.weight, linear.bias)
     if type(module) is Conv1D:
@@ -34,55 +38,58 @@ def plain_linear_params(module: nn.Module) -> LinearParams | None:
     return None
 
 
-def install_fused_forwards(model: nn.Module, part_of: LinearParamsOf = plain_linear_params) -> dict[str, int]:
-    """Install everything that fits; returns how many norms, gated blocks and linears compute through our functions.
+def install_fused_forwards(model: nn.Module, params_of: LinearParamsOf = plain_linear_params) -> dict[str, int]:
+    """Install every fused forward that fits; return the number of norms, gated blocks and linears replaced.
 
-    All linears do, adapted or not: a weight may be narrower than its input, and the fused function widens it.
+    All linears are replaced, adapted or not: a bfloat16 weight may meet a float32 input, and the fused function widens
+    it.
     """
+    # Installed twice in a run (base, then method): the second pass must see the original forwards.
     remove_fused_forwards(model)
     counts = {"norms": 0, "gated": 0, "linears": 0}
-    tried: dict[type, bool] = {}
+    class_matches: dict[type, bool] = {}
     for module in list(model.modules()):
         counts["norms"] += _fuse_norm(module)
-        counts["gated"] += _fuse_gated(module, part_of, tried)
-    done: set[nn.Module] = set()
+        counts["gated"] += _fuse_gated(module, params_of, class_matches)
+    fused_linears: set[nn.Module] = set()
     for module in list(model.modules()):
-        for names in _TOGETHER:
+        for names in _SHARED_INPUT_NAMES:
             members = [getattr(module, name, None) for name in names]
-            if all(isinstance(m, nn.Module) and part_of(m) is not None for m in members):
-                shared = _SharedInputLinears(members, part_of)  # type: ignore[arg-type]
-                for member in shared.members:
-                    member.forward = _FusedLinear(member, part_of, shared)
-                done.update(shared.members)
+            if all(isinstance(m, nn.Module) and params_of(m) is not None for m in members):
+                group = _SharedInputLinears(members, params_of)  # type: ignore[arg-type]
+                for member in group.members:
+                    member.forward = _FusedLinear(member, params_of, group)
+                fused_linears.update(group.members)
     for module in list(model.modules()):
-        if module not in done and part_of(module) is not None:
-            module.forward = _FusedLinear(module, part_of)
-            done.add(module)
-    counts["linears"] = len(done)
+        if module not in fused_linears and params_of(module) is not None:
+            module.forward = _FusedLinear(module, params_of)
+            fused_linears.add(module)
+    counts["linears"] = len(fused_linears)
     return counts
 
 
-def unfused_linears(model: nn.Module, part_of: LinearParamsOf) -> list[str]:
+def unfused_linears(model: nn.Module, params_of: LinearParamsOf) -> list[str]:
     """Names of adapted linears that compute through their library's own forward (dropout, DoRA)."""
-    return [name for name, m in model.named_modules() if hasattr(m, "base_layer") and part_of(m) is None]
+    return [name for name, m in model.named_modules() if hasattr(m, "base_layer") and params_of(m) is None]
 
 
 def remove_fused_forwards(model: nn.Module) -> None:
-    """Give every module its own forward back."""
+    """Restore the original forward of every module."""
     for module in _fused_modules(model):
+        # The fused forward is an attribute of the instance; without it the class method applies again.
         del module.forward
 
 
 @contextmanager
 def original_forwards(model: nn.Module) -> Iterator[None]:
-    """Inside, every module computes as transformers and peft wrote it: the oracle of the step-0 gate."""
-    taken = {module: module.forward for module in _fused_modules(model)}
+    """Within the context, every module computes as in transformers and peft: the oracle of the step-0 gate."""
+    fused_forwards = {module: module.forward for module in _fused_modules(model)}
     remove_fused_forwards(model)
     try:
         yield
     finally:
-        for module, ours in taken.items():
-            module.forward = ours
+        for module, fused_forward in fused_forwards.items():
+            module.forward = fused_forward
 
 
 def _fused_modules(model: nn.Module) -> list[nn.Module]:
@@ -92,48 +99,50 @@ def _fused_modules(model: nn.Module) -> list[nn.Module]:
 
 
 class _SharedInputLinears:
-    """Linears that are called one after another with the same tensor: the first call computes all of them."""
+    """Linears called one after another with the same tensor: the first call computes all of them."""
 
-    def __init__(self, members: Sequence[nn.Module], part_of: LinearParamsOf) -> None:
+    def __init__(self, members: Sequence[nn.Module], params_of: LinearParamsOf) -> None:
         self.members = list(members)
-        self.part_of = part_of
-        self.source: Tensor | None = None
-        self.waiting: dict[nn.Module, Tensor] = {}
-        self.apart = False
+        self.params_of = params_of
+        self.shared_input: Tensor | None = None
+        self.pending_outputs: dict[nn.Module, Tensor] = {}
+        self.inputs_differ = False
 
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor | None:
-        """The output for `module`, or None where it must compute alone."""
-        if self.source is x and module in self.waiting:
-            found = self.waiting.pop(module)
-            if not self.waiting:
-                self.source = None
-            return found
-        if module in self.waiting and self.source is not None and self.source.shape == x.shape:
-            self.apart = True  # the members get different tensors in this architecture: together they would waste
-        self.source, self.waiting = None, {}
-        parts = [self.part_of(member) for member in self.members]
-        if self.apart or any(part is None for part in parts):
+        """The output for `module`, or None if the module must compute separately."""
+        if self.shared_input is x and module in self.pending_outputs:
+            output = self.pending_outputs.pop(module)
+            if not self.pending_outputs:
+                self.shared_input = None
+            return output
+        if module in self.pending_outputs and self.shared_input is not None and self.shared_input.shape == x.shape:
+            # This architecture gives the members different tensors: a joint product would be wasted.
+            self.inputs_differ = True
+        self.shared_input, self.pending_outputs = None, {}
+        params = [self.params_of(member) for member in self.members]
+        if self.inputs_differ or any(part is None for part in params):
             return None
-        outputs = dict(zip(self.members, linears(x, parts), strict=True))  # type: ignore[arg-type]
-        found = outputs.pop(module)
-        self.source, self.waiting = x, outputs
-        return found
+        outputs = dict(zip(self.members, linears(x, params), strict=True))  # type: ignore[arg-type]
+        output = outputs.pop(module)
+        self.shared_input, self.pending_outputs = x, outputs
+        return output
 
 
 class _FusedLinear:
-    """The forward of a linear module."""
+    """Replacement for the forward of a linear module."""
 
-    def __init__(self, module: nn.Module, part_of: LinearParamsOf, shared: _SharedInputLinears | None = None) -> None:
-        self.module, self.part_of, self.shared = module, part_of, shared
-        self.own = module.forward
+    def __init__(self, module: nn.Module, params_of: LinearParamsOf, group: _SharedInputLinears | None = None) -> None:
+        self.module, self.params_of, self.group = module, params_of, group
+        self.original_forward = module.forward
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # peft passes further arguments (adapter names, for example) that only its forward understands.
         if args or kwargs:
-            return self.own(x, *args, **kwargs)
-        if self.shared is not None and (found := self.shared(self.module, x)) is not None:
-            return found
-        part = self.part_of(self.module)
-        return self.own(x) if part is None else linears(x, [part])[0]
+            return self.original_forward(x, *args, **kwargs)
+        if self.group is not None and (output := self.group(self.module, x)) is not None:
+            return output
+        params = self.params_of(self.module)
+        return self.original_forward(x) if params is None else linears(x, [params])[0]
 
 
 def _fuse_norm(module: nn.Module) -> bool:
@@ -141,20 +150,25 @@ def _fuse_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if "RMSNorm" not in type(module).__name__ or not isinstance(eps, float) or not isinstance(weight, nn.Parameter):
         return False
+    # A module on the meta device has no values to compare.
     if weight.dim() != 1 or weight.device.type == "meta":
         return False
-    draw = torch.Generator().manual_seed(0)
-    probe, other = (torch.randn(n, len(weight), generator=draw).to(weight.device, weight.dtype) for n in (4, 1))
-    own, weight.data = weight.data, other[0]  # weights of 1 would not tell offset and factor apart
+    generator = torch.Generator().manual_seed(0)
+    probe, random_weight = (
+        torch.randn(n, len(weight), generator=generator).to(weight.device, weight.dtype) for n in (4, 1)
+    )
+    # A random weight: norms start at 1 or at 0, and those values would not distinguish weight from (1 + weight).
+    stored_weight, weight.data = weight.data, random_weight[0]
     try:
         with torch.no_grad():
             expected = module(probe)
             candidates = [(offset, rms_norm(probe, weight, eps, offset)) for offset in (0.0, 1.0)]
     finally:
-        weight.data = own
-    limit = 1e-1 if weight.dtype in (torch.bfloat16, torch.float16) else _AGREES
-    for offset, ours in candidates:
-        if ours.dtype == expected.dtype and (ours - expected).abs().max() <= limit:
+        weight.data = stored_weight
+    # bfloat16 rounds to 8 bits; an offset of 1 instead of 0 still differs by far more than this.
+    tolerance = 1e-1 if weight.dtype in (torch.bfloat16, torch.float16) else _NORM_TOLERANCE
+    for offset, output in candidates:
+        if output.dtype == expected.dtype and (output - expected).abs().max() <= tolerance:
             module.forward = _FusedNorm(module, eps, offset)
             return True
     return False
@@ -168,63 +182,65 @@ class _FusedNorm:
         return rms_norm(x, self.module.weight, self.eps, self.offset)  # type: ignore[arg-type]
 
 
-def _fuse_gated(module: nn.Module, part_of: LinearParamsOf, tried: dict[type, bool]) -> bool:
-    """down(act(gate(x)) * up(x)) as one backward pass, where that is what the module computes: tried once a class."""
-    linear = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    if not all(isinstance(m, nn.Module) and hasattr(m, "in_features") for m in linear):
+def _fuse_gated(module: nn.Module, params_of: LinearParamsOf, class_matches: dict[type, bool]) -> bool:
+    """Install down(act(gate(x)) * up(x)) with one backward pass if the module computes that; compared once a class."""
+    projections = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    if not all(isinstance(m, nn.Module) and hasattr(m, "in_features") for m in projections):
         return False
-    if (activation := _activation(getattr(module, "act_fn", None))) is None:
+    if (activation := _match_activation(getattr(module, "act_fn", None))) is None:
         return False
-    ours = _FusedGatedBlock(module, activation, part_of)
-    if type(module) not in tried:
-        tried[type(module)] = _computes_the_same(module, ours, linear)
-    if tried[type(module)]:
-        module.forward = ours
-    return tried[type(module)]
+    block = _FusedGatedBlock(module, activation, params_of)
+    if type(module) not in class_matches:
+        class_matches[type(module)] = _outputs_match(module, block, projections)
+    if class_matches[type(module)]:
+        module.forward = block
+    return class_matches[type(module)]
 
 
 @torch.no_grad()
-def _computes_the_same(module: nn.Module, ours: _FusedGatedBlock, linears: Sequence[Any]) -> bool:
-    """On a little random input, in float32 at least: a base held narrow could not run its own forward."""
-    parameters = [p for linear in linears for p in linear.parameters() if p.is_floating_point()]
-    device = next(linears[0].parameters()).device
+def _outputs_match(module: nn.Module, block: _FusedGatedBlock, projections: Sequence[Any]) -> bool:
+    """Compare both forwards on random input, in float32 or wider: a bfloat16 base cannot run its forward otherwise."""
+    parameters = [p for linear in projections for p in linear.parameters() if p.is_floating_point()]
+    device = next(projections[0].parameters()).device
     if device.type == "meta":
         return False
-    held = [p.data for p in parameters]
-    wide = torch.promote_types(parameters[0].dtype if parameters else torch.float32, torch.float32)
-    draw = torch.Generator().manual_seed(0)
+    stored_data = [p.data for p in parameters]
+    dtype = torch.promote_types(parameters[0].dtype if parameters else torch.float32, torch.float32)
+    generator = torch.Generator().manual_seed(0)
     try:
         for p in parameters:
-            p.data = p.data.to(wide)
-        probe = torch.randn(2, linears[0].in_features, generator=draw, dtype=torch.float64)
-        probe = probe.to(device, wide)
-        expected, found = module.forward(probe), ours(probe)
+            p.data = p.data.to(dtype)
+        probe = torch.randn(2, projections[0].in_features, generator=generator, dtype=torch.float64)
+        probe = probe.to(device, dtype)
+        expected, output = module.forward(probe), block(probe)
     finally:
-        for p, data in zip(parameters, held, strict=True):
+        for p, data in zip(parameters, stored_data, strict=True):
             p.data = data
-    same_shape = isinstance(expected, Tensor) and expected.shape == found.shape
-    return same_shape and bool(torch.allclose(expected, found, rtol=1e-3, atol=1e-3 * float(expected.abs().max())))
+    same_shape = isinstance(expected, Tensor) and expected.shape == output.shape
+    return same_shape and bool(torch.allclose(expected, output, rtol=1e-3, atol=1e-3 * float(expected.abs().max())))
 
 
 class _FusedGatedBlock:
-    def __init__(self, module: nn.Module, activation: Activation, part_of: LinearParamsOf) -> None:
-        self.module, self.activation, self.part_of = module, activation, part_of
+    def __init__(self, module: nn.Module, activation: Activation, params_of: LinearParamsOf) -> None:
+        self.module, self.activation, self.params_of = module, activation, params_of
 
     def __call__(self, x: Tensor) -> Any:
         gate, up = self.module.gate_proj(x), self.module.up_proj(x)  # type: ignore[operator]
-        last: Any = self.module.down_proj
-        part = self.part_of(last)
-        if part is None or last._forward_hooks or last._forward_pre_hooks:  # hooks want it called as a module
-            return last(gated(gate, up, self.activation))
-        return gated_linear(gate, up, self.activation, part)
+        down_proj: Any = self.module.down_proj
+        params = self.params_of(down_proj)
+        # A hook runs only if the module is called.
+        if params is None or down_proj._forward_hooks or down_proj._forward_pre_hooks:
+            return down_proj(gated(gate, up, self.activation))
+        return gated_linear(gate, up, self.activation, params)
 
 
-def _activation(function: Any) -> Activation | None:
-    """The known activation that gives what `function` gives."""
+def _match_activation(function: Any) -> Activation | None:
+    """The entry of `ACTIVATIONS` with the same values as `function`; None if there is none."""
     if not callable(function):
         return None
+    # Compared by values, because transformers has several classes and names for one function.
     x = torch.linspace(-6.0, 6.0, 101, dtype=torch.float64)
-    for known in ACTIVATIONS.values():
-        if torch.allclose(function(x), known[0](x), rtol=0.0, atol=1e-9):
-            return known
+    for activation in ACTIVATIONS.values():
+        if torch.allclose(function(x), activation[0](x), rtol=0.0, atol=1e-9):
+            return activation
     return None

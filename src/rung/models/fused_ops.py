@@ -1,10 +1,11 @@
-"""Linears with a low-rank part, gated activations and norms that keep less for the backward pass than autograd would.
+"""Linears with a low-rank part, gated activations and norms that store less for the backward pass than autograd.
 
-Each is a pure function on tensors with a hand-written backward pass; `models/fused_modules.py` puts them under
-a model's modules.
-What they compute is what transformers and peft compute, up to the order of sums.
+Each is a pure function on tensors with a hand-written backward pass. It computes what transformers and peft compute, up
+to the order of sums. peft's forward stores four tensors for a linear where one is enough; the cost is that the
+gradients are written by hand, and `tests/reference/test_fused.py` compares them with transformers and peft.
+`models/fused_modules.py` installs the functions in a model.
 
-Suffixes: N rows (tokens), I inputs, O outputs, R ranks of all parts side by side.
+Suffixes: N rows (tokens), I inputs, O outputs, R sum of the ranks of all linears in a call.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.nn import functional as F  # noqa: N812
 from rung.models.matmul import linear, matmul
 
 Activation = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
-"""A function and its backward pass (gradient, input) -> gradient."""
+"""An activation and its backward pass: (gradient, input) -> gradient."""
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": (F.silu, torch.ops.aten.silu_backward),
@@ -29,63 +30,65 @@ ACTIVATIONS: dict[str, Activation] = {
         lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
     ),
 }
-"""By the names transformers gives them."""
+"""Keys are the names in transformers."""
 
 
 class LinearParams(NamedTuple):
     """One linear: y = x W^T + bias + scale * (x A^T) B^T (Hu et al. 2021, eq. 3)."""
 
-    weight: Tensor  # [O, I]; may be bfloat16 beside float32 inputs: it is widened for the product, which is exact
+    weight: Tensor  # [O, I]; a bfloat16 weight is widened for a float32 input, which is exact
     bias: Tensor | None = None  # [O]
     a: Tensor | None = None  # [R, I]
     b: Tensor | None = None  # [O, R]
     scale: float = 1.0
 
 
-def linears(x: Tensor, parts: Sequence[LinearParams]) -> tuple[Tensor, ...]:
-    """Several linears of one input [..., I]: the low-rank products of all go as one, the input is kept once.
+def linears(x: Tensor, params: Sequence[LinearParams]) -> tuple[Tensor, ...]:
+    """Several linears of one input [..., I]: one product with all A matrices; the input is stored once.
 
-    An input that `rms_norm` made is not kept at all: the backward pass makes it again.
+    An input computed by `rms_norm` is not stored: the backward pass recomputes it.
     """
-    normed: _NormInput | None = getattr(x, _NORM_INPUTS, None)
-    outputs = _Linears.apply(x, normed, tuple(p.scale for p in parts), *_flat(parts))  # type: ignore[no-untyped-call]
-    # Shaped out here: a view made inside a function may not be changed in place, and some models clamp their queries.
+    norm_input: _NormInput | None = getattr(x, _NORM_INPUT_ATTRIBUTE, None)
+    outputs = _Linears.apply(x, norm_input, tuple(p.scale for p in params), *_flatten(params))  # type: ignore[no-untyped-call]
+    # Reshaped outside the function: autograd forbids in-place changes of a view made inside it, and some models clamp
+    # their queries in place.
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
 
-def gated_linear(gate: Tensor, up: Tensor, activation: Activation, part: LinearParams) -> Tensor:
-    """linear(activation(gate) * up) (Shazeer 2020, eq. 5 before its first two products); keeps gate and up alone."""
-    return _GatedLinear.apply(gate, up, activation, part.scale, *_flat([part]))  # type: ignore[no-any-return, no-untyped-call]
+def gated_linear(gate: Tensor, up: Tensor, activation: Activation, params: LinearParams) -> Tensor:
+    """linear(activation(gate) * up) (Shazeer 2020, eq. 5 without its first two products); stores only gate and up."""
+    return _GatedLinear.apply(gate, up, activation, params.scale, *_flatten([params]))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-    """activation(gate) * up, for a linear that computes by itself; keeps gate and up alone."""
+    """activation(gate) * up, for a linear with its own forward; stores only gate and up."""
     return _Gated.apply(gate, up, activation)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """(offset + weight) * x / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019, eq. 4); Gemma's offset is 1.
 
-    Computes in float32 or wider. Keeps its input and one number a row.
+    Computes in float32 or wider. Stores its input and one number a row.
     """
     y, rstd = _RmsNorm.apply(x, weight, eps, offset)  # type: ignore[no-untyped-call]
+    # An attribute of the output tensor: `linears` finds the norm's input there and need not store the output.
     if torch.is_grad_enabled():
-        setattr(y, _NORM_INPUTS, _NormInput(x.detach(), weight.detach(), rstd, offset))
+        setattr(y, _NORM_INPUT_ATTRIBUTE, _NormInput(x.detach(), weight.detach(), rstd, offset))
     return y  # type: ignore[no-any-return]
 
 
-_NORM_INPUTS = "_rung_normed"
+_NORM_INPUT_ATTRIBUTE = "_rung_normed"
 
 
 class _NormInput(NamedTuple):
-    """What an output of `rms_norm` can be made from again."""
+    """The tensors from which an output of `rms_norm` is recomputed."""
 
     x: Tensor
     weight: Tensor
     rstd: Tensor
     offset: float
 
-    def make(self) -> Tensor:
+    def recompute(self) -> Tensor:
         y = self.x * self.rstd  # in the type of rstd, at least float32
         y.mul_(self.weight if not self.offset else self.weight.to(y.dtype) + self.offset)
         return y.to(self.x.dtype if self.offset else torch.promote_types(self.x.dtype, self.weight.dtype))
@@ -94,64 +97,74 @@ class _NormInput(NamedTuple):
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, normed: _NormInput | None, scales: tuple[float, ...], *flat: Tensor | None
+        ctx: Any, x: Tensor, norm_input: _NormInput | None, scales: tuple[float, ...], *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        parts = _parts(flat, scales)
-        x_NI = x.reshape(-1, x.shape[-1]).to(_compute_dtype(x, parts))
-        outputs, low_NR = _forward(x_NI, parts)
-        ctx.scales, ctx.shape, ctx.dtype, ctx.compute = scales, x.shape, x.dtype, x_NI.dtype
-        ctx.offset = None if normed is None else normed.offset
-        kept = None
+        params = _unflatten(tensors, scales)
+        x_NI = x.reshape(-1, x.shape[-1]).to(_compute_dtype(x, params))
+        outputs, low_NR = _forward(x_NI, params)
+        ctx.scales, ctx.shape, ctx.dtype, ctx.product_dtype = scales, x.shape, x.dtype, x_NI.dtype
+        ctx.offset = None if norm_input is None else norm_input.offset
+        inputs = None
+        # With frozen weights and no adapter the input gradient needs no input, so nothing is stored.
         if any(ctx.needs_input_grad[3:]):
-            kept = [x_NI] if normed is None else [normed.x, normed.weight, normed.rstd]
-        ctx.kept = len(kept or ())
-        ctx.save_for_backward(*(kept or ()), low_NR, *flat)
+            inputs = [x_NI] if norm_input is None else [norm_input.x, norm_input.weight, norm_input.rstd]
+        ctx.input_count = len(inputs or ())
+        ctx.save_for_backward(*(inputs or ()), low_NR, *tensors)
+        # An output that is not used gets None instead of a tensor of zeros.
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once: recomputation counts the readings
-        kept, (low_NR, *flat) = saved[: ctx.kept], saved[ctx.kept :]
-        x_NI = kept[0] if ctx.kept == 1 else None
-        if ctx.kept > 1:
-            x_NI = _NormInput(kept[0], kept[1], kept[2], ctx.offset).make().view(-1, ctx.shape[-1]).to(ctx.compute)
-        parts = _parts(flat, ctx.scales)
-        need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
-        d_x, d_flat = _backward(grads, x_NI, low_NR, parts, need_x, need)
-        return (None if d_x is None else d_x.view(ctx.shape).to(ctx.dtype)), None, None, *d_flat
+        saved = ctx.saved_tensors  # read once: checkpointing counts accesses
+        inputs, (low_NR, *tensors) = saved[: ctx.input_count], saved[ctx.input_count :]
+        x_NI = inputs[0] if ctx.input_count == 1 else None
+        if ctx.input_count > 1:
+            x_NI = (
+                _NormInput(inputs[0], inputs[1], inputs[2], ctx.offset)
+                .recompute()
+                .view(-1, ctx.shape[-1])
+                .to(ctx.product_dtype)
+            )
+        params = _unflatten(tensors, ctx.scales)
+        need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
+        d_x, d_tensors = _backward(grads, x_NI, low_NR, params, need_x, needs)
+        return (None if d_x is None else d_x.view(ctx.shape).to(ctx.dtype)), None, None, *d_tensors
 
 
 class _GatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, gate: Tensor, up: Tensor, activation: Activation, scale: float, *flat: Tensor | None
+        ctx: Any, gate: Tensor, up: Tensor, activation: Activation, scale: float, *tensors: Tensor | None
     ) -> Tensor:
-        parts = _parts(flat, (scale,))
+        params = _unflatten(tensors, (scale,))
         hidden = activation[0](gate).mul_(up)
-        x_NI = hidden.view(-1, hidden.shape[-1]).to(_compute_dtype(hidden, parts))
-        (output,), low_NR = _forward(x_NI, parts)
+        x_NI = hidden.view(-1, hidden.shape[-1]).to(_compute_dtype(hidden, params))
+        (output,), low_NR = _forward(x_NI, params)
         ctx.activation, ctx.scale = activation, scale
-        ctx.save_for_backward(gate, up, low_NR, *flat)
+        ctx.save_for_backward(gate, up, low_NR, *tensors)
         return output.view(*gate.shape[:-1], output.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up, low_NR, *flat = ctx.saved_tensors
-        parts = _parts(flat, (ctx.scale,))
-        need = ctx.needs_input_grad[4:]
+        gate, up, low_NR, *tensors = ctx.saved_tensors
+        params = _unflatten(tensors, (ctx.scale,))
+        needs = ctx.needs_input_grad[4:]
         act, act_backward = ctx.activation
-        rows = grad.reshape(-1, grad.shape[-1])
+        grad_NO = grad.reshape(-1, grad.shape[-1])
         need_hidden = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         activated = act(gate)
-        hidden = (activated * up).view(-1, up.shape[-1]).to(grad.dtype) if any(need) else None
-        d_hidden, d_flat = _backward([rows], hidden, low_NR, parts, need_hidden, need)
+        # Recomputed only if a gradient of the last linear needs it.
+        hidden = (activated * up).view(-1, up.shape[-1]).to(grad.dtype) if any(needs) else None
+        d_hidden, d_tensors = _backward([grad_NO], hidden, low_NR, params, need_hidden, needs)
+        # Freed before the next tensors of the same size are made.
         del hidden
         if d_hidden is None:
-            return None, None, None, None, *d_flat
+            return None, None, None, None, *d_tensors
         d_hidden = d_hidden.view(up.shape).to(up.dtype)
+        # In place: `activated` and `d_hidden` are not needed afterwards.
         d_up = activated.mul_(d_hidden)
-        return act_backward(d_hidden.mul_(up), gate), d_up, None, None, *d_flat
+        return act_backward(d_hidden.mul_(up), gate), d_up, None, None, *d_tensors
 
 
 class _Gated(torch.autograd.Function):
@@ -171,66 +184,68 @@ class _Gated(torch.autograd.Function):
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        x_wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        # The norm squared instead of x * x: no second tensor of the size of x.
+        rstd = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.offset = offset
         ctx.mark_non_differentiable(rstd)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, rstd)
-        return _NormInput(x, weight, rstd, offset).make(), rstd
+        return _NormInput(x, weight, rstd, offset).recompute(), rstd
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return None, None, None, None
         x, weight, rstd = ctx.saved_tensors
-        unit = x * rstd
-        grad = grad.to(unit.dtype)
+        normalized = x * rstd
+        grad = grad.to(normalized.dtype)
         d_weight = None
         if ctx.needs_input_grad[1]:
-            d_weight = (grad * unit).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+            d_weight = (grad * normalized).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
         if not ctx.needs_input_grad[0]:
             return None, d_weight, None, None
-        d_unit = grad * (weight.to(unit.dtype) + ctx.offset if ctx.offset else weight)
-        along = torch.linalg.vecdot(d_unit, unit, dim=-1)[..., None].div_(x.shape[-1])
-        d_x = d_unit.sub_(unit.mul_(along)).mul_(rstd)
+        d_unit = grad * (weight.to(normalized.dtype) + ctx.offset if ctx.offset else weight)
+        projection = torch.linalg.vecdot(d_unit, normalized, dim=-1)[..., None].div_(x.shape[-1])
+        d_x = d_unit.sub_(normalized.mul_(projection)).mul_(rstd)
         return d_x.to(x.dtype), d_weight, None, None
 
 
-def _flat(parts: Sequence[LinearParams]) -> list[Tensor | None]:
-    """Autograd sees tensors only as arguments of their own."""
-    return [tensor for p in parts for tensor in (p.weight, p.bias, p.a, p.b)]
+def _flatten(params: Sequence[LinearParams]) -> list[Tensor | None]:
+    """Tensors as separate arguments: autograd does not look into tuples."""
+    return [tensor for p in params for tensor in (p.weight, p.bias, p.a, p.b)]
 
 
-def _parts(flat: Sequence[Tensor | None], scales: Sequence[float]) -> list[LinearParams]:
-    parts = []
+def _unflatten(tensors: Sequence[Tensor | None], scales: Sequence[float]) -> list[LinearParams]:
+    params = []
     for i, scale in enumerate(scales):
-        weight, bias, a, b = flat[4 * i : 4 * i + 4]
+        weight, bias, a, b = tensors[4 * i : 4 * i + 4]
         assert weight is not None  # noqa: S101 -- for the type checker: every part has one
-        parts.append(LinearParams(weight, bias, a, b, scale))
-    return parts
+        params.append(LinearParams(weight, bias, a, b, scale))
+    return params
 
 
-def _compute_dtype(x: Tensor, parts: Sequence[LinearParams]) -> torch.dtype:
+def _compute_dtype(x: Tensor, params: Sequence[LinearParams]) -> torch.dtype:
     device = x.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
-    return torch.promote_types(x.dtype, parts[0].weight.dtype)
+    return torch.promote_types(x.dtype, params[0].weight.dtype)
 
 
-def _forward(x_NI: Tensor, parts: Sequence[LinearParams]) -> tuple[list[Tensor], Tensor | None]:
-    """The outputs, and x A^T of every adapted part side by side."""
+def _forward(x_NI: Tensor, params: Sequence[LinearParams]) -> tuple[list[Tensor], Tensor | None]:
+    """The outputs, and x A^T of all adapters side by side."""
     dtype = x_NI.dtype
-    adapted = [p.a for p in parts if p.a is not None]
-    low_NR = linear(x_NI, torch.cat(adapted).to(dtype)) if adapted else None
-    outputs, at = [], 0
-    for p in parts:
+    a_matrices = [p.a for p in params if p.a is not None]
+    # One product for all adapters instead of one narrow product for each.
+    low_NR = linear(x_NI, torch.cat(a_matrices).to(dtype)) if a_matrices else None
+    outputs, start = [], 0
+    for p in params:
         weight = p.weight.to(dtype)
         y = linear(x_NI, weight, None if p.bias is None else p.bias.to(dtype))
         if p.b is not None and low_NR is not None:
             rank = p.b.shape[1]
-            y.addmm_(low_NR[:, at : at + rank], p.b.to(dtype).T, alpha=p.scale)
-            at += rank
+            y.addmm_(low_NR[:, start : start + rank], p.b.to(dtype).T, alpha=p.scale)
+            start += rank
         outputs.append(y)
     return outputs, low_NR
 
@@ -239,39 +254,40 @@ def _backward(
     grads: Sequence[Tensor | None],
     x_NI: Tensor | None,
     low_NR: Tensor | None,
-    parts: Sequence[LinearParams],
+    params: Sequence[LinearParams],
     need_x: bool,
-    need: Sequence[bool],
+    needs: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Gradients of the input and of each tensor of each part, in the order of `_flat`."""
+    """Gradients of the input and of each tensor, in the order of `_flatten`."""
     d_x: Tensor | None = None
-    d_flat: list[Tensor | None] = [None] * (4 * len(parts))
+    d_tensors: list[Tensor | None] = [None] * (4 * len(params))
     d_low = None if low_NR is None else torch.zeros_like(low_NR)
-    at = 0
-    for i, (g_NO, p) in enumerate(zip(grads, parts, strict=True)):
-        columns = slice(at, at + (0 if p.b is None else p.b.shape[1]))
-        at = columns.stop
+    start = 0
+    for i, (g_NO, p) in enumerate(zip(grads, params, strict=True)):
+        columns = slice(start, start + (0 if p.b is None else p.b.shape[1]))
+        start = columns.stop
         if g_NO is None:
             continue
         dtype = g_NO.dtype
-        need_weight, need_bias, _, need_b = need[4 * i : 4 * i + 4]
+        need_weight, need_bias, _, need_b = needs[4 * i : 4 * i + 4]
         if p.b is not None and low_NR is not None and d_low is not None:
             d_low[:, columns] = matmul(g_NO, p.b.to(dtype)).mul_(p.scale)
             if need_b:
-                d_flat[4 * i + 3] = matmul(low_NR[:, columns].T, g_NO).T.mul(p.scale).to(p.b.dtype)
+                d_tensors[4 * i + 3] = matmul(low_NR[:, columns].T, g_NO).T.mul(p.scale).to(p.b.dtype)
         if need_weight and x_NI is not None:
-            d_flat[4 * i] = matmul(g_NO.T, x_NI).to(p.weight.dtype)
+            d_tensors[4 * i] = matmul(g_NO.T, x_NI).to(p.weight.dtype)
         if need_bias and p.bias is not None:
-            d_flat[4 * i + 1] = g_NO.sum(0).to(p.bias.dtype)
+            d_tensors[4 * i + 1] = g_NO.sum(0).to(p.bias.dtype)
+        # The first linear of a model has no input gradient to compute.
         if need_x:
             weight = p.weight.to(dtype)
-            along = matmul(g_NO, weight)
-            d_x = along if d_x is None else d_x.add_(along)
-    adapted = [(i, p.a) for i, p in enumerate(parts) if p.a is not None]
+            d_input = matmul(g_NO, weight)
+            d_x = d_input if d_x is None else d_x.add_(d_input)
+    a_matrices = [(i, p.a) for i, p in enumerate(params) if p.a is not None]
     if d_low is not None and d_x is not None:
-        d_x.addmm_(d_low, torch.cat([a for _, a in adapted]).to(d_low.dtype))
+        d_x.addmm_(d_low, torch.cat([a for _, a in a_matrices]).to(d_low.dtype))
     if d_low is not None and x_NI is not None:
-        d_a = torch.split(matmul(d_low.T, x_NI), [len(a) for _, a in adapted])
-        for (i, a), rows in zip(adapted, d_a, strict=True):
-            d_flat[4 * i + 2] = rows.to(a.dtype) if need[4 * i + 2] else None
-    return d_x, d_flat
+        d_a = torch.split(matmul(d_low.T, x_NI), [len(a) for _, a in a_matrices])
+        for (i, a), rows in zip(a_matrices, d_a, strict=True):
+            d_tensors[4 * i + 2] = rows.to(a.dtype) if needs[4 * i + 2] else None
+    return d_x, d_tensors

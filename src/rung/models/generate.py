@@ -1,9 +1,10 @@
-"""The one decoder, used by evaluation, chat and later by rollouts.
+"""The only decoder: evaluation, chat and rollouts use it.
 
-Prompts that begin alike share the work: their longest common prefix is encoded once and held once for all
-rows. Rows that have stopped leave the batch.
+The longest common prefix of the prompts is encoded once and its keys and values are stored once for all rows; rows that
+have stopped leave the batch. Sampling is plain temperature sampling without top-k or top-p, so that the log-probability
+of each token is that of the distribution it was drawn from. Speed is that of transformers' modules, one token a call.
 
-Suffixes: B rows, S slots (padding and own tokens, without the prefix).
+Suffixes: B rows, S slots (padding and the row's tokens, without the prefix), V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from rung.models.kv_cache import Prefix, new_cache, single_row_kv
 from rung.models.policy import Policy, concatenate_kv, model_inputs
 
 PREFILL_TOKENS = 16_384
-"""Prompt tokens encoded at once: long prompts come in smaller batches, so that memory does not follow their length."""
+"""Prompt tokens encoded at once: long prompts run in smaller batches, so that memory does not grow with length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,29 +30,29 @@ class Sampling:
     max_new_tokens: int
     temperature: float = 0.0
     seed: int = 0
-    answers: int = 1
-    """To each prompt, which is encoded once for all of them."""
+    answers_per_prompt: int = 1
+    """Each prompt is encoded once for all its answers."""
 
 
 @dataclass(frozen=True, slots=True)
 class GeneratedAnswer:
-    """Generated tokens, the stop apart."""
+    """Generated tokens, without the stop token."""
 
     ids: list[int]
     stop: int | None
-    """The stop that was reached; None where the answer was cut."""
+    """The stop token that ended the answer; None if the answer was truncated."""
     logprobs: list[float]
-    """Log-probability in nats of each generated token, the stop included when it was reached, in the distribution that
-    it was drawn from; of greedy answers in the model's own."""
+    """Log-probability in nats of each generated token, including the stop token, under the distribution it was drawn
+    from; for greedy answers under the model at temperature 1."""
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop was reached."""
+        """Whether a stop token ended the answer."""
         return self.stop is not None
 
     @property
     def all_tokens(self) -> list[int]:
-        """Every token that was generated, the stop among them."""
+        """All generated tokens, including the stop token."""
         return self.ids if self.stop is None else [*self.ids, self.stop]
 
 
@@ -62,49 +63,55 @@ def generate(
     *,
     stop_ids: Sequence[int],
     sampling: Sampling,
-    batch: int = 32,
+    batch_size: int = 32,
     task: str | None = None,
     on_token: Callable[[int], None] | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[GeneratedAnswer]:
-    """Answers in the order of the prompts, those to one next to each other, short and long prompts batched apart.
+    """Return answers in the order of the prompts; all answers to one prompt are adjacent.
 
-    `batch` is how many answers are made at once; those to one prompt are never parted. `task` is that of all prompts,
-    for methods that learned something for each. `on_token` receives each token as it is made and is for a single
-    prompt; `on_batch` the number of prompts just answered. Raises `ValueError` for an empty prompt, `PlanError` for
-    virtual tokens inside one that this policy knows nothing of.
+    `batch_size` counts answers decoded at once; the answers to one prompt share a batch. `task` is the task of all
+    prompts, for methods that learn something per task. `on_token` receives each token and is for a single prompt;
+    `on_batch` receives the number of prompts just answered. Raises `ValueError` for an empty prompt, `PlanError` for a
+    virtual token inside a prompt that this policy has not learned.
     """
     if any(not prompt for prompt in prompts):
         raise ValueError("a prompt needs at least one token")
-    known = policy.vocab_size + policy.method.inserted_tokens
-    if any(max(prompt) >= known for prompt in prompts):
+    id_count = policy.vocab_size + policy.method.inserted_tokens
+    if any(max(prompt) >= id_count for prompt in prompts):
         raise PlanError("a prompt holds virtual tokens that this model has not learned", where="method.positions")
-    found: list[list[GeneratedAnswer]] = [[] for _ in prompts]
-    shared = _common_prefix(prompts)
-    virtual = policy.method.virtual_tokens
-    longest = virtual + max(map(len, prompts), default=0) + sampling.max_new_tokens
-    if longest > _sliding_window(policy):
-        if virtual:
+    answers_by_prompt: list[list[GeneratedAnswer]] = [[] for _ in prompts]
+    prefix_length = _common_prefix_length(prompts)
+    virtual_count = policy.method.virtual_tokens
+    max_length = virtual_count + max(map(len, prompts), default=0) + sampling.max_new_tokens
+    if max_length > _sliding_window(policy):
+        if virtual_count:
             raise PlanError(
                 "virtual tokens would leave the model's sliding window while it answers",
-                given=f"{longest} tokens with {virtual} virtual ones",
+                given=f"{max_length} tokens with {virtual_count} virtual ones",
                 allowed=f"at most {_sliding_window(policy)}",
             )
-        shared = 0  # a window counts slots, and padding between the prefix and a row's own tokens would take some
+        prefix_length = 0  # a window counts slots, and padding between the prefix and a row's tokens would use some
+    # By length, so that a batch holds little padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    random = torch.Generator(policy.device).manual_seed(sampling.seed)
+    # One generator for the whole call: answers depend on the seed and on the batches, not on earlier calls.
+    generator = torch.Generator(policy.device).manual_seed(sampling.seed)
     with policy.autocast():
-        prefix = _encode(policy, prompts[0][:shared], task)
-        answers = sampling.answers
-        for rows in _batches(order, [len(prompt) - shared for prompt in prompts], max(1, batch // answers)):
-            rests = [list(prompts[i][shared:]) for i in rows]
-            decoding = _Decoding(policy, prefix, virtual + shared, rests, task, frozenset(stop_ids), sampling, random)
-            made = decoding.run(on_token)
-            for place, i in enumerate(rows):
-                found[i] = made[place * answers : (place + 1) * answers]
+        prefix = _encode_prefix(policy, prompts[0][:prefix_length], task)
+        per_prompt = sampling.answers_per_prompt
+        for rows in _batches(
+            order, [len(prompt) - prefix_length for prompt in prompts], max(1, batch_size // per_prompt)
+        ):
+            suffixes = [list(prompts[i][prefix_length:]) for i in rows]
+            decoding = _Decoding(
+                policy, prefix, virtual_count + prefix_length, suffixes, task, frozenset(stop_ids), sampling, generator
+            )
+            batch_answers = decoding.run(on_token)
+            for slot, i in enumerate(rows):
+                answers_by_prompt[i] = batch_answers[slot * per_prompt : (slot + 1) * per_prompt]
             if on_batch is not None:
                 on_batch(len(rows))
-    return [answer for own in found for answer in own]
+    return [answer for prompt_answers in answers_by_prompt for answer in prompt_answers]
 
 
 def generate_by_task(
@@ -114,59 +121,67 @@ def generate_by_task(
     *,
     stop_ids: Sequence[int],
     sampling: Sampling,
-    batch: int = 32,
+    batch_size: int = 32,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[GeneratedAnswer]:
-    """`generate` for prompts of several tasks: what stands before a prompt may differ from task to task."""
-    found: dict[int, list[GeneratedAnswer]] = {}
-    each = sampling.answers
+    """`generate` for prompts of several tasks, one call per task: virtual tokens may differ between tasks."""
+    answers: dict[int, list[GeneratedAnswer]] = {}
+    per_prompt = sampling.answers_per_prompt
     for task in sorted(set(tasks), key=str):
-        own = [i for i, of in enumerate(tasks) if of == task]
-        asked = [prompts[i] for i in own]
-        made = generate(policy, asked, stop_ids=stop_ids, sampling=sampling, batch=batch, task=task, on_batch=on_batch)
-        found |= {i: made[k * each : (k + 1) * each] for k, i in enumerate(own)}
-    return [answer for i in range(len(prompts)) for answer in found[i]]
+        indices = [i for i, prompt_task in enumerate(tasks) if prompt_task == task]
+        task_prompts = [prompts[i] for i in indices]
+        task_answers = generate(
+            policy,
+            task_prompts,
+            stop_ids=stop_ids,
+            sampling=sampling,
+            batch_size=batch_size,
+            task=task,
+            on_batch=on_batch,
+        )
+        answers |= {i: task_answers[k * per_prompt : (k + 1) * per_prompt] for k, i in enumerate(indices)}
+    return [answer for i in range(len(prompts)) for answer in answers[i]]
 
 
 class _Decoding:
-    """One batch on its way to its answers."""
+    """Decoding of one batch."""
 
     def __init__(
         self,
         policy: Policy,
         prefix: Prefix | None,
-        before: int,
-        rests: list[list[int]],
+        start_position: int,
+        suffixes: list[list[int]],
         task: str | None,
         stop_ids: frozenset[int],
         sampling: Sampling,
-        random: torch.Generator,
+        generator: torch.Generator,
     ) -> None:
-        self.policy, self.stop_ids, self.sampling, self.random = policy, stop_ids, sampling, random
-        longest = max(len(rest) for rest in rests)
+        self.policy, self.stop_ids, self.sampling, self.generator = policy, stop_ids, sampling, generator
+        max_suffix_length = max(len(suffix) for suffix in suffixes)
         device = policy.device
-        self.ids_BS = torch.zeros(len(rests), longest, dtype=torch.long, device=device)
+        self.ids_BS = torch.zeros(len(suffixes), max_suffix_length, dtype=torch.long, device=device)
         self.mask_BS = torch.zeros_like(self.ids_BS)
         self.positions_BS = torch.zeros_like(self.ids_BS)
-        for row, rest in enumerate(rests):  # padding stands in front of a row's own tokens
-            own = slice(longest - len(rest), longest)
-            self.ids_BS[row, own] = torch.tensor(rest, device=device)
-            self.mask_BS[row, own] = 1
-            self.positions_BS[row, own] = torch.arange(before, before + len(rest), device=device)
-        self.entering = policy.embed(self.ids_BS, task)
+        for row, rest in enumerate(suffixes):  # left padding: the last slot of every row predicts
+            columns = slice(max_suffix_length - len(rest), max_suffix_length)
+            self.ids_BS[row, columns] = torch.tensor(rest, device=device)
+            self.mask_BS[row, columns] = 1
+            self.positions_BS[row, columns] = torch.arange(start_position, start_position + len(rest), device=device)
+        self.first_inputs = policy.embed(self.ids_BS, task)
         self.prefix = prefix
         self.cache = new_cache()
 
     def run(self, on_token: Callable[[int], None] | None) -> list[GeneratedAnswer]:
-        entering, positions, answers = self.entering, self.positions_BS, self.sampling.answers
-        count = answers * len(positions)
-        self.alive = list(range(count))
+        inputs, positions, per_prompt = self.first_inputs, self.positions_BS, self.sampling.answers_per_prompt
+        count = per_prompt * len(positions)
+        self.active_rows = list(range(count))
         self.tokens: list[list[int]] = [[] for _ in range(count)]
         self.logprobs: list[list[float]] = [[] for _ in range(count)]
         self.stops: list[int | None] = [None] * count
-        for made in range(self.sampling.max_new_tokens):
+        for step in range(self.sampling.max_new_tokens):
             out = self.policy.model(
-                **model_inputs(entering),
+                **model_inputs(inputs),
                 attention_mask=self.mask_BS,
                 position_ids=positions,
                 past_key_values=self.cache,
@@ -175,63 +190,73 @@ class _Decoding:
                 logits_to_keep=1,
             )
             logits = out.logits[:, -1].float()
-            if made == 0 and answers > 1:
-                each = torch.arange(len(logits), device=logits.device).repeat_interleave(answers)
-                self.cache.batch_select_indices(each)
-                self.mask_BS, positions, logits = self.mask_BS[each], positions[each], logits[each]
-            chosen, logprob = self._choose(logits)
-            kept = self._take(chosen.tolist(), logprob.tolist(), on_token)
-            if not kept:
+            # After the prompts: each prompt is encoded once, then its row is repeated for every answer.
+            if step == 0 and per_prompt > 1:
+                source_row = torch.arange(len(logits), device=logits.device).repeat_interleave(per_prompt)
+                self.cache.batch_select_indices(source_row)
+                self.mask_BS, positions, logits = self.mask_BS[source_row], positions[source_row], logits[source_row]
+            tokens, logprob = self._choose_tokens(logits)
+            kept_positions = self._record_tokens(tokens.tolist(), logprob.tolist(), on_token)
+            if not kept_positions:
                 break
-            self._compact(kept, len(chosen))
-            entering = chosen[kept, None]
-            positions = positions[kept, -1:] + 1
-            self.mask_BS = torch.cat([self.mask_BS, self.mask_BS.new_ones(len(kept), 1)], dim=1)
+            self._drop_finished_rows(kept_positions, len(tokens))
+            inputs = tokens[kept_positions, None]
+            positions = positions[kept_positions, -1:] + 1
+            self.mask_BS = torch.cat([self.mask_BS, self.mask_BS.new_ones(len(kept_positions), 1)], dim=1)
         return [GeneratedAnswer(*parts) for parts in zip(self.tokens, self.stops, self.logprobs, strict=True)]
 
-    def _choose(self, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose_tokens(self, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
         logprobs = torch.log_softmax(logits_BV / (self.sampling.temperature or 1.0), dim=-1)
         if self.sampling.temperature == 0.0:
-            chosen = logprobs.argmax(dim=-1)
+            tokens = logprobs.argmax(dim=-1)
         else:
-            chosen = self._draw(logprobs)
-        return chosen, logprobs.gather(1, chosen[:, None])[:, 0]
+            tokens = self._sample(logprobs)
+        return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
-    def _draw(self, logprobs_BV: Tensor) -> Tensor:
-        """One token a row, by inverting its distribution: one random number, where `multinomial` draws V of them."""
+    def _sample(self, logprobs_BV: Tensor) -> Tensor:
+        """Sample one token a row by inverting the cumulative distribution.
+
+        It takes one random number a row; `multinomial` draws V of them.
+        """
+        # In float64: sums over a vocabulary in float32 lose the rare tokens.
         cumulative_BV = logprobs_BV.exp().cumsum(dim=-1, dtype=torch.float64)
-        drawn_B = torch.rand(len(logprobs_BV), 1, generator=self.random, dtype=torch.float64, device=logprobs_BV.device)
-        below_B = drawn_B * cumulative_BV[:, -1:]
-        return torch.searchsorted(cumulative_BV, below_B, right=True)[:, 0].clamp(max=logprobs_BV.shape[1] - 1)
+        uniform_B = torch.rand(
+            len(logprobs_BV), 1, generator=self.generator, dtype=torch.float64, device=logprobs_BV.device
+        )
+        # The last sum is 1 only up to rounding, so the threshold is scaled by it.
+        threshold_B = uniform_B * cumulative_BV[:, -1:]
+        return torch.searchsorted(cumulative_BV, threshold_B, right=True)[:, 0].clamp(max=logprobs_BV.shape[1] - 1)
 
-    def _take(self, chosen: list[int], logprobs: list[float], on_token: Callable[[int], None] | None) -> list[int]:
-        """Record one token per living row; return the positions within the batch that go on."""
-        kept = []
-        for position, (row, token, logprob) in enumerate(zip(self.alive, chosen, logprobs, strict=True)):
+    def _record_tokens(
+        self, tokens: list[int], logprobs: list[float], on_token: Callable[[int], None] | None
+    ) -> list[int]:
+        """Record one token per active row; return the batch positions that continue."""
+        kept_positions = []
+        for position, (row, token, logprob) in enumerate(zip(self.active_rows, tokens, logprobs, strict=True)):
             self.logprobs[row].append(logprob)
             if token in self.stop_ids:
                 self.stops[row] = token
                 continue
             self.tokens[row].append(token)
-            kept.append(position)
+            kept_positions.append(position)
             if on_token is not None:
                 on_token(token)
-        self.alive = [self.alive[position] for position in kept]
-        return kept
+        self.active_rows = [self.active_rows[position] for position in kept_positions]
+        return kept_positions
 
-    def _compact(self, kept: list[int], size: int) -> None:
-        if len(kept) == size:
+    def _drop_finished_rows(self, kept_positions: list[int], size: int) -> None:
+        if len(kept_positions) == size:
             return
-        rows = torch.tensor(kept, device=self.mask_BS.device)
+        rows = torch.tensor(kept_positions, device=self.mask_BS.device)
         self.cache.batch_select_indices(rows)
         self.mask_BS = self.mask_BS[rows]
 
 
-def _batches(order: Sequence[int], lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Rows in ascending order of length, at most `most` and at most `PREFILL_TOKENS` padded tokens at once."""
+def _batches(row_order: Sequence[int], lengths: Sequence[int], max_rows: int) -> Iterator[list[int]]:
+    """Batches of at most `max_rows` rows and `PREFILL_TOKENS` padded tokens; `row_order` ascends by length."""
     rows: list[int] = []
-    for row in order:
-        if rows and (len(rows) == most or (len(rows) + 1) * lengths[row] > PREFILL_TOKENS):
+    for row in row_order:
+        if rows and (len(rows) == max_rows or (len(rows) + 1) * lengths[row] > PREFILL_TOKENS):
             yield rows
             rows = []
         rows.append(row)
@@ -239,10 +264,10 @@ def _batches(order: Sequence[int], lengths: Sequence[int], most: int) -> Iterato
         yield rows
 
 
-def _encode(policy: Policy, ids: Sequence[int], task: str | None) -> Prefix | None:
-    """Keys and values of what stands before every row: virtual tokens, then the ids that all prompts begin with."""
-    found = policy.virtual_kv(task)
-    virtual = None if found is None else [found[layer] for layer in sorted(found)]
+def _encode_prefix(policy: Policy, ids: Sequence[int], task: str | None) -> Prefix | None:
+    """Keys and values that precede every row: virtual tokens, then the common prefix of the prompts."""
+    virtual_by_layer = policy.virtual_kv(task)
+    virtual = None if virtual_by_layer is None else [virtual_by_layer[layer] for layer in sorted(virtual_by_layer)]
     if not ids:
         return virtual
     cache = new_cache()
@@ -257,8 +282,8 @@ def _encode(policy: Policy, ids: Sequence[int], task: str | None) -> Prefix | No
         use_cache=True,
         logits_to_keep=1,
     )
-    own = single_row_kv(cache)
-    return own if virtual is None else [concatenate_kv(*pair) for pair in zip(virtual, own, strict=True)]
+    prompt_kv = single_row_kv(cache)
+    return prompt_kv if virtual is None else [concatenate_kv(*pair) for pair in zip(virtual, prompt_kv, strict=True)]
 
 
 def _sliding_window(policy: Policy) -> float:
@@ -267,10 +292,11 @@ def _sliding_window(policy: Policy) -> float:
     return window or float("inf")
 
 
-def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens that all prompts begin with, leaving each at least one of its own."""
+def _common_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
+    """Length of the prompts' common prefix; each prompt keeps at least one token outside it."""
     if len(prompts) < 2:
         return 0
+    # The common prefix of all is that of the lexicographically smallest and largest.
     first, last = min(map(tuple, prompts)), max(map(tuple, prompts))
-    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return min(shared, *(len(prompt) - 1 for prompt in prompts))
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return min(length, *(len(prompt) - 1 for prompt in prompts))

@@ -1,4 +1,8 @@
-"""GGUF files as bases: weights dequantized by transformers, the tokenizer repaired where that loses something."""
+"""GGUF files as bases: transformers dequantizes the weights, Rung repairs what the tokenizer loses in the conversion.
+
+Dequantized weights take the memory of an ordinary model; quantized training is the task of `methods/qlora.py`.
+`models/load.py` opens a user's GGUF file here, and `models/download.py` converts the file of a catalog base.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from transformers import (
 
 from rung.errors import ConfigError, RungError
 from rung.models.base_model import (
-    NO_CODE,
+    NO_REMOTE_CODE,
     disable_dropout,
     first_line,
     refuse_unsupported,
@@ -25,50 +29,54 @@ from rung.models.base_model import (
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
-    """Write a GGUF file as a transformers folder: safetensors in float32 and the tokenizer."""
+    """Convert a GGUF file to a transformers folder: safetensors in float32 and the tokenizer."""
     model, tokenizer = load_gguf(gguf, torch.float32)
+    # The repaired tokenizer pads with another token than the file says.
     model.config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def load_gguf(where: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Read a GGUF file, its weights dequantized to `dtype`. Raises `ConfigError` where the file cannot be read."""
+def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Load a GGUF file with its weights dequantized to `dtype`. Raises `ConfigError` if the file cannot be read."""
     try:
-        config = AutoConfig.from_pretrained(where.parent, gguf_file=where.name, **NO_CODE)
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, **NO_REMOTE_CODE)
         refuse_unsupported(config)
         disable_dropout(config)
         model = AutoModelForCausalLM.from_pretrained(
-            where.parent,
+            path.parent,
             config=config,
-            gguf_file=where.name,
+            gguf_file=path.name,
             quantization_config=GgufConfig(dequantize=True),
             dtype=dtype,
-            **NO_CODE,
+            **NO_REMOTE_CODE,
         )
-        return model, gguf_tokenizer(where)
+        return model, gguf_tokenizer(path)
     except RungError:
         raise
-    except Exception as error:  # the reader fails in many ways on a file that is no GGUF
+    except Exception as error:  # the reader raises many types for a file that is not GGUF
         raise ConfigError(
-            f"this GGUF file cannot be read: {first_line(error)}", where="model.name", given=str(where)
+            f"this GGUF file cannot be read: {first_line(error)}", where="model.name", given=str(path)
         ) from error
 
 
 def gguf_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
-    """A GGUF file's tokenizer, mended where transformers loses something.
+    """Load the tokenizer of a GGUF file and repair what transformers loses.
 
-    GGUF files of the SmolLM family say `pre = smollm`; transformers builds a plain byte-level pre-tokenizer from them
-    and loses the splitting of digits, so numbers would reach the model in pieces it never saw. It also pads with the
-    end of turn, which the family does not.
+    GGUF files of the SmolLM family state `pre = smollm`. transformers builds a plain byte-level pre-tokenizer for them
+    and loses the splitting of digits, so numbers would be tokenized differently than in pretraining. It also pads with
+    the end-of-turn token, which the family does not.
     """
     from gguf import GGUFReader
 
-    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **NO_CODE)
+    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, **NO_REMOTE_CODE
+    )
     field = GGUFReader(str(gguf)).fields.get("tokenizer.ggml.pre")
     if field is None or bytes(field.parts[field.data[0]]).decode() != "smollm":
         return tokenizer
     backend = tokenizer.backend_tokenizer
+    # Digits first: the byte-level step then sees single digits, as in the original tokenizer.
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
     )

@@ -1,4 +1,11 @@
-"""Keys and values of decoding: a prefix held once for all rows, and each row's own in buffers that grow seldom."""
+"""Keys and values for decoding: a prefix stored once for all rows, and a growing buffer per row.
+
+transformers' cache stores a prefix once per row and copies everything at every token. Here the prefix is shared and new
+tokens are written in place. The cost: a subclass of transformers' cache layer and one more path through attention
+(decision 0005). `models/generate.py` and `models/attention.py` use it.
+
+Suffixes: B rows, H heads, K key/value heads, S slots, P prefix tokens, D head width.
+"""
 
 from __future__ import annotations
 
@@ -11,36 +18,38 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 Prefix = Sequence[tuple[Tensor, Tensor]]
-"""Keys and values [1, K, P, D] of every layer, by layer number: what all rows of a batch begin with."""
+"""Keys and values [1, K, P, D] of every layer, by layer number: the common prefix of all rows of a batch."""
 
-INITIAL_CAPACITY = 64
-"""Slots added whenever a buffer is full: appending one token then copies one token, not everything before it."""
+GROWTH_SLOTS = 64
+"""Free slots of a new buffer: until they are used, appending a token copies one token instead of all of them."""
 
 
 class GrowingCacheLayer(DynamicLayer):  # type: ignore[misc]
-    """transformers' dynamic cache layer, appending in place instead of concatenating at every token."""
+    """transformers' dynamic cache layer, but new tokens are written in place instead of concatenated."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append [B, K, new, D]; returns all keys and values so far, views of the buffers."""
+        """Append [B, K, new, D]; return views of the buffers that hold all keys and values so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.buffers = [states.new_empty(0) for states in (key_states, value_states)]
-        before = int(self.get_seq_length())
-        after = before + key_states.shape[2]
+        old_length = int(self.get_seq_length())
+        new_length = old_length + key_states.shape[2]
         for i, states in enumerate((key_states, value_states)):
-            if self.buffers[i].numel() == 0 or self.buffers[i].shape[2] < after:
+            if self.buffers[i].numel() == 0 or self.buffers[i].shape[2] < new_length:
                 rows, heads, _, width = states.shape
-                grown = states.new_empty(rows, heads, after + INITIAL_CAPACITY, width)
-                if before:
-                    grown[:, :, :before] = self.buffers[i][:, :, :before]
-                self.buffers[i] = grown
-            self.buffers[i][:, :, before:after] = states
-        self.keys, self.values = (buffer[:, :, :after] for buffer in self.buffers)
+                larger_buffer = states.new_empty(rows, heads, new_length + GROWTH_SLOTS, width)
+                if old_length:
+                    larger_buffer[:, :, :old_length] = self.buffers[i][:, :, :old_length]
+                self.buffers[i] = larger_buffer
+            self.buffers[i][:, :, old_length:new_length] = states
+        # Views, because transformers reads the length of the cache from the shape of `keys`.
+        self.keys, self.values = (buffer[:, :, :new_length] for buffer in self.buffers)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows of the batch."""
+        """Keep only these rows of the batch, in this order."""
         length = int(self.get_seq_length())
+        # The buffers, not the views: the free slots stay available.
         self.buffers = [buffer[indices] for buffer in self.buffers]
         self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
 
@@ -52,6 +61,7 @@ def new_cache() -> Cache:
 
 def single_row_kv(cache: Cache) -> Prefix:
     """The keys and values of a cache that holds one row."""
+    # Contiguous copies, so that the larger buffers behind the views can be freed.
     return [(layer.keys.contiguous(), layer.values.contiguous()) for layer in cache.layers]
 
 
@@ -60,31 +70,33 @@ def attend_one_token(
     prefix: tuple[Tensor, Tensor] | None,
     key_BKSD: Tensor,
     value_BKSD: Tensor,
-    seen_BS: Tensor | None,
+    visible_BS: Tensor | None,
     scaling: float,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention of one new token a row to the shared prefix and to the row's own keys; returns [B, H, D].
+    """Attention of one new token a row to the shared prefix and to the row's keys; returns [B, H, D].
 
-    The prefix is read once for the whole batch: its products have B * H / K rows instead of B copies of the prefix.
+    The prefix is read once for the whole batch: its product has B * H / K rows instead of B copies of the prefix.
     """
     (rows, heads, width), kv_heads = query_BHD.shape, key_BKSD.shape[1]
     groups = heads // kv_heads
     query = query_BHD.view(rows, kv_heads, groups, width)
     scores = query @ key_BKSD.transpose(-1, -2)
-    own = scores.shape[-1]
+    row_length = scores.shape[-1]
     if prefix is not None:
         folded = query.transpose(0, 1).reshape(kv_heads, rows * groups, width)
-        before = (folded @ prefix[0][0].transpose(-1, -2)).view(kv_heads, rows, groups, -1).transpose(0, 1)
-        scores = torch.cat([before, scores], dim=-1)
+        prefix_scores = (folded @ prefix[0][0].transpose(-1, -2)).view(kv_heads, rows, groups, -1).transpose(0, 1)
+        scores = torch.cat([prefix_scores, scores], dim=-1)
+    # Softmax in float32: in bfloat16 small weights over a long prefix would be rounded away.
     scores = scores.float() * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if seen_BS is not None:
-        scores[..., -own:].masked_fill_(~seen_BS[:, None, None, :], float("-inf"))
+    # The mask covers only the row's slots: no prefix token is padding.
+    if visible_BS is not None:
+        scores[..., -row_length:].masked_fill_(~visible_BS[:, None, None, :], float("-inf"))
     weights = scores.softmax(dim=-1).to(value_BKSD.dtype)
-    out = weights[..., -own:] @ value_BKSD
+    out = weights[..., -row_length:] @ value_BKSD
     if prefix is not None:
-        folded = weights[..., :-own].transpose(0, 1).reshape(kv_heads, rows * groups, -1)
+        folded = weights[..., :-row_length].transpose(0, 1).reshape(kv_heads, rows * groups, -1)
         out = out + (folded @ prefix[1][0]).view(kv_heads, rows, groups, width).transpose(0, 1)
     return out.reshape(rows, heads, width)

@@ -1,4 +1,9 @@
-"""Running a part of a model's layers: recording what enters a layer, and going on from there."""
+"""Running a part of a model's layers: record the input of a layer, start from a stored input, recompute, drop layers.
+
+A module with another forward replaces a layer in the model's list, so transformers' loop still computes masks and
+positions. Cutting the loop out would need code for each architecture. `models/policy.py` uses it for cached hidden
+states and recomputation, training for the lowest trainable layer, `models/load.py` for students.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +25,12 @@ if TYPE_CHECKING:
     from rung.models.base_model import BaseModel
 
 
-_NAMES = ("layers", "h", "blocks")
+# Names of the list of layers in all supported architectures.
+_LAYER_LIST_NAMES = ("layers", "h", "blocks")
 
 
 class _LayerReplacement(nn.Module):
-    """Takes a layer's place in the loop; whatever the loop reads from a layer is read from the original."""
+    """Replaces a layer in the loop; attributes that the loop reads come from the original."""
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
@@ -48,15 +54,16 @@ class _FedLayer(_LayerReplacement):
         self.states_TH = states_TH
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # The dtype of the loop: cached states may be stored in a narrower one.
         return self.states_TH[None].to(hidden_states.dtype)
 
 
 class _RecordingLayer(_LayerReplacement):
-    seen: Tensor | None = None
+    output: Tensor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = self.__dict__["original"](*args, **kwargs)
-        self.seen = (out[0] if isinstance(out, tuple) else out)[0]
+        self.output = (out[0] if isinstance(out, tuple) else out)[0]
         return out
 
 
@@ -66,69 +73,73 @@ class _RecomputedLayer(_LayerReplacement):
 
 
 def layer_count(model: nn.Module) -> int:
-    """How many layers the model's trunk loops over."""
+    """Number of layers in the model's trunk."""
     return len(layers_of(model))
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
-    """The layers that the model's trunk loops over. Raises `PlanError` where they are not found."""
+    """The layers of the model's trunk. Raises `PlanError` if they are not found."""
     return _layer_list(model)[2]
 
 
 def set_layers(model: nn.Module, layers: Iterable[nn.Module]) -> None:
-    """Take these for the model's layers, for good."""
+    """Replace the model's layers permanently."""
     owner, name, _ = _layer_list(model)
     setattr(owner, name, nn.ModuleList(layers))
 
 
 @contextmanager
 def start_from_layer(model: nn.Module, layer: int, states_TH: Tensor) -> Iterator[None]:
-    """Inside, the layers below `layer` do not run: `states_TH` enters it."""
+    """Within the context the layers below `layer` do not run; its input is `states_TH`."""
 
-    def stand_in(i: int, own: nn.Module) -> nn.Module:
-        return own if i >= layer else _FedLayer(own, states_TH) if i == layer - 1 else _SkippedLayer(own)
+    def substitute(i: int, original: nn.Module) -> nn.Module:
+        return original if i >= layer else _FedLayer(original, states_TH) if i == layer - 1 else _SkippedLayer(original)
 
-    with _replaced_layers(model, stand_in):
+    with _replaced_layers(model, substitute):
         yield
 
 
 @contextmanager
 def record_layer_input(model: nn.Module, layer: int) -> Iterator[Callable[[], Tensor]]:
-    """Inside, only the layers below `layer` run; the function yielded gives what would enter it, [T, H]."""
-    kept: list[_RecordingLayer] = []
+    """Within the context only the layers below `layer` run; the yielded function returns its input, [T, H]."""
+    recorders: list[_RecordingLayer] = []
 
-    def stand_in(i: int, own: nn.Module) -> nn.Module:
+    def substitute(i: int, original: nn.Module) -> nn.Module:
         if i == layer - 1:
-            kept.append(_RecordingLayer(own))
-            return kept[0]
-        return own if i < layer else _SkippedLayer(own)
+            recorders.append(_RecordingLayer(original))
+            return recorders[0]
+        return original if i < layer else _SkippedLayer(original)
 
-    def seen() -> Tensor:
-        assert kept[0].seen is not None  # noqa: S101 -- for the type checker
-        return kept[0].seen
+    def recorded_states() -> Tensor:
+        assert recorders[0].output is not None  # noqa: S101 -- for the type checker
+        return recorders[0].output
 
-    with _replaced_layers(model, stand_in):
-        yield seen
+    with _replaced_layers(model, substitute):
+        yield recorded_states
 
 
 @contextmanager
-def recompute_layers(model: nn.Module, which: range) -> Iterator[None]:
-    """Inside, these layers keep their input alone and compute again in the backward pass (Chen et al. 2016)."""
-    with _replaced_layers(
-        model, lambda i, own: own if i not in which or isinstance(own, _LayerReplacement) else _RecomputedLayer(own)
-    ):
+def recompute_layers(model: nn.Module, layer_numbers: range) -> Iterator[None]:
+    """Within the context these layers store only their input and recompute in the backward pass (Chen et al. 2016)."""
+
+    def substitute(i: int, original: nn.Module) -> nn.Module:
+        # A replaced layer does not run in full, so there is nothing to recompute.
+        replaced = i not in layer_numbers or isinstance(original, _LayerReplacement)
+        return original if replaced else _RecomputedLayer(original)
+
+    with _replaced_layers(model, substitute):
         yield
 
 
 def lowest_trainable_layer(model: nn.Module, trainable: Iterable[str]) -> int:
-    """The first layer that holds, or has below it, a number that moves; the number of layers where only the head does.
+    """The lowest layer with a trainable parameter; the number of layers if only the output head is trained.
 
-    0 where anything outside the layers moves that is not the output head: embeddings lie below all layers, and so do
-    virtual tokens, which are no part of the model. 0 also where no list of layers is found.
+    0 if anything else outside the layers is trained: embeddings precede all layers, and so do virtual tokens, which are
+    not part of the model. 0 also if no list of layers is found.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
-    own = {id(p) for p in head.parameters()} if head is not None else set()
-    below = {id(p) for p in model.get_input_embeddings().parameters()}  # type: ignore[operator]
+    head_ids = {id(p) for p in head.parameters()} if head is not None else set()
+    embedding_ids = {id(p) for p in model.get_input_embeddings().parameters()}  # type: ignore[operator]
     parameters = dict(model.named_parameters())
     if _find_layer_list(model) is None:
         return 0
@@ -137,15 +148,16 @@ def lowest_trainable_layer(model: nn.Module, trainable: Iterable[str]) -> int:
         number = layer_number(f".{name}")
         if number is not None:
             lowest = min(lowest, number)
-        elif name not in parameters or id(parameters[name]) not in own or id(parameters[name]) in below:
+        # A tied head is the embedding as well, so training it changes the input of layer 0.
+        elif name not in parameters or id(parameters[name]) not in head_ids or id(parameters[name]) in embedding_ids:
             return 0
     return lowest
 
 
 @contextmanager
-def _replaced_layers(model: nn.Module, stand_in: Callable[[int, nn.Module], nn.Module]) -> Iterator[None]:
+def _replaced_layers(model: nn.Module, substitute: Callable[[int, nn.Module], nn.Module]) -> Iterator[None]:
     owner, name, layers = _layer_list(model)
-    setattr(owner, name, nn.ModuleList(stand_in(i, own) for i, own in enumerate(layers)))
+    setattr(owner, name, nn.ModuleList(substitute(i, original) for i, original in enumerate(layers)))
     try:
         yield
     finally:
@@ -153,42 +165,43 @@ def _replaced_layers(model: nn.Module, stand_in: Callable[[int, nn.Module], nn.M
 
 
 def _layer_list(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
-    if (found := _find_layer_list(model)) is None:
-        raise PlanError("this model's layers are not where Rung looks for them", allowed=", ".join(_NAMES))
-    return found
+    if (layer_list := _find_layer_list(model)) is None:
+        raise PlanError("this model's layers are not where Rung looks for them", allowed=", ".join(_LAYER_LIST_NAMES))
+    return layer_list
 
 
 def _find_layer_list(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList] | None:
-    """The outermost list of layers, with its owner and its name there (OPT keeps it in a decoder of its own)."""
+    """The outermost list of layers, the module that owns it, and its attribute name (OPT: in `decoder`)."""
     trunk: nn.Module = getattr(model, str(model.base_model_prefix))
     for owner in trunk.modules():
-        for name in _NAMES:
+        for name in _LAYER_LIST_NAMES:
             if isinstance(layers := getattr(owner, name, None), nn.ModuleList):
                 return owner, name, layers
     return None
 
 
 def drop_layers(base: BaseModel, layers: StudentLayers) -> BaseModel:
-    """The same model with these layers alone; embeddings, final norm and head stay. In place: the rest is gone."""
+    """Keep only these layers, plus embeddings, final norm and head. Changes `base.model` in place."""
     config = base.model.config
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
-        what = "its layers know their own number, so taking some out would change the others"
-        raise PlanError(what, where="model.student_of", given=config.model_type)
-    every = layers_of(base.model)
-    own = student_layers(layers, len(every))
-    kept = [every[i] for i in own]
-    for number, layer in enumerate(kept):
+        reason = "its layers know their own number, so taking some out would change the others"
+        raise PlanError(reason, where="model.student_of", given=config.model_type)
+    all_layers = layers_of(base.model)
+    kept_numbers = student_layers(layers, len(all_layers))
+    kept_layers = [all_layers[i] for i in kept_numbers]
+    for number, layer in enumerate(kept_layers):
         _renumber_layer(layer, number)
-    set_layers(base.model, kept)
-    config.num_hidden_layers = len(kept)
-    if types := getattr(config, "layer_types", None):
-        config.layer_types = [types[i] for i in own]
-    weights = hashlib.sha256(f"{base.fingerprint} layers {own}".encode()).hexdigest()
-    return replace(base, fingerprint=weights)
+    set_layers(base.model, kept_layers)
+    config.num_hidden_layers = len(kept_layers)
+    # Sliding-window and full-attention layers alternate in some models; the list must match the remaining layers.
+    if layer_types := getattr(config, "layer_types", None):
+        config.layer_types = [layer_types[i] for i in kept_numbers]
+    weights_hash = hashlib.sha256(f"{base.fingerprint} layers {kept_numbers}".encode()).hexdigest()
+    return replace(base, fingerprint=weights_hash)
 
 
 def _renumber_layer(layer: nn.Module, number: int) -> None:
-    """Where a layer keeps its keys and values goes by its number."""
+    """Set the number by which a layer finds its keys and values in the cache."""
     for module in layer.modules():
         if hasattr(module, "layer_idx"):
             vars(module)["layer_idx"] = number

@@ -1,4 +1,9 @@
-"""From a name to a base: the only file that knows transformers' Auto classes."""
+"""From a model name to a `BaseModel`: catalog name, folder, GGUF file, hub id, or a finished run.
+
+The only file that knows transformers' Auto classes, so dtype, attention function, dropout and refused code are set in
+one place. A run with an adapter becomes a base by merging the adapter into a copy of its base: that costs a load in
+float32, and afterwards the model trains like any other. `runs/load.py` and `runs/train.py` call `load_base`.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +30,7 @@ from rung.errors import CheckpointError, ConfigError, PlanError, did_you_mean
 from rung.files import is_run_folder, require_undamaged
 from rung.models import attention
 from rung.models.base_model import (
-    NO_CODE,
+    NO_REMOTE_CODE,
     BaseModel,
     compute_dtype,
     disable_dropout,
@@ -41,51 +46,55 @@ from rung.models.layers import drop_layers
 
 
 def load_base(config: ModelConfig, *, device: torch.device | None = None) -> BaseModel:
-    """Load model and tokenizer, ready for segment trees, in eval mode, nothing trainable.
+    """Load model and tokenizer with Rung's attention, in eval mode, with no trainable parameter.
 
-    Raises `ConfigError` for an unknown name, `PlanError` for an architecture Rung cannot take.
+    Raises `ConfigError` for an unknown name, `PlanError` for an unsupported architecture.
     """
     attention.register()
-    logging.disable_progress_bar()  # a bar of half a second on stderr helps nobody
+    logging.disable_progress_bar()  # a bar that lasts half a second clutters stderr
     if config.student_of is not None:
-        whole = {"name": config.student_of, "student_of": None, "layers": None}
-        return drop_layers(load_base(config.model_copy(update=whole), device=device), config.layers or "every_other")
-    where = _resolve_name(config.name)
-    if isinstance(where, Path) and is_run_folder(where):
-        return _load_run_as_base(config, where, device)
+        full_model = {"name": config.student_of, "student_of": None, "layers": None}
+        return drop_layers(
+            load_base(config.model_copy(update=full_model), device=device), config.layers or "every_other"
+        )
+    source = _resolve_name(config.name)
+    if isinstance(source, Path) and is_run_folder(source):
+        return _load_run_as_base(config, source, device)
     compute = compute_dtype(config.dtype, device)
-    narrow = config.fused and compute is torch.float32 and isinstance(where, Path) and where.is_dir()
-    narrow = narrow and stored_in_bfloat16(Path(where))
-    model, tokenizer = _load(where, config.revision, torch.bfloat16 if narrow else compute)
-    if narrow and has_rounded_buffers(model):
-        model, narrow = _load(where, config.revision, compute)[0], False
-    if narrow:
+    # Only the fused functions widen a bfloat16 weight; transformers' linear would refuse the mixed types.
+    keep_bfloat16 = config.fused and compute is torch.float32 and isinstance(source, Path) and source.is_dir()
+    keep_bfloat16 = keep_bfloat16 and stored_in_bfloat16(Path(source))
+    model, tokenizer = _load_weights(source, config.revision, torch.bfloat16 if keep_bfloat16 else compute)
+    # Loading in bfloat16 rounded a constant that is not in the file: load again in float32.
+    if keep_bfloat16 and has_rounded_buffers(model):
+        model, keep_bfloat16 = _load_weights(source, config.revision, compute)[0], False
+    if keep_bfloat16:
         compute_in_float32(model)
-    return _finished(model, tokenizer, config, fingerprint(where, model.config), compute, device)
+    return _prepare_base(model, tokenizer, config, fingerprint(source, model.config), compute, device)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
-    """The tokenizer alone, no weights."""
-    where = _resolve_name(config.student_of or config.name)
-    if isinstance(where, Path) and is_run_folder(where):
-        inside = next((where / name for name in ("model", "adapter") if (where / name).is_dir()), where)
-        return _from_pretrained(AutoTokenizer, inside, None)
-    if isinstance(where, Path) and where.suffix.lower() == ".gguf":
-        return gguf_tokenizer(where)
-    return _from_pretrained(AutoTokenizer, where, config.revision)
+    """Load only the tokenizer, no weights."""
+    source = _resolve_name(config.student_of or config.name)
+    if isinstance(source, Path) and is_run_folder(source):
+        folder = next((source / name for name in ("model", "adapter") if (source / name).is_dir()), source)
+        return _from_pretrained(AutoTokenizer, folder, None)
+    if isinstance(source, Path) and source.suffix.lower() == ".gguf":
+        return gguf_tokenizer(source)
+    return _from_pretrained(AutoTokenizer, source, config.revision)
 
 
 def base_files(config: ModelConfig) -> Path | None:
-    """The folder that holds a base as safetensors; None for a hub id, a GGUF file or a student."""
-    where = None if config.student_of is not None else _resolve_name(config.name)
-    if isinstance(where, Path) and is_run_folder(where):
-        where = where / "model"
-    found = isinstance(where, Path) and any(where.glob("*.safetensors"))
-    return where if found and isinstance(where, Path) else None
+    """The folder with a base's safetensors files; None for a hub id, a GGUF file or a student."""
+    source = None if config.student_of is not None else _resolve_name(config.name)
+    if isinstance(source, Path) and is_run_folder(source):
+        source = source / "model"
+    has_safetensors = isinstance(source, Path) and any(source.glob("*.safetensors"))
+    return source if has_safetensors and isinstance(source, Path) else None
 
 
 def _resolve_name(name: str) -> Path | str:
-    """A folder or GGUF file on disk, or a hub id."""
+    """Return a folder or GGUF file on disk, or a hub id. Raises `ConfigError` for anything else."""
     if name in CATALOG:
         return download_base(name)
     path = Path(name).expanduser()
@@ -101,67 +110,70 @@ def _resolve_name(name: str) -> Path | str:
         raise ConfigError(
             "this file is not a model", where="model.name", given=name, allowed="a .gguf file or a folder"
         )
+    # An existing parent folder means a mistyped path, not a hub id.
     looks_like_hub = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.parent.exists()
     if looks_like_hub:
         return name
-    near = did_you_mean(name, list(CATALOG))
+    suggestion = did_you_mean(name, list(CATALOG))
     raise ConfigError(
         "no such model",
         where="model.name",
         given=name,
         allowed=f"{', '.join(CATALOG)}, a folder, a .gguf file, a run folder, or a hub id owner/name",
-        hint=f"did you mean {near}?" if near else None,
+        hint=f"did you mean {suggestion}?" if suggestion else None,
     )
 
 
-def _load(
-    where: Path | str, revision: str | None, dtype: torch.dtype
+def _load_weights(
+    source: Path | str, revision: str | None, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    if isinstance(where, Path) and where.suffix.lower() == ".gguf":
-        return load_gguf(where, dtype)
-    config = _from_pretrained(AutoConfig, where, revision)
+    if isinstance(source, Path) and source.suffix.lower() == ".gguf":
+        return load_gguf(source, dtype)
+    config = _from_pretrained(AutoConfig, source, revision)
     refuse_unsupported(config)
     disable_dropout(config)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            where,
+            source,
             config=config,
             revision=revision,
             dtype=dtype,
             attn_implementation=attention.NAME,
             use_safetensors=True,
-            **NO_CODE,
+            **NO_REMOTE_CODE,
         )
-        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, **NO_CODE)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, **NO_REMOTE_CODE)
     except (OSError, ValueError) as error:
-        raise ConfigError(first_line(error), where="model.name", given=str(where)) from error
+        raise ConfigError(first_line(error), where="model.name", given=str(source)) from error
     return model, tokenizer
 
 
-def _from_pretrained(auto: Any, where: Path | str, revision: str | None) -> Any:
+def _from_pretrained(auto_class: Any, source: Path | str, revision: str | None) -> Any:
     try:
-        return auto.from_pretrained(where, revision=revision, **NO_CODE)
-    except Exception as error:  # a folder that is not what it says fails in many ways
+        return auto_class.from_pretrained(source, revision=revision, **NO_REMOTE_CODE)
+    except Exception as error:  # a damaged folder raises many types of exception
         hint = (
-            "hub ids need a network; folders, GGUF files and `rung models` do not" if isinstance(where, str) else None
+            "hub ids need a network; folders, GGUF files and `rung models` do not" if isinstance(source, str) else None
         )
         if "trust_remote_code" in str(error):
             hint = "code that comes with a model never runs here: take a model that transformers knows"
-        raise ConfigError(first_line(error), where="model.name", given=str(where), hint=hint) from error
+        raise ConfigError(first_line(error), where="model.name", given=str(source), hint=hint) from error
 
 
-def _finished(
+def _prepare_base(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     config: ModelConfig,
-    weights: str,
+    weights_hash: str,
     compute: torch.dtype,
     device: torch.device | None,
 ) -> BaseModel:
+    # A tokenizer that does not decode what it encodes comes from a damaged or unsupported file.
     if len(tokenizer) < 2 or tokenizer.decode(tokenizer.encode("a b", add_special_tokens=False)).strip() != "a b":
         raise CheckpointError(
             "the tokenizer does not give text back", where=config.name, given=f"{len(tokenizer)} tokens"
         )
+    # Also here: GGUF files and merged runs are loaded without it.
     model.set_attn_implementation(attention.NAME)
     model.requires_grad_(False)
     model.eval()
@@ -169,11 +181,11 @@ def _finished(
         model.to(device)
     if config.fused:
         install_fused_forwards(model)
-    return BaseModel(model, tokenizer, config.name, weights, compute)
+    return BaseModel(model, tokenizer, config.name, weights_hash, compute)
 
 
 def _load_run_as_base(config: ModelConfig, run: Path, device: torch.device | None) -> BaseModel:
-    """A finished run as a starting point: its full model, or its base with the adapter folded in."""
+    """Load a finished run as a base: its full model, or its base with the adapter merged."""
     manifest = json.loads((run / "run.json").read_text())
     compute = compute_dtype(config.dtype, device)
     if manifest["config"].get("objective", {}).get("kind") == "reward":
@@ -192,9 +204,9 @@ def _load_run_as_base(config: ModelConfig, run: Path, device: torch.device | Non
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError("this folder holds no safetensors, and a pickle is not read", where=str(folder))
     if (run / "model").is_dir():
-        model, tokenizer = _load(run / "model", None, compute)
-        return _finished(model, tokenizer, config, fingerprint(run / "model", model.config), compute, device)
-    kind = json.loads((run / "adapter" / "adapter_config.json").read_text()).get("peft_type")
+        model, tokenizer = _load_weights(run / "model", None, compute)
+        return _prepare_base(model, tokenizer, config, fingerprint(run / "model", model.config), compute, device)
+    peft_type = json.loads((run / "adapter" / "adapter_config.json").read_text()).get("peft_type")
     if manifest["config"]["method"]["kind"] == "qlora":
         raise PlanError(
             "this run was trained on a quantized base, and the weights from before are another model",
@@ -202,33 +214,36 @@ def _load_run_as_base(config: ModelConfig, run: Path, device: torch.device | Non
             given=str(run),
             hint="rung merge makes a model of the two that can be a base",
         )
-    if kind != "LORA":
+    if peft_type != "LORA":
         raise PlanError(
             "this run's adapter cannot be folded into its base, so the run is no base for another",
             where="model.name",
-            given=f"{run}, {kind}",
+            given=f"{run}, {peft_type}",
             allowed="runs of full, head and lora",
         )
     base = load_base(ModelConfig.model_validate({**manifest["config"]["model"], "dtype": config.dtype}), device=device)
     check_fingerprint(manifest, base, run)
-    base.model.float()  # bfloat16 would round B A away
+    base.model.float()  # in bfloat16 the sum would round B A away
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft calls a deprecated transformers name
-        warnings.filterwarnings("error", "Found missing adapter keys")  # it would leave them at their start
+        # Missing keys would leave those adapters at their initial values.
+        warnings.filterwarnings("error", "Found missing adapter keys")
         from peft import PeftModel
 
         try:
             model = PeftModel.from_pretrained(base.model, str(run / "adapter")).merge_and_unload().to(compute)
         except (UserWarning, RuntimeError) as error:
             raise CheckpointError(f"this adapter does not fit its base: {error}", where=str(run)) from error
-    weights = hashlib.sha256(f"{base.fingerprint} {fingerprint(run / 'adapter', None)}".encode()).hexdigest()
-    return _finished(model, load_tokenizer(config), config, weights, compute, device)
+    # The merged model has no file; base and adapter identify it.
+    weights_hash = hashlib.sha256(f"{base.fingerprint} {fingerprint(run / 'adapter', None)}".encode()).hexdigest()
+    return _prepare_base(model, load_tokenizer(config), config, weights_hash, compute, device)
 
 
 def classifier_keys(folder: Path) -> tuple[str, set[str]] | None:
-    """Transformers' sequence classification of a model folder and its tensors' names, where it has a linear `score`."""
-    config = AutoConfig.from_pretrained(folder, num_labels=1, **NO_CODE)
+    """Name and tensor names of transformers' sequence classifier for a model folder; None without a linear `score`."""
+    config = AutoConfig.from_pretrained(folder, num_labels=1, **NO_REMOTE_CODE)
     try:
+        # On the meta device: only the names are needed, no memory for the weights.
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config)
     except ValueError:
@@ -238,7 +253,7 @@ def classifier_keys(folder: Path) -> tuple[str, set[str]] | None:
 
 
 def check_fingerprint(manifest: dict[str, Any], base: BaseModel, run: Path) -> None:
-    """An adapter on another base is a different model: refuse it."""
+    """Raise `CheckpointError` if the base is not the one the run was trained on."""
     expected = manifest["fingerprints"]["base"]
     if base.fingerprint != expected:
         raise CheckpointError(

@@ -1,14 +1,14 @@
-"""Log-probabilities of chosen tokens without ever holding the logits of a row.
+"""Log-probabilities of chosen tokens without storing the logits of a row.
 
 The gradient of log p(y | h) with respect to h is
 
     u = s * (W[y] - sum_v p_v W[v])            (softmax cross-entropy; s is the logit scale)
 
-which is attention with W as keys and as values. So it is computed as flash attention is (Dao et al. 2022,
-algorithm 1): over tiles of the vocabulary, with a running maximum and a running sum, each tile of logits overwritten in
-place and used for both products while it is in the processor's cache. With a frozen head u is kept as N vectors and the
-backward pass is a row-wise product. With a trainable head the tiles are computed again in the backward pass, because
-the gradient of W needs the incoming gradient of each entry.
+which is attention with W as keys and as values. So it is computed as in flash attention (Dao et al. 2022, algorithm 1):
+over tiles of the vocabulary, with a running maximum and a running sum; each tile of logits is overwritten in place and
+used for both products while it is in the processor's cache. With a frozen head u is stored as N vectors and the
+backward pass is a row-wise product. With a trainable head the backward pass computes the tiles again, because the
+gradient of W needs the incoming gradient of each entry. `models/policy.py` calls `token_logprobs`.
 
 Suffixes: N entries of the loss index, V vocabulary, C vocabulary entries of a tile, H width.
 """
@@ -26,34 +26,34 @@ from rung.models.matmul import linear, matmul
 
 
 class TileSize(NamedTuple):
-    """How many entries and how many vocabulary rows meet at once."""
+    """Number of entries and of vocabulary rows in one tile."""
 
     entries: int
     columns: int
 
 
 TILE = TileSize(512, 2048)
-"""4 MB of logits in float32: they stay in a processor's cache, and products of this size run at full rate."""
+"""4 MB of float32 logits: they fit a processor's cache, and products of this size run at full rate (docs/log.md)."""
 
 
 @dataclass(frozen=True, slots=True)
 class LogitTransform:
-    """What is done to the product of head and hidden state: softcap * tanh(scale * z / softcap) / temperature."""
+    """Map from head products z to logits: softcap * tanh(scale * z / softcap) / temperature."""
 
     scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
-    """Of sampling: log-probabilities are then those of the distribution that tokens are drawn from."""
+    """Sampling temperature; log-probabilities are those of the distribution that tokens are drawn from."""
 
     @staticmethod
     def of(config: Any) -> LogitTransform:
-        """Read from a transformers config (Cohere multiplies, Granite divides, Gemma 2 caps)."""
+        """Read the map from a transformers config (Cohere multiplies, Granite divides, Gemma 2 caps)."""
         scale = float(getattr(config, "logit_scale", None) or 1.0)
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)
         return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))
 
     def apply_(self, z_NV: Tensor) -> Tensor:
-        """In place; returns its argument."""
+        """Apply the map in place; return the argument."""
         if self.scale != 1.0:
             z_NV.mul_(self.scale)
         if self.softcap is not None:
@@ -63,7 +63,7 @@ class LogitTransform:
         return z_NV
 
     def derivative(self, logits_NV: Tensor) -> Tensor | float:
-        """D logits / d z, from the logits themselves."""
+        """The derivative d logits / d z, computed from the logits."""
         scale = self.scale / self.temperature
         if self.softcap is None:
             return scale
@@ -81,22 +81,25 @@ class _TokenLogprobs(torch.autograd.Function):
         logit_map: LogitTransform,
         tile: TileSize,
     ) -> Tensor:
-        head_moves = weight_VH.requires_grad or (bias_V is not None and bias_V.requires_grad)
-        keep_direction = h_NH.requires_grad and not head_moves
-        compute = compute_dtype(h_NH, weight_VH)
-        exact = torch.promote_types(compute, torch.float32)
-        lse_N = torch.empty(len(h_NH), dtype=exact, device=h_NH.device)
+        head_trainable = weight_VH.requires_grad or (bias_V is not None and bias_V.requires_grad)
+        # Without a gradient of the hidden states (evaluation) no direction is needed.
+        keep_direction = h_NH.requires_grad and not head_trainable
+        product_dtype = compute_dtype(h_NH, weight_VH)
+        wide_dtype = torch.promote_types(product_dtype, torch.float32)
+        lse_N = torch.empty(len(h_NH), dtype=wide_dtype, device=h_NH.device)
         logprob_N = torch.empty_like(lse_N)
         direction_NH = torch.empty_like(h_NH) if keep_direction else None
+        # Autocast would convert each tile again; the product dtype is chosen once.
         with torch.autocast(h_NH.device.type, enabled=False):
-            head = _Head(weight_VH, bias_V, logit_map, compute, tile.columns)
+            head = _Head(weight_VH, bias_V, logit_map, product_dtype, tile.columns)
             for rows in _slices(len(h_NH), tile.entries):
-                found = head.scan(h_NH[rows], target_N[rows], exact, direction=keep_direction)
-                lse_N[rows], logprob_N[rows] = found.lse_N, found.logit_N - found.lse_N
-                if direction_NH is not None and found.direction_NH is not None:
-                    direction_NH[rows] = found.direction_NH
-        ctx.logit_map, ctx.tile, ctx.compute = logit_map, tile, compute
-        ctx.save_for_backward(h_NH if head_moves else None, weight_VH, bias_V, target_N, lse_N, direction_NH)
+                scan = head.scan(h_NH[rows], target_N[rows], wide_dtype, direction=keep_direction)
+                lse_N[rows], logprob_N[rows] = scan.lse_N, scan.logit_N - scan.lse_N
+                if direction_NH is not None and scan.direction_NH is not None:
+                    direction_NH[rows] = scan.direction_NH
+        ctx.logit_map, ctx.tile, ctx.product_dtype = logit_map, tile, product_dtype
+        # With a frozen head the direction replaces the hidden states.
+        ctx.save_for_backward(h_NH if head_trainable else None, weight_VH, bias_V, target_N, lse_N, direction_NH)
         return logprob_N
 
     @staticmethod
@@ -110,19 +113,20 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_h = torch.zeros_like(h_NH) if need_h else None
         grad_w = torch.zeros_like(weight_VH) if need_w else None
         grad_b = torch.zeros_like(bias_V) if need_b else None
-        head = _Head(weight_VH, bias_V, ctx.logit_map, ctx.compute, ctx.tile.columns)
+        head = _Head(weight_VH, bias_V, ctx.logit_map, ctx.product_dtype, ctx.tile.columns)
         for rows in _slices(len(h_NH), ctx.tile.entries):
-            h, grad, target = h_NH[rows].to(ctx.compute), grad_N[rows, None], target_N[rows]
-            for columns, weight, logits in head.tiles(h, lse_N.dtype):
+            hidden, grad, target = h_NH[rows].to(ctx.product_dtype), grad_N[rows, None], target_N[rows]
+            for columns, weight, logits in head.tiles(hidden, lse_N.dtype):
                 slope = ctx.logit_map.derivative(logits)
+                # -softmax, plus 1 at the target: the gradient of log p with respect to the logits.
                 d_z = logits.sub_(lse_N[rows, None]).exp_().neg_()
-                inside, at = _targets_in_columns(target, columns)
-                d_z.scatter_add_(1, at[:, None], inside[:, None].to(d_z.dtype))
-                d_z = d_z.mul_(slope).mul_(grad).to(ctx.compute)
+                in_tile, index = _targets_in_columns(target, columns)
+                d_z.scatter_add_(1, index[:, None], in_tile[:, None].to(d_z.dtype))
+                d_z = d_z.mul_(slope).mul_(grad).to(ctx.product_dtype)
                 if grad_h is not None:
                     grad_h[rows] += matmul(d_z, weight)
                 if grad_w is not None:
-                    grad_w[columns] += matmul(d_z.T, h)
+                    grad_w[columns] += matmul(d_z.T, hidden)
                 if grad_b is not None:
                     grad_b[columns] += d_z.sum(0)
         return grad_h, grad_w, grad_b, None, None, None
@@ -139,43 +143,47 @@ class _Head:
     weight_VH: Tensor
     bias_V: Tensor | None
     logit_map: LogitTransform
-    compute: torch.dtype
+    product_dtype: torch.dtype
     columns: int
 
-    def tiles(self, h_NH: Tensor, exact: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Columns, their rows of W in the compute type, their logits [N, C] in the exact one, to be overwritten."""
+    def tiles(self, h_NH: Tensor, wide_dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield columns, their rows of W in the product dtype, and logits [N, C] that may be overwritten."""
         for columns in _slices(len(self.weight_VH), self.columns):
-            weight = self.weight_VH[columns].to(self.compute)
-            bias = None if self.bias_V is None else self.bias_V[columns].to(self.compute)
-            yield columns, weight, self.logit_map.apply_(linear(h_NH, weight, bias).to(exact))
+            weight = self.weight_VH[columns].to(self.product_dtype)
+            bias = None if self.bias_V is None else self.bias_V[columns].to(self.product_dtype)
+            yield columns, weight, self.logit_map.apply_(linear(h_NH, weight, bias).to(wide_dtype))
 
-    def scan(self, h_NH: Tensor, target_N: Tensor, exact: torch.dtype, *, direction: bool) -> _VocabularyScan:
-        """One pass over the vocabulary: log-sum-exp, the targets' logits and, if asked for, the direction."""
+    def scan(self, h_NH: Tensor, target_N: Tensor, wide_dtype: torch.dtype, *, direction: bool) -> _VocabularyScan:
+        """One pass over the vocabulary: log-sum-exp, the targets' logits, and the gradient if `direction`."""
         n = len(h_NH)
-        top = torch.full((n, 1), -torch.inf, dtype=exact, device=h_NH.device)
-        total, logit = torch.zeros_like(top), torch.zeros_like(top)
-        mean = torch.zeros(n, h_NH.shape[1], dtype=exact, device=h_NH.device) if direction else None
-        for columns, weight, logits in self.tiles(h_NH.to(self.compute), exact):
-            inside, at = _targets_in_columns(target_N, columns)
-            logit = torch.where(inside[:, None], logits.gather(1, at[:, None]), logit)
+        running_max = torch.full((n, 1), -torch.inf, dtype=wide_dtype, device=h_NH.device)
+        exp_sum, logit = torch.zeros_like(running_max), torch.zeros_like(running_max)
+        weighted_sum = torch.zeros(n, h_NH.shape[1], dtype=wide_dtype, device=h_NH.device) if direction else None
+        for columns, weight, logits in self.tiles(h_NH.to(self.product_dtype), wide_dtype):
+            in_tile, index = _targets_in_columns(target_N, columns)
+            # Read before the tile is overwritten below.
+            logit = torch.where(in_tile[:, None], logits.gather(1, index[:, None]), logit)
             slope = self.logit_map.derivative(logits)
-            higher = torch.maximum(top, logits.amax(1, keepdim=True))
-            shrink = (top - higher).exp_()
-            top = higher
-            odds = logits.sub_(top).exp_()
-            total.mul_(shrink).add_(odds.sum(1, keepdim=True))
-            if mean is not None:
-                mean.mul_(shrink)
-                odds = odds.mul_(slope).to(self.compute)
-                mean.add_(matmul(odds, weight))
-        if mean is not None:
+            new_max = torch.maximum(running_max, logits.amax(1, keepdim=True))
+            # Sums so far were relative to the previous maximum (online softmax).
+            rescale = (running_max - new_max).exp_()
+            running_max = new_max
+            exp_logits = logits.sub_(running_max).exp_()
+            exp_sum.mul_(rescale).add_(exp_logits.sum(1, keepdim=True))
+            if weighted_sum is not None:
+                weighted_sum.mul_(rescale)
+                exp_logits = exp_logits.mul_(slope).to(self.product_dtype)
+                weighted_sum.add_(matmul(exp_logits, weight))
+        if weighted_sum is not None:
             slope = self.logit_map.derivative(logit)
-            mean = (self.weight_VH[target_N].to(exact) * slope).sub_(mean.div_(total)).to(h_NH.dtype)
-        return _VocabularyScan((top + total.log())[:, 0], logit[:, 0], mean)
+            weighted_sum = (
+                (self.weight_VH[target_N].to(wide_dtype) * slope).sub_(weighted_sum.div_(exp_sum)).to(h_NH.dtype)
+            )
+        return _VocabularyScan((running_max + exp_sum.log())[:, 0], logit[:, 0], weighted_sum)
 
 
 def compute_dtype(h: Tensor, weight: Tensor) -> torch.dtype:
-    """That of autocast where it is on; else the wider of the two, so a bfloat16 head is widened tile by tile."""
+    """The autocast dtype if autocast is on, else the wider of the two: a bfloat16 head is widened tile by tile."""
     device = h.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -183,17 +191,17 @@ def compute_dtype(h: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def _targets_in_columns(target_N: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Which targets stand in these columns, and where; without asking the device."""
-    inside = (target_N >= columns.start) & (target_N < columns.stop)
-    return inside, (target_N - columns.start).clamp(0, columns.stop - columns.start - 1)
+    """A mask of the targets in these columns, and their clamped index; no synchronization with the device."""
+    in_tile = (target_N >= columns.start) & (target_N < columns.stop)
+    return in_tile, (target_N - columns.start).clamp(0, columns.stop - columns.start - 1)
 
 
 def _slices(length: int, step: int) -> list[slice]:
-    return [slice(at, min(at + step, length)) for at in range(0, length, step)]
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
 def effective_linear(module: nn.Module) -> nn.Module:
-    """The linear layer that acts: peft wraps a head that is trained whole beside an adapter."""
+    """The linear layer in use: peft wraps a head that is fully trained beside an adapter (`modules_to_save`)."""
     copies = getattr(module, "modules_to_save", None)
     if copies is None:
         return module
@@ -210,9 +218,9 @@ def token_logprobs(
     `head` is the model's output layer (weight [V, H], optional bias [V]); `h_NH` the hidden states that predict.
     A uniform head gives -log V.
     """
-    linear = effective_linear(head)
-    weight: Tensor = linear.weight  # type: ignore[assignment]
+    layer = effective_linear(head)
+    weight: Tensor = layer.weight  # type: ignore[assignment]
     result: Tensor = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-        h_NH, weight, getattr(linear, "bias", None), target_N, logit_map, tile
+        h_NH, weight, getattr(layer, "bias", None), target_N, logit_map, tile
     )
     return result

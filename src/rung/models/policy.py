@@ -1,4 +1,10 @@
-"""The model as objectives see it: log-probabilities of a packed batch, with the method on, or off for the reference."""
+"""The model as objectives see it: log-probabilities of a packed batch, with the method on, or off for the reference.
+
+An objective never touches transformers: it gets hidden states, log-probabilities and reference values here. Prefixes
+and virtual tokens run once a step, and their keys and values are leaves for the rows. That saves their repetition and
+costs an order of calls: rows with a prefix must run inside `iterate_batches` or `shared_prefix`. The training step,
+evaluation, gates and the decoder all use it.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +25,7 @@ from rung.models.tree_attention import KeysValues
 from rung.types import CachedHidden, Example, LossTerm, PackedBatch, Segment, SharedPrefix
 
 VirtualTokenStates = Tensor | Mapping[int, KeysValues]
-"""What stands before every document: embeddings [P, H] that pass through the model, or keys and values by layer."""
+"""What precedes every document: embeddings [P, H] that pass through the model, or keys and values by layer."""
 
 
 class PolicyMethod(Protocol):
@@ -27,64 +33,67 @@ class PolicyMethod(Protocol):
 
     @property
     def virtual_tokens(self) -> int:
-        """How many positions stand before every document; 0 for most methods, and where the method is off."""
+        """Number of positions before every document; 0 for most methods, and while the method is off."""
         ...
 
     def task_rows(self, task: str | None) -> Tensor:
-        """What virtual tokens are made of for documents of this task, with the graph. Asked for once a step."""
+        """Source of the virtual tokens of a task, with the autograd graph. Called once a step."""
         ...
 
     def virtual_states(self, rows: Tensor) -> VirtualTokenStates:
-        """Those that stand before a document. Asked for only when there are some."""
+        """States that precede a document. Called only if `virtual_tokens` is above 0."""
         ...
 
     @property
     def inserted_tokens(self) -> int:
-        """How many ids beyond the vocabulary stand for something learned, wherever they occur; 0 for most methods."""
+        """Number of ids beyond the vocabulary that stand for learned embeddings; 0 for most methods."""
         ...
 
     def inserted_embeddings(self, rows: Tensor) -> Tensor:
-        """Their embeddings [P, H]. Asked for only when there are some."""
+        """Embeddings [P, H] of the inserted tokens. Called only if `inserted_tokens` is above 0."""
         ...
 
     def penalty(self, batch: PackedBatch) -> list[LossTerm]:
-        """What the method itself adds to the loss of the batch just computed."""
+        """Terms that the method adds to the loss of the batch just computed."""
         ...
 
     def disabled(self) -> AbstractContextManager[None]:
-        """The base alone, inside the context."""
+        """Within the context the model is the base without the method."""
         ...
 
 
 class NoMethod:
-    """What a policy holds when nothing is tuned: off and on are the same."""
+    """The method of a policy that is not tuned: off and on are the same."""
 
     virtual_tokens = 0
     inserted_tokens = 0
 
     def task_rows(self, task: str | None) -> Tensor:
-        """Nothing."""
+        """No rows."""
         return torch.empty(0, 0)
 
     def virtual_states(self, rows: Tensor) -> VirtualTokenStates:
-        """Nothing."""
+        """No states."""
         return {}
 
     def inserted_embeddings(self, rows: Tensor) -> Tensor:
-        """Nothing."""
+        """No embeddings."""
         return rows
 
     def penalty(self, batch: PackedBatch) -> list[LossTerm]:
-        """Nothing."""
+        """No terms."""
         return []
 
     def disabled(self) -> AbstractContextManager[None]:
-        """Nothing to switch off."""
+        """Do nothing."""
         return nullcontext()
 
 
 class Policy:
-    """A base with a method attached. Suffixes as in `rung.types`."""
+    """A base with a method attached.
+
+    Suffixes: T tokens of a packed row, N entries of a loss index, D documents, P virtual tokens, H width, V vocabulary.
+    """
 
     def __init__(self, base: BaseModel, method: PolicyMethod) -> None:
         self.base = base
@@ -92,24 +101,24 @@ class Policy:
         self.model = base.model
         self.logit_map = LogitTransform.of(base.model.config)
         self.layers_to_recompute: Callable[[int], range] = lambda tokens: range(0)
-        """Which layers a document of so many tokens computes again in the backward pass, so that it fits."""
+        """Layers that a document of this many tokens recomputes in the backward pass, so that it fits in memory."""
         self.reference: Policy | None = None
-        """What log-probabilities are compared with, where that is not the base with the method off."""
+        """The reference policy, if it is not the base with the method off."""
         self.reference_cache: dict[int, float] | None = None
-        """Sums of the reference's log-probabilities by document, where they are kept."""
+        """The reference's summed log-probability of each document, if cached for the run."""
         self._active_prefix: SharedPrefix | None = None
         self._prefix_cache: dict[bool, PrefixCache] = {}
-        """Of the prefix at hand, with the method on (False) or off."""
+        """Keys and values of the active prefix; the key says whether the method is off."""
         self._virtual_cache: dict[str | None, PrefixCache] = {}
-        """By task, while batches are run in turn."""
-        self._rows_cache: dict[str | None, tuple[Tensor, Tensor]] = {}
-        """What virtual tokens are made of, by task, while batches are run in turn: as computed, and as a leaf."""
+        """Keys and values of virtual tokens by task, during `iterate_batches`."""
+        self._task_rows_cache: dict[str | None, tuple[Tensor, Tensor]] = {}
+        """Rows of virtual tokens by task, during `iterate_batches`: with their graph, and as a leaf."""
         self._iterating = False
         self._method_off = False
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """Device of the model's parameters."""
         device: torch.device = next(self.model.parameters()).device
         return device
 
@@ -122,68 +131,81 @@ class Policy:
         return head
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Products in bfloat16 where that is the base's compute type; parameters that move stay in float32."""
-        low = self.base.compute_dtype is torch.bfloat16
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low)
+        """Products in bfloat16 if that is the base's compute dtype; trainable parameters stay in float32."""
+        use_bfloat16 = self.base.compute_dtype is torch.bfloat16
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=use_bfloat16)
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """Last hidden state of every token, [T, H], after the final norm."""
-        shared = self._context_kv(batch.prefix, batch.task)
+        context_kv = self._context_kv(batch.prefix, batch.task)
+        # Documents start after the virtual tokens, as they do in peft.
         positions = batch.positions + self.method.virtual_tokens
-        with self._starting_from(batch.cached_hidden):
-            entering = self.embed(batch.ids, batch.task)
-            return self._run_layers(entering, positions, batch.segments, alone=batch.is_single_row, shared=shared)
+        with self._skip_cached_layers(batch.cached_hidden):
+            inputs = self.embed(batch.ids, batch.task)
+            return self._run_layers(
+                inputs, positions, batch.segments, is_single_row=batch.is_single_row, shared=context_kv
+            )
 
     def embed(self, ids: Tensor, task: str | None) -> Tensor:
-        """What the model takes for ids of any shape: the same, or embeddings [..., H] where some are inserted ones."""
+        """Model inputs for ids of any shape: the ids, or embeddings [..., H] if the method inserts tokens."""
         if not self.method.inserted_tokens:
             return ids
-        first = self.vocab_size
-        known = self.model.get_input_embeddings()(ids.clamp(max=first - 1))
+        first_inserted = self.vocab_size
+        # Ids beyond the vocabulary have no row in the table; the clamped lookup is replaced below.
+        vocab_embeddings = self.model.get_input_embeddings()(ids.clamp(max=first_inserted - 1))
         rows_PH = self.method.inserted_embeddings(self._task_rows(task))
-        own = rows_PH[(ids - first).clamp(min=0)].to(known.dtype)
-        return torch.where((ids >= first)[..., None], own, known)
+        inserted = rows_PH[(ids - first_inserted).clamp(min=0)].to(vocab_embeddings.dtype)
+        return torch.where((ids >= first_inserted)[..., None], inserted, vocab_embeddings)
 
     def _task_rows(self, task: str | None) -> Tensor:
-        """What a task's virtual tokens are made of: for batches in turn computed once, and cut off."""
-        if task in self._rows_cache:
-            return self._rows_cache[task][1]
-        computed = self.method.task_rows(task)
+        """Rows of a task's virtual tokens; during `iterate_batches` computed once and detached from their graph."""
+        if task in self._task_rows_cache:
+            return self._task_rows_cache[task][1]
+        rows = self.method.task_rows(task)
         if not self._iterating:
-            return computed
-        self._rows_cache[task] = computed, _detached_leaf(computed)
-        return self._rows_cache[task][1]
+            return rows
+        self._task_rows_cache[task] = rows, _detached_leaf(rows)
+        return self._task_rows_cache[task][1]
 
     @property
     def vocab_size(self) -> int:
-        """The id of the first token beyond the vocabulary."""
+        """Rows of the embedding table: the id of the first inserted token."""
+        # The table, not the tokenizer: tables are often padded beyond the tokenizer's vocabulary.
         return int(self.model.get_input_embeddings().weight.shape[0])
 
     @torch.no_grad()
     def hidden_states_entering(self, batch: PackedBatch, layer: int) -> Tensor:
         """Hidden states [T, H] that enter `layer`, counted from 0; the number of layers means the final norm."""
-        with record_layer_input(self.model, layer) as states:  # virtual tokens move layer 0, so there are none here
-            self._run_layers(batch.ids, batch.positions, batch.segments, alone=False)
+        # A method with virtual tokens trains layer 0, so nothing below it is cached and none are added here.
+        with record_layer_input(self.model, layer) as states:
+            self._run_layers(batch.ids, batch.positions, batch.segments, is_single_row=False)
             return states()
 
-    def _starting_from(self, below: CachedHidden | None) -> AbstractContextManager[None]:
-        return nullcontext() if below is None else start_from_layer(self.model, below.layer, below.states)
+    def _skip_cached_layers(self, cached: CachedHidden | None) -> AbstractContextManager[None]:
+        return nullcontext() if cached is None else start_from_layer(self.model, cached.layer, cached.states)
 
     def _run_layers(
-        self, entering: Tensor, positions_T: Tensor, segments: Sequence[Segment], *, alone: bool, **attention: object
+        self,
+        inputs: Tensor,
+        positions_T: Tensor,
+        segments: Sequence[Segment],
+        *,
+        is_single_row: bool,
+        **attention: object,
     ) -> Tensor:
-        """Ids [T] or embeddings [T, H] through the layers.
+        """Run ids [T] or embeddings [T, H] through the layers; return the last hidden states.
 
-        `alone`: the row cannot be cut into smaller ones; other rows are as large as the budget asks for.
+        `is_single_row`: the row cannot be split, so some layers may recompute; other rows follow the token budget.
         """
+        # The trunk without the head: logits of a whole row are never made.
         trunk = getattr(self.model, self.model.base_model_prefix)
-        again = self.layers_to_recompute(len(entering)) if alone and torch.is_grad_enabled() else range(0)
-        with self.autocast(), recompute_layers(self.model, again) if again else nullcontext():
+        recompute = self.layers_to_recompute(len(inputs)) if is_single_row and torch.is_grad_enabled() else range(0)
+        with self.autocast(), recompute_layers(self.model, recompute) if recompute else nullcontext():
             out = trunk(
-                **model_inputs(entering[None]),
+                **model_inputs(inputs[None]),
                 position_ids=positions_T[None],
-                # A mask of four dimensions is passed through untouched: the segments say who sees whom.
-                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=entering.device),
+                # transformers passes a mask of four dimensions on unchanged; the segments define the attention.
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs.device),
                 segments=segments,
                 use_cache=False,
                 **attention,
@@ -192,116 +214,125 @@ class Policy:
         return hidden
 
     def iterate_batches(self, batches: Iterable[PackedBatch]) -> Iterator[PackedBatch]:
-        """The batches one by one, each with its prefix at hand: the way to run what `pack` made.
+        """Yield the batches of `pack` one by one, each with its prefix available.
 
-        After the last row of a prefix, the prefix receives their gradients; after the last of all, the virtual tokens
-        receive theirs.
+        After the last row of a prefix, the prefix receives the gradients of its rows; after the last batch, the virtual
+        tokens receive theirs.
         """
         self._iterating = True
         try:
+            # Rows of one prefix are adjacent: packing orders them so.
             for prefix, rows in groupby(batches, key=lambda batch: batch.prefix):
                 with self.shared_prefix(prefix):
                     yield from rows
-            for ahead in self._virtual_cache.values():
-                ahead.backward()
-            for computed, leaf in self._rows_cache.values():
+            # Keys and values first: their backward pass adds to the gradients of the rows they were computed from.
+            for cache in self._virtual_cache.values():
+                cache.backward()
+            for task_rows, leaf in self._task_rows_cache.values():
                 if leaf.grad is not None:
-                    computed.backward(leaf.grad)  # type: ignore[no-untyped-call]
+                    task_rows.backward(leaf.grad)  # type: ignore[no-untyped-call]
         finally:
             self._virtual_cache.clear()
-            self._rows_cache.clear()
+            self._task_rows_cache.clear()
             self._iterating = False
 
     @contextmanager
     def shared_prefix(self, prefix: SharedPrefix | None) -> Iterator[None]:
-        """Rows with this prefix run inside; on leaving, the prefix receives their gradients all at once.
+        """Context for rows with this prefix; on exit, the prefix receives their summed gradients.
 
-        The prefix runs at the first need. Its keys and values are leaves for the rows, so each row's backward pass ends
-        there; what they collected is then back-propagated once. The sum is the gradient of the unshared rows.
+        The prefix runs when first needed. Its keys and values are leaves for the rows, so each row's backward pass ends
+        there; the collected gradients are then back-propagated once. The sum equals the gradient of unshared rows.
         """
         self._active_prefix = prefix
         try:
             yield
-            if (ahead := self._prefix_cache.get(False)) is not None:
-                ahead.backward()
+            # Only the pass with the method on has a graph; the reference runs without gradient.
+            if (cache := self._prefix_cache.get(False)) is not None:
+                cache.backward()
         finally:
             self._active_prefix = None
             self._prefix_cache.clear()
 
     def virtual_kv(self, task: str | None = None) -> Mapping[int, KeysValues] | None:
-        """Keys and values of the method's virtual tokens, if it has any; computed once for batches in turn."""
+        """Keys and values of the method's virtual tokens, or None; computed once during `iterate_batches`."""
         if not self.method.virtual_tokens:
             return None
         if task in self._virtual_cache:
             return self._virtual_cache[task].leaves
-        computed = self.method.virtual_states(self._task_rows(task))
-        if isinstance(computed, Tensor):
-            computed = self.prefix_kv(computed)
+        states = self.method.virtual_states(self._task_rows(task))
+        if isinstance(states, Tensor):
+            states = self.prefix_kv(states)
         if not self._iterating:
-            return computed
-        self._virtual_cache[task] = PrefixCache(computed)
+            return states
+        self._virtual_cache[task] = PrefixCache(states)
         return self._virtual_cache[task].leaves
 
     def prefix_kv(
-        self, entering: Tensor, start: int = 0, before: Mapping[int, KeysValues] | None = None
+        self, inputs: Tensor, start: int = 0, context_kv: Mapping[int, KeysValues] | None = None
     ) -> dict[int, KeysValues]:
-        """Keys and values, by layer, of ids [T] or embeddings [T, H] that stand from position `start` on."""
-        captured: dict[int, KeysValues] = {}
-        positions = torch.arange(start, start + len(entering), device=entering.device)
-        own = (Segment(0, len(entering), None),)
-        self._run_layers(entering, positions, own, alone=True, shared=before, capture=captured)
-        return captured
+        """Keys and values by layer of ids [T] or embeddings [T, H] at positions from `start` on."""
+        kv_by_layer: dict[int, KeysValues] = {}
+        positions = torch.arange(start, start + len(inputs), device=inputs.device)
+        segments = (Segment(0, len(inputs), None),)
+        self._run_layers(inputs, positions, segments, is_single_row=True, shared=context_kv, capture=kv_by_layer)
+        return kv_by_layer
 
     def _context_kv(self, prefix: SharedPrefix | None, task: str | None) -> Mapping[int, KeysValues] | None:
-        """Keys and values that every root of a row comes after: virtual tokens, then the prefix."""
+        """Keys and values that precede every root of a row: virtual tokens, then the prefix."""
         virtual = self.virtual_kv(task)
         if prefix is None:
             return virtual
-        if prefix is not self._active_prefix:  # kept any longer its keys and values would be those of older weights
+        # A cache that outlived its context would hold keys and values of older weights.
+        if prefix is not self._active_prefix:
             raise RuntimeError("rows with a shared prefix run inside Policy.in_turn or Policy.sharing")
         if self._method_off not in self._prefix_cache:
-            with self._starting_from(prefix.cached_hidden):
-                entering = self.embed(prefix.ids, task)
+            with self._skip_cached_layers(prefix.cached_hidden):
+                inputs = self.embed(prefix.ids, task)
                 self._prefix_cache[self._method_off] = PrefixCache(
-                    self.prefix_kv(entering, self.method.virtual_tokens, virtual)
+                    self.prefix_kv(inputs, self.method.virtual_tokens, virtual)
                 )
-        own = self._prefix_cache[self._method_off].leaves
-        return own if virtual is None else {layer: concatenate_kv(virtual[layer], own[layer]) for layer in own}
+        prefix_kv = self._prefix_cache[self._method_off].leaves
+        return (
+            prefix_kv
+            if virtual is None
+            else {layer: concatenate_kv(virtual[layer], prefix_kv[layer]) for layer in prefix_kv}
+        )
 
     def logprobs(self, batch: PackedBatch) -> Tensor:
         """Log-probability in nats of each entry of the loss index, [N]."""
         return self.logprobs_of(self.hidden_states(batch), batch)
 
     def logprobs_of(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
-        """The same from the last hidden states [T, H]."""
+        """Log-probability in nats of each entry of the loss index, [N], from the last hidden states [T, H]."""
         with self.autocast():
             return token_logprobs(hidden[batch.loss.source], self.head, batch.loss.target, self.logit_map)
 
     def reference_logprobs(self, batch: PackedBatch) -> Tensor:
-        """The same from the reference, which is the base alone unless another was set, without gradient."""
+        """Log-probabilities [N] under the reference, without gradient: the base, unless `reference` is set."""
         if self.reference is not None:
-            alone = batch.without_cached_hidden()
-            with torch.no_grad(), self.reference.shared_prefix(alone.prefix):
-                return self.reference.logprobs(alone)
+            # Cached hidden states belong to this policy's base; the reference may be another model.
+            uncached_batch = batch.without_cached_hidden()
+            with torch.no_grad(), self.reference.shared_prefix(uncached_batch.prefix):
+                return self.reference.logprobs(uncached_batch)
         return self.base_logprobs(batch)
 
     def reference_sums(self, batch: PackedBatch) -> Tensor:
-        """The same summed over each document, [D]. Where `known` is set, a document is read once a run."""
+        """Reference log-probabilities summed over each document, [D]; with `reference_cache`, computed once a run."""
         if self.reference_cache is None:
             return sum_by_document(batch, self.reference_logprobs(batch))
         keys = [document_key(document) for document in batch.documents]
         if any(key not in self.reference_cache for key in keys):
-            found = sum_by_document(batch, self.reference_logprobs(batch)).tolist()
-            for key, nats in zip(keys, found, strict=True):
-                self.reference_cache.setdefault(
-                    key, nats
-                )  # what was used once stays: another batch would round otherwise
+            sums = sum_by_document(batch, self.reference_logprobs(batch)).tolist()
+            for key, nats in zip(keys, sums, strict=True):
+                # The first value stays: in another batch the same document rounds differently.
+                self.reference_cache.setdefault(key, nats)
+        # In float64, so that the cached float survives unchanged.
         return torch.tensor([self.reference_cache[key] for key in keys], dtype=torch.float64, device=batch.ids.device)
 
     def base_logprobs(self, batch: PackedBatch) -> Tensor:
-        """The same with the method off, without gradient.
+        """Log-probabilities [N] of the base with the method off, without gradient.
 
-        Raises `PlanError` for documents with inserted tokens: the base has nothing to put there.
+        Raises `PlanError` for documents with inserted tokens, for which the base has no embedding.
         """
         if self.method.inserted_tokens and any((d.ids >= self.vocab_size).any() for d in batch.documents):
             raise PlanError(
@@ -317,29 +348,30 @@ class Policy:
             self._method_off = False
 
     def logits(self, batch: PackedBatch) -> Tensor:
-        """All logits [T, V]: for probes on short batches only."""
+        """All logits [T, V], for probes on short batches only."""
         hidden = self.hidden_states(batch)
         with self.autocast():
             return self.logit_map.apply_(self.head(hidden).clone())
 
 
 class PrefixCache:
-    """Keys and values of a prefix by layer: as computed, and cut off as leaves."""
+    """Keys and values of a prefix by layer: with their graph, and detached as leaves for the rows."""
 
-    def __init__(self, computed: Mapping[int, KeysValues]) -> None:
-        self.computed = computed
-        self.leaves = {layer: (_detached_leaf(key), _detached_leaf(value)) for layer, (key, value) in computed.items()}
+    def __init__(self, graph_kv: Mapping[int, KeysValues]) -> None:
+        self.computed = graph_kv
+        self.leaves = {layer: (_detached_leaf(key), _detached_leaf(value)) for layer, (key, value) in graph_kv.items()}
 
     def backward(self) -> None:
-        """Pass on what the leaves collected."""
+        """Back-propagate the gradients that the leaves collected."""
         pairs = [
             (tensor, leaf.grad)
             for layer, leaves in self.leaves.items()
             for tensor, leaf in zip(self.computed[layer], leaves, strict=True)
         ]
-        reached = [(tensor, gradient) for tensor, gradient in pairs if gradient is not None]
-        if reached:
-            torch.autograd.backward([t for t, _ in reached], [g for _, g in reached])
+        pairs_with_grad = [(tensor, gradient) for tensor, gradient in pairs if gradient is not None]
+        # One call for all layers: their graph is shared and would be freed by the first call.
+        if pairs_with_grad:
+            torch.autograd.backward([t for t, _ in pairs_with_grad], [g for _, g in pairs_with_grad])
 
 
 def sum_by_document(batch: PackedBatch, values_N: Tensor) -> Tensor:
@@ -348,20 +380,20 @@ def sum_by_document(batch: PackedBatch, values_N: Tensor) -> Tensor:
 
 
 def document_key(document: Example) -> int:
-    """64 bits of what decides a document's log-probability: its ids, what of them counts, and its task."""
-    digest = blake2b(document.ids.tobytes(), digest_size=8)
-    digest.update(document.supervised.tobytes())
-    digest.update((document.task or "").encode())
-    return int.from_bytes(digest.digest(), "little", signed=True)
+    """64-bit hash of what determines a document's log-probability: ids, supervised mask, and task."""
+    hasher = blake2b(document.ids.tobytes(), digest_size=8)
+    hasher.update(document.supervised.tobytes())
+    hasher.update((document.task or "").encode())
+    return int.from_bytes(hasher.digest(), "little", signed=True)
 
 
-def model_inputs(entering: Tensor) -> dict[str, Tensor]:
-    """Ids or embeddings as the argument that transformers' models take them by."""
-    return {"inputs_embeds" if entering.is_floating_point() else "input_ids": entering}
+def model_inputs(inputs: Tensor) -> dict[str, Tensor]:
+    """The keyword argument by which transformers' models take ids or embeddings."""
+    return {"inputs_embeds" if inputs.is_floating_point() else "input_ids": inputs}
 
 
 def concatenate_kv(first: KeysValues, second: KeysValues) -> KeysValues:
-    """One after the other, along the positions."""
+    """Concatenate two pairs of keys and values along the positions."""
     return torch.cat([first[0], second[0]], dim=2), torch.cat([first[1], second[1]], dim=2)
 
 

@@ -1,4 +1,8 @@
-"""Which modules play which role, found by the structure of a model. Routers of mixtures are never targets."""
+"""Which linear modules have which role (q, k, v, o, gate, up, down), recognized by name.
+
+Roles let one config fit every architecture; module names would differ for each. The cost is a table that needs a line
+for a new architecture. Routers of mixtures of experts are never targets. Methods choose their modules here.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from rung.config.base import LinearRole
 from rung.config.layers import resolve_layers
 from rung.errors import ConfigError
 
-# Last part of a module's name -> roles it plays. Fused projections play several.
+# Last part of a module's name, or its last two where one part is ambiguous -> roles. Fused projections have several.
 _ROLES: dict[str, tuple[LinearRole, ...]] = {
     "q_proj": ("q",),
     "k_proj": ("k",),
@@ -40,28 +44,29 @@ _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 
 def layer_number(name: str) -> int | None:
-    """The layer a module stands in, counted from 0; None outside the layers."""
-    found = _LAYER.search(name)
-    return int(found.group(1)) if found else None
+    """The number of the layer that a module belongs to, from 0; None outside the layers."""
+    match = _LAYER.search(name)
+    return int(match.group(1)) if match else None
 
 
 def linears_by_role(model: nn.Module) -> dict[LinearRole, list[str]]:
-    """Names of the linear modules of each role, in the order of the model."""
-    found: dict[LinearRole, list[str]] = {}
+    """Names of the linear modules of each role, in model order."""
+    names_by_role: dict[LinearRole, list[str]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and layer_number(name) is not None:
             for role in roles_of(name):
-                found.setdefault(role, []).append(name)
-    return found
+                names_by_role.setdefault(role, []).append(name)
+    return names_by_role
 
 
 def select_linears(model: nn.Module, roles: Iterable[LinearRole], layers: Iterable[int] | str | None) -> list[str]:
-    """Modules that play any of `roles` in the given layers: numbers, a range "15-29", a third by name, None for all.
+    """Names of modules with any of `roles` in `layers`: numbers, a range "15-29", a third by name, None for all.
 
-    A gated model has no separate `gate` in architectures without one: a role that is absent is passed over as long as
-    another is found. Raises `ConfigError` when nothing is left or a layer does not exist.
+    A role that the architecture lacks (`gate` without gating) is skipped as long as another one exists. Raises
+    `ConfigError` if no module remains or a layer does not exist.
     """
     by_role = linears_by_role(model)
+    # A fused projection appears under several roles and is listed once.
     names = list(dict.fromkeys(name for role in roles for name in by_role.get(role, ())))
     if not names:
         raise ConfigError(
@@ -70,26 +75,29 @@ def select_linears(model: nn.Module, roles: Iterable[LinearRole], layers: Iterab
             given=", ".join(roles),
             allowed=", ".join(by_role) or "none of its modules are known to Rung",
         )
-    wanted = resolve_layers(layers, {number for name in names if (number := layer_number(name)) is not None})
-    return [name for name in names if layer_number(name) in wanted]
+    layer_numbers = resolve_layers(layers, {number for name in names if (number := layer_number(name)) is not None})
+    return [name for name in names if layer_number(name) in layer_numbers]
 
 
 def roles_of(name: str) -> tuple[LinearRole, ...]:
-    """Roles that a module of this name plays; none for one that is not known."""
+    """Roles of a module with this name; empty for an unknown name."""
     parts = name.split(".")
     return _ROLES.get(parts[-1]) or _ROLES.get(".".join(parts[-2:]), ())
 
 
 def coverage(model: nn.Module, trainable: Iterable[str]) -> str:
-    """What of the layers moves, in words: how many of their linears, and of themselves."""
+    """Describe what is trained: the number of linears and of layers."""
+    # peft wraps an adapted linear; its original is then called `base_layer`.
     linears = {
         name.removesuffix(".base_layer")
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and roles_of(name.removesuffix(".base_layer"))
     }
     names = [f".{name}" for name in trainable]
-    moved = {name for name in linears if any(own.startswith(f".{name}.") for own in names)}
-    layers = {number for own in names if (number := layer_number(own)) is not None}
-    present = {number for name in linears if (number := layer_number(f".{name}.")) is not None}
-    of_layers = f"{len(layers)} of {len(present)} layers"
-    return f"{len(moved)} of {len(linears)} linears, in {of_layers}" if moved else of_layers
+    trained_linears = {
+        name for name in linears if any(trainable_name.startswith(f".{name}.") for trainable_name in names)
+    }
+    trained_layers = {number for parameter_name in names if (number := layer_number(parameter_name)) is not None}
+    all_layers = {number for name in linears if (number := layer_number(f".{name}.")) is not None}
+    of_layers = f"{len(trained_layers)} of {len(all_layers)} layers"
+    return f"{len(trained_linears)} of {len(linears)} linears, in {of_layers}" if trained_linears else of_layers

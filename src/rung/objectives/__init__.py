@@ -1,1 +1,1 @@
-"""What is minimized."""
+"""Objectives: the losses that training minimizes, as sums with units."""

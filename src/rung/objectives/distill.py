@@ -1,5 +1,9 @@
 """Distillation: the student's distribution over the vocabulary follows the teacher's, token by token.
 
+The teacher runs beside the student or, with `cache_teacher_states`, once per document with its hidden states on disk: H
+numbers a token instead of V logits, at the price of one more product with the teacher's head. The divergence itself is
+in `models/distillation_loss.py`.
+
 Suffixes: N predictions, H width.
 """
 
@@ -26,12 +30,12 @@ from rung.models.distillation_loss import (
     reverse_kl,
 )
 from rung.models.policy import Policy, document_key
-from rung.objectives.protocol import Objective, take_seen
+from rung.objectives.protocol import Objective, take_batch_metrics
 from rung.types import ON_POLICY, Counts, LossTerm, PackedBatch
 
 
 def divergence_function(config: DistillConfig) -> Divergence:
-    """The divergence of a config."""
+    """The divergence that a config names."""
     if config.divergence == "jsd":
         return jensen_shannon(config.beta)
     return forward_kl if config.divergence == "forward" else reverse_kl
@@ -41,19 +45,19 @@ class DistillObjective(Objective):
     """Sum over supervised tokens, each with the weight of its row."""
 
     teacher: Policy
-    """What is followed; set before `begin`."""
+    """The policy to imitate; set before `begin`."""
 
     def __init__(self, config: DistillConfig) -> None:
-        self.config, self.between = config, divergence_function(config)
+        self.config, self.divergence = config, divergence_function(config)
         self.rollout = config.rollout if config.on_policy else None
-        self.share, self.judged = config.on_policy or 1.0, False
-        self.states: TeacherStateCache | None = None
-        self.seen: list[dict[str, Tensor]] = []
+        self.on_policy_share, self.uses_rewards = config.on_policy or 1.0, False
+        self.teacher_states: TeacherStateCache | None = None
+        self.batch_metrics: list[dict[str, Tensor]] = []
 
     def begin(self, policy: Policy, seed: int) -> None:
-        """Room for what the teacher gives."""
+        """Create the cache of teacher states if the config asks for it."""
         if self.config.cache_teacher_states:
-            self.states = TeacherStateCache()
+            self.teacher_states = TeacherStateCache()
 
     def count(self, batch: PackedBatch) -> Counts:
         """Weights of the supervised tokens."""
@@ -61,80 +65,94 @@ class DistillObjective(Objective):
         return Counts(tokens=float(tokens), sequences=float(batch.sequences))
 
     def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
-        """A term of the divergence with the data's own tokens, and one of hidden states where they are asked for."""
-        theirs = self._teacher_hidden_states(batch)
+        """A term of the divergence with the cross-entropy, and one of hidden states if `cosine` is set."""
+        # The teacher first: the student's activations are stored from its forward pass until the backward pass.
+        teacher_NH = self._teacher_hidden_states(batch)
         hidden = policy.hidden_states(batch)
-        own, config = hidden[batch.loss.source], self.config
-        weight_N = batch.loss.weight.to(torch.promote_types(torch.float32, own.dtype))
-        student = Distribution(own, policy.head, policy.logit_map)
-        teacher = Distribution(theirs.to(own.device), self.teacher.head, self.teacher.logit_map)
-        of_data = 1.0 - batch.loss.columns.get(ON_POLICY, torch.zeros_like(weight_N)).to(weight_N.dtype)
-        goal = DistillTargets(
-            self.between,
+        student_NH, config = hidden[batch.loss.source], self.config
+        weight_N = batch.loss.weight.to(torch.promote_types(torch.float32, student_NH.dtype))
+        student = Distribution(student_NH, policy.head, policy.logit_map)
+        teacher = Distribution(teacher_NH.to(student_NH.device), self.teacher.head, self.teacher.logit_map)
+        # The cross-entropy is for tokens of the data; tokens that the student generated are no targets.
+        is_data_N = 1.0 - batch.loss.columns.get(ON_POLICY, torch.zeros_like(weight_N)).to(weight_N.dtype)
+        targets = DistillTargets(
+            self.divergence,
             config.temperature,
+            # T^2 keeps the gradient's size independent of the temperature (Hinton et al. 2015, section 2).
             config.weight * config.temperature**2 * weight_N,
             batch.loss.target,
-            config.cross_entropy * of_data * weight_N if config.cross_entropy else None,
+            config.cross_entropy * is_data_N * weight_N if config.cross_entropy else None,
         )
         with policy.autocast():
-            total, apart_N, logprob_N = distillation_loss(student, teacher, goal)
+            total, divergence_N, logprob_N = distillation_loss(student, teacher, targets)
         terms = [LossTerm(total, "tokens", config.divergence)]
-        self.seen.append({"divergence": apart_N})
+        self.batch_metrics.append({"divergence": divergence_N})
         if config.cross_entropy:
-            self.seen[-1]["cross_entropy"] = -logprob_N[of_data > 0]
+            self.batch_metrics[-1]["cross_entropy"] = -logprob_N[is_data_N > 0]
         if config.cosine:
-            away_N = 1.0 - F.cosine_similarity(own.to(apart_N.dtype), teacher.hidden_NH.to(apart_N.dtype), dim=-1)
-            terms.append(LossTerm(config.cosine * (away_N * weight_N.to(away_N.dtype)).sum(), "tokens", "cosine"))
-            self.seen[-1]["cosine"] = away_N.detach()
+            cosine_distance_N = 1.0 - F.cosine_similarity(
+                student_NH.to(divergence_N.dtype), teacher.hidden_NH.to(divergence_N.dtype), dim=-1
+            )
+            terms.append(
+                LossTerm(
+                    config.cosine * (cosine_distance_N * weight_N.to(cosine_distance_N.dtype)).sum(), "tokens", "cosine"
+                )
+            )
+            self.batch_metrics[-1]["cosine"] = cosine_distance_N.detach()
         return terms
 
     def take_metrics(self) -> Mapping[str, float]:
-        """Means over tokens: divergence in nats at the temperature, and of the other terms where they are on."""
-        if not self.seen:
+        """Means over tokens: divergence in nats at the temperature, and the other terms if active."""
+        if not self.batch_metrics:
             return {}
-        found = take_seen(self.seen)
-        return {name: float(values.mean()) for name, values in found.items() if len(values)}
+        metrics = take_batch_metrics(self.batch_metrics)
+        return {name: float(values.mean()) for name, values in metrics.items() if len(values)}
 
     @torch.no_grad()
     def _teacher_hidden_states(self, batch: PackedBatch) -> Tensor:
         """The teacher's hidden states at the predictions [N, H]."""
         keys = [document_key(document) for document in batch.documents]
-        if self.states is not None and all(key in self.states for key in keys):
+        if self.teacher_states is not None and all(key in self.teacher_states for key in keys):
+            # Cached states are by document; a packed row mixes the entries of several documents.
             order = torch.argsort(batch.loss.owner, stable=True)
-            found = torch.cat([self.states[key] for key in keys]).to(batch.ids.device)
-            placed = torch.empty_like(found)
-            placed[order] = found
-            return placed
-        alone = batch.without_cached_hidden()
-        with self.teacher.shared_prefix(alone.prefix):
-            hidden = self.teacher.hidden_states(alone)[batch.loss.source]
-        if self.states is not None:
+            cached_NH = torch.cat([self.teacher_states[key] for key in keys]).to(batch.ids.device)
+            ordered_NH = torch.empty_like(cached_NH)
+            ordered_NH[order] = cached_NH
+            return ordered_NH
+        # Cached hidden states belong to the student's base.
+        uncached_batch = batch.without_cached_hidden()
+        with self.teacher.shared_prefix(uncached_batch.prefix):
+            hidden = self.teacher.hidden_states(uncached_batch)[batch.loss.source]
+        if self.teacher_states is not None:
             for i, key in enumerate(keys):
-                written = batch.documents[i].columns.get(ON_POLICY)
-                if key not in self.states and (written is None or not written.any()):  # its own never comes again
-                    self.states[key] = hidden[batch.loss.owner == i]
+                on_policy = batch.documents[i].columns.get(ON_POLICY)
+                # A generated answer never comes again, so its states are not stored.
+                if key not in self.teacher_states and (on_policy is None or not on_policy.any()):
+                    self.teacher_states[key] = hidden[batch.loss.owner == i]
         return hidden
 
 
 class TeacherStateCache:
-    """Hidden states by document, in a file that goes when the run does."""
+    """Hidden states by document, in a temporary file without a name."""
 
     def __init__(self) -> None:
         self.file: Any = TemporaryFile(prefix="rung-teacher-")
+        # Closed when the cache is collected; the file has no name, so a killed process leaves nothing.
         finalize(self, self.file.close)
-        self.places: dict[int, tuple[int, np.dtype[Any], tuple[int, ...]]] = {}
+        self.locations: dict[int, tuple[int, np.dtype[Any], tuple[int, ...]]] = {}
 
     def __contains__(self, key: int) -> bool:
-        return key in self.places
+        return key in self.locations
 
     def __getitem__(self, key: int) -> Tensor:
-        start, dtype, shape = self.places[key]
+        start, dtype, shape = self.locations[key]
         self.file.seek(start)
         return torch.from_numpy(np.fromfile(self.file, dtype=dtype, count=int(np.prod(shape))).reshape(shape))
 
     def __setitem__(self, key: int, states: Tensor) -> None:
         start = self.file.seek(0, 2)
+        # numpy has no bfloat16.
         values = (states.float() if states.dtype is torch.bfloat16 else states).cpu().numpy()
         values.tofile(self.file)
         self.file.flush()
-        self.places[key] = start, values.dtype, values.shape
+        self.locations[key] = start, values.dtype, values.shape

@@ -1,4 +1,7 @@
-"""Reinforcement without a value model: an answer is worth what it is above the others to the same prompt.
+"""Reinforcement learning without a value model: advantages relative to a group of answers (GRPO, Dr. GRPO, RLOO).
+
+It needs several answers to each prompt instead of a value model's memory and training. A group with equal rewards
+teaches nothing, and the metrics count such groups. `training/rollout.py` supplies answers and rewards.
 
 Suffixes: D documents, N predictions, G answers of a group.
 """
@@ -15,7 +18,7 @@ from torch import Tensor
 from rung.config.objective import GrpoConfig
 from rung.models.policy import Policy, sum_by_document
 from rung.objectives.advantages import group_normalized_advantages, leave_one_out_advantages, mean_baseline_advantages
-from rung.objectives.protocol import Objective, take_seen
+from rung.objectives.protocol import Objective, take_batch_metrics
 from rung.types import Counts, Example, LossTerm, PackedBatch, Rollout
 
 ADVANTAGES = {
@@ -28,12 +31,14 @@ ADVANTAGES = {
 def clipped_surrogate(logratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     """max(-A rho, -A clip(rho, 1 - c, 1 + c)), rho = exp(logratio) (Schulman et al. 2017, eq. 7, to be minimized)."""
     ratio = logratio.exp()
+    # The larger loss is the pessimistic one: clipping never makes an update look better.
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1.0 - clip, 1.0 + clip))
 
 
 def kl_estimate(logprob: Tensor, reference: Tensor) -> Tensor:
-    """exp(d) - d - 1 with d = reference - logprob: unbiased for the KL divergence, never below 0 (Schulman, k3)."""
+    """exp(d) - d - 1 with d = reference - logprob: an unbiased, nonnegative KL estimate (Schulman, k3)."""
     d = reference - logprob
+    # expm1 keeps precision for small d, where exp(d) - 1 cancels.
     return torch.expm1(d) - d
 
 
@@ -42,8 +47,8 @@ class GrpoObjective(Objective):
 
     def __init__(self, config: GrpoConfig) -> None:
         self.config, self.rollout = config, config.rollout
-        self.seen: list[dict[str, Tensor]] = []
-        self.said: dict[str, float] = {}
+        self.batch_metrics: list[dict[str, Tensor]] = []
+        self.rollout_metrics: dict[str, float] = {}
 
     def count(self, batch: PackedBatch) -> Counts:
         """Weights of the answers, and of their tokens."""
@@ -51,35 +56,40 @@ class GrpoObjective(Objective):
         return Counts(tokens=float(tokens), sequences=float(sum(d.weight for d in batch.documents)))
 
     def rollout_columns(self, policy: Policy, rollout: Rollout) -> list[Mapping[str, np.ndarray]]:
-        """Advantages, and log-probabilities of the policy that made the answers and of the reference where needed."""
+        """Advantages, and if needed log-probabilities of the sampling policy and of the reference."""
         documents, rewards = rollout.documents, np.array(rollout.rewards, dtype=np.float64)
-        found: list[dict[str, np.ndarray]] = [{} for _ in documents]
+        columns: list[dict[str, np.ndarray]] = [{} for _ in documents]
+        # With one step per rollout the ratio is 1, so the sampling policy need not be evaluated.
         if self.config.rollout.steps > 1:
-            store_column(found, "old", rollout.evaluate_documents(policy.logprobs))
+            store_column(columns, "old", rollout.evaluate_documents(policy.logprobs))
         if self.config.beta:
-            store_column(found, "reference", rollout.evaluate_documents(policy.reference_logprobs))
-        if self.config.beta and self.config.loss == "rloo":  # there the divergence is part of what an answer is worth
-            own = [c["old"] for c in found] if "old" in found[0] else rollout.evaluate_documents(policy.logprobs)
-            apart = [float((a - c["reference"]).sum()) for a, c in zip(own, found, strict=True)]
-            rewards = rewards - self.config.beta * np.array(apart)
+            store_column(columns, "reference", rollout.evaluate_documents(policy.reference_logprobs))
+        # RLOO puts the divergence into the reward of an answer, not into the loss.
+        if self.config.beta and self.config.loss == "rloo":
+            policy_logprobs = (
+                [c["old"] for c in columns] if "old" in columns[0] else rollout.evaluate_documents(policy.logprobs)
+            )
+            divergences = [float((a - c["reference"]).sum()) for a, c in zip(policy_logprobs, columns, strict=True)]
+            rewards = rewards - self.config.beta * np.array(divergences)
         advantages = np.zeros(len(documents))
         groups = np.array([d.row for d in documents])
         for row in np.unique(groups):
             advantages[groups == row] = ADVANTAGES[self.config.loss](rewards[groups == row])
-        for column, document, advantage in zip(found, documents, advantages, strict=True):
-            column["advantage"] = np.full(document.predictions, advantage)
-        self._say(rollout, groups)
-        return list(found)
+        for document_columns, document, advantage in zip(columns, documents, advantages, strict=True):
+            document_columns["advantage"] = np.full(document.predictions, advantage)
+        self._record_rollout(rollout, groups)
+        return list(columns)
 
     def has_signal(self, examples: Sequence[Example]) -> bool:
-        """Whether some group has answers of different worth."""
+        """Whether some group has answers with different rewards."""
         return any(bool(e.columns["advantage"].any()) for e in examples)
 
     def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
-        """One term."""
-        logprobs_N, given = policy.logprobs(batch), batch.loss.columns
-        advantage_N = given["advantage"].to(logprobs_N.dtype)
-        old_N = given["old"].to(logprobs_N.dtype) if "old" in given else logprobs_N.detach()
+        """One term, summed over answers."""
+        logprobs_N, columns = policy.logprobs(batch), batch.loss.columns
+        advantage_N = columns["advantage"].to(logprobs_N.dtype)
+        # Detached: the ratio is 1 and its gradient is that of log p.
+        old_N = columns["old"].to(logprobs_N.dtype) if "old" in columns else logprobs_N.detach()
         tokens_D = sum_by_document(batch, torch.ones_like(logprobs_N))
         if self.config.loss == "rloo":
             total_D = sum_by_document(batch, logprobs_N - old_N)
@@ -88,50 +98,52 @@ class GrpoObjective(Objective):
             losses_N = clipped_surrogate(logprobs_N - old_N, advantage_N, self.config.clip)
             if self.config.beta:
                 losses_N = losses_N + self.config.beta * kl_estimate(
-                    logprobs_N, given["reference"].to(logprobs_N.dtype)
+                    logprobs_N, columns["reference"].to(logprobs_N.dtype)
                 )
-            share = tokens_D if self.config.loss == "grpo" else self.config.rollout.max_new_tokens
-            losses_D = sum_by_document(batch, losses_N) / share
-        self._see(batch, logprobs_N.detach(), old_N, given.get("reference"))
+            # Dr. GRPO divides by a constant: a mean over tokens would make long wrong answers cheap.
+            divisor = tokens_D if self.config.loss == "grpo" else self.config.rollout.max_new_tokens
+            losses_D = sum_by_document(batch, losses_N) / divisor
+        self._record_batch(batch, logprobs_N.detach(), old_N, columns.get("reference"))
         weight_D = losses_D.new_tensor([d.weight for d in batch.documents])
         return [LossTerm((losses_D * weight_D).sum(), "sequences", self.config.loss)]
 
     def take_metrics(self) -> Mapping[str, float]:
-        """Of the answers: rewards, lengths, groups without a lesson; of the step: ratio and divergence."""
-        if not self.seen:
+        """Of the rollout: rewards, lengths, constant groups; of the step: ratio and divergence."""
+        if not self.batch_metrics:
             return {}
-        found = take_seen(self.seen)
-        ratio = found["logratio"].exp()
-        outside = ((ratio - 1.0).abs() > self.config.clip).double().mean()
-        divergence = {"kl": float(found["kl"].mean())} if "kl" in found else {}
-        return {**self.said, "ratio": float(ratio.mean()), "clipped": float(outside), **divergence}
+        metrics = take_batch_metrics(self.batch_metrics)
+        ratio = metrics["logratio"].exp()
+        clipped_share = ((ratio - 1.0).abs() > self.config.clip).double().mean()
+        divergence = {"kl": float(metrics["kl"].mean())} if "kl" in metrics else {}
+        return {**self.rollout_metrics, "ratio": float(ratio.mean()), "clipped": float(clipped_share), **divergence}
 
-    def _see(self, batch: PackedBatch, logprobs_N: Tensor, old_N: Tensor, reference_N: Tensor | None) -> None:
-        """What the loss uses: with rloo ratios of whole answers, and the plain log-ratio that is in its rewards."""
-        whole = self.config.loss == "rloo"
-        kept = {"logratio": sum_by_document(batch, logprobs_N - old_N) if whole else logprobs_N - old_N}
+    def _record_batch(self, batch: PackedBatch, logprobs_N: Tensor, old_N: Tensor, reference_N: Tensor | None) -> None:
+        """Record what the loss uses: RLOO has ratios of whole answers, and the plain log-ratio is in its reward."""
+        by_answer = self.config.loss == "rloo"
+        metrics = {"logratio": sum_by_document(batch, logprobs_N - old_N) if by_answer else logprobs_N - old_N}
         if reference_N is not None:
-            apart = logprobs_N - reference_N.to(logprobs_N.dtype)
-            kept["kl"] = apart if whole else kl_estimate(logprobs_N, logprobs_N - apart)
-        self.seen.append(kept)
+            logratio = logprobs_N - reference_N.to(logprobs_N.dtype)
+            metrics["kl"] = logratio if by_answer else kl_estimate(logprobs_N, logprobs_N - logratio)
+        self.batch_metrics.append(metrics)
 
-    def _say(self, rollout: Rollout, groups: NDArray[np.int64]) -> None:
+    def _record_rollout(self, rollout: Rollout, groups: NDArray[np.int64]) -> None:
         rewards = np.array(rollout.rewards, dtype=np.float64)
         by_group = [rewards[groups == row] for row in np.unique(groups)]
-        alike = [own for own in by_group if own.max() - own.min() == 0.0]
+        constant_groups = [group for group in by_group if group.max() - group.min() == 0.0]
         lengths = [d.predictions for d in rollout.documents]
-        self.said = {
+        self.rollout_metrics = {
             "reward": float(rewards.mean()),
-            "reward_spread": float(np.mean([own.std() for own in by_group])),
-            "alike": len(alike) / len(by_group),
-            "all_right": sum(float(own[0]) >= 1.0 for own in alike) / len(by_group),
-            "all_wrong": sum(float(own[0]) <= 0.0 for own in alike) / len(by_group),
+            "reward_spread": float(np.mean([group.std() for group in by_group])),
+            "alike": len(constant_groups) / len(by_group),
+            # Constant groups by cause: prompts that are too easy or too hard for the policy.
+            "all_right": sum(float(group[0]) >= 1.0 for group in constant_groups) / len(by_group),
+            "all_wrong": sum(float(group[0]) <= 0.0 for group in constant_groups) / len(by_group),
             "answer_tokens": float(np.mean(lengths)),
             "cut": 1.0 - float(np.mean(rollout.stopped)),
         }
 
 
-def store_column(found: list[dict[str, np.ndarray]], name: str, values: Sequence[np.ndarray]) -> None:
-    """Values of each document by name."""
-    for column, own in zip(found, values, strict=True):
-        column[name] = own
+def store_column(columns: list[dict[str, np.ndarray]], name: str, values: Sequence[np.ndarray]) -> None:
+    """Add a column of values to the columns of each document."""
+    for document_columns, document_values in zip(columns, values, strict=True):
+        document_columns[name] = document_values

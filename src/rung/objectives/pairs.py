@@ -1,4 +1,8 @@
-"""Which answers of a batch are compared with which, and what is said of many comparisons."""
+"""Pairs of answers to compare, and the correlation of two quantities over pairs.
+
+The documents of one data row are in one batch, so pairs are found within a batch. `objectives/preference.py` and
+`objectives/reward.py` use them.
+"""
 
 from __future__ import annotations
 
@@ -8,35 +12,36 @@ from torch import Tensor
 
 from rung.types import PackedBatch
 
-ROUNDING = 1e-6
-"""Spread of two quantities below which their correlation would be that of rounding."""
+MIN_SPREAD = 1e-6
+"""Product of standard deviations below which a correlation would only measure rounding."""
 
 
 class AnswerPairs(NamedTuple):
-    """Documents of the better and of the other answer, and what each pair counts: all pairs of a row its weight."""
+    """Indices of the better and the other answer of each pair, and pair weights that sum to the row's weight."""
 
-    better: list[int]
-    other: list[int]
+    chosen: list[int]
+    rejected: list[int]
     weight: list[float]
 
 
 def answer_pairs(batch: PackedBatch) -> AnswerPairs:
-    """Every pair of a row that scores tell apart (Ouyang et al. 2022, eq. 1)."""
+    """Every pair of a row with different scores (Ouyang et al. 2022, eq. 1)."""
     rows: dict[int, list[int]] = {}
     for i, document in enumerate(batch.documents):
         rows.setdefault(document.row, []).append(i)
     score = [document.score or 0.0 for document in batch.documents]
-    found = AnswerPairs([], [], [])
+    pairs = AnswerPairs([], [], [])
     for row in rows.values():
-        own = [(a, b) for a in row for b in row if score[a] > score[b]]
-        found.better.extend(a for a, _ in own)
-        found.other.extend(b for _, b in own)
-        found.weight.extend(batch.documents[a].weight / len(own) for a, _ in own)
-    return found
+        row_pairs = [(a, b) for a in row for b in row if score[a] > score[b]]
+        pairs.chosen.extend(a for a, _ in row_pairs)
+        pairs.rejected.extend(b for _, b in row_pairs)
+        # Divided by the number of pairs: a ranking of many answers weighs as much as one pair.
+        pairs.weight.extend(batch.documents[a].weight / len(row_pairs) for a, _ in row_pairs)
+    return pairs
 
 
 def correlation(first: Tensor, second: Tensor) -> float:
-    """Pearson's, of two vectors in float64; 0 where one of them hardly varies."""
+    """Pearson correlation of two vectors in float64; 0 if one of them is nearly constant."""
     spread = first.std(correction=0) * second.std(correction=0)
     covariance = ((first - first.mean()) * (second - second.mean())).mean()
-    return float(covariance / spread) if float(spread) > ROUNDING else 0.0
+    return float(covariance / spread) if float(spread) > MIN_SPREAD else 0.0

@@ -1,4 +1,8 @@
-"""Proximal policy optimization with a value model and a penalty for leaving the reference: RLHF's third step.
+"""Proximal policy optimization with a value model and a KL penalty to a reference: the third step of RLHF.
+
+The value model is a second adapter on the same base, or a head on the policy's own states if the method trains the base
+(decision 0019); either is cheaper than a separate model. Advantages are fixed once a rollout; the steps on it stop when
+the policy has moved too far. `training/rollout.py` supplies answers and rewards.
 
 Suffixes: D documents, N predictions, T tokens of one answer.
 """
@@ -15,22 +19,24 @@ from rung.config.objective import PpoConfig
 from rung.models.policy import Policy
 from rung.objectives.advantages import Floats, generalized_advantage_estimates, whiten
 from rung.objectives.grpo import clipped_surrogate, kl_estimate, store_column
-from rung.objectives.protocol import Objective, take_seen
+from rung.objectives.protocol import Objective, take_batch_metrics
 from rung.objectives.reward import ScoreHead
 from rung.types import Counts, Example, LossTerm, PackedBatch, Rollout
 
 
-def value_loss(values: Tensor, before: Tensor, returns: Tensor, clip: float) -> Tensor:
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
     """Half the larger of (V - R)^2 and (V' - R)^2, V' kept within the clip of the value before the update.
 
     Schulman et al.'s reference implementation of PPO2, as used by Ziegler et al. 2019.
     """
-    near = before + (values - before).clamp(-clip, clip)
-    return 0.5 * torch.maximum((values - returns).square(), (near - returns).square())
+    # As for the policy: a change beyond the clip brings no further gain.
+    clipped_values = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * torch.maximum((values - returns).square(), (clipped_values - returns).square())
 
 
 def adapt_penalty(beta: float, divergence: float, target: float, answers: int, horizon: int) -> float:
-    """The next penalty: it rises while the divergence lies above its target (Ziegler et al. 2019, section 2.2)."""
+    """The next penalty coefficient: it rises while the divergence exceeds its target (Ziegler et al. 2019, 2.2)."""
+    # Clipped, so that one unusual rollout cannot change the penalty much.
     error = min(max(divergence / target - 1.0, -0.2), 0.2)
     return beta * (1.0 + error * min(1.0, answers / horizon))
 
@@ -39,109 +45,114 @@ class PpoObjective(Objective):
     """Sum over the tokens of answers, each with the weight of its row."""
 
     head: ScoreHead
-    """Of the value model: what is expected of an answer, before each of its tokens."""
+    """Head of the value model: expected return of an answer before each of its tokens."""
 
     def __init__(self, config: PpoConfig) -> None:
         self.config, self.rollout = config, config.rollout
         self.critic: Policy | None = None
-        """The value model: an adapter of its own on the same base; None reads values off the policy's own states."""
-        self.start: ScoreHead | None = None
-        """The head that it comes with."""
+        """The value model: a second adapter on the same base; None takes values from the policy's hidden states."""
+        self.initial_head: ScoreHead | None = None
+        """Initial value head; None starts from a random one."""
+        # Changes during a run if `adaptive_kl` is set, so checkpoints hold it.
         self.beta = config.beta
-        self.seen: list[dict[str, Tensor]] = []
-        self.said: dict[str, float] = {}
+        self.batch_metrics: list[dict[str, Tensor]] = []
+        self.rollout_metrics: dict[str, float] = {}
 
     def begin(self, policy: Policy, seed: int) -> None:
-        """A fresh value head, unless the value model comes with one."""
-        self.head = self.start or ScoreHead.fresh(policy, seed)
+        """Create a random value head unless `initial_head` is set."""
+        self.head = self.initial_head or ScoreHead.fresh(policy, seed)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The value model's numbers and its head."""
-        own = {} if self.critic is None else self.critic.method.trainable()  # type: ignore[attr-defined]
-        return {**{f"value.{name}": p for name, p in own.items()}, "value.score.weight": self.head.weight}
+        """Parameters of the value model and its head."""
+        critic_parameters = {} if self.critic is None else self.critic.method.trainable()  # type: ignore[attr-defined]
+        return {**{f"value.{name}": p for name, p in critic_parameters.items()}, "value.score.weight": self.head.weight}
 
     def partner_policies(self) -> Sequence[Policy]:
         """The value model."""
         return [] if self.critic is None else [self.critic]
 
     def state(self) -> dict[str, float]:
-        """The penalty, which adapts."""
+        """The KL coefficient, which adapts during a run."""
         return {"beta": self.beta}
 
     def load_state(self, state: Mapping[str, float]) -> None:
-        """Take it up."""
+        """Restore the KL coefficient."""
         self.beta = state["beta"]
 
     def count(self, batch: PackedBatch) -> Counts:
-        """Weights of the answers' tokens."""
+        """Weights of the answers' tokens, and the number of answers."""
         tokens = sum(d.weight * d.predictions for d in batch.documents)
         return Counts(tokens=float(tokens), sequences=float(batch.sequences))
 
     def values(self, policy: Policy, batch: PackedBatch) -> Tensor:
-        """What is expected before each token of the answers, [N]."""
-        found: Tensor = self.head((self.critic or policy).hidden_states(batch)[batch.loss.source])
-        return found
+        """Values before each token of the answers, [N]."""
+        values: Tensor = self.head((self.critic or policy).hidden_states(batch)[batch.loss.source])
+        return values
 
     def rollout_columns(self, policy: Policy, rollout: Rollout) -> list[Mapping[str, np.ndarray]]:
-        """Log-probabilities, values, advantages and returns of every token, of the policy that made the answers."""
+        """Log-probabilities, values, advantages and returns of every token under the sampling policy."""
         old, values = (
             rollout.evaluate_documents(policy.logprobs),
             rollout.evaluate_documents(lambda batch: self.values(policy, batch)),
         )
-        apart = [np.zeros_like(own) for own in old]
+        logratios = [np.zeros_like(reward) for reward in old]
         if self.config.beta:
-            apart = [a - b for a, b in zip(old, rollout.evaluate_documents(policy.reference_logprobs), strict=True)]
+            logratios = [a - b for a, b in zip(old, rollout.evaluate_documents(policy.reference_logprobs), strict=True)]
         advantages, returns = [], []
-        for own, far, expected in zip(rollout.rewards, apart, values, strict=True):
-            rewards = -self.beta * far.astype(np.float64)
-            rewards[-1] += own  # the answer is judged when it ends: on its stop
-            found = generalized_advantage_estimates(
-                rewards, expected.astype(np.float64), self.config.gamma, self.config.gae_lambda
+        for reward, logratio, value in zip(rollout.rewards, logratios, values, strict=True):
+            rewards = -self.beta * logratio.astype(np.float64)
+            rewards[-1] += reward  # the reward belongs to the end of the answer: its last token
+            advantage = generalized_advantage_estimates(
+                rewards, value.astype(np.float64), self.config.gamma, self.config.gae_lambda
             )
-            advantages.append(found)
-            returns.append(found + expected)
-        self._say(rollout, apart, values, returns)
+            advantages.append(advantage)
+            returns.append(advantage + value)
+        self._record_rollout(rollout, logratios, values, returns)
         if self.config.whiten:
+            # After the returns are computed: these keep the scale of the rewards.
             advantages = whiten(advantages)
         columns: list[dict[str, np.ndarray]] = [{} for _ in old]
         for name, parts in (("old", old), ("values", values), ("advantage", advantages), ("returns", returns)):
             store_column(columns, name, parts)
         if (adapt := self.config.adaptive_kl) is not None:
             n = len(rollout.documents)
-            self.beta = adapt_penalty(self.beta, self.said["kl_answer"], adapt.target, n, adapt.horizon)
+            # The new coefficient applies from the next rollout on.
+            self.beta = adapt_penalty(self.beta, self.rollout_metrics["kl_answer"], adapt.target, n, adapt.horizon)
         return list(columns)
 
     def has_signal(self, examples: Sequence[Example]) -> bool:
-        """Whether some token was worth more than another."""
+        """Whether some token has a nonzero advantage."""
         return any(bool(e.columns["advantage"].any()) for e in examples)
 
     def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
-        """One term of the policy, one of the values, and one of the entropy where it is asked for."""
+        """One term of the policy, one of the values, and one of the entropy if `entropy` is set."""
         hidden = policy.hidden_states(batch)
         logprobs_N = policy.logprobs_of(hidden, batch)
+        # Without a value model both losses share one forward pass.
         values_N = self.head(hidden[batch.loss.source]) if self.critic is None else self.values(policy, batch)
-        given = {name: column.to(logprobs_N.dtype) for name, column in batch.loss.columns.items()}
+        columns = {name: column.to(logprobs_N.dtype) for name, column in batch.loss.columns.items()}
         weight_N = batch.loss.weight.to(logprobs_N.dtype)
-        logratio_N = logprobs_N - given["old"]
-        policy_N = clipped_surrogate(logratio_N, given["advantage"], self.config.clip)
+        logratio_N = logprobs_N - columns["old"]
+        policy_N = clipped_surrogate(logratio_N, columns["advantage"], self.config.clip)
         value_N = value_loss(
-            values_N.to(logprobs_N.dtype), given["values"], given["returns"], self.config.cliprange_value
+            values_N.to(logprobs_N.dtype), columns["values"], columns["returns"], self.config.cliprange_value
         )
-        self.seen.append(
+        self.batch_metrics.append(
             {"logratio": logratio_N.detach(), "logprob": logprobs_N.detach(), "value_loss": value_N.detach()}
         )
         terms = [
             LossTerm((policy_N * weight_N).sum(), "tokens", "policy"),
             LossTerm(self.config.vf_coef * (value_N * weight_N).sum(), "tokens", "value"),
         ]
-        if self.config.entropy:  # its gradient is -E[log p grad log p]; the ratio makes up for who drew the tokens
+        # Gradient of the negative entropy: E[log p grad log p]. The ratio corrects for tokens of the old policy.
+        if self.config.entropy:
             surprise_N = logratio_N.exp() * logprobs_N.detach()
             terms.append(LossTerm(self.config.entropy * (surprise_N * weight_N).sum(), "tokens", "entropy"))
         return terms
 
     def stop_reason(self) -> str | None:
-        """Why the rest of a rollout is left: the policy has moved too far from the one that made the answers."""
-        logratio = torch.cat([own["logratio"] for own in self.seen]).double()
+        """The reason to skip the rest of a rollout: the policy has moved too far from the sampling policy."""
+        logratio = torch.cat([batch["logratio"] for batch in self.batch_metrics]).double()
         divergence, ratio = float(_k3(logratio).mean()), float(logratio.exp().mean())
         if divergence > self.config.stops.target_kl:
             return f"divergence {divergence:.3f} nats a token, at most {self.config.stops.target_kl:g}"
@@ -150,35 +161,38 @@ class PpoObjective(Objective):
         return None
 
     def take_metrics(self) -> Mapping[str, float]:
-        """Of the answers: rewards, divergence, values; of the step: ratio, clipping, entropy."""
-        if not self.seen:
+        """Of the rollout: rewards, divergence, values; of the step: ratio, clipping, entropy."""
+        if not self.batch_metrics:
             return {}
-        found = take_seen(self.seen)
-        ratio = found["logratio"].exp()
+        metrics = take_batch_metrics(self.batch_metrics)
+        ratio = metrics["logratio"].exp()
         return {
-            **self.said,
+            **self.rollout_metrics,
             "ratio": float(ratio.mean()),
             "clipped": float(((ratio - 1.0).abs() > self.config.clip).double().mean()),
-            "kl_step": float(_k3(found["logratio"]).mean()),
-            "entropy": float(-(ratio * found["logprob"]).mean()),
-            "value_loss": float(found["value_loss"].mean()),
+            "kl_step": float(_k3(metrics["logratio"]).mean()),
+            "entropy": float(-(ratio * metrics["logprob"]).mean()),
+            "value_loss": float(metrics["value_loss"].mean()),
         }
 
-    def _say(self, rollout: Rollout, apart: Sequence[Floats], values: Sequence[Floats], returns: list[Floats]) -> None:
-        every, expected = np.concatenate(returns), np.concatenate([np.asarray(v) for v in values])
-        spread = float(every.var())
-        self.said = {
+    def _record_rollout(
+        self, rollout: Rollout, logratios: Sequence[Floats], values: Sequence[Floats], returns: list[Floats]
+    ) -> None:
+        all_returns, all_values = np.concatenate(returns), np.concatenate([np.asarray(v) for v in values])
+        # Explained variance: 1 if the values predict the returns, 0 or less if they are useless.
+        variance = float(all_returns.var())
+        self.rollout_metrics = {
             "reward": float(np.mean(rollout.rewards)),
             "reward_spread": float(np.std(rollout.rewards)),
-            "kl": float(np.concatenate([np.asarray(a) for a in apart]).mean()),
-            "kl_answer": float(np.mean([float(a.sum()) for a in apart])),
+            "kl": float(np.concatenate([np.asarray(a) for a in logratios]).mean()),
+            "kl_answer": float(np.mean([float(a.sum()) for a in logratios])),
             "beta": self.beta,
-            "explained": 1.0 - float((every - expected).var()) / spread if spread > 0 else 0.0,
+            "explained": 1.0 - float((all_returns - all_values).var()) / variance if variance > 0 else 0.0,
             "answer_tokens": float(np.mean([d.predictions for d in rollout.documents])),
             "cut": 1.0 - float(np.mean(rollout.stopped)),
         }
 
 
 def _k3(logratio: Tensor) -> Tensor:
-    """Of the policy that made the answers to the one at hand, each token's estimate."""
+    """KL estimate of each token, from the sampling policy to the current one (Schulman, k3)."""
     return kl_estimate(torch.zeros_like(logratio), logratio)

@@ -1,7 +1,8 @@
-"""Preference optimization: the better of two answers becomes likelier than the other, measured against a reference.
+"""Preference optimization: raise the better of two answers over the other, relative to a reference.
 
 The losses are pure functions of a pair's log-ratios to the reference, summed over the tokens of each answer or divided
-by their number. The two answers of a pair share their prompt in the tree, so it is computed once.
+by their number. The two answers of a pair share their prompt in the tree, so it is computed once. No reward model is
+needed; the reference costs a second forward pass, which is cached by document. `objectives/registry.py` builds it.
 
 Suffixes: D documents of a batch, P pairs.
 """
@@ -20,68 +21,70 @@ from torch.nn import functional as F  # noqa: N812
 from rung.config.objective import REFERENCE_FREE, PreferenceConfig
 from rung.models.policy import Policy, sum_by_document
 from rung.objectives.pairs import answer_pairs, correlation
-from rung.objectives.protocol import Objective, take_seen
+from rung.objectives.protocol import Objective, take_batch_metrics
 from rung.objectives.sft import nll
 from rung.types import Counts, Example, LossTerm, PackedBatch
 
 
 class PairLogprobs(NamedTuple):
-    """What is known of the better and the other answer of each pair, [P] each."""
+    """Log-probabilities and lengths of the better and the other answer of each pair, [P] each."""
 
-    better: Tensor
-    """Log-probability of the answer, in nats; of the reference taken off where there is one."""
-    other: Tensor
-    better_tokens: Tensor
-    other_tokens: Tensor
+    chosen: Tensor
+    """Log-probability of the answer in nats, minus that of the reference if there is one."""
+    rejected: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
 
     def per_token(self) -> tuple[Tensor, Tensor]:
         """Both in nats per token."""
-        return self.better / self.better_tokens, self.other / self.other_tokens
+        return self.chosen / self.chosen_tokens, self.rejected / self.rejected_tokens
 
 
-def dpo(sides: PairLogprobs, config: PreferenceConfig) -> Tensor:
+def dpo(pairs: PairLogprobs, config: PreferenceConfig) -> Tensor:
     """-log sigmoid(beta h), h the difference of the log-ratios (Rafailov et al. 2023, eq. 7). ln 2 where h is 0."""
-    return -F.logsigmoid(config.resolved_beta * (sides.better - sides.other))
+    return -F.logsigmoid(config.resolved_beta * (pairs.chosen - pairs.rejected))
 
 
-def ipo(sides: PairLogprobs, config: PreferenceConfig) -> Tensor:
+def ipo(pairs: PairLogprobs, config: PreferenceConfig) -> Tensor:
     """(h - 1 / (2 beta))^2 with h in nats per token (Azar et al. 2024, eq. 17)."""
-    better, other = sides.per_token()
-    return (better - other - 1.0 / (2.0 * config.resolved_beta)).square()
+    chosen, rejected = pairs.per_token()
+    return (chosen - rejected - 1.0 / (2.0 * config.resolved_beta)).square()
 
 
-def hinge(sides: PairLogprobs, config: PreferenceConfig) -> Tensor:
+def hinge(pairs: PairLogprobs, config: PreferenceConfig) -> Tensor:
     """max(0, 1 - beta h) (Zhao et al. 2023, SLiC, on the log-ratios)."""
-    return torch.relu(1.0 - config.resolved_beta * (sides.better - sides.other))
+    return torch.relu(1.0 - config.resolved_beta * (pairs.chosen - pairs.rejected))
 
 
-def robust(sides: PairLogprobs, config: PreferenceConfig) -> Tensor:
+def robust(pairs: PairLogprobs, config: PreferenceConfig) -> Tensor:
     """DPO without the bias of labels of which a share e is wrong (Chowdhury et al. 2024, eq. 11)."""
-    h, e = config.resolved_beta * (sides.better - sides.other), config.label_smoothing
+    h, e = config.resolved_beta * (pairs.chosen - pairs.rejected), config.label_smoothing
     return (-(1.0 - e) * F.logsigmoid(h) + e * F.logsigmoid(-h)) / (1.0 - 2.0 * e)
 
 
-def simpo(sides: PairLogprobs, config: PreferenceConfig) -> Tensor:
+def simpo(pairs: PairLogprobs, config: PreferenceConfig) -> Tensor:
     """-log sigmoid(beta (h - margin)) with h in nats per token, no reference (Meng et al. 2024, eq. 6)."""
-    better, other = sides.per_token()
-    return -F.logsigmoid(config.resolved_beta * (better - other - config.margin))
+    chosen, rejected = pairs.per_token()
+    return -F.logsigmoid(config.resolved_beta * (chosen - rejected - config.margin))
 
 
-def orpo(sides: PairLogprobs, config: PreferenceConfig) -> Tensor:
+def orpo(pairs: PairLogprobs, config: PreferenceConfig) -> Tensor:
     """-beta log sigmoid of the difference of log-odds, no reference (Hong et al. 2024, eq. 7)."""
-    better, other = sides.per_token()
-    return -config.resolved_beta * F.logsigmoid(_log_odds(better) - _log_odds(other))
+    chosen, rejected = pairs.per_token()
+    return -config.resolved_beta * F.logsigmoid(_log_odds(chosen) - _log_odds(rejected))
 
 
-def apo_zero(sides: PairLogprobs, config: PreferenceConfig) -> Tensor:
-    """Better answers up, others down, each on its own (D'Oosterlinck et al. 2024, eq. 6)."""
-    return 1.0 - torch.sigmoid(config.resolved_beta * sides.better) + torch.sigmoid(config.resolved_beta * sides.other)
+def apo_zero(pairs: PairLogprobs, config: PreferenceConfig) -> Tensor:
+    """Raise better answers and lower others, each independently (D'Oosterlinck et al. 2024, eq. 6)."""
+    return (
+        1.0 - torch.sigmoid(config.resolved_beta * pairs.chosen) + torch.sigmoid(config.resolved_beta * pairs.rejected)
+    )
 
 
-def sigmoid_norm(sides: PairLogprobs, config: PreferenceConfig) -> Tensor:
-    """DPO on log-ratios per token: length alone wins nothing (Meng et al. 2024, section 4.4)."""
-    better, other = sides.per_token()
-    return -F.logsigmoid(config.resolved_beta * (better - other))
+def sigmoid_norm(pairs: PairLogprobs, config: PreferenceConfig) -> Tensor:
+    """DPO on log-ratios per token, which removes the advantage of length (Meng et al. 2024, section 4.4)."""
+    chosen, rejected = pairs.per_token()
+    return -F.logsigmoid(config.resolved_beta * (chosen - rejected))
 
 
 PER_TOKEN = frozenset({"ipo", "simpo", "orpo", "sigmoid_norm"})
@@ -99,7 +102,7 @@ LOSSES: dict[str, Callable[[PairLogprobs, PreferenceConfig], Tensor]] = {
 
 
 def kto(ratio_D: Tensor, good_D: Tensor, reference_point: Tensor, config: PreferenceConfig) -> Tensor:
-    """1 - sigmoid of how far a good answer lies above the reference point, or a bad one below it [D].
+    """1 - sigmoid of the margin of a good answer above the reference point, or of a bad one below it, [D].
 
     Ethayarajh et al. 2024, eq. 8; the reference point is the KL divergence to the reference, at least 0.
     """
@@ -109,112 +112,118 @@ def kto(ratio_D: Tensor, good_D: Tensor, reference_point: Tensor, config: Prefer
 
 
 def make_preference_objective(config: PreferenceConfig) -> Objective:
-    """The objective of a loss: of pairs, or of single answers."""
+    """The objective for a loss: paired, or unpaired for KTO."""
     return UnpairedPreference(config) if config.loss == "kto" else PairedPreference(config)
 
 
 class PairedPreference(Objective):
     """Sum over rows of the mean loss of a row's pairs (Ouyang et al. 2022, eq. 1), each with the row's weight."""
 
-    compares, at_least = True, 2
+    compares_answers, min_answers = True, 2
 
     def __init__(self, config: PreferenceConfig) -> None:
         self.config = config
-        self.seen: list[dict[str, Tensor]] = []
+        self.batch_metrics: list[dict[str, Tensor]] = []
 
     def count(self, batch: PackedBatch) -> Counts:
         """Weights of the rows, and of the tokens of their best answers."""
-        found, documents = answer_pairs(batch), batch.documents
-        best = set(found.better) - set(found.other)
-        learned = sum(documents[i].weight * int(documents[i].supervised[1:].sum()) for i in best)
-        return Counts(tokens=float(learned), sequences=float(batch.sequences), pairs=sum(found.weight))
+        pairs, documents = answer_pairs(batch), batch.documents
+        # Answers that no other answer beats: only these are targets of the SFT term.
+        best = set(pairs.chosen) - set(pairs.rejected)
+        tokens = sum(documents[i].weight * int(documents[i].supervised[1:].sum()) for i in best)
+        return Counts(tokens=float(tokens), sequences=float(batch.sequences), pairs=sum(pairs.weight))
 
     def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
-        """One term of the pairs, and one of the best answers' tokens where `sft` is above 0."""
-        found, against_D = answer_pairs(batch), None
-        if self.config.loss not in REFERENCE_FREE:  # before the policy keeps what its backward pass needs
-            against_D = policy.reference_sums(batch)
+        """One term of the pairs, and one of the best answers' tokens if `sft_weight` is above 0."""
+        pairs, reference_D = answer_pairs(batch), None
+        # The reference runs first, while no activations of the policy are stored.
+        if self.config.loss not in REFERENCE_FREE:
+            reference_D = policy.reference_sums(batch)
         logprobs_N, owner_N = policy.logprobs(batch), batch.loss.owner
-        better_P, other_P = (torch.tensor(side, device=owner_N.device) for side in (found.better, found.other))
-        own_D = sum_by_document(batch, logprobs_N)
+        chosen_P, rejected_P = (torch.tensor(side, device=owner_N.device) for side in (pairs.chosen, pairs.rejected))
+        policy_D = sum_by_document(batch, logprobs_N)
         tokens_D = sum_by_document(batch, torch.ones_like(logprobs_N))
-        ratio_D = own_D if against_D is None else own_D - against_D.to(own_D.dtype)
-        sides = PairLogprobs(ratio_D[better_P], ratio_D[other_P], tokens_D[better_P], tokens_D[other_P])
-        losses_P = LOSSES[self.config.loss](sides, self.config)
-        self._see(sides, own_D.detach()[better_P], own_D.detach()[other_P])
-        terms = [LossTerm((losses_P * losses_P.new_tensor(found.weight)).sum(), "pairs", self.config.loss)]
+        ratio_D = policy_D if reference_D is None else policy_D - reference_D.to(policy_D.dtype)
+        pair_logprobs = PairLogprobs(ratio_D[chosen_P], ratio_D[rejected_P], tokens_D[chosen_P], tokens_D[rejected_P])
+        losses_P = LOSSES[self.config.loss](pair_logprobs, self.config)
+        self._record_batch(pair_logprobs, policy_D.detach()[chosen_P], policy_D.detach()[rejected_P])
+        terms = [LossTerm((losses_P * losses_P.new_tensor(pairs.weight)).sum(), "pairs", self.config.loss)]
         if self.config.sft_weight:
             best_D = torch.zeros(batch.sequences, dtype=torch.bool, device=owner_N.device)
-            best_D[better_P] = True
-            best_D[other_P] = False
+            best_D[chosen_P] = True
+            best_D[rejected_P] = False
             terms.append(cross_entropy(batch, logprobs_N, best_D, self.config.sft_weight))
         return terms
 
     def take_metrics(self) -> Mapping[str, float]:
-        """Of the pairs: the margin that the loss sees, how many stand the right way, log-probabilities, lengths."""
-        if not self.seen:
+        """Of the pairs: the margin that the loss sees, accuracy, log-probabilities, and lengths."""
+        if not self.batch_metrics:
             return {}
-        found = take_seen(self.seen)
-        margin, longer = found["margin"], found["better_tokens"] - found["other_tokens"]
+        metrics = take_batch_metrics(self.batch_metrics)
+        margin, length_difference = metrics["margin"], metrics["chosen_tokens"] - metrics["rejected_tokens"]
         return {
             "margin": float(margin.mean()),
             "accuracy": float((margin > 0).double().mean()),
-            "chosen_logprob": float(found["better"].mean()),
-            "rejected_logprob": float(found["other"].mean()),
-            "length_ratio": float(found["better_tokens"].sum() / found["other_tokens"].sum()),
-            "length_correlation": correlation(margin, longer),
+            "chosen_logprob": float(metrics["chosen"].mean()),
+            "rejected_logprob": float(metrics["rejected"].mean()),
+            "length_ratio": float(metrics["chosen_tokens"].sum() / metrics["rejected_tokens"].sum()),
+            "length_correlation": correlation(margin, length_difference),
         }
 
-    def _see(self, sides: PairLogprobs, better: Tensor, other: Tensor) -> None:
-        first, second = sides.per_token() if self.config.loss in PER_TOKEN else sides[:2]
-        self.seen.append(
+    def _record_batch(self, pair_logprobs: PairLogprobs, chosen: Tensor, rejected: Tensor) -> None:
+        first, second = pair_logprobs.per_token() if self.config.loss in PER_TOKEN else pair_logprobs[:2]
+        self.batch_metrics.append(
             {
                 "margin": (self.config.resolved_beta * (first - second)).detach(),
-                "better": better,
-                "other": other,
-                "better_tokens": sides.better_tokens,
-                "other_tokens": sides.other_tokens,
+                "chosen": chosen,
+                "rejected": rejected,
+                "chosen_tokens": pair_logprobs.chosen_tokens,
+                "rejected_tokens": pair_logprobs.rejected_tokens,
             }
         )
 
 
 class UnpairedPreference(Objective):
-    """KTO: each answer on its own, good or bad; of a row with several the best is good.
+    """KTO: each answer is good or bad independently; in a row with several answers the best is good.
 
-    The reference point is the mean log-ratio of answers behind prompts of other rows, read before each step
-    (Ethayarajh et al. 2024, section 4.1). A validation loss takes that of the last step.
+    The reference point is the mean log-ratio of answers after the prompts of other rows, computed before each step
+    (Ethayarajh et al. 2024, section 4.1). A validation loss uses that of the last step.
     """
 
-    compares = True
+    compares_answers = True
 
     def __init__(self, config: PreferenceConfig) -> None:
         self.config = config
+        # 0 until the first step: policy and reference are still equal.
         self.reference_point = torch.zeros(())
-        self.seen: list[dict[str, Tensor]] = []
+        self.batch_metrics: list[dict[str, Tensor]] = []
 
     def count(self, batch: PackedBatch) -> Counts:
         """Weights of the answers, and of the tokens of the good ones."""
         weight = sum(document.weight for document in batch.documents)
-        kept = [d for d, is_good in zip(batch.documents, is_good_answer(batch), strict=True) if is_good]
-        learned = sum(d.weight * int(d.supervised[1:].sum()) for d in kept)
-        return Counts(tokens=float(learned), sequences=float(batch.sequences), pairs=float(weight))
+        good_documents = [d for d, is_good in zip(batch.documents, is_good_answer(batch), strict=True) if is_good]
+        tokens = sum(d.weight * int(d.supervised[1:].sum()) for d in good_documents)
+        return Counts(tokens=float(tokens), sequences=float(batch.sequences), pairs=float(weight))
 
     def kl_examples(self, examples: Sequence[Example]) -> list[Example]:
-        """Each prompt with an answer of the next row; none that would be longer than all documents of the step."""
+        """Each prompt with an answer of the next row, unless it is longer than the longest document of the step."""
         rows: dict[int, list[Example]] = {}
         for i, e in enumerate(examples):
+            # A document without a row is a group of its own.
             rows.setdefault(e.row if e.row >= 0 else -1 - i, []).append(e)
-        found, longest = list(rows.values()), max(map(len, examples), default=0)
-        mixed = []
-        for own, following in zip(found, [*found[1:], *found[:1]], strict=True):
-            for k, e in enumerate(own if following is not own else []):
-                answer = following[k % len(following)]
-                start, at = int(e.supervised.argmax()), int(answer.supervised.argmax())
-                ids = np.concatenate([e.ids[:start], answer.ids[at:]])
-                if len(ids) <= longest:
-                    supervised = np.concatenate([e.supervised[:start], answer.supervised[at:]])
-                    mixed.append(replace(e, ids=ids, supervised=supervised, row=-1))
-        return mixed
+        groups, max_length = list(rows.values()), max(map(len, examples), default=0)
+        mismatched = []
+        for group, next_group in zip(groups, [*groups[1:], *groups[:1]], strict=True):
+            for k, e in enumerate(group if next_group is not group else []):
+                answer = next_group[k % len(next_group)]
+                prompt_end, answer_start = int(e.supervised.argmax()), int(answer.supervised.argmax())
+                ids = np.concatenate([e.ids[:prompt_end], answer.ids[answer_start:]])
+                # Longer rows could exceed the memory that was planned for the step.
+                if len(ids) <= max_length:
+                    supervised = np.concatenate([e.supervised[:prompt_end], answer.supervised[answer_start:]])
+                    # Row -1: a mismatched answer belongs to no group and may be packed anywhere.
+                    mismatched.append(replace(e, ids=ids, supervised=supervised, row=-1))
+        return mismatched
 
     def prepare(self, policy: Policy, batches: Iterable[PackedBatch]) -> None:
         """Mean log-ratio of mismatched answers in nats, at least 0."""
@@ -222,30 +231,31 @@ class UnpairedPreference(Objective):
         for batch in batches:
             logprobs_N = policy.logprobs(batch)
             ratios.append(sum_by_document(batch, logprobs_N - policy.reference_logprobs(batch).to(logprobs_N.dtype)))
+        # A KL divergence is not negative; the estimate from a few answers may be.
         self.reference_point = torch.cat(ratios).mean().clamp(min=0.0)
 
     def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
-        """One term of the answers, and one of the good ones' tokens where `sft` is above 0."""
-        against_D = policy.reference_sums(batch)
+        """One term of the answers, and one of the good answers' tokens if `sft_weight` is above 0."""
+        reference_D = policy.reference_sums(batch)
         logprobs_N, is_good = policy.logprobs(batch), is_good_answer(batch)
-        ratio_D = sum_by_document(batch, logprobs_N) - against_D.to(logprobs_N.dtype)
+        ratio_D = sum_by_document(batch, logprobs_N) - reference_D.to(logprobs_N.dtype)
         good_D = torch.tensor(is_good, device=ratio_D.device)
         weight_D = ratio_D.new_tensor([document.weight for document in batch.documents])
         losses_D = kto(ratio_D, good_D, self.reference_point.to(ratio_D), self.config)
-        self.seen.append({"ratio": ratio_D.detach(), "good": good_D})
+        self.batch_metrics.append({"ratio": ratio_D.detach(), "good": good_D})
         terms = [LossTerm((losses_D * weight_D).sum(), "pairs", "kto")]
         if self.config.sft_weight and any(is_good):
             terms.append(cross_entropy(batch, logprobs_N, good_D, self.config.sft_weight))
         return terms
 
     def take_metrics(self) -> Mapping[str, float]:
-        """Rewards beta r of good and of bad answers, their difference, and the reference point in nats."""
-        if not self.seen:
+        """Mean rewards beta r of good and bad answers, their difference, and the reference point in nats."""
+        if not self.batch_metrics:
             return {}
-        found = take_seen(self.seen)
-        reward, is_good = self.config.resolved_beta * found["ratio"], found["good"] > 0
+        metrics = take_batch_metrics(self.batch_metrics)
+        reward, is_good = self.config.resolved_beta * metrics["ratio"], metrics["good"] > 0
         means = {
-            name: float(reward[which].mean()) for name, which in (("good", is_good), ("bad", ~is_good)) if which.any()
+            name: float(reward[mask].mean()) for name, mask in (("good", is_good), ("bad", ~is_good)) if mask.any()
         }
         margin = {"margin": means["good"] - means["bad"]} if len(means) == 2 else {}
         rewards = {f"{name}_reward": value for name, value in means.items()}
@@ -253,21 +263,22 @@ class UnpairedPreference(Objective):
 
 
 def is_good_answer(batch: PackedBatch) -> list[bool]:
-    """Whether each document's answer is a good one: labelled above 0, or the best of a row of several."""
+    """Whether each document's answer is good: labeled above 0, or the best of a row with several."""
     rows: dict[int, list[float]] = {}
     for document in batch.documents:
         rows.setdefault(document.row, []).append(document.score or 0.0)
-    found = [(document.score or 0.0, rows[document.row]) for document in batch.documents]
-    return [score == max(scores) if len(scores) > 1 else score > 0.0 for score, scores in found]
+    scored = [(document.score or 0.0, rows[document.row]) for document in batch.documents]
+    return [score == max(scores) if len(scores) > 1 else score > 0.0 for score, scores in scored]
 
 
-def cross_entropy(batch: PackedBatch, logprobs_N: Tensor, chosen_D: Tensor, weight: float) -> LossTerm:
-    """Of the tokens of the chosen documents."""
-    chosen_N = chosen_D[batch.loss.owner]
-    return LossTerm(weight * nll(logprobs_N[chosen_N], batch.loss.weight[chosen_N]), "tokens", "sft")
+def cross_entropy(batch: PackedBatch, logprobs_N: Tensor, mask_D: Tensor, weight: float) -> LossTerm:
+    """Weighted cross-entropy of the tokens of the documents in `mask_D`."""
+    mask_N = mask_D[batch.loss.owner]
+    return LossTerm(weight * nll(logprobs_N[mask_N], batch.loss.weight[mask_N]), "tokens", "sft")
 
 
 def _log_odds(logprob: Tensor) -> Tensor:
-    """log(p / (1 - p)) of a log-probability, which rounding may have made 0: then p is the largest below 1."""
-    below = logprob.clamp(max=-torch.finfo(logprob.dtype).eps)
-    return below - torch.log(-torch.expm1(below))
+    """log(p / (1 - p)) of a log-probability. If rounding made it 0, the largest p below 1 is used."""
+    below_zero = logprob.clamp(max=-torch.finfo(logprob.dtype).eps)
+    # expm1: 1 - exp(x) would cancel for p near 1.
+    return below_zero - torch.log(-torch.expm1(below_zero))

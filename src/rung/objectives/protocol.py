@@ -1,4 +1,9 @@
-"""The contract of an objective. An objective never knows the method and never divides."""
+"""The contract of an objective: counts and sums of losses, and what it needs from data, rollouts and other models.
+
+An objective never knows the method and never divides: sums and counts are additive over micro-batches and ranks
+(decision 0001), which a mean is not. Members that few objectives need have defaults. `objectives/registry.py` lists the
+implementations; `training/step.py` divides.
+"""
 
 from __future__ import annotations
 
@@ -15,83 +20,84 @@ from rung.types import Counts, Example, LossTerm, PackedBatch, Rollout
 
 
 class Objective(Protocol):
-    """Sums with units; the engine divides them by the counts of the whole window and of all ranks."""
+    """Losses are sums with units; the trainer divides them by the counts of the whole step over all ranks."""
 
-    compares: bool = False
-    """Whether it looks at all answers of a row at once."""
-    at_least: int = 1
-    """Answers that a row must have."""
+    compares_answers: bool = False
+    """Whether it compares all answers of a row, which must then be in one batch."""
+    min_answers: int = 1
+    """Minimum number of answers in a row."""
     reads_head: bool = True
-    """Whether its loss comes out of the model's own output head."""
+    """Whether its loss uses the model's output head."""
 
     rollout: RolloutConfig | None = None
-    """How the policy makes the answers that it learns from; None learns from those of the data."""
-    share: float = 1.0
-    """Of the rows, those that the policy answers itself; below 1 the others keep the answers of the data."""
-    judged: bool = True
-    """Whether its own answers are worth something; else they are learned from as they are."""
-    seen: list[dict[str, Tensor]] = []
-    """What batches left behind for the report, by name."""
+    """How the policy generates the answers it learns from; None learns from those of the data."""
+    on_policy_share: float = 1.0
+    """Share of the rows that the policy answers; the others keep the answers of the data."""
+    uses_rewards: bool = True
+    """Whether generated answers get rewards; otherwise they are plain training documents."""
+    batch_metrics: list[dict[str, Tensor]] = []
+    """Values recorded by batches since the last report, by name."""
 
     def begin(self, policy: Policy, seed: int) -> None:
-        """Called once, before anything else: make the heads it owns for this model."""
+        """Called once, before anything else: create the heads of this objective for the model."""
         return
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """What moves besides the method's own, by name: the heads it owns."""
+        """Trainable parameters besides those of the method, by name: heads of the objective."""
         return {}
 
     def published_head(self) -> Tensor | None:
-        """A head [1, H] that belongs to the finished model: what it answers with instead of tokens."""
+        """A head [1, H] to publish with the finished model, which outputs scores instead of tokens."""
         return None
 
     def count(self, batch: PackedBatch) -> Counts:
-        """What this batch adds to the divisor."""
+        """What this batch adds to the divisor, by unit."""
         ...
 
     def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
-        """Terms to be minimized, as sums."""
+        """Terms to minimize, as sums."""
         ...
 
     def kl_examples(self, examples: Sequence[Example]) -> list[Example]:
-        """Documents that a step over these must read first, without learning from them."""
+        """Documents to evaluate before a step over these examples, without learning from them."""
         return []
 
     def prepare(self, policy: Policy, batches: Iterable[PackedBatch]) -> None:
-        """Read them; called without gradient, before the batches of the step."""
+        """Evaluate the batches of `kl_examples`; called without gradient, before the batches of the step."""
         return
 
     def rollout_columns(self, policy: Policy, rollout: Rollout) -> list[Mapping[str, np.ndarray]]:
-        """What is known of each token of the answers before they are learned from; by document, by name."""
+        """Per-token values of the answers that are fixed before learning from them; by document, by name."""
         return [{} for _ in rollout.documents]
 
     def partner_policies(self) -> Sequence[Policy]:
-        """Other policies that learn from the same batches."""
+        """Other policies trained on the same batches."""
         return ()
 
     def stop_reason(self) -> str | None:
-        """Asked before an optimizer step: why the rest of a rollout is left, if it is."""
+        """Called before an optimizer step: the reason to skip the rest of a rollout, or None."""
         return None
 
     def state(self) -> dict[str, float]:
-        """What it learned besides parameters, for checkpoints."""
+        """State for checkpoints besides parameters."""
         return {}
 
     def load_state(self, state: Mapping[str, float]) -> None:
-        """Take up what `state` gave."""
+        """Restore what `state` returned."""
         return
 
     def has_signal(self, examples: Sequence[Example]) -> bool:
-        """Whether there is anything to learn from these: answers that are all worth the same teach nothing."""
+        """Whether there is anything to learn from these examples; answers with equal rewards teach nothing."""
         return True
 
     def take_metrics(self) -> Mapping[str, float]:
-        """Means over the batches seen since the last report, for the log; then it forgets them."""
+        """Means over the batches since the last report, for the log; clears the record."""
         return {}
 
 
-def take_seen(seen: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What batches left behind, one after the other in float64, by name; then it is forgotten."""
-    found = {name: torch.cat([own[name] for own in seen]).double() for name in seen[0]}
-    seen.clear()
-    return found
+def take_batch_metrics(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Concatenate the recorded values of all batches in float64, by name; clear the record."""
+    # Concatenated only here: until a report the tensors stay on the device, without synchronization.
+    metrics = {name: torch.cat([batch[name] for batch in batches]).double() for name in batches[0]}
+    batches.clear()
+    return metrics

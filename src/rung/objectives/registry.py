@@ -1,4 +1,7 @@
-"""The table of objectives."""
+"""The table of objectives: one line each, beside a config class and a module.
+
+The contract tests run over this table; `runs/train.py` looks an objective up here.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Reward modelling: a scalar head on the last token of an answer learns to put better answers above others.
+"""Reward modeling: a scalar head on the last token of an answer learns to score better answers above others.
+
+The loss compares pairs, so scores have no absolute level unless `center_rewards_coefficient` fixes it. The adapter and
+head are published in the form of transformers' sequence classification. PPO and GRPO use the finished model as a judge.
 
 Suffixes: D documents of a batch, P pairs, H width.
 """
@@ -14,18 +17,18 @@ from torch.nn import functional as F  # noqa: N812
 from rung.config.objective import RewardConfig
 from rung.models.policy import Policy
 from rung.objectives.pairs import answer_pairs, correlation
-from rung.objectives.protocol import Objective, take_seen
+from rung.objectives.protocol import Objective, take_batch_metrics
 from rung.types import Counts, LossTerm, PackedBatch
 
 
-def bradley_terry(better_P: Tensor, other_P: Tensor, margin_P: Tensor) -> Tensor:
+def bradley_terry(chosen_P: Tensor, rejected_P: Tensor, margin_P: Tensor) -> Tensor:
     """-log sigmoid(r_w - r_l - m) in nats [P] (Ouyang et al. 2022, eq. 1; the margin m: Touvron et al. 2023, eq. 2)."""
-    return -F.logsigmoid(better_P - other_P - margin_P)
+    return -F.logsigmoid(chosen_P - rejected_P - margin_P)
 
 
-def center_rewards_loss(better_P: Tensor, other_P: Tensor) -> Tensor:
-    """(r_w + r_l)^2 [P]: comparing leaves the level of the scores open, this holds it at 0 (Eisenstein et al. 2024)."""
-    return (better_P + other_P).square()
+def center_rewards_loss(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
+    """(r_w + r_l)^2 [P]: pairs leave the level of the scores free, this term keeps it at 0 (Eisenstein et al. 2024)."""
+    return (chosen_P + rejected_P).square()
 
 
 class ScoreHead(nn.Module):
@@ -37,86 +40,94 @@ class ScoreHead(nn.Module):
 
     @staticmethod
     def fresh(policy: Policy, seed: int) -> ScoreHead:
-        """Drawn from N(0, 1 / (H + 1)) (Stiennon et al. 2020, appendix B.1)."""
+        """A random head from N(0, 1 / (H + 1)) (Stiennon et al. 2020, appendix B.1)."""
         width = policy.model.get_input_embeddings().weight.shape[1]
-        random = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
         dtype = torch.promote_types(torch.float32, policy.model.get_input_embeddings().weight.dtype)
-        weight = torch.randn(1, width, generator=random, dtype=torch.float32) / (width + 1) ** 0.5
+        # Drawn on the processor in float32, so that a seed gives the same head on every device and dtype.
+        weight = torch.randn(1, width, generator=generator, dtype=torch.float32) / (width + 1) ** 0.5
         return ScoreHead(weight.to(policy.device, dtype))
 
     def forward(self, h: Tensor) -> Tensor:
-        """[..., H] to [...]."""
+        """[..., H] -> [...]."""
+        # In bfloat16 close scores would become equal.
         with torch.autocast(h.device.type, enabled=False):
             scores: Tensor = (h.to(self.weight.dtype) @ self.weight.T)[..., 0]
         return scores
 
 
 def last_tokens(batch: PackedBatch) -> Tensor:
-    """Where the last token of each document stands in the row, [D]: that of its stop, where it has one."""
-    return torch.tensor([int(places[-1]) for places in batch.rows], device=batch.ids.device)
+    """Position in the row of each document's last token, [D]: its stop token, if it has one."""
+    return torch.tensor([int(positions[-1]) for positions in batch.rows], device=batch.ids.device)
 
 
 class RewardObjective(Objective):
     """Sum over rows of the mean loss of a row's pairs, each with the row's weight."""
 
-    compares, at_least, reads_head = True, 2, False
+    # The loss reads hidden states, so the output head stays frozen.
+    compares_answers, min_answers, reads_head = True, 2, False
     head: ScoreHead
 
     def __init__(self, config: RewardConfig) -> None:
         self.config = config
-        self.seen: list[dict[str, Tensor]] = []
+        self.batch_metrics: list[dict[str, Tensor]] = []
 
     def begin(self, policy: Policy, seed: int) -> None:
-        """A fresh head."""
+        """Create a random head."""
         self.head = ScoreHead.fresh(policy, seed)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The head."""
+        """The weight of the score head."""
         return {"score.weight": self.head.weight}
 
     def published_head(self) -> Tensor:
-        """The head."""
+        """The weight of the score head."""
         return self.head.weight.detach()
 
     def count(self, batch: PackedBatch) -> Counts:
-        """Weights of the rows."""
+        """Weights of the rows, as pairs."""
         return Counts(sequences=float(batch.sequences), pairs=sum(answer_pairs(batch).weight))
 
     def scores(self, policy: Policy, batch: PackedBatch) -> Tensor:
-        """Of every document, [D]; on the scale of a log-odds: a difference of 1.1 is a preference of 3 to 1."""
+        """Scores of every document, [D], on a log-odds scale: a difference of 1.1 is a preference of 3 to 1."""
         scores: Tensor = self.head(policy.hidden_states(batch)[last_tokens(batch)])
         return scores
 
     def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
-        """One term of the pairs, and one that centers the scores where `center` is above 0."""
-        found, scores_D = answer_pairs(batch), self.scores(policy, batch)
-        better_P, other_P = (torch.tensor(side, device=scores_D.device) for side in (found.better, found.other))
-        weight_P = scores_D.new_tensor(found.weight)
-        given = [document.score or 0.0 for document in batch.documents]
-        apart = [given[a] - given[b] for a, b in zip(found.better, found.other, strict=True)]
-        better, other = scores_D[better_P], scores_D[other_P]
-        losses_P = bradley_terry(better, other, self.config.margin * scores_D.new_tensor(apart))
-        self._see(batch, better.detach(), other.detach(), better_P, other_P)
+        """One term of the pairs, and one that centers the scores if `center_rewards_coefficient` is above 0."""
+        pairs, scores_D = answer_pairs(batch), self.scores(policy, batch)
+        chosen_P, rejected_P = (torch.tensor(side, device=scores_D.device) for side in (pairs.chosen, pairs.rejected))
+        weight_P = scores_D.new_tensor(pairs.weight)
+        data_scores = [document.score or 0.0 for document in batch.documents]
+        # The margin grows with the difference of the data's scores: clear preferences need a larger gap.
+        score_differences = [data_scores[a] - data_scores[b] for a, b in zip(pairs.chosen, pairs.rejected, strict=True)]
+        chosen, rejected = scores_D[chosen_P], scores_D[rejected_P]
+        losses_P = bradley_terry(chosen, rejected, self.config.margin * scores_D.new_tensor(score_differences))
+        self._record_batch(batch, chosen.detach(), rejected.detach(), chosen_P, rejected_P)
         terms = [LossTerm((losses_P * weight_P).sum(), "pairs", "bradley_terry")]
         if self.config.center_rewards_coefficient:
-            level = (center_rewards_loss(better, other) * weight_P).sum()
-            terms.append(LossTerm(self.config.center_rewards_coefficient * level, "pairs", "centering"))
+            centering = (center_rewards_loss(chosen, rejected) * weight_P).sum()
+            terms.append(LossTerm(self.config.center_rewards_coefficient * centering, "pairs", "centering"))
         return terms
 
     def take_metrics(self) -> Mapping[str, float]:
-        """Of the pairs: how many stand the right way, scores, and how far their differences follow the lengths'."""
-        if not self.seen:
+        """Of the pairs: accuracy, scores, and the correlation of score and length differences."""
+        if not self.batch_metrics:
             return {}
-        found = take_seen(self.seen)
-        margin = found["better"] - found["other"]
+        metrics = take_batch_metrics(self.batch_metrics)
+        margin = metrics["chosen"] - metrics["rejected"]
         return {
             "accuracy": float((margin > 0).double().mean()),
             "margin": float(margin.mean()),
-            "chosen_score": float(found["better"].mean()),
-            "rejected_score": float(found["other"].mean()),
-            "length_correlation": correlation(margin, found["longer"]),
+            "chosen_score": float(metrics["chosen"].mean()),
+            "rejected_score": float(metrics["rejected"].mean()),
+            "length_correlation": correlation(margin, metrics["longer"]),
         }
 
-    def _see(self, batch: PackedBatch, better: Tensor, other: Tensor, better_P: Tensor, other_P: Tensor) -> None:
-        tokens_D = torch.tensor([int(d.supervised.sum()) for d in batch.documents], device=better.device)
-        self.seen.append({"better": better, "other": other, "longer": tokens_D[better_P] - tokens_D[other_P]})
+    def _record_batch(
+        self, batch: PackedBatch, chosen: Tensor, rejected: Tensor, chosen_P: Tensor, rejected_P: Tensor
+    ) -> None:
+        tokens_D = torch.tensor([int(d.supervised.sum()) for d in batch.documents], device=chosen.device)
+        self.batch_metrics.append(
+            {"chosen": chosen, "rejected": rejected, "longer": tokens_D[chosen_P] - tokens_D[rejected_P]}
+        )

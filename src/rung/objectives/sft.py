@@ -1,4 +1,8 @@
-"""Supervised fine-tuning: the negative log-likelihood of the supervised tokens."""
+"""Supervised fine-tuning: the negative log-likelihood of the supervised tokens.
+
+The divisor is the sum of the token weights of the whole step, so a token weighs the same however the step is divided
+into micro-batches; a mean over documents would favor short ones. `objectives/preference.py` uses `nll` as well.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +27,9 @@ class SftObjective(Objective):
 
     def count(self, batch: PackedBatch) -> Counts:
         """The sum of the weights of the supervised tokens."""
-        # from the documents: the weights of the batch may stand on a device, and reading them would wait for it
-        learned = sum(d.weight * int(d.supervised[1:].sum()) for d in batch.documents)
-        return Counts(tokens=float(learned), sequences=float(batch.sequences))
+        # From the documents: the weights of the batch may be on a device, and reading them would synchronize with it.
+        tokens = sum(d.weight * int(d.supervised[1:].sum()) for d in batch.documents)
+        return Counts(tokens=float(tokens), sequences=float(batch.sequences))
 
     def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
         """One term, in nats."""

@@ -1,1 +1,1 @@
-"""What a run takes, before anything runs. Nothing here imports torch, or reads a weight."""
+"""Estimates of a run's memory and time before it starts. Nothing here imports torch or reads weights."""

@@ -1,4 +1,9 @@
-"""What a config takes, what every other method would take, and the cheapest change that makes it fit."""
+"""The plan of a run: its memory and time, those of every other method, and the cheapest change that makes it fit.
+
+Everything follows from configs: no weights are loaded and torch is not imported, so `rung plan` answers in a second.
+The price is that an estimate needs formulas for each method; `runs/checks.py` plans again with the run's own data and
+compares the plan with what was measured.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +30,8 @@ from rung.planning.memory import (
 )
 from rung.planning.method_cost import method_cost
 from rung.planning.throughput import (
+    DEFAULT_DOCUMENT_TOKENS,
     DEVICES,
-    LENGTH,
     DataVolume,
     Device,
     Throughput,
@@ -35,35 +40,35 @@ from rung.planning.throughput import (
     throughput_for,
 )
 
-PROBED = 2048
-"""The largest budget that `probe` tries."""
-SMALL = 256
-"""Tokens at once beside further changes: fewer would be slower and spare little."""
-LEARNED = 0.5
-"""Share of a micro-batch that the loss is taken of, as long as nothing has been tokenized."""
+MAX_PROBED_TOKENS = 2048
+"""The largest micro-batch, in tokens, that `probe` tries."""
+SMALL_MICRO_BATCH = 256
+"""Tokens of a micro-batch when other settings change too; fewer would be slower and save little."""
+SUPERVISED_SHARE = 0.5
+"""Assumed share of supervised tokens in a micro-batch, before anything has been tokenized."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """One run's cost."""
+    """Memory and time of one run."""
 
     method: str
     trainable: int | None
-    """Numbers that move; None where only the loaded model can tell."""
+    """Trainable parameters; None if only the loaded model can tell."""
     memory: MemoryEstimate
     flops: float | None
-    """None where nobody knows how much data there is."""
+    """Operations of the run; None if the amount of data is unknown."""
     seconds: float | None
-    """At the rate; None where none is known."""
+    """Time at the known throughput; None if there is none."""
     follow_up: tuple[Stage, ...]
-    """What `rung eval` and `rung merge` hold."""
+    """Memory of `rung eval` and `rung merge` after the run."""
     limit: int | None
-    """Bytes that there are; None where nobody said."""
+    """Available bytes; None if not stated."""
 
     @property
     def fits(self) -> bool | None:
-        """Whether what is needed lies within the limit; None without one."""
-        return None if self.limit is None else self.memory.needed <= self.limit
+        """Whether the required memory is within the limit; None without a limit."""
+        return None if self.limit is None else self.memory.required_bytes <= self.limit
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -83,112 +88,123 @@ class CheapestChange:
     """A setting that makes a run fit."""
 
     overrides: tuple[str, ...]
-    """As they are given on the command line."""
-    costs: str
-    """What is lost by it."""
+    """Settings as given on the command line."""
+    cost: str
+    """What the change costs."""
     plan: RunPlan
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """Everything `rung plan` says."""
+    """The result of `rung plan`."""
 
     shape: ModelShape
     micro_batch: MicroBatch
     data_volume: DataVolume | None
-    """None where no data is there, and nobody said."""
+    """None if the data is missing and no amount was given."""
     throughput: Throughput | None
-    own: RunPlan
-    others: tuple[RunPlan, ...]
+    plan: RunPlan
+    alternatives: tuple[RunPlan, ...]
     change: CheapestChange | None
-    """The cheapest that fits, where the config's own run does not and any does."""
+    """The cheapest change that fits, if the config's own run does not; None if no change fits."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         change = self.change
         return {
             "parameters": self.shape.parameters,
-            "compute": self.micro_batch.compute,
+            "compute": self.micro_batch.compute_dtype,
             "tokens_per_micro_batch": self.micro_batch.tokens,
             "tokens": self.data_volume and self.data_volume.tokens,
-            "tokens_given": self.data_volume is not None and self.data_volume.known,
+            "tokens_given": self.data_volume is not None and self.data_volume.is_counted,
             "rate": None
             if self.throughput is None
             else {"flops": self.throughput.flops, "source": self.throughput.source},
-            "limit_bytes": self.own.limit,
-            "plan": self.own.to_json(),
-            "methods": [other.to_json() for other in self.others],
+            "limit_bytes": self.plan.limit,
+            "plan": self.plan.to_json(),
+            "methods": [other.to_json() for other in self.alternatives],
             "change": change
-            and {"overrides": list(change.overrides), "costs": change.costs, "plan": change.plan.to_json()},
+            and {"overrides": list(change.overrides), "costs": change.cost, "plan": change.plan.to_json()},
         }
 
 
 def advise(
     config: RunConfig, *, limit: int | None = None, device: Device | None = None, tokens: float | None = None
 ) -> Advice:
-    """Plan a run and its alternatives from the configs of its models alone.
+    """Plan a run and its alternatives from the configs of its models.
 
-    `limit` is in bytes, `tokens` are those of an epoch; `device` None is this machine. Raises `ConfigError` for a model
+    `limit` is in bytes, `tokens` counts one epoch, `device` None means this machine. Raises `ConfigError` for a model
     without a config.
     """
-    shape, amount = read_shape(config.model), _guess(config)
+    shape, volume = read_shape(config.model), _guess_data_volume(config)
     if tokens is not None:
-        amount = replace(amount or estimate_data_volume([]), tokens=tokens, known=True)
+        volume = replace(volume or estimate_data_volume([]), tokens=tokens, is_counted=True)
     limit = device.memory if limit is None and device is not None else limit
-    work = assumed_micro_batch(config, shape, device)
-    rate = throughput_for(device, work.compute)
+    micro_batch = assumed_micro_batch(config, shape, device)
+    throughput = throughput_for(device, micro_batch.compute_dtype)
 
     def plan(changed: RunConfig, name: str) -> RunPlan:
-        own, others = assumed_micro_batch(changed, shape, device), auxiliary_shapes(changed)
-        return _plan(changed, name, shape, own, amount, rate, limit, others)
+        changed_batch, auxiliary = assumed_micro_batch(changed, shape, device), auxiliary_shapes(changed)
+        return _plan(changed, name, shape, changed_batch, volume, throughput, limit, auxiliary)
 
-    mine = plan(config, _name(config))
+    own_plan = plan(config, _method_label(config))
     change = None
-    if mine.fits is False:
-        tried = (
-            CheapestChange(o, costs, plan(changed, _name(changed)))
-            for o, costs, changed in _changes(config, work.tokens)
+    if own_plan.fits is False:
+        # A generator: the changes are ordered by cost, and planning stops at the first that fits.
+        candidates = (
+            CheapestChange(o, costs, plan(changed, _method_label(changed)))
+            for o, costs, changed in _candidate_changes(config, micro_batch.tokens)
         )
-        change = next((c for c in tried if c.plan.fits), None)
-    beside = tuple(plan(changed, name) for name, changed in alternatives(config))
-    return Advice(shape, work, amount, rate, mine, beside, change)
+        change = next((c for c in candidates if c.plan.fits), None)
+    other_plans = tuple(plan(changed, name) for name, changed in alternatives(config))
+    return Advice(shape, micro_batch, volume, throughput, own_plan, other_plans, change)
 
 
 def _plan(
     config: RunConfig,
-    name: str,
+    label: str,
     shape: ModelShape,
-    work: MicroBatch,
-    amount: DataVolume | None,
-    rate: Throughput | None,
+    micro_batch: MicroBatch,
+    volume: DataVolume | None,
+    throughput: Throughput | None,
     limit: int | None,
-    others: Mapping[str, ModelShape],
+    auxiliary: Mapping[str, ModelShape],
 ) -> RunPlan:
-    flops = None if amount is None else run_flops(config, shape, amount, others.get("teacher"))
-    seconds = None if rate is None or flops is None else flops / rate.flops
-    found = estimate_memory(config, shape, work, others)
-    after = estimate_follow_up_commands(config, shape, work, amount.length if amount else LENGTH)
-    return RunPlan(name, method_cost(config.method, shape).trainable, found, flops, seconds, after, limit)
+    flops = None if volume is None else run_flops(config, shape, volume, auxiliary.get("teacher"))
+    seconds = None if throughput is None or flops is None else flops / throughput.flops
+    memory = estimate_memory(config, shape, micro_batch, auxiliary)
+    follow_up = estimate_follow_up_commands(
+        config, shape, micro_batch, volume.document_tokens if volume else DEFAULT_DOCUMENT_TOKENS
+    )
+    return RunPlan(label, method_cost(config.method, shape).trainable, memory, flops, seconds, follow_up, limit)
 
 
 def assumed_micro_batch(config: RunConfig, shape: ModelShape, device: Device | None) -> MicroBatch:
-    """What is computed at once, before anything has been tokenized: as much as the budget allows."""
-    given = config.training.tokens_per_micro_batch
+    """The largest micro-batch that the budget allows, before anything has been tokenized."""
+    budget_setting = config.training.tokens_per_micro_batch
     kind = "cpu" if device is None else "cuda"
-    budget = tokens_per_micro_batch(shape, kind) if given == "auto" else PROBED if given == "probe" else given
-    longest = config.data.max_length or 0
-    tokens = max(budget, longest)
+    budget = (
+        tokens_per_micro_batch(shape, kind)
+        if budget_setting == "auto"
+        else MAX_PROBED_TOKENS
+        if budget_setting == "probe"
+        else budget_setting
+    )
+    max_length = config.data.max_length or 0
+    # A document is never divided, so one longer than the budget is a micro-batch of its own.
+    tokens = max(budget, max_length)
     return MicroBatch(
         compute_type(config.model, device),
         tokens,
-        int(tokens * LEARNED),
-        documents=1 if longest > budget else 2,
+        int(tokens * SUPERVISED_SHARE),
+        # Memory fragments more for a single long document; see `planning/memory.py`.
+        documents=1 if max_length > budget else 2,
         device=kind,
     )
 
 
 def compute_type(model: ModelConfig, device: Device | None) -> str:
-    """What products run in: `auto` takes bfloat16 where hardware multiplies it."""
+    """The dtype of products: `auto` takes bfloat16 if the hardware multiplies it."""
     if model.dtype != "auto":
         return model.dtype
     if device is not None:
@@ -197,47 +213,49 @@ def compute_type(model: ModelConfig, device: Device | None) -> str:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this machine's processor has AVX512-BF16 or AMX: what torch would say, without torch."""
+    """Whether this machine's processor has AVX512-BF16 or AMX; asked without importing torch."""
     try:
         flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
+    # The file exists only on Linux; elsewhere the answer is no.
     except (OSError, IndexError):
         return False
     return "avx512_bf16" in flags or "amx_tile" in flags
 
 
 def auxiliary_shapes(config: RunConfig) -> dict[str, ModelShape]:
-    """Further models of a run, by what they are there for; adapters on the run's own base are none."""
-    found: dict[str, ModelShape] = {}
-    named = config.objective.reference_model
-    if named == "base":
+    """Shapes of further models in a run, by purpose; adapters on the run's own base do not count."""
+    shapes: dict[str, ModelShape] = {}
+    reference = config.objective.reference_model
+    if reference == "base":
+        # Other methods switch themselves off; full fine-tuning needs a second copy of the base.
         if config.method.kind == "full":
-            found["reference"] = read_shape(config.model)
-    elif named is not None:
-        found["reference"] = _named(config, named, "objective.reference")
+            shapes["reference"] = read_shape(config.model)
+    elif reference is not None:
+        shapes["reference"] = _auxiliary_shape(config, reference, "objective.reference")
     if config.objective.kind == "distill":
-        found["teacher"] = _named(config, config.objective.teacher, "objective.teacher")
+        shapes["teacher"] = _auxiliary_shape(config, config.objective.teacher, "objective.teacher")
     reward = config.objective.reward
     if isinstance(reward, ModelRewardConfig):
         base = require_reward_run(reward.run).get("model", {}).get("name")
-        whole = (Path(reward.run) / "model").exists() or config.method.kind in BASE_CHANGING_METHODS
-        if whole or base != config.model.name:  # else it is one more adapter on this run's weights
-            found["reward"] = _named(config, reward.run, "objective.reward.run")
-    return found
+        is_full_model = (Path(reward.run) / "model").exists() or config.method.kind in BASE_CHANGING_METHODS
+        if is_full_model or base != config.model.name:  # else it is an adapter on this run's weights
+            shapes["reward"] = _auxiliary_shape(config, reward.run, "objective.reward.run")
+    return shapes
 
 
-def _named(config: RunConfig, name: str, where: str) -> ModelShape:
-    """Of a model that the config names elsewhere: what is wrong with it is said of that place."""
+def _auxiliary_shape(config: RunConfig, name: str, where: str) -> ModelShape:
+    """Shape of a model that the config names outside `model.name`; errors refer to that setting."""
     try:
         return read_shape(config.model.model_copy(update={"name": name, **WITHOUT_RUN_SETTINGS}))
     except ConfigError as error:
-        own = where if error.where == "model.name" else error.where
+        location = where if error.where == "model.name" else error.where
         raise ConfigError(
-            error.summary, where=own, given=error.given, allowed=error.allowed, hint=error.hint
+            error.summary, where=location, given=error.given, allowed=error.allowed, hint=error.hint
         ) from error
 
 
 def require_reward_run(run: str) -> dict[str, Any]:
-    """The config of a reward run. Raises `ConfigError` for a folder without a run, or of another kind."""
+    """The config of a reward run. Raises `ConfigError` for a folder without a run, or a run of another kind."""
     where = "objective.reward.run"
     try:
         config: dict[str, Any] = json.loads((Path(run) / "run.json").read_text())["config"]
@@ -250,98 +268,113 @@ def require_reward_run(run: str) -> dict[str, Any]:
 
 
 def alternatives(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
-    """The same run under every method: with the config's own settings where it is the config's, else with defaults."""
+    """The run with every method: with the config's settings for its own method, with defaults for others."""
     kinds: Mapping[str, Any] = METHOD_CONFIGS
-    for kind, made in kinds.items():
+    for kind, config_class in kinds.items():
         if kind == "peft":
-            continue  # what its tuners hold is known once the model is loaded
+            continue  # the size of its tuners is known only for a loaded model
         if kind == "qlora":
             for bits in (8, 4):
-                own = made(bits=bits) if config.method.kind != kind else config.method.model_copy(update={"bits": bits})
-                yield f"qlora, {bits} bits", config.model_copy(update={"method": own})
+                method = (
+                    config_class(bits=bits)
+                    if config.method.kind != kind
+                    else config.method.model_copy(update={"bits": bits})
+                )
+                yield f"qlora, {bits} bits", config.model_copy(update={"method": method})
             continue
-        yield kind, config.model_copy(update={"method": config.method if kind == config.method.kind else made()})
+        yield (
+            kind,
+            config.model_copy(update={"method": config.method if kind == config.method.kind else config_class()}),
+        )
 
 
-def _name(config: RunConfig) -> str:
-    """Of a method in the table of all."""
+def _method_label(config: RunConfig) -> str:
+    """Label of a config's method in the table of alternatives."""
     return f"qlora, {config.method.bits} bits" if isinstance(config.method, QloraConfig) else config.method.kind
 
 
-def _changes(config: RunConfig, now: int) -> Iterator[tuple[tuple[str, ...], str, RunConfig]]:
-    """From what costs nothing but time to what makes another run of it."""
+def _candidate_changes(config: RunConfig, current_tokens: int) -> Iterator[tuple[tuple[str, ...], str, RunConfig]]:
+    """Changes in order of cost: first those that cost only time, last another method."""
     for tokens in (4096, 2048, 1024, 512, 256, 128):
-        if tokens < now and tokens >= (config.data.max_length or 0):
-            engine = config.training.model_copy(update={"tokens_per_micro_batch": tokens})
+        if tokens < current_tokens and tokens >= (config.data.max_length or 0):
+            training = config.training.model_copy(update={"tokens_per_micro_batch": tokens})
             yield (
                 (f"training.tokens_per_micro_batch={tokens}",),
                 "speed alone",
-                config.model_copy(update={"training": engine}),
+                config.model_copy(update={"training": training}),
             )
-    small = config.training.model_copy(update={"tokens_per_micro_batch": min(SMALL, now)})
-    least = config.model_copy(update={"training": small})
+    # Further changes assume the smallest micro-batch, because that saving costs least.
+    small_training = config.training.model_copy(
+        update={"tokens_per_micro_batch": min(SMALL_MICRO_BATCH, current_tokens)}
+    )
+    small_config = config.model_copy(update={"training": small_training})
 
     def with_(override: str) -> tuple[str, ...]:
-        return f"training.tokens_per_micro_batch={small.tokens_per_micro_batch}", override
+        return f"training.tokens_per_micro_batch={small_training.tokens_per_micro_batch}", override
 
-    moments = small.optimizer.model_copy(update={"state_dtype": "int8"})
-    eight = least.model_copy(update={"training": small.model_copy(update={"optimizer": moments})})
+    moments = small_training.optimizer.model_copy(update={"state_dtype": "int8"})
+    int8_config = small_config.model_copy(update={"training": small_training.model_copy(update={"optimizer": moments})})
     if config.training.optimizer.state_dtype != "int8":
-        yield with_("training.optimizer.state_dtype=int8"), "moments rounded to 8 bits", eight
+        yield with_("training.optimizer.state_dtype=int8"), "moments rounded to 8 bits", int8_config
     for length in (2048, 1024, 512, 256):
         if config.data.max_length and length < config.data.max_length:
             data = config.data.model_copy(update={"max_length": length})
-            yield with_(f"data.max_length={length}"), "longer documents", least.model_copy(update={"data": data})
+            yield with_(f"data.max_length={length}"), "longer documents", small_config.model_copy(update={"data": data})
     for rank in (8, 4):
         if (config.method.adapter_rank or 0) > rank:
             method = config.method.model_copy(update={"rank": rank})
-            yield with_(f"method.rank={rank}"), "what an adapter can hold", least.model_copy(update={"method": method})
-    ladder: Sequence[tuple[str, dict[str, Any]]] = (
+            yield (
+                with_(f"method.rank={rank}"),
+                "what an adapter can hold",
+                small_config.model_copy(update={"method": method}),
+            )
+    methods: Sequence[tuple[str, dict[str, Any]]] = (
         ("method={kind: lora}", {"kind": "lora"}),
         ("method={kind: qlora, bits: 8}", {"kind": "qlora", "bits": 8}),
         ("method={kind: qlora}", {"kind": "qlora"}),
         ("method={kind: prompt}", {"kind": "prompt"}),
     )
-    for override, settings in ladder:
+    for override, settings in methods:
         if settings["kind"] != config.method.kind or "bits" in settings:
             kind = settings["kind"]
-            made: Any = METHOD_CONFIGS[kind]
-            method = made.model_validate(settings)
-            yield with_(override), "another method", least.model_copy(update={"method": method})
+            config_class: Any = METHOD_CONFIGS[kind]
+            method = config_class.model_validate(settings)
+            yield with_(override), "another method", small_config.model_copy(update={"method": method})
 
 
 def parse_size(text: str | None) -> int | None:
     """Bytes of 24GiB, 24GB, 512MiB or a plain number. Raises `ConfigError` for anything else."""
     if text is None:
         return None
-    found = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([kmgt]?i?b?)", text.strip().lower())
-    if found is None or (size := _UNITS.get(found[2].removesuffix("b"))) is None or not float(found[1]):
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([kmgt]?i?b?)", text.strip().lower())
+    if match is None or (size := _UNITS.get(match[2].removesuffix("b"))) is None or not float(match[1]):
         raise ConfigError("this is no amount of memory", where="--memory", given=text, allowed="24GiB, 24GB or 512MiB")
-    return int(float(found[1]) * size)
+    return int(float(match[1]) * size)
 
 
+# Decimal without an i (GB), binary with it (GiB).
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 def parse_device(name: str | None) -> Device | None:
-    """A known device. Raises `ConfigError` for another."""
+    """Look up a device. Raises `ConfigError` for an unknown one."""
     if name is None:
         return None
     if name.lower() not in DEVICES:
-        near = did_you_mean(name.lower(), list(DEVICES))
-        hint = f"did you mean {near}?" if near else "give --memory for another"
+        suggestion = did_you_mean(name.lower(), list(DEVICES))
+        hint = f"did you mean {suggestion}?" if suggestion else "give --memory for another"
         raise ConfigError("no such device", where="--device", given=name, allowed=", ".join(DEVICES), hint=hint)
     return DEVICES[name.lower()]
 
 
-def _guess(config: RunConfig) -> DataVolume | None:
-    """From the sizes of the data's files, and what the config leaves of them; None where none is there."""
-    paths = [config.data.path] if isinstance(config.data.path, str) else [one.path for one in config.data.path]
+def _guess_data_volume(config: RunConfig) -> DataVolume | None:
+    """Data volume from the file sizes and the config's splits and limit; None if no file exists."""
+    paths = [config.data.path] if isinstance(config.data.path, str) else [source.path for source in config.data.path]
     shares = [s for s in (config.data.validation, config.data.test) if isinstance(s, float | int)]
-    found = estimate_data_volume([Path(name) for name in paths])
-    if not found.tokens:
+    volume = estimate_data_volume([Path(name) for name in paths])
+    if not volume.tokens:
         return None
-    kept = found.tokens * max(0.0, 1.0 - sum(shares))
+    tokens = volume.tokens * max(0.0, 1.0 - sum(shares))
     if config.data.limit is not None:
-        kept = min(kept, config.data.limit * found.length)
-    return DataVolume(kept, found.learned, found.length, known=False)
+        tokens = min(tokens, config.data.limit * volume.document_tokens)
+    return DataVolume(tokens, volume.supervised_share, volume.document_tokens, is_counted=False)

@@ -1,4 +1,8 @@
-"""What memory and time follow from: the numbers of a model's config, read without torch and without weights."""
+"""The shape of a model: layer counts and widths from its config, read without torch and without weights.
+
+Memory and time follow from these numbers, so `rung plan` works for a model that is not downloaded. It costs code for
+each family of architectures; `tests/unit/test_plan.py` compares the counts with transformers' own models.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +21,13 @@ from rung.config.support import model_refusal
 from rung.errors import CheckpointError, ConfigError, PlanError, did_you_mean
 from rung.files import is_run_folder
 
-HEADER = 100 * 2**20
-"""The longest description that a safetensors file may begin with."""
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_UNTIED = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gpt_neox", "olmo2", "granite"})
-"""Architectures whose head is their own unless the config ties it to the embeddings."""
+MAX_HEADER_BYTES = 100 * 2**20
+"""Upper limit for the JSON header of a safetensors file: a damaged length must not fill memory."""
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_UNTIED_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gpt_neox", "olmo2", "granite"})
+"""Architectures whose head is untied unless the config ties it to the embeddings."""
 
-_GGUF = {
+_GGUF_KEYS = {
     "hidden_size": "embedding_length",
     "num_hidden_layers": "block_count",
     "num_attention_heads": "attention.head_count",
@@ -32,10 +36,10 @@ _GGUF = {
     "intermediate_size": "feed_forward_length",
     "max_position_embeddings": "context_length",
 }
-"""Names of transformers, and those of llama.cpp behind the architecture's."""
+"""transformers' name of each setting -> llama.cpp's key after the architecture prefix."""
 
-_ALL_HEADS = frozenset({"opt", "gpt2", "gpt_neox"})
-"""Architectures that know no shared keys, whatever a config says."""
+_MULTI_HEAD_TYPES = frozenset({"opt", "gpt2", "gpt_neox"})
+"""Architectures without grouped keys, whatever a config says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,53 +47,53 @@ class LinearShape:
     """A linear of one layer."""
 
     roles: tuple[LinearRole, ...]
-    """Several where projections are fused."""
+    """Several for a fused projection."""
     inputs: int
     outputs: int
     bias: bool = False
 
     @property
-    def numbers(self) -> int:
+    def parameters(self) -> int:
         """Weights and biases."""
         return self.inputs * self.outputs + (self.outputs if self.bias else 0)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """A decoder in numbers."""
+    """Sizes of a decoder."""
 
     kind: str
     """`model_type` of its config."""
     layers: int
     width: int
-    """Numbers a token between layers."""
+    """Hidden size."""
     heads: int
     kv_heads: int
     head_width: int
     mlp: int
-    """Numbers a token inside the feed-forward block."""
+    """Width of the feed-forward block."""
     vocabulary: int
     tied: bool
-    """Whether the head is the embeddings."""
+    """Whether the head shares the embedding matrix."""
     matrices: tuple[LinearShape, ...]
     """Linears of one layer."""
-    vectors: int
-    """Numbers of a layer outside its linears: norms."""
-    outside: int
-    """Numbers outside the layers that are neither embeddings nor head: positions, the last norm, a head's bias."""
-    stored: str
-    """Type of the numbers in its file: float32, bfloat16 or float16."""
+    norm_parameters: int
+    """Parameters of a layer's norms."""
+    other_parameters: int
+    """Parameters outside the layers except embeddings and head: positions, the last norm, a head's bias."""
+    stored_dtype: str
+    """Dtype of the weights in the file: float32, bfloat16 or float16."""
     context: int
     """Longest document in tokens."""
 
     @property
     def kv(self) -> int:
-        """Numbers a token of the keys of a layer, and of its values."""
+        """Width of the keys of a layer, and of its values."""
         return self.kv_heads * self.head_width
 
     @property
     def query(self) -> int:
-        """Numbers a token of the queries of a layer."""
+        """Width of the queries of a layer."""
         return self.heads * self.head_width
 
     @property
@@ -98,38 +102,40 @@ class ModelShape:
         return any("gate" in m.roles for m in self.matrices)
 
     @property
-    def linear(self) -> int:
-        """Numbers in the linears of a layer."""
-        return sum(m.numbers for m in self.matrices)
+    def linear_parameters(self) -> int:
+        """Parameters of a layer's linears."""
+        return sum(m.parameters for m in self.matrices)
 
     @property
-    def embedding(self) -> int:
-        """Numbers in the embeddings; as many again in a head that is not tied to them."""
+    def embedding_parameters(self) -> int:
+        """Parameters of the embeddings, and of an untied head."""
         return self.vocabulary * self.width
 
     @property
     def parameters(self) -> int:
-        """All numbers of the model."""
-        inside = self.layers * (self.linear + self.vectors)
-        return inside + self.embedding * (1 if self.tied else 2) + self.outside
+        """All parameters of the model."""
+        layer_parameters = self.layers * (self.linear_parameters + self.norm_parameters)
+        return layer_parameters + self.embedding_parameters * (1 if self.tied else 2) + self.other_parameters
 
 
 def read_shape(config: ModelConfig) -> ModelShape:
-    """The shape of a run's base, from its config alone.
+    """The shape of a run's base, from its config.
 
-    Raises `ConfigError` for a name that leads to no config, `PlanError` for an architecture that Rung cannot take.
+    Raises `ConfigError` for a name without a config, `PlanError` for an unsupported architecture.
     """
     if config.student_of is not None:
-        whole = read_shape(config.model_copy(update={"name": config.student_of, "student_of": None, "layers": None}))
-        return _replace_layers(whole, config.layers or "every_other")
+        teacher_shape = read_shape(
+            config.model_copy(update={"name": config.student_of, "student_of": None, "layers": None})
+        )
+        return _replace_layers(teacher_shape, config.layers or "every_other")
     if config.name in CATALOG:
         return shape_from_config(CATALOG[config.name].config)
     if Path(config.name).suffix.lower() == ".gguf" and Path(config.name).expanduser().is_file():
-        return _of_gguf(Path(config.name).expanduser())
-    folder = _folder(config)
+        return _shape_from_gguf(Path(config.name).expanduser())
+    folder = _model_folder(config)
     if folder is not None and is_run_folder(folder):
-        return _of_run(folder)
-    path = folder / "config.json" if folder is not None else _of_hub(config)
+        return _shape_from_run(folder)
+    path = folder / "config.json" if folder is not None else _hub_config_path(config)
     try:
         model_json = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -140,18 +146,18 @@ def read_shape(config: ModelConfig) -> ModelShape:
 def shape_from_config(config: Mapping[str, Any], stored: str | None = None) -> ModelShape:
     """The shape that a transformers config describes.
 
-    Raises `PlanError` for an architecture that is refused, `ConfigError` where a number is missing.
+    Raises `PlanError` for an unsupported architecture, `ConfigError` if a number is missing.
     """
     if not isinstance(config, Mapping):
         raise ConfigError("this config is no object", where="config.json", given=type(config).__name__)
     kind = str(config.get("model_type", "llama"))
-    if why := model_refusal(kind, encoder_decoder=bool(config.get("is_encoder_decoder"))):
-        raise PlanError(why, where="model.name", given=kind)
+    if reason := model_refusal(kind, encoder_decoder=bool(config.get("is_encoder_decoder"))):
+        raise PlanError(reason, where="model.name", given=kind)
     try:
-        return _shape(kind, config, stored or _type_of(config))
+        return _shape(kind, config, stored or _declared_dtype(config))
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        what = f"this config lacks a number that memory follows from: {error}"
-        raise ConfigError(what, where="config.json", given=kind) from error
+        reason = f"this config lacks a number that memory follows from: {error}"
+        raise ConfigError(reason, where="config.json", given=kind) from error
 
 
 def _shape(kind: str, config: Mapping[str, Any], stored: str) -> ModelShape:
@@ -165,56 +171,63 @@ def _shape(kind: str, config: Mapping[str, Any], stored: str) -> ModelShape:
 
     width, layers = number("hidden_size", "n_embd"), number("num_hidden_layers", "n_layer")
     heads = number("num_attention_heads", "n_head")
-    kv_heads = heads if kind in _ALL_HEADS else number("num_key_value_heads", default=heads)
+    # Old architectures have no such setting, and a stray one in a config is ignored by transformers.
+    kv_heads = heads if kind in _MULTI_HEAD_TYPES else number("num_key_value_heads", default=heads)
     head_width = number("head_dim", default=width // heads)
     mlp = number("intermediate_size", "ffn_dim", "n_inner", default=4 * width)
     vocabulary = number("vocab_size")
     context = number("max_position_embeddings", "n_positions", default=2**20)
+    # The head width may be set apart from hidden size over heads (Qwen3, Gemma).
     query, kv = heads * head_width, kv_heads * head_width
-    matrices, vectors, outside = _inside(kind, config, (width, query, kv, mlp))
+    matrices, vectors, outside = _layer_linears(kind, config, (width, query, kv, mlp))
+    # Learned positions (OPT has two more), and the bias of Phi's head.
     outside += {"gpt2": context * width, "opt": (context + 2) * width, "phi": vocabulary}.get(kind, 0)
-    tied = bool(config.get("tie_word_embeddings", kind not in _UNTIED))
+    tied = bool(config.get("tie_word_embeddings", kind not in _UNTIED_TYPES))
     return ModelShape(
+        # Positional, in the order of the fields.
         *(kind, layers, width, heads, kv_heads, head_width, mlp, vocabulary),
         tied=tied,
         matrices=matrices,
-        vectors=vectors,
-        outside=outside,
-        stored=stored,
+        norm_parameters=vectors,
+        other_parameters=outside,
+        stored_dtype=stored,
         context=context,
     )
 
 
-def _inside(
+def _layer_linears(
     kind: str, config: Mapping[str, Any], widths: tuple[int, int, int, int]
 ) -> tuple[tuple[LinearShape, ...], int, int]:
-    """The linears of a layer, the numbers of its norms, and those of the last norm."""
+    """The linears of a layer, the parameters of its norms, and those of the last norm."""
     width, query, kv, mlp = widths
     if kind in ("gpt2", "opt", "phi", "gpt_neox"):  # biases everywhere, LayerNorm, no gate
         if kind in ("gpt2", "gpt_neox"):
-            own: Sequence[LinearShape] = [LinearShape(("q", "k", "v"), width, query + 2 * kv, True)]
+            attention: Sequence[LinearShape] = [LinearShape(("q", "k", "v"), width, query + 2 * kv, True)]
         else:
-            own = [LinearShape((role,), width, out, True) for role, out in _qkv(query, kv)]
-        both = (*own, LinearShape(("o",), query, width, True), LinearShape(("up",), width, mlp, True))
+            attention = [LinearShape((role,), width, out, True) for role, out in _qkv(query, kv)]
+        linears = (*attention, LinearShape(("o",), query, width, True), LinearShape(("up",), width, mlp, True))
+        # Phi has one norm for attention and feed-forward block, which run in parallel.
         norms = 1 if kind == "phi" else 2
-        return (*both, LinearShape(("down",), mlp, width, True)), norms * 2 * width, 2 * width
+        return (*linears, LinearShape(("down",), mlp, width, True)), norms * 2 * width, 2 * width
     if kind == "phi3":
-        fused = LinearShape(("q", "k", "v"), width, query + 2 * kv), LinearShape(("o",), query, width)
+        attention_linears = LinearShape(("q", "k", "v"), width, query + 2 * kv), LinearShape(("o",), query, width)
         return (
-            (*fused, LinearShape(("gate", "up"), width, 2 * mlp), LinearShape(("down",), mlp, width)),
+            (*attention_linears, LinearShape(("gate", "up"), width, 2 * mlp), LinearShape(("down",), mlp, width)),
             2 * width,
             width,
         )
-    biased = bool(config.get("attention_bias", kind == "qwen2"))
-    out_biased = biased and kind != "qwen2"
-    inner = bool(config.get("mlp_bias", False))
-    attention = (*(LinearShape((role,), width, out, biased) for role, out in _qkv(query, kv)),)
+    # Qwen2 has biases on q, k and v without a setting for them, and none on o.
+    has_bias = bool(config.get("attention_bias", kind == "qwen2"))
+    out_biased = has_bias and kind != "qwen2"
+    mlp_bias = bool(config.get("mlp_bias", False))
+    attention = (*(LinearShape((role,), width, out, has_bias) for role, out in _qkv(query, kv)),)
     block = (
         LinearShape(("o",), query, width, out_biased),
-        LinearShape(("gate",), width, mlp, inner),
-        LinearShape(("up",), width, mlp, inner),
-        LinearShape(("down",), mlp, width, inner),
+        LinearShape(("gate",), width, mlp, mlp_bias),
+        LinearShape(("up",), width, mlp, mlp_bias),
+        LinearShape(("down",), mlp, width, mlp_bias),
     )
+    # Gemma also normalizes the output of each block; Qwen3 and Gemma 3 normalize queries and keys.
     norms = (4 if kind in ("gemma2", "gemma3_text") else 2) * width
     head_width = query // int(config["num_attention_heads"])
     if kind in ("qwen3", "gemma3_text"):
@@ -227,90 +240,95 @@ def _qkv(query: int, kv: int) -> tuple[tuple[LinearRole, int], ...]:
 
 
 def stored_type(folder: Path) -> str | None:
-    """The type that most numbers of a model folder's safetensors files have; None where there are none."""
-    found: dict[str, int] = {}
+    """The dtype of most weights in a model folder's safetensors files; None without such files."""
+    bytes_by_dtype: dict[str, int] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        for entry in _header(file).values():
+        for entry in _read_header(file).values():
             if "dtype" in entry:
+                # By bytes: a few float32 norms in a bfloat16 file do not decide.
                 size = entry["data_offsets"][1] - entry["data_offsets"][0]
-                found[entry["dtype"]] = found.get(entry["dtype"], 0) + size
+                bytes_by_dtype[entry["dtype"]] = bytes_by_dtype.get(entry["dtype"], 0) + size
     names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-    return names.get(max(found, key=found.__getitem__)) if found else None
+    return names.get(max(bytes_by_dtype, key=bytes_by_dtype.__getitem__)) if bytes_by_dtype else None
 
 
-def _header(file: Path) -> dict[str, dict[str, Any]]:
-    """What stands before the numbers of a safetensors file: eight bytes of length, then JSON."""
-    with file.open("rb") as opened:
+def _read_header(file: Path) -> dict[str, dict[str, Any]]:
+    """The header of a safetensors file: eight bytes of length, then JSON."""
+    with file.open("rb") as stream:
         try:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            header: dict[str, dict[str, Any]] = json.loads(opened.read(min(length, HEADER)))
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header: dict[str, dict[str, Any]] = json.loads(stream.read(min(length, MAX_HEADER_BYTES)))
         except (struct.error, ValueError) as error:
             raise ConfigError(f"this is no safetensors file: {error}", where=str(file)) from error
     return header
 
 
-def _type_of(config: Mapping[str, Any]) -> str:
-    """The type a config says its numbers have; without a word they are taken for bfloat16, as most are published."""
-    said = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-    return said if said in BYTES else "float32"
+def _declared_dtype(config: Mapping[str, Any]) -> str:
+    """The dtype that a config states; without one bfloat16, as most models are published in it."""
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    # An unknown dtype is planned at four bytes, the cautious choice.
+    return dtype if dtype in DTYPE_BYTES else "float32"
 
 
-def _replace_layers(whole: ModelShape, layers: StudentLayers) -> ModelShape:
-    return replace(whole, layers=len(student_layers(layers, whole.layers)))
+def _replace_layers(shape: ModelShape, layers: StudentLayers) -> ModelShape:
+    return replace(shape, layers=len(student_layers(layers, shape.layers)))
 
 
-def _folder(config: ModelConfig) -> Path | None:
-    """Where the model stands on this disk; None for a hub id."""
+def _model_folder(config: ModelConfig) -> Path | None:
+    """The model's folder on this disk; None for a hub id."""
     path = Path(config.name).expanduser()
     if path.is_dir() and (is_run_folder(path) or (path / "config.json").exists()):
         return path
     if path.exists():
-        what = "this holds neither a model (config.json) nor a run (run.json)"
-        raise ConfigError(what, where="model.name", given=config.name)
+        reason = "this holds neither a model (config.json) nor a run (run.json)"
+        raise ConfigError(reason, where="model.name", given=config.name)
+    # An existing parent folder means a mistyped path, not a hub id.
     if config.name.count("/") == 1 and not config.name.startswith((".", "/", "~")) and not path.parent.exists():
         return None
-    near = did_you_mean(config.name, list(CATALOG))
-    hint = f"did you mean {near}?" if near else None
+    suggestion = did_you_mean(config.name, list(CATALOG))
+    hint = f"did you mean {suggestion}?" if suggestion else None
     raise ConfigError("no such model", where="model.name", given=config.name, hint=hint)
 
 
-def _of_run(folder: Path) -> ModelShape:
-    """A run's own model where it was trained whole, else its base."""
+def _shape_from_run(folder: Path) -> ModelShape:
+    """The shape of a run: of its own model if that was saved, else of its base."""
     if (folder / "model" / "config.json").exists():
         return read_shape(ModelConfig(name=str(folder / "model")))
     try:
         config = json.loads((folder / "run.json").read_text())["config"]["model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"run.json is not the manifest of a run: {error}", where=str(folder)) from error
-    found = ModelConfig.model_validate(config)
-    if Path(found.student_of or found.name).resolve() == folder.resolve():
+    model_config = ModelConfig.model_validate(config)
+    # A manifest that names its own folder would recurse without end.
+    if Path(model_config.student_of or model_config.name).resolve() == folder.resolve():
         raise CheckpointError("this run says that it stands on itself", where=str(folder))
-    return read_shape(found)
+    return read_shape(model_config)
 
 
-def _of_gguf(file: Path) -> ModelShape:
-    """By the names that llama.cpp gives its numbers; what is loaded of them is float32."""
+def _shape_from_gguf(file: Path) -> ModelShape:
+    """Shape from llama.cpp's keys; the loaded weights are float32."""
     from gguf import GGUFReader
 
     try:
         reader = GGUFReader(file)
         kind = str(reader.fields["general.architecture"].contents())
-    except Exception as error:  # the reader fails in many ways on a file that is no GGUF
-        what = f"this GGUF file cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        raise ConfigError(what, where="model.name", given=str(file)) from error
-    named = {
+    except Exception as error:  # the reader raises many types for a file that is not GGUF
+        reason = f"this GGUF file cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        raise ConfigError(reason, where="model.name", given=str(file)) from error
+    settings = {
         name: reader.fields[f"{kind}.{key}"].contents()
-        for name, key in _GGUF.items()
+        for name, key in _GGUF_KEYS.items()
         if f"{kind}.{key}" in reader.fields
     }
     tensors = {tensor.name: tensor.shape.tolist() for tensor in reader.tensors}
+    # The embedding tensor, because the key for the vocabulary size is optional.
     vocabulary = max(tensors.get("token_embd.weight", [0]))
-    own = {"model_type": kind, "vocab_size": vocabulary, "tie_word_embeddings": "output.weight" not in tensors}
-    return shape_from_config({**own, **named}, "float32")
+    config = {"model_type": kind, "vocab_size": vocabulary, "tie_word_embeddings": "output.weight" not in tensors}
+    return shape_from_config({**config, **settings}, "float32")
 
 
-def _of_hub(config: ModelConfig) -> Path:
-    """The config of a hub id: kept from an earlier download, or brought now; nothing else of it is."""
+def _hub_config_path(config: ModelConfig) -> Path:
+    """The config of a hub id, from the cache or downloaded now; no weights are downloaded."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

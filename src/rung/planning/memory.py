@@ -1,8 +1,9 @@
-"""Bytes that a run holds at its peak, term by term, from the shape of its model.
+"""Memory of a run at its peak, term by term, from the shape of its model.
 
-A run has stages (loading, steps, rollouts, saving), and its peak is that of the largest. Formulas are those of what the
-engine keeps: layers what `rung.planning.method_cost` says, the head two vectors of width H a learned token. What
-Python and its libraries hold before any model is there comes on top, and is stated apart: `FOOTPRINT`.
+A run has stages (loading, steps, rollouts, saving), and its peak is that of the largest. The formulas follow what the
+trainer stores: layers as in `planning/method_cost.py`, the head vectors of width H a supervised token. The memory of
+Python and its libraries before a model is loaded is added separately: `BASELINE_RSS`. Constants marked as measured come
+from runs on one machine; GPUs were not measured.
 """
 
 from __future__ import annotations
@@ -12,29 +13,30 @@ from dataclasses import dataclass
 
 from rung.config.method import BASE_CHANGING_METHODS, front_virtual_tokens
 from rung.config.run import RunConfig
-from rung.planning.architecture import BYTES, ModelShape
+from rung.planning.architecture import DTYPE_BYTES, ModelShape
 from rung.planning.method_cost import MethodCost, activation_bytes_per_token, method_bytes_per_token, method_cost
 from rung.planning.throughput import generates_rollouts
 
 BASELINE_RSS = 560 * 2**20
-"""Python, torch, transformers and a tokenizer of 49,152 tokens, without a model (measured)."""
+"""Resident memory of Python, torch, transformers and a tokenizer of 49,152 tokens, without a model (measured)."""
 ACTIVATION_BYTES = 512 * 2**20
-"""What the activations of one micro-batch may hold on a processor."""
-FEWEST, MOST = 256, 4096
-"""Below some hundred rows matrix products slow down; beyond a few thousand nothing is gained on a processor."""
+"""Budget for the activations of one micro-batch on a processor."""
+MIN_TOKENS, MAX_TOKENS = 256, 4096
+"""Limits of the `auto` budget: products slow down below a few hundred rows and gain nothing beyond a few thousand."""
+# A GPU needs more rows per launch than a processor for full rate; not measured here.
 CUDA_TOKENS = 16_384
-TILE = 512 * 2048
-"""Logits that the head computes at once."""
-NF4 = 0.5 + 1 / 64
-"""Bytes a number of a 4-bit base: half a byte, and a scale of one byte for 64 numbers (Dettmers et al. 2023)."""
-NF4_PLAIN = 0.5 + 4 / 64
-"""The same with scales in float32."""
+TILE_LOGITS = 512 * 2048
+"""Logits in one tile of the head, as in `models/logprobs.py`."""
+NF4_BYTES = 0.5 + 1 / 64
+"""Bytes per weight of a 4-bit base: half a byte, and a one-byte scale for 64 weights (Dettmers et al. 2023)."""
+NF4_FLOAT_SCALES_BYTES = 0.5 + 4 / 64
+"""Bytes per weight with scales in float32 (`double_quant: false`)."""
 
-BITSANDBYTES = 110 * 10**6
-"""The library alone (measured)."""
+BITSANDBYTES_BYTES = 110 * 10**6
+"""Resident memory of the library (measured)."""
 FRAGMENTATION, FRAGMENTATION_SINGLE_DOCUMENT = 0.19, 0.65
-"""Of what a step keeps: freed memory of a size that is not asked for again (measured with glibc 2.36). A long document,
-alone in its micro-batch, leaves more: what attention makes and forgets is as large, and of another size in the next."""
+"""Share of a step's memory that is freed but not reusable, because no later request has its size (measured with glibc
+2.36). A single long document leaves more: the temporaries of attention are as large, and differ in the next batch."""
 FRAGMENTATION_BY_METHOD = {
     "prompt": 0.43,
     "prefix": 0.43,
@@ -43,126 +45,129 @@ FRAGMENTATION_BY_METHOD = {
     "qlora": 0.94,
     "mixture": 1.29,
 }
-"""The same of methods that make and forget more on the way (measured for each; with glibc 2.38 and later there may be
-less: before that, an aligned block was not given out again to a request of its own size)."""
-UNFUSED = 3.4
-"""Times what transformers' and peft's own forward keep (`model.fused: false`), beside ours (measured)."""
-PRODUCTS = 105 * 10**6
-"""Buffers of the processor's matrix products, which a model of no size does not need (measured)."""
+"""The same for methods with more temporaries (measured for each). glibc 2.38 and later may leave less: earlier versions
+did not reuse an aligned block for a request of the same size."""
+UNFUSED_FACTOR = 3.4
+"""Factor on stored activations with transformers' and peft's forward (`model.fused: false`) (measured)."""
+PRODUCT_BUFFER_BYTES = 105 * 10**6
+"""Buffers of matrix products on a processor (measured)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """What one thing holds, in bytes, and where the number comes from."""
+    """One contribution to memory, in bytes, and the source of the number."""
 
     name: str
     bytes: int
-    why: str
+    source: str
     mapped: bool = False
-    """Pages of a file that the system takes back when memory is short: resident, but not needed."""
+    """Mapped pages of a file, which the system can reclaim: resident, but not required."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A part of a run, and all that is held at its peak."""
+    """A part of a run, and all memory at its peak."""
 
     name: str
     terms: tuple[Term, ...]
 
     @property
     def bytes(self) -> int:
-        """All terms together."""
+        """Sum of all terms."""
         return sum(term.bytes for term in self.terms)
 
     @property
-    def needed(self) -> int:
-        """The same without what the system can take back."""
+    def required_bytes(self) -> int:
+        """Sum of the terms that the system cannot reclaim."""
         return sum(term.bytes for term in self.terms if not term.mapped)
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What a run computes at once, as far as it is known."""
+    """The largest micro-batch of a run, as far as it is known."""
 
-    compute: str
+    compute_dtype: str
     """float32 or bfloat16."""
     tokens: int
-    """Of the largest micro-batch."""
-    learned: int
-    """Of them, those that the loss is taken of."""
-    computed: float = 1.0
-    """Tokens computed over tokens of the documents: less than 1 where beginnings are shared."""
+    """Tokens of the largest micro-batch."""
+    supervised_tokens: int
+    """Supervised tokens among them."""
+    compute_ratio: float = 1.0
+    """Tokens computed over tokens of the documents: below 1 if prefixes are shared."""
     documents: int = 2
-    """Of the largest micro-batch."""
+    """Documents of the largest micro-batch."""
     batches: int = 2
-    """Micro-batches of a step: with one, gradients grow while activations go."""
+    """Micro-batches of a step; with one, gradients are allocated while activations are freed."""
     device: str = "cpu"
-    """Holes are those of the processor's allocator; another's were not measured, and take the smallest share."""
+    """Fragmentation was measured for the CPU allocator; other devices take the smallest share."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """A run's stages in their order."""
+    """A run's stages in order."""
 
     stages: tuple[Stage, ...]
     footprint: int = BASELINE_RSS
 
     @property
-    def largest(self) -> Stage:
+    def largest_stage(self) -> Stage:
         """The stage with the peak."""
         return max(self.stages, key=lambda stage: stage.bytes)
 
     @property
     def peak(self) -> int:
-        """Bytes at the peak, with what the libraries hold: what is resident where memory is not short."""
-        return self.largest.bytes + self.footprint
+        """Resident bytes at the peak, including libraries, while memory is not short."""
+        return self.largest_stage.bytes + self.footprint
 
     @property
-    def needed(self) -> int:
-        """Bytes that there must be."""
-        return max(stage.needed for stage in self.stages) + self.footprint
+    def required_bytes(self) -> int:
+        """Bytes that must be available."""
+        return max(stage.required_bytes for stage in self.stages) + self.footprint
 
     def to_json(self) -> dict[str, object]:
         """Plain values, in bytes."""
         stages = {s.name: {"bytes": s.bytes, "terms": {t.name: t.bytes for t in s.terms}} for s in self.stages}
-        total = {"peak_bytes": self.peak, "needed_bytes": self.needed}
-        return {**total, "footprint_bytes": self.footprint, "at": self.largest.name, "stages": stages}
+        total = {"peak_bytes": self.peak, "needed_bytes": self.required_bytes}
+        return {**total, "footprint_bytes": self.footprint, "at": self.largest_stage.name, "stages": stages}
 
 
 def tokens_per_micro_batch(shape: ModelShape, device: str) -> int:
     """The `auto` budget. 776 tokens for a 135M model: a few hundred rows keep products near full speed."""
     if device == "cuda":
         return CUDA_TOKENS
-    return max(FEWEST, min(MOST, ACTIVATION_BYTES // activation_bytes_per_token(shape)))
+    # The float32 count without a method, so that the budget depends only on the base.
+    return max(MIN_TOKENS, min(MAX_TOKENS, ACTIVATION_BYTES // activation_bytes_per_token(shape)))
 
 
 def estimate_memory(
-    config: RunConfig, shape: ModelShape, work: MicroBatch, others: Mapping[str, ModelShape] | None = None
+    config: RunConfig, shape: ModelShape, micro_batch: MicroBatch, auxiliary: Mapping[str, ModelShape] | None = None
 ) -> MemoryEstimate:
-    """The stages of `rung train`. `others` are the shapes of further models, by what they are there for."""
-    own = method_cost(config.method, shape)
-    held = _held(config, shape, own, work, others or {})
-    backward = _backward(config, shape, own, work)
-    # what a step has freed stays with the process: the next one uses it again
-    heap = [term for term in backward if term.name in ("activations", "scratch", "holes", "products")]
+    """Memory of the stages of `rung train`; `auxiliary` holds the shapes of further models by purpose."""
+    cost = method_cost(config.method, shape)
+    resident = _resident_terms(config, shape, cost, micro_batch, auxiliary or {})
+    step = _step_terms(config, shape, cost, micro_batch)
+    # The allocator does not return what a step has freed: it is still resident while the optimizer runs.
+    heap = [term for term in step if term.name in ("activations", "scratch", "holes", "products")]
     stages = [
-        Stage("loading", (*_loading(config, shape, work), *_imported(config))),
-        Stage("steps", (*held, *backward)),
-        Stage("optimizer", (*held, *_update(own), *heap)),
+        Stage("loading", (*_loading_terms(config, shape, micro_batch), *_library_terms(config))),
+        Stage("steps", (*resident, *step)),
+        Stage("optimizer", (*resident, *_optimizer_terms(cost), *heap)),
     ]
     rollout = config.objective.rollout
     if rollout is not None and generates_rollouts(config):
+        # A step never needs more answers at once than it generates.
         rows = min(rollout.batch, rollout.num_generations * config.training.examples_per_step)
-        tokens = work.tokens // max(1, rollout.num_generations) + rollout.max_new_tokens
-        stages.append(Stage("rollouts", (*held, *decoding_terms(shape, rows, tokens, work.compute))))
-    kept = [term for term in held if term.name not in ("moments", "value")]
-    stages.append(Stage("saving", (*kept, *_saving(own))))
+        tokens = micro_batch.tokens // max(1, rollout.num_generations) + rollout.max_new_tokens
+        stages.append(Stage("rollouts", (*resident, *decoding_terms(shape, rows, tokens, micro_batch.compute_dtype))))
+    # After the last step moments and value model are freed.
+    trained = [term for term in resident if term.name not in ("moments", "value")]
+    stages.append(Stage("saving", (*trained, *_saving_terms(cost))))
     return MemoryEstimate(tuple(stages))
 
 
 def decoding_terms(shape: ModelShape, rows: int, tokens: int, compute: str) -> Sequence[Term]:
-    """What decoding holds besides the weights: `rows` answers at once, `tokens` long with their prompts."""
-    width = BYTES[compute]
+    """Memory of decoding besides the weights: `rows` answers at once, `tokens` long including prompts."""
+    width = DTYPE_BYTES[compute]
     cache = rows * tokens * 2 * shape.kv * shape.layers * width
     return (
         Term("kv_cache", cache, f"{rows} rows of {tokens:,} tokens, keys and values of {shape.layers} layers"),
@@ -171,152 +176,189 @@ def decoding_terms(shape: ModelShape, rows: int, tokens: int, compute: str) -> S
 
 
 def weight_terms(config: RunConfig, shape: ModelShape, compute: str) -> Sequence[Term]:
-    """The base as it stands in memory while it is trained."""
+    """Memory of the base during training."""
     kind = config.method.kind
-    outside = shape.layers * shape.vectors + shape.outside
-    embeddings = shape.embedding * (1 if shape.tied else 2)
-    inside = shape.layers * shape.linear
+    non_linear = shape.layers * shape.norm_parameters + shape.other_parameters
+    embeddings = shape.embedding_parameters * (1 if shape.tied else 2)
+    linear_parameters = shape.layers * shape.linear_parameters
     if kind == "full":
         return (Term("weights", 4 * shape.parameters, "float32: what moves is never narrower"),)
-    narrow = compute == "bfloat16" or (shape.stored == "bfloat16" and config.model.fused)
-    width = 2 if narrow else 4
-    small = 2 if compute == "bfloat16" else 4
-    rest = width * embeddings + small * outside
+    # Without fused functions a bfloat16 file is widened at loading (decision 0010).
+    is_bfloat16 = compute == "bfloat16" or (shape.stored_dtype == "bfloat16" and config.model.fused)
+    width = 2 if is_bfloat16 else 4
+    # Norms and biases are widened once; only matrices stay bfloat16.
+    vector_width = 2 if compute == "bfloat16" else 4
+    non_linear_bytes = width * embeddings + vector_width * non_linear
     if kind == "qlora":
         bits, double = getattr(config.method, "bits", 4), getattr(config.method, "double_quant", True)
-        each = 1.0 if bits == 8 else NF4 if double else NF4_PLAIN
+        bytes_each = 1.0 if bits == 8 else NF4_BYTES if double else NF4_FLOAT_SCALES_BYTES
+        # 8 bits: one float32 scale for each output.
         scales = 4 * shape.layers * sum(m.outputs for m in shape.matrices) if bits == 8 else 0
         return (
-            Term("quantized", int(inside * each) + scales, f"{bits} bits a number of the layers' linears, and scales"),
-            Term("weights", rest, "embeddings, head and norms, as they are"),
-            *_still_mapped(shape, inside, width),
+            Term(
+                "quantized",
+                int(linear_parameters * bytes_each) + scales,
+                f"{bits} bits a number of the layers' linears, and scales",
+            ),
+            Term("weights", non_linear_bytes, "embeddings, head and norms, as they are"),
+            *_mapped_file_terms(shape, linear_parameters, width),
         )
-    why = "bfloat16 as in the file, widened where it is used" if width == 2 and small == 4 else f"{width} bytes each"
-    return (Term("weights", width * inside + rest, why),)
+    source = (
+        "bfloat16 as in the file, widened where it is used"
+        if width == 2 and vector_width == 4
+        else f"{width} bytes each"
+    )
+    return (Term("weights", width * linear_parameters + non_linear_bytes, source),)
 
 
-def _imported(config: RunConfig) -> Sequence[Term]:
-    """What is not loaded for every run."""
+def _library_terms(config: RunConfig) -> Sequence[Term]:
+    """Libraries that not every run imports."""
     if config.method.kind != "qlora" and config.training.optimizer.state_dtype != "int8":
         return ()
-    return (Term("bitsandbytes", BITSANDBYTES, "the library (measured)"),)
+    return (Term("bitsandbytes", BITSANDBYTES_BYTES, "the library (measured)"),)
 
 
-def _still_mapped(shape: ModelShape, inside: int, width: int) -> Sequence[Term]:
-    """What was quantized stays readable in the file as long as embeddings are read from it."""
-    if BYTES[shape.stored] != width or shape.stored == "float16":
+def _mapped_file_terms(shape: ModelShape, linear_parameters: int, width: int) -> Sequence[Term]:
+    """The quantized weights' file stays mapped as long as the embeddings are read from it."""
+    # Converted weights are copies, so nothing keeps the file mapped.
+    if DTYPE_BYTES[shape.stored_dtype] != width or shape.stored_dtype == "float16":
         return ()
-    return (Term("file", width * inside, f"{shape.stored}, mapped with its embeddings", mapped=True),)
+    return (Term("file", width * linear_parameters, f"{shape.stored_dtype}, mapped with its embeddings", mapped=True),)
 
 
-def _held(
-    config: RunConfig, shape: ModelShape, own: MethodCost, work: MicroBatch, others: Mapping[str, ModelShape]
+def _resident_terms(
+    config: RunConfig, shape: ModelShape, cost: MethodCost, micro_batch: MicroBatch, auxiliary: Mapping[str, ModelShape]
 ) -> Sequence[Term]:
-    """What stands in memory from the first step to the last."""
-    found = [*weight_terms(config, shape, work.compute), *_imported(config)]
-    moving = own.trainable or 0
+    """Memory from the first step to the last."""
+    terms = [*weight_terms(config, shape, micro_batch.compute_dtype), *_library_terms(config)]
+    trainable = cost.trainable or 0
     if config.method.kind != "full":
-        found.append(Term("adapter", 4 * (moving + own.frozen), "float32, and the frozen half where there is one"))
+        terms.append(
+            Term("adapter", 4 * (trainable + cost.frozen_parameters), "float32, and the frozen half where there is one")
+        )
+    # Two moments for each parameter, of one byte or of four.
     moments = 2 if config.training.optimizer.state_dtype == "int8" else 8
-    found.append(Term("moments", moments * moving, f"{moments // 2} bytes for each of AdamW's two"))
+    terms.append(Term("moments", moments * trainable, f"{moments // 2} bytes for each of AdamW's two"))
     if config.objective.kind == "ppo" and config.method.kind not in BASE_CHANGING_METHODS:
-        found.append(Term("value", 16 * moving, "the value model's own adapter, its gradients and moments"))
-    for name, other in others.items():
-        width = 2 if work.compute == "bfloat16" or (other.stored == "bfloat16" and config.model.fused) else 4
-        found.append(Term(name, width * other.parameters, "a second model"))
-    return found
+        terms.append(Term("value", 16 * trainable, "the value model's own adapter, its gradients and moments"))
+    for name, auxiliary_shape in auxiliary.items():
+        width = (
+            2
+            if micro_batch.compute_dtype == "bfloat16"
+            or (auxiliary_shape.stored_dtype == "bfloat16" and config.model.fused)
+            else 4
+        )
+        terms.append(Term(name, width * auxiliary_shape.parameters, "a second model"))
+    return terms
 
 
-def _backward(config: RunConfig, shape: ModelShape, own: MethodCost, work: MicroBatch) -> Sequence[Term]:
-    """What a step holds besides, at the end of the forward pass of its last micro-batch."""
-    lowest = min(own.lowest, shape.layers - 1)
-    kept = activation_bytes_per_token(shape, work.compute, lowest=lowest)
-    kept += method_bytes_per_token(config.method, shape, work.compute)
-    tokens = work.tokens + front_virtual_tokens(config.method)
-    gradients = 4 * (own.trainable or 0)
-    activations = int(kept * tokens * (1.0 if config.model.fused else UNFUSED))
-    if work.batches == 1:  # gradients come as activations go
+def _step_terms(config: RunConfig, shape: ModelShape, cost: MethodCost, micro_batch: MicroBatch) -> Sequence[Term]:
+    """Further memory of a step, at the end of the forward pass of its last micro-batch."""
+    lowest = min(cost.lowest_layer, shape.layers - 1)
+    bytes_per_token = activation_bytes_per_token(shape, micro_batch.compute_dtype, lowest=lowest)
+    bytes_per_token += method_bytes_per_token(config.method, shape, micro_batch.compute_dtype)
+    tokens = micro_batch.tokens + front_virtual_tokens(config.method)
+    gradients = 4 * (cost.trainable or 0)
+    activations = int(bytes_per_token * tokens * (1.0 if config.model.fused else UNFUSED_FACTOR))
+    # Gradients are allocated as activations are freed, so only the excess adds to the peak.
+    if micro_batch.batches == 1:
         gradients = max(0, gradients - activations)
-    per_token = BYTES[work.compute]
-    scratch = per_token * tokens * (4 * shape.mlp + 4 * shape.width)
-    vectors = 3 * per_token * shape.width * work.learned
-    holes = _fragmentation(config, shape, work)
-    # gradients of the head, of the embeddings, and their sum where both are one matrix
-    moved = {"full": 3 if shape.tied else 2, "head": 1}.get(config.method.kind, 0) * 4 * shape.embedding
+    dtype_bytes = DTYPE_BYTES[micro_batch.compute_dtype]
+    # Temporaries of one layer at a time; the allocator uses the same memory for the next layer.
+    scratch = dtype_bytes * tokens * (4 * shape.mlp + 4 * shape.width)
+    vectors = 3 * dtype_bytes * shape.width * micro_batch.supervised_tokens
+    fragmentation = _fragmentation(config, shape, micro_batch)
+    # Gradients of the head, of the embeddings, and their sum if both are one matrix.
+    vocabulary_gradients = (
+        {"full": 3 if shape.tied else 2, "head": 1}.get(config.method.kind, 0) * 4 * shape.embedding_parameters
+    )
     return (
         Term("gradients", gradients, "float32"),
-        Term("activations", activations, f"{kept:,} bytes for each of {tokens:,} tokens"),
+        Term("activations", activations, f"{bytes_per_token:,} bytes for each of {tokens:,} tokens"),
         Term(
-            "head", vectors + 3 * 4 * TILE + moved, "vectors of the learned tokens, tiles, its gradient where it moves"
+            "head",
+            vectors + 3 * 4 * TILE_LOGITS + vocabulary_gradients,
+            "vectors of the learned tokens, tiles, its gradient where it moves",
         ),
         Term("scratch", scratch, "what one layer makes and forgets"),
-        Term("holes", int(holes * (activations + scratch)), f"{holes:.0%}: what the allocator cannot use again"),
-        Term("products", PRODUCTS, "buffers of matrix products (measured)"),
+        Term(
+            "holes",
+            int(fragmentation * (activations + scratch)),
+            f"{fragmentation:.0%}: what the allocator cannot use again",
+        ),
+        Term("products", PRODUCT_BUFFER_BYTES, "buffers of matrix products (measured)"),
     )
 
 
-def _fragmentation(config: RunConfig, shape: ModelShape, work: MicroBatch) -> float:
-    if work.device != "cpu":
+def _fragmentation(config: RunConfig, shape: ModelShape, micro_batch: MicroBatch) -> float:
+    if micro_batch.device != "cpu":
         return FRAGMENTATION
-    alone = work.documents == 1 and work.tokens > tokens_per_micro_batch(shape, "cpu")
+    is_long_document = micro_batch.documents == 1 and micro_batch.tokens > tokens_per_micro_batch(shape, "cpu")
     return max(
-        FRAGMENTATION_BY_METHOD.get(config.method.kind, FRAGMENTATION), FRAGMENTATION_SINGLE_DOCUMENT if alone else 0.0
+        FRAGMENTATION_BY_METHOD.get(config.method.kind, FRAGMENTATION),
+        FRAGMENTATION_SINGLE_DOCUMENT if is_long_document else 0.0,
     )
 
 
-def _update(own: MethodCost) -> Sequence[Term]:
-    """What AdamW holds besides: it makes two tensors as large as the one it steps."""
+def _optimizer_terms(cost: MethodCost) -> Sequence[Term]:
+    """Further memory of AdamW: two temporaries as large as the tensor it updates."""
     return (
-        Term("gradients", 4 * (own.trainable or 0), "float32"),
-        Term("temporaries", 2 * 4 * own.largest, "twice the largest tensor that moves"),
+        Term("gradients", 4 * (cost.trainable or 0), "float32"),
+        Term("temporaries", 2 * 4 * cost.largest_tensor, "twice the largest tensor that moves"),
     )
 
 
-def _loading(config: RunConfig, shape: ModelShape, work: MicroBatch) -> Sequence[Term]:
-    """A file is mapped: what it holds in the type that is asked for is not copied, but read when it is needed."""
-    narrow = work.compute == "bfloat16" or (shape.stored == "bfloat16" and config.model.fused)
-    loaded = "bfloat16" if narrow else "float32"
-    final = tuple(weight_terms(config, shape, work.compute))
-    file = Term("file", BYTES[shape.stored] * shape.parameters, f"{shape.stored}, as it is mapped", mapped=True)
-    if shape.stored != loaded:
-        copied = Term("copies", BYTES[loaded] * shape.parameters, f"of all of it, as {loaded}")
-        return (file, copied) if config.method.kind not in ("full", "qlora") else (copied, *final)
-    if config.method.kind == "qlora" or (config.method.kind == "full" and loaded == "bfloat16"):
+def _loading_terms(config: RunConfig, shape: ModelShape, micro_batch: MicroBatch) -> Sequence[Term]:
+    """Memory of loading. Files are mapped: weights in the requested dtype are not copied, but read when needed."""
+    is_bfloat16 = micro_batch.compute_dtype == "bfloat16" or (shape.stored_dtype == "bfloat16" and config.model.fused)
+    loaded_dtype = "bfloat16" if is_bfloat16 else "float32"
+    final = tuple(weight_terms(config, shape, micro_batch.compute_dtype))
+    file = Term(
+        "file",
+        DTYPE_BYTES[shape.stored_dtype] * shape.parameters,
+        f"{shape.stored_dtype}, as it is mapped",
+        mapped=True,
+    )
+    if shape.stored_dtype != loaded_dtype:
+        copies = Term("copies", DTYPE_BYTES[loaded_dtype] * shape.parameters, f"of all of it, as {loaded_dtype}")
+        return (file, copies) if config.method.kind not in ("full", "qlora") else (copies, *final)
+    # Every page of the file is read while its weights are converted.
+    if config.method.kind == "qlora" or (config.method.kind == "full" and loaded_dtype == "bfloat16"):
         return (file, *final)
     return final
 
 
-def _saving(own: MethodCost) -> Sequence[Term]:
-    """What is written is copied tensor by tensor, and looked at again so."""
-    return (Term("copies", 2 * 4 * own.largest, "of the largest tensor, written and looked at again"),)
+def _saving_terms(cost: MethodCost) -> Sequence[Term]:
+    """Memory of saving: tensors are copied and verified one at a time."""
+    return (Term("copies", 2 * 4 * cost.largest_tensor, "of the largest tensor, written and looked at again"),)
 
 
 def estimate_follow_up_commands(
-    config: RunConfig, shape: ModelShape, work: MicroBatch, length: float
+    config: RunConfig, shape: ModelShape, micro_batch: MicroBatch, length: float
 ) -> tuple[Stage, ...]:
-    """`rung eval` and `rung merge`, each a process of its own; `length` is of a prompt in tokens."""
-    own, tokens = method_cost(config.method, shape), int(config.data.max_length or length)
-    whole = config.method.kind in BASE_CHANGING_METHODS
-    adapter = 0 if whole else 4 * ((own.trainable or 0) + own.frozen)
-    rows, width = config.evaluation.batch, BYTES[work.compute]
+    """Memory of `rung eval` and `rung merge`, each a separate process; `length` is that of a prompt in tokens."""
+    cost, tokens = method_cost(config.method, shape), int(config.data.max_length or length)
+    changes_base = config.method.kind in BASE_CHANGING_METHODS
+    adapter = 0 if changes_base else 4 * ((cost.trainable or 0) + cost.frozen_parameters)
+    rows, width = config.evaluation.batch, DTYPE_BYTES[micro_batch.compute_dtype]
     evaluation = Stage(
         "evaluation",
         (
-            *weight_terms(config, shape, work.compute),
+            *weight_terms(config, shape, micro_batch.compute_dtype),
             Term("adapter", adapter, "float32"),
-            *decoding_terms(shape, rows, tokens + config.evaluation.max_new_tokens, work.compute),
+            *decoding_terms(shape, rows, tokens + config.evaluation.max_new_tokens, micro_batch.compute_dtype),
             Term(
                 "scratch", width * rows * tokens * 4 * (shape.mlp + shape.width), "what one layer makes of the prompts"
             ),
         ),
     )
-    if whole:
+    if changes_base:
         return (evaluation,)
-    merged = (
+    merge_terms = (
         Term("weights", 4 * shape.parameters, "float32, once as a run and then once as it is read back"),
         Term("adapter", adapter, "float32"),
-        Term("file", BYTES[shape.stored] * shape.parameters, "the base's, as it is mapped", mapped=True),
+        Term("file", DTYPE_BYTES[shape.stored_dtype] * shape.parameters, "the base's, as it is mapped", mapped=True),
         Term("written", 4 * shape.parameters, "looked at again, as it is mapped", mapped=True),
-        Term("copies", 2 * 4 * shape.embedding, "of the largest tensor, as it is written"),
+        Term("copies", 2 * 4 * shape.embedding_parameters, "of the largest tensor, as it is written"),
     )
-    return (evaluation, Stage("merging", merged))
+    return (evaluation, Stage("merging", merge_terms))

@@ -1,4 +1,8 @@
-"""How many numbers a method moves, and holds beside the base, by the formulas of its layers."""
+"""Parameters that a method trains and stores, and the activations it adds, by the formulas of its layers.
+
+The same numbers could be counted on a loaded model (`Method.declared_parameters` does), but a plan has no model.
+`tests/unit/test_plan.py` compares both. `planning/memory.py` and `planning/throughput.py` use them.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from rung.config.method import (
     QloraConfig,
     encoder_parameter_count,
 )
-from rung.planning.architecture import BYTES, LinearShape, ModelShape
+from rung.planning.architecture import DTYPE_BYTES, LinearShape, ModelShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,78 +27,90 @@ class MethodCost:
     """What a method adds to a base."""
 
     trainable: int | None
-    """Numbers that an optimizer steps; None for a tuner of peft's, which alone knows."""
-    frozen: int = 0
-    """Numbers beside the base that stand still: the half of an adapter that takes its start off again."""
-    saved: int = 0
-    """Numbers that the published folder holds."""
-    largest: int = 0
-    """Numbers in the largest tensor that moves."""
-    lowest: int = 0
-    """The lowest layer that anything moves in; those below keep nothing for the backward pass."""
+    """Parameters that the optimizer updates; None for a peft tuner, whose size only peft knows."""
+    frozen_parameters: int = 0
+    """Frozen parameters besides the base: the half of an adapter that subtracts its initial update."""
+    saved_parameters: int = 0
+    """Parameters in the published folder."""
+    largest_tensor: int = 0
+    """Size of the largest trainable tensor."""
+    lowest_layer: int = 0
+    """The lowest layer with a trainable parameter; layers below store nothing for the backward pass."""
 
 
 def method_cost(config: Any, shape: ModelShape) -> MethodCost:
-    """What `config`, a method's, moves in a model of this shape. Raises `ConfigError` for layers that are not there."""
-    made = _BY_KIND.get(config.kind)
-    return MethodCost(None) if made is None else made(config, shape)
+    """Cost of a method's config for a model of this shape. Raises `ConfigError` for layers that do not exist."""
+    formula = _BY_KIND.get(config.kind)
+    return MethodCost(None) if formula is None else formula(config, shape)
 
 
 def _full(config: Any, shape: ModelShape) -> MethodCost:
-    return MethodCost(shape.parameters, saved=shape.parameters, largest=shape.embedding)
+    # The embedding is taken as the largest tensor.
+    return MethodCost(shape.parameters, saved_parameters=shape.parameters, largest_tensor=shape.embedding_parameters)
 
 
 def _head(config: Any, shape: ModelShape) -> MethodCost:
-    own = shape.embedding + (shape.vocabulary if shape.kind == "phi" else 0)
-    whole = shape.parameters + (shape.embedding if shape.tied else 0)  # untied first
-    return MethodCost(own, saved=whole, largest=shape.embedding, lowest=shape.layers)
+    head_parameters = shape.embedding_parameters + (shape.vocabulary if shape.kind == "phi" else 0)
+    # A tied head is copied before training, and both matrices are saved.
+    saved = shape.parameters + (shape.embedding_parameters if shape.tied else 0)
+    return MethodCost(
+        head_parameters, saved_parameters=saved, largest_tensor=shape.embedding_parameters, lowest_layer=shape.layers
+    )
 
 
 def _low_rank(config: LowRankConfig, shape: ModelShape) -> MethodCost:
-    chosen = resolve_layers(config.layers, range(shape.layers))
-    numbers = largest = 0
-    for layer in chosen:
+    layers = resolve_layers(config.layers, range(shape.layers))
+    adapter = largest = 0
+    for layer in layers:
         for matrix in targeted_linears(config.targets, shape):
             rank = rank_at(config, layer, matrix)
-            numbers += rank * (matrix.inputs + matrix.outputs) + (matrix.outputs if config.dora else 0)
+            adapter += rank * (matrix.inputs + matrix.outputs) + (matrix.outputs if config.dora else 0)
             largest = max(largest, rank * max(matrix.inputs, matrix.outputs))
-    whole = shape.embedding * sum(name in ("lm_head", "embed_tokens", "wte") for name in config.modules_to_save)
+    full_modules = shape.embedding_parameters * sum(
+        name in ("lm_head", "embed_tokens", "wte") for name in config.modules_to_save
+    )
+    # A nonzero start is stored twice and saved as twice the rank (decision 0013).
     halves = 2 if config.init in SUBTRACTED_INITS else 1
-    moving = numbers + whole
-    return MethodCost(moving, numbers * (halves - 1), numbers * halves + whole, max(largest, whole), min(chosen))
+    trainable = adapter + full_modules
+    return MethodCost(
+        trainable, adapter * (halves - 1), adapter * halves + full_modules, max(largest, full_modules), min(layers)
+    )
 
 
 def _mixture(config: MixtureConfig, shape: ModelShape) -> MethodCost:
-    chosen = resolve_layers(config.layers, range(shape.layers))
-    own = targeted_linears(config.targets, shape)
-    each = sum(config.experts * (config.rank * (m.inputs + m.outputs) + m.inputs) for m in own)
-    widest = max((max(m.inputs, m.outputs) for m in own), default=0)
-    return MethodCost(len(chosen) * each, 0, len(chosen) * each, config.experts * config.rank * widest, min(chosen))
+    layers = resolve_layers(config.layers, range(shape.layers))
+    linears = targeted_linears(config.targets, shape)
+    per_layer = sum(config.experts * (config.rank * (m.inputs + m.outputs) + m.inputs) for m in linears)
+    widest = max((max(m.inputs, m.outputs) for m in linears), default=0)
+    return MethodCost(
+        len(layers) * per_layer, 0, len(layers) * per_layer, config.experts * config.rank * widest, min(layers)
+    )
 
 
 def _bottleneck(config: Any, shape: ModelShape) -> MethodCost:
-    chosen = resolve_layers(config.layers, range(shape.layers))
-    each = 2 * shape.width * config.width + config.width + shape.width
-    numbers = len(chosen) * (2 if config.placement == "houlsby" else 1) * each
-    return MethodCost(numbers, 0, numbers, shape.width * config.width, min(chosen))
+    layers = resolve_layers(config.layers, range(shape.layers))
+    per_adapter = 2 * shape.width * config.width + config.width + shape.width
+    parameters = len(layers) * (2 if config.placement == "houlsby" else 1) * per_adapter
+    return MethodCost(parameters, 0, parameters, shape.width * config.width, min(layers))
 
 
 def _virtual(config: Any, shape: ModelShape) -> MethodCost:
     tasks, tokens = max(1, len(config.tasks)), config.virtual_tokens
     every_layer = isinstance(config, PrefixConfig) or (isinstance(config, PTuningConfig) and config.layers == "all")
     width = 2 * shape.layers * shape.kv if every_layer else shape.width
+    # The encoder is trained; only its output is saved.
     encoder = encoder_parameter_count(config, shape.width, width)
     rows = tasks * tokens * (shape.width if encoder else width)
     return MethodCost(rows + encoder, 0, tasks * tokens * width, max(rows // tasks, encoder))
 
 
 def targeted_linears(targets: tuple[Any, ...], shape: ModelShape) -> list[LinearShape]:
-    """The linears of a layer that a method goes to."""
+    """The linears of a layer that a method targets."""
     return [m for m in shape.matrices if set(m.roles) & set(targets)]
 
 
 def rank_at(config: LowRankConfig, layer: int, matrix: LinearShape) -> int:
-    """The most specific entry of `ranks`: layer and role, then layer, then role."""
+    """The most specific entry of `rank_pattern`: layer and role, then layer, then role."""
     keys = [*(f"{layer}.{role}" for role in matrix.roles), str(layer), *matrix.roles]
     return next((config.rank_pattern[key] for key in keys if key in config.rank_pattern), config.rank)
 
@@ -110,56 +126,58 @@ _BY_KIND: dict[str, Any] = {
 
 
 def layer_bytes_per_token(shape: ModelShape, compute: str = "float32") -> int:
-    """What one layer of the base keeps."""
-    return 2 * (shape.width + shape.query + shape.kv + shape.mlp) * BYTES[compute]
+    """Bytes a token that one layer of the base stores for the backward pass."""
+    # Inputs of norms, attention with its output, gate and up: what the fused functions store.
+    return 2 * (shape.width + shape.query + shape.kv + shape.mlp) * DTYPE_BYTES[compute]
 
 
 def activation_bytes_per_token(shape: ModelShape, compute: str = "float32", *, lowest: int = 0) -> int:
-    """The same of all layers from `lowest` on: those below a method's lowest keep nothing."""
+    """Bytes a token of all layers from `lowest` on; layers below the lowest trainable one store nothing."""
     return (shape.layers - lowest) * layer_bytes_per_token(shape, compute)
 
 
 def method_bytes_per_token(config: Any, shape: ModelShape, compute: str = "float32") -> int:
-    """What `config`, a method's, makes its layers keep besides."""
+    """Further bytes a token that a method's layers store."""
     if not hasattr(config, "targets") and config.kind != "bottleneck":
         return 0
-    chosen = resolve_layers(config.layers, range(shape.layers))
-    return sum(extra_activations_per_token(config, shape, layer) for layer in chosen) * BYTES[compute]
+    layers = resolve_layers(config.layers, range(shape.layers))
+    return sum(extra_activations_per_token(config, shape, layer) for layer in layers) * DTYPE_BYTES[compute]
 
 
 def extra_activations_per_token(config: Any, shape: ModelShape, layer: int) -> int:
-    """Numbers a token that a method makes one of its layers keep besides."""
+    """Further numbers a token that one layer stores because of the method."""
     if isinstance(config, LowRankConfig):
         return _low_rank_activations(config, shape, layer)
     if isinstance(config, MixtureConfig):
         return _mixture_activations(config, shape)
     if config.kind == "bottleneck":  # its middle before and behind the activation, and its input unless a norm made it
-        own = 2 * config.width + (0 if config.placement == "parallel" else shape.width)
-        return int(own * (2 if config.placement == "houlsby" else 1))
+        per_adapter = 2 * config.width + (0 if config.placement == "parallel" else shape.width)
+        return int(per_adapter * (2 if config.placement == "houlsby" else 1))
     return 0
 
 
 def _low_rank_activations(config: LowRankConfig, shape: ModelShape, layer: int) -> int:
-    """The products with A. Dropout keeps its mask and what it let through, DoRA two outputs, each linear its own.
+    """Products with A. For each linear, dropout stores its mask and its output, DoRA stores two outputs.
 
-    Their last linear computes by itself and keeps what enters it, as an adapted one in 4 bits does; 8 bits keep every
-    input (bitsandbytes).
+    With DoRA or 4 bits the last linear of a block has its own forward and stores its input; 8 bits store every input
+    (bitsandbytes).
     """
-    aimed = targeted_linears(config.targets, shape)
-    low = sum(rank_at(config, layer, matrix) for matrix in aimed) * (2 if config.init in SUBTRACTED_INITS else 1)
+    linears = targeted_linears(config.targets, shape)
+    low = sum(rank_at(config, layer, matrix) for matrix in linears) * (2 if config.init in SUBTRACTED_INITS else 1)
     bits = config.bits if isinstance(config, QloraConfig) else 32
-    dropped = 2 * sum(m.inputs for m in aimed) if config.dropout else 0
-    scaled = 2 * sum(m.outputs for m in aimed) if config.dora else 0
+    dropout = 2 * sum(m.inputs for m in linears) if config.dropout else 0
+    dora = 2 * sum(m.outputs for m in linears) if config.dora else 0
     if bits == 8:
-        return low + dropped + scaled + 2 * shape.width + shape.mlp
-    apart = (bits == 4 or scaled) and not dropped and any("down" in m.roles for m in aimed)
-    return low + dropped + scaled + (shape.mlp if apart else 0)
+        return low + dropout + dora + 2 * shape.width + shape.mlp
+    keeps_down_input = (bits == 4 or dora) and not dropout and any("down" in m.roles for m in linears)
+    return low + dropout + dora + (shape.mlp if keeps_down_input else 0)
 
 
 def _mixture_activations(config: MixtureConfig, shape: ModelShape) -> int:
-    """Inputs of every linear, and what each expert makes of them, before and behind its weight."""
-    aimed = targeted_linears(config.targets, shape)
-    roles = {role for matrix in aimed for role in matrix.roles}
-    normed = sum(shape.width for own in ({"q", "k", "v"}, {"gate", "up"}) if own & roles)
+    """Inputs of every linear, and the low-rank outputs of each expert before and after its router weight."""
+    linears = targeted_linears(config.targets, shape)
+    roles = {role for matrix in linears for role in matrix.roles}
+    # q, k and v read one tensor, gate and up another; each is stored once.
+    shared_inputs = sum(shape.width for group in ({"q", "k", "v"}, {"gate", "up"}) if group & roles)
     hidden = shape.mlp if "down" in roles else 0
-    return normed + hidden + len(aimed) * config.experts * (2 * config.rank + 1)
+    return shared_inputs + hidden + len(linears) * config.experts * (2 * config.rank + 1)

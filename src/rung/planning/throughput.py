@@ -1,15 +1,15 @@
-"""Operations of a run and the hours they take at a rate.
+"""Floating-point operations of a run, and the time they take at a known throughput.
 
-With P the numbers of a layer's linears, L the layers (L' from the lowest that moves upwards), r those of the method
-beside them, V x H the head, n tokens of which m are learned, s the length of a document:
+With P the parameters of a layer's linears, L the layers (L' from the lowest trainable one upwards), r the parameters of
+the method, V x H the head, n tokens of which m are supervised, s the length of a document:
 
     forward          2 P L n + 2 r n + 4 H_q L sum(s^2 / 2)
     input gradient   2 P L' n + 2 r n + 8 H_q L' sum(s^2 / 2)
-    weight gradient  2 r n, or 2 P L n where all moves
-    head             2 V H m forward and again backward, and once more for its weights where they move
+    weight gradient  2 r n, or 2 P L n if the base is trained
+    head             2 V H m forward and again backward, and once more for its weights if they are trained
 
-so 4 P L a token with a frozen base and 6 P L without one. Not counted: embeddings, norms, activations, softmax, what is
-computed again, the optimizer; a measured rate has them in it.
+so 4 P L a token with a frozen base and 6 P L otherwise. Not counted: embeddings, norms, activations, softmax,
+recomputation, the optimizer; a measured throughput includes them. `runs/checks.py` records that of finished runs.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from rung.planning.architecture import ModelShape
 from rung.planning.method_cost import method_cost
 
 CHARACTERS_PER_TOKEN = 4.0
-"""Of English text, roughly: what a file's size is divided by as long as nothing has been tokenized."""
-LENGTH = 300.0
-"""Tokens of a document, as long as none was read."""
+"""Rough value for English text; divides a file's size before anything has been tokenized."""
+DEFAULT_DOCUMENT_TOKENS = 300.0
+"""Assumed tokens of a document before the data is read."""
 MFU = 0.4
-"""Share of a device's peak that training reaches where nothing was measured."""
+"""Assumed share of a device's peak that training reaches, where nothing was measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What a plan is for. Peaks are the makers' dense bfloat16 figures; none of them was measured by this project."""
+    """A device to plan for. Peaks are the manufacturers' dense bfloat16 figures, not measurements."""
 
     name: str
     memory: int
     """Bytes."""
     flops: float
-    """Operations a second at the peak."""
+    """Peak operations per second."""
     compute: str = "bfloat16"
 
 
@@ -67,104 +67,128 @@ DEVICES = {
 
 @dataclass(frozen=True, slots=True)
 class DataVolume:
-    """What a run reads."""
+    """Size of a run's training data."""
 
     tokens: float
-    """Of one epoch, those of all answers of a row among them."""
-    learned: float
-    """Share of them that the loss is taken of."""
-    length: float
-    """Tokens of a document, in the mean."""
-    known: bool
-    """Whether they were counted, or taken from the size of a file."""
+    """Tokens of one epoch, including all answers of a row."""
+    supervised_share: float
+    """Share of supervised tokens."""
+    document_tokens: float
+    """Mean tokens of a document."""
+    is_counted: bool
+    """Whether the tokens were counted; otherwise they are estimated from file sizes."""
 
 
-def estimate_data_volume(files: list[Path], *, learned: float = 0.4, length: float = LENGTH) -> DataVolume:
-    """From the sizes of data files that are there; no more than a first guess."""
+def estimate_data_volume(
+    files: list[Path], *, supervised_share: float = 0.4, document_tokens: float = DEFAULT_DOCUMENT_TOKENS
+) -> DataVolume:
+    """A first guess from the sizes of existing data files."""
     characters = sum(file.stat().st_size for file in files if file.is_file())
-    return DataVolume(characters / CHARACTERS_PER_TOKEN, learned, length, known=False)
+    return DataVolume(characters / CHARACTERS_PER_TOKEN, supervised_share, document_tokens, is_counted=False)
 
 
-def run_flops(config: RunConfig, shape: ModelShape, amount: DataVolume, teacher: ModelShape | None = None) -> float:
-    """Operations of the whole run: its epochs, a reference's and a teacher's passes, and the answers it makes."""
+def run_flops(config: RunConfig, shape: ModelShape, volume: DataVolume, teacher: ModelShape | None = None) -> float:
+    """Operations of the whole run: epochs, passes of reference and teacher, and generated answers."""
     passes: float = config.training.epochs
-    if config.training.max_steps is not None and amount.tokens:
+    # A run with `max_steps` may end within an epoch.
+    if config.training.max_steps is not None and volume.tokens:
         passes = min(
-            passes, config.training.max_steps * config.training.examples_per_step * amount.length / amount.tokens
+            passes,
+            config.training.max_steps * config.training.examples_per_step * volume.document_tokens / volume.tokens,
         )
-    own = token_flops(config, shape, amount)
-    forward = _forward(shape, amount)
+    training_flops = token_flops(config, shape, volume)
+    forward = _forward_flops(shape, volume)
     rollout = config.objective.rollout
     if rollout is not None and generates_rollouts(config):
-        answered: float = rollout.num_generations * (amount.length + rollout.max_new_tokens) / amount.length
-        each: float = forward + rollout.num_iterations * own + (forward if config.objective.reference_model else 0.0)
-        return passes * amount.tokens * answered * each
-    once = 0.0
+        # Every prompt is answered several times, and each answer is trained on for several passes.
+        answer_ratio: float = (
+            rollout.num_generations * (volume.document_tokens + rollout.max_new_tokens) / volume.document_tokens
+        )
+        answer_flops: float = (
+            forward + rollout.num_iterations * training_flops + (forward if config.objective.reference_model else 0.0)
+        )
+        return passes * volume.tokens * answer_ratio * answer_flops
+    extra_flops = 0.0
     if config.objective.kind == "preference" and config.objective.reference_model:
-        once = forward  # kept by document: read once a run
+        extra_flops = forward  # the reference is cached by document: one pass a run
     if config.objective.kind == "distill":
-        once = _forward(teacher or shape, amount) * (1.0 if config.objective.cache_teacher_states else passes)
-    return amount.tokens * (passes * own + once)
+        extra_flops = _forward_flops(teacher or shape, volume) * (
+            1.0 if config.objective.cache_teacher_states else passes
+        )
+    return volume.tokens * (passes * training_flops + extra_flops)
 
 
 def generates_rollouts(config: RunConfig) -> bool:
-    """Whether the policy makes answers of its own."""
+    """Whether the policy generates answers during training."""
     return config.objective.on_policy_share > 0.0
 
 
-def token_flops(config: RunConfig, shape: ModelShape, amount: DataVolume) -> float:
+def token_flops(config: RunConfig, shape: ModelShape, volume: DataVolume) -> float:
     """Operations for one token of training, forward and backward."""
-    own = method_cost(config.method, shape)
-    upper = shape.layers - min(own.lowest, shape.layers)
+    cost = method_cost(config.method, shape)
+    # Gradients stop at the lowest trainable layer.
+    backward_layers = shape.layers - min(cost.lowest_layer, shape.layers)
     full = config.method.kind == "full"
-    beside = 0 if full or config.method.kind in ("head", "prompt", "prefix", "p_tuning") else (own.trainable or 0)
-    attention = 4.0 * shape.query * amount.length / 2
-    forward = 2.0 * (shape.linear * shape.layers + beside) + attention * shape.layers
-    backward = 2.0 * (shape.linear * upper + beside) + 2 * attention * upper
-    weight = 2.0 * (shape.linear * shape.layers if full else beside)
-    head = 2.0 * shape.embedding * amount.learned * (3 if full or config.method.kind == "head" else 2)
+    # Head and virtual tokens add no linear to a layer.
+    adapter = 0 if full or config.method.kind in ("head", "prompt", "prefix", "p_tuning") else (cost.trainable or 0)
+    attention = 4.0 * shape.query * volume.document_tokens / 2
+    forward = 2.0 * (shape.linear_parameters * shape.layers + adapter) + attention * shape.layers
+    backward = 2.0 * (shape.linear_parameters * backward_layers + adapter) + 2 * attention * backward_layers
+    weight = 2.0 * (shape.linear_parameters * shape.layers if full else adapter)
+    # Logits are computed only for supervised tokens.
+    head = (
+        2.0 * shape.embedding_parameters * volume.supervised_share * (3 if full or config.method.kind == "head" else 2)
+    )
     return forward + backward + weight + head
 
 
-def _forward(shape: ModelShape, amount: DataVolume) -> float:
-    attention = 4.0 * shape.query * amount.length / 2
-    return 2.0 * shape.linear * shape.layers + attention * shape.layers + 2.0 * shape.embedding * amount.learned
+def _forward_flops(shape: ModelShape, volume: DataVolume) -> float:
+    attention = 4.0 * shape.query * volume.document_tokens / 2
+    return (
+        2.0 * shape.linear_parameters * shape.layers
+        + attention * shape.layers
+        + 2.0 * shape.embedding_parameters * volume.supervised_share
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    """Operations a second, and where the number comes from."""
+    """Operations per second, and the source of the number."""
 
     flops: float
     source: str
 
 
 def throughput_for(device: Device | None, compute: str) -> Throughput | None:
-    """Of a known device, stated; of this machine, measured by the runs it has finished. None where nothing is known."""
+    """Throughput of a listed device, or as measured by finished runs on this machine; None if unknown."""
     if device is not None:
         return Throughput(MFU * device.flops, f"{MFU:.0%} of {device.name}'s stated peak: not measured")
-    measured = _measured().get(compute)
-    if measured is None:
+    rate = _read_rates().get(compute)
+    if rate is None:
         return None
-    return Throughput(measured["flops"], f"the fastest run on this machine ({measured['run']})")
+    return Throughput(rate["flops"], f"the fastest run on this machine ({rate['run']})")
 
 
 def record_throughput(compute: str, flops: float, run: str) -> None:
-    """What a finished run reached on this machine, for later plans: the fastest, as others may have had company."""
-    known = _measured()
-    if flops <= known.get(compute, {}).get("flops", 0.0):
+    """Store the throughput of a finished run for later plans.
+
+    Only the fastest is kept: slower runs may have shared the machine.
+    """
+    rates = _read_rates()
+    if flops <= rates.get(compute, {}).get("flops", 0.0):
         return
-    found = {**known, compute: {"flops": flops, "run": run}}
-    write_text(_rates(), json.dumps(found, indent=2) + "\n")
+    new_rates = {**rates, compute: {"flops": flops, "run": run}}
+    write_text(_rates_path(), json.dumps(new_rates, indent=2) + "\n")
 
 
-def _measured() -> dict[str, dict[str, Any]]:
+def _read_rates() -> dict[str, dict[str, Any]]:
     try:
-        found: dict[str, dict[str, Any]] = json.loads(_rates().read_text())
+        rates: dict[str, dict[str, Any]] = json.loads(_rates_path().read_text())
+    # A missing or damaged cache only means that nothing was measured.
     except (OSError, ValueError):
         return {}
-    return found
+    return rates
 
 
-def _rates() -> Path:
+def _rates_path() -> Path:
     return cache_folder() / "rates.json"

@@ -31,10 +31,10 @@ _TONE = {True: "green", False: "red"}
 
 def plan_lines(advice: Advice, where: str) -> list[str]:
     """The configured run term by term, all methods in comparison, and what would make it fit."""
-    shape, work, run_plan = advice.shape, advice.micro_batch, advice.own
+    shape, work, run_plan = advice.shape, advice.micro_batch, advice.plan
     facts = {
         "model": f"{format_count(shape.parameters)} parameters: {shape.layers} layers of width {shape.width:,}, "
-        f"{shape.stored} on disk, computed in {work.compute}",
+        f"{shape.stored_dtype} on disk, computed in {work.compute_dtype}",
         "at once": f"{work.tokens:,} tokens",
         "data": _data(advice),
         "rate": _rate(advice),
@@ -49,7 +49,9 @@ def _data(advice: Advice) -> str:
     if advice.data_volume is None:
         return "unknown: the data are not here; --tokens says how much there is"
     origin = (
-        "as given" if advice.data_volume.known else "guessed from the size of the data's files: --tokens says better"
+        "as given"
+        if advice.data_volume.is_counted
+        else "guessed from the size of the data's files: --tokens says better"
     )
     return f"{format_count(advice.data_volume.tokens)} tokens an epoch, {origin}"
 
@@ -73,7 +75,7 @@ def _stages(run_plan: RunPlan) -> Any:
     memory = run_plan.memory
     table = empty_table(["memory", "", "from"], gap=2, text_columns=(0, 2))
     for stage in memory.stages:
-        largest = stage is memory.largest
+        largest = stage is memory.largest_stage
         mark = "> " if largest else "  "
         table.add_row(
             Text(f"{mark}{stage.name}", style="bold" if largest else ""), Text(format_bytes(stage.bytes)), Text()
@@ -85,7 +87,9 @@ def _stages(run_plan: RunPlan) -> Any:
         Text("  libraries"), Text(format_bytes(memory.footprint)), Text("Python, torch, transformers, a tokenizer")
     )
     table.add_row(
-        Text("  peak", style="bold"), Text(format_bytes(memory.peak), style="bold"), Text(f"in {memory.largest.name}")
+        Text("  peak", style="bold"),
+        Text(format_bytes(memory.peak), style="bold"),
+        Text(f"in {memory.largest_stage.name}"),
     )
     for stage in run_plan.follow_up:
         table.add_row(
@@ -98,15 +102,15 @@ def _stages(run_plan: RunPlan) -> Any:
 
 
 def _reason_text(term: Term) -> Text:
-    return Text(term.why, style="dim")
+    return Text(term.source, style="dim")
 
 
 def _methods(advice: Advice) -> Any:
     """A table of all methods."""
     heads = ["method", "trainable", "weights", "optimizer", "activations", "needed", "time"]
-    limit = advice.own.limit
+    limit = advice.plan.limit
     table = empty_table([*heads, *(["fits"] if limit is not None else [])])
-    for plan in advice.others:
+    for plan in advice.alternatives:
         terms = {term.name: term.bytes for stage in plan.memory.stages for term in stage.terms if stage.name == "steps"}
         # quantized methods keep most of the base as `quantized` and the rest as `weights`
         base = terms.get("weights", 0) + terms.get("quantized", 0)
@@ -117,8 +121,8 @@ def _methods(advice: Advice) -> Any:
             format_bytes(states),
             format_bytes(terms.get("activations", 0)),
         ]
-        cells += [format_bytes(plan.memory.needed), format_duration(plan.seconds)]
-        is_configured = plan.method == advice.own.method
+        cells += [format_bytes(plan.memory.required_bytes), format_duration(plan.seconds)]
+        is_configured = plan.method == advice.plan.method
         row = [Text(("> " if is_configured else "  ") + plan.method), *map(Text, cells)]
         if plan.fits is not None:
             row.append(Text("yes" if plan.fits else "no", style=_TONE[plan.fits]))
@@ -127,17 +131,19 @@ def _methods(advice: Advice) -> Any:
 
 
 def _verdict(advice: Advice) -> list[str]:
-    run_plan = advice.own
+    run_plan = advice.plan
     if run_plan.limit is None:
         return ["--memory 24GiB or --device h100 says what fits."]
     if run_plan.fits:
-        return [f"It fits: {format_bytes(run_plan.memory.needed)} of {format_bytes(run_plan.limit)}."]
-    lines = [f"It does not fit: it needs {format_bytes(run_plan.memory.needed)}, of {format_bytes(run_plan.limit)}."]
+        return [f"It fits: {format_bytes(run_plan.memory.required_bytes)} of {format_bytes(run_plan.limit)}."]
+    lines = [
+        f"It does not fit: it needs {format_bytes(run_plan.memory.required_bytes)}, of {format_bytes(run_plan.limit)}."
+    ]
     if advice.change is None:
         return [*lines, "No single change makes it fit: take a smaller model, or share it out (docs/scale.md)."]
-    fitting = format_bytes(advice.change.plan.memory.needed)
+    fitting = format_bytes(advice.change.plan.memory.required_bytes)
     return [
         *lines,
-        f"The cheapest change that does, {fitting}, at the cost of {advice.change.costs}:",
+        f"The cheapest change that does, {fitting}, at the cost of {advice.change.cost}:",
         f"  {shlex.join(advice.change.overrides)}",
     ]

@@ -5,7 +5,6 @@ is needed most. So nothing is validated beyond `run.json`; sections show what ex
 """
 
 from __future__ import annotations
-from rung.files import is_run_folder
 
 import json
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rung.config.climb import OnTopConfig, RungConfig
+from rung.files import is_run_folder
 from rung.scoring.metrics import METRICS
 from rung.training.run_folder import read_items, read_manifest
 

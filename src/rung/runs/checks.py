@@ -18,7 +18,7 @@ from rung.data.tokenize import PromptDataset
 from rung.errors import ConfigError, DataError, PlanError
 from rung.planning.advise import advise, auxiliary_shapes, compute_type
 from rung.planning.architecture import ModelShape, read_shape
-from rung.planning.memory import FEWEST, MemoryEstimate, MicroBatch, estimate_memory
+from rung.planning.memory import MIN_TOKENS, MemoryEstimate, MicroBatch, estimate_memory
 from rung.planning.throughput import DataVolume, record_throughput, token_flops
 from rung.report.formatting import format_bytes as in_words
 from rung.runs.dataset import RunData
@@ -103,7 +103,7 @@ def refuse_if_too_large(config: RunConfig, device: torch.device, *, beyond: bool
         return
     shape = read_shape(config.model)
     compute = compute_type(config.model, None)
-    least = estimate_memory(config, shape, MicroBatch(compute, FEWEST, FEWEST // 2), auxiliary_shapes(config))
+    least = estimate_memory(config, shape, MicroBatch(compute, MIN_TOKENS, MIN_TOKENS // 2), auxiliary_shapes(config))
     _refuse(config, least, free_memory(device), beyond=beyond)
 
 
@@ -136,8 +136,8 @@ def _work(trainer: Trainer, data: TokenizedDataset, compute: str) -> MicroBatch:
     return MicroBatch(
         compute,
         tokens=len(largest.ids),
-        learned=len(largest.loss.target),
-        computed=share,
+        supervised_tokens=len(largest.loss.target),
+        compute_ratio=share,
         documents=len(largest.documents),
         batches=min(map(len, windows)),
         device=trainer.policy.device.type,
@@ -145,9 +145,9 @@ def _work(trainer: Trainer, data: TokenizedDataset, compute: str) -> MicroBatch:
 
 
 def _refuse(config: RunConfig, found: MemoryEstimate, there: int | None, *, beyond: bool) -> None:
-    if there is None or found.needed <= there:
+    if there is None or found.required_bytes <= there:
         return
-    what = f"this run needs {in_words(found.needed)} at its peak"
+    what = f"this run needs {in_words(found.required_bytes)} at its peak"
     if beyond:
         print_status(f"{what}, and {in_words(there)} are free: it goes on because of --beyond-memory")
         return
@@ -170,8 +170,10 @@ def measured_vs_planned(
     if seconds >= MIN_TIMED_SECONDS and tokens and config.objective.kind == "sft" and "trunk" not in manifest:
         train = manifest.get("data", {}).get("train", {})
         rows = max(1, int(train.get("examples", 0) or 1))
-        amount = DataVolume(tokens, train["supervised_tokens"] / train["tokens"], train["tokens"] / rows, known=True)
-        rate = token_flops(config, shape, amount) * tokens * work.computed / seconds
+        amount = DataVolume(
+            tokens, train["supervised_tokens"] / train["tokens"], train["tokens"] / rows, is_counted=True
+        )
+        rate = token_flops(config, shape, amount) * tokens * work.compute_ratio / seconds
         record_throughput(str(manifest.get("compute_dtype")), rate, f"{config.method.kind} on {config.model.name}")
     measured = {"loading": loading, "steps": manifest.get("peak_memory_bytes"), "saving": peak_memory_bytes()}
     return {**found.to_json(), "measured": measured}

@@ -82,7 +82,7 @@ def tokenize_splits(config: RunConfig, splits: Splits, base: BaseModel, library:
     asked = [with_contexts(context, part, library) for part in (splits.train, splits.validation)]
     splits = replace(splits, train=asked[0], validation=asked[1])
     objective = OBJECTIVES[config.objective.kind](config.objective)
-    if objective.rollout is not None and objective.judged:
+    if objective.rollout is not None and objective.uses_rewards:
         return _prompt_only_data(config, splits, chat, longest - objective.rollout.max_new_tokens)
     train = tokenize_for_objective(config, chat, splits.train, longest)
     validation = tokenize_for_objective(config, chat, splits.validation, longest) if splits.validation else None
@@ -125,9 +125,9 @@ def tokenize_for_objective(config: RunConfig, chat: ChatTemplate, records: Recor
             loss_on=config.data.loss_on,
             max_length=longest,
             overflow=config.data.overflow,
-            with_candidates=objective.compares,
+            with_candidates=objective.compares_answers,
         )
-    if (lonely := found.first_row_with_fewer(objective.at_least)) is not None:
+    if (lonely := found.first_row_with_fewer(objective.min_answers)) is not None:
         hint = "labelled answers are for loss: kto; pairs, rankings and ratings for all others"
         raise DataError("this row has one answer and nothing to compare it with", where=str(lonely), hint=hint)
     return found

@@ -240,7 +240,7 @@ def _objective(config: RunConfig, policy: Policy, others: AuxiliaryModels) -> Ob
     """What is minimized, with the heads and the value model that it owns."""
     objective = OBJECTIVES[config.objective.kind](config.objective)
     if isinstance(objective, PpoObjective):
-        objective.critic, objective.start = others.value_model, others.head
+        objective.critic, objective.initial_head = others.value_model, others.head
     if isinstance(objective, DistillObjective) and others.teacher is not None:
         objective.teacher = others.teacher
     objective.begin(policy, config.seed)

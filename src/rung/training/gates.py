@@ -142,7 +142,7 @@ class MovementGate:
             return None
         names = set(self.trainable) if moving is None else set(moving.names)
         names &= names if reached is None else set(reached)
-        if moving is not None and moving.restarted:
+        if moving is not None and moving.restart_moments:
             self.chances.clear()
         self.chances.update(names)
         for name in names - self.moved:

@@ -71,7 +71,7 @@ def train_only(optimizer: torch.optim.Optimizer, trainable: Mapping[str, nn.Para
     for name, parameter in trainable.items():
         moves = name in moving.names
         parameter.requires_grad_(moves)
-        if moving.restarted or not moves:
+        if moving.restart_moments or not moves:
             optimizer.state.pop(parameter, None)
 
 

@@ -96,7 +96,7 @@ class RolloutSource:
         seed = int(np.random.SeedSequence([self.seed, 5, number]).generate_state(1)[0])
         sampling = Sampling(self.config.max_new_tokens, self.config.temperature, seed, self.config.num_generations)
         self.policy.model.eval()
-        share = self.objective.share
+        share = self.objective.on_policy_share
         own = np.random.default_rng([self.seed, 6, number]).random(len(prompts)) < share
         asked = [p for p, is_own in zip(prompts, own, strict=True) if is_own]
         asked = asked if self.train is not None else [_prompt_ids(p) for p in asked]
@@ -136,9 +136,9 @@ class RolloutSource:
             [p.task for p in prompts],
             stop_ids=self.stop_ids,
             sampling=sampling,
-            batch=self.config.batch,
+            batch_size=self.config.batch,
         )
-        documents = [self._document(prompts[i // sampling.answers], a) for i, a in enumerate(answers)]
+        documents = [self._document(prompts[i // sampling.answers_per_prompt], a) for i, a in enumerate(answers)]
         return documents, answers
 
     def _document(self, prompt: Example, answer: GeneratedAnswer) -> Example:

@@ -68,13 +68,13 @@ def _compute_filler_batches(
     """Layers in parts are gathered by all processes at once: one that has fewer batches computes some for nothing."""
     if not behind or pace is None:
         return
-    seen = list(objective.seen)
+    seen = list(objective.batch_metrics)
     for _ in range(behind):
         for batch in policy.iterate_batches([pace()]):
             loss = torch.stack([term.total for term in objective.loss(policy, batch)]).sum() * 0.0
             if torch.is_grad_enabled():
                 loss.backward()  # type: ignore[no-untyped-call]
-    objective.seen = seen
+    objective.batch_metrics = seen
 
 
 @torch.no_grad()

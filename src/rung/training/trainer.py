@@ -113,7 +113,7 @@ class Trainer:
             self.config.patience, self.checkpoints / "best", self._write, self.stop_check
         )
         self.trunk: FrozenLayerCache | None = None
-        self.policy.reference_cache = {} if self.objective.compares else None
+        self.policy.reference_cache = {} if self.objective.compares_answers else None
         self.sharing = self._share_prefixes()
         self.lowest = lowest_trainable_layer(self.policy.model, self.method.trainable())
         if self.method.supports_recompute():
@@ -329,7 +329,7 @@ class Trainer:
             return None
         selection = selection._replace(names={*selection.names, *self.objective.trainable()})
         train_only(self.optimizer_state.optimizer, self.trainable, selection)
-        if selection.changes_for_good:
+        if selection.changes_permanently:
             self._reset_best()
         return selection
 
@@ -431,7 +431,7 @@ class Trainer:
 
     def _gathered_metrics(self) -> Mapping[str, float]:
         """What the objective saw, of all processes."""
-        self.objective.seen = self.world.gather_metrics(self.objective.seen)
+        self.objective.batch_metrics = self.world.gather_metrics(self.objective.batch_metrics)
         return self.objective.take_metrics()
 
     def _save(self) -> None:
