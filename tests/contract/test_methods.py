@@ -29,8 +29,7 @@ from rung.models.bfloat16_weights import compute_in_float32
 from rung.models.fused_modules import install_fused_forwards
 from rung.models.generate import Sampling, generate
 from rung.models.policy import Policy
-from rung.objectives.distill import DistillObjective
-from rung.objectives.registry import OBJECTIVES
+from rung.objectives.registry import OBJECTIVES, ObjectiveModels, make_objective
 from rung.training.gates import check_decoding, check_identity, check_packing, check_trainable, frozen_digest
 from rung.training.optimizer import WEIGHTS, OptimizerState, make_optimizer, set_learning_rate
 from rung.training.packing import pack, pack_separately
@@ -420,7 +419,7 @@ def test_a_fresh_process_gives_the_same_model(tmp_path: Path) -> None:
         "from test_methods import *\n"
         "folder, found, batch = Path(sys.argv[1]), {}, pack(documents(), 10_000)[0]\n"
         "for number, (kind, config) in enumerate(VARIANTS):\n"
-        "    method = attach(tiny_model(), METHOD_SPECS[kind](**config), seed=5)\n"
+        "    method = attach_method(tiny_model(), METHOD_CONFIGS[kind](**config), seed=5)\n"
         "    method.load(folder / str(number))\n"
         "    found[str(number)] = policy_of(method.model, method).logprobs(batch).detach()\n"
         "save_file(found, folder / 'found.safetensors')\n"
@@ -521,7 +520,7 @@ def test_a_loftq_rank_that_a_matrix_has_not() -> None:
         attach_method(tiny_model(), METHOD_CONFIGS["qlora"](init="loftq", rank=64), seed=0)
 
 
-OBJECTIVE_SPECS: dict[str, Any] = {
+OBJECTIVE_CONFIGS: dict[str, Any] = {
     "sft": SftConfig(),
     "preference": PreferenceConfig(loss="dpo", sft=0.1),
     "reward": RewardConfig(margin=0.1, center_rewards_coefficient=0.01),
@@ -532,7 +531,7 @@ OBJECTIVE_SPECS: dict[str, Any] = {
 
 
 def test_every_objective_has_a_spec_here() -> None:
-    assert set(OBJECTIVE_SPECS) == set(OBJECTIVES)
+    assert set(OBJECTIVE_CONFIGS) == set(OBJECTIVES)
 
 
 @torch.no_grad()
@@ -548,9 +547,7 @@ def _columns(policy: Policy, e: Example, place: int) -> dict[str, np.ndarray]:
 def test_one_step_with_every_objective(kind: str, config: dict[str, object], objective: str) -> None:
     """Whatever moves and whatever is minimized: a step lowers the loss of its own documents."""
     policy, method = tuned(kind, **config)
-    minimized = OBJECTIVES[objective](OBJECTIVE_SPECS[objective])
-    if isinstance(minimized, DistillObjective):
-        minimized.teacher = policy_of(tiny_model(seed=5))
+    minimized = make_objective(OBJECTIVE_CONFIGS[objective], ObjectiveModels(teacher=policy_of(tiny_model(seed=5))))
     minimized.begin(policy, 0)
     if kind == "head" and not minimized.reads_head:
         with pytest.raises(PlanError, match="does not read it"):

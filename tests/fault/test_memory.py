@@ -47,11 +47,11 @@ def test_memory_does_not_follow_the_number_of_questions(verb: str, config: Path,
 MERGE = """
 import sys, threading, torch
 from pathlib import Path
-from rung.commands.merge_shards import Update, merge_shards
+from rung.commands.merge_shards import LoraUpdate, merge_shards
 base, target = map(Path, sys.argv[1:])
 draw = torch.Generator().manual_seed(0)
 updates = {
-    f"l{i}": Update(torch.randn(4, 3072, generator=draw), torch.randn(3072, 4, generator=draw), 1.0, False)
+    f"l{i}": LoraUpdate(torch.randn(4, 3072, generator=draw), torch.randn(3072, 4, generator=draw), 1.0, False)
     for i in range(int((base / "count").read_text()))
 }
 target.mkdir()

@@ -29,8 +29,7 @@ from tolerances import FLOAT64
 
 
 def distill(teacher: Policy, **config: object) -> DistillObjective:
-    objective = DistillObjective(DistillConfig(teacher="another", **config))  # type: ignore[arg-type]
-    objective.teacher = teacher
+    objective = DistillObjective(DistillConfig(teacher="another", **config), teacher)  # type: ignore[arg-type]
     objective.begin(teacher, 0)
     return objective
 

@@ -76,8 +76,7 @@ def test_loss_and_gradients_are_those_of_documents_alone(own_critic: bool, share
     critic, critic_method = tuned("lora", "phi", dtype=torch.float64, rank=4)
     theirs, their_method = naive("lora", "phi", dtype=torch.float64, rank=4)
     judge, judge_method = naive("lora", "phi", dtype=torch.float64, rank=4)
-    objective = PpoObjective(spec_of(entropy=0.01, vf_coef=0.3))
-    objective.critic = critic if own_critic else None
+    objective = PpoObjective(spec_of(entropy=0.01, vf_coef=0.3), critic if own_critic else None)
     objective.begin(policy, 3)
     weight = objective.head.weight.detach().clone().requires_grad_(True)
     total, weights = torch.zeros((), dtype=torch.float64), 0.0

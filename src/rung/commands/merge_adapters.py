@@ -43,7 +43,7 @@ from rung.models.fused_modules import install_fused_forwards
 from rung.models.load import check_fingerprint, load_tokenizer
 from rung.models.policy import Policy
 from rung.models.targets import layer_number, roles_of
-from rung.objectives.registry import OBJECTIVES
+from rung.objectives.registry import make_objective
 from rung.results import FuseResult
 from rung.runs.artifact import write_origin, write_tokenizer_files
 from rung.runs.auxiliary_models import load_reference
@@ -162,7 +162,7 @@ def learn_weights(
     method = Lora(base.model, config)
     policy = Policy(base, method)
     policy.reference = load_reference(task, base)
-    objective = OBJECTIVES[task.objective.kind](task.objective)
+    objective = make_objective(task.objective)
     install_fused_forwards(base.model, method.linear_params)
     batches = list(pack_in_slices(data.train.examples, micro_batch_tokens(task, base), device=policy.device))
     losses: dict[tuple[float, ...], float] = {}

@@ -95,14 +95,14 @@ class Policy:
     Suffixes: T tokens of a packed row, N entries of a loss index, D documents, P virtual tokens, H width, V vocabulary.
     """
 
-    def __init__(self, base: BaseModel, method: PolicyMethod) -> None:
+    def __init__(self, base: BaseModel, method: PolicyMethod, reference: Policy | None = None) -> None:
         self.base = base
         self.method = method
         self.model = base.model
         self.logit_map = LogitTransform.of(base.model.config)
         self.layers_to_recompute: Callable[[int], range] = lambda tokens: range(0)
         """Layers that a document of this many tokens recomputes in the backward pass, so that it fits in memory."""
-        self.reference: Policy | None = None
+        self.reference = reference
         """The reference policy, if it is not the base with the method off."""
         self.reference_cache: dict[int, float] | None = None
         """The reference's summed log-probability of each document, if cached for the run."""

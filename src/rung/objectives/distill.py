@@ -44,15 +44,21 @@ def divergence_function(config: DistillConfig) -> Divergence:
 class DistillObjective(Objective):
     """Sum over supervised tokens, each with the weight of its row."""
 
-    teacher: Policy
-    """The policy to imitate; set before `begin`."""
-
-    def __init__(self, config: DistillConfig) -> None:
+    def __init__(self, config: DistillConfig, teacher: Policy | None = None) -> None:
+        """Without a `teacher`, the policy to imitate, only its settings can be read and nothing computed."""
         self.config, self.divergence = config, divergence_function(config)
+        self._teacher = teacher
         self.rollout = config.rollout if config.on_policy else None
         self.on_policy_share, self.uses_rewards = config.on_policy or 1.0, False
         self.teacher_states: TeacherStateCache | None = None
         self.batch_metrics: list[dict[str, Tensor]] = []
+
+    @property
+    def teacher(self) -> Policy:
+        """The policy to imitate. Raises `RuntimeError` where none was given."""
+        if self._teacher is None:
+            raise RuntimeError("a distillation without a teacher computes nothing")
+        return self._teacher
 
     def begin(self, policy: Policy, seed: int) -> None:
         """Create the cache of teacher states if the config asks for it."""

@@ -47,12 +47,15 @@ class PpoObjective(Objective):
     head: ScoreHead
     """Head of the value model: expected return of an answer before each of its tokens."""
 
-    def __init__(self, config: PpoConfig) -> None:
+    def __init__(
+        self, config: PpoConfig, value_model: Policy | None = None, value_head: ScoreHead | None = None
+    ) -> None:
+        """Without a `value_model` values are read off the policy's hidden states; `value_head` is the initial head.
+
+        The value model is a second adapter on the same base. Without a `value_head` training starts from a random one.
+        """
         self.config, self.rollout = config, config.rollout
-        self.critic: Policy | None = None
-        """The value model: a second adapter on the same base; None takes values from the policy's hidden states."""
-        self.initial_head: ScoreHead | None = None
-        """Initial value head; None starts from a random one."""
+        self.value_model, self.initial_head = value_model, value_head
         # Changes during a run if `adaptive_kl` is set, so checkpoints hold it.
         self.beta = config.beta
         self.batch_metrics: list[dict[str, Tensor]] = []
@@ -64,12 +67,12 @@ class PpoObjective(Objective):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Parameters of the value model and its head."""
-        critic_parameters = {} if self.critic is None else self.critic.method.trainable()  # type: ignore[attr-defined]
-        return {**{f"value.{name}": p for name, p in critic_parameters.items()}, "value.score.weight": self.head.weight}
+        value_parameters = {} if self.value_model is None else self.value_model.method.trainable()  # type: ignore[attr-defined]
+        return {**{f"value.{name}": p for name, p in value_parameters.items()}, "value.score.weight": self.head.weight}
 
     def partner_policies(self) -> Sequence[Policy]:
         """The value model."""
-        return [] if self.critic is None else [self.critic]
+        return [] if self.value_model is None else [self.value_model]
 
     def state(self) -> dict[str, float]:
         """The KL coefficient, which adapts during a run."""
@@ -86,7 +89,7 @@ class PpoObjective(Objective):
 
     def values(self, policy: Policy, batch: PackedBatch) -> Tensor:
         """Values before each token of the answers, [N]."""
-        values: Tensor = self.head((self.critic or policy).hidden_states(batch)[batch.loss.source])
+        values: Tensor = self.head((self.value_model or policy).hidden_states(batch)[batch.loss.source])
         return values
 
     def rollout_columns(self, policy: Policy, rollout: Rollout) -> list[Mapping[str, np.ndarray]]:
@@ -129,7 +132,7 @@ class PpoObjective(Objective):
         hidden = policy.hidden_states(batch)
         logprobs_N = policy.logprobs_of(hidden, batch)
         # Without a value model both losses share one forward pass.
-        values_N = self.head(hidden[batch.loss.source]) if self.critic is None else self.values(policy, batch)
+        values_N = self.head(hidden[batch.loss.source]) if self.value_model is None else self.values(policy, batch)
         columns = {name: column.to(logprobs_N.dtype) for name, column in batch.loss.columns.items()}
         weight_N = batch.loss.weight.to(logprobs_N.dtype)
         logratio_N = logprobs_N - columns["old"]

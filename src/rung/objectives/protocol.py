@@ -35,8 +35,8 @@ class Objective(Protocol):
     """Share of the rows that the policy answers; the others keep the answers of the data."""
     uses_rewards: bool = True
     """Whether generated answers get rewards; otherwise they are plain training documents."""
-    batch_metrics: list[dict[str, Tensor]] = []
-    """Values recorded by batches since the last report, by name."""
+    batch_metrics: list[dict[str, Tensor]]
+    """Values recorded by batches since the last report, by name. Every objective makes a list of its own."""
 
     def begin(self, policy: Policy, seed: int) -> None:
         """Called once, before anything else: create the heads of this objective for the model."""

@@ -6,15 +6,28 @@ The contract tests run over this table; `runs/train.py` looks an objective up he
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+from rung.config.objective import DistillConfig, ObjectiveConfig, PpoConfig
+from rung.models.policy import Policy
 from rung.objectives.distill import DistillObjective
 from rung.objectives.grpo import GrpoObjective
 from rung.objectives.ppo import PpoObjective
 from rung.objectives.preference import make_preference_objective
 from rung.objectives.protocol import Objective
-from rung.objectives.reward import RewardObjective
+from rung.objectives.reward import RewardObjective, ScoreHead
 from rung.objectives.sft import SftObjective
+
+
+@dataclass(frozen=True)
+class ObjectiveModels:
+    """Models that an objective computes with besides the policy and its reference; most need none."""
+
+    value_model: Policy | None = None
+    value_head: ScoreHead | None = None
+    teacher: Policy | None = None
+
 
 OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
     "sft": SftObjective,
@@ -24,3 +37,13 @@ OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
     "ppo": PpoObjective,
     "distill": DistillObjective,
 }
+
+
+def make_objective(config: ObjectiveConfig, models: ObjectiveModels | None = None) -> Objective:
+    """The objective of a config. Without the models that it needs only its settings can be read."""
+    models = models or ObjectiveModels()
+    if isinstance(config, PpoConfig):
+        return PpoObjective(config, models.value_model, models.value_head)
+    if isinstance(config, DistillConfig):
+        return DistillObjective(config, models.teacher)
+    return OBJECTIVES[config.kind](config)

@@ -24,6 +24,7 @@ class SftObjective(Objective):
 
     def __init__(self, config: SftConfig) -> None:
         self.config = config
+        self.batch_metrics: list[dict[str, Tensor]] = []
 
     def count(self, batch: PackedBatch) -> Counts:
         """The sum of the weights of the supervised tokens."""

@@ -21,6 +21,7 @@ from rung.methods.registry import attach_method
 from rung.models.base_model import BaseModel
 from rung.models.generate import GeneratedAnswer
 from rung.models.policy import NoMethod, Policy
+from rung.objectives.registry import ObjectiveModels
 from rung.objectives.reward import ScoreHead
 from rung.planning.advise import require_reward_run
 from rung.runs.load import load_base_on_device, open_reward_model, share_base_if_same
@@ -55,13 +56,12 @@ class AuxiliaryModels:
     """Every other model of a run; most runs have none."""
 
     reference: Policy | None = None
+    """What log-probabilities are compared with, where that is not the base with the method off."""
     reward_source: RewardSource | None = None
-    value_model: Policy | None = None
-    teacher: Policy | None = None
-    head: ScoreHead | None = None
-    """That the value model begins with."""
+    objective: ObjectiveModels = ObjectiveModels()
+    """The value model and the teacher."""
     fingerprints: dict[str, str] = field(default_factory=dict)
-    """Of those that are named: a resumed run must find the very same."""
+    """Of the models that the config names: a resumed run must find the same weights."""
 
 
 def load_auxiliary_models(config: RunConfig, base: BaseModel, chat: ChatTemplate) -> AuxiliaryModels:
@@ -77,7 +77,7 @@ def load_auxiliary_models(config: RunConfig, base: BaseModel, chat: ChatTemplate
     teacher = load_teacher(config, base)
     if teacher is not None:
         fingerprints["teacher"] = teacher.base.fingerprint
-    return AuxiliaryModels(reference, reward_source, value_model, teacher, head, fingerprints)
+    return AuxiliaryModels(reference, reward_source, ObjectiveModels(value_model, head, teacher), fingerprints)
 
 
 def load_teacher(config: RunConfig, base: BaseModel) -> Policy | None:

@@ -21,7 +21,7 @@ from rung.data.tokenize import Preflight, PromptDataset, preflight, tokenize_pro
 from rung.errors import DataError
 from rung.evaluation.retrieval import Library, read_documents, row_contexts
 from rung.models.base_model import BaseModel
-from rung.objectives.registry import OBJECTIVES
+from rung.objectives.registry import make_objective
 from rung.scoring.verifiers import needs_expected_answer
 from rung.types import Example
 
@@ -81,7 +81,7 @@ def tokenize_splits(config: RunConfig, splits: Splits, base: BaseModel, library:
     # a tuned model must be trained on what it will be asked
     asked = [with_contexts(context, part, library) for part in (splits.train, splits.validation)]
     splits = replace(splits, train=asked[0], validation=asked[1])
-    objective = OBJECTIVES[config.objective.kind](config.objective)
+    objective = make_objective(config.objective)
     if objective.rollout is not None and objective.uses_rewards:
         return _prompt_only_data(config, splits, chat, longest - objective.rollout.max_new_tokens)
     train = tokenize_for_objective(config, chat, splits.train, longest)
@@ -117,7 +117,7 @@ def max_document_tokens(config: RunConfig, base: BaseModel) -> int:
 
 def tokenize_for_objective(config: RunConfig, chat: ChatTemplate, records: Records, longest: int) -> TokenizedDataset:
     """What a run learns from or is measured on, as its config says. Raises `DataError` for rows of too few answers."""
-    objective = OBJECTIVES[config.objective.kind](config.objective)
+    objective = make_objective(config.objective)
     with status("tokenizing"):
         found = cached_examples(
             chat,

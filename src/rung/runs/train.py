@@ -25,10 +25,8 @@ from rung.models.base_model import BaseModel
 from rung.models.fused_modules import unfused_linears
 from rung.models.policy import Policy
 from rung.models.targets import coverage
-from rung.objectives.distill import DistillObjective
-from rung.objectives.ppo import PpoObjective
 from rung.objectives.protocol import Objective
-from rung.objectives.registry import OBJECTIVES
+from rung.objectives.registry import make_objective
 from rung.objectives.reward import RewardObjective
 from rung.planning.advise import assumed_micro_batch, auxiliary_shapes
 from rung.planning.memory import estimate_memory, tokens_per_micro_batch
@@ -89,7 +87,7 @@ def train_run(
     if world.size == 1:
         checks.refuse_if_too_large(config, device(), beyond=beyond_memory)
     base = load_base_on_device(config.model)
-    data = world.rank0_first(lambda: tokenize_splits(config, splits, base))  # the others find it in the cache
+    data = world.rank0_first(lambda: tokenize_splits(config, splits, base))  # the other processes find it in the cache
     _, folder = train_on_data(
         config, base, data, resume=resume, overwrite=overwrite, beyond_memory=beyond_memory, world=world
     )
@@ -104,9 +102,9 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     data = tokenize_splits(config, splits, base)
     check_tasks(config, data)
     check_lottery(config, len(data.train.rows))
-    others = load_auxiliary_models(config, base, data.chat)
+    models = load_auxiliary_models(config, base, data.chat)
     shape, method = base.shape, attach_method(base.model, config.method, seed=config.seed, fused=config.model.fused)
-    heads = _objective(config, Policy(base, method), others).trainable().values()
+    heads = _objective(config, Policy(base, method), models).trainable().values()
     rollout = config.objective.rollout
     steps_per_epoch = -(-len(data.train.rows) // config.training.examples_per_step) * (rollout.steps if rollout else 1)
     plan = estimate_memory(config, shape, assumed_micro_batch(config, shape, None), auxiliary_shapes(config))
@@ -140,12 +138,11 @@ def train_on_data(
     # first: data or a method that cannot be leave no folder behind
     check_tasks(config, data)
     check_lottery(config, len(data.train.rows))
-    others = load_auxiliary_models(config, base, data.chat)
+    models = load_auxiliary_models(config, base, data.chat)
     method = attach_method(base.model, config.method, seed=config.seed, fused=config.model.fused)
-    policy = Policy(base, method)
-    policy.reference = others.reference
+    policy = Policy(base, method, models.reference)
     with closing(_claim_folder(config, world, resume=resume, overwrite=overwrite)) as folder:
-        trainer = _trainer(config, policy, data, folder, others, world, stop_check)
+        trainer = _trainer(config, policy, data, folder, models, world, stop_check)
         try:
             plan = checks.plan_run(config, shape, trainer, data, beyond=beyond_memory) if world.size == 1 else None
         except RungError as error:
@@ -175,16 +172,16 @@ def _trainer(
     policy: Policy,
     data: RunData,
     folder: RunFolder,
-    others: AuxiliaryModels,
+    models: AuxiliaryModels,
     world: World,
     stop_check: StopCheck,
 ) -> Trainer:
     """The loop with all that it needs; the folder says what it stands on."""
     method: Method = policy.method  # type: ignore[assignment]
-    objective = _objective(config, policy, others)
+    objective = _objective(config, policy, models)
     if not objective.reads_head:
         method.freeze_output_head()
-    _record_start(config, policy, data, folder, others, world)
+    _record_start(config, policy, data, folder, models, world)
     return Trainer(
         policy,
         method,
@@ -194,7 +191,7 @@ def _trainer(
         budget=micro_batch_tokens(config, policy.base),
         seed=config.seed,
         folder=folder,
-        rollouts=_rollouts(config, policy, objective, data, others),
+        rollouts=_rollouts(config, policy, objective, data, models),
         world=world,
         in_parts=config.model.sharded and world.size > 1,
         stop_check=stop_check,
@@ -210,8 +207,6 @@ def _train(config: RunConfig, trainer: Trainer, data: RunData, folder: RunFolder
             folder.trim_log(0)
             _pass_gates(policy, method, trainer, data, folder)
         _resolve_micro_batch_tokens(trainer, data)
-        if trainer.rollouts is not None:
-            trainer.rollouts.budget = trainer.budget
         if trainer.progress.step == 0:
             _try_longest(trainer, data, folder)
             torch.manual_seed(config.seed)  # of dropout: a resumed run goes on with the state it saved
@@ -236,23 +231,19 @@ def _train(config: RunConfig, trainer: Trainer, data: RunData, folder: RunFolder
     folder.update(status="finished", metrics={"validation_loss": trainer.progress.validation})
 
 
-def _objective(config: RunConfig, policy: Policy, others: AuxiliaryModels) -> Objective:
-    """What is minimized, with the heads and the value model that it owns."""
-    objective = OBJECTIVES[config.objective.kind](config.objective)
-    if isinstance(objective, PpoObjective):
-        objective.critic, objective.initial_head = others.value_model, others.head
-    if isinstance(objective, DistillObjective) and others.teacher is not None:
-        objective.teacher = others.teacher
+def _objective(config: RunConfig, policy: Policy, models: AuxiliaryModels) -> Objective:
+    """What is minimized, with the models and heads that it computes with."""
+    objective = make_objective(config.objective, models.objective)
     objective.begin(policy, config.seed)
     return objective
 
 
 def _record_start(
-    config: RunConfig, policy: Policy, data: RunData, folder: RunFolder, others: AuxiliaryModels, world: World
+    config: RunConfig, policy: Policy, data: RunData, folder: RunFolder, models: AuxiliaryModels, world: World
 ) -> None:
     """Say what the run stands on. Raises `CheckpointError` where that is not what it began with."""
     alone = _report_unusual(policy, policy.method, config)  # type: ignore[arg-type]
-    fingerprints = {**others.fingerprints, **_fingerprints(policy.base, data)}
+    fingerprints = {**models.fingerprints, **_fingerprints(policy.base, data)}
     world.assert_equal({**fingerprints, "versions": versions()})
     begun = folder.manifest.get("fingerprints", fingerprints)
     if changed := [name for name, value in fingerprints.items() if begun.get(name) != value]:
@@ -276,13 +267,13 @@ def _record_start(
 
 
 def _rollouts(
-    config: RunConfig, policy: Policy, objective: Objective, data: RunData, others: AuxiliaryModels
+    config: RunConfig, policy: Policy, objective: Objective, data: RunData, models: AuxiliaryModels
 ) -> RolloutSource | None:
     """How the policy answers and who says what that is worth, for objectives that learn from it."""
     if objective.rollout is None:
         return None
     worth, own, held, budget = (
-        others.reward_source,
+        models.reward_source,
         data.train,
         data.validation,
         micro_batch_tokens(config, policy.base),
@@ -383,13 +374,13 @@ def _save_artifact(folder: RunFolder, trainer: Trainer, chat: ChatTemplate) -> N
 
 def _resolve_micro_batch_tokens(trainer: Trainer, data: RunData) -> None:
     """A run keeps the micro-batch it began with: sums in another order would not be the same bits."""
-    begun = trainer.folder.manifest.get("tokens_per_micro_batch")
-    if begun is not None:
-        trainer.budget = begun
+    recorded = trainer.folder.manifest.get("tokens_per_micro_batch")
+    if recorded is not None:
+        trainer.set_budget(recorded)
     elif trainer.config.tokens_per_micro_batch == "probe":
         with status("measuring micro-batches"):
-            found = measure_micro_batch_tokens(trainer.policy, trainer.objective, data.train.examples, trainer.pack)
-        trainer.budget = trainer.world.gather(found)[0]  # processes measure, and might not agree
+            tokens = measure_micro_batch_tokens(trainer.policy, trainer.objective, data.train.examples, trainer.pack)
+        trainer.set_budget(trainer.world.gather(tokens)[0])  # every process measures, and they might not agree
         print_status(f"{trainer.budget} tokens a micro-batch")
     trainer.folder.update(tokens_per_micro_batch=trainer.budget)
 

@@ -129,6 +129,12 @@ class Trainer:
         """Every parameter that a step may move: the method's, and those of heads that the objective owns."""
         return {**self.method.trainable(), **self.objective.trainable()}
 
+    def set_budget(self, tokens: int) -> None:
+        """Compute this many tokens at once from now on, in rollouts too."""
+        self.budget = tokens
+        if self.rollouts is not None:
+            self.rollouts.budget = tokens
+
     def shard(self) -> None:
         """From here on each process holds a part of the model; what must run alike in all of them does.
 
