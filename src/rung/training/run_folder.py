@@ -29,6 +29,8 @@ GENERATED = (
     *("items.parquet", "result.json", "eval.parquet", NOT_FINITE_FILE, "search", "curve"),
 )
 """What a run writes into its folder, and what `--overwrite` therefore may remove."""
+FORMAT_VERSION = 1
+"""Of `run.json`; raised with every change that an earlier version would misread."""
 LOCK = ".lock"
 """The file in it that a process holds while it works there."""
 
@@ -125,7 +127,10 @@ class RunFolder:
             for name in GENERATED:
                 target = path / name
                 shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
-        started = {"status": "started", "config": dict(config), "gates": [], "versions": versions()}
+        started = {
+            **{"format_version": FORMAT_VERSION, "status": "started", "config": dict(config)},
+            **{"gates": [], "versions": versions()},
+        }
         folder = RunFolder(path, started, _held=held)
         folder.write()
         return folder
@@ -183,6 +188,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"run.json cannot be read: {error}", where=str(path)) from error
     if not isinstance(manifest, dict) or "status" not in manifest:
         raise CheckpointError("run.json is not the manifest of a run", where=str(path))
+    if (written := manifest.get("format_version")) is not None and written > FORMAT_VERSION:
+        what = "this run folder was written by a later version of Rung"
+        raise CheckpointError(what, where=str(path), given=f"format_version {written}", allowed=f"{FORMAT_VERSION}")
     return manifest
 
 
