@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 
 from builders import documents, policy_of, tuned
 from models import tiny_model
+from rung.commands.merge_shards import read_updates
 from rung.errors import CheckpointError
 from rung.methods.adapter_merging import (
     LowRankFactors,
@@ -26,6 +28,7 @@ from rung.methods.adapter_merging import (
     truncate,
     truncate_product,
 )
+from rung.methods.lora import without_peft_warnings
 from rung.training.packing import pack_separately
 
 KINDS = [
@@ -61,6 +64,54 @@ def test_the_updates_of_a_file_are_those_of_the_model(config: dict[str, object],
         plain.get_submodule(name).weight.data += factors.dense
     batch = pack_separately(documents(1, count=1))[0]
     assert (policy_of(plain).logprobs(batch) - policy.logprobs(batch)).abs().max() < 2e-5
+
+
+def with_patterns(folder: Path, *, rslora: bool = False, **patterns: dict[str, int]) -> PeftModel:
+    """A LoRA that peft made and saved, B not zero."""
+    targets = ["q_proj", "v_proj", "down_proj"]
+    settings = PeftLoraConfig(r=4, lora_alpha=16, target_modules=targets, use_rslora=rslora, **patterns)
+    model = without_peft_warnings(get_peft_model, tiny_model(), settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=random()))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_patterns_with_overlapping_names_are_read_as_peft_reads_them(rslora: bool, tmp_path: Path) -> None:
+    """A key is a regular expression for the end of a name, and the first that matches counts, for whoever reads it."""
+    model = with_patterns(
+        tmp_path,
+        rslora=rslora,
+        rank_pattern={r"layers\.1\.self_attn\.q_proj": 8, r"layers\.[01]\.mlp\.down_proj": 6, "q_proj": 2},
+        alpha_pattern={r"layers\.0.*\.q_proj": 5, r"layers\.[01]\.mlp\.down_proj": 3, "q_proj": 40},
+    )
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    factors = lora_factors(state, json.loads((tmp_path / "adapter_config.json").read_text()), str(tmp_path))
+    updates = read_updates(tmp_path)
+    assert factors.keys() == updates.keys() and len(updates) == 6
+    for module, update in updates.items():
+        expected = model.base_model.model.get_submodule(module).get_delta_weight("default").detach()
+        assert (factors[module].dense - expected).abs().max() < 1e-5, module
+        assert (update.scale * update.b_OR @ update.a_RI - expected).abs().max() < 1e-5, module
+    ranks = {module: len(update.a_RI) for module, update in updates.items()}
+    assert ranks["model.layers.1.self_attn.q_proj"] == 8 and ranks["model.layers.0.self_attn.q_proj"] == 2
+
+
+def test_patterns_that_lost_their_order_are_refused_as_peft_refuses_them(tmp_path: Path) -> None:
+    """peft sorts the keys when it saves: what was the second key is the first, and names another rank than was used."""
+    with_patterns(tmp_path, rank_pattern={"q_proj": 2, r"layers\.1\.self_attn\.q_proj": 8})
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert list(settings["rank_pattern"])[0].startswith("layers")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        PeftModel.from_pretrained(tiny_model(), str(tmp_path))
+    with pytest.raises(CheckpointError, match="of another rank"):
+        lora_factors(state, settings, str(tmp_path))
+    with pytest.raises(CheckpointError, match="of another rank"):
+        read_updates(tmp_path)
 
 
 def test_concatenation_is_the_exact_sum_where_peft_is_not(tmp_path: Path) -> None:

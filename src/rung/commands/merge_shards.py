@@ -20,8 +20,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from rung.errors import CheckpointError, GateError, PlanError
-from rung.methods.adapter_files import CONFIG, read_state
+from rung.errors import GateError, PlanError
+from rung.methods.adapter_files import CONFIG, lora_updates, other_than_plain_lora, read_state
 from rung.training.run_folder import Gate
 
 ROUNDING = 2.0**-24
@@ -29,7 +29,6 @@ ROUNDING = 2.0**-24
 ROWS = 512
 """Of a matrix that are proved at once."""
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
-_OWN = "base_model.model."
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,27 +80,12 @@ def read_updates(adapter: Path) -> dict[str, LoraUpdate]:
     Raises `PlanError` for an adapter that is more than sums of B A, `CheckpointError` where parts of it are missing.
     """
     config, state = json.loads((adapter / CONFIG).read_text()), read_state(adapter)
-    for name in ("use_dora", "modules_to_save"):
-        if config.get(name):
-            given = f"{name}: {config[name]}"
-            raise PlanError("only a plain LoRA can be merged shard by shard", where=str(adapter), given=given)
-    halves: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in state.items():
-        found = re.fullmatch(re.escape(_OWN) + r"(.+)\.lora_([AB])\.weight", key)
-        if config.get("peft_type") != "LORA" or found is None:
-            raise PlanError("only a plain LoRA can be merged shard by shard", where=str(adapter), given=key)
-        halves.setdefault(found[1], {})[found[2]] = tensor.float()
-    for module, own in halves.items():
-        if set(own) != {"A", "B"} or own["B"].shape[1] != own["A"].shape[0]:
-            raise CheckpointError("half of this update is missing or of another rank", where=str(adapter), given=module)
-    aimed = config["target_modules"]
-    lost = (
-        [t for t in aimed if not any(m == t or m.endswith(f".{t}") for m in halves)] if isinstance(aimed, list) else []
-    )
-    if lost or not halves:
-        raise CheckpointError("the adapter lacks updates that it names", where=str(adapter), given=", ".join(lost[:3]))
-    transposed = bool(config.get("fan_in_fan_out"))
-    return {m: LoraUpdate(own["A"], own["B"], _scale(config, m), transposed) for m, own in halves.items()}
+    if (other := other_than_plain_lora(state, config)) is not None:
+        raise PlanError("only a plain LoRA can be merged shard by shard", where=str(adapter), given=other)
+    return {
+        module: LoraUpdate(update.a_RI.float(), update.b_OR.float(), update.scale, update.transposed)
+        for module, update in lora_updates(state, config, str(adapter)).items()
+    }
 
 
 def merge_shards(base: Path, updates: Mapping[str, LoraUpdate], target: Path) -> tuple[Gate, float]:
@@ -142,16 +126,6 @@ def _require_fitting(base: Path, files: list[Path], updates: Mapping[str, LoraUp
     for module, update in updates.items():
         if shapes.get(f"{module}.weight") != update.shape:
             raise PlanError(what, where=str(base), given=f"{module}: {shapes.get(f'{module}.weight')}")
-
-
-def _scale(config: Mapping[str, Any], module: str) -> float:
-    """Of B A: alpha / rank, or over its root (rsLoRA, Kalajdzievski 2023); modules may have their own of both."""
-
-    def own(patterns: Mapping[str, float] | None, usual: float) -> float:
-        return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), usual)
-
-    rank, alpha = own(config.get("rank_pattern"), config["r"]), own(config.get("alpha_pattern"), config["lora_alpha"])
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _headers(file: Path) -> Iterator[tuple[str, str, list[int]]]:

@@ -7,17 +7,22 @@ Every adapter method saves and loads through these functions.
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rung.errors import CheckpointError
 from rung.methods.protocol import require_same_keys, require_same_shapes
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_UPDATE_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
 def write_peft_files(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
@@ -39,6 +44,58 @@ def is_score_head(name: str) -> bool:
 def read_state(folder: Path) -> dict[str, Tensor]:
     """The tensors of a saved adapter that belong to the method."""
     return {name: value for name, value in load_file(folder / WEIGHTS).items() if not is_score_head(name)}
+
+
+class SavedUpdate(NamedTuple):
+    """The update of one linear in a saved LoRA: scale * B A."""
+
+    a_RI: Tensor
+    b_OR: Tensor
+    scale: float
+    transposed: bool
+    """Whether the base keeps the weight as [I, O], as GPT-2 does."""
+
+
+def other_than_plain_lora(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> str | None:
+    """What a saved adapter holds besides sums of B A, or None: such an adapter can only be applied by peft itself."""
+    if config.get("peft_type") != "LORA":
+        return str(config.get("peft_type"))
+    for setting in ("use_dora", "lora_bias", "modules_to_save"):
+        if config.get(setting):
+            return f"{setting}: {config[setting]}"
+    return next((key for key in state if _UPDATE_KEY.fullmatch(key) is None), None)
+
+
+def lora_updates(state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> dict[str, SavedUpdate]:
+    """Updates of a saved plain LoRA by module name, with each module's own rank and scale (rsLoRA included).
+
+    Rank and alpha patterns are matched by peft's own function: a key is a regular expression for the end of a name, and
+    the first key that matches counts. Raises `CheckpointError` where half of an update or a whole one is missing, or
+    where a matrix has another rank than the settings say: peft would refuse to load it.
+    """
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        if (match := _UPDATE_KEY.fullmatch(key)) is not None:
+            halves.setdefault(match[1], {})[match[2]] = tensor
+    updates: dict[str, SavedUpdate] = {}
+    for module, half in halves.items():
+        rank = _pattern_value(config.get("rank_pattern"), module, config["r"])
+        if set(half) != {"A", "B"} or half["B"].shape[1] != half["A"].shape[0] or half["A"].shape[0] != rank:
+            raise CheckpointError("half of this update is missing or of another rank", where=where, given=module)
+        alpha = _pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"])
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        updates[module] = SavedUpdate(half["A"], half["B"], scale, bool(config.get("fan_in_fan_out")))
+    targets = config.get("target_modules")
+    names = targets if isinstance(targets, list) else []
+    unmatched = [name for name in names if not any(m == name or m.endswith(f".{name}") for m in updates)]
+    if unmatched or not updates:
+        given = ", ".join(unmatched[:3])
+        raise CheckpointError("the adapter lacks updates that it names", where=where, given=given)
+    return updates
+
+
+def _pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    return (pattern or {}).get(get_pattern_key(list(pattern or {}), module), default)
 
 
 def named_adapter_parameters(hosts: Mapping[str, nn.Module], submodule: str) -> dict[str, nn.Parameter]:

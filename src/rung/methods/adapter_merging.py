@@ -9,7 +9,6 @@ Suffixes: O outputs, I inputs, R rank.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rung.errors import CheckpointError
+from rung.methods.adapter_files import lora_updates, other_than_plain_lora
 
 CombineMethod = Literal["sum", "ties", "dare", "magnitude"]
 
@@ -45,32 +45,12 @@ def lora_factors(state: Mapping[str, Tensor], config: Mapping[str, Any], where: 
 
     Raises `CheckpointError` for an adapter other than plain LoRA.
     """
-    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("lora_bias"):
-        raise CheckpointError(
-            "only plain LoRA adapters can be fused",
-            where=where,
-            given="DoRA" if config.get("use_dora") else config.get("peft_type"),
-        )
-    factors: dict[str, LowRankFactors] = {}
-    for key, a in state.items():
-        if not key.endswith(".lora_A.weight"):
-            if ".lora_" not in key:
-                raise CheckpointError("a module trained whole cannot be fused", where=where, given=key)
-            continue
-        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        b = state.get(key.replace(".lora_A.", ".lora_B."))
-        if b is None:
-            raise CheckpointError("a tensor is missing", where=where, given=key.replace(".lora_A.", ".lora_B."))
-        alpha = _pattern_value(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
-        # The rank is read off the tensor: `rank_pattern` may differ from `r`.
-        scale = alpha / (math.sqrt(len(a)) if config.get("use_rslora") else len(a))
-        factors[name] = LowRankFactors(scale * b.float(), a.float())
-    targets = config.get("target_modules")
-    missing = set(targets) - factors.keys() if isinstance(targets, list) else set()
-    orphans = [k for k in state if k.endswith(".lora_B.weight") and k.replace(".lora_B.", ".lora_A.") not in state]
-    if orphans or any("." in name for name in missing):  # a full name must have a tensor; a role may match nothing
-        raise CheckpointError("a tensor is missing", where=where, given=[*orphans, *sorted(missing)][:2])
-    return factors
+    if (other := other_than_plain_lora(state, config)) is not None:
+        raise CheckpointError("only plain LoRA adapters can be fused", where=where, given=other)
+    return {
+        name: LowRankFactors(update.scale * update.b_OR.float(), update.a_RI.float())
+        for name, update in lora_updates(state, config, where).items()
+    }
 
 
 def concatenate(updates: Sequence[LowRankFactors], weights: Sequence[float]) -> LowRankFactors:
@@ -138,8 +118,3 @@ def truncate_product(factors: LowRankFactors, rank: int) -> TruncatedFactors:
     q_a, r_a = torch.linalg.qr(factors.a_RI.T)
     core = truncate(r_b @ r_a.T, rank)
     return TruncatedFactors(LowRankFactors(q_b @ core.factors.b_OR, core.factors.a_RI @ q_a.T), core.lost)
-
-
-def _pattern_value(pattern: Mapping[str, float], name: str, default: float) -> float:
-    """Peft's rule: a key applies to modules whose name ends with it."""
-    return next((value for key, value in pattern.items() if name == key or name.endswith(f".{key}")), default)
