@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -228,3 +228,39 @@ def cache_folder() -> Path:
 def is_run_folder(path: str | Path) -> bool:
     """Whether a folder holds a run or a climb, finished or not."""
     return (Path(path) / RUN_FILE).exists()
+
+
+MAX_HEADER_BYTES = 100 * 2**20
+"""Largest header of a safetensors file that is read: a damaged length must not fill the memory."""
+
+
+def read_safetensors_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """Tensors of a safetensors file by name (dtype, shape, data_offsets), with `__metadata__`, and where data begins.
+
+    Eight bytes of length, then JSON; no tensor is read. Raises `ValueError` for a file of another form.
+    """
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > min(MAX_HEADER_BYTES, file.stat().st_size):
+            raise ValueError(f"its header would be {length:,} bytes long")
+        header = json.loads(stream.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
+    return header, 8 + length
+
+
+def safetensors_header(
+    tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """The bytes in front of the data of a safetensors file. `tensors`: name, dtype, shape and bytes, in their order.
+
+    For files that are written piece by piece, which the library's own writer cannot do.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, dtype, shape, size in tensors:
+        start, end = end, end + size
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns tensors to 8 bytes
+    return len(text).to_bytes(8, "little") + text

@@ -114,4 +114,4 @@ def test_no_source_reads_pickles_or_runs_text() -> None:
                 assert not name.endswith("_object_list") and name != "distributed.all_gather_object", file
                 loads = name.endswith(".from_pretrained") and name.split(".")[0].startswith("Auto")
                 told = {k.arg for k in node.keywords} | {ast.unparse(k.value) for k in node.keywords if k.arg is None}
-                assert not loads or told & {"trust_remote_code", "NO_CODE"}, f"{file}: {name}"
+                assert not loads or told & {"trust_remote_code", "NO_REMOTE_CODE"}, f"{file}: {name}"

@@ -14,13 +14,13 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from rung.errors import GateError, PlanError
+from rung.files import safetensors_header
 from rung.methods.adapter_files import CONFIG, lora_updates, other_than_plain_lora, read_state
 from rung.training.run_folder import Gate
 
@@ -148,14 +148,10 @@ def _size(kind: str, shape: list[int]) -> int:
 
 def _merge(file: Path, updates: Mapping[str, LoraUpdate], target: Path) -> None:
     """Header first, then one tensor after another: the library's own writer wants all of them at once."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, kind, shape in _headers(file):
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [at, at := at + _size(kind, shape)]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    entries = ((name, kind, shape, _size(kind, shape)) for name, kind, shape in _headers(file))
+    header = safetensors_header(entries, {"format": "pt"})
     with safe_open(file, "pt") as opened, target.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
+        out.write(header)
         for name in opened.keys():
             tensor, update = opened.get_tensor(name), updates.get(name.removesuffix(".weight"))
             wide = tensor.float() if tensor.is_floating_point() else tensor

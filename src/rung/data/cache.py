@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,7 +23,7 @@ from rung.data.records import fingerprint
 from rung.data.token_store import ROW_DTYPE, TokenColumns, TokenizedDataset
 from rung.data.tokenize import Overflow, tokenize_columns
 from rung.errors import CheckpointError
-from rung.files import cache_folder
+from rung.files import cache_folder, read_safetensors_header, safetensors_header
 from rung.types import Record
 
 CODE_VERSION = 4
@@ -91,21 +90,17 @@ def _store(path: Path, columns: TokenColumns) -> None:
         data = getattr(columns, name).tobytes()
         ranges[name] = ByteRange(tables, tables.append(data), len(data))
     boundary = json.dumps([columns.boundary_checked, columns.boundary_differences])
-    header: dict[str, Any] = {"__metadata__": {"boundary": boundary, "sha256": _checksum(ranges, boundary)}}
-    end = 0
-    for name, (dtype, width) in _TENSORS.items():
-        start, end = end, end + ranges[name].size
-        header[name] = {"dtype": dtype, "shape": [ranges[name].size // width], "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    # the safetensors format pads its header with spaces to a multiple of 8, so that tensors are aligned
-    text += b" " * (-len(text) % 8)
+    header = safetensors_header(
+        ((name, dtype, [ranges[name].size // width], ranges[name].size) for name, (dtype, width) in _TENSORS.items()),
+        {"boundary": boundary, "sha256": _checksum(ranges, boundary)},
+    )
     temporary: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # written under another name and renamed: two processes may build the same file at once
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         with open(handle, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
+            file.write(header)
             for name in _TENSORS:
                 file.writelines(ranges[name].pieces())
         os.replace(temporary, path)
@@ -123,13 +118,9 @@ def _load(path: Path) -> TokenColumns | None:
     """The stored documents; None when there is no complete file."""
     try:
         file = AppendFile.open(path)
-        header_size = int.from_bytes(file.read(0, 8), "little")
-        # a truncated or foreign file: refuse before allocating for its header
-        if header_size > file.size:
-            return None
-        header: dict[str, Any] = json.loads(file.read(8, header_size))
+        header, start_of_data = read_safetensors_header(path)
         offsets = {name: header[name]["data_offsets"] for name in _TENSORS}
-        ranges = {name: ByteRange(file, 8 + header_size + start, end - start) for name, (start, end) in offsets.items()}
+        ranges = {name: ByteRange(file, start_of_data + start, end - start) for name, (start, end) in offsets.items()}
         boundary = header["__metadata__"]["boundary"]
         if header["__metadata__"]["sha256"] != _checksum(ranges, boundary):
             return None

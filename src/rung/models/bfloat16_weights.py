@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers.pytorch_utils import Conv1D
+
+from rung.files import read_safetensors_header
 
 
 def stored_in_bfloat16(folder: Path) -> bool:
@@ -27,8 +28,7 @@ def stored_in_bfloat16(folder: Path) -> bool:
     """
     dtypes = set()
     for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as reader:
-            dtypes |= {reader.get_slice(name).get_dtype() for name in reader.keys()}
+        dtypes |= {entry["dtype"] for entry in read_safetensors_header(file)[0].values() if "dtype" in entry}
     return dtypes == {"BF16"}
 
 

@@ -7,7 +7,6 @@ each family of architectures; `tests/unit/test_plan.py` compares the counts with
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +18,8 @@ from rung.config.layers import student_layers
 from rung.config.model import ModelConfig, StudentLayers
 from rung.config.support import model_refusal
 from rung.errors import CheckpointError, ConfigError, PlanError, did_you_mean
-from rung.files import is_run_folder
+from rung.files import is_run_folder, read_safetensors_header
 
-MAX_HEADER_BYTES = 100 * 2**20
-"""Upper limit for the JSON header of a safetensors file: a damaged length must not fill memory."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _UNTIED_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gpt_neox", "olmo2", "granite"})
 """Architectures whose head is untied unless the config ties it to the embeddings."""
@@ -243,24 +240,17 @@ def stored_type(folder: Path) -> str | None:
     """The dtype of most weights in a model folder's safetensors files; None without such files."""
     bytes_by_dtype: dict[str, int] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        for entry in _read_header(file).values():
+        try:
+            header, _ = read_safetensors_header(file)
+        except ValueError as error:
+            raise ConfigError(f"this is no safetensors file: {error}", where=str(file)) from error
+        for entry in header.values():
             if "dtype" in entry:
                 # By bytes: a few float32 norms in a bfloat16 file do not decide.
                 size = entry["data_offsets"][1] - entry["data_offsets"][0]
                 bytes_by_dtype[entry["dtype"]] = bytes_by_dtype.get(entry["dtype"], 0) + size
     names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
     return names.get(max(bytes_by_dtype, key=bytes_by_dtype.__getitem__)) if bytes_by_dtype else None
-
-
-def _read_header(file: Path) -> dict[str, dict[str, Any]]:
-    """The header of a safetensors file: eight bytes of length, then JSON."""
-    with file.open("rb") as stream:
-        try:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header: dict[str, dict[str, Any]] = json.loads(stream.read(min(length, MAX_HEADER_BYTES)))
-        except (struct.error, ValueError) as error:
-            raise ConfigError(f"this is no safetensors file: {error}", where=str(file)) from error
-    return header
 
 
 def _declared_dtype(config: Mapping[str, Any]) -> str:
