@@ -1,4 +1,4 @@
-"""Size budgets of src: files, functions, parameters, fields of a config. Prints what exceeds and exits 1."""
+"""Size budgets of src: functions, parameters, fields of a config. What exceeds them exits 1; long files only warn."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-FILE_LINES, FUNCTION_LINES, PARAMETERS, FIELDS = 400, 60, 8, 15
+FILE_LINES, FUNCTION_LINES, PARAMETERS, FIELDS = 500, 60, 8, 15
 SOURCE = Path(__file__).parent.parent / "src" / "rung"
 BASES = {
-    *("Protocol", "Method", "Objective", "Spec", "LowRankSpec", "BaseModel", "Module", "Function", "Exception"),
+    *("Protocol", "Method", "Objective", "Config", "Result", "BaseModel", "Module", "Function", "Exception"),
+    *("MethodBase", "WeightMethodBase", "VirtualTokenBase", "LowRankConfig", "ObjectiveBase"),
     *(
         "NamedTuple",
         "DynamicLayer",
         "SafeLoader",
         "Sequence",
-        "Lazy",
+        "LazySequence",
         "PeftConfig",
         "BaseTuner",
         "BaseTunerLayer",
@@ -28,7 +29,12 @@ BASES = {
 
 def main() -> int:
     """0 when everything is within budget."""
-    problems = [problem for file in sorted(SOURCE.rglob("*.py")) for problem in check(file)]
+    files = sorted(SOURCE.rglob("*.py"))
+    for file in files:
+        if (lines := len(file.read_text().splitlines())) > FILE_LINES:
+            subjects = ", ".join(n.name for n in ast.parse(file.read_text()).body if isinstance(n, ast.ClassDef))
+            print(f"warning: {file.relative_to(SOURCE.parent)} has {lines} lines; its subjects: {subjects}")
+    problems = [problem for file in files for problem in check(file)]
     print("\n".join(problems) or "all within budget")
     return int(bool(problems))
 
@@ -37,8 +43,6 @@ def check(file: Path) -> Iterator[str]:
     """Problems of one file."""
     text = file.read_text()
     name = str(file.relative_to(SOURCE.parent))
-    if (lines := len(text.splitlines())) > FILE_LINES:
-        yield f"{name}: {lines} lines, at most {FILE_LINES}"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield from check_function(name, node)
@@ -62,7 +66,7 @@ def check_function(name: str, node: ast.FunctionDef | ast.AsyncFunctionDef) -> I
 def check_class(name: str, node: ast.ClassDef) -> Iterator[str]:
     """Fields of a config, and bases."""
     bases = {ast.unparse(base).split("[")[0].split(".")[-1] for base in node.bases}
-    if bases & {"Spec", "LowRankSpec"}:
+    if bases & {"Config", "WeightMethodBase", "VirtualTokenBase", "LowRankConfig", "ObjectiveBase"}:
         fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and "ClassVar" not in ast.unparse(n.annotation)]
         if len(fields) > FIELDS:
             yield f"{name}:{node.lineno} {node.name}: {len(fields)} fields, at most {FIELDS}"

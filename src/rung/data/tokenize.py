@@ -104,27 +104,17 @@ def tokenize_columns(
         _documents(chat, _variants(records, with_candidates), loss_on), key=lambda pair: pair[0].record_index
     ):
         variants, documents = zip(*row, strict=True)
-        document, length = documents[0], max(len(d.ids) for d in documents)
+        length = max(len(d.ids) for d in documents)
         if length > limit:
             too_long.extend((i, length))
             # collected, not raised at once: the error names the first ten and counts all
             if overflow != "trim_prompt":
                 continue
-            if len(documents) > 1:
-                raise ConfigError(
-                    "trimming would cut the prompts of compared answers differently",
-                    where="data.overflow",
-                    given=overflow,
-                    allowed="error or drop",
-                )
-            # virtual tokens are never trimmed, see `_trim`
-            virtual_count = sum(token >= chat.positions.first_id for token in document.ids) if chat.positions else 0
-            if (
-                length - max(document.prompt_length - 1 - virtual_count, 0) > limit
-            ):  # one stays: it predicts the answer's first
+            trimmed = _trim_prompt(chat, documents, limit)
+            if trimmed is None:
                 untrimmable.extend((i, length))
                 continue
-            documents = (_trim(chat, document, limit),)
+            documents = (trimmed,)
         for variant, document in zip(variants, documents, strict=True):
             writer.add(i, document, variant.candidate_index)
         if variants[0].record.text is None:
@@ -152,6 +142,26 @@ def tokenize_columns(
         boundary_checked=boundary_checked,
         boundary_differences=boundary_differences,
     )
+
+
+def _trim_prompt(chat: ChatTemplate, documents: Sequence[TokenizedDocument], limit: int) -> TokenizedDocument | None:
+    """The document of a row with its prompt cut to fit, or None where the answer alone is too long.
+
+    Raises `ConfigError` for a row of several answers: each would be cut to another prompt.
+    """
+    if len(documents) > 1:
+        raise ConfigError(
+            "trimming would cut the prompts of compared answers differently",
+            where="data.overflow",
+            given="trim_prompt",
+            allowed="error or drop",
+        )
+    (document,) = documents
+    # virtual tokens are never trimmed, see `_trim`
+    virtual_count = sum(token >= chat.positions.first_id for token in document.ids) if chat.positions else 0
+    # one token of the prompt stays: it predicts the first of the answer
+    removable = max(document.prompt_length - 1 - virtual_count, 0)
+    return None if len(document.ids) - removable > limit else _trim(chat, document, limit)
 
 
 def preflight(chat: ChatTemplate, tokenized: TokenizedDataset) -> Preflight:
