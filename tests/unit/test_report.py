@@ -32,7 +32,7 @@ METHOD = {
     "targets": ["q", "k", "v", "o", "gate", "up", "down"],
     "layers": None,
 }
-SPEC = {
+CONFIG = {
     "model": {"name": "smollm2-135m"},
     "method": METHOD,
     "training": {"examples_per_step": 16, "schedule": "cosine", "warmup_ratio": 0.03},
@@ -81,7 +81,7 @@ def a_run(folder: Path, **changes: Any) -> Path:
         "learning_rate": 5e-4,
     }  # fmt: skip
     manifest = {
-        "status": "finished", "config": {**SPEC, "output": folder.name}, "gates": GATES, "versions": VERSIONS,
+        "status": "finished", "config": {**CONFIG, "output": folder.name}, "gates": GATES, "versions": VERSIONS,
         "fingerprints": {"base": "6ea0aba9e02ca44f12a019cc", "data": "e9b15bc5"}, "data": DATA, "device": "cpu",
         "compute_dtype": "float32", **measured, "metrics": {"validation_loss": 0.722},
     }  # fmt: skip
@@ -147,7 +147,7 @@ class Made:
         }  # fmt: skip
         self.change(ladder)
         climb = {"rungs": [{"kind": "lora", "name": label} for label in self.rungs], "margin": 0.05, "target": 0.9}
-        config = {**SPEC, "climb": {**climb, "seeds": self.seeds}, "output": str(folder)}
+        config = {**CONFIG, "climb": {**climb, "seeds": self.seeds}, "output": str(folder)}
         manifest = {
             "status": "finished",
             "config": config,
@@ -256,6 +256,7 @@ def test_a_single_run_shows_what_applies(tmp_path: Path) -> None:
     shown = page(a_run(tmp_path / "run"))
     assert "Finished" in shown.text and "validation loss 0.722" in shown.text
     assert "rung eval run" in shown.text and "rung chat run --compare" in shown.text
+    assert "cosine, warm-up 3%" in shown.text
     assert shown.tags.count("svg") == 1
     for absent in ("The ladder", "Scores", "examples", "gain on", "Verdict"):
         assert absent not in shown.text.replace("rows", "").split("Versions and config")[0], absent

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from rung.config.method import LoraConfig, LotteryConfig
 from rung.report import plots
 from rung.report.formatting import (
     decimals,
@@ -232,3 +233,25 @@ def test_preferences_are_told_from_the_last_measurement() -> None:
     assert "2.0 times as long" in preferred_text([twice])
     assert "length alone" in preferred_text([{**pairs, "validation_length_correlation": 0.7}])
     assert preferred_text(log[:1]) == "margin +0.000" and preferred_text([{"step": 1, "loss": 1.0}]) == ""
+
+
+def test_what_the_report_reads_of_a_config_is_what_a_config_holds() -> None:
+    """Every setting of a LoRA that its line names, from the config class itself: a renamed one would be left out."""
+    config = LoraConfig(
+        **{"rank": 8, "alpha": 4.0, "rank_pattern": {"down": 4}, "layers": "last", "loraplus_lr_ratio": 16.0},
+        **{"lisa_n_layers": 2, "dropout": 0.1, "rslora": True, "targets": ("q", "down"), "init": "orthogonal"},
+    )
+    text = method_text(config.model_dump(mode="json"))
+    for words in (
+        "rank 8, alpha 4",
+        "down: 4",
+        "layers last",
+        "16 times",
+        "2 layers at a time",
+        "dropout 0.1",
+        "rslora",
+    ):
+        assert words in text, text
+    assert "on q down" in text and "started by orthogonal" in text
+    lottery = LotteryConfig(lottery={"choose": "middle"})
+    assert "LoRA on the middle layers" in method_text(lottery.model_dump(mode="json"))

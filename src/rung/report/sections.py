@@ -350,7 +350,7 @@ def _training_summary(run: LoggedRun) -> Pairs:
     manifest, config = run.manifest, run.manifest.get("config", {})
     training, model = config.get("training", {}), config.get("model", {})
     rate, speed = manifest.get("learning_rate"), manifest.get("tokens_per_second")
-    schedule = f"{rate:g}, {training.get('schedule')}, warm-up {training.get('warmup', 0):.0%}" if rate else ""
+    schedule = f"{rate:g}, {training.get('schedule')}, warm-up {training.get('warmup_ratio', 0):.0%}" if rate else ""
     steps = f"{manifest['steps']:,}" if manifest.get("steps") else ""
     best = manifest.get("best_step")
     lines = {

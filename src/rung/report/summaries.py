@@ -161,8 +161,8 @@ def _placement_text(method: Json) -> str:
 
 def _lora_text(method: Json) -> str:
     targets, rank = method.get("targets") or (), method.get("rank") or 0
-    ranks, init, ratio = method.get("ranks") or {}, method.get("init", "default"), method.get("loraplus_lr_ratio", 1.0)
-    sampled = method.get("lisa_n_layers")
+    ranks, init = method.get("rank_pattern") or {}, method.get("init", "default")
+    ratio, sampled = method.get("loraplus_lr_ratio", 1.0), method.get("lisa_n_layers")
     names = {
         "qlora": f"QLoRA on {method.get('bits')} bits,",
         "lottery": f"LoRA on the {method.get('lottery', {}).get('choose')} layers,",
