@@ -119,7 +119,8 @@ def _peft_config(model: PreTrainedModel, config: PeftTunerConfig) -> PeftConfig:
         names = ", ".join(sorted(set(PeftType.__members__) - set(OWN_METHODS)))
         raise ConfigError("no such tuner", where="method.config.peft_type", given=kind or None, allowed=names)
     if kind in REFUSED:
-        raise ConfigError(REFUSED[kind], where="method.config", given=kind, hint="kind: lora with ranks, or lottery")
+        hint = "kind: lora with rank_pattern, or lottery"
+        raise ConfigError(REFUSED[kind], where="method.config", given=kind, hint=hint)
     if kind == "TRAINABLE_TOKENS" and model.config.tie_word_embeddings:
         reason = "rows of a tied embedding are the head's as well, which is read past the tuner"
         raise ConfigError(reason, where="method.config", given=kind, hint="kind: full, or a base whose head is its own")

@@ -284,7 +284,7 @@ class Policy:
             return virtual
         # A cache that outlived its context would hold keys and values of older weights.
         if prefix is not self._active_prefix:
-            raise RuntimeError("rows with a shared prefix run inside Policy.in_turn or Policy.sharing")
+            raise RuntimeError("rows with a shared prefix run inside Policy.iterate_batches or Policy.shared_prefix")
         if self._method_off not in self._prefix_cache:
             with self._skip_cached_layers(prefix.cached_hidden):
                 inputs = self.embed(prefix.ids, task)

@@ -130,7 +130,7 @@ def load_reward_source(config: RunConfig, base: BaseModel, chat: ChatTemplate) -
         learned, asked = getattr(trained.evaluation, name), getattr(config.evaluation, name)
         if learned != asked:
             what = "this reward model was trained on other prompts"
-            raise ConfigError(what, where=source.run, given=f"evaluate.{name}: {learned}", allowed=f"{asked}")
+            raise ConfigError(what, where=source.run, given=f"evaluation.{name}: {learned}", allowed=f"{asked}")
     if tasks := set(trained.method.tasks) - set(config.method.tasks):
         what = "this reward model learned something for each task, and this run knows other tasks"
         raise ConfigError(what, where=source.run, given=", ".join(sorted(tasks)))
