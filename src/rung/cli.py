@@ -51,9 +51,10 @@ def models(context: typer.Context, as_json: AsJson = False) -> None:
 
     bases = [{**base.model_dump(), "here": (base_folder(base) / "config.json").exists()} for base in CATALOG.values()]
     lines = [
-        f"{row['name']:<16} {row['parameters'] / 1e6:.0f}M parameters  {row['license']:<11} "
-        f"{row['download_bytes'] / 1e6:.0f} MB to download  {'here' if row['here'] else 'not fetched'}\n    {row['note']}"
-        for row in bases
+        f"{base['name']:<16} {base['parameters'] / 1e6:.0f}M parameters  {base['license']:<11} "
+        f"{base['download_bytes'] / 1e6:.0f} MB to download  {'here' if base['here'] else 'not fetched'}"
+        f"\n    {base['note']}"
+        for base in bases
     ]
     _show({"models": bases}, [*lines, "Also: any transformers folder, GGUF file, run folder or hub id."], as_json)
 

@@ -202,9 +202,10 @@ class ClimbConfig(Config):
         tuned = [r.label for r in self.rungs if r.kind not in UNTUNED]
         for rung_on_top in self.on_top:
             if rung_on_top.base_rung not in tuned:
-                known = ", ".join(tuned) or "there is none"
+                tuned_names = ", ".join(tuned) or "there is none"
                 raise ValueError(
-                    f"rung {rung_on_top.label!r} stands on {rung_on_top.base_rung!r}, which is no tuned rung ({known})"
+                    f"rung {rung_on_top.label!r} stands on {rung_on_top.base_rung!r}, "
+                    f"which is no tuned rung ({tuned_names})"
                 )
         all_rungs: list[RungConfig | OnTopConfig] = [*self.rungs, *self.on_top]
         # checked again with the rungs on top, which share the folder of the climb

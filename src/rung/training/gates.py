@@ -180,12 +180,12 @@ class MovementGate:
     def _verdict(self, judged_names: set[str]) -> Gate:
         unmoved_names = sorted(judged_names - self.moved_names)
         digests_now = frozen_digest(self.model)
-        changed_here = sorted(name for name, value in self.initial_digests.items() if digests_now.get(name) != value)
+        locally_changed = sorted(name for name, value in self.initial_digests.items() if digests_now.get(name) != value)
         # each rank hashes its own rows of a sharded tensor; replicated tensors are hashed in full
         changed_names = (
-            sorted({name for rank_names in self.world.gather(changed_here) for name in rank_names})
+            sorted({name for rank_names in self.world.gather(locally_changed) for name in rank_names})
             if self.world.sharded
-            else changed_here
+            else locally_changed
         )
         moved_ratio = f"{len(judged_names & self.moved_names)} of {len(judged_names)}"
         measured = f"{moved_ratio} tensors moved, {len(changed_names)} frozen ones changed"

@@ -194,8 +194,8 @@ class OptimizerState:
             for name, value in self.optimizer.state.get(parameter, {}).items():
                 tensor = torch.as_tensor(value).detach()
                 # scalars such as the step count are equal on all ranks: rank 0 saves them
-                saves_here = tensor.numel() > 0 if is_sharded and tensor.dim() else is_rank0
-                if saves_here:
+                is_saved = tensor.numel() > 0 if is_sharded and tensor.dim() else is_rank0
+                if is_saved:
                     moments[f"{index}.{name}"] = tensor
         save_file(_cpu_tensors(moments), folder / MOMENTS)
 

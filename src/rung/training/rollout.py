@@ -107,8 +107,10 @@ class RolloutSource:
         sampling = Sampling(self.config.max_new_tokens, self.config.temperature, seed, self.config.num_generations)
         self.policy.model.eval()  # no dropout: what is drawn must be what is scored
         share = self.objective.on_policy_share
-        is_own_answer = np.random.default_rng([self.seed, 6, number]).random(len(prompts)) < share
-        answered_prompts = [prompt for prompt, own_answer in zip(prompts, is_own_answer, strict=True) if own_answer]
+        on_policy_mask = np.random.default_rng([self.seed, 6, number]).random(len(prompts)) < share
+        answered_prompts = [
+            prompt for prompt, is_on_policy in zip(prompts, on_policy_mask, strict=True) if is_on_policy
+        ]
         # for a reward the data set holds bare prompts; for distillation it holds full documents
         answered_prompts = (
             answered_prompts if self.train is not None else [_prompt_ids(prompt) for prompt in answered_prompts]
@@ -136,7 +138,7 @@ class RolloutSource:
         ]
         if self.train is None:
             data_documents = [
-                prompt for prompt, own_answer in zip(prompts, is_own_answer, strict=True) if not own_answer
+                prompt for prompt, is_on_policy in zip(prompts, on_policy_mask, strict=True) if not is_on_policy
             ]
             self.documents = [_mark_on_policy(document, 1.0) for document in documents] + [
                 _mark_on_policy(document, 0.0) for document in data_documents
