@@ -1,4 +1,8 @@
-"""The command line: verbs parse, call once and print. Everything heavy is imported inside a verb."""
+"""The command line: each command parses its options, makes one call and prints the result.
+
+Everything heavy is imported inside the commands, so that `rung --help`, `show` and config errors are instant; the price
+is imports in functions. Results go to stdout, as lines for people or as one JSON object with --json.
+"""
 
 from __future__ import annotations
 
@@ -18,50 +22,58 @@ app = typer.Typer(
     help="Adapt a language model to a task, climb only as high as the task needs, and prove each step.",
     no_args_is_help=True,
     add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    pretty_exceptions_enable=False,  # `exit_codes` reports errors
+    rich_markup_mode=None,  # brackets in help texts are text
 )
-data_app = typer.Typer(help="Look at data before anything is trained.", no_args_is_help=True)
-models_app = typer.Typer(help="List the bases Rung knows by name, or bring one.", invoke_without_command=True)
+data_app = typer.Typer(help="Inspect data before training.", no_args_is_help=True)
+models_app = typer.Typer(help="List known base models, or download one.", invoke_without_command=True)
 app.add_typer(data_app, name="data")
 app.add_typer(models_app, name="models")
 
-ConfigPath = Annotated[str, typer.Argument(help="A YAML config.", metavar="CONFIG")]
+ConfigPath = Annotated[str, typer.Argument(help="YAML config file.", metavar="CONFIG")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value, for example training.epochs=2", metavar="[KEY=VALUE]...")
 ]
-Run = Annotated[str, typer.Argument(help="A run folder, or the name of a base.", metavar="RUN")]
+Run = Annotated[str, typer.Argument(help="Run folder, or name of a base model.", metavar="RUN")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Delete the run in the output folder and start a new one.")
+]
 
 
 @models_app.callback()
 def models(context: typer.Context, as_json: AsJson = False) -> None:
-    """List the bases Rung knows by name, with size and license."""
+    """List the base models that Rung knows by name, with size and license."""
     if context.invoked_subcommand:
         return
     from rung.config.catalog import CATALOG
     from rung.models.download import base_folder
 
-    rows = [{**b.model_dump(), "here": (base_folder(b) / "config.json").exists()} for b in CATALOG.values()]
+    bases = [{**base.model_dump(), "here": (base_folder(base) / "config.json").exists()} for base in CATALOG.values()]
     lines = [
-        f"{r['name']:<16} {r['parameters'] / 1e6:.0f}M parameters  {r['license']:<11} "
-        f"{r['download_bytes'] / 1e6:.0f} MB to download  {'here' if r['here'] else 'not fetched'}\n    {r['note']}"
-        for r in rows
+        f"{base['name']:<16} {base['parameters'] / 1e6:.0f}M parameters  {base['license']:<11} "
+        f"{base['download_bytes'] / 1e6:.0f} MB to download  {'here' if base['here'] else 'not fetched'}"
+        f"\n    {base['note']}"
+        for base in bases
     ]
-    _show({"models": rows}, [*lines, "Also: any transformers folder, GGUF file, run folder or hub id."], as_json)
+    _show({"models": bases}, [*lines, "Also: any transformers folder, GGUF file, run folder or hub id."], as_json)
 
 
 @models_app.command()
-def fetch(name: Annotated[str, typer.Argument(help="A name from: rung models")], as_json: AsJson = False) -> None:
-    """Bring a base into the cache, verified and converted once."""
+def fetch(
+    name: Annotated[str, typer.Argument(help="Name from the list of: rung models")], as_json: AsJson = False
+) -> None:
+    """Download a base model into the cache; verify its hash and convert it."""
     from rung.config.catalog import CATALOG
     from rung.errors import did_you_mean
 
     if name not in CATALOG:
-        near = did_you_mean(name, list(CATALOG))
+        suggestion = did_you_mean(name, list(CATALOG))
         raise ConfigError(
-            "no such base", given=name, allowed=", ".join(CATALOG), hint=f"did you mean {near}?" if near else None
+            "no such base",
+            given=name,
+            allowed=", ".join(CATALOG),
+            hint=f"did you mean {suggestion}?" if suggestion else None,
         )
     from rung.models.download import download_base as bring
 
@@ -71,12 +83,17 @@ def fetch(name: Annotated[str, typer.Argument(help="A name from: rung models")],
 
 @data_app.command("check")
 def data_check(
-    file: Annotated[str, typer.Argument(help="A data file, a `datasets` name, or a config.", metavar="FILE")],
-    show: Annotated[int, typer.Option("--show", help="Print this many rows with the supervised tokens colored.")] = 0,
-    model: Annotated[str | None, typer.Option("--model", help="Count in tokens of this base.")] = None,
+    file: Annotated[str, typer.Argument(help="Data file, `datasets` name, or config.", metavar="FILE")],
+    show: Annotated[int, typer.Option("--show", help="Print this many rows with supervised tokens in color.")] = 0,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Count tokens with the tokenizer of this base model.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Format, rows kept and rejected with reasons, lengths, duplicates, leakage. Exit 2 when a row is rejected."""
+    """Report format, kept and rejected rows with reasons, lengths, duplicates and leakage.
+
+    Exit code 2 if a row is rejected.
+    """
     from rung.commands.data_check import check_data
 
     report, lines = check_data(file, show=show, model=model)
@@ -89,16 +106,16 @@ def data_check(
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,
-    memory: Annotated[str | None, typer.Option("--memory", help="What there is, for example 24GiB.")] = None,
-    device: Annotated[str | None, typer.Option("--device", help="A known device, for example h100.")] = None,
+    memory: Annotated[str | None, typer.Option("--memory", help="Available memory, for example 24GiB.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="Name of a known device, for example h100.")] = None,
     tokens: Annotated[
-        float | None, typer.Option("--tokens", min=1, max=1e18, help="Tokens of an epoch, if known.")
+        float | None, typer.Option("--tokens", min=1, max=1e18, help="Tokens per epoch, if known.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Memory and time of a run before anything is loaded, of every method, and what would make it fit.
+    """Estimate memory and time of a run for every method, without loading a model, and advise what would fit.
 
-    Exit 3 where the config's own method does not fit into --memory.
+    Exit code 3 if the method of the config does not fit into --memory.
     """
     from rung.commands.plan import plan as make_plan
     from rung.report.plans import plan_lines
@@ -113,11 +130,11 @@ def plan(
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in the output folder.")] = False,
     overwrite: Overwrite = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop before the first step; write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop before the first step and write nothing.")] = False,
     beyond_memory: Annotated[
-        bool, typer.Option("--beyond-memory", help="Start even what the plan says does not fit into memory.")
+        bool, typer.Option("--beyond-memory", help="Start even if the estimate exceeds the memory.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -130,10 +147,10 @@ def train(
     from rung.report.tables import dry_run_lines, run_lines
 
     if dry_run:
-        prepared = preview(run_config)
-        return _show(prepared, dry_run_lines(prepared), as_json)
+        preview_json = preview(run_config)
+        return _show(preview_json, dry_run_lines(preview_json), as_json)
     result = train_run(run_config, resume=resume, overwrite=overwrite, beyond_memory=beyond_memory)
-    if result.report is not None:  # of several processes the first one speaks
+    if result.report is not None:  # with several processes only rank 0 prints
         _show(result.to_json(), run_lines(result.to_json(), result.path, result.report), as_json)
 
 
@@ -141,7 +158,7 @@ def train(
 def climb(
     config: ConfigPath, overrides: Overrides = None, overwrite: Overwrite = False, as_json: AsJson = False
 ) -> None:
-    """Measure the rungs on one held-out test set, print the ladder, recommend. Goes on where it stands."""
+    """Measure the rungs on one held-out test set, print the ladder and recommend a rung. Resumes where it stopped."""
     from rung.config.io import resolve_config
 
     run_config = resolve_config(config, overrides or ())  # before torch is imported: a config error is instant
@@ -156,20 +173,24 @@ def climb(
 def evaluate(
     target: Run,
     overrides: Overrides = None,
-    config: Annotated[str | None, typer.Option("--config", help="The task; none is the run's own.")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most this many test items.")] = None,
+    config: Annotated[
+        str | None, typer.Option("--config", help="Config of the task; default: that of the run.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Maximum number of test items.")] = None,
     baseline: Annotated[
-        str | None, typer.Option("--baseline", help="A run or a base: differences, and what evaluation.judge prefers.")
+        str | None,
+        typer.Option("--baseline", help="Run or base model to compare with, also by evaluation.judge if set."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="With a judge: where to write each pair, as jsonl.")
+        Path | None, typer.Option("--output", "-o", help="With a judge: jsonl file for the judged pairs.")
     ] = None,
     forgetting: Annotated[
-        str | None, typer.Option("--forgetting", help="A data file or a config: what the run unlearned of it.")
+        str | None,
+        typer.Option("--forgetting", help="Data file or config: measure how much the run has forgotten on it."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score a run, or a base, on a task's test split."""
+    """Score a run or a base model on the test split of a task."""
     if output is not None and baseline is None:
         raise ConfigError(
             "pairs come of two systems", where="--output", given=output, hint="name the other: --baseline"
@@ -177,21 +198,22 @@ def evaluate(
     from rung.report.tables import comparison_lines, forgetting_lines, score_lines
 
     if forgetting is not None:
+        # refused instead of ignored: forgetting has data and a baseline of its own
         if baseline is not None or config is not None:
             where = "--baseline" if baseline is not None else "--config"
             what = "what a run forgets is measured against its base, on the data of --forgetting"
             raise ConfigError(what, where=where, given=baseline or config)
         from rung.commands.forgetting import measure_forgetting
 
-        forgotten = measure_forgetting(target, forgetting, limit=limit).to_json()
-        return _show(forgotten, forgetting_lines(forgotten), as_json)
+        forgetting_json = measure_forgetting(target, forgetting, limit=limit).to_json()
+        return _show(forgetting_json, forgetting_lines(forgetting_json), as_json)
     if baseline is not None:
         from rung.commands.compare import compare
 
-        compared = compare(
+        comparison_json = compare(
             target, baseline, config=config, overrides=overrides or (), limit=limit, output=output
         ).to_json()
-        return _show(compared, comparison_lines(compared), as_json)
+        return _show(comparison_json, comparison_lines(comparison_json), as_json)
     from rung.commands.evaluate import evaluate as evaluate_target
 
     result = evaluate_target(target, config=config, overrides=overrides or (), limit=limit).to_json()
@@ -201,14 +223,16 @@ def evaluate(
 @app.command()
 def chat(
     target: Run,
-    compare: Annotated[bool, typer.Option("--compare", help="Answer with the base too, side by side.")] = False,
-    question: Annotated[str | None, typer.Option("--question", help="Ask this and leave.")] = None,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")] = 0.0,
+    compare: Annotated[bool, typer.Option("--compare", help="Also show the answer of the base model.")] = False,
+    question: Annotated[str | None, typer.Option("--question", help="Answer this question and exit.")] = None,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="Sampling temperature; 0: greedy.")
+    ] = 0.0,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 256,
-    system: Annotated[str | None, typer.Option("--system", help="A system turn.")] = None,
-    task: Annotated[str | None, typer.Option("--task", help="Of a run that learned something for each task.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="System prompt.")] = None,
+    task: Annotated[str | None, typer.Option("--task", help="Task name, for runs with parameters per task.")] = None,
 ) -> None:
-    """Talk to a run or a base. An empty line or Ctrl-D leaves; /new starts over."""
+    """Chat with a run or a base model. An empty line or Ctrl-D exits; /new starts a new conversation."""
     from rung.commands.chat import Conversation
     from rung.models.generate import Sampling
 
@@ -218,29 +242,33 @@ def chat(
 
 @app.command()
 def generate(  # noqa: PLR0913 -- options of a command line, each named where it is given
-    target: Annotated[str, typer.Argument(help="A run folder, a base, or the URL of a server.", metavar="RUN")],
-    data: Annotated[str, typer.Option("--data", help="A data file: its prompts are answered.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the answers, as jsonl.")],
-    n: Annotated[int, typer.Option("--n", min=1, help="Answers to each prompt.")] = 4,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")] = 1.0,
+    target: Annotated[str, typer.Argument(help="Run folder, base model, or URL of a server.", metavar="RUN")],
+    data: Annotated[str, typer.Option("--data", help="Data file with the prompts.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Output jsonl file.")],
+    n: Annotated[int, typer.Option("--n", min=1, help="Answers per prompt.")] = 4,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="Sampling temperature; 0: greedy.")
+    ] = 1.0,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 256,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most this many prompts.")] = None,
-    distinct: Annotated[bool, typer.Option("--distinct", help="Keep one of equal answers.")] = False,
-    reward: Annotated[Path | None, typer.Option("--reward", help="A reward run that scores them, best first.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Maximum number of prompts.")] = None,
+    distinct: Annotated[bool, typer.Option("--distinct", help="Drop duplicate answers to a prompt.")] = False,
+    reward: Annotated[
+        Path | None, typer.Option("--reward", help="Reward run that scores the answers; best first.")
+    ] = None,
     reference: Annotated[
-        str | None, typer.Option("--reference", help="A run or a base: how much likelier each answer is here, in nats.")
+        str | None, typer.Option("--reference", help="Run or base model: log-ratio of each answer to it, in nats.")
     ] = None,
     format: Annotated[
-        str, typer.Option("--format", help="As data.format; prompt_only for rows without answers.")
+        str, typer.Option("--format", help="As data.format; prompt_only: rows without answers.")
     ] = "auto",
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    model: Annotated[str | None, typer.Option("--model", help="Of a server: the model's name there.")] = None,
+    seed: Annotated[int, typer.Option(help="Sampling seed.")] = 0,
+    model: Annotated[str | None, typer.Option("--model", help="Server only: name of the model.")] = None,
     concurrency: Annotated[
-        int | None, typer.Option("--concurrency", min=1, help="Of a server: requests at once, 8 unless set.")
+        int | None, typer.Option("--concurrency", min=1, help="Server only: concurrent requests; default: 8.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Sample answers to the prompts of a file: to be ranked, scored, or learned from."""
+    """Sample answers to the prompts of a file, for ranking, scoring or training."""
     from rung.commands.generate import GenerateRequest, parse_format
     from rung.commands.generate import generate as generate_answers
     from rung.models.generate import Sampling
@@ -258,16 +286,16 @@ def generate(  # noqa: PLR0913 -- options of a command line, each named where it
 @app.command()
 def merge(
     target: Run,
-    folder: Annotated[Path, typer.Argument(help="Where to write the merged model.")],
+    folder: Annotated[Path, typer.Argument(help="Output folder of the merged model.")],
     original: Annotated[
-        bool, typer.Option("--original", help="Of a qlora run: onto the base as it was before it was quantized.")
+        bool, typer.Option("--original", help="qlora only: merge into the base before quantization.")
     ] = False,
     by_shard: Annotated[
-        bool, typer.Option("--by-shard", help="Tensor by tensor, as where the model does not fit into memory.")
+        bool, typer.Option("--by-shard", help="Merge tensor by tensor, for models larger than memory.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fold an adapter into its base and write a plain transformers model, checked in a fresh process."""
+    """Merge an adapter into its base and write a transformers model, which is verified in a new process."""
     from rung.commands.merge import merge as merge_run
 
     result = merge_run(Path(target), folder, "original" if original else "trained", by_shard=by_shard)
@@ -279,16 +307,18 @@ def merge(
 
 @app.command()
 def fuse(
-    runs: Annotated[list[Path], typer.Argument(help="Runs of one base: LoRA adapters, or full runs of the layers.")],
-    folder: Annotated[Path, typer.Option("--output", "-o", help="Where to write the fused run.")],
-    how: Annotated[str, typer.Option(help="sum; or ties:0.2, dare:0.2, magnitude:0.2, the share they keep.")] = "sum",
-    weights: Annotated[str | None, typer.Option(help="One for each run, as 0.7,0.3; none is 1 for each.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the result; none keeps a sum exact.")] = None,
-    seed: Annotated[int, typer.Option(help="Of what dare drops.")] = 0,
-    learn: Annotated[str | None, typer.Option(help="A config whose training rows the weights are searched on.")] = None,
+    runs: Annotated[list[Path], typer.Argument(help="Runs of one base: LoRA adapters, or full fine-tuning runs.")],
+    folder: Annotated[Path, typer.Option("--output", "-o", help="Output folder of the combined run.")],
+    how: Annotated[
+        str, typer.Option(help="sum, or ties:0.2, dare:0.2, magnitude:0.2 with the share of values kept.")
+    ] = "sum",
+    weights: Annotated[str | None, typer.Option(help="Weight per run, for example 0.7,0.3; default: 1 each.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the result; default: exact for a sum.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed for dare.")] = 0,
+    learn: Annotated[str | None, typer.Option(help="Config: search the weights on its training rows.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Combine several runs of one base into one plain LoRA, on their true updates."""
+    """Combine several runs of one base into one LoRA adapter, computed on their full updates."""
     from rung.commands.merge_adapters import FusePlan, parse_method, parse_weights
     from rung.commands.merge_adapters import fuse as fuse_runs
 
@@ -304,9 +334,9 @@ def fuse(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="A run or climb folder.", metavar="RUN")], as_json: AsJson = False
+    folder: Annotated[Path, typer.Argument(help="Run or climb folder.", metavar="RUN")], as_json: AsJson = False
 ) -> None:
-    """Rebuild the HTML report of a run or a climb."""
+    """Write the HTML report of a run or a climb again."""
     from rung.report.html import write_report
 
     path = write_report(folder)
@@ -315,7 +345,7 @@ def report(
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema of a config, for editors."""
+    """Print the JSON schema of configs, for editors."""
     from rung.config.run import RunConfig
 
     typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
@@ -323,7 +353,7 @@ def schema() -> None:
 
 @app.command()
 def show(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Print the resolved config and where each value came from."""
+    """Print the resolved config with the origin of each value."""
     from rung.config.io import config_to_dict, load_config
     from rung.config.io import describe_config as shown
 
@@ -333,8 +363,8 @@ def show(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fals
     )
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         typer.echo(f"rung {__version__}")
         raise typer.Exit
 
@@ -347,21 +377,26 @@ def options(
     ] = False,
 ) -> None:
     """Adapt a language model to a task, climb only as high as the task needs, and prove each step."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    if count not in ("", "1") and context.invoked_subcommand != "train":
+    # before any command: torchrun starts this program once per process, and every other command writes as if alone
+    process_count = os.environ.get("WORLD_SIZE", "1")
+    if process_count not in ("", "1") and context.invoked_subcommand != "train":
         what = "a launcher started several processes: each would train for itself and write over the others"
-        raise PlanError(what, where="WORLD_SIZE", given=count, hint="start rung by itself: only rung train is shared")
+        raise PlanError(
+            what, where="WORLD_SIZE", given=process_count, hint="start rung by itself: only rung train is shared"
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a verb and leave with its exit code: 0, 2 input at fault, 3 refused, 1 a bug, 130 interrupted."""
+    """Run a command and exit with its code: 0 success, 1 bug, 2 wrong input, 3 refused, 130 interrupted."""
     exit_process(_exit_code(sys.argv[1:] if arguments is None else arguments))
 
 
 def _exit_code(arguments: list[str]) -> int:
+    # standalone_mode=False: click would print errors and exit by itself
     return exit_code_of(lambda: app(arguments, standalone_mode=False), as_json="--json" in arguments)
 
 
 def _show(value: Any, lines: list[str], as_json: bool) -> None:
-    """One JSON object, or lines for a person."""
+    """Print one JSON object, or lines for people."""
+    # default=str: paths, for example, have no JSON form
     typer.echo(json.dumps(value, indent=2, default=str) if as_json else "\n".join(lines))

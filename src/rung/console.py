@@ -1,4 +1,8 @@
-"""What a person sees while a run goes on. Everything goes to stderr; stdout belongs to `--json`."""
+"""Status lines, progress bars and interrupts of a running command, on stderr.
+
+stdout carries results only, so that `--json` can be piped. On a terminal rich draws a live bar; on a pipe a few plain
+lines are printed instead, so that log files stay short. Every long command uses this module.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +18,18 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+# no highlighting: numbers and paths in messages keep one color. `distributed` sets `quiet` on all ranks but 0
 console = Console(stderr=True, highlight=False)
 
 
 def print_status(text: str) -> None:
-    """One line for the user."""
+    """Print one line for the user."""
+    # no markup: brackets in paths and messages are text. Soft wrap: a line stays one line in log files
     console.print(text, markup=False, soft_wrap=True)
 
 
 class ProgressBar:
-    """A progress bar on a terminal; on a pipe, a line every tenth of the way."""
+    """A progress bar on a terminal; elsewhere one line per tenth of the total."""
 
     def __init__(self, title: str, total: int, done: int = 0) -> None:
         self.title, self.total, self.done = title, total, done
@@ -44,19 +50,20 @@ class ProgressBar:
         self._progress.stop()
 
     def advance(self, count: int = 1, **numbers: Any) -> None:
-        """Count some more as done; the numbers stand beside the bar."""
-        before = self.done
+        """Advance by `count`; `numbers` are shown next to the bar."""
+        previous = self.done
         self.done += count
         text = "  ".join(f"{name} {value}" for name, value in numbers.items())
         self._progress.update(self._task, completed=self.done, numbers=text)
+        # 1: totals below ten print a line at every step
         tenth = max(1, self.total // 10)
-        if not self._live and (self.done // tenth > before // tenth or self.done == self.total):
+        if not self._live and (self.done // tenth > previous // tenth or self.done == self.total):
             print_status(f"{self.title} {self.done}/{self.total}  {text}".rstrip())
 
 
 @contextmanager
 def status(title: str) -> Iterator[None]:
-    """Say what is going on while it goes on."""
+    """Show a title while the block runs: a spinner on a terminal, else one line."""
     if console.is_terminal:
         with console.status(title):
             yield
@@ -66,39 +73,41 @@ def status(title: str) -> Iterator[None]:
 
 
 DUPLICATE_SIGNAL_SECONDS = 5.0
-"""Seconds within which torchrun has passed on a signal that its processes had from the terminal already."""
+"""Seconds within which torchrun forwards a signal that its processes have already received from the terminal."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """The user stopped the run; its checkpoint is saved."""
+    """The user stopped the run; a checkpoint was saved."""
 
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """SIGINT and SIGTERM let the step finish first; a second one stops at once.
+    """Inside, SIGINT and SIGTERM set a flag, so that the step can finish; a second signal stops at once.
 
-    Under a launcher one Ctrl-C arrives twice, from the terminal and from the launcher: that is one request.
+    Yields the function that reads the flag. Under a launcher one Ctrl-C arrives twice, from the terminal and from the
+    launcher; the second one is ignored for `DUPLICATE_SIGNAL_SECONDS`.
     """
-    asked = threading.Event()
-    again = DUPLICATE_SIGNAL_SECONDS if os.environ.get("RANK") else 0.0
-    first = 0.0
+    stop_requested = threading.Event()
+    duplicate_seconds = DUPLICATE_SIGNAL_SECONDS if os.environ.get("RANK") else 0.0
+    first_time = 0.0
+    # Python allows signal handlers in the main thread only; in another thread the flag is never set
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield stop_requested.is_set
         return
 
-    def ask(number: int, frame: Any) -> None:
-        nonlocal first
-        if asked.is_set():
-            if time.monotonic() - first > again:
+    def request_stop(number: int, frame: Any) -> None:
+        nonlocal first_time
+        if stop_requested.is_set():
+            if time.monotonic() - first_time > duplicate_seconds:
                 raise KeyboardInterrupt
             return
-        first = time.monotonic()
-        asked.set()
+        first_time = time.monotonic()
+        stop_requested.set()
         print_status("stopping after this step, or the rollout at hand; once more stops at once")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous_handlers = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked.is_set
+        yield stop_requested.is_set
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)

@@ -1,6 +1,8 @@
-"""Files that are safe to be stopped at: written to a temporary name and renamed, locked by one process, or journals.
+"""Crash-safe files: atomic writes, hashed folders, lock files and journals.
 
-Folders are hashed too, and verified before they are read. torch is imported only where tensors are checked.
+A file or folder is written under a temporary name and renamed, so that a kill or a full disk leaves the old content.
+Folders carry a manifest of SHA-256 hashes that is verified before they are read; the cost is reading every file once
+more. All packages that write use this module; torch is imported only where tensors are checked, so that it stays light.
 """
 
 from __future__ import annotations
@@ -25,31 +27,33 @@ RUN_FILE = "run.json"
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write files into a new folder beside `folder`, then hash, flush and rename it into place.
+    """Let `fill` write files into a temporary folder, then hash, flush and rename it to `folder`.
 
-    Raises `CheckpointError` when the disk is full, `GateError` when a tensor is empty or not finite; the old folder, if
-    any, is then still there.
+    Raises `CheckpointError` where the disk is full, `GateError` where a tensor is empty or not finite; an old folder is
+    then unchanged.
     """
-    aside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
+    # next to the target: a rename is atomic within one file system only
+    staging = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
+    shutil.rmtree(staging, ignore_errors=True)
     try:
         with reporting_write_errors(folder):
-            aside.mkdir(parents=True)
-            fill(aside)
-            files = {str(p.relative_to(aside)): _sha256(p) for p in sorted(aside.rglob("*")) if p.is_file()}
-            _check_tensors(aside)
-            (aside / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
-            for path in [*aside.rglob("*"), aside]:
+            staging.mkdir(parents=True)
+            fill(staging)
+            files = {str(p.relative_to(staging)): _sha256(p) for p in sorted(staging.rglob("*")) if p.is_file()}
+            _check_tensors(staging)
+            (staging / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
+            # before the rename: after a power cut the new name must not point to empty files
+            for path in [*staging.rglob("*"), staging]:
                 _fsync(path)
-            _replace(aside, folder)
+            _replace(staging, folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    _fsync(folder.parent)
+        shutil.rmtree(staging, ignore_errors=True)
+    _fsync(folder.parent)  # makes the rename itself durable
 
 
 @contextmanager
 def reporting_write_errors(folder: Path) -> Iterator[None]:
-    """Inside, what cannot be written is a `CheckpointError` that names the folder."""
+    """Inside, write errors become a `CheckpointError` that names the folder."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -59,31 +63,33 @@ def reporting_write_errors(folder: Path) -> Iterator[None]:
 
 
 def recover_interrupted_writes(folder: Path) -> None:
-    """Put right what a kill left in a folder: what was being replaced comes back, what was being written goes.
+    """Repair a folder after a kill: restore entries that were being replaced, remove unfinished ones.
 
-    For a folder that no other process is at work in.
+    Only for a folder in which no other process works.
     """
-    for left in folder.glob(".*.old-*"):
-        replaced = folder / left.name[1:].rpartition(".old-")[0]
-        shutil.rmtree(left) if replaced.exists() else os.replace(left, replaced)
-    for left in folder.glob(".*.writing-*"):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    for leftover in folder.glob(".*.old-*"):
+        # killed between the two renames of `_replace`: the target is missing and the old folder is still complete
+        target = folder / leftover.name[1:].rpartition(".old-")[0]
+        shutil.rmtree(leftover) if target.exists() else os.replace(leftover, target)
+    for leftover in folder.glob(".*.writing-*"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a written folder, or None."""
+    """What is wrong with a folder of `write_folder`, or None."""
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
-        for name, digest in files.items():
-            if _sha256(folder / name) != digest:
+        for name, expected_digest in files.items():
+            if _sha256(folder / name) != expected_digest:
                 return f"{name} is not what its manifest says"
+    # a damaged manifest may be any JSON value, or none
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None if files else "its manifest lists no files"
 
 
 def require_undamaged(folder: Path) -> None:
-    """Raise `CheckpointError` for a written folder that is not what it was when it was written."""
+    """Raise `CheckpointError` where a folder of `write_folder` is damaged."""
     if problem := find_damage(folder):
         raise CheckpointError(f"this folder is damaged: {problem}", where=str(folder), hint="train it again")
 
@@ -93,6 +99,7 @@ def _check_tensors(folder: Path) -> None:
     from safetensors.torch import load_file
 
     for file in sorted(folder.rglob("*.safetensors")):
+        # read back from the disk: what is checked is what will be loaded
         for name, value in load_file(file).items():
             if value.numel() == 0:
                 raise GateError(f"save: tensor {name} is empty", where=str(file.name))
@@ -106,17 +113,18 @@ def _sha256(path: Path) -> str:
 
 
 def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
 def _replace(new: Path, folder: Path) -> None:
     if not folder.exists():
         os.replace(new, folder)
         return
+    # a folder that is not empty cannot be replaced by one rename; `recover_interrupted_writes` covers the gap
     old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
     os.replace(folder, old)
     os.replace(new, folder)
@@ -124,17 +132,19 @@ def _replace(new: Path, folder: Path) -> None:
 
 
 def lock_file(path: Path) -> IO[bytes]:
-    """Open a file that one process at a time may hold; closing it, or the end of the process, lets go.
+    """Open and lock a file; closing it, or the end of the process, releases the lock.
 
-    Raises `CheckpointError` where another process holds it, or it cannot be written.
+    Raises `CheckpointError` where another process holds the lock or the file cannot be written.
     """
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            # append mode: opening must not truncate a journal that another process holds
             file = path.open("ab")
         except OSError as error:
             raise CheckpointError(f"could not write here: {error.strerror}", where=str(path.parent)) from error
         try:
+            # flock, not a file that merely exists: the kernel releases it when the process is killed
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.close()
@@ -142,91 +152,97 @@ def lock_file(path: Path) -> IO[bytes]:
             raise CheckpointError(what, where=str(path.parent), hint="wait for it, or name another output") from None
         if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
             return file
-        file.close()  # whoever held it removed it in between
+        file.close()  # the previous holder removed this file between open and flock: lock the new one
 
 
 def unlock_and_remove(path: Path, file: IO[bytes]) -> None:
-    """Remove a file that this process holds, and hold it no longer."""
-    path.unlink(missing_ok=True)
+    """Remove a locked file of this process and release its lock."""
+    path.unlink(missing_ok=True)  # before the release: afterwards it may be the lock of another process
     file.close()
 
 
 def write_text(path: Path, text: str) -> None:
-    """As `write_bytes`, in UTF-8."""
+    """Replace a file atomically with text in UTF-8; as `write_bytes`."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file in one go. Raises `CheckpointError` when it cannot be written; the old one is then still there."""
-    aside = path.with_name(f".{path.name}.writing-{os.getpid()}")  # as folders do: what a kill leaves is cleared away
+    """Replace a file atomically. Raises `CheckpointError` where it cannot be written; the old file then stays."""
+    staging = path.with_name(f".{path.name}.writing-{os.getpid()}")  # a name that `recover_interrupted_writes` removes
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_bytes(content)
-        os.replace(aside, path)
+        staging.write_bytes(content)
+        os.replace(staging, path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        staging.unlink(missing_ok=True)
         raise CheckpointError(f"could not write: {error.strerror or error}", where=str(path)) from error
 
 
 class Journal:
-    """Results by key, each on disk before the next is made: whoever is stopped goes on with the same command.
+    """Results by key, each flushed to disk before the next is computed; the same command resumes from it.
 
-    One JSON object a line, the first of which says what was asked for. A last line that a kill tore is forgotten.
+    One JSON object per line. The first line holds a digest of the request, so that another request is refused. A last
+    line cut off by a kill is dropped.
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
-        """Take up the journal at `path`, or begin one. Raises `CheckpointError` where it is of something else."""
+        """Open or create the journal at `path`. Raises `CheckpointError` where it belongs to another request."""
         self.path = path
-        asked = sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+        # a digest: the request may be long, and only equality matters
+        request_digest = sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
         self._file = lock_file(path)
-        written = path.read_bytes()
-        whole = written[: written.rfind(b"\n") + 1]
+        content = path.read_bytes()
+        # up to the last newline: what follows was cut off by a kill
+        complete_lines = content[: content.rfind(b"\n") + 1]
         try:
-            first, *rest = [json.loads(line) for line in whole.splitlines()] or [{"asked": asked}]
-            begun = first["asked"]
-            self.results: dict[str, Any] = {line["key"]: line["value"] for line in rest}
+            header, *entries = [json.loads(line) for line in complete_lines.splitlines()] or [{"asked": request_digest}]
+            existing_digest = header["asked"]
+            self.results: dict[str, Any] = {line["key"]: line["value"] for line in entries}
         except (ValueError, KeyError, TypeError) as error:
             self._file.close()
             raise CheckpointError(f"this is no journal: {error}", where=str(path), hint="remove it") from None
-        if begun != asked:
+        if existing_digest != request_digest:
             self._file.close()
             what = "what was begun here was asked for otherwise"
             raise CheckpointError(what, where=str(path), hint="remove it, or write to another file")
-        self._file.truncate(len(whole))
-        if not whole:
-            self._append({"asked": asked})
+        # removes the cut line, so that the next entry starts on a line of its own
+        self._file.truncate(len(complete_lines))
+        if not complete_lines:
+            self._append({"asked": request_digest})
 
     def add(self, key: str, value: Any) -> None:
-        """Keep a result."""
+        """Store a result on disk."""
         self.results[key] = value
         self._append({"key": key, "value": value})
 
     def close(self) -> None:
-        """Let go of it; what it holds stays."""
+        """Release the lock; the file stays."""
         self._file.close()
 
     def remove(self) -> None:
-        """All that was asked for stands elsewhere."""
+        """Remove the journal: all results are stored elsewhere."""
         unlock_and_remove(self.path, self._file)
 
     def _append(self, entry: dict[str, Any]) -> None:
         try:
             self._file.write(json.dumps(entry).encode() + b"\n")
             self._file.flush()
+            # each entry may have cost a paid request or minutes of decoding
             os.fsync(self._file.fileno())
         except OSError as error:
             raise CheckpointError(f"could not write: {error.strerror}", where=str(self.path)) from error
 
 
 def cache_folder() -> Path:
-    """`RUNG_CACHE`, or `rung` below `XDG_CACHE_HOME`, or `~/.cache/rung`."""
-    if given := os.environ.get("RUNG_CACHE"):
-        return Path(given)
+    """The cache folder: `RUNG_CACHE`, else `XDG_CACHE_HOME`/rung, else ~/.cache/rung."""
+    if override := os.environ.get("RUNG_CACHE"):
+        return Path(override)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rung"
 
 
 def is_run_folder(path: str | Path) -> bool:
     """Whether a folder holds a run or a climb, finished or not."""
+    # the first file of a run: it exists before the first step and after a kill
     return (Path(path) / RUN_FILE).exists()
 
 

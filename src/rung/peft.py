@@ -1,12 +1,13 @@
-"""Importing this registers Rung's own tuners with peft, so that stock peft loads and serves their files.
+"""Registers Rung's tuners with peft when imported, so that stock peft loads and serves their files.
 
     import rung.peft
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(base, "runs/my-bottleneck/adapter")
 
-peft refuses to register what its enumeration does not list, so its three tables are filled directly: a member of a
-string enumeration is found by its string.
+peft's register function refuses types that its enumeration does not list, so its three tables are filled directly; a
+member of a string enumeration equals its string. The price is a dependence on peft's internals, which
+tests/reference/test_own_tuners.py guards. Within Rung, `methods` builds the same adapters without this module.
 """
 
 from __future__ import annotations
@@ -25,28 +26,29 @@ from rung.methods.bottleneck import BottleneckAdapter
 from rung.methods.mixture import ExpertPool
 
 
-class OwnType(enum.StrEnum):
-    """Names in adapter_config.json, beside those of peft."""
+class RungTunerType(enum.StrEnum):
+    """Values of `peft_type` in adapter_config.json besides those of peft."""
 
     RUNG_BOTTLENECK = "RUNG_BOTTLENECK"
     RUNG_MIXTURE = "RUNG_MIXTURE"
 
 
 @dataclass
-class OwnConfig(PeftConfig):  # type: ignore[misc]
-    """peft's settings, and the config that the tuner is built from."""
+class RungTunerConfig(PeftConfig):  # type: ignore[misc]
+    """Settings of peft, and the method config that the adapter is built from."""
 
     target_modules: list[str] | None = None
     method_config: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = OwnType[f"RUNG_{(self.method_config or {}).get('kind', '')}".upper()]
+        # derived from the method config, so that the two cannot disagree
+        self.peft_type = RungTunerType[f"RUNG_{(self.method_config or {}).get('kind', '')}".upper()]
 
 
 @dataclass
-class NotInPeft(PeftConfig):  # type: ignore[misc]
-    """What peft has no form for: loading it says so instead of naming an unknown type."""
+class RungOnlyConfig(PeftConfig):  # type: ignore[misc]
+    """Types that peft cannot represent: loading one explains this instead of reporting an unknown type."""
 
     method_config: dict[str, Any] | None = None
     tasks: dict[str, str] | None = None
@@ -58,89 +60,94 @@ class NotInPeft(PeftConfig):  # type: ignore[misc]
         )
 
 
-class OwnLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
-    """A module with adapters behind or beside it, by name."""
+class RungTunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """A base module with named adapters, each after it (serial) or parallel to it."""
 
+    # read by peft: attributes whose parameters belong to adapters
     adapter_layer_names = ("rung_adapters",)
     other_param_names = ()
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: OwnConfig) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: RungTunerConfig) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.rung_adapters = nn.ModuleDict({})
-        self.beside: dict[str, bool] = {}
+        self.is_parallel: dict[str, bool] = {}
         self.merged_adapters: list[str] = []
         self.add(adapter_name, config)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
-        except AttributeError:  # models read settings off their layers
-            if name == "base_layer":
+        except AttributeError:  # model code reads attributes such as in_features from its layers
+            if name == "base_layer":  # not set yet: the lookup below would recurse
                 raise
             return getattr(self.base_layer, name)
 
-    def add(self, adapter_name: str, peft_config: OwnConfig) -> None:
-        """Another adapter on the same module."""
+    def add(self, adapter_name: str, peft_config: RungTunerConfig) -> None:
+        """Add an adapter to the module."""
         settings = peft_config.method_config or {}
         like = next(self.base_layer.parameters())
         adapter: nn.Module
         if settings.get("kind") == "mixture":
-            config = MixtureConfig.model_validate(settings)
+            mixture_config = MixtureConfig.model_validate(settings)
             base: Any = self.base_layer
+            # transformers' Conv1D (gpt2) stores [in, out] and has no in_features
             transposed = not hasattr(base, "in_features")
-            outputs, inputs = base.weight.T.shape if transposed else base.weight.shape
-            adapter = ExpertPool(inputs, outputs, config, like)
-            self.beside[adapter_name] = True
+            output_width, input_width = base.weight.T.shape if transposed else base.weight.shape
+            adapter = ExpertPool(input_width, output_width, mixture_config, like)
+            self.is_parallel[adapter_name] = True
         else:
-            narrow = BottleneckConfig.model_validate({k: v for k, v in settings.items() if k != "features"})
-            adapter = BottleneckAdapter(int(settings["features"]), narrow, like)
-            self.beside[adapter_name] = narrow.placement == "parallel"
+            bottleneck_config = BottleneckConfig.model_validate({k: v for k, v in settings.items() if k != "features"})
+            adapter = BottleneckAdapter(int(settings["features"]), bottleneck_config, like)
+            self.is_parallel[adapter_name] = bottleneck_config.placement == "parallel"
         self.rung_adapters[adapter_name] = adapter
         self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The module's own output, and what the active adapters add."""
+        """The output of the base module plus the outputs of the active adapters."""
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
         for name in self.active_adapters:
             if name in self.rung_adapters:
-                first = result[0] if isinstance(result, tuple) else result
-                added = first + self.rung_adapters[name](x if self.beside[name] else first)
-                result = (added, *result[1:]) if isinstance(result, tuple) else added
+                # attention modules return a tuple whose first element is the output
+                hidden = result[0] if isinstance(result, tuple) else result
+                output = hidden + self.rung_adapters[name](x if self.is_parallel[name] else hidden)
+                result = (output, *result[1:]) if isinstance(result, tuple) else output
         return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Never: what these adapters do is not linear, or depends on the token."""
+        """Raise `NotImplementedError`: these adapters are not linear, or depend on the token."""
         raise NotImplementedError("this adapter cannot be folded into the base")
 
     def unmerge(self) -> None:
-        """Nothing was merged."""
+        """Do nothing: these adapters are never merged."""
 
 
-class OwnModel(BaseTuner):  # type: ignore[misc]
-    """Puts the layers in place."""
+class RungTunerModel(BaseTuner):  # type: ignore[misc]
+    """The tuner that replaces target modules by `RungTunerLayer`."""
 
     prefix = "rung_"
-    tuner_layer_cls = OwnLayer
+    tuner_layer_cls = RungTunerLayer
     target_module_mapping: dict[str, list[str]] = {}
 
     def _create_and_replace(
         self,
-        peft_config: OwnConfig,
+        peft_config: RungTunerConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
     ) -> None:
-        if isinstance(target, OwnLayer):
+        if isinstance(target, RungTunerLayer):
             target.add(adapter_name, peft_config)
             return
-        layer = OwnLayer(target, adapter_name, peft_config)
+        layer = RungTunerLayer(target, adapter_name, peft_config)
+        # as peft's tuners: an adapter that is added while another is active must not train
         if adapter_name != self.active_adapter:
             layer.requires_grad_(False)
+        # whole decoder layers can be targets (pfeiffer), and those are in a ModuleList
         if isinstance(parent, nn.ModuleList):
             parent[int(target_name)] = layer
         else:
@@ -151,9 +158,10 @@ class OwnModel(BaseTuner):  # type: ignore[misc]
         return key.replace(f".rung_adapters.{adapter_name}.", ".rung_adapters.")
 
 
-for _own in OwnType:
-    peft_tables.PEFT_TYPE_TO_CONFIG_MAPPING[_own] = OwnConfig
-    peft_tables.PEFT_TYPE_TO_TUNER_MAPPING[_own] = OwnModel
-    peft_tables.PEFT_TYPE_TO_PREFIX_MAPPING[_own] = OwnModel.prefix
-for _alone in ("RUNG_P_TUNING", "RUNG_TASKS"):
-    peft_tables.PEFT_TYPE_TO_CONFIG_MAPPING[_alone] = NotInPeft
+for _tuner_type in RungTunerType:
+    peft_tables.PEFT_TYPE_TO_CONFIG_MAPPING[_tuner_type] = RungTunerConfig
+    peft_tables.PEFT_TYPE_TO_TUNER_MAPPING[_tuner_type] = RungTunerModel
+    peft_tables.PEFT_TYPE_TO_PREFIX_MAPPING[_tuner_type] = RungTunerModel.prefix
+# strings, not members: these types never reach a tuner
+for _type_name in ("RUNG_P_TUNING", "RUNG_TASKS"):
+    peft_tables.PEFT_TYPE_TO_CONFIG_MAPPING[_type_name] = RungOnlyConfig

@@ -1,5 +1,7 @@
-"""The shapes that cross module borders. Importing this file stays light: torch is only named in annotations.
+"""Data types that packages pass to each other: records, tokenized examples, packed batches, rollouts and losses.
 
+They are frozen dataclasses and tuples without behavior, so that every package can import them without importing
+another. torch and numpy are named in annotations only, which keeps the import light for commands without a model.
 Suffixes: T tokens of a packed row, N entries of a loss index.
 """
 
@@ -18,7 +20,7 @@ Unit = Literal["tokens", "sequences", "pairs"]
 
 
 class Source(NamedTuple):
-    """Where a row came from; `line` counts from 1 (for parquet, json and hub data it is the row number)."""
+    """Origin of a data row. `line` counts from 1; for parquet, json and hub data it is the row number."""
 
     path: str
     line: int
@@ -29,13 +31,13 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `tool_calls` is JSON text, never a nested object: a columnar store would invent null fields."""
+    """One turn. `tool_calls` is JSON text, not an object: a columnar store would add null fields to objects."""
 
     role: MessageRole
     content: str
     tool_calls: str | None = None
     name: str | None = None
-    """The tool's name on a `tool` turn, where the data gives one."""
+    """Name of the tool on a `tool` turn, if the data has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,59 +46,61 @@ class Candidate:
 
     content: str
     score: float
-    """On the scale of the record's own score: higher is better."""
+    """Higher is better; same scale as the score of the record."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One row of data in the single internal form.
+    """One data row in the internal form that all formats are converted to.
 
-    `messages` never hold the context: `data.chat` puts it in front of the first user turn, so that evaluation can
-    withhold it. `text` is set for plain-text rows, which have no turns at all.
+    `messages` do not contain the context: `data.chat` puts it in front of the first user turn, so that evaluation can
+    withhold or replace it. `text` is set for plain-text rows, which have no turns.
     """
 
     messages: tuple[Message, ...]
     source: Source
     context: str | None = None
     tools: str | None = None
-    """JSON text of the tool schemas offered to the model."""
+    """JSON text of the schemas of the tools offered to the model."""
     group: str | None = None
-    """Rows of one group go to one split and are one cluster in every interval."""
+    """Rows of one group are in one split and form one cluster in confidence intervals."""
     weight: float = 1.0
     text: str | None = None
     task: str | None = None
-    """Which of several tasks it belongs to: methods with something learned for each task choose by it."""
+    """Name of the task; methods with parameters per task select them by it."""
     score: float | None = None
-    """How good the answer is, where answers are compared or rated."""
+    """Rating of the answer, for data with compared or rated answers."""
     candidates: tuple[Candidate, ...] = ()
-    """Other answers to the same prompt; the record's own is the best of all."""
+    """Other answers to the same prompt. The answer in `messages` is the best."""
 
     @property
     def question(self) -> str:
-        """Text of the last user turn: what a person asked."""
+        """Text of the last user turn; for plain-text rows the text."""
         return next((m.content for m in reversed(self.messages) if m.role == "user"), self.text or "")
 
     @property
     def is_undesirable(self) -> bool:
-        """Whether its own answer is labelled as a bad one: nothing to be learned or expected."""
+        """Whether the only answer is labeled as bad, so that there is nothing to imitate or expect."""
+        # with candidates the score orders answers; alone, 0 or less is the label "bad" of unpaired preferences
         return self.score is not None and self.score <= 0.0 and not self.candidates
 
     @property
     def is_prompt_only(self) -> bool:
-        """Whether it is a prompt alone: nothing to be learned or expected."""
+        """Whether the record has no answer."""
         return bool(self.messages) and not self.answer and not self.messages[-1].tool_calls
 
     @property
     def answer(self) -> str:
-        """Text of the final assistant turn: what is expected."""
+        """Text of the final assistant turn, the expected answer; empty where there is none."""
         return self.messages[-1].content if self.messages and self.messages[-1].role == "assistant" else ""
 
 
+# eq=False: comparing arrays gives arrays, so == of two examples would raise
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
     """One tokenized document.
 
-    `ids` is int32 [T]. `supervised` is bool [T]: True where the token must be predicted; never the first.
+    `ids` is int32 [T]. `supervised` is bool [T]: True where the token is a target of the loss; the first never is.
     """
 
     ids: np.ndarray
@@ -106,35 +110,36 @@ class Example:
     group: str | None = None
     task: str | None = None
     row: int = -1
-    """Documents of one row of the data share it and are never parted; -1 stands alone."""
+    """Number of the data row; documents of one row stay in one batch. -1: a document of its own."""
     score: float | None = None
-    """Of its answer, where the data has one."""
+    """Score of the answer, if the data has one."""
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Further values of each supervised token but the first, which nothing predicts; each [predictions]."""
+    """Further values per predicted token, each [predictions], for example old log-probabilities."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
     def predictions(self) -> int:
-        """How many of its tokens are predicted and learned from."""
+        """Number of predicted tokens."""
+        # from the second token on: nothing predicts the first
         return int(self.supervised[1:].sum())
 
 
 class Segment(NamedTuple):
-    """Rows [start, end) of a packed batch. It attends to its ancestors and, causally, to itself."""
+    """Positions [start, end) of a packed row. A segment attends to its ancestors and, causally, to itself."""
 
     start: int
     end: int
     parent: int | None
-    """Index of the parent in the batch's list of segments; a parent always stands before its children."""
+    """Index of the parent segment in the batch; parents precede their children."""
 
 
 @dataclass(frozen=True, slots=True)
 class LossIndex:
-    """N predictions: the hidden state at `source` must predict `target`, with `weight`, for sequence `owner`.
+    """N predictions: the hidden state at `source` predicts `target`, with `weight`, for sequence `owner`.
 
-    A list, not one target per position: the last token of a shared prompt predicts the first token of every child.
+    A list instead of one target per position: the last token of a shared prompt predicts the first token of each child.
     """
 
     source: torch.Tensor  # int64 [N], row positions
@@ -146,15 +151,16 @@ class LossIndex:
 
 
 class CachedHidden(NamedTuple):
-    """Hidden states that enter a layer, computed before: the layers below it do not run."""
+    """Cached hidden states that enter a layer; the layers below it are skipped."""
 
     layer: int
     states: torch.Tensor  # [T, H]
 
 
+# eq=False: batches share a prefix by identity, and it is a key of dictionaries
 @dataclass(frozen=True, slots=True, eq=False)
 class SharedPrefix:
-    """Tokens that several rows of one step begin with: computed once, their keys and values stand before each row."""
+    """Prefix of several rows of one step: computed once, its keys and values precede each row (decision 0008)."""
 
     ids: torch.Tensor  # int64 [P], positions 0 to P - 1
     cached_hidden: CachedHidden | None = None
@@ -163,63 +169,63 @@ class SharedPrefix:
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """One flat row of real tokens; there is no padding anywhere."""
+    """One flat row of tokens without padding."""
 
     ids: torch.Tensor  # int64 [T]
     positions: torch.Tensor  # int64 [T], restarting per document
     segments: tuple[Segment, ...]
     loss: LossIndex
     sequences: int
-    """How many documents the batch holds."""
+    """Number of documents."""
     document_tokens: int
-    """Tokens as the user counts them: each document's own, whether or not a prefix is shared."""
+    """Sum of the document lengths; a shared prefix counts for every document."""
     documents: Sequence[Example] = ()
-    """By sequence: what the row was made of."""
+    """The documents of the row, by sequence."""
     rows: Sequence[np.ndarray] = ()
-    """By sequence: where its tokens stand in the row, from the first that is not in the prefix; int64."""
+    """Positions of the document's tokens in the row, without those of the prefix; int64, by sequence."""
     prefix: SharedPrefix | None = None
-    """What every root of the row comes after; no entry of the loss index looks into it."""
+    """Precedes every root segment; no entry of the loss index refers to it."""
     cached_hidden: CachedHidden | None = None
-    """What enters the lowest layer that moves, for every token of the row; None where the embeddings do."""
+    """States that enter the lowest trained layer, per token of the row; None: run from the embeddings."""
 
     def without_cached_hidden(self) -> PackedBatch:
-        """The same documents without states that were computed before: those are of this run's model."""
+        """The batch without cached states, for another model: they belong to the trained model."""
         prefix = None if self.prefix is None else replace(self.prefix, cached_hidden=None)
         return replace(self, prefix=prefix, cached_hidden=None)
 
     @property
     def is_single_row(self) -> bool:
-        """Whether it holds one document, or those of one row of the data: smaller batches cannot be made of it."""
+        """Whether the batch cannot be split: it holds one document, or the documents of one data row."""
         rows = {document.row for document in self.documents}
         return self.sequences == 1 or (len(rows) == 1 and -1 not in rows)
 
     @property
     def task(self) -> str | None:
-        """Of all its documents: rows never mix tasks."""
+        """Task of all documents; batches do not mix tasks."""
         return self.documents[0].task if self.documents else None
 
 
 ON_POLICY = "own"
-"""Column of documents some of which the policy wrote itself: 1 for their tokens, 0 for those of the data."""
+"""Name of the column that marks tokens generated by the policy with 1 and tokens of the data with 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """Answers that the policy made itself; those to one prompt share their `row`."""
+    """Answers generated by the policy; the answers to one prompt share their `row`."""
 
     documents: Sequence[Example]
-    """Prompt and answer, the answer supervised."""
+    """Prompt and answer; the tokens of the answer are supervised."""
     rewards: Sequence[float]
-    """What each is worth."""
+    """Reward of each answer, penalties included."""
     stopped: Sequence[bool]
-    """False for an answer that was cut."""
+    """False for an answer truncated at the maximum length."""
     evaluate_documents: Callable[[Callable[[PackedBatch], torch.Tensor]], list[np.ndarray]]
-    """Values [N] of packed batches, without gradient, brought back to the documents: each [predictions]."""
+    """Applies a function of packed batches (values [N], no gradient); returns [predictions] per document."""
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What a loss is divided by, summed over a window of batches and over all ranks."""
+    """Divisors of losses by unit, summed over a window of batches and over all ranks."""
 
     tokens: float = 0.0
     sequences: float = 0.0
@@ -234,7 +240,7 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class LossTerm:
-    """A **sum** of losses in nats with the unit it is counted in; the engine alone divides."""
+    """A **sum** of losses in nats and its unit; only `training.step` divides (decision 0001)."""
 
     total: torch.Tensor
     unit: Unit

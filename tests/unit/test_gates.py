@@ -85,8 +85,8 @@ def test_the_fused_gate_is_not_skipped_where_products_are_in_bfloat16() -> None:
 def test_rounding_in_bfloat16_is_told_from_a_fault(differences: list[float], held: bool) -> None:
     found = torch.tensor(differences)
     narrow = policy_of(tiny_model(dtype=torch.bfloat16), compute=torch.bfloat16)
-    assert (gates._close("x", found, narrow).state == "passed") == held
-    wide = gates._close("x", found, policy_of(tiny_model()))
+    assert (gates._compare_logprobs("x", found, narrow).state == "passed") == held
+    wide = gates._compare_logprobs("x", found, policy_of(tiny_model()))
     assert wide.state == "failed" and wide.limit == gates.TOLERANCE[torch.float32], "in float32 nothing is forgiven"
 
 

@@ -190,7 +190,7 @@ def test_the_largest_runs_first_and_rows_of_a_prefix_stay_together() -> None:
 
 
 def test_slices_hold_every_document_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rung.training.packing.SLICE", 4)
+    monkeypatch.setattr("rung.training.packing.SLICE_DOCUMENTS", 4)
     examples = documents(2, count=11)
     batches = list(pack_in_slices(examples, 60))
     assert sorted(d.source.line for b in batches for d in b.documents) == [e.source.line for e in examples]

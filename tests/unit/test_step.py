@@ -207,7 +207,7 @@ def test_layers_of_a_single_document_computed_again_keep_less(count: int) -> Non
 
 def test_the_probe_takes_the_smallest_budget_that_is_nearly_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([9.0, 9.0, 4.1, 4.5, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0])
-    monkeypatch.setattr(micro_batch, "_timed", lambda *_: next(seconds))
+    monkeypatch.setattr(micro_batch, "_time_accumulation", lambda *_: next(seconds))
     policy, method = tuned("lora")
     assert (
         micro_batch.measure_micro_batch_tokens(policy, SftObjective(SftConfig()), documents(1, count=200), pack) == 512

@@ -1,1 +1,4 @@
-"""What a run is. Nothing here imports torch, so every config error is instant."""
+"""The typed configuration of a run: classes, defaults, validation, YAML reading and error messages.
+
+No module here imports torch, so config errors and `rung show` are instant.
+"""

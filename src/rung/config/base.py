@@ -1,4 +1,8 @@
-"""The base of all configs: frozen, unknown keys refused, documented by attribute docstrings."""
+"""Base class of all config classes, and types that several of them use.
+
+Every section of a config is a frozen pydantic model: it is validated on construction, refuses unknown keys, and takes
+its help texts and JSON schema from docstrings below the fields, so that documentation and code cannot drift apart.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Config(BaseModel):
-    """A part of a config. The docstring below each field is its help text and its text in the JSON schema."""
+    """Base of all config classes. The docstring below a field is its description in the JSON schema."""
 
+    # frozen: overrides and rungs build new configs. allow_inf_nan: YAML has .inf and .nan, run.json cannot hold them
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 LinearRole = Literal["q", "k", "v", "o", "gate", "up", "down"]
+# roles instead of module names: the same config fits every architecture (`models.targets` maps them)
 ALL_LINEAR: tuple[LinearRole, ...] = ("q", "k", "v", "o", "gate", "up", "down")

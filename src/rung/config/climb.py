@@ -1,4 +1,4 @@
-"""Which rungs are measured and when one is enough."""
+"""The `climb` section: which rungs are measured, how settings are searched, and when a rung is good enough."""
 
 from __future__ import annotations
 
@@ -28,42 +28,43 @@ RungKind = Literal[
 ]
 
 UNTUNED = ("zero_shot", "few_shot", "rag", "few_shot+rag")
-"""Rungs that ask the base as it is."""
+"""Rungs that train nothing."""
+# kinds that put worked examples, or retrieved passages, in front of a question
 WITH_SHOTS = ("few_shot", "few_shot+rag")
 RETRIEVING = ("rag", "few_shot+rag")
 ExampleSelection = Literal["random", "similarity", "coverage"]
 
 
 class RungConfig(Config):
-    """One rung. In YAML the kind alone is enough: `rungs: [zero_shot, few_shot, lora]`."""
+    """One rung of the ladder. In YAML the kind alone is enough: `rungs: [zero_shot, few_shot, lora]`."""
 
     kind: RungKind
     name: str | None = None
-    """Name in the ladder; none is the kind."""
+    """Name in the ladder; default: the kind."""
     shots: PositiveInt | None = None
-    """few_shot and few_shot+rag only: worked examples, instead of `evaluation.shots`."""
+    """few_shot and few_shot+rag only: number of worked examples; default: `evaluation.shots`."""
     example_selection: ExampleSelection | None = None
-    """few_shot and few_shot+rag only: a draw by the seed (none is that), for each question those whose questions are
-    most alike, or a fixed set whose questions cover the words of all."""
+    """few_shot and few_shot+rag only. `random` (default): drawn with the seed; `similarity`: for each question the
+    examples with the most similar questions; `coverage`: one set whose questions cover the words of all questions."""
     context: Context | None = None
-    """What stands before the question, in training and in the test: none is `retrieved` for rag and few_shot+rag and
+    """Context before the question, in training and in the test. Default: `retrieved` for rag and few_shot+rag,
     `evaluation.context` for all others."""
     method: dict[str, Any] = Field(default_factory=dict)
-    """Tuned rungs only: settings of the method that differ from the config's `method`."""
+    """Tuned rungs only: method settings that differ from the section `method`."""
     training: dict[str, Any] = Field(default_factory=dict)
-    """Tuned rungs only: settings that differ from the config's `training`."""
+    """Tuned rungs only: settings that differ from the section `training`."""
 
     @property
     def label(self) -> str:
         """Name in the ladder."""
         return self.name or self.kind
 
-    def context_of(self, usual: Context) -> Context:
-        """What stands before the question, where `evaluation.context` is `usual`."""
-        return "retrieved" if self.kind in RETRIEVING else self.context or usual
+    def context_of(self, default: Context) -> Context:
+        """Context of this rung, where `evaluation.context` is `default`."""
+        return "retrieved" if self.kind in RETRIEVING else self.context or default
 
-    def refuse_nonsense(self) -> None:
-        """Raise `ValueError` for a setting that this kind of rung does not read."""
+    def reject_unused_settings(self) -> None:
+        """Raise `ValueError` for a setting that this kind of rung ignores."""
         if self.kind in UNTUNED and (self.method or self.training):
             raise ValueError(f"rung {self.label!r} trains nothing: it takes neither `method` nor `training`")
         if "kind" in self.method:
@@ -76,136 +77,147 @@ class RungConfig(Config):
 
     @property
     def slug(self) -> str:
-        """Name of its folder."""
+        """Name of the folder of this rung."""
+        # a label of punctuation alone leaves nothing
         return _slug(self.label) or self.kind
 
 
 class OnTopConfig(Config):
-    """A run on top of a tuned rung: from preferences, or from what its own answers are worth."""
+    """A further run that starts from a tuned rung, for example preference tuning or reinforcement learning."""
 
     kind: Literal["on_top"] = "on_top"
     base_rung: str
-    """The tuned rung that it begins from, by its name in the ladder."""
+    """Name of the tuned rung that this run starts from."""
     objective: dict[str, Any]
-    """As `objective` of a config: preference, grpo, ppo, or sft on further rows."""
+    """As the section `objective`: preference, grpo, ppo, or sft on further rows."""
     name: str | None = None
-    """Name in the ladder; none is `ABOVE then OBJECTIVE`."""
+    """Name in the ladder; default: `BASE_RUNG then OBJECTIVE`."""
     data: dict[str, Any] = Field(default_factory=dict)
-    """Rows of its own, as `data` of a config; none takes the climb's. Their prompts must not stand in the test."""
+    """As the section `data`; default: the data of the climb. Its prompts must not occur in the test split."""
     method: dict[str, Any] = Field(default_factory=lambda: {"kind": "lora"})
-    """What moves on top."""
+    """As the section `method`: the method trained on top."""
     training: dict[str, Any] = Field(default_factory=dict)
-    """Settings that differ from the config's `training`; the learning rate is the method's default unless given."""
+    """Settings that differ from the section `training`. The learning rate is the default of the method unless set."""
 
     @property
     def label(self) -> str:
         """Name in the ladder."""
         kind = self.objective.get("kind")
-        usual = "dpo" if kind == "preference" else kind
-        return self.name or f"{self.base_rung} then {self.objective.get('loss', usual)}"
+        default_name = "dpo" if kind == "preference" else kind
+        return self.name or f"{self.base_rung} then {self.objective.get('loss', default_name)}"
 
     @property
     def slug(self) -> str:
-        """Name of its folder."""
+        """Name of the folder of this rung."""
         return _slug(self.label) or "on_top"
 
 
 class SearchConfig(Config):
-    """Settings of tuned rungs that are tried on the validation split, never on the test."""
+    """Hyperparameter search for tuned rungs, scored on the validation split, never on the test split."""
 
     trials: Annotated[int, Field(ge=2)] = 9
-    """How many."""
+    """Number of trials per tuned rung."""
     rank: tuple[PositiveInt, PositiveInt] | None = None
-    """Lowest and highest, drawn by their logarithm; methods without a rank are left alone."""
+    """Lowest and highest rank, sampled log-uniformly; ignored by methods without a rank."""
     learning_rate: tuple[PositiveFloat, PositiveFloat] | None = None
-    """Lowest and highest, drawn by their logarithm."""
+    """Lowest and highest learning rate, sampled log-uniformly."""
     epochs: tuple[PositiveFloat, PositiveFloat] | None = None
-    """Fewest and most."""
+    """Fewest and most epochs."""
     reduction_factor: Annotated[int, Field(ge=2)] = 3
-    """Of the trials that reach a ninth of their steps, and so many times that, one in so many goes on (Jamieson and
-    Talwalkar 2016; Li et al. 2020)."""
+    """Successive halving: after a ninth of the steps, and after each multiple of that by this factor, the best 1/factor
+    of the trials continue (Jamieson and Talwalkar 2016; Li et al. 2020)."""
 
     @model_validator(mode="after")
-    def _something_is_searched(self) -> SearchConfig:
+    def _require_a_range(self) -> SearchConfig:
         ranges = {"rank": self.rank, "learning_rate": self.learning_rate, "epochs": self.epochs}
         if not any(ranges.values()):
             raise ValueError("search tries nothing: give rank, learning_rate or epochs as [lowest, highest]")
-        for name, found in ranges.items():
-            if found is not None and found[0] >= found[1]:
+        for name, bounds in ranges.items():
+            if bounds is not None and bounds[0] >= bounds[1]:
                 raise ValueError(f"{name} is [lowest, highest]")
         return self
 
 
 class ClimbConfig(Config):
-    """The ladder."""
+    """The ladder of rungs that `rung climb` measures."""
 
     rungs: tuple[RungConfig, ...] = (RungConfig(kind="zero_shot"), RungConfig(kind="few_shot"), RungConfig(kind="lora"))
     """Rungs to measure, lowest first."""
     instructions: tuple[str, ...] = ()
-    """System turns that zero_shot tries on the validation split, beside `evaluation.instruction` where there is one;
-    all untuned rungs take the one that scores best."""
+    """System prompts that zero_shot compares on the validation split, in addition to `evaluation.instruction` if set.
+    All untuned rungs use the one with the best score."""
     margin: Fraction = 0.05
-    """A rung is enough when its interval excludes being worse than the best by more than this."""
+    """A rung is enough when the interval of its difference to the best excludes being worse by more than this."""
     target: PositiveFloat | None = None
-    """A rung is also enough when its score surely reaches this (perplexity: stays below)."""
+    """A rung is also enough when the lower end of its score interval reaches this value (perplexity: the upper end)."""
     stop_at_target: bool = False
-    """Leave out what stands above the first rung whose score surely reaches `target`."""
+    """Skip the rungs above the first one that reaches `target` in this sense."""
     seeds: PositiveInt = 1
-    """Training runs per tuned rung. Above 1 the spread between them widens the intervals."""
+    """Training runs per tuned rung. With more than 1 the spread between them widens the intervals."""
     search: SearchConfig | None = None
-    """Settings that are chosen for each tuned rung before it is trained."""
+    """Search of settings for each tuned rung before it is trained."""
     curve: tuple[PositiveInt, ...] = ()
-    """Numbers of training rows with which the highest tuned rung is trained and scored once more."""
+    """Learning curve: rising numbers of training rows with which the highest tuned rung is trained and scored again."""
     forgetting: str | None = None
-    """A data file or a config of something else: what each tuned rung makes of it, and what it began from."""
+    """A data file or a config of another task, on which each tuned rung is compared with its starting model."""
     on_top: tuple[OnTopConfig, ...] = ()
-    """Rungs above all others, each on top of a tuned one."""
+    """Further rungs above all others, each starting from a tuned rung."""
 
     @field_validator("rungs", mode="before")
     @classmethod
-    def _names_alone(cls, rungs: Any) -> Any:
+    def _expand_kinds(cls, rungs: Any) -> Any:
         return [{"kind": r} if isinstance(r, str) else r for r in rungs] if isinstance(rungs, list | tuple) else rungs
 
     @field_validator("rungs")
     @classmethod
-    def _distinct(cls, rungs: tuple[RungConfig, ...]) -> tuple[RungConfig, ...]:
+    def _check_rungs(cls, rungs: tuple[RungConfig, ...]) -> tuple[RungConfig, ...]:
         labels = [r.label for r in rungs]
         if not labels:
             raise ValueError("a ladder needs at least one rung")
-        if twice := sorted({label for label in labels if labels.count(label) > 1}):
-            raise ValueError(f"rung {twice[0]!r} stands twice; give each a `name`")
+        if repeated_labels := sorted({label for label in labels if labels.count(label) > 1}):
+            raise ValueError(f"rung {repeated_labels[0]!r} stands twice; give each a `name`")
+        # different labels may give the same folder name: "a b" and "a-b"
         slugs = [r.slug for r in rungs]
-        if alike := [r.label for r in rungs if slugs.count(r.slug) > 1]:
-            raise ValueError(f"rungs {' and '.join(map(repr, alike))} would share a folder; give each another `name`")
+        if colliding_labels := [r.label for r in rungs if slugs.count(r.slug) > 1]:
+            raise ValueError(
+                f"rungs {' and '.join(map(repr, colliding_labels))} would share a folder; give each another `name`"
+            )
         for r in rungs:
-            r.refuse_nonsense()
+            r.reject_unused_settings()
         return rungs
 
     @model_validator(mode="after")
-    def _there_is_something_to_tune(self) -> ClimbConfig:
+    def _require_tuned_rung(self) -> ClimbConfig:
         if (self.search or self.curve or self.forgetting) and all(r.kind in UNTUNED for r in self.rungs):
             raise ValueError("search, curve and forgetting are about tuned rungs, and there is none")
+        # rising and distinct: each number is a folder and a point of the curve
         if list(self.curve) != sorted(set(self.curve)):
             raise ValueError("curve has rising numbers of rows")
         return self
 
     @model_validator(mode="after")
-    def _every_rung_stands_on_one(self) -> ClimbConfig:
+    def _check_base_rungs(self) -> ClimbConfig:
         if self.stop_at_target and self.target is None:
             raise ValueError("stop waits for a rung to reach `target`: set it too")
         tuned = [r.label for r in self.rungs if r.kind not in UNTUNED]
-        for then in self.on_top:
-            if then.base_rung not in tuned:
-                known = ", ".join(tuned) or "there is none"
-                raise ValueError(f"rung {then.label!r} stands on {then.base_rung!r}, which is no tuned rung ({known})")
-        both: list[RungConfig | OnTopConfig] = [*self.rungs, *self.on_top]
-        slugs = [r.slug for r in both]
-        if alike := [r.label for r in both if slugs.count(r.slug) > 1]:
-            raise ValueError(f"rungs {' and '.join(map(repr, alike))} would share a folder; give each another `name`")
+        for rung_on_top in self.on_top:
+            if rung_on_top.base_rung not in tuned:
+                tuned_names = ", ".join(tuned) or "there is none"
+                raise ValueError(
+                    f"rung {rung_on_top.label!r} stands on {rung_on_top.base_rung!r}, "
+                    f"which is no tuned rung ({tuned_names})"
+                )
+        all_rungs: list[RungConfig | OnTopConfig] = [*self.rungs, *self.on_top]
+        # checked again with the rungs on top, which share the folder of the climb
+        slugs = [r.slug for r in all_rungs]
+        if colliding_labels := [r.label for r in all_rungs if slugs.count(r.slug) > 1]:
+            raise ValueError(
+                f"rungs {' and '.join(map(repr, colliding_labels))} would share a folder; give each another `name`"
+            )
         return self
 
     @model_validator(mode="after")
-    def _instructions_are_chosen_first(self) -> ClimbConfig:
+    def _check_instructions(self) -> ClimbConfig:
         if any(not text.strip() for text in self.instructions):
             raise ValueError("instructions holds one without a word")
         if len(set(self.instructions)) < len(self.instructions):
@@ -217,4 +229,5 @@ class ClimbConfig(Config):
 
 
 def _slug(label: str) -> str:
+    # leading and trailing dots: hidden folders, and names that Windows strips
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in label.lower()).strip(".")

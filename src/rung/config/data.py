@@ -1,4 +1,4 @@
-"""Where the examples come from and what of them is trained."""
+"""The `data` section: sources, formats, splits, and which tokens of a row are trained on."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ Format = Literal[
     "unpaired_preference",
     "prompt_only",
 ]
+# `rung.data.formats` reads each of them; `auto` chooses by the columns of all rows
 LossOn = Literal["answer", "assistant_turns", "all"]
 
 
@@ -29,41 +30,41 @@ class WeightedPath(Config):
     """One data set of a mixture."""
 
     path: str
-    """A .jsonl, .json, .csv or .parquet file, or the name of a `datasets` set."""
+    """A .jsonl, .json, .csv or .parquet file, or the name of a Hugging Face `datasets` data set."""
     weight: PositiveFloat = 1.0
-    """Times each training row appears per epoch; 0.5 takes every second row. Applied after the split."""
+    """How often each training row appears per epoch; 0.5 takes half of the rows. Applied after the split."""
     group: str | None = None
-    """Column that keeps rows of this set together; none takes `data.group`."""
+    """Group column of this data set; default: `data.group`."""
     task: str | None = None
-    """Task that all rows of this set belong to; none reads the column `data.task`, where there is one."""
+    """Task of all rows of this data set; default: the column `data.task`, if set."""
 
 
 class DataConfig(Config):
-    """Data set, split, and the one path from row to supervised tokens."""
+    """Data sets, splits, and how rows become supervised tokens."""
 
     path: str | tuple[WeightedPath, ...] = Field(default=...)
-    """A file or `datasets` name, or a list of {path, weight}."""
+    """A file, a `datasets` name, or a list of {path, weight}."""
     format: Format = "auto"
-    """`auto` looks at all rows and refuses ambiguity."""
+    """Row format. `auto` detects it from all rows and refuses ambiguous data."""
     map: dict[str, str] = Field(default_factory=dict)
-    """Other column names: {our name: column in the file}, for example {question: query, answer: gold}."""
+    """Column names that differ: {Rung's name: column in the file}, for example {question: query, answer: gold}."""
     validation: Fraction | str = 0.1
-    """Share held out for validation, or a file. 0 is none."""
+    """Share of the rows held out for validation, or a file; 0: no validation split."""
     test: Fraction | str = 0.1
-    """Share held out for the test, or a file. 0 is none."""
+    """Share of the rows held out for the test, or a file; 0: no test split."""
     group: str | None = None
-    """Column whose value keeps rows together in one split and in one cluster."""
+    """Column of group names. Rows of one group are in the same split and form one cluster in intervals."""
     task: str | None = None
-    """Column that names the task of each row, for methods that learn something for each (prompt, prefix, p_tuning)."""
+    """Column with the task of each row, for methods with parameters per task (prompt, prefix, p_tuning)."""
     limit: PositiveInt | None = None
-    """Use at most this many training rows, taken in the order of the seed."""
+    """Maximum number of training rows, a random sample by the seed."""
     max_length: PositiveInt | None = None
-    """Longest document in tokens; none is the model's own limit."""
+    """Maximum document length in tokens; default: the limit of the model."""
     overflow: Literal["error", "drop", "trim_prompt"] = "error"
-    """What happens to a document beyond `max_length`."""
+    """For documents longer than `max_length`: stop, leave the row out, or shorten the prompt."""
     rejects: Literal["error", "drop"] = "error"
-    """What happens to a row that cannot be read as an example."""
+    """For rows that cannot be read as an example: stop, or leave them out."""
     overlap: Literal["error", "drop_train"] = "error"
-    """What happens when a training prompt also stands in the validation or test split."""
+    """For training prompts that also occur in the validation or test split: stop, or leave out the training rows."""
     loss_on: LossOn = "answer"
-    """Which tokens are learned: the final answer, every assistant turn, or everything."""
+    """Tokens that are trained on: the final answer, every assistant turn, or all tokens."""

@@ -1,4 +1,4 @@
-"""How answers are made and scored."""
+"""The `evaluation` section: metrics, prompts, retrieval and the judge."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ MetricName = Literal["exact", "normalized", "numeric", "token_f1", "rouge_l", "p
 
 
 class RetrievalConfig(Config):
-    """Passages found by BM25, which take the place of a row's own context."""
+    """Passages retrieved by BM25, which replace the context of a row."""
 
     documents: str | None = None
     """A folder of .txt and .md files, one such file, or a .jsonl, .json, .csv or .parquet file or a `datasets` name
-    with a text in every row; none takes the contexts of the run's own rows, of all splits and whatever
-    `data.limit` leaves to be learned from."""
+    with a text in every row. Default: the contexts of all rows of the run, of all splits and regardless of
+    `data.limit`."""
     column: str | None = None
-    """Column of the texts, where documents are rows; none is `text`."""
+    """Column of the texts where documents are rows; default: `text`."""
     chunk_words: PositiveInt = 200
-    """Words of a passage; a longer document is cut."""
+    """Words per passage; longer documents are cut into several."""
     overlap: NonNegativeInt = 40
-    """Words that neighbouring passages of a document share."""
+    """Words that adjacent passages of a document share."""
     top_k: PositiveInt = 3
-    """Passages for each question."""
+    """Passages per question."""
 
     @model_validator(mode="after")
-    def _passages_move_on(self) -> RetrievalConfig:
+    def _check_passages(self) -> RetrievalConfig:
+        # the window advances by chunk_words - overlap words
         if self.overlap >= self.chunk_words:
             raise ValueError("overlap is below chunk_words, or passages would never move on")
         if self.column is not None and self.documents is None:
@@ -40,27 +41,27 @@ class RetrievalConfig(Config):
 
 
 class EvaluationConfig(Config):
-    """Greedy answers to held-out questions, scored item by item."""
+    """How greedy answers to held-out questions are generated and scored."""
 
     metrics: tuple[MetricName, ...] = Field(default=("exact", "numeric"), min_length=1)
-    """Scores to report; the first one decides."""
+    """Metrics to report; decisions use the first one."""
     instruction: str | None = None
-    """System turn given to the untuned rungs: the strongest honest prompt you have. Tuned rungs do without it."""
+    """System prompt of the untuned rungs: the best one you have, for a fair comparison. Tuned rungs do not use it."""
     shots: NonNegativeInt = 4
-    """Worked examples in front of each question of the few-shot rung, taken from the training split."""
+    """Worked examples before each question of the few-shot rung, taken from the training split."""
     context: Context = "given"
-    """What stands before the question, of tuned rungs in training too: the row's own context, nothing, or passages that
-    are retrieved for it. A rung may say otherwise."""
+    """Context before the question, for tuned rungs also in training: `given`: the context of the row; `withheld`: none;
+    `retrieved`: retrieved passages. A rung can override it."""
     retrieve: RetrievalConfig | None = None
-    """Where passages come from; none is the default of each of its settings."""
+    """Source and size of retrieved passages; default: the defaults of its settings."""
     max_new_tokens: PositiveInt = 64
-    """Longest answer in tokens."""
+    """Maximum answer length in tokens."""
     limit: PositiveInt | None = None
-    """Use at most this many test items, taken in the order of the seed; of the validation split too, where instructions
-    are chosen on it."""
+    """Maximum number of test items, a random sample by the seed; also of validation items where instructions are
+    chosen on them."""
     dequantize: bool = False
-    """Answer from a copy of a quantized base in full width: the same numbers, faster, in more memory (qlora only)."""
+    """qlora only: answer with a dequantized copy of the base: the same weights, faster, more memory."""
     batch: PositiveInt = 32
-    """Questions answered at once."""
+    """Questions answered in one batch."""
     judge: JudgeConfig | None = None
-    """Who says which of two answers is better, for `rung eval RUN --baseline OTHER`."""
+    """Model that compares two answers, for `rung eval RUN --baseline OTHER`."""

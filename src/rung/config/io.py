@@ -1,4 +1,9 @@
-"""YAML in and out: overrides, the origin of every value, and errors that name file, line and the nearest known key."""
+"""Reading and writing configs: YAML, overrides, the origin of every value, and error messages.
+
+The YAML is read twice, once into values and once into nodes, because only nodes have line numbers; configs are small.
+With them an error names the file, the line and the nearest known key. `resolve_config` is the entry point of commands
+and of the Python API; `rung_run_config` and `on_top_run_config` derive the runs of a climb.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +25,13 @@ from rung.config.run import RunConfig
 from rung.errors import ConfigError, did_you_mean
 
 KeyPath = tuple[str | int, ...]
-MAX_BYTES = 2**20
-DATA = frozenset({".jsonl", ".csv", ".parquet"})
-"""Suffixes of files that are never configs."""
-_TYPES = frozenset({"str", "float", "int", "bool"})
-_UNIONS = frozenset({("method",), ("objective",), ("objective", "reward")})
-"""Groups of several kinds: pydantic puts the kind into the path of an error below them."""
+MAX_CONFIG_BYTES = 2**20  # YAML is slow: a data file given by mistake should fail at once
+DATA_SUFFIXES = frozenset({".jsonl", ".csv", ".parquet"})
+"""Suffixes of data files, which are never configs."""
+# names that pydantic puts into error locations for members of unions of plain types
+_TYPE_TAGS = frozenset({"str", "float", "int", "bool"})
+_UNION_GROUPS = frozenset({("method",), ("objective",), ("objective", "reward")})
+"""Groups with a `kind`: pydantic adds the kind to the location of errors inside them."""
 RENAMED_KEYS = {
     "engine": "training",
     "evaluate": "evaluation",
@@ -64,22 +70,22 @@ RENAMED_KEYS = {
     "climb.stop": "climb.stop_at_target",
     "climb.then": "climb.on_top",
 }
-"""Former names of settings, `*` for a place in a list. They are refused, with the present name as the hint."""
+"""Former names of settings; `*` stands for a list index. They are refused with the current name as the hint."""
 RENAMED_VALUES = {"label": "unpaired_preference", "prompt": "prompt_only", "normalised": "normalized"}
 """Former names of formats and metrics."""
 
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A valid config and where each of its values came from."""
+    """A valid config and the origin of each value."""
 
     config: RunConfig
     origins: Mapping[str, str]
-    """Dotted name -> `file line N`, `command line` or, when absent, the default."""
+    """Dotted name -> `file line N` or `command line`; names that are missing have their default."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses duplicate keys and reads 1e-4 as the number it is (YAML 1.1 wants 1.0e-4)."""
+    """A SafeLoader that reads 1e-4 as a number (YAML 1.1 requires 1.0e-4)."""
 
 
 _Loader.add_implicit_resolver(
@@ -90,112 +96,128 @@ _Loader.add_implicit_resolver(
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     """Read a config and apply `key=value` overrides. Raises `ConfigError`."""
     source = Path(path)
-    raw, lines = _read(source)
+    raw, origins = _read_yaml(source)
     for override in overrides:
-        _apply(raw, lines, override)
-    return LoadedConfig(_validate(raw, lines), {_dotted(place): origin for place, origin in lines.items()})
+        _apply_override(raw, origins, override)
+    return LoadedConfig(_validate(raw, origins), {_dotted(key_path): origin for key_path, origin in origins.items()})
 
 
 ConfigSource = RunConfig | Mapping[str, Any] | str | Path
-"""What a Python program may give as a config: a config, a mapping of plain values, or the path of a YAML file."""
+"""A config as Python programs may give it: an object, a mapping of plain values, or the path of a YAML file."""
 
 
 def resolve_config(source: ConfigSource, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config of any source, with `key=value` overrides applied. Raises `ConfigError`."""
+    """Validate a config from any source, with `key=value` overrides. Raises `ConfigError`."""
     if isinstance(source, str | Path):
         return load_config(source, overrides).config
+    # deepcopy: overrides must not change the mapping of the caller
     raw: dict[str, Any] = config_to_dict(source) if isinstance(source, RunConfig) else copy.deepcopy(dict(source))
-    lines: dict[KeyPath, str] = {}
+    origins: dict[KeyPath, str] = {}
     for override in overrides:
-        _apply(raw, lines, override)
-    return _validate(raw, lines)
+        _apply_override(raw, origins, override)
+    return _validate(raw, origins)
 
 
 def parse_config(raw: Mapping[str, Any], where: str = "config") -> RunConfig:
-    """Validate a mapping that did not come from a file."""
+    """Validate a mapping; `where` is the origin in error messages."""
     return _validate(dict(raw), {(): where})
 
 
 def config_to_dict(config: BaseModel) -> dict[str, Any]:
-    """Plain JSON values, every default filled in."""
+    """The config as plain JSON values with all defaults."""
     return config.model_dump(mode="json")
 
 
 def rung_run_config(config: RunConfig, rung: RungConfig, output: str, seed: int) -> RunConfig:
-    """The run that a tuned rung is.
+    """The config of the run of a tuned rung.
 
-    A rung of the config's own method takes `method` and `engine` from the config. Another method starts from its own
-    defaults, its learning rate included, because a rate that suits one ruins the other.
+    A rung with the method of the config takes over the sections `method` and `training`. A rung with another method
+    starts from the defaults of that method, including its learning rate: a rate that suits one method can ruin another
+    (decision 0006).
     """
-    raw = config_to_dict(config)
-    same = rung.kind == config.method.kind
-    method = {**(raw["method"] if same else {"kind": rung.kind}), **rung.method, "kind": rung.kind}
-    training = {**raw["training"], **({} if same else {"learning_rate": None}), **rung.training}
-    evaluation = {**raw["evaluation"], "context": rung.context_of(config.evaluation.context)}
-    own = {"method": method, "training": training, "evaluation": evaluation, "output": output, "seed": seed}
-    return parse_config({**raw, **own}, f"climb.rungs {rung.label}")
+    base = config_to_dict(config)
+    is_same_method = rung.kind == config.method.kind
+    method = {**(base["method"] if is_same_method else {"kind": rung.kind}), **rung.method, "kind": rung.kind}
+    training = {**base["training"], **({} if is_same_method else {"learning_rate": None}), **rung.training}
+    evaluation = {**base["evaluation"], "context": rung.context_of(config.evaluation.context)}
+    replaced_sections = {
+        "method": method,
+        "training": training,
+        "evaluation": evaluation,
+        "output": output,
+        "seed": seed,
+    }
+    return parse_config({**base, **replaced_sections}, f"climb.rungs {rung.label}")
 
 
-def on_top_run_config(config: RunConfig, then: OnTopConfig, below: str, output: str, seed: int) -> RunConfig:
-    """The run that stands on top of a tuned one, whose folder is `below`; rows of its own have no test of their own."""
-    raw = config_to_dict(config)
-    data = raw["data"] if not then.data else {"validation": raw["data"]["validation"], "test": 0.0, **then.data}
-    training = {**raw["training"], "learning_rate": None, **then.training}
-    model = {**raw["model"], "name": below, **WITHOUT_RUN_SETTINGS}
-    own = {"model": model, "data": data, "method": then.method, "objective": then.objective, "training": training}
-    rung = next(r for r in config.climb.rungs if r.label == then.base_rung)
+def on_top_run_config(config: RunConfig, on_top: OnTopConfig, base_run: str, output: str, seed: int) -> RunConfig:
+    """The config of a run on top of a tuned run in folder `base_run`. Data of its own gets no test split."""
+    base = config_to_dict(config)
+    data = base["data"] if not on_top.data else {"validation": base["data"]["validation"], "test": 0.0, **on_top.data}
+    training = {**base["training"], "learning_rate": None, **on_top.training}
+    model = {**base["model"], "name": base_run, **WITHOUT_RUN_SETTINGS}
+    replaced_sections = {
+        "model": model,
+        "data": data,
+        "method": on_top.method,
+        "objective": on_top.objective,
+        "training": training,
+    }
+    rung = next(r for r in config.climb.rungs if r.label == on_top.base_rung)
     context = rung.context_of(config.evaluation.context)
-    evaluation = {**raw["evaluation"], "context": context, "dequantize": False}
-    # what the run is checked against is its own context, not that of a climb which it is no part of
+    evaluation = {**base["evaluation"], "context": context, "dequantize": False}
+    # validation looks at `climb` too, for example whether anything retrieves: give it this run alone
     climb = {"rungs": [{"kind": "rag" if context == "retrieved" else "zero_shot"}]}
-    own |= {"evaluation": evaluation, "climb": climb, "output": output, "seed": seed}
+    replaced_sections |= {"evaluation": evaluation, "climb": climb, "output": output, "seed": seed}
     if context != "retrieved":
         evaluation.pop("retrieve", None)
-    return parse_config({**raw, **own}, f"climb.on_top {then.label}")
+    return parse_config({**base, **replaced_sections}, f"climb.on_top {on_top.label}")
 
 
 def describe_config(loaded: LoadedConfig) -> str:
-    """The resolved config as YAML, each value followed by where it came from."""
+    """The resolved config as YAML, each value followed by its origin as a comment."""
     text = yaml.safe_dump(config_to_dict(loaded.config), sort_keys=False, allow_unicode=True, width=100)
-    shown = []
+    output_lines = []
+    # the groups that the current line is in, by indentation: enough for the YAML that safe_dump writes
     stack: list[tuple[int, str]] = []
     for line in text.splitlines():
         key = re.match(r"( *)([A-Za-z_]\w*):(.*)", line)
         if not key:
-            shown.append(line)
+            output_lines.append(line)
             continue
         indent = len(key.group(1))
         stack = [entry for entry in stack if entry[0] < indent] + [(indent, key.group(2))]
-        name = ".".join(part for _, part in stack)
-        nested = not key.group(3).strip() and name not in loaded.origins
-        shown.append(line if nested else f"{line:<60}  # {loaded.origins.get(name, 'default')}")
-    return "\n".join(shown) + "\n"
+        dotted_name = ".".join(part for _, part in stack)
+        is_group_header = not key.group(3).strip() and dotted_name not in loaded.origins
+        output_lines.append(line if is_group_header else f"{line:<60}  # {loaded.origins.get(dotted_name, 'default')}")
+    return "\n".join(output_lines) + "\n"
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
-    if path.suffix in DATA and path.exists():
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
+    if path.suffix in DATA_SUFFIXES and path.exists():
         hint = "write a config whose data.path names this file"
         raise ConfigError("this is data where a config is asked for", where=str(path), allowed="YAML", hint=hint)
     try:
-        if path.is_file() and path.stat().st_size > MAX_BYTES:
+        if path.is_file() and path.stat().st_size > MAX_CONFIG_BYTES:
             raise ConfigError(
                 "this is too large to be a config", where=str(path), given=f"{path.stat().st_size:,} bytes"
             )
+        # utf-8-sig: editors on Windows write a byte order mark
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*")]) if path.parent.is_dir() else None
+        suggestion = did_you_mean(path.name, [p.name for p in path.parent.glob("*")]) if path.parent.is_dir() else None
         raise ConfigError(
-            "no such file", where=str(path), hint=f"did you mean {path.parent / near}?" if near else None
+            "no such file", where=str(path), hint=f"did you mean {path.parent / suggestion}?" if suggestion else None
         ) from None
     except IsADirectoryError:
-        found = ", ".join(sorted(p.name for p in path.glob("*.y*ml"))) or "none"
-        raise ConfigError("this is a folder", where=str(path), hint=f"config files in it: {found}") from None
+        config_files = ", ".join(sorted(p.name for p in path.glob("*.y*ml"))) or "none"
+        raise ConfigError("this is a folder", where=str(path), hint=f"config files in it: {config_files}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"this is not UTF-8 text: {error.reason}", where=str(path)) from None
     except OSError as error:
         raise ConfigError(str(error.strerror), where=str(path)) from error
     try:
-        node = yaml.compose(text, Loader=_Loader)
+        root = yaml.compose(text, Loader=_Loader)
         raw = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with one more number format
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
@@ -206,32 +228,33 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
         raise ConfigError("a config is a mapping of settings", where=str(path), given=type(raw).__name__)
     try:
         json.dumps(raw, default=str)
-    except (ValueError, TypeError, RecursionError):  # an anchor inside itself, a mapping as a key
+    except (ValueError, TypeError, RecursionError):  # an anchor that contains itself, a mapping as a key
         raise ConfigError("this nests in itself or has keys that are no text", where=str(path)) from None
-    return raw, {(): str(path), **dict(_lines(node, (), str(path)) if node else {})}
+    return raw, {(): str(path), **dict(_key_origins(root, (), str(path)) if root else {})}
 
 
-def _lines(node: yaml.Node, place: KeyPath, path: str) -> Iterator[tuple[KeyPath, str]]:
+def _key_origins(node: yaml.Node, key_path: KeyPath, path: str) -> Iterator[tuple[KeyPath, str]]:
     if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
+        keys: set[str] = set()
         for key, value in node.value:
-            where = f"{path} line {key.start_mark.line + 1}"
+            origin = f"{path} line {key.start_mark.line + 1}"
             name = str(key.value)
-            if name in seen:
-                raise ConfigError(f"{_dotted((*place, name))} stands twice", where=where)
-            seen.add(name)
-            yield (*place, name), where
-            yield from _lines(value, (*place, name), path)
+            if name in keys:
+                raise ConfigError(f"{_dotted((*key_path, name))} stands twice", where=origin)
+            # PyYAML keeps the last of two equal keys without a word
+            keys.add(name)
+            yield (*key_path, name), origin
+            yield from _key_origins(value, (*key_path, name), path)
     elif isinstance(node, yaml.SequenceNode):
-        for number, value in enumerate(node.value):
-            yield (*place, number), f"{path} line {value.start_mark.line + 1}"
-            yield from _lines(value, (*place, number), path)
+        for index, value in enumerate(node.value):
+            yield (*key_path, index), f"{path} line {value.start_mark.line + 1}"
+            yield from _key_origins(value, (*key_path, index), path)
 
 
-def _apply(raw: dict[str, Any], lines: dict[KeyPath, str], override: str) -> None:
-    name, equals, text = override.partition("=")
+def _apply_override(raw: dict[str, Any], origins: dict[KeyPath, str], override: str) -> None:
+    name, separator, text = override.partition("=")
     keys = tuple(name.strip().split("."))
-    if not equals or not all(keys):
+    if not separator or not all(keys):
         raise ConfigError(
             "an override is key=value", where="command line", given=override, hint="for example training.epochs=2"
         )
@@ -239,61 +262,73 @@ def _apply(raw: dict[str, Any], lines: dict[KeyPath, str], override: str) -> Non
         value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with one more number format
     except yaml.YAMLError:
         raise ConfigError("this value is not valid YAML", where="command line", given=override) from None
-    target = raw
+    parent = raw
     for key in keys[:-1]:
-        below = target.setdefault(key, {})
-        if not isinstance(below, dict):
+        group = parent.setdefault(key, {})
+        if not isinstance(group, dict):
             raise ConfigError(f"{key} is not a group of settings", where="command line", given=override)
-        target = below
-    target[keys[-1]] = value
-    for place in [p for p in lines if p[: len(keys)] == keys]:
-        del lines[place]
-    lines[keys] = "command line"
-    for place in _places(value, keys):
-        lines[place] = "command line"
+        parent = group
+    parent[keys[-1]] = value
+    # origins of values that the override replaces; a whole group may be replaced by one value
+    for key_path in [p for p in origins if p[: len(keys)] == keys]:
+        del origins[key_path]
+    origins[keys] = "command line"
+    for key_path in _nested_keys(value, keys):
+        origins[key_path] = "command line"
 
 
-def _places(value: Any, place: KeyPath) -> Iterator[KeyPath]:
+def _nested_keys(value: Any, key_path: KeyPath) -> Iterator[KeyPath]:
     if isinstance(value, dict):
-        for key, below in value.items():
-            yield (*place, str(key))
-            yield from _places(below, (*place, str(key)))
+        for key, nested in value.items():
+            yield (*key_path, str(key))
+            yield from _nested_keys(nested, (*key_path, str(key)))
 
 
-def _validate(raw: dict[str, Any], lines: Mapping[KeyPath, str]) -> RunConfig:
+def _validate(raw: dict[str, Any], origins: Mapping[KeyPath, str]) -> RunConfig:
     if isinstance(raw.get("method"), dict) and "kind" not in raw["method"]:
+        # `method: {rank: 8}` means lora, the default method; pydantic would refuse a group without its `kind`
         raw = {**raw, "method": {"kind": "lora", **raw["method"]}}
     try:
         config = RunConfig.model_validate(raw)
     except ValidationError as error:
-        raise _explain(error, raw, lines) from None
+        raise _explain(error, raw, origins) from None
     except RecursionError:
-        raise ConfigError("nested too deeply", where=lines.get((), "config")) from None
+        raise ConfigError("nested too deeply", where=origins.get((), "config")) from None
     return config
 
 
-def _explain(error: ValidationError, raw: dict[str, Any], lines: Mapping[KeyPath, str]) -> ConfigError:
-    """The first problem, unknown keys before the rest: a misspelt key often makes another one missing."""
+def _explain(error: ValidationError, raw: dict[str, Any], origins: Mapping[KeyPath, str]) -> ConfigError:
+    """The error message for the first problem. Unknown keys come first: a misspelled key makes another one missing."""
     problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     problem = problems[0]
-    place = _without_tags(problem["loc"], raw)
-    where, name = _where(place, lines), _dotted(place)
+    key_path = _strip_union_tags(problem["loc"], raw)
+    where, name = _origin_of(key_path, origins), _dotted(key_path)
     if problem["type"] == "extra_forbidden":
-        known = sorted(_known(place[:-1], raw))
-        parent = _dotted(place[:-1])
+        known_settings = sorted(_known_settings(key_path[:-1], raw))
+        parent = _dotted(key_path[:-1])
         kind = f"{parent} {raw[parent].get('kind')}" if parent in ("method", "objective") else parent or "a run"
-        near = did_you_mean(str(place[-1]), known)
-        kinds = [k for k, s in METHOD_CONFIGS.items() if place[:-1] == ("method",) and place[-1] in s.model_fields]
-        hint = f"did you mean {_dotted((*place[:-1], near))}?" if near else _elsewhere(str(place[-1]))
-        if present := RENAMED_KEYS.get(".".join("*" if isinstance(step, int) else str(step) for step in place)):
-            hint = f"it is called {present} now"
-        elif kinds:
-            hint = f"it is a setting of {', '.join(kinds)}; an override method={{kind: ...}} replaces the whole group"
+        suggestion = did_you_mean(str(key_path[-1]), known_settings)
+        kinds_with_setting = [
+            kind_name
+            for kind_name, config_class in METHOD_CONFIGS.items()
+            if key_path[:-1] == ("method",) and key_path[-1] in config_class.model_fields
+        ]
+        # a similar name, or the same name in another section; better hints follow
+        hint = (
+            f"did you mean {_dotted((*key_path[:-1], suggestion))}?"
+            if suggestion
+            else _suggest_group(str(key_path[-1]))
+        )
+        if current_name := RENAMED_KEYS.get(".".join("*" if isinstance(step, int) else str(step) for step in key_path)):
+            hint = f"it is called {current_name} now"
+        elif kinds_with_setting:
+            kinds = ", ".join(kinds_with_setting)
+            hint = f"it is a setting of {kinds}; an override method={{kind: ...}} replaces the whole group"
         return ConfigError(
             f"{name} is not a setting of {kind}",
             where=where,
             given=problem["input"],
-            allowed=", ".join(known),
+            allowed=", ".join(known_settings),
             hint=hint,
         )
     if problem["type"] == "missing":
@@ -301,35 +336,36 @@ def _explain(error: ValidationError, raw: dict[str, Any], lines: Mapping[KeyPath
         return ConfigError(f"{name} is missing", where=where, hint=f"for example {example}" if example else None)
     message = problem["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
-    present = RENAMED_VALUES.get(str(problem["input"])) if problem["type"] == "literal_error" else None
-    hint = f"it is called {present} now" if present else None
+    current_name = RENAMED_VALUES.get(str(problem["input"])) if problem["type"] == "literal_error" else None
+    hint = f"it is called {current_name} now" if current_name else None
     return ConfigError(f"{name}: {message}", where=where, given=problem["input"], hint=hint)
 
 
-def _elsewhere(word: str) -> str | None:
-    """Where in a run a setting of this name does exist."""
+def _suggest_group(name: str) -> str | None:
+    """A hint with the section that has a setting of this name, or None."""
     for group, info in RunConfig.model_fields.items():
         for candidate in [info.annotation, *get_args(info.annotation)]:
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel) and word in candidate.model_fields:
-                return f"did you mean {group}.{word}?"
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel) and name in candidate.model_fields:
+                return f"did you mean {group}.{name}?"
     return None
 
 
-def _known(place: KeyPath, raw: Any) -> list[str]:
-    """Settings that a group of this place has."""
+def _known_settings(key_path: KeyPath, raw: Any) -> list[str]:
+    """Settings of the group at a key path."""
     model: type[BaseModel] = RunConfig
     value: Any = raw
-    for step in place:
+    for step in key_path:
         if isinstance(step, int):
             value = value[step] if isinstance(value, list) else None
             continue
         value = value.get(step) if isinstance(value, dict) else None
-        model = _below(model, step, value)
+        model = _group_class(model, step, value)
     return list(model.model_fields)
 
 
-def _below(model: type[BaseModel], step: str, value: Any) -> type[BaseModel]:
-    """The class of a group; of several, the one whose `kind` is given."""
+def _group_class(model: type[BaseModel], step: str, value: Any) -> type[BaseModel]:
+    """The class of a group; for a union, the member with the given `kind`."""
+    # annotations nest: Annotated, Optional, unions and tuples of config classes
     pending = [model.model_fields[step].annotation] if step in model.model_fields else []
     candidates: list[type[BaseModel]] = []
     while pending:
@@ -338,37 +374,41 @@ def _below(model: type[BaseModel], step: str, value: Any) -> type[BaseModel]:
             candidates.append(candidate)
         pending.extend(get_args(candidate))
     kind = value.get("kind") if isinstance(value, dict) else None
-    named = [c for c in candidates if "kind" in c.model_fields and kind in get_args(c.model_fields["kind"].annotation)]
-    return (named or candidates or [model])[0]
+    matching = [
+        c for c in candidates if "kind" in c.model_fields and kind in get_args(c.model_fields["kind"].annotation)
+    ]
+    return (matching or candidates or [model])[0]
 
 
-def _without_tags(location: tuple[int | str, ...], raw: Any) -> KeyPath:
-    """Pydantic's path without the names of union members: steps that look like one and are not in the config."""
-    place: list[str | int] = []
-    unions: set[KeyPath] = set(_UNIONS)
+def _strip_union_tags(location: tuple[int | str, ...], raw: Any) -> KeyPath:
+    """The key path of a pydantic error location: without names of union members, which are not keys of the config."""
+    key_path: list[str | int] = []
+    open_unions: set[KeyPath] = set(_UNION_GROUPS)
     value = raw
     for step in location:
-        if tuple(place) in unions and isinstance(value, dict) and step == value.get("kind"):
-            unions.remove(tuple(place))
+        if tuple(key_path) in open_unions and isinstance(value, dict) and step == value.get("kind"):
+            open_unions.remove(tuple(key_path))
             continue
-        inside = isinstance(value, dict) and step in value
-        looks = isinstance(step, str) and (step[:1].isupper() or not step.isidentifier() or step in _TYPES)
-        if looks and not inside:
+        is_key = isinstance(value, dict) and step in value
+        # class names, names of validators such as function-after[...], and type names
+        looks_like_tag = isinstance(step, str) and (step[:1].isupper() or not step.isidentifier() or step in _TYPE_TAGS)
+        if looks_like_tag and not is_key:
             continue
-        place.append(step)
+        key_path.append(step)
         try:
             value = value[step]
         except (KeyError, IndexError, TypeError):  # a setting that is missing
             value = None
-    return tuple(place)
+    return tuple(key_path)
 
 
-def _where(place: KeyPath, lines: Mapping[KeyPath, str]) -> str:
-    for length in range(len(place), -1, -1):
-        if place[:length] in lines:
-            return lines[place[:length]]
+def _origin_of(key_path: KeyPath, origins: Mapping[KeyPath, str]) -> str:
+    # the nearest enclosing key that has an origin: a missing setting has none
+    for length in range(len(key_path), -1, -1):
+        if key_path[:length] in origins:
+            return origins[key_path[:length]]
     return "config"
 
 
-def _dotted(place: Sequence[str | int]) -> str:
-    return ".".join(str(step) for step in place)
+def _dotted(key_path: Sequence[str | int]) -> str:
+    return ".".join(str(step) for step in key_path)

@@ -1,4 +1,4 @@
-"""Who judges which of two answers is better, and what it is checked against."""
+"""The section `evaluation.judge`: the model that compares answers, and the human labels it is validated against."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from rung.config.base import Config, Fraction
 
 
 class JudgeConfig(Config):
-    """A model that sees two answers in both orders; asked by `rung eval RUN --baseline OTHER`."""
+    """A judge model. It sees both answers in both orders; used by `rung eval RUN --baseline OTHER`."""
 
     model: str = Field(default=..., min_length=1)
-    """A run folder or a base, whose log-probabilities of the verdicts decide; with `server`, the model's name there."""
+    """A run folder or base, whose log-probabilities of the verdicts decide; with `server`: the model name there."""
     server: str | None = Field(default=None, pattern=r"^https?://")
-    """URL of a server that speaks as OpenAI's does, up to and including /v1: its words are read."""
+    """URL of an OpenAI-compatible server, up to and including /v1; the verdict is read from the text of its answer."""
     criteria: str | None = Field(default=None, min_length=1)
-    """What makes an answer better, in words for the judge; none is: correct, helpful and to the point."""
+    """Criteria for a better answer, in words for the judge; default: correct, helpful and to the point."""
     reference: bool = False
-    """Show the judge the expected answer."""
+    """Whether the judge sees the expected answer."""
     human_labels: str | None = Field(default=None, min_length=1)
-    """A file of pairs that people have labelled; without it a judge is not trusted."""
+    """File of pairs labeled by people; without it the judge is reported as not trusted."""
     min_kappa: Fraction = 0.4
-    """The lower end of Cohen's kappa with the majority of people that makes a judge trusted (0.4: moderate)."""
+    """A judge is trusted where the lower end of the interval of Cohen's kappa with the majority of people reaches this
+    value (0.4: moderate agreement)."""
     concurrency: PositiveInt | None = None
-    """With `server`: requests on their way at once; none is 8."""
+    """With `server`: concurrent requests; default: 8."""
 
     @model_validator(mode="after")
     def _reject_unused_settings(self) -> JudgeConfig:

@@ -1,4 +1,4 @@
-"""Which layers are meant, by number or by name."""
+"""Resolves layer settings (numbers, ranges, names) to layer numbers. Used by methods, models and the planner."""
 
 from __future__ import annotations
 
@@ -8,40 +8,51 @@ from rung.config.model import StudentLayers
 from rung.errors import ConfigError
 
 
-def resolve_layers(layers: Iterable[int] | str | None, present: Collection[int]) -> set[int]:
-    """Numbers of the layers meant, out of those present: numbers, a range "15-29", a third by name, None for all.
+def resolve_layers(layers: Iterable[int] | str | None, available: Collection[int]) -> set[int]:
+    """Layer numbers for a setting: numbers, a range such as "15-29", a third of the layers by name, or None for all.
 
-    Raises `ConfigError` for one that is not there.
+    Raises `ConfigError` for layers that are not in `available`.
     """
-    top = max(present)
+    last_layer = max(available)
     if layers is None:
-        return set(present)
+        return set(available)
     if isinstance(layers, str):
-        third = max(1, (top + 1) // 3)
-        thirds = {"first": (0, third - 1), "middle": (third, top - third), "last": (top + 1 - third, top)}
-        first, last = thirds.get(layers) or (int(number) for number in layers.split("-"))
+        third_size = max(1, (last_layer + 1) // 3)
+        # the middle third takes the rest where the count is not a multiple of 3
+        ranges = {
+            "first": (0, third_size - 1),
+            "middle": (third_size, last_layer - third_size),
+            "last": (last_layer + 1 - third_size, last_layer),
+        }
+        first, last = ranges.get(layers) or (int(number) for number in layers.split("-"))
         layers = range(first, last + 1)
         if not layers:
             raise ConfigError("no layer lies in this range", where="method.layers", given=f"{first}-{last}")
-    if missing := sorted(set(layers) - set(present)):
-        raise ConfigError("no such layer", where="method.layers", given=missing, allowed=f"0 to {top}")
+    if missing_layers := sorted(set(layers) - set(available)):
+        raise ConfigError("no such layer", where="method.layers", given=missing_layers, allowed=f"0 to {last_layer}")
     return set(layers)
 
 
 def student_layers(layers: StudentLayers, count: int) -> tuple[int, ...]:
-    """Numbers of a teacher's layers that stay. Raises `ConfigError` for some that are not there, or all of them."""
-    half = max(1, count // 2)
-    if layers == "every_other":  # evenly, first and last among them: 0, 2, 4, 7, 9, 11 of twelve
-        own = tuple(sorted({round(i * (count - 1) / max(1, half - 1)) for i in range(half)}))
+    """Layers of the teacher that the student keeps. Raises `ConfigError` for missing layers, and for all of them."""
+    half_count = max(1, count // 2)
+    if layers == "every_other":  # evenly spaced with first and last, as DistilBERT: 0, 2, 4, 7, 9, 11 of twelve
+        kept_layers = tuple(sorted({round(i * (count - 1) / max(1, half_count - 1)) for i in range(half_count)}))
     elif layers == "first":
-        own = tuple(range(half))
+        kept_layers = tuple(range(half_count))
     elif layers == "last":
-        own = tuple(range(count - half, count))
+        kept_layers = tuple(range(count - half_count, count))
     else:
-        own = tuple(layers)
-    if sorted(set(own)) != list(own) or not own or own[0] < 0 or own[-1] >= count:
+        kept_layers = tuple(layers)
+    # rising: a student keeps the order of its teacher's layers
+    if (
+        sorted(set(kept_layers)) != list(kept_layers)
+        or not kept_layers
+        or kept_layers[0] < 0
+        or kept_layers[-1] >= count
+    ):
         allowed = f"rising numbers from 0 to {count - 1}"
         raise ConfigError("these are no layers of the teacher", where="model.layers", given=layers, allowed=allowed)
-    if len(own) == count:
+    if len(kept_layers) == count:
         raise ConfigError("a student with all layers is its teacher", where="model.layers", given=layers)
-    return own
+    return kept_layers

@@ -1,4 +1,9 @@
-"""Which numbers may move."""
+"""The `method` section: which parameters are trained, one class per method.
+
+Each class states its defaults and refuses settings that would have no effect, so that no setting is ignored silently.
+Every class answers the same properties (`MethodBase`), which is all that code outside `methods` asks. The classes hold
+no code of the method itself; `methods.registry` maps each kind to its implementation.
+"""
 
 from __future__ import annotations
 
@@ -22,49 +27,50 @@ Layers = (
     | Annotated[str, Field(pattern=r"^\d+-\d+$")]
     | None
 )
-"""Numbers counted from 0, a range such as 15-29, or a third of the layers by name; none is all."""
+"""Layer numbers from 0, a range such as 15-29, or a third of the layers by name; default: all."""
 
 
-def _different(names: tuple[str, ...]) -> tuple[str, ...]:
+def _require_distinct_names(names: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(names)) < len(names) or "" in names:
         raise ValueError("tasks have different names, none of them empty")
     return names
 
 
-Tasks = Annotated[tuple[str, ...], AfterValidator(_different)]
-"""Names of tasks of the data."""
+Tasks = Annotated[tuple[str, ...], AfterValidator(_require_distinct_names)]
+"""Task names, as in the data."""
 Init = Literal[
     "default", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "corda_knowledge", "lora_ga", "loftq"
 ]
-_PLACE = r"^((q|k|v|o|gate|up|down)|\d+|\d+\.(q|k|v|o|gate|up|down))$"
+# keys of `rank_pattern`: a role, a layer number, or both as 3.down
+_RANK_KEY = r"^((q|k|v|o|gate|up|down)|\d+|\d+\.(q|k|v|o|gate|up|down))$"
 
 
 VirtualTokens = Annotated[int, Field(ge=1, le=500)]
 
 
 class MethodBase(Config):
-    """What every method answers, whatever its settings: the code that composes a run asks nothing else."""
+    """Properties that every method config has, so that code that builds a run needs no case distinction by method."""
 
     DEFAULT_LEARNING_RATE: ClassVar[float]
 
     @property
     def default_learning_rate(self) -> float:
-        """Peak rate of supervised fine-tuning where a config names none."""
+        """Peak learning rate of supervised fine-tuning where the config sets none."""
         return self.DEFAULT_LEARNING_RATE
 
     @property
     def adapter_rank(self) -> int | None:
-        """Rank of its low-rank updates; None for a method without any."""
+        """Rank of the low-rank updates; None for methods without them."""
         return None
 
     @property
     def adapter_dropout(self) -> float:
-        """Dropout on the input of its adapters."""
+        """Dropout rate on the input of the adapters."""
         return 0.0
 
 
 class WeightMethodBase(MethodBase):
-    """A method that trains weights, of the base or of adapters beside it, and adds no virtual tokens."""
+    """A method that trains weights of the base or of adapters, without virtual tokens."""
 
     tasks: ClassVar[tuple[str, ...]] = ()
     positions: ClassVar[None] = None
@@ -75,83 +81,85 @@ class VirtualTokenBase(MethodBase):
     """A method that trains virtual tokens."""
 
     virtual_tokens: VirtualTokens = 20
-    """Virtual tokens of each document."""
+    """Virtual tokens per document."""
 
     @property
     def virtual_token_count(self) -> int:
-        """All of them, wherever they stand."""
+        """Number of virtual tokens at all positions."""
         return self.virtual_tokens
 
 
 class FullConfig(WeightMethodBase):
-    """Every weight of the base moves."""
+    """Full fine-tuning: every weight of the base is trained."""
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 5e-5
     kind: Literal["full"] = "full"
 
 
 class HeadConfig(WeightMethodBase):
-    """Only the output head moves. A head tied to the embeddings is untied first, and the saved config says so."""
+    """Only the output head is trained. A head tied to the embeddings is untied first, also in the saved config."""
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 5e-4
     kind: Literal["head"] = "head"
 
 
 class LowRankConfig(WeightMethodBase):
-    """What lora, qlora and lottery have in common."""
+    """Settings shared by lora, qlora and lottery."""
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 5e-4
     kind: str
 
     @property
     def default_learning_rate(self) -> float:
-        """Where B does not start at zero the first step is a large one, and a faster B multiplies it: a fifth there."""
-        eager = self.init in SUBTRACTED_INITS or self.loraplus_lr_ratio > 1.0
-        return self.DEFAULT_LEARNING_RATE / (5.0 if eager else 1.0)
+        """The class default; a fifth of it where the first step is large: B not zero at the start, or LoRA+."""
+        # measured: at the full default these starts diverged or forgot (docs/log.md, "Rates that did not work")
+        has_large_first_step = self.init in SUBTRACTED_INITS or self.loraplus_lr_ratio > 1.0
+        return self.DEFAULT_LEARNING_RATE / (5.0 if has_large_first_step else 1.0)
 
     @property
     def adapter_rank(self) -> int:
-        """The rank of all layers without one of their own."""
+        """The default rank; `rank_pattern` can set others."""
         return self.rank
 
     @property
     def adapter_dropout(self) -> float:
-        """As set."""
+        """The setting `dropout`."""
         return self.dropout
 
     rank: PositiveInt = 16
-    """Columns of B. Trainable parameters grow linearly with it."""
-    rank_pattern: dict[Annotated[str, Field(pattern=_PLACE)], PositiveInt] = {}
-    """Other ranks by role (down), layer (3) or both (3.down); the most specific one counts."""
+    """Rank of the update: columns of B. Trainable parameters grow linearly with it."""
+    rank_pattern: dict[Annotated[str, Field(pattern=_RANK_KEY)], PositiveInt] = {}
+    """Other ranks by role (down), layer (3) or both (3.down); the most specific entry applies."""
     alpha: PositiveFloat | None = None
-    """Numerator of the scale: the update is multiplied by alpha / rank. None is twice the rank, whatever the rank."""
+    """Numerator of the scale: the update is multiplied by alpha / rank. Default: twice the rank of each layer."""
     dropout: Fraction = 0.0
-    """Dropout on the adapter's input. Above 0 prefix sharing is off: copies of a prefix would differ."""
+    """Dropout on the input of the adapter. Above 0, prefixes are not shared: every copy is dropped differently."""
     targets: tuple[LinearRole, ...] = Field(default=ALL_LINEAR, min_length=1)
-    """Roles (q, k, v, o, gate, up, down), not module names; a fused projection counts as any of its roles."""
+    """Roles (q, k, v, o, gate, up, down), not module names. A fused projection matches each of its roles."""
     layers: Layers = None
-    """Layers that get an adapter: numbers counted from 0, a range (15-29), or first, middle, last for a third of them;
-    none is all."""
+    """Layers with an adapter: numbers from 0, a range (15-29), or first, middle, last for a third of the layers;
+    default: all."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) (Kalajdzievski 2023, eq. 4)."""
     dora: bool = False
-    """Learn magnitude and direction apart (Liu et al. 2024, eq. 5)."""
+    """Train magnitude and direction of the weights separately (DoRA, Liu et al. 2024, eq. 5)."""
     init: Init = "default"
-    """Start of A and B. From pissa on it is read off the weights (pissa, olora), the activations (eva, corda) or the
-    gradient (lora_ga). The base never moves: a start that is not zero is subtracted by a frozen half of the adapter."""
+    """Initialization of A and B: random (default, gaussian, orthogonal), or computed from the weights (pissa, olora),
+    activations (eva, corda, corda_knowledge), gradients (lora_ga) or the quantization error (loftq). The base stays
+    unchanged: an initial update that is not zero is subtracted by a frozen second half of the adapter."""
     init_examples: PositiveInt = 64
-    """Training documents that activations and gradients of such a start are taken from."""
+    """Training documents for the activations and gradients of such an initialization."""
     loraplus_lr_ratio: PositiveFloat = 1.0
-    """Learning rate of B over that of A (LoRA+, Hayou et al. 2024, section 4); 16 is the paper's choice."""
+    """Learning rate of B divided by that of A (LoRA+, Hayou et al. 2024, section 4); the paper uses 16."""
     lisa_n_layers: PositiveInt | None = None
-    """Move only so many layers at a time, drawn anew every `lisa_step_interval` steps (LISA, Pan et al. 2024)."""
+    """Train only this many layers at a time, redrawn every `lisa_step_interval` steps (LISA, Pan et al. 2024)."""
     lisa_step_interval: PositiveInt = 20
     """Optimizer steps between draws of `lisa_n_layers`."""
     modules_to_save: tuple[str, ...] = ()
-    """Names of modules trained whole beside the adapter and saved with it, for example [lm_head]."""
+    """Names of modules that are trained in full and saved with the adapter, for example [lm_head]."""
 
     @model_validator(mode="after")
-    def _can_be_combined(self) -> LowRankConfig:
+    def _check_combinations(self) -> LowRankConfig:
         if self.init in SUBTRACTED_INITS and self.dora:
             raise ValueError(f"init {self.init} subtracts its start, which a direction learned apart (dora) has not")
         if self.init in SUBTRACTED_INITS and self.dropout:
@@ -163,6 +171,7 @@ class LowRankConfig(WeightMethodBase):
         return self
 
     def _reads_documents(self) -> bool:
+        # pissa and olora need the weights only
         return self.init in CALIBRATED_INITS - {"pissa", "olora"}
 
 
@@ -172,23 +181,23 @@ class LoraConfig(LowRankConfig):
     kind: Literal["lora"] = "lora"
 
     @model_validator(mode="after")
-    def _nothing_is_quantized(self) -> LoraConfig:
+    def _reject_loftq(self) -> LoraConfig:
         if self.init == "loftq":
             raise ValueError("init loftq makes up for what quantizing takes away: it goes with kind: qlora")
         return self
 
 
 class QloraConfig(LowRankConfig):
-    """The same update beside a base held in 4 or 8 bits (Dettmers et al. 2023)."""
+    """LoRA on a base quantized to 4 or 8 bits (Dettmers et al. 2023)."""
 
     kind: Literal["qlora"] = "qlora"
     bits: Literal[4, 8] = 4
-    """4: NF4 in blocks of 64; 8: int8 with a scale for each output."""
+    """4: NF4 in blocks of 64; 8: int8 with one scale per output."""
     double_quant: bool = True
-    """Hold the scales of 4-bit blocks in 8 bits: 0.127 instead of 0.5 bit a number for them."""
+    """Quantize the scales of 4-bit blocks to 8 bits: 0.127 instead of 0.5 bits per weight."""
 
     @model_validator(mode="after")
-    def _starts_beside_a_quantized_base(self) -> QloraConfig:
+    def _check_quantization(self) -> QloraConfig:
         if self.init in CALIBRATED_INITS:
             raise ValueError(f"init {self.init} is read off matrices in full width: it goes with kind: lora")
         if self.dora:
@@ -201,41 +210,41 @@ class QloraConfig(LowRankConfig):
 
 
 BASE_CHANGING_METHODS = ("full", "head")
-"""Methods whose base is no longer there for another adapter."""
+"""Methods that change the base itself, so that no adapter for the original base fits afterwards."""
 SUBTRACTED_INITS = frozenset({"pissa", "olora", "corda", "corda_knowledge", "lora_ga"})
-"""Starts that are not zero: a frozen half of the adapter takes them off the base again."""
+"""Initial updates that are not zero; a frozen half of the adapter subtracts them (decision 0013)."""
 CALIBRATED_INITS = SUBTRACTED_INITS | {"eva"}
-"""Starts made before the first step from weights, activations or gradients."""
+"""Initializations computed before the first step from weights, activations or gradients."""
 
 
 class LayerLotteryConfig(Config):
-    """Which layers of a lottery stay, and when that is decided."""
+    """Which layers a lottery keeps, and when it decides."""
 
     scout_steps: PositiveInt = 20
-    """Optimizer steps in which all layers move."""
+    """Optimizer steps in which all layers are trained."""
     keep: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    """Share of the layers that go on, at least one."""
+    """Share of the layers that are kept, at least one."""
     score: Literal["delta", "energy"] = "delta"
-    """`delta`: squared norm of a layer's updates; `energy`: squared norm of what they add to the linears' outputs on
-    `init_examples` documents (LoRA-drop, Zhou et al. 2024, eq. 3)."""
+    """`delta`: squared norm of the updates of a layer; `energy`: squared norm of their contribution to the outputs of
+    the linear modules on `init_examples` documents (LoRA-drop, Zhou et al. 2024, eq. 3)."""
     choose: Literal["best", "random", "first", "middle", "last"] = "best"
-    """Which go on: those with the highest score, or as many others, to compare with."""
+    """Which layers are kept: those with the highest score, or as many others as a baseline."""
     rewind: bool = True
-    """Whether the winners go back to their start; otherwise they go on from where they are."""
+    """Whether the kept layers are reset to their initialization; otherwise they continue with their weights."""
 
 
 class LotteryConfig(LowRankConfig):
-    """LoRA whose layers compete: all move for a while, the best go on, the others leave."""
+    """LoRA with layer selection: all layers are trained at first, then only the best ones; the others are removed."""
 
     kind: Literal["lottery"] = "lottery"
     lottery: LayerLotteryConfig = LayerLotteryConfig()
-    """How the layers compete."""
+    """Settings of the layer selection."""
 
     def _reads_documents(self) -> bool:
         return self.lottery.score == "energy"
 
     @model_validator(mode="after")
-    def _scores_are_plain(self) -> LotteryConfig:
+    def _check_scores(self) -> LotteryConfig:
         if self.init in CALIBRATED_INITS or self.init == "loftq" or self.dora or self.lisa_n_layers is not None:
             raise ValueError(
                 "a lottery scores plain updates: init default, gaussian or orthogonal, no dora, no sampling"
@@ -244,28 +253,28 @@ class LotteryConfig(LowRankConfig):
 
 
 class MixtureConfig(WeightMethodBase):
-    """Low-rank experts beside each linear, mixed by a learned router (Dou et al. 2023, eq. 4-5)."""
+    """Low-rank experts parallel to each linear module, mixed by a learned router (Dou et al. 2023, eq. 4-5)."""
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 5e-4
     kind: Literal["mixture"] = "mixture"
     experts: Annotated[int, Field(ge=2)] = 4
-    """Low-rank pairs of each linear."""
+    """Experts (low-rank pairs) per linear module."""
     rank: PositiveInt = 8
-    """Of each expert."""
+    """Rank of each expert."""
     alpha: PositiveFloat | None = None
-    """The experts' sum is multiplied by alpha / rank. None is twice the rank."""
+    """The sum of the experts is multiplied by alpha / rank. Default: twice the rank."""
     top_k: PositiveInt | None = None
-    """Experts that act on a token, the others get no weight; none lets all of them act."""
+    """Experts per token; the others get weight 0. Default: all."""
     balance: NonNegativeFloat | None = None
-    """Weight of the loss that spreads tokens over experts; none is 1e-3 with `top_k` and 0 without, where no expert can
-    run dry. Above 0 beginnings are not shared: the loss is counted for each document."""
+    """Weight of the loss that balances tokens over experts. Default: 1e-3 with `top_k`; 0 without, where every expert
+    gets every token. Above 0, prefixes are not shared, because the loss counts every document."""
     targets: tuple[LinearRole, ...] = Field(default=ALL_LINEAR, min_length=1)
     """As for lora."""
     layers: Layers = None
     """As for lora."""
 
     @model_validator(mode="after")
-    def _some_are_left_out(self) -> MixtureConfig:
+    def _check_top_k(self) -> MixtureConfig:
         if self.top_k == 1:
             raise ValueError("top_k: 1 gives one expert the weight 1 whatever its router says, which learns nothing")
         if self.top_k is not None and self.top_k >= self.experts:
@@ -274,118 +283,118 @@ class MixtureConfig(WeightMethodBase):
 
     @property
     def adapter_rank(self) -> int:
-        """The rank of each expert."""
+        """Rank of each expert."""
         return self.rank
 
     @property
     def balance_weight(self) -> float:
-        """The weight in use."""
+        """The resolved `balance`."""
         return (1e-3 if self.top_k else 0.0) if self.balance is None else self.balance
 
 
 class PeftTunerConfig(WeightMethodBase):
-    """Any other tuner of peft."""
+    """Any other tuner of peft, with its own config."""
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 1e-3
     kind: Literal["peft"] = "peft"
     config: dict[str, Any] = Field(min_length=1)
-    """peft's own settings, `peft_type` among them."""
+    """Settings of peft, including `peft_type`."""
     targets: tuple[LinearRole, ...] = Field(default=ALL_LINEAR, min_length=1)
-    """Roles whose modules it gets, unless its config names target_modules."""
+    """Roles of its target modules, unless `config` names target_modules."""
     layers: Layers = None
     """As for lora."""
     starts_as_base: bool = True
-    """Whether this tuner begins as the base, which the step-0 gate then checks."""
+    """Whether a fresh adapter leaves the base unchanged; the step-0 gate then checks it."""
 
 
 class BottleneckConfig(WeightMethodBase):
-    """A narrow network beside or behind each block: x + up(activation(down(x))) (Houlsby et al. 2019, section 2.1)."""
+    """A narrow network after or parallel to each block: x + up(activation(down(x))) (Houlsby et al. 2019, sec. 2.1)."""
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 1e-3
     kind: Literal["bottleneck"] = "bottleneck"
     placement: Literal["houlsby", "pfeiffer", "parallel"] = "houlsby"
-    """`houlsby`: behind attention and behind the feed-forward block, before each residual sum; `pfeiffer`: once a
-    layer, on its output (Pfeiffer et al. 2020); `parallel`: beside the feed-forward block, from its input
+    """`houlsby`: after attention and after the feed-forward block, before each residual sum; `pfeiffer`: once per
+    layer, on its output (Pfeiffer et al. 2020); `parallel`: parallel to the feed-forward block, on its input
     (He et al. 2022)."""
     width: PositiveInt = 64
-    """Numbers in the middle. Trainable parameters grow linearly with it."""
+    """Width of the bottleneck. Trainable parameters grow linearly with it."""
     activation: Literal["relu", "gelu", "silu", "tanh"] = "gelu"
-    """Between down and up."""
+    """Activation between down and up projection."""
     scale: PositiveFloat = 1.0
-    """Factor of the adapter's output; He et al. take 4 for `parallel`."""
+    """Factor of the adapter output; He et al. use 4 for `parallel`."""
     layers: Layers = None
     """As for lora."""
 
 
 class PromptConfig(VirtualTokenBase):
-    """Learned embeddings in front of every document (Lester et al. 2021)."""
+    """Prompt tuning: trained embeddings before every document (Lester et al. 2021)."""
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 3e-2
     positions: ClassVar[None] = None
     kind: Literal["prompt"] = "prompt"
     virtual_tokens: VirtualTokens = 20
-    """Embeddings that are learned."""
+    """Number of trained embeddings."""
     tasks: Tasks = ()
-    """Tasks of the data (`data.task`) that get a prompt of their own; none is one for all."""
+    """Tasks (`data.task`) with a prompt of their own; default: one prompt for all data."""
     init: Literal["random", "vocabulary", "text"] = "vocabulary"
-    """`random`: normal, as wide as the base's embeddings; `vocabulary`: embeddings of different tokens, drawn from the
-    most frequent; `text`: those of `init_text`, repeated or cut to fit."""
+    """`random`: normal with the standard deviation of the base's embeddings; `vocabulary`: embeddings of distinct
+    tokens, drawn from the most frequent ones; `text`: the embeddings of `init_text`, repeated or cut to fit."""
     init_text: str | None = None
-    """What the prompt says before it is learned, for `init: text`."""
+    """Initial text of the prompt, for `init: text`."""
 
     @model_validator(mode="after")
-    def _text_goes_with_init(self) -> PromptConfig:
+    def _check_init_text(self) -> PromptConfig:
         if (self.init == "text") != bool(self.init_text):
             raise ValueError("init: text and init_text go together")
         return self
 
 
 class PrefixConfig(VirtualTokenBase):
-    """Learned keys and values before every document, in every layer (Li and Liang 2021, eq. 3)."""
+    """Prefix tuning: trained keys and values before every document, in every layer (Li and Liang 2021, eq. 3)."""
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 1e-2
     positions: ClassVar[None] = None
     kind: Literal["prefix"] = "prefix"
     virtual_tokens: VirtualTokens = 20
-    """Keys and values that are learned in each layer."""
+    """Number of trained keys and values per layer."""
     tasks: Tasks = ()
     """As for prompt."""
     projection: PositiveInt | None = None
-    """Width of a network that makes them from learned embeddings while training (Li and Liang 2021, section 4.3); its
-    output alone is saved. None learns them as they are (Liu et al. 2022)."""
+    """Width of a network that computes them from trained embeddings during training; only its output is saved (Li and
+    Liang 2021, section 4.3). Default: keys and values are trained directly (Liu et al. 2022)."""
 
 
 class VirtualTokenPositions(Config):
-    """Virtual tokens by where they stand in a conversation."""
+    """Numbers of virtual tokens by position in a conversation."""
 
     front: NonNegativeInt = 0
-    """Before the whole document."""
+    """Before the document."""
     user: NonNegativeInt = 0
-    """Before what a user says, in every such turn; before its context, where it has one."""
+    """Before the content of each user turn, including its context."""
     assistant: NonNegativeInt = 0
-    """Before each answer, right after the template has opened it."""
+    """Before each answer, directly after the template's opening of the assistant turn."""
 
 
 class PTuningConfig(VirtualTokenBase):
-    """Virtual tokens made by an encoder that tasks share; its output alone is saved (Liu et al. 2021, section 3.2)."""
+    """Virtual tokens from an encoder shared by all tasks; only its output is saved (Liu et al. 2021, section 3.2)."""
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 1e-3
     kind: Literal["p_tuning"] = "p_tuning"
     virtual_tokens: VirtualTokens = 20
-    """How many there are in all."""
+    """Virtual tokens at all positions together."""
     tasks: Tasks = ()
-    """Tasks of the data (`data.task`) that get virtual tokens of their own, from one encoder; none is one for all."""
+    """Tasks (`data.task`) with virtual tokens of their own, from one encoder; default: one set for all data."""
     encoder: Literal["lstm", "mlp"] = "mlp"
-    """`lstm`: two layers in both directions, then linear, ReLU, linear; `mlp`: three linears with ReLU between."""
+    """`lstm`: two bidirectional layers, then linear, ReLU, linear; `mlp`: three linear layers with ReLU between."""
     hidden: PositiveInt | None = None
-    """Width of the encoder, of an LSTM in each direction; none is half the base's width."""
+    """Width of the encoder (of an LSTM: per direction); default: half the width of the base."""
     layers: Literal["input", "all"] = "input"
-    """`input`: embeddings that pass through the model; `all`: keys and values in every layer (Liu et al. 2022)."""
+    """`input`: embeddings that run through the model; `all`: keys and values in every layer (Liu et al. 2022)."""
     positions: VirtualTokenPositions | None = None
-    """Where the virtual tokens stand; none puts all of them in front."""
+    """Positions of the virtual tokens; default: all before the document."""
 
     @model_validator(mode="after")
-    def _every_token_has_a_place(self) -> PTuningConfig:
+    def _check_positions(self) -> PTuningConfig:
         if self.positions is None:
             return self
         if (total := sum(self.positions.model_dump().values())) != self.virtual_tokens:
@@ -396,32 +405,38 @@ class PTuningConfig(VirtualTokenBase):
 
 
 def front_virtual_tokens(config: AnyMethodConfig) -> int:
-    """Virtual tokens that stand before every document; those inside are counted in the documents."""
+    """Virtual tokens before every document; tokens at other positions are part of the documents."""
     return config.virtual_token_count if config.positions is None else config.positions.front
 
 
-def encoder_parameter_count(config: Config, features: int, width: int) -> int:
-    """Numbers of the network that makes virtual tokens of this width while they are learned; 0 where there is none."""
-    if isinstance(config, PrefixConfig) and (h := config.projection) is not None:
-        return (features + 1) * h + (h + 1) * width
+def encoder_parameter_count(config: Config, input_width: int, output_width: int) -> int:
+    """Parameters of the network that computes virtual tokens of this width during training; 0 without one."""
+    if isinstance(config, PrefixConfig) and (hidden_width := config.projection) is not None:
+        return (input_width + 1) * hidden_width + (hidden_width + 1) * output_width
     if not isinstance(config, PTuningConfig):
         return 0
-    h = config.hidden or features // 2
+    hidden_width = config.hidden or input_width // 2
     if config.encoder == "mlp":
-        return (features + 1) * h + (h + 1) * h + (h + 1) * width
-    first, second = 2 * 4 * h * (features + h + 2), 2 * 4 * h * (2 * h + h + 2)  # directions, gates, two biases each
-    return first + second + (2 * h + 1) * 2 * h + (2 * h + 1) * width
+        return (input_width + 1) * hidden_width + (hidden_width + 1) * hidden_width + (hidden_width + 1) * output_width
+    first_layer, second_layer = (
+        2 * 4 * hidden_width * (input_width + hidden_width + 2),
+        2 * 4 * hidden_width * (2 * hidden_width + hidden_width + 2),
+    )  # 2 directions, 4 gates, and two biases per gate as torch's LSTM
+    return (
+        first_layer + second_layer + (2 * hidden_width + 1) * 2 * hidden_width + (2 * hidden_width + 1) * output_width
+    )
 
 
-def inserted_token_ids(config: AnyMethodConfig, first: int) -> dict[str, tuple[int, ...]]:
-    """Ids by role of those that stand inside, from `first` on; without the roles that have none."""
+def inserted_token_ids(config: AnyMethodConfig, first_id: int) -> dict[str, tuple[int, ...]]:
+    """Ids of the virtual tokens inside a conversation by role, counted from `first_id`; only roles that have some."""
     if config.positions is None:
         return {}
-    ids, start = {}, first
+    # ids beyond the vocabulary, which no text can produce (decision 0016)
+    ids, next_id = {}, first_id
     for role, count in (("user", config.positions.user), ("assistant", config.positions.assistant)):
         if count:
-            ids[role] = tuple(range(start, start + count))
-            start += count
+            ids[role] = tuple(range(next_id, next_id + count))
+            next_id += count
     return ids
 
 
@@ -439,6 +454,7 @@ AnyMethodConfig = (
     | PeftTunerConfig
 )
 MethodConfig = Annotated[AnyMethodConfig, Field(discriminator="kind")]
+# for look-ups by name; pydantic chooses by `kind` in the union above
 METHOD_CONFIGS: dict[str, type[AnyMethodConfig]] = {
     "full": FullConfig,
     "head": HeadConfig,

@@ -1,4 +1,4 @@
-"""Which base, and how its text is framed."""
+"""The `model` section: the base model, its compute type and its chat template."""
 
 from __future__ import annotations
 
@@ -9,38 +9,39 @@ from pydantic import NonNegativeInt, model_validator
 from rung.config.base import Config
 
 WITHOUT_RUN_SETTINGS = {"revision": None, "student_of": None, "layers": None}
-"""What a model that is named elsewhere in a config has not of the run's own."""
+"""Settings of the base of a run that do not apply to other models named in its config."""
 StudentLayers = Literal["every_other", "first", "last"] | tuple[NonNegativeInt, ...]
 
 
 class ModelConfig(Config):
-    """The base a run starts from."""
+    """The base model that a run starts from."""
 
     name: str = "smollm2-135m"
-    """A name from `rung models`, a transformers folder, a GGUF file, a run folder, or a hub id."""
+    """A name from `rung models`, a transformers folder, a GGUF file, a run folder, or a Hugging Face hub id."""
     student_of: str | None = None
-    """Instead of `name`: a model, named in the same ways, of which only some layers are taken (Sanh et al. 2019)."""
+    """Instead of `name`: a teacher, named in the same ways, of which only some layers are kept (Sanh et al. 2019)."""
     layers: StudentLayers | None = None
-    """Which: `every_other` (half of them, evenly, with the first and the last), the `first` or the `last` half, or
-    their numbers. None is every_other."""
+    """Layers kept from `student_of`: `every_other` (half of them, evenly spaced, including first and last), the `first`
+    or the `last` half, or layer numbers. Default: every_other."""
     revision: str | None = None
-    """Commit or tag of a hub id; none takes the newest."""
+    """Commit or tag of a hub id; default: the newest."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute type. `auto` is float32 on processors without AVX512-BF16 or AMX, where bfloat16 is many times slower."""
+    """Compute type. `auto`: float32 on CPUs without AVX512-BF16 or AMX, where bfloat16 is many times slower."""
     template: str = "auto"
-    """`auto` is the tokenizer's own chat template; `plain` is Rung's own for bases that have none; or a .jinja file."""
+    """Chat template. `auto`: that of the tokenizer; `plain`: Rung's own, for bases without one; or a .jinja file."""
     fused: bool = True
-    """Compute through Rung's own functions, which keep less and share inputs; false uses transformers' and peft's own
-    forward: slower, the same result within rounding. For comparing and for finding faults."""
+    """Use Rung's fused functions, which keep fewer activations and share inputs. false: the forward of transformers and
+    peft, slower, with the same result within rounding; for comparisons and debugging."""
 
     sharded: bool = False
-    """Of several processes each holds some rows of the layers' weights, and gathers a layer while it computes. Under
-    full gradients and moments are in parts as well."""
+    """With several processes: each holds some rows of the weights of the layers and gathers a layer while it computes.
+    With method full, gradients and optimizer state are sharded too."""
 
     @model_validator(mode="after")
-    def _layers_are_of_a_teacher(self) -> ModelConfig:
+    def _check_student(self) -> ModelConfig:
         if self.layers is not None and self.student_of is None:
             raise ValueError("layers are those of a student: name its teacher in model.student_of")
+        # the default name counts as not set: pydantic fills it in before this check
         if self.student_of is not None and self.name not in (ModelConfig.model_fields["name"].default, self.student_of):
             raise ValueError("model.name and model.student_of are two models: give one")
         return self

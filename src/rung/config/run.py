@@ -1,4 +1,8 @@
-"""A whole run."""
+"""The top-level config, and the checks that need more than one section.
+
+Combinations that would ignore a setting or compute something else than asked are refused here, before anything is
+loaded. Checks that need data, a model or a device are in `runs.checks`.
+"""
 
 from __future__ import annotations
 
@@ -25,23 +29,23 @@ class RunConfig(Config):
     """Everything a run needs. The same file serves `rung train`, `rung climb` and `rung eval`."""
 
     model: ModelConfig = ModelConfig()
-    """The base."""
+    """Base model, compute type and chat template."""
     data: DataConfig = Field(default=...)
-    """The examples."""
+    """Data sets, splits and supervised tokens."""
     method: MethodConfig = LoraConfig()
-    """Which numbers may move."""
+    """Which parameters are trained."""
     objective: ObjectiveConfig = SftConfig()
-    """What is minimized."""
+    """The loss."""
     training: TrainingConfig = TrainingConfig()
-    """How a step runs."""
+    """Steps, optimizer, checkpoints and validation."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    """How answers are made and scored."""
+    """How answers are generated and scored."""
     climb: ClimbConfig = ClimbConfig()
-    """The ladder, for `rung climb`."""
+    """The ladder of rungs, for `rung climb`."""
     output: str = Field(default=..., min_length=1)
-    """The run folder."""
+    """Folder of the run."""
     seed: NonNegativeInt = 0
-    """Seed of the order of rows, of the initialization and of the choice of shots."""
+    """Seed of the order of rows, the initialization and the choice of worked examples."""
 
     @model_validator(mode="after")
     def _reject_unused_settings(self) -> RunConfig:
@@ -49,10 +53,10 @@ class RunConfig(Config):
             raise ValueError("training.eval_every measures on the validation split, and data.validation is 0")
         if self.evaluation.dequantize and "qlora" not in {self.method.kind, *(r.kind for r in self.climb.rungs)}:
             raise ValueError("evaluation.dequantize widens a quantized base, and no method here quantizes one (qlora)")
-        if bare := [
+        if kinds_without_shots := [
             r.kind for r in self.climb.rungs if r.kind in WITH_SHOTS and not (r.shots or self.evaluation.shots)
         ]:
-            raise ValueError(f"the {bare[0]} rung needs evaluation.shots above 0")
+            raise ValueError(f"the {kinds_without_shots[0]} rung needs evaluation.shots above 0")
         if self.climb.instructions and self.data.validation == 0:
             raise ValueError("climb.instructions are chosen on the validation split, and data.validation is 0")
         if self.evaluation.retrieve is not None and not self.retrieves:
@@ -62,21 +66,23 @@ class RunConfig(Config):
         if self.objective.kind in COMPARISON_KINDS and self.data.loss_on != "answer":
             raise ValueError(f"objective {self.objective.kind} compares answers: data.loss_on is answer")
         if isinstance(self.objective, PreferenceConfig):
-            self._answers_can_be_compared(self.objective)
+            self._check_comparison(self.objective)
         if self.objective.kind in ROLLOUT_KINDS:
-            self._answers_can_be_made()
+            self._check_rollouts()
+        # the reference is the base, whose embedding table has no rows for these ids
         if self.objective.reference_model and inserted_token_ids(self.method, 0):
             raise ValueError("a reference cannot read virtual tokens inside the text: put all of them in front")
         if isinstance(self.objective, RewardConfig) and self.method.kind == "head":
             raise ValueError("a reward model does not read the model's output head, which is all that head moves")
         return self
 
-    def _answers_can_be_compared(self, objective: PreferenceConfig) -> None:
+    def _check_comparison(self, objective: PreferenceConfig) -> None:
         if objective.loss == "kto" and self.training.examples_per_step < 2:
             raise ValueError("kto reads answers behind other rows' prompts: training.examples_per_step is at least 2")
 
-    def _answers_can_be_made(self) -> None:
+    def _check_rollouts(self) -> None:
         kind = self.objective.kind
+        # measured on training documents, which a rollout does not have yet; the same holds for lora_ga below
         if self.training.tokens_per_micro_batch == "probe":
             raise ValueError(f"{kind} makes its own answers, so there is nothing to probe with before the first step")
         if isinstance(self.method, LowRankConfig) and self.method.init == "lora_ga":
@@ -94,12 +100,12 @@ class RunConfig(Config):
 
     @property
     def retrieves(self) -> bool:
-        """Whether passages are looked up, by the run itself or by a rung of the climb."""
-        usual = self.evaluation.context
-        return "retrieved" in {usual, *(r.context_of(usual) for r in self.climb.rungs)}
+        """Whether the run or one of its rungs retrieves passages."""
+        default_context = self.evaluation.context
+        return "retrieved" in {default_context, *(r.context_of(default_context) for r in self.climb.rungs)}
 
     @property
     def learning_rate(self) -> float:
-        """The peak rate: the config's, or the method's default times what the objective takes of it."""
-        own = self.method.default_learning_rate
-        return float(self.training.learning_rate or own * self.objective.LEARNING_RATE_SCALE)
+        """Peak learning rate: the setting, or the default of the method times the factor of the objective."""
+        method_rate = self.method.default_learning_rate
+        return float(self.training.learning_rate or method_rate * self.objective.LEARNING_RATE_SCALE)

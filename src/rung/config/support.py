@@ -1,7 +1,12 @@
-"""What cannot be combined, each with its reason. A user who asks for it gets the reason as the error."""
+"""Unsupported models, devices and combinations, each with the reason that the error message gives.
+
+One table instead of checks in many places: documentation and tests read the same entries, and no limit is silent.
+`models.load` and `runs.checks` raise the errors.
+"""
 
 from __future__ import annotations
 
+# state-space and recurrent models: a state cannot be masked per document as attention can
 _SEGMENT_FREE = "its layers carry state from token to token, which packing cannot isolate"
 
 MODEL_REFUSALS: dict[str, str] = {
@@ -21,10 +26,10 @@ MODEL_REFUSALS: dict[str, str] = {
 UNTESTED_DEVICES = {
     "cuda": "dispatched by capability, never measured: no number of this project comes from a graphics card"
 }
-"""Kinds of device that run but have no measurement behind them."""
+"""Device types that run but were never measured."""
 
 TESTED_MODELS = ("llama", "qwen2", "qwen3", "mistral", "phi", "phi3", "gemma", "gemma2", "gemma3_text", "gpt2", "opt")
-"""Architectures whose packed logits are proved equal to unpacked ones by a test. Others run behind the step-0 gate."""
+"""Architectures with a test that packed logits equal unpacked ones. Others are checked by the step-0 gate only."""
 
 
 def model_refusal(model_type: str, *, encoder_decoder: bool) -> str | None:
@@ -38,18 +43,19 @@ PROCESS_REFUSALS = {
     "mixture": "a router's load is counted in each process alone",
     "qlora": "a quantized base in several processes has not been tested",
 }
-"""Methods that one process trains, with the reason."""
+"""Methods that only a single process can train, with the reason."""
 
 
 def multi_process_refusal(method: str, *, own_answers: bool) -> str | None:
-    """Why several processes cannot share such a run, or None."""
+    """Why several processes cannot share such a run, or None. `own_answers`: the policy generates its documents."""
     if own_answers:
         return "a policy that makes its own answers is not shared out over processes"
     return PROCESS_REFUSALS.get(method)
 
 
 def sharding_refusal(method: str, objective: str, *, reference: object, moments: str) -> str | None:
-    """Why such a run cannot be shared out with its model in parts, or None."""
+    """Why such a run cannot shard its model over processes, or None."""
+    # a list of what is tested, not of what is known to fail: a silent error in sharding would ruin a run
     if method not in ("lora", "full"):
         return f"a model in parts has been tested under lora and full alone, not under {method}"
     if objective not in ("sft", "preference"):

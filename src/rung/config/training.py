@@ -1,4 +1,4 @@
-"""How a step runs."""
+"""The `training` section: steps, micro-batches, packing, optimizer, checkpoints and validation."""
 
 from __future__ import annotations
 
@@ -13,57 +13,59 @@ class OptimizerConfig(Config):
     """AdamW (Loshchilov and Hutter 2019, algorithm 2)."""
 
     weight_decay: NonNegativeFloat = 0.0
-    """Decoupled decay, applied to matrices only, never to biases or norms."""
+    """Decoupled weight decay; applied to matrices, not to biases or norms."""
     beta1: Fraction = 0.9
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     beta2: Fraction = 0.999
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     epsilon: PositiveFloat = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
     state_dtype: Literal["float32", "int8"] = "float32"
-    """`int8` keeps both moments in 8 bits (Dettmers et al. 2022; bitsandbytes), on a graphics card in memory that pages
-    out; tensors of fewer than 4,096 numbers stay in float32."""
+    """Type of both moments. `int8`: 8 bits (Dettmers et al. 2022; needs bitsandbytes), on a graphics card in pageable
+    memory; tensors of fewer than 4,096 elements stay in float32."""
 
 
 class TrainingConfig(Config):
-    """Steps, rates and what is kept."""
+    """Training steps, learning rate, memory and checkpoints."""
 
     epochs: PositiveFloat = 1.0
-    """Passes over the training rows; a fraction stops within a pass."""
+    """Passes over the training rows; a fractional value ends within a pass."""
     max_steps: PositiveInt | None = None
-    """Stop after this many optimizer steps, whatever `epochs` says."""
+    """Maximum number of optimizer steps; ends a run before `epochs` does."""
     examples_per_step: PositiveInt = 16
-    """Documents whose gradients make one optimizer step."""
+    """Data rows per optimizer step."""
     tokens_per_micro_batch: Annotated[int, Field(ge=16)] | Literal["auto", "probe"] = "auto"
-    """Tokens computed at once. It sets memory and speed, never the result; `auto` follows from the model's shape,
-    `probe` measures once on this machine and keeps what it found in run.json, so that a resume computes the same."""
+    """Tokens computed at once. Affects memory and speed, not the result. `auto`: from the shape of the model; `probe`:
+    measured once on this machine and stored in run.json, so that a resume uses the same value."""
     packing: Literal["tree", "flat", "none"] = "tree"
-    """`tree` computes what several documents of a step begin with once; `flat` packs whole documents; `none` computes
-    one document at a time. The result is the same: the slower ones are for comparing and for finding faults."""
+    """`tree`: packed rows, shared prefixes of the documents of a step computed once; `flat`: packed whole documents;
+    `none`: one document at a time. The result is the same; the slower ones are for comparisons and debugging."""
     cache_frozen_layers: bool = True
-    """Keep what enters the lowest layer that moves in a file beside the cache from the first epoch on, when there are
-    layers below it and more than one epoch. Costs 4 bytes a token and unit of width while the run lasts."""
+    """Store the hidden states that enter the lowest trained layer on disk (in the cache folder) in the first epoch and
+    read them in later ones, if there are frozen layers below it and more than one epoch. Needs 4 bytes per token and
+    unit of width during the run."""
     learning_rate: PositiveFloat | None = None
-    """Peak rate; none takes the method's default (lora 5e-4, head 5e-4, full 5e-5)."""
+    """Peak learning rate; default: that of the method (lora 5e-4, head 5e-4, full 5e-5) times that of the objective."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Course of the rate after the warm-up; cosine and linear end at 0."""
+    """Learning-rate schedule after the warm-up; cosine and linear decay to 0."""
     warmup_ratio: Fraction = 0.03
-    """Share of the steps in which the rate rises from 0."""
+    """Share of the steps in which the rate rises linearly from 0."""
     max_grad_norm: PositiveFloat | None = 1.0
-    """Largest gradient norm; none never clips."""
+    """Gradients are clipped to this norm; null: no clipping."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """AdamW's own settings."""
+    """Settings of AdamW."""
     checkpoint_every: PositiveInt | None = None
-    """Optimizer steps between checkpoints; none saves only when interrupted."""
+    """Optimizer steps between checkpoints; default: saved only on an interrupt."""
     eval_every: PositiveInt | None = None
-    """Optimizer steps between measurements of the validation loss; none measures it at the end."""
+    """Optimizer steps between measurements of the validation loss; default: measured at the end only."""
     patience: NonNegativeInt | None = None
-    """Stop when this many measurements in a row did not improve the best validation loss, and keep the best weights."""
+    """End the run after more than this many measurements in a row without a better validation loss, with the best
+    weights."""
     save_total_limit: PositiveInt = 2
-    """Checkpoints kept, newest first; the best by validation loss is kept besides."""
+    """Number of newest checkpoints kept; the one with the best validation loss is kept in addition."""
 
     @model_validator(mode="after")
-    def _patience_needs_measurements(self) -> TrainingConfig:
+    def _check_patience(self) -> TrainingConfig:
         if self.patience is not None and self.eval_every is None:
             raise ValueError("patience counts measurements: set eval_every too")
         return self

@@ -1,4 +1,9 @@
-"""Checkpoints: weights, moments, generators, what a reference gave. safetensors and JSON only."""
+"""Checkpoints: trained weights, optimizer state, RNG state, progress and cached reference log-probabilities.
+
+Files are safetensors and JSON, so loading a checkpoint cannot run code. A checkpoint is a hashed folder that is renamed
+into place (`files.write_folder`): a kill during a save leaves the previous one intact. The cost is one hash of every
+file at each save and each resume. `Trainer` writes and restores them.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +23,8 @@ REFERENCE_FILE = "reference.safetensors"
 
 
 def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that verifies; what is passed over is told to `warn`."""
+    """The newest checkpoint whose hashes verify, or None; `warn` gets a line for each damaged one."""
+    # step numbers are zero-padded: the order of names is the order of steps
     for candidate in sorted(folder.glob("step-*"), reverse=True):
         if problem := find_damage(candidate):
             warn(f"checkpoint {candidate.name} passed over: {problem}")
@@ -34,48 +40,57 @@ def remove_old_checkpoints(folder: Path, keep: int) -> None:
 
 
 def write_checkpoint(
-    folder: Path, held: OptimizerState, progress: Mapping[str, Any], known: Mapping[int, float] | None = None
+    folder: Path,
+    optimizer_state: OptimizerState,
+    progress: Mapping[str, Any],
+    reference_cache: Mapping[int, float] | None = None,
 ) -> None:
-    """Everything a later process needs to go on as if nothing had happened; `known` is the reference's, by document.
+    """Write what a resume needs to continue exactly; `reference_cache` maps document keys to nats of the reference.
 
-    The first process writes; where the model is in parts each writes its own rows, into one folder.
+    Rank 0 writes. With a sharded model every rank writes its own rows into one common folder.
     """
-    world = held.world
+    world = optimizer_state.world
     if not world.is_rank0:
-        if held.rows:
-            aside = Path(world.gather(None)[0])
+        if optimizer_state.rows:
+            # pairs with the gather in `fill`: the name of the staging folder contains the process id of rank 0
+            staging = Path(world.gather(None)[0])
             with reporting_write_errors(folder):
-                held.save(_part(aside, world.rank))
+                optimizer_state.save(_rank_folder(staging, world.rank))
             world.barrier()
         return
 
-    def fill(aside: Path) -> None:
-        if held.rows:
-            world.gather(str(aside))
-        held.save(_part(aside, world.rank) if held.rows else aside)
-        (aside / "progress.json").write_text(json.dumps(dict(progress), indent=2) + "\n")
-        if known:
-            keys, nats = torch.tensor(list(known)), torch.tensor(list(known.values()), dtype=torch.float64)
-            save_file({"documents": keys, "nats": nats}, aside / REFERENCE_FILE)
-        if held.rows:
+    def fill(staging: Path) -> None:
+        if optimizer_state.rows:
+            world.gather(str(staging))
+        optimizer_state.save(_rank_folder(staging, world.rank) if optimizer_state.rows else staging)
+        (staging / "progress.json").write_text(json.dumps(dict(progress), indent=2) + "\n")
+        if reference_cache:
+            # float64 holds Python's floats exactly: a resumed run computes the same losses bit for bit
+            document_keys, nats = (
+                torch.tensor(list(reference_cache)),
+                torch.tensor(list(reference_cache.values()), dtype=torch.float64),
+            )
+            save_file({"documents": document_keys, "nats": nats}, staging / REFERENCE_FILE)
+        if optimizer_state.rows:
+            # `write_folder` hashes and renames after `fill`: every shard must be on disk by then
             world.barrier()
 
     write_folder(folder, fill)
 
 
-def _part(folder: Path, rank: int) -> Path:
+def _rank_folder(folder: Path, rank: int) -> Path:
     return folder / f"part-{rank:05d}"
 
 
 def read_reference_cache(folder: Path) -> dict[int, float]:
-    """What the reference gave documents by then; nothing where it was not asked."""
+    """Log-probabilities of the reference in nats by document key; empty where none were cached."""
     if not (folder / REFERENCE_FILE).exists():
         return {}
-    found = load_file(folder / REFERENCE_FILE)
-    return dict(zip(found["documents"].tolist(), found["nats"].tolist(), strict=True))
+    tensors = load_file(folder / REFERENCE_FILE)
+    return dict(zip(tensors["documents"].tolist(), tensors["nats"].tolist(), strict=True))
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """How far the run was."""
+    """The fields of `Progress` as they were at the checkpoint."""
     progress: dict[str, Any] = json.loads((folder / "progress.json").read_text())
     return progress

@@ -1,8 +1,9 @@
-"""Several processes on one run: torchrun starts them, torch.distributed carries the sums.
+"""Data-parallel training: torchrun starts the processes, torch.distributed adds their gradients.
 
-Every process holds the model, whole or in parts (`training/fsdp.py`), and takes its share of each step's rows. Losses
-and gradients are sums over the count of the whole step, so adding them up over the processes gives those of one
-process: nothing is averaged.
+Every rank holds the model, replicated or sharded (`training/fsdp.py`), and takes its share of the rows of each step.
+Losses and gradients are sums divided by the count of the whole step, so the sum over ranks equals the value of a single
+process; nothing is averaged. Metrics travel as JSON, which is slower than tensors and needs no layout to agree on.
+`World` is the only access to collectives; a world of one process makes each of them the identity.
 """
 
 from __future__ import annotations
@@ -25,159 +26,180 @@ from rung.console import console
 from rung.errors import CheckpointError, GateError, PlanError, RungError
 from rung.types import Example
 
-BUCKET = 2**25
-"""Numbers that are added up over the processes in one message."""
+BUCKET_ELEMENTS = 2**25
+"""Tensor elements added up in one all-reduce: few messages, and a copy of at most this many elements."""
 PEER_TIMEOUT = timedelta(minutes=30)
-"""How long a process waits for the others."""
+"""How long a collective waits for the other ranks, for example while rank 0 prepares the data (`rank0_first`)."""
 T = TypeVar("T")
 
 
 class PeerProcessError(RungError):
-    """Another process of the run ended, and said why."""
+    """Another process of the run failed; its own message gives the cause."""
 
+    # the user has to act on another message and rerun, as after a checkpoint error
     exit_code = CheckpointError.exit_code
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, as one of them sees them. Alone, everything here is the identity."""
+    """The ranks of a run as seen by one of them. With one process every method is the identity."""
 
     rank: int = 0
     size: int = 1
     sharded: bool = False
-    """Whether every process must run as many forwards as the others."""
+    """Whether layers are sharded, so that all ranks must run the same number of forward and backward passes."""
     device: torch.device = torch.device("cpu")
 
     @property
     def is_rank0(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """Whether this is the rank that writes files and prints."""
         return self.rank == 0
 
     def split_examples(self, examples: Sequence[Example]) -> Sequence[Example]:
-        """What of a step is for this process: about as many tokens as the others', rows of several documents whole."""
+        """The share of this rank in a step: token counts are about equal, and rows of several documents stay whole."""
         if self.size == 1:
             return examples
-        numbers = [e.row if e.row >= 0 else -1 - i for i, e in enumerate(examples)]
-        rows = [[examples[i] for i in own] for _, own in groupby(range(len(numbers)), key=numbers.__getitem__)]
+        # a document without a row (-1) gets a key of its own, so that `groupby` does not join it with its neighbour
+        row_keys = [e.row if e.row >= 0 else -1 - i for i, e in enumerate(examples)]
+        rows = [
+            [examples[i] for i in indices] for _, indices in groupby(range(len(row_keys)), key=row_keys.__getitem__)
+        ]
         lengths = [sum(map(len, row)) for row in rows]
         loads = [(0, rank) for rank in range(self.size)]
-        mine: list[int] = []
+        assigned_rows: list[int] = []
+        # longest first, each to the least loaded rank; ties by index, so that all ranks compute the same assignment
         for i in sorted(range(len(rows)), key=lambda i: (-lengths[i], i)):
             load, rank = heapq.heappop(loads)
             heapq.heappush(loads, (load + lengths[i], rank))
             if rank == self.rank:
-                mine.append(i)
-        return [e for i in sorted(mine) for e in rows[i]]
+                assigned_rows.append(i)
+        return [e for i in sorted(assigned_rows) for e in rows[i]]
 
     def every_nth(self, rows: Sequence[T]) -> Sequence[T]:
-        """Every size-th of some rows."""
+        """The rows of this rank when they are dealt out in turn; used for validation rows."""
         return rows if self.size == 1 else [rows[i] for i in range(self.rank, len(rows), self.size)]
 
     def seed_dropout(self, seed: int, step: int) -> None:
-        """Of several processes each drops something else, and a resume the same again; one alone goes on drawing."""
+        """Give each rank its own dropout stream, a function of seed, step and rank.
+
+        A single process keeps its running generator, whose state a checkpoint holds.
+        """
         if self.size > 1:
+            # 8 is the number of this random stream; rollouts use 4 to 6 with the same seed
             torch.manual_seed(int(np.random.SeedSequence([seed, 8, step, self.rank]).generate_state(1)[0]))
 
     def missing_batches(self, batches: int) -> int:
-        """How many batches a process computes more than it has, so that all compute as many."""
+        """Filler batches that this rank computes so that all ranks run equally many; 0 unless the model is sharded."""
         return max(self.gather(batches)) - batches if self.sharded else 0
 
     def gather(self, value: Any) -> list[Any]:
-        """What each process has to say, by rank: anything that JSON can hold. Numbers arrive as they were."""
+        """The values of all ranks in rank order, for any JSON value. Floats arrive exactly."""
         if self.size == 1:
             return [value]
-        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        # JSON instead of all_gather_object: nothing is pickled, and repr of a float is exact
+        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
         lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
         with _translating_peer_errors():
-            distributed.all_gather(lengths, torch.tensor([len(own)], device=self.device))
-        longest = max(int(n) for n in lengths)
-        padded = torch.nn.functional.pad(own, (0, longest - len(own)))
-        found = [torch.empty(longest, dtype=torch.uint8, device=self.device) for _ in range(self.size)]
+            distributed.all_gather(lengths, torch.tensor([len(payload)], device=self.device))
+        # all_gather takes tensors of one size: pad to the longest message
+        longest = max(int(length) for length in lengths)
+        padded = torch.nn.functional.pad(payload, (0, longest - len(payload)))
+        buffers = [torch.empty(longest, dtype=torch.uint8, device=self.device) for _ in range(self.size)]
         with _translating_peer_errors():
-            distributed.all_gather(found, padded)
-        return [json.loads(bytes(f[: int(n)].tolist())) for f, n in zip(found, lengths, strict=True)]
+            distributed.all_gather(buffers, padded)
+        return [
+            json.loads(bytes(buffer[: int(length)].tolist())) for buffer, length in zip(buffers, lengths, strict=True)
+        ]
 
     def sum_values(self, values: Sequence[float]) -> list[float]:
-        """The sums over all processes, in the order of their ranks."""
-        return [sum(own) for own in zip(*self.gather(list(values)), strict=True)]
+        """Elementwise sums over all ranks, added in rank order: every rank gets the same bits."""
+        return [sum(by_rank) for by_rank in zip(*self.gather(list(values)), strict=True)]
 
     def any(self, flag: bool) -> bool:
-        """Whether any process says so."""
+        """Whether the flag is set on any rank."""
         return any(self.gather(flag))
 
     def sum_tensors(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors of one type by their sums over all processes."""
+        """Replace tensors of one dtype by their sums over all ranks, in place."""
         if self.size == 1:
             return
         for bucket in _buckets(tensors):
             flat = torch.cat([t.reshape(-1) for t in bucket])
             with _translating_peer_errors():
                 distributed.all_reduce(flat)
-            for t, own in zip(bucket, torch.split(flat, [t.numel() for t in bucket]), strict=True):
-                t.copy_(own.view_as(t))
+            for t, total in zip(bucket, torch.split(flat, [t.numel() for t in bucket]), strict=True):
+                t.copy_(total.view_as(t))
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """The gradient of the whole step; what no process has one for keeps none, and so does not decay."""
+        """Sum gradients over ranks. A parameter without a gradient on all ranks keeps None, so it does not decay."""
         if self.size == 1:
             return
-        has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=self.device)
-        self.sum_tensors([has])
-        reached = [p for p, count in zip(parameters, has.tolist(), strict=True) if count]
-        for p in reached:
-            if p.grad is None:
+        gradient_counts = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=self.device)
+        self.sum_tensors([gradient_counts])
+        with_gradient = [p for p, count in zip(parameters, gradient_counts.tolist(), strict=True) if count]
+        for p in with_gradient:
+            if p.grad is None:  # all ranks must send the same tensors
                 p.grad = torch.zeros_like(p)
-        for dtype in {p.dtype: None for p in reached}:
-            self.sum_tensors([p.grad for p in reached if p.dtype == dtype and p.grad is not None])
+        # a dict keeps the order of first occurrence; a set could order the messages differently on each rank
+        for dtype in {p.dtype: None for p in with_gradient}:
+            self.sum_tensors([p.grad for p in with_gradient if p.dtype == dtype and p.grad is not None])
 
     def gather_metrics(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """What all processes saw of a step, for its report."""
+        """Batch metrics of all ranks, concatenated, for the log entry of the step."""
         if self.size == 1:
             return batches
-        named: dict[str, list[float]] = {}
+        local_metrics: dict[str, list[float]] = {}
         for batch in batches:
             for name, values in batch.items():
-                named.setdefault(name, []).extend(values.double().tolist())
-        found: dict[str, list[float]] = {}
-        for own in self.gather(named):
-            for name, values in own.items():
-                found.setdefault(name, []).extend(values)
-        return [{name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}] if found else []
+                local_metrics.setdefault(name, []).extend(values.double().tolist())
+        global_metrics: dict[str, list[float]] = {}
+        for rank_metrics in self.gather(local_metrics):
+            for name, values in rank_metrics.items():
+                global_metrics.setdefault(name, []).extend(values)
+        return (
+            [{name: torch.tensor(values, dtype=torch.float64) for name, values in global_metrics.items()}]
+            if global_metrics
+            else []
+        )
 
     def barrier(self) -> None:
-        """For all others."""
+        """Wait until every rank is here."""
         self.gather(None)
 
     def on_rank0(self, work: Callable[[], Any]) -> Any:
-        """Let the first process do something, whose result, which JSON can hold, all want; it may refuse."""
+        """Run `work` on rank 0 and return its JSON result on all ranks. A `RungError` of rank 0 ends the others too."""
         if self.size == 1:
             return work()
-        told: Any = None
+        message: Any = None
         try:
-            told = {"value": work()} if self.is_rank0 else None
+            message = {"value": work()} if self.is_rank0 else None
         except RungError as error:
+            # the other ranks wait in the gather below: without this message they would wait until the timeout
             self.gather({"error": error.summary})
             raise
-        told = self.gather(told)[0]
-        if "error" in told:
-            raise PeerProcessError(f"the first process refused: {told['error']}")
-        return told["value"]
+        message = self.gather(message)[0]
+        if "error" in message:
+            raise PeerProcessError(f"the first process refused: {message['error']}")
+        return message["value"]
 
     def rank0_first(self, work: Callable[[], T]) -> T:
-        """Let the first process do something before the others: they find it done."""
+        """Run `work` on rank 0 first and then on the others, for example to fill a cache that they read."""
         if not self.is_rank0:
             self.barrier()
-        found = work()
+        result = work()
         if self.is_rank0:
             self.barrier()
-        return found
+        return result
 
-    def assert_equal(self, said: Mapping[str, Any]) -> None:
-        """Raise `GateError` where the processes do not hold the same."""
-        everyone = self.gather(dict(said))
-        for rank, other in enumerate(everyone):
-            if differing := [name for name, value in everyone[0].items() if other.get(name) != value]:
-                what = f"processes 0 and {rank} do not hold the same: {', '.join(differing[:3])}"
-                raise GateError(what, where="WORLD_SIZE", given=other.get(differing[0]))
+    def assert_equal(self, values: Mapping[str, Any]) -> None:
+        """Raise `GateError` where a named value differs between rank 0 and another rank."""
+        values_by_rank = self.gather(dict(values))
+        for rank, rank_values in enumerate(values_by_rank):
+            if differing_names := [
+                name for name, expected in values_by_rank[0].items() if rank_values.get(name) != expected
+            ]:
+                what = f"processes 0 and {rank} do not hold the same: {', '.join(differing_names[:3])}"
+                raise GateError(what, where="WORLD_SIZE", given=rank_values.get(differing_names[0]))
 
 
 SINGLE_PROCESS = World()
@@ -185,35 +207,36 @@ SINGLE_PROCESS = World()
 
 @contextmanager
 def join_process_group() -> Iterator[World]:
-    """The processes that a launcher started, by its environment; alone where there was none.
+    """The world that the launcher's environment variables describe; one process without a launcher.
 
-    Raises `PlanError` where they are not as many as the launcher said.
+    Raises `PlanError` where the process group does not have the announced size.
     """
-    said = os.environ.get("WORLD_SIZE") or "1"
-    if said == "1":
+    announced_size = os.environ.get("WORLD_SIZE") or "1"
+    if announced_size == "1":
         yield SINGLE_PROCESS
         return
-    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+    if missing_names := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
         what = "several processes are announced, but not where they find one another"
         hint = "start them with: torchrun --nproc-per-node N -m rung train CONFIG"
-        raise PlanError(what, where="WORLD_SIZE", given=f"{said}, no {', '.join(missing)}", hint=hint)
-    rank, size, local = (int(os.environ.get(name, "0") or 0) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+        raise PlanError(what, where="WORLD_SIZE", given=f"{announced_size}, no {', '.join(missing_names)}", hint=hint)
+    rank, size, local_rank = (int(os.environ.get(name, "0") or 0) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    console.quiet = rank > 0
+    console.quiet = rank > 0  # one rank prints
     with _translating_peer_errors():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PEER_TIMEOUT)
     try:
         world = World(rank, distributed.get_world_size(), device=device)
-        ranks = [own["rank"] for own in world.gather({"rank": rank})]
+        # a wrong group would train on the wrong share of the rows and still look healthy
+        ranks = [entry["rank"] for entry in world.gather({"rank": rank})]
         if world.size != size or ranks != list(range(size)):
             what = "the processes are not those that the launcher announced"
-            raise PlanError(what, where="WORLD_SIZE", given=f"{world.size}: {ranks}", allowed=said)
+            raise PlanError(what, where="WORLD_SIZE", given=f"{world.size}: {ranks}", allowed=announced_size)
         yield world
-    except RuntimeError as error:  # of layers in parts, which are gathered by torch itself
+    except RuntimeError as error:  # FSDP gathers layers itself, outside `_translating_peer_errors`
         if isinstance(error, RungError) or not (isinstance(error, distributed.DistError) or "gloo" in str(error)):
-            raise
+            raise  # not of the process group: a bug or an out-of-memory error keeps its traceback
         raise _peer_error(error) from error
     finally:
         console.quiet = False
@@ -222,20 +245,20 @@ def join_process_group() -> Iterator[World]:
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     bucket: list[Tensor] = []
-    count = 0
+    element_count = 0
     for tensor in tensors:
-        if bucket and count + tensor.numel() > BUCKET:
+        if bucket and element_count + tensor.numel() > BUCKET_ELEMENTS:
             yield bucket
-            bucket, count = [], 0
+            bucket, element_count = [], 0
         bucket.append(tensor)
-        count += tensor.numel()
+        element_count += tensor.numel()
     if bucket:
         yield bucket
 
 
 @contextmanager
 def _translating_peer_errors() -> Iterator[None]:
-    """What torch says of a process that is gone, in our words."""
+    """Turn a `RuntimeError` of a collective into a `PeerProcessError`."""
     try:
         yield
     except RuntimeError as error:

@@ -1,7 +1,8 @@
-"""Early stopping: the best validation loss so far, when a run should end, and whose weights it ends with.
+"""Early stopping: tracks the best validation loss, decides when a run ends and which weights it ends with.
 
-Without `patience` the best loss is only remembered: nothing is saved and the last weights stay. With it the weights of
-every new best are written, which costs a checkpoint each time, because the best step is known only afterwards.
+Without `patience` only the best loss is recorded, nothing is saved and the last weights stay. With `patience` every
+new best is written as a checkpoint, because only later losses show whether it stays the best. `Trainer` calls `update`
+after each validation.
 """
 
 from __future__ import annotations
@@ -20,47 +21,50 @@ from rung.training.run_folder import Progress, StopCheck
 
 @dataclass(frozen=True)
 class EarlyStopping:
-    """Decides on validation losses. What it remembers is in `Progress`, so that a checkpoint holds it."""
+    """Decides on validation losses. All state is in `Progress`, which checkpoints store."""
 
     patience: int | None
-    """Measurements without a better loss after which a run ends; None never ends it."""
-    best: Path
+    """A run ends at the first measurement beyond this many in a row without a better loss; None never ends it."""
+    best_folder: Path
     """Folder of the best checkpoint."""
-    write: Callable[[Path], None]
-    """Writes a checkpoint; of several processes each writes its part."""
+    write_checkpoint: Callable[[Path], None]
+    """Writes a checkpoint folder; with a sharded model every rank takes part."""
     stop_check: StopCheck
-    """Is given every validation loss, and returns a reason to stop: a search ends its trials with it."""
+    """Called with every validation loss; returns a reason to stop or None. A search ends its trials with it."""
 
     def update(self, progress: Progress, loss: float) -> str | None:
-        """Take in a validation loss. Returns why the run should end here, or None."""
+        """Record a validation loss in nats. Returns the reason to end the run here, or None."""
         if not math.isfinite(loss):  # no later loss would ever be lower than a NaN that was taken for the best
             print_status(f"the validation loss of step {progress.step} is {loss}: it counts as no better")
         elif progress.best is None or loss < progress.best:
             progress.best, progress.best_step, progress.misses = loss, progress.step, 0
             if self.patience is not None:
-                self.write(self.best)
+                self.write_checkpoint(self.best_folder)
             return self.stop_check(loss)
+        # a loss that is not finite counts as a miss too
         progress.misses += 1
         if self.patience is not None and progress.misses > self.patience:
             return f"no better validation loss in {progress.misses} measurements"
         return self.stop_check(loss)
 
     def reset(self, progress: Progress, *, remove: bool) -> None:
-        """Forget the best loss: it belonged to a model that is no longer trained. One process removes its weights."""
+        """Forget the best loss, which belonged to another model. `remove` deletes its weights; one rank sets it."""
         progress.best, progress.best_step, progress.misses = None, 0, 0
         if remove:
-            shutil.rmtree(self.best, ignore_errors=True)
+            shutil.rmtree(self.best_folder, ignore_errors=True)
 
     def best_weights(self, progress: Progress) -> Path | None:
-        """The checkpoint to end with; None where the last weights are to stay.
+        """The checkpoint folder to end with; None where the last weights stay.
 
-        Raises `GateError` for a damaged one: ending with other weights than promised must not go unnoticed.
+        Raises `GateError` where it is damaged: a run must not end with other weights than it reports.
         """
+        # the best step is the last one: its weights are in memory already
         if self.patience is None or progress.best_step == progress.step:
             return None
-        if not self.best.exists():
+        # `Trainer.restore` removes a best checkpoint of steps that the resumed run takes again
+        if not self.best_folder.exists():
             print_status(f"step {progress.best_step} had the lowest validation loss, but its weights went with a stop")
             return None
-        if problem := find_damage(self.best):
-            raise GateError(f"the best checkpoint cannot be used: {problem}", where=str(self.best))
-        return self.best
+        if problem := find_damage(self.best_folder):
+            raise GateError(f"the best checkpoint cannot be used: {problem}", where=str(self.best_folder))
+        return self.best_folder

@@ -1,8 +1,9 @@
-"""The frozen trunk: what enters the lowest layer that moves is computed once for each document and read from then on.
+"""Cache of the hidden states that enter the lowest trained layer: frozen layers run once per document.
 
-Exact, because nothing below that layer moves during a run: the same weights and the same tokens give the same states.
-The states stand in a file of the run's own, which goes when the process does; an entry is found by the tokens of its
-document, and every read is checked against the sum taken when it was written.
+The result is exact, because the same frozen weights and the same tokens give the same states. The cost is 4 bytes per
+token and unit of width on disk. States are read from an unnamed file with pread, not mapped: mapped pages would count
+as memory of the process (decision 0009). Entries are keyed by a hash of the document's tokens; every read verifies a
+checksum. `Trainer` creates the cache for runs of more than one epoch.
 """
 
 from __future__ import annotations
@@ -26,18 +27,19 @@ from rung.models.policy import Policy
 from rung.training.packing import pack_together
 from rung.types import CachedHidden, Example, PackedBatch, SharedPrefix
 
-LENGTHS = 1000
-"""Documents looked at to know how long all of them are."""
+SAMPLED_ROWS = 1000
+"""Rows whose lengths are read to estimate the size of all states: reading every row would decode the whole data set."""
 
 
 def has_disk_space(rows: Sequence[Sequence[Example]], width: int) -> bool:
-    """Whether half of the free disk takes the states of all these documents; says so where it does not."""
-    some = [sum(map(len, rows[i])) for i in range(0, len(rows), max(1, len(rows) // LENGTHS))]
-    needed = int(np.mean(some) * len(rows) * 4 * width)
-    enough = needed <= shutil.disk_usage(cache_folder()).free // 2
-    if not enough:
-        print_status(f"some layers do not move, but keeping their states would take {needed / 1e9:.0f} GB")
-    return enough
+    """Whether the states of all rows fit into half of the free disk space; prints a line where they do not."""
+    sampled_lengths = [sum(map(len, rows[i])) for i in range(0, len(rows), max(1, len(rows) // SAMPLED_ROWS))]
+    needed_bytes = int(np.mean(sampled_lengths) * len(rows) * 4 * width)
+    # 4 bytes: float32, the widest compute type of a run. The other half is left to checkpoints and other processes
+    fits = needed_bytes <= shutil.disk_usage(cache_folder()).free // 2
+    if not fits:
+        print_status(f"some layers do not move, but keeping their states would take {needed_bytes / 1e9:.0f} GB")
+    return fits
 
 
 class _Entry(NamedTuple):
@@ -48,26 +50,32 @@ class _Entry(NamedTuple):
 
 
 class FrozenLayerCache:
-    """Hidden states that enter `layer`, by document. `budget` tokens are computed at once."""
+    """Hidden states that enter `layer`, by document. At most `budget` tokens are computed at once."""
 
     def __init__(self, policy: Policy, layer: int, budget: int, *, share_prefixes: bool = True) -> None:
         self.policy, self.layer, self.budget, self.share_prefixes = policy, layer, budget, share_prefixes
+        # an unnamed file: it disappears with the process, also when the process is killed
         self.states = AppendFile.new()
         self.entries: dict[bytes, _Entry] = {}
 
     def feed(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
-        """The same rows with the states of every document, computed where they are not known yet."""
+        """The same batches with the cached states of every document; missing states are computed first."""
         self.fill(batches)
+        # batches of one prefix must keep sharing one object: the policy runs a prefix once by its identity
         prefixes: dict[SharedPrefix, SharedPrefix] = {}
         return [self._with_states(batch, prefixes) for batch in batches]
 
     def fill(self, batches: Sequence[PackedBatch]) -> None:
-        """Compute the states of the documents that are not known yet, together: sums in their order are these bits."""
+        """Compute and store missing states.
+
+        All documents of the batches are packed together: the packing sets the order of sums, hence the exact bits, and
+        a resumed run that replays the same calls gets the same states.
+        """
         documents = {_key(d): d for batch in batches for d in batch.documents}
         self._compute([d for key, d in documents.items() if key not in self.entries])
 
     def summary(self) -> dict[str, int]:
-        """For `run.json`."""
+        """Layer, number of documents and bytes, as written to `run.json`."""
         return {"layer": self.layer, "documents": len(self.entries), "bytes": self.states.size}
 
     def _compute(self, documents: Sequence[Example]) -> None:
@@ -81,6 +89,7 @@ class FrozenLayerCache:
                 self._write(document, states[torch.from_numpy(rows)])
 
     def _write(self, document: Example, states_TH: Tensor) -> None:
+        # bytes of any dtype: numpy has no bfloat16
         raw = states_TH.contiguous().view(torch.uint8).numpy().tobytes()
         offset = self.states.append(raw)
         self.entries[_key(document)] = _Entry(offset, len(raw), zlib.crc32(raw), states_TH.dtype)
@@ -97,20 +106,23 @@ class FrozenLayerCache:
         return torch.frombuffer(raw, dtype=entry.dtype).view(len(document), -1)
 
     def _with_states(self, batch: PackedBatch, prefixes: dict[SharedPrefix, SharedPrefix]) -> PackedBatch:
-        ahead = 0 if batch.prefix is None else len(batch.prefix.ids)
+        prefix_length = 0 if batch.prefix is None else len(batch.prefix.ids)
         states_TH: Tensor | None = None
         for document, rows in zip(batch.documents, batch.rows, strict=True):
-            own = self._read(document)
+            document_states = self._read(document)
+            # allocated at the first read: dtype and width are those of the stored states
             if states_TH is None:
-                states_TH = own.new_empty(len(batch.ids), own.shape[1])
-            states_TH[torch.from_numpy(rows)] = own[ahead:]
+                states_TH = document_states.new_empty(len(batch.ids), document_states.shape[1])
+            states_TH[torch.from_numpy(rows)] = document_states[prefix_length:]
+            # any document that begins with the prefix has the same states there: attention is causal
             if batch.prefix is not None and batch.prefix not in prefixes:
-                below = CachedHidden(self.layer, own[:ahead].to(self.policy.device))
-                prefixes[batch.prefix] = replace(batch.prefix, cached_hidden=below)
+                prefix_hidden = CachedHidden(self.layer, document_states[:prefix_length].to(self.policy.device))
+                prefixes[batch.prefix] = replace(batch.prefix, cached_hidden=prefix_hidden)
         assert states_TH is not None  # noqa: S101 -- a row holds at least one document
         prefix = None if batch.prefix is None else prefixes[batch.prefix]
         return replace(batch, cached_hidden=CachedHidden(self.layer, states_TH.to(self.policy.device)), prefix=prefix)
 
 
 def _key(document: Example) -> bytes:
+    # 128 bits: no collision among any realistic number of documents
     return hashlib.blake2b(np.ascontiguousarray(document.ids).tobytes(), digest_size=16).digest()

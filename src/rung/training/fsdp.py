@@ -1,8 +1,9 @@
-"""A model in parts: each process holds some rows of every weight, and gathers the rest where it computes with it.
+"""Fully sharded training: each rank holds some rows of every weight and gathers a layer while it computes with it.
 
-Layers are split by torch's FSDP2 (`fully_shard`; Zhao et al. 2023): one at a time is whole, forwards and backwards, and
-of its gradient each process gets the sum, at its own rows. What moves outside the layers, embeddings and head, is
-gathered where it is read. Every process must run as many forwards and backwards as the others.
+Layers are sharded by torch's FSDP2 (`fully_shard`; Zhao et al. 2023): one layer at a time is gathered, in the forward
+and in the backward pass, and each rank receives the summed gradient of its own rows. Trained weights outside the layers
+(embeddings and head) are gathered when they are read. Memory per rank falls with the number of ranks; the cost is one
+gather per layer and pass, and that all ranks must run equally many passes. `Trainer.shard` calls this.
 """
 
 from __future__ import annotations
@@ -15,92 +16,102 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
-_ROWS = (Shard(0),)
+_BY_ROWS = (Shard(0),)
 
 
-def shard_model(model: nn.Module, layers: Sequence[nn.Module], whole: Iterable[nn.Parameter]) -> None:
-    """Leave each process its rows of the layers' weights, and of what moves outside them.
+def shard_model(model: nn.Module, layers: Sequence[nn.Module], replicated: Iterable[nn.Parameter]) -> None:
+    """Shard the weights of the layers and the trained matrices outside them by rows.
 
-    Nothing of `whole` is split, nor are vectors and frozen weights outside the layers: their gradients are those of
-    replicas, and are added up as ever.
+    Parameters in `replicated` stay whole, as do vectors and frozen weights outside the layers: their gradients are
+    summed as for replicas (`World.sum_gradients`).
     """
     trunk: nn.Module = getattr(model, str(model.base_model_prefix))
-    kept = set(whole)
+    ignored = set(replicated)
     mesh = init_device_mesh(next(model.parameters()).device.type, (distributed.get_world_size(),))
     for layer in layers:
-        _shard(layer, mesh, kept & set(layer.parameters()))
-    outside = {p for p in trunk.parameters() if p in kept or not isinstance(p, DTensor)}
+        _shard(layer, mesh, ignored & set(layer.parameters()))
+    # the root module gets FSDP hooks too, but none of its own weights: they are handled below or replicated
+    outside = {p for p in trunk.parameters() if p in ignored or not isinstance(p, DTensor)}
     _shard(trunk, mesh, outside)
-    made: dict[int, nn.Parameter] = {}  # a head that is tied stays so
+    shards: dict[int, nn.Parameter] = {}  # by identity: tied embeddings and head stay tied
     for module, name, parameter in _parameters(model):
-        if isinstance(parameter, DTensor) or parameter in kept or parameter.dim() < 2 or not parameter.requires_grad:
+        if isinstance(parameter, DTensor) or parameter in ignored or parameter.dim() < 2 or not parameter.requires_grad:
             continue
-        if id(parameter) not in made:
-            made[id(parameter)] = nn.Parameter(distribute_tensor(parameter.detach(), mesh, _ROWS, src_data_rank=None))
-        _gather_on_read(module, name, made[id(parameter)])
+        if id(parameter) not in shards:
+            # src_data_rank=None: every rank has the full weight already, nothing is sent
+            shards[id(parameter)] = nn.Parameter(
+                distribute_tensor(parameter.detach(), mesh, _BY_ROWS, src_data_rank=None)
+            )
+        _gather_on_read(module, name, shards[id(parameter)])
 
 
 def gather_full(model: nn.Module, *, keep: bool) -> None:
-    """Make whole what moves, in the memory of the processor that keeps it; in the others nothing is left of it."""
-    made: dict[int, nn.Parameter] = {}
+    """Gather the trained weights into host memory where `keep` is set; other ranks are left with empty tensors."""
+    gathered_parameters: dict[int, nn.Parameter] = {}
     for module, name, parameter in _parameters(model):
         if not isinstance(parameter, DTensor) or not parameter.requires_grad:
             continue
-        if id(parameter) not in made:
-            gathered = _gather_parameter(parameter).detach()  # all take part
-            made[id(parameter)] = nn.Parameter(gathered.cpu() if keep else gathered.new_empty(0))
-        module._parameters[name] = made[id(parameter)]
-        if (kind := getattr(module, _WITHOUT, None)) is not None:
-            module.__class__ = kind
+        if id(parameter) not in gathered_parameters:
+            full_tensor = _gather_parameter(parameter).detach()  # a collective: also on ranks that discard it
+            gathered_parameters[id(parameter)] = nn.Parameter(full_tensor.cpu() if keep else full_tensor.new_empty(0))
+        # not setattr: `_gather_on_read` has put a property without a setter in place of the attribute
+        module._parameters[name] = gathered_parameters[id(parameter)]
+        if (original_class := getattr(module, _ORIGINAL_CLASS, None)) is not None:
+            module.__class__ = original_class
 
 
 def local_tensor(parameter: nn.Parameter) -> nn.Parameter:
-    """What this process holds of a parameter, in the same memory: all of it, or its rows."""
+    """The part of a parameter on this rank, all of it or its rows, sharing the same memory."""
     return nn.Parameter(_local_shard(parameter).detach()) if isinstance(parameter, DTensor) else parameter
 
 
 def local_rows(parameter: Tensor) -> slice | None:
-    """Which rows of a parameter this process holds; None is all of it."""
+    """The rows of a parameter that this rank holds; None for a replicated parameter."""
     if not isinstance(parameter, DTensor):
         return None
-    rows = len(parameter)
-    each = -(-rows // parameter.device_mesh.size())
-    start = min(parameter.device_mesh.get_rank() * each, rows)
-    return slice(start, min(start + each, rows))
+    row_count = len(parameter)
+    # torch's rule for Shard(0): equal chunks rounded up; the last ranks may hold fewer rows or none
+    rows_per_rank = -(-row_count // parameter.device_mesh.size())
+    start = min(parameter.device_mesh.get_rank() * rows_per_rank, row_count)
+    return slice(start, min(start + rows_per_rank, row_count))
 
 
 def digests(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, int]:
-    """An exact 64-bit reduction of each tensor, of one in parts of what is held here."""
-    own = ((name, _local_shard(p)) for name, p in parameters)
-    return {name: int(torch.hash_tensor(p.detach()).item()) for name, p in own if p.numel()}
+    """An exact 64-bit hash of each tensor, of a sharded one over the rows of this rank."""
+    local_tensors = ((name, _local_shard(tensor)) for name, tensor in parameters)
+    return {name: int(torch.hash_tensor(tensor.detach()).item()) for name, tensor in local_tensors if tensor.numel()}
 
 
-_WITHOUT = "_kind_without_parts"
+_ORIGINAL_CLASS = "_class_before_sharding"
 
 
 def _shard(module: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter]) -> None:
     sharded = fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
-    sharded.set_gradient_divide_factor(1.0)  # the loss is divided by the count of the whole step already
-    sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    sharded.set_gradient_divide_factor(1.0)  # losses are divided by the count of the whole step already
+    sharded.set_force_sum_reduction_for_comms(True)  # gloo has no averaging reduction
 
 
-def _gather_on_read(module: nn.Module, name: str, part: nn.Parameter) -> None:
-    """Hold a part under a parameter's name. Who reads it there gets the whole."""
+def _gather_on_read(module: nn.Module, name: str, shard: nn.Parameter) -> None:
+    """Register a shard as the parameter; reading the attribute returns the gathered tensor."""
 
-    def whole(self: nn.Module) -> Tensor:
+    def full_parameter(self: nn.Module) -> Tensor:
         return _gather_parameter(self._parameters[name])
 
-    module._parameters[name] = part
-    kind = type(module)
-    module.__class__ = type(kind.__name__, (kind,), {name: property(whole), _WITHOUT: kind})
+    module._parameters[name] = shard
+    # a property must be on the class, so this one module gets a subclass of its own; state dicts still see the shard
+    original_class = type(module)
+    module.__class__ = type(
+        original_class.__name__, (original_class,), {name: property(full_parameter), _ORIGINAL_CLASS: original_class}
+    )
 
 
 def _gather_parameter(tensor: Tensor | None) -> Tensor:
-    """Gathered from all processes; its gradient is summed over them into the parts."""
+    """The full tensor of a shard, differentiable: the backward pass sums its gradient over ranks into the shards."""
     if not isinstance(tensor, DTensor):
         raise TypeError(f"no part of anything: {type(tensor)}")
-    whole: Tensor = tensor.full_tensor(grad_placements=[Partial()])
-    return whole
+    # Partial: the local gradients are addends of the sum, not copies of one gradient
+    full_tensor: Tensor = tensor.full_tensor(grad_placements=[Partial()])
+    return full_tensor
 
 
 def _local_shard(tensor: Tensor) -> Tensor:
@@ -108,7 +119,7 @@ def _local_shard(tensor: Tensor) -> Tensor:
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    """Every place that holds one, those of tied weights all."""
+    """Every registration of a parameter: tied weights appear once for each module."""
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:

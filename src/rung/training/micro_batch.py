@@ -1,4 +1,8 @@
-"""How many tokens to compute at once, measured once, and what a document too long for memory has computed again."""
+"""Micro-batch size: the measured token budget, and which layers a very long document recomputes in its backward pass.
+
+The budget changes memory and speed, never the result, because gradients are sums. Recomputing a layer saves its
+activations for the price of a second forward pass. `runs.train` calls this before the first step.
+"""
 
 from __future__ import annotations
 
@@ -16,28 +20,30 @@ from rung.planning.method_cost import layer_bytes_per_token
 from rung.training.step import accumulate
 from rung.types import Example, PackedBatch
 
-LONGEST_BYTES = 4 * 2**30
-"""What a single document may hold on a processor; one that needs more has its first layers computed again."""
-CANDIDATES = (256, 512, 768, 1024, 1536, 2048)
-NEARLY_AS_FAST = 1.03
-"""A larger micro-batch holds more memory: it must be this much faster to be taken."""
+CPU_DOCUMENT_BYTES = 4 * 2**30
+"""Activation bytes of one document on a CPU; a document that needs more has its lowest trained layers recomputed."""
+CANDIDATE_BUDGETS = (256, 512, 768, 1024, 1536, 2048)
+MAX_SLOWDOWN = 1.03
+"""A budget may be this much slower than the fastest: a larger one costs memory, and timings vary by some percent."""
 
 
 def longest_document_bytes(device: torch.device) -> int:
-    """What the activations of one document may hold: half of a graphics card's memory (not measured)."""
+    """Activation bytes that one document may hold; on a graphics card half of its memory (not measured)."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory) // 2
-    return LONGEST_BYTES
+    return CPU_DOCUMENT_BYTES
 
 
-def layers_to_recompute(shape: ModelShape, tokens: int, *, lowest: int = 0, limit: int = LONGEST_BYTES) -> range:
-    """Which layers a document of this many tokens must compute again so that what it keeps fits into `limit` bytes.
+def layers_to_recompute(shape: ModelShape, tokens: int, *, lowest: int = 0, limit: int = CPU_DOCUMENT_BYTES) -> range:
+    """The layers that a document of `tokens` tokens must recompute so that its activations fit into `limit` bytes.
 
-    Layers below `lowest` do not move and keep nothing. A layer computed again keeps its input: 4 H bytes a token.
+    Layers below `lowest` are frozen and keep nothing. A recomputed layer keeps its input: 4 H bytes per token.
     """
-    moving, kept, each = shape.layers - lowest, 4 * shape.width, layer_bytes_per_token(shape)
-    over = tokens * moving * each - limit
-    count = 0 if over <= 0 else min(moving, -(-over // (tokens * (each - kept))))
+    trained_layers, recomputed_bytes, layer_bytes = shape.layers - lowest, 4 * shape.width, layer_bytes_per_token(shape)
+    excess_bytes = tokens * trained_layers * layer_bytes - limit
+    count = (
+        0 if excess_bytes <= 0 else min(trained_layers, -(-excess_bytes // (tokens * (layer_bytes - recomputed_bytes))))
+    )
     return range(lowest, lowest + count)
 
 
@@ -45,30 +51,31 @@ def measure_micro_batch_tokens(
     policy: Policy,
     objective: Objective,
     examples: Sequence[Example],
-    rows: Callable[[Sequence[Example], int], Sequence[PackedBatch]],
+    pack_rows: Callable[[Sequence[Example], int], Sequence[PackedBatch]],
 ) -> int:
-    """The smallest of the candidate budgets that is nearly as fast as the fastest, measured on these documents.
+    """The smallest candidate budget that is at most `MAX_SLOWDOWN` slower than the fastest, in tokens.
 
-    `rows` packs documents within a budget as the run will. Each budget is timed twice on the same documents, in train
-    mode, and the better time counts. Gradients are thrown away; generators are left as they were.
+    `pack_rows` packs documents within a budget as the run does. Each budget is timed twice on the same documents in
+    train mode, and the better time counts. Gradients are discarded and RNG states restored.
     """
-    total, chosen = 0, list[Example]()
+    sample_tokens, sample = 0, list[Example]()
     for example in examples:
-        if total >= CANDIDATES[-1] and (example.row < 0 or example.row != chosen[-1].row):
+        # enough to fill the largest budget once, and only whole rows: an objective compares the answers of a row
+        if sample_tokens >= CANDIDATE_BUDGETS[-1] and (example.row < 0 or example.row != sample[-1].row):
             break
-        chosen.append(example)
-        total += len(example)
+        sample.append(example)
+        sample_tokens += len(example)
     seconds = {}
     policy.model.train()
-    for budget in CANDIDATES:
-        window = rows(chosen, budget)
-        seconds[budget] = min(_timed(policy, objective, window) for _ in range(2))
-        if budget >= total:  # more would be the same
+    for budget in CANDIDATE_BUDGETS:
+        window = pack_rows(sample, budget)
+        seconds[budget] = min(_time_accumulation(policy, objective, window) for _ in range(2))
+        if budget >= sample_tokens:  # larger budgets would pack the same single batch
             break
     policy.model.eval()
     policy.model.zero_grad(set_to_none=True)
     fastest = min(seconds.values())
-    return next(budget for budget, taken in seconds.items() if taken <= NEARLY_AS_FAST * fastest)
+    return next(budget for budget, duration in seconds.items() if duration <= MAX_SLOWDOWN * fastest)
 
 
 def try_longest(
@@ -76,35 +83,36 @@ def try_longest(
     method: Method,
     objective: Objective,
     row: Sequence[Example],
-    rows: Callable[[Sequence[Example], int], Sequence[PackedBatch]],
+    pack_rows: Callable[[Sequence[Example], int], Sequence[PackedBatch]],
     budget: int,
 ) -> float:
-    """Seconds that the longest row of a run takes, there and back: what does not fit is known before the first step.
+    """Seconds for a forward and backward pass over the longest row, so that a lack of memory shows before step one.
 
-    Nothing is left of it: no gradient, no number drawn, nothing seen or counted. Raises `PlanError` where memory ends.
+    Gradients, RNG states, method state and metrics are as before afterwards. Raises `PlanError` when out of memory.
     """
-    tokens, kept = max(map(len, row)), method.state()
+    longest_tokens, method_state = max(map(len, row)), method.state()
     policy.model.train()
     try:
-        return _timed(policy, objective, rows(row, budget))
+        return _time_accumulation(policy, objective, pack_rows(row, budget))
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
+            raise  # torch has no exception class for a failed allocation on a CPU, hence the text
         raise PlanError(
             "the longest row of the data does not fit into memory",
             where=str(row[0].source),
-            given=f"{tokens:,} tokens: {str(error).splitlines()[0]}",
+            given=f"{longest_tokens:,} tokens: {str(error).splitlines()[0]}",
             hint="set data.max_length with data.overflow, or take a method that moves less",
         ) from error
     finally:
         policy.model.eval()
         policy.model.zero_grad(set_to_none=True)
-        method.load_state(kept)
+        method.load_state(method_state)
         objective.take_metrics()
 
 
-def _timed(policy: Policy, objective: Objective, window: Sequence[PackedBatch]) -> float:
-    started = time.perf_counter()
+def _time_accumulation(policy: Policy, objective: Objective, window: Sequence[PackedBatch]) -> float:
+    start = time.perf_counter()
+    # dropout draws numbers here: the run must draw the same ones with and without a measurement
     with torch.random.fork_rng():
         accumulate(policy, objective, window)
-    return time.perf_counter() - started
+    return time.perf_counter() - start

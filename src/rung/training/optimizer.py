@@ -1,4 +1,9 @@
-"""AdamW's groups and the course of the learning rate."""
+"""AdamW with parameter groups, the learning-rate schedule, gradient clipping, and optimizer state on disk.
+
+`OptimizerState` steps either replicated parameters or the local rows of sharded ones, and its checkpoint can be loaded
+by another number of ranks. Own reading code instead of torch's sharded checkpoints keeps files in safetensors, so that
+loading cannot run code. `Trainer` owns the object; `set_learning_rate` sets the rate before every step.
+"""
 
 from __future__ import annotations
 
@@ -27,24 +32,25 @@ from rung.training.fsdp import digests, local_rows, local_tensor
 def make_optimizer(
     trainable: Mapping[str, nn.Parameter], config: OptimizerConfig, rate_factor: Callable[[str], float] = lambda _: 1.0
 ) -> torch.optim.Optimizer:
-    """AdamW with decay on matrices only; `set_rate` sets the learning rate at every step."""
+    """AdamW with weight decay on matrices only. The rate is 0 until `set_learning_rate` sets it for a step."""
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in trainable.items():
         groups.setdefault((parameter.dim() > 1, rate_factor(name)), []).append(parameter)
-    made = [
-        {"params": members, "weight_decay": config.weight_decay if matrix else 0.0, "rate_factor": factor}
-        for (matrix, factor), members in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+    # sorted: a checkpoint numbers the moments by the order of groups, so a resume needs the same order
+    parameter_groups = [
+        {"params": members, "weight_decay": config.weight_decay if is_matrix else 0.0, "rate_factor": factor}
+        for (is_matrix, factor), members in sorted(groups.items(), key=lambda item: item[0], reverse=True)
     ]
-    kind = (
+    optimizer_class = (
         torch.optim.AdamW
         if config.state_dtype == "float32"
         else _eight_bit_adamw(next(iter(trainable.values())).device)
     )
-    return kind(made, lr=0.0, betas=(config.beta1, config.beta2), eps=config.epsilon)
+    return optimizer_class(parameter_groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.epsilon)
 
 
 def _eight_bit_adamw(device: torch.device) -> Any:
-    """AdamW of bitsandbytes. Raises `PlanError` where the library is not installed."""
+    """The AdamW class of bitsandbytes with 8-bit state. Raises `PlanError` where the library is not installed."""
     try:
         bnb: Any = import_module("bitsandbytes.optim")
     except ImportError as error:
@@ -61,17 +67,19 @@ def _eight_bit_adamw(device: torch.device) -> Any:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The run's rate of this step, times each group's own factor."""
+    """Set the rate of every group: the rate of this step times the factor of the group."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["rate_factor"]
 
 
-def train_only(optimizer: torch.optim.Optimizer, trainable: Mapping[str, nn.Parameter], moving: TrainableSet) -> None:
-    """Freeze what does not move, and drop its moments: those of layers that come and go would pile up."""
+def train_only(
+    optimizer: torch.optim.Optimizer, trainable: Mapping[str, nn.Parameter], selection: TrainableSet
+) -> None:
+    """Train only the selected parameters: freeze all others and drop their moments, whose memory would pile up."""
     for name, parameter in trainable.items():
-        moves = name in moving.names
-        parameter.requires_grad_(moves)
-        if moving.restart_moments or not moves:
+        is_trained = name in selection.names
+        parameter.requires_grad_(is_trained)
+        if selection.restart_moments or not is_trained:
             optimizer.state.pop(parameter, None)
 
 
@@ -81,13 +89,14 @@ def learning_rate_at(step: int, *, total: int, peak: float, schedule: str, warmu
     It rises linearly over ceil(warmup * total) steps, the first of them already above 0, and then follows the schedule
     over the steps that remain: cosine and linear would reach 0 one step after the last.
     """
-    rising = math.ceil(warmup * total)
-    if step < rising:
-        return peak * (step + 1) / rising
+    # (step + 1): a rate of 0 would waste the first step
+    warmup_steps = math.ceil(warmup * total)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
     if schedule == "constant":
         return peak
-    done = (step - rising) / max(1, total - rising)
-    return peak * (0.5 * (1.0 + math.cos(math.pi * done)) if schedule == "cosine" else 1.0 - done)
+    progress = (step - warmup_steps) / max(1, total - warmup_steps)
+    return peak * (0.5 * (1.0 + math.cos(math.pi * progress)) if schedule == "cosine" else 1.0 - progress)
 
 
 WEIGHTS, MOMENTS = "weights.safetensors", "optimizer.safetensors"
@@ -95,100 +104,115 @@ WEIGHTS, MOMENTS = "weights.safetensors", "optimizer.safetensors"
 
 @dataclass
 class OptimizerState:
-    """`moving` gives the model's parameters by name, `factor` the learning rate of each over the run's."""
+    """Optimizer, gradients and their checkpoints.
 
+    `parameters` returns the trained parameters by name, `factor` the learning rate of each relative to that of the run.
+    """
+
+    # a function, because sharding and gathering replace the parameter objects of the model
     parameters: Callable[[], Mapping[str, nn.Parameter]]
     config: OptimizerConfig
     factor: Callable[[str], float]
     world: World = SINGLE_PROCESS
     rows: dict[str, slice] = field(default_factory=dict)
-    """Which rows of a parameter are held here, for those that are in parts."""
+    """The rows on this rank, by name; only sharded parameters are listed."""
 
     def __post_init__(self) -> None:
-        self._parts: dict[str, nn.Parameter] = {}
+        self._local_shards: dict[str, nn.Parameter] = {}
         self.optimizer = make_optimizer(self.local_parameters, self.config, self.factor)
 
     @property
     def local_parameters(self) -> dict[str, nn.Parameter]:
-        """What is held here of each parameter, in the model's own memory."""
-        return {**self.parameters(), **self._parts}
+        """The local part of each parameter, in the memory of the model."""
+        return {**self.parameters(), **self._local_shards}
 
     def shard_parameters(self) -> None:
-        """The model has been split: from here on only the rows held here are stepped. Moments begin anew."""
-        moving = self.parameters()
-        self.rows = {name: rows for name, p in moving.items() if (rows := local_rows(p)) is not None}
-        self._parts = {name: local_tensor(moving[name]) for name in self.rows}
+        """Switch to the local rows after the model was sharded. Moments start from zero."""
+        parameters = self.parameters()
+        self.rows = {name: rows for name, p in parameters.items() if (rows := local_rows(p)) is not None}
+        self._local_shards = {name: local_tensor(parameters[name]) for name in self.rows}
         self.optimizer = make_optimizer(self.local_parameters, self.config, self.factor)
 
     def zero_grad(self) -> None:
-        """Forget all gradients."""
-        for parameter in (*self.parameters().values(), *self._parts.values()):
-            parameter.grad = None
+        """Discard all gradients."""
+        for parameter in (*self.parameters().values(), *self._local_shards.values()):
+            parameter.grad = None  # not zeros: freed, and AdamW skips the parameter
 
     def release(self) -> None:
-        """Nothing is stepped any more: gradients and moments go before the result is written."""
+        """Free gradients and moments after the last step: writing the result needs memory of its own."""
         self.zero_grad()
         self.optimizer.state.clear()
         return_freed_memory()
 
-    def reduce_and_clip(self, clip: float | None) -> Tensor:
-        """Make gradients those of the whole step, at most `clip` long; returns how long they were, a scalar."""
-        moving = self.parameters()
-        for name, part in self._parts.items():
-            gradient = moving[name].grad  # summed over the processes as it arrived
-            part.grad = gradient.to_local() if isinstance(gradient, DTensor) else None
-        replicas = [p for name, p in moving.items() if name not in self._parts]
+    def reduce_and_clip(self, max_norm: float | None) -> Tensor:
+        """Sum gradients over ranks and clip their global norm to `max_norm`. Returns the norm before clipping."""
+        parameters = self.parameters()
+        for name, shard in self._local_shards.items():
+            gradient = parameters[name].grad  # FSDP has summed it over ranks in the backward pass
+            shard.grad = gradient.to_local() if isinstance(gradient, DTensor) else None
+        replicas = [p for name, p in parameters.items() if name not in self._local_shards]
         self.world.sum_gradients(replicas)
-        if not self._parts:
-            return torch.nn.utils.clip_grad_norm_(replicas, clip or math.inf)
-        split = self.world.sum_values([_squares(self._parts.values())])[0]
-        norm = math.sqrt(split + _squares(replicas))
-        if clip is not None and norm > clip:
-            for parameter in (*replicas, *self._parts.values()):
+        if not self._local_shards:
+            return torch.nn.utils.clip_grad_norm_(replicas, max_norm or math.inf)
+        sharded_squares = self.world.sum_values([_squared_norm(self._local_shards.values())])[0]
+        # shards are disjoint, so their squares add up over ranks; replicas count once
+        norm = math.sqrt(sharded_squares + _squared_norm(replicas))
+        if max_norm is not None and norm > max_norm:
+            for parameter in (*replicas, *self._local_shards.values()):
                 if parameter.grad is not None:
-                    parameter.grad.mul_(clip / (norm + 1e-6))  # as torch's clip_grad_norm_
+                    parameter.grad.mul_(max_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
         return torch.tensor(norm, dtype=torch.float64)
 
     def step(self, rate: float) -> None:
-        """Move, at the run's rate of this step times each group's own factor."""
+        """One optimizer step at this rate, multiplied by the factor of each group."""
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
 
     def replica_digests(self) -> dict[str, int]:
-        """Digests of what every process holds whole, and so alike."""
+        """Hashes of the replicated parameters, which must be equal on all ranks."""
         return digests((name, p) for name, p in self.parameters().items() if name not in self.rows)
 
     def save(self, folder: Path) -> None:
-        """Write numbers, moments and the generator's state; other processes than the first write their rows alone."""
+        """Write weights, moments and the RNG state. Ranks other than 0 write only their rows of sharded tensors."""
         folder.mkdir(exist_ok=True)
-        own, first = self.local_parameters, self.world.is_rank0
-        mine = {n: p for n, p in own.items() if n in self.rows or first}
-        kept = {n: p.detach() for n, p in mine.items() if p.numel() or n not in self.rows}
-        save_file(_on_disk(kept), folder / WEIGHTS)
-        known = {id(p): n for n, p in own.items()}
-        moments: dict[str, Tensor] = {"rng": torch.get_rng_state()} if first else {}
-        for number, parameter in enumerate(_numbered_parameters(self.optimizer)):
-            in_parts = known[id(parameter)] in self.rows
+        local_parameters, is_rank0 = self.local_parameters, self.world.is_rank0
+        saved_parameters = {
+            name: parameter for name, parameter in local_parameters.items() if name in self.rows or is_rank0
+        }
+        # more ranks than rows leave some ranks an empty shard, and `write_folder` refuses empty tensors
+        weights = {
+            name: parameter.detach()
+            for name, parameter in saved_parameters.items()
+            if parameter.numel() or name not in self.rows
+        }
+        save_file(_cpu_tensors(weights), folder / WEIGHTS)
+        names_by_id = {id(parameter): name for name, parameter in local_parameters.items()}
+        # by index as in torch's own state dict: the groups of a resumed run are built in the same order
+        moments: dict[str, Tensor] = {"rng": torch.get_rng_state()} if is_rank0 else {}
+        for index, parameter in enumerate(_numbered_parameters(self.optimizer)):
+            is_sharded = names_by_id[id(parameter)] in self.rows
             for name, value in self.optimizer.state.get(parameter, {}).items():
                 tensor = torch.as_tensor(value).detach()
-                here = tensor.numel() > 0 if in_parts and tensor.dim() else first
-                if here:
-                    moments[f"{number}.{name}"] = tensor
-        save_file(_on_disk(moments), folder / MOMENTS)
+                # scalars such as the step count are equal on all ranks: rank 0 saves them
+                is_saved = tensor.numel() > 0 if is_sharded and tensor.dim() else is_rank0
+                if is_saved:
+                    moments[f"{index}.{name}"] = tensor
+        save_file(_cpu_tensors(moments), folder / MOMENTS)
 
     @torch.no_grad()
     def load_weights(self, folder: Path) -> None:
-        """Put numbers back. Raises `CheckpointError` unless names and shapes are the same."""
-        stored, moving = _CheckpointTensors(folder, WEIGHTS), self.parameters()
-        require_same_keys(stored.names(), moving.keys(), "checkpoint")
+        """Restore the weights. Raises `CheckpointError` where names or shapes differ."""
+        stored, parameters = _CheckpointTensors(folder, WEIGHTS), self.parameters()
+        require_same_keys(stored.names(), parameters.keys(), "checkpoint")
+        # meta tensors: shapes are compared without reading the file
         require_same_shapes(
-            moving, {name: torch.empty(stored.shape(name), device="meta") for name in moving}, "checkpoint"
+            parameters, {name: torch.empty(stored.shape(name), device="meta") for name in parameters}, "checkpoint"
         )
         for name, parameter in self.local_parameters.items():
             parameter.copy_(stored.read(name, self.rows.get(name)))
 
     def load(self, folder: Path) -> None:
-        """Put back what `save` wrote, in as many processes or in another number of them."""
+        """Restore what `save` wrote, also with another number of ranks."""
         self.load_weights(folder)
         stored = _CheckpointTensors(folder, MOMENTS)
         torch.set_rng_state(stored.read("rng"))
@@ -196,8 +220,8 @@ class OptimizerState:
         for parameter in parameters:
             self.optimizer.state[parameter] = {}
         for key in sorted(stored.names() - {"rng"}):
-            number, name = key.split(".", 1)
-            parameter = parameters[int(number)]
+            index, name = key.split(".", 1)
+            parameter = parameters[int(index)]
             rows = self.rows.get(names[id(parameter)]) if stored.shape(key) else None
             value = stored.read(key, rows)
             if name == "step":  # torch counts in a float tensor, bitsandbytes in a plain number
@@ -207,45 +231,47 @@ class OptimizerState:
 
 
 class _CheckpointTensors:
-    """Tensors of a checkpoint: whole, or by rows in the folders of several processes, in their order."""
+    """Tensors of a checkpoint: whole, or split by rows over the folders of several ranks, in rank order."""
 
     def __init__(self, folder: Path, file: str) -> None:
-        places = sorted(folder.glob("part-*")) or [folder]
-        self.files: list[Any] = [safe_open(place / file, "pt") for place in places]
-        self.where: dict[str, list[int]] = {}
-        for number, opened in enumerate(self.files):
-            for name in opened.keys():
-                self.where.setdefault(name, []).append(number)
+        folders = sorted(folder.glob("part-*")) or [folder]
+        self.files: list[Any] = [safe_open(rank_folder / file, "pt") for rank_folder in folders]
+        self.files_by_name: dict[str, list[int]] = {}
+        for index, opened_file in enumerate(self.files):
+            for name in opened_file.keys():
+                self.files_by_name.setdefault(name, []).append(index)
 
     def names(self) -> set[str]:
-        return set(self.where)
+        return set(self.files_by_name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        shapes = [tuple(self.files[n].get_slice(name).get_shape()) for n in self.where[name]]
+        shapes = [tuple(self.files[n].get_slice(name).get_shape()) for n in self.files_by_name[name]]
         return (sum(s[0] for s in shapes), *shapes[0][1:]) if shapes[0] else ()
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """All of a tensor, or some rows; nothing else is read from the disk."""
-        if rows is None and len(self.where[name]) == 1:
-            whole: Tensor = self.files[self.where[name][0]].get_tensor(name)
-            return whole
+        """A tensor or some of its rows; only those bytes are read, so a rank never loads the full tensor."""
+        if rows is None and len(self.files_by_name[name]) == 1:
+            tensor: Tensor = self.files[self.files_by_name[name][0]].get_tensor(name)
+            return tensor
         rows = slice(0, self.shape(name)[0]) if rows is None else rows
-        found, begin = [], 0
-        for number in self.where[name]:
-            part = self.files[number].get_slice(name)
-            count = part.get_shape()[0]
-            start, stop = max(rows.start - begin, 0), min(rows.stop - begin, count)
+        pieces, offset = [], 0
+        for index in self.files_by_name[name]:
+            stored = self.files[index].get_slice(name)
+            stored_rows = stored.get_shape()[0]
+            start, stop = max(rows.start - offset, 0), min(rows.stop - offset, stored_rows)
             if start < stop:
-                found.append(part[start:stop])
-            begin += count
-        return torch.cat(found) if found else self.files[self.where[name][0]].get_tensor(name)[:0]
+                pieces.append(stored[start:stop])
+            offset += stored_rows
+        # a rank without rows of this tensor gets an empty one of the right dtype and width
+        return torch.cat(pieces) if pieces else self.files[self.files_by_name[name][0]].get_tensor(name)[:0]
 
 
-def _squares(parameters: Iterable[nn.Parameter]) -> float:
+def _squared_norm(parameters: Iterable[nn.Parameter]) -> float:
     return sum(float(p.grad.double().square().sum()) for p in parameters if p.grad is not None)
 
 
-def _on_disk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _cpu_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # safetensors refuses views that are not contiguous
     return {name: value.contiguous().cpu() for name, value in tensors.items()}
 
 
@@ -254,7 +280,8 @@ def _numbered_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]
 
 
 def return_freed_memory() -> None:
-    """Return freed memory to the system, where the allocator can (glibc): what was many small tensors stays else."""
+    """Return freed memory to the system where the allocator can (glibc), which would keep that of small tensors."""
+    # CDLL(None): the process itself, hence the C library in use; musl and macOS have no malloc_trim
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -1,8 +1,9 @@
-"""From examples to segment trees: flat rows of real tokens within a budget, beginnings that are alike computed once.
+"""Packing: documents become flat rows without padding, and equal prefixes of documents are computed once.
 
-The gradient of a step is a sum over its documents, so their order within the step is free: they are sorted by their
-tokens, which brings equal beginnings together. Documents of one row of the data stay together, and in one batch: an
-objective may compare them.
+The gradient of a step is a sum over its documents, so their order within the step is free: they are sorted by tokens,
+which puts equal prefixes next to each other. A row is a tree of segments (decision 0002); a prefix of several rows runs
+ahead of them (decision 0008). Documents of one data row stay in one batch, because an objective may compare them
+(decision 0017). The price is a sort and prefix comparisons per step on the CPU. `Trainer.pack` calls `pack`.
 """
 
 from __future__ import annotations
@@ -17,41 +18,48 @@ import torch
 from rung.types import Example, LossIndex, PackedBatch, Segment, SharedPrefix
 
 MIN_SHARED = 16
-"""Shorter common beginnings cost more in bookkeeping than they save."""
+"""Tokens; a shorter common prefix costs more bookkeeping (one more segment per branch) than it saves."""
 
-SLICE = 512
-"""Documents packed together where the whole set is only summed over."""
+SLICE_DOCUMENTS = 512
+"""Documents packed at once where a whole data set is only summed over: bounds memory."""
 MIN_PREFIX_AHEAD = 64
-"""A beginning that several batches of a step share runs once, ahead of them, when it has at least this many tokens."""
+"""Tokens; a prefix that several batches of a step share runs once ahead of them when it is at least this long."""
 
 
 def pack(
     examples: Sequence[Example], budget: int, *, share_prefixes: bool = True, device: torch.device | None = None
 ) -> list[PackedBatch]:
-    """Batches of at most `budget` computed tokens each (a longer document stands alone), together all examples.
+    """Batches of at most `budget` computed tokens that together hold all examples; a longer document has its own.
 
-    Batches with the same `prefix` stand next to each other; its tokens are not part of their rows. No row mixes tasks.
+    Batches with the same `prefix` are adjacent; its tokens are not part of their rows. No batch mixes tasks.
     """
-    tasks = {e.task for e in examples}
+    tasks = {example.task for example in examples}
     if not tasks:
         return []
     if len(tasks) > 1:
-        own = [[e for e in examples if e.task == task] for task in sorted(tasks, key=str)]
-        return [b for part in own for b in pack(part, budget, share_prefixes=share_prefixes, device=device)]
+        # virtual tokens differ by task, and those before the documents are read by the whole row (decision 0014)
+        examples_by_task = [
+            [example for example in examples if example.task == task] for task in sorted(tasks, key=str)
+        ]
+        return [
+            batch
+            for task_examples in examples_by_task
+            for batch in pack(task_examples, budget, share_prefixes=share_prefixes, device=device)
+        ]
     ordered, common = _sorted_by_tokens(examples)
     if not share_prefixes:
         return _pack_group(_PrefixGroup(ordered, [0] * len(ordered), 0), budget, False, device)
-    found: list[PackedBatch] = []
-    for run, ahead in _merged(_best_cuts(ordered, common, range(len(ordered)), budget)):
-        group = _PrefixGroup(ordered[run.start : run.stop], common[run.start : run.stop], ahead)
-        found += _pack_group(group, budget, share_prefixes, device)
-    return found
+    batches: list[PackedBatch] = []
+    for span, prefix_length in _merge_uncut(_best_cuts(ordered, common, range(len(ordered)), budget)):
+        group = _PrefixGroup(ordered[span.start : span.stop], common[span.start : span.stop], prefix_length)
+        batches += _pack_group(group, budget, share_prefixes, device)
+    return batches
 
 
 def pack_together(
     examples: Sequence[Example], budget: int, *, share_prefixes: bool = True, device: torch.device | None = None
 ) -> list[PackedBatch]:
-    """Like `pack`, with every document whole in its row: nothing runs ahead, and tasks do not matter."""
+    """Like `pack`, but without prefixes that run ahead and without a split by task."""
     ordered, common = _sorted_by_tokens(examples)
     return _pack_group(
         _PrefixGroup(ordered, common if share_prefixes else [0] * len(ordered), 0), budget, share_prefixes, device
@@ -59,22 +67,23 @@ def pack_together(
 
 
 def pack_separately(examples: Sequence[Example], device: torch.device | None = None) -> list[PackedBatch]:
-    """One document a batch, or one row of the data: the plain way, for comparison."""
+    """One document (or one data row of several) per batch: the plain way, for comparison."""
     rows: list[list[Example]] = []
     for example in examples:
         if not rows or _from_different_rows(rows[-1][-1], example):
             rows.append([])
         rows[-1].append(example)
-    return [_batch(row, False, device) for row in rows]
+    return [_build_batch(row, False, device) for row in rows]
 
 
 def pack_in_slices(
     examples: Iterable[Example], budget: int, *, share_prefixes: bool = True, device: torch.device | None = None
 ) -> Iterator[PackedBatch]:
-    """Batches of a set of any size, of which only a slice is in memory at once."""
+    """Batches of a data set of any size; only one slice of `SLICE_DOCUMENTS` documents is in memory at once."""
     slice_: list[Example] = []
     for example in examples:
-        if len(slice_) >= SLICE and _from_different_rows(slice_[-1], example):
+        # cut between data rows only
+        if len(slice_) >= SLICE_DOCUMENTS and _from_different_rows(slice_[-1], example):
             yield from pack(slice_, budget, share_prefixes=share_prefixes, device=device)
             slice_ = []
         slice_.append(example)
@@ -83,10 +92,10 @@ def pack_in_slices(
 
 
 def largest_first(batches: Sequence[PackedBatch]) -> list[PackedBatch]:
-    """The same batches; what a small one needs then fits where a larger one has been.
+    """The same batches, largest first, which avoids heap fragmentation.
 
-    The allocator cannot put a larger row where a smaller one was, so rising sizes leave holes. Batches of one prefix
-    stay together.
+    The allocator cannot reuse the block of a smaller row for a larger one, so rising sizes leave holes (docs/log.md).
+    Batches of one prefix stay adjacent.
     """
     together = [list(group) for _, group in groupby(batches, key=lambda batch: batch.prefix)]
     together.sort(key=lambda group: -max(len(batch.ids) for batch in group))
@@ -94,92 +103,132 @@ def largest_first(batches: Sequence[PackedBatch]) -> list[PackedBatch]:
 
 
 class _PrefixGroup(NamedTuple):
-    """Neighbours in the sorted order, what each has in common with the one before, and what runs ahead of them all."""
+    """Adjacent examples in sorted order, common prefix lengths of neighbours, and the prefix that runs ahead."""
 
     examples: Sequence[Example]
-    common: Sequence[int]
-    ahead: int
+    common_prefix_lengths: Sequence[int]
+    prefix_length: int
 
     def borders(self) -> list[int]:
-        """Where it may be cut: before each document that does not belong to the row of the one before."""
+        """Indices where the group may be cut: before each document of another data row than its predecessor."""
         return [i for i, (a, b) in enumerate(pairwise(self.examples), start=1) if _from_different_rows(a, b)]
 
     def costs(self) -> list[int]:
-        """Tokens to compute for each, if all stood in one row."""
-        shared = [0, *(c - self.ahead if c - self.ahead >= MIN_SHARED else 0 for c in self.common[1:])]
-        return [len(e) - self.ahead - s for e, s in zip(self.examples, shared, strict=True)]
+        """Tokens to compute for each document if all were in one batch."""
+        # an estimate: the tree may share less than neighbours do (`_pack_within_budget` corrects it)
+        shared_lengths = [
+            0,
+            *(
+                common - self.prefix_length if common - self.prefix_length >= MIN_SHARED else 0
+                for common in self.common_prefix_lengths[1:]
+            ),
+        ]
+        return [
+            len(example) - self.prefix_length - shared_tokens
+            for example, shared_tokens in zip(self.examples, shared_lengths, strict=True)
+        ]
 
 
 def _sorted_by_tokens(examples: Sequence[Example]) -> tuple[list[Example], list[int]]:
-    """Sorted by tokens, with what each has in common with the one before."""
-    first: dict[int, list[int]] = {}
-    for e in sorted(examples, key=lambda e: e.ids.tolist(), reverse=True):
-        first[e.row] = e.ids.tolist()  # the lowest of a row stands for it
-    ordered = sorted(examples, key=lambda e: (e.ids.tolist() if e.row < 0 else first[e.row], e.row, e.ids.tolist()))
+    """The examples sorted by tokens, and the common prefix length of each with its predecessor."""
+    first_ids: dict[int, list[int]] = {}
+    for example in sorted(examples, key=lambda example: example.ids.tolist(), reverse=True):
+        first_ids[example.row] = example.ids.tolist()  # descending: the last write is the smallest document of the row
+    # a data row takes the place of its smallest document, so that its documents stay adjacent
+    ordered = sorted(
+        examples,
+        key=lambda example: (
+            example.ids.tolist() if example.row < 0 else first_ids[example.row],
+            example.row,
+            example.ids.tolist(),
+        ),
+    )
     return ordered, [0, *(_common_prefix_length(a.ids, b.ids) for a, b in pairwise(ordered))]
 
 
 def _best_cuts(
-    ordered: Sequence[Example], common: Sequence[int], run: range, budget: int, depth: int = 0
+    ordered: Sequence[Example], common_prefix_lengths: Sequence[int], span: range, budget: int, depth: int = 0
 ) -> list[tuple[range, int, int]]:
-    """Cut a run into (part, tokens to run ahead, tokens saved by it) so that most is saved.
+    """Cut a span into (span, length of the prefix that runs ahead, tokens it saves) so that the savings are largest.
 
-    A beginning runs ahead only when nothing in it is supervised: then every prediction is made within the rows.
+    A prefix runs ahead only if nothing in it is supervised: then every prediction is made within the rows.
     """
-    group = _PrefixGroup(ordered[run.start : run.stop], common[run.start : run.stop], 0)
-    rows = -(-sum(group.costs()) // budget)
-    if rows < 2 or len(run) < 2 or depth > 64:
-        return [(run, 0, 0)]
-    shared = min(common[i] for i in run[1:])
-    predicted = [int(e.supervised[1:].argmax()) if e.supervised[1:].any() else len(e) - 1 for e in group.examples]
-    ahead = min(shared, *predicted, *(len(e) - 1 for e in group.examples))
-    whole = (run, ahead, (rows - 1) * ahead) if ahead >= MIN_PREFIX_AHEAD else (run, 0, 0)
-    cuts = [run.start, *(run.start + i for i in group.borders() if common[run.start + i] == shared), run.stop]
+    group = _PrefixGroup(ordered[span.start : span.stop], common_prefix_lengths[span.start : span.stop], 0)
+    row_count = -(-sum(group.costs()) // budget)
+    # a single batch needs no prefix ahead. Depth 64 bounds the recursion for documents that are prefixes of each other
+    if row_count < 2 or len(span) < 2 or depth > 64:
+        return [(span, 0, 0)]
+    shared_length = min(common_prefix_lengths[i] for i in span[1:])
+    first_predictions = [
+        int(example.supervised[1:].argmax()) if example.supervised[1:].any() else len(example) - 1
+        for example in group.examples
+    ]
+    # a row keeps the last token before its first prediction, and at least one token of every document
+    prefix_length = min(shared_length, *first_predictions, *(len(example) - 1 for example in group.examples))
+    uncut = (
+        (span, prefix_length, (row_count - 1) * prefix_length) if prefix_length >= MIN_PREFIX_AHEAD else (span, 0, 0)
+    )
+    cuts = [
+        span.start,
+        *(span.start + i for i in group.borders() if common_prefix_lengths[span.start + i] == shared_length),
+        span.stop,
+    ]
     if len(cuts) == 2:
-        return [whole]
-    parts = [piece for a, b in pairwise(cuts) for piece in _best_cuts(ordered, common, range(a, b), budget, depth + 1)]
-    return parts if sum(saved for _, _, saved in parts) > whole[2] else [whole]
+        return [uncut]
+    parts = [
+        piece
+        for a, b in pairwise(cuts)
+        for piece in _best_cuts(ordered, common_prefix_lengths, range(a, b), budget, depth + 1)
+    ]
+    # on a tie the single prefix wins: fewer batches with prefixes of their own
+    return parts if sum(saved for _, _, saved in parts) > uncut[2] else [uncut]
 
 
-def _merged(parts: Sequence[tuple[range, int, int]]) -> list[tuple[range, int]]:
-    """Neighbours with nothing ahead of them fill batches together."""
+def _merge_uncut(parts: Sequence[tuple[range, int, int]]) -> list[tuple[range, int]]:
+    """Join adjacent spans without a prefix ahead, so that they fill batches together."""
     merged: list[tuple[range, int]] = []
-    for run, ahead, _ in parts:
-        if merged and not ahead and not merged[-1][1]:
-            merged[-1] = (range(merged[-1][0].start, run.stop), 0)
+    for span, prefix_length, _ in parts:
+        if merged and not prefix_length and not merged[-1][1]:
+            merged[-1] = (range(merged[-1][0].start, span.stop), 0)
         else:
-            merged.append((run, ahead))
+            merged.append((span, prefix_length))
     return merged
 
 
 def _pack_group(
     group: _PrefixGroup, budget: int, share_prefixes: bool, device: torch.device | None
 ) -> list[PackedBatch]:
-    # As many rows as the budget needs, as equal as they can be: the largest sets the memory, and rows of one size leave
-    # no holes in the heap.
+    # the fewest rows within the budget, as equal as possible: the largest sets the peak memory, and rows of one size
+    # leave no holes in the heap. Binary search for the lowest limit that needs no more rows
     costs = group.costs()
-    fewest = len(_split_to_budget(group, costs, budget))
-    low, high = 1, budget
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if len(_split_to_budget(group, costs, middle)) <= fewest else (middle + 1, high)
-    rows = [group.examples[row.start : row.stop] for row in _split_to_budget(group, costs, low)]
-    prefix = SharedPrefix(_tensor([group.examples[0].ids[: group.ahead]], device)) if group.ahead else None
-    return [batch for row in rows for batch in _pack_within_budget(row, budget, share_prefixes, device, prefix)]
+    fewest_rows = len(_split_to_budget(group, costs, budget))
+    lowest, highest = 1, budget
+    while lowest < highest:
+        limit = (lowest + highest) // 2
+        lowest, highest = (
+            (lowest, limit) if len(_split_to_budget(group, costs, limit)) <= fewest_rows else (limit + 1, highest)
+        )
+    rows = [group.examples[span.start : span.stop] for span in _split_to_budget(group, costs, lowest)]
+    prefix = (
+        SharedPrefix(_to_tensor([group.examples[0].ids[: group.prefix_length]], device))
+        if group.prefix_length
+        else None
+    )
+    return [batch for span in rows for batch in _pack_within_budget(span, budget, share_prefixes, device, prefix)]
 
 
-def _split_to_budget(group: _PrefixGroup, costs: Sequence[int], most: int) -> list[range]:
-    """Neighbours in rows of at most `most` computed tokens; a longer document stands alone."""
+def _split_to_budget(group: _PrefixGroup, costs: Sequence[int], limit: int) -> list[range]:
+    """Cut a group into adjacent spans of at most `limit` computed tokens; a longer data row gets a span of its own."""
     rows: list[range] = []
-    filled = 0
+    row_tokens = 0
     for start, stop in pairwise([0, *group.borders(), len(group.examples)]):
         cost = sum(costs[start:stop])
-        if not rows or filled + cost > most:
+        if not rows or row_tokens + cost > limit:
             rows.append(range(start, start))
-            # the first of a row shares with nobody
-            filled, cost = 0, cost - costs[start] + len(group.examples[start]) - group.ahead
+            # the first document of a batch has no predecessor to share tokens with
+            row_tokens, cost = 0, cost - costs[start] + len(group.examples[start]) - group.prefix_length
         rows[-1] = range(rows[-1].start, stop)
-        filled += cost
+        row_tokens += cost
     return rows
 
 
@@ -190,8 +239,8 @@ def _pack_within_budget(
     device: torch.device | None,
     prefix: SharedPrefix | None,
 ) -> list[PackedBatch]:
-    """The costs above take a prefix as shared by neighbours; where the tree shares a little less, halves fit."""
-    batch = _batch(group, share_prefixes, device, prefix)
+    """One batch, or two halves where the tree needs more tokens than `costs` estimated."""
+    batch = _build_batch(group, share_prefixes, device, prefix)
     borders = _PrefixGroup(group, (), 0).borders()
     if len(batch.ids) <= budget or not borders:
         return [batch]
@@ -201,7 +250,7 @@ def _pack_within_budget(
 
 
 class _RowBuilder:
-    """A packed row under construction. `rows[i]` lists where the tokens of example i stand."""
+    """A packed row under construction. `rows[i]` lists the positions of the tokens of example i."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = examples
@@ -212,7 +261,7 @@ class _RowBuilder:
         self.rows: list[list[np.ndarray]] = [[] for _ in examples]
 
     def add(self, members: range, start: int, end: int, parent: int | None) -> int | None:
-        """Lay down tokens [start, end) that all members share; the segment, or the parent when there are none."""
+        """Append tokens [start, end), shared by all members. Returns the new segment; `parent` for an empty range."""
         if start == end:
             return parent
         length = end - start
@@ -225,83 +274,86 @@ class _RowBuilder:
         return len(self.segments) - 1
 
     def add_tree(self, members: range, depth: int, parent: int | None) -> None:
-        """Lay down examples in order that agree on their first `depth` tokens."""
-        own = [self.examples[member] for member in members]
-        if len(own) == 1:
-            self.add(members, depth, len(own[0]), parent)
+        """Append members in order, all of which agree on their first `depth` tokens."""
+        member_examples = [self.examples[member] for member in members]
+        if len(member_examples) == 1:
+            self.add(members, depth, len(member_examples[0]), parent)
             return
-        # what all neighbours share, all share; the ends alone say less, because rows of the data stand together
-        common = min(_common_prefix_length(a.ids, b.ids) for a, b in pairwise(own))
-        alike = all(len(e) == common for e in own)
-        if common - depth >= MIN_SHARED or alike:
-            node = self.add(members, depth, common, parent)
-            if alike:
+        # the minimum over neighbours, not first against last: adjacent data rows interrupt the order by tokens
+        common = min(_common_prefix_length(a.ids, b.ids) for a, b in pairwise(member_examples))
+        all_equal = all(len(e) == common for e in member_examples)
+        if common - depth >= MIN_SHARED or all_equal:
+            segment = self.add(members, depth, common, parent)
+            if all_equal:
                 return
-            self._add_runs(members, common, node)
+            self._add_spans(members, common, segment)
         else:
-            self._add_runs(members, depth, parent)
+            self._add_spans(members, depth, parent)
 
-    def _add_runs(self, members: range, depth: int, parent: int | None) -> None:
-        """Split where neighbours no longer share enough, and go down into each run."""
+    def _add_spans(self, members: range, depth: int, parent: int | None) -> None:
+        """Split where neighbours share fewer than MIN_SHARED further tokens, and recurse into each span."""
         start = members.start
         for i in range(members.start + 1, members.stop + 1):
             if i < members.stop:
                 a, b = self.examples[i - 1].ids, self.examples[i].ids
+                # equal documents share everything, however short they are
                 if _common_prefix_length(a, b) - depth >= MIN_SHARED or np.array_equal(a, b):
                     continue
             self.add_tree(range(start, i), depth, parent)
             start = i
 
 
-def _batch(
+def _build_batch(
     examples: Sequence[Example], share_prefixes: bool, device: torch.device | None, prefix: SharedPrefix | None = None
 ) -> PackedBatch:
-    row, ahead = _RowBuilder(examples), 0 if prefix is None else len(prefix.ids)
+    builder, prefix_length = _RowBuilder(examples), 0 if prefix is None else len(prefix.ids)
     if share_prefixes:
-        row.add_tree(range(len(examples)), ahead, None)
+        builder.add_tree(range(len(examples)), prefix_length, None)
     else:
         for i, example in enumerate(examples):
-            row.add(range(i, i + 1), ahead, len(example), None)
+            builder.add(range(i, i + 1), prefix_length, len(example), None)
     source, target, weight, owner = [], [], [], []
     columns: dict[str, list[np.ndarray]] = {name: [] for name in examples[0].columns}
-    places = [np.concatenate(rows) for rows in row.rows]
-    for i, (example, rows) in enumerate(zip(examples, places, strict=True)):
-        predicted = np.flatnonzero(example.supervised)
-        predicted = predicted[predicted > 0]
-        source.append(rows[predicted - 1 - ahead])
-        target.append(example.ids[predicted])
-        weight.append(np.full(len(predicted), example.weight, dtype=np.float32))
-        owner.append(np.full(len(predicted), i))
+    token_positions = [np.concatenate(positions) for positions in builder.rows]
+    for i, (example, positions) in enumerate(zip(examples, token_positions, strict=True)):
+        predicted_positions = np.flatnonzero(example.supervised)
+        # the first token has no predecessor to predict it
+        predicted_positions = predicted_positions[predicted_positions > 0]
+        source.append(positions[predicted_positions - 1 - prefix_length])
+        target.append(example.ids[predicted_positions])
+        weight.append(np.full(len(predicted_positions), example.weight, dtype=np.float32))
+        owner.append(np.full(len(predicted_positions), i))
         for name, values in columns.items():
             values.append(example.columns[name])
-    further = {name: torch.from_numpy(np.concatenate(values)).to(device) for name, values in columns.items()}
-    index = [_tensor(part, device) for part in (source, target, weight, owner)]
-    loss = LossIndex(index[0], index[1], index[2], index[3], further)
+    column_tensors = {name: torch.from_numpy(np.concatenate(values)).to(device) for name, values in columns.items()}
+    index = [_to_tensor(part, device) for part in (source, target, weight, owner)]
+    loss = LossIndex(index[0], index[1], index[2], index[3], column_tensors)
     return PackedBatch(
-        ids=_tensor(row.ids, device),
-        positions=_tensor(row.positions, device),
-        segments=tuple(row.segments),
+        ids=_to_tensor(builder.ids, device),
+        positions=_to_tensor(builder.positions, device),
+        segments=tuple(builder.segments),
         loss=loss,
         sequences=len(examples),
         document_tokens=sum(len(e) for e in examples),
         documents=tuple(examples),
-        rows=tuple(places),
+        rows=tuple(token_positions),
         prefix=prefix,
     )
 
 
-def _tensor(parts: Sequence[np.ndarray], device: torch.device | None) -> torch.Tensor:
-    joined = np.concatenate(parts)
-    whole = joined if joined.dtype == np.float32 else joined.astype(np.int64)
-    return torch.from_numpy(whole).to(device)
+def _to_tensor(parts: Sequence[np.ndarray], device: torch.device | None) -> torch.Tensor:
+    array = np.concatenate(parts)
+    # float32 are the weights; everything else is ids and positions, which torch indexes with int64
+    typed = array if array.dtype == np.float32 else array.astype(np.int64)
+    return torch.from_numpy(typed).to(device)
 
 
 def _from_different_rows(a: Example, b: Example) -> bool:
-    """Whether neighbours belong to different rows of the data."""
+    """Whether neighbours belong to different data rows; -1 marks a document without a row."""
     return a.row < 0 or a.row != b.row
 
 
 def _common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
     length = min(len(a), len(b))
-    differ = np.flatnonzero(a[:length] != b[:length])
-    return int(differ[0]) if len(differ) else length
+    differences = np.flatnonzero(a[:length] != b[:length])
+    return int(differences[0]) if len(differences) else length

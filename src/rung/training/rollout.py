@@ -1,4 +1,9 @@
-"""Generation as a source of documents: the policy answers, a judge says what the answers are worth."""
+"""Rollouts: the policy answers prompts, a reward function scores the answers, and the results are training documents.
+
+A rollout is a function of weights, seed and number alone, so nothing of it is saved: checkpoints are written between
+rollouts, and a kill loses at most the steps of one (decision 0018). The documents go through the same packing and steps
+as data. `Trainer` asks `RolloutSource` for the documents of each step.
+"""
 
 from __future__ import annotations
 
@@ -21,113 +26,136 @@ from rung.training.step import values_by_document
 from rung.types import ON_POLICY, Example, PackedBatch, Rollout
 
 RewardFunction = Callable[[Sequence[Example], Sequence[GeneratedAnswer]], Sequence[float]]
-"""What answers are worth; each document is its prompt with the answer behind, its `row` the number of the prompt."""
+"""Rewards of answers. Each document is a prompt followed by its answer; its `row` is the number of the prompt."""
 
 
 @dataclass
 class RolloutSource:
-    """Answers of a run, made anew for each window of prompts: a function of weights, seed and number alone."""
+    """Generates the answers to each window of prompts and serves them as documents, step by step."""
 
     policy: Policy
     objective: Objective
     config: RolloutConfig
     stop_ids: Sequence[int]
     train: RewardFunction | None
-    """None where own answers are not worth anything by themselves."""
+    """Reward of training answers; None where answers have no reward of their own (on-policy distillation)."""
     validation: RewardFunction | None
     seed: int
     budget: int
     documents: list[Example] = field(default_factory=list)
-    """Of the rollout at hand, ready to be learned from."""
+    """Documents of the current rollout, with the columns that the objective reads."""
     gate: Gate | None = None
-    """Whether what was drawn first is what is scored; taken up by the loop."""
-    checked: bool = False
+    """Result of `_check_decoder` on the first rollout, until the trainer has recorded it."""
+    is_decoder_checked: bool = False
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of one rollout."""
+        """Optimizer steps per rollout."""
         return self.config.steps
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
-        """Inside, log-probabilities of judged answers are those of the distribution that they are drawn from."""
+        """Inside, policy and reference use the sampling temperature: losses are of the distribution that is sampled."""
         if self.train is None:
-            yield
+            yield  # without rewards no ratio is formed; distillation has a temperature of its own in its loss
             return
-        held = [p for p in (self.policy, self.policy.reference) if p is not None]
-        before = [p.logit_map for p in held]
-        for p in held:
-            p.logit_map = replace(p.logit_map, temperature=self.config.temperature)
+        policies = [policy for policy in (self.policy, self.policy.reference) if policy is not None]
+        previous_maps = [policy.logit_map for policy in policies]
+        for policy in policies:
+            policy.logit_map = replace(policy.logit_map, temperature=self.config.temperature)
         try:
             yield
         finally:
-            for p, own in zip(held, before, strict=True):
-                p.logit_map = own
+            for policy, logit_map in zip(policies, previous_maps, strict=True):
+                policy.logit_map = logit_map
 
     def documents_for_step(self, prompts: Sequence[Example], step: int) -> tuple[list[Example], dict[str, Any]]:
-        """Documents of an optimizer step, and what making them cost; `prompts` are those of its rollout."""
-        number, place = divmod(step, self.config.steps)
-        told = self._generate_rollout(prompts, number) if place == 0 else {}
+        """Documents of an optimizer step and timing metrics; `prompts` are those of the whole rollout."""
+        rollout_number, step_in_rollout = divmod(step, self.config.steps)
+        metrics = self._generate_rollout(prompts, rollout_number) if step_in_rollout == 0 else {}
         if not self.documents:
             raise RuntimeError("a run goes on at the first step of a rollout")
-        epoch, part = divmod(place, self.config.num_minibatches)
+        epoch, minibatch = divmod(step_in_rollout, self.config.num_minibatches)
         rows = sorted({d.row for d in self.documents})
-        order = np.random.default_rng([self.seed, 4, number, epoch]).permutation(rows)
-        parts = min(self.config.num_minibatches, len(rows))  # the last window of an epoch may have fewer prompts
-        chosen = set(np.array_split(order, parts)[part % parts].tolist())
-        # whatever compares the answers of a group has been done: a batch need not hold it whole any more
-        return [replace(d, row=-1) for d in self.documents if d.row in chosen], told
+        # 4, 5, 6: random streams of their own for minibatches, sampling and the choice of on-policy rows
+        order = np.random.default_rng([self.seed, 4, rollout_number, epoch]).permutation(rows)
+        # the last window of an epoch may have fewer prompts than minibatches
+        minibatch_count = min(self.config.num_minibatches, len(rows))
+        chosen_rows = set(np.array_split(order, minibatch_count)[minibatch % minibatch_count].tolist())
+        # row -1: advantages are computed already, so a group no longer has to stay in one batch
+        return [replace(d, row=-1) for d in self.documents if d.row in chosen_rows], metrics
 
     def validate(self, prompts: Sequence[Example]) -> dict[str, float]:
-        """Greedy answers to held-out prompts: what they are worth on the mean, how long they are, how many are cut."""
+        """Greedy answers to held-out prompts: mean reward, mean tokens per answer and share of truncated answers."""
         documents, answers = self._answer(prompts, Sampling(self.config.max_new_tokens))
         if self.validation is None:
             raise RuntimeError("nobody judges these answers")
-        cut = [0.0 if a.stopped else self.config.truncation_penalty for a in answers]
-        rewards = [float(r) - c for r, c in zip(self.validation(documents, answers), cut, strict=True)]
+        penalties = [0.0 if answer.stopped else self.config.truncation_penalty for answer in answers]
+        rewards = [
+            float(reward) - penalty
+            for reward, penalty in zip(self.validation(documents, answers), penalties, strict=True)
+        ]
         return {
             "reward": float(np.mean(rewards)),
             "answer_tokens": float(np.mean([d.predictions for d in documents])),
-            "cut": 1.0 - float(np.mean([a.stopped for a in answers])),
+            "cut": 1.0 - float(np.mean([answer.stopped for answer in answers])),
         }
 
     def _generate_rollout(self, prompts: Sequence[Example], number: int) -> dict[str, Any]:
-        started = time.perf_counter()
+        start = time.perf_counter()
         seed = int(np.random.SeedSequence([self.seed, 5, number]).generate_state(1)[0])
         sampling = Sampling(self.config.max_new_tokens, self.config.temperature, seed, self.config.num_generations)
-        self.policy.model.eval()
+        self.policy.model.eval()  # no dropout: what is drawn must be what is scored
         share = self.objective.on_policy_share
-        own = np.random.default_rng([self.seed, 6, number]).random(len(prompts)) < share
-        asked = [p for p, is_own in zip(prompts, own, strict=True) if is_own]
-        asked = asked if self.train is not None else [_prompt_ids(p) for p in asked]
-        documents, answers = self._answer(asked, sampling)
-        made = time.perf_counter() - started
-        cut = [0.0 if a.stopped else self.config.truncation_penalty for a in answers]
-        worth = [0.0] * len(documents) if self.train is None else self.train(documents, answers)
-        rewards = [float(r) - c for r, c in zip(worth, cut, strict=True)]
-        judged = time.perf_counter() - started - made
-        if self.train is not None and not self.checked:
-            self.gate, self.checked = self._check_decoder(documents, answers), True
+        on_policy_mask = np.random.default_rng([self.seed, 6, number]).random(len(prompts)) < share
+        answered_prompts = [
+            prompt for prompt, is_on_policy in zip(prompts, on_policy_mask, strict=True) if is_on_policy
+        ]
+        # for a reward the data set holds bare prompts; for distillation it holds full documents
+        answered_prompts = (
+            answered_prompts if self.train is not None else [_prompt_ids(prompt) for prompt in answered_prompts]
+        )
+        documents, answers = self._answer(answered_prompts, sampling)
+        generation_seconds = time.perf_counter() - start
+        penalties = [0.0 if answer.stopped else self.config.truncation_penalty for answer in answers]
+        raw_rewards = [0.0] * len(documents) if self.train is None else self.train(documents, answers)
+        rewards = [float(reward) - penalty for reward, penalty in zip(raw_rewards, penalties, strict=True)]
+        reward_seconds = time.perf_counter() - start - generation_seconds
+        # once per process: the check reads every answer a second time
+        if self.train is not None and not self.is_decoder_checked:
+            self.gate, self.is_decoder_checked = self._check_decoder(documents, answers), True
         rollout = Rollout(
-            documents, rewards, [a.stopped for a in answers], lambda value: self._values_by_document(documents, value)
+            documents,
+            rewards,
+            [answer.stopped for answer in answers],
+            lambda value: self._values_by_document(documents, value),
         )
         columns = self.objective.rollout_columns(self.policy, rollout)
         self.policy.model.train()
-        self.documents = [replace(d, columns=known) for d, known in zip(documents, columns, strict=True)]
+        self.documents = [
+            replace(document, columns=document_columns)
+            for document, document_columns in zip(documents, columns, strict=True)
+        ]
         if self.train is None:
-            kept = [p for p, is_own in zip(prompts, own, strict=True) if not is_own]
-            self.documents = [_mark_on_policy(d, 1.0) for d in documents] + [_mark_on_policy(d, 0.0) for d in kept]
-        return {"rollout_seconds": round(made, 4), "judge_seconds": round(judged, 4)}
+            data_documents = [
+                prompt for prompt, is_on_policy in zip(prompts, on_policy_mask, strict=True) if not is_on_policy
+            ]
+            self.documents = [_mark_on_policy(document, 1.0) for document in documents] + [
+                _mark_on_policy(document, 0.0) for document in data_documents
+            ]
+        return {"rollout_seconds": round(generation_seconds, 4), "judge_seconds": round(reward_seconds, 4)}
 
     def _check_decoder(self, documents: Sequence[Example], answers: Sequence[GeneratedAnswer]) -> Gate:
-        """The decoder's log-probabilities of what it drew are those that the loss will see."""
+        """Gate: the decoder's log-probabilities of its samples equal those that the loss computes."""
         pairs = zip(self._values_by_document(documents, self.policy.logprobs), answers, strict=True)
-        worst = max(float(np.abs(own - np.array(a.logprobs)).max()) for own, a in pairs)
+        largest_difference = max(float(np.abs(scored - np.array(answer.logprobs)).max()) for scored, answer in pairs)
         limit = tolerance(self.policy)
-        return Gate("rollout.distribution", "passed" if worst <= limit else "failed", worst, limit)
+        return Gate(
+            "rollout.distribution", "passed" if largest_difference <= limit else "failed", largest_difference, limit
+        )
 
     def _answer(self, prompts: Sequence[Example], sampling: Sampling) -> tuple[list[Example], list[GeneratedAnswer]]:
-        """In the order of the prompts."""
+        """Documents and answers, in the order of the prompts; the answers to one prompt are adjacent."""
         if not prompts:
             return [], []
         answers = generate_by_task(
@@ -142,28 +170,31 @@ class RolloutSource:
         return documents, answers
 
     def _document(self, prompt: Example, answer: GeneratedAnswer) -> Example:
-        """Every token that was drawn is learned from, the stop among them: the reward lands on it."""
+        """Prompt and answer as one document. Every sampled token is supervised, also the stop with the reward."""
         ids = np.array([*prompt.ids, *answer.all_tokens], dtype=np.int32)
         return replace(prompt, ids=ids, supervised=np.arange(len(ids)) >= len(prompt.ids))
 
     def _values_by_document(
         self, documents: Sequence[Example], value: Callable[[PackedBatch], Tensor]
     ) -> list[np.ndarray]:
-        """Of the predicted tokens of each document."""
+        """Values [predictions] of each document, computed in packed batches without gradient."""
 
-        def apart(batch: PackedBatch) -> list[np.ndarray]:
+        def split_by_document(batch: PackedBatch) -> list[np.ndarray]:
+            # entries of the loss index are grouped by owner in the order of predictions
             values, owner = value(batch).cpu(), batch.loss.owner.cpu()
             return [values[owner == i].numpy() for i in range(len(batch.documents))]
 
-        return values_by_document([self.policy, *self.objective.partner_policies()], documents, self.budget, apart)
+        return values_by_document(
+            [self.policy, *self.objective.partner_policies()], documents, self.budget, split_by_document
+        )
 
 
 def _prompt_ids(document: Example) -> Example:
-    """What stands before the answer of a row of the data."""
+    """The part of a document before its answer: the prompt that the policy continues."""
     ids = document.ids[: max(1, int(document.supervised.argmax()))]
     return replace(document, ids=ids, supervised=np.arange(len(ids)) > 0)
 
 
-def _mark_on_policy(document: Example, own: float) -> Example:
-    """With a column that says of every token whether the policy wrote it."""
-    return replace(document, columns={ON_POLICY: np.full(document.predictions, own)})
+def _mark_on_policy(document: Example, value: float) -> Example:
+    """The document with a column that marks its predictions as written by the policy (1) or by the data (0)."""
+    return replace(document, columns={ON_POLICY: np.full(document.predictions, value)})

@@ -1,4 +1,10 @@
-"""The run folder: `run.json` says what the run is and how it stands, `log.jsonl` holds one object a step."""
+"""The run folder: run.json (config, state, results), log.jsonl (one object per step) and scored items as parquet.
+
+run.json is rewritten atomically at every change, so that a kill never leaves half a manifest; log.jsonl is appended to,
+because rewriting it would cost more with every step. A lock file keeps a second process out. `runs`, `commands` and
+`report` read and write runs through this module; `Progress` and the functions of steps and rows are here too, because a
+resume depends on them.
+"""
 
 from __future__ import annotations
 
@@ -23,21 +29,21 @@ from rung.files import is_run_folder, lock_file, recover_interrupted_writes, unl
 
 State = Literal["passed", "failed", "not_reached"]
 NOT_FINITE_FILE = "not_finite.jsonl"
-"""The documents of the step that ended a run because its loss was no number."""
-GENERATED = (
+"""Documents of the step that ended a run because its loss or gradient was not finite."""
+OUTPUT_NAMES = (
     *("run.json", "log.jsonl", "checkpoints", "start", "adapter", "model", "rungs", "report.html"),
     *("items.parquet", "result.json", "eval.parquet", NOT_FINITE_FILE, "search", "curve"),
 )
-"""What a run writes into its folder, and what `--overwrite` therefore may remove."""
+"""Names that a run or climb writes into its folder. `--overwrite` removes these and nothing else."""
 FORMAT_VERSION = 1
-"""Of `run.json`; raised with every change that an earlier version would misread."""
-LOCK = ".lock"
-"""The file in it that a process holds while it works there."""
+"""Version of `run.json`, raised with every change that an earlier version would misread."""
+LOCK_FILE = ".lock"
+"""File that a process locks while it works in the folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """What a gate measured."""
+    """The result of a gate."""
 
     name: str
     state: State
@@ -50,30 +56,31 @@ class Gate:
 
 @dataclass
 class RunFolder:
-    """One run's folder. `manifest` is what `run.json` holds; `write` makes it so, atomically."""
+    """The folder of one run. `manifest` is the content of run.json; `write` saves it atomically."""
 
     path: Path
     manifest: dict[str, Any] = field(default_factory=dict)
     writes: bool = True
-    """Of the processes of a run one writes."""
+    """False on all ranks but rank 0: one process writes."""
     _log: IO[str] | None = None
-    _held: IO[bytes] | None = None
+    _lock: IO[bytes] | None = None
 
     @staticmethod
     def check(
         path: Path, config: Mapping[str, Any], *, resume: bool, overwrite: bool, free: Collection[str] = ()
     ) -> dict[str, Any] | None:
-        """The manifest of the run to go on with, or None for a new one; touches nothing.
+        """The manifest of the run to resume, or None for a new run. Changes nothing on disk.
 
-        `free` names settings that may have changed: nothing that is finished depends on them. Raises `CheckpointError`
-        for a folder that holds another run or anything else, and for a resume with another config; `ConfigError` where
-        both are asked for.
+        `free` names settings that may differ from the existing run, because no finished part depends on them. Raises
+        `CheckpointError` for a folder with other content, for an existing run without `resume` or `overwrite`, and for
+        a resume with another config; `ConfigError` where `resume` and `overwrite` are both set.
         """
         if resume and overwrite:
             raise ConfigError("a run goes on or starts anew: --resume and --overwrite exclude one another")
         existing = read_manifest(path) if is_run_folder(path) else None
         if existing is None:
-            if path.exists() and (not path.is_dir() or any(p.name != LOCK for p in path.iterdir())):
+            # `acquire` checks a second time while its own lock file is in the folder
+            if path.exists() and (not path.is_dir() or any(p.name != LOCK_FILE for p in path.iterdir())):
                 raise CheckpointError(
                     "this is a file" if path.is_file() else "this folder is not empty and holds no run",
                     where=str(path),
@@ -90,10 +97,13 @@ class RunFolder:
                 where=str(path),
                 hint="go on with --resume, start anew with --overwrite, or name another output=...",
             )
-        differing = _changed_settings({**existing["config"], "output": None}, {**config, "output": None})
-        if changed := sorted(set(differing) - set(free)):
+        # the same folder may be named in another way, so `output` is not compared
+        differing_settings = _changed_settings({**existing["config"], "output": None}, {**config, "output": None})
+        if forbidden_changes := sorted(set(differing_settings) - set(free)):
             raise CheckpointError(
-                "the run in this folder has another config", where=str(path), given="differs in " + ", ".join(changed)
+                "the run in this folder has another config",
+                where=str(path),
+                given="differs in " + ", ".join(forbidden_changes),
             )
         return existing
 
@@ -106,80 +116,82 @@ class RunFolder:
         overwrite: bool = False,
         free: Collection[str] = (),
     ) -> RunFolder:
-        """Take a folder for a run, after `check`, until `close`.
+        """Lock a folder for a run after `check`; `close` releases it.
 
-        `overwrite` removes what a run wrote there, and nothing else. Raises `CheckpointError` where another process is
-        at work in it.
+        `overwrite` removes the files that a run writes, and nothing else. Raises `CheckpointError` where another
+        process works in the folder.
         """
         RunFolder.check(path, config, resume=resume, overwrite=overwrite, free=free)
-        held = lock_file(path / LOCK)
+        lock = lock_file(path / LOCK_FILE)
         try:
-            # once more: until now another process may have been at work here
+            # again under the lock: another process may have written here since the first check
             existing = RunFolder.check(path, config, resume=resume, overwrite=overwrite, free=free)
         except RungError:
-            unlock_and_remove(path / LOCK, held)
+            unlock_and_remove(path / LOCK_FILE, lock)
             raise
+        # only under the lock: leftovers of a live process must not be removed
         for place in (path, path / "checkpoints"):
             recover_interrupted_writes(place)
         if existing is not None:
-            return RunFolder(path, existing, _held=held)
+            return RunFolder(path, existing, _lock=lock)
         if overwrite:
-            for name in GENERATED:
+            for name in OUTPUT_NAMES:
                 target = path / name
                 shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
-        started = {
+        manifest = {
             **{"format_version": FORMAT_VERSION, "status": "started", "config": dict(config)},
             **{"gates": [], "versions": versions()},
         }
-        folder = RunFolder(path, started, _held=held)
+        folder = RunFolder(path, manifest, _lock=lock)
         folder.write()
         return folder
 
     def update(self, **values: Any) -> None:
-        """Set values of the manifest and write it."""
+        """Set values of the manifest and save it."""
         self.manifest.update(values)
         self.write()
 
     def gate(self, gate: Gate) -> None:
-        """Keep a gate's result; a later result of the same name replaces it."""
-        kept = [g for g in self.manifest["gates"] if g["name"] != gate.name]
-        entry = {"name": gate.name, "state": gate.state, "measured": gate.measured, "limit": gate.limit}
-        self.update(gates=[*kept, entry])
+        """Record the result of a gate; it replaces an earlier result of the same name."""
+        other_gates = [other for other in self.manifest["gates"] if other["name"] != gate.name]
+        result = {"name": gate.name, "state": gate.state, "measured": gate.measured, "limit": gate.limit}
+        self.update(gates=[*other_gates, result])
 
     def write(self) -> None:
-        """Make `run.json` what the manifest says."""
+        """Save the manifest as run.json."""
         if self.writes:
             write_json(self.path / "run.json", self.manifest)
 
     def log(self, entry: Mapping[str, Any]) -> None:
-        """Append one object to `log.jsonl`."""
+        """Append one object to log.jsonl. Values that are not finite become null."""
         if not self.writes:
             return
         if self._log is None:
             self._log = (self.path / "log.jsonl").open("a", encoding="utf-8")
-        # JSON has no NaN
+        # JSON has no NaN; Python would write one that other readers refuse
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         self._log.write(json.dumps(finite) + "\n")
+        # a kill loses at most the line being written, which `read_log` skips
         self._log.flush()
 
     def trim_log(self, step: int) -> None:
-        """Forget logged steps after `step`: a resumed run takes them again."""
+        """Remove log entries after `step`: a resumed run takes those steps again."""
         path = self.path / "log.jsonl"
         if self.writes and path.exists():
-            kept = [entry for entry in read_log(self.path) if entry["step"] <= step]
-            write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+            kept_entries = [entry for entry in read_log(self.path) if entry["step"] <= step]
+            write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept_entries))
 
     def close(self) -> None:
-        """Close the log, and let go of the folder."""
+        """Close the log and release the lock."""
         if self._log is not None:
             self._log.close()
-        if self._held is not None:
-            unlock_and_remove(self.path / LOCK, self._held)
-        self._log = self._held = None
+        if self._lock is not None:
+            unlock_and_remove(self.path / LOCK_FILE, self._lock)
+        self._log = self._lock = None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a run folder. Raises `CheckpointError` when there is none or it cannot be read."""
+    """The manifest of a run folder. Raises `CheckpointError` where it is missing or cannot be read."""
     try:
         manifest: dict[str, Any] = json.loads((path / "run.json").read_text())
     except FileNotFoundError:
@@ -195,12 +207,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def is_climb(path: Path) -> bool:
-    """Whether a folder holds a climb, whose runs stand below it."""
+    """Whether a folder holds a climb, with the runs of its rungs in subfolders."""
     return is_run_folder(path) and "climb" in read_manifest(path)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The logged steps of a run; empty when nothing was logged. A last line that a kill tore is passed over."""
+    """The log entries of a run, empty without a log. A line cut off by a kill is skipped."""
     log = path / "log.jsonl"
     entries: list[dict[str, Any]] = []
     for line in log.read_text().split("\n") if log.exists() else []:
@@ -212,52 +224,59 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file in one go."""
+    """Replace a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
 def versions() -> dict[str, str]:
-    """What computed the run."""
+    """Versions of Python and of the libraries that determine results, and the machine type."""
     names = ("rung", "torch", "transformers", "peft", "tokenizers", "safetensors")
-    return {"python": platform.python_version(), "machine": platform.machine(), **{n: version(n) for n in names}}
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        **{name: version(name) for name in names},
+    }
 
 
 def reset_peak_memory() -> None:
-    """Start measuring the peak anew where the kernel allows it (Linux)."""
+    """Reset the peak of resident memory, where the kernel allows it (Linux)."""
     try:
+        # 5 resets VmHWM, see proc(5)
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return
 
 
 def peak_memory_bytes() -> int:
-    """Largest resident memory of this process since the last reset, in bytes."""
+    """Peak resident memory of this process since the last reset, in bytes."""
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError, ValueError):
+        # without /proc: the peak since the start of the process, in kilobytes on Linux
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _changed_settings(old: Any, new: Any, at: str = "") -> list[str]:
-    """Dotted names of the settings in which two configs differ."""
+def _changed_settings(old: Any, new: Any, path: str = "") -> list[str]:
+    """Dotted names of the settings that differ between two configs."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         keys = set(old) | set(new)
         return [
             name
             for key in keys
-            for name in _changed_settings(old.get(key), new.get(key), f"{at}.{key}" if at else str(key))
+            for name in _changed_settings(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
         ]
-    same = json.dumps(old, sort_keys=True, default=str) == json.dumps(new, sort_keys=True, default=str)
-    return [] if same else [at]
+    # compared as JSON, the form in which run.json holds them
+    is_equal = json.dumps(old, sort_keys=True, default=str) == json.dumps(new, sort_keys=True, default=str)
+    return [] if is_equal else [path]
 
 
 @dataclass
 class Progress:
-    """What changes as a run goes on, besides weights and optimizer: all of it is JSON."""
+    """State of a run besides weights and optimizer. All fields are JSON and are stored in every checkpoint."""
 
     step: int = 0
-    """Optimizer steps taken, skipped ones included."""
+    """Optimizer steps taken, including skipped ones."""
     seconds: float = 0.0
     tokens: int = 0
     loss: float = math.nan
@@ -266,87 +285,90 @@ class Progress:
     """Lowest validation loss so far, in nats per token."""
     best_step: int = 0
     misses: int = 0
-    """Measurements in a row that did not improve the best."""
+    """Consecutive measurements without an improvement of the best."""
     validation: float | None = None
     objective: dict[str, float] = field(default_factory=dict)
-    """What the objective learned besides parameters."""
+    """State of the objective besides parameters, for example an adaptive beta."""
     method: dict[str, Any] = field(default_factory=dict)
-    """What the method keeps besides parameters."""
+    """State of the method besides parameters, for example the winners of a lottery."""
 
 
 StopCheck = Callable[[float], str | None]
-"""Hears of a validation loss; says why the run should end there, if it should."""
+"""Called with a validation loss in nats; returns the reason to end the run, or None."""
 
 
 def never_stop(loss: float) -> str | None:
-    """Watches nothing."""
+    """The `StopCheck` that never ends a run."""
     return None
 
 
 def total_steps(config: TrainingConfig, rows: int, repeats: int = 1) -> int:
-    """Optimizer steps of a whole run over this many rows, each window of them learned from so many times."""
+    """Optimizer steps of a run over this many rows, with `repeats` steps per window of rows."""
     per_epoch = -(-rows // config.examples_per_step)
+    # -1e-9: 1.1 epochs of 10 steps are 11.000000000000002 in floats, which must not add a step
     total = math.ceil(config.epochs * per_epoch - 1e-9) * repeats
     return min(total, config.max_steps or total)
 
 
 def rows_of_step(step: int, rows: int, per_step: int, seed: int) -> list[int]:
-    """Numbers of the rows of a step counted from 0: a pure function of seed and step."""
+    """Row numbers of a step (counted from 0): a pure function of seed and step, so that a resume needs no state."""
     epoch, place = divmod(step, -(-rows // per_step))
     order = np.random.default_rng([seed, epoch]).permutation(rows)
     return [int(row) for row in order[place * per_step : (place + 1) * per_step]]
 
 
-def progress_summary(progress: Progress, moving: Mapping[str, nn.Parameter]) -> Mapping[str, Any]:
-    """The run's own numbers for `run.json`; times are without loading, evaluation and saving."""
+def progress_summary(progress: Progress, trainable: Mapping[str, nn.Parameter]) -> Mapping[str, Any]:
+    """Summary for run.json. Times exclude loading, evaluation and saving."""
     return {
         "steps": progress.step,
         "train_seconds": round(progress.seconds, 3),
         "tokens_per_second": round(progress.tokens / progress.seconds, 1) if progress.seconds else None,
         "tokens": progress.tokens,
         "peak_memory_bytes": peak_memory_bytes(),
-        "trainable_parameters": sum(p.numel() for p in moving.values()),
+        "trainable_parameters": sum(p.numel() for p in trainable.values()),
         "train_loss": progress.loss,
         "validation_loss": progress.validation,
         "best_step": progress.best_step,
     }
 
 
-SCORE = "score."
-"""Before the name of a metric."""
-_KEY = b"rung"
+SCORE_PREFIX = "score."
+"""Prefix of the columns that hold scores, followed by the name of the metric."""
+_METADATA_KEY = b"rung"  # of the parquet schema, where every library has a key of its own
 
 
-def write_items(path: Path, items: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> None:
-    """Replace the file in one go; `scores` of an item, by metric, become columns. Raises `CheckpointError`."""
+def write_items(path: Path, items: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any]) -> None:
+    """Write scored items as parquet, atomically; `scores` (by metric) become columns. Raises `CheckpointError`."""
+    # imported here: commands that score nothing need not load pyarrow
     import pyarrow as pa
     from pyarrow import parquet
 
     rows = [
         {
             **{name: value for name, value in item.items() if name != "scores"},
-            **{SCORE + metric: score for metric, score in item["scores"].items()},
+            **{SCORE_PREFIX + metric: score for metric, score in item["scores"].items()},
         }
         for item in items
     ]
-    table = pa.Table.from_pylist(rows).replace_schema_metadata({_KEY: json.dumps(about)})
+    table = pa.Table.from_pylist(rows).replace_schema_metadata({_METADATA_KEY: json.dumps(metadata)})
+    # into memory first: `write_bytes` replaces the file atomically
     buffer = io.BytesIO()
     parquet.write_table(table, buffer)
     write_bytes(path, buffer.getvalue())
 
 
 def read_items(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The items and what belongs to all of them. Raises `CheckpointError` where `write_items` wrote no such file."""
+    """The items and their common metadata. Raises `CheckpointError` for a file that `write_items` did not write."""
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
         table = parquet.read_table(path)
-        about: dict[str, Any] = json.loads((table.schema.metadata or {})[_KEY])
+        metadata: dict[str, Any] = json.loads((table.schema.metadata or {})[_METADATA_KEY])
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:
         raise CheckpointError(f"these are no scored items: {error}", where=str(path)) from error
     items = []
     for row in table.to_pylist():
-        scores = {name.removeprefix(SCORE): row.pop(name) for name in list(row) if name.startswith(SCORE)}
+        scores = {name.removeprefix(SCORE_PREFIX): row.pop(name) for name in list(row) if name.startswith(SCORE_PREFIX)}
         items.append({**row, "scores": scores})
-    return items, about
+    return items, metadata

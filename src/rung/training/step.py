@@ -1,6 +1,8 @@
-"""One optimizer step's gradient: count first, then accumulate sums divided by the count of the whole window.
+"""The gradient of one optimizer step: count the whole window first, then accumulate sums divided by that count.
 
-Averaging the means of micro-batches would weight the tokens of sparse micro-batches more (transformers#34191).
+Averaging the means of micro-batches would weight the tokens of sparse micro-batches more (transformers#34191). The
+price is a pass over the window for counting, before the first forward pass. `Trainer` calls `accumulate` and
+`mean_loss`; methods calibrate and gates score with the other functions.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ T = TypeVar("T")
 
 
 def count_window(objective: Objective, window: Iterable[PackedBatch]) -> Counts:
-    """The divisor of a window."""
+    """The counts that the losses of a window are divided by."""
     return reduce(Counts.__add__, (objective.count(batch) for batch in window), Counts())
 
 
@@ -33,29 +35,35 @@ def accumulate(
     objective: Objective,
     window: Sequence[PackedBatch],
     world: World = SINGLE_PROCESS,
-    pace: Callable[[], PackedBatch] | None = None,
+    make_filler: Callable[[], PackedBatch] | None = None,
 ) -> Tensor:
-    """Fill .grad with the gradient of (sum / count of the window); return the loss in nats per unit, a scalar.
+    """Add the gradient of (sum / count of the window) to .grad; return the loss in nats per unit, a scalar.
 
-    Of several processes each has rows of its own in the window: the count and the loss are those of all, the gradient
-    is this one's share of the sum. `pace` gives something to compute where the others have more batches and wait.
-    Raises `DataError` when nothing in the window is supervised.
+    With several ranks, count and loss are those of all ranks, and the gradient is this rank's addend of the sum.
+    `make_filler` returns a batch to compute while other ranks have more batches. Raises `DataError` where nothing in
+    the window is supervised.
     """
-    own = count_window(objective, window)
-    totals = own if world.size == 1 else Counts(*world.sum_values([own.tokens, own.sequences, own.pairs]))
+    local_counts = count_window(objective, window)
+    totals = (
+        local_counts
+        if world.size == 1
+        else Counts(*world.sum_values([local_counts.tokens, local_counts.sequences, local_counts.pairs]))
+    )
     if totals.tokens <= 0 and totals.pairs <= 0:
-        where = window[0].documents[0].source if window and window[0].documents else None
-        raise DataError("no supervised token in this step", where=str(where), hint="run: rung data check")
-    shares, behind = [], world.missing_batches(len(window))
+        first_source = window[0].documents[0].source if window and window[0].documents else None
+        raise DataError("no supervised token in this step", where=str(first_source), hint="run: rung data check")
+    shares, filler_count = [], world.missing_batches(len(window))
+    # nested, so that every policy holds keys and values of the shared prefix while a batch is computed
     batches: Iterable[PackedBatch] = policy.iterate_batches(window)
     for partner in objective.partner_policies():
         batches = partner.iterate_batches(batches)
     for batch in batches:
         terms = [*objective.loss(policy, batch), *policy.method.penalty(batch)]
         loss = torch.stack([term.total / totals[term.unit] for term in terms]).sum()
+        # one backward pass per batch: the activations of one batch are in memory at a time
         loss.backward()  # type: ignore[no-untyped-call]
         shares.append(loss.detach())  # no .item(): it would wait for the device
-    _compute_filler_batches(policy, objective, behind, pace)
+    _compute_filler_batches(policy, objective, filler_count, make_filler)
     loss = torch.stack(shares).sum() if shares else torch.zeros((), device=policy.device)
     if world.size > 1:
         loss = torch.tensor(world.sum_values([float(loss)])[0], device=policy.device)
@@ -63,18 +71,19 @@ def accumulate(
 
 
 def _compute_filler_batches(
-    policy: Policy, objective: Objective, behind: int, pace: Callable[[], PackedBatch] | None
+    policy: Policy, objective: Objective, count: int, make_filler: Callable[[], PackedBatch] | None
 ) -> None:
-    """Layers in parts are gathered by all processes at once: one that has fewer batches computes some for nothing."""
-    if not behind or pace is None:
+    """Compute batches without effect: sharded layers are gathered by all ranks at once, so all run equally many."""
+    if not count or make_filler is None:
         return
-    seen = list(objective.batch_metrics)
-    for _ in range(behind):
-        for batch in policy.iterate_batches([pace()]):
+    metrics = list(objective.batch_metrics)
+    for _ in range(count):
+        for batch in policy.iterate_batches([make_filler()]):
+            # times 0: a backward pass with its collectives, but no gradient
             loss = torch.stack([term.total for term in objective.loss(policy, batch)]).sum() * 0.0
             if torch.is_grad_enabled():
                 loss.backward()  # type: ignore[no-untyped-call]
-    objective.batch_metrics = seen
+    objective.batch_metrics = metrics
 
 
 @torch.no_grad()
@@ -83,27 +92,28 @@ def mean_loss(
     objective: Objective,
     batches: Iterable[PackedBatch],
     world: World = SINGLE_PROCESS,
-    pace: Callable[[], PackedBatch] | None = None,
+    make_filler: Callable[[], PackedBatch] | None = None,
 ) -> float:
-    """Loss over a whole set, of several processes over the sets of all.
+    """Mean loss over a data set in nats per unit; with several ranks over the sets of all.
 
-    Sums and counts are added and divided once, so the batches do not matter.
+    Sums and counts are added and divided once, so the result does not depend on the batches.
     """
     totals: dict[Unit, float] = {}
-    counts, behind = Counts(), 0
-    if world.sharded:
+    counts, filler_count = Counts(), 0
+    if world.sharded:  # the number of batches must be known to compute the missing ones
         batches = list(batches)
-        behind = world.missing_batches(len(batches))
+        filler_count = world.missing_batches(len(batches))
     for batch in policy.iterate_batches(batches):
         counts = counts + objective.count(batch)
         for term in objective.loss(policy, batch):
             totals[term.unit] = totals.get(term.unit, 0.0) + float(term.total)
-    _compute_filler_batches(policy, objective, behind, pace)
+    _compute_filler_batches(policy, objective, filler_count, make_filler)
     if world.size > 1:
-        everyone = world.gather([totals, [counts.tokens, counts.sequences, counts.pairs]])
-        units = {unit for own, _ in everyone for unit in own}
-        totals = {unit: sum(own.get(unit, 0.0) for own, _ in everyone) for unit in sorted(units)}
-        counts = reduce(Counts.__add__, (Counts(*own) for _, own in everyone))
+        by_rank = world.gather([totals, [counts.tokens, counts.sequences, counts.pairs]])
+        units = {unit for rank_values, _ in by_rank for unit in rank_values}
+        # sorted: every rank adds in the same order
+        totals = {unit: sum(rank_values.get(unit, 0.0) for rank_values, _ in by_rank) for unit in sorted(units)}
+        counts = reduce(Counts.__add__, (Counts(*rank_values) for _, rank_values in by_rank))
     return sum(total / counts[unit] if counts[unit] else float("nan") for unit, total in totals.items())
 
 
@@ -114,50 +124,56 @@ def values_by_document(
     budget: int,
     value: Callable[[PackedBatch], Iterable[T]],
 ) -> list[T]:
-    """What `value` finds for each document of a batch, in the order of `documents`; nothing is learned from it.
+    """The value of each document, in the order of `documents`, without gradient.
 
-    `readers` are the policies that `value` asks; `budget` is in tokens a batch, raised to the longest document.
+    `value` returns one value per document of a batch; `readers` are the policies it runs. `budget` is in tokens per
+    batch and is raised to the longest document.
     """
     if not documents:
         return []
-    place = {id(document): i for i, document in enumerate(documents)}
-    found: dict[int, T] = {}
+    # by identity: packing reorders documents, and two of them may be equal
+    index_by_id = {id(document): i for i, document in enumerate(documents)}
+    values: dict[int, T] = {}
     device = readers[0].device
-    trees = not has_flat_kernel(device)  # no gradient is here that would keep copies of a prefix apart
-    longest = max(budget, *map(len, documents))
-    batches: Iterable[PackedBatch] = pack(documents, longest, share_prefixes=trees, device=device)
+    share_prefixes = not has_flat_kernel(device)  # without gradient nothing distinguishes copies of a prefix
+    token_budget = max(budget, *map(len, documents))
+    batches: Iterable[PackedBatch] = pack(documents, token_budget, share_prefixes=share_prefixes, device=device)
     for reader in readers:
         batches = reader.iterate_batches(batches)
     for batch in batches:
-        found |= {place[id(d)]: own for d, own in zip(batch.documents, value(batch), strict=True)}
-    return [found[i] for i in range(len(documents))]
+        values |= {
+            index_by_id[id(document)]: document_value
+            for document, document_value in zip(batch.documents, value(batch), strict=True)
+        }
+    return [values[i] for i in range(len(documents))]
 
 
 class CalibrationBatch:
-    """The documents, packed within the run's micro-batch budget: memory does not follow their number."""
+    """Documents for calibrating a method, packed within the micro-batch budget, so that memory stays bounded."""
 
     def __init__(self, policy: Policy, objective: Objective, examples: Sequence[Example], budget: int) -> None:
         self.policy, self.objective = policy, objective
+        # prefixes are not shared: activation statistics must count every token of every document
         self.batches = pack(examples, budget, share_prefixes=False, device=policy.device)
         self.tokenizer = policy.base.tokenizer
         self.tokens = sum(len(batch.ids) for batch in self.batches)
 
     def run_forward(self) -> None:
-        """Run them once, without gradient."""
+        """Run all documents through the layers once, without gradient, for hooks that collect statistics."""
         with torch.no_grad():
             for batch in self.policy.iterate_batches(self.batches):
-                self.policy.hidden_states(batch)  # the head is no target
+                self.policy.hidden_states(batch)  # without the head: no method calibrates it
 
     def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """The gradient of one step over all of them; parameters that a run moves are left without one."""
+        """The gradient of one step over all documents. Gradients of the run itself are zeroed before and after."""
         self.policy.model.zero_grad(set_to_none=True)
         accumulate(self.policy, self.objective, self.batches)
-        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         self.policy.model.zero_grad(set_to_none=True)
-        return found
+        return gradients
 
     def keys_values(self, ids: Sequence[int]) -> Mapping[int, tuple[Tensor, Tensor]]:
-        """Keys and values of these tokens in the base, by layer."""
+        """Keys and values of these tokens by layer, from the base with the method disabled."""
         row = torch.tensor(list(ids), dtype=torch.long, device=self.policy.device)
         with torch.no_grad(), self.policy.method.disabled():
             return self.policy.prefix_kv(row)
