@@ -11,7 +11,7 @@ FILE_LINES, FUNCTION_LINES, PARAMETERS, FIELDS = 500, 60, 8, 15
 SOURCE = Path(__file__).parent.parent / "src" / "rung"
 BASES = {
     *("Protocol", "Method", "Objective", "Config", "Result", "BaseModel", "Module", "Function", "Exception"),
-    *("MethodBase", "WeightMethodBase", "VirtualTokenBase", "LowRankConfig", "ObjectiveBase"),
+    *("MethodBase", "WeightMethodBase", "VirtualTokenBase", "LowRankConfig", "ObjectiveBase", "ReinforcementBase"),
     *(
         "NamedTuple",
         "DynamicLayer",
@@ -66,7 +66,14 @@ def check_function(name: str, node: ast.FunctionDef | ast.AsyncFunctionDef) -> I
 def check_class(name: str, node: ast.ClassDef) -> Iterator[str]:
     """Fields of a config, and bases."""
     bases = {ast.unparse(base).split("[")[0].split(".")[-1] for base in node.bases}
-    if bases & {"Config", "WeightMethodBase", "VirtualTokenBase", "LowRankConfig", "ObjectiveBase"}:
+    if bases & {
+        "Config",
+        "WeightMethodBase",
+        "VirtualTokenBase",
+        "LowRankConfig",
+        "ObjectiveBase",
+        "ReinforcementBase",
+    }:
         fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and "ClassVar" not in ast.unparse(n.annotation)]
         if len(fields) > FIELDS:
             yield f"{name}:{node.lineno} {node.name}: {len(fields)} fields, at most {FIELDS}"

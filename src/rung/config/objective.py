@@ -205,36 +205,15 @@ class PpoStopConfig(Config):
     """Mean probability ratio of the tokens."""
 
 
-class GrpoConfig(ObjectiveBase):
-    """Answers with a higher reward than others to the same prompt become likelier, without value model.
+class ReinforcementBase(ObjectiveBase):
+    """What GRPO and PPO share: a reward, a KL divergence to a reference, and answers that the policy generates."""
 
-    GRPO (Shao et al. 2024) and two variants.
-    """
-
-    LEARNING_RATE_SCALE: ClassVar[float] = 0.1
-    kind: Literal["grpo"] = "grpo"
-    loss: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
-    """`grpo`: advantages divided by the standard deviation of the group, mean over the tokens of an answer (Shao et al.
-    2024, eq. 3); `dr_grpo`: neither of the two, which removes the bias by length and difficulty (Liu et al. 2025);
-    `rloo`: baseline is the mean of the other answers, loss on whole answers (Ahmadian et al. 2024, eq. 7)."""
     reward: RewardSourceConfig = Field(default=...)
     """Source of the rewards."""
-    beta: NonNegativeFloat = 0.04
-    """Weight of the KL divergence to the reference, in nats; with 0 no reference is loaded."""
-    clip: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
-    """Clip range of the probability ratio to the policy that generated the answers."""
-    rollout: RolloutConfig = RolloutConfig()
-    """How answers are generated."""
+    beta: NonNegativeFloat = 0.0
+    """Weight of the KL divergence to the reference; with 0 no reference is loaded."""
     reference: str = Field(default="base", min_length=1)
     """As for preference."""
-
-    @model_validator(mode="after")
-    def _check_group(self) -> GrpoConfig:
-        if self.rollout.num_generations < 2:
-            raise ValueError("a group needs rollout.num_generations of at least 2")
-        if self.reference != "base" and not self.beta:
-            raise ValueError("beta: 0 knows no reference")
-        return self
 
     @property
     def on_policy_share(self) -> float:
@@ -247,7 +226,35 @@ class GrpoConfig(ObjectiveBase):
         return self.reference if self.beta else None
 
 
-class PpoConfig(ObjectiveBase):
+class GrpoConfig(ReinforcementBase):
+    """Answers with a higher reward than others to the same prompt become likelier, without value model.
+
+    GRPO (Shao et al. 2024) and two variants.
+    """
+
+    LEARNING_RATE_SCALE: ClassVar[float] = 0.1
+    kind: Literal["grpo"] = "grpo"
+    loss: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    """`grpo`: advantages divided by the standard deviation of the group, mean over the tokens of an answer (Shao et al.
+    2024, eq. 3); `dr_grpo`: neither of the two, which removes the bias by length and difficulty (Liu et al. 2025);
+    `rloo`: baseline is the mean of the other answers, loss on whole answers (Ahmadian et al. 2024, eq. 7)."""
+    beta: NonNegativeFloat = 0.04
+    """Weight of the KL divergence to the reference, in nats; with 0 no reference is loaded."""
+    clip: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    """Clip range of the probability ratio to the policy that generated the answers."""
+    rollout: RolloutConfig = RolloutConfig()
+    """How answers are generated."""
+
+    @model_validator(mode="after")
+    def _check_group(self) -> GrpoConfig:
+        if self.rollout.num_generations < 2:
+            raise ValueError("a group needs rollout.num_generations of at least 2")
+        if self.reference != "base" and not self.beta:
+            raise ValueError("beta: 0 knows no reference")
+        return self
+
+
+class PpoConfig(ReinforcementBase):
     """Answers with a higher reward than a value model predicts become likelier.
 
     PPO (Schulman et al. 2017), with language models as policy and value model (Ouyang et al. 2022).
@@ -255,8 +262,6 @@ class PpoConfig(ObjectiveBase):
 
     LEARNING_RATE_SCALE: ClassVar[float] = 0.1
     kind: Literal["ppo"] = "ppo"
-    reward: RewardSourceConfig = Field(default=...)
-    """Source of the rewards."""
     beta: NonNegativeFloat = 0.05
     """Subtracted from the reward per nat of log-ratio to the reference, token by token; with 0 no reference is
     loaded."""
@@ -282,8 +287,6 @@ class PpoConfig(ObjectiveBase):
     """Limits beyond which the remaining steps of a rollout are skipped."""
     rollout: RolloutConfig = RolloutConfig(num_generations=1, num_iterations=4, num_minibatches=2)
     """How answers are generated."""
-    reference: str = Field(default="base", min_length=1)
-    """As for preference."""
 
     @model_validator(mode="after")
     def _reject_unused_settings(self) -> PpoConfig:
@@ -292,16 +295,6 @@ class PpoConfig(ObjectiveBase):
         if self.value == "reward" and self.reward.kind != "model":
             raise ValueError("value: reward needs reward: {kind: model, run: ...}")
         return self
-
-    @property
-    def on_policy_share(self) -> float:
-        """1: every row is a prompt."""
-        return 1.0
-
-    @property
-    def reference_model(self) -> str | None:
-        """The reference; None with `beta` 0."""
-        return self.reference if self.beta else None
 
 
 class DistillConfig(ObjectiveBase):
