@@ -36,28 +36,28 @@ class ChatModel:
         """Say something to the last turn and remember it. Raises `DataError` when the conversation is too long."""
         policy, chat = self.model.policy, self.model.chat
         prompt = chat.prompt_ids(self.turns)
-        room = policy.base.context - policy.method.virtual_tokens - len(prompt)
-        if room < 1:
+        max_new_tokens = policy.base.context - policy.method.virtual_tokens - len(prompt)
+        if max_new_tokens < 1:
             raise DataError("the conversation is longer than the model's context", hint="/new starts over")
-        shown: list[int] = []
+        printed_ids: list[int] = []
 
-        def show(token: int) -> None:
-            before = chat.assistant_text(shown)
-            shown.append(token)
-            now = chat.assistant_text(shown)
-            if not now.endswith("\ufffd"):  # half a character: wait for its other bytes
-                sys.stdout.write(now[len(before.rstrip("\ufffd")) :])
+        def print_token(token: int) -> None:
+            previous_text = chat.assistant_text(printed_ids)
+            printed_ids.append(token)
+            text = chat.assistant_text(printed_ids)
+            if not text.endswith("\ufffd"):  # half a character: wait for its other bytes
+                sys.stdout.write(text[len(previous_text.rstrip("\ufffd")) :])
                 sys.stdout.flush()
 
-        limit = Sampling(min(sampling.max_new_tokens, room), sampling.temperature, sampling.seed)
+        limited_sampling = Sampling(min(sampling.max_new_tokens, max_new_tokens), sampling.temperature, sampling.seed)
         with self.prepare_turn():
             ids = generate(
                 policy,
                 [prompt],
                 stop_ids=chat.stop_ids,
-                sampling=limit,
+                sampling=limited_sampling,
                 task=self.task,
-                on_token=show if stream else None,
+                on_token=print_token if stream else None,
             )[0].ids
         text = chat.assistant_text(ids).strip()
         self.turns.append(Message("assistant", text))
@@ -94,16 +94,16 @@ class Conversation:
         out.print(f"talking to {' and '.join(s.name for s in self.speakers)}; an empty line leaves, /new starts over")
         while True:
             try:
-                asked = out.input("[bold]you[/bold] > ")
+                line = out.input("[bold]you[/bold] > ")
             except EOFError:
                 return
-            if not asked.strip():
+            if not line.strip():
                 return
-            if asked.strip() == "/new":
+            if line.strip() == "/new":
                 self.forget()
                 continue
             try:
-                self.say(asked)
+                self.say(line)
             except DataError as error:
                 out.print(str(error), markup=False)
 
@@ -112,13 +112,13 @@ class Conversation:
         text = text.encode("utf-8", "replace").decode()  # a terminal may send half a character
         if self.library is not None:
             text = self.library.prepend_passages(text)
-        before = [list(speaker.turns) for speaker in self.speakers]
+        saved_turns = [list(speaker.turns) for speaker in self.speakers]
         for speaker in self.speakers:
             speaker.turns.append(Message("user", text))
         try:
             self._answer()
         except DataError:  # too long: the conversation goes on without this question
-            for speaker, turns in zip(self.speakers, before, strict=True):
+            for speaker, turns in zip(self.speakers, saved_turns, strict=True):
                 speaker.turns[:] = turns
             raise
 
@@ -133,16 +133,19 @@ class Conversation:
 
 
 def _open_models(target: str, compare: bool) -> list[ChatModel]:
-    tuned = open_target(target)
-    if tuned.config is None:
+    loaded_run = open_target(target)
+    if loaded_run.config is None:
         if compare:
             raise ConfigError("--compare wants a run: a base has nothing to be compared with", given=target)
-        return [ChatModel(target, tuned, nullcontext, [])]
-    model = ChatModel(f"tuned ({tuned.config.method.kind})", tuned, nullcontext, [])
+        return [ChatModel(target, loaded_run, nullcontext, [])]
+    model = ChatModel(f"tuned ({loaded_run.config.method.kind})", loaded_run, nullcontext, [])
     if not compare:
         return [model]
     if (Path(target) / "adapter").is_dir():
-        base, switch = replace(tuned, chat=tuned.chat.without_virtual_tokens()), tuned.policy.method.disabled
+        base, switch = (
+            replace(loaded_run, chat=loaded_run.chat.without_virtual_tokens()),
+            loaded_run.policy.method.disabled,
+        )
     else:
-        base, switch = open_base(tuned.config.model), nullcontext
-    return [ChatModel(f"base ({tuned.config.model.name})", base, switch, []), model]
+        base, switch = open_base(loaded_run.config.model), nullcontext
+    return [ChatModel(f"base ({loaded_run.config.model.name})", base, switch, []), model]

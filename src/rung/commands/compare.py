@@ -41,22 +41,28 @@ def compare(
         raise ConfigError("no pair is judged, so there is none to write", where="--output", given=output, hint=hint)
     if output is not None and output.exists():
         raise ConfigError("this file exists already", where="--output", given=output)
-    ours, theirs = evaluate_on_task(target, task, records), evaluate_on_task(baseline, task, records)
-    metrics = {name: paired_scores(theirs, ours, name, task.seed) for name in ours.metrics}
+    target_evaluation, baseline_evaluation = (
+        evaluate_on_task(target, task, records),
+        evaluate_on_task(baseline, task, records),
+    )
+    metrics = {
+        name: paired_scores(baseline_evaluation, target_evaluation, name, task.seed)
+        for name in target_evaluation.metrics
+    }
     result = {
         "target": target,
         "baseline": baseline,
         "task": task_name(config, target),
         "metrics": metrics,
-        "examples": len(ours.items),
-        "clusters": len(set(ours.clusters)),
+        "examples": len(target_evaluation.items),
+        "clusters": len(set(target_evaluation.clusters)),
     }
     if judge is None:
         return ComparisonResult.model_validate(result)
-    found = judge_pairs(judge, _answer_pairs(ours, theirs), task.seed)
+    judgement = judge_pairs(judge, _answer_pairs(target_evaluation, baseline_evaluation), task.seed)
     if output is not None:
-        write_text(output, "".join(line + "\n" for line in found.lines()))
-    return ComparisonResult.model_validate({**result, "judge": {"model": judge.model, **found.to_json()}})
+        write_text(output, "".join(line + "\n" for line in judgement.lines()))
+    return ComparisonResult.model_validate({**result, "judge": {"model": judge.model, **judgement.to_json()}})
 
 
 def paired_scores(before: Evaluation, after: Evaluation, metric: str, seed: int) -> dict[str, Any]:
@@ -71,8 +77,16 @@ def paired_scores(before: Evaluation, after: Evaluation, metric: str, seed: int)
     }
 
 
-def _answer_pairs(ours: Evaluation, theirs: Evaluation) -> list[AnswerPair]:
+def _answer_pairs(target_evaluation: Evaluation, baseline_evaluation: Evaluation) -> list[AnswerPair]:
     return [
-        AnswerPair(own.question, own.answer, other.answer, own.source, own.context, own.expected, own.group)
-        for own, other in zip(ours.items, theirs.items, strict=True)
+        AnswerPair(
+            target_item.question,
+            target_item.answer,
+            baseline_item.answer,
+            target_item.source,
+            target_item.context,
+            target_item.expected,
+            target_item.group,
+        )
+        for target_item, baseline_item in zip(target_evaluation.items, baseline_evaluation.items, strict=True)
     ]

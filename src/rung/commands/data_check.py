@@ -34,12 +34,12 @@ def check_data(file: str, *, show: int, model: str | None) -> tuple[dict[str, An
     chat = ChatTemplate(load_tokenizer(base), base.template) if base else None
     report = inspect_data(target, chat)
     console = Console()
-    with console.capture() as captured:
+    with console.capture() as capture:
         console.print(report)
         if show and chat:
             for text in _colored_rows(target, chat, show):
                 console.print(text)
-    return report.to_json(), captured.get().splitlines()
+    return report.to_json(), capture.get().splitlines()
 
 
 def _colored_rows(target: str | DataConfig, chat: ChatTemplate, count: int) -> list[Text]:

@@ -43,18 +43,18 @@ def evaluate(
     """
     path, target = Path(target), str(target)
     is_run = is_run_folder(path)
-    task, originals, records, found = evaluation_task(target, config=config, overrides=overrides, limit=limit)
+    task, originals, records, retrieval = evaluation_task(target, config=config, overrides=overrides, limit=limit)
     if is_run and isinstance(task.objective, RewardConfig):
         return _evaluate_reward_model(path, task, records, config=config, keep=config is None and limit is None)
     result = evaluate_on_task(target, task, records)
-    measured = {**result.summary(), **found}
-    measured["seconds_per_query"] += found.get("retrieval", {}).get("seconds_per_query", 0.0)
+    metrics = {**result.summary(), **retrieval}
+    metrics["seconds_per_query"] += retrieval.get("retrieval", {}).get("seconds_per_query", 0.0)
     contaminated = {"contamination": contamination_of(path, result, originals)} if is_run else {}
     if is_run and config is None and limit is None:
         result.write(path / "eval.parquet")  # items.parquet belongs to the climb that a run may stand in
         manifest = read_manifest(path)
-        RunFolder(path, manifest).update(metrics={**manifest.get("metrics", {}), **measured}, **contaminated)
-    result_json = {"target": target, "task": task_name(config, target), **measured, **contaminated}
+        RunFolder(path, manifest).update(metrics={**manifest.get("metrics", {}), **metrics}, **contaminated)
+    result_json = {"target": target, "task": task_name(config, target), **metrics, **contaminated}
     return EvaluationResult.model_validate(result_json)
 
 
@@ -74,15 +74,15 @@ def contamination_of(run: Path, result: Evaluation, records: Records) -> dict[st
         train = read_splits(config_of_run(run)).train
     except RungError as error:
         return {"unknown": error.summary}
-    found = contamination(train, records)
+    matches = contamination(train, records)
     tiers: dict[str, Any] = {}
-    for tier in found.tiers:
-        flagged = found.flagged(tier)
-        tiers[tier] = {"items": len(flagged), "examples": found.examples(tier)}
+    for tier in matches.tiers:
+        flagged = matches.flagged(tier)
+        tiers[tier] = {"items": len(flagged), "examples": matches.examples(tier)}
         if flagged:
             tiers[tier]["scores_without"] = _scores(result, [i for i in result.items if i.source not in flagged])
             tiers[tier]["scores_of_them"] = _scores(result, [i for i in result.items if i.source in flagged])
-    return {"items": found.items, "train_rows": found.train, "tiers": tiers}
+    return {"items": matches.items, "train_rows": matches.train, "tiers": tiers}
 
 
 class EvaluationTask(NamedTuple):
@@ -105,7 +105,7 @@ def evaluation_task(
     refuse_climb(target)
     if overrides and config is None:
         raise ConfigError("overrides go with --config", given=" ".join(overrides))
-    task = _task(path, config, overrides, is_run_folder(path))
+    task = _resolve_task(path, config, overrides, is_run_folder(path))
     if limit is not None:
         task = task.model_copy(update={"evaluation": task.evaluation.model_copy(update={"limit": limit})})
     splits = read_splits(task)
@@ -120,8 +120,8 @@ def _scores(result: Evaluation, items: Sequence[ScoredItem]) -> dict[str, Any] |
     """Of some of the items; None where there are none."""
     if not items:
         return None
-    part = replace(result, items=tuple(items))
-    return {name: part.interval(name).to_json() for name in result.metrics}
+    subset = replace(result, items=tuple(items))
+    return {name: subset.interval(name).to_json() for name in result.metrics}
 
 
 def evaluate_on_task(target: str, task: RunConfig, records: Records) -> Evaluation:
@@ -140,11 +140,11 @@ def _evaluate_reward_model(
     if keep:
         manifest = read_manifest(path)
         RunFolder(path, manifest).update(metrics={**manifest.get("metrics", {}), **result})
-    named = {"target": str(path), "task": task_name(config, str(path))}
-    return EvaluationResult.model_validate({**named, **result, "summary": str(health)})
+    header = {"target": str(path), "task": task_name(config, str(path))}
+    return EvaluationResult.model_validate({**header, **result, "summary": str(health)})
 
 
-def _task(path: Path, config: ConfigSource | None, overrides: Sequence[str], is_run: bool) -> RunConfig:
+def _resolve_task(path: Path, config: ConfigSource | None, overrides: Sequence[str], is_run: bool) -> RunConfig:
     if config is not None:
         return resolve_config(config, overrides)
     if is_run:

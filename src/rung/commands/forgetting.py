@@ -58,13 +58,13 @@ def measure_forgetting(run: str, data: str, *, limit: int | None = None) -> Forg
         hint = f"its runs stand in {path / 'rungs'}" if kind == "climb" else "a base has learned nothing to forget for"
         raise ConfigError("this is not a run", where="--forgetting", given=run, hint=hint)
     config, tuned = config_of_run(path), open_run(path)
-    records, asked, seed = forgetting_task(config, data, limit)
+    records, evaluation, seed = forgetting_task(config, data, limit)
     dequantize_if_configured(tuned.policy, config)
-    room = tuned.policy.base.context - tuned.policy.method.virtual_tokens
+    max_tokens = tuned.policy.base.context - tuned.policy.method.virtual_tokens
     models = _evaluated_models(path, tuned)
-    after, before = (_measure_model(model, records, asked, room) for model in models)
-    if dropped := len(records) - len(after.items):
-        print_status(f"{dropped:,} of {len(records):,} texts are longer than the model's context and left out")
+    after, before = (_measure_model(model, records, evaluation, max_tokens) for model in models)
+    if dropped_count := len(records) - len(after.items):
+        print_status(f"{dropped_count:,} of {len(records):,} texts are longer than the model's context and left out")
     return ForgettingComparison.model_validate(
         {
             "target": run,
@@ -72,7 +72,7 @@ def measure_forgetting(run: str, data: str, *, limit: int | None = None) -> Forg
             "metrics": {name: paired_scores(before, after, name, seed) for name in after.metrics},
             "examples": len(after.items),
             "clusters": len(set(after.clusters)),
-            "dropped": dropped,
+            "dropped": dropped_count,
         }
     )
 
@@ -81,7 +81,7 @@ ForgettingTask = tuple[Records, EvaluationConfig, int]
 """Items, how they are asked and scored, and a seed."""
 
 
-def forgetting_task(own: RunConfig, data: str, limit: int | None) -> ForgettingTask:
+def forgetting_task(config: RunConfig, data: str, limit: int | None) -> ForgettingTask:
     """Items of other data, how they are asked and scored, and a seed: a config's own, of a data file those of a run.
 
     Raises `DataError` and `ConfigError` where there are none.
@@ -90,37 +90,44 @@ def forgetting_task(own: RunConfig, data: str, limit: int | None) -> ForgettingT
         task = load_config(data).config
         if limit is not None:
             task = task.model_copy(update={"evaluation": task.evaluation.model_copy(update={"limit": limit})})
-        records, asked, seed = test_records(task, read_splits(task)), task.evaluation, task.seed
+        records, evaluation, seed = test_records(task, read_splits(task)), task.evaluation, task.seed
     else:
-        records, asked, seed = (
+        records, evaluation, seed = (
             _sample_records(load_records(DataConfig(path=data), data).records, limit),
-            own.evaluation,
-            own.seed,
+            config.evaluation,
+            config.seed,
         )
-        asked = asked.model_copy(update={"instruction": None})
-    return records, asked.model_copy(update={"metrics": tuple(dict.fromkeys([*asked.metrics, PERPLEXITY]))}), seed
+        evaluation = evaluation.model_copy(update={"instruction": None})
+    return (
+        records,
+        evaluation.model_copy(update={"metrics": tuple(dict.fromkeys([*evaluation.metrics, PERPLEXITY]))}),
+        seed,
+    )
 
 
-def read_forgetting(place: Path, data: str | None) -> dict[str, Any]:
+def read_forgetting(folder: Path, data: str | None) -> dict[str, Any]:
     """What was kept of these data; empty where that is still to be measured."""
     try:
-        found: dict[str, Any] = json.loads((place / RESULT_FILE).read_text())
+        result: dict[str, Any] = json.loads((folder / RESULT_FILE).read_text())
     except (OSError, ValueError):
         return {}
-    return found if found.get("forgetting") == data else {}
+    return result if result.get("forgetting") == data else {}
 
 
-def require_room(task: ForgettingTask, chat: ChatTemplate, context: int) -> None:
+def check_forgetting_room(task: ForgettingTask, chat: ChatTemplate, context: int) -> None:
     """Raise `DataError` for a prompt that leaves no room for its answer; of plain text what is too long is left out."""
-    records, asked, _ = task
+    records, evaluation, _ = task
     if records[0].text is None:
         prompt_ids(
-            chat, _closed_book_records(records, asked), PromptFormat(asked.instruction), context - asked.max_new_tokens
+            chat,
+            _prompt_records(records, evaluation),
+            PromptFormat(evaluation.instruction),
+            context - evaluation.max_new_tokens,
         )
 
 
-def _closed_book_records(records: Sequence[Record], asked: EvaluationConfig) -> Sequence[Record]:
-    return records if asked.context == "given" else with_contexts("withheld", Records.from_records(records), None)
+def _prompt_records(records: Sequence[Record], evaluation: EvaluationConfig) -> Sequence[Record]:
+    return records if evaluation.context == "given" else with_contexts("withheld", Records.from_records(records), None)
 
 
 def _evaluated_models(path: Path, tuned: LoadedRun) -> Iterator[EvaluatedModel]:
@@ -141,25 +148,27 @@ def _sample_records(records: Records, limit: int | None) -> Records:
 
 
 def _measure_model(
-    reader: EvaluatedModel, records: Sequence[Record], config: EvaluationConfig, room: int
+    model: EvaluatedModel, records: Sequence[Record], evaluation: EvaluationConfig, max_tokens: int
 ) -> Evaluation:
-    policy, chat, off = reader
-    with off:
+    policy, chat, adapter_state = model
+    with adapter_state:
         if records[0].text is not None:
-            return _plain_text_perplexity(policy, chat, records, room)
+            return _plain_text_perplexity(policy, chat, records, max_tokens)
         return evaluate(
             policy,
             chat,
-            _closed_book_records(records, config),
-            PromptFormat(config.instruction),
-            config,
+            _prompt_records(records, evaluation),
+            PromptFormat(evaluation.instruction),
+            evaluation,
             title="forgetting",
         )
 
 
-def _plain_text_perplexity(policy: Policy, chat: ChatTemplate, records: Sequence[Record], room: int) -> Evaluation:
+def _plain_text_perplexity(
+    policy: Policy, chat: ChatTemplate, records: Sequence[Record], max_tokens: int
+) -> Evaluation:
     """Perplexity of plain texts, every token but the first predicted."""
-    documents = list(tokenize_records(chat, records, loss_on="all", max_length=room, overflow="drop").examples)
+    documents = list(tokenize_records(chat, records, loss_on="all", max_length=max_tokens, overflow="drop").examples)
     budget = tokens_per_micro_batch(policy.base.shape, policy.device.type)
     nats = values_by_document(
         [policy], documents, budget, lambda batch: sum_by_document(batch, -policy.logprobs(batch)).tolist()
@@ -175,9 +184,9 @@ def _plain_text_perplexity(policy: Policy, chat: ChatTemplate, records: Sequence
             scores={},
             prompt_tokens=0,
             stopped=True,
-            nats=own,
+            nats=document_nats,
             answer_tokens=document.predictions,
         )
-        for document, own in zip(documents, nats, strict=True)
+        for document, document_nats in zip(documents, nats, strict=True)
     )
     return Evaluation(items, 0.0, (PERPLEXITY,))

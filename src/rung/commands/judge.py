@@ -22,13 +22,12 @@ from rung.evaluation.judge import (
     read_human_labels,
 )
 from rung.files import Journal, cache_folder
-from rung.inference.openai_client import DEFAULT_CONCURRENCY, ChatRequest, Server
-from rung.inference.openai_client import ask_server as ask_server
+from rung.inference.openai_client import DEFAULT_CONCURRENCY, ChatRequest, Server, ask_server
 from rung.runs.load import open_target
 from rung.scoring.pairwise import JudgeAgreement, Preference, check_judge, summarize_preferences
 from rung.types import Message
 
-WORDS = 512
+MAX_VERDICT_TOKENS = 512
 """Tokens that a judge behind a server may write, reasons included."""
 
 
@@ -46,7 +45,9 @@ class Judgement:
 
     def lines(self) -> list[str]:
         """The pairs and all that was said of them, a JSON object each."""
-        return [json.dumps({**asdict(j), "outcome": j.verdicts.outcome}, ensure_ascii=False) for j in self.judged]
+        return [
+            json.dumps({**asdict(pair), "outcome": pair.verdicts.outcome}, ensure_ascii=False) for pair in self.judged
+        ]
 
 
 def judge_pairs(config: JudgeConfig, pairs: Sequence[AnswerPair], seed: int = 0) -> Judgement:
@@ -54,20 +55,25 @@ def judge_pairs(config: JudgeConfig, pairs: Sequence[AnswerPair], seed: int = 0)
 
     Raises `ConfigError` or `CheckpointError` where it cannot be asked, `DataError` for a file of labels that is none.
     """
-    labelled, people = read_human_labels(config.human_labels) if config.human_labels else ([], [])
-    every = judge_both_orders([*pairs, *labelled], config, _ask_function(config))
-    own, known = every[: len(pairs)], every[len(pairs) :]
-    if labelled:
-        checked = check_judge(
-            [j.verdicts for j in known], people, [pair.cluster for pair in labelled], config.min_kappa
+    labelled_pairs, human_labels = read_human_labels(config.human_labels) if config.human_labels else ([], [])
+    judged_pairs = judge_both_orders([*pairs, *labelled_pairs], config, _ask_function(config))
+    verdicts, labelled_verdicts = judged_pairs[: len(pairs)], judged_pairs[len(pairs) :]
+    if labelled_pairs:
+        agreement = check_judge(
+            [judged.verdicts for judged in labelled_verdicts],
+            human_labels,
+            [pair.cluster for pair in labelled_pairs],
+            config.min_kappa,
         )
     else:
-        checked = JudgeAgreement(
+        agreement = JudgeAgreement(
             False, "its agreement with people was not measured: evaluation.judge.human names no file"
         )
     lengths = [(len(pair.first), len(pair.second)) for pair in pairs]
-    found = summarize_preferences([j.verdicts for j in own], lengths, [pair.cluster for pair in pairs], seed)
-    return Judgement(tuple(own), found, checked)
+    preference = summarize_preferences(
+        [judged.verdicts for judged in verdicts], lengths, [pair.cluster for pair in pairs], seed
+    )
+    return Judgement(tuple(verdicts), preference, agreement)
 
 
 def _ask_function(config: JudgeConfig) -> AskJudge:
@@ -81,20 +87,20 @@ def _ask_by_server(server: Server) -> AskJudge:
     """Verdicts of a server, each kept in the cache as it comes: the same question is never paid for twice."""
 
     def ask(prompts: Sequence[tuple[Message, ...]]) -> list[JudgeVerdict]:
-        settings = {"temperature": 0.0, "max_tokens": WORDS}
+        settings = {"temperature": 0.0, "max_tokens": MAX_VERDICT_TOKENS}
         requests = [ChatRequest([{"role": m.role, "content": m.content} for m in turns], settings) for turns in prompts]
-        about = {"url": server.url, "model": server.model, "requests": [asdict(request) for request in requests]}
-        name = sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-        with closing(Journal(cache_folder() / "judged" / f"{name}.jsonl", about)) as journal:
+        identity = {"url": server.url, "model": server.model, "requests": [asdict(request) for request in requests]}
+        name = sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        with closing(Journal(cache_folder() / "judged" / f"{name}.jsonl", identity)) as journal:
             if journal.results:
                 print_status(
                     f"{len(journal.results):,} of {len(requests):,} verdicts are known, kept in {journal.path}"
                 )
             with ProgressBar("judge", len(requests), len(journal.results)) as bar:
-                found, failures = ask_server(server, requests, journal, bar.advance)
+                answers, failures = ask_server(server, requests, journal, bar.advance)
         reasons = {failure.prompt: failure.reason for failure in failures}
         return [
-            parse_verdict(found[i][0].text) if i in found else JudgeVerdict(None, reasons[i])
+            parse_verdict(answers[i][0].text) if i in answers else JudgeVerdict(None, reasons[i])
             for i in range(len(requests))
         ]
 

@@ -20,7 +20,7 @@ from rung.scoring.recommendation import Verdict, paired_gain, recommend, rung_sc
 from rung.scoring.stats import Difference, Interval
 from rung.training.run_folder import peak_memory_bytes, write_json
 
-CONTEXTS = {"given": "context", "withheld": "closed book", "retrieved": "retrieved passages"}
+CONTEXT_LABELS = {"given": "context", "withheld": "closed book", "retrieved": "retrieved passages"}
 """What the ladder calls what stands before the question, where any row has a context or passages are retrieved."""
 AnyRung = RungConfig | OnTopConfig
 
@@ -88,8 +88,8 @@ class NextRung:
         """In words."""
         points = f"{self.gain.mean:+.2f} [{self.gain.low:+.2f}, {self.gain.high:+.2f}]"
         costs = f"{self.seconds_per_query:+.2f} s and {self.prompt_tokens:+,.0f} prompt tokens a query"
-        kept = f", {self.disk_bytes / 1e6:+,.0f} MB on disk, {self.train_seconds:,.0f} s of training"
-        return f"{self.rung} instead of {self.above}: {points} points for {costs}{kept}"
+        storage = f", {self.disk_bytes / 1e6:+,.0f} MB on disk, {self.train_seconds:,.0f} s of training"
+        return f"{self.rung} instead of {self.above}: {points} points for {costs}{storage}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +106,8 @@ class Diagnosis:
         """In words, with the numbers behind them."""
         d = self.difference
         gain = f"{self.upper} over {self.lower}: {d.mean:+.2f} [{d.low:+.2f}, {d.high:+.2f}]"
-        what = "it lacks what the passages say" if self.lacks == "knowledge" else "it lacks the way to answer"
-        return f"{self.lacks}: {what} ({gain})"
+        meaning = "it lacks what the passages say" if self.lacks == "knowledge" else "it lacks the way to answer"
+        return f"{self.lacks}: {meaning} ({gain})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class ForgettingResult:
     @property
     def text(self) -> str:
         """In words."""
-        changes = [f"{name} {change_text(name, found)}" for name, found in self.metrics.items()]
+        changes = [f"{name} {change_text(name, change)}" for name, change in self.metrics.items()]
         return f"{self.rung} on {self.data}: {', '.join(changes)}"
 
 
@@ -161,12 +161,15 @@ class Ladder:
             "clusters": self.clusters,
             "ladder": [row.to_json() for row in self.rows],
             "verdict": self.verdict.to_json(),
-            "left": [asdict(left) for left in self.skipped],
+            "left": [asdict(skipped) for skipped in self.skipped],
             "further": self.next_rung
             and {**asdict(self.next_rung), "gain": self.next_rung.gain.to_json(), "text": self.next_rung.text},
             "curve": [{**asdict(point), "score": point.score.to_json()} for point in self.curve],
-            "notes": [{**asdict(n), "difference": n.difference.to_json(), "text": n.text} for n in self.diagnoses],
-            "forgotten": [{**asdict(one), "text": one.text} for one in self.forgetting],
+            "notes": [
+                {**asdict(diagnosis), "difference": diagnosis.difference.to_json(), "text": diagnosis.text}
+                for diagnosis in self.diagnoses
+            ],
+            "forgotten": [{**asdict(result), "text": result.text} for result in self.forgetting],
             "folder": self.folder,
             "report": str(Path(self.folder) / "report.html"),
         }
@@ -181,13 +184,13 @@ class MeasuredRung:
     costs: tuple[dict[str, Any], ...]
 
 
-def rung_folder(path: Path, rung: AnyRung, number: int, seeds: int) -> Path:
+def rung_folder(path: Path, rung: AnyRung, seed_index: int, seeds: int) -> Path:
     """Where one of a rung's `seeds` runs stands inside a climb's folder."""
-    inside = path / "rungs" / rung.slug
-    return inside / f"seed-{number}" if seeds > 1 else inside
+    folder = path / "rungs" / rung.slug
+    return folder / f"seed-{seed_index}" if seeds > 1 else folder
 
 
-def build_ladder(config: RunConfig, measured: Sequence[MeasuredRung], left: Sequence[SkippedRung] = ()) -> Ladder:
+def build_ladder(config: RunConfig, measured: Sequence[MeasuredRung], skipped: Sequence[SkippedRung] = ()) -> Ladder:
     """The ladder and its verdict, from the stored per-item scores alone; `left` are rungs that were not measured."""
     metric = config.evaluation.metrics[0]
     first = measured[0].evaluations[0]
@@ -199,14 +202,14 @@ def build_ladder(config: RunConfig, measured: Sequence[MeasuredRung], left: Sequ
             raise CheckpointError(f"rung {m.config.label} answered other questions than the first", where=config.output)
     weights = first.weights(metric)
     tables = [np.stack([e.scores(metric) for e in m.evaluations]) for m in measured]
-    lower = metric == PERPLEXITY
-    found = recommend(
+    lower_is_better = metric == PERPLEXITY
+    verdict = recommend(
         [(m.config.label, table) for m, table in zip(measured, tables, strict=True)],
-        math.log1p(config.climb.margin) if lower else config.climb.margin,
-        math.log(config.climb.target) if lower and config.climb.target else config.climb.target,
+        math.log1p(config.climb.margin) if lower_is_better else config.climb.margin,
+        math.log(config.climb.target) if lower_is_better and config.climb.target else config.climb.target,
         clusters=first.clusters,
         weights=weights,
-        in_nats=lower,
+        in_nats=lower_is_better,
         seed=config.seed,
     )
     rows = []
@@ -214,63 +217,63 @@ def build_ladder(config: RunConfig, measured: Sequence[MeasuredRung], left: Sequ
         gain = paired_gain(tables[i - 1], tables[i], first.clusters, weights=weights, seed=config.seed) if i else None
         rows.append(_row(config, m, gain))
 
-    def step(lower: int, upper: int) -> Difference:
-        return paired_gain(tables[lower], tables[upper], first.clusters, weights=weights, seed=config.seed)
+    def gain_between(lower_index: int, upper_index: int) -> Difference:
+        return paired_gain(tables[lower_index], tables[upper_index], first.clusters, weights=weights, seed=config.seed)
 
     return Ladder(
-        *(tuple(rows), found, metric, len(first.items), len(set(first.clusters)), config.output),
-        skipped=tuple(left),
-        next_rung=_next_rung(rows, found, step),
-        diagnoses=tuple(_diagnoses(measured, rows, step, lower=lower)),
+        *(tuple(rows), verdict, metric, len(first.items), len(set(first.clusters)), config.output),
+        skipped=tuple(skipped),
+        next_rung=_next_rung(rows, verdict, gain_between),
+        diagnoses=tuple(_diagnoses(measured, rows, gain_between, lower_is_better=lower_is_better)),
     )
 
 
-StepFunction = Callable[[int, int], Difference]
+GainFunction = Callable[[int, int], Difference]
 """The paired difference of two rungs by their places in the ladder: upper minus lower."""
 
 
-def _next_rung(rows: Sequence[LadderRow], found: Verdict, step: StepFunction) -> NextRung | None:
+def _next_rung(rows: Sequence[LadderRow], verdict: Verdict, gain_between: GainFunction) -> NextRung | None:
     """The rung right above the recommended one."""
     names = [row.rung for row in rows]
-    if found.recommended is None or found.recommended == names[-1]:
+    if verdict.recommended is None or verdict.recommended == names[-1]:
         return None
-    at = names.index(found.recommended)
-    own, above = rows[at], rows[at + 1]
+    index = names.index(verdict.recommended)
+    recommended, following = rows[index], rows[index + 1]
     return NextRung(
-        above.rung,
-        own.rung,
-        step(at, at + 1),
-        seconds_per_query=above.seconds_per_query - own.seconds_per_query,
-        prompt_tokens=above.prompt_tokens - own.prompt_tokens,
-        disk_bytes=above.disk_bytes - own.disk_bytes,
-        train_seconds=above.train_seconds,
+        following.rung,
+        recommended.rung,
+        gain_between(index, index + 1),
+        seconds_per_query=following.seconds_per_query - recommended.seconds_per_query,
+        prompt_tokens=following.prompt_tokens - recommended.prompt_tokens,
+        disk_bytes=following.disk_bytes - recommended.disk_bytes,
+        train_seconds=following.train_seconds,
     )
 
 
 def _diagnoses(
-    measured: Sequence[MeasuredRung], rows: Sequence[LadderRow], step: StepFunction, *, lower: bool
+    measured: Sequence[MeasuredRung], rows: Sequence[LadderRow], gain_between: GainFunction, *, lower_is_better: bool
 ) -> Iterator[Diagnosis]:
     """What retrieval brings to the same prompt, and tuning to the same context, where either surely helps."""
     kinds = [m.config.kind for m in measured]
 
-    def better(found: Difference) -> bool:
-        return found.high < 0 if lower else found.low > 0
+    def is_better(difference: Difference) -> bool:
+        return difference.high < 0 if lower_is_better else difference.low > 0
 
     contexts = [m.costs[0].get("context") for m in measured]
-    for bare, retrieving in (("zero_shot", "rag"), ("few_shot", "few_shot+rag")):
-        without = [i for i, kind in enumerate(kinds) if kind == bare and contexts[i] != "given"]
-        if without and retrieving in kinds:
-            at = without[0], kinds.index(retrieving)
-            if better(found := step(*at)):
-                yield Diagnosis("knowledge", rows[at[0]].rung, rows[at[1]].rung, found)
+    for plain_kind, retrieval_kind in (("zero_shot", "rag"), ("few_shot", "few_shot+rag")):
+        plain_rungs = [i for i, kind in enumerate(kinds) if kind == plain_kind and contexts[i] != "given"]
+        if plain_rungs and retrieval_kind in kinds:
+            pair = plain_rungs[0], kinds.index(retrieval_kind)
+            if is_better(gain := gain_between(*pair)):
+                yield Diagnosis("knowledge", rows[pair[0]].rung, rows[pair[1]].rung, gain)
     for upper, m in enumerate(measured):
-        alike = [i for i, c in enumerate(contexts) if kinds[i] in UNTUNED and c == contexts[upper]]
-        if m.config.kind in (*UNTUNED, "on_top") or not alike:
+        same_context = [i for i, c in enumerate(contexts) if kinds[i] in UNTUNED and c == contexts[upper]]
+        if m.config.kind in (*UNTUNED, "on_top") or not same_context:
             continue
-        sign, metric = -1.0 if lower else 1.0, next(iter(rows[0].scores))
-        best = max(alike, key=lambda i: sign * rows[i].scores[metric].mean)
-        if better(found := step(best, upper)):
-            yield Diagnosis("behaviour", rows[best].rung, rows[upper].rung, found)
+        sign, metric = -1.0 if lower_is_better else 1.0, next(iter(rows[0].scores))
+        best_untuned = max(same_context, key=lambda i: sign * rows[i].scores[metric].mean)
+        if is_better(gain := gain_between(best_untuned, upper)):
+            yield Diagnosis("behaviour", rows[best_untuned].rung, rows[upper].rung, gain)
             return
 
 
@@ -280,8 +283,8 @@ def _row(config: RunConfig, measured: MeasuredRung, gain: Difference | None) -> 
     def mean(key: str) -> float:
         return float(np.mean([cost[key] for cost in costs]))
 
-    searched = float(sum(trial.get("seconds", 0.0) for trial in costs[0].get("search", {}).get("trials", ())))
-    answering = float(np.mean([e.seconds_per_query for e in evaluations]))
+    search_seconds = float(sum(trial.get("seconds", 0.0) for trial in costs[0].get("search", {}).get("trials", ())))
+    answer_seconds = float(np.mean([e.seconds_per_query for e in evaluations]))
     return LadderRow(
         rung=rung.label,
         kind=rung.kind,
@@ -289,10 +292,10 @@ def _row(config: RunConfig, measured: MeasuredRung, gain: Difference | None) -> 
         scores={name: score_of_rung(evaluations, name) for name in config.evaluation.metrics},
         gain=gain,
         trainable_parameters=int(costs[0]["trainable_parameters"]),
-        train_seconds=mean("train_seconds") + searched,
+        train_seconds=mean("train_seconds") + search_seconds,
         peak_memory_bytes=int(max(cost["peak_memory_bytes"] for cost in costs)),
         prompt_tokens=float(np.mean([e.prompt_tokens for e in evaluations])),
-        seconds_per_query=answering + (costs[0].get("retrieval") or {}).get("seconds_per_query", 0.0),
+        seconds_per_query=answer_seconds + (costs[0].get("retrieval") or {}).get("seconds_per_query", 0.0),
         folder=str(rung_folder(Path(config.output), rung, 0, len(evaluations))),
         disk_bytes=int(max(cost.get("disk_bytes", 0) for cost in costs)),
         retrieval=costs[0].get("retrieval"),
@@ -303,11 +306,11 @@ def _row(config: RunConfig, measured: MeasuredRung, gain: Difference | None) -> 
 
 def _prompt_contents(facts: Mapping[str, Any]) -> str:
     """What stands in the prompt besides the question."""
-    chosen = {"similarity": "nearest ", "coverage": "covering "}.get(str(facts.get("example_selection")), "")
+    selection = {"similarity": "nearest ", "coverage": "covering "}.get(str(facts.get("example_selection")), "")
     parts = [
         "instruction" if facts.get("instruction") else "",
-        f"{facts['shots_each']} {chosen}shots" if facts.get("shots_each") else "",
-        CONTEXTS.get(str(facts.get("context")), ""),
+        f"{facts['shots_each']} {selection}shots" if facts.get("shots_each") else "",
+        CONTEXT_LABELS.get(str(facts.get("context")), ""),
     ]
     return ", ".join(filter(None, parts)) or "the question"
 
@@ -326,8 +329,8 @@ def score_of_rung(evaluations: Sequence[Evaluation], metric: str) -> Interval:
 
 def read_rung_result(folder: Path) -> dict[str, Any]:
     """What `_store` wrote last."""
-    found: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    return found
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return result
 
 
 def store_rung_result(folder: Path, result: Evaluation, cost: dict[str, Any]) -> None:

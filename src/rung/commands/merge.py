@@ -34,7 +34,7 @@ from rung.training.packing import pack_separately
 from rung.training.run_folder import Gate, read_manifest
 from rung.types import Example, Source
 
-PROBE_TEXTS = "In fiscal year 2023 revenue rose to 412 million, and costs fell by 3.5%. What changed?"
+PROBE_TEXT = "In fiscal year 2023 revenue rose to 412 million, and costs fell by 3.5%. What changed?"
 
 
 MergeBase = Literal["trained", "original"]
@@ -59,7 +59,7 @@ def merge(run: Path, folder: Path, onto: MergeBase = "trained", *, by_shard: boo
         raise CheckpointError("this folder exists already", where=str(folder))
     if by_shard or _needs_shards(run):
         try:
-            return _by_shard(run, folder, onto)
+            return _merge_by_shard(run, folder, onto)
         except PlanError as error:
             if by_shard:
                 raise
@@ -68,73 +68,77 @@ def merge(run: Path, folder: Path, onto: MergeBase = "trained", *, by_shard: boo
     policy, chat = model.policy, model.chat
     if config.method.tasks:
         policy.method.merge()  # type: ignore[attr-defined]  # which says why it cannot be
-    rows = _rows(chat)
-    ours, from_run = _logprobs(policy, rows), {}
+    rows = _probe_rows(chat)
+    adapter_logprobs, change_from_run = _logprobs(policy, rows), {}
     if config.method.kind == "qlora":
-        trained = ours
+        run_logprobs = adapter_logprobs
         if onto == "original":
             policy = _merge_onto_original(run, config)
         else:
             dequantize(policy, config)
-        ours = _logprobs(policy, rows)
-        from_run = {"moved_from_run": _largest_difference(ours, trained)}
+        adapter_logprobs = _logprobs(policy, rows)
+        change_from_run = {"moved_from_run": _largest_difference(adapter_logprobs, run_logprobs)}
     elif onto == "original":
         raise ConfigError(
             "this run was trained on the original base", where="--original", given=config.method.kind, allowed="qlora"
         )
-    base = _reference(policy, rows)
-    if _largest_difference(base, ours) == 0:
-        what = "the run says what its base says: nothing was learned, or the adapter is lost"
-        raise GateError(what, where=str(run))
+    base_logprobs = _base_logprobs(policy, rows)
+    if _largest_difference(base_logprobs, adapter_logprobs) == 0:
+        summary = "the run says what its base says: nothing was learned, or the adapter is lost"
+        raise GateError(summary, where=str(run))
     _write_merged(policy.method, folder, chat)  # type: ignore[arg-type]
     del policy  # one model at a time: the reload holds another
     try:
-        theirs = logprobs_in_fresh_process(folder, rows)
-        gate = gates.enforce(check_parity(ours, theirs))
+        merged_logprobs = logprobs_in_fresh_process(folder, rows)
+        gate = gates.enforce(check_parity(adapter_logprobs, merged_logprobs))
     except GateError:
         shutil.rmtree(folder)  # a model that is not the run's must not lie around as if it were
         raise
-    moved = {"moved_from_base": _largest_difference(base, theirs), **from_run}
-    measured = {"measure": "largest difference of log-probabilities", "difference": gate.measured, "limit": gate.limit}
-    return MergeResult.model_validate({"path": str(folder), **measured, **moved})
+    changes = {"moved_from_base": _largest_difference(base_logprobs, merged_logprobs), **change_from_run}
+    gate_values = {
+        "measure": "largest difference of log-probabilities",
+        "difference": gate.measured,
+        "limit": gate.limit,
+    }
+    return MergeResult.model_validate({"path": str(folder), **gate_values, **changes})
 
 
 def _needs_shards(run: Path) -> bool:
     """Whether the base in float32, and then the reloaded model, is more than there is memory for."""
-    there = free_memory(torch.device("cpu"))
+    available = free_memory(torch.device("cpu"))
     needed = 4 * read_shape(config_of_run(run).model).parameters + BASELINE_RSS
-    if there is None or needed <= there:
+    if available is None or needed <= available:
         return False
     print_status(
-        f"the whole model needs {format_bytes(needed)}, and {format_bytes(there)} are free: "
+        f"the whole model needs {format_bytes(needed)}, and {format_bytes(available)} are free: "
         "merged tensor by tensor if that can be"
     )
     return True
 
 
-def _by_shard(run: Path, folder: Path, onto: MergeBase) -> MergeResult:
+def _merge_by_shard(run: Path, folder: Path, onto: MergeBase) -> MergeResult:
     manifest = read_manifest(run)
     config = config_of_run(run)
     if config.method.kind == "qlora" or onto == "original":
         raise PlanError("a quantized base is widened first, which only a whole merge does", where=str(run))
     base = base_files(config.model)
     if base is None:
-        what = "the base is no folder of safetensors (but a hub id, a GGUF file, a student or a run with an adapter)"
-        raise PlanError(what, where=str(run), given=config.model.name)
+        summary = "the base is no folder of safetensors (but a hub id, a GGUF file, a student or a run with an adapter)"
+        raise PlanError(summary, where=str(run), given=config.model.name)
     require_undamaged(run / "adapter")
     if fingerprint(base, None) != manifest["fingerprints"]["base"]:
         raise CheckpointError("this adapter was trained on another base", where=str(run), given=str(base))
     updates, chat = read_updates(run / "adapter"), ChatTemplate(load_tokenizer(ModelConfig(name=str(run))))
     check_prompt(run / "adapter", chat)
-    proved: list[tuple[Gate, float]] = []
+    proofs: list[tuple[Gate, float]] = []
 
     def fill(aside: Path) -> None:
-        proved.append(merge_shards(base, updates, aside))
-        gates.enforce(proved[0][0])
+        proofs.append(merge_shards(base, updates, aside))
+        gates.enforce(proofs[0][0])
         write_tokenizer_files(aside, chat)
 
     write_folder(folder, fill)
-    gate, moved = proved[0]
+    gate, largest_change = proofs[0]
     files = len(list(folder.glob("*.safetensors")))
     return MergeResult.model_validate(
         {
@@ -142,7 +146,7 @@ def _by_shard(run: Path, folder: Path, onto: MergeBase) -> MergeResult:
             "measure": "largest error, over what rounding to float32 allows",
             "difference": gate.measured,
             "limit": gate.limit,
-            "largest_change": moved,
+            "largest_change": largest_change,
             "files": files,
         }
     )
@@ -173,19 +177,19 @@ def _merge_onto_original(run: Path, config: RunConfig) -> Policy:
             hint="merge it onto the base it was trained on",
         )
     base = load_base_on_device(config.model.model_copy(update={"dtype": "float32"}))
-    known = {key: value for key, value in config.method.model_dump().items() if key in LoraConfig.model_fields}
-    plain = LoraConfig.model_validate({**known, "kind": "lora", "init": "default"})
-    method = attach_method(base.model, plain, seed=config.seed, fused=config.model.fused)
+    lora_fields = {key: value for key, value in config.method.model_dump().items() if key in LoraConfig.model_fields}
+    lora_config = LoraConfig.model_validate({**lora_fields, "kind": "lora", "init": "default"})
+    method = attach_method(base.model, lora_config, seed=config.seed, fused=config.model.fused)
     method.load(run / "adapter")
     return Policy(base, method)
 
 
-def _largest_difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
-    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+def _largest_difference(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
 
 
-def _rows(chat: ChatTemplate) -> list[list[int]]:
-    return [chat.encode([PROBE_TEXTS])[0], chat.encode([PROBE_TEXTS[::-1]])[0]]
+def _probe_rows(chat: ChatTemplate) -> list[list[int]]:
+    return [chat.encode([PROBE_TEXT])[0], chat.encode([PROBE_TEXT[::-1]])[0]]
 
 
 @torch.no_grad()
@@ -196,6 +200,6 @@ def _logprobs(policy: Policy, rows: list[list[int]]) -> list[torch.Tensor]:
     return [policy.logprobs(batch).float().cpu() for batch in pack_separately(examples, policy.device)]
 
 
-def _reference(policy: Policy, rows: list[list[int]]) -> list[torch.Tensor]:
+def _base_logprobs(policy: Policy, rows: list[list[int]]) -> list[torch.Tensor]:
     with policy.method.disabled():
         return _logprobs(policy, rows)

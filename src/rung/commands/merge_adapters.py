@@ -54,9 +54,9 @@ from rung.training.packing import pack_in_slices
 from rung.training.run_folder import is_climb, read_manifest, versions, write_json
 from rung.training.step import mean_loss
 
-ROUNDS = 40
+MAX_EVALUATIONS = 40
 """Evaluations of the loss in a search for weights: LoraHub's budget (Huang et al. 2023, section 3.2)."""
-BOUND = 1.5
+MAX_WEIGHT = 1.5
 """Largest weight a search may take, of either sign."""
 DENSITY = 0.2
 """Share of entries kept unless another is stated (Yadav et al. 2023, section 4)."""
@@ -82,17 +82,17 @@ class FusePlan:
 
 def parse_method(text: str) -> tuple[CombineMethod, float]:
     """`how:density` of the command line. Raises `ConfigError` for another word, or a share that is none."""
-    how, _, share = text.partition(":")
-    if how not in get_args(CombineMethod):
+    method, _, share = text.partition(":")
+    if method not in get_args(CombineMethod):
         raise ConfigError("no such way to fuse", where="--how", given=text, allowed=", ".join(get_args(CombineMethod)))
     try:
         density = float(share) if share else DENSITY
     except ValueError:
         density = 0.0
-    if not 0.0 < density <= 1.0 or (share and how == "sum"):
+    if not 0.0 < density <= 1.0 or (share and method == "sum"):
         allowed = "above 0, at most 1, for ties, dare and magnitude"
         raise ConfigError("the share of entries that are kept", where="--how", given=text, allowed=allowed)
-    return how, density  # type: ignore[return-value]
+    return method, density  # type: ignore[return-value]
 
 
 def parse_weights(text: str | None) -> tuple[float, ...] | None:
@@ -112,35 +112,37 @@ def fuse(runs: Sequence[Path], folder: Path, plan: FusePlan) -> FuseResult:
     """
     _check(runs, folder, plan)
     manifests = [_manifest(run) for run in runs]
-    if rewards := [run for run, m in zip(runs, manifests, strict=True) if m["config"]["objective"]["kind"] == "reward"]:
-        raise ConfigError("a reward model has a head of its own, which no sum keeps", given=rewards[0])
-    whole = _require_compatible(runs, manifests)
+    if reward_runs := [
+        run for run, m in zip(runs, manifests, strict=True) if m["config"]["objective"]["kind"] == "reward"
+    ]:
+        raise ConfigError("a reward model has a head of its own, which no sum keeps", given=reward_runs[0])
+    are_full_runs = _require_compatible(runs, manifests)
     weights = tuple(plan.weights or [1.0] * len(runs))
-    searched, ranks, lost = None, [], 0.0
+    search, ranks, lost_share = None, [], 0.0
     base = load_base_on_device(_config_of(runs[0], manifests[0]).model)
     for run, manifest in zip(runs, manifests, strict=True):
         check_fingerprint(manifest, base, run)
     method: Method
     config: MethodConfig = FullConfig()
-    if whole and plan.rank is None:
+    if are_full_runs and plan.rank is None:
         _refuse_weight_search(plan)
         method = _sum_of_models(base, runs, weights, plan)
     else:
-        if whole:
+        if are_full_runs:
             _refuse_weight_search(plan)
-            fused, lost = _models_as_factors(base, runs, weights, plan)
+            fused, lost_share = _models_as_factors(base, runs, weights, plan)
         else:
             updates = [_adapter_update(run) for run in runs]
             if plan.learn is not None:
-                weights, searched = learn_weights(base.share_weights(), updates, plan)
-            fused, lost = _fuse_updates(updates, weights, plan)
+                weights, search = learn_weights(base.share_weights(), updates, plan)
+            fused, lost_share = _fuse_updates(updates, weights, plan)
         ranks = sorted({len(f.a_RI) for f in fused.values()})
         config = _config_for(list(fused), {name: len(f.a_RI) for name, f in fused.items()})
         method = Lora(base.model, config)
         _set_factors(method, fused)
-    first = _config_of(runs[0], manifests[0]).model_copy(update={"method": config, "output": str(folder)})
-    _write(runs, manifests, first, base, method, {"how": plan.how, "weights": list(weights), "lost": lost})
-    return FuseResult(path=str(folder), weights=weights, ranks=tuple(ranks), lost=lost, search=searched)
+    run_config = _config_of(runs[0], manifests[0]).model_copy(update={"method": config, "output": str(folder)})
+    _write(runs, manifests, run_config, base, method, {"how": plan.how, "weights": list(weights), "lost": lost_share})
+    return FuseResult(path=str(folder), weights=weights, ranks=tuple(ranks), lost=lost_share, search=search)
 
 
 def learn_weights(
@@ -172,8 +174,8 @@ def learn_weights(
         found = losses[tuple(weights.tolist())] = mean_loss(policy, objective, batches)
         return found + PENALTY * float(np.abs(weights).mean())
 
-    start, bounds = np.full(len(updates), 1.0 / len(updates)), [(-BOUND, BOUND)] * len(updates)
-    minimize(loss, start, method="Powell", bounds=bounds, options={"maxfev": ROUNDS, "ftol": 1e-3})
+    start, bounds = np.full(len(updates), 1.0 / len(updates)), [(-MAX_WEIGHT, MAX_WEIGHT)] * len(updates)
+    minimize(loss, start, method="Powell", bounds=bounds, options={"maxfev": MAX_EVALUATIONS, "ftol": 1e-3})
     best = min(losses, key=lambda weights: losses[weights] + PENALTY * float(np.abs(weights).mean()))
     return best, {"evaluations": len(losses), "first": losses[tuple(start.tolist())], "best": losses[best]}
 
@@ -216,16 +218,19 @@ def _require_compatible(runs: Sequence[Path], manifests: Sequence[dict[str, Any]
         if kind == "qlora":
             hint = "rung merge each onto one base, or train a lora"
             raise CheckpointError("its adapter belongs on a quantized base", where=str(run), given=kind, hint=hint)
-    whole = {(run / "model").is_dir() for run in runs}
-    if len(whole) > 1:
+    full_flags = {(run / "model").is_dir() for run in runs}
+    if len(full_flags) > 1:
         raise ConfigError("adapters and whole models do not fuse", given=", ".join(map(str, runs)))
-    for what, said in (("base", "stand on different bases"), ("text", "were trained with different templates")):
-        first = manifests[0]["fingerprints"][what]
+    for fingerprint_name, problem in (
+        ("base", "stand on different bases"),
+        ("text", "were trained with different templates"),
+    ):
+        first = manifests[0]["fingerprints"][fingerprint_name]
         for run, manifest in zip(runs, manifests, strict=True):
-            if (own := manifest["fingerprints"][what]) != first:
+            if (fingerprint := manifest["fingerprints"][fingerprint_name]) != first:
                 allowed = f"{first[:16]}, that of {runs[0]}"
-                raise CheckpointError(f"these runs {said}", where=str(run), given=own[:16], allowed=allowed)
-    return whole.pop()
+                raise CheckpointError(f"these runs {problem}", where=str(run), given=fingerprint[:16], allowed=allowed)
+    return full_flags.pop()
 
 
 def _adapter_update(run: Path) -> dict[str, LowRankFactors]:
@@ -257,17 +262,17 @@ def _models_as_factors(
 ) -> tuple[dict[str, LowRankFactors], float]:
     """The same cut to a rank: what embeddings and norms moved is lost, and counted as lost."""
     assert plan.rank is not None  # noqa: S101 -- for the type checker
-    found: dict[str, LowRankFactors] = {}
-    squares = whole = 0.0
+    factors: dict[str, LowRankFactors] = {}
+    squares = total = 0.0
     parameters = dict(base.model.named_parameters())
     for name, update in _combined_models(parameters, runs, weights, plan):
         module, size, lost = name.removesuffix(".weight"), float(update.norm()), 1.0
         if update.dim() == 2 and layer_number(f"{module}.") is not None and roles_of(module):
-            turned = isinstance(base.model.get_submodule(module), Conv1D)
-            cut = truncate(update.T if turned else update, plan.rank)
-            found[module], lost = cut.factors, cut.lost
-        squares, whole = squares + (lost * size) ** 2, whole + size**2
-    return found, math.sqrt(squares / whole) if whole else 0.0
+            is_transposed = isinstance(base.model.get_submodule(module), Conv1D)
+            truncated = truncate(update.T if is_transposed else update, plan.rank)
+            factors[module], lost = truncated.factors, truncated.lost
+        squares, total = squares + (lost * size) ** 2, total + size**2
+    return factors, math.sqrt(squares / total) if total else 0.0
 
 
 def _combined_models(
@@ -275,18 +280,21 @@ def _combined_models(
 ) -> Iterator[tuple[str, Tensor]]:
     """The combined difference to the base of each tensor, one at a time: two models are never held beside it."""
     generator = torch.Generator().manual_seed(plan.seed)
-    files = [_tensors(run / "model") for run in runs]
-    for name, own in base.items():
-        start = own.detach().float().cpu()
-        moved = [tensors[name].get_tensor(name).float() - start for tensors in files]
-        if any(d.any() for d in moved):
-            yield name, combine(moved, weights, plan.how, density=plan.density, generator=generator).to(own.device)
+    files = [_tensor_files(run / "model") for run in runs]
+    for name, tensor in base.items():
+        base_tensor = tensor.detach().float().cpu()
+        differences = [tensors[name].get_tensor(name).float() - base_tensor for tensors in files]
+        if any(d.any() for d in differences):
+            yield (
+                name,
+                combine(differences, weights, plan.how, density=plan.density, generator=generator).to(tensor.device),
+            )
 
 
-def _tensors(folder: Path) -> dict[str, Any]:
+def _tensor_files(folder: Path) -> dict[str, Any]:
     """The open file of each tensor of a saved model."""
-    opened = [safe_open(str(file), framework="pt") for file in sorted(folder.glob("*.safetensors"))]
-    return {str(key): file for file in opened for key in file.keys()}  # type: ignore[no-untyped-call]
+    handles = [safe_open(str(file), framework="pt") for file in sorted(folder.glob("*.safetensors"))]
+    return {str(key): file for file in handles for key in file.keys()}  # type: ignore[no-untyped-call]
 
 
 def _fuse_updates(
@@ -295,39 +303,43 @@ def _fuse_updates(
     """The fused factors by module, and the share of the whole update's norm that the stated rank lost."""
     generator = torch.Generator().manual_seed(plan.seed)
     fused: dict[str, LowRankFactors] = {}
-    squares = whole = 0.0
+    squares = total = 0.0
     for name in sorted(set().union(*updates)):
-        own = [(w, u[name]) for w, u in zip(weights, updates, strict=True) if name in u]
-        ranks = [min(*f.b_OR.shape, len(f.a_RI)) for _, f in own]
+        weighted_factors = [(w, u[name]) for w, u in zip(weights, updates, strict=True) if name in u]
+        ranks = [min(*f.b_OR.shape, len(f.a_RI)) for _, f in weighted_factors]
         exact = _weighted_sum(updates, weights, name)
         if plan.how == "sum" and plan.rank is None and len(exact.a_RI) <= min(len(exact.b_OR), exact.a_RI.shape[1]):
             fused[name] = exact
             continue
         rank = plan.rank or (sum(ranks) if plan.how == "sum" else max(ranks))
         if plan.how == "sum":
-            found, size = truncate_product(exact, rank), float(exact.dense.norm())
+            truncated, size = truncate_product(exact, rank), float(exact.dense.norm())
         else:
             dense: Tensor = combine(
-                [f.dense for _, f in own], [w for w, _ in own], plan.how, density=plan.density, generator=generator
+                [f.dense for _, f in weighted_factors],
+                [w for w, _ in weighted_factors],
+                plan.how,
+                density=plan.density,
+                generator=generator,
             )
-            found, size = truncate(dense, rank), float(dense.norm())
-        fused[name] = found.factors
-        squares, whole = squares + (found.lost * size) ** 2, whole + size**2
-    return fused, math.sqrt(squares / whole) if whole else 0.0
+            truncated, size = truncate(dense, rank), float(dense.norm())
+        fused[name] = truncated.factors
+        squares, total = squares + (truncated.lost * size) ** 2, total + size**2
+    return fused, math.sqrt(squares / total) if total else 0.0
 
 
 def _config_for(names: Sequence[str], ranks: dict[str, int]) -> LoraConfig:
     """A config whose targets are at least these modules; others of the same roles and layers stay zero."""
     roles = sorted({roles_of(name)[0] for name in names})
     layers = sorted({number for name in names if (number := layer_number(f"{name}.")) is not None})
-    most = max(ranks.values())
-    others = {f"{layer_number(f'{n}.')}.{roles_of(n)[0]}": rank for n, rank in ranks.items() if rank != most}
-    return LoraConfig(rank=most, rank_pattern=others, alpha=None, targets=tuple(roles), layers=tuple(layers))
+    max_rank = max(ranks.values())
+    rank_pattern = {f"{layer_number(f'{n}.')}.{roles_of(n)[0]}": rank for n, rank in ranks.items() if rank != max_rank}
+    return LoraConfig(rank=max_rank, rank_pattern=rank_pattern, alpha=None, targets=tuple(roles), layers=tuple(layers))
 
 
 def _weighted_sum(updates: Sequence[dict[str, LowRankFactors]], weights: Sequence[float], name: str) -> LowRankFactors:
-    own = [(w, u[name]) for w, u in zip(weights, updates, strict=True) if name in u]
-    return concatenate([f for _, f in own], [w for w, _ in own])
+    weighted_factors = [(w, u[name]) for w, u in zip(weights, updates, strict=True) if name in u]
+    return concatenate([f for _, f in weighted_factors], [w for w, _ in weighted_factors])
 
 
 @torch.no_grad()
@@ -345,7 +357,7 @@ def _write(
     config: RunConfig,
     base: BaseModel,
     method: Method,
-    made: dict[str, Any],
+    fusion: dict[str, Any],
 ) -> None:
     """A run folder like any other."""
     folder = Path(config.output)
@@ -366,7 +378,7 @@ def _write(
             "gates": [],
             "versions": versions(),
             "fused_from": [str(run) for run in runs],
-            "fused": made,
+            "fused": fusion,
         }
         write_json(folder / "run.json", manifest)
     except BaseException:

@@ -24,12 +24,12 @@ from rung.errors import CheckpointError, GateError, PlanError
 from rung.methods.adapter_files import CONFIG, read_state
 from rung.training.run_folder import Gate
 
-ROUNDING = 2.0**-24
+FLOAT32_ROUNDOFF = 2.0**-24
 """Of a sum or a product in float32, over its size."""
-ROWS = 512
+ROWS_PER_PROOF = 512
 """Of a matrix that are proved at once."""
-INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
-_OWN = "base_model.model."
+INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +60,15 @@ class LoraUpdate:
         (Higham 2002, section 3.1).
         """
         first, second = (factor.double() for factor in self._factors())
-        allowed = ROUNDING * (self.a_RI.shape[0] + 2)
+        allowed = FLOAT32_ROUNDOFF * (self.a_RI.shape[0] + 2)
         worst = 0.0
-        for start in range(0, len(before), ROWS):
-            rows = slice(start, start + ROWS)
-            old, own = before[rows].double(), first[rows]
-            off = (after[rows].double() - (old + self.scale * (own @ second))).abs()
-            size = old.abs() + abs(self.scale) * (own.abs() @ second.abs())
-            found = float((off / (allowed * size).clamp_min(torch.finfo(torch.float32).tiny)).max())
-            worst = max(worst, found) if math.isfinite(found) else math.inf
+        for start in range(0, len(before), ROWS_PER_PROOF):
+            rows = slice(start, start + ROWS_PER_PROOF)
+            before_rows, first_rows = before[rows].double(), first[rows]
+            error = (after[rows].double() - (before_rows + self.scale * (first_rows @ second))).abs()
+            size = before_rows.abs() + abs(self.scale) * (first_rows.abs() @ second.abs())
+            largest = float((error / (allowed * size).clamp_min(torch.finfo(torch.float32).tiny)).max())
+            worst = max(worst, largest) if math.isfinite(largest) else math.inf
         return worst
 
     def _factors(self) -> tuple[Tensor, Tensor]:
@@ -85,23 +85,31 @@ def read_updates(adapter: Path) -> dict[str, LoraUpdate]:
         if config.get(name):
             given = f"{name}: {config[name]}"
             raise PlanError("only a plain LoRA can be merged shard by shard", where=str(adapter), given=given)
-    halves: dict[str, dict[str, Tensor]] = {}
+    factors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
-        found = re.fullmatch(re.escape(_OWN) + r"(.+)\.lora_([AB])\.weight", key)
-        if config.get("peft_type") != "LORA" or found is None:
+        match = re.fullmatch(re.escape(PEFT_PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
+        if config.get("peft_type") != "LORA" or match is None:
             raise PlanError("only a plain LoRA can be merged shard by shard", where=str(adapter), given=key)
-        halves.setdefault(found[1], {})[found[2]] = tensor.float()
-    for module, own in halves.items():
-        if set(own) != {"A", "B"} or own["B"].shape[1] != own["A"].shape[0]:
+        factors.setdefault(match[1], {})[match[2]] = tensor.float()
+    for module, pair in factors.items():
+        if set(pair) != {"A", "B"} or pair["B"].shape[1] != pair["A"].shape[0]:
             raise CheckpointError("half of this update is missing or of another rank", where=str(adapter), given=module)
-    aimed = config["target_modules"]
-    lost = (
-        [t for t in aimed if not any(m == t or m.endswith(f".{t}") for m in halves)] if isinstance(aimed, list) else []
+    targets = config["target_modules"]
+    missing = (
+        [
+            name_or_suffix
+            for name_or_suffix in targets
+            if not any(m == name_or_suffix or m.endswith(f".{name_or_suffix}") for m in factors)
+        ]
+        if isinstance(targets, list)
+        else []
     )
-    if lost or not halves:
-        raise CheckpointError("the adapter lacks updates that it names", where=str(adapter), given=", ".join(lost[:3]))
+    if missing or not factors:
+        raise CheckpointError(
+            "the adapter lacks updates that it names", where=str(adapter), given=", ".join(missing[:3])
+        )
     transposed = bool(config.get("fan_in_fan_out"))
-    return {m: LoraUpdate(own["A"], own["B"], _scale(config, m), transposed) for m, own in halves.items()}
+    return {m: LoraUpdate(pair["A"], pair["B"], _scale(config, m), transposed) for m, pair in factors.items()}
 
 
 def merge_shards(base: Path, updates: Mapping[str, LoraUpdate], target: Path) -> tuple[Gate, float]:
@@ -111,13 +119,13 @@ def merge_shards(base: Path, updates: Mapping[str, LoraUpdate], target: Path) ->
     the adapter, `GateError` where nothing was learned or a tensor has changed that should not.
     """
     files = _files(base)
-    _require_fitting(base, files, updates)
-    worst = moved = 0.0
+    _require_matching_shapes(base, files, updates)
+    largest_error = largest_change = 0.0
     for file in files:
         _merge(file, updates, target / file.name)
-        off, change = _prove(file, updates, target / file.name)
-        worst, moved = max(worst, off), max(moved, change)
-    if moved == 0:
+        error, change = _prove(file, updates, target / file.name)
+        largest_error, largest_change = max(largest_error, error), max(largest_change, change)
+    if largest_change == 0:
         raise GateError("gate publish.shards failed: the adapter adds nothing, or it is lost", where=str(base))
     config = json.loads((base / "config.json").read_text())
     config.pop("torch_dtype", None)
@@ -126,41 +134,44 @@ def merge_shards(base: Path, updates: Mapping[str, LoraUpdate], target: Path) ->
         index = json.loads((base / INDEX).read_text())
         index["metadata"] = {**index.get("metadata", {}), "total_size": sum(map(_bytes_of_tensors, files))}
         (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    return Gate("publish.shards", "passed" if worst <= 1.0 else "failed", worst, 1.0), moved
+    return Gate("publish.shards", "passed" if largest_error <= 1.0 else "failed", largest_error, 1.0), largest_change
 
 
 def _files(base: Path) -> list[Path]:
     """Those that transformers reads: others may hold the same weights under other names."""
     if (base / INDEX).exists():
         return sorted({base / name for name in json.loads((base / INDEX).read_text())["weight_map"].values()})
-    return [base / WHOLE] if (base / WHOLE).exists() else sorted(base.glob("*.safetensors"))
+    return [base / SINGLE_FILE] if (base / SINGLE_FILE).exists() else sorted(base.glob("*.safetensors"))
 
 
-def _require_fitting(base: Path, files: list[Path], updates: Mapping[str, LoraUpdate]) -> None:
+def _require_matching_shapes(base: Path, files: list[Path], updates: Mapping[str, LoraUpdate]) -> None:
     shapes = {name: tuple(shape) for file in files for name, _, shape in _headers(file)}
-    what = "the base's files name their tensors otherwise: it can only be merged whole"
+    problem = "the base's files name their tensors otherwise: it can only be merged whole"
     for module, update in updates.items():
         if shapes.get(f"{module}.weight") != update.shape:
-            raise PlanError(what, where=str(base), given=f"{module}: {shapes.get(f'{module}.weight')}")
+            raise PlanError(problem, where=str(base), given=f"{module}: {shapes.get(f'{module}.weight')}")
 
 
 def _scale(config: Mapping[str, Any], module: str) -> float:
     """Of B A: alpha / rank, or over its root (rsLoRA, Kalajdzievski 2023); modules may have their own of both."""
 
-    def own(patterns: Mapping[str, float] | None, usual: float) -> float:
-        return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), usual)
+    def module_value(patterns: Mapping[str, float] | None, default: float) -> float:
+        return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
-    rank, alpha = own(config.get("rank_pattern"), config["r"]), own(config.get("alpha_pattern"), config["lora_alpha"])
+    rank, alpha = (
+        module_value(config.get("rank_pattern"), config["r"]),
+        module_value(config.get("alpha_pattern"), config["lora_alpha"]),
+    )
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _headers(file: Path) -> Iterator[tuple[str, str, list[int]]]:
     """Name, type and shape of every tensor as it is written: float32 where the base has any float."""
-    with safe_open(file, "pt") as opened:
-        for name in opened.keys():
-            own = opened.get_slice(name)
-            kind = own.get_dtype()
-            yield name, "F32" if "F" in kind else kind, own.get_shape()  # F16, BF16, F64, F8_E4M3 and the like
+    with safe_open(file, "pt") as tensors:
+        for name in tensors.keys():
+            tensor = tensors.get_slice(name)
+            dtype = tensor.get_dtype()
+            yield name, "F32" if "F" in dtype else dtype, tensor.get_shape()  # F16, BF16, F64, F8_E4M3 and the like
 
 
 def _bytes_of_tensors(file: Path) -> int:
@@ -175,23 +186,27 @@ def _size(kind: str, shape: list[int]) -> int:
 def _merge(file: Path, updates: Mapping[str, LoraUpdate], target: Path) -> None:
     """Header first, then one tensor after another: the library's own writer wants all of them at once."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, kind, shape in _headers(file):
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [at, at := at + _size(kind, shape)]}
+    offset = 0
+    for name, dtype, shape in _headers(file):
+        header[name] = {
+            "dtype": dtype,
+            "shape": shape,
+            "data_offsets": [offset, offset := offset + _size(dtype, shape)],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with safe_open(file, "pt") as opened, target.open("wb") as out:
+    with safe_open(file, "pt") as tensors, target.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
-        for name in opened.keys():
-            tensor, update = opened.get_tensor(name), updates.get(name.removesuffix(".weight"))
-            wide = tensor.float() if tensor.is_floating_point() else tensor
-            merged = wide if update is None else update.added_to(tensor)
+        for name in tensors.keys():
+            tensor, update = tensors.get_tensor(name), updates.get(name.removesuffix(".weight"))
+            float_tensor = tensor.float() if tensor.is_floating_point() else tensor
+            merged = float_tensor if update is None else update.added_to(tensor)
             out.write(merged.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _prove(file: Path, updates: Mapping[str, LoraUpdate], written: Path) -> tuple[float, float]:
     """The largest error over what rounding allows, and the largest change of a weight."""
-    worst = moved = 0.0
+    largest_error = largest_change = 0.0
     with safe_open(file, "pt") as before, safe_open(written, "pt") as after:
         for name in before.keys():
             old, new = before.get_tensor(name), after.get_tensor(name)
@@ -200,6 +215,6 @@ def _prove(file: Path, updates: Mapping[str, LoraUpdate], written: Path) -> tupl
                 if not torch.equal(old.float() if old.is_floating_point() else old, new):
                     raise GateError("gate publish.shards failed: a tensor has changed on its way", where=name)
                 continue
-            worst = max(worst, update.error(old, new))
-            moved = max(moved, float((new - old.float()).abs().max()))
-    return worst, moved
+            largest_error = max(largest_error, update.error(old, new))
+            largest_change = max(largest_change, float((new - old.float()).abs().max()))
+    return largest_error, largest_change

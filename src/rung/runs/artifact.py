@@ -25,7 +25,7 @@ KNOWN_PROMPT_FILE = "rung_prompt.json"
 """Beside saved weights: a conversation and its ids."""
 KNOWN_CONVERSATION = "What does it cost,  in 2024, for 12 of them: 3.50 or 42? Straße 7, 東京 🙂"
 """Digits, several spaces, and characters of one to four bytes: where tokenizers differ."""
-DATED = "strftime_now"
+DATE_FUNCTION = "strftime_now"
 """In a template that writes the day of the year, no prompt stays what it was."""
 
 
@@ -51,7 +51,7 @@ def check_origin(folder: Path, base: BaseModel) -> None:
 
 def check_prompt(folder: Path, chat: ChatTemplate) -> None:
     """Raise `CheckpointError` where the known conversation is framed otherwise than when the weights were written."""
-    if not (folder / KNOWN_PROMPT_FILE).exists() or DATED in chat.template:
+    if not (folder / KNOWN_PROMPT_FILE).exists() or DATE_FUNCTION in chat.template:
         return
     known = json.loads((folder / KNOWN_PROMPT_FILE).read_text())
     ids = chat.prompt_ids([Message(turn["role"], turn["content"]) for turn in known["messages"]])
@@ -72,8 +72,8 @@ def pad_token_outside_stops(chat: ChatTemplate) -> int:
     one before it.
     """
     tokenizer = chat.tokenizer
-    known = (tokenizer.pad_token_id, tokenizer.unk_token_id, *tokenizer.all_special_ids, *range(len(tokenizer)))
-    return next(int(i) for i in known if i is not None and i not in chat.stop_ids)
+    candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, *tokenizer.all_special_ids, *range(len(tokenizer)))
+    return next(int(i) for i in candidates if i is not None and i not in chat.stop_ids)
 
 
 def write_tokenizer_files(target: Path, chat: ChatTemplate, pad_id: int | None = None) -> None:
@@ -84,20 +84,20 @@ def write_tokenizer_files(target: Path, chat: ChatTemplate, pad_id: int | None =
     tokenizer = chat.tokenizer
     ids = chat.prompt_ids([Message("user", KNOWN_CONVERSATION)])
     write_json(target / KNOWN_PROMPT_FILE, {"messages": [{"role": "user", "content": KNOWN_CONVERSATION}], "ids": ids})
-    own = tokenizer.chat_template, tokenizer.pad_token
+    original = tokenizer.chat_template, tokenizer.pad_token
     tokenizer.chat_template = chat.template
     if pad_id is not None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
     try:
         tokenizer.save_pretrained(target)
     finally:
-        tokenizer.chat_template, tokenizer.pad_token = own
+        tokenizer.chat_template, tokenizer.pad_token = original
     pad = tokenizer.pad_token_id if pad_id is None else pad_id
     config = GenerationConfig(eos_token_id=list(chat.stop_ids), pad_token_id=chat.stop_ids[0] if pad is None else pad)
     config.save_pretrained(target)
 
 
-_READ = """
+LOGPROBS_SCRIPT = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, trust_remote_code=False).eval()
@@ -114,21 +114,21 @@ def logprobs_in_fresh_process(folder: Path, rows: Sequence[Sequence[int]]) -> li
 
     Raises `GateError` when the model does not load there.
     """
-    done = subprocess.run(  # noqa: S603 - our own words only
-        [sys.executable, "-W", "ignore", "-c", _READ, str(folder)],
+    process = subprocess.run(  # noqa: S603 - our own words only
+        [sys.executable, "-W", "ignore", "-c", LOGPROBS_SCRIPT, str(folder)],
         input=json.dumps([list(row) for row in rows]),
         capture_output=True,
         text=True,
         check=False,
     )
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    if process.returncode:
+        reason = (process.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise GateError("gate publish.parity failed: the written model does not load", where=str(folder), given=reason)
-    return [torch.tensor(row) for row in json.loads(done.stdout)]
+    return [torch.tensor(row) for row in json.loads(process.stdout)]
 
 
-def check_parity(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> Gate:
+def check_parity(run_logprobs: Sequence[torch.Tensor], reloaded_logprobs: Sequence[torch.Tensor]) -> Gate:
     """Largest difference in nats between the run's and the reloaded model's log-probabilities."""
-    worst = max(float((a.float() - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+    largest = max(float((a.float() - b).abs().max()) for a, b in zip(run_logprobs, reloaded_logprobs, strict=True))
     limit = TOLERANCE[torch.float32]
-    return Gate("publish.parity", "passed" if worst <= limit else "failed", worst, limit)
+    return Gate("publish.parity", "passed" if largest <= limit else "failed", largest, limit)

@@ -154,7 +154,7 @@ def open_run(path: Path, base: BaseModel | None = None) -> LoadedRun:
 
     Raises `CheckpointError` on another base, `PlanError` for a reward model, which writes nothing.
     """
-    policy, chat, config = _open(path, base)
+    policy, chat, config = _load_run(path, base)
     if config.objective.kind == "reward":
         raise PlanError(
             "this run is a reward model: it gives scores and writes nothing",
@@ -176,7 +176,7 @@ def open_reward_model(
 
     Raises `CheckpointError` for other runs, and on another base.
     """
-    policy, chat, config = _open(path, base)
+    policy, chat, config = _load_run(path, base)
     if not isinstance(config.objective, RewardConfig):
         raise CheckpointError(
             "this run is no reward model", where=str(path), given=f"objective.kind: {config.objective.kind}"
@@ -186,7 +186,7 @@ def open_reward_model(
     return policy, chat, objective, config
 
 
-def _open(path: Path, base: BaseModel | None) -> tuple[Policy, ChatTemplate, RunConfig]:
+def _load_run(path: Path, base: BaseModel | None) -> tuple[Policy, ChatTemplate, RunConfig]:
     manifest = read_manifest(path)
     if manifest.get("status") != "finished" or not {"adapter", "model"} & {p.name for p in path.iterdir()}:
         raise CheckpointError(
@@ -196,11 +196,11 @@ def _open(path: Path, base: BaseModel | None) -> tuple[Policy, ChatTemplate, Run
         )
     config = parse_config(manifest["config"], str(path / "run.json"))
     if (path / "model").is_dir():  # with its own tokenizer and template
-        inside = path
+        model_name = path
         if config.objective.kind == "reward":  # which is no run to build on: loaded by its folder, and checked here
-            inside = path / "model"
-            require_undamaged(inside)
-        base = load_base_on_device(ModelConfig(name=str(inside), dtype=config.model.dtype))
+            model_name = path / "model"
+            require_undamaged(model_name)
+        base = load_base_on_device(ModelConfig(name=str(model_name), dtype=config.model.dtype))
         chat = ChatTemplate(base.tokenizer)
         check_prompt(path / "model", chat)
         return Policy(base, NoMethod()), chat, config
@@ -228,8 +228,10 @@ def open_runs(paths: Sequence[Path]) -> dict[str, LoadedRun]:
 
     Raises `CheckpointError` for runs of another base, `ConfigError` for runs that are whole models or of one name.
     """
-    if whole := [path for path in paths if not (path / "adapter").is_dir()]:
-        raise ConfigError("a run that is a whole model shares no base", given=whole[0], allowed="runs with an adapter")
+    if full_runs := [path for path in paths if not (path / "adapter").is_dir()]:
+        raise ConfigError(
+            "a run that is a whole model shares no base", given=full_runs[0], allowed="runs with an adapter"
+        )
     if len({path.name for path in paths}) < len(paths):
         raise ConfigError("two of these runs have one name", given=", ".join(path.name for path in paths))
     if not paths:
@@ -254,16 +256,16 @@ def validation_records(config: RunConfig, splits: Splits) -> Records:
     return _limited_records(config, splits.validation, "validation")
 
 
-def _limited_records(config: RunConfig, part: Records, name: str) -> Records:
+def _limited_records(config: RunConfig, split: Records, name: str) -> Records:
     where = f"data.{name}"
-    if not part:
+    if not split:
         given = getattr(config.data, name)
         raise ConfigError(f"there is no {name} split to score on", where=where, given=given, hint=f"set {where}: 0.1")
-    expected = np.flatnonzero([not (record.is_undesirable or record.is_prompt_only) for record in part])
+    expected = np.flatnonzero([not (record.is_undesirable or record.is_prompt_only) for record in split])
     if not len(expected):  # a bad answer is no answer to expect
         raise ConfigError(f"no row of the {name} split has an answer to expect", where=where)
     order = np.random.default_rng([config.seed, 2]).permutation(len(expected))
-    return part.select(expected[np.sort(order[: config.evaluation.limit])])
+    return split.select(expected[np.sort(order[: config.evaluation.limit])])
 
 
 def dequantize_if_configured(policy: Policy, config: RunConfig) -> None:
