@@ -1,4 +1,9 @@
-"""`rung chat`: talks to a run or a base, on request beside the base it grew from."""
+"""`rung chat`: a conversation with a run or a base, with `--compare` beside the base of the run.
+
+Two models answer the same turns, but each remembers its own answers. The base of an adapter run is the same model with
+the adapter switched off; the base of a full run is a second model in memory. The prompt is encoded anew for every
+answer. `cli.py` makes one `Conversation`.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +27,18 @@ out = Console(highlight=False)
 
 @dataclass
 class ChatModel:
-    """One model and its own memory of the conversation."""
+    """One model and the turns of its conversation."""
 
     name: str
     model: LoadedRun
     prepare_turn: Callable[[], AbstractContextManager[object]]
-    """Entered around every answer: switches an adapter off for the base's side."""
+    """Entered around every answer; switches the adapter off if this is the base of the run."""
     turns: list[Message]
     task: str | None = None
-    """Of several that a model learned something for."""
+    """The task to answer as, for a method that learns something for each task."""
 
     def answer(self, sampling: Sampling, *, stream: bool) -> str:
-        """Say something to the last turn and remember it. Raises `DataError` when the conversation is too long."""
+        """Answer the last turn and remember the answer. Raises `DataError` if the conversation is too long."""
         policy, chat = self.model.policy, self.model.chat
         prompt = chat.prompt_ids(self.turns)
         max_new_tokens = policy.base.context - policy.method.virtual_tokens - len(prompt)
@@ -43,6 +48,7 @@ class ChatModel:
 
         def print_token(token: int) -> None:
             previous_text = chat.assistant_text(printed_ids)
+            # Decoded as a whole each time: the text of one token depends on the tokens before it.
             printed_ids.append(token)
             text = chat.assistant_text(printed_ids)
             if not text.endswith("\ufffd"):  # half a character: wait for its other bytes
@@ -59,13 +65,14 @@ class ChatModel:
                 task=self.task,
                 on_token=print_token if stream else None,
             )[0].ids
+        # Without the stop token, which the template writes again when the turn becomes part of the next prompt.
         text = chat.assistant_text(ids).strip()
         self.turns.append(Message("assistant", text))
         return text
 
 
 class Conversation:
-    """A person on one side, one or two models on the other."""
+    """A conversation of a person with one or two models."""
 
     def __init__(
         self, target: str, *, compare: bool, sampling: Sampling, system: str | None, task: str | None = None
@@ -82,12 +89,13 @@ class Conversation:
         self.forget()
 
     def forget(self) -> None:
-        """Start over with the system turn alone."""
+        """Start over with only the system turn."""
         for speaker in self.speakers:
+            # In place, so that every speaker keeps a list of its own.
             speaker.turns[:] = self.system
 
     def talk(self, question: str | None) -> None:
-        """One question, or questions until an empty line."""
+        """Ask one question, or read questions until an empty line."""
         if question is not None:
             self.say(question)
             return
@@ -108,7 +116,7 @@ class Conversation:
                 out.print(str(error), markup=False)
 
     def say(self, text: str) -> None:
-        """Put a question to every speaker."""
+        """Ask every model a question and print the answers."""
         text = text.encode("utf-8", "replace").decode()  # a terminal may send half a character
         if self.library is not None:
             text = self.library.prepend_passages(text)
@@ -127,6 +135,7 @@ class Conversation:
             self.speakers[0].answer(self.sampling, stream=True)
             sys.stdout.write("\n")
             return
+        # Two answers stand side by side, so neither can be streamed.
         answers = [(s.name, s.answer(self.sampling, stream=False)) for s in self.speakers]
         width = max(20, out.width // 2 - 2)
         out.print(Columns([Panel(answer, title=name, width=width) for name, answer in answers]))
@@ -142,10 +151,9 @@ def _open_models(target: str, compare: bool) -> list[ChatModel]:
     if not compare:
         return [model]
     if (Path(target) / "adapter").is_dir():
-        base, switch = (
-            replace(loaded_run, chat=loaded_run.chat.without_virtual_tokens()),
-            loaded_run.policy.method.disabled,
-        )
+        # The same weights answer twice, so no second model is loaded. Virtual tokens belong to the adapter.
+        base = replace(loaded_run, chat=loaded_run.chat.without_virtual_tokens())
+        switch = loaded_run.policy.method.disabled
     else:
         base, switch = open_base(loaded_run.config.model), nullcontext
     return [ChatModel(f"base ({loaded_run.config.model.name})", base, switch, []), model]

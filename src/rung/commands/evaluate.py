@@ -1,4 +1,9 @@
-"""`rung eval`: scores a run or a base on a task."""
+"""`rung eval`: scores a run or a base on the test split of a task.
+
+A task is a config: its data, metrics, instruction and context. A run has one of its own, a base needs `--config`. For a
+run the test items are also searched in its training rows (contamination), which means reading the training data again.
+`cli.py` and `rung.evaluate` call `evaluate`; `compare.py` uses the same task for two systems.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +42,10 @@ def evaluate(
     overrides: Sequence[str] = (),
     limit: int | None = None,
 ) -> EvaluationResult:
-    """Score a run or a base on the test split of `config`, or of the run itself.
+    """Score a run or a base on the test split of `config`, or by default of the run's own config.
 
-    A run scored on its own task keeps the result in its folder. Raises `ConfigError` when a base comes without a task.
+    A run that is scored on its own whole task stores the result in its folder. Raises `ConfigError` for a base without
+    a task.
     """
     path, target = Path(target), str(target)
     is_run = is_run_folder(path)
@@ -48,10 +54,13 @@ def evaluate(
         return _evaluate_reward_model(path, task, records, config=config, keep=config is None and limit is None)
     result = evaluate_on_task(target, task, records)
     metrics = {**result.summary(), **retrieval}
+    # A user waits for the retrieval as well as for the answer.
     metrics["seconds_per_query"] += retrieval.get("retrieval", {}).get("seconds_per_query", 0.0)
     contaminated = {"contamination": contamination_of(path, result, originals)} if is_run else {}
+    # Only a score on the whole task of the run may become the run's own.
     if is_run and config is None and limit is None:
-        result.write(path / "eval.parquet")  # items.parquet belongs to the climb that a run may stand in
+        # `items.parquet` belongs to the climb that the run may be part of.
+        result.write(path / "eval.parquet")
         manifest = read_manifest(path)
         RunFolder(path, manifest).update(metrics={**manifest.get("metrics", {}), **metrics}, **contaminated)
     result_json = {"target": target, "task": task_name(config, target), **metrics, **contaminated}
@@ -59,20 +68,21 @@ def evaluate(
 
 
 def task_name(config: ConfigSource | None, target: str) -> str:
-    """What a result calls its task: the config's file or output, or the run itself."""
+    """The name of a task in results: the config's file or output, or the run itself."""
     if config is None:
         return target
     return str(config) if isinstance(config, str | Path) else resolve_config(config).output
 
 
 def contamination_of(run: Path, result: Evaluation, records: Records) -> dict[str, Any]:
-    """Test items that stand in the rows that a run learned from, by tier, and the scores without them.
+    """Test items that occur in the training rows of a run, by tier, with the scores without them and of them alone.
 
-    Where those rows can no longer be read, why not stands in `unknown`.
+    If the training rows can no longer be read, `unknown` says why.
     """
     try:
         train = read_splits(config_of_run(run)).train
     except RungError as error:
+        # Data that was moved since the training is no reason to withhold the scores.
         return {"unknown": error.summary}
     matches = contamination(train, records)
     tiers: dict[str, Any] = {}
@@ -86,21 +96,21 @@ def contamination_of(run: Path, result: Evaluation, records: Records) -> dict[st
 
 
 class EvaluationTask(NamedTuple):
-    """A task and its test items."""
+    """A task, its test items and its retrieval."""
 
     task: RunConfig
     originals: Records
-    """As they stand in the data."""
+    """Test items as they are in the data; contamination is searched in these."""
     records: Records
-    """With what stands before them: their own context, none, or what was retrieved."""
+    """Test items with the context that the model sees: their own, none, or retrieved passages."""
     retrieval: dict[str, Any]
-    """How well that was found; empty where nothing was looked up."""
+    """Hit rate of the retrieval; empty if nothing is retrieved."""
 
 
 def evaluation_task(
     target: str, *, config: ConfigSource | None, overrides: Sequence[str], limit: int | None
 ) -> EvaluationTask:
-    """What `target` is scored on. Raises `ConfigError` when a base comes without a task."""
+    """The task that `target` is scored on. Raises `ConfigError` for a base without a task."""
     path = Path(target)
     refuse_climb(target)
     if overrides and config is None:
@@ -117,7 +127,7 @@ def evaluation_task(
 
 
 def _scores(result: Evaluation, items: Sequence[ScoredItem]) -> dict[str, Any] | None:
-    """Of some of the items; None where there are none."""
+    """Scores of some of the items; None if there are none."""
     if not items:
         return None
     subset = replace(result, items=tuple(items))
@@ -125,14 +135,14 @@ def _scores(result: Evaluation, items: Sequence[ScoredItem]) -> dict[str, Any] |
 
 
 def evaluate_on_task(target: str, task: RunConfig, records: Records) -> Evaluation:
-    """What a run or a base answers, scored; nothing of it stays in memory."""
+    """Scores of a run or a base. The model is not kept, so the next one finds its memory free."""
     return score(open_target(target, task.model), task, records)
 
 
 def _evaluate_reward_model(
     path: Path, task: RunConfig, records: Records, *, config: ConfigSource | None, keep: bool
 ) -> EvaluationResult:
-    """A reward model on held-out comparisons."""
+    """Score a reward model on held-out comparisons."""
     policy, chat, objective, _ = open_reward_model(path)
     examples = tokenize_held_out(task, chat, records, policy.base).examples
     health = score_reward_model(policy, objective, examples, micro_batch_tokens(task, policy.base))

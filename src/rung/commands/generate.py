@@ -1,4 +1,10 @@
-"""`rung generate`: samples answers, for people or a reward model to rank, for rejection sampling, for a judge."""
+"""`rung generate`: samples answers to the prompts of a data file, for ranking, rejection sampling or a judge.
+
+One row for each prompt is written at the end; until then the answers are kept chunk by chunk in a journal beside the
+output, so a stop costs one chunk. Each chunk has a seed of its own, which makes a resumed run draw what an
+uninterrupted one draws. A run or a base answers in this process, where a reward run can score the answers and a
+reference can give log-ratios; a server gives text alone. The command line and `rung.generate` call `generate`.
+"""
 
 from __future__ import annotations
 
@@ -41,26 +47,26 @@ from rung.training.step import values_by_document
 from rung.types import Example, PackedBatch, Record
 
 ANSWERS_PER_BATCH = 64
-"""Answers made at once."""
+"""Answers decoded in one batch."""
 ANSWERS_PER_CHUNK = 256
-"""Answers after which what was made is on disk."""
+"""Answers in one chunk of the journal: what a stop may lose."""
 SCORING_TOKENS = 4096
-"""Answers read at once, unless one is longer."""
+"""Tokens of a batch in which answers are scored; a longer answer is a batch of its own."""
 
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """What is wanted of the answers."""
+    """How answers are sampled, filtered and scored."""
 
     sampling: Sampling = Sampling(256, 1.0, answers_per_prompt=4)
     limit: int | None = None
-    """At most this many prompts."""
+    """Use at most this many prompts, the first of the file."""
     distinct: bool = False
-    """Keep one of equal answers."""
+    """Keep one of several equal answers to a prompt."""
     reward: Path | None = None
-    """A reward run: answers come with its scores, best first."""
+    """A reward run, which scores the answers; they are then sorted, best first."""
     reference: str | None = None
-    """A run or a base: answers come with how much likelier they are here than there."""
+    """A run or a base: each answer gets its log-ratio to this model."""
     format: Format = "auto"
 
 
@@ -75,9 +81,9 @@ def generate(
 ) -> GenerationResult:
     """Sample answers to the prompts of a data file and write one row for each prompt to `output`.
 
-    `target` is a run, a base, or the URL of an OpenAI-compatible server, which wants `model`, the model's name there;
-    `concurrency` is how many requests a server gets at once, 8 unless set. Generation is saved incrementally: the same
-    call goes on after a stop. Raises `ConfigError` where the output exists already.
+    `target` is a run, a base, or the URL of an OpenAI-compatible server, which needs `model`, the model's name on it;
+    `concurrency` is the number of requests in flight, 8 by default. Generation is saved incrementally: the same call
+    resumes it after a stop. Raises `ConfigError` if the output exists already.
     """
     if target_kind(target) == "server":
         if model is None:
@@ -93,12 +99,11 @@ def generate(
 
 
 def generate_answers(target: str, data: str, output: Path, request: GenerateRequest) -> dict[str, Any]:
-    """Write one row a prompt to `output`: the prompt, what was expected, the answers, scores where a run gives them.
+    """Write one row for each prompt to `output`: prompt, expected answer, sampled answers, and scores if requested.
 
-    Rows with several scores are of the format `rated`; prompts whose answers score alike are counted and left out.
-    Log-ratios to a reference are in nats an answer; the mean over answers that were sampled at temperature 1 estimates
-    the KL divergence. A stop loses nothing but the slice at hand: the same command goes on. Raises `ConfigError` where
-    the output exists already.
+    Rows with several scores have the format `rated`; prompts whose answers all score the same are counted and left out.
+    Log-ratios to a reference are in nats per answer; their mean over answers sampled at temperature 1 estimates the KL
+    divergence. A stop loses one chunk at most. Raises `ConfigError` if the output exists already.
     """
     records = load_prompts(output, data, request)
     policy, chat, scorer = _open_models(target, request)
@@ -107,22 +112,25 @@ def generate_answers(target: str, data: str, output: Path, request: GenerateRequ
     with closing(_journal(output, target, policy, prompts, request.sampling)) as journal:
         answers = _sample_answers(policy, chat, prompts, request.sampling, journal)
         documents = _documents(prompts, answers, request.sampling.answers_per_prompt)
+        log_ratios = None
+        if policy.reference:
+            log_ratios = _log_ratios(policy, documents, answers, request.sampling.temperature)
         generated = GeneratedAnswers(
             [chat.assistant_text(a.all_tokens).strip() for a in answers],
             [len(a.all_tokens) for a in answers],
             [a.stopped for a in answers],
             scores=scorer(documents, SCORING_TOKENS) if scorer else None,
-            log_ratios=_log_ratios(policy, documents, answers, request.sampling.temperature)
-            if policy.reference
-            else None,
+            log_ratios=log_ratios,
         )
         summary = write_rows(output, prompts.records, generated, request)
+        # Only now: until the output is written, the journal is the only copy of the answers.
         journal.remove()
     return summary
 
 
 def load_prompts(output: Path, data: str, request: GenerateRequest) -> list[Record]:
-    """The rows whose prompts are answered. Raises `ConfigError` where the output exists already."""
+    """The rows whose prompts are answered. Raises `ConfigError` if the output exists already."""
+    # Refused before the data is read: an earlier output may have cost hours and is never overwritten.
     if output.exists():
         raise ConfigError("this file exists already", where="--output", given=output)
     records = load_records(DataConfig(path=data, format=request.format), data).records
@@ -131,13 +139,13 @@ def load_prompts(output: Path, data: str, request: GenerateRequest) -> list[Reco
 
 @dataclass(frozen=True)
 class GeneratedAnswers:
-    """Answers, those to one prompt next to each other."""
+    """Sampled answers with their measurements; the answers to one prompt are consecutive."""
 
     texts: Sequence[str]
     lengths: Sequence[int]
     stopped: Sequence[bool]
     unit: str = "tokens"
-    """Of the lengths."""
+    """Unit of the lengths: tokens, or characters for a server that gives text alone."""
     scores: Sequence[float] | None = None
     log_ratios: Sequence[float] | None = None
 
@@ -145,7 +153,7 @@ class GeneratedAnswers:
 def write_rows(
     output: Path, records: Sequence[Record], generated: GeneratedAnswers, request: GenerateRequest
 ) -> dict[str, Any]:
-    """Write one row for each prompt with something to say, and tell what was made of them all."""
+    """Write one row for each prompt that has answers to compare; returns counts and means over all answers."""
     rows = _answer_rows(records, generated, request)
     write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     values_by_name = {generated.unit: generated.lengths, "score": generated.scores, "log_ratio": generated.log_ratios}
@@ -163,12 +171,13 @@ def write_rows(
 def _answer_rows(
     records: Sequence[Record], generated: GeneratedAnswers, request: GenerateRequest
 ) -> list[dict[str, Any]]:
-    """With scores the best answer comes first, and prompts whose answers score alike are left out."""
+    """One row for each prompt. With scores the best answer is first, and prompts without a preference are left out."""
     rows, answers_per_prompt, scores = [], request.sampling.answers_per_prompt, generated.scores
     for i, record in enumerate(records):
         indices = range(i * answers_per_prompt, (i + 1) * answers_per_prompt)
         order = sorted(indices, key=lambda k: -scores[k]) if scores else list(indices)
-        if request.distinct or (scores and answers_per_prompt > 1):  # rows of answers that are compared hold each once
+        # Scored answers become `rated` rows, whose answers are compared, and an answer is not better than itself.
+        if request.distinct or (scores and answers_per_prompt > 1):
             first_index: dict[str, int] = {}
             for k in order:
                 first_index.setdefault(generated.texts[k], k)
@@ -187,7 +196,7 @@ def _answer_rows(
 
 
 def parse_format(text: str) -> Format:
-    """A format's name from the command line. Raises `ConfigError` for another word."""
+    """The name of a data format from the command line. Raises `ConfigError` for another word."""
     if text not in get_args(Format):
         raise ConfigError("no such format", where="--format", given=text, allowed=", ".join(get_args(Format)))
     data_format: Format = text  # type: ignore[assignment]
@@ -195,11 +204,13 @@ def parse_format(text: str) -> Format:
 
 
 def _open_models(target: str, request: GenerateRequest) -> tuple[Policy, ChatTemplate, RewardScorer | None]:
-    """What answers, with its reference, and what scores; a base that carries several of them is held once."""
+    """The model that answers, with its reference, and the scorer; models on the same base share its weights."""
     path = Path(target)
     is_run = is_run_folder(path)
     config = config_of_run(path).model if is_run else ModelConfig(name=target)
+    # A full run is loaded from its own folder, so there is no base to share.
     base = None if is_run and (path / "model").is_dir() else load_base_on_device(config)
+    # The modules are copied, not the weights: an adapter must not change the base that reference or scorer stand on.
     generator_base = base.share_weights() if base is not None and (request.reward or request.reference) else base
     if is_run or generator_base is None:
         model = open_run(path, generator_base)
@@ -214,7 +225,8 @@ def _open_models(target: str, request: GenerateRequest) -> tuple[Policy, ChatTem
 
 
 def _reference(name: str, config: ModelConfig, base: BaseModel | None) -> Policy:
-    """A run with its adapter on, or a base; the base of what answers where that is it."""
+    """The reference: a run with its adapter, or a base, which may be the base of the model that answers."""
+    # A student has other layers than the model of its name, so that model has to be loaded.
     if base is not None and config.student_of is None and name == config.name:
         return Policy(base.share_weights(), NoMethod())
     shared_base = share_base_if_same(Path(name), base) if is_run_folder(name) else None
@@ -222,14 +234,14 @@ def _reference(name: str, config: ModelConfig, base: BaseModel | None) -> Policy
 
 
 def _open_scorer(run: Path, generator_chat: ChatTemplate, base: BaseModel | None) -> RewardScorer:
-    """A reward run, opened and checked before anything is made."""
+    """A reward run, opened and checked before the first answer is sampled."""
     policy, chat, objective, _ = open_reward_model(run, share_base_if_same(run, base))
     require_same_tokens(run, chat, generator_chat)
     return RewardScorer(policy, objective)
 
 
 def _prompt_columns(record: Record) -> dict[str, Any]:
-    """The columns that say the prompt, as Rung's formats read them."""
+    """The columns of a prompt, named as Rung's data formats read them."""
     turns = record.messages[:-1]
     is_single_question = len(turns) == 1 and turns[0].role == "user"
     prompt: Any = turns[0].content if is_single_question else [{"role": m.role, "content": m.content} for m in turns]
@@ -247,7 +259,7 @@ def _prompt_columns(record: Record) -> dict[str, Any]:
 def _sample_answers(
     policy: Policy, chat: ChatTemplate, prompts: PromptDataset, sampling: Sampling, journal: Journal
 ) -> list[GeneratedAnswer]:
-    """As many to each prompt as `sampling` says, in their order; slice by slice, so that a stop loses one at most."""
+    """Answers to all prompts in order, chunk by chunk; chunks that the journal has are not sampled again."""
     prompts_per_chunk = max(1, ANSWERS_PER_CHUNK // sampling.answers_per_prompt)
     chunks = [prompts.examples[i : i + prompts_per_chunk] for i in range(0, len(prompts.examples), prompts_per_chunk)]
     if journal.results:
@@ -255,6 +267,7 @@ def _sample_answers(
     answers: list[GeneratedAnswer] = []
     with ProgressBar("generate", len(prompts.examples)) as bar:
         for number, chunk in enumerate(chunks):
+            # Chunks are numbered, not appended: the seed of a chunk and its place follow from the number.
             if (stored := journal.results.get(str(number))) is not None:
                 answers += [GeneratedAnswer(*fields) for fields in stored]
                 bar.advance(len(chunk))
@@ -274,8 +287,10 @@ def _sample_answers(
 
 
 def _journal(output: Path, target: str, policy: Policy, prompts: PromptDataset, sampling: Sampling) -> Journal:
-    """Beside the output, of exactly these weights, prompts and draws."""
-    manifests = sorted(Path(target).glob(f"[am]*/{MANIFEST}"))  # of adapter/ or model/: it holds their hashes
+    """The journal beside the output, tied to these weights, prompts and sampling settings."""
+    # The manifest in adapter/ or model/ holds the hashes of the weights: a run that was trained again under the same
+    # name must not continue the answers of the old one.
+    manifests = sorted(Path(target).glob(f"[am]*/{MANIFEST}"))
     identity = {
         "weights": [policy.base.fingerprint, *(file.read_text() for file in manifests)],
         "prompts": [[e.task, e.ids.tolist()] for e in prompts.examples],
@@ -285,17 +300,17 @@ def _journal(output: Path, target: str, policy: Policy, prompts: PromptDataset, 
 
 
 def journal_path(output: Path) -> Path:
-    """Where answers stand until the output is written."""
+    """The file that keeps answers until the output is written."""
     return output.with_name(f".{output.name}.journal")
 
 
 def chunk_seed(seed: int, chunk: int) -> int:
-    """Of the draws of one slice: it needs no slice before it."""
+    """The seed of one chunk, which depends on no chunk before it."""
     return int(np.random.SeedSequence([seed, chunk]).generate_state(1)[0])
 
 
 def _documents(prompts: PromptDataset, answers: Sequence[GeneratedAnswer], answers_per_prompt: int) -> list[Example]:
-    """Prompts with their answers, which are what is scored."""
+    """One document for each answer: prompt and answer, with the loss on the answer."""
     documents = []
     for i, answer in enumerate(answers):
         prompt = prompts.examples[i // answers_per_prompt]
@@ -307,7 +322,7 @@ def _documents(prompts: PromptDataset, answers: Sequence[GeneratedAnswer], answe
 def _log_ratios(
     policy: Policy, documents: Sequence[Example], answers: Sequence[GeneratedAnswer], temperature: float
 ) -> list[float]:
-    """Log p(answer) - log q(answer), q the reference's, in nats; both at temperature 1."""
+    """Log p(answer) - log q(answer) in nats, with q of the reference; both at temperature 1."""
 
     def log_p(batch: PackedBatch) -> list[float]:
         return [float(document_sum) for document_sum in sum_by_document(batch, policy.logprobs(batch)).double()]
@@ -315,25 +330,24 @@ def _log_ratios(
     def log_q(batch: PackedBatch) -> list[float]:
         return [float(document_sum) for document_sum in policy.reference_sums(batch)]
 
-    has_logprobs = temperature in (0.0, 1.0)  # then what the decoder drew is what is asked for: one pass less
-    policy_sums = (
-        [sum(a.logprobs) for a in answers]
-        if has_logprobs
-        else values_by_document([policy], documents, SCORING_TOKENS, log_p)
-    )
+    # At these temperatures the decoder computed log p at temperature 1 itself, which saves a forward pass.
+    if temperature in (0.0, 1.0):
+        policy_sums = [sum(a.logprobs) for a in answers]
+    else:
+        policy_sums = values_by_document([policy], documents, SCORING_TOKENS, log_p)
     reference_sums = values_by_document([policy], documents, SCORING_TOKENS, log_q)
     return [p - q for p, q in zip(policy_sums, reference_sums, strict=True)]
 
 
 MAX_NAMED_FAILURES = 5
-"""Failures that are named."""
+"""Failed prompts that the error names; the others are counted."""
 
 
 def generate_remotely(server: Server, data: str, output: Path, request: GenerateRequest) -> dict[str, Any]:
-    """As `generate_answers`, with the answers of a server; nothing of them is scored.
+    """As `generate_answers`, with answers from a server, which cannot be scored.
 
-    Raises `ConfigError` for a request that only a run can serve, `CheckpointError` where prompts got no answer: the
-    others are kept, and the same command asks for those alone.
+    Raises `ConfigError` for a request that needs log-probabilities or tokens, `CheckpointError` if prompts got no
+    answer: the answers of the others are kept, and the same command asks for the missing ones alone.
     """
     if request.reward or request.reference:
         summary = "a server gives text, not the log-probabilities or tokens that this wants"
@@ -348,9 +362,11 @@ def generate_remotely(server: Server, data: str, output: Path, request: Generate
             )
         with ProgressBar("ask", len(requests), len(journal.results)) as bar:
             answers_by_prompt, failures = ask_server(server, requests, journal, bar.advance)
+        # No output with gaps: the journal keeps what arrived, and the next call asks for the rest.
         if failures:
             raise _failures_error(records, failures, output)
         answers = [answer for number in range(len(requests)) for answer in answers_by_prompt[number]]
+        # A server reports no token counts per answer, so lengths are in characters.
         texts = [answer.text.strip() for answer in answers]
         generated = GeneratedAnswers(
             texts, [len(text) for text in texts], [answer.stopped for answer in answers], unit="characters"
@@ -361,13 +377,14 @@ def generate_remotely(server: Server, data: str, output: Path, request: Generate
 
 
 def _chat_request(record: Record, index: int, request: GenerateRequest) -> ChatRequest:
-    """One prompt, its context in front of the question, as a run would be asked."""
+    """The request for one prompt, with its context before the question as for a run."""
     sampling = request.sampling
     turns = PromptFormat().turns(record)
     settings: dict[str, Any] = {
         "n": sampling.answers_per_prompt,
         "temperature": sampling.temperature,
         "max_tokens": sampling.max_new_tokens,
+        # Not negative in a signed 32-bit integer, in which a server may read it.
         "seed": chunk_seed(sampling.seed, index) % 2**31,
     }
     if record.tools:

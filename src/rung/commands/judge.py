@@ -1,4 +1,9 @@
-"""Judges put to work: one at hand or one behind a server, checked against people before it is believed."""
+"""Judging pairs of answers by a model: a local one by log-probabilities, or one behind a server in words.
+
+Every pair is judged in both orders, which doubles the requests but exposes position bias. A judge is trusted only if it
+agrees with human labels (docs/decisions/0021). Verdicts of a server are kept in the user's cache, by the whole set of
+requests, since they cost money; local verdicts are computed anew. `compare.py` calls `judge_pairs`.
+"""
 
 from __future__ import annotations
 
@@ -28,34 +33,35 @@ from rung.scoring.pairwise import JudgeAgreement, Preference, check_judge, summa
 from rung.types import Message
 
 MAX_VERDICT_TOKENS = 512
-"""Tokens that a judge behind a server may write, reasons included."""
+"""Tokens that a judge behind a server may write for a verdict with its reasons."""
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What a judge made of pairs, and whether it is to be believed."""
+    """The verdicts of a judge on pairs, and whether it can be trusted."""
 
     judged: tuple[JudgedPair, ...]
     preference: Preference
     trust: JudgeAgreement
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, without the pairs."""
+        """Plain values without the single pairs."""
         return {**self.preference.to_json(), "trust": self.trust.to_json()}
 
     def lines(self) -> list[str]:
-        """The pairs and all that was said of them, a JSON object each."""
+        """One JSON object for each pair with its verdicts."""
         return [
             json.dumps({**asdict(pair), "outcome": pair.verdicts.outcome}, ensure_ascii=False) for pair in self.judged
         ]
 
 
 def judge_pairs(config: JudgeConfig, pairs: Sequence[AnswerPair], seed: int = 0) -> Judgement:
-    """Ask the judge of `config` about pairs, and about those that people have labelled.
+    """Ask the judge of `config` about pairs, and about the pairs with human labels, on which it is checked.
 
-    Raises `ConfigError` or `CheckpointError` where it cannot be asked, `DataError` for a file of labels that is none.
+    Raises `ConfigError` or `CheckpointError` if it cannot be asked, `DataError` for a malformed file of labels.
     """
     labelled_pairs, human_labels = read_human_labels(config.human_labels) if config.human_labels else ([], [])
+    # One call for both sets: the judge is loaded once, and sees no difference between them.
     judged_pairs = judge_both_orders([*pairs, *labelled_pairs], config, _ask_function(config))
     verdicts, labelled_verdicts = judged_pairs[: len(pairs)], judged_pairs[len(pairs) :]
     if labelled_pairs:
@@ -84,9 +90,10 @@ def _ask_function(config: JudgeConfig) -> AskJudge:
 
 
 def _ask_by_server(server: Server) -> AskJudge:
-    """Verdicts of a server, each kept in the cache as it comes: the same question is never paid for twice."""
+    """Verdicts of a server, each stored in the cache as it arrives: the same questions are not paid for twice."""
 
     def ask(prompts: Sequence[tuple[Message, ...]]) -> list[JudgeVerdict]:
+        # Temperature 0, so that a verdict is worth caching.
         settings = {"temperature": 0.0, "max_tokens": MAX_VERDICT_TOKENS}
         requests = [ChatRequest([{"role": m.role, "content": m.content} for m in turns], settings) for turns in prompts]
         identity = {"url": server.url, "model": server.model, "requests": [asdict(request) for request in requests]}
@@ -98,6 +105,7 @@ def _ask_by_server(server: Server) -> AskJudge:
                 )
             with ProgressBar("judge", len(requests), len(journal.results)) as bar:
                 answers, failures = ask_server(server, requests, journal, bar.advance)
+        # A request without an answer becomes a verdict that counts in no rate, instead of failing all others.
         reasons = {failure.prompt: failure.reason for failure in failures}
         return [
             parse_verdict(answers[i][0].text) if i in answers else JudgeVerdict(None, reasons[i])

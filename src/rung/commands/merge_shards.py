@@ -1,7 +1,9 @@
-"""A plain LoRA folded into its base tensor by tensor: no more than one matrix is in memory, and no model.
+"""Merging a plain LoRA into its base tensor by tensor, with one matrix in memory and no model.
 
-What is written is what a merge of the whole model writes: float32, under the base's own names. Every matrix is proved:
-read back, no number of it is further from W + s B A in float64 than rounding in float32 can take it.
+The result is that of a merge of the whole model: float32 under the base's own tensor names. In place of a comparison of
+answers every matrix is read back and compared with W + s B A in float64, within the bound of float32 rounding. Only a
+plain LoRA on safetensors files can be merged in this way; everything else needs the model. `merge.py` calls it for
+`--by-shard` and for models that do not fit into memory.
 
 Suffixes: O outputs, I inputs, R ranks.
 """
@@ -25,16 +27,16 @@ from rung.methods.adapter_files import CONFIG, read_state
 from rung.training.run_folder import Gate
 
 FLOAT32_ROUNDOFF = 2.0**-24
-"""Of a sum or a product in float32, over its size."""
+"""Relative error of one rounding in float32: half a unit in the last place."""
 ROWS_PER_PROOF = 512
-"""Of a matrix that are proved at once."""
+"""Rows of a matrix that are compared at once: the comparison is in float64 and needs several copies."""
 INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, slots=True)
 class LoraUpdate:
-    """scale * B A of one linear."""
+    """The update scale * B A of one linear module."""
 
     a_RI: Tensor
     b_OR: Tensor
@@ -44,7 +46,7 @@ class LoraUpdate:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight that it is added to."""
+        """Shape of the weight that the update is added to."""
         outputs, inputs = len(self.b_OR), self.a_RI.shape[1]
         return (inputs, outputs) if self.transposed else (outputs, inputs)
 
@@ -54,7 +56,7 @@ class LoraUpdate:
         return torch.addmm(weight.float(), first, second, alpha=self.scale)
 
     def error(self, before: Tensor, after: Tensor) -> float:
-        """The largest error of `after`, in float64, over what rounding allows there; infinite where one is no number.
+        """The largest error of `after`, in float64, over the rounding allowed at that entry; infinite if one is NaN.
 
         A sum of R products and a weight, each rounded, is off by at most R + 2 roundings of the sum of their sizes
         (Higham 2002, section 3.1).
@@ -67,7 +69,9 @@ class LoraUpdate:
             before_rows, first_rows = before[rows].double(), first[rows]
             error = (after[rows].double() - (before_rows + self.scale * (first_rows @ second))).abs()
             size = before_rows.abs() + abs(self.scale) * (first_rows.abs() @ second.abs())
+            # clamp_min: an exact zero allows no error at all, and 0 / 0 would count as an infinite one.
             largest = float((error / (allowed * size).clamp_min(torch.finfo(torch.float32).tiny)).max())
+            # max() would drop a NaN, since every comparison with it is false.
             worst = max(worst, largest) if math.isfinite(largest) else math.inf
         return worst
 
@@ -76,9 +80,9 @@ class LoraUpdate:
 
 
 def read_updates(adapter: Path) -> dict[str, LoraUpdate]:
-    """By the names of the modules.
+    """The updates of a saved adapter by module name.
 
-    Raises `PlanError` for an adapter that is more than sums of B A, `CheckpointError` where parts of it are missing.
+    Raises `PlanError` for an adapter other than a plain LoRA, `CheckpointError` if parts of it are missing.
     """
     config, state = json.loads((adapter / CONFIG).read_text()), read_state(adapter)
     for name in ("use_dora", "modules_to_save"):
@@ -95,28 +99,23 @@ def read_updates(adapter: Path) -> dict[str, LoraUpdate]:
         if set(pair) != {"A", "B"} or pair["B"].shape[1] != pair["A"].shape[0]:
             raise CheckpointError("half of this update is missing or of another rank", where=str(adapter), given=module)
     targets = config["target_modules"]
-    missing = (
-        [
-            name_or_suffix
-            for name_or_suffix in targets
-            if not any(m == name_or_suffix or m.endswith(f".{name_or_suffix}") for m in factors)
-        ]
-        if isinstance(targets, list)
-        else []
-    )
+    # A regular expression in place of a list names no modules that could be missing.
+    names = targets if isinstance(targets, list) else []
+    missing = [name for name in names if not any(m == name or m.endswith(f".{name}") for m in factors)]
     if missing or not factors:
         raise CheckpointError(
             "the adapter lacks updates that it names", where=str(adapter), given=", ".join(missing[:3])
         )
+    # GPT-2's Conv1D stores its weight as [I, O], which peft calls fan_in_fan_out.
     transposed = bool(config.get("fan_in_fan_out"))
     return {m: LoraUpdate(pair["A"], pair["B"], _scale(config, m), transposed) for m, pair in factors.items()}
 
 
 def merge_shards(base: Path, updates: Mapping[str, LoraUpdate], target: Path) -> tuple[Gate, float]:
-    """Write the merged files into `target`, each proved as it is there; also the largest change of a weight.
+    """Write the merged files into `target` and prove each one; returns the gate and the largest change of a weight.
 
-    `base` is a folder with config.json and safetensors. Raises `PlanError` where its names or shapes are not those of
-    the adapter, `GateError` where nothing was learned or a tensor has changed that should not.
+    `base` is a folder with config.json and safetensors. Raises `PlanError` if its names or shapes are not those of the
+    adapter, `GateError` if nothing was learned or a tensor has changed that should not.
     """
     files = _files(base)
     _require_matching_shapes(base, files, updates)
@@ -128,6 +127,7 @@ def merge_shards(base: Path, updates: Mapping[str, LoraUpdate], target: Path) ->
     if largest_change == 0:
         raise GateError("gate publish.shards failed: the adapter adds nothing, or it is lost", where=str(base))
     config = json.loads((base / "config.json").read_text())
+    # The older name of `dtype`; both together would contradict each other.
     config.pop("torch_dtype", None)
     (target / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
     if (base / INDEX).exists():
@@ -138,7 +138,7 @@ def merge_shards(base: Path, updates: Mapping[str, LoraUpdate], target: Path) ->
 
 
 def _files(base: Path) -> list[Path]:
-    """Those that transformers reads: others may hold the same weights under other names."""
+    """The files that transformers reads: others in the folder may hold the same weights under other names."""
     if (base / INDEX).exists():
         return sorted({base / name for name in json.loads((base / INDEX).read_text())["weight_map"].values()})
     return [base / SINGLE_FILE] if (base / SINGLE_FILE).exists() else sorted(base.glob("*.safetensors"))
@@ -153,25 +153,25 @@ def _require_matching_shapes(base: Path, files: list[Path], updates: Mapping[str
 
 
 def _scale(config: Mapping[str, Any], module: str) -> float:
-    """Of B A: alpha / rank, or over its root (rsLoRA, Kalajdzievski 2023); modules may have their own of both."""
+    """Scale of a module: alpha / rank, or alpha / sqrt(rank) for rsLoRA (Kalajdzievski 2023), with its own patterns."""
 
+    # peft matches a pattern at the end of the module name, and the first matching pattern wins.
     def module_value(patterns: Mapping[str, float] | None, default: float) -> float:
         return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
-    rank, alpha = (
-        module_value(config.get("rank_pattern"), config["r"]),
-        module_value(config.get("alpha_pattern"), config["lora_alpha"]),
-    )
+    rank = module_value(config.get("rank_pattern"), config["r"])
+    alpha = module_value(config.get("alpha_pattern"), config["lora_alpha"])
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _headers(file: Path) -> Iterator[tuple[str, str, list[int]]]:
-    """Name, type and shape of every tensor as it is written: float32 where the base has any float."""
+    """Name, dtype and shape of every tensor as it is written: float32 if the base has any float dtype."""
     with safe_open(file, "pt") as tensors:
         for name in tensors.keys():
             tensor = tensors.get_slice(name)
             dtype = tensor.get_dtype()
-            yield name, "F32" if "F" in dtype else dtype, tensor.get_shape()  # F16, BF16, F64, F8_E4M3 and the like
+            # Every float dtype of the format has an F in its name: F16, BF16, F64, F8_E4M3.
+            yield name, "F32" if "F" in dtype else dtype, tensor.get_shape()
 
 
 def _bytes_of_tensors(file: Path) -> int:
@@ -179,21 +179,21 @@ def _bytes_of_tensors(file: Path) -> int:
 
 
 def _size(kind: str, shape: list[int]) -> int:
-    bits = int(re.sub(r"\D", "", kind) or 8)  # BOOL has no number
+    # BOOL has no number in its name and takes a byte. Float dtypes are F32 here, so F8_E4M3 is never seen.
+    bits = int(re.sub(r"\D", "", kind) or 8)
     return math.prod(shape) * bits // 8
 
 
 def _merge(file: Path, updates: Mapping[str, LoraUpdate], target: Path) -> None:
-    """Header first, then one tensor after another: the library's own writer wants all of them at once."""
+    """Write the header, then one tensor after another: the library's own writer needs all of them in memory."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, dtype, shape in _headers(file):
-        header[name] = {
-            "dtype": dtype,
-            "shape": shape,
-            "data_offsets": [offset, offset := offset + _size(dtype, shape)],
-        }
+        end = offset + _size(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
+        offset = end
     text = json.dumps(header).encode()
+    # The format wants the data aligned to 8 bytes; spaces at the end of the header are allowed.
     text += b" " * (-len(text) % 8)
     with safe_open(file, "pt") as tensors, target.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
@@ -205,12 +205,13 @@ def _merge(file: Path, updates: Mapping[str, LoraUpdate], target: Path) -> None:
 
 
 def _prove(file: Path, updates: Mapping[str, LoraUpdate], written: Path) -> tuple[float, float]:
-    """The largest error over what rounding allows, and the largest change of a weight."""
+    """The largest error over the allowed rounding, and the largest change of a weight."""
     largest_error = largest_change = 0.0
     with safe_open(file, "pt") as before, safe_open(written, "pt") as after:
         for name in before.keys():
             old, new = before.get_tensor(name), after.get_tensor(name)
             update = updates.get(name.removesuffix(".weight"))
+            # A tensor without an update is only converted, so it must be equal and not merely close.
             if update is None:
                 if not torch.equal(old.float() if old.is_floating_point() else old, new):
                     raise GateError("gate publish.shards failed: a tensor has changed on its way", where=name)
