@@ -121,8 +121,8 @@ def logprobs_in_fresh_process(folder: Path, rows: Sequence[Sequence[int]]) -> li
 
     Raises `GateError` if the model does not load there.
     """
-    # A fresh process imports nothing of Rung, so no patched module or cached weight can make the check pass. Stdin takes
-    # the rows, whose length a command line might not allow.
+    # A fresh process imports nothing of Rung, so no patched module or cached weight can make the check pass. The rows
+    # go through stdin, since a command line limits their length.
     process = subprocess.run(  # noqa: S603 - our own words only
         [sys.executable, "-W", "ignore", "-c", LOGPROBS_SCRIPT, str(folder)],
         input=json.dumps([list(row) for row in rows]),

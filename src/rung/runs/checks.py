@@ -1,4 +1,9 @@
-"""What cannot be begun: a run's parts held against one another, before its folder is there."""
+"""Checks before a run starts: its config against its data, the processes and the memory, before it has a folder.
+
+A run that cannot work is refused while that costs seconds. Memory is planned from the run's own rows; the plan is an
+estimate and may refuse a run that would just fit, for which there is `--beyond-memory`. The estimates themselves are in
+`planning/memory.py`. `runs/train.py` calls these checks, the climb uses them to skip rungs that do not fit.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +33,7 @@ from rung.training.trainer import Trainer
 
 
 def check_tasks(config: RunConfig, data: RunData) -> None:
-    """A method with something of its own for each task must know every task of the data."""
+    """A method with parameters for each task must name every task of the data, and each needs training rows."""
     method_tasks = set(config.method.tasks)
     if not method_tasks:
         return
@@ -48,7 +53,7 @@ def check_tasks(config: RunConfig, data: RunData) -> None:
 
 
 def check_processes(config: RunConfig, world: World) -> None:
-    """What several processes cannot share, or have not been tested to."""
+    """Refuse combinations that do not work, or are not tested, in several processes."""
     generates_answers = config.objective.on_policy_share > 0.0
     if world.size > 1 and (refusal := multi_process_refusal(config.method.kind, own_answers=generates_answers)):
         raise PlanError(refusal, where="WORLD_SIZE", given=world.size, hint="run it in one process")
@@ -60,7 +65,7 @@ def check_processes(config: RunConfig, world: World) -> None:
 
 
 def check_lottery(config: RunConfig, rows: int) -> None:
-    """A run that ends while all layers still move would be a plain lora without a word."""
+    """Refuse a lottery run that ends before the layers are drawn: it would silently be a plain LoRA."""
     rollout = config.objective.rollout
     scout_steps = config.method.lottery.scout_steps if isinstance(config.method, LotteryConfig) else 0
     steps = total_steps(config.training, rows, rollout.steps if rollout else 1)
@@ -74,23 +79,24 @@ def check_lottery(config: RunConfig, rows: int) -> None:
 
 
 SAMPLED_STEPS = 16
-"""Steps whose rows are packed beforehand to see how large a micro-batch becomes."""
+"""First steps whose rows are packed beforehand, to see how large a micro-batch becomes."""
 MIN_TIMED_SECONDS = 30.0
-"""Seconds of training after which a run's speed says something about the machine."""
+"""Seconds of training from which on the speed of a run says something about the machine."""
 
 
 class DoesNotFitError(PlanError):
-    """What a run needs is not there."""
+    """The run needs more memory than is free."""
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that are free for a run, with what the process holds already; None where the system does not say."""
+    """Bytes available to a run, including what this process already holds; None if the system does not say."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
     try:
         meminfo = Path("/proc/meminfo").read_text()
         free = int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024
+        # Estimates count a whole process, so what this one holds already (torch, a loaded base) is not missing.
         resident = int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
     except (OSError, IndexError, ValueError):
         return None
@@ -98,26 +104,27 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def refuse_if_too_large(config: RunConfig, device: torch.device, *, beyond: bool) -> None:
-    """Before anything is loaded: raise `PlanError` where not even the smallest micro-batch could be computed."""
+    """Raise `DoesNotFitError`, before anything is loaded, if not even the smallest micro-batch fits."""
     if device.type != "cpu":
         return
     shape = read_shape(config.model)
     compute = compute_type(config.model, None)
-    estimate = estimate_memory(
-        config, shape, MicroBatch(compute, MIN_TOKENS, MIN_TOKENS // 2), auxiliary_shapes(config)
-    )
+    # Half of the tokens supervised is a guess: the rows are not tokenized yet.
+    smallest = MicroBatch(compute, MIN_TOKENS, MIN_TOKENS // 2)
+    estimate = estimate_memory(config, shape, smallest, auxiliary_shapes(config))
     _refuse(config, estimate, free_memory(device), beyond=beyond)
 
 
 def plan_run(
     config: RunConfig, shape: ModelShape, trainer: Trainer, data: RunData, *, beyond: bool
 ) -> tuple[MemoryEstimate, MicroBatch]:
-    """What the run will hold, from its own rows, and what it computes at once.
+    """The memory estimate of the run from its own rows, and its largest micro-batch.
 
-    Raises `DoesNotFitError` where there is less, unless told to go on.
+    Raises `DoesNotFitError` if less memory is free, unless `beyond` is set.
     """
     compute = str(trainer.policy.base.compute_dtype).removeprefix("torch.")
-    if isinstance(data.train, PromptDataset):  # its documents are made as it goes
+    # Rollouts have no documents yet, so a full budget is assumed, half of it answers.
+    if isinstance(data.train, PromptDataset):
         micro_batch = MicroBatch(compute, trainer.budget, trainer.budget // 2, device=trainer.policy.device.type)
     else:
         micro_batch = _largest_micro_batch(trainer, data.train, compute)
@@ -127,11 +134,13 @@ def plan_run(
 
 
 def _largest_micro_batch(trainer: Trainer, data: TokenizedDataset, compute: str) -> MicroBatch:
-    """The largest micro-batch of the first steps, and of the longest row; what of their tokens is computed at all."""
+    """The largest micro-batch of the first steps and the longest row, and the computed share of the tokens."""
     rows, steps = data.rows, -(-len(data.rows) // trainer.config.examples_per_step)
     windows = [trainer.pack(trainer.window(rows, step), trainer.budget) for step in range(min(SAMPLED_STEPS, steps))]
     batches = [batch for window in windows for batch in window]
+    # The longest row is packed as well: it decides the peak and may come in any step.
     largest = max([*batches, *trainer.pack(data.longest_row(), trainer.budget)], key=lambda batch: len(batch.ids))
+    # By identity: micro-batches that share a prefix compute it once.
     prefix_tokens = {id(batch.prefix): len(batch.prefix.ids) for batch in batches if batch.prefix is not None}
     computed = sum(len(batch.ids) for batch in batches) + sum(prefix_tokens.values())
     compute_ratio = computed / sum(batch.document_tokens for batch in batches)
@@ -166,9 +175,11 @@ def measured_vs_planned(
     manifest: Mapping[str, Any],
     loading: int,
 ) -> dict[str, Any]:
-    """The plan with what was measured, for `run.json`; a long run's speed is kept for later plans of this machine."""
+    """The plan and the measurements, for `run.json`. The speed of a long run is kept for later plans."""
     estimate, micro_batch = plan
     seconds, tokens = manifest.get("train_seconds") or 0.0, manifest.get("tokens") or 0
+    # Supervised fine-tuning without a frozen-layer cache only: rollouts, several models or cached layers have another
+    # speed per token.
     if seconds >= MIN_TIMED_SECONDS and tokens and config.objective.kind == "sft" and "trunk" not in manifest:
         train = manifest.get("data", {}).get("train", {})
         rows = max(1, int(train.get("examples", 0) or 1))

@@ -1,8 +1,9 @@
 """The score head of a reward run, in the files that transformers' and peft's sequence classification read.
 
-`AutoModelForSequenceClassification` loads the folder of a full run, `PeftModelForSequenceClassification` puts that of an
-adapter on the base; both read the score off the last token, as in training. The price is that the weights of a full run
-are renamed to a classifier's and written again. `runs/train.py` writes the head, `runs/load.py` reads it.
+`AutoModelForSequenceClassification` loads the folder of a full run, `PeftModelForSequenceClassification` puts that of
+an adapter on the base; both read the score off the last token, as in training. The price is that a full run is written
+twice: its saved weights are replaced by those of the classifier. `runs/train.py` writes the head, `runs/load.py` reads
+it.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def _add_to_model(folder: Path, weight: Tensor, pad_id: int) -> None:
     # A classifier with randomly initialized tensors would load without an error.
     if missing_keys := keys - classifier_state.keys() - {HEAD_KEY}:
         raise CheckpointError("the classifier would lack tensors", where=str(folder), given=sorted(missing_keys)[:2])
-    # The old files go first: the new ones may be sharded differently, and a leftover shard would be loaded as well.
+    # The old files go first: the new ones may be sharded differently, and shards of both would stand side by side.
     for file in [*files, *folder.glob("*.index.json")]:
         file.unlink()
     save_torch_state_dict({**classifier_state, HEAD_KEY: weight.to(torch.promote_types(dtype, torch.float32))}, folder)
