@@ -22,7 +22,7 @@ from rung.models.generate import Sampling, generate
 from rung.runs.load import LoadedRun, library_of_target, open_base, open_target, refuse_climb
 from rung.types import Message
 
-out = Console(highlight=False)
+console = Console(highlight=False)
 
 
 @dataclass
@@ -99,10 +99,12 @@ class Conversation:
         if question is not None:
             self.say(question)
             return
-        out.print(f"talking to {' and '.join(s.name for s in self.speakers)}; an empty line leaves, /new starts over")
+        console.print(
+            f"talking to {' and '.join(s.name for s in self.speakers)}; an empty line leaves, /new starts over"
+        )
         while True:
             try:
-                line = out.input("[bold]you[/bold] > ")
+                line = console.input("[bold]you[/bold] > ")
             except EOFError:
                 return
             if not line.strip():
@@ -113,7 +115,7 @@ class Conversation:
             try:
                 self.say(line)
             except DataError as error:
-                out.print(str(error), markup=False)
+                console.print(str(error), markup=False)
 
     def say(self, text: str) -> None:
         """Ask every model a question and print the answers."""
@@ -137,8 +139,8 @@ class Conversation:
             return
         # Two answers stand side by side, so neither can be streamed.
         answers = [(s.name, s.answer(self.sampling, stream=False)) for s in self.speakers]
-        width = max(20, out.width // 2 - 2)
-        out.print(Columns([Panel(answer, title=name, width=width) for name, answer in answers]))
+        width = max(20, console.width // 2 - 2)
+        console.print(Columns([Panel(answer, title=name, width=width) for name, answer in answers]))
 
 
 def _open_models(target: str, compare: bool) -> list[ChatModel]:

@@ -85,7 +85,7 @@ class Climb:
         RunFolder.check(self.path, config_to_dict(config), resume=resume, overwrite=overwrite, free=CHANGEABLE_SETTINGS)
         self._overwrite = overwrite
         self._cached_base: BaseModel | None = None
-        self._skipped: list[SkippedRung] = []
+        self._skipped_rungs: list[SkippedRung] = []
 
     @property
     def rungs(self) -> tuple[AnyRung, ...]:
@@ -178,11 +178,11 @@ class Climb:
 
     def _ladder(self) -> Ladder:
         """The ladder from the files in the folder."""
-        skipped_names = {skipped.rung for skipped in self._skipped}
-        measured = [self._stored_rung(rung) for rung in self.rungs if rung.label not in skipped_names]
-        if not measured:
-            raise PlanError("no rung could be measured", where=str(self.path), given=self._skipped[0].why)
-        ladder = build_ladder(self.config, measured, self._skipped)
+        skipped_names = {skipped.rung for skipped in self._skipped_rungs}
+        measured_rungs = [self._stored_rung(rung) for rung in self.rungs if rung.label not in skipped_names]
+        if not measured_rungs:
+            raise PlanError("no rung could be measured", where=str(self.path), given=self._skipped_rungs[0].why)
+        ladder = build_ladder(self.config, measured_rungs, self._skipped_rungs)
         return replace(ladder, curve=tuple(self._measured_curve()), forgetting=tuple(self._forgetting_results()))
 
     def _is_measured(self, rung: AnyRung) -> bool:
@@ -191,7 +191,7 @@ class Climb:
     def _measure_if_possible(self, rung: AnyRung, data: dict[Context, RunData], prompts: ClimbPrompts) -> bool:
         """Whether a rung was measured: it is skipped if it does not fit into memory or its base rung was skipped."""
         base_rung = rung.base_rung if isinstance(rung, OnTopConfig) else None
-        if base_rung in {skipped.rung for skipped in self._skipped}:
+        if base_rung in {skipped.rung for skipped in self._skipped_rungs}:
             self._skip_rung(rung.label, f"it stands on {base_rung}, which was not measured")
             return False
         try:
@@ -204,7 +204,7 @@ class Climb:
 
     def _skip_rung(self, name: str, why: str) -> None:
         print_status(f"rung {name} is left out: {why}")
-        self._skipped.append(SkippedRung(name, why))
+        self._skipped_rungs.append(SkippedRung(name, why))
 
     def _reaches_target(self, rung: AnyRung) -> bool:
         """Whether the rung's whole interval, not only its mean, is at or beyond the target."""
@@ -376,8 +376,8 @@ class Climb:
     def _forgetting_runs(self) -> list[tuple[str, Path]]:
         """Label and folder of every tuned rung, if forgetting is measured at all."""
         # The first training seed stands for the rung: forgetting costs two evaluations for each run.
-        is_measured = self.config.climb.forgetting is not None
-        return [(r.label, self._rung_folders(r)[0]) for r in self.rungs if is_measured and r.kind not in UNTUNED]
+        is_enabled = self.config.climb.forgetting is not None
+        return [(r.label, self._rung_folders(r)[0]) for r in self.rungs if is_enabled and r.kind not in UNTUNED]
 
     def _measure_forgetting(self) -> None:
         for label, folder in self._forgetting_runs:

@@ -54,6 +54,7 @@ def _colored_rows(target: str | DataConfig, chat: ChatTemplate, count: int) -> l
     records = read_records(config, weighted_paths(config)[0].path).records[:count]
     if not records:
         return []
+    # The options of a training run, so that the colors show what would be learned.
     tokenized = tokenize_records(chat, records, loss_on=config.loss_on, with_candidates=records[0].score is not None)
     return [
         Text.assemble((f"{example.source}\n", "bold"), colored_tokens(example, chat), "\n")

@@ -48,22 +48,23 @@ def evaluate(
     a task.
     """
     path, target = Path(target), str(target)
+    # The task first: a missing config or unreadable data is then an error before a model is loaded.
     is_run = is_run_folder(path)
     task, originals, records, retrieval = evaluation_task(target, config=config, overrides=overrides, limit=limit)
     if is_run and isinstance(task.objective, RewardConfig):
-        return _evaluate_reward_model(path, task, records, config=config, keep=config is None and limit is None)
+        return _evaluate_reward_model(path, task, records, config=config, store=config is None and limit is None)
     result = evaluate_on_task(target, task, records)
     metrics = {**result.summary(), **retrieval}
     # A user waits for the retrieval as well as for the answer.
     metrics["seconds_per_query"] += retrieval.get("retrieval", {}).get("seconds_per_query", 0.0)
-    contaminated = {"contamination": contamination_of(path, result, originals)} if is_run else {}
-    # Only a score on the whole task of the run may become the run's own.
+    contamination_result = {"contamination": contamination_of(path, result, originals)} if is_run else {}
+    # Only a score on the whole task of the run may become the run's own: another config or a limit is a trial.
     if is_run and config is None and limit is None:
         # `items.parquet` belongs to the climb that the run may be part of.
         result.write(path / "eval.parquet")
         manifest = read_manifest(path)
-        RunFolder(path, manifest).update(metrics={**manifest.get("metrics", {}), **metrics}, **contaminated)
-    result_json = {"target": target, "task": task_name(config, target), **metrics, **contaminated}
+        RunFolder(path, manifest).update(metrics={**manifest.get("metrics", {}), **metrics}, **contamination_result)
+    result_json = {"target": target, "task": task_name(config, target), **metrics, **contamination_result}
     return EvaluationResult.model_validate(result_json)
 
 
@@ -123,6 +124,7 @@ def evaluation_task(
     if context != "retrieved":
         return EvaluationTask(task, records, with_contexts(context, records, None), {})
     library = load_library(task, splits)
+    # The hit rate reads the rows as they came, since a retrieved context replaces their own (docs/decisions/0020).
     return EvaluationTask(task, records, library.with_passages_all(records), {"retrieval": library.hit_rate(records)})
 
 
@@ -140,14 +142,15 @@ def evaluate_on_task(target: str, task: RunConfig, records: Records) -> Evaluati
 
 
 def _evaluate_reward_model(
-    path: Path, task: RunConfig, records: Records, *, config: ConfigSource | None, keep: bool
+    path: Path, task: RunConfig, records: Records, *, config: ConfigSource | None, store: bool
 ) -> EvaluationResult:
     """Score a reward model on held-out comparisons."""
     policy, chat, objective, _ = open_reward_model(path)
     examples = tokenize_held_out(task, chat, records, policy.base).examples
     health = score_reward_model(policy, objective, examples, micro_batch_tokens(task, policy.base))
     result = {"reward": health.to_json(), "examples": len(records)}
-    if keep:
+    # The same rule as for other runs: a limited or foreign test set is not the result of the run.
+    if store:
         manifest = read_manifest(path)
         RunFolder(path, manifest).update(metrics={**manifest.get("metrics", {}), **result})
     header = {"target": str(path), "task": task_name(config, str(path))}

@@ -62,13 +62,13 @@ def measure_forgetting(run: str, data: str, *, limit: int | None = None) -> Forg
     if (kind := target_kind(path)) != "run":
         hint = f"its runs stand in {path / 'rungs'}" if kind == "climb" else "a base has learned nothing to forget for"
         raise ConfigError("this is not a run", where="--forgetting", given=run, hint=hint)
-    config, tuned = config_of_run(path), open_run(path)
+    config, tuned_run = config_of_run(path), open_run(path)
     records, evaluation, seed = forgetting_task(config, data, limit)
-    dequantize_if_configured(tuned.policy, config)
+    dequantize_if_configured(tuned_run.policy, config)
     # The run's limit for both models, so that they drop the same texts and stay paired.
-    max_tokens = tuned.policy.base.context - tuned.policy.method.virtual_tokens
+    max_tokens = tuned_run.policy.base.context - tuned_run.policy.method.virtual_tokens
     # One after the other: the generator loads the base of a full run only when the run's scores are there.
-    models = _evaluated_models(path, tuned)
+    models = _evaluated_models(path, tuned_run)
     after, before = (_measure_model(model, records, evaluation, max_tokens) for model in models)
     if dropped_count := len(records) - len(after.items):
         print_status(f"{dropped_count:,} of {len(records):,} texts are longer than the model's context and left out")
@@ -129,11 +129,11 @@ def _prompt_records(records: Sequence[Record], evaluation: EvaluationConfig) -> 
     return records if evaluation.context == "given" else with_contexts("withheld", Records.from_records(records), None)
 
 
-def _evaluated_models(path: Path, tuned: LoadedRun) -> Iterator[EvaluatedModel]:
+def _evaluated_models(path: Path, tuned_run: LoadedRun) -> Iterator[EvaluatedModel]:
     """The run, then its base: the same weights with the adapter off, or for a full run the base itself."""
-    yield tuned.policy, tuned.chat, nullcontext()
+    yield tuned_run.policy, tuned_run.chat, nullcontext()
     if (path / "adapter").is_dir():
-        yield tuned.policy, tuned.chat.without_virtual_tokens(), tuned.policy.method.disabled()
+        yield tuned_run.policy, tuned_run.chat.without_virtual_tokens(), tuned_run.policy.method.disabled()
         return
     base = open_base(config_of_run(path).model)
     yield base.policy, base.chat, nullcontext()

@@ -85,6 +85,7 @@ def generate(
     `concurrency` is the number of requests in flight, 8 by default. Generation is saved incrementally: the same call
     resumes it after a stop. Raises `ConfigError` if the output exists already.
     """
+    # Options that would have no effect are errors, in both directions.
     if target_kind(target) == "server":
         if model is None:
             raise ConfigError("a server may hold several models", where="--model", hint="name one of them")
@@ -190,8 +191,8 @@ def _answer_rows(
             generated.unit: [generated.lengths[k] for k in order],
             "stopped": [generated.stopped[k] for k in order],
         }
-        measured = {"scores": generated.scores, "log_ratios": generated.log_ratios}
-        rows.append({**row, **{n: [round(v[k], 6) for k in order] for n, v in measured.items() if v is not None}})
+        values_by_name = {"scores": generated.scores, "log_ratios": generated.log_ratios}
+        rows.append({**row, **{n: [round(v[k], 6) for k in order] for n, v in values_by_name.items() if v is not None}})
     return rows
 
 

@@ -40,7 +40,7 @@ MAX_VERDICT_TOKENS = 512
 class Judgement:
     """The verdicts of a judge on pairs, and whether it can be trusted."""
 
-    judged: tuple[JudgedPair, ...]
+    judged_pairs: tuple[JudgedPair, ...]
     preference: Preference
     trust: JudgeAgreement
 
@@ -51,7 +51,8 @@ class Judgement:
     def lines(self) -> list[str]:
         """One JSON object for each pair with its verdicts."""
         return [
-            json.dumps({**asdict(pair), "outcome": pair.verdicts.outcome}, ensure_ascii=False) for pair in self.judged
+            json.dumps({**asdict(pair), "outcome": pair.verdicts.outcome}, ensure_ascii=False)
+            for pair in self.judged_pairs
         ]
 
 
@@ -60,21 +61,23 @@ def judge_pairs(config: JudgeConfig, pairs: Sequence[AnswerPair], seed: int = 0)
 
     Raises `ConfigError` or `CheckpointError` if it cannot be asked, `DataError` for a malformed file of labels.
     """
-    labelled_pairs, human_labels = read_human_labels(config.human_labels) if config.human_labels else ([], [])
+    labeled_pairs, human_labels = read_human_labels(config.human_labels) if config.human_labels else ([], [])
     # One call for both sets: the judge is loaded once, and sees no difference between them.
-    judged_pairs = judge_both_orders([*pairs, *labelled_pairs], config, _ask_function(config))
-    verdicts, labelled_verdicts = judged_pairs[: len(pairs)], judged_pairs[len(pairs) :]
-    if labelled_pairs:
+    judged_pairs = judge_both_orders([*pairs, *labeled_pairs], config, _ask_function(config))
+    verdicts, labeled_verdicts = judged_pairs[: len(pairs)], judged_pairs[len(pairs) :]
+    # Without human labels the verdict is reported all the same, but marked as not to be trusted.
+    if labeled_pairs:
         agreement = check_judge(
-            [judged.verdicts for judged in labelled_verdicts],
+            [judged.verdicts for judged in labeled_verdicts],
             human_labels,
-            [pair.cluster for pair in labelled_pairs],
+            [pair.cluster for pair in labeled_pairs],
             config.min_kappa,
         )
     else:
         agreement = JudgeAgreement(
             False, "its agreement with people was not measured: evaluation.judge.human names no file"
         )
+    # Lengths go into the summary because judges tend to prefer longer answers.
     lengths = [(len(pair.first), len(pair.second)) for pair in pairs]
     preference = summarize_preferences(
         [judged.verdicts for judged in verdicts], lengths, [pair.cluster for pair in pairs], seed
@@ -98,6 +101,7 @@ def _ask_by_server(server: Server) -> AskJudge:
         requests = [ChatRequest([{"role": m.role, "content": m.content} for m in turns], settings) for turns in prompts]
         identity = {"url": server.url, "model": server.model, "requests": [asdict(request) for request in requests]}
         name = sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        # The name is a hash of everything asked, so a changed prompt or model starts a new journal.
         with closing(Journal(cache_folder() / "judged" / f"{name}.jsonl", identity)) as journal:
             if journal.results:
                 print_status(

@@ -152,7 +152,7 @@ class Ladder:
     examples: int
     clusters: int
     folder: str
-    skipped: tuple[SkippedRung, ...] = ()
+    skipped_rungs: tuple[SkippedRung, ...] = ()
     next_rung: NextRung | None = None
     """None if the recommended rung is the highest, or none is recommended."""
     diagnoses: tuple[Diagnosis, ...] = ()
@@ -169,7 +169,7 @@ class Ladder:
             "clusters": self.clusters,
             "ladder": [row.to_json() for row in self.rows],
             "verdict": self.verdict.to_json(),
-            "left": [asdict(skipped) for skipped in self.skipped],
+            "left": [asdict(rung) for rung in self.skipped_rungs],
             "further": self.next_rung
             and {**asdict(self.next_rung), "gain": self.next_rung.gain.to_json(), "text": self.next_rung.text},
             "curve": [{**asdict(point), "score": point.score.to_json()} for point in self.curve],
@@ -198,27 +198,29 @@ def rung_folder(path: Path, rung: AnyRung, seed_index: int, seeds: int) -> Path:
     return folder / f"seed-{seed_index}" if seeds > 1 else folder
 
 
-def build_ladder(config: RunConfig, measured: Sequence[MeasuredRung], skipped: Sequence[SkippedRung] = ()) -> Ladder:
+def build_ladder(
+    config: RunConfig, measured_rungs: Sequence[MeasuredRung], skipped_rungs: Sequence[SkippedRung] = ()
+) -> Ladder:
     """The ladder and its verdict, from the stored scores of single items alone.
 
     Raises `CheckpointError` if the rungs did not answer the same questions.
     """
     metric = config.evaluation.metrics[0]
-    first = measured[0].evaluations[0]
+    first = measured_rungs[0].evaluations[0]
     # All differences are paired by position, so another order of the same questions would be as wrong as other ones.
-    for m in measured:
+    for m in measured_rungs:
         if any(
             [(i.source, i.expected) for i in e.items] != [(i.source, i.expected) for i in first.items]
             for e in m.evaluations
         ):
             raise CheckpointError(f"rung {m.config.label} answered other questions than the first", where=config.output)
     weights = first.weights(metric)
-    tables = [np.stack([e.scores(metric) for e in m.evaluations]) for m in measured]
+    tables = [np.stack([e.scores(metric) for e in m.evaluations]) for m in measured_rungs]
     lower_is_better = metric == PERPLEXITY
     # Perplexity is judged in nats per token, where differences are additive: a margin of 0.05 is then a perplexity 5 %
     # higher, and a target its logarithm.
     verdict = recommend(
-        [(m.config.label, table) for m, table in zip(measured, tables, strict=True)],
+        [(m.config.label, table) for m, table in zip(measured_rungs, tables, strict=True)],
         math.log1p(config.climb.margin) if lower_is_better else config.climb.margin,
         math.log(config.climb.target) if lower_is_better and config.climb.target else config.climb.target,
         clusters=first.clusters,
@@ -227,7 +229,7 @@ def build_ladder(config: RunConfig, measured: Sequence[MeasuredRung], skipped: S
         seed=config.seed,
     )
     rows = []
-    for i, m in enumerate(measured):
+    for i, m in enumerate(measured_rungs):
         gain = paired_gain(tables[i - 1], tables[i], first.clusters, weights=weights, seed=config.seed) if i else None
         rows.append(_row(config, m, gain))
 
@@ -236,9 +238,9 @@ def build_ladder(config: RunConfig, measured: Sequence[MeasuredRung], skipped: S
 
     return Ladder(
         *(tuple(rows), verdict, metric, len(first.items), len(set(first.clusters)), config.output),
-        skipped=tuple(skipped),
+        skipped_rungs=tuple(skipped_rungs),
         next_rung=_next_rung(rows, verdict, gain_between),
-        diagnoses=tuple(_diagnoses(measured, rows, gain_between, lower_is_better=lower_is_better)),
+        diagnoses=tuple(_diagnoses(measured_rungs, rows, gain_between, lower_is_better=lower_is_better)),
     )
 
 
@@ -252,29 +254,33 @@ def _next_rung(rows: Sequence[LadderRow], verdict: Verdict, gain_between: GainFu
     if verdict.recommended is None or verdict.recommended == names[-1]:
         return None
     index = names.index(verdict.recommended)
-    recommended, following = rows[index], rows[index + 1]
+    recommended_row, next_row = rows[index], rows[index + 1]
     return NextRung(
-        following.rung,
-        recommended.rung,
+        next_row.rung,
+        recommended_row.rung,
         gain_between(index, index + 1),
-        seconds_per_query=following.seconds_per_query - recommended.seconds_per_query,
-        prompt_tokens=following.prompt_tokens - recommended.prompt_tokens,
-        disk_bytes=following.disk_bytes - recommended.disk_bytes,
+        seconds_per_query=next_row.seconds_per_query - recommended_row.seconds_per_query,
+        prompt_tokens=next_row.prompt_tokens - recommended_row.prompt_tokens,
+        disk_bytes=next_row.disk_bytes - recommended_row.disk_bytes,
         # Not a difference: who already has the recommended rung still pays the whole training of the next one.
-        train_seconds=following.train_seconds,
+        train_seconds=next_row.train_seconds,
     )
 
 
 def _diagnoses(
-    measured: Sequence[MeasuredRung], rows: Sequence[LadderRow], gain_between: GainFunction, *, lower_is_better: bool
+    measured_rungs: Sequence[MeasuredRung],
+    rows: Sequence[LadderRow],
+    gain_between: GainFunction,
+    *,
+    lower_is_better: bool,
 ) -> Iterator[Diagnosis]:
     """Where retrieval surely improves the same prompt, and where tuning surely improves on the same context."""
-    kinds = [m.config.kind for m in measured]
+    kinds = [m.config.kind for m in measured_rungs]
 
     def is_better(difference: Difference) -> bool:
         return difference.high < 0 if lower_is_better else difference.low > 0
 
-    contexts = [m.costs[0].get("context") for m in measured]
+    contexts = [m.costs[0].get("context") for m in measured_rungs]
     # Each pair differs in the passages alone. A rung that is given the row's own context shows no lack of knowledge
     # and is no counterpart.
     for plain_kind, retrieval_kind in (("zero_shot", "rag"), ("few_shot", "few_shot+rag")):
@@ -284,7 +290,7 @@ def _diagnoses(
             if is_better(gain := gain_between(*pair)):
                 yield Diagnosis("knowledge", rows[pair[0]].rung, rows[pair[1]].rung, gain)
     # A tuned rung against the best untuned one that sees the same context: what is left is the way to answer.
-    for upper, m in enumerate(measured):
+    for upper, m in enumerate(measured_rungs):
         same_context = [i for i, c in enumerate(contexts) if kinds[i] in UNTUNED and c == contexts[upper]]
         if m.config.kind in (*UNTUNED, "on_top") or not same_context:
             continue
@@ -296,8 +302,8 @@ def _diagnoses(
             return
 
 
-def _row(config: RunConfig, measured: MeasuredRung, gain: Difference | None) -> LadderRow:
-    rung, evaluations, costs = measured.config, measured.evaluations, measured.costs
+def _row(config: RunConfig, measured_rung: MeasuredRung, gain: Difference | None) -> LadderRow:
+    rung, evaluations, costs = measured_rung.config, measured_rung.evaluations, measured_rung.costs
 
     def mean(key: str) -> float:
         return float(np.mean([cost[key] for cost in costs]))

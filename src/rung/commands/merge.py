@@ -146,10 +146,10 @@ def _merge_by_shard(run: Path, folder: Path, onto: MergeBase) -> MergeResult:
     # `write_folder` renames the folder only after `fill`, so a failed gate leaves nothing behind.
     proofs: list[tuple[Gate, float]] = []
 
-    def fill(aside: Path) -> None:
-        proofs.append(merge_shards(base, updates, aside))
+    def fill(staging: Path) -> None:
+        proofs.append(merge_shards(base, updates, staging))
         gates.enforce(proofs[0][0])
-        write_tokenizer_files(aside, chat)
+        write_tokenizer_files(staging, chat)
 
     write_folder(folder, fill)
     gate, largest_change = proofs[0]
@@ -169,9 +169,9 @@ def _merge_by_shard(run: Path, folder: Path, onto: MergeBase) -> MergeResult:
 def _write_merged(method: Method, folder: Path, chat: ChatTemplate) -> None:
     merged = method.merge().float()
 
-    def fill(aside: Path) -> None:
-        merged.save_pretrained(aside)  # type: ignore[operator]
-        write_tokenizer_files(aside, chat)
+    def fill(staging: Path) -> None:
+        merged.save_pretrained(staging)  # type: ignore[operator]
+        write_tokenizer_files(staging, chat)
 
     write_folder(folder, fill)
 

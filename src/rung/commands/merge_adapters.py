@@ -138,17 +138,17 @@ def fuse(runs: Sequence[Path], folder: Path, plan: FusePlan) -> FuseResult:
     else:
         if are_full_runs:
             _refuse_weight_search(plan)
-            fused, lost_share = _models_as_factors(base, runs, weights, plan)
+            fused_factors, lost_share = _models_as_factors(base, runs, weights, plan)
         else:
             updates = [_adapter_update(run) for run in runs]
             # The search attaches a LoRA of its own; the shared base stays free for the result.
             if plan.learn is not None:
                 weights, search = learn_weights(base.share_weights(), updates, plan)
-            fused, lost_share = _fuse_updates(updates, weights, plan)
-        ranks = sorted({len(f.a_RI) for f in fused.values()})
-        config = _config_for(list(fused), {name: len(f.a_RI) for name, f in fused.items()})
+            fused_factors, lost_share = _fuse_updates(updates, weights, plan)
+        ranks = sorted({len(f.a_RI) for f in fused_factors.values()})
+        config = _config_for(list(fused_factors), {name: len(f.a_RI) for name, f in fused_factors.items()})
         method = Lora(base.model, config)
-        _set_factors(method, fused)
+        _set_factors(method, fused_factors)
     run_config = _config_of(runs[0], manifests[0]).model_copy(update={"method": config, "output": str(folder)})
     _write(runs, manifests, run_config, base, method, {"how": plan.how, "weights": list(weights), "lost": lost_share})
     return FuseResult(path=str(folder), weights=weights, ranks=tuple(ranks), lost=lost_share, search=search)
@@ -277,18 +277,18 @@ def _models_as_factors(
     """The combined differences truncated to a rank, and the lost share: embeddings and norms are lost completely."""
     assert plan.rank is not None  # noqa: S101 -- for the type checker
     factors: dict[str, LowRankFactors] = {}
-    squares = total = 0.0
+    lost_squares = total = 0.0
     parameters = dict(base.model.named_parameters())
     for name, update in _combined_models(parameters, runs, weights, plan):
         # `lost` is 1 for a tensor that no LoRA holds: embeddings, norms and biases.
-        module, size, lost = name.removesuffix(".weight"), float(update.norm()), 1.0
+        module, size, lost_share = name.removesuffix(".weight"), float(update.norm()), 1.0
         if update.dim() == 2 and layer_number(f"{module}.") is not None and roles_of(module):
             # LowRankFactors are [O, R] and [R, I], while GPT-2's Conv1D stores [I, O].
             is_transposed = isinstance(base.model.get_submodule(module), Conv1D)
             truncated = truncate(update.T if is_transposed else update, plan.rank)
-            factors[module], lost = truncated.factors, truncated.lost
-        squares, total = squares + (lost * size) ** 2, total + size**2
-    return factors, math.sqrt(squares / total) if total else 0.0
+            factors[module], lost_share = truncated.factors, truncated.lost
+        lost_squares, total = lost_squares + (lost_share * size) ** 2, total + size**2
+    return factors, math.sqrt(lost_squares / total) if total else 0.0
 
 
 def _combined_models(
@@ -317,33 +317,37 @@ def _fuse_updates(
 ) -> tuple[dict[str, LowRankFactors], float]:
     """The combined factors by module, and the share of the norm of the whole update that truncation lost."""
     generator = torch.Generator().manual_seed(plan.seed)
-    fused: dict[str, LowRankFactors] = {}
-    squares = total = 0.0
+    fused_factors: dict[str, LowRankFactors] = {}
+    lost_squares = total = 0.0
     # Sorted, since the draws of dare depend on the order.
     for name in sorted(set().union(*updates)):
         weighted_factors = [(w, u[name]) for w, u in zip(weights, updates, strict=True) if name in u]
         # A LoRA may have a larger rank than its matrix.
         ranks = [min(*f.b_OR.shape, len(f.a_RI)) for _, f in weighted_factors]
-        exact = _weighted_sum(updates, weights, name)
+        exact_sum = _weighted_sum(updates, weights, name)
         # Exact unless the summed rank exceeds what the matrix can have, which truncation then removes without loss.
-        if plan.how == "sum" and plan.rank is None and len(exact.a_RI) <= min(len(exact.b_OR), exact.a_RI.shape[1]):
-            fused[name] = exact
+        if (
+            plan.how == "sum"
+            and plan.rank is None
+            and len(exact_sum.a_RI) <= min(len(exact_sum.b_OR), exact_sum.a_RI.shape[1])
+        ):
+            fused_factors[name] = exact_sum
             continue
         rank = plan.rank or (sum(ranks) if plan.how == "sum" else max(ranks))
         if plan.how == "sum":
-            truncated, size = truncate_product(exact, rank), float(exact.dense.norm())
+            truncated, size = truncate_product(exact_sum, rank), float(exact_sum.dense.norm())
         else:
-            dense: Tensor = combine(
+            dense_update: Tensor = combine(
                 [f.dense for _, f in weighted_factors],
                 [w for w, _ in weighted_factors],
                 plan.how,
                 density=plan.density,
                 generator=generator,
             )
-            truncated, size = truncate(dense, rank), float(dense.norm())
-        fused[name] = truncated.factors
-        squares, total = squares + (truncated.lost * size) ** 2, total + size**2
-    return fused, math.sqrt(squares / total) if total else 0.0
+            truncated, size = truncate(dense_update, rank), float(dense_update.norm())
+        fused_factors[name] = truncated.factors
+        lost_squares, total = lost_squares + (truncated.lost * size) ** 2, total + size**2
+    return fused_factors, math.sqrt(lost_squares / total) if total else 0.0
 
 
 def _config_for(names: Sequence[str], ranks: dict[str, int]) -> LoraConfig:
@@ -362,9 +366,9 @@ def _weighted_sum(updates: Sequence[dict[str, LowRankFactors]], weights: Sequenc
 
 
 @torch.no_grad()
-def _set_factors(method: Lora, fused: dict[str, LowRankFactors]) -> None:
+def _set_factors(method: Lora, factors: dict[str, LowRankFactors]) -> None:
     """Write factors into a LoRA, with its scale divided out of B; modules without factors stay zero."""
-    for name, (b, a) in fused.items():
+    for name, (b, a) in factors.items():
         layer: Any = method.model.get_submodule(name)
         layer.lora_A[TRAINED_ADAPTER].weight.copy_(a)
         layer.lora_B[TRAINED_ADAPTER].weight.copy_(b / layer.scaling[TRAINED_ADAPTER])
@@ -383,10 +387,10 @@ def _write(
     # From a run and not from the base: the template is the one that all of them were trained with.
     chat = ChatTemplate(load_tokenizer(ModelConfig(name=str(runs[0]))))
 
-    def fill(aside: Path) -> None:
-        method.save(aside)
-        write_tokenizer_files(aside, chat)
-        write_origin(aside, chat, base)
+    def fill(staging: Path) -> None:
+        method.save(staging)
+        write_tokenizer_files(staging, chat)
+        write_origin(staging, chat, base)
 
     folder.mkdir(parents=True)
     try:

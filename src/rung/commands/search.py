@@ -94,14 +94,14 @@ def _next_trial(study: optuna.Study, search: SearchConfig, seed: int) -> optuna.
     """The trial that was interrupted, or a new one; its draws depend only on its number and the trials before it."""
     import optuna
 
-    unfinished = [trial for trial in study.trials if not trial.state.is_finished()]
-    number = unfinished[0].number if unfinished else len(study.trials)
+    unfinished_trials = [trial for trial in study.trials if not trial.state.is_finished()]
+    number = unfinished_trials[0].number if unfinished_trials else len(study.trials)
     sampler_seed = int(np.random.SeedSequence([seed, 9, number]).generate_state(1)[0])
     # A sampler of its own for each trial: with one generator for the study, a resumed search would draw other settings.
     # Half of the trials are random, since TPE needs results to model.
     study.sampler = optuna.samplers.TPESampler(seed=sampler_seed, n_startup_trials=max(2, search.trials // 2))
     # optuna has no public way to take up a trial that is still running.
-    return optuna.Trial(study, unfinished[0]._trial_id) if unfinished else study.ask()
+    return optuna.Trial(study, unfinished_trials[0]._trial_id) if unfinished_trials else study.ask()
 
 
 def _run_trial(
@@ -201,8 +201,8 @@ def _search_result(study: optuna.Study) -> dict[str, Any]:
         }
         for trial in study.trials
     ]
-    complete = [trial for trial in study.trials if trial.state == _trial_states().COMPLETE]
-    best = min(complete, key=lambda trial: (trial.value, trial.number), default=None)
+    complete_trials = [trial for trial in study.trials if trial.state == _trial_states().COMPLETE]
+    best = min(complete_trials, key=lambda trial: (trial.value, trial.number), default=None)
     return {"split": "validation", "trials": trials, "chosen": None if best is None else best.params}
 
 

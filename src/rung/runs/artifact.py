@@ -60,14 +60,14 @@ def check_prompt(folder: Path, chat: ChatTemplate) -> None:
     """Raise `CheckpointError` if the known conversation gives other token ids than when the weights were saved."""
     if not (folder / KNOWN_PROMPT_FILE).exists() or DATE_FUNCTION in chat.template:
         return
-    known = json.loads((folder / KNOWN_PROMPT_FILE).read_text())
-    ids = chat.prompt_ids([Message(turn["role"], turn["content"]) for turn in known["messages"]])
-    if ids != known["ids"]:
+    known_prompt = json.loads((folder / KNOWN_PROMPT_FILE).read_text())
+    ids = chat.prompt_ids([Message(turn["role"], turn["content"]) for turn in known_prompt["messages"]])
+    if ids != known_prompt["ids"]:
         raise CheckpointError(
             "text is framed otherwise here than in training",
             where=str(folder / KNOWN_PROMPT_FILE),
             given=ids,
-            allowed=str(known["ids"]),
+            allowed=str(known_prompt["ids"]),
             hint="another version of tokenizers or transformers? run.json has those of the run",
         )
 

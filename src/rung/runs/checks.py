@@ -142,8 +142,8 @@ def _largest_micro_batch(trainer: Trainer, data: TokenizedDataset, compute: str)
     largest = max([*batches, *trainer.pack(data.longest_row(), trainer.budget)], key=lambda batch: len(batch.ids))
     # By identity: micro-batches that share a prefix compute it once.
     prefix_tokens = {id(batch.prefix): len(batch.prefix.ids) for batch in batches if batch.prefix is not None}
-    computed = sum(len(batch.ids) for batch in batches) + sum(prefix_tokens.values())
-    compute_ratio = computed / sum(batch.document_tokens for batch in batches)
+    computed_tokens = sum(len(batch.ids) for batch in batches) + sum(prefix_tokens.values())
+    compute_ratio = computed_tokens / sum(batch.document_tokens for batch in batches)
     return MicroBatch(
         compute,
         tokens=len(largest.ids),

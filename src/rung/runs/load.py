@@ -230,6 +230,7 @@ def _load_run(path: Path, base: BaseModel | None) -> tuple[Policy, ChatTemplate,
 
 def share_base_if_same(run: Path, base: BaseModel | None) -> BaseModel | None:
     """A base that shares the weights of `base`, if the adapter of the run belongs on it; otherwise None."""
+    # Compared by fingerprint and not by name: the same name may hold other weights today.
     if base is None or not (run / "adapter").is_dir():
         return None
     return base.share_weights() if read_manifest(run)["fingerprints"]["base"] == base.fingerprint else None
@@ -244,6 +245,7 @@ def open_runs(paths: Sequence[Path]) -> dict[str, LoadedRun]:
         raise ConfigError(
             "a run that is a whole model shares no base", given=full_runs[0], allowed="runs with an adapter"
         )
+    # The result is keyed by folder name, and a second run of one name would hide the first.
     if len({path.name for path in paths}) < len(paths):
         raise ConfigError("two of these runs have one name", given=", ".join(path.name for path in paths))
     if not paths:
@@ -272,16 +274,18 @@ def validation_records(config: RunConfig, splits: Splits) -> Records:
 def _limited_records(config: RunConfig, split: Records, name: str) -> Records:
     where = f"data.{name}"
     if not split:
-        given = getattr(config.data, name)
-        raise ConfigError(f"there is no {name} split to score on", where=where, given=given, hint=f"set {where}: 0.1")
+        share_or_file = getattr(config.data, name)
+        raise ConfigError(
+            f"there is no {name} split to score on", where=where, given=share_or_file, hint=f"set {where}: 0.1"
+        )
     # An undesirable answer is not the expected one.
-    expected = np.flatnonzero([not (record.is_undesirable or record.is_prompt_only) for record in split])
-    if not len(expected):
+    indices = np.flatnonzero([not (record.is_undesirable or record.is_prompt_only) for record in split])
+    if not len(indices):
         raise ConfigError(f"no row of the {name} split has an answer to expect", where=where)
     # The first of one permutation, so that a larger limit adds items to those of a smaller one. Sorted, so that the
     # items keep the order of the data.
-    order = np.random.default_rng([config.seed, 2]).permutation(len(expected))
-    return split.select(expected[np.sort(order[: config.evaluation.limit])])
+    order = np.random.default_rng([config.seed, 2]).permutation(len(indices))
+    return split.select(indices[np.sort(order[: config.evaluation.limit])])
 
 
 def dequantize_if_configured(policy: Policy, config: RunConfig) -> None:
