@@ -73,7 +73,7 @@ def compare(
 def paired_scores(before: Evaluation, after: Evaluation, metric: str, seed: int) -> dict[str, Any]:
     """Both scores, and after minus before with the smallest detectable difference; perplexity in nats per token."""
     scores, weights, clusters = (before.scores(metric), after.scores(metric)), after.weights(metric), after.clusters
-    # Weights and clusters are equal on both sides: they follow from the questions and the expected answers.
+    # Clusters are the same on both sides, token counts only with the same tokenizer: those of `after` weight the items.
     difference = paired_gain(*scores, clusters, weights=weights, seed=seed)
     return {
         "before": before.interval(metric).to_json(),

@@ -1,9 +1,9 @@
 """The ladder: what a climb measured, as rows with scores and costs, a verdict and diagnoses.
 
 Everything is computed from the stored scores of single items, so that a finished climb can be read and printed again
-without a model. The price is that no rung may answer other questions than the first: such a folder is refused. Field
-names are keys of `--json` and `run.json`. `climb.py` stores and collects the rungs, `report` draws the ladder; the
-statistics are in `scoring/recommendation.py`.
+without a model. The price is that no rung may answer other questions than the first: such a folder is refused. Fields
+of `LadderRow` are keys of `--json` and `run.json`. `climb.py` stores and collects the rungs, `report` draws the ladder;
+the statistics are in `scoring/recommendation.py`.
 """
 
 from __future__ import annotations
@@ -344,7 +344,7 @@ def _prompt_contents(facts: Mapping[str, Any]) -> str:
 
 def score_of_rung(evaluations: Sequence[Evaluation], metric: str) -> Interval:
     """Mean over items and training seeds; the spread between the seeds is part of the interval."""
-    # One evaluation gives the interval that fits its metric (a ratio of sums for perplexity) without resampling seeds.
+    # With one seed the evaluation's own interval, which for perplexity is that of a ratio of sums.
     if len(evaluations) == 1:
         return evaluations[0].interval(metric)
     first = evaluations[0]

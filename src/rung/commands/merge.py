@@ -1,7 +1,7 @@
 """`rung merge`: folds the adapter of a run into its base and proves that the written model is the run.
 
-The merge is done in float32 from the base as it was loaded, whatever the run computed in, so the files are up to twice
-as large as a bfloat16 base. The proof loads the written folder with plain transformers in a fresh process and compares
+The merge is done in float32 from the base as it was loaded, whatever the run computed in, so the files are twice as
+large as those of a bfloat16 base. The proof loads the written folder with plain transformers in a fresh process and compares
 log-probabilities, which needs memory for two models in turn. A plain LoRA whose base does not fit is merged tensor by
 tensor (`merge_shards.py`). `cli.py` and `rung.merge` call `merge`.
 """

@@ -116,7 +116,7 @@ def _run_trial(
     """Train one trial until it is complete, or until others did better at the same measurement."""
     trial = _next_trial(study, search, config.seed)
     settings = _sample_settings(trial, search, config)
-    # An interrupted trial starts anew: its folder may hold half a run of other settings.
+    # After a kill the folder holds part of this trial, which is trained from the start.
     shutil.rmtree(folder, ignore_errors=True)
     trial_config = _trial_config(config, settings, folder, rows)
     description = ", ".join(f"{name} {value:.3g}" for name, value in settings.items())

@@ -43,7 +43,7 @@ def write_origin(target: Path, chat: ChatTemplate, base: BaseModel) -> None:
 
 def check_origin(folder: Path, base: BaseModel) -> None:
     """Raise `CheckpointError` for weights that were trained on another base."""
-    # Adapters from elsewhere, peft's own for example, have no such file.
+    # Without the file the fingerprint in `run.json` is still compared, by `check_fingerprint`.
     if not (folder / ORIGIN_FILE).exists():
         return
     origin = json.loads((folder / ORIGIN_FILE).read_text())

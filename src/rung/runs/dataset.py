@@ -88,7 +88,7 @@ def tokenize_splits(config: RunConfig, splits: Splits, base: BaseModel, library:
     prompted_splits = [with_contexts(context, part, library) for part in (splits.train, splits.validation)]
     splits = replace(splits, train=prompted_splits[0], validation=prompted_splits[1])
     objective = OBJECTIVES[config.objective.kind](config.objective)
-    # A policy that samples its own answers trains on prompts alone.
+    # A policy that is rewarded for its own answers trains on prompts alone.
     if objective.rollout is not None and objective.uses_rewards:
         return _prompt_only_data(config, splits, chat, max_tokens - objective.rollout.max_new_tokens)
     train = tokenize_for_objective(config, chat, splits.train, max_tokens)

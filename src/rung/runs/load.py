@@ -230,9 +230,9 @@ def _load_run(path: Path, base: BaseModel | None) -> tuple[Policy, ChatTemplate,
 
 def share_base_if_same(run: Path, base: BaseModel | None) -> BaseModel | None:
     """A base that shares the weights of `base`, if the adapter of the run belongs on it; otherwise None."""
-    # Compared by fingerprint and not by name: the same name may hold other weights today.
     if base is None or not (run / "adapter").is_dir():
         return None
+    # Compared by fingerprint and not by name: the same name may hold other weights today.
     return base.share_weights() if read_manifest(run)["fingerprints"]["base"] == base.fingerprint else None
 
 
