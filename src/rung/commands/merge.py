@@ -1,9 +1,9 @@
 """`rung merge`: folds the adapter of a run into its base and proves that the written model is the run.
 
 The merge is done in float32 from the base as it was loaded, whatever the run computed in, so the files are twice as
-large as those of a bfloat16 base. The proof loads the written folder with plain transformers in a fresh process and compares
-log-probabilities, which needs memory for two models in turn. A plain LoRA whose base does not fit is merged tensor by
-tensor (`merge_shards.py`). `cli.py` and `rung.merge` call `merge`.
+large as those of a bfloat16 base. The proof loads the written folder with plain transformers in a fresh process and
+compares log-probabilities, which needs memory for two models in turn. A plain LoRA whose base does not fit is merged
+tensor by tensor (`merge_shards.py`). `cli.py` and `rung.merge` call `merge`.
 """
 
 from __future__ import annotations
@@ -55,14 +55,7 @@ def merge(run: Path, folder: Path, onto: MergeBase = "trained", *, by_shard: boo
     Raises `CheckpointError` if there is nothing to merge or the folder exists, `ConfigError` for `original` with a run
     that was not quantized, `GateError` if the written model differs from the run.
     """
-    # First, since its error says that there is no run at all.
-    read_manifest(run)
-    if not (run / "adapter").is_dir():
-        raise CheckpointError(
-            "this run has no adapter to merge", where=str(run), hint="a full or head run is merged already"
-        )
-    if folder.exists():
-        raise CheckpointError("this folder exists already", where=str(folder))
+    _require_adapter(run, folder)
     if by_shard or _needs_shards(run):
         try:
             return _merge_by_shard(run, folder, onto)
@@ -96,7 +89,7 @@ def merge(run: Path, folder: Path, onto: MergeBase = "trained", *, by_shard: boo
         summary = "the run says what its base says: nothing was learned, or the adapter is lost"
         raise GateError(summary, where=str(run))
     _write_merged(policy.method, folder, chat)  # type: ignore[arg-type]
-    # The fresh process loads a second model; this one must be gone by then.
+    # To free the memory of this model before the fresh process loads another.
     del policy
     try:
         merged_logprobs = logprobs_in_fresh_process(folder, rows)
@@ -112,6 +105,18 @@ def merge(run: Path, folder: Path, onto: MergeBase = "trained", *, by_shard: boo
         "limit": gate.limit,
     }
     return MergeResult.model_validate({"path": str(folder), **gate_values, **changes})
+
+
+def _require_adapter(run: Path, folder: Path) -> None:
+    """Raise `CheckpointError` if there is no adapter to merge, or the folder exists."""
+    # First, since its error says that there is no run at all.
+    read_manifest(run)
+    if not (run / "adapter").is_dir():
+        raise CheckpointError(
+            "this run has no adapter to merge", where=str(run), hint="a full or head run is merged already"
+        )
+    if folder.exists():
+        raise CheckpointError("this folder exists already", where=str(folder))
 
 
 def _needs_shards(run: Path) -> bool:
