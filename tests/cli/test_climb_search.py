@@ -69,15 +69,15 @@ def test_halving_ends_the_worse_and_goes_on_after_a_kill(config: Path, tmp_path:
 
     with pytest.raises(KeyboardInterrupt):
         search.search_settings(run, asked, rung, tmp_path / "s", 80, train)
-    assert search.read_search(tmp_path / "s") is None and len(steps) == 4
+    assert search.read_search_result(tmp_path / "s") is None and len(steps) == 4
     chosen = search.search_settings(run, asked, rung, tmp_path / "s", 80, train)
-    found = search.read_search(tmp_path / "s")
+    found = search.read_search_result(tmp_path / "s")
     assert found is not None and len(found["trials"]) == 9
     assert {trial["state"] for trial in found["trials"]} == {"pruned", "complete"} and min(steps) < 10
     best = min((t for t in found["trials"] if t["state"] == "complete"), key=lambda t: t["validation_losses"][-1])
     assert chosen.training == {"learning_rate": best["learning_rate"]} and chosen.method == {}
     search.search_settings(run, asked, rung, tmp_path / "alone", 80, train)
-    alone = search.read_search(tmp_path / "alone")
+    alone = search.read_search_result(tmp_path / "alone")
     for trial in (*found["trials"], *(alone or {})["trials"]):
         assert trial.pop("seconds") >= 0
     assert alone == found  # as if nothing had happened

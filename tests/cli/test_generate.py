@@ -11,7 +11,7 @@ import pytest
 
 from builders import example
 from processes import inside, start
-from rung.commands.generate import slice_seed
+from rung.commands.generate import chunk_seed
 from rung.files import Journal
 from rung.models.generate import Sampling, generate
 from rung.runs.load import open_run
@@ -95,7 +95,7 @@ def test_how_far_answers_are_from_a_reference(config: Path, questions: Path, tmp
     opened = open_run(run)
     policy, chat = opened.policy, opened.chat
     asked = [chat.prompt_ids([Message("user", row["prompt"])], context=row["context"]) for row in rows]
-    answers = generate(policy, asked, stop_ids=chat.stop_ids, sampling=Sampling(6, 1.0, slice_seed(0, 0), 2))  # again
+    answers = generate(policy, asked, stop_ids=chat.stop_ids, sampling=Sampling(6, 1.0, chunk_seed(0, 0), 2))  # again
     found = [value for row in rows for value in row["log_ratios"]]
     for i, answer in enumerate(answers):
         prompt = asked[i // 2]

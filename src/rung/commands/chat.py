@@ -1,4 +1,9 @@
-"""`rung chat`: talks to a run or a base, on request beside the base it grew from."""
+"""`rung chat`: a conversation with a run or a base, with `--compare` beside the base of the run.
+
+Two models answer the same turns, but each remembers its own answers. The base of an adapter run is the same model with
+the adapter switched off; the base of a full run is a second model in memory. The prompt is encoded anew for every
+answer. `cli.py` makes one `Conversation`.
+"""
 
 from __future__ import annotations
 
@@ -17,55 +22,57 @@ from rung.models.generate import Sampling, generate
 from rung.runs.load import LoadedRun, library_of_target, open_base, open_target, refuse_climb
 from rung.types import Message
 
-out = Console(highlight=False)
+console = Console(highlight=False)
 
 
 @dataclass
 class ChatModel:
-    """One model and its own memory of the conversation."""
+    """One model and the turns of its conversation."""
 
     name: str
     model: LoadedRun
     prepare_turn: Callable[[], AbstractContextManager[object]]
-    """Entered around every answer: switches an adapter off for the base's side."""
+    """Entered around every answer; switches the adapter off if this is the base of the run."""
     turns: list[Message]
     task: str | None = None
-    """Of several that a model learned something for."""
+    """The task to answer as, for a method that learns something for each task."""
 
     def answer(self, sampling: Sampling, *, stream: bool) -> str:
-        """Say something to the last turn and remember it. Raises `DataError` when the conversation is too long."""
+        """Answer the last turn and remember the answer. Raises `DataError` if the conversation is too long."""
         policy, chat = self.model.policy, self.model.chat
         prompt = chat.prompt_ids(self.turns)
-        room = policy.base.context - policy.method.virtual_tokens - len(prompt)
-        if room < 1:
+        max_new_tokens = policy.base.context - policy.method.virtual_tokens - len(prompt)
+        if max_new_tokens < 1:
             raise DataError("the conversation is longer than the model's context", hint="/new starts over")
-        shown: list[int] = []
+        printed_ids: list[int] = []
 
-        def show(token: int) -> None:
-            before = chat.assistant_text(shown)
-            shown.append(token)
-            now = chat.assistant_text(shown)
-            if not now.endswith("\ufffd"):  # half a character: wait for its other bytes
-                sys.stdout.write(now[len(before.rstrip("\ufffd")) :])
+        def print_token(token: int) -> None:
+            previous_text = chat.assistant_text(printed_ids)
+            # Decoded as a whole each time: the text of one token depends on the tokens before it.
+            printed_ids.append(token)
+            text = chat.assistant_text(printed_ids)
+            if not text.endswith("\ufffd"):  # half a character: wait for its other bytes
+                sys.stdout.write(text[len(previous_text.rstrip("\ufffd")) :])
                 sys.stdout.flush()
 
-        limit = Sampling(min(sampling.max_new_tokens, room), sampling.temperature, sampling.seed)
+        limited_sampling = Sampling(min(sampling.max_new_tokens, max_new_tokens), sampling.temperature, sampling.seed)
         with self.prepare_turn():
             ids = generate(
                 policy,
                 [prompt],
                 stop_ids=chat.stop_ids,
-                sampling=limit,
+                sampling=limited_sampling,
                 task=self.task,
-                on_token=show if stream else None,
+                on_token=print_token if stream else None,
             )[0].ids
+        # Without the stop token, which the template writes again when the turn becomes part of the next prompt.
         text = chat.assistant_text(ids).strip()
         self.turns.append(Message("assistant", text))
         return text
 
 
 class Conversation:
-    """A person on one side, one or two models on the other."""
+    """A conversation of a person with one or two models."""
 
     def __init__(
         self, target: str, *, compare: bool, sampling: Sampling, system: str | None, task: str | None = None
@@ -82,43 +89,46 @@ class Conversation:
         self.forget()
 
     def forget(self) -> None:
-        """Start over with the system turn alone."""
+        """Start over with only the system turn."""
         for speaker in self.speakers:
+            # In place, so that every speaker keeps a list of its own.
             speaker.turns[:] = self.system
 
     def talk(self, question: str | None) -> None:
-        """One question, or questions until an empty line."""
+        """Ask one question, or read questions until an empty line."""
         if question is not None:
             self.say(question)
             return
-        out.print(f"talking to {' and '.join(s.name for s in self.speakers)}; an empty line leaves, /new starts over")
+        console.print(
+            f"talking to {' and '.join(s.name for s in self.speakers)}; an empty line leaves, /new starts over"
+        )
         while True:
             try:
-                asked = out.input("[bold]you[/bold] > ")
+                line = console.input("[bold]you[/bold] > ")
             except EOFError:
                 return
-            if not asked.strip():
+            if not line.strip():
                 return
-            if asked.strip() == "/new":
+            if line.strip() == "/new":
                 self.forget()
                 continue
             try:
-                self.say(asked)
+                self.say(line)
             except DataError as error:
-                out.print(str(error), markup=False)
+                console.print(str(error), markup=False)
 
     def say(self, text: str) -> None:
-        """Put a question to every speaker."""
+        """Ask every model a question and print the answers."""
         text = text.encode("utf-8", "replace").decode()  # a terminal may send half a character
         if self.library is not None:
             text = self.library.prepend_passages(text)
-        before = [list(speaker.turns) for speaker in self.speakers]
+        saved_turns = [list(speaker.turns) for speaker in self.speakers]
         for speaker in self.speakers:
             speaker.turns.append(Message("user", text))
         try:
             self._answer()
         except DataError:  # too long: the conversation goes on without this question
-            for speaker, turns in zip(self.speakers, before, strict=True):
+            for speaker, turns in zip(self.speakers, saved_turns, strict=True):
                 speaker.turns[:] = turns
             raise
 
@@ -127,22 +137,25 @@ class Conversation:
             self.speakers[0].answer(self.sampling, stream=True)
             sys.stdout.write("\n")
             return
+        # Two answers stand side by side, so neither can be streamed.
         answers = [(s.name, s.answer(self.sampling, stream=False)) for s in self.speakers]
-        width = max(20, out.width // 2 - 2)
-        out.print(Columns([Panel(answer, title=name, width=width) for name, answer in answers]))
+        width = max(20, console.width // 2 - 2)
+        console.print(Columns([Panel(answer, title=name, width=width) for name, answer in answers]))
 
 
 def _open_models(target: str, compare: bool) -> list[ChatModel]:
-    tuned = open_target(target)
-    if tuned.config is None:
+    loaded_run = open_target(target)
+    if loaded_run.config is None:
         if compare:
             raise ConfigError("--compare wants a run: a base has nothing to be compared with", given=target)
-        return [ChatModel(target, tuned, nullcontext, [])]
-    model = ChatModel(f"tuned ({tuned.config.method.kind})", tuned, nullcontext, [])
+        return [ChatModel(target, loaded_run, nullcontext, [])]
+    model = ChatModel(f"tuned ({loaded_run.config.method.kind})", loaded_run, nullcontext, [])
     if not compare:
         return [model]
     if (Path(target) / "adapter").is_dir():
-        base, switch = replace(tuned, chat=tuned.chat.without_virtual_tokens()), tuned.policy.method.disabled
+        # The same weights answer twice, so no second model is loaded. Virtual tokens belong to the adapter.
+        base = replace(loaded_run, chat=loaded_run.chat.without_virtual_tokens())
+        switch = loaded_run.policy.method.disabled
     else:
-        base, switch = open_base(tuned.config.model), nullcontext
-    return [ChatModel(f"base ({tuned.config.model.name})", base, switch, []), model]
+        base, switch = open_base(loaded_run.config.model), nullcontext
+    return [ChatModel(f"base ({loaded_run.config.model.name})", base, switch, []), model]

@@ -1,4 +1,10 @@
-"""What each rung of a climb is asked: contexts, worked examples, instruction. What can be refused is, before a step."""
+"""What each rung of a climb is asked: held-out questions, contexts, worked examples and instruction.
+
+An untuned rung gets the strongest prompt the config allows, a tuned one the bare question, as in its training; a
+comparison against a weak prompt would flatter training. Instructions are chosen on the validation split, so that the
+test split stays unseen, at the cost of one evaluation for each instruction. Missing questions, missing examples and
+prompts without room for an answer are refused before the first training step. `climb.py` holds one `ClimbPrompts`.
+"""
 
 from __future__ import annotations
 
@@ -8,160 +14,202 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rung.config.climb import UNTUNED, WITH_SHOTS, RungConfig
+from rung.config.climb import UNTUNED, WITH_SHOTS, OnTopConfig, RungConfig
 from rung.config.evaluation import Context
+from rung.config.io import on_top_run_config
 from rung.config.run import RunConfig
 from rung.data.chat import ChatTemplate
+from rung.data.deduplication import prompt_words
 from rung.data.records import Records
 from rung.data.splits import Splits
+from rung.errors import ConfigError, DataError
 from rung.evaluation.evaluate import PERPLEXITY, Evaluation, prompt_ids, require_questions
 from rung.evaluation.prompting import PromptFormat, Shots, choose_shots, nearest_shots
 from rung.evaluation.retrieval import Library
-from rung.runs.dataset import load_library, with_contexts
+from rung.runs.dataset import load_library, read_splits, with_contexts
 from rung.runs.load import test_records, validation_records
 from rung.types import Record
 
 
 @dataclass(frozen=True)
 class RungPrompts:
-    """The questions of a rung and what is known about how they are put."""
+    """The questions of one rung and the format of its prompts."""
 
     records: Records
     prompt_format: PromptFormat
     facts: dict[str, Any]
-    """For `result.json`: the context, what was retrieved, the worked examples, the instruction."""
+    """For `result.json`: context, retrieval, worked examples, instruction."""
 
 
 class ClimbPrompts:
-    """The held-out questions of a climb as its rungs ask them."""
+    """The held-out questions of a climb in the form in which each rung is asked them."""
 
     def __init__(self, config: RunConfig, splits: Splits) -> None:
-        """Raises `ConfigError` without a test split, `DataError` for questions, shots or documents that are missing."""
+        """Raises `ConfigError` without a test split, `DataError` for missing questions, examples or documents."""
         self.config, self.splits = config, splits
         self.test = test_records(config, splits)
         require_questions(self.test)
         zero_shot = next((rung for rung in config.climb.rungs if rung.kind == "zero_shot"), None)
-        self.chooser: RungConfig | None = zero_shot if config.climb.instructions else None
-        """The rung that chooses the instruction of all untuned ones."""
-        if self.chooser is not None:
+        self.instruction_rung: RungConfig | None = zero_shot if config.climb.instructions else None
+        """The rung that chooses the instruction of all untuned rungs."""
+        if self.instruction_rung is not None:
             require_questions(self.validation_records)
-        looks_up = any(self.context(rung) == "retrieved" for rung in config.climb.rungs)
-        self.library: Library | None = load_library(config, splits) if looks_up else None
-        self._chosen: dict[str, Shots | Callable[[Record], Shots]] = {}
+        needs_library = any(self.context(rung) == "retrieved" for rung in config.climb.rungs)
+        self.library: Library | None = load_library(config, splits) if needs_library else None
+        self._shots_by_rung: dict[str, Shots | Callable[[Record], Shots]] = {}
+        # Chosen now, so that a training split with too few rows is refused before a model is loaded.
         for rung in config.climb.rungs:
             if rung.kind in WITH_SHOTS:
                 self._shots(rung)
 
     @cached_property
     def validation_records(self) -> Records:
-        """What instructions are tried on. Raises `ConfigError` where there is nothing."""
+        """The records on which instructions are compared. Raises `ConfigError` without a validation split."""
         return validation_records(self.config, self.splits)
 
     def context(self, rung: RungConfig) -> Context:
-        """What stands before the questions of a rung."""
+        """The context of a rung: its own setting, or else that of the evaluation."""
         return rung.context_of(self.config.evaluation.context)
 
     @property
     def contexts(self) -> list[Context]:
-        """What tuned rungs are trained with, each once, the config's own first."""
-        tuned = [self.context(rung) for rung in self.config.climb.rungs if rung.kind not in UNTUNED]
-        return list(dict.fromkeys(tuned or [self.config.evaluation.context]))
+        """The distinct contexts that tuned rungs are trained with, in the order of the rungs."""
+        tuned_contexts = [self.context(rung) for rung in self.config.climb.rungs if rung.kind not in UNTUNED]
+        # A ladder of untuned rungs only still needs one context, for the chat template and the summary of the data.
+        return list(dict.fromkeys(tuned_contexts or [self.config.evaluation.context]))
 
     @property
     def instructions(self) -> list[str | None]:
-        """Candidates, in their order."""
-        own = self.config.evaluation.instruction
-        return list(dict.fromkeys([*([own] if own else []), *self.config.climb.instructions])) or [None]
+        """Candidate instructions, that of the evaluation first; a single None if there are none."""
+        instruction = self.config.evaluation.instruction
+        return list(dict.fromkeys([*([instruction] if instruction else []), *self.config.climb.instructions])) or [None]
 
     def for_rung(self, rung: RungConfig, instruction: str | None) -> RungPrompts:
-        """Everything about a rung; tuned ones get the bare question."""
+        """The prompts of a rung on the test split; a tuned rung gets the bare question."""
         context = self.context(rung)
-        known = context == "retrieved" or any(record.context for record in self.test)
-        facts: dict[str, Any] = {"context": context if known else None}
+        # Without contexts in the data, "given" and "withheld" are the same prompt and the ladder names neither.
+        has_contexts = context == "retrieved" or any(record.context for record in self.test)
+        facts: dict[str, Any] = {"context": context if has_contexts else None}
         if context == "retrieved" and self.library is not None:
             facts["retrieval"] = self.retrieval
-        framing = PromptFormat()
+        prompt_format = PromptFormat()
         if rung.kind in UNTUNED:
-            framing = self.prompt_format(rung, instruction)
-            facts |= {"instruction": instruction, **self._shot_facts(rung, framing)}
-        return RungPrompts(self.with_contexts(rung, self.test), framing, facts)
+            prompt_format = self.prompt_format(rung, instruction)
+            facts |= {"instruction": instruction, **self._shots_summary(rung, prompt_format)}
+        return RungPrompts(self.with_contexts(rung, self.test), prompt_format, facts)
 
     def with_contexts(self, rung: RungConfig, records: Records) -> Records:
-        """Records with what stands before their questions."""
+        """Records whose context is what the rung sees before a question."""
         return with_contexts(self.context(rung), records, self.library)
 
     def prompt_format(self, rung: RungConfig, instruction: str | None) -> PromptFormat:
         """Instruction and worked examples of an untuned rung."""
         if rung.kind not in WITH_SHOTS:
             return PromptFormat(instruction)
-        found = self._shots(rung)
-        return PromptFormat(instruction, nearest_shots=found) if callable(found) else PromptFormat(instruction, found)
+        shots = self._shots(rung)
+        return PromptFormat(instruction, nearest_shots=shots) if callable(shots) else PromptFormat(instruction, shots)
 
-    def check_room(self, chat: ChatTemplate, limit: int) -> None:
+    def check_room(self, chat: ChatTemplate, max_prompt_tokens: int) -> None:
         """Raise `DataError` for a prompt of an untuned rung that leaves the model no room for its answer."""
-        longest = max(self.instructions, key=lambda text: len(text or ""))
+        # The longest instruction bounds all others. Characters are a good enough measure of length: an evaluation
+        # checks its own prompts again, in tokens.
+        longest_instruction = max(self.instructions, key=lambda text: len(text or ""))
         for rung in self.config.climb.rungs:
             if rung.kind in UNTUNED:
-                framing = self.prompt_format(rung, longest)
-                for part in (self.test, self.validation_records) if rung == self.chooser else (self.test,):
-                    prompt_ids(chat, self.with_contexts(rung, part), framing, limit)
+                prompt_format = self.prompt_format(rung, longest_instruction)
+                # The rung that chooses the instruction also answers the validation split.
+                splits = (self.test, self.validation_records) if rung == self.instruction_rung else (self.test,)
+                for records in splits:
+                    prompt_ids(chat, self.with_contexts(rung, records), prompt_format, max_prompt_tokens)
+
+    def check_on_top_rows(self, on_top: OnTopConfig) -> None:
+        """Raise `DataError` or `ConfigError` for a rung on top whose rows cannot be used or are rows of the test."""
+        # Only the data of this config is read. Its base is not trained yet, so the climb's base stands in for it.
+        base = self.config.model.student_of or self.config.model.name
+        config = on_top_run_config(self.config, on_top, base, "unused", self.config.seed)
+        splits, where = read_splits(config), f"climb.on_top {on_top.label}"
+        if config.objective.kind == "reward":
+            raise ConfigError("a reward model writes nothing that a ladder could score", where=where)
+        has_comparisons = any(record.candidates or record.score is not None for record in splits.train)
+        if config.objective.kind == "preference" and not has_comparisons:
+            raise DataError("these rows compare nothing", where=where, given=str(config.data.path))
+        # Rows of the climb itself were split by content already and cannot meet the test.
+        if on_top.data:
+            self._refuse_test_rows(on_top, splits)
+
+    def _refuse_test_rows(self, on_top: OnTopConfig, splits: Splits) -> None:
+        """Raise `DataError` where a row asks what the test asks, whether or not context and question are one text."""
+        test = {tuple(prompt_words(record)): record for record in self.test}
+        rows = ((record, tuple(prompt_words(record))) for part in (splits.train, splits.validation) for record in part)
+        if overlaps := [(row, test[words]) for row, words in rows if words in test]:
+            row, test_row = overlaps[0]
+            raise DataError(
+                f"{len(overlaps)} rows of this rung ask what the test asks",
+                where=str(row.source),
+                given=f"the same prompt as {test_row.source}",
+                hint=f"take them out of {on_top.data.get('path')}",
+            )
 
     def choose_instruction(
         self, rung: RungConfig, folder: Path, score: Callable[[Records, PromptFormat], Evaluation]
     ) -> dict[str, Any]:
-        """Score every instruction on the validation split; the best by the deciding metric, the earlier of equal ones.
+        """Score every instruction on the validation split and take the best by the deciding metric.
 
-        Each is on disk before the next: a climb that was stopped goes on.
+        Each evaluation is on disk before the next starts, so a stopped climb repeats none.
         """
         records = self.with_contexts(rung, self.validation_records)
-        metric, tried = self.config.evaluation.metrics[0], []
+        metric, candidates = self.config.evaluation.metrics[0], []
         sign = -1.0 if metric == PERPLEXITY else 1.0
-        for number, text in enumerate(self.instructions):
-            file = folder / f"validation-{number}.parquet"
+        for index, instruction in enumerate(self.instructions):
+            file = folder / f"validation-{index}.parquet"
             if file.exists():
                 result = Evaluation.read(file)
             else:
-                result = score(records, PromptFormat(text))
+                # Without worked examples: the choice stands for all untuned rungs, whose examples differ.
+                result = score(records, PromptFormat(instruction))
                 folder.mkdir(parents=True, exist_ok=True)
                 result.write(file)
-            tried.append({"instruction": text, **result.summary()})
-        best = max(range(len(tried)), key=lambda i: (sign * tried[i]["scores"][metric]["mean"], -i))
-        return {"instruction": tried[best]["instruction"], "instructions": tried}
+            candidates.append({"instruction": instruction, **result.summary()})
+        # Of equal scores the earlier instruction wins: the order in the config decides.
+        best = max(range(len(candidates)), key=lambda i: (sign * candidates[i]["scores"][metric]["mean"], -i))
+        return {"instruction": candidates[best]["instruction"], "instructions": candidates}
 
     @cached_property
     def retrieval(self) -> dict[str, Any]:
-        """How well the library answers the questions of the test."""
+        """The hit rate of the library on the questions of the test."""
         return self.library.hit_rate(self.test) if self.library is not None else {}
 
     def _shots(self, rung: RungConfig) -> Shots | Callable[[Record], Shots]:
-        """Worked examples of a rung, each with what stands before its question as in the test; chosen once."""
-        if rung.label not in self._chosen:
-            self._chosen[rung.label] = self._choose_shots(rung)
-        return self._chosen[rung.label]
+        """Worked examples of a rung, chosen once: a fixed set, or a function of the question."""
+        if rung.label not in self._shots_by_rung:
+            self._shots_by_rung[rung.label] = self._choose_shots(rung)
+        return self._shots_by_rung[rung.label]
 
     def _choose_shots(self, rung: RungConfig) -> Shots | Callable[[Record], Shots]:
         count, context = rung.shots or self.config.evaluation.shots, self.context(rung)
-        # what is not shown must not tell two questions apart
+        # A context that is not shown must not make two equal questions look different to the selection.
         train = self.splits.train if context == "given" else self._closed_book_training_records
 
-        def put(shots: Shots) -> Shots:
-            found = self.library if context == "retrieved" else None
-            return tuple(found.with_passages(shot) if found else shot for shot in shots)
+        def with_passages(shots: Shots) -> Shots:
+            # Passages are looked up for the chosen examples only, since a search over all training rows costs more.
+            library = self.library if context == "retrieved" else None
+            return tuple(library.with_passages(shot) if library else shot for shot in shots)
 
         if rung.example_selection == "similarity":
-            nearest = nearest_shots(train, count)
-            return lambda record: put(nearest(record))
-        return put(choose_shots(train, count, self.config.seed, rung.example_selection or "random"))
+            nearest_to = nearest_shots(train, count)
+            return lambda record: with_passages(nearest_to(record))
+        return with_passages(choose_shots(train, count, self.config.seed, rung.example_selection or "random"))
 
     @cached_property
     def _closed_book_training_records(self) -> Records:
         return with_contexts("withheld", self.splits.train, None)
 
-    def _shot_facts(self, rung: RungConfig, framing: PromptFormat) -> dict[str, Any]:
-        """Which worked examples stand in front; of those that differ by question, all that do somewhere."""
-        shots = framing.shots
-        if framing.nearest_shots is not None:
-            shots = tuple({str(s.source): s for record in self.test for s in framing.nearest_shots(record)}.values())
-        each = (rung.shots or self.config.evaluation.shots) if rung.kind in WITH_SHOTS else 0
-        told = {"shots": [str(shot.source) for shot in shots], "shots_each": each}
-        return {**told, "example_selection": rung.example_selection or "random"} if each else told
+    def _shots_summary(self, rung: RungConfig, prompt_format: PromptFormat) -> dict[str, Any]:
+        """The sources of the worked examples; of examples that depend on the question, all that any question gets."""
+        shots = prompt_format.shots
+        if prompt_format.nearest_shots is not None:
+            nearest = (shot for record in self.test for shot in prompt_format.nearest_shots(record))
+            shots = tuple({str(shot.source): shot for shot in nearest}.values())
+        shots_per_prompt = (rung.shots or self.config.evaluation.shots) if rung.kind in WITH_SHOTS else 0
+        summary = {"shots": [str(shot.source) for shot in shots], "shots_each": shots_per_prompt}
+        return {**summary, "example_selection": rung.example_selection or "random"} if shots_per_prompt else summary

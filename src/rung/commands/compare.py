@@ -1,4 +1,9 @@
-"""`rung eval RUN --baseline OTHER`: the same questions to both, differences paired, and a judge if the task has one."""
+"""`rung eval RUN --baseline OTHER`: two systems on the same questions, with paired differences and an optional judge.
+
+Pairing by question removes the variance between questions from the difference, so fewer items are needed than for two
+separate scores. The price is that both systems answer here and now: stored results of another day are not compared.
+Why the judge is part of the task: docs/decisions/0021. `cli.py` and `rung.compare` call `compare`.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +33,10 @@ def compare(
     limit: int | None = None,
     output: Path | None = None,
 ) -> ComparisonResult:
-    """Score two systems on one task; with `evaluation.judge`, also say whose answers are preferred.
+    """Score two systems on one task; with `evaluation.judge` in the task, also have their answers judged.
 
-    Differences are target minus baseline. `output` is a file for every judged pair. Raises `ConfigError` for an output
-    without a judge, and where it exists already.
+    Differences are target minus baseline. `output` is a file for all judged pairs. Raises `ConfigError` for an output
+    without a judge, and if it exists already.
     """
     refuse_climb(baseline, where="--baseline")
     task, _, records, _ = evaluation_task(target, config=config, overrides=overrides, limit=limit)
@@ -39,29 +44,36 @@ def compare(
     if output is not None and judge is None:
         hint = "name an evaluation.judge in the task's config"
         raise ConfigError("no pair is judged, so there is none to write", where="--output", given=output, hint=hint)
+    # Refused now and not after hours of answers and paid verdicts.
     if output is not None and output.exists():
         raise ConfigError("this file exists already", where="--output", given=output)
-    ours, theirs = evaluate_on_task(target, task, records), evaluate_on_task(baseline, task, records)
-    metrics = {name: paired_scores(theirs, ours, name, task.seed) for name in ours.metrics}
+    # One after the other, so that only one model is in memory.
+    target_evaluation = evaluate_on_task(target, task, records)
+    baseline_evaluation = evaluate_on_task(baseline, task, records)
+    metrics = {
+        name: paired_scores(baseline_evaluation, target_evaluation, name, task.seed)
+        for name in target_evaluation.metrics
+    }
     result = {
         "target": target,
         "baseline": baseline,
         "task": task_name(config, target),
         "metrics": metrics,
-        "examples": len(ours.items),
-        "clusters": len(set(ours.clusters)),
+        "examples": len(target_evaluation.items),
+        "clusters": len(set(target_evaluation.clusters)),
     }
     if judge is None:
         return ComparisonResult.model_validate(result)
-    found = judge_pairs(judge, _answer_pairs(ours, theirs), task.seed)
+    judgement = judge_pairs(judge, _answer_pairs(target_evaluation, baseline_evaluation), task.seed)
     if output is not None:
-        write_text(output, "".join(line + "\n" for line in found.lines()))
-    return ComparisonResult.model_validate({**result, "judge": {"model": judge.model, **found.to_json()}})
+        write_text(output, "".join(line + "\n" for line in judgement.lines()))
+    return ComparisonResult.model_validate({**result, "judge": {"model": judge.model, **judgement.to_json()}})
 
 
 def paired_scores(before: Evaluation, after: Evaluation, metric: str, seed: int) -> dict[str, Any]:
-    """Both scores, and after minus before with what would have shown; in nats a token for perplexity."""
+    """Both scores, and after minus before with the smallest detectable difference; perplexity in nats per token."""
     scores, weights, clusters = (before.scores(metric), after.scores(metric)), after.weights(metric), after.clusters
+    # Clusters are the same on both sides, token counts only with the same tokenizer: those of `after` weight the items.
     difference = paired_gain(*scores, clusters, weights=weights, seed=seed)
     return {
         "before": before.interval(metric).to_json(),
@@ -71,8 +83,17 @@ def paired_scores(before: Evaluation, after: Evaluation, metric: str, seed: int)
     }
 
 
-def _answer_pairs(ours: Evaluation, theirs: Evaluation) -> list[AnswerPair]:
+def _answer_pairs(target_evaluation: Evaluation, baseline_evaluation: Evaluation) -> list[AnswerPair]:
+    # strict: a missing item would pair all later answers with the wrong question.
     return [
-        AnswerPair(own.question, own.answer, other.answer, own.source, own.context, own.expected, own.group)
-        for own, other in zip(ours.items, theirs.items, strict=True)
+        AnswerPair(
+            target_item.question,
+            target_item.answer,
+            baseline_item.answer,
+            target_item.source,
+            target_item.context,
+            target_item.expected,
+            target_item.group,
+        )
+        for target_item, baseline_item in zip(target_evaluation.items, baseline_evaluation.items, strict=True)
     ]

@@ -1,4 +1,8 @@
-"""`rung data check`: what a file holds, before anything is trained on it."""
+"""`rung data check`: what a data file contains and what a model would see of it, before any training.
+
+Only a tokenizer is loaded, never a model, so a check takes seconds; what depends on weights is not seen. The inspection
+itself is in `data/check.py`; this file resolves what to inspect and renders the rows that are shown.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +23,10 @@ from rung.models.load import load_tokenizer
 
 
 def check_data(file: str, *, show: int, model: str | None) -> tuple[dict[str, Any], list[str]]:
-    """The report as JSON and as lines. `file` may be a config: then its whole `data` section is checked.
+    """The report as JSON and as lines of text. If `file` is a config, its whole `data` section is checked.
 
-    Lengths are counted in tokens when a model is named, in characters otherwise. `show` rows are printed with their
-    supervised tokens colored. Raises `DataError` for a file that cannot be read at all.
+    Lengths are in tokens if a model is named, in characters otherwise. `show` rows are printed with their supervised
+    tokens colored. Raises `DataError` for a file that cannot be read at all.
     """
     base = ModelConfig(name=model) if model else None
     target: str | DataConfig = file
@@ -30,24 +34,27 @@ def check_data(file: str, *, show: int, model: str | None) -> tuple[dict[str, An
         config = load_config(file).config
         target, base = config.data, base or config.model
     if show and base is None:
+        # Supervised tokens can only be shown with some tokenizer; the default model's is as good as any.
         base = ModelConfig()
     chat = ChatTemplate(load_tokenizer(base), base.template) if base else None
     report = inspect_data(target, chat)
+    # Captured: the caller decides where the lines are printed.
     console = Console()
-    with console.capture() as captured:
+    with console.capture() as capture:
         console.print(report)
         if show and chat:
             for text in _colored_rows(target, chat, show):
                 console.print(text)
-    return report.to_json(), captured.get().splitlines()
+    return report.to_json(), capture.get().splitlines()
 
 
 def _colored_rows(target: str | DataConfig, chat: ChatTemplate, count: int) -> list[Text]:
-    """The first rows as the model will see them."""
+    """The first rows as text, with the supervised tokens colored."""
     config = target if isinstance(target, DataConfig) else DataConfig(path=target)
     records = read_records(config, weighted_paths(config)[0].path).records[:count]
     if not records:
         return []
+    # The options of a training run, so that the colors show what would be learned.
     tokenized = tokenize_records(chat, records, loss_on=config.loss_on, with_candidates=records[0].score is not None)
     return [
         Text.assemble((f"{example.source}\n", "bold"), colored_tokens(example, chat), "\n")

@@ -1,4 +1,9 @@
-"""`rung eval`: scores a run or a base on a task."""
+"""`rung eval`: scores a run or a base on the test split of a task.
+
+A task is a config: its data, metrics, instruction and context. A run has one of its own, a base needs `--config`. For a
+run the test items are also searched in its training rows (contamination), which means reading the training data again.
+`cli.py` and `rung.evaluate` call `evaluate`; `compare.py` uses the same task for two systems.
+"""
 
 from __future__ import annotations
 
@@ -37,75 +42,81 @@ def evaluate(
     overrides: Sequence[str] = (),
     limit: int | None = None,
 ) -> EvaluationResult:
-    """Score a run or a base on the test split of `config`, or of the run itself.
+    """Score a run or a base on the test split of `config`, or by default of the run's own config.
 
-    A run scored on its own task keeps the result in its folder. Raises `ConfigError` when a base comes without a task.
+    A run that is scored on its own whole task stores the result in its folder. Raises `ConfigError` for a base without
+    a task.
     """
     path, target = Path(target), str(target)
+    # The task first: a missing config or unreadable data is then an error before a model is loaded.
     is_run = is_run_folder(path)
-    task, originals, records, found = evaluation_task(target, config=config, overrides=overrides, limit=limit)
+    task, originals, records, retrieval = evaluation_task(target, config=config, overrides=overrides, limit=limit)
     if is_run and isinstance(task.objective, RewardConfig):
-        return _evaluate_reward_model(path, task, records, config=config, keep=config is None and limit is None)
+        return _evaluate_reward_model(path, task, records, config=config, store=config is None and limit is None)
     result = evaluate_on_task(target, task, records)
-    measured = {**result.summary(), **found}
-    measured["seconds_per_query"] += found.get("retrieval", {}).get("seconds_per_query", 0.0)
-    contaminated = {"contamination": contamination_of(path, result, originals)} if is_run else {}
+    metrics = {**result.summary(), **retrieval}
+    # A user waits for the retrieval as well as for the answer.
+    metrics["seconds_per_query"] += retrieval.get("retrieval", {}).get("seconds_per_query", 0.0)
+    contamination_result = {"contamination": contamination_of(path, result, originals)} if is_run else {}
+    # Only a score on the whole task of the run may become the run's own: another config or a limit is a trial.
     if is_run and config is None and limit is None:
-        result.write(path / "eval.parquet")  # items.parquet belongs to the climb that a run may stand in
+        # `items.parquet` belongs to the climb that the run may be part of.
+        result.write(path / "eval.parquet")
         manifest = read_manifest(path)
-        RunFolder(path, manifest).update(metrics={**manifest.get("metrics", {}), **measured}, **contaminated)
-    result_json = {"target": target, "task": task_name(config, target), **measured, **contaminated}
+        RunFolder(path, manifest).update(metrics={**manifest.get("metrics", {}), **metrics}, **contamination_result)
+    result_json = {"target": target, "task": task_name(config, target), **metrics, **contamination_result}
     return EvaluationResult.model_validate(result_json)
 
 
 def task_name(config: ConfigSource | None, target: str) -> str:
-    """What a result calls its task: the config's file or output, or the run itself."""
+    """The name of a task in results: the config's file or output, or the run itself."""
     if config is None:
         return target
     return str(config) if isinstance(config, str | Path) else resolve_config(config).output
 
 
 def contamination_of(run: Path, result: Evaluation, records: Records) -> dict[str, Any]:
-    """Test items that stand in the rows that a run learned from, by tier, and the scores without them.
+    """Test items that occur in the training rows of a run, by tier, with the scores without them and of them alone.
 
-    Where those rows can no longer be read, why not stands in `unknown`.
+    If the training rows can no longer be read, `unknown` says why.
     """
     try:
         train = read_splits(config_of_run(run)).train
     except RungError as error:
+        # Data that was moved since the training is no reason to withhold the scores.
         return {"unknown": error.summary}
-    found = contamination(train, records)
+    matches = contamination(train, records)
     tiers: dict[str, Any] = {}
-    for tier in found.tiers:
-        flagged = found.flagged(tier)
-        tiers[tier] = {"items": len(flagged), "examples": found.examples(tier)}
+    for tier in matches.tiers:
+        flagged = matches.flagged(tier)
+        tiers[tier] = {"items": len(flagged), "examples": matches.examples(tier)}
         if flagged:
             tiers[tier]["scores_without"] = _scores(result, [i for i in result.items if i.source not in flagged])
             tiers[tier]["scores_of_them"] = _scores(result, [i for i in result.items if i.source in flagged])
-    return {"items": found.items, "train_rows": found.train, "tiers": tiers}
+    return {"items": matches.items, "train_rows": matches.train, "tiers": tiers}
 
 
 class EvaluationTask(NamedTuple):
-    """A task and its test items."""
+    """A task, its test items and its retrieval."""
 
     task: RunConfig
     originals: Records
-    """As they stand in the data."""
+    """Test items as they are in the data; contamination is searched in these."""
     records: Records
-    """With what stands before them: their own context, none, or what was retrieved."""
+    """Test items with the context that the model sees: their own, none, or retrieved passages."""
     retrieval: dict[str, Any]
-    """How well that was found; empty where nothing was looked up."""
+    """Hit rate of the retrieval; empty if nothing is retrieved."""
 
 
 def evaluation_task(
     target: str, *, config: ConfigSource | None, overrides: Sequence[str], limit: int | None
 ) -> EvaluationTask:
-    """What `target` is scored on. Raises `ConfigError` when a base comes without a task."""
+    """The task that `target` is scored on. Raises `ConfigError` for a base without a task."""
     path = Path(target)
     refuse_climb(target)
     if overrides and config is None:
         raise ConfigError("overrides go with --config", given=" ".join(overrides))
-    task = _task(path, config, overrides, is_run_folder(path))
+    task = _resolve_task(path, config, overrides, is_run_folder(path))
     if limit is not None:
         task = task.model_copy(update={"evaluation": task.evaluation.model_copy(update={"limit": limit})})
     splits = read_splits(task)
@@ -113,38 +124,40 @@ def evaluation_task(
     if context != "retrieved":
         return EvaluationTask(task, records, with_contexts(context, records, None), {})
     library = load_library(task, splits)
+    # The hit rate reads the rows as they came, since a retrieved context replaces their own (docs/decisions/0020).
     return EvaluationTask(task, records, library.with_passages_all(records), {"retrieval": library.hit_rate(records)})
 
 
 def _scores(result: Evaluation, items: Sequence[ScoredItem]) -> dict[str, Any] | None:
-    """Of some of the items; None where there are none."""
+    """Scores of some of the items; None if there are none."""
     if not items:
         return None
-    part = replace(result, items=tuple(items))
-    return {name: part.interval(name).to_json() for name in result.metrics}
+    subset = replace(result, items=tuple(items))
+    return {name: subset.interval(name).to_json() for name in result.metrics}
 
 
 def evaluate_on_task(target: str, task: RunConfig, records: Records) -> Evaluation:
-    """What a run or a base answers, scored; nothing of it stays in memory."""
+    """Scores of a run or a base. The model is not kept, so the next one finds its memory free."""
     return score(open_target(target, task.model), task, records)
 
 
 def _evaluate_reward_model(
-    path: Path, task: RunConfig, records: Records, *, config: ConfigSource | None, keep: bool
+    path: Path, task: RunConfig, records: Records, *, config: ConfigSource | None, store: bool
 ) -> EvaluationResult:
-    """A reward model on held-out comparisons."""
+    """Score a reward model on held-out comparisons."""
     policy, chat, objective, _ = open_reward_model(path)
     examples = tokenize_held_out(task, chat, records, policy.base).examples
     health = score_reward_model(policy, objective, examples, micro_batch_tokens(task, policy.base))
     result = {"reward": health.to_json(), "examples": len(records)}
-    if keep:
+    # The same rule as for other runs: a limited or foreign test set is not the result of the run.
+    if store:
         manifest = read_manifest(path)
         RunFolder(path, manifest).update(metrics={**manifest.get("metrics", {}), **result})
-    named = {"target": str(path), "task": task_name(config, str(path))}
-    return EvaluationResult.model_validate({**named, **result, "summary": str(health)})
+    header = {"target": str(path), "task": task_name(config, str(path))}
+    return EvaluationResult.model_validate({**header, **result, "summary": str(health)})
 
 
-def _task(path: Path, config: ConfigSource | None, overrides: Sequence[str], is_run: bool) -> RunConfig:
+def _resolve_task(path: Path, config: ConfigSource | None, overrides: Sequence[str], is_run: bool) -> RunConfig:
     if config is not None:
         return resolve_config(config, overrides)
     if is_run:

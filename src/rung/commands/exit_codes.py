@@ -1,4 +1,8 @@
-"""How a command ends: what went wrong in words, and the exit code."""
+"""How a command ends: the error message and the exit code.
+
+The only place that turns exceptions into exit codes; everything below raises. An error of Rung's own is one message
+without a traceback, any other exception is a bug and shows all of it. `cli.py` runs every command through it.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +19,11 @@ from rung.errors import RungError
 
 BUG, INTERRUPTED = 1, 130
 USAGE: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
-"""What a wrong command line raises, of the click that typer itself uses."""
+"""The exception of a wrong command line. Found through typer, which may bundle a click of its own."""
 
 
 def exit_code_of(verb: Callable[[], int | None], *, as_json: bool) -> int:
-    """Run a verb; say what ended it, as one JSON object too where that was asked for."""
+    """Run a command and return its exit code; with `as_json` an error is also one JSON object on stdout."""
     try:
         code = verb()
     except RungError as error:
@@ -27,6 +31,7 @@ def exit_code_of(verb: Callable[[], int | None], *, as_json: bool) -> int:
             typer.echo(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code}))
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
+    # click's own text and code, as users of other command lines know them.
     except USAGE as error:
         error.show()  # type: ignore[attr-defined]
         return int(error.exit_code)  # type: ignore[attr-defined]
@@ -34,6 +39,7 @@ def exit_code_of(verb: Callable[[], int | None], *, as_json: bool) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
+        # `rung ... | head` closes the pipe: no error. Without the redirection the flush at exit would raise it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception:
@@ -44,13 +50,12 @@ def exit_code_of(verb: Callable[[], int | None], *, as_json: bool) -> int:
 
 
 def exit_process(code: int) -> NoReturn:
-    """End the process.
-
-    One of several processes leaves without taking the interpreter down: gloo's threads may still hold tensors, and
-    letting one go without an interpreter aborts the process (pytorch/pytorch#179291), once in a dozen runs in parts.
-    """
+    """End the process with an exit code."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(code)
+    # One of several processes skips the shutdown of the interpreter: gloo's threads may still hold tensors, and freeing
+    # one without an interpreter aborts the process (pytorch/pytorch#179291), about once in a dozen sharded runs.
+    # `os._exit` flushes nothing by itself.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,4 +1,9 @@
-"""`rung eval RUN --forgetting DATA`: what a run and its base make of other data, item by item."""
+"""`rung eval RUN --forgetting DATA`: scores of a run and of its base on other data, paired item by item.
+
+Both models answer the same prompts in the same process, so the difference is paired and small losses show. The base of
+an adapter run is the run with the adapter switched off, which costs no second model; the base of a full run is loaded
+beside it. `climb.py` measures every tuned rung in this way when `climb.forgetting` names data.
+"""
 
 from __future__ import annotations
 
@@ -40,31 +45,33 @@ from rung.training.step import values_by_document
 from rung.types import Record
 
 RESULT_FILE = "forgetting.json"
-"""Beside a tuned rung's result: what it and its base make of other data."""
+"""The forgetting result in the folder of a tuned rung."""
 EvaluatedModel = tuple[Policy, ChatTemplate, AbstractContextManager[None]]
-"""A model, how it reads, and what must be in force while it does."""
+"""A model, its chat template, and a context manager that is entered while it answers (adapter on or off)."""
 
 
 def measure_forgetting(run: str, data: str, *, limit: int | None = None) -> ForgettingComparison:
-    """Perplexity and scores of a run and of its base on `data`, paired: run minus base.
+    """Perplexity and scores of a run and of its base on `data`, with paired differences: run minus base.
 
-    `data` is a data file, all of whose rows count, or a config, whose test split does under its own metrics and
-    instruction. Both models get the same prompts. Plain text has perplexity alone, over all its tokens; what is longer
-    than the model's context is left out and counted. Raises `ConfigError` where `run` is none, `DataError` where
-    nothing is left.
+    `data` is a data file, of which all rows are used, or a config, of which the test split is used with its own metrics
+    and instruction. Both models get the same prompts. Plain text has perplexity only, over all its tokens; texts longer
+    than the model's context are dropped and counted. Raises `ConfigError` if `run` is not a run, `DataError` if no row
+    is left.
     """
     path = Path(run)
     if (kind := target_kind(path)) != "run":
         hint = f"its runs stand in {path / 'rungs'}" if kind == "climb" else "a base has learned nothing to forget for"
         raise ConfigError("this is not a run", where="--forgetting", given=run, hint=hint)
-    config, tuned = config_of_run(path), open_run(path)
-    records, asked, seed = forgetting_task(config, data, limit)
-    dequantize_if_configured(tuned.policy, config)
-    room = tuned.policy.base.context - tuned.policy.method.virtual_tokens
-    models = _evaluated_models(path, tuned)
-    after, before = (_measure_model(model, records, asked, room) for model in models)
-    if dropped := len(records) - len(after.items):
-        print_status(f"{dropped:,} of {len(records):,} texts are longer than the model's context and left out")
+    config, tuned_run = config_of_run(path), open_run(path)
+    records, evaluation, seed = forgetting_task(config, data, limit)
+    dequantize_if_configured(tuned_run.policy, config)
+    # The run's limit for both models, so that they drop the same texts and stay paired.
+    max_tokens = tuned_run.policy.base.context - tuned_run.policy.method.virtual_tokens
+    # One after the other: the generator loads the base of a full run only when the run's scores are there.
+    models = _evaluated_models(path, tuned_run)
+    after, before = (_measure_model(model, records, evaluation, max_tokens) for model in models)
+    if dropped_count := len(records) - len(after.items):
+        print_status(f"{dropped_count:,} of {len(records):,} texts are longer than the model's context and left out")
     return ForgettingComparison.model_validate(
         {
             "target": run,
@@ -72,94 +79,91 @@ def measure_forgetting(run: str, data: str, *, limit: int | None = None) -> Forg
             "metrics": {name: paired_scores(before, after, name, seed) for name in after.metrics},
             "examples": len(after.items),
             "clusters": len(set(after.clusters)),
-            "dropped": dropped,
+            "dropped": dropped_count,
         }
     )
 
 
 ForgettingTask = tuple[Records, EvaluationConfig, int]
-"""Items, how they are asked and scored, and a seed."""
+"""Records, the evaluation settings under which they are asked and scored, and the seed of the intervals."""
 
 
-def forgetting_task(own: RunConfig, data: str, limit: int | None) -> ForgettingTask:
-    """Items of other data, how they are asked and scored, and a seed: a config's own, of a data file those of a run.
+def forgetting_task(config: RunConfig, data: str, limit: int | None) -> ForgettingTask:
+    """Records, evaluation settings and seed for `data`: those of a config file, or a data file with those of `config`.
 
-    Raises `DataError` and `ConfigError` where there are none.
+    Raises `DataError` and `ConfigError` if there are no records.
     """
     if Path(data).suffix in (".yaml", ".yml"):
         task = load_config(data).config
         if limit is not None:
             task = task.model_copy(update={"evaluation": task.evaluation.model_copy(update={"limit": limit})})
-        records, asked, seed = test_records(task, read_splits(task)), task.evaluation, task.seed
+        records, evaluation, seed = test_records(task, read_splits(task)), task.evaluation, task.seed
     else:
-        records, asked, seed = (
-            _sample_records(load_records(DataConfig(path=data), data).records, limit),
-            own.evaluation,
-            own.seed,
-        )
-        asked = asked.model_copy(update={"instruction": None})
-    return records, asked.model_copy(update={"metrics": tuple(dict.fromkeys([*asked.metrics, PERPLEXITY]))}), seed
+        records = _sample_records(load_records(DataConfig(path=data), data).records, limit)
+        # The instruction of the config was written for its own task, not for this data.
+        evaluation, seed = config.evaluation.model_copy(update={"instruction": None}), config.seed
+    # Perplexity is always measured: it moves long before an answer changes.
+    metrics = tuple(dict.fromkeys([*evaluation.metrics, PERPLEXITY]))
+    return records, evaluation.model_copy(update={"metrics": metrics}), seed
 
 
-def read_forgetting(place: Path, data: str | None) -> dict[str, Any]:
-    """What was kept of these data; empty where that is still to be measured."""
+def read_forgetting(folder: Path, data: str | None) -> dict[str, Any]:
+    """The stored result on this data; empty if there is none, or one on other data."""
     try:
-        found: dict[str, Any] = json.loads((place / RESULT_FILE).read_text())
-    except (OSError, ValueError):
+        result: dict[str, Any] = json.loads((folder / RESULT_FILE).read_text())
+    except (OSError, ValueError):  # missing or torn: to be measured
         return {}
-    return found if found.get("forgetting") == data else {}
+    return result if result.get("forgetting") == data else {}
 
 
-def require_room(task: ForgettingTask, chat: ChatTemplate, context: int) -> None:
-    """Raise `DataError` for a prompt that leaves no room for its answer; of plain text what is too long is left out."""
-    records, asked, _ = task
+def check_forgetting_room(task: ForgettingTask, chat: ChatTemplate, context: int) -> None:
+    """Raise `DataError` for a prompt that leaves no room for its answer. Plain text is dropped later instead."""
+    records, evaluation, _ = task
     if records[0].text is None:
-        prompt_ids(
-            chat, _closed_book_records(records, asked), PromptFormat(asked.instruction), context - asked.max_new_tokens
-        )
+        max_prompt_tokens = context - evaluation.max_new_tokens
+        prompt_ids(chat, _prompt_records(records, evaluation), PromptFormat(evaluation.instruction), max_prompt_tokens)
 
 
-def _closed_book_records(records: Sequence[Record], asked: EvaluationConfig) -> Sequence[Record]:
-    return records if asked.context == "given" else with_contexts("withheld", Records.from_records(records), None)
+def _prompt_records(records: Sequence[Record], evaluation: EvaluationConfig) -> Sequence[Record]:
+    # No passages on other data: a library belongs to the task that it was built for.
+    return records if evaluation.context == "given" else with_contexts("withheld", Records.from_records(records), None)
 
 
-def _evaluated_models(path: Path, tuned: LoadedRun) -> Iterator[EvaluatedModel]:
-    """The run, then its base: the same weights with the adapter off, or the base itself of a whole model."""
-    yield tuned.policy, tuned.chat, nullcontext()
+def _evaluated_models(path: Path, tuned_run: LoadedRun) -> Iterator[EvaluatedModel]:
+    """The run, then its base: the same weights with the adapter off, or for a full run the base itself."""
+    yield tuned_run.policy, tuned_run.chat, nullcontext()
     if (path / "adapter").is_dir():
-        yield tuned.policy, tuned.chat.without_virtual_tokens(), tuned.policy.method.disabled()
+        yield tuned_run.policy, tuned_run.chat.without_virtual_tokens(), tuned_run.policy.method.disabled()
         return
     base = open_base(config_of_run(path).model)
     yield base.policy, base.chat, nullcontext()
 
 
 def _sample_records(records: Records, limit: int | None) -> Records:
-    """At most so many rows, by a fixed draw, in their order."""
+    """At most `limit` rows, drawn with a fixed seed, in their original order."""
     if limit is None or limit >= len(records):
         return records
+    # Independent of the config's seed, so that all rungs and runs are measured on the same rows.
     return records.select(np.sort(np.random.default_rng(2).permutation(len(records))[:limit]))
 
 
 def _measure_model(
-    reader: EvaluatedModel, records: Sequence[Record], config: EvaluationConfig, room: int
+    model: EvaluatedModel, records: Sequence[Record], evaluation: EvaluationConfig, max_tokens: int
 ) -> Evaluation:
-    policy, chat, off = reader
-    with off:
+    policy, chat, adapter_state = model
+    with adapter_state:
         if records[0].text is not None:
-            return _plain_text_perplexity(policy, chat, records, room)
-        return evaluate(
-            policy,
-            chat,
-            _closed_book_records(records, config),
-            PromptFormat(config.instruction),
-            config,
-            title="forgetting",
-        )
+            return _plain_text_perplexity(policy, chat, records, max_tokens)
+        prompt_format = PromptFormat(evaluation.instruction)
+        records = _prompt_records(records, evaluation)
+        return evaluate(policy, chat, records, prompt_format, evaluation, title="forgetting")
 
 
-def _plain_text_perplexity(policy: Policy, chat: ChatTemplate, records: Sequence[Record], room: int) -> Evaluation:
-    """Perplexity of plain texts, every token but the first predicted."""
-    documents = list(tokenize_records(chat, records, loss_on="all", max_length=room, overflow="drop").examples)
+def _plain_text_perplexity(
+    policy: Policy, chat: ChatTemplate, records: Sequence[Record], max_tokens: int
+) -> Evaluation:
+    """Perplexity of plain texts; every token but the first is predicted."""
+    documents = list(tokenize_records(chat, records, loss_on="all", max_length=max_tokens, overflow="drop").examples)
     budget = tokens_per_micro_batch(policy.base.shape, policy.device.type)
     nats = values_by_document(
         [policy], documents, budget, lambda batch: sum_by_document(batch, -policy.logprobs(batch)).tolist()
@@ -175,9 +179,9 @@ def _plain_text_perplexity(policy: Policy, chat: ChatTemplate, records: Sequence
             scores={},
             prompt_tokens=0,
             stopped=True,
-            nats=own,
+            nats=document_nats,
             answer_tokens=document.predictions,
         )
-        for document, own in zip(documents, nats, strict=True)
+        for document, document_nats in zip(documents, nats, strict=True)
     )
     return Evaluation(items, 0.0, (PERPLEXITY,))

@@ -1,4 +1,10 @@
-"""`rung generate`: samples answers, for people or a reward model to rank, for rejection sampling, for a judge."""
+"""`rung generate`: samples answers to the prompts of a data file, for ranking, rejection sampling or a judge.
+
+One row for each prompt is written at the end; until then the answers are kept chunk by chunk in a journal beside the
+output, so a stop costs one chunk. Each chunk has a seed of its own, which makes a resumed run draw what an
+uninterrupted one draws. A run or a base answers in this process, where a reward run can score the answers and a
+reference can give log-ratios; a server gives text alone. The command line and `rung.generate` call `generate`.
+"""
 
 from __future__ import annotations
 
@@ -40,27 +46,27 @@ from rung.runs.load import (
 from rung.training.step import values_by_document
 from rung.types import Example, PackedBatch, Record
 
-BATCH = 64
-"""Answers made at once."""
-SLICE = 256
-"""Answers after which what was made is on disk."""
-TOKENS = 4096
-"""Answers read at once, unless one is longer."""
+ANSWERS_PER_BATCH = 64
+"""Answers decoded in one batch."""
+ANSWERS_PER_CHUNK = 256
+"""Answers in one chunk of the journal: what a stop may lose."""
+SCORING_TOKENS = 4096
+"""Tokens of a batch in which answers are scored; a longer answer is a batch of its own."""
 
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """What is wanted of the answers."""
+    """How answers are sampled, filtered and scored."""
 
     sampling: Sampling = Sampling(256, 1.0, answers_per_prompt=4)
     limit: int | None = None
-    """At most this many prompts."""
+    """Use at most this many prompts, the first of the file."""
     distinct: bool = False
-    """Keep one of equal answers."""
+    """Keep one of several equal answers to a prompt."""
     reward: Path | None = None
-    """A reward run: answers come with its scores, best first."""
+    """A reward run, which scores the answers; they are then sorted, best first."""
     reference: str | None = None
-    """A run or a base: answers come with how much likelier they are here than there."""
+    """A run or a base: each answer gets its log-ratio to this model."""
     format: Format = "auto"
 
 
@@ -75,10 +81,11 @@ def generate(
 ) -> GenerationResult:
     """Sample answers to the prompts of a data file and write one row for each prompt to `output`.
 
-    `target` is a run, a base, or the URL of an OpenAI-compatible server, which wants `model`, the model's name there;
-    `concurrency` is how many requests a server gets at once, 8 unless set. Generation is saved incrementally: the same
-    call goes on after a stop. Raises `ConfigError` where the output exists already.
+    `target` is a run, a base, or the URL of an OpenAI-compatible server, which needs `model`, the model's name on it;
+    `concurrency` is the number of requests in flight, 8 by default. Generation is saved incrementally: the same call
+    resumes it after a stop. Raises `ConfigError` if the output exists already.
     """
+    # Options that would have no effect are errors, in both directions.
     if target_kind(target) == "server":
         if model is None:
             raise ConfigError("a server may hold several models", where="--model", hint="name one of them")
@@ -92,286 +99,302 @@ def generate(
     return GenerationResult.model_validate(generate_answers(target, data, output, request))
 
 
-def generate_answers(target: str, data: str, output: Path, asked: GenerateRequest) -> dict[str, Any]:
-    """Write one row a prompt to `output`: the prompt, what was expected, the answers, scores where a run gives them.
+def generate_answers(target: str, data: str, output: Path, request: GenerateRequest) -> dict[str, Any]:
+    """Write one row for each prompt to `output`: prompt, expected answer, sampled answers, and scores if requested.
 
-    Rows with several scores are of the format `rated`; prompts whose answers score alike are counted and left out.
-    Log-ratios to a reference are in nats an answer; the mean over answers that were sampled at temperature 1 estimates
-    the KL divergence. A stop loses nothing but the slice at hand: the same command goes on. Raises `ConfigError` where
-    the output exists already.
+    Rows with several scores have the format `rated`; prompts whose answers all score the same are counted and left out.
+    Log-ratios to a reference are in nats per answer; their mean over answers sampled at temperature 1 estimates the KL
+    divergence. A stop loses one chunk at most. Raises `ConfigError` if the output exists already.
     """
-    chosen = records_for(output, data, asked)
-    policy, chat, scorer = _open(target, asked)
-    room = policy.base.context - policy.method.virtual_tokens - asked.sampling.max_new_tokens
-    prompted = tokenize_prompts(chat, chosen, max_length=room, overflow="error")
-    with closing(_journal(output, target, policy, prompted, asked.sampling)) as journal:
-        answers = _sample_answers(policy, chat, prompted, asked.sampling, journal)
-        documents = _documents(prompted, answers, asked.sampling.answers_per_prompt)
-        made = GeneratedAnswers(
+    records = load_prompts(output, data, request)
+    policy, chat, scorer = _open_models(target, request)
+    max_prompt_tokens = policy.base.context - policy.method.virtual_tokens - request.sampling.max_new_tokens
+    prompts = tokenize_prompts(chat, records, max_length=max_prompt_tokens, overflow="error")
+    with closing(_journal(output, target, policy, prompts, request.sampling)) as journal:
+        answers = _sample_answers(policy, chat, prompts, request.sampling, journal)
+        documents = _documents(prompts, answers, request.sampling.answers_per_prompt)
+        log_ratios = None
+        if policy.reference:
+            log_ratios = _log_ratios(policy, documents, answers, request.sampling.temperature)
+        generated = GeneratedAnswers(
             [chat.assistant_text(a.all_tokens).strip() for a in answers],
             [len(a.all_tokens) for a in answers],
             [a.stopped for a in answers],
-            scores=scorer(documents, TOKENS) if scorer else None,
-            log_ratios=_log_ratios(policy, documents, answers, asked.sampling.temperature)
-            if policy.reference
-            else None,
+            scores=scorer(documents, SCORING_TOKENS) if scorer else None,
+            log_ratios=log_ratios,
         )
-        told = write_rows(output, prompted.records, made, asked)
+        summary = write_rows(output, prompts.records, generated, request)
+        # Only now: until the output is written, the journal is the only copy of the answers.
         journal.remove()
-    return told
+    return summary
 
 
-def records_for(output: Path, data: str, asked: GenerateRequest) -> list[Record]:
-    """The rows whose prompts are answered. Raises `ConfigError` where the output exists already."""
+def load_prompts(output: Path, data: str, request: GenerateRequest) -> list[Record]:
+    """The rows whose prompts are answered. Raises `ConfigError` if the output exists already."""
+    # Refused before the data is read: an earlier output may have cost hours and is never overwritten.
     if output.exists():
         raise ConfigError("this file exists already", where="--output", given=output)
-    records = load_records(DataConfig(path=data, format=asked.format), data).records
-    return [records[i] for i in range(min(len(records), asked.limit or len(records)))]
+    records = load_records(DataConfig(path=data, format=request.format), data).records
+    return [records[i] for i in range(min(len(records), request.limit or len(records)))]
 
 
 @dataclass(frozen=True)
 class GeneratedAnswers:
-    """Answers, those to one prompt next to each other."""
+    """Sampled answers with their measurements; the answers to one prompt are consecutive."""
 
     texts: Sequence[str]
     lengths: Sequence[int]
     stopped: Sequence[bool]
     unit: str = "tokens"
-    """Of the lengths."""
+    """Unit of the lengths: tokens, or characters for a server that gives text alone."""
     scores: Sequence[float] | None = None
     log_ratios: Sequence[float] | None = None
 
 
 def write_rows(
-    output: Path, records: Sequence[Record], made: GeneratedAnswers, asked: GenerateRequest
+    output: Path, records: Sequence[Record], generated: GeneratedAnswers, request: GenerateRequest
 ) -> dict[str, Any]:
-    """Write one row for each prompt with something to say, and tell what was made of them all."""
-    rows = _rows(records, made, asked)
+    """Write one row for each prompt that has answers to compare; returns counts and means over all answers."""
+    rows = _answer_rows(records, generated, request)
     write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    of_all = {made.unit: made.lengths, "score": made.scores, "log_ratio": made.log_ratios}
+    values_by_name = {generated.unit: generated.lengths, "score": generated.scores, "log_ratio": generated.log_ratios}
     return {
         "output": str(output),
         "prompts": len(rows),
         "answers": sum(len(row["answers"]) for row in rows),
-        "sampled": len(made.texts),
-        "cut": sum(not stopped for stopped in made.stopped),
+        "sampled": len(generated.texts),
+        "cut": sum(not stopped for stopped in generated.stopped),
         "nothing_to_compare": len(records) - len(rows),
-        "means": {name: float(np.mean(values)) for name, values in of_all.items() if values},
+        "means": {name: float(np.mean(values)) for name, values in values_by_name.items() if values},
     }
 
 
-def _rows(records: Sequence[Record], made: GeneratedAnswers, asked: GenerateRequest) -> list[dict[str, Any]]:
-    """With scores the best answer comes first, and prompts whose answers score alike are left out."""
-    rows, each, scores = [], asked.sampling.answers_per_prompt, made.scores
+def _answer_rows(
+    records: Sequence[Record], generated: GeneratedAnswers, request: GenerateRequest
+) -> list[dict[str, Any]]:
+    """One row for each prompt. With scores the best answer is first, and prompts without a preference are left out."""
+    rows, answers_per_prompt, scores = [], request.sampling.answers_per_prompt, generated.scores
     for i, record in enumerate(records):
-        own = range(i * each, (i + 1) * each)
-        order = sorted(own, key=lambda k: -scores[k]) if scores else list(own)
-        if asked.distinct or (scores and each > 1):  # rows of answers that are compared hold each once
-            first: dict[str, int] = {}
+        indices = range(i * answers_per_prompt, (i + 1) * answers_per_prompt)
+        order = sorted(indices, key=lambda k: -scores[k]) if scores else list(indices)
+        # Scored answers become `rated` rows, whose answers are compared, and an answer is not better than itself.
+        if request.distinct or (scores and answers_per_prompt > 1):
+            first_index: dict[str, int] = {}
             for k in order:
-                first.setdefault(made.texts[k], k)
-            order = list(first.values())
-        if scores and each > 1 and scores[order[0]] == scores[order[-1]]:
+                first_index.setdefault(generated.texts[k], k)
+            order = list(first_index.values())
+        if scores and answers_per_prompt > 1 and scores[order[0]] == scores[order[-1]]:
             continue
         row = {
             **_prompt_columns(record),
-            "answers": [made.texts[k] for k in order],
-            made.unit: [made.lengths[k] for k in order],
-            "stopped": [made.stopped[k] for k in order],
+            "answers": [generated.texts[k] for k in order],
+            generated.unit: [generated.lengths[k] for k in order],
+            "stopped": [generated.stopped[k] for k in order],
         }
-        measured = {"scores": made.scores, "log_ratios": made.log_ratios}
-        rows.append({**row, **{n: [round(v[k], 6) for k in order] for n, v in measured.items() if v is not None}})
+        values_by_name = {"scores": generated.scores, "log_ratios": generated.log_ratios}
+        rows.append({**row, **{n: [round(v[k], 6) for k in order] for n, v in values_by_name.items() if v is not None}})
     return rows
 
 
 def parse_format(text: str) -> Format:
-    """A format's name from the command line. Raises `ConfigError` for another word."""
+    """The name of a data format from the command line. Raises `ConfigError` for another word."""
     if text not in get_args(Format):
         raise ConfigError("no such format", where="--format", given=text, allowed=", ".join(get_args(Format)))
-    found: Format = text  # type: ignore[assignment]
-    return found
+    data_format: Format = text  # type: ignore[assignment]
+    return data_format
 
 
-def _open(target: str, asked: GenerateRequest) -> tuple[Policy, ChatTemplate, RewardScorer | None]:
-    """What answers, with its reference, and what scores; a base that carries several of them is held once."""
+def _open_models(target: str, request: GenerateRequest) -> tuple[Policy, ChatTemplate, RewardScorer | None]:
+    """The model that answers, with its reference, and the scorer; models on the same base share its weights."""
     path = Path(target)
-    run = is_run_folder(path)
-    config = config_of_run(path).model if run else ModelConfig(name=target)
-    base = None if run and (path / "model").is_dir() else load_base_on_device(config)
-    own = base.share_weights() if base is not None and (asked.reward or asked.reference) else base
-    if run or own is None:
-        model = open_run(path, own)
+    is_run = is_run_folder(path)
+    config = config_of_run(path).model if is_run else ModelConfig(name=target)
+    # A full run is loaded from its own folder, so there is no base to share.
+    base = None if is_run and (path / "model").is_dir() else load_base_on_device(config)
+    # The modules are copied, not the weights: an adapter must not change the base that reference or scorer stand on.
+    generator_base = base.share_weights() if base is not None and (request.reward or request.reference) else base
+    if is_run or generator_base is None:
+        model = open_run(path, generator_base)
         policy, chat = model.policy, model.chat
     else:
-        policy, chat = Policy(own, NoMethod()), ChatTemplate(own.tokenizer)
-    if asked.reference is not None:
-        policy.reference = _reference(asked.reference, config, base)
+        policy, chat = Policy(generator_base, NoMethod()), ChatTemplate(generator_base.tokenizer)
+    if request.reference is not None:
+        policy.reference = _reference(request.reference, config, base)
         if policy.reference.base.tokenizer.get_vocab() != chat.tokenizer.get_vocab():
-            raise ConfigError("the reference has another vocabulary", where="--reference", given=asked.reference)
-    return policy, chat, _open_scorer(asked.reward, chat, base) if asked.reward else None
+            raise ConfigError("the reference has another vocabulary", where="--reference", given=request.reference)
+    return policy, chat, _open_scorer(request.reward, chat, base) if request.reward else None
 
 
-def _reference(named: str, config: ModelConfig, base: BaseModel | None) -> Policy:
-    """A run with its adapter on, or a base; the base of what answers where that is it."""
-    if base is not None and config.student_of is None and named == config.name:
+def _reference(name: str, config: ModelConfig, base: BaseModel | None) -> Policy:
+    """The reference: a run with its adapter, or a base, which may be the base of the model that answers."""
+    # A student has other layers than the model of its name, so that model has to be loaded.
+    if base is not None and config.student_of is None and name == config.name:
         return Policy(base.share_weights(), NoMethod())
-    shared = share_base_if_same(Path(named), base) if is_run_folder(named) else None
-    return open_target(named, config, shared).policy
+    shared_base = share_base_if_same(Path(name), base) if is_run_folder(name) else None
+    return open_target(name, config, shared_base).policy
 
 
-def _open_scorer(run: Path, ours: ChatTemplate, base: BaseModel | None) -> RewardScorer:
-    """A reward run, opened and checked before anything is made."""
+def _open_scorer(run: Path, generator_chat: ChatTemplate, base: BaseModel | None) -> RewardScorer:
+    """A reward run, opened and checked before the first answer is sampled."""
     policy, chat, objective, _ = open_reward_model(run, share_base_if_same(run, base))
-    require_same_tokens(run, chat, ours)
+    require_same_tokens(run, chat, generator_chat)
     return RewardScorer(policy, objective)
 
 
 def _prompt_columns(record: Record) -> dict[str, Any]:
-    """The columns that say the prompt, as Rung's formats read them."""
+    """The columns of a prompt, named as Rung's data formats read them."""
     turns = record.messages[:-1]
-    one = len(turns) == 1 and turns[0].role == "user"
-    prompt: Any = turns[0].content if one else [{"role": m.role, "content": m.content} for m in turns]
+    is_single_question = len(turns) == 1 and turns[0].role == "user"
+    prompt: Any = turns[0].content if is_single_question else [{"role": m.role, "content": m.content} for m in turns]
     tools = {"tools": record.tools} if record.tools else {}
-    further = {
+    columns = {
         **tools,
         "context": record.context,
         "expected": record.answer or None,
         "group": record.group,
         "task": record.task,
     }
-    return {"prompt": prompt, **{name: value for name, value in further.items() if value is not None}}
+    return {"prompt": prompt, **{name: value for name, value in columns.items() if value is not None}}
 
 
 def _sample_answers(
-    policy: Policy, chat: ChatTemplate, prompted: PromptDataset, sampling: Sampling, journal: Journal
+    policy: Policy, chat: ChatTemplate, prompts: PromptDataset, sampling: Sampling, journal: Journal
 ) -> list[GeneratedAnswer]:
-    """As many to each prompt as `sampling` says, in their order; slice by slice, so that a stop loses one at most."""
-    width = max(1, SLICE // sampling.answers_per_prompt)
-    parts = [prompted.examples[i : i + width] for i in range(0, len(prompted.examples), width)]
+    """Answers to all prompts in order, chunk by chunk; chunks that the journal has are not sampled again."""
+    prompts_per_chunk = max(1, ANSWERS_PER_CHUNK // sampling.answers_per_prompt)
+    chunks = [prompts.examples[i : i + prompts_per_chunk] for i in range(0, len(prompts.examples), prompts_per_chunk)]
     if journal.results:
-        print_status(f"going on after {len(journal.results):,} of {len(parts):,} parts, kept in {journal.path}")
-    found: list[GeneratedAnswer] = []
-    with ProgressBar("generate", len(prompted.examples)) as bar:
-        for number, part in enumerate(parts):
-            if (kept := journal.results.get(str(number))) is not None:
-                found += [GeneratedAnswer(*fields) for fields in kept]
-                bar.advance(len(part))
+        print_status(f"going on after {len(journal.results):,} of {len(chunks):,} parts, kept in {journal.path}")
+    answers: list[GeneratedAnswer] = []
+    with ProgressBar("generate", len(prompts.examples)) as bar:
+        for number, chunk in enumerate(chunks):
+            # Chunks are numbered, not appended: the seed of a chunk and its place follow from the number.
+            if (stored := journal.results.get(str(number))) is not None:
+                answers += [GeneratedAnswer(*fields) for fields in stored]
+                bar.advance(len(chunk))
                 continue
-            made = generate_by_task(
+            generated = generate_by_task(
                 policy,
-                [e.ids.tolist() for e in part],
-                [e.task for e in part],
+                [e.ids.tolist() for e in chunk],
+                [e.task for e in chunk],
                 stop_ids=chat.stop_ids,
-                sampling=replace(sampling, seed=slice_seed(sampling.seed, number)),
-                batch_size=BATCH,
+                sampling=replace(sampling, seed=chunk_seed(sampling.seed, number)),
+                batch_size=ANSWERS_PER_BATCH,
                 on_batch=bar.advance,
             )
-            journal.add(str(number), [[a.ids, a.stop, a.logprobs] for a in made])
-            found += made
-    return found
+            journal.add(str(number), [[a.ids, a.stop, a.logprobs] for a in generated])
+            answers += generated
+    return answers
 
 
-def _journal(output: Path, target: str, policy: Policy, prompted: PromptDataset, sampling: Sampling) -> Journal:
-    """Beside the output, of exactly these weights, prompts and draws."""
-    written = sorted(Path(target).glob(f"[am]*/{MANIFEST}"))  # of adapter/ or model/: it holds their hashes
-    about = {
-        "weights": [policy.base.fingerprint, *(file.read_text() for file in written)],
-        "prompts": [[e.task, e.ids.tolist()] for e in prompted.examples],
+def _journal(output: Path, target: str, policy: Policy, prompts: PromptDataset, sampling: Sampling) -> Journal:
+    """The journal beside the output, tied to these weights, prompts and sampling settings."""
+    # The manifest in adapter/ or model/ holds the hashes of the weights: a run that was trained again under the same
+    # name must not continue the answers of the old one.
+    manifests = sorted(Path(target).glob(f"[am]*/{MANIFEST}"))
+    identity = {
+        "weights": [policy.base.fingerprint, *(file.read_text() for file in manifests)],
+        "prompts": [[e.task, e.ids.tolist()] for e in prompts.examples],
         "sampling": asdict(sampling),
     }
-    return Journal(journal_path(output), about)
+    return Journal(journal_path(output), identity)
 
 
 def journal_path(output: Path) -> Path:
-    """Where answers stand until the output is written."""
+    """The file that keeps answers until the output is written."""
     return output.with_name(f".{output.name}.journal")
 
 
-def slice_seed(seed: int, part: int) -> int:
-    """Of the draws of one slice: it needs no slice before it."""
-    return int(np.random.SeedSequence([seed, part]).generate_state(1)[0])
+def chunk_seed(seed: int, chunk: int) -> int:
+    """The seed of one chunk, which depends on no chunk before it."""
+    return int(np.random.SeedSequence([seed, chunk]).generate_state(1)[0])
 
 
-def _documents(prompted: PromptDataset, answers: Sequence[GeneratedAnswer], each: int) -> list[Example]:
-    """Prompts with their answers, which are what is scored."""
-    found = []
+def _documents(prompts: PromptDataset, answers: Sequence[GeneratedAnswer], answers_per_prompt: int) -> list[Example]:
+    """One document for each answer: prompt and answer, with the loss on the answer."""
+    documents = []
     for i, answer in enumerate(answers):
-        prompt = prompted.examples[i // each]
+        prompt = prompts.examples[i // answers_per_prompt]
         ids = np.array([*prompt.ids, *answer.all_tokens], dtype=np.int32)
-        found.append(Example(ids, np.arange(len(ids)) >= len(prompt), prompt.source, task=prompt.task))
-    return found
+        documents.append(Example(ids, np.arange(len(ids)) >= len(prompt), prompt.source, task=prompt.task))
+    return documents
 
 
 def _log_ratios(
     policy: Policy, documents: Sequence[Example], answers: Sequence[GeneratedAnswer], temperature: float
 ) -> list[float]:
-    """Log p(answer) - log q(answer), q the reference's, in nats; both at temperature 1."""
+    """Log p(answer) - log q(answer) in nats, with q of the reference; both at temperature 1."""
 
     def log_p(batch: PackedBatch) -> list[float]:
-        return [float(own) for own in sum_by_document(batch, policy.logprobs(batch)).double()]
+        return [float(document_sum) for document_sum in sum_by_document(batch, policy.logprobs(batch)).double()]
 
     def log_q(batch: PackedBatch) -> list[float]:
-        return [float(own) for own in policy.reference_sums(batch)]
+        return [float(document_sum) for document_sum in policy.reference_sums(batch)]
 
-    known = temperature in (0.0, 1.0)  # then what the decoder drew is what is asked for: one pass less
-    ours = [sum(a.logprobs) for a in answers] if known else values_by_document([policy], documents, TOKENS, log_p)
-    theirs = values_by_document([policy], documents, TOKENS, log_q)
-    return [p - q for p, q in zip(ours, theirs, strict=True)]
+    # At these temperatures the decoder computed log p at temperature 1 itself, which saves a forward pass.
+    if temperature in (0.0, 1.0):
+        policy_sums = [sum(a.logprobs) for a in answers]
+    else:
+        policy_sums = values_by_document([policy], documents, SCORING_TOKENS, log_p)
+    reference_sums = values_by_document([policy], documents, SCORING_TOKENS, log_q)
+    return [p - q for p, q in zip(policy_sums, reference_sums, strict=True)]
 
 
-SHOWN = 5
-"""Failures that are named."""
+MAX_NAMED_FAILURES = 5
+"""Failed prompts that the error names; the others are counted."""
 
 
-def generate_remotely(server: Server, data: str, output: Path, asked: GenerateRequest) -> dict[str, Any]:
-    """As `generate_answers`, with the answers of a server; nothing of them is scored.
+def generate_remotely(server: Server, data: str, output: Path, request: GenerateRequest) -> dict[str, Any]:
+    """As `generate_answers`, with answers from a server, which cannot be scored.
 
-    Raises `ConfigError` for a request that only a run can serve, `CheckpointError` where prompts got no answer: the
-    others are kept, and the same command asks for those alone.
+    Raises `ConfigError` for a request that needs log-probabilities or tokens, `CheckpointError` if prompts got no
+    answer: the answers of the others are kept, and the same command asks for the missing ones alone.
     """
-    if asked.reward or asked.reference:
-        what = "a server gives text, not the log-probabilities or tokens that this wants"
-        raise ConfigError(what, where="--reward" if asked.reward else "--reference", given=server.url)
-    chosen = records_for(output, data, asked)
-    requests = [_chat_request(record, number, asked) for number, record in enumerate(chosen)]
-    about = {"model": server.model, "requests": [asdict(request) for request in requests]}
-    with closing(Journal(journal_path(output), about)) as journal:
+    if request.reward or request.reference:
+        summary = "a server gives text, not the log-probabilities or tokens that this wants"
+        raise ConfigError(summary, where="--reward" if request.reward else "--reference", given=server.url)
+    records = load_prompts(output, data, request)
+    requests = [_chat_request(record, number, request) for number, record in enumerate(records)]
+    identity = {"model": server.model, "requests": [asdict(chat_request) for chat_request in requests]}
+    with closing(Journal(journal_path(output), identity)) as journal:
         if journal.results:
-            print_status(
-                f"going on after {len(journal.results):,} of {len(requests):,} prompts, kept in {journal.path}"
-            )
+            existing = f"{len(journal.results):,} of {len(requests):,} prompts"
+            print_status(f"going on after {existing}, kept in {journal.path}")
         with ProgressBar("ask", len(requests), len(journal.results)) as bar:
-            found, failures = ask_server(server, requests, journal, bar.advance)
+            answers_by_prompt, failures = ask_server(server, requests, journal, bar.advance)
+        # No output with gaps: the journal keeps what arrived, and the next call asks for the rest.
         if failures:
-            raise _report_failures(chosen, failures, output)
-        answers = [answer for number in range(len(requests)) for answer in found[number]]
+            raise _failures_error(records, failures, output)
+        answers = [answer for number in range(len(requests)) for answer in answers_by_prompt[number]]
+        # A server reports no token counts per answer, so lengths are in characters.
         texts = [answer.text.strip() for answer in answers]
-        made = GeneratedAnswers(
+        generated = GeneratedAnswers(
             texts, [len(text) for text in texts], [answer.stopped for answer in answers], unit="characters"
         )
-        told = write_rows(output, chosen, made, asked)
+        result = write_rows(output, records, generated, request)
         journal.remove()
-    return told
+    return result
 
 
-def _chat_request(record: Record, number: int, asked: GenerateRequest) -> ChatRequest:
-    """One prompt, its context in front of the question, as a run would be asked."""
-    sampling = asked.sampling
+def _chat_request(record: Record, index: int, request: GenerateRequest) -> ChatRequest:
+    """The request for one prompt, with its context before the question as for a run."""
+    sampling = request.sampling
     turns = PromptFormat().turns(record)
     settings: dict[str, Any] = {
         "n": sampling.answers_per_prompt,
         "temperature": sampling.temperature,
         "max_tokens": sampling.max_new_tokens,
-        "seed": slice_seed(sampling.seed, number) % 2**31,
+        # Not negative in a signed 32-bit integer, in which a server may read it.
+        "seed": chunk_seed(sampling.seed, index) % 2**31,
     }
     if record.tools:
         settings["tools"] = json.loads(record.tools)
     return ChatRequest([for_template(turn) for turn in turns], settings)
 
 
-def _report_failures(records: Sequence[Record], failures: Sequence[FailedRequest], output: Path) -> CheckpointError:
-    told = [f"{records[f.prompt].source}: {f.reason}" for f in failures[:SHOWN]]
-    told += [f"and {len(failures) - SHOWN} more"] if len(failures) > SHOWN else []
-    told += ["the others are kept: the same command asks for these alone"]
-    what = f"{len(failures):,} of {len(records):,} prompts got no answer"
-    return CheckpointError(what, where=str(output), hint="\n  ".join(told))
+def _failures_error(records: Sequence[Record], failures: Sequence[FailedRequest], output: Path) -> CheckpointError:
+    lines = [f"{records[f.prompt].source}: {f.reason}" for f in failures[:MAX_NAMED_FAILURES]]
+    lines += [f"and {len(failures) - MAX_NAMED_FAILURES} more"] if len(failures) > MAX_NAMED_FAILURES else []
+    lines += ["the others are kept: the same command asks for these alone"]
+    summary = f"{len(failures):,} of {len(records):,} prompts got no answer"
+    return CheckpointError(summary, where=str(output), hint="\n  ".join(lines))

@@ -1,4 +1,9 @@
-"""Judges put to work: one at hand or one behind a server, checked against people before it is believed."""
+"""Judging pairs of answers by a model: a local one by log-probabilities, or one behind a server in words.
+
+Every pair is judged in both orders, which doubles the requests but exposes position bias. A judge is trusted only if it
+agrees with human labels (docs/decisions/0021). Verdicts of a server are kept in the user's cache, by the whole set of
+requests, since they cost money; local verdicts are computed anew. `compare.py` calls `judge_pairs`.
+"""
 
 from __future__ import annotations
 
@@ -22,52 +27,62 @@ from rung.evaluation.judge import (
     read_human_labels,
 )
 from rung.files import Journal, cache_folder
-from rung.inference.openai_client import DEFAULT_CONCURRENCY, ChatRequest, Server
-from rung.inference.openai_client import ask_server as ask_server
+from rung.inference.openai_client import DEFAULT_CONCURRENCY, ChatRequest, Server, ask_server
 from rung.runs.load import open_target
 from rung.scoring.pairwise import JudgeAgreement, Preference, check_judge, summarize_preferences
 from rung.types import Message
 
-WORDS = 512
-"""Tokens that a judge behind a server may write, reasons included."""
+MAX_VERDICT_TOKENS = 512
+"""Tokens that a judge behind a server may write for a verdict with its reasons."""
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What a judge made of pairs, and whether it is to be believed."""
+    """The verdicts of a judge on pairs, and whether it can be trusted."""
 
-    judged: tuple[JudgedPair, ...]
+    judged_pairs: tuple[JudgedPair, ...]
     preference: Preference
     trust: JudgeAgreement
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, without the pairs."""
+        """Plain values without the single pairs."""
         return {**self.preference.to_json(), "trust": self.trust.to_json()}
 
     def lines(self) -> list[str]:
-        """The pairs and all that was said of them, a JSON object each."""
-        return [json.dumps({**asdict(j), "outcome": j.verdicts.outcome}, ensure_ascii=False) for j in self.judged]
+        """One JSON object for each pair with its verdicts."""
+        return [
+            json.dumps({**asdict(pair), "outcome": pair.verdicts.outcome}, ensure_ascii=False)
+            for pair in self.judged_pairs
+        ]
 
 
 def judge_pairs(config: JudgeConfig, pairs: Sequence[AnswerPair], seed: int = 0) -> Judgement:
-    """Ask the judge of `config` about pairs, and about those that people have labelled.
+    """Ask the judge of `config` about pairs, and about the pairs with human labels, on which it is checked.
 
-    Raises `ConfigError` or `CheckpointError` where it cannot be asked, `DataError` for a file of labels that is none.
+    Raises `ConfigError` or `CheckpointError` if it cannot be asked, `DataError` for a malformed file of labels.
     """
-    labelled, people = read_human_labels(config.human_labels) if config.human_labels else ([], [])
-    every = judge_both_orders([*pairs, *labelled], config, _ask_function(config))
-    own, known = every[: len(pairs)], every[len(pairs) :]
-    if labelled:
-        checked = check_judge(
-            [j.verdicts for j in known], people, [pair.cluster for pair in labelled], config.min_kappa
+    labeled_pairs, human_labels = read_human_labels(config.human_labels) if config.human_labels else ([], [])
+    # One call for both sets: the judge is loaded once, and sees no difference between them.
+    judged_pairs = judge_both_orders([*pairs, *labeled_pairs], config, _ask_function(config))
+    verdicts, labeled_verdicts = judged_pairs[: len(pairs)], judged_pairs[len(pairs) :]
+    # Without human labels the verdict is reported all the same, but marked as not to be trusted.
+    if labeled_pairs:
+        agreement = check_judge(
+            [judged.verdicts for judged in labeled_verdicts],
+            human_labels,
+            [pair.cluster for pair in labeled_pairs],
+            config.min_kappa,
         )
     else:
-        checked = JudgeAgreement(
-            False, "its agreement with people was not measured: evaluation.judge.human names no file"
+        agreement = JudgeAgreement(
+            False, "its agreement with people was not measured: evaluation.judge.human_labels names no file"
         )
+    # Lengths go into the summary because judges tend to prefer longer answers.
     lengths = [(len(pair.first), len(pair.second)) for pair in pairs]
-    found = summarize_preferences([j.verdicts for j in own], lengths, [pair.cluster for pair in pairs], seed)
-    return Judgement(tuple(own), found, checked)
+    preference = summarize_preferences(
+        [judged.verdicts for judged in verdicts], lengths, [pair.cluster for pair in pairs], seed
+    )
+    return Judgement(tuple(verdicts), preference, agreement)
 
 
 def _ask_function(config: JudgeConfig) -> AskJudge:
@@ -78,23 +93,26 @@ def _ask_function(config: JudgeConfig) -> AskJudge:
 
 
 def _ask_by_server(server: Server) -> AskJudge:
-    """Verdicts of a server, each kept in the cache as it comes: the same question is never paid for twice."""
+    """Verdicts of a server, each stored in the cache as it arrives: the same questions are not paid for twice."""
 
     def ask(prompts: Sequence[tuple[Message, ...]]) -> list[JudgeVerdict]:
-        settings = {"temperature": 0.0, "max_tokens": WORDS}
+        # Temperature 0, so that a verdict is worth caching.
+        settings = {"temperature": 0.0, "max_tokens": MAX_VERDICT_TOKENS}
         requests = [ChatRequest([{"role": m.role, "content": m.content} for m in turns], settings) for turns in prompts]
-        about = {"url": server.url, "model": server.model, "requests": [asdict(request) for request in requests]}
-        name = sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-        with closing(Journal(cache_folder() / "judged" / f"{name}.jsonl", about)) as journal:
+        identity = {"url": server.url, "model": server.model, "requests": [asdict(request) for request in requests]}
+        name = sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        # The name is a hash of everything asked, so a changed prompt or model starts a new journal.
+        with closing(Journal(cache_folder() / "judged" / f"{name}.jsonl", identity)) as journal:
             if journal.results:
                 print_status(
                     f"{len(journal.results):,} of {len(requests):,} verdicts are known, kept in {journal.path}"
                 )
             with ProgressBar("judge", len(requests), len(journal.results)) as bar:
-                found, failures = ask_server(server, requests, journal, bar.advance)
+                answers, failures = ask_server(server, requests, journal, bar.advance)
+        # A request without an answer becomes a verdict that counts in no rate, instead of failing all others.
         reasons = {failure.prompt: failure.reason for failure in failures}
         return [
-            parse_verdict(found[i][0].text) if i in found else JudgeVerdict(None, reasons[i])
+            parse_verdict(answers[i][0].text) if i in answers else JudgeVerdict(None, reasons[i])
             for i in range(len(requests))
         ]
 

@@ -1,4 +1,10 @@
-"""What a climb measured, as a ladder: rows with scores and costs, the verdict, and what the numbers say besides."""
+"""The ladder: what a climb measured, as rows with scores and costs, a verdict and diagnoses.
+
+Everything is computed from the stored scores of single items, so that a finished climb can be read and printed again
+without a model. The price is that no rung may answer other questions than the first: such a folder is refused. Fields
+of `LadderRow` are keys of `--json` and `run.json`. `climb.py` stores and collects the rungs, `report` draws the ladder;
+the statistics are in `scoring/recommendation.py`.
+"""
 
 from __future__ import annotations
 
@@ -20,38 +26,38 @@ from rung.scoring.recommendation import Verdict, paired_gain, recommend, rung_sc
 from rung.scoring.stats import Difference, Interval
 from rung.training.run_folder import peak_memory_bytes, write_json
 
-CONTEXTS = {"given": "context", "withheld": "closed book", "retrieved": "retrieved passages"}
-"""What the ladder calls what stands before the question, where any row has a context or passages are retrieved."""
+CONTEXT_LABELS = {"given": "context", "withheld": "closed book", "retrieved": "retrieved passages"}
+"""What the ladder calls each setting of `context`; it names none where no row has a context."""
 AnyRung = RungConfig | OnTopConfig
 
 
 @dataclass(frozen=True, slots=True)
 class LadderRow:
-    """One rung of the printed ladder. Costs of a rung with several training seeds are means over them."""
+    """One rung of the printed ladder. Times and tokens of several training seeds are means, memory and disk maxima."""
 
     rung: str
     kind: str
     sees: str
-    """What stands in the prompt besides the question."""
+    """Content of the prompt besides the question."""
     scores: dict[str, Interval]
     gain: Difference | None
-    """Paired difference to the rung below, in points of the deciding metric."""
+    """Paired difference to the rung below, in points of the deciding metric; None for the lowest."""
     trainable_parameters: int
     train_seconds: float
-    """With the trials of a search."""
+    """Includes the trials of a search."""
     peak_memory_bytes: int
     prompt_tokens: float
     seconds_per_query: float
-    """Looking up and answering."""
+    """Retrieval and answer together."""
     folder: str
     disk_bytes: int = 0
-    """Of what is kept: an adapter, or a whole model."""
+    """Size of the saved adapter or model."""
     retrieval: dict[str, Any] | None = None
-    """Where passages were retrieved: how often the right ones were, and from what."""
+    """Hit rate and source of the passages, if any were retrieved."""
     instruction: str | None = None
-    """The system turn of an untuned rung."""
+    """System turn of an untuned rung."""
     instructions: tuple[dict[str, Any], ...] = ()
-    """Where it was chosen: each that was tried, with its scores on the validation split."""
+    """The candidates with their scores on the validation split, on the rung that chose the instruction."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -64,7 +70,7 @@ class LadderRow:
 
 @dataclass(frozen=True, slots=True)
 class SkippedRung:
-    """A rung that was not measured."""
+    """A rung that was not measured, and the reason."""
 
     rung: str
     why: str
@@ -72,12 +78,12 @@ class SkippedRung:
 
 @dataclass(frozen=True, slots=True)
 class NextRung:
-    """What the next rung above the recommended one buys, and what it costs for ever."""
+    """What the rung right above the recommended one gains, and what it costs at every query and on disk."""
 
     rung: str
     above: str
     gain: Difference
-    """In points of the deciding metric."""
+    """Paired difference, in points of the deciding metric."""
     seconds_per_query: float
     prompt_tokens: float
     disk_bytes: int
@@ -85,16 +91,16 @@ class NextRung:
 
     @property
     def text(self) -> str:
-        """In words."""
+        """One line for the terminal and the report."""
         points = f"{self.gain.mean:+.2f} [{self.gain.low:+.2f}, {self.gain.high:+.2f}]"
         costs = f"{self.seconds_per_query:+.2f} s and {self.prompt_tokens:+,.0f} prompt tokens a query"
-        kept = f", {self.disk_bytes / 1e6:+,.0f} MB on disk, {self.train_seconds:,.0f} s of training"
-        return f"{self.rung} instead of {self.above}: {points} points for {costs}{kept}"
+        storage = f", {self.disk_bytes / 1e6:+,.0f} MB on disk, {self.train_seconds:,.0f} s of training"
+        return f"{self.rung} instead of {self.above}: {points} points for {costs}{storage}"
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What a difference between two rungs says of what the model lacks."""
+    """What the model lacks, read from a sure difference between two rungs."""
 
     lacks: Literal["knowledge", "behaviour"]
     lower: str
@@ -103,32 +109,32 @@ class Diagnosis:
 
     @property
     def text(self) -> str:
-        """In words, with the numbers behind them."""
+        """One line, with the numbers behind it."""
         d = self.difference
         gain = f"{self.upper} over {self.lower}: {d.mean:+.2f} [{d.low:+.2f}, {d.high:+.2f}]"
-        what = "it lacks what the passages say" if self.lacks == "knowledge" else "it lacks the way to answer"
-        return f"{self.lacks}: {what} ({gain})"
+        meaning = "it lacks what the passages say" if self.lacks == "knowledge" else "it lacks the way to answer"
+        return f"{self.lacks}: {meaning} ({gain})"
 
 
 @dataclass(frozen=True, slots=True)
 class ForgettingResult:
-    """What a tuned rung makes of other data, beside what it began from: after minus before."""
+    """Scores of a tuned rung on other data minus those of the model it started from."""
 
     rung: str
     data: str
     metrics: dict[str, Any]
-    """Of each: both scores and their paired difference, of perplexity in nats a token."""
+    """For each metric both scores and their paired difference; for perplexity in nats per token."""
 
     @property
     def text(self) -> str:
-        """In words."""
-        changes = [f"{name} {change_text(name, found)}" for name, found in self.metrics.items()]
+        """One line for the terminal and the report."""
+        changes = [f"{name} {change_text(name, change)}" for name, change in self.metrics.items()]
         return f"{self.rung} on {self.data}: {', '.join(changes)}"
 
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
-    """Of the learning curve: what a tuned rung scores with fewer training rows."""
+    """A point of the learning curve: the score of a tuned rung with fewer training rows."""
 
     rung: str
     rows: int
@@ -138,7 +144,7 @@ class CurvePoint:
 
 @dataclass(frozen=True, slots=True)
 class Ladder:
-    """What `rung climb` measured."""
+    """The result of `rung climb`."""
 
     rows: tuple[LadderRow, ...]
     verdict: Verdict
@@ -146,27 +152,32 @@ class Ladder:
     examples: int
     clusters: int
     folder: str
-    skipped: tuple[SkippedRung, ...] = ()
+    skipped_rungs: tuple[SkippedRung, ...] = ()
     next_rung: NextRung | None = None
-    """None where the recommended rung is the highest, or none is recommended."""
+    """None if the recommended rung is the highest, or none is recommended."""
     diagnoses: tuple[Diagnosis, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
     forgetting: tuple[ForgettingResult, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain values for `--json` and `run.json`."""
+        # The keys are read by users' scripts and by the report of older runs, so they keep their names whatever the
+        # fields are called.
         return {
             "metric": self.metric,
             "examples": self.examples,
             "clusters": self.clusters,
             "ladder": [row.to_json() for row in self.rows],
             "verdict": self.verdict.to_json(),
-            "left": [asdict(left) for left in self.skipped],
+            "left": [asdict(rung) for rung in self.skipped_rungs],
             "further": self.next_rung
             and {**asdict(self.next_rung), "gain": self.next_rung.gain.to_json(), "text": self.next_rung.text},
             "curve": [{**asdict(point), "score": point.score.to_json()} for point in self.curve],
-            "notes": [{**asdict(n), "difference": n.difference.to_json(), "text": n.text} for n in self.diagnoses],
-            "forgotten": [{**asdict(one), "text": one.text} for one in self.forgetting],
+            "notes": [
+                {**asdict(diagnosis), "difference": diagnosis.difference.to_json(), "text": diagnosis.text}
+                for diagnosis in self.diagnoses
+            ],
+            "forgotten": [{**asdict(result), "text": result.text} for result in self.forgetting],
             "folder": self.folder,
             "report": str(Path(self.folder) / "report.html"),
         }
@@ -174,114 +185,132 @@ class Ladder:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredRung:
-    """A rung's results: one evaluation per training seed, and what the runs cost."""
+    """The results of a rung: one evaluation and one cost for each training seed."""
 
     config: AnyRung
     evaluations: tuple[Evaluation, ...]
     costs: tuple[dict[str, Any], ...]
 
 
-def rung_folder(path: Path, rung: AnyRung, number: int, seeds: int) -> Path:
-    """Where one of a rung's `seeds` runs stands inside a climb's folder."""
-    inside = path / "rungs" / rung.slug
-    return inside / f"seed-{number}" if seeds > 1 else inside
+def rung_folder(path: Path, rung: AnyRung, seed_index: int, seeds: int) -> Path:
+    """The folder of one of a rung's `seeds` runs inside the folder of a climb."""
+    folder = path / "rungs" / rung.slug
+    return folder / f"seed-{seed_index}" if seeds > 1 else folder
 
 
-def build_ladder(config: RunConfig, measured: Sequence[MeasuredRung], left: Sequence[SkippedRung] = ()) -> Ladder:
-    """The ladder and its verdict, from the stored per-item scores alone; `left` are rungs that were not measured."""
+def build_ladder(
+    config: RunConfig, measured_rungs: Sequence[MeasuredRung], skipped_rungs: Sequence[SkippedRung] = ()
+) -> Ladder:
+    """The ladder and its verdict, from the stored scores of single items alone.
+
+    Raises `CheckpointError` if the rungs did not answer the same questions.
+    """
     metric = config.evaluation.metrics[0]
-    first = measured[0].evaluations[0]
-    for m in measured:
+    first = measured_rungs[0].evaluations[0]
+    # All differences are paired by position, so another order of the same questions would be as wrong as other ones.
+    for m in measured_rungs:
         if any(
             [(i.source, i.expected) for i in e.items] != [(i.source, i.expected) for i in first.items]
             for e in m.evaluations
         ):
             raise CheckpointError(f"rung {m.config.label} answered other questions than the first", where=config.output)
     weights = first.weights(metric)
-    tables = [np.stack([e.scores(metric) for e in m.evaluations]) for m in measured]
-    lower = metric == PERPLEXITY
-    found = recommend(
-        [(m.config.label, table) for m, table in zip(measured, tables, strict=True)],
-        math.log1p(config.climb.margin) if lower else config.climb.margin,
-        math.log(config.climb.target) if lower and config.climb.target else config.climb.target,
+    tables = [np.stack([e.scores(metric) for e in m.evaluations]) for m in measured_rungs]
+    lower_is_better = metric == PERPLEXITY
+    # Perplexity is judged in nats per token, where differences are additive: a margin of 0.05 is then a perplexity 5 %
+    # higher, and a target its logarithm.
+    verdict = recommend(
+        [(m.config.label, table) for m, table in zip(measured_rungs, tables, strict=True)],
+        math.log1p(config.climb.margin) if lower_is_better else config.climb.margin,
+        math.log(config.climb.target) if lower_is_better and config.climb.target else config.climb.target,
         clusters=first.clusters,
         weights=weights,
-        in_nats=lower,
+        in_nats=lower_is_better,
         seed=config.seed,
     )
     rows = []
-    for i, m in enumerate(measured):
+    for i, m in enumerate(measured_rungs):
         gain = paired_gain(tables[i - 1], tables[i], first.clusters, weights=weights, seed=config.seed) if i else None
         rows.append(_row(config, m, gain))
 
-    def step(lower: int, upper: int) -> Difference:
-        return paired_gain(tables[lower], tables[upper], first.clusters, weights=weights, seed=config.seed)
+    def gain_between(lower_index: int, upper_index: int) -> Difference:
+        return paired_gain(tables[lower_index], tables[upper_index], first.clusters, weights=weights, seed=config.seed)
 
     return Ladder(
-        *(tuple(rows), found, metric, len(first.items), len(set(first.clusters)), config.output),
-        skipped=tuple(left),
-        next_rung=_next_rung(rows, found, step),
-        diagnoses=tuple(_diagnoses(measured, rows, step, lower=lower)),
+        *(tuple(rows), verdict, metric, len(first.items), len(set(first.clusters)), config.output),
+        skipped_rungs=tuple(skipped_rungs),
+        next_rung=_next_rung(rows, verdict, gain_between),
+        diagnoses=tuple(_diagnoses(measured_rungs, rows, gain_between, lower_is_better=lower_is_better)),
     )
 
 
-StepFunction = Callable[[int, int], Difference]
-"""The paired difference of two rungs by their places in the ladder: upper minus lower."""
+GainFunction = Callable[[int, int], Difference]
+"""The paired difference of two rungs by their indices in the ladder: upper minus lower."""
 
 
-def _next_rung(rows: Sequence[LadderRow], found: Verdict, step: StepFunction) -> NextRung | None:
-    """The rung right above the recommended one."""
+def _next_rung(rows: Sequence[LadderRow], verdict: Verdict, gain_between: GainFunction) -> NextRung | None:
+    """Gain and cost of the rung right above the recommended one; None if there is none."""
     names = [row.rung for row in rows]
-    if found.recommended is None or found.recommended == names[-1]:
+    if verdict.recommended is None or verdict.recommended == names[-1]:
         return None
-    at = names.index(found.recommended)
-    own, above = rows[at], rows[at + 1]
+    index = names.index(verdict.recommended)
+    recommended_row, next_row = rows[index], rows[index + 1]
     return NextRung(
-        above.rung,
-        own.rung,
-        step(at, at + 1),
-        seconds_per_query=above.seconds_per_query - own.seconds_per_query,
-        prompt_tokens=above.prompt_tokens - own.prompt_tokens,
-        disk_bytes=above.disk_bytes - own.disk_bytes,
-        train_seconds=above.train_seconds,
+        next_row.rung,
+        recommended_row.rung,
+        gain_between(index, index + 1),
+        seconds_per_query=next_row.seconds_per_query - recommended_row.seconds_per_query,
+        prompt_tokens=next_row.prompt_tokens - recommended_row.prompt_tokens,
+        disk_bytes=next_row.disk_bytes - recommended_row.disk_bytes,
+        # Not a difference: who already has the recommended rung still pays the whole training of the next one.
+        train_seconds=next_row.train_seconds,
     )
 
 
 def _diagnoses(
-    measured: Sequence[MeasuredRung], rows: Sequence[LadderRow], step: StepFunction, *, lower: bool
+    measured_rungs: Sequence[MeasuredRung],
+    rows: Sequence[LadderRow],
+    gain_between: GainFunction,
+    *,
+    lower_is_better: bool,
 ) -> Iterator[Diagnosis]:
-    """What retrieval brings to the same prompt, and tuning to the same context, where either surely helps."""
-    kinds = [m.config.kind for m in measured]
+    """Where retrieval surely improves the same prompt, and where tuning surely improves on the same context."""
+    kinds = [m.config.kind for m in measured_rungs]
 
-    def better(found: Difference) -> bool:
-        return found.high < 0 if lower else found.low > 0
+    def is_better(difference: Difference) -> bool:
+        return difference.high < 0 if lower_is_better else difference.low > 0
 
-    contexts = [m.costs[0].get("context") for m in measured]
-    for bare, retrieving in (("zero_shot", "rag"), ("few_shot", "few_shot+rag")):
-        without = [i for i, kind in enumerate(kinds) if kind == bare and contexts[i] != "given"]
-        if without and retrieving in kinds:
-            at = without[0], kinds.index(retrieving)
-            if better(found := step(*at)):
-                yield Diagnosis("knowledge", rows[at[0]].rung, rows[at[1]].rung, found)
-    for upper, m in enumerate(measured):
-        alike = [i for i, c in enumerate(contexts) if kinds[i] in UNTUNED and c == contexts[upper]]
-        if m.config.kind in (*UNTUNED, "on_top") or not alike:
+    contexts = [m.costs[0].get("context") for m in measured_rungs]
+    # Each pair differs in the passages alone. A rung that is given the row's own context shows no lack of knowledge
+    # and is no counterpart.
+    for plain_kind, retrieval_kind in (("zero_shot", "rag"), ("few_shot", "few_shot+rag")):
+        plain_rungs = [i for i, kind in enumerate(kinds) if kind == plain_kind and contexts[i] != "given"]
+        if plain_rungs and retrieval_kind in kinds:
+            pair = plain_rungs[0], kinds.index(retrieval_kind)
+            if is_better(gain := gain_between(*pair)):
+                yield Diagnosis("knowledge", rows[pair[0]].rung, rows[pair[1]].rung, gain)
+    # A tuned rung against the best untuned one that sees the same context: what is left is the way to answer.
+    for upper, m in enumerate(measured_rungs):
+        same_context = [i for i, c in enumerate(contexts) if kinds[i] in UNTUNED and c == contexts[upper]]
+        if m.config.kind in (*UNTUNED, "on_top") or not same_context:
             continue
-        sign, metric = -1.0 if lower else 1.0, next(iter(rows[0].scores))
-        best = max(alike, key=lambda i: sign * rows[i].scores[metric].mean)
-        if better(found := step(best, upper)):
-            yield Diagnosis("behaviour", rows[best].rung, rows[upper].rung, found)
+        sign, metric = -1.0 if lower_is_better else 1.0, next(iter(rows[0].scores))
+        best_untuned = max(same_context, key=lambda i: sign * rows[i].scores[metric].mean)
+        if is_better(gain := gain_between(best_untuned, upper)):
+            yield Diagnosis("behaviour", rows[best_untuned].rung, rows[upper].rung, gain)
+            # The lowest rung that shows it is enough; higher ones would say the same again.
             return
 
 
-def _row(config: RunConfig, measured: MeasuredRung, gain: Difference | None) -> LadderRow:
-    rung, evaluations, costs = measured.config, measured.evaluations, measured.costs
+def _row(config: RunConfig, measured_rung: MeasuredRung, gain: Difference | None) -> LadderRow:
+    rung, evaluations, costs = measured_rung.config, measured_rung.evaluations, measured_rung.costs
 
     def mean(key: str) -> float:
         return float(np.mean([cost[key] for cost in costs]))
 
-    searched = float(sum(trial.get("seconds", 0.0) for trial in costs[0].get("search", {}).get("trials", ())))
-    answering = float(np.mean([e.seconds_per_query for e in evaluations]))
+    # One search serves all training seeds, so its trials count once and not as a mean.
+    search_seconds = float(sum(trial.get("seconds", 0.0) for trial in costs[0].get("search", {}).get("trials", ())))
+    answer_seconds = float(np.mean([e.seconds_per_query for e in evaluations]))
     return LadderRow(
         rung=rung.label,
         kind=rung.kind,
@@ -289,10 +318,11 @@ def _row(config: RunConfig, measured: MeasuredRung, gain: Difference | None) -> 
         scores={name: score_of_rung(evaluations, name) for name in config.evaluation.metrics},
         gain=gain,
         trainable_parameters=int(costs[0]["trainable_parameters"]),
-        train_seconds=mean("train_seconds") + searched,
+        train_seconds=mean("train_seconds") + search_seconds,
+        # The maximum, since the machine must have room for every seed.
         peak_memory_bytes=int(max(cost["peak_memory_bytes"] for cost in costs)),
         prompt_tokens=float(np.mean([e.prompt_tokens for e in evaluations])),
-        seconds_per_query=answering + (costs[0].get("retrieval") or {}).get("seconds_per_query", 0.0),
+        seconds_per_query=answer_seconds + (costs[0].get("retrieval") or {}).get("seconds_per_query", 0.0),
         folder=str(rung_folder(Path(config.output), rung, 0, len(evaluations))),
         disk_bytes=int(max(cost.get("disk_bytes", 0) for cost in costs)),
         retrieval=costs[0].get("retrieval"),
@@ -302,18 +332,19 @@ def _row(config: RunConfig, measured: MeasuredRung, gain: Difference | None) -> 
 
 
 def _prompt_contents(facts: Mapping[str, Any]) -> str:
-    """What stands in the prompt besides the question."""
-    chosen = {"similarity": "nearest ", "coverage": "covering "}.get(str(facts.get("example_selection")), "")
+    """Content of the prompt besides the question, in words."""
+    selection = {"similarity": "nearest ", "coverage": "covering "}.get(str(facts.get("example_selection")), "")
     parts = [
         "instruction" if facts.get("instruction") else "",
-        f"{facts['shots_each']} {chosen}shots" if facts.get("shots_each") else "",
-        CONTEXTS.get(str(facts.get("context")), ""),
+        f"{facts['shots_each']} {selection}shots" if facts.get("shots_each") else "",
+        CONTEXT_LABELS.get(str(facts.get("context")), ""),
     ]
     return ", ".join(filter(None, parts)) or "the question"
 
 
 def score_of_rung(evaluations: Sequence[Evaluation], metric: str) -> Interval:
-    """The mean over items, and over training seeds, whose spread is part of the interval."""
+    """Mean over items and training seeds; the spread between the seeds is part of the interval."""
+    # With one seed the evaluation's own interval, which for perplexity is that of a ratio of sums.
     if len(evaluations) == 1:
         return evaluations[0].interval(metric)
     first = evaluations[0]
@@ -321,17 +352,19 @@ def score_of_rung(evaluations: Sequence[Evaluation], metric: str) -> Interval:
     score = rung_score(table, first.clusters, weights=first.weights(metric))
     if metric != PERPLEXITY:
         return score
+    # `rung_score` works in nats per token; a ladder shows perplexities.
     return replace(score, mean=math.exp(score.mean), low=math.exp(score.low), high=math.exp(score.high))
 
 
 def read_rung_result(folder: Path) -> dict[str, Any]:
-    """What `_store` wrote last."""
-    found: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    return found
+    """The `result.json` of a finished rung."""
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return result
 
 
 def store_rung_result(folder: Path, result: Evaluation, cost: dict[str, Any]) -> None:
-    """Keep a rung's items and, last, the file that says it is finished."""
+    """Write the items of a rung, then its `result.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     result.write(folder / "items.parquet")
+    # Written last: its existence means that the rung is finished.
     write_json(folder / "result.json", {**cost, **result.summary(), "peak_memory_bytes": peak_memory_bytes()})

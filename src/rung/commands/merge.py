@@ -1,4 +1,10 @@
-"""`rung merge`: folds a run's adapter into its base."""
+"""`rung merge`: folds the adapter of a run into its base and proves that the written model is the run.
+
+The merge is done in float32 from the base as it was loaded, whatever the run computed in, so the files are twice as
+large as those of a bfloat16 base. The proof loads the written folder with plain transformers in a fresh process and
+compares log-probabilities, which needs memory for two models in turn. A plain LoRA whose base does not fit is merged
+tensor by tensor (`merge_shards.py`). `cli.py` and `rung.merge` call `merge`.
+"""
 
 from __future__ import annotations
 
@@ -34,107 +40,124 @@ from rung.training.packing import pack_separately
 from rung.training.run_folder import Gate, read_manifest
 from rung.types import Example, Source
 
-PROBE_TEXTS = "In fiscal year 2023 revenue rose to 412 million, and costs fell by 3.5%. What changed?"
-
-
+PROBE_TEXT = "In fiscal year 2023 revenue rose to 412 million, and costs fell by 3.5%. What changed?"
+"""Text on which the run and the merged model are compared."""
 MergeBase = Literal["trained", "original"]
 
 
 def merge(run: Path, folder: Path, onto: MergeBase = "trained", *, by_shard: bool = False) -> MergeResult:
-    """Write the merged model and prove it (gate 5). In float32, from the pristine base.
+    """Write the merged model in float32 and prove it (gate 5).
 
-    `onto` the base that it was `trained` on, or the `original` that was quantized for training: another model, and
-    the result says by how much. `by_shard`, and where the whole model would not fit into memory, a plain LoRA is added
-    to its base tensor by tensor, and each matrix is proved instead of the answers.
+    `onto` is the base that was `trained` on, or the `original` that was quantized for training: a different model, and
+    the result says by how much. With `by_shard`, or if the model does not fit into memory, a plain LoRA is added to its
+    base tensor by tensor, and each matrix is proved instead of the answers.
 
-    Raises `CheckpointError` when there is nothing to merge or the folder is taken, `ConfigError` when a run that
-    was not quantized is to go onto the original, `GateError` when the written model is not what it was made from.
+    Raises `CheckpointError` if there is nothing to merge or the folder exists, `ConfigError` for `original` with a run
+    that was not quantized, `GateError` if the written model differs from the run.
     """
-    read_manifest(run)  # which says so where there is no run at all
+    _require_adapter(run, folder)
+    if by_shard or _needs_shards(run):
+        try:
+            return _merge_by_shard(run, folder, onto)
+        except PlanError as error:
+            # Shards were only this function's own choice, so a merge in memory is still worth a try.
+            if by_shard:
+                raise
+            print_status(f"merged whole all the same: {error.summary}")
+    config, model = config_of_run(run), _open_in_float32(run)
+    policy, chat = model.policy, model.chat
+    # One merged model cannot hold something for each task; the method's own error explains it.
+    if config.method.tasks:
+        policy.method.merge()  # type: ignore[attr-defined]
+    rows = _probe_rows(chat)
+    adapter_logprobs, change_from_run = _logprobs(policy, rows), {}
+    if config.method.kind == "qlora":
+        run_logprobs = adapter_logprobs
+        if onto == "original":
+            policy = _merge_onto_original(run, config)
+        else:
+            dequantize(policy, config)
+        adapter_logprobs = _logprobs(policy, rows)
+        change_from_run = {"moved_from_run": _largest_difference(adapter_logprobs, run_logprobs)}
+    elif onto == "original":
+        raise ConfigError(
+            "this run was trained on the original base", where="--original", given=config.method.kind, allowed="qlora"
+        )
+    base_logprobs = _base_logprobs(policy, rows)
+    # A lost adapter would pass the parity check below: two copies of the base agree perfectly (FAILURES 16).
+    if _largest_difference(base_logprobs, adapter_logprobs) == 0:
+        summary = "the run says what its base says: nothing was learned, or the adapter is lost"
+        raise GateError(summary, where=str(run))
+    _write_merged(policy.method, folder, chat)  # type: ignore[arg-type]
+    # To free the memory of this model before the fresh process loads another.
+    del model, policy
+    try:
+        merged_logprobs = logprobs_in_fresh_process(folder, rows)
+        gate = gates.enforce(check_parity(adapter_logprobs, merged_logprobs))
+    except GateError:
+        # A model that is not the run must not lie around as if it were.
+        shutil.rmtree(folder)
+        raise
+    changes = {"moved_from_base": _largest_difference(base_logprobs, merged_logprobs), **change_from_run}
+    gate_values = {
+        "measure": "largest difference of log-probabilities",
+        "difference": gate.measured,
+        "limit": gate.limit,
+    }
+    return MergeResult.model_validate({"path": str(folder), **gate_values, **changes})
+
+
+def _require_adapter(run: Path, folder: Path) -> None:
+    """Raise `CheckpointError` if there is no adapter to merge, or the folder exists."""
+    # First, since its error says that there is no run at all.
+    read_manifest(run)
     if not (run / "adapter").is_dir():
         raise CheckpointError(
             "this run has no adapter to merge", where=str(run), hint="a full or head run is merged already"
         )
     if folder.exists():
         raise CheckpointError("this folder exists already", where=str(folder))
-    if by_shard or _needs_shards(run):
-        try:
-            return _by_shard(run, folder, onto)
-        except PlanError as error:
-            if by_shard:
-                raise
-            print_status(f"merged whole all the same: {error.summary}")
-    config, model = config_of_run(run), _open_in_float32(run)
-    policy, chat = model.policy, model.chat
-    if config.method.tasks:
-        policy.method.merge()  # type: ignore[attr-defined]  # which says why it cannot be
-    rows = _rows(chat)
-    ours, from_run = _logprobs(policy, rows), {}
-    if config.method.kind == "qlora":
-        trained = ours
-        if onto == "original":
-            policy = _merge_onto_original(run, config)
-        else:
-            dequantize(policy, config)
-        ours = _logprobs(policy, rows)
-        from_run = {"moved_from_run": _largest_difference(ours, trained)}
-    elif onto == "original":
-        raise ConfigError(
-            "this run was trained on the original base", where="--original", given=config.method.kind, allowed="qlora"
-        )
-    base = _reference(policy, rows)
-    if _largest_difference(base, ours) == 0:
-        what = "the run says what its base says: nothing was learned, or the adapter is lost"
-        raise GateError(what, where=str(run))
-    _write_merged(policy.method, folder, chat)  # type: ignore[arg-type]
-    del policy  # one model at a time: the reload holds another
-    try:
-        theirs = logprobs_in_fresh_process(folder, rows)
-        gate = gates.enforce(check_parity(ours, theirs))
-    except GateError:
-        shutil.rmtree(folder)  # a model that is not the run's must not lie around as if it were
-        raise
-    moved = {"moved_from_base": _largest_difference(base, theirs), **from_run}
-    measured = {"measure": "largest difference of log-probabilities", "difference": gate.measured, "limit": gate.limit}
-    return MergeResult.model_validate({"path": str(folder), **measured, **moved})
 
 
 def _needs_shards(run: Path) -> bool:
-    """Whether the base in float32, and then the reloaded model, is more than there is memory for."""
-    there = free_memory(torch.device("cpu"))
+    """Whether the base in float32 does not fit into the free memory. The reloaded model needs the same, but later."""
+    available = free_memory(torch.device("cpu"))
+    # 4 bytes per parameter in float32.
     needed = 4 * read_shape(config_of_run(run).model).parameters + BASELINE_RSS
-    if there is None or needed <= there:
+    if available is None or needed <= available:
         return False
     print_status(
-        f"the whole model needs {format_bytes(needed)}, and {format_bytes(there)} are free: "
+        f"the whole model needs {format_bytes(needed)}, and {format_bytes(available)} are free: "
         "merged tensor by tensor if that can be"
     )
     return True
 
 
-def _by_shard(run: Path, folder: Path, onto: MergeBase) -> MergeResult:
+def _merge_by_shard(run: Path, folder: Path, onto: MergeBase) -> MergeResult:
     manifest = read_manifest(run)
     config = config_of_run(run)
     if config.method.kind == "qlora" or onto == "original":
         raise PlanError("a quantized base is widened first, which only a whole merge does", where=str(run))
     base = base_files(config.model)
     if base is None:
-        what = "the base is no folder of safetensors (but a hub id, a GGUF file, a student or a run with an adapter)"
-        raise PlanError(what, where=str(run), given=config.model.name)
+        summary = "the base is no folder of safetensors (but a hub id, a GGUF file, a student or a run with an adapter)"
+        raise PlanError(summary, where=str(run), given=config.model.name)
     require_undamaged(run / "adapter")
+    # The model is never loaded here, so the files themselves are compared with the run's base.
     if fingerprint(base, None) != manifest["fingerprints"]["base"]:
         raise CheckpointError("this adapter was trained on another base", where=str(run), given=str(base))
     updates, chat = read_updates(run / "adapter"), ChatTemplate(load_tokenizer(ModelConfig(name=str(run))))
     check_prompt(run / "adapter", chat)
-    proved: list[tuple[Gate, float]] = []
+    # `write_folder` renames the folder only after `fill`, so a failed gate leaves nothing behind.
+    proofs: list[tuple[Gate, float]] = []
 
-    def fill(aside: Path) -> None:
-        proved.append(merge_shards(base, updates, aside))
-        gates.enforce(proved[0][0])
-        write_tokenizer_files(aside, chat)
+    def fill(staging: Path) -> None:
+        proofs.append(merge_shards(base, updates, staging))
+        gates.enforce(proofs[0][0])
+        write_tokenizer_files(staging, chat)
 
     write_folder(folder, fill)
-    gate, moved = proved[0]
+    gate, largest_change = proofs[0]
     files = len(list(folder.glob("*.safetensors")))
     return MergeResult.model_validate(
         {
@@ -142,7 +165,7 @@ def _by_shard(run: Path, folder: Path, onto: MergeBase) -> MergeResult:
             "measure": "largest error, over what rounding to float32 allows",
             "difference": gate.measured,
             "limit": gate.limit,
-            "largest_change": moved,
+            "largest_change": largest_change,
             "files": files,
         }
     )
@@ -151,21 +174,21 @@ def _by_shard(run: Path, folder: Path, onto: MergeBase) -> MergeResult:
 def _write_merged(method: Method, folder: Path, chat: ChatTemplate) -> None:
     merged = method.merge().float()
 
-    def fill(aside: Path) -> None:
-        merged.save_pretrained(aside)  # type: ignore[operator]
-        write_tokenizer_files(aside, chat)
+    def fill(staging: Path) -> None:
+        merged.save_pretrained(staging)  # type: ignore[operator]
+        write_tokenizer_files(staging, chat)
 
     write_folder(folder, fill)
 
 
 def _open_in_float32(run: Path) -> LoadedRun:
-    """The run in float32, whatever it computed in: what is merged is compared with a plain float32 model."""
+    """The run in float32, whatever it computed in: the merge is compared with a plain float32 model."""
     config = config_of_run(run)
     return open_run(run, load_base_on_device(config.model.model_copy(update={"dtype": "float32"})))
 
 
 def _merge_onto_original(run: Path, config: RunConfig) -> Policy:
-    """The saved adapter as a plain LoRA on the base in full width."""
+    """The saved adapter as a plain LoRA on the unquantized base."""
     if isinstance(config.method, LowRankConfig) and config.method.init == "loftq":
         raise ConfigError(
             "an adapter begun by loftq holds what quantizing took away: on the original base it would count twice",
@@ -173,19 +196,21 @@ def _merge_onto_original(run: Path, config: RunConfig) -> Policy:
             hint="merge it onto the base it was trained on",
         )
     base = load_base_on_device(config.model.model_copy(update={"dtype": "float32"}))
-    known = {key: value for key, value in config.method.model_dump().items() if key in LoraConfig.model_fields}
-    plain = LoraConfig.model_validate({**known, "kind": "lora", "init": "default"})
-    method = attach_method(base.model, plain, seed=config.seed, fused=config.model.fused)
+    # `init` is reset: the saved factors replace whatever an initialization gives.
+    lora_fields = {key: value for key, value in config.method.model_dump().items() if key in LoraConfig.model_fields}
+    lora_config = LoraConfig.model_validate({**lora_fields, "kind": "lora", "init": "default"})
+    method = attach_method(base.model, lora_config, seed=config.seed, fused=config.model.fused)
     method.load(run / "adapter")
     return Policy(base, method)
 
 
-def _largest_difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
-    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+def _largest_difference(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
 
 
-def _rows(chat: ChatTemplate) -> list[list[int]]:
-    return [chat.encode([PROBE_TEXTS])[0], chat.encode([PROBE_TEXTS[::-1]])[0]]
+def _probe_rows(chat: ChatTemplate) -> list[list[int]]:
+    # Fluent text and the same characters reversed, so that likely and unlikely tokens are both compared.
+    return [chat.encode([PROBE_TEXT])[0], chat.encode([PROBE_TEXT[::-1]])[0]]
 
 
 @torch.no_grad()
@@ -196,6 +221,6 @@ def _logprobs(policy: Policy, rows: list[list[int]]) -> list[torch.Tensor]:
     return [policy.logprobs(batch).float().cpu() for batch in pack_separately(examples, policy.device)]
 
 
-def _reference(policy: Policy, rows: list[list[int]]) -> list[torch.Tensor]:
+def _base_logprobs(policy: Policy, rows: list[list[int]]) -> list[torch.Tensor]:
     with policy.method.disabled():
         return _logprobs(policy, rows)

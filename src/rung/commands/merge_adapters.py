@@ -1,4 +1,11 @@
-"""`rung fuse`: several runs of one base into one: adapters into a plain LoRA, full runs into a full one, or a LoRA."""
+"""`rung fuse`: combines several runs of one base into one run.
+
+LoRA runs become a plain LoRA, full runs a full run, or with `--rank` a LoRA. All methods work on the true updates in
+float32, scale times B A: to combine A and B separately, as peft does, adds cross terms that no adapter had. The price
+is a larger rank for the exact sum, or an SVD and a measured loss for everything else. The mathematics is in
+`methods/adapter_merging.py`; `cli.py` and `rung.fuse` call `fuse`. Fused kernels (`models/fused_ops.py`) are something
+else.
+"""
 
 from __future__ import annotations
 
@@ -54,49 +61,51 @@ from rung.training.packing import pack_in_slices
 from rung.training.run_folder import is_climb, read_manifest, versions, write_json
 from rung.training.step import mean_loss
 
-ROUNDS = 40
+MAX_EVALUATIONS = 40
 """Evaluations of the loss in a search for weights: LoraHub's budget (Huang et al. 2023, section 3.2)."""
-BOUND = 1.5
-"""Largest weight a search may take, of either sign."""
+MAX_WEIGHT = 1.5
+"""Largest weight in a search, with either sign."""
 DENSITY = 0.2
-"""Share of entries kept unless another is stated (Yadav et al. 2023, section 4)."""
+"""Default share of entries kept (Yadav et al. 2023, section 4)."""
 PENALTY = 0.05
-"""Of the mean size of the weights, in nats (Huang et al. 2023, eq. 2)."""
+"""Penalty on the mean absolute weight, in nats (Huang et al. 2023, eq. 2)."""
 
 
 @dataclass(frozen=True)
 class FusePlan:
-    """What is asked for."""
+    """How the runs are combined."""
 
     how: CombineMethod = "sum"
     density: float = DENSITY
     """Share of entries kept by ties, dare and magnitude."""
     weights: tuple[float, ...] | None = None
-    """One for each; none is 1 for each."""
+    """One weight for each run; None gives every run the weight 1."""
     rank: int | None = None
-    """Rank of the result; none keeps the sum exact, and otherwise takes the largest rank of the given."""
+    """Rank of the result. None keeps a sum exact; the other methods then take the largest rank of the runs."""
     seed: int = 0
+    """Random seed for dare."""
     learn: str | None = None
-    """A config whose training rows the weights are searched on."""
+    """A config on whose training rows the weights are searched."""
 
 
 def parse_method(text: str) -> tuple[CombineMethod, float]:
-    """`how:density` of the command line. Raises `ConfigError` for another word, or a share that is none."""
-    how, _, share = text.partition(":")
-    if how not in get_args(CombineMethod):
+    """`method:density` from the command line. Raises `ConfigError` for an unknown method or an invalid density."""
+    method, _, share = text.partition(":")
+    if method not in get_args(CombineMethod):
         raise ConfigError("no such way to fuse", where="--how", given=text, allowed=", ".join(get_args(CombineMethod)))
     try:
         density = float(share) if share else DENSITY
     except ValueError:
         density = 0.0
-    if not 0.0 < density <= 1.0 or (share and how == "sum"):
+    # A sum keeps every entry, so a density for it is a mistake.
+    if not 0.0 < density <= 1.0 or (share and method == "sum"):
         allowed = "above 0, at most 1, for ties, dare and magnitude"
         raise ConfigError("the share of entries that are kept", where="--how", given=text, allowed=allowed)
-    return how, density  # type: ignore[return-value]
+    return method, density  # type: ignore[return-value]
 
 
 def parse_weights(text: str | None) -> tuple[float, ...] | None:
-    """Weights as the command line has them. Raises `ConfigError` for what is no number."""
+    """Weights from the command line, separated by commas. Raises `ConfigError` for anything but numbers."""
     if text is None:
         return None
     try:
@@ -108,39 +117,41 @@ def parse_weights(text: str | None) -> tuple[float, ...] | None:
 def fuse(runs: Sequence[Path], folder: Path, plan: FusePlan) -> FuseResult:
     """Combine several runs of one base into one, written as a run folder.
 
-    Raises `ConfigError` and `CheckpointError` for runs that do not go together.
+    Raises `ConfigError` and `CheckpointError` for runs that cannot be combined.
     """
     _check(runs, folder, plan)
     manifests = [_manifest(run) for run in runs]
-    if rewards := [run for run, m in zip(runs, manifests, strict=True) if m["config"]["objective"]["kind"] == "reward"]:
-        raise ConfigError("a reward model has a head of its own, which no sum keeps", given=rewards[0])
-    whole = _require_compatible(runs, manifests)
+    kinds = [manifest["config"]["objective"]["kind"] for manifest in manifests]
+    if reward_runs := [run for run, kind in zip(runs, kinds, strict=True) if kind == "reward"]:
+        raise ConfigError("a reward model has a head of its own, which no sum keeps", given=reward_runs[0])
+    are_full_runs = _require_compatible(runs, manifests)
     weights = tuple(plan.weights or [1.0] * len(runs))
-    searched, ranks, lost = None, [], 0.0
+    search, ranks, lost_share = None, [], 0.0
     base = load_base_on_device(_config_of(runs[0], manifests[0]).model)
     for run, manifest in zip(runs, manifests, strict=True):
         check_fingerprint(manifest, base, run)
     method: Method
     config: MethodConfig = FullConfig()
-    if whole and plan.rank is None:
+    if are_full_runs and plan.rank is None:
         _refuse_weight_search(plan)
         method = _sum_of_models(base, runs, weights, plan)
     else:
-        if whole:
+        if are_full_runs:
             _refuse_weight_search(plan)
-            fused, lost = _models_as_factors(base, runs, weights, plan)
+            fused_factors, lost_share = _models_as_factors(base, runs, weights, plan)
         else:
             updates = [_adapter_update(run) for run in runs]
+            # The search attaches a LoRA of its own; the shared base stays free for the result.
             if plan.learn is not None:
-                weights, searched = learn_weights(base.share_weights(), updates, plan)
-            fused, lost = _fuse_updates(updates, weights, plan)
-        ranks = sorted({len(f.a_RI) for f in fused.values()})
-        config = _config_for(list(fused), {name: len(f.a_RI) for name, f in fused.items()})
+                weights, search = learn_weights(base.share_weights(), updates, plan)
+            fused_factors, lost_share = _fuse_updates(updates, weights, plan)
+        ranks = sorted({len(f.a_RI) for f in fused_factors.values()})
+        config = _config_for(list(fused_factors), {name: len(f.a_RI) for name, f in fused_factors.items()})
         method = Lora(base.model, config)
-        _set_factors(method, fused)
-    first = _config_of(runs[0], manifests[0]).model_copy(update={"method": config, "output": str(folder)})
-    _write(runs, manifests, first, base, method, {"how": plan.how, "weights": list(weights), "lost": lost})
-    return FuseResult(path=str(folder), weights=weights, ranks=tuple(ranks), lost=lost, search=searched)
+        _set_factors(method, fused_factors)
+    run_config = _config_of(runs[0], manifests[0]).model_copy(update={"method": config, "output": str(folder)})
+    _write(runs, manifests, run_config, base, method, {"how": plan.how, "weights": list(weights), "lost": lost_share})
+    return FuseResult(path=str(folder), weights=weights, ranks=tuple(ranks), lost=lost_share, search=search)
 
 
 def learn_weights(
@@ -148,7 +159,7 @@ def learn_weights(
 ) -> tuple[tuple[float, ...], dict[str, Any]]:
     """Weights of the exact sum with the lowest loss on the rows of `plan.learn` (LoraHub, on true updates).
 
-    Powell's search without derivatives within plus and minus 1.5, starting from an even share.
+    Powell's derivative-free search between -1.5 and 1.5, starting from equal weights with sum 1.
     """
     assert plan.learn is not None  # noqa: S101 -- for the type checker
     task = load_config(plan.learn).config
@@ -158,22 +169,25 @@ def learn_weights(
         )
     data = tokenize_splits(task, read_splits(task), base)
     names = sorted(set().union(*updates))
+    # The exact sum has at most the sum of the ranks, so one LoRA of that size can hold every candidate.
     config = _config_for(names, {name: sum(len(u[name].a_RI) for u in updates if name in u) for name in names})
     method = Lora(base.model, config)
     policy = Policy(base, method)
     policy.reference = load_reference(task, base)
     objective = make_objective(task.objective)
     install_fused_forwards(base.model, method.linear_params)
+    # Packed once: all evaluations read the same rows, and only the factors change.
     batches = list(pack_in_slices(data.train.examples, micro_batch_tokens(task, base), device=policy.device))
     losses: dict[tuple[float, ...], float] = {}
 
     def loss(weights: np.ndarray) -> float:
         _set_factors(method, {name: _weighted_sum(updates, weights.tolist(), name) for name in names})
-        found = losses[tuple(weights.tolist())] = mean_loss(policy, objective, batches)
-        return found + PENALTY * float(np.abs(weights).mean())
+        mean = losses[tuple(weights.tolist())] = mean_loss(policy, objective, batches)
+        return mean + PENALTY * float(np.abs(weights).mean())
 
-    start, bounds = np.full(len(updates), 1.0 / len(updates)), [(-BOUND, BOUND)] * len(updates)
-    minimize(loss, start, method="Powell", bounds=bounds, options={"maxfev": ROUNDS, "ftol": 1e-3})
+    start, bounds = np.full(len(updates), 1.0 / len(updates)), [(-MAX_WEIGHT, MAX_WEIGHT)] * len(updates)
+    minimize(loss, start, method="Powell", bounds=bounds, options={"maxfev": MAX_EVALUATIONS, "ftol": 1e-3})
+    # Powell's last point is not always its best, so the best of all evaluated ones is taken.
     best = min(losses, key=lambda weights: losses[weights] + PENALTY * float(np.abs(weights).mean()))
     return best, {"evaluations": len(losses), "first": losses[tuple(start.tolist())], "best": losses[best]}
 
@@ -205,7 +219,7 @@ def _config_of(run: Path, manifest: dict[str, Any]) -> RunConfig:
 
 
 def _require_compatible(runs: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> bool:
-    """Whether they are whole models; raises for runs on different bases, of different text, or of different kinds."""
+    """Whether the runs are full runs. Raises for runs with different bases, templates or kinds."""
     for run, manifest in zip(runs, manifests, strict=True):
         kind = manifest["config"]["method"]["kind"]
         if not (run / "adapter").is_dir() and not ((run / "model").is_dir() and kind == "full"):
@@ -213,23 +227,27 @@ def _require_compatible(runs: Sequence[Path], manifests: Sequence[dict[str, Any]
             raise CheckpointError(
                 "there is nothing here to fuse", where=str(run), given=given, allowed="runs of lora or full"
             )
+        # Its update was learned against rounding errors that another base does not have.
         if kind == "qlora":
             hint = "rung merge each onto one base, or train a lora"
             raise CheckpointError("its adapter belongs on a quantized base", where=str(run), given=kind, hint=hint)
-    whole = {(run / "model").is_dir() for run in runs}
-    if len(whole) > 1:
+    full_flags = {(run / "model").is_dir() for run in runs}
+    if len(full_flags) > 1:
         raise ConfigError("adapters and whole models do not fuse", given=", ".join(map(str, runs)))
-    for what, said in (("base", "stand on different bases"), ("text", "were trained with different templates")):
-        first = manifests[0]["fingerprints"][what]
+    for fingerprint_name, problem in (
+        ("base", "stand on different bases"),
+        ("text", "were trained with different templates"),
+    ):
+        first = manifests[0]["fingerprints"][fingerprint_name]
         for run, manifest in zip(runs, manifests, strict=True):
-            if (own := manifest["fingerprints"][what]) != first:
+            if (fingerprint := manifest["fingerprints"][fingerprint_name]) != first:
                 allowed = f"{first[:16]}, that of {runs[0]}"
-                raise CheckpointError(f"these runs {said}", where=str(run), given=own[:16], allowed=allowed)
-    return whole.pop()
+                raise CheckpointError(f"these runs {problem}", where=str(run), given=fingerprint[:16], allowed=allowed)
+    return full_flags.pop()
 
 
 def _adapter_update(run: Path) -> dict[str, LowRankFactors]:
-    """The update of an adapter by module."""
+    """The updates of an adapter by module name."""
     require_undamaged(run / "adapter")
     if not (run / "adapter" / "adapter_model.safetensors").exists():
         raise PlanError("virtual tokens for each task do not fuse: they are no update of a weight", where=str(run))
@@ -246,6 +264,7 @@ def _refuse_weight_search(plan: FusePlan) -> None:
 def _sum_of_models(base: BaseModel, runs: Sequence[Path], weights: Sequence[float], plan: FusePlan) -> Method:
     """The base plus one combined difference of every tensor (task arithmetic, Ilharco et al. 2023, section 2)."""
     method = attach_method(base.model, FullConfig(), seed=plan.seed, fused=False)
+    # In place: the base is not needed any more, and a second copy would double the memory.
     for name, update in _combined_models(dict(method.trainable()), runs, weights, plan):
         method.trainable()[name].add_(update)
     return method
@@ -255,85 +274,101 @@ def _sum_of_models(base: BaseModel, runs: Sequence[Path], weights: Sequence[floa
 def _models_as_factors(
     base: BaseModel, runs: Sequence[Path], weights: Sequence[float], plan: FusePlan
 ) -> tuple[dict[str, LowRankFactors], float]:
-    """The same cut to a rank: what embeddings and norms moved is lost, and counted as lost."""
+    """The combined differences truncated to a rank, and the lost share: embeddings and norms are lost completely."""
     assert plan.rank is not None  # noqa: S101 -- for the type checker
-    found: dict[str, LowRankFactors] = {}
-    squares = whole = 0.0
+    factors: dict[str, LowRankFactors] = {}
+    lost_squares = total = 0.0
     parameters = dict(base.model.named_parameters())
     for name, update in _combined_models(parameters, runs, weights, plan):
-        module, size, lost = name.removesuffix(".weight"), float(update.norm()), 1.0
+        # `lost` is 1 for a tensor that no LoRA holds: embeddings, norms and biases.
+        module, size, lost_share = name.removesuffix(".weight"), float(update.norm()), 1.0
         if update.dim() == 2 and layer_number(f"{module}.") is not None and roles_of(module):
-            turned = isinstance(base.model.get_submodule(module), Conv1D)
-            cut = truncate(update.T if turned else update, plan.rank)
-            found[module], lost = cut.factors, cut.lost
-        squares, whole = squares + (lost * size) ** 2, whole + size**2
-    return found, math.sqrt(squares / whole) if whole else 0.0
+            # LowRankFactors are [O, R] and [R, I], while GPT-2's Conv1D stores [I, O].
+            is_transposed = isinstance(base.model.get_submodule(module), Conv1D)
+            truncated = truncate(update.T if is_transposed else update, plan.rank)
+            factors[module], lost_share = truncated.factors, truncated.lost
+        lost_squares, total = lost_squares + (lost_share * size) ** 2, total + size**2
+    return factors, math.sqrt(lost_squares / total) if total else 0.0
 
 
 def _combined_models(
     base: Mapping[str, Tensor], runs: Sequence[Path], weights: Sequence[float], plan: FusePlan
 ) -> Iterator[tuple[str, Tensor]]:
-    """The combined difference to the base of each tensor, one at a time: two models are never held beside it."""
+    """The combined difference to the base, tensor by tensor: the runs' models are never in memory as a whole."""
+    # One generator for all tensors in their order, so that the seed decides the whole result.
     generator = torch.Generator().manual_seed(plan.seed)
-    files = [_tensors(run / "model") for run in runs]
-    for name, own in base.items():
-        start = own.detach().float().cpu()
-        moved = [tensors[name].get_tensor(name).float() - start for tensors in files]
-        if any(d.any() for d in moved):
-            yield name, combine(moved, weights, plan.how, density=plan.density, generator=generator).to(own.device)
+    files = [_tensor_files(run / "model") for run in runs]
+    for name, tensor in base.items():
+        base_tensor = tensor.detach().float().cpu()
+        differences = [tensors[name].get_tensor(name).float() - base_tensor for tensors in files]
+        if any(d.any() for d in differences):
+            update = combine(differences, weights, plan.how, density=plan.density, generator=generator)
+            yield name, update.to(tensor.device)
 
 
-def _tensors(folder: Path) -> dict[str, Any]:
-    """The open file of each tensor of a saved model."""
-    opened = [safe_open(str(file), framework="pt") for file in sorted(folder.glob("*.safetensors"))]
-    return {str(key): file for file in opened for key in file.keys()}  # type: ignore[no-untyped-call]
+def _tensor_files(folder: Path) -> dict[str, Any]:
+    """The open file of each tensor of a saved model by name."""
+    handles = [safe_open(str(file), framework="pt") for file in sorted(folder.glob("*.safetensors"))]
+    return {str(key): file for file in handles for key in file.keys()}  # type: ignore[no-untyped-call]
 
 
 def _fuse_updates(
     updates: Sequence[dict[str, LowRankFactors]], weights: Sequence[float], plan: FusePlan
 ) -> tuple[dict[str, LowRankFactors], float]:
-    """The fused factors by module, and the share of the whole update's norm that the stated rank lost."""
+    """The combined factors by module, and the share of the norm of the whole update that truncation lost."""
     generator = torch.Generator().manual_seed(plan.seed)
-    fused: dict[str, LowRankFactors] = {}
-    squares = whole = 0.0
+    fused_factors: dict[str, LowRankFactors] = {}
+    lost_squares = total = 0.0
+    # Sorted, since the draws of dare depend on the order.
     for name in sorted(set().union(*updates)):
-        own = [(w, u[name]) for w, u in zip(weights, updates, strict=True) if name in u]
-        ranks = [min(*f.b_OR.shape, len(f.a_RI)) for _, f in own]
-        exact = _weighted_sum(updates, weights, name)
-        if plan.how == "sum" and plan.rank is None and len(exact.a_RI) <= min(len(exact.b_OR), exact.a_RI.shape[1]):
-            fused[name] = exact
+        weighted_factors = [(w, u[name]) for w, u in zip(weights, updates, strict=True) if name in u]
+        # A LoRA may have a larger rank than its matrix.
+        ranks = [min(*f.b_OR.shape, len(f.a_RI)) for _, f in weighted_factors]
+        exact_sum = _weighted_sum(updates, weights, name)
+        # Exact unless the summed rank exceeds what the matrix can have, which truncation then removes without loss.
+        if (
+            plan.how == "sum"
+            and plan.rank is None
+            and len(exact_sum.a_RI) <= min(len(exact_sum.b_OR), exact_sum.a_RI.shape[1])
+        ):
+            fused_factors[name] = exact_sum
             continue
         rank = plan.rank or (sum(ranks) if plan.how == "sum" else max(ranks))
         if plan.how == "sum":
-            found, size = truncate_product(exact, rank), float(exact.dense.norm())
+            truncated, size = truncate_product(exact_sum, rank), float(exact_sum.dense.norm())
         else:
-            dense: Tensor = combine(
-                [f.dense for _, f in own], [w for w, _ in own], plan.how, density=plan.density, generator=generator
+            dense_update: Tensor = combine(
+                [f.dense for _, f in weighted_factors],
+                [w for w, _ in weighted_factors],
+                plan.how,
+                density=plan.density,
+                generator=generator,
             )
-            found, size = truncate(dense, rank), float(dense.norm())
-        fused[name] = found.factors
-        squares, whole = squares + (found.lost * size) ** 2, whole + size**2
-    return fused, math.sqrt(squares / whole) if whole else 0.0
+            truncated, size = truncate(dense_update, rank), float(dense_update.norm())
+        fused_factors[name] = truncated.factors
+        lost_squares, total = lost_squares + (truncated.lost * size) ** 2, total + size**2
+    return fused_factors, math.sqrt(lost_squares / total) if total else 0.0
 
 
 def _config_for(names: Sequence[str], ranks: dict[str, int]) -> LoraConfig:
-    """A config whose targets are at least these modules; others of the same roles and layers stay zero."""
+    """A config whose targets include these modules; other modules of the same roles and layers stay zero."""
     roles = sorted({roles_of(name)[0] for name in names})
     layers = sorted({number for name in names if (number := layer_number(f"{name}.")) is not None})
-    most = max(ranks.values())
-    others = {f"{layer_number(f'{n}.')}.{roles_of(n)[0]}": rank for n, rank in ranks.items() if rank != most}
-    return LoraConfig(rank=most, rank_pattern=others, alpha=None, targets=tuple(roles), layers=tuple(layers))
+    max_rank = max(ranks.values())
+    # The pattern names only the exceptions; alpha=None gives every module its default scale, divided out of B later.
+    rank_pattern = {f"{layer_number(f'{n}.')}.{roles_of(n)[0]}": rank for n, rank in ranks.items() if rank != max_rank}
+    return LoraConfig(rank=max_rank, rank_pattern=rank_pattern, alpha=None, targets=tuple(roles), layers=tuple(layers))
 
 
 def _weighted_sum(updates: Sequence[dict[str, LowRankFactors]], weights: Sequence[float], name: str) -> LowRankFactors:
-    own = [(w, u[name]) for w, u in zip(weights, updates, strict=True) if name in u]
-    return concatenate([f for _, f in own], [w for w, _ in own])
+    weighted_factors = [(w, u[name]) for w, u in zip(weights, updates, strict=True) if name in u]
+    return concatenate([f for _, f in weighted_factors], [w for w, _ in weighted_factors])
 
 
 @torch.no_grad()
-def _set_factors(method: Lora, fused: dict[str, LowRankFactors]) -> None:
-    """Put factors into a LoRA, its scale taken out of B; modules without any stay zero."""
-    for name, (b, a) in fused.items():
+def _set_factors(method: Lora, factors: dict[str, LowRankFactors]) -> None:
+    """Write factors into a LoRA, with its scale divided out of B; modules without factors stay zero."""
+    for name, (b, a) in factors.items():
         layer: Any = method.model.get_submodule(name)
         layer.lora_A[TRAINED_ADAPTER].weight.copy_(a)
         layer.lora_B[TRAINED_ADAPTER].weight.copy_(b / layer.scaling[TRAINED_ADAPTER])
@@ -345,16 +380,17 @@ def _write(
     config: RunConfig,
     base: BaseModel,
     method: Method,
-    made: dict[str, Any],
+    fusion: dict[str, Any],
 ) -> None:
-    """A run folder like any other."""
+    """Write the run folder, which is like that of a trained run."""
     folder = Path(config.output)
-    chat = ChatTemplate(load_tokenizer(ModelConfig(name=str(runs[0]))))  # the template they were trained with
+    # From a run and not from the base: the template is the one that all of them were trained with.
+    chat = ChatTemplate(load_tokenizer(ModelConfig(name=str(runs[0]))))
 
-    def fill(aside: Path) -> None:
-        method.save(aside)
-        write_tokenizer_files(aside, chat)
-        write_origin(aside, chat, base)
+    def fill(staging: Path) -> None:
+        method.save(staging)
+        write_tokenizer_files(staging, chat)
+        write_origin(staging, chat, base)
 
     folder.mkdir(parents=True)
     try:
@@ -366,9 +402,10 @@ def _write(
             "gates": [],
             "versions": versions(),
             "fused_from": [str(run) for run in runs],
-            "fused": made,
+            "fused": fusion,
         }
         write_json(folder / "run.json", manifest)
     except BaseException:
+        # Also after Ctrl-C: half a run folder would be refused by the next attempt.
         shutil.rmtree(folder)
         raise

@@ -1,7 +1,9 @@
-"""A plain LoRA folded into its base tensor by tensor: no more than one matrix is in memory, and no model.
+"""Merging a plain LoRA into its base tensor by tensor, with one matrix in memory and no model.
 
-What is written is what a merge of the whole model writes: float32, under the base's own names. Every matrix is proved:
-read back, no number of it is further from W + s B A in float64 than rounding in float32 can take it.
+The result is that of a merge of the whole model: float32 under the base's own tensor names. In place of a comparison of
+answers every matrix is read back and compared with W + s B A in float64, within the bound of float32 rounding. Only a
+plain LoRA on safetensors files can be merged in this way; everything else needs the model. `merge.py` calls it for
+`--by-shard` and for models that do not fit into memory.
 
 Suffixes: O outputs, I inputs, R ranks.
 """
@@ -24,16 +26,16 @@ from rung.files import safetensors_header
 from rung.methods.adapter_files import CONFIG, lora_updates, other_than_plain_lora, read_state
 from rung.training.run_folder import Gate
 
-ROUNDING = 2.0**-24
-"""Of a sum or a product in float32, over its size."""
-ROWS = 512
-"""Of a matrix that are proved at once."""
-INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
+FLOAT32_ROUNDOFF = 2.0**-24
+"""Relative error of one rounding in float32: half a unit in the last place."""
+ROWS_PER_PROOF = 512
+"""Rows of a matrix that are compared at once: the comparison is in float64 and needs several copies."""
+INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
 class LoraUpdate:
-    """scale * B A of one linear."""
+    """The update scale * B A of one linear module."""
 
     a_RI: Tensor
     b_OR: Tensor
@@ -43,7 +45,7 @@ class LoraUpdate:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight that it is added to."""
+        """Shape of the weight that the update is added to."""
         outputs, inputs = len(self.b_OR), self.a_RI.shape[1]
         return (inputs, outputs) if self.transposed else (outputs, inputs)
 
@@ -53,21 +55,23 @@ class LoraUpdate:
         return torch.addmm(weight.float(), first, second, alpha=self.scale)
 
     def error(self, before: Tensor, after: Tensor) -> float:
-        """The largest error of `after`, in float64, over what rounding allows there; infinite where one is no number.
+        """The largest error of `after`, in float64, over the rounding allowed at that entry; infinite if one is NaN.
 
         A sum of R products and a weight, each rounded, is off by at most R + 2 roundings of the sum of their sizes
         (Higham 2002, section 3.1).
         """
         first, second = (factor.double() for factor in self._factors())
-        allowed = ROUNDING * (self.a_RI.shape[0] + 2)
+        allowed = FLOAT32_ROUNDOFF * (self.a_RI.shape[0] + 2)
         worst = 0.0
-        for start in range(0, len(before), ROWS):
-            rows = slice(start, start + ROWS)
-            old, own = before[rows].double(), first[rows]
-            off = (after[rows].double() - (old + self.scale * (own @ second))).abs()
-            size = old.abs() + abs(self.scale) * (own.abs() @ second.abs())
-            found = float((off / (allowed * size).clamp_min(torch.finfo(torch.float32).tiny)).max())
-            worst = max(worst, found) if math.isfinite(found) else math.inf
+        for start in range(0, len(before), ROWS_PER_PROOF):
+            rows = slice(start, start + ROWS_PER_PROOF)
+            before_rows, first_rows = before[rows].double(), first[rows]
+            error = (after[rows].double() - (before_rows + self.scale * (first_rows @ second))).abs()
+            size = before_rows.abs() + abs(self.scale) * (first_rows.abs() @ second.abs())
+            # clamp_min: an exact zero allows no error at all, and 0 / 0 would count as an infinite one.
+            largest = float((error / (allowed * size).clamp_min(torch.finfo(torch.float32).tiny)).max())
+            # max() would drop a NaN, since every comparison with it is false.
+            worst = max(worst, largest) if math.isfinite(largest) else math.inf
         return worst
 
     def _factors(self) -> tuple[Tensor, Tensor]:
@@ -75,9 +79,9 @@ class LoraUpdate:
 
 
 def read_updates(adapter: Path) -> dict[str, LoraUpdate]:
-    """By the names of the modules.
+    """The updates of a saved adapter by module name.
 
-    Raises `PlanError` for an adapter that is more than sums of B A, `CheckpointError` where parts of it are missing.
+    Raises `PlanError` for an adapter other than a plain LoRA, `CheckpointError` if parts of it are missing.
     """
     config, state = json.loads((adapter / CONFIG).read_text()), read_state(adapter)
     if (other := other_than_plain_lora(state, config)) is not None:
@@ -89,52 +93,54 @@ def read_updates(adapter: Path) -> dict[str, LoraUpdate]:
 
 
 def merge_shards(base: Path, updates: Mapping[str, LoraUpdate], target: Path) -> tuple[Gate, float]:
-    """Write the merged files into `target`, each proved as it is there; also the largest change of a weight.
+    """Write the merged files into `target` and prove each one; returns the gate and the largest change of a weight.
 
-    `base` is a folder with config.json and safetensors. Raises `PlanError` where its names or shapes are not those of
-    the adapter, `GateError` where nothing was learned or a tensor has changed that should not.
+    `base` is a folder with config.json and safetensors. Raises `PlanError` if its names or shapes are not those of the
+    adapter, `GateError` if nothing was learned or a tensor has changed that should not.
     """
     files = _files(base)
-    _require_fitting(base, files, updates)
-    worst = moved = 0.0
+    _require_matching_shapes(base, files, updates)
+    largest_error = largest_change = 0.0
     for file in files:
         _merge(file, updates, target / file.name)
-        off, change = _prove(file, updates, target / file.name)
-        worst, moved = max(worst, off), max(moved, change)
-    if moved == 0:
+        error, change = _prove(file, updates, target / file.name)
+        largest_error, largest_change = max(largest_error, error), max(largest_change, change)
+    if largest_change == 0:
         raise GateError("gate publish.shards failed: the adapter adds nothing, or it is lost", where=str(base))
     config = json.loads((base / "config.json").read_text())
+    # The older name of `dtype`; both together would contradict each other.
     config.pop("torch_dtype", None)
     (target / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
     if (base / INDEX).exists():
         index = json.loads((base / INDEX).read_text())
         index["metadata"] = {**index.get("metadata", {}), "total_size": sum(map(_bytes_of_tensors, files))}
         (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    return Gate("publish.shards", "passed" if worst <= 1.0 else "failed", worst, 1.0), moved
+    return Gate("publish.shards", "passed" if largest_error <= 1.0 else "failed", largest_error, 1.0), largest_change
 
 
 def _files(base: Path) -> list[Path]:
-    """Those that transformers reads: others may hold the same weights under other names."""
+    """The files that transformers reads: others in the folder may hold the same weights under other names."""
     if (base / INDEX).exists():
         return sorted({base / name for name in json.loads((base / INDEX).read_text())["weight_map"].values()})
-    return [base / WHOLE] if (base / WHOLE).exists() else sorted(base.glob("*.safetensors"))
+    return [base / SINGLE_FILE] if (base / SINGLE_FILE).exists() else sorted(base.glob("*.safetensors"))
 
 
-def _require_fitting(base: Path, files: list[Path], updates: Mapping[str, LoraUpdate]) -> None:
+def _require_matching_shapes(base: Path, files: list[Path], updates: Mapping[str, LoraUpdate]) -> None:
     shapes = {name: tuple(shape) for file in files for name, _, shape in _headers(file)}
-    what = "the base's files name their tensors otherwise: it can only be merged whole"
+    problem = "the base's files name their tensors otherwise: it can only be merged whole"
     for module, update in updates.items():
         if shapes.get(f"{module}.weight") != update.shape:
-            raise PlanError(what, where=str(base), given=f"{module}: {shapes.get(f'{module}.weight')}")
+            raise PlanError(problem, where=str(base), given=f"{module}: {shapes.get(f'{module}.weight')}")
 
 
 def _headers(file: Path) -> Iterator[tuple[str, str, list[int]]]:
-    """Name, type and shape of every tensor as it is written: float32 where the base has any float."""
-    with safe_open(file, "pt") as opened:
-        for name in opened.keys():
-            own = opened.get_slice(name)
-            kind = own.get_dtype()
-            yield name, "F32" if "F" in kind else kind, own.get_shape()  # F16, BF16, F64, F8_E4M3 and the like
+    """Name, dtype and shape of every tensor as it is written: float32 if the base has any float dtype."""
+    with safe_open(file, "pt") as tensors:
+        for name in tensors.keys():
+            tensor = tensors.get_slice(name)
+            dtype = tensor.get_dtype()
+            # Every float dtype of the format has an F in its name: F16, BF16, F64, F8_E4M3.
+            yield name, "F32" if "F" in dtype else dtype, tensor.get_shape()
 
 
 def _bytes_of_tensors(file: Path) -> int:
@@ -142,34 +148,36 @@ def _bytes_of_tensors(file: Path) -> int:
 
 
 def _size(kind: str, shape: list[int]) -> int:
-    bits = int(re.sub(r"\D", "", kind) or 8)  # BOOL has no number
+    # BOOL has no number in its name and takes a byte. Float dtypes are F32 here, so F8_E4M3 is never seen.
+    bits = int(re.sub(r"\D", "", kind) or 8)
     return math.prod(shape) * bits // 8
 
 
 def _merge(file: Path, updates: Mapping[str, LoraUpdate], target: Path) -> None:
-    """Header first, then one tensor after another: the library's own writer wants all of them at once."""
-    entries = ((name, kind, shape, _size(kind, shape)) for name, kind, shape in _headers(file))
+    """Write the header, then one tensor after another: the library's own writer needs all of them in memory."""
+    entries = ((name, dtype, shape, _size(dtype, shape)) for name, dtype, shape in _headers(file))
     header = safetensors_header(entries, {"format": "pt"})
-    with safe_open(file, "pt") as opened, target.open("wb") as out:
+    with safe_open(file, "pt") as tensors, target.open("wb") as out:
         out.write(header)
-        for name in opened.keys():
-            tensor, update = opened.get_tensor(name), updates.get(name.removesuffix(".weight"))
-            wide = tensor.float() if tensor.is_floating_point() else tensor
-            merged = wide if update is None else update.added_to(tensor)
+        for name in tensors.keys():
+            tensor, update = tensors.get_tensor(name), updates.get(name.removesuffix(".weight"))
+            float_tensor = tensor.float() if tensor.is_floating_point() else tensor
+            merged = float_tensor if update is None else update.added_to(tensor)
             out.write(merged.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _prove(file: Path, updates: Mapping[str, LoraUpdate], written: Path) -> tuple[float, float]:
-    """The largest error over what rounding allows, and the largest change of a weight."""
-    worst = moved = 0.0
+    """The largest error over the allowed rounding, and the largest change of a weight."""
+    largest_error = largest_change = 0.0
     with safe_open(file, "pt") as before, safe_open(written, "pt") as after:
         for name in before.keys():
             old, new = before.get_tensor(name), after.get_tensor(name)
             update = updates.get(name.removesuffix(".weight"))
+            # A tensor without an update is only converted, so it must be equal and not merely close.
             if update is None:
                 if not torch.equal(old.float() if old.is_floating_point() else old, new):
                     raise GateError("gate publish.shards failed: a tensor has changed on its way", where=name)
                 continue
-            worst = max(worst, update.error(old, new))
-            moved = max(moved, float((new - old.float()).abs().max()))
-    return worst, moved
+            largest_error = max(largest_error, update.error(old, new))
+            largest_change = max(largest_change, float((new - old.float()).abs().max()))
+    return largest_error, largest_change

@@ -1,4 +1,8 @@
-"""`rung plan`: memory and time of a run before anything is loaded. Imports no torch and reads no weights."""
+"""`rung plan`: memory and time of a run before anything is loaded.
+
+Imports no torch and reads no weights, so it answers at once and also for models that do not fit here; the price is that
+everything is an estimate. The estimates are in `planning`; `cli.py` and `rung.plan` call `plan`.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +20,10 @@ def plan(
     device: str | None = None,
     tokens: float | None = None,
 ) -> Advice:
-    """Estimate what a run holds and how long it takes, for its own method and for all others.
+    """Estimate memory and time of a run, for its own method and for all others.
 
-    `memory` is what there is, for example `24GiB`; `device` a known device, for example `h100`; `tokens` the tokens of
-    an epoch, where the data files are not at hand. `Advice.plan.fits` says whether the config's own method fits.
+    `memory` is the available memory, for example `24GiB`; `device` a known device, for example `h100`; `tokens` the
+    tokens of an epoch, for data files that are not here. `Advice.plan.fits` says whether the config's own method fits.
 
     Raises `ConfigError` for a config, a size or a device that cannot be read.
     """

@@ -1,4 +1,10 @@
-"""Settings of a tuned rung, tried on the validation split with successive halving, never on the test."""
+"""The search for settings of a tuned rung: trials on the validation split, stopped early by successive halving.
+
+Trials are drawn by optuna's TPE (Bergstra et al. 2011) and pruned by asynchronous successive halving (Li et al. 2020);
+the test split is never read. One trial trains at a time, so halving saves training time and not memory. optuna's
+journal in the rung's search folder holds every trial and makes a stopped search resumable. `climb.py` calls
+`search_settings` once for each tuned rung; optuna is imported only when a search runs.
+"""
 
 from __future__ import annotations
 
@@ -22,49 +28,51 @@ from rung.training.run_folder import StopCheck, total_steps, write_json
 if TYPE_CHECKING:
     import optuna
 
-MEASUREMENTS = 9
-"""Of the validation loss in a trial, or a few more: with a reduction of 3 the worse end at the first or the third."""
-Train = Callable[[RunConfig, StopCheck], None]
-"""Trains a run into its folder and tells every validation loss."""
+VALIDATIONS_PER_TRIAL = 9
+"""Measurements of the validation loss in a trial, or a few more: with a reduction factor of 3 trials can be pruned at
+the first, third and ninth."""
+TrainFunction = Callable[[RunConfig, StopCheck], None]
+"""Trains a run into its folder and calls the `StopCheck` with every validation loss."""
 
 
 def search_settings(
-    config: RunConfig, search: SearchConfig, rung: RungConfig, folder: Path, rows: int, train: Train
+    config: RunConfig, search: SearchConfig, rung: RungConfig, folder: Path, rows: int, train: TrainFunction
 ) -> RungConfig:
-    """The rung with the settings of the best trial; `config` is its run, `folder` its place, `rows` its training rows.
+    """The rung with the settings of the best trial; `config` is its run, `folder` its folder, `rows` its training rows.
 
-    Trials are kept in `search.journal`: a climb that was stopped takes the one it was at once more, and ends with the
-    settings of one that was left alone. What each came to stands in `search.json`. Raises `ConfigError` where no trial
-    came to an end.
+    Trials are kept in `search.journal`: a stopped climb repeats the interrupted trial and chooses what an uninterrupted
+    one chooses. All results are in `search.json`. Raises `ConfigError` if no trial was completed.
     """
-    if not _searched_settings(search, config):  # of this method nothing is searched
+    # A search over ranks alone leaves a method without a rank nothing to try.
+    if not _searched_settings(search, config):
         return rung
     journal = folder / "search.journal"
     folder.mkdir(parents=True, exist_ok=True)
     study = _study(journal, search)
+    # Finished and not started ones are counted, so that an interrupted trial does not use up the number of trials.
     while _finished_trials(study) < search.trials:
         _run_trial(study, search, rung, config, folder / "trial", rows, train)
-    found = _search_result(study)
-    if found["chosen"] is None:
+    result = _search_result(study)
+    if result["chosen"] is None:
         raise ConfigError(
             "no trial of the search came to an end", where="climb.search", given=f"{search.trials} trials"
         )
-    write_json(folder / "search.json", found)
-    return apply_settings(rung, found["chosen"])
+    write_json(folder / "search.json", result)
+    return apply_settings(rung, result["chosen"])
 
 
-def apply_settings(rung: RungConfig, chosen: Mapping[str, Any]) -> RungConfig:
-    """A rung whose method and engine have what a trial tried."""
-    method = {**rung.method, **({"rank": chosen["rank"]} if "rank" in chosen else {})}
-    training = {**rung.training, **{name: chosen[name] for name in ("learning_rate", "epochs") if name in chosen}}
+def apply_settings(rung: RungConfig, settings: Mapping[str, Any]) -> RungConfig:
+    """The rung with the settings of a trial in its `method` and `training`."""
+    method = {**rung.method, **({"rank": settings["rank"]} if "rank" in settings else {})}
+    training = {**rung.training, **{name: settings[name] for name in ("learning_rate", "epochs") if name in settings}}
     return rung.model_copy(update={"method": method, "training": training})
 
 
-def read_search(folder: Path) -> dict[str, Any] | None:
-    """What a search in this folder came to."""
+def read_search_result(folder: Path) -> dict[str, Any] | None:
+    """The result of a finished search in this folder; None if there is none."""
     file = folder / "search.json"
-    found: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
-    return found
+    result: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
+    return result
 
 
 def _study(journal: Path, search: SearchConfig) -> optuna.Study:
@@ -83,14 +91,17 @@ def _study(journal: Path, search: SearchConfig) -> optuna.Study:
 
 
 def _next_trial(study: optuna.Study, search: SearchConfig, seed: int) -> optuna.Trial:
-    """The trial that a kill came into, or a new one; its draws follow from its number and those before it alone."""
+    """The trial that was interrupted, or a new one; its draws depend only on its number and the trials before it."""
     import optuna
 
-    left = [trial for trial in study.trials if not trial.state.is_finished()]
-    number = left[0].number if left else len(study.trials)
-    own = int(np.random.SeedSequence([seed, 9, number]).generate_state(1)[0])
-    study.sampler = optuna.samplers.TPESampler(seed=own, n_startup_trials=max(2, search.trials // 2))
-    return optuna.Trial(study, left[0]._trial_id) if left else study.ask()
+    unfinished_trials = [trial for trial in study.trials if not trial.state.is_finished()]
+    number = unfinished_trials[0].number if unfinished_trials else len(study.trials)
+    sampler_seed = int(np.random.SeedSequence([seed, 9, number]).generate_state(1)[0])
+    # A sampler of its own for each trial: with one generator for the study, a resumed search would draw other settings.
+    # Half of the trials are random, since TPE needs results to model.
+    study.sampler = optuna.samplers.TPESampler(seed=sampler_seed, n_startup_trials=max(2, search.trials // 2))
+    # optuna has no public way to take up a trial that is still running.
+    return optuna.Trial(study, unfinished_trials[0]._trial_id) if unfinished_trials else study.ask()
 
 
 def _run_trial(
@@ -100,71 +111,78 @@ def _run_trial(
     config: RunConfig,
     folder: Path,
     rows: int,
-    train: Train,
+    train: TrainFunction,
 ) -> None:
-    """One trial: trained until it is done, or until others did better at the same point."""
+    """Train one trial until it is complete, or until others did better at the same measurement."""
     trial = _next_trial(study, search, config.seed)
-    tried = _sample_settings(trial, search, config)
+    settings = _sample_settings(trial, search, config)
+    # After a kill the folder holds part of this trial, which is trained from the start.
     shutil.rmtree(folder, ignore_errors=True)
-    own = _trial_config(config, tried, folder, rows)
-    said = ", ".join(f"{name} {value:.3g}" for name, value in tried.items())
-    print_status(f"search {trial.number + 1}/{search.trials} of rung {rung.label}: {said}")
+    trial_config = _trial_config(config, settings, folder, rows)
+    description = ", ".join(f"{name} {value:.3g}" for name, value in settings.items())
+    print_status(f"search {trial.number + 1}/{search.trials} of rung {rung.label}: {description}")
     losses: list[float] = []
-    ended: list[str] = []
+    stop_reasons: list[str] = []
 
-    def watch(loss: float) -> str | None:
+    def check_loss(loss: float) -> str | None:
         losses.append(loss)
         if not math.isfinite(loss):
-            ended.append("the validation loss is no number")
+            stop_reasons.append("the validation loss is no number")
         else:
             trial.report(loss, len(losses))
             if trial.should_prune():
-                ended.append("other settings did better by then")
-        return ended[-1] if ended else None
+                stop_reasons.append("other settings did better by then")
+        return stop_reasons[-1] if stop_reasons else None
 
-    states, started = _states(), time.perf_counter()
+    states, start = _trial_states(), time.perf_counter()
     try:
-        train(own, watch)
+        train(trial_config, check_loss)
     except DoesNotFitError:
+        # A rung that does not fit is skipped by the climb; more trials would not change that.
         raise
-    except (GateError, PlanError) as error:  # settings that cannot be are no reason to end the search
+    except (GateError, PlanError) as error:
+        # A rate that diverges or a rank that is not supported is a bad trial, and others may be good.
         print_status(f"this trial failed: {error.summary}")
-        ended.append("failed")
-    finally:  # of a trial that is taken once more, what it had taken before counts too
-        spent = trial.user_attrs.get("seconds", 0.0) + time.perf_counter() - started
-        trial.set_user_attr("seconds", round(spent, 3))
+        stop_reasons.append("failed")
+    finally:
+        # The time before an interruption was spent as well.
+        seconds = trial.user_attrs.get("seconds", 0.0) + time.perf_counter() - start
+        trial.set_user_attr("seconds", round(seconds, 3))
         shutil.rmtree(folder, ignore_errors=True)
-    if ended == ["failed"]:
+    # FAIL and not PRUNED: TPE learns from the losses of pruned trials, but not from failed ones.
+    if stop_reasons == ["failed"]:
         study.tell(trial, state=states.FAIL)
         return
-    done = bool(losses) and not ended
-    study.tell(trial, losses[-1] if done else None, state=states.COMPLETE if done else states.PRUNED)
+    # A run too short for one validation has no loss to compare and cannot be chosen.
+    is_complete = bool(losses) and not stop_reasons
+    study.tell(trial, losses[-1] if is_complete else None, state=states.COMPLETE if is_complete else states.PRUNED)
 
 
 def _searched_settings(search: SearchConfig, config: RunConfig) -> list[str]:
-    """What is drawn for this method."""
-    asked = {"rank": search.rank and config.method.adapter_rank is not None, "learning_rate": search.learning_rate}
-    return [name for name, wanted in {**asked, "epochs": search.epochs}.items() if wanted]
+    """Names of the settings that are searched for this method."""
+    ranges = {"rank": search.rank and config.method.adapter_rank is not None, "learning_rate": search.learning_rate}
+    return [name for name, search_range in {**ranges, "epochs": search.epochs}.items() if search_range]
 
 
 def _sample_settings(trial: optuna.Trial, search: SearchConfig, config: RunConfig) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     if search.rank and config.method.adapter_rank is not None:
-        found["rank"] = trial.suggest_int("rank", *search.rank, log=True)
+        settings["rank"] = trial.suggest_int("rank", *search.rank, log=True)
     if search.learning_rate:
-        found["learning_rate"] = trial.suggest_float("learning_rate", *search.learning_rate, log=True)
+        settings["learning_rate"] = trial.suggest_float("learning_rate", *search.learning_rate, log=True)
     if search.epochs:
-        found["epochs"] = trial.suggest_float("epochs", *search.epochs)
-    return found
+        settings["epochs"] = trial.suggest_float("epochs", *search.epochs)
+    return settings
 
 
-def _trial_config(config: RunConfig, tried: Mapping[str, Any], folder: Path, rows: int) -> RunConfig:
-    """The rung's run with a trial's settings, measured so often that halving has something to compare."""
-    method = config.method.model_copy(update={"rank": tried["rank"]}) if "rank" in tried else config.method
-    training = config.training.model_copy(update={name: value for name, value in tried.items() if name != "rank"})
+def _trial_config(config: RunConfig, settings: Mapping[str, Any], folder: Path, rows: int) -> RunConfig:
+    """The run of the rung with a trial's settings, validated often enough for successive halving."""
+    method = config.method.model_copy(update={"rank": settings["rank"]}) if "rank" in settings else config.method
+    training = config.training.model_copy(update={name: value for name, value in settings.items() if name != "rank"})
     rollout = config.objective.rollout
-    every = max(1, total_steps(training, rows, rollout.steps if rollout else 1) // MEASUREMENTS)
-    training = training.model_copy(update={"eval_every": every, "patience": None, "checkpoint_every": None})
+    eval_every = max(1, total_steps(training, rows, rollout.steps if rollout else 1) // VALIDATIONS_PER_TRIAL)
+    # No early stopping, which would compete with the pruner, and no checkpoints: a trial is repeated, not resumed.
+    training = training.model_copy(update={"eval_every": eval_every, "patience": None, "checkpoint_every": None})
     return config.model_copy(update={"method": method, "training": training, "output": str(folder)})
 
 
@@ -173,7 +191,7 @@ def _finished_trials(study: optuna.Study) -> int:
 
 
 def _search_result(study: optuna.Study) -> dict[str, Any]:
-    """All trials, and the settings of the best that came to its end."""
+    """All trials, and the settings of the best completed one."""
     trials = [
         {
             **trial.params,
@@ -183,12 +201,12 @@ def _search_result(study: optuna.Study) -> dict[str, Any]:
         }
         for trial in study.trials
     ]
-    done = [trial for trial in study.trials if trial.state == _states().COMPLETE]
-    best = min(done, key=lambda trial: (trial.value, trial.number), default=None)
+    complete_trials = [trial for trial in study.trials if trial.state == _trial_states().COMPLETE]
+    best = min(complete_trials, key=lambda trial: (trial.value, trial.number), default=None)
     return {"split": "validation", "trials": trials, "chosen": None if best is None else best.params}
 
 
-def _states() -> Any:
+def _trial_states() -> Any:
     from optuna.trial import TrialState
 
     return TrialState

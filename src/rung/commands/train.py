@@ -1,6 +1,7 @@
 """`rung train`: one run from a config into its folder, with its report.
 
-The work is in `runs.train`; this file is where the command line and `rung.train` meet.
+The work is in `runs/train.py`; this file is the one entry for the command line and for `rung.train`, so that both
+resolve configs and report results in the same way.
 """
 
 from __future__ import annotations
@@ -24,25 +25,26 @@ def train(
     overwrite: bool = False,
     beyond_memory: bool = False,
 ) -> RunResult:
-    """Train one run into the folder that the config's `output` names.
+    """Train one run into the folder named by the config's `output`.
 
-    `config` is a file, a mapping or a `RunConfig`; `overrides` are `key=value`, as on the command line. `resume` goes
-    on with the run in the folder, `overwrite` replaces it, `beyond_memory` starts what the plan says does not fit.
+    `config` is a file, a mapping or a `RunConfig`; `overrides` are `key=value`, as on the command line. `resume`
+    continues the run in the folder, `overwrite` replaces it, `beyond_memory` starts a run that does not fit by plan.
     Under torchrun every process calls this; the first one writes.
 
     Raises:
         ConfigError, DataError: the config or the data cannot be used.
         PlanError: the run does not fit, or the combination is not supported.
         CheckpointError: the folder holds another run, or is damaged.
-        GateError: a gate measured what must not be.
+        GateError: a gate failed.
     """
     run_config = resolve_config(config, overrides)
     with join_process_group() as world:
         manifest = train_run(run_config, resume=resume, overwrite=overwrite, beyond_memory=beyond_memory, world=world)
+    # After the process group is left: the report needs no other process.
     report = str(write_report(Path(run_config.output))) if world.is_rank0 else None
     return RunResult.model_validate({**manifest, "path": run_config.output, "report": report})
 
 
 def preview(config: ConfigSource, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Everything up to the first step: data, model, preflight. Writes nothing."""
+    """Do everything up to the first step: data, model, preflight. Writes nothing."""
     return dry_run(resolve_config(config, overrides))

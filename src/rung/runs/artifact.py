@@ -1,4 +1,10 @@
-"""What stands beside saved weights, so that they are served as they were trained, and on the right base."""
+"""Files saved beside the weights, so that a model is served as it was trained, and on the right base.
+
+Beside every adapter or model are its tokenizer, chat template and stop tokens, the fingerprint of its base, and the
+token ids of a known conversation, which any server can be checked against. A few kilobytes replace a class of silent
+errors: text that is framed differently from training (FAILURES 20). `runs/train.py`, `merge.py` and `merge_adapters.py`
+write them, `runs/load.py` checks them. The parity check of gate 5 is here as well.
+"""
 
 from __future__ import annotations
 
@@ -20,23 +26,24 @@ from rung.training.run_folder import Gate, write_json
 from rung.types import Message
 
 ORIGIN_FILE = "rung.json"
-"""Beside saved weights: base, fingerprint and template."""
+"""File with the base, its fingerprint and a hash of the template."""
 KNOWN_PROMPT_FILE = "rung_prompt.json"
-"""Beside saved weights: a conversation and its ids."""
+"""File with a conversation and its token ids."""
 KNOWN_CONVERSATION = "What does it cost,  in 2024, for 12 of them: 3.50 or 42? Straße 7, 東京 🙂"
-"""Digits, several spaces, and characters of one to four bytes: where tokenizers differ."""
-DATED = "strftime_now"
-"""In a template that writes the day of the year, no prompt stays what it was."""
+"""Digits, repeated spaces, and characters of one to four bytes: the places where tokenizers differ."""
+DATE_FUNCTION = "strftime_now"
+"""A template that calls this writes the current date, so its prompts change from day to day."""
 
 
 def write_origin(target: Path, chat: ChatTemplate, base: BaseModel) -> None:
-    """What the weights stand on and were trained with, beside them: a copied folder still says it."""
+    """Write the base and template of the weights, so that a copied folder still names them."""
     template = hashlib.sha256(chat.template.encode()).hexdigest()
     write_json(target / ORIGIN_FILE, {"base": base.name, "base_fingerprint": base.fingerprint, "template": template})
 
 
 def check_origin(folder: Path, base: BaseModel) -> None:
-    """Refuse weights that name another base. Raises `CheckpointError`."""
+    """Raise `CheckpointError` for weights that were trained on another base."""
+    # Without the file the fingerprint in `run.json` is still compared, by `check_fingerprint`.
     if not (folder / ORIGIN_FILE).exists():
         return
     origin = json.loads((folder / ORIGIN_FILE).read_text())
@@ -50,54 +57,54 @@ def check_origin(folder: Path, base: BaseModel) -> None:
 
 
 def check_prompt(folder: Path, chat: ChatTemplate) -> None:
-    """Raise `CheckpointError` where the known conversation is framed otherwise than when the weights were written."""
-    if not (folder / KNOWN_PROMPT_FILE).exists() or DATED in chat.template:
+    """Raise `CheckpointError` if the known conversation gives other token ids than when the weights were saved."""
+    if not (folder / KNOWN_PROMPT_FILE).exists() or DATE_FUNCTION in chat.template:
         return
-    known = json.loads((folder / KNOWN_PROMPT_FILE).read_text())
-    ids = chat.prompt_ids([Message(turn["role"], turn["content"]) for turn in known["messages"]])
-    if ids != known["ids"]:
+    known_prompt = json.loads((folder / KNOWN_PROMPT_FILE).read_text())
+    ids = chat.prompt_ids([Message(turn["role"], turn["content"]) for turn in known_prompt["messages"]])
+    if ids != known_prompt["ids"]:
         raise CheckpointError(
             "text is framed otherwise here than in training",
             where=str(folder / KNOWN_PROMPT_FILE),
             given=ids,
-            allowed=str(known["ids"]),
+            allowed=str(known_prompt["ids"]),
             hint="another version of tokenizers or transformers? run.json has those of the run",
         )
 
 
 def pad_token_outside_stops(chat: ChatTemplate) -> int:
-    """A token to pad with that ends no answer, the tokenizer's own where it can be.
-
-    transformers' sequence classification reads the last token that is not the padding: where the stop pads, that is the
-    one before it.
-    """
+    """A token for padding that does not end an answer; the tokenizer's own pad token if possible."""
     tokenizer = chat.tokenizer
-    known = (tokenizer.pad_token_id, tokenizer.unk_token_id, *tokenizer.all_special_ids, *range(len(tokenizer)))
-    return next(int(i) for i in known if i is not None and i not in chat.stop_ids)
+    # transformers' sequence classification reads the score off the last token that is not padding. If the stop token
+    # were the padding, that would be the token before it (FAILURES 26).
+    candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, *tokenizer.all_special_ids, *range(len(tokenizer)))
+    return next(int(i) for i in candidates if i is not None and i not in chat.stop_ids)
 
 
 def write_tokenizer_files(target: Path, chat: ChatTemplate, pad_id: int | None = None) -> None:
-    """Tokenizer, template and stop ids, so that a server frames text exactly as training did; `pad_id` pads there.
+    """Write tokenizer, template and stop ids, so that a server frames text as in training, and the known conversation.
 
-    And the ids of a known conversation, which any server must give: its tokens are those of training, or it is wrong.
+    `pad_id` replaces the pad token of the tokenizer.
     """
     tokenizer = chat.tokenizer
     ids = chat.prompt_ids([Message("user", KNOWN_CONVERSATION)])
     write_json(target / KNOWN_PROMPT_FILE, {"messages": [{"role": "user", "content": KNOWN_CONVERSATION}], "ids": ids})
-    own = tokenizer.chat_template, tokenizer.pad_token
+    # `save_pretrained` writes the tokenizer's own attributes, so they are set for the call and put back.
+    original = tokenizer.chat_template, tokenizer.pad_token
     tokenizer.chat_template = chat.template
     if pad_id is not None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
     try:
         tokenizer.save_pretrained(target)
     finally:
-        tokenizer.chat_template, tokenizer.pad_token = own
+        tokenizer.chat_template, tokenizer.pad_token = original
+    # `generate` needs some pad token; a stop token is transformers' own choice for tokenizers without one.
     pad = tokenizer.pad_token_id if pad_id is None else pad_id
     config = GenerationConfig(eos_token_id=list(chat.stop_ids), pad_token_id=chat.stop_ids[0] if pad is None else pad)
     config.save_pretrained(target)
 
 
-_READ = """
+LOGPROBS_SCRIPT = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, trust_remote_code=False).eval()
@@ -110,25 +117,27 @@ json.dump(chosen, sys.stdout)
 
 
 def logprobs_in_fresh_process(folder: Path, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Log-probability of every token but the first of each row, from plain transformers in another process.
+    """Log-probabilities of all tokens but the first of each row, from plain transformers in a fresh process.
 
-    Raises `GateError` when the model does not load there.
+    Raises `GateError` if the model does not load there.
     """
-    done = subprocess.run(  # noqa: S603 - our own words only
-        [sys.executable, "-W", "ignore", "-c", _READ, str(folder)],
+    # A fresh process imports nothing of Rung, so no patched module or cached weight can make the check pass. The rows
+    # go through stdin, since a command line limits their length.
+    process = subprocess.run(  # noqa: S603 - our own words only
+        [sys.executable, "-W", "ignore", "-c", LOGPROBS_SCRIPT, str(folder)],
         input=json.dumps([list(row) for row in rows]),
         capture_output=True,
         text=True,
         check=False,
     )
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    if process.returncode:
+        reason = (process.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise GateError("gate publish.parity failed: the written model does not load", where=str(folder), given=reason)
-    return [torch.tensor(row) for row in json.loads(done.stdout)]
+    return [torch.tensor(row) for row in json.loads(process.stdout)]
 
 
-def check_parity(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> Gate:
-    """Largest difference in nats between the run's and the reloaded model's log-probabilities."""
-    worst = max(float((a.float() - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+def check_parity(run_logprobs: Sequence[torch.Tensor], reloaded_logprobs: Sequence[torch.Tensor]) -> Gate:
+    """The gate on the largest difference, in nats, between the log-probabilities of the run and the reloaded model."""
+    largest = max(float((a.float() - b).abs().max()) for a, b in zip(run_logprobs, reloaded_logprobs, strict=True))
     limit = TOLERANCE[torch.float32]
-    return Gate("publish.parity", "passed" if worst <= limit else "failed", worst, limit)
+    return Gate("publish.parity", "passed" if largest <= limit else "failed", largest, limit)

@@ -1,4 +1,9 @@
-"""What cannot be begun: a run's parts held against one another, before its folder is there."""
+"""Checks before a run starts: its config against its data, the processes and the memory, before it has a folder.
+
+A run that cannot work is refused while that costs seconds. Memory is planned from the run's own rows; the plan is an
+estimate and may refuse a run that would just fit, for which there is `--beyond-memory`. The estimates themselves are in
+`planning/memory.py`. `runs/train.py` calls these checks, the climb uses them to skip rungs that do not fit.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +25,7 @@ from rung.planning.advise import advise, auxiliary_shapes, compute_type
 from rung.planning.architecture import ModelShape, read_shape
 from rung.planning.memory import MIN_TOKENS, MemoryEstimate, MicroBatch, estimate_memory
 from rung.planning.throughput import DataVolume, record_throughput, token_flops
-from rung.report.formatting import format_bytes as in_words
+from rung.report.formatting import format_bytes
 from rung.runs.dataset import RunData
 from rung.training.distributed import World
 from rung.training.run_folder import peak_memory_bytes, total_steps
@@ -28,133 +33,139 @@ from rung.training.trainer import Trainer
 
 
 def check_tasks(config: RunConfig, data: RunData) -> None:
-    """A method with something of its own for each task must know every task of the data."""
-    known = set(config.method.tasks)
-    if not known:
+    """A method with parameters for each task must name every task of the data, and each needs training rows."""
+    method_tasks = set(config.method.tasks)
+    if not method_tasks:
         return
-    learned = {record.task for record in data.splits.train}
-    found = learned | {record.task for part in (data.splits.validation, data.splits.test) for record in part}
-    if unknown := sorted(map(str, found - known)):
-        hint = "name the column in data.task, or a task for each set in data.path" if found == {None} else None
+    train_tasks = {record.task for record in data.splits.train}
+    data_tasks = train_tasks | {record.task for part in (data.splits.validation, data.splits.test) for record in part}
+    if unknown_tasks := sorted(map(str, data_tasks - method_tasks)):
+        hint = "name the column in data.task, or a task for each set in data.path" if data_tasks == {None} else None
         raise DataError(
             "the data have a task that method.tasks does not name",
-            given=", ".join(unknown),
-            allowed=", ".join(sorted(known)),
+            given=", ".join(unknown_tasks),
+            allowed=", ".join(sorted(method_tasks)),
             hint=hint,
         )
-    if idle := sorted(known - learned):
-        what = "method.tasks names a task without training rows: nothing would be learned for it"
-        raise DataError(what, given=", ".join(idle))
+    if unlearned_tasks := sorted(method_tasks - train_tasks):
+        summary = "method.tasks names a task without training rows: nothing would be learned for it"
+        raise DataError(summary, given=", ".join(unlearned_tasks))
 
 
 def check_processes(config: RunConfig, world: World) -> None:
-    """What several processes cannot share, or have not been tested to."""
-    own = config.objective.on_policy_share > 0.0
-    if world.size > 1 and (why := multi_process_refusal(config.method.kind, own_answers=own)):
-        raise PlanError(why, where="WORLD_SIZE", given=world.size, hint="run it in one process")
+    """Refuse combinations that do not work, or are not tested, in several processes."""
+    generates_answers = config.objective.on_policy_share > 0.0
+    if world.size > 1 and (refusal := multi_process_refusal(config.method.kind, own_answers=generates_answers)):
+        raise PlanError(refusal, where="WORLD_SIZE", given=world.size, hint="run it in one process")
     if world.size > 1 and config.model.sharded:
-        named = config.objective.reference_model
+        reference = config.objective.reference_model
         moments = config.training.optimizer.state_dtype
-        if why := sharding_refusal(config.method.kind, config.objective.kind, reference=named, moments=moments):
-            raise PlanError(why, where="model.sharded", hint="leave model.sharded out: replicas do")
+        if refusal := sharding_refusal(config.method.kind, config.objective.kind, reference=reference, moments=moments):
+            raise PlanError(refusal, where="model.sharded", hint="leave model.sharded out: replicas do")
 
 
 def check_lottery(config: RunConfig, rows: int) -> None:
-    """A run that ends while all layers still move would be a plain lora without a word."""
+    """Refuse a lottery run that ends before the layers are drawn: it would silently be a plain LoRA."""
     rollout = config.objective.rollout
-    scouting = config.method.lottery.scout_steps if isinstance(config.method, LotteryConfig) else 0
-    total = total_steps(config.training, rows, rollout.steps if rollout else 1)
-    if scouting >= total:
+    scout_steps = config.method.lottery.scout_steps if isinstance(config.method, LotteryConfig) else 0
+    steps = total_steps(config.training, rows, rollout.steps if rollout else 1)
+    if scout_steps >= steps:
         raise ConfigError(
             "the run ends before the lottery is drawn",
             where="method.lottery.scout_steps",
-            given=scouting,
-            allowed=f"below the run's {total} steps",
+            given=scout_steps,
+            allowed=f"below the run's {steps} steps",
         )
 
 
-WINDOWS = 16
-"""Steps whose rows are packed beforehand to see how large a micro-batch becomes."""
+SAMPLED_STEPS = 16
+"""First steps whose rows are packed beforehand, to see how large a micro-batch becomes."""
 MIN_TIMED_SECONDS = 30.0
-"""Seconds of training after which a run's speed says something about the machine."""
+"""Seconds of training from which on the speed of a run says something about the machine."""
 
 
 class DoesNotFitError(PlanError):
-    """What a run needs is not there."""
+    """The run needs more memory than is free."""
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that are free for a run, with what the process holds already; None where the system does not say."""
+    """Bytes available to a run, including what this process already holds; None if the system does not say."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
     try:
-        said = Path("/proc/meminfo").read_text()
-        free = int(said.split("MemAvailable:")[1].split()[0]) * 1024
-        held = int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
+        meminfo = Path("/proc/meminfo").read_text()
+        free = int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024
+        # Estimates count a whole process, so what this one holds already (torch, a loaded base) is not missing.
+        resident = int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
     except (OSError, IndexError, ValueError):
         return None
-    return free + held
+    return free + resident
 
 
 def refuse_if_too_large(config: RunConfig, device: torch.device, *, beyond: bool) -> None:
-    """Before anything is loaded: raise `PlanError` where not even the smallest micro-batch could be computed."""
+    """Raise `DoesNotFitError`, before anything is loaded, if not even the smallest micro-batch fits."""
     if device.type != "cpu":
         return
     shape = read_shape(config.model)
     compute = compute_type(config.model, None)
-    least = estimate_memory(config, shape, MicroBatch(compute, MIN_TOKENS, MIN_TOKENS // 2), auxiliary_shapes(config))
-    _refuse(config, least, free_memory(device), beyond=beyond)
+    # Half of the tokens supervised is a guess: the rows are not tokenized yet.
+    smallest = MicroBatch(compute, MIN_TOKENS, MIN_TOKENS // 2)
+    estimate = estimate_memory(config, shape, smallest, auxiliary_shapes(config))
+    _refuse(config, estimate, free_memory(device), beyond=beyond)
 
 
 def plan_run(
     config: RunConfig, shape: ModelShape, trainer: Trainer, data: RunData, *, beyond: bool
 ) -> tuple[MemoryEstimate, MicroBatch]:
-    """What the run will hold, from its own rows, and what it computes at once.
+    """The memory estimate of the run from its own rows, and its largest micro-batch.
 
-    Raises `DoesNotFitError` where there is less, unless told to go on.
+    Raises `DoesNotFitError` if less memory is free, unless `beyond` is set.
     """
     compute = str(trainer.policy.base.compute_dtype).removeprefix("torch.")
-    if isinstance(data.train, PromptDataset):  # its documents are made as it goes
-        work = MicroBatch(compute, trainer.budget, trainer.budget // 2, device=trainer.policy.device.type)
+    # Rollouts have no documents yet, so a full budget is assumed, half of it answers.
+    if isinstance(data.train, PromptDataset):
+        micro_batch = MicroBatch(compute, trainer.budget, trainer.budget // 2, device=trainer.policy.device.type)
     else:
-        work = _work(trainer, data.train, compute)
-    found = estimate_memory(config, shape, work, auxiliary_shapes(config))
-    _refuse(config, found, free_memory(trainer.policy.device), beyond=beyond)
-    return found, work
+        micro_batch = _largest_micro_batch(trainer, data.train, compute)
+    estimate = estimate_memory(config, shape, micro_batch, auxiliary_shapes(config))
+    _refuse(config, estimate, free_memory(trainer.policy.device), beyond=beyond)
+    return estimate, micro_batch
 
 
-def _work(trainer: Trainer, data: TokenizedDataset, compute: str) -> MicroBatch:
-    """The largest micro-batch of the first steps, and of the longest row; what of their tokens is computed at all."""
+def _largest_micro_batch(trainer: Trainer, data: TokenizedDataset, compute: str) -> MicroBatch:
+    """The largest micro-batch of the first steps and the longest row, and the computed share of the tokens."""
     rows, steps = data.rows, -(-len(data.rows) // trainer.config.examples_per_step)
-    windows = [trainer.pack(trainer.window(rows, step), trainer.budget) for step in range(min(WINDOWS, steps))]
-    every = [batch for window in windows for batch in window]
-    largest = max([*every, *trainer.pack(data.longest_row(), trainer.budget)], key=lambda batch: len(batch.ids))
-    ahead = {id(batch.prefix): len(batch.prefix.ids) for batch in every if batch.prefix is not None}
-    computed = sum(len(batch.ids) for batch in every) + sum(ahead.values())
-    share = computed / sum(batch.document_tokens for batch in every)
+    windows = [trainer.pack(trainer.window(rows, step), trainer.budget) for step in range(min(SAMPLED_STEPS, steps))]
+    batches = [batch for window in windows for batch in window]
+    # The longest row is packed as well: it decides the peak and may come in any step.
+    largest = max([*batches, *trainer.pack(data.longest_row(), trainer.budget)], key=lambda batch: len(batch.ids))
+    # By identity: micro-batches that share a prefix compute it once.
+    prefix_tokens = {id(batch.prefix): len(batch.prefix.ids) for batch in batches if batch.prefix is not None}
+    computed_tokens = sum(len(batch.ids) for batch in batches) + sum(prefix_tokens.values())
+    compute_ratio = computed_tokens / sum(batch.document_tokens for batch in batches)
     return MicroBatch(
         compute,
         tokens=len(largest.ids),
         supervised_tokens=len(largest.loss.target),
-        compute_ratio=share,
+        compute_ratio=compute_ratio,
         documents=len(largest.documents),
         batches=min(map(len, windows)),
         device=trainer.policy.device.type,
     )
 
 
-def _refuse(config: RunConfig, found: MemoryEstimate, there: int | None, *, beyond: bool) -> None:
-    if there is None or found.required_bytes <= there:
+def _refuse(config: RunConfig, estimate: MemoryEstimate, available: int | None, *, beyond: bool) -> None:
+    if available is None or estimate.required_bytes <= available:
         return
-    what = f"this run needs {in_words(found.required_bytes)} at its peak"
+    need = f"this run needs {format_bytes(estimate.required_bytes)} at its peak"
     if beyond:
-        print_status(f"{what}, and {in_words(there)} are free: it goes on because of --beyond-memory")
+        print_status(f"{need}, and {format_bytes(available)} are free: it goes on because of --beyond-memory")
         return
-    change = advise(config, limit=there).change
-    fitting = f"the cheapest change that fits: {shlex.join(change.overrides)}" if change else "see: rung plan CONFIG"
-    hint = f"{fitting}; or start it with --beyond-memory"
-    raise DoesNotFitError(what, where="memory", given=f"{in_words(there)} free", hint=hint)
+    change = advise(config, limit=available).change
+    suggestion = f"the cheapest change that fits: {shlex.join(change.overrides)}" if change else "see: rung plan CONFIG"
+    hint = f"{suggestion}; or start it with --beyond-memory"
+    raise DoesNotFitError(need, where="memory", given=f"{format_bytes(available)} free", hint=hint)
 
 
 def measured_vs_planned(
@@ -164,16 +175,18 @@ def measured_vs_planned(
     manifest: Mapping[str, Any],
     loading: int,
 ) -> dict[str, Any]:
-    """The plan with what was measured, for `run.json`; a long run's speed is kept for later plans of this machine."""
-    found, work = plan
+    """The plan and the measurements, for `run.json`. The speed of a long run is kept for later plans."""
+    estimate, micro_batch = plan
     seconds, tokens = manifest.get("train_seconds") or 0.0, manifest.get("tokens") or 0
+    # Supervised fine-tuning without a frozen-layer cache only: rollouts, several models or cached layers have another
+    # speed per token.
     if seconds >= MIN_TIMED_SECONDS and tokens and config.objective.kind == "sft" and "trunk" not in manifest:
         train = manifest.get("data", {}).get("train", {})
         rows = max(1, int(train.get("examples", 0) or 1))
-        amount = DataVolume(
+        volume = DataVolume(
             tokens, train["supervised_tokens"] / train["tokens"], train["tokens"] / rows, is_counted=True
         )
-        rate = token_flops(config, shape, amount) * tokens * work.compute_ratio / seconds
+        rate = token_flops(config, shape, volume) * tokens * micro_batch.compute_ratio / seconds
         record_throughput(str(manifest.get("compute_dtype")), rate, f"{config.method.kind} on {config.model.name}")
     measured = {"loading": loading, "steps": manifest.get("peak_memory_bytes"), "saving": peak_memory_bytes()}
-    return {**found.to_json(), "measured": measured}
+    return {**estimate.to_json(), "measured": measured}

@@ -1,4 +1,9 @@
-"""A config's data, ready to be learned from or measured on."""
+"""The data of a config: splits, contexts and tokens, ready for training or measurement.
+
+What the model sees before a question is written into the record before anything is tokenized, cached or asked, so that
+training and test cannot differ (docs/decisions/0020); the price is a second copy of the rows on disk. Reading and
+splitting is in `data`, retrieval in `evaluation/retrieval.py`. `runs/train.py`, the climb and `rung eval` call it.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +33,7 @@ from rung.types import Example
 
 @dataclass(frozen=True)
 class RunData:
-    """A config's data, read once and used by every rung."""
+    """The data of a config, tokenized; rungs with the same tokens share it."""
 
     splits: Splits
     chat: ChatTemplate
@@ -44,26 +49,27 @@ class RunData:
 
 
 def read_splits(config: RunConfig) -> Splits:
-    """The three parts of the data. Needs no model, so bad data is found before anything is loaded."""
+    """The three splits of the data. Needs no model, so bad data is refused before one is loaded."""
     with status("reading data"):
         return load_data(config.data, config.seed)
 
 
 def load_library(config: RunConfig, splits: Splits | None = None) -> Library:
-    """What passages are retrieved from; rows are read where they are not at hand. Raises `DataError` for nothing."""
-    own = config.evaluation.retrieve or RetrievalConfig()
+    """The passages for retrieval: documents, or the contexts of the rows. Raises `DataError` if there are none."""
+    retrieval = config.evaluation.retrieve or RetrievalConfig()
     with status("indexing documents"):
-        if own.documents is None:
-            if splits is None or config.data.limit is not None:  # fewer rows must not make the search easier
+        if retrieval.documents is None:
+            # All rows, whatever `data.limit` says: fewer passages would make the search easier (docs/log.md).
+            if splits is None or config.data.limit is not None:
                 splits = load_data(config.data.model_copy(update={"limit": None}), config.seed)
             return Library.from_documents(
-                row_contexts((splits.train, splits.validation, splits.test)), own, "data.path"
+                row_contexts((splits.train, splits.validation, splits.test)), retrieval, "data.path"
             )
-        return Library.from_documents(read_documents(own), own, own.documents)
+        return Library.from_documents(read_documents(retrieval), retrieval, retrieval.documents)
 
 
 def with_contexts(context: Context, records: Records, library: Library | None) -> Records:
-    """Records with what stands before their questions: their own contexts, none, or passages of the library."""
+    """Records whose context is what the model sees: their own, none, or passages of the library."""
     if context == "given":
         return records
     if context == "withheld" or library is None:
@@ -72,20 +78,21 @@ def with_contexts(context: Context, records: Records, library: Library | None) -
 
 
 def tokenize_splits(config: RunConfig, splits: Splits, base: BaseModel, library: Library | None = None) -> RunData:
-    """Examples for training and validation, through the cache, with gate 1 passed; their contexts as they are asked."""
+    """Tokenized training and validation data, cached, with gate 1 passed and with the contexts of the evaluation."""
     chat = ChatTemplate(base.tokenizer, config.model.template, virtual_token_positions(config.method, base.vocab_size))
-    longest = max_document_tokens(config, base)
+    max_tokens = max_document_tokens(config, base)
     context = config.evaluation.context
     if context == "retrieved" and library is None:
         library = load_library(config, splits)
-    # a tuned model must be trained on what it will be asked
-    asked = [with_contexts(context, part, library) for part in (splits.train, splits.validation)]
-    splits = replace(splits, train=asked[0], validation=asked[1])
+    # A tuned model must be trained on what it will be asked.
+    prompted_splits = [with_contexts(context, part, library) for part in (splits.train, splits.validation)]
+    splits = replace(splits, train=prompted_splits[0], validation=prompted_splits[1])
     objective = make_objective(config.objective)
+    # A policy that is rewarded for its own answers trains on prompts alone.
     if objective.rollout is not None and objective.uses_rewards:
-        return _prompt_only_data(config, splits, chat, longest - objective.rollout.max_new_tokens)
-    train = tokenize_for_objective(config, chat, splits.train, longest)
-    validation = tokenize_for_objective(config, chat, splits.validation, longest) if splits.validation else None
+        return _prompt_only_data(config, splits, chat, max_tokens - objective.rollout.max_new_tokens)
+    train = tokenize_for_objective(config, chat, splits.train, max_tokens)
+    validation = tokenize_for_objective(config, chat, splits.validation, max_tokens) if splits.validation else None
     for part in (train, validation):
         if part is not None:
             _check_ids(part.examples, base)
@@ -95,61 +102,68 @@ def tokenize_splits(config: RunConfig, splits: Splits, base: BaseModel, library:
 
 
 def _check_ids(examples: Sequence[Example], base: BaseModel) -> None:
-    """Raise `DataError` for a token that the model has no embedding of: some tokenizers name more than there are."""
-    rows = int(base.model.get_input_embeddings().weight.shape[0])
-    if len(base.tokenizer) <= rows:
+    """Raise `DataError` for a token without an embedding: some tokenizers have more tokens than the model."""
+    embedding_rows = int(base.model.get_input_embeddings().weight.shape[0])
+    # No pass over the data for the usual tokenizer, which cannot give such a token.
+    if len(base.tokenizer) <= embedding_rows:
         return
     for example in examples:
-        if (beyond := int(example.ids.max())) >= rows:
+        if (largest_id := int(example.ids.max())) >= embedding_rows:
             raise DataError(
                 "the tokenizer gives a token that the model has no embedding of",
                 where=str(example.source),
-                given=f"{base.tokenizer.convert_ids_to_tokens(beyond)!r}, id {beyond}",
-                allowed=f"ids below {rows}, though the tokenizer has {len(base.tokenizer)}",
+                given=f"{base.tokenizer.convert_ids_to_tokens(largest_id)!r}, id {largest_id}",
+                allowed=f"ids below {embedding_rows}, though the tokenizer has {len(base.tokenizer)}",
             )
 
 
 def max_document_tokens(config: RunConfig, base: BaseModel) -> int:
-    """Tokens that a document may have."""
+    """Largest number of tokens of a document."""
+    # Virtual tokens in front take positions of the context; those inside the text are part of the document.
     room = base.context - front_virtual_tokens(config.method)
     return min(config.data.max_length or room, room)
 
 
-def tokenize_for_objective(config: RunConfig, chat: ChatTemplate, records: Records, longest: int) -> TokenizedDataset:
-    """What a run learns from or is measured on, as its config says. Raises `DataError` for rows of too few answers."""
+def tokenize_for_objective(
+    config: RunConfig, chat: ChatTemplate, records: Records, max_tokens: int
+) -> TokenizedDataset:
+    """The tokenized records of a run, as its objective needs them. Raises `DataError` for rows of too few answers."""
     objective = make_objective(config.objective)
     with status("tokenizing"):
-        found = cached_examples(
+        dataset = cached_examples(
             chat,
             records,
             loss_on=config.data.loss_on,
-            max_length=longest,
+            max_length=max_tokens,
             overflow=config.data.overflow,
             with_candidates=objective.compares_answers,
         )
-    if (lonely := found.first_row_with_fewer(objective.min_answers)) is not None:
+    if (incomplete_row := dataset.first_row_with_fewer(objective.min_answers)) is not None:
         hint = "labelled answers are for loss: kto; pairs, rankings and ratings for all others"
-        raise DataError("this row has one answer and nothing to compare it with", where=str(lonely), hint=hint)
-    return found
+        raise DataError("this row has one answer and nothing to compare it with", where=str(incomplete_row), hint=hint)
+    return dataset
 
 
 def tokenize_held_out(config: RunConfig, chat: ChatTemplate, records: Records, base: BaseModel) -> TokenizedDataset:
-    """Documents of held-out rows as they are asked, made as the run's own were."""
-    found = tokenize_for_objective(config, chat, records, max_document_tokens(config, base))
-    _check_ids(found.examples, base)
-    return found
+    """Tokenized held-out rows, made as the training data of the run."""
+    dataset = tokenize_for_objective(config, chat, records, max_document_tokens(config, base))
+    _check_ids(dataset.examples, base)
+    return dataset
 
 
-def _prompt_only_data(config: RunConfig, splits: Splits, chat: ChatTemplate, longest: int) -> RunData:
-    """The questions alone, for a policy that answers them itself. Raises `DataError` where rewards want answers."""
+def _prompt_only_data(config: RunConfig, splits: Splits, chat: ChatTemplate, max_tokens: int) -> RunData:
+    """Prompts for a policy that samples the answers. Raises `DataError` if a reward needs answers that are missing."""
     source = config.objective.reward
+    # Checked now, since a missing answer would otherwise show at the first rollout that reaches the row.
     if source is not None and not isinstance(source, ModelRewardConfig) and needs_expected_answer(source):
         for record in (*splits.train, *splits.validation):
             if record.is_prompt_only or record.is_undesirable:
-                what = "this reward compares with the expected answer, and this row has none"
-                raise DataError(what, where=str(record.source), given=f"objective.reward.kind: {source.kind}")
+                summary = "this reward compares with the expected answer, and this row has none"
+                raise DataError(summary, where=str(record.source), given=f"objective.reward.kind: {source.kind}")
     with status("tokenizing"):
-        train = tokenize_prompts(chat, splits.train, max_length=longest, overflow=config.data.overflow)
-        held = splits.validation
-        validation = tokenize_prompts(chat, held, max_length=longest, overflow=config.data.overflow) if held else None
+        train = tokenize_prompts(chat, splits.train, max_length=max_tokens, overflow=config.data.overflow)
+        held_out = splits.validation
+        validation = (
+            tokenize_prompts(chat, held_out, max_length=max_tokens, overflow=config.data.overflow) if held_out else None
+        )
     return RunData(splits, chat, train, validation, train.preflight())

@@ -1,4 +1,10 @@
-"""Finished runs and bases, ready to answer, and what they are asked: the held-out items of a config."""
+"""Opening runs, bases and reward models, and the held-out items that they are scored on.
+
+The one place that decides what a name stands for: a run, a climb, a server or a base. Everything is checked when it is
+opened (fingerprint of the base, hashes of the files, token ids of a known conversation), because a wrong base or
+template gives plausible answers and no error. Checking hashes costs one pass over the files. All commands, and
+`rung.load`, open models here.
+"""
 
 from __future__ import annotations
 
@@ -46,40 +52,40 @@ def device() -> torch.device:
 
 
 def load_base_on_device(config: ModelConfig) -> BaseModel:
-    """The base of a config on the device in use."""
+    """The base of a config, on the device in use."""
     with status(f"loading {config.student_of or config.name}"):
         return load_base(config, device=device())
 
 
 def library_of_target(name: str | Path) -> Library | None:
-    """What a run that was trained on retrieved passages retrieves from; None for other runs and for bases."""
+    """The library of a run that was trained on retrieved passages; None for other runs and for bases."""
     if target_kind(name) != "run" or (config := config_of_run(Path(name))).evaluation.context != "retrieved":
         return None
     return load_library(config)
 
 
 TargetKind = Literal["run", "climb", "server", "base"]
-"""What a name on the command line, in a config or in a call can stand for."""
+"""What a name in a command, config or call can stand for."""
 
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A model that is ready to answer: a base alone, or a base with what a run learned."""
+    """A model that is ready to answer: a base, or a base with the method of a run."""
 
     policy: Policy
     chat: ChatTemplate
     config: RunConfig | None = None
-    """The run's own; None for a base."""
+    """Config of the run; None for a base."""
     kind: Literal["run", "base"] = "base"
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Tasks that the run learned something of its own for; most runs and all bases have none."""
+        """Tasks for which the run learned separate parameters; most runs and all bases have none."""
         return self.config.method.tasks if self.config is not None else ()
 
     @cached_property
     def library(self) -> Library | None:
-        """What a run that was trained on retrieved passages retrieves from; None for all others."""
+        """The library of a run that was trained on retrieved passages; None for all others."""
         if self.config is None or self.config.evaluation.context != "retrieved":
             return None
         return load_library(self.config)
@@ -98,11 +104,12 @@ class LoadedRun:
         """Answer a question, or the last turn of a conversation. `temperature` 0 is greedy.
 
         Without a `context`, a run that was trained on retrieved passages retrieves them, as in `rung chat`. Raises
-        `DataError` for a prompt that leaves no room for an answer, `ConfigError` for a task that was not learned.
+        `DataError` for a prompt that leaves no room for an answer, `ConfigError` for an unknown task.
         """
         turns = [Message("user", question)] if isinstance(question, str) else list(question)
         if system is not None:
             turns.insert(0, Message("system", system))
+        # A model trained with passages and asked without them would be a different model.
         if context is None and self.library is not None:
             turns[-1] = replace(turns[-1], content=self.library.prepend_passages(turns[-1].content))
         if task is not None and task not in self.tasks:
@@ -117,7 +124,7 @@ class LoadedRun:
 
 
 def target_kind(name: str | Path) -> TargetKind:
-    """What a name stands for: a run's folder, a climb's, the URL of a server, or else a base."""
+    """What a name stands for: the folder of a run or climb, the URL of a server, or else a base."""
     if str(name).startswith(("http://", "https://")):
         return "server"
     if not is_run_folder(name):
@@ -126,7 +133,7 @@ def target_kind(name: str | Path) -> TargetKind:
 
 
 def refuse_climb(name: str | Path, where: str | None = None) -> None:
-    """Raise `ConfigError` for a climb, which is not one model."""
+    """Raise `ConfigError` for a climb, which holds several models."""
     if target_kind(name) == "climb":
         raise ConfigError(
             "this is a climb, not a run", where=where, given=name, hint=f"its runs stand in {Path(name) / 'rungs'}"
@@ -134,9 +141,10 @@ def refuse_climb(name: str | Path, where: str | None = None) -> None:
 
 
 def open_target(name: str | Path, model: ModelConfig | None = None, base: BaseModel | None = None) -> LoadedRun:
-    """Open a run or a base by its name. `model`: how a base is loaded; `base`: the loaded one of a run with an adapter.
+    """Open a run or a base by its name.
 
-    Raises `ConfigError` for a climb, a server and a name that leads nowhere, and as `open_run`.
+    `model` has the settings under which a base is loaded, `base` is the loaded base of a run with an adapter. Raises
+    `ConfigError` for a climb, a server and an unknown name, and as `open_run`.
     """
     refuse_climb(name)
     if target_kind(name) == "server":
@@ -144,17 +152,18 @@ def open_target(name: str | Path, model: ModelConfig | None = None, base: BaseMo
     if target_kind(name) == "run":
         return open_run(Path(name), base)
     model = model or ModelConfig()
-    if model.name != str(name) or model.student_of is not None:  # revision and layers are those of another model
+    # Revision, student and layers in the settings belong to the model that they name, not to this one.
+    if model.name != str(name) or model.student_of is not None:
         model = model.model_copy(update={"name": str(name), **WITHOUT_RUN_SETTINGS})
     return open_base(model)
 
 
 def open_run(path: Path, base: BaseModel | None = None) -> LoadedRun:
-    """A finished run, ready to answer: its base, or the one given, with its method on top.
+    """A finished run, ready to answer: its method on `base`, or on its own base loaded here.
 
-    Raises `CheckpointError` on another base, `PlanError` for a reward model, which writes nothing.
+    Raises `CheckpointError` for another base, `PlanError` for a reward model, which generates nothing.
     """
-    policy, chat, config = _open(path, base)
+    policy, chat, config = _load_run(path, base)
     if config.objective.kind == "reward":
         raise PlanError(
             "this run is a reward model: it gives scores and writes nothing",
@@ -165,18 +174,18 @@ def open_run(path: Path, base: BaseModel | None = None) -> LoadedRun:
 
 
 def config_of_run(run: Path) -> RunConfig:
-    """The config that a run was made by."""
+    """The config of a run, from its manifest."""
     return parse_config(read_manifest(run)["config"], str(run / "run.json"))
 
 
 def open_reward_model(
     path: Path, base: BaseModel | None = None
 ) -> tuple[Policy, ChatTemplate, RewardObjective, RunConfig]:
-    """A finished reward model: its base, or the one given, with its method and its head on top.
+    """A finished reward model: its method and score head on `base`, or on its own base loaded here.
 
-    Raises `CheckpointError` for other runs, and on another base.
+    Raises `CheckpointError` for other runs and for another base.
     """
-    policy, chat, config = _open(path, base)
+    policy, chat, config = _load_run(path, base)
     if not isinstance(config.objective, RewardConfig):
         raise CheckpointError(
             "this run is no reward model", where=str(path), given=f"objective.kind: {config.objective.kind}"
@@ -186,7 +195,7 @@ def open_reward_model(
     return policy, chat, objective, config
 
 
-def _open(path: Path, base: BaseModel | None) -> tuple[Policy, ChatTemplate, RunConfig]:
+def _load_run(path: Path, base: BaseModel | None) -> tuple[Policy, ChatTemplate, RunConfig]:
     manifest = read_manifest(path)
     if manifest.get("status") != "finished" or not {"adapter", "model"} & {p.name for p in path.iterdir()}:
         raise CheckpointError(
@@ -195,12 +204,14 @@ def _open(path: Path, base: BaseModel | None) -> tuple[Policy, ChatTemplate, Run
             hint="go on with: rung train --resume",
         )
     config = parse_config(manifest["config"], str(path / "run.json"))
-    if (path / "model").is_dir():  # with its own tokenizer and template
-        inside = path
-        if config.objective.kind == "reward":  # which is no run to build on: loaded by its folder, and checked here
-            inside = path / "model"
-            require_undamaged(inside)
-        base = load_base_on_device(ModelConfig(name=str(inside), dtype=config.model.dtype))
+    # A full run is a model of its own, with its own tokenizer and template.
+    if (path / "model").is_dir():
+        model_name = path
+        # `load_base` refuses a reward run as a base, so its model is named as a plain folder, which is checked here.
+        if config.objective.kind == "reward":
+            model_name = path / "model"
+            require_undamaged(model_name)
+        base = load_base_on_device(ModelConfig(name=str(model_name), dtype=config.model.dtype))
         chat = ChatTemplate(base.tokenizer)
         check_prompt(path / "model", chat)
         return Policy(base, NoMethod()), chat, config
@@ -210,80 +221,95 @@ def _open(path: Path, base: BaseModel | None) -> tuple[Policy, ChatTemplate, Run
     check_origin(path / "adapter", base)
     method = attach_method(base.model, config.method, seed=config.seed, fused=config.model.fused)
     method.load(path / "adapter")
-    tokenizer = load_tokenizer(ModelConfig(name=str(path)))  # with the template trained with
+    # The saved tokenizer and not that of the base: its template is the one of the training.
+    tokenizer = load_tokenizer(ModelConfig(name=str(path)))
     chat = ChatTemplate(tokenizer, positions=virtual_token_positions(config.method, base.vocab_size))
     check_prompt(path / "adapter", chat)
     return Policy(base, method), chat, config
 
 
 def share_base_if_same(run: Path, base: BaseModel | None) -> BaseModel | None:
-    """The weights at hand in modules of their own, where a run's adapter stands on them; None where it does not."""
+    """A base that shares the weights of `base`, if the adapter of the run belongs on it; otherwise None."""
     if base is None or not (run / "adapter").is_dir():
         return None
+    # Compared by fingerprint and not by name: the same name may hold other weights today.
     return base.share_weights() if read_manifest(run)["fingerprints"]["base"] == base.fingerprint else None
 
 
 def open_runs(paths: Sequence[Path]) -> dict[str, LoadedRun]:
-    """Adapters of one base by the names of their folders, its weights held once: each answers by itself.
+    """Runs with adapters on one base, by folder name; the weights of the base are in memory once.
 
-    Raises `CheckpointError` for runs of another base, `ConfigError` for runs that are whole models or of one name.
+    Raises `CheckpointError` for runs on different bases, `ConfigError` for full runs and for two runs of one name.
     """
-    if whole := [path for path in paths if not (path / "adapter").is_dir()]:
-        raise ConfigError("a run that is a whole model shares no base", given=whole[0], allowed="runs with an adapter")
+    for path in paths:
+        config_of_run(path)  # which says so where a folder holds no run
+    if full_runs := [path for path in paths if not (path / "adapter").is_dir()]:
+        raise ConfigError(
+            "a run that is a whole model shares no base", given=full_runs[0], allowed="runs with an adapter"
+        )
+    # The result is keyed by folder name, and a second run of one name would hide the first.
     if len({path.name for path in paths}) < len(paths):
         raise ConfigError("two of these runs have one name", given=", ".join(path.name for path in paths))
     if not paths:
         return {}
+    # Modules of its own for each run: an adapter that is attached to one must not be seen by another.
     base = load_base_on_device(config_of_run(paths[0]).model)
     return {path.name: open_run(path, base.share_weights()) for path in paths}
 
 
 def open_base(config: ModelConfig) -> LoadedRun:
-    """A base alone, ready to answer."""
+    """A base without a run, ready to answer."""
     base = load_base_on_device(config)
     return LoadedRun(Policy(base, NoMethod()), ChatTemplate(base.tokenizer, config.template))
 
 
 def test_records(config: RunConfig, splits: Splits) -> Records:
-    """The held-out items, at most `evaluation.limit` of them in the order of the seed."""
+    """The test items, at most `evaluation.limit` of them, drawn by the seed."""
     return _limited_records(config, splits.test, "test")
 
 
 def validation_records(config: RunConfig, splits: Splits) -> Records:
-    """What choices are measured on, taken from the validation split as `test_records` are from the test split."""
+    """The validation items, on which choices are measured, limited as the test items are."""
     return _limited_records(config, splits.validation, "validation")
 
 
-def _limited_records(config: RunConfig, part: Records, name: str) -> Records:
+def _limited_records(config: RunConfig, split: Records, name: str) -> Records:
     where = f"data.{name}"
-    if not part:
-        given = getattr(config.data, name)
-        raise ConfigError(f"there is no {name} split to score on", where=where, given=given, hint=f"set {where}: 0.1")
-    expected = np.flatnonzero([not (record.is_undesirable or record.is_prompt_only) for record in part])
-    if not len(expected):  # a bad answer is no answer to expect
+    if not split:
+        share_or_file = getattr(config.data, name)
+        raise ConfigError(
+            f"there is no {name} split to score on", where=where, given=share_or_file, hint=f"set {where}: 0.1"
+        )
+    # An undesirable answer is not the expected one.
+    indices = np.flatnonzero([not (record.is_undesirable or record.is_prompt_only) for record in split])
+    if not len(indices):
         raise ConfigError(f"no row of the {name} split has an answer to expect", where=where)
-    order = np.random.default_rng([config.seed, 2]).permutation(len(expected))
-    return part.select(expected[np.sort(order[: config.evaluation.limit])])
+    # The first of one permutation, so that a larger limit adds items to those of a smaller one. Sorted, so that the
+    # items keep the order of the data.
+    order = np.random.default_rng([config.seed, 2]).permutation(len(indices))
+    return split.select(indices[np.sort(order[: config.evaluation.limit])])
 
 
 def dequantize_if_configured(policy: Policy, config: RunConfig) -> None:
-    """With `evaluation.dequantize`, hold a quantized base in full width before it answers."""
+    """With `evaluation.dequantize`, dequantize the base before it answers."""
     if config.evaluation.dequantize:
         dequantize(policy, config)
 
 
 def dequantize(policy: Policy, config: RunConfig) -> None:
-    """Hold a quantized base in full width: the same numbers, in more memory."""
+    """Replace quantized weights by the same numbers in full width, which takes more memory."""
     method = policy.method
     if isinstance(method, Lora) and method.quantized is not None:
         method.quantized.dequantize(policy.model)
+        # The fused functions were made for the quantized modules that are now replaced.
         if config.model.fused:
             install_fused_forwards(policy.model, method.linear_params)
 
 
 def score(model: LoadedRun, config: RunConfig, records: Sequence[Record]) -> Evaluation:
-    """Score test records as `dataset.with_contexts` gives them; a base gets `evaluation.instruction`, a run none."""
+    """Score records whose contexts are set by `dataset.with_contexts`; a base gets `evaluation.instruction`."""
     dequantize_if_configured(model.policy, config)
+    # A run was trained on bare questions, so an instruction would only disturb it.
     prompt_format = PromptFormat(config.evaluation.instruction if model.kind == "base" else None)
     return evaluate(model.policy, model.chat, records, prompt_format, config.evaluation)
 
@@ -297,10 +323,10 @@ def load(target: list[str | Path] | tuple[str | Path, ...]) -> dict[str, LoadedR
 
 
 def load(target: str | Path | list[str | Path] | tuple[str | Path, ...]) -> LoadedRun | dict[str, LoadedRun]:
-    """Load a run or a base that answers; of several runs on one base, each by the name of its folder.
+    """Load a run or a base that answers, or several runs on one base, by folder name.
 
-    The weights of a shared base are in memory once, and no adapter sees another. A base is a name from `rung models`,
-    a transformers folder, a GGUF file or a hub id.
+    The weights of a shared base are in memory once, and the adapters are independent. A base is a name from `rung
+    models`, a transformers folder, a GGUF file or a hub id.
 
     Raises `CheckpointError` for a run that is not finished, damaged, or on another base than the first.
     """

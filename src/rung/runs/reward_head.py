@@ -1,7 +1,9 @@
-"""A reward run's files as transformers' and peft's sequence classification reads them: the score head among the rest.
+"""The score head of a reward run, in the files that transformers' and peft's sequence classification read.
 
 `AutoModelForSequenceClassification` loads the folder of a full run, `PeftModelForSequenceClassification` puts that of
-an adapter on the base. Both read the score off the last token, as training did.
+an adapter on the base; both read the score off the last token, as in training. The price is that a full run is written
+twice: its saved weights are replaced by those of the classifier. `runs/train.py` writes the head, `runs/load.py` reads
+it.
 """
 
 from __future__ import annotations
@@ -21,59 +23,64 @@ from rung.methods.adapter_files import CONFIG, WEIGHTS, is_score_head
 from rung.models.load import classifier_keys
 from rung.training.run_folder import write_json
 
-SCORE = "score.weight"
-BESIDE = "score.safetensors"
-"""Where the head stands when no library has a place for it."""
+HEAD_KEY = "score.weight"
+HEAD_FILE = "score.safetensors"
+"""File of the head for models without a sequence classification in transformers."""
 
 
 def write_score_head(folder: Path, weight: Tensor, pad_id: int) -> None:
-    """Add the head [1, H] to a written adapter or model."""
+    """Add the head [1, H] to a saved adapter or model."""
     weight = weight.detach().cpu().contiguous()
     if (folder / WEIGHTS).exists():
-        _into_adapter(folder, weight)
+        _add_to_adapter(folder, weight)
     elif (folder / "config.json").exists():
-        _into_model(folder, weight, pad_id)
+        _add_to_model(folder, weight, pad_id)
     else:
-        save_file({SCORE: weight}, folder / BESIDE)
+        save_file({HEAD_KEY: weight}, folder / HEAD_FILE)
 
 
 def read_score_head(folder: Path) -> Tensor:
-    """The head of a written adapter or model. Raises `CheckpointError` where there is none."""
+    """The head of a saved adapter or model. Raises `CheckpointError` if there is none."""
     for file in sorted(folder.glob("*.safetensors")):
         for name, value in load_file(file).items():
-            if name == SCORE or is_score_head(name):
+            if name == HEAD_KEY or is_score_head(name):
                 return value
     raise CheckpointError("there is no score head: this is no reward model", where=str(folder))
 
 
-def _into_adapter(folder: Path, weight: Tensor) -> None:
+def _add_to_adapter(folder: Path, weight: Tensor) -> None:
     config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-    # peft names what it saves after where it stands; under a prompt the base is not wrapped once more
+    # peft names a saved tensor by its place in the model. Around a LoRA the base is wrapped once more than around
+    # virtual tokens.
     inner = "base_model" if "num_virtual_tokens" in config else "base_model.model"
-    state = {**load_file(folder / WEIGHTS), f"{inner}.{SCORE}": weight}
+    state = {**load_file(folder / WEIGHTS), f"{inner}.{HEAD_KEY}": weight}
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-    own = [name for name in config.get("modules_to_save") or () if name != "score"]
-    write_json(folder / CONFIG, {**config, "task_type": "SEQ_CLS", "modules_to_save": [*own, "score"]})
+    # peft restores a module that is no LoRA only if `modules_to_save` names it.
+    modules = [name for name in config.get("modules_to_save") or () if name != "score"]
+    write_json(folder / CONFIG, {**config, "task_type": "SEQ_CLS", "modules_to_save": [*modules, "score"]})
 
 
-def _into_model(folder: Path, weight: Tensor, pad_id: int) -> None:
+def _add_to_model(folder: Path, weight: Tensor, pad_id: int) -> None:
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    found = classifier_keys(folder)
-    if found is None:
+    classifier = classifier_keys(folder)
+    if classifier is None:
         print_status(
-            f"transformers has no sequence classification for {config['model_type']}: the head stands in {BESIDE}"
+            f"transformers has no sequence classification for {config['model_type']}: the head stands in {HEAD_FILE}"
         )
-        save_file({SCORE: weight}, folder / BESIDE)
+        save_file({HEAD_KEY: weight}, folder / HEAD_FILE)
         return
-    name, keys = found
+    architecture, keys = classifier
     files = sorted(folder.glob("*.safetensors"))
     state = {key: value for file in files for key, value in load_file(file).items()}
     dtype = next(iter(state.values())).dtype
-    kept = {key: value for key, value in state.items() if key in keys}
-    if missing := keys - kept.keys() - {SCORE}:
-        raise CheckpointError("the classifier would lack tensors", where=str(folder), given=sorted(missing)[:2])
+    classifier_state = {key: value for key, value in state.items() if key in keys}
+    # A classifier with randomly initialized tensors would load without an error.
+    if missing_keys := keys - classifier_state.keys() - {HEAD_KEY}:
+        raise CheckpointError("the classifier would lack tensors", where=str(folder), given=sorted(missing_keys)[:2])
+    # The old files go first: the new ones may be sharded differently, and shards of both would stand side by side.
     for file in [*files, *folder.glob("*.index.json")]:
         file.unlink()
-    save_torch_state_dict({**kept, SCORE: weight.to(torch.promote_types(dtype, torch.float32))}, folder)
+    save_torch_state_dict({**classifier_state, HEAD_KEY: weight.to(torch.promote_types(dtype, torch.float32))}, folder)
+    # One label and regression: what transformers calls a model with a single score.
     labels = {"id2label": {"0": "reward"}, "label2id": {"reward": 0}, "problem_type": "regression"}
-    write_json(folder / "config.json", {**config, **labels, "architectures": [name], "pad_token_id": pad_id})
+    write_json(folder / "config.json", {**config, **labels, "architectures": [architecture], "pad_token_id": pad_id})
