@@ -144,7 +144,7 @@ class LayerLottery:
     def energies(self) -> dict[int, float]:
         """Sum over the sample's tokens of |s B A x|^2 for each layer. Raises `PlanError` without a sample."""
         if self.sample is None:
-            raise PlanError("there are no documents to score layers on", where="method.score", given="energy")
+            raise PlanError("there are no documents to score layers on", where="method.lottery.score", given="energy")
         energies = dict.fromkeys(self.layers, 0.0)
         hooks = [
             layer.register_forward_pre_hook(partial(_add_energy, energies, _layer(name)))
