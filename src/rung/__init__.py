@@ -20,11 +20,11 @@ from rung.errors import CheckpointError, ConfigError, DataError, GateError, Plan
 
 if TYPE_CHECKING:
     from rung.commands.climb import climb
+    from rung.commands.climb_results import Ladder
     from rung.commands.compare import compare
     from rung.commands.evaluate import evaluate
     from rung.commands.forgetting import measure_forgetting
     from rung.commands.generate import GenerateRequest, generate
-    from rung.commands.ladder import Ladder
     from rung.commands.merge import merge
     from rung.commands.merge_adapters import FusePlan, fuse
     from rung.commands.plan import plan
@@ -94,7 +94,7 @@ _MODULES = {
     "commands.evaluate": ("evaluate",),
     "commands.forgetting": ("measure_forgetting",),
     "commands.generate": ("GenerateRequest", "generate"),
-    "commands.ladder": ("Ladder",),
+    "commands.climb_results": ("Ladder",),
     "commands.merge": ("merge",),
     "commands.merge_adapters": ("FusePlan", "fuse"),
     "commands.plan": ("plan",),

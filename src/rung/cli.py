@@ -46,7 +46,7 @@ def models(context: typer.Context, as_json: AsJson = False) -> None:
     """List the base models that Rung knows by name, with size and license."""
     if context.invoked_subcommand:
         return
-    from rung.config.catalog import CATALOG
+    from rung.config.model_catalog import CATALOG
     from rung.models.download import base_folder
 
     bases = [{**base.model_dump(), "here": (base_folder(base) / "config.json").exists()} for base in CATALOG.values()]
@@ -64,7 +64,7 @@ def fetch(
     name: Annotated[str, typer.Argument(help="Name from the list of: rung models")], as_json: AsJson = False
 ) -> None:
     """Download a base model into the cache; verify its hash and convert it."""
-    from rung.config.catalog import CATALOG
+    from rung.config.model_catalog import CATALOG
     from rung.errors import did_you_mean
 
     if name not in CATALOG:

@@ -194,7 +194,7 @@ class PackedBatch:
         return replace(self, prefix=prefix, cached_hidden=None)
 
     @property
-    def is_single_row(self) -> bool:
+    def holds_one_data_row(self) -> bool:
         """Whether the batch cannot be split: it holds one document, or the documents of one data row."""
         rows = {document.row for document in self.documents}
         return self.sequences == 1 or (len(rows) == 1 and -1 not in rows)

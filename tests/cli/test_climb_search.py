@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from processes import inside
-from rung.commands import search
+from rung.commands import hyperparameter_search
 from rung.config.climb import RungConfig, SearchConfig
 from rung.config.io import load_config, rung_run_config
 from rung.config.run import RunConfig
@@ -68,16 +68,16 @@ def test_halving_ends_the_worse_and_goes_on_after_a_kill(config: Path, tmp_path:
         steps.append(taken)
 
     with pytest.raises(KeyboardInterrupt):
-        search.search_settings(run, asked, rung, tmp_path / "s", 80, train)
-    assert search.read_search_result(tmp_path / "s") is None and len(steps) == 4
-    chosen = search.search_settings(run, asked, rung, tmp_path / "s", 80, train)
-    found = search.read_search_result(tmp_path / "s")
+        hyperparameter_search.search_settings(run, asked, rung, tmp_path / "s", 80, train)
+    assert hyperparameter_search.read_search_result(tmp_path / "s") is None and len(steps) == 4
+    chosen = hyperparameter_search.search_settings(run, asked, rung, tmp_path / "s", 80, train)
+    found = hyperparameter_search.read_search_result(tmp_path / "s")
     assert found is not None and len(found["trials"]) == 9
     assert {trial["state"] for trial in found["trials"]} == {"pruned", "complete"} and min(steps) < 10
     best = min((t for t in found["trials"] if t["state"] == "complete"), key=lambda t: t["validation_losses"][-1])
     assert chosen.training == {"learning_rate": best["learning_rate"]} and chosen.method == {}
-    search.search_settings(run, asked, rung, tmp_path / "alone", 80, train)
-    alone = search.read_search_result(tmp_path / "alone")
+    hyperparameter_search.search_settings(run, asked, rung, tmp_path / "alone", 80, train)
+    alone = hyperparameter_search.read_search_result(tmp_path / "alone")
     for trial in (*found["trials"], *(alone or {})["trials"]):
         assert trial.pop("seconds") >= 0
     assert alone == found  # as if nothing had happened

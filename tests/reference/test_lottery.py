@@ -80,7 +80,7 @@ def test_winners_alone_move_and_losers_add_nothing(rewind: bool, tmp_path: Path)
     start = {n: p.detach().clone() for n, p in method.trainable().items()}
     for step in range(4):
         before = {n: p.detach().clone() for n, p in method.trainable().items()}
-        moving = method.at_step(step)
+        moving = method.trainable_at_step(step)
         assert (moving is None) == (step < 2)
         assert moving is None or (moving.changes_permanently, moving.restart_moments) == (
             step == 2,
@@ -119,16 +119,16 @@ def test_winners_alone_move_and_losers_add_nothing(rewind: bool, tmp_path: Path)
 
 def test_a_resumed_lottery_knows_its_winners() -> None:
     _, method = tuned("lottery", lottery={"scout_steps": 2})
-    method.at_step(2)
+    method.trainable_at_step(2)
     kept = json.loads(json.dumps(method.state()))
     _, other = tuned("lottery", lottery={"scout_steps": 2})
     other.load_state(kept)
-    moving = other.at_step(7)
+    moving = other.trainable_at_step(7)
     assert other.layer_schedule.winners == method.layer_schedule.winners and not moving.restart_moments
     assert other.statistics() == method.statistics() and set(other.trainable()) == set(method.trainable())
     other.layer_schedule.winners = None
     with pytest.raises(CheckpointError, match="who won"):
-        other.at_step(7)
+        other.trainable_at_step(7)
 
 
 @pytest.mark.parametrize(

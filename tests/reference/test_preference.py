@@ -24,7 +24,7 @@ from rung.models.policy import sum_by_document
 from rung.objectives.pairs import answer_pairs
 from rung.objectives.preference import LOSSES, PairedPreference, PairLogprobs, UnpairedPreference, is_good_answer
 from rung.objectives.registry import OBJECTIVES
-from rung.training.packing import MIN_PREFIX_AHEAD, pack, pack_in_slices, pack_separately
+from rung.training.packing import MIN_PREFIX_AHEAD, pack, pack_lazily, pack_separately
 from rung.training.step import accumulate, count_window, mean_loss
 from rung.types import Example, PackedBatch
 from tolerances import FLOAT64, LLAMA_GRADIENT
@@ -128,7 +128,7 @@ def test_all_pairs_of_a_ranking_and_none_of_a_tie() -> None:
 @pytest.mark.parametrize("answers", [2, 5])
 def test_answers_of_a_row_are_never_parted(budget: int, answers: int) -> None:
     examples = rows(2, count=12, answers=answers, shared=20)
-    for batches in (pack(examples, budget), list(pack_in_slices(examples, budget)), pack_separately(examples)):
+    for batches in (pack(examples, budget), list(pack_lazily(examples, budget)), pack_separately(examples)):
         seen: dict[int, PackedBatch] = {}
         for batch in batches:
             for document in batch.documents:

@@ -21,7 +21,7 @@ from rung.data.cache import cached_examples
 from rung.data.chat import ChatTemplate
 from rung.data.formats import load_records
 from rung.data.read import read_rows
-from rung.data.records import Records, RecordWriter, distinct_conversations, fingerprint, first_occurrence
+from rung.data.records import Records, RecordWriter, distinct_conversations, fingerprint, index_of_first_occurrence
 from rung.data.splits import load_data, split_position
 from rung.data.token_store import StoredExamples
 from rung.data.tokenize import tokenize_records
@@ -109,8 +109,10 @@ def test_keys_mark_the_first_and_the_distinct() -> None:
     rng = np.random.default_rng(0)
     keys = rng.integers(0, 3, size=(200, 2)).astype(np.uint64)
     seen: dict[tuple[int, int], int] = {}
-    assert first_occurrence(keys).tolist() == [seen.setdefault((int(a), int(b)), i) for i, (a, b) in enumerate(keys)]
-    assert first_occurrence(keys[:0]).tolist() == []
+    assert index_of_first_occurrence(keys).tolist() == [
+        seen.setdefault((int(a), int(b)), i) for i, (a, b) in enumerate(keys)
+    ]
+    assert index_of_first_occurrence(keys[:0]).tolist() == []
     copies = [*ROWS, replace(ROWS[1], weight=3.0), replace(ROWS[0], context="other")]
     assert distinct_conversations(copies).tolist() == [0, 4, 3, 5]
 

@@ -102,8 +102,8 @@ def test_drawn_layers_alone_move_and_leave_no_moments_behind() -> None:
     drawn = []
     for step in range(12):
         start = {n: p.detach().clone() for n, p in method.trainable().items()}
-        moving = method.at_step(step)
-        assert moving == method.at_step(step) and moving is not None
+        moving = method.trainable_at_step(step)
+        assert moving == method.trainable_at_step(step) and moving is not None
         train_only(optimizer, method.trainable(), moving)
         optimizer.zero_grad()
         accumulate(policy, SftObjective(SftConfig()), pack(documents(), 1000))
@@ -129,9 +129,9 @@ def test_more_layers_drawn_than_there_are() -> None:
 @pytest.mark.parametrize("kind", ["lora", "qlora"])
 def test_every_low_rank_method_draws_layers_where_asked(kind: str) -> None:
     method = attach_method(tiny_model(), METHOD_CONFIGS[kind](lisa_n_layers=1), seed=0)
-    moving = method.at_step(0)
+    moving = method.trainable_at_step(0)
     assert moving is not None and 0 < len(moving.names) < len(method.trainable())
-    assert attach_method(tiny_model(), METHOD_CONFIGS[kind](), seed=0).at_step(0) is None
+    assert attach_method(tiny_model(), METHOD_CONFIGS[kind](), seed=0).trainable_at_step(0) is None
 
 
 @pytest.mark.parametrize(("init", "subtracts"), [("eva", False), ("default", False), ("pissa", True)])

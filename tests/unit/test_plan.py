@@ -11,9 +11,9 @@ import pytest
 
 from models import SHAPES, tiny_model
 from plan_tables import LISTED, lever_rows, listed, rule_rows
-from rung.config.catalog import CATALOG
 from rung.config.method import METHOD_CONFIGS
 from rung.config.model import ModelConfig
+from rung.config.model_catalog import CATALOG
 from rung.config.run import RunConfig
 from rung.errors import CheckpointError, ConfigError, PlanError
 from rung.methods.registry import attach_method

@@ -10,7 +10,7 @@ import torch
 
 from builders import documents, example, policy_of, tuned
 from models import tiny_model
-from rung.config.catalog import CATALOG
+from rung.config.model_catalog import CATALOG
 from rung.config.objective import SftConfig
 from rung.config.training import OptimizerConfig
 from rung.errors import DataError

@@ -14,16 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rung.commands import search
 from rung.commands.climb_prompts import ClimbPrompts
-from rung.commands.forgetting import (
-    RESULT_FILE,
-    check_forgetting_room,
-    forgetting_task,
-    measure_forgetting,
-    read_forgetting,
-)
-from rung.commands.ladder import (
+from rung.commands.climb_results import (
     AnyRung,
     CurvePoint,
     ForgettingResult,
@@ -36,6 +28,14 @@ from rung.commands.ladder import (
     score_of_rung,
     store_rung_result,
 )
+from rung.commands.forgetting import (
+    RESULT_FILE,
+    check_forgetting_room,
+    forgetting_task,
+    measure_forgetting,
+    read_forgetting,
+)
+from rung.commands.hyperparameter_search import apply_settings, read_search_result, search_settings
 from rung.config.climb import UNTUNED, OnTopConfig, RungConfig
 from rung.config.evaluation import Context
 from rung.config.io import ConfigSource, config_to_dict, on_top_run_config, resolve_config, rung_run_config
@@ -292,7 +292,7 @@ class Climb:
         dequantize_if_configured(model.policy, config)
         records, prompt_format = rung_prompts.records, rung_prompts.prompt_format
         result = evaluate(model.policy, model.chat, records, prompt_format, config.evaluation, title=rung.label)
-        search_result = search.read_search_result(self.path / "search" / rung.slug)
+        search_result = read_search_result(self.path / "search" / rung.slug)
         trials = {"search": search_result} if search_result else {}
         store_rung_result(folder, result, {**_training_cost(manifest, folder), **rung_prompts.facts, **trials})
 
@@ -311,8 +311,8 @@ class Climb:
     def _apply_search(self, rung: RungConfig, data: RunData, prompts: ClimbPrompts) -> RungConfig:
         """The rung with settings chosen on the validation split, once for all training seeds."""
         folder = self.path / "search" / rung.slug
-        if (search_result := search.read_search_result(folder)) is not None:
-            return search.apply_settings(rung, search_result["chosen"])
+        if (search_result := read_search_result(folder)) is not None:
+            return apply_settings(rung, search_result["chosen"])
         config = rung_run_config(self.config, rung, str(folder), self.config.seed)
 
         def train(trial: RunConfig, stop_check: StopCheck) -> None:
@@ -322,7 +322,7 @@ class Climb:
 
         search_config = self.config.climb.search
         assert search_config is not None  # noqa: S101 -- for the type checker: checked by `_measure_tuned`
-        return search.search_settings(config, search_config, rung, folder, len(data.train.rows), train)
+        return search_settings(config, search_config, rung, folder, len(data.train.rows), train)
 
     def _tokenize(self, config: RunConfig, prompts: ClimbPrompts, base: BaseModel) -> RunData:
         """The climb's splits for a method whose virtual tokens change the documents."""
@@ -358,8 +358,8 @@ class Climb:
     def _measure_curve_point(self, rung: RungConfig, rows: int, folder: Path, prompts: ClimbPrompts) -> None:
         """Measure one point of the curve. Its rows are a subset of those of a larger point."""
         # The settings chosen with all rows: a search for each point would measure the search as well.
-        search_result = search.read_search_result(self.path / "search" / rung.slug)
-        tuned_rung = search.apply_settings(rung, search_result["chosen"]) if search_result else rung
+        search_result = read_search_result(self.path / "search" / rung.slug)
+        tuned_rung = apply_settings(rung, search_result["chosen"]) if search_result else rung
         config = rung_run_config(self.config, tuned_rung, str(folder), self.config.seed)
         config = config.model_copy(update={"data": config.data.model_copy(update={"limit": rows})})
         # The splits are read again: the limit of rows is applied when they are read.

@@ -57,7 +57,7 @@ from rung.runs.auxiliary_models import load_reference
 from rung.runs.dataset import read_splits, tokenize_splits
 from rung.runs.load import load_base_on_device
 from rung.runs.train import micro_batch_tokens
-from rung.training.packing import pack_in_slices
+from rung.training.packing import pack_lazily
 from rung.training.run_folder import is_climb, read_manifest, versions, write_json
 from rung.training.step import mean_loss
 
@@ -177,7 +177,7 @@ def learn_weights(
     objective = make_objective(task.objective)
     install_fused_forwards(base.model, method.linear_params)
     # Packed once: all evaluations read the same rows, and only the factors change.
-    batches = list(pack_in_slices(data.train.examples, micro_batch_tokens(task, base), device=policy.device))
+    batches = list(pack_lazily(data.train.examples, micro_batch_tokens(task, base), device=policy.device))
     losses: dict[tuple[float, ...], float] = {}
 
     def loss(weights: np.ndarray) -> float:

@@ -141,7 +141,7 @@ class DataReport:
         from rich.markup import escape
 
         yield _table(self)
-        for title, lines in _details(self).items():
+        for title, lines in _detail_lines(self).items():
             if lines:
                 yield ""
                 yield f"[bold]{title}[/bold]"
@@ -361,7 +361,7 @@ def _truncated(text: str, width: int = 110) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def _details(report: DataReport) -> dict[str, list[str]]:
+def _detail_lines(report: DataReport) -> dict[str, list[str]]:
     return {
         "rejected": [str(r) for r in report.rejected_rows],
         "duplicate prompts": [f"{a} = {b}" for a, b in report.duplicates],

@@ -202,14 +202,14 @@ def distinct_conversations(records: Iterable[Record]) -> np.ndarray:
             rows.append(i)
             keys += sha256(encode_record(conversation)).digest()[:16]
     hashes = np.frombuffer(keys, ">u8").reshape(-1, 2).astype(np.uint64)
-    last_occurrence = len(hashes) - 1 - first_occurrence(hashes[::-1])[::-1]
+    last_occurrence = len(hashes) - 1 - index_of_first_occurrence(hashes[::-1])[::-1]
     distinct_rows: np.ndarray = np.array(rows, dtype=np.int64)[
-        last_occurrence[first_occurrence(hashes) == np.arange(len(hashes))]
+        last_occurrence[index_of_first_occurrence(hashes) == np.arange(len(hashes))]
     ]
     return distinct_rows
 
 
-def first_occurrence(keys: np.ndarray) -> np.ndarray:
+def index_of_first_occurrence(keys: np.ndarray) -> np.ndarray:
     """For each row of uint64 [n, 2] the index of the first row with the same key: its own if it is the first."""
     order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: rows of one key stay in their order
     ordered = keys[order]

@@ -18,7 +18,7 @@ import numpy as np
 
 from rung.config.data import DataConfig, WeightedPath
 from rung.data.formats import LoadedRows, load_records
-from rung.data.records import Records, encoded_lines, fingerprint, first_occurrence, normalized_prompt
+from rung.data.records import Records, encoded_lines, fingerprint, index_of_first_occurrence, normalized_prompt
 from rung.errors import ConfigError, DataError
 from rung.types import Record
 
@@ -97,7 +97,7 @@ def overlapping_records(left: Iterable[Record], right: Iterable[Record]) -> list
 def overlapping_pairs(left: Records, right: Records) -> tuple[np.ndarray, np.ndarray]:
     """Indices in `left` and `right` of the pairs of `overlapping_records`."""
     # right comes first, so that the first occurrence of a shared prompt is the one in `right`
-    first_indices = first_occurrence(np.concatenate([right.prompts(), left.prompts()]))[len(right) :]
+    first_indices = index_of_first_occurrence(np.concatenate([right.prompts(), left.prompts()]))[len(right) :]
     left_indices = np.flatnonzero(first_indices < len(right))
     return left_indices, first_indices[left_indices]
 
@@ -110,7 +110,7 @@ def duplicate_records(records: Iterable[Record]) -> list[Pair]:
 
 def duplicate_pairs(records: Records) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the pairs of `duplicate_records`."""
-    first_indices = first_occurrence(records.prompts())
+    first_indices = index_of_first_occurrence(records.prompts())
     copies = np.flatnonzero(first_indices != np.arange(len(records)))
     return copies, first_indices[copies]
 
@@ -208,7 +208,7 @@ def _distinct_groups(*parts: Records) -> np.ndarray:
     """Distinct hashes of the groups of all parts."""
     groups = np.concatenate([part.groups() for part in parts])
     group_hashes: np.ndarray = groups[groups.any(axis=1)]
-    distinct: np.ndarray = group_hashes[first_occurrence(group_hashes) == np.arange(len(group_hashes))]
+    distinct: np.ndarray = group_hashes[index_of_first_occurrence(group_hashes) == np.arange(len(group_hashes))]
     return distinct
 
 

@@ -21,7 +21,7 @@ from rung.models.tree_attention import has_flat_kernel
 from rung.objectives.pairs import answer_pairs
 from rung.objectives.reward import RewardObjective
 from rung.scoring.stats import Interval, score_interval
-from rung.training.packing import pack_in_slices
+from rung.training.packing import pack_lazily
 from rung.training.step import values_by_document
 from rung.types import Example
 
@@ -88,7 +88,7 @@ def score_reward_model(
     lengths: list[int] = []
     share_prefixes = not has_flat_kernel(policy.device)
     # in slices: a preference set may be larger than memory
-    batches = pack_in_slices(examples, budget, share_prefixes=share_prefixes, device=policy.device)
+    batches = pack_lazily(examples, budget, share_prefixes=share_prefixes, device=policy.device)
     for batch in policy.iterate_batches(batches):
         pairs, batch_scores = answer_pairs(batch), objective.scores(policy, batch).tolist()
         tokens = [int(d.supervised.sum()) for d in batch.documents]

@@ -54,7 +54,7 @@ class LayerSampling:
         self.method = method
         self.layers = _layers(method)
 
-    def at_step(self, step: int) -> TrainableSet:
+    def trainable_at_step(self, step: int) -> TrainableSet:
         """The trainable parameters of this period's layers."""
         config = self.method.config
         # From the period number, not from a running generator: a resumed run draws the same layers.
@@ -89,7 +89,7 @@ class LayerLottery:
         self.winners: tuple[int, ...] | None = None
         self.scores: dict[int, float] = {}
 
-    def at_step(self, step: int) -> TrainableSet | None:
+    def trainable_at_step(self, step: int) -> TrainableSet | None:
         """None (all parameters) while scouting, then the winners; with `rewind` their moments restart as well."""
         if step < self.config.lottery.scout_steps:
             return None
@@ -170,7 +170,7 @@ class LayerLottery:
                     parameters[name].copy_(self.initial_values[name])
 
     def _drop_losers(self) -> None:
-        self.method.keep_only([name for name in self.method.names if _layer(name) in (self.winners or ())])
+        self.method.keep_only_modules([name for name in self.method.names if _layer(name) in (self.winners or ())])
 
 
 def winner_count(config: LotteryConfig, layer_count: int) -> int:

@@ -30,7 +30,7 @@ from rung.methods import lora_init as starts
 from rung.methods.adapter_files import CONFIG, read_state, write_peft_files
 from rung.methods.lora_init import input_second_moments, weight_gradients
 from rung.methods.protocol import CalibrationData, Method, TrainableSet, require_same_keys, require_same_shapes
-from rung.models.bfloat16_weights import keeps_bfloat16_weights, report_float32_weights
+from rung.models.bfloat16_weights import keeps_bfloat16_weights, pretend_float32_weights
 from rung.models.fused_modules import plain_linear_params
 from rung.models.fused_ops import LinearParams
 from rung.models.targets import layer_number, roles_of, select_linears
@@ -60,7 +60,7 @@ class LayerSchedule(Protocol):
     sample: CalibrationData | None
     """Training documents for scoring layers, once `calibrate` has been called."""
 
-    def at_step(self, step: int) -> TrainableSet | None:
+    def trainable_at_step(self, step: int) -> TrainableSet | None:
         """As in `Method`."""
         ...
 
@@ -99,7 +99,7 @@ class Lora(Method):
         # Full names, so that peft adapts exactly these modules.
         self.names = select_linears(model, config.targets, config.layers)
         self.active_names = list(self.names)
-        """Linears whose update is active: all, unless `keep_only` was called."""
+        """Linears whose update is active: all, unless `keep_only_modules` was called."""
         self.sample_size = config.init_examples if config.init in CALIBRATED_INITS else 0
         self.subtracts = config.init in SUBTRACTED_INITS
         self.shapes = {name: _linear_shape(model.get_submodule(name)) for name in self.names}
@@ -114,7 +114,7 @@ class Lora(Method):
             model.float()
         try:
             targets = [model.get_submodule(name) for name in self.names]
-            with nullcontext() if config.dora else report_float32_weights(targets):
+            with nullcontext() if config.dora else pretend_float32_weights(targets):
                 self.peft: PeftModel = without_peft_warnings(
                     get_peft_model, model, self._config(self.full_module_names)
                 )
@@ -144,9 +144,9 @@ class Lora(Method):
         """A, B, DoRA magnitudes, and fully trained modules."""
         return dict(self._trainable)
 
-    def at_step(self, step: int) -> TrainableSet | None:
+    def trainable_at_step(self, step: int) -> TrainableSet | None:
         """Parameters trained at this step; None (all) without a layer schedule."""
-        return None if self.layer_schedule is None else self.layer_schedule.at_step(step)
+        return None if self.layer_schedule is None else self.layer_schedule.trainable_at_step(step)
 
     def statistics(self) -> Mapping[str, Any]:
         """Statistics of the layer schedule."""
@@ -161,7 +161,7 @@ class Lora(Method):
         if self.layer_schedule is not None:
             self.layer_schedule.load_state(state)
 
-    def keep_only(self, names: Collection[str]) -> None:
+    def keep_only_modules(self, names: Collection[str]) -> None:
         """Keep only the updates of these linears; the others add nothing and are not saved."""
         self.active_names = [name for name in self.names if name in names]
         with torch.no_grad():
@@ -248,7 +248,7 @@ class Lora(Method):
         """Load what `save` wrote; missing or unexpected keys raise `CheckpointError`."""
         # A lottery saves only the winners' linears.
         if self.layer_schedule is not None:
-            self.keep_only(set(json.loads((folder / CONFIG).read_text())["target_modules"]))
+            self.keep_only_modules(set(json.loads((folder / CONFIG).read_text())["target_modules"]))
         state, expected = read_state(folder), self._state()
         require_same_keys(state.keys(), expected.keys(), str(folder))
         require_same_shapes(expected, state, str(folder))
@@ -350,14 +350,16 @@ class Lora(Method):
 
     def _state(self) -> dict[str, Tensor]:
         inactive = [f".{name}." for name in set(self.names) - set(self.active_names)]
-        trained = {k: v for k, v in self._half(TRAINED_ADAPTER).items() if not any(name in k for name in inactive)}
+        trained = {
+            k: v for k, v in self._adapter_state(TRAINED_ADAPTER).items() if not any(name in k for name in inactive)
+        }
         if not self.subtracts:
             return trained
-        offsets = self._half(OFFSET_ADAPTER)
+        offsets = self._adapter_state(OFFSET_ADAPTER)
         # W + s (B A - B0 A0) is one product of stacked factors, so stock peft loads it.
         return {k: torch.cat([v, offsets[k]], dim=_axis(k)) if k in offsets else v for k, v in trained.items()}
 
-    def _half(self, adapter: str) -> dict[str, Tensor]:
+    def _adapter_state(self, adapter: str) -> dict[str, Tensor]:
         return dict(
             without_peft_warnings(
                 get_peft_model_state_dict, self.peft, adapter_name=adapter, save_embedding_layers=False

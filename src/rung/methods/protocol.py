@@ -119,7 +119,7 @@ class Method(Protocol):
         """
         return
 
-    def at_step(self, step: int) -> TrainableSet | None:
+    def trainable_at_step(self, step: int) -> TrainableSet | None:
         """Parameters trained at this optimizer step, counted from 0; None means all."""
         return None
 

@@ -62,7 +62,7 @@ def has_rounded_buffers(model: nn.Module) -> bool:
 
 
 @contextmanager
-def report_float32_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
+def pretend_float32_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Within the context, bfloat16 parameters of these modules report float32, so peft draws adapters in float32.
 
     Their values are not available meanwhile.

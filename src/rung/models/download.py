@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from rung.config.catalog import CATALOG, KnownBase
+from rung.config.model_catalog import CATALOG, KnownBase
 from rung.errors import CheckpointError, DataError
 from rung.files import cache_folder
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from rung.models.matmul import linear, matmul
+from rung.models.onednn_matmul import linear, matmul
 
 Activation = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
 """An activation and its backward pass: (gradient, input) -> gradient."""
@@ -49,7 +49,7 @@ def linears(x: Tensor, params: Sequence[LinearParams]) -> tuple[Tensor, ...]:
     An input computed by `rms_norm` is not stored: the backward pass recomputes it.
     """
     norm_input: _NormInput | None = getattr(x, _NORM_INPUT_ATTRIBUTE, None)
-    outputs = _Linears.apply(x, norm_input, tuple(p.scale for p in params), *_flatten(params))  # type: ignore[no-untyped-call]
+    outputs = _Linears.apply(x, norm_input, tuple(p.scale for p in params), *_tensors_of(params))  # type: ignore[no-untyped-call]
     # Reshaped outside the function: autograd forbids in-place changes of a view made inside it, and some models clamp
     # their queries in place.
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
@@ -57,7 +57,7 @@ def linears(x: Tensor, params: Sequence[LinearParams]) -> tuple[Tensor, ...]:
 
 def gated_linear(gate: Tensor, up: Tensor, activation: Activation, params: LinearParams) -> Tensor:
     """linear(activation(gate) * up) (Shazeer 2020, eq. 5 without its first two products); stores only gate and up."""
-    return _GatedLinear.apply(gate, up, activation, params.scale, *_flatten([params]))  # type: ignore[no-any-return, no-untyped-call]
+    return _GatedLinear.apply(gate, up, activation, params.scale, *_tensors_of([params]))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
@@ -211,7 +211,7 @@ class _RmsNorm(torch.autograd.Function):
         return d_x.to(x.dtype), d_weight, None, None
 
 
-def _flatten(params: Sequence[LinearParams]) -> list[Tensor | None]:
+def _tensors_of(params: Sequence[LinearParams]) -> list[Tensor | None]:
     """Tensors as separate arguments: autograd does not look into tuples."""
     return [tensor for p in params for tensor in (p.weight, p.bias, p.a, p.b)]
 

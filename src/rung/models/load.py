@@ -24,8 +24,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from rung.config.catalog import CATALOG
 from rung.config.model import ModelConfig
+from rung.config.model_catalog import CATALOG
 from rung.errors import CheckpointError, ConfigError, PlanError, did_you_mean
 from rung.files import is_run_folder, require_undamaged
 from rung.models import attention

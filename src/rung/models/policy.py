@@ -143,7 +143,7 @@ class Policy:
         with self._skip_cached_layers(batch.cached_hidden):
             inputs = self.embed(batch.ids, batch.task)
             return self._run_layers(
-                inputs, positions, batch.segments, is_single_row=batch.is_single_row, shared=context_kv
+                inputs, positions, batch.segments, indivisible=batch.holds_one_data_row, shared=context_kv
             )
 
     def embed(self, ids: Tensor, task: str | None) -> Tensor:
@@ -178,7 +178,7 @@ class Policy:
         """Hidden states [T, H] that enter `layer`, counted from 0; the number of layers means the final norm."""
         # A method with virtual tokens trains layer 0, so nothing below it is cached and none are added here.
         with record_layer_input(self.model, layer) as states:
-            self._run_layers(batch.ids, batch.positions, batch.segments, is_single_row=False)
+            self._run_layers(batch.ids, batch.positions, batch.segments, indivisible=False)
             return states()
 
     def _skip_cached_layers(self, cached: CachedHidden | None) -> AbstractContextManager[None]:
@@ -190,16 +190,16 @@ class Policy:
         positions_T: Tensor,
         segments: Sequence[Segment],
         *,
-        is_single_row: bool,
+        indivisible: bool,
         **attention: object,
     ) -> Tensor:
         """Run ids [T] or embeddings [T, H] through the layers; return the last hidden states.
 
-        `is_single_row`: the row cannot be split, so some layers may recompute; other rows follow the token budget.
+        `indivisible`: the row cannot be split, so some layers may recompute; other rows follow the token budget.
         """
         # The trunk without the head: logits of a whole row are never made.
         trunk = getattr(self.model, self.model.base_model_prefix)
-        recompute = self.layers_to_recompute(len(inputs)) if is_single_row and torch.is_grad_enabled() else range(0)
+        recompute = self.layers_to_recompute(len(inputs)) if indivisible and torch.is_grad_enabled() else range(0)
         with self.autocast(), recompute_layers(self.model, recompute) if recompute else nullcontext():
             out = trunk(
                 **model_inputs(inputs[None]),
@@ -274,7 +274,7 @@ class Policy:
         kv_by_layer: dict[int, KeysValues] = {}
         positions = torch.arange(start, start + len(inputs), device=inputs.device)
         segments = (Segment(0, len(inputs), None),)
-        self._run_layers(inputs, positions, segments, is_single_row=True, shared=context_kv, capture=kv_by_layer)
+        self._run_layers(inputs, positions, segments, indivisible=True, shared=context_kv, capture=kv_by_layer)
         return kv_by_layer
 
     def _context_kv(self, prefix: SharedPrefix | None, task: str | None) -> Mapping[int, KeysValues] | None:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from rung.config.base import LinearRole
-from rung.config.catalog import CATALOG
 from rung.config.layers import student_layers
 from rung.config.model import ModelConfig, StudentLayers
+from rung.config.model_catalog import CATALOG
 from rung.config.support import model_refusal
 from rung.errors import CheckpointError, ConfigError, PlanError, did_you_mean
 from rung.files import is_run_folder, read_safetensors_header
@@ -124,7 +124,7 @@ def read_shape(config: ModelConfig) -> ModelShape:
         teacher_shape = read_shape(
             config.model_copy(update={"name": config.student_of, "student_of": None, "layers": None})
         )
-        return _replace_layers(teacher_shape, config.layers or "every_other")
+        return _with_layer_count(teacher_shape, config.layers or "every_other")
     if config.name in CATALOG:
         return shape_from_config(CATALOG[config.name].config)
     if Path(config.name).suffix.lower() == ".gguf" and Path(config.name).expanduser().is_file():
@@ -260,7 +260,7 @@ def _declared_dtype(config: Mapping[str, Any]) -> str:
     return dtype if dtype in DTYPE_BYTES else "float32"
 
 
-def _replace_layers(shape: ModelShape, layers: StudentLayers) -> ModelShape:
+def _with_layer_count(shape: ModelShape, layers: StudentLayers) -> ModelShape:
     return replace(shape, layers=len(student_layers(layers, shape.layers)))
 
 

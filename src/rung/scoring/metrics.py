@@ -40,7 +40,7 @@ _CURRENCY = {
 }
 
 
-def _alternatives(vocabulary: dict[str, Any]) -> str:
+def _regex_alternatives(vocabulary: dict[str, Any]) -> str:
     # an alternation takes the first match: `us$` must be tried before `$`
     longest_first = sorted(vocabulary, key=len, reverse=True)
     return "|".join(re.escape(w) + (r"\b" if w[-1].isalpha() else "") for w in longest_first)
@@ -56,9 +56,9 @@ _QUANTITY = re.compile(
     (?P<numeral>(?>(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|\.\d+))
     (?!(?:st|nd|rd|th)\b)
     (?P<close>\))?
-    (?:[\s-]*(?P<scale>{_alternatives(_SCALE)}))?
+    (?:[\s-]*(?P<scale>{_regex_alternatives(_SCALE)}))?
     (?:\s*(?P<percent>%|percent(?:age\ points?)?\b|per\ cent\b|pct\b))?
-    (?:\s*(?P<after>{_alternatives(_CURRENCY)}))?
+    (?:\s*(?P<after>{_regex_alternatives(_CURRENCY)}))?
     (?P<close_late>\))?
     """,
     re.VERBOSE | re.IGNORECASE,

@@ -75,7 +75,7 @@ class World:
                 assigned_rows.append(i)
         return [e for i in sorted(assigned_rows) for e in rows[i]]
 
-    def every_nth(self, rows: Sequence[T]) -> Sequence[T]:
+    def share_of_rank(self, rows: Sequence[T]) -> Sequence[T]:
         """The rows of this rank when they are dealt out in turn; used for validation rows."""
         return rows if self.size == 1 else [rows[i] for i in range(self.rank, len(rows), self.size)]
 

@@ -76,7 +76,7 @@ def pack_separately(examples: Sequence[Example], device: torch.device | None = N
     return [_build_batch(row, False, device) for row in rows]
 
 
-def pack_in_slices(
+def pack_lazily(
     examples: Iterable[Example], budget: int, *, share_prefixes: bool = True, device: torch.device | None = None
 ) -> Iterator[PackedBatch]:
     """Batches of a data set of any size; only one slice of `SLICE_DOCUMENTS` documents is in memory at once."""

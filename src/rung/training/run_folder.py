@@ -310,7 +310,7 @@ def total_steps(config: TrainingConfig, rows: int, repeats: int = 1) -> int:
     return min(total, config.max_steps or total)
 
 
-def rows_of_step(step: int, rows: int, per_step: int, seed: int) -> list[int]:
+def row_indices_of_step(step: int, rows: int, per_step: int, seed: int) -> list[int]:
     """Row numbers of a step (counted from 0): a pure function of seed and step, so that a resume needs no state."""
     epoch, place = divmod(step, -(-rows // per_step))
     order = np.random.default_rng([seed, epoch]).permutation(rows)

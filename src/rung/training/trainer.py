@@ -35,9 +35,9 @@ from rung.training.frozen_layer_cache import FrozenLayerCache, has_disk_space
 from rung.training.gates import MovementGate, enforce, movement_not_reached, skip_step
 from rung.training.micro_batch import layers_to_recompute, longest_document_bytes
 from rung.training.optimizer import OptimizerState, learning_rate_at, train_only
-from rung.training.packing import largest_first, pack, pack_in_slices, pack_separately, pack_together
+from rung.training.packing import largest_first, pack, pack_lazily, pack_separately, pack_together
 from rung.training.rollout import RolloutSource
-from rung.training.run_folder import Gate, Progress, RunFolder, StopCheck, never_stop, rows_of_step, total_steps
+from rung.training.run_folder import Gate, Progress, RunFolder, StopCheck, never_stop, row_indices_of_step, total_steps
 from rung.training.step import accumulate, mean_loss
 from rung.types import Example, PackedBatch
 
@@ -261,7 +261,7 @@ class Trainer:
 
     def window(self, train: Sequence[Row], step: int) -> list[Example]:
         """The documents of a window (counted from 0)."""
-        row_numbers = rows_of_step(step, len(train), self.config.examples_per_step, self.seed)
+        row_numbers = row_indices_of_step(step, len(train), self.config.examples_per_step, self.seed)
         return [example for row in row_numbers for example in train[row]]
 
     def pack(self, examples: Sequence[Example], budget: int) -> list[PackedBatch]:
@@ -349,7 +349,7 @@ class Trainer:
 
     def _select_trainable(self) -> TrainableSet | None:
         """The parameters that the method trains in this step, with the heads of the objective; None means all."""
-        selection = self.method.at_step(self.progress.step)
+        selection = self.method.trainable_at_step(self.progress.step)
         if selection is None:
             return None
         selection = selection._replace(names={*selection.names, *self.objective.trainable()})
@@ -431,15 +431,13 @@ class Trainer:
         if self.rollouts is not None and self.rollouts.validation is not None:
             metrics = self.rollouts.validate([example for row in validation for example in row])
             return -metrics["reward"], metrics
-        validation = self.world.every_nth(validation)
+        validation = self.world.share_of_rank(validation)
         batches: Iterable[PackedBatch]
         if self.config.packing == "none":
             batches = (batch for row in validation for batch in pack_separately(row, self.policy.device))
         else:
             examples = chain.from_iterable(validation)
-            batches = pack_in_slices(
-                examples, self.budget, share_prefixes=self.share_prefixes, device=self.policy.device
-            )
+            batches = pack_lazily(examples, self.budget, share_prefixes=self.share_prefixes, device=self.policy.device)
         self.objective.take_metrics()  # of the last training step, already in its entry
         return mean_loss(self.policy, self.objective, batches, self.world, self.filler_batch), self._gathered_metrics()
 
