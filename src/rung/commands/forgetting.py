@@ -121,10 +121,15 @@ def check_forgetting_room(task: ForgettingTask, chat: ChatTemplate, context: int
     records, evaluation, _ = task
     if records[0].text is None:
         max_prompt_tokens = context - evaluation.max_new_tokens
-        prompt_ids(chat, _prompt_records(records, evaluation), PromptFormat(evaluation.instruction), max_prompt_tokens)
+        prompt_ids(
+            chat,
+            _records_without_passages(records, evaluation),
+            PromptFormat(evaluation.instruction),
+            max_prompt_tokens,
+        )
 
 
-def _prompt_records(records: Sequence[Record], evaluation: EvaluationConfig) -> Sequence[Record]:
+def _records_without_passages(records: Sequence[Record], evaluation: EvaluationConfig) -> Sequence[Record]:
     # No passages on other data: a library belongs to the task that it was built for.
     return records if evaluation.context == "given" else with_contexts("withheld", Records.from_records(records), None)
 
@@ -155,7 +160,7 @@ def _measure_model(
         if records[0].text is not None:
             return _plain_text_perplexity(policy, chat, records, max_tokens)
         prompt_format = PromptFormat(evaluation.instruction)
-        records = _prompt_records(records, evaluation)
+        records = _records_without_passages(records, evaluation)
         return evaluate(policy, chat, records, prompt_format, evaluation, title="forgetting")
 
 
