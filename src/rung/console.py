@@ -103,7 +103,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
             return
         first_time = time.monotonic()
         stop_requested.set()
-        print_status("stopping after this step, or the rollout at hand; once more stops at once")
+        print_status("stopping after the current step or rollout; press Ctrl-C again to stop at once")
 
     previous_handlers = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
 
 import pytest
 
+import rung
 from rung.cli import app
 from rung.config.io import load_config
 from rung.config.run import RunConfig
@@ -17,6 +19,7 @@ from rung.objectives.registry import OBJECTIVES
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
 BLOCKS = [(page, block) for page in PAGES for block in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.S)]
+PYTHON = [(page, block) for page in PAGES for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S)]
 EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
 
 
@@ -68,3 +71,13 @@ def test_proved_architectures_are_the_tested_ones() -> None:
     from rung.config.support import TESTED_MODELS
 
     assert set(TESTED_MODELS) == set(SHAPES)
+
+
+@pytest.mark.parametrize(("page", "block"), PYTHON, ids=lambda x: x.stem if isinstance(x, Path) else "block")
+def test_python_in_the_docs_uses_the_public_api(page: Path, block: str) -> None:
+    nodes = list(ast.walk(ast.parse(block)))
+    imported = {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
+    imported |= {name.name for n in nodes if isinstance(n, ast.Import) for name in n.names}
+    assert imported <= {"rung"}, page
+    attributes = [n for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
+    assert {n.attr for n in attributes if n.value.id == "rung"} <= set(rung.__all__), page

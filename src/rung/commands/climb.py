@@ -71,7 +71,7 @@ class Climb:
         if config.objective.kind == "reward":
             raise ConfigError("a reward model writes nothing that a ladder could score", where="objective.kind")
         # Only the validation of the run configs counts here: an impossible rung must fail before the first one is
-        # trained. The base of a rung on top does not exist yet, so the climb's own folder stands in for it.
+        # trained. The base of a rung on top does not exist yet, so the climb's own folder takes its place.
         for rung in config.climb.rungs:
             if rung.kind not in UNTUNED:
                 rung_run_config(config, rung, config.output, config.seed)

@@ -1,4 +1,4 @@
-"""What each rung of a climb is asked: held-out questions, contexts, worked examples and instruction.
+"""The prompts of each rung of a climb: held-out questions, contexts, worked examples and instruction.
 
 An untuned rung gets the strongest prompt the config allows, a tuned one the bare question, as in its training; a
 comparison against a weak prompt would flatter training. Instructions are chosen on the validation split, so that the

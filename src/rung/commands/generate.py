@@ -395,6 +395,6 @@ def _chat_request(record: Record, index: int, request: GenerateRequest) -> ChatR
 def _failures_error(records: Sequence[Record], failures: Sequence[FailedRequest], output: Path) -> CheckpointError:
     lines = [f"{records[f.prompt].source}: {f.reason}" for f in failures[:MAX_NAMED_FAILURES]]
     lines += [f"and {len(failures) - MAX_NAMED_FAILURES} more"] if len(failures) > MAX_NAMED_FAILURES else []
-    lines += ["the others are kept: the same command asks for these alone"]
+    lines += ["the other answers are kept: the same command repeats only the failed requests"]
     summary = f"{len(failures):,} of {len(records):,} prompts got no answer"
     return CheckpointError(summary, where=str(output), hint="\n  ".join(lines))

@@ -209,6 +209,8 @@ class QloraConfig(LowRankConfig):
         return self
 
 
+LOW_RANK_METHODS = ("lora", "qlora", "lottery")
+"""Methods whose result is a LoRA: `rung merge` can merge it into the base."""
 BASE_CHANGING_METHODS = ("full", "head")
 """Methods that change the base itself, so that no adapter for the original base fits afterwards."""
 SUBTRACTED_INITS = frozenset({"pissa", "olora", "corda", "corda_knowledge", "lora_ga"})

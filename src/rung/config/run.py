@@ -88,7 +88,7 @@ class RunConfig(Config):
         if isinstance(self.method, LowRankConfig) and self.method.init == "lora_ga":
             raise ValueError(f"init: lora_ga begins from gradients, and {kind} has none before its first answers")
         if self.data.loss_on != "answer":
-            raise ValueError(f"{kind} learns from answers of its own: data.loss_on is answer")
+            raise ValueError(f"{kind} trains on generated answers: data.loss_on must be answer")
         if self.method.adapter_dropout:
             raise ValueError(
                 f"{kind} compares with how its answers were made, which dropout would change: leave it out"

@@ -23,9 +23,8 @@ from rung.types import Record
 NGRAM_WORDS = (8, 13)
 """Lengths of n-grams: 13 as in GPT-3's contamination study (Brown et al. 2020, appendix C), 8 as a weaker signal."""
 _WORD = re.compile(r"\w+")
-_HASH_FACTOR = np.uint64(
-    0x9E3779B97F4A7C15
-)  # odd, so that multiplication modulo 2^64 is invertible and no word is lost
+# odd, so that multiplication modulo 2^64 is invertible and no word is lost
+_HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 # hashes collected between two sorts: 8 MB
 _MERGE_SIZE = 1 << 20
 _CHUNK_ROWS = 1024

@@ -159,7 +159,7 @@ def _resolve_overlap(parts: Splits, config: DataConfig) -> Splits:
     train = parts.train.select(np.delete(np.arange(len(parts.train)), leaked_rows)) if len(leaked_rows) else parts.train
     if not train:
         raise DataError(
-            "every training prompt also stands in the validation or test split",
+            "every training prompt also occurs in the validation or test split",
             given=f"{len(leaked_rows)} training rows",
             hint="hold out another file or a share",
         )

@@ -152,7 +152,7 @@ def _make_client(server: Server) -> Callable[[ChatRequest], list[ServerAnswer]]:
             raise ConfigError(f"no such model there: {clean(error)}", where=server.url, given=server.model) from None
         except openai.APIConnectionError as error:  # a timeout is one, too
             summary = f"the server cannot be reached, after {server.retries} further tries: {clean(error)}"
-            hint = "what was answered is kept: the same command goes on"
+            hint = "the answers so far are kept: the same command continues"
             raise CheckpointError(summary, where=server.url, hint=hint) from None
         except openai.OpenAIError as error:
             raise _RefusedError(f"{type(error).__name__}: {clean(error)}") from None

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rung.config.method import BASE_CHANGING_METHODS, front_virtual_tokens
+from rung.config.method import BASE_CHANGING_METHODS, QloraConfig, front_virtual_tokens
 from rung.config.run import RunConfig
 from rung.planning.architecture import DTYPE_BYTES, ModelShape
 from rung.planning.method_cost import MethodCost, activation_bytes_per_token, method_bytes_per_token, method_cost
@@ -189,8 +189,8 @@ def weight_terms(config: RunConfig, shape: ModelShape, compute: str) -> Sequence
     # Norms and biases are widened once; only matrices stay bfloat16.
     vector_width = 2 if compute == "bfloat16" else 4
     non_linear_bytes = width * embeddings + vector_width * non_linear
-    if kind == "qlora":
-        bits, double = getattr(config.method, "bits", 4), getattr(config.method, "double_quant", True)
+    if isinstance(config.method, QloraConfig):
+        bits, double = config.method.bits, config.method.double_quant
         bytes_each = 1.0 if bits == 8 else NF4_BYTES if double else NF4_FLOAT_SCALES_BYTES
         # 8 bits: one float32 scale for each output.
         scales = 4 * shape.layers * sum(m.outputs for m in shape.matrices) if bits == 8 else 0

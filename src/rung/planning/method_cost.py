@@ -11,7 +11,9 @@ from typing import Any
 
 from rung.config.layers import resolve_layers
 from rung.config.method import (
+    LOW_RANK_METHODS,
     SUBTRACTED_INITS,
+    BottleneckConfig,
     LowRankConfig,
     MixtureConfig,
     PrefixConfig,
@@ -118,7 +120,7 @@ def rank_at(config: LowRankConfig, layer: int, matrix: LinearShape) -> int:
 _BY_KIND: dict[str, Any] = {
     "full": _full,
     "head": _head,
-    **dict.fromkeys(("lora", "qlora", "lottery"), _low_rank),
+    **dict.fromkeys(LOW_RANK_METHODS, _low_rank),
     "mixture": _mixture,
     "bottleneck": _bottleneck,
     **dict.fromkeys(("prompt", "prefix", "p_tuning"), _virtual),
@@ -138,7 +140,7 @@ def activation_bytes_per_token(shape: ModelShape, compute: str = "float32", *, l
 
 def method_bytes_per_token(config: Any, shape: ModelShape, compute: str = "float32") -> int:
     """Further bytes a token that a method's layers store."""
-    if not hasattr(config, "targets") and config.kind != "bottleneck":
+    if not isinstance(config, LowRankConfig | MixtureConfig | BottleneckConfig):
         return 0
     layers = resolve_layers(config.layers, range(shape.layers))
     return sum(extra_activations_per_token(config, shape, layer) for layer in layers) * DTYPE_BYTES[compute]

@@ -23,7 +23,7 @@ from rung.report.formatting import (
 )
 
 FOLLOW_UP_NOTES = {
-    "evaluation": "rung eval: so many questions at once as evaluation.batch says, keys and values of all",
+    "evaluation": "rung eval: keys and values of evaluation.batch questions at once",
     "merging": "rung merge: the whole model in float32; with --by-shard no more than a matrix",
 }
 _TONE = {True: "green", False: "red"}

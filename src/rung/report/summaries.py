@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rung.config.climb import UNTUNED
-from rung.config.method import BASE_CHANGING_METHODS
+from rung.config.method import BASE_CHANGING_METHODS, LOW_RANK_METHODS
 from rung.report.formatting import (
     MISSING,
     Json,
@@ -30,8 +30,6 @@ from rung.report.formatting import (
 from rung.report.run_reader import PERPLEXITY
 
 ALL_ROLES = {"q", "k", "v", "o", "gate", "up", "down"}
-MERGEABLE_METHODS = ("lora", "qlora", "lottery")
-"""Methods that `rung merge` merges into a base; others are complete models already, or cannot be merged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +133,7 @@ def method_text(method: Json) -> str:
         return "full: every weight"
     if kind == "head":
         return "head: the output head alone"
-    if kind in ("lora", "qlora", "lottery"):
+    if kind in LOW_RANK_METHODS:
         return _lora_text(method)
     layers = _layers_text(method.get("layers"))
     # built for all kinds at once: .get returns None for settings of other methods
@@ -313,7 +311,7 @@ def commands_after_climb(ladder: Json) -> list[str]:
         commands.append(f"rung chat {quoted} --compare  # base and tuned side by side")
         row = next(row for row in ladder["ladder"] if row["folder"] == tuned)
         # merging is only suggested for what the verdict recommends to serve
-        if row["rung"] == verdict.get("recommended") and row["kind"] in MERGEABLE_METHODS:
+        if row["rung"] == verdict.get("recommended") and row["kind"] in LOW_RANK_METHODS:
             commands.append(
                 f"rung merge {quoted} {shlex.quote(ladder['folder'] + '-merged')}  # a plain model to serve"
             )
@@ -352,7 +350,7 @@ def commands_after_run(manifest: Json, output: str) -> list[str]:
     """Next commands for the state of a run, each with its reason."""
     quoted, status = shlex.quote(output), manifest.get("status")
     if status != "finished":
-        return ["rung train CONFIG --resume  # goes on from its last checkpoint, with the same config"]
+        return ["rung train CONFIG --resume  # continues from the last checkpoint, with the same config"]
     if manifest.get("config", {}).get("objective", {}).get("kind") == "reward":
         return [f"rung eval {quoted}  # what it is worth on held-out pairs"]
     scored = "scores" in manifest.get("metrics", {})

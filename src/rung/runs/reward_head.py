@@ -65,7 +65,7 @@ def _add_to_model(folder: Path, weight: Tensor, pad_id: int) -> None:
     classifier = classifier_keys(folder)
     if classifier is None:
         print_status(
-            f"transformers has no sequence classification for {config['model_type']}: the head stands in {HEAD_FILE}"
+            f"transformers has no sequence classification for {config['model_type']}: the head is in {HEAD_FILE}"
         )
         save_file({HEAD_KEY: weight}, folder / HEAD_FILE)
         return

@@ -223,7 +223,7 @@ def _train(config: RunConfig, trainer: Trainer, data: RunData, folder: RunFolder
             print_status(str(health))
     except Interrupted:
         folder.update(status="interrupted", **progress_summary(trainer.progress, trainer.trainable))
-        print_status(f"saved after step {trainer.progress.step} in {folder.path}; --resume goes on from there")
+        print_status(f"saved after step {trainer.progress.step} in {folder.path}; --resume continues from there")
         raise
     except RungError as error:
         folder.update(status="failed", error=str(error))
