@@ -20,7 +20,6 @@ from rung.errors import CheckpointError, ConfigError, DataError, GateError, Plan
 
 if TYPE_CHECKING:
     from rung.commands.climb import climb
-    from rung.commands.climb_results import Ladder
     from rung.commands.compare import compare
     from rung.commands.evaluate import evaluate
     from rung.commands.forgetting import measure_forgetting
@@ -78,6 +77,7 @@ if TYPE_CHECKING:
         FuseResult,
         GateResult,
         GenerationResult,
+        Ladder,
         MergeResult,
         MetricComparison,
         RunResult,
@@ -94,7 +94,6 @@ _MODULES = {
     "commands.evaluate": ("evaluate",),
     "commands.forgetting": ("measure_forgetting",),
     "commands.generate": ("GenerateRequest", "generate"),
-    "commands.climb_results": ("Ladder",),
     "commands.merge": ("merge",),
     "commands.merge_adapters": ("FusePlan", "fuse"),
     "commands.plan": ("plan",),
@@ -122,7 +121,7 @@ _MODULES = {
     "planning.advise": ("Advice",),
     "results": (
         *("ComparisonResult", "Estimate", "EvaluationResult", "ForgettingComparison", "FuseResult", "GateResult"),
-        *("GenerationResult", "MergeResult", "MetricComparison", "RunResult"),
+        *("GenerationResult", "Ladder", "MergeResult", "MetricComparison", "RunResult"),
     ),
     "runs.load": ("LoadedRun", "load"),
     "types": ("Message",),

@@ -147,11 +147,11 @@ def train(
     from rung.report.tables import dry_run_lines, run_lines
 
     if dry_run:
-        preview_json = preview(run_config)
-        return _show(preview_json, dry_run_lines(preview_json), as_json)
+        preview_result = preview(run_config)
+        return _show(preview_result.to_json(), dry_run_lines(preview_result), as_json)
     result = train_run(run_config, resume=resume, overwrite=overwrite, beyond_memory=beyond_memory)
     if result.report is not None:  # with several processes only rank 0 prints
-        _show(result.to_json(), run_lines(result.to_json(), result.path, result.report), as_json)
+        _show(result.to_json(), run_lines(result, result.path, result.report), as_json)
 
 
 @app.command()
@@ -165,8 +165,8 @@ def climb(
     from rung.commands.climb import climb as run_climb
     from rung.report.tables import ladder_lines
 
-    ladder = run_climb(run_config, overwrite=overwrite).to_json()
-    _show(ladder, ladder_lines(ladder), as_json)
+    ladder = run_climb(run_config, overwrite=overwrite)
+    _show(ladder.to_json(), ladder_lines(ladder), as_json)
 
 
 @app.command("eval")
@@ -205,19 +205,17 @@ def evaluate(
             raise ConfigError(what, where=where, given=baseline or config)
         from rung.commands.forgetting import measure_forgetting
 
-        forgetting_json = measure_forgetting(target, forgetting, limit=limit).to_json()
-        return _show(forgetting_json, forgetting_lines(forgetting_json), as_json)
+        change = measure_forgetting(target, forgetting, limit=limit)
+        return _show(change.to_json(), forgetting_lines(change), as_json)
     if baseline is not None:
         from rung.commands.compare import compare
 
-        comparison_json = compare(
-            target, baseline, config=config, overrides=overrides or (), limit=limit, output=output
-        ).to_json()
-        return _show(comparison_json, comparison_lines(comparison_json), as_json)
+        comparison = compare(target, baseline, config=config, overrides=overrides or (), limit=limit, output=output)
+        return _show(comparison.to_json(), comparison_lines(comparison), as_json)
     from rung.commands.evaluate import evaluate as evaluate_target
 
-    result = evaluate_target(target, config=config, overrides=overrides or (), limit=limit).to_json()
-    _show(result, score_lines(result), as_json)
+    result = evaluate_target(target, config=config, overrides=overrides or (), limit=limit)
+    _show(result.to_json(), score_lines(result), as_json)
 
 
 @app.command()

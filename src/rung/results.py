@@ -7,10 +7,11 @@ They are made by `rung.commands`, and read by the terminal, the report and Pytho
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 GateState = Literal["passed", "failed", "not_reached"]
 
@@ -19,27 +20,38 @@ class Result(BaseModel):
     """The base of all results. Unknown fields are kept: an objective logs numbers of its own."""
 
     # extra="allow": a manifest that a later version wrote must survive being read and written by this one
-    model_config = ConfigDict(frozen=True, extra="allow", arbitrary_types_allowed=False)
+    model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values: the fields that were given, under their own names."""
-        return self.model_dump(mode="json", exclude_unset=True)
+        return self.model_dump(mode="json", exclude_unset=True, by_alias=True)
+
+
+# JSON has no infinity: an infinite bound is null there
+_finite_or_none = PlainSerializer(lambda bound: bound if math.isfinite(bound) else None)
+LowerBound = Annotated[float, BeforeValidator(lambda bound: -math.inf if bound is None else bound), _finite_or_none]
+UpperBound = Annotated[float, BeforeValidator(lambda bound: math.inf if bound is None else bound), _finite_or_none]
 
 
 class Estimate(Result):
     """A mean, or a paired difference of two, with its 95 % interval."""
 
     mean: float
-    low: float | None
-    """Lower bound; None is minus infinity: no bound can be given from these items."""
-    high: float | None
-    """Upper bound; None is infinity."""
+    low: LowerBound
+    """Minus infinity where these items give no lower bound."""
+    high: UpperBound
+    """Infinity where these items give no upper bound."""
     examples: int = 0
     clusters: int = 0
     method: str = ""
     """How the interval was computed, for example `wilson` or `cluster bootstrap`."""
     p_value: float | None = None
     """Of a difference: two-sided."""
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether zero lies outside the interval."""
+        return self.low > 0 or self.high < 0
 
 
 class GateResult(Result):
@@ -49,6 +61,138 @@ class GateResult(Result):
     state: GateState
     measured: Any = None
     limit: Any = None
+
+
+class SplitResult(Result):
+    """One split of the data."""
+
+    rows: int = 0
+    groups: int = 0
+    """Groups that are never cut in two, for example the rows of one document."""
+    duplicate_prompts: int = 0
+
+
+class DataSetResult(Result):
+    """One data file."""
+
+    path: str = ""
+    weight: float = 1.0
+    kept: int = 0
+    rejected: int = 0
+
+
+class SplitsResult(Result):
+    """The splits of a run's data, and the files they come from."""
+
+    train: SplitResult | None = None
+    validation: SplitResult | None = None
+    test: SplitResult | None = None
+    sets: tuple[DataSetResult, ...] = ()
+    overlap_dropped: int = 0
+    """Rows dropped because their prompt also stands in another split."""
+    fingerprint: str | None = None
+
+    def by_name(self) -> dict[str, SplitResult]:
+        """The splits that exist."""
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: split for name, split in splits.items() if split is not None}
+
+
+class TokenResult(Result):
+    """Tokens of the training rows."""
+
+    tokens: int = 0
+    supervised_tokens: int = 0
+    longest: int = 0
+    """Tokens of the longest row."""
+    dropped: int = 0
+    trimmed: int = 0
+
+
+class DataResult(Result):
+    """The data of a run."""
+
+    splits: SplitsResult = SplitsResult()
+    train: TokenResult | None = None
+
+
+class PlanComparison(Result):
+    """Planned and measured memory of a run, in bytes."""
+
+    peak_bytes: int
+    footprint_bytes: int
+    """Resident bytes of the libraries, which no plan can predict."""
+    measured: dict[str, int | None]
+    """By stage."""
+
+    @property
+    def measured_peak(self) -> int:
+        """The largest measurement of any stage."""
+        return max(value for value in self.measured.values() if value)
+
+
+class ContaminationTier(Result):
+    """Test items that match training rows in one way: exactly, by n-grams, or nearly."""
+
+    items: int
+    examples: tuple[dict[str, Any], ...] = ()
+    scores_without: dict[str, Estimate] | None = None
+    """Scores of all other items; None where no item is left."""
+    scores_of_them: dict[str, Estimate] | None = None
+
+
+class ContaminationResult(Result):
+    """Test items that also stand in the training rows."""
+
+    unknown: str | None = None
+    """Why it could not be measured."""
+    items: int = 0
+    train_rows: int = 0
+    tiers: dict[str, ContaminationTier] = {}
+
+
+class RetrievalResult(Result):
+    """How often retrieval found the right passage, and over what it searched."""
+
+    hit_rate: Estimate
+    hits: int
+    without_passages: int
+    """Questions that share no word with any passage."""
+    judged_by_context: int = 0
+    judged_by_answer: int = 0
+    seconds_per_query: float | None = None
+    top_k: int = 0
+    passages: int = 0
+    documents: int = 0
+    documents_path: str | None = Field(None, alias="from")
+    """Where the documents come from; None for the contexts of the data."""
+    chunk_words: int = 0
+    overlap: int = 0
+    empty_documents: int = 0
+    duplicate_passages: int = 0
+
+
+class RewardModelResult(Result):
+    """Health of a reward model on held-out pairs."""
+
+    pairs: int
+    accuracy: Estimate
+    longer: float
+    """Accuracy of always preferring the longer answer."""
+    calibration_error: float
+    verdict: str
+    reason: str
+
+
+class LotteryResult(Result):
+    """Layers that a lottery scored, and those that continued."""
+
+    scores: dict[str, float]
+    """Share of the score by number of the layer."""
+    winners: tuple[int, ...]
+    of_layers: int
+    """Layers of the model."""
+    choose: str
 
 
 class RunResult(Result):
@@ -64,7 +208,12 @@ class RunResult(Result):
     """The resolved config, defaults included."""
     metrics: dict[str, Any] = {}
     gates: tuple[GateResult, ...] = ()
+    data: DataResult = DataResult()
     steps: int | None = None
+    best_step: int | None = None
+    """Step of the lowest validation loss."""
+    tokens: int = 0
+    """Tokens trained on."""
     train_loss: float | None = None
     """In the last step, in the objective's unit."""
     validation_loss: float | None = None
@@ -74,7 +223,23 @@ class RunResult(Result):
     """Tokens of the documents, whether or not a prefix was shared, over `train_seconds`."""
     peak_memory_bytes: int | None = None
     trainable_parameters: int | None = None
+    moves: str | None = None
+    """Trained parameters that change during the run, for example the layers of a lottery."""
     learning_rate: float | None = None
+    plan: PlanComparison | None = None
+    contamination: ContaminationResult | None = None
+    reward: RewardModelResult | None = None
+    """Of a reward run."""
+    lottery: LotteryResult | None = None
+    router_load: dict[str, tuple[float, ...]] = {}
+    """Of a mixture: the share of tokens of each expert, by linear."""
+    device: str | None = None
+    compute_dtype: str | None = None
+    versions: dict[str, str] = {}
+    fingerprints: dict[str, str] = {}
+    """Hashes of base, data and chat template."""
+    not_finite: dict[str, Any] = {}
+    """Rows of the step whose loss was not finite."""
     error: str | None = None
 
     @property
@@ -82,6 +247,21 @@ class RunResult(Result):
         """The folder of the trained weights: an adapter, or a whole model."""
         adapter = Path(self.path) / "adapter"
         return adapter if adapter.is_dir() else Path(self.path) / "model"
+
+
+class PreviewResult(Result):
+    """What a dry run finds out before the first step."""
+
+    splits: SplitsResult
+    train: TokenResult
+    preflight: dict[str, int]
+    """Rows and failing rows of the check of the chat template."""
+    steps_per_epoch: int
+    tokens_per_micro_batch: int
+    trainable_parameters: int
+    learning_rate: float
+    plan: dict[str, Any]
+    """The memory estimate, as `rung plan --json` gives it."""
 
 
 class EvaluationResult(Result):
@@ -98,10 +278,10 @@ class EvaluationResult(Result):
     seconds_per_query: float | None = None
     cut_off: int = 0
     """Answers that were cut at `evaluation.max_new_tokens`."""
-    retrieval: dict[str, Any] | None = None
-    contamination: dict[str, Any] | None = None
+    retrieval: RetrievalResult | None = None
+    contamination: ContaminationResult | None = None
     """How many test items also stand in the training rows, and the scores without them."""
-    reward: dict[str, Any] | None = None
+    reward: RewardModelResult | None = None
     """Of a reward run: accuracy on pairs, calibration, and the verdict."""
     summary: str | None = None
     """Of a reward run: the same in words."""
@@ -118,6 +298,37 @@ class MetricComparison(Result):
     """The smallest true difference that these items would show with 80 % power."""
 
 
+class JudgeAgreementResult(Result):
+    """Whether a judge agrees with people."""
+
+    trusted: bool
+    reason: str
+
+
+class JudgeResult(Result):
+    """Which answers a judge prefers. Shares are None where no pair counts for them."""
+
+    model: str
+    pairs: int
+    unreadable: int
+    wins: int
+    ties: int
+    losses: int
+    win_rate: Estimate | None
+    """Share of pairs in which the target's answer is preferred; a tie counts half."""
+    length_controlled: Estimate | None
+    """The win rate for answers of equal length."""
+    consistent: Estimate | None
+    """Share of pairs with the same verdict in both orders."""
+    shown_first: Estimate | None
+    """Share of verdicts for the answer shown first: 0.5 without position bias."""
+    longer: Estimate | None
+    """Share of preferences for the longer answer: 0.5 without length bias."""
+    characters: tuple[float, float]
+    """Mean lengths of the answers of target and baseline."""
+    trust: JudgeAgreementResult
+
+
 class ComparisonResult(Result):
     """Two systems on the same questions: target minus baseline."""
 
@@ -127,7 +338,7 @@ class ComparisonResult(Result):
     metrics: dict[str, MetricComparison]
     examples: int
     clusters: int
-    judge: dict[str, Any] | None = None
+    judge: JudgeResult | None = None
     """Which answers a judge prefers, and whether the judge agrees with people."""
 
 
@@ -189,3 +400,149 @@ class FuseResult(Result):
     """How the weights were searched, where they were."""
     lost: float
     """Share of the update's norm that the rank of the result cannot hold."""
+
+
+class RungVerdictResult(Result):
+    """One rung against the best one."""
+
+    name: str
+    score: Estimate | None = None
+    difference: Estimate
+    """This rung minus the best."""
+    reason: str
+    examples_needed: int | None = None
+    enough: bool = False
+
+
+class LadderStepResult(Result):
+    """One rung against the one below it."""
+
+    lower: str
+    upper: str
+    difference: Estimate
+    p_holm: float
+    """The p-value corrected for all steps of the ladder (Holm 1979)."""
+    detectable: float | None = None
+    differs: bool = False
+
+
+class VerdictResult(Result):
+    """The conclusion from a ladder."""
+
+    recommended: str | None = None
+    """The lowest rung that is enough; None if a lower rung is undecided."""
+    safe: str | None = None
+    """The lowest rung that is surely enough, even if a lower one might be too."""
+    best: str
+    text: str
+    examples_needed: int | None = None
+    """Approximate test items for a decision, if this test set cannot tell."""
+    rungs: tuple[RungVerdictResult, ...] = ()
+    steps: tuple[LadderStepResult, ...] = ()
+
+
+class InstructionResult(Result):
+    """An instruction with its scores on the validation split."""
+
+    instruction: str | None
+    scores: dict[str, Estimate]
+
+
+class LadderRow(Result):
+    """One rung. Times and tokens of several training seeds are means, memory and disk maxima."""
+
+    rung: str = ""
+    kind: str = ""
+    sees: str = ""
+    """Content of the prompt besides the question."""
+    scores: dict[str, Estimate] = {}
+    gain: Estimate | None = None
+    """Paired difference to the rung below, in points of the deciding metric; None for the lowest."""
+    trainable_parameters: int | None = None
+    train_seconds: float | None = None
+    """Includes the trials of a search."""
+    peak_memory_bytes: int | None = None
+    prompt_tokens: float | None = None
+    seconds_per_query: float | None = None
+    """Retrieval and answer together."""
+    folder: str = ""
+    disk_bytes: int = 0
+    """Size of the saved adapter or model."""
+    retrieval: RetrievalResult | None = None
+    """Hit rate and source of the passages, if any were retrieved."""
+    instruction: str | None = None
+    """System turn of an untuned rung."""
+    instructions: tuple[InstructionResult, ...] = ()
+    """The candidates with their scores on the validation split, on the rung that chose the instruction."""
+
+
+class SkippedRung(Result):
+    """A rung that was not measured, and the reason."""
+
+    rung: str
+    why: str
+
+
+class NextRung(Result):
+    """What the rung right above the recommended one gains, and what it costs at every query and on disk."""
+
+    rung: str
+    above: str
+    gain: Estimate
+    """Paired difference, in points of the deciding metric."""
+    seconds_per_query: float
+    prompt_tokens: float
+    disk_bytes: int
+    train_seconds: float
+    text: str
+    """All of it in one line."""
+
+
+class Diagnosis(Result):
+    """What the model lacks, read from a sure difference between two rungs."""
+
+    lacks: Literal["knowledge", "behaviour"]
+    lower: str
+    upper: str
+    difference: Estimate
+    text: str
+    """All of it in one line."""
+
+
+class ForgettingResult(Result):
+    """Scores of a tuned rung on other data minus those of the model it started from."""
+
+    rung: str
+    data: str
+    metrics: dict[str, MetricComparison]
+    """For perplexity in nats per token."""
+    text: str
+    """All of it in one line."""
+
+
+class CurvePoint(Result):
+    """A point of the learning curve: the score of a tuned rung with fewer training rows."""
+
+    rung: str
+    rows: int
+    score: Estimate
+    train_seconds: float | None = None
+
+
+class Ladder(Result):
+    """The result of `rung climb`: the rungs from the lowest to the highest, and the verdict."""
+
+    metric: str
+    """The deciding metric."""
+    examples: int
+    clusters: int
+    rows: tuple[LadderRow, ...]
+    verdict: VerdictResult
+    skipped_rungs: tuple[SkippedRung, ...] = ()
+    next_rung: NextRung | None = None
+    """None if the recommended rung is the highest, or none is recommended."""
+    diagnoses: tuple[Diagnosis, ...] = ()
+    curve: tuple[CurvePoint, ...] = ()
+    forgetting: tuple[ForgettingResult, ...] = ()
+    folder: str
+    report: str

@@ -22,7 +22,7 @@ def test_ladder_of_five_rungs(climb: Path, tmp_path: Path, capsys: Any) -> None:
     code, out, err = inside(capsys, "climb", climb, "--json")
     assert code == 0, err
     found = json.loads(out)
-    rows = {row["rung"]: row for row in found["ladder"]}
+    rows = {row["rung"]: row for row in found["rows"]}
     assert list(rows) == ["zero_shot", "few_shot", "head", "lora", "full"]
     assert rows["zero_shot"]["trainable_parameters"] == rows["zero_shot"]["train_seconds"] == 0
     assert rows["zero_shot"]["gain"] is None and rows["lora"]["gain"]["examples"] == found["examples"]
@@ -56,7 +56,7 @@ def test_finished_rungs_are_not_repeated(climb: Path, tmp_path: Path, capsys: An
     code, again, err = inside(capsys, "climb", climb, *settings, "--json")
     assert code == 0 and "rung lora" in err and "rung zero_shot" not in err and "train 1/6" not in err
     assert items.stat().st_mtime_ns == stamp
-    scores = [[row["scores"] for row in json.loads(out)["ladder"]] for out in (first, again)]
+    scores = [[row["scores"] for row in json.loads(out)["rows"]] for out in (first, again)]
     assert scores[0] == scores[1]
     code, _, err = inside(capsys, "climb", climb, "climb.rungs=[zero_shot]")
     assert code == 3 and "climb.rungs" in err
@@ -70,7 +70,7 @@ def test_seeds_widen_and_make_runs_of_their_own(climb: Path, tmp_path: Path, cap
     seeds = [json.loads((run / "run.json").read_text())["config"]["seed"] for run in runs]
     assert seeds == [0, 1]
     assert (runs[0] / "log.jsonl").read_text() != (runs[1] / "log.jsonl").read_text()
-    assert json.loads(out)["ladder"][1]["scores"]["token_f1"]["examples"] == json.loads(out)["examples"]
+    assert json.loads(out)["rows"][1]["scores"]["token_f1"]["examples"] == json.loads(out)["examples"]
 
 
 def test_rungs_with_settings_of_their_own(climb: Path, tmp_path: Path, capsys: Any) -> None:
@@ -82,7 +82,7 @@ def test_rungs_with_settings_of_their_own(climb: Path, tmp_path: Path, capsys: A
     assert code == 0, err
     run = json.loads((tmp_path / "run" / "rungs" / "lora-r2" / "run.json").read_text())
     assert run["config"]["method"]["rank"] == 2 and run["steps"] == 2
-    prompts = [row["prompt_tokens"] for row in json.loads(out)["ladder"]]
+    prompts = [row["prompt_tokens"] for row in json.loads(out)["rows"]]
     assert prompts[0] > prompts[1] > prompts[2]
 
 
@@ -107,7 +107,7 @@ def test_context_can_be_withheld(climb: Path, capsys: Any) -> None:
     settings = ["climb.rungs=[zero_shot]", "--json"]
     _, given, _ = inside(capsys, "climb", climb, *settings)
     _, withheld, _ = inside(capsys, "climb", climb, "evaluation.context=withheld", *settings, "--overwrite")
-    rows = [json.loads(out)["ladder"][0] for out in (given, withheld)]
+    rows = [json.loads(out)["rows"][0] for out in (given, withheld)]
     assert rows[0]["prompt_tokens"] > rows[1]["prompt_tokens"]
     assert rows[1]["sees"] == "instruction, closed book"
 
@@ -197,7 +197,7 @@ def test_perplexity_decides(climb: Path, capsys: Any) -> None:
     code, out, err = inside(capsys, "climb", climb, *settings, "--json")
     assert code == 0, err
     found = json.loads(out)
-    means = {row["rung"]: row["scores"]["perplexity"]["mean"] for row in found["ladder"]}
+    means = {row["rung"]: row["scores"]["perplexity"]["mean"] for row in found["rows"]}
     assert means["lora"] < means["zero_shot"] < 1000
     assert found["verdict"]["recommended"] == "zero_shot" and "target 1000" in found["verdict"]["text"]
     assert f"{means['zero_shot']:.3f}" in found["verdict"]["text"]
@@ -210,7 +210,7 @@ def test_rungs_with_virtual_tokens_inside_stand_beside_others(config: Path, tmp_
     """Their ids lie beyond the vocabulary: no other rung may read them."""
     code, out, err = inside(capsys, "climb", config, INSIDE, "climb.rungs=[zero_shot, p_tuning, lora]", "--json")
     assert code == 0, err
-    rows = {row["rung"]: row for row in json.loads(out)["ladder"]}
+    rows = {row["rung"]: row for row in json.loads(out)["rows"]}
     assert rows["p_tuning"]["prompt_tokens"] == rows["lora"]["prompt_tokens"] + 3
     run = tmp_path / "run" / "rungs" / "p_tuning"
     code, out, err = inside(capsys, "chat", run, "--question", "what is in it?", "--max-new-tokens", 5, "--compare")

@@ -44,15 +44,15 @@ def test_preferences_on_top_of_a_tuned_rung(config: Path, tmp_path: Path, pairs:
     code, out, err = inside(capsys, "climb", config, "--json")
     assert code == 0, err
     ladder = json.loads(out)
-    assert [row["rung"] for row in ladder["ladder"]] == ["zero_shot", "lora", "lora then dpo", "kto"]
-    lora, dpo = ladder["ladder"][1:3]
+    assert [row["rung"] for row in ladder["rows"]] == ["zero_shot", "lora", "lora then dpo", "kto"]
+    lora, dpo = ladder["rows"][1:3]
     assert dpo["train_seconds"] > lora["train_seconds"] and dpo["disk_bytes"] > 0 and lora["disk_bytes"] > 0
     own = json.loads((tmp_path / "run" / "rungs" / "lora-then-dpo" / "run.json").read_text())
     assert own["config"]["model"]["name"] == str(tmp_path / "run" / "rungs" / "lora")
     assert own["status"] == "finished" and own["steps"] == 2
     assert dpo["scores"]["exact"]["examples"] == lora["scores"]["exact"]["examples"]  # the same questions
     code, again, err = inside(capsys, "climb", config, "--json")
-    assert code == 0 and "rung" not in err.replace("report", "") and json.loads(again)["ladder"] == ladder["ladder"]
+    assert code == 0 and "rung" not in err.replace("report", "") and json.loads(again)["rows"] == ladder["rows"]
 
 
 @pytest.mark.parametrize("form", ["as it is", "another case", "a system turn", "a full stop"])
@@ -102,7 +102,7 @@ def test_a_rung_on_top_of_one_that_retrieves(config: Path, tmp_path: Path, pairs
     below = json.loads((tmp_path / "run" / "rungs" / "lora" / "run.json").read_text())
     assert run["config"]["evaluation"]["context"] == "retrieved"
     assert run["data"]["train"]["tokens"] == below["data"]["train"]["tokens"]
-    assert json.loads(out)["ladder"][-1]["sees"] == "retrieved passages"
+    assert json.loads(out)["rows"][-1]["sees"] == "retrieved passages"
 
 
 def test_nothing_that_fits_is_said(config: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,9 +143,9 @@ def test_it_stops_at_the_target_when_asked(config: Path, capsys: Any, tmp_path: 
     code, out, err = inside(capsys, "climb", config, "evaluation.metrics=[perplexity]", "--json")
     assert code == 0, err
     ladder = json.loads(out)
-    assert [row["rung"] for row in ladder["ladder"]] == ["zero_shot"]
-    assert [left["rung"] for left in ladder["left"]] == ["few_shot", "lora"]
-    assert "surely reaches the target" in ladder["left"][0]["why"]
+    assert [row["rung"] for row in ladder["rows"]] == ["zero_shot"]
+    assert [left["rung"] for left in ladder["skipped_rungs"]] == ["few_shot", "lora"]
+    assert "surely reaches the target" in ladder["skipped_rungs"][0]["why"]
     code, out, _ = inside(capsys, "climb", config, "evaluation.metrics=[perplexity]")
     assert code == 0 and "not measured: lora" in out
     assert "surely reaches the target" in (tmp_path / "run" / "report.html").read_text()
@@ -167,7 +167,7 @@ def test_what_does_not_fit_is_left_out_with_the_reason(
     code, out, err = inside(capsys, "climb", config, "--json")
     assert code == 0, err
     ladder = json.loads(out)
-    assert [row["rung"] for row in ladder["ladder"]] == ["zero_shot", "lora"]
-    left = {one["rung"]: one["why"] for one in ladder["left"]}
+    assert [row["rung"] for row in ladder["rows"]] == ["zero_shot", "lora"]
+    left = {one["rung"]: one["why"] for one in ladder["skipped_rungs"]}
     assert "needs 9 GB" in left["full"] and "stands on full" in left["full then sft"]
     assert issubclass(checks.DoesNotFitError, PlanError)

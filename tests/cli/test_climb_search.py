@@ -40,7 +40,7 @@ def test_the_best_trial_on_validation_is_what_is_trained(config: Path, tmp_path:
     assert all(2 <= t["rank"] <= 8 and 1e-4 <= t["learning_rate"] <= 1e-1 for t in found["trials"])
     spent = sum(trial["seconds"] for trial in found["trials"])
     own = json.loads((tmp_path / "run" / "rungs" / "lora" / "run.json").read_text())["train_seconds"]
-    assert spent > 0 and json.loads(out)["ladder"][1]["train_seconds"] == pytest.approx(own + spent)
+    assert spent > 0 and json.loads(out)["rows"][1]["train_seconds"] == pytest.approx(own + spent)
     items = [p for p in (tmp_path / "run").rglob("items.parquet")]
     assert len(items) == 2  # the test was answered once for each rung, never for a trial
     assert not (tmp_path / "run" / "search" / "lora" / "trial").exists()

@@ -111,12 +111,12 @@ def test_a_ladder_says_what_each_tuned_rung_forgets(
         assert inside(capsys, "climb", config, *settings)[0] == 130
     code, out, err = inside(capsys, "climb", config, *settings, "--json")
     assert code == 0 and "what lora has forgotten" in err, err
-    (lost,) = json.loads(out)["forgotten"]
+    (lost,) = json.loads(out)["forgetting"]
     by_hand = measured(capsys, tmp_path / "run" / "rungs" / "lora", "--forgetting", elsewhere)["metrics"]
     assert lost["rung"] == "lora" and lost["metrics"] == by_hand
     assert "nats a token" in lost["text"] and lost["text"] in (tmp_path / "run" / "report.html").read_text()
     code, again, err = inside(capsys, "climb", config, *settings, "--json")
-    assert code == 0 and "forgotten" not in err and json.loads(again)["forgotten"] == [lost]
+    assert code == 0 and "forgotten" not in err and json.loads(again)["forgetting"] == [lost]
     code, out, _ = inside(capsys, "climb", config, *settings)
     assert "".join(lost["text"].split()) in "".join(out.split())  # wherever a line was broken
 
@@ -152,11 +152,11 @@ def test_another_file_is_measured_without_training_again(
     for other in (one, elsewhere):
         code, out, err = inside(capsys, "climb", config, *climb, f"climb.forgetting={other}", "--json")
         assert code == 0, err
-        (lost,) = json.loads(out)["forgotten"]
+        (lost,) = json.loads(out)["forgetting"]
         assert lost["data"] == str(other) and "None" not in lost["text"]
     kept = tmp_path / "run" / "rungs" / "lora" / "forgetting.json"
     kept.write_text("{")
     code, out, _ = inside(capsys, "climb", config, *climb, f"climb.forgetting={elsewhere}", "--json")
-    assert code == 0 and json.loads(out)["forgotten"] == [lost] and json.loads(kept.read_text())["examples"] == 15
+    assert code == 0 and json.loads(out)["forgetting"] == [lost] and json.loads(kept.read_text())["examples"] == 15
     assert weights.stat().st_mtime_ns == before
     assert json.loads((tmp_path / "run" / "run.json").read_text())["config"]["climb"]["forgetting"] == str(elsewhere)

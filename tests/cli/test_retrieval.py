@@ -46,7 +46,7 @@ def test_a_ladder_of_what_is_seen(boxes: Path, tmp_path: Path, capsys: Any) -> N
     code, out, err = inside(capsys, "climb", boxes, *settings, "--json")
     assert code == 0, err
     found = json.loads(out)
-    assert [row["sees"] for row in found["ladder"]] == [
+    assert [row["sees"] for row in found["rows"]] == [
         "instruction, closed book",
         "instruction, retrieved passages",
         "instruction, 2 shots, retrieved passages",
@@ -63,8 +63,8 @@ def test_a_ladder_of_what_is_seen(boxes: Path, tmp_path: Path, capsys: Any) -> N
         and told["documents"] == 36
         and told["judged_by_context"] == len(items)
     )
-    assert found["ladder"][1]["retrieval"] == found["ladder"][3]["retrieval"] == told
-    assert found["ladder"][0]["retrieval"] is None
+    assert found["rows"][1]["retrieval"] == found["rows"][3]["retrieval"] == told
+    assert found["rows"][0]["retrieval"] is None
     contexts = {name: [item["context"] for item in rung(tmp_path, name)[1]] for name in ("zero_shot", "lora", "given")}
     assert set(contexts["zero_shot"]) == {None} and contexts["lora"] == [item["context"] for item in items]
     assert all(text.endswith("and more") for text in contexts["lora"])
@@ -199,7 +199,7 @@ def test_examples_by_choice(boxes: Path, tmp_path: Path, capsys: Any) -> None:
     )
     code, out, err = inside(capsys, "climb", boxes, f"climb.rungs={rungs}", "--json")
     assert code == 0, err
-    sees = [row["sees"] for row in json.loads(out)["ladder"]]
+    sees = [row["sees"] for row in json.loads(out)["rows"]]
     assert sees == [
         "instruction, 2 shots, context",
         "instruction, 2 nearest shots, context",
@@ -238,7 +238,7 @@ def test_the_best_instruction_is_chosen_on_validation(boxes: Path, tmp_path: Pat
         (tmp_path / "run" / "rungs" / name / "result.json").unlink()
     code, again, err = inside(capsys, "climb", boxes, *settings, "--json")
     assert code == 0, err
-    scores = [[row["scores"] for row in json.loads(text)["ladder"]] for text in (out, again)]
+    scores = [[row["scores"] for row in json.loads(text)["rows"]] for text in (out, again)]
     assert scores[0] == scores[1]
     assert stamps == [
         (tmp_path / "run" / "rungs" / "zero_shot" / f"validation-{n}.parquet").stat().st_mtime_ns for n in range(2)

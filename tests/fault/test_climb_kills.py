@@ -45,9 +45,9 @@ def said(run: Path) -> list[dict[str, Any]]:
         "score",
         "disk_bytes",
     )
-    rows = (*ladder["ladder"], *ladder["curve"])
+    rows = (*ladder["rows"], *ladder["curve"])
     kept = [{name: row[name] for name in (*measured, "score") if name in row} for row in rows]
-    return [*kept, {"verdict": ladder["verdict"], "notes": ladder["notes"]}]
+    return [*kept, {"verdict": ladder["verdict"], "diagnoses": ladder["diagnoses"]}]
 
 
 def test_killed_ten_times_at_random(zygote: Zygote, config: Path, tmp_path: Path) -> None:

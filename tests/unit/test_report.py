@@ -142,7 +142,7 @@ class Made:
                 "seconds_per_query": [0.7094, 1.5214, 0.6269][number % 3], "folder": str(first),
             })  # fmt: skip
         ladder = {
-            "metric": "exact", "examples": ITEMS, "clusters": CLUSTERS, "ladder": rows, "folder": str(folder),
+            "metric": "exact", "examples": ITEMS, "clusters": CLUSTERS, "rows": rows, "folder": str(folder),
             "verdict": recommend(tables, 0.05, clusters=clusters).to_json(), "report": str(folder / "report.html"),
         }  # fmt: skip
         self.change(ladder)
@@ -312,7 +312,7 @@ def test_missing_pieces_are_absent(tmp_path: Path) -> None:
 def test_a_climb_under_way_shows_the_rungs_so_far(tmp_path: Path) -> None:
     folder = Made().write(tmp_path / "climb")
     manifest = json.loads((folder / "run.json").read_text())
-    row = manifest.pop("ladder")["ladder"][0]
+    row = manifest.pop("ladder")["rows"][0]
     write_json(folder / "run.json", {**manifest, "status": "running"})
     (folder / "rungs/few_shot/result.json").unlink()
     (folder / "rungs/lora/result.json").unlink()
@@ -328,7 +328,7 @@ def test_a_climb_under_way_shows_the_rungs_so_far(tmp_path: Path) -> None:
 def test_infinite_bounds_and_perplexity(tmp_path: Path) -> None:
     def change(ladder: dict[str, Any]) -> None:
         ladder["metric"] = "perplexity"
-        for row in ladder["ladder"]:
+        for row in ladder["rows"]:
             row["scores"] = {"perplexity": {**row["scores"]["exact"], "mean": 8.25, "low": 0.0, "high": None}}
             if row["gain"]:
                 row["gain"] |= {"low": None, "high": None, "p_value": 0.0004}
@@ -406,7 +406,7 @@ def test_rungs_that_agree_on_everything_do_not_differ(tmp_path: Path) -> None:
 
 def test_what_only_looking_up_gets_right(tmp_path: Path) -> None:
     def looked_up(ladder: dict[str, Any]) -> None:
-        ladder["ladder"][1]["retrieval"] = {
+        ladder["rows"][1]["retrieval"] = {
             "hit_rate": {"mean": 0.5, "low": 0.4, "high": 0.6, "examples": ITEMS}, "hits": ITEMS // 2,
             "without_passages": 0, "judged_by_context": ITEMS, "judged_by_answer": 0, "empty_documents": 0,
             "duplicate_passages": 0, "top_k": 1, "passages": 9, "documents": 9, "from": None,

@@ -23,10 +23,15 @@ from rung.report.formatting import (
 )
 from rung.report.summaries import gates_text, lottery_text, measured_text, method_text, preferred_text
 from rung.report.tables import dry_run_lines, ladder_lines, run_lines, score_lines
+from rung.results import Estimate, EvaluationResult, GateResult, Ladder, LotteryResult, PreviewResult, RunResult
 
 
 def estimate(mean: float, low: float | None, high: float | None, **more: Any) -> dict[str, Any]:
     return {"mean": mean, "low": low, "high": high, "examples": 60, "clusters": 20, **more}
+
+
+def an_estimate(mean: float, low: float | None, high: float | None) -> Estimate:
+    return Estimate.model_validate(estimate(mean, low, high))
 
 
 def row(kind: str, score: float, gain: dict[str, Any] | None, tokens: float) -> dict[str, Any]:
@@ -42,7 +47,7 @@ def row(kind: str, score: float, gain: dict[str, Any] | None, tokens: float) -> 
 
 LADDER: dict[str, Any] = {
     "metric": "exact", "examples": 60, "clusters": 20, "folder": "runs/c", "report": "runs/c/report.html",
-    "ladder": [
+    "rows": [
         row("zero_shot", 0.1, None, 126.58),
         row("few_shot", 0.3, estimate(0.2, -0.01, 0.41), 623.58),
         row("lora", 0.8, estimate(0.5, 0.4, 0.6, p_value=0.0004), 136.58),
@@ -65,7 +70,7 @@ def width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 
 
 def test_the_ladder_fits_and_loses_nothing(width: int) -> None:
-    lines = ladder_lines(LADDER)
+    lines = ladder_lines(Ladder.model_validate(LADDER))
     text = "\n".join(lines)
     assert all(len(line) <= width for line in lines)
     estimates = ("0.80", "[0.71, 0.89]", "0.70", "[0.60, 0.80]", "+0.50", "[0.40, 0.60]", "[-0.01, 0.41]")
@@ -78,7 +83,7 @@ def test_the_ladder_fits_and_loses_nothing(width: int) -> None:
 
 def test_a_wide_ladder_is_one_line_a_rung(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
-    (line,) = [line for line in ladder_lines(LADDER) if line.startswith("> lora")]
+    (line,) = [line for line in ladder_lines(Ladder.model_validate(LADDER)) if line.startswith("> lora")]
     assert line.split() == (
         "> lora 0.80 [0.71, 0.89] 0.70 [0.60, 0.80] +0.50 [0.40, 0.60] 4.9M 3 min 12 s 2.4 GB 137 0.63 s".split()
     )
@@ -87,7 +92,7 @@ def test_a_wide_ladder_is_one_line_a_rung(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("columns", [20, 40, 60])
 def test_a_narrow_terminal_still_gets_scores(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    text = "\n".join(ladder_lines(LADDER))
+    text = "\n".join(ladder_lines(Ladder.model_validate(LADDER)))
     assert "lora is enough." in text
     assert columns == 20 or "[0.71, 0.89]" in text
 
@@ -96,7 +101,7 @@ def test_the_outlook_fits_the_verdict(width: int) -> None:
     def outlook(**verdict: Any) -> str:
         ladder = copy.deepcopy(LADDER)
         ladder["verdict"] |= verdict
-        return "\n".join(ladder_lines(ladder))
+        return "\n".join(ladder_lines(Ladder.model_validate(ladder)))
 
     tuned = outlook()
     assert "report  runs/c/report.html" in tuned and "rung chat runs/c/rungs/lora --compare" in tuned
@@ -111,11 +116,11 @@ def test_the_outlook_fits_the_verdict(width: int) -> None:
 def test_infinite_bounds_hostile_names_and_one_metric(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     ladder = copy.deepcopy(LADDER)
-    ladder["ladder"][2] |= {"rung": "[bold]lora[/] \u4e2d", "gain": estimate(0.5, None, None)}
-    for one in ladder["ladder"]:
+    ladder["rows"][2] |= {"rung": "[bold]lora[/] \u4e2d", "gain": estimate(0.5, None, None)}
+    for one in ladder["rows"]:
         del one["scores"]["numeric"]
-    ladder["ladder"][1]["scores"]["exact"] |= {"high": None}
-    text = "\n".join(ladder_lines(ladder))
+    ladder["rows"][1]["scores"]["exact"] |= {"high": None}
+    text = "\n".join(ladder_lines(Ladder.model_validate(ladder)))
     assert "[bold]lora[/] \u4e2d" in text and "+0.50 (-∞, ∞)" in text and "[0.21, ∞)" in text
 
 
@@ -129,23 +134,26 @@ def test_color_only_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr(sys, "stdout", Terminal())
-    assert "\x1b[1;32m" in "\n".join(ladder_lines(LADDER))
+    assert "\x1b[1;32m" in "\n".join(ladder_lines(Ladder.model_validate(LADDER)))
 
 
 def test_a_result_is_not_lost_to_an_ascii_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-    for lines in (ladder_lines(LADDER), run_lines({**RUN, "error": "naïve"}, "runs/é", "runs/é/report.html")):
+    for lines in (
+        ladder_lines(Ladder.model_validate(LADDER)),
+        run_lines(RunResult.model_validate({**RUN, "error": "naïve"}), "runs/é", "runs/é/report.html"),
+    ):
         "\n".join(lines).encode("ascii")
 
 
 def test_run_lines_say_what_was_measured_and_what_is_next() -> None:
-    text = "\n".join(run_lines(RUN, "runs/my run", "runs/my run/report.html"))
+    text = "\n".join(run_lines(RunResult.model_validate(RUN), "runs/my run", "runs/my run/report.html"))
     measured = ("1.700 in the last step, validation 1.453 nats", "124 tokens/s", "1 min 12 s", "3.1 GB")
     trained = ("4.9M parameters, LoRA rank 16, alpha 32, on q v", "20,132 supervised", "1 passed, movement not reached")
     ahead = ("runs/my run/adapter", "rung eval 'runs/my run'", "rung chat 'runs/my run' --compare")
     for part in ("finished: runs/my run", *measured, *trained, *ahead):
         assert part in text, part
-    failed = "\n".join(run_lines({"status": "failed", "error": "no\n  given: 3"}, "r", "r/report.html"))
+    failed = "\n".join(run_lines(RunResult(status="failed", error="no\n  given: 3"), "r", "r/report.html"))
     assert "failed: r" in failed and "--resume" in failed and "adapter" not in failed and "None" not in failed
 
 
@@ -159,7 +167,7 @@ def test_dry_run_lines() -> None:
         "steps_per_epoch": 6, "tokens_per_micro_batch": 776, "trainable_parameters": 4884480, "learning_rate": 5e-4,
         "plan": {"needed_bytes": 1_800_000_000},
     }  # fmt: skip
-    text = "\n".join(dry_run_lines(found))
+    text = "\n".join(dry_run_lines(PreviewResult.model_validate(found)))
     for part in (
         "100 read, 2 rejected; 90 train, 4 validation, 6 test",
         "250 supervised (25%)",
@@ -172,13 +180,15 @@ def test_dry_run_lines() -> None:
 
 def test_score_lines() -> None:
     result = {
-        "target": "runs/x", "scores": {"exact": estimate(0.5, 0.38, 0.62), "perplexity": estimate(8.21, None, None)},
+        "target": "runs/x", "task": "runs/x",
+        "scores": {"exact": estimate(0.5, 0.38, 0.62), "perplexity": estimate(8.21, None, None)},
         "examples": 60, "clusters": 20, "prompt_tokens": 136.6, "seconds_per_query": 0.6269, "cut_off": 7,
     }  # fmt: skip
-    text = "\n".join(score_lines(result))
+    text = "\n".join(score_lines(EvaluationResult.model_validate(result)))
     for part in ("0.50 [0.38, 0.62]", "8.21 (-∞, ∞)", "137 prompt tokens, 0.63 s", "7 answers were cut"):
         assert part in text
-    assert "cut" not in "\n".join(score_lines({**result, "cut_off": 0}))
+    whole = EvaluationResult.model_validate({**result, "cut_off": 0})
+    assert "cut" not in "\n".join(score_lines(whole))
 
 
 @pytest.mark.parametrize(
@@ -195,16 +205,18 @@ def test_score_lines() -> None:
         (format_significant(0.63), "0.63"), (format_fixed(-0.001, 2), "0.00"),
         (format_fixed(0.25, 2, signed=True), "+0.25"),
         (format_fixed(0.0, 2, signed=True), "0.00"), (format_p_value(None), ""), (format_p_value(0.0004), "p < 0.001"),
-        (format_p_value(0.0215), "p = 0.021"), (format_bounds({"low": None, "high": 1.0}, 1), "(-∞, 1.0]"),
-        (decimals([estimate(0.5, 0.38, 0.62)]), 2), (decimals([estimate(0.5, 0.49, 0.51)]), 3),
-        (decimals([estimate(12.3, 11.1, 13.6)]), 1), (decimals([estimate(1.0, None, None), None]), 2),
-        (decimals([estimate(0.5, 0.49, 0.51), estimate(0.5, 0.4, 0.6)]), 2), (decimals([estimate(250, 200, 300)]), 0),
+        (format_p_value(0.0215), "p = 0.021"), (format_bounds(Estimate(mean=0.5, low=None, high=1.0), 1), "(-∞, 1.0]"),
+        (decimals([an_estimate(0.5, 0.38, 0.62)]), 2), (decimals([an_estimate(0.5, 0.49, 0.51)]), 3),
+        (decimals([an_estimate(12.3, 11.1, 13.6)]), 1), (decimals([an_estimate(1.0, None, None), None]), 2),
+        (decimals([an_estimate(0.5, 0.49, 0.51), an_estimate(0.5, 0.4, 0.6)]), 2),
+        (decimals([an_estimate(250, 200, 300)]), 0),
         (measured_text({"rows": 1293, "failing_rows": 0}), "rows 1,293, failing rows 0"),
         (measured_text(0.002), "0.002"), (method_text({"kind": "full"}), "full: every weight"),
         (method_text({"kind": "other"}), "other"),
         (method_text({"kind": "lora", "rank": 4, "alpha": 8, "targets": ["q"], "layers": [0, 2], "dora": True}),
          "LoRA rank 4, alpha 8, on q, layers 0, 2, dora"),
-        (gates_text([{"name": "a", "state": "failed"}, {"name": "b", "state": "passed"}]), "a failed, 1 passed"),
+        (gates_text([GateResult(name="a", state="failed"), GateResult(name="b", state="passed")]),
+         "a failed, 1 passed"),
         (gates_text([]), "none reached"),
     ],
 )  # fmt: skip
@@ -215,11 +227,11 @@ def test_numbers_and_words(said: object, expected: object) -> None:
 def test_a_lottery_says_whether_its_middle_won() -> None:
     """Nine layers, three of them in the middle; all three winners from there happens by chance once in 84."""
     found = {"scores": {str(n): 0.3 if n in (3, 4, 5) else 1 / 60 for n in range(9)}, "winners": [3, 4, 5]}
-    said = lottery_text({**found, "of_layers": 9, "choose": "best"})
+    said = lottery_text(LotteryResult(**found, of_layers=9, choose="best"))
     assert "3 of the 3 from the middle third, 1.0 by chance (p = 0.01)" in said and "middle third 90%" in said
-    assert "p =" not in lottery_text({**found, "of_layers": 9, "choose": "random"})
+    assert "p =" not in lottery_text(LotteryResult(**found, of_layers=9, choose="random"))
     upper = {"scores": {"6": 0.5, "7": 0.25, "8": 0.25}, "winners": [6], "of_layers": 9, "choose": "best"}
-    assert "first third 0%, middle third 0%, last third 100%" in lottery_text(upper)
+    assert "first third 0%, middle third 0%, last third 100%" in lottery_text(LotteryResult(**upper))
     drawn = plots.layer_scores("run", found["scores"], found["winners"])
     assert "3: 30.0%" in drawn and drawn.count("<path") > 9
 

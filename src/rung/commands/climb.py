@@ -10,18 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rung.commands.climb_prompts import ClimbPrompts
 from rung.commands.climb_results import (
     AnyRung,
-    CurvePoint,
-    ForgettingResult,
-    Ladder,
     MeasuredRung,
-    SkippedRung,
     build_ladder,
     read_rung_result,
     rung_folder,
@@ -50,6 +45,8 @@ from rung.files import is_run_folder
 from rung.models.base_model import BaseModel
 from rung.models.policy import NoMethod, Policy
 from rung.report.html import write_report
+from rung.report.tables import change_text
+from rung.results import CurvePoint, Estimate, ForgettingComparison, ForgettingResult, Ladder, SkippedRung
 from rung.runs import checks
 from rung.runs.checks import DoesNotFitError
 from rung.runs.dataset import RunData, read_splits, tokenize_splits
@@ -183,7 +180,8 @@ class Climb:
         if not measured_rungs:
             raise PlanError("no rung could be measured", where=str(self.path), given=self._skipped_rungs[0].why)
         ladder = build_ladder(self.config, measured_rungs, self._skipped_rungs)
-        return replace(ladder, curve=tuple(self._measured_curve()), forgetting=tuple(self._forgetting_results()))
+        findings = {"curve": tuple(self._measured_curve()), "forgetting": tuple(self._forgetting_results())}
+        return ladder.model_copy(update=findings)
 
     def _is_measured(self, rung: AnyRung) -> bool:
         return all((folder / "result.json").exists() for folder in self._rung_folders(rung))
@@ -204,7 +202,7 @@ class Climb:
 
     def _skip_rung(self, name: str, why: str) -> None:
         print_status(f"rung {name} is left out: {why}")
-        self._skipped_rungs.append(SkippedRung(name, why))
+        self._skipped_rungs.append(SkippedRung(rung=name, why=why))
 
     def _reaches_target(self, rung: AnyRung) -> bool:
         """Whether the rung's whole interval, not only its mean, is at or beyond the target."""
@@ -339,7 +337,10 @@ class Climb:
             if (folder / "result.json").exists():
                 facts = read_rung_result(folder)
                 score = score_of_rung([Evaluation.read(folder / "items.parquet")], self.config.evaluation.metrics[0])
-                yield CurvePoint(facts["rung"], facts["rows"], score, facts["train_seconds"])
+                estimate = Estimate.model_validate(score.to_json())
+                yield CurvePoint(
+                    rung=facts["rung"], rows=facts["rows"], score=estimate, train_seconds=facts["train_seconds"]
+                )
 
     def _measure_curve(self, prompts: ClimbPrompts) -> None:
         """Train the highest tuned rung on fewer rows: one run for each number of rows, scored on the same test."""
@@ -394,9 +395,11 @@ class Climb:
         """The forgetting results that are on disk."""
         for label, folder in self._forgetting_runs:
             if result := self._read_forgetting(folder):
-                yield ForgettingResult(label, result["forgetting"], result["metrics"])
+                changes = [f"{name} {change_text(name, change)}" for name, change in result.metrics.items()]
+                text = f"{label} on {result.forgetting}: {', '.join(changes)}"
+                yield ForgettingResult(rung=label, data=result.forgetting, metrics=result.metrics, text=text)
 
-    def _read_forgetting(self, folder: Path) -> dict[str, Any]:
+    def _read_forgetting(self, folder: Path) -> ForgettingComparison | None:
         return read_forgetting(folder, self.config.climb.forgetting)
 
     def _measure_on_top(self, on_top: OnTopConfig, folder: Path, seed_index: int, prompts: ClimbPrompts) -> None:

@@ -1,9 +1,8 @@
 """The ladder: what a climb measured, as rows with scores and costs, a verdict and diagnoses.
 
 Everything is computed from the stored scores of single items, so that a finished climb can be read and printed again
-without a model. The price is that no rung may answer other questions than the first: such a folder is refused. Fields
-of `LadderRow` are keys of `--json` and `run.json`. `climb.py` stores and collects the rungs, `report` draws the ladder;
-the statistics are in `scoring/recommendation.py`.
+without a model. The price is that no rung may answer other questions than the first: such a folder is refused.
+`climb.py` stores and collects the rungs, `report` draws the ladder; the statistics are in `scoring/recommendation.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ from rung.config.climb import UNTUNED, OnTopConfig, RungConfig
 from rung.config.run import RunConfig
 from rung.errors import CheckpointError
 from rung.evaluation.evaluate import PERPLEXITY, Evaluation
-from rung.report.tables import change_text
+from rung.results import Diagnosis, Estimate, Ladder, LadderRow, NextRung, SkippedRung, VerdictResult
 from rung.scoring.recommendation import Verdict, paired_gain, recommend, rung_score
 from rung.scoring.stats import Difference, Interval
 from rung.training.run_folder import peak_memory_bytes, write_json
@@ -29,158 +28,7 @@ from rung.training.run_folder import peak_memory_bytes, write_json
 CONTEXT_LABELS = {"given": "context", "withheld": "closed book", "retrieved": "retrieved passages"}
 """What the ladder calls each setting of `context`; it names none where no row has a context."""
 AnyRung = RungConfig | OnTopConfig
-
-
-@dataclass(frozen=True, slots=True)
-class LadderRow:
-    """One rung of the printed ladder. Times and tokens of several training seeds are means, memory and disk maxima."""
-
-    rung: str
-    kind: str
-    sees: str
-    """Content of the prompt besides the question."""
-    scores: dict[str, Interval]
-    gain: Difference | None
-    """Paired difference to the rung below, in points of the deciding metric; None for the lowest."""
-    trainable_parameters: int
-    train_seconds: float
-    """Includes the trials of a search."""
-    peak_memory_bytes: int
-    prompt_tokens: float
-    seconds_per_query: float
-    """Retrieval and answer together."""
-    folder: str
-    disk_bytes: int = 0
-    """Size of the saved adapter or model."""
-    retrieval: dict[str, Any] | None = None
-    """Hit rate and source of the passages, if any were retrieved."""
-    instruction: str | None = None
-    """System turn of an untuned rung."""
-    instructions: tuple[dict[str, Any], ...] = ()
-    """The candidates with their scores on the validation split, on the rung that chose the instruction."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
-            **asdict(self),
-            "scores": {name: interval.to_json() for name, interval in self.scores.items()},
-            "gain": self.gain.to_json() if self.gain else None,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class SkippedRung:
-    """A rung that was not measured, and the reason."""
-
-    rung: str
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class NextRung:
-    """What the rung right above the recommended one gains, and what it costs at every query and on disk."""
-
-    rung: str
-    above: str
-    gain: Difference
-    """Paired difference, in points of the deciding metric."""
-    seconds_per_query: float
-    prompt_tokens: float
-    disk_bytes: int
-    train_seconds: float
-
-    @property
-    def text(self) -> str:
-        """One line for the terminal and the report."""
-        points = f"{self.gain.mean:+.2f} [{self.gain.low:+.2f}, {self.gain.high:+.2f}]"
-        costs = f"{self.seconds_per_query:+.2f} s and {self.prompt_tokens:+,.0f} prompt tokens a query"
-        storage = f", {self.disk_bytes / 1e6:+,.0f} MB on disk, {self.train_seconds:,.0f} s of training"
-        return f"{self.rung} instead of {self.above}: {points} points for {costs}{storage}"
-
-
-@dataclass(frozen=True, slots=True)
-class Diagnosis:
-    """What the model lacks, read from a sure difference between two rungs."""
-
-    lacks: Literal["knowledge", "behaviour"]
-    lower: str
-    upper: str
-    difference: Difference
-
-    @property
-    def text(self) -> str:
-        """One line, with the numbers behind it."""
-        d = self.difference
-        gain = f"{self.upper} over {self.lower}: {d.mean:+.2f} [{d.low:+.2f}, {d.high:+.2f}]"
-        meaning = "it lacks what the passages say" if self.lacks == "knowledge" else "it lacks the way to answer"
-        return f"{self.lacks}: {meaning} ({gain})"
-
-
-@dataclass(frozen=True, slots=True)
-class ForgettingResult:
-    """Scores of a tuned rung on other data minus those of the model it started from."""
-
-    rung: str
-    data: str
-    metrics: dict[str, Any]
-    """For each metric both scores and their paired difference; for perplexity in nats per token."""
-
-    @property
-    def text(self) -> str:
-        """One line for the terminal and the report."""
-        changes = [f"{name} {change_text(name, change)}" for name, change in self.metrics.items()]
-        return f"{self.rung} on {self.data}: {', '.join(changes)}"
-
-
-@dataclass(frozen=True, slots=True)
-class CurvePoint:
-    """A point of the learning curve: the score of a tuned rung with fewer training rows."""
-
-    rung: str
-    rows: int
-    score: Interval
-    train_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Ladder:
-    """The result of `rung climb`."""
-
-    rows: tuple[LadderRow, ...]
-    verdict: Verdict
-    metric: str
-    examples: int
-    clusters: int
-    folder: str
-    skipped_rungs: tuple[SkippedRung, ...] = ()
-    next_rung: NextRung | None = None
-    """None if the recommended rung is the highest, or none is recommended."""
-    diagnoses: tuple[Diagnosis, ...] = ()
-    curve: tuple[CurvePoint, ...] = ()
-    forgetting: tuple[ForgettingResult, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for `--json` and `run.json`."""
-        # The keys are read by users' scripts and by the report of older runs, so they keep their names whatever the
-        # fields are called.
-        return {
-            "metric": self.metric,
-            "examples": self.examples,
-            "clusters": self.clusters,
-            "ladder": [row.to_json() for row in self.rows],
-            "verdict": self.verdict.to_json(),
-            "left": [asdict(rung) for rung in self.skipped_rungs],
-            "further": self.next_rung
-            and {**asdict(self.next_rung), "gain": self.next_rung.gain.to_json(), "text": self.next_rung.text},
-            "curve": [{**asdict(point), "score": point.score.to_json()} for point in self.curve],
-            "notes": [
-                {**asdict(diagnosis), "difference": diagnosis.difference.to_json(), "text": diagnosis.text}
-                for diagnosis in self.diagnoses
-            ],
-            "forgotten": [{**asdict(result), "text": result.text} for result in self.forgetting],
-            "folder": self.folder,
-            "report": str(Path(self.folder) / "report.html"),
-        }
+_COSTS_PER_QUERY = ("seconds_per_query", "prompt_tokens", "disk_bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,10 +85,16 @@ def build_ladder(
         return paired_gain(tables[lower_index], tables[upper_index], first.clusters, weights=weights, seed=config.seed)
 
     return Ladder(
-        *(tuple(rows), verdict, metric, len(first.items), len(set(first.clusters)), config.output),
+        metric=metric,
+        examples=len(first.items),
+        clusters=len(set(first.clusters)),
+        rows=tuple(rows),
+        verdict=VerdictResult.model_validate(verdict.to_json()),
         skipped_rungs=tuple(skipped_rungs),
         next_rung=_next_rung(rows, verdict, gain_between),
         diagnoses=tuple(_diagnoses(measured_rungs, rows, gain_between, lower_is_better=lower_is_better)),
+        folder=config.output,
+        report=str(Path(config.output) / "report.html"),
     )
 
 
@@ -255,16 +109,22 @@ def _next_rung(rows: Sequence[LadderRow], verdict: Verdict, gain_between: GainFu
         return None
     index = names.index(verdict.recommended)
     recommended_row, next_row = rows[index], rows[index + 1]
-    return NextRung(
-        next_row.rung,
-        recommended_row.rung,
-        gain_between(index, index + 1),
-        seconds_per_query=next_row.seconds_per_query - recommended_row.seconds_per_query,
-        prompt_tokens=next_row.prompt_tokens - recommended_row.prompt_tokens,
-        disk_bytes=next_row.disk_bytes - recommended_row.disk_bytes,
-        # Not a difference: who already has the recommended rung still pays the whole training of the next one.
-        train_seconds=next_row.train_seconds,
-    )
+    costs = {key: getattr(next_row, key) - getattr(recommended_row, key) for key in _COSTS_PER_QUERY}
+    # Not a difference: who already has the recommended rung still pays the whole training of the next one.
+    costs["train_seconds"] = next_row.train_seconds
+    gain = gain_between(index, index + 1)
+    points = f"{gain.mean:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}] points"
+    query = f"{costs['seconds_per_query']:+.2f} s and {costs['prompt_tokens']:+,.0f} prompt tokens a query"
+    storage = f"{costs['disk_bytes'] / 1e6:+,.0f} MB on disk, {costs['train_seconds']:,.0f} s of training"
+    text = f"{next_row.rung} instead of {recommended_row.rung}: {points} for {query}, {storage}"
+    return NextRung(rung=next_row.rung, above=recommended_row.rung, gain=_estimate(gain), **costs, text=text)
+
+
+def _diagnosis(lacks: Literal["knowledge", "behaviour"], lower: str, upper: str, gain: Difference) -> Diagnosis:
+    meaning = "it lacks what the passages say" if lacks == "knowledge" else "it lacks the way to answer"
+    points = f"{upper} over {lower}: {gain.mean:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}]"
+    text = f"{lacks}: {meaning} ({points})"
+    return Diagnosis(lacks=lacks, lower=lower, upper=upper, difference=_estimate(gain), text=text)
 
 
 def _diagnoses(
@@ -288,7 +148,7 @@ def _diagnoses(
         if plain_rungs and retrieval_kind in kinds:
             pair = plain_rungs[0], kinds.index(retrieval_kind)
             if is_better(gain := gain_between(*pair)):
-                yield Diagnosis("knowledge", rows[pair[0]].rung, rows[pair[1]].rung, gain)
+                yield _diagnosis("knowledge", rows[pair[0]].rung, rows[pair[1]].rung, gain)
     # A tuned rung against the best untuned one that sees the same context: what is left is the way to answer.
     for upper, m in enumerate(measured_rungs):
         same_context = [i for i, c in enumerate(contexts) if kinds[i] in UNTUNED and c == contexts[upper]]
@@ -297,7 +157,7 @@ def _diagnoses(
         sign, metric = -1.0 if lower_is_better else 1.0, next(iter(rows[0].scores))
         best_untuned = max(same_context, key=lambda i: sign * rows[i].scores[metric].mean)
         if is_better(gain := gain_between(best_untuned, upper)):
-            yield Diagnosis("behaviour", rows[best_untuned].rung, rows[upper].rung, gain)
+            yield _diagnosis("behaviour", rows[best_untuned].rung, rows[upper].rung, gain)
             # The lowest rung that shows it is enough; higher ones would say the same again.
             return
 
@@ -315,8 +175,8 @@ def _row(config: RunConfig, measured_rung: MeasuredRung, gain: Difference | None
         rung=rung.label,
         kind=rung.kind,
         sees=_prompt_contents(costs[0]),
-        scores={name: score_of_rung(evaluations, name) for name in config.evaluation.metrics},
-        gain=gain,
+        scores={name: _estimate(score_of_rung(evaluations, name)) for name in config.evaluation.metrics},
+        gain=_estimate(gain) if gain else None,
         trainable_parameters=int(costs[0]["trainable_parameters"]),
         train_seconds=mean("train_seconds") + search_seconds,
         # The maximum, since the machine must have room for every seed.
@@ -329,6 +189,10 @@ def _row(config: RunConfig, measured_rung: MeasuredRung, gain: Difference | None
         instruction=costs[0].get("instruction"),
         instructions=tuple(costs[0].get("instructions", ())),
     )
+
+
+def _estimate(interval: Interval | Difference) -> Estimate:
+    return Estimate.model_validate(interval.to_json())
 
 
 def _prompt_contents(facts: Mapping[str, Any]) -> str:

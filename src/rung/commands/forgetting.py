@@ -7,11 +7,9 @@ beside it. `climb.py` measures every tuned rung in this way when `climb.forgetti
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -107,13 +105,13 @@ def forgetting_task(config: RunConfig, data: str, limit: int | None) -> Forgetti
     return records, evaluation.model_copy(update={"metrics": metrics}), seed
 
 
-def read_forgetting(folder: Path, data: str | None) -> dict[str, Any]:
-    """The stored result on this data; empty if there is none, or one on other data."""
+def read_forgetting(folder: Path, data: str | None) -> ForgettingComparison | None:
+    """The stored result on this data; None if there is none, or one on other data."""
     try:
-        result: dict[str, Any] = json.loads((folder / RESULT_FILE).read_text())
+        result = ForgettingComparison.model_validate_json((folder / RESULT_FILE).read_text())
     except (OSError, ValueError):  # missing or torn: to be measured
-        return {}
-    return result if result.get("forgetting") == data else {}
+        return None
+    return result if result.forgetting == data else None
 
 
 def check_forgetting_room(task: ForgettingTask, chat: ChatTemplate, context: int) -> None:

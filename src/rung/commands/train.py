@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rung.config.io import ConfigSource, resolve_config
 from rung.report.html import write_report
-from rung.results import RunResult
+from rung.results import PreviewResult, RunResult
 from rung.runs.train import dry_run, train_run
 from rung.training.distributed import join_process_group
 
@@ -45,6 +44,6 @@ def train(
     return RunResult.model_validate({**manifest, "path": run_config.output, "report": report})
 
 
-def preview(config: ConfigSource, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def preview(config: ConfigSource, *, overrides: Sequence[str] = ()) -> PreviewResult:
     """Do everything up to the first step: data, model, preflight. Writes nothing."""
-    return dry_run(resolve_config(config, overrides))
+    return PreviewResult.model_validate(dry_run(resolve_config(config, overrides)))

@@ -126,7 +126,7 @@ def _available_filters(
         return lambda well: {True} == {is_selected for is_selected, right in zip(selected, well, strict=True) if right}
 
     tuned = [bool(rung.runs) for rung in rungs]
-    retrieves = [bool(rung.row.get("retrieval")) for rung in rungs]
+    retrieves = [rung.row.retrieval is not None for rung in rungs]
     filters: list[tuple[str, str, Callable[[Sequence[bool]], bool]]] = []
     # a filter that can match nothing, or everything, is no choice
     if len(set(tuned)) > 1:

@@ -11,14 +11,14 @@ import math
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
 
 from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-Json = Mapping[str, Any]
+from rung.results import Estimate
+
 MISSING = "–"
 """Shown for a missing value."""
 
@@ -87,12 +87,12 @@ def format_p_value(p: float | None) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
-def decimals(estimates: Iterable[Json | None]) -> int:
+def decimals(estimates: Iterable[Estimate | None]) -> int:
     """Decimals of a column of estimates, the same for all, so that it lines up: those of the least certain one.
 
     Rounding of the Particle Data Group: an error that begins with 100 to 354 keeps two digits, another one keeps one.
     """
-    half_widths = [half for e in estimates if e and (half := _half_width(e))]
+    half_widths = [half for e in estimates if e and 0 < (half := (e.high - e.low) / 2) < math.inf]
     # 3.55: the rule's border between two digits and one, scaled; at most 4 decimals
     return min((max(0, min(4, math.ceil(-math.log10(half / 3.55)))) for half in half_widths), default=2)
 
@@ -104,17 +104,17 @@ def format_fixed(number: float, digits: int, *, signed: bool = False) -> str:
     return f"{rounded:{'+' if signed and rounded else ''}.{digits}f}"
 
 
-def format_bounds(estimate: Json, digits: int) -> str:
-    """The 95 % interval; a bound that is null is infinite."""
-    low, high = estimate.get("low"), estimate.get("high")
-    low_text = "(-∞" if low is None else f"[{format_fixed(low, digits)}"
-    high_text = "∞)" if high is None else f"{format_fixed(high, digits)}]"
+def format_bounds(estimate: Estimate, digits: int) -> str:
+    """The 95 % interval."""
+    low_text = "(-∞" if math.isinf(estimate.low) else f"[{format_fixed(estimate.low, digits)}"
+    high_text = "∞)" if math.isinf(estimate.high) else f"{format_fixed(estimate.high, digits)}]"
     return f"{low_text}, {high_text}"
 
 
-def _half_width(estimate: Json) -> float | None:
-    low, high = estimate.get("low"), estimate.get("high")
-    return None if low is None or high is None else float(high - low) / 2
+def format_estimate(estimate: Estimate, digits: int | None = None, *, signed: bool = False) -> str:
+    """The mean with its interval; by default with the decimals that the interval supports."""
+    digits = decimals([estimate]) if digits is None else digits
+    return f"{format_fixed(estimate.mean, digits, signed=signed)} {format_bounds(estimate, digits)}"
 
 
 def _short_number(value: float) -> str:

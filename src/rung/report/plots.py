@@ -20,7 +20,8 @@ from markupsafe import Markup, escape
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from rung.report.formatting import decimals, format_bounds, format_fixed
+from rung.report.formatting import decimals, format_estimate
+from rung.results import Estimate, RungVerdictResult
 
 Json = Mapping[str, Any]
 DrawFunction = Callable[[Any], None]
@@ -55,7 +56,7 @@ _RC = {
 }
 
 
-def scores(rows: Sequence[tuple[str, Mapping[str, Json]]], metrics: Sequence[str], target: float | None) -> Markup:
+def scores(rows: Sequence[tuple[str, Mapping[str, Estimate]]], metrics: Sequence[str], target: float | None) -> Markup:
     """Score of each rung by each metric, with its 95 % interval."""
 
     def draw(axes: Any) -> None:
@@ -80,48 +81,46 @@ def scores(rows: Sequence[tuple[str, Mapping[str, Json]]], metrics: Sequence[str
     digits = {m: decimals(scores_by_metric.get(m) for _, scores_by_metric in rows) for m in metrics}
     descriptions = [
         f"{label}: "
-        + ", ".join(f"{m} {_estimate_text(scores_by_metric[m], digits[m])}" for m in metrics if m in scores_by_metric)
+        + ", ".join(f"{m} {format_estimate(scores_by_metric[m], digits[m])}" for m in metrics if m in scores_by_metric)
         for label, scores_by_metric in rows
     ]
     height = 0.75 + len(rows) * max(0.36, 0.2 * len(metrics))
     return _svg("scores-" + "-".join(metrics), draw, height, "Scores with intervals. " + "; ".join(descriptions))
 
 
-def differences(rows: Sequence[Json], best: str, margin: float, unit: str, *, lower_is_better: bool) -> Markup:
+def differences(
+    rows: Sequence[RungVerdictResult], best: str, margin: float, unit: str, *, lower_is_better: bool
+) -> Markup:
     """Paired difference of each rung to the best one, with the margin: the basis of the verdict."""
     # the best rung's difference to itself is 0 by definition
-    compared_rows = [row for row in rows if row["name"] != best]
+    compared_rows = [row for row in rows if row.name != best]
     limit = margin if lower_is_better else -margin
 
     def draw(axes: Any) -> None:
         axes.axvline(0, color=MUTED, linewidth=1)
         axes.axvline(limit, color=SERIES[1], linewidth=1.2, linestyle=(0, (4, 3)), label=f"margin {margin:.2g}")
         for row_index, row in enumerate(compared_rows):
-            _whisker(axes, row["difference"], row_index, 0, None)
+            _whisker(axes, row.difference, row_index, 0, None)
         axes.locator_params(axis="x", nbins=6)
-        _categories(axes, [row["name"] for row in compared_rows])
+        _categories(axes, [row.name for row in compared_rows])
         axes.set_xlabel(f"difference to {_clip(best)}, {unit}")
         _legend(axes)
 
-    digits = decimals(row["difference"] for row in compared_rows)
-    descriptions = [
-        f"{row['name']}: {_estimate_text(row['difference'], digits)}, {row['reason']}" for row in compared_rows
-    ]
+    digits = decimals(row.difference for row in compared_rows)
+    descriptions = [f"{row.name}: {format_estimate(row.difference, digits)}, {row.reason}" for row in compared_rows]
     text = f"Paired difference to {best}, margin {margin:.2g}. " + "; ".join(descriptions)
     return _svg("differences", draw, 0.95 + 0.36 * len(compared_rows), text)
 
 
-def cost(points: Sequence[tuple[str, Json, float]], metric: str, x_label: str) -> Markup:
+def cost(points: Sequence[tuple[str, Estimate, float]], metric: str, x_label: str) -> Markup:
     """Score of each rung against the cost of a query."""
 
     def draw(axes: Any) -> None:
         for number, (label, score, x) in enumerate(points):
             low, high = _finite_bounds(score)
             style = {"color": SERIES[number % len(SERIES)], "marker": _MARKERS[number % len(_MARKERS)]}
-            error = [[score["mean"] - low], [high - score["mean"]]]
-            axes.errorbar(
-                [x], [score["mean"]], yerr=error, label=_clip(label), linestyle="none", clip_on=False, **style
-            )
+            error = [[score.mean - low], [high - score.mean]]
+            axes.errorbar([x], [score.mean], yerr=error, label=_clip(label), linestyle="none", clip_on=False, **style)
         # `or 1`: an axis of zero width would be an error when all costs are 0
         axes.set_xlim(0, 1.1 * max([x for *_, x in points], default=0) or 1)
         axes.set_ylim(bottom=0)
@@ -129,7 +128,7 @@ def cost(points: Sequence[tuple[str, Json, float]], metric: str, x_label: str) -
         axes.set_ylabel(metric)
         _legend(axes)
 
-    descriptions = [f"{label}: {metric} {score['mean']:.3g} at {x:.3g}" for label, score, x in points]
+    descriptions = [f"{label}: {metric} {score.mean:.3g} at {x:.3g}" for label, score, x in points]
     return _svg(f"cost-{x_label}", draw, 2.9, f"{metric} against {x_label}. " + "; ".join(descriptions))
 
 
@@ -145,14 +144,8 @@ def logged_curve(name: str, logs: Sequence[Sequence[Json]], key: str, unit: str 
             train, validation = _curve(log, key), _curve(log, f"validation_{key}")
             axes.plot(*train, color=SERIES[5], linewidth=1.1, alpha=opacity, label="training" if first else None)
             if validation[0]:
-                axes.plot(
-                    *validation,
-                    "o-",
-                    color=SERIES[0],
-                    markersize=4,
-                    linewidth=1.6,
-                    label=None if number else "validation",
-                )
+                label = "validation" if first else None
+                axes.plot(*validation, "o-", color=SERIES[0], markersize=4, linewidth=1.6, label=label)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(f"{title}, {unit}" if unit else title)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -196,21 +189,20 @@ def _curve(log: Sequence[Json], key: str) -> tuple[list[int], list[float]]:
     return [e["step"] for e in entries], [e[key] for e in entries]
 
 
-def _whisker(axes: Any, estimate: Json, position: float, number: int, label: str | None) -> None:
+def _whisker(axes: Any, estimate: Estimate, position: float, number: int, label: str | None) -> None:
     low, high = _finite_bounds(estimate)
-    color, mean = SERIES[number % len(SERIES)], estimate["mean"]
+    color, mean = SERIES[number % len(SERIES)], estimate.mean
     axes.plot([low, high], [position, position], color=color, linewidth=1.8, solid_capstyle="round")
     style = {"color": color, "marker": _MARKERS[number % len(_MARKERS)], "markersize": 6 if number == 0 else 4.5}
     axes.plot([mean], [position], linestyle="none", label=label, clip_on=False, **style)
-    for bound, arrow in ((estimate["low"], "<"), (estimate["high"], ">")):
-        if bound is None:  # an infinite bound: an arrow pointing outwards
+    for bound, arrow in ((estimate.low, "<"), (estimate.high, ">")):
+        if math.isinf(bound):  # an arrow pointing outwards
             axes.plot([mean], [position], linestyle="none", color=color, marker=arrow, markersize=9, fillstyle="none")
 
 
-def _finite_bounds(estimate: Json) -> tuple[float, float]:
-    mean = estimate["mean"]
-    low, high = estimate.get("low"), estimate.get("high")
-    return min(mean, mean if low is None else low), max(mean, mean if high is None else high)
+def _finite_bounds(estimate: Estimate) -> tuple[float, float]:
+    finite = [bound for bound in (estimate.mean, estimate.low, estimate.high) if math.isfinite(bound)]
+    return min(finite), max(finite)
 
 
 def _categories(axes: Any, labels: Sequence[str]) -> None:
@@ -230,10 +222,6 @@ def _legend(axes: Any) -> None:
 # Long labels would squeeze the plot: the full name is in the table and in the text alternative.
 def _clip(label: str, limit: int = 22) -> str:
     return label if len(label) <= limit else label[: limit - 1] + "…"
-
-
-def _estimate_text(estimate: Json, digits: int) -> str:
-    return f"{format_fixed(estimate['mean'], digits)} {format_bounds(estimate, digits)}"
 
 
 @contextmanager

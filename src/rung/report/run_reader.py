@@ -1,7 +1,8 @@
 """Reader of a run or climb folder for the report.
 
 Missing pieces stay missing: a report must also open for a run that failed or is still running, because that is when it
-is needed most. So nothing is validated beyond `run.json`; sections show what exists. `html` calls `read_report_source`.
+is needed most. So fields of a run have defaults and sections show what exists; only a value of a wrong type is refused.
+`html` calls `read_report_source`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,12 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from rung.config.climb import OnTopConfig, RungConfig
+from rung.errors import CheckpointError
 from rung.files import is_run_folder
+from rung.results import Ladder, LadderRow, RunResult
 from rung.scoring.metrics import METRICS
 from rung.training.run_folder import read_items, read_manifest
 
@@ -26,7 +31,7 @@ class LoggedRun:
     """One training run."""
 
     label: str
-    manifest: Mapping[str, Any]
+    result: RunResult
     log: tuple[Mapping[str, Any], ...]
 
 
@@ -35,8 +40,8 @@ class MeasuredRung:
     """One measured rung. With several training seeds, items are those of the first seed."""
 
     label: str
-    row: Mapping[str, Any]
-    """Its row of the ladder; in an unfinished climb its `result.json`; empty if there is neither."""
+    row: LadderRow
+    """Its row of the ladder; in an unfinished climb its `result.json`; without scores if there is neither."""
     items: tuple[Mapping[str, Any], ...]
     cut_off: int | None
     """Answers truncated at `max_new_tokens`."""
@@ -48,25 +53,23 @@ class ReportSource:
     """All data of a report."""
 
     path: Path
-    manifest: Mapping[str, Any]
+    result: RunResult
+    """The manifest of the run or of the climb."""
     rungs: tuple[MeasuredRung, ...]
     """A single run is one rung."""
-
-    @property
-    def is_climb(self) -> bool:
-        """True for a climb, False for a single run."""
-        return "climb" in self.manifest
-
-    @property
-    def ladder(self) -> Mapping[str, Any] | None:
-        """The result of a finished climb."""
-        return self.manifest.get("ladder")
+    is_climb: bool = False
+    ladder: Ladder | None = None
+    """The result of a finished climb."""
 
     @property
     def config(self) -> Mapping[str, Any]:
         """The resolved config."""
-        config: Mapping[str, Any] = self.manifest.get("config", {})
-        return config
+        return self.result.config
+
+    @property
+    def climb_config(self) -> Mapping[str, Any]:
+        """The `climb` section of the config; empty for a single run."""
+        return self.config.get("climb") or {}
 
     @property
     def runs(self) -> tuple[LoggedRun, ...]:
@@ -76,22 +79,32 @@ class ReportSource:
     @property
     def metrics(self) -> tuple[str, ...]:
         """Measured metrics, the deciding one first."""
-        return tuple(dict.fromkeys(name for rung in self.rungs for name in rung.row.get("scores", {})))
+        return tuple(dict.fromkeys(name for rung in self.rungs for name in rung.row.scores))
 
 
 def read_report_source(path: Path) -> ReportSource:
-    """Read a folder. Raises `CheckpointError` when it holds no run."""
-    manifest = read_manifest(path)
+    """Read a folder. Raises `CheckpointError` when it holds no run, or values of another type than a run writes."""
+    try:
+        return _read_source(path, read_manifest(path))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        given = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise CheckpointError(
+            "a result in this folder is not what a run writes", where=str(path), given=given
+        ) from None
+
+
+def _read_source(path: Path, manifest: Mapping[str, Any]) -> ReportSource:
+    result = RunResult.model_validate(manifest)
     # a single run is shown as a ladder of one rung, so that sections need no second case
     if "climb" not in manifest:
-        run = LoggedRun("", manifest, _read_log(path / "log.jsonl"))
-        row = manifest.get("metrics", {})
-        return ReportSource(
-            path, manifest, (MeasuredRung("this run", row, _read_items(path), row.get("cut_off"), (run,)),)
-        )
-    ladder = manifest.get("ladder")
-    rungs = _finished_rungs(path, ladder) if ladder else _unfinished_rungs(path, manifest.get("config", {}))
-    return ReportSource(path, manifest, rungs)
+        run = LoggedRun("", result, _read_log(path / "log.jsonl"))
+        row = LadderRow.model_validate({**manifest, **result.metrics}) if result.metrics else LadderRow()
+        rung = MeasuredRung("this run", row, _read_items(path), result.metrics.get("cut_off"), (run,))
+        return ReportSource(path, result, (rung,))
+    ladder = Ladder.model_validate(manifest["ladder"]) if manifest.get("ladder") else None
+    rungs = _finished_rungs(path, ladder) if ladder else _unfinished_rungs(path, result.config)
+    return ReportSource(path, result, rungs, is_climb=True, ladder=ladder)
 
 
 def is_binary(metric: str) -> bool:
@@ -99,12 +112,12 @@ def is_binary(metric: str) -> bool:
     return metric in METRICS and METRICS[metric].binary
 
 
-def _finished_rungs(path: Path, ladder: Mapping[str, Any]) -> tuple[MeasuredRung, ...]:
+def _finished_rungs(path: Path, ladder: Ladder) -> tuple[MeasuredRung, ...]:
     rungs = []
-    for row in ladder["ladder"]:
+    for row in ladder.rows:
         # The climb may have been moved since: only the path relative to it is used.
-        relative = Path(row["folder"]).relative_to(ladder["folder"])
-        rungs.append(_read_rung(row["rung"], path.joinpath(*relative.parts[:2]), row))  # rungs/NAME, without seed-0
+        relative = Path(row.folder).relative_to(ladder.folder)
+        rungs.append(_read_rung(row.rung, path.joinpath(*relative.parts[:2]), row))  # rungs/NAME, without seed-0
     return tuple(rungs)
 
 
@@ -120,19 +133,19 @@ def _unfinished_rungs(path: Path, config: Mapping[str, Any]) -> tuple[MeasuredRu
     return tuple(_read_rung(config_order.get(p.name, (0, p.name))[1], p, None) for p in folders)
 
 
-def _read_rung(label: str, folder: Path, row: Mapping[str, Any] | None) -> MeasuredRung:
+def _read_rung(label: str, folder: Path, row: LadderRow | None) -> MeasuredRung:
     # by length first: seed-10 after seed-9
     seeds = sorted(folder.glob("seed-*"), key=lambda p: (len(p.name), p.name))
     run_folders = seeds or [folder]
     result = _read_object(run_folders[0] / "result.json")
-    runs = tuple(
-        LoggedRun(
-            f"{label}, seed {i}" if seeds else label, read_manifest(run_folder), _read_log(run_folder / "log.jsonl")
-        )
-        for i, run_folder in enumerate(run_folders)
-        if is_run_folder(run_folder)
-    )
-    return MeasuredRung(label, row or result, _read_items(run_folders[0]), result.get("cut_off"), runs)
+    runs = []
+    for i, run_folder in enumerate(run_folders):
+        if is_run_folder(run_folder):
+            run_result = RunResult.model_validate(read_manifest(run_folder))
+            run_label = f"{label}, seed {i}" if seeds else label
+            runs.append(LoggedRun(run_label, run_result, _read_log(run_folder / "log.jsonl")))
+    row = row or LadderRow.model_validate(result)
+    return MeasuredRung(label, row, _read_items(run_folders[0]), result.get("cut_off"), tuple(runs))
 
 
 def _read_items(folder: Path) -> tuple[Mapping[str, Any], ...]:

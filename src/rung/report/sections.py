@@ -8,35 +8,34 @@ every function once.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import yaml
 from markupsafe import Markup
 
 from rung.report import plots
-from rung.report.formatting import format_bytes, format_count, format_duration, format_loss
+from rung.report.formatting import MISSING, format_bytes, format_count, format_duration, format_loss
 from rung.report.run_reader import PERPLEXITY, LoggedRun, ReportSource
 from rung.report.summaries import (
-    LadderRow,
+    PrintedRung,
     TriedInstruction,
     commands_after_climb,
     commands_after_run,
     contamination_text,
     gain_unit,
-    ladder_rows,
     logged_keys_shown,
     loss_unit,
     lottery_text,
     measured_text,
     method_text,
     preferred_text,
+    printed_rungs,
     retrieved_text,
     reward_text,
     router_text,
     tried_instructions,
 )
+from rung.results import LadderRow, RetrievalResult, RunResult
 
 Pairs = dict[str, str]
 
@@ -61,25 +60,24 @@ class LadderTable:
     metrics: tuple[str, ...]
     gain_unit: str | None
     """None if no gains were computed yet."""
-    rows: tuple[LadderRow, ...]
+    rows: tuple[PrintedRung, ...]
     note: str
 
 
 def status(source: ReportSource) -> StatusSection:
     """The verdict, or how the run ended and what to do next."""
-    manifest = source.manifest
     if not source.is_climb:
-        return _run_status(manifest)
+        return _run_status(source.result)
     if source.ladder:
-        verdict = source.ladder["verdict"]
-        tone, kicker = ("good", "Verdict") if verdict.get("recommended") else ("warn", "Verdict: not settled")
-        return StatusSection(tone, kicker, verdict["text"], commands=tuple(commands_after_climb(source.ladder)))
-    measured_count = sum(bool(rung.row) for rung in source.rungs)
-    rung_count = len(source.config.get("climb", {}).get("rungs", ())) or len(source.rungs)
+        verdict = source.ladder.verdict
+        tone, kicker = ("good", "Verdict") if verdict.recommended else ("warn", "Verdict: not settled")
+        return StatusSection(tone, kicker, verdict.text, commands=tuple(commands_after_climb(source.ladder)))
+    measured_count = sum(rung.row != LadderRow() for rung in source.rungs)
+    rung_count = len(source.climb_config.get("rungs", ())) or len(source.rungs)
     text = f"{measured_count} of {rung_count} rungs are measured; without all of them there is no verdict."
     # of any rung and seed: it explains why the climb did not finish
-    errors = tuple(f"{run.label}: {run.manifest['error']}" for run in source.runs if run.manifest.get("error"))
-    interrupted = manifest.get("status") == "interrupted"
+    errors = tuple(f"{run.label}: {run.result.error}" for run in source.runs if run.result.error)
+    interrupted = source.result.status == "interrupted"
     kicker = "This climb failed" if errors else "Interrupted" if interrupted else "This climb is not finished"
     command = "rung climb CONFIG  # the same config goes on where it stands, finished rungs are not repeated"
     return StatusSection("bad" if errors else "warn", kicker, text, errors, (command,))
@@ -87,13 +85,13 @@ def status(source: ReportSource) -> StatusSection:
 
 def facts(source: ReportSource) -> Pairs:
     """Key numbers of the page's head."""
-    manifest, config = source.manifest, source.config
+    result, config = source.result, source.config
     pairs = {"base": str(config.get("model", {}).get("name", ""))}
     if source.is_climb:
-        climb, ladder = config.get("climb", {}), source.ladder
+        climb = source.climb_config
         pairs["deciding score"] = str(next(iter(config.get("evaluation", {}).get("metrics", ())), ""))
-        if ladder:
-            pairs["held-out questions"] = f"{ladder['examples']:,} in {ladder['clusters']:,} clusters"
+        if source.ladder:
+            pairs["held-out questions"] = f"{source.ladder.examples:,} in {source.ladder.clusters:,} clusters"
         if "margin" in climb:
             pairs["margin"] = f"{climb['margin']:g}"
         if climb.get("target") is not None:
@@ -102,46 +100,45 @@ def facts(source: ReportSource) -> Pairs:
         return pairs
     pairs["method"] = str(config.get("method", {}).get("kind", ""))
     measurements = {
-        "validation loss": format_loss(manifest.get("validation_loss")),
-        "training time": format_duration(manifest.get("train_seconds")),
-        "peak memory": format_bytes(manifest.get("peak_memory_bytes")),
-        "trainable parameters": format_count(manifest.get("trainable_parameters")),
+        "validation loss": format_loss(result.validation_loss),
+        "training time": format_duration(result.train_seconds),
+        "peak memory": format_bytes(result.peak_memory_bytes),
+        "trainable parameters": format_count(result.trainable_parameters),
     }
-    # format functions return a dash for a missing value
-    return pairs | {name: text for name, text in measurements.items() if text != "–"}
+    return pairs | {name: text for name, text in measurements.items() if text != MISSING}
 
 
 def ladder(source: ReportSource) -> LadderTable | None:
     """Scores and costs of the rungs of a climb, or of a single run once it is evaluated."""
-    measured_rungs = [rung for rung in source.rungs if rung.row.get("scores")]
+    measured_rungs = [rung for rung in source.rungs if rung.row.scores]
     if not measured_rungs:
         return None
-    verdict = source.ladder["verdict"] if source.ladder else None
-    rows = [(rung.label, rung.row if source.is_climb else {**source.manifest, **rung.row}) for rung in measured_rungs]
+    verdict = source.ladder.verdict if source.ladder else None
+    rows = [(rung.label, rung.row) for rung in measured_rungs]
     cut_off = [f"{r.label} {r.cut_off} of {len(r.items)}" for r in measured_rungs if r.cut_off and r.items]
     note = f"Answers cut at evaluation.max_new_tokens: {', '.join(cut_off)}." if cut_off else ""
     metrics = source.metrics
     # gains are paired differences, which only a finished climb has computed
     unit = gain_unit(metrics) if source.ladder else None
-    return LadderTable(metrics, unit, tuple(ladder_rows(rows, metrics, verdict)), note)
+    return LadderTable(metrics, unit, tuple(printed_rungs(rows, metrics, verdict)), note)
 
 
 def verdict_plots(source: ReportSource) -> Markup | None:
     """Plot of the differences that the verdict is based on."""
-    if not source.ladder or len(source.ladder["verdict"]["rungs"]) < 2:
+    if not source.ladder or len(source.ladder.verdict.rungs) < 2:
         return None
-    verdict, lower_is_better = source.ladder["verdict"], source.ladder["metric"] == PERPLEXITY
-    margin = source.config.get("climb", {}).get("margin", 0.0)
-    unit = "nats per token" if lower_is_better else f"points of {source.ladder['metric']}"
+    verdict, lower_is_better = source.ladder.verdict, source.ladder.metric == PERPLEXITY
+    margin = source.climb_config.get("margin", 0.0)
+    unit = "nats per token" if lower_is_better else f"points of {source.ladder.metric}"
     # the margin of perplexity is relative, the difference is in nats
     limit = math.log1p(margin) if lower_is_better else margin
-    return plots.differences(verdict["rungs"], verdict["best"], limit, unit, lower_is_better=lower_is_better)
+    return plots.differences(verdict.rungs, verdict.best, limit, unit, lower_is_better=lower_is_better)
 
 
 def score_plots(source: ReportSource) -> list[Markup]:
     """Scores from 0 to 1 in one plot, perplexity in another, because their scales differ."""
-    rows = [(rung.label, rung.row["scores"]) for rung in source.rungs if rung.row.get("scores")]
-    target, deciding = source.config.get("climb", {}).get("target"), source.metrics[:1]
+    rows = [(rung.label, rung.row.scores) for rung in source.rungs if rung.row.scores]
+    target, deciding = source.climb_config.get("target"), source.metrics[:1]
     if len(rows) < 2:
         return []
     groups = [[m for m in source.metrics if (m == PERPLEXITY) == is_perplexity] for is_perplexity in (False, True)]
@@ -150,74 +147,70 @@ def score_plots(source: ReportSource) -> list[Markup]:
 
 def cost_plots(source: ReportSource) -> list[Markup]:
     """The deciding score against the costs of a query."""
-    rows = [rung for rung in source.rungs if rung.row.get("scores")]
-    if len(rows) < 2:
+    rungs = [rung for rung in source.rungs if rung.row.scores]
+    if len(rungs) < 2:
         return []
-    metric = source.metrics[0]
-    return [
-        plots.cost([(r.label, r.row["scores"][metric], r.row[key]) for r in rows], metric, label)
-        for key, label in (("prompt_tokens", "prompt tokens per query"), ("seconds_per_query", "seconds per query"))
-        if all(key in r.row for r in rows)
-    ]
+    metric, cost_plots = source.metrics[0], []
+    for key, label in (("prompt_tokens", "prompt tokens per query"), ("seconds_per_query", "seconds per query")):
+        points = [(rung.label, rung.row.scores[metric], getattr(rung.row, key)) for rung in rungs]
+        if all(cost is not None for *_, cost in points):
+            cost_plots.append(plots.cost(points, metric, label))
+    return cost_plots
 
 
 def learning_curve_plots(source: ReportSource) -> Markup | None:
     """The deciding score of a tuned rung against its number of training rows."""
-    points = source.ladder.get("curve", ()) if source.ladder else ()
+    points, metric = source.ladder.curve if source.ladder else (), source.metrics[:1]
     if not points:
         return None
-    curve_points = [(f"{p['rung']}, {p['rows']:,} rows", p["score"], float(p["rows"])) for p in points]
-    full_rung = next((rung for rung in source.rungs if rung.label == points[0]["rung"]), None)
-    rows = (
-        full_rung.runs[0].manifest.get("data", {}).get("splits", {}).get("train", {}).get("rows") if full_rung else None
-    )
+    curve_points = [(f"{p.rung}, {p.rows:,} rows", p.score, float(p.rows)) for p in points]
     # the last point is the rung itself, trained on all rows
-    if full_rung is not None and rows and full_rung.row.get("scores"):
-        curve_points.append(
-            (f"{full_rung.label}, all {rows:,} rows", full_rung.row["scores"][source.metrics[0]], float(rows))
-        )
-    return plots.cost(curve_points, source.metrics[0], "training rows")
+    for rung in source.rungs:
+        train = rung.runs[0].result.data.splits.train if rung.label == points[0].rung else None
+        if train is not None and train.rows and rung.row.scores:
+            curve_points.append(
+                (f"{rung.label}, all {train.rows:,} rows", rung.row.scores[metric[0]], float(train.rows))
+            )
+    return plots.cost(curve_points, metric[0], "training rows")
 
 
 def further_findings(source: ReportSource) -> Pairs:
     """Findings of the ladder besides its verdict."""
-    ladder: Mapping[str, Any] = source.ladder or {}
-    further = ladder.get("further") or {}
+    if (ladder := source.ladder) is None:
+        return {}
     return {
-        "the next rung": further.get("text") or "",
-        "what is forgotten": "; ".join(entry["text"] for entry in ladder.get("forgotten", ())),
-        "what is missing": "; ".join(note["text"] for note in ladder.get("notes", ())),
-        "not measured": "; ".join(f"{skipped['rung']}: {skipped['why']}" for skipped in ladder.get("left", ())),
+        "the next rung": ladder.next_rung.text if ladder.next_rung else "",
+        "what is forgotten": "; ".join(result.text for result in ladder.forgetting),
+        "what is missing": "; ".join(diagnosis.text for diagnosis in ladder.diagnoses),
+        "not measured": "; ".join(f"{rung.rung}: {rung.why}" for rung in ladder.skipped_rungs),
     }
 
 
 def retrieval(source: ReportSource) -> list[tuple[str, Pairs]]:
     """Hit rate and settings of each rung with retrieval."""
-    return [(rung.label, _retrieval(rung.row["retrieval"])) for rung in source.rungs if rung.row.get("retrieval")]
+    return [(rung.label, _retrieval(rung.row.retrieval)) for rung in source.rungs if rung.row.retrieval]
 
 
-def _retrieval(result: Mapping[str, Any]) -> Pairs:
-    hit_criteria = {
-        "the row's own context": result["judged_by_context"],
-        "the expected answer": result["judged_by_answer"],
-    }
-    left_out = {"empty documents": result["empty_documents"], "passages that stood twice": result["duplicate_passages"]}
+def _retrieval(result: RetrievalResult) -> Pairs:
+    criteria = {"the row's own context": result.judged_by_context, "the expected answer": result.judged_by_answer}
+    left_out = {"empty documents": result.empty_documents, "passages that stood twice": result.duplicate_passages}
+    place, seconds = result.documents_path, result.seconds_per_query
     return {
         "hit rate": retrieved_text(result),
-        "a hit is a passage with": ", ".join(f"{name} ({number:,})" for name, number in hit_criteria.items() if number),
-        "passages a question": f"{result['top_k']:,} of {result['passages']:,}",
-        "documents": f"{result['documents']:,} {'in ' + result['from'] if result['from'] else 'contexts of the data'}",
-        "cut into": f"{result['chunk_words']:,} words, of which {result['overlap']:,} shared with the next",
+        "a hit is a passage with": ", ".join(f"{name} ({number:,})" for name, number in criteria.items() if number),
+        "passages a question": f"{result.top_k:,} of {result.passages:,}",
+        "documents": f"{result.documents:,} " + (f"in {place}" if place else "contexts of the data"),
+        "cut into": f"{result.chunk_words:,} words, of which {result.overlap:,} shared with the next",
         "left out": ", ".join(f"{number:,} {name}" for name, number in left_out.items() if number),
-        "search": f"{1000 * result['seconds_per_query']:.1f} ms a question" if "seconds_per_query" in result else "",
+        "search": "" if seconds is None else f"{1000 * seconds:.1f} ms a question",
     }
 
 
 def instructions(source: ReportSource) -> list[TriedInstruction]:
     """All instructions tried on the validation split, with their scores."""
     # instructions are chosen once for a climb, so the first rung that lists them has all
-    row: Mapping[str, Any] = next((rung.row for rung in source.rungs if rung.row.get("instructions")), {})
-    return tried_instructions(row.get("instructions", ()), source.metrics, row.get("instruction"))
+    row = next((rung.row for rung in source.rungs if rung.row.instructions), LadderRow())
+    return tried_instructions(row.instructions, source.metrics, row.instruction)
 
 
 def curves(source: ReportSource) -> list[tuple[str, Markup]]:
@@ -235,12 +228,8 @@ def curves(source: ReportSource) -> list[tuple[str, Markup]]:
 
 def layers(source: ReportSource) -> list[tuple[str, Markup]]:
     """Layer scores of each lottery."""
-    lotteries = [(run.label, run.manifest.get("lottery")) for run in source.runs]
-    return [
-        (label, plots.layer_scores(label, lottery["scores"], lottery["winners"]))
-        for label, lottery in lotteries
-        if lottery
-    ]
+    lotteries = [(run.label, run.result.lottery) for run in source.runs]
+    return [(label, plots.layer_scores(label, it.scores, it.winners)) for label, it in lotteries if it]
 
 
 def training_summaries(source: ReportSource) -> list[tuple[str, Pairs]]:
@@ -250,63 +239,49 @@ def training_summaries(source: ReportSource) -> list[tuple[str, Pairs]]:
 
 def data(source: ReportSource) -> Pairs:
     """Contents of the data, and how much of it was used."""
-    manifest_data = source.manifest.get("data", {})
-    splits, train = manifest_data.get("splits", {}), manifest_data.get("train", {})
+    splits, train = source.result.data.splits, source.result.data.train
     lines: Pairs = {}
-    for number, data_set in enumerate(splits.get("sets", ()), start=1):
-        weight = f", weight {data_set['weight']:g}" if data_set.get("weight", 1.0) != 1.0 else ""
-        counts = f"{data_set.get('kept', 0):,} rows kept, {data_set.get('rejected', 0):,} rejected{weight}"
-        lines["file" if number == 1 else f"file {number}"] = f"{data_set.get('path')}: {counts}"
-    for part in ("train", "validation", "test"):
-        if counts := splits.get(part):
-            lines[part] = f"{counts['rows']:,} rows in {counts.get('groups', 0):,} groups"
-            if copies := counts.get("duplicate_prompts"):
-                lines[part] += f", {copies:,} duplicate prompts"
-    if splits:
-        copies = sum(splits.get(part, {}).get("duplicate_prompts", 0) for part in ("train", "validation", "test"))
-        lines["duplicate prompts"] = f"{copies:,}"
+    for number, data_set in enumerate(splits.sets, start=1):
+        weight = f", weight {data_set.weight:g}" if data_set.weight != 1.0 else ""
+        counts = f"{data_set.kept:,} rows kept, {data_set.rejected:,} rejected{weight}"
+        lines["file" if number == 1 else f"file {number}"] = f"{data_set.path}: {counts}"
+    for name, split in splits.by_name().items():
+        copies = f", {split.duplicate_prompts:,} duplicate prompts" if split.duplicate_prompts else ""
+        lines[name] = f"{split.rows:,} rows in {split.groups:,} groups{copies}"
+    if splits.by_name():
+        lines["duplicate prompts"] = f"{sum(split.duplicate_prompts for split in splits.by_name().values()):,}"
         # shown even if 0: that nothing crosses between splits is a result
-        lines["dropped for overlap"] = f"{splits.get('overlap_dropped', 0):,}"
+        lines["dropped for overlap"] = f"{splits.overlap_dropped:,}"
     if train:
-        supervised = train["supervised_tokens"]
-        share = f"of which {supervised:,} supervised" if supervised else "of prompts"
-        lines["training tokens"] = f"{train['tokens']:,}, {share}"
-        lines["longest row"] = f"{train['longest']:,} tokens"
-        lines["dropped or trimmed"] = f"{train['dropped']:,} dropped, {train['trimmed']:,} trimmed for length"
-    if contamination := source.manifest.get("contamination"):
-        lines |= contamination_text(contamination)
-    fingerprints = {name: str(value) for name, value in source.manifest.get("fingerprints", {}).items()}
-    if fingerprint := splits.get("fingerprint", fingerprints.get("data")):
-        fingerprints["data"] = str(fingerprint)
+        share = f"of which {train.supervised_tokens:,} supervised" if train.supervised_tokens else "of prompts"
+        lines["training tokens"] = f"{train.tokens:,}, {share}"
+        lines["longest row"] = f"{train.longest:,} tokens"
+        lines["dropped or trimmed"] = f"{train.dropped:,} dropped, {train.trimmed:,} trimmed for length"
+    if source.result.contamination:
+        lines |= contamination_text(source.result.contamination)
+    fingerprints = dict(source.result.fingerprints)
+    if splits.fingerprint:
+        fingerprints["data"] = splits.fingerprint
     return lines | {f"{name} fingerprint": value for name, value in fingerprints.items()}
 
 
 def gates(source: ReportSource) -> list[tuple[str, list[Pairs]]]:
     """Gates of each run with their measurements."""
+    return [(run.label, _gates(run.result)) for run in source.runs if run.result.gates]
+
+
+def _gates(result: RunResult) -> list[Pairs]:
     return [
-        (
-            run.label,
-            [
-                {
-                    "name": str(gate["name"]),
-                    "state": str(gate["state"]),
-                    "measured": measured_text(gate.get("measured")),
-                    "limit": measured_text(gate.get("limit")),
-                }
-                for gate in run.manifest.get("gates", ())
-            ],
-        )
-        for run in source.runs
-        if run.manifest.get("gates")
+        {"name": g.name, "state": g.state, "measured": measured_text(g.measured), "limit": measured_text(g.limit)}
+        for g in result.gates
     ]
 
 
 def versions(source: ReportSource) -> Pairs:
     """Versions, device and precision of the computation."""
-    library_versions = dict(source.manifest.get("versions", {}))
-    run: Mapping[str, Any] = source.runs[0].manifest if source.runs else {}
-    extra = {"device": run.get("device"), "computed in": run.get("compute_dtype")}
-    return {name: str(value) for name, value in {**library_versions, **extra}.items() if value}
+    run = source.runs[0].result if source.runs else source.result
+    pairs = {**source.result.versions, "device": run.device, "computed in": run.compute_dtype}
+    return {name: value for name, value in pairs.items() if value}
 
 
 def config(source: ReportSource) -> str:
@@ -315,14 +290,14 @@ def config(source: ReportSource) -> str:
     return yaml.safe_dump(dict(source.config), sort_keys=False, allow_unicode=True, width=100) if source.config else ""
 
 
-def _run_status(manifest: Mapping[str, Any]) -> StatusSection:
-    state, config = str(manifest.get("status")), manifest.get("config", {})
-    commands = tuple(commands_after_run(manifest, str(config.get("output", "RUN"))))
-    steps = f"{manifest['steps']:,} steps" if manifest.get("steps") else "no step"
+def _run_status(run: RunResult) -> StatusSection:
+    state, config = run.status, run.config
+    commands = tuple(commands_after_run(run, str(config.get("output", "RUN"))))
+    steps = f"{run.steps:,} steps" if run.steps else "no step"
     if state == "finished":
         text = f"{method_text(config.get('method', {}))}. {steps}"
-        if manifest.get("validation_loss") is not None:
-            text += f", validation loss {format_loss(manifest['validation_loss'])} {loss_unit(config)}"
+        if run.validation_loss is not None:
+            text += f", validation loss {format_loss(run.validation_loss)} {loss_unit(config)}"
         return StatusSection("good", "Finished", f"{text}.", commands=commands)
     if state == "interrupted":
         text = f"Stopped by the user after {steps}; its checkpoint is saved."
@@ -331,12 +306,10 @@ def _run_status(manifest: Mapping[str, Any]) -> StatusSection:
     if state != "failed":
         text = "It was running when this page was made. If nothing runs any more, it was killed."
         return StatusSection("warn", "Not finished", text, commands=commands)
-    failed_gates = [gate["name"] for gate in manifest.get("gates", ()) if gate.get("state") == "failed"]
-    text = (
-        f"Gate {', '.join(failed_gates)} did not pass: its numbers stand below." if failed_gates else "The error was:"
-    )
-    details = [str(manifest.get("error") or "no message was recorded")]
-    if rows := manifest.get("not_finite", {}).get("rows"):
+    failed_gates = ", ".join(gate.name for gate in run.gates if gate.state == "failed")
+    text = f"Gate {failed_gates} did not pass: its numbers stand below." if failed_gates else "The error was:"
+    details = [run.error or "no message was recorded"]
+    if rows := run.not_finite.get("rows"):
         details.append("rows of the last step:\n" + "\n".join(f"  {row}" for row in rows))
     commands = (
         # both commands: only the reader knows whether the config caused the failure
@@ -347,34 +320,30 @@ def _run_status(manifest: Mapping[str, Any]) -> StatusSection:
 
 
 def _training_summary(run: LoggedRun) -> Pairs:
-    manifest, config = run.manifest, run.manifest.get("config", {})
-    training, model = config.get("training", {}), config.get("model", {})
-    rate, speed = manifest.get("learning_rate"), manifest.get("tokens_per_second")
+    result, config = run.result, run.result.config
+    training, rate, speed = config.get("training", {}), result.learning_rate, result.tokens_per_second
     schedule = f"{rate:g}, {training.get('schedule')}, warm-up {training.get('warmup_ratio', 0):.0%}" if rate else ""
-    steps = f"{manifest['steps']:,}" if manifest.get("steps") else ""
-    best = manifest.get("best_step")
+    best = result.best_step if result.best_step != result.steps else None
     lines = {
         "method": method_text(config.get("method", {})),
-        "base": str(model.get("name", "")),
+        "base": str(config.get("model", {}).get("name", "")),
         # 64 bits of it are enough to compare by eye
-        "base fingerprint": str(manifest.get("fingerprints", {}).get("base", ""))[:16],
-        "trainable": f"{manifest['trainable_parameters']:,}" if manifest.get("trainable_parameters") else "",
-        "moves": str(manifest.get("moves", "")),
+        "base fingerprint": result.fingerprints.get("base", "")[:16],
+        "trainable": f"{result.trainable_parameters:,}" if result.trainable_parameters else "",
+        "moves": result.moves or "",
         "learning rate": schedule,
-        "steps": f"{steps}, each of {training.get('examples_per_step')} documents" if steps else "",
-        "tokens": f"{manifest['tokens']:,}" if manifest.get("tokens") else "",
-        "time": format_duration(manifest["train_seconds"]) if manifest.get("train_seconds") else "",
+        "steps": f"{result.steps:,}, each of {training.get('examples_per_step')} documents" if result.steps else "",
+        "tokens": f"{result.tokens:,}" if result.tokens else "",
+        "time": format_duration(result.train_seconds or None),
         "speed": f"{speed:,.0f} tokens/s" if speed else "",
-        "peak memory": format_bytes(manifest["peak_memory_bytes"]) if manifest.get("peak_memory_bytes") else "",
-        "training loss": f"{format_loss(manifest['train_loss'])} in the last step" if steps else "",
-        "validation loss": format_loss(manifest["validation_loss"])
-        if manifest.get("validation_loss") is not None
-        else "",
+        "peak memory": format_bytes(result.peak_memory_bytes or None),
+        "training loss": f"{format_loss(result.train_loss)} in the last step" if result.steps else "",
+        "validation loss": format_loss(result.validation_loss),
         "held-out pairs": preferred_text(run.log),
-        "reward model": reward_text(manifest.get("reward") or {}),
-        "lowest at step": f"{best:,}" if best and best != manifest.get("steps") else "",
-        "lottery": lottery_text(manifest.get("lottery") or {}),
-        "router load": router_text(manifest.get("router_load") or {}),
-        "status": str(manifest.get("status")) if manifest.get("status") != "finished" else "",
+        "reward model": reward_text(result.reward),
+        "lowest at step": f"{best:,}" if best else "",
+        "lottery": lottery_text(result.lottery),
+        "router load": router_text(result.router_load),
+        "status": result.status if result.status != "finished" else "",
     }
-    return {name: text for name, text in lines.items() if text}
+    return {name: text for name, text in lines.items() if text not in ("", MISSING)}

@@ -1,7 +1,7 @@
 """Texts shared by the report page and the terminal: ladder rows, methods, gates, next commands.
 
-One place for both, so that they cannot disagree. Functions read the JSON of `run.json` with defaults,
-because the folder may come from a run that failed early. `sections` and `tables` call them.
+One place for both, so that they cannot disagree. Results are typed; a config is read as the JSON of `run.json` with
+defaults, because the folder may come from a run that failed early. `sections` and `tables` call them.
 """
 
 from __future__ import annotations
@@ -17,18 +17,32 @@ from rung.config.climb import UNTUNED
 from rung.config.method import BASE_CHANGING_METHODS, LOW_RANK_METHODS
 from rung.report.formatting import (
     MISSING,
-    Json,
     decimals,
     format_bounds,
     format_bytes,
     format_count,
     format_duration,
+    format_estimate,
     format_fixed,
     format_p_value,
     format_significant,
 )
 from rung.report.run_reader import PERPLEXITY
+from rung.results import (
+    ContaminationResult,
+    Estimate,
+    GateResult,
+    InstructionResult,
+    Ladder,
+    LadderRow,
+    LotteryResult,
+    RetrievalResult,
+    RewardModelResult,
+    RunResult,
+    VerdictResult,
+)
 
+Json = Mapping[str, Any]
 ALL_ROLES = {"q", "k", "v", "o", "gate", "up", "down"}
 
 
@@ -47,7 +61,7 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True)
-class LadderRow:
+class PrintedRung:
     """One rung, ready to print."""
 
     rung: str
@@ -63,61 +77,57 @@ class LadderRow:
     seconds: str
 
 
-def ladder_rows(rows: Sequence[tuple[str, Json]], metrics: Sequence[str], verdict: Json | None) -> list[LadderRow]:
+def printed_rungs(
+    rows: Sequence[tuple[str, LadderRow]], metrics: Sequence[str], verdict: VerdictResult | None
+) -> list[PrintedRung]:
     """Rows of (label, measurements) as text; the decimals of a column follow its least certain number."""
-    digits = {m: decimals(row.get("scores", {}).get(m) for _, row in rows) for m in metrics}
-    gain_digits = decimals(row.get("gain") for _, row in rows)
+    digits = {m: decimals(row.scores.get(m) for _, row in rows) for m in metrics}
+    gain_digits = decimals(row.gain for _, row in rows)
     lower_is_better = metrics[0] == PERPLEXITY
     # Holm's p-values: every step of the ladder is a test
-    corrected = {step["upper"]: step["p_holm"] for step in (verdict or {}).get("steps", ())}
+    corrected = {step.upper: step.p_holm for step in verdict.steps} if verdict else {}
     return [
-        LadderRow(
+        PrintedRung(
             label,
             _rung_note(label, verdict),
-            row.get("sees", ""),
-            tuple(_score(row.get("scores", {}).get(m), digits[m]) for m in metrics),
-            _gain(row.get("gain"), gain_digits, corrected.get(label), lower_is_better=lower_is_better),
-            format_count(row.get("trainable_parameters") or None),
-            format_duration(row.get("train_seconds") or None),
-            format_bytes(row.get("peak_memory_bytes")),
-            _rounded(row.get("prompt_tokens")),
-            _seconds(row.get("seconds_per_query")),
+            row.sees,
+            tuple(_score(row.scores.get(m), digits[m]) for m in metrics),
+            _gain(row.gain, gain_digits, corrected.get(label), lower_is_better=lower_is_better),
+            format_count(row.trainable_parameters or None),
+            format_duration(row.train_seconds or None),
+            format_bytes(row.peak_memory_bytes),
+            MISSING if row.prompt_tokens is None else f"{row.prompt_tokens:,.0f}",
+            MISSING if row.seconds_per_query is None else f"{format_significant(row.seconds_per_query)} s",
         )
         for label, row in rows
     ]
 
 
-def retrieved_text(result: Json) -> str:
+def retrieved_text(result: RetrievalResult) -> str:
     """Hit rate of retrieval as text."""
-    rate, digits = result["hit_rate"], decimals([result["hit_rate"]])
-    interval = f"{format_fixed(rate['mean'], digits)} {format_bounds(rate, digits)}"
-    text = f"{interval}, {result['hits']:,} of {rate['examples']:,} questions"
-    if no_match := result["without_passages"]:
-        text += f"; {no_match:,} share no word with any"
-    return text
+    text = f"{format_estimate(result.hit_rate)}, {result.hits:,} of {result.hit_rate.examples:,} questions"
+    return text + (f"; {result.without_passages:,} share no word with any" if result.without_passages else "")
 
 
 @dataclass(frozen=True, slots=True)
 class TriedInstruction:
     """An instruction with its scores on the validation split."""
 
-    text: str
+    text: str | None
     scores: tuple[Cell, ...]
     chosen: bool
 
 
 def tried_instructions(
-    instructions: Sequence[Json], metrics: Sequence[str], chosen: str | None
+    candidates: Sequence[InstructionResult], metrics: Sequence[str], chosen: str | None
 ) -> list[TriedInstruction]:
     """Instructions as rows of a table."""
-    digits = {m: decimals(instruction["scores"].get(m) for instruction in instructions) for m in metrics}
+    digits = {m: decimals(c.scores.get(m) for c in candidates) for m in metrics}
     return [
         TriedInstruction(
-            instruction["instruction"],
-            tuple(_score(instruction["scores"].get(m), digits[m]) for m in metrics),
-            instruction["instruction"] == chosen,
+            c.instruction, tuple(_score(c.scores.get(m), digits[m]) for m in metrics), c.instruction == chosen
         )
-        for instruction in instructions
+        for c in candidates
     ]
 
 
@@ -185,28 +195,25 @@ def _layers_text(layers: object) -> str:
     return "layers " + (layers if isinstance(layers, str) else ", ".join(map(str, layers)))  # type: ignore[call-overload]
 
 
-def gates_text(gates: Sequence[Json]) -> str:
+def gates_text(gates: Sequence[GateResult]) -> str:
     """All gates in one line; failed and unreached gates by name."""
-    states: dict[str, list[str]] = {"failed": [], "not_reached": [], "passed": []}
-    for gate in gates:
-        states.setdefault(gate["state"], []).append(gate["name"])
-    parts = [f"{len(states['passed'])} passed"] if states["passed"] else []
-    for state in ("failed", "not_reached"):
-        if states[state]:
-            parts.insert(
-                0 if state == "failed" else len(parts), f"{', '.join(states[state])} {state.replace('_', ' ')}"
-            )
-    return ", ".join(parts) or "none reached"
+    names = {state: [g.name for g in gates if g.state == state] for state in ("failed", "passed", "not_reached")}
+    texts = {
+        "failed": f"{', '.join(names['failed'])} failed",
+        "passed": f"{len(names['passed'])} passed",
+        "not_reached": f"{', '.join(names['not_reached'])} not reached",
+    }
+    return ", ".join(text for state, text in texts.items() if names[state]) or "none reached"
 
 
-def reward_text(health: Mapping[str, Any]) -> str:
+def reward_text(health: RewardModelResult | None) -> str:
     """Health of a reward model on validation pairs."""
-    if not health:
+    if health is None:
         return ""
-    a = health["accuracy"]
-    accuracy_text = f"{a['mean']:.2f} [{a['low']:.2f}, {a['high']:.2f}] of {health['pairs']:,} pairs right"
-    length_text = f"{health['longer']:.2f} by length alone, calibration error {health['calibration_error']:.2f}"
-    return f"{health['verdict']}: {health['reason']}; {accuracy_text}, {length_text}"
+    a = health.accuracy
+    accuracy_text = f"{a.mean:.2f} [{a.low:.2f}, {a.high:.2f}] of {health.pairs:,} pairs right"
+    length_text = f"{health.longer:.2f} by length alone, calibration error {health.calibration_error:.2f}"
+    return f"{health.verdict}: {health.reason}; {accuracy_text}, {length_text}"
 
 
 LENGTH_RATIO, LENGTH_CORRELATION = 1.5, 0.5
@@ -229,18 +236,18 @@ def preferred_text(log: Sequence[Json]) -> str:
     return ", ".join(parts)
 
 
-def lottery_text(lottery: Mapping[str, Any]) -> str:
+def lottery_text(lottery: LotteryResult | None) -> str:
     """Layers that continued, the score of each third of the model, and whether the middle third won beyond chance."""
-    if not lottery:
+    if lottery is None:
         return ""
-    scores, winners = {int(n): score for n, score in lottery["scores"].items()}, lottery["winners"]
+    scores, winners = {int(n): score for n, score in lottery.scores.items()}, lottery.winners
     # thirds by the layers of the model, not by those scored: a lottery may score a part only
     names = ("first", "middle", "last")
-    third = {n: names[3 * n // lottery["of_layers"]] for n in scores}
+    third = {n: names[3 * n // lottery.of_layers] for n in scores}
     shares = ", ".join(f"{name} third {sum(s for n, s in scores.items() if third[n] == name):.0%}" for name in names)
     text = f"layers {', '.join(map(str, winners))} went on; scores: {shares}"
-    if lottery["choose"] != "best":
-        return f"{text}; chosen: {lottery['choose']}"
+    if lottery.choose != "best":
+        return f"{text}; chosen: {lottery.choose}"
     middle = sum(name == "middle" for name in third.values())
     middle_winners = sum(third[n] == "middle" for n in winners)
     expected = middle * len(winners) / len(scores)
@@ -264,22 +271,19 @@ def router_text(load: Mapping[str, Sequence[float]]) -> str:
     return f"{min(shares):.0%} to {max(shares):.0%} of the tokens an expert; even would be {even:.0%}"
 
 
-def contamination_text(result: Json) -> dict[str, str]:
+def contamination_text(result: ContaminationResult) -> dict[str, str]:
     """Test items that occur in the training rows; per tier the scores without them, and an example."""
-    if "unknown" in result:
-        return {"seen in training": f"unknown: {result['unknown']}"}
-    counts = ", ".join(f"{tier} {tier_result['items']:,}" for tier, tier_result in result["tiers"].items())
-    lines = {"seen in training": f"{counts} of {result['items']:,} questions, in {result['train_rows']:,} rows"}
-    for tier, tier_result in result["tiers"].items():
-        if tier_result["items"]:
-            scores_without, first = tier_result["scores_without"] or {}, tier_result["examples"][0]
-            scores = ", ".join(
-                f"{name} {format_fixed(score['mean'], decimals([score]))} {format_bounds(score, decimals([score]))}"
-                for name, score in scores_without.items()
-            )
+    if result.unknown is not None:
+        return {"seen in training": f"unknown: {result.unknown}"}
+    counts = ", ".join(f"{name} {tier.items:,}" for name, tier in result.tiers.items())
+    lines = {"seen in training": f"{counts} of {result.items:,} questions, in {result.train_rows:,} rows"}
+    for name, tier in result.tiers.items():
+        if tier.items:
+            scores = ", ".join(f"{m} {format_estimate(score)}" for m, score in (tier.scores_without or {}).items())
+            first = tier.examples[0]
             text = str(first.get("matched") or first.get("text") or "")
             example = f"{first['held_out']} is {first['train']}" + (f": {_truncated(text)}" if text else "")
-            lines[f"without {tier}"] = f"{scores or 'nothing is left'}\n{example}"
+            lines[f"without {name}"] = f"{scores or 'nothing is left'}\n{example}"
     return lines
 
 
@@ -297,24 +301,19 @@ def measured_text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def commands_after_climb(ladder: Json) -> list[str]:
+def commands_after_climb(ladder: Ladder) -> list[str]:
     """Next commands for the verdict, each with its reason."""
-    verdict, commands = ladder["verdict"], []
-    if examples_needed := verdict.get("examples_needed"):
+    verdict, commands = ladder.verdict, []
+    if needed := verdict.examples_needed:
         # another output folder: the larger test set would not match the finished rungs
-        name = shlex.quote(f"{ladder['folder']}-{examples_needed}")
-        commands.append(
-            f"rung climb CONFIG evaluation.limit={examples_needed} output={name}  # or a larger data.test: to settle it"
-        )
-    if tuned := _tuned_folder(ladder):
-        quoted = shlex.quote(tuned)
+        settings = f"evaluation.limit={needed} output={shlex.quote(f'{ladder.folder}-{needed}')}"
+        commands.append(f"rung climb CONFIG {settings}  # or a larger data.test: to settle it")
+    if row := _tuned_row(ladder):
+        quoted = shlex.quote(row.folder)
         commands.append(f"rung chat {quoted} --compare  # base and tuned side by side")
-        row = next(row for row in ladder["ladder"] if row["folder"] == tuned)
         # merging is only suggested for what the verdict recommends to serve
-        if row["rung"] == verdict.get("recommended") and row["kind"] in LOW_RANK_METHODS:
-            commands.append(
-                f"rung merge {quoted} {shlex.quote(ladder['folder'] + '-merged')}  # a plain model to serve"
-            )
+        if row.rung == verdict.recommended and row.kind in LOW_RANK_METHODS:
+            commands.append(f"rung merge {quoted} {shlex.quote(ladder.folder + '-merged')}  # a plain model to serve")
     return commands
 
 
@@ -346,63 +345,50 @@ def loss_unit(config: Mapping[str, Any]) -> str:
     return LOSS_UNITS.get(str(config.get("objective", {}).get("kind")), "nats per token")
 
 
-def commands_after_run(manifest: Json, output: str) -> list[str]:
+def commands_after_run(run: RunResult, output: str) -> list[str]:
     """Next commands for the state of a run, each with its reason."""
-    quoted, status = shlex.quote(output), manifest.get("status")
-    if status != "finished":
+    quoted = shlex.quote(output)
+    if run.status != "finished":
         return ["rung train CONFIG --resume  # continues from the last checkpoint, with the same config"]
-    if manifest.get("config", {}).get("objective", {}).get("kind") == "reward":
+    if run.config.get("objective", {}).get("kind") == "reward":
         return [f"rung eval {quoted}  # what it is worth on held-out pairs"]
-    scored = "scores" in manifest.get("metrics", {})
+    scored = "scores" in run.metrics
     score = [] if scored else [f"rung eval {quoted}  # its score on held-out questions"]
     return [*score, f"rung chat {quoted} --compare  # base and tuned side by side"]
 
 
-def artifact_folder(manifest: Json, output: str) -> str:
+def artifact_folder(run: RunResult, output: str) -> str:
     """Folder of the tuned weights."""
-    kind = manifest.get("config", {}).get("method", {}).get("kind")
+    kind = run.config.get("method", {}).get("kind")
     return str(Path(output) / ("model" if kind in BASE_CHANGING_METHODS else "adapter"))
 
 
-def _tuned_folder(ladder: Json) -> str | None:
+def _tuned_row(ladder: Ladder) -> LadderRow | None:
     """The run for `rung chat`: the recommended rung, the best one, or the tuned rung with the highest score."""
     # the verdict may favor an untuned rung, but only a tuned one can be compared with its base
-    tuned = [row for row in ladder["ladder"] if row["kind"] not in UNTUNED]
-    if not tuned:
-        return None
-    for name in (ladder["verdict"].get("recommended"), ladder["verdict"].get("best")):
-        if row := next((row for row in tuned if row["rung"] == name), None):
-            return str(row["folder"])
-    sign = -1 if ladder["metric"] == PERPLEXITY else 1
-    return str(max(tuned, key=lambda row: sign * row["scores"][ladder["metric"]]["mean"])["folder"])
+    tuned = [row for row in ladder.rows if row.kind not in UNTUNED]
+    for name in (ladder.verdict.recommended, ladder.verdict.best):
+        if row := next((row for row in tuned if row.rung == name), None):
+            return row
+    sign = -1 if ladder.metric == PERPLEXITY else 1
+    return max(tuned, key=lambda row: sign * row.scores[ladder.metric].mean, default=None)
 
 
-def _rung_note(label: str, verdict: Json | None) -> str:
+def _rung_note(label: str, verdict: VerdictResult | None) -> str:
     if verdict is None:
         return ""
-    if label == (verdict.get("recommended") or verdict.get("safe")):
-        return "recommended" if verdict.get("recommended") else "safe"
-    return "best" if label == verdict.get("best") else ""
+    if label == (verdict.recommended or verdict.safe):
+        return "recommended" if verdict.recommended else "safe"
+    return "best" if label == verdict.best else ""
 
 
-def _score(estimate: Json | None, digits: int) -> Cell:
-    return Cell(format_fixed(estimate["mean"], digits), format_bounds(estimate, digits)) if estimate else Cell(MISSING)
+def _score(estimate: Estimate | None, digits: int) -> Cell:
+    return Cell(format_fixed(estimate.mean, digits), format_bounds(estimate, digits)) if estimate else Cell(MISSING)
 
 
-def _gain(estimate: Json | None, digits: int, corrected: float | None, *, lower_is_better: bool) -> Cell:
+def _gain(estimate: Estimate | None, digits: int, corrected: float | None, *, lower_is_better: bool) -> Cell:
     if estimate is None:
         return Cell(MISSING)
-    low, high = estimate.get("low"), estimate.get("high")
-    # an infinite bound (None) excludes nothing
-    above_zero, below_zero = low is not None and low > 0, high is not None and high < 0
-    tone = ("bad" if above_zero == lower_is_better else "good") if above_zero or below_zero else ""
-    mean = format_fixed(estimate["mean"], digits, signed=True)
+    tone = ("bad" if (estimate.low > 0) == lower_is_better else "good") if estimate.excludes_zero else ""
+    mean = format_fixed(estimate.mean, digits, signed=True)
     return Cell(mean, format_bounds(estimate, digits), format_p_value(corrected), tone)
-
-
-def _rounded(number: float | None) -> str:
-    return MISSING if number is None else f"{number:,.0f}"
-
-
-def _seconds(number: float | None) -> str:
-    return MISSING if number is None else f"{format_significant(number)} s"

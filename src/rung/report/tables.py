@@ -8,8 +8,7 @@ Functions return lines and print nothing. `cli` and `commands.ladder` call them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -20,11 +19,10 @@ from rung.report.formatting import (
     decimals,
     empty_table,
     encodable_on_terminal,
-    format_bounds,
     format_bytes,
     format_count,
     format_duration,
-    format_fixed,
+    format_estimate,
     format_loss,
     format_p_value,
     format_significant,
@@ -32,146 +30,134 @@ from rung.report.formatting import (
     render_lines,
 )
 from rung.report.summaries import (
-    LadderRow,
+    PrintedRung,
     artifact_folder,
     commands_after_climb,
     commands_after_run,
     contamination_text,
     gates_text,
-    ladder_rows,
     loss_unit,
     method_text,
+    printed_rungs,
     retrieved_text,
 )
+from rung.results import (
+    ComparisonResult,
+    Estimate,
+    EvaluationResult,
+    ForgettingComparison,
+    JudgeResult,
+    Ladder,
+    LadderRow,
+    MetricComparison,
+    PreviewResult,
+    RunResult,
+)
 
-Json = Mapping[str, Any]
 _TONE = {"good": "green", "bad": "red", "recommended": "bold green", "safe": "bold yellow", "best": "bold"}
 
 
-def ladder_lines(ladder: dict[str, Any]) -> list[str]:
+def ladder_lines(ladder: Ladder) -> list[str]:
     """The ladder, the verdict, the path of the report and next commands."""
-    metrics = list(ladder["ladder"][0]["scores"])
-    rows = ladder_rows([(row["rung"], row) for row in ladder["ladder"]], metrics, ladder["verdict"])
-    verdict = ladder["verdict"]
-    verdict_text = Text(verdict["text"], style=_TONE["recommended" if verdict.get("recommended") else "safe"])
-    size = f"{ladder['examples']} held-out questions in {ladder['clusters']} clusters; intervals are 95 %, gains paired"
-    retrieval_texts = [Text(line, style="dim") for line in _retrieval_lines(ladder["ladder"])]
-    notes = [entry["text"] for name in ("notes", "forgotten") for entry in ladder.get(name, ())]
-    note_texts = [Text(text) for text in (*_next_rung_lines(ladder), *notes)]
-    skipped_texts = [
-        Text(f"not measured: {entry['rung']}, {entry['why']}", style="dim") for entry in ladder.get("left", ())
-    ]
-    facts = [Text(size, style="dim"), *retrieval_texts, *skipped_texts]
-    lines = render_lines(
-        lambda console: [_fitting_layout(rows, metrics, console), *facts, Text(), verdict_text, *note_texts]
-    )
-    return ["", *lines, *_report_and_commands(str(ladder["report"]), commands_after_climb(ladder))]
+    metrics, verdict = list(ladder.rows[0].scores), ladder.verdict
+    rows = printed_rungs([(row.rung, row) for row in ladder.rows], metrics, verdict)
+    verdict_text = Text(verdict.text, style=_TONE["recommended" if verdict.recommended else "safe"])
+    size = f"{ladder.examples} held-out questions in {ladder.clusters} clusters; intervals are 95 %, gains paired"
+    skipped = [f"not measured: {rung.rung}, {rung.why}" for rung in ladder.skipped_rungs]
+    facts = [Text(line, style="dim") for line in (size, *_retrieval_lines(ladder.rows), *skipped)]
+    findings = [ladder.next_rung and ladder.next_rung.text, *(d.text for d in ladder.diagnoses)]
+    findings += [result.text for result in ladder.forgetting]
+    notes = [verdict_text, *(Text(finding) for finding in findings if finding)]
+    lines = render_lines(lambda console: [_fitting_layout(rows, metrics, console), *facts, Text(), *notes])
+    return ["", *lines, *_report_and_commands(ladder.report, commands_after_climb(ladder))]
 
 
-def _next_rung_lines(ladder: Json) -> list[str]:
-    return [ladder["further"]["text"]] if ladder.get("further") else []
-
-
-def _retrieval_lines(rows: Sequence[Json]) -> list[str]:
+def _retrieval_lines(rows: Sequence[LadderRow]) -> list[str]:
     """Hit rates of retrieval; rungs with the same result share a line."""
     rungs: dict[str, list[str]] = {}
     for row in rows:
-        if row.get("retrieval"):
-            rungs.setdefault(retrieved_text(row["retrieval"]), []).append(row["rung"])
+        if row.retrieval:
+            rungs.setdefault(retrieved_text(row.retrieval), []).append(row.rung)
     return [
         f"{', '.join(names)}: the right passage is among those retrieved for {text}" for text, names in rungs.items()
     ]
 
 
-def run_lines(manifest: dict[str, Any], output: str, report: str) -> list[str]:
+def run_lines(run: RunResult, output: str, report: str) -> list[str]:
     """Status of a run, its measurements, the folder of its weights and next commands."""
-    data, config = manifest.get("data", {}), manifest.get("config", {})
-    validation = f", validation {format_loss(manifest['validation_loss'])}" if manifest.get("validation_loss") else ""
-    unit = loss_unit(config)
-    lines = {"gates": gates_text(manifest.get("gates", ()))}
-    if manifest.get("steps"):
-        speed = f"{manifest['tokens_per_second']:,.0f} tokens/s, " if manifest.get("tokens_per_second") else ""
+    lines = {"gates": gates_text(run.gates)}
+    if run.steps:
+        moves = f"; {run.moves}" if run.moves else ""
+        method = method_text(run.config.get("method", {}))
+        validation = f", validation {format_loss(run.validation_loss)}" if run.validation_loss else ""
+        speed = f"{run.tokens_per_second:,.0f} tokens/s, " if run.tokens_per_second else ""
         lines |= {
-            "trained": f"{format_count(manifest.get('trainable_parameters'))} parameters, "
-            + method_text(config.get("method", {}))
-            + (f"; {manifest['moves']}" if manifest.get("moves") else ""),
-            "loss": f"{format_loss(manifest.get('train_loss'))} in the last step{validation} {unit}",
-            "speed": f"{speed}{manifest['steps']:,} steps, {manifest.get('tokens', 0):,} tokens in "
-            f"{format_duration(manifest.get('train_seconds'))}",
-            "memory": _memory(manifest),
+            "trained": f"{format_count(run.trainable_parameters)} parameters, {method}{moves}",
+            "loss": f"{format_loss(run.train_loss)} in the last step{validation} {loss_unit(run.config)}",
+            "speed": f"{speed}{run.steps:,} steps, {run.tokens:,} tokens in {format_duration(run.train_seconds)}",
+            "memory": _memory(run),
         }
-    if rows := data.get("splits", {}).get("train", {}).get("rows"):
-        supervised = data.get("train", {}).get("supervised_tokens", 0)
-        lines["data"] = f"{rows:,} rows, {supervised:,} supervised tokens" if supervised else f"{rows:,} prompts"
-    if manifest.get("status") == "finished":
-        lines[artifact_folder(manifest, "").strip("/")] = artifact_folder(manifest, output)
-    if error := manifest.get("error"):
-        lines["error"] = str(error)
-    return [
-        "",
-        encodable_on_terminal(f"{manifest.get('status')}: {output}"),
-        *name_value_table(lines),
-        *_report_and_commands(report, commands_after_run(manifest, output)),
-    ]
+    if (train := run.data.splits.train) and train.rows:
+        supervised = run.data.train.supervised_tokens if run.data.train else 0
+        lines["data"] = f"{train.rows:,} " + (f"rows, {supervised:,} supervised tokens" if supervised else "prompts")
+    if run.status == "finished":
+        lines[artifact_folder(run, "").strip("/")] = artifact_folder(run, output)
+    if run.error:
+        lines["error"] = run.error
+    head = encodable_on_terminal(f"{run.status}: {output}")
+    return ["", head, *name_value_table(lines), *_report_and_commands(report, commands_after_run(run, output))]
 
 
-def _memory(manifest: Json) -> str:
+def _memory(run: RunResult) -> str:
     """Peak memory, compared with the plan if there is one."""
-    plan, steps = manifest.get("plan"), manifest.get("peak_memory_bytes")
-    if not plan:
-        return f"{format_bytes(steps)} at the peak"
-    peak = max(value for value in plan["measured"].values() if value)
+    if (plan := run.plan) is None:
+        return f"{format_bytes(run.peak_memory_bytes)} at the peak"
+    peak, planned = plan.measured_peak, format_bytes(plan.peak_bytes)
     # relative to what the plan can predict: the footprint of the libraries is measured, not planned
-    relative_error = (plan["peak_bytes"] - peak) / max(1, peak - plan["footprint_bytes"])
-    planned = format_bytes(plan["peak_bytes"])
+    relative_error = (plan.peak_bytes - peak) / max(1, peak - plan.footprint_bytes)
     return f"{format_bytes(peak)} at the peak; planned {planned} ({relative_error:+.0%} of what is not the libraries')"
 
 
-def dry_run_lines(result: dict[str, Any]) -> list[str]:
+def dry_run_lines(result: PreviewResult) -> list[str]:
     """Data and settings of a dry run."""
-    splits, train, preflight = result["splits"], result["train"], result["preflight"]
-    parts = ", ".join(f"{splits[part]['rows']:,} {part}" for part in ("train", "validation", "test"))
-    read_count = sum(s.get("kept", 0) for s in splits.get("sets", ()))
-    rejected_count = sum(s.get("rejected", 0) for s in splits.get("sets", ()))
-    share = train["supervised_tokens"] / train["tokens"] if train["tokens"] else 0.0
+    train, trainable = result.train, result.trainable_parameters
+    rows = ", ".join(f"{split.rows:,} {name}" for name, split in result.splits.by_name().items())
+    if read_count := sum(s.kept for s in result.splits.sets):
+        rows = f"{read_count:,} read, {sum(s.rejected for s in result.splits.sets):,} rejected; {rows}"
+    share = train.supervised_tokens / train.tokens if train.tokens else 0.0
+    supervised = f", {train.supervised_tokens:,} supervised ({share:.0%})" if share else ": prompts alone"
+    steps = f"{result.steps_per_epoch:,} an epoch, {result.tokens_per_micro_batch:,} tokens at once"
     lines = {
-        "rows": f"{read_count:,} read, {rejected_count:,} rejected; {parts}" if read_count else parts,
-        "tokens": f"{train['tokens']:,} in training rows"
-        + (f", {train['supervised_tokens']:,} supervised ({share:.0%})" if share else ": prompts alone")
-        + f"; the longest row has {train['longest']:,}",
-        "preflight": f"{preflight['failing']:,} of {preflight['rows']:,} rows fail",
-        "trainable": f"{format_count(result['trainable_parameters'])} parameters ({result['trainable_parameters']:,})",
-        "steps": f"{result['steps_per_epoch']:,} an epoch, {result['tokens_per_micro_batch']:,} tokens at once, "
-        f"learning rate {result['learning_rate']:g}",
-        "memory": f"{format_bytes(result['plan']['needed_bytes'])} at the peak, as far as it can be known beforehand",
+        "rows": rows,
+        "tokens": f"{train.tokens:,} in training rows{supervised}; the longest row has {train.longest:,}",
+        "preflight": f"{result.preflight['failing']:,} of {result.preflight['rows']:,} rows fail",
+        "trainable": f"{format_count(trainable)} parameters ({trainable:,})",
+        "steps": f"{steps}, learning rate {result.learning_rate:g}",
+        "memory": f"{format_bytes(result.plan['needed_bytes'])} at the peak, as far as it can be known beforehand",
     }
     return ["", *name_value_table(lines), "", "Nothing was written. Without --dry-run this trains."]
 
 
-def score_lines(result: dict[str, Any]) -> list[str]:
+def score_lines(result: EvaluationResult) -> list[str]:
     """Scores with intervals and the cost of a query; for a reward model its health."""
-    if "reward" in result:
-        return ["", encodable_on_terminal(f"{result['target']}: {result['summary']}")]
-    lines = {}
-    for name, estimate in result["scores"].items():
-        digits = decimals([estimate])
-        lines[name] = f"{format_fixed(estimate['mean'], digits)} {format_bounds(estimate, digits)}"
-    cost = f"{result['prompt_tokens']:,.0f} prompt tokens, {format_significant(result['seconds_per_query'])} s"
-    size = f"{result['examples']:,} held-out questions in {result['clusters']:,} clusters, 95 % intervals"
-    if retrieval := result.get("retrieval"):
-        lines["retrieved"] = f"the right passage for {retrieved_text(retrieval)}"
-    if "contamination" in result:
-        lines |= contamination_text(result["contamination"])
-    output = ["", encodable_on_terminal(f"{result['target']}: {size}"), *name_value_table({**lines, "a query": cost})]
-    if cut_off := result.get("cut_off"):
-        output += [
-            "",
-            f"{cut_off:,} answers were cut at evaluation.max_new_tokens: raise it, or they count as they stand.",
-        ]
+    if result.reward is not None:
+        return ["", encodable_on_terminal(f"{result.target}: {result.summary}")]
+    lines = {name: format_estimate(estimate) for name, estimate in result.scores.items()}
+    if result.retrieval:
+        lines["retrieved"] = f"the right passage for {retrieved_text(result.retrieval)}"
+    if result.contamination:
+        lines |= contamination_text(result.contamination)
+    seconds = format_significant(result.seconds_per_query or 0.0)
+    lines["a query"] = f"{result.prompt_tokens:,.0f} prompt tokens, {seconds} s"
+    size = f"{result.examples:,} held-out questions in {result.clusters:,} clusters, 95 % intervals"
+    output = ["", encodable_on_terminal(f"{result.target}: {size}"), *name_value_table(lines)]
+    if cut := result.cut_off:
+        advice = "answers were cut at evaluation.max_new_tokens: raise it, or they count as they stand."
+        output += ["", f"{cut:,} {advice}"]
     return output
 
 
-def _fitting_layout(rows: Sequence[LadderRow], metrics: Sequence[str], console: Console) -> Table:
+def _fitting_layout(rows: Sequence[PrintedRung], metrics: Sequence[str], console: Console) -> Table:
     """The most detailed layout that fits the width of the terminal."""
     layouts = [
         _wide(rows, metrics, gap=1),
@@ -186,7 +172,7 @@ def _fitting_layout(rows: Sequence[LadderRow], metrics: Sequence[str], console: 
     return next((t for t in layouts if Measurement.get(console, unbounded, t).maximum <= console.width), layouts[-1])
 
 
-def _wide(rows: Sequence[LadderRow], metrics: Sequence[str], *, gap: int) -> Table:
+def _wide(rows: Sequence[PrintedRung], metrics: Sequence[str], *, gap: int) -> Table:
     """One line per rung; two metrics with their intervals, further metrics are in the report."""
     heads = ["rung", *(f"{metric}\n[95 %]" for metric in metrics[:2]), "gain on the\nrung below", "train-\nable"]
     ladder = empty_table([*heads, "training\ntime", "peak\nmemory", "prompt\ntokens", "per\nquery"], gap)
@@ -197,7 +183,9 @@ def _wide(rows: Sequence[LadderRow], metrics: Sequence[str], *, gap: int) -> Tab
     return ladder
 
 
-def _stacked(rows: Sequence[LadderRow], metrics: Sequence[str], with_second: str = "", with_cost: bool = True) -> Table:
+def _stacked(
+    rows: Sequence[PrintedRung], metrics: Sequence[str], with_second: str = "", with_cost: bool = True
+) -> Table:
     """Two lines per rung: the interval below the mean, the time below the size."""
     second = metrics[1:2] if with_second else ()
     heads = ["rung", f"{metrics[0]}\n[95 %]", *(m + "\n[95 %]" * (with_second == "interval") for m in second)]
@@ -215,11 +203,11 @@ def _stacked(rows: Sequence[LadderRow], metrics: Sequence[str], with_second: str
     return ladder
 
 
-def _gain(row: LadderRow, separator: str) -> Text:
+def _gain(row: PrintedRung, separator: str) -> Text:
     return Text(separator.join(filter(None, (row.gain.mean, row.gain.bounds))), style=_TONE.get(row.gain.tone, ""))
 
 
-def _label(row: LadderRow, line_break: str = "") -> Text:
+def _label(row: PrintedRung, line_break: str = "") -> Text:
     """The name, marked if the verdict points at it; plain text even if it contains rich markup."""
     mark = "> " if row.note in ("recommended", "safe") else "  "
     note = f"{line_break}  {row.note}" if line_break and row.note else ""
@@ -236,76 +224,60 @@ NOTABLE_LENGTH_EFFECT = 0.1
 """Difference between the raw and the length-controlled win rate from which the output mentions length."""
 
 
-def comparison_lines(result: Json) -> list[str]:
+def comparison_lines(result: ComparisonResult) -> list[str]:
     """Comparison of two systems: each metric, then the judge's preferences."""
-    size = f"{result['examples']:,} held-out questions in {result['clusters']:,} clusters, 95 % intervals, paired"
-    lines = ["", encodable_on_terminal(f"{result['target']} against {result['baseline']}: {size}")]
-    lines += name_value_table({name: metric_text(name, metric) for name, metric in result["metrics"].items()})
-    if judge := result.get("judge"):
-        lines += [
-            "",
-            encodable_on_terminal(f"preferred by the judge {judge['model']}"),
-            *name_value_table(_judge(judge)),
-        ]
+    size = f"{result.examples:,} held-out questions in {result.clusters:,} clusters, 95 % intervals, paired"
+    lines = ["", encodable_on_terminal(f"{result.target} against {result.baseline}: {size}")]
+    lines += name_value_table({name: metric_text(name, metric) for name, metric in result.metrics.items()})
+    if judge := result.judge:
+        head = encodable_on_terminal(f"preferred by the judge {judge.model}")
+        lines += ["", head, *name_value_table(_judge(judge))]
     return lines
 
 
-def forgetting_lines(result: Json) -> list[str]:
+def forgetting_lines(result: ForgettingComparison) -> list[str]:
     """Comparison of a run with its base on unrelated data."""
-    size = f"{result['examples']:,} rows in {result['clusters']:,} clusters, 95 % intervals, run minus base"
-    lines = ["", encodable_on_terminal(f"{result['target']} on {result['forgetting']}: {size}")]
-    lines += name_value_table({name: metric_text(name, metric) for name, metric in result["metrics"].items()})
-    if result["dropped"]:
-        lines.append(f"  {result['dropped']:,} texts were longer than the model's context and left out")
+    size = f"{result.examples:,} rows in {result.clusters:,} clusters, 95 % intervals, run minus base"
+    lines = ["", encodable_on_terminal(f"{result.target} on {result.forgetting}: {size}")]
+    lines += name_value_table({name: metric_text(name, metric) for name, metric in result.metrics.items()})
+    if result.dropped:
+        lines.append(f"  {result.dropped:,} texts were longer than the model's context and left out")
     return lines
 
 
-def metric_text(name: str, comparison: Json) -> str:
+def metric_text(name: str, comparison: MetricComparison) -> str:
     """Both scores and their difference; if it is not significant, the smallest difference that would be."""
-    before, after, difference = comparison["before"], comparison["after"], comparison["difference"]
-    digits = decimals([before, after])
-    after_text, before_text = (
-        f"{format_fixed(score['mean'], digits)} {format_bounds(score, digits)}" for score in (after, before)
-    )
-    p_text = format_p_value(difference["p_value"])
-    change = change_text(name, comparison) + (f", {p_text}" if p_text else "")
+    digits, p_value = decimals([comparison.before, comparison.after]), comparison.difference.p_value
+    scores = f"{format_estimate(comparison.after, digits)} against {format_estimate(comparison.before, digits)}"
+    change = ", ".join(filter(None, (change_text(name, comparison), format_p_value(p_value))))
     # a large p-value does not show equality: name what these items could have detected
-    if difference["p_value"] is not None and difference["p_value"] > 0.05:
-        detectable = comparison["detectable"]
-        change += "; no sure difference" + (f", one of {detectable:.2g} would show" if detectable is not None else "")
-    return f"{after_text} against {before_text}\n{change}"
+    if p_value is not None and p_value > 0.05:
+        smallest = comparison.detectable
+        change += "; no sure difference" + (f", one of {smallest:.2g} would show" if smallest is not None else "")
+    return f"{scores}\n{change}"
 
 
-def change_text(name: str, comparison: Json) -> str:
+def change_text(name: str, comparison: MetricComparison) -> str:
     """After minus before with its interval; for perplexity in nats."""
-    difference = comparison["difference"]
-    digits = decimals([difference])
-    unit = " nats a token" if name == "perplexity" else ""
-    return f"{format_fixed(difference['mean'], digits, signed=True)} {format_bounds(difference, digits)}{unit}"
+    return format_estimate(comparison.difference, signed=True) + (" nats a token" if name == "perplexity" else "")
 
 
-def _judge(judge: Json) -> dict[str, str]:
+def _judge(judge: JudgeResult) -> dict[str, str]:
     lines = {}
-    if judge["win_rate"] is not None:
-        counts = f"{judge['wins']:,} won, {judge['ties']:,} tied, {judge['losses']:,} lost"
-        lines["win rate"] = f"{_rate(judge['win_rate'])}; {counts}"
-        controlled, raw = judge["length_controlled"], judge["win_rate"]
-        length_matters = abs(controlled["mean"] - raw["mean"]) > NOTABLE_LENGTH_EFFECT
+    if (raw := judge.win_rate) and (controlled := judge.length_controlled) and judge.consistent:
+        lines["win rate"] = f"{_rate(raw)}; {judge.wins:,} won, {judge.ties:,} tied, {judge.losses:,} lost"
+        length_matters = abs(controlled.mean - raw.mean) > NOTABLE_LENGTH_EFFECT
         lines["of one length"] = _rate(controlled) + ("; length makes much of the difference" if length_matters else "")
-        lines["both orders"] = f"agree in {_rate(judge['consistent'])} of the pairs"
-        if judge["shown_first"] is not None:
-            lines["shown first"] = f"preferred in {_rate(judge['shown_first'])} of the verdicts"
-        if judge["longer"] is not None:
-            lines["longer"] = f"preferred in {_rate(judge['longer'])} of the decided pairs"
-    first, second = judge["characters"]
-    lines["characters"] = f"{first:,.0f} against {second:,.0f} in an answer"
-    lines["unreadable"] = f"{judge['unreadable']:,} of {judge['pairs']:,} pairs"
-    trust = judge["trust"]
-    lines["trusted" if trust["trusted"] else "NOT TRUSTED"] = trust["reason"]
-    return lines
+        lines["both orders"] = f"agree in {_rate(judge.consistent)} of the pairs"
+        if judge.shown_first is not None:
+            lines["shown first"] = f"preferred in {_rate(judge.shown_first)} of the verdicts"
+        if judge.longer is not None:
+            lines["longer"] = f"preferred in {_rate(judge.longer)} of the decided pairs"
+    lines["characters"] = "{:,.0f} against {:,.0f} in an answer".format(*judge.characters)
+    lines["unreadable"] = f"{judge.unreadable:,} of {judge.pairs:,} pairs"
+    return {**lines, "trusted" if judge.trust.trusted else "NOT TRUSTED": judge.trust.reason}
 
 
-def _rate(share: Json) -> str:
+def _rate(share: Estimate) -> str:
     # at least two decimals, or 0.5 looks like a round guess
-    digits = max(2, decimals([share])) if math.isfinite(share["mean"]) else 2
-    return f"{format_fixed(share['mean'], digits)} {format_bounds(share, digits)}"
+    return format_estimate(share, max(2, decimals([share])) if math.isfinite(share.mean) else 2)
