@@ -13,7 +13,7 @@ from rung.training.run_folder import FORMAT_VERSION, RunFolder, read_manifest
 
 
 def test_a_manifest_names_its_format_and_holds_the_config(tmp_path: Path) -> None:
-    with closing(RunFolder.acquire(tmp_path / "run", {"seed": 3})):
+    with closing(RunFolder.acquire(tmp_path / "run", {"seed": 3}, resume=False, overwrite=False)):
         manifest = read_manifest(tmp_path / "run")
     assert manifest["format_version"] == FORMAT_VERSION and manifest["config"] == {"seed": 3}
     assert manifest["status"] == "started" and manifest["gates"] == []

@@ -1,4 +1,9 @@
-"""The other models of a run: what its policy is compared with, scored by or taught by."""
+"""The auxiliary models of a run: reference, reward model, value model and teacher.
+
+They are loaded before the method is attached, because a copy of the base's weights can only be shared as it was loaded.
+A model on the run's own base shares its weights, which saves memory and demands that no method changes the base. The
+objects are complete when constructed: `runs/train.py` passes them to the policy, the objective and the rollouts.
+"""
 
 from __future__ import annotations
 
@@ -30,47 +35,30 @@ from rung.training.rollout import RewardFunction
 from rung.training.run_folder import read_manifest
 from rung.types import Example, Record
 
-
-def load_reference(config: RunConfig, base: BaseModel) -> Policy | None:
-    """The model that an objective compares with, where it is not the base with the method off."""
-    named = config.objective.reference_model
-    if named is None:
-        return None
-    if named == "base" and config.method.kind != "full":
-        return None
-    other = config.model if named == "base" else config.model.model_copy(update={"name": named, **WITHOUT_RUN_SETTINGS})
-    why = "the base moves" if named == "base" else "it is named"
-    print_status(f"the reference is a second model in memory, because {why}")
-    found = load_base_on_device(other)
-    if found.tokenizer.get_vocab() != base.tokenizer.get_vocab():
-        raise ConfigError("the reference has another vocabulary", where="objective.reference", given=named)
-    return Policy(found, NoMethod())
-
-
 RewardSource = Verifier | RewardScorer
-"""What says how much an answer is worth: a function of its text, or a reward model."""
+"""What scores an answer: a function of its text, or a reward model."""
 
 
 @dataclass(frozen=True)
 class AuxiliaryModels:
-    """Every other model of a run; most runs have none."""
+    """All auxiliary models of a run; most runs have none."""
 
     reference: Policy | None = None
-    """What log-probabilities are compared with, where that is not the base with the method off."""
+    """Model of the reference log-probabilities, if it is not the base with the method switched off."""
     reward_source: RewardSource | None = None
     objective: ObjectiveModels = ObjectiveModels()
     """The value model and the teacher."""
     fingerprints: dict[str, str] = field(default_factory=dict)
-    """Of the models that the config names: a resumed run must find the same weights."""
+    """Fingerprints of the models that the config names: a resumed run must find the same weights."""
 
 
 def load_auxiliary_models(config: RunConfig, base: BaseModel, chat: ChatTemplate) -> AuxiliaryModels:
-    """Load them, before the method is attached: a copy of the base's weights can only be shared as it was loaded."""
+    """Load all auxiliary models of a run. Call it before the method is attached to `base`."""
     reward_source, (value_model, head) = load_reward_source(config, base, chat), load_value_model(config, base)
     reference = load_reference(config, base)
     fingerprints = {} if reference is None else {"reference": reference.base.fingerprint}
-    if isinstance(reward_source, RewardScorer):
-        run = Path(config.objective.reward.run)  # type: ignore[union-attr]
+    if isinstance(config.objective.reward, ModelRewardConfig):
+        run = Path(config.objective.reward.run)
         fingerprints["reward"] = _digest(sorted(run.glob("[am]*/**/*.safetensors")))  # of adapter/ or model/
     elif isinstance(config.objective.reward, FunctionRewardConfig):
         fingerprints["reward"] = _digest([Path(config.objective.reward.path.rpartition(":")[0])])
@@ -80,21 +68,39 @@ def load_auxiliary_models(config: RunConfig, base: BaseModel, chat: ChatTemplate
     return AuxiliaryModels(reference, reward_source, ObjectiveModels(value_model, head, teacher), fingerprints)
 
 
+def load_reference(config: RunConfig, base: BaseModel) -> Policy | None:
+    """The reference model, or None where it is the base with the method switched off, or where there is none."""
+    name = config.objective.reference_model
+    if name is None or (name == "base" and config.method.kind != "full"):
+        return None
+    model = config.model
+    if name != "base":
+        model = model.model_copy(update={"name": name, **WITHOUT_RUN_SETTINGS})
+    reason = "the base moves" if name == "base" else "it is named"
+    print_status(f"the reference is a second model in memory, because {reason}")
+    reference = load_base_on_device(model)
+    if reference.tokenizer.get_vocab() != base.tokenizer.get_vocab():
+        raise ConfigError("the reference has another vocabulary", where="objective.reference", given=name)
+    return Policy(reference, NoMethod())
+
+
 def load_teacher(config: RunConfig, base: BaseModel) -> Policy | None:
-    """What a student follows. Raises `ConfigError` where their tokens are not the same."""
+    """The teacher of a distillation. Raises `ConfigError` where teacher and student have other tokens."""
     objective = config.objective
     if not isinstance(objective, DistillConfig):
         return None
-    found = load_base_on_device(config.model.model_copy(update={"name": objective.teacher, **WITHOUT_RUN_SETTINGS}))
-    own, theirs = base.tokenizer.get_vocab(), found.tokenizer.get_vocab()
-    if own != theirs:
-        differ = next(t for t, i in sorted(own.items() | theirs.items()) if own.get(t) != theirs.get(t))
-        what = f"teacher and student have other tokens: {differ!r} is {theirs.get(differ)} and {own.get(differ)}"
-        raise ConfigError(what, where="objective.teacher", given=objective.teacher)
-    widths = [int(m.get_input_embeddings().weight.shape[1]) for m in (base.model, found.model)]
+    teacher = load_base_on_device(config.model.model_copy(update={"name": objective.teacher, **WITHOUT_RUN_SETTINGS}))
+    student_ids, teacher_ids = base.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    if student_ids != teacher_ids:
+        pairs = sorted(student_ids.items() | teacher_ids.items())
+        token = next(t for t, _ in pairs if student_ids.get(t) != teacher_ids.get(t))
+        ids = f"{token!r} is {teacher_ids.get(token)} and {student_ids.get(token)}"
+        summary = f"teacher and student have other tokens: {ids}"
+        raise ConfigError(summary, where="objective.teacher", given=objective.teacher)
+    widths = [int(m.get_input_embeddings().weight.shape[1]) for m in (base.model, teacher.model)]
     if objective.cosine and widths[0] != widths[1]:
         raise ConfigError("hidden states of other widths have no angle", where="objective.cosine", given=widths)
-    return Policy(found, NoMethod())
+    return Policy(teacher, NoMethod())
 
 
 def _digest(files: Sequence[Path]) -> str:
@@ -105,9 +111,9 @@ def _digest(files: Sequence[Path]) -> str:
 
 
 def load_reward_source(config: RunConfig, base: BaseModel, chat: ChatTemplate) -> RewardSource | None:
-    """Of the config's reward, where it has one; a reward model on the run's own base shares its weights.
+    """The verifier or reward model of the config, if any; a reward model on the run's own base shares its weights.
 
-    Raises `ConfigError` where it cannot be had, `PlanError` for a reward model that is not healthy.
+    Raises `ConfigError` where it cannot be used, `PlanError` for a reward model that is not healthy.
     """
     source = config.objective.reward
     if source is None:
@@ -116,86 +122,81 @@ def load_reward_source(config: RunConfig, base: BaseModel, chat: ChatTemplate) -
         return make_verifier(source)
     path = Path(source.run)
     require_reward_run(source.run)
-    manifest = read_manifest(path)
-    health = manifest.get("reward") or {}
+    health = read_manifest(path).get("reward") or {}
     if health.get("verdict") != "healthy":
         verdict = f"{health['verdict']}: {health['reason']}" if health else "never measured: it had no validation pairs"
         if not source.accept:
             hint = "better pairs or more of them; or objective.reward.accept: true"
             raise PlanError("this reward model is not fit to be followed", where=source.run, given=verdict, hint=hint)
         print_status(f"the reward model is taken although it is {verdict}")
-    policy, theirs, objective, trained = open_reward_model(path, _shared_base(path, base, config))
-    require_same_tokens(path, theirs, chat)
+    policy, reward_chat, objective, reward_config = open_reward_model(path, _shared_base(path, base, config))
+    require_same_tokens(path, reward_chat, chat)
     for name in ("context", *(("retrieve",) if config.evaluation.context == "retrieved" else ())):
-        learned, asked = getattr(trained.evaluation, name), getattr(config.evaluation, name)
-        if learned != asked:
-            what = "this reward model was trained on other prompts"
-            raise ConfigError(what, where=source.run, given=f"evaluation.{name}: {learned}", allowed=f"{asked}")
-    if tasks := set(trained.method.tasks) - set(config.method.tasks):
-        what = "this reward model learned something for each task, and this run knows other tasks"
-        raise ConfigError(what, where=source.run, given=", ".join(sorted(tasks)))
+        trained_value, value = getattr(reward_config.evaluation, name), getattr(config.evaluation, name)
+        if trained_value != value:
+            given = f"evaluation.{name}: {trained_value}"
+            summary = "this reward model was trained on other prompts"
+            raise ConfigError(summary, where=source.run, given=given, allowed=f"{value}")
+    if tasks := set(reward_config.method.tasks) - set(config.method.tasks):
+        summary = "this reward model learned something for each task, and this run knows other tasks"
+        raise ConfigError(summary, where=source.run, given=", ".join(sorted(tasks)))
     return RewardScorer(policy, objective)
 
 
-def require_same_tokens(reward: Path, theirs: ChatTemplate, ours: ChatTemplate) -> None:
-    """A reward model must read the very ids that it was trained on. Raises `ConfigError` with what differs."""
-    if theirs.tokenizer.get_vocab() != ours.tokenizer.get_vocab():
-        raise ConfigError("the reward model has another vocabulary", given=reward)
-    if theirs.template != ours.template:
-        raise ConfigError("the reward model was trained with another chat template", given=reward)
-    if theirs.positions is not None or ours.positions is not None:
-        what = "a reward model and virtual tokens inside the text do not go together: they are other texts to each"
-        raise ConfigError(what, given=reward)
+def require_same_tokens(reward_run: Path, reward_chat: ChatTemplate, chat: ChatTemplate) -> None:
+    """Raise `ConfigError` where a reward model would read other token ids than those it was trained on."""
+    if reward_chat.tokenizer.get_vocab() != chat.tokenizer.get_vocab():
+        raise ConfigError("the reward model has another vocabulary", given=reward_run)
+    if reward_chat.template != chat.template:
+        raise ConfigError("the reward model was trained with another chat template", given=reward_run)
+    if reward_chat.positions is not None or chat.positions is not None:
+        summary = "a reward model and virtual tokens inside the text do not go together: they are other texts to each"
+        raise ConfigError(summary, given=reward_run)
 
 
 def load_value_model(config: RunConfig, base: BaseModel) -> tuple[Policy | None, ScoreHead | None]:
-    """The value model: a LoRA of its own on the base's weights, or the reward model's adapter with its head.
+    """The value model of PPO: a new LoRA on the base's weights, or the reward model's adapter with its head.
 
-    A method that moves the base has none: values are read off the policy's own states.
+    None for a method that changes the base: the value head then reads the policy's hidden states.
     """
     objective = config.objective
     if not isinstance(objective, PpoConfig):
         return None, None
     if objective.value == "reward" and isinstance(objective.reward, ModelRewardConfig):
         path = Path(objective.reward.run)
-        shared = _shared_base(path, base, config)
-        if shared is None:
-            what = "the value model can only begin as a reward model with an adapter on the run's own base"
-            raise PlanError(what, where="objective.value", given=str(path))
-        policy, _, reward, _ = open_reward_model(path, shared)
+        shared_base = _shared_base(path, base, config)
+        if shared_base is None:
+            summary = "the value model can only begin as a reward model with an adapter on the run's own base"
+            raise PlanError(summary, where="objective.value", given=str(path))
+        policy, _, reward, _ = open_reward_model(path, shared_base)
         return policy, reward.head
     if config.method.kind in BASE_CHANGING_METHODS:
         return None, None
-    twin, plain = base.share_weights(), LoraConfig(rank=config.method.adapter_rank or LoraConfig().rank)
-    return Policy(twin, attach_method(twin.model, plain, seed=config.seed + 1, fused=config.model.fused)), None
+    value_base, lora = base.share_weights(), LoraConfig(rank=config.method.adapter_rank or LoraConfig().rank)
+    method = attach_method(value_base.model, lora, seed=config.seed + 1, fused=config.model.fused)
+    return Policy(value_base, method), None
 
 
 def make_reward_function(
-    worth: RewardSource, chat: ChatTemplate, prompted: PromptDataset, budget: int
+    source: RewardSource, chat: ChatTemplate, prompts: PromptDataset, budget: int
 ) -> RewardFunction:
-    """What answers to these prompts are worth."""
-    if isinstance(worth, RewardScorer):
-        return lambda documents, answers: worth(documents, budget)
+    """The reward of answers to these prompts."""
+    if isinstance(source, RewardScorer):
+        return lambda documents, answers: source(documents, budget)
 
-    def by_text(documents: Sequence[Example], answers: Sequence[GeneratedAnswer]) -> list[float]:
-        texts = [chat.assistant_text(a.all_tokens).strip() for a in answers]
-        return [worth(text, reward_row(prompted.records[d.row])) for text, d in zip(texts, documents, strict=True)]
+    def verify(documents: Sequence[Example], answers: Sequence[GeneratedAnswer]) -> list[float]:
+        texts = [chat.assistant_text(answer.all_tokens).strip() for answer in answers]
+        return [source(text, reward_row(prompts.records[d.row])) for text, d in zip(texts, documents, strict=True)]
 
-    return by_text
+    return verify
 
 
 def reward_row(record: Record) -> dict[str, Any]:
-    """A record as a reward function sees it."""
-    return {
-        "question": record.question,
-        "expected": record.answer,
-        "context": record.context,
-        "task": record.task,
-        "group": record.group,
-        "source": str(record.source),
-    }
+    """The fields of a record that a reward function gets."""
+    fields = {name: getattr(record, name) for name in ("question", "context", "task", "group")}
+    return {**fields, "expected": record.answer, "source": str(record.source)}
 
 
 def _shared_base(run: Path, base: BaseModel, config: RunConfig) -> BaseModel | None:
-    """The base's weights once more, where a run's adapter stands on them and nothing moves them."""
+    """The base's weights shared with the adapter of `run`, if it belongs to them and no method changes them."""
     return None if config.method.kind in BASE_CHANGING_METHODS else share_base_if_same(run, base)

@@ -66,10 +66,8 @@ def write_checkpoint(
         (staging / "progress.json").write_text(json.dumps(dict(progress), indent=2) + "\n")
         if reference_cache:
             # float64 holds Python's floats exactly: a resumed run computes the same losses bit for bit
-            document_keys, nats = (
-                torch.tensor(list(reference_cache)),
-                torch.tensor(list(reference_cache.values()), dtype=torch.float64),
-            )
+            document_keys = torch.tensor(list(reference_cache))
+            nats = torch.tensor(list(reference_cache.values()), dtype=torch.float64)
             save_file({"documents": document_keys, "nats": nats}, staging / REFERENCE_FILE)
         if optimizer_state.rows:
             # `write_folder` hashes and renames after `fill`: every shard must be on disk by then

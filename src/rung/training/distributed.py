@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any, TypeVar
 
 import numpy as np
@@ -61,9 +61,8 @@ class World:
             return examples
         # a document without a row (-1) gets a key of its own, so that `groupby` does not join it with its neighbour
         row_keys = [e.row if e.row >= 0 else -1 - i for i, e in enumerate(examples)]
-        rows = [
-            [examples[i] for i in indices] for _, indices in groupby(range(len(row_keys)), key=row_keys.__getitem__)
-        ]
+        indices = range(len(examples))
+        rows = [[examples[i] for i in group] for _, group in groupby(indices, key=row_keys.__getitem__)]
         lengths = [sum(map(len, row)) for row in rows]
         loads = [(0, rank) for rank in range(self.size)]
         assigned_rows: list[int] = []
@@ -107,9 +106,8 @@ class World:
         buffers = [torch.empty(longest, dtype=torch.uint8, device=self.device) for _ in range(self.size)]
         with _translating_peer_errors():
             distributed.all_gather(buffers, padded)
-        return [
-            json.loads(bytes(buffer[: int(length)].tolist())) for buffer, length in zip(buffers, lengths, strict=True)
-        ]
+        messages = (buffer[: int(length)] for buffer, length in zip(buffers, lengths, strict=True))
+        return [json.loads(bytes(message.tolist())) for message in messages]
 
     def sum_values(self, values: Sequence[float]) -> list[float]:
         """Elementwise sums over all ranks, added in rank order: every rank gets the same bits."""
@@ -148,19 +146,12 @@ class World:
         """Batch metrics of all ranks, concatenated, for the log entry of the step."""
         if self.size == 1:
             return batches
-        local_metrics: dict[str, list[float]] = {}
-        for batch in batches:
+        local_metrics = [{name: values.double().tolist() for name, values in batch.items()} for batch in batches]
+        metrics: dict[str, list[float]] = {}
+        for batch in chain.from_iterable(self.gather(local_metrics)):
             for name, values in batch.items():
-                local_metrics.setdefault(name, []).extend(values.double().tolist())
-        global_metrics: dict[str, list[float]] = {}
-        for rank_metrics in self.gather(local_metrics):
-            for name, values in rank_metrics.items():
-                global_metrics.setdefault(name, []).extend(values)
-        return (
-            [{name: torch.tensor(values, dtype=torch.float64) for name, values in global_metrics.items()}]
-            if global_metrics
-            else []
-        )
+                metrics.setdefault(name, []).extend(values)
+        return [{name: torch.tensor(v, dtype=torch.float64) for name, v in metrics.items()}] if metrics else []
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -195,11 +186,9 @@ class World:
         """Raise `GateError` where a named value differs between rank 0 and another rank."""
         values_by_rank = self.gather(dict(values))
         for rank, rank_values in enumerate(values_by_rank):
-            if differing_names := [
-                name for name, expected in values_by_rank[0].items() if rank_values.get(name) != expected
-            ]:
-                what = f"processes 0 and {rank} do not hold the same: {', '.join(differing_names[:3])}"
-                raise GateError(what, where="WORLD_SIZE", given=rank_values.get(differing_names[0]))
+            if names := [name for name, value in values_by_rank[0].items() if rank_values.get(name) != value]:
+                summary = f"processes 0 and {rank} do not hold the same: {', '.join(names[:3])}"
+                raise GateError(summary, where="WORLD_SIZE", given=rank_values.get(names[0]))
 
 
 SINGLE_PROCESS = World()

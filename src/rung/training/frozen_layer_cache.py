@@ -81,9 +81,8 @@ class FrozenLayerCache:
     def _compute(self, documents: Sequence[Example]) -> None:
         if not documents:
             return
-        for batch in pack_together(
-            documents, self.budget, share_prefixes=self.share_prefixes, device=self.policy.device
-        ):
+        device = self.policy.device
+        for batch in pack_together(documents, self.budget, share_prefixes=self.share_prefixes, device=device):
             states = self.policy.hidden_states_entering(batch, self.layer).cpu()
             for document, rows in zip(batch.documents, batch.rows, strict=True):
                 self._write(document, states[torch.from_numpy(rows)])

@@ -39,9 +39,8 @@ def shard_model(model: nn.Module, layers: Sequence[nn.Module], replicated: Itera
             continue
         if id(parameter) not in shards:
             # src_data_rank=None: every rank has the full weight already, nothing is sent
-            shards[id(parameter)] = nn.Parameter(
-                distribute_tensor(parameter.detach(), mesh, _BY_ROWS, src_data_rank=None)
-            )
+            shard = distribute_tensor(parameter.detach(), mesh, _BY_ROWS, src_data_rank=None)
+            shards[id(parameter)] = nn.Parameter(shard)
         _gather_on_read(module, name, shards[id(parameter)])
 
 
@@ -100,9 +99,8 @@ def _gather_on_read(module: nn.Module, name: str, shard: nn.Parameter) -> None:
     module._parameters[name] = shard
     # a property must be on the class, so this one module gets a subclass of its own; state dicts still see the shard
     original_class = type(module)
-    module.__class__ = type(
-        original_class.__name__, (original_class,), {name: property(full_parameter), _ORIGINAL_CLASS: original_class}
-    )
+    attributes = {name: property(full_parameter), _ORIGINAL_CLASS: original_class}
+    module.__class__ = type(original_class.__name__, (original_class,), attributes)
 
 
 def _gather_parameter(tensor: Tensor | None) -> Tensor:

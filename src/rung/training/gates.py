@@ -48,12 +48,8 @@ def check_trainable(method: Method, optimizer: torch.optim.Optimizer, head_param
     """
     declared_count = method.declared_parameters() + head_parameters
     optimizer_count = sum(p.numel() for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
-    return _gate(
-        "step0.trainable",
-        optimizer_count == declared_count > 0,
-        f"{optimizer_count:,} in the optimizer",
-        f"{declared_count:,} declared",
-    )
+    measured, declared = f"{optimizer_count:,} in the optimizer", f"{declared_count:,} declared"
+    return _gate("step0.trainable", optimizer_count == declared_count > 0, measured, declared)
 
 
 @torch.no_grad()
@@ -121,9 +117,8 @@ def check_decoding(policy: Policy, probe: Sequence[Example], tokens: int = 4) ->
             ids = np.array([*prompt, *answer.ids], dtype=np.int32)
             full_document = Example(ids, np.arange(len(ids)) >= len(prompt), example.source, task=task)
             read_logprobs_N = policy.logprobs(pack_separately([full_document], policy.device)[0])
-            largest_difference = max(
-                largest_difference, float((read_logprobs_N.cpu() - torch.tensor(answer.logprobs)).abs().max())
-            )
+            difference_N = read_logprobs_N.cpu() - torch.tensor(answer.logprobs)
+            largest_difference = max(largest_difference, float(difference_N.abs().max()))
     limit = TOLERANCE[_dtype(policy)]
     return _gate("step0.decoding", largest_difference <= limit, largest_difference, limit)
 
@@ -182,11 +177,8 @@ class MovementGate:
         digests_now = frozen_digest(self.model)
         locally_changed = sorted(name for name, value in self.initial_digests.items() if digests_now.get(name) != value)
         # each rank hashes its own rows of a sharded tensor; replicated tensors are hashed in full
-        changed_names = (
-            sorted({name for rank_names in self.world.gather(locally_changed) for name in rank_names})
-            if self.world.sharded
-            else locally_changed
-        )
+        ranks = self.world.gather(locally_changed) if self.world.sharded else [locally_changed]
+        changed_names = sorted(set().union(*ranks))
         moved_ratio = f"{len(judged_names & self.moved_names)} of {len(judged_names)}"
         measured = f"{moved_ratio} tensors moved, {len(changed_names)} frozen ones changed"
         if unmoved_names or changed_names:
@@ -243,10 +235,8 @@ def skip_step(folder: RunFolder, progress: Progress, examples: Sequence[Example]
     if progress.skipped < SKIPS_BEFORE_STOP:
         return
     if folder.writes:
-        write_text(
-            folder.path / NOT_FINITE_FILE,
-            "".join(json.dumps(_describe_document(example)) + "\n" for example in examples),
-        )
+        lines = (json.dumps(_describe_document(example)) + "\n" for example in examples)
+        write_text(folder.path / NOT_FINITE_FILE, "".join(lines))
     folder.update(not_finite={"step": progress.step, "rows": [str(example.source) for example in examples]})
     raise GateError(
         f"loss or gradient was not finite in {SKIPS_BEFORE_STOP} steps running",
@@ -262,9 +252,6 @@ def _describe_document(example: Example) -> dict[str, object]:
         "source": str(example.source),
         "ids": example.ids.tolist(),
         "supervised": np.flatnonzero(example.supervised).tolist(),
-        "row": example.row,
-        "task": example.task,
-        "weight": example.weight,
-        "score": example.score,
+        **{name: getattr(example, name) for name in ("row", "task", "weight", "score")},
         "columns": {name: values.tolist() for name, values in example.columns.items()},
     }

@@ -40,11 +40,9 @@ def layers_to_recompute(shape: ModelShape, tokens: int, *, lowest: int = 0, limi
     Layers below `lowest` are frozen and keep nothing. A recomputed layer keeps its input: 4 H bytes per token.
     """
     trained_layers, recomputed_bytes, layer_bytes = shape.layers - lowest, 4 * shape.width, layer_bytes_per_token(shape)
-    excess_bytes = tokens * trained_layers * layer_bytes - limit
-    count = (
-        0 if excess_bytes <= 0 else min(trained_layers, -(-excess_bytes // (tokens * (layer_bytes - recomputed_bytes))))
-    )
-    return range(lowest, lowest + count)
+    excess_bytes = max(0, tokens * trained_layers * layer_bytes - limit)
+    count = -(-excess_bytes // (tokens * (layer_bytes - recomputed_bytes)))
+    return range(lowest, lowest + min(trained_layers, count))
 
 
 def measure_micro_batch_tokens(

@@ -28,9 +28,11 @@ from rung.methods.protocol import TrainableSet, require_same_keys, require_same_
 from rung.training.distributed import SINGLE_PROCESS, World
 from rung.training.fsdp import digests, local_rows, local_tensor
 
+NamedParameters = Mapping[str, nn.Parameter]
+
 
 def make_optimizer(
-    trainable: Mapping[str, nn.Parameter], config: OptimizerConfig, rate_factor: Callable[[str], float] = lambda _: 1.0
+    trainable: NamedParameters, config: OptimizerConfig, rate_factor: Callable[[str], float] = lambda _: 1.0
 ) -> torch.optim.Optimizer:
     """AdamW with weight decay on matrices only. The rate is 0 until `set_learning_rate` sets it for a step."""
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
@@ -41,11 +43,9 @@ def make_optimizer(
         {"params": members, "weight_decay": config.weight_decay if is_matrix else 0.0, "rate_factor": factor}
         for (is_matrix, factor), members in sorted(groups.items(), key=lambda item: item[0], reverse=True)
     ]
-    optimizer_class = (
-        torch.optim.AdamW
-        if config.state_dtype == "float32"
-        else _eight_bit_adamw(next(iter(trainable.values())).device)
-    )
+    optimizer_class: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+    if config.state_dtype != "float32":
+        optimizer_class = _eight_bit_adamw(next(iter(trainable.values())).device)
     return optimizer_class(parameter_groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.epsilon)
 
 
@@ -54,12 +54,8 @@ def _eight_bit_adamw(device: torch.device) -> Any:
     try:
         bnb: Any = import_module("bitsandbytes.optim")
     except ImportError as error:
-        raise PlanError(
-            "moments in 8 bits need bitsandbytes",
-            where="training.optimizer.state_dtype",
-            given="int8",
-            hint="pip install 'rung[quantized]'",
-        ) from error
+        where, hint = "training.optimizer.state_dtype", "pip install 'rung[quantized]'"
+        raise PlanError("moments in 8 bits need bitsandbytes", where=where, given="int8", hint=hint) from error
     if device.type == "cuda":
         return bnb.PagedAdamW8bit
     print_status("moments in 8 bits, without paging: that needs a graphics card")
@@ -72,9 +68,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["rate_factor"]
 
 
-def train_only(
-    optimizer: torch.optim.Optimizer, trainable: Mapping[str, nn.Parameter], selection: TrainableSet
-) -> None:
+def train_only(optimizer: torch.optim.Optimizer, trainable: NamedParameters, selection: TrainableSet) -> None:
     """Train only the selected parameters: freeze all others and drop their moments, whose memory would pile up."""
     for name, parameter in trainable.items():
         is_trained = name in selection.names
@@ -176,15 +170,9 @@ class OptimizerState:
         """Write weights, moments and the RNG state. Ranks other than 0 write only their rows of sharded tensors."""
         folder.mkdir(exist_ok=True)
         local_parameters, is_rank0 = self.local_parameters, self.world.is_rank0
-        saved_parameters = {
-            name: parameter for name, parameter in local_parameters.items() if name in self.rows or is_rank0
-        }
         # more ranks than rows leave some ranks an empty shard, and `write_folder` refuses empty tensors
-        weights = {
-            name: parameter.detach()
-            for name, parameter in saved_parameters.items()
-            if parameter.numel() or name not in self.rows
-        }
+        is_saved = {name: p.numel() > 0 if name in self.rows else is_rank0 for name, p in local_parameters.items()}
+        weights = {name: p.detach() for name, p in local_parameters.items() if is_saved[name]}
         save_file(_cpu_tensors(weights), folder / WEIGHTS)
         names_by_id = {id(parameter): name for name, parameter in local_parameters.items()}
         # by index as in torch's own state dict: the groups of a resumed run are built in the same order
@@ -194,8 +182,7 @@ class OptimizerState:
             for name, value in self.optimizer.state.get(parameter, {}).items():
                 tensor = torch.as_tensor(value).detach()
                 # scalars such as the step count are equal on all ranks: rank 0 saves them
-                is_saved = tensor.numel() > 0 if is_sharded and tensor.dim() else is_rank0
-                if is_saved:
+                if tensor.numel() > 0 if is_sharded and tensor.dim() else is_rank0:
                     moments[f"{index}.{name}"] = tensor
         save_file(_cpu_tensors(moments), folder / MOMENTS)
 
@@ -205,9 +192,8 @@ class OptimizerState:
         stored, parameters = _CheckpointTensors(folder, WEIGHTS), self.parameters()
         require_same_keys(stored.names(), parameters.keys(), "checkpoint")
         # meta tensors: shapes are compared without reading the file
-        require_same_shapes(
-            parameters, {name: torch.empty(stored.shape(name), device="meta") for name in parameters}, "checkpoint"
-        )
+        shapes = {name: torch.empty(stored.shape(name), device="meta") for name in parameters}
+        require_same_shapes(parameters, shapes, "checkpoint")
         for name, parameter in self.local_parameters.items():
             parameter.copy_(stored.read(name, self.rows.get(name)))
 

@@ -9,7 +9,7 @@ ahead of them (decision 0008). Documents of one data row stay in one batch, beca
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby, pairwise
+from itertools import chain, groupby, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -38,14 +38,9 @@ def pack(
         return []
     if len(tasks) > 1:
         # virtual tokens differ by task, and those before the documents are read by the whole row (decision 0014)
-        examples_by_task = [
-            [example for example in examples if example.task == task] for task in sorted(tasks, key=str)
-        ]
-        return [
-            batch
-            for task_examples in examples_by_task
-            for batch in pack(task_examples, budget, share_prefixes=share_prefixes, device=device)
-        ]
+        by_task = [[example for example in examples if example.task == task] for task in sorted(tasks, key=str)]
+        batches_by_task = (pack(part, budget, share_prefixes=share_prefixes, device=device) for part in by_task)
+        return list(chain.from_iterable(batches_by_task))
     ordered, common = _sorted_by_tokens(examples)
     if not share_prefixes:
         return _pack_group(_PrefixGroup(ordered, [0] * len(ordered), 0), budget, False, device)
@@ -61,9 +56,8 @@ def pack_together(
 ) -> list[PackedBatch]:
     """Like `pack`, but without prefixes that run ahead and without a split by task."""
     ordered, common = _sorted_by_tokens(examples)
-    return _pack_group(
-        _PrefixGroup(ordered, common if share_prefixes else [0] * len(ordered), 0), budget, share_prefixes, device
-    )
+    group = _PrefixGroup(ordered, common if share_prefixes else [0] * len(ordered), 0)
+    return _pack_group(group, budget, share_prefixes, device)
 
 
 def pack_separately(examples: Sequence[Example], device: torch.device | None = None) -> list[PackedBatch]:
@@ -116,17 +110,10 @@ class _PrefixGroup(NamedTuple):
     def costs(self) -> list[int]:
         """Tokens to compute for each document if all were in one batch."""
         # an estimate: the tree may share less than neighbours do (`_pack_within_budget` corrects it)
-        shared_lengths = [
-            0,
-            *(
-                common - self.prefix_length if common - self.prefix_length >= MIN_SHARED else 0
-                for common in self.common_prefix_lengths[1:]
-            ),
-        ]
-        return [
-            len(example) - self.prefix_length - shared_tokens
-            for example, shared_tokens in zip(self.examples, shared_lengths, strict=True)
-        ]
+        lengths = [len(example) - self.prefix_length for example in self.examples]
+        shared_lengths = [0, *(common - self.prefix_length for common in self.common_prefix_lengths[1:])]
+        pairs = zip(lengths, shared_lengths, strict=True)
+        return [length - (shared if shared >= MIN_SHARED else 0) for length, shared in pairs]
 
 
 def _sorted_by_tokens(examples: Sequence[Example]) -> tuple[list[Example], list[int]]:
@@ -134,15 +121,13 @@ def _sorted_by_tokens(examples: Sequence[Example]) -> tuple[list[Example], list[
     first_ids: dict[int, list[int]] = {}
     for example in sorted(examples, key=lambda example: example.ids.tolist(), reverse=True):
         first_ids[example.row] = example.ids.tolist()  # descending: the last write is the smallest document of the row
-    # a data row takes the place of its smallest document, so that its documents stay adjacent
-    ordered = sorted(
-        examples,
-        key=lambda example: (
-            example.ids.tolist() if example.row < 0 else first_ids[example.row],
-            example.row,
-            example.ids.tolist(),
-        ),
-    )
+
+    def position(example: Example) -> tuple[list[int], int, list[int]]:
+        # a data row takes the place of its smallest document, so that its documents stay adjacent
+        ids = example.ids.tolist()
+        return ids if example.row < 0 else first_ids[example.row], example.row, ids
+
+    ordered = sorted(examples, key=position)
     return ordered, [0, *(_common_prefix_length(a.ids, b.ids) for a, b in pairwise(ordered))]
 
 
@@ -159,27 +144,19 @@ def _best_cuts(
     if row_count < 2 or len(span) < 2 or depth > 64:
         return [(span, 0, 0)]
     shared_length = min(common_prefix_lengths[i] for i in span[1:])
-    first_predictions = [
-        int(example.supervised[1:].argmax()) if example.supervised[1:].any() else len(example) - 1
-        for example in group.examples
-    ]
+    first_predictions = [int(e.supervised[1:].argmax()) for e in group.examples if e.supervised[1:].any()]
     # a row keeps the last token before its first prediction, and at least one token of every document
     prefix_length = min(shared_length, *first_predictions, *(len(example) - 1 for example in group.examples))
-    uncut = (
-        (span, prefix_length, (row_count - 1) * prefix_length) if prefix_length >= MIN_PREFIX_AHEAD else (span, 0, 0)
-    )
-    cuts = [
-        span.start,
-        *(span.start + i for i in group.borders() if common_prefix_lengths[span.start + i] == shared_length),
-        span.stop,
-    ]
+    if prefix_length < MIN_PREFIX_AHEAD:
+        prefix_length = 0
+    uncut = (span, prefix_length, (row_count - 1) * prefix_length)
+    borders = [span.start + i for i in group.borders()]
+    cuts = [span.start, *(i for i in borders if common_prefix_lengths[i] == shared_length), span.stop]
     if len(cuts) == 2:
         return [uncut]
-    parts = [
-        piece
-        for a, b in pairwise(cuts)
-        for piece in _best_cuts(ordered, common_prefix_lengths, range(a, b), budget, depth + 1)
-    ]
+    parts: list[tuple[range, int, int]] = []
+    for start, stop in pairwise(cuts):
+        parts += _best_cuts(ordered, common_prefix_lengths, range(start, stop), budget, depth + 1)
     # on a tie the single prefix wins: fewer batches with prefixes of their own
     return parts if sum(saved for _, _, saved in parts) > uncut[2] else [uncut]
 
@@ -205,15 +182,13 @@ def _pack_group(
     lowest, highest = 1, budget
     while lowest < highest:
         limit = (lowest + highest) // 2
-        lowest, highest = (
-            (lowest, limit) if len(_split_to_budget(group, costs, limit)) <= fewest_rows else (limit + 1, highest)
-        )
+        if len(_split_to_budget(group, costs, limit)) <= fewest_rows:
+            highest = limit
+        else:
+            lowest = limit + 1
     rows = [group.examples[span.start : span.stop] for span in _split_to_budget(group, costs, lowest)]
-    prefix = (
-        SharedPrefix(_to_tensor([group.examples[0].ids[: group.prefix_length]], device))
-        if group.prefix_length
-        else None
-    )
+    ids = group.examples[0].ids[: group.prefix_length]
+    prefix = SharedPrefix(_to_tensor([ids], device)) if group.prefix_length else None
     return [batch for span in rows for batch in _pack_within_budget(span, budget, share_prefixes, device, prefix)]
 
 

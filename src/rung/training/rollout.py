@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,12 @@ from rung.models.generate import GeneratedAnswer, Sampling, generate_by_task
 from rung.models.policy import Policy
 from rung.objectives.protocol import Objective
 from rung.training.gates import tolerance
-from rung.training.run_folder import Gate
+from rung.training.run_folder import Gate, State
 from rung.training.step import values_by_document
 from rung.types import ON_POLICY, Example, PackedBatch, Rollout
 
+BatchValues = Callable[[PackedBatch], Tensor]
+"""A number for each prediction of a batch."""
 RewardFunction = Callable[[Sequence[Example], Sequence[GeneratedAnswer]], Sequence[float]]
 """Rewards of answers. Each document is a prompt followed by its answer; its `row` is the number of the prompt."""
 
@@ -91,12 +94,8 @@ class RolloutSource:
         if self.validation is None:
             raise RuntimeError("nobody judges these answers")
         penalties = [0.0 if answer.stopped else self.config.truncation_penalty for answer in answers]
-        rewards = [
-            float(reward) - penalty
-            for reward, penalty in zip(self.validation(documents, answers), penalties, strict=True)
-        ]
         return {
-            "reward": float(np.mean(rewards)),
+            "reward": float(np.mean(np.array(self.validation(documents, answers), dtype=np.float64) - penalties)),
             "answer_tokens": float(np.mean([d.predictions for d in documents])),
             "cut": 1.0 - float(np.mean([answer.stopped for answer in answers])),
         }
@@ -108,13 +107,9 @@ class RolloutSource:
         self.policy.model.eval()  # no dropout: what is drawn must be what is scored
         share = self.objective.on_policy_share
         on_policy_mask = np.random.default_rng([self.seed, 6, number]).random(len(prompts)) < share
-        answered_prompts = [
-            prompt for prompt, is_on_policy in zip(prompts, on_policy_mask, strict=True) if is_on_policy
-        ]
-        # for a reward the data set holds bare prompts; for distillation it holds full documents
-        answered_prompts = (
-            answered_prompts if self.train is not None else [_prompt_ids(prompt) for prompt in answered_prompts]
-        )
+        answered_prompts = list(compress(prompts, on_policy_mask))
+        if self.train is None:  # for a reward the data set holds bare prompts; for distillation full documents
+            answered_prompts = [_prompt_ids(prompt) for prompt in answered_prompts]
         documents, answers = self._answer(answered_prompts, sampling)
         generation_seconds = time.perf_counter() - start
         penalties = [0.0 if answer.stopped else self.config.truncation_penalty for answer in answers]
@@ -124,25 +119,14 @@ class RolloutSource:
         # once per process: the check reads every answer a second time
         if self.train is not None and not self.is_decoder_checked:
             self.gate, self.is_decoder_checked = self._check_decoder(documents, answers), True
-        rollout = Rollout(
-            documents,
-            rewards,
-            [answer.stopped for answer in answers],
-            lambda value: self._values_by_document(documents, value),
-        )
+        stopped = [answer.stopped for answer in answers]
+        rollout = Rollout(documents, rewards, stopped, lambda value: self._values_by_document(documents, value))
         columns = self.objective.rollout_columns(self.policy, rollout)
         self.policy.model.train()
-        self.documents = [
-            replace(document, columns=document_columns)
-            for document, document_columns in zip(documents, columns, strict=True)
-        ]
+        self.documents = [replace(d, columns=values) for d, values in zip(documents, columns, strict=True)]
         if self.train is None:
-            data_documents = [
-                prompt for prompt, is_on_policy in zip(prompts, on_policy_mask, strict=True) if not is_on_policy
-            ]
-            self.documents = [_mark_on_policy(document, 1.0) for document in documents] + [
-                _mark_on_policy(document, 0.0) for document in data_documents
-            ]
+            self.documents = [_mark_on_policy(document, 1.0) for document in documents]
+            self.documents += [_mark_on_policy(prompt, 0.0) for prompt in compress(prompts, ~on_policy_mask)]
         return {"rollout_seconds": round(generation_seconds, 4), "judge_seconds": round(reward_seconds, 4)}
 
     def _check_decoder(self, documents: Sequence[Example], answers: Sequence[GeneratedAnswer]) -> Gate:
@@ -150,9 +134,8 @@ class RolloutSource:
         pairs = zip(self._values_by_document(documents, self.policy.logprobs), answers, strict=True)
         largest_difference = max(float(np.abs(scored - np.array(answer.logprobs)).max()) for scored, answer in pairs)
         limit = tolerance(self.policy)
-        return Gate(
-            "rollout.distribution", "passed" if largest_difference <= limit else "failed", largest_difference, limit
-        )
+        state: State = "passed" if largest_difference <= limit else "failed"
+        return Gate("rollout.distribution", state, largest_difference, limit)
 
     def _answer(self, prompts: Sequence[Example], sampling: Sampling) -> tuple[list[Example], list[GeneratedAnswer]]:
         """Documents and answers, in the order of the prompts; the answers to one prompt are adjacent."""
@@ -174,9 +157,7 @@ class RolloutSource:
         ids = np.array([*prompt.ids, *answer.all_tokens], dtype=np.int32)
         return replace(prompt, ids=ids, supervised=np.arange(len(ids)) >= len(prompt.ids))
 
-    def _values_by_document(
-        self, documents: Sequence[Example], value: Callable[[PackedBatch], Tensor]
-    ) -> list[np.ndarray]:
+    def _values_by_document(self, documents: Sequence[Example], value: BatchValues) -> list[np.ndarray]:
         """Values [predictions] of each document, computed in packed batches without gradient."""
 
         def split_by_document(batch: PackedBatch) -> list[np.ndarray]:
@@ -184,9 +165,8 @@ class RolloutSource:
             values, owner = value(batch).cpu(), batch.loss.owner.cpu()
             return [values[owner == i].numpy() for i in range(len(batch.documents))]
 
-        return values_by_document(
-            [self.policy, *self.objective.partner_policies()], documents, self.budget, split_by_document
-        )
+        policies = [self.policy, *self.objective.partner_policies()]
+        return values_by_document(policies, documents, self.budget, split_by_document)
 
 
 def _prompt_ids(document: Example) -> Example:

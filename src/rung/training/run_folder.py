@@ -15,7 +15,7 @@ import platform
 import resource
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -81,40 +81,27 @@ class RunFolder:
         if existing is None:
             # `acquire` checks a second time while its own lock file is in the folder
             if path.exists() and (not path.is_dir() or any(p.name != LOCK_FILE for p in path.iterdir())):
-                raise CheckpointError(
-                    "this is a file" if path.is_file() else "this folder is not empty and holds no run",
-                    where=str(path),
-                    hint="name another output=...",
-                )
+                summary = "this is a file" if path.is_file() else "this folder is not empty and holds no run"
+                raise CheckpointError(summary, where=str(path), hint="name another output=...")
             return None
         if overwrite:
             return None
         if not {"config", "gates"} <= existing.keys():
             raise CheckpointError("run.json is not the manifest of a run", where=str(path), hint="use --overwrite")
         if not resume:
-            raise CheckpointError(
-                f"this folder holds a run already (status {existing.get('status')})",
-                where=str(path),
-                hint="go on with --resume, start anew with --overwrite, or name another output=...",
-            )
+            summary = f"this folder holds a run already (status {existing.get('status')})"
+            hint = "go on with --resume, start anew with --overwrite, or name another output=..."
+            raise CheckpointError(summary, where=str(path), hint=hint)
         # the same folder may be named in another way, so `output` is not compared
         differing_settings = _changed_settings({**existing["config"], "output": None}, {**config, "output": None})
         if forbidden_changes := sorted(set(differing_settings) - set(free)):
-            raise CheckpointError(
-                "the run in this folder has another config",
-                where=str(path),
-                given="differs in " + ", ".join(forbidden_changes),
-            )
+            given = "differs in " + ", ".join(forbidden_changes)
+            raise CheckpointError("the run in this folder has another config", where=str(path), given=given)
         return existing
 
     @staticmethod
     def acquire(
-        path: Path,
-        config: Mapping[str, Any],
-        *,
-        resume: bool = False,
-        overwrite: bool = False,
-        free: Collection[str] = (),
+        path: Path, config: Mapping[str, Any], *, resume: bool, overwrite: bool, free: Collection[str] = ()
     ) -> RunFolder:
         """Lock a folder for a run after `check`; `close` releases it.
 
@@ -138,11 +125,8 @@ class RunFolder:
             for name in OUTPUT_NAMES:
                 target = path / name
                 shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
-        manifest = {
-            **{"format_version": FORMAT_VERSION, "status": "started", "config": dict(config)},
-            **{"gates": [], "versions": versions()},
-        }
-        folder = RunFolder(path, manifest, _lock=lock)
+        manifest = {"format_version": FORMAT_VERSION, "status": "started", "config": dict(config), "gates": []}
+        folder = RunFolder(path, {**manifest, "versions": versions()}, _lock=lock)
         folder.write()
         return folder
 
@@ -154,8 +138,7 @@ class RunFolder:
     def gate(self, gate: Gate) -> None:
         """Record the result of a gate; it replaces an earlier result of the same name."""
         other_gates = [other for other in self.manifest["gates"] if other["name"] != gate.name]
-        result = {"name": gate.name, "state": gate.state, "measured": gate.measured, "limit": gate.limit}
-        self.update(gates=[*other_gates, result])
+        self.update(gates=[*other_gates, asdict(gate)])
 
     def write(self) -> None:
         """Save the manifest as run.json."""
@@ -231,11 +214,8 @@ def write_json(path: Path, value: Any) -> None:
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that determine results, and the machine type."""
     names = ("rung", "torch", "transformers", "peft", "tokenizers", "safetensors")
-    return {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        **{name: version(name) for name in names},
-    }
+    libraries = {name: version(name) for name in names}
+    return {"python": platform.python_version(), "machine": platform.machine(), **libraries}
 
 
 def reset_peak_memory() -> None:
@@ -260,12 +240,8 @@ def peak_memory_bytes() -> int:
 def _changed_settings(old: Any, new: Any, path: str = "") -> list[str]:
     """Dotted names of the settings that differ between two configs."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        keys = set(old) | set(new)
-        return [
-            name
-            for key in keys
-            for name in _changed_settings(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
-        ]
+        paths = {key: f"{path}.{key}".lstrip(".") for key in old.keys() | new.keys()}
+        return [name for key, place in paths.items() for name in _changed_settings(old.get(key), new.get(key), place)]
     # compared as JSON, the form in which run.json holds them
     is_equal = json.dumps(old, sort_keys=True, default=str) == json.dumps(new, sort_keys=True, default=str)
     return [] if is_equal else [path]

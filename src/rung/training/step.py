@@ -23,6 +23,7 @@ from rung.training.packing import pack
 from rung.types import Counts, Example, PackedBatch, Unit
 
 T = TypeVar("T")
+MakeBatch = Callable[[], PackedBatch]
 
 
 def count_window(objective: Objective, window: Iterable[PackedBatch]) -> Counts:
@@ -35,7 +36,7 @@ def accumulate(
     objective: Objective,
     window: Sequence[PackedBatch],
     world: World = SINGLE_PROCESS,
-    make_filler: Callable[[], PackedBatch] | None = None,
+    make_filler: MakeBatch | None = None,
 ) -> Tensor:
     """Add the gradient of (sum / count of the window) to .grad; return the loss in nats per unit, a scalar.
 
@@ -43,12 +44,9 @@ def accumulate(
     `make_filler` returns a batch to compute while other ranks have more batches. Raises `DataError` where nothing in
     the window is supervised.
     """
-    local_counts = count_window(objective, window)
-    totals = (
-        local_counts
-        if world.size == 1
-        else Counts(*world.sum_values([local_counts.tokens, local_counts.sequences, local_counts.pairs]))
-    )
+    totals = count_window(objective, window)
+    if world.size > 1:
+        totals = Counts(*world.sum_values([totals.tokens, totals.sequences, totals.pairs]))
     if totals.tokens <= 0 and totals.pairs <= 0:
         first_source = window[0].documents[0].source if window and window[0].documents else None
         raise DataError("no supervised token in this step", where=str(first_source), hint="run: rung data check")
@@ -70,9 +68,7 @@ def accumulate(
     return loss
 
 
-def _compute_filler_batches(
-    policy: Policy, objective: Objective, count: int, make_filler: Callable[[], PackedBatch] | None
-) -> None:
+def _compute_filler_batches(policy: Policy, objective: Objective, count: int, make_filler: MakeBatch | None) -> None:
     """Compute batches without effect: sharded layers are gathered by all ranks at once, so all run equally many."""
     if not count or make_filler is None:
         return
@@ -92,7 +88,7 @@ def mean_loss(
     objective: Objective,
     batches: Iterable[PackedBatch],
     world: World = SINGLE_PROCESS,
-    make_filler: Callable[[], PackedBatch] | None = None,
+    make_filler: MakeBatch | None = None,
 ) -> float:
     """Mean loss over a data set in nats per unit; with several ranks over the sets of all.
 
@@ -141,10 +137,7 @@ def values_by_document(
     for reader in readers:
         batches = reader.iterate_batches(batches)
     for batch in batches:
-        values |= {
-            index_by_id[id(document)]: document_value
-            for document, document_value in zip(batch.documents, value(batch), strict=True)
-        }
+        values |= {index_by_id[id(d)]: v for d, v in zip(batch.documents, value(batch), strict=True)}
     return [values[i] for i in range(len(documents))]
 
 

@@ -66,17 +66,11 @@ class StepMetrics:
 
     def log_entry(self, step: int) -> dict[str, Any]:
         """The log.jsonl entry of this step."""
-        return {
-            "step": step,
-            "loss": self.loss,
-            "learning_rate": self.learning_rate,
-            "grad_norm": self.grad_norm,
-            "tokens": self.tokens,
-            "seconds": round(self.seconds, 4),
-            **self.objective,
-            **({"skipped": True} if self.skipped else {}),
-            **({} if self.stop_reason is None else {"halted": self.stop_reason}),
-        }
+        entry = {name: getattr(self, name) for name in ("loss", "learning_rate", "grad_norm", "tokens")}
+        entry = {"step": step, **entry, "seconds": round(self.seconds, 4), **self.objective}
+        if self.skipped:
+            entry["skipped"] = True
+        return entry if self.stop_reason is None else {**entry, "halted": self.stop_reason}
 
 
 @dataclass
@@ -115,21 +109,17 @@ class Trainer:
         self.skip_until_step = 0
         """The first step after a rollout that the objective ended early."""
         self.checkpoints = self.folder.path / "checkpoints"
-        self.early_stopping = EarlyStopping(
-            self.config.patience, self.checkpoints / "best", self._write, self.stop_check
-        )
+        best_folder = self.checkpoints / "best"
+        self.early_stopping = EarlyStopping(self.config.patience, best_folder, self._write, self.stop_check)
         self.frozen_cache: FrozenLayerCache | None = None
         # log-probabilities of the reference for documents of the data never change during a run
         self.policy.reference_cache = {} if self.objective.compares_answers else None
         self.share_prefixes = self._can_share_prefixes()
         self.lowest_trained_layer = lowest_trainable_layer(self.policy.model, self.method.trainable())
         if self.method.supports_recompute():
-            self.policy.layers_to_recompute = partial(
-                layers_to_recompute,
-                self.policy.base.shape,
-                lowest=self.lowest_trained_layer,
-                limit=longest_document_bytes(self.policy.device),
-            )
+            limit, lowest = longest_document_bytes(self.policy.device), self.lowest_trained_layer
+            shape = self.policy.base.shape
+            self.policy.layers_to_recompute = partial(layers_to_recompute, shape, lowest=lowest, limit=limit)
 
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:
@@ -162,10 +152,13 @@ class Trainer:
 
     def restore(self) -> bool:
         """Load the newest undamaged checkpoint. Returns False where there is none."""
+
         # rank 0 decides: ranks that see another state of a shared disk would resume from different steps
-        checkpoint_name = self.world.on_rank0(
-            lambda: getattr(checkpoint.newest_checkpoint(self.checkpoints, print_status), "name", None)
-        )
+        def newest_name() -> str | None:
+            newest = checkpoint.newest_checkpoint(self.checkpoints, print_status)
+            return None if newest is None else newest.name
+
+        checkpoint_name = self.world.on_rank0(newest_name)
         if checkpoint_name is None:
             return False
         if self.in_parts:  # before loading, so that each rank reads only its rows
@@ -179,12 +172,9 @@ class Trainer:
             self.policy.reference_cache.update(checkpoint.read_reference_cache(folder))
         self.folder.trim_log(self.progress.step)
         best_folder = self.checkpoints / "best"
-        if (
-            self.world.is_rank0
-            and not find_damage(best_folder)
-            and checkpoint.read_progress(best_folder)["step"] != self.progress.best_step
-        ):
-            shutil.rmtree(best_folder)  # of a later step than the checkpoint: that step will be taken again
+        if self.world.is_rank0 and not find_damage(best_folder):
+            if checkpoint.read_progress(best_folder)["step"] != self.progress.best_step:
+                shutil.rmtree(best_folder)  # of a later step than the checkpoint: that step will be taken again
         print_status(f"resumed from {folder.name}")
         return True
 
@@ -199,12 +189,9 @@ class Trainer:
             self.shard()
         final_step = total_steps(self.config, len(train), self.steps_per_window)
         # a resumed run whose manifest has the verdict does not check again
-        is_movement_recorded = any(gate["name"] == "movement" for gate in self.folder.manifest["gates"])
-        movement = (
-            None
-            if is_movement_recorded
-            else MovementGate(self.policy.model, self.optimizer_state.local_parameters, self.world)
-        )
+        movement = None
+        if all(gate["name"] != "movement" for gate in self.folder.manifest["gates"]):
+            movement = MovementGate(self.policy.model, self.optimizer_state.local_parameters, self.world)
         self.objective.take_metrics()  # discard metrics of gates and of the memory trial
         self.first_example = train[0]
         self.policy.model.train()
@@ -213,9 +200,8 @@ class Trainer:
             sampling = nullcontext() if self.rollouts is None else self.rollouts.sampling()
             with sampling, interruptible() as stopping, ProgressBar("train", final_step, self.progress.step) as bar:
                 while self.progress.step < final_step:
-                    entry = self._step(
-                        self.window(train, self.progress.step // self.steps_per_window), final_step, movement
-                    )
+                    window = self.window(train, self.progress.step // self.steps_per_window)
+                    entry = self._step(window, final_step, movement)
                     is_last = self.progress.step == final_step
                     stop_reason = self._validate(validation, entry, is_last)
                     self.folder.log(entry)
@@ -290,18 +276,14 @@ class Trainer:
         if self.rollouts is not None or self.world.sharded:
             return None  # rollout documents are new each time; with sharding all ranks must run all layers
         steps_per_epoch = -(-len(train) // self.config.examples_per_step)
-        if (
-            not self.config.cache_frozen_layers
-            or self.lowest_trained_layer == 0
-            or total_steps(self.config, len(train)) <= steps_per_epoch
-        ):
+        is_used = self.config.cache_frozen_layers and self.lowest_trained_layer > 0
+        if not is_used or total_steps(self.config, len(train)) <= steps_per_epoch:
             return None
         if not has_disk_space(train, self.policy.model.config.hidden_size):
             return None
         print_status(f"layers below {self.lowest_trained_layer} do not move: each document passes them once")
-        cache = FrozenLayerCache(
-            self.policy, self.lowest_trained_layer, self.budget, share_prefixes=self.share_prefixes
-        )
+        layer, share_prefixes = self.lowest_trained_layer, self.share_prefixes
+        cache = FrozenLayerCache(self.policy, layer, self.budget, share_prefixes=share_prefixes)
         # a resume replays the first epoch with the same packing, hence the same bits. Several ranks replay every step:
         # in later epochs a rank also receives rows that another rank had in the first
         replayed_steps = steps_per_epoch if self.world.size == 1 else self.progress.step
@@ -312,12 +294,9 @@ class Trainer:
     def _step(self, window: Sequence[Example], final_step: int, movement: MovementGate | None) -> dict[str, Any]:
         """One optimizer step over a window of documents. Returns its log entry."""
         start = time.perf_counter()
+        schedule, warmup = self.config.schedule, self.config.warmup_ratio
         rate = learning_rate_at(
-            self.progress.step,
-            total=final_step,
-            peak=self.peak_rate,
-            schedule=self.config.schedule,
-            warmup=self.config.warmup_ratio,
+            self.progress.step, total=final_step, peak=self.peak_rate, schedule=schedule, warmup=warmup
         )
         selection = self._select_trainable()
         if self.progress.step < self.skip_until_step:
@@ -339,7 +318,7 @@ class Trainer:
         if not is_finite:
             skip_step(self.folder, self.progress, examples, float(loss), float(norm))
         elif movement is not None and stop_reason is None and self.objective.has_signal(examples):
-            self._observe_movement(movement, selection, examples)
+            self._observe(movement, selection, examples)
         return StepMetrics(
             *(float(loss), rate, float(norm), tokens, seconds),
             objective={**rollout_metrics, **self._gathered_metrics()},
@@ -384,15 +363,13 @@ class Trainer:
         self.progress.tokens += tokens
         self.progress.loss = loss
 
-    def _observe_movement(
-        self, movement: MovementGate, selection: TrainableSet | None, examples: Sequence[Example]
-    ) -> None:
+    def _observe(self, movement: MovementGate, selection: TrainableSet | None, examples: Sequence[Example]) -> None:
         """Feed gate 3. Parameters of tasks without a document in this step cannot have received a gradient."""
         method_names = self.method.trainable_for_tasks({example.task for example in examples})
         reachable_names = None if method_names is None else {*method_names, *self.objective.trainable()}
         gate = movement.observe(self.optimizer_state.optimizer, selection, reachable_names)
         if gate is not None:
-            self._record_gate(gate)
+            self.record_gate(gate)
 
     def _documents(self, examples: Sequence[Example]) -> tuple[Sequence[Example], dict[str, Any]]:
         """The documents of a step, of the data or of the rollout, and the metrics of generating them."""
@@ -401,10 +378,10 @@ class Trainer:
         documents, metrics = self.rollouts.documents_for_step(examples, self.progress.step)
         if (gate := self.rollouts.gate) is not None:
             self.rollouts.gate = None  # recorded once
-            self._record_gate(gate)
+            self.record_gate(gate)
         return documents, metrics
 
-    def _record_gate(self, gate: Gate) -> None:
+    def record_gate(self, gate: Gate) -> None:
         """Record a gate, then enforce it: run.json must hold the gate that ends a run."""
         self.folder.gate(gate)
         print_status(str(gate))
