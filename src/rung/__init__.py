@@ -7,83 +7,15 @@
     print(model.answer("What changed?"))
 
 Importing it is light: torch and transformers are loaded by the first call that computes. Every name below is looked up
-in the module that defines it when it is first used; the command line calls the same functions.
+in the module that defines it when it is first used; their types are in `__init__.pyi`. The command line calls the same
+functions.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from logging import ERROR, getLogger
-from typing import TYPE_CHECKING, Any
-
-from rung.errors import CheckpointError, ConfigError, DataError, GateError, PlanError, RungError
-
-if TYPE_CHECKING:
-    from rung.commands.climb import climb
-    from rung.commands.compare import compare
-    from rung.commands.evaluate import evaluate
-    from rung.commands.forgetting import measure_forgetting
-    from rung.commands.generate import GenerateRequest, generate
-    from rung.commands.merge import merge
-    from rung.commands.merge_adapters import FusePlan, fuse
-    from rung.commands.plan import plan
-    from rung.commands.train import train
-    from rung.config.climb import ClimbConfig, OnTopConfig, RungConfig, SearchConfig
-    from rung.config.data import DataConfig, WeightedPath
-    from rung.config.evaluation import EvaluationConfig, RetrievalConfig
-    from rung.config.io import load_config
-    from rung.config.judge import JudgeConfig
-    from rung.config.method import (
-        BottleneckConfig,
-        FullConfig,
-        HeadConfig,
-        LayerLotteryConfig,
-        LoraConfig,
-        LotteryConfig,
-        MixtureConfig,
-        PeftTunerConfig,
-        PrefixConfig,
-        PromptConfig,
-        PTuningConfig,
-        QloraConfig,
-        VirtualTokenPositions,
-    )
-    from rung.config.model import ModelConfig
-    from rung.config.objective import (
-        AdaptiveKlConfig,
-        DistillConfig,
-        FunctionRewardConfig,
-        GrpoConfig,
-        ModelRewardConfig,
-        PpoConfig,
-        PpoStopConfig,
-        PreferenceConfig,
-        RegexRewardConfig,
-        RewardConfig,
-        RolloutConfig,
-        SftConfig,
-        VerifierConfig,
-    )
-    from rung.config.run import RunConfig
-    from rung.config.training import OptimizerConfig, TrainingConfig
-    from rung.console import Interrupted
-    from rung.models.generate import Sampling
-    from rung.planning.advise import Advice
-    from rung.results import (
-        ComparisonResult,
-        Estimate,
-        EvaluationResult,
-        ForgettingComparison,
-        FuseResult,
-        GateResult,
-        GenerationResult,
-        Ladder,
-        MergeResult,
-        MetricComparison,
-        RunResult,
-    )
-    from rung.runs.load import LoadedRun, load
-    from rung.types import Message
+from typing import Any
 
 __version__ = "0.1.0"
 getLogger("bitsandbytes").setLevel(ERROR)  # which peft imports, and which misses kernels that it looks for on a hub
@@ -117,6 +49,7 @@ _MODULES = {
     "config.run": ("RunConfig",),
     "config.training": ("OptimizerConfig", "TrainingConfig"),
     "console": ("Interrupted",),
+    "errors": ("CheckpointError", "ConfigError", "DataError", "GateError", "PlanError", "RungError"),
     "models.generate": ("Sampling",),
     "planning.advise": ("Advice",),
     "results": (
@@ -126,86 +59,10 @@ _MODULES = {
     "runs.load": ("LoadedRun", "load"),
     "types": ("Message",),
 }
-"""Module of each public name but the errors, which are imported above because they are light."""
+"""Module of each public name."""
 _MODULE_OF = {name: f"rung.{module}" for module, names in _MODULES.items() for name in names}
 
-__all__ = [
-    "AdaptiveKlConfig",
-    "Advice",
-    "BottleneckConfig",
-    "CheckpointError",
-    "ClimbConfig",
-    "ComparisonResult",
-    "ConfigError",
-    "DataConfig",
-    "DataError",
-    "DistillConfig",
-    "Estimate",
-    "EvaluationConfig",
-    "EvaluationResult",
-    "ForgettingComparison",
-    "FullConfig",
-    "FunctionRewardConfig",
-    "FusePlan",
-    "FuseResult",
-    "GateError",
-    "GateResult",
-    "GenerateRequest",
-    "GenerationResult",
-    "GrpoConfig",
-    "HeadConfig",
-    "Interrupted",
-    "JudgeConfig",
-    "Ladder",
-    "LayerLotteryConfig",
-    "LoadedRun",
-    "LoraConfig",
-    "LotteryConfig",
-    "MergeResult",
-    "Message",
-    "MetricComparison",
-    "MixtureConfig",
-    "ModelConfig",
-    "ModelRewardConfig",
-    "OnTopConfig",
-    "OptimizerConfig",
-    "PTuningConfig",
-    "PeftTunerConfig",
-    "PlanError",
-    "PpoConfig",
-    "PpoStopConfig",
-    "PreferenceConfig",
-    "PrefixConfig",
-    "PromptConfig",
-    "QloraConfig",
-    "RegexRewardConfig",
-    "RetrievalConfig",
-    "RewardConfig",
-    "RolloutConfig",
-    "RunConfig",
-    "RunResult",
-    "RungConfig",
-    "RungError",
-    "Sampling",
-    "SearchConfig",
-    "SftConfig",
-    "TrainingConfig",
-    "VerifierConfig",
-    "VirtualTokenPositions",
-    "WeightedPath",
-    "__version__",
-    "climb",
-    "compare",
-    "evaluate",
-    "fuse",
-    "generate",
-    "load",
-    "load_config",
-    "measure_forgetting",
-    "merge",
-    "plan",
-    "train",
-]
+__all__ = sorted([*_MODULE_OF, "__version__"])
 
 
 def __getattr__(name: str) -> Any:

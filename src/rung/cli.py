@@ -69,12 +69,8 @@ def fetch(
 
     if name not in CATALOG:
         suggestion = did_you_mean(name, list(CATALOG))
-        raise ConfigError(
-            "no such base",
-            given=name,
-            allowed=", ".join(CATALOG),
-            hint=f"did you mean {suggestion}?" if suggestion else None,
-        )
+        hint = f"did you mean {suggestion}?" if suggestion else None
+        raise ConfigError("no such base", given=name, allowed=", ".join(CATALOG), hint=hint)
     from rung.models.download import download_base as bring
 
     path = bring(name)
@@ -192,9 +188,8 @@ def evaluate(
 ) -> None:
     """Score a run or a base model on the test split of a task."""
     if output is not None and baseline is None:
-        raise ConfigError(
-            "pairs come of two systems", where="--output", given=output, hint="name the other: --baseline"
-        )
+        summary = "pairs come of two systems"
+        raise ConfigError(summary, where="--output", given=output, hint="name the other: --baseline")
     from rung.report.tables import comparison_lines, forgetting_lines, score_lines
 
     if forgetting is not None:
@@ -379,9 +374,8 @@ def options(
     process_count = os.environ.get("WORLD_SIZE", "1")
     if process_count not in ("", "1") and context.invoked_subcommand != "train":
         what = "a launcher started several processes: each would train for itself and write over the others"
-        raise PlanError(
-            what, where="WORLD_SIZE", given=process_count, hint="start rung by itself: only rung train is shared"
-        )
+        where = "WORLD_SIZE"
+        raise PlanError(what, where=where, given=process_count, hint="start rung by itself: only rung train is shared")
 
 
 def main(arguments: list[str] | None = None) -> None:

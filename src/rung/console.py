@@ -35,9 +35,8 @@ class ProgressBar:
         self.title, self.total, self.done = title, total, done
         self._live = console.is_terminal
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(
-            *columns, TextColumn("{task.fields[numbers]}"), console=console, disable=not self._live
-        )
+        disable = not self._live
+        self._progress = Progress(*columns, TextColumn("{task.fields[numbers]}"), console=console, disable=disable)
         self._task = self._progress.add_task(title, total=total, completed=done, numbers="")
 
     def __enter__(self) -> ProgressBar:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import subprocess
 import sys
@@ -39,6 +40,9 @@ PUBLIC = {
 def test_every_exported_member_is_named_here() -> None:
     named = [name for names in PUBLIC.values() for name in names]
     assert sorted(named) == sorted(rung.__all__) and len(set(named)) == len(named)
+    stub = ast.parse(Path(rung.__file__).with_suffix(".pyi").read_text())
+    typed = [alias.asname for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    assert sorted({*typed, "__version__"} - {None}) == sorted(rung.__all__), "__init__.pyi names other members"
     assert set(named) <= set(dir(rung))
 
 

@@ -76,9 +76,8 @@ class Climb:
             on_top_run_config(config, on_top, config.output, config.output, config.seed)
         resume = is_run_folder(self.path) and not overwrite
         if resume and not is_climb(self.path):
-            raise CheckpointError(
-                "this folder holds a single run, not a climb", where=str(self.path), hint="name another output=..."
-            )
+            summary = "this folder holds a single run, not a climb"
+            raise CheckpointError(summary, where=str(self.path), hint="name another output=...")
         RunFolder.check(self.path, config_to_dict(config), resume=resume, overwrite=overwrite, free=CHANGEABLE_SETTINGS)
         self._overwrite = overwrite
         self._cached_base: BaseModel | None = None
@@ -386,9 +385,8 @@ class Climb:
                 print_status(f"what {label} has forgotten")
                 # `measure_forgetting` loads models of its own; the cached base would be one too many in memory.
                 self._cached_base = None
-                comparison = measure_forgetting(
-                    str(folder), str(self.config.climb.forgetting), limit=self.config.evaluation.limit
-                )
+                limit = self.config.evaluation.limit
+                comparison = measure_forgetting(str(folder), str(self.config.climb.forgetting), limit=limit)
                 write_json(folder / RESULT_FILE, comparison.to_json())
 
     def _forgetting_results(self) -> Iterator[ForgettingResult]:

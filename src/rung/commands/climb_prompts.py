@@ -143,12 +143,9 @@ class ClimbPrompts:
         rows = ((record, tuple(prompt_words(record))) for part in (splits.train, splits.validation) for record in part)
         if overlaps := [(row, test[words]) for row, words in rows if words in test]:
             row, test_row = overlaps[0]
-            raise DataError(
-                f"{len(overlaps)} rows of this rung ask what the test asks",
-                where=str(row.source),
-                given=f"the same prompt as {test_row.source}",
-                hint=f"take them out of {on_top.data.get('path')}",
-            )
+            summary = f"{len(overlaps)} rows of this rung ask what the test asks"
+            hint = f"take them out of {on_top.data.get('path')}"
+            raise DataError(summary, where=str(row.source), given=f"the same prompt as {test_row.source}", hint=hint)
 
     def choose_instruction(
         self, rung: RungConfig, folder: Path, score: Callable[[Records, PromptFormat], Evaluation]

@@ -93,9 +93,8 @@ def generate(
         return GenerationResult.model_validate(generate_remotely(server, data, output, request))
     if model is not None or concurrency is not None:
         option, value = ("--model", model) if model is not None else ("--concurrency", concurrency)
-        raise ConfigError(
-            "only a server is asked for a model by name, or in several requests", where=option, given=value
-        )
+        summary = "only a server is asked for a model by name, or in several requests"
+        raise ConfigError(summary, where=option, given=value)
     return GenerationResult.model_validate(generate_answers(target, data, output, request))
 
 
@@ -368,9 +367,7 @@ def generate_remotely(server: Server, data: str, output: Path, request: Generate
         answers = [answer for number in range(len(requests)) for answer in answers_by_prompt[number]]
         # A server reports no token counts per answer, so lengths are in characters.
         texts = [answer.text.strip() for answer in answers]
-        generated = GeneratedAnswers(
-            texts, [len(text) for text in texts], [answer.stopped for answer in answers], unit="characters"
-        )
+        generated = GeneratedAnswers(texts, [len(t) for t in texts], [a.stopped for a in answers], unit="characters")
         result = write_rows(output, records, generated, request)
         journal.remove()
     return result

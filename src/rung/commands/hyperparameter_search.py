@@ -54,9 +54,8 @@ def search_settings(
         _run_trial(study, search, rung, config, folder / "trial", rows, train)
     result = _search_result(study)
     if result["chosen"] is None:
-        raise ConfigError(
-            "no trial of the search came to an end", where="climb.search", given=f"{search.trials} trials"
-        )
+        summary = "no trial of the search came to an end"
+        raise ConfigError(summary, where="climb.search", given=f"{search.trials} trials")
     write_json(folder / "search.json", result)
     return apply_settings(rung, result["chosen"])
 

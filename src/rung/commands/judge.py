@@ -50,10 +50,7 @@ class Judgement:
 
     def lines(self) -> list[str]:
         """One JSON object for each pair with its verdicts."""
-        return [
-            json.dumps({**asdict(pair), "outcome": pair.verdicts.outcome}, ensure_ascii=False)
-            for pair in self.judged_pairs
-        ]
+        return [json.dumps({**asdict(p), "outcome": p.verdicts.outcome}, ensure_ascii=False) for p in self.judged_pairs]
 
 
 def judge_pairs(config: JudgeConfig, pairs: Sequence[AnswerPair], seed: int = 0) -> Judgement:
@@ -79,9 +76,7 @@ def judge_pairs(config: JudgeConfig, pairs: Sequence[AnswerPair], seed: int = 0)
         )
     # Lengths go into the summary because judges tend to prefer longer answers.
     lengths = [(len(pair.first), len(pair.second)) for pair in pairs]
-    preference = summarize_preferences(
-        [judged.verdicts for judged in verdicts], lengths, [pair.cluster for pair in pairs], seed
-    )
+    preference = summarize_preferences([j.verdicts for j in verdicts], lengths, [pair.cluster for pair in pairs], seed)
     return Judgement(tuple(verdicts), preference, agreement)
 
 

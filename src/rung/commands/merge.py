@@ -80,9 +80,8 @@ def merge(run: Path, folder: Path, onto: MergeBase = "trained", *, by_shard: boo
         adapter_logprobs = _logprobs(policy, rows)
         change_from_run = {"moved_from_run": _largest_difference(adapter_logprobs, run_logprobs)}
     elif onto == "original":
-        raise ConfigError(
-            "this run was trained on the original base", where="--original", given=config.method.kind, allowed="qlora"
-        )
+        given = config.method.kind
+        raise ConfigError("this run was trained on the original base", where="--original", given=given, allowed="qlora")
     base_logprobs = _base_logprobs(policy, rows)
     # A lost adapter would pass the parity check below: two copies of the base agree perfectly (FAILURES 16).
     if _largest_difference(base_logprobs, adapter_logprobs) == 0:
@@ -112,9 +111,8 @@ def _require_adapter(run: Path, folder: Path) -> None:
     # First, since its error says that there is no run at all.
     read_manifest(run)
     if not (run / "adapter").is_dir():
-        raise CheckpointError(
-            "this run has no adapter to merge", where=str(run), hint="a full or head run is merged already"
-        )
+        summary = "this run has no adapter to merge"
+        raise CheckpointError(summary, where=str(run), hint="a full or head run is merged already")
     if folder.exists():
         raise CheckpointError("this folder exists already", where=str(folder))
 
@@ -190,11 +188,8 @@ def _open_in_float32(run: Path) -> LoadedRun:
 def _merge_onto_original(run: Path, config: RunConfig) -> Policy:
     """The saved adapter as a plain LoRA on the unquantized base."""
     if isinstance(config.method, LowRankConfig) and config.method.init == "loftq":
-        raise ConfigError(
-            "an adapter begun by loftq holds what quantizing took away: on the original base it would count twice",
-            where="--original",
-            hint="merge it onto the base it was trained on",
-        )
+        summary = "an adapter begun by loftq holds what quantizing took away: on the original base it would count twice"
+        raise ConfigError(summary, where="--original", hint="merge it onto the base it was trained on")
     base = load_base_on_device(config.model.model_copy(update={"dtype": "float32"}))
     # `init` is reset: the saved factors replace whatever an initialization gives.
     lora_fields = {key: value for key, value in config.method.model_dump().items() if key in LoraConfig.model_fields}

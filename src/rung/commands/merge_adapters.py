@@ -164,9 +164,8 @@ def learn_weights(
     assert plan.learn is not None  # noqa: S101 -- for the type checker
     task = load_config(plan.learn).config
     if task.objective.kind in ("reward", "distill", *ROLLOUT_KINDS):
-        raise ConfigError(
-            "weights are searched on the loss of a model that writes", where="--learn", given=task.objective.kind
-        )
+        summary = "weights are searched on the loss of a model that writes"
+        raise ConfigError(summary, where="--learn", given=task.objective.kind)
     data = tokenize_splits(task, read_splits(task), base)
     names = sorted(set().union(*updates))
     # The exact sum has at most the sum of the ranks, so one LoRA of that size can hold every candidate.
@@ -224,9 +223,8 @@ def _require_compatible(runs: Sequence[Path], manifests: Sequence[dict[str, Any]
         kind = manifest["config"]["method"]["kind"]
         if not (run / "adapter").is_dir() and not ((run / "model").is_dir() and kind == "full"):
             given = "a climb" if is_climb(run) else kind
-            raise CheckpointError(
-                "there is nothing here to fuse", where=str(run), given=given, allowed="runs of lora or full"
-            )
+            summary = "there is nothing here to fuse"
+            raise CheckpointError(summary, where=str(run), given=given, allowed="runs of lora or full")
         # Its update was learned against rounding errors that another base does not have.
         if kind == "qlora":
             hint = "rung merge each onto one base, or train a lora"

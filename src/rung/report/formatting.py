@@ -130,9 +130,8 @@ def empty_table(heads: Sequence[str], gap: int = 1, text_columns: Collection[int
     table = Table(box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold", show_edge=False)
     for number, head in enumerate(heads):
         # numbers never wrap: half a number in the next line reads as another number
-        table.add_column(
-            Text(head), justify="left" if number in text_columns else "right", no_wrap=number not in text_columns
-        )
+        is_text = number in text_columns
+        table.add_column(Text(head), justify="left" if is_text else "right", no_wrap=not is_text)
     return table
 
 

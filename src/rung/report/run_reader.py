@@ -89,9 +89,8 @@ def read_report_source(path: Path) -> ReportSource:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         given = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise CheckpointError(
-            "a result in this folder is not what a run writes", where=str(path), given=given
-        ) from None
+        summary = "a result in this folder is not what a run writes"
+        raise CheckpointError(summary, where=str(path), given=given) from None
 
 
 def _read_source(path: Path, manifest: Mapping[str, Any]) -> ReportSource:

@@ -48,12 +48,10 @@ def check_origin(folder: Path, base: BaseModel) -> None:
         return
     origin = json.loads((folder / ORIGIN_FILE).read_text())
     if origin["base_fingerprint"] != base.fingerprint:
-        raise CheckpointError(
-            "this adapter was trained on another base",
-            where=str(folder),
-            given=f"{base.name}: {base.fingerprint[:16]}",
-            allowed=f"{origin['base']}: {origin['base_fingerprint'][:16]}",
-        )
+        summary = "this adapter was trained on another base"
+        where = str(folder)
+        allowed = f"{origin['base']}: {origin['base_fingerprint'][:16]}"
+        raise CheckpointError(summary, where=where, given=f"{base.name}: {base.fingerprint[:16]}", allowed=allowed)
 
 
 def check_prompt(folder: Path, chat: ChatTemplate) -> None:
@@ -63,13 +61,10 @@ def check_prompt(folder: Path, chat: ChatTemplate) -> None:
     known_prompt = json.loads((folder / KNOWN_PROMPT_FILE).read_text())
     ids = chat.prompt_ids([Message(turn["role"], turn["content"]) for turn in known_prompt["messages"]])
     if ids != known_prompt["ids"]:
-        raise CheckpointError(
-            "text is framed otherwise here than in training",
-            where=str(folder / KNOWN_PROMPT_FILE),
-            given=ids,
-            allowed=str(known_prompt["ids"]),
-            hint="another version of tokenizers or transformers? run.json has those of the run",
-        )
+        summary = "text is framed otherwise here than in training"
+        where = str(folder / KNOWN_PROMPT_FILE)
+        hint = "another version of tokenizers or transformers? run.json has those of the run"
+        raise CheckpointError(summary, where=where, given=ids, allowed=str(known_prompt["ids"]), hint=hint)
 
 
 def pad_token_outside_stops(chat: ChatTemplate) -> int:

@@ -41,12 +41,8 @@ def check_tasks(config: RunConfig, data: RunData) -> None:
     data_tasks = train_tasks | {record.task for part in (data.splits.validation, data.splits.test) for record in part}
     if unknown_tasks := sorted(map(str, data_tasks - method_tasks)):
         hint = "name the column in data.task, or a task for each set in data.path" if data_tasks == {None} else None
-        raise DataError(
-            "the data have a task that method.tasks does not name",
-            given=", ".join(unknown_tasks),
-            allowed=", ".join(sorted(method_tasks)),
-            hint=hint,
-        )
+        given, allowed = ", ".join(unknown_tasks), ", ".join(sorted(method_tasks))
+        raise DataError("the data have a task that method.tasks does not name", given=given, allowed=allowed, hint=hint)
     if unlearned_tasks := sorted(method_tasks - train_tasks):
         summary = "method.tasks names a task without training rows: nothing would be learned for it"
         raise DataError(summary, given=", ".join(unlearned_tasks))
@@ -70,12 +66,8 @@ def check_lottery(config: RunConfig, rows: int) -> None:
     scout_steps = config.method.lottery.scout_steps if isinstance(config.method, LotteryConfig) else 0
     steps = total_steps(config.training, rows, rollout.steps if rollout else 1)
     if scout_steps >= steps:
-        raise ConfigError(
-            "the run ends before the lottery is drawn",
-            where="method.lottery.scout_steps",
-            given=scout_steps,
-            allowed=f"below the run's {steps} steps",
-        )
+        summary, where = "the run ends before the lottery is drawn", "method.lottery.scout_steps"
+        raise ConfigError(summary, where=where, given=scout_steps, allowed=f"below the run's {steps} steps")
 
 
 SAMPLED_STEPS = 16

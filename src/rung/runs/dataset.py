@@ -109,12 +109,10 @@ def _check_ids(examples: Sequence[Example], base: BaseModel) -> None:
         return
     for example in examples:
         if (largest_id := int(example.ids.max())) >= embedding_rows:
-            raise DataError(
-                "the tokenizer gives a token that the model has no embedding of",
-                where=str(example.source),
-                given=f"{base.tokenizer.convert_ids_to_tokens(largest_id)!r}, id {largest_id}",
-                allowed=f"ids below {embedding_rows}, though the tokenizer has {len(base.tokenizer)}",
-            )
+            summary = "the tokenizer gives a token that the model has no embedding of"
+            given = f"{base.tokenizer.convert_ids_to_tokens(largest_id)!r}, id {largest_id}"
+            allowed = f"ids below {embedding_rows}, though the tokenizer has {len(base.tokenizer)}"
+            raise DataError(summary, where=str(example.source), given=given, allowed=allowed)
 
 
 def max_document_tokens(config: RunConfig, base: BaseModel) -> int:

@@ -135,9 +135,8 @@ def target_kind(name: str | Path) -> TargetKind:
 def refuse_climb(name: str | Path, where: str | None = None) -> None:
     """Raise `ConfigError` for a climb, which holds several models."""
     if target_kind(name) == "climb":
-        raise ConfigError(
-            "this is a climb, not a run", where=where, given=name, hint=f"its runs stand in {Path(name) / 'rungs'}"
-        )
+        summary = "this is a climb, not a run"
+        raise ConfigError(summary, where=where, given=name, hint=f"its runs stand in {Path(name) / 'rungs'}")
 
 
 def open_target(name: str | Path, model: ModelConfig | None = None, base: BaseModel | None = None) -> LoadedRun:
@@ -165,11 +164,8 @@ def open_run(path: Path, base: BaseModel | None = None) -> LoadedRun:
     """
     policy, chat, config = _load_run(path, base)
     if config.objective.kind == "reward":
-        raise PlanError(
-            "this run is a reward model: it gives scores and writes nothing",
-            where=str(path),
-            hint="rung eval measures it on held-out pairs",
-        )
+        summary = "this run is a reward model: it gives scores and writes nothing"
+        raise PlanError(summary, where=str(path), hint="rung eval measures it on held-out pairs")
     return LoadedRun(policy, chat, config, "run")
 
 
@@ -187,9 +183,8 @@ def open_reward_model(
     """
     policy, chat, config = _load_run(path, base)
     if not isinstance(config.objective, RewardConfig):
-        raise CheckpointError(
-            "this run is no reward model", where=str(path), given=f"objective.kind: {config.objective.kind}"
-        )
+        summary = "this run is no reward model"
+        raise CheckpointError(summary, where=str(path), given=f"objective.kind: {config.objective.kind}")
     objective, folder = RewardObjective(config.objective), path / ("model" if (path / "model").is_dir() else "adapter")
     objective.head = ScoreHead(read_score_head(folder).to(policy.device))
     return policy, chat, objective, config
@@ -198,11 +193,8 @@ def open_reward_model(
 def _load_run(path: Path, base: BaseModel | None) -> tuple[Policy, ChatTemplate, RunConfig]:
     manifest = read_manifest(path)
     if manifest.get("status") != "finished" or not {"adapter", "model"} & {p.name for p in path.iterdir()}:
-        raise CheckpointError(
-            f"this run is not finished (status {manifest.get('status')})",
-            where=str(path),
-            hint="go on with: rung train --resume",
-        )
+        summary = f"this run is not finished (status {manifest.get('status')})"
+        raise CheckpointError(summary, where=str(path), hint="go on with: rung train --resume")
     config = parse_config(manifest["config"], str(path / "run.json"))
     # A full run is a model of its own, with its own tokenizer and template.
     if (path / "model").is_dir():
@@ -244,9 +236,8 @@ def open_runs(paths: Sequence[Path]) -> dict[str, LoadedRun]:
     for path in paths:
         config_of_run(path)  # which says so where a folder holds no run
     if full_runs := [path for path in paths if not (path / "adapter").is_dir()]:
-        raise ConfigError(
-            "a run that is a whole model shares no base", given=full_runs[0], allowed="runs with an adapter"
-        )
+        summary = "a run that is a whole model shares no base"
+        raise ConfigError(summary, given=full_runs[0], allowed="runs with an adapter")
     # The result is keyed by folder name, and a second run of one name would hide the first.
     if len({path.name for path in paths}) < len(paths):
         raise ConfigError("two of these runs have one name", given=", ".join(path.name for path in paths))
@@ -277,9 +268,8 @@ def _limited_records(config: RunConfig, split: Records, name: str) -> Records:
     where = f"data.{name}"
     if not split:
         share_or_file = getattr(config.data, name)
-        raise ConfigError(
-            f"there is no {name} split to score on", where=where, given=share_or_file, hint=f"set {where}: 0.1"
-        )
+        summary = f"there is no {name} split to score on"
+        raise ConfigError(summary, where=where, given=share_or_file, hint=f"set {where}: 0.1")
     # An undesirable answer is not the expected one.
     indices = np.flatnonzero([not (record.is_undesirable or record.is_prompt_only) for record in split])
     if not len(indices):

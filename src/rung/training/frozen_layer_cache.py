@@ -97,11 +97,8 @@ class FrozenLayerCache:
         entry = self.entries[_key(document)]
         raw = bytearray(self.states.read(entry.offset, entry.size))
         if zlib.crc32(raw) != entry.checksum:
-            raise CheckpointError(
-                "cached hidden states are not what was written",
-                where=self.states.name,
-                hint="the disk may be failing; training.cache_frozen_layers=false does without",
-            )
+            hint = "the disk may be failing; training.cache_frozen_layers=false does without"
+            raise CheckpointError("cached hidden states are not what was written", where=self.states.name, hint=hint)
         return torch.frombuffer(raw, dtype=entry.dtype).view(len(document), -1)
 
     def _with_states(self, batch: PackedBatch, prefixes: dict[SharedPrefix, SharedPrefix]) -> PackedBatch:

@@ -238,12 +238,10 @@ def skip_step(folder: RunFolder, progress: Progress, examples: Sequence[Example]
         lines = (json.dumps(_describe_document(example)) + "\n" for example in examples)
         write_text(folder.path / NOT_FINITE_FILE, "".join(lines))
     folder.update(not_finite={"step": progress.step, "rows": [str(example.source) for example in examples]})
-    raise GateError(
-        f"loss or gradient was not finite in {SKIPS_BEFORE_STOP} steps running",
-        where=str(folder.path),
-        given=f"loss {loss}, gradient norm {norm}; the last step's documents stand in {NOT_FINITE_FILE}",
-        hint="lower training.learning_rate, or look at those rows",
-    )
+    summary = f"loss or gradient was not finite in {SKIPS_BEFORE_STOP} steps running"
+    where = str(folder.path)
+    given = f"loss {loss}, gradient norm {norm}; the last step's documents stand in {NOT_FINITE_FILE}"
+    raise GateError(summary, where=where, given=given, hint="lower training.learning_rate, or look at those rows")
 
 
 def _describe_document(example: Example) -> dict[str, object]:

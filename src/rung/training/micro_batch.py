@@ -95,12 +95,10 @@ def try_longest(
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise  # torch has no exception class for a failed allocation on a CPU, hence the text
-        raise PlanError(
-            "the longest row of the data does not fit into memory",
-            where=str(row[0].source),
-            given=f"{longest_tokens:,} tokens: {str(error).splitlines()[0]}",
-            hint="set data.max_length with data.overflow, or take a method that moves less",
-        ) from error
+        summary = "the longest row of the data does not fit into memory"
+        given = f"{longest_tokens:,} tokens: {str(error).splitlines()[0]}"
+        hint = "set data.max_length with data.overflow, or take a method that moves less"
+        raise PlanError(summary, where=str(row[0].source), given=given, hint=hint) from error
     finally:
         policy.model.eval()
         policy.model.zero_grad(set_to_none=True)

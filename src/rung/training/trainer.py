@@ -295,9 +295,8 @@ class Trainer:
         """One optimizer step over a window of documents. Returns its log entry."""
         start = time.perf_counter()
         schedule, warmup = self.config.schedule, self.config.warmup_ratio
-        rate = learning_rate_at(
-            self.progress.step, total=final_step, peak=self.peak_rate, schedule=schedule, warmup=warmup
-        )
+        peak = self.peak_rate
+        rate = learning_rate_at(self.progress.step, total=final_step, peak=peak, schedule=schedule, warmup=warmup)
         selection = self._select_trainable()
         if self.progress.step < self.skip_until_step:
             self.progress.step += 1

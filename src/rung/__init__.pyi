@@ -1,0 +1,81 @@
+"""The public names with their types, for type checkers; `__init__.py` imports each name when it is first used."""
+
+from rung.commands.climb import climb as climb
+from rung.commands.compare import compare as compare
+from rung.commands.evaluate import evaluate as evaluate
+from rung.commands.forgetting import measure_forgetting as measure_forgetting
+from rung.commands.generate import GenerateRequest as GenerateRequest
+from rung.commands.generate import generate as generate
+from rung.commands.merge import merge as merge
+from rung.commands.merge_adapters import FusePlan as FusePlan
+from rung.commands.merge_adapters import fuse as fuse
+from rung.commands.plan import plan as plan
+from rung.commands.train import train as train
+from rung.config.climb import ClimbConfig as ClimbConfig
+from rung.config.climb import OnTopConfig as OnTopConfig
+from rung.config.climb import RungConfig as RungConfig
+from rung.config.climb import SearchConfig as SearchConfig
+from rung.config.data import DataConfig as DataConfig
+from rung.config.data import WeightedPath as WeightedPath
+from rung.config.evaluation import EvaluationConfig as EvaluationConfig
+from rung.config.evaluation import RetrievalConfig as RetrievalConfig
+from rung.config.io import load_config as load_config
+from rung.config.judge import JudgeConfig as JudgeConfig
+from rung.config.method import BottleneckConfig as BottleneckConfig
+from rung.config.method import FullConfig as FullConfig
+from rung.config.method import HeadConfig as HeadConfig
+from rung.config.method import LayerLotteryConfig as LayerLotteryConfig
+from rung.config.method import LoraConfig as LoraConfig
+from rung.config.method import LotteryConfig as LotteryConfig
+from rung.config.method import MixtureConfig as MixtureConfig
+from rung.config.method import PeftTunerConfig as PeftTunerConfig
+from rung.config.method import PrefixConfig as PrefixConfig
+from rung.config.method import PromptConfig as PromptConfig
+from rung.config.method import PTuningConfig as PTuningConfig
+from rung.config.method import QloraConfig as QloraConfig
+from rung.config.method import VirtualTokenPositions as VirtualTokenPositions
+from rung.config.model import ModelConfig as ModelConfig
+from rung.config.objective import AdaptiveKlConfig as AdaptiveKlConfig
+from rung.config.objective import DistillConfig as DistillConfig
+from rung.config.objective import FunctionRewardConfig as FunctionRewardConfig
+from rung.config.objective import GrpoConfig as GrpoConfig
+from rung.config.objective import ModelRewardConfig as ModelRewardConfig
+from rung.config.objective import PpoConfig as PpoConfig
+from rung.config.objective import PpoStopConfig as PpoStopConfig
+from rung.config.objective import PreferenceConfig as PreferenceConfig
+from rung.config.objective import RegexRewardConfig as RegexRewardConfig
+from rung.config.objective import RewardConfig as RewardConfig
+from rung.config.objective import RolloutConfig as RolloutConfig
+from rung.config.objective import SftConfig as SftConfig
+from rung.config.objective import VerifierConfig as VerifierConfig
+from rung.config.run import RunConfig as RunConfig
+from rung.config.training import OptimizerConfig as OptimizerConfig
+from rung.config.training import TrainingConfig as TrainingConfig
+from rung.console import Interrupted as Interrupted
+from rung.errors import CheckpointError as CheckpointError
+from rung.errors import ConfigError as ConfigError
+from rung.errors import DataError as DataError
+from rung.errors import GateError as GateError
+from rung.errors import PlanError as PlanError
+from rung.errors import RungError as RungError
+from rung.models.generate import Sampling as Sampling
+from rung.planning.advise import Advice as Advice
+from rung.results import ComparisonResult as ComparisonResult
+from rung.results import Estimate as Estimate
+from rung.results import EvaluationResult as EvaluationResult
+from rung.results import ForgettingComparison as ForgettingComparison
+from rung.results import FuseResult as FuseResult
+from rung.results import GateResult as GateResult
+from rung.results import GenerationResult as GenerationResult
+from rung.results import Ladder as Ladder
+from rung.results import MergeResult as MergeResult
+from rung.results import MetricComparison as MetricComparison
+from rung.results import RunResult as RunResult
+from rung.runs.load import LoadedRun as LoadedRun
+from rung.runs.load import load as load
+from rung.types import Message as Message
+
+__version__: str
+__all__: list[str]
+
+def __dir__() -> list[str]: ...
