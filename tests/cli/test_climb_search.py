@@ -84,9 +84,9 @@ def test_halving_ends_the_worse_and_goes_on_after_a_kill(config: Path, tmp_path:
 
 
 def test_learning_curve(config: Path, tmp_path: Path, capsys: Any) -> None:
-    climb(config, rungs=["zero_shot", "lora"], curve=[8, 16])
+    climb(config, rungs=["zero_shot", "lora"], curve=[8, 16, 10_000])
     code, out, err = inside(capsys, "climb", config, "training.max_steps=3", "--json")
-    assert code == 0, err
+    assert code == 0 and "10,000 are passed over" in err, err
     found = json.loads(out)
     assert [(p["rung"], p["rows"]) for p in found["curve"]] == [("lora", 8), ("lora", 16)]
     assert all(p["score"]["examples"] == found["examples"] and p["train_seconds"] > 0 for p in found["curve"])
@@ -101,6 +101,8 @@ def test_learning_curve(config: Path, tmp_path: Path, capsys: Any) -> None:
     code, out, err = inside(capsys, "climb", config, "training.max_steps=3", "--json")
     assert code == 0 and "16 rows" in err and "8 rows" not in err.replace("18 rows", "")
     assert json.loads(out)["curve"][1]["score"] == found["curve"][1]["score"]
+    code, _, err = inside(capsys, "climb", config, "training.max_steps=3")
+    assert code == 0 and "passed over" not in err, "a finished climb looks at no point that it passes over"
 
 
 @pytest.mark.parametrize(

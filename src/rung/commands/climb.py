@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rung.commands.climb_prompts import ClimbPrompts
+from rung.commands.climb_prompts import ClimbPrompts, RungPrompts
 from rung.commands.climb_results import (
     AnyRung,
     MeasuredRung,
@@ -92,7 +93,7 @@ class Climb:
         """Measure what is missing, then build the ladder. If nothing is missing, no model is loaded."""
         splits = read_splits(self.config)
         self._refuse_other_fingerprint("data", splits.fingerprint)
-        if self._is_complete() and not self._overwrite:
+        if self._is_complete(len(splits.train)) and not self._overwrite:
             return self._ladder()
         # Everything that can be refused is refused before the first training step, and what needs no model before the
         # model is loaded.
@@ -120,24 +121,16 @@ class Climb:
         with closing(acquired_folder) as folder:
             # An error in the manifest is that of an earlier attempt.
             folder.manifest.pop("error", None)
-            folder.update(
-                climb=True,
-                status="running",
-                config=config_to_dict(self.config),
-                data=first_data.summary(),
-                fingerprints=fingerprints,
-            )
+            settings, summary = config_to_dict(self.config), first_data.summary()
+            folder.update(climb=True, status="running", config=settings, data=summary, fingerprints=fingerprints)
             return self._measure_all(folder, data, prompts)
 
-    def _is_complete(self) -> bool:
+    def _is_complete(self, train_rows: int) -> bool:
         """Whether every rung, point of the curve and forgetting result is on disk."""
-        # A point of the curve with as many rows as the rung itself is never measured, so such a climb loads its base
-        # again.
-        return (
-            all((folder / "result.json").exists() for _, folder in self._curve_points)
-            and all(self._read_forgetting(folder) for _, folder in self._forgetting_runs)
-            and all(map(self._is_measured, self.rungs))
-        )
+        # A point of the curve with as many rows as the rung itself is passed over, so no result is missing.
+        points = all((folder / "result.json").exists() for rows, folder in self._curve_points if rows < train_rows)
+        forgetting = all(self._read_forgetting(folder) for _, folder in self._forgetting_runs)
+        return points and forgetting and all(map(self._is_measured, self.rungs))
 
     def _shared_data(self, context: Context, prompts: ClimbPrompts, base: BaseModel) -> RunData:
         """The tokenized data of all rungs of one context whose method has no virtual tokens."""
@@ -153,12 +146,8 @@ class Climb:
             for rung in self.rungs:
                 if target_rung is not None:
                     self._skip_rung(rung.label, f"{target_rung.label} surely reaches the target")
-                elif (
-                    self._measure_if_possible(rung, data, prompts)
-                    and self.config.climb.stop_at_target
-                    and self._reaches_target(rung)
-                ):
-                    target_rung = rung
+                elif self._measure_if_possible(rung, data, prompts):
+                    target_rung = rung if self.config.climb.stop_at_target and self._reaches_target(rung) else None
             # The curve needs the settings of the highest tuned rung, forgetting needs the finished runs.
             self._measure_curve(prompts)
             self._measure_forgetting()
@@ -229,8 +218,7 @@ class Climb:
         """A finished rung, read from its files."""
         folders = self._rung_folders(rung)
         evaluations = tuple(Evaluation.read(folder / "items.parquet") for folder in folders)
-        costs = tuple(map(read_rung_result, folders))
-        return MeasuredRung(rung, evaluations, costs)
+        return MeasuredRung(rung, evaluations, tuple(map(read_rung_result, folders)))
 
     def _measure(self, rung: AnyRung, data: dict[Context, RunData], prompts: ClimbPrompts) -> None:
         """Measure the training seeds of a rung that have no result yet."""
@@ -250,22 +238,27 @@ class Climb:
         """Score the base with the rung's prompt. The instruction rung also chooses the instruction, on validation."""
         # Without a reset the peak would include the training of an earlier rung.
         reset_peak_memory()
-        policy = Policy(self._pristine_base(), NoMethod())
-
-        def score(records: Sequence[Record], prompt_format: PromptFormat) -> Evaluation:
-            return evaluate(policy, chat, records, prompt_format, self.config.evaluation, title=rung.label)
+        model = LoadedRun(Policy(self._pristine_base(), NoMethod()), chat)
 
         cost: dict[str, Any] = {"trainable_parameters": 0, "train_seconds": 0.0}
         instruction = self.config.evaluation.instruction
         if prompts.instruction_rung == rung:
-            cost |= prompts.choose_instruction(rung, folder, score)
+            cost |= prompts.choose_instruction(rung, folder, partial(self._evaluate, model, title=rung.label))
             instruction = cost["instruction"]
         elif prompts.instruction_rung is not None:
             # Read from disk, since a resumed climb did not choose it in this process.
             instruction = read_rung_result(self._rung_folders(prompts.instruction_rung)[0])["instruction"]
-        rung_prompts = prompts.for_rung(rung, instruction)
-        result = score(rung_prompts.records, rung_prompts.prompt_format)
-        store_rung_result(folder, result, {**cost, **rung_prompts.facts})
+        self._score(model, prompts.for_rung(rung, instruction), folder, rung.label, cost)
+
+    def _evaluate(
+        self, model: LoadedRun, records: Sequence[Record], prompt_format: PromptFormat, *, title: str
+    ) -> Evaluation:
+        return evaluate(model.policy, model.chat, records, prompt_format, self.config.evaluation, title=title)
+
+    def _score(self, model: LoadedRun, prompts: RungPrompts, folder: Path, title: str, cost: Mapping[str, Any]) -> None:
+        """Score a model on the questions of a rung and write the result."""
+        result = self._evaluate(model, prompts.records, prompts.prompt_format, title=title)
+        store_rung_result(folder, result, {**cost, **prompts.facts})
 
     def _measure_tuned(
         self, rung: RungConfig, folder: Path, seed_index: int, data: RunData, prompts: ClimbPrompts
@@ -284,14 +277,10 @@ class Climb:
             return self._tokenize(config, prompts, base) if _has_virtual_tokens(config) else data
 
         model = self._train_or_open(config, data_for)
-        manifest = read_manifest(folder)
-        rung_prompts = prompts.for_rung(rung, None)
         dequantize_if_configured(model.policy, config)
-        records, prompt_format = rung_prompts.records, rung_prompts.prompt_format
-        result = evaluate(model.policy, model.chat, records, prompt_format, config.evaluation, title=rung.label)
         search_result = read_search_result(self.path / "search" / rung.slug)
         trials = {"search": search_result} if search_result else {}
-        store_rung_result(folder, result, {**_training_cost(manifest, folder), **rung_prompts.facts, **trials})
+        self._score(model, prompts.for_rung(rung, None), folder, rung.label, {**_training_cost(folder), **trials})
 
     def _train_or_open(self, config: RunConfig, data: Callable[[BaseModel], RunData]) -> LoadedRun:
         """Open the run of a config if it is finished; otherwise train it, or resume it if it was stopped."""
@@ -362,15 +351,15 @@ class Climb:
         tuned_rung = apply_settings(rung, search_result["chosen"]) if search_result else rung
         config = rung_run_config(self.config, tuned_rung, str(folder), self.config.seed)
         config = config.model_copy(update={"data": config.data.model_copy(update={"limit": rows})})
-        # The splits are read again: the limit of rows is applied when they are read.
-        model = self._train_or_open(
-            config, lambda base: tokenize_splits(config, read_splits(config), base, prompts.library)
-        )
-        rung_prompts, manifest = prompts.for_rung(rung, None), read_manifest(folder)
-        records, prompt_format, title = rung_prompts.records, rung_prompts.prompt_format, f"{rows:,} rows"
-        result = evaluate(model.policy, model.chat, records, prompt_format, config.evaluation, title=title)
-        point = {"rung": rung.label, "rows": manifest["data"]["splits"]["train"]["rows"]}
-        store_rung_result(folder, result, {**_training_cost(manifest, folder), **point, **rung_prompts.facts})
+
+        def data_for(base: BaseModel) -> RunData:
+            # The splits are read again: the limit of rows is applied when they are read.
+            return tokenize_splits(config, read_splits(config), base, prompts.library)
+
+        model = self._train_or_open(config, data_for)
+        point = {"rung": rung.label, "rows": read_manifest(folder)["data"]["splits"]["train"]["rows"]}
+        cost = {**_training_cost(folder), **point}
+        self._score(model, prompts.for_rung(rung, None), folder, f"{rows:,} rows", cost)
 
     @property
     def _forgetting_runs(self) -> list[tuple[str, Path]]:
@@ -414,14 +403,10 @@ class Climb:
             self._cached_base = None
             splits, base = read_splits(config), load_base_on_device(config.model)
             train_on_data(config, base, tokenize_splits(config, splits, base, prompts.library), resume=is_started)
-        manifest, model = read_manifest(folder), open_run(folder)
-        rung_prompts = prompts.for_rung(base_rung, None)
-        records, prompt_format, evaluation = rung_prompts.records, rung_prompts.prompt_format, self.config.evaluation
-        result = evaluate(model.policy, model.chat, records, prompt_format, evaluation, title=on_top.label)
         # To have this rung one must also train and keep the one below it.
-        base_cost, cost = read_rung_result(base_folder), _training_cost(manifest, folder)
+        base_cost, cost = read_rung_result(base_folder), _training_cost(folder)
         totals = {name: cost[name] + base_cost[name] for name in ("train_seconds", "disk_bytes")}
-        store_rung_result(folder, result, {**cost, **totals, **rung_prompts.facts})
+        self._score(open_run(folder), prompts.for_rung(base_rung, None), folder, on_top.label, {**cost, **totals})
 
     def _pristine_base(self) -> BaseModel:
         """A base that no rung has trained; loaded again if the last one was used."""
@@ -435,9 +420,9 @@ def _has_virtual_tokens(config: RunConfig) -> bool:
     return config.method.virtual_token_count > 0
 
 
-def _training_cost(manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _training_cost(folder: Path) -> dict[str, Any]:
     """The cost of a run from its manifest, and the bytes of its saved weights."""
-    keys = ("trainable_parameters", "train_seconds", "tokens_per_second")
+    manifest, keys = read_manifest(folder), ("trainable_parameters", "train_seconds", "tokens_per_second")
     files = [file for name in ("adapter", "model") for file in (folder / name).rglob("*") if file.is_file()]
     return {**{key: manifest[key] for key in keys}, "disk_bytes": sum(file.stat().st_size for file in files)}
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rung.commands.evaluate import evaluate_on_task, evaluation_task, task_name
 from rung.commands.judge import judge_pairs
@@ -18,7 +17,7 @@ from rung.errors import ConfigError
 from rung.evaluation.evaluate import Evaluation
 from rung.evaluation.judge import AnswerPair
 from rung.files import write_text
-from rung.results import ComparisonResult
+from rung.results import ComparisonResult, Estimate, JudgeResult, MetricComparison
 from rung.runs.load import refuse_climb
 from rung.scoring.recommendation import paired_gain
 from rung.scoring.stats import detectable_difference
@@ -50,50 +49,36 @@ def compare(
     # One after the other, so that only one model is in memory.
     target_evaluation = evaluate_on_task(target, task, records)
     baseline_evaluation = evaluate_on_task(baseline, task, records)
-    metrics = {
-        name: paired_scores(baseline_evaluation, target_evaluation, name, task.seed)
-        for name in target_evaluation.metrics
-    }
-    result = {
-        "target": target,
-        "baseline": baseline,
-        "task": task_name(config, target),
-        "metrics": metrics,
-        "examples": len(target_evaluation.items),
-        "clusters": len(set(target_evaluation.clusters)),
-    }
+    names = target_evaluation.metrics
+    result = ComparisonResult(
+        target=target,
+        baseline=baseline,
+        task=task_name(config, target),
+        metrics={m: paired_scores(baseline_evaluation, target_evaluation, m, task.seed) for m in names},
+        examples=len(target_evaluation.items),
+        clusters=len(set(target_evaluation.clusters)),
+    )
     if judge is None:
-        return ComparisonResult.model_validate(result)
+        return result
     judgement = judge_pairs(judge, _answer_pairs(target_evaluation, baseline_evaluation), task.seed)
     if output is not None:
         write_text(output, "".join(line + "\n" for line in judgement.lines()))
-    return ComparisonResult.model_validate({**result, "judge": {"model": judge.model, **judgement.to_json()}})
+    judge_result = JudgeResult.model_validate({"model": judge.model, **judgement.to_json()})
+    return result.model_copy(update={"judge": judge_result})
 
 
-def paired_scores(before: Evaluation, after: Evaluation, metric: str, seed: int) -> dict[str, Any]:
+def paired_scores(before: Evaluation, after: Evaluation, metric: str, seed: int) -> MetricComparison:
     """Both scores, and after minus before with the smallest detectable difference; perplexity in nats per token."""
     scores, weights, clusters = (before.scores(metric), after.scores(metric)), after.weights(metric), after.clusters
     # Clusters are the same on both sides, token counts only with the same tokenizer: those of `after` weight the items.
     difference = paired_gain(*scores, clusters, weights=weights, seed=seed)
-    return {
-        "before": before.interval(metric).to_json(),
-        "after": after.interval(metric).to_json(),
-        "difference": difference.to_json(),
-        "detectable": detectable_difference(scores[1] - scores[0], clusters, weights=weights),
-    }
+    detectable = detectable_difference(scores[1] - scores[0], clusters, weights=weights)
+    estimates = [Estimate.model_validate(e.to_json()) for e in (before.interval(metric), after.interval(metric))]
+    change = Estimate.model_validate(difference.to_json())
+    return MetricComparison(before=estimates[0], after=estimates[1], difference=change, detectable=detectable)
 
 
 def _answer_pairs(target_evaluation: Evaluation, baseline_evaluation: Evaluation) -> list[AnswerPair]:
     # strict: a missing item would pair all later answers with the wrong question.
-    return [
-        AnswerPair(
-            target_item.question,
-            target_item.answer,
-            baseline_item.answer,
-            target_item.source,
-            target_item.context,
-            target_item.expected,
-            target_item.group,
-        )
-        for target_item, baseline_item in zip(target_evaluation.items, baseline_evaluation.items, strict=True)
-    ]
+    items = zip(target_evaluation.items, baseline_evaluation.items, strict=True)
+    return [AnswerPair(a.question, a.answer, b.answer, a.source, a.context, a.expected, a.group) for a, b in items]

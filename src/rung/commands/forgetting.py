@@ -40,7 +40,7 @@ from rung.runs.load import (
     test_records,
 )
 from rung.training.step import values_by_document
-from rung.types import Record
+from rung.types import PackedBatch, Record
 
 RESULT_FILE = "forgetting.json"
 """The forgetting result in the folder of a tuned rung."""
@@ -70,15 +70,13 @@ def measure_forgetting(run: str, data: str, *, limit: int | None = None) -> Forg
     after, before = (_measure_model(model, records, evaluation, max_tokens) for model in models)
     if dropped_count := len(records) - len(after.items):
         print_status(f"{dropped_count:,} of {len(records):,} texts are longer than the model's context and left out")
-    return ForgettingComparison.model_validate(
-        {
-            "target": run,
-            "forgetting": data,
-            "metrics": {name: paired_scores(before, after, name, seed) for name in after.metrics},
-            "examples": len(after.items),
-            "clusters": len(set(after.clusters)),
-            "dropped": dropped_count,
-        }
+    return ForgettingComparison(
+        target=run,
+        forgetting=data,
+        metrics={name: paired_scores(before, after, name, seed) for name in after.metrics},
+        examples=len(after.items),
+        clusters=len(set(after.clusters)),
+        dropped=dropped_count,
     )
 
 
@@ -118,13 +116,8 @@ def check_forgetting_room(task: ForgettingTask, chat: ChatTemplate, context: int
     """Raise `DataError` for a prompt that leaves no room for its answer. Plain text is dropped later instead."""
     records, evaluation, _ = task
     if records[0].text is None:
-        max_prompt_tokens = context - evaluation.max_new_tokens
-        prompt_ids(
-            chat,
-            _records_without_passages(records, evaluation),
-            PromptFormat(evaluation.instruction),
-            max_prompt_tokens,
-        )
+        prompts, prompt_format = _records_without_passages(records, evaluation), PromptFormat(evaluation.instruction)
+        prompt_ids(chat, prompts, prompt_format, context - evaluation.max_new_tokens)
 
 
 def _records_without_passages(records: Sequence[Record], evaluation: EvaluationConfig) -> Sequence[Record]:
@@ -156,35 +149,22 @@ def _measure_model(
     policy, chat, adapter_state = model
     with adapter_state:
         if records[0].text is not None:
-            return _plain_text_perplexity(policy, chat, records, max_tokens)
+            return _perplexity_of_texts(policy, chat, records, max_tokens)
         prompt_format = PromptFormat(evaluation.instruction)
         records = _records_without_passages(records, evaluation)
         return evaluate(policy, chat, records, prompt_format, evaluation, title="forgetting")
 
 
-def _plain_text_perplexity(
-    policy: Policy, chat: ChatTemplate, records: Sequence[Record], max_tokens: int
-) -> Evaluation:
+def _perplexity_of_texts(policy: Policy, chat: ChatTemplate, records: Sequence[Record], max_tokens: int) -> Evaluation:
     """Perplexity of plain texts; every token but the first is predicted."""
     documents = list(tokenize_records(chat, records, loss_on="all", max_length=max_tokens, overflow="drop").examples)
     budget = tokens_per_micro_batch(policy.base.shape, policy.device.type)
-    nats = values_by_document(
-        [policy], documents, budget, lambda batch: sum_by_document(batch, -policy.logprobs(batch)).tolist()
-    )
+
+    def nats_of(batch: PackedBatch) -> list[float]:
+        return [float(value) for value in sum_by_document(batch, -policy.logprobs(batch))]
+
     items = tuple(
-        ScoredItem(
-            source=str(document.source),
-            group=document.group,
-            question="",
-            context=None,
-            expected="",
-            answer="",
-            scores={},
-            prompt_tokens=0,
-            stopped=True,
-            nats=document_nats,
-            answer_tokens=document.predictions,
-        )
-        for document, document_nats in zip(documents, nats, strict=True)
+        ScoredItem(source=str(document.source), group=document.group, nats=nats, answer_tokens=document.predictions)
+        for document, nats in zip(documents, values_by_document([policy], documents, budget, nats_of), strict=True)
     )
     return Evaluation(items, 0.0, (PERPLEXITY,))

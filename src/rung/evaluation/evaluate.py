@@ -42,14 +42,15 @@ class ScoredItem:
 
     source: str
     group: str | None
-    question: str
-    context: str | None
+    question: str = ""
+    """Empty for plain text, which is only read."""
+    context: str | None = None
     """The context shown with the question."""
-    expected: str
-    answer: str
-    scores: dict[str, float]
-    prompt_tokens: int
-    stopped: bool
+    expected: str = ""
+    answer: str = ""
+    scores: dict[str, float] = field(default_factory=dict)
+    prompt_tokens: int = 0
+    stopped: bool = True
     """False when the answer was truncated at `max_new_tokens`."""
     nats: float | None = None
     """Negative log-likelihood of the expected answer, where perplexity is measured."""

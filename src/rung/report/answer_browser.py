@@ -112,10 +112,12 @@ def browse_answers(rungs: Sequence[MeasuredRung], metrics: Sequence[str]) -> Bro
     )
 
 
-def _available_filters(
-    rungs: Sequence[MeasuredRung], metrics: Sequence[str]
-) -> list[tuple[str, str, Callable[[Sequence[bool]], bool]]]:
-    """Filters that separate these rungs: key, label, and a predicate on who was right."""
+AnswerFilter = tuple[str, str, Callable[[Sequence[bool]], bool]]
+"""Key, label, and a predicate on which rungs were right."""
+
+
+def _available_filters(rungs: Sequence[MeasuredRung], metrics: Sequence[str]) -> list[AnswerFilter]:
+    """Filters that separate these rungs."""
     if not metrics or metrics[0] == PERPLEXITY:  # perplexity does not say who is right
         return []
     if len(rungs) == 1:
@@ -127,7 +129,7 @@ def _available_filters(
 
     tuned = [bool(rung.runs) for rung in rungs]
     retrieves = [rung.row.retrieval is not None for rung in rungs]
-    filters: list[tuple[str, str, Callable[[Sequence[bool]], bool]]] = []
+    filters: list[AnswerFilter] = []
     # a filter that can match nothing, or everything, is no choice
     if len(set(tuned)) > 1:
         filters.append(("tuned", "only tuned is right", only(tuned)))
@@ -177,9 +179,7 @@ def _is_right(row: Sequence[Item], metric: str) -> tuple[bool, ...]:
     return tuple(item.get("scores", {}).get(metric, 0.0) >= 0.5 for item in row)
 
 
-def _example(
-    row: Sequence[Item], labels: Sequence[str], metrics: Sequence[str], filters: Sequence[str]
-) -> ShownExample:
+def _example(row: Sequence[Item], labels: Sequence[str], metrics: Sequence[str], filters: list[str]) -> ShownExample:
     first = row[0]
     contexts = Counter(item["context"] for item in row if item.get("context"))
     # The most common context is shown once with the question: only some rungs may have another one, or none.

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import pairwise
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -52,11 +53,7 @@ def format_duration(seconds: float | None) -> str:
     if seconds < 9.95:
         return f"{format_significant(seconds)} s"
     total = round(seconds)
-    for (large, size), (small, part) in (
-        (("d", 86400), ("h", 3600)),
-        (("h", 3600), ("min", 60)),
-        (("min", 60), ("s", 1)),
-    ):
+    for (large, size), (small, part) in pairwise((("d", 86400), ("h", 3600), ("min", 60), ("s", 1))):
         if total >= size:
             return f"{total // size} {large} {total % size // part} {small}"
     return f"{total} s"

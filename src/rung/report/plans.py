@@ -48,11 +48,8 @@ def plan_lines(advice: Advice, where: str) -> list[str]:
 def _data(advice: Advice) -> str:
     if advice.data_volume is None:
         return "unknown: the data are not here; --tokens says how much there is"
-    origin = (
-        "as given"
-        if advice.data_volume.is_counted
-        else "guessed from the size of the data's files: --tokens says better"
-    )
+    guess = "guessed from the size of the data's files: --tokens says better"
+    origin = "as given" if advice.data_volume.is_counted else guess
     return f"{format_count(advice.data_volume.tokens)} tokens an epoch, {origin}"
 
 
@@ -115,13 +112,8 @@ def _methods(advice: Advice) -> Any:
         # quantized methods keep most of the base as `quantized` and the rest as `weights`
         base = terms.get("weights", 0) + terms.get("quantized", 0)
         states = terms.get("moments", 0) + terms.get("gradients", 0)
-        cells = [
-            format_count(plan.trainable),
-            format_bytes(base),
-            format_bytes(states),
-            format_bytes(terms.get("activations", 0)),
-        ]
-        cells += [format_bytes(plan.memory.required_bytes), format_duration(plan.seconds)]
+        sizes = (base, states, terms.get("activations", 0), plan.memory.required_bytes)
+        cells = [format_count(plan.trainable), *map(format_bytes, sizes), format_duration(plan.seconds)]
         is_configured = plan.method == advice.plan.method
         row = [Text(("> " if is_configured else "  ") + plan.method), *map(Text, cells)]
         if plan.fits is not None:
@@ -136,14 +128,10 @@ def _verdict(advice: Advice) -> list[str]:
         return ["--memory 24GiB or --device h100 says what fits."]
     if run_plan.fits:
         return [f"It fits: {format_bytes(run_plan.memory.required_bytes)} of {format_bytes(run_plan.limit)}."]
-    lines = [
-        f"It does not fit: it needs {format_bytes(run_plan.memory.required_bytes)}, of {format_bytes(run_plan.limit)}."
-    ]
+    needed = format_bytes(run_plan.memory.required_bytes)
+    lines = [f"It does not fit: it needs {needed}, of {format_bytes(run_plan.limit)}."]
     if advice.change is None:
         return [*lines, "No single change makes it fit: take a smaller model, or share it out (docs/scale.md)."]
     fitting = format_bytes(advice.change.plan.memory.required_bytes)
-    return [
-        *lines,
-        f"The cheapest change that does, {fitting}, at the cost of {advice.change.cost}:",
-        f"  {shlex.join(advice.change.overrides)}",
-    ]
+    change = f"The cheapest change that does, {fitting}, at the cost of {advice.change.cost}:"
+    return [*lines, change, f"  {shlex.join(advice.change.overrides)}"]

@@ -29,9 +29,8 @@ DrawFunction = Callable[[Any], None]
 # Colors used nowhere else: CSS variables replace them, so one drawing suits the light and the dark scheme.
 INK, MUTED, GRID = "#010101", "#010102", "#010103"
 SERIES = tuple(f"#0102{i:02d}" for i in range(6))
-_STYLE = {INK: "currentColor", MUTED: "var(--muted)", GRID: "var(--line)"} | {
-    color: f"var(--series-{i})" for i, color in enumerate(SERIES)
-}
+_STYLE = {INK: "currentColor", MUTED: "var(--muted)", GRID: "var(--line)"}
+_STYLE |= {color: f"var(--series-{i})" for i, color in enumerate(SERIES)}
 _MARKERS = "osD^vP"
 _RC = {
     "axes.edgecolor": GRID,
@@ -89,7 +88,7 @@ def scores(rows: Sequence[tuple[str, Mapping[str, Estimate]]], metrics: Sequence
 
 
 def differences(
-    rows: Sequence[RungVerdictResult], best: str, margin: float, unit: str, *, lower_is_better: bool
+    rows: Sequence[RungVerdictResult], best: str, margin: float, unit: str, lower_is_better: bool
 ) -> Markup:
     """Paired difference of each rung to the best one, with the margin: the basis of the verdict."""
     # the best rung's difference to itself is 0 by definition
@@ -228,9 +227,8 @@ def _clip(label: str, limit: int = 22) -> str:
 def _settings(salt: str) -> Iterator[None]:
     # the salt makes matplotlib's ids deterministic, and different from plot to plot
     with mpl.rc_context({**_RC, "svg.hashsalt": salt}), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Glyph .* missing from", category=UserWarning
-        )  # the page has the font
+        # the page has the font
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         yield
 
 

@@ -132,7 +132,7 @@ def verdict_plots(source: ReportSource) -> Markup | None:
     unit = "nats per token" if lower_is_better else f"points of {source.ladder.metric}"
     # the margin of perplexity is relative, the difference is in nats
     limit = math.log1p(margin) if lower_is_better else margin
-    return plots.differences(verdict.rungs, verdict.best, limit, unit, lower_is_better=lower_is_better)
+    return plots.differences(verdict.rungs, verdict.best, limit, unit, lower_is_better)
 
 
 def score_plots(source: ReportSource) -> list[Markup]:
@@ -168,9 +168,8 @@ def learning_curve_plots(source: ReportSource) -> Markup | None:
     for rung in source.rungs:
         train = rung.runs[0].result.data.splits.train if rung.label == points[0].rung else None
         if train is not None and train.rows and rung.row.scores:
-            curve_points.append(
-                (f"{rung.label}, all {train.rows:,} rows", rung.row.scores[metric[0]], float(train.rows))
-            )
+            label = f"{rung.label}, all {train.rows:,} rows"
+            curve_points.append((label, rung.row.scores[metric[0]], float(train.rows)))
     return plots.cost(curve_points, metric[0], "training rows")
 
 
@@ -210,7 +209,7 @@ def instructions(source: ReportSource) -> list[TriedInstruction]:
     """All instructions tried on the validation split, with their scores."""
     # instructions are chosen once for a climb, so the first rung that lists them has all
     row = next((rung.row for rung in source.rungs if rung.row.instructions), LadderRow())
-    return tried_instructions(row.instructions, source.metrics, row.instruction)
+    return tried_instructions(row, source.metrics)
 
 
 def curves(source: ReportSource) -> list[tuple[str, Markup]]:
@@ -220,9 +219,8 @@ def curves(source: ReportSource) -> list[tuple[str, Markup]]:
     for rung in source.rungs:
         for key in logged_keys_shown(source.config):
             if logs := [run.log for run in rung.runs if plots.has_curve(run.log, key)]:
-                plots_by_rung.append(
-                    (rung.label, plots.logged_curve(rung.label, logs, key, unit if key == "loss" else ""))
-                )
+                curve = plots.logged_curve(rung.label, logs, key, unit if key == "loss" else "")
+                plots_by_rung.append((rung.label, curve))
     return plots_by_rung
 
 
@@ -271,10 +269,8 @@ def gates(source: ReportSource) -> list[tuple[str, list[Pairs]]]:
 
 
 def _gates(result: RunResult) -> list[Pairs]:
-    return [
-        {"name": g.name, "state": g.state, "measured": measured_text(g.measured), "limit": measured_text(g.limit)}
-        for g in result.gates
-    ]
+    texts = [(gate, measured_text(gate.measured), measured_text(gate.limit)) for gate in result.gates]
+    return [{"name": g.name, "state": g.state, "measured": measured, "limit": limit} for g, measured, limit in texts]
 
 
 def versions(source: ReportSource) -> Pairs:

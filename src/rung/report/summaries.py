@@ -32,7 +32,6 @@ from rung.results import (
     ContaminationResult,
     Estimate,
     GateResult,
-    InstructionResult,
     Ladder,
     LadderRow,
     LotteryResult,
@@ -77,9 +76,10 @@ class PrintedRung:
     seconds: str
 
 
-def printed_rungs(
-    rows: Sequence[tuple[str, LadderRow]], metrics: Sequence[str], verdict: VerdictResult | None
-) -> list[PrintedRung]:
+LabeledRows = Sequence[tuple[str, LadderRow]]
+
+
+def printed_rungs(rows: LabeledRows, metrics: Sequence[str], verdict: VerdictResult | None) -> list[PrintedRung]:
     """Rows of (label, measurements) as text; the decimals of a column follow its least certain number."""
     digits = {m: decimals(row.scores.get(m) for _, row in rows) for m in metrics}
     gain_digits = decimals(row.gain for _, row in rows)
@@ -118,17 +118,15 @@ class TriedInstruction:
     chosen: bool
 
 
-def tried_instructions(
-    candidates: Sequence[InstructionResult], metrics: Sequence[str], chosen: str | None
-) -> list[TriedInstruction]:
-    """Instructions as rows of a table."""
-    digits = {m: decimals(c.scores.get(m) for c in candidates) for m in metrics}
-    return [
-        TriedInstruction(
-            c.instruction, tuple(_score(c.scores.get(m), digits[m]) for m in metrics), c.instruction == chosen
-        )
-        for c in candidates
-    ]
+def tried_instructions(row: LadderRow, metrics: Sequence[str]) -> list[TriedInstruction]:
+    """The instructions that a rung tried, as rows of a table."""
+    digits = {m: decimals(candidate.scores.get(m) for candidate in row.instructions) for m in metrics}
+    instructions = []
+    for candidate in row.instructions:
+        scores = tuple(_score(candidate.scores.get(m), digits[m]) for m in metrics)
+        is_chosen = candidate.instruction == row.instruction
+        instructions.append(TriedInstruction(candidate.instruction, scores, is_chosen))
+    return instructions
 
 
 def gain_unit(metrics: Sequence[str]) -> str:
@@ -160,10 +158,9 @@ def method_text(method: Json) -> str:
 
 
 def _placement_text(method: Json) -> str:
-    places = {place: count for place, count in (method.get("positions") or {}).items() if count}
-    placement = ", ".join(
-        f"{count} {'in front' if place == 'front' else f'before the {place}'}" for place, count in places.items()
-    )
+    counts = (method.get("positions") or {}).items()
+    places = [f"{n} {'in front' if place == 'front' else f'before the {place}'}" for place, n in counts if n]
+    placement = ", ".join(places)
     return f"{method.get('virtual_tokens')} virtual tokens{placement and f' ({placement})'}"
 
 
@@ -171,10 +168,8 @@ def _lora_text(method: Json) -> str:
     targets, rank = method.get("targets") or (), method.get("rank") or 0
     ranks, init = method.get("rank_pattern") or {}, method.get("init", "default")
     ratio, sampled = method.get("loraplus_lr_ratio", 1.0), method.get("lisa_n_layers")
-    names = {
-        "qlora": f"QLoRA on {method.get('bits')} bits,",
-        "lottery": f"LoRA on the {method.get('lottery', {}).get('choose')} layers,",
-    }
+    lottery = f"LoRA on the {method.get('lottery', {}).get('choose')} layers,"
+    names = {"qlora": f"QLoRA on {method.get('bits')} bits,", "lottery": lottery}
     parts = [
         f"{names.get(str(method.get('kind')), 'LoRA')} rank {rank}, alpha {method.get('alpha') or 2 * rank:g}",
         ", ".join(f"{place}: {place_rank}" for place, place_rank in ranks.items()),

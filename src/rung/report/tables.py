@@ -78,9 +78,8 @@ def _retrieval_lines(rows: Sequence[LadderRow]) -> list[str]:
     for row in rows:
         if row.retrieval:
             rungs.setdefault(retrieved_text(row.retrieval), []).append(row.rung)
-    return [
-        f"{', '.join(names)}: the right passage is among those retrieved for {text}" for text, names in rungs.items()
-    ]
+    statement = "the right passage is among those retrieved for"
+    return [f"{', '.join(names)}: {statement} {text}" for text, names in rungs.items()]
 
 
 def run_lines(run: RunResult, output: str, report: str) -> list[str]:
@@ -189,9 +188,8 @@ def _stacked(
     """Two lines per rung: the interval below the mean, the time below the size."""
     second = metrics[1:2] if with_second else ()
     heads = ["rung", f"{metrics[0]}\n[95 %]", *(m + "\n[95 %]" * (with_second == "interval") for m in second)]
-    ladder = empty_table(
-        [*heads, "gain on the\nrung below", *(["trainable,\ntime", "peak\nmemory", "per\nquery"] * with_cost)], 0
-    )
+    cost_heads = ["trainable,\ntime", "peak\nmemory", "per\nquery"] if with_cost else []
+    ladder = empty_table([*heads, "gain on the\nrung below", *cost_heads], 0)
     for row in rows:
         cells = [Text(f"{row.scores[0].mean}\n{row.scores[0].bounds}")]
         for cell in row.scores[1 : 1 + len(second)]:
