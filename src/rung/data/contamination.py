@@ -8,7 +8,7 @@ and without the flagged items.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rung.data.deduplication import NGRAM_WORDS, FuzzyMatch, NgramMatch, fuzzy_duplicates, near_duplicates
@@ -46,7 +46,7 @@ class Contamination:
     def examples(self, tier: str) -> list[dict[str, Any]]:
         """The most similar matches of a tier, as JSON."""
         matches = self.tiers[tier][:MAX_EXAMPLES]
-        return [{"held_out": x[0], "train": x[1]} if isinstance(x, tuple) else x.to_json() for x in matches]
+        return [{"held_out": x[0], "train": x[1]} if isinstance(x, tuple) else asdict(x) for x in matches]
 
 
 def contamination(train: Iterable[Record], test: Iterable[Record]) -> Contamination:

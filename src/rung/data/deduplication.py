@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
@@ -41,10 +41,6 @@ class NgramMatch:
     matched: str
     """The longest run of shared words."""
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields by name."""
-        return asdict(self)
-
     def __str__(self) -> str:
         return f"{self.held_out} ~ {self.train} ({self.containment:.0%}): {self.matched}"
 
@@ -59,14 +55,21 @@ def ngram_hashes(texts: Sequence[list[str]], n: int) -> tuple[np.ndarray, np.nda
     lengths = [len(text) for text in texts]
     # Python's hash is salted per process and fast; sha256 of every word would take most of the time
     word_hashes = np.fromiter(map(hash, chain.from_iterable(texts)), dtype=np.int64, count=sum(lengths)).view(np.uint64)
-    count = max(0, len(word_hashes) - n + 1)
-    hashes = np.zeros(count, dtype=np.uint64)
-    for i in range(n):
-        hashes = hashes * _HASH_FACTOR + word_hashes[i : i + count]
+    hashes = _rolling_hashes(word_hashes, n)
+    count = len(hashes)
     text_index = np.repeat(np.arange(len(texts)), lengths)
     # all texts are hashed as one stream: n-grams across a border between two texts are dropped here
     within_one_text = text_index[:count] == text_index[len(word_hashes) - count :]
     return hashes[within_one_text], text_index[:count][within_one_text]
+
+
+def _rolling_hashes(values: np.ndarray, n: int) -> np.ndarray:
+    """A hash of each run of n values, uint64."""
+    count = max(0, len(values) - n + 1)
+    hashes = np.zeros(count, dtype=np.uint64)
+    for i in range(n):
+        hashes = hashes * _HASH_FACTOR + values[i : i + count]
+    return hashes
 
 
 class HashSet:
@@ -161,8 +164,9 @@ def _overlap(held_out_words: list[str], train_words: list[str], n: int) -> tuple
     shared = [gram in train_ngrams for gram in _ngrams(held_out_words, n)]
     if not any(shared):  # a hash collision
         return None
-    start, length = _longest_run(shared)
-    return sum(shared) / len(shared), " ".join(held_out_words[start : start + length + n - 1])
+    runs = (list(run) for is_shared, run in groupby(range(len(shared)), shared.__getitem__) if is_shared)
+    longest = max(runs, key=len)
+    return sum(shared) / len(shared), " ".join(held_out_words[longest[0] : longest[-1] + n])
 
 
 def _chunked_words(records: Records) -> Iterator[tuple[int, list[list[str]]]]:
@@ -171,16 +175,6 @@ def _chunked_words(records: Records) -> Iterator[tuple[int, list[list[str]]]]:
     for chunk in chunks(records, character_count, count=_CHUNK_ROWS, limit=_MERGE_SIZE):
         yield start, [prompt_words(record) for record in chunk]
         start += len(chunk)
-
-
-def _longest_run(flags: list[bool]) -> tuple[int, int]:
-    best = (0, 0)
-    start = 0
-    for i, flag in enumerate([*flags, False]):
-        if not flag:
-            best = max(best, (start, i - start), key=lambda run: run[1])
-            start = i + 1
-    return best
 
 
 def prompt_words(record: Record) -> list[str]:
@@ -202,7 +196,6 @@ JACCARD_THRESHOLD = 0.8
 BANDS, BAND_ROWS = 25, 5
 """Bands and rows of the signature. A pair of similarity s is compared with probability 1 - (1 - s^5)^25: 0.99995
 at 0.8."""
-_SHINGLE_HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,10 +208,6 @@ class FuzzyMatch:
     """Exact Jaccard similarity of the sets of character 5-grams."""
     text: str
     """The words of the training row's prompt."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields by name."""
-        return asdict(self)
 
     def __str__(self) -> str:
         return f"{self.held_out} ~ {self.train} ({self.jaccard:.0%}): {self.text}"
@@ -246,10 +235,7 @@ def fuzzy_duplicates(
             similarity = jaccard(held_out_texts[i][1], text)
             if similarity >= threshold and similarity > best.get(i, (0.0,))[0]:
                 best[i] = similarity, source, text
-    matches = [
-        FuzzyMatch(held_out_texts[i][0], source, similarity, text)
-        for i, (similarity, source, text) in sorted(best.items())
-    ]
+    matches = [FuzzyMatch(held_out_texts[i][0], source, s, text) for i, (s, source, text) in sorted(best.items())]
     return tuple(sorted(matches, key=lambda match: -match.jaccard))
 
 
@@ -275,10 +261,7 @@ def _signature(text: str) -> Any:
     minhash = MinHash(num_perm=BANDS * BAND_ROWS, hashfunc=int, scheme="affine32")
     # hashed with numpy over code points: datasketch's own update hashes one Python string at a time
     codepoints = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32).astype(np.uint64)
-    count = max(1, len(codepoints) - SHINGLE_CHARACTERS + 1)
-    hashes = np.zeros(count, dtype=np.uint64)
-    for i in range(min(SHINGLE_CHARACTERS, len(codepoints))):
-        hashes = hashes * _SHINGLE_HASH_FACTOR + codepoints[i : i + count]
+    hashes = _rolling_hashes(codepoints, min(SHINGLE_CHARACTERS, len(codepoints)))
     # the upper 32 bits: the lower ones of a product depend on few input bits
     minhash.update_batch(np.unique(hashes >> np.uint64(32)).tolist())
     return minhash

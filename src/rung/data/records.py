@@ -8,7 +8,6 @@ fingerprint of the data is computed from. Written by `formats`, read by everythi
 from __future__ import annotations
 
 import json
-import struct
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
@@ -19,21 +18,10 @@ import numpy as np
 from rung.data.byte_store import AppendFile, LazySequence
 from rung.types import Candidate, Message, Record, Source
 
-ROW_DTYPE = np.dtype(
-    [
-        ("start", "<i8"),
-        ("line", "<i8"),
-        ("size", "<u4"),
-        ("origin", "<u4"),
-        # big-endian, so that the two halves read as the digest's bytes do
-        ("prompt", ">u8", (2,)),
-        ("group", ">u8", (2,)),
-    ]
-)
+# big-endian hashes, so that the two halves read as the digest's bytes do
+_HASHES = [(name, ">u8", (2,)) for name in ("prompt", "group")]
+ROW_DTYPE = np.dtype([("start", "<i8"), ("line", "<i8"), ("size", "<u4"), ("origin", "<u4"), *_HASHES])
 """Memory of a record: 56 bytes. The hashes are the first 128 bits of `prompt_key` and `group_key`."""
-_ROW_STRUCT = struct.Struct("<qqII16s16s")
-# a real group hashes to zeros with probability 2^-128
-_NO_GROUP = bytes(16)
 
 
 class Records(LazySequence[Record]):
@@ -67,9 +55,6 @@ class Records(LazySequence[Record]):
             origins += part.origins
         return Records(np.concatenate(tables), tuple(origins))
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
     def __iter__(self) -> Iterator[Record]:
         for line, source in self.encoded_with_sources():
             yield _decode_record(line, source)
@@ -77,10 +62,6 @@ class Records(LazySequence[Record]):
     def at(self, i: int) -> Record:
         """Read one record."""
         return next(iter(self.select(slice(i, i + 1))))
-
-    def select(self, rows: slice | np.ndarray) -> Records:
-        """The selected records; nothing is read."""
-        return Records(self.rows[rows], self.origins)
 
     def source(self, i: int) -> Source:
         """The source of a record, without reading it."""
@@ -121,14 +102,11 @@ class RecordWriter:
     def add(self, record: Record) -> None:
         """Write one record."""
         line = encode_record(record)
-        self._rows += _ROW_STRUCT.pack(
-            self._file.append(line),
-            record.source.line,
-            len(line),
-            self._paths.setdefault(record.source.path, len(self._paths)),
-            prompt_key(record)[:16],
-            _NO_GROUP if record.group is None else group_key(record.group)[:16],
-        )
+        origin = self._paths.setdefault(record.source.path, len(self._paths))
+        # a real group hashes to zeros with probability 2^-128
+        hashes = _halves(prompt_key(record)), (0, 0) if record.group is None else _halves(group_key(record.group))
+        row = (self._file.append(line), record.source.line, len(line), origin, *hashes)
+        self._rows += np.array(row, ROW_DTYPE).tobytes()
 
     def records(self) -> Records:
         """All written records; nothing can be added afterwards."""
@@ -188,6 +166,10 @@ def prompt_key(record: Record) -> bytes:
     return sha256(f"prompt\0{normalized_prompt(record)}".encode(errors="surrogatepass")).digest()
 
 
+def _halves(key: bytes) -> np.ndarray:
+    return np.frombuffer(key, ">u8", count=2)
+
+
 def group_key(group: str) -> bytes:
     """SHA-256 of a group."""
     return sha256(f"group\0{group}".encode()).digest()
@@ -203,9 +185,8 @@ def distinct_conversations(records: Iterable[Record]) -> np.ndarray:
             keys += sha256(encode_record(conversation)).digest()[:16]
     hashes = np.frombuffer(keys, ">u8").reshape(-1, 2).astype(np.uint64)
     last_occurrence = len(hashes) - 1 - index_of_first_occurrence(hashes[::-1])[::-1]
-    distinct_rows: np.ndarray = np.array(rows, dtype=np.int64)[
-        last_occurrence[index_of_first_occurrence(hashes) == np.arange(len(hashes))]
-    ]
+    is_first = index_of_first_occurrence(hashes) == np.arange(len(hashes))
+    distinct_rows: np.ndarray = np.array(rows, dtype=np.int64)[last_occurrence[is_first]]
     return distinct_rows
 
 
