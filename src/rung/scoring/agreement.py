@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from rung.scoring.significance import Floats
+from rung.scoring.significance import Floats, batch_sizes
 from rung.scoring.stats import SAMPLES, TINY, Clusters, Interval, cluster_sums, expanded_percentiles, wilson
 
 Label = Hashable | None
@@ -118,23 +118,16 @@ def _interval(tables: CountTable, clusters: Clusters, seed: int, chance: Callabl
         low, high = (float(_chance_corrected(bound, chance_agreement)) for bound in (floor.low, floor.high))
         return Interval(value, low, high, n, c, "wilson floor")
     rng, values, agreements = np.random.default_rng(seed), [], []
-    # in slices of two million numbers, so that memory stays at tens of megabytes
-    for rows in _slices(SAMPLES, max(1, 2_000_000 // c)):
+    for rows in batch_sizes(SAMPLES, c):
         resampled_tables = (rng.multinomial(c, np.full(c, 1.0 / c), size=rows) @ sums).reshape(rows, k, k)
         agreements.append(_agreement_share(resampled_tables))
         values.append(np.nan_to_num(_chance_corrected(agreements[-1], chance(resampled_tables)), nan=0.0))
     replicates, method = np.concatenate(values), "cluster bootstrap"
     if np.ptp(replicates) < TINY:  # a rater with one label for everything has kappa 0 in every resample
-        replicates, method = (
-            _chance_corrected(np.concatenate(agreements), chance_agreement),
-            "cluster bootstrap, chance as it was",
-        )
+        replicates = _chance_corrected(np.concatenate(agreements), chance_agreement)
+        method = "cluster bootstrap, chance as it was"
     low, high = expanded_percentiles(replicates, c)
     return Interval(value, low, high, n, c, method)
-
-
-def _slices(total: int, size: int) -> list[int]:
-    return [min(size, total - start) for start in range(0, total, size)]
 
 
 def _pair_counts(ratings: Ratings) -> CountTable:
@@ -155,8 +148,8 @@ def _codes(ratings: Ratings) -> NDArray[np.intp]:
     """Labels as integers in the order of occurrence, -1 for missing, [items, raters]."""
     if len(ratings) == 0 or len({len(item) for item in ratings}) != 1:
         raise ValueError("ratings are one list an item, each with an entry a rater (None for nothing said)")
-    code_of_label: dict[Hashable, int] = {}
-    rows = [[-1 if x is None else code_of_label.setdefault(x, len(code_of_label)) for x in item] for item in ratings]
+    codes: dict[Hashable, int] = {}
+    rows = [[-1 if x is None else codes.setdefault(x, len(codes)) for x in item] for item in ratings]
     return np.array(rows, dtype=np.intp).reshape(len(rows), -1)
 
 
