@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 class Config(BaseModel):
@@ -22,3 +22,13 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 LinearRole = Literal["q", "k", "v", "o", "gate", "up", "down"]
 # roles instead of module names: the same config fits every architecture (`models.targets` maps them)
 ALL_LINEAR: tuple[LinearRole, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def _require_distinct_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names) or "" in names:
+        raise ValueError("tasks have different names, none of them empty")
+    return names
+
+
+Tasks = Annotated[tuple[str, ...], AfterValidator(_require_distinct_names)]
+"""Task names, as in the data."""

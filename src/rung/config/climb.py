@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from rung.config.base import Config, Fraction
 from rung.config.evaluation import Context
 
-RungKind = Literal[
-    "zero_shot",
-    "few_shot",
-    "rag",
-    "few_shot+rag",
-    "prompt",
-    "prefix",
-    "p_tuning",
-    "head",
-    "bottleneck",
-    "lora",
-    "qlora",
-    "lottery",
-    "mixture",
-    "peft",
-    "full",
-]
-
-UNTUNED = ("zero_shot", "few_shot", "rag", "few_shot+rag")
+UntunedKind = Literal["zero_shot", "few_shot", "rag", "few_shot+rag"]
+VirtualTokenKind = Literal["prompt", "prefix", "p_tuning"]
+WeightKind = Literal["head", "bottleneck", "lora", "qlora", "lottery", "mixture", "peft", "full"]
+RungKind = Literal[UntunedKind, VirtualTokenKind, WeightKind]
+UNTUNED: tuple[str, ...] = get_args(UntunedKind)
 """Rungs that train nothing."""
 # kinds that put worked examples, or retrieved passages, in front of a question
 WITH_SHOTS = ("few_shot", "few_shot+rag")
@@ -176,12 +163,7 @@ class ClimbConfig(Config):
             raise ValueError("a ladder needs at least one rung")
         if repeated_labels := sorted({label for label in labels if labels.count(label) > 1}):
             raise ValueError(f"rung {repeated_labels[0]!r} stands twice; give each a `name`")
-        # different labels may give the same folder name: "a b" and "a-b"
-        slugs = [r.slug for r in rungs]
-        if colliding_labels := [r.label for r in rungs if slugs.count(r.slug) > 1]:
-            raise ValueError(
-                f"rungs {' and '.join(map(repr, colliding_labels))} would share a folder; give each another `name`"
-            )
+        _refuse_shared_folders(rungs)
         for r in rungs:
             r.reject_unused_settings()
         return rungs
@@ -200,20 +182,12 @@ class ClimbConfig(Config):
         if self.stop_at_target and self.target is None:
             raise ValueError("stop waits for a rung to reach `target`: set it too")
         tuned = [r.label for r in self.rungs if r.kind not in UNTUNED]
-        for rung_on_top in self.on_top:
-            if rung_on_top.base_rung not in tuned:
-                tuned_names = ", ".join(tuned) or "there is none"
-                raise ValueError(
-                    f"rung {rung_on_top.label!r} stands on {rung_on_top.base_rung!r}, "
-                    f"which is no tuned rung ({tuned_names})"
-                )
-        all_rungs: list[RungConfig | OnTopConfig] = [*self.rungs, *self.on_top]
+        for r in self.on_top:
+            if r.base_rung not in tuned:
+                names = ", ".join(tuned) or "there is none"
+                raise ValueError(f"rung {r.label!r} stands on {r.base_rung!r}, which is no tuned rung ({names})")
         # checked again with the rungs on top, which share the folder of the climb
-        slugs = [r.slug for r in all_rungs]
-        if colliding_labels := [r.label for r in all_rungs if slugs.count(r.slug) > 1]:
-            raise ValueError(
-                f"rungs {' and '.join(map(repr, colliding_labels))} would share a folder; give each another `name`"
-            )
+        _refuse_shared_folders([*self.rungs, *self.on_top])
         return self
 
     @model_validator(mode="after")
@@ -226,6 +200,13 @@ class ClimbConfig(Config):
         if self.instructions and untuned != "zero_shot":
             raise ValueError("instructions are chosen by zero_shot, which is to come before other untuned rungs")
         return self
+
+
+def _refuse_shared_folders(rungs: Sequence[RungConfig | OnTopConfig]) -> None:
+    # different labels may give the same folder name: "a b" and "a-b"
+    slugs = [r.slug for r in rungs]
+    if labels := " and ".join(repr(r.label) for r in rungs if slugs.count(r.slug) > 1):
+        raise ValueError(f"rungs {labels} would share a folder; give each another `name`")
 
 
 def _slug(label: str) -> str:

@@ -8,21 +8,10 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from rung.config.base import Config, Fraction
 
-Format = Literal[
-    "auto",
-    "messages",
-    "sharegpt",
-    "alpaca",
-    "prompt_completion",
-    "question_answer",
-    "text",
-    "preference",
-    "ranked",
-    "rated",
-    "unpaired_preference",
-    "prompt_only",
-]
+AnswerFormat = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text"]
+ComparisonFormat = Literal["preference", "ranked", "rated", "unpaired_preference"]
 # `rung.data.formats` reads each of them; `auto` chooses by the columns of all rows
+Format = Literal["auto", AnswerFormat, ComparisonFormat, "prompt_only"]
 LossOn = Literal["answer", "assistant_turns", "all"]
 
 

@@ -45,12 +45,8 @@ def student_layers(layers: StudentLayers, count: int) -> tuple[int, ...]:
     else:
         kept_layers = tuple(layers)
     # rising: a student keeps the order of its teacher's layers
-    if (
-        sorted(set(kept_layers)) != list(kept_layers)
-        or not kept_layers
-        or kept_layers[0] < 0
-        or kept_layers[-1] >= count
-    ):
+    is_rising = sorted(set(kept_layers)) == list(kept_layers)
+    if not is_rising or not kept_layers or kept_layers[0] < 0 or kept_layers[-1] >= count:
         allowed = f"rising numbers from 0 to {count - 1}"
         raise ConfigError("these are no layers of the teacher", where="model.layers", given=layers, allowed=allowed)
     if len(kept_layers) == count:

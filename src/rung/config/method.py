@@ -7,19 +7,12 @@ no code of the method itself; `methods.registry` maps each kind to its implement
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from itertools import pairwise
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from rung.config.base import ALL_LINEAR, Config, Fraction, LinearRole
+from rung.config.base import ALL_LINEAR, Config, Fraction, LinearRole, Tasks
 
 Layers = (
     Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
@@ -30,14 +23,6 @@ Layers = (
 """Layer numbers from 0, a range such as 15-29, or a third of the layers by name; default: all."""
 
 
-def _require_distinct_names(names: tuple[str, ...]) -> tuple[str, ...]:
-    if len(set(names)) < len(names) or "" in names:
-        raise ValueError("tasks have different names, none of them empty")
-    return names
-
-
-Tasks = Annotated[tuple[str, ...], AfterValidator(_require_distinct_names)]
-"""Task names, as in the data."""
 Init = Literal[
     "default", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "corda_knowledge", "lora_ga", "loftq"
 ]
@@ -248,9 +233,8 @@ class LotteryConfig(LowRankConfig):
     @model_validator(mode="after")
     def _check_scores(self) -> LotteryConfig:
         if self.init in CALIBRATED_INITS or self.init == "loftq" or self.dora or self.lisa_n_layers is not None:
-            raise ValueError(
-                "a lottery scores plain updates: init default, gaussian or orthogonal, no dora, no sampling"
-            )
+            allowed = "init default, gaussian or orthogonal, no dora, no sampling"
+            raise ValueError(f"a lottery scores plain updates: {allowed}")
         return self
 
 
@@ -413,20 +397,19 @@ def front_virtual_tokens(config: AnyMethodConfig) -> int:
 
 def encoder_parameter_count(config: Config, input_width: int, output_width: int) -> int:
     """Parameters of the network that computes virtual tokens of this width during training; 0 without one."""
-    if isinstance(config, PrefixConfig) and (hidden_width := config.projection) is not None:
-        return (input_width + 1) * hidden_width + (hidden_width + 1) * output_width
-    if not isinstance(config, PTuningConfig):
+    lstm_parameters, widths = 0, tuple[int, ...]()
+    if isinstance(config, PrefixConfig) and config.projection is not None:
+        widths = (input_width, config.projection, output_width)
+    elif isinstance(config, PTuningConfig):
+        hidden = config.hidden or input_width // 2
+        widths = (input_width, hidden, hidden, output_width)
+        if config.encoder == "lstm":
+            # two layers of 2 directions and 4 gates, with two biases per gate as torch's LSTM
+            lstm_parameters = sum(2 * 4 * hidden * (width + hidden + 2) for width in (input_width, 2 * hidden))
+            widths = (2 * hidden, 2 * hidden, output_width)
+    else:
         return 0
-    hidden_width = config.hidden or input_width // 2
-    if config.encoder == "mlp":
-        return (input_width + 1) * hidden_width + (hidden_width + 1) * hidden_width + (hidden_width + 1) * output_width
-    first_layer, second_layer = (
-        2 * 4 * hidden_width * (input_width + hidden_width + 2),
-        2 * 4 * hidden_width * (2 * hidden_width + hidden_width + 2),
-    )  # 2 directions, 4 gates, and two biases per gate as torch's LSTM
-    return (
-        first_layer + second_layer + (2 * hidden_width + 1) * 2 * hidden_width + (2 * hidden_width + 1) * output_width
-    )
+    return lstm_parameters + sum((before + 1) * after for before, after in pairwise(widths))
 
 
 def inserted_token_ids(config: AnyMethodConfig, first_id: int) -> dict[str, tuple[int, ...]]:
@@ -442,31 +425,12 @@ def inserted_token_ids(config: AnyMethodConfig, first_id: int) -> dict[str, tupl
     return ids
 
 
+LoraLikeConfig = LoraConfig | QloraConfig | LotteryConfig
+PromptLearningConfig = PromptConfig | PrefixConfig | PTuningConfig
 AnyMethodConfig = (
-    FullConfig
-    | HeadConfig
-    | LoraConfig
-    | QloraConfig
-    | LotteryConfig
-    | MixtureConfig
-    | BottleneckConfig
-    | PromptConfig
-    | PrefixConfig
-    | PTuningConfig
-    | PeftTunerConfig
+    FullConfig | HeadConfig | LoraLikeConfig | MixtureConfig | BottleneckConfig | PromptLearningConfig | PeftTunerConfig
 )
 MethodConfig = Annotated[AnyMethodConfig, Field(discriminator="kind")]
+_METHODS: tuple[type[AnyMethodConfig], ...] = get_args(AnyMethodConfig)
 # for look-ups by name; pydantic chooses by `kind` in the union above
-METHOD_CONFIGS: dict[str, type[AnyMethodConfig]] = {
-    "full": FullConfig,
-    "head": HeadConfig,
-    "lora": LoraConfig,
-    "qlora": QloraConfig,
-    "lottery": LotteryConfig,
-    "mixture": MixtureConfig,
-    "bottleneck": BottleneckConfig,
-    "prompt": PromptConfig,
-    "prefix": PrefixConfig,
-    "p_tuning": PTuningConfig,
-    "peft": PeftTunerConfig,
-}
+METHOD_CONFIGS = {method.model_fields["kind"].default: method for method in _METHODS}
