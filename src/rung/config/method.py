@@ -14,18 +14,14 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from rung.config.base import ALL_LINEAR, Config, Fraction, LinearRole, Tasks
 
-Layers = (
-    Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
-    | Literal["first", "middle", "last"]
-    | Annotated[str, Field(pattern=r"^\d+-\d+$")]
-    | None
-)
+LayerNumbers = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
+LayerRange = Annotated[str, Field(pattern=r"^\d+-\d+$")]
+Layers = LayerNumbers | Literal["first", "middle", "last"] | LayerRange | None
 """Layer numbers from 0, a range such as 15-29, or a third of the layers by name; default: all."""
 
 
-Init = Literal[
-    "default", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "corda_knowledge", "lora_ga", "loftq"
-]
+CalibratedInit = Literal["pissa", "olora", "eva", "corda", "corda_knowledge", "lora_ga"]
+Init = Literal["default", "gaussian", "orthogonal", CalibratedInit, "loftq"]
 # keys of `rank_pattern`: a role, a layer number, or both as 3.down
 _RANK_KEY = r"^((q|k|v|o|gate|up|down)|\d+|\d+\.(q|k|v|o|gate|up|down))$"
 
@@ -200,7 +196,7 @@ BASE_CHANGING_METHODS = ("full", "head")
 """Methods that change the base itself, so that no adapter for the original base fits afterwards."""
 SUBTRACTED_INITS = frozenset({"pissa", "olora", "corda", "corda_knowledge", "lora_ga"})
 """Initial updates that are not zero; a frozen half of the adapter subtracts them (decision 0013)."""
-CALIBRATED_INITS = SUBTRACTED_INITS | {"eva"}
+CALIBRATED_INITS = frozenset[str](get_args(CalibratedInit))
 """Initializations computed before the first step from weights, activations or gradients."""
 
 

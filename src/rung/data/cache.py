@@ -44,10 +44,10 @@ def cached_examples(
     """
     path = (folder or cache_folder() / "tokenized") / f"{cache_key(chat, records, **options)}.safetensors"
     if (columns := _load(path)) is not None:
-        return TokenizedDataset.from_columns(columns, records, from_cache=True)
+        return columns.dataset(records, from_cache=True)
     columns = tokenize_columns(chat, records, **options)
     _store(path, columns)
-    return TokenizedDataset.from_columns(columns, records)
+    return columns.dataset(records)
 
 
 def cache_key(

@@ -105,15 +105,13 @@ class ChatTemplate:
         plain.positions = None
         return plain
 
-    def prompt_ids(
-        self, messages: Sequence[Message], context: str | None = None, tools: str | None = None
-    ) -> list[int]:
+    def prompt_ids(self, turns: Sequence[Message], context: str | None = None, tools: str | None = None) -> list[int]:
         """Ids of the prompt with the opening of the answer and virtual tokens; special tokens are the template's only.
 
         Raises:
             DataError: the template refuses these turns, or the ids begin with two BOS.
         """
-        ids = self.encode([self._render(messages, context, tools, generation=True)])[0]
+        ids = self.encode([self._render(turns, context, tools, generation=True)])[0]
         self.check_bos(ids, "the prompt")
         return ids
 

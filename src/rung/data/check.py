@@ -16,17 +16,8 @@ import numpy as np
 
 from rung.config.data import DataConfig, LossOn
 from rung.data.byte_store import chunks
-from rung.data.deduplication import (
-    JACCARD_THRESHOLD,
-    NGRAM_WORDS,
-    FuzzyMatch,
-    HashSet,
-    NgramMatch,
-    fuzzy_duplicates,
-    near_duplicates,
-    ngram_hashes,
-    words,
-)
+from rung.data.contamination import contamination
+from rung.data.deduplication import JACCARD_THRESHOLD, FuzzyMatch, HashSet, NgramMatch, ngram_hashes, words
 from rung.data.formats import DetectedFormat, read_records
 from rung.data.read import RejectedRow
 from rung.data.records import Records, character_count
@@ -161,6 +152,7 @@ def inspect_data(target: str | DataConfig, chat: ChatTemplate | None = None) -> 
     held_out_parts |= {name: loaded.records for name, loaded in files.items()}
     parts = assign_splits(records, **held_out_parts)
     held_out = Records.concatenate([parts.validation, parts.test])
+    similar = contamination(parts.train, held_out)
     return DataReport(
         detections={loaded.path: loaded.detection for loaded in (*sets, *files.values())},
         kept_count=len(records) + sum(len(loaded.records) for loaded in files.values()),
@@ -169,8 +161,8 @@ def inspect_data(target: str | DataConfig, chat: ChatTemplate | None = None) -> 
         lengths=lengths,
         duplicates=_named_pairs(records, records, duplicate_pairs(records)),
         overlap=_named_pairs(parts.train, held_out, overlapping_pairs(parts.train, held_out)),
-        ngram_matches={n: near_duplicates(parts.train, held_out, n) for n in NGRAM_WORDS},
-        fuzzy_matches=fuzzy_duplicates(parts.train, held_out),
+        ngram_matches=similar.ngrams,
+        fuzzy_matches=similar.fuzzy,
         diversity=_diversity(records),
         answer_lengths=_answer_lengths(records),
         supervised_share=supervised_share,

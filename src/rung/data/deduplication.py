@@ -213,10 +213,8 @@ class FuzzyMatch:
         return f"{self.held_out} ~ {self.train} ({self.jaccard:.0%}): {self.text}"
 
 
-def fuzzy_duplicates(
-    train: Iterable[Record], held_out: Iterable[Record], threshold: float = JACCARD_THRESHOLD
-) -> tuple[FuzzyMatch, ...]:
-    """Held-out rows with a Jaccard similarity of at least `threshold` to a training row, most similar first.
+def fuzzy_duplicates(train: Iterable[Record], held_out: Iterable[Record]) -> tuple[FuzzyMatch, ...]:
+    """Held-out rows with a Jaccard similarity of at least 0.8 to a training row, most similar first.
 
     Only signatures of the held-out rows are kept; training rows are read one at a time (Broder 1997; banding as in
     Leskovec et al., Mining of Massive Datasets, section 3.4).
@@ -233,7 +231,7 @@ def fuzzy_duplicates(
         for i in index.query(_signature(text)) if text else ():
             # MinHash only proposes candidates; the similarity reported is exact
             similarity = jaccard(held_out_texts[i][1], text)
-            if similarity >= threshold and similarity > best.get(i, (0.0,))[0]:
+            if similarity >= JACCARD_THRESHOLD and similarity > best.get(i, (0.0,))[0]:
                 best[i] = similarity, source, text
     matches = [FuzzyMatch(held_out_texts[i][0], source, s, text) for i, (s, source, text) in sorted(best.items())]
     return tuple(sorted(matches, key=lambda match: -match.jaccard))

@@ -47,8 +47,6 @@ FORMATS: dict[Format, FormatColumns] = {
     "unpaired_preference": FormatColumns(("prompt", "completion", "label"), ("input", "context", "system")),
     "prompt_only": FormatColumns(("prompt",), ("input", "context", "system")),
 }
-CONTEXT_FORMATS = frozenset({"question_answer", "preference", "ranked", "rated", "unpaired_preference", "prompt_only"})
-"""Formats with a context column."""
 # Unused columns with these names make a detected format ambiguous: they may be the answers.
 _ANSWER_LIKE = frozenset({"answer", "answers", "output", "completion", "response", "target", "gold", "solution"})
 _LABEL_LIKE = _ANSWER_LIKE | {"label", "category", "class"}
@@ -154,11 +152,12 @@ def to_record(
             text = text_of(get("text"), "text")
             return Record((), source, group=group_key, weight=weight, text=text, task=task_name)
         messages, candidates = conversation(format, get)
+        optional = FORMATS[format].optional
         return Record(
             messages,
             source,
-            context=optional_text(get("context"), "context") if format in CONTEXT_FORMATS else None,
-            tools=tools_text(get("tools")) if format in ("messages", "sharegpt") else None,
+            context=optional_text(get("context"), "context") if "context" in optional else None,
+            tools=tools_text(get("tools")) if "tools" in optional else None,
             group=group_key,
             weight=weight,
             task=task_name,

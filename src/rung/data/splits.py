@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from itertools import combinations
 from math import floor
 from pathlib import Path
 from typing import Any
@@ -110,11 +111,8 @@ def split(
 
 
 def _resolve_overlap(parts: Splits, config: DataConfig) -> Splits:
-    pairs = {
-        "train and validation": (parts.train, parts.validation),
-        "train and test": (parts.train, parts.test),
-        "validation and test": (parts.validation, parts.test),
-    }
+    names_of_pairs = combinations(("train", "validation", "test"), 2)
+    pairs = {f"{a} and {b}": (getattr(parts, a), getattr(parts, b)) for a, b in names_of_pairs}
     # Within one source no prompt crosses; files, and one prompt in two groups, can overlap.
     leaks = {names: overlapping_pairs(left, right) for names, (left, right) in pairs.items()}
     if config.overlap == "error":
@@ -152,16 +150,12 @@ def _overlap_error(names: str, left: Records, right: Records) -> DataError:
 def _refuse_empty(parts: Splits, shares: dict[str, float], rows: int) -> None:
     for name, part in (("validation", parts.validation), ("test", parts.test)):
         if shares[name] > 0 and not part:
-            raise DataError(
-                f"the {name} split is empty: no row (or group) of {rows} fell into its share",
-                given=f"data.{name}: {shares[name]}",
-                hint=f"use more rows, a larger data.{name}, a file, or data.{name}: 0",
-            )
+            what = f"the {name} split is empty: no row (or group) of {rows} fell into its share"
+            hint = f"use more rows, a larger data.{name}, a file, or data.{name}: 0"
+            raise DataError(what, given=f"data.{name}: {shares[name]}", hint=hint)
     if not parts.train:
-        raise DataError(
-            f"the training split is empty: all {rows} rows were held out",
-            hint="use more rows, smaller data.validation and data.test, or a data.group with more values",
-        )
+        hint = "use more rows, smaller data.validation and data.test, or a data.group with more values"
+        raise DataError(f"the training split is empty: all {rows} rows were held out", hint=hint)
 
 
 def _group_count(*parts: Records) -> int:

@@ -54,12 +54,16 @@ class TokenColumns:
         """The expected text of a row."""
         return self.texts.read(int(row["text"]), int(row["text_size"])).decode(errors="surrogatepass")
 
+    def dataset(self, records: Sequence[Record], *, from_cache: bool = False) -> TokenizedDataset:
+        """The documents with the sources, weights and groups of `records`."""
+        return TokenizedDataset(self, StoredExamples(self, records), from_cache)
+
 
 class TokenColumnWriter:
     """Writes documents one by one."""
 
     def __init__(self) -> None:
-        self._files = self._ids, self._supervised, self._texts = AppendFile.new(), AppendFile.new(), AppendFile.new()
+        self._ids, self._supervised, self._texts = AppendFile.new(), AppendFile.new(), AppendFile.new()
         # packed bytes instead of a list of tuples, which would take several times the memory
         self._rows = bytearray()
         self._tokens = 0
@@ -79,14 +83,11 @@ class TokenColumnWriter:
         self._rows += np.array(row, ROW_DTYPE).tobytes()
         self._tokens += length
 
-    def byte_ranges(self) -> tuple[ByteRange, ByteRange, ByteRange]:
-        """Byte ranges of ids, supervision and texts."""
-        ids, supervised, texts = map(ByteRange.of_file, self._files)
-        return ids, supervised, texts
-
-    def rows(self) -> np.ndarray:
-        """The table of all documents; nothing can be added afterwards."""
-        return np.frombuffer(self._rows, ROW_DTYPE)
+    def columns(self, dropped: np.ndarray, trimmed: np.ndarray, checked: int, differences: int) -> TokenColumns:
+        """All documents; nothing can be added afterwards."""
+        ids, supervised, texts = map(ByteRange.of_file, (self._ids, self._supervised, self._texts))
+        rows = np.frombuffer(self._rows, ROW_DTYPE)
+        return TokenColumns(ids, supervised, texts, rows, dropped, trimmed, checked, differences)
 
 
 class StoredExamples(LazySequence[Example]):
@@ -113,11 +114,6 @@ class TokenizedDataset:
     examples: Sequence[Example]
     """The documents of `columns` with the sources, weights and groups of their records."""
     from_cache: bool = False
-
-    @staticmethod
-    def from_columns(columns: TokenColumns, records: Sequence[Record], *, from_cache: bool = False) -> TokenizedDataset:
-        """The documents of `columns` with the sources, weights and groups of `records`."""
-        return TokenizedDataset(columns, StoredExamples(columns, records), from_cache)
 
     @property
     def expected_texts(self) -> Sequence[str]:

@@ -84,7 +84,7 @@ def tokenize_records(
         DataError: the template refuses a row or rewrites its history, a document is too long under `error`, no
             document is left, or there are no records.
     """
-    return TokenizedDataset.from_columns(tokenize_columns(chat, records, **options), records)
+    return tokenize_columns(chat, records, **options).dataset(records)
 
 
 def tokenize_columns(
@@ -132,16 +132,10 @@ def tokenize_columns(
     # evenly spaced over the file, because sources are often sorted
     step = max(1, -(-len(conversations) // BOUNDARY_SAMPLE))
     sample = (records[i] for i in conversations[::step])
-    boundary_checked, boundary_differences = _count_boundary_differences(chat, sample, loss_on)
     too_long_table, empty_table = np.array(too_long, dtype=np.int64).reshape(-1, 2), np.empty((0, 2), dtype=np.int64)
-    return TokenColumns(
-        *writer.byte_ranges(),
-        rows=writer.rows(),
-        dropped=too_long_table if overflow == "drop" else empty_table,
-        trimmed=too_long_table if overflow == "trim_prompt" else empty_table,
-        boundary_checked=boundary_checked,
-        boundary_differences=boundary_differences,
-    )
+    dropped_table = too_long_table if overflow == "drop" else empty_table
+    trimmed_table = too_long_table if overflow == "trim_prompt" else empty_table
+    return writer.columns(dropped_table, trimmed_table, *_count_boundary_differences(chat, sample, loss_on))
 
 
 def _trim_prompt(chat: ChatTemplate, documents: Sequence[TokenizedDocument], limit: int) -> TokenizedDocument | None:
@@ -277,11 +271,9 @@ def _too_long_error(description: str, too_long: Sequence[int], limit: int, recor
     examples = zip(too_long[0:20:2], too_long[1:20:2], strict=True)
     lines = [f"{records[i].source}: {length} tokens" for i, length in examples]
     remainder = [f"and {count - 10} more"] if count > 10 else []
-    return DataError(
-        f"{count} of {len(records)} documents are {description}",
-        given=f"room for {limit} tokens: data.max_length, or the base's context less virtual tokens",
-        hint="\n  ".join([*lines, *remainder, "make room, or set data.overflow: drop or trim_prompt"]),
-    )
+    given = f"room for {limit} tokens: data.max_length, or the base's context less virtual tokens"
+    hint = "\n  ".join([*lines, *remainder, "make room, or set data.overflow: drop or trim_prompt"])
+    return DataError(f"{count} of {len(records)} documents are {description}", given=given, hint=hint)
 
 
 def _count_boundary_differences(chat: ChatTemplate, sample: Iterable[Record], loss_on: LossOn) -> tuple[int, int]:
@@ -399,11 +391,9 @@ def tokenize_prompts(
         kept_records.append(record)
     if too_long and overflow != "drop":
         lines = [f"{record.source}: {length} tokens" for record, length in too_long[:10]]
-        raise DataError(
-            f"{len(too_long)} of {len(records)} prompts leave no room for an answer",
-            given=f"at most {max_length} tokens",
-            hint="\n  ".join([*lines, "a smaller max_new_tokens leaves more; data.overflow: drop leaves them out"]),
-        )
+        lines.append("a smaller max_new_tokens leaves more; data.overflow: drop leaves them out")
+        what = f"{len(too_long)} of {len(records)} prompts leave no room for an answer"
+        raise DataError(what, given=f"at most {max_length} tokens", hint="\n  ".join(lines))
     if not examples:
         raise DataError("no prompt is left", given=f"{len(too_long)} dropped for their length")
     return PromptDataset(examples, kept_records, len(too_long))

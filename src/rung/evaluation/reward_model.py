@@ -102,11 +102,7 @@ def score_reward_model(
 
 
 def reward_model_health(
-    differences: ArrayLike,
-    length_differences: ArrayLike,
-    clusters: Sequence[str],
-    scores: ArrayLike,
-    lengths: ArrayLike,
+    differences: ArrayLike, length_differences: ArrayLike, clusters: list[str], scores: ArrayLike, lengths: ArrayLike
 ) -> RewardModelHealth:
     """Health from score and length differences of pairs [P], better minus other, and all scores and lengths [D]."""
     d, n, r, t = (np.asarray(x, dtype=np.float64) for x in (differences, length_differences, scores, lengths))

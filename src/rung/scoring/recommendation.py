@@ -17,21 +17,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special  # type: ignore[import-untyped,unused-ignore]
 
+from rung.scoring import stats
 from rung.scoring.significance import Floats, holm
-from rung.scoring.stats import (
-    ALPHA,
-    Clusters,
-    Difference,
-    Interval,
-    Weights,
-    Z,
-    clustered_error,
-    detectable_difference,
-    examples_needed,
-    paired_difference,
-    score_interval,
-    sign_flip_p_value,
-)
+from rung.scoring.stats import Clusters, Difference, Interval, Weights
 
 Reason = Literal["best", "reaches target", "within margin", "worse", "cannot tell"]
 Estimate = TypeVar("Estimate", Interval, Difference)
@@ -76,7 +64,7 @@ class LadderStep:
     @property
     def differs(self) -> bool:
         """True if the difference is significant after correction for all steps."""
-        return self.p_holm <= ALPHA
+        return self.p_holm <= stats.ALPHA
 
     def to_json(self) -> dict[str, Any]:
         """Plain objects."""
@@ -147,7 +135,7 @@ def recommend(
     best = max(measured_rungs, key=lambda m: sign * m.score.mean)
     rung_verdicts = []
     for rung in measured_rungs:
-        difference = paired_difference(best.items, rung.items, clusters, seed, weights=weights)
+        difference = stats.paired_difference(best.items, rung.items, clusters, seed, weights=weights)
         if rung is best:
             # the best minus itself is exactly zero: no bound for small samples applies
             difference = replace(difference, low=0.0, high=0.0, method="identity", p_value=None)
@@ -158,7 +146,7 @@ def recommend(
         if reason == "cannot tell":
             gain = sign * (rung.items - best.items)
             seed_variance = rung.seed_variance + best.seed_variance
-            item_count = examples_needed(gain, margin, clusters, weights=weights, seed_variance=seed_variance)
+            item_count = stats.examples_needed(gain, margin, clusters, weights=weights, seed_variance=seed_variance)
             # more than there are: this many were not enough
             item_count = item_count and _round_up(max(item_count, len(gain) + 1))
         rung_verdicts.append(RungVerdict(rung.name, rung.score, difference, reason, item_count))
@@ -185,13 +173,13 @@ def paired_gain(
 
 
 def _gain(first: _MeasuredRung, second: _MeasuredRung, clusters: Clusters, weights: Weights, seed: int) -> Difference:
-    difference = paired_difference(first.items, second.items, clusters, seed, weights=weights)
+    difference = stats.paired_difference(first.items, second.items, clusters, seed, weights=weights)
     seed_variance = first.seed_variance + second.seed_variance
     # exact where possible; flipping signs cannot represent the variance between seeds
     if seed_variance == 0.0:
-        p = sign_flip_p_value(first.items, second.items, clusters, weights=weights, seed=seed)
+        p = stats.sign_flip_p_value(first.items, second.items, clusters, weights=weights, seed=seed)
     else:
-        total = clustered_error(second.items - first.items, clusters, weights=weights) ** 2 + seed_variance
+        total = stats.clustered_error(second.items - first.items, clusters, weights=weights) ** 2 + seed_variance
         t = abs(difference.mean) / math.sqrt(total)
         p = 2 * float(special.stdtr(_degrees_of_freedom(total, first, second), -t))
     return replace(_with_seed_variance(difference, first, second), p_value=p)
@@ -205,7 +193,7 @@ def _steps(rungs: Sequence[_MeasuredRung], clusters: Clusters, weights: Weights,
     for (first, second), gain, p in zip(pairs, gains, corrected, strict=True):
         variance = first.seed_variance + second.seed_variance
         items = second.items - first.items
-        detectable = detectable_difference(items, clusters, weights=weights, seed_variance=variance)
+        detectable = stats.detectable_difference(items, clusters, weights=weights, seed_variance=variance)
         steps.append(LadderStep(first.name, second.name, gain, p, detectable))
     return tuple(steps)
 
@@ -229,7 +217,7 @@ def _measure(name: str, scores: ArrayLike, clusters: Clusters, weights: Weights,
     # weighted as the score itself, or seeds would scatter around another mean
     means = np.average(table, axis=1, weights=None if weights is None else np.asarray(weights, dtype=np.float64))
     variance = float(means.var(ddof=1)) / seeds if seeds > 1 else 0.0
-    score = score_interval(items, clusters, weights=weights, seed=seed)
+    score = stats.score_interval(items, clusters, weights=weights, seed=seed)
     rung = _MeasuredRung(name, items, variance, seeds, score)
     return replace(rung, score=_with_seed_variance(score, rung))
 
@@ -245,11 +233,11 @@ def _with_seed_variance(estimate: Estimate, *sources: _MeasuredRung) -> Estimate
     # an infinite interval cannot be widened
     if seed_variance == 0.0 or not math.isfinite(estimate.high - estimate.low):
         return estimate
-    total = ((estimate.high - estimate.low) / 2 / Z) ** 2 + seed_variance
-    stretch = float(special.stdtrit(_degrees_of_freedom(total, *sources), 1 - ALPHA / 2)) / Z
+    total = ((estimate.high - estimate.low) / 2 / stats.Z) ** 2 + seed_variance
+    stretch = float(special.stdtrit(_degrees_of_freedom(total, *sources), 1 - stats.ALPHA / 2)) / stats.Z
     # each side on its own: bootstrap intervals are not symmetric
     lower_half, upper_half = (
-        stretch * math.hypot(side, Z * math.sqrt(seed_variance))
+        stretch * math.hypot(side, stats.Z * math.sqrt(seed_variance))
         for side in (estimate.mean - estimate.low, estimate.high - estimate.mean)
     )
     method = f"{estimate.method} and training seeds"

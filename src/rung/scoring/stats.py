@@ -100,9 +100,7 @@ def t_interval(scores: ArrayLike) -> Interval:
     return Interval(mean, mean - half, mean + half, n, n, "t")
 
 
-def cluster_bootstrap(
-    scores: ArrayLike, clusters: Clusters, seed: int = 0, samples: int = SAMPLES, weights: Weights = None
-) -> Interval:
+def cluster_bootstrap(scores: ArrayLike, clusters: Clusters, seed: int = 0, *, weights: Weights = None) -> Interval:
     """Interval of a (weighted) mean, clusters resampled with replacement.
 
     Expanded percentile interval (Hesterberg 2015, arXiv 1411.5279, section 5.3): the plain percentile is too narrow by
@@ -118,7 +116,7 @@ def cluster_bootstrap(
     # without spread between clusters every replicate is the same
     if np.ptp(sums / totals) < TINY:
         return _interval_without_spread(values, mean, c)
-    low, high = expanded_percentiles(resample(sums, totals, seed, samples), c)
+    low, high = expanded_percentiles(resample(sums, totals, seed), c)
     return Interval(mean, low, high, len(values), c, "cluster bootstrap")
 
 
@@ -147,7 +145,6 @@ def paired_difference(
     clusters: Clusters = None,
     seed: int = 0,
     *,
-    samples: int = SAMPLES,
     weights: Weights = None,
     ids: tuple[Sequence[Hashable], Sequence[Hashable]] | None = None,
 ) -> Difference:
@@ -165,7 +162,7 @@ def paired_difference(
     mean, c, per_cluster = float(sums.sum() / totals.sum()), len(sums), sums / totals
     low, high, method = -math.inf, math.inf, "unbounded"
     if has_spread := bool(np.ptp(per_cluster) > TINY):
-        low, high = expanded_percentiles(resample(sums, totals, seed, samples), c)
+        low, high = expanded_percentiles(resample(sums, totals, seed), c)
         method = "paired cluster bootstrap"
     differing_count = int((np.abs(per_cluster) > TINY).sum())
     # few differing clusters: percentiles are too narrow there, and may exclude zero after five wins
@@ -178,16 +175,14 @@ def paired_difference(
     return Difference(mean, low, high, len(a), c, method, mcnemar(a, b) if mcnemar_applies else None)
 
 
-def ratio_interval(
-    totals: ArrayLike, counts: ArrayLike, clusters: Clusters = None, seed: int = 0, samples: int = SAMPLES
-) -> Interval:
+def ratio_interval(totals: ArrayLike, counts: ArrayLike, clusters: Clusters = None, seed: int = 0) -> Interval:
     """Perplexity exp(sum of nats / sum of tokens) of items with `totals` nats over `counts` tokens.
 
     The ratio of sums, not the mean of ratios: items are weighted by length. The interval is the exponential of that of
     the cluster bootstrap. 2 * log(8) nats over 2 tokens is perplexity 8.
     """
     tokens = _weights(counts, totals)
-    logs = cluster_bootstrap(_scores(totals) / tokens, clusters, seed, samples, weights=tokens)
+    logs = cluster_bootstrap(_scores(totals) / tokens, clusters, seed, weights=tokens)
     if logs.method != "cluster bootstrap":  # nats have no upper bound, so there is no exact bound without spread
         return replace(logs, mean=math.exp(logs.mean), low=0.0, high=math.inf, method="unbounded")
     return replace(logs, mean=math.exp(logs.mean), low=math.exp(logs.low), high=math.exp(logs.high))
@@ -263,13 +258,13 @@ def clustered_error(scores: ArrayLike, clusters: Clusters = None, *, weights: We
     return float(np.sqrt((residuals**2).sum()) / sizes.sum())
 
 
-def resample(sums: Floats, sizes: Floats, seed: int, samples: int = SAMPLES) -> Floats:
-    """Ratio sum(sums) / sum(sizes) of `samples` draws of clusters with replacement, shape [samples].
+def resample(sums: Floats, sizes: Floats, seed: int) -> Floats:
+    """Ratio sum(sums) / sum(sizes) of draws of clusters with replacement, shape [`SAMPLES`].
 
-    The standard error is the standard deviation of these, not that over sqrt(samples).
+    The standard error is the standard deviation of these, not that over sqrt(`SAMPLES`).
     """
     rng, c = np.random.default_rng(seed), len(sums)
-    batches = (rng.integers(c, size=(rows, c)) for rows in batch_sizes(samples, c))
+    batches = (rng.integers(c, size=(rows, c)) for rows in batch_sizes(SAMPLES, c))
     return np.concatenate([sums[draws].sum(axis=1) / sizes[draws].sum(axis=1) for draws in batches])
 
 
