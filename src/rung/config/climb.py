@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from rung.config.base import Config, Fraction
 from rung.config.evaluation import Context
@@ -114,15 +114,13 @@ class SearchConfig(Config):
     """Successive halving: after a ninth of the steps, and after each multiple of that by this factor, the best 1/factor
     of the trials continue (Jamieson and Talwalkar 2016; Li et al. 2020)."""
 
-    @model_validator(mode="after")
-    def _require_a_range(self) -> SearchConfig:
+    def _check(self) -> None:
         ranges = {"rank": self.rank, "learning_rate": self.learning_rate, "epochs": self.epochs}
         if not any(ranges.values()):
             raise ValueError("search tries nothing: give rank, learning_rate or epochs as [lowest, highest]")
         for name, bounds in ranges.items():
             if bounds is not None and bounds[0] >= bounds[1]:
                 raise ValueError(f"{name} is [lowest, highest]")
-        return self
 
 
 class ClimbConfig(Config):
@@ -168,17 +166,16 @@ class ClimbConfig(Config):
             r.reject_unused_settings()
         return rungs
 
-    @model_validator(mode="after")
-    def _require_tuned_rung(self) -> ClimbConfig:
+    def _check(self) -> None:
         if (self.search or self.curve or self.forgetting) and all(r.kind in UNTUNED for r in self.rungs):
             raise ValueError("search, curve and forgetting are about tuned rungs, and there is none")
         # rising and distinct: each number is a folder and a point of the curve
         if list(self.curve) != sorted(set(self.curve)):
             raise ValueError("curve has rising numbers of rows")
-        return self
+        self._check_base_rungs()
+        self._check_instructions()
 
-    @model_validator(mode="after")
-    def _check_base_rungs(self) -> ClimbConfig:
+    def _check_base_rungs(self) -> None:
         if self.stop_at_target and self.target is None:
             raise ValueError("stop waits for a rung to reach `target`: set it too")
         tuned = [r.label for r in self.rungs if r.kind not in UNTUNED]
@@ -188,10 +185,8 @@ class ClimbConfig(Config):
                 raise ValueError(f"rung {r.label!r} stands on {r.base_rung!r}, which is no tuned rung ({names})")
         # checked again with the rungs on top, which share the folder of the climb
         _refuse_shared_folders([*self.rungs, *self.on_top])
-        return self
 
-    @model_validator(mode="after")
-    def _check_instructions(self) -> ClimbConfig:
+    def _check_instructions(self) -> None:
         if any(not text.strip() for text in self.instructions):
             raise ValueError("instructions holds one without a word")
         if len(set(self.instructions)) < len(self.instructions):
@@ -199,7 +194,6 @@ class ClimbConfig(Config):
         untuned = next((r.kind for r in self.rungs if r.kind in UNTUNED), None)
         if self.instructions and untuned != "zero_shot":
             raise ValueError("instructions are chosen by zero_shot, which is to come before other untuned rungs")
-        return self
 
 
 def _refuse_shared_folders(rungs: Sequence[RungConfig | OnTopConfig]) -> None:

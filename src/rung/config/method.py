@@ -10,7 +10,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from rung.config.base import ALL_LINEAR, Config, Fraction, LinearRole, Tasks
 
@@ -139,8 +139,7 @@ class LowRankConfig(WeightMethodBase):
     modules_to_save: tuple[str, ...] = ()
     """Names of modules that are trained in full and saved with the adapter, for example [lm_head]."""
 
-    @model_validator(mode="after")
-    def _check_combinations(self) -> LowRankConfig:
+    def _check(self) -> None:
         if self.init in SUBTRACTED_INITS and self.dora:
             raise ValueError(f"init {self.init} subtracts its start, which a direction learned apart (dora) has not")
         if self.init in SUBTRACTED_INITS and self.dropout:
@@ -149,7 +148,6 @@ class LowRankConfig(WeightMethodBase):
             raise ValueError("lisa_step_interval does nothing without lisa_n_layers")
         if not self._reads_documents() and self.init_examples != 64:
             raise ValueError("init_examples does nothing here: no start or score is read off documents")
-        return self
 
     def _reads_documents(self) -> bool:
         # pissa and olora need the weights only
@@ -161,11 +159,10 @@ class LoraConfig(LowRankConfig):
 
     kind: Literal["lora"] = "lora"
 
-    @model_validator(mode="after")
-    def _reject_loftq(self) -> LoraConfig:
+    def _check(self) -> None:
+        super()._check()
         if self.init == "loftq":
             raise ValueError("init loftq makes up for what quantizing takes away: it goes with kind: qlora")
-        return self
 
 
 class QloraConfig(LowRankConfig):
@@ -177,8 +174,8 @@ class QloraConfig(LowRankConfig):
     double_quant: bool = True
     """Quantize the scales of 4-bit blocks to 8 bits: 0.127 instead of 0.5 bits per weight."""
 
-    @model_validator(mode="after")
-    def _check_quantization(self) -> QloraConfig:
+    def _check(self) -> None:
+        super()._check()
         if self.init in CALIBRATED_INITS:
             raise ValueError(f"init {self.init} is read off matrices in full width: it goes with kind: lora")
         if self.dora:
@@ -187,7 +184,6 @@ class QloraConfig(LowRankConfig):
             raise ValueError("double_quant is about the scales of 4-bit blocks: it does nothing with bits: 8")
         if self.init == "loftq" and self.rank_pattern:
             raise ValueError("init loftq takes one rank for all: leave ranks out")
-        return self
 
 
 LOW_RANK_METHODS = ("lora", "qlora", "lottery")
@@ -226,12 +222,11 @@ class LotteryConfig(LowRankConfig):
     def _reads_documents(self) -> bool:
         return self.lottery.score == "energy"
 
-    @model_validator(mode="after")
-    def _check_scores(self) -> LotteryConfig:
+    def _check(self) -> None:
+        super()._check()
         if self.init in CALIBRATED_INITS or self.init == "loftq" or self.dora or self.lisa_n_layers is not None:
             allowed = "init default, gaussian or orthogonal, no dora, no sampling"
             raise ValueError(f"a lottery scores plain updates: {allowed}")
-        return self
 
 
 class MixtureConfig(WeightMethodBase):
@@ -255,13 +250,11 @@ class MixtureConfig(WeightMethodBase):
     layers: Layers = None
     """As for lora."""
 
-    @model_validator(mode="after")
-    def _check_top_k(self) -> MixtureConfig:
+    def _check(self) -> None:
         if self.top_k == 1:
             raise ValueError("top_k: 1 gives one expert the weight 1 whatever its router says, which learns nothing")
         if self.top_k is not None and self.top_k >= self.experts:
             raise ValueError("top_k is below the number of experts; none takes them all")
-        return self
 
     @property
     def adapter_rank(self) -> int:
@@ -324,11 +317,9 @@ class PromptConfig(VirtualTokenBase):
     init_text: str | None = None
     """Initial text of the prompt, for `init: text`."""
 
-    @model_validator(mode="after")
-    def _check_init_text(self) -> PromptConfig:
+    def _check(self) -> None:
         if (self.init == "text") != bool(self.init_text):
             raise ValueError("init: text and init_text go together")
-        return self
 
 
 class PrefixConfig(VirtualTokenBase):
@@ -375,15 +366,13 @@ class PTuningConfig(VirtualTokenBase):
     positions: VirtualTokenPositions | None = None
     """Positions of the virtual tokens; default: all before the document."""
 
-    @model_validator(mode="after")
-    def _check_positions(self) -> PTuningConfig:
+    def _check(self) -> None:
         if self.positions is None:
-            return self
+            return
         if (total := sum(self.positions.model_dump().values())) != self.virtual_tokens:
             raise ValueError(f"positions add up to {total}, and virtual_tokens is {self.virtual_tokens}")
         if self.layers == "all" and self.positions.front != total:
             raise ValueError("keys and values in every layer (layers: all) stand in front alone")
-        return self
 
 
 def front_virtual_tokens(config: AnyMethodConfig) -> int:

@@ -6,7 +6,7 @@ loaded. Checks that need data, a model or a device are in `runs.checks`.
 
 from __future__ import annotations
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeInt
 
 from rung.config.base import Config
 from rung.config.climb import WITH_SHOTS, ClimbConfig
@@ -40,8 +40,7 @@ class RunConfig(Config):
     seed: NonNegativeInt = 0
     """Seed of the order of rows, the initialization and the choice of worked examples."""
 
-    @model_validator(mode="after")
-    def _reject_unused_settings(self) -> RunConfig:
+    def _check(self) -> None:
         if self.training.eval_every is not None and self.data.validation == 0:
             raise ValueError("training.eval_every measures on the validation split, and data.validation is 0")
         if self.evaluation.dequantize and "qlora" not in {self.method.kind, *(r.kind for r in self.climb.rungs)}:
@@ -67,7 +66,6 @@ class RunConfig(Config):
             raise ValueError("a reference cannot read virtual tokens inside the text: put all of them in front")
         if self.objective.kind == "reward" and self.method.kind == "head":
             raise ValueError("a reward model does not read the model's output head, which is all that head moves")
-        return self
 
     def _check_rollouts(self) -> None:
         kind = self.objective.kind
