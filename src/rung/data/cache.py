@@ -17,12 +17,11 @@ from typing import Unpack
 
 import numpy as np
 
-from rung.config.data import LossOn
 from rung.data.byte_store import DISK_SPACE_HINT, AppendFile, ByteRange
 from rung.data.chat import ChatTemplate
 from rung.data.records import fingerprint
 from rung.data.token_store import ROW_DTYPE, TokenColumns, TokenizedDataset
-from rung.data.tokenize import Overflow, TokenizeOptions, tokenize_columns
+from rung.data.tokenize import TOKENIZE_DEFAULTS, TokenizeOptions, tokenize_columns
 from rung.errors import CheckpointError
 from rung.files import cache_folder, read_safetensors_header, safetensors_header
 from rung.types import Record
@@ -50,17 +49,10 @@ def cached_examples(
     return columns.dataset(records)
 
 
-def cache_key(
-    chat: ChatTemplate,
-    records: Sequence[Record],
-    *,
-    loss_on: LossOn = "answer",
-    max_length: int | None = None,
-    overflow: Overflow = "error",
-    with_candidates: bool = False,
-) -> str:
+def cache_key(chat: ChatTemplate, records: Sequence[Record], **options: Unpack[TokenizeOptions]) -> str:
     """SHA-256 of everything that decides the ids, and nothing else: no path, no output folder, no tokenizer class."""
-    fields = [CODE_VERSION, fingerprint(records), chat.identity(), loss_on, max_length, overflow, with_candidates]
+    options = TOKENIZE_DEFAULTS | options
+    fields = [CODE_VERSION, fingerprint(records), chat.identity(), *options.values()]
     return sha256(json.dumps(fields).encode()).hexdigest()
 
 

@@ -21,7 +21,7 @@ from rung.data.deduplication import JACCARD_THRESHOLD, FuzzyMatch, HashSet, Ngra
 from rung.data.formats import DetectedFormat, read_records
 from rung.data.read import RejectedRow
 from rung.data.records import Records, character_count
-from rung.data.splits import assign_splits, duplicate_pairs, overlapping_pairs, weighted_paths
+from rung.data.splits import assign_splits, duplicate_pairs, overlapping_pairs, source_pairs, weighted_paths
 from rung.data.tokenize import TokenizeOptions, preflight, tokenize_prompts, tokenize_records
 from rung.errors import DataError, GateError
 from rung.types import Example, Record
@@ -159,18 +159,14 @@ def inspect_data(target: str | DataConfig, chat: ChatTemplate | None = None) -> 
         rejected_rows=tuple(sorted(rejected_rows, key=lambda r: r.source)),
         splits={"train": len(parts.train), "validation": len(parts.validation), "test": len(parts.test)},
         lengths=lengths,
-        duplicates=_named_pairs(records, records, duplicate_pairs(records)),
-        overlap=_named_pairs(parts.train, held_out, overlapping_pairs(parts.train, held_out)),
+        duplicates=source_pairs(records, records, duplicate_pairs(records)),
+        overlap=source_pairs(parts.train, held_out, overlapping_pairs(parts.train, held_out)),
         ngram_matches=similar.ngrams,
         fuzzy_matches=similar.fuzzy,
         diversity=_diversity(records),
         answer_lengths=_answer_lengths(records),
         supervised_share=supervised_share,
     )
-
-
-def _named_pairs(left: Records, right: Records, pairs: tuple[np.ndarray, np.ndarray]) -> tuple[tuple[str, str], ...]:
-    return tuple((str(left.source(i)), str(right.source(k))) for i, k in zip(*pairs, strict=True))
 
 
 def colored_tokens(example: Example, chat: ChatTemplate) -> Text:

@@ -13,7 +13,7 @@ from typing import Any
 
 from rung.data.deduplication import NGRAM_WORDS, FuzzyMatch, NgramMatch, fuzzy_duplicates, near_duplicates
 from rung.data.records import Records
-from rung.data.splits import overlapping_pairs
+from rung.data.splits import overlapping_pairs, source_pairs
 from rung.types import Record
 
 MAX_EXAMPLES = 3
@@ -53,11 +53,10 @@ def contamination(train: Iterable[Record], test: Iterable[Record]) -> Contaminat
     """Compare the prompts of test items with those of training rows: with context, without answers or system turns."""
     # all tiers iterate several times, so iterables are written to disk once
     train, test = Records.from_records(train), Records.from_records(test)
-    exact = zip(*overlapping_pairs(test, train), strict=True)
     return Contamination(
         items=len(test),
         train=len(train),
-        exact=tuple((str(test.source(i)), str(train.source(k))) for i, k in exact),
+        exact=source_pairs(test, train, overlapping_pairs(test, train)),
         ngrams={n: near_duplicates(train, test, n) for n in NGRAM_WORDS},
         fuzzy=fuzzy_duplicates(train, test),
     )

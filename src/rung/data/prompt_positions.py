@@ -41,12 +41,10 @@ class PromptPositions:
                 raise DataError(what, where=where, given=given, hint=hint)
         return [{**turn, "content": self._mark(turn["role"]) + turn["content"]} for turn in turns]
 
-    def with_answer_mark(
-        self, text: str, turns: Sequence[Mapping[str, Any]], answer_prefix: str, *, generation: bool
-    ) -> str:
+    def with_answer_mark(self, text: str, turns: Sequence[Mapping[str, Any]], prefix: str, *, generation: bool) -> str:
         """The rendered text of marked turns, with a mark where the next answer begins.
 
-        `answer_prefix` is what the template writes before an answer but not in the generation prompt: it belongs to
+        `prefix` is what the template writes before an answer but not in the generation prompt: it belongs to
         the answer.
         Raises `DataError` when marks were lost on the way.
         """
@@ -56,9 +54,9 @@ class PromptPositions:
             hint = "put all of them in front, or set model.template to a .jinja file that keeps every turn"
             raise DataError(what, hint=hint)
         opening = self._mark("assistant")
-        if opening and answer_prefix:
+        if opening and prefix:
             # in generation the model writes the prefix itself, behind the virtual tokens: keep that order in training
-            text = text.replace(answer_prefix + opening, opening + answer_prefix)
+            text = text.replace(prefix + opening, opening + prefix)
         return text + opening if generation else text
 
     def split_at_marks(self, text: str) -> list[str]:

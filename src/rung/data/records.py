@@ -11,7 +11,7 @@ import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from rung.types import Candidate, Message, Record, Source
 # big-endian hashes, so that the two halves read as the digest's bytes do
 _HASHES = [(name, ">u8", (2,)) for name in ("prompt", "group")]
 ROW_DTYPE = np.dtype([("start", "<i8"), ("line", "<i8"), ("size", "<u4"), ("origin", "<u4"), *_HASHES])
-"""Memory of a record: 56 bytes. The hashes are the first 128 bits of `prompt_key` and `group_key`."""
+"""Memory of a record: 56 bytes. The hashes are those of `_hash_halves`."""
 
 
 class Records(LazySequence[Record]):
@@ -104,8 +104,9 @@ class RecordWriter:
         line = encode_record(record)
         origin = self._paths.setdefault(record.source.path, len(self._paths))
         # a real group hashes to zeros with probability 2^-128
-        hashes = _halves(prompt_key(record)), (0, 0) if record.group is None else _halves(group_key(record.group))
-        row = (self._file.append(line), record.source.line, len(line), origin, *hashes)
+        group = (0, 0) if record.group is None else _hash_halves("group", record.group)
+        prompt = _hash_halves("prompt", normalized_prompt(record))
+        row = (self._file.append(line), record.source.line, len(line), origin, prompt, group)
         self._rows += np.array(row, ROW_DTYPE).tobytes()
 
     def records(self) -> Records:
@@ -160,19 +161,11 @@ def normalized_prompt(record: Record) -> str:
     return _normalize("\n".join([record.context or "", *turns]))
 
 
-def prompt_key(record: Record) -> bytes:
-    """SHA-256 of the normalized prompt."""
+def _hash_halves(kind: Literal["prompt", "group"], text: str) -> np.ndarray:
+    """The first 128 bits of SHA-256 as two integers."""
     # a prefix per kind: a prompt and a group of the same text get different positions in the split
-    return sha256(f"prompt\0{normalized_prompt(record)}".encode(errors="surrogatepass")).digest()
-
-
-def _halves(key: bytes) -> np.ndarray:
-    return np.frombuffer(key, ">u8", count=2)
-
-
-def group_key(group: str) -> bytes:
-    """SHA-256 of a group."""
-    return sha256(f"group\0{group}".encode()).digest()
+    digest = sha256(f"{kind}\0{text}".encode(errors="surrogatepass")).digest()
+    return np.frombuffer(digest, ">u8", count=2)
 
 
 def distinct_conversations(records: Iterable[Record]) -> np.ndarray:

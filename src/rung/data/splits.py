@@ -81,6 +81,11 @@ def overlapping_pairs(left: Records, right: Records) -> tuple[np.ndarray, np.nda
     return left_indices, first_indices[left_indices]
 
 
+def source_pairs(left: Records, right: Records, pairs: tuple[np.ndarray, np.ndarray]) -> tuple[tuple[str, str], ...]:
+    """The sources of the records of each pair."""
+    return tuple((str(left.source(i)), str(right.source(k))) for i, k in zip(*pairs, strict=True))
+
+
 def duplicate_pairs(records: Records) -> tuple[np.ndarray, np.ndarray]:
     """Indices of records whose normalized prompt occurred in an earlier record, and of the first such record."""
     first_indices = index_of_first_occurrence(records.prompts())

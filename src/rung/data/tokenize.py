@@ -33,7 +33,7 @@ Overflow = Literal["error", "drop", "trim_prompt"]
 
 
 class TokenizeOptions(TypedDict, total=False):
-    """Arguments of `tokenize_columns`, which functions that end in it take too."""
+    """What decides the tokens besides template and records; defaults: `TOKENIZE_DEFAULTS`."""
 
     loss_on: LossOn
     max_length: int | None
@@ -41,6 +41,7 @@ class TokenizeOptions(TypedDict, total=False):
     with_candidates: bool
 
 
+TOKENIZE_DEFAULTS = TokenizeOptions(loss_on="answer", max_length=None, overflow="error", with_candidates=False)
 CHUNK = 512
 """Maximum of rows tokenized or decoded in one call."""
 CHUNK_CHARACTERS = 1 << 20
@@ -87,22 +88,16 @@ def tokenize_records(
     return tokenize_columns(chat, records, **options).dataset(records)
 
 
-def tokenize_columns(
-    chat: ChatTemplate,
-    records: Sequence[Record],
-    *,
-    loss_on: LossOn = "answer",
-    max_length: int | None = None,
-    overflow: Overflow = "error",
-    with_candidates: bool = False,
-) -> TokenColumns:
+def tokenize_columns(chat: ChatTemplate, records: Sequence[Record], **options: Unpack[TokenizeOptions]) -> TokenColumns:
     """`tokenize_records`, as columns that the cache can store."""
+    options = TOKENIZE_DEFAULTS | options
+    loss_on, max_length, overflow = options["loss_on"], options["max_length"], options["overflow"]
     writer = TokenColumnWriter()
     conversations = array("q")  # records that are kept and have turns
     too_long, untrimmable = array("q"), array("q")  # record and length, one after the other
     limit = sys.maxsize if max_length is None else max_length
     # All answers of a record are kept or dropped together: half a pair compares nothing.
-    all_documents = _documents(chat, _variants(records, with_candidates), loss_on)
+    all_documents = _documents(chat, _variants(records, options["with_candidates"]), loss_on)
     for i, row in groupby(all_documents, key=lambda pair: pair[0].record_index):
         variants, documents = zip(*row, strict=True)
         length = max(len(d.ids) for d in documents)
@@ -168,6 +163,7 @@ def preflight(chat: ChatTemplate, tokenized: TokenizedDataset) -> Preflight:
         GateError: with the first ten failing rows and what is wrong with each.
     """
     failing_count = normalized_count = 0
+    normalizer = chat.tokenizer.backend_tokenizer.normalizer
     messages: list[str] = []
     rows = zip(tokenized.examples, tokenized.expected_texts, tokenized.compared_starts, strict=True)
     for chunk in chunks(rows, lambda row: len(row[0]), count=CHUNK, limit=CHUNK_CHARACTERS):
@@ -175,7 +171,7 @@ def preflight(chat: ChatTemplate, tokenized: TokenizedDataset) -> Preflight:
             reason = _preflight_fault(chat, example, start)
             if reason is None and text != expected:
                 # a normalizer cannot be undone, and inference applies it as well: counted, not refused
-                if text == _normalized_text(chat, expected):
+                if normalizer is not None and text == normalizer.normalize_str(expected):
                     normalized_count += 1
                 else:
                     reason = _describe_difference(text, expected)
@@ -317,11 +313,6 @@ def _preflight_fault(chat: ChatTemplate, example: Example, start: int) -> str | 
     if start > 0 and early_stops[start:].any():
         return "the answer holds a stop token of the template"
     return None
-
-
-def _normalized_text(chat: ChatTemplate, text: str) -> str | None:
-    normalizer = chat.tokenizer.backend_tokenizer.normalizer
-    return None if normalizer is None else str(normalizer.normalize_str(text))
 
 
 def _describe_difference(text: str, expected: str) -> str:

@@ -106,26 +106,26 @@ class Library:
 
         Raises `DataError` when no document has a word.
         """
-        passages_by_key: dict[str, tuple[str, bool]] = {}
-        document_count = empty_count = duplicate_count = 0
+        distinct: dict[str, tuple[str, bool]] = {}
+        total = empty = duplicates = 0
         for document in documents:
-            document_count += 1
+            total += 1
             pieces = list(filter(query_words, split_passages(document, config.chunk_words, config.overlap)))
-            empty_count += not pieces
+            empty += not pieces
             for passage in pieces:
                 # white space apart, or the same passage in two layouts would take two of the top k
                 key = " ".join(passage.split())
-                duplicate_count += key in passages_by_key
-                passages_by_key.setdefault(key, (passage, len(pieces) > 1))
-        if not passages_by_key:
-            raise DataError("no document has a word to be found by", where=where, given=f"{document_count} documents")
+                duplicates += key in distinct
+                distinct.setdefault(key, (passage, len(pieces) > 1))
+        if not distinct:
+            raise DataError("no document has a word to be found by", where=where, given=f"{total} documents")
         notes = {
-            "documents": document_count,
-            "empty_documents": empty_count,
-            "passages": len(passages_by_key),
-            "duplicate_passages": duplicate_count,
+            "documents": total,
+            "empty_documents": empty,
+            "passages": len(distinct),
+            "duplicate_passages": duplicates,
         }
-        passages, is_cut = zip(*passages_by_key.values(), strict=True)
+        passages, is_cut = zip(*distinct.values(), strict=True)
         return Library(passages, is_cut, config, notes)
 
     @cached_property

@@ -129,9 +129,7 @@ def summarize_preferences(
     )
 
 
-def length_controlled(
-    outcomes: ArrayLike, length_differences: ArrayLike, clusters: Clusters, seed: int = 0
-) -> Interval:
+def length_controlled(outcomes: ArrayLike, differences: ArrayLike, clusters: Clusters, seed: int = 0) -> Interval:
     """Win rate of two answers of one length (Dubois et al. 2024, arXiv 2404.04475, without instruction difficulty).
 
     Logistic regression of outcomes [P] (1, 0.5, 0) on tanh((difference of lengths) / (its standard deviation)); the
@@ -139,7 +137,7 @@ def length_controlled(
     an error of predicted preferences leaves out. Where all outcomes or all lengths are the same, length explains
     nothing and the raw rate is returned.
     """
-    y, d = np.asarray(outcomes, dtype=np.float64), np.asarray(length_differences, dtype=np.float64)
+    y, d = np.asarray(outcomes, dtype=np.float64), np.asarray(differences, dtype=np.float64)
     if len(y) != len(d) or len(y) == 0:
         raise ValueError(f"{len(y)} outcomes and {len(d)} differences of length")
     # equal lengths cannot be standardized, and equal outcomes would leave the rate to the ridge penalty
