@@ -32,8 +32,8 @@ def record(question: str, answer: str = "a", *, path: str = "d.jsonl", line: int
     return Record((Message("user", question), Message("assistant", answer)), Source(path, line), **more)
 
 
-def records(n: int, **more: Any) -> list[Record]:
-    return [record(f"question {i}", line=i + 1, **more) for i in range(n)]
+def records(n: int, **more: Any) -> Records:
+    return Records.from_records(record(f"question {i}", line=i + 1, **more) for i in range(n))
 
 
 def write(folder: Path, name: str, rows: list[dict[str, Any]]) -> str:
@@ -83,7 +83,7 @@ def test_a_larger_test_share_takes_no_test_row_back() -> None:
 
 def test_duplicates_never_cross_and_stay() -> None:
     twice = [*records(300), *(record(f"Question   {i}", "other", line=1000 + i) for i in range(300))]
-    parts = split(twice, DataConfig(path="d"))
+    parts = split(Records.from_records(twice), DataConfig(path="d"))
     assert sum(map(len, (parts.train, parts.validation, parts.test))) == 600
     assert not crossing_count(parts.train, [*parts.validation, *parts.test])
     assert (
@@ -92,7 +92,8 @@ def test_duplicates_never_cross_and_stay() -> None:
 
 
 def test_groups_stay_together() -> None:
-    parts = split([record(f"q {i}", group=f"g{i % 40}") for i in range(400)], DataConfig(path="d", group="g"))
+    rows = Records.from_records(record(f"q {i}", group=f"g{i % 40}") for i in range(400))
+    parts = split(rows, DataConfig(path="d", group="g"))
     found = [{r.group for r in part} for part in (parts.train, parts.validation, parts.test)]
     assert sum(map(len, found)) == len(set.union(*found)) == 40
     assert parts.summary()["groups_shared_with_held_out"] == 0
@@ -147,7 +148,7 @@ def test_dropping_every_training_row_is_refused(tmp_path: Path) -> None:
 def test_the_same_prompt_in_two_groups_is_overlap() -> None:
     crossing = [record("the same", group=f"g{i}", line=i) for i in range(60)]
     with pytest.raises(DataError, match="the same prompt in two groups"):
-        split(crossing, DataConfig(path="d", group="g"))
+        split(Records.from_records(crossing), DataConfig(path="d", group="g"))
 
 
 def test_mixture_weighs_training_rows_only(tmp_path: Path) -> None:

@@ -300,9 +300,8 @@ def _hint_for_unknown(key_path: KeyPath, known_settings: list[str]) -> str | Non
     if suggestion := did_you_mean(name, known_settings):
         return f"did you mean {_dotted([*parent, suggestion])}?"
     for group, info in RunConfig.model_fields.items():
-        for candidate in [info.annotation, *get_args(info.annotation)]:
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel) and name in candidate.model_fields:
-                return f"did you mean {group}.{name}?"
+        if any(name in c.model_fields for c in _config_classes(info.annotation)):
+            return f"did you mean {group}.{name}?"
     return None
 
 
@@ -319,16 +318,16 @@ def _known_settings(key_path: KeyPath, raw: Any) -> list[str]:
     return list(model.model_fields)
 
 
+def _config_classes(annotation: Any) -> list[type[BaseModel]]:
+    """The config classes of an annotation, which nests: Annotated, Optional, unions and tuples."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [c for part in get_args(annotation) for c in _config_classes(part)]
+
+
 def _group_class(model: type[BaseModel], step: str, value: Any) -> type[BaseModel]:
     """The class of a group; for a union, the member with the given `kind`."""
-    # annotations nest: Annotated, Optional, unions and tuples of config classes
-    pending = [model.model_fields[step].annotation] if step in model.model_fields else []
-    candidates: list[type[BaseModel]] = []
-    while pending:
-        candidate = pending.pop(0)
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            candidates.append(candidate)
-        pending.extend(get_args(candidate))
+    candidates = _config_classes(model.model_fields[step].annotation) if step in model.model_fields else []
     kind = value.get("kind") if isinstance(value, dict) else None
     kinds = {c: get_args(c.model_fields["kind"].annotation) for c in candidates if "kind" in c.model_fields}
     matching = [c for c in kinds if kind in kinds[c]]

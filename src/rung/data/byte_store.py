@@ -101,11 +101,6 @@ class ByteRange(NamedTuple):
     start: int
     size: int
 
-    @classmethod
-    def of_file(cls, file: AppendFile) -> ByteRange:
-        """All bytes written so far."""
-        return cls(file, 0, file.size)
-
     def read(self, start: int, size: int) -> bytes:
         """`size` bytes from offset `start` of the range."""
         return self.file.read(self.start + start, size)

@@ -8,7 +8,7 @@ rows only, so memory follows the held-out split and not the training data. Used 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, groupby
@@ -100,12 +100,11 @@ class HashSet:
         return self._sorted
 
 
-def near_duplicates(train: Iterable[Record], held_out: Iterable[Record], n: int) -> tuple[NgramMatch, ...]:
+def near_duplicates(train: Records, held_out: Records, n: int) -> tuple[NgramMatch, ...]:
     """Held-out rows that share at least one word n-gram with a training row, highest containment first.
 
     Of training rows that share equally many n-grams the first is named.
     """
-    train, held_out = Records.from_records(train), Records.from_records(held_out)
     held_out_hashes = HashSet()
     for _, texts in _chunked_words(held_out):
         held_out_hashes.add(ngram_hashes(texts, n)[0])
@@ -213,7 +212,7 @@ class FuzzyMatch:
         return f"{self.held_out} ~ {self.train} ({self.jaccard:.0%}): {self.text}"
 
 
-def fuzzy_duplicates(train: Iterable[Record], held_out: Iterable[Record]) -> tuple[FuzzyMatch, ...]:
+def fuzzy_duplicates(train: Records, held_out: Records) -> tuple[FuzzyMatch, ...]:
     """Held-out rows with a Jaccard similarity of at least 0.8 to a training row, most similar first.
 
     Only signatures of the held-out rows are kept; training rows are read one at a time (Broder 1997; banding as in
@@ -221,13 +220,13 @@ def fuzzy_duplicates(train: Iterable[Record], held_out: Iterable[Record]) -> tup
     """
     from datasketch import MinHashLSH
 
-    held_out_texts = list(_shingled_texts(Records.from_records(held_out)))
+    held_out_texts = list(_shingled_texts(held_out))
     index = MinHashLSH(num_perm=BANDS * BAND_ROWS, params=(BANDS, BAND_ROWS))
     for i, (_, text) in enumerate(held_out_texts):
         if text:
             index.insert(i, _signature(text))
     best: dict[int, tuple[float, str, str]] = {}
-    for source, text in _shingled_texts(Records.from_records(train)):
+    for source, text in _shingled_texts(train):
         for i in index.query(_signature(text)) if text else ():
             # MinHash only proposes candidates; the similarity reported is exact
             similarity = jaccard(held_out_texts[i][1], text)

@@ -8,6 +8,7 @@ of all rows, so a source whose first row misleads is read twice. `splits` and `c
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -88,16 +89,14 @@ class ColumnCensus:
     """Rows with a value per column, in the order in which the columns appear."""
 
     def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
+        self.counts = Counter[str]()
         self.rows = 0
 
     def add(self, row: Row) -> None:
         """Count one row."""
         self.rows += 1
-        for column, value in row.items():
-            name = str(column)
-            # a column that is always null still counts as present, with 0 rows
-            self.counts[name] = self.counts.get(name, 0) + (value is not None)
+        # a column that is always null still counts as present, with 0 rows
+        self.counts.update({str(column): int(value is not None) for column, value in row.items()})
 
 
 def detect(

@@ -242,29 +242,24 @@ def _load_json(file: Path) -> list[Any]:
     return value
 
 
-def _csv_lines(file: Path) -> Iterator[tuple[int, list[str]]]:
+def _read_csv(file: Path) -> Iterator[ReadItem]:
     csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, refuses long contexts
-    start = 1
+    next_start = 1
     try:
         with _open_utf8(file, newline="") as lines:
             reader = csv.reader(lines, strict=True)
+            header = next(reader, [])
+            if duplicates := sorted({name for name in header if header.count(name) > 1}):
+                raise DataError(f"column {duplicates[0]!r} stands twice in the header", where=f"{file} line 1")
+            next_start = reader.line_num + 1
             for fields in reader:
-                yield start, fields
-                start = reader.line_num + 1
+                start, next_start = next_start, reader.line_num + 1
+                if len(fields) == len(header):
+                    yield start, dict(zip(header, fields, strict=True))
+                elif fields:
+                    yield start, _MalformedRow(f"{len(fields)} fields, but the header names {len(header)}")
     except csv.Error as error:
-        raise DataError(f"broken CSV: {error}", where=f"{file} line {start}", hint="check the quotes") from error
-
-
-def _read_csv(file: Path) -> Iterator[ReadItem]:
-    lines = _csv_lines(file)
-    header = next(lines, (1, []))[1]
-    if duplicates := sorted({name for name in header if header.count(name) > 1}):
-        raise DataError(f"column {duplicates[0]!r} stands twice in the header", where=f"{file} line 1")
-    for number, fields in lines:
-        if len(fields) == len(header):
-            yield number, dict(zip(header, fields, strict=True))
-        elif fields:
-            yield number, _MalformedRow(f"{len(fields)} fields, but the header names {len(header)}")
+        raise DataError(f"broken CSV: {error}", where=f"{file} line {next_start}", hint="check the quotes") from error
 
 
 def _prune_nulls(value: Any) -> Any:

@@ -7,7 +7,7 @@ and the limit come after the split and touch training rows only. `runs.dataset` 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import combinations
@@ -21,7 +21,6 @@ from rung.config.data import DataConfig, WeightedPath
 from rung.data.formats import LoadedRows, load_records
 from rung.data.records import Records, encoded_lines, fingerprint, index_of_first_occurrence
 from rung.errors import ConfigError, DataError
-from rung.types import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +54,20 @@ def split_positions(records: Records) -> np.ndarray:
     return positions
 
 
-def assign_splits(records: Iterable[Record], *, validation: float | Records, test: float | Records) -> Splits:
+def assign_splits(records: Records, *, validation: float | Records, test: float | Records) -> Splits:
     """Cut by thresholds: [0, test) is test, the next `validation` of the range is validation, the rest is train.
 
     A part with records of its own takes none of the range.
     """
-    stored_records = Records.from_records(records)
-    positions = split_positions(stored_records)
+    positions = split_positions(records)
     # test has the low end: changing the validation share never moves a test row
     test_end = 0.0 if isinstance(test, Records) else test
     validation_end = test_end + (0.0 if isinstance(validation, Records) else validation)
     in_validation = (positions >= test_end) & (positions < validation_end)
     return Splits(
-        train=stored_records.select(positions >= validation_end),
-        validation=validation if isinstance(validation, Records) else stored_records.select(in_validation),
-        test=test if isinstance(test, Records) else stored_records.select(positions < test_end),
+        train=records.select(positions >= validation_end),
+        validation=validation if isinstance(validation, Records) else records.select(in_validation),
+        test=test if isinstance(test, Records) else records.select(positions < test_end),
     )
 
 
@@ -93,10 +91,8 @@ def duplicate_pairs(records: Records) -> tuple[np.ndarray, np.ndarray]:
     return copies, first_indices[copies]
 
 
-def split(
-    records: Iterable[Record], config: DataConfig, *, validation: Records | None = None, test: Records | None = None
-) -> Splits:
-    """Split by the shares of `config`; pass `validation` and `test` where the config names files.
+def split(records: Records, config: DataConfig, files: Mapping[str, Records] | None = None) -> Splits:
+    """Split by the shares of `config`; `files`: the records of `validation` and `test` where the config names files.
 
     Raises:
         ConfigError: the shares leave nothing to train on.
@@ -105,13 +101,9 @@ def split(
     shares = config.held_out_shares
     if sum(shares.values()) >= 1:
         raise ConfigError("data.validation and data.test leave no training rows", given=shares, allowed="a sum below 1")
-    stored_records = Records.from_records(records)
-    parts = assign_splits(
-        stored_records,
-        validation=shares["validation"] if validation is None else validation,
-        test=shares["test"] if test is None else test,
-    )
-    _refuse_empty(parts, shares, len(stored_records))
+    held_out: dict[str, float | Records] = {**shares, **(files or {})}
+    parts = assign_splits(records, **held_out)
+    _refuse_empty(parts, shares, len(records))
     return _resolve_overlap(parts, config)
 
 
@@ -188,7 +180,7 @@ def load_data(config: DataConfig, seed: int) -> Splits:
     sets = [_load_set(config, p) for p in paths]
     files = {name: load_records(config, path, held_out=True) for name, path in config.held_out_files.items()}
     records = Records.concatenate([loaded.records for loaded in sets])
-    splits = split(records, config, **{name: loaded.records for name, loaded in files.items()})
+    splits = split(records, config, {name: loaded.records for name, loaded in files.items()})
     # after the split: repeated rows must not change which rows are held out, or count as duplicates
     weights = {str(Path(p.path)): p.weight for p in paths}
     train = limit_records(repeat_by_weight(splits.train, weights), config.limit, seed)
@@ -216,35 +208,33 @@ def weighted_paths(config: DataConfig) -> tuple[WeightedPath, ...]:
     return paths
 
 
-def repeat_by_weight(records: Iterable[Record], weights: Mapping[str, float]) -> Records:
+def repeat_by_weight(records: Records, weights: Mapping[str, float]) -> Records:
     """Repeat the records of each set `weight` times; a fraction is taken evenly in the order of their hashes.
 
     Weight 2 gives every record twice, 0.5 every second one, 1.5 every one once and every second one twice. Within a set
     the order of the file is kept.
     """
-    stored_records = Records.from_records(records)
     selections = [np.empty(0, dtype=np.int64)]
     for path, weight in weights.items():
-        set_rows = stored_records.indices_from_path(path)
+        set_rows = records.indices_from_path(path)
         full_copies, fraction = floor(weight), weight - floor(weight)
         selections += [set_rows] * full_copies
         if fraction:
             # by content, not by position: another order of the file takes the same rows
-            lines = encoded_lines(stored_records.select(set_rows))
+            lines = encoded_lines(records.select(set_rows))
             digests = np.frombuffer(b"".join(map(_order_digest, lines)), ">u8").reshape(-1, 2)
             order = np.lexsort((digests[:, 1], digests[:, 0]))
             is_taken = np.diff(np.floor(np.arange(len(order) + 1) * fraction)) > 0
             selections.append(set_rows[np.sort(order[is_taken])])
-    return stored_records.select(np.concatenate(selections))
+    return records.select(np.concatenate(selections))
 
 
-def limit_records(records: Iterable[Record], limit: int | None, seed: int) -> Records:
+def limit_records(records: Records, limit: int | None, seed: int) -> Records:
     """At most `limit` records, drawn by the seed; a smaller limit draws a subset of a larger one's rows."""
-    stored_records = Records.from_records(records)
-    if limit is None or limit >= len(stored_records):
-        return stored_records
-    order = np.random.default_rng([seed, _LIMIT_STREAM]).permutation(len(stored_records))
-    return stored_records.select(np.sort(order[:limit]))
+    if limit is None or limit >= len(records):
+        return records
+    order = np.random.default_rng([seed, _LIMIT_STREAM]).permutation(len(records))
+    return records.select(np.sort(order[:limit]))
 
 
 def _order_digest(line: bytes) -> bytes:

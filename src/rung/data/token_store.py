@@ -85,7 +85,7 @@ class TokenColumnWriter:
 
     def columns(self, dropped: np.ndarray, trimmed: np.ndarray, checked: int, differences: int) -> TokenColumns:
         """All documents; nothing can be added afterwards."""
-        ids, supervised, texts = map(ByteRange.of_file, (self._ids, self._supervised, self._texts))
+        ids, supervised, texts = (ByteRange(f, 0, f.size) for f in (self._ids, self._supervised, self._texts))
         rows = np.frombuffer(self._rows, ROW_DTYPE)
         return TokenColumns(ids, supervised, texts, rows, dropped, trimmed, checked, differences)
 

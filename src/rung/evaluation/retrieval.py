@@ -106,7 +106,7 @@ class Library:
 
         Raises `DataError` when no document has a word.
         """
-        distinct: dict[str, tuple[str, bool]] = {}
+        kept: dict[str, tuple[str, bool]] = {}
         total = empty = duplicates = 0
         for document in documents:
             total += 1
@@ -115,17 +115,12 @@ class Library:
             for passage in pieces:
                 # white space apart, or the same passage in two layouts would take two of the top k
                 key = " ".join(passage.split())
-                duplicates += key in distinct
-                distinct.setdefault(key, (passage, len(pieces) > 1))
-        if not distinct:
+                duplicates += key in kept
+                kept.setdefault(key, (passage, len(pieces) > 1))
+        if not kept:
             raise DataError("no document has a word to be found by", where=where, given=f"{total} documents")
-        notes = {
-            "documents": total,
-            "empty_documents": empty,
-            "passages": len(distinct),
-            "duplicate_passages": duplicates,
-        }
-        passages, is_cut = zip(*distinct.values(), strict=True)
+        notes = {"documents": total, "empty_documents": empty, "passages": len(kept), "duplicate_passages": duplicates}
+        passages, is_cut = zip(*kept.values(), strict=True)
         return Library(passages, is_cut, config, notes)
 
     @cached_property

@@ -8,7 +8,7 @@ scored. Pure functions of verdicts, used by `commands.judge` and `commands.compa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import compress, zip_longest
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from rung.scoring.agreement import Label, cohen_kappa, krippendorff_alpha, percent_agreement
 from rung.scoring.significance import Floats, batch_sizes
-from rung.scoring.stats import Clusters, Interval, expanded_percentiles, score_interval
+from rung.scoring.stats import Clusters, Interval, expanded_percentiles, jsonable, score_interval
 
 Outcome = Literal["first", "second", "tie"]
 OUTCOMES: tuple[Outcome, ...] = ("first", "second", "tie")
@@ -72,7 +72,7 @@ class Preference:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return _plain_values(self)
+        return jsonable(asdict(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class JudgeAgreement:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return _plain_values(self)
+        return jsonable(asdict(self))
 
 
 def summarize_preferences(
@@ -226,8 +226,3 @@ def _rate(values: ArrayLike, clusters: Sequence[str], seed: int) -> Interval | N
 
 def _sigmoid(z: Floats) -> NDArray[np.float64]:
     return np.asarray(0.5 * (1.0 + np.tanh(0.5 * z)))
-
-
-def _plain_values(result: Preference | JudgeAgreement) -> dict[str, Any]:
-    values = {field.name: getattr(result, field.name) for field in fields(result)}
-    return {name: value.to_json() if isinstance(value, Interval) else value for name, value in values.items()}

@@ -44,8 +44,7 @@ class RungVerdict:
 
     def to_json(self) -> dict[str, Any]:
         """Plain objects."""
-        estimates = {"score": self.score.to_json(), "difference": self.difference.to_json()}
-        return {**asdict(self), **estimates, "enough": self.enough}
+        return {**stats.jsonable(asdict(self)), "enough": self.enough}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +67,7 @@ class LadderStep:
 
     def to_json(self) -> dict[str, Any]:
         """Plain objects."""
-        return {**asdict(self), "difference": self.difference.to_json(), "differs": self.differs}
+        return {**stats.jsonable(asdict(self)), "differs": self.differs}
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,13 +234,10 @@ def _with_seed_variance(estimate: Estimate, *sources: _MeasuredRung) -> Estimate
         return estimate
     total = ((estimate.high - estimate.low) / 2 / stats.Z) ** 2 + seed_variance
     stretch = float(special.stdtrit(_degrees_of_freedom(total, *sources), 1 - stats.ALPHA / 2)) / stats.Z
+    mean, seed_half = estimate.mean, stats.Z * math.sqrt(seed_variance)
     # each side on its own: bootstrap intervals are not symmetric
-    lower_half, upper_half = (
-        stretch * math.hypot(side, stats.Z * math.sqrt(seed_variance))
-        for side in (estimate.mean - estimate.low, estimate.high - estimate.mean)
-    )
-    method = f"{estimate.method} and training seeds"
-    return replace(estimate, low=estimate.mean - lower_half, high=estimate.mean + upper_half, method=method)
+    below, above = (stretch * math.hypot(side, seed_half) for side in (mean - estimate.low, estimate.high - mean))
+    return replace(estimate, low=mean - below, high=mean + above, method=f"{estimate.method} and training seeds")
 
 
 def _degrees_of_freedom(total: float, *sources: _MeasuredRung) -> float:

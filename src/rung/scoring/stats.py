@@ -48,7 +48,7 @@ class Interval:
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers; an infinite bound is null."""
-        return _jsonable(asdict(self))
+        return jsonable(asdict(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Difference:
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers; an infinite bound is null."""
-        return _jsonable(asdict(self))
+        return jsonable(asdict(self))
 
 
 def wilson(successes: float, n: float) -> Interval:
@@ -343,5 +343,7 @@ def _weights(weights: Weights, scores: ArrayLike) -> Floats:
     return sizes
 
 
-def _jsonable(fields: dict[str, Any]) -> dict[str, Any]:
-    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in fields.items()}
+def jsonable(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with null in place of NaN and infinite numbers, in nested dictionaries too."""
+    values = {key: jsonable(v) if isinstance(v, dict) else v for key, v in fields.items()}
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
