@@ -176,9 +176,9 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
         # utf-8-sig: editors on Windows write a byte order mark
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*")])
-        near_hint = f"did you mean {path.parent / near}?" if near else None
-        raise ConfigError("no such file", where=str(path), hint=near_hint) from None
+        suggestion = did_you_mean(path.name, [p.name for p in path.parent.glob("*")])
+        question = f"did you mean {path.parent / suggestion}?" if suggestion else None
+        raise ConfigError("no such file", where=str(path), hint=question) from None
     except IsADirectoryError:
         config_files = ", ".join(sorted(p.name for p in path.glob("*.y*ml"))) or "none"
         raise ConfigError("this is a folder", where=str(path), hint=f"config files in it: {config_files}") from None
@@ -204,14 +204,14 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
 
 
 def _key_origins(node: yaml.Node, key_path: KeyPath, path: str) -> Iterator[tuple[KeyPath, str]]:
-    entries: list[tuple[str | int, yaml.Node, yaml.Node]] = []  # key, node with its line, value
+    entries: list[tuple[str | int, yaml.Node, yaml.Node]] = []  # key, node with the line number, value
     if isinstance(node, yaml.MappingNode):
         entries = [(str(key.value), key, value) for key, value in node.value]
     elif isinstance(node, yaml.SequenceNode):
         entries = [(index, value, value) for index, value in enumerate(node.value)]
     keys: set[str | int] = set()
-    for key, marked, value in entries:
-        nested_path, origin = (*key_path, key), f"{path} line {marked.start_mark.line + 1}"
+    for key, line_node, value in entries:
+        nested_path, origin = (*key_path, key), f"{path} line {line_node.start_mark.line + 1}"
         if key in keys:  # PyYAML keeps the last of two equal keys without a word
             raise ConfigError(f"{_dotted(nested_path)} stands twice", where=origin)
         keys.add(key)
@@ -277,9 +277,9 @@ def _explain(error: ValidationError, raw: dict[str, Any], origins: Mapping[KeyPa
         known_settings = sorted(_known_settings(key_path[:-1], raw))
         parent = _dotted(key_path[:-1])
         kind = f"{parent} {raw[parent].get('kind')}" if parent in ("method", "objective") else parent or "a run"
-        what, allowed = f"{name} is not a setting of {kind}", ", ".join(known_settings)
+        summary, allowed = f"{name} is not a setting of {kind}", ", ".join(known_settings)
         hint = _hint_for_unknown(key_path, known_settings)
-        return ConfigError(what, where=where, given=problem["input"], allowed=allowed, hint=hint)
+        return ConfigError(summary, where=where, given=problem["input"], allowed=allowed, hint=hint)
     if problem["type"] == "missing":
         example = {"data": "data: {path: my.jsonl}", "output": "output: runs/my-run"}.get(name)
         return ConfigError(f"{name} is missing", where=where, hint=f"for example {example}" if example else None)

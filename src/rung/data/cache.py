@@ -80,8 +80,8 @@ def _store(path: Path, columns: TokenColumns) -> None:
                 file.writelines(ranges[name].pieces())
         os.replace(temporary, path)
     except OSError as error:
-        what = f"could not write the cache: {error}"
-        raise CheckpointError(what, where=str(path.parent), hint=DISK_SPACE_HINT) from error
+        summary = f"could not write the cache: {error}"
+        raise CheckpointError(summary, where=str(path.parent), hint=DISK_SPACE_HINT) from error
     finally:
         if temporary is not None:
             # gone after os.replace; still there after an error

@@ -137,8 +137,8 @@ class ChatTemplate:
         for i in range(last + 1) if loss_on == "assistant_turns" else (last,):
             if record.messages[i].role != "assistant":
                 continue
-            turns, shown = record.messages, (record.context, record.tools, record.source)
-            prompt, full = self._render(turns[:i], *shown, generation=True), self._render(turns[: i + 1], *shown)
+            turns, rest = record.messages, (record.context, record.tools, record.source)
+            prompt, full = self._render(turns[:i], *rest, generation=True), self._render(turns[: i + 1], *rest)
             # both must be prefixes, or the training text differs from the prompts of inference
             if not (full.startswith(prompt) and prompt.startswith(prefix)):
                 raise unstable_template_error(record.source, i, loss_on, rewrites_history=full.startswith(prompt))
@@ -218,19 +218,19 @@ class ChatTemplate:
     def _read_template(self, choice: str) -> str:
         if choice == "plain":
             if self.tokenizer.eos_token is None:
-                what = "the tokenizer has no end-of-text token to stop at"
-                raise ConfigError(what, where="model.template", given=choice)
+                summary = "the tokenizer has no end-of-text token to stop at"
+                raise ConfigError(summary, where="model.template", given=choice)
             # the model was pretrained with a BOS only where its tokenizer adds one
             return ("{{- bos_token -}}\n" if self.adds_bos else "") + PLAIN_TEMPLATE
         if choice == "auto":
-            own_template = self.tokenizer.chat_template
-            if isinstance(own_template, dict):
-                own_template = own_template.get("default")
-            if own_template:
-                return str(own_template)
-            what, allowed = "the tokenizer has no chat template", "auto, plain, or a .jinja file"
+            tokenizer_template = self.tokenizer.chat_template
+            if isinstance(tokenizer_template, dict):
+                tokenizer_template = tokenizer_template.get("default")
+            if tokenizer_template:
+                return str(tokenizer_template)
+            summary, allowed = "the tokenizer has no chat template", "auto, plain, or a .jinja file"
             hint = "set model.template: plain"
-            raise ConfigError(what, where="model.template", given=choice, allowed=allowed, hint=hint)
+            raise ConfigError(summary, where="model.template", given=choice, allowed=allowed, hint=hint)
         if not choice.endswith(".jinja") or not Path(choice).is_file():
             allowed = "auto, plain, or an existing .jinja file"
             raise ConfigError("no such template", where="model.template", given=choice, allowed=allowed)
@@ -250,8 +250,9 @@ class ChatTemplate:
         # Jinja ignores variables a template never uses: tools would silently vanish from the prompt
         for name, present in (("tools", tools), ("tool_calls", any(m.tool_calls for m in messages))):
             if present and name not in self.template:
-                what = f"the row has {name}, but the chat template never shows them"
-                raise DataError(what, where=where, hint="set model.template: plain, or a .jinja file that writes them")
+                summary = f"the row has {name}, but the chat template never shows them"
+                hint = "set model.template: plain, or a .jinja file that writes them"
+                raise DataError(summary, where=where, hint=hint)
         if context:
             first_user = next((t for t in turns if t["role"] == "user"), None)
             if first_user is None:
@@ -269,9 +270,9 @@ class ChatTemplate:
             )
         # templates fail in many ways: raise_exception, a missing key, a method that a value lacks
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            what, roles = f"the chat template refuses this conversation: {error}", " ".join(m.role for m in messages)
+            summary, roles = f"the chat template refuses this conversation: {error}", " ".join(m.role for m in messages)
             hint = "change the row, or set model.template: plain or a .jinja file"
-            raise DataError(what, where=where, given=roles, hint=hint) from error
+            raise DataError(summary, where=where, given=roles, hint=hint) from error
         if self.positions is None:
             return str(text)
         return self.positions.with_answer_mark(str(text), turns, self._answer_prefix, generation=generation)
@@ -283,16 +284,16 @@ class ChatTemplate:
             opening = self._render([question], generation=True)
             full = self._render([question, Message("assistant", _SENTINEL)])
         except DataError as error:
-            what = f"the chat template is broken: {error.summary}"
-            raise ConfigError(what, where="model.template", given=choice) from error
+            summary = f"the chat template is broken: {error.summary}"
+            raise ConfigError(summary, where="model.template", given=choice) from error
         body, sentinel, tail = full.rpartition(_SENTINEL)
         ending = self._find_ending(tail)
         if not sentinel or ending is None:
             fault = "ends an answer without a stop token" if sentinel else "leaves answers out"
             allowed = "a special token after every assistant turn"
             hint = "set model.template: plain, or a .jinja file that writes one"
-            what, given = f"the chat template {fault}", tail or choice
-            raise ConfigError(what, where="model.template", given=given, allowed=allowed, hint=hint)
+            summary = f"the chat template {fault}"
+            raise ConfigError(summary, where="model.template", given=tail or choice, allowed=allowed, hint=hint)
         try:
             # here and not at the first row: a template that doubles the BOS is a config error, not a data error
             self.check_bos(self._encode_texts([full])[0], "model.template")
@@ -328,9 +329,9 @@ class ChatTemplate:
         for ending in self._endings:
             if full.endswith(ending.stop + ending.after_stop):
                 return ending.after_stop
-        what = "the template ends this answer without a stop token"
+        summary = "the template ends this answer without a stop token"
         allowed = " or ".join(repr(e.stop + e.after_stop) for e in self._endings)
-        raise DataError(what, where=str(source), given=repr(full[-60:]), allowed=allowed)
+        raise DataError(summary, where=str(source), given=repr(full[-60:]), allowed=allowed)
 
 
 def with_context(context: str, question: str) -> str:

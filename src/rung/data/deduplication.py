@@ -144,11 +144,8 @@ class _PostingLists:
     def _locate(self, texts: Sequence[list[str]]) -> tuple[np.ndarray, np.ndarray]:
         """Indices of the held-out n-grams that occur in the texts, and the text of each."""
         hashes, text_index = ngram_hashes(texts, self.n)
-        if not len(self._hashes):
-            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
-        # searchsorted returns len for values beyond the last one
-        index = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
-        present = self._hashes[index] == hashes
+        index = np.searchsorted(self._hashes, hashes)
+        present = np.searchsorted(self._hashes, hashes, side="right") > index
         return index[present], text_index[present]
 
     def _most_shared_row(self, grams: tuple[int, ...]) -> int:

@@ -126,8 +126,8 @@ def detect(
         mapping["group"] = group
     detection = DetectedFormat(detected_format, mapping, dict(counts), census.rows)
     if format == "auto" and (competing := _competing_columns(detection, map)):
-        what = f"{competing[0]!r} and {competing[1]!r} could both be what is to be learned"
-        raise _ambiguous_format_error(path, counts, what)
+        summary = f"{competing[0]!r} and {competing[1]!r} could both be what is to be learned"
+        raise _ambiguous_format_error(path, counts, summary)
     return detection
 
 

@@ -304,15 +304,15 @@ def unstable_template_error(source: Source, turn: int, loss_on: LossOn, *, rewri
     hint = "set model.template to a .jinja file that keeps the history as it was generated"
     if loss_on == "assistant_turns":
         hint = f"set data.loss_on: answer, or give each turn a row of its own; or {hint}"
-    what = f"turn {turn + 1}: the template {fault}, so the training text is not what the model will see"
-    return DataError(what, where=str(source), hint=hint)
+    summary = f"turn {turn + 1}: the template {fault}, so the training text is not what the model will see"
+    return DataError(summary, where=str(source), hint=hint)
 
 
 def rewritten_answer_error(source: Source, turn: int, rendered: str) -> DataError:
     """The error for an answer that a template changes."""
-    what = f"turn {turn + 1}: the template writes another answer than the row has"
+    summary = f"turn {turn + 1}: the template writes another answer than the row has"
     hint = "set model.template to a .jinja file that keeps answers whole, reasoning included, or change the rows"
-    return DataError(what, where=str(source), given=repr(rendered), hint=hint)
+    return DataError(summary, where=str(source), given=repr(rendered), hint=hint)
 
 
 MAX_SHOWN_CHARACTERS = 60

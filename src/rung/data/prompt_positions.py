@@ -36,9 +36,9 @@ class PromptPositions:
         """Turns as the template receives them. Raises `DataError` where the text itself contains a mark."""
         for turn in turns:
             if match := _ANY_MARK.search(turn["content"]):
-                what, given = "the text holds a code point that is not a character", f"U+{ord(match[0]):04X}"
+                summary, code_point = "the text holds a code point that is not a character", f"U+{ord(match[0]):04X}"
                 hint = "remove it: it marks where virtual tokens stand"
-                raise DataError(what, where=where, given=given, hint=hint)
+                raise DataError(summary, where=where, given=code_point, hint=hint)
         return [{**turn, "content": self._mark(turn["role"]) + turn["content"]} for turn in turns]
 
     def with_answer_mark(self, text: str, turns: Sequence[Mapping[str, Any]], prefix: str, *, generation: bool) -> str:
@@ -50,9 +50,9 @@ class PromptPositions:
         """
         # a template that strips or repeats content would silently drop or double virtual tokens
         if len(_ANY_MARK.findall(text)) != sum(turn["role"] in self.ids for turn in turns):
-            what = "the chat template leaves out or repeats the beginning of a turn, where virtual tokens should stand"
+            fault = "the chat template leaves out or repeats the beginning of a turn, where virtual tokens should stand"
             hint = "put all of them in front, or set model.template to a .jinja file that keeps every turn"
-            raise DataError(what, hint=hint)
+            raise DataError(fault, hint=hint)
         opening = self._mark("assistant")
         if opening and prefix:
             # in generation the model writes the prefix itself, behind the virtual tokens: keep that order in training

@@ -122,8 +122,8 @@ def _open_utf8(file: Path, newline: str) -> TextIO:
             try:
                 line.decode()
             except UnicodeDecodeError as error:
-                what = f"byte 0x{line[error.start]:02x} is not UTF-8 ({error.reason})"
-                raise DataError(what, where=f"{file} line {number}", hint="save the file as UTF-8") from error
+                summary = f"byte 0x{line[error.start]:02x} is not UTF-8 ({error.reason})"
+                raise DataError(summary, where=f"{file} line {number}", hint="save the file as UTF-8") from error
     # utf-8-sig: Excel writes a byte order mark, which would become part of the first column's name
     return file.open(encoding="utf-8-sig", newline=newline)
 
@@ -231,8 +231,8 @@ def _load_json(file: Path) -> list[Any]:
     except json.JSONDecodeError as error:
         # the typical mistake: JSON Lines in a file called .json
         hint = "one object per line is .jsonl: rename the file" if error.msg == "Extra data" else None
-        what = f"broken JSON: {error.msg} (column {error.colno})"
-        raise DataError(what, where=f"{file} line {error.lineno}", hint=hint) from error
+        summary = f"broken JSON: {error.msg} (column {error.colno})"
+        raise DataError(summary, where=f"{file} line {error.lineno}", hint=hint) from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"refused JSON: {error}", where=str(file)) from error
     if isinstance(value, dict):
@@ -317,11 +317,11 @@ def _read_hub(path: str) -> Iterator[ReadItem]:
             if isinstance(error, ConnectionError):
                 break  # the other reading of the name would only wait through the same retries
     if dataset is None:
-        what = "neither a file here nor a `datasets` set that can be reached"
+        summary = "neither a file here nor a `datasets` set that can be reached"
         allowed = f"a {', '.join(SUFFIXES)} file, or name, name:split, name/config:split"
         hint = "without a network, save the set as a file and give its path"
         # the first reading of the name is the likelier one
-        raise DataError(what, where=path, given=reasons[0], allowed=allowed, hint=hint)
+        raise DataError(summary, where=path, given=reasons[0], allowed=allowed, hint=hint)
     yield from enumerate(map(_prune_fields, dataset), start=1)
 
 

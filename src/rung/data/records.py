@@ -185,12 +185,8 @@ def distinct_conversations(records: Iterable[Record]) -> np.ndarray:
 
 def index_of_first_occurrence(keys: np.ndarray) -> np.ndarray:
     """For each row of uint64 [n, 2] the index of the first row with the same key: its own if it is the first."""
-    order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: rows of one key stay in their order
-    ordered = keys[order]
-    starts_key = np.ones(len(keys), dtype=bool)
-    starts_key[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    first_indices = np.empty(len(keys), dtype=np.int64)
-    first_indices[order] = order[np.maximum.accumulate(np.where(starts_key, np.arange(len(keys)), 0))]
+    _, first_of_distinct, distinct_index = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    first_indices: np.ndarray = first_of_distinct[distinct_index.reshape(-1)]  # numpy 2.0 returns a column
     return first_indices
 
 

@@ -120,9 +120,9 @@ def _resolve_overlap(parts: Splits, config: DataConfig) -> Splits:
     leaked_rows = np.union1d(leaks["train and validation"][0], leaks["train and test"][0])
     train = parts.train.select(np.delete(np.arange(len(parts.train)), leaked_rows))
     if not train:
-        what = "every training prompt also occurs in the validation or test split"
-        given = f"{len(leaked_rows)} training rows"
-        raise DataError(what, given=given, hint="hold out another file or a share")
+        summary = "every training prompt also occurs in the validation or test split"
+        dropped = f"{len(leaked_rows)} training rows"
+        raise DataError(summary, given=dropped, hint="hold out another file or a share")
     held_out = (parts.validation, parts.test)
     # inclusion and exclusion; a group on both sides can make held-out scores look better than they are
     shared = _group_count(*held_out) + _group_count(train) - _group_count(*held_out, train)
@@ -147,9 +147,9 @@ def _overlap_error(names: str, left: Records, right: Records) -> DataError:
 def _refuse_empty(parts: Splits, shares: dict[str, float], rows: int) -> None:
     for name, part in (("validation", parts.validation), ("test", parts.test)):
         if shares[name] > 0 and not part:
-            what = f"the {name} split is empty: no row (or group) of {rows} fell into its share"
+            summary = f"the {name} split is empty: no row (or group) of {rows} fell into its share"
             hint = f"use more rows, a larger data.{name}, a file, or data.{name}: 0"
-            raise DataError(what, given=f"data.{name}: {shares[name]}", hint=hint)
+            raise DataError(summary, given=f"data.{name}: {shares[name]}", hint=hint)
     if not parts.train:
         hint = "use more rows, smaller data.validation and data.test, or a data.group with more values"
         raise DataError(f"the training split is empty: all {rows} rows were held out", hint=hint)

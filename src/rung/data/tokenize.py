@@ -13,21 +13,18 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, groupby
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, Unpack
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rung.config.data import LossOn
 from rung.data.byte_store import chunks
+from rung.data.chat import ChatTemplate, TextPart
 from rung.data.records import character_count
 from rung.data.token_store import OWN_ANSWER, TokenColumns, TokenColumnWriter, TokenizedDataset, TokenizedDocument
 from rung.errors import ConfigError, DataError, GateError
 from rung.types import Example, Record
-
-if TYPE_CHECKING:
-    from rung.data.chat import ChatTemplate, TextPart
-
 
 Overflow = Literal["error", "drop", "trim_prompt"]
 
@@ -139,8 +136,8 @@ def _trim_prompt(chat: ChatTemplate, documents: Sequence[TokenizedDocument], lim
     Raises `ConfigError` for a row of several answers: each would be cut to another prompt.
     """
     if len(documents) > 1:
-        what = "trimming would cut the prompts of compared answers differently"
-        raise ConfigError(what, where="data.overflow", given="trim_prompt", allowed="error or drop")
+        summary = "trimming would cut the prompts of compared answers differently"
+        raise ConfigError(summary, where="data.overflow", given="trim_prompt", allowed="error or drop")
     (document,) = documents
     ids, excess = np.array(document.ids), len(document.ids) - limit
     # virtual tokens and a leading BOS are never trimmed
@@ -180,8 +177,8 @@ def preflight(chat: ChatTemplate, tokenized: TokenizedDataset) -> Preflight:
                 messages += [f"{example.source}: {reason}"] if failing_count <= 10 else []
     total = len(tokenized.examples)
     if failing_count:
-        what = f"preflight: {failing_count} of {total} rows would not train what they say"
-        raise GateError(what, hint="\n  ".join(messages))
+        summary = f"preflight: {failing_count} of {total} rows would not train what they say"
+        raise GateError(summary, hint="\n  ".join(messages))
     return Preflight(
         rows=total,
         failing=0,
@@ -217,19 +214,21 @@ def _documents(
     chat: ChatTemplate, variants: Iterable[_AnswerVariant], loss_on: LossOn
 ) -> Iterator[tuple[_AnswerVariant, TokenizedDocument]]:
     for chunk in chunks(variants, lambda v: character_count(v.record), count=CHUNK, limit=CHUNK_CHARACTERS):
-        parts = [chat.split_conversation(v.record, loss_on) if v.record.text is None else None for v in chunk]
-        texts = [[p.text for p in ps] if ps else [v.record.text or ""] for v, ps in zip(chunk, parts, strict=True)]
+        rows_of_parts = [_parts(chat, v.record, loss_on) for v in chunk]
         # one call for all pieces of the chunk; they come back in order
-        pieces = iter(_encode_pieces(chat, texts))
-        for variant, conversation_parts in zip(chunk, parts, strict=True):
-            record = variant.record
-            if conversation_parts is None:
-                document = _plain_text(chat, record, next(pieces))
+        pieces = iter(_encode_pieces(chat, rows_of_parts))
+        for variant, parts in zip(chunk, rows_of_parts, strict=True):
+            record, ids = variant.record, [next(pieces) for _ in parts]
+            if record.text is None:
+                document = _conversation(chat, parts, ids, learn_all=loss_on == "all")
             else:
-                ids = [next(pieces) for _ in conversation_parts]
-                document = _conversation(chat, conversation_parts, ids, learn_all=loss_on == "all")
+                document = _plain_text(chat, record, ids[0])
             chat.check_bos(document.ids, str(record.source))
             yield variant, document
+
+
+def _parts(chat: ChatTemplate, record: Record, loss_on: LossOn) -> list[TextPart]:
+    return [TextPart(record.text, True)] if record.text is not None else chat.split_conversation(record, loss_on)
 
 
 def _plain_text(chat: ChatTemplate, record: Record, ids: list[int]) -> TokenizedDocument:
@@ -267,27 +266,28 @@ def _too_long_error(description: str, too_long: Sequence[int], limit: int, recor
     examples = zip(too_long[0:20:2], too_long[1:20:2], strict=True)
     lines = [f"{records[i].source}: {length} tokens" for i, length in examples]
     remainder = [f"and {count - 10} more"] if count > 10 else []
-    given = f"room for {limit} tokens: data.max_length, or the base's context less virtual tokens"
+    room = f"room for {limit} tokens: data.max_length, or the base's context less virtual tokens"
     hint = "\n  ".join([*lines, *remainder, "make room, or set data.overflow: drop or trim_prompt"])
-    return DataError(f"{count} of {len(records)} documents are {description}", given=given, hint=hint)
+    return DataError(f"{count} of {len(records)} documents are {description}", given=room, hint=hint)
 
 
 def _count_boundary_differences(chat: ChatTemplate, sample: Iterable[Record], loss_on: LossOn) -> tuple[int, int]:
     """Conversations compared, and those whose complete text has other ids than its pieces."""
     sample_count = difference_count = 0
     for chunk in chunks(sample, character_count, count=CHUNK, limit=CHUNK_CHARACTERS):
-        documents = [[p.text for p in chat.split_conversation(r, loss_on)] for r in chunk]
+        documents = [chat.split_conversation(r, loss_on) for r in chunk]
         pieces = iter(_encode_pieces(chat, documents))
-        for joined_ids, texts in zip(chat.encode(["".join(texts) for texts in documents]), documents, strict=True):
+        texts = ["".join(p.text for p in parts) for parts in documents]
+        for joined_ids, parts in zip(chat.encode(texts), documents, strict=True):
             sample_count += 1
-            difference_count += joined_ids != list(chain.from_iterable(next(pieces) for _ in texts))
+            difference_count += joined_ids != list(chain.from_iterable(next(pieces) for _ in parts))
     return sample_count, difference_count
 
 
-def _encode_pieces(chat: ChatTemplate, documents: list[list[str]]) -> list[list[int]]:
-    """Ids of all pieces of all documents, in order."""
-    mid_document = [i > 0 for texts in documents for i in range(len(texts))]
-    return chat.encode(list(chain.from_iterable(documents)), mid_document)
+def _encode_pieces(chat: ChatTemplate, documents: list[list[TextPart]]) -> list[list[int]]:
+    """Ids of all parts of all documents, in order."""
+    mid_document = [i > 0 for parts in documents for i in range(len(parts))]
+    return chat.encode([part.text for parts in documents for part in parts], mid_document)
 
 
 def _decode_supervised(chat: ChatTemplate, rows: Sequence[tuple[Example, str, int]]) -> Iterator[str]:
@@ -383,8 +383,8 @@ def tokenize_prompts(
     if too_long and overflow != "drop":
         lines = [f"{record.source}: {length} tokens" for record, length in too_long[:10]]
         lines.append("a smaller max_new_tokens leaves more; data.overflow: drop leaves them out")
-        what = f"{len(too_long)} of {len(records)} prompts leave no room for an answer"
-        raise DataError(what, given=f"at most {max_length} tokens", hint="\n  ".join(lines))
+        summary = f"{len(too_long)} of {len(records)} prompts leave no room for an answer"
+        raise DataError(summary, given=f"at most {max_length} tokens", hint="\n  ".join(lines))
     if not examples:
         raise DataError("no prompt is left", given=f"{len(too_long)} dropped for their length")
     return PromptDataset(examples, kept_records, len(too_long))

@@ -174,10 +174,10 @@ def prompt_ids(
     """Ids of each prompt. Raises `DataError` for a prompt of more than `max_prompt_tokens` tokens."""
     prompts = [chat.prompt_ids(prompt_format.turns(record), tools=record.tools) for record in records]
     if longest := max((p for p in prompts if len(p) > max_prompt_tokens), key=len, default=None):
-        what = f"this prompt has {len(longest)} tokens and the model takes {max_prompt_tokens} before an answer"
+        summary = f"this prompt has {len(longest)} tokens and the model takes {max_prompt_tokens} before an answer"
         where = str(records[prompts.index(longest)].source)
         hint = "lower evaluation.shots, shorten the contexts or retrieve less, or use a base with a longer context"
-        raise DataError(what, where=where, hint=hint)
+        raise DataError(summary, where=where, hint=hint)
     return prompts
 
 

@@ -186,10 +186,10 @@ def read_human_labels(path: str) -> tuple[list[AnswerPair], list[list[Outcome | 
                 raise DataError(f"no text in column {name}", where=where, given=text, hint=hint)
         value = row.get("human")
         row_labels = value if isinstance(value, list) else [value]
-        labels_given = [label for label in row_labels if label is not None]
-        if not labels_given or any(label not in OUTCOMES for label in labels_given):
+        existing_labels = [label for label in row_labels if label is not None]
+        if not existing_labels or any(label not in OUTCOMES for label in existing_labels):
             raise DataError("not what a person could have said", where=where, given=value, allowed=", ".join(OUTCOMES))
-        optional = {n: str(row[n]) for n in ("context", "expected", "group") if row.get(n) is not None}
-        pairs.append(AnswerPair(**texts, source=where, **optional))  # type: ignore[arg-type]
+        extras = {n: str(row[n]) for n in ("context", "expected", "group") if row.get(n) is not None}
+        pairs.append(AnswerPair(**texts, source=where, **extras))  # type: ignore[arg-type]
         labels.append(row_labels)
     return pairs, labels

@@ -141,6 +141,6 @@ def _usable_records(train: Sequence[Record], count: int) -> NDArray[np.int64]:
     # an answer labelled as undesirable is no example to follow
     usable: NDArray[np.int64] = distinct[[not train[int(i)].is_undesirable for i in distinct]]
     if len(usable) < count:
-        what = f"{count} worked examples are wanted and the training split has {len(usable)} rows"
-        raise DataError(what, where="evaluation.shots")
+        summary = f"{count} worked examples are wanted and the training split has {len(usable)} rows"
+        raise DataError(summary, where="evaluation.shots")
     return usable

@@ -106,7 +106,7 @@ class Library:
 
         Raises `DataError` when no document has a word.
         """
-        kept: dict[str, tuple[str, bool]] = {}
+        texts: dict[str, tuple[str, bool]] = {}
         total = empty = duplicates = 0
         for document in documents:
             total += 1
@@ -115,12 +115,12 @@ class Library:
             for passage in pieces:
                 # white space apart, or the same passage in two layouts would take two of the top k
                 key = " ".join(passage.split())
-                duplicates += key in kept
-                kept.setdefault(key, (passage, len(pieces) > 1))
-        if not kept:
+                duplicates += key in texts
+                texts.setdefault(key, (passage, len(pieces) > 1))
+        if not texts:
             raise DataError("no document has a word to be found by", where=where, given=f"{total} documents")
-        notes = {"documents": total, "empty_documents": empty, "passages": len(kept), "duplicate_passages": duplicates}
-        passages, is_cut = zip(*kept.values(), strict=True)
+        notes = {"documents": total, "empty_documents": empty, "passages": len(texts), "duplicate_passages": duplicates}
+        passages, is_cut = zip(*texts.values(), strict=True)
         return Library(passages, is_cut, config, notes)
 
     @cached_property
@@ -243,8 +243,9 @@ def row_contexts(parts: Iterable[Iterable[Record]]) -> list[str]:
     """The distinct contexts of a run's own rows, in order. Raises `DataError` if no row has one."""
     contexts = dict.fromkeys(r.context for part in parts for r in part if r.context and not r.context.isspace())
     if not contexts:
-        what, hint = "there is nothing to retrieve from: no row has a context", "name a folder or a file of documents"
-        raise DataError(what, where="evaluation.retrieve.documents", hint=hint)
+        summary = "there is nothing to retrieve from: no row has a context"
+        hint = "name a folder or a file of documents"
+        raise DataError(summary, where="evaluation.retrieve.documents", hint=hint)
     return list(contexts)
 
 

@@ -189,8 +189,8 @@ def check_judge(
     undecided = sum(m is None for m in majorities)
     unreadable = sum(v.outcome is None for v in verdicts)
     if not usable:
-        what = "none of the labelled pairs has both a majority and a verdict"
-        return JudgeAgreement(False, what, 0, unreadable, undecided)
+        summary = "none of the labelled pairs has both a majority and a verdict"
+        return JudgeAgreement(False, summary, 0, unreadable, undecided)
     label_pairs = [(verdicts[i].outcome, majorities[i]) for i in usable]
     usable_clusters = [clusters[i] for i in usable]
     kappa = cohen_kappa([a for a, _ in label_pairs], [b for _, b in label_pairs], usable_clusters)
@@ -213,8 +213,8 @@ def majority(labels: Sequence[Label]) -> Label:
 
 def _prefers_shown_first(verdicts: PairVerdicts) -> list[float]:
     """1 for each verdict for the answer shown first, 0 for each verdict for the other."""
-    shown = ((verdicts.first_shown_first, "first"), (verdicts.second_shown_first, "second"))
-    return [float(verdict == first) for verdict, first in shown if verdict not in (None, "tie")]
+    answers_in_front = ((verdicts.first_shown_first, "first"), (verdicts.second_shown_first, "second"))
+    return [float(verdict == first) for verdict, first in answers_in_front if verdict not in (None, "tie")]
 
 
 def _rate(values: ArrayLike, clusters: Sequence[str], seed: int) -> Interval | None:

@@ -236,8 +236,8 @@ def _with_seed_variance(estimate: Estimate, *sources: _MeasuredRung) -> Estimate
     stretch = float(special.stdtrit(_degrees_of_freedom(total, *sources), 1 - stats.ALPHA / 2)) / stats.Z
     mean, seed_half = estimate.mean, stats.Z * math.sqrt(seed_variance)
     # each side on its own: bootstrap intervals are not symmetric
-    below, above = (stretch * math.hypot(side, seed_half) for side in (mean - estimate.low, estimate.high - mean))
-    return replace(estimate, low=mean - below, high=mean + above, method=f"{estimate.method} and training seeds")
+    left, right = (stretch * math.hypot(side, seed_half) for side in (mean - estimate.low, estimate.high - mean))
+    return replace(estimate, low=mean - left, high=mean + right, method=f"{estimate.method} and training seeds")
 
 
 def _degrees_of_freedom(total: float, *sources: _MeasuredRung) -> float:

@@ -63,8 +63,8 @@ def _function_verifier(path: str) -> Verifier:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        what = f"this file does not run: {type(error).__name__}: {error}"
-        raise ConfigError(what, where="objective.reward.path", given=file) from error
+        summary = f"this file does not run: {type(error).__name__}: {error}"
+        raise ConfigError(summary, where="objective.reward.path", given=file) from error
     # only the name is looked up here; a wrong signature fails at the first answer
     function: Any = getattr(module, name, None)
     if not callable(function):
