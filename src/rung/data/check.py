@@ -240,25 +240,21 @@ def _lengths(lengths: np.ndarray, unit: str) -> Lengths | None:
 
 def _diversity(records: Records) -> Diversity | None:
     """Computed from hashes of words, pairs and answers: the texts of all answers are never in memory together."""
-    unigrams, bigrams = HashSet(), HashSet()
+    ngram_sets = {n: HashSet() for n in (1, 2)}
     answer_hashes, row_indices = array("q"), array("q")
     indexed_answers = ((i, answer) for i, answer in enumerate(r.answer for r in records) if answer)
     for chunk in chunks(indexed_answers, lambda x: len(x[1]), count=1024, limit=1 << 20):
         answer_words = [words(answer) for _, answer in chunk]
-        unigrams.add(ngram_hashes(answer_words, 1)[0])
-        bigrams.add(ngram_hashes(answer_words, 2)[0])
+        for n, ngrams in ngram_sets.items():
+            ngrams.add(ngram_hashes(answer_words, n)[0])
         answer_hashes.extend(hash(answer) for _, answer in chunk)
         row_indices.extend(i for i, _ in chunk)
     if not answer_hashes:
         return None
     _, first_indices, counts = np.unique(np.array(answer_hashes), return_index=True, return_counts=True)
     most_common = int(first_indices[counts == counts.max()].min())  # the first of equally common answers
-    return Diversity(
-        len(unigrams.values()) / unigrams.total if unigrams.total else 0.0,
-        len(bigrams.values()) / bigrams.total if bigrams.total else 0.0,
-        records[row_indices[most_common]].answer,
-        int(counts.max()) / len(answer_hashes),
-    )
+    distinct = (len(ngrams.values()) / ngrams.total if ngrams.total else 0.0 for ngrams in ngram_sets.values())
+    return Diversity(*distinct, records[row_indices[most_common]].answer, int(counts.max()) / len(answer_hashes))
 
 
 def _answer_lengths(records: Records) -> AnswerLengths | None:

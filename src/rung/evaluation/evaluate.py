@@ -24,7 +24,7 @@ from rung.data.messages import expected_text
 from rung.errors import DataError
 from rung.evaluation.prompting import PromptFormat
 from rung.models.generate import Sampling, generate_by_task
-from rung.models.policy import Policy
+from rung.models.policy import Policy, sum_by_document
 from rung.models.tree_attention import has_flat_kernel
 from rung.planning.memory import tokens_per_micro_batch
 from rung.scoring.metrics import METRICS
@@ -225,10 +225,7 @@ def _answer_nats(
     share_prefixes = not has_flat_kernel(policy.device)
     batches = pack(examples, budget, share_prefixes=share_prefixes, device=policy.device)
     for batch in policy.iterate_batches(batches):  # shared worked examples are computed once
-        owner = batch.loss.owner
-        nats = torch.zeros(batch.sequences, device=policy.device).index_add_(0, owner, -policy.logprobs(batch))
-        tokens = torch.bincount(owner, minlength=batch.sequences)
-        for document, values in zip(batch.documents, zip(nats.tolist(), tokens.tolist(), strict=True), strict=True):
-            nats_and_tokens[document.source] = values
+        nats = sum_by_document(batch, -policy.logprobs(batch)).tolist()
+        nats_and_tokens |= {d.source: (n, d.predictions) for d, n in zip(batch.documents, nats, strict=True)}
     # packing reorders documents
     return [nats_and_tokens[record.source] for record in records]

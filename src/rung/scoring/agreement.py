@@ -24,12 +24,12 @@ CountTable = NDArray[np.float64]
 """[..., K, K]: how often label c occurred together with label k, summed over items."""
 
 
-def percent_agreement(ratings: Ratings, clusters: Clusters = None, seed: int = 0) -> Interval:
+def percent_agreement(ratings: Ratings, clusters: Clusters = None) -> Interval:
     """Share of pairs of raters with the same label, of all pairs that rated an item, each pair counting once."""
-    return _interval(_pair_counts(ratings), clusters, seed, lambda table: np.zeros(table.shape[:-2]))
+    return _interval(_pair_counts(ratings), clusters, lambda table: np.zeros(table.shape[:-2]))
 
 
-def cohen_kappa(first: Sequence[Label], second: Sequence[Label], clusters: Clusters = None, seed: int = 0) -> Interval:
+def cohen_kappa(first: Sequence[Label], second: Sequence[Label], clusters: Clusters = None) -> Interval:
     """Cohen's kappa of two raters (Cohen 1960, eq. 1): (p_o - p_e) / (1 - p_e), chance from each rater's own shares.
 
     Items without a label by one of them are ignored. 20 yes-yes, 15 no-no, 5 and 10 disagreements give 0.4. NaN where
@@ -48,10 +48,10 @@ def cohen_kappa(first: Sequence[Label], second: Sequence[Label], clusters: Clust
         expected: Floats = (table.sum(axis=-1) * table.sum(axis=-2)).sum(axis=-1)
         return np.asarray(expected / table.sum(axis=(-1, -2)) ** 2)
 
-    return _interval(tables, _filter_clusters(clusters, both_rated), seed, chance)
+    return _interval(tables, _filter_clusters(clusters, both_rated), chance)
 
 
-def fleiss_kappa(ratings: Ratings, clusters: Clusters = None, seed: int = 0) -> Interval:
+def fleiss_kappa(ratings: Ratings, clusters: Clusters = None) -> Interval:
     """Fleiss' kappa of several raters (Fleiss 1971, eqs. 1-7), chance from the label shares of all raters together.
 
     Every item needs the same number of ratings, by any raters. Raises ValueError otherwise.
@@ -64,10 +64,10 @@ def fleiss_kappa(ratings: Ratings, clusters: Clusters = None, seed: int = 0) -> 
         shares: Floats = table.sum(axis=-1) / table.sum(axis=(-1, -2))[..., None]
         return np.asarray((shares**2).sum(axis=-1))
 
-    return _interval(_pair_counts(ratings), clusters, seed, chance)
+    return _interval(_pair_counts(ratings), clusters, chance)
 
 
-def krippendorff_alpha(ratings: Ratings, clusters: Clusters = None, seed: int = 0) -> Interval:
+def krippendorff_alpha(ratings: Ratings, clusters: Clusters = None) -> Interval:
     """Krippendorff's alpha for labels without an order (Krippendorff 2011, "Computing", part C): 1 - D_o / D_e.
 
     Ratings may be missing; an item with one rating is ignored. D_e is chance without replacement, so alpha exceeds
@@ -82,7 +82,7 @@ def krippendorff_alpha(ratings: Ratings, clusters: Clusters = None, seed: int = 
     # Coincidences: an item with m ratings counts m of them, spread over its m (m - 1) ordered pairs.
     tables = _pair_counts(ratings)
     m = np.array([sum(label is not None for label in item) for item in ratings], dtype=np.float64)
-    return _interval(tables / np.maximum(m - 1.0, 1.0)[:, None, None], clusters, seed, chance)
+    return _interval(tables / np.maximum(m - 1.0, 1.0)[:, None, None], clusters, chance)
 
 
 def _chance_corrected(agreement: Floats | float, chance: Floats | float) -> Floats:
@@ -95,7 +95,7 @@ def _agreement_share(table: CountTable) -> Floats:
     return np.asarray(np.trace(table, axis1=-2, axis2=-1) / table.sum(axis=(-1, -2)))
 
 
-def _interval(tables: CountTable, clusters: Clusters, seed: int, chance: Callable[[CountTable], Floats]) -> Interval:
+def _interval(tables: CountTable, clusters: Clusters, chance: Callable[[CountTable], Floats]) -> Interval:
     """Chance-corrected agreement of all items with its interval, clusters resampled.
 
     If the replicates have no spread (all agree) the interval is Wilson's for the raw agreement on the number of
@@ -117,7 +117,7 @@ def _interval(tables: CountTable, clusters: Clusters, seed: int, chance: Callabl
         floor = wilson(min(agreement, 1.0) * c, c)
         low, high = (float(_chance_corrected(bound, chance_agreement)) for bound in (floor.low, floor.high))
         return Interval(value, low, high, n, c, "wilson floor")
-    rng, values, agreements = np.random.default_rng(seed), [], []
+    rng, values, agreements = np.random.default_rng(0), [], []
     for rows in batch_sizes(SAMPLES, c):
         resampled_tables = (rng.multinomial(c, np.full(c, 1.0 / c), size=rows) @ sums).reshape(rows, k, k)
         agreements.append(_agreement_share(resampled_tables))

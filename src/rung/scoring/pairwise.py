@@ -219,9 +219,7 @@ def _prefers_shown_first(verdicts: PairVerdicts) -> list[float]:
 
 def _rate(values: ArrayLike, clusters: Sequence[str], seed: int) -> Interval | None:
     shares = np.asarray(values, dtype=np.float64)
-    if not len(shares):
-        return None
-    return score_interval(shares, clusters, seed=seed)
+    return score_interval(shares, clusters, seed=seed) if len(shares) else None
 
 
 def _sigmoid(z: Floats) -> NDArray[np.float64]:

@@ -175,14 +175,14 @@ def paired_difference(
     return Difference(mean, low, high, len(a), c, method, mcnemar(a, b) if mcnemar_applies else None)
 
 
-def ratio_interval(totals: ArrayLike, counts: ArrayLike, clusters: Clusters = None, seed: int = 0) -> Interval:
+def ratio_interval(totals: ArrayLike, counts: ArrayLike, clusters: Clusters = None) -> Interval:
     """Perplexity exp(sum of nats / sum of tokens) of items with `totals` nats over `counts` tokens.
 
     The ratio of sums, not the mean of ratios: items are weighted by length. The interval is the exponential of that of
     the cluster bootstrap. 2 * log(8) nats over 2 tokens is perplexity 8.
     """
     tokens = _weights(counts, totals)
-    logs = cluster_bootstrap(_scores(totals) / tokens, clusters, seed, weights=tokens)
+    logs = cluster_bootstrap(_scores(totals) / tokens, clusters, weights=tokens)
     if logs.method != "cluster bootstrap":  # nats have no upper bound, so there is no exact bound without spread
         return replace(logs, mean=math.exp(logs.mean), low=0.0, high=math.inf, method="unbounded")
     return replace(logs, mean=math.exp(logs.mean), low=math.exp(logs.low), high=math.exp(logs.high))
