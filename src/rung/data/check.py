@@ -253,8 +253,9 @@ def _diversity(records: Records) -> Diversity | None:
         return None
     _, first_indices, counts = np.unique(np.array(answer_hashes), return_index=True, return_counts=True)
     most_common = int(first_indices[counts == counts.max()].min())  # the first of equally common answers
-    distinct = (len(ngrams.values()) / ngrams.total if ngrams.total else 0.0 for ngrams in ngram_sets.values())
-    return Diversity(*distinct, records[row_indices[most_common]].answer, int(counts.max()) / len(answer_hashes))
+    unigrams, bigrams = (len(ngrams.values()) / ngrams.total if ngrams.total else 0.0 for ngrams in ngram_sets.values())
+    answer, share = records[row_indices[most_common]].answer, int(counts.max()) / len(answer_hashes)
+    return Diversity(unigrams, bigrams, answer, share)
 
 
 def _answer_lengths(records: Records) -> AnswerLengths | None:
