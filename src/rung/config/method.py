@@ -402,12 +402,9 @@ def inserted_token_ids(config: AnyMethodConfig, first_id: int) -> dict[str, tupl
     if config.positions is None:
         return {}
     # ids beyond the vocabulary, which no text can produce (decision 0016)
-    ids, next_id = {}, first_id
-    for role, count in (("user", config.positions.user), ("assistant", config.positions.assistant)):
-        if count:
-            ids[role] = tuple(range(next_id, next_id + count))
-            next_id += count
-    return ids
+    border = first_id + config.positions.user
+    spans = {"user": range(first_id, border), "assistant": range(border, border + config.positions.assistant)}
+    return {role: tuple(span) for role, span in spans.items() if span}
 
 
 LoraLikeConfig = LoraConfig | QloraConfig | LotteryConfig

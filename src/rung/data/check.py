@@ -148,9 +148,8 @@ def inspect_data(target: str | DataConfig, chat: ChatTemplate | None = None) -> 
     rejected_rows = [row for loaded in (*sets, *files.values()) for row in loaded.rejected_rows]
     # before the split: the splits below are those of the rows that remain once all faults are mended or dropped
     records, lengths, supervised_share = _measure(records, chat, config.loss_on, rejected_rows)
-    held_out_parts: dict[str, float | Records] = {**config.held_out_shares}
-    held_out_parts |= {name: loaded.records for name, loaded in files.items()}
-    parts = assign_splits(records, **held_out_parts)
+    files_or_shares: dict[str, float | Records] = {**config.held_out_shares, **{n: f.records for n, f in files.items()}}
+    parts = assign_splits(records, **files_or_shares)
     held_out = Records.concatenate([parts.validation, parts.test])
     matches = contamination(parts.train, held_out)
     return DataReport(

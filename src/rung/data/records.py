@@ -179,15 +179,13 @@ def distinct_conversations(records: Iterable[Record]) -> np.ndarray:
     hashes = np.frombuffer(keys, ">u8").reshape(-1, 2).astype(np.uint64)
     last_occurrence = len(hashes) - 1 - index_of_first_occurrence(hashes[::-1])[::-1]
     is_first = index_of_first_occurrence(hashes) == np.arange(len(hashes))
-    distinct_rows: np.ndarray = np.array(rows, dtype=np.int64)[last_occurrence[is_first]]
-    return distinct_rows
+    return np.asarray(np.array(rows, dtype=np.int64)[last_occurrence[is_first]])
 
 
 def index_of_first_occurrence(keys: np.ndarray) -> np.ndarray:
     """For each row of uint64 [n, 2] the index of the first row with the same key: its own if it is the first."""
     _, first_of_distinct, distinct_index = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-    first_indices: np.ndarray = first_of_distinct[distinct_index.reshape(-1)]  # numpy 2.0 returns a column
-    return first_indices
+    return np.asarray(first_of_distinct[distinct_index.reshape(-1)])  # numpy 2.0 returns a column
 
 
 def _normalize(text: str) -> str:

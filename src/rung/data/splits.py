@@ -50,8 +50,7 @@ def split_positions(records: Records) -> np.ndarray:
     # the group first: rows of one document must not stand on both sides
     key = np.where(groups.any(axis=1), groups[:, 0], records.prompts()[:, 0])
     # 53 bits are exactly representable, so the value is always below 1
-    positions: np.ndarray = (key >> np.uint64(11)) / 2.0**53
-    return positions
+    return np.asarray((key >> np.uint64(11)) / 2.0**53)
 
 
 def assign_splits(records: Records, *, validation: float | Records, test: float | Records) -> Splits:

@@ -142,8 +142,6 @@ class TokenizedDataset:
 
     def first_row_with_fewer(self, answers: int) -> Source | None:
         """Source of the first row with fewer documents than `answers`; None if there is no such row."""
-        if answers < 2:
-            return None
         _, first, counts = np.unique(self.columns.rows["record"], return_index=True, return_counts=True)
         short_rows = first[counts < answers]
         return self.examples[int(short_rows.min())].source if len(short_rows) else None

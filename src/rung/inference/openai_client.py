@@ -119,7 +119,10 @@ class _RefusedError(Exception):
 
 def _make_client(server: Server) -> Callable[[ChatRequest], list[ServerAnswer]]:
     """A function that sends one request, with one client for all threads."""
-    openai = _require_openai()
+    try:
+        openai: Any = import_module("openai")
+    except ImportError as error:
+        raise PlanError("asking a server needs its client", given="http", hint="pip install 'rung[remote]'") from error
     # local servers need no key, but the client refuses to start without one
     key = next((os.environ[name] for name in API_KEY_VARIABLES if os.environ.get(name)), "none")
     client = openai.OpenAI(base_url=server.url, api_key=key, max_retries=server.retries, timeout=server.timeout)
@@ -156,10 +159,3 @@ def _parse_answer(answer: Any, expected_count: int) -> list[ServerAnswer]:
     if len(texts) != expected_count or any(text is None for text in texts):
         raise _RefusedError(f"{len(texts)} answers where {expected_count} were asked for, or one without text")
     return [ServerAnswer(str(text), c.finish_reason == "stop") for text, c in zip(texts, choices, strict=True)]
-
-
-def _require_openai() -> Any:
-    try:
-        return import_module("openai")
-    except ImportError as error:
-        raise PlanError("asking a server needs its client", given="http", hint="pip install 'rung[remote]'") from error

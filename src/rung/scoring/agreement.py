@@ -45,8 +45,7 @@ def cohen_kappa(first: Sequence[Label], second: Sequence[Label], clusters: Clust
     tables[np.arange(len(tables)), codes[both_rated, 0], codes[both_rated, 1]] = 1.0
 
     def chance(table: CountTable) -> Floats:
-        expected: Floats = (table.sum(axis=-1) * table.sum(axis=-2)).sum(axis=-1)
-        return np.asarray(expected / table.sum(axis=(-1, -2)) ** 2)
+        return np.asarray((table.sum(axis=-1) * table.sum(axis=-2)).sum(axis=-1) / table.sum(axis=(-1, -2)) ** 2)
 
     return _interval(tables, _filter_clusters(clusters, both_rated), chance)
 
