@@ -14,6 +14,7 @@ BASES = {
     *("MethodBase", "WeightMethodBase", "VirtualTokenBase", "LowRankConfig", "ObjectiveBase", "ReinforcementBase"),
     *(
         "NamedTuple",
+        "TypedDict",
         "DynamicLayer",
         "SafeLoader",
         "Sequence",

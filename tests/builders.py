@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from models import tiny_model
 from rung.config.method import METHOD_CONFIGS
 from rung.config.objective import SftConfig
+from rung.data.read import ParsedRow, RejectedRow, stream_rows
 from rung.methods.protocol import Method
 from rung.methods.registry import attach_method
 from rung.models.base_model import BaseModel
@@ -19,6 +20,12 @@ from rung.models.policy import NoMethod, Policy
 from rung.objectives.sft import SftObjective
 from rung.training.step import CalibrationBatch
 from rung.types import Example, Source
+
+
+def read_rows(path: str) -> tuple[list[ParsedRow], list[RejectedRow]]:
+    """All readable and all rejected rows of a source."""
+    items = list(stream_rows(path))
+    return [i for i in items if isinstance(i, ParsedRow)], [i for i in items if isinstance(i, RejectedRow)]
 
 
 def policy_of(model: PreTrainedModel, method: object | None = None, *, compute: torch.dtype = torch.float32) -> Policy:

@@ -20,6 +20,7 @@ from rung.config.data import DataConfig
 from rung.config.io import config_to_dict, load_config
 from rung.data.chat import ChatTemplate
 from rung.data.formats import load_records, read_records
+from rung.data.records import Records
 from rung.data.splits import assign_splits
 from rung.data.tokenize import preflight, tokenize_records
 from rung.errors import ConfigError, DataError, RungError
@@ -260,10 +261,10 @@ def check_splits(cases: int) -> None:
 
     @often(cases, rows, st.floats(0, 0.5), st.floats(0, 0.45))
     def holds(given_rows: Sequence[tuple[str, str | None]], validation: float, test: float) -> None:
-        records = [
+        records = Records.from_records(
             Record((Message("user", text or "q"), Message("assistant", "a")), Source("d", i + 1), group=group)
             for i, (text, group) in enumerate(given_rows)
-        ]
+        )
         parts = assign_splits(records, validation=validation, test=test)
         own = [{r.source.line for r in part} for part in (parts.train, parts.validation, parts.test)]
         assert sum(map(len, own)) == len(records) and set.union(*own) == {r.source.line for r in records}
@@ -271,7 +272,8 @@ def check_splits(cases: int) -> None:
             found = [{what(r) for r in part} - {None} for part in (parts.train, parts.validation, parts.test)]
             assert not (found[0] & found[1] or found[0] & found[2] or found[1] & found[2])
         if records:
-            again = assign_splits([replace(r, weight=2.0) for r in reversed(records)], validation=validation, test=test)
+            reweighted = Records.from_records(replace(r, weight=2.0) for r in reversed(records))
+            again = assign_splits(reweighted, validation=validation, test=test)
             assert {r.source.line for r in again.test} == own[2]
 
 

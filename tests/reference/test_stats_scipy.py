@@ -70,10 +70,12 @@ def test_the_bootstrap_agrees_with_the_clustered_error_of_miller() -> None:
     assert clustered_error(scores, ids) > 1.3 * clustered_error(scores)  # the clusters matter in these data
 
 
-def test_the_bootstrap_error_is_the_spread_of_the_replicates() -> None:
+def test_the_bootstrap_error_is_the_spread_of_the_replicates(monkeypatch: pytest.MonkeyPatch) -> None:
     # lighteval at HEAD 2026-05-05 divides it by sqrt(replicates) again: 32 times too small at 1,000.
     scores = np.random.default_rng(3).random(400)
-    replicates = resample(scores, np.ones(400), seed=0, samples=1_000)
+    with monkeypatch.context() as fewer:
+        fewer.setattr("rung.scoring.stats.SAMPLES", 1_000)
+        replicates = resample(scores, np.ones(400), seed=0)
     assert replicates.shape == (1_000,)
     assert replicates.std() == pytest.approx(scores.std() / 20, rel=0.08)
     found = cluster_bootstrap(scores, None)
@@ -98,12 +100,13 @@ def test_wilson_covers(n: int, share: float) -> None:
 
 
 @pytest.mark.parametrize("clusters", [10, 40])
-def test_the_cluster_bootstrap_covers_where_wilson_does_not(clusters: int) -> None:
+def test_the_cluster_bootstrap_covers_where_wilson_does_not(clusters: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rung.scoring.stats.SAMPLES", 1_000)
     rng, runs, hits, wilson_hits = np.random.default_rng(5), 300, 0, 0
     truth = np.clip(rng.normal(0.6, 0.4, size=10**6), 0, 1).mean()
     for run in range(runs):
         scores, ids = clustered(rng, clusters, spread=0.4)
-        found = cluster_bootstrap(scores, ids, run, samples=1_000)
+        found = cluster_bootstrap(scores, ids, run)
         naive = wilson(scores.sum(), len(scores))
         hits += found.low <= truth <= found.high
         wilson_hits += naive.low <= truth <= naive.high
@@ -115,13 +118,16 @@ def test_the_cluster_bootstrap_covers_where_wilson_does_not(clusters: int) -> No
     ("gain", "loss", "atleast", "atmost"),
     [(0.2, 0.1, 0.90, 0.98), (0.05, 0.05, 0.92, 1.0), (0.04, 0.0, 0.93, 1.0), (0.0, 0.01, 0.93, 1.0)],
 )
-def test_the_paired_interval_covers(gain: float, loss: float, atleast: float, atmost: float) -> None:
+def test_the_paired_interval_covers(
+    gain: float, loss: float, atleast: float, atmost: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rung.scoring.stats.SAMPLES", 1_000)
     rng, runs, hits = np.random.default_rng(6), 400, 0
     for run in range(runs):
         draw = rng.random(60)
         first, second = (draw < 0.5 + loss), (draw < 0.5)  # rows that the second loses ...
         second = second | (draw > 1 - gain)  # ... and rows that it gains
-        found = paired_difference(first.astype(float), second.astype(float), seed=run, samples=1_000)
+        found = paired_difference(first.astype(float), second.astype(float), seed=run)
         hits += found.low <= gain - loss <= found.high
     assert atleast <= hits / runs <= atmost
 

@@ -12,6 +12,7 @@ from rung.config.data import DataConfig
 from rung.data.contamination import contamination
 from rung.data.deduplication import JACCARD_THRESHOLD, fuzzy_duplicates, jaccard, prompt_words, shingles
 from rung.data.formats import load_records
+from rung.data.records import Records
 from rung.types import Message, Record, Source
 
 WORDS = "the a of box pear apple stone river tall old green seven under over walks sees finds keeps near far".split()
@@ -21,8 +22,8 @@ def record(question: str, path: str, line: int, context: str | None = None) -> R
     return Record((Message("user", question), Message("assistant", "x")), Source(path, line), context)
 
 
-def records(path: str, *questions: str) -> list[Record]:
-    return [record(question, path, line) for line, question in enumerate(questions, 1)]
+def records(path: str, *questions: str) -> Records:
+    return Records.from_records(record(question, path, line) for line, question in enumerate(questions, 1))
 
 
 LONG = "how many green apples does the old man find under the tall stone near the river"
@@ -73,7 +74,7 @@ def test_what_minhash_finds_is_what_comparing_all_pairs_finds() -> None:
 def test_texts_too_short_or_without_words_do_no_harm() -> None:
     found = fuzzy_duplicates(records("train", "?", "hi", "ok"), records("test", "!", "Hi!", "no"))
     assert [(x.held_out, x.train, x.jaccard) for x in found] == [("test line 2", "train line 2", 1.0)]
-    assert fuzzy_duplicates(records("train", "a"), []) == ()
+    assert fuzzy_duplicates(records("train", "a"), records("test")) == ()
 
 
 def test_real_gsm8k_and_banking77(real_data: Path) -> None:

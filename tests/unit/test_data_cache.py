@@ -27,19 +27,16 @@ def test_hit_gives_the_same_examples_wherever_the_rows_stand(
 ) -> None:
     chat = ChatTemplate(tiny_tokenizer)
     made = cached_examples(chat, ROWS, max_length=45, overflow="drop", folder=tmp_path)
-    assert not made.from_cache and made.dropped_documents
+    assert not made.from_cache and len(made.columns.dropped)
     moved = [replace(r, source=Source("elsewhere.jsonl", r.source.line)) for r in ROWS]
     found = cached_examples(chat, moved, max_length=45, overflow="drop", folder=tmp_path)
     assert found.from_cache
     for a, b in zip(made.examples, found.examples, strict=True):
         assert np.array_equal(a.ids, b.ids) and np.array_equal(a.supervised, b.supervised)
         assert b.source.path == "elsewhere.jsonl" and (a.weight, a.group) == (b.weight, b.group)
-    assert (found.expected_texts, found.compared_starts, found.record_indices) == (
-        made.expected_texts,
-        made.compared_starts,
-        made.record_indices,
-    )
-    assert [x.length for x in found.dropped_documents] == [x.length for x in made.dropped_documents]
+    assert (found.expected_texts, found.compared_starts) == (made.expected_texts, made.compared_starts)
+    assert found.columns.rows["record"].tolist() == made.columns.rows["record"].tolist()
+    assert found.columns.dropped.tolist() == made.columns.dropped.tolist()
     assert preflight(chat, found) == preflight(chat, made)
     assert [p.suffix for p in tmp_path.iterdir()] == [".safetensors"]
 

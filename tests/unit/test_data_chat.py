@@ -80,9 +80,8 @@ def test_prompt_of_training_is_the_prompt_of_inference(chat: ChatTemplate) -> No
     ids = chat.prompt_ids(row.messages[:-1], context=row.context)
     assert example.ids[: len(ids)].tolist() == ids
     assert not example.supervised[: len(ids)].any() and example.supervised[len(ids) :].all()
-    assert (
-        chat.prompt_text(row.messages[:1], context="c") == "<|im_start|>user\nc\n\nq<|im_end|>\n<|im_start|>assistant\n"
-    )
+    prompt = chat.decode([chat.prompt_ids(row.messages[:1], context="c")])
+    assert prompt == ["<|im_start|>user\nc\n\nq<|im_end|>\n<|im_start|>assistant\n"]
 
 
 def test_pad_equal_to_eos_keeps_every_stop(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -114,14 +113,15 @@ def test_tool_turns_with_a_stop_of_their_own(tiny_tokenizer: PreTrainedTokenizer
     example = one(chat, Record(turns, AT, tools=tools), "assistant_turns")
     assert learned(chat, example) == f"{call}<|eom_id|>a<|eot_id|>"
     plain = ChatTemplate(tiny_tokenizer, "plain")
-    assert plain.prompt_text(turns[:3], tools=tools) == (
+    assert plain.decode([plain.prompt_ids(turns[:3], tools=tools)]) == [
         f"Tools: {tools}\n\nUser: q\nAssistant: {call}</s>\nTool: r\nAssistant:"
-    )
+    ]
 
 
 def test_foreign_tool_fields_do_not_leak(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     plain = ChatTemplate(tiny_tokenizer, "plain")
-    texts = [plain.prompt_text([Message("user", "q")], tools=f'[{{"name": "{n}", "{n}": 1}}]') for n in ("f", "g")]
+    tools = [f'[{{"name": "{n}", "{n}": 1}}]' for n in ("f", "g")]
+    texts = plain.decode([plain.prompt_ids([Message("user", "q")], tools=t) for t in tools])
     assert '"g"' not in texts[0] and "null" not in "".join(texts)
 
 
@@ -296,8 +296,8 @@ def test_boundary_differences_are_counted(tiny_tokenizer: PreTrainedTokenizerFas
     merging = "{% for m in messages %}{{ m['content'] + ('</s>' if m['role'] == 'assistant' else '') }}{% endfor %}"
     chat = ChatTemplate(with_template(tiny_tokenizer, merging))
     tokenized = tokenize_records(chat, [record("th", "e"), record("?", "e")])
-    assert (tokenized.boundary_checked, tokenized.boundary_differences) == (2, 1)
-    assert tokenize_records(ChatTemplate(tiny_tokenizer), [record("th", "e")]).boundary_differences == 0
+    assert (tokenized.columns.boundary_checked, tokenized.columns.boundary_differences) == (2, 1)
+    assert tokenize_records(ChatTemplate(tiny_tokenizer), [record("th", "e")]).columns.boundary_differences == 0
 
 
 def test_answers_of_a_row_share_a_prompt_that_would_merge(
@@ -324,13 +324,13 @@ def test_overflow_policies(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     assert "12 of 13 documents" in str(caught.value) and "and 2 more" in str(caught.value)
     assert "tokens" in str(caught.value) and "data.overflow" in str(caught.value)
     dropped = tokenize_records(chat, rows, max_length=64, overflow="drop")
-    assert (len(dropped.examples), len(dropped.dropped_documents), dropped.record_indices) == (1, 12, (0,))
+    assert (len(dropped.examples), len(dropped.columns.dropped), dropped.columns.rows["record"]) == (1, 12, [0])
     assert dropped.summary()["dropped"] == 12
     with pytest.raises(DataError, match="no document is left(?s:.*)12 of 12"):
         tokenize_records(chat, rows[1:], max_length=64, overflow="drop")
     for loss_on in ("answer", "assistant_turns", "all"):
         trimmed = tokenize_records(chat, rows, loss_on=loss_on, max_length=64, overflow="trim_prompt")  # type: ignore[arg-type]
-        assert len(trimmed.trimmed_documents) == 12 and trimmed.lengths.max() == 64
+        assert len(trimmed.columns.trimmed) == 12 and trimmed.lengths.max() == 64
         assert preflight(chat, trimmed).rows == 13
         for example in trimmed.examples:
             assert example.ids[0] == 1 and not example.supervised[0]
@@ -343,7 +343,7 @@ def test_overflow_policies(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_context_needs_a_user_turn(chat: ChatTemplate) -> None:
     with pytest.raises(DataError, match="no user turn"):
-        chat.prompt_text([Message("system", "s")], context="c")
+        chat.prompt_ids([Message("system", "s")], context="c")
 
 
 def test_the_tokenizer_is_left_as_it_was(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -17,6 +17,7 @@ from rung.config.data import DataConfig
 from rung.data.chat import ChatTemplate
 from rung.data.check import colored_tokens, inspect_data
 from rung.data.deduplication import near_duplicates
+from rung.data.records import Records
 from rung.data.tokenize import tokenize_records
 from rung.types import Message, Record, Source
 
@@ -76,9 +77,9 @@ def test_overlap_and_near_duplicates_across_files(tmp_path: Path) -> None:
 
 def test_near_duplicates_of_short_rows_are_none() -> None:
     row = Record((Message("user", "short"), Message("assistant", "a")), Source("d", 1))
-    assert near_duplicates([row], [row], 8) == ()
+    assert near_duplicates(Records.from_records([row]), Records.from_records([row]), 8) == ()
     text = Record((), Source("d", 2), text=LONG)
-    assert near_duplicates([text], [text], 8)[0].containment == 1
+    assert near_duplicates(Records.from_records([text]), Records.from_records([text]), 8)[0].containment == 1
 
 
 def test_colored_shows_every_byte_and_what_is_learned(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

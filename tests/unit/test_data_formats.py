@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from rung.config.data import DataConfig, Format
-from rung.data.formats import FORMATS, detect, load_records, to_record
-from rung.data.read import Row, SourceRows
+from rung.data.formats import FORMATS, ColumnCensus, detect, load_records, to_record
+from rung.data.read import Row
 from rung.data.records import Records
 from rung.errors import DataError
 from rung.types import Candidate, Message, Record, Source
@@ -19,12 +19,15 @@ AT = Source("d.jsonl", 3)
 CALL = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
 
 
-def rows(*values: Row) -> SourceRows:
-    return SourceRows("d.jsonl", [(Source("d.jsonl", i), v) for i, v in enumerate(values, start=1)])
+def rows(*values: Row) -> ColumnCensus:
+    census = ColumnCensus()
+    for row in values:
+        census.add(row)
+    return census
 
 
 def convert(row: Row, map: dict[str, str] | None = None, group: str | None = None) -> Record:
-    found = detect(rows(row), map or {}, group=group)
+    found = detect("d.jsonl", rows(row), map or {}, group=group)
     return to_record(found.format, row, AT, map or {}, group)
 
 
@@ -83,7 +86,7 @@ def assistant(text: str | None, **more: Any) -> dict[str, Any]:
     ],
 )
 def test_every_format(row: Row, format: Format, expected: list[tuple[str, str]]) -> None:
-    assert detect(rows(row), {}).format == format
+    assert detect("d.jsonl", rows(row), {}).format == format
     record = convert(row)
     assert turns(record) == expected
     assert record.source == AT and record.weight == 1.0
@@ -99,7 +102,7 @@ def test_prompts_alone_are_read_only_where_they_are_asked_for() -> None:
     """Many files have a column of that name; the rows then have nothing to be learned or expected."""
     row = {"prompt": "p", "context": "c", "system": "s"}
     with pytest.raises(DataError, match="fit no known format"):
-        detect(rows(row), {})
+        detect("d.jsonl", rows(row), {})
     record = to_record("prompt_only", row, AT, {})
     assert (
         record.is_prompt_only and record.context == "c" and [m.role for m in record.messages][:2] == ["system", "user"]
@@ -119,7 +122,7 @@ def test_a_margin_says_how_much_better(margin: object, said: str) -> None:
 def test_labels_are_read_only_where_they_are_asked_for() -> None:
     """A column of that name may hold a class."""
     row = {"prompt": "p", "completion": "c", "label": False}
-    assert detect(rows(row), {}).format == "prompt_completion" and convert(row).score is None
+    assert detect("d.jsonl", rows(row), {}).format == "prompt_completion" and convert(row).score is None
     bad = to_record("unpaired_preference", row, AT, {})
     assert (
         bad.score == 0.0
@@ -216,7 +219,8 @@ def test_group_must_have_a_value() -> None:
 
 
 def test_detection_looks_at_all_rows_and_counts() -> None:
-    found = detect(rows(*[{"question": "q", "answer": "a"}] * 5, {"question": "q", "answer": "a", "context": "c"}), {})
+    census = rows(*[{"question": "q", "answer": "a"}] * 5, {"question": "q", "answer": "a", "context": "c"})
+    found = detect("d.jsonl", census, {})
     assert found.mapping == {"question": "question", "answer": "answer", "context": "context"}
     assert found.counts["context"] == 1
     assert "context <- context (1 of 6 rows)" in str(found)
@@ -241,18 +245,18 @@ def test_detection_looks_at_all_rows_and_counts() -> None:
 )
 def test_unclear_columns_are_refused(values: list[Row], map: dict[str, str], group: str | None, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        detect(rows(*values), map, group=group)
+        detect("d.jsonl", rows(*values), map, group=group)
 
 
 def test_map_or_format_decides() -> None:
     both = rows({"question": "q", "answer": "a", "output": "o"})
-    assert detect(both, {"answer": "output"}).mapping["answer"] == "output"
-    assert detect(both, {}, "question_answer").mapping["answer"] == "answer"
+    assert detect("d.jsonl", both, {"answer": "output"}).mapping["answer"] == "output"
+    assert detect("d.jsonl", both, {}, "question_answer").mapping["answer"] == "answer"
     banking = rows({"text": "t", "category": "c"})
-    assert detect(banking, {"question": "text", "answer": "category"}).format == "question_answer"
-    assert detect(banking, {}, "text").unused == ("category",)
+    assert detect("d.jsonl", banking, {"question": "text", "answer": "category"}).format == "question_answer"
+    assert detect("d.jsonl", banking, {}, "text").unused == ("category",)
     with pytest.raises(DataError, match="no column 'instruction', which the format alpaca needs"):
-        detect(banking, {}, "alpaca")
+        detect("d.jsonl", banking, {}, "alpaca")
 
 
 def test_rejects_policy(tmp_path: Path) -> None:
@@ -267,7 +271,9 @@ def test_rejects_policy(tmp_path: Path) -> None:
     loaded = load_records(DataConfig(path=str(file), rejects="drop"), str(file))
     assert [r.source.line for r in loaded.records] == [1, 15]
     assert [r.source.line for r in loaded.rejected_rows] == list(range(2, 15))
-    assert loaded.format == "question_answer" and loaded.mapping == {"question": "question", "answer": "answer"}
+    detection = loaded.detection
+    assert detection.format == "question_answer"
+    assert detection.mapping == {"question": "question", "answer": "answer"}
     file.write_text('{"question": "q", "answer": 4}')
     with pytest.raises(DataError, match="no row is left"):
         load_records(DataConfig(path=str(file), rejects="drop"), str(file))

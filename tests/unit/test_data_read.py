@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rung.data.read import read_rows
+from builders import read_rows
 from rung.errors import DataError
 
 
@@ -23,24 +23,24 @@ def write(folder: Path, name: str, content: str | bytes) -> str:
 
 def test_jsonl_keeps_line_numbers_and_rejects_broken_lines(tmp_path: Path) -> None:
     lines = [json.dumps({"a": i}) for i in range(16)] + ['{"a": 17,, }', "", "[1]", '{"a": NaN}', '{"a": 1, "a": 2}']
-    rows = read_rows(write(tmp_path, "d.jsonl", "\n".join(lines)))
-    assert [s.line for s, _ in rows.rows] == list(range(1, 17))
-    assert [r.source.line for r in rows.rejected_rows] == [17, 19, 20, 21]
-    reasons = [r.reason for r in rows.rejected_rows]
+    rows, rejected = read_rows(write(tmp_path, "d.jsonl", "\n".join(lines)))
+    assert [s.line for s, _ in rows] == list(range(1, 17))
+    assert [r.source.line for r in rejected] == [17, 19, 20, 21]
+    reasons = [r.reason for r in rejected]
     assert "broken JSON" in reasons[0] and "(column 10)" in reasons[0]
     assert "not an object" in reasons[1] and "NaN" in reasons[2] and "'a' stands twice" in reasons[3]
 
 
 def test_bom_crlf_and_unicode_line_separators_are_tolerated(tmp_path: Path) -> None:
     content = '\ufeff{"a": "x\u2028y"}\r\n{"a": "z"}\r\n'
-    assert [r["a"] for _, r in read_rows(write(tmp_path, "d.jsonl", content)).rows] == ["x\u2028y", "z"]
-    csv = read_rows(write(tmp_path, "d.csv", "\ufeffa,b\r\n1,2\r\n"))
-    assert csv.rows[0][1] == {"a": "1", "b": "2"}
+    assert [r["a"] for _, r in read_rows(write(tmp_path, "d.jsonl", content))[0]] == ["x\u2028y", "z"]
+    csv, _ = read_rows(write(tmp_path, "d.csv", "\ufeffa,b\r\n1,2\r\n"))
+    assert csv[0].row == {"a": "1", "b": "2"}
 
 
 @pytest.mark.parametrize("content", ['[{"a": 1}, {"a": 2}]', '{"data": [{"a": 1}, {"a": 2}]}'])
 def test_json_forms(tmp_path: Path, content: str) -> None:
-    rows = read_rows(write(tmp_path, "d.json", content)).rows
+    rows, _ = read_rows(write(tmp_path, "d.json", content))
     assert [(s.line, r["a"]) for s, r in rows] == [(1, 1), (2, 2)]
 
 
@@ -80,9 +80,9 @@ def test_missing_file_names_the_near_one(tmp_path: Path) -> None:
 
 
 def test_csv_with_quoted_newlines_keeps_true_lines(tmp_path: Path) -> None:
-    rows = read_rows(write(tmp_path, "d.csv", 'q,a\n"one\ntwo",x\n"three, ""four""",y\nonly\n\n5,z\n'))
-    assert [(s.line, r["q"]) for s, r in rows.rows] == [(2, "one\ntwo"), (4, 'three, "four"'), (7, "5")]
-    assert [(r.source.line, r.reason) for r in rows.rejected_rows] == [(5, "1 fields, but the header names 2")]
+    rows, rejected = read_rows(write(tmp_path, "d.csv", 'q,a\n"one\ntwo",x\n"three, ""four""",y\nonly\n\n5,z\n'))
+    assert [(s.line, r["q"]) for s, r in rows] == [(2, "one\ntwo"), (4, 'three, "four"'), (7, "5")]
+    assert [(r.source.line, r.reason) for r in rejected] == [(5, "1 fields, but the header names 2")]
 
 
 def test_parquet_null_tool_fields_do_not_leak(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_parquet_null_tool_fields_do_not_leak(tmp_path: Path) -> None:
         [{"name": "clock", "parameters": {"zone": {"type": "string"}}}],
     ]
     pq.write_table(pa.table({"tools": tools, "note": [None, "x"]}), tmp_path / "d.parquet")
-    rows = read_rows(str(tmp_path / "d.parquet")).rows
+    rows, _ = read_rows(str(tmp_path / "d.parquet"))
     assert [r["tools"] for _, r in rows] == tools
     assert [r["note"] for _, r in rows] == [None, "x"]
 
@@ -106,7 +106,7 @@ def test_datasets_name_with_config_and_split(monkeypatch: pytest.MonkeyPatch) ->
         return datasets.Dataset.from_list([{"question": "q", "answer": "a"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert read_rows("gsm8k").rows[0][1] == {"question": "q", "answer": "a"}
+    assert read_rows("gsm8k")[0][0].row == {"question": "q", "answer": "a"}
     read_rows("glue/mrpc:test")
     read_rows("openai/gsm8k/main:test")
     assert asked == [

@@ -6,22 +6,23 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rung.config.data import DataConfig, WeightedPath
+from rung.data.records import Records, normalized_prompt
 from rung.data.splits import (
     assign_splits,
-    duplicate_records,
+    duplicate_pairs,
     limit_records,
     load_data,
-    normalized_prompt,
-    overlapping_records,
+    overlapping_pairs,
     repeat_by_weight,
     split,
-    split_position,
+    split_positions,
 )
 from rung.errors import ConfigError, DataError
 from rung.types import Message, Record, Source
@@ -31,8 +32,8 @@ def record(question: str, answer: str = "a", *, path: str = "d.jsonl", line: int
     return Record((Message("user", question), Message("assistant", answer)), Source(path, line), **more)
 
 
-def records(n: int, **more: Any) -> list[Record]:
-    return [record(f"question {i}", line=i + 1, **more) for i in range(n)]
+def records(n: int, **more: Any) -> Records:
+    return Records.from_records(record(f"question {i}", line=i + 1, **more) for i in range(n))
 
 
 def write(folder: Path, name: str, rows: list[dict[str, Any]]) -> str:
@@ -45,13 +46,22 @@ def rows(n: int, start: int = 0, **more: Any) -> list[dict[str, Any]]:
     return [{"question": f"question {i}", "answer": "a", **more} for i in range(start, start + n)]
 
 
+def position(row: Record) -> float:
+    return float(split_positions(Records.from_records([row]))[0])
+
+
+def crossing_count(left: Sequence[Record], right: Sequence[Record]) -> int:
+    return len(overlapping_pairs(Records.from_records(left), Records.from_records(right))[0])
+
+
 def test_position_is_the_same_in_every_process() -> None:
     code = (
-        "from rung.data.splits import split_position; from rung.types import *;"
-        "print(split_position(Record((Message('user','Naïve  Q'),Message('assistant','a')),Source('x',1))))"
+        "from rung.data.records import Records; from rung.data.splits import split_positions; from rung.types import *;"
+        "rows = [Record((Message('user','Naïve  Q'),Message('assistant','a')),Source('x',1))];"
+        "print(split_positions(Records.from_records(rows))[0])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert float(out) == split_position(record("naïve q", "other"))
+    assert float(out) == position(record("naïve q", "other"))
 
 
 def test_shares_are_about_right_and_rows_never_move() -> None:
@@ -73,14 +83,17 @@ def test_a_larger_test_share_takes_no_test_row_back() -> None:
 
 def test_duplicates_never_cross_and_stay() -> None:
     twice = [*records(300), *(record(f"Question   {i}", "other", line=1000 + i) for i in range(300))]
-    parts = split(twice, DataConfig(path="d"))
+    parts = split(Records.from_records(twice), DataConfig(path="d"))
     assert sum(map(len, (parts.train, parts.validation, parts.test))) == 600
-    assert not overlapping_records(parts.train, (*parts.validation, *parts.test))
-    assert parts.summary()["train"]["duplicate_prompts"] == len(duplicate_records(parts.train)) == len(parts.train) // 2
+    assert not crossing_count(parts.train, [*parts.validation, *parts.test])
+    assert (
+        parts.summary()["train"]["duplicate_prompts"] == len(duplicate_pairs(parts.train)[0]) == len(parts.train) // 2
+    )
 
 
 def test_groups_stay_together() -> None:
-    parts = split([record(f"q {i}", group=f"g{i % 40}") for i in range(400)], DataConfig(path="d", group="g"))
+    rows = Records.from_records(record(f"q {i}", group=f"g{i % 40}") for i in range(400))
+    parts = split(rows, DataConfig(path="d", group="g"))
     found = [{r.group for r in part} for part in (parts.train, parts.validation, parts.test)]
     assert sum(map(len, found)) == len(set.union(*found)) == 40
     assert parts.summary()["groups_shared_with_held_out"] == 0
@@ -89,7 +102,7 @@ def test_groups_stay_together() -> None:
 def test_prompt_is_context_and_turns_before_the_answer() -> None:
     assert normalized_prompt(record("Q", context="C  c")) == "c c user: q"
     assert normalized_prompt(Record((), Source("d", 1), text="A\n B")) == "a b"
-    assert split_position(record("q", context="c")) != split_position(record("q"))
+    assert position(record("q", context="c")) != position(record("q"))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +135,7 @@ def test_overlap_with_a_held_out_file(tmp_path: Path) -> None:
     parts = load_data(config.model_copy(update={"overlap": "drop_train"}), 0)
     assert len(parts.train) == 49 and len(parts.test) == 4
     assert parts.summary()["overlap_dropped"] == 1
-    assert not overlapping_records(parts.train, parts.test)
+    assert not crossing_count(parts.train, parts.test)
 
 
 def test_dropping_every_training_row_is_refused(tmp_path: Path) -> None:
@@ -135,7 +148,7 @@ def test_dropping_every_training_row_is_refused(tmp_path: Path) -> None:
 def test_the_same_prompt_in_two_groups_is_overlap() -> None:
     crossing = [record("the same", group=f"g{i}", line=i) for i in range(60)]
     with pytest.raises(DataError, match="the same prompt in two groups"):
-        split(crossing, DataConfig(path="d", group="g"))
+        split(Records.from_records(crossing), DataConfig(path="d", group="g"))
 
 
 def test_mixture_weighs_training_rows_only(tmp_path: Path) -> None:
@@ -150,7 +163,7 @@ def test_mixture_weighs_training_rows_only(tmp_path: Path) -> None:
     before = Counter(r.source.path for r in plain.train)
     after = Counter(r.source.path for r in parts.train)
     assert [after[p.path] for p in paths] == [int(before[p.path] * p.weight) for p in paths]
-    assert not overlapping_records(parts.train, (*parts.validation, *parts.test))
+    assert not crossing_count(parts.train, [*parts.validation, *parts.test])
     assert parts == load_data(DataConfig(path=paths), 1)
     summary = parts.summary()
     assert [s["weight"] for s in summary["sets"]] == [2, 0.5, 1.5]

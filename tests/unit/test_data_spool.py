@@ -15,14 +15,14 @@ import pytest
 from safetensors.numpy import load_file
 from transformers import PreTrainedTokenizerFast
 
+from builders import read_rows
 from rung.config.data import DataConfig
-from rung.data.byte_store import BUFFER_BYTES, AppendFile, TextStore, chunks
+from rung.data.byte_store import BUFFER_BYTES, AppendFile, chunks
 from rung.data.cache import cached_examples
 from rung.data.chat import ChatTemplate
 from rung.data.formats import load_records
-from rung.data.read import read_rows
 from rung.data.records import Records, RecordWriter, distinct_conversations, fingerprint, index_of_first_occurrence
-from rung.data.splits import load_data, split_position
+from rung.data.splits import load_data, split_positions
 from rung.data.token_store import StoredExamples
 from rung.data.tokenize import tokenize_records
 from rung.errors import CheckpointError, DataError
@@ -102,7 +102,7 @@ def test_the_fingerprint_is_that_of_the_records() -> None:
     """The values were computed by the code that kept records in memory: splits and fingerprints stay what they were."""
     assert fingerprint(Records.from_records(ROWS)) == fingerprint(ROWS) == fingerprint(iter(ROWS))
     assert fingerprint(ROWS) == "c63333722db2540d43fd10722bc85d79637bec5747e4b9217ed5ef9893e46a74"
-    assert [split_position(r) for r in ROWS[:2]] == [0.29139760907040446, 0.32402661774298214]
+    assert split_positions(Records.from_records(ROWS[:2])).tolist() == [0.29139760907040446, 0.32402661774298214]
 
 
 def test_keys_mark_the_first_and_the_distinct() -> None:
@@ -124,15 +124,15 @@ def test_chunks_are_bounded_in_number_and_size() -> None:
 
 
 def test_a_blob_reads_what_was_written_across_buffers() -> None:
-    blob, texts = AppendFile.new(), TextStore()
+    blob, texts = AppendFile.new(), RecordWriter()
     parts = [bytes([i]) * (BUFFER_BYTES // 3 + i) for i in range(8)]
     starts = [blob.append(part) for part in parts]
     assert [blob.read(start, len(part)) for start, part in zip(starts, parts, strict=True)] == parts
     blob.append(b"more")
     assert blob.read(blob.size - 4, 4) == b"more"
     for number, text in ((7, "é"), (9, "\ud83d"), (11, "")):
-        texts.add(number, text)
-    assert [texts.at(i) for i in range(len(texts))] == [(7, "é"), (9, "\ud83d"), (11, "")]
+        texts.add(Record((), Source("d.jsonl", number), text=text))
+    assert [(r.source.line, r.text) for r in texts.records()] == [(7, "é"), (9, "\ud83d"), (11, "")]
 
 
 def test_a_file_cut_short_while_in_use_is_an_error(tmp_path: Path) -> None:
@@ -172,17 +172,20 @@ def test_examples_on_disk_are_the_examples(
     found = cached_examples(chat, Records.from_records(rows), max_length=60, overflow=overflow, folder=tmp_path)  # type: ignore[arg-type]
     assert not made.from_cache and found.from_cache and isinstance(found.examples, StoredExamples)
     assert {**made.summary(), "from_cache": True} == found.summary()
-    assert (made.record_indices, made.expected_texts, made.compared_starts) == (
-        found.record_indices,
+    records = made.columns.rows["record"].tolist()
+    assert (records, made.expected_texts, made.compared_starts) == (
+        found.columns.rows["record"].tolist(),
         found.expected_texts,
         found.compared_starts,
     )
-    assert (made.dropped_documents, made.trimmed_documents) == (found.dropped_documents, found.trimmed_documents)
-    assert [x.record for x in (found.dropped_documents or found.trimmed_documents)] == [2]
+    for made_table, found_table in (
+        (made.columns.dropped, found.columns.dropped),
+        (made.columns.trimmed, found.columns.trimmed),
+    ):
+        assert made_table.tolist() == found_table.tolist()
+    assert [record for record, _ in (*found.columns.dropped, *found.columns.trimmed)] == [2]
     for i, (a, b) in enumerate(zip(made.examples, found.examples, strict=True)):
-        alone = tokenize_records(chat, [rows[made.record_indices[i]]], max_length=60, overflow="trim_prompt").examples[
-            0
-        ]
+        alone = tokenize_records(chat, [rows[records[i]]], max_length=60, overflow="trim_prompt").examples[0]
         for other in (a, b, found.examples[i - len(found.examples)], found.examples[i:][0]):
             assert other.ids.dtype == np.int32 and other.supervised.dtype == bool
             assert np.array_equal(other.ids, alone.ids) and np.array_equal(other.supervised, alone.supervised)
@@ -261,7 +264,7 @@ def test_a_list_in_json_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Mo
         file.write_text(json.dumps(values, indent=indent) + " \n")
         for piece in (1, 7, 64, 10_000):
             monkeypatch.setattr("rung.data.read.CHUNK_CHARACTERS", piece)
-            assert [row for _, row in read_rows(str(file)).rows] == values
+            assert [row for _, row in read_rows(str(file))[0]] == values
     monkeypatch.setattr("rung.data.read.CHUNK_CHARACTERS", 16)
     for text, words in (
         ('[{"a": 1}, {"a": 2} {"a": 3}]', "Expecting ',' delimiter"),
@@ -275,8 +278,8 @@ def test_a_list_in_json_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(DataError, match=words):
             read_rows(str(file))
     file.write_text('[{"a": 1}, 12345, [], {"a": 2}]')
-    rows = read_rows(str(file))
-    assert [s.line for s, _ in rows.rows] == [1, 4] and [r.source.line for r in rows.rejected_rows] == [2, 3]
+    rows, rejected = read_rows(str(file))
+    assert [s.line for s, _ in rows] == [1, 4] and [r.source.line for r in rejected] == [2, 3]
 
 
 def test_a_huge_line_and_half_characters_are_rows_like_others(tmp_path: Path) -> None:

@@ -215,4 +215,4 @@ def test_a_text_with_words_never_normalizes_to_nothing(text: str) -> None:
 
 def test_the_table_names_what_it_holds() -> None:
     assert list(METRICS) == ["exact", "normalized", "numeric", "token_f1", "rouge_l"]
-    assert all(metric.name == name and metric.doc and metric.higher_is_better for name, metric in METRICS.items())
+    assert all(metric.function.__name__ == name and metric.function.__doc__ for name, metric in METRICS.items())

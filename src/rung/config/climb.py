@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from rung.config.base import Config, Fraction
 from rung.config.evaluation import Context
 
-RungKind = Literal[
-    "zero_shot",
-    "few_shot",
-    "rag",
-    "few_shot+rag",
-    "prompt",
-    "prefix",
-    "p_tuning",
-    "head",
-    "bottleneck",
-    "lora",
-    "qlora",
-    "lottery",
-    "mixture",
-    "peft",
-    "full",
-]
-
-UNTUNED = ("zero_shot", "few_shot", "rag", "few_shot+rag")
+UntunedKind = Literal["zero_shot", "few_shot", "rag", "few_shot+rag"]
+VirtualTokenKind = Literal["prompt", "prefix", "p_tuning"]
+WeightKind = Literal["head", "bottleneck", "lora", "qlora", "lottery", "mixture", "peft", "full"]
+RungKind = Literal[UntunedKind, VirtualTokenKind, WeightKind]
+UNTUNED: tuple[str, ...] = get_args(UntunedKind)
 """Rungs that train nothing."""
 # kinds that put worked examples, or retrieved passages, in front of a question
 WITH_SHOTS = ("few_shot", "few_shot+rag")
@@ -127,15 +114,13 @@ class SearchConfig(Config):
     """Successive halving: after a ninth of the steps, and after each multiple of that by this factor, the best 1/factor
     of the trials continue (Jamieson and Talwalkar 2016; Li et al. 2020)."""
 
-    @model_validator(mode="after")
-    def _require_a_range(self) -> SearchConfig:
+    def _check(self) -> None:
         ranges = {"rank": self.rank, "learning_rate": self.learning_rate, "epochs": self.epochs}
         if not any(ranges.values()):
             raise ValueError("search tries nothing: give rank, learning_rate or epochs as [lowest, highest]")
         for name, bounds in ranges.items():
             if bounds is not None and bounds[0] >= bounds[1]:
                 raise ValueError(f"{name} is [lowest, highest]")
-        return self
 
 
 class ClimbConfig(Config):
@@ -176,48 +161,32 @@ class ClimbConfig(Config):
             raise ValueError("a ladder needs at least one rung")
         if repeated_labels := sorted({label for label in labels if labels.count(label) > 1}):
             raise ValueError(f"rung {repeated_labels[0]!r} stands twice; give each a `name`")
-        # different labels may give the same folder name: "a b" and "a-b"
-        slugs = [r.slug for r in rungs]
-        if colliding_labels := [r.label for r in rungs if slugs.count(r.slug) > 1]:
-            raise ValueError(
-                f"rungs {' and '.join(map(repr, colliding_labels))} would share a folder; give each another `name`"
-            )
+        _refuse_shared_folders(rungs)
         for r in rungs:
             r.reject_unused_settings()
         return rungs
 
-    @model_validator(mode="after")
-    def _require_tuned_rung(self) -> ClimbConfig:
+    def _check(self) -> None:
         if (self.search or self.curve or self.forgetting) and all(r.kind in UNTUNED for r in self.rungs):
             raise ValueError("search, curve and forgetting are about tuned rungs, and there is none")
         # rising and distinct: each number is a folder and a point of the curve
         if list(self.curve) != sorted(set(self.curve)):
             raise ValueError("curve has rising numbers of rows")
-        return self
+        self._check_base_rungs()
+        self._check_instructions()
 
-    @model_validator(mode="after")
-    def _check_base_rungs(self) -> ClimbConfig:
+    def _check_base_rungs(self) -> None:
         if self.stop_at_target and self.target is None:
             raise ValueError("stop waits for a rung to reach `target`: set it too")
         tuned = [r.label for r in self.rungs if r.kind not in UNTUNED]
-        for rung_on_top in self.on_top:
-            if rung_on_top.base_rung not in tuned:
-                tuned_names = ", ".join(tuned) or "there is none"
-                raise ValueError(
-                    f"rung {rung_on_top.label!r} stands on {rung_on_top.base_rung!r}, "
-                    f"which is no tuned rung ({tuned_names})"
-                )
-        all_rungs: list[RungConfig | OnTopConfig] = [*self.rungs, *self.on_top]
+        for r in self.on_top:
+            if r.base_rung not in tuned:
+                names = ", ".join(tuned) or "there is none"
+                raise ValueError(f"rung {r.label!r} stands on {r.base_rung!r}, which is no tuned rung ({names})")
         # checked again with the rungs on top, which share the folder of the climb
-        slugs = [r.slug for r in all_rungs]
-        if colliding_labels := [r.label for r in all_rungs if slugs.count(r.slug) > 1]:
-            raise ValueError(
-                f"rungs {' and '.join(map(repr, colliding_labels))} would share a folder; give each another `name`"
-            )
-        return self
+        _refuse_shared_folders([*self.rungs, *self.on_top])
 
-    @model_validator(mode="after")
-    def _check_instructions(self) -> ClimbConfig:
+    def _check_instructions(self) -> None:
         if any(not text.strip() for text in self.instructions):
             raise ValueError("instructions holds one without a word")
         if len(set(self.instructions)) < len(self.instructions):
@@ -225,7 +194,13 @@ class ClimbConfig(Config):
         untuned = next((r.kind for r in self.rungs if r.kind in UNTUNED), None)
         if self.instructions and untuned != "zero_shot":
             raise ValueError("instructions are chosen by zero_shot, which is to come before other untuned rungs")
-        return self
+
+
+def _refuse_shared_folders(rungs: Sequence[RungConfig | OnTopConfig]) -> None:
+    # different labels may give the same folder name: "a b" and "a-b"
+    slugs = [r.slug for r in rungs]
+    if labels := " and ".join(repr(r.label) for r in rungs if slugs.count(r.slug) > 1):
+        raise ValueError(f"rungs {labels} would share a folder; give each another `name`")
 
 
 def _slug(label: str) -> str:

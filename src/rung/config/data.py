@@ -8,21 +8,10 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from rung.config.base import Config, Fraction
 
-Format = Literal[
-    "auto",
-    "messages",
-    "sharegpt",
-    "alpaca",
-    "prompt_completion",
-    "question_answer",
-    "text",
-    "preference",
-    "ranked",
-    "rated",
-    "unpaired_preference",
-    "prompt_only",
-]
+AnswerFormat = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text"]
+ComparisonFormat = Literal["preference", "ranked", "rated", "unpaired_preference"]
 # `rung.data.formats` reads each of them; `auto` chooses by the columns of all rows
+Format = Literal["auto", AnswerFormat, ComparisonFormat, "prompt_only"]
 LossOn = Literal["answer", "assistant_turns", "all"]
 
 
@@ -68,3 +57,15 @@ class DataConfig(Config):
     """For training prompts that also occur in the validation or test split: stop, or leave out the training rows."""
     loss_on: LossOn = "answer"
     """Tokens that are trained on: the final answer, every assistant turn, or all tokens."""
+
+    @property
+    def held_out_files(self) -> dict[str, str]:
+        """Files of the validation and the test split, as far as they are files."""
+        values = {"validation": self.validation, "test": self.test}
+        return {name: value for name, value in values.items() if isinstance(value, str)}
+
+    @property
+    def held_out_shares(self) -> dict[str, float]:
+        """Shares of the validation and the test split; 0 for a file."""
+        values = {"validation": self.validation, "test": self.test}
+        return {name: 0.0 if isinstance(value, str) else value for name, value in values.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from rung.config.base import Config
 from rung.config.judge import JudgeConfig
@@ -30,14 +30,12 @@ class RetrievalConfig(Config):
     top_k: PositiveInt = 3
     """Passages per question."""
 
-    @model_validator(mode="after")
-    def _check_passages(self) -> RetrievalConfig:
+    def _check(self) -> None:
         # the window advances by chunk_words - overlap words
         if self.overlap >= self.chunk_words:
             raise ValueError("overlap is below chunk_words, or passages would never move on")
         if self.column is not None and self.documents is None:
             raise ValueError("column names one of a file of documents, and no documents are named")
-        return self
 
 
 class EvaluationConfig(Config):

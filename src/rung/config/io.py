@@ -32,43 +32,32 @@ DATA_SUFFIXES = frozenset({".jsonl", ".csv", ".parquet"})
 _TYPE_TAGS = frozenset({"str", "float", "int", "bool"})
 _UNION_GROUPS = frozenset({("method",), ("objective",), ("objective", "reward")})
 """Groups with a `kind`: pydantic adds the kind to the location of errors inside them."""
+
+
+def _renamed(section: str, **names: str) -> dict[str, str]:
+    return {f"{section}{former}": f"{section}{current}" for former, current in names.items()}
+
+
 RENAMED_KEYS = {
-    "engine": "training",
-    "evaluate": "evaluation",
-    "training.cache_trunk": "training.cache_frozen_layers",
-    "training.clip": "training.max_grad_norm",
-    "training.keep": "training.save_total_limit",
-    "training.optimiser": "training.optimizer",
-    "training.optimizer.moments": "training.optimizer.state_dtype",
-    "training.warmup": "training.warmup_ratio",
-    "evaluation.dequantise": "evaluation.dequantize",
-    "evaluation.judge.human": "evaluation.judge.human_labels",
-    "evaluation.judge.kappa": "evaluation.judge.min_kappa",
-    "method.double_quantised": "method.double_quant",
-    "method.rate_ratio": "method.loraplus_lr_ratio",
-    "method.ranks": "method.rank_pattern",
-    "method.resample_every": "method.lisa_step_interval",
-    "method.sampled_layers": "method.lisa_n_layers",
+    **_renamed("", engine="training", evaluate="evaluation"),
+    **_renamed("training.", cache_trunk="cache_frozen_layers", clip="max_grad_norm", keep="save_total_limit"),
+    **_renamed("training.", optimiser="optimizer", warmup="warmup_ratio"),
+    **_renamed("training.optimizer.", moments="state_dtype"),
+    **_renamed("evaluation.", dequantise="dequantize"),
+    **_renamed("evaluation.judge.", human="human_labels", kappa="min_kappa"),
+    **_renamed("method.", double_quantised="double_quant", rate_ratio="loraplus_lr_ratio", ranks="rank_pattern"),
+    **_renamed("method.", resample_every="lisa_step_interval", sampled_layers="lisa_n_layers"),
     **{f"method.{name}": f"method.lottery.{name}" for name in LayerLotteryConfig.model_fields},
-    "objective.adapt": "objective.adaptive_kl",
-    "objective.bad_weight": "objective.undesirable_weight",
-    "objective.centre": "objective.center_rewards_coefficient",
-    "objective.decay": "objective.gae_lambda",
-    "objective.keep_states": "objective.cache_teacher_states",
-    "objective.rollout.answers": "objective.rollout.num_generations",
-    "objective.rollout.cut": "objective.rollout.truncation_penalty",
-    "objective.rollout.epochs": "objective.rollout.num_iterations",
-    "objective.rollout.minibatches": "objective.rollout.num_minibatches",
-    "objective.stops.kl": "objective.stops.target_kl",
-    "objective.value_clip": "objective.cliprange_value",
-    "objective.value_weight": "objective.vf_coef",
-    "climb.on_top.*.above": "climb.on_top.*.base_rung",
-    "climb.on_top.*.engine": "climb.on_top.*.training",
-    "climb.rungs.*.choose": "climb.rungs.*.example_selection",
-    "climb.rungs.*.engine": "climb.rungs.*.training",
-    "climb.search.reduction": "climb.search.reduction_factor",
-    "climb.stop": "climb.stop_at_target",
-    "climb.then": "climb.on_top",
+    **_renamed("objective.", adapt="adaptive_kl", decay="gae_lambda", keep_states="cache_teacher_states"),
+    **_renamed("objective.", bad_weight="undesirable_weight", centre="center_rewards_coefficient"),
+    **_renamed("objective.", value_clip="cliprange_value", value_weight="vf_coef"),
+    **_renamed("objective.rollout.", answers="num_generations", cut="truncation_penalty"),
+    **_renamed("objective.rollout.", epochs="num_iterations", minibatches="num_minibatches"),
+    **_renamed("objective.stops.", kl="target_kl"),
+    **_renamed("climb.", stop="stop_at_target", then="on_top"),
+    **_renamed("climb.on_top.*.", above="base_rung", engine="training"),
+    **_renamed("climb.rungs.*.", choose="example_selection", engine="training"),
+    **_renamed("climb.search.", reduction="reduction_factor"),
 }
 """Former names of settings; `*` stands for a list index. They are refused with the current name as the hint."""
 RENAMED_VALUES = {"label": "unpaired_preference", "prompt": "prompt_only", "normalised": "normalized"}
@@ -97,9 +86,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
     """Read a config and apply `key=value` overrides. Raises `ConfigError`."""
     source = Path(path)
     raw, origins = _read_yaml(source)
-    for override in overrides:
-        _apply_override(raw, origins, override)
-    return LoadedConfig(_validate(raw, origins), {_dotted(key_path): origin for key_path, origin in origins.items()})
+    config = _validate_with_overrides(raw, origins, overrides)
+    return LoadedConfig(config, {_dotted(key_path): origin for key_path, origin in origins.items()})
 
 
 ConfigSource = RunConfig | Mapping[str, Any] | str | Path
@@ -112,10 +100,7 @@ def resolve_config(source: ConfigSource, overrides: Sequence[str] = ()) -> RunCo
         return load_config(source, overrides).config
     # deepcopy: overrides must not change the mapping of the caller
     raw: dict[str, Any] = config_to_dict(source) if isinstance(source, RunConfig) else copy.deepcopy(dict(source))
-    origins: dict[KeyPath, str] = {}
-    for override in overrides:
-        _apply_override(raw, origins, override)
-    return _validate(raw, origins)
+    return _validate_with_overrides(raw, {}, overrides)
 
 
 def parse_config(raw: Mapping[str, Any], where: str = "config") -> RunConfig:
@@ -140,14 +125,8 @@ def rung_run_config(config: RunConfig, rung: RungConfig, output: str, seed: int)
     method = {**(base["method"] if is_same_method else {"kind": rung.kind}), **rung.method, "kind": rung.kind}
     training = {**base["training"], **({} if is_same_method else {"learning_rate": None}), **rung.training}
     evaluation = {**base["evaluation"], "context": rung.context_of(config.evaluation.context)}
-    replaced_sections = {
-        "method": method,
-        "training": training,
-        "evaluation": evaluation,
-        "output": output,
-        "seed": seed,
-    }
-    return parse_config({**base, **replaced_sections}, f"climb.rungs {rung.label}")
+    sections = {"method": method, "training": training, "evaluation": evaluation}
+    return parse_config({**base, **sections, "output": output, "seed": seed}, f"climb.rungs {rung.label}")
 
 
 def on_top_run_config(config: RunConfig, on_top: OnTopConfig, base_run: str, output: str, seed: int) -> RunConfig:
@@ -156,22 +135,16 @@ def on_top_run_config(config: RunConfig, on_top: OnTopConfig, base_run: str, out
     data = base["data"] if not on_top.data else {"validation": base["data"]["validation"], "test": 0.0, **on_top.data}
     training = {**base["training"], "learning_rate": None, **on_top.training}
     model = {**base["model"], "name": base_run, **WITHOUT_RUN_SETTINGS}
-    replaced_sections = {
-        "model": model,
-        "data": data,
-        "method": on_top.method,
-        "objective": on_top.objective,
-        "training": training,
-    }
+    sections = {"model": model, "data": data, "method": on_top.method, "objective": on_top.objective}
     rung = next(r for r in config.climb.rungs if r.label == on_top.base_rung)
     context = rung.context_of(config.evaluation.context)
     evaluation = {**base["evaluation"], "context": context, "dequantize": False}
     # validation looks at `climb` too, for example whether anything retrieves: give it this run alone
     climb = {"rungs": [{"kind": "rag" if context == "retrieved" else "zero_shot"}]}
-    replaced_sections |= {"evaluation": evaluation, "climb": climb, "output": output, "seed": seed}
+    sections |= {"training": training, "evaluation": evaluation, "climb": climb, "output": output, "seed": seed}
     if context != "retrieved":
         evaluation.pop("retrieve", None)
-    return parse_config({**base, **replaced_sections}, f"climb.on_top {on_top.label}")
+    return parse_config({**base, **sections}, f"climb.on_top {on_top.label}")
 
 
 def describe_config(loaded: LoadedConfig) -> str:
@@ -198,17 +171,14 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
         hint = "write a config whose data.path names this file"
         raise ConfigError("this is data where a config is asked for", where=str(path), allowed="YAML", hint=hint)
     try:
-        if path.is_file() and path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ConfigError(
-                "this is too large to be a config", where=str(path), given=f"{path.stat().st_size:,} bytes"
-            )
+        if path.is_file() and (size := path.stat().st_size) > MAX_CONFIG_BYTES:
+            raise ConfigError("this is too large to be a config", where=str(path), given=f"{size:,} bytes")
         # utf-8-sig: editors on Windows write a byte order mark
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        suggestion = did_you_mean(path.name, [p.name for p in path.parent.glob("*")]) if path.parent.is_dir() else None
-        raise ConfigError(
-            "no such file", where=str(path), hint=f"did you mean {path.parent / suggestion}?" if suggestion else None
-        ) from None
+        suggestion = did_you_mean(path.name, [p.name for p in path.parent.glob("*")])
+        question = f"did you mean {path.parent / suggestion}?" if suggestion else None
+        raise ConfigError("no such file", where=str(path), hint=question) from None
     except IsADirectoryError:
         config_files = ", ".join(sorted(p.name for p in path.glob("*.y*ml"))) or "none"
         raise ConfigError("this is a folder", where=str(path), hint=f"config files in it: {config_files}") from None
@@ -234,30 +204,34 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
 
 
 def _key_origins(node: yaml.Node, key_path: KeyPath, path: str) -> Iterator[tuple[KeyPath, str]]:
+    entries: list[tuple[str | int, yaml.Node, yaml.Node]] = []  # key, node with the line number, value
     if isinstance(node, yaml.MappingNode):
-        keys: set[str] = set()
-        for key, value in node.value:
-            origin = f"{path} line {key.start_mark.line + 1}"
-            name = str(key.value)
-            if name in keys:
-                raise ConfigError(f"{_dotted((*key_path, name))} stands twice", where=origin)
-            # PyYAML keeps the last of two equal keys without a word
-            keys.add(name)
-            yield (*key_path, name), origin
-            yield from _key_origins(value, (*key_path, name), path)
+        entries = [(str(key.value), key, value) for key, value in node.value]
     elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            yield (*key_path, index), f"{path} line {value.start_mark.line + 1}"
-            yield from _key_origins(value, (*key_path, index), path)
+        entries = [(index, value, value) for index, value in enumerate(node.value)]
+    keys: set[str | int] = set()
+    for key, line_node, value in entries:
+        nested_path, origin = (*key_path, key), f"{path} line {line_node.start_mark.line + 1}"
+        if key in keys:  # PyYAML keeps the last of two equal keys without a word
+            raise ConfigError(f"{_dotted(nested_path)} stands twice", where=origin)
+        keys.add(key)
+        yield nested_path, origin
+        yield from _key_origins(value, nested_path, path)
+
+
+def _validate_with_overrides(raw: dict[str, Any], origins: dict[KeyPath, str], overrides: Sequence[str]) -> RunConfig:
+    """Apply overrides, which changes `raw` and `origins`, and validate."""
+    for override in overrides:
+        _apply_override(raw, origins, override)
+    return _validate(raw, origins)
 
 
 def _apply_override(raw: dict[str, Any], origins: dict[KeyPath, str], override: str) -> None:
     name, separator, text = override.partition("=")
     keys = tuple(name.strip().split("."))
     if not separator or not all(keys):
-        raise ConfigError(
-            "an override is key=value", where="command line", given=override, hint="for example training.epochs=2"
-        )
+        hint = "for example training.epochs=2"
+        raise ConfigError("an override is key=value", where="command line", given=override, hint=hint)
     try:
         value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with one more number format
     except yaml.YAMLError:
@@ -272,9 +246,7 @@ def _apply_override(raw: dict[str, Any], origins: dict[KeyPath, str], override: 
     # origins of values that the override replaces; a whole group may be replaced by one value
     for key_path in [p for p in origins if p[: len(keys)] == keys]:
         del origins[key_path]
-    origins[keys] = "command line"
-    for key_path in _nested_keys(value, keys):
-        origins[key_path] = "command line"
+    origins |= dict.fromkeys([keys, *_nested_keys(value, keys)], "command line")
 
 
 def _nested_keys(value: Any, key_path: KeyPath) -> Iterator[KeyPath]:
@@ -289,64 +261,47 @@ def _validate(raw: dict[str, Any], origins: Mapping[KeyPath, str]) -> RunConfig:
         # `method: {rank: 8}` means lora, the default method; pydantic would refuse a group without its `kind`
         raw = {**raw, "method": {"kind": "lora", **raw["method"]}}
     try:
-        config = RunConfig.model_validate(raw)
+        return RunConfig.model_validate(raw)
     except ValidationError as error:
         raise _explain(error, raw, origins) from None
     except RecursionError:
         raise ConfigError("nested too deeply", where=origins.get((), "config")) from None
-    return config
 
 
 def _explain(error: ValidationError, raw: dict[str, Any], origins: Mapping[KeyPath, str]) -> ConfigError:
     """The error message for the first problem. Unknown keys come first: a misspelled key makes another one missing."""
-    problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    problem = problems[0]
+    problem = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     key_path = _strip_union_tags(problem["loc"], raw)
     where, name = _origin_of(key_path, origins), _dotted(key_path)
     if problem["type"] == "extra_forbidden":
         known_settings = sorted(_known_settings(key_path[:-1], raw))
         parent = _dotted(key_path[:-1])
         kind = f"{parent} {raw[parent].get('kind')}" if parent in ("method", "objective") else parent or "a run"
-        suggestion = did_you_mean(str(key_path[-1]), known_settings)
-        kinds_with_setting = [
-            kind_name
-            for kind_name, config_class in METHOD_CONFIGS.items()
-            if key_path[:-1] == ("method",) and key_path[-1] in config_class.model_fields
-        ]
-        # a similar name, or the same name in another section; better hints follow
-        hint = (
-            f"did you mean {_dotted((*key_path[:-1], suggestion))}?"
-            if suggestion
-            else _suggest_group(str(key_path[-1]))
-        )
-        if current_name := RENAMED_KEYS.get(".".join("*" if isinstance(step, int) else str(step) for step in key_path)):
-            hint = f"it is called {current_name} now"
-        elif kinds_with_setting:
-            kinds = ", ".join(kinds_with_setting)
-            hint = f"it is a setting of {kinds}; an override method={{kind: ...}} replaces the whole group"
-        return ConfigError(
-            f"{name} is not a setting of {kind}",
-            where=where,
-            given=problem["input"],
-            allowed=", ".join(known_settings),
-            hint=hint,
-        )
+        summary, allowed = f"{name} is not a setting of {kind}", ", ".join(known_settings)
+        hint = _hint_for_unknown(key_path, known_settings)
+        return ConfigError(summary, where=where, given=problem["input"], allowed=allowed, hint=hint)
     if problem["type"] == "missing":
         example = {"data": "data: {path: my.jsonl}", "output": "output: runs/my-run"}.get(name)
         return ConfigError(f"{name} is missing", where=where, hint=f"for example {example}" if example else None)
     message = problem["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
     current_name = RENAMED_VALUES.get(str(problem["input"])) if problem["type"] == "literal_error" else None
     hint = f"it is called {current_name} now" if current_name else None
-    return ConfigError(f"{name}: {message}", where=where, given=problem["input"], hint=hint)
+    return ConfigError(f"{name}: {message[:1].lower()}{message[1:]}", where=where, given=problem["input"], hint=hint)
 
 
-def _suggest_group(name: str) -> str | None:
-    """A hint with the section that has a setting of this name, or None."""
+def _hint_for_unknown(key_path: KeyPath, known_settings: list[str]) -> str | None:
+    """The current name, methods with the setting, a similar name, or another section with a setting of this name."""
+    *parent, name = map(str, key_path)
+    if current_name := RENAMED_KEYS.get(_dotted(["*" if isinstance(step, int) else step for step in key_path])):
+        return f"it is called {current_name} now"
+    kinds = [kind for kind, c in METHOD_CONFIGS.items() if parent == ["method"] and name in c.model_fields]
+    if kinds:
+        return f"it is a setting of {', '.join(kinds)}; an override method={{kind: ...}} replaces the whole group"
+    if suggestion := did_you_mean(name, known_settings):
+        return f"did you mean {_dotted([*parent, suggestion])}?"
     for group, info in RunConfig.model_fields.items():
-        for candidate in [info.annotation, *get_args(info.annotation)]:
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel) and name in candidate.model_fields:
-                return f"did you mean {group}.{name}?"
+        if any(name in c.model_fields for c in _config_classes(info.annotation)):
+            return f"did you mean {group}.{name}?"
     return None
 
 
@@ -363,20 +318,19 @@ def _known_settings(key_path: KeyPath, raw: Any) -> list[str]:
     return list(model.model_fields)
 
 
+def _config_classes(annotation: Any) -> list[type[BaseModel]]:
+    """The config classes of an annotation, which nests: Annotated, Optional, unions and tuples."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [c for part in get_args(annotation) for c in _config_classes(part)]
+
+
 def _group_class(model: type[BaseModel], step: str, value: Any) -> type[BaseModel]:
     """The class of a group; for a union, the member with the given `kind`."""
-    # annotations nest: Annotated, Optional, unions and tuples of config classes
-    pending = [model.model_fields[step].annotation] if step in model.model_fields else []
-    candidates: list[type[BaseModel]] = []
-    while pending:
-        candidate = pending.pop(0)
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            candidates.append(candidate)
-        pending.extend(get_args(candidate))
+    candidates = _config_classes(model.model_fields[step].annotation) if step in model.model_fields else []
     kind = value.get("kind") if isinstance(value, dict) else None
-    matching = [
-        c for c in candidates if "kind" in c.model_fields and kind in get_args(c.model_fields["kind"].annotation)
-    ]
+    kinds = {c: get_args(c.model_fields["kind"].annotation) for c in candidates if "kind" in c.model_fields}
+    matching = [c for c in kinds if kind in kinds[c]]
     return (matching or candidates or [model])[0]
 
 
@@ -404,10 +358,8 @@ def _strip_union_tags(location: tuple[int | str, ...], raw: Any) -> KeyPath:
 
 def _origin_of(key_path: KeyPath, origins: Mapping[KeyPath, str]) -> str:
     # the nearest enclosing key that has an origin: a missing setting has none
-    for length in range(len(key_path), -1, -1):
-        if key_path[:length] in origins:
-            return origins[key_path[:length]]
-    return "config"
+    enclosing = (key_path[:length] for length in range(len(key_path), -1, -1))
+    return next((origins[group] for group in enclosing if group in origins), "config")
 
 
 def _dotted(key_path: Sequence[str | int]) -> str:

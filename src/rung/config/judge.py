@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt
 
 from rung.config.base import Config, Fraction
 
@@ -26,8 +26,6 @@ class JudgeConfig(Config):
     concurrency: PositiveInt | None = None
     """With `server`: concurrent requests; default: 8."""
 
-    @model_validator(mode="after")
-    def _reject_unused_settings(self) -> JudgeConfig:
+    def _check(self) -> None:
         if self.concurrency is not None and self.server is None:
             raise ValueError("`concurrency` is of requests to a `server`, and none is named")
-        return self

@@ -13,23 +13,19 @@ def resolve_layers(layers: Iterable[int] | str | None, available: Collection[int
 
     Raises `ConfigError` for layers that are not in `available`.
     """
-    last_layer = max(available)
+    last = max(available)
     if layers is None:
         return set(available)
     if isinstance(layers, str):
-        third_size = max(1, (last_layer + 1) // 3)
+        third = max(1, (last + 1) // 3)
         # the middle third takes the rest where the count is not a multiple of 3
-        ranges = {
-            "first": (0, third_size - 1),
-            "middle": (third_size, last_layer - third_size),
-            "last": (last_layer + 1 - third_size, last_layer),
-        }
-        first, last = ranges.get(layers) or (int(number) for number in layers.split("-"))
-        layers = range(first, last + 1)
+        thirds = {"first": (0, third - 1), "middle": (third, last - third), "last": (last + 1 - third, last)}
+        start, end = thirds.get(layers) or (int(number) for number in layers.split("-"))
+        layers = range(start, end + 1)
         if not layers:
-            raise ConfigError("no layer lies in this range", where="method.layers", given=f"{first}-{last}")
+            raise ConfigError("no layer lies in this range", where="method.layers", given=f"{start}-{end}")
     if missing_layers := sorted(set(layers) - set(available)):
-        raise ConfigError("no such layer", where="method.layers", given=missing_layers, allowed=f"0 to {last_layer}")
+        raise ConfigError("no such layer", where="method.layers", given=missing_layers, allowed=f"0 to {last}")
     return set(layers)
 
 
@@ -45,12 +41,8 @@ def student_layers(layers: StudentLayers, count: int) -> tuple[int, ...]:
     else:
         kept_layers = tuple(layers)
     # rising: a student keeps the order of its teacher's layers
-    if (
-        sorted(set(kept_layers)) != list(kept_layers)
-        or not kept_layers
-        or kept_layers[0] < 0
-        or kept_layers[-1] >= count
-    ):
+    is_rising = sorted(set(kept_layers)) == list(kept_layers)
+    if not is_rising or not kept_layers or kept_layers[0] < 0 or kept_layers[-1] >= count:
         allowed = f"rising numbers from 0 to {count - 1}"
         raise ConfigError("these are no layers of the teacher", where="model.layers", given=layers, allowed=allowed)
     if len(kept_layers) == count:

@@ -7,40 +7,21 @@ no code of the method itself; `methods.registry` maps each kind to its implement
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from itertools import pairwise
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from rung.config.base import ALL_LINEAR, Config, Fraction, LinearRole
+from rung.config.base import ALL_LINEAR, Config, Fraction, LinearRole, Tasks
 
-Layers = (
-    Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
-    | Literal["first", "middle", "last"]
-    | Annotated[str, Field(pattern=r"^\d+-\d+$")]
-    | None
-)
+LayerNumbers = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
+LayerRange = Annotated[str, Field(pattern=r"^\d+-\d+$")]
+Layers = LayerNumbers | Literal["first", "middle", "last"] | LayerRange | None
 """Layer numbers from 0, a range such as 15-29, or a third of the layers by name; default: all."""
 
 
-def _require_distinct_names(names: tuple[str, ...]) -> tuple[str, ...]:
-    if len(set(names)) < len(names) or "" in names:
-        raise ValueError("tasks have different names, none of them empty")
-    return names
-
-
-Tasks = Annotated[tuple[str, ...], AfterValidator(_require_distinct_names)]
-"""Task names, as in the data."""
-Init = Literal[
-    "default", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "corda_knowledge", "lora_ga", "loftq"
-]
+CalibratedInit = Literal["pissa", "olora", "eva", "corda", "corda_knowledge", "lora_ga"]
+Init = Literal["default", "gaussian", "orthogonal", CalibratedInit, "loftq"]
 # keys of `rank_pattern`: a role, a layer number, or both as 3.down
 _RANK_KEY = r"^((q|k|v|o|gate|up|down)|\d+|\d+\.(q|k|v|o|gate|up|down))$"
 
@@ -158,8 +139,7 @@ class LowRankConfig(WeightMethodBase):
     modules_to_save: tuple[str, ...] = ()
     """Names of modules that are trained in full and saved with the adapter, for example [lm_head]."""
 
-    @model_validator(mode="after")
-    def _check_combinations(self) -> LowRankConfig:
+    def _check(self) -> None:
         if self.init in SUBTRACTED_INITS and self.dora:
             raise ValueError(f"init {self.init} subtracts its start, which a direction learned apart (dora) has not")
         if self.init in SUBTRACTED_INITS and self.dropout:
@@ -168,7 +148,6 @@ class LowRankConfig(WeightMethodBase):
             raise ValueError("lisa_step_interval does nothing without lisa_n_layers")
         if not self._reads_documents() and self.init_examples != 64:
             raise ValueError("init_examples does nothing here: no start or score is read off documents")
-        return self
 
     def _reads_documents(self) -> bool:
         # pissa and olora need the weights only
@@ -180,11 +159,10 @@ class LoraConfig(LowRankConfig):
 
     kind: Literal["lora"] = "lora"
 
-    @model_validator(mode="after")
-    def _reject_loftq(self) -> LoraConfig:
+    def _check(self) -> None:
+        super()._check()
         if self.init == "loftq":
             raise ValueError("init loftq makes up for what quantizing takes away: it goes with kind: qlora")
-        return self
 
 
 class QloraConfig(LowRankConfig):
@@ -196,8 +174,8 @@ class QloraConfig(LowRankConfig):
     double_quant: bool = True
     """Quantize the scales of 4-bit blocks to 8 bits: 0.127 instead of 0.5 bits per weight."""
 
-    @model_validator(mode="after")
-    def _check_quantization(self) -> QloraConfig:
+    def _check(self) -> None:
+        super()._check()
         if self.init in CALIBRATED_INITS:
             raise ValueError(f"init {self.init} is read off matrices in full width: it goes with kind: lora")
         if self.dora:
@@ -206,7 +184,6 @@ class QloraConfig(LowRankConfig):
             raise ValueError("double_quant is about the scales of 4-bit blocks: it does nothing with bits: 8")
         if self.init == "loftq" and self.rank_pattern:
             raise ValueError("init loftq takes one rank for all: leave ranks out")
-        return self
 
 
 LOW_RANK_METHODS = ("lora", "qlora", "lottery")
@@ -215,7 +192,7 @@ BASE_CHANGING_METHODS = ("full", "head")
 """Methods that change the base itself, so that no adapter for the original base fits afterwards."""
 SUBTRACTED_INITS = frozenset({"pissa", "olora", "corda", "corda_knowledge", "lora_ga"})
 """Initial updates that are not zero; a frozen half of the adapter subtracts them (decision 0013)."""
-CALIBRATED_INITS = SUBTRACTED_INITS | {"eva"}
+CALIBRATED_INITS = frozenset[str](get_args(CalibratedInit))
 """Initializations computed before the first step from weights, activations or gradients."""
 
 
@@ -245,13 +222,11 @@ class LotteryConfig(LowRankConfig):
     def _reads_documents(self) -> bool:
         return self.lottery.score == "energy"
 
-    @model_validator(mode="after")
-    def _check_scores(self) -> LotteryConfig:
+    def _check(self) -> None:
+        super()._check()
         if self.init in CALIBRATED_INITS or self.init == "loftq" or self.dora or self.lisa_n_layers is not None:
-            raise ValueError(
-                "a lottery scores plain updates: init default, gaussian or orthogonal, no dora, no sampling"
-            )
-        return self
+            allowed = "init default, gaussian or orthogonal, no dora, no sampling"
+            raise ValueError(f"a lottery scores plain updates: {allowed}")
 
 
 class MixtureConfig(WeightMethodBase):
@@ -275,13 +250,11 @@ class MixtureConfig(WeightMethodBase):
     layers: Layers = None
     """As for lora."""
 
-    @model_validator(mode="after")
-    def _check_top_k(self) -> MixtureConfig:
+    def _check(self) -> None:
         if self.top_k == 1:
             raise ValueError("top_k: 1 gives one expert the weight 1 whatever its router says, which learns nothing")
         if self.top_k is not None and self.top_k >= self.experts:
             raise ValueError("top_k is below the number of experts; none takes them all")
-        return self
 
     @property
     def adapter_rank(self) -> int:
@@ -344,11 +317,9 @@ class PromptConfig(VirtualTokenBase):
     init_text: str | None = None
     """Initial text of the prompt, for `init: text`."""
 
-    @model_validator(mode="after")
-    def _check_init_text(self) -> PromptConfig:
+    def _check(self) -> None:
         if (self.init == "text") != bool(self.init_text):
             raise ValueError("init: text and init_text go together")
-        return self
 
 
 class PrefixConfig(VirtualTokenBase):
@@ -395,15 +366,13 @@ class PTuningConfig(VirtualTokenBase):
     positions: VirtualTokenPositions | None = None
     """Positions of the virtual tokens; default: all before the document."""
 
-    @model_validator(mode="after")
-    def _check_positions(self) -> PTuningConfig:
+    def _check(self) -> None:
         if self.positions is None:
-            return self
+            return
         if (total := sum(self.positions.model_dump().values())) != self.virtual_tokens:
             raise ValueError(f"positions add up to {total}, and virtual_tokens is {self.virtual_tokens}")
         if self.layers == "all" and self.positions.front != total:
             raise ValueError("keys and values in every layer (layers: all) stand in front alone")
-        return self
 
 
 def front_virtual_tokens(config: AnyMethodConfig) -> int:
@@ -413,20 +382,19 @@ def front_virtual_tokens(config: AnyMethodConfig) -> int:
 
 def encoder_parameter_count(config: Config, input_width: int, output_width: int) -> int:
     """Parameters of the network that computes virtual tokens of this width during training; 0 without one."""
-    if isinstance(config, PrefixConfig) and (hidden_width := config.projection) is not None:
-        return (input_width + 1) * hidden_width + (hidden_width + 1) * output_width
-    if not isinstance(config, PTuningConfig):
+    lstm_parameters, widths = 0, tuple[int, ...]()
+    if isinstance(config, PrefixConfig) and config.projection is not None:
+        widths = (input_width, config.projection, output_width)
+    elif isinstance(config, PTuningConfig):
+        hidden = config.hidden or input_width // 2
+        widths = (input_width, hidden, hidden, output_width)
+        if config.encoder == "lstm":
+            # two layers of 2 directions and 4 gates, with two biases per gate as torch's LSTM
+            lstm_parameters = sum(2 * 4 * hidden * (width + hidden + 2) for width in (input_width, 2 * hidden))
+            widths = (2 * hidden, 2 * hidden, output_width)
+    else:
         return 0
-    hidden_width = config.hidden or input_width // 2
-    if config.encoder == "mlp":
-        return (input_width + 1) * hidden_width + (hidden_width + 1) * hidden_width + (hidden_width + 1) * output_width
-    first_layer, second_layer = (
-        2 * 4 * hidden_width * (input_width + hidden_width + 2),
-        2 * 4 * hidden_width * (2 * hidden_width + hidden_width + 2),
-    )  # 2 directions, 4 gates, and two biases per gate as torch's LSTM
-    return (
-        first_layer + second_layer + (2 * hidden_width + 1) * 2 * hidden_width + (2 * hidden_width + 1) * output_width
-    )
+    return lstm_parameters + sum((before + 1) * after for before, after in pairwise(widths))
 
 
 def inserted_token_ids(config: AnyMethodConfig, first_id: int) -> dict[str, tuple[int, ...]]:
@@ -434,39 +402,17 @@ def inserted_token_ids(config: AnyMethodConfig, first_id: int) -> dict[str, tupl
     if config.positions is None:
         return {}
     # ids beyond the vocabulary, which no text can produce (decision 0016)
-    ids, next_id = {}, first_id
-    for role, count in (("user", config.positions.user), ("assistant", config.positions.assistant)):
-        if count:
-            ids[role] = tuple(range(next_id, next_id + count))
-            next_id += count
-    return ids
+    border = first_id + config.positions.user
+    spans = {"user": range(first_id, border), "assistant": range(border, border + config.positions.assistant)}
+    return {role: tuple(span) for role, span in spans.items() if span}
 
 
+LoraLikeConfig = LoraConfig | QloraConfig | LotteryConfig
+PromptLearningConfig = PromptConfig | PrefixConfig | PTuningConfig
 AnyMethodConfig = (
-    FullConfig
-    | HeadConfig
-    | LoraConfig
-    | QloraConfig
-    | LotteryConfig
-    | MixtureConfig
-    | BottleneckConfig
-    | PromptConfig
-    | PrefixConfig
-    | PTuningConfig
-    | PeftTunerConfig
+    FullConfig | HeadConfig | LoraLikeConfig | MixtureConfig | BottleneckConfig | PromptLearningConfig | PeftTunerConfig
 )
 MethodConfig = Annotated[AnyMethodConfig, Field(discriminator="kind")]
+_METHODS: tuple[type[AnyMethodConfig], ...] = get_args(AnyMethodConfig)
 # for look-ups by name; pydantic chooses by `kind` in the union above
-METHOD_CONFIGS: dict[str, type[AnyMethodConfig]] = {
-    "full": FullConfig,
-    "head": HeadConfig,
-    "lora": LoraConfig,
-    "qlora": QloraConfig,
-    "lottery": LotteryConfig,
-    "mixture": MixtureConfig,
-    "bottleneck": BottleneckConfig,
-    "prompt": PromptConfig,
-    "prefix": PrefixConfig,
-    "p_tuning": PTuningConfig,
-    "peft": PeftTunerConfig,
-}
+METHOD_CONFIGS = {method.model_fields["kind"].default: method for method in _METHODS}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import NonNegativeInt, model_validator
+from pydantic import NonNegativeInt
 
 from rung.config.base import Config
 
@@ -37,11 +37,9 @@ class ModelConfig(Config):
     """With several processes: each holds some rows of the weights of the layers and gathers a layer while it computes.
     With method full, gradients and optimizer state are sharded too."""
 
-    @model_validator(mode="after")
-    def _check_student(self) -> ModelConfig:
+    def _check(self) -> None:
         if self.layers is not None and self.student_of is None:
             raise ValueError("layers are those of a student: name its teacher in model.student_of")
         # the default name counts as not set: pydantic fills it in before this check
         if self.student_of is not None and self.name not in (ModelConfig.model_fields["name"].default, self.student_of):
             raise ValueError("model.name and model.student_of are two models: give one")
-        return self

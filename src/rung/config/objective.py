@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
 
 from rung.config.base import Config
 
@@ -73,8 +73,7 @@ class PreferenceConfig(ObjectiveBase):
     reference: str = Field(default="base", min_length=1)
     """`base`: the base model (adapter disabled, or a frozen copy); or a run folder."""
 
-    @model_validator(mode="after")
-    def _reject_unused_settings(self) -> PreferenceConfig:
+    def _check(self) -> None:
         if self.label_smoothing and self.loss != "robust":
             raise ValueError("label_smoothing is for loss: robust")
         if self.loss == "robust" and not self.label_smoothing:
@@ -85,7 +84,6 @@ class PreferenceConfig(ObjectiveBase):
             raise ValueError("undesirable_weight is for loss: kto")
         if self.reference != "base" and self.loss in REFERENCE_FREE:
             raise ValueError(f"loss: {self.loss} knows no reference")
-        return self
 
     @property
     def reference_model(self) -> str | None:
@@ -245,13 +243,11 @@ class GrpoConfig(ReinforcementBase):
     rollout: RolloutConfig = RolloutConfig()
     """How answers are generated."""
 
-    @model_validator(mode="after")
-    def _check_group(self) -> GrpoConfig:
+    def _check(self) -> None:
         if self.rollout.num_generations < 2:
             raise ValueError("a group needs rollout.num_generations of at least 2")
         if self.reference != "base" and not self.beta:
             raise ValueError("beta: 0 knows no reference")
-        return self
 
 
 class PpoConfig(ReinforcementBase):
@@ -288,13 +284,11 @@ class PpoConfig(ReinforcementBase):
     rollout: RolloutConfig = RolloutConfig(num_generations=1, num_iterations=4, num_minibatches=2)
     """How answers are generated."""
 
-    @model_validator(mode="after")
-    def _reject_unused_settings(self) -> PpoConfig:
+    def _check(self) -> None:
         if not self.beta and (self.reference != "base" or self.adaptive_kl is not None):
             raise ValueError("beta: 0 knows no reference, and nothing to adapt")
         if self.value == "reward" and self.reward.kind != "model":
             raise ValueError("value: reward needs reward: {kind: model, run: ...}")
-        return self
 
 
 class DistillConfig(ObjectiveBase):
@@ -331,15 +325,13 @@ class DistillConfig(ObjectiveBase):
         """The setting `on_policy`."""
         return self.on_policy
 
-    @model_validator(mode="after")
-    def _reject_unused_settings(self) -> DistillConfig:
+    def _check(self) -> None:
         if self.beta != 0.5 and self.divergence != "jsd":
             raise ValueError("beta is for divergence: jsd")
         if self.rollout != RolloutConfig(num_generations=1) and not self.on_policy:
             raise ValueError("rollout is for on_policy above 0")
         if self.rollout.num_generations != 1 or self.rollout.num_minibatches != 1 or self.rollout.truncation_penalty:
             raise ValueError("a student gives one answer to a row, in one step: leave answers, minibatches and cut")
-        return self
 
 
 ObjectiveConfig = Annotated[

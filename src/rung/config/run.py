@@ -6,7 +6,7 @@ loaded. Checks that need data, a model or a device are in `runs.checks`.
 
 from __future__ import annotations
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeInt
 
 from rung.config.base import Config
 from rung.config.climb import WITH_SHOTS, ClimbConfig
@@ -14,14 +14,7 @@ from rung.config.data import DataConfig
 from rung.config.evaluation import EvaluationConfig
 from rung.config.method import LoraConfig, LowRankConfig, MethodConfig, inserted_token_ids
 from rung.config.model import ModelConfig
-from rung.config.objective import (
-    COMPARISON_KINDS,
-    ROLLOUT_KINDS,
-    ObjectiveConfig,
-    PreferenceConfig,
-    RewardConfig,
-    SftConfig,
-)
+from rung.config.objective import COMPARISON_KINDS, ROLLOUT_KINDS, ObjectiveConfig, SftConfig
 from rung.config.training import TrainingConfig
 
 
@@ -47,16 +40,14 @@ class RunConfig(Config):
     seed: NonNegativeInt = 0
     """Seed of the order of rows, the initialization and the choice of worked examples."""
 
-    @model_validator(mode="after")
-    def _reject_unused_settings(self) -> RunConfig:
+    def _check(self) -> None:
         if self.training.eval_every is not None and self.data.validation == 0:
             raise ValueError("training.eval_every measures on the validation split, and data.validation is 0")
         if self.evaluation.dequantize and "qlora" not in {self.method.kind, *(r.kind for r in self.climb.rungs)}:
             raise ValueError("evaluation.dequantize widens a quantized base, and no method here quantizes one (qlora)")
-        if kinds_without_shots := [
-            r.kind for r in self.climb.rungs if r.kind in WITH_SHOTS and not (r.shots or self.evaluation.shots)
-        ]:
-            raise ValueError(f"the {kinds_without_shots[0]} rung needs evaluation.shots above 0")
+        with_shots = (r for r in self.climb.rungs if r.kind in WITH_SHOTS)
+        if rung := next((r for r in with_shots if not (r.shots or self.evaluation.shots)), None):
+            raise ValueError(f"the {rung.kind} rung needs evaluation.shots above 0")
         if self.climb.instructions and self.data.validation == 0:
             raise ValueError("climb.instructions are chosen on the validation split, and data.validation is 0")
         if self.evaluation.retrieve is not None and not self.retrieves:
@@ -65,20 +56,16 @@ class RunConfig(Config):
             raise ValueError("climb.search compares on the validation split, and data.validation is 0")
         if self.objective.kind in COMPARISON_KINDS and self.data.loss_on != "answer":
             raise ValueError(f"objective {self.objective.kind} compares answers: data.loss_on is answer")
-        if isinstance(self.objective, PreferenceConfig):
-            self._check_comparison(self.objective)
+        is_kto = self.objective.kind == "preference" and self.objective.loss == "kto"
+        if is_kto and self.training.examples_per_step < 2:
+            raise ValueError("kto reads answers behind other rows' prompts: training.examples_per_step is at least 2")
         if self.objective.kind in ROLLOUT_KINDS:
             self._check_rollouts()
         # the reference is the base, whose embedding table has no rows for these ids
         if self.objective.reference_model and inserted_token_ids(self.method, 0):
             raise ValueError("a reference cannot read virtual tokens inside the text: put all of them in front")
-        if isinstance(self.objective, RewardConfig) and self.method.kind == "head":
+        if self.objective.kind == "reward" and self.method.kind == "head":
             raise ValueError("a reward model does not read the model's output head, which is all that head moves")
-        return self
-
-    def _check_comparison(self, objective: PreferenceConfig) -> None:
-        if objective.loss == "kto" and self.training.examples_per_step < 2:
-            raise ValueError("kto reads answers behind other rows' prompts: training.examples_per_step is at least 2")
 
     def _check_rollouts(self) -> None:
         kind = self.objective.kind
@@ -90,9 +77,8 @@ class RunConfig(Config):
         if self.data.loss_on != "answer":
             raise ValueError(f"{kind} trains on generated answers: data.loss_on must be answer")
         if self.method.adapter_dropout:
-            raise ValueError(
-                f"{kind} compares with how its answers were made, which dropout would change: leave it out"
-            )
+            fault = "compares with how its answers were made, which dropout would change"
+            raise ValueError(f"{kind} {fault}: leave it out")
         if self.data.overflow == "trim_prompt":
             raise ValueError(f"{kind} asks its prompts as they are: data.overflow is error or drop")
         if kind == "ppo" and inserted_token_ids(self.method, 0):

@@ -11,15 +11,8 @@ _SEGMENT_FREE = "its layers carry state from token to token, which packing canno
 
 MODEL_REFUSALS: dict[str, str] = {
     "falcon": "falcon computes attention inside its own module and takes no other attention function",
-    "mamba": _SEGMENT_FREE,
-    "mamba2": _SEGMENT_FREE,
-    "falcon_mamba": _SEGMENT_FREE,
-    "rwkv": _SEGMENT_FREE,
-    "jamba": _SEGMENT_FREE,
-    "bamba": _SEGMENT_FREE,
-    "zamba": _SEGMENT_FREE,
-    "zamba2": _SEGMENT_FREE,
-    "recurrent_gemma": _SEGMENT_FREE,
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv", "jamba", "bamba"), _SEGMENT_FREE),
+    **dict.fromkeys(("zamba", "zamba2", "recurrent_gemma"), _SEGMENT_FREE),
     "stablelm": "its layers do not pass on to attention where documents begin, so packing cannot keep them apart",
 }
 

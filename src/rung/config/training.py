@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from rung.config.base import Config, Fraction
 
@@ -64,8 +64,6 @@ class TrainingConfig(Config):
     save_total_limit: PositiveInt = 2
     """Number of newest checkpoints kept; the one with the best validation loss is kept in addition."""
 
-    @model_validator(mode="after")
-    def _check_patience(self) -> TrainingConfig:
+    def _check(self) -> None:
         if self.patience is not None and self.eval_every is None:
             raise ValueError("patience counts measurements: set eval_every too")
-        return self

@@ -7,12 +7,12 @@ decoded twice. Files are read with pread, not mapped: a mapped page counts as me
 
 from __future__ import annotations
 
+import copy
 import operator
 import os
 import tempfile
 import weakref
 from abc import abstractmethod
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar, overload
@@ -101,11 +101,6 @@ class ByteRange(NamedTuple):
     start: int
     size: int
 
-    @classmethod
-    def of_file(cls, file: AppendFile) -> ByteRange:
-        """All bytes written so far."""
-        return cls(file, 0, file.size)
-
     def read(self, start: int, size: int) -> bytes:
         """`size` bytes from offset `start` of the range."""
         return self.file.read(self.start + start, size)
@@ -119,13 +114,21 @@ class ByteRange(NamedTuple):
 class LazySequence(Sequence[T]):
     """A sequence whose items are created on access; it equals any sequence of equal items. Slices are lazy too."""
 
+    rows: np.ndarray
+    """A row per item: all that is kept in memory of it."""
+
     @abstractmethod
     def at(self, i: int) -> T:
         """Item `i`, already checked to be in range."""
 
-    @abstractmethod
     def select(self, rows: slice | np.ndarray) -> Self:
-        """The items of a slice or at the given indices, in that order."""
+        """The items of a slice or at the given indices, in that order; nothing is read."""
+        selection = copy.copy(self)
+        selection.rows = self.rows[rows]
+        return selection
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     @overload
     def __getitem__(self, index: int) -> T: ...
@@ -153,46 +156,14 @@ class LazySequence(Sequence[T]):
 
 
 class MappedSequence(LazySequence[T]):
-    """Items computed by a function from their indices."""
+    """Items computed by a function from rows, which may be another lazy sequence."""
 
-    def __init__(self, make_item: Callable[[int], T], indices: np.ndarray | range) -> None:
-        self._make_item, self._indices = make_item, indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
+    def __init__(self, make_item: Callable[[Any], T], rows: Any) -> None:
+        self._make_item, self.rows = make_item, rows
 
     def at(self, i: int) -> T:
         """Compute one; nothing is cached."""
-        return self._make_item(int(self._indices[i]))
-
-    def select(self, rows: slice | np.ndarray) -> MappedSequence[T]:
-        """A view of these items."""
-        return MappedSequence(self._make_item, np.asarray(self._indices)[rows])
-
-
-class TextStore:
-    """Texts on disk, each with a number."""
-
-    def __init__(self) -> None:
-        self._file = AppendFile.new()
-        self._ends = array("q", [0])
-        self._numbers = array("q")
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def add(self, number: int, text: str) -> None:
-        """Store a text and its number."""
-        # surrogatepass: reasons of rejected rows may quote lone surrogates
-        self._file.append(text.encode(errors="surrogatepass"))
-        self._ends.append(self._file.size)
-        self._numbers.append(number)
-
-    def at(self, i: int) -> tuple[int, str]:
-        """Number and text of the i-th addition."""
-        start = self._ends[i]
-        text = self._file.read(start, self._ends[i + 1] - start)
-        return self._numbers[i], text.decode(errors="surrogatepass")
+        return self._make_item(self.rows[i])
 
 
 def chunks(items: Iterable[T], size: Callable[[T], int], *, count: int, limit: int) -> Iterator[list[T]]:

@@ -13,71 +13,46 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 
-from rung.config.data import LossOn
 from rung.data.byte_store import DISK_SPACE_HINT, AppendFile, ByteRange
 from rung.data.chat import ChatTemplate
 from rung.data.records import fingerprint
 from rung.data.token_store import ROW_DTYPE, TokenColumns, TokenizedDataset
-from rung.data.tokenize import Overflow, tokenize_columns
+from rung.data.tokenize import TOKENIZE_DEFAULTS, TokenizeOptions, tokenize_columns
 from rung.errors import CheckpointError
 from rung.files import cache_folder, read_safetensors_header, safetensors_header
 from rung.types import Record
 
 CODE_VERSION = 4
 """Increase it with every change of what chat.py, tokenize.py or token_store.py produce."""
-_TENSORS = {
-    "ids": ("I32", 4),
-    "supervised": ("BOOL", 1),
-    "texts": ("U8", 1),
-    "rows": ("U8", 1),
-    "dropped": ("I64", 8),
-    "trimmed": ("I64", 8),
-}
-"""Tensors of a file in their order, all flat: dtype and bytes per value."""
+_TENSORS = {"ids": "I32", "supervised": "BOOL", "texts": "U8", "rows": "U8", "dropped": "I64", "trimmed": "I64"}
+"""Tensors of a file in their order, all flat, with their types."""
+_WIDTHS = {"I32": 4, "BOOL": 1, "U8": 1, "I64": 8}
 
 
 def cached_examples(
-    chat: ChatTemplate,
-    records: Sequence[Record],
-    *,
-    loss_on: LossOn = "answer",
-    max_length: int | None = None,
-    overflow: Overflow = "error",
-    with_candidates: bool = False,
-    folder: Path | None = None,
+    chat: ChatTemplate, records: Sequence[Record], *, folder: Path | None = None, **options: Unpack[TokenizeOptions]
 ) -> TokenizedDataset:
     """`tokenize_records`, cached in `folder` (default: `tokenized` in Rung's cache folder); a damaged file is rebuilt.
 
     Raises:
         DataError: as `tokenize_records`; nothing is stored then.
     """
-    name = cache_key(
-        chat, records, loss_on=loss_on, max_length=max_length, overflow=overflow, with_candidates=with_candidates
-    )
-    path = (folder or cache_folder() / "tokenized") / f"{name}.safetensors"
+    path = (folder or cache_folder() / "tokenized") / f"{cache_key(chat, records, **options)}.safetensors"
     if (columns := _load(path)) is not None:
-        return TokenizedDataset.from_columns(columns, records, from_cache=True)
-    columns = tokenize_columns(
-        chat, records, loss_on=loss_on, max_length=max_length, overflow=overflow, with_candidates=with_candidates
-    )
+        return columns.dataset(records, from_cache=True)
+    columns = tokenize_columns(chat, records, **options)
     _store(path, columns)
-    return TokenizedDataset.from_columns(columns, records)
+    return columns.dataset(records)
 
 
-def cache_key(
-    chat: ChatTemplate,
-    records: Sequence[Record],
-    *,
-    loss_on: LossOn,
-    max_length: int | None,
-    overflow: Overflow,
-    with_candidates: bool = False,
-) -> str:
+def cache_key(chat: ChatTemplate, records: Sequence[Record], **options: Unpack[TokenizeOptions]) -> str:
     """SHA-256 of everything that decides the ids, and nothing else: no path, no output folder, no tokenizer class."""
-    fields = [CODE_VERSION, fingerprint(records), chat.identity(), loss_on, max_length, overflow, with_candidates]
+    options = TOKENIZE_DEFAULTS | options
+    fields = [CODE_VERSION, fingerprint(records), chat.identity(), *options.values()]
     return sha256(json.dumps(fields).encode()).hexdigest()
 
 
@@ -91,7 +66,7 @@ def _store(path: Path, columns: TokenColumns) -> None:
         ranges[name] = ByteRange(tables, tables.append(data), len(data))
     boundary = json.dumps([columns.boundary_checked, columns.boundary_differences])
     header = safetensors_header(
-        ((name, dtype, [ranges[name].size // width], ranges[name].size) for name, (dtype, width) in _TENSORS.items()),
+        ((name, dtype, [ranges[name].size // _WIDTHS[dtype]], ranges[name].size) for name, dtype in _TENSORS.items()),
         {"boundary": boundary, "sha256": _checksum(ranges, boundary)},
     )
     temporary: str | None = None
@@ -105,9 +80,8 @@ def _store(path: Path, columns: TokenColumns) -> None:
                 file.writelines(ranges[name].pieces())
         os.replace(temporary, path)
     except OSError as error:
-        raise CheckpointError(
-            f"could not write the cache: {error}", where=str(path.parent), hint=DISK_SPACE_HINT
-        ) from error
+        summary = f"could not write the cache: {error}"
+        raise CheckpointError(summary, where=str(path.parent), hint=DISK_SPACE_HINT) from error
     finally:
         if temporary is not None:
             # gone after os.replace; still there after an error
@@ -127,21 +101,10 @@ def _load(path: Path) -> TokenColumns | None:
     # any damage means a rebuild, never an error: the cache holds nothing that cannot be recomputed
     except (OSError, ValueError, LookupError, TypeError, CheckpointError):
         return None
-    boundary_checked, boundary_differences = json.loads(boundary)
-
-    def table(name: str) -> bytes:
-        return ranges[name].read(0, ranges[name].size)
-
-    return TokenColumns(
-        ids=ranges["ids"],
-        supervised=ranges["supervised"],
-        texts=ranges["texts"],
-        rows=np.frombuffer(table("rows"), ROW_DTYPE),
-        dropped=np.frombuffer(table("dropped"), "<i8").reshape(-1, 2),
-        trimmed=np.frombuffer(table("trimmed"), "<i8").reshape(-1, 2),
-        boundary_checked=boundary_checked,
-        boundary_differences=boundary_differences,
-    )
+    ids, supervised, texts, row_bytes, *tables = ranges.values()
+    rows = np.frombuffer(row_bytes.read(0, row_bytes.size), ROW_DTYPE)
+    dropped, trimmed = (np.frombuffer(table.read(0, table.size), "<i8").reshape(-1, 2) for table in tables)
+    return TokenColumns(ids, supervised, texts, rows, dropped, trimmed, *json.loads(boundary))
 
 
 def _checksum(ranges: Mapping[str, ByteRange], boundary: str) -> str:

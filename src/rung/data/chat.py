@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 
 from rung.config.data import LossOn
 from rung.data.messages import for_template, renders_unchanged, rewritten_answer_error, unstable_template_error
-from rung.data.prompt_positions import PromptPositions, without_marks
+from rung.data.prompt_positions import PromptPositions
 from rung.errors import ConfigError, DataError
 from rung.types import Message, Record, Source
 
@@ -39,8 +39,6 @@ PLAIN_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}
 """
 """`model.template: plain`, for base models without a template. The stop is the tokenizer's end-of-text token."""
-
-__all__ = ["PLAIN_TEMPLATE", "ChatTemplate", "TextPart", "with_context"]
 
 # A word no template writes by itself: its position in the rendered text shows where an answer stands.
 _SENTINEL = "RungSentinel"
@@ -107,23 +105,13 @@ class ChatTemplate:
         plain.positions = None
         return plain
 
-    def prompt_text(self, messages: Sequence[Message], *, context: str | None = None, tools: str | None = None) -> str:
-        """The prompt text, including the template's opening of the answer.
-
-        Raises:
-            DataError: with the template's own message, where it refuses these turns.
-        """
-        return without_marks(self._render(messages, context, tools, generation=True))
-
-    def prompt_ids(
-        self, messages: Sequence[Message], *, context: str | None = None, tools: str | None = None
-    ) -> list[int]:
-        """`prompt_text` as ids, virtual tokens included; special tokens come from the template only.
+    def prompt_ids(self, turns: Sequence[Message], context: str | None = None, tools: str | None = None) -> list[int]:
+        """Ids of the prompt with the opening of the answer and virtual tokens; special tokens are the template's only.
 
         Raises:
             DataError: the template refuses these turns, or the ids begin with two BOS.
         """
-        ids = self.encode([self._render(messages, context, tools, generation=True)])[0]
+        ids = self.encode([self._render(turns, context, tools, generation=True)])[0]
         self.check_bos(ids, "the prompt")
         return ids
 
@@ -144,16 +132,13 @@ class ChatTemplate:
             DataError: the template refuses the row, or what it wrote before an answer changes afterwards.
         """
         last = len(record.messages) - 1
-        turns = range(last + 1) if loss_on == "assistant_turns" else (last,)
         parts: list[TextPart] = []
         prefix = ""
-        for i in turns:
+        for i in range(last + 1) if loss_on == "assistant_turns" else (last,):
             if record.messages[i].role != "assistant":
                 continue
-            prompt = self._render(
-                record.messages[:i], record.context, record.tools, generation=True, source=record.source
-            )
-            full = self._render(record.messages[: i + 1], record.context, record.tools, source=record.source)
+            turns, rest = record.messages, (record.context, record.tools, record.source)
+            prompt, full = self._render(turns[:i], *rest, generation=True), self._render(turns[: i + 1], *rest)
             # both must be prefixes, or the training text differs from the prompts of inference
             if not (full.startswith(prompt) and prompt.startswith(prefix)):
                 raise unstable_template_error(record.source, i, loss_on, rewrites_history=full.startswith(prompt))
@@ -181,25 +166,18 @@ class ChatTemplate:
         if self.positions is None:
             return self._encode_anchored(texts, mid_document)
         segments = [self.positions.split_at_marks(text) for text in texts]
-        segment_flags = [
-            flag or i > 0 for parts, flag in zip(segments, mid_document, strict=True) for i in range(len(parts[::2]))
-        ]
+        flags = [f or i > 0 for parts, f in zip(segments, mid_document, strict=True) for i in range(0, len(parts), 2)]
         # one tokenizer call for all segments: the fast tokenizer is parallel only within a call
-        encoded = iter(self._encode_anchored([text for parts in segments for text in parts[::2]], segment_flags))
-        rows = [
-            [self.positions.ids_of_mark(part) if i % 2 else next(encoded) for i, part in enumerate(parts)]
-            for parts in segments
-        ]
+        encoded = iter(self._encode_anchored([text for parts in segments for text in parts[::2]], flags))
+        ids_of_mark = self.positions.ids_of_mark
+        rows = ((ids_of_mark(p) if i % 2 else next(encoded) for i, p in enumerate(parts)) for parts in segments)
         return [list(chain.from_iterable(row)) for row in rows]
 
     def _encode_anchored(self, texts: Sequence[str], mid_document: Sequence[bool]) -> list[list[int]]:
         if not self._anchor:
             return self._encode_texts(texts)
-        size = len(self._anchor)
-        rows = self._encode_texts(
-            ["\n" + text if flag else text for text, flag in zip(texts, mid_document, strict=True)]
-        )
-        return [row[size:] if flag else row for row, flag in zip(rows, mid_document, strict=True)]
+        rows = self._encode_texts(["\n" * flag + text for text, flag in zip(texts, mid_document, strict=True)])
+        return [row[len(self._anchor) * flag :] for row, flag in zip(rows, mid_document, strict=True)]
 
     def decode(self, ids: Iterable[Sequence[int]], *, mid_document: bool = False) -> list[str]:
         """Byte-exact text of each row of ids, special tokens included; `mid_document` as in `encode`."""
@@ -212,9 +190,8 @@ class ChatTemplate:
     def check_bos(self, ids: Sequence[int], where: str) -> None:
         """Raise `DataError` for a document that begins with two BOS tokens (FAILURES 4)."""
         if self.bos_id is not None and len(ids) > 1 and ids[0] == ids[1] == self.bos_id:
-            raise DataError(
-                "begins with two BOS tokens", where=where, hint="the template or the text writes one too many"
-            )
+            hint = "the template or the text writes one too many"
+            raise DataError("begins with two BOS tokens", where=where, hint=hint)
 
     def identity(self) -> str:
         """Everything besides the data that decides the ids, as JSON: tokenizer, special tokens, template."""
@@ -229,14 +206,8 @@ class ChatTemplate:
     def _encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
-        encoded = self.tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            verbose=False,
-        )
+        unused = ("add_special_tokens", "padding", "truncation", "return_attention_mask", "verbose")
+        encoded = self.tokenizer(list(texts), **dict.fromkeys(unused, False))
         return [list(ids) for ids in encoded["input_ids"]]
 
     def _find_anchor(self) -> list[int]:
@@ -247,32 +218,22 @@ class ChatTemplate:
     def _read_template(self, choice: str) -> str:
         if choice == "plain":
             if self.tokenizer.eos_token is None:
-                raise ConfigError(
-                    "the tokenizer has no end-of-text token to stop at", where="model.template", given=choice
-                )
+                summary = "the tokenizer has no end-of-text token to stop at"
+                raise ConfigError(summary, where="model.template", given=choice)
             # the model was pretrained with a BOS only where its tokenizer adds one
             return ("{{- bos_token -}}\n" if self.adds_bos else "") + PLAIN_TEMPLATE
         if choice == "auto":
             tokenizer_template = self.tokenizer.chat_template
-            tokenizer_template = (
-                tokenizer_template.get("default") if isinstance(tokenizer_template, dict) else tokenizer_template
-            )
-            if not tokenizer_template:
-                raise ConfigError(
-                    "the tokenizer has no chat template",
-                    where="model.template",
-                    given=choice,
-                    allowed="auto, plain, or a .jinja file",
-                    hint="set model.template: plain",
-                )
-            return str(tokenizer_template)
+            if isinstance(tokenizer_template, dict):
+                tokenizer_template = tokenizer_template.get("default")
+            if tokenizer_template:
+                return str(tokenizer_template)
+            summary, allowed = "the tokenizer has no chat template", "auto, plain, or a .jinja file"
+            hint = "set model.template: plain"
+            raise ConfigError(summary, where="model.template", given=choice, allowed=allowed, hint=hint)
         if not choice.endswith(".jinja") or not Path(choice).is_file():
-            raise ConfigError(
-                "no such template",
-                where="model.template",
-                given=choice,
-                allowed="auto, plain, or an existing .jinja file",
-            )
+            allowed = "auto, plain, or an existing .jinja file"
+            raise ConfigError("no such template", where="model.template", given=choice, allowed=allowed)
         return Path(choice).read_text(encoding="utf-8")
 
     def _render(
@@ -280,29 +241,25 @@ class ChatTemplate:
         messages: Sequence[Message],
         context: str | None = None,
         tools: str | None = None,
+        source: Source | None = None,
         *,
         generation: bool = False,
-        source: Source | None = None,
     ) -> str:
         turns = [for_template(m) for m in messages]
+        where = str(source) if source else None
         # Jinja ignores variables a template never uses: tools would silently vanish from the prompt
         for name, present in (("tools", tools), ("tool_calls", any(m.tool_calls for m in messages))):
             if present and name not in self.template:
-                raise DataError(
-                    f"the row has {name}, but the chat template never shows them",
-                    where=str(source) if source else None,
-                    hint="set model.template: plain, or a .jinja file that writes them",
-                )
+                summary = f"the row has {name}, but the chat template never shows them"
+                hint = "set model.template: plain, or a .jinja file that writes them"
+                raise DataError(summary, where=where, hint=hint)
         if context:
             first_user = next((t for t in turns if t["role"] == "user"), None)
             if first_user is None:
-                raise DataError(
-                    "a context, but no user turn to put it in front of", where=str(source) if source else None
-                )
+                raise DataError("a context, but no user turn to put it in front of", where=where)
             first_user["content"] = with_context(context, first_user["content"])
-        positions = self.positions
-        if positions is not None:
-            turns = positions.with_marks(turns, source)
+        if self.positions is not None:
+            turns = self.positions.with_marks(turns, where)
         try:
             text = self.tokenizer.apply_chat_template(
                 turns,
@@ -313,17 +270,12 @@ class ChatTemplate:
             )
         # templates fail in many ways: raise_exception, a missing key, a method that a value lacks
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise DataError(
-                f"the chat template refuses this conversation: {error}",
-                where=str(source) if source else None,
-                given=" ".join(m.role for m in messages),
-                hint="change the row, or set model.template: plain or a .jinja file",
-            ) from error
-        return (
-            str(text)
-            if positions is None
-            else positions.with_answer_mark(str(text), turns, self._answer_prefix, generation=generation)
-        )
+            summary, roles = f"the chat template refuses this conversation: {error}", " ".join(m.role for m in messages)
+            hint = "change the row, or set model.template: plain or a .jinja file"
+            raise DataError(summary, where=where, given=roles, hint=hint) from error
+        if self.positions is None:
+            return str(text)
+        return self.positions.with_answer_mark(str(text), turns, self._answer_prefix, generation=generation)
 
     def _probe_endings(self, choice: str) -> tuple[list[_AnswerEnding], str]:
         """Render sentinel answers and extract what the template writes around them."""
@@ -332,19 +284,16 @@ class ChatTemplate:
             opening = self._render([question], generation=True)
             full = self._render([question, Message("assistant", _SENTINEL)])
         except DataError as error:
-            raise ConfigError(
-                f"the chat template is broken: {error.summary}", where="model.template", given=choice
-            ) from error
+            summary = f"the chat template is broken: {error.summary}"
+            raise ConfigError(summary, where="model.template", given=choice) from error
         body, sentinel, tail = full.rpartition(_SENTINEL)
         ending = self._find_ending(tail)
         if not sentinel or ending is None:
-            raise ConfigError(
-                f"the chat template {'ends an answer without a stop token' if sentinel else 'leaves answers out'}",
-                where="model.template",
-                given=tail or choice,
-                allowed="a special token after every assistant turn",
-                hint="set model.template: plain, or a .jinja file that writes one",
-            )
+            fault = "ends an answer without a stop token" if sentinel else "leaves answers out"
+            allowed = "a special token after every assistant turn"
+            hint = "set model.template: plain, or a .jinja file that writes one"
+            summary = f"the chat template {fault}"
+            raise ConfigError(summary, where="model.template", given=tail or choice, allowed=allowed, hint=hint)
         try:
             # here and not at the first row: a template that doubles the BOS is a config error, not a data error
             self.check_bos(self._encode_texts([full])[0], "model.template")
@@ -380,12 +329,9 @@ class ChatTemplate:
         for ending in self._endings:
             if full.endswith(ending.stop + ending.after_stop):
                 return ending.after_stop
-        raise DataError(
-            "the template ends this answer without a stop token",
-            where=str(source),
-            given=repr(full[-60:]),
-            allowed=" or ".join(repr(e.stop + e.after_stop) for e in self._endings),
-        )
+        summary = "the template ends this answer without a stop token"
+        allowed = " or ".join(repr(e.stop + e.after_stop) for e in self._endings)
+        raise DataError(summary, where=str(source), given=repr(full[-60:]), allowed=allowed)
 
 
 def with_context(context: str, question: str) -> str:

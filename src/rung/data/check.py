@@ -7,7 +7,6 @@ a single bad row can stop a run after hours. Bad rows are listed with their line
 
 from __future__ import annotations
 
-import sys
 from array import array
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -17,23 +16,13 @@ import numpy as np
 
 from rung.config.data import DataConfig, LossOn
 from rung.data.byte_store import chunks
-from rung.data.deduplication import (
-    JACCARD_THRESHOLD,
-    NGRAM_WORDS,
-    FuzzyMatch,
-    HashSet,
-    NgramMatch,
-    fuzzy_duplicates,
-    near_duplicates,
-    ngram_hashes,
-    words,
-)
+from rung.data.contamination import contamination
+from rung.data.deduplication import JACCARD_THRESHOLD, FuzzyMatch, HashSet, NgramMatch, ngram_hashes, words
 from rung.data.formats import DetectedFormat, read_records
 from rung.data.read import RejectedRow
 from rung.data.records import Records, character_count
-from rung.data.splits import Splits, assign_splits, duplicate_pairs, overlapping_pairs, weighted_paths
-from rung.data.token_store import TokenizedDataset
-from rung.data.tokenize import preflight, tokenize_prompts, tokenize_records
+from rung.data.splits import assign_splits, duplicate_pairs, overlapping_pairs, source_pairs, weighted_paths
+from rung.data.tokenize import TokenizeOptions, preflight, tokenize_prompts, tokenize_records
 from rung.errors import DataError, GateError
 from rung.types import Example, Record
 
@@ -120,17 +109,13 @@ class DataReport:
                 for path, d in self.detections.items()
             },
             "rows": {"kept": self.kept_count, "rejected": len(self.rejected_rows)},
-            "rejected": [
-                {"path": r.source.path, "line": r.source.line, "reason": r.reason} for r in self.rejected_rows
-            ],
+            "rejected": [{**r.source._asdict(), "reason": r.reason} for r in self.rejected_rows],
             "splits": self.splits,
             "lengths": asdict(self.lengths) if self.lengths else None,
             "duplicate_prompts": [list(pair) for pair in self.duplicates],
             "overlap": [list(pair) for pair in self.overlap],
-            "near_duplicates": {
-                str(n): [match.to_json() for match in matches] for n, matches in self.ngram_matches.items()
-            },
-            "fuzzy_duplicates": [match.to_json() for match in self.fuzzy_matches],
+            "near_duplicates": {str(n): [asdict(m) for m in matches] for n, matches in self.ngram_matches.items()},
+            "fuzzy_duplicates": [asdict(match) for match in self.fuzzy_matches],
             "diversity": asdict(self.diversity) if self.diversity else None,
             "compared": asdict(self.answer_lengths) if self.answer_lengths else None,
             "supervised_share": self.supervised_share,
@@ -150,48 +135,37 @@ class DataReport:
                     yield f"  and {len(lines) - MAX_SHOWN} more"
 
 
-def inspect_data(
-    target: str | DataConfig, chat: ChatTemplate | None = None, *, loss_on: LossOn | None = None
-) -> DataReport:
+def inspect_data(target: str | DataConfig, chat: ChatTemplate | None = None) -> DataReport:
     """Inspect every row of a file or a data config. With `chat`, every row is tokenized and lengths are in tokens.
 
     Raises:
         DataError: a source cannot be read at all, or its columns fit no format. Bad rows are reported, never raised.
     """
     config = DataConfig(path=target) if isinstance(target, str) else target
-    detections: dict[str, DetectedFormat] = {}
-    rejected_rows: list[RejectedRow] = []
-    records = Records.concatenate([_load(config, p.path, detections, rejected_rows) for p in weighted_paths(config)])
-    held_out_files = {
-        name: _load(config, value, detections, rejected_rows, held_out=True)
-        for name, value in (("validation", config.validation), ("test", config.test))
-        if isinstance(value, str)
-    }
+    sets = [read_records(config, p.path) for p in weighted_paths(config)]
+    files = {name: read_records(config, path, held_out=True) for name, path in config.held_out_files.items()}
+    records = Records.concatenate([loaded.records for loaded in sets])
+    rejected_rows = [row for loaded in (*sets, *files.values()) for row in loaded.rejected_rows]
     # before the split: the splits below are those of the rows that remain once all faults are mended or dropped
-    records, lengths, supervised_share = _measure(records, chat, loss_on or config.loss_on, rejected_rows)
-    parts = assign_splits(records, validation=_share(config.validation), test=_share(config.test))
-    parts = Splits(
-        parts.train, held_out_files.get("validation", parts.validation), held_out_files.get("test", parts.test)
-    )
+    records, lengths, supervised_share = _measure(records, chat, config.loss_on, rejected_rows)
+    files_or_shares: dict[str, float | Records] = {**config.held_out_shares, **{n: f.records for n, f in files.items()}}
+    parts = assign_splits(records, **files_or_shares)
     held_out = Records.concatenate([parts.validation, parts.test])
+    matches = contamination(parts.train, held_out)
     return DataReport(
-        detections=detections,
-        kept_count=len(records) + sum(len(records) for records in held_out_files.values()),
+        detections={loaded.path: loaded.detection for loaded in (*sets, *files.values())},
+        kept_count=len(records) + sum(len(loaded.records) for loaded in files.values()),
         rejected_rows=tuple(sorted(rejected_rows, key=lambda r: r.source)),
         splits={"train": len(parts.train), "validation": len(parts.validation), "test": len(parts.test)},
         lengths=lengths,
-        duplicates=_named_pairs(records, records, duplicate_pairs(records)),
-        overlap=_named_pairs(parts.train, held_out, overlapping_pairs(parts.train, held_out)),
-        ngram_matches={n: near_duplicates(parts.train, held_out, n) for n in NGRAM_WORDS},
-        fuzzy_matches=fuzzy_duplicates(parts.train, held_out),
+        duplicates=source_pairs(records, records, duplicate_pairs(records)),
+        overlap=source_pairs(parts.train, held_out, overlapping_pairs(parts.train, held_out)),
+        ngram_matches=matches.ngrams,
+        fuzzy_matches=matches.fuzzy,
         diversity=_diversity(records),
         answer_lengths=_answer_lengths(records),
         supervised_share=supervised_share,
     )
-
-
-def _named_pairs(left: Records, right: Records, pairs: tuple[np.ndarray, np.ndarray]) -> tuple[tuple[str, str], ...]:
-    return tuple((str(left.source(i)), str(right.source(k))) for i, k in zip(*pairs, strict=True))
 
 
 def colored_tokens(example: Example, chat: ChatTemplate) -> Text:
@@ -219,20 +193,6 @@ def _token_pieces(example: Example, chat: ChatTemplate) -> Iterator[tuple[str, b
             pending = []
 
 
-def _load(
-    config: DataConfig,
-    path: str,
-    detections: dict[str, DetectedFormat],
-    rejected_rows: list[RejectedRow],
-    *,
-    held_out: bool = False,
-) -> Records:
-    loaded = read_records(config, path, held_out=held_out)
-    detections[path] = loaded.detection
-    rejected_rows += loaded.rejected_rows
-    return loaded.records
-
-
 def _measure(
     records: Records, chat: ChatTemplate | None, loss_on: LossOn, rejected_rows: list[RejectedRow]
 ) -> tuple[Records, Lengths | None, float | None]:
@@ -242,25 +202,17 @@ def _measure(
         sizes = np.fromiter(map(character_count, records), dtype=np.int64, count=len(records))
         return records, _lengths(sizes, "characters"), None
     if records[0].is_prompt_only:
-        return (
-            records,
-            _lengths(tokenize_prompts(chat, records, max_length=sys.maxsize, overflow="error").lengths, "tokens"),
-            None,
-        )
-    tokenized: TokenizedDataset | None = None
-    with_candidates = records[0].score is not None
+        return records, _lengths(tokenize_prompts(chat, records).lengths, "tokens"), None
+    options: TokenizeOptions = {"loss_on": loss_on, "with_candidates": records[0].score is not None}
     try:
-        tokenized = tokenize_records(chat, records, loss_on=loss_on, with_candidates=with_candidates)
+        tokenized = tokenize_records(chat, records, **options)
         preflight(chat, tokenized)
     # The batch names at most ten rows. Only after a failure is every row tried alone, which is much slower.
     except (DataError, GateError):
-        usable_indices = [i for i, r in enumerate(records) if not _is_refused(r, chat, loss_on, rejected_rows)]
-        records = records.select(np.array(usable_indices, dtype=np.int64))
-        tokenized = (
-            tokenize_records(chat, records, loss_on=loss_on, with_candidates=with_candidates) if records else None
-        )
-    if tokenized is None:
-        return records, None, None
+        records = records.select(np.array([not _is_refused(r, chat, loss_on, rejected_rows) for r in records]))
+        if not records:
+            return records, None, None
+        tokenized = tokenize_records(chat, records, **options)
     share = tokenized.supervised_tokens / int(tokenized.lengths.sum())
     return records, _lengths(tokenized.lengths, "tokens"), share
 
@@ -271,9 +223,8 @@ def _is_refused(record: Record, chat: ChatTemplate, loss_on: LossOn, rejected_ro
     except DataError as error:
         rejected_rows.append(RejectedRow(record.source, error.summary))
     except GateError as error:
-        rejected_rows.append(
-            RejectedRow(record.source, (error.hint or error.summary).removeprefix(f"{record.source}: "))
-        )
+        reason = (error.hint or error.summary).removeprefix(f"{record.source}: ")
+        rejected_rows.append(RejectedRow(record.source, reason))
     else:
         return False
     return True
@@ -288,25 +239,22 @@ def _lengths(lengths: np.ndarray, unit: str) -> Lengths | None:
 
 def _diversity(records: Records) -> Diversity | None:
     """Computed from hashes of words, pairs and answers: the texts of all answers are never in memory together."""
-    unigrams, bigrams = HashSet(), HashSet()
+    ngram_sets = {n: HashSet() for n in (1, 2)}
     answer_hashes, row_indices = array("q"), array("q")
     indexed_answers = ((i, answer) for i, answer in enumerate(r.answer for r in records) if answer)
     for chunk in chunks(indexed_answers, lambda x: len(x[1]), count=1024, limit=1 << 20):
         answer_words = [words(answer) for _, answer in chunk]
-        unigrams.add(ngram_hashes(answer_words, 1)[0])
-        bigrams.add(ngram_hashes(answer_words, 2)[0])
+        for n, ngrams in ngram_sets.items():
+            ngrams.add(ngram_hashes(answer_words, n)[0])
         answer_hashes.extend(hash(answer) for _, answer in chunk)
         row_indices.extend(i for i, _ in chunk)
     if not answer_hashes:
         return None
     _, first_indices, counts = np.unique(np.array(answer_hashes), return_index=True, return_counts=True)
     most_common = int(first_indices[counts == counts.max()].min())  # the first of equally common answers
-    return Diversity(
-        len(unigrams.values()) / unigrams.total if unigrams.total else 0.0,
-        len(bigrams.values()) / bigrams.total if bigrams.total else 0.0,
-        records[row_indices[most_common]].answer,
-        int(counts.max()) / len(answer_hashes),
-    )
+    unigrams, bigrams = (len(ngrams.values()) / ngrams.total if ngrams.total else 0.0 for ngrams in ngram_sets.values())
+    answer, share = records[row_indices[most_common]].answer, int(counts.max()) / len(answer_hashes)
+    return Diversity(unigrams, bigrams, answer, share)
 
 
 def _answer_lengths(records: Records) -> AnswerLengths | None:
@@ -318,10 +266,6 @@ def _answer_lengths(records: Records) -> AnswerLengths | None:
         return None
     values = np.array(ratios)
     return AnswerLengths(len(values), float(((values > 1) + 0.5 * (values == 1)).mean()), float(np.median(values)))
-
-
-def _share(value: float | str) -> float:
-    return 0.0 if isinstance(value, str) else value
 
 
 def _table(report: DataReport) -> Table:
@@ -342,13 +286,10 @@ def _table(report: DataReport) -> Table:
         table.add_row("distinct-1, distinct-2", f"{d.distinct_1:.3f}, {d.distinct_2:.3f} of the answers' words")
         table.add_row("most common answer", escape(f"{d.most_common_share:.1%}: {d.most_common[:60]!r}"))
     if c := report.answer_lengths:
-        verdict = (
-            "length alone may be what is learned" if abs(c.longer - 0.5) > LENGTH_BIAS_THRESHOLD else "of either length"
-        )
-        description = (
-            f"longer in {c.longer:.0%} of {c.pairs} pairs, {c.typical:.2f} times as long in the median one: {verdict}"
-        )
-        table.add_row("better answers", description)
+        is_biased = abs(c.longer - 0.5) > LENGTH_BIAS_THRESHOLD
+        verdict = "length alone may be what is learned" if is_biased else "of either length"
+        lengths = f"longer in {c.longer:.0%} of {c.pairs} pairs, {c.typical:.2f} times as long in the median one"
+        table.add_row("better answers", f"{lengths}: {verdict}")
     table.add_row("duplicate prompts", str(len(report.duplicates)))
     table.add_row("train prompts held out", str(len(report.overlap)))
     for n, matches in report.ngram_matches.items():
@@ -362,15 +303,12 @@ def _truncated(text: str, width: int = 110) -> str:
 
 
 def _detail_lines(report: DataReport) -> dict[str, list[str]]:
-    return {
+    lines = {
         "rejected": [str(r) for r in report.rejected_rows],
         "duplicate prompts": [f"{a} = {b}" for a, b in report.duplicates],
         "train prompts held out": [f"{a} = {b}" for a, b in report.overlap],
-        **{
-            f"sharing {n} words with the training split (most alike first)": [_truncated(str(x)) for x in matches]
-            for n, matches in report.ngram_matches.items()
-        },
-        f"{JACCARD_THRESHOLD:.0%} of the character 5-grams in a training row": [
-            _truncated(str(x)) for x in report.fuzzy_matches
-        ],
     }
+    for n, matches in report.ngram_matches.items():
+        lines[f"sharing {n} words with the training split (most alike first)"] = [_truncated(str(x)) for x in matches]
+    title = f"{JACCARD_THRESHOLD:.0%} of the character 5-grams in a training row"
+    return {**lines, title: [_truncated(str(x)) for x in report.fuzzy_matches]}

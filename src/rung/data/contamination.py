@@ -8,12 +8,12 @@ and without the flagged items.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rung.data.deduplication import NGRAM_WORDS, FuzzyMatch, NgramMatch, fuzzy_duplicates, near_duplicates
 from rung.data.records import Records
-from rung.data.splits import overlapping_pairs
+from rung.data.splits import overlapping_pairs, source_pairs
 from rung.types import Record
 
 MAX_EXAMPLES = 3
@@ -46,18 +46,17 @@ class Contamination:
     def examples(self, tier: str) -> list[dict[str, Any]]:
         """The most similar matches of a tier, as JSON."""
         matches = self.tiers[tier][:MAX_EXAMPLES]
-        return [{"held_out": x[0], "train": x[1]} if isinstance(x, tuple) else x.to_json() for x in matches]
+        return [{"held_out": x[0], "train": x[1]} if isinstance(x, tuple) else asdict(x) for x in matches]
 
 
 def contamination(train: Iterable[Record], test: Iterable[Record]) -> Contamination:
     """Compare the prompts of test items with those of training rows: with context, without answers or system turns."""
     # all tiers iterate several times, so iterables are written to disk once
     train, test = Records.from_records(train), Records.from_records(test)
-    exact = zip(*overlapping_pairs(test, train), strict=True)
     return Contamination(
         items=len(test),
         train=len(train),
-        exact=tuple((str(test.source(i)), str(train.source(k))) for i, k in exact),
+        exact=source_pairs(test, train, overlapping_pairs(test, train)),
         ngrams={n: near_duplicates(train, test, n) for n in NGRAM_WORDS},
         fuzzy=fuzzy_duplicates(train, test),
     )

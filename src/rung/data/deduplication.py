@@ -8,10 +8,10 @@ rows only, so memory follows the held-out split and not the training data. Used 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
@@ -41,10 +41,6 @@ class NgramMatch:
     matched: str
     """The longest run of shared words."""
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields by name."""
-        return asdict(self)
-
     def __str__(self) -> str:
         return f"{self.held_out} ~ {self.train} ({self.containment:.0%}): {self.matched}"
 
@@ -59,14 +55,21 @@ def ngram_hashes(texts: Sequence[list[str]], n: int) -> tuple[np.ndarray, np.nda
     lengths = [len(text) for text in texts]
     # Python's hash is salted per process and fast; sha256 of every word would take most of the time
     word_hashes = np.fromiter(map(hash, chain.from_iterable(texts)), dtype=np.int64, count=sum(lengths)).view(np.uint64)
-    count = max(0, len(word_hashes) - n + 1)
-    hashes = np.zeros(count, dtype=np.uint64)
-    for i in range(n):
-        hashes = hashes * _HASH_FACTOR + word_hashes[i : i + count]
+    hashes = _rolling_hashes(word_hashes, n)
+    count = len(hashes)
     text_index = np.repeat(np.arange(len(texts)), lengths)
     # all texts are hashed as one stream: n-grams across a border between two texts are dropped here
     within_one_text = text_index[:count] == text_index[len(word_hashes) - count :]
     return hashes[within_one_text], text_index[:count][within_one_text]
+
+
+def _rolling_hashes(values: np.ndarray, n: int) -> np.ndarray:
+    """A hash of each run of n values, uint64."""
+    count = max(0, len(values) - n + 1)
+    hashes = np.zeros(count, dtype=np.uint64)
+    for i in range(n):
+        hashes = hashes * _HASH_FACTOR + values[i : i + count]
+    return hashes
 
 
 class HashSet:
@@ -97,12 +100,11 @@ class HashSet:
         return self._sorted
 
 
-def near_duplicates(train: Iterable[Record], held_out: Iterable[Record], n: int) -> tuple[NgramMatch, ...]:
+def near_duplicates(train: Records, held_out: Records, n: int) -> tuple[NgramMatch, ...]:
     """Held-out rows that share at least one word n-gram with a training row, highest containment first.
 
     Of training rows that share equally many n-grams the first is named.
     """
-    train, held_out = Records.from_records(train), Records.from_records(held_out)
     held_out_hashes = HashSet()
     for _, texts in _chunked_words(held_out):
         held_out_hashes.add(ngram_hashes(texts, n)[0])
@@ -142,11 +144,8 @@ class _PostingLists:
     def _locate(self, texts: Sequence[list[str]]) -> tuple[np.ndarray, np.ndarray]:
         """Indices of the held-out n-grams that occur in the texts, and the text of each."""
         hashes, text_index = ngram_hashes(texts, self.n)
-        if not len(self._hashes):
-            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
-        # searchsorted returns len for values beyond the last one
-        index = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
-        present = self._hashes[index] == hashes
+        index = np.searchsorted(self._hashes, hashes)
+        present = np.searchsorted(self._hashes, hashes, side="right") > index
         return index[present], text_index[present]
 
     def _most_shared_row(self, grams: tuple[int, ...]) -> int:
@@ -161,8 +160,9 @@ def _overlap(held_out_words: list[str], train_words: list[str], n: int) -> tuple
     shared = [gram in train_ngrams for gram in _ngrams(held_out_words, n)]
     if not any(shared):  # a hash collision
         return None
-    start, length = _longest_run(shared)
-    return sum(shared) / len(shared), " ".join(held_out_words[start : start + length + n - 1])
+    runs = (list(run) for is_shared, run in groupby(range(len(shared)), shared.__getitem__) if is_shared)
+    longest = max(runs, key=len)
+    return sum(shared) / len(shared), " ".join(held_out_words[longest[0] : longest[-1] + n])
 
 
 def _chunked_words(records: Records) -> Iterator[tuple[int, list[list[str]]]]:
@@ -171,16 +171,6 @@ def _chunked_words(records: Records) -> Iterator[tuple[int, list[list[str]]]]:
     for chunk in chunks(records, character_count, count=_CHUNK_ROWS, limit=_MERGE_SIZE):
         yield start, [prompt_words(record) for record in chunk]
         start += len(chunk)
-
-
-def _longest_run(flags: list[bool]) -> tuple[int, int]:
-    best = (0, 0)
-    start = 0
-    for i, flag in enumerate([*flags, False]):
-        if not flag:
-            best = max(best, (start, i - start), key=lambda run: run[1])
-            start = i + 1
-    return best
 
 
 def prompt_words(record: Record) -> list[str]:
@@ -202,7 +192,6 @@ JACCARD_THRESHOLD = 0.8
 BANDS, BAND_ROWS = 25, 5
 """Bands and rows of the signature. A pair of similarity s is compared with probability 1 - (1 - s^5)^25: 0.99995
 at 0.8."""
-_SHINGLE_HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,40 +205,31 @@ class FuzzyMatch:
     text: str
     """The words of the training row's prompt."""
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields by name."""
-        return asdict(self)
-
     def __str__(self) -> str:
         return f"{self.held_out} ~ {self.train} ({self.jaccard:.0%}): {self.text}"
 
 
-def fuzzy_duplicates(
-    train: Iterable[Record], held_out: Iterable[Record], threshold: float = JACCARD_THRESHOLD
-) -> tuple[FuzzyMatch, ...]:
-    """Held-out rows with a Jaccard similarity of at least `threshold` to a training row, most similar first.
+def fuzzy_duplicates(train: Records, held_out: Records) -> tuple[FuzzyMatch, ...]:
+    """Held-out rows with a Jaccard similarity of at least 0.8 to a training row, most similar first.
 
     Only signatures of the held-out rows are kept; training rows are read one at a time (Broder 1997; banding as in
     Leskovec et al., Mining of Massive Datasets, section 3.4).
     """
     from datasketch import MinHashLSH
 
-    held_out_texts = list(_shingled_texts(Records.from_records(held_out)))
+    held_out_texts = list(_shingled_texts(held_out))
     index = MinHashLSH(num_perm=BANDS * BAND_ROWS, params=(BANDS, BAND_ROWS))
     for i, (_, text) in enumerate(held_out_texts):
         if text:
             index.insert(i, _signature(text))
     best: dict[int, tuple[float, str, str]] = {}
-    for source, text in _shingled_texts(Records.from_records(train)):
+    for source, text in _shingled_texts(train):
         for i in index.query(_signature(text)) if text else ():
             # MinHash only proposes candidates; the similarity reported is exact
             similarity = jaccard(held_out_texts[i][1], text)
-            if similarity >= threshold and similarity > best.get(i, (0.0,))[0]:
+            if similarity >= JACCARD_THRESHOLD and similarity > best.get(i, (0.0,))[0]:
                 best[i] = similarity, source, text
-    matches = [
-        FuzzyMatch(held_out_texts[i][0], source, similarity, text)
-        for i, (similarity, source, text) in sorted(best.items())
-    ]
+    matches = [FuzzyMatch(held_out_texts[i][0], source, s, text) for i, (s, source, text) in sorted(best.items())]
     return tuple(sorted(matches, key=lambda match: -match.jaccard))
 
 
@@ -275,10 +255,7 @@ def _signature(text: str) -> Any:
     minhash = MinHash(num_perm=BANDS * BAND_ROWS, hashfunc=int, scheme="affine32")
     # hashed with numpy over code points: datasketch's own update hashes one Python string at a time
     codepoints = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32).astype(np.uint64)
-    count = max(1, len(codepoints) - SHINGLE_CHARACTERS + 1)
-    hashes = np.zeros(count, dtype=np.uint64)
-    for i in range(min(SHINGLE_CHARACTERS, len(codepoints))):
-        hashes = hashes * _SHINGLE_HASH_FACTOR + codepoints[i : i + count]
+    hashes = _rolling_hashes(codepoints, min(SHINGLE_CHARACTERS, len(codepoints)))
     # the upper 32 bits: the lower ones of a product depend on few input bits
     minhash.update_batch(np.unique(hashes >> np.uint64(32)).tolist())
     return minhash

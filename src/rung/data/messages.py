@@ -17,16 +17,11 @@ from rung.data.read import parse_json
 from rung.errors import DataError
 from rung.types import Candidate, Message, MessageRole, Record, Source
 
+Getter = Callable[[str], Any]
+"""Maps Rung's name of a column to the value in the row; None where there is none."""
 ROLES: tuple[MessageRole, ...] = get_args(MessageRole)
-_SHAREGPT_ROLES: dict[str, MessageRole] = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "observation": "tool",
-    "tool": "tool",
-}
+_SHAREGPT_ROLES: dict[str, MessageRole] = {"human": "user", "user": "user", "gpt": "assistant"}
+_SHAREGPT_ROLES |= {"assistant": "assistant", "system": "system", "observation": "tool", "tool": "tool"}
 # Roles that may follow a role. A system turn comes first only: many templates refuse it elsewhere.
 _NEXT_ROLES: dict[MessageRole | None, tuple[MessageRole, ...]] = {
     None: ("system", "user"),
@@ -35,6 +30,66 @@ _NEXT_ROLES: dict[MessageRole | None, tuple[MessageRole, ...]] = {
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
 }
+
+
+def conversation(format: Format, get: Getter) -> tuple[tuple[Message, ...], list[Candidate]]:
+    """The checked turns of a row, and in comparison formats all its answers, best first.
+
+    The best answer is that of the last turn; rows without answers end in an empty one.
+    """
+    candidates = parse_answers(format, get)
+    if candidates or format == "prompt_only":
+        answer = candidates[0].content if candidates else ""
+        messages = (*_prompt(get), Message("assistant", answer))
+    else:
+        messages = _messages(format, get)
+    check_order(messages)
+    return messages, candidates
+
+
+def _messages(format: Format, get: Getter) -> tuple[Message, ...]:
+    match format:
+        case "messages":
+            return from_messages(get("messages"))
+        case "sharegpt":
+            return (*_system(get), *from_sharegpt(get("conversations")))
+        case "alpaca":
+            question = _with_input(get("instruction"), "instruction", get)
+            answer = text_of(get("output"), "output")
+            return (*_system(get), *from_history(get("history")), *_question_answer_turns(question, answer))
+        case "prompt_completion":
+            prompt, completion = get("prompt"), get("completion")
+            if isinstance(prompt, list) and isinstance(completion, list):
+                return (*from_messages(prompt, "prompt"), *from_messages(completion, "completion"))
+            if isinstance(prompt, list) or isinstance(completion, list):
+                raise DataError("prompt and completion must both be text or both be lists of messages")
+            return _question_answer_turns(text_of(prompt, "prompt"), text_of(completion, "completion"))
+        case _:
+            pair = _question_answer_turns(text_of(get("question"), "question"), text_of(get("answer"), "answer"))
+            return (*_system(get), *pair)
+
+
+def _prompt(get: Getter) -> tuple[Message, ...]:
+    prompt = get("prompt")
+    if isinstance(prompt, list):
+        return (*_system(get), *from_messages(prompt, "prompt"))
+    question = _with_input(prompt, "prompt", get)
+    return (*_system(get), Message("user", question))
+
+
+def _with_input(value: object, name: str, get: Getter) -> str:
+    """The question, followed by the column `input` where there is one."""
+    question, extra = text_of(value, name), optional_text(get("input"), "input")
+    return f"{question}\n{extra}" if extra else question
+
+
+def _question_answer_turns(question: str, answer: str) -> tuple[Message, Message]:
+    return Message("user", question), Message("assistant", answer)
+
+
+def _system(get: Getter) -> tuple[Message, ...]:
+    system = optional_text(get("system"), "system")
+    return (Message("system", system),) if system else ()
 
 
 def text_of(value: object, name: str) -> str:
@@ -58,6 +113,13 @@ def text_of(value: object, name: str) -> str:
 def optional_text(value: object, name: str) -> str | None:
     """Like `text_of`, but a missing or empty value is None."""
     return None if value is None or value == "" else text_of(value, name)
+
+
+def key_text(value: object, column_kind: str, name: str) -> str:
+    """The value of a group or task column as text."""
+    if value is None or value == "" or isinstance(value, list | dict):
+        raise DataError(f"no value in the {column_kind} column {name!r}")
+    return encodable(str(value), name)
 
 
 def encodable(value: str, name: str) -> str:
@@ -236,36 +298,28 @@ def renders_unchanged(rendered: str, message: Message, answer_prefix: str) -> bo
 
 def unstable_template_error(source: Source, turn: int, loss_on: LossOn, *, rewrites_history: bool) -> DataError:
     """The error for a template whose training text differs from its inference text."""
-    fault = (
-        "rewrites earlier turns when a later one comes"
-        if rewrites_history
-        else "opens this answer otherwise than it writes it"
-    )
-    remedies = ["set model.template to a .jinja file that keeps the history as it was generated"]
+    fault = "opens this answer otherwise than it writes it"
+    if rewrites_history:
+        fault = "rewrites earlier turns when a later one comes"
+    hint = "set model.template to a .jinja file that keeps the history as it was generated"
     if loss_on == "assistant_turns":
-        remedies.insert(0, "set data.loss_on: answer, or give each turn a row of its own")
-    return DataError(
-        f"turn {turn + 1}: the template {fault}, so the training text is not what the model will see",
-        where=str(source),
-        hint="; or ".join(remedies),
-    )
+        hint = f"set data.loss_on: answer, or give each turn a row of its own; or {hint}"
+    summary = f"turn {turn + 1}: the template {fault}, so the training text is not what the model will see"
+    return DataError(summary, where=str(source), hint=hint)
 
 
 def rewritten_answer_error(source: Source, turn: int, rendered: str) -> DataError:
     """The error for an answer that a template changes."""
-    return DataError(
-        f"turn {turn + 1}: the template writes another answer than the row has",
-        where=str(source),
-        given=repr(rendered),
-        hint="set model.template to a .jinja file that keeps answers whole, reasoning included, or change the rows",
-    )
+    summary = f"turn {turn + 1}: the template writes another answer than the row has"
+    hint = "set model.template to a .jinja file that keeps answers whole, reasoning included, or change the rows"
+    return DataError(summary, where=str(source), given=repr(rendered), hint=hint)
 
 
 MAX_SHOWN_CHARACTERS = 60
 """Characters of a wrong value quoted in a message."""
 
 
-def parse_answers(format: Format, get: Callable[[str], Any]) -> list[Candidate]:
+def parse_answers(format: Format, get: Getter) -> list[Candidate]:
     """The answers of a row of a comparison format, best first; an empty list for other formats.
 
     A pair scores 1 and 0, or its margin and 0; a ranking of k answers k - 1 down to 0; ratings keep their scores; a
@@ -275,12 +329,10 @@ def parse_answers(format: Format, get: Callable[[str], Any]) -> list[Candidate]:
         margin = 1.0 if get("margin") is None else _score(get("margin"))
         if margin <= 0.0:
             raise DataError(f"the margin is {margin:g}: the chosen answer would be no better than the rejected one")
-        candidates = [
-            Candidate(_answer(get("chosen"), "chosen"), margin),
-            Candidate(_answer(get("rejected"), "rejected"), 0.0),
-        ]
-        if candidates[0].content == candidates[1].content:
+        chosen, rejected = _answer(get("chosen"), "chosen"), _answer(get("rejected"), "rejected")
+        if chosen == rejected:
             raise DataError("chosen and rejected are the same")
+        candidates = [Candidate(chosen, margin), Candidate(rejected, 0.0)]
     elif format == "ranked":
         texts = [_answer(value, "ranked") for value in _answer_list(get("ranked"), "ranked")]
         candidates = [Candidate(text, float(len(texts) - 1 - rank)) for rank, text in enumerate(texts)]

@@ -15,7 +15,6 @@ from typing import Any
 
 from rung.config.method import MethodConfig, inserted_token_ids
 from rung.errors import DataError
-from rung.types import Source
 
 MARKS = {"user": "\ufdd0", "assistant": "\ufdd1"}
 """Mark of each role; noncharacters, which no text should contain (The Unicode Standard, section 23.7)."""
@@ -33,37 +32,31 @@ class PromptPositions:
         """The lowest virtual id; ids of real tokens are smaller."""
         return min(min(ids) for ids in self.ids.values())
 
-    def with_marks(self, turns: Sequence[Mapping[str, Any]], source: Source | None) -> list[dict[str, Any]]:
+    def with_marks(self, turns: Sequence[Mapping[str, Any]], where: str | None) -> list[dict[str, Any]]:
         """Turns as the template receives them. Raises `DataError` where the text itself contains a mark."""
         for turn in turns:
             if match := _ANY_MARK.search(turn["content"]):
-                raise DataError(
-                    "the text holds a code point that is not a character",
-                    where=str(source) if source else None,
-                    given=f"U+{ord(match[0]):04X}",
-                    hint="remove it: it marks where virtual tokens stand",
-                )
+                summary, code_point = "the text holds a code point that is not a character", f"U+{ord(match[0]):04X}"
+                hint = "remove it: it marks where virtual tokens stand"
+                raise DataError(summary, where=where, given=code_point, hint=hint)
         return [{**turn, "content": self._mark(turn["role"]) + turn["content"]} for turn in turns]
 
-    def with_answer_mark(
-        self, text: str, turns: Sequence[Mapping[str, Any]], answer_prefix: str, *, generation: bool
-    ) -> str:
+    def with_answer_mark(self, text: str, turns: Sequence[Mapping[str, Any]], prefix: str, *, generation: bool) -> str:
         """The rendered text of marked turns, with a mark where the next answer begins.
 
-        `answer_prefix` is what the template writes before an answer but not in the generation prompt: it belongs to
+        `prefix` is what the template writes before an answer but not in the generation prompt: it belongs to
         the answer.
         Raises `DataError` when marks were lost on the way.
         """
         # a template that strips or repeats content would silently drop or double virtual tokens
         if len(_ANY_MARK.findall(text)) != sum(turn["role"] in self.ids for turn in turns):
-            raise DataError(
-                "the chat template leaves out or repeats the beginning of a turn, where virtual tokens should stand",
-                hint="put all of them in front, or set model.template to a .jinja file that keeps every turn",
-            )
+            fault = "the chat template leaves out or repeats the beginning of a turn, where virtual tokens should stand"
+            hint = "put all of them in front, or set model.template to a .jinja file that keeps every turn"
+            raise DataError(fault, hint=hint)
         opening = self._mark("assistant")
-        if opening and answer_prefix:
+        if opening and prefix:
             # in generation the model writes the prefix itself, behind the virtual tokens: keep that order in training
-            text = text.replace(answer_prefix + opening, opening + answer_prefix)
+            text = text.replace(prefix + opening, opening + prefix)
         return text + opening if generation else text
 
     def split_at_marks(self, text: str) -> list[str]:
@@ -76,11 +69,6 @@ class PromptPositions:
 
     def _mark(self, role: str) -> str:
         return MARKS[role] if role in self.ids else ""
-
-
-def without_marks(text: str) -> str:
-    """The text without marks, for display."""
-    return _ANY_MARK.sub("", text)
 
 
 def virtual_token_positions(method: MethodConfig, vocab_size: int) -> PromptPositions | None:

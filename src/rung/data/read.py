@@ -11,8 +11,8 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TextIO
 
@@ -56,26 +56,6 @@ ReadItem = tuple[int, object]
 """A line and its value: a row, a `_MalformedRow`, or another value that is no row."""
 
 
-@dataclass(slots=True)
-class SourceRows:
-    """A complete source in memory: readable and rejected rows."""
-
-    path: str
-    rows: list[tuple[Source, Row]] = field(default_factory=list)
-    rejected_rows: list[RejectedRow] = field(default_factory=list)
-
-
-def read_rows(path: str) -> SourceRows:
-    """All items of `stream_rows`, for small sources."""
-    rows = SourceRows(path)
-    for item in stream_rows(path):
-        if isinstance(item, RejectedRow):
-            rows.rejected_rows.append(item)
-        else:
-            rows.rows.append(item)
-    return rows
-
-
 def stream_rows(path: str) -> Iterator[ParsedRow | RejectedRow]:
     """Read a .jsonl, .json, .csv or .parquet file, or a `datasets` name (`name`, `name:split`, `name/config:split`).
 
@@ -94,7 +74,8 @@ def stream_rows(path: str) -> Iterator[ParsedRow | RejectedRow]:
             readable_count += 1
             yield ParsedRow(source, value)
             continue
-        rejected_row = RejectedRow(source, _reason(value))
+        reason = f"not an object with columns but a {type(value).__name__}"
+        rejected_row = RejectedRow(source, value.reason if isinstance(value, _MalformedRow) else reason)
         # remembered for the error below: by then the caller has consumed the stream
         first_rejected = first_rejected or rejected_row
         rejected_count += 1
@@ -102,12 +83,6 @@ def stream_rows(path: str) -> Iterator[ParsedRow | RejectedRow]:
     if not readable_count:
         example = f"; the first: {first_rejected}" if first_rejected else ""
         raise DataError(f"holds no readable row{example}", where=path, given=f"{rejected_count} rejected rows")
-
-
-def _reason(value: object) -> str:
-    return (
-        value.reason if isinstance(value, _MalformedRow) else f"not an object with columns but a {type(value).__name__}"
-    )
 
 
 def _open_source(path: str) -> tuple[str, Iterator[ReadItem]]:
@@ -147,11 +122,8 @@ def _open_utf8(file: Path, newline: str) -> TextIO:
             try:
                 line.decode()
             except UnicodeDecodeError as error:
-                raise DataError(
-                    f"byte 0x{line[error.start]:02x} is not UTF-8 ({error.reason})",
-                    where=f"{file} line {number}",
-                    hint="save the file as UTF-8",
-                ) from error
+                summary = f"byte 0x{line[error.start]:02x} is not UTF-8 ({error.reason})"
+                raise DataError(summary, where=f"{file} line {number}", hint="save the file as UTF-8") from error
     # utf-8-sig: Excel writes a byte order mark, which would become part of the first column's name
     return file.open(encoding="utf-8-sig", newline=newline)
 
@@ -258,12 +230,9 @@ def _load_json(file: Path) -> list[Any]:
         value = parse_json(text)
     except json.JSONDecodeError as error:
         # the typical mistake: JSON Lines in a file called .json
-        is_jsonl = error.msg == "Extra data"
-        raise DataError(
-            f"broken JSON: {error.msg} (column {error.colno})",
-            where=f"{file} line {error.lineno}",
-            hint="one object per line is .jsonl: rename the file" if is_jsonl else None,
-        ) from error
+        hint = "one object per line is .jsonl: rename the file" if error.msg == "Extra data" else None
+        summary = f"broken JSON: {error.msg} (column {error.colno})"
+        raise DataError(summary, where=f"{file} line {error.lineno}", hint=hint) from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"refused JSON: {error}", where=str(file)) from error
     if isinstance(value, dict):
@@ -273,29 +242,24 @@ def _load_json(file: Path) -> list[Any]:
     return value
 
 
-def _csv_lines(file: Path) -> Iterator[tuple[int, list[str]]]:
+def _read_csv(file: Path) -> Iterator[ReadItem]:
     csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, refuses long contexts
-    start = 1
+    next_start = 1
     try:
         with _open_utf8(file, newline="") as lines:
             reader = csv.reader(lines, strict=True)
+            header = next(reader, [])
+            if duplicates := sorted({name for name in header if header.count(name) > 1}):
+                raise DataError(f"column {duplicates[0]!r} stands twice in the header", where=f"{file} line 1")
+            next_start = reader.line_num + 1
             for fields in reader:
-                yield start, fields
-                start = reader.line_num + 1
+                start, next_start = next_start, reader.line_num + 1
+                if len(fields) == len(header):
+                    yield start, dict(zip(header, fields, strict=True))
+                elif fields:
+                    yield start, _MalformedRow(f"{len(fields)} fields, but the header names {len(header)}")
     except csv.Error as error:
-        raise DataError(f"broken CSV: {error}", where=f"{file} line {start}", hint="check the quotes") from error
-
-
-def _read_csv(file: Path) -> Iterator[ReadItem]:
-    lines = _csv_lines(file)
-    header = next(lines, (1, []))[1]
-    if duplicates := sorted({name for name in header if header.count(name) > 1}):
-        raise DataError(f"column {duplicates[0]!r} stands twice in the header", where=f"{file} line 1")
-    for number, fields in lines:
-        if len(fields) == len(header):
-            yield number, dict(zip(header, fields, strict=True))
-        elif fields:
-            yield number, _MalformedRow(f"{len(fields)} fields, but the header names {len(header)}")
+        raise DataError(f"broken CSV: {error}", where=f"{file} line {next_start}", hint="check the quotes") from error
 
 
 def _prune_nulls(value: Any) -> Any:
@@ -307,19 +271,19 @@ def _prune_nulls(value: Any) -> Any:
     return value
 
 
+def _prune_fields(row: Row) -> Row:
+    return {name: _prune_nulls(value) for name, value in row.items()}
+
+
 def _read_parquet(file: Path) -> Iterator[ReadItem]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
     try:
-        with pq.ParquetFile(
-            file, pre_buffer=False, buffer_size=1 << 16
-        ) as table:  # else complete row groups stay in memory
-            for batch in table.iter_batches(batch_size=PARQUET_BATCH_ROWS):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, {name: _prune_nulls(value) for name, value in row.items()}
+        # without these arguments complete row groups stay in memory
+        with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 16) as table:
+            batches = table.iter_batches(batch_size=PARQUET_BATCH_ROWS)
+            yield from enumerate(map(_prune_fields, chain.from_iterable(b.to_pylist() for b in batches)), start=1)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"broken parquet: {error}", where=str(file)) from error
     finally:
@@ -342,7 +306,7 @@ def _read_hub(path: str) -> Iterator[ReadItem]:
     import datasets  # not at the top: it takes a second to import
 
     name, _, split = path.partition(":")
-    reasons = []
+    reasons: list[str] = []
     dataset = None
     for candidate, config in _hub_candidates(name):
         try:
@@ -353,21 +317,13 @@ def _read_hub(path: str) -> Iterator[ReadItem]:
             if isinstance(error, ConnectionError):
                 break  # the other reading of the name would only wait through the same retries
     if dataset is None:
-        raise DataError(
-            "neither a file here nor a `datasets` set that can be reached",
-            where=path,
-            # the first reading of the name is the likelier one
-            given=reasons[0],
-            allowed=f"a {', '.join(SUFFIXES)} file, or name, name:split, name/config:split",
-            hint="without a network, save the set as a file and give its path",
-        )
-    for number, row in enumerate(dataset, start=1):
-        yield number, {column: _prune_nulls(value) for column, value in row.items()}
+        summary = "neither a file here nor a `datasets` set that can be reached"
+        allowed = f"a {', '.join(SUFFIXES)} file, or name, name:split, name/config:split"
+        hint = "without a network, save the set as a file and give its path"
+        # the first reading of the name is the likelier one
+        raise DataError(summary, where=path, given=reasons[0], allowed=allowed, hint=hint)
+    yield from enumerate(map(_prune_fields, dataset), start=1)
 
 
-_READERS: dict[str, Callable[[Path], Iterator[ReadItem]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
+_Reader = Callable[[Path], Iterator[ReadItem]]
+_READERS: dict[str, _Reader] = dict(zip(SUFFIXES, (_read_jsonl, _read_json, _read_csv, _read_parquet), strict=True))

@@ -8,32 +8,20 @@ fingerprint of the data is computed from. Written by `formats`, read by everythi
 from __future__ import annotations
 
 import json
-import struct
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from rung.data.byte_store import AppendFile, LazySequence
 from rung.types import Candidate, Message, Record, Source
 
-ROW_DTYPE = np.dtype(
-    [
-        ("start", "<i8"),
-        ("line", "<i8"),
-        ("size", "<u4"),
-        ("origin", "<u4"),
-        # big-endian, so that the two halves read as the digest's bytes do
-        ("prompt", ">u8", (2,)),
-        ("group", ">u8", (2,)),
-    ]
-)
-"""Memory of a record: 56 bytes. The hashes are the first 128 bits of `prompt_key` and `group_key`."""
-_ROW_STRUCT = struct.Struct("<qqII16s16s")
-# a real group hashes to zeros with probability 2^-128
-_NO_GROUP = bytes(16)
+# big-endian hashes, so that the two halves read as the digest's bytes do
+_HASHES = [(name, ">u8", (2,)) for name in ("prompt", "group")]
+ROW_DTYPE = np.dtype([("start", "<i8"), ("line", "<i8"), ("size", "<u4"), ("origin", "<u4"), *_HASHES])
+"""Memory of a record: 56 bytes. The hashes are those of `_hash_halves`."""
 
 
 class Records(LazySequence[Record]):
@@ -67,9 +55,6 @@ class Records(LazySequence[Record]):
             origins += part.origins
         return Records(np.concatenate(tables), tuple(origins))
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
     def __iter__(self) -> Iterator[Record]:
         for line, source in self.encoded_with_sources():
             yield _decode_record(line, source)
@@ -77,10 +62,6 @@ class Records(LazySequence[Record]):
     def at(self, i: int) -> Record:
         """Read one record."""
         return next(iter(self.select(slice(i, i + 1))))
-
-    def select(self, rows: slice | np.ndarray) -> Records:
-        """The selected records; nothing is read."""
-        return Records(self.rows[rows], self.origins)
 
     def source(self, i: int) -> Source:
         """The source of a record, without reading it."""
@@ -121,14 +102,12 @@ class RecordWriter:
     def add(self, record: Record) -> None:
         """Write one record."""
         line = encode_record(record)
-        self._rows += _ROW_STRUCT.pack(
-            self._file.append(line),
-            record.source.line,
-            len(line),
-            self._paths.setdefault(record.source.path, len(self._paths)),
-            prompt_key(record)[:16],
-            _NO_GROUP if record.group is None else group_key(record.group)[:16],
-        )
+        origin = self._paths.setdefault(record.source.path, len(self._paths))
+        # a real group hashes to zeros with probability 2^-128
+        group = (0, 0) if record.group is None else _hash_halves("group", record.group)
+        prompt = _hash_halves("prompt", normalized_prompt(record))
+        row = (self._file.append(line), record.source.line, len(line), origin, prompt, group)
+        self._rows += np.array(row, ROW_DTYPE).tobytes()
 
     def records(self) -> Records:
         """All written records; nothing can be added afterwards."""
@@ -182,15 +161,11 @@ def normalized_prompt(record: Record) -> str:
     return _normalize("\n".join([record.context or "", *turns]))
 
 
-def prompt_key(record: Record) -> bytes:
-    """SHA-256 of the normalized prompt."""
+def _hash_halves(kind: Literal["prompt", "group"], text: str) -> np.ndarray:
+    """The first 128 bits of SHA-256 as two integers."""
     # a prefix per kind: a prompt and a group of the same text get different positions in the split
-    return sha256(f"prompt\0{normalized_prompt(record)}".encode(errors="surrogatepass")).digest()
-
-
-def group_key(group: str) -> bytes:
-    """SHA-256 of a group."""
-    return sha256(f"group\0{group}".encode()).digest()
+    digest = sha256(f"{kind}\0{text}".encode(errors="surrogatepass")).digest()
+    return np.frombuffer(digest, ">u8", count=2)
 
 
 def distinct_conversations(records: Iterable[Record]) -> np.ndarray:
@@ -203,21 +178,14 @@ def distinct_conversations(records: Iterable[Record]) -> np.ndarray:
             keys += sha256(encode_record(conversation)).digest()[:16]
     hashes = np.frombuffer(keys, ">u8").reshape(-1, 2).astype(np.uint64)
     last_occurrence = len(hashes) - 1 - index_of_first_occurrence(hashes[::-1])[::-1]
-    distinct_rows: np.ndarray = np.array(rows, dtype=np.int64)[
-        last_occurrence[index_of_first_occurrence(hashes) == np.arange(len(hashes))]
-    ]
-    return distinct_rows
+    is_first = index_of_first_occurrence(hashes) == np.arange(len(hashes))
+    return np.asarray(np.array(rows, dtype=np.int64)[last_occurrence[is_first]])
 
 
 def index_of_first_occurrence(keys: np.ndarray) -> np.ndarray:
     """For each row of uint64 [n, 2] the index of the first row with the same key: its own if it is the first."""
-    order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: rows of one key stay in their order
-    ordered = keys[order]
-    starts_key = np.ones(len(keys), dtype=bool)
-    starts_key[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    first_indices = np.empty(len(keys), dtype=np.int64)
-    first_indices[order] = order[np.maximum.accumulate(np.where(starts_key, np.arange(len(keys)), 0))]
-    return first_indices
+    _, first_of_distinct, distinct_index = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    return np.asarray(first_of_distinct[distinct_index.reshape(-1)])  # numpy 2.0 returns a column
 
 
 def _normalize(text: str) -> str:

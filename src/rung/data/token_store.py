@@ -7,7 +7,6 @@ for one row. `tokenize` writes the columns, `cache` stores them, `training.packi
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,31 +17,14 @@ from rung.data.byte_store import AppendFile, ByteRange, LazySequence, MappedSequ
 from rung.types import Example, Record, Source
 
 ROW_DTYPE = np.dtype(
-    [
-        ("record", "<i8"),
-        ("token", "<i8"),
-        ("text", "<i8"),
-        ("length", "<u4"),
-        ("text_size", "<u4"),
-        ("start", "<u4"),
-        ("supervised", "<u4"),
-        ("candidate", "<i4"),
-    ]
+    [(name, "<i8") for name in ("record", "token", "text")]
+    + [(name, "<u4") for name in ("length", "text_size", "start", "supervised")]
+    + [("candidate", "<i4")]
 )
 """Memory of a document, 44 bytes: index of its record, offsets of its tokens and of its text, tokens, bytes of text,
 start of the compared tokens, supervised tokens, and the index of the candidate whose answer it contains."""
-_ROW_STRUCT = struct.Struct("<qqqIIIIi")
 OWN_ANSWER = -1
 """In place of the index of a candidate: the record's own answer."""
-
-
-class TooLong(NamedTuple):
-    """A document longer than the limit."""
-
-    record: int
-    """Index of its record."""
-    source: Source
-    length: int
 
 
 class TokenizedDocument(NamedTuple):
@@ -50,8 +32,7 @@ class TokenizedDocument(NamedTuple):
 
     ids: list[int]
     supervised: np.ndarray
-    compared_start: int
-    prompt_length: int  # tokens before the first supervised span: what may be trimmed
+    prompt_length: int  # tokens before the first supervised span: what may be trimmed, and is not compared
     expected_text: str
 
 
@@ -67,6 +48,15 @@ class TokenColumns:
     trimmed: np.ndarray  # the same
     boundary_checked: int
     boundary_differences: int
+    """Rows, out of `boundary_checked`, with other ids when tokenized as one piece. Reported, never used."""
+
+    def text(self, row: np.void) -> str:
+        """The expected text of a row."""
+        return self.texts.read(int(row["text"]), int(row["text_size"])).decode(errors="surrogatepass")
+
+    def dataset(self, records: Sequence[Record], *, from_cache: bool = False) -> TokenizedDataset:
+        """The documents with the sources, weights and groups of `records`."""
+        return TokenizedDataset(self, StoredExamples(self, records), from_cache)
 
 
 class TokenColumnWriter:
@@ -87,38 +77,24 @@ class TokenColumnWriter:
         # int32: no vocabulary comes near 2^31, and half the disk space of int64
         self._ids.append(np.array(document.ids, dtype="<i4").tobytes())
         self._supervised.append(document.supervised.astype(bool).tobytes())
-        text_start = self._texts.append(text)
-        supervised_count = int(document.supervised.sum())
-        length = len(document.ids)
-        self._rows += _ROW_STRUCT.pack(
-            record,
-            self._tokens,
-            text_start,
-            length,
-            len(text),
-            document.compared_start,
-            supervised_count,
-            candidate_index,
-        )
+        length, supervised_count = len(document.ids), int(document.supervised.sum())
+        sizes = (length, len(text), document.prompt_length, supervised_count)
+        row = (record, self._tokens, self._texts.append(text), *sizes, candidate_index)
+        self._rows += np.array(row, ROW_DTYPE).tobytes()
         self._tokens += length
 
-    def byte_ranges(self) -> tuple[ByteRange, ByteRange, ByteRange]:
-        """Byte ranges of ids, supervision and texts."""
-        return ByteRange.of_file(self._ids), ByteRange.of_file(self._supervised), ByteRange.of_file(self._texts)
-
-    def rows(self) -> np.ndarray:
-        """The table of all documents; nothing can be added afterwards."""
-        return np.frombuffer(self._rows, ROW_DTYPE)
+    def columns(self, dropped: np.ndarray, trimmed: np.ndarray, checked: int, differences: int) -> TokenColumns:
+        """All documents; nothing can be added afterwards."""
+        ids, supervised, texts = (ByteRange(f, 0, f.size) for f in (self._ids, self._supervised, self._texts))
+        rows = np.frombuffer(self._rows, ROW_DTYPE)
+        return TokenColumns(ids, supervised, texts, rows, dropped, trimmed, checked, differences)
 
 
 class StoredExamples(LazySequence[Example]):
     """Examples read from disk; source, weight, group and task come from the records."""
 
-    def __init__(self, columns: TokenColumns, records: Sequence[Record], rows: np.ndarray) -> None:
-        self._columns, self._records, self.rows = columns, records, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    def __init__(self, columns: TokenColumns, records: Sequence[Record]) -> None:
+        self._columns, self._records, self.rows = columns, records, columns.rows
 
     def at(self, i: int) -> Example:
         """Read one example; its arrays are copies that belong to the caller."""
@@ -129,97 +105,56 @@ class StoredExamples(LazySequence[Example]):
         score = record.score if candidate_index == OWN_ANSWER else record.candidates[candidate_index].score
         return Example(ids, supervised, record.source, record.weight, record.group, record.task, record_index, score)
 
-    def select(self, rows: slice | np.ndarray) -> StoredExamples:
-        """The selected examples; nothing is read."""
-        return StoredExamples(self._columns, self._records, self.rows[rows])
-
 
 @dataclass(frozen=True, slots=True)
 class TokenizedDataset:
-    """Tokenized examples, and the documents that were dropped or trimmed."""
+    """Tokenized examples, read from disk on access."""
 
+    columns: TokenColumns
     examples: Sequence[Example]
-    record_indices: Sequence[int]
-    """Index of each example's record."""
-    expected_texts: Sequence[str]
-    """The text that each example's supervised tokens must decode to: answers with their stops as rendered."""
-    compared_starts: Sequence[int]
-    """Start of the compared tokens of each example; 0 for plain text, whose first token counts too."""
-    dropped_documents: Sequence[TooLong] = ()
-    trimmed_documents: Sequence[TooLong] = ()
-    boundary_checked: int = 0
-    boundary_differences: int = 0
-    """Rows, out of `boundary_checked`, with other ids when tokenized as one piece. Reported, never used."""
+    """The documents of `columns` with the sources, weights and groups of their records."""
     from_cache: bool = False
 
-    @staticmethod
-    def from_columns(columns: TokenColumns, records: Sequence[Record], *, from_cache: bool = False) -> TokenizedDataset:
-        """The documents of `columns` with the sources, weights and groups of `records`."""
-        all_rows = range(len(columns.rows))
+    @property
+    def expected_texts(self) -> Sequence[str]:
+        """The text that each example's supervised tokens must decode to: answers with their stops as rendered."""
+        return MappedSequence(self.columns.text, self.columns.rows)
 
-        def text(i: int) -> str:
-            row = columns.rows[i]
-            return columns.texts.read(int(row["text"]), int(row["text_size"])).decode(errors="surrogatepass")
-
-        return TokenizedDataset(
-            StoredExamples(columns, records, columns.rows),
-            MappedSequence(int, columns.rows["record"]),
-            MappedSequence(text, all_rows),
-            MappedSequence(int, columns.rows["start"]),
-            dropped_documents=_too_long_documents(columns.dropped, records),
-            trimmed_documents=_too_long_documents(columns.trimmed, records),
-            boundary_checked=columns.boundary_checked,
-            boundary_differences=columns.boundary_differences,
-            from_cache=from_cache,
-        )
+    @property
+    def compared_starts(self) -> Sequence[int]:
+        """Start of the compared tokens of each example; 0 for plain text, whose first token counts too."""
+        return MappedSequence(int, self.columns.rows["start"])
 
     @property
     def rows(self) -> MappedSequence[list[Example]]:
         """The documents of each row of the data: one, or one per answer."""
-        record_indices = self._record_indices()
+        record_indices = self.columns.rows["record"]
         # documents of one record are adjacent, so a change of the index starts a new row
         starts = np.append(np.flatnonzero(np.diff(record_indices, prepend=-1)), len(record_indices))
-        return MappedSequence(
-            lambda i: list(self.examples[int(starts[i]) : int(starts[i + 1])]), range(len(starts) - 1)
-        )
+        spans = np.lib.stride_tricks.sliding_window_view(starts, 2)
+        return MappedSequence(lambda span: list(self.examples[slice(*span.tolist())]), spans)
 
     def longest_row(self) -> list[Example]:
         """The row with the longest document, for the memory test before the first step."""
-        record_indices, longest = self._record_indices(), int(np.argmax(self.lengths))
-        first, last = (
-            np.searchsorted(record_indices, record_indices[longest], "left"),
-            np.searchsorted(record_indices, record_indices[longest], "right"),
-        )
-        return list(self.examples[int(first) : int(last)])
+        record_indices = self.columns.rows["record"]
+        documents = np.flatnonzero(record_indices == record_indices[np.argmax(self.lengths)])
+        return [self.examples[i] for i in documents.tolist()]
 
     def first_row_with_fewer(self, answers: int) -> Source | None:
         """Source of the first row with fewer documents than `answers`; None if there is no such row."""
-        if answers < 2:
-            return None
-        _, first, counts = np.unique(self._record_indices(), return_index=True, return_counts=True)
+        _, first, counts = np.unique(self.columns.rows["record"], return_index=True, return_counts=True)
         short_rows = first[counts < answers]
         return self.examples[int(short_rows.min())].source if len(short_rows) else None
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, int64."""
-        # from the table where there is one: packing needs all lengths, and reading every example is slow
-        if isinstance(self.examples, StoredExamples):
-            return self.examples.rows["length"].astype(np.int64)
-        return np.array([len(e) for e in self.examples], dtype=np.int64)
+        return self.columns.rows["length"].astype(np.int64)
 
     @property
     def supervised_tokens(self) -> int:
         """Supervised tokens of all examples."""
-        if isinstance(self.examples, StoredExamples):
-            return int(self.examples.rows["supervised"].sum())
-        return sum(int(e.supervised.sum()) for e in self.examples)
-
-    def _record_indices(self) -> np.ndarray:
-        """Index of each example's record, int64; from the table where there is one."""
-        if isinstance(self.examples, StoredExamples):
-            return self.examples.rows["record"]
-        return np.fromiter(self.record_indices, dtype=np.int64, count=len(self.examples))
+        return int(self.columns.rows["supervised"].sum())
 
     def summary(self) -> dict[str, Any]:
         """Counts, as JSON."""
@@ -228,17 +163,9 @@ class TokenizedDataset:
             "tokens": int(self.lengths.sum()),
             "supervised_tokens": self.supervised_tokens,
             "longest": int(self.lengths.max(initial=0)),
-            "dropped": len(self.dropped_documents),
-            "trimmed": len(self.trimmed_documents),
-            "boundary_checked": self.boundary_checked,
-            "boundary_differences": self.boundary_differences,
+            "dropped": len(self.columns.dropped),
+            "trimmed": len(self.columns.trimmed),
+            "boundary_checked": self.columns.boundary_checked,
+            "boundary_differences": self.columns.boundary_differences,
             "from_cache": self.from_cache,
         }
-
-
-def _too_long_documents(table: np.ndarray, records: Sequence[Record]) -> MappedSequence[TooLong]:
-    def document(i: int) -> TooLong:
-        record, length = table[i].tolist()
-        return TooLong(record, records[record].source, length)
-
-    return MappedSequence(document, range(len(table)))

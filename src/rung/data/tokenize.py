@@ -13,23 +13,32 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, groupby
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rung.config.data import LossOn
 from rung.data.byte_store import chunks
+from rung.data.chat import ChatTemplate, TextPart
 from rung.data.records import character_count
 from rung.data.token_store import OWN_ANSWER, TokenColumns, TokenColumnWriter, TokenizedDataset, TokenizedDocument
 from rung.errors import ConfigError, DataError, GateError
 from rung.types import Example, Record
 
-if TYPE_CHECKING:
-    from rung.data.chat import ChatTemplate
-
-
 Overflow = Literal["error", "drop", "trim_prompt"]
+
+
+class TokenizeOptions(TypedDict, total=False):
+    """What decides the tokens besides template and records; defaults: `TOKENIZE_DEFAULTS`."""
+
+    loss_on: LossOn
+    max_length: int | None
+    overflow: Overflow
+    with_candidates: bool
+
+
+TOKENIZE_DEFAULTS = TokenizeOptions(loss_on="answer", max_length=None, overflow="error", with_candidates=False)
 CHUNK = 512
 """Maximum of rows tokenized or decoded in one call."""
 CHUNK_CHARACTERS = 1 << 20
@@ -65,13 +74,7 @@ class _AnswerVariant(NamedTuple):
 
 
 def tokenize_records(
-    chat: ChatTemplate,
-    records: Sequence[Record],
-    *,
-    loss_on: LossOn = "answer",
-    max_length: int | None = None,
-    overflow: Overflow = "error",
-    with_candidates: bool = False,
+    chat: ChatTemplate, records: Sequence[Record], **options: Unpack[TokenizeOptions]
 ) -> TokenizedDataset:
     """Tokenize records and mark their supervised tokens; `with_candidates` adds the other answers of each record.
 
@@ -79,30 +82,20 @@ def tokenize_records(
         DataError: the template refuses a row or rewrites its history, a document is too long under `error`, no
             document is left, or there are no records.
     """
-    columns = tokenize_columns(
-        chat, records, loss_on=loss_on, max_length=max_length, overflow=overflow, with_candidates=with_candidates
-    )
-    return TokenizedDataset.from_columns(columns, records)
+    return tokenize_columns(chat, records, **options).dataset(records)
 
 
-def tokenize_columns(
-    chat: ChatTemplate,
-    records: Sequence[Record],
-    *,
-    loss_on: LossOn,
-    max_length: int | None,
-    overflow: Overflow,
-    with_candidates: bool = False,
-) -> TokenColumns:
+def tokenize_columns(chat: ChatTemplate, records: Sequence[Record], **options: Unpack[TokenizeOptions]) -> TokenColumns:
     """`tokenize_records`, as columns that the cache can store."""
+    options = TOKENIZE_DEFAULTS | options
+    loss_on, max_length, overflow = options["loss_on"], options["max_length"], options["overflow"]
     writer = TokenColumnWriter()
     conversations = array("q")  # records that are kept and have turns
     too_long, untrimmable = array("q"), array("q")  # record and length, one after the other
     limit = sys.maxsize if max_length is None else max_length
     # All answers of a record are kept or dropped together: half a pair compares nothing.
-    for i, row in groupby(
-        _documents(chat, _variants(records, with_candidates), loss_on), key=lambda pair: pair[0].record_index
-    ):
+    all_documents = _documents(chat, _variants(records, options["with_candidates"]), loss_on)
+    for i, row in groupby(all_documents, key=lambda pair: pair[0].record_index):
         variants, documents = zip(*row, strict=True)
         length = max(len(d.ids) for d in documents)
         if length > limit:
@@ -130,18 +123,11 @@ def tokenize_columns(
         raise DataError("no document is left", given=f"{len(too_long) // 2} of {len(records)} dropped for their length")
     # evenly spaced over the file, because sources are often sorted
     step = max(1, -(-len(conversations) // BOUNDARY_SAMPLE))
-    boundary_checked, boundary_differences = _count_boundary_differences(
-        chat, (records[i] for i in conversations[::step]), loss_on
-    )
+    sample = (records[i] for i in conversations[::step])
     too_long_table, empty_table = np.array(too_long, dtype=np.int64).reshape(-1, 2), np.empty((0, 2), dtype=np.int64)
-    return TokenColumns(
-        *writer.byte_ranges(),
-        rows=writer.rows(),
-        dropped=too_long_table if overflow == "drop" else empty_table,
-        trimmed=too_long_table if overflow == "trim_prompt" else empty_table,
-        boundary_checked=boundary_checked,
-        boundary_differences=boundary_differences,
-    )
+    dropped_table = too_long_table if overflow == "drop" else empty_table
+    trimmed_table = too_long_table if overflow == "trim_prompt" else empty_table
+    return writer.columns(dropped_table, trimmed_table, *_count_boundary_differences(chat, sample, loss_on))
 
 
 def _trim_prompt(chat: ChatTemplate, documents: Sequence[TokenizedDocument], limit: int) -> TokenizedDocument | None:
@@ -150,18 +136,21 @@ def _trim_prompt(chat: ChatTemplate, documents: Sequence[TokenizedDocument], lim
     Raises `ConfigError` for a row of several answers: each would be cut to another prompt.
     """
     if len(documents) > 1:
-        raise ConfigError(
-            "trimming would cut the prompts of compared answers differently",
-            where="data.overflow",
-            given="trim_prompt",
-            allowed="error or drop",
-        )
+        summary = "trimming would cut the prompts of compared answers differently"
+        raise ConfigError(summary, where="data.overflow", given="trim_prompt", allowed="error or drop")
     (document,) = documents
-    # virtual tokens are never trimmed, see `_trim`
-    virtual_count = sum(token >= chat.positions.first_id for token in document.ids) if chat.positions else 0
+    ids, excess = np.array(document.ids), len(document.ids) - limit
+    # virtual tokens and a leading BOS are never trimmed
+    first_virtual_id = chat.positions.first_id if chat.positions else np.iinfo(ids.dtype).max
+    bos_count = int(chat.bos_id is not None and document.ids[0] == chat.bos_id)
     # one token of the prompt stays: it predicts the first of the answer
-    removable = max(document.prompt_length - 1 - virtual_count, 0)
-    return None if len(document.ids) - removable > limit else _trim(chat, document, limit)
+    if excess > document.prompt_length - 1 - int((ids >= first_virtual_id).sum()):
+        return None
+    # from the beginning: the question is usually at the end of the prompt, right before the answer
+    cut_positions = bos_count + np.flatnonzero(ids[bos_count : document.prompt_length] < first_virtual_id)[:excess]
+    ids, supervised = np.delete(ids, cut_positions), np.delete(document.supervised, cut_positions)
+    supervised[0] = False
+    return TokenizedDocument(ids.tolist(), supervised, document.prompt_length - excess, document.expected_text)
 
 
 def preflight(chat: ChatTemplate, tokenized: TokenizedDataset) -> Preflight:
@@ -171,6 +160,7 @@ def preflight(chat: ChatTemplate, tokenized: TokenizedDataset) -> Preflight:
         GateError: with the first ten failing rows and what is wrong with each.
     """
     failing_count = normalized_count = 0
+    normalizer = chat.tokenizer.backend_tokenizer.normalizer
     messages: list[str] = []
     rows = zip(tokenized.examples, tokenized.expected_texts, tokenized.compared_starts, strict=True)
     for chunk in chunks(rows, lambda row: len(row[0]), count=CHUNK, limit=CHUNK_CHARACTERS):
@@ -178,7 +168,7 @@ def preflight(chat: ChatTemplate, tokenized: TokenizedDataset) -> Preflight:
             reason = _preflight_fault(chat, example, start)
             if reason is None and text != expected:
                 # a normalizer cannot be undone, and inference applies it as well: counted, not refused
-                if text == _normalized_text(chat, expected):
+                if normalizer is not None and text == normalizer.normalize_str(expected):
                     normalized_count += 1
                 else:
                     reason = _describe_difference(text, expected)
@@ -187,17 +177,16 @@ def preflight(chat: ChatTemplate, tokenized: TokenizedDataset) -> Preflight:
                 messages += [f"{example.source}: {reason}"] if failing_count <= 10 else []
     total = len(tokenized.examples)
     if failing_count:
-        raise GateError(
-            f"preflight: {failing_count} of {total} rows would not train what they say", hint="\n  ".join(messages)
-        )
+        summary = f"preflight: {failing_count} of {total} rows would not train what they say"
+        raise GateError(summary, hint="\n  ".join(messages))
     return Preflight(
         rows=total,
         failing=0,
         tokens=int(tokenized.lengths.sum()),
         supervised_tokens=tokenized.supervised_tokens,
         normalized=normalized_count,
-        boundary_checked=tokenized.boundary_checked,
-        boundary_differences=tokenized.boundary_differences,
+        boundary_checked=tokenized.columns.boundary_checked,
+        boundary_differences=tokenized.columns.boundary_differences,
     )
 
 
@@ -217,32 +206,29 @@ def _variants(records: Iterable[Record], with_candidates: bool) -> Iterator[_Ans
         yield _AnswerVariant(record_index, OWN_ANSWER, record)
         for i, candidate in enumerate(record.candidates if with_candidates else ()):
             answer = replace(record.messages[-1], content=candidate.content)
-            yield _AnswerVariant(
-                record_index, i, replace(record, messages=(*record.messages[:-1], answer), candidates=())
-            )
+            variant = replace(record, messages=(*record.messages[:-1], answer), candidates=())
+            yield _AnswerVariant(record_index, i, variant)
 
 
 def _documents(
     chat: ChatTemplate, variants: Iterable[_AnswerVariant], loss_on: LossOn
 ) -> Iterator[tuple[_AnswerVariant, TokenizedDocument]]:
     for chunk in chunks(variants, lambda v: character_count(v.record), count=CHUNK, limit=CHUNK_CHARACTERS):
-        parts = [chat.split_conversation(v.record, loss_on) if v.record.text is None else None for v in chunk]
-        texts = [[p.text for p in ps] if ps else [v.record.text or ""] for v, ps in zip(chunk, parts, strict=True)]
+        rows_of_parts = [_parts(chat, v.record, loss_on) for v in chunk]
         # one call for all pieces of the chunk; they come back in order
-        pieces = iter(_encode_pieces(chat, texts))
-        for variant, conversation_parts in zip(chunk, parts, strict=True):
-            record = variant.record
-            if conversation_parts is None:
-                document = _plain_text(chat, record, next(pieces))
+        pieces = iter(_encode_pieces(chat, rows_of_parts))
+        for variant, parts in zip(chunk, rows_of_parts, strict=True):
+            record, ids = variant.record, [next(pieces) for _ in parts]
+            if record.text is None:
+                document = _conversation(chat, parts, ids, learn_all=loss_on == "all")
             else:
-                first_virtual_id = chat.positions.first_id if chat.positions else None
-                document = _conversation(
-                    [(p.supervised, p.text, next(pieces)) for p in conversation_parts],
-                    learn_all=loss_on == "all",
-                    first_virtual_id=first_virtual_id,
-                )
+                document = _plain_text(chat, record, ids[0])
             chat.check_bos(document.ids, str(record.source))
             yield variant, document
+
+
+def _parts(chat: ChatTemplate, record: Record, loss_on: LossOn) -> list[TextPart]:
+    return [TextPart(record.text, True)] if record.text is not None else chat.split_conversation(record, loss_on)
 
 
 def _plain_text(chat: ChatTemplate, record: Record, ids: list[int]) -> TokenizedDocument:
@@ -258,43 +244,20 @@ def _plain_text(chat: ChatTemplate, record: Record, ids: list[int]) -> Tokenized
     supervised = np.ones(len(document_ids), dtype=bool)
     supervised[0] = False
     expected = f"{chat.tokenizer.bos_token if bos_ids else ''}{record.text}{chat.tokenizer.eos_token}"
-    return TokenizedDocument(document_ids, supervised, 0, 0, expected)
+    return TokenizedDocument(document_ids, supervised, 0, expected)
 
 
 def _conversation(
-    pieces: list[tuple[bool, str, list[int]]], *, learn_all: bool, first_virtual_id: int | None
+    chat: ChatTemplate, parts: Sequence[TextPart], pieces: Sequence[list[int]], *, learn_all: bool
 ) -> TokenizedDocument:
-    """Concatenate pieces. Ids from `first_virtual_id` on are virtual tokens, which no model can predict."""
-    ids = list(chain.from_iterable(piece for _, _, piece in pieces))
+    """Concatenate the ids of all parts."""
+    ids = list(chain.from_iterable(pieces))
     # the first token has no predecessor that could predict it
-    supervised = np.repeat([s or learn_all for s, _, _ in pieces], [len(piece) for _, _, piece in pieces])
+    supervised = np.repeat([p.supervised or learn_all for p in parts], [len(piece) for piece in pieces])
     supervised[0] = False
-    if first_virtual_id is not None:
-        supervised &= np.array(ids) < first_virtual_id
-    prompt_length = len(pieces[0][2])
-    return TokenizedDocument(
-        ids, supervised, prompt_length, prompt_length, "".join(text for is_answer, text, _ in pieces if is_answer)
-    )
-
-
-def _trim(chat: ChatTemplate, document: TokenizedDocument, limit: int) -> TokenizedDocument:
-    """Remove the earliest tokens of the prompt, but keep a leading BOS and all virtual tokens."""
-    excess = len(document.ids) - limit
-    if excess <= 0:
-        return document
-    bos_count = int(chat.bos_id is not None and document.ids[0] == chat.bos_id)
-    ids = np.array(document.ids)
-    first_virtual_id = chat.positions.first_id if chat.positions else np.iinfo(ids.dtype).max
-    # from the beginning: the question is usually at the end of the prompt, right before the answer
-    cut_positions = bos_count + np.flatnonzero(ids[bos_count : document.prompt_length] < first_virtual_id)[:excess]
-    supervised = np.delete(document.supervised, cut_positions)
-    supervised[0] = False
-    return document._replace(
-        ids=np.delete(ids, cut_positions).tolist(),
-        supervised=supervised,
-        compared_start=document.compared_start - excess,
-        prompt_length=document.prompt_length - excess,
-    )
+    if chat.positions is not None:  # no model can predict virtual tokens
+        supervised &= np.array(ids) < chat.positions.first_id
+    return TokenizedDocument(ids, supervised, len(pieces[0]), "".join(p.text for p in parts if p.supervised))
 
 
 def _too_long_error(description: str, too_long: Sequence[int], limit: int, records: Sequence[Record]) -> DataError:
@@ -303,48 +266,37 @@ def _too_long_error(description: str, too_long: Sequence[int], limit: int, recor
     examples = zip(too_long[0:20:2], too_long[1:20:2], strict=True)
     lines = [f"{records[i].source}: {length} tokens" for i, length in examples]
     remainder = [f"and {count - 10} more"] if count > 10 else []
-    return DataError(
-        f"{count} of {len(records)} documents are {description}",
-        given=f"room for {limit} tokens: data.max_length, or the base's context less virtual tokens",
-        hint="\n  ".join([*lines, *remainder, "make room, or set data.overflow: drop or trim_prompt"]),
-    )
+    room = f"room for {limit} tokens: data.max_length, or the base's context less virtual tokens"
+    hint = "\n  ".join([*lines, *remainder, "make room, or set data.overflow: drop or trim_prompt"])
+    return DataError(f"{count} of {len(records)} documents are {description}", given=room, hint=hint)
 
 
 def _count_boundary_differences(chat: ChatTemplate, sample: Iterable[Record], loss_on: LossOn) -> tuple[int, int]:
     """Conversations compared, and those whose complete text has other ids than its pieces."""
     sample_count = difference_count = 0
     for chunk in chunks(sample, character_count, count=CHUNK, limit=CHUNK_CHARACTERS):
-        documents = [[p.text for p in chat.split_conversation(r, loss_on)] for r in chunk]
+        documents = [chat.split_conversation(r, loss_on) for r in chunk]
         pieces = iter(_encode_pieces(chat, documents))
-        for joined_ids, texts in zip(chat.encode(["".join(texts) for texts in documents]), documents, strict=True):
+        texts = ["".join(p.text for p in parts) for parts in documents]
+        for joined_ids, parts in zip(chat.encode(texts), documents, strict=True):
             sample_count += 1
-            difference_count += joined_ids != list(chain.from_iterable(next(pieces) for _ in texts))
+            difference_count += joined_ids != list(chain.from_iterable(next(pieces) for _ in parts))
     return sample_count, difference_count
 
 
-def _encode_pieces(chat: ChatTemplate, documents: list[list[str]]) -> list[list[int]]:
-    """Ids of all pieces of all documents, in order."""
-    mid_document = [i > 0 for texts in documents for i in range(len(texts))]
-    return chat.encode(list(chain.from_iterable(documents)), mid_document)
+def _encode_pieces(chat: ChatTemplate, documents: list[list[TextPart]]) -> list[list[int]]:
+    """Ids of all parts of all documents, in order."""
+    mid_document = [i > 0 for parts in documents for i in range(len(parts))]
+    return chat.encode([part.text for parts in documents for part in parts], mid_document)
 
 
 def _decode_supervised(chat: ChatTemplate, rows: Sequence[tuple[Example, str, int]]) -> Iterator[str]:
-    compared_ids = [_compared_ids(example, start).tolist() for example, _, start in rows]
     # Two calls, because the anchor of `decode` applies to texts that continue a document only.
-    conversation_texts = iter(
-        chat.decode((ids for ids, row in zip(compared_ids, rows, strict=True) if row[2] > 0), mid_document=True)
-    )
-    plain_texts = iter(chat.decode(ids for ids, row in zip(compared_ids, rows, strict=True) if row[2] == 0))
-    return (next(conversation_texts) if start > 0 else next(plain_texts) for _, _, start in rows)
-
-
-def _compared_ids(example: Example, start: int) -> np.ndarray:
-    mask = example.supervised.copy()
-    mask[:start] = False
-    if start == 0:
-        mask[0] = True  # the first token of plain text is not predicted, but may share the bytes of a character
-    ids: np.ndarray = example.ids[mask]
-    return ids
+    answers = (e.ids[start:][e.supervised[start:]].tolist() for e, _, start in rows if start > 0)
+    # the first token of plain text is not predicted, but may share the bytes of a character
+    documents = ([int(e.ids[0]), *e.ids[1:][e.supervised[1:]].tolist()] for e, _, start in rows if start == 0)
+    texts = {True: iter(chat.decode(answers, mid_document=True)), False: iter(chat.decode(documents))}
+    return (next(texts[start > 0]) for _, _, start in rows)
 
 
 def _preflight_fault(chat: ChatTemplate, example: Example, start: int) -> str | None:
@@ -361,11 +313,6 @@ def _preflight_fault(chat: ChatTemplate, example: Example, start: int) -> str | 
     if start > 0 and early_stops[start:].any():
         return "the answer holds a stop token of the template"
     return None
-
-
-def _normalized_text(chat: ChatTemplate, text: str) -> str | None:
-    normalizer = chat.tokenizer.backend_tokenizer.normalizer
-    return None if normalizer is None else str(normalizer.normalize_str(text))
 
 
 def _describe_difference(text: str, expected: str) -> str:
@@ -410,7 +357,7 @@ class PromptDataset:
 
 
 def tokenize_prompts(
-    chat: ChatTemplate, records: Sequence[Record], *, max_length: int, overflow: Overflow
+    chat: ChatTemplate, records: Sequence[Record], max_length: int = sys.maxsize, overflow: Overflow = "error"
 ) -> PromptDataset:
     """Every question as rendered up to the beginning of the answer, at most `max_length` tokens.
 
@@ -430,17 +377,14 @@ def tokenize_prompts(
         ids = np.array(prompt_ids, dtype=np.int32)
         # marks the end of the prompt as if it were an answer, for the gates only: training uses answers of the policy
         supervised = np.arange(len(ids)) >= max(1, len(ids) - TOKENS_PROBED)
-        examples.append(
-            Example(ids, supervised, record.source, record.weight, record.group, record.task, row=len(examples))
-        )
+        row = len(examples)
+        examples.append(Example(ids, supervised, record.source, record.weight, record.group, record.task, row))
         kept_records.append(record)
     if too_long and overflow != "drop":
         lines = [f"{record.source}: {length} tokens" for record, length in too_long[:10]]
-        raise DataError(
-            f"{len(too_long)} of {len(records)} prompts leave no room for an answer",
-            given=f"at most {max_length} tokens",
-            hint="\n  ".join([*lines, "a smaller max_new_tokens leaves more; data.overflow: drop leaves them out"]),
-        )
+        lines.append("a smaller max_new_tokens leaves more; data.overflow: drop leaves them out")
+        summary = f"{len(too_long)} of {len(records)} prompts leave no room for an answer"
+        raise DataError(summary, given=f"at most {max_length} tokens", hint="\n  ".join(lines))
     if not examples:
         raise DataError("no prompt is left", given=f"{len(too_long)} dropped for their length")
     return PromptDataset(examples, kept_records, len(too_long))

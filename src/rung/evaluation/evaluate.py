@@ -24,7 +24,7 @@ from rung.data.messages import expected_text
 from rung.errors import DataError
 from rung.evaluation.prompting import PromptFormat
 from rung.models.generate import Sampling, generate_by_task
-from rung.models.policy import Policy
+from rung.models.policy import Policy, sum_by_document
 from rung.models.tree_attention import has_flat_kernel
 from rung.planning.memory import tokens_per_micro_batch
 from rung.scoring.metrics import METRICS
@@ -114,9 +114,8 @@ class Evaluation:
     def read(path: Path) -> Evaluation:
         """Read what `write` wrote."""
         items, metadata = read_items(path)
-        return Evaluation(
-            tuple(ScoredItem(**item) for item in items), metadata["seconds_per_query"], tuple(metadata["metrics"])
-        )
+        scored_items = tuple(ScoredItem(**item) for item in items)
+        return Evaluation(scored_items, metadata["seconds_per_query"], tuple(metadata["metrics"]))
 
 
 def evaluate(
@@ -134,13 +133,13 @@ def evaluate(
     answer, or, where only perplexity is measured, the time to read the expected answer.
     Raises `DataError` for records without a question under metrics that need one.
     """
-    generated = [name for name in config.metrics if name != PERPLEXITY]
+    metrics = {name: METRICS[name].function for name in config.metrics if name != PERPLEXITY}
     require_questions(records)
     # virtual tokens take positions of the context too
     max_prompt_tokens = policy.base.context - policy.method.virtual_tokens - config.max_new_tokens
     prompts = prompt_ids(chat, records, prompt_format, max_prompt_tokens)
     answers, stopped, seconds = [""] * len(records), [True] * len(records), 0.0
-    if generated:
+    if metrics:
         # what a method puts before a prompt, such as virtual tokens, may differ from task to task
         tasks = [record.task for record in records]
         answers, stopped, seconds = _generate_answers(policy, chat, prompts, tasks, config, title)
@@ -158,7 +157,7 @@ def evaluate(
             context=record.context,
             expected=expected_text(record),
             answer=answer,
-            scores={name: METRICS[name].function(answer, expected_text(record)) for name in generated},
+            scores={name: metric(answer, expected_text(record)) for name, metric in metrics.items()},
             prompt_tokens=len(prompt),
             stopped=ended,
             nats=likelihood[0],
@@ -176,20 +175,18 @@ def prompt_ids(
     """Ids of each prompt. Raises `DataError` for a prompt of more than `max_prompt_tokens` tokens."""
     prompts = [chat.prompt_ids(prompt_format.turns(record), tools=record.tools) for record in records]
     if longest := max((p for p in prompts if len(p) > max_prompt_tokens), key=len, default=None):
-        raise DataError(
-            f"this prompt has {len(longest)} tokens and the model takes {max_prompt_tokens} before an answer",
-            where=str(records[prompts.index(longest)].source),
-            hint="lower evaluation.shots, shorten the contexts or retrieve less, or use a base with a longer context",
-        )
+        summary = f"this prompt has {len(longest)} tokens and the model takes {max_prompt_tokens} before an answer"
+        where = str(records[prompts.index(longest)].source)
+        hint = "lower evaluation.shots, shorten the contexts or retrieve less, or use a base with a longer context"
+        raise DataError(summary, where=where, hint=hint)
     return prompts
 
 
 def require_questions(records: Sequence[Record]) -> None:
     """Raise `DataError` for plain text, which has no question to answer."""
-    text_record = next((record for record in records if not record.messages), None)
-    if text_record is not None:
+    if record := next((record for record in records if not record.messages), None):
         hint = "evaluate rows with a question and an answer"
-        raise DataError("plain text has no question to answer", where=str(text_record.source), hint=hint)
+        raise DataError("plain text has no question to answer", where=str(record.source), hint=hint)
 
 
 def _generate_answers(
@@ -202,14 +199,9 @@ def _generate_answers(
 ) -> tuple[list[str], list[bool], float]:
     start_time = time.perf_counter()
     with ProgressBar(title, len(prompts)) as bar:
+        stops, sampling = chat.stop_ids, Sampling(config.max_new_tokens)
         answers = generate_by_task(
-            policy,
-            prompts,
-            tasks,
-            stop_ids=chat.stop_ids,
-            sampling=Sampling(config.max_new_tokens),
-            batch_size=config.batch,
-            on_batch=bar.advance,
+            policy, prompts, tasks, stop_ids=stops, sampling=sampling, batch_size=config.batch, on_batch=bar.advance
         )
     seconds = time.perf_counter() - start_time
     texts = [chat.assistant_text(a.all_tokens).strip() for a in answers]
@@ -234,12 +226,7 @@ def _answer_nats(
     share_prefixes = not has_flat_kernel(policy.device)
     batches = pack(examples, budget, share_prefixes=share_prefixes, device=policy.device)
     for batch in policy.iterate_batches(batches):  # shared worked examples are computed once
-        nats = torch.zeros(batch.sequences, device=policy.device).index_add_(
-            0, batch.loss.owner, -policy.logprobs(batch)
-        )
-        tokens = torch.bincount(batch.loss.owner, minlength=batch.sequences)
-        nats_and_tokens |= dict(
-            zip([d.source for d in batch.documents], zip(nats.tolist(), tokens.tolist(), strict=True), strict=True)
-        )
+        nats = sum_by_document(batch, -policy.logprobs(batch)).tolist()
+        nats_and_tokens |= {d.source: (n, d.predictions) for d, n in zip(batch.documents, nats, strict=True)}
     # packing reorders documents
     return [nats_and_tokens[record.source] for record in records]

@@ -23,7 +23,7 @@ from rung.models.policy import Policy, sum_by_document
 from rung.planning.memory import tokens_per_micro_batch
 from rung.scoring.pairwise import OUTCOMES, Outcome, PairVerdicts
 from rung.training.step import values_by_document
-from rung.types import Example, Message, Source
+from rung.types import Example, Message, PackedBatch, Source
 
 MARKS = ("A", "B", "C")
 """A: the answer shown first is better; B: the one shown second; C: a tie."""
@@ -114,11 +114,8 @@ def judge_prompt(pair: AnswerPair, config: JudgeConfig, swapped: bool, with_reas
     parts = [f"[Question]\n{question}"]
     if config.reference and pair.expected:
         parts.append(f"[Expected answer]\n{pair.expected}")
-    parts += [
-        f"[Answer A]\n{answer_a}",
-        f"[Answer B]\n{answer_b}",
-        REASONS_INSTRUCTION if with_reasons else MARK_INSTRUCTION,
-    ]
+    parts += [f"[Answer A]\n{answer_a}", f"[Answer B]\n{answer_b}"]
+    parts.append(REASONS_INSTRUCTION if with_reasons else MARK_INSTRUCTION)
     system = SYSTEM.format(criteria=config.criteria or CRITERIA)
     return Message("system", system), Message("user", "\n\n".join(parts))
 
@@ -133,6 +130,9 @@ def judge_by_logprobs(policy: Policy, chat: ChatTemplate) -> AskJudge:
     # the longest mark must fit as well, so that all marks of a prompt can be compared
     max_prompt_tokens = policy.base.context - policy.method.virtual_tokens - max(map(len, endings))
 
+    def logprobs_by_document(batch: PackedBatch) -> list[float]:
+        return sum_by_document(batch, policy.logprobs(batch)).tolist()
+
     def ask(prompts: Sequence[tuple[Message, ...]]) -> list[JudgeVerdict]:
         ids = [chat.prompt_ids(turns) for turns in prompts]
         fitting = [i for i, prompt in enumerate(ids) if len(prompt) <= max_prompt_tokens]
@@ -142,14 +142,9 @@ def judge_by_logprobs(policy: Policy, chat: ChatTemplate) -> AskJudge:
         with ProgressBar("judge", len(prompts), len(prompts) - len(fitting)) as bar:
             # a multiple of three: the marks of a prompt stay in one slice and share it
             for start in range(0, len(documents), 3 * PROMPTS_PER_UPDATE):
-                documents_slice = documents[start : start + 3 * PROMPTS_PER_UPDATE]
-                logprobs += values_by_document(
-                    [policy],
-                    documents_slice,
-                    budget,
-                    lambda batch: sum_by_document(batch, policy.logprobs(batch)).tolist(),
-                )
-                bar.advance(len(documents_slice) // 3)
+                part = documents[start : start + 3 * PROMPTS_PER_UPDATE]
+                logprobs += values_by_document([policy], part, budget, logprobs_by_document)
+                bar.advance(len(part) // 3)
         verdicts = [JudgeVerdict(None, f"{len(prompt)} tokens, and {max_prompt_tokens} have room") for prompt in ids]
         for position, i in enumerate(fitting):
             mark_logprobs = dict(zip(MARKS, logprobs[3 * position : 3 * position + 3], strict=True))
@@ -185,20 +180,16 @@ def read_human_labels(path: str) -> tuple[list[AnswerPair], list[list[Outcome | 
             raise DataError(item.reason, where=str(item.source))
         row, where = item.row, str(item.source)
         texts = {name: row.get(name) for name in ("question", "first", "second")}
-        if missing_columns := [name for name, text in texts.items() if not isinstance(text, str)]:
-            hint = "a labelled pair has question, first, second and human"
-            raise DataError(
-                f"no text in column {missing_columns[0]}", where=where, given=texts[missing_columns[0]], hint=hint
-            )
+        for name, text in texts.items():
+            if not isinstance(text, str):
+                hint = "a labelled pair has question, first, second and human"
+                raise DataError(f"no text in column {name}", where=where, given=text, hint=hint)
         value = row.get("human")
         row_labels = value if isinstance(value, list) else [value]
-        if not any(label is not None for label in row_labels) or any(
-            x is not None and x not in OUTCOMES for x in row_labels
-        ):
+        existing_labels = [label for label in row_labels if label is not None]
+        if not existing_labels or any(label not in OUTCOMES for label in existing_labels):
             raise DataError("not what a person could have said", where=where, given=value, allowed=", ".join(OUTCOMES))
-        optional_fields = {
-            name: str(row[name]) for name in ("context", "expected", "group") if row.get(name) is not None
-        }
-        pairs.append(AnswerPair(**texts, source=where, **optional_fields))  # type: ignore[arg-type]
+        extras = {n: str(row[n]) for n in ("context", "expected", "group") if row.get(n) is not None}
+        pairs.append(AnswerPair(**texts, source=where, **extras))  # type: ignore[arg-type]
         labels.append(row_labels)
     return pairs, labels

@@ -37,25 +37,21 @@ class PromptFormat:
     def turns(self, record: Record) -> tuple[Message, ...]:
         """All turns before the answer: instruction, worked examples, question."""
         # One system turn in front: templates refuse a second one, or one after the examples.
-        question_turns = [m for m in _prompt_turns(record) if m.role != "system"]
         system_parts = [self.instruction, *(m.content for m in record.messages if m.role == "system")]
         system_text = "\n\n".join(text for text in system_parts if text)
         shots = self.nearest_shots(record) if self.nearest_shots else self.shots
-        example_turns = [turn for shot in shots for turn in (*_without_system(shot), shot.messages[-1])]
-        return (*((Message("system", system_text),) if system_text else ()), *example_turns, *question_turns)
+        example_turns = [turn for shot in shots for turn in (*_question_turns(shot), shot.messages[-1])]
+        system_turns = (Message("system", system_text),) if system_text else ()
+        return (*system_turns, *example_turns, *_question_turns(record))
 
 
-def _without_system(record: Record) -> list[Message]:
-    return [m for m in _prompt_turns(record) if m.role != "system"]
-
-
-def _prompt_turns(record: Record) -> list[Message]:
-    """The turns before the answer, with the context in the first question."""
+def _question_turns(record: Record) -> list[Message]:
+    """The turns before the answer without those of the system, with the context in the first question."""
     turns = list(record.messages[:-1])
     if record.context:
         first = next(i for i, m in enumerate(turns) if m.role == "user")
         turns[first] = replace(turns[first], content=with_context(record.context, turns[first].content))
-    return turns
+    return [m for m in turns if m.role != "system"]
 
 
 def choose_shots(train: Sequence[Record], count: int, seed: int, selection: ExampleSelection = "random") -> Shots:
@@ -68,9 +64,7 @@ def choose_shots(train: Sequence[Record], count: int, seed: int, selection: Exam
         return ()
     usable = _usable_records(train, count)
     if selection == "coverage":
-        return tuple(
-            train[int(usable[i])] for i in coverage_shots([query_words(train[int(i)].question) for i in usable], count)
-        )
+        return tuple(train[int(usable[i])] for i in coverage_shots(_words(train, usable), count))
     # a permutation, not a sample: a larger count extends the smaller set
     order = usable[np.random.default_rng([seed, 1]).permutation(len(usable))].tolist()
     shots: dict[int, Record] = {}
@@ -95,7 +89,7 @@ def nearest_shots(train: Sequence[Record], count: int) -> Callable[[Record], Sho
     split has too few rows.
     """
     usable = _usable_records(train, count)
-    index = Bm25Index([query_words(train[int(i)].question) for i in usable])
+    index = Bm25Index(_words(train, usable))
 
     def nearest(record: Record) -> Shots:
         # a stable sort, so that ties do not depend on numpy's algorithm
@@ -122,7 +116,7 @@ def coverage_shots(texts: Sequence[Sequence[str]], count: int) -> list[int]:
     columns = np.array([column for row in rows for column in row], dtype=np.int64)
     # sparse: a dense matrix of 10,000 texts by 30,000 words would take 2.4 GB
     incidence = csr_array((np.ones(len(columns)), columns, ends), shape=(len(rows), max(1, len(word_index))))
-    weights: NDArray[np.float64] = np.bincount(columns, minlength=max(1, len(word_index))).astype(np.float64)
+    weights = incidence.sum(axis=0)
     remaining, available = weights.copy(), np.ones(len(rows), dtype=bool)
     indices: list[int] = []
     for _ in range(min(count, len(rows))):
@@ -137,13 +131,16 @@ def coverage_shots(texts: Sequence[Sequence[str]], count: int) -> list[int]:
     return indices
 
 
+def _words(train: Sequence[Record], rows: NDArray[np.int64]) -> list[list[str]]:
+    """Words of the questions."""
+    return [query_words(train[int(i)].question) for i in rows]
+
+
 def _usable_records(train: Sequence[Record], count: int) -> NDArray[np.int64]:
     distinct = distinct_conversations(train)  # a weighted row is in the split several times
     # an answer labelled as undesirable is no example to follow
     usable: NDArray[np.int64] = distinct[[not train[int(i)].is_undesirable for i in distinct]]
     if len(usable) < count:
-        raise DataError(
-            f"{count} worked examples are wanted and the training split has {len(usable)} rows",
-            where="evaluation.shots",
-        )
+        summary = f"{count} worked examples are wanted and the training split has {len(usable)} rows"
+        raise DataError(summary, where="evaluation.shots")
     return usable

@@ -106,30 +106,21 @@ class Library:
 
         Raises `DataError` when no document has a word.
         """
-        passages_by_key: dict[str, tuple[str, bool]] = {}
-        document_count = empty_count = duplicate_count = 0
+        texts: dict[str, tuple[str, bool]] = {}
+        total = empty = duplicates = 0
         for document in documents:
-            document_count += 1
-            document_passages = [
-                passage
-                for passage in split_passages(document, config.chunk_words, config.overlap)
-                if query_words(passage)
-            ]
-            empty_count += not document_passages
-            for passage in document_passages:
+            total += 1
+            pieces = list(filter(query_words, split_passages(document, config.chunk_words, config.overlap)))
+            empty += not pieces
+            for passage in pieces:
                 # white space apart, or the same passage in two layouts would take two of the top k
                 key = " ".join(passage.split())
-                duplicate_count += key in passages_by_key
-                passages_by_key.setdefault(key, (passage, len(document_passages) > 1))
-        if not passages_by_key:
-            raise DataError("no document has a word to be found by", where=where, given=f"{document_count} documents")
-        notes = {
-            "documents": document_count,
-            "empty_documents": empty_count,
-            "passages": len(passages_by_key),
-            "duplicate_passages": duplicate_count,
-        }
-        passages, is_cut = zip(*passages_by_key.values(), strict=True)
+                duplicates += key in texts
+                texts.setdefault(key, (passage, len(pieces) > 1))
+        if not texts:
+            raise DataError("no document has a word to be found by", where=where, given=f"{total} documents")
+        notes = {"documents": total, "empty_documents": empty, "passages": len(texts), "duplicate_passages": duplicates}
+        passages, is_cut = zip(*texts.values(), strict=True)
         return Library(passages, is_cut, config, notes)
 
     @cached_property
@@ -143,10 +134,8 @@ class Library:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the passages in order."""
-        digest = sha256()
-        for passage in self.passages:
-            digest.update(sha256(passage.encode(errors="surrogatepass")).digest())
-        return digest.hexdigest()
+        digests = (sha256(passage.encode(errors="surrogatepass")).digest() for passage in self.passages)
+        return sha256(b"".join(digests)).hexdigest()
 
     def find(self, question: str) -> list[int]:
         """Indices of the passages for a question, best first; empty if it shares no word with any."""
@@ -154,9 +143,8 @@ class Library:
 
     def with_passages(self, record: Record) -> Record:
         """The record with the passages for its question, best first, as its context."""
-        if not record.messages:  # plain text asks nothing
-            return record
-        return replace(record, context=self._passages(record.question))
+        # plain text asks nothing
+        return replace(record, context=self._passages(record.question)) if record.messages else record
 
     def prepend_passages(self, question: str) -> str:
         """A question with its passages before it, rendered like a record with that context."""
@@ -183,12 +171,10 @@ class Library:
             start_time = time.perf_counter()
             passage_ids = self.find(record.question)
             seconds += time.perf_counter() - start_time
-            context = _normalize_spaces(query_words(record.context or ""))
+            context, answer = (_normalize_spaces(query_words(t)) for t in (record.context or "", expected_text(record)))
             by_context += bool(context)
             without_passages += not passage_ids
-            hits.append(
-                any(self._hit(i, context, _normalize_spaces(query_words(expected_text(record)))) for i in passage_ids)
-            )
+            hits.append(any(self._hit(i, context, answer) for i in passage_ids))
         clusters = [record.group if record.group is not None else str(record.source) for record in records]
         return {
             "hit_rate": score_interval([float(hit) for hit in hits], clusters, binary=True).to_json(),
@@ -257,11 +243,9 @@ def row_contexts(parts: Iterable[Iterable[Record]]) -> list[str]:
     """The distinct contexts of a run's own rows, in order. Raises `DataError` if no row has one."""
     contexts = dict.fromkeys(r.context for part in parts for r in part if r.context and not r.context.isspace())
     if not contexts:
-        raise DataError(
-            "there is nothing to retrieve from: no row has a context",
-            where="evaluation.retrieve.documents",
-            hint="name a folder or a file of documents",
-        )
+        summary = "there is nothing to retrieve from: no row has a context"
+        hint = "name a folder or a file of documents"
+        raise DataError(summary, where="evaluation.retrieve.documents", hint=hint)
     return list(contexts)
 
 

@@ -84,8 +84,7 @@ def score_reward_model(
 ) -> RewardModelHealth:
     """Score held-out answers, grouped by row, and assess the scores."""
     differences, length_differences, clusters = [], [], []
-    scores: list[float] = []
-    lengths: list[int] = []
+    scores, lengths = list[float](), list[int]()
     share_prefixes = not has_flat_kernel(policy.device)
     # in slices: a preference set may be larger than memory
     batches = pack_lazily(examples, budget, share_prefixes=share_prefixes, device=policy.device)
@@ -103,27 +102,21 @@ def score_reward_model(
 
 
 def reward_model_health(
-    differences: ArrayLike,
-    length_differences: ArrayLike,
-    clusters: Sequence[str],
-    scores: ArrayLike,
-    lengths: ArrayLike,
+    differences: ArrayLike, length_differences: ArrayLike, clusters: list[str], scores: ArrayLike, lengths: ArrayLike
 ) -> RewardModelHealth:
     """Health from score and length differences of pairs [P], better minus other, and all scores and lengths [D]."""
     d, n, r, t = (np.asarray(x, dtype=np.float64) for x in (differences, length_differences, scores, lengths))
-    correct = _correct_shares(d)
-    accuracy = score_interval(correct, clusters, binary=bool(np.isin(correct, (0.0, 1.0)).all()))
+    accuracy = score_interval(_correct_shares(d), clusters)
     spread = float(r.std())
     # one NaN makes every statistic NaN; the verdict below names it
     is_finite = bool(np.isfinite(r).all())
     # spearmanr warns and returns NaN for constant input
     varies = is_finite and spread > MIN_SPREAD and float(t.std()) > 0
     length_correlation = float(spearmanr(r, t).statistic) if varies else 0.0
-    accuracy_by_length = float(_correct_shares(n).mean())
-    verdict, reason = _verdict(accuracy, accuracy_by_length, length_correlation, spread if is_finite else float("nan"))
-    return RewardModelHealth(
-        len(d), accuracy, accuracy_by_length, calibration_error(d), length_correlation, spread, verdict, reason
-    )
+    longer = float(_correct_shares(n).mean())
+    verdict, reason = _verdict(accuracy, longer, length_correlation, spread if is_finite else float("nan"))
+    error = calibration_error(d)
+    return RewardModelHealth(len(d), accuracy, longer, error, length_correlation, spread, verdict, reason)
 
 
 def calibration_error(differences: NDArray[np.float64]) -> float:
@@ -151,11 +144,8 @@ def _verdict(
     if accuracy.low <= 0.5:
         return "unproven", f"these pairs do not tell it from guessing: accuracy {accuracy.mean:.2f}"
     # in both directions: a model may also prefer the shorter answer
-    if abs(length_correlation) > LENGTH_CORRELATION_LIMIT and accuracy.low <= max(
-        accuracy_by_length, 1.0 - accuracy_by_length
-    ):
-        return (
-            "length",
-            f"it mostly measures length (rank correlation {length_correlation:+.2f}), and is no better than that",
-        )
+    by_length = max(accuracy_by_length, 1.0 - accuracy_by_length)
+    if abs(length_correlation) > LENGTH_CORRELATION_LIMIT and accuracy.low <= by_length:
+        correlation = f"rank correlation {length_correlation:+.2f}"
+        return "length", f"it mostly measures length ({correlation}), and is no better than that"
     return "healthy", "better than guessing beyond doubt"

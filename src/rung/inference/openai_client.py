@@ -9,10 +9,11 @@ synchronous, and a few dozen requests need no more. `commands.generate` and `com
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import islice
 from typing import Any
 
 from rung.errors import CheckpointError, ConfigError, PlanError
@@ -96,12 +97,11 @@ def ask_server(
     with ThreadPoolExecutor(server.concurrency) as pool:
         try:
             # a bounded queue instead of submitting all: memory, and a stop that does not wait for thousands
-            while _submit_next(
-                in_flight,
-                unanswered,
-                lambda n: pool.submit(ask_one, requests[n]),
-                QUEUED_PER_WORKER * server.concurrency,
-            ):
+            while True:
+                for number in islice(unanswered, QUEUED_PER_WORKER * server.concurrency - len(in_flight)):
+                    in_flight[pool.submit(ask_one, requests[number])] = number
+                if not in_flight:
+                    break
                 for future in wait(in_flight, return_when=FIRST_COMPLETED).done:
                     record_result(future)
         except BaseException:
@@ -117,21 +117,12 @@ class _RefusedError(Exception):
     """The server rejects one request for good; others may succeed."""
 
 
-def _submit_next(
-    in_flight: dict[Future[list[ServerAnswer]], int],
-    unanswered: Iterator[int],
-    submit: Callable[[int], Future[list[ServerAnswer]]],
-    limit: int,
-) -> bool:
-    """Submit requests up to the limit; return whether any is in flight."""
-    while len(in_flight) < limit and (number := next(unanswered, None)) is not None:
-        in_flight[submit(number)] = number
-    return bool(in_flight)
-
-
 def _make_client(server: Server) -> Callable[[ChatRequest], list[ServerAnswer]]:
     """A function that sends one request, with one client for all threads."""
-    openai = _require_openai()
+    try:
+        openai: Any = import_module("openai")
+    except ImportError as error:
+        raise PlanError("asking a server needs its client", given="http", hint="pip install 'rung[remote]'") from error
     # local servers need no key, but the client refuses to start without one
     key = next((os.environ[name] for name in API_KEY_VARIABLES if os.environ.get(name)), "none")
     client = openai.OpenAI(base_url=server.url, api_key=key, max_retries=server.retries, timeout=server.timeout)
@@ -142,9 +133,8 @@ def _make_client(server: Server) -> Callable[[ChatRequest], list[ServerAnswer]]:
 
     def ask_one(request: ChatRequest) -> list[ServerAnswer]:
         try:
-            answer = client.chat.completions.create(
-                model=server.model, messages=list(request.messages), **request.settings
-            )
+            messages = list(request.messages)
+            answer = client.chat.completions.create(model=server.model, messages=messages, **request.settings)
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             summary = f"the server refuses the key in {' or '.join(API_KEY_VARIABLES)}: {clean(error)}"
             raise ConfigError(summary, where=server.url) from None
@@ -168,13 +158,4 @@ def _parse_answer(answer: Any, expected_count: int) -> list[ServerAnswer]:
     texts = [getattr(choice.message, "content", None) for choice in choices if getattr(choice, "message", None)]
     if len(texts) != expected_count or any(text is None for text in texts):
         raise _RefusedError(f"{len(texts)} answers where {expected_count} were asked for, or one without text")
-    return [
-        ServerAnswer(str(text), choice.finish_reason == "stop") for text, choice in zip(texts, choices, strict=True)
-    ]
-
-
-def _require_openai() -> Any:
-    try:
-        return import_module("openai")
-    except ImportError as error:
-        raise PlanError("asking a server needs its client", given="http", hint="pip install 'rung[remote]'") from error
+    return [ServerAnswer(str(text), c.finish_reason == "stop") for text, c in zip(texts, choices, strict=True)]

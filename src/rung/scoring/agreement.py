@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from rung.scoring.significance import Floats
+from rung.scoring.significance import Floats, batch_sizes
 from rung.scoring.stats import SAMPLES, TINY, Clusters, Interval, cluster_sums, expanded_percentiles, wilson
 
 Label = Hashable | None
@@ -24,12 +24,12 @@ CountTable = NDArray[np.float64]
 """[..., K, K]: how often label c occurred together with label k, summed over items."""
 
 
-def percent_agreement(ratings: Ratings, clusters: Clusters = None, seed: int = 0) -> Interval:
+def percent_agreement(ratings: Ratings, clusters: Clusters = None) -> Interval:
     """Share of pairs of raters with the same label, of all pairs that rated an item, each pair counting once."""
-    return _interval(_pair_counts(ratings), clusters, seed, lambda table: np.zeros(table.shape[:-2]))
+    return _interval(_pair_counts(ratings), clusters, lambda table: np.zeros(table.shape[:-2]))
 
 
-def cohen_kappa(first: Sequence[Label], second: Sequence[Label], clusters: Clusters = None, seed: int = 0) -> Interval:
+def cohen_kappa(first: Sequence[Label], second: Sequence[Label], clusters: Clusters = None) -> Interval:
     """Cohen's kappa of two raters (Cohen 1960, eq. 1): (p_o - p_e) / (1 - p_e), chance from each rater's own shares.
 
     Items without a label by one of them are ignored. 20 yes-yes, 15 no-no, 5 and 10 disagreements give 0.4. NaN where
@@ -45,13 +45,12 @@ def cohen_kappa(first: Sequence[Label], second: Sequence[Label], clusters: Clust
     tables[np.arange(len(tables)), codes[both_rated, 0], codes[both_rated, 1]] = 1.0
 
     def chance(table: CountTable) -> Floats:
-        expected: Floats = (table.sum(axis=-1) * table.sum(axis=-2)).sum(axis=-1)
-        return np.asarray(expected / table.sum(axis=(-1, -2)) ** 2)
+        return np.asarray((table.sum(axis=-1) * table.sum(axis=-2)).sum(axis=-1) / table.sum(axis=(-1, -2)) ** 2)
 
-    return _interval(tables, _filter_clusters(clusters, both_rated), seed, chance)
+    return _interval(tables, _filter_clusters(clusters, both_rated), chance)
 
 
-def fleiss_kappa(ratings: Ratings, clusters: Clusters = None, seed: int = 0) -> Interval:
+def fleiss_kappa(ratings: Ratings, clusters: Clusters = None) -> Interval:
     """Fleiss' kappa of several raters (Fleiss 1971, eqs. 1-7), chance from the label shares of all raters together.
 
     Every item needs the same number of ratings, by any raters. Raises ValueError otherwise.
@@ -64,10 +63,10 @@ def fleiss_kappa(ratings: Ratings, clusters: Clusters = None, seed: int = 0) -> 
         shares: Floats = table.sum(axis=-1) / table.sum(axis=(-1, -2))[..., None]
         return np.asarray((shares**2).sum(axis=-1))
 
-    return _interval(_pair_counts(ratings), clusters, seed, chance)
+    return _interval(_pair_counts(ratings), clusters, chance)
 
 
-def krippendorff_alpha(ratings: Ratings, clusters: Clusters = None, seed: int = 0) -> Interval:
+def krippendorff_alpha(ratings: Ratings, clusters: Clusters = None) -> Interval:
     """Krippendorff's alpha for labels without an order (Krippendorff 2011, "Computing", part C): 1 - D_o / D_e.
 
     Ratings may be missing; an item with one rating is ignored. D_e is chance without replacement, so alpha exceeds
@@ -82,7 +81,7 @@ def krippendorff_alpha(ratings: Ratings, clusters: Clusters = None, seed: int = 
     # Coincidences: an item with m ratings counts m of them, spread over its m (m - 1) ordered pairs.
     tables = _pair_counts(ratings)
     m = np.array([sum(label is not None for label in item) for item in ratings], dtype=np.float64)
-    return _interval(tables / np.maximum(m - 1.0, 1.0)[:, None, None], clusters, seed, chance)
+    return _interval(tables / np.maximum(m - 1.0, 1.0)[:, None, None], clusters, chance)
 
 
 def _chance_corrected(agreement: Floats | float, chance: Floats | float) -> Floats:
@@ -95,7 +94,7 @@ def _agreement_share(table: CountTable) -> Floats:
     return np.asarray(np.trace(table, axis1=-2, axis2=-1) / table.sum(axis=(-1, -2)))
 
 
-def _interval(tables: CountTable, clusters: Clusters, seed: int, chance: Callable[[CountTable], Floats]) -> Interval:
+def _interval(tables: CountTable, clusters: Clusters, chance: Callable[[CountTable], Floats]) -> Interval:
     """Chance-corrected agreement of all items with its interval, clusters resampled.
 
     If the replicates have no spread (all agree) the interval is Wilson's for the raw agreement on the number of
@@ -117,24 +116,17 @@ def _interval(tables: CountTable, clusters: Clusters, seed: int, chance: Callabl
         floor = wilson(min(agreement, 1.0) * c, c)
         low, high = (float(_chance_corrected(bound, chance_agreement)) for bound in (floor.low, floor.high))
         return Interval(value, low, high, n, c, "wilson floor")
-    rng, values, agreements = np.random.default_rng(seed), [], []
-    # in slices of two million numbers, so that memory stays at tens of megabytes
-    for rows in _slices(SAMPLES, max(1, 2_000_000 // c)):
+    rng, values, agreements = np.random.default_rng(0), [], []
+    for rows in batch_sizes(SAMPLES, c):
         resampled_tables = (rng.multinomial(c, np.full(c, 1.0 / c), size=rows) @ sums).reshape(rows, k, k)
         agreements.append(_agreement_share(resampled_tables))
         values.append(np.nan_to_num(_chance_corrected(agreements[-1], chance(resampled_tables)), nan=0.0))
     replicates, method = np.concatenate(values), "cluster bootstrap"
     if np.ptp(replicates) < TINY:  # a rater with one label for everything has kappa 0 in every resample
-        replicates, method = (
-            _chance_corrected(np.concatenate(agreements), chance_agreement),
-            "cluster bootstrap, chance as it was",
-        )
+        replicates = _chance_corrected(np.concatenate(agreements), chance_agreement)
+        method = "cluster bootstrap, chance as it was"
     low, high = expanded_percentiles(replicates, c)
     return Interval(value, low, high, n, c, method)
-
-
-def _slices(total: int, size: int) -> list[int]:
-    return [min(size, total - start) for start in range(0, total, size)]
 
 
 def _pair_counts(ratings: Ratings) -> CountTable:
@@ -155,8 +147,8 @@ def _codes(ratings: Ratings) -> NDArray[np.intp]:
     """Labels as integers in the order of occurrence, -1 for missing, [items, raters]."""
     if len(ratings) == 0 or len({len(item) for item in ratings}) != 1:
         raise ValueError("ratings are one list an item, each with an entry a rater (None for nothing said)")
-    code_of_label: dict[Hashable, int] = {}
-    rows = [[-1 if x is None else code_of_label.setdefault(x, len(code_of_label)) for x in item] for item in ratings]
+    codes: dict[Hashable, int] = {}
+    rows = [[-1 if x is None else codes.setdefault(x, len(codes)) for x in item] for item in ratings]
     return np.array(rows, dtype=np.intp).reshape(len(rows), -1)
 
 

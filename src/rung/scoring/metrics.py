@@ -104,14 +104,11 @@ class Quantity:
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One row of `METRICS`."""
+    """One row of `METRICS`; higher scores are better."""
 
-    name: str
     function: Callable[[str, str], float]
     binary: bool
     """Only 0 and 1 occur, so Wilson's interval and McNemar's test apply."""
-    higher_is_better: bool
-    doc: str
 
 
 def exact(answer: str, expected: str) -> float:
@@ -259,13 +256,7 @@ def _rouge_scorer() -> Any:
 
 
 METRICS: dict[str, Metric] = {
-    name: Metric(name, function, binary, True, (function.__doc__ or "").split("\n", 1)[0])
-    for name, function, binary in (
-        ("exact", exact, True),
-        ("normalized", normalized, True),
-        ("numeric", numeric, True),
-        ("token_f1", token_f1, False),
-        ("rouge_l", rouge_l, False),
-    )
+    **{function.__name__: Metric(function, binary=True) for function in (exact, normalized, numeric)},
+    **{function.__name__: Metric(function, binary=False) for function in (token_f1, rouge_l)},
 }
 """All metrics that compare two texts. Perplexity does not: see `stats.ratio_interval`."""

@@ -8,15 +8,16 @@ scored. Pure functions of verdicts, used by `commands.judge` and `commands.compa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
+from itertools import compress, zip_longest
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rung.scoring.agreement import Label, cohen_kappa, krippendorff_alpha, percent_agreement
-from rung.scoring.significance import Floats
-from rung.scoring.stats import Clusters, Interval, expanded_percentiles, score_interval
+from rung.scoring.significance import Floats, batch_sizes
+from rung.scoring.stats import Clusters, Interval, expanded_percentiles, jsonable, score_interval
 
 Outcome = Literal["first", "second", "tie"]
 OUTCOMES: tuple[Outcome, ...] = ("first", "second", "tie")
@@ -71,7 +72,7 @@ class Preference:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return _plain_values(self)
+        return jsonable(asdict(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ class JudgeAgreement:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return _plain_values(self)
+        return jsonable(asdict(self))
 
 
 def summarize_preferences(
@@ -109,9 +110,8 @@ def summarize_preferences(
     length_differences = sizes[readable, 0] - sizes[readable, 1]
     # ties and equal lengths say nothing about a preference for length
     decided = (values != 0.5) & (length_differences != 0)
-    first_preferences = [
-        (s, c) for i, c in zip(readable, readable_clusters, strict=True) for s in _prefers_shown_first(verdicts[i])
-    ]
+    longer = (length_differences > 0) == (values == 1.0)
+    shown_first = [(s, clusters[i]) for i in readable for s in _prefers_shown_first(verdicts[i])]
     agreements = [float(verdicts[i].first_shown_first == verdicts[i].second_shown_first) for i in readable]
     means = sizes.mean(axis=0) if len(sizes) else np.zeros(2)
     return Preference(
@@ -123,19 +123,13 @@ def summarize_preferences(
         win_rate=_rate(values, readable_clusters, seed),
         length_controlled=length_controlled(values, length_differences, readable_clusters, seed) if readable else None,
         consistent=_rate(agreements, readable_clusters, seed),
-        shown_first=_rate([s for s, _ in first_preferences], [c for _, c in first_preferences], seed),
-        longer=_rate(
-            ((length_differences > 0) == (values == 1.0))[decided].astype(np.float64),
-            [c for c, keep in zip(readable_clusters, decided.tolist(), strict=True) if keep],
-            seed,
-        ),
+        shown_first=_rate([s for s, _ in shown_first], [c for _, c in shown_first], seed),
+        longer=_rate(longer[decided], list(compress(readable_clusters, decided)), seed),
         characters=(float(means[0]), float(means[1])),
     )
 
 
-def length_controlled(
-    outcomes: ArrayLike, length_differences: ArrayLike, clusters: Clusters, seed: int = 0
-) -> Interval:
+def length_controlled(outcomes: ArrayLike, differences: ArrayLike, clusters: Clusters, seed: int = 0) -> Interval:
     """Win rate of two answers of one length (Dubois et al. 2024, arXiv 2404.04475, without instruction difficulty).
 
     Logistic regression of outcomes [P] (1, 0.5, 0) on tanh((difference of lengths) / (its standard deviation)); the
@@ -143,23 +137,22 @@ def length_controlled(
     an error of predicted preferences leaves out. Where all outcomes or all lengths are the same, length explains
     nothing and the raw rate is returned.
     """
-    y, d = np.asarray(outcomes, dtype=np.float64), np.asarray(length_differences, dtype=np.float64)
+    y, d = np.asarray(outcomes, dtype=np.float64), np.asarray(differences, dtype=np.float64)
     if len(y) != len(d) or len(y) == 0:
         raise ValueError(f"{len(y)} outcomes and {len(d)} differences of length")
     # equal lengths cannot be standardized, and equal outcomes would leave the rate to the ridge penalty
     if np.ptp(y) == 0 or np.ptp(d) == 0:
-        return score_interval(y, clusters, binary=bool(np.isin(y, (0.0, 1.0)).all()), seed=seed)
+        return score_interval(y, clusters, seed=seed)
     # tanh: an extreme difference of length must not dominate the fit
     x = np.tanh(d / d.std(ddof=1))
-    cluster_index = (
-        np.arange(len(y)) if clusters is None else np.unique([str(c) for c in clusters], return_inverse=True)[1]
-    )
+    cluster_index = np.arange(len(y))
+    if clusters is not None:
+        cluster_index = np.unique([str(c) for c in clusters], return_inverse=True)[1]
     c = int(cluster_index.max()) + 1
     rng, rates = np.random.default_rng(seed), []
-    rows = max(1, 1_000_000 // len(y))
-    for start in range(0, REFITS, rows):
+    for rows in batch_sizes(REFITS, len(y), 1_000_000):
         # counts per cluster as weights: all fits of a slice run as one batch
-        cluster_counts = rng.multinomial(c, np.full(c, 1.0 / c), size=min(rows, REFITS - start))
+        cluster_counts = rng.multinomial(c, np.full(c, 1.0 / c), size=rows)
         rates.append(_sigmoid(fit_logistic(x, y, cluster_counts[:, cluster_index].astype(np.float64))[:, 0]))
     rate = float(_sigmoid(fit_logistic(x, y, np.ones((1, len(y))))[0, 0]))
     # one cluster cannot be resampled, so nothing is known but that a rate lies in [0, 1]
@@ -196,30 +189,20 @@ def check_judge(
     undecided = sum(m is None for m in majorities)
     unreadable = sum(v.outcome is None for v in verdicts)
     if not usable:
-        return JudgeAgreement(
-            False, "none of the labelled pairs has both a majority and a verdict", 0, unreadable, undecided
-        )
+        summary = "none of the labelled pairs has both a majority and a verdict"
+        return JudgeAgreement(False, summary, 0, unreadable, undecided)
     label_pairs = [(verdicts[i].outcome, majorities[i]) for i in usable]
     usable_clusters = [clusters[i] for i in usable]
     kappa = cohen_kappa([a for a, _ in label_pairs], [b for _, b in label_pairs], usable_clusters)
     several_raters = max(len([x for x in labels if x is not None]) for labels in people) > 1
-    width = max(map(len, people))
-    padded = [[*labels, *[None] * (width - len(labels))] for labels in people]
+    padded = list(zip(*zip_longest(*people), strict=True))
     alpha = krippendorff_alpha(padded, clusters) if several_raters else None
     # the lower end, so that a few labels cannot make a judge trusted by luck
     trusted = kappa.low >= min_kappa
     reason = f"kappa with people {kappa.mean:.2f} [{kappa.low:.2f}, {kappa.high:.2f}] on {len(usable)} labelled pairs"
     reason += "" if trusted else f": its lower end does not reach {min_kappa:g}"
-    return JudgeAgreement(
-        trusted,
-        reason,
-        len(usable),
-        unreadable,
-        undecided,
-        kappa,
-        percent_agreement(label_pairs, usable_clusters),
-        alpha,
-    )
+    agreement = percent_agreement(label_pairs, usable_clusters)
+    return JudgeAgreement(trusted, reason, len(usable), unreadable, undecided, kappa, agreement, alpha)
 
 
 def majority(labels: Sequence[Label]) -> Label:
@@ -230,24 +213,14 @@ def majority(labels: Sequence[Label]) -> Label:
 
 def _prefers_shown_first(verdicts: PairVerdicts) -> list[float]:
     """1 for each verdict for the answer shown first, 0 for each verdict for the other."""
-    preferences = []
-    for verdict, shown_first in ((verdicts.first_shown_first, "first"), (verdicts.second_shown_first, "second")):
-        if verdict is not None and verdict != "tie":
-            preferences.append(float(verdict == shown_first))
-    return preferences
+    answers_in_front = ((verdicts.first_shown_first, "first"), (verdicts.second_shown_first, "second"))
+    return [float(verdict == first) for verdict, first in answers_in_front if verdict not in (None, "tie")]
 
 
 def _rate(values: ArrayLike, clusters: Sequence[str], seed: int) -> Interval | None:
     shares = np.asarray(values, dtype=np.float64)
-    if not len(shares):
-        return None
-    return score_interval(shares, clusters, binary=bool(np.isin(shares, (0.0, 1.0)).all()), seed=seed)
+    return score_interval(shares, clusters, seed=seed) if len(shares) else None
 
 
 def _sigmoid(z: Floats) -> NDArray[np.float64]:
     return np.asarray(0.5 * (1.0 + np.tanh(0.5 * z)))
-
-
-def _plain_values(result: Preference | JudgeAgreement) -> dict[str, Any]:
-    values = {field.name: getattr(result, field.name) for field in fields(result)}
-    return {name: value.to_json() if isinstance(value, Interval) else value for name, value in values.items()}

@@ -10,27 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special  # type: ignore[import-untyped,unused-ignore]
 
+from rung.scoring import stats
 from rung.scoring.significance import Floats, holm
-from rung.scoring.stats import (
-    ALPHA,
-    Clusters,
-    Difference,
-    Interval,
-    Z,
-    clustered_error,
-    detectable_difference,
-    examples_needed,
-    is_binary,
-    paired_difference,
-    score_interval,
-    sign_flip_p_value,
-)
+from rung.scoring.stats import Clusters, Difference, Interval, Weights
 
 Reason = Literal["best", "reaches target", "within margin", "worse", "cannot tell"]
 Estimate = TypeVar("Estimate", Interval, Difference)
@@ -53,6 +42,10 @@ class RungVerdict:
         """True if no higher rung is needed."""
         return self.reason not in ("worse", "cannot tell")
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain objects."""
+        return {**stats.jsonable(asdict(self)), "enough": self.enough}
+
 
 @dataclass(frozen=True, slots=True)
 class LadderStep:
@@ -70,11 +63,11 @@ class LadderStep:
     @property
     def differs(self) -> bool:
         """True if the difference is significant after correction for all steps."""
-        return self.p_holm <= ALPHA
+        return self.p_holm <= stats.ALPHA
 
     def to_json(self) -> dict[str, Any]:
         """Plain objects."""
-        return {**asdict(self), "difference": self.difference.to_json(), "differs": self.differs}
+        return {**stats.jsonable(asdict(self)), "differs": self.differs}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +87,8 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """Plain objects, for `climb --json`."""
-        rungs = [
-            {**asdict(r), "score": r.score.to_json(), "difference": r.difference.to_json(), "enough": r.enough}
-            for r in self.rungs
-        ]
-        return {**asdict(self), "rungs": rungs, "steps": [step.to_json() for step in self.steps]}
+        rungs, steps = [r.to_json() for r in self.rungs], [step.to_json() for step in self.steps]
+        return {**asdict(self), "rungs": rungs, "steps": steps}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +108,7 @@ def recommend(
     target: float | None = None,
     *,
     clusters: Clusters = None,
-    weights: ArrayLike | None = None,
+    weights: Weights = None,
     in_nats: bool = False,
     seed: int = 0,
 ) -> Verdict:
@@ -144,7 +134,7 @@ def recommend(
     best = max(measured_rungs, key=lambda m: sign * m.score.mean)
     rung_verdicts = []
     for rung in measured_rungs:
-        difference = paired_difference(best.items, rung.items, clusters, seed, weights=weights)
+        difference = stats.paired_difference(best.items, rung.items, clusters, seed, weights=weights)
         if rung is best:
             # the best minus itself is exactly zero: no bound for small samples applies
             difference = replace(difference, low=0.0, high=0.0, method="identity", p_value=None)
@@ -155,7 +145,7 @@ def recommend(
         if reason == "cannot tell":
             gain = sign * (rung.items - best.items)
             seed_variance = rung.seed_variance + best.seed_variance
-            item_count = examples_needed(gain, margin, clusters, weights=weights, seed_variance=seed_variance)
+            item_count = stats.examples_needed(gain, margin, clusters, weights=weights, seed_variance=seed_variance)
             # more than there are: this many were not enough
             item_count = item_count and _round_up(max(item_count, len(gain) + 1))
         rung_verdicts.append(RungVerdict(rung.name, rung.score, difference, reason, item_count))
@@ -164,20 +154,13 @@ def recommend(
     return replace(verdict, steps=steps, text=f"{verdict.text}{_steps_without_difference(steps, in_nats)}")
 
 
-def rung_score(
-    table: ArrayLike, clusters: Clusters = None, *, weights: ArrayLike | None = None, seed: int = 0
-) -> Interval:
+def rung_score(table: ArrayLike, clusters: Clusters = None, *, weights: Weights = None, seed: int = 0) -> Interval:
     """Score of one rung from [items] or [training seeds, items], with the variance between seeds."""
     return _measure("", table, clusters, weights, seed).score
 
 
 def paired_gain(
-    lower: ArrayLike,
-    upper: ArrayLike,
-    clusters: Clusters = None,
-    *,
-    weights: ArrayLike | None = None,
-    seed: int = 0,
+    lower: ArrayLike, upper: ArrayLike, clusters: Clusters = None, *, weights: Weights = None, seed: int = 0
 ) -> Difference:
     """Paired difference of two rungs, upper minus lower, the spread between training seeds included, with its p-value.
 
@@ -188,39 +171,30 @@ def paired_gain(
     return _gain(first, second, clusters, weights, seed)
 
 
-def _gain(
-    first: _MeasuredRung, second: _MeasuredRung, clusters: Clusters, weights: ArrayLike | None, seed: int
-) -> Difference:
-    difference = paired_difference(first.items, second.items, clusters, seed, weights=weights)
+def _gain(first: _MeasuredRung, second: _MeasuredRung, clusters: Clusters, weights: Weights, seed: int) -> Difference:
+    difference = stats.paired_difference(first.items, second.items, clusters, seed, weights=weights)
     seed_variance = first.seed_variance + second.seed_variance
     # exact where possible; flipping signs cannot represent the variance between seeds
     if seed_variance == 0.0:
-        p = sign_flip_p_value(first.items, second.items, clusters, weights=weights, seed=seed)
+        p = stats.sign_flip_p_value(first.items, second.items, clusters, weights=weights, seed=seed)
     else:
-        total = clustered_error(second.items - first.items, clusters, weights=weights) ** 2 + seed_variance
-        p = 2 * float(
-            special.stdtr(_degrees_of_freedom(total, first, second), -abs(difference.mean) / math.sqrt(total))
-        )
+        total = stats.clustered_error(second.items - first.items, clusters, weights=weights) ** 2 + seed_variance
+        t = abs(difference.mean) / math.sqrt(total)
+        p = 2 * float(special.stdtr(_degrees_of_freedom(total, first, second), -t))
     return replace(_with_seed_variance(difference, first, second), p_value=p)
 
 
-def _steps(
-    rungs: Sequence[_MeasuredRung], clusters: Clusters, weights: ArrayLike | None, seed: int
-) -> tuple[LadderStep, ...]:
-    pairs = list(zip(rungs, rungs[1:], strict=False))
+def _steps(rungs: Sequence[_MeasuredRung], clusters: Clusters, weights: Weights, seed: int) -> tuple[LadderStep, ...]:
+    pairs = list(pairwise(rungs))
     gains = [_gain(first, second, clusters, weights, seed) for first, second in pairs]
     corrected = holm([gain.p_value for gain in gains if gain.p_value is not None])
-    return tuple(
-        LadderStep(first.name, second.name, gain, p, _detectable(first, second, clusters, weights))
-        for (first, second), gain, p in zip(pairs, gains, corrected, strict=True)
-    )
-
-
-def _detectable(
-    first: _MeasuredRung, second: _MeasuredRung, clusters: Clusters, weights: ArrayLike | None
-) -> float | None:
-    seed_variance = first.seed_variance + second.seed_variance
-    return detectable_difference(second.items - first.items, clusters, weights=weights, seed_variance=seed_variance)
+    steps = []
+    for (first, second), gain, p in zip(pairs, gains, corrected, strict=True):
+        variance = first.seed_variance + second.seed_variance
+        items = second.items - first.items
+        detectable = stats.detectable_difference(items, clusters, weights=weights, seed_variance=variance)
+        steps.append(LadderStep(first.name, second.name, gain, p, detectable))
+    return tuple(steps)
 
 
 def _steps_without_difference(steps: Sequence[LadderStep], in_nats: bool) -> str:
@@ -228,23 +202,21 @@ def _steps_without_difference(steps: Sequence[LadderStep], in_nats: bool) -> str
     descriptions = []
     for step in steps:
         if not step.differs:
-            detectable = step.detectable
-            size = (
-                "unknown" if detectable is None else f"{math.expm1(detectable):.1%}" if in_nats else f"{detectable:.2g}"
-            )
-            descriptions.append(
-                f"{step.upper} and {step.lower} (p = {step.p_holm:.2g}, smallest that would show: {size})"
-            )
+            size = "unknown"
+            if step.detectable is not None:
+                size = f"{math.expm1(step.detectable):.1%}" if in_nats else f"{step.detectable:.2g}"
+            facts = f"p = {step.p_holm:.2g}, smallest that would show: {size}"
+            descriptions.append(f"{step.upper} and {step.lower} ({facts})")
     return f" No sure difference between {'; between '.join(descriptions)}." if descriptions else ""
 
 
-def _measure(name: str, scores: ArrayLike, clusters: Clusters, weights: ArrayLike | None, seed: int) -> _MeasuredRung:
+def _measure(name: str, scores: ArrayLike, clusters: Clusters, weights: Weights, seed: int) -> _MeasuredRung:
     table = np.atleast_2d(np.asarray(scores, dtype=np.float64))
     seeds, items = len(table), table.mean(axis=0)
     # weighted as the score itself, or seeds would scatter around another mean
     means = np.average(table, axis=1, weights=None if weights is None else np.asarray(weights, dtype=np.float64))
     variance = float(means.var(ddof=1)) / seeds if seeds > 1 else 0.0
-    score = score_interval(items, clusters, binary=is_binary(items), weights=weights, seed=seed)
+    score = stats.score_interval(items, clusters, weights=weights, seed=seed)
     rung = _MeasuredRung(name, items, variance, seeds, score)
     return replace(rung, score=_with_seed_variance(score, rung))
 
@@ -260,15 +232,12 @@ def _with_seed_variance(estimate: Estimate, *sources: _MeasuredRung) -> Estimate
     # an infinite interval cannot be widened
     if seed_variance == 0.0 or not math.isfinite(estimate.high - estimate.low):
         return estimate
-    total = ((estimate.high - estimate.low) / 2 / Z) ** 2 + seed_variance
-    stretch = float(special.stdtrit(_degrees_of_freedom(total, *sources), 1 - ALPHA / 2)) / Z
+    total = ((estimate.high - estimate.low) / 2 / stats.Z) ** 2 + seed_variance
+    stretch = float(special.stdtrit(_degrees_of_freedom(total, *sources), 1 - stats.ALPHA / 2)) / stats.Z
+    mean, seed_half = estimate.mean, stats.Z * math.sqrt(seed_variance)
     # each side on its own: bootstrap intervals are not symmetric
-    lower_half, upper_half = (
-        stretch * math.hypot(side, Z * math.sqrt(seed_variance))
-        for side in (estimate.mean - estimate.low, estimate.high - estimate.mean)
-    )
-    method = f"{estimate.method} and training seeds"
-    return replace(estimate, low=estimate.mean - lower_half, high=estimate.mean + upper_half, method=method)
+    left, right = (stretch * math.hypot(side, seed_half) for side in (mean - estimate.low, estimate.high - mean))
+    return replace(estimate, low=mean - left, high=mean + right, method=f"{estimate.method} and training seeds")
 
 
 def _degrees_of_freedom(total: float, *sources: _MeasuredRung) -> float:
@@ -304,9 +273,9 @@ def _conclude(rungs: tuple[RungVerdict, ...], best: str, margin: float, target: 
         return Verdict(None, None, best, rungs, None, text)
     safe_index = next(i for i, r in enumerate(rungs) if r.enough)  # exists: the best rung is always enough
     safe, undecided = rungs[safe_index], [r for r in rungs[:safe_index] if r.reason == "cannot tell"]
+    lower_text = f" and every lower one is worse by more than {margin_text}" if safe_index else ""
     reasons = {
-        "best": "no rung scores higher"
-        + (f" and every lower one is worse by more than {margin_text}" if safe_index else ""),
+        "best": f"no rung scores higher{lower_text}",
         "reaches target": f"its interval lies at or beyond the target {target_text}",
         "within margin": f"it is not worse than {best} by more than {margin_text}",
     }

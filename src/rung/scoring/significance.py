@@ -74,13 +74,18 @@ def _integer_p_value(sizes: NDArray[np.int64], threshold: float) -> float | None
 
 
 def _sampled_p_value(sizes: Floats, threshold: float, seed: int) -> float:
-    rng, rows, extreme_count = np.random.default_rng(seed), max(1, 2_000_000 // len(sizes)), 0
-    # in slices of two million signs, so that memory stays at tens of megabytes
-    for start in range(0, RANDOM_FLIPS, rows):
-        signs = rng.integers(2, size=(min(rows, RANDOM_FLIPS - start), len(sizes)), dtype=np.int8) * 2.0 - 1.0
+    rng, extreme_count = np.random.default_rng(seed), 0
+    for rows in batch_sizes(RANDOM_FLIPS, len(sizes)):
+        signs = rng.integers(2, size=(rows, len(sizes)), dtype=np.int8) * 2.0 - 1.0
         extreme_count += int((np.abs(signs @ sizes) >= threshold).sum())
     # plus one for the observed assignment, so that p is never 0
     return (extreme_count + 1) / (RANDOM_FLIPS + 1)
+
+
+def batch_sizes(total: int, width: int, limit: int = 2_000_000) -> list[int]:
+    """Sizes of batches of rows of `width` numbers: two million numbers at most, so that memory stays at megabytes."""
+    rows = max(1, limit // width)
+    return [min(rows, total - start) for start in range(0, total, rows)]
 
 
 def mcnemar(first: ArrayLike, second: ArrayLike) -> float:
@@ -109,4 +114,4 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
     corrected = np.empty(len(p))
     corrected[order] = np.minimum(adjusted, 1.0)
-    return [float(x) for x in corrected]
+    return corrected.tolist()

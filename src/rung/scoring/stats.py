@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
@@ -18,10 +18,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special  # type: ignore[import-untyped,unused-ignore]
 
-from rung.scoring.significance import Floats, mcnemar, sign_flips
+from rung.scoring.significance import Floats, batch_sizes, mcnemar, sign_flips
 
 Clusters = Sequence[Hashable] | None
 """One cluster id per item. An item with id None is its own cluster; None instead of ids means no clusters."""
+
+Weights = ArrayLike | None
+"""One positive weight per item; None: all the same."""
 
 ALPHA = 0.05
 Z = NormalDist().inv_cdf(1 - ALPHA / 2)
@@ -45,7 +48,7 @@ class Interval:
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers; an infinite bound is null."""
-        return _jsonable(asdict(self))
+        return jsonable(asdict(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ class Difference:
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers; an infinite bound is null."""
-        return _jsonable(asdict(self))
+        return jsonable(asdict(self))
 
 
 def wilson(successes: float, n: float) -> Interval:
@@ -97,14 +100,7 @@ def t_interval(scores: ArrayLike) -> Interval:
     return Interval(mean, mean - half, mean + half, n, n, "t")
 
 
-def cluster_bootstrap(
-    scores: ArrayLike,
-    clusters: Clusters,
-    seed: int = 0,
-    samples: int = SAMPLES,
-    *,
-    weights: ArrayLike | None = None,
-) -> Interval:
+def cluster_bootstrap(scores: ArrayLike, clusters: Clusters, seed: int = 0, *, weights: Weights = None) -> Interval:
     """Interval of a (weighted) mean, clusters resampled with replacement.
 
     Expanded percentile interval (Hesterberg 2015, arXiv 1411.5279, section 5.3): the plain percentile is too narrow by
@@ -120,14 +116,14 @@ def cluster_bootstrap(
     # without spread between clusters every replicate is the same
     if np.ptp(sums / totals) < TINY:
         return _interval_without_spread(values, mean, c)
-    low, high = expanded_percentiles(resample(sums, totals, seed, samples), c)
+    low, high = expanded_percentiles(resample(sums, totals, seed), c)
     return Interval(mean, low, high, len(values), c, "cluster bootstrap")
 
 
 def score_interval(
-    scores: ArrayLike, clusters: Clusters = None, *, binary: bool, weights: ArrayLike | None = None, seed: int = 0
+    scores: ArrayLike, clusters: Clusters = None, *, binary: bool | None = None, weights: Weights = None, seed: int = 0
 ) -> Interval:
-    """The right interval for one system.
+    """The right interval for one system; `binary`: None where the scores themselves decide.
 
     Cluster bootstrap when some cluster holds several items (or items have weights), else Wilson for binary scores,
     else t: normal-theory intervals are too narrow for shares at a few hundred items (Bowyer et al. 2025).
@@ -136,9 +132,9 @@ def score_interval(
     # Wilson and t assume independent items of equal weight
     if weights is not None or _has_clusters(clusters, len(values)):
         return cluster_bootstrap(values, clusters, seed, weights=weights)
-    if binary:
-        if not is_binary(values):
-            raise ValueError("scores said to be binary hold something else than 0 and 1")
+    if binary and not is_binary(values):
+        raise ValueError("scores said to be binary hold something else than 0 and 1")
+    if binary or (binary is None and is_binary(values)):
         return wilson(float(values.sum()), len(values))
     return t_interval(values)
 
@@ -149,8 +145,7 @@ def paired_difference(
     clusters: Clusters = None,
     seed: int = 0,
     *,
-    samples: int = SAMPLES,
-    weights: ArrayLike | None = None,
+    weights: Weights = None,
     ids: tuple[Sequence[Hashable], Sequence[Hashable]] | None = None,
 ) -> Difference:
     """Second minus first on the same items, clusters resampled (Miller 2024, arXiv 2411.00640, on paired differences).
@@ -167,7 +162,7 @@ def paired_difference(
     mean, c, per_cluster = float(sums.sum() / totals.sum()), len(sums), sums / totals
     low, high, method = -math.inf, math.inf, "unbounded"
     if has_spread := bool(np.ptp(per_cluster) > TINY):
-        low, high = expanded_percentiles(resample(sums, totals, seed, samples), c)
+        low, high = expanded_percentiles(resample(sums, totals, seed), c)
         method = "paired cluster bootstrap"
     differing_count = int((np.abs(per_cluster) > TINY).sum())
     # few differing clusters: percentiles are too narrow there, and may exclude zero after five wins
@@ -180,26 +175,17 @@ def paired_difference(
     return Difference(mean, low, high, len(a), c, method, mcnemar(a, b) if mcnemar_applies else None)
 
 
-def ratio_interval(
-    totals: ArrayLike, counts: ArrayLike, clusters: Clusters = None, seed: int = 0, samples: int = SAMPLES
-) -> Interval:
+def ratio_interval(totals: ArrayLike, counts: ArrayLike, clusters: Clusters = None) -> Interval:
     """Perplexity exp(sum of nats / sum of tokens) of items with `totals` nats over `counts` tokens.
 
     The ratio of sums, not the mean of ratios: items are weighted by length. The interval is the exponential of that of
     the cluster bootstrap. 2 * log(8) nats over 2 tokens is perplexity 8.
     """
     tokens = _weights(counts, totals)
-    log_interval = cluster_bootstrap(_scores(totals) / tokens, clusters, seed, samples, weights=tokens)
-    if (
-        log_interval.method != "cluster bootstrap"
-    ):  # nats have no upper bound, so there is no exact bound without spread
-        return Interval(
-            math.exp(log_interval.mean), 0.0, math.inf, log_interval.examples, log_interval.clusters, "unbounded"
-        )
-    low, high = math.exp(log_interval.low), math.exp(log_interval.high)
-    return Interval(
-        math.exp(log_interval.mean), low, high, log_interval.examples, log_interval.clusters, log_interval.method
-    )
+    logs = cluster_bootstrap(_scores(totals) / tokens, clusters, weights=tokens)
+    if logs.method != "cluster bootstrap":  # nats have no upper bound, so there is no exact bound without spread
+        return replace(logs, mean=math.exp(logs.mean), low=0.0, high=math.inf, method="unbounded")
+    return replace(logs, mean=math.exp(logs.mean), low=math.exp(logs.low), high=math.exp(logs.high))
 
 
 def examples_needed(
@@ -207,7 +193,7 @@ def examples_needed(
     margin: float,
     clusters: Clusters = None,
     *,
-    weights: ArrayLike | None = None,
+    weights: Weights = None,
     seed_variance: float = 0.0,
 ) -> int | None:
     """Items, clustered as here, that decide with 80 % power on which side of -`margin` the difference lies.
@@ -232,11 +218,7 @@ def examples_needed(
 
 
 def detectable_difference(
-    differences: ArrayLike,
-    clusters: Clusters = None,
-    *,
-    weights: ArrayLike | None = None,
-    seed_variance: float = 0.0,
+    differences: ArrayLike, clusters: Clusters = None, *, weights: Weights = None, seed_variance: float = 0.0
 ) -> float | None:
     """The smallest true difference that a test on these items detects with 80 % power, in points of the metric.
 
@@ -257,7 +239,7 @@ def detectable_difference(
 
 
 def sign_flip_p_value(
-    first: ArrayLike, second: ArrayLike, clusters: Clusters = None, *, weights: ArrayLike | None = None, seed: int = 0
+    first: ArrayLike, second: ArrayLike, clusters: Clusters = None, *, weights: Weights = None, seed: int = 0
 ) -> float:
     """p-value of a paired difference by flipping the signs of clusters, see `significance.sign_flips`."""
     gain = _scores(second) - _scores(first)
@@ -266,7 +248,7 @@ def sign_flip_p_value(
     return sign_flips(np.where(np.abs(gains) > TINY, gains, 0.0), seed)
 
 
-def clustered_error(scores: ArrayLike, clusters: Clusters = None, *, weights: ArrayLike | None = None) -> float:
+def clustered_error(scores: ArrayLike, clusters: Clusters = None, *, weights: Weights = None) -> float:
     """Clustered standard error of a mean, sqrt(sum_c (sum_i (s_ci - mean))^2) / n (Miller 2024), in the score's points.
 
     With every item its own cluster it is the population standard deviation over sqrt(n).
@@ -276,18 +258,14 @@ def clustered_error(scores: ArrayLike, clusters: Clusters = None, *, weights: Ar
     return float(np.sqrt((residuals**2).sum()) / sizes.sum())
 
 
-def resample(sums: Floats, sizes: Floats, seed: int, samples: int = SAMPLES) -> Floats:
-    """Ratio sum(sums) / sum(sizes) of `samples` draws of clusters with replacement, shape [samples].
+def resample(sums: Floats, sizes: Floats, seed: int) -> Floats:
+    """Ratio sum(sums) / sum(sizes) of draws of clusters with replacement, shape [`SAMPLES`].
 
-    The standard error is the standard deviation of these, not that over sqrt(samples).
+    The standard error is the standard deviation of these, not that over sqrt(`SAMPLES`).
     """
     rng, c = np.random.default_rng(seed), len(sums)
-    rows = max(1, 2_000_000 // c)  # draws at once, so that memory stays at tens of megabytes
-    parts = []
-    for start in range(0, samples, rows):
-        draws = rng.integers(c, size=(min(rows, samples - start), c))
-        parts.append(sums[draws].sum(axis=1) / sizes[draws].sum(axis=1))
-    return np.concatenate(parts)
+    batches = (rng.integers(c, size=(rows, c)) for rows in batch_sizes(SAMPLES, c))
+    return np.concatenate([sums[draws].sum(axis=1) / sizes[draws].sum(axis=1) for draws in batches])
 
 
 def is_binary(scores: Floats) -> bool:
@@ -323,12 +301,10 @@ def _discordant_bound(per_cluster: Floats) -> tuple[float, float]:
     """
     c, better, worse = len(per_cluster), int((per_cluster > TINY).sum()), int((per_cluster < -TINY).sum())
     differing_count = better + worse
-    differing_share = (
-        1.0 if differing_count == c else float(special.betaincinv(differing_count + 1, c - differing_count, 1 - ALPHA))
-    )
-    low_better_share = float(special.betaincinv(better, worse + 1, ALPHA / 2)) if better else 0.0
-    high_better_share = float(special.betaincinv(better + 1, worse, 1 - ALPHA / 2)) if worse else 1.0
-    return differing_share * (2 * low_better_share - 1), differing_share * (2 * high_better_share - 1)
+    q = 1.0 if differing_count == c else float(special.betaincinv(differing_count + 1, c - differing_count, 1 - ALPHA))
+    low_t = float(special.betaincinv(better, worse + 1, ALPHA / 2)) if better else 0.0
+    high_t = float(special.betaincinv(better + 1, worse, 1 - ALPHA / 2)) if worse else 1.0
+    return q * (2 * low_t - 1), q * (2 * high_t - 1)
 
 
 def _cluster_codes(clusters: Clusters, n: int) -> NDArray[np.intp]:
@@ -359,7 +335,7 @@ def _scores(scores: ArrayLike) -> Floats:
     return values
 
 
-def _weights(weights: ArrayLike | None, scores: ArrayLike) -> Floats:
+def _weights(weights: Weights, scores: ArrayLike) -> Floats:
     n = len(_scores(scores))
     sizes = np.ones(n) if weights is None else _scores(weights)
     if len(sizes) != n or (sizes <= 0).any():
@@ -367,5 +343,7 @@ def _weights(weights: ArrayLike | None, scores: ArrayLike) -> Floats:
     return sizes
 
 
-def _jsonable(fields: dict[str, Any]) -> dict[str, Any]:
-    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in fields.items()}
+def jsonable(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with null in place of NaN and infinite numbers, in nested dictionaries too."""
+    values = {key: jsonable(v) if isinstance(v, dict) else v for key, v in fields.items()}
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}

@@ -36,9 +36,9 @@ def make_verifier(config: VerifierConfig | RegexRewardConfig | FunctionRewardCon
 
 def needs_expected_answer(config: VerifierConfig | RegexRewardConfig | FunctionRewardConfig) -> bool:
     """True if the verifier reads the expected answer: for a row without one the empty answer would be right."""
-    return isinstance(config, VerifierConfig) or (
-        isinstance(config, RegexRewardConfig) and re.compile(config.pattern).groups > 0
-    )
+    if isinstance(config, RegexRewardConfig):
+        return re.compile(config.pattern).groups > 0
+    return isinstance(config, VerifierConfig)
 
 
 def _pattern_verifier(pattern: re.Pattern[str]) -> Verifier:
@@ -63,9 +63,8 @@ def _function_verifier(path: str) -> Verifier:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise ConfigError(
-            f"this file does not run: {type(error).__name__}: {error}", where="objective.reward.path", given=file
-        ) from error
+        summary = f"this file does not run: {type(error).__name__}: {error}"
+        raise ConfigError(summary, where="objective.reward.path", given=file) from error
     # only the name is looked up here; a wrong signature fails at the first answer
     function: Any = getattr(module, name, None)
     if not callable(function):
