@@ -53,10 +53,7 @@ def contamination(train: Iterable[Record], test: Iterable[Record]) -> Contaminat
     """Compare the prompts of test items with those of training rows: with context, without answers or system turns."""
     # all tiers iterate several times, so iterables are written to disk once
     train, test = Records.from_records(train), Records.from_records(test)
-    return Contamination(
-        items=len(test),
-        train=len(train),
-        exact=source_pairs(test, train, overlapping_pairs(test, train)),
-        ngrams={n: near_duplicates(train, test, n) for n in NGRAM_WORDS},
-        fuzzy=fuzzy_duplicates(train, test),
-    )
+    items = len(test)
+    exact = source_pairs(test, train, overlapping_pairs(test, train))
+    ngrams = {n: near_duplicates(train, test, n) for n in NGRAM_WORDS}
+    return Contamination(items=items, train=len(train), exact=exact, ngrams=ngrams, fuzzy=fuzzy_duplicates(train, test))
