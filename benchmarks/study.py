@@ -20,8 +20,8 @@ import numpy as np
 from benchmarks.runner import OURS, ROOT, RunError, Store, run
 from benchmarks.studies import STUDIES, ZERO_SHOT, Entry, Rule, Study
 from rung.evaluation.evaluate import Evaluation
+from rung.results import Estimate
 from rung.scoring.recommendation import paired_gain
-from rung.scoring.stats import Difference
 
 KEPT = ("trainable_parameters", "peak_memory_bytes", "tokens_per_second", "train_seconds", "train_loss")
 Measured = dict[str, Any]
@@ -81,7 +81,7 @@ class Running:
         found = [Evaluation.read(self.items(e["name"], e["seed"])) for e in self.store.all(name=name)]
         return np.stack([e.scores(e.metrics[metric]) for e in found])
 
-    def gain(self, name: str, than: str = ZERO_SHOT, metric: int = 0) -> Difference:
+    def gain(self, name: str, than: str = ZERO_SHOT, metric: int = 0) -> Estimate:
         """Paired, with the spread between seeds."""
         clusters = Evaluation.read(self.items(than, 0)).clusters
         return paired_gain(self.scores(than, metric), self.scores(name, metric), clusters)

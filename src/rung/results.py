@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
@@ -26,17 +26,23 @@ class Result(BaseModel):
         """Plain JSON values: the fields that were given, under their own names."""
         return self.model_dump(mode="json", exclude_unset=True, by_alias=True)
 
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed."""
+        return self.model_copy(update=changes)
 
-# JSON has no infinity: an infinite bound is null there
-_finite_or_none = PlainSerializer(lambda bound: bound if math.isfinite(bound) else None)
-LowerBound = Annotated[float, BeforeValidator(lambda bound: -math.inf if bound is None else bound), _finite_or_none]
-UpperBound = Annotated[float, BeforeValidator(lambda bound: math.inf if bound is None else bound), _finite_or_none]
+
+# JSON has no infinity and no NaN: they are null there
+_finite_or_null = PlainSerializer(lambda number: number if math.isfinite(number) else None, when_used="json")
+Mean = Annotated[float, BeforeValidator(lambda number: math.nan if number is None else number), _finite_or_null]
+LowerBound = Annotated[float, BeforeValidator(lambda number: -math.inf if number is None else number), _finite_or_null]
+UpperBound = Annotated[float, BeforeValidator(lambda number: math.inf if number is None else number), _finite_or_null]
 
 
 class Estimate(Result):
-    """A mean, or a paired difference of two, with its 95 % interval."""
+    """A mean score, or a paired difference of two, with its 95 % interval."""
 
-    mean: float
+    mean: Mean
+    """Of a difference: second minus first, in points of the metric."""
     low: LowerBound
     """Minus infinity where these items give no lower bound."""
     high: UpperBound
@@ -46,7 +52,7 @@ class Estimate(Result):
     method: str = ""
     """How the interval was computed, for example `wilson` or `cluster bootstrap`."""
     p_value: float | None = None
-    """Of a difference: two-sided."""
+    """Of a difference, two-sided: exact McNemar for binary scores without clusters, or a test that replaced it."""
 
     @property
     def excludes_zero(self) -> bool:
@@ -172,16 +178,30 @@ class RetrievalResult(Result):
     duplicate_passages: int = 0
 
 
-class RewardModelResult(Result):
+class RewardModelHealth(Result):
     """Health of a reward model on held-out pairs."""
 
     pairs: int
     accuracy: Estimate
+    """Share of pairs whose better answer scores higher; a tie counts half."""
     longer: float
-    """Accuracy of always preferring the longer answer."""
+    """Accuracy of always preferring the longer answer; equal lengths count half."""
     calibration_error: float
-    verdict: str
+    """Mean distance of predicted and observed accuracy over bins (Naeini et al. 2015), sigmoid(|r_w - r_l|)."""
+    length_correlation: float = 0.0
+    """Spearman's rank correlation of score and answer length over all answers."""
+    spread: float = 0.0
+    """Standard deviation of the scores."""
+    verdict: Literal["healthy", "length", "unproven", "broken"]
     reason: str
+
+    def __str__(self) -> str:
+        a = self.accuracy
+        return (
+            f"reward model: {self.verdict} ({self.reason}); {a.mean:.2f} [{a.low:.2f}, {a.high:.2f}] of {self.pairs}"
+            f" held-out pairs right, {self.longer:.2f} by length alone, calibration error {self.calibration_error:.2f},"
+            f" rank correlation with length {self.length_correlation:+.2f}"
+        )
 
 
 class LotteryResult(Result):
@@ -228,7 +248,7 @@ class RunResult(Result):
     learning_rate: float | None = None
     plan: PlanComparison | None = None
     contamination: ContaminationResult | None = None
-    reward: RewardModelResult | None = None
+    reward: RewardModelHealth | None = None
     """Of a reward run."""
     lottery: LotteryResult | None = None
     router_load: dict[str, tuple[float, ...]] = {}
@@ -281,7 +301,7 @@ class EvaluationResult(Result):
     retrieval: RetrievalResult | None = None
     contamination: ContaminationResult | None = None
     """How many test items also stand in the training rows, and the scores without them."""
-    reward: RewardModelResult | None = None
+    reward: RewardModelHealth | None = None
     """Of a reward run: accuracy on pairs, calibration, and the verdict."""
     summary: str | None = None
     """Of a reward run: the same in words."""
@@ -298,35 +318,52 @@ class MetricComparison(Result):
     """The smallest true difference that these items would show with 80 % power."""
 
 
-class JudgeAgreementResult(Result):
-    """Whether a judge agrees with people."""
+class JudgeAgreement(Result):
+    """Agreement of a judge with people, and whether it is trusted."""
 
     trusted: bool
     reason: str
+    pairs: int = 0
+    """Labelled pairs with a majority and a readable verdict."""
+    unreadable: int = 0
+    undecided: int = 0
+    """Pairs without a majority of people; excluded."""
+    kappa: Estimate | None = None
+    """Cohen's kappa of the judge and the majority of people."""
+    agreement: Estimate | None = None
+    """Share of pairs on which they agree."""
+    people: Estimate | None = None
+    """Krippendorff's alpha among the people, a practical upper limit for a judge. None with one label per pair."""
 
 
-class JudgeResult(Result):
-    """Which answers a judge prefers. Shares are None where no pair counts for them."""
+class Preference(Result):
+    """Which answers a judge prefers, over all pairs. Shares are None where no pair counts for them."""
 
-    model: str
     pairs: int
     unreadable: int
+    """Pairs without a readable verdict in one of the orders; excluded from everything below."""
     wins: int
     ties: int
     losses: int
     win_rate: Estimate | None
-    """Share of pairs in which the target's answer is preferred; a tie counts half."""
+    """Share of pairs in which the first answer is preferred; a tie counts half."""
     length_controlled: Estimate | None
-    """The win rate for answers of equal length."""
+    """The win rate for answers of equal length, see `scoring.pairwise.length_controlled`."""
     consistent: Estimate | None
     """Share of pairs with the same verdict in both orders."""
     shown_first: Estimate | None
-    """Share of verdicts for the answer shown first: 0.5 without position bias."""
+    """Share of single verdicts, without ties, for the answer shown first: 0.5 without position bias."""
     longer: Estimate | None
-    """Share of preferences for the longer answer: 0.5 without length bias."""
+    """Share of preferences for the longer answer, of pairs with different lengths: 0.5 without length bias."""
     characters: tuple[float, float]
-    """Mean lengths of the answers of target and baseline."""
-    trust: JudgeAgreementResult
+    """Mean lengths of the first and of the second answers."""
+
+
+class JudgeResult(Preference):
+    """Which of two systems a judge prefers; the target's answer is the first of a pair."""
+
+    model: str
+    trust: JudgeAgreement
 
 
 class ComparisonResult(Result):
@@ -402,43 +439,49 @@ class FuseResult(Result):
     """Share of the update's norm that the rank of the result cannot hold."""
 
 
-class RungVerdictResult(Result):
+class RungVerdict(Result):
     """One rung against the best one."""
 
     name: str
-    score: Estimate | None = None
+    score: Estimate
     difference: Estimate
-    """This rung minus the best."""
-    reason: str
-    examples_needed: int | None = None
-    enough: bool = False
+    """This rung minus the best, in points of the metric; all zeros for the best itself."""
+    reason: Literal["best", "reaches target", "within margin", "worse", "cannot tell"]
+    enough: bool
+    """Whether no higher rung is needed."""
+    examples_needed: int | None
+    """Approximate test items for a decision, if this test set cannot tell; None if it can or no number would."""
 
 
-class LadderStepResult(Result):
+class LadderStep(Result):
     """One rung against the one below it."""
 
     lower: str
     upper: str
     difference: Estimate
+    """Upper minus lower, in points of the metric, with its uncorrected p-value."""
     p_holm: float
     """The p-value corrected for all steps of the ladder (Holm 1979)."""
-    detectable: float | None = None
-    differs: bool = False
+    differs: bool
+    """Whether the difference is significant after correction for all steps."""
+    detectable: float | None
+    """The smallest true difference that these items detect with 80 % power; None if unknown."""
 
 
-class VerdictResult(Result):
+class Verdict(Result):
     """The conclusion from a ladder."""
 
-    recommended: str | None = None
+    recommended: str | None
     """The lowest rung that is enough; None if a lower rung is undecided."""
-    safe: str | None = None
+    safe: str | None
     """The lowest rung that is surely enough, even if a lower one might be too."""
     best: str
-    text: str
+    rungs: tuple[RungVerdict, ...] = ()
     examples_needed: int | None = None
     """Approximate test items for a decision, if this test set cannot tell."""
-    rungs: tuple[RungVerdictResult, ...] = ()
-    steps: tuple[LadderStepResult, ...] = ()
+    text: str
+    steps: tuple[LadderStep, ...] = ()
+    """Each rung against the one below it, lowest first."""
 
 
 class InstructionResult(Result):
@@ -537,7 +580,7 @@ class Ladder(Result):
     examples: int
     clusters: int
     rows: tuple[LadderRow, ...]
-    verdict: VerdictResult
+    verdict: Verdict
     skipped_rungs: tuple[SkippedRung, ...] = ()
     next_rung: NextRung | None = None
     """None if the recommended rung is the highest, or none is recommended."""

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from rung.scoring.recommendation import Verdict, paired_gain, recommend, rung_score
+from rung.results import Verdict
+from rung.scoring.recommendation import paired_gain, recommend, rung_score
 from rung.scoring.significance import holm, mcnemar
 from rung.scoring.stats import (
     cluster_bootstrap,

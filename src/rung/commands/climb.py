@@ -47,7 +47,7 @@ from rung.models.base_model import BaseModel
 from rung.models.policy import NoMethod, Policy
 from rung.report.html import write_report
 from rung.report.tables import change_text
-from rung.results import CurvePoint, Estimate, ForgettingComparison, ForgettingResult, Ladder, SkippedRung
+from rung.results import CurvePoint, ForgettingComparison, ForgettingResult, Ladder, SkippedRung
 from rung.runs import checks
 from rung.runs.checks import DoesNotFitError
 from rung.runs.dataset import RunData, read_splits, tokenize_splits
@@ -168,8 +168,7 @@ class Climb:
         if not measured_rungs:
             raise PlanError("no rung could be measured", where=str(self.path), given=self._skipped_rungs[0].why)
         ladder = build_ladder(self.config, measured_rungs, self._skipped_rungs)
-        findings = {"curve": tuple(self._measured_curve()), "forgetting": tuple(self._forgetting_results())}
-        return ladder.model_copy(update=findings)
+        return ladder.replace(curve=tuple(self._measured_curve()), forgetting=tuple(self._forgetting_results()))
 
     def _is_measured(self, rung: AnyRung) -> bool:
         return all((folder / "result.json").exists() for folder in self._rung_folders(rung))
@@ -325,10 +324,8 @@ class Climb:
             if (folder / "result.json").exists():
                 facts = read_rung_result(folder)
                 score = score_of_rung([Evaluation.read(folder / "items.parquet")], self.config.evaluation.metrics[0])
-                estimate = Estimate.model_validate(score.to_json())
-                yield CurvePoint(
-                    rung=facts["rung"], rows=facts["rows"], score=estimate, train_seconds=facts["train_seconds"]
-                )
+                point = {name: facts[name] for name in ("rung", "rows", "train_seconds")}
+                yield CurvePoint(**point, score=score)
 
     def _measure_curve(self, prompts: ClimbPrompts) -> None:
         """Train the highest tuned rung on fewer rows: one run for each number of rows, scored on the same test."""

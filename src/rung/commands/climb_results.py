@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +20,8 @@ from rung.config.climb import UNTUNED, OnTopConfig, RungConfig
 from rung.config.run import RunConfig
 from rung.errors import CheckpointError
 from rung.evaluation.evaluate import PERPLEXITY, Evaluation
-from rung.results import Diagnosis, Estimate, Ladder, LadderRow, NextRung, SkippedRung, VerdictResult
-from rung.scoring.recommendation import Verdict, paired_gain, recommend, rung_score
-from rung.scoring.stats import Difference, Interval
+from rung.results import Diagnosis, Estimate, Ladder, LadderRow, NextRung, SkippedRung, Verdict
+from rung.scoring.recommendation import paired_gain, recommend, rung_score
 from rung.training.run_folder import peak_memory_bytes, write_json
 
 CONTEXT_LABELS = {"given": "context", "withheld": "closed book", "retrieved": "retrieved passages"}
@@ -81,7 +80,7 @@ def build_ladder(
         gain = paired_gain(tables[i - 1], tables[i], first.clusters, weights=weights, seed=config.seed) if i else None
         rows.append(_row(config, m, gain))
 
-    def gain_between(lower_index: int, upper_index: int) -> Difference:
+    def gain_between(lower_index: int, upper_index: int) -> Estimate:
         return paired_gain(tables[lower_index], tables[upper_index], first.clusters, weights=weights, seed=config.seed)
 
     return Ladder(
@@ -89,7 +88,7 @@ def build_ladder(
         examples=len(first.items),
         clusters=len(set(first.clusters)),
         rows=tuple(rows),
-        verdict=VerdictResult.model_validate(verdict.to_json()),
+        verdict=verdict,
         skipped_rungs=tuple(skipped_rungs),
         next_rung=_next_rung(rows, verdict, gain_between),
         diagnoses=tuple(_diagnoses(measured_rungs, rows, gain_between, lower_is_better=lower_is_better)),
@@ -98,7 +97,7 @@ def build_ladder(
     )
 
 
-GainFunction = Callable[[int, int], Difference]
+GainFunction = Callable[[int, int], Estimate]
 """The paired difference of two rungs by their indices in the ladder: upper minus lower."""
 
 
@@ -117,14 +116,14 @@ def _next_rung(rows: Sequence[LadderRow], verdict: Verdict, gain_between: GainFu
     query = f"{costs['seconds_per_query']:+.2f} s and {costs['prompt_tokens']:+,.0f} prompt tokens a query"
     storage = f"{costs['disk_bytes'] / 1e6:+,.0f} MB on disk, {costs['train_seconds']:,.0f} s of training"
     text = f"{next_row.rung} instead of {recommended_row.rung}: {points} for {query}, {storage}"
-    return NextRung(rung=next_row.rung, above=recommended_row.rung, gain=_estimate(gain), **costs, text=text)
+    return NextRung(rung=next_row.rung, above=recommended_row.rung, gain=gain, **costs, text=text)
 
 
-def _diagnosis(lacks: Literal["knowledge", "behaviour"], lower: str, upper: str, gain: Difference) -> Diagnosis:
+def _diagnosis(lacks: Literal["knowledge", "behaviour"], lower: str, upper: str, gain: Estimate) -> Diagnosis:
     meaning = "it lacks what the passages say" if lacks == "knowledge" else "it lacks the way to answer"
     points = f"{upper} over {lower}: {gain.mean:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}]"
     text = f"{lacks}: {meaning} ({points})"
-    return Diagnosis(lacks=lacks, lower=lower, upper=upper, difference=_estimate(gain), text=text)
+    return Diagnosis(lacks=lacks, lower=lower, upper=upper, difference=gain, text=text)
 
 
 def _diagnoses(
@@ -137,7 +136,7 @@ def _diagnoses(
     """Where retrieval surely improves the same prompt, and where tuning surely improves on the same context."""
     kinds = [m.config.kind for m in measured_rungs]
 
-    def is_better(difference: Difference) -> bool:
+    def is_better(difference: Estimate) -> bool:
         return difference.high < 0 if lower_is_better else difference.low > 0
 
     contexts = [m.costs[0].get("context") for m in measured_rungs]
@@ -162,7 +161,7 @@ def _diagnoses(
             return
 
 
-def _row(config: RunConfig, measured_rung: MeasuredRung, gain: Difference | None) -> LadderRow:
+def _row(config: RunConfig, measured_rung: MeasuredRung, gain: Estimate | None) -> LadderRow:
     rung, evaluations, costs = measured_rung.config, measured_rung.evaluations, measured_rung.costs
 
     def mean(key: str) -> float:
@@ -175,8 +174,8 @@ def _row(config: RunConfig, measured_rung: MeasuredRung, gain: Difference | None
         rung=rung.label,
         kind=rung.kind,
         sees=_prompt_contents(costs[0]),
-        scores={name: _estimate(score_of_rung(evaluations, name)) for name in config.evaluation.metrics},
-        gain=_estimate(gain) if gain else None,
+        scores={name: score_of_rung(evaluations, name) for name in config.evaluation.metrics},
+        gain=gain,
         trainable_parameters=int(costs[0]["trainable_parameters"]),
         train_seconds=mean("train_seconds") + search_seconds,
         # The maximum, since the machine must have room for every seed.
@@ -191,10 +190,6 @@ def _row(config: RunConfig, measured_rung: MeasuredRung, gain: Difference | None
     )
 
 
-def _estimate(interval: Interval | Difference) -> Estimate:
-    return Estimate.model_validate(interval.to_json())
-
-
 def _prompt_contents(facts: Mapping[str, Any]) -> str:
     """Content of the prompt besides the question, in words."""
     selection = {"similarity": "nearest ", "coverage": "covering "}.get(str(facts.get("example_selection")), "")
@@ -206,7 +201,7 @@ def _prompt_contents(facts: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, parts)) or "the question"
 
 
-def score_of_rung(evaluations: Sequence[Evaluation], metric: str) -> Interval:
+def score_of_rung(evaluations: Sequence[Evaluation], metric: str) -> Estimate:
     """Mean over items and training seeds; the spread between the seeds is part of the interval."""
     # With one seed the evaluation's own interval, which for perplexity is that of a ratio of sums.
     if len(evaluations) == 1:
@@ -217,7 +212,7 @@ def score_of_rung(evaluations: Sequence[Evaluation], metric: str) -> Interval:
     if metric != PERPLEXITY:
         return score
     # `rung_score` works in nats per token; a ladder shows perplexities.
-    return replace(score, mean=math.exp(score.mean), low=math.exp(score.low), high=math.exp(score.high))
+    return score.replace(mean=math.exp(score.mean), low=math.exp(score.low), high=math.exp(score.high))
 
 
 def read_rung_result(folder: Path) -> dict[str, Any]:

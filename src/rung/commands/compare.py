@@ -17,7 +17,7 @@ from rung.errors import ConfigError
 from rung.evaluation.evaluate import Evaluation
 from rung.evaluation.judge import AnswerPair
 from rung.files import write_text
-from rung.results import ComparisonResult, Estimate, JudgeResult, MetricComparison
+from rung.results import ComparisonResult, MetricComparison
 from rung.runs.load import refuse_climb
 from rung.scoring.recommendation import paired_gain
 from rung.scoring.stats import detectable_difference
@@ -63,8 +63,7 @@ def compare(
     judgement = judge_pairs(judge, _answer_pairs(target_evaluation, baseline_evaluation), task.seed)
     if output is not None:
         write_text(output, "".join(line + "\n" for line in judgement.lines()))
-    judge_result = JudgeResult.model_validate({"model": judge.model, **judgement.to_json()})
-    return result.model_copy(update={"judge": judge_result})
+    return result.replace(judge=judgement.result)
 
 
 def paired_scores(before: Evaluation, after: Evaluation, metric: str, seed: int) -> MetricComparison:
@@ -73,9 +72,8 @@ def paired_scores(before: Evaluation, after: Evaluation, metric: str, seed: int)
     # Clusters are the same on both sides, token counts only with the same tokenizer: those of `after` weight the items.
     difference = paired_gain(*scores, clusters, weights=weights, seed=seed)
     detectable = detectable_difference(scores[1] - scores[0], clusters, weights=weights)
-    estimates = [Estimate.model_validate(e.to_json()) for e in (before.interval(metric), after.interval(metric))]
-    change = Estimate.model_validate(difference.to_json())
-    return MetricComparison(before=estimates[0], after=estimates[1], difference=change, detectable=detectable)
+    scores_of = {"before": before.interval(metric), "after": after.interval(metric)}
+    return MetricComparison(**scores_of, difference=difference, detectable=detectable)
 
 
 def _answer_pairs(target_evaluation: Evaluation, baseline_evaluation: Evaluation) -> list[AnswerPair]:

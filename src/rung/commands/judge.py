@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from hashlib import sha256
-from typing import Any
 
 from rung.config.judge import JudgeConfig
 from rung.console import ProgressBar, print_status
@@ -28,8 +27,9 @@ from rung.evaluation.judge import (
 )
 from rung.files import Journal, cache_folder
 from rung.inference.openai_client import DEFAULT_CONCURRENCY, ChatRequest, Server, ask_server
+from rung.results import JudgeAgreement, JudgeResult
 from rung.runs.load import open_target
-from rung.scoring.pairwise import JudgeAgreement, Preference, check_judge, summarize_preferences
+from rung.scoring.pairwise import check_judge, summarize_preferences
 from rung.types import Message
 
 MAX_VERDICT_TOKENS = 512
@@ -41,12 +41,7 @@ class Judgement:
     """The verdicts of a judge on pairs, and whether it can be trusted."""
 
     judged_pairs: tuple[JudgedPair, ...]
-    preference: Preference
-    trust: JudgeAgreement
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values without the single pairs."""
-        return {**self.preference.to_json(), "trust": self.trust.to_json()}
+    result: JudgeResult
 
     def lines(self) -> list[str]:
         """One JSON object for each pair with its verdicts."""
@@ -63,21 +58,17 @@ def judge_pairs(config: JudgeConfig, pairs: Sequence[AnswerPair], seed: int = 0)
     judged_pairs = judge_both_orders([*pairs, *labeled_pairs], config, _ask_function(config))
     verdicts, labeled_verdicts = judged_pairs[: len(pairs)], judged_pairs[len(pairs) :]
     # Without human labels the verdict is reported all the same, but marked as not to be trusted.
+    reason = "its agreement with people was not measured: evaluation.judge.human_labels names no file"
+    nothing = {"pairs": 0, "unreadable": 0, "undecided": 0, "kappa": None, "agreement": None, "people": None}
+    agreement = JudgeAgreement(trusted=False, reason=reason, **nothing)
     if labeled_pairs:
-        agreement = check_judge(
-            [judged.verdicts for judged in labeled_verdicts],
-            human_labels,
-            [pair.cluster for pair in labeled_pairs],
-            config.min_kappa,
-        )
-    else:
-        agreement = JudgeAgreement(
-            False, "its agreement with people was not measured: evaluation.judge.human_labels names no file"
-        )
+        clusters = [pair.cluster for pair in labeled_pairs]
+        agreement = check_judge([j.verdicts for j in labeled_verdicts], human_labels, clusters, config.min_kappa)
     # Lengths go into the summary because judges tend to prefer longer answers.
     lengths = [(len(pair.first), len(pair.second)) for pair in pairs]
     preference = summarize_preferences([j.verdicts for j in verdicts], lengths, [pair.cluster for pair in pairs], seed)
-    return Judgement(tuple(verdicts), preference, agreement)
+    result = JudgeResult(**dict(preference), model=config.model, trust=agreement)
+    return Judgement(tuple(verdicts), result)
 
 
 def _ask_function(config: JudgeConfig) -> AskJudge:

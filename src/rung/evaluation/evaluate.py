@@ -27,8 +27,9 @@ from rung.models.generate import Sampling, generate_by_task
 from rung.models.policy import Policy, sum_by_document
 from rung.models.tree_attention import has_flat_kernel
 from rung.planning.memory import tokens_per_micro_batch
+from rung.results import Estimate
 from rung.scoring.metrics import METRICS
-from rung.scoring.stats import Interval, ratio_interval, score_interval
+from rung.scoring.stats import ratio_interval, score_interval
 from rung.training.packing import pack
 from rung.training.run_folder import read_items, write_items
 from rung.types import Example, Record, Source
@@ -86,7 +87,7 @@ class Evaluation:
         """Tokens of each item for perplexity, which weights an item by its length; None for other metrics."""
         return np.array([float(i.answer_tokens or 1) for i in self.items]) if metric == PERPLEXITY else None
 
-    def interval(self, metric: str) -> Interval:
+    def interval(self, metric: str) -> Estimate:
         """Mean and 95 % interval."""
         if metric == PERPLEXITY:
             nats = [item.nats or 0.0 for item in self.items]

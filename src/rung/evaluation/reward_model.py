@@ -8,8 +8,8 @@ flaws. `runs.train` and `commands.evaluate` call `score_reward_model`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ from rung.models.policy import Policy
 from rung.models.tree_attention import has_flat_kernel
 from rung.objectives.pairs import answer_pairs
 from rung.objectives.reward import RewardObjective
-from rung.scoring.stats import Interval, score_interval
+from rung.results import Estimate, RewardModelHealth
+from rung.scoring.stats import score_interval
 from rung.training.packing import pack_lazily
 from rung.training.step import values_by_document
 from rung.types import Example
@@ -32,37 +33,6 @@ MIN_SPREAD = 1e-4
 LENGTH_CORRELATION_LIMIT = 0.7
 """Rank correlation with length above which a reward model mostly measures length."""
 Verdict = Literal["healthy", "length", "unproven", "broken"]
-
-
-@dataclass(frozen=True, slots=True)
-class RewardModelHealth:
-    """Health on held-out pairs."""
-
-    pairs: int
-    accuracy: Interval
-    """Share of pairs whose better answer scores higher; a tie counts half."""
-    longer: float
-    """Accuracy of always preferring the longer answer; equal lengths count half."""
-    calibration_error: float
-    """Mean distance of predicted and observed accuracy over bins (Naeini et al. 2015), sigmoid(|r_w - r_l|)."""
-    length_correlation: float
-    """Spearman's rank correlation of score and answer length over all answers."""
-    spread: float
-    """Standard deviation of the scores."""
-    verdict: Verdict
-    reason: str
-
-    def to_json(self) -> dict[str, Any]:
-        """For `run.json`."""
-        return {**asdict(self), "accuracy": self.accuracy.to_json()}
-
-    def __str__(self) -> str:
-        a = self.accuracy
-        return (
-            f"reward model: {self.verdict} ({self.reason}); {a.mean:.2f} [{a.low:.2f}, {a.high:.2f}] of {self.pairs}"
-            f" held-out pairs right, {self.longer:.2f} by length alone, calibration error {self.calibration_error:.2f},"
-            f" rank correlation with length {self.length_correlation:+.2f}"
-        )
 
 
 @dataclass(frozen=True)
@@ -116,7 +86,16 @@ def reward_model_health(
     longer = float(_correct_shares(n).mean())
     verdict, reason = _verdict(accuracy, longer, length_correlation, spread if is_finite else float("nan"))
     error = calibration_error(d)
-    return RewardModelHealth(len(d), accuracy, longer, error, length_correlation, spread, verdict, reason)
+    return RewardModelHealth(
+        pairs=len(d),
+        accuracy=accuracy,
+        longer=longer,
+        calibration_error=error,
+        length_correlation=length_correlation,
+        spread=spread,
+        verdict=verdict,
+        reason=reason,
+    )
 
 
 def calibration_error(differences: NDArray[np.float64]) -> float:
@@ -134,7 +113,7 @@ def _correct_shares(differences: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _verdict(
-    accuracy: Interval, accuracy_by_length: float, length_correlation: float, spread: float
+    accuracy: Estimate, accuracy_by_length: float, length_correlation: float, spread: float
 ) -> tuple[Verdict, str]:
     # `not >` and not `<=`: NaN is broken too
     if not spread > MIN_SPREAD:

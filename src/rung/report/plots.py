@@ -21,7 +21,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from rung.report.formatting import decimals, format_estimate
-from rung.results import Estimate, RungVerdictResult
+from rung.results import Estimate, RungVerdict
 
 Json = Mapping[str, Any]
 DrawFunction = Callable[[Any], None]
@@ -87,9 +87,7 @@ def scores(rows: Sequence[tuple[str, Mapping[str, Estimate]]], metrics: Sequence
     return _svg("scores-" + "-".join(metrics), draw, height, "Scores with intervals. " + "; ".join(descriptions))
 
 
-def differences(
-    rows: Sequence[RungVerdictResult], best: str, margin: float, unit: str, lower_is_better: bool
-) -> Markup:
+def differences(rows: Sequence[RungVerdict], best: str, margin: float, unit: str, lower_is_better: bool) -> Markup:
     """Paired difference of each rung to the best one, with the margin: the basis of the verdict."""
     # the best rung's difference to itself is 0 by definition
     compared_rows = [row for row in rows if row.name != best]

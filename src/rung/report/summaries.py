@@ -36,9 +36,9 @@ from rung.results import (
     LadderRow,
     LotteryResult,
     RetrievalResult,
-    RewardModelResult,
+    RewardModelHealth,
     RunResult,
-    VerdictResult,
+    Verdict,
 )
 
 Json = Mapping[str, Any]
@@ -79,7 +79,7 @@ class PrintedRung:
 LabeledRows = Sequence[tuple[str, LadderRow]]
 
 
-def printed_rungs(rows: LabeledRows, metrics: Sequence[str], verdict: VerdictResult | None) -> list[PrintedRung]:
+def printed_rungs(rows: LabeledRows, metrics: Sequence[str], verdict: Verdict | None) -> list[PrintedRung]:
     """Rows of (label, measurements) as text; the decimals of a column follow its least certain number."""
     digits = {m: decimals(row.scores.get(m) for _, row in rows) for m in metrics}
     gain_digits = decimals(row.gain for _, row in rows)
@@ -201,7 +201,7 @@ def gates_text(gates: Sequence[GateResult]) -> str:
     return ", ".join(text for state, text in texts.items() if names[state]) or "none reached"
 
 
-def reward_text(health: RewardModelResult | None) -> str:
+def reward_text(health: RewardModelHealth | None) -> str:
     """Health of a reward model on validation pairs."""
     if health is None:
         return ""
@@ -369,7 +369,7 @@ def _tuned_row(ladder: Ladder) -> LadderRow | None:
     return max(tuned, key=lambda row: sign * row.scores[ladder.metric].mean, default=None)
 
 
-def _rung_note(label: str, verdict: VerdictResult | None) -> str:
+def _rung_note(label: str, verdict: Verdict | None) -> str:
     if verdict is None:
         return ""
     if label == (verdict.recommended or verdict.safe):

@@ -13,8 +13,9 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from rung.results import Estimate
 from rung.scoring.significance import Floats, batch_sizes
-from rung.scoring.stats import SAMPLES, TINY, Clusters, Interval, cluster_sums, expanded_percentiles, wilson
+from rung.scoring.stats import SAMPLES, TINY, Clusters, cluster_sums, expanded_percentiles, wilson
 
 Label = Hashable | None
 """Label of an item by a rater; None if missing."""
@@ -24,12 +25,12 @@ CountTable = NDArray[np.float64]
 """[..., K, K]: how often label c occurred together with label k, summed over items."""
 
 
-def percent_agreement(ratings: Ratings, clusters: Clusters = None) -> Interval:
+def percent_agreement(ratings: Ratings, clusters: Clusters = None) -> Estimate:
     """Share of pairs of raters with the same label, of all pairs that rated an item, each pair counting once."""
     return _interval(_pair_counts(ratings), clusters, lambda table: np.zeros(table.shape[:-2]))
 
 
-def cohen_kappa(first: Sequence[Label], second: Sequence[Label], clusters: Clusters = None) -> Interval:
+def cohen_kappa(first: Sequence[Label], second: Sequence[Label], clusters: Clusters = None) -> Estimate:
     """Cohen's kappa of two raters (Cohen 1960, eq. 1): (p_o - p_e) / (1 - p_e), chance from each rater's own shares.
 
     Items without a label by one of them are ignored. 20 yes-yes, 15 no-no, 5 and 10 disagreements give 0.4. NaN where
@@ -50,7 +51,7 @@ def cohen_kappa(first: Sequence[Label], second: Sequence[Label], clusters: Clust
     return _interval(tables, _filter_clusters(clusters, both_rated), chance)
 
 
-def fleiss_kappa(ratings: Ratings, clusters: Clusters = None) -> Interval:
+def fleiss_kappa(ratings: Ratings, clusters: Clusters = None) -> Estimate:
     """Fleiss' kappa of several raters (Fleiss 1971, eqs. 1-7), chance from the label shares of all raters together.
 
     Every item needs the same number of ratings, by any raters. Raises ValueError otherwise.
@@ -66,7 +67,7 @@ def fleiss_kappa(ratings: Ratings, clusters: Clusters = None) -> Interval:
     return _interval(_pair_counts(ratings), clusters, chance)
 
 
-def krippendorff_alpha(ratings: Ratings, clusters: Clusters = None) -> Interval:
+def krippendorff_alpha(ratings: Ratings, clusters: Clusters = None) -> Estimate:
     """Krippendorff's alpha for labels without an order (Krippendorff 2011, "Computing", part C): 1 - D_o / D_e.
 
     Ratings may be missing; an item with one rating is ignored. D_e is chance without replacement, so alpha exceeds
@@ -94,7 +95,7 @@ def _agreement_share(table: CountTable) -> Floats:
     return np.asarray(np.trace(table, axis1=-2, axis2=-1) / table.sum(axis=(-1, -2)))
 
 
-def _interval(tables: CountTable, clusters: Clusters, chance: Callable[[CountTable], Floats]) -> Interval:
+def _interval(tables: CountTable, clusters: Clusters, chance: Callable[[CountTable], Floats]) -> Estimate:
     """Chance-corrected agreement of all items with its interval, clusters resampled.
 
     If the replicates have no spread (all agree) the interval is Wilson's for the raw agreement on the number of
@@ -109,13 +110,14 @@ def _interval(tables: CountTable, clusters: Clusters, chance: Callable[[CountTab
     n, c, total_table = int(is_rated.sum()), len(sums), sums.sum(axis=0).reshape(k, k)
     agreement, chance_agreement = float(_agreement_share(total_table)), float(chance(total_table))
     if 1.0 - chance_agreement < TINY:
-        return Interval(math.nan, -math.inf, math.inf, n, c, "undefined: only one label occurs")
+        method = "undefined: only one label occurs"
+        return Estimate(mean=math.nan, low=-math.inf, high=math.inf, examples=n, clusters=c, method=method)
     value = float(_chance_corrected(agreement, chance_agreement))
     if np.ptp(_agreement_share(sums.reshape(c, k, k))) < TINY:
         # min: rounding may put a perfect agreement just above 1
         floor = wilson(min(agreement, 1.0) * c, c)
         low, high = (float(_chance_corrected(bound, chance_agreement)) for bound in (floor.low, floor.high))
-        return Interval(value, low, high, n, c, "wilson floor")
+        return Estimate(mean=value, low=low, high=high, examples=n, clusters=c, method="wilson floor")
     rng, values, agreements = np.random.default_rng(0), [], []
     for rows in batch_sizes(SAMPLES, c):
         resampled_tables = (rng.multinomial(c, np.full(c, 1.0 / c), size=rows) @ sums).reshape(rows, k, k)
@@ -126,7 +128,7 @@ def _interval(tables: CountTable, clusters: Clusters, chance: Callable[[CountTab
         replicates = _chance_corrected(np.concatenate(agreements), chance_agreement)
         method = "cluster bootstrap, chance as it was"
     low, high = expanded_percentiles(replicates, c)
-    return Interval(value, low, high, n, c, method)
+    return Estimate(mean=value, low=low, high=high, examples=n, clusters=c, method=method)
 
 
 def _pair_counts(ratings: Ratings) -> CountTable:

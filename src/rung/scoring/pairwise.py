@@ -8,16 +8,17 @@ scored. Pure functions of verdicts, used by `commands.judge` and `commands.compa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import compress, zip_longest
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from rung.results import Estimate, JudgeAgreement, Preference
 from rung.scoring.agreement import Label, cohen_kappa, krippendorff_alpha, percent_agreement
 from rung.scoring.significance import Floats, batch_sizes
-from rung.scoring.stats import Clusters, Interval, expanded_percentiles, jsonable, score_interval
+from rung.scoring.stats import Clusters, expanded_percentiles, score_interval
 
 Outcome = Literal["first", "second", "tie"]
 OUTCOMES: tuple[Outcome, ...] = ("first", "second", "tie")
@@ -45,57 +46,6 @@ class PairVerdicts:
         if a is None or b is None:
             return None
         return a if a == b else "tie"
-
-
-@dataclass(frozen=True, slots=True)
-class Preference:
-    """Summary of all pairs. Shares are None if no pair counts for them."""
-
-    pairs: int
-    unreadable: int
-    """Pairs without a readable verdict in one of the orders; excluded from everything below."""
-    wins: int
-    ties: int
-    losses: int
-    win_rate: Interval | None
-    """Share of pairs in which the first answer is preferred; a tie counts half."""
-    length_controlled: Interval | None
-    """The win rate for answers of equal length, see `length_controlled`."""
-    consistent: Interval | None
-    """Share of pairs with the same verdict in both orders."""
-    shown_first: Interval | None
-    """Share of single verdicts, without ties, for the answer shown first: 0.5 without position bias."""
-    longer: Interval | None
-    """Share of preferences for the longer answer, of pairs with different lengths: 0.5 without length bias."""
-    characters: tuple[float, float]
-    """Mean lengths of the first and of the second answers."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return jsonable(asdict(self))
-
-
-@dataclass(frozen=True, slots=True)
-class JudgeAgreement:
-    """Agreement of a judge with people, and whether it is trusted."""
-
-    trusted: bool
-    reason: str
-    pairs: int = 0
-    """Labelled pairs with a majority and a readable verdict."""
-    unreadable: int = 0
-    undecided: int = 0
-    """Pairs without a majority of people; excluded."""
-    kappa: Interval | None = None
-    """Cohen's kappa of the judge and the majority of people."""
-    agreement: Interval | None = None
-    """Share of pairs on which they agree."""
-    people: Interval | None = None
-    """Krippendorff's alpha among the people, a practical upper limit for a judge. None with one label per pair."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return jsonable(asdict(self))
 
 
 def summarize_preferences(
@@ -129,7 +79,7 @@ def summarize_preferences(
     )
 
 
-def length_controlled(outcomes: ArrayLike, differences: ArrayLike, clusters: Clusters, seed: int = 0) -> Interval:
+def length_controlled(outcomes: ArrayLike, differences: ArrayLike, clusters: Clusters, seed: int = 0) -> Estimate:
     """Win rate of two answers of one length (Dubois et al. 2024, arXiv 2404.04475, without instruction difficulty).
 
     Logistic regression of outcomes [P] (1, 0.5, 0) on tanh((difference of lengths) / (its standard deviation)); the
@@ -157,7 +107,7 @@ def length_controlled(outcomes: ArrayLike, differences: ArrayLike, clusters: Clu
     rate = float(_sigmoid(fit_logistic(x, y, np.ones((1, len(y))))[0, 0]))
     # one cluster cannot be resampled, so nothing is known but that a rate lies in [0, 1]
     low, high = expanded_percentiles(np.concatenate(rates), c) if c > 1 else (0.0, 1.0)
-    return Interval(rate, low, high, len(y), c, "refitted cluster bootstrap")
+    return Estimate(mean=rate, low=low, high=high, examples=len(y), clusters=c, method="refitted cluster bootstrap")
 
 
 def fit_logistic(x: Floats, y: Floats, weights: Floats) -> Floats:
@@ -187,10 +137,10 @@ def check_judge(
     majorities = [majority(labels) for labels in people]
     usable = [i for i, m in enumerate(majorities) if m is not None and verdicts[i].outcome is not None]
     undecided = sum(m is None for m in majorities)
-    unreadable = sum(v.outcome is None for v in verdicts)
+    counts = {"unreadable": sum(v.outcome is None for v in verdicts), "undecided": undecided, "pairs": len(usable)}
     if not usable:
         summary = "none of the labelled pairs has both a majority and a verdict"
-        return JudgeAgreement(False, summary, 0, unreadable, undecided)
+        return JudgeAgreement(trusted=False, reason=summary, **counts, kappa=None, agreement=None, people=None)
     label_pairs = [(verdicts[i].outcome, majorities[i]) for i in usable]
     usable_clusters = [clusters[i] for i in usable]
     kappa = cohen_kappa([a for a, _ in label_pairs], [b for _, b in label_pairs], usable_clusters)
@@ -202,7 +152,7 @@ def check_judge(
     reason = f"kappa with people {kappa.mean:.2f} [{kappa.low:.2f}, {kappa.high:.2f}] on {len(usable)} labelled pairs"
     reason += "" if trusted else f": its lower end does not reach {min_kappa:g}"
     agreement = percent_agreement(label_pairs, usable_clusters)
-    return JudgeAgreement(trusted, reason, len(usable), unreadable, undecided, kappa, agreement, alpha)
+    return JudgeAgreement(trusted=trusted, reason=reason, **counts, kappa=kappa, agreement=agreement, people=alpha)
 
 
 def majority(labels: Sequence[Label]) -> Label:
@@ -217,7 +167,7 @@ def _prefers_shown_first(verdicts: PairVerdicts) -> list[float]:
     return [float(verdict == first) for verdict, first in answers_in_front if verdict not in (None, "tie")]
 
 
-def _rate(values: ArrayLike, clusters: Sequence[str], seed: int) -> Interval | None:
+def _rate(values: ArrayLike, clusters: Sequence[str], seed: int) -> Estimate | None:
     shares = np.asarray(values, dtype=np.float64)
     return score_interval(shares, clusters, seed=seed) if len(shares) else None
 

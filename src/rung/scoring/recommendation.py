@@ -9,86 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special  # type: ignore[import-untyped,unused-ignore]
 
+from rung.results import Estimate, LadderStep, RungVerdict, Verdict
 from rung.scoring import stats
 from rung.scoring.significance import Floats, holm
-from rung.scoring.stats import Clusters, Difference, Interval, Weights
+from rung.scoring.stats import Clusters, Weights
 
 Reason = Literal["best", "reaches target", "within margin", "worse", "cannot tell"]
-Estimate = TypeVar("Estimate", Interval, Difference)
-
-
-@dataclass(frozen=True, slots=True)
-class RungVerdict:
-    """One rung against the best one."""
-
-    name: str
-    score: Interval
-    difference: Difference
-    """This rung minus the best, in points of the metric; all zeros for the best itself."""
-    reason: Reason
-    examples_needed: int | None
-    """Approximate test items for a decision, if this test set cannot tell; None if it can or no number would."""
-
-    @property
-    def enough(self) -> bool:
-        """True if no higher rung is needed."""
-        return self.reason not in ("worse", "cannot tell")
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain objects."""
-        return {**stats.jsonable(asdict(self)), "enough": self.enough}
-
-
-@dataclass(frozen=True, slots=True)
-class LadderStep:
-    """One rung against the one below it."""
-
-    lower: str
-    upper: str
-    difference: Difference
-    """Upper minus lower, in points of the metric, with its uncorrected p-value."""
-    p_holm: float
-    """The p-value corrected for all steps of the ladder (Holm 1979)."""
-    detectable: float | None
-    """The smallest true difference that these items detect with 80 % power; None if unknown."""
-
-    @property
-    def differs(self) -> bool:
-        """True if the difference is significant after correction for all steps."""
-        return self.p_holm <= stats.ALPHA
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain objects."""
-        return {**stats.jsonable(asdict(self)), "differs": self.differs}
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """The conclusion from a ladder."""
-
-    recommended: str | None
-    """The lowest rung that is enough; None if a lower rung is undecided."""
-    safe: str | None
-    """The lowest rung that is surely enough, even if a lower one might be too."""
-    best: str
-    rungs: tuple[RungVerdict, ...]
-    examples_needed: int | None
-    text: str
-    steps: tuple[LadderStep, ...] = ()
-    """Each rung against the one below it, lowest first."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain objects, for `climb --json`."""
-        rungs, steps = [r.to_json() for r in self.rungs], [step.to_json() for step in self.steps]
-        return {**asdict(self), "rungs": rungs, "steps": steps}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +33,7 @@ class _MeasuredRung:
     seed_variance: float
     """Variance of the mean score that comes from the training seeds: s^2 / S over the S seeds' own means."""
     seeds: int
-    score: Interval
+    score: Estimate
 
 
 def recommend(
@@ -137,7 +71,7 @@ def recommend(
         difference = stats.paired_difference(best.items, rung.items, clusters, seed, weights=weights)
         if rung is best:
             # the best minus itself is exactly zero: no bound for small samples applies
-            difference = replace(difference, low=0.0, high=0.0, method="identity", p_value=None)
+            difference = difference.replace(low=0.0, high=0.0, method="identity", p_value=None)
         else:
             difference = _with_seed_variance(difference, best, rung)
         reason = _reason(rung.score, difference, rung is best, sign, margin, target)
@@ -148,20 +82,22 @@ def recommend(
             item_count = stats.examples_needed(gain, margin, clusters, weights=weights, seed_variance=seed_variance)
             # more than there are: this many were not enough
             item_count = item_count and _round_up(max(item_count, len(gain) + 1))
-        rung_verdicts.append(RungVerdict(rung.name, rung.score, difference, reason, item_count))
+        enough = reason not in ("worse", "cannot tell")
+        fields = {"difference": difference, "reason": reason, "enough": enough, "examples_needed": item_count}
+        rung_verdicts.append(RungVerdict(name=rung.name, score=rung.score, **fields))
     verdict = _conclude(tuple(rung_verdicts), best.name, margin, target, in_nats)
     steps = _steps(measured_rungs, clusters, weights, seed)
-    return replace(verdict, steps=steps, text=f"{verdict.text}{_steps_without_difference(steps, in_nats)}")
+    return verdict.replace(steps=steps, text=f"{verdict.text}{_steps_without_difference(steps, in_nats)}")
 
 
-def rung_score(table: ArrayLike, clusters: Clusters = None, *, weights: Weights = None, seed: int = 0) -> Interval:
+def rung_score(table: ArrayLike, clusters: Clusters = None, *, weights: Weights = None, seed: int = 0) -> Estimate:
     """Score of one rung from [items] or [training seeds, items], with the variance between seeds."""
     return _measure("", table, clusters, weights, seed).score
 
 
 def paired_gain(
     lower: ArrayLike, upper: ArrayLike, clusters: Clusters = None, *, weights: Weights = None, seed: int = 0
-) -> Difference:
+) -> Estimate:
     """Paired difference of two rungs, upper minus lower, the spread between training seeds included, with its p-value.
 
     The p-value is that of sign flips over clusters; with several training seeds that of Welch's t, whose variance is
@@ -171,7 +107,7 @@ def paired_gain(
     return _gain(first, second, clusters, weights, seed)
 
 
-def _gain(first: _MeasuredRung, second: _MeasuredRung, clusters: Clusters, weights: Weights, seed: int) -> Difference:
+def _gain(first: _MeasuredRung, second: _MeasuredRung, clusters: Clusters, weights: Weights, seed: int) -> Estimate:
     difference = stats.paired_difference(first.items, second.items, clusters, seed, weights=weights)
     seed_variance = first.seed_variance + second.seed_variance
     # exact where possible; flipping signs cannot represent the variance between seeds
@@ -181,7 +117,7 @@ def _gain(first: _MeasuredRung, second: _MeasuredRung, clusters: Clusters, weigh
         total = stats.clustered_error(second.items - first.items, clusters, weights=weights) ** 2 + seed_variance
         t = abs(difference.mean) / math.sqrt(total)
         p = 2 * float(special.stdtr(_degrees_of_freedom(total, first, second), -t))
-    return replace(_with_seed_variance(difference, first, second), p_value=p)
+    return _with_seed_variance(difference, first, second).replace(p_value=p)
 
 
 def _steps(rungs: Sequence[_MeasuredRung], clusters: Clusters, weights: Weights, seed: int) -> tuple[LadderStep, ...]:
@@ -193,7 +129,8 @@ def _steps(rungs: Sequence[_MeasuredRung], clusters: Clusters, weights: Weights,
         variance = first.seed_variance + second.seed_variance
         items = second.items - first.items
         detectable = stats.detectable_difference(items, clusters, weights=weights, seed_variance=variance)
-        steps.append(LadderStep(first.name, second.name, gain, p, detectable))
+        fields = {"difference": gain, "p_holm": p, "differs": p <= stats.ALPHA, "detectable": detectable}
+        steps.append(LadderStep(lower=first.name, upper=second.name, **fields))
     return tuple(steps)
 
 
@@ -237,7 +174,7 @@ def _with_seed_variance(estimate: Estimate, *sources: _MeasuredRung) -> Estimate
     mean, seed_half = estimate.mean, stats.Z * math.sqrt(seed_variance)
     # each side on its own: bootstrap intervals are not symmetric
     left, right = (stretch * math.hypot(side, seed_half) for side in (mean - estimate.low, estimate.high - mean))
-    return replace(estimate, low=mean - left, high=mean + right, method=f"{estimate.method} and training seeds")
+    return estimate.replace(low=mean - left, high=mean + right, method=f"{estimate.method} and training seeds")
 
 
 def _degrees_of_freedom(total: float, *sources: _MeasuredRung) -> float:
@@ -246,7 +183,7 @@ def _degrees_of_freedom(total: float, *sources: _MeasuredRung) -> float:
 
 
 def _reason(
-    score: Interval, difference: Difference, is_best: bool, sign: float, margin: float, target: float | None
+    score: Estimate, difference: Estimate, is_best: bool, sign: float, margin: float, target: float | None
 ) -> Reason:
     # the bound on the unfavorable side
     certain_score = score.low if sign > 0 else -score.high
@@ -264,13 +201,13 @@ def _conclude(rungs: tuple[RungVerdict, ...], best: str, margin: float, target: 
     margin_text = f"{math.expm1(margin):.0%}" if in_nats else f"{margin:g}"
     target_text = None if target is None else f"{math.exp(target) if in_nats else target:g}"
 
-    def score_text(score: Interval) -> str:
+    def score_text(score: Estimate) -> str:
         mean, low, high = (math.exp(x) if in_nats else x for x in (score.mean, score.low, score.high))
         return f"{mean:.3f} [{low:.3f}, {high:.3f}], {score.examples} examples, {score.clusters} clusters"
 
     if all(r.score.mean == 0.0 for r in rungs) and not any(r.reason == "reaches target" for r in rungs):
         text = f"No rung scores at all: {score_text(rungs[0].score)}. Look at the answers before climbing higher."
-        return Verdict(None, None, best, rungs, None, text)
+        return Verdict(recommended=None, safe=None, best=best, rungs=rungs, examples_needed=None, text=text)
     safe_index = next(i for i, r in enumerate(rungs) if r.enough)  # exists: the best rung is always enough
     safe, undecided = rungs[safe_index], [r for r in rungs[:safe_index] if r.reason == "cannot tell"]
     lower_text = f" and every lower one is worse by more than {margin_text}" if safe_index else ""
@@ -290,7 +227,8 @@ def _conclude(rungs: tuple[RungVerdict, ...], best: str, margin: float, target: 
         text = f"Cannot tell whether {names} would be enough: {remedy}. {safe.name} is safe: {score_text(safe.score)}."
     if target is not None and not any(r.reason == "reaches target" for r in rungs):
         text += f" No rung is sure to reach the target {target_text}."
-    return Verdict(None if undecided else safe.name, safe.name, best, rungs, examples_needed, text)
+    conclusion = {"recommended": None if undecided else safe.name, "safe": safe.name, "best": best}
+    return Verdict(**conclusion, rungs=rungs, examples_needed=examples_needed, text=text)
 
 
 def _round_up(n: int) -> int:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special  # type: ignore[import-untyped,unused-ignore]
 
+from rung.results import Estimate
 from rung.scoring.significance import Floats, batch_sizes, mcnemar, sign_flips
 
 Clusters = Sequence[Hashable] | None
@@ -35,41 +34,7 @@ SIGN_TEST_MINIMUM = 6
 """Below six differing clusters even a unanimous sign test has p > 0.05, so no interval may exclude zero."""
 
 
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A mean score with its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-    examples: int
-    clusters: int
-    method: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain numbers; an infinite bound is null."""
-        return jsonable(asdict(self))
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """Paired difference of two systems on the same examples, in points of the metric, second minus first."""
-
-    mean: float
-    low: float
-    high: float
-    examples: int
-    clusters: int
-    method: str
-    p_value: float | None = None
-    """Two-sided: exact McNemar for binary scores without clusters, or that of another test that replaced it."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain numbers; an infinite bound is null."""
-        return jsonable(asdict(self))
-
-
-def wilson(successes: float, n: float) -> Interval:
+def wilson(successes: float, n: float) -> Estimate:
     """Score interval of a proportion (Wilson 1927). 8 of 10 is [0.490, 0.943]; 0 of 20 is [0, 0.161].
 
     `n` may be an effective number, such as a number of clusters.
@@ -82,10 +47,10 @@ def wilson(successes: float, n: float) -> Interval:
     # exactly 0 and 1 at the ends, where rounding would leave 1e-17
     low = 0.0 if successes == 0 else center - half
     high = 1.0 if successes == n else center + half
-    return Interval(share, low, high, int(n), int(n), "wilson")
+    return Estimate(mean=share, low=low, high=high, examples=int(n), clusters=int(n), method="wilson")
 
 
-def t_interval(scores: ArrayLike) -> Interval:
+def t_interval(scores: ArrayLike) -> Estimate:
     """Student's interval of a mean of independent scores. 1, 2, 3, 4, 5 is 3 +- 1.963.
 
     Without spread (or with one item) it falls back to Wilson on the number of items, see `cluster_bootstrap`.
@@ -97,11 +62,11 @@ def t_interval(scores: ArrayLike) -> Interval:
     if np.ptp(values) == 0:
         return _interval_without_spread(values, mean, n)
     half = float(special.stdtrit(n - 1, 1 - ALPHA / 2) * values.std(ddof=1) / math.sqrt(n))
-    return Interval(mean, mean - half, mean + half, n, n, "t")
+    return Estimate(mean=mean, low=mean - half, high=mean + half, examples=n, clusters=n, method="t")
 
 
-def cluster_bootstrap(scores: ArrayLike, clusters: Clusters, seed: int = 0, *, weights: Weights = None) -> Interval:
-    """Interval of a (weighted) mean, clusters resampled with replacement.
+def cluster_bootstrap(scores: ArrayLike, clusters: Clusters, seed: int = 0, *, weights: Weights = None) -> Estimate:
+    """Estimate of a (weighted) mean, clusters resampled with replacement.
 
     Expanded percentile interval (Hesterberg 2015, arXiv 1411.5279, section 5.3): the plain percentile is too narrow by
     about sqrt((C-1)/C) * z/t with C clusters, so wider percentiles of the replicates are taken. Not BCa: its
@@ -117,12 +82,12 @@ def cluster_bootstrap(scores: ArrayLike, clusters: Clusters, seed: int = 0, *, w
     if np.ptp(sums / totals) < TINY:
         return _interval_without_spread(values, mean, c)
     low, high = expanded_percentiles(resample(sums, totals, seed), c)
-    return Interval(mean, low, high, len(values), c, "cluster bootstrap")
+    return Estimate(mean=mean, low=low, high=high, examples=len(values), clusters=c, method="cluster bootstrap")
 
 
 def score_interval(
     scores: ArrayLike, clusters: Clusters = None, *, binary: bool | None = None, weights: Weights = None, seed: int = 0
-) -> Interval:
+) -> Estimate:
     """The right interval for one system; `binary`: None where the scores themselves decide.
 
     Cluster bootstrap when some cluster holds several items (or items have weights), else Wilson for binary scores,
@@ -147,7 +112,7 @@ def paired_difference(
     *,
     weights: Weights = None,
     ids: tuple[Sequence[Hashable], Sequence[Hashable]] | None = None,
-) -> Difference:
+) -> Estimate:
     """Second minus first on the same items, clusters resampled (Miller 2024, arXiv 2411.00640, on paired differences).
 
     `ids` are the items' names in both lists; unequal ones, or unequal lengths, raise ValueError. Where fewer than
@@ -172,10 +137,11 @@ def paired_difference(
         method = "exact bound on differing clusters"
     # McNemar's test assumes independent items
     mcnemar_applies = weights is None and is_binary(a) and is_binary(b) and not _has_clusters(clusters, len(a))
-    return Difference(mean, low, high, len(a), c, method, mcnemar(a, b) if mcnemar_applies else None)
+    p_value = mcnemar(a, b) if mcnemar_applies else None
+    return Estimate(mean=mean, low=low, high=high, examples=len(a), clusters=c, method=method, p_value=p_value)
 
 
-def ratio_interval(totals: ArrayLike, counts: ArrayLike, clusters: Clusters = None) -> Interval:
+def ratio_interval(totals: ArrayLike, counts: ArrayLike, clusters: Clusters = None) -> Estimate:
     """Perplexity exp(sum of nats / sum of tokens) of items with `totals` nats over `counts` tokens.
 
     The ratio of sums, not the mean of ratios: items are weighted by length. The interval is the exponential of that of
@@ -184,8 +150,8 @@ def ratio_interval(totals: ArrayLike, counts: ArrayLike, clusters: Clusters = No
     tokens = _weights(counts, totals)
     logs = cluster_bootstrap(_scores(totals) / tokens, clusters, weights=tokens)
     if logs.method != "cluster bootstrap":  # nats have no upper bound, so there is no exact bound without spread
-        return replace(logs, mean=math.exp(logs.mean), low=0.0, high=math.inf, method="unbounded")
-    return replace(logs, mean=math.exp(logs.mean), low=math.exp(logs.low), high=math.exp(logs.high))
+        return logs.replace(mean=math.exp(logs.mean), low=0.0, high=math.inf, method="unbounded")
+    return logs.replace(mean=math.exp(logs.mean), low=math.exp(logs.low), high=math.exp(logs.high))
 
 
 def examples_needed(
@@ -281,11 +247,12 @@ def expanded_percentiles(replicates: Floats, c: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _interval_without_spread(values: Floats, mean: float, units: int) -> Interval:
+def _interval_without_spread(values: Floats, mean: float, units: int) -> Estimate:
+    sizes = {"examples": len(values), "clusters": units}
     if not _is_in_unit_range(values):
-        return Interval(mean, -math.inf, math.inf, len(values), units, "unbounded")
+        return Estimate(mean=mean, low=-math.inf, high=math.inf, method="unbounded", **sizes)
     floor = wilson(min(mean, 1.0) * units, units)
-    return Interval(mean, floor.low, floor.high, len(values), units, "wilson floor")
+    return floor.replace(mean=mean, method="wilson floor", **sizes)
 
 
 def _is_in_unit_range(values: Floats) -> bool:
@@ -341,9 +308,3 @@ def _weights(weights: Weights, scores: ArrayLike) -> Floats:
     if len(sizes) != n or (sizes <= 0).any():
         raise ValueError(f"weights (or token counts) must be positive and as many as the {n} scores")
     return sizes
-
-
-def jsonable(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields with null in place of NaN and infinite numbers, in nested dictionaries too."""
-    values = {key: jsonable(v) if isinstance(v, dict) else v for key, v in fields.items()}
-    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
