@@ -72,12 +72,7 @@ def tree_attention(
 
 
 def _decode(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    prefix: KeysValues | None,
-    params: AttentionParams,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, prefix: KeysValues | None, params: AttentionParams
 ) -> Tensor:
     """Attention of prompts and new tokens; `mask` is bool [B, 1, Q, S] over each row's keys, None means causal."""
     length, width = query.shape[2:]

@@ -20,12 +20,7 @@ from transformers import (
 )
 
 from rung.errors import ConfigError, RungError
-from rung.models.base_model import (
-    NO_REMOTE_CODE,
-    disable_dropout,
-    first_line,
-    refuse_unsupported,
-)
+from rung.models.base_model import NO_REMOTE_CODE, disable_dropout, first_line, refuse_unsupported
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
