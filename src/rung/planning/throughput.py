@@ -22,7 +22,7 @@ from typing import Any
 from rung.config.run import RunConfig
 from rung.files import cache_folder, write_text
 from rung.planning.architecture import ModelShape
-from rung.planning.method_cost import method_cost
+from rung.planning.method_cost import MethodCost
 
 CHARACTERS_PER_TOKEN = 4.0
 """Rough value for English text; divides a file's size before anything has been tokenized."""
@@ -87,34 +87,29 @@ def estimate_data_volume(
     return DataVolume(characters / CHARACTERS_PER_TOKEN, supervised_share, document_tokens, is_counted=False)
 
 
-def run_flops(config: RunConfig, shape: ModelShape, volume: DataVolume, teacher: ModelShape | None = None) -> float:
+def run_flops(
+    config: RunConfig, shape: ModelShape, volume: DataVolume, cost: MethodCost, teacher: ModelShape | None = None
+) -> float:
     """Operations of the whole run: epochs, passes of reference and teacher, and generated answers."""
     passes: float = config.training.epochs
     # A run with `max_steps` may end within an epoch.
     if config.training.max_steps is not None and volume.tokens:
-        passes = min(
-            passes,
-            config.training.max_steps * config.training.examples_per_step * volume.document_tokens / volume.tokens,
-        )
-    training_flops = token_flops(config, shape, volume)
-    forward = _forward_flops(shape, volume)
-    rollout = config.objective.rollout
+        examples = config.training.max_steps * config.training.examples_per_step
+        passes = min(passes, examples * volume.document_tokens / volume.tokens)
+    training_flops, forward = token_flops(config, shape, volume, cost), _forward_flops(shape, volume)
+    objective, rollout = config.objective, config.objective.rollout
     if rollout is not None and generates_rollouts(config):
         # Every prompt is answered several times, and each answer is trained on for several passes.
-        answer_ratio: float = (
-            rollout.num_generations * (volume.document_tokens + rollout.max_new_tokens) / volume.document_tokens
-        )
-        answer_flops: float = (
-            forward + rollout.num_iterations * training_flops + (forward if config.objective.reference_model else 0.0)
-        )
+        length = volume.document_tokens
+        answer_ratio: float = rollout.num_generations * (length + rollout.max_new_tokens) / length
+        answer_flops: float = forward + rollout.num_iterations * training_flops
+        answer_flops += forward if objective.reference_model else 0.0
         return passes * volume.tokens * answer_ratio * answer_flops
     extra_flops = 0.0
-    if config.objective.kind == "preference" and config.objective.reference_model:
+    if objective.kind == "preference" and objective.reference_model:
         extra_flops = forward  # the reference is cached by document: one pass a run
-    if config.objective.kind == "distill":
-        extra_flops = _forward_flops(teacher or shape, volume) * (
-            1.0 if config.objective.cache_teacher_states else passes
-        )
+    if objective.kind == "distill":
+        extra_flops = _forward_flops(teacher or shape, volume) * (1.0 if objective.cache_teacher_states else passes)
     return volume.tokens * (passes * training_flops + extra_flops)
 
 
@@ -123,9 +118,8 @@ def generates_rollouts(config: RunConfig) -> bool:
     return config.objective.on_policy_share > 0.0
 
 
-def token_flops(config: RunConfig, shape: ModelShape, volume: DataVolume) -> float:
+def token_flops(config: RunConfig, shape: ModelShape, volume: DataVolume, cost: MethodCost) -> float:
     """Operations for one token of training, forward and backward."""
-    cost = method_cost(config.method, shape)
     # Gradients stop at the lowest trainable layer.
     backward_layers = shape.layers - min(cost.lowest_layer, shape.layers)
     full = config.method.kind == "full"
@@ -136,19 +130,15 @@ def token_flops(config: RunConfig, shape: ModelShape, volume: DataVolume) -> flo
     backward = 2.0 * (shape.linear_parameters * backward_layers + adapter) + 2 * attention * backward_layers
     weight = 2.0 * (shape.linear_parameters * shape.layers if full else adapter)
     # Logits are computed only for supervised tokens.
-    head = (
-        2.0 * shape.embedding_parameters * volume.supervised_share * (3 if full or config.method.kind == "head" else 2)
-    )
+    head = 2.0 * shape.embedding_parameters * volume.supervised_share
+    head *= 3 if full or config.method.kind == "head" else 2
     return forward + backward + weight + head
 
 
 def _forward_flops(shape: ModelShape, volume: DataVolume) -> float:
     attention = 4.0 * shape.query * volume.document_tokens / 2
-    return (
-        2.0 * shape.linear_parameters * shape.layers
-        + attention * shape.layers
-        + 2.0 * shape.embedding_parameters * volume.supervised_share
-    )
+    layers = 2.0 * shape.linear_parameters * shape.layers + attention * shape.layers
+    return layers + 2.0 * shape.embedding_parameters * volume.supervised_share
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,10 +165,9 @@ def record_throughput(compute: str, flops: float, run: str) -> None:
     Only the fastest is kept: slower runs may have shared the machine.
     """
     rates = _read_rates()
-    if flops <= rates.get(compute, {}).get("flops", 0.0):
-        return
-    new_rates = {**rates, compute: {"flops": flops, "run": run}}
-    write_text(_rates_path(), json.dumps(new_rates, indent=2) + "\n")
+    if flops > rates.get(compute, {}).get("flops", 0.0):
+        new_rates = {**rates, compute: {"flops": flops, "run": run}}
+        write_text(_rates_path(), json.dumps(new_rates, indent=2) + "\n")
 
 
 def _read_rates() -> dict[str, dict[str, Any]]:
