@@ -89,19 +89,18 @@ def fingerprint(source: Path | str, config: Any) -> str:
     return digest.hexdigest()
 
 
-def disable_dropout(config: Any) -> None:
-    """Turn off the dropout that a base ships with (GPT-2, Phi-2: 0.1): packed and unpacked runs would differ."""
+def prepare_config(config: Any) -> None:
+    """Turn off the dropout that a base ships with (GPT-2, Phi-2: 0.1): packed and unpacked runs would differ.
+
+    Raises `PlanError` with the reason if Rung cannot train this architecture.
+    """
+    if reason := model_refusal(config.model_type, encoder_decoder=bool(getattr(config, "is_encoder_decoder", False))):
+        raise PlanError(reason, where="model.name", given=config.model_type)
     for name in ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "dropout"):
         if isinstance(getattr(config, name, None), float):
             setattr(config, name, 0.0)
 
 
-def refuse_unsupported(config: Any) -> None:
-    """Raise `PlanError` with the reason if Rung cannot train this architecture."""
-    if reason := model_refusal(config.model_type, encoder_decoder=bool(getattr(config, "is_encoder_decoder", False))):
-        raise PlanError(reason, where="model.name", given=config.model_type)
-
-
 def first_line(error: Exception) -> str:
     """The first line of an error's text, or its type name if it has no text."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -45,8 +45,7 @@ _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 def layer_number(name: str) -> int | None:
     """The number of the layer that a module belongs to, from 0; None outside the layers."""
-    match = _LAYER.search(name)
-    return int(match.group(1)) if match else None
+    return int(match[1]) if (match := _LAYER.search(name)) else None
 
 
 def linears_by_role(model: nn.Module) -> dict[LinearRole, list[str]]:
@@ -69,12 +68,9 @@ def select_linears(model: nn.Module, roles: Iterable[LinearRole], layers: Iterab
     # A fused projection appears under several roles and is listed once.
     names = list(dict.fromkeys(name for role in roles for name in by_role.get(role, ())))
     if not names:
-        raise ConfigError(
-            "this model has no module of these roles",
-            where="method.targets",
-            given=", ".join(roles),
-            allowed=", ".join(by_role) or "none of its modules are known to Rung",
-        )
+        given, allowed = ", ".join(roles), ", ".join(by_role) or "none of its modules are known to Rung"
+        reason = "this model has no module of these roles"
+        raise ConfigError(reason, where="method.targets", given=given, allowed=allowed)
     layer_numbers = resolve_layers(layers, {number for name in names if (number := layer_number(name)) is not None})
     return [name for name in names if layer_number(name) in layer_numbers]
 
@@ -94,10 +90,8 @@ def coverage(model: nn.Module, trainable: Iterable[str]) -> str:
         if isinstance(module, nn.Linear | Conv1D) and roles_of(name.removesuffix(".base_layer"))
     }
     names = [f".{name}" for name in trainable]
-    trained_linears = {
-        name for name in linears if any(trainable_name.startswith(f".{name}.") for trainable_name in names)
-    }
-    trained_layers = {number for parameter_name in names if (number := layer_number(parameter_name)) is not None}
-    all_layers = {number for name in linears if (number := layer_number(f".{name}.")) is not None}
+    trained_linears = {linear for linear in linears if any(name.startswith(f".{linear}.") for name in names)}
+    trained_layers = {layer_number(name) for name in names} - {None}
+    all_layers = {layer_number(f".{name}.") for name in linears} - {None}
     of_layers = f"{len(trained_layers)} of {len(all_layers)} layers"
     return f"{len(trained_linears)} of {len(linears)} linears, in {of_layers}" if trained_linears else of_layers

@@ -249,12 +249,16 @@ def _model_folder(config: ModelConfig) -> Path | None:
     if path.exists():
         reason = "this holds neither a model (config.json) nor a run (run.json)"
         raise ConfigError(reason, where="model.name", given=config.name)
-    # An existing parent folder means a mistyped path, not a hub id.
-    if config.name.count("/") == 1 and not config.name.startswith((".", "/", "~")) and not path.parent.exists():
+    if is_hub_id(config.name):
         return None
     suggestion = did_you_mean(config.name, list(CATALOG))
     hint = f"did you mean {suggestion}?" if suggestion else None
     raise ConfigError("no such model", where="model.name", given=config.name, hint=hint)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no path here is owner/name; an existing parent folder means a mistyped path."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).parent.exists()
 
 
 def _shape_from_run(folder: Path) -> ModelShape:
