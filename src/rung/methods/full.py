@@ -49,8 +49,7 @@ class _TrainsBase(Method):
 
     def merge(self) -> nn.Module:
         """Return the model: there is nothing to merge."""
-        model: nn.Module = self.model
-        return model
+        return self.model  # type: ignore[no-any-return]
 
 
 class Full(_TrainsBase):

@@ -1,9 +1,9 @@
-"""Which layers of a LoRA are trained as a run proceeds: some sampled at a time (LISA), or the winners of a lottery.
+"""A lottery among the layers of a LoRA: all are trained at first, then only the winners.
 
-The lottery trains all layers for some steps and scores each by the norm of its update, or by the energy that the update
+It trains all layers for some steps and scores each by the norm of its update, or by the energy that the update
 adds to the outputs of its linears (LoRA-drop, Zhou et al. 2024, eq. 3). The winners restart from their initial values
 (Frankle and Carbin 2019, section 1) or continue; the others are dropped permanently. It costs the scouting steps and a
-copy of the initial values. `methods/registry.py` and `methods/qlora.py` build LoRA through this file.
+copy of the initial values. `methods/registry.py` builds it.
 """
 
 from __future__ import annotations
@@ -122,8 +122,7 @@ def winner_count(config: LotteryConfig, layer_count: int) -> int:
 
 def choose_winners(scores: Mapping[int, float], config: LotteryConfig, seed: int) -> tuple[int, ...]:
     """The winners: the best layers, or as many others as a control (`choose`)."""
-    layers = sorted(scores)
-    count = winner_count(config, len(layers))
+    layers, count = sorted(scores), winner_count(config, len(scores))
     if config.lottery.choose == "best":
         # Ties go to the lower layer, whatever the order of the scores.
         winners = sorted(layers, key=lambda number: (-scores[number], number))[:count]

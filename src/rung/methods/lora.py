@@ -2,7 +2,7 @@
 
 peft's modules are kept, so that files load in stock peft and new variants arrive with it; `linear_params` lets
 `models/fused_ops.py` compute them with less memory. DoRA and dropout keep peft's slower forward. `methods/registry.py`
-builds it through `methods/layer_selection.py`, `methods/qlora.py` on a quantized base.
+builds it, for `lottery` through `methods/layer_selection.py`; `methods/qlora.py` quantizes the base.
 
 Suffixes: O outputs, I inputs, R rank.
 """
@@ -43,7 +43,6 @@ TRAINED_ADAPTER, OFFSET_ADAPTER = "default", "offset"
 """peft's names of the trained adapter and of the frozen one that subtracts the initial B A (decision 0013)."""
 DROPOUT_BLOCKS_SHARING = "adapter dropout drops each copy of one differently"
 """The reason why prefixes are not shared."""
-_INIT: dict[str, Any] = {"gaussian": "gaussian", "orthogonal": "orthogonal"}
 
 
 class Lottery(Protocol):
@@ -104,9 +103,8 @@ class Lora(Method):
         except ValueError as error:  # this rank is impossible for this initialization
             raise ConfigError(str(error), where="method.init", given=config.init) from error
         # peft marks the second adapter trainable too; its parameters are excluded by name.
-        self._trainable = {
-            name: p for name, p in model.named_parameters() if p.requires_grad and f".{OFFSET_ADAPTER}." not in name
-        }
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._trainable = {name: p for name, p in trainable.items() if f".{OFFSET_ADAPTER}." not in name}
         self._offsets = [p for name, p in model.named_parameters() if f".{OFFSET_ADAPTER}." in name]
         if self.subtracts:
             for layer in self.layers().values():
@@ -188,8 +186,8 @@ class Lora(Method):
             with self.peft.disable_adapter():
                 yield
         finally:
-            for parameter, flag in zip(parameters, requires_grad, strict=True):  # peft sets all of them to True
-                parameter.requires_grad_(flag)
+            for p, flag in zip(parameters, requires_grad, strict=True):  # peft sets all of them to True
+                p.requires_grad_(flag)
 
     def linear_params(self, module: nn.Module) -> LinearParams | None:
         """Parameters of peft's layer as it computes now; None if only peft can compute it (dropout, DoRA, variants)."""
@@ -281,7 +279,7 @@ class Lora(Method):
             use_rslora=config.rslora,
             use_dora=config.dora,
             # Data-dependent starts begin with peft's default; `calibrate` overwrites it.
-            init_lora_weights=_INIT.get(config.init, True),
+            init_lora_weights=config.init if config.init in ("gaussian", "orthogonal") else True,
             modules_to_save=modules_to_save or None,
             # GPT-2's Conv1D stores its weight transposed.
             fan_in_fan_out=any(isinstance(self.model.get_submodule(n), Conv1D) for n in self.names),

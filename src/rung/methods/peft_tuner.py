@@ -10,15 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from peft import (
-    PeftConfig,
-    PeftModel,
-    PeftType,
-    get_peft_config,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
+import peft
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -47,7 +39,7 @@ class PeftTuner(Method):
         # peft's tuners compute in the dtype of the stored weights.
         model.float()
         try:
-            self.peft: PeftModel = without_peft_warnings(get_peft_model, model, peft_config)
+            self.peft: peft.PeftModel = without_peft_warnings(peft.get_peft_model, model, peft_config)
         # peft raises any of these for a config that does not fit the model.
         except (ValueError, TypeError, NotImplementedError, KeyError, AttributeError) as error:
             reason = f"peft does not take this config: {error}"
@@ -84,7 +76,7 @@ class PeftTuner(Method):
 
     def load(self, folder: Path) -> None:
         """Load what `save` wrote; missing or unexpected keys raise `CheckpointError`."""
-        without_peft_warnings(set_peft_model_state_dict, self.peft, read_state(folder, self._state()))
+        without_peft_warnings(peft.set_peft_model_state_dict, self.peft, read_state(folder, self._state()))
 
     def merge(self) -> nn.Module:
         """Merge the tuner into the base. Raises `PlanError` if peft cannot."""
@@ -95,18 +87,18 @@ class PeftTuner(Method):
         return merged
 
     def _state(self) -> dict[str, Tensor]:
-        return dict(without_peft_warnings(get_peft_model_state_dict, self.peft, save_embedding_layers=False))
+        return dict(without_peft_warnings(peft.get_peft_model_state_dict, self.peft, save_embedding_layers=False))
 
 
-def _peft_config(model: PreTrainedModel, config: PeftTunerConfig) -> PeftConfig:
+def _peft_config(model: PreTrainedModel, config: PeftTunerConfig) -> peft.PeftConfig:
     """Build peft's config. Raises `ConfigError` for a tuner that is unknown, refused, or a method of Rung."""
     settings: dict[str, Any] = dict(config.config)
     kind = str(settings.get("peft_type", "")).upper()
     if kind in OWN_METHODS:
         replacement = OWN_METHODS[kind]
         raise ConfigError("this tuner has a method of its own", where="method.config", given=kind, allowed=replacement)
-    if kind not in PeftType.__members__:
-        names = ", ".join(sorted(set(PeftType.__members__) - set(OWN_METHODS)))
+    if kind not in peft.PeftType.__members__:
+        names = ", ".join(sorted(set(peft.PeftType.__members__) - set(OWN_METHODS)))
         raise ConfigError("no such tuner", where="method.config.peft_type", given=kind or None, allowed=names)
     if kind in REFUSED:
         hint = "kind: lora with rank_pattern, or lottery"
@@ -131,7 +123,7 @@ def _peft_config(model: PreTrainedModel, config: PeftTunerConfig) -> PeftConfig:
         ends = (ends,) if isinstance(ends, str) else tuple(ends or ())
         settings["feedforward_modules"] = [name for name in settings["target_modules"] if name.endswith(ends)]
     try:
-        peft_config = get_peft_config(settings)
+        peft_config = peft.get_peft_config(settings)
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error), where="method.config", given=kind) from error
     if hasattr(peft_config, "fan_in_fan_out") and any(isinstance(module, Conv1D) for module in model.modules()):

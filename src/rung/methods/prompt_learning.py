@@ -183,15 +183,13 @@ class VirtualTokens(Method):
             settings = {"peft_type": "RUNG_P_TUNING", "task_type": "CAUSAL_LM"}
             write_peft_files(folder, {PROMPT_TENSOR: rows}, {**settings, "method_config": self.config.model_dump()})
             return
+        heads, width = int(self.model.config.num_attention_heads), self.features
+        if self.every_layer:
+            heads, width = self.kv_heads, self.kv_heads * self.head_width
+        sizes = {"token_dim": width, "num_attention_heads": heads, "num_layers": self.layers}
         config_class = PrefixTuningConfig if self.every_layer else PromptTuningConfig
-        config: PeftConfig = config_class(
-            task_type="CAUSAL_LM",
-            num_virtual_tokens=self.count,
-            token_dim=self.kv_heads * self.head_width if self.every_layer else self.features,
-            num_transformer_submodules=1,
-            num_attention_heads=self.kv_heads if self.every_layer else int(self.model.config.num_attention_heads),
-            num_layers=self.layers,
-        )
+        options = {"task_type": "CAUSAL_LM", "num_virtual_tokens": self.count, "num_transformer_submodules": 1}
+        config: PeftConfig = config_class(**options, **sizes)
         write_peft_files(folder, {PROMPT_TENSOR: rows}, config.to_dict())
 
 

@@ -1,7 +1,7 @@
 """LoRA on a base in 4 or 8 bits (QLoRA, Dettmers et al. 2023), through bitsandbytes.
 
 Every linear of the layers is quantized once, when the method is attached; embeddings, norms and the head stay as they
-are. It saves memory, not time: each product first dequantizes its matrix. `methods/registry.py` builds it.
+are. It saves memory, not time: each product first dequantizes its matrix. `methods/lora.py` calls `quantize`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ Suffixes: H heads, K key/value heads, Q queries, S keys, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,15 @@ from transformers.masking_utils import sdpa_mask
 
 from rung.errors import PlanError
 from rung.models.kv_cache import Prefix, attend_one_token
-from rung.models.tree_attention import AttentionParams, KeysValues, attend, attend_tree, concatenate_kv, path_mask
+from rung.models.tree_attention import (
+    AttentionParams,
+    KeysValues,
+    KVByLayer,
+    attend,
+    attend_tree,
+    concatenate_kv,
+    path_mask,
+)
 from rung.types import Segment
 
 NAME = "rung"
@@ -49,7 +57,7 @@ def tree_attention(
     an unknown argument, because ignoring one would change the model.
     """
     segments: Sequence[Segment] | None = kwargs.pop("segments", None)
-    shared_kv: Mapping[int, KeysValues] | None = kwargs.pop("shared", None)
+    shared_kv: KVByLayer | None = kwargs.pop("shared", None)
     capture: dict[int, KeysValues] | None = kwargs.pop("capture", None)
     prefix: Prefix | None = kwargs.pop("prefix", None)
     params = AttentionParams(scaling, kwargs.pop("softcap", None), kwargs.pop("sliding_window", None), dropout)
@@ -89,7 +97,7 @@ def _decode(
         key, value = concatenate_kv((prefix_key, prefix_value), (key, value))
         mask = torch.cat([mask.new_ones(*mask.shape[:3], prefix_key.shape[2]), mask], dim=3)
     groups = query.shape[1] // key.shape[1]
-    out = attend(query, repeat_kv(key, groups), repeat_kv(value, groups), mask, params, causal=mask is None)
+    out = attend(query, repeat_kv(key, groups), repeat_kv(value, groups), mask, params)
     return out.transpose(1, 2).contiguous()
 
 

@@ -61,6 +61,7 @@ class BaseModel:
         return int(getattr(self.model.config, "max_position_embeddings", None) or 2**20)
 
 
+LoadedWeights = tuple[PreTrainedModel, PreTrainedTokenizerFast]
 NO_REMOTE_CODE: dict[str, Any] = {"trust_remote_code": False}
 """Code shipped with a model never runs. Without this argument transformers would ask at the terminal."""
 

@@ -47,6 +47,11 @@ def jensen_shannon(beta: float) -> Divergence:
     return divergence
 
 
+def divergence_function(kind: str, beta: float) -> Divergence:
+    """The divergence that a config names; `beta` is for `jsd`."""
+    return {"forward": forward_kl, "reverse": reverse_kl, "jsd": jensen_shannon(beta)}[kind]
+
+
 class Distribution(NamedTuple):
     """Hidden states [N, H] at the predictions, and the output head that reads them."""
 

@@ -119,7 +119,8 @@ class _Linears(torch.autograd.Function):
         inputs, (low_NR, *tensors) = saved[: ctx.input_count], saved[ctx.input_count :]
         x_NI = inputs[0] if ctx.input_count == 1 else None
         if ctx.input_count > 1:
-            x_NI = _NormInput(*inputs, offset=ctx.offset).recompute().view(-1, ctx.shape[-1]).to(ctx.product_dtype)
+            norm_input = _NormInput._make((*inputs, ctx.offset))
+            x_NI = norm_input.recompute().view(-1, ctx.shape[-1]).to(ctx.product_dtype)
         params = _unflatten(tensors, ctx.scales)
         need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         d_x, d_tensors = _backward(grads, x_NI, low_NR, params, need_x, needs)
@@ -128,9 +129,7 @@ class _Linears(torch.autograd.Function):
 
 class _GatedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, gate: Tensor, up: Tensor, activation: Activation, scale: float, *tensors: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation, scale: float, *tensors: Any) -> Tensor:
         params = _unflatten(tensors, (scale,))
         hidden = activation[0](gate).mul_(up)
         x_NI = hidden.view(-1, hidden.shape[-1]).to(product_dtype(hidden, params[0].weight))
@@ -211,12 +210,7 @@ def _tensors_of(params: Sequence[LinearParams]) -> list[Tensor | None]:
 
 
 def _unflatten(tensors: Sequence[Tensor | None], scales: Sequence[float]) -> list[LinearParams]:
-    params = []
-    for i, scale in enumerate(scales):
-        weight, bias, a, b = tensors[4 * i : 4 * i + 4]
-        assert weight is not None  # noqa: S101 -- for the type checker: every part has one
-        params.append(LinearParams(weight, bias, a, b, scale))
-    return params
+    return [LinearParams._make((*tensors[4 * i : 4 * i + 4], scale)) for i, scale in enumerate(scales)]
 
 
 def _forward(x_NI: Tensor, params: Sequence[LinearParams]) -> tuple[list[Tensor], Tensor | None]:

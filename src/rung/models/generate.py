@@ -22,6 +22,8 @@ from rung.models.kv_cache import Prefix, new_cache, single_row_kv
 from rung.models.policy import Policy, model_inputs
 from rung.models.tree_attention import concatenate_kv
 
+Callback = Callable[[int], None]
+"""Receives tokens, or numbers of prompts."""
 PREFILL_TOKENS = 16_384
 """Prompt tokens encoded at once: long prompts run in smaller batches, so that memory does not grow with length."""
 
@@ -68,8 +70,8 @@ def generate(
     sampling: Sampling,
     batch_size: int = 32,
     task: str | None = None,
-    on_token: Callable[[int], None] | None = None,
-    on_batch: Callable[[int], None] | None = None,
+    on_token: Callback | None = None,
+    on_batch: Callback | None = None,
 ) -> list[GeneratedAnswer]:
     """Return answers in the order of the prompts; all answers to one prompt are adjacent.
 
@@ -100,8 +102,8 @@ def generate(
     with policy.autocast():
         prefix, start = _encode_prefix(policy, prompts[0][:prefix_length], task), virtual_count + prefix_length
         per_prompt, lengths = sampling.answers_per_prompt, [len(prompt) - prefix_length for prompt in prompts]
+        decoding = _Decoding(policy, prefix, frozenset(stop_ids), sampling, generator)
         for rows in _batches(order, lengths, max(1, batch_size // per_prompt)):
-            decoding = _Decoding(policy, prefix, frozenset(stop_ids), sampling, generator)
             suffixes = [list(prompts[i][prefix_length:]) for i in rows]
             batch_answers = decoding.run(suffixes, start, task, on_token)
             for slot, i in enumerate(rows):
@@ -119,7 +121,7 @@ def generate_by_task(
     stop_ids: Sequence[int],
     sampling: Sampling,
     batch_size: int = 32,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callback | None = None,
 ) -> list[GeneratedAnswer]:
     """`generate` for prompts of several tasks, one call per task: virtual tokens may differ between tasks."""
     answers: dict[int, list[GeneratedAnswer]] = {}
@@ -132,25 +134,21 @@ def generate_by_task(
     return [answer for i in range(len(prompts)) for answer in answers[i]]
 
 
+@dataclass
 class _Decoding:
-    """Decoding of one batch."""
+    """Decoding of one batch after another."""
 
-    def __init__(
-        self,
-        policy: Policy,
-        prefix: Prefix | None,
-        stop_ids: frozenset[int],
-        sampling: Sampling,
-        generator: torch.Generator,
-    ) -> None:
-        self.policy, self.prefix, self.stop_ids = policy, prefix, stop_ids
-        self.sampling, self.generator, self.cache = sampling, generator, new_cache()
+    policy: Policy
+    prefix: Prefix | None
+    stop_ids: frozenset[int]
+    sampling: Sampling
+    generator: torch.Generator
 
     def run(
-        self, suffixes: list[list[int]], start: int, task: str | None, on_token: Callable[[int], None] | None
+        self, suffixes: list[list[int]], start: int, task: str | None, on_token: Callback | None
     ) -> list[GeneratedAnswer]:
         """Answers to prompts whose suffixes start at position `start`."""
-        slots, device = max(map(len, suffixes)), self.policy.device
+        slots, device, self.cache = max(map(len, suffixes)), self.policy.device, new_cache()
         # Left padding: the last slot of every row predicts.
         ids_BS = torch.tensor([[0] * (slots - len(s)) + s for s in suffixes], device=device)
         lengths_B1 = torch.tensor([[len(s)] for s in suffixes], device=device)
@@ -199,9 +197,7 @@ class _Decoding:
         threshold_B = uniform_B * cumulative_BV[:, -1:]
         return torch.searchsorted(cumulative_BV, threshold_B, right=True)[:, 0].clamp(max=logprobs_BV.shape[1] - 1)
 
-    def _record_tokens(
-        self, tokens: list[int], logprobs: list[float], on_token: Callable[[int], None] | None
-    ) -> list[int]:
+    def _record_tokens(self, tokens: list[int], logprobs: list[float], on_token: Callback | None) -> list[int]:
         """Record one token per active row; return the batch positions that continue."""
         kept_positions = []
         for position, (row, token, logprob) in enumerate(zip(self.active_rows, tokens, logprobs, strict=True)):

@@ -10,17 +10,10 @@ from pathlib import Path
 
 import torch
 from tokenizers import pre_tokenizers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast
 
 from rung.errors import ConfigError, RungError
-from rung.models.base_model import NO_REMOTE_CODE, first_line, prepare_config
+from rung.models.base_model import NO_REMOTE_CODE, LoadedWeights, first_line, prepare_config
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
@@ -32,7 +25,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def load_gguf(path: Path, dtype: torch.dtype) -> LoadedWeights:
     """Load a GGUF file with its weights dequantized to `dtype`. Raises `ConfigError` if the file cannot be read."""
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, **NO_REMOTE_CODE)

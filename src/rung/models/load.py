@@ -19,7 +19,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 from transformers.utils import logging
@@ -29,7 +28,15 @@ from rung.config.model_catalog import CATALOG
 from rung.errors import CheckpointError, ConfigError, PlanError, did_you_mean
 from rung.files import is_run_folder, require_undamaged
 from rung.models import attention
-from rung.models.base_model import NO_REMOTE_CODE, BaseModel, compute_dtype, fingerprint, first_line, prepare_config
+from rung.models.base_model import (
+    NO_REMOTE_CODE,
+    BaseModel,
+    LoadedWeights,
+    compute_dtype,
+    fingerprint,
+    first_line,
+    prepare_config,
+)
 from rung.models.bfloat16_weights import compute_in_float32, has_rounded_buffers, stored_in_bfloat16
 from rung.models.download import download_base
 from rung.models.fused_modules import install_fused_forwards
@@ -62,7 +69,7 @@ def load_base(config: ModelConfig, *, device: torch.device | None = None) -> Bas
         model, keep_bfloat16 = _load_weights(source, config.revision, compute)[0], False
     if keep_bfloat16:
         compute_in_float32(model)
-    return _prepare_base(model, tokenizer, config, fingerprint(source, model.config), compute, device)
+    return _prepare_base((model, tokenizer), config, fingerprint(source, model.config), compute, device)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
@@ -108,9 +115,7 @@ def _resolve_name(name: str) -> Path | str:
     raise ConfigError("no such model", where="model.name", given=name, allowed=allowed, hint=hint)
 
 
-def _load_weights(
-    source: Path | str, revision: str | None, dtype: torch.dtype
-) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def _load_weights(source: Path | str, revision: str | None, dtype: torch.dtype) -> LoadedWeights:
     if isinstance(source, Path) and source.suffix.lower() == ".gguf":
         return load_gguf(source, dtype)
     config = _from_pretrained(AutoConfig, source, revision)
@@ -136,21 +141,16 @@ def _from_pretrained(auto_class: Any, source: Path | str, revision: str | None) 
 
 
 def _prepare_base(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    config: ModelConfig,
-    weights_hash: str,
-    compute: torch.dtype,
-    device: torch.device | None,
+    weights: LoadedWeights, config: ModelConfig, weights_hash: str, compute: torch.dtype, device: torch.device | None
 ) -> BaseModel:
+    model, tokenizer = weights
     # A tokenizer that does not decode what it encodes comes from a damaged or unsupported file.
     if len(tokenizer) < 2 or tokenizer.decode(tokenizer.encode("a b", add_special_tokens=False)).strip() != "a b":
         given = f"{len(tokenizer)} tokens"
         raise CheckpointError("the tokenizer does not give text back", where=config.name, given=given)
     # Also here: GGUF files and merged runs are loaded without it.
     model.set_attn_implementation(attention.NAME)
-    model.requires_grad_(False)
-    model.eval()
+    model.requires_grad_(False).eval()
     if device is not None:
         model.to(device)
     if config.fused:
@@ -173,8 +173,8 @@ def _load_run_as_base(config: ModelConfig, run: Path, device: torch.device | Non
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError("this folder holds no safetensors, and a pickle is not read", where=str(folder))
     if folder.name == "model":
-        model, tokenizer = _load_weights(folder, None, compute)
-        return _prepare_base(model, tokenizer, config, fingerprint(folder, model.config), compute, device)
+        weights = _load_weights(folder, None, compute)
+        return _prepare_base(weights, config, fingerprint(folder, weights[0].config), compute, device)
     peft_type = json.loads((folder / "adapter_config.json").read_text()).get("peft_type")
     if manifest["config"]["method"]["kind"] == "qlora":
         reason = "this run was trained on a quantized base, and the weights from before are another model"
@@ -199,7 +199,7 @@ def _load_run_as_base(config: ModelConfig, run: Path, device: torch.device | Non
             raise CheckpointError(f"this adapter does not fit its base: {error}", where=str(run)) from error
     # The merged model has no file; base and adapter identify it.
     weights_hash = hashlib.sha256(f"{base.fingerprint} {fingerprint(folder, None)}".encode()).hexdigest()
-    return _prepare_base(model, load_tokenizer(config), config, weights_hash, compute, device)
+    return _prepare_base((model, load_tokenizer(config)), config, weights_hash, compute, device)
 
 
 def classifier_keys(folder: Path) -> tuple[str, set[str]] | None:

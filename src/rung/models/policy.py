@@ -21,10 +21,10 @@ from rung.errors import PlanError
 from rung.models.base_model import BaseModel
 from rung.models.layers import recompute_layers, record_layer_input, start_from_layer
 from rung.models.logprobs import LogitTransform, token_logprobs
-from rung.models.tree_attention import KeysValues, concatenate_kv
+from rung.models.tree_attention import KeysValues, KVByLayer, concatenate_kv
 from rung.types import CachedHidden, Example, LossTerm, PackedBatch, Segment, SharedPrefix
 
-VirtualTokenStates = Tensor | Mapping[int, KeysValues]
+VirtualTokenStates = Tensor | KVByLayer
 """What precedes every document: embeddings [P, H] that pass through the model, or keys and values by layer."""
 
 
@@ -98,10 +98,9 @@ class Policy:
     @property
     def head(self) -> nn.Module:
         """The model's output layer."""
-        head: nn.Module | None = self.model.get_output_embeddings()
-        if head is None:
+        if (head := self.model.get_output_embeddings()) is None:
             raise PlanError("this model has no output head", where="model.name", given=self.base.name)
-        return head
+        return head  # type: ignore[no-any-return]
 
     def autocast(self) -> AbstractContextManager[object]:
         """Products in bfloat16 if that is the base's compute dtype; trainable parameters stay in float32."""
@@ -207,7 +206,7 @@ class Policy:
             self._active_prefix = None
             self._prefix_cache.clear()
 
-    def virtual_kv(self, task: str | None = None) -> Mapping[int, KeysValues] | None:
+    def virtual_kv(self, task: str | None = None) -> KVByLayer | None:
         """Keys and values of the method's virtual tokens, or None; computed once during `iterate_batches`."""
         if not self.method.virtual_tokens:
             return None
@@ -219,9 +218,7 @@ class Policy:
             self._virtual_cache[task] = PrefixCache(kv_by_layer)
         return self._virtual_cache[task].leaves
 
-    def prefix_kv(
-        self, inputs: Tensor, start: int = 0, context_kv: Mapping[int, KeysValues] | None = None
-    ) -> dict[int, KeysValues]:
+    def prefix_kv(self, inputs: Tensor, start: int = 0, context_kv: KVByLayer | None = None) -> dict[int, KeysValues]:
         """Keys and values by layer of ids [T] or embeddings [T, H] at positions from `start` on."""
         kv_by_layer: dict[int, KeysValues] = {}
         positions = torch.arange(start, start + len(inputs), device=inputs.device)
@@ -229,7 +226,7 @@ class Policy:
         self._run_layers(inputs, positions, segments, indivisible=True, shared=context_kv, capture=kv_by_layer)
         return kv_by_layer
 
-    def _context_kv(self, prefix: SharedPrefix | None, task: str | None) -> Mapping[int, KeysValues] | None:
+    def _context_kv(self, prefix: SharedPrefix | None, task: str | None) -> KVByLayer | None:
         """Keys and values that precede every root of a row: virtual tokens, then the prefix."""
         virtual = self.virtual_kv(task)
         if prefix is None:
@@ -305,10 +302,7 @@ class PrefixCache:
 
     def __init__(self, computed: Mapping[int, tuple[Tensor, ...]]) -> None:
         self.computed = computed
-        self.leaves: dict[int, Any] = {
-            layer: tuple(t.detach().requires_grad_(t.requires_grad) for t in tensors)
-            for layer, tensors in computed.items()
-        }
+        self.leaves: dict[int, Any] = {layer: tuple(map(_detached_leaf, t)) for layer, t in computed.items()}
 
     def backward(self) -> None:
         """Back-propagate the gradients that the leaves collected."""
@@ -317,6 +311,10 @@ class PrefixCache:
         # One call for all layers: their graph is shared and would be freed by the first call.
         if pairs:
             torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
+
+
+def _detached_leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
 def sum_by_document(batch: PackedBatch, values_N: Tensor) -> Tensor:

@@ -16,30 +16,19 @@ from rung.config.base import LinearRole
 from rung.config.layers import resolve_layers
 from rung.errors import ConfigError
 
-# Last part of a module's name, or its last two where one part is ambiguous -> roles. Fused projections have several.
-_ROLES: dict[str, tuple[LinearRole, ...]] = {
-    "q_proj": ("q",),
-    "k_proj": ("k",),
-    "v_proj": ("v",),
-    "qkv_proj": ("q", "k", "v"),  # phi3
-    "query_key_value": ("q", "k", "v"),  # gpt-neox
-    "c_attn": ("q", "k", "v"),  # gpt2
-    "o_proj": ("o",),
-    "out_proj": ("o",),  # opt
-    "attn.c_proj": ("o",),
-    "self_attn.dense": ("o",),  # phi
-    "attention.dense": ("o",),  # gpt-neox
-    "gate_proj": ("gate",),
-    "up_proj": ("up",),
-    "gate_up_proj": ("gate", "up"),  # phi3
-    "down_proj": ("down",),
-    "c_fc": ("up",),
-    "mlp.c_proj": ("down",),
-    "fc1": ("up",),
-    "fc2": ("down",),
-    "dense_h_to_4h": ("up",),
-    "dense_4h_to_h": ("down",),
+# Roles -> last part of a module's name, or its last two where one part is ambiguous. Fused projections have several.
+_NAMES_BY_ROLES: dict[tuple[LinearRole, ...], tuple[str, ...]] = {
+    ("q",): ("q_proj",),
+    ("k",): ("k_proj",),
+    ("v",): ("v_proj",),
+    ("q", "k", "v"): ("qkv_proj", "query_key_value", "c_attn"),  # phi3, gpt-neox, gpt2
+    ("o",): ("o_proj", "out_proj", "attn.c_proj", "self_attn.dense", "attention.dense"),  # opt, gpt2, phi, gpt-neox
+    ("gate",): ("gate_proj",),
+    ("up",): ("up_proj", "c_fc", "fc1", "dense_h_to_4h"),
+    ("gate", "up"): ("gate_up_proj",),  # phi3
+    ("down",): ("down_proj", "mlp.c_proj", "fc2", "dense_4h_to_h"),
 }
+_ROLES = {name: roles for roles, names in _NAMES_BY_ROLES.items() for name in names}
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 
@@ -84,11 +73,8 @@ def roles_of(name: str) -> tuple[LinearRole, ...]:
 def coverage(model: nn.Module, trainable: Iterable[str]) -> str:
     """Describe what is trained: the number of linears and of layers."""
     # peft wraps an adapted linear; its original is then called `base_layer`.
-    linears = {
-        name.removesuffix(".base_layer")
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and roles_of(name.removesuffix(".base_layer"))
-    }
+    modules = {name.removesuffix(".base_layer"): module for name, module in model.named_modules()}
+    linears = {name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D) and roles_of(name)}
     names = [f".{name}" for name in trainable]
     trained_linears = {linear for linear in linears if any(name.startswith(f".{linear}.") for name in names)}
     trained_layers = {layer_number(name) for name in names} - {None}

@@ -11,7 +11,7 @@ width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from rung.types import Segment
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values [1, K, P, D] that precede every root of a row."""
+KVByLayer = Mapping[int, KeysValues]
 
 
 class AttentionParams(NamedTuple):
@@ -70,7 +71,7 @@ def attend_tree(
     outputs = []
     for rows, path, mask in _iterate_segments(segments, keys.prefix_length, params.window, query_1HTD.device):
         key, value = (repeat_kv(kv.gather(path, rows), groups) for kv in (keys, values))
-        outputs.append(attend(query_1HTD[:, :, rows], key, value, mask, params, causal=mask is None))
+        outputs.append(attend(query_1HTD[:, :, rows], key, value, mask, params))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
@@ -83,17 +84,13 @@ def _attend_flat(
     query_1HTD: Tensor, key_1KTD: Tensor, value_1KTD: Tensor, segments: tuple[Segment, ...], params: AttentionParams
 ) -> Tensor:
     lengths, max_length = _cumulative_lengths(segments, query_1HTD.device)
-    return flash_utils._flash_attention_forward(  # type: ignore[no-any-return]
-        *(tensor.transpose(1, 2) for tensor in (query_1HTD, key_1KTD, value_1KTD)),
-        attention_mask=None,
-        query_length=query_1HTD.shape[2],
-        is_causal=True,
-        attn_implementation="flash_attention_2",
-        **{"dropout": params.dropout, "softmax_scale": params.scaling},
-        **{"sliding_window": params.window, "softcap": params.softcap},
-        **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), lengths),
-        **dict.fromkeys(("max_length_q", "max_length_k"), max_length),
-    )
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query_1HTD, key_1KTD, value_1KTD))
+    options: dict[str, Any] = {"is_causal": True, "attn_implementation": "flash_attention_2"}
+    options |= {"dropout": params.dropout, "softmax_scale": params.scaling}
+    options |= {"softcap": params.softcap, "sliding_window": params.window, "query_length": query.shape[1]}
+    options |= {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths}
+    options |= {"max_length_q": max_length, "max_length_k": max_length}
+    return flash_utils._flash_attention_forward(query, key, value, None, **options)  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=8)
@@ -216,19 +213,15 @@ def _additive_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, params: AttentionParams, *, causal: bool = False
-) -> Tensor:
-    """Scaled dot-product attention [B, H, Q, D], with the softcap that torch's function lacks."""
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, params: AttentionParams) -> Tensor:
+    """Scaled dot-product attention [B, H, Q, D], causal without a mask, with the softcap that torch's function lacks."""
     if params.softcap is None:
-        options: Any = {"dropout_p": params.dropout, "is_causal": causal, "scale": params.scaling}
+        options: Any = {"dropout_p": params.dropout, "is_causal": mask is None, "scale": params.scaling}
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
-    if causal:
-        mask = path_mask(0, query.shape[2], None, query.device)
+    visible = path_mask(0, query.shape[2], None, query.device) if mask is None else mask
     scores = query @ key.transpose(-1, -2) * (params.scaling if params.scaling is not None else query.shape[-1] ** -0.5)
     scores = params.softcap * torch.tanh(scores / params.softcap)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+    scores = scores.masked_fill(~visible, float("-inf"))
     # Softmax in float32 at least, as transformers' eager attention does.
     weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     return F.dropout(weights, params.dropout) @ value

@@ -20,25 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from rung.config.objective import DistillConfig
-from rung.models.distillation_loss import (
-    DistillTargets,
-    Distribution,
-    Divergence,
-    distillation_loss,
-    forward_kl,
-    jensen_shannon,
-    reverse_kl,
-)
+from rung.models.distillation_loss import DistillTargets, Distribution, distillation_loss, divergence_function
 from rung.models.policy import Policy, document_key
 from rung.objectives.protocol import Objective
 from rung.types import ON_POLICY, LossTerm, PackedBatch
-
-
-def divergence_function(config: DistillConfig) -> Divergence:
-    """The divergence that a config names."""
-    if config.divergence == "jsd":
-        return jensen_shannon(config.beta)
-    return forward_kl if config.divergence == "forward" else reverse_kl
 
 
 class DistillObjective(Objective):
@@ -49,7 +34,7 @@ class DistillObjective(Objective):
     def __init__(self, config: DistillConfig, teacher: Policy | None = None) -> None:
         """Without a `teacher`, the policy to imitate, only its settings can be read and nothing computed."""
         super().__init__(config)
-        self.divergence, self._teacher = divergence_function(config), teacher
+        self.divergence, self._teacher = divergence_function(config.divergence, config.beta), teacher
         self.rollout = config.rollout if config.on_policy else None
         self.on_policy_share, self.uses_rewards = config.on_policy or 1.0, False
         self.teacher_states: TeacherStateCache | None = None

@@ -18,7 +18,7 @@ from rung.config.method import BASE_CHANGING_METHODS, METHOD_CONFIGS, QloraConfi
 from rung.config.model import WITHOUT_RUN_SETTINGS, ModelConfig
 from rung.config.objective import ModelRewardConfig
 from rung.config.run import RunConfig
-from rung.errors import ConfigError, did_you_mean
+from rung.errors import ConfigError
 from rung.planning.architecture import ModelShape, read_shape
 from rung.planning.memory import (
     MemoryEstimate,
@@ -28,16 +28,7 @@ from rung.planning.memory import (
     estimate_memory,
     tokens_per_micro_batch,
 )
-from rung.planning.throughput import (
-    DEFAULT_DOCUMENT_TOKENS,
-    DEVICES,
-    DataVolume,
-    Device,
-    Throughput,
-    estimate_data_volume,
-    run_flops,
-    throughput_for,
-)
+from rung.planning.throughput import DataVolume, Device, Throughput, guess_data_volume, run_flops, throughput_for
 
 MAX_PROBED_TOKENS = 2048
 """The largest micro-batch, in tokens, that `probe` tries."""
@@ -134,9 +125,9 @@ def advise(
     `limit` is in bytes, `tokens` counts one epoch, `device` None means this machine. Raises `ConfigError` for a model
     without a config.
     """
-    shape, volume = read_shape(config.model), _guess_data_volume(config)
+    shape, volume = read_shape(config.model), guess_data_volume(config)
     if tokens is not None:
-        volume = replace(volume or estimate_data_volume([]), tokens=tokens, is_counted=True)
+        volume = replace(volume or DataVolume(0.0), tokens=tokens, is_counted=True)
     limit = device.memory if limit is None and device is not None else limit
     micro_batch = assumed_micro_batch(config, shape, device)
     throughput = throughput_for(device, micro_batch.compute_dtype)
@@ -146,7 +137,7 @@ def advise(
         memory = estimate_memory(changed, shape, batch, auxiliary)
         flops = None if volume is None else run_flops(changed, shape, volume, memory.cost, auxiliary.get("teacher"))
         seconds = None if throughput is None or flops is None else flops / throughput.flops
-        length = volume.document_tokens if volume else DEFAULT_DOCUMENT_TOKENS
+        length = (volume or DataVolume(0.0)).document_tokens
         follow_up = estimate_follow_up_commands(changed, shape, memory.cost, batch.compute_dtype, length)
         return RunPlan(_method_label(changed), memory.cost.trainable, memory, flops, seconds, follow_up, limit)
 
@@ -296,27 +287,3 @@ def parse_size(text: str | None) -> int | None:
 
 # Decimal without an i (GB), binary with it (GiB).
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-
-
-def parse_device(name: str | None) -> Device | None:
-    """Look up a device. Raises `ConfigError` for an unknown one."""
-    if name is None:
-        return None
-    if name.lower() not in DEVICES:
-        suggestion = did_you_mean(name.lower(), list(DEVICES))
-        hint = f"did you mean {suggestion}?" if suggestion else "give --memory for another"
-        raise ConfigError("no such device", where="--device", given=name, allowed=", ".join(DEVICES), hint=hint)
-    return DEVICES[name.lower()]
-
-
-def _guess_data_volume(config: RunConfig) -> DataVolume | None:
-    """Data volume from the file sizes and the config's splits and limit; None if no file exists."""
-    paths = [config.data.path] if isinstance(config.data.path, str) else [source.path for source in config.data.path]
-    shares = [s for s in (config.data.validation, config.data.test) if isinstance(s, float | int)]
-    volume = estimate_data_volume([Path(name) for name in paths])
-    if not volume.tokens:
-        return None
-    tokens = volume.tokens * max(0.0, 1.0 - sum(shares))
-    if config.data.limit is not None:
-        tokens = min(tokens, config.data.limit * volume.document_tokens)
-    return DataVolume(tokens, volume.supervised_share, volume.document_tokens, is_counted=False)

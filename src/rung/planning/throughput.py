@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rung.config.run import RunConfig
+from rung.errors import ConfigError, did_you_mean
 from rung.files import cache_folder, write_text
 from rung.planning.architecture import ModelShape
 from rung.planning.method_cost import MethodCost
@@ -65,26 +66,40 @@ DEVICES = {
 }
 
 
+def parse_device(name: str | None) -> Device | None:
+    """Look up a device. Raises `ConfigError` for an unknown one."""
+    if name is None or name.lower() in DEVICES:
+        return None if name is None else DEVICES[name.lower()]
+    suggestion = did_you_mean(name.lower(), list(DEVICES))
+    hint = f"did you mean {suggestion}?" if suggestion else "give --memory for another"
+    raise ConfigError("no such device", where="--device", given=name, allowed=", ".join(DEVICES), hint=hint)
+
+
 @dataclass(frozen=True, slots=True)
 class DataVolume:
     """Size of a run's training data."""
 
     tokens: float
     """Tokens of one epoch, including all answers of a row."""
-    supervised_share: float
-    """Share of supervised tokens."""
-    document_tokens: float
+    supervised_share: float = 0.4
+    """Share of supervised tokens; the default is assumed before the data is read."""
+    document_tokens: float = DEFAULT_DOCUMENT_TOKENS
     """Mean tokens of a document."""
-    is_counted: bool
+    is_counted: bool = False
     """Whether the tokens were counted; otherwise they are estimated from file sizes."""
 
 
-def estimate_data_volume(
-    files: list[Path], *, supervised_share: float = 0.4, document_tokens: float = DEFAULT_DOCUMENT_TOKENS
-) -> DataVolume:
-    """A first guess from the sizes of existing data files."""
-    characters = sum(file.stat().st_size for file in files if file.is_file())
-    return DataVolume(characters / CHARACTERS_PER_TOKEN, supervised_share, document_tokens, is_counted=False)
+def guess_data_volume(config: RunConfig) -> DataVolume | None:
+    """Data volume from the file sizes and the config's splits and limit; None if no file exists."""
+    paths = [config.data.path] if isinstance(config.data.path, str) else [source.path for source in config.data.path]
+    shares = [s for s in (config.data.validation, config.data.test) if isinstance(s, float | int)]
+    characters = sum(Path(path).stat().st_size for path in paths if Path(path).is_file())
+    if not characters:
+        return None
+    tokens = characters / CHARACTERS_PER_TOKEN * max(0.0, 1.0 - sum(shares))
+    if config.data.limit is not None:
+        tokens = min(tokens, config.data.limit * DEFAULT_DOCUMENT_TOKENS)
+    return DataVolume(tokens)
 
 
 def run_flops(
