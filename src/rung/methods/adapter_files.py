@@ -103,11 +103,8 @@ def _pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any)
 
 def named_adapter_parameters(hosts: Mapping[str, nn.Module], submodule: str) -> dict[str, nn.Parameter]:
     """Trainable parameters of the tuner: those of `submodule` in each host module."""
-    return {
-        f"{name}.{submodule}.{parameter_name}": p
-        for name, host in hosts.items()
-        for parameter_name, p in host.get_submodule(submodule).named_parameters()
-    }
+    modules = {f"{name}.{submodule}": host.get_submodule(submodule) for name, host in hosts.items()}
+    return {f"{prefix}.{name}": p for prefix, m in modules.items() for name, p in m.named_parameters()}
 
 
 def write_rung_tuner(folder: Path, hosts: Mapping[str, nn.Module], submodule: str, config: Mapping[str, Any]) -> None:

@@ -53,10 +53,8 @@ def lora_factors(state: Mapping[str, Tensor], config: Mapping[str, Any], where: 
     """
     if (other := other_than_plain_lora(state, config)) is not None:
         raise CheckpointError("only plain LoRA adapters can be fused", where=where, given=other)
-    return {
-        name: LowRankFactors(update.scale * update.b_OR.float(), update.a_RI.float())
-        for name, update in lora_updates(state, config, where).items()
-    }
+    updates = lora_updates(state, config, where).items()
+    return {name: LowRankFactors(u.scale * u.b_OR.float(), u.a_RI.float()) for name, u in updates}
 
 
 def concatenate(updates: Sequence[LowRankFactors], weights: Sequence[float]) -> LowRankFactors:

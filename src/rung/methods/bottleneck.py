@@ -66,13 +66,12 @@ class Bottleneck(Method):
     merge_refusal = "a bottleneck adapter cannot be folded into the base: its activation is not linear"
 
     def __init__(self, model: PreTrainedModel, config: BottleneckConfig) -> None:
-        self.model, self.config = model, config
-        features = int(model.config.hidden_size)
+        self.model, self.config, self.features = model, config, int(model.config.hidden_size)
         reference = next(model.parameters())
         self.hosts = _hosts(model, config)
         hook = self._parallel_hook if config.placement == "parallel" else self._sequential_hook
         for name, host in self.hosts.items():
-            host.add_module(NAME, adapter := BottleneckAdapter(features, config, reference))
+            host.add_module(NAME, adapter := BottleneckAdapter(self.features, config, reference))
             # Tensors of the adapter belong to the linear (stable names), the hook to the gated block around it.
             hook_module = _block_ending_in(model, name) or host if config.placement == "houlsby" else host
             hook_module.register_forward_hook(partial(hook, adapter))
@@ -83,12 +82,12 @@ class Bottleneck(Method):
 
     def declared_parameters(self) -> int:
         """Number of adapters times 2 H w + w + H."""
-        features, width = int(self.model.config.hidden_size), self.config.width
-        return len(self.hosts) * (2 * features * width + width + features)
+        width = self.config.width
+        return len(self.hosts) * (2 * self.features * width + width + self.features)
 
     def save(self, folder: Path) -> None:
         """Write files that peft loads once `rung.peft` is imported."""
-        settings = {**self.config.model_dump(mode="json"), "features": int(self.model.config.hidden_size)}
+        settings = {**self.config.model_dump(mode="json"), "features": self.features}
         write_rung_tuner(folder, self.hosts, NAME, settings)
 
     def load(self, folder: Path) -> None:

@@ -22,7 +22,7 @@ from rung.errors import CheckpointError, ConfigError, PlanError
 from rung.methods.lora import TRAINED_ADAPTER, Lora
 from rung.methods.lora_init import run_hooked
 from rung.methods.protocol import CalibrationData, TrainableSet
-from rung.models.layers import layer_count
+from rung.models.layers import layers_of
 from rung.models.targets import layer_number
 
 
@@ -79,7 +79,7 @@ class LayerLottery:
         if not self.scores:
             return {}
         scores = {str(number): round(score, 5) for number, score in self.scores.items()}
-        draw = {"of_layers": layer_count(self.method.model), "choose": self.config.lottery.choose}
+        draw = {"of_layers": len(layers_of(self.method.model)), "choose": self.config.lottery.choose}
         return {"lottery": {"scores": scores, "winners": list(self.winners or ()), **draw}}
 
     def norms(self) -> dict[int, float]:

@@ -6,6 +6,7 @@ are. It saves memory, not time: each product first dequantizes its matrix. `meth
 
 from __future__ import annotations
 
+from functools import partial
 from types import MethodType
 from typing import Any, cast
 
@@ -81,16 +82,14 @@ def quantize(model: PreTrainedModel, config: QloraConfig) -> dict[str, LowRankFa
     starts: dict[str, LowRankFactors] = {}
     is_bfloat16 = next(model.parameters()).dtype is torch.bfloat16 and not keeps_bfloat16_weights(model)
     compute_dtype = torch.bfloat16 if is_bfloat16 else torch.float32
+    quantize_linear = partial(_to_four_bits, config, compute_dtype) if config.bits == 4 else _to_eight_bits
     targets = {name: m for name, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)}
     loftq_names = set(select_linears(model, config.targets, config.layers)) if config.init == "loftq" else set()
     for name, module in targets.items():
         if layer_number(f"{name}.") is None:
             continue
         weight, bias = linear_weight(module).detach().float().contiguous(), module.bias
-        if config.bits == 4:
-            quantized = _to_four_bits(weight, bias, config, compute_dtype)
-        else:
-            quantized = _to_eight_bits(weight, bias)
+        quantized = quantize_linear(weight, bias)
         if name in loftq_names:
             check_rank("loftq", config.rank, name, *weight.shape)
             scale = (config.alpha or 2.0 * config.rank) / (config.rank**0.5 if config.rslora else config.rank)
@@ -104,7 +103,7 @@ def quantize(model: PreTrainedModel, config: QloraConfig) -> dict[str, LowRankFa
     return starts
 
 
-def _to_four_bits(weight: Tensor, bias: Tensor | None, config: QloraConfig, compute_dtype: torch.dtype) -> nn.Module:
+def _to_four_bits(config: QloraConfig, compute_dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> nn.Module:
     bnb, (outputs, inputs) = require_bitsandbytes(), weight.shape
     options: dict[str, Any] = {"compress_statistics": config.double_quant, "quant_type": "nf4"}
     has_bias = bias is not None

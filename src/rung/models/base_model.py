@@ -100,8 +100,3 @@ def prepare_config(config: Any) -> None:
     for name in ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "dropout"):
         if isinstance(getattr(config, name, None), float):
             setattr(config, name, 0.0)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its type name if it has no text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -52,11 +52,6 @@ def keeps_bfloat16_weights(model: nn.Module) -> bool:
     return {torch.bfloat16, torch.float32} <= {p.dtype for p in model.parameters()}
 
 
-def has_rounded_buffers(model: nn.Module) -> bool:
-    """Whether a buffer that is not in the file (a scale, a frequency) was rounded to bfloat16 at loading."""
-    return any(buffer.dtype is torch.bfloat16 for buffer in model.buffers())
-
-
 @contextmanager
 def replaced_data(parameters: Sequence[nn.Parameter], convert: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Within the context, the data of these parameters are what `convert` makes of them."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rung.models.logprobs import LogitTransform, effective_linear
+from rung.models.logprobs import LogitTransform, head_tensors
 from rung.models.onednn_matmul import linear, matmul, product_dtype
 
 ENTRIES_PER_SLICE = 128
@@ -99,7 +99,7 @@ def distillation_loss(student: Distribution, teacher: Distribution, targets: Dis
     Heads of different sizes are compared over the smaller vocabulary; the rest is padding. The teacher gets no
     gradient.
     """
-    (weight, bias), (teacher_weight, teacher_bias) = _head_tensors(student.head), _head_tensors(teacher.head)
+    (weight, bias), (teacher_weight, teacher_bias) = head_tensors(student.head), head_tensors(teacher.head)
     width = min(len(weight), len(teacher_weight))
     # Computed once here, because `slice_loss` runs for every slice.
     dtype = product_dtype(teacher.hidden_NH, teacher_weight)
@@ -173,8 +173,3 @@ def _accumulate_grads(grads: Sequence[Tensor | None], rows: slice, d_z: Tensor, 
         grad_weight += matmul(d_z.T, h)
     if grad_bias is not None:
         grad_bias += d_z.sum(0)
-
-
-def _head_tensors(head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    layer = effective_linear(head)
-    return layer.weight, getattr(layer, "bias", None)  # type: ignore[return-value]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import Cache
 
 from rung.errors import PlanError
-from rung.models.kv_cache import Prefix, new_cache, single_row_kv
+from rung.models.kv_cache import Prefix, new_cache
 from rung.models.policy import Policy, model_inputs
 from rung.models.tree_attention import concatenate_kv
 
@@ -241,7 +242,8 @@ def _encode_prefix(policy: Policy, ids: Sequence[int], task: str | None) -> Pref
     cache, row, start = new_cache(), torch.tensor([list(ids)], device=policy.device), policy.method.virtual_tokens
     positions = torch.arange(start, start + len(ids), device=policy.device)[None]
     _run_model(policy, policy.embed(row, task), positions, cache, virtual)
-    prompt_kv = single_row_kv(cache)
+    # Contiguous copies, so that the larger buffers behind the views can be freed.
+    prompt_kv = [(layer.keys.contiguous(), layer.values.contiguous()) for layer in cache.layers]
     return prompt_kv if virtual is None else [concatenate_kv(*pair) for pair in zip(virtual, prompt_kv, strict=True)]
 
 
@@ -263,7 +265,4 @@ def _common_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
     """Length of the prompts' common prefix; each prompt keeps at least one token outside it."""
     if len(prompts) < 2:
         return 0
-    # The common prefix of all is that of the lexicographically smallest and largest.
-    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))
-    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return min(length, *(len(prompt) - 1 for prompt in prompts))
+    return min(len(commonprefix([list(prompt) for prompt in prompts])), *(len(prompt) - 1 for prompt in prompts))

@@ -13,7 +13,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast
 
 from rung.errors import ConfigError, RungError
-from rung.models.base_model import NO_REMOTE_CODE, LoadedWeights, first_line, prepare_config
+from rung.models.base_model import NO_REMOTE_CODE, LoadedWeights, prepare_config
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
@@ -58,3 +58,8 @@ def gguf_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
     tokenizer.pad_token = "<|endoftext|>"  # noqa: S105 - a token of text, not a secret
     return tokenizer
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its type name if it has no text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -61,12 +61,6 @@ def new_cache() -> Cache:
     return Cache(layer_class_to_replicate=GrowingCacheLayer)
 
 
-def single_row_kv(cache: Cache) -> Prefix:
-    """The keys and values of a cache that holds one row."""
-    # Contiguous copies, so that the larger buffers behind the views can be freed.
-    return [(layer.keys.contiguous(), layer.values.contiguous()) for layer in cache.layers]
-
-
 def attend_one_token(
     query_BHD: Tensor,
     prefix: KeysValues | None,

@@ -49,11 +49,6 @@ def _skipped(original: nn.Module) -> nn.Module:
     return _LayerReplacement(original, lambda hidden_states, *args, **kwargs: hidden_states)
 
 
-def layer_count(model: nn.Module) -> int:
-    """Number of layers in the model's trunk."""
-    return len(layers_of(model))
-
-
 def layers_of(model: nn.Module) -> nn.ModuleList:
     """The layers of the model's trunk. Raises `PlanError` if they are not found."""
     return _layer_list(model)[2]
@@ -117,7 +112,7 @@ def lowest_trainable_layer(model: nn.Module, trainable: Iterable[str]) -> int:
     parameters = dict(model.named_parameters())
     if _find_layer_list(model) is None:
         return 0
-    lowest = layer_count(model)
+    lowest = len(layers_of(model))
     for name in trainable:
         number = layer_number(f".{name}")
         if number is not None:

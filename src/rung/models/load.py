@@ -28,19 +28,11 @@ from rung.config.model_catalog import CATALOG
 from rung.errors import CheckpointError, ConfigError, PlanError, did_you_mean
 from rung.files import is_run_folder, require_undamaged
 from rung.models import attention
-from rung.models.base_model import (
-    NO_REMOTE_CODE,
-    BaseModel,
-    LoadedWeights,
-    compute_dtype,
-    fingerprint,
-    first_line,
-    prepare_config,
-)
-from rung.models.bfloat16_weights import compute_in_float32, has_rounded_buffers, stored_in_bfloat16
+from rung.models.base_model import NO_REMOTE_CODE, BaseModel, LoadedWeights, compute_dtype, fingerprint, prepare_config
+from rung.models.bfloat16_weights import compute_in_float32, stored_in_bfloat16
 from rung.models.download import download_base
 from rung.models.fused_modules import install_fused_forwards
-from rung.models.gguf import gguf_tokenizer, load_gguf
+from rung.models.gguf import first_line, gguf_tokenizer, load_gguf
 from rung.models.layers import drop_layers
 from rung.planning.architecture import is_hub_id
 
@@ -64,8 +56,8 @@ def load_base(config: ModelConfig, *, device: torch.device | None = None) -> Bas
     keep_bfloat16 = config.fused and compute is torch.float32 and isinstance(source, Path) and source.is_dir()
     keep_bfloat16 = keep_bfloat16 and stored_in_bfloat16(Path(source))
     model, tokenizer = _load_weights(source, config.revision, torch.bfloat16 if keep_bfloat16 else compute)
-    # Loading in bfloat16 rounded a constant that is not in the file: load again in float32.
-    if keep_bfloat16 and has_rounded_buffers(model):
+    # Loading in bfloat16 rounded a buffer that is not in the file (a scale, a frequency): load again in float32.
+    if keep_bfloat16 and any(buffer.dtype is torch.bfloat16 for buffer in model.buffers()):
         model, keep_bfloat16 = _load_weights(source, config.revision, compute)[0], False
     if keep_bfloat16:
         compute_in_float32(model)

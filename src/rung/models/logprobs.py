@@ -86,10 +86,10 @@ class _TokenLogprobs(torch.autograd.Function):
         with torch.autocast(h_NH.device.type, enabled=False):
             head = _Head(weight_VH, bias_V, logit_map, dtype, tile.columns)
             for rows in _slices(len(h_NH), tile.entries):
-                scan = head.scan(h_NH[rows], target_N[rows], wide_dtype, direction=keep_direction)
-                lse_N[rows], logprob_N[rows] = scan.lse_N, scan.logit_N - scan.lse_N
-                if direction_NH is not None and scan.direction_NH is not None:
-                    direction_NH[rows] = scan.direction_NH
+                lse, logit, direction = head.scan(h_NH[rows], target_N[rows], wide_dtype, direction=keep_direction)
+                lse_N[rows], logprob_N[rows] = lse, logit - lse
+                if direction_NH is not None and direction is not None:
+                    direction_NH[rows] = direction
         ctx.logit_map, ctx.tile, ctx.product_dtype = logit_map, tile, dtype
         # With a frozen head the direction replaces the hidden states.
         ctx.save_for_backward(h_NH if head_trainable else None, weight_VH, bias_V, target_N, lse_N, direction_NH)
@@ -123,12 +123,6 @@ class _TokenLogprobs(torch.autograd.Function):
         return None, None, None, grad_h, grad_w, grad_b
 
 
-class _VocabularyScan(NamedTuple):
-    lse_N: Tensor
-    logit_N: Tensor
-    direction_NH: Tensor | None
-
-
 @dataclass(frozen=True, slots=True)
 class _Head:
     weight_VH: Tensor
@@ -144,7 +138,9 @@ class _Head:
             bias = None if self.bias_V is None else self.bias_V[columns].to(self.product_dtype)
             yield columns, weight, self.logit_map.apply_(linear(h_NH, weight, bias).to(wide_dtype))
 
-    def scan(self, h_NH: Tensor, target_N: Tensor, wide_dtype: torch.dtype, *, direction: bool) -> _VocabularyScan:
+    def scan(
+        self, h_NH: Tensor, target_N: Tensor, wide_dtype: torch.dtype, *, direction: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """One pass over the vocabulary: log-sum-exp, the targets' logits, and the gradient if `direction`."""
         n = len(h_NH)
         running_max = torch.full((n, 1), -torch.inf, dtype=wide_dtype, device=h_NH.device)
@@ -169,7 +165,7 @@ class _Head:
             slope = self.logit_map.derivative(logit)
             expected_NH = weighted_sum.div_(exp_sum)
             weighted_sum = (self.weight_VH[target_N].to(wide_dtype) * slope).sub_(expected_NH).to(h_NH.dtype)
-        return _VocabularyScan((running_max + exp_sum.log())[:, 0], logit[:, 0], weighted_sum)
+        return (running_max + exp_sum.log())[:, 0], logit[:, 0], weighted_sum
 
 
 def _targets_in_columns(target_N: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
@@ -182,14 +178,13 @@ def _slices(length: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
-def effective_linear(module: nn.Module) -> nn.Module:
-    """The linear layer in use: peft wraps a head that is fully trained beside an adapter (`modules_to_save`)."""
-    copies = getattr(module, "modules_to_save", None)
-    if copies is None:
-        return module
-    if getattr(module, "disable_adapters", False):
-        return module.original_module  # type: ignore[return-value]
-    return copies[module.active_adapters[0]]  # type: ignore[index,no-any-return]
+def head_tensors(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias in use: peft wraps a head that is fully trained beside an adapter (`modules_to_save`)."""
+    layer: Any = head
+    if (copies := getattr(layer, "modules_to_save", None)) is not None:
+        is_off = getattr(layer, "disable_adapters", False)
+        layer = layer.original_module if is_off else copies[layer.active_adapters[0]]
+    return layer.weight, getattr(layer, "bias", None)
 
 
 def token_logprobs(
@@ -200,6 +195,4 @@ def token_logprobs(
     `head` is the model's output layer (weight [V, H], optional bias [V]); `h_NH` the hidden states that predict.
     A uniform head gives -log V.
     """
-    layer = effective_linear(head)
-    tensors = (h_NH, layer.weight, getattr(layer, "bias", None))
-    return _TokenLogprobs.apply(logit_map, tile, target_N, *tensors)  # type: ignore[no-any-return, no-untyped-call]
+    return _TokenLogprobs.apply(logit_map, tile, target_N, h_NH, *head_tensors(head))  # type: ignore[no-any-return, no-untyped-call]

@@ -290,12 +290,6 @@ class Policy:
         finally:
             self._method_off = False
 
-    def logits(self, batch: PackedBatch) -> Tensor:
-        """All logits [T, V], for probes on short batches only."""
-        hidden = self.hidden_states(batch)
-        with self.autocast():
-            return self.logit_map.apply_(self.head(hidden).clone())
-
 
 class PrefixCache:
     """Tensors that precede rows, such as keys and values by layer: with their graph, and as leaves for the rows."""
@@ -324,10 +318,8 @@ def sum_by_document(batch: PackedBatch, values_N: Tensor) -> Tensor:
 
 def document_key(document: Example) -> int:
     """64-bit hash of what determines a document's log-probability: ids, supervised mask, and task."""
-    hasher = blake2b(document.ids.tobytes(), digest_size=8)
-    hasher.update(document.supervised.tobytes())
-    hasher.update((document.task or "").encode())
-    return int.from_bytes(hasher.digest(), "little", signed=True)
+    content = document.ids.tobytes() + document.supervised.tobytes() + (document.task or "").encode()
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
 def model_inputs(inputs: Tensor) -> dict[str, Tensor]:

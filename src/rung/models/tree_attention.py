@@ -214,7 +214,7 @@ def _additive_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, params: AttentionParams) -> Tensor:
-    """Scaled dot-product attention [B, H, Q, D], causal without a mask, with the softcap that torch's function lacks."""
+    """Scaled dot-product attention [B, H, Q, D], causal without a mask; torch's function lacks the softcap."""
     if params.softcap is None:
         options: Any = {"dropout_p": params.dropout, "is_causal": mask is None, "scale": params.scaling}
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)

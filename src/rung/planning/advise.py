@@ -20,14 +20,7 @@ from rung.config.objective import ModelRewardConfig
 from rung.config.run import RunConfig
 from rung.errors import ConfigError
 from rung.planning.architecture import ModelShape, read_shape
-from rung.planning.memory import (
-    MemoryEstimate,
-    MicroBatch,
-    Stage,
-    estimate_follow_up_commands,
-    estimate_memory,
-    tokens_per_micro_batch,
-)
+from rung.planning.memory import MemoryEstimate, MicroBatch, Stage, estimate_memory, tokens_per_micro_batch
 from rung.planning.throughput import DataVolume, Device, Throughput, guess_data_volume, run_flops, throughput_for
 
 MAX_PROBED_TOKENS = 2048
@@ -138,7 +131,7 @@ def advise(
         flops = None if volume is None else run_flops(changed, shape, volume, memory.cost, auxiliary.get("teacher"))
         seconds = None if throughput is None or flops is None else flops / throughput.flops
         length = (volume or DataVolume(0.0)).document_tokens
-        follow_up = estimate_follow_up_commands(changed, shape, memory.cost, batch.compute_dtype, length)
+        follow_up = memory.follow_up_stages(changed, shape, batch.compute_dtype, length)
         return RunPlan(_method_label(changed), memory.cost.trainable, memory, flops, seconds, follow_up, limit)
 
     own_plan, change = plan(config), None

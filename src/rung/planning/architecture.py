@@ -96,11 +96,6 @@ class ModelShape:
         return self.heads * self.head_width
 
     @property
-    def gated(self) -> bool:
-        """Whether the feed-forward block multiplies two branches."""
-        return any("gate" in m.roles for m in self.matrices)
-
-    @property
     def linear_parameters(self) -> int:
         """Parameters of a layer's linears."""
         return sum(m.parameters for m in self.matrices)
@@ -160,12 +155,10 @@ def shape_from_config(config: Mapping[str, Any], stored: str | None = None) -> M
 
 def _shape(kind: str, config: Mapping[str, Any], stored: str) -> ModelShape:
     def number(*names: str, default: int | None = None) -> int:
-        for name in names:
-            if config.get(name) is not None:
-                return int(config[name])
-        if default is None:
+        value = next((config[name] for name in names if config.get(name) is not None), default)
+        if value is None:
             raise KeyError(names[0])
-        return default
+        return int(value)
 
     width, layers = number("hidden_size", "n_embd"), number("num_hidden_layers", "n_layer")
     heads = number("num_attention_heads", "n_head")

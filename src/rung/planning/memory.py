@@ -128,6 +128,30 @@ class MemoryEstimate:
         total = {"peak_bytes": self.peak, "needed_bytes": self.required_bytes}
         return {**total, "footprint_bytes": self.footprint, "at": self.largest_stage.name, "stages": stages}
 
+    def follow_up_stages(self, config: RunConfig, shape: ModelShape, compute: str, length: float) -> tuple[Stage, ...]:
+        """Memory of `rung eval` and `rung merge`, each a process of its own; `length` is that of a prompt."""
+        changes_base = config.method.kind in BASE_CHANGING_METHODS
+        adapter = Term("adapter", 0 if changes_base else 4 * self.cost.stored_parameters, "float32")
+        rows, tokens = config.evaluation.batch, int(config.data.max_length or length)
+        scratch = DTYPE_BYTES[compute] * rows * tokens * 4 * (shape.mlp + shape.width)
+        evaluation_terms = (
+            *(*weight_terms(config, shape, compute), adapter),
+            *decoding_terms(shape, rows, tokens + config.evaluation.max_new_tokens, compute),
+            Term("scratch", scratch, "what one layer makes of the prompts"),
+        )
+        evaluation = Stage("evaluation", evaluation_terms)
+        if changes_base:
+            return (evaluation,)
+        file_bytes = DTYPE_BYTES[shape.stored_dtype] * shape.parameters
+        merge_terms = (
+            Term("weights", 4 * shape.parameters, "float32, once as a run and then once as it is read back"),
+            adapter,
+            Term("file", file_bytes, "the base's, as it is mapped", mapped=True),
+            Term("written", 4 * shape.parameters, "looked at again, as it is mapped", mapped=True),
+            Term("copies", 2 * 4 * shape.embedding_parameters, "of the largest tensor, as it is written"),
+        )
+        return (evaluation, Stage("merging", merge_terms))
+
 
 def tokens_per_micro_batch(shape: ModelShape, device: str) -> int:
     """The `auto` budget. 776 tokens for a 135M model: a few hundred rows keep products near full speed."""
@@ -282,29 +306,3 @@ def _loading_terms(config: RunConfig, shape: ModelShape, compute: str) -> Sequen
     # Every page of the file is read while its weights are converted.
     reads_file = kind == "qlora" or (kind == "full" and loaded == "bfloat16")
     return (file, *resident) if reads_file else resident
-
-
-def estimate_follow_up_commands(
-    config: RunConfig, shape: ModelShape, cost: MethodCost, compute: str, length: float
-) -> tuple[Stage, ...]:
-    """Memory of `rung eval` and `rung merge`, each a separate process; `length` is that of a prompt in tokens."""
-    changes_base = config.method.kind in BASE_CHANGING_METHODS
-    adapter = Term("adapter", 0 if changes_base else 4 * cost.stored_parameters, "float32")
-    rows, tokens = config.evaluation.batch, int(config.data.max_length or length)
-    scratch = DTYPE_BYTES[compute] * rows * tokens * 4 * (shape.mlp + shape.width)
-    evaluation_terms = (
-        *(*weight_terms(config, shape, compute), adapter),
-        *decoding_terms(shape, rows, tokens + config.evaluation.max_new_tokens, compute),
-        Term("scratch", scratch, "what one layer makes of the prompts"),
-    )
-    evaluation = Stage("evaluation", evaluation_terms)
-    if changes_base:
-        return (evaluation,)
-    merge_terms = (
-        Term("weights", 4 * shape.parameters, "float32, once as a run and then once as it is read back"),
-        adapter,
-        Term("file", DTYPE_BYTES[shape.stored_dtype] * shape.parameters, "the base's, as it is mapped", mapped=True),
-        Term("written", 4 * shape.parameters, "looked at again, as it is mapped", mapped=True),
-        Term("copies", 2 * 4 * shape.embedding_parameters, "of the largest tensor, as it is written"),
-    )
-    return (evaluation, Stage("merging", merge_terms))

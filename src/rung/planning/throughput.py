@@ -46,24 +46,22 @@ class Device:
 
 
 GiB = 2**30
-DEVICES = {
-    device.name: device
-    for device in (
-        Device("t4", 16 * GiB, 65e12, "float32"),  # multiplies float16, which Rung does not train in
-        Device("l4", 24 * GiB, 121e12),
-        Device("a10", 24 * GiB, 125e12),
-        Device("rtx3090", 24 * GiB, 71e12),
-        Device("rtx4090", 24 * GiB, 165e12),
-        Device("rtx5090", 32 * GiB, 209e12),
-        Device("a100-40", 40 * GiB, 312e12),
-        Device("l40s", 48 * GiB, 362e12),
-        Device("a100", 80 * GiB, 312e12),
-        Device("h100", 80 * GiB, 989e12),
-        Device("h200", 141 * GiB, 989e12),
-        Device("mi300x", 192 * GiB, 1307e12),
-        Device("b200", 192 * GiB, 2250e12),
-    )
-}
+_DEVICES = (
+    Device("t4", 16 * GiB, 65e12, "float32"),  # multiplies float16, which Rung does not train in
+    Device("l4", 24 * GiB, 121e12),
+    Device("a10", 24 * GiB, 125e12),
+    Device("rtx3090", 24 * GiB, 71e12),
+    Device("rtx4090", 24 * GiB, 165e12),
+    Device("rtx5090", 32 * GiB, 209e12),
+    Device("a100-40", 40 * GiB, 312e12),
+    Device("l40s", 48 * GiB, 362e12),
+    Device("a100", 80 * GiB, 312e12),
+    Device("h100", 80 * GiB, 989e12),
+    Device("h200", 141 * GiB, 989e12),
+    Device("mi300x", 192 * GiB, 1307e12),
+    Device("b200", 192 * GiB, 2250e12),
+)
+DEVICES = {device.name: device for device in _DEVICES}
 
 
 def parse_device(name: str | None) -> Device | None:
@@ -187,11 +185,10 @@ def record_throughput(compute: str, flops: float, run: str) -> None:
 
 def _read_rates() -> dict[str, dict[str, Any]]:
     try:
-        rates: dict[str, dict[str, Any]] = json.loads(_rates_path().read_text())
+        return json.loads(_rates_path().read_text())  # type: ignore[no-any-return]
     # A missing or damaged cache only means that nothing was measured.
     except (OSError, ValueError):
         return {}
-    return rates
 
 
 def _rates_path() -> Path:
