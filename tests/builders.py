@@ -25,7 +25,7 @@ def policy_of(model: PreTrainedModel, method: object | None = None, *, compute: 
     return Policy(BaseModel(model, None, "tiny", "tiny", compute), method or NoMethod())  # type: ignore[arg-type]
 
 
-def logits(policy: Policy, batch: PackedBatch) -> torch.Tensor:
+def logits_of(policy: Policy, batch: PackedBatch) -> torch.Tensor:
     """All logits [T, V] of a short batch."""
     hidden = policy.hidden_states(batch)
     with policy.autocast():
