@@ -137,11 +137,7 @@ class PairedPreference(Objective):
         ratio_D = policy_D if reference_D is None else policy_D - reference_D.to(policy_D.dtype)
         pair_logprobs = PairLogprobs(ratio_D[chosen_P], ratio_D[rejected_P], tokens_D[chosen_P], tokens_D[rejected_P])
         losses_P = LOSSES[self.config.loss](pair_logprobs, self.config)
-        answers = {"chosen": policy_D.detach()[chosen_P], "rejected": policy_D.detach()[rejected_P]}
-        lengths = {"chosen_tokens": pair_logprobs.chosen_tokens, "rejected_tokens": pair_logprobs.rejected_tokens}
-        first, second = pair_logprobs.per_token() if self.config.loss in PER_TOKEN else pair_logprobs[:2]
-        margin = (self.config.resolved_beta * (first - second)).detach()
-        self.batch_metrics.append({"margin": margin, **answers, **lengths})
+        self._record_batch(pair_logprobs, policy_D.detach()[chosen_P], policy_D.detach()[rejected_P])
         terms = [LossTerm((losses_P * losses_P.new_tensor(pairs.weight)).sum(), "pairs", self.config.loss)]
         if self.config.sft_weight:
             best_D = torch.zeros(batch.sequences, dtype=torch.bool, device=logprobs_N.device)
@@ -161,6 +157,12 @@ class PairedPreference(Objective):
             "length_ratio": float(metrics["chosen_tokens"].sum() / metrics["rejected_tokens"].sum()),
             "length_correlation": correlation(margin, length_difference),
         }
+
+    def _record_batch(self, pair_logprobs: PairLogprobs, chosen: Tensor, rejected: Tensor) -> None:
+        first, second = pair_logprobs.per_token() if self.config.loss in PER_TOKEN else pair_logprobs[:2]
+        margin = (self.config.resolved_beta * (first - second)).detach()
+        tokens = {"chosen_tokens": pair_logprobs.chosen_tokens, "rejected_tokens": pair_logprobs.rejected_tokens}
+        self.batch_metrics.append({"margin": margin, "chosen": chosen, "rejected": rejected, **tokens})
 
 
 class UnpairedPreference(Objective):
