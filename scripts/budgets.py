@@ -10,20 +10,10 @@ from pathlib import Path
 FILE_LINES, FUNCTION_LINES, PARAMETERS, FIELDS = 500, 60, 8, 15
 SOURCE = Path(__file__).parent.parent / "src" / "rung"
 BASES = {
-    *("Protocol", "Method", "Objective", "Config", "Result", "BaseModel", "Module", "Function", "Exception"),
+    *("Protocol", "PolicyMethod", "Method", "Objective", "Config", "Result", "BaseModel", "Module", "Function"),
     *("MethodBase", "WeightMethodBase", "VirtualTokenBase", "LowRankConfig", "ObjectiveBase", "ReinforcementBase"),
-    *(
-        "NamedTuple",
-        "TypedDict",
-        "DynamicLayer",
-        "SafeLoader",
-        "Sequence",
-        "LazySequence",
-        "PeftConfig",
-        "BaseTuner",
-        "BaseTunerLayer",
-        "StrEnum",
-    ),
+    *("NamedTuple", "TypedDict", "DynamicLayer", "SafeLoader", "Sequence", "LazySequence", "PeftConfig"),
+    *("BaseTuner", "BaseTunerLayer", "StrEnum", "Exception", "Preference"),
 }
 """Inheritance stays with protocols (sequences are), configs, torch modules and functions, peft's tuners, exceptions."""
 

@@ -19,7 +19,7 @@ from rung.models.base_model import BaseModel
 from rung.models.policy import NoMethod, Policy
 from rung.objectives.sft import SftObjective
 from rung.training.step import CalibrationBatch
-from rung.types import Example, Source
+from rung.types import Example, PackedBatch, Source
 
 
 def read_rows(path: str) -> tuple[list[ParsedRow], list[RejectedRow]]:
@@ -30,6 +30,13 @@ def read_rows(path: str) -> tuple[list[ParsedRow], list[RejectedRow]]:
 
 def policy_of(model: PreTrainedModel, method: object | None = None, *, compute: torch.dtype = torch.float32) -> Policy:
     return Policy(BaseModel(model, None, "tiny", "tiny", compute), method or NoMethod())  # type: ignore[arg-type]
+
+
+def logits_of(policy: Policy, batch: PackedBatch) -> torch.Tensor:
+    """All logits [T, V] of a short batch."""
+    hidden = policy.hidden_states(batch)
+    with policy.autocast():
+        return policy.logit_map.apply_(policy.head(hidden).clone())
 
 
 def tuned(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from builders import documents, policy_of
+from builders import documents, logits_of, policy_of
 from models import LAYER_NORM_SHAPES, SHAPES, tiny_model
 from rung.config.objective import SftConfig
 from rung.errors import PlanError
@@ -69,12 +69,12 @@ def test_changing_one_document_leaves_the_others_bit_identical() -> None:
     policy = policy_of(tiny_model("mistral"))
     examples = documents(3, count=3)
     batch = pack(examples, 10_000)[0]
-    before = policy.logits(batch)
+    before = logits_of(policy, batch)
     first = batch.segments[0]
     ids = batch.ids.clone()
     ids[first.start : first.end] = (ids[first.start : first.end] + 17) % 300 + 3
     changed = PackedBatch(ids, batch.positions, batch.segments, batch.loss, batch.sequences, batch.document_tokens)
-    after = policy.logits(changed)
+    after = logits_of(policy, changed)
     assert torch.equal(before[first.end :], after[first.end :])
     assert not torch.equal(before[: first.end], after[: first.end])
 

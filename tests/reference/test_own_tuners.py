@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 
 import rung.peft  # noqa: F401 -- registers them
-from builders import documents, tuned
+from builders import documents, logits_of, tuned
 from models import tiny_model
 from rung.training.packing import pack_separately
 
@@ -34,7 +34,7 @@ def test_stock_peft_gives_the_same_logits(kind: str, config: dict[str, object], 
     with torch.no_grad():
         before = plain(ids, use_cache=False).logits[0]
         model = PeftModel.from_pretrained(plain, str(tmp_path / "one"), adapter_name="mine").eval()
-        ours = policy.logits(pack_separately([document])[0])
+        ours = logits_of(policy, pack_separately([document])[0])
         assert (model(ids, use_cache=False).logits[0] - ours).abs().max() < 1e-4
         with model.disable_adapter():
             assert torch.equal(model(ids, use_cache=False).logits[0], before)

@@ -17,7 +17,7 @@ from rung.config.method import LoraConfig, QloraConfig
 from rung.config.objective import SftConfig
 from rung.config.training import OptimizerConfig
 from rung.methods.lora import Lora
-from rung.methods.qlora import dense_weight, is_quantized
+from rung.methods.qlora import dense_weight, dequantize_base, is_quantized
 from rung.methods.registry import attach_method
 from rung.models.policy import Policy
 from rung.objectives.sft import SftObjective
@@ -148,7 +148,7 @@ def test_a_widened_base_answers_the_same() -> None:
     policy, method = qlora()
     batch = pack(documents(), 10_000)[0]
     before = policy.logprobs(batch).detach()
-    method.quantized.dequantize(policy.model)
+    dequantize_base(policy.model)
     assert not quantized(policy.model)
     assert (policy.logprobs(batch) - before).abs().max() < 1e-4
 

@@ -12,7 +12,7 @@ from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_mod
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from builders import documents, policy_of, tuned
+from builders import documents, logits_of, policy_of, tuned
 from models import tiny_model
 from rung.config.method import METHOD_CONFIGS
 from rung.config.objective import SftConfig
@@ -100,7 +100,7 @@ def test_the_files_load_in_plain_peft(kind: str, config: dict[str, object], shap
     ids = torch.tensor(document.ids, dtype=torch.long)[None]
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -len(document) :]
-        ours = policy.logits(pack_separately([document])[0])
+        ours = logits_of(policy, pack_separately([document])[0])
     assert (logits - ours).abs().max() < 1e-4
 
 
@@ -240,7 +240,7 @@ def test_tasks_are_saved_each_in_peft_s_files(kind: str, tmp_path: Path) -> None
         model = PeftModel.from_pretrained(plain, str(tmp_path / f"task-{number}")).eval()
         with torch.no_grad():
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -len(document) :]
-            ours = policy.logits(pack_separately([replace(document, task=task)])[0])
+            ours = logits_of(policy, pack_separately([replace(document, task=task)])[0])
         assert (logits - ours).abs().max() < 1e-4
     again = attach_method(tiny_model(), METHOD_CONFIGS[kind](virtual_tokens=COUNT, tasks=TWO), seed=9)
     again.load(tmp_path)

@@ -170,7 +170,7 @@ def test_operations_are_those_of_the_products() -> None:
 
     def token(**method: Any) -> float:
         config = RunConfig.model_validate({"data": {"path": "x"}, "output": "y", "method": method})
-        return token_flops(config, shape, amount)
+        return token_flops(config, shape, amount, method_cost(config.method, shape))
 
     assert token(kind="full") == 6 * inside and token(kind="prompt") == 4 * inside
     assert token(kind="lora") == 4 * inside + 6 * 4_884_480
@@ -180,4 +180,5 @@ def test_operations_are_those_of_the_products() -> None:
     learned = DataVolume(1.0, supervised_share=1.0, document_tokens=100.0, is_counted=True)
     config = RunConfig.model_validate({"data": {"path": "x"}, "output": "y"})
     attention = 12 * shape.query * 50 * shape.layers
-    assert token_flops(config, shape, learned) == token(kind="lora") + 4 * shape.embedding_parameters + attention
+    cost = method_cost(config.method, shape)
+    assert token_flops(config, shape, learned, cost) == token(kind="lora") + 4 * shape.embedding_parameters + attention

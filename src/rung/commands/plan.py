@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rung.config.io import ConfigSource, resolve_config
-from rung.planning.advise import Advice, advise, parse_device, parse_size
+from rung.planning.advise import Advice, advise, parse_size
+from rung.planning.throughput import parse_device
 
 
 def plan(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rung.errors import CheckpointError
-from rung.methods.protocol import require_same_keys, require_same_shapes
+from rung.methods.protocol import require_same_tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _UPDATE_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
@@ -41,9 +41,12 @@ def is_score_head(name: str) -> bool:
     return name.endswith(".score.weight")
 
 
-def read_state(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a saved adapter that belong to the method."""
-    return {name: value for name, value in load_file(folder / WEIGHTS).items() if not is_score_head(name)}
+def read_state(folder: Path, expected: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The tensors of a saved adapter that belong to the method. Other keys or shapes raise `CheckpointError`."""
+    state = {name: value for name, value in load_file(folder / WEIGHTS).items() if not is_score_head(name)}
+    if expected is not None:
+        require_same_tensors(expected, state, str(folder))
+    return state
 
 
 class SavedUpdate(NamedTuple):
@@ -100,39 +103,27 @@ def _pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any)
 
 def named_adapter_parameters(hosts: Mapping[str, nn.Module], submodule: str) -> dict[str, nn.Parameter]:
     """Trainable parameters of the tuner: those of `submodule` in each host module."""
-    return {
-        f"{name}.{submodule}.{parameter_name}": parameter
-        for name, host in hosts.items()
-        for parameter_name, parameter in host.get_submodule(submodule).named_parameters()
-    }
+    modules = {f"{name}.{submodule}": host.get_submodule(submodule) for name, host in hosts.items()}
+    return {f"{prefix}.{name}": p for prefix, m in modules.items() for name, p in m.named_parameters()}
 
 
 def write_rung_tuner(folder: Path, hosts: Mapping[str, nn.Module], submodule: str, config: Mapping[str, Any]) -> None:
     """Write weights under peft's names, and the settings to rebuild the modules."""
-    peft_config = {
-        "peft_type": f"RUNG_{submodule.upper()}",
-        "task_type": "CAUSAL_LM",
-        "target_modules": list(hosts),
-        "method_config": dict(config),
-    }
-    write_peft_files(
-        folder,
-        {_key(name, submodule): p for name, p in named_adapter_parameters(hosts, submodule).items()},
-        peft_config,
-    )
+    peft_config = {"peft_type": f"RUNG_{submodule.upper()}", "task_type": "CAUSAL_LM"}
+    settings = {**peft_config, "target_modules": list(hosts), "method_config": dict(config)}
+    write_peft_files(folder, _rung_tuner_state(hosts, submodule), settings)
 
 
 def read_rung_tuner(folder: Path, hosts: Mapping[str, nn.Module], submodule: str) -> None:
     """Load saved weights; missing or unexpected keys raise `CheckpointError`."""
-    state, parameters = read_state(folder), named_adapter_parameters(hosts, submodule)
-    keys: Iterable[str] = [_key(name, submodule) for name in parameters]
-    require_same_keys(state.keys(), keys, str(folder))
-    require_same_shapes({_key(name, submodule): p for name, p in parameters.items()}, state, str(folder))
+    parameters = _rung_tuner_state(hosts, submodule)
+    state = read_state(folder, parameters)
     # Copied into the existing parameters: the optimizer and the hooks hold references to them.
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(state[_key(name, submodule)])
+        for key, parameter in parameters.items():
+            parameter.copy_(state[key])
 
 
-def _key(name: str, submodule: str) -> str:
-    return "base_model.model." + name.replace(f".{submodule}.", ".rung_adapters.")
+def _rung_tuner_state(hosts: Mapping[str, nn.Module], submodule: str) -> dict[str, nn.Parameter]:
+    parameters = named_adapter_parameters(hosts, submodule).items()
+    return {f"base_model.model.{name.replace(f'.{submodule}.', '.rung_adapters.')}": p for name, p in parameters}

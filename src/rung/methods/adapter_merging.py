@@ -33,6 +33,12 @@ class LowRankFactors(NamedTuple):
         return self.b_OR @ self.a_RI
 
 
+def split_singular_values(u: Tensor, s: Tensor, vh: Tensor) -> LowRankFactors:
+    """Factors of U diag(s) V^T, with the roots of the singular values in both."""
+    root = s.sqrt()
+    return LowRankFactors(u * root, root[:, None] * vh)
+
+
 class TruncatedFactors(NamedTuple):
     """Factors of a given rank, and the loss: the norm of the discarded part over the norm of the matrix."""
 
@@ -47,10 +53,8 @@ def lora_factors(state: Mapping[str, Tensor], config: Mapping[str, Any], where: 
     """
     if (other := other_than_plain_lora(state, config)) is not None:
         raise CheckpointError("only plain LoRA adapters can be fused", where=where, given=other)
-    return {
-        name: LowRankFactors(update.scale * update.b_OR.float(), update.a_RI.float())
-        for name, update in lora_updates(state, config, where).items()
-    }
+    updates = lora_updates(state, config, where).items()
+    return {name: LowRankFactors(u.scale * u.b_OR.float(), u.a_RI.float()) for name, u in updates}
 
 
 def concatenate(updates: Sequence[LowRankFactors], weights: Sequence[float]) -> LowRankFactors:
@@ -60,22 +64,15 @@ def concatenate(updates: Sequence[LowRankFactors], weights: Sequence[float]) -> 
 
 
 def combine(
-    updates: Sequence[Tensor],
-    weights: Sequence[float],
-    how: CombineMethod,
-    *,
-    density: float,
-    generator: torch.Generator,
+    updates: Sequence[Tensor], weights: Sequence[float], how: CombineMethod, density: float, generator: torch.Generator
 ) -> Tensor:
     """Combine several matrices [O, I] into one."""
     weighted = [w * d for w, d in zip(weights, updates, strict=True)]
-    if how == "sum":
-        return torch.stack(weighted).sum(0)
-    if how == "magnitude":
-        return torch.stack([trim(d, density) for d in weighted]).sum(0)
+    if how in ("magnitude", "ties"):
+        weighted = [trim(d, density) for d in weighted]
     if how == "dare":
-        return torch.stack([drop_and_rescale(d, density, generator) for d in weighted]).sum(0)
-    return ties([trim(d, density) for d in weighted])
+        weighted = [drop_and_rescale(d, density, generator) for d in weighted]
+    return ties(weighted) if how == "ties" else torch.stack(weighted).sum(0)
 
 
 def trim(update: Tensor, density: float) -> Tensor:
@@ -104,11 +101,9 @@ def ties(updates: Sequence[Tensor]) -> Tensor:
 def truncate(update: Tensor, rank: int) -> TruncatedFactors:
     """The best approximation of this rank, singular values split between the factors (Eckart and Young 1936)."""
     u, s, vh = torch.linalg.svd(update, full_matrices=False)
-    rank = min(rank, len(s))
-    root = s[:rank].sqrt()
     norm = float(s.norm())
     lost = float(s[rank:].norm()) / norm if norm else 0.0
-    return TruncatedFactors(LowRankFactors(u[:, :rank] * root, root[:, None] * vh[:rank]), lost)
+    return TruncatedFactors(split_singular_values(u[:, :rank], s[:rank], vh[:rank]), lost)
 
 
 def truncate_product(factors: LowRankFactors, rank: int) -> TruncatedFactors:

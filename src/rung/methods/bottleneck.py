@@ -14,8 +14,6 @@ activation is not linear.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +25,9 @@ from transformers import PreTrainedModel
 
 from rung.config.layers import resolve_layers
 from rung.config.method import BottleneckConfig
-from rung.errors import ConfigError, PlanError
+from rung.errors import ConfigError
 from rung.methods.adapter_files import named_adapter_parameters, read_rung_tuner, write_rung_tuner
-from rung.methods.protocol import Method, turned_off
+from rung.methods.protocol import Method
 from rung.models.layers import layers_of
 from rung.models.targets import layer_number, linears_by_role
 
@@ -37,12 +35,7 @@ NAME = "bottleneck"
 """Name of the submodule added to a host."""
 INIT_STD = 0.02
 """Initial standard deviation of `down`."""
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-}
+_ACTIVATIONS: dict[str, Any] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
 
 
 class BottleneckAdapter(nn.Module):
@@ -70,22 +63,18 @@ class Bottleneck(Method):
     """A narrow network after or beside the blocks of every chosen layer; the base stays frozen."""
 
     kind = NAME
-    artifact = "adapter"
-    starts_as_base = True
+    merge_refusal = "a bottleneck adapter cannot be folded into the base: its activation is not linear"
 
     def __init__(self, model: PreTrainedModel, config: BottleneckConfig) -> None:
-        self.model, self.config = model, config
-        self.enabled = True
-        features = int(model.config.hidden_size)
+        self.model, self.config, self.features = model, config, int(model.config.hidden_size)
         reference = next(model.parameters())
         self.hosts = _hosts(model, config)
-        for host in self.hosts.values():
-            host.add_module(NAME, BottleneckAdapter(features, config, reference))
+        hook = self._parallel_hook if config.placement == "parallel" else self._sequential_hook
         for name, host in self.hosts.items():
+            host.add_module(NAME, adapter := BottleneckAdapter(self.features, config, reference))
             # Tensors of the adapter belong to the linear (stable names), the hook to the gated block around it.
             hook_module = _block_ending_in(model, name) or host if config.placement == "houlsby" else host
-            hook = self._parallel_hook if config.placement == "parallel" else self._sequential_hook
-            hook_module.register_forward_hook(partial(hook, host.get_submodule(NAME)))
+            hook_module.register_forward_hook(partial(hook, adapter))
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """`down` and `up` of every adapter."""
@@ -93,32 +82,17 @@ class Bottleneck(Method):
 
     def declared_parameters(self) -> int:
         """Number of adapters times 2 H w + w + H."""
-        features, width = int(self.model.config.hidden_size), self.config.width
-        return len(self.hosts) * (2 * features * width + width + features)
-
-    def disabled(self) -> AbstractContextManager[None]:
-        """Within the context the model is the base without the method."""
-        return turned_off(self)
+        width = self.config.width
+        return len(self.hosts) * (2 * self.features * width + width + self.features)
 
     def save(self, folder: Path) -> None:
         """Write files that peft loads once `rung.peft` is imported."""
-        write_rung_tuner(
-            folder,
-            self.hosts,
-            NAME,
-            {**self.config.model_dump(mode="json"), "features": int(self.model.config.hidden_size)},
-        )
+        settings = {**self.config.model_dump(mode="json"), "features": self.features}
+        write_rung_tuner(folder, self.hosts, NAME, settings)
 
     def load(self, folder: Path) -> None:
         """Load what `save` wrote; missing or unexpected keys raise `CheckpointError`."""
         read_rung_tuner(folder, self.hosts, NAME)
-
-    def merge(self) -> nn.Module:
-        """Raise `PlanError`: a nonlinear update cannot be added to a weight."""
-        raise PlanError(
-            "a bottleneck adapter cannot be folded into the base: its activation is not linear",
-            hint="serve the base with the adapter, or train a lora",
-        )
 
     def _sequential_hook(self, adapter: nn.Module, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         if not self.enabled:
@@ -137,9 +111,8 @@ def _block_ending_in(model: nn.Module, name: str) -> nn.Module | None:
     """The gated block that ends in this linear. Without a hook inside, the fused block stores less (docs/log.md)."""
     parent, _, child_name = name.rpartition(".")
     block = model.get_submodule(parent)
-    return (
-        block if child_name == "down_proj" and {"gate_proj", "up_proj"} <= dict(block.named_children()).keys() else None
-    )
+    is_gated = {"gate_proj", "up_proj"} <= dict(block.named_children()).keys()
+    return block if child_name == "down_proj" and is_gated else None
 
 
 def _hosts(model: PreTrainedModel, config: BottleneckConfig) -> dict[str, nn.Module]:
@@ -150,19 +123,14 @@ def _hosts(model: PreTrainedModel, config: BottleneckConfig) -> dict[str, nn.Mod
     if config.placement == "pfeiffer":
         return {names[id(layer)]: layer for number, layer in enumerate(layers) if number in layer_numbers}
     by_role = linears_by_role(model)
-    host_names = (
-        [*by_role.get("o", ()), *by_role.get("down", ())] if config.placement == "houlsby" else by_role.get("down", ())
-    )
+    host_names = [*(by_role.get("o", ()) if config.placement == "houlsby" else ()), *by_role.get("down", ())]
     # Beside the whole block, so the block must be a module; in OPT its linears belong to the layer directly.
     if config.placement == "parallel":
         blocks = dict.fromkeys(name.rpartition(".")[0] for name in host_names)
         host_names = [name for name in blocks if id(model.get_submodule(name)) not in {id(layer) for layer in layers}]
     hosts = {name: model.get_submodule(name) for name in host_names if layer_number(f"{name}.") in layer_numbers}
     if not hosts:
-        raise ConfigError(
-            "this model has no blocks of the kind that this adapter stands at",
-            where="method.placement",
-            given=config.placement,
-            allowed="pfeiffer, which needs layers alone",
-        )
+        reason = "this model has no blocks of the kind that this adapter stands at"
+        allowed = "pfeiffer, which needs layers alone"
+        raise ConfigError(reason, where="method.placement", given=config.placement, allowed=allowed)
     return hosts

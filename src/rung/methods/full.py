@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from rung.config.method import FullConfig, HeadConfig
 from rung.errors import ConfigError, PlanError
-from rung.methods.protocol import Method, require_same_keys, require_same_shapes
+from rung.methods.protocol import Method, require_same_tensors
 from rung.models.bfloat16_weights import keeps_bfloat16_weights
 
 
@@ -25,7 +25,6 @@ class _TrainsBase(Method):
     """Common part of both methods: the whole model is saved, so that transformers loads it directly."""
 
     artifact = "model"
-    starts_as_base = True
     model: PreTrainedModel
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -43,16 +42,14 @@ class _TrainsBase(Method):
         # All shards: `save_pretrained` splits large models.
         tensors = {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
         parameters = dict(self.model.named_parameters())  # tied weights once, as in the file
-        require_same_keys(tensors.keys(), parameters.keys(), str(folder))
-        require_same_shapes(parameters, tensors, str(folder))
+        require_same_tensors(parameters, tensors, str(folder))
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(tensors[name])
 
     def merge(self) -> nn.Module:
         """Return the model: there is nothing to merge."""
-        model: nn.Module = self.model
-        return model
+        return self.model  # type: ignore[no-any-return]
 
 
 class Full(_TrainsBase):
@@ -63,8 +60,7 @@ class Full(_TrainsBase):
     def __init__(self, model: PreTrainedModel, config: FullConfig) -> None:
         has_half_precision = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
         # Updates smaller than a bfloat16 rounding step would be lost. Products may still run in bfloat16.
-        self.model = model.float() if has_half_precision else model
-        self.model.requires_grad_(True)
+        self.model = (model.float() if has_half_precision else model).requires_grad_(True)
         self.unused_head_parameters = 0
         """Parameters of an untied head that the objective does not read."""
 
@@ -81,10 +77,8 @@ class Full(_TrainsBase):
 
     def disabled(self) -> AbstractContextManager[None]:
         """Raise `PlanError`: the base has changed."""
-        raise PlanError(
-            "full fine-tuning moves the base itself, so the base is no longer there to compare with",
-            hint="load the base a second time",
-        )
+        reason = "full fine-tuning moves the base itself, so the base is no longer there to compare with"
+        raise PlanError(reason, hint="load the base a second time")
 
 
 class Head(_TrainsBase):
@@ -99,15 +93,10 @@ class Head(_TrainsBase):
             raise ConfigError("this model has no linear output head", where="method.kind", given="head")
         # Kept for `disabled`, which needs the untrained head.
         self.original = original
-        weight = original.weight
-        dtype = torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
-        self.head = nn.Linear(
-            original.in_features, original.out_features, original.bias is not None, weight.device, dtype
-        )
-        with torch.no_grad():
-            self.head.weight.copy_(weight)
-            if original.bias is not None:
-                self.head.bias.copy_(original.bias)
+        (outputs, inputs), has_bias = original.weight.shape, original.bias is not None
+        dtype = torch.promote_types(original.weight.dtype, torch.float32)
+        self.head = nn.Linear(inputs, outputs, has_bias, original.weight.device, dtype)
+        self.head.load_state_dict(original.state_dict())
         model.set_output_embeddings(self.head)
         # Otherwise transformers ties the head again when the saved model is loaded.
         model.config.tie_word_embeddings = False
@@ -118,8 +107,7 @@ class Head(_TrainsBase):
 
     def declared_parameters(self) -> int:
         """Vocabulary times width, plus the bias if there is one."""
-        outputs, inputs = self.original.weight.shape
-        return int(outputs * inputs + (outputs if self.original.bias is not None else 0))
+        return sum(p.numel() for p in self.original.parameters())
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

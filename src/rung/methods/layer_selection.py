@@ -1,14 +1,14 @@
-"""Which layers of a LoRA are trained as a run proceeds: some sampled at a time (LISA), or the winners of a lottery.
+"""A lottery among the layers of a LoRA: all are trained at first, then only the winners.
 
-The lottery trains all layers for some steps and scores each by the norm of its update, or by the energy that the update
+It trains all layers for some steps and scores each by the norm of its update, or by the energy that the update
 adds to the outputs of its linears (LoRA-drop, Zhou et al. 2024, eq. 3). The winners restart from their initial values
 (Frankle and Carbin 2019, section 1) or continue; the others are dropped permanently. It costs the scouting steps and a
-copy of the initial values. `methods/registry.py` and `methods/qlora.py` build LoRA through this file.
+copy of the initial values. `methods/registry.py` builds it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -17,24 +17,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rung.config.method import LoraConfig, LotteryConfig
+from rung.config.method import LotteryConfig
 from rung.errors import CheckpointError, ConfigError, PlanError
 from rung.methods.lora import TRAINED_ADAPTER, Lora
+from rung.methods.lora_init import run_hooked
 from rung.methods.protocol import CalibrationData, TrainableSet
-from rung.models.layers import layer_count
+from rung.models.layers import layers_of
 from rung.models.targets import layer_number
-
-
-def make_lora(model: PreTrainedModel, config: LoraConfig) -> Lora:
-    """LoRA, with `lisa_n_layers` layers trained at a time if the config says so."""
-    return with_layer_sampling(Lora(model, config))
-
-
-def with_layer_sampling(method: Lora) -> Lora:
-    """Add layer sampling to a LoRA if its config asks for it; return the same object."""
-    if method.config.lisa_n_layers is not None:
-        method.layer_schedule = LayerSampling(method)
-    return method
 
 
 def make_lottery(model: PreTrainedModel, config: LotteryConfig) -> Lora:
@@ -45,42 +34,13 @@ def make_lottery(model: PreTrainedModel, config: LotteryConfig) -> Lora:
     return method
 
 
-class LayerSampling:
-    """A new sample of layers every period, a function of seed and step (LISA, Pan et al. 2024, alg. 1)."""
-
-    sample: CalibrationData | None = None
-
-    def __init__(self, method: Lora) -> None:
-        self.method = method
-        self.layers = _layers(method)
-
-    def trainable_at_step(self, step: int) -> TrainableSet:
-        """The trainable parameters of this period's layers."""
-        config = self.method.config
-        # From the period number, not from a running generator: a resumed run draws the same layers.
-        generator = np.random.default_rng([self.method.seed, step // config.lisa_step_interval])
-        layers = generator.choice(self.layers, size=config.lisa_n_layers, replace=False).tolist()
-        return TrainableSet(_trainable_names(self.method, layers))
-
-    def statistics(self) -> Mapping[str, Any]:
-        """Empty: the sample follows from seed and step."""
-        return {}
-
-    def state(self) -> dict[str, Any]:
-        """Empty: the sample follows from seed and step."""
-        return {}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Do nothing."""
-
-
 class LayerLottery:
     """Scouting with all layers, then training of the winners."""
 
     def __init__(self, method: Lora, config: LotteryConfig) -> None:
         self.method, self.config = method, config
         self.sample: CalibrationData | None = None
-        self.layers = _layers(method)
+        self.layers = method.adapted_layers()
         if winner_count(config, len(self.layers)) == len(self.layers):
             reason = f"of {len(self.layers)} layers all would be kept: that is lora"
             raise ConfigError(reason, where="method.lottery.keep", given=config.lottery.keep)
@@ -98,12 +58,10 @@ class LayerLottery:
             self._choose_winners()
         if self.winners is None:
             raise CheckpointError("this checkpoint does not tell who won")
-        return TrainableSet(
-            _trainable_names(self.method, self.winners),
-            # Only at the draw: later steps keep the moments they have accumulated.
-            restart_moments=is_draw_step and self.config.lottery.rewind,
-            changes_permanently=is_draw_step,
-        )
+        # Only at the draw: later steps keep the moments they have accumulated.
+        restart_moments = is_draw_step and self.config.lottery.rewind
+        names = self.method.trainable_names(self.winners)
+        return TrainableSet(names, restart_moments, changes_permanently=is_draw_step)
 
     def state(self) -> dict[str, Any]:
         """Scores and winners, once chosen."""
@@ -120,24 +78,16 @@ class LayerLottery:
         """Scores of the layers as shares of their sum, and the winners."""
         if not self.scores:
             return {}
-        return {
-            "lottery": {
-                "scores": {str(number): round(score, 5) for number, score in self.scores.items()},
-                "winners": list(self.winners or ()),
-                "of_layers": layer_count(self.method.model),
-                "choose": self.config.lottery.choose,
-            }
-        }
+        scores = {str(number): round(score, 5) for number, score in self.scores.items()}
+        draw = {"of_layers": len(layers_of(self.method.model)), "choose": self.config.lottery.choose}
+        return {"lottery": {"scores": scores, "winners": list(self.winners or ()), **draw}}
 
     def norms(self) -> dict[int, float]:
         """Squared Frobenius norm of each layer's updates, from their factors: |B A|^2 = sum((B^T B) * (A A^T))."""
         norms = dict.fromkeys(self.layers, 0.0)
         for name, layer in self.method.layers().items():
             # From the factors, so that the matrix B A is never built.
-            a, b = (
-                layer.lora_A[TRAINED_ADAPTER].weight.detach().double(),
-                layer.lora_B[TRAINED_ADAPTER].weight.detach().double(),
-            )
+            a, b = (half[TRAINED_ADAPTER].weight.detach().double() for half in (layer.lora_A, layer.lora_B))
             norms[_layer(name)] += float(((b.T @ b) * (a @ a.T)).sum()) * layer.scaling[TRAINED_ADAPTER] ** 2
         return norms
 
@@ -145,16 +95,8 @@ class LayerLottery:
         """Sum over the sample's tokens of |s B A x|^2 for each layer. Raises `PlanError` without a sample."""
         if self.sample is None:
             raise PlanError("there are no documents to score layers on", where="method.lottery.score", given="energy")
-        energies = dict.fromkeys(self.layers, 0.0)
-        hooks = [
-            layer.register_forward_pre_hook(partial(_add_energy, energies, _layer(name)))
-            for name, layer in self.method.layers().items()
-        ]
-        try:
-            self.sample.run_forward()
-        finally:
-            for hook in hooks:
-                hook.remove()
+        energies, layers = dict.fromkeys(self.layers, 0.0), self.method.layers().items()
+        run_hooked(self.sample, [(layer, partial(_add_energy, energies, _layer(name))) for name, layer in layers])
         return energies
 
     def _choose_winners(self) -> None:
@@ -166,7 +108,7 @@ class LayerLottery:
         if self.config.lottery.rewind:
             parameters = self.method.trainable()
             with torch.no_grad():
-                for name in _trainable_names(self.method, self.winners):
+                for name in self.method.trainable_names(self.winners):
                     parameters[name].copy_(self.initial_values[name])
 
     def _drop_losers(self) -> None:
@@ -180,8 +122,7 @@ def winner_count(config: LotteryConfig, layer_count: int) -> int:
 
 def choose_winners(scores: Mapping[int, float], config: LotteryConfig, seed: int) -> tuple[int, ...]:
     """The winners: the best layers, or as many others as a control (`choose`)."""
-    layers = sorted(scores)
-    count = winner_count(config, len(layers))
+    layers, count = sorted(scores), winner_count(config, len(scores))
     if config.lottery.choose == "best":
         # Ties go to the lower layer, whatever the order of the scores.
         winners = sorted(layers, key=lambda number: (-scores[number], number))[:count]
@@ -201,15 +142,6 @@ def _add_energy(energies: dict[int, float], number: int, module: nn.Module, inpu
     with torch.no_grad():
         x = inputs[0].reshape(-1, a.shape[1]).to(a.dtype)
         energies[number] += float((layer.scaling[TRAINED_ADAPTER] * (x @ a.T @ b.T)).double().square().sum())
-
-
-def _layers(method: Lora) -> list[int]:
-    return sorted({_layer(name) for name in method.names})
-
-
-def _trainable_names(method: Lora, layers: Collection[int]) -> set[str]:
-    """Names of trainable parameters in these layers, and of those outside all layers."""
-    return {name for name in method.trainable() if layer_number(f".{name}") in {None, *layers}}
 
 
 def _layer(name: str) -> int:

@@ -2,7 +2,7 @@
 
 peft's modules are kept, so that files load in stock peft and new variants arrive with it; `linear_params` lets
 `models/fused_ops.py` compute them with less memory. DoRA and dropout keep peft's slower forward. `methods/registry.py`
-builds it through `methods/layer_selection.py`, `methods/qlora.py` on a quantized base.
+builds it, for `lottery` through `methods/layer_selection.py`; `methods/qlora.py` quantizes the base.
 
 Suffixes: O outputs, I inputs, R rank.
 """
@@ -17,6 +17,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear as PeftLinear
@@ -24,57 +25,43 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rung.config.method import CALIBRATED_INITS, SUBTRACTED_INITS, LowRankConfig
+from rung.config.method import CALIBRATED_INITS, SUBTRACTED_INITS, LowRankConfig, QloraConfig
 from rung.errors import ConfigError
 from rung.methods import lora_init as starts
 from rung.methods.adapter_files import CONFIG, read_state, write_peft_files
+from rung.methods.adapter_merging import LowRankFactors
 from rung.methods.lora_init import input_second_moments, weight_gradients
-from rung.methods.protocol import CalibrationData, Method, TrainableSet, require_same_keys, require_same_shapes
+from rung.methods.protocol import CalibrationData, Method, TrainableSet
+from rung.methods.qlora import dequantize_base, merged_linear, quantize
 from rung.models.bfloat16_weights import keeps_bfloat16_weights, pretend_float32_weights
-from rung.models.fused_modules import plain_linear_params
+from rung.models.fused_modules import linear_weight, plain_linear_params
 from rung.models.fused_ops import LinearParams
 from rung.models.targets import layer_number, roles_of, select_linears
+from rung.planning.method_cost import rank_at
 
 TRAINED_ADAPTER, OFFSET_ADAPTER = "default", "offset"
 """peft's names of the trained adapter and of the frozen one that subtracts the initial B A (decision 0013)."""
 DROPOUT_BLOCKS_SHARING = "adapter dropout drops each copy of one differently"
 """The reason why prefixes are not shared."""
-_INIT: dict[str, Any] = {"gaussian": "gaussian", "orthogonal": "orthogonal"}
 
 
-class QuantizedBaseProtocol(Protocol):
-    """A base with quantized linears."""
-
-    def dequantize(self, model: nn.Module) -> None:
-        """Replace quantized weights by dense ones: the same values, faster, in more memory."""
-        ...
-
-    def merged_linear(self, layer: Any) -> nn.Module:
-        """The dense linear of a peft layer, with its update added."""
-        ...
-
-
-class LayerSchedule(Protocol):
-    """Decides which layers are trained as a run proceeds."""
+class Lottery(Protocol):
+    """Decides which layers go on being trained; implemented in `methods/layer_selection.py`."""
 
     sample: CalibrationData | None
     """Training documents for scoring layers, once `calibrate` has been called."""
 
     def trainable_at_step(self, step: int) -> TrainableSet | None:
         """As in `Method`."""
-        ...
 
     def statistics(self) -> Mapping[str, Any]:
         """As in `Method`."""
-        ...
 
     def state(self) -> dict[str, Any]:
         """As in `Method`."""
-        ...
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """As in `Method`."""
-        ...
 
 
 class Lora(Method):
@@ -84,16 +71,11 @@ class Lora(Method):
     W. Both halves are saved as one plain adapter of twice the rank.
     """
 
-    artifact = "adapter"
-
-    def __init__(
-        self, model: PreTrainedModel, config: LowRankConfig, quantized: QuantizedBaseProtocol | None = None
-    ) -> None:
-        self.model = model
-        self.config = config
-        self.kind: str = config.kind
-        self.quantized: QuantizedBaseProtocol | None = quantized
-        self.layer_schedule: LayerSchedule | None = None
+    def __init__(self, model: PreTrainedModel, config: LowRankConfig) -> None:
+        self.model, self.config, self.kind = model, config, config.kind
+        # LoftQ reads the dense weights while they are quantized; afterwards they are gone.
+        quantized_starts = quantize(model, config) if isinstance(config, QloraConfig) else {}
+        self.layer_schedule: Lottery | None = None
         self.starts_as_base = config.init != "loftq"  # LoftQ starts closer to the unquantized base
         self.seed = torch.initial_seed()  # set by `attach_method` just before
         # Full names, so that peft adapts exactly these modules.
@@ -103,11 +85,10 @@ class Lora(Method):
         self.sample_size = config.init_examples if config.init in CALIBRATED_INITS else 0
         self.subtracts = config.init in SUBTRACTED_INITS
         self.shapes = {name: _linear_shape(model.get_submodule(name)) for name in self.names}
-        self.ranks = {name: _rank_of(name, config) for name in self.names}
+        self.ranks = {name: rank_at(config, layer_number(name), roles_of(name)) for name in self.names}
         self._check()
-        self.full_module_names = [
-            name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in config.modules_to_save
-        ]
+        saved, names = config.modules_to_save, dict(model.named_modules())
+        self.full_module_names = [name for name in names if name.rsplit(".", 1)[-1] in saved]
         """Full names of fully trained modules; peft matches a short name with every module that ends with it."""
         if config.dora and keeps_bfloat16_weights(model):
             # DoRA: peft computes column norms in the dtype of the stored weight.
@@ -115,49 +96,63 @@ class Lora(Method):
         try:
             targets = [model.get_submodule(name) for name in self.names]
             with nullcontext() if config.dora else pretend_float32_weights(targets):
-                self.peft: PeftModel = without_peft_warnings(
-                    get_peft_model, model, self._config(self.full_module_names)
-                )
+                peft_config = self._config(self.full_module_names)
+                self.peft: PeftModel = without_peft_warnings(get_peft_model, model, peft_config)
                 if self.subtracts:
                     without_peft_warnings(self.peft.add_adapter, OFFSET_ADAPTER, self._config([]))
         except ValueError as error:  # this rank is impossible for this initialization
             raise ConfigError(str(error), where="method.init", given=config.init) from error
         # peft marks the second adapter trainable too; its parameters are excluded by name.
-        self._trainable = {
-            name: p for name, p in model.named_parameters() if p.requires_grad and f".{OFFSET_ADAPTER}." not in name
-        }
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._trainable = {name: p for name, p in trainable.items() if f".{OFFSET_ADAPTER}." not in name}
         self._offsets = [p for name, p in model.named_parameters() if f".{OFFSET_ADAPTER}." in name]
         if self.subtracts:
             for layer in self.layers().values():
                 layer.set_adapter([TRAINED_ADAPTER, OFFSET_ADAPTER])
         # Zero until `calibrate` or `load` sets it.
-        for parameter in self._offsets:
-            parameter.requires_grad_(False)
-            dtype = torch.promote_types(parameter.dtype, torch.float32)
-            parameter.data = torch.zeros_like(parameter.data, dtype=dtype)
+        for p in self._offsets:
+            p.requires_grad_(False)
+            p.data = torch.zeros_like(p.data, dtype=torch.promote_types(p.dtype, torch.float32))
         # peft leaves fully trained modules in the base's bfloat16.
-        for parameter in self._trainable.values():
-            if parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = parameter.data.float()
+        for p in self._trainable.values():
+            p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
+        for name, factors in quantized_starts.items():
+            self._set_factors(name, TRAINED_ADAPTER, factors)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """A, B, DoRA magnitudes, and fully trained modules."""
         return dict(self._trainable)
 
     def trainable_at_step(self, step: int) -> TrainableSet | None:
-        """Parameters trained at this step; None (all) without a layer schedule."""
-        return None if self.layer_schedule is None else self.layer_schedule.trainable_at_step(step)
+        """Parameters trained at this step: those of the lottery or of LISA's sample of layers; else None (all)."""
+        config = self.config
+        if self.layer_schedule is not None:
+            return self.layer_schedule.trainable_at_step(step)
+        if config.lisa_n_layers is None:
+            return None
+        # From the period number, not from a running generator: a resumed run draws the same layers.
+        generator = np.random.default_rng([self.seed, step // config.lisa_step_interval])
+        layers = generator.choice(self.adapted_layers(), size=config.lisa_n_layers, replace=False).tolist()
+        return TrainableSet(self.trainable_names(layers))
+
+    def adapted_layers(self) -> list[int]:
+        """Numbers of the layers with an adapter."""
+        return sorted({number for name in self.names if (number := layer_number(f"{name}.")) is not None})
+
+    def trainable_names(self, layers: Collection[int]) -> set[str]:
+        """Names of trainable parameters in these layers, and of those outside all layers."""
+        return {name for name in self._trainable if layer_number(f".{name}") in {None, *layers}}
 
     def statistics(self) -> Mapping[str, Any]:
-        """Statistics of the layer schedule."""
+        """Statistics of the lottery."""
         return {} if self.layer_schedule is None else self.layer_schedule.statistics()
 
     def state(self) -> dict[str, Any]:
-        """State of the layer schedule."""
+        """State of the lottery."""
         return {} if self.layer_schedule is None else self.layer_schedule.state()
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restore the layer schedule."""
+        """Restore the lottery."""
         if self.layer_schedule is not None:
             self.layer_schedule.load_state(state)
 
@@ -165,9 +160,10 @@ class Lora(Method):
         """Keep only the updates of these linears; the others add nothing and are not saved."""
         self.active_names = [name for name in self.names if name in names]
         with torch.no_grad():
-            for name in set(self.names) - set(self.active_names):
+            for name, layer in self.layers().items():
                 # Zero B instead of removing the module: the module tree and the optimizer's parameters stay the same.
-                self.layer(name).lora_B[TRAINED_ADAPTER].weight.zero_()
+                if name not in self.active_names:
+                    layer.lora_B[TRAINED_ADAPTER].weight.zero_()
 
     def learning_rate_factor(self, name: str) -> float:
         """LoRA+ gives B a higher learning rate than A."""
@@ -178,7 +174,7 @@ class Lora(Method):
         low_rank = sum(self.ranks[name] * sum(shape) for name, shape in self.shapes.items())
         magnitudes = sum(outputs for _, outputs in self.shapes.values()) if self.config.dora else 0
         copied_modules: list[Any] = [self.model.get_submodule(name) for name in self.full_module_names]
-        full_modules = sum(int(p.numel()) for module in copied_modules for p in module.original_module.parameters())
+        full_modules = sum(int(p.numel()) for m in copied_modules for p in m.original_module.parameters())
         return low_rank + magnitudes + full_modules
 
     @contextmanager
@@ -190,8 +186,8 @@ class Lora(Method):
             with self.peft.disable_adapter():
                 yield
         finally:
-            for parameter, flag in zip(parameters, requires_grad, strict=True):  # peft sets all of them to True
-                parameter.requires_grad_(flag)
+            for p, flag in zip(parameters, requires_grad, strict=True):  # peft sets all of them to True
+                p.requires_grad_(flag)
 
     def linear_params(self, module: nn.Module) -> LinearParams | None:
         """Parameters of peft's layer as it computes now; None if only peft can compute it (dropout, DoRA, variants)."""
@@ -203,14 +199,13 @@ class Lora(Method):
         if base is None or layer.disable_adapters or layer.merged:
             return base
         names = layer.active_adapters
-        if any(not isinstance(layer.lora_dropout[n], nn.Identity) or layer.lora_bias[n] for n in names):
-            return None
-        if any(name in layer.lora_variant for name in names):
+        has_dropout = any(not isinstance(layer.lora_dropout[n], nn.Identity) for n in names)
+        if has_dropout or any(layer.lora_bias[n] or n in layer.lora_variant for n in names):
             return None
         # Both halves as one pair of factors: they have the same scale, and one product is faster than two.
         a, b = ([factor[n].weight for n in names] for factor in (layer.lora_A, layer.lora_B))
-        factors = (a[0], b[0]) if len(names) == 1 else (torch.cat(a), torch.cat(b, dim=1))
-        return base._replace(a=factors[0], b=factors[1], scale=float(layer.scaling[names[0]]))
+        a_RI, b_OR = (a[0], b[0]) if len(names) == 1 else (torch.cat(a), torch.cat(b, dim=1))
+        return base._replace(a=a_RI, b=b_OR, scale=float(layer.scaling[names[0]]))
 
     def prefix_sharing_blocker(self) -> str | None:
         """Dropout: each copy of a prefix would be dropped differently."""
@@ -225,13 +220,10 @@ class Lora(Method):
             return
         with torch.random.fork_rng(devices=[]):  # svd_lowrank is randomized
             torch.manual_seed(self.seed)
-            for name, (b_OR, a_RI) in self._initial_factors(sample):
-                layer = self.layer(name)
-                layer.lora_A[TRAINED_ADAPTER].weight.data.copy_(a_RI)
-                layer.lora_B[TRAINED_ADAPTER].weight.data.copy_(b_OR)
+            for name, factors in self._initial_factors(sample):
+                self._set_factors(name, TRAINED_ADAPTER, factors)
                 if self.subtracts:
-                    layer.lora_A[OFFSET_ADAPTER].weight.data.copy_(a_RI)
-                    layer.lora_B[OFFSET_ADAPTER].weight.data.copy_(-b_OR)
+                    self._set_factors(name, OFFSET_ADAPTER, factors._replace(b_OR=-factors.b_OR))
 
     def save(self, folder: Path) -> None:
         """Write peft's two files; a frozen half makes it one adapter of twice the rank."""
@@ -249,29 +241,28 @@ class Lora(Method):
         # A lottery saves only the winners' linears.
         if self.layer_schedule is not None:
             self.keep_only_modules(set(json.loads((folder / CONFIG).read_text())["target_modules"]))
-        state, expected = read_state(folder), self._state()
-        require_same_keys(state.keys(), expected.keys(), str(folder))
-        require_same_shapes(expected, state, str(folder))
+        state = read_state(folder, self._state())
         for adapter, half in _split_halves(state).items() if self.subtracts else [(TRAINED_ADAPTER, state)]:
             without_peft_warnings(set_peft_model_state_dict, self.peft, half, adapter_name=adapter)
 
     def merge(self) -> nn.Module:
         """Merge B A into the base; peft raises if a merged weight is not finite."""
         self.model.float()  # B A would be rounded away in bfloat16
-        if self.quantized is not None:
+        if isinstance(self.config, QloraConfig):
             # peft would quantize the sum again, which rounds small updates away.
-            for name in self.names:
-                self.model.set_submodule(name, self.quantized.merged_linear(self.layer(name)))
-            self.quantized.dequantize(self.model)
+            for name, layer in self.layers().items():
+                self.model.set_submodule(name, merged_linear(layer, TRAINED_ADAPTER))
+            dequantize_base(self.model)
         merged: nn.Module = without_peft_warnings(self.peft.merge_and_unload, safe_merge=True)
         head = self.model.get_output_embeddings()
         if head is not None and head.weight is not self.model.get_input_embeddings().weight:
             self.model.config.tie_word_embeddings = False  # a fully trained head differs from the embeddings now
         return merged
 
-    def layer(self, name: str) -> Any:
-        """Peft's module for a target."""
-        return self.model.get_submodule(name)
+    def _set_factors(self, name: str, adapter: str, factors: LowRankFactors) -> None:
+        layer: Any = self.model.get_submodule(name)
+        layer.lora_A[adapter].weight.data.copy_(factors.a_RI)
+        layer.lora_B[adapter].weight.data.copy_(factors.b_OR)
 
     def _config(self, modules_to_save: list[str]) -> LoraConfig:
         config = self.config
@@ -288,7 +279,7 @@ class Lora(Method):
             use_rslora=config.rslora,
             use_dora=config.dora,
             # Data-dependent starts begin with peft's default; `calibrate` overwrites it.
-            init_lora_weights=_INIT.get(config.init, True),
+            init_lora_weights=config.init if config.init in ("gaussian", "orthogonal") else True,
             modules_to_save=modules_to_save or None,
             # GPT-2's Conv1D stores its weight transposed.
             fan_in_fan_out=any(isinstance(self.model.get_submodule(n), Conv1D) for n in self.names),
@@ -314,45 +305,37 @@ class Lora(Method):
                 starts.check_rank(config.init, self.ranks[name], name, outputs, inputs)
         count = len({layer_number(f".{name}") for name in self.names})
         if config.lisa_n_layers is not None and config.lisa_n_layers > count:
-            raise ConfigError(
-                "more layers are to be drawn than have an adapter",
-                where="method.lisa_n_layers",
-                given=config.lisa_n_layers,
-                allowed=f"1 to {count}",
-            )
+            reason, given = "more layers are to be drawn than have an adapter", config.lisa_n_layers
+            raise ConfigError(reason, where="method.lisa_n_layers", given=given, allowed=f"1 to {count}")
 
     def layers(self) -> dict[str, Any]:
         """Peft's modules by target."""
-        return {name: self.layer(name) for name in self.names}
+        return {name: self.model.get_submodule(name) for name in self.names}
 
-    def _initial_factors(self, sample: CalibrationData) -> Iterator[tuple[str, starts.LowRankPair]]:
+    def _initial_factors(self, sample: CalibrationData) -> Iterator[tuple[str, LowRankFactors]]:
         init, layers = self.config.init, self.layers()
-        if init not in CALIBRATED_INITS:
-            return
+        scales = {name: float(layer.scaling[TRAINED_ADAPTER]) for name, layer in layers.items()}
         if init in ("pissa", "olora"):
             for name, layer in layers.items():
-                weight = _dense_weight(layer)
-                rank, scale = self.ranks[name], float(layer.scaling[TRAINED_ADAPTER])
-                yield name, starts.pissa(weight, rank, scale) if init == "pissa" else starts.olora(weight, rank)
+                weight, rank = _dense_weight(layer), self.ranks[name]
+                yield name, starts.pissa(weight, rank, scales[name]) if init == "pissa" else starts.olora(weight, rank)
         elif init == "lora_ga":
             for name, gradient in weight_gradients({n: layer.base_layer.weight for n, layer in layers.items()}, sample):
                 gradient_OI = gradient.T if isinstance(layers[name].base_layer, Conv1D) else gradient
                 yield name, starts.lora_ga(gradient_OI, self.ranks[name])
-        else:
-            widths = {name: inputs for name, (inputs, _) in self.shapes.items()}
+        elif init in CALIBRATED_INITS:
+            widths, knowledge = {name: inputs for name, (inputs, _) in self.shapes.items()}, init == "corda_knowledge"
             for name, moment in input_second_moments(layers, widths, sample):
                 weight, rank = _dense_weight(layers[name]), self.ranks[name]
                 if init == "eva":
                     yield name, starts.eva(weight, moment, rank)
                 else:
-                    scale, preserve_knowledge = float(layers[name].scaling[TRAINED_ADAPTER]), init == "corda_knowledge"
-                    yield name, starts.corda(weight, moment, rank, scale, knowledge=preserve_knowledge)
+                    yield name, starts.corda(weight, moment, rank, scales[name], knowledge=knowledge)
 
     def _state(self) -> dict[str, Tensor]:
         inactive = [f".{name}." for name in set(self.names) - set(self.active_names)]
-        trained = {
-            k: v for k, v in self._adapter_state(TRAINED_ADAPTER).items() if not any(name in k for name in inactive)
-        }
+        state = self._adapter_state(TRAINED_ADAPTER)
+        trained = {key: value for key, value in state.items() if not any(name in key for name in inactive)}
         if not self.subtracts:
             return trained
         offsets = self._adapter_state(OFFSET_ADAPTER)
@@ -360,11 +343,8 @@ class Lora(Method):
         return {k: torch.cat([v, offsets[k]], dim=_axis(k)) if k in offsets else v for k, v in trained.items()}
 
     def _adapter_state(self, adapter: str) -> dict[str, Tensor]:
-        return dict(
-            without_peft_warnings(
-                get_peft_model_state_dict, self.peft, adapter_name=adapter, save_embedding_layers=False
-            )
-        )
+        options = {"adapter_name": adapter, "save_embedding_layers": False}
+        return dict(without_peft_warnings(get_peft_model_state_dict, self.peft, **options))
 
 
 def without_peft_warnings(call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -396,24 +376,12 @@ def _split_halves(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return halves
 
 
-def _rank_of(name: str, config: LowRankConfig) -> int:
-    """The most specific entry of `rank_pattern`: layer and role, then layer, then role (the first if several)."""
-    layer, roles = layer_number(name), roles_of(name)
-    keys = [*(f"{layer}.{role}" for role in roles), str(layer), *roles]
-    return next((config.rank_pattern[key] for key in keys if key in config.rank_pattern), config.rank)
-
-
 def _dense_weight(layer: Any) -> Tensor:
     """The base weight [O, I] in float32 or wider."""
-    params = plain_linear_params(layer.base_layer)
-    assert params is not None  # noqa: S101 -- for the type checker: targets are linears
-    return params.weight.detach().to(torch.promote_types(params.weight.dtype, torch.float32))
+    weight = linear_weight(layer.base_layer).detach()
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
-def _linear_shape(module: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs of a linear. GPT-2's Conv1D stores its weight transposed, bitsandbytes in a packed shape."""
-    if hasattr(module, "in_features"):
-        return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    first, second = weight.shape
-    return (first, second) if isinstance(module, Conv1D) else (second, first)
+def _linear_shape(module: Any) -> tuple[int, int]:
+    """Inputs and outputs of a linear; the weight of a quantized one has a packed shape."""
+    return tuple(module.weight.shape) if isinstance(module, Conv1D) else (module.in_features, module.out_features)

@@ -9,42 +9,36 @@ Suffixes: O outputs, I inputs, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rung.errors import ConfigError
+from rung.methods.adapter_merging import LowRankFactors, split_singular_values
 from rung.methods.protocol import CalibrationData
+from rung.models.bfloat16_weights import replaced_data
 
 LORA_GA_GAMMA = 16.0
 """LoRA-GA's scale factor: the value of the paper's experiments (Wang et al. 2024)."""
 
 
-class LowRankPair(NamedTuple):
-    """The two factors of an update."""
-
-    b_OR: Tensor
-    a_RI: Tensor
-
-
-def pissa(weight_OI: Tensor, rank: int, scale: float) -> LowRankPair:
+def pissa(weight_OI: Tensor, rank: int, scale: float) -> LowRankFactors:
     """Principal singular values and vectors: scale * B A is the best approximation of W (Meng et al. 2024, sec. 3)."""
     u, s, vh = torch.linalg.svd(weight_OI, full_matrices=False)
-    root = (s[:rank] / scale).sqrt()
-    return LowRankPair(u[:, :rank] * root, root[:, None] * vh[:rank])
+    return split_singular_values(u[:, :rank], s[:rank] / scale, vh[:rank])
 
 
-def olora(weight_OI: Tensor, rank: int) -> LowRankPair:
+def olora(weight_OI: Tensor, rank: int) -> LowRankFactors:
     """The first columns of Q and rows of R where W = Q R (Büyükakyüz 2024, section 3)."""
     q, r = torch.linalg.qr(weight_OI)
-    return LowRankPair(q[:, :rank].contiguous(), r[:rank].contiguous())
+    return LowRankFactors(q[:, :rank].contiguous(), r[:rank].contiguous())
 
 
-def corda(weight_OI: Tensor, moment_II: Tensor, rank: int, scale: float, *, knowledge: bool) -> LowRankPair:
+def corda(weight_OI: Tensor, moment_II: Tensor, rank: int, scale: float, *, knowledge: bool) -> LowRankFactors:
     """Singular vectors of W C, C the second moment of the inputs (Yang et al. 2024, section 3).
 
     The largest ones, which the documents use most; with `knowledge` the smallest, which preserves what the documents
@@ -53,38 +47,35 @@ def corda(weight_OI: Tensor, moment_II: Tensor, rank: int, scale: float, *, know
     moment, inverse = _damped_inverse(moment_II)
     u, s, vh = torch.linalg.svd(weight_OI @ moment, full_matrices=False)
     columns = slice(len(s) - rank, len(s)) if knowledge else slice(rank)
-    root = (s[columns] / scale).sqrt()
-    return LowRankPair(u[:, columns] * root, root[:, None] * (vh[columns] @ inverse))
+    return split_singular_values(u[:, columns], s[columns] / scale, vh[columns] @ inverse)
 
 
-def eva(weight_OI: Tensor, moment_II: Tensor, rank: int) -> LowRankPair:
+def eva(weight_OI: Tensor, moment_II: Tensor, rank: int) -> LowRankFactors:
     """A spans the directions of largest input variance, B is zero (Paischer et al. 2024, section 3)."""
     _, vectors = torch.linalg.eigh(moment_II)  # ascending
-    return LowRankPair(weight_OI.new_zeros(len(weight_OI), rank), vectors[:, -rank:].flip(1).T.contiguous())
+    return LowRankFactors(weight_OI.new_zeros(len(weight_OI), rank), vectors[:, -rank:].flip(1).T.contiguous())
 
 
-def lora_ga(gradient_OI: Tensor, rank: int) -> LowRankPair:
+def lora_ga(gradient_OI: Tensor, rank: int) -> LowRankFactors:
     """Singular vectors of the gradient, different ones for B and A (Wang et al. 2024, section 3).
 
     The first step then changes the product by nearly the direction of the full gradient. Both are scaled by
     O^(1/4) / sqrt(GAMMA).
     """
-    outputs = len(gradient_OI)
     u, _, v = torch.svd_lowrank(gradient_OI, q=min(4 * rank, *gradient_OI.shape), niter=4)
-    factor = outputs**0.25 / LORA_GA_GAMMA**0.5
+    factor = len(gradient_OI) ** 0.25 / LORA_GA_GAMMA**0.5
     # B takes the second group of left vectors, A the first group of right ones: the first step covers 2 R directions.
-    return LowRankPair(u[:, rank : 2 * rank] * factor, (v[:, :rank] * factor).T.contiguous())
+    return LowRankFactors(u[:, rank : 2 * rank] * factor, (v[:, :rank] * factor).T.contiguous())
 
 
-def loftq(weight_OI: Tensor, quantized_OI: Tensor, rank: int, scale: float) -> LowRankPair:
+def loftq(weight_OI: Tensor, quantized_OI: Tensor, rank: int, scale: float) -> LowRankFactors:
     """Best approximation of the quantization error by scale * B A (Li et al. 2023, algorithm 1).
 
     One iteration, because further ones would quantize another matrix than W.
     """
     # A randomized SVD with oversampling suffices: only the leading vectors are used.
     u, s, v = torch.svd_lowrank(weight_OI - quantized_OI, q=min(2 * rank, *weight_OI.shape), niter=4)
-    root = (s[:rank] / scale).sqrt()
-    return LowRankPair(u[:, :rank] * root, (v[:, :rank] * root).T.contiguous())
+    return split_singular_values(u[:, :rank], s[:rank] / scale, v[:, :rank].T)
 
 
 def check_rank(init: str, rank: int, name: str, outputs: int, inputs: int) -> None:
@@ -93,12 +84,8 @@ def check_rank(init: str, rank: int, name: str, outputs: int, inputs: int) -> No
     # LoRA-GA takes different singular vectors for A and B, so it needs twice as many.
     max_rank = {"lora_ga": max_rank // 2, "eva": inputs}.get(init, max_rank)
     if rank > max_rank:
-        raise ConfigError(
-            f"init {init} has no start of this rank for {name}, a matrix of {outputs} x {inputs}",
-            where="method.rank",
-            given=rank,
-            allowed=f"1 to {max_rank}",
-        )
+        reason = f"init {init} has no start of this rank for {name}, a matrix of {outputs} x {inputs}"
+        raise ConfigError(reason, where="method.rank", given=rank, allowed=f"1 to {max_rank}")
 
 
 def _damped_inverse(moment_II: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,11 +99,8 @@ def _damped_inverse(moment_II: Tensor) -> tuple[Tensor, Tensor]:
         # The product with the inverse shows whether the inversion was numerically sound.
         if bool((damped @ inverse - identity).norm() < 0.05):
             return damped, inverse
-    raise ConfigError(
-        "the inputs of a layer vary too little for this start",
-        where="method.init",
-        hint="raise method.init_examples, or take another start",
-    )
+    hint = "raise method.init_examples, or take another start"
+    raise ConfigError("the inputs of a layer vary too little for this start", where="method.init", hint=hint)
 
 
 MOMENT_BYTES = 512 * 2**20
@@ -126,7 +110,8 @@ MOMENT_BYTES = 512 * 2**20
 def weight_gradients(weights: Mapping[str, nn.Parameter], sample: CalibrationData) -> Iterator[tuple[str, Tensor]]:
     """Gradient of the loss over the sample for each weight, in float32 or wider, in the weight's shape."""
     for names in in_chunks({name: w.numel() for name, w in weights.items()}):
-        with _in_float32([weights[name] for name in names]) as parameters:
+        parameters = [weights[name] for name in names]
+        with _in_float32(parameters):
             gradients = dict(zip(names, sample.gradients(parameters), strict=True))
         # Popped, so that each gradient is freed once its pair is computed.
         while gradients:
@@ -139,27 +124,30 @@ def input_second_moments(
     """Mean of x x^T over the tokens of the sample for the inputs of each module, [I, I] in float32 or wider."""
     for names in in_chunks({name: width**2 for name, width in widths.items()}):
         sums: dict[str, Tensor] = {}
-        hooks = [modules[name].register_forward_pre_hook(partial(_add_moment, sums, name)) for name in names]
-        try:
-            sample.run_forward()
-        finally:
-            for hook in hooks:
-                hook.remove()
+        run_hooked(sample, [(modules[name], partial(_add_moment, sums, name)) for name in names])
         while sums:
             name, total = sums.popitem()
             yield name, total / total.new_tensor(sample.tokens)
 
 
+def run_hooked(sample: CalibrationData, hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> None:
+    """Run the sample's documents; each module calls its hook with its inputs."""
+    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks]
+    try:
+        sample.run_forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def in_chunks(sizes: Mapping[str, int], limit: int = MOMENT_BYTES) -> Iterator[list[str]]:
     """Names in order, in chunks of at most `limit` bytes of float32; a larger one is a chunk by itself."""
     chunk: list[str] = []
-    chunk_bytes = 0
-    for name, size in sizes.items():
-        if chunk and chunk_bytes + 4 * size > limit:
+    for name in sizes:
+        if chunk and 4 * sum(sizes[n] for n in (*chunk, name)) > limit:
             yield chunk
-            chunk, chunk_bytes = [], 0
+            chunk = []
         chunk.append(name)
-        chunk_bytes += 4 * size
     if chunk:
         yield chunk
 
@@ -173,16 +161,14 @@ def _add_moment(sums: dict[str, Tensor], name: str, module: nn.Module, inputs: t
 
 
 @contextmanager
-def _in_float32(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+def _in_float32(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Within the context parameters are float32 or wider and require gradients; bfloat16 would round them."""
-    stored_data = [p.data for p in parameters]
-    for p in parameters:
-        p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
-        p.requires_grad_(True)
-    try:
-        yield list(parameters)
-    finally:
-        for p, data in zip(parameters, stored_data, strict=True):
-            p.requires_grad_(False)
-            p.data = data
-            p.grad = None
+    with replaced_data(parameters, lambda data: data.to(torch.promote_types(data.dtype, torch.float32))):
+        for p in parameters:
+            p.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for p in parameters:
+                p.requires_grad_(False)
+                p.grad = None

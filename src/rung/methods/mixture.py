@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rung.config.method import MixtureConfig
-from rung.errors import PlanError
 from rung.methods.adapter_files import named_adapter_parameters, read_rung_tuner, write_rung_tuner
-from rung.methods.protocol import Method, turned_off
-from rung.models.fused_modules import plain_linear_params
+from rung.methods.protocol import Method
+from rung.models.fused_modules import linear_weight
 from rung.models.targets import select_linears
 from rung.types import LossTerm, PackedBatch
 
@@ -45,18 +43,18 @@ class ExpertPool(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, config: MixtureConfig, reference: Tensor) -> None:
         super().__init__()
-        device, dtype = reference.device, torch.promote_types(reference.dtype, torch.float32)
+        factory: Any = {"device": reference.device, "dtype": torch.promote_types(reference.dtype, torch.float32)}
         self.count, self.rank, self.top = config.experts, config.rank, config.top_k
         self.scale = (2.0 * config.rank if config.alpha is None else config.alpha) / config.rank
-        self.router = nn.Parameter(torch.randn(config.experts, inputs, device=device, dtype=dtype) * ROUTER_INIT_STD)
-        self.a = nn.Parameter(torch.empty(config.experts * config.rank, inputs, device=device, dtype=dtype))
+        self.router = nn.Parameter(torch.randn(config.experts, inputs, **factory) * ROUTER_INIT_STD)
+        self.a = nn.Parameter(torch.empty(config.experts * config.rank, inputs, **factory))
         # As in LoRA: A random, B zero, so the first output is that of the base.
-        self.b = nn.Parameter(torch.zeros(outputs, config.experts * config.rank, device=device, dtype=dtype))
+        self.b = nn.Parameter(torch.zeros(outputs, config.experts * config.rank, **factory))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
         self.tracks_balance = config.balance_weight > 0.0
         self.routing: tuple[Tensor, Tensor] | None = None
         """Probabilities and shares [T, E] of the last call with a graph; `penalty` reads and clears them."""
-        self.load_E = torch.zeros(config.experts, device=device, dtype=torch.float64)
+        self.load_E = torch.zeros(config.experts, device=reference.device, dtype=torch.float64)
         """Router weight of each expert, summed over tokens of calls with a graph."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,19 +78,15 @@ class Mixture(Method):
     """Experts beside the chosen linears; the base stays frozen."""
 
     kind = NAME
-    artifact = "adapter"
-    starts_as_base = True
+    merge_refusal = "a mixture cannot be folded into the base: its router weighs the experts anew for every token"
 
     def __init__(self, model: PreTrainedModel, config: MixtureConfig) -> None:
         self.model, self.config = model, config
-        self.enabled = True
         self.hosts: dict[str, nn.Module] = {}
         reference = next(model.parameters())
         for name in select_linears(model, config.targets, config.layers):
             host = model.get_submodule(name)
-            params = plain_linear_params(host)
-            assert params is not None  # noqa: S101 -- for the type checker: targets are linears
-            outputs, inputs = params.weight.shape
+            outputs, inputs = linear_weight(host).shape
             host.add_module(NAME, ExpertPool(inputs, outputs, config, reference))
             host.register_forward_hook(self._add_experts)
             self.hosts[name] = host
@@ -103,15 +97,8 @@ class Mixture(Method):
 
     def declared_parameters(self) -> int:
         """Sum over linears of E I + E r (I + O)."""
-        config, total = self.config, 0
-        for host in self.hosts.values():
-            outputs, inputs = plain_linear_params(host).weight.shape  # type: ignore[union-attr]
-            total += config.experts * (inputs + config.rank * (inputs + outputs))
-        return total
-
-    def disabled(self) -> AbstractContextManager[None]:
-        """Within the context the model is the base without the method."""
-        return turned_off(self)
+        shapes = [linear_weight(host).shape for host in self.hosts.values()]
+        return sum(self.config.experts * (i + self.config.rank * (i + o)) for o, i in shapes)
 
     def prefix_sharing_blocker(self) -> str | None:
         """The balance loss, which is computed for each document."""
@@ -133,9 +120,8 @@ class Mixture(Method):
             if routing is not None:
                 probabilities_TE, shares_TE = routing
                 losses.append(balance_loss(probabilities_TE, shares_TE, owner_T, batch.sequences))
-        if not losses:
-            return []
-        return [LossTerm(self.config.balance_weight * torch.stack(losses).mean(), "sequences", "balance")]
+        weight = self.config.balance_weight
+        return [LossTerm(weight * torch.stack(losses).mean(), "sequences", "balance")] if losses else []
 
     def statistics(self) -> Mapping[str, Any]:
         """Share of the router weight that each expert got in training, by linear, for `run.json`."""
@@ -149,9 +135,8 @@ class Mixture(Method):
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore the summed router weights."""
-        experts = self._experts()
         for name, load in state.items():
-            experts[name].load_E.copy_(torch.tensor(load, dtype=torch.float64))
+            self._experts()[name].load_E.copy_(torch.tensor(load, dtype=torch.float64))
 
     def save(self, folder: Path) -> None:
         """Write files that peft loads once `rung.peft` is imported."""
@@ -160,13 +145,6 @@ class Mixture(Method):
     def load(self, folder: Path) -> None:
         """Load what `save` wrote; missing or unexpected keys raise `CheckpointError`."""
         read_rung_tuner(folder, self.hosts, NAME)
-
-    def merge(self) -> nn.Module:
-        """Raise `PlanError`: the active experts depend on the token."""
-        raise PlanError(
-            "a mixture cannot be folded into the base: its router weighs the experts anew for every token",
-            hint="serve the base with the adapter, or train a lora",
-        )
 
     def _experts(self) -> dict[str, Any]:
         return {name: host.get_submodule(NAME) for name, host in self.hosts.items()}
@@ -180,8 +158,7 @@ def top_k_weights(probabilities_TE: Tensor, top: int | None) -> Tensor:
     if top is None or top >= probabilities_TE.shape[1]:
         return probabilities_TE
     values, indices = probabilities_TE.topk(top, dim=1)
-    values = values / values.sum(1, keepdim=True)
-    return torch.zeros_like(probabilities_TE).scatter(1, indices, values)
+    return torch.zeros_like(probabilities_TE).scatter(1, indices, values / values.sum(1, keepdim=True))
 
 
 def document_of_token(batch: PackedBatch) -> Tensor:

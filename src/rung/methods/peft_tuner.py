@@ -6,20 +6,11 @@ base is float32, and tuners that need a training loop of their own are refused b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from peft import (
-    PeftConfig,
-    PeftModel,
-    PeftType,
-    get_peft_config,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
+import peft
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -30,7 +21,7 @@ from rung.config.method import PeftTunerConfig
 from rung.errors import ConfigError, PlanError
 from rung.methods.adapter_files import read_state, write_peft_files
 from rung.methods.lora import DROPOUT_BLOCKS_SHARING, without_peft_warnings
-from rung.methods.protocol import Method, require_same_keys, require_same_shapes
+from rung.methods.protocol import Method
 from rung.models.fused_modules import plain_linear_params
 from rung.models.fused_ops import LinearParams
 from rung.models.targets import select_linears
@@ -40,7 +31,6 @@ class PeftTuner(Method):
     """A peft tuner in Rung's trainer, with peft's forward and file format."""
 
     kind = "peft"
-    artifact = "adapter"
 
     def __init__(self, model: PreTrainedModel, config: PeftTunerConfig) -> None:
         self.model, self.config = model, config
@@ -49,7 +39,7 @@ class PeftTuner(Method):
         # peft's tuners compute in the dtype of the stored weights.
         model.float()
         try:
-            self.peft: PeftModel = without_peft_warnings(get_peft_model, model, peft_config)
+            self.peft: peft.PeftModel = without_peft_warnings(peft.get_peft_model, model, peft_config)
         # peft raises any of these for a config that does not fit the model.
         except (ValueError, TypeError, NotImplementedError, KeyError, AttributeError) as error:
             reason = f"peft does not take this config: {error}"
@@ -67,11 +57,9 @@ class PeftTuner(Method):
         """Number of trainable parameters as counted by peft."""
         return int(self.peft.get_nb_trainable_parameters()[0])
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self) -> AbstractContextManager[None]:
         """Within the context the model is the base without the method."""
-        with self.peft.disable_adapter():
-            yield
+        return self.peft.disable_adapter()  # type: ignore[no-any-return]
 
     def linear_params(self, module: nn.Module) -> LinearParams | None:
         """Parameters of a plain linear; None for a tuner's layer, which computes itself."""
@@ -79,11 +67,8 @@ class PeftTuner(Method):
 
     def prefix_sharing_blocker(self) -> str | None:
         """Dropout, if the tuner's config sets one."""
-        return (
-            DROPOUT_BLOCKS_SHARING
-            if any("dropout" in key and value for key, value in self.config.config.items())
-            else None
-        )
+        has_dropout = any("dropout" in key and value for key, value in self.config.config.items())
+        return DROPOUT_BLOCKS_SHARING if has_dropout else None
 
     def save(self, folder: Path) -> None:
         """Write peft's two files."""
@@ -91,10 +76,7 @@ class PeftTuner(Method):
 
     def load(self, folder: Path) -> None:
         """Load what `save` wrote; missing or unexpected keys raise `CheckpointError`."""
-        state, expected = read_state(folder), self._state()
-        require_same_keys(state.keys(), expected.keys(), str(folder))
-        require_same_shapes(expected, state, str(folder))
-        without_peft_warnings(set_peft_model_state_dict, self.peft, state)
+        without_peft_warnings(peft.set_peft_model_state_dict, self.peft, read_state(folder, self._state()))
 
     def merge(self) -> nn.Module:
         """Merge the tuner into the base. Raises `PlanError` if peft cannot."""
@@ -105,18 +87,18 @@ class PeftTuner(Method):
         return merged
 
     def _state(self) -> dict[str, Tensor]:
-        return dict(without_peft_warnings(get_peft_model_state_dict, self.peft, save_embedding_layers=False))
+        return dict(without_peft_warnings(peft.get_peft_model_state_dict, self.peft, save_embedding_layers=False))
 
 
-def _peft_config(model: PreTrainedModel, config: PeftTunerConfig) -> PeftConfig:
+def _peft_config(model: PreTrainedModel, config: PeftTunerConfig) -> peft.PeftConfig:
     """Build peft's config. Raises `ConfigError` for a tuner that is unknown, refused, or a method of Rung."""
     settings: dict[str, Any] = dict(config.config)
     kind = str(settings.get("peft_type", "")).upper()
     if kind in OWN_METHODS:
         replacement = OWN_METHODS[kind]
         raise ConfigError("this tuner has a method of its own", where="method.config", given=kind, allowed=replacement)
-    if kind not in PeftType.__members__:
-        names = ", ".join(sorted(set(PeftType.__members__) - set(OWN_METHODS)))
+    if kind not in peft.PeftType.__members__:
+        names = ", ".join(sorted(set(peft.PeftType.__members__) - set(OWN_METHODS)))
         raise ConfigError("no such tuner", where="method.config.peft_type", given=kind or None, allowed=names)
     if kind in REFUSED:
         hint = "kind: lora with rank_pattern, or lottery"
@@ -138,12 +120,10 @@ def _peft_config(model: PreTrainedModel, config: PeftTunerConfig) -> PeftConfig:
     if kind == "IA3" and isinstance(settings["target_modules"], list):
         # Full names, like the targets: peft refuses a file whose feed-forward modules are not among the targets.
         ends = settings.get("feedforward_modules", FEED_FORWARD)
-        ends = [ends] if isinstance(ends, str) else ends
-        settings["feedforward_modules"] = (
-            [n for n in settings["target_modules"] if n.endswith(tuple(ends))] if ends else []
-        )
+        ends = (ends,) if isinstance(ends, str) else tuple(ends or ())
+        settings["feedforward_modules"] = [name for name in settings["target_modules"] if name.endswith(ends)]
     try:
-        peft_config = get_peft_config(settings)
+        peft_config = peft.get_peft_config(settings)
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error), where="method.config", given=kind) from error
     if hasattr(peft_config, "fan_in_fan_out") and any(isinstance(module, Conv1D) for module in model.modules()):

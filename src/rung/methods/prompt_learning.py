@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rung.config.method import PrefixConfig, PromptConfig, PTuningConfig, encoder_parameter_count, front_virtual_tokens
-from rung.errors import ConfigError, DataError, PlanError
+from rung.errors import ConfigError, DataError
 from rung.methods.adapter_files import CONFIG, read_state, write_peft_files
-from rung.methods.protocol import CalibrationData, Method, require_same_keys, require_same_shapes, turned_off
+from rung.methods.protocol import CalibrationData, Method
 from rung.models.policy import VirtualTokenStates
 
 PROMPT_TENSOR = "prompt_embeddings"
@@ -43,14 +43,14 @@ ENCODER_INPUT_STD = 1.0
 class VirtualTokens(Method):
     """Rows [P, width] for each task, learned directly or computed by an encoder."""
 
-    artifact = "adapter"
     starts_as_base = False
     """False: the virtual tokens change the model's input."""
+    merge_refusal = "virtual tokens cannot be folded into the base: they stand in its input, not in its weights"
 
     def __init__(self, model: PreTrainedModel, config: PromptConfig | PrefixConfig | PTuningConfig) -> None:
         self.model, self.config, self.kind = model, config, config.kind
         self.seed = torch.initial_seed()  # set by `attach_method` just before
-        self.count, self.front, self.enabled = config.virtual_tokens, front_virtual_tokens(config), True
+        self.count, self.front = config.virtual_tokens, front_virtual_tokens(config)
         self.tasks = config.tasks or (ALL_TASKS,)
         model_config = model.config
         self.features, self.layers = int(model_config.hidden_size), int(model_config.num_hidden_layers)
@@ -66,17 +66,12 @@ class VirtualTokens(Method):
         self.encoder = make_encoder(config, self.features, self.width)
         if self.encoder is not None:
             self.encoder.to(weight.device, dtype)
-        std = (
-            ENCODER_INPUT_STD
-            if self.encoder is not None
-            else KV_INIT_STD
-            if self.every_layer
-            else float(weight.float().std())
-        )
-        shape = (self.count, self.width if self.encoder is None else self.features)
-        self.tables = {
-            task: nn.Parameter((torch.randn(shape, dtype=dtype) * std).to(weight.device)) for task in self.tasks
-        }
+        table_width = self.width if self.encoder is None else self.features
+        std = KV_INIT_STD if self.every_layer else float(weight.float().std())
+        if self.encoder is not None:
+            std = ENCODER_INPUT_STD
+        rows = {task: torch.randn(self.count, table_width, dtype=dtype) * std for task in self.tasks}
+        self.tables = {task: nn.Parameter(table.to(weight.device)) for task, table in rows.items()}
         needs_tokens = self.encoder is None and not (isinstance(config, PromptConfig) and config.init == "random")
         self.sample_size = int(needs_tokens)  # only for the sample's tokenizer and model, not its documents
 
@@ -125,10 +120,6 @@ class VirtualTokens(Method):
         rows = len(self.tasks) * self.count * (self.width if self.encoder is None else self.features)
         return rows + encoder_parameter_count(self.config, self.features, self.width)
 
-    def disabled(self) -> AbstractContextManager[None]:
-        """Within the context the model is the base: documents start with their first token."""
-        return turned_off(self)
-
     def calibrate(self, sample: CalibrationData, start: Path | None = None) -> None:
         """Initialize with the embeddings, or the keys and values, of real tokens."""
         if start is not None:
@@ -136,11 +127,9 @@ class VirtualTokens(Method):
             return
         for number, table in enumerate(self.tables.values()):
             text = self.config.init_text if isinstance(self.config, PromptConfig) else None
-            if text is not None:
-                ids = text_ids(sample.tokenizer, text, self.count)
-            else:
-                # Another seed for each task, so that tasks start at different tokens.
-                ids = frequent_ids(sample.tokenizer, self.count, self.seed + number)
+            # Another seed for each task, so that tasks start at different tokens.
+            tokenizer, count, seed = sample.tokenizer, self.count, self.seed + number
+            ids = frequent_ids(tokenizer, count, seed) if text is None else text_ids(tokenizer, text, count)
             with torch.no_grad():
                 table.copy_(self._rows_from_tokens(sample, ids))
 
@@ -160,52 +149,30 @@ class VirtualTokens(Method):
         rows_by_task = {}
         for i, task in enumerate(self.tasks):
             task_folder = folder if self.tasks == (ALL_TASKS,) else folder / _task_folder(i)
-            state = read_state(task_folder)
-            require_same_keys(state.keys(), {PROMPT_TENSOR}, str(task_folder))
             # A tensor on the meta device: only its shape is compared.
-            require_same_shapes(
-                {PROMPT_TENSOR: torch.empty(self.count, self.width, device="meta")}, state, str(task_folder)
-            )
-            rows_by_task[task] = state[PROMPT_TENSOR]
-        with torch.no_grad():
-            for task, rows in rows_by_task.items():
-                if self.encoder is None:
-                    self.tables[task].copy_(rows)
-                else:
-                    table = self.tables[task]
-                    # The encoder's input had another width than the rows it computed.
-                    self.tables[task] = nn.Parameter(rows.to(table.device, table.dtype))
+            expected = {PROMPT_TENSOR: torch.empty(self.count, self.width, device="meta")}
+            rows_by_task[task] = read_state(task_folder, expected)[PROMPT_TENSOR]
+        for task, rows in rows_by_task.items():
+            # The encoder's input had another width than the rows it computed.
+            if self.encoder is not None:
+                self.tables[task] = nn.Parameter(rows.to(self.tables[task]))
+            self.tables[task].data.copy_(rows)
         self.encoder = None
-
-    def merge(self) -> nn.Module:
-        """Raise `PlanError`: there is no weight to add virtual tokens to."""
-        raise PlanError(
-            "virtual tokens cannot be folded into the base: they stand in its input, not in its weights",
-            hint="serve the base with the adapter, or train a lora",
-        )
 
     def _task_key(self, task: str | None) -> str:
         if self.tasks == (ALL_TASKS,):
             return ALL_TASKS
         if task not in self.tables:
-            raise DataError(
-                "nothing was learned for this task",
-                given=task,
-                allowed=", ".join(self.tasks),
-                hint="name the column in data.task, or, for rung chat, --task",
-            )
+            allowed, hint = ", ".join(self.tasks), "name the column in data.task, or, for rung chat, --task"
+            raise DataError("nothing was learned for this task", given=task, allowed=allowed, hint=hint)
         return task
 
     def _rows(self, task: str) -> Tensor:
-        if self.encoder is None:
-            return self.tables[task]
-        rows: Tensor = self.encoder(self.tables[task])
-        return rows
+        return self.tables[task] if self.encoder is None else self.encoder(self.tables[task])
 
     def _rows_from_tokens(self, sample: CalibrationData, ids: Sequence[int]) -> Tensor:
         if not self.every_layer:
-            rows: Tensor = self.model.get_input_embeddings()(torch.tensor(list(ids), device=self.model.device))
-            return rows
+            return self.model.get_input_embeddings()(torch.tensor(list(ids), device=self.model.device))  # type: ignore[no-any-return]
         keys_values = sample.keys_values(ids)
         pairs = torch.stack([torch.cat(keys_values[layer]) for layer in range(self.layers)])  # [L, 2, K, P, D]
         return pairs.permute(3, 0, 1, 2, 4).reshape(self.count, self.width)
@@ -213,23 +180,16 @@ class VirtualTokens(Method):
     def _write(self, folder: Path, rows: Tensor) -> None:
         # Stock peft would put all tokens in front without an error, so the file has a type that peft refuses.
         if self.front < self.count:
-            settings = {
-                "peft_type": "RUNG_P_TUNING",
-                "task_type": "CAUSAL_LM",
-                "method_config": self.config.model_dump(),
-            }
-            write_peft_files(folder, {PROMPT_TENSOR: rows}, settings)
+            settings = {"peft_type": "RUNG_P_TUNING", "task_type": "CAUSAL_LM"}
+            write_peft_files(folder, {PROMPT_TENSOR: rows}, {**settings, "method_config": self.config.model_dump()})
             return
-        heads = self.kv_heads if self.every_layer else int(self.model.config.num_attention_heads)
+        heads, width = int(self.model.config.num_attention_heads), self.features
+        if self.every_layer:
+            heads, width = self.kv_heads, self.kv_heads * self.head_width
+        sizes = {"token_dim": width, "num_attention_heads": heads, "num_layers": self.layers}
         config_class = PrefixTuningConfig if self.every_layer else PromptTuningConfig
-        config: PeftConfig = config_class(
-            task_type="CAUSAL_LM",
-            num_virtual_tokens=self.count,
-            token_dim=self.kv_heads * self.head_width if self.every_layer else self.features,
-            num_transformer_submodules=1,
-            num_attention_heads=heads,
-            num_layers=self.layers,
-        )
+        options = {"task_type": "CAUSAL_LM", "num_virtual_tokens": self.count, "num_transformer_submodules": 1}
+        config: PeftConfig = config_class(**options, **sizes)
         write_peft_files(folder, {PROMPT_TENSOR: rows}, config.to_dict())
 
 
@@ -243,8 +203,7 @@ class _LstmEncoder(nn.Module):
 
     def forward(self, rows_PH: Tensor) -> Tensor:
         """[P, H] -> [P, width]."""
-        rows: Tensor = self.head(self.lstm(rows_PH[None])[0])[0]
-        return rows
+        return self.head(self.lstm(rows_PH[None])[0])[0]  # type: ignore[no-any-return]
 
 
 def make_encoder(config: PromptConfig | PrefixConfig | PTuningConfig, features: int, width: int) -> nn.Module | None:
@@ -263,16 +222,10 @@ def make_encoder(config: PromptConfig | PrefixConfig | PTuningConfig, features: 
 def frequent_ids(tokenizer: Any, count: int, seed: int) -> list[int]:
     """Sample different tokens from the start of the vocabulary, without special tokens."""
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    candidates = [i for i in range(min(len(tokenizer), FREQUENT_TOKENS + len(special))) if i not in special][
-        :FREQUENT_TOKENS
-    ]
+    candidates = list(islice((i for i in range(len(tokenizer)) if i not in special), FREQUENT_TOKENS))
     if len(candidates) < count:
-        raise ConfigError(
-            "the vocabulary has fewer tokens than the prompt",
-            where="method.virtual_tokens",
-            given=count,
-            allowed=f"1 to {len(candidates)}",
-        )
+        reason, allowed = "the vocabulary has fewer tokens than the prompt", f"1 to {len(candidates)}"
+        raise ConfigError(reason, where="method.virtual_tokens", given=count, allowed=allowed)
     order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))[:count]
     return [candidates[int(i)] for i in order]
 

@@ -1,11 +1,12 @@
 """LoRA on a base in 4 or 8 bits (QLoRA, Dettmers et al. 2023), through bitsandbytes.
 
 Every linear of the layers is quantized once, when the method is attached; embeddings, norms and the head stay as they
-are. It saves memory, not time: each product first dequantizes its matrix. `methods/registry.py` builds it.
+are. It saves memory, not time: each product first dequantizes its matrix. `methods/lora.py` calls `quantize`.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from types import MethodType
 from typing import Any, cast
 
@@ -16,11 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 from rung.config.method import QloraConfig
 from rung.errors import PlanError
-from rung.methods.layer_selection import with_layer_sampling
-from rung.methods.lora import TRAINED_ADAPTER, Lora
-from rung.methods.lora_init import LowRankPair, check_rank, loftq
+from rung.methods.adapter_merging import LowRankFactors
+from rung.methods.lora_init import check_rank, loftq
 from rung.models.bfloat16_weights import keeps_bfloat16_weights
-from rung.models.fused_modules import plain_linear_params
+from rung.models.fused_modules import linear_weight
 from rung.models.targets import layer_number, select_linears
 
 BLOCK_SIZE = 64
@@ -28,36 +28,22 @@ BLOCK_SIZE = 64
 _FLAGS = {4: "is_loaded_in_4bit", 8: "is_loaded_in_8bit"}
 
 
-def make_qlora(model: PreTrainedModel, config: QloraConfig) -> Lora:
-    """LoRA beside a quantized W. The adapter is trained with the rounding and compensates for it."""
-    # LoftQ reads the dense weights while they are quantized; afterwards they are gone.
-    starts = quantize(model, config)
-    method = Lora(model, config, QuantizedBase())
-    for name, (b_OR, a_RI) in starts.items():
-        layer = method.layer(name)
-        layer.lora_A[TRAINED_ADAPTER].weight.data.copy_(a_RI)
-        layer.lora_B[TRAINED_ADAPTER].weight.data.copy_(b_OR)
-    return with_layer_sampling(method)
+def merged_linear(layer: Any, adapter: str) -> nn.Module:
+    """The dequantized linear of a peft layer with B A added, in float32: the weights that were trained and measured."""
+    plain: Any = _dequantized_linear(layer.base_layer)
+    delta = layer.get_delta_weight(adapter).to(plain.weight.dtype)
+    with torch.no_grad():
+        plain.weight += delta.T if isinstance(plain, Conv1D) else delta
+    return plain  # type: ignore[no-any-return]
 
 
-class QuantizedBase:
-    """Dequantization of the base, for `Lora.merge`."""
-
-    def merged_linear(self, layer: Any) -> nn.Module:
-        """The dequantized linear with B A added, in float32: the weights that were trained and measured."""
-        plain: Any = _dequantized_linear(layer.base_layer)
-        delta = layer.get_delta_weight(TRAINED_ADAPTER).to(plain.weight.dtype)
-        with torch.no_grad():
-            plain.weight += delta.T if isinstance(plain, Conv1D) else delta
-        return plain  # type: ignore[no-any-return]
-
-    def dequantize(self, model: nn.Module) -> None:
-        """Replace every quantized linear by a dense one."""
-        for name, module in list(model.named_modules()):
-            if is_quantized(module):
-                model.set_submodule(name, _dequantized_linear(module))
-        for flag in _FLAGS.values():
-            setattr(model, flag, False)
+def dequantize_base(model: nn.Module) -> None:
+    """Replace every quantized linear by a dense one: the same values, faster, in more memory."""
+    for name, module in list(model.named_modules()):
+        if is_quantized(module):
+            model.set_submodule(name, _dequantized_linear(module))
+    for flag in _FLAGS.values():
+        setattr(model, flag, False)
 
 
 def require_bitsandbytes() -> Any:
@@ -65,12 +51,8 @@ def require_bitsandbytes() -> Any:
     try:
         import bitsandbytes
     except ImportError as error:
-        raise PlanError(
-            "a quantized base needs bitsandbytes",
-            where="method.kind",
-            given="qlora",
-            hint="pip install 'rung[quantized]'",
-        ) from error
+        hint = "pip install 'rung[quantized]'"
+        raise PlanError("a quantized base needs bitsandbytes", where="method.kind", given="qlora", hint=hint) from error
     return bitsandbytes
 
 
@@ -92,22 +74,22 @@ def dense_weight(module: nn.Module) -> Tensor:
     return weight_OI.float()
 
 
-def quantize(model: PreTrainedModel, config: QloraConfig) -> dict[str, LowRankPair]:
+def quantize(model: PreTrainedModel, config: QloraConfig) -> dict[str, LowRankFactors]:
     """Quantize the linears of all layers one at a time, so that two copies of the model never exist.
 
     Returns the initial factors of `init: loftq` by target; an empty dictionary otherwise.
     """
-    starts: dict[str, LowRankPair] = {}
-    compute_dtype = torch.bfloat16 if _to_bfloat16(model) else torch.float32
+    starts: dict[str, LowRankFactors] = {}
+    is_bfloat16 = next(model.parameters()).dtype is torch.bfloat16 and not keeps_bfloat16_weights(model)
+    compute_dtype = torch.bfloat16 if is_bfloat16 else torch.float32
+    quantize_linear = partial(_to_four_bits, config, compute_dtype) if config.bits == 4 else _to_eight_bits
     targets = {name: m for name, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)}
     loftq_names = set(select_linears(model, config.targets, config.layers)) if config.init == "loftq" else set()
     for name, module in targets.items():
         if layer_number(f"{name}.") is None:
             continue
-        params = plain_linear_params(module)
-        assert params is not None  # noqa: S101 -- for the type checker: a linear has one
-        weight = params.weight.detach().float().contiguous()
-        quantized = (_to_four_bits if config.bits == 4 else _to_eight_bits)(weight, params.bias, config, compute_dtype)
+        weight, bias = linear_weight(module).detach().float().contiguous(), module.bias
+        quantized = quantize_linear(weight, bias)
         if name in loftq_names:
             check_rank("loftq", config.rank, name, *weight.shape)
             scale = (config.alpha or 2.0 * config.rank) / (config.rank**0.5 if config.rslora else config.rank)
@@ -121,26 +103,13 @@ def quantize(model: PreTrainedModel, config: QloraConfig) -> dict[str, LowRankPa
     return starts
 
 
-def _to_four_bits(weight: Tensor, bias: Tensor | None, config: QloraConfig, compute_dtype: torch.dtype) -> nn.Module:
-    bnb = require_bitsandbytes()
-    outputs, inputs = weight.shape
-    linear = bnb.nn.Linear4bit(
-        inputs,
-        outputs,
-        bias=bias is not None,
-        compute_dtype=compute_dtype,
-        compress_statistics=config.double_quant,
-        quant_type="nf4",
-        device="meta",
-    )
-    linear.weight = bnb.nn.Params4bit(
-        weight,
-        requires_grad=False,
-        blocksize=BLOCK_SIZE,
-        compress_statistics=config.double_quant,
-        quant_type="nf4",
-        module=linear,
-    ).to(weight.device)
+def _to_four_bits(config: QloraConfig, compute_dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    bnb, (outputs, inputs) = require_bitsandbytes(), weight.shape
+    options: dict[str, Any] = {"compress_statistics": config.double_quant, "quant_type": "nf4"}
+    has_bias = bias is not None
+    linear = bnb.nn.Linear4bit(inputs, outputs, bias=has_bias, compute_dtype=compute_dtype, device="meta", **options)
+    quantized = bnb.nn.Params4bit(weight, requires_grad=False, blocksize=BLOCK_SIZE, module=linear, **options)
+    linear.weight = quantized.to(weight.device)
     # On processors with AVX512-BF16 an evaluation would repack the weights for a kernel without a backward pass, and
     # training afterwards would continue without gradients.
     linear.support_avx512bf16_for_cpu = False
@@ -148,9 +117,8 @@ def _to_four_bits(weight: Tensor, bias: Tensor | None, config: QloraConfig, comp
     return linear  # type: ignore[no-any-return]
 
 
-def _to_eight_bits(weight: Tensor, bias: Tensor | None, config: QloraConfig, compute_dtype: torch.dtype) -> nn.Module:
-    bnb = require_bitsandbytes()
-    outputs, inputs = weight.shape
+def _to_eight_bits(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    bnb, (outputs, inputs) = require_bitsandbytes(), weight.shape
     linear = bnb.nn.Linear8bitLt(inputs, outputs, bias=bias is not None, has_fp16_weights=False, device="meta")
     linear.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(weight.device)
     # On a processor bitsandbytes rounds inputs in evaluation but not in training, so evaluation would measure another
@@ -164,21 +132,13 @@ def _dequantized_linear(module: nn.Module) -> nn.Module:
     """Convert a quantized linear to a dense one with the same values; return any other module unchanged."""
     if not is_quantized(module):
         return module
-    weight = dense_weight(module)
-    linear: Any
-    if module.transposed:
-        linear = Conv1D(*weight.shape)
-        weight = weight.T.contiguous()
-    else:
-        linear = nn.Linear(weight.shape[1], weight.shape[0], module.bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    linear.bias = _frozen_bias(cast(Any, module.bias))
+    weight, bias = dense_weight(module), cast(Any, module.bias)
+    outputs, inputs = weight.shape
+    linear: Any = Conv1D(outputs, inputs) if module.transposed else nn.Linear(inputs, outputs, device="meta")
+    linear.weight = nn.Parameter(weight.T.contiguous() if module.transposed else weight, requires_grad=False)
+    linear.bias = _frozen_bias(bias)
     return linear  # type: ignore[no-any-return]
 
 
 def _frozen_bias(bias: Tensor | None) -> nn.Parameter | None:
     return None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-
-
-def _to_bfloat16(model: PreTrainedModel) -> bool:
-    return next(model.parameters()).dtype is torch.bfloat16 and not keeps_bfloat16_weights(model)

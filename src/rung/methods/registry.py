@@ -14,19 +14,19 @@ from transformers import PreTrainedModel
 from rung.config.method import MethodConfig
 from rung.methods.bottleneck import Bottleneck
 from rung.methods.full import Full, Head
-from rung.methods.layer_selection import make_lora, make_lottery
+from rung.methods.layer_selection import make_lottery
+from rung.methods.lora import Lora
 from rung.methods.mixture import Mixture
 from rung.methods.peft_tuner import PeftTuner
 from rung.methods.prompt_learning import VirtualTokens
 from rung.methods.protocol import Method
-from rung.methods.qlora import make_qlora
 from rung.models.fused_modules import install_fused_forwards
 
 METHODS: dict[str, Callable[[PreTrainedModel, Any], Method]] = {
     "full": Full,
     "head": Head,
-    "lora": make_lora,
-    "qlora": make_qlora,
+    "lora": Lora,
+    "qlora": Lora,
     "lottery": make_lottery,
     "mixture": Mixture,
     "bottleneck": Bottleneck,

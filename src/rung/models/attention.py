@@ -10,17 +10,26 @@ Suffixes: H heads, K key/value heads, Q queries, S keys, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import sdpa_mask
 
 from rung.errors import PlanError
 from rung.models.kv_cache import Prefix, attend_one_token
-from rung.models.tree_attention import AttentionParams, KeysValues, attend, attend_tree, path_mask, repeat_kv
+from rung.models.tree_attention import (
+    AttentionParams,
+    KeysValues,
+    KVByLayer,
+    attend,
+    attend_tree,
+    concatenate_kv,
+    path_mask,
+)
 from rung.types import Segment
 
 NAME = "rung"
@@ -48,20 +57,17 @@ def tree_attention(
     an unknown argument, because ignoring one would change the model.
     """
     segments: Sequence[Segment] | None = kwargs.pop("segments", None)
-    shared_kv: Mapping[int, KeysValues] | None = kwargs.pop("shared", None)
+    shared_kv: KVByLayer | None = kwargs.pop("shared", None)
     capture: dict[int, KeysValues] | None = kwargs.pop("capture", None)
     prefix: Prefix | None = kwargs.pop("prefix", None)
     params = AttentionParams(scaling, kwargs.pop("softcap", None), kwargs.pop("sliding_window", None), dropout)
     # Segments and masks state causality; transformers sets this flag for kernels that get no mask.
     kwargs.pop("is_causal", None)
     if unknown := sorted(k for k, v in kwargs.items() if v is not None and k not in _HARMLESS):
-        raise PlanError(
-            f"{type(module).__name__} passes attention arguments that Rung does not know: {', '.join(unknown)}",
-            hint="this architecture is not supported yet",
-        )
-    needs_layer = shared_kv is not None or prefix is not None or capture is not None
-    # The number is read only if keys and values are looked up or stored by layer.
-    layer = int(module.layer_idx) if needs_layer else 0  # type: ignore[arg-type]
+        names, kind = ", ".join(unknown), type(module).__name__
+        reason = f"{kind} passes attention arguments that Rung does not know: {names}"
+        raise PlanError(reason, hint="this architecture is not supported yet")
+    layer: Any = getattr(module, "layer_idx", None)
     if capture is not None:
         capture[layer] = key_BKSD, value_BKSD
     if segments is None:
@@ -72,20 +78,14 @@ def tree_attention(
 
 
 def _decode(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    prefix: KeysValues | None,
-    params: AttentionParams,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, prefix: KeysValues | None, params: AttentionParams
 ) -> Tensor:
     """Attention of prompts and new tokens; `mask` is bool [B, 1, Q, S] over each row's keys, None means causal."""
-    length, width = query.shape[2:]
+    length = query.shape[2]
     # One new token a row is the common case of decoding: it reads the shared prefix once for the whole batch.
     if length == 1:
         visible = None if mask is None else mask[:, 0, 0].expand(len(query), -1)
-        scale = width**-0.5 if params.scaling is None else params.scaling
-        return attend_one_token(query[:, :, 0], prefix, key, value, visible, scale, params.softcap)[:, None]
+        return attend_one_token(query[:, :, 0], prefix, key, value, visible, params)[:, None]
     # The kernel's causal flag can express neither a window nor a prefix, so these need an explicit mask.
     if mask is None and (params.window is not None or prefix is not None):
         mask = path_mask(0, length, params.window, query.device)[None, None]
@@ -93,14 +93,11 @@ def _decode(
         # A padding position has no visible key. Its softmax would be NaN, and NaN times a zero weight stays NaN.
         mask = mask | ~mask.any(dim=-1, keepdim=True)
     if prefix is not None and mask is not None:
-        rows, prefix_length = len(query), prefix[0].shape[2]
-        key, value = (
-            torch.cat([prefix_part.expand(rows, -1, -1, -1), row_part], dim=2)
-            for prefix_part, row_part in zip(prefix, (key, value), strict=True)
-        )
-        mask = torch.cat([mask.new_ones(*mask.shape[:3], prefix_length), mask], dim=3)
+        prefix_key, prefix_value = (part.expand(len(query), -1, -1, -1) for part in prefix)
+        key, value = concatenate_kv((prefix_key, prefix_value), (key, value))
+        mask = torch.cat([mask.new_ones(*mask.shape[:3], prefix_key.shape[2]), mask], dim=3)
     groups = query.shape[1] // key.shape[1]
-    out = attend(query, repeat_kv(key, groups), repeat_kv(value, groups), mask, params, causal=mask is None)
+    out = attend(query, repeat_kv(key, groups), repeat_kv(value, groups), mask, params)
     return out.transpose(1, 2).contiguous()
 
 

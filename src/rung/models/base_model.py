@@ -14,10 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rung.config.support import model_refusal
 from rung.errors import PlanError
@@ -64,6 +61,7 @@ class BaseModel:
         return int(getattr(self.model.config, "max_position_embeddings", None) or 2**20)
 
 
+LoadedWeights = tuple[PreTrainedModel, PreTrainedTokenizerFast]
 NO_REMOTE_CODE: dict[str, Any] = {"trust_remote_code": False}
 """Code shipped with a model never runs. Without this argument transformers would ask at the terminal."""
 
@@ -92,19 +90,13 @@ def fingerprint(source: Path | str, config: Any) -> str:
     return digest.hexdigest()
 
 
-def disable_dropout(config: Any) -> None:
-    """Turn off the dropout that a base ships with (GPT-2, Phi-2: 0.1): packed and unpacked runs would differ."""
+def prepare_config(config: Any) -> None:
+    """Turn off the dropout that a base ships with (GPT-2, Phi-2: 0.1): packed and unpacked runs would differ.
+
+    Raises `PlanError` with the reason if Rung cannot train this architecture.
+    """
+    if reason := model_refusal(config.model_type, encoder_decoder=bool(getattr(config, "is_encoder_decoder", False))):
+        raise PlanError(reason, where="model.name", given=config.model_type)
     for name in ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "dropout"):
         if isinstance(getattr(config, name, None), float):
             setattr(config, name, 0.0)
-
-
-def refuse_unsupported(config: Any) -> None:
-    """Raise `PlanError` with the reason if Rung cannot train this architecture."""
-    if reason := model_refusal(config.model_type, encoder_decoder=bool(getattr(config, "is_encoder_decoder", False))):
-        raise PlanError(reason, where="model.name", given=config.model_type)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its type name if it has no text."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

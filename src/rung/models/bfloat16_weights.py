@@ -8,8 +8,8 @@ folders whose tensors are all bfloat16.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +34,17 @@ def stored_in_bfloat16(folder: Path) -> bool:
 
 def compute_in_float32(model: nn.Module) -> None:
     """Widen everything except the matrices of linears and plain embeddings, which are widened when used."""
-    bfloat16_ids: set[int] = set()
-    for module in model.modules():
-        if type(module) in (nn.Linear, Conv1D):
-            bfloat16_ids.add(id(module.weight))
-        elif type(module) is nn.Embedding:
-            bfloat16_ids.add(id(module.weight))
-            module.forward = _WidenedEmbedding(module)  # type: ignore[method-assign, assignment]
+    modules: list[Any] = list(model.modules())
+    # By identity, because a tied head and embedding are one parameter under two names.
+    bfloat16_ids = {id(m.weight) for m in modules if type(m) in (nn.Linear, Conv1D, nn.Embedding)}
     # A subclass of Embedding (Gemma scales its output) computes in the type of its weight, so that weight is widened.
-    for module in model.modules():
-        if isinstance(module, nn.Embedding) and type(module) is not nn.Embedding:
-            bfloat16_ids.discard(id(module.weight))
-    for parameter in model.parameters():
-        # By identity, because a tied head and embedding are one parameter under two names.
-        if parameter.dtype is torch.bfloat16 and id(parameter) not in bfloat16_ids:
-            parameter.data = parameter.data.float()
+    bfloat16_ids -= {id(m.weight) for m in modules if isinstance(m, nn.Embedding) and type(m) is not nn.Embedding}
+    for module in modules:
+        if type(module) is nn.Embedding:
+            module.forward = _WidenedEmbedding(module)  # type: ignore[method-assign, assignment]
+    for p in model.parameters():
+        if p.dtype is torch.bfloat16 and id(p) not in bfloat16_ids:
+            p.data = p.data.float()
 
 
 def keeps_bfloat16_weights(model: nn.Module) -> bool:
@@ -56,26 +52,27 @@ def keeps_bfloat16_weights(model: nn.Module) -> bool:
     return {torch.bfloat16, torch.float32} <= {p.dtype for p in model.parameters()}
 
 
-def has_rounded_buffers(model: nn.Module) -> bool:
-    """Whether a buffer that is not in the file (a scale, a frequency) was rounded to bfloat16 at loading."""
-    return any(buffer.dtype is torch.bfloat16 for buffer in model.buffers())
-
-
 @contextmanager
-def pretend_float32_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
+def replaced_data(parameters: Sequence[nn.Parameter], convert: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within the context, the data of these parameters are what `convert` makes of them."""
+    stored_data = [p.data for p in parameters]
+    try:
+        for p in parameters:
+            p.data = convert(p.data)
+        yield
+    finally:
+        for p, data in zip(parameters, stored_data, strict=True):
+            p.data = data
+
+
+def pretend_float32_weights(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
     """Within the context, bfloat16 parameters of these modules report float32, so peft draws adapters in float32.
 
     Their values are not available meanwhile.
     """
-    stored_data = [(p, p.data) for module in modules for p in module.parameters() if p.dtype is torch.bfloat16]
-    for parameter, data in stored_data:
-        # An expanded scalar has the shape and dtype of the weight and takes no memory.
-        parameter.data = torch.zeros((), device=data.device).expand(data.shape)
-    try:
-        yield
-    finally:
-        for parameter, data in stored_data:
-            parameter.data = data
+    bfloat16_parameters = [p for module in modules for p in module.parameters() if p.dtype is torch.bfloat16]
+    # An expanded scalar has the shape of the weight and takes no memory.
+    return replaced_data(bfloat16_parameters, lambda data: torch.zeros((), device=data.device).expand(data.shape))
 
 
 class _WidenedEmbedding:
@@ -86,6 +83,5 @@ class _WidenedEmbedding:
 
     def __call__(self, ids: Tensor) -> Tensor:
         m: Any = self.module
-        return F.embedding(
-            ids, m.weight, m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq, m.sparse
-        ).float()
+        options = (m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq, m.sparse)
+        return F.embedding(ids, m.weight, *options).float()

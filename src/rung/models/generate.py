@@ -11,14 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from rung.errors import PlanError
-from rung.models.kv_cache import Prefix, new_cache, single_row_kv
-from rung.models.policy import Policy, concatenate_kv, model_inputs
+from rung.models.kv_cache import Prefix, new_cache
+from rung.models.policy import Policy, model_inputs
+from rung.models.tree_attention import concatenate_kv
 
+Callback = Callable[[int], None]
+"""Receives tokens, or numbers of prompts."""
 PREFILL_TOKENS = 16_384
 """Prompt tokens encoded at once: long prompts run in smaller batches, so that memory does not grow with length."""
 
@@ -65,8 +71,8 @@ def generate(
     sampling: Sampling,
     batch_size: int = 32,
     task: str | None = None,
-    on_token: Callable[[int], None] | None = None,
-    on_batch: Callable[[int], None] | None = None,
+    on_token: Callback | None = None,
+    on_batch: Callback | None = None,
 ) -> list[GeneratedAnswer]:
     """Return answers in the order of the prompts; all answers to one prompt are adjacent.
 
@@ -77,7 +83,7 @@ def generate(
     """
     if any(not prompt for prompt in prompts):
         raise ValueError("a prompt needs at least one token")
-    id_count = policy.vocab_size + policy.method.inserted_tokens
+    id_count = policy.base.vocab_size + policy.method.inserted_tokens
     if any(max(prompt) >= id_count for prompt in prompts):
         raise PlanError("a prompt holds virtual tokens that this model has not learned", where="method.positions")
     answers_by_prompt: list[list[GeneratedAnswer]] = [[] for _ in prompts]
@@ -86,27 +92,21 @@ def generate(
     max_length = virtual_count + max(map(len, prompts), default=0) + sampling.max_new_tokens
     if max_length > _sliding_window(policy):
         if virtual_count:
-            raise PlanError(
-                "virtual tokens would leave the model's sliding window while it answers",
-                given=f"{max_length} tokens with {virtual_count} virtual ones",
-                allowed=f"at most {_sliding_window(policy)}",
-            )
+            reason = "virtual tokens would leave the model's sliding window while it answers"
+            allowed = f"at most {_sliding_window(policy)}"
+            raise PlanError(reason, given=f"{max_length} tokens with {virtual_count} virtual ones", allowed=allowed)
         prefix_length = 0  # a window counts slots, and padding between the prefix and a row's tokens would use some
     # By length, so that a batch holds little padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     # One generator for the whole call: answers depend on the seed and on the batches, not on earlier calls.
     generator = torch.Generator(policy.device).manual_seed(sampling.seed)
     with policy.autocast():
-        prefix = _encode_prefix(policy, prompts[0][:prefix_length], task)
-        per_prompt = sampling.answers_per_prompt
-        for rows in _batches(
-            order, [len(prompt) - prefix_length for prompt in prompts], max(1, batch_size // per_prompt)
-        ):
+        prefix, start = _encode_prefix(policy, prompts[0][:prefix_length], task), virtual_count + prefix_length
+        per_prompt, lengths = sampling.answers_per_prompt, [len(prompt) - prefix_length for prompt in prompts]
+        decoding = _Decoding(policy, prefix, frozenset(stop_ids), sampling, generator)
+        for rows in _batches(order, lengths, max(1, batch_size // per_prompt)):
             suffixes = [list(prompts[i][prefix_length:]) for i in rows]
-            decoding = _Decoding(
-                policy, prefix, virtual_count + prefix_length, suffixes, task, frozenset(stop_ids), sampling, generator
-            )
-            batch_answers = decoding.run(on_token)
+            batch_answers = decoding.run(suffixes, start, task, on_token)
             for slot, i in enumerate(rows):
                 answers_by_prompt[i] = batch_answers[slot * per_prompt : (slot + 1) * per_prompt]
             if on_batch is not None:
@@ -122,73 +122,48 @@ def generate_by_task(
     stop_ids: Sequence[int],
     sampling: Sampling,
     batch_size: int = 32,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callback | None = None,
 ) -> list[GeneratedAnswer]:
     """`generate` for prompts of several tasks, one call per task: virtual tokens may differ between tasks."""
     answers: dict[int, list[GeneratedAnswer]] = {}
-    per_prompt = sampling.answers_per_prompt
+    n = sampling.answers_per_prompt
+    options: Any = {"stop_ids": stop_ids, "sampling": sampling, "batch_size": batch_size, "on_batch": on_batch}
     for task in sorted(set(tasks), key=str):
         indices = [i for i, prompt_task in enumerate(tasks) if prompt_task == task]
-        task_prompts = [prompts[i] for i in indices]
-        task_answers = generate(
-            policy,
-            task_prompts,
-            stop_ids=stop_ids,
-            sampling=sampling,
-            batch_size=batch_size,
-            task=task,
-            on_batch=on_batch,
-        )
-        answers |= {i: task_answers[k * per_prompt : (k + 1) * per_prompt] for k, i in enumerate(indices)}
+        task_answers = generate(policy, [prompts[i] for i in indices], task=task, **options)
+        answers |= {i: task_answers[k * n : (k + 1) * n] for k, i in enumerate(indices)}
     return [answer for i in range(len(prompts)) for answer in answers[i]]
 
 
+@dataclass
 class _Decoding:
-    """Decoding of one batch."""
+    """Decoding of one batch after another."""
 
-    def __init__(
-        self,
-        policy: Policy,
-        prefix: Prefix | None,
-        start_position: int,
-        suffixes: list[list[int]],
-        task: str | None,
-        stop_ids: frozenset[int],
-        sampling: Sampling,
-        generator: torch.Generator,
-    ) -> None:
-        self.policy, self.stop_ids, self.sampling, self.generator = policy, stop_ids, sampling, generator
-        max_suffix_length = max(len(suffix) for suffix in suffixes)
-        device = policy.device
-        self.ids_BS = torch.zeros(len(suffixes), max_suffix_length, dtype=torch.long, device=device)
-        self.mask_BS = torch.zeros_like(self.ids_BS)
-        self.positions_BS = torch.zeros_like(self.ids_BS)
-        for row, rest in enumerate(suffixes):  # left padding: the last slot of every row predicts
-            columns = slice(max_suffix_length - len(rest), max_suffix_length)
-            self.ids_BS[row, columns] = torch.tensor(rest, device=device)
-            self.mask_BS[row, columns] = 1
-            self.positions_BS[row, columns] = torch.arange(start_position, start_position + len(rest), device=device)
-        self.first_inputs = policy.embed(self.ids_BS, task)
-        self.prefix = prefix
-        self.cache = new_cache()
+    policy: Policy
+    prefix: Prefix | None
+    stop_ids: frozenset[int]
+    sampling: Sampling
+    generator: torch.Generator
 
-    def run(self, on_token: Callable[[int], None] | None) -> list[GeneratedAnswer]:
-        inputs, positions, per_prompt = self.first_inputs, self.positions_BS, self.sampling.answers_per_prompt
+    def run(
+        self, suffixes: list[list[int]], start: int, task: str | None, on_token: Callback | None
+    ) -> list[GeneratedAnswer]:
+        """Answers to prompts whose suffixes start at position `start`."""
+        slots, device, self.cache = max(map(len, suffixes)), self.policy.device, new_cache()
+        # Left padding: the last slot of every row predicts.
+        ids_BS = torch.tensor([[0] * (slots - len(s)) + s for s in suffixes], device=device)
+        lengths_B1 = torch.tensor([[len(s)] for s in suffixes], device=device)
+        offsets_BS = torch.arange(slots, device=device) - (slots - lengths_B1)
+        self.mask_BS = (offsets_BS >= 0).long()
+        inputs, positions = self.policy.embed(ids_BS, task), (start + offsets_BS) * self.mask_BS
+        per_prompt = self.sampling.answers_per_prompt
         count = per_prompt * len(positions)
         self.active_rows = list(range(count))
         self.tokens: list[list[int]] = [[] for _ in range(count)]
         self.logprobs: list[list[float]] = [[] for _ in range(count)]
         self.stops: list[int | None] = [None] * count
         for step in range(self.sampling.max_new_tokens):
-            out = self.policy.model(
-                **model_inputs(inputs),
-                attention_mask=self.mask_BS,
-                position_ids=positions,
-                past_key_values=self.cache,
-                prefix=self.prefix,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            out = _run_model(self.policy, inputs, positions, self.cache, self.prefix, attention_mask=self.mask_BS)
             logits = out.logits[:, -1].float()
             # After the prompts: each prompt is encoded once, then its row is repeated for every answer.
             if step == 0 and per_prompt > 1:
@@ -207,10 +182,7 @@ class _Decoding:
 
     def _choose_tokens(self, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
         logprobs = torch.log_softmax(logits_BV / (self.sampling.temperature or 1.0), dim=-1)
-        if self.sampling.temperature == 0.0:
-            tokens = logprobs.argmax(dim=-1)
-        else:
-            tokens = self._sample(logprobs)
+        tokens = logprobs.argmax(dim=-1) if self.sampling.temperature == 0.0 else self._sample(logprobs)
         return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
     def _sample(self, logprobs_BV: Tensor) -> Tensor:
@@ -220,16 +192,13 @@ class _Decoding:
         """
         # In float64: sums over a vocabulary in float32 lose the rare tokens.
         cumulative_BV = logprobs_BV.exp().cumsum(dim=-1, dtype=torch.float64)
-        uniform_B = torch.rand(
-            len(logprobs_BV), 1, generator=self.generator, dtype=torch.float64, device=logprobs_BV.device
-        )
+        options: Any = {"generator": self.generator, "dtype": torch.float64, "device": logprobs_BV.device}
+        uniform_B = torch.rand(len(logprobs_BV), 1, **options)
         # The last sum is 1 only up to rounding, so the threshold is scaled by it.
         threshold_B = uniform_B * cumulative_BV[:, -1:]
         return torch.searchsorted(cumulative_BV, threshold_B, right=True)[:, 0].clamp(max=logprobs_BV.shape[1] - 1)
 
-    def _record_tokens(
-        self, tokens: list[int], logprobs: list[float], on_token: Callable[[int], None] | None
-    ) -> list[int]:
+    def _record_tokens(self, tokens: list[int], logprobs: list[float], on_token: Callback | None) -> list[int]:
         """Record one token per active row; return the batch positions that continue."""
         kept_positions = []
         for position, (row, token, logprob) in enumerate(zip(self.active_rows, tokens, logprobs, strict=True)):
@@ -270,20 +239,20 @@ def _encode_prefix(policy: Policy, ids: Sequence[int], task: str | None) -> Pref
     virtual = None if virtual_by_layer is None else [virtual_by_layer[layer] for layer in sorted(virtual_by_layer)]
     if not ids:
         return virtual
-    cache = new_cache()
-    row = torch.tensor([list(ids)], device=policy.device)
-    start = policy.method.virtual_tokens
+    cache, row, start = new_cache(), torch.tensor([list(ids)], device=policy.device), policy.method.virtual_tokens
     positions = torch.arange(start, start + len(ids), device=policy.device)[None]
-    policy.model(
-        **model_inputs(policy.embed(row, task)),
-        position_ids=positions,
-        past_key_values=cache,
-        prefix=virtual,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    prompt_kv = single_row_kv(cache)
+    _run_model(policy, policy.embed(row, task), positions, cache, virtual)
+    # Contiguous copies, so that the larger buffers behind the views can be freed.
+    prompt_kv = [(layer.keys.contiguous(), layer.values.contiguous()) for layer in cache.layers]
     return prompt_kv if virtual is None else [concatenate_kv(*pair) for pair in zip(virtual, prompt_kv, strict=True)]
+
+
+def _run_model(
+    policy: Policy, inputs: Tensor, positions: Tensor, cache: Cache, prefix: Prefix | None, **mask: Tensor
+) -> Any:
+    """Append ids or embeddings to the cache; the logits of each row's last slot."""
+    context = {"position_ids": positions, "past_key_values": cache, "prefix": prefix, **mask}
+    return policy.model(**model_inputs(inputs), **context, use_cache=True, logits_to_keep=1)
 
 
 def _sliding_window(policy: Policy) -> float:
@@ -296,7 +265,4 @@ def _common_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
     """Length of the prompts' common prefix; each prompt keeps at least one token outside it."""
     if len(prompts) < 2:
         return 0
-    # The common prefix of all is that of the lexicographically smallest and largest.
-    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))
-    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return min(length, *(len(prompt) - 1 for prompt in prompts))
+    return min(len(commonprefix([list(prompt) for prompt in prompts])), *(len(prompt) - 1 for prompt in prompts))

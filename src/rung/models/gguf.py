@@ -10,22 +10,10 @@ from pathlib import Path
 
 import torch
 from tokenizers import pre_tokenizers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast
 
 from rung.errors import ConfigError, RungError
-from rung.models.base_model import (
-    NO_REMOTE_CODE,
-    disable_dropout,
-    first_line,
-    refuse_unsupported,
-)
+from rung.models.base_model import NO_REMOTE_CODE, LoadedWeights, prepare_config
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
@@ -37,27 +25,19 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def load_gguf(path: Path, dtype: torch.dtype) -> LoadedWeights:
     """Load a GGUF file with its weights dequantized to `dtype`. Raises `ConfigError` if the file cannot be read."""
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, **NO_REMOTE_CODE)
-        refuse_unsupported(config)
-        disable_dropout(config)
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            config=config,
-            gguf_file=path.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=dtype,
-            **NO_REMOTE_CODE,
-        )
+        prepare_config(config)
+        options = {"config": config, "quantization_config": GgufConfig(dequantize=True), "dtype": dtype}
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options, **NO_REMOTE_CODE)
         return model, gguf_tokenizer(path)
     except RungError:
         raise
     except Exception as error:  # the reader raises many types for a file that is not GGUF
-        raise ConfigError(
-            f"this GGUF file cannot be read: {first_line(error)}", where="model.name", given=str(path)
-        ) from error
+        reason = f"this GGUF file cannot be read: {first_line(error)}"
+        raise ConfigError(reason, where="model.name", given=str(path)) from error
 
 
 def gguf_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
@@ -69,16 +49,17 @@ def gguf_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
     """
     from gguf import GGUFReader
 
-    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, **NO_REMOTE_CODE
-    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **NO_REMOTE_CODE)
     field = GGUFReader(str(gguf)).fields.get("tokenizer.ggml.pre")
     if field is None or bytes(field.parts[field.data[0]]).decode() != "smollm":
         return tokenizer
-    backend = tokenizer.backend_tokenizer
+    backend, digits = tokenizer.backend_tokenizer, pre_tokenizers.Digits(individual_digits=True)
     # Digits first: the byte-level step then sees single digits, as in the original tokenizer.
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
-    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
     tokenizer.pad_token = "<|endoftext|>"  # noqa: S105 - a token of text, not a secret
     return tokenizer
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its type name if it has no text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -17,7 +17,9 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-Prefix = Sequence[tuple[Tensor, Tensor]]
+from rung.models.tree_attention import AttentionParams, KeysValues
+
+Prefix = Sequence[KeysValues]
 """Keys and values [1, K, P, D] of every layer, by layer number: the common prefix of all rows of a batch."""
 
 GROWTH_SLOTS = 64
@@ -59,20 +61,13 @@ def new_cache() -> Cache:
     return Cache(layer_class_to_replicate=GrowingCacheLayer)
 
 
-def single_row_kv(cache: Cache) -> Prefix:
-    """The keys and values of a cache that holds one row."""
-    # Contiguous copies, so that the larger buffers behind the views can be freed.
-    return [(layer.keys.contiguous(), layer.values.contiguous()) for layer in cache.layers]
-
-
 def attend_one_token(
     query_BHD: Tensor,
-    prefix: tuple[Tensor, Tensor] | None,
+    prefix: KeysValues | None,
     key_BKSD: Tensor,
     value_BKSD: Tensor,
     visible_BS: Tensor | None,
-    scaling: float,
-    softcap: float | None = None,
+    params: AttentionParams,
 ) -> Tensor:
     """Attention of one new token a row to the shared prefix and to the row's keys; returns [B, H, D].
 
@@ -88,9 +83,9 @@ def attend_one_token(
         prefix_scores = (folded @ prefix[0][0].transpose(-1, -2)).view(kv_heads, rows, groups, -1).transpose(0, 1)
         scores = torch.cat([prefix_scores, scores], dim=-1)
     # Softmax in float32: in bfloat16 small weights over a long prefix would be rounded away.
-    scores = scores.float() * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.float() * (width**-0.5 if params.scaling is None else params.scaling)
+    if params.softcap is not None:
+        scores = params.softcap * torch.tanh(scores / params.softcap)
     # The mask covers only the row's slots: no prefix token is padding.
     if visible_BS is not None:
         scores[..., -row_length:].masked_fill_(~visible_BS[:, None, None, :], float("-inf"))

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -30,11 +31,12 @@ _LAYER_LIST_NAMES = ("layers", "h", "blocks")
 
 
 class _LayerReplacement(nn.Module):
-    """Replaces a layer in the loop; attributes that the loop reads come from the original."""
+    """Replaces a layer in the loop, with another forward; attributes that the loop reads come from the original."""
 
-    def __init__(self, original: nn.Module) -> None:
+    def __init__(self, original: nn.Module, forward: Callable[..., Any]) -> None:
         super().__init__()
-        self.__dict__["original"] = original  # not a submodule: its parameters must not be counted twice
+        # Not a submodule: its parameters must not be counted twice.
+        self.__dict__.update(original=original, forward=forward)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -43,38 +45,8 @@ class _LayerReplacement(nn.Module):
             return getattr(self.__dict__["original"], name)
 
 
-class _SkippedLayer(_LayerReplacement):
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states
-
-
-class _FedLayer(_LayerReplacement):
-    def __init__(self, original: nn.Module, states_TH: Tensor) -> None:
-        super().__init__(original)
-        self.states_TH = states_TH
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # The dtype of the loop: cached states may be stored in a narrower one.
-        return self.states_TH[None].to(hidden_states.dtype)
-
-
-class _RecordingLayer(_LayerReplacement):
-    output: Tensor | None = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        out = self.__dict__["original"](*args, **kwargs)
-        self.output = (out[0] if isinstance(out, tuple) else out)[0]
-        return out
-
-
-class _RecomputedLayer(_LayerReplacement):
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return checkpoint(self.__dict__["original"], *args, use_reentrant=False, **kwargs)
-
-
-def layer_count(model: nn.Module) -> int:
-    """Number of layers in the model's trunk."""
-    return len(layers_of(model))
+def _skipped(original: nn.Module) -> nn.Module:
+    return _LayerReplacement(original, lambda hidden_states, *args, **kwargs: hidden_states)
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
@@ -82,53 +54,50 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     return _layer_list(model)[2]
 
 
-def set_layers(model: nn.Module, layers: Iterable[nn.Module]) -> None:
-    """Replace the model's layers permanently."""
-    owner, name, _ = _layer_list(model)
-    setattr(owner, name, nn.ModuleList(layers))
-
-
-@contextmanager
-def start_from_layer(model: nn.Module, layer: int, states_TH: Tensor) -> Iterator[None]:
+def start_from_layer(model: nn.Module, layer: int, states_TH: Tensor) -> AbstractContextManager[None]:
     """Within the context the layers below `layer` do not run; its input is `states_TH`."""
 
-    def substitute(i: int, original: nn.Module) -> nn.Module:
-        return original if i >= layer else _FedLayer(original, states_TH) if i == layer - 1 else _SkippedLayer(original)
+    def feed(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # The dtype of the loop: cached states may be stored in a narrower one.
+        return states_TH[None].to(hidden_states.dtype)
 
-    with _replaced_layers(model, substitute):
-        yield
+    def substitute(i: int, original: nn.Module) -> nn.Module:
+        if i == layer - 1:
+            return _LayerReplacement(original, feed)
+        return original if i >= layer else _skipped(original)
+
+    return _replaced_layers(model, substitute)
 
 
 @contextmanager
 def record_layer_input(model: nn.Module, layer: int) -> Iterator[Callable[[], Tensor]]:
     """Within the context only the layers below `layer` run; the yielded function returns its input, [T, H]."""
-    recorders: list[_RecordingLayer] = []
+    outputs: list[Tensor] = []
 
     def substitute(i: int, original: nn.Module) -> nn.Module:
-        if i == layer - 1:
-            recorders.append(_RecordingLayer(original))
-            return recorders[0]
-        return original if i < layer else _SkippedLayer(original)
+        def record(*args: Any, **kwargs: Any) -> Any:
+            out = original(*args, **kwargs)
+            outputs.append((out[0] if isinstance(out, tuple) else out)[0])
+            return out
 
-    def recorded_states() -> Tensor:
-        assert recorders[0].output is not None  # noqa: S101 -- for the type checker
-        return recorders[0].output
+        if i == layer - 1:
+            return _LayerReplacement(original, record)
+        return original if i < layer else _skipped(original)
 
     with _replaced_layers(model, substitute):
-        yield recorded_states
+        yield lambda: outputs[-1]
 
 
-@contextmanager
-def recompute_layers(model: nn.Module, layer_numbers: range) -> Iterator[None]:
+def recompute_layers(model: nn.Module, layer_numbers: range) -> AbstractContextManager[None]:
     """Within the context these layers store only their input and recompute in the backward pass (Chen et al. 2016)."""
 
     def substitute(i: int, original: nn.Module) -> nn.Module:
         # A replaced layer does not run in full, so there is nothing to recompute.
         replaced = i not in layer_numbers or isinstance(original, _LayerReplacement)
-        return original if replaced else _RecomputedLayer(original)
+        forward = partial(checkpoint, original, use_reentrant=False)
+        return original if replaced else _LayerReplacement(original, forward)
 
-    with _replaced_layers(model, substitute):
-        yield
+    return _replaced_layers(model, substitute)
 
 
 def lowest_trainable_layer(model: nn.Module, trainable: Iterable[str]) -> int:
@@ -143,7 +112,7 @@ def lowest_trainable_layer(model: nn.Module, trainable: Iterable[str]) -> int:
     parameters = dict(model.named_parameters())
     if _find_layer_list(model) is None:
         return 0
-    lowest = layer_count(model)
+    lowest = len(layers_of(model))
     for name in trainable:
         number = layer_number(f".{name}")
         if number is not None:
@@ -186,22 +155,18 @@ def drop_layers(base: BaseModel, layers: StudentLayers) -> BaseModel:
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
         reason = "its layers know their own number, so taking some out would change the others"
         raise PlanError(reason, where="model.student_of", given=config.model_type)
-    all_layers = layers_of(base.model)
+    owner, name, all_layers = _layer_list(base.model)
     kept_numbers = student_layers(layers, len(all_layers))
     kept_layers = [all_layers[i] for i in kept_numbers]
     for number, layer in enumerate(kept_layers):
-        _renumber_layer(layer, number)
-    set_layers(base.model, kept_layers)
+        # The number by which a layer finds its keys and values in the cache.
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                vars(module)["layer_idx"] = number
+    setattr(owner, name, nn.ModuleList(kept_layers))
     config.num_hidden_layers = len(kept_layers)
     # Sliding-window and full-attention layers alternate in some models; the list must match the remaining layers.
     if layer_types := getattr(config, "layer_types", None):
         config.layer_types = [layer_types[i] for i in kept_numbers]
     weights_hash = hashlib.sha256(f"{base.fingerprint} layers {kept_numbers}".encode()).hexdigest()
     return replace(base, fingerprint=weights_hash)
-
-
-def _renumber_layer(layer: nn.Module, number: int) -> None:
-    """Set the number by which a layer finds its keys and values in the cache."""
-    for module in layer.modules():
-        if hasattr(module, "layer_idx"):
-            vars(module)["layer_idx"] = number

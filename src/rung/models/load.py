@@ -19,7 +19,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 from transformers.utils import logging
@@ -29,20 +28,13 @@ from rung.config.model_catalog import CATALOG
 from rung.errors import CheckpointError, ConfigError, PlanError, did_you_mean
 from rung.files import is_run_folder, require_undamaged
 from rung.models import attention
-from rung.models.base_model import (
-    NO_REMOTE_CODE,
-    BaseModel,
-    compute_dtype,
-    disable_dropout,
-    fingerprint,
-    first_line,
-    refuse_unsupported,
-)
-from rung.models.bfloat16_weights import compute_in_float32, has_rounded_buffers, stored_in_bfloat16
+from rung.models.base_model import NO_REMOTE_CODE, BaseModel, LoadedWeights, compute_dtype, fingerprint, prepare_config
+from rung.models.bfloat16_weights import compute_in_float32, stored_in_bfloat16
 from rung.models.download import download_base
 from rung.models.fused_modules import install_fused_forwards
-from rung.models.gguf import gguf_tokenizer, load_gguf
+from rung.models.gguf import first_line, gguf_tokenizer, load_gguf
 from rung.models.layers import drop_layers
+from rung.planning.architecture import is_hub_id
 
 
 def load_base(config: ModelConfig, *, device: torch.device | None = None) -> BaseModel:
@@ -54,9 +46,8 @@ def load_base(config: ModelConfig, *, device: torch.device | None = None) -> Bas
     logging.disable_progress_bar()  # a bar that lasts half a second clutters stderr
     if config.student_of is not None:
         full_model = {"name": config.student_of, "student_of": None, "layers": None}
-        return drop_layers(
-            load_base(config.model_copy(update=full_model), device=device), config.layers or "every_other"
-        )
+        teacher = load_base(config.model_copy(update=full_model), device=device)
+        return drop_layers(teacher, config.layers or "every_other")
     source = _resolve_name(config.name)
     if isinstance(source, Path) and is_run_folder(source):
         return _load_run_as_base(config, source, device)
@@ -65,12 +56,12 @@ def load_base(config: ModelConfig, *, device: torch.device | None = None) -> Bas
     keep_bfloat16 = config.fused and compute is torch.float32 and isinstance(source, Path) and source.is_dir()
     keep_bfloat16 = keep_bfloat16 and stored_in_bfloat16(Path(source))
     model, tokenizer = _load_weights(source, config.revision, torch.bfloat16 if keep_bfloat16 else compute)
-    # Loading in bfloat16 rounded a constant that is not in the file: load again in float32.
-    if keep_bfloat16 and has_rounded_buffers(model):
+    # Loading in bfloat16 rounded a buffer that is not in the file (a scale, a frequency): load again in float32.
+    if keep_bfloat16 and any(buffer.dtype is torch.bfloat16 for buffer in model.buffers()):
         model, keep_bfloat16 = _load_weights(source, config.revision, compute)[0], False
     if keep_bfloat16:
         compute_in_float32(model)
-    return _prepare_base(model, tokenizer, config, fingerprint(source, model.config), compute, device)
+    return _prepare_base((model, tokenizer), config, fingerprint(source, model.config), compute, device)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
@@ -87,10 +78,10 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
 def base_files(config: ModelConfig) -> Path | None:
     """The folder with a base's safetensors files; None for a hub id, a GGUF file or a student."""
     source = None if config.student_of is not None else _resolve_name(config.name)
-    if isinstance(source, Path) and is_run_folder(source):
-        source = source / "model"
-    has_safetensors = isinstance(source, Path) and any(source.glob("*.safetensors"))
-    return source if has_safetensors and isinstance(source, Path) else None
+    if not isinstance(source, Path):
+        return None
+    folder = source / "model" if is_run_folder(source) else source
+    return folder if any(folder.glob("*.safetensors")) else None
 
 
 def _resolve_name(name: str) -> Path | str:
@@ -101,47 +92,29 @@ def _resolve_name(name: str) -> Path | str:
     if path.is_dir():
         if is_run_folder(path) or (path / "config.json").exists():
             return path
-        raise ConfigError(
-            "this folder holds neither a model (config.json) nor a run (run.json)", where="model.name", given=name
-        )
+        reason = "this folder holds neither a model (config.json) nor a run (run.json)"
+        raise ConfigError(reason, where="model.name", given=name)
     if path.is_file():
         if path.suffix.lower() == ".gguf":
             return path
-        raise ConfigError(
-            "this file is not a model", where="model.name", given=name, allowed="a .gguf file or a folder"
-        )
-    # An existing parent folder means a mistyped path, not a hub id.
-    looks_like_hub = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.parent.exists()
-    if looks_like_hub:
+        allowed = "a .gguf file or a folder"
+        raise ConfigError("this file is not a model", where="model.name", given=name, allowed=allowed)
+    if is_hub_id(name):
         return name
     suggestion = did_you_mean(name, list(CATALOG))
-    raise ConfigError(
-        "no such model",
-        where="model.name",
-        given=name,
-        allowed=f"{', '.join(CATALOG)}, a folder, a .gguf file, a run folder, or a hub id owner/name",
-        hint=f"did you mean {suggestion}?" if suggestion else None,
-    )
+    hint = f"did you mean {suggestion}?" if suggestion else None
+    allowed = f"{', '.join(CATALOG)}, a folder, a .gguf file, a run folder, or a hub id owner/name"
+    raise ConfigError("no such model", where="model.name", given=name, allowed=allowed, hint=hint)
 
 
-def _load_weights(
-    source: Path | str, revision: str | None, dtype: torch.dtype
-) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def _load_weights(source: Path | str, revision: str | None, dtype: torch.dtype) -> LoadedWeights:
     if isinstance(source, Path) and source.suffix.lower() == ".gguf":
         return load_gguf(source, dtype)
     config = _from_pretrained(AutoConfig, source, revision)
-    refuse_unsupported(config)
-    disable_dropout(config)
+    prepare_config(config)
+    options = {"config": config, "dtype": dtype, "attn_implementation": attention.NAME, "use_safetensors": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=config,
-            revision=revision,
-            dtype=dtype,
-            attn_implementation=attention.NAME,
-            use_safetensors=True,
-            **NO_REMOTE_CODE,
-        )
+        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, **options, **NO_REMOTE_CODE)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, **NO_REMOTE_CODE)
     except (OSError, ValueError) as error:
         raise ConfigError(first_line(error), where="model.name", given=str(source)) from error
@@ -152,31 +125,24 @@ def _from_pretrained(auto_class: Any, source: Path | str, revision: str | None) 
     try:
         return auto_class.from_pretrained(source, revision=revision, **NO_REMOTE_CODE)
     except Exception as error:  # a damaged folder raises many types of exception
-        hint = (
-            "hub ids need a network; folders, GGUF files and `rung models` do not" if isinstance(source, str) else None
-        )
+        network_hint = "hub ids need a network; folders, GGUF files and `rung models` do not"
+        hint = network_hint if isinstance(source, str) else None
         if "trust_remote_code" in str(error):
             hint = "code that comes with a model never runs here: take a model that transformers knows"
         raise ConfigError(first_line(error), where="model.name", given=str(source), hint=hint) from error
 
 
 def _prepare_base(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    config: ModelConfig,
-    weights_hash: str,
-    compute: torch.dtype,
-    device: torch.device | None,
+    weights: LoadedWeights, config: ModelConfig, weights_hash: str, compute: torch.dtype, device: torch.device | None
 ) -> BaseModel:
+    model, tokenizer = weights
     # A tokenizer that does not decode what it encodes comes from a damaged or unsupported file.
     if len(tokenizer) < 2 or tokenizer.decode(tokenizer.encode("a b", add_special_tokens=False)).strip() != "a b":
-        raise CheckpointError(
-            "the tokenizer does not give text back", where=config.name, given=f"{len(tokenizer)} tokens"
-        )
+        given = f"{len(tokenizer)} tokens"
+        raise CheckpointError("the tokenizer does not give text back", where=config.name, given=given)
     # Also here: GGUF files and merged runs are loaded without it.
     model.set_attn_implementation(attention.NAME)
-    model.requires_grad_(False)
-    model.eval()
+    model.requires_grad_(False).eval()
     if device is not None:
         model.to(device)
     if config.fused:
@@ -189,38 +155,27 @@ def _load_run_as_base(config: ModelConfig, run: Path, device: torch.device | Non
     manifest = json.loads((run / "run.json").read_text())
     compute = compute_dtype(config.dtype, device)
     if manifest["config"].get("objective", {}).get("kind") == "reward":
-        raise PlanError(
-            "this run is a reward model: it gives scores and writes nothing",
-            where="model.name",
-            given=str(run),
-            hint="train a policy with it: objective: {kind: ppo, reward: {kind: model, run: RUN}}",
-        )
-    if manifest.get("status") != "finished" or not ((run / "model").is_dir() or (run / "adapter").is_dir()):
-        raise CheckpointError(
-            f"this run is not finished (status {manifest.get('status')})", where=str(run), hint="rung train --resume"
-        )
+        reason = "this run is a reward model: it gives scores and writes nothing"
+        hint = "train a policy with it: objective: {kind: ppo, reward: {kind: model, run: RUN}}"
+        raise PlanError(reason, where="model.name", given=str(run), hint=hint)
     folder = run / ("model" if (run / "model").is_dir() else "adapter")
+    if (state := manifest.get("status")) != "finished" or not folder.is_dir():
+        raise CheckpointError(f"this run is not finished (status {state})", where=str(run), hint="rung train --resume")
     require_undamaged(folder)
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError("this folder holds no safetensors, and a pickle is not read", where=str(folder))
-    if (run / "model").is_dir():
-        model, tokenizer = _load_weights(run / "model", None, compute)
-        return _prepare_base(model, tokenizer, config, fingerprint(run / "model", model.config), compute, device)
-    peft_type = json.loads((run / "adapter" / "adapter_config.json").read_text()).get("peft_type")
+    if folder.name == "model":
+        weights = _load_weights(folder, None, compute)
+        return _prepare_base(weights, config, fingerprint(folder, weights[0].config), compute, device)
+    peft_type = json.loads((folder / "adapter_config.json").read_text()).get("peft_type")
     if manifest["config"]["method"]["kind"] == "qlora":
-        raise PlanError(
-            "this run was trained on a quantized base, and the weights from before are another model",
-            where="model.name",
-            given=str(run),
-            hint="rung merge makes a model of the two that can be a base",
-        )
+        reason = "this run was trained on a quantized base, and the weights from before are another model"
+        hint = "rung merge makes a model of the two that can be a base"
+        raise PlanError(reason, where="model.name", given=str(run), hint=hint)
     if peft_type != "LORA":
-        raise PlanError(
-            "this run's adapter cannot be folded into its base, so the run is no base for another",
-            where="model.name",
-            given=f"{run}, {peft_type}",
-            allowed="runs of full, head and lora",
-        )
+        reason = "this run's adapter cannot be folded into its base, so the run is no base for another"
+        allowed = "runs of full, head and lora"
+        raise PlanError(reason, where="model.name", given=f"{run}, {peft_type}", allowed=allowed)
     base = load_base(ModelConfig.model_validate({**manifest["config"]["model"], "dtype": config.dtype}), device=device)
     check_fingerprint(manifest, base, run)
     base.model.float()  # in bfloat16 the sum would round B A away
@@ -231,12 +186,12 @@ def _load_run_as_base(config: ModelConfig, run: Path, device: torch.device | Non
         from peft import PeftModel
 
         try:
-            model = PeftModel.from_pretrained(base.model, str(run / "adapter")).merge_and_unload().to(compute)
+            model = PeftModel.from_pretrained(base.model, str(folder)).merge_and_unload().to(compute)
         except (UserWarning, RuntimeError) as error:
             raise CheckpointError(f"this adapter does not fit its base: {error}", where=str(run)) from error
     # The merged model has no file; base and adapter identify it.
-    weights_hash = hashlib.sha256(f"{base.fingerprint} {fingerprint(run / 'adapter', None)}".encode()).hexdigest()
-    return _prepare_base(model, load_tokenizer(config), config, weights_hash, compute, device)
+    weights_hash = hashlib.sha256(f"{base.fingerprint} {fingerprint(folder, None)}".encode()).hexdigest()
+    return _prepare_base((model, load_tokenizer(config)), config, weights_hash, compute, device)
 
 
 def classifier_keys(folder: Path) -> tuple[str, set[str]] | None:
@@ -256,9 +211,5 @@ def check_fingerprint(manifest: dict[str, Any], base: BaseModel, run: Path) -> N
     """Raise `CheckpointError` if the base is not the one the run was trained on."""
     expected = manifest["fingerprints"]["base"]
     if base.fingerprint != expected:
-        raise CheckpointError(
-            "this run was trained on another base",
-            where=str(run),
-            given=f"{base.name}: {base.fingerprint[:16]}",
-            allowed=f"the base with fingerprint {expected[:16]}",
-        )
+        given, allowed = f"{base.name}: {base.fingerprint[:16]}", f"the base with fingerprint {expected[:16]}"
+        raise CheckpointError("this run was trained on another base", where=str(run), given=given, allowed=allowed)

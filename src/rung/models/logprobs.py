@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rung.models.onednn_matmul import linear, matmul
+from rung.models.onednn_matmul import linear, matmul, product_dtype
 
 
 class TileSize(NamedTuple):
@@ -72,32 +72,25 @@ class LogitTransform:
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        h_NH: Tensor,
-        weight_VH: Tensor,
-        bias_V: Tensor | None,
-        target_N: Tensor,
-        logit_map: LogitTransform,
-        tile: TileSize,
-    ) -> Tensor:
+    def forward(ctx: Any, logit_map: LogitTransform, tile: TileSize, target_N: Tensor, *tensors: Any) -> Tensor:
+        h_NH, weight_VH, bias_V = tensors
         head_trainable = weight_VH.requires_grad or (bias_V is not None and bias_V.requires_grad)
         # Without a gradient of the hidden states (evaluation) no direction is needed.
         keep_direction = h_NH.requires_grad and not head_trainable
-        product_dtype = compute_dtype(h_NH, weight_VH)
-        wide_dtype = torch.promote_types(product_dtype, torch.float32)
+        dtype = product_dtype(h_NH, weight_VH)
+        wide_dtype = torch.promote_types(dtype, torch.float32)
         lse_N = torch.empty(len(h_NH), dtype=wide_dtype, device=h_NH.device)
         logprob_N = torch.empty_like(lse_N)
         direction_NH = torch.empty_like(h_NH) if keep_direction else None
         # Autocast would convert each tile again; the product dtype is chosen once.
         with torch.autocast(h_NH.device.type, enabled=False):
-            head = _Head(weight_VH, bias_V, logit_map, product_dtype, tile.columns)
+            head = _Head(weight_VH, bias_V, logit_map, dtype, tile.columns)
             for rows in _slices(len(h_NH), tile.entries):
-                scan = head.scan(h_NH[rows], target_N[rows], wide_dtype, direction=keep_direction)
-                lse_N[rows], logprob_N[rows] = scan.lse_N, scan.logit_N - scan.lse_N
-                if direction_NH is not None and scan.direction_NH is not None:
-                    direction_NH[rows] = scan.direction_NH
-        ctx.logit_map, ctx.tile, ctx.product_dtype = logit_map, tile, product_dtype
+                lse, logit, direction = head.scan(h_NH[rows], target_N[rows], wide_dtype, direction=keep_direction)
+                lse_N[rows], logprob_N[rows] = lse, logit - lse
+                if direction_NH is not None and direction is not None:
+                    direction_NH[rows] = direction
+        ctx.logit_map, ctx.tile, ctx.product_dtype = logit_map, tile, dtype
         # With a frozen head the direction replaces the hidden states.
         ctx.save_for_backward(h_NH if head_trainable else None, weight_VH, bias_V, target_N, lse_N, direction_NH)
         return logprob_N
@@ -106,13 +99,11 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         h_NH, weight_VH, bias_V, target_N, lse_N, direction_NH = ctx.saved_tensors
         if direction_NH is not None:
-            return direction_NH * grad_N[:, None].to(direction_NH.dtype), None, None, None, None, None
-        need_h, need_w, need_b = ctx.needs_input_grad[:3]
+            return None, None, None, direction_NH * grad_N[:, None].to(direction_NH.dtype), None, None
         if h_NH is None:
-            return None, None, None, None, None, None
-        grad_h = torch.zeros_like(h_NH) if need_h else None
-        grad_w = torch.zeros_like(weight_VH) if need_w else None
-        grad_b = torch.zeros_like(bias_V) if need_b else None
+            return (None,) * 6
+        needs = zip((h_NH, weight_VH, bias_V), ctx.needs_input_grad[3:], strict=True)
+        grad_h, grad_w, grad_b = (torch.zeros_like(tensor) if need else None for tensor, need in needs)
         head = _Head(weight_VH, bias_V, ctx.logit_map, ctx.product_dtype, ctx.tile.columns)
         for rows in _slices(len(h_NH), ctx.tile.entries):
             hidden, grad, target = h_NH[rows].to(ctx.product_dtype), grad_N[rows, None], target_N[rows]
@@ -129,13 +120,7 @@ class _TokenLogprobs(torch.autograd.Function):
                     grad_w[columns] += matmul(d_z.T, hidden)
                 if grad_b is not None:
                     grad_b[columns] += d_z.sum(0)
-        return grad_h, grad_w, grad_b, None, None, None
-
-
-class _VocabularyScan(NamedTuple):
-    lse_N: Tensor
-    logit_N: Tensor
-    direction_NH: Tensor | None
+        return None, None, None, grad_h, grad_w, grad_b
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +138,9 @@ class _Head:
             bias = None if self.bias_V is None else self.bias_V[columns].to(self.product_dtype)
             yield columns, weight, self.logit_map.apply_(linear(h_NH, weight, bias).to(wide_dtype))
 
-    def scan(self, h_NH: Tensor, target_N: Tensor, wide_dtype: torch.dtype, *, direction: bool) -> _VocabularyScan:
+    def scan(
+        self, h_NH: Tensor, target_N: Tensor, wide_dtype: torch.dtype, *, direction: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """One pass over the vocabulary: log-sum-exp, the targets' logits, and the gradient if `direction`."""
         n = len(h_NH)
         running_max = torch.full((n, 1), -torch.inf, dtype=wide_dtype, device=h_NH.device)
@@ -176,18 +163,9 @@ class _Head:
                 weighted_sum.add_(matmul(exp_logits, weight))
         if weighted_sum is not None:
             slope = self.logit_map.derivative(logit)
-            weighted_sum = (
-                (self.weight_VH[target_N].to(wide_dtype) * slope).sub_(weighted_sum.div_(exp_sum)).to(h_NH.dtype)
-            )
-        return _VocabularyScan((running_max + exp_sum.log())[:, 0], logit[:, 0], weighted_sum)
-
-
-def compute_dtype(h: Tensor, weight: Tensor) -> torch.dtype:
-    """The autocast dtype if autocast is on, else the wider of the two: a bfloat16 head is widened tile by tile."""
-    device = h.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return torch.promote_types(h.dtype, weight.dtype)
+            expected_NH = weighted_sum.div_(exp_sum)
+            weighted_sum = (self.weight_VH[target_N].to(wide_dtype) * slope).sub_(expected_NH).to(h_NH.dtype)
+        return (running_max + exp_sum.log())[:, 0], logit[:, 0], weighted_sum
 
 
 def _targets_in_columns(target_N: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
@@ -200,14 +178,13 @@ def _slices(length: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
-def effective_linear(module: nn.Module) -> nn.Module:
-    """The linear layer in use: peft wraps a head that is fully trained beside an adapter (`modules_to_save`)."""
-    copies = getattr(module, "modules_to_save", None)
-    if copies is None:
-        return module
-    if getattr(module, "disable_adapters", False):
-        return module.original_module  # type: ignore[return-value]
-    return copies[module.active_adapters[0]]  # type: ignore[index,no-any-return]
+def head_tensors(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias in use: peft wraps a head that is fully trained beside an adapter (`modules_to_save`)."""
+    layer: Any = head
+    if (copies := getattr(layer, "modules_to_save", None)) is not None:
+        is_off = getattr(layer, "disable_adapters", False)
+        layer = layer.original_module if is_off else copies[layer.active_adapters[0]]
+    return layer.weight, getattr(layer, "bias", None)
 
 
 def token_logprobs(
@@ -218,9 +195,4 @@ def token_logprobs(
     `head` is the model's output layer (weight [V, H], optional bias [V]); `h_NH` the hidden states that predict.
     A uniform head gives -log V.
     """
-    layer = effective_linear(head)
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    result: Tensor = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-        h_NH, weight, getattr(layer, "bias", None), target_N, logit_map, tile
-    )
-    return result
+    return _TokenLogprobs.apply(logit_map, tile, target_N, h_NH, *head_tensors(head))  # type: ignore[no-any-return, no-untyped-call]

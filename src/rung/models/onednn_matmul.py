@@ -37,6 +37,13 @@ def matmul(a_NK: Tensor, b_KM: Tensor) -> Tensor:
     return linear(a_NK, b_KM.T)
 
 
+def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The autocast dtype if autocast is on, else the wider of the two: a bfloat16 weight is widened when it is used."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return torch.promote_types(x.dtype, weight.dtype)
+
+
 def _onednn_supports(x: Tensor) -> bool:
     """Whether to call oneDNN: it has no float64, and torch sends bfloat16 to it already."""
     return x.dtype is torch.float32 and x.device.type == "cpu" and x.numel() > 0 and bool(torch.backends.mkldnn.enabled)

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from hashlib import blake2b
-from itertools import groupby
-from typing import Protocol
+from itertools import chain, groupby
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,72 +21,49 @@ from rung.errors import PlanError
 from rung.models.base_model import BaseModel
 from rung.models.layers import recompute_layers, record_layer_input, start_from_layer
 from rung.models.logprobs import LogitTransform, token_logprobs
-from rung.models.tree_attention import KeysValues
+from rung.models.tree_attention import KeysValues, KVByLayer, concatenate_kv
 from rung.types import CachedHidden, Example, LossTerm, PackedBatch, Segment, SharedPrefix
 
-VirtualTokenStates = Tensor | Mapping[int, KeysValues]
+VirtualTokenStates = Tensor | KVByLayer
 """What precedes every document: embeddings [P, H] that pass through the model, or keys and values by layer."""
 
 
 class PolicyMethod(Protocol):
-    """The part of a method that a policy needs."""
+    """The part of a method that a policy needs; the defaults are those of a method without virtual tokens."""
 
     @property
     def virtual_tokens(self) -> int:
-        """Number of positions before every document; 0 for most methods, and while the method is off."""
-        ...
+        """Number of positions before every document; 0 while the method is off."""
+        return 0
 
     def task_rows(self, task: str | None) -> Tensor:
         """Source of the virtual tokens of a task, with the autograd graph. Called once a step."""
-        ...
-
-    def virtual_states(self, rows: Tensor) -> VirtualTokenStates:
-        """States that precede a document. Called only if `virtual_tokens` is above 0."""
-        ...
-
-    @property
-    def inserted_tokens(self) -> int:
-        """Number of ids beyond the vocabulary that stand for learned embeddings; 0 for most methods."""
-        ...
-
-    def inserted_embeddings(self, rows: Tensor) -> Tensor:
-        """Embeddings [P, H] of the inserted tokens. Called only if `inserted_tokens` is above 0."""
-        ...
-
-    def penalty(self, batch: PackedBatch) -> list[LossTerm]:
-        """Terms that the method adds to the loss of the batch just computed."""
-        ...
-
-    def disabled(self) -> AbstractContextManager[None]:
-        """Within the context the model is the base without the method."""
-        ...
-
-
-class NoMethod:
-    """The method of a policy that is not tuned: off and on are the same."""
-
-    virtual_tokens = 0
-    inserted_tokens = 0
-
-    def task_rows(self, task: str | None) -> Tensor:
-        """No rows."""
         return torch.empty(0, 0)
 
     def virtual_states(self, rows: Tensor) -> VirtualTokenStates:
-        """No states."""
+        """States that precede a document: embeddings [P, H], or keys and values by layer."""
         return {}
 
+    @property
+    def inserted_tokens(self) -> int:
+        """Number of ids beyond the vocabulary that stand for learned embeddings; 0 while the method is off."""
+        return 0
+
     def inserted_embeddings(self, rows: Tensor) -> Tensor:
-        """No embeddings."""
+        """Embeddings [P, H] of the inserted tokens."""
         return rows
 
     def penalty(self, batch: PackedBatch) -> list[LossTerm]:
-        """No terms."""
+        """Terms that the method adds to the loss of the batch just computed; not part of a validation loss."""
         return []
 
     def disabled(self) -> AbstractContextManager[None]:
-        """Do nothing."""
+        """Within the context the model is the base without the method."""
         return nullcontext()
+
+
+class NoMethod(PolicyMethod):
+    """The method of a policy that is not tuned: off and on are the same."""
 
 
 class Policy:
@@ -96,9 +73,7 @@ class Policy:
     """
 
     def __init__(self, base: BaseModel, method: PolicyMethod, reference: Policy | None = None) -> None:
-        self.base = base
-        self.method = method
-        self.model = base.model
+        self.base, self.method, self.model = base, method, base.model
         self.logit_map = LogitTransform.of(base.model.config)
         self.layers_to_recompute: Callable[[int], range] = lambda tokens: range(0)
         """Layers that a document of this many tokens recomputes in the backward pass, so that it fits in memory."""
@@ -111,29 +86,26 @@ class Policy:
         """Keys and values of the active prefix; the key says whether the method is off."""
         self._virtual_cache: dict[str | None, PrefixCache] = {}
         """Keys and values of virtual tokens by task, during `iterate_batches`."""
-        self._task_rows_cache: dict[str | None, tuple[Tensor, Tensor]] = {}
-        """Rows of virtual tokens by task, during `iterate_batches`: with their graph, and as a leaf."""
-        self._iterating = False
-        self._method_off = False
+        self._task_rows_cache: dict[str | None, PrefixCache] = {}
+        """Rows of virtual tokens by task, as the only entry, during `iterate_batches`."""
+        self._iterating = self._method_off = False
 
     @property
     def device(self) -> torch.device:
         """Device of the model's parameters."""
-        device: torch.device = next(self.model.parameters()).device
-        return device
+        return next(self.model.parameters()).device  # type: ignore[no-any-return]
 
     @property
     def head(self) -> nn.Module:
         """The model's output layer."""
-        head: nn.Module | None = self.model.get_output_embeddings()
-        if head is None:
+        if (head := self.model.get_output_embeddings()) is None:
             raise PlanError("this model has no output head", where="model.name", given=self.base.name)
-        return head
+        return head  # type: ignore[no-any-return]
 
     def autocast(self) -> AbstractContextManager[object]:
         """Products in bfloat16 if that is the base's compute dtype; trainable parameters stay in float32."""
-        use_bfloat16 = self.base.compute_dtype is torch.bfloat16
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=use_bfloat16)
+        enabled = self.base.compute_dtype is torch.bfloat16
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """Last hidden state of every token, [T, H], after the final norm."""
@@ -141,16 +113,14 @@ class Policy:
         # Documents start after the virtual tokens, as they do in peft.
         positions = batch.positions + self.method.virtual_tokens
         with self._skip_cached_layers(batch.cached_hidden):
-            inputs = self.embed(batch.ids, batch.task)
-            return self._run_layers(
-                inputs, positions, batch.segments, indivisible=batch.holds_one_data_row, shared=context_kv
-            )
+            inputs, indivisible = self.embed(batch.ids, batch.task), batch.holds_one_data_row
+            return self._run_layers(inputs, positions, batch.segments, indivisible=indivisible, shared=context_kv)
 
     def embed(self, ids: Tensor, task: str | None) -> Tensor:
         """Model inputs for ids of any shape: the ids, or embeddings [..., H] if the method inserts tokens."""
         if not self.method.inserted_tokens:
             return ids
-        first_inserted = self.vocab_size
+        first_inserted = self.base.vocab_size
         # Ids beyond the vocabulary have no row in the table; the clamped lookup is replaced below.
         vocab_embeddings = self.model.get_input_embeddings()(ids.clamp(max=first_inserted - 1))
         rows_PH = self.method.inserted_embeddings(self._task_rows(task))
@@ -159,19 +129,12 @@ class Policy:
 
     def _task_rows(self, task: str | None) -> Tensor:
         """Rows of a task's virtual tokens; during `iterate_batches` computed once and detached from their graph."""
-        if task in self._task_rows_cache:
-            return self._task_rows_cache[task][1]
-        rows = self.method.task_rows(task)
         if not self._iterating:
-            return rows
-        self._task_rows_cache[task] = rows, _detached_leaf(rows)
-        return self._task_rows_cache[task][1]
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the embedding table: the id of the first inserted token."""
-        # The table, not the tokenizer: tables are often padded beyond the tokenizer's vocabulary.
-        return int(self.model.get_input_embeddings().weight.shape[0])
+            return self.method.task_rows(task)
+        if task not in self._task_rows_cache:
+            self._task_rows_cache[task] = PrefixCache({0: (self.method.task_rows(task),)})
+        (leaf,) = self._task_rows_cache[task].leaves[0]
+        return leaf  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def hidden_states_entering(self, batch: PackedBatch, layer: int) -> Tensor:
@@ -185,13 +148,7 @@ class Policy:
         return nullcontext() if cached is None else start_from_layer(self.model, cached.layer, cached.states)
 
     def _run_layers(
-        self,
-        inputs: Tensor,
-        positions_T: Tensor,
-        segments: Sequence[Segment],
-        *,
-        indivisible: bool,
-        **attention: object,
+        self, inputs: Tensor, positions_T: Tensor, segments: Sequence[Segment], *, indivisible: bool, **attention: Any
     ) -> Tensor:
         """Run ids [T] or embeddings [T, H] through the layers; return the last hidden states.
 
@@ -210,8 +167,7 @@ class Policy:
                 use_cache=False,
                 **attention,
             )
-        hidden: Tensor = out.last_hidden_state[0]
-        return hidden
+        return out.last_hidden_state[0]  # type: ignore[no-any-return]
 
     def iterate_batches(self, batches: Iterable[PackedBatch]) -> Iterator[PackedBatch]:
         """Yield the batches of `pack` one by one, each with its prefix available.
@@ -226,11 +182,8 @@ class Policy:
                 with self.shared_prefix(prefix):
                     yield from rows
             # Keys and values first: their backward pass adds to the gradients of the rows they were computed from.
-            for cache in self._virtual_cache.values():
+            for cache in (*self._virtual_cache.values(), *self._task_rows_cache.values()):
                 cache.backward()
-            for task_rows, leaf in self._task_rows_cache.values():
-                if leaf.grad is not None:
-                    task_rows.backward(leaf.grad)  # type: ignore[no-untyped-call]
         finally:
             self._virtual_cache.clear()
             self._task_rows_cache.clear()
@@ -253,23 +206,19 @@ class Policy:
             self._active_prefix = None
             self._prefix_cache.clear()
 
-    def virtual_kv(self, task: str | None = None) -> Mapping[int, KeysValues] | None:
+    def virtual_kv(self, task: str | None = None) -> KVByLayer | None:
         """Keys and values of the method's virtual tokens, or None; computed once during `iterate_batches`."""
         if not self.method.virtual_tokens:
             return None
-        if task in self._virtual_cache:
-            return self._virtual_cache[task].leaves
-        states = self.method.virtual_states(self._task_rows(task))
-        if isinstance(states, Tensor):
-            states = self.prefix_kv(states)
-        if not self._iterating:
-            return states
-        self._virtual_cache[task] = PrefixCache(states)
+        if task not in self._virtual_cache:
+            states = self.method.virtual_states(self._task_rows(task))
+            kv_by_layer = self.prefix_kv(states) if isinstance(states, Tensor) else states
+            if not self._iterating:
+                return kv_by_layer
+            self._virtual_cache[task] = PrefixCache(kv_by_layer)
         return self._virtual_cache[task].leaves
 
-    def prefix_kv(
-        self, inputs: Tensor, start: int = 0, context_kv: Mapping[int, KeysValues] | None = None
-    ) -> dict[int, KeysValues]:
+    def prefix_kv(self, inputs: Tensor, start: int = 0, context_kv: KVByLayer | None = None) -> dict[int, KeysValues]:
         """Keys and values by layer of ids [T] or embeddings [T, H] at positions from `start` on."""
         kv_by_layer: dict[int, KeysValues] = {}
         positions = torch.arange(start, start + len(inputs), device=inputs.device)
@@ -277,7 +226,7 @@ class Policy:
         self._run_layers(inputs, positions, segments, indivisible=True, shared=context_kv, capture=kv_by_layer)
         return kv_by_layer
 
-    def _context_kv(self, prefix: SharedPrefix | None, task: str | None) -> Mapping[int, KeysValues] | None:
+    def _context_kv(self, prefix: SharedPrefix | None, task: str | None) -> KVByLayer | None:
         """Keys and values that precede every root of a row: virtual tokens, then the prefix."""
         virtual = self.virtual_kv(task)
         if prefix is None:
@@ -287,16 +236,12 @@ class Policy:
             raise RuntimeError("rows with a shared prefix run inside Policy.iterate_batches or Policy.shared_prefix")
         if self._method_off not in self._prefix_cache:
             with self._skip_cached_layers(prefix.cached_hidden):
-                inputs = self.embed(prefix.ids, task)
-                self._prefix_cache[self._method_off] = PrefixCache(
-                    self.prefix_kv(inputs, self.method.virtual_tokens, virtual)
-                )
+                kv_by_layer = self.prefix_kv(self.embed(prefix.ids, task), self.method.virtual_tokens, virtual)
+            self._prefix_cache[self._method_off] = PrefixCache(kv_by_layer)
         prefix_kv = self._prefix_cache[self._method_off].leaves
-        return (
-            prefix_kv
-            if virtual is None
-            else {layer: concatenate_kv(virtual[layer], prefix_kv[layer]) for layer in prefix_kv}
-        )
+        if virtual is None:
+            return prefix_kv
+        return {layer: concatenate_kv(virtual[layer], kv) for layer, kv in prefix_kv.items()}
 
     def logprobs(self, batch: PackedBatch) -> Tensor:
         """Log-probability in nats of each entry of the loss index, [N]."""
@@ -334,12 +279,10 @@ class Policy:
 
         Raises `PlanError` for documents with inserted tokens, for which the base has no embedding.
         """
-        if self.method.inserted_tokens and any((d.ids >= self.vocab_size).any() for d in batch.documents):
-            raise PlanError(
-                "the base alone cannot read documents with virtual tokens inside",
-                where="method.positions",
-                hint="put all of them in front, or name a run as the reference",
-            )
+        if self.method.inserted_tokens and any((d.ids >= self.base.vocab_size).any() for d in batch.documents):
+            reason = "the base alone cannot read documents with virtual tokens inside"
+            hint = "put all of them in front, or name a run as the reference"
+            raise PlanError(reason, where="method.positions", hint=hint)
         self._method_off = True
         try:
             with torch.no_grad(), self.method.disabled():
@@ -347,31 +290,25 @@ class Policy:
         finally:
             self._method_off = False
 
-    def logits(self, batch: PackedBatch) -> Tensor:
-        """All logits [T, V], for probes on short batches only."""
-        hidden = self.hidden_states(batch)
-        with self.autocast():
-            return self.logit_map.apply_(self.head(hidden).clone())
-
 
 class PrefixCache:
-    """Keys and values of a prefix by layer: with their graph, and detached as leaves for the rows."""
+    """Tensors that precede rows, such as keys and values by layer: with their graph, and as leaves for the rows."""
 
-    def __init__(self, graph_kv: Mapping[int, KeysValues]) -> None:
-        self.computed = graph_kv
-        self.leaves = {layer: (_detached_leaf(key), _detached_leaf(value)) for layer, (key, value) in graph_kv.items()}
+    def __init__(self, computed: Mapping[int, tuple[Tensor, ...]]) -> None:
+        self.computed = computed
+        self.leaves: dict[int, Any] = {layer: tuple(map(_detached_leaf, t)) for layer, t in computed.items()}
 
     def backward(self) -> None:
         """Back-propagate the gradients that the leaves collected."""
-        pairs = [
-            (tensor, leaf.grad)
-            for layer, leaves in self.leaves.items()
-            for tensor, leaf in zip(self.computed[layer], leaves, strict=True)
-        ]
-        pairs_with_grad = [(tensor, gradient) for tensor, gradient in pairs if gradient is not None]
+        computed, leaves = (list(chain(*by_layer.values())) for by_layer in (self.computed, self.leaves))
+        pairs = [(tensor, leaf.grad) for tensor, leaf in zip(computed, leaves, strict=True) if leaf.grad is not None]
         # One call for all layers: their graph is shared and would be freed by the first call.
-        if pairs_with_grad:
-            torch.autograd.backward([t for t, _ in pairs_with_grad], [g for _, g in pairs_with_grad])
+        if pairs:
+            torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
+
+
+def _detached_leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
 def sum_by_document(batch: PackedBatch, values_N: Tensor) -> Tensor:
@@ -381,21 +318,10 @@ def sum_by_document(batch: PackedBatch, values_N: Tensor) -> Tensor:
 
 def document_key(document: Example) -> int:
     """64-bit hash of what determines a document's log-probability: ids, supervised mask, and task."""
-    hasher = blake2b(document.ids.tobytes(), digest_size=8)
-    hasher.update(document.supervised.tobytes())
-    hasher.update((document.task or "").encode())
-    return int.from_bytes(hasher.digest(), "little", signed=True)
+    content = document.ids.tobytes() + document.supervised.tobytes() + (document.task or "").encode()
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
 def model_inputs(inputs: Tensor) -> dict[str, Tensor]:
     """The keyword argument by which transformers' models take ids or embeddings."""
     return {"inputs_embeds" if inputs.is_floating_point() else "input_ids": inputs}
-
-
-def concatenate_kv(first: KeysValues, second: KeysValues) -> KeysValues:
-    """Concatenate two pairs of keys and values along the positions."""
-    return torch.cat([first[0], second[0]], dim=2), torch.cat([first[1], second[1]], dim=2)
-
-
-def _detached_leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_(tensor.requires_grad)

@@ -16,37 +16,25 @@ from rung.config.base import LinearRole
 from rung.config.layers import resolve_layers
 from rung.errors import ConfigError
 
-# Last part of a module's name, or its last two where one part is ambiguous -> roles. Fused projections have several.
-_ROLES: dict[str, tuple[LinearRole, ...]] = {
-    "q_proj": ("q",),
-    "k_proj": ("k",),
-    "v_proj": ("v",),
-    "qkv_proj": ("q", "k", "v"),  # phi3
-    "query_key_value": ("q", "k", "v"),  # gpt-neox
-    "c_attn": ("q", "k", "v"),  # gpt2
-    "o_proj": ("o",),
-    "out_proj": ("o",),  # opt
-    "attn.c_proj": ("o",),
-    "self_attn.dense": ("o",),  # phi
-    "attention.dense": ("o",),  # gpt-neox
-    "gate_proj": ("gate",),
-    "up_proj": ("up",),
-    "gate_up_proj": ("gate", "up"),  # phi3
-    "down_proj": ("down",),
-    "c_fc": ("up",),
-    "mlp.c_proj": ("down",),
-    "fc1": ("up",),
-    "fc2": ("down",),
-    "dense_h_to_4h": ("up",),
-    "dense_4h_to_h": ("down",),
+# Roles -> last part of a module's name, or its last two where one part is ambiguous. Fused projections have several.
+_NAMES_BY_ROLES: dict[tuple[LinearRole, ...], tuple[str, ...]] = {
+    ("q",): ("q_proj",),
+    ("k",): ("k_proj",),
+    ("v",): ("v_proj",),
+    ("q", "k", "v"): ("qkv_proj", "query_key_value", "c_attn"),  # phi3, gpt-neox, gpt2
+    ("o",): ("o_proj", "out_proj", "attn.c_proj", "self_attn.dense", "attention.dense"),  # opt, gpt2, phi, gpt-neox
+    ("gate",): ("gate_proj",),
+    ("up",): ("up_proj", "c_fc", "fc1", "dense_h_to_4h"),
+    ("gate", "up"): ("gate_up_proj",),  # phi3
+    ("down",): ("down_proj", "mlp.c_proj", "fc2", "dense_4h_to_h"),
 }
+_ROLES = {name: roles for roles, names in _NAMES_BY_ROLES.items() for name in names}
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 
 def layer_number(name: str) -> int | None:
     """The number of the layer that a module belongs to, from 0; None outside the layers."""
-    match = _LAYER.search(name)
-    return int(match.group(1)) if match else None
+    return int(match[1]) if (match := _LAYER.search(name)) else None
 
 
 def linears_by_role(model: nn.Module) -> dict[LinearRole, list[str]]:
@@ -69,12 +57,9 @@ def select_linears(model: nn.Module, roles: Iterable[LinearRole], layers: Iterab
     # A fused projection appears under several roles and is listed once.
     names = list(dict.fromkeys(name for role in roles for name in by_role.get(role, ())))
     if not names:
-        raise ConfigError(
-            "this model has no module of these roles",
-            where="method.targets",
-            given=", ".join(roles),
-            allowed=", ".join(by_role) or "none of its modules are known to Rung",
-        )
+        given, allowed = ", ".join(roles), ", ".join(by_role) or "none of its modules are known to Rung"
+        reason = "this model has no module of these roles"
+        raise ConfigError(reason, where="method.targets", given=given, allowed=allowed)
     layer_numbers = resolve_layers(layers, {number for name in names if (number := layer_number(name)) is not None})
     return [name for name in names if layer_number(name) in layer_numbers]
 
@@ -88,16 +73,11 @@ def roles_of(name: str) -> tuple[LinearRole, ...]:
 def coverage(model: nn.Module, trainable: Iterable[str]) -> str:
     """Describe what is trained: the number of linears and of layers."""
     # peft wraps an adapted linear; its original is then called `base_layer`.
-    linears = {
-        name.removesuffix(".base_layer")
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and roles_of(name.removesuffix(".base_layer"))
-    }
+    modules = {name.removesuffix(".base_layer"): module for name, module in model.named_modules()}
+    linears = {name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D) and roles_of(name)}
     names = [f".{name}" for name in trainable]
-    trained_linears = {
-        name for name in linears if any(trainable_name.startswith(f".{name}.") for trainable_name in names)
-    }
-    trained_layers = {number for parameter_name in names if (number := layer_number(parameter_name)) is not None}
-    all_layers = {number for name in linears if (number := layer_number(f".{name}.")) is not None}
+    trained_linears = {linear for linear in linears if any(name.startswith(f".{linear}.") for name in names)}
+    trained_layers = {layer_number(name) for name in names} - {None}
+    all_layers = {layer_number(f".{name}.") for name in linears} - {None}
     of_layers = f"{len(trained_layers)} of {len(all_layers)} layers"
     return f"{len(trained_linears)} of {len(linears)} linears, in {of_layers}" if trained_linears else of_layers

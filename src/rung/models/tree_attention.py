@@ -11,7 +11,7 @@ width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from transformers import modeling_flash_attention_utils as flash_utils
+from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.utils import is_flash_attn_2_available
 
 from rung.types import Segment
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values [1, K, P, D] that precede every root of a row."""
+KVByLayer = Mapping[int, KeysValues]
 
 
 class AttentionParams(NamedTuple):
@@ -34,6 +36,11 @@ class AttentionParams(NamedTuple):
     softcap: float | None
     window: int | None
     dropout: float = 0.0
+
+
+def concatenate_kv(first: KeysValues, second: KeysValues) -> KeysValues:
+    """Concatenate two pairs of keys and values along the positions."""
+    return torch.cat([first[0], second[0]], dim=2), torch.cat([first[1], second[1]], dim=2)
 
 
 def attend_tree(
@@ -56,15 +63,15 @@ def attend_tree(
         return _attend_flat(query_1HTD, key_1KTD, value_1KTD, tuple(segments), params)
     same_width = query_1HTD.shape[-1] == value_1KTD.shape[-1]  # the CPU kernel requires it
     if device == "cpu" and params.softcap is None and not params.dropout and same_width:
-        prefix_kv = prefix if prefix is not None else (None, None)
-        return _FlashTree.apply(query_1HTD, key_1KTD, value_1KTD, *prefix_kv, tuple(segments), params)  # type: ignore[no-any-return, no-untyped-call]
+        tensors = (query_1HTD, key_1KTD, value_1KTD, *(prefix or (None, None)))
+        return _FlashTree.apply(tuple(segments), params, *tensors)  # type: ignore[no-any-return, no-untyped-call]
     # The general path: softcap, dropout, unequal widths, or trees on another device.
     keys, values = SplitKV(key_1KTD, prefix and prefix[0]), SplitKV(value_1KTD, prefix and prefix[1])
     groups = query_1HTD.shape[1] // key_1KTD.shape[1]
     outputs = []
     for rows, path, mask in _iterate_segments(segments, keys.prefix_length, params.window, query_1HTD.device):
         key, value = (repeat_kv(kv.gather(path, rows), groups) for kv in (keys, values))
-        outputs.append(attend(query_1HTD[:, :, rows], key, value, mask, params, causal=mask is None))
+        outputs.append(attend(query_1HTD[:, :, rows], key, value, mask, params))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
@@ -76,25 +83,14 @@ def has_flat_kernel(device: torch.device) -> bool:
 def _attend_flat(
     query_1HTD: Tensor, key_1KTD: Tensor, value_1KTD: Tensor, segments: tuple[Segment, ...], params: AttentionParams
 ) -> Tensor:
-    cumulative_lengths, max_length = _cumulative_lengths(segments, query_1HTD.device)
-    out: Tensor = flash_utils._flash_attention_forward(
-        query_1HTD.transpose(1, 2),
-        key_1KTD.transpose(1, 2),
-        value_1KTD.transpose(1, 2),
-        None,
-        query_length=query_1HTD.shape[2],
-        is_causal=True,
-        dropout=params.dropout,
-        softmax_scale=params.scaling,
-        sliding_window=params.window,
-        softcap=params.softcap,
-        cu_seq_lens_q=cumulative_lengths,
-        cu_seq_lens_k=cumulative_lengths,
-        max_length_q=max_length,
-        max_length_k=max_length,
-        attn_implementation="flash_attention_2",
-    )
-    return out
+    lengths, max_length = _cumulative_lengths(segments, query_1HTD.device)
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query_1HTD, key_1KTD, value_1KTD))
+    options: dict[str, Any] = {"is_causal": True, "attn_implementation": "flash_attention_2"}
+    options |= {"dropout": params.dropout, "softmax_scale": params.scaling}
+    options |= {"softcap": params.softcap, "sliding_window": params.window, "query_length": query.shape[1]}
+    options |= {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths}
+    options |= {"max_length_q": max_length, "max_length_k": max_length}
+    return flash_utils._flash_attention_forward(query, key, value, None, **options)  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=8)
@@ -107,36 +103,24 @@ def _cumulative_lengths(segments: tuple[Segment, ...], device: torch.device) -> 
 # One function for the whole row: autograd would store repeated keys and values for every segment.
 class _FlashTree(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        prefix_key: Tensor | None,
-        prefix_value: Tensor | None,
-        segments: tuple[Segment, ...],
-        params: AttentionParams,
-    ) -> Tensor:
+    def forward(ctx: Any, segments: tuple[Segment, ...], params: AttentionParams, *tensors: Any) -> Tensor:
+        query, key, value, prefix_key, prefix_value = tensors
         _, heads, tokens, width = query.shape
         groups = heads // key.shape[1]
         keys, values = SplitKV(key, prefix_key), SplitKV(value, prefix_value)
-        out_1THD = query.new_empty(1, tokens, heads, width)
+        out_1THD: Tensor = query.new_empty(1, tokens, heads, width)
         lses = []
         for rows, path, mask in _iterate_segments(segments, keys.prefix_length, params.window, query.device):
+            key_value = [repeat_kv(kv.gather(path, rows), groups) for kv in (keys, values)]
+            options = {"attn_mask": _additive_mask(mask, query.dtype), "scale": params.scaling}
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query[:, :, rows],
-                repeat_kv(keys.gather(path, rows), groups),
-                repeat_kv(values.gather(path, rows), groups),
-                0.0,
-                mask is None,
-                attn_mask=_additive_mask(mask, query.dtype),
-                scale=params.scaling,
+                query[:, :, rows], *key_value, 0.0, mask is None, **options
             )
             out_1THD[:, rows] = out.transpose(1, 2)
             # The log-sum-exp of each query lets the backward pass recompute the weights.
             lses.append(lse)
         ctx.segments, ctx.params = segments, params
-        ctx.save_for_backward(query, key, value, prefix_key, prefix_value, out_1THD, *lses)
+        ctx.save_for_backward(*tensors, out_1THD, *lses)
         return out_1THD
 
     @staticmethod
@@ -147,22 +131,16 @@ class _FlashTree(torch.autograd.Function):
         d_query, d_keys, d_values = torch.empty_like(query), keys.zeros(), values.zeros()
         visits = _iterate_segments(ctx.segments, keys.prefix_length, ctx.params.window, query.device)
         for lse, (rows, path, mask) in zip(lses, visits, strict=True):
+            key_value = [repeat_kv(kv.gather(path, rows), groups) for kv in (keys, values)]
+            grad_out, out = (tensor[:, rows].transpose(1, 2) for tensor in (grad_1THD, out_1THD))
+            options = {"attn_mask": _additive_mask(mask, query.dtype), "scale": ctx.params.scaling}
             d_q, d_k, d_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad_1THD[:, rows].transpose(1, 2),
-                query[:, :, rows],
-                repeat_kv(keys.gather(path, rows), groups),
-                repeat_kv(values.gather(path, rows), groups),
-                out_1THD[:, rows].transpose(1, 2),
-                lse,
-                0.0,
-                mask is None,
-                attn_mask=_additive_mask(mask, query.dtype),
-                scale=ctx.params.scaling,
+                grad_out, query[:, :, rows], *key_value, out, lse, 0.0, mask is None, **options
             )
             d_query[:, :, rows] = d_q
             d_keys.scatter_add(_sum_kv_groups(d_k, groups), path, rows)
             d_values.scatter_add(_sum_kv_groups(d_v, groups), path, rows)
-        return d_query, d_keys.row, d_values.row, d_keys.prefix, d_values.prefix, None, None
+        return None, None, d_query, d_keys.row, d_values.row, d_keys.prefix, d_values.prefix
 
 
 class SplitKV:
@@ -201,8 +179,7 @@ def _iterate_segments(
 ) -> Iterator[tuple[slice, list[Segment], Tensor | None]]:
     """Yield the rows of each segment, its ancestors from the root down, and its mask; None means causal."""
     for segment in segments:
-        path: list[Segment] = []
-        parent = segment.parent
+        path, parent = list[Segment](), segment.parent
         while parent is not None:
             path.append(segments[parent])
             parent = segments[parent].parent
@@ -222,14 +199,6 @@ def path_mask(context_length: int, length: int, window: int | None, device: torc
     return visible if window is None else visible & (query_Q1 - key_1S < window)
 
 
-def repeat_kv(tensor_BKSD: Tensor, groups: int) -> Tensor:
-    """Repeat key/value heads to the number of query heads, as the CPU flash kernel requires."""
-    if groups == 1:
-        return tensor_BKSD
-    b, k, s, d = tensor_BKSD.shape
-    return tensor_BKSD[:, :, None].expand(b, k, groups, s, d).reshape(b, k * groups, s, d)
-
-
 def _sum_kv_groups(tensor_BHSD: Tensor, groups: int) -> Tensor:
     """The transpose of `repeat_kv`."""
     if groups == 1:
@@ -244,20 +213,15 @@ def _additive_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, params: AttentionParams, *, causal: bool = False
-) -> Tensor:
-    """Scaled dot-product attention [B, H, Q, D], with the softcap that torch's function lacks."""
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, params: AttentionParams) -> Tensor:
+    """Scaled dot-product attention [B, H, Q, D], causal without a mask; torch's function lacks the softcap."""
     if params.softcap is None:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=params.dropout, is_causal=causal, scale=params.scaling
-        )
-    if causal:
-        mask = path_mask(0, query.shape[2], None, query.device)
+        options: Any = {"dropout_p": params.dropout, "is_causal": mask is None, "scale": params.scaling}
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
+    visible = path_mask(0, query.shape[2], None, query.device) if mask is None else mask
     scores = query @ key.transpose(-1, -2) * (params.scaling if params.scaling is not None else query.shape[-1] ** -0.5)
     scores = params.softcap * torch.tanh(scores / params.softcap)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+    scores = scores.masked_fill(~visible, float("-inf"))
     # Softmax in float32 at least, as transformers' eager attention does.
     weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     return F.dropout(weights, params.dropout) @ value

@@ -34,10 +34,9 @@ def mean_baseline_advantages(rewards_G: Floats) -> Floats:
 
 def leave_one_out_advantages(rewards_G: Floats) -> Floats:
     """R - mean of the other answers, an unbiased baseline (Ahmadian et al. 2024, eq. 7)."""
-    n = len(rewards_G)
     if rewards_G.max() == rewards_G.min():
         return np.zeros_like(rewards_G)
-    return np.asarray(rewards_G - (rewards_G.sum() - rewards_G) / (n - 1))
+    return np.asarray(rewards_G - (rewards_G.sum() - rewards_G) / (len(rewards_G) - 1))
 
 
 def generalized_advantage_estimates(rewards_T: Floats, values_T: Floats, gamma: float, decay: float) -> Floats:
@@ -46,10 +45,8 @@ def generalized_advantage_estimates(rewards_T: Floats, values_T: Floats, gamma: 
     `values_T` is the value before each token. A_t = sum over l of (gamma decay)^l delta_(t+l), with
     delta_t = r_t + gamma V_(t+1) - V_t and V = 0 after the end.
     """
-    next_values = np.append(values_T[1:], 0.0)
-    delta = rewards_T + gamma * next_values - values_T
-    advantages = np.zeros_like(delta)
-    advantage = 0.0
+    delta = rewards_T + gamma * np.append(values_T[1:], 0.0) - values_T
+    advantages, advantage = np.zeros_like(delta), 0.0
     # Backwards, by A_t = delta_t + gamma decay A_(t+1): linear in T.
     for t in range(len(delta) - 1, -1, -1):
         advantage = float(delta[t]) + gamma * decay * advantage

@@ -20,38 +20,24 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from rung.config.objective import DistillConfig
-from rung.models.distillation_loss import (
-    DistillTargets,
-    Distribution,
-    Divergence,
-    distillation_loss,
-    forward_kl,
-    jensen_shannon,
-    reverse_kl,
-)
+from rung.models.distillation_loss import DistillTargets, Distribution, distillation_loss, divergence_function
 from rung.models.policy import Policy, document_key
-from rung.objectives.protocol import Objective, take_batch_metrics
-from rung.types import ON_POLICY, Counts, LossTerm, PackedBatch
-
-
-def divergence_function(config: DistillConfig) -> Divergence:
-    """The divergence that a config names."""
-    if config.divergence == "jsd":
-        return jensen_shannon(config.beta)
-    return forward_kl if config.divergence == "forward" else reverse_kl
+from rung.objectives.protocol import Objective
+from rung.types import ON_POLICY, LossTerm, PackedBatch
 
 
 class DistillObjective(Objective):
     """Sum over supervised tokens, each with the weight of its row."""
 
+    config: DistillConfig
+
     def __init__(self, config: DistillConfig, teacher: Policy | None = None) -> None:
         """Without a `teacher`, the policy to imitate, only its settings can be read and nothing computed."""
-        self.config, self.divergence = config, divergence_function(config)
-        self._teacher = teacher
+        super().__init__(config)
+        self.divergence, self._teacher = divergence_function(config.divergence, config.beta), teacher
         self.rollout = config.rollout if config.on_policy else None
         self.on_policy_share, self.uses_rewards = config.on_policy or 1.0, False
         self.teacher_states: TeacherStateCache | None = None
-        self.batch_metrics: list[dict[str, Tensor]] = []
 
     @property
     def teacher(self) -> Policy:
@@ -65,11 +51,6 @@ class DistillObjective(Objective):
         if self.config.cache_teacher_states:
             self.teacher_states = TeacherStateCache()
 
-    def count(self, batch: PackedBatch) -> Counts:
-        """Weights of the supervised tokens."""
-        tokens = sum(d.weight * d.predictions for d in batch.documents)
-        return Counts(tokens=float(tokens), sequences=float(batch.sequences))
-
     def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
         """A term of the divergence with the cross-entropy, and one of hidden states if `cosine` is set."""
         # The teacher first: the student's activations are stored from its forward pass until the backward pass.
@@ -81,37 +62,26 @@ class DistillObjective(Objective):
         teacher = Distribution(teacher_NH.to(student_NH.device), self.teacher.head, self.teacher.logit_map)
         # The cross-entropy is for tokens of the data; tokens that the student generated are no targets.
         is_data_N = 1.0 - batch.loss.columns.get(ON_POLICY, torch.zeros_like(weight_N)).to(weight_N.dtype)
-        targets = DistillTargets(
-            self.divergence,
-            config.temperature,
-            # T^2 keeps the gradient's size independent of the temperature (Hinton et al. 2015, section 2).
-            config.weight * config.temperature**2 * weight_N,
-            batch.loss.target,
-            config.cross_entropy * is_data_N * weight_N if config.cross_entropy else None,
-        )
+        nats_weight_N = config.cross_entropy * is_data_N * weight_N if config.cross_entropy else None
+        # T^2 keeps the gradient's size independent of the temperature (Hinton et al. 2015, section 2).
+        divergence_weight_N = config.weight * config.temperature**2 * weight_N
+        weights = (divergence_weight_N, batch.loss.target, nats_weight_N)
+        targets = DistillTargets(self.divergence, config.temperature, *weights)
         with policy.autocast():
             total, divergence_N, logprob_N = distillation_loss(student, teacher, targets)
         terms = [LossTerm(total, "tokens", config.divergence)]
-        self.batch_metrics.append({"divergence": divergence_N})
+        metrics, dtype = {"divergence": divergence_N}, divergence_N.dtype
         if config.cross_entropy:
-            self.batch_metrics[-1]["cross_entropy"] = -logprob_N[is_data_N > 0]
+            metrics["cross_entropy"] = -logprob_N[is_data_N > 0]
         if config.cosine:
-            cosine_distance_N = 1.0 - F.cosine_similarity(
-                student_NH.to(divergence_N.dtype), teacher.hidden_NH.to(divergence_N.dtype), dim=-1
-            )
-            terms.append(
-                LossTerm(
-                    config.cosine * (cosine_distance_N * weight_N.to(cosine_distance_N.dtype)).sum(), "tokens", "cosine"
-                )
-            )
-            self.batch_metrics[-1]["cosine"] = cosine_distance_N.detach()
+            distance_N = 1.0 - F.cosine_similarity(student_NH.to(dtype), teacher.hidden_NH.to(dtype), dim=-1)
+            terms.append(LossTerm(config.cosine * (distance_N * weight_N.to(dtype)).sum(), "tokens", "cosine"))
+            metrics["cosine"] = distance_N.detach()
+        self.batch_metrics.append(metrics)
         return terms
 
-    def take_metrics(self) -> Mapping[str, float]:
+    def summarize(self, metrics: Mapping[str, Tensor]) -> Mapping[str, float]:
         """Means over tokens: divergence in nats at the temperature, and the other terms if active."""
-        if not self.batch_metrics:
-            return {}
-        metrics = take_batch_metrics(self.batch_metrics)
         return {name: float(values.mean()) for name, values in metrics.items() if len(values)}
 
     @torch.no_grad()

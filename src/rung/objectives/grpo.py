@@ -9,6 +9,7 @@ Suffixes: D documents, N predictions, G answers of a group.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,14 +19,10 @@ from torch import Tensor
 from rung.config.objective import GrpoConfig
 from rung.models.policy import Policy, sum_by_document
 from rung.objectives.advantages import group_normalized_advantages, leave_one_out_advantages, mean_baseline_advantages
-from rung.objectives.protocol import Objective, take_batch_metrics
+from rung.objectives.protocol import Objective
 from rung.types import Counts, Example, LossTerm, PackedBatch, Rollout
 
-ADVANTAGES = {
-    "grpo": group_normalized_advantages,
-    "dr_grpo": mean_baseline_advantages,
-    "rloo": leave_one_out_advantages,
-}
+ADVANTAGES = dict(grpo=group_normalized_advantages, dr_grpo=mean_baseline_advantages, rloo=leave_one_out_advantages)
 
 
 def clipped_surrogate(logratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
@@ -45,15 +42,16 @@ def kl_estimate(logprob: Tensor, reference: Tensor) -> Tensor:
 class GrpoObjective(Objective):
     """Sum over answers, each with the weight of its row; the divisor is the sum of the weights."""
 
+    config: GrpoConfig
+
     def __init__(self, config: GrpoConfig) -> None:
-        self.config, self.rollout = config, config.rollout
-        self.batch_metrics: list[dict[str, Tensor]] = []
+        super().__init__(config)
+        self.rollout = config.rollout
         self.rollout_metrics: dict[str, float] = {}
 
     def count(self, batch: PackedBatch) -> Counts:
         """Weights of the answers, and of their tokens."""
-        tokens = sum(d.weight * d.predictions for d in batch.documents)
-        return Counts(tokens=float(tokens), sequences=float(sum(d.weight for d in batch.documents)))
+        return replace(super().count(batch), sequences=float(sum(d.weight for d in batch.documents)))
 
     def rollout_columns(self, policy: Policy, rollout: Rollout) -> list[Mapping[str, np.ndarray]]:
         """Advantages, and if needed log-probabilities of the sampling policy and of the reference."""
@@ -66,17 +64,16 @@ class GrpoObjective(Objective):
             store_column(columns, "reference", rollout.evaluate_documents(policy.reference_logprobs))
         # RLOO puts the divergence into the reward of an answer, not into the loss.
         if self.config.beta and self.config.loss == "rloo":
-            policy_logprobs = (
-                [c["old"] for c in columns] if "old" in columns[0] else rollout.evaluate_documents(policy.logprobs)
-            )
-            divergences = [float((a - c["reference"]).sum()) for a, c in zip(policy_logprobs, columns, strict=True)]
+            is_stored = "old" in columns[0]
+            logprobs = [c["old"] for c in columns] if is_stored else rollout.evaluate_documents(policy.logprobs)
+            divergences = [float((a - c["reference"]).sum()) for a, c in zip(logprobs, columns, strict=True)]
             rewards = rewards - self.config.beta * np.array(divergences)
         advantages = np.zeros(len(documents))
         groups = np.array([d.row for d in documents])
         for row in np.unique(groups):
             advantages[groups == row] = ADVANTAGES[self.config.loss](rewards[groups == row])
-        for document_columns, document, advantage in zip(columns, documents, advantages, strict=True):
-            document_columns["advantage"] = np.full(document.predictions, advantage)
+        full = [np.full(d.predictions, advantage) for d, advantage in zip(documents, advantages, strict=True)]
+        store_column(columns, "advantage", full)
         self._record_rollout(rollout, groups)
         return list(columns)
 
@@ -97,9 +94,8 @@ class GrpoObjective(Objective):
         else:
             losses_N = clipped_surrogate(logprobs_N - old_N, advantage_N, self.config.clip)
             if self.config.beta:
-                losses_N = losses_N + self.config.beta * kl_estimate(
-                    logprobs_N, columns["reference"].to(logprobs_N.dtype)
-                )
+                reference_N = columns["reference"].to(logprobs_N.dtype)
+                losses_N = losses_N + self.config.beta * kl_estimate(logprobs_N, reference_N)
             # Dr. GRPO divides by a constant: a mean over tokens would make long wrong answers cheap.
             divisor = tokens_D if self.config.loss == "grpo" else self.config.rollout.max_new_tokens
             losses_D = sum_by_document(batch, losses_N) / divisor
@@ -107,11 +103,8 @@ class GrpoObjective(Objective):
         weight_D = losses_D.new_tensor([d.weight for d in batch.documents])
         return [LossTerm((losses_D * weight_D).sum(), "sequences", self.config.loss)]
 
-    def take_metrics(self) -> Mapping[str, float]:
+    def summarize(self, metrics: Mapping[str, Tensor]) -> Mapping[str, float]:
         """Of the rollout: rewards, lengths, constant groups; of the step: ratio and divergence."""
-        if not self.batch_metrics:
-            return {}
-        metrics = take_batch_metrics(self.batch_metrics)
         ratio = metrics["logratio"].exp()
         clipped_share = ((ratio - 1.0).abs() > self.config.clip).double().mean()
         divergence = {"kl": float(metrics["kl"].mean())} if "kl" in metrics else {}
@@ -130,7 +123,6 @@ class GrpoObjective(Objective):
         rewards = np.array(rollout.rewards, dtype=np.float64)
         by_group = [rewards[groups == row] for row in np.unique(groups)]
         constant_groups = [group for group in by_group if group.max() - group.min() == 0.0]
-        lengths = [d.predictions for d in rollout.documents]
         self.rollout_metrics = {
             "reward": float(rewards.mean()),
             "reward_spread": float(np.mean([group.std() for group in by_group])),
@@ -138,7 +130,7 @@ class GrpoObjective(Objective):
             # Constant groups by cause: prompts that are too easy or too hard for the policy.
             "all_right": sum(float(group[0]) >= 1.0 for group in constant_groups) / len(by_group),
             "all_wrong": sum(float(group[0]) <= 0.0 for group in constant_groups) / len(by_group),
-            "answer_tokens": float(np.mean(lengths)),
+            "answer_tokens": float(np.mean([d.predictions for d in rollout.documents])),
             "cut": 1.0 - float(np.mean(rollout.stopped)),
         }
 

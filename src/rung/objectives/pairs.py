@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from rung.types import PackedBatch
@@ -23,14 +24,17 @@ class AnswerPairs(NamedTuple):
     rejected: list[int]
     weight: list[float]
 
+    def indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Indices of the better and of the other answers as tensors, [P] each."""
+        return torch.tensor(self.chosen, device=device), torch.tensor(self.rejected, device=device)
+
 
 def answer_pairs(batch: PackedBatch) -> AnswerPairs:
     """Every pair of a row with different scores (Ouyang et al. 2022, eq. 1)."""
     rows: dict[int, list[int]] = {}
-    for i, document in enumerate(batch.documents):
-        rows.setdefault(document.row, []).append(i)
-    score = [document.score or 0.0 for document in batch.documents]
-    pairs = AnswerPairs([], [], [])
+    for i, d in enumerate(batch.documents):
+        rows.setdefault(d.row, []).append(i)
+    score, pairs = [d.score or 0.0 for d in batch.documents], AnswerPairs([], [], [])
     for row in rows.values():
         row_pairs = [(a, b) for a in row for b in row if score[a] > score[b]]
         pairs.chosen.extend(a for a, _ in row_pairs)

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from rung.config.objective import PpoConfig
 from rung.models.policy import Policy
 from rung.objectives.advantages import Floats, generalized_advantage_estimates, whiten
-from rung.objectives.grpo import clipped_surrogate, kl_estimate, store_column
-from rung.objectives.protocol import Objective, take_batch_metrics
+from rung.objectives.grpo import clipped_surrogate, kl_estimate
+from rung.objectives.protocol import Objective
 from rung.objectives.reward import ScoreHead
-from rung.types import Counts, Example, LossTerm, PackedBatch, Rollout
+from rung.types import Example, LossTerm, PackedBatch, Rollout
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
@@ -44,6 +44,7 @@ def adapt_penalty(beta: float, divergence: float, target: float, answers: int, h
 class PpoObjective(Objective):
     """Sum over the tokens of answers, each with the weight of its row."""
 
+    config: PpoConfig
     head: ScoreHead
     """Head of the value model: expected return of an answer before each of its tokens."""
 
@@ -54,11 +55,10 @@ class PpoObjective(Objective):
 
         The value model is a second adapter on the same base. Without a `value_head` training starts from a random one.
         """
-        self.config, self.rollout = config, config.rollout
-        self.value_model, self.initial_head = value_model, value_head
+        super().__init__(config)
+        self.rollout, self.value_model, self.initial_head = config.rollout, value_model, value_head
         # Changes during a run if `adaptive_kl` is set, so checkpoints hold it.
         self.beta = config.beta
-        self.batch_metrics: list[dict[str, Tensor]] = []
         self.rollout_metrics: dict[str, float] = {}
 
     def begin(self, policy: Policy, seed: int) -> None:
@@ -82,22 +82,15 @@ class PpoObjective(Objective):
         """Restore the KL coefficient."""
         self.beta = state["beta"]
 
-    def count(self, batch: PackedBatch) -> Counts:
-        """Weights of the answers' tokens, and the number of answers."""
-        tokens = sum(d.weight * d.predictions for d in batch.documents)
-        return Counts(tokens=float(tokens), sequences=float(batch.sequences))
-
     def values(self, policy: Policy, batch: PackedBatch) -> Tensor:
         """Values before each token of the answers, [N]."""
-        values: Tensor = self.head((self.value_model or policy).hidden_states(batch)[batch.loss.source])
-        return values
+        hidden = (self.value_model or policy).hidden_states(batch)
+        return self.head(hidden[batch.loss.source])  # type: ignore[no-any-return]
 
     def rollout_columns(self, policy: Policy, rollout: Rollout) -> list[Mapping[str, np.ndarray]]:
         """Log-probabilities, values, advantages and returns of every token under the sampling policy."""
-        old, values = (
-            rollout.evaluate_documents(policy.logprobs),
-            rollout.evaluate_documents(lambda batch: self.values(policy, batch)),
-        )
+        old = rollout.evaluate_documents(policy.logprobs)
+        values = rollout.evaluate_documents(lambda batch: self.values(policy, batch))
         logratios = [np.zeros_like(reward) for reward in old]
         if self.config.beta:
             logratios = [a - b for a, b in zip(old, rollout.evaluate_documents(policy.reference_logprobs), strict=True)]
@@ -105,23 +98,20 @@ class PpoObjective(Objective):
         for reward, logratio, value in zip(rollout.rewards, logratios, values, strict=True):
             rewards = -self.beta * logratio.astype(np.float64)
             rewards[-1] += reward  # the reward belongs to the end of the answer: its last token
-            advantage = generalized_advantage_estimates(
-                rewards, value.astype(np.float64), self.config.gamma, self.config.gae_lambda
-            )
+            gamma, decay = self.config.gamma, self.config.gae_lambda
+            advantage = generalized_advantage_estimates(rewards, value.astype(np.float64), gamma, decay)
             advantages.append(advantage)
             returns.append(advantage + value)
         self._record_rollout(rollout, logratios, values, returns)
         if self.config.whiten:
             # After the returns are computed: these keep the scale of the rewards.
             advantages = whiten(advantages)
-        columns: list[dict[str, np.ndarray]] = [{} for _ in old]
-        for name, parts in (("old", old), ("values", values), ("advantage", advantages), ("returns", returns)):
-            store_column(columns, name, parts)
         if (adapt := self.config.adaptive_kl) is not None:
             n = len(rollout.documents)
             # The new coefficient applies from the next rollout on.
             self.beta = adapt_penalty(self.beta, self.rollout_metrics["kl_answer"], adapt.target, n, adapt.horizon)
-        return list(columns)
+        names = ("old", "values", "advantage", "returns")
+        return [dict(zip(names, c, strict=True)) for c in zip(old, values, advantages, returns, strict=True)]
 
     def has_signal(self, examples: Sequence[Example]) -> bool:
         """Whether some token has a nonzero advantage."""
@@ -137,12 +127,10 @@ class PpoObjective(Objective):
         weight_N = batch.loss.weight.to(logprobs_N.dtype)
         logratio_N = logprobs_N - columns["old"]
         policy_N = clipped_surrogate(logratio_N, columns["advantage"], self.config.clip)
-        value_N = value_loss(
-            values_N.to(logprobs_N.dtype), columns["values"], columns["returns"], self.config.cliprange_value
-        )
-        self.batch_metrics.append(
-            {"logratio": logratio_N.detach(), "logprob": logprobs_N.detach(), "value_loss": value_N.detach()}
-        )
+        values_N, clip = values_N.to(logprobs_N.dtype), self.config.cliprange_value
+        value_N = value_loss(values_N, columns["values"], columns["returns"], clip)
+        metrics = {"logratio": logratio_N, "logprob": logprobs_N, "value_loss": value_N}
+        self.batch_metrics.append({name: values.detach() for name, values in metrics.items()})
         terms = [
             LossTerm((policy_N * weight_N).sum(), "tokens", "policy"),
             LossTerm(self.config.vf_coef * (value_N * weight_N).sum(), "tokens", "value"),
@@ -163,11 +151,8 @@ class PpoObjective(Objective):
             return f"mean ratio {ratio:.2f}, at most {self.config.stops.ratio:g}"
         return None
 
-    def take_metrics(self) -> Mapping[str, float]:
+    def summarize(self, metrics: Mapping[str, Tensor]) -> Mapping[str, float]:
         """Of the rollout: rewards, divergence, values; of the step: ratio, clipping, entropy."""
-        if not self.batch_metrics:
-            return {}
-        metrics = take_batch_metrics(self.batch_metrics)
         ratio = metrics["logratio"].exp()
         return {
             **self.rollout_metrics,

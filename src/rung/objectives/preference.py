@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch.nn import functional as F  # noqa: N812
 from rung.config.objective import REFERENCE_FREE, PreferenceConfig
 from rung.models.policy import Policy, sum_by_document
 from rung.objectives.pairs import answer_pairs, correlation
-from rung.objectives.protocol import Objective, take_batch_metrics
+from rung.objectives.protocol import Objective
 from rung.objectives.sft import nll
 from rung.types import Counts, Example, LossTerm, PackedBatch
 
@@ -76,9 +77,8 @@ def orpo(pairs: PairLogprobs, config: PreferenceConfig) -> Tensor:
 
 def apo_zero(pairs: PairLogprobs, config: PreferenceConfig) -> Tensor:
     """Raise better answers and lower others, each independently (D'Oosterlinck et al. 2024, eq. 6)."""
-    return (
-        1.0 - torch.sigmoid(config.resolved_beta * pairs.chosen) + torch.sigmoid(config.resolved_beta * pairs.rejected)
-    )
+    chosen, rejected = (torch.sigmoid(config.resolved_beta * logratio) for logratio in pairs[:2])
+    return 1.0 - chosen + rejected
 
 
 def sigmoid_norm(pairs: PairLogprobs, config: PreferenceConfig) -> Tensor:
@@ -90,15 +90,9 @@ def sigmoid_norm(pairs: PairLogprobs, config: PreferenceConfig) -> Tensor:
 PER_TOKEN = frozenset({"ipo", "simpo", "orpo", "sigmoid_norm"})
 """Losses that compare nats per token."""
 LOSSES: dict[str, Callable[[PairLogprobs, PreferenceConfig], Tensor]] = {
-    "dpo": dpo,
-    "ipo": ipo,
-    "hinge": hinge,
-    "robust": robust,
-    "simpo": simpo,
-    "orpo": orpo,
-    "apo_zero": apo_zero,
-    "sigmoid_norm": sigmoid_norm,
+    loss.__name__: loss for loss in (dpo, ipo, hinge, robust, simpo, orpo, apo_zero, sigmoid_norm)
 }
+"""By the name in the config, which is that of the function."""
 
 
 def kto(ratio_D: Tensor, good_D: Tensor, reference_point: Tensor, config: PreferenceConfig) -> Tensor:
@@ -120,17 +114,14 @@ class PairedPreference(Objective):
     """Sum over rows of the mean loss of a row's pairs (Ouyang et al. 2022, eq. 1), each with the row's weight."""
 
     compares_answers, min_answers = True, 2
-
-    def __init__(self, config: PreferenceConfig) -> None:
-        self.config = config
-        self.batch_metrics: list[dict[str, Tensor]] = []
+    config: PreferenceConfig
 
     def count(self, batch: PackedBatch) -> Counts:
         """Weights of the rows, and of the tokens of their best answers."""
         pairs, documents = answer_pairs(batch), batch.documents
         # Answers that no other answer beats: only these are targets of the SFT term.
         best = set(pairs.chosen) - set(pairs.rejected)
-        tokens = sum(documents[i].weight * int(documents[i].supervised[1:].sum()) for i in best)
+        tokens = sum(documents[i].weight * documents[i].predictions for i in best)
         return Counts(tokens=float(tokens), sequences=float(batch.sequences), pairs=sum(pairs.weight))
 
     def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
@@ -139,8 +130,8 @@ class PairedPreference(Objective):
         # The reference runs first, while no activations of the policy are stored.
         if self.config.loss not in REFERENCE_FREE:
             reference_D = policy.reference_sums(batch)
-        logprobs_N, owner_N = policy.logprobs(batch), batch.loss.owner
-        chosen_P, rejected_P = (torch.tensor(side, device=owner_N.device) for side in (pairs.chosen, pairs.rejected))
+        logprobs_N = policy.logprobs(batch)
+        chosen_P, rejected_P = pairs.indices(logprobs_N.device)
         policy_D = sum_by_document(batch, logprobs_N)
         tokens_D = sum_by_document(batch, torch.ones_like(logprobs_N))
         ratio_D = policy_D if reference_D is None else policy_D - reference_D.to(policy_D.dtype)
@@ -149,17 +140,14 @@ class PairedPreference(Objective):
         self._record_batch(pair_logprobs, policy_D.detach()[chosen_P], policy_D.detach()[rejected_P])
         terms = [LossTerm((losses_P * losses_P.new_tensor(pairs.weight)).sum(), "pairs", self.config.loss)]
         if self.config.sft_weight:
-            best_D = torch.zeros(batch.sequences, dtype=torch.bool, device=owner_N.device)
+            best_D = torch.zeros(batch.sequences, dtype=torch.bool, device=logprobs_N.device)
             best_D[chosen_P] = True
             best_D[rejected_P] = False
             terms.append(cross_entropy(batch, logprobs_N, best_D, self.config.sft_weight))
         return terms
 
-    def take_metrics(self) -> Mapping[str, float]:
+    def summarize(self, metrics: Mapping[str, Tensor]) -> Mapping[str, float]:
         """Of the pairs: the margin that the loss sees, accuracy, log-probabilities, and lengths."""
-        if not self.batch_metrics:
-            return {}
-        metrics = take_batch_metrics(self.batch_metrics)
         margin, length_difference = metrics["margin"], metrics["chosen_tokens"] - metrics["rejected_tokens"]
         return {
             "margin": float(margin.mean()),
@@ -172,15 +160,9 @@ class PairedPreference(Objective):
 
     def _record_batch(self, pair_logprobs: PairLogprobs, chosen: Tensor, rejected: Tensor) -> None:
         first, second = pair_logprobs.per_token() if self.config.loss in PER_TOKEN else pair_logprobs[:2]
-        self.batch_metrics.append(
-            {
-                "margin": (self.config.resolved_beta * (first - second)).detach(),
-                "chosen": chosen,
-                "rejected": rejected,
-                "chosen_tokens": pair_logprobs.chosen_tokens,
-                "rejected_tokens": pair_logprobs.rejected_tokens,
-            }
-        )
+        margin = (self.config.resolved_beta * (first - second)).detach()
+        tokens = {"chosen_tokens": pair_logprobs.chosen_tokens, "rejected_tokens": pair_logprobs.rejected_tokens}
+        self.batch_metrics.append({"margin": margin, "chosen": chosen, "rejected": rejected, **tokens})
 
 
 class UnpairedPreference(Objective):
@@ -191,18 +173,14 @@ class UnpairedPreference(Objective):
     """
 
     compares_answers = True
-
-    def __init__(self, config: PreferenceConfig) -> None:
-        self.config = config
-        # 0 until the first step: policy and reference are still equal.
-        self.reference_point = torch.zeros(())
-        self.batch_metrics: list[dict[str, Tensor]] = []
+    config: PreferenceConfig
+    reference_point = torch.zeros(())
+    """In nats; 0 until the first step: policy and reference are still equal."""
 
     def count(self, batch: PackedBatch) -> Counts:
         """Weights of the answers, and of the tokens of the good ones."""
         weight = sum(document.weight for document in batch.documents)
-        good_documents = [d for d, is_good in zip(batch.documents, is_good_answer(batch), strict=True) if is_good]
-        tokens = sum(d.weight * int(d.supervised[1:].sum()) for d in good_documents)
+        tokens = sum(d.weight * d.predictions for d in compress(batch.documents, is_good_answer(batch)))
         return Counts(tokens=float(tokens), sequences=float(batch.sequences), pairs=float(weight))
 
     def kl_examples(self, examples: Sequence[Example]) -> list[Example]:
@@ -248,15 +226,11 @@ class UnpairedPreference(Objective):
             terms.append(cross_entropy(batch, logprobs_N, good_D, self.config.sft_weight))
         return terms
 
-    def take_metrics(self) -> Mapping[str, float]:
+    def summarize(self, metrics: Mapping[str, Tensor]) -> Mapping[str, float]:
         """Mean rewards beta r of good and bad answers, their difference, and the reference point in nats."""
-        if not self.batch_metrics:
-            return {}
-        metrics = take_batch_metrics(self.batch_metrics)
         reward, is_good = self.config.resolved_beta * metrics["ratio"], metrics["good"] > 0
-        means = {
-            name: float(reward[mask].mean()) for name, mask in (("good", is_good), ("bad", ~is_good)) if mask.any()
-        }
+        masks = {"good": is_good, "bad": ~is_good}
+        means = {name: float(reward[mask].mean()) for name, mask in masks.items() if mask.any()}
         margin = {"margin": means["good"] - means["bad"]} if len(means) == 2 else {}
         rewards = {f"{name}_reward": value for name, value in means.items()}
         return {**margin, **rewards, "reference_point": float(self.reference_point)}
@@ -265,9 +239,9 @@ class UnpairedPreference(Objective):
 def is_good_answer(batch: PackedBatch) -> list[bool]:
     """Whether each document's answer is good: labeled above 0, or the best of a row with several."""
     rows: dict[int, list[float]] = {}
-    for document in batch.documents:
-        rows.setdefault(document.row, []).append(document.score or 0.0)
-    scored = [(document.score or 0.0, rows[document.row]) for document in batch.documents]
+    for d in batch.documents:
+        rows.setdefault(d.row, []).append(d.score or 0.0)
+    scored = [(d.score or 0.0, rows[d.row]) for d in batch.documents]
     return [score == max(scores) if len(scores) > 1 else score > 0.0 for score, scores in scored]
 
 

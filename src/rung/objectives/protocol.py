@@ -8,7 +8,7 @@ implementations; `training/step.py` divides.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -35,8 +35,13 @@ class Objective(Protocol):
     """Share of the rows that the policy answers; the others keep the answers of the data."""
     uses_rewards: bool = True
     """Whether generated answers get rewards; otherwise they are plain training documents."""
+    config: Any
+    """The objective's config."""
     batch_metrics: list[dict[str, Tensor]]
-    """Values recorded by batches since the last report, by name. Every objective makes a list of its own."""
+    """Values recorded by batches since the last report, by name."""
+
+    def __init__(self, config: Any) -> None:
+        self.config, self.batch_metrics = config, []
 
     def begin(self, policy: Policy, seed: int) -> None:
         """Called once, before anything else: create the heads of this objective for the model."""
@@ -51,12 +56,13 @@ class Objective(Protocol):
         return None
 
     def count(self, batch: PackedBatch) -> Counts:
-        """What this batch adds to the divisor, by unit."""
-        ...
+        """What this batch adds to the divisor, by unit: weights of the supervised tokens, and the documents."""
+        # From the documents: the weights of the batch may be on a device, and reading them would synchronize with it.
+        tokens = sum(d.weight * d.predictions for d in batch.documents)
+        return Counts(tokens=float(tokens), sequences=float(batch.sequences))
 
     def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
         """Terms to minimize, as sums."""
-        ...
 
     def kl_examples(self, examples: Sequence[Example]) -> list[Example]:
         """Documents to evaluate before a step over these examples, without learning from them."""
@@ -92,12 +98,14 @@ class Objective(Protocol):
 
     def take_metrics(self) -> Mapping[str, float]:
         """Means over the batches since the last report, for the log; clears the record."""
+        if not self.batch_metrics:
+            return {}
+        # Concatenated only here: until a report the tensors stay on the device, without synchronization.
+        names = self.batch_metrics[0].keys()
+        metrics = {name: torch.cat([batch[name] for batch in self.batch_metrics]).double() for name in names}
+        self.batch_metrics.clear()
+        return self.summarize(metrics)
+
+    def summarize(self, metrics: Mapping[str, Tensor]) -> Mapping[str, float]:
+        """What `take_metrics` reports of the recorded values of all batches, in float64."""
         return {}
-
-
-def take_batch_metrics(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Concatenate the recorded values of all batches in float64, by name; clear the record."""
-    # Concatenated only here: until a report the tensors stay on the device, without synchronization.
-    metrics = {name: torch.cat([batch[name] for batch in batches]).double() for name in batches[0]}
-    batches.clear()
-    return metrics

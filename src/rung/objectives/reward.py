@@ -17,18 +17,13 @@ from torch.nn import functional as F  # noqa: N812
 from rung.config.objective import RewardConfig
 from rung.models.policy import Policy
 from rung.objectives.pairs import answer_pairs, correlation
-from rung.objectives.protocol import Objective, take_batch_metrics
+from rung.objectives.protocol import Objective
 from rung.types import Counts, LossTerm, PackedBatch
 
 
 def bradley_terry(chosen_P: Tensor, rejected_P: Tensor, margin_P: Tensor) -> Tensor:
     """-log sigmoid(r_w - r_l - m) in nats [P] (Ouyang et al. 2022, eq. 1; the margin m: Touvron et al. 2023, eq. 2)."""
     return -F.logsigmoid(chosen_P - rejected_P - margin_P)
-
-
-def center_rewards_loss(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
-    """(r_w + r_l)^2 [P]: pairs leave the level of the scores free, this term keeps it at 0 (Eisenstein et al. 2024)."""
-    return (chosen_P + rejected_P).square()
 
 
 class ScoreHead(nn.Module):
@@ -41,24 +36,17 @@ class ScoreHead(nn.Module):
     @staticmethod
     def fresh(policy: Policy, seed: int) -> ScoreHead:
         """A random head from N(0, 1 / (H + 1)) (Stiennon et al. 2020, appendix B.1)."""
-        width = policy.model.get_input_embeddings().weight.shape[1]
-        generator = torch.Generator().manual_seed(seed)
-        dtype = torch.promote_types(torch.float32, policy.model.get_input_embeddings().weight.dtype)
+        embeddings: Tensor = policy.model.get_input_embeddings().weight
+        width, generator = embeddings.shape[1], torch.Generator().manual_seed(seed)
         # Drawn on the processor in float32, so that a seed gives the same head on every device and dtype.
         weight = torch.randn(1, width, generator=generator, dtype=torch.float32) / (width + 1) ** 0.5
-        return ScoreHead(weight.to(policy.device, dtype))
+        return ScoreHead(weight.to(policy.device, torch.promote_types(torch.float32, embeddings.dtype)))
 
     def forward(self, h: Tensor) -> Tensor:
         """[..., H] -> [...]."""
         # In bfloat16 close scores would become equal.
         with torch.autocast(h.device.type, enabled=False):
-            scores: Tensor = (h.to(self.weight.dtype) @ self.weight.T)[..., 0]
-        return scores
-
-
-def last_tokens(batch: PackedBatch) -> Tensor:
-    """Position in the row of each document's last token, [D]: its stop token, if it has one."""
-    return torch.tensor([int(positions[-1]) for positions in batch.rows], device=batch.ids.device)
+            return (h.to(self.weight.dtype) @ self.weight.T)[..., 0]
 
 
 class RewardObjective(Objective):
@@ -66,11 +54,8 @@ class RewardObjective(Objective):
 
     # The loss reads hidden states, so the output head stays frozen.
     compares_answers, min_answers, reads_head = True, 2, False
+    config: RewardConfig
     head: ScoreHead
-
-    def __init__(self, config: RewardConfig) -> None:
-        self.config = config
-        self.batch_metrics: list[dict[str, Tensor]] = []
 
     def begin(self, policy: Policy, seed: int) -> None:
         """Create a random head."""
@@ -90,31 +75,32 @@ class RewardObjective(Objective):
 
     def scores(self, policy: Policy, batch: PackedBatch) -> Tensor:
         """Scores of every document, [D], on a log-odds scale: a difference of 1.1 is a preference of 3 to 1."""
-        scores: Tensor = self.head(policy.hidden_states(batch)[last_tokens(batch)])
-        return scores
+        # The last token of a document is its stop token, if it has one.
+        last_tokens = torch.tensor([int(positions[-1]) for positions in batch.rows], device=batch.ids.device)
+        return self.head(policy.hidden_states(batch)[last_tokens])  # type: ignore[no-any-return]
 
     def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
         """One term of the pairs, and one that centers the scores if `center_rewards_coefficient` is above 0."""
         pairs, scores_D = answer_pairs(batch), self.scores(policy, batch)
-        chosen_P, rejected_P = (torch.tensor(side, device=scores_D.device) for side in (pairs.chosen, pairs.rejected))
+        chosen_P, rejected_P = pairs.indices(scores_D.device)
         weight_P = scores_D.new_tensor(pairs.weight)
         data_scores = [document.score or 0.0 for document in batch.documents]
         # The margin grows with the difference of the data's scores: clear preferences need a larger gap.
         score_differences = [data_scores[a] - data_scores[b] for a, b in zip(pairs.chosen, pairs.rejected, strict=True)]
         chosen, rejected = scores_D[chosen_P], scores_D[rejected_P]
         losses_P = bradley_terry(chosen, rejected, self.config.margin * scores_D.new_tensor(score_differences))
-        self._record_batch(batch, chosen.detach(), rejected.detach(), chosen_P, rejected_P)
+        tokens_D = torch.tensor([int(d.supervised.sum()) for d in batch.documents], device=scores_D.device)
+        scores = {"chosen": chosen.detach(), "rejected": rejected.detach()}
+        self.batch_metrics.append({**scores, "longer": tokens_D[chosen_P] - tokens_D[rejected_P]})
         terms = [LossTerm((losses_P * weight_P).sum(), "pairs", "bradley_terry")]
         if self.config.center_rewards_coefficient:
-            centering = (center_rewards_loss(chosen, rejected) * weight_P).sum()
+            # (r_w + r_l)^2: pairs leave the level of the scores free, this keeps it at 0 (Eisenstein et al. 2024).
+            centering = ((chosen + rejected).square() * weight_P).sum()
             terms.append(LossTerm(self.config.center_rewards_coefficient * centering, "pairs", "centering"))
         return terms
 
-    def take_metrics(self) -> Mapping[str, float]:
+    def summarize(self, metrics: Mapping[str, Tensor]) -> Mapping[str, float]:
         """Of the pairs: accuracy, scores, and the correlation of score and length differences."""
-        if not self.batch_metrics:
-            return {}
-        metrics = take_batch_metrics(self.batch_metrics)
         margin = metrics["chosen"] - metrics["rejected"]
         return {
             "accuracy": float((margin > 0).double().mean()),
@@ -123,11 +109,3 @@ class RewardObjective(Objective):
             "rejected_score": float(metrics["rejected"].mean()),
             "length_correlation": correlation(margin, metrics["longer"]),
         }
-
-    def _record_batch(
-        self, batch: PackedBatch, chosen: Tensor, rejected: Tensor, chosen_P: Tensor, rejected_P: Tensor
-    ) -> None:
-        tokens_D = torch.tensor([int(d.supervised.sum()) for d in batch.documents], device=chosen.device)
-        self.batch_metrics.append(
-            {"chosen": chosen, "rejected": rejected, "longer": tokens_D[chosen_P] - tokens_D[rejected_P]}
-        )

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rung.config.objective import SftConfig
 from rung.models.policy import Policy
 from rung.objectives.protocol import Objective
-from rung.types import Counts, LossTerm, PackedBatch
+from rung.types import LossTerm, PackedBatch
 
 
 def nll(logprobs_N: Tensor, weight_N: Tensor) -> Tensor:
@@ -21,16 +20,6 @@ def nll(logprobs_N: Tensor, weight_N: Tensor) -> Tensor:
 
 class SftObjective(Objective):
     """Sum of weighted token losses; the divisor is the sum of the weights: a row of weight 2 counts as two."""
-
-    def __init__(self, config: SftConfig) -> None:
-        self.config = config
-        self.batch_metrics: list[dict[str, Tensor]] = []
-
-    def count(self, batch: PackedBatch) -> Counts:
-        """The sum of the weights of the supervised tokens."""
-        # From the documents: the weights of the batch may be on a device, and reading them would synchronize with it.
-        tokens = sum(d.weight * int(d.supervised[1:].sum()) for d in batch.documents)
-        return Counts(tokens=float(tokens), sequences=float(batch.sequences))
 
     def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
         """One term, in nats."""

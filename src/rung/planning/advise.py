@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +18,10 @@ from rung.config.method import BASE_CHANGING_METHODS, METHOD_CONFIGS, QloraConfi
 from rung.config.model import WITHOUT_RUN_SETTINGS, ModelConfig
 from rung.config.objective import ModelRewardConfig
 from rung.config.run import RunConfig
-from rung.errors import ConfigError, did_you_mean
+from rung.errors import ConfigError
 from rung.planning.architecture import ModelShape, read_shape
-from rung.planning.memory import (
-    MemoryEstimate,
-    MicroBatch,
-    Stage,
-    estimate_follow_up_commands,
-    estimate_memory,
-    tokens_per_micro_batch,
-)
-from rung.planning.method_cost import method_cost
-from rung.planning.throughput import (
-    DEFAULT_DOCUMENT_TOKENS,
-    DEVICES,
-    DataVolume,
-    Device,
-    Throughput,
-    estimate_data_volume,
-    run_flops,
-    throughput_for,
-)
+from rung.planning.memory import MemoryEstimate, MicroBatch, Stage, estimate_memory, tokens_per_micro_batch
+from rung.planning.throughput import DataVolume, Device, Throughput, guess_data_volume, run_flops, throughput_for
 
 MAX_PROBED_TOKENS = 2048
 """The largest micro-batch, in tokens, that `probe` tries."""
@@ -110,21 +93,20 @@ class Advice:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        change = self.change
+        change = None
+        if (c := self.change) is not None:
+            change = {"overrides": list(c.overrides), "costs": c.cost, "plan": c.plan.to_json()}
         return {
             "parameters": self.shape.parameters,
             "compute": self.micro_batch.compute_dtype,
             "tokens_per_micro_batch": self.micro_batch.tokens,
             "tokens": self.data_volume and self.data_volume.tokens,
             "tokens_given": self.data_volume is not None and self.data_volume.is_counted,
-            "rate": None
-            if self.throughput is None
-            else {"flops": self.throughput.flops, "source": self.throughput.source},
+            "rate": self.throughput and asdict(self.throughput),
             "limit_bytes": self.plan.limit,
             "plan": self.plan.to_json(),
             "methods": [other.to_json() for other in self.alternatives],
-            "change": change
-            and {"overrides": list(change.overrides), "costs": change.cost, "plan": change.plan.to_json()},
+            "change": change,
         }
 
 
@@ -136,71 +118,43 @@ def advise(
     `limit` is in bytes, `tokens` counts one epoch, `device` None means this machine. Raises `ConfigError` for a model
     without a config.
     """
-    shape, volume = read_shape(config.model), _guess_data_volume(config)
+    shape, volume = read_shape(config.model), guess_data_volume(config)
     if tokens is not None:
-        volume = replace(volume or estimate_data_volume([]), tokens=tokens, is_counted=True)
+        volume = replace(volume or DataVolume(0.0), tokens=tokens, is_counted=True)
     limit = device.memory if limit is None and device is not None else limit
     micro_batch = assumed_micro_batch(config, shape, device)
     throughput = throughput_for(device, micro_batch.compute_dtype)
 
-    def plan(changed: RunConfig, name: str) -> RunPlan:
-        changed_batch, auxiliary = assumed_micro_batch(changed, shape, device), auxiliary_shapes(changed)
-        return _plan(changed, name, shape, changed_batch, volume, throughput, limit, auxiliary)
+    def plan(changed: RunConfig) -> RunPlan:
+        batch, auxiliary = assumed_micro_batch(changed, shape, device), auxiliary_shapes(changed)
+        memory = estimate_memory(changed, shape, batch, auxiliary)
+        flops = None if volume is None else run_flops(changed, shape, volume, memory.cost, auxiliary.get("teacher"))
+        seconds = None if throughput is None or flops is None else flops / throughput.flops
+        length = (volume or DataVolume(0.0)).document_tokens
+        follow_up = memory.follow_up_stages(changed, shape, batch.compute_dtype, length)
+        return RunPlan(_method_label(changed), memory.cost.trainable, memory, flops, seconds, follow_up, limit)
 
-    own_plan = plan(config, _method_label(config))
-    change = None
+    own_plan, change = plan(config), None
     if own_plan.fits is False:
         # A generator: the changes are ordered by cost, and planning stops at the first that fits.
-        candidates = (
-            CheapestChange(o, costs, plan(changed, _method_label(changed)))
-            for o, costs, changed in _candidate_changes(config, micro_batch.tokens)
-        )
+        changes = _candidate_changes(config, micro_batch.tokens)
+        candidates = (CheapestChange(overrides, costs, plan(changed)) for overrides, costs, changed in changes)
         change = next((c for c in candidates if c.plan.fits), None)
-    other_plans = tuple(plan(changed, name) for name, changed in alternatives(config))
+    other_plans = tuple(map(plan, alternatives(config)))
     return Advice(shape, micro_batch, volume, throughput, own_plan, other_plans, change)
-
-
-def _plan(
-    config: RunConfig,
-    label: str,
-    shape: ModelShape,
-    micro_batch: MicroBatch,
-    volume: DataVolume | None,
-    throughput: Throughput | None,
-    limit: int | None,
-    auxiliary: Mapping[str, ModelShape],
-) -> RunPlan:
-    flops = None if volume is None else run_flops(config, shape, volume, auxiliary.get("teacher"))
-    seconds = None if throughput is None or flops is None else flops / throughput.flops
-    memory = estimate_memory(config, shape, micro_batch, auxiliary)
-    follow_up = estimate_follow_up_commands(
-        config, shape, micro_batch, volume.document_tokens if volume else DEFAULT_DOCUMENT_TOKENS
-    )
-    return RunPlan(label, method_cost(config.method, shape).trainable, memory, flops, seconds, follow_up, limit)
 
 
 def assumed_micro_batch(config: RunConfig, shape: ModelShape, device: Device | None) -> MicroBatch:
     """The largest micro-batch that the budget allows, before anything has been tokenized."""
-    budget_setting = config.training.tokens_per_micro_batch
+    setting, max_length = config.training.tokens_per_micro_batch, config.data.max_length or 0
     kind = "cpu" if device is None else "cuda"
-    budget = (
-        tokens_per_micro_batch(shape, kind)
-        if budget_setting == "auto"
-        else MAX_PROBED_TOKENS
-        if budget_setting == "probe"
-        else budget_setting
-    )
-    max_length = config.data.max_length or 0
+    auto_budget = tokens_per_micro_batch(shape, kind) if setting == "auto" else MAX_PROBED_TOKENS
+    budget = setting if isinstance(setting, int) else auto_budget
     # A document is never divided, so one longer than the budget is a micro-batch of its own.
     tokens = max(budget, max_length)
-    return MicroBatch(
-        compute_type(config.model, device),
-        tokens,
-        int(tokens * SUPERVISED_SHARE),
-        # Memory fragments more for a single long document; see `planning/memory.py`.
-        documents=1 if max_length > budget else 2,
-        device=kind,
-    )
+    # Memory fragments more for a single long document; see `planning/memory.py`.
+    documents, compute = 1 if max_length > budget else 2, compute_type(config.model, device)
+    return MicroBatch(compute, tokens, int(tokens * SUPERVISED_SHARE), documents=documents, device=kind)
 
 
 def compute_type(model: ModelConfig, device: Device | None) -> str:
@@ -247,11 +201,9 @@ def _auxiliary_shape(config: RunConfig, name: str, where: str) -> ModelShape:
     """Shape of a model that the config names outside `model.name`; errors refer to that setting."""
     try:
         return read_shape(config.model.model_copy(update={"name": name, **WITHOUT_RUN_SETTINGS}))
-    except ConfigError as error:
-        location = where if error.where == "model.name" else error.where
-        raise ConfigError(
-            error.summary, where=location, given=error.given, allowed=error.allowed, hint=error.hint
-        ) from error
+    except ConfigError as e:
+        place = where if e.where == "model.name" else e.where
+        raise ConfigError(e.summary, where=place, given=e.given, allowed=e.allowed, hint=e.hint) from e
 
 
 def require_reward_run(run: str) -> dict[str, Any]:
@@ -267,25 +219,15 @@ def require_reward_run(run: str) -> dict[str, Any]:
     return config
 
 
-def alternatives(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
+def alternatives(config: RunConfig) -> Iterator[RunConfig]:
     """The run with every method: with the config's settings for its own method, with defaults for others."""
-    kinds: Mapping[str, Any] = METHOD_CONFIGS
-    for kind, config_class in kinds.items():
+    for kind, config_class in METHOD_CONFIGS.items():
         if kind == "peft":
             continue  # the size of its tuners is known only for a loaded model
-        if kind == "qlora":
-            for bits in (8, 4):
-                method = (
-                    config_class(bits=bits)
-                    if config.method.kind != kind
-                    else config.method.model_copy(update={"bits": bits})
-                )
-                yield f"qlora, {bits} bits", config.model_copy(update={"method": method})
-            continue
-        yield (
-            kind,
-            config.model_copy(update={"method": config.method if kind == config.method.kind else config_class()}),
-        )
+        method = config.method if kind == config.method.kind else config_class.model_validate({})
+        variants = [method.model_copy(update={"bits": bits}) for bits in (8, 4)] if kind == "qlora" else [method]
+        for variant in variants:
+            yield config.model_copy(update={"method": variant})
 
 
 def _method_label(config: RunConfig) -> str:
@@ -293,53 +235,37 @@ def _method_label(config: RunConfig) -> str:
     return f"qlora, {config.method.bits} bits" if isinstance(config.method, QloraConfig) else config.method.kind
 
 
+def _with_settings(config: RunConfig, section: str, **settings: Any) -> RunConfig:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=settings)})
+
+
 def _candidate_changes(config: RunConfig, current_tokens: int) -> Iterator[tuple[tuple[str, ...], str, RunConfig]]:
     """Changes in order of cost: first those that cost only time, last another method."""
     for tokens in (4096, 2048, 1024, 512, 256, 128):
-        if tokens < current_tokens and tokens >= (config.data.max_length or 0):
-            training = config.training.model_copy(update={"tokens_per_micro_batch": tokens})
-            yield (
-                (f"training.tokens_per_micro_batch={tokens}",),
-                "speed alone",
-                config.model_copy(update={"training": training}),
-            )
+        if (config.data.max_length or 0) <= tokens < current_tokens:
+            changed = _with_settings(config, "training", tokens_per_micro_batch=tokens)
+            yield (f"training.tokens_per_micro_batch={tokens}",), "speed alone", changed
     # Further changes assume the smallest micro-batch, because that saving costs least.
-    small_training = config.training.model_copy(
-        update={"tokens_per_micro_batch": min(SMALL_MICRO_BATCH, current_tokens)}
-    )
-    small_config = config.model_copy(update={"training": small_training})
-
-    def with_(override: str) -> tuple[str, ...]:
-        return f"training.tokens_per_micro_batch={small_training.tokens_per_micro_batch}", override
-
-    moments = small_training.optimizer.model_copy(update={"state_dtype": "int8"})
-    int8_config = small_config.model_copy(update={"training": small_training.model_copy(update={"optimizer": moments})})
+    smallest = min(SMALL_MICRO_BATCH, current_tokens)
+    first = f"training.tokens_per_micro_batch={smallest}"
+    small = _with_settings(config, "training", tokens_per_micro_batch=smallest)
     if config.training.optimizer.state_dtype != "int8":
-        yield with_("training.optimizer.state_dtype=int8"), "moments rounded to 8 bits", int8_config
+        optimizer = config.training.optimizer.model_copy(update={"state_dtype": "int8"})
+        changed = _with_settings(small, "training", optimizer=optimizer)
+        yield (first, "training.optimizer.state_dtype=int8"), "moments rounded to 8 bits", changed
     for length in (2048, 1024, 512, 256):
         if config.data.max_length and length < config.data.max_length:
-            data = config.data.model_copy(update={"max_length": length})
-            yield with_(f"data.max_length={length}"), "longer documents", small_config.model_copy(update={"data": data})
+            changed = _with_settings(small, "data", max_length=length)
+            yield (first, f"data.max_length={length}"), "longer documents", changed
     for rank in (8, 4):
         if (config.method.adapter_rank or 0) > rank:
-            method = config.method.model_copy(update={"rank": rank})
-            yield (
-                with_(f"method.rank={rank}"),
-                "what an adapter can hold",
-                small_config.model_copy(update={"method": method}),
-            )
-    methods: Sequence[tuple[str, dict[str, Any]]] = (
-        ("method={kind: lora}", {"kind": "lora"}),
-        ("method={kind: qlora, bits: 8}", {"kind": "qlora", "bits": 8}),
-        ("method={kind: qlora}", {"kind": "qlora"}),
-        ("method={kind: prompt}", {"kind": "prompt"}),
-    )
-    for override, settings in methods:
-        if settings["kind"] != config.method.kind or "bits" in settings:
-            kind = settings["kind"]
-            config_class: Any = METHOD_CONFIGS[kind]
-            method = config_class.model_validate(settings)
-            yield with_(override), "another method", small_config.model_copy(update={"method": method})
+            changed = _with_settings(small, "method", rank=rank)
+            yield (first, f"method.rank={rank}"), "what an adapter can hold", changed
+    for kind, settings in (("lora", {}), ("qlora", {"bits": 8}), ("qlora", {}), ("prompt", {})):
+        if kind != config.method.kind or settings:
+            method = METHOD_CONFIGS[kind].model_validate(settings)
+            override = ", ".join(f"{key}: {value}" for key, value in {"kind": kind, **settings}.items())
+            yield (first, f"method={{{override}}}"), "another method", small.model_copy(update={"method": method})
 
 
 def parse_size(text: str | None) -> int | None:
@@ -354,27 +280,3 @@ def parse_size(text: str | None) -> int | None:
 
 # Decimal without an i (GB), binary with it (GiB).
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-
-
-def parse_device(name: str | None) -> Device | None:
-    """Look up a device. Raises `ConfigError` for an unknown one."""
-    if name is None:
-        return None
-    if name.lower() not in DEVICES:
-        suggestion = did_you_mean(name.lower(), list(DEVICES))
-        hint = f"did you mean {suggestion}?" if suggestion else "give --memory for another"
-        raise ConfigError("no such device", where="--device", given=name, allowed=", ".join(DEVICES), hint=hint)
-    return DEVICES[name.lower()]
-
-
-def _guess_data_volume(config: RunConfig) -> DataVolume | None:
-    """Data volume from the file sizes and the config's splits and limit; None if no file exists."""
-    paths = [config.data.path] if isinstance(config.data.path, str) else [source.path for source in config.data.path]
-    shares = [s for s in (config.data.validation, config.data.test) if isinstance(s, float | int)]
-    volume = estimate_data_volume([Path(name) for name in paths])
-    if not volume.tokens:
-        return None
-    tokens = volume.tokens * max(0.0, 1.0 - sum(shares))
-    if config.data.limit is not None:
-        tokens = min(tokens, config.data.limit * volume.document_tokens)
-    return DataVolume(tokens, volume.supervised_share, volume.document_tokens, is_counted=False)

@@ -7,19 +7,21 @@ each family of architectures; `tests/unit/test_plan.py` compares the counts with
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rung.config.base import LinearRole
 from rung.config.layers import student_layers
-from rung.config.model import ModelConfig, StudentLayers
+from rung.config.model import ModelConfig
 from rung.config.model_catalog import CATALOG
 from rung.config.support import model_refusal
 from rung.errors import CheckpointError, ConfigError, PlanError, did_you_mean
 from rung.files import is_run_folder, read_safetensors_header
 
+_QKV: tuple[LinearRole, ...] = ("q", "k", "v")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _UNTIED_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gpt_neox", "olmo2", "granite"})
 """Architectures whose head is untied unless the config ties it to the embeddings."""
@@ -94,11 +96,6 @@ class ModelShape:
         return self.heads * self.head_width
 
     @property
-    def gated(self) -> bool:
-        """Whether the feed-forward block multiplies two branches."""
-        return any("gate" in m.roles for m in self.matrices)
-
-    @property
     def linear_parameters(self) -> int:
         """Parameters of a layer's linears."""
         return sum(m.parameters for m in self.matrices)
@@ -121,14 +118,13 @@ def read_shape(config: ModelConfig) -> ModelShape:
     Raises `ConfigError` for a name without a config, `PlanError` for an unsupported architecture.
     """
     if config.student_of is not None:
-        teacher_shape = read_shape(
-            config.model_copy(update={"name": config.student_of, "student_of": None, "layers": None})
-        )
-        return _with_layer_count(teacher_shape, config.layers or "every_other")
+        teacher = read_shape(config.model_copy(update={"name": config.student_of, "student_of": None, "layers": None}))
+        return replace(teacher, layers=len(student_layers(config.layers or "every_other", teacher.layers)))
     if config.name in CATALOG:
         return shape_from_config(CATALOG[config.name].config)
-    if Path(config.name).suffix.lower() == ".gguf" and Path(config.name).expanduser().is_file():
-        return _shape_from_gguf(Path(config.name).expanduser())
+    file = Path(config.name).expanduser()
+    if file.suffix.lower() == ".gguf" and file.is_file():
+        return _shape_from_gguf(file)
     folder = _model_folder(config)
     if folder is not None and is_run_folder(folder):
         return _shape_from_run(folder)
@@ -159,12 +155,10 @@ def shape_from_config(config: Mapping[str, Any], stored: str | None = None) -> M
 
 def _shape(kind: str, config: Mapping[str, Any], stored: str) -> ModelShape:
     def number(*names: str, default: int | None = None) -> int:
-        for name in names:
-            if config.get(name) is not None:
-                return int(config[name])
-        if default is None:
+        value = next((config[name] for name in names if config.get(name) is not None), default)
+        if value is None:
             raise KeyError(names[0])
-        return default
+        return int(value)
 
     width, layers = number("hidden_size", "n_embd"), number("num_hidden_layers", "n_layer")
     heads = number("num_attention_heads", "n_head")
@@ -176,69 +170,49 @@ def _shape(kind: str, config: Mapping[str, Any], stored: str) -> ModelShape:
     context = number("max_position_embeddings", "n_positions", default=2**20)
     # The head width may be set apart from hidden size over heads (Qwen3, Gemma).
     query, kv = heads * head_width, kv_heads * head_width
-    matrices, vectors, outside = _layer_linears(kind, config, (width, query, kv, mlp))
+    matrices, vectors, outside = _layer_linears(kind, config, width, query, kv, mlp)
     # Learned positions (OPT has two more), and the bias of Phi's head.
     outside += {"gpt2": context * width, "opt": (context + 2) * width, "phi": vocabulary}.get(kind, 0)
     tied = bool(config.get("tie_word_embeddings", kind not in _UNTIED_TYPES))
-    return ModelShape(
-        # Positional, in the order of the fields.
-        *(kind, layers, width, heads, kv_heads, head_width, mlp, vocabulary),
-        tied=tied,
-        matrices=matrices,
-        norm_parameters=vectors,
-        other_parameters=outside,
-        stored_dtype=stored,
-        context=context,
-    )
+    sizes = (kind, layers, width, heads, kv_heads, head_width, mlp, vocabulary)
+    return ModelShape(*sizes, tied, tuple(matrices), vectors, outside, stored, context)  # in the order of the fields
 
 
 def _layer_linears(
-    kind: str, config: Mapping[str, Any], widths: tuple[int, int, int, int]
-) -> tuple[tuple[LinearShape, ...], int, int]:
+    kind: str, config: Mapping[str, Any], width: int, query: int, kv: int, mlp: int
+) -> tuple[list[LinearShape], int, int]:
     """The linears of a layer, the parameters of its norms, and those of the last norm."""
-    width, query, kv, mlp = widths
     if kind in ("gpt2", "opt", "phi", "gpt_neox"):  # biases everywhere, LayerNorm, no gate
-        if kind in ("gpt2", "gpt_neox"):
-            attention: Sequence[LinearShape] = [LinearShape(("q", "k", "v"), width, query + 2 * kv, True)]
-        else:
-            attention = [LinearShape((role,), width, out, True) for role, out in _qkv(query, kv)]
-        linears = (*attention, LinearShape(("o",), query, width, True), LinearShape(("up",), width, mlp, True))
+        linears = _qkv(width, query, kv, fused=kind in ("gpt2", "gpt_neox"), bias=True)
+        linears += [LinearShape(("o",), query, width, True), LinearShape(("up",), width, mlp, True)]
+        linears.append(LinearShape(("down",), mlp, width, True))
         # Phi has one norm for attention and feed-forward block, which run in parallel.
-        norms = 1 if kind == "phi" else 2
-        return (*linears, LinearShape(("down",), mlp, width, True)), norms * 2 * width, 2 * width
+        return linears, (1 if kind == "phi" else 2) * 2 * width, 2 * width
     if kind == "phi3":
-        attention_linears = LinearShape(("q", "k", "v"), width, query + 2 * kv), LinearShape(("o",), query, width)
-        return (
-            (*attention_linears, LinearShape(("gate", "up"), width, 2 * mlp), LinearShape(("down",), mlp, width)),
-            2 * width,
-            width,
-        )
+        linears = [*_qkv(width, query, kv, fused=True, bias=False), LinearShape(("o",), query, width)]
+        linears += [LinearShape(("gate", "up"), width, 2 * mlp), LinearShape(("down",), mlp, width)]
+        return linears, 2 * width, width
     # Qwen2 has biases on q, k and v without a setting for them, and none on o.
-    has_bias = bool(config.get("attention_bias", kind == "qwen2"))
-    out_biased = has_bias and kind != "qwen2"
-    mlp_bias = bool(config.get("mlp_bias", False))
-    attention = (*(LinearShape((role,), width, out, has_bias) for role, out in _qkv(query, kv)),)
-    block = (
-        LinearShape(("o",), query, width, out_biased),
-        LinearShape(("gate",), width, mlp, mlp_bias),
-        LinearShape(("up",), width, mlp, mlp_bias),
-        LinearShape(("down",), mlp, width, mlp_bias),
-    )
+    has_bias, mlp_bias = bool(config.get("attention_bias", kind == "qwen2")), bool(config.get("mlp_bias", False))
+    linears = _qkv(width, query, kv, fused=False, bias=has_bias)
+    linears += [LinearShape(("o",), query, width, has_bias and kind != "qwen2")]
+    linears += [LinearShape(("gate",), width, mlp, mlp_bias), LinearShape(("up",), width, mlp, mlp_bias)]
     # Gemma also normalizes the output of each block; Qwen3 and Gemma 3 normalize queries and keys.
     norms = (4 if kind in ("gemma2", "gemma3_text") else 2) * width
-    head_width = query // int(config["num_attention_heads"])
     if kind in ("qwen3", "gemma3_text"):
-        norms += 2 * head_width
-    return (*attention, *block), norms, width
+        norms += 2 * (query // int(config["num_attention_heads"]))
+    return [*linears, LinearShape(("down",), mlp, width, mlp_bias)], norms, width
 
 
-def _qkv(query: int, kv: int) -> tuple[tuple[LinearRole, int], ...]:
-    return ("q", query), ("k", kv), ("v", kv)
+def _qkv(width: int, query: int, kv: int, *, fused: bool, bias: bool) -> list[LinearShape]:
+    if fused:
+        return [LinearShape(_QKV, width, query + 2 * kv, bias)]
+    return [LinearShape((role,), width, n, bias) for role, n in zip(_QKV, (query, kv, kv), strict=True)]
 
 
 def stored_type(folder: Path) -> str | None:
     """The dtype of most weights in a model folder's safetensors files; None without such files."""
-    bytes_by_dtype: dict[str, int] = {}
+    bytes_by_dtype = Counter[str]()
     for file in sorted(folder.glob("*.safetensors")):
         try:
             header, _ = read_safetensors_header(file)
@@ -247,10 +221,10 @@ def stored_type(folder: Path) -> str | None:
         for entry in header.values():
             if "dtype" in entry:
                 # By bytes: a few float32 norms in a bfloat16 file do not decide.
-                size = entry["data_offsets"][1] - entry["data_offsets"][0]
-                bytes_by_dtype[entry["dtype"]] = bytes_by_dtype.get(entry["dtype"], 0) + size
+                start, end = entry["data_offsets"]
+                bytes_by_dtype[entry["dtype"]] += end - start
     names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-    return names.get(max(bytes_by_dtype, key=bytes_by_dtype.__getitem__)) if bytes_by_dtype else None
+    return names.get(bytes_by_dtype.most_common(1)[0][0]) if bytes_by_dtype else None
 
 
 def _declared_dtype(config: Mapping[str, Any]) -> str:
@@ -258,10 +232,6 @@ def _declared_dtype(config: Mapping[str, Any]) -> str:
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
     # An unknown dtype is planned at four bytes, the cautious choice.
     return dtype if dtype in DTYPE_BYTES else "float32"
-
-
-def _with_layer_count(shape: ModelShape, layers: StudentLayers) -> ModelShape:
-    return replace(shape, layers=len(student_layers(layers, shape.layers)))
 
 
 def _model_folder(config: ModelConfig) -> Path | None:
@@ -272,12 +242,16 @@ def _model_folder(config: ModelConfig) -> Path | None:
     if path.exists():
         reason = "this holds neither a model (config.json) nor a run (run.json)"
         raise ConfigError(reason, where="model.name", given=config.name)
-    # An existing parent folder means a mistyped path, not a hub id.
-    if config.name.count("/") == 1 and not config.name.startswith((".", "/", "~")) and not path.parent.exists():
+    if is_hub_id(config.name):
         return None
     suggestion = did_you_mean(config.name, list(CATALOG))
     hint = f"did you mean {suggestion}?" if suggestion else None
     raise ConfigError("no such model", where="model.name", given=config.name, hint=hint)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no path here is owner/name; an existing parent folder means a mistyped path."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).parent.exists()
 
 
 def _shape_from_run(folder: Path) -> ModelShape:
@@ -305,11 +279,8 @@ def _shape_from_gguf(file: Path) -> ModelShape:
     except Exception as error:  # the reader raises many types for a file that is not GGUF
         reason = f"this GGUF file cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         raise ConfigError(reason, where="model.name", given=str(file)) from error
-    settings = {
-        name: reader.fields[f"{kind}.{key}"].contents()
-        for name, key in _GGUF_KEYS.items()
-        if f"{kind}.{key}" in reader.fields
-    }
+    keys = {name: f"{kind}.{key}" for name, key in _GGUF_KEYS.items()}
+    settings = {name: reader.fields[key].contents() for name, key in keys.items() if key in reader.fields}
     tensors = {tensor.name: tensor.shape.tolist() for tensor in reader.tensors}
     # The embedding tensor, because the key for the vocabulary size is optional.
     vocabulary = max(tensors.get("token_embd.weight", [0]))
@@ -325,9 +296,7 @@ def _hub_config_path(config: ModelConfig) -> Path:
     try:
         return Path(hf_hub_download(config.name, "config.json", revision=config.revision))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ConfigError(
-            "the config of this model is not here and cannot be brought",
-            where="model.name",
-            given=f"{config.name}: {str(error).splitlines()[0]}",
-            hint="give a folder with its config.json; nothing else of the model is needed to plan",
-        ) from error
+        given = f"{config.name}: {str(error).splitlines()[0]}"
+        hint = "give a folder with its config.json; nothing else of the model is needed to plan"
+        reason = "the config of this model is not here and cannot be brought"
+        raise ConfigError(reason, where="model.name", given=given, hint=hint) from error

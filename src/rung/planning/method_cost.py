@@ -6,9 +6,11 @@ The same numbers could be counted on a loaded model (`Method.declared_parameters
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rung.config.base import LinearRole
 from rung.config.layers import resolve_layers
 from rung.config.method import (
     LOW_RANK_METHODS,
@@ -32,12 +34,15 @@ class MethodCost:
     """Parameters that the optimizer updates; None for a peft tuner, whose size only peft knows."""
     frozen_parameters: int = 0
     """Frozen parameters besides the base: the half of an adapter that subtracts its initial update."""
-    saved_parameters: int = 0
-    """Parameters in the published folder."""
     largest_tensor: int = 0
     """Size of the largest trainable tensor."""
     lowest_layer: int = 0
     """The lowest layer with a trainable parameter; layers below store nothing for the backward pass."""
+
+    @property
+    def stored_parameters(self) -> int:
+        """Parameters in memory besides those of the base."""
+        return (self.trainable or 0) + self.frozen_parameters
 
 
 def method_cost(config: Any, shape: ModelShape) -> MethodCost:
@@ -48,62 +53,46 @@ def method_cost(config: Any, shape: ModelShape) -> MethodCost:
 
 def _full(config: Any, shape: ModelShape) -> MethodCost:
     # The embedding is taken as the largest tensor.
-    return MethodCost(shape.parameters, saved_parameters=shape.parameters, largest_tensor=shape.embedding_parameters)
+    return MethodCost(shape.parameters, largest_tensor=shape.embedding_parameters)
 
 
 def _head(config: Any, shape: ModelShape) -> MethodCost:
-    head_parameters = shape.embedding_parameters + (shape.vocabulary if shape.kind == "phi" else 0)
-    # A tied head is copied before training, and both matrices are saved.
-    saved = shape.parameters + (shape.embedding_parameters if shape.tied else 0)
-    return MethodCost(
-        head_parameters, saved_parameters=saved, largest_tensor=shape.embedding_parameters, lowest_layer=shape.layers
-    )
+    weight, bias = shape.embedding_parameters, shape.vocabulary if shape.kind == "phi" else 0
+    return MethodCost(weight + bias, largest_tensor=weight, lowest_layer=shape.layers)
 
 
 def _low_rank(config: LowRankConfig, shape: ModelShape) -> MethodCost:
-    layers = resolve_layers(config.layers, range(shape.layers))
-    adapter = largest = 0
-    for layer in layers:
-        for matrix in targeted_linears(config.targets, shape):
-            rank = rank_at(config, layer, matrix)
-            adapter += rank * (matrix.inputs + matrix.outputs) + (matrix.outputs if config.dora else 0)
-            largest = max(largest, rank * max(matrix.inputs, matrix.outputs))
-    full_modules = shape.embedding_parameters * sum(
-        name in ("lm_head", "embed_tokens", "wte") for name in config.modules_to_save
-    )
-    # A nonzero start is stored twice and saved as twice the rank (decision 0013).
-    halves = 2 if config.init in SUBTRACTED_INITS else 1
-    trainable = adapter + full_modules
-    return MethodCost(
-        trainable, adapter * (halves - 1), adapter * halves + full_modules, max(largest, full_modules), min(layers)
-    )
+    layers, linears = resolve_layers(config.layers, range(shape.layers)), targeted_linears(config.targets, shape)
+    ranked_linears = [(rank_at(config, layer, m.roles), m) for layer in layers for m in linears]
+    adapter = sum(rank * (m.inputs + m.outputs) + (m.outputs if config.dora else 0) for rank, m in ranked_linears)
+    largest = max((rank * max(m.inputs, m.outputs) for rank, m in ranked_linears), default=0)
+    full_module_count = sum(name in ("lm_head", "embed_tokens", "wte") for name in config.modules_to_save)
+    full_modules = shape.embedding_parameters * full_module_count
+    # A nonzero start is stored twice (decision 0013).
+    frozen_parameters = adapter if config.init in SUBTRACTED_INITS else 0
+    return MethodCost(adapter + full_modules, frozen_parameters, max(largest, full_modules), min(layers))
 
 
 def _mixture(config: MixtureConfig, shape: ModelShape) -> MethodCost:
-    layers = resolve_layers(config.layers, range(shape.layers))
-    linears = targeted_linears(config.targets, shape)
+    layers, linears = resolve_layers(config.layers, range(shape.layers)), targeted_linears(config.targets, shape)
     per_layer = sum(config.experts * (config.rank * (m.inputs + m.outputs) + m.inputs) for m in linears)
     widest = max((max(m.inputs, m.outputs) for m in linears), default=0)
-    return MethodCost(
-        len(layers) * per_layer, 0, len(layers) * per_layer, config.experts * config.rank * widest, min(layers)
-    )
+    return MethodCost(len(layers) * per_layer, 0, config.experts * config.rank * widest, min(layers))
 
 
 def _bottleneck(config: Any, shape: ModelShape) -> MethodCost:
     layers = resolve_layers(config.layers, range(shape.layers))
     per_adapter = 2 * shape.width * config.width + config.width + shape.width
     parameters = len(layers) * (2 if config.placement == "houlsby" else 1) * per_adapter
-    return MethodCost(parameters, 0, parameters, shape.width * config.width, min(layers))
+    return MethodCost(parameters, 0, shape.width * config.width, min(layers))
 
 
 def _virtual(config: Any, shape: ModelShape) -> MethodCost:
-    tasks, tokens = max(1, len(config.tasks)), config.virtual_tokens
     every_layer = isinstance(config, PrefixConfig) or (isinstance(config, PTuningConfig) and config.layers == "all")
     width = 2 * shape.layers * shape.kv if every_layer else shape.width
-    # The encoder is trained; only its output is saved.
     encoder = encoder_parameter_count(config, shape.width, width)
-    rows = tasks * tokens * (shape.width if encoder else width)
-    return MethodCost(rows + encoder, 0, tasks * tokens * width, max(rows // tasks, encoder))
+    rows_per_task = config.virtual_tokens * (shape.width if encoder else width)
+    return MethodCost(max(1, len(config.tasks)) * rows_per_task + encoder, 0, max(rows_per_task, encoder))
 
 
 def targeted_linears(targets: tuple[Any, ...], shape: ModelShape) -> list[LinearShape]:
@@ -111,18 +100,15 @@ def targeted_linears(targets: tuple[Any, ...], shape: ModelShape) -> list[Linear
     return [m for m in shape.matrices if set(m.roles) & set(targets)]
 
 
-def rank_at(config: LowRankConfig, layer: int, matrix: LinearShape) -> int:
-    """The most specific entry of `rank_pattern`: layer and role, then layer, then role."""
-    keys = [*(f"{layer}.{role}" for role in matrix.roles), str(layer), *matrix.roles]
+def rank_at(config: LowRankConfig, layer: int | None, roles: Sequence[LinearRole]) -> int:
+    """The most specific entry of `rank_pattern`: layer and role, then layer, then role (the first if several)."""
+    keys = [*(f"{layer}.{role}" for role in roles), str(layer), *roles]
     return next((config.rank_pattern[key] for key in keys if key in config.rank_pattern), config.rank)
 
 
 _BY_KIND: dict[str, Any] = {
-    "full": _full,
-    "head": _head,
+    **{"full": _full, "head": _head, "mixture": _mixture, "bottleneck": _bottleneck},
     **dict.fromkeys(LOW_RANK_METHODS, _low_rank),
-    "mixture": _mixture,
-    "bottleneck": _bottleneck,
     **dict.fromkeys(("prompt", "prefix", "p_tuning"), _virtual),
 }
 
@@ -143,19 +129,14 @@ def method_bytes_per_token(config: Any, shape: ModelShape, compute: str = "float
     if not isinstance(config, LowRankConfig | MixtureConfig | BottleneckConfig):
         return 0
     layers = resolve_layers(config.layers, range(shape.layers))
-    return sum(extra_activations_per_token(config, shape, layer) for layer in layers) * DTYPE_BYTES[compute]
-
-
-def extra_activations_per_token(config: Any, shape: ModelShape, layer: int) -> int:
-    """Further numbers a token that one layer stores because of the method."""
     if isinstance(config, LowRankConfig):
-        return _low_rank_activations(config, shape, layer)
-    if isinstance(config, MixtureConfig):
-        return _mixture_activations(config, shape)
-    if config.kind == "bottleneck":  # its middle before and behind the activation, and its input unless a norm made it
+        numbers = sum(_low_rank_activations(config, shape, layer) for layer in layers)
+    elif isinstance(config, MixtureConfig):
+        numbers = len(layers) * _mixture_activations(config, shape)
+    else:  # its middle before and behind the activation, and its input unless a norm made it
         per_adapter = 2 * config.width + (0 if config.placement == "parallel" else shape.width)
-        return int(per_adapter * (2 if config.placement == "houlsby" else 1))
-    return 0
+        numbers = len(layers) * per_adapter * (2 if config.placement == "houlsby" else 1)
+    return numbers * DTYPE_BYTES[compute]
 
 
 def _low_rank_activations(config: LowRankConfig, shape: ModelShape, layer: int) -> int:
@@ -165,7 +146,7 @@ def _low_rank_activations(config: LowRankConfig, shape: ModelShape, layer: int) 
     (bitsandbytes).
     """
     linears = targeted_linears(config.targets, shape)
-    low = sum(rank_at(config, layer, matrix) for matrix in linears) * (2 if config.init in SUBTRACTED_INITS else 1)
+    low = sum(rank_at(config, layer, m.roles) for m in linears) * (2 if config.init in SUBTRACTED_INITS else 1)
     bits = config.bits if isinstance(config, QloraConfig) else 32
     dropout = 2 * sum(m.inputs for m in linears) if config.dropout else 0
     dora = 2 * sum(m.outputs for m in linears) if config.dora else 0

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from rung.config.run import RunConfig
+from rung.errors import ConfigError, did_you_mean
 from rung.files import cache_folder, write_text
 from rung.planning.architecture import ModelShape
-from rung.planning.method_cost import method_cost
+from rung.planning.method_cost import MethodCost
 
 CHARACTERS_PER_TOKEN = 4.0
 """Rough value for English text; divides a file's size before anything has been tokenized."""
@@ -45,24 +46,31 @@ class Device:
 
 
 GiB = 2**30
-DEVICES = {
-    device.name: device
-    for device in (
-        Device("t4", 16 * GiB, 65e12, "float32"),  # multiplies float16, which Rung does not train in
-        Device("l4", 24 * GiB, 121e12),
-        Device("a10", 24 * GiB, 125e12),
-        Device("rtx3090", 24 * GiB, 71e12),
-        Device("rtx4090", 24 * GiB, 165e12),
-        Device("rtx5090", 32 * GiB, 209e12),
-        Device("a100-40", 40 * GiB, 312e12),
-        Device("l40s", 48 * GiB, 362e12),
-        Device("a100", 80 * GiB, 312e12),
-        Device("h100", 80 * GiB, 989e12),
-        Device("h200", 141 * GiB, 989e12),
-        Device("mi300x", 192 * GiB, 1307e12),
-        Device("b200", 192 * GiB, 2250e12),
-    )
-}
+_DEVICES = (
+    Device("t4", 16 * GiB, 65e12, "float32"),  # multiplies float16, which Rung does not train in
+    Device("l4", 24 * GiB, 121e12),
+    Device("a10", 24 * GiB, 125e12),
+    Device("rtx3090", 24 * GiB, 71e12),
+    Device("rtx4090", 24 * GiB, 165e12),
+    Device("rtx5090", 32 * GiB, 209e12),
+    Device("a100-40", 40 * GiB, 312e12),
+    Device("l40s", 48 * GiB, 362e12),
+    Device("a100", 80 * GiB, 312e12),
+    Device("h100", 80 * GiB, 989e12),
+    Device("h200", 141 * GiB, 989e12),
+    Device("mi300x", 192 * GiB, 1307e12),
+    Device("b200", 192 * GiB, 2250e12),
+)
+DEVICES = {device.name: device for device in _DEVICES}
+
+
+def parse_device(name: str | None) -> Device | None:
+    """Look up a device. Raises `ConfigError` for an unknown one."""
+    if name is None or name.lower() in DEVICES:
+        return None if name is None else DEVICES[name.lower()]
+    suggestion = did_you_mean(name.lower(), list(DEVICES))
+    hint = f"did you mean {suggestion}?" if suggestion else "give --memory for another"
+    raise ConfigError("no such device", where="--device", given=name, allowed=", ".join(DEVICES), hint=hint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,50 +79,50 @@ class DataVolume:
 
     tokens: float
     """Tokens of one epoch, including all answers of a row."""
-    supervised_share: float
-    """Share of supervised tokens."""
-    document_tokens: float
+    supervised_share: float = 0.4
+    """Share of supervised tokens; the default is assumed before the data is read."""
+    document_tokens: float = DEFAULT_DOCUMENT_TOKENS
     """Mean tokens of a document."""
-    is_counted: bool
+    is_counted: bool = False
     """Whether the tokens were counted; otherwise they are estimated from file sizes."""
 
 
-def estimate_data_volume(
-    files: list[Path], *, supervised_share: float = 0.4, document_tokens: float = DEFAULT_DOCUMENT_TOKENS
-) -> DataVolume:
-    """A first guess from the sizes of existing data files."""
-    characters = sum(file.stat().st_size for file in files if file.is_file())
-    return DataVolume(characters / CHARACTERS_PER_TOKEN, supervised_share, document_tokens, is_counted=False)
+def guess_data_volume(config: RunConfig) -> DataVolume | None:
+    """Data volume from the file sizes and the config's splits and limit; None if no file exists."""
+    paths = [config.data.path] if isinstance(config.data.path, str) else [source.path for source in config.data.path]
+    shares = [s for s in (config.data.validation, config.data.test) if isinstance(s, float | int)]
+    characters = sum(Path(path).stat().st_size for path in paths if Path(path).is_file())
+    if not characters:
+        return None
+    tokens = characters / CHARACTERS_PER_TOKEN * max(0.0, 1.0 - sum(shares))
+    if config.data.limit is not None:
+        tokens = min(tokens, config.data.limit * DEFAULT_DOCUMENT_TOKENS)
+    return DataVolume(tokens)
 
 
-def run_flops(config: RunConfig, shape: ModelShape, volume: DataVolume, teacher: ModelShape | None = None) -> float:
+def run_flops(
+    config: RunConfig, shape: ModelShape, volume: DataVolume, cost: MethodCost, teacher: ModelShape | None = None
+) -> float:
     """Operations of the whole run: epochs, passes of reference and teacher, and generated answers."""
     passes: float = config.training.epochs
     # A run with `max_steps` may end within an epoch.
     if config.training.max_steps is not None and volume.tokens:
-        passes = min(
-            passes,
-            config.training.max_steps * config.training.examples_per_step * volume.document_tokens / volume.tokens,
-        )
-    training_flops = token_flops(config, shape, volume)
-    forward = _forward_flops(shape, volume)
-    rollout = config.objective.rollout
+        examples = config.training.max_steps * config.training.examples_per_step
+        passes = min(passes, examples * volume.document_tokens / volume.tokens)
+    training_flops, forward = token_flops(config, shape, volume, cost), _forward_flops(shape, volume)
+    objective, rollout = config.objective, config.objective.rollout
     if rollout is not None and generates_rollouts(config):
         # Every prompt is answered several times, and each answer is trained on for several passes.
-        answer_ratio: float = (
-            rollout.num_generations * (volume.document_tokens + rollout.max_new_tokens) / volume.document_tokens
-        )
-        answer_flops: float = (
-            forward + rollout.num_iterations * training_flops + (forward if config.objective.reference_model else 0.0)
-        )
+        length = volume.document_tokens
+        answer_ratio: float = rollout.num_generations * (length + rollout.max_new_tokens) / length
+        answer_flops: float = forward + rollout.num_iterations * training_flops
+        answer_flops += forward if objective.reference_model else 0.0
         return passes * volume.tokens * answer_ratio * answer_flops
     extra_flops = 0.0
-    if config.objective.kind == "preference" and config.objective.reference_model:
+    if objective.kind == "preference" and objective.reference_model:
         extra_flops = forward  # the reference is cached by document: one pass a run
-    if config.objective.kind == "distill":
-        extra_flops = _forward_flops(teacher or shape, volume) * (
-            1.0 if config.objective.cache_teacher_states else passes
-        )
+    if objective.kind == "distill":
+        extra_flops = _forward_flops(teacher or shape, volume) * (1.0 if objective.cache_teacher_states else passes)
     return volume.tokens * (passes * training_flops + extra_flops)
 
 
@@ -123,9 +131,8 @@ def generates_rollouts(config: RunConfig) -> bool:
     return config.objective.on_policy_share > 0.0
 
 
-def token_flops(config: RunConfig, shape: ModelShape, volume: DataVolume) -> float:
+def token_flops(config: RunConfig, shape: ModelShape, volume: DataVolume, cost: MethodCost) -> float:
     """Operations for one token of training, forward and backward."""
-    cost = method_cost(config.method, shape)
     # Gradients stop at the lowest trainable layer.
     backward_layers = shape.layers - min(cost.lowest_layer, shape.layers)
     full = config.method.kind == "full"
@@ -136,19 +143,15 @@ def token_flops(config: RunConfig, shape: ModelShape, volume: DataVolume) -> flo
     backward = 2.0 * (shape.linear_parameters * backward_layers + adapter) + 2 * attention * backward_layers
     weight = 2.0 * (shape.linear_parameters * shape.layers if full else adapter)
     # Logits are computed only for supervised tokens.
-    head = (
-        2.0 * shape.embedding_parameters * volume.supervised_share * (3 if full or config.method.kind == "head" else 2)
-    )
+    head = 2.0 * shape.embedding_parameters * volume.supervised_share
+    head *= 3 if full or config.method.kind == "head" else 2
     return forward + backward + weight + head
 
 
 def _forward_flops(shape: ModelShape, volume: DataVolume) -> float:
     attention = 4.0 * shape.query * volume.document_tokens / 2
-    return (
-        2.0 * shape.linear_parameters * shape.layers
-        + attention * shape.layers
-        + 2.0 * shape.embedding_parameters * volume.supervised_share
-    )
+    layers = 2.0 * shape.linear_parameters * shape.layers + attention * shape.layers
+    return layers + 2.0 * shape.embedding_parameters * volume.supervised_share
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,19 +178,17 @@ def record_throughput(compute: str, flops: float, run: str) -> None:
     Only the fastest is kept: slower runs may have shared the machine.
     """
     rates = _read_rates()
-    if flops <= rates.get(compute, {}).get("flops", 0.0):
-        return
-    new_rates = {**rates, compute: {"flops": flops, "run": run}}
-    write_text(_rates_path(), json.dumps(new_rates, indent=2) + "\n")
+    if flops > rates.get(compute, {}).get("flops", 0.0):
+        new_rates = {**rates, compute: {"flops": flops, "run": run}}
+        write_text(_rates_path(), json.dumps(new_rates, indent=2) + "\n")
 
 
 def _read_rates() -> dict[str, dict[str, Any]]:
     try:
-        rates: dict[str, dict[str, Any]] = json.loads(_rates_path().read_text())
+        return json.loads(_rates_path().read_text())  # type: ignore[no-any-return]
     # A missing or damaged cache only means that nothing was measured.
     except (OSError, ValueError):
         return {}
-    return rates
 
 
 def _rates_path() -> Path:

@@ -178,7 +178,7 @@ def measured_vs_planned(
         volume = DataVolume(
             tokens, train["supervised_tokens"] / train["tokens"], train["tokens"] / rows, is_counted=True
         )
-        rate = token_flops(config, shape, volume) * tokens * micro_batch.compute_ratio / seconds
+        rate = token_flops(config, shape, volume, estimate.cost) * tokens * micro_batch.compute_ratio / seconds
         record_throughput(str(manifest.get("compute_dtype")), rate, f"{config.method.kind} on {config.model.name}")
     measured = {"loading": loading, "steps": manifest.get("peak_memory_bytes"), "saving": peak_memory_bytes()}
     return {**estimate.to_json(), "measured": measured}

@@ -32,6 +32,7 @@ from rung.evaluation.prompting import PromptFormat
 from rung.evaluation.retrieval import Library
 from rung.files import is_run_folder, require_undamaged
 from rung.methods.lora import Lora
+from rung.methods.qlora import dequantize_base
 from rung.methods.registry import attach_method
 from rung.models.base_model import BaseModel
 from rung.models.fused_modules import install_fused_forwards
@@ -289,8 +290,8 @@ def dequantize_if_configured(policy: Policy, config: RunConfig) -> None:
 def dequantize(policy: Policy, config: RunConfig) -> None:
     """Replace quantized weights by the same numbers in full width, which takes more memory."""
     method = policy.method
-    if isinstance(method, Lora) and method.quantized is not None:
-        method.quantized.dequantize(policy.model)
+    if isinstance(method, Lora) and method.kind == "qlora":
+        dequantize_base(policy.model)
         # The fused functions were made for the quantized modules that are now replaced.
         if config.model.fused:
             install_fused_forwards(policy.model, method.linear_params)

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from rung.config.training import OptimizerConfig
 from rung.console import print_status
 from rung.errors import PlanError
-from rung.methods.protocol import TrainableSet, require_same_keys, require_same_shapes
+from rung.methods.protocol import TrainableSet, require_same_tensors
 from rung.training.distributed import SINGLE_PROCESS, World
 from rung.training.fsdp import digests, local_rows, local_tensor
 
@@ -190,10 +190,9 @@ class OptimizerState:
     def load_weights(self, folder: Path) -> None:
         """Restore the weights. Raises `CheckpointError` where names or shapes differ."""
         stored, parameters = _CheckpointTensors(folder, WEIGHTS), self.parameters()
-        require_same_keys(stored.names(), parameters.keys(), "checkpoint")
         # meta tensors: shapes are compared without reading the file
-        shapes = {name: torch.empty(stored.shape(name), device="meta") for name in parameters}
-        require_same_shapes(parameters, shapes, "checkpoint")
+        shapes = {name: torch.empty(stored.shape(name), device="meta") for name in stored.names()}
+        require_same_tensors(parameters, shapes, "checkpoint")
         for name, parameter in self.local_parameters.items():
             parameter.copy_(stored.read(name, self.rows.get(name)))
 
