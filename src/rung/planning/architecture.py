@@ -174,8 +174,17 @@ def _shape(kind: str, config: Mapping[str, Any], stored: str) -> ModelShape:
     # Learned positions (OPT has two more), and the bias of Phi's head.
     outside += {"gpt2": context * width, "opt": (context + 2) * width, "phi": vocabulary}.get(kind, 0)
     tied = bool(config.get("tie_word_embeddings", kind not in _UNTIED_TYPES))
+    # in the order of the fields
     sizes = (kind, layers, width, heads, kv_heads, head_width, mlp, vocabulary)
-    return ModelShape(*sizes, tied, tuple(matrices), vectors, outside, stored, context)  # in the order of the fields
+    return ModelShape(
+        *sizes,
+        tied=tied,
+        matrices=tuple(matrices),
+        norm_parameters=vectors,
+        other_parameters=outside,
+        stored_dtype=stored,
+        context=context,
+    )
 
 
 def _layer_linears(
