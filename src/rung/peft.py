@@ -7,7 +7,7 @@
 
 peft's register function refuses types that its enumeration does not list, so its three tables are filled directly; a
 member of a string enumeration equals its string. The price is a dependence on peft's internals, which
-tests/reference/test_own_tuners.py guards. Within Rung, `methods` builds the same adapters without this module.
+tests/reference/test_peft.py guards. Within Rung, `methods` builds the same adapters without this module.
 """
 
 from __future__ import annotations

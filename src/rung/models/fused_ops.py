@@ -2,7 +2,7 @@
 
 Each is a pure function on tensors with a hand-written backward pass. It computes what transformers and peft compute, up
 to the order of sums. peft's forward stores four tensors for a linear where one is enough; the cost is that the
-gradients are written by hand, and `tests/reference/test_fused.py` compares them with transformers and peft.
+gradients are written by hand, and `tests/reference/test_fused_modules.py` compares them with transformers and peft.
 `models/fused_modules.py` installs the functions in a model.
 
 Suffixes: N rows (tokens), I inputs, O outputs, R sum of the ranks of all linears in a call.

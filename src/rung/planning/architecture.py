@@ -1,7 +1,7 @@
 """The shape of a model: layer counts and widths from its config, read without torch and without weights.
 
 Memory and time follow from these numbers, so `rung plan` works for a model that is not downloaded. It costs code for
-each family of architectures; `tests/unit/test_plan.py` compares the counts with transformers' own models.
+each family of architectures; `tests/unit/test_planning.py` compares the counts with transformers' own models.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Parameters that a method trains and stores, and the activations it adds, by the formulas of its layers.
 
 The same numbers could be counted on a loaded model (`Method.declared_parameters` does), but a plan has no model.
-`tests/unit/test_plan.py` compares both. `planning/memory.py` and `planning/throughput.py` use them.
+`tests/unit/test_planning.py` compares both. `planning/memory.py` and `planning/throughput.py` use them.
 """
 
 from __future__ import annotations
