@@ -52,46 +52,40 @@ def build_ladder(
 
     Raises `CheckpointError` if the rungs did not answer the same questions.
     """
-    metric = config.evaluation.metrics[0]
+    metric, seed = config.evaluation.metrics[0], config.seed
     first = measured_rungs[0].evaluations[0]
+
+    def questions(evaluation: Evaluation) -> list[tuple[str, str]]:
+        return [(item.source, item.expected) for item in evaluation.items]
+
     # All differences are paired by position, so another order of the same questions would be as wrong as other ones.
     for m in measured_rungs:
-        if any(
-            [(i.source, i.expected) for i in e.items] != [(i.source, i.expected) for i in first.items]
-            for e in m.evaluations
-        ):
+        if any(questions(e) != questions(first) for e in m.evaluations):
             raise CheckpointError(f"rung {m.config.label} answered other questions than the first", where=config.output)
-    weights = first.weights(metric)
+    weights, clusters = first.weights(metric), first.clusters
     tables = [np.stack([e.scores(metric) for e in m.evaluations]) for m in measured_rungs]
-    lower_is_better = metric == PERPLEXITY
+    in_nats = metric == PERPLEXITY
     # Perplexity is judged in nats per token, where differences are additive: a margin of 0.05 is then a perplexity 5 %
     # higher, and a target its logarithm.
-    verdict = recommend(
-        [(m.config.label, table) for m, table in zip(measured_rungs, tables, strict=True)],
-        math.log1p(config.climb.margin) if lower_is_better else config.climb.margin,
-        math.log(config.climb.target) if lower_is_better and config.climb.target else config.climb.target,
-        clusters=first.clusters,
-        weights=weights,
-        in_nats=lower_is_better,
-        seed=config.seed,
-    )
-    rows = []
-    for i, m in enumerate(measured_rungs):
-        gain = paired_gain(tables[i - 1], tables[i], first.clusters, weights=weights, seed=config.seed) if i else None
-        rows.append(_row(config, m, gain))
+    margin, target = config.climb.margin, config.climb.target
+    if in_nats:
+        margin, target = math.log1p(margin), target and math.log(target)
+    scores = [(m.config.label, table) for m, table in zip(measured_rungs, tables, strict=True)]
+    verdict = recommend(scores, margin, target, clusters=clusters, weights=weights, in_nats=in_nats, seed=seed)
 
     def gain_between(lower_index: int, upper_index: int) -> Estimate:
-        return paired_gain(tables[lower_index], tables[upper_index], first.clusters, weights=weights, seed=config.seed)
+        return paired_gain(tables[lower_index], tables[upper_index], clusters, weights=weights, seed=seed)
 
+    rows = [_row(config, m, gain_between(i - 1, i) if i else None) for i, m in enumerate(measured_rungs)]
     return Ladder(
         metric=metric,
         examples=len(first.items),
-        clusters=len(set(first.clusters)),
+        clusters=len(set(clusters)),
         rows=tuple(rows),
         verdict=verdict,
         skipped_rungs=tuple(skipped_rungs),
         next_rung=_next_rung(rows, verdict, gain_between),
-        diagnoses=tuple(_diagnoses(measured_rungs, rows, gain_between, lower_is_better=lower_is_better)),
+        diagnoses=tuple(_diagnoses(measured_rungs, rows, gain_between)),
         folder=config.output,
         report=str(Path(config.output) / "report.html"),
     )
@@ -127,14 +121,12 @@ def _diagnosis(lacks: Literal["knowledge", "behaviour"], lower: str, upper: str,
 
 
 def _diagnoses(
-    measured_rungs: Sequence[MeasuredRung],
-    rows: Sequence[LadderRow],
-    gain_between: GainFunction,
-    *,
-    lower_is_better: bool,
+    measured_rungs: Sequence[MeasuredRung], rows: Sequence[LadderRow], gain_between: GainFunction
 ) -> Iterator[Diagnosis]:
     """Where retrieval surely improves the same prompt, and where tuning surely improves on the same context."""
     kinds = [m.config.kind for m in measured_rungs]
+    metric = next(iter(rows[0].scores))
+    lower_is_better = metric == PERPLEXITY
 
     def is_better(difference: Estimate) -> bool:
         return difference.high < 0 if lower_is_better else difference.low > 0
@@ -153,7 +145,7 @@ def _diagnoses(
         same_context = [i for i, c in enumerate(contexts) if kinds[i] in UNTUNED and c == contexts[upper]]
         if m.config.kind in (*UNTUNED, "on_top") or not same_context:
             continue
-        sign, metric = -1.0 if lower_is_better else 1.0, next(iter(rows[0].scores))
+        sign = -1.0 if lower_is_better else 1.0
         best_untuned = max(same_context, key=lambda i: sign * rows[i].scores[metric].mean)
         if is_better(gain := gain_between(best_untuned, upper)):
             yield _diagnosis("behaviour", rows[best_untuned].rung, rows[upper].rung, gain)
@@ -163,10 +155,6 @@ def _diagnoses(
 
 def _row(config: RunConfig, measured_rung: MeasuredRung, gain: Estimate | None) -> LadderRow:
     rung, evaluations, costs = measured_rung.config, measured_rung.evaluations, measured_rung.costs
-
-    def mean(key: str) -> float:
-        return float(np.mean([cost[key] for cost in costs]))
-
     # One search serves all training seeds, so its trials count once and not as a mean.
     search_seconds = float(sum(trial.get("seconds", 0.0) for trial in costs[0].get("search", {}).get("trials", ())))
     answer_seconds = float(np.mean([e.seconds_per_query for e in evaluations]))
@@ -177,7 +165,7 @@ def _row(config: RunConfig, measured_rung: MeasuredRung, gain: Estimate | None) 
         scores={name: score_of_rung(evaluations, name) for name in config.evaluation.metrics},
         gain=gain,
         trainable_parameters=int(costs[0]["trainable_parameters"]),
-        train_seconds=mean("train_seconds") + search_seconds,
+        train_seconds=float(np.mean([cost["train_seconds"] for cost in costs])) + search_seconds,
         # The maximum, since the machine must have room for every seed.
         peak_memory_bytes=int(max(cost["peak_memory_bytes"] for cost in costs)),
         prompt_tokens=float(np.mean([e.prompt_tokens for e in evaluations])),

@@ -30,15 +30,7 @@ from rung.models.policy import Policy, sum_by_document
 from rung.planning.memory import tokens_per_micro_batch
 from rung.results import ForgettingComparison
 from rung.runs.dataset import read_splits, with_contexts
-from rung.runs.load import (
-    LoadedRun,
-    config_of_run,
-    dequantize_if_configured,
-    open_base,
-    open_run,
-    target_kind,
-    test_records,
-)
+from rung.runs.load import config_of_run, dequantize_if_configured, open_base, open_run, target_kind, test_records
 from rung.training.step import values_by_document
 from rung.types import PackedBatch, Record
 
@@ -61,12 +53,13 @@ def measure_forgetting(run: str, data: str, *, limit: int | None = None) -> Forg
         hint = f"its runs stand in {path / 'rungs'}" if kind == "climb" else "a base has learned nothing to forget for"
         raise ConfigError("this is not a run", where="--forgetting", given=run, hint=hint)
     config, tuned_run = config_of_run(path), open_run(path)
+    policy, chat = tuned_run.policy, tuned_run.chat
     records, evaluation, seed = forgetting_task(config, data, limit)
-    dequantize_if_configured(tuned_run.policy, config)
+    dequantize_if_configured(policy, config)
     # The run's limit for both models, so that they drop the same texts and stay paired.
-    max_tokens = tuned_run.policy.base.context - tuned_run.policy.method.virtual_tokens
+    max_tokens = policy.base.context - policy.method.virtual_tokens
     # One after the other: the generator loads the base of a full run only when the run's scores are there.
-    models = _evaluated_models(path, tuned_run)
+    models = _evaluated_models(path, policy, chat)
     after, before = (_measure_model(model, records, evaluation, max_tokens) for model in models)
     if dropped_count := len(records) - len(after.items):
         print_status(f"{dropped_count:,} of {len(records):,} texts are longer than the model's context and left out")
@@ -125,14 +118,14 @@ def _records_without_passages(records: Sequence[Record], evaluation: EvaluationC
     return records if evaluation.context == "given" else with_contexts("withheld", Records.from_records(records), None)
 
 
-def _evaluated_models(path: Path, tuned_run: LoadedRun) -> Iterator[EvaluatedModel]:
+def _evaluated_models(path: Path, policy: Policy, chat: ChatTemplate) -> Iterator[EvaluatedModel]:
     """The run, then its base: the same weights with the adapter off, or for a full run the base itself."""
-    yield tuned_run.policy, tuned_run.chat, nullcontext()
+    yield policy, chat, nullcontext()
     if (path / "adapter").is_dir():
-        yield tuned_run.policy, tuned_run.chat.without_virtual_tokens(), tuned_run.policy.method.disabled()
-        return
-    base = open_base(config_of_run(path).model)
-    yield base.policy, base.chat, nullcontext()
+        yield policy, chat.without_virtual_tokens(), policy.method.disabled()
+    else:
+        base = open_base(config_of_run(path).model)
+        yield base.policy, base.chat, nullcontext()
 
 
 def _sample_records(records: Records, limit: int | None) -> Records:
@@ -161,10 +154,9 @@ def _perplexity_of_texts(policy: Policy, chat: ChatTemplate, records: Sequence[R
     budget = tokens_per_micro_batch(policy.base.shape, policy.device.type)
 
     def nats_of(batch: PackedBatch) -> list[float]:
-        return [float(value) for value in sum_by_document(batch, -policy.logprobs(batch))]
+        return sum_by_document(batch, -policy.logprobs(batch)).tolist()
 
-    items = tuple(
-        ScoredItem(source=str(document.source), group=document.group, nats=nats, answer_tokens=document.predictions)
-        for document, nats in zip(documents, values_by_document([policy], documents, budget, nats_of), strict=True)
-    )
-    return Evaluation(items, 0.0, (PERPLEXITY,))
+    items = []
+    for d, nats in zip(documents, values_by_document([policy], documents, budget, nats_of), strict=True):
+        items.append(ScoredItem(source=str(d.source), group=d.group, nats=nats, answer_tokens=d.predictions))
+    return Evaluation(tuple(items), 0.0, (PERPLEXITY,))
