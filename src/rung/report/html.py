@@ -7,7 +7,6 @@ inline SVG and not interactive. The same folder always gives the same bytes, so 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from rung.errors import CheckpointError
+from rung.files import write_bytes
 from rung.report import sections
 from rung.report.answer_browser import FIRST_ITEMS, ITEMS_PER_FILTER, browse_answers
 from rung.report.run_reader import ReportSource, read_report_source
@@ -28,15 +27,8 @@ def write_report(folder: Path) -> Path:
     written to.
     """
     target = folder / "report.html"
-    # written beside the target and renamed: a browser never reloads half a page
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     page = render_page(read_report_source(folder))
-    try:
-        temporary.write_bytes(page.encode("utf-8", "replace"))  # data may hold lone surrogates
-        os.replace(temporary, target)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"could not write: {error.strerror or error}", where=str(target)) from error
+    write_bytes(target, page.encode("utf-8", "replace"))  # data may hold lone surrogates
     return target
 
 
@@ -70,14 +62,10 @@ def render_page(source: ReportSource) -> str:
 
 @cache
 def _template() -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        # a misspelled name in the template raises, instead of leaving a gap in the page
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    loader = FileSystemLoader(Path(__file__).parent)
+    # StrictUndefined: a misspelled name in the template raises, instead of leaving a gap in the page
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters["minus"] = _typeset_minus
     environment.filters["present"] = _without_missing
     return environment.get_template("template.html")

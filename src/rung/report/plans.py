@@ -12,7 +12,6 @@ from typing import Any
 from rich.text import Text
 
 from rung.planning.advise import Advice, RunPlan
-from rung.planning.memory import Term
 from rung.report.formatting import (
     empty_table,
     format_bytes,
@@ -71,35 +70,24 @@ def _stages(run_plan: RunPlan) -> Any:
     """The largest stage term by term, other stages in one line each, then the memory of follow-up commands."""
     memory = run_plan.memory
     table = empty_table(["memory", "", "from"], gap=2, text_columns=(0, 2))
+
+    def add(
+        name: str, size: float, note: str = "", name_style: str = "", size_style: str = "", dim: bool = True
+    ) -> None:
+        table.add_row(Text(name, name_style), Text(format_bytes(size), size_style), Text(note, "dim" if dim else ""))
+
     for stage in memory.stages:
         largest = stage is memory.largest_stage
-        mark = "> " if largest else "  "
-        table.add_row(
-            Text(f"{mark}{stage.name}", style="bold" if largest else ""), Text(format_bytes(stage.bytes)), Text()
-        )
+        add(f"{'> ' if largest else '  '}{stage.name}", stage.bytes, name_style="bold" if largest else "")
         # only the peak decides whether a run fits
         for term in stage.terms if largest else ():
-            table.add_row(Text(f"    {term.name}"), Text(format_bytes(term.bytes)), _reason_text(term))
-    table.add_row(
-        Text("  libraries"), Text(format_bytes(memory.footprint)), Text("Python, torch, transformers, a tokenizer")
-    )
-    table.add_row(
-        Text("  peak", style="bold"),
-        Text(format_bytes(memory.peak), style="bold"),
-        Text(f"in {memory.largest_stage.name}"),
-    )
+            add(f"    {term.name}", term.bytes, term.source)
+    add("  libraries", memory.footprint, "Python, torch, transformers, a tokenizer", dim=False)
+    add("  peak", memory.peak, f"in {memory.largest_stage.name}", "bold", "bold", dim=False)
     for stage in run_plan.follow_up:
-        table.add_row(
-            Text(f"  {stage.name}"),
-            # another process: it loads the libraries again
-            Text(format_bytes(stage.bytes + memory.footprint)),
-            Text(FOLLOW_UP_NOTES[stage.name], style="dim"),
-        )
+        # another process: it loads the libraries again
+        add(f"  {stage.name}", stage.bytes + memory.footprint, FOLLOW_UP_NOTES[stage.name])
     return table
-
-
-def _reason_text(term: Term) -> Text:
-    return Text(term.source, style="dim")
 
 
 def _methods(advice: Advice) -> Any:

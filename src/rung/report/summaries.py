@@ -347,8 +347,7 @@ def commands_after_run(run: RunResult, output: str) -> list[str]:
         return ["rung train CONFIG --resume  # continues from the last checkpoint, with the same config"]
     if run.config.get("objective", {}).get("kind") == "reward":
         return [f"rung eval {quoted}  # what it is worth on held-out pairs"]
-    scored = "scores" in run.metrics
-    score = [] if scored else [f"rung eval {quoted}  # its score on held-out questions"]
+    score = [] if "scores" in run.metrics else [f"rung eval {quoted}  # its score on held-out questions"]
     return [*score, f"rung chat {quoted} --compare  # base and tuned side by side"]
 
 

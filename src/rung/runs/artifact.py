@@ -48,10 +48,9 @@ def check_origin(folder: Path, base: BaseModel) -> None:
         return
     origin = json.loads((folder / ORIGIN_FILE).read_text())
     if origin["base_fingerprint"] != base.fingerprint:
-        summary = "this adapter was trained on another base"
-        where = str(folder)
+        summary, given = "this adapter was trained on another base", f"{base.name}: {base.fingerprint[:16]}"
         allowed = f"{origin['base']}: {origin['base_fingerprint'][:16]}"
-        raise CheckpointError(summary, where=where, given=f"{base.name}: {base.fingerprint[:16]}", allowed=allowed)
+        raise CheckpointError(summary, where=str(folder), given=given, allowed=allowed)
 
 
 def check_prompt(folder: Path, chat: ChatTemplate) -> None:
@@ -118,13 +117,9 @@ def logprobs_in_fresh_process(folder: Path, rows: Sequence[Sequence[int]]) -> li
     """
     # A fresh process imports nothing of Rung, so no patched module or cached weight can make the check pass. The rows
     # go through stdin, since a command line limits their length.
-    process = subprocess.run(  # noqa: S603 - our own words only
-        [sys.executable, "-W", "ignore", "-c", LOGPROBS_SCRIPT, str(folder)],
-        input=json.dumps([list(row) for row in rows]),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-W", "ignore", "-c", LOGPROBS_SCRIPT, str(folder)]
+    text = json.dumps([list(row) for row in rows])
+    process = subprocess.run(command, input=text, capture_output=True, text=True, check=False)  # noqa: S603 - our words
     if process.returncode:
         reason = (process.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise GateError("gate publish.parity failed: the written model does not load", where=str(folder), given=reason)
@@ -134,5 +129,4 @@ def logprobs_in_fresh_process(folder: Path, rows: Sequence[Sequence[int]]) -> li
 def check_parity(run_logprobs: Sequence[torch.Tensor], reloaded_logprobs: Sequence[torch.Tensor]) -> Gate:
     """The gate on the largest difference, in nats, between the log-probabilities of the run and the reloaded model."""
     largest = max(float((a.float() - b).abs().max()) for a, b in zip(run_logprobs, reloaded_logprobs, strict=True))
-    limit = TOLERANCE[torch.float32]
-    return Gate("publish.parity", "passed" if largest <= limit else "failed", largest, limit)
+    return Gate.at_most("publish.parity", largest, TOLERANCE[torch.float32])

@@ -64,9 +64,8 @@ def _add_to_model(folder: Path, weight: Tensor, pad_id: int) -> None:
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     classifier = classifier_keys(folder)
     if classifier is None:
-        print_status(
-            f"transformers has no sequence classification for {config['model_type']}: the head is in {HEAD_FILE}"
-        )
+        model_type = config["model_type"]
+        print_status(f"transformers has no sequence classification for {model_type}: the head is in {HEAD_FILE}")
         save_file({HEAD_KEY: weight}, folder / HEAD_FILE)
         return
     architecture, keys = classifier

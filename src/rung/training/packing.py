@@ -8,7 +8,9 @@ ahead of them (decision 0008). Documents of one data row stay in one batch, beca
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain, groupby, pairwise
 from typing import NamedTuple
 
@@ -42,12 +44,16 @@ def pack(
         batches_by_task = (pack(part, budget, share_prefixes=share_prefixes, device=device) for part in by_task)
         return list(chain.from_iterable(batches_by_task))
     ordered, common = _sorted_by_tokens(examples)
+    build = partial(_build_batch, share_prefixes=share_prefixes, device=device)
     if not share_prefixes:
-        return _pack_group(_PrefixGroup(ordered, [0] * len(ordered), 0), budget, False, device)
+        return _pack_group(_PrefixGroup(ordered, [0] * len(ordered), 0), budget, build)
     batches: list[PackedBatch] = []
     for span, prefix_length in _merge_uncut(_best_cuts(ordered, common, range(len(ordered)), budget)):
         group = _PrefixGroup(ordered[span.start : span.stop], common[span.start : span.stop], prefix_length)
-        batches += _pack_group(group, budget, share_prefixes, device)
+        # one object for all batches of the group: the policy runs a prefix once by its identity
+        ids = ordered[span.start].ids[:prefix_length]
+        prefix = SharedPrefix(_to_tensor([ids], device)) if prefix_length else None
+        batches += _pack_group(group, budget, partial(build, prefix=prefix))
     return batches
 
 
@@ -57,7 +63,7 @@ def pack_together(
     """Like `pack`, but without prefixes that run ahead and without a split by task."""
     ordered, common = _sorted_by_tokens(examples)
     group = _PrefixGroup(ordered, common if share_prefixes else [0] * len(ordered), 0)
-    return _pack_group(group, budget, share_prefixes, device)
+    return _pack_group(group, budget, partial(_build_batch, share_prefixes=share_prefixes, device=device))
 
 
 def pack_separately(examples: Sequence[Example], device: torch.device | None = None) -> list[PackedBatch]:
@@ -172,24 +178,21 @@ def _merge_uncut(parts: Sequence[tuple[range, int, int]]) -> list[tuple[range, i
     return merged
 
 
-def _pack_group(
-    group: _PrefixGroup, budget: int, share_prefixes: bool, device: torch.device | None
-) -> list[PackedBatch]:
+BuildBatch = Callable[[Sequence[Example]], PackedBatch]
+
+
+def _pack_group(group: _PrefixGroup, budget: int, build: BuildBatch) -> list[PackedBatch]:
     # the fewest rows within the budget, as equal as possible: the largest sets the peak memory, and rows of one size
     # leave no holes in the heap. Binary search for the lowest limit that needs no more rows
     costs = group.costs()
     fewest_rows = len(_split_to_budget(group, costs, budget))
-    lowest, highest = 1, budget
-    while lowest < highest:
-        limit = (lowest + highest) // 2
-        if len(_split_to_budget(group, costs, limit)) <= fewest_rows:
-            highest = limit
-        else:
-            lowest = limit + 1
+
+    def is_enough(limit: int) -> bool:
+        return len(_split_to_budget(group, costs, limit)) <= fewest_rows
+
+    lowest = bisect_left(range(budget), True, lo=1, key=is_enough)
     rows = [group.examples[span.start : span.stop] for span in _split_to_budget(group, costs, lowest)]
-    ids = group.examples[0].ids[: group.prefix_length]
-    prefix = SharedPrefix(_to_tensor([ids], device)) if group.prefix_length else None
-    return [batch for span in rows for batch in _pack_within_budget(span, budget, share_prefixes, device, prefix)]
+    return [batch for row in rows for batch in _pack_within_budget(row, budget, build)]
 
 
 def _split_to_budget(group: _PrefixGroup, costs: Sequence[int], limit: int) -> list[range]:
@@ -207,21 +210,14 @@ def _split_to_budget(group: _PrefixGroup, costs: Sequence[int], limit: int) -> l
     return rows
 
 
-def _pack_within_budget(
-    group: Sequence[Example],
-    budget: int,
-    share_prefixes: bool,
-    device: torch.device | None,
-    prefix: SharedPrefix | None,
-) -> list[PackedBatch]:
+def _pack_within_budget(group: Sequence[Example], budget: int, build: BuildBatch) -> list[PackedBatch]:
     """One batch, or two halves where the tree needs more tokens than `costs` estimated."""
-    batch = _build_batch(group, share_prefixes, device, prefix)
+    batch = build(group)
     borders = _PrefixGroup(group, (), 0).borders()
     if len(batch.ids) <= budget or not borders:
         return [batch]
     half = min(borders, key=lambda border: abs(border - len(group) // 2))
-    halves = (group[:half], group[half:])
-    return [b for part in halves for b in _pack_within_budget(part, budget, share_prefixes, device, prefix)]
+    return [b for part in (group[:half], group[half:]) for b in _pack_within_budget(part, budget, build)]
 
 
 class _RowBuilder:
