@@ -15,15 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rung.commands.climb_prompts import ClimbPrompts, RungPrompts
-from rung.commands.climb_results import (
-    AnyRung,
-    MeasuredRung,
-    build_ladder,
-    read_rung_result,
-    rung_folder,
-    score_of_rung,
-    store_rung_result,
-)
+from rung.commands.climb_results import AnyRung, MeasuredRung, build_ladder, read_result, rung_folder, store_result
 from rung.commands.forgetting import (
     RESULT_FILE,
     check_forgetting_room,
@@ -198,7 +190,7 @@ class Climb:
     def _reaches_target(self, rung: AnyRung) -> bool:
         """Whether the rung's whole interval, not only its mean, is at or beyond the target."""
         metric, target = self.config.evaluation.metrics[0], self.config.climb.target
-        score = score_of_rung(self._stored_rung(rung).evaluations, metric)
+        score = self._stored_rung(rung).score(metric)
         return target is not None and (score.high <= target if metric == PERPLEXITY else score.low >= target)
 
     def _check_fingerprint(self, name: str, fingerprint: str) -> None:
@@ -221,7 +213,7 @@ class Climb:
         """A finished rung, read from its files."""
         folders = self._rung_folders(rung)
         evaluations = tuple(Evaluation.read(folder / "items.parquet") for folder in folders)
-        return MeasuredRung(rung, evaluations, tuple(map(read_rung_result, folders)))
+        return MeasuredRung(rung, evaluations, tuple(map(read_result, folders)))
 
     def _measure(self, rung: AnyRung, data: dict[Context, RunData]) -> None:
         """Measure the training seeds of a rung that have no result yet."""
@@ -251,7 +243,7 @@ class Climb:
             instruction = cost["instruction"]
         elif prompts.instruction_rung is not None:
             # Read from disk, since a resumed climb did not choose it in this process.
-            instruction = read_rung_result(self._rung_folders(prompts.instruction_rung)[0])["instruction"]
+            instruction = read_result(self._rung_folders(prompts.instruction_rung)[0])["instruction"]
         self._score(model, prompts.for_rung(rung, instruction), folder, rung.label, cost)
 
     def _evaluate(self, model: LoadedRun, records: Records, prompt_format: PromptFormat, *, title: str) -> Evaluation:
@@ -260,7 +252,7 @@ class Climb:
     def _score(self, model: LoadedRun, prompts: RungPrompts, folder: Path, title: str, cost: Mapping[str, Any]) -> None:
         """Score a model on the questions of a rung and write the result."""
         result = self._evaluate(model, prompts.records, prompts.prompt_format, title=title)
-        store_rung_result(folder, result, {**cost, **prompts.facts})
+        store_result(folder, result, {**cost, **prompts.facts})
 
     def _measure_tuned(self, rung: RungConfig, folder: Path, seed_index: int, data: RunData) -> None:
         """Train a run in the rung's folder, or open the finished one, and score it on the bare questions."""
@@ -319,8 +311,8 @@ class Climb:
         """The points of the learning curve that have a result."""
         for _, folder in self._curve_points:
             if (folder / "result.json").exists():
-                facts = read_rung_result(folder)
-                score = score_of_rung([Evaluation.read(folder / "items.parquet")], self.config.evaluation.metrics[0])
+                facts = read_result(folder)
+                score = Evaluation.read(folder / "items.parquet").interval(self.config.evaluation.metrics[0])
                 yield CurvePoint(**{n: facts[n] for n in ("rung", "rows", "train_seconds")}, score=score)
 
     def _measure_curve(self) -> None:
@@ -394,7 +386,7 @@ class Climb:
             splits, base = read_splits(config), load_base_on_device(config.model)
             train_on_data(config, base, tokenize_splits(config, splits, base, self._prompts.library), resume=is_started)
         # To have this rung one must also train and keep the one below it.
-        base_cost, cost = read_rung_result(base_folder), _training_cost(folder)
+        base_cost, cost = read_result(base_folder), _training_cost(folder)
         totals = {name: cost[name] + base_cost[name] for name in ("train_seconds", "disk_bytes")}
         self._score(open_run(folder), self._prompts.for_rung(base_rung, None), folder, on_top.label, {**cost, **totals})
 

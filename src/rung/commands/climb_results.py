@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rung.config.climb import UNTUNED, OnTopConfig, RungConfig
 from rung.config.run import RunConfig
@@ -37,6 +38,22 @@ class MeasuredRung:
     config: AnyRung
     evaluations: tuple[Evaluation, ...]
     costs: tuple[dict[str, Any], ...]
+
+    def table(self, metric: str) -> NDArray[np.float64]:
+        """Scores [seeds, items]."""
+        return np.stack([e.scores(metric) for e in self.evaluations])
+
+    def score(self, metric: str) -> Estimate:
+        """Mean over items and training seeds; the spread between the seeds is part of the interval."""
+        first = self.evaluations[0]
+        # With one seed the evaluation's own interval, which for perplexity is that of a ratio of sums.
+        if len(self.evaluations) == 1:
+            return first.interval(metric)
+        score = rung_score(self.table(metric), first.clusters, weights=first.weights(metric))
+        if metric != PERPLEXITY:
+            return score
+        # `rung_score` works in nats per token; a ladder shows perplexities.
+        return score.replace(mean=math.exp(score.mean), low=math.exp(score.low), high=math.exp(score.high))
 
 
 def rung_folder(path: Path, rung: AnyRung, seed_index: int, seeds: int) -> Path:
@@ -63,7 +80,7 @@ def build_ladder(
         if any(questions(e) != questions(first) for e in m.evaluations):
             raise CheckpointError(f"rung {m.config.label} answered other questions than the first", where=config.output)
     weights, clusters = first.weights(metric), first.clusters
-    tables = [np.stack([e.scores(metric) for e in m.evaluations]) for m in measured_rungs]
+    tables = [m.table(metric) for m in measured_rungs]
     in_nats = metric == PERPLEXITY
     # Perplexity is judged in nats per token, where differences are additive: a margin of 0.05 is then a perplexity 5 %
     # higher, and a target its logarithm.
@@ -162,7 +179,7 @@ def _row(config: RunConfig, measured_rung: MeasuredRung, gain: Estimate | None) 
         rung=rung.label,
         kind=rung.kind,
         sees=_prompt_contents(costs[0]),
-        scores={name: score_of_rung(evaluations, name) for name in config.evaluation.metrics},
+        scores={name: measured_rung.score(name) for name in config.evaluation.metrics},
         gain=gain,
         trainable_parameters=int(costs[0]["trainable_parameters"]),
         train_seconds=float(np.mean([cost["train_seconds"] for cost in costs])) + search_seconds,
@@ -189,27 +206,13 @@ def _prompt_contents(facts: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, parts)) or "the question"
 
 
-def score_of_rung(evaluations: Sequence[Evaluation], metric: str) -> Estimate:
-    """Mean over items and training seeds; the spread between the seeds is part of the interval."""
-    # With one seed the evaluation's own interval, which for perplexity is that of a ratio of sums.
-    if len(evaluations) == 1:
-        return evaluations[0].interval(metric)
-    first = evaluations[0]
-    table = np.stack([e.scores(metric) for e in evaluations])
-    score = rung_score(table, first.clusters, weights=first.weights(metric))
-    if metric != PERPLEXITY:
-        return score
-    # `rung_score` works in nats per token; a ladder shows perplexities.
-    return score.replace(mean=math.exp(score.mean), low=math.exp(score.low), high=math.exp(score.high))
-
-
-def read_rung_result(folder: Path) -> dict[str, Any]:
+def read_result(folder: Path) -> dict[str, Any]:
     """The `result.json` of a finished rung."""
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return result
 
 
-def store_rung_result(folder: Path, result: Evaluation, cost: dict[str, Any]) -> None:
+def store_result(folder: Path, result: Evaluation, cost: dict[str, Any]) -> None:
     """Write the items of a rung, then its `result.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     result.write(folder / "items.parquet")

@@ -7,7 +7,7 @@ beside it. `climb.py` measures every tuned rung in this way when `climb.forgetti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from rung.results import ForgettingComparison
 from rung.runs.dataset import read_splits, with_contexts
 from rung.runs.load import config_of_run, dequantize_if_configured, open_base, open_run, target_kind, test_records
 from rung.training.step import values_by_document
-from rung.types import PackedBatch, Record
+from rung.types import PackedBatch
 
 RESULT_FILE = "forgetting.json"
 """The forgetting result in the folder of a tuned rung."""
@@ -60,7 +60,7 @@ def measure_forgetting(run: str, data: str, *, limit: int | None = None) -> Forg
     max_tokens = policy.base.context - policy.method.virtual_tokens
     # One after the other: the generator loads the base of a full run only when the run's scores are there.
     models = _evaluated_models(path, policy, chat)
-    after, before = (_measure_model(model, records, evaluation, max_tokens) for model in models)
+    after, before = (_measure(model, records, evaluation, max_tokens) for model in models)
     if dropped_count := len(records) - len(after.items):
         print_status(f"{dropped_count:,} of {len(records):,} texts are longer than the model's context and left out")
     return ForgettingComparison(
@@ -113,9 +113,9 @@ def check_forgetting_room(task: ForgettingTask, chat: ChatTemplate, context: int
         prompt_ids(chat, prompts, prompt_format, context - evaluation.max_new_tokens)
 
 
-def _records_without_passages(records: Sequence[Record], evaluation: EvaluationConfig) -> Sequence[Record]:
+def _records_without_passages(records: Records, evaluation: EvaluationConfig) -> Records:
     # No passages on other data: a library belongs to the task that it was built for.
-    return records if evaluation.context == "given" else with_contexts("withheld", Records.from_records(records), None)
+    return records if evaluation.context == "given" else with_contexts("withheld", records, None)
 
 
 def _evaluated_models(path: Path, policy: Policy, chat: ChatTemplate) -> Iterator[EvaluatedModel]:
@@ -136,9 +136,7 @@ def _sample_records(records: Records, limit: int | None) -> Records:
     return records.select(np.sort(np.random.default_rng(2).permutation(len(records))[:limit]))
 
 
-def _measure_model(
-    model: EvaluatedModel, records: Sequence[Record], evaluation: EvaluationConfig, max_tokens: int
-) -> Evaluation:
+def _measure(model: EvaluatedModel, records: Records, evaluation: EvaluationConfig, max_tokens: int) -> Evaluation:
     policy, chat, adapter_state = model
     with adapter_state:
         if records[0].text is not None:
@@ -148,7 +146,7 @@ def _measure_model(
         return evaluate(policy, chat, records, prompt_format, evaluation, title="forgetting")
 
 
-def _perplexity_of_texts(policy: Policy, chat: ChatTemplate, records: Sequence[Record], max_tokens: int) -> Evaluation:
+def _perplexity_of_texts(policy: Policy, chat: ChatTemplate, records: Records, max_tokens: int) -> Evaluation:
     """Perplexity of plain texts; every token but the first is predicted."""
     documents = list(tokenize_records(chat, records, loss_on="all", max_length=max_tokens, overflow="drop").examples)
     budget = tokens_per_micro_batch(policy.base.shape, policy.device.type)

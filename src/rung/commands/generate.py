@@ -332,11 +332,9 @@ def generate_remotely(server: Server, data: str, output: Path, request: Generate
     requests = [_chat_request(record, number, request) for number, record in enumerate(records)]
     identity = {"model": server.model, "requests": [asdict(chat_request) for chat_request in requests]}
     with closing(Journal(journal_path(output), identity)) as journal:
-        if journal.results:
-            print_status(
-                f"going on after {len(journal.results):,} of {len(requests):,} prompts, kept in {journal.path}"
-            )
-        with ProgressBar("ask", len(requests), len(journal.results)) as bar:
+        if done := len(journal.results):
+            print_status(f"going on after {done:,} of {len(requests):,} prompts, kept in {journal.path}")
+        with ProgressBar("ask", len(requests), done) as bar:
             answers_by_prompt, failures = ask_server(server, requests, journal, bar.advance)
         # No output with gaps: the journal keeps what arrived, and the next call asks for the rest.
         if failures:

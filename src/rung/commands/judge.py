@@ -88,10 +88,9 @@ def _ask_by_server(server: Server) -> AskJudge:
         name = sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         # The name is a hash of everything asked, so a changed prompt or model starts a new journal.
         with closing(Journal(cache_folder() / "judged" / f"{name}.jsonl", identity)) as journal:
-            if journal.results:
-                known = f"{len(journal.results):,} of {len(requests):,} verdicts are known"
-                print_status(f"{known}, kept in {journal.path}")
-            with ProgressBar("judge", len(requests), len(journal.results)) as bar:
+            if known := len(journal.results):
+                print_status(f"{known:,} of {len(requests):,} verdicts are known, kept in {journal.path}")
+            with ProgressBar("judge", len(requests), known) as bar:
                 answers, failures = ask_server(server, requests, journal, bar.advance)
         # A request without an answer becomes a verdict that counts in no rate, instead of failing all others.
         verdicts = {failure.prompt: JudgeVerdict(None, failure.reason) for failure in failures}

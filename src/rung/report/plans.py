@@ -71,22 +71,20 @@ def _stages(run_plan: RunPlan) -> Any:
     memory = run_plan.memory
     table = empty_table(["memory", "", "from"], gap=2, text_columns=(0, 2))
 
-    def add(
-        name: str, size: float, note: str = "", name_style: str = "", size_style: str = "", dim: bool = True
-    ) -> None:
-        table.add_row(Text(name, name_style), Text(format_bytes(size), size_style), Text(note, "dim" if dim else ""))
+    def add(name: Text, size: float, note: Text, size_style: str = "") -> None:
+        table.add_row(name, Text(format_bytes(size), size_style), note)
 
     for stage in memory.stages:
         largest = stage is memory.largest_stage
-        add(f"{'> ' if largest else '  '}{stage.name}", stage.bytes, name_style="bold" if largest else "")
+        add(Text(f"{'> ' if largest else '  '}{stage.name}", "bold" if largest else ""), stage.bytes, Text())
         # only the peak decides whether a run fits
         for term in stage.terms if largest else ():
-            add(f"    {term.name}", term.bytes, term.source)
-    add("  libraries", memory.footprint, "Python, torch, transformers, a tokenizer", dim=False)
-    add("  peak", memory.peak, f"in {memory.largest_stage.name}", "bold", "bold", dim=False)
+            add(Text(f"    {term.name}"), term.bytes, Text(term.source, "dim"))
+    add(Text("  libraries"), memory.footprint, Text("Python, torch, transformers, a tokenizer"))
+    add(Text("  peak", "bold"), memory.peak, Text(f"in {memory.largest_stage.name}"), "bold")
     for stage in run_plan.follow_up:
         # another process: it loads the libraries again
-        add(f"  {stage.name}", stage.bytes + memory.footprint, FOLLOW_UP_NOTES[stage.name])
+        add(Text(f"  {stage.name}"), stage.bytes + memory.footprint, Text(FOLLOW_UP_NOTES[stage.name], "dim"))
     return table
 
 

@@ -15,6 +15,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from rung.report import summaries
 from rung.report.formatting import (
     decimals,
     empty_table,
@@ -29,18 +30,7 @@ from rung.report.formatting import (
     name_value_table,
     render_lines,
 )
-from rung.report.summaries import (
-    PrintedRung,
-    artifact_folder,
-    commands_after_climb,
-    commands_after_run,
-    contamination_text,
-    gates_text,
-    loss_unit,
-    method_text,
-    printed_rungs,
-    retrieved_text,
-)
+from rung.report.summaries import PrintedRung
 from rung.results import (
     ComparisonResult,
     Estimate,
@@ -60,7 +50,7 @@ _TONE = {"good": "green", "bad": "red", "recommended": "bold green", "safe": "bo
 def ladder_lines(ladder: Ladder) -> list[str]:
     """The ladder, the verdict, the path of the report and next commands."""
     metrics, verdict = list(ladder.rows[0].scores), ladder.verdict
-    rows = printed_rungs([(row.rung, row) for row in ladder.rows], metrics, verdict)
+    rows = summaries.printed_rungs([(row.rung, row) for row in ladder.rows], metrics, verdict)
     verdict_text = Text(verdict.text, style=_TONE["recommended" if verdict.recommended else "safe"])
     size = f"{ladder.examples} held-out questions in {ladder.clusters} clusters; intervals are 95 %, gains paired"
     skipped = [f"not measured: {rung.rung}, {rung.why}" for rung in ladder.skipped_rungs]
@@ -69,7 +59,7 @@ def ladder_lines(ladder: Ladder) -> list[str]:
     findings += [result.text for result in ladder.forgetting]
     notes = [verdict_text, *(Text(finding) for finding in findings if finding)]
     lines = render_lines(lambda console: [_fitting_layout(rows, metrics, console), *facts, Text(), *notes])
-    return ["", *lines, *_report_and_commands(ladder.report, commands_after_climb(ladder))]
+    return ["", *lines, *_report_and_commands(ladder.report, summaries.commands_after_climb(ladder))]
 
 
 def _retrieval_lines(rows: Sequence[LadderRow]) -> list[str]:
@@ -77,22 +67,22 @@ def _retrieval_lines(rows: Sequence[LadderRow]) -> list[str]:
     rungs: dict[str, list[str]] = {}
     for row in rows:
         if row.retrieval:
-            rungs.setdefault(retrieved_text(row.retrieval), []).append(row.rung)
+            rungs.setdefault(summaries.retrieved_text(row.retrieval), []).append(row.rung)
     statement = "the right passage is among those retrieved for"
     return [f"{', '.join(names)}: {statement} {text}" for text, names in rungs.items()]
 
 
 def run_lines(run: RunResult, output: str, report: str) -> list[str]:
     """Status of a run, its measurements, the folder of its weights and next commands."""
-    lines = {"gates": gates_text(run.gates)}
+    lines = {"gates": summaries.gates_text(run.gates)}
     if run.steps:
-        moves = f"; {run.moves}" if run.moves else ""
-        method = method_text(run.config.get("method", {}))
+        moves, unit = f"; {run.moves}" if run.moves else "", summaries.loss_unit(run.config)
+        method = summaries.method_text(run.config.get("method", {}))
         validation = f", validation {format_loss(run.validation_loss)}" if run.validation_loss else ""
         speed = f"{run.tokens_per_second:,.0f} tokens/s, " if run.tokens_per_second else ""
         lines |= {
             "trained": f"{format_count(run.trainable_parameters)} parameters, {method}{moves}",
-            "loss": f"{format_loss(run.train_loss)} in the last step{validation} {loss_unit(run.config)}",
+            "loss": f"{format_loss(run.train_loss)} in the last step{validation} {unit}",
             "speed": f"{speed}{run.steps:,} steps, {run.tokens:,} tokens in {format_duration(run.train_seconds)}",
             "memory": _memory(run),
         }
@@ -100,11 +90,12 @@ def run_lines(run: RunResult, output: str, report: str) -> list[str]:
         supervised = run.data.train.supervised_tokens if run.data.train else 0
         lines["data"] = f"{train.rows:,} " + (f"rows, {supervised:,} supervised tokens" if supervised else "prompts")
     if run.status == "finished":
-        lines[artifact_folder(run, "").strip("/")] = artifact_folder(run, output)
+        lines[summaries.artifact_folder(run, "").strip("/")] = summaries.artifact_folder(run, output)
     if run.error:
         lines["error"] = run.error
     head = encodable_on_terminal(f"{run.status}: {output}")
-    return ["", head, *name_value_table(lines), *_report_and_commands(report, commands_after_run(run, output))]
+    commands = summaries.commands_after_run(run, output)
+    return ["", head, *name_value_table(lines), *_report_and_commands(report, commands)]
 
 
 def _memory(run: RunResult) -> str:
@@ -143,9 +134,9 @@ def score_lines(result: EvaluationResult) -> list[str]:
         return ["", encodable_on_terminal(f"{result.target}: {result.summary}")]
     lines = {name: format_estimate(estimate) for name, estimate in result.scores.items()}
     if result.retrieval:
-        lines["retrieved"] = f"the right passage for {retrieved_text(result.retrieval)}"
+        lines["retrieved"] = f"the right passage for {summaries.retrieved_text(result.retrieval)}"
     if result.contamination:
-        lines |= contamination_text(result.contamination)
+        lines |= summaries.contamination_text(result.contamination)
     seconds = format_significant(result.seconds_per_query or 0.0)
     lines["a query"] = f"{result.prompt_tokens:,.0f} prompt tokens, {seconds} s"
     size = f"{result.examples:,} held-out questions in {result.clusters:,} clusters, 95 % intervals"
