@@ -16,13 +16,7 @@ from typing import Any
 
 from rung.commands.climb_prompts import ClimbPrompts, RungPrompts
 from rung.commands.climb_results import AnyRung, MeasuredRung, build_ladder, read_result, rung_folder, store_result
-from rung.commands.forgetting import (
-    RESULT_FILE,
-    check_forgetting_room,
-    forgetting_task,
-    measure_forgetting,
-    read_forgetting,
-)
+from rung.commands.forgetting import RESULT_FILE, check_room, forgetting_task, measure_forgetting, read_forgetting
 from rung.commands.hyperparameter_search import apply_settings, read_search_result, search_settings
 from rung.config.climb import UNTUNED, OnTopConfig, RungConfig
 from rung.config.evaluation import Context
@@ -103,7 +97,7 @@ class Climb:
         first_data = next(iter(data.values()))
         prompts.check_room(first_data.chat, base.context - self.config.evaluation.max_new_tokens)
         if task is not None:
-            check_forgetting_room(task, first_data.chat, base.context)
+            check_room(task, first_data.chat, base.context)
         settings, how = config_to_dict(self.config), {"resume": self._resume, "overwrite": self._overwrite}
         with closing(RunFolder.acquire(self.path, settings, **how, free=CHANGEABLE_SETTINGS)) as folder:
             # An error in the manifest is that of an earlier attempt.

@@ -198,11 +198,8 @@ def _row(config: RunConfig, measured_rung: MeasuredRung, gain: Estimate | None) 
 def _prompt_contents(facts: Mapping[str, Any]) -> str:
     """Content of the prompt besides the question, in words."""
     selection = {"similarity": "nearest ", "coverage": "covering "}.get(str(facts.get("example_selection")), "")
-    parts = [
-        "instruction" if facts.get("instruction") else "",
-        f"{facts['shots_each']} {selection}shots" if facts.get("shots_each") else "",
-        CONTEXT_LABELS.get(str(facts.get("context")), ""),
-    ]
+    shots = f"{facts['shots_each']} {selection}shots" if facts.get("shots_each") else ""
+    parts = ("instruction" if facts.get("instruction") else "", shots, CONTEXT_LABELS.get(str(facts.get("context"))))
     return ", ".join(filter(None, parts)) or "the question"
 
 

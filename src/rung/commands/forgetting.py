@@ -105,7 +105,7 @@ def read_forgetting(folder: Path, data: str | None) -> ForgettingComparison | No
     return result if result.forgetting == data else None
 
 
-def check_forgetting_room(task: ForgettingTask, chat: ChatTemplate, context: int) -> None:
+def check_room(task: ForgettingTask, chat: ChatTemplate, context: int) -> None:
     """Raise `DataError` for a prompt that leaves no room for its answer. Plain text is dropped later instead."""
     records, evaluation, _ = task
     if records[0].text is None:

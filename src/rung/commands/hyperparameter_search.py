@@ -84,13 +84,9 @@ def _study(journal: Path, search: SearchConfig) -> optuna.Study:
     from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.create_study(
-        study_name="search",
-        storage=JournalStorage(JournalFileBackend(str(journal))),
-        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=search.reduction_factor),
-        direction="minimize",
-        load_if_exists=True,
-    )
+    storage = JournalStorage(JournalFileBackend(str(journal)))
+    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=search.reduction_factor)
+    return optuna.create_study(study_name="search", storage=storage, pruner=pruner, load_if_exists=True)
 
 
 def _next_trial(study: optuna.Study, search: SearchConfig, seed: int) -> optuna.Trial:

@@ -180,18 +180,14 @@ def _example(row: Sequence[Item], labels: Sequence[str], metrics: Sequence[str],
     contexts = Counter(item["context"] for item in row if item.get("context"))
     # The most common context is shown once with the question: only some rungs may have another one, or none.
     context = contexts.most_common(1)[0][0] if contexts else None
-    answers = tuple(
-        ShownAnswer(
-            label,
-            item.get("answer", ""),
-            bool(item.get("stopped", True)),
-            _marks(item, metrics),
-            item_context if (item_context := item.get("context")) != context else None,
-        )
-        for label, item in zip(labels, row, strict=True)
-    )
+    answers = []
+    for label, item in zip(labels, row, strict=True):
+        text, stopped, item_context = item.get("answer", ""), bool(item.get("stopped", True)), item.get("context")
+        shown_context = None if item_context == context else item_context
+        answers.append(ShownAnswer(label, text, stopped, _marks(item, metrics), shown_context))
     question, expected = first.get("question", ""), first.get("expected", "")
-    return ShownExample(first["source"], first.get("group"), question, context, expected, answers, tuple(filters))
+    shown = (question, context, expected, tuple(answers), tuple(filters))
+    return ShownExample(first["source"], first.get("group"), *shown)
 
 
 def _marks(item: Item, metrics: Sequence[str]) -> tuple[MetricMark, ...]:

@@ -7,7 +7,7 @@ inline SVG and not interactive. The same folder always gives the same bytes, so 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,14 @@ from rung.files import write_bytes
 from rung.report import sections
 from rung.report.answer_browser import FIRST_ITEMS, ITEMS_PER_FILTER, browse_answers
 from rung.report.run_reader import ReportSource, read_report_source
+
+SECTIONS: tuple[Callable[[ReportSource], Any], ...] = (
+    *(sections.status, sections.facts, sections.ladder, sections.verdict_plots, sections.score_plots),
+    *(sections.cost_plots, sections.learning_curve_plots, sections.further_findings, sections.retrieval),
+    *(sections.instructions, sections.curves, sections.layers, sections.training_summaries, sections.data),
+    *(sections.gates, sections.versions, sections.config),
+)
+"""What the template shows, each under the name of its function."""
 
 
 def write_report(folder: Path) -> Path:
@@ -34,30 +42,9 @@ def write_report(folder: Path) -> Path:
 
 def render_page(source: ReportSource) -> str:
     """The page as HTML text."""
-    return _template().render(
-        title=source.path.resolve().name,
-        source=source,
-        status=sections.status(source),
-        facts=sections.facts(source),
-        ladder=sections.ladder(source),
-        verdict_plot=sections.verdict_plots(source),
-        score_plots=sections.score_plots(source),
-        cost_plots=sections.cost_plots(source),
-        learning_curve=sections.learning_curve_plots(source),
-        further_findings=sections.further_findings(source),
-        retrieval=sections.retrieval(source),
-        instructions=sections.instructions(source),
-        curves=sections.curves(source),
-        layers=sections.layers(source),
-        first=FIRST_ITEMS,
-        each=ITEMS_PER_FILTER,
-        browser=browse_answers(source.rungs, source.metrics),
-        training=sections.training_summaries(source),
-        data=sections.data(source),
-        gates=sections.gates(source),
-        versions=sections.versions(source),
-        config=sections.config(source),
-    )
+    parts: dict[str, Any] = {section.__name__: section(source) for section in SECTIONS}
+    parts |= {"title": source.path.resolve().name, "source": source, "first": FIRST_ITEMS, "each": ITEMS_PER_FILTER}
+    return _template().render(browser=browse_answers(source.rungs, source.metrics), **parts)
 
 
 @cache

@@ -31,26 +31,14 @@ SERIES = tuple(f"#0102{i:02d}" for i in range(6))
 _STYLE = {INK: "currentColor", MUTED: "var(--muted)", GRID: "var(--line)"}
 _STYLE |= {color: f"var(--series-{i})" for i, color in enumerate(SERIES)}
 _MARKERS = "osD^vP"
-_RC = {
-    "axes.edgecolor": GRID,
-    "axes.grid": True,
-    "axes.labelcolor": MUTED,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.unicode_minus": True,
-    "font.size": 9.0,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    # text stays text: searchable, and in the page's font
-    "svg.fonttype": "none",
-    "text.color": INK,
-    # labels may contain dollar signs
-    "text.parse_math": False,
-    "xtick.color": MUTED,
-    "xtick.labelsize": 8.5,
-    "ytick.color": MUTED,
-    "ytick.labelsize": 8.5,
+_RC: Json = {
+    **dict.fromkeys(("axes.edgecolor", "grid.color"), GRID),
+    **dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), MUTED),
+    **dict.fromkeys(("axes.spines.right", "axes.spines.top", "legend.frameon"), False),
+    **{"axes.grid": True, "axes.unicode_minus": True, "grid.linewidth": 0.6, "font.size": 9.0, "text.color": INK},
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 8.5),
+    # text stays text, searchable and in the page's font; labels may contain dollar signs
+    **{"svg.fonttype": "none", "text.parse_math": False},
 }
 
 

@@ -149,14 +149,9 @@ def score_lines(result: EvaluationResult) -> list[str]:
 
 def _fitting_layout(rows: Sequence[PrintedRung], metrics: Sequence[str], console: Console) -> Table:
     """The most detailed layout that fits the width of the terminal."""
-    layouts = [
-        _wide(rows, metrics, gap=1),
-        _wide(rows, metrics, gap=0),
-        _stacked(rows, metrics, with_second="interval"),
-        _stacked(rows, metrics, with_second="mean"),
-        _stacked(rows, metrics),
-        _stacked(rows, metrics, with_cost=False),
-    ]
+    layouts = [_wide(rows, metrics, gap=gap) for gap in (1, 0)]
+    layouts += [_stacked(rows, metrics, with_second=detail) for detail in ("interval", "mean", "")]
+    layouts.append(_stacked(rows, metrics, with_cost=False))
     # measured without a limit: rich would shrink a table to the console before it is compared
     unbounded = console.options.update(max_width=10_000)
     return next((t for t in layouts if Measurement.get(console, unbounded, t).maximum <= console.width), layouts[-1])

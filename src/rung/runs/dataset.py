@@ -126,15 +126,9 @@ def tokenize_for_objective(
 ) -> TokenizedDataset:
     """The tokenized records of a run, as its objective needs them. Raises `DataError` for rows of too few answers."""
     objective = make_objective(config.objective)
+    tokenize = partial(cached_examples, chat, records, loss_on=config.data.loss_on, overflow=config.data.overflow)
     with status("tokenizing"):
-        dataset = cached_examples(
-            chat,
-            records,
-            loss_on=config.data.loss_on,
-            max_length=max_tokens,
-            overflow=config.data.overflow,
-            with_candidates=objective.compares_answers,
-        )
+        dataset = tokenize(max_length=max_tokens, with_candidates=objective.compares_answers)
     if (incomplete_row := dataset.first_row_with_fewer(objective.min_answers)) is not None:
         hint = "labelled answers are for loss: kto; pairs, rankings and ratings for all others"
         raise DataError("this row has one answer and nothing to compare it with", where=str(incomplete_row), hint=hint)

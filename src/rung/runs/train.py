@@ -248,17 +248,10 @@ def _record_start(config: RunConfig, trainer: Trainer, data: RunData, models: Au
         folder.manifest.pop(key, None)
     if folder.writes:
         (folder.path / folders.NOT_FINITE_FILE).unlink(missing_ok=True)
-    folder.update(
-        status="running",
-        fingerprints=fingerprints,
-        data=data.summary(),
-        device=policy.device.type,
-        compute_dtype=str(policy.base.compute_dtype).removeprefix("torch."),
-        learning_rate=config.learning_rate,
-        not_fused=unfused_count,
-        moves=coverage(policy.model, method.trainable()),
-        processes=world.size,
-    )
+    compute_dtype = str(policy.base.compute_dtype).removeprefix("torch.")
+    facts = {"device": policy.device.type, "compute_dtype": compute_dtype, "learning_rate": config.learning_rate}
+    facts |= {"not_fused": unfused_count, "moves": coverage(policy.model, method.trainable()), "processes": world.size}
+    folder.update(status="running", fingerprints=fingerprints, data=data.summary(), **facts)
 
 
 def _rollouts(

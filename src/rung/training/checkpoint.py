@@ -40,36 +40,33 @@ def remove_old_checkpoints(folder: Path, keep: int) -> None:
 
 
 def write_checkpoint(
-    folder: Path,
-    optimizer_state: OptimizerState,
-    progress: Mapping[str, Any],
-    reference_cache: Mapping[int, float] | None = None,
+    folder: Path, state: OptimizerState, progress: Mapping[str, Any], reference_cache: Mapping[int, float] | None
 ) -> None:
     """Write what a resume needs to continue exactly; `reference_cache` maps document keys to nats of the reference.
 
     Rank 0 writes. With a sharded model every rank writes its own rows into one common folder.
     """
-    world = optimizer_state.world
+    world = state.world
     if not world.is_rank0:
-        if optimizer_state.rows:
+        if state.rows:
             # pairs with the gather in `fill`: the name of the staging folder contains the process id of rank 0
             staging = Path(world.gather(None)[0])
             with reporting_write_errors(folder):
-                optimizer_state.save(_rank_folder(staging, world.rank))
+                state.save(_rank_folder(staging, world.rank))
             world.barrier()
         return
 
     def fill(staging: Path) -> None:
-        if optimizer_state.rows:
+        if state.rows:
             world.gather(str(staging))
-        optimizer_state.save(_rank_folder(staging, world.rank) if optimizer_state.rows else staging)
+        state.save(_rank_folder(staging, world.rank) if state.rows else staging)
         (staging / "progress.json").write_text(json.dumps(dict(progress), indent=2) + "\n")
         if reference_cache:
             # float64 holds Python's floats exactly: a resumed run computes the same losses bit for bit
             document_keys = torch.tensor(list(reference_cache))
             nats = torch.tensor(list(reference_cache.values()), dtype=torch.float64)
             save_file({"documents": document_keys, "nats": nats}, staging / REFERENCE_FILE)
-        if optimizer_state.rows:
+        if state.rows:
             # `write_folder` hashes and renames after `fill`: every shard must be on disk by then
             world.barrier()
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from rung.console import print_status
 from rung.errors import GateError
@@ -41,7 +42,7 @@ packed and separate documents differ by up to 0.67 nats on 280 tokens, p90 below
 nats, or all of them. Measurements are in docs/log.md."""
 
 
-def check_trainable(method: Method, optimizer: torch.optim.Optimizer, head_parameters: int = 0) -> Gate:
+def check_trainable(method: Method, optimizer: Optimizer, head_parameters: int = 0) -> Gate:
     """The optimizer holds exactly the declared number of trainable parameters, and at least one.
 
     `head_parameters` is the number of parameters of heads that the objective owns.
@@ -141,7 +142,7 @@ class MovementGate:
 
     def observe(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         selection: TrainableSet | None = None,
         reachable_names: Collection[str] | None = None,
     ) -> Gate | None:

@@ -100,12 +100,11 @@ class Trainer:
     def __post_init__(self) -> None:
         # heads of the objective train at the rate of the run; a method's factors are for its own parameters
         head_names = self.objective.trainable().keys()
-        self.optimizer_state = OptimizerState(
-            lambda: self.trainable,
-            self.config.optimizer,
-            lambda name: 1.0 if name in head_names else self.method.learning_rate_factor(name),
-            self.world,
-        )
+
+        def rate_factor(name: str) -> float:
+            return 1.0 if name in head_names else self.method.learning_rate_factor(name)
+
+        self.optimizer_state = OptimizerState(lambda: self.trainable, self.config.optimizer, rate_factor, self.world)
         self.skip_until_step = 0
         """The first step after a rollout that the objective ended early."""
         self.checkpoints = self.folder.path / "checkpoints"
@@ -306,12 +305,10 @@ class Trainer:
             skip_step(self.folder, self.progress, examples, float(loss), float(norm))
         elif movement is not None and stop_reason is None and self.objective.has_signal(examples):
             self._observe(movement, selection, examples)
-        return StepMetrics(
-            *(float(loss), rate, float(norm), tokens, seconds),
-            objective={**rollout_metrics, **self._gathered_metrics()},
-            skipped=not is_finite,
-            stop_reason=stop_reason,
-        ).log_entry(self.progress.step)
+        numbers = (float(loss), rate, float(norm), tokens, seconds)
+        metrics = {**rollout_metrics, **self._gathered_metrics()}
+        step_metrics = StepMetrics(*numbers, objective=metrics, skipped=not is_finite, stop_reason=stop_reason)
+        return step_metrics.log_entry(self.progress.step)
 
     def _select_trainable(self) -> TrainableSet | None:
         """The parameters that the method trains in this step, with the heads of the objective; None means all."""
