@@ -40,7 +40,7 @@ from rung.runs import checks
 from rung.runs.checks import DoesNotFitError
 from rung.runs.dataset import RunData, read_splits, tokenize_splits
 from rung.runs.load import LoadedRun, dequantize_if_configured, device, load_base_on_device, open_run
-from rung.runs.train import train_on_data
+from rung.runs.train import StartMode, train_on_data
 from rung.training.run_folder import RunFolder, StopCheck, is_climb, read_manifest, reset_peak_memory, write_json
 
 CHANGEABLE_SETTINGS = ("climb.forgetting",)
@@ -272,7 +272,7 @@ class Climb:
         # Training changes this base, so it must not be offered to the next rung.
         base, self._cached_base = self._pristine_base(), None
         run_data = data(base)
-        policy, _ = train_on_data(config, base, run_data, resume=is_started)
+        policy, _ = train_on_data(config, base, run_data, StartMode(resume=is_started))
         return LoadedRun(policy, run_data.chat, config, "run")
 
     def _apply_search(self, rung: RungConfig, data: RunData) -> RungConfig:
@@ -378,7 +378,8 @@ class Climb:
             # The model of the base rung is another than the cached base, and only one may be in memory.
             self._cached_base = None
             splits, base = read_splits(config), load_base_on_device(config.model)
-            train_on_data(config, base, tokenize_splits(config, splits, base, self._prompts.library), resume=is_started)
+            data = tokenize_splits(config, splits, base, self._prompts.library)
+            train_on_data(config, base, data, StartMode(resume=is_started))
         # To have this rung one must also train and keep the one below it.
         base_cost, cost = read_result(base_folder), _training_cost(folder)
         totals = {name: cost[name] + base_cost[name] for name in ("train_seconds", "disk_bytes")}

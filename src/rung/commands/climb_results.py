@@ -7,7 +7,6 @@ without a model. The price is that no rung may answer other questions than the f
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from rung.errors import CheckpointError
 from rung.evaluation.evaluate import PERPLEXITY, Evaluation
 from rung.results import Diagnosis, Estimate, Ladder, LadderRow, NextRung, SkippedRung, Verdict
 from rung.scoring.recommendation import paired_gain, recommend, rung_score
-from rung.training.run_folder import peak_memory_bytes, write_json
+from rung.training.run_folder import peak_memory_bytes, read_json, write_json
 
 CONTEXT_LABELS = {"given": "context", "withheld": "closed book", "retrieved": "retrieved passages"}
 """What the ladder calls each setting of `context`; it names none where no row has a context."""
@@ -205,8 +204,7 @@ def _prompt_contents(facts: Mapping[str, Any]) -> str:
 
 def read_result(folder: Path) -> dict[str, Any]:
     """The `result.json` of a finished rung."""
-    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    return result
+    return read_json(folder / "result.json")
 
 
 def store_result(folder: Path, result: Evaluation, cost: dict[str, Any]) -> None:

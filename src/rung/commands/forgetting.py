@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rung.commands.compare import paired_scores
+from rung.commands.compare import paired_results
 from rung.config.data import DataConfig
 from rung.config.evaluation import EvaluationConfig
 from rung.config.io import load_config
@@ -63,14 +63,8 @@ def measure_forgetting(run: str, data: str, *, limit: int | None = None) -> Forg
     after, before = (_measure(model, records, evaluation, max_tokens) for model in models)
     if dropped_count := len(records) - len(after.items):
         print_status(f"{dropped_count:,} of {len(records):,} texts are longer than the model's context and left out")
-    return ForgettingComparison(
-        target=run,
-        forgetting=data,
-        metrics={name: paired_scores(before, after, name, seed) for name in after.metrics},
-        examples=len(after.items),
-        clusters=len(set(after.clusters)),
-        dropped=dropped_count,
-    )
+    scores = paired_results(before, after, seed)
+    return ForgettingComparison(target=run, forgetting=data, **scores, dropped=dropped_count)
 
 
 ForgettingTask = tuple[Records, EvaluationConfig, int]

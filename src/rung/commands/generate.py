@@ -34,16 +34,8 @@ from rung.models.base_model import BaseModel
 from rung.models.generate import GeneratedAnswer, Sampling, generate_by_task
 from rung.models.policy import NoMethod, Policy, sum_by_document
 from rung.results import GenerationResult
-from rung.runs.auxiliary_models import require_same_tokens
-from rung.runs.load import (
-    config_of_run,
-    load_base_on_device,
-    open_reward_model,
-    open_run,
-    open_target,
-    share_base_if_same,
-    target_kind,
-)
+from rung.runs.auxiliary_models import open_scorer
+from rung.runs.load import config_of_run, load_base_on_device, open_run, open_target, share_base_if_same, target_kind
 from rung.training.step import values_by_document
 from rung.types import Example, PackedBatch, Record
 
@@ -213,7 +205,10 @@ def _open_models(target: str, request: GenerateRequest) -> tuple[Policy, ChatTem
         policy.reference = _reference(request.reference, config, base)
         if policy.reference.base.tokenizer.get_vocab() != chat.tokenizer.get_vocab():
             raise ConfigError("the reference has another vocabulary", where="--reference", given=request.reference)
-    return policy, chat, _open_scorer(request.reward, chat, base) if request.reward else None
+    if request.reward is None:
+        return policy, chat, None
+    # Opened and checked before the first answer is sampled.
+    return policy, chat, open_scorer(request.reward, chat, share_base_if_same(request.reward, base))[0]
 
 
 def _reference(name: str, config: ModelConfig, base: BaseModel | None) -> Policy:
@@ -223,13 +218,6 @@ def _reference(name: str, config: ModelConfig, base: BaseModel | None) -> Policy
         return Policy(base.share_weights(), NoMethod())
     shared_base = share_base_if_same(Path(name), base) if is_run_folder(name) else None
     return open_target(name, config, shared_base).policy
-
-
-def _open_scorer(run: Path, generator_chat: ChatTemplate, base: BaseModel | None) -> RewardScorer:
-    """A reward run, opened and checked before the first answer is sampled."""
-    policy, chat, objective, _ = open_reward_model(run, share_base_if_same(run, base))
-    require_same_tokens(run, chat, generator_chat)
-    return RewardScorer(policy, objective)
 
 
 def _prompt_columns(record: Record) -> dict[str, Any]:

@@ -8,7 +8,6 @@ journal in the rung's search folder holds every trial and makes a stopped search
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -23,7 +22,7 @@ from rung.config.run import RunConfig
 from rung.console import print_status
 from rung.errors import ConfigError, GateError, PlanError
 from rung.runs.checks import DoesNotFitError
-from rung.training.run_folder import StopCheck, total_steps, write_json
+from rung.training.run_folder import StopCheck, read_json, total_steps, write_json
 
 if TYPE_CHECKING:
     import optuna
@@ -74,8 +73,7 @@ def apply_settings(rung: RungConfig, settings: Mapping[str, Any]) -> RungConfig:
 def read_search_result(folder: Path) -> dict[str, Any] | None:
     """The result of a finished search in this folder; None if there is none."""
     file = folder / "search.json"
-    result: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
-    return result
+    return read_json(file) if file.exists() else None
 
 
 def _study(journal: Path, search: SearchConfig) -> optuna.Study:

@@ -9,7 +9,6 @@ else.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,15 +32,8 @@ from rung.config.run import RunConfig
 from rung.data.chat import ChatTemplate
 from rung.errors import CheckpointError, ConfigError, PlanError
 from rung.files import require_undamaged, write_folder
-from rung.methods.adapter_merging import (
-    CombineMethod,
-    LowRankFactors,
-    combine,
-    concatenate,
-    lora_factors,
-    truncate,
-    truncate_product,
-)
+from rung.methods import adapter_merging
+from rung.methods.adapter_merging import CombineMethod, LowRankFactors
 from rung.methods.lora import TRAINED_ADAPTER, Lora
 from rung.methods.protocol import Method
 from rung.methods.registry import attach_method
@@ -58,7 +50,7 @@ from rung.runs.dataset import read_splits, tokenize_splits
 from rung.runs.load import config_of_run, load_base_on_device
 from rung.runs.train import micro_batch_tokens
 from rung.training.packing import pack_lazily
-from rung.training.run_folder import is_climb, read_manifest, versions, write_json
+from rung.training.run_folder import is_climb, read_json, read_manifest, versions, write_json
 from rung.training.step import mean_loss
 
 MAX_EVALUATIONS = 40
@@ -187,7 +179,8 @@ def learn_weights(base: BaseModel, updates: Sequence[Factors], plan: FusePlan) -
     losses: dict[Weights, float] = {}
 
     def loss(weights: np.ndarray) -> float:
-        _set_factors(method, {name: concatenate(*_updates_of(name, updates, weights.tolist())) for name in names})
+        sums = {n: adapter_merging.concatenate(*_updates_of(n, updates, weights.tolist())) for n in names}
+        _set_factors(method, sums)
         mean = losses[tuple(weights.tolist())] = mean_loss(policy, objective, batches)
         return mean + PENALTY * float(np.abs(weights).mean())
 
@@ -250,8 +243,8 @@ def _adapter_update(run: Path) -> Factors:
     require_undamaged(run / "adapter")
     if not (run / "adapter" / "adapter_model.safetensors").exists():
         raise PlanError("virtual tokens for each task do not fuse: they are no update of a weight", where=str(run))
-    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
-    return lora_factors(load_file(run / "adapter" / "adapter_model.safetensors"), config, str(run))
+    config = read_json(run / "adapter" / "adapter_config.json")
+    return adapter_merging.lora_factors(load_file(run / "adapter" / "adapter_model.safetensors"), config, str(run))
 
 
 @torch.no_grad()
@@ -276,7 +269,7 @@ def _models_as_lora(base: BaseModel, runs: Sequence[Path], weights: Weights, pla
         if update.dim() == 2 and layer_number(f"{module}.") is not None and roles_of(module):
             # LowRankFactors are [O, R] and [R, I], while GPT-2's Conv1D stores [I, O].
             is_transposed = isinstance(base.model.get_submodule(module), Conv1D)
-            truncated = truncate(update.T if is_transposed else update, plan.rank)
+            truncated = adapter_merging.truncate(update.T if is_transposed else update, plan.rank)
             factors[module], lost_share = truncated.factors, truncated.lost
         lost_squares, total = lost_squares + (lost_share * size) ** 2, total + size**2
     return factors, math.sqrt(lost_squares / total) if total else 0.0
@@ -293,7 +286,7 @@ def _combined_models(
         base_tensor = tensor.detach().float().cpu()
         differences = [tensors[name].get_tensor(name).float() - base_tensor for tensors in files]
         if any(d.any() for d in differences):
-            update = combine(differences, weights, plan.how, density=plan.density, generator=generator)
+            update = adapter_merging.combine(differences, weights, plan.how, density=plan.density, generator=generator)
             yield name, update.to(tensor.device)
 
 
@@ -313,17 +306,19 @@ def _fuse_updates(updates: Sequence[Factors], weights: Weights, plan: FusePlan) 
         factors, module_weights = _updates_of(name, updates, weights)
         # A LoRA may have a larger rank than its matrix.
         ranks = [min(*f.b_OR.shape, len(f.a_RI)) for f in factors]
-        exact_sum = concatenate(factors, module_weights)
+        exact_sum = adapter_merging.concatenate(factors, module_weights)
         largest_rank = min(len(exact_sum.b_OR), exact_sum.a_RI.shape[1])
         # Exact unless the summed rank exceeds what the matrix can have, which truncation then removes without loss.
         if plan.how == "sum" and plan.rank is None and len(exact_sum.a_RI) <= largest_rank:
             fused_factors[name] = exact_sum
             continue
         if plan.how == "sum":
-            truncated, size = truncate_product(exact_sum, plan.rank or sum(ranks)), float(exact_sum.dense.norm())
+            truncated = adapter_merging.truncate_product(exact_sum, plan.rank or sum(ranks))
+            size = float(exact_sum.dense.norm())
         else:
-            update = combine([f.dense for f in factors], module_weights, plan.how, plan.density, generator)
-            truncated, size = truncate(update, plan.rank or max(ranks)), float(update.norm())
+            matrices = [f.dense for f in factors]
+            update = adapter_merging.combine(matrices, module_weights, plan.how, plan.density, generator)
+            truncated, size = adapter_merging.truncate(update, plan.rank or max(ranks)), float(update.norm())
         fused_factors[name] = truncated.factors
         lost_squares, total = lost_squares + (truncated.lost * size) ** 2, total + size**2
     return fused_factors, math.sqrt(lost_squares / total) if total else 0.0

@@ -24,7 +24,7 @@ from torch import Tensor
 from rung.errors import GateError, PlanError
 from rung.files import safetensors_header
 from rung.methods.adapter_files import CONFIG, lora_updates, other_than_plain_lora, read_state
-from rung.training.run_folder import Gate
+from rung.training.run_folder import Gate, read_json
 
 FLOAT32_ROUNDOFF = 2.0**-24
 """Relative error of one rounding in float32: half a unit in the last place."""
@@ -76,7 +76,7 @@ def read_updates(adapter: Path) -> dict[str, LoraUpdate]:
 
     Raises `PlanError` for an adapter other than a plain LoRA, `CheckpointError` if parts of it are missing.
     """
-    config, state = json.loads((adapter / CONFIG).read_text()), read_state(adapter)
+    config, state = read_json(adapter / CONFIG), read_state(adapter)
     if (other := other_than_plain_lora(state, config)) is not None:
         raise PlanError("only a plain LoRA can be merged shard by shard", where=str(adapter), given=other)
     updates = {}
@@ -101,12 +101,12 @@ def merge_shards(base: Path, updates: Mapping[str, LoraUpdate], target: Path) ->
         largest_error, largest_change = max(largest_error, error), max(largest_change, change)
     if largest_change == 0:
         raise GateError("gate publish.shards failed: the adapter adds nothing, or it is lost", where=str(base))
-    config = json.loads((base / "config.json").read_text())
+    config = read_json(base / "config.json")
     # The older name of `dtype`; both together would contradict each other.
     config.pop("torch_dtype", None)
     (target / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
     if (base / INDEX).exists():
-        index = json.loads((base / INDEX).read_text())
+        index = read_json(base / INDEX)
         total_size = sum(_size(dtype, shape) for file in files for _, dtype, shape in _headers(file))
         index["metadata"] = {**index.get("metadata", {}), "total_size": total_size}
         (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
@@ -116,7 +116,7 @@ def merge_shards(base: Path, updates: Mapping[str, LoraUpdate], target: Path) ->
 def _files(base: Path) -> list[Path]:
     """The files that transformers reads: others in the folder may hold the same weights under other names."""
     if (base / INDEX).exists():
-        return sorted({base / name for name in json.loads((base / INDEX).read_text())["weight_map"].values()})
+        return sorted({base / name for name in read_json(base / INDEX)["weight_map"].values()})
     return [base / SINGLE_FILE] if (base / SINGLE_FILE).exists() else sorted(base.glob("*.safetensors"))
 
 

@@ -22,7 +22,7 @@ from rung.data.chat import ChatTemplate
 from rung.errors import CheckpointError, GateError
 from rung.models.base_model import BaseModel
 from rung.training.gates import TOLERANCE
-from rung.training.run_folder import Gate, write_json
+from rung.training.run_folder import Gate, read_json, write_json
 from rung.types import Message
 
 ORIGIN_FILE = "rung.json"
@@ -46,7 +46,7 @@ def check_origin(folder: Path, base: BaseModel) -> None:
     # Without the file the fingerprint in `run.json` is still compared, by `check_fingerprint`.
     if not (folder / ORIGIN_FILE).exists():
         return
-    origin = json.loads((folder / ORIGIN_FILE).read_text())
+    origin = read_json(folder / ORIGIN_FILE)
     if origin["base_fingerprint"] != base.fingerprint:
         summary, given = "this adapter was trained on another base", f"{base.name}: {base.fingerprint[:16]}"
         allowed = f"{origin['base']}: {origin['base_fingerprint'][:16]}"
@@ -57,7 +57,7 @@ def check_prompt(folder: Path, chat: ChatTemplate) -> None:
     """Raise `CheckpointError` if the known conversation gives other token ids than when the weights were saved."""
     if not (folder / KNOWN_PROMPT_FILE).exists() or DATE_FUNCTION in chat.template:
         return
-    known_prompt = json.loads((folder / KNOWN_PROMPT_FILE).read_text())
+    known_prompt = read_json(folder / KNOWN_PROMPT_FILE)
     ids = chat.prompt_ids([Message(turn["role"], turn["content"]) for turn in known_prompt["messages"]])
     if ids != known_prompt["ids"]:
         summary = "text is framed otherwise here than in training"

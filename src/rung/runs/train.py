@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from rung.planning.advise import assumed_micro_batch, auxiliary_shapes
 from rung.planning.memory import estimate_memory, tokens_per_micro_batch
 from rung.runs import checks
 from rung.runs.artifact import pad_token_outside_stops, write_origin, write_tokenizer_files
-from rung.runs.auxiliary_models import AuxiliaryModels, load_auxiliary_models, make_reward_function
+from rung.runs.auxiliary_models import AuxiliaryModels, load_auxiliary_models, reward_function
 from rung.runs.dataset import RunData, read_splits, tokenize_splits
 from rung.runs.load import device, load_base_on_device
 from rung.runs.reward_head import write_score_head
@@ -54,24 +54,28 @@ PROBE_DOCUMENTS = 4
 """Training documents that the step-0 gates compute with: the shortest ones, which cost little."""
 
 
-def train_run(
-    config: RunConfig,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    beyond_memory: bool = False,
-    world: World = SINGLE_PROCESS,
-) -> dict[str, Any]:
+class StartMode(NamedTuple):
+    """How a run starts in its folder and in the memory of the machine."""
+
+    resume: bool = False
+    overwrite: bool = False
+    beyond_memory: bool = False
+    """Start a run that does not fit by plan."""
+
+
+NEW_RUN = StartMode()
+
+
+def train_run(config: RunConfig, start: StartMode = NEW_RUN, world: World = SINGLE_PROCESS) -> dict[str, Any]:
     """Train one run into its folder and return its manifest.
 
-    Nothing is written before data and model have proved usable. `beyond_memory` starts a run that does not fit by plan.
-    Raises `RungError`s, and `Interrupted` when stopped.
+    Nothing is written before data and model have proved usable. Raises `RungError`s, and `Interrupted` when stopped.
     """
     output = Path(config.output)
 
     def finished_manifest() -> dict[str, Any] | None:
-        RunFolder.check(output, config_to_dict(config), resume=resume, overwrite=overwrite)
-        manifest = folders.read_manifest(output) if resume and is_run_folder(output) else {}
+        RunFolder.check(output, config_to_dict(config), resume=start.resume, overwrite=start.overwrite)
+        manifest = folders.read_manifest(output) if start.resume and is_run_folder(output) else {}
         return manifest if manifest.get("status") == "finished" else None
 
     manifest: dict[str, Any] | None = world.on_rank0(finished_manifest)
@@ -79,12 +83,10 @@ def train_run(
         return manifest
     splits = read_splits(config)
     if world.size == 1:
-        checks.refuse_if_too_large(config, device(), beyond=beyond_memory)
+        checks.refuse_if_too_large(config, device(), beyond=start.beyond_memory)
     base = load_base_on_device(config.model)
     data = world.rank0_first(lambda: tokenize_splits(config, splits, base))  # the other ranks read the cache
-    _, folder = train_on_data(
-        config, base, data, resume=resume, overwrite=overwrite, beyond_memory=beyond_memory, world=world
-    )
+    _, folder = train_on_data(config, base, data, start, world=world)
     world.barrier()
     return folder.manifest
 
@@ -115,10 +117,8 @@ def train_on_data(
     config: RunConfig,
     base: BaseModel,
     data: RunData,
+    start: StartMode = NEW_RUN,
     *,
-    resume: bool = False,
-    overwrite: bool = False,
-    beyond_memory: bool = False,
     world: World = SINGLE_PROCESS,
     stop_check: StopCheck = never_stop,
 ) -> tuple[Policy, RunFolder]:
@@ -133,26 +133,27 @@ def train_on_data(
     models = load_auxiliary_models(config, base, data.chat)
     method = attach_method(base.model, config.method, seed=config.seed, fused=config.model.fused)
     policy = Policy(base, method, models.reference)
-    with closing(_acquire_folder(config, world, resume=resume, overwrite=overwrite)) as folder:
+    with closing(_acquire_folder(config, world, start)) as folder:
         trainer = _trainer(config, policy, data, folder, models, world, stop_check)
         try:
-            plan = checks.plan_run(config, trainer, data, beyond=beyond_memory) if world.size == 1 else None
+            plan = checks.plan_run(config, trainer, data, beyond=start.beyond_memory) if world.size == 1 else None
         except RungError as error:
             folder.update(status="failed", error=str(error))
             raise
         loading_bytes = folders.peak_memory_bytes()
-        _train(config, trainer, data, resume=resume)
+        _train(config, trainer, data, resume=start.resume)
         if plan is not None:
             folder.update(plan=checks.measured_vs_planned(config, base.shape, plan, folder.manifest, loading_bytes))
     return policy, folder
 
 
-def _acquire_folder(config: RunConfig, world: World, *, resume: bool, overwrite: bool) -> RunFolder:
+def _acquire_folder(config: RunConfig, world: World, start: StartMode) -> RunFolder:
     """The locked folder of the run; ranks other than 0 get a copy of its manifest and write nothing."""
     path, folders_of_rank0 = Path(config.output), list[RunFolder]()
 
     def acquire() -> dict[str, Any]:
-        folders_of_rank0.append(RunFolder.acquire(path, config_to_dict(config), resume=resume, overwrite=overwrite))
+        settings, resume, overwrite = config_to_dict(config), start.resume, start.overwrite
+        folders_of_rank0.append(RunFolder.acquire(path, settings, resume=resume, overwrite=overwrite))
         return folders_of_rank0[0].manifest
 
     manifest = world.on_rank0(acquire)
@@ -264,7 +265,7 @@ def _rollouts(
     train = validation = None
     if source is not None and isinstance(prompts, PromptDataset):
         held_out = data.validation if isinstance(data.validation, PromptDataset) else prompts
-        train, validation = (make_reward_function(source, chat, part, budget) for part in (prompts, held_out))
+        train, validation = (reward_function(source, chat, part, budget) for part in (prompts, held_out))
     return RolloutSource(policy, objective, objective.rollout, chat.stop_ids, train, validation, config.seed, budget)
 
 

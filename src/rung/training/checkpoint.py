@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from rung.files import find_damage, reporting_write_errors, write_folder
 from rung.training.optimizer import OptimizerState
+from rung.training.run_folder import read_json
 
 REFERENCE_FILE = "reference.safetensors"
 
@@ -87,5 +88,4 @@ def read_reference_cache(folder: Path) -> dict[int, float]:
 
 def read_progress(folder: Path) -> dict[str, Any]:
     """The fields of `Progress` as they were at the checkpoint."""
-    progress: dict[str, Any] = json.loads((folder / "progress.json").read_text())
-    return progress
+    return read_json(folder / "progress.json")

@@ -238,10 +238,7 @@ def skip_step(folder: RunFolder, progress: Progress, examples: Sequence[Example]
 
 def _describe_document(example: Example) -> dict[str, object]:
     """A document as the step used it, as JSON."""
-    return {
-        "source": str(example.source),
-        "ids": example.ids.tolist(),
-        "supervised": np.flatnonzero(example.supervised).tolist(),
-        **{name: getattr(example, name) for name in ("row", "task", "weight", "score")},
-        "columns": {name: values.tolist() for name, values in example.columns.items()},
-    }
+    tokens = {"ids": example.ids.tolist(), "supervised": np.flatnonzero(example.supervised).tolist()}
+    settings = {name: getattr(example, name) for name in ("row", "task", "weight", "score")}
+    columns = {name: values.tolist() for name, values in example.columns.items()}
+    return {"source": str(example.source), **tokens, **settings, "columns": columns}

@@ -68,12 +68,9 @@ def pack_together(
 
 def pack_separately(examples: Sequence[Example], device: torch.device | None = None) -> list[PackedBatch]:
     """One document (or one data row of several) per batch: the plain way, for comparison."""
-    rows: list[list[Example]] = []
-    for example in examples:
-        if not rows or _from_different_rows(rows[-1][-1], example):
-            rows.append([])
-        rows[-1].append(example)
-    return [_build_batch(row, False, device) for row in rows]
+    documents = list(examples)
+    cuts = [0, *_PrefixGroup(documents, (), 0).borders(), len(documents)]
+    return [_build_batch(documents[start:stop], False, device) for start, stop in pairwise(cuts) if start < stop]
 
 
 def pack_lazily(

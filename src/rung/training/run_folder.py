@@ -216,6 +216,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    value: dict[str, Any] = json.loads(path.read_text())
+    return value
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that determine results, and the machine type."""
     names = ("rung", "torch", "transformers", "peft", "tokenizers", "safetensors")

@@ -108,8 +108,8 @@ class Trainer:
         self.skip_until_step = 0
         """The first step after a rollout that the objective ended early."""
         self.checkpoints = self.folder.path / "checkpoints"
-        best_folder = self.checkpoints / "best"
-        self.early_stopping = EarlyStopping(self.config.patience, best_folder, self._write, self.stop_check)
+        best = self.checkpoints / "best"
+        self.early_stopping = EarlyStopping(self.config.patience, best, self._write, self.stop_check)
         self.frozen_cache: FrozenLayerCache | None = None
         # log-probabilities of the reference for documents of the data never change during a run
         self.policy.reference_cache = {} if self.objective.compares_answers else None
@@ -318,7 +318,9 @@ class Trainer:
         selection = selection._replace(names={*selection.names, *self.objective.trainable()})
         train_only(self.optimizer_state.optimizer, self.trainable, selection)
         if selection.changes_permanently:
-            self._reset_best()  # earlier validation losses are of another model
+            # earlier validation losses are of another model
+            self.folder.update(**self.method.statistics())
+            self.early_stopping.reset(self.progress, remove=self.world.is_rank0)
         return selection
 
     def _batches(self, examples: Sequence[Example]) -> list[PackedBatch]:
@@ -370,11 +372,6 @@ class Trainer:
         self.folder.gate(gate)
         print_status(str(gate))
         enforce(gate)
-
-    def _reset_best(self) -> None:
-        """Restart early stopping after a permanent change of the method."""
-        self.folder.update(**self.method.statistics())
-        self.early_stopping.reset(self.progress, remove=self.world.is_rank0)
 
     def _validate(self, validation: Sequence[Row], entry: dict[str, Any], is_last: bool) -> str | None:
         """Measure the validation loss where it is due. Returns the reason to end the run here, or None."""
