@@ -83,8 +83,7 @@ class DoesNotFitError(PlanError):
 def free_memory(device: torch.device) -> int | None:
     """Bytes available to a run, including what this process already holds; None if the system does not say."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
+        return int(torch.cuda.mem_get_info(device)[0])
     try:
         meminfo = Path("/proc/meminfo").read_text()
         free = int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024

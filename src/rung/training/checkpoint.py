@@ -27,10 +27,9 @@ def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """The newest checkpoint whose hashes verify, or None; `warn` gets a line for each damaged one."""
     # step numbers are zero-padded: the order of names is the order of steps
     for candidate in sorted(folder.glob("step-*"), reverse=True):
-        if problem := find_damage(candidate):
-            warn(f"checkpoint {candidate.name} passed over: {problem}")
-            continue
-        return candidate
+        if (problem := find_damage(candidate)) is None:
+            return candidate
+        warn(f"checkpoint {candidate.name} passed over: {problem}")
     return None
 
 

@@ -251,11 +251,8 @@ class _RowBuilder:
         common = min(_common_prefix_length(a.ids, b.ids) for a, b in pairwise(member_examples))
         all_equal = all(len(e) == common for e in member_examples)
         if common - depth >= MIN_SHARED or all_equal:
-            segment = self.add(members, depth, common, parent)
-            if all_equal:
-                return
-            self._add_spans(members, common, segment)
-        else:
+            depth, parent = common, self.add(members, depth, common, parent)
+        if not all_equal:
             self._add_spans(members, depth, parent)
 
     def _add_spans(self, members: range, depth: int, parent: int | None) -> None:
@@ -281,7 +278,6 @@ def _build_batch(
         for i, example in enumerate(examples):
             builder.add(range(i, i + 1), prefix_length, len(example), None)
     source, target, weight, owner = [], [], [], []
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in examples[0].columns}
     token_positions = [np.concatenate(positions) for positions in builder.rows]
     for i, (example, positions) in enumerate(zip(examples, token_positions, strict=True)):
         predicted_positions = np.flatnonzero(example.supervised)
@@ -291,9 +287,8 @@ def _build_batch(
         target.append(example.ids[predicted_positions])
         weight.append(np.full(len(predicted_positions), example.weight, dtype=np.float32))
         owner.append(np.full(len(predicted_positions), i))
-        for name, values in columns.items():
-            values.append(example.columns[name])
-    column_tensors = {name: torch.from_numpy(np.concatenate(values)).to(device) for name, values in columns.items()}
+    columns = {name: np.concatenate([e.columns[name] for e in examples]) for name in examples[0].columns}
+    column_tensors = {name: torch.from_numpy(values).to(device) for name, values in columns.items()}
     index = [_to_tensor(part, device) for part in (source, target, weight, owner)]
     loss = LossIndex(index[0], index[1], index[2], index[3], column_tensors)
     return PackedBatch(

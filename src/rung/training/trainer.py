@@ -290,7 +290,9 @@ class Trainer:
             skipped_step = StepMetrics(self.progress.loss, rate, stop_reason="the rest of the rollout")
             return skipped_step.log_entry(self.progress.step)
         examples, rollout_metrics = self._documents(window)
-        batches = self._batches(examples)
+        batches = self.pack(self.world.split_examples(examples), self.budget)
+        if self.frozen_cache is not None:
+            batches = self.frozen_cache.feed(batches)
         loss, norm = self._gradient(examples, batches)
         is_finite = bool(torch.isfinite(norm) & torch.isfinite(loss))
         stop_reason = self.objective.stop_reason() if is_finite else None
@@ -322,11 +324,6 @@ class Trainer:
             self.folder.update(**self.method.statistics())
             self.early_stopping.reset(self.progress, remove=self.world.is_rank0)
         return selection
-
-    def _batches(self, examples: Sequence[Example]) -> list[PackedBatch]:
-        """The batches of this rank, with cached hidden states where there is a cache."""
-        batches = self.pack(self.world.split_examples(examples), self.budget)
-        return batches if self.frozen_cache is None else self.frozen_cache.feed(batches)
 
     def _gradient(self, examples: Sequence[Example], batches: list[PackedBatch]) -> tuple[Tensor, Tensor]:
         """Compute the summed and clipped gradients of the step. Returns the loss and the gradient norm."""
