@@ -16,7 +16,7 @@ import typer
 
 from rung import __version__
 from rung.commands.exit_codes import exit_code_of, exit_process
-from rung.errors import REFUSED, ConfigError, PlanError
+from rung.errors import REFUSED, ConfigError, PlanError, did_you_mean
 
 app = typer.Typer(
     help="Adapt a language model to a task, climb only as high as the task needs, and prove each step.",
@@ -36,6 +36,7 @@ Overrides = Annotated[
 ]
 Run = Annotated[str, typer.Argument(help="Run folder, or name of a base model.", metavar="RUN")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0: greedy.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Delete the run in the output folder and start a new one.")
 ]
@@ -65,25 +66,21 @@ def fetch(
 ) -> None:
     """Download a base model into the cache; verify its hash and convert it."""
     from rung.config.model_catalog import CATALOG
-    from rung.errors import did_you_mean
+    from rung.models.download import download_base
 
     if name not in CATALOG:
         suggestion = did_you_mean(name, list(CATALOG))
         hint = f"did you mean {suggestion}?" if suggestion else None
         raise ConfigError("no such base", given=name, allowed=", ".join(CATALOG), hint=hint)
-    from rung.models.download import download_base as bring
-
-    path = bring(name)
+    path = download_base(name)
     _show({"path": str(path)}, [f"{name} is in {path}"], as_json)
 
 
 @data_app.command("check")
 def data_check(
     file: Annotated[str, typer.Argument(help="Data file, `datasets` name, or config.", metavar="FILE")],
-    show: Annotated[int, typer.Option("--show", help="Print this many rows with supervised tokens in color.")] = 0,
-    model: Annotated[
-        str | None, typer.Option("--model", help="Count tokens with the tokenizer of this base model.")
-    ] = None,
+    show: Annotated[int, typer.Option(help="Print this many rows with supervised tokens in color.")] = 0,
+    model: Annotated[str | None, typer.Option(help="Count tokens with the tokenizer of this base model.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Report format, kept and rejected rows with reasons, lengths, duplicates and leakage.
@@ -102,11 +99,9 @@ def data_check(
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,
-    memory: Annotated[str | None, typer.Option("--memory", help="Available memory, for example 24GiB.")] = None,
-    device: Annotated[str | None, typer.Option("--device", help="Name of a known device, for example h100.")] = None,
-    tokens: Annotated[
-        float | None, typer.Option("--tokens", min=1, max=1e18, help="Tokens per epoch, if known.")
-    ] = None,
+    memory: Annotated[str | None, typer.Option(help="Available memory, for example 24GiB.")] = None,
+    device: Annotated[str | None, typer.Option(help="Name of a known device, for example h100.")] = None,
+    tokens: Annotated[float | None, typer.Option(min=1, max=1e18, help="Tokens per epoch, if known.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Estimate memory and time of a run for every method, without loading a model, and advise what would fit.
@@ -169,20 +164,16 @@ def climb(
 def evaluate(
     target: Run,
     overrides: Overrides = None,
-    config: Annotated[
-        str | None, typer.Option("--config", help="Config of the task; default: that of the run.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Maximum number of test items.")] = None,
+    config: Annotated[str | None, typer.Option(help="Config of the task; default: that of the run.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of test items.")] = None,
     baseline: Annotated[
-        str | None,
-        typer.Option("--baseline", help="Run or base model to compare with, also by evaluation.judge if set."),
+        str | None, typer.Option(help="Run or base model to compare with, also by evaluation.judge if set.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="With a judge: jsonl file for the judged pairs.")
     ] = None,
     forgetting: Annotated[
-        str | None,
-        typer.Option("--forgetting", help="Data file or config: measure how much the run has forgotten on it."),
+        str | None, typer.Option(help="Data file or config: measure how much the run has forgotten on it.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -217,13 +208,11 @@ def evaluate(
 def chat(
     target: Run,
     compare: Annotated[bool, typer.Option("--compare", help="Also show the answer of the base model.")] = False,
-    question: Annotated[str | None, typer.Option("--question", help="Answer this question and exit.")] = None,
-    temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="Sampling temperature; 0: greedy.")
-    ] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 256,
-    system: Annotated[str | None, typer.Option("--system", help="System prompt.")] = None,
-    task: Annotated[str | None, typer.Option("--task", help="Task name, for runs with parameters per task.")] = None,
+    question: Annotated[str | None, typer.Option(help="Answer this question and exit.")] = None,
+    temperature: Temperature = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    task: Annotated[str | None, typer.Option(help="Task name, for runs with parameters per task.")] = None,
 ) -> None:
     """Chat with a run or a base model. An empty line or Ctrl-D exits; /new starts a new conversation."""
     from rung.commands.chat import Conversation
@@ -236,28 +225,22 @@ def chat(
 @app.command()
 def generate(  # noqa: PLR0913 -- options of a command line, each named where it is given
     target: Annotated[str, typer.Argument(help="Run folder, base model, or URL of a server.", metavar="RUN")],
-    data: Annotated[str, typer.Option("--data", help="Data file with the prompts.")],
+    data: Annotated[str, typer.Option(help="Data file with the prompts.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Output jsonl file.")],
-    n: Annotated[int, typer.Option("--n", min=1, help="Answers per prompt.")] = 4,
-    temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="Sampling temperature; 0: greedy.")
-    ] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 256,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Maximum number of prompts.")] = None,
+    n: Annotated[int, typer.Option(min=1, help="Answers per prompt.")] = 4,
+    temperature: Temperature = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of prompts.")] = None,
     distinct: Annotated[bool, typer.Option("--distinct", help="Drop duplicate answers to a prompt.")] = False,
-    reward: Annotated[
-        Path | None, typer.Option("--reward", help="Reward run that scores the answers; best first.")
-    ] = None,
+    reward: Annotated[Path | None, typer.Option(help="Reward run that scores the answers; best first.")] = None,
     reference: Annotated[
-        str | None, typer.Option("--reference", help="Run or base model: log-ratio of each answer to it, in nats.")
+        str | None, typer.Option(help="Run or base model: log-ratio of each answer to it, in nats.")
     ] = None,
-    format: Annotated[
-        str, typer.Option("--format", help="As data.format; prompt_only: rows without answers.")
-    ] = "auto",
+    format: Annotated[str, typer.Option(help="As data.format; prompt_only: rows without answers.")] = "auto",
     seed: Annotated[int, typer.Option(help="Sampling seed.")] = 0,
-    model: Annotated[str | None, typer.Option("--model", help="Server only: name of the model.")] = None,
+    model: Annotated[str | None, typer.Option(help="Server only: name of the model.")] = None,
     concurrency: Annotated[
-        int | None, typer.Option("--concurrency", min=1, help="Server only: concurrent requests; default: 8.")
+        int | None, typer.Option(min=1, help="Server only: concurrent requests; default: 8.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -318,11 +301,8 @@ def fuse(
     plan = FusePlan(*parse_method(how), parse_weights(weights), rank, seed, learn)
     result = fuse_runs(runs, folder, plan)
     shares = ", ".join(f"{run.name} {weight:g}" for run, weight in zip(runs, result.weights, strict=True))
-    lines = [
-        f"fused into {folder}: {shares}",
-        f"lost to the rank of the result: {result.lost:.2%} of the update's norm",
-    ]
-    _show(result.to_json(), lines, as_json)
+    lost = f"lost to the rank of the result: {result.lost:.2%} of the update's norm"
+    _show(result.to_json(), [f"fused into {folder}: {shares}", lost], as_json)
 
 
 @app.command()
@@ -347,13 +327,11 @@ def schema() -> None:
 @app.command()
 def show(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Print the resolved config with the origin of each value."""
-    from rung.config.io import config_to_dict, load_config
-    from rung.config.io import describe_config as shown
+    from rung.config.io import config_to_dict, describe_config, load_config
 
     loaded = load_config(config, overrides or ())
-    _show(
-        {"config": config_to_dict(loaded.config), "origins": dict(loaded.origins)}, shown(loaded).splitlines(), as_json
-    )
+    value = {"config": config_to_dict(loaded.config), "origins": dict(loaded.origins)}
+    _show(value, describe_config(loaded).splitlines(), as_json)
 
 
 def _version(requested: bool) -> None:

@@ -186,7 +186,7 @@ def test_every_type_of_number_is_written_as_it_should_be(tmp_path: Path) -> None
     }
     save_file(held, base / "model.safetensors")
     (base / "config.json").write_text("{}")
-    update = merge_shards.LoraUpdate(torch.ones(2, 6), torch.ones(4, 2), 0.25, False)
+    update = merge_shards.LoraUpdate(torch.ones(4, 2), torch.ones(2, 6), 0.25)
     gate, moved = merge_shards.merge_shards(base, {"l": update}, target)
     found = load_file(target / "model.safetensors")
     assert gate.state == "passed" and moved == 0.5 and torch.equal(found.pop("l.weight"), torch.ones(4, 6))

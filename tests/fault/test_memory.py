@@ -51,7 +51,7 @@ from rung.commands.merge_shards import LoraUpdate, merge_shards
 base, target = map(Path, sys.argv[1:])
 draw = torch.Generator().manual_seed(0)
 updates = {
-    f"l{i}": LoraUpdate(torch.randn(4, 3072, generator=draw), torch.randn(3072, 4, generator=draw), 1.0, False)
+    f"l{i}": LoraUpdate(torch.randn(3072, 4, generator=draw), torch.randn(4, 3072, generator=draw), 1.0)
     for i in range(int((base / "count").read_text()))
 }
 target.mkdir()

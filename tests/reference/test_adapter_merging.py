@@ -95,8 +95,8 @@ def test_patterns_with_overlapping_names_are_read_as_peft_reads_them(rslora: boo
     for module, update in updates.items():
         expected = model.base_model.model.get_submodule(module).get_delta_weight("default").detach()
         assert (factors[module].dense - expected).abs().max() < 1e-5, module
-        assert (update.scale * update.b_OR @ update.a_RI - expected).abs().max() < 1e-5, module
-    ranks = {module: len(update.a_RI) for module, update in updates.items()}
+        assert (update.scale * update.first @ update.second - expected).abs().max() < 1e-5, module
+    ranks = {module: len(update.second) for module, update in updates.items()}
     assert ranks["model.layers.1.self_attn.q_proj"] == 8 and ranks["model.layers.0.self_attn.q_proj"] == 2
 
 

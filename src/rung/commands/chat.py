@@ -55,18 +55,12 @@ class ChatModel:
                 sys.stdout.write(text[len(previous_text.rstrip("\ufffd")) :])
                 sys.stdout.flush()
 
-        limited_sampling = Sampling(min(sampling.max_new_tokens, max_new_tokens), sampling.temperature, sampling.seed)
+        limited = Sampling(min(sampling.max_new_tokens, max_new_tokens), sampling.temperature, sampling.seed)
+        on_token, stop_ids = print_token if stream else None, chat.stop_ids
         with self.prepare_turn():
-            ids = generate(
-                policy,
-                [prompt],
-                stop_ids=chat.stop_ids,
-                sampling=limited_sampling,
-                task=self.task,
-                on_token=print_token if stream else None,
-            )[0].ids
+            answers = generate(policy, [prompt], stop_ids=stop_ids, sampling=limited, task=self.task, on_token=on_token)
         # Without the stop token, which the template writes again when the turn becomes part of the next prompt.
-        text = chat.assistant_text(ids).strip()
+        text = chat.assistant_text(answers[0].ids).strip()
         self.turns.append(Message("assistant", text))
         return text
 
@@ -99,9 +93,8 @@ class Conversation:
         if question is not None:
             self.say(question)
             return
-        console.print(
-            f"talking to {' and '.join(s.name for s in self.speakers)}; an empty line leaves, /new starts over"
-        )
+        names = " and ".join(speaker.name for speaker in self.speakers)
+        console.print(f"talking to {names}; an empty line leaves, /new starts over")
         while True:
             try:
                 line = console.input("[bold]you[/bold] > ")

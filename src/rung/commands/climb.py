@@ -10,27 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from rung.commands.climb_prompts import ClimbPrompts, RungPrompts
-from rung.commands.climb_results import (
-    AnyRung,
-    MeasuredRung,
-    build_ladder,
-    read_rung_result,
-    rung_folder,
-    score_of_rung,
-    store_rung_result,
-)
-from rung.commands.forgetting import (
-    RESULT_FILE,
-    check_forgetting_room,
-    forgetting_task,
-    measure_forgetting,
-    read_forgetting,
-)
+from rung.commands.climb_results import AnyRung, MeasuredRung, build_ladder, read_result, rung_folder, store_result
+from rung.commands.forgetting import RESULT_FILE, check_room, forgetting_task, measure_forgetting, read_forgetting
 from rung.commands.hyperparameter_search import apply_settings, read_search_result, search_settings
 from rung.config.climb import UNTUNED, OnTopConfig, RungConfig
 from rung.config.evaluation import Context
@@ -39,6 +25,8 @@ from rung.config.method import FullConfig
 from rung.config.run import RunConfig
 from rung.console import print_status
 from rung.data.chat import ChatTemplate
+from rung.data.records import Records
+from rung.data.splits import Splits
 from rung.errors import CheckpointError, ConfigError, PlanError, RungError
 from rung.evaluation.evaluate import PERPLEXITY, Evaluation, evaluate
 from rung.evaluation.prompting import PromptFormat
@@ -52,9 +40,8 @@ from rung.runs import checks
 from rung.runs.checks import DoesNotFitError
 from rung.runs.dataset import RunData, read_splits, tokenize_splits
 from rung.runs.load import LoadedRun, dequantize_if_configured, device, load_base_on_device, open_run
-from rung.runs.train import train_on_data
+from rung.runs.train import StartMode, train_on_data
 from rung.training.run_folder import RunFolder, StopCheck, is_climb, read_manifest, reset_peak_memory, write_json
-from rung.types import Record
 
 CHANGEABLE_SETTINGS = ("climb.forgetting",)
 """Settings that may differ when a climb is resumed: no finished rung depends on them."""
@@ -80,7 +67,8 @@ class Climb:
             summary = "this folder holds a single run, not a climb"
             raise CheckpointError(summary, where=str(self.path), hint="name another output=...")
         RunFolder.check(self.path, config_to_dict(config), resume=resume, overwrite=overwrite, free=CHANGEABLE_SETTINGS)
-        self._overwrite = overwrite
+        self._resume, self._overwrite = resume, overwrite
+        self._fingerprints: dict[str, str] = {}
         self._cached_base: BaseModel | None = None
         self._skipped_rungs: list[SkippedRung] = []
 
@@ -91,65 +79,67 @@ class Climb:
 
     def run(self) -> Ladder:
         """Measure what is missing, then build the ladder. If nothing is missing, no model is loaded."""
-        splits = read_splits(self.config)
-        self._refuse_other_fingerprint("data", splits.fingerprint)
-        if self._is_complete(len(splits.train)) and not self._overwrite:
+        self._check_fingerprint("data", self._splits.fingerprint)
+        if self._is_complete() and not self._overwrite:
             return self._ladder()
         # Everything that can be refused is refused before the first training step, and what needs no model before the
         # model is loaded.
-        prompts = ClimbPrompts(self.config, splits)
+        prompts = self._prompts
         for on_top in self.config.climb.on_top:
             prompts.check_on_top_rows(on_top)
         forgetting = self.config.climb.forgetting
         task = None if forgetting is None else forgetting_task(self.config, forgetting, self.config.evaluation.limit)
-        fingerprints = {"data": splits.fingerprint}
         if prompts.library is not None:
-            fingerprints["documents"] = prompts.library.fingerprint
-            self._refuse_other_fingerprint("documents", fingerprints["documents"])
+            self._check_fingerprint("documents", prompts.library.fingerprint)
         self._cached_base = base = load_base_on_device(self.config.model)
-        fingerprints["base"] = base.fingerprint
-        self._refuse_other_fingerprint("base", base.fingerprint)
-        data = {context: self._shared_data(context, prompts, base) for context in prompts.contexts}
+        self._check_fingerprint("base", base.fingerprint)
+        data = {context: self._shared_data(context, base) for context in prompts.contexts}
         first_data = next(iter(data.values()))
         prompts.check_room(first_data.chat, base.context - self.config.evaluation.max_new_tokens)
         if task is not None:
-            check_forgetting_room(task, first_data.chat, base.context)
-        resume = is_run_folder(self.path) and not self._overwrite
-        acquired_folder = RunFolder.acquire(
-            self.path, config_to_dict(self.config), resume=resume, overwrite=self._overwrite, free=CHANGEABLE_SETTINGS
-        )
-        with closing(acquired_folder) as folder:
+            check_room(task, first_data.chat, base.context)
+        settings, how = config_to_dict(self.config), {"resume": self._resume, "overwrite": self._overwrite}
+        with closing(RunFolder.acquire(self.path, settings, **how, free=CHANGEABLE_SETTINGS)) as folder:
             # An error in the manifest is that of an earlier attempt.
             folder.manifest.pop("error", None)
-            settings, summary = config_to_dict(self.config), first_data.summary()
-            folder.update(climb=True, status="running", config=settings, data=summary, fingerprints=fingerprints)
-            return self._measure_all(folder, data, prompts)
+            facts = {"data": first_data.summary(), "fingerprints": self._fingerprints}
+            folder.update(climb=True, status="running", config=settings, **facts)
+            return self._measure_all(folder, data)
 
-    def _is_complete(self, train_rows: int) -> bool:
+    @cached_property
+    def _splits(self) -> Splits:
+        return read_splits(self.config)
+
+    @cached_property
+    def _prompts(self) -> ClimbPrompts:
+        return ClimbPrompts(self.config, self._splits)
+
+    def _is_complete(self) -> bool:
         """Whether every rung, point of the curve and forgetting result is on disk."""
         # A point of the curve with as many rows as the rung itself is passed over, so no result is missing.
-        points = all((folder / "result.json").exists() for rows, folder in self._curve_points if rows < train_rows)
+        folders = [folder for rows, folder in self._curve_points if rows < len(self._splits.train)]
+        points = all((folder / "result.json").exists() for folder in folders)
         forgetting = all(self._read_forgetting(folder) for _, folder in self._forgetting_runs)
         return points and forgetting and all(map(self._is_measured, self.rungs))
 
-    def _shared_data(self, context: Context, prompts: ClimbPrompts, base: BaseModel) -> RunData:
+    def _shared_data(self, context: Context, base: BaseModel) -> RunData:
         """The tokenized data of all rungs of one context whose method has no virtual tokens."""
         # Virtual tokens take room in the context or stand inside the text, so methods with them tokenize for
         # themselves. `FullConfig` stands for all others: none of them changes a document.
         evaluation = self.config.evaluation.model_copy(update={"context": context})
         config = self.config.model_copy(update={"method": FullConfig(), "evaluation": evaluation})
-        return tokenize_splits(config, prompts.splits, base, prompts.library)
+        return tokenize_splits(config, self._splits, base, self._prompts.library)
 
-    def _measure_all(self, folder: RunFolder, data: dict[Context, RunData], prompts: ClimbPrompts) -> Ladder:
+    def _measure_all(self, folder: RunFolder, data: dict[Context, RunData]) -> Ladder:
         try:
             target_rung: AnyRung | None = None
             for rung in self.rungs:
                 if target_rung is not None:
                     self._skip_rung(rung.label, f"{target_rung.label} surely reaches the target")
-                elif self._measure_if_possible(rung, data, prompts):
+                elif self._measure_if_possible(rung, data):
                     target_rung = rung if self.config.climb.stop_at_target and self._reaches_target(rung) else None
             # The curve needs the settings of the highest tuned rung, forgetting needs the finished runs.
-            self._measure_curve(prompts)
+            self._measure_curve()
             self._measure_forgetting()
         except KeyboardInterrupt:
             folder.update(status="interrupted")
@@ -173,14 +163,14 @@ class Climb:
     def _is_measured(self, rung: AnyRung) -> bool:
         return all((folder / "result.json").exists() for folder in self._rung_folders(rung))
 
-    def _measure_if_possible(self, rung: AnyRung, data: dict[Context, RunData], prompts: ClimbPrompts) -> bool:
+    def _measure_if_possible(self, rung: AnyRung, data: dict[Context, RunData]) -> bool:
         """Whether a rung was measured: it is skipped if it does not fit into memory or its base rung was skipped."""
         base_rung = rung.base_rung if isinstance(rung, OnTopConfig) else None
         if base_rung in {skipped.rung for skipped in self._skipped_rungs}:
             self._skip_rung(rung.label, f"it stands on {base_rung}, which was not measured")
             return False
         try:
-            self._measure(rung, data, prompts)
+            self._measure(rung, data)
         except DoesNotFitError as error:
             # One rung too large for the machine says nothing about the others, so the climb goes on.
             self._skip_rung(rung.label, error.summary)
@@ -194,14 +184,14 @@ class Climb:
     def _reaches_target(self, rung: AnyRung) -> bool:
         """Whether the rung's whole interval, not only its mean, is at or beyond the target."""
         metric, target = self.config.evaluation.metrics[0], self.config.climb.target
-        score = score_of_rung(self._stored_rung(rung).evaluations, metric)
+        score = self._stored_rung(rung).score(metric)
         return target is not None and (score.high <= target if metric == PERPLEXITY else score.low >= target)
 
-    def _refuse_other_fingerprint(self, name: str, fingerprint: str) -> None:
+    def _check_fingerprint(self, name: str, fingerprint: str) -> None:
         """Raise `CheckpointError` if data, documents or base differ from those of the finished rungs."""
-        is_resumed = is_run_folder(self.path) and not self._overwrite
+        self._fingerprints[name] = fingerprint
         # A climb killed while it took its folder has recorded none yet.
-        recorded = read_manifest(self.path).get("fingerprints", {}) if is_resumed else {}
+        recorded = read_manifest(self.path).get("fingerprints", {}) if self._resume else {}
         if recorded.get(name, fingerprint) != fingerprint:
             verb = "have" if name == "documents" else "has"
             summary = f"the {name} {verb} changed since this climb began"
@@ -217,9 +207,9 @@ class Climb:
         """A finished rung, read from its files."""
         folders = self._rung_folders(rung)
         evaluations = tuple(Evaluation.read(folder / "items.parquet") for folder in folders)
-        return MeasuredRung(rung, evaluations, tuple(map(read_rung_result, folders)))
+        return MeasuredRung(rung, evaluations, tuple(map(read_result, folders)))
 
-    def _measure(self, rung: AnyRung, data: dict[Context, RunData], prompts: ClimbPrompts) -> None:
+    def _measure(self, rung: AnyRung, data: dict[Context, RunData]) -> None:
         """Measure the training seeds of a rung that have no result yet."""
         folders = self._rung_folders(rung)
         for seed_index, folder in enumerate(folders):
@@ -227,13 +217,13 @@ class Climb:
                 continue
             print_status(f"rung {rung.label}" + (f", seed {seed_index}" if len(folders) > 1 else ""))
             if isinstance(rung, OnTopConfig):
-                self._measure_on_top(rung, folder, seed_index, prompts)
+                self._measure_on_top(rung, folder, seed_index)
             elif rung.kind in UNTUNED:
-                self._measure_untuned(rung, folder, next(iter(data.values())).chat, prompts)
+                self._measure_untuned(rung, folder, next(iter(data.values())).chat)
             else:
-                self._measure_tuned(rung, folder, seed_index, data[prompts.context(rung)], prompts)
+                self._measure_tuned(rung, folder, seed_index, data[self._prompts.context(rung)])
 
-    def _measure_untuned(self, rung: RungConfig, folder: Path, chat: ChatTemplate, prompts: ClimbPrompts) -> None:
+    def _measure_untuned(self, rung: RungConfig, folder: Path, chat: ChatTemplate) -> None:
         """Score the base with the rung's prompt. The instruction rung also chooses the instruction, on validation."""
         # Without a reset the peak would include the training of an earlier rung.
         reset_peak_memory()
@@ -241,45 +231,37 @@ class Climb:
 
         cost: dict[str, Any] = {"trainable_parameters": 0, "train_seconds": 0.0}
         instruction = self.config.evaluation.instruction
+        prompts = self._prompts
         if prompts.instruction_rung == rung:
             cost |= prompts.choose_instruction(rung, folder, partial(self._evaluate, model, title=rung.label))
             instruction = cost["instruction"]
         elif prompts.instruction_rung is not None:
             # Read from disk, since a resumed climb did not choose it in this process.
-            instruction = read_rung_result(self._rung_folders(prompts.instruction_rung)[0])["instruction"]
+            instruction = read_result(self._rung_folders(prompts.instruction_rung)[0])["instruction"]
         self._score(model, prompts.for_rung(rung, instruction), folder, rung.label, cost)
 
-    def _evaluate(
-        self, model: LoadedRun, records: Sequence[Record], prompt_format: PromptFormat, *, title: str
-    ) -> Evaluation:
+    def _evaluate(self, model: LoadedRun, records: Records, prompt_format: PromptFormat, *, title: str) -> Evaluation:
         return evaluate(model.policy, model.chat, records, prompt_format, self.config.evaluation, title=title)
 
     def _score(self, model: LoadedRun, prompts: RungPrompts, folder: Path, title: str, cost: Mapping[str, Any]) -> None:
         """Score a model on the questions of a rung and write the result."""
         result = self._evaluate(model, prompts.records, prompts.prompt_format, title=title)
-        store_rung_result(folder, result, {**cost, **prompts.facts})
+        store_result(folder, result, {**cost, **prompts.facts})
 
-    def _measure_tuned(
-        self, rung: RungConfig, folder: Path, seed_index: int, data: RunData, prompts: ClimbPrompts
-    ) -> None:
+    def _measure_tuned(self, rung: RungConfig, folder: Path, seed_index: int, data: RunData) -> None:
         """Train a run in the rung's folder, or open the finished one, and score it on the bare questions."""
         is_started = is_run_folder(folder)
         if not is_started:
             # Checked before the search, so that no trial starts for a rung that does not fit.
             default_config = rung_run_config(self.config, rung, str(folder), self.config.seed + seed_index)
             checks.refuse_if_too_large(default_config, device(), beyond=False)
-        if self.config.climb.search is not None:
-            rung = self._apply_search(rung, data, prompts)
+        rung = self._apply_search(rung, data)
         config = rung_run_config(self.config, rung, str(folder), self.config.seed + seed_index)
-
-        def data_for(base: BaseModel) -> RunData:
-            return self._tokenize(config, prompts, base) if _has_virtual_tokens(config) else data
-
-        model = self._train_or_open(config, data_for)
+        model = self._train_or_open(config, lambda base: self._data_for(config, base, data))
         dequantize_if_configured(model.policy, config)
         search_result = read_search_result(self.path / "search" / rung.slug)
         trials = {"search": search_result} if search_result else {}
-        self._score(model, prompts.for_rung(rung, None), folder, rung.label, {**_training_cost(folder), **trials})
+        self._score(model, self._prompts.for_rung(rung, None), folder, rung.label, {**_training_cost(folder), **trials})
 
     def _train_or_open(self, config: RunConfig, data: Callable[[BaseModel], RunData]) -> LoadedRun:
         """Open the run of a config if it is finished; otherwise train it, or resume it if it was stopped."""
@@ -290,11 +272,13 @@ class Climb:
         # Training changes this base, so it must not be offered to the next rung.
         base, self._cached_base = self._pristine_base(), None
         run_data = data(base)
-        policy, _ = train_on_data(config, base, run_data, resume=is_started)
+        policy, _ = train_on_data(config, base, run_data, StartMode(resume=is_started))
         return LoadedRun(policy, run_data.chat, config, "run")
 
-    def _apply_search(self, rung: RungConfig, data: RunData, prompts: ClimbPrompts) -> RungConfig:
+    def _apply_search(self, rung: RungConfig, data: RunData) -> RungConfig:
         """The rung with settings chosen on the validation split, once for all training seeds."""
+        if (search := self.config.climb.search) is None:
+            return rung
         folder = self.path / "search" / rung.slug
         if (search_result := read_search_result(folder)) is not None:
             return apply_settings(rung, search_result["chosen"])
@@ -302,16 +286,15 @@ class Climb:
 
         def train(trial: RunConfig, stop_check: StopCheck) -> None:
             base, self._cached_base = self._pristine_base(), None
-            trial_data = self._tokenize(trial, prompts, base) if _has_virtual_tokens(trial) else data
-            train_on_data(trial, base, trial_data, stop_check=stop_check)
+            train_on_data(trial, base, self._data_for(trial, base, data), stop_check=stop_check)
 
-        search_config = self.config.climb.search
-        assert search_config is not None  # noqa: S101 -- for the type checker: checked by `_measure_tuned`
-        return search_settings(config, search_config, rung, folder, len(data.train.rows), train)
+        return search_settings(config, search, rung, folder, len(data.train.rows), train)
 
-    def _tokenize(self, config: RunConfig, prompts: ClimbPrompts, base: BaseModel) -> RunData:
-        """The climb's splits for a method whose virtual tokens change the documents."""
-        return tokenize_splits(config, prompts.splits, base, prompts.library)
+    def _data_for(self, config: RunConfig, base: BaseModel, shared: RunData) -> RunData:
+        """The shared data, or the splits tokenized anew for a method whose virtual tokens change the documents."""
+        if not config.method.virtual_token_count:
+            return shared
+        return tokenize_splits(config, self._splits, base, self._prompts.library)
 
     @property
     def _curve_points(self) -> list[tuple[int, Path]]:
@@ -322,41 +305,37 @@ class Climb:
         """The points of the learning curve that have a result."""
         for _, folder in self._curve_points:
             if (folder / "result.json").exists():
-                facts = read_rung_result(folder)
-                score = score_of_rung([Evaluation.read(folder / "items.parquet")], self.config.evaluation.metrics[0])
-                point = {name: facts[name] for name in ("rung", "rows", "train_seconds")}
-                yield CurvePoint(**point, score=score)
+                facts = read_result(folder)
+                score = Evaluation.read(folder / "items.parquet").interval(self.config.evaluation.metrics[0])
+                yield CurvePoint(**{n: facts[n] for n in ("rung", "rows", "train_seconds")}, score=score)
 
-    def _measure_curve(self, prompts: ClimbPrompts) -> None:
+    def _measure_curve(self) -> None:
         """Train the highest tuned rung on fewer rows: one run for each number of rows, scored on the same test."""
         tuned_rungs = [r for r in self.config.climb.rungs if r.kind not in UNTUNED and self._is_measured(r)]
-        train_rows = len(prompts.splits.train)
+        train_rows = len(self._splits.train)
         for rows, folder in self._curve_points if tuned_rungs else ():
             if rows >= train_rows:
                 print_status(f"learning curve: the rung itself has {train_rows:,} rows, {rows:,} are passed over")
             elif not (folder / "result.json").exists():
                 print_status(f"learning curve of {tuned_rungs[-1].label}: {rows:,} rows")
                 try:
-                    self._measure_curve_point(tuned_rungs[-1], rows, folder, prompts)
+                    self._measure_curve_point(tuned_rungs[-1], rows, folder)
                 except DoesNotFitError as error:
                     self._skip_rung(f"{tuned_rungs[-1].label}, {rows:,} rows", error.summary)
 
-    def _measure_curve_point(self, rung: RungConfig, rows: int, folder: Path, prompts: ClimbPrompts) -> None:
+    def _measure_curve_point(self, rung: RungConfig, rows: int, folder: Path) -> None:
         """Measure one point of the curve. Its rows are a subset of those of a larger point."""
         # The settings chosen with all rows: a search for each point would measure the search as well.
         search_result = read_search_result(self.path / "search" / rung.slug)
         tuned_rung = apply_settings(rung, search_result["chosen"]) if search_result else rung
         config = rung_run_config(self.config, tuned_rung, str(folder), self.config.seed)
         config = config.model_copy(update={"data": config.data.model_copy(update={"limit": rows})})
-
-        def data_for(base: BaseModel) -> RunData:
-            # The splits are read again: the limit of rows is applied when they are read.
-            return tokenize_splits(config, read_splits(config), base, prompts.library)
-
-        model = self._train_or_open(config, data_for)
+        library = self._prompts.library
+        # The splits are read again: the limit of rows is applied when they are read.
+        model = self._train_or_open(config, lambda base: tokenize_splits(config, read_splits(config), base, library))
         point = {"rung": rung.label, "rows": read_manifest(folder)["data"]["splits"]["train"]["rows"]}
         cost = {**_training_cost(folder), **point}
-        self._score(model, prompts.for_rung(rung, None), folder, f"{rows:,} rows", cost)
+        self._score(model, self._prompts.for_rung(rung, None), folder, f"{rows:,} rows", cost)
 
     @property
     def _forgetting_runs(self) -> list[tuple[str, Path]]:
@@ -386,7 +365,7 @@ class Climb:
     def _read_forgetting(self, folder: Path) -> ForgettingComparison | None:
         return read_forgetting(folder, self.config.climb.forgetting)
 
-    def _measure_on_top(self, on_top: OnTopConfig, folder: Path, seed_index: int, prompts: ClimbPrompts) -> None:
+    def _measure_on_top(self, on_top: OnTopConfig, folder: Path, seed_index: int) -> None:
         """Train a run that starts from a finished tuned rung, and score it with the prompts of that rung."""
         base_rung = next(rung for rung in self.config.climb.rungs if rung.label == on_top.base_rung)
         # Seed by seed: each run on top continues the run of its own training seed.
@@ -399,22 +378,18 @@ class Climb:
             # The model of the base rung is another than the cached base, and only one may be in memory.
             self._cached_base = None
             splits, base = read_splits(config), load_base_on_device(config.model)
-            train_on_data(config, base, tokenize_splits(config, splits, base, prompts.library), resume=is_started)
+            data = tokenize_splits(config, splits, base, self._prompts.library)
+            train_on_data(config, base, data, StartMode(resume=is_started))
         # To have this rung one must also train and keep the one below it.
-        base_cost, cost = read_rung_result(base_folder), _training_cost(folder)
+        base_cost, cost = read_result(base_folder), _training_cost(folder)
         totals = {name: cost[name] + base_cost[name] for name in ("train_seconds", "disk_bytes")}
-        self._score(open_run(folder), prompts.for_rung(base_rung, None), folder, on_top.label, {**cost, **totals})
+        self._score(open_run(folder), self._prompts.for_rung(base_rung, None), folder, on_top.label, {**cost, **totals})
 
     def _pristine_base(self) -> BaseModel:
         """A base that no rung has trained; loaded again if the last one was used."""
         if self._cached_base is None:
             self._cached_base = load_base_on_device(self.config.model)
         return self._cached_base
-
-
-def _has_virtual_tokens(config: RunConfig) -> bool:
-    """Whether the method adds virtual tokens, which lengthen documents or stand inside them."""
-    return config.method.virtual_token_count > 0
 
 
 def _training_cost(folder: Path) -> dict[str, Any]:

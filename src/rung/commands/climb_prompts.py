@@ -41,6 +41,9 @@ class RungPrompts:
     """For `result.json`: context, retrieval, worked examples, instruction."""
 
 
+ScoreFunction = Callable[[Records, PromptFormat], Evaluation]
+
+
 class ClimbPrompts:
     """The held-out questions of a climb in the form in which each rung is asked them."""
 
@@ -56,11 +59,9 @@ class ClimbPrompts:
             require_questions(self.validation_records)
         needs_library = any(self.context(rung) == "retrieved" for rung in config.climb.rungs)
         self.library: Library | None = load_library(config, splits) if needs_library else None
-        self._shots_by_rung: dict[str, Shots | Callable[[Record], Shots]] = {}
         # Chosen now, so that a training split with too few rows is refused before a model is loaded.
-        for rung in config.climb.rungs:
-            if rung.kind in WITH_SHOTS:
-                self._shots(rung)
+        rungs_with_shots = [rung for rung in config.climb.rungs if rung.kind in WITH_SHOTS]
+        self._shots = {rung.label: self._choose_shots(rung) for rung in rungs_with_shots}
 
     @cached_property
     def validation_records(self) -> Records:
@@ -106,7 +107,7 @@ class ClimbPrompts:
         """Instruction and worked examples of an untuned rung."""
         if rung.kind not in WITH_SHOTS:
             return PromptFormat(instruction)
-        shots = self._shots(rung)
+        shots = self._shots[rung.label]
         return PromptFormat(instruction, nearest_shots=shots) if callable(shots) else PromptFormat(instruction, shots)
 
     def check_room(self, chat: ChatTemplate, max_prompt_tokens: int) -> None:
@@ -147,9 +148,7 @@ class ClimbPrompts:
             hint = f"take them out of {on_top.data.get('path')}"
             raise DataError(summary, where=str(row.source), given=f"the same prompt as {test_row.source}", hint=hint)
 
-    def choose_instruction(
-        self, rung: RungConfig, folder: Path, score: Callable[[Records, PromptFormat], Evaluation]
-    ) -> dict[str, Any]:
+    def choose_instruction(self, rung: RungConfig, folder: Path, score: ScoreFunction) -> dict[str, Any]:
         """Score every instruction on the validation split and take the best by the deciding metric.
 
         Each evaluation is on disk before the next starts, so a stopped climb repeats none.
@@ -176,13 +175,8 @@ class ClimbPrompts:
         """The hit rate of the library on the questions of the test."""
         return self.library.hit_rate(self.test) if self.library is not None else {}
 
-    def _shots(self, rung: RungConfig) -> Shots | Callable[[Record], Shots]:
-        """Worked examples of a rung, chosen once: a fixed set, or a function of the question."""
-        if rung.label not in self._shots_by_rung:
-            self._shots_by_rung[rung.label] = self._choose_shots(rung)
-        return self._shots_by_rung[rung.label]
-
     def _choose_shots(self, rung: RungConfig) -> Shots | Callable[[Record], Shots]:
+        """Worked examples of a rung: a fixed set, or a function of the question."""
         count, context = rung.shots or self.config.evaluation.shots, self.context(rung)
         # A context that is not shown must not make two equal questions look different to the selection.
         train = self.splits.train if context == "given" else self._closed_book_training_records

@@ -7,7 +7,6 @@ without a model. The price is that no rung may answer other questions than the f
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rung.config.climb import UNTUNED, OnTopConfig, RungConfig
 from rung.config.run import RunConfig
@@ -22,7 +22,7 @@ from rung.errors import CheckpointError
 from rung.evaluation.evaluate import PERPLEXITY, Evaluation
 from rung.results import Diagnosis, Estimate, Ladder, LadderRow, NextRung, SkippedRung, Verdict
 from rung.scoring.recommendation import paired_gain, recommend, rung_score
-from rung.training.run_folder import peak_memory_bytes, write_json
+from rung.training.run_folder import peak_memory_bytes, read_json, write_json
 
 CONTEXT_LABELS = {"given": "context", "withheld": "closed book", "retrieved": "retrieved passages"}
 """What the ladder calls each setting of `context`; it names none where no row has a context."""
@@ -38,6 +38,22 @@ class MeasuredRung:
     evaluations: tuple[Evaluation, ...]
     costs: tuple[dict[str, Any], ...]
 
+    def table(self, metric: str) -> NDArray[np.float64]:
+        """Scores [seeds, items]."""
+        return np.stack([e.scores(metric) for e in self.evaluations])
+
+    def score(self, metric: str) -> Estimate:
+        """Mean over items and training seeds; the spread between the seeds is part of the interval."""
+        first = self.evaluations[0]
+        # With one seed the evaluation's own interval, which for perplexity is that of a ratio of sums.
+        if len(self.evaluations) == 1:
+            return first.interval(metric)
+        score = rung_score(self.table(metric), first.clusters, weights=first.weights(metric))
+        if metric != PERPLEXITY:
+            return score
+        # `rung_score` works in nats per token; a ladder shows perplexities.
+        return score.replace(mean=math.exp(score.mean), low=math.exp(score.low), high=math.exp(score.high))
+
 
 def rung_folder(path: Path, rung: AnyRung, seed_index: int, seeds: int) -> Path:
     """The folder of one of a rung's `seeds` runs inside the folder of a climb."""
@@ -52,46 +68,40 @@ def build_ladder(
 
     Raises `CheckpointError` if the rungs did not answer the same questions.
     """
-    metric = config.evaluation.metrics[0]
+    metric, seed = config.evaluation.metrics[0], config.seed
     first = measured_rungs[0].evaluations[0]
+
+    def questions(evaluation: Evaluation) -> list[tuple[str, str]]:
+        return [(item.source, item.expected) for item in evaluation.items]
+
     # All differences are paired by position, so another order of the same questions would be as wrong as other ones.
     for m in measured_rungs:
-        if any(
-            [(i.source, i.expected) for i in e.items] != [(i.source, i.expected) for i in first.items]
-            for e in m.evaluations
-        ):
+        if any(questions(e) != questions(first) for e in m.evaluations):
             raise CheckpointError(f"rung {m.config.label} answered other questions than the first", where=config.output)
-    weights = first.weights(metric)
-    tables = [np.stack([e.scores(metric) for e in m.evaluations]) for m in measured_rungs]
-    lower_is_better = metric == PERPLEXITY
+    weights, clusters = first.weights(metric), first.clusters
+    tables = [m.table(metric) for m in measured_rungs]
+    in_nats = metric == PERPLEXITY
     # Perplexity is judged in nats per token, where differences are additive: a margin of 0.05 is then a perplexity 5 %
     # higher, and a target its logarithm.
-    verdict = recommend(
-        [(m.config.label, table) for m, table in zip(measured_rungs, tables, strict=True)],
-        math.log1p(config.climb.margin) if lower_is_better else config.climb.margin,
-        math.log(config.climb.target) if lower_is_better and config.climb.target else config.climb.target,
-        clusters=first.clusters,
-        weights=weights,
-        in_nats=lower_is_better,
-        seed=config.seed,
-    )
-    rows = []
-    for i, m in enumerate(measured_rungs):
-        gain = paired_gain(tables[i - 1], tables[i], first.clusters, weights=weights, seed=config.seed) if i else None
-        rows.append(_row(config, m, gain))
+    margin, target = config.climb.margin, config.climb.target
+    if in_nats:
+        margin, target = math.log1p(margin), target and math.log(target)
+    scores = [(m.config.label, table) for m, table in zip(measured_rungs, tables, strict=True)]
+    verdict = recommend(scores, margin, target, clusters=clusters, weights=weights, in_nats=in_nats, seed=seed)
 
     def gain_between(lower_index: int, upper_index: int) -> Estimate:
-        return paired_gain(tables[lower_index], tables[upper_index], first.clusters, weights=weights, seed=config.seed)
+        return paired_gain(tables[lower_index], tables[upper_index], clusters, weights=weights, seed=seed)
 
+    rows = [_row(config, m, gain_between(i - 1, i) if i else None) for i, m in enumerate(measured_rungs)]
     return Ladder(
         metric=metric,
         examples=len(first.items),
-        clusters=len(set(first.clusters)),
+        clusters=len(set(clusters)),
         rows=tuple(rows),
         verdict=verdict,
         skipped_rungs=tuple(skipped_rungs),
         next_rung=_next_rung(rows, verdict, gain_between),
-        diagnoses=tuple(_diagnoses(measured_rungs, rows, gain_between, lower_is_better=lower_is_better)),
+        diagnoses=tuple(_diagnoses(measured_rungs, rows, gain_between)),
         folder=config.output,
         report=str(Path(config.output) / "report.html"),
     )
@@ -127,14 +137,12 @@ def _diagnosis(lacks: Literal["knowledge", "behaviour"], lower: str, upper: str,
 
 
 def _diagnoses(
-    measured_rungs: Sequence[MeasuredRung],
-    rows: Sequence[LadderRow],
-    gain_between: GainFunction,
-    *,
-    lower_is_better: bool,
+    measured_rungs: Sequence[MeasuredRung], rows: Sequence[LadderRow], gain_between: GainFunction
 ) -> Iterator[Diagnosis]:
     """Where retrieval surely improves the same prompt, and where tuning surely improves on the same context."""
     kinds = [m.config.kind for m in measured_rungs]
+    metric = next(iter(rows[0].scores))
+    lower_is_better = metric == PERPLEXITY
 
     def is_better(difference: Estimate) -> bool:
         return difference.high < 0 if lower_is_better else difference.low > 0
@@ -153,7 +161,7 @@ def _diagnoses(
         same_context = [i for i, c in enumerate(contexts) if kinds[i] in UNTUNED and c == contexts[upper]]
         if m.config.kind in (*UNTUNED, "on_top") or not same_context:
             continue
-        sign, metric = -1.0 if lower_is_better else 1.0, next(iter(rows[0].scores))
+        sign = -1.0 if lower_is_better else 1.0
         best_untuned = max(same_context, key=lambda i: sign * rows[i].scores[metric].mean)
         if is_better(gain := gain_between(best_untuned, upper)):
             yield _diagnosis("behaviour", rows[best_untuned].rung, rows[upper].rung, gain)
@@ -163,10 +171,6 @@ def _diagnoses(
 
 def _row(config: RunConfig, measured_rung: MeasuredRung, gain: Estimate | None) -> LadderRow:
     rung, evaluations, costs = measured_rung.config, measured_rung.evaluations, measured_rung.costs
-
-    def mean(key: str) -> float:
-        return float(np.mean([cost[key] for cost in costs]))
-
     # One search serves all training seeds, so its trials count once and not as a mean.
     search_seconds = float(sum(trial.get("seconds", 0.0) for trial in costs[0].get("search", {}).get("trials", ())))
     answer_seconds = float(np.mean([e.seconds_per_query for e in evaluations]))
@@ -174,10 +178,10 @@ def _row(config: RunConfig, measured_rung: MeasuredRung, gain: Estimate | None) 
         rung=rung.label,
         kind=rung.kind,
         sees=_prompt_contents(costs[0]),
-        scores={name: score_of_rung(evaluations, name) for name in config.evaluation.metrics},
+        scores={name: measured_rung.score(name) for name in config.evaluation.metrics},
         gain=gain,
         trainable_parameters=int(costs[0]["trainable_parameters"]),
-        train_seconds=mean("train_seconds") + search_seconds,
+        train_seconds=float(np.mean([cost["train_seconds"] for cost in costs])) + search_seconds,
         # The maximum, since the machine must have room for every seed.
         peak_memory_bytes=int(max(cost["peak_memory_bytes"] for cost in costs)),
         prompt_tokens=float(np.mean([e.prompt_tokens for e in evaluations])),
@@ -193,35 +197,17 @@ def _row(config: RunConfig, measured_rung: MeasuredRung, gain: Estimate | None) 
 def _prompt_contents(facts: Mapping[str, Any]) -> str:
     """Content of the prompt besides the question, in words."""
     selection = {"similarity": "nearest ", "coverage": "covering "}.get(str(facts.get("example_selection")), "")
-    parts = [
-        "instruction" if facts.get("instruction") else "",
-        f"{facts['shots_each']} {selection}shots" if facts.get("shots_each") else "",
-        CONTEXT_LABELS.get(str(facts.get("context")), ""),
-    ]
+    shots = f"{facts['shots_each']} {selection}shots" if facts.get("shots_each") else ""
+    parts = ("instruction" if facts.get("instruction") else "", shots, CONTEXT_LABELS.get(str(facts.get("context"))))
     return ", ".join(filter(None, parts)) or "the question"
 
 
-def score_of_rung(evaluations: Sequence[Evaluation], metric: str) -> Estimate:
-    """Mean over items and training seeds; the spread between the seeds is part of the interval."""
-    # With one seed the evaluation's own interval, which for perplexity is that of a ratio of sums.
-    if len(evaluations) == 1:
-        return evaluations[0].interval(metric)
-    first = evaluations[0]
-    table = np.stack([e.scores(metric) for e in evaluations])
-    score = rung_score(table, first.clusters, weights=first.weights(metric))
-    if metric != PERPLEXITY:
-        return score
-    # `rung_score` works in nats per token; a ladder shows perplexities.
-    return score.replace(mean=math.exp(score.mean), low=math.exp(score.low), high=math.exp(score.high))
-
-
-def read_rung_result(folder: Path) -> dict[str, Any]:
+def read_result(folder: Path) -> dict[str, Any]:
     """The `result.json` of a finished rung."""
-    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    return result
+    return read_json(folder / "result.json")
 
 
-def store_rung_result(folder: Path, result: Evaluation, cost: dict[str, Any]) -> None:
+def store_result(folder: Path, result: Evaluation, cost: dict[str, Any]) -> None:
     """Write the items of a rung, then its `result.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     result.write(folder / "items.parquet")

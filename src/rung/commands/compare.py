@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rung.commands.evaluate import evaluate_on_task, evaluation_task, task_name
 from rung.commands.judge import judge_pairs
@@ -49,21 +50,23 @@ def compare(
     # One after the other, so that only one model is in memory.
     target_evaluation = evaluate_on_task(target, task, records)
     baseline_evaluation = evaluate_on_task(baseline, task, records)
-    names = target_evaluation.metrics
-    result = ComparisonResult(
-        target=target,
-        baseline=baseline,
-        task=task_name(config, target),
-        metrics={m: paired_scores(baseline_evaluation, target_evaluation, m, task.seed) for m in names},
-        examples=len(target_evaluation.items),
-        clusters=len(set(target_evaluation.clusters)),
-    )
+    scores = paired_results(baseline_evaluation, target_evaluation, task.seed)
+    result = ComparisonResult(target=target, baseline=baseline, task=task_name(config, target), **scores)
     if judge is None:
         return result
-    judgement = judge_pairs(judge, _answer_pairs(target_evaluation, baseline_evaluation), task.seed)
+    # strict: a missing item would pair all later answers with the wrong question.
+    items = zip(target_evaluation.items, baseline_evaluation.items, strict=True)
+    pairs = [AnswerPair(a.question, a.answer, b.answer, a.source, a.context, a.expected, a.group) for a, b in items]
+    judgement = judge_pairs(judge, pairs, task.seed)
     if output is not None:
         write_text(output, "".join(line + "\n" for line in judgement.lines()))
     return result.replace(judge=judgement.result)
+
+
+def paired_results(before: Evaluation, after: Evaluation, seed: int) -> dict[str, Any]:
+    """`paired_scores` of every metric, and the number of items and of their clusters."""
+    metrics = {name: paired_scores(before, after, name, seed) for name in after.metrics}
+    return {"metrics": metrics, "examples": len(after.items), "clusters": len(set(after.clusters))}
 
 
 def paired_scores(before: Evaluation, after: Evaluation, metric: str, seed: int) -> MetricComparison:
@@ -74,9 +77,3 @@ def paired_scores(before: Evaluation, after: Evaluation, metric: str, seed: int)
     detectable = detectable_difference(scores[1] - scores[0], clusters, weights=weights)
     scores_of = {"before": before.interval(metric), "after": after.interval(metric)}
     return MetricComparison(**scores_of, difference=difference, detectable=detectable)
-
-
-def _answer_pairs(target_evaluation: Evaluation, baseline_evaluation: Evaluation) -> list[AnswerPair]:
-    # strict: a missing item would pair all later answers with the wrong question.
-    items = zip(target_evaluation.items, baseline_evaluation.items, strict=True)
-    return [AnswerPair(a.question, a.answer, b.answer, a.source, a.context, a.expected, a.group) for a, b in items]

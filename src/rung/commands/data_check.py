@@ -56,7 +56,4 @@ def _colored_rows(target: str | DataConfig, chat: ChatTemplate, count: int) -> l
         return []
     # The options of a training run, so that the colors show what would be learned.
     tokenized = tokenize_records(chat, records, loss_on=config.loss_on, with_candidates=records[0].score is not None)
-    return [
-        Text.assemble((f"{example.source}\n", "bold"), colored_tokens(example, chat), "\n")
-        for example in tokenized.examples
-    ]
+    return [Text.assemble((f"{e.source}\n", "bold"), colored_tokens(e, chat), "\n") for e in tokenized.examples]

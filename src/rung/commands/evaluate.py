@@ -7,7 +7,7 @@ run the test items are also searched in its training rows (contamination), which
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,26 +21,15 @@ from rung.errors import ConfigError, RungError
 from rung.evaluation.evaluate import Evaluation, ScoredItem
 from rung.evaluation.reward_model import score_reward_model
 from rung.files import is_run_folder
-from rung.results import EvaluationResult
+from rung.results import EvaluationResult, RewardModelHealth
 from rung.runs.dataset import load_library, read_splits, tokenize_held_out, with_contexts
-from rung.runs.load import (
-    config_of_run,
-    open_reward_model,
-    open_target,
-    refuse_climb,
-    score,
-    test_records,
-)
+from rung.runs.load import config_of_run, open_reward_model, open_target, refuse_climb, score, test_records
 from rung.runs.train import micro_batch_tokens
 from rung.training.run_folder import RunFolder, read_manifest
 
 
 def evaluate(
-    target: str | Path,
-    *,
-    config: ConfigSource | None = None,
-    overrides: Sequence[str] = (),
-    limit: int | None = None,
+    target: str | Path, *, config: ConfigSource | None = None, overrides: Sequence[str] = (), limit: int | None = None
 ) -> EvaluationResult:
     """Score a run or a base on the test split of `config`, or by default of the run's own config.
 
@@ -51,21 +40,30 @@ def evaluate(
     # The task first: a missing config or unreadable data is then an error before a model is loaded.
     is_run = is_run_folder(path)
     task, originals, records, retrieval = evaluation_task(target, config=config, overrides=overrides, limit=limit)
+    header = {"target": target, "task": task_name(config, target)}
+    # Only a score on the whole task of the run may become the run's own: another config or a limit is a trial.
+    is_own_score = is_run and config is None and limit is None
     if is_run and isinstance(task.objective, RewardConfig):
-        return _evaluate_reward_model(path, task, records, config=config, store=config is None and limit is None)
+        health = _reward_model_health(path, task, records)
+        metrics = {"reward": health.to_json(), "examples": len(records)}
+        if is_own_score:
+            _store_metrics(path, metrics)
+        return EvaluationResult.model_validate({**header, **metrics, "summary": str(health)})
     result = evaluate_on_task(target, task, records)
     metrics = {**result.summary(), **retrieval}
     # A user waits for the retrieval as well as for the answer.
     metrics["seconds_per_query"] += retrieval.get("retrieval", {}).get("seconds_per_query", 0.0)
     contamination_result = {"contamination": contamination_of(path, result, originals)} if is_run else {}
-    # Only a score on the whole task of the run may become the run's own: another config or a limit is a trial.
-    if is_run and config is None and limit is None:
+    if is_own_score:
         # `items.parquet` belongs to the climb that the run may be part of.
         result.write(path / "eval.parquet")
-        manifest = read_manifest(path)
-        RunFolder(path, manifest).update(metrics={**manifest.get("metrics", {}), **metrics}, **contamination_result)
-    result_json = {"target": target, "task": task_name(config, target), **metrics, **contamination_result}
-    return EvaluationResult.model_validate(result_json)
+        _store_metrics(path, metrics, **contamination_result)
+    return EvaluationResult.model_validate({**header, **metrics, **contamination_result})
+
+
+def _store_metrics(run: Path, metrics: Mapping[str, Any], **facts: Any) -> None:
+    manifest = read_manifest(run)
+    RunFolder(run, manifest).update(metrics={**manifest.get("metrics", {}), **metrics}, **facts)
 
 
 def task_name(config: ConfigSource | None, target: str) -> str:
@@ -112,11 +110,13 @@ def evaluation_task(
     target: str, *, config: ConfigSource | None, overrides: Sequence[str], limit: int | None
 ) -> EvaluationTask:
     """The task that `target` is scored on. Raises `ConfigError` for a base without a task."""
-    path = Path(target)
     refuse_climb(target)
     if overrides and config is None:
         raise ConfigError("overrides go with --config", given=" ".join(overrides))
-    task = _resolve_task(path, config, overrides, is_run_folder(path))
+    if config is None and not is_run_folder(target):
+        hint = "name one with --config CONFIG"
+        raise ConfigError("a base has no task of its own", given=str(Path(target)), hint=hint)
+    task = config_of_run(Path(target)) if config is None else resolve_config(config, overrides)
     if limit is not None:
         task = task.model_copy(update={"evaluation": task.evaluation.model_copy(update={"limit": limit})})
     splits = read_splits(task)
@@ -141,25 +141,8 @@ def evaluate_on_task(target: str, task: RunConfig, records: Records) -> Evaluati
     return score(open_target(target, task.model), task, records)
 
 
-def _evaluate_reward_model(
-    path: Path, task: RunConfig, records: Records, *, config: ConfigSource | None, store: bool
-) -> EvaluationResult:
-    """Score a reward model on held-out comparisons."""
+def _reward_model_health(path: Path, task: RunConfig, records: Records) -> RewardModelHealth:
+    """The health of a reward model on held-out comparisons."""
     policy, chat, objective, _ = open_reward_model(path)
     examples = tokenize_held_out(task, chat, records, policy.base).examples
-    health = score_reward_model(policy, objective, examples, micro_batch_tokens(task, policy.base))
-    result = {"reward": health.to_json(), "examples": len(records)}
-    # The same rule as for other runs: a limited or foreign test set is not the result of the run.
-    if store:
-        manifest = read_manifest(path)
-        RunFolder(path, manifest).update(metrics={**manifest.get("metrics", {}), **result})
-    header = {"target": str(path), "task": task_name(config, str(path))}
-    return EvaluationResult.model_validate({**header, **result, "summary": str(health)})
-
-
-def _resolve_task(path: Path, config: ConfigSource | None, overrides: Sequence[str], is_run: bool) -> RunConfig:
-    if config is not None:
-        return resolve_config(config, overrides)
-    if is_run:
-        return config_of_run(path)
-    raise ConfigError("a base has no task of its own", given=str(path), hint="name one with --config CONFIG")
+    return score_reward_model(policy, objective, examples, micro_batch_tokens(task, policy.base))

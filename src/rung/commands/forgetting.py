@@ -7,13 +7,13 @@ beside it. `climb.py` measures every tuned rung in this way when `climb.forgetti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
 
-from rung.commands.compare import paired_scores
+from rung.commands.compare import paired_results
 from rung.config.data import DataConfig
 from rung.config.evaluation import EvaluationConfig
 from rung.config.io import load_config
@@ -30,17 +30,9 @@ from rung.models.policy import Policy, sum_by_document
 from rung.planning.memory import tokens_per_micro_batch
 from rung.results import ForgettingComparison
 from rung.runs.dataset import read_splits, with_contexts
-from rung.runs.load import (
-    LoadedRun,
-    config_of_run,
-    dequantize_if_configured,
-    open_base,
-    open_run,
-    target_kind,
-    test_records,
-)
+from rung.runs.load import config_of_run, dequantize_if_configured, open_base, open_run, target_kind, test_records
 from rung.training.step import values_by_document
-from rung.types import PackedBatch, Record
+from rung.types import PackedBatch
 
 RESULT_FILE = "forgetting.json"
 """The forgetting result in the folder of a tuned rung."""
@@ -61,23 +53,18 @@ def measure_forgetting(run: str, data: str, *, limit: int | None = None) -> Forg
         hint = f"its runs stand in {path / 'rungs'}" if kind == "climb" else "a base has learned nothing to forget for"
         raise ConfigError("this is not a run", where="--forgetting", given=run, hint=hint)
     config, tuned_run = config_of_run(path), open_run(path)
+    policy, chat = tuned_run.policy, tuned_run.chat
     records, evaluation, seed = forgetting_task(config, data, limit)
-    dequantize_if_configured(tuned_run.policy, config)
+    dequantize_if_configured(policy, config)
     # The run's limit for both models, so that they drop the same texts and stay paired.
-    max_tokens = tuned_run.policy.base.context - tuned_run.policy.method.virtual_tokens
+    max_tokens = policy.base.context - policy.method.virtual_tokens
     # One after the other: the generator loads the base of a full run only when the run's scores are there.
-    models = _evaluated_models(path, tuned_run)
-    after, before = (_measure_model(model, records, evaluation, max_tokens) for model in models)
+    models = _evaluated_models(path, policy, chat)
+    after, before = (_measure(model, records, evaluation, max_tokens) for model in models)
     if dropped_count := len(records) - len(after.items):
         print_status(f"{dropped_count:,} of {len(records):,} texts are longer than the model's context and left out")
-    return ForgettingComparison(
-        target=run,
-        forgetting=data,
-        metrics={name: paired_scores(before, after, name, seed) for name in after.metrics},
-        examples=len(after.items),
-        clusters=len(set(after.clusters)),
-        dropped=dropped_count,
-    )
+    scores = paired_results(before, after, seed)
+    return ForgettingComparison(target=run, forgetting=data, **scores, dropped=dropped_count)
 
 
 ForgettingTask = tuple[Records, EvaluationConfig, int]
@@ -112,7 +99,7 @@ def read_forgetting(folder: Path, data: str | None) -> ForgettingComparison | No
     return result if result.forgetting == data else None
 
 
-def check_forgetting_room(task: ForgettingTask, chat: ChatTemplate, context: int) -> None:
+def check_room(task: ForgettingTask, chat: ChatTemplate, context: int) -> None:
     """Raise `DataError` for a prompt that leaves no room for its answer. Plain text is dropped later instead."""
     records, evaluation, _ = task
     if records[0].text is None:
@@ -120,19 +107,19 @@ def check_forgetting_room(task: ForgettingTask, chat: ChatTemplate, context: int
         prompt_ids(chat, prompts, prompt_format, context - evaluation.max_new_tokens)
 
 
-def _records_without_passages(records: Sequence[Record], evaluation: EvaluationConfig) -> Sequence[Record]:
+def _records_without_passages(records: Records, evaluation: EvaluationConfig) -> Records:
     # No passages on other data: a library belongs to the task that it was built for.
-    return records if evaluation.context == "given" else with_contexts("withheld", Records.from_records(records), None)
+    return records if evaluation.context == "given" else with_contexts("withheld", records, None)
 
 
-def _evaluated_models(path: Path, tuned_run: LoadedRun) -> Iterator[EvaluatedModel]:
+def _evaluated_models(path: Path, policy: Policy, chat: ChatTemplate) -> Iterator[EvaluatedModel]:
     """The run, then its base: the same weights with the adapter off, or for a full run the base itself."""
-    yield tuned_run.policy, tuned_run.chat, nullcontext()
+    yield policy, chat, nullcontext()
     if (path / "adapter").is_dir():
-        yield tuned_run.policy, tuned_run.chat.without_virtual_tokens(), tuned_run.policy.method.disabled()
-        return
-    base = open_base(config_of_run(path).model)
-    yield base.policy, base.chat, nullcontext()
+        yield policy, chat.without_virtual_tokens(), policy.method.disabled()
+    else:
+        base = open_base(config_of_run(path).model)
+        yield base.policy, base.chat, nullcontext()
 
 
 def _sample_records(records: Records, limit: int | None) -> Records:
@@ -143,9 +130,7 @@ def _sample_records(records: Records, limit: int | None) -> Records:
     return records.select(np.sort(np.random.default_rng(2).permutation(len(records))[:limit]))
 
 
-def _measure_model(
-    model: EvaluatedModel, records: Sequence[Record], evaluation: EvaluationConfig, max_tokens: int
-) -> Evaluation:
+def _measure(model: EvaluatedModel, records: Records, evaluation: EvaluationConfig, max_tokens: int) -> Evaluation:
     policy, chat, adapter_state = model
     with adapter_state:
         if records[0].text is not None:
@@ -155,16 +140,15 @@ def _measure_model(
         return evaluate(policy, chat, records, prompt_format, evaluation, title="forgetting")
 
 
-def _perplexity_of_texts(policy: Policy, chat: ChatTemplate, records: Sequence[Record], max_tokens: int) -> Evaluation:
+def _perplexity_of_texts(policy: Policy, chat: ChatTemplate, records: Records, max_tokens: int) -> Evaluation:
     """Perplexity of plain texts; every token but the first is predicted."""
     documents = list(tokenize_records(chat, records, loss_on="all", max_length=max_tokens, overflow="drop").examples)
     budget = tokens_per_micro_batch(policy.base.shape, policy.device.type)
 
     def nats_of(batch: PackedBatch) -> list[float]:
-        return [float(value) for value in sum_by_document(batch, -policy.logprobs(batch))]
+        return sum_by_document(batch, -policy.logprobs(batch)).tolist()
 
-    items = tuple(
-        ScoredItem(source=str(document.source), group=document.group, nats=nats, answer_tokens=document.predictions)
-        for document, nats in zip(documents, values_by_document([policy], documents, budget, nats_of), strict=True)
-    )
-    return Evaluation(items, 0.0, (PERPLEXITY,))
+    items = []
+    for d, nats in zip(documents, values_by_document([policy], documents, budget, nats_of), strict=True):
+        items.append(ScoredItem(source=str(d.source), group=d.group, nats=nats, answer_tokens=d.predictions))
+    return Evaluation(tuple(items), 0.0, (PERPLEXITY,))

@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -33,16 +34,8 @@ from rung.models.base_model import BaseModel
 from rung.models.generate import GeneratedAnswer, Sampling, generate_by_task
 from rung.models.policy import NoMethod, Policy, sum_by_document
 from rung.results import GenerationResult
-from rung.runs.auxiliary_models import require_same_tokens
-from rung.runs.load import (
-    config_of_run,
-    load_base_on_device,
-    open_reward_model,
-    open_run,
-    open_target,
-    share_base_if_same,
-    target_kind,
-)
+from rung.runs.auxiliary_models import open_scorer
+from rung.runs.load import config_of_run, load_base_on_device, open_run, open_target, share_base_if_same, target_kind
 from rung.training.step import values_by_document
 from rung.types import Example, PackedBatch, Record
 
@@ -90,15 +83,15 @@ def generate(
         if model is None:
             raise ConfigError("a server may hold several models", where="--model", hint="name one of them")
         server = Server(target, model, concurrency or DEFAULT_CONCURRENCY)
-        return GenerationResult.model_validate(generate_remotely(server, data, output, request))
+        return generate_remotely(server, data, output, request)
     if model is not None or concurrency is not None:
         option, value = ("--model", model) if model is not None else ("--concurrency", concurrency)
         summary = "only a server is asked for a model by name, or in several requests"
         raise ConfigError(summary, where=option, given=value)
-    return GenerationResult.model_validate(generate_answers(target, data, output, request))
+    return generate_answers(target, data, output, request)
 
 
-def generate_answers(target: str, data: str, output: Path, request: GenerateRequest) -> dict[str, Any]:
+def generate_answers(target: str, data: str, output: Path, request: GenerateRequest) -> GenerationResult:
     """Write one row for each prompt to `output`: prompt, expected answer, sampled answers, and scores if requested.
 
     Rows with several scores have the format `rated`; prompts whose answers all score the same are counted and left out.
@@ -112,16 +105,12 @@ def generate_answers(target: str, data: str, output: Path, request: GenerateRequ
     with closing(_journal(output, target, policy, prompts, request.sampling)) as journal:
         answers = _sample_answers(policy, chat, prompts, request.sampling, journal)
         documents = _documents(prompts, answers, request.sampling.answers_per_prompt)
-        log_ratios = None
-        if policy.reference:
-            log_ratios = _log_ratios(policy, documents, answers, request.sampling.temperature)
-        generated = GeneratedAnswers(
-            [chat.assistant_text(a.all_tokens).strip() for a in answers],
-            [len(a.all_tokens) for a in answers],
-            [a.stopped for a in answers],
-            scores=scorer(documents, SCORING_TOKENS) if scorer else None,
-            log_ratios=log_ratios,
-        )
+        temperature = request.sampling.temperature
+        log_ratios = _log_ratios(policy, documents, answers, temperature) if policy.reference else None
+        scores = scorer(documents, SCORING_TOKENS) if scorer else None
+        texts = [chat.assistant_text(a.all_tokens).strip() for a in answers]
+        lengths, stopped = [len(a.all_tokens) for a in answers], [a.stopped for a in answers]
+        generated = GeneratedAnswers(texts, lengths, stopped, scores=scores, log_ratios=log_ratios)
         summary = write_rows(output, prompts.records, generated, request)
         # Only now: until the output is written, the journal is the only copy of the answers.
         journal.remove()
@@ -152,20 +141,20 @@ class GeneratedAnswers:
 
 def write_rows(
     output: Path, records: Sequence[Record], generated: GeneratedAnswers, request: GenerateRequest
-) -> dict[str, Any]:
+) -> GenerationResult:
     """Write one row for each prompt that has answers to compare; returns counts and means over all answers."""
     rows = _answer_rows(records, generated, request)
     write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     values_by_name = {generated.unit: generated.lengths, "score": generated.scores, "log_ratio": generated.log_ratios}
-    return {
-        "output": str(output),
-        "prompts": len(rows),
-        "answers": sum(len(row["answers"]) for row in rows),
-        "sampled": len(generated.texts),
-        "cut": sum(not stopped for stopped in generated.stopped),
-        "nothing_to_compare": len(records) - len(rows),
-        "means": {name: float(np.mean(values)) for name, values in values_by_name.items() if values},
-    }
+    return GenerationResult(
+        output=str(output),
+        prompts=len(rows),
+        answers=sum(len(row["answers"]) for row in rows),
+        sampled=len(generated.texts),
+        cut=sum(not stopped for stopped in generated.stopped),
+        nothing_to_compare=len(records) - len(rows),
+        means={name: float(np.mean(values)) for name, values in values_by_name.items() if values},
+    )
 
 
 def _answer_rows(
@@ -173,6 +162,8 @@ def _answer_rows(
 ) -> list[dict[str, Any]]:
     """One row for each prompt. With scores the best answer is first, and prompts without a preference are left out."""
     rows, answers_per_prompt, scores = [], request.sampling.answers_per_prompt, generated.scores
+    columns = {"answers": generated.texts, generated.unit: generated.lengths, "stopped": generated.stopped}
+    ratings = {"scores": scores, "log_ratios": generated.log_ratios}
     for i, record in enumerate(records):
         indices = range(i * answers_per_prompt, (i + 1) * answers_per_prompt)
         order = sorted(indices, key=lambda k: -scores[k]) if scores else list(indices)
@@ -184,14 +175,8 @@ def _answer_rows(
             order = list(first_index.values())
         if scores and answers_per_prompt > 1 and scores[order[0]] == scores[order[-1]]:
             continue
-        row = {
-            **_prompt_columns(record),
-            "answers": [generated.texts[k] for k in order],
-            generated.unit: [generated.lengths[k] for k in order],
-            "stopped": [generated.stopped[k] for k in order],
-        }
-        values_by_name = {"scores": generated.scores, "log_ratios": generated.log_ratios}
-        rows.append({**row, **{n: [round(v[k], 6) for k in order] for n, v in values_by_name.items() if v is not None}})
+        row = {**_prompt_columns(record), **{name: [values[k] for k in order] for name, values in columns.items()}}
+        rows.append({**row, **{n: [round(v[k], 6) for k in order] for n, v in ratings.items() if v is not None}})
     return rows
 
 
@@ -199,8 +184,7 @@ def parse_format(text: str) -> Format:
     """The name of a data format from the command line. Raises `ConfigError` for another word."""
     if text not in get_args(Format):
         raise ConfigError("no such format", where="--format", given=text, allowed=", ".join(get_args(Format)))
-    data_format: Format = text  # type: ignore[assignment]
-    return data_format
+    return text  # type: ignore[return-value]
 
 
 def _open_models(target: str, request: GenerateRequest) -> tuple[Policy, ChatTemplate, RewardScorer | None]:
@@ -221,7 +205,10 @@ def _open_models(target: str, request: GenerateRequest) -> tuple[Policy, ChatTem
         policy.reference = _reference(request.reference, config, base)
         if policy.reference.base.tokenizer.get_vocab() != chat.tokenizer.get_vocab():
             raise ConfigError("the reference has another vocabulary", where="--reference", given=request.reference)
-    return policy, chat, _open_scorer(request.reward, chat, base) if request.reward else None
+    if request.reward is None:
+        return policy, chat, None
+    # Opened and checked before the first answer is sampled.
+    return policy, chat, open_scorer(request.reward, chat, share_base_if_same(request.reward, base))[0]
 
 
 def _reference(name: str, config: ModelConfig, base: BaseModel | None) -> Policy:
@@ -233,26 +220,13 @@ def _reference(name: str, config: ModelConfig, base: BaseModel | None) -> Policy
     return open_target(name, config, shared_base).policy
 
 
-def _open_scorer(run: Path, generator_chat: ChatTemplate, base: BaseModel | None) -> RewardScorer:
-    """A reward run, opened and checked before the first answer is sampled."""
-    policy, chat, objective, _ = open_reward_model(run, share_base_if_same(run, base))
-    require_same_tokens(run, chat, generator_chat)
-    return RewardScorer(policy, objective)
-
-
 def _prompt_columns(record: Record) -> dict[str, Any]:
     """The columns of a prompt, named as Rung's data formats read them."""
     turns = record.messages[:-1]
     is_single_question = len(turns) == 1 and turns[0].role == "user"
     prompt: Any = turns[0].content if is_single_question else [{"role": m.role, "content": m.content} for m in turns]
-    tools = {"tools": record.tools} if record.tools else {}
-    columns = {
-        **tools,
-        "context": record.context,
-        "expected": record.answer or None,
-        "group": record.group,
-        "task": record.task,
-    }
+    columns = {"tools": record.tools or None, "context": record.context, "expected": record.answer or None}
+    columns |= {"group": record.group, "task": record.task}
     return {"prompt": prompt, **{name: value for name, value in columns.items() if value is not None}}
 
 
@@ -265,6 +239,7 @@ def _sample_answers(
     if journal.results:
         print_status(f"going on after {len(journal.results):,} of {len(chunks):,} parts, kept in {journal.path}")
     answers: list[GeneratedAnswer] = []
+    answer_batch = partial(generate_by_task, policy, stop_ids=chat.stop_ids, batch_size=ANSWERS_PER_BATCH)
     with ProgressBar("generate", len(prompts.examples)) as bar:
         for number, chunk in enumerate(chunks):
             # Chunks are numbered, not appended: the seed of a chunk and its place follow from the number.
@@ -272,15 +247,9 @@ def _sample_answers(
                 answers += [GeneratedAnswer(*fields) for fields in stored]
                 bar.advance(len(chunk))
                 continue
-            generated = generate_by_task(
-                policy,
-                [e.ids.tolist() for e in chunk],
-                [e.task for e in chunk],
-                stop_ids=chat.stop_ids,
-                sampling=replace(sampling, seed=chunk_seed(sampling.seed, number)),
-                batch_size=ANSWERS_PER_BATCH,
-                on_batch=bar.advance,
-            )
+            ids, tasks = [e.ids.tolist() for e in chunk], [e.task for e in chunk]
+            chunk_sampling = replace(sampling, seed=chunk_seed(sampling.seed, number))
+            generated = answer_batch(ids, tasks, sampling=chunk_sampling, on_batch=bar.advance)
             journal.add(str(number), [[a.ids, a.stop, a.logprobs] for a in generated])
             answers += generated
     return answers
@@ -291,11 +260,9 @@ def _journal(output: Path, target: str, policy: Policy, prompts: PromptDataset, 
     # The manifest in adapter/ or model/ holds the hashes of the weights: a run that was trained again under the same
     # name must not continue the answers of the old one.
     manifests = sorted(Path(target).glob(f"[am]*/{MANIFEST}"))
-    identity = {
-        "weights": [policy.base.fingerprint, *(file.read_text() for file in manifests)],
-        "prompts": [[e.task, e.ids.tolist()] for e in prompts.examples],
-        "sampling": asdict(sampling),
-    }
+    weights = [policy.base.fingerprint, *(file.read_text() for file in manifests)]
+    rows = [[e.task, e.ids.tolist()] for e in prompts.examples]
+    identity = {"weights": weights, "prompts": rows, "sampling": asdict(sampling)}
     return Journal(journal_path(output), identity)
 
 
@@ -324,26 +291,23 @@ def _log_ratios(
 ) -> list[float]:
     """Log p(answer) - log q(answer) in nats, with q of the reference; both at temperature 1."""
 
-    def log_p(batch: PackedBatch) -> list[float]:
-        return [float(document_sum) for document_sum in sum_by_document(batch, policy.logprobs(batch)).double()]
-
-    def log_q(batch: PackedBatch) -> list[float]:
-        return [float(document_sum) for document_sum in policy.reference_sums(batch)]
+    def policy_sums(batch: PackedBatch) -> list[float]:
+        return sum_by_document(batch, policy.logprobs(batch)).double().tolist()
 
     # At these temperatures the decoder computed log p at temperature 1 itself, which saves a forward pass.
     if temperature in (0.0, 1.0):
-        policy_sums = [sum(a.logprobs) for a in answers]
+        log_p = [sum(a.logprobs) for a in answers]
     else:
-        policy_sums = values_by_document([policy], documents, SCORING_TOKENS, log_p)
-    reference_sums = values_by_document([policy], documents, SCORING_TOKENS, log_q)
-    return [p - q for p, q in zip(policy_sums, reference_sums, strict=True)]
+        log_p = values_by_document([policy], documents, SCORING_TOKENS, policy_sums)
+    log_q = values_by_document([policy], documents, SCORING_TOKENS, lambda b: policy.reference_sums(b).tolist())
+    return [p - q for p, q in zip(log_p, log_q, strict=True)]
 
 
 MAX_NAMED_FAILURES = 5
 """Failed prompts that the error names; the others are counted."""
 
 
-def generate_remotely(server: Server, data: str, output: Path, request: GenerateRequest) -> dict[str, Any]:
+def generate_remotely(server: Server, data: str, output: Path, request: GenerateRequest) -> GenerationResult:
     """As `generate_answers`, with answers from a server, which cannot be scored.
 
     Raises `ConfigError` for a request that needs log-probabilities or tokens, `CheckpointError` if prompts got no
@@ -356,10 +320,9 @@ def generate_remotely(server: Server, data: str, output: Path, request: Generate
     requests = [_chat_request(record, number, request) for number, record in enumerate(records)]
     identity = {"model": server.model, "requests": [asdict(chat_request) for chat_request in requests]}
     with closing(Journal(journal_path(output), identity)) as journal:
-        if journal.results:
-            existing = f"{len(journal.results):,} of {len(requests):,} prompts"
-            print_status(f"going on after {existing}, kept in {journal.path}")
-        with ProgressBar("ask", len(requests), len(journal.results)) as bar:
+        if done := len(journal.results):
+            print_status(f"going on after {done:,} of {len(requests):,} prompts, kept in {journal.path}")
+        with ProgressBar("ask", len(requests), done) as bar:
             answers_by_prompt, failures = ask_server(server, requests, journal, bar.advance)
         # No output with gaps: the journal keeps what arrived, and the next call asks for the rest.
         if failures:
@@ -377,13 +340,9 @@ def _chat_request(record: Record, index: int, request: GenerateRequest) -> ChatR
     """The request for one prompt, with its context before the question as for a run."""
     sampling = request.sampling
     turns = PromptFormat().turns(record)
-    settings: dict[str, Any] = {
-        "n": sampling.answers_per_prompt,
-        "temperature": sampling.temperature,
-        "max_tokens": sampling.max_new_tokens,
-        # Not negative in a signed 32-bit integer, in which a server may read it.
-        "seed": chunk_seed(sampling.seed, index) % 2**31,
-    }
+    settings: dict[str, Any] = {"n": sampling.answers_per_prompt, "temperature": sampling.temperature}
+    # Not negative in a signed 32-bit integer, in which a server may read it.
+    settings |= {"max_tokens": sampling.max_new_tokens, "seed": chunk_seed(sampling.seed, index) % 2**31}
     if record.tools:
         settings["tools"] = json.loads(record.tools)
     return ChatRequest([for_template(turn) for turn in turns], settings)

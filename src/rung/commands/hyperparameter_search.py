@@ -8,7 +8,6 @@ journal in the rung's search folder holds every trial and makes a stopped search
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -23,7 +22,7 @@ from rung.config.run import RunConfig
 from rung.console import print_status
 from rung.errors import ConfigError, GateError, PlanError
 from rung.runs.checks import DoesNotFitError
-from rung.training.run_folder import StopCheck, total_steps, write_json
+from rung.training.run_folder import StopCheck, read_json, total_steps, write_json
 
 if TYPE_CHECKING:
     import optuna
@@ -44,14 +43,18 @@ def search_settings(
     one chooses. All results are in `search.json`. Raises `ConfigError` if no trial was completed.
     """
     # A search over ranks alone leaves a method without a rank nothing to try.
-    if not _searched_settings(search, config):
+    if not _search_ranges(search, config):
         return rung
     journal = folder / "search.journal"
     folder.mkdir(parents=True, exist_ok=True)
     study = _study(journal, search)
     # Finished and not started ones are counted, so that an interrupted trial does not use up the number of trials.
-    while _finished_trials(study) < search.trials:
-        _run_trial(study, search, rung, config, folder / "trial", rows, train)
+    while sum(trial.state.is_finished() for trial in study.trials) < search.trials:
+        trial = _next_trial(study, search, config.seed)
+        settings = _sample_settings(trial, search, config)
+        description = ", ".join(f"{name} {value:.3g}" for name, value in settings.items())
+        print_status(f"search {trial.number + 1}/{search.trials} of rung {rung.label}: {description}")
+        _run_trial(study, trial, _trial_config(config, settings, folder / "trial", rows), train)
     result = _search_result(study)
     if result["chosen"] is None:
         summary = "no trial of the search came to an end"
@@ -70,8 +73,7 @@ def apply_settings(rung: RungConfig, settings: Mapping[str, Any]) -> RungConfig:
 def read_search_result(folder: Path) -> dict[str, Any] | None:
     """The result of a finished search in this folder; None if there is none."""
     file = folder / "search.json"
-    result: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
-    return result
+    return read_json(file) if file.exists() else None
 
 
 def _study(journal: Path, search: SearchConfig) -> optuna.Study:
@@ -80,13 +82,9 @@ def _study(journal: Path, search: SearchConfig) -> optuna.Study:
     from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.create_study(
-        study_name="search",
-        storage=JournalStorage(JournalFileBackend(str(journal))),
-        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=search.reduction_factor),
-        direction="minimize",
-        load_if_exists=True,
-    )
+    storage = JournalStorage(JournalFileBackend(str(journal)))
+    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=search.reduction_factor)
+    return optuna.create_study(study_name="search", storage=storage, pruner=pruner, load_if_exists=True)
 
 
 def _next_trial(study: optuna.Study, search: SearchConfig, seed: int) -> optuna.Trial:
@@ -103,23 +101,12 @@ def _next_trial(study: optuna.Study, search: SearchConfig, seed: int) -> optuna.
     return optuna.Trial(study, unfinished_trials[0]._trial_id) if unfinished_trials else study.ask()
 
 
-def _run_trial(
-    study: optuna.Study,
-    search: SearchConfig,
-    rung: RungConfig,
-    config: RunConfig,
-    folder: Path,
-    rows: int,
-    train: TrainFunction,
-) -> None:
+def _run_trial(study: optuna.Study, trial: optuna.Trial, config: RunConfig, train: TrainFunction) -> None:
     """Train one trial until it is complete, or until others did better at the same measurement."""
-    trial = _next_trial(study, search, config.seed)
-    settings = _sample_settings(trial, search, config)
+    from optuna.trial import TrialState
+
     # After a kill the folder holds part of this trial, which is trained from the start.
-    shutil.rmtree(folder, ignore_errors=True)
-    trial_config = _trial_config(config, settings, folder, rows)
-    description = ", ".join(f"{name} {value:.3g}" for name, value in settings.items())
-    print_status(f"search {trial.number + 1}/{search.trials} of rung {rung.label}: {description}")
+    shutil.rmtree(config.output, ignore_errors=True)
     losses: list[float] = []
     stop_reasons: list[str] = []
 
@@ -133,9 +120,9 @@ def _run_trial(
                 stop_reasons.append("other settings did better by then")
         return stop_reasons[-1] if stop_reasons else None
 
-    states, start = _trial_states(), time.perf_counter()
+    start = time.perf_counter()
     try:
-        train(trial_config, check_loss)
+        train(config, check_loss)
     except DoesNotFitError:
         # A rung that does not fit is skipped by the climb; more trials would not change that.
         raise
@@ -147,30 +134,27 @@ def _run_trial(
         # The time before an interruption was spent as well.
         seconds = trial.user_attrs.get("seconds", 0.0) + time.perf_counter() - start
         trial.set_user_attr("seconds", round(seconds, 3))
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(config.output, ignore_errors=True)
     # FAIL and not PRUNED: TPE learns from the losses of pruned trials, but not from failed ones.
-    if stop_reasons == ["failed"]:
-        study.tell(trial, state=states.FAIL)
-        return
     # A run too short for one validation has no loss to compare and cannot be chosen.
-    is_complete = bool(losses) and not stop_reasons
-    study.tell(trial, losses[-1] if is_complete else None, state=states.COMPLETE if is_complete else states.PRUNED)
+    state = TrialState.PRUNED if stop_reasons or not losses else TrialState.COMPLETE
+    if stop_reasons == ["failed"]:
+        state = TrialState.FAIL
+    study.tell(trial, losses[-1] if state is TrialState.COMPLETE else None, state=state)
 
 
-def _searched_settings(search: SearchConfig, config: RunConfig) -> list[str]:
-    """Names of the settings that are searched for this method."""
-    ranges = {"rank": search.rank and config.method.adapter_rank is not None, "learning_rate": search.learning_rate}
-    return [name for name, search_range in {**ranges, "epochs": search.epochs}.items() if search_range]
+def _search_ranges(search: SearchConfig, config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Lowest and highest value of each setting that is searched for this method."""
+    rank = search.rank if config.method.adapter_rank is not None else None
+    ranges = {"rank": rank, "learning_rate": search.learning_rate, "epochs": search.epochs}
+    return {name: limits for name, limits in ranges.items() if limits}
 
 
 def _sample_settings(trial: optuna.Trial, search: SearchConfig, config: RunConfig) -> dict[str, Any]:
     settings: dict[str, Any] = {}
-    if search.rank and config.method.adapter_rank is not None:
-        settings["rank"] = trial.suggest_int("rank", *search.rank, log=True)
-    if search.learning_rate:
-        settings["learning_rate"] = trial.suggest_float("learning_rate", *search.learning_rate, log=True)
-    if search.epochs:
-        settings["epochs"] = trial.suggest_float("epochs", *search.epochs)
+    for name, limits in _search_ranges(search, config).items():
+        suggest = trial.suggest_int if name == "rank" else trial.suggest_float
+        settings[name] = suggest(name, *limits, log=name != "epochs")
     return settings
 
 
@@ -185,27 +169,15 @@ def _trial_config(config: RunConfig, settings: Mapping[str, Any], folder: Path, 
     return config.model_copy(update={"method": method, "training": training, "output": str(folder)})
 
 
-def _finished_trials(study: optuna.Study) -> int:
-    return sum(trial.state.is_finished() for trial in study.trials)
-
-
 def _search_result(study: optuna.Study) -> dict[str, Any]:
     """All trials, and the settings of the best completed one."""
-    trials = [
-        {
-            **trial.params,
-            "state": trial.state.name.lower(),
-            "seconds": trial.user_attrs.get("seconds", 0.0),
-            "validation_losses": [trial.intermediate_values[k] for k in sorted(trial.intermediate_values)],
-        }
-        for trial in study.trials
-    ]
-    complete_trials = [trial for trial in study.trials if trial.state == _trial_states().COMPLETE]
-    best = min(complete_trials, key=lambda trial: (trial.value, trial.number), default=None)
-    return {"split": "validation", "trials": trials, "chosen": None if best is None else best.params}
-
-
-def _trial_states() -> Any:
     from optuna.trial import TrialState
 
-    return TrialState
+    trials = []
+    for trial in study.trials:
+        losses = [loss for _, loss in sorted(trial.intermediate_values.items())]
+        facts = {"state": trial.state.name.lower(), "seconds": trial.user_attrs.get("seconds", 0.0)}
+        trials.append({**trial.params, **facts, "validation_losses": losses})
+    complete_trials = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
+    best = min(complete_trials, key=lambda trial: (trial.value, trial.number), default=None)
+    return {"split": "validation", "trials": trials, "chosen": None if best is None else best.params}

@@ -67,8 +67,7 @@ def judge_pairs(config: JudgeConfig, pairs: Sequence[AnswerPair], seed: int = 0)
     # Lengths go into the summary because judges tend to prefer longer answers.
     lengths = [(len(pair.first), len(pair.second)) for pair in pairs]
     preference = summarize_preferences([j.verdicts for j in verdicts], lengths, [pair.cluster for pair in pairs], seed)
-    result = JudgeResult(**dict(preference), model=config.model, trust=agreement)
-    return Judgement(tuple(verdicts), result)
+    return Judgement(tuple(verdicts), JudgeResult(**dict(preference), model=config.model, trust=agreement))
 
 
 def _ask_function(config: JudgeConfig) -> AskJudge:
@@ -89,17 +88,13 @@ def _ask_by_server(server: Server) -> AskJudge:
         name = sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         # The name is a hash of everything asked, so a changed prompt or model starts a new journal.
         with closing(Journal(cache_folder() / "judged" / f"{name}.jsonl", identity)) as journal:
-            if journal.results:
-                print_status(
-                    f"{len(journal.results):,} of {len(requests):,} verdicts are known, kept in {journal.path}"
-                )
-            with ProgressBar("judge", len(requests), len(journal.results)) as bar:
+            if known := len(journal.results):
+                print_status(f"{known:,} of {len(requests):,} verdicts are known, kept in {journal.path}")
+            with ProgressBar("judge", len(requests), known) as bar:
                 answers, failures = ask_server(server, requests, journal, bar.advance)
         # A request without an answer becomes a verdict that counts in no rate, instead of failing all others.
-        reasons = {failure.prompt: failure.reason for failure in failures}
-        return [
-            parse_verdict(answers[i][0].text) if i in answers else JudgeVerdict(None, reasons[i])
-            for i in range(len(requests))
-        ]
+        verdicts = {failure.prompt: JudgeVerdict(None, failure.reason) for failure in failures}
+        verdicts |= {prompt: parse_verdict(texts[0].text) for prompt, texts in answers.items()}
+        return [verdicts[i] for i in range(len(requests))]
 
     return ask

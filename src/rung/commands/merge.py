@@ -9,6 +9,7 @@ tensor by tensor (`merge_shards.py`). `cli.py` and `rung.merge` call `merge`.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +26,7 @@ from rung.errors import CheckpointError, ConfigError, GateError, PlanError
 from rung.files import require_undamaged, write_folder
 from rung.methods.protocol import Method
 from rung.methods.registry import attach_method
-from rung.models.base_model import fingerprint
+from rung.models.base_model import BaseModel, fingerprint
 from rung.models.load import base_files, load_tokenizer
 from rung.models.policy import Policy
 from rung.planning.architecture import read_shape
@@ -34,7 +35,7 @@ from rung.report.formatting import format_bytes
 from rung.results import MergeResult
 from rung.runs.artifact import check_parity, check_prompt, logprobs_in_fresh_process, write_tokenizer_files
 from rung.runs.checks import free_memory
-from rung.runs.load import LoadedRun, config_of_run, dequantize, load_base_on_device, open_run
+from rung.runs.load import config_of_run, dequantize, load_base_on_device, open_run
 from rung.training import gates
 from rung.training.packing import pack_separately
 from rung.training.run_folder import Gate, read_manifest
@@ -64,7 +65,8 @@ def merge(run: Path, folder: Path, onto: MergeBase = "trained", *, by_shard: boo
             if by_shard:
                 raise
             print_status(f"merged whole all the same: {error.summary}")
-    config, model = config_of_run(run), _open_in_float32(run)
+    config = config_of_run(run)
+    model = open_run(run, _float32_base(config))
     policy, chat = model.policy, model.chat
     # One merged model cannot hold something for each task; the method's own error explains it.
     if config.method.tasks:
@@ -82,7 +84,8 @@ def merge(run: Path, folder: Path, onto: MergeBase = "trained", *, by_shard: boo
     elif onto == "original":
         given = config.method.kind
         raise ConfigError("this run was trained on the original base", where="--original", given=given, allowed="qlora")
-    base_logprobs = _base_logprobs(policy, rows)
+    with policy.method.disabled():
+        base_logprobs = _logprobs(policy, rows)
     # A lost adapter would pass the parity check below: two copies of the base agree perfectly (FAILURES 16).
     if _largest_difference(base_logprobs, adapter_logprobs) == 0:
         summary = "the run says what its base says: nothing was learned, or the adapter is lost"
@@ -98,12 +101,11 @@ def merge(run: Path, folder: Path, onto: MergeBase = "trained", *, by_shard: boo
         shutil.rmtree(folder)
         raise
     changes = {"moved_from_base": _largest_difference(base_logprobs, merged_logprobs), **change_from_run}
-    gate_values = {
-        "measure": "largest difference of log-probabilities",
-        "difference": gate.measured,
-        "limit": gate.limit,
-    }
-    return MergeResult.model_validate({"path": str(folder), **gate_values, **changes})
+    return _result(folder, "largest difference of log-probabilities", gate, changes)
+
+
+def _result(folder: Path, measure: str, gate: Gate, facts: Mapping[str, float]) -> MergeResult:
+    return MergeResult(path=str(folder), measure=measure, difference=gate.measured, limit=gate.limit).replace(**facts)
 
 
 def _require_adapter(run: Path, folder: Path) -> None:
@@ -124,10 +126,8 @@ def _needs_shards(run: Path) -> bool:
     needed = 4 * read_shape(config_of_run(run).model).parameters + BASELINE_RSS
     if available is None or needed <= available:
         return False
-    print_status(
-        f"the whole model needs {format_bytes(needed)}, and {format_bytes(available)} are free: "
-        "merged tensor by tensor if that can be"
-    )
+    sizes = f"the whole model needs {format_bytes(needed)}, and {format_bytes(available)} are free"
+    print_status(f"{sizes}: merged tensor by tensor if that can be")
     return True
 
 
@@ -156,17 +156,8 @@ def _merge_by_shard(run: Path, folder: Path, onto: MergeBase) -> MergeResult:
 
     write_folder(folder, fill)
     gate, largest_change = proofs[0]
-    files = len(list(folder.glob("*.safetensors")))
-    return MergeResult.model_validate(
-        {
-            "path": str(folder),
-            "measure": "largest error, over what rounding to float32 allows",
-            "difference": gate.measured,
-            "limit": gate.limit,
-            "largest_change": largest_change,
-            "files": files,
-        }
-    )
+    facts = {"largest_change": largest_change, "files": len(list(folder.glob("*.safetensors")))}
+    return _result(folder, "largest error, over what rounding to float32 allows", gate, facts)
 
 
 def _write_merged(method: Method, folder: Path, chat: ChatTemplate) -> None:
@@ -179,10 +170,9 @@ def _write_merged(method: Method, folder: Path, chat: ChatTemplate) -> None:
     write_folder(folder, fill)
 
 
-def _open_in_float32(run: Path) -> LoadedRun:
-    """The run in float32, whatever it computed in: the merge is compared with a plain float32 model."""
-    config = config_of_run(run)
-    return open_run(run, load_base_on_device(config.model.model_copy(update={"dtype": "float32"})))
+def _float32_base(config: RunConfig) -> BaseModel:
+    """The base in float32, whatever the run computed in: the merge is compared with a plain float32 model."""
+    return load_base_on_device(config.model.model_copy(update={"dtype": "float32"}))
 
 
 def _merge_onto_original(run: Path, config: RunConfig) -> Policy:
@@ -190,7 +180,7 @@ def _merge_onto_original(run: Path, config: RunConfig) -> Policy:
     if isinstance(config.method, LowRankConfig) and config.method.init == "loftq":
         summary = "an adapter begun by loftq holds what quantizing took away: on the original base it would count twice"
         raise ConfigError(summary, where="--original", hint="merge it onto the base it was trained on")
-    base = load_base_on_device(config.model.model_copy(update={"dtype": "float32"}))
+    base = _float32_base(config)
     # `init` is reset: the saved factors replace whatever an initialization gives.
     lora_fields = {key: value for key, value in config.method.model_dump().items() if key in LoraConfig.model_fields}
     lora_config = LoraConfig.model_validate({**lora_fields, "kind": "lora", "init": "default"})
@@ -210,12 +200,5 @@ def _probe_rows(chat: ChatTemplate) -> list[list[int]]:
 
 @torch.no_grad()
 def _logprobs(policy: Policy, rows: list[list[int]]) -> list[torch.Tensor]:
-    examples = [
-        Example(np.array(r, dtype=np.int32), np.arange(len(r)) > 0, Source("probe", i)) for i, r in enumerate(rows)
-    ]
+    examples = [Example(np.array(r, np.int32), np.arange(len(r)) > 0, Source("probe", i)) for i, r in enumerate(rows)]
     return [policy.logprobs(batch).float().cpu() for batch in pack_separately(examples, policy.device)]
-
-
-def _base_logprobs(policy: Policy, rows: list[list[int]]) -> list[torch.Tensor]:
-    with policy.method.disabled():
-        return _logprobs(policy, rows)

@@ -9,7 +9,6 @@ else.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from rung.config.io import load_config, parse_config
+from rung.config.io import load_config
 from rung.config.method import FullConfig, LoraConfig, MethodConfig
 from rung.config.model import ModelConfig
 from rung.config.objective import ROLLOUT_KINDS
@@ -33,15 +32,8 @@ from rung.config.run import RunConfig
 from rung.data.chat import ChatTemplate
 from rung.errors import CheckpointError, ConfigError, PlanError
 from rung.files import require_undamaged, write_folder
-from rung.methods.adapter_merging import (
-    CombineMethod,
-    LowRankFactors,
-    combine,
-    concatenate,
-    lora_factors,
-    truncate,
-    truncate_product,
-)
+from rung.methods import adapter_merging
+from rung.methods.adapter_merging import CombineMethod, LowRankFactors
 from rung.methods.lora import TRAINED_ADAPTER, Lora
 from rung.methods.protocol import Method
 from rung.methods.registry import attach_method
@@ -55,10 +47,10 @@ from rung.results import FuseResult
 from rung.runs.artifact import write_origin, write_tokenizer_files
 from rung.runs.auxiliary_models import load_reference
 from rung.runs.dataset import read_splits, tokenize_splits
-from rung.runs.load import load_base_on_device
+from rung.runs.load import config_of_run, load_base_on_device
 from rung.runs.train import micro_batch_tokens
 from rung.training.packing import pack_lazily
-from rung.training.run_folder import is_climb, read_manifest, versions, write_json
+from rung.training.run_folder import is_climb, read_json, read_manifest, versions, write_json
 from rung.training.step import mean_loss
 
 MAX_EVALUATIONS = 40
@@ -70,6 +62,11 @@ DENSITY = 0.2
 PENALTY = 0.05
 """Penalty on the mean absolute weight, in nats (Huang et al. 2023, eq. 2)."""
 
+Weights = tuple[float, ...]
+"""One weight for each run."""
+Factors = dict[str, LowRankFactors]
+"""The update of each module, by its name."""
+
 
 @dataclass(frozen=True)
 class FusePlan:
@@ -78,8 +75,8 @@ class FusePlan:
     how: CombineMethod = "sum"
     density: float = DENSITY
     """Share of entries kept by ties, dare and magnitude."""
-    weights: tuple[float, ...] | None = None
-    """One weight for each run; None gives every run the weight 1."""
+    weights: Weights | None = None
+    """None gives every run the weight 1."""
     rank: int | None = None
     """Rank of the result. None keeps a sum exact; the other methods then take the largest rank of the runs."""
     seed: int = 0
@@ -104,7 +101,7 @@ def parse_method(text: str) -> tuple[CombineMethod, float]:
     return method, density  # type: ignore[return-value]
 
 
-def parse_weights(text: str | None) -> tuple[float, ...] | None:
+def parse_weights(text: str | None) -> Weights | None:
     """Weights from the command line, separated by commas. Raises `ConfigError` for anything but numbers."""
     if text is None:
         return None
@@ -125,20 +122,21 @@ def fuse(runs: Sequence[Path], folder: Path, plan: FusePlan) -> FuseResult:
     if reward_runs := [run for run, kind in zip(runs, kinds, strict=True) if kind == "reward"]:
         raise ConfigError("a reward model has a head of its own, which no sum keeps", given=reward_runs[0])
     are_full_runs = _require_compatible(runs, manifests)
+    if are_full_runs and plan.learn is not None:
+        raise ConfigError("weights are searched for adapters alone", where="--learn", given="full runs")
     weights = tuple(plan.weights or [1.0] * len(runs))
     search, ranks, lost_share = None, [], 0.0
-    base = load_base_on_device(_config_of(runs[0], manifests[0]).model)
+    first_config = config_of_run(runs[0])
+    base = load_base_on_device(first_config.model)
     for run, manifest in zip(runs, manifests, strict=True):
         check_fingerprint(manifest, base, run)
     method: Method
     config: MethodConfig = FullConfig()
     if are_full_runs and plan.rank is None:
-        _refuse_weight_search(plan)
         method = _sum_of_models(base, runs, weights, plan)
     else:
         if are_full_runs:
-            _refuse_weight_search(plan)
-            fused_factors, lost_share = _models_as_factors(base, runs, weights, plan)
+            fused_factors, lost_share = _models_as_lora(base, runs, weights, plan)
         else:
             updates = [_adapter_update(run) for run in runs]
             # The search attaches a LoRA of its own; the shared base stays free for the result.
@@ -146,17 +144,18 @@ def fuse(runs: Sequence[Path], folder: Path, plan: FusePlan) -> FuseResult:
                 weights, search = learn_weights(base.share_weights(), updates, plan)
             fused_factors, lost_share = _fuse_updates(updates, weights, plan)
         ranks = sorted({len(f.a_RI) for f in fused_factors.values()})
-        config = _config_for(list(fused_factors), {name: len(f.a_RI) for name, f in fused_factors.items()})
+        config = _config_for({name: len(f.a_RI) for name, f in fused_factors.items()})
         method = Lora(base.model, config)
         _set_factors(method, fused_factors)
-    run_config = _config_of(runs[0], manifests[0]).model_copy(update={"method": config, "output": str(folder)})
-    _write(runs, manifests, run_config, base, method, {"how": plan.how, "weights": list(weights), "lost": lost_share})
+    facts = {"fingerprints": manifests[0]["fingerprints"], "gates": [], "versions": versions()}
+    facts["fused_from"] = [str(run) for run in runs]
+    facts["fused"] = {"how": plan.how, "weights": list(weights), "lost": lost_share}
+    run_config = first_config.model_copy(update={"method": config, "output": str(folder)})
+    _write(runs[0], run_config, base, method, facts)
     return FuseResult(path=str(folder), weights=weights, ranks=tuple(ranks), lost=lost_share, search=search)
 
 
-def learn_weights(
-    base: BaseModel, updates: Sequence[dict[str, LowRankFactors]], plan: FusePlan
-) -> tuple[tuple[float, ...], dict[str, Any]]:
+def learn_weights(base: BaseModel, updates: Sequence[Factors], plan: FusePlan) -> tuple[Weights, dict[str, Any]]:
     """Weights of the exact sum with the lowest loss on the rows of `plan.learn` (LoraHub, on true updates).
 
     Powell's derivative-free search between -1.5 and 1.5, starting from equal weights with sum 1.
@@ -169,7 +168,7 @@ def learn_weights(
     data = tokenize_splits(task, read_splits(task), base)
     names = sorted(set().union(*updates))
     # The exact sum has at most the sum of the ranks, so one LoRA of that size can hold every candidate.
-    config = _config_for(names, {name: sum(len(u[name].a_RI) for u in updates if name in u) for name in names})
+    config = _config_for({name: sum(len(u[name].a_RI) for u in updates if name in u) for name in names})
     method = Lora(base.model, config)
     policy = Policy(base, method)
     policy.reference = load_reference(task, base)
@@ -177,10 +176,11 @@ def learn_weights(
     install_fused_forwards(base.model, method.linear_params)
     # Packed once: all evaluations read the same rows, and only the factors change.
     batches = list(pack_lazily(data.train.examples, micro_batch_tokens(task, base), device=policy.device))
-    losses: dict[tuple[float, ...], float] = {}
+    losses: dict[Weights, float] = {}
 
     def loss(weights: np.ndarray) -> float:
-        _set_factors(method, {name: _weighted_sum(updates, weights.tolist(), name) for name in names})
+        sums = {n: adapter_merging.concatenate(*_updates_of(n, updates, weights.tolist())) for n in names}
+        _set_factors(method, sums)
         mean = losses[tuple(weights.tolist())] = mean_loss(policy, objective, batches)
         return mean + PENALTY * float(np.abs(weights).mean())
 
@@ -213,10 +213,6 @@ def _manifest(run: Path) -> dict[str, Any]:
     return manifest
 
 
-def _config_of(run: Path, manifest: dict[str, Any]) -> RunConfig:
-    return parse_config(manifest["config"], str(run / "run.json"))
-
-
 def _require_compatible(runs: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> bool:
     """Whether the runs are full runs. Raises for runs with different bases, templates or kinds."""
     for run, manifest in zip(runs, manifests, strict=True):
@@ -232,34 +228,27 @@ def _require_compatible(runs: Sequence[Path], manifests: Sequence[dict[str, Any]
     full_flags = {(run / "model").is_dir() for run in runs}
     if len(full_flags) > 1:
         raise ConfigError("adapters and whole models do not fuse", given=", ".join(map(str, runs)))
-    for fingerprint_name, problem in (
-        ("base", "stand on different bases"),
-        ("text", "were trained with different templates"),
-    ):
-        first = manifests[0]["fingerprints"][fingerprint_name]
+    problems = {"base": "stand on different bases", "text": "were trained with different templates"}
+    for name, problem in problems.items():
+        first = manifests[0]["fingerprints"][name]
         for run, manifest in zip(runs, manifests, strict=True):
-            if (fingerprint := manifest["fingerprints"][fingerprint_name]) != first:
+            if (fingerprint := manifest["fingerprints"][name]) != first:
                 allowed = f"{first[:16]}, that of {runs[0]}"
                 raise CheckpointError(f"these runs {problem}", where=str(run), given=fingerprint[:16], allowed=allowed)
     return full_flags.pop()
 
 
-def _adapter_update(run: Path) -> dict[str, LowRankFactors]:
+def _adapter_update(run: Path) -> Factors:
     """The updates of an adapter by module name."""
     require_undamaged(run / "adapter")
     if not (run / "adapter" / "adapter_model.safetensors").exists():
         raise PlanError("virtual tokens for each task do not fuse: they are no update of a weight", where=str(run))
-    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
-    return lora_factors(load_file(run / "adapter" / "adapter_model.safetensors"), config, str(run))
-
-
-def _refuse_weight_search(plan: FusePlan) -> None:
-    if plan.learn is not None:
-        raise ConfigError("weights are searched for adapters alone", where="--learn", given="full runs")
+    config = read_json(run / "adapter" / "adapter_config.json")
+    return adapter_merging.lora_factors(load_file(run / "adapter" / "adapter_model.safetensors"), config, str(run))
 
 
 @torch.no_grad()
-def _sum_of_models(base: BaseModel, runs: Sequence[Path], weights: Sequence[float], plan: FusePlan) -> Method:
+def _sum_of_models(base: BaseModel, runs: Sequence[Path], weights: Weights, plan: FusePlan) -> Method:
     """The base plus one combined difference of every tensor (task arithmetic, Ilharco et al. 2023, section 2)."""
     method = attach_method(base.model, FullConfig(), seed=plan.seed, fused=False)
     # In place: the base is not needed any more, and a second copy would double the memory.
@@ -269,28 +258,25 @@ def _sum_of_models(base: BaseModel, runs: Sequence[Path], weights: Sequence[floa
 
 
 @torch.no_grad()
-def _models_as_factors(
-    base: BaseModel, runs: Sequence[Path], weights: Sequence[float], plan: FusePlan
-) -> tuple[dict[str, LowRankFactors], float]:
+def _models_as_lora(base: BaseModel, runs: Sequence[Path], weights: Weights, plan: FusePlan) -> tuple[Factors, float]:
     """The combined differences truncated to a rank, and the lost share: embeddings and norms are lost completely."""
     assert plan.rank is not None  # noqa: S101 -- for the type checker
-    factors: dict[str, LowRankFactors] = {}
+    factors: Factors = {}
     lost_squares = total = 0.0
-    parameters = dict(base.model.named_parameters())
-    for name, update in _combined_models(parameters, runs, weights, plan):
+    for name, update in _combined_models(dict(base.model.named_parameters()), runs, weights, plan):
         # `lost` is 1 for a tensor that no LoRA holds: embeddings, norms and biases.
         module, size, lost_share = name.removesuffix(".weight"), float(update.norm()), 1.0
         if update.dim() == 2 and layer_number(f"{module}.") is not None and roles_of(module):
             # LowRankFactors are [O, R] and [R, I], while GPT-2's Conv1D stores [I, O].
             is_transposed = isinstance(base.model.get_submodule(module), Conv1D)
-            truncated = truncate(update.T if is_transposed else update, plan.rank)
+            truncated = adapter_merging.truncate(update.T if is_transposed else update, plan.rank)
             factors[module], lost_share = truncated.factors, truncated.lost
         lost_squares, total = lost_squares + (lost_share * size) ** 2, total + size**2
     return factors, math.sqrt(lost_squares / total) if total else 0.0
 
 
 def _combined_models(
-    base: Mapping[str, Tensor], runs: Sequence[Path], weights: Sequence[float], plan: FusePlan
+    base: Mapping[str, Tensor], runs: Sequence[Path], weights: Weights, plan: FusePlan
 ) -> Iterator[tuple[str, Tensor]]:
     """The combined difference to the base, tensor by tensor: the runs' models are never in memory as a whole."""
     # One generator for all tensors in their order, so that the seed decides the whole result.
@@ -300,7 +286,7 @@ def _combined_models(
         base_tensor = tensor.detach().float().cpu()
         differences = [tensors[name].get_tensor(name).float() - base_tensor for tensors in files]
         if any(d.any() for d in differences):
-            update = combine(differences, weights, plan.how, density=plan.density, generator=generator)
+            update = adapter_merging.combine(differences, weights, plan.how, density=plan.density, generator=generator)
             yield name, update.to(tensor.device)
 
 
@@ -310,61 +296,54 @@ def _tensor_files(folder: Path) -> dict[str, Any]:
     return {str(key): file for file in handles for key in file.keys()}  # type: ignore[no-untyped-call]
 
 
-def _fuse_updates(
-    updates: Sequence[dict[str, LowRankFactors]], weights: Sequence[float], plan: FusePlan
-) -> tuple[dict[str, LowRankFactors], float]:
+def _fuse_updates(updates: Sequence[Factors], weights: Weights, plan: FusePlan) -> tuple[Factors, float]:
     """The combined factors by module, and the share of the norm of the whole update that truncation lost."""
     generator = torch.Generator().manual_seed(plan.seed)
-    fused_factors: dict[str, LowRankFactors] = {}
+    fused_factors: Factors = {}
     lost_squares = total = 0.0
     # Sorted, since the draws of dare depend on the order.
     for name in sorted(set().union(*updates)):
-        weighted_factors = [(w, u[name]) for w, u in zip(weights, updates, strict=True) if name in u]
+        factors, module_weights = _updates_of(name, updates, weights)
         # A LoRA may have a larger rank than its matrix.
-        ranks = [min(*f.b_OR.shape, len(f.a_RI)) for _, f in weighted_factors]
-        exact_sum = _weighted_sum(updates, weights, name)
+        ranks = [min(*f.b_OR.shape, len(f.a_RI)) for f in factors]
+        exact_sum = adapter_merging.concatenate(factors, module_weights)
+        largest_rank = min(len(exact_sum.b_OR), exact_sum.a_RI.shape[1])
         # Exact unless the summed rank exceeds what the matrix can have, which truncation then removes without loss.
-        if (
-            plan.how == "sum"
-            and plan.rank is None
-            and len(exact_sum.a_RI) <= min(len(exact_sum.b_OR), exact_sum.a_RI.shape[1])
-        ):
+        if plan.how == "sum" and plan.rank is None and len(exact_sum.a_RI) <= largest_rank:
             fused_factors[name] = exact_sum
             continue
-        rank = plan.rank or (sum(ranks) if plan.how == "sum" else max(ranks))
         if plan.how == "sum":
-            truncated, size = truncate_product(exact_sum, rank), float(exact_sum.dense.norm())
+            truncated = adapter_merging.truncate_product(exact_sum, plan.rank or sum(ranks))
+            size = float(exact_sum.dense.norm())
         else:
-            dense_update: Tensor = combine(
-                [f.dense for _, f in weighted_factors],
-                [w for w, _ in weighted_factors],
-                plan.how,
-                density=plan.density,
-                generator=generator,
-            )
-            truncated, size = truncate(dense_update, rank), float(dense_update.norm())
+            matrices = [f.dense for f in factors]
+            update = adapter_merging.combine(matrices, module_weights, plan.how, plan.density, generator)
+            truncated, size = adapter_merging.truncate(update, plan.rank or max(ranks)), float(update.norm())
         fused_factors[name] = truncated.factors
         lost_squares, total = lost_squares + (truncated.lost * size) ** 2, total + size**2
     return fused_factors, math.sqrt(lost_squares / total) if total else 0.0
 
 
-def _config_for(names: Sequence[str], ranks: dict[str, int]) -> LoraConfig:
-    """A config whose targets include these modules; other modules of the same roles and layers stay zero."""
-    roles = sorted({roles_of(name)[0] for name in names})
-    layers = sorted({number for name in names if (number := layer_number(f"{name}.")) is not None})
+def _config_for(ranks: dict[str, int]) -> LoraConfig:
+    """A config whose targets include modules of these ranks; others of the same roles and layers stay zero."""
+    roles = sorted({roles_of(name)[0] for name in ranks})
+    layers = sorted({number for name in ranks if (number := layer_number(f"{name}.")) is not None})
     max_rank = max(ranks.values())
     # The pattern names only the exceptions; alpha=None gives every module its default scale, divided out of B later.
     rank_pattern = {f"{layer_number(f'{n}.')}.{roles_of(n)[0]}": rank for n, rank in ranks.items() if rank != max_rank}
     return LoraConfig(rank=max_rank, rank_pattern=rank_pattern, alpha=None, targets=tuple(roles), layers=tuple(layers))
 
 
-def _weighted_sum(updates: Sequence[dict[str, LowRankFactors]], weights: Sequence[float], name: str) -> LowRankFactors:
-    weighted_factors = [(w, u[name]) for w, u in zip(weights, updates, strict=True) if name in u]
-    return concatenate([f for _, f in weighted_factors], [w for w, _ in weighted_factors])
+def _updates_of(
+    name: str, updates: Sequence[Factors], weights: Sequence[float]
+) -> tuple[list[LowRankFactors], list[float]]:
+    """The updates of one module in the runs that have it, and the weights of these runs."""
+    pairs = [(u[name], w) for u, w in zip(updates, weights, strict=True) if name in u]
+    return [factors for factors, _ in pairs], [weight for _, weight in pairs]
 
 
 @torch.no_grad()
-def _set_factors(method: Lora, factors: dict[str, LowRankFactors]) -> None:
+def _set_factors(method: Lora, factors: Factors) -> None:
     """Write factors into a LoRA, with its scale divided out of B; modules without factors stay zero."""
     for name, (b, a) in factors.items():
         layer: Any = method.model.get_submodule(name)
@@ -372,18 +351,11 @@ def _set_factors(method: Lora, factors: dict[str, LowRankFactors]) -> None:
         layer.lora_B[TRAINED_ADAPTER].weight.copy_(b / layer.scaling[TRAINED_ADAPTER])
 
 
-def _write(
-    runs: Sequence[Path],
-    manifests: Sequence[dict[str, Any]],
-    config: RunConfig,
-    base: BaseModel,
-    method: Method,
-    fusion: dict[str, Any],
-) -> None:
-    """Write the run folder, which is like that of a trained run."""
+def _write(run: Path, config: RunConfig, base: BaseModel, method: Method, facts: Mapping[str, Any]) -> None:
+    """Write the run folder, which is like that of a trained run; `run` is one of those that were combined."""
     folder = Path(config.output)
     # From a run and not from the base: the template is the one that all of them were trained with.
-    chat = ChatTemplate(load_tokenizer(ModelConfig(name=str(runs[0]))))
+    chat = ChatTemplate(load_tokenizer(ModelConfig(name=str(run))))
 
     def fill(staging: Path) -> None:
         method.save(staging)
@@ -393,16 +365,7 @@ def _write(
     folder.mkdir(parents=True)
     try:
         write_folder(folder / method.artifact, fill)
-        manifest = {
-            "status": "finished",
-            "config": config.model_dump(mode="json"),
-            "fingerprints": manifests[0]["fingerprints"],
-            "gates": [],
-            "versions": versions(),
-            "fused_from": [str(run) for run in runs],
-            "fused": fusion,
-        }
-        write_json(folder / "run.json", manifest)
+        write_json(folder / "run.json", {"status": "finished", "config": config.model_dump(mode="json"), **facts})
     except BaseException:
         # Also after Ctrl-C: half a run folder would be refused by the next attempt.
         shutil.rmtree(folder)

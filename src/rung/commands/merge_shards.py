@@ -24,7 +24,7 @@ from torch import Tensor
 from rung.errors import GateError, PlanError
 from rung.files import safetensors_header
 from rung.methods.adapter_files import CONFIG, lora_updates, other_than_plain_lora, read_state
-from rung.training.run_folder import Gate
+from rung.training.run_folder import Gate, read_json
 
 FLOAT32_ROUNDOFF = 2.0**-24
 """Relative error of one rounding in float32: half a unit in the last place."""
@@ -35,24 +35,20 @@ INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class LoraUpdate:
-    """The update scale * B A of one linear module."""
+    """The update scale * first @ second of one weight: B A, or its transpose if the base keeps [I, O] (GPT-2)."""
 
-    a_RI: Tensor
-    b_OR: Tensor
+    first: Tensor
+    second: Tensor
     scale: float
-    transposed: bool
-    """Whether the base keeps its weight as [I, O] (GPT-2)."""
 
     @property
     def shape(self) -> tuple[int, int]:
         """Shape of the weight that the update is added to."""
-        outputs, inputs = len(self.b_OR), self.a_RI.shape[1]
-        return (inputs, outputs) if self.transposed else (outputs, inputs)
+        return len(self.first), self.second.shape[1]
 
     def added_to(self, weight: Tensor) -> Tensor:
         """The merged weight, float32."""
-        first, second = self._factors()
-        return torch.addmm(weight.float(), first, second, alpha=self.scale)
+        return torch.addmm(weight.float(), self.first, self.second, alpha=self.scale)
 
     def error(self, before: Tensor, after: Tensor) -> float:
         """The largest error of `after`, in float64, over the rounding allowed at that entry; infinite if one is NaN.
@@ -60,8 +56,8 @@ class LoraUpdate:
         A sum of R products and a weight, each rounded, is off by at most R + 2 roundings of the sum of their sizes
         (Higham 2002, section 3.1).
         """
-        first, second = (factor.double() for factor in self._factors())
-        allowed = FLOAT32_ROUNDOFF * (self.a_RI.shape[0] + 2)
+        first, second = self.first.double(), self.second.double()
+        allowed = FLOAT32_ROUNDOFF * (len(second) + 2)
         worst = 0.0
         for start in range(0, len(before), ROWS_PER_PROOF):
             rows = slice(start, start + ROWS_PER_PROOF)
@@ -74,22 +70,20 @@ class LoraUpdate:
             worst = max(worst, largest) if math.isfinite(largest) else math.inf
         return worst
 
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        return (self.a_RI.T, self.b_OR.T) if self.transposed else (self.b_OR, self.a_RI)
-
 
 def read_updates(adapter: Path) -> dict[str, LoraUpdate]:
     """The updates of a saved adapter by module name.
 
     Raises `PlanError` for an adapter other than a plain LoRA, `CheckpointError` if parts of it are missing.
     """
-    config, state = json.loads((adapter / CONFIG).read_text()), read_state(adapter)
+    config, state = read_json(adapter / CONFIG), read_state(adapter)
     if (other := other_than_plain_lora(state, config)) is not None:
         raise PlanError("only a plain LoRA can be merged shard by shard", where=str(adapter), given=other)
-    return {
-        module: LoraUpdate(update.a_RI.float(), update.b_OR.float(), update.scale, update.transposed)
-        for module, update in lora_updates(state, config, str(adapter)).items()
-    }
+    updates = {}
+    for module, saved in lora_updates(state, config, str(adapter)).items():
+        a_RI, b_OR = saved.a_RI.float(), saved.b_OR.float()
+        updates[module] = LoraUpdate(*((a_RI.T, b_OR.T) if saved.transposed else (b_OR, a_RI)), saved.scale)
+    return updates
 
 
 def merge_shards(base: Path, updates: Mapping[str, LoraUpdate], target: Path) -> tuple[Gate, float]:
@@ -107,21 +101,22 @@ def merge_shards(base: Path, updates: Mapping[str, LoraUpdate], target: Path) ->
         largest_error, largest_change = max(largest_error, error), max(largest_change, change)
     if largest_change == 0:
         raise GateError("gate publish.shards failed: the adapter adds nothing, or it is lost", where=str(base))
-    config = json.loads((base / "config.json").read_text())
+    config = read_json(base / "config.json")
     # The older name of `dtype`; both together would contradict each other.
     config.pop("torch_dtype", None)
     (target / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
     if (base / INDEX).exists():
-        index = json.loads((base / INDEX).read_text())
-        index["metadata"] = {**index.get("metadata", {}), "total_size": sum(map(_bytes_of_tensors, files))}
+        index = read_json(base / INDEX)
+        total_size = sum(_size(dtype, shape) for file in files for _, dtype, shape in _headers(file))
+        index["metadata"] = {**index.get("metadata", {}), "total_size": total_size}
         (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    return Gate("publish.shards", "passed" if largest_error <= 1.0 else "failed", largest_error, 1.0), largest_change
+    return Gate.at_most("publish.shards", largest_error, 1.0), largest_change
 
 
 def _files(base: Path) -> list[Path]:
     """The files that transformers reads: others in the folder may hold the same weights under other names."""
     if (base / INDEX).exists():
-        return sorted({base / name for name in json.loads((base / INDEX).read_text())["weight_map"].values()})
+        return sorted({base / name for name in read_json(base / INDEX)["weight_map"].values()})
     return [base / SINGLE_FILE] if (base / SINGLE_FILE).exists() else sorted(base.glob("*.safetensors"))
 
 
@@ -143,22 +138,16 @@ def _headers(file: Path) -> Iterator[tuple[str, str, list[int]]]:
             yield name, "F32" if "F" in dtype else dtype, tensor.get_shape()
 
 
-def _bytes_of_tensors(file: Path) -> int:
-    return sum(_size(kind, shape) for _, kind, shape in _headers(file))
-
-
-def _size(kind: str, shape: list[int]) -> int:
+def _size(dtype: str, shape: list[int]) -> int:
     # BOOL has no number in its name and takes a byte. Float dtypes are F32 here, so F8_E4M3 is never seen.
-    bits = int(re.sub(r"\D", "", kind) or 8)
-    return math.prod(shape) * bits // 8
+    return math.prod(shape) * int(re.sub(r"\D", "", dtype) or 8) // 8
 
 
 def _merge(file: Path, updates: Mapping[str, LoraUpdate], target: Path) -> None:
     """Write the header, then one tensor after another: the library's own writer needs all of them in memory."""
     entries = ((name, dtype, shape, _size(dtype, shape)) for name, dtype, shape in _headers(file))
-    header = safetensors_header(entries, {"format": "pt"})
     with safe_open(file, "pt") as tensors, target.open("wb") as out:
-        out.write(header)
+        out.write(safetensors_header(entries, {"format": "pt"}))
         for name in tensors.keys():
             tensor, update = tensors.get_tensor(name), updates.get(name.removesuffix(".weight"))
             float_tensor = tensor.float() if tensor.is_floating_point() else tensor

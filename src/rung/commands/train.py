@@ -12,7 +12,7 @@ from pathlib import Path
 from rung.config.io import ConfigSource, resolve_config
 from rung.report.html import write_report
 from rung.results import PreviewResult, RunResult
-from rung.runs.train import dry_run, train_run
+from rung.runs.train import StartMode, dry_run, train_run
 from rung.training.distributed import join_process_group
 
 
@@ -36,9 +36,9 @@ def train(
         CheckpointError: the folder holds another run, or is damaged.
         GateError: a gate failed.
     """
-    run_config = resolve_config(config, overrides)
+    run_config, start = resolve_config(config, overrides), StartMode(resume, overwrite, beyond_memory)
     with join_process_group() as world:
-        manifest = train_run(run_config, resume=resume, overwrite=overwrite, beyond_memory=beyond_memory, world=world)
+        manifest = train_run(run_config, start, world)
     # After the process group is left: the report needs no other process.
     report = str(write_report(Path(run_config.output))) if world.is_rank0 else None
     return RunResult.model_validate({**manifest, "path": run_config.output, "report": report})

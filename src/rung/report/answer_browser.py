@@ -105,11 +105,8 @@ def browse_answers(rungs: Sequence[MeasuredRung], metrics: Sequence[str]) -> Bro
         for i in matching_rows[:ITEMS_PER_FILTER]:
             filters_of_row.setdefault(i, []).append(key)
     labels = [rung.label for rung in answered_rungs]
-    return Browser(
-        tuple(filters),
-        tuple(_example(rows[i], labels, metrics, filters_of_row[i]) for i in order if i in filters_of_row),
-        bool(differing),
-    )
+    examples = [_example(rows[i], labels, metrics, filters_of_row[i]) for i in order if i in filters_of_row]
+    return Browser(tuple(filters), tuple(examples), bool(differing))
 
 
 AnswerFilter = tuple[str, str, Callable[[Sequence[bool]], bool]]
@@ -145,17 +142,16 @@ def _display_order(rows: Sequence[Sequence[Item]], metrics: Sequence[str]) -> li
     kinds = [_display_rank(row, metrics) for row in rows]
     # One counter for two turns: first of a cluster within its pattern, then of a row within its pattern.
     counts: Counter[Hashable] = Counter()
-    turn_of_cluster = []
-    for i, row in enumerate(rows):
-        key = (kinds[i], patterns[i], row[0].get("group") or row[0]["source"])
-        turn_of_cluster.append(counts[key])
+
+    def next_turn(key: Hashable) -> int:
         counts[key] += 1
+        return counts[key]
+
+    groups = [row[0].get("group") or row[0]["source"] for row in rows]
+    turn_of_cluster = [next_turn(key) for key in zip(kinds, patterns, groups, strict=True)]
     # the index breaks ties, so the order is that of the data
     by_cluster = sorted(range(len(rows)), key=lambda i: (turn_of_cluster[i], i))
-    turn: dict[int, int] = {}
-    for i in by_cluster:
-        turn[i] = counts[kinds[i], patterns[i]]
-        counts[kinds[i], patterns[i]] += 1
+    turn = {i: next_turn((kinds[i], patterns[i])) for i in by_cluster}
     return sorted(range(len(rows)), key=lambda i: (kinds[i], turn[i], i))
 
 
@@ -184,31 +180,27 @@ def _example(row: Sequence[Item], labels: Sequence[str], metrics: Sequence[str],
     contexts = Counter(item["context"] for item in row if item.get("context"))
     # The most common context is shown once with the question: only some rungs may have another one, or none.
     context = contexts.most_common(1)[0][0] if contexts else None
-    answers = tuple(
-        ShownAnswer(
-            label,
-            item.get("answer", ""),
-            bool(item.get("stopped", True)),
-            _marks(item, metrics),
-            item_context if (item_context := item.get("context")) != context else None,
-        )
-        for label, item in zip(labels, row, strict=True)
-    )
+    answers = []
+    for label, item in zip(labels, row, strict=True):
+        text, stopped, item_context = item.get("answer", ""), bool(item.get("stopped", True)), item.get("context")
+        shown_context = None if item_context == context else item_context
+        answers.append(ShownAnswer(label, text, stopped, _marks(item, metrics), shown_context))
     question, expected = first.get("question", ""), first.get("expected", "")
-    return ShownExample(first["source"], first.get("group"), question, context, expected, answers, tuple(filters))
+    shown = (question, context, expected, tuple(answers), tuple(filters))
+    return ShownExample(first["source"], first.get("group"), *shown)
 
 
 def _marks(item: Item, metrics: Sequence[str]) -> tuple[MetricMark, ...]:
     marks = []
     for metric in metrics:
-        if metric == PERPLEXITY:
-            if (nats := _nats(item)) is not None:
-                marks.append(MetricMark(metric, f"{format_significant(nats, 3)} nats per token", "plain"))
-        elif (score := item.get("scores", {}).get(metric)) is not None:
-            if is_binary(metric):
-                marks.append(MetricMark(metric, "right" if score else "wrong", "good" if score else "bad"))
-            else:
-                marks.append(MetricMark(metric, f"{score:.2f}", "plain"))
+        score = _nats(item) if metric == PERPLEXITY else item.get("scores", {}).get(metric)
+        if score is None:
+            continue
+        if is_binary(metric):
+            marks.append(MetricMark(metric, "right" if score else "wrong", "good" if score else "bad"))
+        else:
+            text = f"{format_significant(score, 3)} nats per token" if metric == PERPLEXITY else f"{score:.2f}"
+            marks.append(MetricMark(metric, text, "plain"))
     return tuple(marks)
 
 

@@ -26,23 +26,22 @@ MISSING = "–"
 
 def format_count(number: float | None) -> str:
     """A count in two or three digits: 4884480 is 4.9M."""
-    if number is None:
-        return MISSING
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        # 0.9995: 999,600 rounds to 1.0M, not to 1000k
-        if number >= 0.9995 * size:
-            return f"{_short_number(number / size)}{unit}"
-    return f"{number:.0f}"
+    return _in_units(number, {"B": 1e9, "M": 1e6, "k": 1e3, "": 1.0})
 
 
 def format_bytes(size: float | None) -> str:
     """Bytes in units of ten: 2411261952 is 2.4 GB."""
-    if size is None:
+    return _in_units(size, {" TB": 1e12, " GB": 1e9, " MB": 1e6, " kB": 1e3, " B": 1.0})
+
+
+def _in_units(number: float | None, units: Mapping[str, float]) -> str:
+    """In the largest of the units that the number reaches; in the last one, of size 1, without decimals."""
+    if number is None:
         return MISSING
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= 0.9995 * scale:
-            return f"{_short_number(size / scale)} {unit}"
-    return f"{size:.0f} B"
+    # 0.9995: 999,600 rounds to 1.0M, not to 1000k
+    unit = next((unit for unit, size in units.items() if number >= 0.9995 * size), list(units)[-1])
+    value = number / units[unit]
+    return f"{value:.1f}{unit}" if value < 9.95 and units[unit] > 1.0 else f"{value:.0f}{unit}"
 
 
 def format_duration(seconds: float | None) -> str:
@@ -112,10 +111,6 @@ def format_estimate(estimate: Estimate, digits: int | None = None, *, signed: bo
     """The mean with its interval; by default with the decimals that the interval supports."""
     digits = decimals([estimate]) if digits is None else digits
     return f"{format_fixed(estimate.mean, digits, signed=signed)} {format_bounds(estimate, digits)}"
-
-
-def _short_number(value: float) -> str:
-    return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
 
 
 PIPE_WIDTH = 120

@@ -7,18 +7,25 @@ inline SVG and not interactive. The same folder always gives the same bytes, so 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from rung.errors import CheckpointError
+from rung.files import write_bytes
 from rung.report import sections
 from rung.report.answer_browser import FIRST_ITEMS, ITEMS_PER_FILTER, browse_answers
 from rung.report.run_reader import ReportSource, read_report_source
+
+SECTIONS: tuple[Callable[[ReportSource], Any], ...] = (
+    *(sections.status, sections.facts, sections.ladder, sections.verdict_plots, sections.score_plots),
+    *(sections.cost_plots, sections.learning_curve_plots, sections.further_findings, sections.retrieval),
+    *(sections.instructions, sections.curves, sections.layers, sections.training_summaries, sections.data),
+    *(sections.gates, sections.versions, sections.config),
+)
+"""What the template shows, each under the name of its function."""
 
 
 def write_report(folder: Path) -> Path:
@@ -28,56 +35,24 @@ def write_report(folder: Path) -> Path:
     written to.
     """
     target = folder / "report.html"
-    # written beside the target and renamed: a browser never reloads half a page
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     page = render_page(read_report_source(folder))
-    try:
-        temporary.write_bytes(page.encode("utf-8", "replace"))  # data may hold lone surrogates
-        os.replace(temporary, target)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"could not write: {error.strerror or error}", where=str(target)) from error
+    write_bytes(target, page.encode("utf-8", "replace"))  # data may hold lone surrogates
     return target
 
 
 def render_page(source: ReportSource) -> str:
     """The page as HTML text."""
-    return _template().render(
-        title=source.path.resolve().name,
-        source=source,
-        status=sections.status(source),
-        facts=sections.facts(source),
-        ladder=sections.ladder(source),
-        verdict_plot=sections.verdict_plots(source),
-        score_plots=sections.score_plots(source),
-        cost_plots=sections.cost_plots(source),
-        learning_curve=sections.learning_curve_plots(source),
-        further_findings=sections.further_findings(source),
-        retrieval=sections.retrieval(source),
-        instructions=sections.instructions(source),
-        curves=sections.curves(source),
-        layers=sections.layers(source),
-        first=FIRST_ITEMS,
-        each=ITEMS_PER_FILTER,
-        browser=browse_answers(source.rungs, source.metrics),
-        training=sections.training_summaries(source),
-        data=sections.data(source),
-        gates=sections.gates(source),
-        versions=sections.versions(source),
-        config=sections.config(source),
-    )
+    parts: dict[str, Any] = {section.__name__: section(source) for section in SECTIONS}
+    parts |= {"title": source.path.resolve().name, "source": source, "first": FIRST_ITEMS, "each": ITEMS_PER_FILTER}
+    return _template().render(browser=browse_answers(source.rungs, source.metrics), **parts)
 
 
 @cache
 def _template() -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        # a misspelled name in the template raises, instead of leaving a gap in the page
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    loader = FileSystemLoader(Path(__file__).parent)
+    # StrictUndefined: a misspelled name in the template raises, instead of leaving a gap in the page
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters["minus"] = _typeset_minus
     environment.filters["present"] = _without_missing
     return environment.get_template("template.html")

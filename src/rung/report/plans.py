@@ -12,7 +12,6 @@ from typing import Any
 from rich.text import Text
 
 from rung.planning.advise import Advice, RunPlan
-from rung.planning.memory import Term
 from rung.report.formatting import (
     empty_table,
     format_bytes,
@@ -71,35 +70,22 @@ def _stages(run_plan: RunPlan) -> Any:
     """The largest stage term by term, other stages in one line each, then the memory of follow-up commands."""
     memory = run_plan.memory
     table = empty_table(["memory", "", "from"], gap=2, text_columns=(0, 2))
+
+    def add(name: Text, size: float, note: Text, size_style: str = "") -> None:
+        table.add_row(name, Text(format_bytes(size), size_style), note)
+
     for stage in memory.stages:
         largest = stage is memory.largest_stage
-        mark = "> " if largest else "  "
-        table.add_row(
-            Text(f"{mark}{stage.name}", style="bold" if largest else ""), Text(format_bytes(stage.bytes)), Text()
-        )
+        add(Text(f"{'> ' if largest else '  '}{stage.name}", "bold" if largest else ""), stage.bytes, Text())
         # only the peak decides whether a run fits
         for term in stage.terms if largest else ():
-            table.add_row(Text(f"    {term.name}"), Text(format_bytes(term.bytes)), _reason_text(term))
-    table.add_row(
-        Text("  libraries"), Text(format_bytes(memory.footprint)), Text("Python, torch, transformers, a tokenizer")
-    )
-    table.add_row(
-        Text("  peak", style="bold"),
-        Text(format_bytes(memory.peak), style="bold"),
-        Text(f"in {memory.largest_stage.name}"),
-    )
+            add(Text(f"    {term.name}"), term.bytes, Text(term.source, "dim"))
+    add(Text("  libraries"), memory.footprint, Text("Python, torch, transformers, a tokenizer"))
+    add(Text("  peak", "bold"), memory.peak, Text(f"in {memory.largest_stage.name}"), "bold")
     for stage in run_plan.follow_up:
-        table.add_row(
-            Text(f"  {stage.name}"),
-            # another process: it loads the libraries again
-            Text(format_bytes(stage.bytes + memory.footprint)),
-            Text(FOLLOW_UP_NOTES[stage.name], style="dim"),
-        )
+        # another process: it loads the libraries again
+        add(Text(f"  {stage.name}"), stage.bytes + memory.footprint, Text(FOLLOW_UP_NOTES[stage.name], "dim"))
     return table
-
-
-def _reason_text(term: Term) -> Text:
-    return Text(term.source, style="dim")
 
 
 def _methods(advice: Advice) -> Any:

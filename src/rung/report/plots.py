@@ -11,8 +11,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -32,26 +31,14 @@ SERIES = tuple(f"#0102{i:02d}" for i in range(6))
 _STYLE = {INK: "currentColor", MUTED: "var(--muted)", GRID: "var(--line)"}
 _STYLE |= {color: f"var(--series-{i})" for i, color in enumerate(SERIES)}
 _MARKERS = "osD^vP"
-_RC = {
-    "axes.edgecolor": GRID,
-    "axes.grid": True,
-    "axes.labelcolor": MUTED,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.unicode_minus": True,
-    "font.size": 9.0,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    # text stays text: searchable, and in the page's font
-    "svg.fonttype": "none",
-    "text.color": INK,
-    # labels may contain dollar signs
-    "text.parse_math": False,
-    "xtick.color": MUTED,
-    "xtick.labelsize": 8.5,
-    "ytick.color": MUTED,
-    "ytick.labelsize": 8.5,
+_RC: Json = {
+    **dict.fromkeys(("axes.edgecolor", "grid.color"), GRID),
+    **dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), MUTED),
+    **dict.fromkeys(("axes.spines.right", "axes.spines.top", "legend.frameon"), False),
+    **{"axes.grid": True, "axes.unicode_minus": True, "grid.linewidth": 0.6, "font.size": 9.0, "text.color": INK},
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 8.5),
+    # text stays text, searchable and in the page's font; labels may contain dollar signs
+    **{"svg.fonttype": "none", "text.parse_math": False},
 }
 
 
@@ -78,11 +65,10 @@ def scores(rows: Sequence[tuple[str, Mapping[str, Estimate]]], metrics: Sequence
             _legend(axes)
 
     digits = {m: decimals(scores_by_metric.get(m) for _, scores_by_metric in rows) for m in metrics}
-    descriptions = [
-        f"{label}: "
-        + ", ".join(f"{m} {format_estimate(scores_by_metric[m], digits[m])}" for m in metrics if m in scores_by_metric)
-        for label, scores_by_metric in rows
-    ]
+    descriptions = []
+    for label, estimates in rows:
+        texts = [f"{m} {format_estimate(estimates[m], digits[m])}" for m in metrics if m in estimates]
+        descriptions.append(f"{label}: {', '.join(texts)}")
     height = 0.75 + len(rows) * max(0.36, 0.2 * len(metrics))
     return _svg("scores-" + "-".join(metrics), draw, height, "Scores with intervals. " + "; ".join(descriptions))
 
@@ -161,10 +147,8 @@ def layer_scores(name: str, scores: Mapping[str, float], winners: Sequence[int])
     numbers = sorted(map(int, scores))
 
     def draw(axes: Any) -> None:
-        for label, color, layers in (
-            ("went on", SERIES[0], [n for n in numbers if n in winners]),
-            ("left", GRID, [n for n in numbers if n not in winners]),
-        ):
+        for label, color, is_winner in (("went on", SERIES[0], True), ("left", GRID, False)):
+            layers = [n for n in numbers if (n in winners) == is_winner]
             axes.bar(layers, [scores[str(n)] for n in layers], color=color, label=label)
         axes.set_xlabel("layer")
         axes.set_ylabel("share of the score")
@@ -221,19 +205,13 @@ def _clip(label: str, limit: int = 22) -> str:
     return label if len(label) <= limit else label[: limit - 1] + "…"
 
 
-@contextmanager
-def _settings(salt: str) -> Iterator[None]:
-    # the salt makes matplotlib's ids deterministic, and different from plot to plot
-    with mpl.rc_context({**_RC, "svg.hashsalt": salt}), warnings.catch_warnings():
-        # the page has the font
-        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
-        yield
-
-
 def _svg(name: str, draw: DrawFunction, height: float, text: str) -> Markup:
     """Draw a plot and adapt its SVG to the page: CSS colors, unique ids, no XML header, no fixed size."""
     buffer = io.StringIO()
-    with _settings(name):
+    # the salt makes matplotlib's ids deterministic, and different from plot to plot
+    with mpl.rc_context({**_RC, "svg.hashsalt": name}), warnings.catch_warnings():
+        # the page has the font
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         figure = Figure(figsize=(4.7, height), layout="constrained")
         # not pyplot: no global state, no display, no figure that stays open
         FigureCanvasSVG(figure)

@@ -112,12 +112,9 @@ def is_binary(metric: str) -> bool:
 
 
 def _finished_rungs(path: Path, ladder: Ladder) -> tuple[MeasuredRung, ...]:
-    rungs = []
-    for row in ladder.rows:
-        # The climb may have been moved since: only the path relative to it is used.
-        relative = Path(row.folder).relative_to(ladder.folder)
-        rungs.append(_read_rung(row.rung, path.joinpath(*relative.parts[:2]), row))  # rungs/NAME, without seed-0
-    return tuple(rungs)
+    # The climb may have been moved since: only the path relative to it is used, rungs/NAME without seed-0.
+    folders = [path.joinpath(*Path(row.folder).relative_to(ladder.folder).parts[:2]) for row in ladder.rows]
+    return tuple(_read_rung(row.rung, folder, row) for row, folder in zip(ladder.rows, folders, strict=True))
 
 
 def _unfinished_rungs(path: Path, config: Mapping[str, Any]) -> tuple[MeasuredRung, ...]:
@@ -136,7 +133,8 @@ def _read_rung(label: str, folder: Path, row: LadderRow | None) -> MeasuredRung:
     # by length first: seed-10 after seed-9
     seeds = sorted(folder.glob("seed-*"), key=lambda p: (len(p.name), p.name))
     run_folders = seeds or [folder]
-    result = _read_object(run_folders[0] / "result.json")
+    file = run_folders[0] / "result.json"
+    result = (_parse(file.read_text(encoding="utf-8")) if file.exists() else None) or {}
     runs = []
     for i, run_folder in enumerate(run_folders):
         if is_run_folder(run_folder):
@@ -151,10 +149,6 @@ def _read_items(folder: Path) -> tuple[Mapping[str, Any], ...]:
     # rungs of a climb write items.parquet, `rung eval` writes eval.parquet
     path = next((folder / name for name in ("items.parquet", "eval.parquet") if (folder / name).exists()), None)
     return tuple(read_items(path)[0]) if path else ()
-
-
-def _read_object(path: Path) -> Mapping[str, Any]:
-    return _parse(path.read_text(encoding="utf-8")) or {} if path.exists() else {}
 
 
 def _read_log(path: Path) -> tuple[Mapping[str, Any], ...]:

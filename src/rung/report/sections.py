@@ -13,28 +13,9 @@ from dataclasses import dataclass
 import yaml
 from markupsafe import Markup
 
-from rung.report import plots
+from rung.report import plots, summaries
 from rung.report.formatting import MISSING, format_bytes, format_count, format_duration, format_loss
 from rung.report.run_reader import PERPLEXITY, LoggedRun, ReportSource
-from rung.report.summaries import (
-    PrintedRung,
-    TriedInstruction,
-    commands_after_climb,
-    commands_after_run,
-    contamination_text,
-    gain_unit,
-    logged_keys_shown,
-    loss_unit,
-    lottery_text,
-    measured_text,
-    method_text,
-    preferred_text,
-    printed_rungs,
-    retrieved_text,
-    reward_text,
-    router_text,
-    tried_instructions,
-)
 from rung.results import LadderRow, RetrievalResult, RunResult
 
 Pairs = dict[str, str]
@@ -60,7 +41,7 @@ class LadderTable:
     metrics: tuple[str, ...]
     gain_unit: str | None
     """None if no gains were computed yet."""
-    rows: tuple[PrintedRung, ...]
+    rows: tuple[summaries.PrintedRung, ...]
     note: str
 
 
@@ -71,7 +52,7 @@ def status(source: ReportSource) -> StatusSection:
     if source.ladder:
         verdict = source.ladder.verdict
         tone, kicker = ("good", "Verdict") if verdict.recommended else ("warn", "Verdict: not settled")
-        return StatusSection(tone, kicker, verdict.text, commands=tuple(commands_after_climb(source.ladder)))
+        return StatusSection(tone, kicker, verdict.text, commands=tuple(summaries.commands_after_climb(source.ladder)))
     measured_count = sum(rung.row != LadderRow() for rung in source.rungs)
     rung_count = len(source.climb_config.get("rungs", ())) or len(source.rungs)
     text = f"{measured_count} of {rung_count} rungs are measured; without all of them there is no verdict."
@@ -119,8 +100,8 @@ def ladder(source: ReportSource) -> LadderTable | None:
     note = f"Answers cut at evaluation.max_new_tokens: {', '.join(cut_off)}." if cut_off else ""
     metrics = source.metrics
     # gains are paired differences, which only a finished climb has computed
-    unit = gain_unit(metrics) if source.ladder else None
-    return LadderTable(metrics, unit, tuple(printed_rungs(rows, metrics, verdict)), note)
+    unit = summaries.gain_unit(metrics) if source.ladder else None
+    return LadderTable(metrics, unit, tuple(summaries.printed_rungs(rows, metrics, verdict)), note)
 
 
 def verdict_plots(source: ReportSource) -> Markup | None:
@@ -195,7 +176,7 @@ def _retrieval(result: RetrievalResult) -> Pairs:
     left_out = {"empty documents": result.empty_documents, "passages that stood twice": result.duplicate_passages}
     place, seconds = result.documents_path, result.seconds_per_query
     return {
-        "hit rate": retrieved_text(result),
+        "hit rate": summaries.retrieved_text(result),
         "a hit is a passage with": ", ".join(f"{name} ({number:,})" for name, number in criteria.items() if number),
         "passages a question": f"{result.top_k:,} of {result.passages:,}",
         "documents": f"{result.documents:,} " + (f"in {place}" if place else "contexts of the data"),
@@ -205,19 +186,19 @@ def _retrieval(result: RetrievalResult) -> Pairs:
     }
 
 
-def instructions(source: ReportSource) -> list[TriedInstruction]:
+def instructions(source: ReportSource) -> list[summaries.TriedInstruction]:
     """All instructions tried on the validation split, with their scores."""
     # instructions are chosen once for a climb, so the first rung that lists them has all
     row = next((rung.row for rung in source.rungs if rung.row.instructions), LadderRow())
-    return tried_instructions(row, source.metrics)
+    return summaries.tried_instructions(row, source.metrics)
 
 
 def curves(source: ReportSource) -> list[tuple[str, Markup]]:
     """Logged curves of each tuned rung: the loss, or more telling numbers for some objectives."""
-    unit = loss_unit(source.config)
+    unit = summaries.loss_unit(source.config)
     plots_by_rung = []
     for rung in source.rungs:
-        for key in logged_keys_shown(source.config):
+        for key in summaries.logged_keys_shown(source.config):
             if logs := [run.log for run in rung.runs if plots.has_curve(run.log, key)]:
                 curve = plots.logged_curve(rung.label, logs, key, unit if key == "loss" else "")
                 plots_by_rung.append((rung.label, curve))
@@ -256,7 +237,7 @@ def data(source: ReportSource) -> Pairs:
         lines["longest row"] = f"{train.longest:,} tokens"
         lines["dropped or trimmed"] = f"{train.dropped:,} dropped, {train.trimmed:,} trimmed for length"
     if source.result.contamination:
-        lines |= contamination_text(source.result.contamination)
+        lines |= summaries.contamination_text(source.result.contamination)
     fingerprints = dict(source.result.fingerprints)
     if splits.fingerprint:
         fingerprints["data"] = splits.fingerprint
@@ -269,7 +250,7 @@ def gates(source: ReportSource) -> list[tuple[str, list[Pairs]]]:
 
 
 def _gates(result: RunResult) -> list[Pairs]:
-    texts = [(gate, measured_text(gate.measured), measured_text(gate.limit)) for gate in result.gates]
+    texts = [(g, summaries.measured_text(g.measured), summaries.measured_text(g.limit)) for g in result.gates]
     return [{"name": g.name, "state": g.state, "measured": measured, "limit": limit} for g, measured, limit in texts]
 
 
@@ -288,12 +269,12 @@ def config(source: ReportSource) -> str:
 
 def _run_status(run: RunResult) -> StatusSection:
     state, config = run.status, run.config
-    commands = tuple(commands_after_run(run, str(config.get("output", "RUN"))))
+    commands = tuple(summaries.commands_after_run(run, str(config.get("output", "RUN"))))
     steps = f"{run.steps:,} steps" if run.steps else "no step"
     if state == "finished":
-        text = f"{method_text(config.get('method', {}))}. {steps}"
+        text = f"{summaries.method_text(config.get('method', {}))}. {steps}"
         if run.validation_loss is not None:
-            text += f", validation loss {format_loss(run.validation_loss)} {loss_unit(config)}"
+            text += f", validation loss {format_loss(run.validation_loss)} {summaries.loss_unit(config)}"
         return StatusSection("good", "Finished", f"{text}.", commands=commands)
     if state == "interrupted":
         text = f"Stopped by the user after {steps}; its checkpoint is saved."
@@ -321,7 +302,7 @@ def _training_summary(run: LoggedRun) -> Pairs:
     schedule = f"{rate:g}, {training.get('schedule')}, warm-up {training.get('warmup_ratio', 0):.0%}" if rate else ""
     best = result.best_step if result.best_step != result.steps else None
     lines = {
-        "method": method_text(config.get("method", {})),
+        "method": summaries.method_text(config.get("method", {})),
         "base": str(config.get("model", {}).get("name", "")),
         # 64 bits of it are enough to compare by eye
         "base fingerprint": result.fingerprints.get("base", "")[:16],
@@ -335,11 +316,11 @@ def _training_summary(run: LoggedRun) -> Pairs:
         "peak memory": format_bytes(result.peak_memory_bytes or None),
         "training loss": f"{format_loss(result.train_loss)} in the last step" if result.steps else "",
         "validation loss": format_loss(result.validation_loss),
-        "held-out pairs": preferred_text(run.log),
-        "reward model": reward_text(result.reward),
+        "held-out pairs": summaries.preferred_text(run.log),
+        "reward model": summaries.reward_text(result.reward),
         "lowest at step": f"{best:,}" if best else "",
-        "lottery": lottery_text(result.lottery),
-        "router load": router_text(result.router_load),
+        "lottery": summaries.lottery_text(result.lottery),
+        "router load": summaries.router_text(result.router_load),
         "status": result.status if result.status != "finished" else "",
     }
     return {name: text for name, text in lines.items() if text not in ("", MISSING)}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rung import results
 from rung.config.climb import UNTUNED
 from rung.config.method import BASE_CHANGING_METHODS, LOW_RANK_METHODS
 from rung.report.formatting import (
@@ -28,18 +29,7 @@ from rung.report.formatting import (
     format_significant,
 )
 from rung.report.run_reader import PERPLEXITY
-from rung.results import (
-    ContaminationResult,
-    Estimate,
-    GateResult,
-    Ladder,
-    LadderRow,
-    LotteryResult,
-    RetrievalResult,
-    RewardModelHealth,
-    RunResult,
-    Verdict,
-)
+from rung.results import Estimate
 
 Json = Mapping[str, Any]
 ALL_ROLES = {"q", "k", "v", "o", "gate", "up", "down"}
@@ -76,10 +66,10 @@ class PrintedRung:
     seconds: str
 
 
-LabeledRows = Sequence[tuple[str, LadderRow]]
+LabeledRows = Sequence[tuple[str, results.LadderRow]]
 
 
-def printed_rungs(rows: LabeledRows, metrics: Sequence[str], verdict: Verdict | None) -> list[PrintedRung]:
+def printed_rungs(rows: LabeledRows, metrics: Sequence[str], verdict: results.Verdict | None) -> list[PrintedRung]:
     """Rows of (label, measurements) as text; the decimals of a column follow its least certain number."""
     digits = {m: decimals(row.scores.get(m) for _, row in rows) for m in metrics}
     gain_digits = decimals(row.gain for _, row in rows)
@@ -103,7 +93,7 @@ def printed_rungs(rows: LabeledRows, metrics: Sequence[str], verdict: Verdict | 
     ]
 
 
-def retrieved_text(result: RetrievalResult) -> str:
+def retrieved_text(result: results.RetrievalResult) -> str:
     """Hit rate of retrieval as text."""
     text = f"{format_estimate(result.hit_rate)}, {result.hits:,} of {result.hit_rate.examples:,} questions"
     return text + (f"; {result.without_passages:,} share no word with any" if result.without_passages else "")
@@ -118,7 +108,7 @@ class TriedInstruction:
     chosen: bool
 
 
-def tried_instructions(row: LadderRow, metrics: Sequence[str]) -> list[TriedInstruction]:
+def tried_instructions(row: results.LadderRow, metrics: Sequence[str]) -> list[TriedInstruction]:
     """The instructions that a rung tried, as rows of a table."""
     digits = {m: decimals(candidate.scores.get(m) for candidate in row.instructions) for m in metrics}
     instructions = []
@@ -190,7 +180,7 @@ def _layers_text(layers: object) -> str:
     return "layers " + (layers if isinstance(layers, str) else ", ".join(map(str, layers)))  # type: ignore[call-overload]
 
 
-def gates_text(gates: Sequence[GateResult]) -> str:
+def gates_text(gates: Sequence[results.GateResult]) -> str:
     """All gates in one line; failed and unreached gates by name."""
     names = {state: [g.name for g in gates if g.state == state] for state in ("failed", "passed", "not_reached")}
     texts = {
@@ -201,7 +191,7 @@ def gates_text(gates: Sequence[GateResult]) -> str:
     return ", ".join(text for state, text in texts.items() if names[state]) or "none reached"
 
 
-def reward_text(health: RewardModelHealth | None) -> str:
+def reward_text(health: results.RewardModelHealth | None) -> str:
     """Health of a reward model on validation pairs."""
     if health is None:
         return ""
@@ -231,7 +221,7 @@ def preferred_text(log: Sequence[Json]) -> str:
     return ", ".join(parts)
 
 
-def lottery_text(lottery: LotteryResult | None) -> str:
+def lottery_text(lottery: results.LotteryResult | None) -> str:
     """Layers that continued, the score of each third of the model, and whether the middle third won beyond chance."""
     if lottery is None:
         return ""
@@ -266,7 +256,7 @@ def router_text(load: Mapping[str, Sequence[float]]) -> str:
     return f"{min(shares):.0%} to {max(shares):.0%} of the tokens an expert; even would be {even:.0%}"
 
 
-def contamination_text(result: ContaminationResult) -> dict[str, str]:
+def contamination_text(result: results.ContaminationResult) -> dict[str, str]:
     """Test items that occur in the training rows; per tier the scores without them, and an example."""
     if result.unknown is not None:
         return {"seen in training": f"unknown: {result.unknown}"}
@@ -296,7 +286,7 @@ def measured_text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def commands_after_climb(ladder: Ladder) -> list[str]:
+def commands_after_climb(ladder: results.Ladder) -> list[str]:
     """Next commands for the verdict, each with its reason."""
     verdict, commands = ladder.verdict, []
     if needed := verdict.examples_needed:
@@ -340,25 +330,24 @@ def loss_unit(config: Mapping[str, Any]) -> str:
     return LOSS_UNITS.get(str(config.get("objective", {}).get("kind")), "nats per token")
 
 
-def commands_after_run(run: RunResult, output: str) -> list[str]:
+def commands_after_run(run: results.RunResult, output: str) -> list[str]:
     """Next commands for the state of a run, each with its reason."""
     quoted = shlex.quote(output)
     if run.status != "finished":
         return ["rung train CONFIG --resume  # continues from the last checkpoint, with the same config"]
     if run.config.get("objective", {}).get("kind") == "reward":
         return [f"rung eval {quoted}  # what it is worth on held-out pairs"]
-    scored = "scores" in run.metrics
-    score = [] if scored else [f"rung eval {quoted}  # its score on held-out questions"]
+    score = [] if "scores" in run.metrics else [f"rung eval {quoted}  # its score on held-out questions"]
     return [*score, f"rung chat {quoted} --compare  # base and tuned side by side"]
 
 
-def artifact_folder(run: RunResult, output: str) -> str:
+def artifact_folder(run: results.RunResult, output: str) -> str:
     """Folder of the tuned weights."""
     kind = run.config.get("method", {}).get("kind")
     return str(Path(output) / ("model" if kind in BASE_CHANGING_METHODS else "adapter"))
 
 
-def _tuned_row(ladder: Ladder) -> LadderRow | None:
+def _tuned_row(ladder: results.Ladder) -> results.LadderRow | None:
     """The run for `rung chat`: the recommended rung, the best one, or the tuned rung with the highest score."""
     # the verdict may favor an untuned rung, but only a tuned one can be compared with its base
     tuned = [row for row in ladder.rows if row.kind not in UNTUNED]
@@ -369,7 +358,7 @@ def _tuned_row(ladder: Ladder) -> LadderRow | None:
     return max(tuned, key=lambda row: sign * row.scores[ladder.metric].mean, default=None)
 
 
-def _rung_note(label: str, verdict: Verdict | None) -> str:
+def _rung_note(label: str, verdict: results.Verdict | None) -> str:
     if verdict is None:
         return ""
     if label == (verdict.recommended or verdict.safe):

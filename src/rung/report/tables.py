@@ -15,6 +15,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from rung import results
+from rung.report import summaries
 from rung.report.formatting import (
     decimals,
     empty_table,
@@ -29,38 +31,16 @@ from rung.report.formatting import (
     name_value_table,
     render_lines,
 )
-from rung.report.summaries import (
-    PrintedRung,
-    artifact_folder,
-    commands_after_climb,
-    commands_after_run,
-    contamination_text,
-    gates_text,
-    loss_unit,
-    method_text,
-    printed_rungs,
-    retrieved_text,
-)
-from rung.results import (
-    ComparisonResult,
-    Estimate,
-    EvaluationResult,
-    ForgettingComparison,
-    JudgeResult,
-    Ladder,
-    LadderRow,
-    MetricComparison,
-    PreviewResult,
-    RunResult,
-)
+from rung.report.summaries import PrintedRung
+from rung.results import Estimate
 
 _TONE = {"good": "green", "bad": "red", "recommended": "bold green", "safe": "bold yellow", "best": "bold"}
 
 
-def ladder_lines(ladder: Ladder) -> list[str]:
+def ladder_lines(ladder: results.Ladder) -> list[str]:
     """The ladder, the verdict, the path of the report and next commands."""
     metrics, verdict = list(ladder.rows[0].scores), ladder.verdict
-    rows = printed_rungs([(row.rung, row) for row in ladder.rows], metrics, verdict)
+    rows = summaries.printed_rungs([(row.rung, row) for row in ladder.rows], metrics, verdict)
     verdict_text = Text(verdict.text, style=_TONE["recommended" if verdict.recommended else "safe"])
     size = f"{ladder.examples} held-out questions in {ladder.clusters} clusters; intervals are 95 %, gains paired"
     skipped = [f"not measured: {rung.rung}, {rung.why}" for rung in ladder.skipped_rungs]
@@ -69,30 +49,30 @@ def ladder_lines(ladder: Ladder) -> list[str]:
     findings += [result.text for result in ladder.forgetting]
     notes = [verdict_text, *(Text(finding) for finding in findings if finding)]
     lines = render_lines(lambda console: [_fitting_layout(rows, metrics, console), *facts, Text(), *notes])
-    return ["", *lines, *_report_and_commands(ladder.report, commands_after_climb(ladder))]
+    return ["", *lines, *_report_and_commands(ladder.report, summaries.commands_after_climb(ladder))]
 
 
-def _retrieval_lines(rows: Sequence[LadderRow]) -> list[str]:
+def _retrieval_lines(rows: Sequence[results.LadderRow]) -> list[str]:
     """Hit rates of retrieval; rungs with the same result share a line."""
     rungs: dict[str, list[str]] = {}
     for row in rows:
         if row.retrieval:
-            rungs.setdefault(retrieved_text(row.retrieval), []).append(row.rung)
+            rungs.setdefault(summaries.retrieved_text(row.retrieval), []).append(row.rung)
     statement = "the right passage is among those retrieved for"
     return [f"{', '.join(names)}: {statement} {text}" for text, names in rungs.items()]
 
 
-def run_lines(run: RunResult, output: str, report: str) -> list[str]:
+def run_lines(run: results.RunResult, output: str, report: str) -> list[str]:
     """Status of a run, its measurements, the folder of its weights and next commands."""
-    lines = {"gates": gates_text(run.gates)}
+    lines = {"gates": summaries.gates_text(run.gates)}
     if run.steps:
-        moves = f"; {run.moves}" if run.moves else ""
-        method = method_text(run.config.get("method", {}))
+        moves, unit = f"; {run.moves}" if run.moves else "", summaries.loss_unit(run.config)
+        method = summaries.method_text(run.config.get("method", {}))
         validation = f", validation {format_loss(run.validation_loss)}" if run.validation_loss else ""
         speed = f"{run.tokens_per_second:,.0f} tokens/s, " if run.tokens_per_second else ""
         lines |= {
             "trained": f"{format_count(run.trainable_parameters)} parameters, {method}{moves}",
-            "loss": f"{format_loss(run.train_loss)} in the last step{validation} {loss_unit(run.config)}",
+            "loss": f"{format_loss(run.train_loss)} in the last step{validation} {unit}",
             "speed": f"{speed}{run.steps:,} steps, {run.tokens:,} tokens in {format_duration(run.train_seconds)}",
             "memory": _memory(run),
         }
@@ -100,14 +80,15 @@ def run_lines(run: RunResult, output: str, report: str) -> list[str]:
         supervised = run.data.train.supervised_tokens if run.data.train else 0
         lines["data"] = f"{train.rows:,} " + (f"rows, {supervised:,} supervised tokens" if supervised else "prompts")
     if run.status == "finished":
-        lines[artifact_folder(run, "").strip("/")] = artifact_folder(run, output)
+        lines[summaries.artifact_folder(run, "").strip("/")] = summaries.artifact_folder(run, output)
     if run.error:
         lines["error"] = run.error
     head = encodable_on_terminal(f"{run.status}: {output}")
-    return ["", head, *name_value_table(lines), *_report_and_commands(report, commands_after_run(run, output))]
+    commands = summaries.commands_after_run(run, output)
+    return ["", head, *name_value_table(lines), *_report_and_commands(report, commands)]
 
 
-def _memory(run: RunResult) -> str:
+def _memory(run: results.RunResult) -> str:
     """Peak memory, compared with the plan if there is one."""
     if (plan := run.plan) is None:
         return f"{format_bytes(run.peak_memory_bytes)} at the peak"
@@ -117,7 +98,7 @@ def _memory(run: RunResult) -> str:
     return f"{format_bytes(peak)} at the peak; planned {planned} ({relative_error:+.0%} of what is not the libraries')"
 
 
-def dry_run_lines(result: PreviewResult) -> list[str]:
+def dry_run_lines(result: results.PreviewResult) -> list[str]:
     """Data and settings of a dry run."""
     train, trainable = result.train, result.trainable_parameters
     rows = ", ".join(f"{split.rows:,} {name}" for name, split in result.splits.by_name().items())
@@ -137,15 +118,15 @@ def dry_run_lines(result: PreviewResult) -> list[str]:
     return ["", *name_value_table(lines), "", "Nothing was written. Without --dry-run this trains."]
 
 
-def score_lines(result: EvaluationResult) -> list[str]:
+def score_lines(result: results.EvaluationResult) -> list[str]:
     """Scores with intervals and the cost of a query; for a reward model its health."""
     if result.reward is not None:
         return ["", encodable_on_terminal(f"{result.target}: {result.summary}")]
     lines = {name: format_estimate(estimate) for name, estimate in result.scores.items()}
     if result.retrieval:
-        lines["retrieved"] = f"the right passage for {retrieved_text(result.retrieval)}"
+        lines["retrieved"] = f"the right passage for {summaries.retrieved_text(result.retrieval)}"
     if result.contamination:
-        lines |= contamination_text(result.contamination)
+        lines |= summaries.contamination_text(result.contamination)
     seconds = format_significant(result.seconds_per_query or 0.0)
     lines["a query"] = f"{result.prompt_tokens:,.0f} prompt tokens, {seconds} s"
     size = f"{result.examples:,} held-out questions in {result.clusters:,} clusters, 95 % intervals"
@@ -158,14 +139,9 @@ def score_lines(result: EvaluationResult) -> list[str]:
 
 def _fitting_layout(rows: Sequence[PrintedRung], metrics: Sequence[str], console: Console) -> Table:
     """The most detailed layout that fits the width of the terminal."""
-    layouts = [
-        _wide(rows, metrics, gap=1),
-        _wide(rows, metrics, gap=0),
-        _stacked(rows, metrics, with_second="interval"),
-        _stacked(rows, metrics, with_second="mean"),
-        _stacked(rows, metrics),
-        _stacked(rows, metrics, with_cost=False),
-    ]
+    layouts = [_wide(rows, metrics, gap=gap) for gap in (1, 0)]
+    layouts += [_stacked(rows, metrics, detail=detail) for detail in ("interval", "mean", "")]
+    layouts.append(_stacked(rows, metrics, with_cost=False))
     # measured without a limit: rich would shrink a table to the console before it is compared
     unbounded = console.options.update(max_width=10_000)
     return next((t for t in layouts if Measurement.get(console, unbounded, t).maximum <= console.width), layouts[-1])
@@ -182,18 +158,16 @@ def _wide(rows: Sequence[PrintedRung], metrics: Sequence[str], *, gap: int) -> T
     return ladder
 
 
-def _stacked(
-    rows: Sequence[PrintedRung], metrics: Sequence[str], with_second: str = "", with_cost: bool = True
-) -> Table:
+def _stacked(rows: Sequence[PrintedRung], metrics: Sequence[str], detail: str = "", with_cost: bool = True) -> Table:
     """Two lines per rung: the interval below the mean, the time below the size."""
-    second = metrics[1:2] if with_second else ()
-    heads = ["rung", f"{metrics[0]}\n[95 %]", *(m + "\n[95 %]" * (with_second == "interval") for m in second)]
+    second = metrics[1:2] if detail else ()
+    heads = ["rung", f"{metrics[0]}\n[95 %]", *(m + "\n[95 %]" * (detail == "interval") for m in second)]
     cost_heads = ["trainable,\ntime", "peak\nmemory", "per\nquery"] if with_cost else []
     ladder = empty_table([*heads, "gain on the\nrung below", *cost_heads], 0)
     for row in rows:
         cells = [Text(f"{row.scores[0].mean}\n{row.scores[0].bounds}")]
         for cell in row.scores[1 : 1 + len(second)]:
-            cells.append(Text(f"{cell.mean}\n{cell.bounds}" if with_second == "interval" else cell.mean))
+            cells.append(Text(f"{cell.mean}\n{cell.bounds}" if detail == "interval" else cell.mean))
         cells.append(_gain(row, "\n"))
         if with_cost:
             cells += map(Text, (f"{row.trainable}\n{row.train}", row.memory, f"{row.tokens} tok\n{row.seconds}"))
@@ -222,7 +196,7 @@ NOTABLE_LENGTH_EFFECT = 0.1
 """Difference between the raw and the length-controlled win rate from which the output mentions length."""
 
 
-def comparison_lines(result: ComparisonResult) -> list[str]:
+def comparison_lines(result: results.ComparisonResult) -> list[str]:
     """Comparison of two systems: each metric, then the judge's preferences."""
     size = f"{result.examples:,} held-out questions in {result.clusters:,} clusters, 95 % intervals, paired"
     lines = ["", encodable_on_terminal(f"{result.target} against {result.baseline}: {size}")]
@@ -233,7 +207,7 @@ def comparison_lines(result: ComparisonResult) -> list[str]:
     return lines
 
 
-def forgetting_lines(result: ForgettingComparison) -> list[str]:
+def forgetting_lines(result: results.ForgettingComparison) -> list[str]:
     """Comparison of a run with its base on unrelated data."""
     size = f"{result.examples:,} rows in {result.clusters:,} clusters, 95 % intervals, run minus base"
     lines = ["", encodable_on_terminal(f"{result.target} on {result.forgetting}: {size}")]
@@ -243,7 +217,7 @@ def forgetting_lines(result: ForgettingComparison) -> list[str]:
     return lines
 
 
-def metric_text(name: str, comparison: MetricComparison) -> str:
+def metric_text(name: str, comparison: results.MetricComparison) -> str:
     """Both scores and their difference; if it is not significant, the smallest difference that would be."""
     digits, p_value = decimals([comparison.before, comparison.after]), comparison.difference.p_value
     scores = f"{format_estimate(comparison.after, digits)} against {format_estimate(comparison.before, digits)}"
@@ -255,12 +229,12 @@ def metric_text(name: str, comparison: MetricComparison) -> str:
     return f"{scores}\n{change}"
 
 
-def change_text(name: str, comparison: MetricComparison) -> str:
+def change_text(name: str, comparison: results.MetricComparison) -> str:
     """After minus before with its interval; for perplexity in nats."""
     return format_estimate(comparison.difference, signed=True) + (" nats a token" if name == "perplexity" else "")
 
 
-def _judge(judge: JudgeResult) -> dict[str, str]:
+def _judge(judge: results.JudgeResult) -> dict[str, str]:
     lines = {}
     if (raw := judge.win_rate) and (controlled := judge.length_controlled) and judge.consistent:
         lines["win rate"] = f"{_rate(raw)}; {judge.wins:,} won, {judge.ties:,} tied, {judge.losses:,} lost"

@@ -22,7 +22,7 @@ from rung.data.chat import ChatTemplate
 from rung.errors import CheckpointError, GateError
 from rung.models.base_model import BaseModel
 from rung.training.gates import TOLERANCE
-from rung.training.run_folder import Gate, write_json
+from rung.training.run_folder import Gate, read_json, write_json
 from rung.types import Message
 
 ORIGIN_FILE = "rung.json"
@@ -46,19 +46,18 @@ def check_origin(folder: Path, base: BaseModel) -> None:
     # Without the file the fingerprint in `run.json` is still compared, by `check_fingerprint`.
     if not (folder / ORIGIN_FILE).exists():
         return
-    origin = json.loads((folder / ORIGIN_FILE).read_text())
+    origin = read_json(folder / ORIGIN_FILE)
     if origin["base_fingerprint"] != base.fingerprint:
-        summary = "this adapter was trained on another base"
-        where = str(folder)
+        summary, given = "this adapter was trained on another base", f"{base.name}: {base.fingerprint[:16]}"
         allowed = f"{origin['base']}: {origin['base_fingerprint'][:16]}"
-        raise CheckpointError(summary, where=where, given=f"{base.name}: {base.fingerprint[:16]}", allowed=allowed)
+        raise CheckpointError(summary, where=str(folder), given=given, allowed=allowed)
 
 
 def check_prompt(folder: Path, chat: ChatTemplate) -> None:
     """Raise `CheckpointError` if the known conversation gives other token ids than when the weights were saved."""
     if not (folder / KNOWN_PROMPT_FILE).exists() or DATE_FUNCTION in chat.template:
         return
-    known_prompt = json.loads((folder / KNOWN_PROMPT_FILE).read_text())
+    known_prompt = read_json(folder / KNOWN_PROMPT_FILE)
     ids = chat.prompt_ids([Message(turn["role"], turn["content"]) for turn in known_prompt["messages"]])
     if ids != known_prompt["ids"]:
         summary = "text is framed otherwise here than in training"
@@ -118,13 +117,9 @@ def logprobs_in_fresh_process(folder: Path, rows: Sequence[Sequence[int]]) -> li
     """
     # A fresh process imports nothing of Rung, so no patched module or cached weight can make the check pass. The rows
     # go through stdin, since a command line limits their length.
-    process = subprocess.run(  # noqa: S603 - our own words only
-        [sys.executable, "-W", "ignore", "-c", LOGPROBS_SCRIPT, str(folder)],
-        input=json.dumps([list(row) for row in rows]),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-W", "ignore", "-c", LOGPROBS_SCRIPT, str(folder)]
+    text = json.dumps([list(row) for row in rows])
+    process = subprocess.run(command, input=text, capture_output=True, text=True, check=False)  # noqa: S603 - our words
     if process.returncode:
         reason = (process.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise GateError("gate publish.parity failed: the written model does not load", where=str(folder), given=reason)
@@ -134,5 +129,4 @@ def logprobs_in_fresh_process(folder: Path, rows: Sequence[Sequence[int]]) -> li
 def check_parity(run_logprobs: Sequence[torch.Tensor], reloaded_logprobs: Sequence[torch.Tensor]) -> Gate:
     """The gate on the largest difference, in nats, between the log-probabilities of the run and the reloaded model."""
     largest = max(float((a.float() - b).abs().max()) for a, b in zip(run_logprobs, reloaded_logprobs, strict=True))
-    limit = TOLERANCE[torch.float32]
-    return Gate("publish.parity", "passed" if largest <= limit else "failed", largest, limit)
+    return Gate.at_most("publish.parity", largest, TOLERANCE[torch.float32])

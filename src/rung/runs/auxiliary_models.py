@@ -129,8 +129,7 @@ def load_reward_source(config: RunConfig, base: BaseModel, chat: ChatTemplate) -
             hint = "better pairs or more of them; or objective.reward.accept: true"
             raise PlanError("this reward model is not fit to be followed", where=source.run, given=verdict, hint=hint)
         print_status(f"the reward model is taken although it is {verdict}")
-    policy, reward_chat, objective, reward_config = open_reward_model(path, _shared_base(path, base, config))
-    require_same_tokens(path, reward_chat, chat)
+    scorer, reward_config = open_scorer(path, chat, _shared_base(path, base, config))
     for name in ("context", *(("retrieve",) if config.evaluation.context == "retrieved" else ())):
         trained_value, value = getattr(reward_config.evaluation, name), getattr(config.evaluation, name)
         if trained_value != value:
@@ -140,10 +139,17 @@ def load_reward_source(config: RunConfig, base: BaseModel, chat: ChatTemplate) -
     if tasks := set(reward_config.method.tasks) - set(config.method.tasks):
         summary = "this reward model learned something for each task, and this run knows other tasks"
         raise ConfigError(summary, where=source.run, given=", ".join(sorted(tasks)))
-    return RewardScorer(policy, objective)
+    return scorer
 
 
-def require_same_tokens(reward_run: Path, reward_chat: ChatTemplate, chat: ChatTemplate) -> None:
+def open_scorer(run: Path, chat: ChatTemplate, base: BaseModel | None) -> tuple[RewardScorer, RunConfig]:
+    """A reward model that reads answers in the tokens of `chat`, and its config; `base` is the base it may share."""
+    policy, reward_chat, objective, config = open_reward_model(run, base)
+    _require_same_tokens(run, reward_chat, chat)
+    return RewardScorer(policy, objective), config
+
+
+def _require_same_tokens(reward_run: Path, reward_chat: ChatTemplate, chat: ChatTemplate) -> None:
     """Raise `ConfigError` where a reward model would read other token ids than those it was trained on."""
     if reward_chat.tokenizer.get_vocab() != chat.tokenizer.get_vocab():
         raise ConfigError("the reward model has another vocabulary", given=reward_run)
@@ -177,9 +183,7 @@ def load_value_model(config: RunConfig, base: BaseModel) -> tuple[Policy | None,
     return Policy(value_base, method), None
 
 
-def make_reward_function(
-    source: RewardSource, chat: ChatTemplate, prompts: PromptDataset, budget: int
-) -> RewardFunction:
+def reward_function(source: RewardSource, chat: ChatTemplate, prompts: PromptDataset, budget: int) -> RewardFunction:
     """The reward of answers to these prompts."""
     if isinstance(source, RewardScorer):
         return lambda documents, answers: source(documents, budget)

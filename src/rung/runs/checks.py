@@ -83,8 +83,7 @@ class DoesNotFitError(PlanError):
 def free_memory(device: torch.device) -> int | None:
     """Bytes available to a run, including what this process already holds; None if the system does not say."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
+        return int(torch.cuda.mem_get_info(device)[0])
     try:
         meminfo = Path("/proc/meminfo").read_text()
         free = int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024
@@ -99,18 +98,18 @@ def refuse_if_too_large(config: RunConfig, device: torch.device, *, beyond: bool
     """Raise `DoesNotFitError`, before anything is loaded, if not even the smallest micro-batch fits."""
     if device.type != "cpu":
         return
-    shape = read_shape(config.model)
-    compute = compute_type(config.model, None)
     # Half of the tokens supervised is a guess: the rows are not tokenized yet.
-    smallest = MicroBatch(compute, MIN_TOKENS, MIN_TOKENS // 2)
-    estimate = estimate_memory(config, shape, smallest, auxiliary_shapes(config))
+    smallest = MicroBatch(compute_type(config.model, None), MIN_TOKENS, MIN_TOKENS // 2)
+    estimate = estimate_memory(config, read_shape(config.model), smallest, auxiliary_shapes(config))
     _refuse(config, estimate, free_memory(device), beyond=beyond)
 
 
-def plan_run(
-    config: RunConfig, shape: ModelShape, trainer: Trainer, data: RunData, *, beyond: bool
-) -> tuple[MemoryEstimate, MicroBatch]:
-    """The memory estimate of the run from its own rows, and its largest micro-batch.
+PlannedRun = tuple[MemoryEstimate, MicroBatch]
+"""The memory estimate of a run, and its largest micro-batch."""
+
+
+def plan_run(config: RunConfig, trainer: Trainer, data: RunData, *, beyond: bool) -> PlannedRun:
+    """The plan of a run from its own rows.
 
     Raises `DoesNotFitError` if less memory is free, unless `beyond` is set.
     """
@@ -120,7 +119,7 @@ def plan_run(
         micro_batch = MicroBatch(compute, trainer.budget, trainer.budget // 2, device=trainer.policy.device.type)
     else:
         micro_batch = _largest_micro_batch(trainer, data.train, compute)
-    estimate = estimate_memory(config, shape, micro_batch, auxiliary_shapes(config))
+    estimate = estimate_memory(config, trainer.policy.base.shape, micro_batch, auxiliary_shapes(config))
     _refuse(config, estimate, free_memory(trainer.policy.device), beyond=beyond)
     return estimate, micro_batch
 
@@ -161,11 +160,7 @@ def _refuse(config: RunConfig, estimate: MemoryEstimate, available: int | None, 
 
 
 def measured_vs_planned(
-    config: RunConfig,
-    shape: ModelShape,
-    plan: tuple[MemoryEstimate, MicroBatch],
-    manifest: Mapping[str, Any],
-    loading: int,
+    config: RunConfig, shape: ModelShape, plan: PlannedRun, manifest: Mapping[str, Any], loading: int
 ) -> dict[str, Any]:
     """The plan and the measurements, for `run.json`. The speed of a long run is kept for later plans."""
     estimate, micro_batch = plan
@@ -175,9 +170,8 @@ def measured_vs_planned(
     if seconds >= MIN_TIMED_SECONDS and tokens and config.objective.kind == "sft" and "trunk" not in manifest:
         train = manifest.get("data", {}).get("train", {})
         rows = max(1, int(train.get("examples", 0) or 1))
-        volume = DataVolume(
-            tokens, train["supervised_tokens"] / train["tokens"], train["tokens"] / rows, is_counted=True
-        )
+        supervised, length = train["supervised_tokens"] / train["tokens"], train["tokens"] / rows
+        volume = DataVolume(tokens, supervised, length, is_counted=True)
         rate = token_flops(config, shape, volume, estimate.cost) * tokens * micro_batch.compute_ratio / seconds
         record_throughput(str(manifest.get("compute_dtype")), rate, f"{config.method.kind} on {config.model.name}")
     measured = {"loading": loading, "steps": manifest.get("peak_memory_bytes"), "saving": peak_memory_bytes()}

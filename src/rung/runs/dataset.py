@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from rung.config.evaluation import Context, RetrievalConfig
@@ -62,9 +63,8 @@ def load_library(config: RunConfig, splits: Splits | None = None) -> Library:
             # All rows, whatever `data.limit` says: fewer passages would make the search easier (docs/log.md).
             if splits is None or config.data.limit is not None:
                 splits = load_data(config.data.model_copy(update={"limit": None}), config.seed)
-            return Library.from_documents(
-                row_contexts((splits.train, splits.validation, splits.test)), retrieval, "data.path"
-            )
+            contexts = row_contexts((splits.train, splits.validation, splits.test))
+            return Library.from_documents(contexts, retrieval, "data.path")
         return Library.from_documents(read_documents(retrieval), retrieval, retrieval.documents)
 
 
@@ -93,10 +93,9 @@ def tokenize_splits(config: RunConfig, splits: Splits, base: BaseModel, library:
         return _prompt_only_data(config, splits, chat, max_tokens - objective.rollout.max_new_tokens)
     train = tokenize_for_objective(config, chat, splits.train, max_tokens)
     validation = tokenize_for_objective(config, chat, splits.validation, max_tokens) if splits.validation else None
-    for part in (train, validation):
-        if part is not None:
-            _check_ids(part.examples, base)
+    _check_ids(train.examples, base)
     if validation is not None:
+        _check_ids(validation.examples, base)
         preflight(chat, validation)
     return RunData(splits, chat, train, validation, preflight(chat, train))
 
@@ -127,15 +126,9 @@ def tokenize_for_objective(
 ) -> TokenizedDataset:
     """The tokenized records of a run, as its objective needs them. Raises `DataError` for rows of too few answers."""
     objective = make_objective(config.objective)
+    tokenize = partial(cached_examples, chat, records, loss_on=config.data.loss_on, overflow=config.data.overflow)
     with status("tokenizing"):
-        dataset = cached_examples(
-            chat,
-            records,
-            loss_on=config.data.loss_on,
-            max_length=max_tokens,
-            overflow=config.data.overflow,
-            with_candidates=objective.compares_answers,
-        )
+        dataset = tokenize(max_length=max_tokens, with_candidates=objective.compares_answers)
     if (incomplete_row := dataset.first_row_with_fewer(objective.min_answers)) is not None:
         hint = "labelled answers are for loss: kto; pairs, rankings and ratings for all others"
         raise DataError("this row has one answer and nothing to compare it with", where=str(incomplete_row), hint=hint)
@@ -158,10 +151,7 @@ def _prompt_only_data(config: RunConfig, splits: Splits, chat: ChatTemplate, max
             if record.is_prompt_only or record.is_undesirable:
                 summary = "this reward compares with the expected answer, and this row has none"
                 raise DataError(summary, where=str(record.source), given=f"objective.reward.kind: {source.kind}")
+    tokenize = partial(tokenize_prompts, chat, max_length=max_tokens, overflow=config.data.overflow)
     with status("tokenizing"):
-        train = tokenize_prompts(chat, splits.train, max_length=max_tokens, overflow=config.data.overflow)
-        held_out = splits.validation
-        validation = (
-            tokenize_prompts(chat, held_out, max_length=max_tokens, overflow=config.data.overflow) if held_out else None
-        )
+        train, validation = tokenize(splits.train), tokenize(splits.validation) if splits.validation else None
     return RunData(splits, chat, train, validation, train.preflight())

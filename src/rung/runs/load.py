@@ -60,9 +60,11 @@ def load_base_on_device(config: ModelConfig) -> BaseModel:
 
 def library_of_target(name: str | Path) -> Library | None:
     """The library of a run that was trained on retrieved passages; None for other runs and for bases."""
-    if target_kind(name) != "run" or (config := config_of_run(Path(name))).evaluation.context != "retrieved":
-        return None
-    return load_library(config)
+    return _library_of_config(config_of_run(Path(name))) if target_kind(name) == "run" else None
+
+
+def _library_of_config(config: RunConfig) -> Library | None:
+    return load_library(config) if config.evaluation.context == "retrieved" else None
 
 
 TargetKind = Literal["run", "climb", "server", "base"]
@@ -87,9 +89,7 @@ class LoadedRun:
     @cached_property
     def library(self) -> Library | None:
         """The library of a run that was trained on retrieved passages; None for all others."""
-        if self.config is None or self.config.evaluation.context != "retrieved":
-            return None
-        return load_library(self.config)
+        return None if self.config is None else _library_of_config(self.config)
 
     def answer(
         self,

@@ -8,9 +8,7 @@ it.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -21,7 +19,7 @@ from rung.console import print_status
 from rung.errors import CheckpointError
 from rung.methods.adapter_files import CONFIG, WEIGHTS, is_score_head
 from rung.models.load import classifier_keys
-from rung.training.run_folder import write_json
+from rung.training.run_folder import read_json, write_json
 
 HEAD_KEY = "score.weight"
 HEAD_FILE = "score.safetensors"
@@ -49,7 +47,7 @@ def read_score_head(folder: Path) -> Tensor:
 
 
 def _add_to_adapter(folder: Path, weight: Tensor) -> None:
-    config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    config = read_json(folder / CONFIG)
     # peft names a saved tensor by its place in the model. Around a LoRA the base is wrapped once more than around
     # virtual tokens.
     inner = "base_model" if "num_virtual_tokens" in config else "base_model.model"
@@ -61,12 +59,11 @@ def _add_to_adapter(folder: Path, weight: Tensor) -> None:
 
 
 def _add_to_model(folder: Path, weight: Tensor, pad_id: int) -> None:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     classifier = classifier_keys(folder)
     if classifier is None:
-        print_status(
-            f"transformers has no sequence classification for {config['model_type']}: the head is in {HEAD_FILE}"
-        )
+        model_type = config["model_type"]
+        print_status(f"transformers has no sequence classification for {model_type}: the head is in {HEAD_FILE}")
         save_file({HEAD_KEY: weight}, folder / HEAD_FILE)
         return
     architecture, keys = classifier

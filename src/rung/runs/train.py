@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from rung.planning.advise import assumed_micro_batch, auxiliary_shapes
 from rung.planning.memory import estimate_memory, tokens_per_micro_batch
 from rung.runs import checks
 from rung.runs.artifact import pad_token_outside_stops, write_origin, write_tokenizer_files
-from rung.runs.auxiliary_models import AuxiliaryModels, load_auxiliary_models, make_reward_function
+from rung.runs.auxiliary_models import AuxiliaryModels, load_auxiliary_models, reward_function
 from rung.runs.dataset import RunData, read_splits, tokenize_splits
 from rung.runs.load import device, load_base_on_device
 from rung.runs.reward_head import write_score_head
@@ -54,24 +54,28 @@ PROBE_DOCUMENTS = 4
 """Training documents that the step-0 gates compute with: the shortest ones, which cost little."""
 
 
-def train_run(
-    config: RunConfig,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    beyond_memory: bool = False,
-    world: World = SINGLE_PROCESS,
-) -> dict[str, Any]:
+class StartMode(NamedTuple):
+    """How a run starts in its folder and in the memory of the machine."""
+
+    resume: bool = False
+    overwrite: bool = False
+    beyond_memory: bool = False
+    """Start a run that does not fit by plan."""
+
+
+NEW_RUN = StartMode()
+
+
+def train_run(config: RunConfig, start: StartMode = NEW_RUN, world: World = SINGLE_PROCESS) -> dict[str, Any]:
     """Train one run into its folder and return its manifest.
 
-    Nothing is written before data and model have proved usable. `beyond_memory` starts a run that does not fit by plan.
-    Raises `RungError`s, and `Interrupted` when stopped.
+    Nothing is written before data and model have proved usable. Raises `RungError`s, and `Interrupted` when stopped.
     """
     output = Path(config.output)
 
     def finished_manifest() -> dict[str, Any] | None:
-        RunFolder.check(output, config_to_dict(config), resume=resume, overwrite=overwrite)
-        manifest = folders.read_manifest(output) if resume and is_run_folder(output) else {}
+        RunFolder.check(output, config_to_dict(config), resume=start.resume, overwrite=start.overwrite)
+        manifest = folders.read_manifest(output) if start.resume and is_run_folder(output) else {}
         return manifest if manifest.get("status") == "finished" else None
 
     manifest: dict[str, Any] | None = world.on_rank0(finished_manifest)
@@ -79,12 +83,10 @@ def train_run(
         return manifest
     splits = read_splits(config)
     if world.size == 1:
-        checks.refuse_if_too_large(config, device(), beyond=beyond_memory)
+        checks.refuse_if_too_large(config, device(), beyond=start.beyond_memory)
     base = load_base_on_device(config.model)
     data = world.rank0_first(lambda: tokenize_splits(config, splits, base))  # the other ranks read the cache
-    _, folder = train_on_data(
-        config, base, data, resume=resume, overwrite=overwrite, beyond_memory=beyond_memory, world=world
-    )
+    _, folder = train_on_data(config, base, data, start, world=world)
     world.barrier()
     return folder.manifest
 
@@ -115,10 +117,8 @@ def train_on_data(
     config: RunConfig,
     base: BaseModel,
     data: RunData,
+    start: StartMode = NEW_RUN,
     *,
-    resume: bool = False,
-    overwrite: bool = False,
-    beyond_memory: bool = False,
     world: World = SINGLE_PROCESS,
     stop_check: StopCheck = never_stop,
 ) -> tuple[Policy, RunFolder]:
@@ -132,27 +132,28 @@ def train_on_data(
     checks.check_lottery(config, len(data.train.rows))
     models = load_auxiliary_models(config, base, data.chat)
     method = attach_method(base.model, config.method, seed=config.seed, fused=config.model.fused)
-    policy, shape = Policy(base, method, models.reference), base.shape
-    with closing(_acquire_folder(config, world, resume=resume, overwrite=overwrite)) as folder:
+    policy = Policy(base, method, models.reference)
+    with closing(_acquire_folder(config, world, start)) as folder:
         trainer = _trainer(config, policy, data, folder, models, world, stop_check)
         try:
-            plan = checks.plan_run(config, shape, trainer, data, beyond=beyond_memory) if world.size == 1 else None
+            plan = checks.plan_run(config, trainer, data, beyond=start.beyond_memory) if world.size == 1 else None
         except RungError as error:
             folder.update(status="failed", error=str(error))
             raise
         loading_bytes = folders.peak_memory_bytes()
-        _train(config, trainer, data, folder, resume=resume)
+        _train(config, trainer, data, resume=start.resume)
         if plan is not None:
-            folder.update(plan=checks.measured_vs_planned(config, shape, plan, folder.manifest, loading_bytes))
+            folder.update(plan=checks.measured_vs_planned(config, base.shape, plan, folder.manifest, loading_bytes))
     return policy, folder
 
 
-def _acquire_folder(config: RunConfig, world: World, *, resume: bool, overwrite: bool) -> RunFolder:
+def _acquire_folder(config: RunConfig, world: World, start: StartMode) -> RunFolder:
     """The locked folder of the run; ranks other than 0 get a copy of its manifest and write nothing."""
     path, folders_of_rank0 = Path(config.output), list[RunFolder]()
 
     def acquire() -> dict[str, Any]:
-        folders_of_rank0.append(RunFolder.acquire(path, config_to_dict(config), resume=resume, overwrite=overwrite))
+        settings, resume, overwrite = config_to_dict(config), start.resume, start.overwrite
+        folders_of_rank0.append(RunFolder.acquire(path, settings, resume=resume, overwrite=overwrite))
         return folders_of_rank0[0].manifest
 
     manifest = world.on_rank0(acquire)
@@ -173,8 +174,7 @@ def _trainer(
     objective = _objective(config, policy, models)
     if not objective.reads_head:
         method.freeze_output_head()
-    _record_start(config, policy, method, data, folder, models, world)
-    return Trainer(
+    trainer = Trainer(
         policy,
         method,
         objective=objective,
@@ -188,28 +188,31 @@ def _trainer(
         in_parts=config.model.sharded and world.size > 1,
         stop_check=stop_check,
     )
+    _record_start(config, trainer, data, models)
+    return trainer
 
 
-def _train(config: RunConfig, trainer: Trainer, data: RunData, folder: RunFolder, *, resume: bool) -> None:
+def _train(config: RunConfig, trainer: Trainer, data: RunData, *, resume: bool) -> None:
     """Calibrate or restore, pass the gates, take the steps and save the artifact."""
-    method, objective, world = trainer.method, trainer.objective, trainer.world
+    method, objective, folder = trainer.method, trainer.objective, trainer.folder
+    is_rank0 = trainer.world.is_rank0
     try:
-        _calibrate(trainer, data, folder, resume=resume)
+        _calibrate(trainer, data, resume=resume)
         if not (resume and trainer.restore()):
             folder.trim_log(0)
-            _pass_gates(trainer, data, folder)
+            _pass_gates(trainer, data)
         _resolve_micro_batch_tokens(trainer, data)
         if trainer.progress.step == 0:
-            _try_longest(trainer, data, folder)
+            _try_longest(trainer, data)
             torch.manual_seed(config.seed)  # of dropout; a resumed run continues with the state that it saved
         folders.reset_peak_memory()
         trainer.run(data.train.rows, data.validation.rows if data.validation else ())
         folder.update(**progress_summary(trainer.progress, trainer.trainable), **method.statistics())
         trainer.optimizer_state.release()
         trainer.gather_model()
-        if world.is_rank0:
-            _save_artifact(folder, trainer, data.chat)
-        if world.is_rank0 and isinstance(objective, RewardObjective) and data.validation:
+        if is_rank0:
+            _save_artifact(trainer, data.chat)
+        if is_rank0 and isinstance(objective, RewardObjective) and data.validation:
             health = score_reward_model(trainer.policy, objective, data.validation.examples, trainer.budget)
             folder.update(reward=health.to_json())
             print_status(str(health))
@@ -230,16 +233,9 @@ def _objective(config: RunConfig, policy: Policy, models: AuxiliaryModels) -> Ob
     return objective
 
 
-def _record_start(
-    config: RunConfig,
-    policy: Policy,
-    method: Method,
-    data: RunData,
-    folder: RunFolder,
-    models: AuxiliaryModels,
-    world: World,
-) -> None:
+def _record_start(config: RunConfig, trainer: Trainer, data: RunData, models: AuxiliaryModels) -> None:
     """Write fingerprints and facts into the manifest. Raises `CheckpointError` where a resumed run had others."""
+    policy, method, folder, world = trainer.policy, trainer.method, trainer.folder, trainer.world
     unfused_count = _report_unusual(policy, method, config)
     text_fingerprint = hashlib.sha256(data.chat.identity().encode()).hexdigest()
     data_fingerprints = {"base": policy.base.fingerprint, "data": data.splits.fingerprint, "text": text_fingerprint}
@@ -253,17 +249,10 @@ def _record_start(
         folder.manifest.pop(key, None)
     if folder.writes:
         (folder.path / folders.NOT_FINITE_FILE).unlink(missing_ok=True)
-    folder.update(
-        status="running",
-        fingerprints=fingerprints,
-        data=data.summary(),
-        device=policy.device.type,
-        compute_dtype=str(policy.base.compute_dtype).removeprefix("torch."),
-        learning_rate=config.learning_rate,
-        not_fused=unfused_count,
-        moves=coverage(policy.model, method.trainable()),
-        processes=world.size,
-    )
+    compute_dtype = str(policy.base.compute_dtype).removeprefix("torch.")
+    facts = {"device": policy.device.type, "compute_dtype": compute_dtype, "learning_rate": config.learning_rate}
+    facts |= {"not_fused": unfused_count, "moves": coverage(policy.model, method.trainable()), "processes": world.size}
+    folder.update(status="running", fingerprints=fingerprints, data=data.summary(), **facts)
 
 
 def _rollouts(
@@ -272,45 +261,34 @@ def _rollouts(
     """The source of generated answers and their rewards; None for an objective that learns from data alone."""
     if objective.rollout is None:
         return None
-    source, train, budget = models.reward_source, data.train, micro_batch_tokens(config, policy.base)
-    rewards = {}
-    if source is not None and isinstance(train, PromptDataset):
-        validation = data.validation if isinstance(data.validation, PromptDataset) else train
-        for name, prompts in (("train", train), ("validation", validation)):
-            rewards[name] = make_reward_function(source, data.chat, prompts, budget)
-    return RolloutSource(
-        policy,
-        objective,
-        objective.rollout,
-        stop_ids=data.chat.stop_ids,
-        train=rewards.get("train"),
-        validation=rewards.get("validation"),
-        seed=config.seed,
-        budget=budget,
-    )
+    source, prompts, chat, budget = models.reward_source, data.train, data.chat, micro_batch_tokens(config, policy.base)
+    train = validation = None
+    if source is not None and isinstance(prompts, PromptDataset):
+        held_out = data.validation if isinstance(data.validation, PromptDataset) else prompts
+        train, validation = (reward_function(source, chat, part, budget) for part in (prompts, held_out))
+    return RolloutSource(policy, objective, objective.rollout, chat.stop_ids, train, validation, config.seed, budget)
 
 
-def _pass_gates(trainer: Trainer, data: RunData, folder: RunFolder) -> None:
+def _pass_gates(trainer: Trainer, data: RunData) -> None:
     """Gates 1 and 2; each is recorded before it is enforced."""
     policy, method = trainer.policy, trainer.method
-    folder.gate(Gate("preflight", "passed", data.preflight.to_json(), "0 failing rows"))
+    trainer.folder.gate(Gate("preflight", "passed", data.preflight.to_json(), "0 failing rows"))
     print_status(f"gate preflight: passed ({data.preflight.failing} of {data.preflight.rows} rows failing; limit 0)")
     shortest = np.argsort(data.train.lengths, kind="stable")[:PROBE_DOCUMENTS]
     probe = [data.train.examples[int(i)] for i in shortest]
     if not probe:
         raise DataError("no training rows are left", hint="look at the counts of: rung data check")
     head_parameters = sum(p.numel() for p in trainer.objective.trainable().values())
-    results = [
+    results = (
         gates.check_trainable(method, trainer.optimizer_state.optimizer, head_parameters),
         gates.check_identity(policy, method, probe),
         gates.check_reference(policy, method, probe),
         gates.check_packing(policy, probe),
         gates.check_fused(policy, probe),
         gates.check_decoding(policy, probe),
-    ]
-    for gate in results:
-        if gate is not None:
-            trainer.record_gate(gate)
+    )
+    for gate in filter(None, results):
+        trainer.record_gate(gate)
 
 
 def _report_unusual(policy: Policy, method: Method, config: RunConfig) -> int:
@@ -326,9 +304,9 @@ def _report_unusual(policy: Policy, method: Method, config: RunConfig) -> int:
     return count
 
 
-def _calibrate(trainer: Trainer, data: RunData, folder: RunFolder, *, resume: bool) -> None:
+def _calibrate(trainer: Trainer, data: RunData, *, resume: bool) -> None:
     """Initialize a method from weights or data. The result is stored, so that a resume starts from the same bits."""
-    method, world, stored = trainer.method, trainer.world, folder.path / "start"
+    method, world, stored = trainer.method, trainer.world, trainer.folder.path / "start"
     if not method.sample_size:
         return
     is_stored = world.on_rank0(lambda: resume and stored.is_dir())
@@ -349,7 +327,7 @@ def _calibrate(trainer: Trainer, data: RunData, folder: RunFolder, *, resume: bo
         world.barrier()
 
 
-def _save_artifact(folder: RunFolder, trainer: Trainer, chat: ChatTemplate) -> None:
+def _save_artifact(trainer: Trainer, chat: ChatTemplate) -> None:
     """Gate 4: write the artifact with everything that serving needs, completely or not at all."""
 
     def fill(staging: Path) -> None:
@@ -361,7 +339,7 @@ def _save_artifact(folder: RunFolder, trainer: Trainer, chat: ChatTemplate) -> N
         write_tokenizer_files(staging, chat, pad)
         write_origin(staging, chat, trainer.policy.base)
 
-    write_folder(folder.path / trainer.method.artifact, fill)
+    write_folder(trainer.folder.path / trainer.method.artifact, fill)
     trainer.record_gate(Gate("save", "passed", "every tensor finite and not empty, hashes in manifest.json", "all"))
 
 
@@ -378,7 +356,7 @@ def _resolve_micro_batch_tokens(trainer: Trainer, data: RunData) -> None:
     trainer.folder.update(tokens_per_micro_batch=trainer.budget)
 
 
-def _try_longest(trainer: Trainer, data: RunData, folder: RunFolder) -> None:
+def _try_longest(trainer: Trainer, data: RunData) -> None:
     """The last part of gate 2: the longest row of the data, which may be longer than all rows of the first step."""
     if isinstance(data.train, PromptDataset):
         return

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from rung.files import find_damage, reporting_write_errors, write_folder
 from rung.training.optimizer import OptimizerState
+from rung.training.run_folder import read_json
 
 REFERENCE_FILE = "reference.safetensors"
 
@@ -26,10 +27,9 @@ def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """The newest checkpoint whose hashes verify, or None; `warn` gets a line for each damaged one."""
     # step numbers are zero-padded: the order of names is the order of steps
     for candidate in sorted(folder.glob("step-*"), reverse=True):
-        if problem := find_damage(candidate):
-            warn(f"checkpoint {candidate.name} passed over: {problem}")
-            continue
-        return candidate
+        if (problem := find_damage(candidate)) is None:
+            return candidate
+        warn(f"checkpoint {candidate.name} passed over: {problem}")
     return None
 
 
@@ -40,36 +40,33 @@ def remove_old_checkpoints(folder: Path, keep: int) -> None:
 
 
 def write_checkpoint(
-    folder: Path,
-    optimizer_state: OptimizerState,
-    progress: Mapping[str, Any],
-    reference_cache: Mapping[int, float] | None = None,
+    folder: Path, state: OptimizerState, progress: Mapping[str, Any], reference_cache: Mapping[int, float] | None
 ) -> None:
     """Write what a resume needs to continue exactly; `reference_cache` maps document keys to nats of the reference.
 
     Rank 0 writes. With a sharded model every rank writes its own rows into one common folder.
     """
-    world = optimizer_state.world
+    world = state.world
     if not world.is_rank0:
-        if optimizer_state.rows:
+        if state.rows:
             # pairs with the gather in `fill`: the name of the staging folder contains the process id of rank 0
             staging = Path(world.gather(None)[0])
             with reporting_write_errors(folder):
-                optimizer_state.save(_rank_folder(staging, world.rank))
+                state.save(_rank_folder(staging, world.rank))
             world.barrier()
         return
 
     def fill(staging: Path) -> None:
-        if optimizer_state.rows:
+        if state.rows:
             world.gather(str(staging))
-        optimizer_state.save(_rank_folder(staging, world.rank) if optimizer_state.rows else staging)
+        state.save(_rank_folder(staging, world.rank) if state.rows else staging)
         (staging / "progress.json").write_text(json.dumps(dict(progress), indent=2) + "\n")
         if reference_cache:
             # float64 holds Python's floats exactly: a resumed run computes the same losses bit for bit
             document_keys = torch.tensor(list(reference_cache))
             nats = torch.tensor(list(reference_cache.values()), dtype=torch.float64)
             save_file({"documents": document_keys, "nats": nats}, staging / REFERENCE_FILE)
-        if optimizer_state.rows:
+        if state.rows:
             # `write_folder` hashes and renames after `fill`: every shard must be on disk by then
             world.barrier()
 
@@ -90,5 +87,4 @@ def read_reference_cache(folder: Path) -> dict[int, float]:
 
 def read_progress(folder: Path) -> dict[str, Any]:
     """The fields of `Progress` as they were at the checkpoint."""
-    progress: dict[str, Any] = json.loads((folder / "progress.json").read_text())
-    return progress
+    return read_json(folder / "progress.json")

@@ -151,9 +151,8 @@ class World:
         """Run `work` on rank 0 and return its JSON result on all ranks. A `RungError` of rank 0 ends the others too."""
         if self.size == 1:
             return work()
-        message: Any = None
         try:
-            message = {"value": work()} if self.is_rank0 else None
+            message: Any = {"value": work()} if self.is_rank0 else None
         except RungError as error:
             # the other ranks wait in the gather below: without this message they would wait until the timeout
             self.gather({"error": error.summary})

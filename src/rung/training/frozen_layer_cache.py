@@ -72,26 +72,21 @@ class FrozenLayerCache:
         a resumed run that replays the same calls gets the same states.
         """
         documents = {_key(d): d for batch in batches for d in batch.documents}
-        self._compute([d for key, d in documents.items() if key not in self.entries])
+        missing = [d for key, d in documents.items() if key not in self.entries]
+        if not missing:
+            return
+        device = self.policy.device
+        for batch in pack_together(missing, self.budget, share_prefixes=self.share_prefixes, device=device):
+            states = self.policy.hidden_states_entering(batch, self.layer).cpu()
+            for document, rows in zip(batch.documents, batch.rows, strict=True):
+                # bytes of any dtype: numpy has no bfloat16
+                raw = states[torch.from_numpy(rows)].contiguous().view(torch.uint8).numpy().tobytes()
+                offset = self.states.append(raw)
+                self.entries[_key(document)] = _Entry(offset, len(raw), zlib.crc32(raw), states.dtype)
 
     def summary(self) -> dict[str, int]:
         """Layer, number of documents and bytes, as written to `run.json`."""
         return {"layer": self.layer, "documents": len(self.entries), "bytes": self.states.size}
-
-    def _compute(self, documents: Sequence[Example]) -> None:
-        if not documents:
-            return
-        device = self.policy.device
-        for batch in pack_together(documents, self.budget, share_prefixes=self.share_prefixes, device=device):
-            states = self.policy.hidden_states_entering(batch, self.layer).cpu()
-            for document, rows in zip(batch.documents, batch.rows, strict=True):
-                self._write(document, states[torch.from_numpy(rows)])
-
-    def _write(self, document: Example, states_TH: Tensor) -> None:
-        # bytes of any dtype: numpy has no bfloat16
-        raw = states_TH.contiguous().view(torch.uint8).numpy().tobytes()
-        offset = self.states.append(raw)
-        self.entries[_key(document)] = _Entry(offset, len(raw), zlib.crc32(raw), states_TH.dtype)
 
     def _read(self, document: Example) -> Tensor:
         entry = self.entries[_key(document)]

@@ -119,6 +119,5 @@ def _local_shard(tensor: Tensor) -> Tensor:
 def _parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
     """Every registration of a parameter: tied weights appear once for each module."""
     for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                yield module, name, parameter
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            yield module, name, parameter

@@ -16,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from rung.console import print_status
 from rung.errors import GateError
@@ -28,7 +29,7 @@ from rung.models.policy import Policy
 from rung.training.distributed import SINGLE_PROCESS, World
 from rung.training.fsdp import digests
 from rung.training.packing import pack, pack_separately
-from rung.training.run_folder import NOT_FINITE_FILE, Gate, Progress, RunFolder
+from rung.training.run_folder import NOT_FINITE_FILE, Gate, Progress, RunFolder, State
 from rung.types import Example
 
 TOLERANCE: dict[torch.dtype, float] = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.5}
@@ -41,7 +42,7 @@ packed and separate documents differ by up to 0.67 nats on 280 tokens, p90 below
 nats, or all of them. Measurements are in docs/log.md."""
 
 
-def check_trainable(method: Method, optimizer: torch.optim.Optimizer, head_parameters: int = 0) -> Gate:
+def check_trainable(method: Method, optimizer: Optimizer, head_parameters: int = 0) -> Gate:
     """The optimizer holds exactly the declared number of trainable parameters, and at least one.
 
     `head_parameters` is the number of parameters of heads that the objective owns.
@@ -49,7 +50,8 @@ def check_trainable(method: Method, optimizer: torch.optim.Optimizer, head_param
     declared_count = method.declared_parameters() + head_parameters
     optimizer_count = sum(p.numel() for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
     measured, declared = f"{optimizer_count:,} in the optimizer", f"{declared_count:,} declared"
-    return _gate("step0.trainable", optimizer_count == declared_count > 0, measured, declared)
+    state: State = "passed" if optimizer_count == declared_count > 0 else "failed"
+    return Gate("step0.trainable", state, measured, declared)
 
 
 @torch.no_grad()
@@ -62,8 +64,8 @@ def check_identity(policy: Policy, method: Method, probe: Sequence[Example]) -> 
         return None
     batches = pack(probe, sum(map(len, probe)), device=policy.device)
     difference = max(float((policy.logprobs(b) - policy.base_logprobs(b)).abs().max()) for b in batches)
-    limit = TOLERANCE[_dtype(policy)] * (1.0 if method.subtracts else 1e-2)  # the same sums plus zeros
-    return _gate("step0.identity", difference <= limit, difference, limit)
+    limit = tolerance(policy) * (1.0 if method.subtracts else 1e-2)  # the same sums plus zeros
+    return Gate.at_most("step0.identity", difference, limit)
 
 
 @torch.no_grad()
@@ -119,8 +121,7 @@ def check_decoding(policy: Policy, probe: Sequence[Example], tokens: int = 4) ->
             read_logprobs_N = policy.logprobs(pack_separately([full_document], policy.device)[0])
             difference_N = read_logprobs_N.cpu() - torch.tensor(answer.logprobs)
             largest_difference = max(largest_difference, float(difference_N.abs().max()))
-    limit = TOLERANCE[_dtype(policy)]
-    return _gate("step0.decoding", largest_difference <= limit, largest_difference, limit)
+    return Gate.at_most("step0.decoding", largest_difference, tolerance(policy))
 
 
 def frozen_digest(model: nn.Module) -> dict[str, int]:
@@ -141,7 +142,7 @@ class MovementGate:
 
     def observe(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         selection: TrainableSet | None = None,
         reachable_names: Collection[str] | None = None,
     ) -> Gate | None:
@@ -187,11 +188,6 @@ class MovementGate:
         return Gate("movement", "passed", measured, "all, 0")
 
 
-def movement_not_reached() -> Gate:
-    """The result for a run of fewer than two steps."""
-    return Gate("movement", "not_reached", "fewer than two steps", "all, 0")
-
-
 def enforce(gate: Gate) -> Gate:
     """Raise `GateError` for a failed gate."""
     if gate.state == "failed":
@@ -212,16 +208,12 @@ def _dtype(policy: Policy) -> torch.dtype:
 
 def _compare_logprobs(name: str, difference_N: Tensor, policy: Policy) -> Gate:
     """Passes where the differences [N] of two computations of the same log-probabilities are rounding."""
-    largest, limit = float(difference_N.abs().max()), TOLERANCE[_dtype(policy)]
+    largest, limit = float(difference_N.abs().max()), tolerance(policy)
     p90 = float(difference_N.abs().float().quantile(0.9))
     # the largest of many grows with the number of tokens, so bfloat16 is judged by the p90 (docs/log.md)
     if _dtype(policy) is torch.bfloat16 and p90 <= BFLOAT16_P90_LIMIT:
         limit = max(limit, min(BFLOAT16_OUTLIER_FACTOR * p90, BFLOAT16_MAX_LIMIT))
-    return _gate(name, largest <= limit, largest, limit)
-
-
-def _gate(name: str, passed: bool, measured: object, limit: object) -> Gate:
-    return Gate(name, "passed" if passed else "failed", measured, limit)
+    return Gate.at_most(name, largest, limit)
 
 
 SKIPS_BEFORE_STOP = 3
@@ -239,17 +231,14 @@ def skip_step(folder: RunFolder, progress: Progress, examples: Sequence[Example]
         write_text(folder.path / NOT_FINITE_FILE, "".join(lines))
     folder.update(not_finite={"step": progress.step, "rows": [str(example.source) for example in examples]})
     summary = f"loss or gradient was not finite in {SKIPS_BEFORE_STOP} steps running"
-    where = str(folder.path)
     given = f"loss {loss}, gradient norm {norm}; the last step's documents stand in {NOT_FINITE_FILE}"
-    raise GateError(summary, where=where, given=given, hint="lower training.learning_rate, or look at those rows")
+    hint = "lower training.learning_rate, or look at those rows"
+    raise GateError(summary, where=str(folder.path), given=given, hint=hint)
 
 
 def _describe_document(example: Example) -> dict[str, object]:
     """A document as the step used it, as JSON."""
-    return {
-        "source": str(example.source),
-        "ids": example.ids.tolist(),
-        "supervised": np.flatnonzero(example.supervised).tolist(),
-        **{name: getattr(example, name) for name in ("row", "task", "weight", "score")},
-        "columns": {name: values.tolist() for name, values in example.columns.items()},
-    }
+    tokens = {"ids": example.ids.tolist(), "supervised": np.flatnonzero(example.supervised).tolist()}
+    settings = {name: getattr(example, name) for name in ("row", "task", "weight", "score")}
+    columns = {name: values.tolist() for name, values in example.columns.items()}
+    return {"source": str(example.source), **tokens, **settings, "columns": columns}

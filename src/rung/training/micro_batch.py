@@ -23,6 +23,8 @@ from rung.types import Example, PackedBatch
 CPU_DOCUMENT_BYTES = 4 * 2**30
 """Activation bytes of one document on a CPU; a document that needs more has its lowest trained layers recomputed."""
 CANDIDATE_BUDGETS = (256, 512, 768, 1024, 1536, 2048)
+PackRows = Callable[[Sequence[Example], int], Sequence[PackedBatch]]
+"""Packs documents within a budget of tokens, as the run does."""
 MAX_SLOWDOWN = 1.03
 """A budget may be this much slower than the fastest: a larger one costs memory, and timings vary by some percent."""
 
@@ -46,15 +48,12 @@ def layers_to_recompute(shape: ModelShape, tokens: int, *, lowest: int = 0, limi
 
 
 def measure_micro_batch_tokens(
-    policy: Policy,
-    objective: Objective,
-    examples: Sequence[Example],
-    pack_rows: Callable[[Sequence[Example], int], Sequence[PackedBatch]],
+    policy: Policy, objective: Objective, examples: Sequence[Example], pack_rows: PackRows
 ) -> int:
     """The smallest candidate budget that is at most `MAX_SLOWDOWN` slower than the fastest, in tokens.
 
-    `pack_rows` packs documents within a budget as the run does. Each budget is timed twice on the same documents in
-    train mode, and the better time counts. Gradients are discarded and RNG states restored.
+    Each budget is timed twice on the same documents in train mode, and the better time counts. Gradients are
+    discarded and RNG states restored.
     """
     sample_tokens, sample = 0, list[Example]()
     for example in examples:
@@ -77,12 +76,7 @@ def measure_micro_batch_tokens(
 
 
 def try_longest(
-    policy: Policy,
-    method: Method,
-    objective: Objective,
-    row: Sequence[Example],
-    pack_rows: Callable[[Sequence[Example], int], Sequence[PackedBatch]],
-    budget: int,
+    policy: Policy, method: Method, objective: Objective, row: Sequence[Example], pack_rows: PackRows, budget: int
 ) -> float:
     """Seconds for a forward and backward pass over the longest row, so that a lack of memory shows before step one.
 

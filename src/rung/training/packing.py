@@ -8,7 +8,9 @@ ahead of them (decision 0008). Documents of one data row stay in one batch, beca
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain, groupby, pairwise
 from typing import NamedTuple
 
@@ -42,12 +44,16 @@ def pack(
         batches_by_task = (pack(part, budget, share_prefixes=share_prefixes, device=device) for part in by_task)
         return list(chain.from_iterable(batches_by_task))
     ordered, common = _sorted_by_tokens(examples)
+    build = partial(_build_batch, share_prefixes=share_prefixes, device=device)
     if not share_prefixes:
-        return _pack_group(_PrefixGroup(ordered, [0] * len(ordered), 0), budget, False, device)
+        return _pack_group(_PrefixGroup(ordered, [0] * len(ordered), 0), budget, build)
     batches: list[PackedBatch] = []
     for span, prefix_length in _merge_uncut(_best_cuts(ordered, common, range(len(ordered)), budget)):
         group = _PrefixGroup(ordered[span.start : span.stop], common[span.start : span.stop], prefix_length)
-        batches += _pack_group(group, budget, share_prefixes, device)
+        # one object for all batches of the group: the policy runs a prefix once by its identity
+        ids = ordered[span.start].ids[:prefix_length]
+        prefix = SharedPrefix(_to_tensor([ids], device)) if prefix_length else None
+        batches += _pack_group(group, budget, partial(build, prefix=prefix))
     return batches
 
 
@@ -57,17 +63,14 @@ def pack_together(
     """Like `pack`, but without prefixes that run ahead and without a split by task."""
     ordered, common = _sorted_by_tokens(examples)
     group = _PrefixGroup(ordered, common if share_prefixes else [0] * len(ordered), 0)
-    return _pack_group(group, budget, share_prefixes, device)
+    return _pack_group(group, budget, partial(_build_batch, share_prefixes=share_prefixes, device=device))
 
 
 def pack_separately(examples: Sequence[Example], device: torch.device | None = None) -> list[PackedBatch]:
     """One document (or one data row of several) per batch: the plain way, for comparison."""
-    rows: list[list[Example]] = []
-    for example in examples:
-        if not rows or _from_different_rows(rows[-1][-1], example):
-            rows.append([])
-        rows[-1].append(example)
-    return [_build_batch(row, False, device) for row in rows]
+    documents = list(examples)
+    cuts = [0, *_PrefixGroup(documents, (), 0).borders(), len(documents)]
+    return [_build_batch(documents[start:stop], False, device) for start, stop in pairwise(cuts) if start < stop]
 
 
 def pack_lazily(
@@ -172,24 +175,21 @@ def _merge_uncut(parts: Sequence[tuple[range, int, int]]) -> list[tuple[range, i
     return merged
 
 
-def _pack_group(
-    group: _PrefixGroup, budget: int, share_prefixes: bool, device: torch.device | None
-) -> list[PackedBatch]:
+BuildBatch = Callable[[Sequence[Example]], PackedBatch]
+
+
+def _pack_group(group: _PrefixGroup, budget: int, build: BuildBatch) -> list[PackedBatch]:
     # the fewest rows within the budget, as equal as possible: the largest sets the peak memory, and rows of one size
     # leave no holes in the heap. Binary search for the lowest limit that needs no more rows
     costs = group.costs()
     fewest_rows = len(_split_to_budget(group, costs, budget))
-    lowest, highest = 1, budget
-    while lowest < highest:
-        limit = (lowest + highest) // 2
-        if len(_split_to_budget(group, costs, limit)) <= fewest_rows:
-            highest = limit
-        else:
-            lowest = limit + 1
+
+    def is_enough(limit: int) -> bool:
+        return len(_split_to_budget(group, costs, limit)) <= fewest_rows
+
+    lowest = bisect_left(range(budget), True, lo=1, key=is_enough)
     rows = [group.examples[span.start : span.stop] for span in _split_to_budget(group, costs, lowest)]
-    ids = group.examples[0].ids[: group.prefix_length]
-    prefix = SharedPrefix(_to_tensor([ids], device)) if group.prefix_length else None
-    return [batch for span in rows for batch in _pack_within_budget(span, budget, share_prefixes, device, prefix)]
+    return [batch for row in rows for batch in _pack_within_budget(row, budget, build)]
 
 
 def _split_to_budget(group: _PrefixGroup, costs: Sequence[int], limit: int) -> list[range]:
@@ -207,21 +207,14 @@ def _split_to_budget(group: _PrefixGroup, costs: Sequence[int], limit: int) -> l
     return rows
 
 
-def _pack_within_budget(
-    group: Sequence[Example],
-    budget: int,
-    share_prefixes: bool,
-    device: torch.device | None,
-    prefix: SharedPrefix | None,
-) -> list[PackedBatch]:
+def _pack_within_budget(group: Sequence[Example], budget: int, build: BuildBatch) -> list[PackedBatch]:
     """One batch, or two halves where the tree needs more tokens than `costs` estimated."""
-    batch = _build_batch(group, share_prefixes, device, prefix)
+    batch = build(group)
     borders = _PrefixGroup(group, (), 0).borders()
     if len(batch.ids) <= budget or not borders:
         return [batch]
     half = min(borders, key=lambda border: abs(border - len(group) // 2))
-    halves = (group[:half], group[half:])
-    return [b for part in halves for b in _pack_within_budget(part, budget, share_prefixes, device, prefix)]
+    return [b for part in (group[:half], group[half:]) for b in _pack_within_budget(part, budget, build)]
 
 
 class _RowBuilder:
@@ -258,11 +251,8 @@ class _RowBuilder:
         common = min(_common_prefix_length(a.ids, b.ids) for a, b in pairwise(member_examples))
         all_equal = all(len(e) == common for e in member_examples)
         if common - depth >= MIN_SHARED or all_equal:
-            segment = self.add(members, depth, common, parent)
-            if all_equal:
-                return
-            self._add_spans(members, common, segment)
-        else:
+            depth, parent = common, self.add(members, depth, common, parent)
+        if not all_equal:
             self._add_spans(members, depth, parent)
 
     def _add_spans(self, members: range, depth: int, parent: int | None) -> None:
@@ -288,7 +278,6 @@ def _build_batch(
         for i, example in enumerate(examples):
             builder.add(range(i, i + 1), prefix_length, len(example), None)
     source, target, weight, owner = [], [], [], []
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in examples[0].columns}
     token_positions = [np.concatenate(positions) for positions in builder.rows]
     for i, (example, positions) in enumerate(zip(examples, token_positions, strict=True)):
         predicted_positions = np.flatnonzero(example.supervised)
@@ -298,9 +287,8 @@ def _build_batch(
         target.append(example.ids[predicted_positions])
         weight.append(np.full(len(predicted_positions), example.weight, dtype=np.float32))
         owner.append(np.full(len(predicted_positions), i))
-        for name, values in columns.items():
-            values.append(example.columns[name])
-    column_tensors = {name: torch.from_numpy(np.concatenate(values)).to(device) for name, values in columns.items()}
+    columns = {name: np.concatenate([e.columns[name] for e in examples]) for name in examples[0].columns}
+    column_tensors = {name: torch.from_numpy(values).to(device) for name, values in columns.items()}
     index = [_to_tensor(part, device) for part in (source, target, weight, owner)]
     loss = LossIndex(index[0], index[1], index[2], index[3], column_tensors)
     return PackedBatch(

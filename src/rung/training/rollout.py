@@ -22,7 +22,7 @@ from rung.models.generate import GeneratedAnswer, Sampling, generate_by_task
 from rung.models.policy import Policy
 from rung.objectives.protocol import Objective
 from rung.training.gates import tolerance
-from rung.training.run_folder import Gate, State
+from rung.training.run_folder import Gate
 from rung.training.step import values_by_document
 from rung.types import ON_POLICY, Example, PackedBatch, Rollout
 
@@ -50,11 +50,6 @@ class RolloutSource:
     gate: Gate | None = None
     """Result of `_check_decoder` on the first rollout, until the trainer has recorded it."""
     is_decoder_checked: bool = False
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps per rollout."""
-        return self.config.steps
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
@@ -133,22 +128,15 @@ class RolloutSource:
         """Gate: the decoder's log-probabilities of its samples equal those that the loss computes."""
         pairs = zip(self._values_by_document(documents, self.policy.logprobs), answers, strict=True)
         largest_difference = max(float(np.abs(scored - np.array(answer.logprobs)).max()) for scored, answer in pairs)
-        limit = tolerance(self.policy)
-        state: State = "passed" if largest_difference <= limit else "failed"
-        return Gate("rollout.distribution", state, largest_difference, limit)
+        return Gate.at_most("rollout.distribution", largest_difference, tolerance(self.policy))
 
     def _answer(self, prompts: Sequence[Example], sampling: Sampling) -> tuple[list[Example], list[GeneratedAnswer]]:
         """Documents and answers, in the order of the prompts; the answers to one prompt are adjacent."""
         if not prompts:
             return [], []
-        answers = generate_by_task(
-            self.policy,
-            [p.ids.tolist() for p in prompts],
-            [p.task for p in prompts],
-            stop_ids=self.stop_ids,
-            sampling=sampling,
-            batch_size=self.config.batch,
-        )
+        ids, tasks = [p.ids.tolist() for p in prompts], [p.task for p in prompts]
+        policy, stop_ids, batch_size = self.policy, self.stop_ids, self.config.batch
+        answers = generate_by_task(policy, ids, tasks, stop_ids=stop_ids, sampling=sampling, batch_size=batch_size)
         documents = [self._document(prompts[i // sampling.answers_per_prompt], a) for i, a in enumerate(answers)]
         return documents, answers
 

@@ -50,6 +50,11 @@ class Gate:
     measured: Any
     limit: Any
 
+    @staticmethod
+    def at_most(name: str, measured: float, limit: float) -> Gate:
+        """Passed where `measured` is at most `limit`; not for NaN."""
+        return Gate(name, "passed" if measured <= limit else "failed", measured, limit)
+
     def __str__(self) -> str:
         return f"gate {self.name}: {self.state.replace('_', ' ')} ({self.measured}; limit {self.limit})"
 
@@ -211,6 +216,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    value: dict[str, Any] = json.loads(path.read_text())
+    return value
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that determine results, and the machine type."""
     names = ("rung", "torch", "transformers", "peft", "tokenizers", "safetensors")
@@ -319,13 +330,10 @@ def write_items(path: Path, items: Sequence[Mapping[str, Any]], metadata: Mappin
     import pyarrow as pa
     from pyarrow import parquet
 
-    rows = [
-        {
-            **{name: value for name, value in item.items() if name != "scores"},
-            **{SCORE_PREFIX + metric: score for metric, score in item["scores"].items()},
-        }
-        for item in items
-    ]
+    rows = []
+    for item in items:
+        scores = {SCORE_PREFIX + metric: score for metric, score in item["scores"].items()}
+        rows.append({**{name: value for name, value in item.items() if name != "scores"}, **scores})
     table = pa.Table.from_pylist(rows).replace_schema_metadata({_METADATA_KEY: json.dumps(metadata)})
     # into memory first: `write_bytes` replaces the file atomically
     buffer = io.BytesIO()

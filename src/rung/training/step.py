@@ -115,10 +115,7 @@ def mean_loss(
 
 @torch.no_grad()
 def values_by_document(
-    readers: Sequence[Policy],
-    documents: Sequence[Example],
-    budget: int,
-    value: Callable[[PackedBatch], Iterable[T]],
+    readers: Sequence[Policy], documents: Sequence[Example], budget: int, value: Callable[[PackedBatch], Iterable[T]]
 ) -> list[T]:
     """The value of each document, in the order of `documents`, without gradient.
 

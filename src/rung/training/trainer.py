@@ -32,7 +32,7 @@ from rung.training import checkpoint, fsdp
 from rung.training.distributed import SINGLE_PROCESS, World
 from rung.training.early_stopping import EarlyStopping
 from rung.training.frozen_layer_cache import FrozenLayerCache, has_disk_space
-from rung.training.gates import MovementGate, enforce, movement_not_reached, skip_step
+from rung.training.gates import MovementGate, enforce, skip_step
 from rung.training.micro_batch import layers_to_recompute, longest_document_bytes
 from rung.training.optimizer import OptimizerState, learning_rate_at, train_only
 from rung.training.packing import largest_first, pack, pack_lazily, pack_separately, pack_together
@@ -100,17 +100,16 @@ class Trainer:
     def __post_init__(self) -> None:
         # heads of the objective train at the rate of the run; a method's factors are for its own parameters
         head_names = self.objective.trainable().keys()
-        self.optimizer_state = OptimizerState(
-            lambda: self.trainable,
-            self.config.optimizer,
-            lambda name: 1.0 if name in head_names else self.method.learning_rate_factor(name),
-            self.world,
-        )
+
+        def rate_factor(name: str) -> float:
+            return 1.0 if name in head_names else self.method.learning_rate_factor(name)
+
+        self.optimizer_state = OptimizerState(lambda: self.trainable, self.config.optimizer, rate_factor, self.world)
         self.skip_until_step = 0
         """The first step after a rollout that the objective ended early."""
         self.checkpoints = self.folder.path / "checkpoints"
-        best_folder = self.checkpoints / "best"
-        self.early_stopping = EarlyStopping(self.config.patience, best_folder, self._write, self.stop_check)
+        best = self.checkpoints / "best"
+        self.early_stopping = EarlyStopping(self.config.patience, best, self._write, self.stop_check)
         self.frozen_cache: FrozenLayerCache | None = None
         # log-probabilities of the reference for documents of the data never change during a run
         self.policy.reference_cache = {} if self.objective.compares_answers else None
@@ -152,18 +151,12 @@ class Trainer:
 
     def restore(self) -> bool:
         """Load the newest undamaged checkpoint. Returns False where there is none."""
-
         # rank 0 decides: ranks that see another state of a shared disk would resume from different steps
-        def newest_name() -> str | None:
-            newest = checkpoint.newest_checkpoint(self.checkpoints, print_status)
-            return None if newest is None else newest.name
-
-        checkpoint_name = self.world.on_rank0(newest_name)
-        if checkpoint_name is None:
+        folder = self.world.on_rank0(lambda: checkpoint.newest_checkpoint(self.checkpoints, print_status))
+        if folder is None:
             return False
         if self.in_parts:  # before loading, so that each rank reads only its rows
             self.shard()
-        folder = self.checkpoints / checkpoint_name
         self.optimizer_state.load(folder)
         self.progress = Progress(**checkpoint.read_progress(folder))
         self.objective.load_state(self.progress.objective or self.objective.state())
@@ -171,7 +164,7 @@ class Trainer:
         if self.policy.reference_cache is not None:
             self.policy.reference_cache.update(checkpoint.read_reference_cache(folder))
         self.folder.trim_log(self.progress.step)
-        best_folder = self.checkpoints / "best"
+        best_folder = self.early_stopping.best_folder
         if self.world.is_rank0 and not find_damage(best_folder):
             if checkpoint.read_progress(best_folder)["step"] != self.progress.best_step:
                 shutil.rmtree(best_folder)  # of a later step than the checkpoint: that step will be taken again
@@ -223,16 +216,14 @@ class Trainer:
                 self.frozen_cache = None  # frees its file too
         # too few steps for a verdict: run.json says so instead of lacking the gate
         if movement is not None and movement.gate is None:
-            gate = movement_not_reached()
-            self.folder.gate(gate)
-            print_status(str(gate))
+            self.record_gate(Gate("movement", "not_reached", "fewer than two steps", "all, 0"))
         self._keep_best()
         return self.progress
 
     @property
     def steps_per_window(self) -> int:
         """Optimizer steps per window of rows; more than one where a rollout is used for several steps."""
-        return 1 if self.rollouts is None else self.rollouts.steps
+        return 1 if self.rollouts is None else self.rollouts.config.steps
 
     @property
     def _at_checkpoint_boundary(self) -> bool:
@@ -260,30 +251,27 @@ class Trainer:
         """Whether shared prefixes are computed once; prints the reason where the config asks for it in vain."""
         if self.config.packing != "tree":
             return False
-        if self.world.sharded:
-            print_status("no shared prefixes: layers are gathered for whole documents")
-            return False
-        if blocker := self.method.prefix_sharing_blocker():
+        sharding = "layers are gathered for whole documents" if self.world.sharded else None
+        if blocker := sharding or self.method.prefix_sharing_blocker():
             print_status(f"no shared prefixes: {blocker}")
-            return False
-        if has_flat_kernel(self.policy.device):
+        elif has_flat_kernel(self.policy.device):
             print_status("variable-length flash attention knows no trees: shared prefixes are unrolled")
-            return False
-        return True
+        else:
+            return True
+        return False
 
     def _frozen_layer_cache(self, train: Sequence[Row]) -> FrozenLayerCache | None:
         """A cache for the frozen lower layers, where documents pass them more than once and the disk has room."""
         if self.rollouts is not None or self.world.sharded:
             return None  # rollout documents are new each time; with sharding all ranks must run all layers
-        steps_per_epoch = -(-len(train) // self.config.examples_per_step)
-        is_used = self.config.cache_frozen_layers and self.lowest_trained_layer > 0
+        steps_per_epoch, layer = -(-len(train) // self.config.examples_per_step), self.lowest_trained_layer
+        is_used = self.config.cache_frozen_layers and layer > 0
         if not is_used or total_steps(self.config, len(train)) <= steps_per_epoch:
             return None
         if not has_disk_space(train, self.policy.model.config.hidden_size):
             return None
-        print_status(f"layers below {self.lowest_trained_layer} do not move: each document passes them once")
-        layer, share_prefixes = self.lowest_trained_layer, self.share_prefixes
-        cache = FrozenLayerCache(self.policy, layer, self.budget, share_prefixes=share_prefixes)
+        print_status(f"layers below {layer} do not move: each document passes them once")
+        cache = FrozenLayerCache(self.policy, layer, self.budget, share_prefixes=self.share_prefixes)
         # a resume replays the first epoch with the same packing, hence the same bits. Several ranks replay every step:
         # in later epochs a rank also receives rows that another rank had in the first
         replayed_steps = steps_per_epoch if self.world.size == 1 else self.progress.step
@@ -294,16 +282,17 @@ class Trainer:
     def _step(self, window: Sequence[Example], final_step: int, movement: MovementGate | None) -> dict[str, Any]:
         """One optimizer step over a window of documents. Returns its log entry."""
         start = time.perf_counter()
-        schedule, warmup = self.config.schedule, self.config.warmup_ratio
-        peak = self.peak_rate
-        rate = learning_rate_at(self.progress.step, total=final_step, peak=peak, schedule=schedule, warmup=warmup)
+        step, schedule, warmup = self.progress.step, self.config.schedule, self.config.warmup_ratio
+        rate = learning_rate_at(step, total=final_step, peak=self.peak_rate, schedule=schedule, warmup=warmup)
         selection = self._select_trainable()
         if self.progress.step < self.skip_until_step:
             self.progress.step += 1
             skipped_step = StepMetrics(self.progress.loss, rate, stop_reason="the rest of the rollout")
             return skipped_step.log_entry(self.progress.step)
         examples, rollout_metrics = self._documents(window)
-        batches = self._batches(examples)
+        batches = self.pack(self.world.split_examples(examples), self.budget)
+        if self.frozen_cache is not None:
+            batches = self.frozen_cache.feed(batches)
         loss, norm = self._gradient(examples, batches)
         is_finite = bool(torch.isfinite(norm) & torch.isfinite(loss))
         stop_reason = self.objective.stop_reason() if is_finite else None
@@ -318,12 +307,10 @@ class Trainer:
             skip_step(self.folder, self.progress, examples, float(loss), float(norm))
         elif movement is not None and stop_reason is None and self.objective.has_signal(examples):
             self._observe(movement, selection, examples)
-        return StepMetrics(
-            *(float(loss), rate, float(norm), tokens, seconds),
-            objective={**rollout_metrics, **self._gathered_metrics()},
-            skipped=not is_finite,
-            stop_reason=stop_reason,
-        ).log_entry(self.progress.step)
+        numbers = (float(loss), rate, float(norm), tokens, seconds)
+        metrics = {**rollout_metrics, **self._gathered_metrics()}
+        step_metrics = StepMetrics(*numbers, objective=metrics, skipped=not is_finite, stop_reason=stop_reason)
+        return step_metrics.log_entry(self.progress.step)
 
     def _select_trainable(self) -> TrainableSet | None:
         """The parameters that the method trains in this step, with the heads of the objective; None means all."""
@@ -333,13 +320,10 @@ class Trainer:
         selection = selection._replace(names={*selection.names, *self.objective.trainable()})
         train_only(self.optimizer_state.optimizer, self.trainable, selection)
         if selection.changes_permanently:
-            self._reset_best()  # earlier validation losses are of another model
+            # earlier validation losses are of another model
+            self.folder.update(**self.method.statistics())
+            self.early_stopping.reset(self.progress, remove=self.world.is_rank0)
         return selection
-
-    def _batches(self, examples: Sequence[Example]) -> list[PackedBatch]:
-        """The batches of this rank, with cached hidden states where there is a cache."""
-        batches = self.pack(self.world.split_examples(examples), self.budget)
-        return batches if self.frozen_cache is None else self.frozen_cache.feed(batches)
 
     def _gradient(self, examples: Sequence[Example], batches: list[PackedBatch]) -> tuple[Tensor, Tensor]:
         """Compute the summed and clipped gradients of the step. Returns the loss and the gradient norm."""
@@ -385,11 +369,6 @@ class Trainer:
         self.folder.gate(gate)
         print_status(str(gate))
         enforce(gate)
-
-    def _reset_best(self) -> None:
-        """Restart early stopping after a permanent change of the method."""
-        self.folder.update(**self.method.statistics())
-        self.early_stopping.reset(self.progress, remove=self.world.is_rank0)
 
     def _validate(self, validation: Sequence[Row], entry: dict[str, Any], is_last: bool) -> str | None:
         """Measure the validation loss where it is due. Returns the reason to end the run here, or None."""
