@@ -25,7 +25,7 @@ from rung.errors import CheckpointError, ConfigError, PlanError
 from rung.methods.protocol import Method
 from rung.methods.qlora import quantize
 from rung.methods.registry import METHODS, attach_method
-from rung.models.bfloat16_weights import compute_in_float32
+from rung.models.bfloat16_storage import compute_in_float32
 from rung.models.fused_modules import install_fused_forwards
 from rung.models.generate import Sampling, generate
 from rung.models.policy import Policy

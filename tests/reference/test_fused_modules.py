@@ -116,7 +116,7 @@ def test_second_use_of_one_input() -> None:
     same_gradients(linears(x, [p])[0] + linears(x, [p])[0] * x, explicit(x, p) * (1 + x), [x, *moving([p])])
 
 
-def test_bfloat16_weights_are_widened_exactly() -> None:
+def test_bfloat16_storage_are_widened_exactly() -> None:
     torch.manual_seed(3)
     weight = torch.randn(6, 4).bfloat16()
     x = torch.randn(5, 4, requires_grad=True)

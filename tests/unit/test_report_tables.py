@@ -21,7 +21,7 @@ from rung.report.formatting import (
     format_p_value,
     format_significant,
 )
-from rung.report.summaries import gates_text, lottery_text, measured_text, method_text, preferred_text
+from rung.report.summaries import gates_text, lottery_text, measured_text, method_text, validation_pairs_text
 from rung.report.tables import dry_run_lines, ladder_lines, run_lines, score_lines
 from rung.results import Estimate, EvaluationResult, GateResult, Ladder, LotteryResult, PreviewResult, RunResult
 
@@ -240,11 +240,11 @@ def test_preferences_are_told_from_the_last_measurement() -> None:
     pairs = {"validation_margin": 0.25, "validation_accuracy": 0.9, "validation_length_correlation": -0.1}
     pairs["validation_length_ratio"] = 1.1
     log = [{"step": 1, "validation_margin": 0.0}, {"step": 2, **pairs}, {"step": 3, "loss": 0.5}]
-    assert preferred_text(log) == "90% the right way round, margin +0.250, margin goes with length by -0.10"
+    assert validation_pairs_text(log) == "90% the right way round, margin +0.250, margin goes with length by -0.10"
     twice = {**pairs, "validation_length_ratio": 2.0}
-    assert "2.0 times as long" in preferred_text([twice])
-    assert "length alone" in preferred_text([{**pairs, "validation_length_correlation": 0.7}])
-    assert preferred_text(log[:1]) == "margin +0.000" and preferred_text([{"step": 1, "loss": 1.0}]) == ""
+    assert "2.0 times as long" in validation_pairs_text([twice])
+    assert "length alone" in validation_pairs_text([{**pairs, "validation_length_correlation": 0.7}])
+    assert validation_pairs_text(log[:1]) == "margin +0.000" and validation_pairs_text([{"step": 1, "loss": 1.0}]) == ""
 
 
 def test_what_the_report_reads_of_a_config_is_what_a_config_holds() -> None:

@@ -3,7 +3,8 @@
 All rungs of a climb answer the same questions, so their differences are paired. Each result is written to the climb's
 folder as soon as it exists, and the ladder is always built from these files: a stopped climb repeats no finished rung,
 and a finished climb is judged again without a model. The price is one model in memory at a time and a base loaded anew
-after every training. `ladder.py` judges, `climb_prompts.py` decides what a rung is asked, `search.py` tries settings.
+after every training. `climb_results.py` builds the ladder, `climb_prompts.py` decides what a rung is asked,
+`hyperparameter_search.py` tries settings.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from rung.config.method import FullConfig, HeadConfig
 from rung.errors import ConfigError, PlanError
 from rung.methods.protocol import Method, require_same_tensors
-from rung.models.bfloat16_weights import keeps_bfloat16_weights
+from rung.models.bfloat16_storage import keeps_bfloat16_weights
 
 
 class _TrainsBase(Method):

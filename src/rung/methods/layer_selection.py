@@ -82,7 +82,7 @@ class LayerLottery:
         draw = {"of_layers": len(layers_of(self.method.model)), "choose": self.config.lottery.choose}
         return {"lottery": {"scores": scores, "winners": list(self.winners or ()), **draw}}
 
-    def norms(self) -> dict[int, float]:
+    def update_norms(self) -> dict[int, float]:
         """Squared Frobenius norm of each layer's updates, from their factors: |B A|^2 = sum((B^T B) * (A A^T))."""
         norms = dict.fromkeys(self.layers, 0.0)
         for name, layer in self.method.layers().items():
@@ -100,7 +100,7 @@ class LayerLottery:
         return energies
 
     def _choose_winners(self) -> None:
-        scores = self.norms() if self.config.lottery.score == "delta" else self.energies()
+        scores = self.update_norms() if self.config.lottery.score == "delta" else self.energies()
         total = sum(scores.values()) or 1.0
         self.scores = {number: score / total for number, score in scores.items()}
         self.winners = choose_winners(self.scores, self.config, self.method.seed)

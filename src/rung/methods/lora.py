@@ -33,7 +33,7 @@ from rung.methods.adapter_merging import LowRankFactors
 from rung.methods.lora_init import input_second_moments, weight_gradients
 from rung.methods.protocol import CalibrationData, Method, TrainableSet
 from rung.methods.qlora import dequantize_base, merged_linear, quantize
-from rung.models.bfloat16_weights import keeps_bfloat16_weights, pretend_float32_weights
+from rung.models.bfloat16_storage import keeps_bfloat16_weights, pretend_float32_weights
 from rung.models.fused_modules import linear_weight, plain_linear_params
 from rung.models.fused_ops import LinearParams
 from rung.models.targets import layer_number, roles_of, select_linears

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rung.errors import ConfigError
 from rung.methods.adapter_merging import LowRankFactors, split_singular_values
 from rung.methods.protocol import CalibrationData
-from rung.models.bfloat16_weights import replaced_data
+from rung.models.bfloat16_storage import replaced_data
 
 LORA_GA_GAMMA = 16.0
 """LoRA-GA's scale factor: the value of the paper's experiments (Wang et al. 2024)."""

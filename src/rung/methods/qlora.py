@@ -19,7 +19,7 @@ from rung.config.method import QloraConfig
 from rung.errors import PlanError
 from rung.methods.adapter_merging import LowRankFactors
 from rung.methods.lora_init import check_rank, loftq
-from rung.models.bfloat16_weights import keeps_bfloat16_weights
+from rung.models.bfloat16_storage import keeps_bfloat16_weights
 from rung.models.fused_modules import linear_weight
 from rung.models.targets import layer_number, select_linears
 

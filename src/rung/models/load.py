@@ -29,10 +29,10 @@ from rung.errors import CheckpointError, ConfigError, PlanError, did_you_mean
 from rung.files import is_run_folder, require_undamaged
 from rung.models import attention
 from rung.models.base_model import NO_REMOTE_CODE, BaseModel, LoadedWeights, compute_dtype, fingerprint, prepare_config
-from rung.models.bfloat16_weights import compute_in_float32, stored_in_bfloat16
+from rung.models.bfloat16_storage import compute_in_float32, stored_in_bfloat16
 from rung.models.download import download_base
 from rung.models.fused_modules import install_fused_forwards
-from rung.models.gguf import first_line, gguf_tokenizer, load_gguf
+from rung.models.gguf_reader import first_line, gguf_tokenizer, load_gguf
 from rung.models.layers import drop_layers
 from rung.planning.architecture import is_hub_id
 

@@ -104,7 +104,7 @@ def ladder(source: ReportSource) -> LadderTable | None:
     return LadderTable(metrics, unit, tuple(summaries.printed_rungs(rows, metrics, verdict)), note)
 
 
-def verdict_plots(source: ReportSource) -> Markup | None:
+def difference_plot(source: ReportSource) -> Markup | None:
     """Plot of the differences that the verdict is based on."""
     if not source.ladder or len(source.ladder.verdict.rungs) < 2:
         return None
@@ -316,7 +316,7 @@ def _training_summary(run: LoggedRun) -> Pairs:
         "peak memory": format_bytes(result.peak_memory_bytes or None),
         "training loss": f"{format_loss(result.train_loss)} in the last step" if result.steps else "",
         "validation loss": format_loss(result.validation_loss),
-        "held-out pairs": summaries.preferred_text(run.log),
+        "held-out pairs": summaries.validation_pairs_text(run.log),
         "reward model": summaries.reward_text(result.reward),
         "lowest at step": f"{best:,}" if best else "",
         "lottery": summaries.lottery_text(result.lottery),

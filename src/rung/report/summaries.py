@@ -205,7 +205,7 @@ LENGTH_RATIO, LENGTH_CORRELATION = 1.5, 0.5
 """Values from which the report warns that preferences may be about length."""
 
 
-def preferred_text(log: Sequence[Json]) -> str:
+def validation_pairs_text(log: Sequence[Json]) -> str:
     """Last measurement of a preference run on its validation pairs."""
     entry = next((e for e in reversed(log) if "validation_margin" in e), None)
     if entry is None:

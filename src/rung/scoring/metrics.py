@@ -146,8 +146,8 @@ def numeric(answer: str, expected: str) -> float:
     if answer_quantity is None:
         return 0.0
     # `fell by 3` may be written as -3 or as 3: only magnitude and direction are comparable
-    if direction := _direction(expected):
-        opposite = (_direction(answer) or (-1 if answer_quantity.numeral < 0 else 0)) == -direction
+    if direction := _change_direction(expected):
+        opposite = (_change_direction(answer) or (-1 if answer_quantity.numeral < 0 else 0)) == -direction
         return float(not opposite and _quantities_agree(abs(answer_quantity), abs(expected_quantity)))
     return float(_quantities_agree(answer_quantity, expected_quantity))
 
@@ -236,7 +236,7 @@ def _quantities_agree(first: Quantity, second: Quantity) -> bool:
     return math.isclose(first.value, second.value, rel_tol=RELATIVE_TOLERANCE)
 
 
-def _direction(text: str) -> int:
+def _change_direction(text: str) -> int:
     """1 if the text states an increase, -1 for a decrease, 0 for neither or both."""
     return bool(_UP.search(text)) - bool(_DOWN.search(text))
 

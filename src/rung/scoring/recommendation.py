@@ -2,7 +2,7 @@
 
 The rule is non-inferiority with a margin, not significance (decision 0004): a test set that is too small gives "cannot
 tell" with the number of examples needed, never a recommendation. The cost is that small test sets rarely recommend the
-lowest rung. Pure functions of per-item scores; `commands.ladder` calls `recommend`.
+lowest rung. Pure functions of per-item scores; `commands.climb_results` calls `recommend`.
 """
 
 from __future__ import annotations

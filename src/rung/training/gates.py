@@ -22,7 +22,7 @@ from rung.console import print_status
 from rung.errors import GateError
 from rung.files import write_text
 from rung.methods.protocol import Method, TrainableSet
-from rung.models.bfloat16_weights import keeps_bfloat16_weights
+from rung.models.bfloat16_storage import keeps_bfloat16_weights
 from rung.models.fused_modules import original_forwards
 from rung.models.generate import Sampling, generate
 from rung.models.policy import Policy

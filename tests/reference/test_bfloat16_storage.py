@@ -19,7 +19,7 @@ from rung.files import write_folder
 from rung.methods.registry import attach_method
 from rung.models import load
 from rung.models.base_model import BaseModel
-from rung.models.bfloat16_weights import stored_in_bfloat16
+from rung.models.bfloat16_storage import stored_in_bfloat16
 from rung.models.generate import Sampling, generate
 from rung.models.load import load_base
 from rung.models.policy import Policy
