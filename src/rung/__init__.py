@@ -17,6 +17,8 @@ from importlib import import_module
 from logging import ERROR, getLogger
 from typing import Any
 
+from rung import errors as errors  # light, and `rung.errors.PlanError` works without a further import
+
 __version__ = "0.1.0"
 getLogger("bitsandbytes").setLevel(ERROR)  # which peft imports, and which misses kernels that it looks for on a hub
 

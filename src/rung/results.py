@@ -2,7 +2,8 @@
 
 Each is a pydantic model whose `to_json` gives back what it was made of, fields of an objective's own included, so that
 reading a folder and writing it again loses nothing. Results hold numbers and words alone: no tensors, no open files.
-They are made by `rung.commands`, and read by the terminal, the report and Python programs.
+They are made by `rung.scoring`, `rung.evaluation` and `rung.commands`, and read by the terminal, the report and Python
+programs.
 """
 
 from __future__ import annotations
@@ -11,9 +12,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
-
-GateState = Literal["passed", "failed", "not_reached"]
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 
 class Result(BaseModel):
@@ -64,7 +63,8 @@ class GateResult(Result):
     """What a gate measured."""
 
     name: str
-    state: GateState
+    state: str
+    """passed, failed or not_reached; a later version may write others."""
     measured: Any = None
     limit: Any = None
 
@@ -218,7 +218,7 @@ class LotteryResult(Result):
 class RunResult(Result):
     """A training run as its `run.json` describes it."""
 
-    status: str
+    status: str = "unknown"
     """finished, failed, interrupted or running."""
     path: str = ""
     """The run folder."""
@@ -255,12 +255,18 @@ class RunResult(Result):
     """Of a mixture: the share of tokens of each expert, by linear."""
     device: str | None = None
     compute_dtype: str | None = None
-    versions: dict[str, str] = {}
-    fingerprints: dict[str, str] = {}
+    versions: dict[str, str | None] = {}
+    fingerprints: dict[str, str | None] = {}
     """Hashes of base, data and chat template."""
     not_finite: dict[str, Any] = {}
     """Rows of the step whose loss was not finite."""
     error: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_default(cls, fields: Any) -> Any:
+        # a report is needed most for a run that failed, whatever its manifest lacks
+        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
 
     @property
     def artifact(self) -> Path:

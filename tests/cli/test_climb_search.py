@@ -101,8 +101,15 @@ def test_learning_curve(config: Path, tmp_path: Path, capsys: Any) -> None:
     code, out, err = inside(capsys, "climb", config, "training.max_steps=3", "--json")
     assert code == 0 and "16 rows" in err and "8 rows" not in err.replace("18 rows", "")
     assert json.loads(out)["curve"][1]["score"] == found["curve"][1]["score"]
+    # killed between the last result and the ladder: the next call completes the folder and trains nothing
+    file = tmp_path / "run" / "run.json"
+    manifest = json.loads(file.read_text())
+    ladder = manifest.pop("ladder")
+    file.write_text(json.dumps({**manifest, "status": "running"}))
     code, _, err = inside(capsys, "climb", config, "training.max_steps=3")
     assert code == 0 and "passed over" not in err, "a finished climb looks at no point that it passes over"
+    manifest = json.loads(file.read_text())
+    assert manifest["status"] == "finished" and manifest["ladder"]["rows"] == ladder["rows"]
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,26 @@ def test_every_verb_in_the_docs_exists() -> None:
     assert said and said <= known, said - known
 
 
+def test_code_named_in_the_docs_exists() -> None:
+    """`path.py::name` in a page is a function, class, method or constant of that file."""
+    for page in PAGES:
+        for path, name in re.findall(r"`([\w/]+\.py)::([\w.]+)`", page.read_text()):
+            file = next((f for f in (ROOT / path, ROOT / "src" / "rung" / path) if f.exists()), None)
+            assert file is not None, f"{page.name}: {path}"
+            body: list[ast.stmt] = ast.parse(file.read_text()).body
+            for part in name.split("."):
+                found = [node for node in body if part in _names(node)]
+                assert found, f"{page.name}: {path}::{name}"
+                body = getattr(found[0], "body", [])
+
+
+def _names(node: ast.stmt) -> set[str]:
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return {leaf.id for target in targets for leaf in ast.walk(target) if isinstance(leaf, ast.Name)}
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):

@@ -53,6 +53,11 @@ def test_every_exported_member_is_there_and_documented(name: str) -> None:
     assert member.__module__.startswith("rung.")
 
 
+def test_errors_are_a_module_too() -> None:
+    code = "import rung; assert rung.errors.PlanError is rung.PlanError"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_all_config_classes_are_exported() -> None:
     from rung.config.base import Config
     from rung.config.run import RunConfig

@@ -301,6 +301,28 @@ def test_a_run_that_did_not_finish_says_so_on_top(tmp_path: Path, changes: dict[
     assert shown.text.index(expected[0]) < shown.text.index("What was trained")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"status": None}, {"gates": None}, {"tokens": None}, {"data": None}, {"metrics": None},
+        {"versions": {"torch": None}}, {"fingerprints": {"base": None}},
+        {"gates": [{"name": "x", "state": "postponed"}]},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)  # fmt: skip
+def test_nulls_and_words_of_a_later_version_do_not_stop_a_report(tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert "What was trained" in page(a_run(tmp_path / "run", **changes)).text
+
+
+def test_a_ladder_of_an_earlier_version_is_read_as_not_finished(tmp_path: Path) -> None:
+    folder = Made().write(tmp_path / "climb")
+    manifest = json.loads((folder / "run.json").read_text())
+    manifest["ladder"]["ladder"] = manifest["ladder"].pop("rows")
+    write_json(folder / "run.json", manifest)
+    shown = page(folder).text
+    assert "This climb is not finished" in shown and "rung climb CONFIG" in shown
+
+
 def test_missing_pieces_are_absent(tmp_path: Path) -> None:
     write_json(tmp_path / "run.json", {"status": "started", "config": {}})
     shown = page(tmp_path)

@@ -82,7 +82,8 @@ class Climb:
         """Measure what is missing, then build the ladder. If nothing is missing, no model is loaded."""
         self._check_fingerprint("data", self._splits.fingerprint)
         if self._is_complete() and not self._overwrite:
-            return self._ladder()
+            with closing(self._acquire_folder()) as folder:
+                return self._finish(folder)  # an earlier process may have been killed before it wrote the ladder
         # Everything that can be refused is refused before the first training step, and what needs no model before the
         # model is loaded.
         prompts = self._prompts
@@ -99,13 +100,21 @@ class Climb:
         prompts.check_room(first_data.chat, base.context - self.config.evaluation.max_new_tokens)
         if task is not None:
             check_room(task, first_data.chat, base.context)
-        settings, how = config_to_dict(self.config), {"resume": self._resume, "overwrite": self._overwrite}
-        with closing(RunFolder.acquire(self.path, settings, **how, free=CHANGEABLE_SETTINGS)) as folder:
+        with closing(self._acquire_folder()) as folder:
             # An error in the manifest is that of an earlier attempt.
             folder.manifest.pop("error", None)
             facts = {"data": first_data.summary(), "fingerprints": self._fingerprints}
-            folder.update(climb=True, status="running", config=settings, **facts)
+            folder.update(climb=True, status="running", config=config_to_dict(self.config), **facts)
             return self._measure_all(folder, data)
+
+    def _acquire_folder(self) -> RunFolder:
+        settings, how = config_to_dict(self.config), {"resume": self._resume, "overwrite": self._overwrite}
+        return RunFolder.acquire(self.path, settings, **how, free=CHANGEABLE_SETTINGS)
+
+    def _finish(self, folder: RunFolder) -> Ladder:
+        ladder = self._ladder()
+        folder.update(status="finished", ladder=ladder.to_json())
+        return ladder
 
     @cached_property
     def _splits(self) -> Splits:
@@ -148,9 +157,7 @@ class Climb:
         except RungError as error:
             folder.update(status="failed", error=str(error))
             raise
-        ladder = self._ladder()
-        folder.update(status="finished", ladder=ladder.to_json())
-        return ladder
+        return self._finish(folder)
 
     def _ladder(self) -> Ladder:
         """The ladder from the files in the folder."""

@@ -27,7 +27,7 @@ from rung.training.run_folder import peak_memory_bytes, read_json, write_json
 CONTEXT_LABELS = {"given": "context", "withheld": "closed book", "retrieved": "retrieved passages"}
 """What the ladder calls each setting of `context`; it names none where no row has a context."""
 AnyRung = RungConfig | OnTopConfig
-_COSTS_PER_QUERY = ("seconds_per_query", "prompt_tokens", "disk_bytes")
+_COMPARED_COSTS = ("seconds_per_query", "prompt_tokens", "disk_bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ def _next_rung(rows: Sequence[LadderRow], verdict: Verdict, gain_between: GainFu
         return None
     index = names.index(verdict.recommended)
     recommended_row, next_row = rows[index], rows[index + 1]
-    costs = {key: getattr(next_row, key) - getattr(recommended_row, key) for key in _COSTS_PER_QUERY}
+    costs = {key: getattr(next_row, key) - getattr(recommended_row, key) for key in _COMPARED_COSTS}
     # Not a difference: who already has the recommended rung still pays the whole training of the next one.
     costs["train_seconds"] = next_row.train_seconds
     gain = gain_between(index, index + 1)

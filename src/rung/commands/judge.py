@@ -59,8 +59,8 @@ def judge_pairs(config: JudgeConfig, pairs: Sequence[AnswerPair], seed: int = 0)
     verdicts, labeled_verdicts = judged_pairs[: len(pairs)], judged_pairs[len(pairs) :]
     # Without human labels the verdict is reported all the same, but marked as not to be trusted.
     reason = "its agreement with people was not measured: evaluation.judge.human_labels names no file"
-    nothing = {"pairs": 0, "unreadable": 0, "undecided": 0, "kappa": None, "agreement": None, "people": None}
-    agreement = JudgeAgreement(trusted=False, reason=reason, **nothing)
+    unmeasured = {"pairs": 0, "unreadable": 0, "undecided": 0, "kappa": None, "agreement": None, "people": None}
+    agreement = JudgeAgreement(trusted=False, reason=reason, **unmeasured)
     if labeled_pairs:
         clusters = [pair.cluster for pair in labeled_pairs]
         agreement = check_judge([j.verdicts for j in labeled_verdicts], human_labels, clusters, config.min_kappa)

@@ -161,6 +161,9 @@ class MappedSequence(LazySequence[T]):
     def __init__(self, make_item: Callable[[Any], T], rows: Any) -> None:
         self._make_item, self.rows = make_item, rows
 
+    def __iter__(self) -> Iterator[T]:
+        return map(self._make_item, self.rows)  # in one pass over the rows, which may read a file
+
     def at(self, i: int) -> T:
         """Compute one; nothing is cached."""
         return self._make_item(self.rows[i])

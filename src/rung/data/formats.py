@@ -95,8 +95,9 @@ class ColumnCensus:
     def add(self, row: Row) -> None:
         """Count one row."""
         self.rows += 1
-        # a column that is always null still counts as present, with 0 rows
-        self.counts.update({str(column): int(value is not None) for column, value in row.items()})
+        # a column that is always null still counts as present, with 0 rows; Counter.update takes four times as long
+        for column, value in row.items():
+            self.counts[str(column)] += value is not None
 
 
 def detect(

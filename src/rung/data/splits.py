@@ -157,7 +157,8 @@ def _refuse_empty(parts: Splits, shares: dict[str, float], rows: int) -> None:
 def _group_count(*parts: Records) -> int:
     """Number of distinct groups of all parts."""
     groups = np.concatenate([part.groups() for part in parts])
-    return len(np.unique(groups[groups.any(axis=1)], axis=0))
+    groups = groups[groups.any(axis=1)]
+    return int((index_of_first_occurrence(groups) == np.arange(len(groups))).sum())
 
 
 def _split_counts(part: Records) -> dict[str, int]:

@@ -101,7 +101,9 @@ def _read_source(path: Path, manifest: Mapping[str, Any]) -> ReportSource:
         row = LadderRow.model_validate({**manifest, **result.metrics}) if result.metrics else LadderRow()
         rung = MeasuredRung("this run", row, _read_items(path), result.metrics.get("cut_off"), (run,))
         return ReportSource(path, result, (rung,))
-    ladder = Ladder.model_validate(manifest["ladder"]) if manifest.get("ladder") else None
+    stored = manifest.get("ladder") or {}
+    # without rows: of an earlier version. The page then says that `rung climb` completes it, which trains nothing
+    ladder = Ladder.model_validate(stored) if "rows" in stored else None
     rungs = _finished_rungs(path, ladder) if ladder else _unfinished_rungs(path, result.config)
     return ReportSource(path, result, rungs, is_climb=True, ladder=ladder)
 

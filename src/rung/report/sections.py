@@ -208,7 +208,9 @@ def curves(source: ReportSource) -> list[tuple[str, Markup]]:
 def layers(source: ReportSource) -> list[tuple[str, Markup]]:
     """Layer scores of each lottery."""
     lotteries = [(run.label, run.result.lottery) for run in source.runs]
-    return [(label, plots.layer_scores(label, it.scores, it.winners)) for label, it in lotteries if it]
+    return [
+        (label, plots.layer_scores(label, lottery.scores, lottery.winners)) for label, lottery in lotteries if lottery
+    ]
 
 
 def training_summaries(source: ReportSource) -> list[tuple[str, Pairs]]:
@@ -238,7 +240,7 @@ def data(source: ReportSource) -> Pairs:
         lines["dropped or trimmed"] = f"{train.dropped:,} dropped, {train.trimmed:,} trimmed for length"
     if source.result.contamination:
         lines |= summaries.contamination_text(source.result.contamination)
-    fingerprints = dict(source.result.fingerprints)
+    fingerprints = {name: value for name, value in source.result.fingerprints.items() if value}
     if splits.fingerprint:
         fingerprints["data"] = splits.fingerprint
     return lines | {f"{name} fingerprint": value for name, value in fingerprints.items()}
@@ -305,7 +307,7 @@ def _training_summary(run: LoggedRun) -> Pairs:
         "method": summaries.method_text(config.get("method", {})),
         "base": str(config.get("model", {}).get("name", "")),
         # 64 bits of it are enough to compare by eye
-        "base fingerprint": result.fingerprints.get("base", "")[:16],
+        "base fingerprint": (result.fingerprints.get("base") or "")[:16],
         "trainable": f"{result.trainable_parameters:,}" if result.trainable_parameters else "",
         "moves": result.moves or "",
         "learning rate": schedule,

@@ -2,7 +2,7 @@
 
 The ladder adapts to the terminal: 120 columns hold one line per rung, 80 hold two by putting intervals below their
 means; narrower ones lose columns, never digits. Without a terminal the width is fixed, so that logs can be compared.
-Functions return lines and print nothing. `cli` and `commands.climb_results` call them.
+Functions return lines and print nothing. `cli` and `commands.climb` call them.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def _sampled_p_value(sizes: Floats, threshold: float, seed: int) -> float:
 
 
 def batch_sizes(total: int, width: int, limit: int = 2_000_000) -> list[int]:
-    """Sizes of batches of rows of `width` numbers: two million numbers at most, so that memory stays at megabytes."""
+    """Sizes of batches of rows of `width` numbers: at most `limit` numbers, so that memory stays at megabytes."""
     rows = max(1, limit // width)
     return [min(rows, total - start) for start in range(0, total, rows)]
 

@@ -66,7 +66,7 @@ def t_interval(scores: ArrayLike) -> Estimate:
 
 
 def cluster_bootstrap(scores: ArrayLike, clusters: Clusters, seed: int = 0, *, weights: Weights = None) -> Estimate:
-    """Estimate of a (weighted) mean, clusters resampled with replacement.
+    """A (weighted) mean with its interval, clusters resampled with replacement.
 
     Expanded percentile interval (Hesterberg 2015, arXiv 1411.5279, section 5.3): the plain percentile is too narrow by
     about sqrt((C-1)/C) * z/t with C clusters, so wider percentiles of the replicates are taken. Not BCa: its
