@@ -2,13 +2,14 @@
 
 Every rank holds the model, replicated or sharded (`training/fsdp.py`), and takes its share of the rows of each step.
 Losses and gradients are sums divided by the count of the whole step, so the sum over ranks equals the value of a single
-process; nothing is averaged. Metrics travel as pickled objects: slower than tensors, but no layout to agree on.
+process; nothing is averaged. Metrics travel as JSON, which is slower than tensors and needs no layout to agree on.
 `World` is the only access to collectives; a world of one process makes each of them the identity.
 """
 
 from __future__ import annotations
 
 import heapq
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -91,13 +92,22 @@ class World:
         return max(self.gather(batches)) - batches if self.sharded else 0
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks in rank order, for any value that can be pickled."""
+        """The values of all ranks in rank order, for any JSON value. Floats arrive exactly."""
         if self.size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
+        # JSON, not all_gather_object: nothing is pickled (a test forbids it), and repr of a float is exact
+        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
         with _translating_peer_errors():
-            distributed.all_gather_object(values, value)
-        return values
+            distributed.all_gather(lengths, torch.tensor([len(payload)], device=self.device))
+        # all_gather takes tensors of one size: pad to the longest message
+        longest = max(int(length) for length in lengths)
+        padded = torch.nn.functional.pad(payload, (0, longest - len(payload)))
+        buffers = [torch.empty(longest, dtype=torch.uint8, device=self.device) for _ in range(self.size)]
+        with _translating_peer_errors():
+            distributed.all_gather(buffers, padded)
+        messages = (buffer[: int(length)] for buffer, length in zip(buffers, lengths, strict=True))
+        return [json.loads(bytes(message.tolist())) for message in messages]
 
     def sum_values(self, values: Sequence[float]) -> list[float]:
         """Elementwise sums over all ranks, added in rank order: every rank gets the same bits."""

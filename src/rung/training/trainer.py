@@ -151,10 +151,15 @@ class Trainer:
 
     def restore(self) -> bool:
         """Load the newest undamaged checkpoint. Returns False where there is none."""
+
+        def newest_name() -> str | None:
+            newest = checkpoint.newest_checkpoint(self.checkpoints, print_status)
+            return None if newest is None else newest.name
+
         # rank 0 decides: ranks that see another state of a shared disk would resume from different steps
-        folder = self.world.on_rank0(lambda: checkpoint.newest_checkpoint(self.checkpoints, print_status))
-        if folder is None:
+        if (name := self.world.on_rank0(newest_name)) is None:
             return False
+        folder = self.checkpoints / name
         if self.in_parts:  # before loading, so that each rank reads only its rows
             self.shard()
         self.optimizer_state.load(folder)
