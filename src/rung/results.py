@@ -12,11 +12,11 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 
 class Result(BaseModel):
-    """The base of all results. Unknown fields are kept: an objective logs numbers of its own."""
+    """The base of all results. Unknown fields are kept, for example the numbers that only one objective logs."""
 
     # extra="allow": a manifest that a later version wrote must survive being read and written by this one
     model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)
@@ -95,7 +95,7 @@ class SplitsResult(Result):
     test: SplitResult | None = None
     sets: tuple[DataSetResult, ...] = ()
     overlap_dropped: int = 0
-    """Rows dropped because their prompt also stands in another split."""
+    """Rows dropped because their prompt also occurs in another split."""
     fingerprint: str | None = None
 
     def by_name(self) -> dict[str, SplitResult]:
@@ -261,12 +261,6 @@ class RunResult(Result):
     not_finite: dict[str, Any] = {}
     """Rows of the step whose loss was not finite."""
     error: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_default(cls, fields: Any) -> Any:
-        # a report is needed most for a run that failed, whatever its manifest lacks
-        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
 
     @property
     def artifact(self) -> Path:

@@ -31,9 +31,12 @@ def test_train_load_and_answer(config: Path, tmp_path: Path) -> None:
 
 
 def test_results_are_those_of_the_command_line(config: Path, tmp_path: Path, capsys: Any) -> None:
-    code, printed, err = inside(capsys, "train", config, "--json")
+    code, printed, err = inside(capsys, "train", config, "data.validation=0", "--json")
     assert code == 0, err
-    assert rung.train(config, resume=True).to_json() == json.loads(printed)
+    assert rung.train(config, overrides=["data.validation=0"], resume=True).to_json() == json.loads(printed)
+    # nulls too: without validation rows there is no validation loss
+    written = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert written["validation_loss"] is None and {name: json.loads(printed)[name] for name in written} == written
 
     scores = rung.evaluate(tmp_path / "run", limit=8)
     _, printed, _ = inside(capsys, "eval", tmp_path / "run", "--limit", "8", "--json")

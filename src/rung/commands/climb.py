@@ -101,15 +101,16 @@ class Climb:
         if task is not None:
             check_room(task, first_data.chat, base.context)
         with closing(self._acquire_folder()) as folder:
-            # An error in the manifest is that of an earlier attempt.
-            folder.manifest.pop("error", None)
             facts = {"data": first_data.summary(), "fingerprints": self._fingerprints}
-            folder.update(climb=True, status="running", config=config_to_dict(self.config), **facts)
+            folder.update(climb=True, status="running", **facts)
             return self._measure_all(folder, data)
 
     def _acquire_folder(self) -> RunFolder:
         settings, how = config_to_dict(self.config), {"resume": self._resume, "overwrite": self._overwrite}
-        return RunFolder.acquire(self.path, settings, **how, free=CHANGEABLE_SETTINGS)
+        folder = RunFolder.acquire(self.path, settings, **how, free=CHANGEABLE_SETTINGS)
+        folder.manifest["config"] = settings  # `CHANGEABLE_SETTINGS` may differ from those of an earlier attempt
+        folder.manifest.pop("error", None)  # of an earlier attempt
+        return folder
 
     def _finish(self, folder: RunFolder) -> Ladder:
         ladder = self._ladder()

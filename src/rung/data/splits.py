@@ -56,7 +56,7 @@ def split_positions(records: Records) -> np.ndarray:
 def assign_splits(records: Records, *, validation: float | Records, test: float | Records) -> Splits:
     """Cut by thresholds: [0, test) is test, the next `validation` of the range is validation, the rest is train.
 
-    A part with records of its own takes none of the range.
+    A part that is given as records takes none of the range.
     """
     positions = split_positions(records)
     # test has the low end: changing the validation share never moves a test row

@@ -1,9 +1,9 @@
 """Prompt formats: instruction and worked examples around a question.
 
-A tuned model is asked as it was trained, an untuned one with the best prompt that the training split allows, so that
-tuning is compared with honest prompting. Worked examples come from the training split only. Fixed examples are encoded
-once for all questions; nearest examples fit better but cost their prompt at every question. `commands.climb_prompts`
-chooses the format, `evaluate` applies it.
+A tuned model gets the bare question, as in its training. An untuned one gets the best prompt that the training split
+allows, so that tuning is compared with honest prompting. Worked examples come from the training split only. Fixed
+examples are encoded once for all questions; nearest examples fit better but cost their prompt at every question.
+`commands.climb_prompts` chooses the format, `evaluate` applies it.
 """
 
 from __future__ import annotations

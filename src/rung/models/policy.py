@@ -172,8 +172,8 @@ class Policy:
     def iterate_batches(self, batches: Iterable[PackedBatch]) -> Iterator[PackedBatch]:
         """Yield the batches of `pack` one by one, each with its prefix available.
 
-        After the last row of a prefix, the prefix receives the gradients of its rows; after the last batch, the virtual
-        tokens receive theirs.
+        After the last row of a prefix, the prefix receives the gradients of its rows. After the last batch, the virtual
+        tokens receive the gradients of all batches.
         """
         self._iterating = True
         try:

@@ -129,7 +129,7 @@ class MemoryEstimate:
         return {**total, "footprint_bytes": self.footprint, "at": self.largest_stage.name, "stages": stages}
 
     def follow_up_stages(self, config: RunConfig, shape: ModelShape, compute: str, length: float) -> tuple[Stage, ...]:
-        """Memory of `rung eval` and `rung merge`, each a process of its own; `length` is that of a prompt."""
+        """Memory of `rung eval` and `rung merge`, each in a new process; `length` is that of a prompt."""
         changes_base = config.method.kind in BASE_CHANGING_METHODS
         adapter = Term("adapter", 0 if changes_base else 4 * self.cost.stored_parameters, "float32")
         rows, tokens = config.evaluation.batch, int(config.data.max_length or length)

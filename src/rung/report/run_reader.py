@@ -93,8 +93,13 @@ def read_report_source(path: Path) -> ReportSource:
         raise CheckpointError(summary, where=str(path), given=given) from None
 
 
+def _run_result(manifest: Mapping[str, Any]) -> RunResult:
+    """The manifest as a result; a null counts as missing, so that the default applies."""
+    return RunResult.model_validate({name: value for name, value in manifest.items() if value is not None})
+
+
 def _read_source(path: Path, manifest: Mapping[str, Any]) -> ReportSource:
-    result = RunResult.model_validate(manifest)
+    result = _run_result(manifest)
     # a single run is shown as a ladder of one rung, so that sections need no second case
     if "climb" not in manifest:
         run = LoggedRun("", result, _read_log(path / "log.jsonl"))
@@ -140,9 +145,9 @@ def _read_rung(label: str, folder: Path, row: LadderRow | None) -> MeasuredRung:
     runs = []
     for i, run_folder in enumerate(run_folders):
         if is_run_folder(run_folder):
-            run_result = RunResult.model_validate(read_manifest(run_folder))
             run_label = f"{label}, seed {i}" if seeds else label
-            runs.append(LoggedRun(run_label, run_result, _read_log(run_folder / "log.jsonl")))
+            log = _read_log(run_folder / "log.jsonl")
+            runs.append(LoggedRun(run_label, _run_result(read_manifest(run_folder)), log))
     row = row or LadderRow.model_validate(result)
     return MeasuredRung(label, row, _read_items(run_folders[0]), result.get("cut_off"), tuple(runs))
 
