@@ -108,7 +108,10 @@ def test_recomputation_sees_the_same_segments(shape: str) -> None:
     for checkpointing in (False, True):
         model = tiny_model(shape, dtype=torch.float64).requires_grad_(True)
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            # the second is its name in earlier versions of transformers
+            former = "gradient_checkpointing_enable"
+            name = "activation_checkpointing_enable"
+            getattr(model, name if hasattr(model, name) else former)({"use_reentrant": False})
         model.train()
         accumulate(policy_of(model), SftObjective(SftConfig()), pack(examples, 10_000))
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])

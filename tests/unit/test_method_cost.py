@@ -77,7 +77,7 @@ def kept(config: Any, *, layers: int) -> int:
     objective.loss(policy, batch)[0].total.backward()  # what is made once is there from here on
     gc.collect()  # or what an earlier pass left goes while it is counted
     gc.disable()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
         loss = objective.loss(policy, batch)[0].total
     gc.enable()
     assert torch.isfinite(loss)
