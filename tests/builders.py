@@ -18,6 +18,7 @@ from rung.methods.registry import attach_method
 from rung.models.base_model import BaseModel
 from rung.models.policy import NoMethod, Policy
 from rung.objectives.sft import SftObjective
+from rung.training.packing import pack
 from rung.training.step import CalibrationBatch
 from rung.types import Example, PackedBatch, Source
 
@@ -68,6 +69,11 @@ def example(ids: Sequence[int], prompt: int, *, weight: float = 1.0, line: int =
     """A document whose first `prompt` tokens are read and whose others are learned."""
     whole = np.array(ids, dtype=np.int32)
     return Example(whole, np.arange(len(whole)) >= max(1, prompt), Source("test", line), weight)
+
+
+def in_one_batch(examples: Sequence[Example]) -> list[PackedBatch]:
+    """All documents in as few batches as their tasks allow, as the step-0 gates get them."""
+    return pack(examples, sum(map(len, examples)))
 
 
 def documents(seed: int = 0, count: int = 6, *, shared: int = 0, longest: int = 30) -> list[Example]:

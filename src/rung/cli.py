@@ -99,19 +99,23 @@ def data_check(
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,
-    memory: Annotated[str | None, typer.Option(help="Available memory, for example 24GiB.")] = None,
-    device: Annotated[str | None, typer.Option(help="Name of a known device, for example h100.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Available memory of each device, for example 24GiB.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="A known graphics card, for example h100, or cpu; default: that of this machine.")
+    ] = None,
+    devices: Annotated[int, typer.Option(min=1, help="Processes, each with a device of its own.")] = 1,
     tokens: Annotated[float | None, typer.Option(min=1, max=1e18, help="Tokens per epoch, if known.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Estimate memory and time of a run for every method, without loading a model, and advise what would fit.
 
-    Exit code 3 if the method of the config does not fit into --memory.
+    Exit code 3 if the method of the config does not fit.
     """
     from rung.commands.plan import plan as make_plan
     from rung.report.plans import plan_lines
 
-    advice = make_plan(config, overrides=overrides or (), memory=memory, device=device, tokens=tokens)
+    settings = overrides or ()
+    advice = make_plan(config, overrides=settings, memory=memory, device=device, devices=devices, tokens=tokens)
     _show(advice.to_json(), plan_lines(advice, config), as_json)
     if advice.plan.fits is False:
         raise typer.Exit(REFUSED)

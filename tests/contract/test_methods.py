@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from builders import calibrated, documents, example, policy_of, tuned
+from builders import calibrated, documents, example, in_one_batch, policy_of, tuned
 from models import LAYER_NORM_SHAPES, SHAPES, tiny_model
 from naive import distance, gradients, naive, naive_loss, redraw
 from rung.config.method import METHOD_CONFIGS
@@ -162,7 +162,7 @@ def test_starts_as_the_base_and_declares_what_moves(kind: str, config: dict[str,
     difference = (policy.logprobs(pack(examples, 10_000)[0]) - before).abs().max()
     assert (difference < FLOAT32_NATS) == method.starts_as_base
     assert check_trainable(method, make_optimizer(method.trainable(), OptimizerConfig())).state == "passed"
-    gate = check_identity(policy, method, examples)
+    gate = check_identity(policy, method, in_one_batch(examples))
     assert (gate is None) == (method.artifact == "model" or not method.starts_as_base)
     assert gate is None or gate.state == "passed"
 
@@ -364,7 +364,7 @@ def test_bfloat16_compute_gives_nearly_the_gradient_of_float32(
 @everywhere
 def test_packed_equals_unpacked_and_said_equals_read(kind: str, config: dict[str, object], shape: str) -> None:
     policy, _ = tuned(kind, shape, **config)
-    assert check_packing(policy, documents(shared=18)).state == "passed"
+    assert check_packing(policy, in_one_batch(documents(shared=18))).state == "passed"
     if beyond_the_window(policy):
         with pytest.raises(PlanError, match="sliding window"):
             check_decoding(policy, documents())
@@ -504,7 +504,7 @@ def test_modules_trained_whole_are_those_named_and_no_others() -> None:
 def test_as_many_virtual_tokens_as_there_may_be(kind: str, tmp_path: Path) -> None:
     policy, method = tuned(kind, virtual_tokens=500)
     assert method.virtual_tokens == 500
-    assert check_packing(policy, documents(shared=17)).state == "passed"
+    assert check_packing(policy, in_one_batch(documents(shared=17))).state == "passed"
     assert check_decoding(policy, documents()).state == "passed"
     method.save(tmp_path)
     again = attach_method(tiny_model(), METHOD_CONFIGS[kind](virtual_tokens=500), seed=99)

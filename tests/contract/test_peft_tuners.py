@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftType
 
-from builders import documents, policy_of, tuned
+from builders import documents, in_one_batch, policy_of, tuned
 from models import tiny_model
 from rung.config.method import METHOD_CONFIGS
 from rung.config.objective import SftConfig
@@ -109,7 +109,7 @@ def test_a_tuner_keeps_the_contract(kind: str, tmp_path: Path) -> None:
     tuned_once = policy.logprobs(batch).detach()
     assert (tuned_once - base).abs().max() > 1e-3
     assert torch.equal(policy.reference_logprobs(batch), base)
-    assert check_packing(policy, documents(shared=17)).state == "passed"
+    assert check_packing(policy, in_one_batch(documents(shared=17))).state == "passed"
     assert check_decoding(policy, documents()).state == "passed"
     method.save(tmp_path / "saved")
     again = attach_method(tiny_model(), METHOD_CONFIGS["peft"](config=config), seed=99)
@@ -133,7 +133,7 @@ def test_transposed_weights_are_taken_or_refused(kind: str) -> None:
     install_fused_forwards(model)
     policy, _ = tuned("peft", "gpt2", config=config_of(kind))
     assert not torch.equal(policy.logprobs(batch), policy_of(model).logprobs(batch))
-    assert check_packing(policy, documents(shared=17)).state == "passed"
+    assert check_packing(policy, in_one_batch(documents(shared=17))).state == "passed"
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -19,7 +19,7 @@ from rung.files import write_folder
 from rung.methods.registry import attach_method
 from rung.models import load
 from rung.models.base_model import BaseModel
-from rung.models.bfloat16_storage import stored_in_bfloat16
+from rung.models.bfloat16_storage import stored_dtype
 from rung.models.generate import Sampling, generate
 from rung.models.load import load_base
 from rung.models.policy import Policy
@@ -61,9 +61,10 @@ def test_bit_for_bit(
 ) -> None:
     found = []
     folder = written(tmp_path / "narrow", tiny_tokenizer, shape, torch.bfloat16)
-    assert stored_in_bfloat16(folder)
+    assert stored_dtype(folder) is torch.bfloat16
     for narrow_now in (True, False):
-        monkeypatch.setattr(load, "stored_in_bfloat16", lambda _, narrow_now=narrow_now: narrow_now)
+        found_dtype = torch.bfloat16 if narrow_now else None
+        monkeypatch.setattr(load, "stored_dtype", lambda _, found_dtype=found_dtype: found_dtype)
         base = load_base(ModelConfig(name=str(folder), dtype="float32"))
         bytes_held = held(base)
         method = attach_method(base.model, METHOD_CONFIGS[kind](**config), seed=0)
@@ -95,9 +96,9 @@ def test_a_head_trained_on_a_narrow_base_is_saved_in_full_width(
 
 
 def test_one_wide_tensor_makes_a_file_wide(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    assert not stored_in_bfloat16(written(tmp_path, tiny_tokenizer, "llama", torch.float32))
+    assert stored_dtype(written(tmp_path, tiny_tokenizer, "llama", torch.float32)) is torch.float32
     save_file({"a": torch.zeros(2, dtype=torch.bfloat16), "b": torch.zeros(2)}, tmp_path / "model.safetensors")
-    assert not stored_in_bfloat16(tmp_path)
+    assert stored_dtype(tmp_path) is None
 
 
 def test_a_run_on_a_narrow_base_loses_nothing_as_a_base(

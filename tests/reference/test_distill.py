@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from builders import documents, policy_of, tuned
+from builders import documents, in_one_batch, policy_of, tuned
 from models import SHAPES, tiny_model
 from naive import distance, gradients, naive
 from rung.config.layers import student_layers
@@ -149,7 +149,7 @@ def test_a_student_computes_and_answers(shape: str) -> None:
         origin = origin.replace("layers.0.", "layers.1.").replace("h.0.", "h.1.")
         assert torch.equal(p, before[origin]), name
     probe = [replace(e, row=-1) for e in documents(3, count=3, longest=8)]
-    assert check_packing(policy, probe).state == check_decoding(policy, probe).state == "passed"
+    assert check_packing(policy, in_one_batch(probe)).state == check_decoding(policy, probe).state == "passed"
 
 
 def test_layers_that_know_their_number() -> None:

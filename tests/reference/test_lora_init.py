@@ -11,7 +11,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from torch import Tensor
 
-from builders import calibrated, documents, policy_of, tuned
+from builders import calibrated, documents, in_one_batch, policy_of, tuned
 from models import tiny_model
 from naive import distance, gradients, naive, naive_loss
 from rung.config.method import CALIBRATED_INITS, SUBTRACTED_INITS, LoraConfig
@@ -136,8 +136,8 @@ def test_the_model_is_still_the_base_and_the_base_untouched(init: str, shape: st
         n: v for n, v in before.items() if ".offset." not in n
     }
     assert torch.equal(policy.reference_logprobs(pack(documents(), 10_000)[0]), base)
-    assert check_identity(policy, method, documents()).state == "passed"
-    assert check_fused(policy, documents()).state == "passed"
+    assert check_identity(policy, method, in_one_batch(documents())).state == "passed"
+    assert check_fused(policy, in_one_batch(documents())).state == "passed"
     product = [b @ a for b, a in (pair(model, name) for name in method.names)]
     assert all((p.abs().max() > 0) == (init in SUBTRACTED_INITS) for p in product)
     assert all(p.grad is None and p.requires_grad for p in method.trainable().values())
@@ -160,7 +160,7 @@ def test_without_the_frozen_half_the_model_is_another() -> None:
     policy, method = started("pissa")
     for layer in method.layers().values():
         layer.lora_B["offset"].weight.data.zero_()
-    assert check_identity(policy, method, documents()).state == "failed"
+    assert check_identity(policy, method, in_one_batch(documents())).state == "failed"
 
 
 def test_pissa_is_the_best_approximation() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from builders import documents, policy_of, tuned
+from builders import documents, in_one_batch, policy_of, tuned
 from models import tiny_model
 from rung.config.method import LoraConfig
 from rung.config.training import OptimizerConfig
@@ -39,11 +39,11 @@ def leaking(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("shape", ["llama", "gpt2", "gemma2"])
 def test_packing(shape: str) -> None:
-    assert gates.check_packing(policy_of(tiny_model(shape)), documents(shared=18)).state == "passed"
+    assert gates.check_packing(policy_of(tiny_model(shape)), in_one_batch(documents(shared=18))).state == "passed"
 
 
 def test_packing_that_leaks(leaking: None) -> None:
-    gate = gates.check_packing(policy_of(tiny_model()), documents())
+    gate = gates.check_packing(policy_of(tiny_model()), in_one_batch(documents()))
     assert gate.state == "failed" and gate.measured > gate.limit
     with pytest.raises(GateError, match=r"step0\.packing"):
         gates.enforce(gate)
@@ -53,12 +53,12 @@ def test_packing_that_leaks(leaking: None) -> None:
 def test_our_own_functions_and_their_mutation(shape: str) -> None:
     policy, _ = tuned("lora", shape)
     before = [vars(m).get("forward") for m in policy.model.modules()]
-    gate = gates.check_fused(policy, documents(shared=18))
+    gate = gates.check_fused(policy, in_one_batch(documents(shared=18)))
     assert gate is not None and gate.state == "passed"
     assert [vars(m).get("forward") for m in policy.model.modules()] == before
     if shape != "gpt2":
         policy.model.model.norm.forward.eps = 0.5
-        gate = gates.check_fused(policy, documents(shared=18))
+        gate = gates.check_fused(policy, in_one_batch(documents(shared=18)))
         assert gate is not None and gate.state == "failed"
 
 
@@ -66,7 +66,7 @@ def test_the_fused_gate_is_not_skipped_where_products_are_in_bfloat16() -> None:
     """Its base is narrow and what it trains is wide, as with a base held narrow; but it can run its own forward."""
     model = tiny_model(dtype=torch.bfloat16)
     method = attach_method(model, LoraConfig(), seed=0)
-    gate = gates.check_fused(policy_of(model, method, compute=torch.bfloat16), documents(shared=18))
+    gate = gates.check_fused(policy_of(model, method, compute=torch.bfloat16), in_one_batch(documents(shared=18)))
     assert gate is not None and gate.state == "passed"
 
 
@@ -85,8 +85,8 @@ def test_the_fused_gate_is_not_skipped_where_products_are_in_bfloat16() -> None:
 def test_rounding_in_bfloat16_is_told_from_a_fault(differences: list[float], held: bool) -> None:
     found = torch.tensor(differences)
     narrow = policy_of(tiny_model(dtype=torch.bfloat16), compute=torch.bfloat16)
-    assert (gates._compare_logprobs("x", found, narrow).state == "passed") == held
-    wide = gates._compare_logprobs("x", found, policy_of(tiny_model()))
+    assert (gates.compare_logprobs("x", found, narrow).state == "passed") == held
+    wide = gates.compare_logprobs("x", found, policy_of(tiny_model()))
     assert wide.state == "failed" and wide.limit == gates.TOLERANCE[torch.float32], "in float32 nothing is forgiven"
 
 
@@ -105,10 +105,10 @@ def test_identity_and_its_mutation() -> None:
     model = tiny_model()
     method = attach_method(model, LoraConfig(), seed=0)
     policy = policy_of(model, method)
-    gate = gates.check_identity(policy, method, documents())
+    gate = gates.check_identity(policy, method, in_one_batch(documents()))
     assert gate is not None and gate.state == "passed" and gate.measured == 0.0
     trained, lora = tuned("lora")
-    gate = gates.check_identity(trained, lora, documents())
+    gate = gates.check_identity(trained, lora, in_one_batch(documents()))
     assert gate is not None and gate.state == "failed"
 
 
@@ -118,11 +118,11 @@ def test_a_reference_and_its_mutation() -> None:
     method = attach_method(model, LoraConfig(), seed=0)
     policy, other = policy_of(model, method), tiny_model()
     policy.reference = policy_of(other)
-    gate = gates.check_reference(policy, method, documents())
+    gate = gates.check_reference(policy, method, in_one_batch(documents()))
     assert gate is not None and gate.state == "passed"
     with torch.no_grad():
         other.model.layers[0].mlp.down_proj.weight[3, 5] += 3.0
-    gate = gates.check_reference(policy, method, documents())
+    gate = gates.check_reference(policy, method, in_one_batch(documents()))
     assert gate is not None and gate.state == "failed"
     with pytest.raises(GateError, match=r"step0\.reference"):
         gates.enforce(gate)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from builders import calibrated, documents, policy_of, tuned
+from builders import calibrated, documents, in_one_batch, policy_of, tuned
 from models import tiny_model
 from rung.config.layers import resolve_layers
 from rung.config.method import METHOD_CONFIGS, LoraConfig
@@ -137,6 +137,6 @@ def test_every_low_rank_method_draws_layers_where_asked(kind: str) -> None:
 @pytest.mark.parametrize(("init", "subtracts"), [("eva", False), ("default", False), ("pissa", True)])
 def test_the_identity_gate_gives_way_only_where_a_start_is_subtracted(init: str, subtracts: bool) -> None:
     method = attach_method(tiny_model(), LoraConfig(init=init, rank=4), seed=0)  # type: ignore[arg-type]
-    gate = check_identity(calibrated(policy_of(method.model, method), method), method, documents())
+    gate = check_identity(calibrated(policy_of(method.model, method), method), method, in_one_batch(documents()))
     assert gate is not None and gate.state == "passed"
     assert gate.limit == pytest.approx(2e-3 if subtracts else 2e-5)

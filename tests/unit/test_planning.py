@@ -18,8 +18,9 @@ from rung.config.run import RunConfig
 from rung.errors import CheckpointError, ConfigError, PlanError
 from rung.methods.registry import attach_method
 from rung.planning.architecture import read_shape, shape_from_config
+from rung.planning.devices import DEVICES
 from rung.planning.method_cost import method_cost
-from rung.planning.throughput import DEVICES, DataVolume, record_throughput, throughput_for, token_flops
+from rung.planning.throughput import DataVolume, record_throughput, throughput_for, token_flops
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},

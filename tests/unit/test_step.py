@@ -16,10 +16,9 @@ from rung.config.training import OptimizerConfig
 from rung.errors import DataError
 from rung.objectives.sft import SftObjective, nll
 from rung.planning.architecture import shape_from_config
-from rung.planning.memory import tokens_per_micro_batch
+from rung.planning.memory import layers_to_recompute, tokens_per_micro_batch
 from rung.planning.method_cost import activation_bytes_per_token
 from rung.training import micro_batch
-from rung.training.micro_batch import layers_to_recompute
 from rung.training.optimizer import learning_rate_at, make_optimizer
 from rung.training.packing import pack, pack_separately
 from rung.training.step import accumulate, mean_loss

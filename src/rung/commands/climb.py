@@ -42,7 +42,8 @@ from rung.runs.checks import DoesNotFitError
 from rung.runs.dataset import RunData, read_splits, tokenize_splits
 from rung.runs.load import LoadedRun, dequantize_if_configured, device, load_base_on_device, open_run
 from rung.runs.train import StartMode, train_on_data
-from rung.training.run_folder import RunFolder, StopCheck, is_climb, read_manifest, reset_peak_memory, write_json
+from rung.training.memory_use import reset_peak_memory
+from rung.training.run_folder import RunFolder, StopCheck, is_climb, read_manifest, write_json
 
 CHANGEABLE_SETTINGS = ("climb.forgetting",)
 """Settings that may differ when a climb is resumed: no finished rung depends on them."""
@@ -235,7 +236,7 @@ class Climb:
     def _measure_untuned(self, rung: RungConfig, folder: Path, chat: ChatTemplate) -> None:
         """Score the base with the rung's prompt. The instruction rung also chooses the instruction, on validation."""
         # Without a reset the peak would include the training of an earlier rung.
-        reset_peak_memory()
+        reset_peak_memory(device())
         model = LoadedRun(Policy(self._pristine_base(), NoMethod()), chat)
 
         cost: dict[str, Any] = {"trainable_parameters": 0, "train_seconds": 0.0}

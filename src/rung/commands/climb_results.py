@@ -21,8 +21,10 @@ from rung.config.run import RunConfig
 from rung.errors import CheckpointError
 from rung.evaluation.evaluate import PERPLEXITY, Evaluation
 from rung.results import Diagnosis, Estimate, Ladder, LadderRow, NextRung, SkippedRung, Verdict
+from rung.runs.load import device
 from rung.scoring.recommendation import paired_gain, recommend, rung_score
-from rung.training.run_folder import peak_memory_bytes, read_json, write_json
+from rung.training.memory_use import peak_memory_bytes
+from rung.training.run_folder import read_json, write_json
 
 CONTEXT_LABELS = {"given": "context", "withheld": "closed book", "retrieved": "retrieved passages"}
 """What the ladder calls each setting of `context`; it names none where no row has a context."""
@@ -212,4 +214,4 @@ def store_result(folder: Path, result: Evaluation, cost: dict[str, Any]) -> None
     folder.mkdir(parents=True, exist_ok=True)
     result.write(folder / "items.parquet")
     # Written last: its existence means that the rung is finished.
-    write_json(folder / "result.json", {**cost, **result.summary(), "peak_memory_bytes": peak_memory_bytes()})
+    write_json(folder / "result.json", {**cost, **result.summary(), "peak_memory_bytes": peak_memory_bytes(device())})

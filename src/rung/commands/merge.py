@@ -34,9 +34,9 @@ from rung.planning.memory import BASELINE_RSS
 from rung.report.formatting import format_bytes
 from rung.results import MergeResult
 from rung.runs.artifact import check_parity, check_prompt, logprobs_in_fresh_process, write_tokenizer_files
-from rung.runs.checks import free_memory
 from rung.runs.load import config_of_run, dequantize, load_base_on_device, open_run
 from rung.training import gates
+from rung.training.memory_use import free_memory
 from rung.training.packing import pack_separately
 from rung.training.run_folder import Gate, read_manifest
 from rung.types import Example, Source

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from rung.config.io import ConfigSource, resolve_config
 from rung.planning.advise import Advice, advise, parse_size
-from rung.planning.throughput import parse_device
+from rung.planning.devices import find_local_device, parse_device
 
 
 def plan(
@@ -19,14 +19,23 @@ def plan(
     overrides: Sequence[str] = (),
     memory: str | None = None,
     device: str | None = None,
+    devices: int = 1,
     tokens: float | None = None,
 ) -> Advice:
     """Estimate memory and time of a run, for its own method and for all others.
 
-    `memory` is the available memory, for example `24GiB`; `device` a known device, for example `h100`; `tokens` the
-    tokens of an epoch, for data files that are not here. `Advice.plan.fits` says whether the config's own method fits.
+    `memory` is the memory of each device, for example `24GiB`; `device` a known card, for example `h100`, or `cpu`;
+    `devices` the number of processes, each with a device of its own; `tokens` the tokens of an epoch, for data files
+    that are not here. Without `device` and `memory` the plan is for the first graphics card of this machine, and
+    without a card for its processor. `Advice.plan.fits` says whether the config's own method fits.
 
-    Raises `ConfigError` for a config, a size or a device that cannot be read.
+    Raises `ConfigError` for a config, a size or a device that cannot be read, `PlanError` for a run that several
+    processes cannot share.
     """
     limit = parse_size(memory)
-    return advise(resolve_config(config, overrides), limit=limit, device=parse_device(device), tokens=tokens)
+    if device is None and memory is None:
+        card = find_local_device()
+    else:
+        card = None if device == "cpu" else parse_device(device)
+    run_config = resolve_config(config, overrides)
+    return advise(run_config, limit=limit, device=card, processes=devices, tokens=tokens)

@@ -21,7 +21,8 @@ from rung.methods.adapter_merging import LowRankFactors
 from rung.methods.lora_init import check_rank, loftq
 from rung.models.bfloat16_storage import keeps_bfloat16_weights
 from rung.models.fused_modules import linear_weight
-from rung.models.targets import layer_number, select_linears
+from rung.models.streaming import layer_linears, linears_are_replaced, placement_of, stored_linear
+from rung.models.targets import select_linears
 
 BLOCK_SIZE = 64
 """Weights that share one scale."""
@@ -77,18 +78,20 @@ def dense_weight(module: nn.Module) -> Tensor:
 def quantize(model: PreTrainedModel, config: QloraConfig) -> dict[str, LowRankFactors]:
     """Quantize the linears of all layers one at a time, so that two copies of the model never exist.
 
+    Those of a base that was loaded with `stream_linears` come from its file.
+
     Returns the initial factors of `init: loftq` by target; an empty dictionary otherwise.
     """
     starts: dict[str, LowRankFactors] = {}
     is_bfloat16 = next(model.parameters()).dtype is torch.bfloat16 and not keeps_bfloat16_weights(model)
     compute_dtype = torch.bfloat16 if is_bfloat16 else torch.float32
+    if (placement := placement_of(model)) is not None:
+        compute_dtype = placement.compute
     quantize_linear = partial(_to_four_bits, config, compute_dtype) if config.bits == 4 else _to_eight_bits
-    targets = {name: m for name, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)}
     loftq_names = set(select_linears(model, config.targets, config.layers)) if config.init == "loftq" else set()
-    for name, module in targets.items():
-        if layer_number(f"{name}.") is None:
-            continue
-        weight, bias = linear_weight(module).detach().float().contiguous(), module.bias
+    for name, module in layer_linears(model).items():
+        bias = stored_linear(model, module.bias)
+        weight = cast(Tensor, stored_linear(model, linear_weight(module).detach())).float().contiguous()
         quantized = quantize_linear(weight, bias)
         if name in loftq_names:
             check_rank("loftq", config.rank, name, *weight.shape)
@@ -96,8 +99,9 @@ def quantize(model: PreTrainedModel, config: QloraConfig) -> dict[str, LowRankFa
             starts[name] = loftq(weight, dense_weight(quantized), config.rank, scale)
         quantized.transposed = isinstance(module, Conv1D)  # type: ignore[assignment]
         model.set_submodule(name, quantized)
-        # Frees the dense matrix now: `targets` still refers to the module.
+        # Frees the dense matrix now: the table of linears still refers to the module.
         module.weight = None
+    linears_are_replaced(model)
     # peft reads this flag to choose the layers for quantized linears.
     setattr(model, _FLAGS[config.bits], True)
     return starts

@@ -71,7 +71,10 @@ def compute_dtype(name: str, device: torch.device | None = None) -> torch.dtype:
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if device is not None and device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        # Cards before Ampere emulate bfloat16 products, which is slower than float32.
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device is not None and device.type != "cpu":
+        return torch.float32
     # Without these units bfloat16 products are emulated, which is slower than float32.
     has_bfloat16_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if has_bfloat16_units else torch.float32

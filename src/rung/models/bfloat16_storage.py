@@ -20,16 +20,18 @@ from transformers.pytorch_utils import Conv1D
 
 from rung.files import read_safetensors_header
 
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
-def stored_in_bfloat16(folder: Path) -> bool:
-    """Whether every tensor in a model folder's safetensors files is bfloat16.
+
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """The dtype of all tensors in a model folder's safetensors files; None where they differ or there are none.
 
     The files decide, because the dtype in config.json may differ from them.
     """
     dtypes = set()
     for file in folder.glob("*.safetensors"):
         dtypes |= {entry["dtype"] for entry in read_safetensors_header(file)[0].values() if "dtype" in entry}
-    return dtypes == {"BF16"}
+    return _DTYPES.get(dtypes.pop()) if len(dtypes) == 1 else None
 
 
 def compute_in_float32(model: nn.Module) -> None:

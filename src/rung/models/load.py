@@ -29,39 +29,49 @@ from rung.errors import CheckpointError, ConfigError, PlanError, did_you_mean
 from rung.files import is_run_folder, require_undamaged
 from rung.models import attention
 from rung.models.base_model import NO_REMOTE_CODE, BaseModel, LoadedWeights, compute_dtype, fingerprint, prepare_config
-from rung.models.bfloat16_storage import compute_in_float32, stored_in_bfloat16
+from rung.models.bfloat16_storage import compute_in_float32, stored_dtype
 from rung.models.download import download_base
 from rung.models.fused_modules import install_fused_forwards
 from rung.models.gguf_reader import first_line, gguf_tokenizer, load_gguf
 from rung.models.layers import drop_layers
+from rung.models.streaming import LinearPlacement, leave_linears_stored
 from rung.planning.architecture import is_hub_id
 
 
-def load_base(config: ModelConfig, *, device: torch.device | None = None) -> BaseModel:
+def load_base(config: ModelConfig, *, device: torch.device | None = None, stream_linears: bool = False) -> BaseModel:
     """Load model and tokenizer with Rung's attention, in eval mode, with no trainable parameter.
 
-    Raises `ConfigError` for an unknown name, `PlanError` for an unsupported architecture.
+    `stream_linears` leaves the linears of the layers in their file, for a method that quantizes all of them; until then
+    the base cannot compute (`models/streaming.py`). Raises `ConfigError` for an unknown name, `PlanError` for an
+    unsupported architecture.
     """
     attention.register()
     logging.disable_progress_bar()  # a bar that lasts half a second clutters stderr
     if config.student_of is not None:
         full_model = {"name": config.student_of, "student_of": None, "layers": None}
-        teacher = load_base(config.model_copy(update=full_model), device=device)
+        teacher = load_base(config.model_copy(update=full_model), device=device, stream_linears=stream_linears)
         return drop_layers(teacher, config.layers or "every_other")
     source = _resolve_name(config.name)
     if isinstance(source, Path) and is_run_folder(source):
         return _load_run_as_base(config, source, device)
     compute = compute_dtype(config.dtype, device)
+    stored = stored_dtype(source) if isinstance(source, Path) and source.is_dir() else None
     # Only the fused functions widen a bfloat16 weight; transformers' linear would refuse the mixed types.
-    keep_bfloat16 = config.fused and compute is torch.float32 and isinstance(source, Path) and source.is_dir()
-    keep_bfloat16 = keep_bfloat16 and stored_in_bfloat16(Path(source))
-    model, tokenizer = _load_weights(source, config.revision, torch.bfloat16 if keep_bfloat16 else compute)
-    # Loading in bfloat16 rounded a buffer that is not in the file (a scale, a frequency): load again in float32.
-    if keep_bfloat16 and any(buffer.dtype is torch.bfloat16 for buffer in model.buffers()):
-        model, keep_bfloat16 = _load_weights(source, config.revision, compute)[0], False
+    keep_bfloat16 = config.fused and compute is torch.float32 and stored is torch.bfloat16
+    loaded = torch.bfloat16 if keep_bfloat16 else compute
+    read_as = stored if stream_linears and stored is not None else loaded
+    model, tokenizer = _load_weights(source, config.revision, read_as)
+    # Loading in 16 bits rounded a buffer that is not in the file (a scale, a frequency): load again in float32.
+    if compute is torch.float32 and read_as is not compute and any(b.dtype is read_as for b in model.buffers()):
+        read_as, loaded, keep_bfloat16 = compute, compute, False
+        model, _ = _load_weights(source, config.revision, compute)
     if keep_bfloat16:
         compute_in_float32(model)
-    return _prepare_base((model, tokenizer), config, fingerprint(source, model.config), compute, device)
+    placement = None
+    if stream_linears:
+        placement = LinearPlacement(device or torch.device("cpu"), loaded, compute)
+    weights_hash = fingerprint(source, model.config)
+    return _prepare_base((model, tokenizer), config, weights_hash, compute, device, placement)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
@@ -133,7 +143,12 @@ def _from_pretrained(auto_class: Any, source: Path | str, revision: str | None) 
 
 
 def _prepare_base(
-    weights: LoadedWeights, config: ModelConfig, weights_hash: str, compute: torch.dtype, device: torch.device | None
+    weights: LoadedWeights,
+    config: ModelConfig,
+    weights_hash: str,
+    compute: torch.dtype,
+    device: torch.device | None,
+    placement: LinearPlacement | None = None,
 ) -> BaseModel:
     model, tokenizer = weights
     # A tokenizer that does not decode what it encodes comes from a damaged or unsupported file.
@@ -143,6 +158,9 @@ def _prepare_base(
     # Also here: GGUF files and merged runs are loaded without it.
     model.set_attn_implementation(attention.NAME)
     model.requires_grad_(False).eval()
+    if placement is not None:
+        leave_linears_stored(model, placement)  # the method installs the fused functions when it is attached
+        return BaseModel(model, tokenizer, config.name, weights_hash, compute)
     if device is not None:
         model.to(device)
     if config.fused:

@@ -18,17 +18,27 @@ from rung.config.method import BASE_CHANGING_METHODS, METHOD_CONFIGS, QloraConfi
 from rung.config.model import WITHOUT_RUN_SETTINGS, ModelConfig
 from rung.config.objective import ModelRewardConfig
 from rung.config.run import RunConfig
-from rung.errors import ConfigError
+from rung.config.support import multi_process_refusal, sharding_refusal
+from rung.errors import ConfigError, PlanError
 from rung.planning.architecture import ModelShape, read_shape
-from rung.planning.memory import MemoryEstimate, MicroBatch, Stage, estimate_memory, tokens_per_micro_batch
-from rung.planning.throughput import DataVolume, Device, Throughput, guess_data_volume, run_flops, throughput_for
+from rung.planning.devices import Device
+from rung.planning.memory import (
+    CPU_DOCUMENT_BYTES,
+    SUPERVISED_SHARE,
+    MemoryEstimate,
+    MicroBatch,
+    Stage,
+    document_bytes_that_fit,
+    estimate_memory,
+    tokens_per_micro_batch,
+    tokens_that_fit,
+)
+from rung.planning.throughput import DataVolume, Throughput, guess_data_volume, run_flops, throughput_for
 
-MAX_PROBED_TOKENS = 2048
-"""The largest micro-batch, in tokens, that `probe` tries."""
+CANDIDATE_BUDGETS = {"cpu": (256, 512, 768, 1024, 1536, 2048), "cuda": (4096, 8192, 16_384, 32_768)}
+"""The micro-batches, in tokens, that `probe` tries on a device of this type."""
 SMALL_MICRO_BATCH = 256
 """Tokens of a micro-batch when other settings change too; fewer would be slower and save little."""
-SUPERVISED_SHARE = 0.5
-"""Assumed share of supervised tokens in a micro-batch, before anything has been tokenized."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,22 +121,32 @@ class Advice:
 
 
 def advise(
-    config: RunConfig, *, limit: int | None = None, device: Device | None = None, tokens: float | None = None
+    config: RunConfig,
+    *,
+    limit: int | None = None,
+    device: Device | None = None,
+    processes: int = 1,
+    tokens: float | None = None,
 ) -> Advice:
     """Plan a run and its alternatives from the configs of its models.
 
-    `limit` is in bytes, `tokens` counts one epoch, `device` None means this machine. Raises `ConfigError` for a model
-    without a config.
+    `limit` is in bytes of each process, `tokens` counts one epoch, `device` None means the processor of this machine.
+    Raises `ConfigError` for a model without a config, `PlanError` for a run that several processes cannot share.
     """
+    if error := process_refusal(config, processes):
+        raise error
     shape, volume = read_shape(config.model), guess_data_volume(config)
     if tokens is not None:
         volume = replace(volume or DataVolume(0.0), tokens=tokens, is_counted=True)
-    limit = device.memory if limit is None and device is not None else limit
-    micro_batch = assumed_micro_batch(config, shape, device)
-    throughput = throughput_for(device, micro_batch.compute_dtype)
+    if device is not None and limit is not None:
+        device = replace(device, memory=limit)
+    limit = limit if device is None else device.memory
+    micro_batch = assumed_micro_batch(config, shape, device, processes)
+    throughput = throughput_for(device, micro_batch.compute_dtype, processes)
 
     def plan(changed: RunConfig) -> RunPlan:
-        batch, auxiliary = assumed_micro_batch(changed, shape, device), auxiliary_shapes(changed)
+        batch = assumed_micro_batch(changed, shape, device, processes)
+        auxiliary = auxiliary_shapes(changed)
         memory = estimate_memory(changed, shape, batch, auxiliary)
         flops = None if volume is None else run_flops(changed, shape, volume, memory.cost, auxiliary.get("teacher"))
         seconds = None if throughput is None or flops is None else flops / throughput.flops
@@ -137,24 +157,63 @@ def advise(
     own_plan, change = plan(config), None
     if own_plan.fits is False:
         # A generator: the changes are ordered by cost, and planning stops at the first that fits.
-        changes = _candidate_changes(config, micro_batch.tokens)
+        changes = [c for c in _candidate_changes(config, micro_batch) if not process_refusal(c[2], processes)]
         candidates = (CheapestChange(overrides, costs, plan(changed)) for overrides, costs, changed in changes)
         change = next((c for c in candidates if c.plan.fits), None)
-    other_plans = tuple(map(plan, alternatives(config)))
+    other_plans = tuple(plan(other) for other in alternatives(config) if not process_refusal(other, processes))
     return Advice(shape, micro_batch, volume, throughput, own_plan, other_plans, change)
 
 
-def assumed_micro_batch(config: RunConfig, shape: ModelShape, device: Device | None) -> MicroBatch:
+def process_refusal(config: RunConfig, processes: int) -> PlanError | None:
+    """Why this many processes cannot share a run: a combination that does not work, or that is not tested."""
+    if processes < 2:
+        return None
+    generates_answers = config.objective.on_policy_share > 0.0
+    if refusal := multi_process_refusal(config.method.kind, own_answers=generates_answers):
+        return PlanError(refusal, where="WORLD_SIZE", given=processes, hint="run it in one process")
+    if config.model.sharded:
+        reference, moments = config.objective.reference_model, config.training.optimizer.state_dtype
+        if refusal := sharding_refusal(config.method.kind, config.objective.kind, reference=reference, moments=moments):
+            return PlanError(refusal, where="model.sharded", hint="leave model.sharded out: replicas do")
+    return None
+
+
+def auto_budget(config: RunConfig, shape: ModelShape, device: Device | None, processes: int = 1) -> tuple[int, int]:
+    """The `auto` tokens of a micro-batch, and the activation bytes that one document may take.
+
+    On a card the tokens are those that fit beside the weights, and a longer document recomputes layers, so that it fits
+    into the memory of such a micro-batch. `device` None means a processor.
+    """
+    if device is None:
+        return tokens_per_micro_batch(shape, "cpu"), CPU_DOCUMENT_BYTES
+    compute = compute_type(config.model, device)
+    batch = MicroBatch(compute, 0, 0, device="cuda", processes=processes)
+    tokens = tokens_that_fit(config, shape, batch, device.memory, auxiliary_shapes(config))
+    return tokens, document_bytes_that_fit(shape, compute, tokens)
+
+
+def assumed_micro_batch(config: RunConfig, shape: ModelShape, device: Device | None, processes: int = 1) -> MicroBatch:
     """The largest micro-batch that the budget allows, before anything has been tokenized."""
-    setting, max_length = config.training.tokens_per_micro_batch, config.data.max_length or 0
-    kind = "cpu" if device is None else "cuda"
-    auto_budget = tokens_per_micro_batch(shape, kind) if setting == "auto" else MAX_PROBED_TOKENS
-    budget = setting if isinstance(setting, int) else auto_budget
+    setting, kind = config.training.tokens_per_micro_batch, "cpu" if device is None else "cuda"
+    budget, document_bytes = auto_budget(config, shape, device, processes)
+    if setting == "probe":
+        largest = CANDIDATE_BUDGETS[kind][-1]
+        budget = largest if device is None else min(largest, budget)
+    elif isinstance(setting, int):
+        budget = setting
+    max_length = config.data.max_length or 0
     # A document is never divided, so one longer than the budget is a micro-batch of its own.
     tokens = max(budget, max_length)
-    # Memory fragments more for a single long document; see `planning/memory.py`.
-    documents, compute = 1 if max_length > budget else 2, compute_type(config.model, device)
-    return MicroBatch(compute, tokens, int(tokens * SUPERVISED_SHARE), documents=documents, device=kind)
+    return MicroBatch(
+        compute_type(config.model, device),
+        tokens,
+        int(tokens * SUPERVISED_SHARE),
+        # Memory fragments more for a single long document; see `planning/memory.py`.
+        documents=1 if max_length > budget else 2,
+        device=kind,
+        processes=processes,
+        document_bytes=document_bytes,
+    )
 
 
 def compute_type(model: ModelConfig, device: Device | None) -> str:
@@ -239,12 +298,16 @@ def _with_settings(config: RunConfig, section: str, **settings: Any) -> RunConfi
     return config.model_copy(update={section: getattr(config, section).model_copy(update=settings)})
 
 
-def _candidate_changes(config: RunConfig, current_tokens: int) -> Iterator[tuple[tuple[str, ...], str, RunConfig]]:
+def _candidate_changes(config: RunConfig, micro_batch: MicroBatch) -> Iterator[tuple[tuple[str, ...], str, RunConfig]]:
     """Changes in order of cost: first those that cost only time, last another method."""
+    current_tokens = micro_batch.tokens
     for tokens in (4096, 2048, 1024, 512, 256, 128):
         if (config.data.max_length or 0) <= tokens < current_tokens:
             changed = _with_settings(config, "training", tokens_per_micro_batch=tokens)
             yield (f"training.tokens_per_micro_batch={tokens}",), "speed alone", changed
+    if micro_batch.processes > 1 and not config.model.sharded:
+        sharded = config.model_copy(update={"model": config.model.model_copy(update={"sharded": True})})
+        yield ("model.sharded=true",), "a gather of each layer in every pass", sharded
     # Further changes assume the smallest micro-batch, because that saving costs least.
     smallest = min(SMALL_MICRO_BATCH, current_tokens)
     first = f"training.tokens_per_micro_batch={smallest}"

@@ -2,29 +2,45 @@
 
 A run has stages (loading, steps, rollouts, saving), and its peak is that of the largest. The formulas follow what the
 trainer stores: layers as in `planning/method_cost.py`, the head vectors of width H a supervised token. The memory of
-Python and its libraries before a model is loaded is added separately: `BASELINE_RSS`. Constants marked as measured come
-from runs on one machine; GPUs were not measured.
+Python and its libraries before a model is loaded is added separately: `BASELINE_RSS`, and on a graphics card
+`CUDA_CONTEXT_BYTES`. Constants marked as measured come from runs on one machine, a processor; no card was measured. For
+a card only its own memory is planned, not that of the host.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rung.config.method import BASE_CHANGING_METHODS, QloraConfig, front_virtual_tokens
 from rung.config.run import RunConfig
 from rung.planning.architecture import DTYPE_BYTES, ModelShape
-from rung.planning.method_cost import MethodCost, activation_bytes_per_token, method_bytes_per_token, method_cost
+from rung.planning.method_cost import (
+    MethodCost,
+    activation_bytes_per_token,
+    layer_bytes_per_token,
+    method_bytes_per_token,
+    method_cost,
+)
 from rung.planning.throughput import generates_rollouts
 
 BASELINE_RSS = 560 * 2**20
 """Resident memory of Python, torch, transformers and a tokenizer of 49,152 tokens, without a model (measured)."""
 ACTIVATION_BYTES = 512 * 2**20
 """Budget for the activations of one micro-batch on a processor."""
+SUPERVISED_SHARE = 0.5
+"""Assumed share of supervised tokens in a micro-batch, before anything has been tokenized."""
 MIN_TOKENS, MAX_TOKENS = 256, 4096
 """Limits of the `auto` budget: products slow down below a few hundred rows and gain nothing beyond a few thousand."""
-# A GPU needs more rows per launch than a processor for full rate; not measured here.
+CPU_DOCUMENT_BYTES = 4 * 2**30
+"""Activation bytes of one document on a processor; one that needs more has its lowest trained layers recomputed."""
+CUDA_CONTEXT_BYTES = 600 * 2**20
+"""Memory of the CUDA context, its kernels and the workspaces of cuBLAS (assumed, not measured)."""
 CUDA_TOKENS = 16_384
+"""Largest `auto` budget on a card. Products reach full rate with a few thousand rows (assumed, not measured)."""
+CUDA_TOKENS_STEP = 256
+"""The `auto` budget of a card is a multiple of this many tokens."""
 TILE_LOGITS = 512 * 2048
 """Logits in one tile of the head, as in `models/logprobs.py`."""
 NF4_BYTES = 0.5 + 1 / 64
@@ -43,6 +59,8 @@ FRAGMENTATION_BY_METHOD = {
 }
 """The same for methods with more temporaries (measured for each). glibc 2.38 and later may leave less: earlier versions
 did not reuse an aligned block for a request of the same size."""
+CUDA_FRAGMENTATION = 0.10
+"""The same share for torch's CUDA allocator, which keeps blocks of each size (assumed, not measured)."""
 UNFUSED_FACTOR = 3.4
 """Factor on stored activations with transformers' and peft's forward (`model.fused: false`) (measured)."""
 PRODUCT_BUFFER_BYTES = 105 * 10**6
@@ -95,7 +113,11 @@ class MicroBatch:
     batches: int = 2
     """Micro-batches of a step; with one, gradients are allocated while activations are freed."""
     device: str = "cpu"
-    """Fragmentation was measured for the CPU allocator; other devices take the smallest share."""
+    """Device type: cpu or cuda."""
+    processes: int = 1
+    """Processes that share the run, each with a device of its own."""
+    document_bytes: int | None = None
+    """Activation bytes that one document may take before its lowest layers are recomputed; None: no limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +128,7 @@ class MemoryEstimate:
     cost: MethodCost
     """What the method adds, from which the stages were computed."""
     footprint: int = BASELINE_RSS
+    footprint_source: str = "Python, torch, transformers, a tokenizer (measured)"
 
     @property
     def largest_stage(self) -> Stage:
@@ -154,11 +177,56 @@ class MemoryEstimate:
 
 
 def tokens_per_micro_batch(shape: ModelShape, device: str) -> int:
-    """The `auto` budget. 776 tokens for a 135M model: a few hundred rows keep products near full speed."""
+    """The `auto` budget of a processor, and that of scoring on a card, where no activations are stored.
+
+    776 tokens for a 135M model: a few hundred rows keep products near full speed.
+    """
     if device == "cuda":
         return CUDA_TOKENS
     # The float32 count without a method, so that the budget depends only on the base.
     return max(MIN_TOKENS, min(MAX_TOKENS, ACTIVATION_BYTES // activation_bytes_per_token(shape)))
+
+
+def tokens_that_fit(
+    config: RunConfig,
+    shape: ModelShape,
+    micro_batch: MicroBatch,
+    available: int,
+    auxiliary: Mapping[str, ModelShape] | None = None,
+) -> int:
+    """The `auto` budget of a card: the most tokens whose plan fits into `available` bytes, at least `MIN_TOKENS`.
+
+    `micro_batch` gives everything but the tokens. Half of them count as supervised.
+    """
+
+    def is_too_large(steps: int) -> bool:
+        tokens = steps * CUDA_TOKENS_STEP
+        batch = replace(micro_batch, tokens=tokens, supervised_tokens=int(tokens * SUPERVISED_SHARE))
+        return estimate_memory(config, shape, batch, auxiliary).required_bytes > available
+
+    # Memory grows with the tokens, so the first budget that is too large can be bisected.
+    first_too_large = bisect_left(range(CUDA_TOKENS // CUDA_TOKENS_STEP + 1), True, lo=1, key=is_too_large)
+    return max(MIN_TOKENS, (first_too_large - 1) * CUDA_TOKENS_STEP)
+
+
+def document_bytes_that_fit(shape: ModelShape, compute: str, tokens: int) -> int:
+    """Activation bytes of a document where a micro-batch of `tokens` fits: a longer one recomputes layers."""
+    return tokens * activation_bytes_per_token(shape, compute)
+
+
+def layers_to_recompute(
+    shape: ModelShape, tokens: int, compute: str = "float32", *, lowest: int = 0, limit: int | None
+) -> range:
+    """The layers that a document of `tokens` tokens must recompute so that its activations fit into `limit` bytes.
+
+    Layers below `lowest` are frozen and store nothing. A recomputed layer stores its input: H numbers a token.
+    """
+    if limit is None:
+        return range(lowest, lowest)
+    trained_layers, layer_bytes = shape.layers - lowest, layer_bytes_per_token(shape, compute)
+    saved_bytes = tokens * (layer_bytes - DTYPE_BYTES[compute] * shape.width)
+    excess_bytes = max(0, tokens * trained_layers * layer_bytes - limit)
+    return range(lowest, lowest + min(trained_layers, -(-excess_bytes // saved_bytes)))
 
 
 def estimate_memory(
@@ -166,17 +234,25 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Memory of the stages of `rung train`; `auxiliary` holds the shapes of further models by purpose."""
     cost, compute = method_cost(config.method, shape), micro_batch.compute_dtype
-    resident = _resident_terms(config, shape, cost, compute, auxiliary or {})
-    step = _step_terms(config, shape, cost, micro_batch)
-    # The allocator does not return what a step has freed: it is still resident while the optimizer runs.
-    heap = [term for term in step if term.name in ("activations", "scratch", "holes", "products")]
+    on_card = micro_batch.device == "cuda"
+    whole = _resident_terms(config, shape, cost, compute, auxiliary or {})
+    resident, step = whole, _step_terms(config, shape, cost, micro_batch)
     gradients = Term("gradients", 4 * (cost.trainable or 0), "float32")
-    # AdamW's two temporaries are as large as the tensor it updates.
+    if micro_batch.processes > 1 and config.model.sharded:
+        resident, gradients = _sharded(config, shape, micro_batch.processes, [*whole, gradients])
+        step = (
+            *(gradients if term.name == "gradients" else term for term in step),
+            _gathered_term(config, shape, compute),
+        )
+    # The allocator does not return what a step has freed: it is still resident while the optimizer runs.
+    heap = [term for term in step if term.name in ("activations", "scratch", "holes", "products", "gathered")]
+    # AdamW's two temporaries are as large as the tensor it updates. On a card it is one fused kernel without any.
     temporaries = Term("temporaries", 2 * 4 * cost.largest_tensor, "twice the largest tensor that moves")
+    loading = _card_loading_terms(config, shape, compute) if on_card else _loading_terms(config, shape, compute)
     stages = [
-        Stage("loading", (*_loading_terms(config, shape, compute), *_library_terms(config))),
+        Stage("loading", (*loading, *_library_terms(config))),
         Stage("steps", (*resident, *step)),
-        Stage("optimizer", (*resident, gradients, temporaries, *heap)),
+        Stage("optimizer", (*resident, gradients, *(() if on_card else (temporaries,)), *heap)),
     ]
     rollout = config.objective.rollout
     if rollout is not None and generates_rollouts(config):
@@ -187,7 +263,12 @@ def estimate_memory(
     # After the last step moments and value model are freed; tensors are copied and verified one at a time.
     trained = [term for term in resident if term.name not in ("moments", "value")]
     copies = Term("copies", 2 * 4 * cost.largest_tensor, "of the largest tensor, written and looked at again")
-    return MemoryEstimate((*stages, Stage("saving", (*trained, copies))), cost)
+    stages.append(Stage("saving", tuple(trained) if on_card else (*trained, copies)))
+    if not on_card:
+        return MemoryEstimate(tuple(stages), cost)
+    # Files are mapped and libraries loaded in the memory of the host.
+    on_host = [replace(s, terms=tuple(t for t in s.terms if t.name not in ("file", "bitsandbytes"))) for s in stages]
+    return MemoryEstimate(tuple(on_host), cost, CUDA_CONTEXT_BYTES, "CUDA context, kernels, workspaces (assumed)")
 
 
 def decoding_terms(shape: ModelShape, rows: int, tokens: int, compute: str) -> Sequence[Term]:
@@ -264,9 +345,16 @@ def _step_terms(config: RunConfig, shape: ModelShape, cost: MethodCost, micro_ba
     """Further memory of a step, at the end of the forward pass of its last micro-batch."""
     method, compute = config.method, micro_batch.compute_dtype
     bytes_per_token = activation_bytes_per_token(shape, compute, lowest=min(cost.lowest_layer, shape.layers - 1))
-    bytes_per_token += method_bytes_per_token(method, shape, compute)
+    method_bytes = method_bytes_per_token(method, shape, compute)
+    bytes_per_token += method_bytes
     tokens, width = micro_batch.tokens + front_virtual_tokens(method), DTYPE_BYTES[compute]
     activations = int(bytes_per_token * tokens * (1.0 if config.model.fused else UNFUSED_FACTOR))
+    source = f"{bytes_per_token:,} bytes for each of {tokens:,} tokens"
+    if micro_batch.documents == 1 and (recomputed := _recomputed_layers(config, shape, cost, micro_batch)):
+        # A recomputed layer stores its input alone, also of what the method adds to it.
+        layer_bytes = layer_bytes_per_token(shape, compute) + method_bytes // (shape.layers - cost.lowest_layer)
+        activations = max(0, activations - recomputed * (layer_bytes - width * shape.width) * tokens)
+        source += f", {recomputed} layers recomputed"
     gradients = 4 * (cost.trainable or 0)
     # Gradients are allocated as activations are freed, so only the excess adds to the peak.
     if micro_batch.batches == 1:
@@ -277,22 +365,79 @@ def _step_terms(config: RunConfig, shape: ModelShape, cost: MethodCost, micro_ba
     # Gradients of the head, of the embeddings, and their sum if both are one matrix.
     head += {"full": 3 if shape.tied else 2, "head": 1}.get(method.kind, 0) * 4 * shape.embedding_parameters
     share = _fragmentation(config, shape, micro_batch)
+    # cuBLAS's workspaces count as part of the context.
+    products = () if micro_batch.device == "cuda" else (_PRODUCTS,)
     return (
         Term("gradients", gradients, "float32"),
-        Term("activations", activations, f"{bytes_per_token:,} bytes for each of {tokens:,} tokens"),
+        Term("activations", activations, source),
         Term("head", head, "vectors of the learned tokens, tiles, its gradient where it moves"),
         Term("scratch", scratch, "what one layer makes and forgets"),
         Term("holes", int(share * (activations + scratch)), f"{share:.0%}: what the allocator cannot use again"),
-        Term("products", PRODUCT_BUFFER_BYTES, "buffers of matrix products (measured)"),
+        *products,
     )
 
 
+_PRODUCTS = Term("products", PRODUCT_BUFFER_BYTES, "buffers of matrix products (measured)")
+
+
+def _recomputed_layers(config: RunConfig, shape: ModelShape, cost: MethodCost, micro_batch: MicroBatch) -> int:
+    """Layers that a single document recomputes; none in a sharded model, whose ranks must run equally often."""
+    if config.model.sharded and micro_batch.processes > 1:
+        return 0
+    lowest, limit = min(cost.lowest_layer, shape.layers), micro_batch.document_bytes
+    return len(layers_to_recompute(shape, micro_batch.tokens, micro_batch.compute_dtype, lowest=lowest, limit=limit))
+
+
+def _sharded(
+    config: RunConfig, shape: ModelShape, processes: int, terms: Sequence[Term]
+) -> tuple[Sequence[Term], Term]:
+    """Memory of one of several processes that share the model by rows (`training/fsdp.py`); the last term: gradients.
+
+    Under `full` weights, gradients and moments are divided, and otherwise only the layers' weights.
+    """
+    layers = shape.layers * shape.linear_parameters
+    share = layers / (layers + shape.embedding_parameters * (1 if shape.tied else 2))
+    divided = (
+        {"weights", "gradients", "moments", "reference"} if config.method.kind == "full" else {"weights", "reference"}
+    )
+
+    def rows(term: Term) -> Term:
+        if term.name not in divided:
+            return term
+        # Embeddings and head are whole where they do not move.
+        whole = 0.0 if config.method.kind == "full" and term.name != "reference" else 1.0 - share
+        size = int(term.bytes * (whole + (1.0 - whole) / processes))
+        return replace(term, bytes=size, source=f"{term.source}; its rows in one of {processes} processes")
+
+    *resident, gradients = map(rows, terms)
+    return resident, gradients
+
+
+def _gathered_term(config: RunConfig, shape: ModelShape, compute: str) -> Term:
+    """What is gathered at once: a layer that computes and the next one, under `full` also gradients and embeddings."""
+    if config.method.kind != "full":
+        width = DTYPE_BYTES[_resident_dtype(config, shape, compute)]
+        return Term("gathered", 2 * width * shape.linear_parameters, "two layers")
+    matrices = 3 * shape.linear_parameters + 2 * shape.embedding_parameters
+    return Term("gathered", 4 * matrices, "two layers, the gradient of one; the embeddings and their gradient")
+
+
 def _fragmentation(config: RunConfig, shape: ModelShape, micro_batch: MicroBatch) -> float:
-    if micro_batch.device != "cpu":
-        return FRAGMENTATION
+    if micro_batch.device == "cuda":
+        return CUDA_FRAGMENTATION
     share = FRAGMENTATION_BY_METHOD.get(config.method.kind, FRAGMENTATION)
     is_long_document = micro_batch.documents == 1 and micro_batch.tokens > tokens_per_micro_batch(shape, "cpu")
     return max(share, FRAGMENTATION_SINGLE_DOCUMENT) if is_long_document else share
+
+
+def _card_loading_terms(config: RunConfig, shape: ModelShape, compute: str) -> Sequence[Term]:
+    """Memory of a card while the base is loaded: weights go there one by one, under `full` widened there."""
+    resident = weight_terms(config, shape, compute)
+    if config.method.kind != "qlora":
+        return resident
+    # A matrix arrives as it is in the file, is widened and quantized: 8-bit copies are as large at most.
+    largest = max(m.inputs * m.outputs for m in shape.matrices)
+    return (*resident, Term("copies", 8 * largest, "the matrix that is quantized, as it is read and in float32"))
 
 
 def _loading_terms(config: RunConfig, shape: ModelShape, compute: str) -> Sequence[Term]:

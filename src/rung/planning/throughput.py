@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from rung.config.run import RunConfig
-from rung.errors import ConfigError, did_you_mean
 from rung.files import cache_folder, write_text
 from rung.planning.architecture import ModelShape
+from rung.planning.devices import Device
 from rung.planning.method_cost import MethodCost
 
 CHARACTERS_PER_TOKEN = 4.0
@@ -31,46 +31,6 @@ DEFAULT_DOCUMENT_TOKENS = 300.0
 """Assumed tokens of a document before the data is read."""
 MFU = 0.4
 """Assumed share of a device's peak that training reaches, where nothing was measured."""
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """A device to plan for. Peaks are the manufacturers' dense bfloat16 figures, not measurements."""
-
-    name: str
-    memory: int
-    """Bytes."""
-    flops: float
-    """Peak operations per second."""
-    compute: str = "bfloat16"
-
-
-GiB = 2**30
-_DEVICES = (
-    Device("t4", 16 * GiB, 65e12, "float32"),  # multiplies float16, which Rung does not train in
-    Device("l4", 24 * GiB, 121e12),
-    Device("a10", 24 * GiB, 125e12),
-    Device("rtx3090", 24 * GiB, 71e12),
-    Device("rtx4090", 24 * GiB, 165e12),
-    Device("rtx5090", 32 * GiB, 209e12),
-    Device("a100-40", 40 * GiB, 312e12),
-    Device("l40s", 48 * GiB, 362e12),
-    Device("a100", 80 * GiB, 312e12),
-    Device("h100", 80 * GiB, 989e12),
-    Device("h200", 141 * GiB, 989e12),
-    Device("mi300x", 192 * GiB, 1307e12),
-    Device("b200", 192 * GiB, 2250e12),
-)
-DEVICES = {device.name: device for device in _DEVICES}
-
-
-def parse_device(name: str | None) -> Device | None:
-    """Look up a device. Raises `ConfigError` for an unknown one."""
-    if name is None or name.lower() in DEVICES:
-        return None if name is None else DEVICES[name.lower()]
-    suggestion = did_you_mean(name.lower(), list(DEVICES))
-    hint = f"did you mean {suggestion}?" if suggestion else "give --memory for another"
-    raise ConfigError("no such device", where="--device", given=name, allowed=", ".join(DEVICES), hint=hint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,10 +122,17 @@ class Throughput:
     source: str
 
 
-def throughput_for(device: Device | None, compute: str) -> Throughput | None:
-    """Throughput of a listed device, or as measured by finished runs on this machine; None if unknown."""
+def throughput_for(device: Device | None, compute: str, processes: int = 1) -> Throughput | None:
+    """Throughput of a listed device, or as measured by finished runs on this machine; None if unknown.
+
+    `processes` devices are assumed to be that many times as fast.
+    """
     if device is not None:
-        return Throughput(MFU * device.flops, f"{MFU:.0%} of {device.name}'s stated peak: not measured")
+        if device.flops is None:
+            return None
+        count = f"{processes} x " if processes > 1 else ""
+        source = f"{MFU:.0%} of the stated peak of {count}{device.name}: not measured"
+        return Throughput(MFU * device.flops * processes, source)
     rate = _read_rates().get(compute)
     if rate is None:
         return None

@@ -80,7 +80,7 @@ def _stages(run_plan: RunPlan) -> Any:
         # only the peak decides whether a run fits
         for term in stage.terms if largest else ():
             add(Text(f"    {term.name}"), term.bytes, Text(term.source, "dim"))
-    add(Text("  libraries"), memory.footprint, Text("Python, torch, transformers, a tokenizer"))
+    add(Text("  libraries"), memory.footprint, Text(memory.footprint_source))
     add(Text("  peak", "bold"), memory.peak, Text(f"in {memory.largest_stage.name}"), "bold")
     for stage in run_plan.follow_up:
         # another process: it loads the libraries again

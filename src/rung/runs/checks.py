@@ -9,26 +9,28 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from rung.config.method import LotteryConfig
 from rung.config.run import RunConfig
-from rung.config.support import multi_process_refusal, sharding_refusal
 from rung.console import print_status
 from rung.data.token_store import TokenizedDataset
 from rung.data.tokenize import PromptDataset
 from rung.errors import ConfigError, DataError, PlanError
-from rung.planning.advise import advise, auxiliary_shapes, compute_type
-from rung.planning.architecture import ModelShape, read_shape
+from rung.models.policy import Policy
+from rung.planning.advise import advise, auxiliary_shapes, compute_type, process_refusal
+from rung.planning.architecture import read_shape
+from rung.planning.devices import Device, describe_device
 from rung.planning.memory import MIN_TOKENS, MemoryEstimate, MicroBatch, estimate_memory
 from rung.planning.throughput import DataVolume, record_throughput, token_flops
 from rung.report.formatting import format_bytes
 from rung.runs.dataset import RunData
 from rung.training.distributed import World
-from rung.training.run_folder import peak_memory_bytes, total_steps
+from rung.training.memory_use import free_memory, peak_memory_bytes
+from rung.training.run_folder import total_steps
 from rung.training.trainer import Trainer
 
 
@@ -50,14 +52,8 @@ def check_tasks(config: RunConfig, data: RunData) -> None:
 
 def check_processes(config: RunConfig, world: World) -> None:
     """Refuse combinations that do not work, or are not tested, in several processes."""
-    generates_answers = config.objective.on_policy_share > 0.0
-    if world.size > 1 and (refusal := multi_process_refusal(config.method.kind, own_answers=generates_answers)):
-        raise PlanError(refusal, where="WORLD_SIZE", given=world.size, hint="run it in one process")
-    if world.size > 1 and config.model.sharded:
-        reference = config.objective.reference_model
-        moments = config.training.optimizer.state_dtype
-        if refusal := sharding_refusal(config.method.kind, config.objective.kind, reference=reference, moments=moments):
-            raise PlanError(refusal, where="model.sharded", hint="leave model.sharded out: replicas do")
+    if error := process_refusal(config, world.size):
+        raise error
 
 
 def check_lottery(config: RunConfig, rows: int) -> None:
@@ -80,28 +76,21 @@ class DoesNotFitError(PlanError):
     """The run needs more memory than is free."""
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Bytes available to a run, including what this process already holds; None if the system does not say."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        meminfo = Path("/proc/meminfo").read_text()
-        free = int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024
-        # Estimates count a whole process, so what this one holds already (torch, a loaded base) is not missing.
-        resident = int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
-    except (OSError, IndexError, ValueError):
+def local_card(device: torch.device) -> Device | None:
+    """A graphics card as a device to plan for, with the memory that is available; None for a processor."""
+    if device.type != "cuda":
         return None
-    return free + resident
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    return describe_device(name, free_memory(device) or 0, capability)
 
 
 def refuse_if_too_large(config: RunConfig, device: torch.device, *, beyond: bool) -> None:
     """Raise `DoesNotFitError`, before anything is loaded, if not even the smallest micro-batch fits."""
-    if device.type != "cpu":
-        return
     # Half of the tokens supervised is a guess: the rows are not tokenized yet.
-    smallest = MicroBatch(compute_type(config.model, None), MIN_TOKENS, MIN_TOKENS // 2)
+    compute, kind = compute_type(config.model, local_card(device)), "cuda" if device.type == "cuda" else "cpu"
+    smallest = MicroBatch(compute, MIN_TOKENS, MIN_TOKENS // 2, device=kind)
     estimate = estimate_memory(config, read_shape(config.model), smallest, auxiliary_shapes(config))
-    _refuse(config, estimate, free_memory(device), beyond=beyond)
+    _refuse(config, estimate, device, beyond=beyond)
 
 
 PlannedRun = tuple[MemoryEstimate, MicroBatch]
@@ -113,14 +102,15 @@ def plan_run(config: RunConfig, trainer: Trainer, data: RunData, *, beyond: bool
 
     Raises `DoesNotFitError` if less memory is free, unless `beyond` is set.
     """
-    compute = str(trainer.policy.base.compute_dtype).removeprefix("torch.")
+    device, compute = trainer.policy.device, str(trainer.policy.base.compute_dtype).removeprefix("torch.")
     # Rollouts have no documents yet, so a full budget is assumed, half of it answers.
     if isinstance(data.train, PromptDataset):
-        micro_batch = MicroBatch(compute, trainer.budget, trainer.budget // 2, device=trainer.policy.device.type)
+        micro_batch = MicroBatch(compute, trainer.budget, trainer.budget // 2, device=device.type)
     else:
         micro_batch = _largest_micro_batch(trainer, data.train, compute)
+    micro_batch = replace(micro_batch, document_bytes=trainer.document_bytes)
     estimate = estimate_memory(config, trainer.policy.base.shape, micro_batch, auxiliary_shapes(config))
-    _refuse(config, estimate, free_memory(trainer.policy.device), beyond=beyond)
+    _refuse(config, estimate, device, beyond=beyond)
     return estimate, micro_batch
 
 
@@ -146,24 +136,25 @@ def _largest_micro_batch(trainer: Trainer, data: TokenizedDataset, compute: str)
     )
 
 
-def _refuse(config: RunConfig, estimate: MemoryEstimate, available: int | None, *, beyond: bool) -> None:
+def _refuse(config: RunConfig, estimate: MemoryEstimate, device: torch.device, *, beyond: bool) -> None:
+    available = free_memory(device)
     if available is None or estimate.required_bytes <= available:
         return
     need = f"this run needs {format_bytes(estimate.required_bytes)} at its peak"
     if beyond:
         print_status(f"{need}, and {format_bytes(available)} are free: it goes on because of --beyond-memory")
         return
-    change = advise(config, limit=available).change
+    change = advise(config, limit=available, device=local_card(device)).change
     suggestion = f"the cheapest change that fits: {shlex.join(change.overrides)}" if change else "see: rung plan CONFIG"
     hint = f"{suggestion}; or start it with --beyond-memory"
     raise DoesNotFitError(need, where="memory", given=f"{format_bytes(available)} free", hint=hint)
 
 
 def measured_vs_planned(
-    config: RunConfig, shape: ModelShape, plan: PlannedRun, manifest: Mapping[str, Any], loading: int
+    config: RunConfig, policy: Policy, plan: PlannedRun, manifest: Mapping[str, Any], loading: int
 ) -> dict[str, Any]:
     """The plan and the measurements, for `run.json`. The speed of a long run is kept for later plans."""
-    estimate, micro_batch = plan
+    (estimate, micro_batch), shape, device = plan, policy.base.shape, policy.device
     seconds, tokens = manifest.get("train_seconds") or 0.0, manifest.get("tokens") or 0
     # Supervised fine-tuning without a frozen-layer cache only: rollouts, several models or cached layers have another
     # speed per token.
@@ -174,5 +165,6 @@ def measured_vs_planned(
         volume = DataVolume(tokens, supervised, length, is_counted=True)
         rate = token_flops(config, shape, volume, estimate.cost) * tokens * micro_batch.compute_ratio / seconds
         record_throughput(str(manifest.get("compute_dtype")), rate, f"{config.method.kind} on {config.model.name}")
-    measured = {"loading": loading, "steps": manifest.get("peak_memory_bytes"), "saving": peak_memory_bytes()}
+    saving = peak_memory_bytes(device)
+    measured = {"loading": loading, "steps": manifest.get("peak_memory_bytes"), "saving": saving}
     return {**estimate.to_json(), "measured": measured}

@@ -33,8 +33,8 @@ from rung.models.targets import coverage
 from rung.objectives.protocol import Objective
 from rung.objectives.registry import make_objective
 from rung.objectives.reward import RewardObjective
-from rung.planning.advise import assumed_micro_batch, auxiliary_shapes
-from rung.planning.memory import estimate_memory, tokens_per_micro_batch
+from rung.planning.advise import assumed_micro_batch, auto_budget, auxiliary_shapes
+from rung.planning.memory import estimate_memory
 from rung.runs import checks
 from rung.runs.artifact import pad_token_outside_stops, write_origin, write_tokenizer_files
 from rung.runs.auxiliary_models import AuxiliaryModels, load_auxiliary_models, reward_function
@@ -44,9 +44,10 @@ from rung.runs.reward_head import write_score_head
 from rung.training import gates
 from rung.training import run_folder as folders
 from rung.training.distributed import SINGLE_PROCESS, World
+from rung.training.memory_use import peak_memory_bytes, reset_peak_memory
 from rung.training.micro_batch import measure_micro_batch_tokens, try_longest
 from rung.training.rollout import RolloutSource
-from rung.training.run_folder import Gate, RunFolder, StopCheck, never_stop, progress_summary
+from rung.training.run_folder import Gate, RunFolder, StopCheck, never_stop
 from rung.training.step import CalibrationBatch
 from rung.training.trainer import Trainer
 
@@ -84,7 +85,7 @@ def train_run(config: RunConfig, start: StartMode = NEW_RUN, world: World = SING
     splits = read_splits(config)
     if world.size == 1:
         checks.refuse_if_too_large(config, device(), beyond=start.beyond_memory)
-    base = load_base_on_device(config.model)
+    base = load_base_on_device(config.model, config.method)
     data = world.rank0_first(lambda: tokenize_splits(config, splits, base))  # the other ranks read the cache
     _, folder = train_on_data(config, base, data, start, world=world)
     world.barrier()
@@ -94,7 +95,7 @@ def train_run(config: RunConfig, start: StartMode = NEW_RUN, world: World = SING
 def dry_run(config: RunConfig) -> dict[str, Any]:
     """Everything up to the first step: data, model, preflight. Writes nothing."""
     splits = read_splits(config)
-    base = load_base_on_device(config.model)
+    base = load_base_on_device(config.model, config.method)
     data = tokenize_splits(config, splits, base)
     checks.check_tasks(config, data)
     checks.check_lottery(config, len(data.train.rows))
@@ -102,7 +103,8 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     method = attach_method(base.model, config.method, seed=config.seed, fused=config.model.fused)
     heads = _objective(config, Policy(base, method), models).trainable().values()
     steps_per_window = config.objective.rollout.steps if config.objective.rollout else 1
-    plan = estimate_memory(config, base.shape, assumed_micro_batch(config, base.shape, None), auxiliary_shapes(config))
+    micro_batch = assumed_micro_batch(config, base.shape, checks.local_card(device()))
+    plan = estimate_memory(config, base.shape, micro_batch, auxiliary_shapes(config))
     return {
         **data.summary(),
         "steps_per_epoch": -(-len(data.train.rows) // config.training.examples_per_step) * steps_per_window,
@@ -140,10 +142,10 @@ def train_on_data(
         except RungError as error:
             folder.update(status="failed", error=str(error))
             raise
-        loading_bytes = folders.peak_memory_bytes()
+        loading_bytes = peak_memory_bytes(policy.device)
         _train(config, trainer, data, resume=start.resume)
         if plan is not None:
-            folder.update(plan=checks.measured_vs_planned(config, base.shape, plan, folder.manifest, loading_bytes))
+            folder.update(plan=checks.measured_vs_planned(config, policy, plan, folder.manifest, loading_bytes))
     return policy, folder
 
 
@@ -174,19 +176,21 @@ def _trainer(
     objective = _objective(config, policy, models)
     if not objective.reads_head:
         method.freeze_output_head()
+    budget, document_bytes = _token_budget(config, policy.base, world)
     trainer = Trainer(
         policy,
         method,
         objective=objective,
         config=config.training,
         peak_rate=config.learning_rate,
-        budget=micro_batch_tokens(config, policy.base),
+        budget=budget,
         seed=config.seed,
         folder=folder,
-        rollouts=_rollouts(config, policy, objective, data, models),
+        rollouts=_rollouts(config, policy, objective, data, models, budget),
         world=world,
         in_parts=config.model.sharded and world.size > 1,
         stop_check=stop_check,
+        document_bytes=document_bytes,
     )
     _record_start(config, trainer, data, models)
     return trainer
@@ -205,9 +209,9 @@ def _train(config: RunConfig, trainer: Trainer, data: RunData, *, resume: bool) 
         if trainer.progress.step == 0:
             _try_longest(trainer, data)
             torch.manual_seed(config.seed)  # of dropout; a resumed run continues with the state that it saved
-        folders.reset_peak_memory()
+        reset_peak_memory(trainer.policy.device)
         trainer.run(data.train.rows, data.validation.rows if data.validation else ())
-        folder.update(**progress_summary(trainer.progress, trainer.trainable), **method.statistics())
+        folder.update(**trainer.summary(), **method.statistics())
         trainer.optimizer_state.release()
         trainer.gather_model()
         if is_rank0:
@@ -217,7 +221,7 @@ def _train(config: RunConfig, trainer: Trainer, data: RunData, *, resume: bool) 
             folder.update(reward=health.to_json())
             print_status(str(health))
     except Interrupted:
-        folder.update(status="interrupted", **progress_summary(trainer.progress, trainer.trainable))
+        folder.update(status="interrupted", **trainer.summary())
         print_status(f"saved after step {trainer.progress.step} in {folder.path}; --resume continues from there")
         raise
     except RungError as error:
@@ -256,12 +260,12 @@ def _record_start(config: RunConfig, trainer: Trainer, data: RunData, models: Au
 
 
 def _rollouts(
-    config: RunConfig, policy: Policy, objective: Objective, data: RunData, models: AuxiliaryModels
+    config: RunConfig, policy: Policy, objective: Objective, data: RunData, models: AuxiliaryModels, budget: int
 ) -> RolloutSource | None:
     """The source of generated answers and their rewards; None for an objective that learns from data alone."""
     if objective.rollout is None:
         return None
-    source, prompts, chat, budget = models.reward_source, data.train, data.chat, micro_batch_tokens(config, policy.base)
+    source, prompts, chat = models.reward_source, data.train, data.chat
     train = validation = None
     if source is not None and isinstance(prompts, PromptDataset):
         held_out = data.validation if isinstance(data.validation, PromptDataset) else prompts
@@ -279,12 +283,14 @@ def _pass_gates(trainer: Trainer, data: RunData) -> None:
     if not probe:
         raise DataError("no training rows are left", hint="look at the counts of: rung data check")
     head_parameters = sum(p.numel() for p in trainer.objective.trainable().values())
+    # Packed as the steps are, so that the gates test what trains.
+    batches = trainer.pack(probe, sum(map(len, probe)))
     results = (
         gates.check_trainable(method, trainer.optimizer_state.optimizer, head_parameters),
-        gates.check_identity(policy, method, probe),
-        gates.check_reference(policy, method, probe),
-        gates.check_packing(policy, probe),
-        gates.check_fused(policy, probe),
+        gates.check_identity(policy, method, batches),
+        gates.check_reference(policy, method, batches),
+        gates.check_packing(policy, batches),
+        gates.check_fused(policy, batches),
         gates.check_decoding(policy, probe),
     )
     for gate in filter(None, results):
@@ -350,7 +356,10 @@ def _resolve_micro_batch_tokens(trainer: Trainer, data: RunData) -> None:
         trainer.set_budget(tokens)
     elif trainer.config.tokens_per_micro_batch == "probe":
         with status("measuring micro-batches"):
-            tokens = measure_micro_batch_tokens(trainer.policy, trainer.objective, data.train.examples, trainer.pack)
+            # trainer.budget: on a card the largest micro-batch that fits; a processor tries all candidates
+            limit = trainer.budget if trainer.policy.device.type == "cuda" else None
+            policy, objective, examples = trainer.policy, trainer.objective, data.train.examples
+            tokens = measure_micro_batch_tokens(policy, objective, examples, trainer.pack, limit)
         trainer.set_budget(trainer.world.gather(tokens)[0])  # every rank measures, and results may differ
         print_status(f"{trainer.budget} tokens a micro-batch")
     trainer.folder.update(tokens_per_micro_batch=trainer.budget)
@@ -366,6 +375,14 @@ def _try_longest(trainer: Trainer, data: RunData) -> None:
 
 
 def micro_batch_tokens(config: RunConfig, base: BaseModel) -> int:
-    """Tokens per micro-batch as set in the config, else by the size of the base."""
-    tokens = config.training.tokens_per_micro_batch
-    return tokens if isinstance(tokens, int) else tokens_per_micro_batch(base.shape, device().type)
+    """Tokens of a micro-batch of a run in one process."""
+    return _token_budget(config, base, SINGLE_PROCESS)[0]
+
+
+def _token_budget(config: RunConfig, base: BaseModel, world: World) -> tuple[int, int]:
+    """Tokens of a micro-batch as set in the config or as they fit, and the activation bytes of a single document."""
+    setting = config.training.tokens_per_micro_batch
+    fitting, document_bytes = auto_budget(config, base.shape, checks.local_card(device()), world.size)
+    # The cards of the ranks may differ in what is free; the run has one budget, so that a resume can keep it.
+    fitting = min(world.gather(fitting))
+    return (setting if isinstance(setting, int) else fitting), document_bytes

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -28,9 +28,9 @@ from rung.models.generate import Sampling, generate
 from rung.models.policy import Policy
 from rung.training.distributed import SINGLE_PROCESS, World
 from rung.training.fsdp import digests
-from rung.training.packing import pack, pack_separately
+from rung.training.packing import pack_separately
 from rung.training.run_folder import NOT_FINITE_FILE, Gate, Progress, RunFolder, State
-from rung.types import Example
+from rung.types import Example, PackedBatch
 
 TOLERANCE: dict[torch.dtype, float] = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.5}
 """Largest difference in nats between two computations of the same log-probabilities. A wrong mask or position moves
@@ -55,61 +55,57 @@ def check_trainable(method: Method, optimizer: Optimizer, head_parameters: int =
 
 
 @torch.no_grad()
-def check_identity(policy: Policy, method: Method, probe: Sequence[Example]) -> Gate | None:
+def check_identity(policy: Policy, method: Method, batches: Sequence[PackedBatch]) -> Gate | None:
     """With a fresh adapter the model gives the log-probabilities of the base.
 
     None for methods that train the base itself or do not start as the base.
     """
     if method.artifact != "adapter" or not method.starts_as_base:
         return None
-    batches = pack(probe, sum(map(len, probe)), device=policy.device)
-    difference = max(float((policy.logprobs(b) - policy.base_logprobs(b)).abs().max()) for b in batches)
+    with_method, base = _logprobs(policy, batches, lambda b: (policy.logprobs(b), policy.base_logprobs(b)))
+    difference = float((with_method - base).abs().max())
     limit = tolerance(policy) * (1.0 if method.subtracts else 1e-2)  # the same sums plus zeros
     return Gate.at_most("step0.identity", difference, limit)
 
 
 @torch.no_grad()
-def check_reference(policy: Policy, method: Method, probe: Sequence[Example]) -> Gate | None:
+def check_reference(policy: Policy, method: Method, batches: Sequence[PackedBatch]) -> Gate | None:
     """A separate reference model with the base's fingerprint gives the log-probabilities of the policy at its start."""
     reference = policy.reference
     if reference is None or reference.base.fingerprint != policy.base.fingerprint or not method.starts_as_base:
         return None
-    batches = pack(probe, sum(map(len, probe)), device=policy.device)
-    policy_logprobs_N = torch.cat([policy.logprobs(batch) for batch in batches])
-    reference_logprobs_N = torch.cat([policy.reference_logprobs(batch) for batch in batches])
-    return _compare_logprobs("step0.reference", policy_logprobs_N - reference_logprobs_N, policy)
+    own_N, reference_N = _logprobs(policy, batches, lambda b: (policy.logprobs(b), policy.reference_logprobs(b)))
+    return compare_logprobs("step0.reference", own_N - reference_N, policy)
 
 
 @torch.no_grad()
-def check_packing(policy: Policy, probe: Sequence[Example]) -> Gate:
-    """Log-probabilities of packed documents with shared prefixes equal those of one document per batch."""
-    batches = pack(probe, sum(map(len, probe)), device=policy.device)
-    packed_logprobs_N = torch.cat([policy.logprobs(batch) for batch in batches])
+def check_packing(policy: Policy, batches: Sequence[PackedBatch]) -> Gate:
+    """Log-probabilities of documents packed as in training equal those of one document per batch."""
+    (packed_logprobs_N,) = _logprobs(policy, batches, lambda b: (policy.logprobs(b),))
     # in the order of the packed batches, which sort their documents; row -1: one batch per document
     documents = [replace(document, row=-1) for batch in batches for document in batch.documents]
     separate_logprobs_N = torch.cat([policy.logprobs(batch) for batch in pack_separately(documents, policy.device)])
-    return _compare_logprobs("step0.packing", packed_logprobs_N - separate_logprobs_N, policy)
+    return compare_logprobs("step0.packing", packed_logprobs_N - separate_logprobs_N, policy)
 
 
 @torch.no_grad()
-def check_fused(policy: Policy, probe: Sequence[Example]) -> Gate | None:
+def check_fused(policy: Policy, batches: Sequence[PackedBatch]) -> Gate | None:
     """Rung's fused functions give the log-probabilities of the original forward of transformers and peft.
 
     None for bfloat16 weights computed in float32: the original forward cannot run on them.
     """
     if policy.base.compute_dtype is torch.float32 and keeps_bfloat16_weights(policy.model):
         return None
-    batches = pack(probe, sum(map(len, probe)), device=policy.device)
-    fused_logprobs_N = torch.cat([policy.logprobs(batch) for batch in batches])
+    (fused_logprobs_N,) = _logprobs(policy, batches, lambda b: (policy.logprobs(b),))
     with original_forwards(policy.model):
-        original_logprobs_N = torch.cat([policy.logprobs(batch) for batch in batches])
-    return _compare_logprobs("step0.fused", fused_logprobs_N - original_logprobs_N, policy)
+        (original_logprobs_N,) = _logprobs(policy, batches, lambda b: (policy.logprobs(b),))
+    return compare_logprobs("step0.fused", fused_logprobs_N - original_logprobs_N, policy)
 
 
 @torch.no_grad()
 def check_decoding(policy: Policy, probe: Sequence[Example], tokens: int = 4) -> Gate:
     """Log-probabilities of a greedy answer decoded with the KV cache equal those of one forward pass over it."""
-    largest_difference = 0.0
+    differences = list[Tensor]()
     for task in {example.task for example in probe}:
         examples = [example for example in probe if example.task == task]
         prompts = [example.ids[: max(1, int(example.supervised.argmax()))].tolist() for example in examples]
@@ -119,9 +115,8 @@ def check_decoding(policy: Policy, probe: Sequence[Example], tokens: int = 4) ->
             ids = np.array([*prompt, *answer.ids], dtype=np.int32)
             full_document = Example(ids, np.arange(len(ids)) >= len(prompt), example.source, task=task)
             read_logprobs_N = policy.logprobs(pack_separately([full_document], policy.device)[0])
-            difference_N = read_logprobs_N.cpu() - torch.tensor(answer.logprobs)
-            largest_difference = max(largest_difference, float(difference_N.abs().max()))
-    return Gate.at_most("step0.decoding", largest_difference, tolerance(policy))
+            differences.append(read_logprobs_N.cpu() - torch.tensor(answer.logprobs))
+    return compare_logprobs("step0.decoding", torch.cat(differences), policy)
 
 
 def frozen_digest(model: nn.Module) -> dict[str, int]:
@@ -206,7 +201,15 @@ def _dtype(policy: Policy) -> torch.dtype:
     return compute_dtype if compute_dtype is torch.bfloat16 else torch.promote_types(compute_dtype, storage_dtype)
 
 
-def _compare_logprobs(name: str, difference_N: Tensor, policy: Policy) -> Gate:
+def _logprobs(
+    policy: Policy, batches: Sequence[PackedBatch], values: Callable[[PackedBatch], tuple[Tensor, ...]]
+) -> list[Tensor]:
+    """Values [N] of all batches, for each member of the tuple that `values` returns for a batch."""
+    by_batch = [values(batch) for batch in policy.iterate_batches(batches)]
+    return [torch.cat(column) for column in zip(*by_batch, strict=True)]
+
+
+def compare_logprobs(name: str, difference_N: Tensor, policy: Policy) -> Gate:
     """Passes where the differences [N] of two computations of the same log-probabilities are rounding."""
     largest, limit = float(difference_N.abs().max()), tolerance(policy)
     p90 = float(difference_N.abs().float().quantile(0.9))

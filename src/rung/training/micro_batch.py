@@ -1,7 +1,7 @@
-"""Micro-batch size: the measured token budget, and which layers a very long document recomputes in its backward pass.
+"""Micro-batch size: the measured token budget, and a trial of the longest row.
 
-The budget changes memory and speed, never the result, because gradients are sums. Recomputing a layer saves its
-activations for the price of a second forward pass. `runs.train` calls this before the first step.
+The budget changes memory and speed, never the result, because gradients are sums. `runs.train` calls this before the
+first step.
 """
 
 from __future__ import annotations
@@ -15,56 +15,38 @@ from rung.errors import PlanError
 from rung.methods.protocol import Method
 from rung.models.policy import Policy
 from rung.objectives.protocol import Objective
-from rung.planning.architecture import ModelShape
-from rung.planning.method_cost import layer_bytes_per_token
+from rung.planning.advise import CANDIDATE_BUDGETS
+from rung.training.memory_use import synchronize
 from rung.training.step import accumulate
 from rung.types import Example, PackedBatch
 
-CPU_DOCUMENT_BYTES = 4 * 2**30
-"""Activation bytes of one document on a CPU; a document that needs more has its lowest trained layers recomputed."""
-CANDIDATE_BUDGETS = (256, 512, 768, 1024, 1536, 2048)
 PackRows = Callable[[Sequence[Example], int], Sequence[PackedBatch]]
 """Packs documents within a budget of tokens, as the run does."""
 MAX_SLOWDOWN = 1.03
 """A budget may be this much slower than the fastest: a larger one costs memory, and timings vary by some percent."""
 
 
-def longest_document_bytes(device: torch.device) -> int:
-    """Activation bytes that one document may hold; on a graphics card half of its memory (not measured)."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory) // 2
-    return CPU_DOCUMENT_BYTES
-
-
-def layers_to_recompute(shape: ModelShape, tokens: int, *, lowest: int = 0, limit: int = CPU_DOCUMENT_BYTES) -> range:
-    """The layers that a document of `tokens` tokens must recompute so that its activations fit into `limit` bytes.
-
-    Layers below `lowest` are frozen and keep nothing. A recomputed layer keeps its input: 4 H bytes per token.
-    """
-    trained_layers, recomputed_bytes, layer_bytes = shape.layers - lowest, 4 * shape.width, layer_bytes_per_token(shape)
-    excess_bytes = max(0, tokens * trained_layers * layer_bytes - limit)
-    count = -(-excess_bytes // (tokens * (layer_bytes - recomputed_bytes)))
-    return range(lowest, lowest + min(trained_layers, count))
-
-
 def measure_micro_batch_tokens(
-    policy: Policy, objective: Objective, examples: Sequence[Example], pack_rows: PackRows
+    policy: Policy, objective: Objective, examples: Sequence[Example], pack_rows: PackRows, limit: int | None = None
 ) -> int:
     """The smallest candidate budget that is at most `MAX_SLOWDOWN` slower than the fastest, in tokens.
 
-    Each budget is timed twice on the same documents in train mode, and the better time counts. Gradients are
-    discarded and RNG states restored.
+    Each budget is timed twice on the same documents in train mode, and the better time counts. Budgets above `limit`
+    are not tried. Gradients are discarded and RNG states restored.
     """
+    candidates = CANDIDATE_BUDGETS["cuda" if policy.device.type == "cuda" else "cpu"]
+    # Where not even the smallest candidate fits, there is no choice.
+    candidates = tuple(budget for budget in candidates if limit is None or budget <= limit) or (limit or 0,)
     sample_tokens, sample = 0, list[Example]()
     for example in examples:
         # enough to fill the largest budget once, and only whole rows: an objective compares the answers of a row
-        if sample_tokens >= CANDIDATE_BUDGETS[-1] and (example.row < 0 or example.row != sample[-1].row):
+        if sample_tokens >= candidates[-1] and (example.row < 0 or example.row != sample[-1].row):
             break
         sample.append(example)
         sample_tokens += len(example)
     seconds = {}
     policy.model.train()
-    for budget in CANDIDATE_BUDGETS:
+    for budget in candidates:
         window = pack_rows(sample, budget)
         seconds[budget] = min(_time_accumulation(policy, objective, window) for _ in range(2))
         if budget >= sample_tokens:  # larger budgets would pack the same single batch
@@ -101,8 +83,10 @@ def try_longest(
 
 
 def _time_accumulation(policy: Policy, objective: Objective, window: Sequence[PackedBatch]) -> float:
+    synchronize(policy.device)
     start = time.perf_counter()
     # dropout draws numbers here: the run must draw the same ones with and without a measurement
     with torch.random.fork_rng():
         accumulate(policy, objective, window)
+    synchronize(policy.device)
     return time.perf_counter() - start

@@ -7,10 +7,10 @@ loading cannot run code. `Trainer` owns the object; `set_learning_rate` sets the
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from rung.errors import PlanError
 from rung.methods.protocol import TrainableSet, require_same_tensors
 from rung.training.distributed import SINGLE_PROCESS, World
 from rung.training.fsdp import digests, local_rows, local_tensor
+from rung.training.memory_use import return_freed_memory
 
 NamedParameters = Mapping[str, nn.Parameter]
 
@@ -43,10 +44,17 @@ def make_optimizer(
         {"params": members, "weight_decay": config.weight_decay if is_matrix else 0.0, "rate_factor": factor}
         for (is_matrix, factor), members in sorted(groups.items(), key=lambda item: item[0], reverse=True)
     ]
-    optimizer_class: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+    device = next((parameter.device for parameter in trainable.values()), torch.device("cpu"))
+    # One kernel for all tensors on a card; torch's default there adds temporaries of four bytes a parameter.
+    optimizer_class: Callable[..., torch.optim.Optimizer] = partial(torch.optim.AdamW, fused=is_fused(device))
     if config.state_dtype != "float32":
-        optimizer_class = _eight_bit_adamw(next(iter(trainable.values())).device)
+        optimizer_class = _eight_bit_adamw(device)
     return optimizer_class(parameter_groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.epsilon)
+
+
+def is_fused(device: torch.device) -> bool:
+    """Whether AdamW updates all tensors in one kernel; on a processor it updates them one by one."""
+    return device.type == "cuda"
 
 
 def _eight_bit_adamw(device: torch.device) -> Any:
@@ -209,10 +217,12 @@ class OptimizerState:
             parameter = parameters[int(index)]
             rows = self.rows.get(names[id(parameter)]) if stored.shape(key) else None
             value = stored.read(key, rows)
-            if name == "step":  # torch counts in a float tensor, bitsandbytes in a plain number
-                self.optimizer.state[parameter][name] = int(value) if value.dtype is torch.int64 else value
+            # torch counts steps in a float tensor (on the device if the update is fused), bitsandbytes in a number
+            if name == "step" and value.dtype is torch.int64:
+                self.optimizer.state[parameter][name] = int(value)
             else:
-                self.optimizer.state[parameter][name] = value.to(parameter.device)
+                on_cpu = name == "step" and not is_fused(parameter.device)
+                self.optimizer.state[parameter][name] = value if on_cpu else value.to(parameter.device)
 
 
 class _CheckpointTensors:
@@ -262,11 +272,3 @@ def _cpu_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _numbered_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def return_freed_memory() -> None:
-    """Return freed memory to the system where the allocator can (glibc), which would keep that of small tensors."""
-    # CDLL(None): the process itself, hence the C library in use; musl and macOS have no malloc_trim
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

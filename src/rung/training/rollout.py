@@ -15,13 +15,14 @@ from itertools import compress
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from rung.config.objective import RolloutConfig
 from rung.models.generate import GeneratedAnswer, Sampling, generate_by_task
 from rung.models.policy import Policy
 from rung.objectives.protocol import Objective
-from rung.training.gates import tolerance
+from rung.training.gates import compare_logprobs
 from rung.training.run_folder import Gate
 from rung.training.step import values_by_document
 from rung.types import ON_POLICY, Example, PackedBatch, Rollout
@@ -127,8 +128,8 @@ class RolloutSource:
     def _check_decoder(self, documents: Sequence[Example], answers: Sequence[GeneratedAnswer]) -> Gate:
         """Gate: the decoder's log-probabilities of its samples equal those that the loss computes."""
         pairs = zip(self._values_by_document(documents, self.policy.logprobs), answers, strict=True)
-        largest_difference = max(float(np.abs(scored - np.array(answer.logprobs)).max()) for scored, answer in pairs)
-        return Gate.at_most("rollout.distribution", largest_difference, tolerance(self.policy))
+        differences = [torch.as_tensor(scored - np.array(answer.logprobs)) for scored, answer in pairs]
+        return compare_logprobs("rollout.distribution", torch.cat(differences), self.policy)
 
     def _answer(self, prompts: Sequence[Example], sampling: Sampling) -> tuple[list[Example], list[GeneratedAnswer]]:
         """Documents and answers, in the order of the prompts; the answers to one prompt are adjacent."""

@@ -12,7 +12,6 @@ import io
 import json
 import math
 import platform
-import resource
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,11 +20,13 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import numpy as np
+import torch
 from torch import nn
 
 from rung.config.training import TrainingConfig
 from rung.errors import CheckpointError, ConfigError, RungError
 from rung.files import is_run_folder, lock_file, recover_interrupted_writes, unlock_and_remove, write_bytes, write_text
+from rung.training.memory_use import peak_host_memory_bytes, peak_memory_bytes
 
 State = Literal["passed", "failed", "not_reached"]
 NOT_FINITE_FILE = "not_finite.jsonl"
@@ -229,25 +230,6 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "machine": platform.machine(), **libraries}
 
 
-def reset_peak_memory() -> None:
-    """Reset the peak of resident memory, where the kernel allows it (Linux)."""
-    try:
-        # 5 resets VmHWM, see proc(5)
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def peak_memory_bytes() -> int:
-    """Peak resident memory of this process since the last reset, in bytes."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError, ValueError):
-        # without /proc: the peak since the start of the process, in kilobytes on Linux
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def _changed_settings(old: Any, new: Any, path: str = "") -> list[str]:
     """Dotted names of the settings that differ between two configs."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
@@ -304,14 +286,18 @@ def row_indices_of_step(step: int, rows: int, per_step: int, seed: int) -> list[
     return [int(row) for row in order[place * per_step : (place + 1) * per_step]]
 
 
-def progress_summary(progress: Progress, trainable: Mapping[str, nn.Parameter]) -> Mapping[str, Any]:
+def progress_summary(
+    progress: Progress, trainable: Mapping[str, nn.Parameter], device: torch.device
+) -> Mapping[str, Any]:
     """Summary for run.json. Times exclude loading, evaluation and saving."""
+    host = {} if device.type == "cpu" else {"peak_host_memory_bytes": peak_host_memory_bytes()}
     return {
         "steps": progress.step,
         "train_seconds": round(progress.seconds, 3),
         "tokens_per_second": round(progress.tokens / progress.seconds, 1) if progress.seconds else None,
         "tokens": progress.tokens,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": peak_memory_bytes(device),
+        **host,
         "trainable_parameters": sum(p.numel() for p in trainable.values()),
         "train_loss": progress.loss,
         "validation_loss": progress.validation,

@@ -28,16 +28,25 @@ from rung.models.layers import layers_of, lowest_trainable_layer
 from rung.models.policy import Policy
 from rung.models.tree_attention import has_flat_kernel
 from rung.objectives.protocol import Objective
+from rung.planning.memory import CPU_DOCUMENT_BYTES, layers_to_recompute
 from rung.training import checkpoint, fsdp
 from rung.training.distributed import SINGLE_PROCESS, World
 from rung.training.early_stopping import EarlyStopping
 from rung.training.frozen_layer_cache import FrozenLayerCache, has_disk_space
 from rung.training.gates import MovementGate, enforce, skip_step
-from rung.training.micro_batch import layers_to_recompute, longest_document_bytes
 from rung.training.optimizer import OptimizerState, learning_rate_at, train_only
 from rung.training.packing import largest_first, pack, pack_lazily, pack_separately, pack_together
 from rung.training.rollout import RolloutSource
-from rung.training.run_folder import Gate, Progress, RunFolder, StopCheck, never_stop, row_indices_of_step, total_steps
+from rung.training.run_folder import (
+    Gate,
+    Progress,
+    RunFolder,
+    StopCheck,
+    never_stop,
+    progress_summary,
+    row_indices_of_step,
+    total_steps,
+)
 from rung.training.step import accumulate, mean_loss
 from rung.types import Example, PackedBatch
 
@@ -96,6 +105,8 @@ class Trainer:
     """The first training row, used as filler; set by `run`."""
     stop_check: StopCheck = never_stop
     """Called with every validation loss; returns the reason to end the run, or None."""
+    document_bytes: int = CPU_DOCUMENT_BYTES
+    """Activation bytes that one document may take; a longer one recomputes its lowest trained layers."""
 
     def __post_init__(self) -> None:
         # heads of the objective train at the rate of the run; a method's factors are for its own parameters
@@ -116,14 +127,18 @@ class Trainer:
         self.share_prefixes = self._can_share_prefixes()
         self.lowest_trained_layer = lowest_trainable_layer(self.policy.model, self.method.trainable())
         if self.method.supports_recompute():
-            limit, lowest = longest_document_bytes(self.policy.device), self.lowest_trained_layer
-            shape = self.policy.base.shape
-            self.policy.layers_to_recompute = partial(layers_to_recompute, shape, lowest=lowest, limit=limit)
+            lowest, compute = self.lowest_trained_layer, str(self.policy.base.compute_dtype).removeprefix("torch.")
+            options: Any = {"compute": compute, "lowest": lowest, "limit": self.document_bytes}
+            self.policy.layers_to_recompute = partial(layers_to_recompute, self.policy.base.shape, **options)
 
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """Every trained parameter by name: those of the method and those of heads of the objective."""
         return {**self.method.trainable(), **self.objective.trainable()}
+
+    def summary(self) -> Mapping[str, Any]:
+        """What run.json says of the steps so far."""
+        return progress_summary(self.progress, self.trainable, self.policy.device)
 
     def set_budget(self, tokens: int) -> None:
         """Compute this many tokens at once from now on, in rollouts too."""

@@ -1,0 +1,266 @@
+"""What a run takes on a graphics card, and what it asks of the card: by formulas and stand-ins, none is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from builders import documents, tuned
+from rung.config.objective import SftConfig
+from rung.config.run import RunConfig
+from rung.config.training import OptimizerConfig
+from rung.errors import PlanError
+from rung.models import base_model
+from rung.objectives.sft import SftObjective
+from rung.planning.advise import CANDIDATE_BUDGETS, Advice, advise, assumed_micro_batch, auto_budget
+from rung.planning.architecture import read_shape
+from rung.planning.devices import DEVICES, Device, describe_device, find_local_device
+from rung.planning.memory import CUDA_CONTEXT_BYTES, CUDA_TOKENS, MIN_TOKENS, estimate_memory
+from rung.planning.throughput import throughput_for
+from rung.training import memory_use, micro_batch, optimizer
+from rung.training.optimizer import OptimizerState
+from rung.training.packing import pack
+
+CUDA = torch.device("cuda")
+_LLAMA = {"model_type": "llama", "vocab_size": 128_256, "dtype": "bfloat16", "tie_word_embeddings": False}
+SHAPES: dict[str, dict[str, Any]] = {
+    "8b": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 14_336},
+    "70b": {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "intermediate_size": 28_672},
+}
+"""Llama 3 8B and 70B."""
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Any:
+    """Writes the config of one of `SHAPES`; nothing else of the model exists."""
+
+    def write(name: str) -> str:
+        (tmp_path / name).mkdir(exist_ok=True)
+        config = {**_LLAMA, **SHAPES[name], "num_key_value_heads": 8, "max_position_embeddings": 131_072}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        return str(tmp_path / name)
+
+    return write
+
+
+def config_of(name: str, kind: str, *, sharded: bool = False, **settings: Any) -> RunConfig:
+    values = {"model": {"name": name, "sharded": sharded}, "data": {"path": "rows.jsonl"}, "output": "run"}
+    return RunConfig.model_validate({**values, "method": {"kind": kind}, **settings})
+
+
+def plan(config: RunConfig, device: str, processes: int = 1) -> Advice:
+    return advise(config, device=DEVICES[device], processes=processes)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "device", "processes"),
+    [
+        ("8b", "lora", "h100", 1),
+        ("8b", "lora", "a100", 1),
+        ("8b", "qlora", "rtx4090", 1),
+        ("8b", "qlora", "rtx3090", 1),
+        ("70b", "qlora", "h100", 1),
+        ("70b", "qlora", "a100", 1),
+        ("8b", "full", "h100", 8),
+        ("8b", "full", "a100", 8),
+    ],
+)
+def test_auto_finds_a_budget_that_fits(model: Any, name: str, kind: str, device: str, processes: int) -> None:
+    config = config_of(model(name), kind, sharded=processes > 1)
+    advice = plan(config, device, processes)
+    assert advice.plan.fits and advice.plan.limit == DEVICES[device].memory
+    tokens = advice.micro_batch.tokens
+    assert MIN_TOKENS <= tokens <= CUDA_TOKENS and tokens % 256 == 0
+    stage = advice.plan.memory.largest_stage
+    assert sum(t.bytes for t in stage.terms) + CUDA_CONTEXT_BYTES == advice.plan.memory.required_bytes
+    assert not any(t.mapped or t.name in ("products", "bitsandbytes", "temporaries") for t in stage.terms)
+    if tokens < CUDA_TOKENS:  # the next budget does not fit
+        longer = config.model_copy(
+            update={"training": config.training.model_copy(update={"tokens_per_micro_batch": tokens + 256})}
+        )
+        assert not plan(longer, device, processes).plan.fits
+
+
+def test_8b_lora_takes_what_was_computed_by_hand(model: Any) -> None:
+    """Weights 2 bytes, 16 an adapter's parameter, 3.01 MB a token of activations, a tenth of holes."""
+    memory = plan(config_of(model("8b"), "lora"), "h100").plan.memory
+    terms = {t.name: t.bytes for t in memory.largest_stage.terms}
+    assert terms["weights"] == 2 * 8_030_261_248
+    assert terms["adapter"] + terms["moments"] + terms["gradients"] == 16 * 41_943_040
+    layer = 2 * (4096 + 4096 + 1024 + 14_336) * 2
+    low_rank = 7 * 16 * 2  # what A makes of the input, for each of seven linears
+    assert terms["activations"] == 16_384 * 32 * (layer + low_rank)
+    assert terms["holes"] == int(0.10 * (terms["activations"] + terms["scratch"]))
+
+
+def test_what_does_not_fit_names_the_cheapest_change(model: Any) -> None:
+    on_a_t4 = plan(config_of(model("8b"), "lora"), "t4")
+    assert on_a_t4.plan.fits is False and on_a_t4.micro_batch.compute_dtype == "float32"
+    assert on_a_t4.change is not None and "qlora" in on_a_t4.change.overrides[-1] and on_a_t4.change.plan.fits
+    replicas = plan(config_of(model("8b"), "full"), "h100", 8)
+    assert replicas.plan.fits is False
+    assert replicas.change is not None and replicas.change.overrides == ("model.sharded=true",)
+    # Every process loads the base as a whole before it keeps its rows.
+    too_large = plan(config_of(model("70b"), "lora", sharded=True), "h100", 8)
+    assert too_large.plan.fits is False and too_large.plan.memory.largest_stage.name == "loading"
+
+
+def test_processes_divide_what_they_share(model: Any) -> None:
+    config = config_of(model("8b"), "full", sharded=True, training={"tokens_per_micro_batch": 1024})
+    one, eight = (plan(config, "h200", n).plan.memory.stages[1] for n in (1, 8))
+    terms = [{t.name: t.bytes for t in stage.terms} for stage in (one, eight)]
+    for name in ("weights", "moments", "gradients"):
+        assert terms[1][name] == pytest.approx(terms[0][name] / 8, abs=1)
+    assert terms[0]["activations"] == terms[1]["activations"] and "gathered" not in terms[0]
+    layers, embeddings = 218_103_808, 128_256 * 4096
+    assert terms[1]["gathered"] == 4 * (3 * layers + 2 * embeddings)
+    adapter = config_of(model("8b"), "lora", sharded=True, training={"tokens_per_micro_batch": 1024})
+    alone, shared = ({t.name: t.bytes for t in plan(adapter, "h200", n).plan.memory.stages[1].terms} for n in (1, 8))
+    assert shared["moments"] == alone["moments"] and shared["adapter"] == alone["adapter"]
+    assert shared["weights"] == pytest.approx(2 * (32 * layers / 8 + 2 * embeddings), rel=1e-3)
+    single, four = (throughput_for(DEVICES["h100"], "bfloat16", n) for n in (1, 4))
+    assert single is not None and four is not None and four.flops == 4 * single.flops
+
+
+def test_a_run_that_processes_cannot_share_has_no_plan(model: Any) -> None:
+    with pytest.raises(PlanError, match="quantized base in several processes"):
+        plan(config_of(model("8b"), "qlora"), "h100", 2)
+    shared = plan(config_of(model("8b"), "lora", sharded=True), "h100", 2)
+    assert {other.method for other in shared.alternatives} == {"lora", "full"}
+
+
+def test_a_document_longer_than_the_budget_recomputes_layers(model: Any) -> None:
+    config = config_of(model("70b"), "qlora", data={"path": "rows.jsonl", "max_length": 4096})
+    advice = plan(config, "h100")
+    activations = next(t for t in advice.plan.memory.largest_stage.terms if t.name == "activations")
+    assert advice.micro_batch.tokens == 4096 and "layers recomputed" in activations.source and advice.plan.fits
+    budget, document_bytes = auto_budget(config, read_shape(config.model), DEVICES["h100"])
+    # Eighty layers of the base, 14.7 MB a token.
+    assert document_bytes == budget * 80 * 2 * (8192 + 8192 + 1024 + 28_672) * 2
+
+
+def test_probe_tries_what_fits(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(model("8b"), "qlora", training={"tokens_per_micro_batch": "probe"})
+    shape = read_shape(config.model)
+    fitting, _ = auto_budget(config, shape, DEVICES["rtx4090"])
+    assert assumed_micro_batch(config, shape, DEVICES["rtx4090"]).tokens == fitting < CANDIDATE_BUDGETS["cuda"][-1]
+    tried: list[int] = []
+
+    def pack_rows(examples: Any, budget: int) -> Any:
+        tried.append(budget)
+        return pack(examples, budget)
+
+    policy, _ = tuned("lora")
+    # A policy that says it is on a card, and a clock that is not read before the card has finished.
+    order: list[str] = []
+    monkeypatch.setattr(micro_batch, "synchronize", lambda device: order.append("wait"))
+    monkeypatch.setattr(micro_batch, "accumulate", lambda *_: order.append("work"))
+    monkeypatch.setattr(type(policy), "device", CUDA)
+    micro_batch.measure_micro_batch_tokens(policy, SftObjective(SftConfig()), documents() * 2000, pack_rows, 9000)
+    assert tried == [4096, 8192] and order == ["wait", "work", "wait"] * 4
+    tried.clear()
+    chosen = micro_batch.measure_micro_batch_tokens(policy, SftObjective(SftConfig()), documents(), pack_rows, 1024)
+    assert chosen == 1024 and tried == [1024]
+
+
+def test_a_card_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    memory_use.synchronize(torch.device("cpu"))
+    memory_use.synchronize(CUDA)
+    assert waited == [CUDA]
+
+
+def test_memory_of_a_card_is_the_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    reset: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 123)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 9000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
+    assert memory_use.peak_memory_bytes(CUDA) == 123
+    assert memory_use.peak_memory_bytes(torch.device("cpu")) == memory_use.peak_host_memory_bytes() > 10**8
+    memory_use.reset_peak_memory(CUDA)
+    assert reset == [CUDA]
+    # What this process has reserved and its context are not missing: a plan counts them.
+    assert memory_use.free_memory(CUDA) == 1300 + CUDA_CONTEXT_BYTES
+
+
+def test_emulated_bfloat16_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch answers on a T4: supported, by emulation."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert base_model.compute_dtype("auto", CUDA) is torch.float32
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert base_model.compute_dtype("auto", CUDA) is torch.bfloat16
+    assert base_model.compute_dtype("bfloat16", CUDA) is torch.bfloat16
+
+
+NVIDIA_SMI = "#!/bin/sh\ncat <<'EOF'\n{answer}\nEOF\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3, 81559, 9.0", Device("NVIDIA H100 80GB HBM3", 81_559 * 2**20, 989e12)),
+        ("NVIDIA GeForce RTX 4090, 24564, 8.9", Device("NVIDIA GeForce RTX 4090", 24_564 * 2**20, 165e12)),
+        ("Tesla T4, 15360, 7.5", Device("Tesla T4", 15_360 * 2**20, 8.1e12, "float32")),
+        ("NVIDIA A100-SXM4-80GB, 81920, 8.0", Device("NVIDIA A100-SXM4-80GB", 81_920 * 2**20, 312e12)),
+        ("NVIDIA GeForce GTX 1080, 8192, 6.1", Device("NVIDIA GeForce GTX 1080", 2**33, None, "float32")),
+        ("No devices were found", None),
+    ],
+)
+def test_this_machines_card(answer: str, expected: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(NVIDIA_SMI.format(answer=answer))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert find_local_device() == expected
+    monkeypatch.setenv("PATH", "")
+    assert find_local_device() is None
+
+
+def test_a_card_without_a_known_rate_has_no_time(model: Any) -> None:
+    unknown = describe_device("NVIDIA Something", 80 * 2**30, (8, 0))
+    advice = advise(config_of(model("8b"), "lora"), device=unknown, tokens=1e6)
+    assert advice.plan.fits and advice.plan.seconds is None and advice.plan.flops is not None
+
+
+def test_fused_moments_go_on_where_they_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One kernel for all tensors, as on a card; its step count is a tensor on the device."""
+
+    def state(fused: bool) -> OptimizerState:
+        monkeypatch.setattr(optimizer, "is_fused", lambda device: fused)
+        torch.manual_seed(0)
+        named = {"a": torch.nn.Parameter(torch.randn(6, 4)), "b": torch.nn.Parameter(torch.randn(4))}
+        return OptimizerState(lambda: named, OptimizerConfig(weight_decay=0.1), lambda name: 1.0)
+
+    def steps(moving: OptimizerState, numbers: range) -> list[torch.Tensor]:
+        for number in numbers:
+            for p in moving.parameters().values():
+                p.grad = torch.sin(p.detach() * (number + 1))
+            moving.step(0.05)
+        return [p.detach().clone() for p in moving.parameters().values()]
+
+    whole = steps(state(True), range(6))
+    first = state(True)
+    assert first.optimizer.defaults["fused"] is True
+    steps(first, range(3))
+    first.save(tmp_path / "checkpoint")
+    second = state(True)
+    second.load(tmp_path / "checkpoint")
+    assert all(torch.equal(a, b) for a, b in zip(steps(second, range(3, 6)), whole, strict=True))
+    plain = steps(state(False), range(6))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, whole, strict=True))
+
+
+def test_no_temporaries_of_the_optimizer_are_planned(model: Any) -> None:
+    config = config_of(model("8b"), "full")
+    shape = read_shape(config.model)
+    on_card = assumed_micro_batch(config, shape, DEVICES["h200"])
+    stage = next(s for s in estimate_memory(config, shape, on_card).stages if s.name == "optimizer")
+    assert {t.name for t in stage.terms} >= {"weights", "moments", "gradients"}
+    assert "temporaries" not in {t.name for t in stage.terms}
