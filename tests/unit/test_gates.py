@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from builders import documents, in_one_batch, policy_of, tuned
+from builders import documents, example, in_one_batch, policy_of, tuned
 from models import tiny_model
+from processes import inside
 from rung.config.method import LoraConfig
+from rung.config.objective import RolloutConfig, SftConfig
 from rung.config.training import OptimizerConfig
 from rung.errors import CheckpointError, GateError
 from rung.files import find_damage, write_folder
 from rung.methods.protocol import TrainableSet
 from rung.methods.registry import attach_method
 from rung.models import attention
+from rung.models.generate import Sampling
+from rung.objectives.sft import SftObjective
 from rung.training import gates
 from rung.training.checkpoint import newest_checkpoint, remove_old_checkpoints
 from rung.training.optimizer import make_optimizer
+from rung.training.rollout import RolloutSource
+from rung.training.run_folder import Gate
+from rung.types import PackedBatch
 
 
 @pytest.fixture
@@ -222,3 +231,37 @@ def test_movement_counts_anew_what_begins_anew() -> None:
         stepped(method, optimizer, still)
         found.append(movement.observe(optimizer, moving))
     assert [gate and gate.state for gate in found] == [None, None, "passed"]
+
+
+@pytest.mark.parametrize(("packing", "count"), [("tree", 1), ("flat", 1), ("none", 4)])
+def test_gates_test_the_packing_that_trains(
+    packing: str, count: int, config: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Sequence[PackedBatch]] = []
+    genuine = gates.check_packing
+    monkeypatch.setattr(
+        gates, "check_packing", lambda policy, batches: seen.append(batches) or genuine(policy, batches)
+    )
+    assert inside(capsys, "train", config, f"training.packing={packing}", "training.max_steps=1")[0] == 0
+    assert len(seen[0]) == count
+    assert packing == "tree" or all(s.parent is None for batch in seen[0] for s in batch.segments)
+
+
+def test_one_far_token_of_many_ends_no_rollout() -> None:
+    """In bfloat16 rounding moves a few of thousands of sampled tokens far; another mask moves all of them."""
+    policy = policy_of(tiny_model(dtype=torch.bfloat16), compute=torch.bfloat16)
+    prompts = [example(list(range(3, 12)), 9, line=line) for line in range(12)]
+    rollout = RolloutConfig(num_generations=2, max_new_tokens=24)
+    source = RolloutSource(policy, SftObjective(SftConfig()), rollout, (), None, None, 0, 400)  # type: ignore[arg-type]
+    documents, answers = source._answer(prompts, Sampling(24, 1.0, 0, 2))
+    genuine = source._check_decoder(documents, answers)
+    assert genuine.name == "rollout.distribution" and genuine.state == "passed"
+
+    def moved(by: Callable[[int], float]) -> Gate:
+        scored = source._values_by_document(documents, policy.logprobs)
+        by_answer = ([float(value) + by(i) for i, value in enumerate(values)] for values in scored)
+        changed = [replace(answer, logprobs=own) for answer, own in zip(answers, by_answer, strict=True)]
+        return source._check_decoder(documents, changed)
+
+    assert moved(lambda i: 0.7 if i == 3 else 0.06).state == "passed"
+    assert moved(lambda i: 0.7).state == "failed"

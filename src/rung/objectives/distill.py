@@ -22,8 +22,8 @@ from torch.nn import functional as F  # noqa: N812
 from rung.config.objective import DistillConfig
 from rung.models.distillation_loss import DistillTargets, Distribution, distillation_loss, divergence_function
 from rung.models.policy import Policy, document_key
-from rung.objectives.protocol import Objective
-from rung.types import ON_POLICY, LossTerm, PackedBatch
+from rung.objectives.protocol import Objective, entries_of
+from rung.types import ON_POLICY, Example, LossTerm, PackedBatch
 
 
 class DistillObjective(Objective):
@@ -72,7 +72,8 @@ class DistillObjective(Objective):
         terms = [LossTerm(total, "tokens", config.divergence)]
         metrics, dtype = {"divergence": divergence_N}, divergence_N.dtype
         if config.cross_entropy:
-            metrics["cross_entropy"] = -logprob_N[is_data_N > 0]
+            from_data = [not _is_generated(document) for document in batch.documents]
+            metrics["cross_entropy"] = -logprob_N[entries_of(batch, from_data).to(logprob_N.device)]
         if config.cosine:
             distance_N = 1.0 - F.cosine_similarity(student_NH.to(dtype), teacher.hidden_NH.to(dtype), dim=-1)
             terms.append(LossTerm(config.cosine * (distance_N * weight_N.to(dtype)).sum(), "tokens", "cosine"))
@@ -100,12 +101,18 @@ class DistillObjective(Objective):
         with self.teacher.shared_prefix(uncached_batch.prefix):
             hidden = self.teacher.hidden_states(uncached_batch)[batch.loss.source]
         if self.teacher_states is not None:
-            for i, key in enumerate(keys):
-                on_policy = batch.documents[i].columns.get(ON_POLICY)
+            by_document = torch.split(hidden, [document.predictions for document in batch.documents])
+            for document, key, states in zip(batch.documents, keys, by_document, strict=True):
                 # A generated answer never comes again, so its states are not stored.
-                if key not in self.teacher_states and (on_policy is None or not on_policy.any()):
-                    self.teacher_states[key] = hidden[batch.loss.owner == i]
+                if key not in self.teacher_states and not _is_generated(document):
+                    self.teacher_states[key] = states
         return hidden
+
+
+def _is_generated(document: Example) -> bool:
+    """Whether the policy wrote the answer of this document."""
+    column = document.columns.get(ON_POLICY)
+    return column is not None and bool(column.any())
 
 
 class TeacherStateCache:

@@ -22,7 +22,7 @@ from torch.nn import functional as F  # noqa: N812
 from rung.config.objective import REFERENCE_FREE, PreferenceConfig
 from rung.models.policy import Policy, sum_by_document
 from rung.objectives.pairs import answer_pairs, correlation
-from rung.objectives.protocol import Objective
+from rung.objectives.protocol import Objective, entries_of
 from rung.objectives.sft import nll
 from rung.types import Counts, Example, LossTerm, PackedBatch
 
@@ -140,10 +140,9 @@ class PairedPreference(Objective):
         self._record_batch(pair_logprobs, policy_D.detach()[chosen_P], policy_D.detach()[rejected_P])
         terms = [LossTerm((losses_P * losses_P.new_tensor(pairs.weight)).sum(), "pairs", self.config.loss)]
         if self.config.sft_weight:
-            best_D = torch.zeros(batch.sequences, dtype=torch.bool, device=logprobs_N.device)
-            best_D[chosen_P] = True
-            best_D[rejected_P] = False
-            terms.append(cross_entropy(batch, logprobs_N, best_D, self.config.sft_weight))
+            best = set(pairs.chosen) - set(pairs.rejected)
+            is_best = [i in best for i in range(batch.sequences)]
+            terms.append(cross_entropy(batch, logprobs_N, is_best, self.config.sft_weight))
         return terms
 
     def summarize(self, metrics: Mapping[str, Tensor]) -> Mapping[str, float]:
@@ -223,7 +222,7 @@ class UnpairedPreference(Objective):
         self.batch_metrics.append({"ratio": ratio_D.detach(), "good": good_D})
         terms = [LossTerm((losses_D * weight_D).sum(), "pairs", "kto")]
         if self.config.sft_weight and any(is_good):
-            terms.append(cross_entropy(batch, logprobs_N, good_D, self.config.sft_weight))
+            terms.append(cross_entropy(batch, logprobs_N, is_good, self.config.sft_weight))
         return terms
 
     def summarize(self, metrics: Mapping[str, Tensor]) -> Mapping[str, float]:
@@ -245,10 +244,10 @@ def is_good_answer(batch: PackedBatch) -> list[bool]:
     return [score == max(scores) if len(scores) > 1 else score > 0.0 for score, scores in scored]
 
 
-def cross_entropy(batch: PackedBatch, logprobs_N: Tensor, mask_D: Tensor, weight: float) -> LossTerm:
-    """Weighted cross-entropy of the tokens of the documents in `mask_D`."""
-    mask_N = mask_D[batch.loss.owner]
-    return LossTerm(weight * nll(logprobs_N[mask_N], batch.loss.weight[mask_N]), "tokens", "sft")
+def cross_entropy(batch: PackedBatch, logprobs_N: Tensor, is_target: Sequence[bool], weight: float) -> LossTerm:
+    """Weighted cross-entropy of the tokens of the documents that `is_target` marks."""
+    index = entries_of(batch, is_target).to(logprobs_N.device)
+    return LossTerm(weight * nll(logprobs_N[index], batch.loss.weight[index]), "tokens", "sft")
 
 
 def _log_odds(logprob: Tensor) -> Tensor:

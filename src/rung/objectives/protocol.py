@@ -109,3 +109,12 @@ class Objective(Protocol):
     def summarize(self, metrics: Mapping[str, Tensor]) -> Mapping[str, float]:
         """What `take_metrics` reports of the recorded values of all batches, in float64."""
         return {}
+
+
+def entries_of(batch: PackedBatch, is_chosen: Sequence[bool]) -> Tensor:
+    """Indices into the loss index of the predictions of the chosen documents, on the host.
+
+    From the documents, in whose order the entries are: a mask on the device would wait for it.
+    """
+    mask = np.repeat(np.asarray(is_chosen, dtype=bool), [d.predictions for d in batch.documents])
+    return torch.from_numpy(np.flatnonzero(mask))
