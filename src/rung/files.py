@@ -7,7 +7,6 @@ more. All packages that write use this module; torch is imported only where tens
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -144,8 +143,7 @@ def lock_file(path: Path) -> IO[bytes]:
         except OSError as error:
             raise CheckpointError(f"could not write here: {error.strerror}", where=str(path.parent)) from error
         try:
-            # flock, not a file that merely exists: the kernel releases it when the process is killed
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
         except OSError:
             file.close()
             what = "another process is at work here"
@@ -153,6 +151,23 @@ def lock_file(path: Path) -> IO[bytes]:
         if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
             return file
         file.close()  # the previous holder removed this file between open and flock: lock the new one
+
+
+_LOCKED_BYTE = 2**40
+"""The byte that is locked on Windows, where nobody can read a locked one: beyond the end of every file."""
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Lock an open file, not a file that merely exists: the kernel releases it when the process is killed."""
+    try:
+        import fcntl
+    except ImportError:  # on Windows
+        import msvcrt
+
+        file.seek(_LOCKED_BYTE)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def unlock_and_remove(path: Path, file: IO[bytes]) -> None:

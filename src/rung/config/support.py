@@ -17,7 +17,8 @@ MODEL_REFUSALS: dict[str, str] = {
 }
 
 UNTESTED_DEVICES = {
-    "cuda": "dispatched by capability, never measured: no number of this project comes from a graphics card"
+    "cuda": "dispatched by capability, never measured: no number of this project comes from a graphics card",
+    "mps": "dispatched, in float32, never run: no test of this project ran on Apple's GPUs",
 }
 """Device types that run but were never measured."""
 

@@ -22,6 +22,7 @@ from rung.errors import CheckpointError, ConfigError, PlanError
 from rung.methods.lora import TRAINED_ADAPTER, Lora
 from rung.methods.lora_init import run_hooked
 from rung.methods.protocol import CalibrationData, TrainableSet
+from rung.models.base_model import widest_float
 from rung.models.layers import layers_of
 from rung.models.targets import layer_number
 
@@ -87,7 +88,7 @@ class LayerLottery:
         norms = dict.fromkeys(self.layers, 0.0)
         for name, layer in self.method.layers().items():
             # From the factors, so that the matrix B A is never built.
-            a, b = (half[TRAINED_ADAPTER].weight.detach().double() for half in (layer.lora_A, layer.lora_B))
+            a, b = (half[TRAINED_ADAPTER].weight.detach().cpu().double() for half in (layer.lora_A, layer.lora_B))
             norms[_layer(name)] += float(((b.T @ b) * (a @ a.T)).sum()) * layer.scaling[TRAINED_ADAPTER] ** 2
         return norms
 
@@ -141,7 +142,9 @@ def _add_energy(energies: dict[int, float], number: int, module: nn.Module, inpu
     a, b = layer.lora_A[TRAINED_ADAPTER].weight, layer.lora_B[TRAINED_ADAPTER].weight
     with torch.no_grad():
         x = inputs[0].reshape(-1, a.shape[1]).to(a.dtype)
-        energies[number] += float((layer.scaling[TRAINED_ADAPTER] * (x @ a.T @ b.T)).double().square().sum())
+        energies[number] += float(
+            (layer.scaling[TRAINED_ADAPTER] * (x @ a.T @ b.T)).to(widest_float(x.device)).square().sum()
+        )
 
 
 def _layer(name: str) -> int:

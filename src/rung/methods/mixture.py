@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from rung.config.method import MixtureConfig
 from rung.methods.adapter_files import named_adapter_parameters, read_rung_tuner, write_rung_tuner
 from rung.methods.protocol import Method
+from rung.models.base_model import widest_float
 from rung.models.fused_modules import linear_weight
 from rung.models.targets import select_linears
 from rung.types import LossTerm, PackedBatch
@@ -54,7 +55,7 @@ class ExpertPool(nn.Module):
         self.tracks_balance = config.balance_weight > 0.0
         self.routing: tuple[Tensor, Tensor] | None = None
         """Probabilities and shares [T, E] of the last call with a graph; `penalty` reads and clears them."""
-        self.load_E = torch.zeros(config.experts, device=reference.device, dtype=torch.float64)
+        self.load_E = torch.zeros(config.experts, device=reference.device, dtype=widest_float(reference.device))
         """Router weight of each expert, summed over tokens of calls with a graph."""
 
     def forward(self, x: Tensor) -> Tensor:

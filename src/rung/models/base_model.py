@@ -80,6 +80,11 @@ def compute_dtype(name: str, device: torch.device | None = None) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16_units else torch.float32
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """The dtype for sums that must not round: float64, which Apple's GPUs do not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def fingerprint(source: Path | str, config: Any) -> str:
     """Identify the weights, whatever dtype they are loaded in: SHA-256 over the files, or a hub id with its commit."""
     if isinstance(source, str):

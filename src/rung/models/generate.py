@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import Cache
 
 from rung.errors import PlanError
+from rung.models.base_model import widest_float
 from rung.models.kv_cache import Prefix, new_cache
 from rung.models.policy import Policy, model_inputs
 from rung.models.tree_attention import concatenate_kv
@@ -191,8 +192,9 @@ class _Decoding:
         It takes one random number a row; `multinomial` draws V of them.
         """
         # In float64: sums over a vocabulary in float32 lose the rare tokens.
-        cumulative_BV = logprobs_BV.exp().cumsum(dim=-1, dtype=torch.float64)
-        options: Any = {"generator": self.generator, "dtype": torch.float64, "device": logprobs_BV.device}
+        device, dtype = logprobs_BV.device, widest_float(logprobs_BV.device)
+        cumulative_BV = logprobs_BV.exp().cumsum(dim=-1, dtype=dtype)
+        options: Any = {"generator": self.generator, "dtype": dtype, "device": device}
         uniform_B = torch.rand(len(logprobs_BV), 1, **options)
         # The last sum is 1 only up to rounding, so the threshold is scaled by it.
         threshold_B = uniform_B * cumulative_BV[:, -1:]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rung.errors import PlanError
-from rung.models.base_model import BaseModel
+from rung.models.base_model import BaseModel, widest_float
 from rung.models.layers import recompute_layers, record_layer_input, start_from_layer
 from rung.models.logprobs import LogitTransform, token_logprobs
 from rung.models.tree_attention import KeysValues, KVByLayer, concatenate_kv
@@ -272,7 +272,8 @@ class Policy:
                 # The first value stays: in another batch the same document rounds differently.
                 self.reference_cache.setdefault(key, nats)
         # In float64, so that the cached float survives unchanged.
-        return torch.tensor([self.reference_cache[key] for key in keys], dtype=torch.float64, device=batch.ids.device)
+        cached, device = [self.reference_cache[key] for key in keys], batch.ids.device
+        return torch.tensor(cached, dtype=widest_float(device), device=device)
 
     def base_logprobs(self, batch: PackedBatch) -> Tensor:
         """Log-probabilities [N] of the base with the method off, without gradient.

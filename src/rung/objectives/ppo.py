@@ -143,7 +143,7 @@ class PpoObjective(Objective):
 
     def stop_reason(self) -> str | None:
         """The reason to skip the rest of a rollout: the policy has moved too far from the sampling policy."""
-        logratio = torch.cat([batch["logratio"] for batch in self.batch_metrics]).double()
+        logratio = torch.cat([batch["logratio"] for batch in self.batch_metrics]).cpu().double()
         divergence, ratio = float(_k3(logratio).mean()), float(logratio.exp().mean())
         if divergence > self.config.stops.target_kl:
             return f"divergence {divergence:.3f} nats a token, at most {self.config.stops.target_kl:g}"

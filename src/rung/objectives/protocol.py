@@ -102,7 +102,7 @@ class Objective(Protocol):
             return {}
         # Concatenated only here: until a report the tensors stay on the device, without synchronization.
         names = self.batch_metrics[0].keys()
-        metrics = {name: torch.cat([batch[name] for batch in self.batch_metrics]).double() for name in names}
+        metrics = {name: torch.cat([batch[name] for batch in self.batch_metrics]).cpu().double() for name in names}
         self.batch_metrics.clear()
         return self.summarize(metrics)
 

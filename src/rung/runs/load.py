@@ -50,8 +50,10 @@ from rung.types import Message, Record
 
 
 def device() -> torch.device:
-    """Where a run computes. The CUDA path is dispatched but was not measured."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Where a run computes: an NVIDIA card, Apple's GPU or the processor. Only the processor was measured."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def load_base_on_device(config: ModelConfig, method: MethodConfig | None = None) -> BaseModel:

@@ -146,7 +146,7 @@ class World:
         """Batch metrics of all ranks, concatenated, for the log entry of the step."""
         if self.size == 1:
             return batches
-        local_metrics = [{name: values.double().tolist() for name, values in batch.items()} for batch in batches]
+        local_metrics = [{name: values.cpu().double().tolist() for name, values in batch.items()} for batch in batches]
         metrics: dict[str, list[float]] = {}
         for batch in chain.from_iterable(self.gather(local_metrics)):
             for name, values in batch.items():

@@ -77,8 +77,10 @@ def local_rows(parameter: Tensor) -> slice | None:
 
 def digests(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, int]:
     """An exact 64-bit hash of each tensor, of a sharded one over the rows of this rank."""
-    local_tensors = ((name, _local_shard(tensor)) for name, tensor in parameters)
-    return {name: int(torch.hash_tensor(tensor.detach()).item()) for name, tensor in local_tensors if tensor.numel()}
+    local_tensors = ((name, _local_shard(tensor).detach()) for name, tensor in parameters)
+    # Apple's GPUs have no such kernel; their memory is that of the processor.
+    hashable = ((name, t.cpu() if t.device.type == "mps" else t) for name, t in local_tensors if t.numel())
+    return {name: int(torch.hash_tensor(tensor).item()) for name, tensor in hashable}
 
 
 _ORIGINAL_CLASS = "_class_before_sharding"
