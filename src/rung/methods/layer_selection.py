@@ -142,9 +142,8 @@ def _add_energy(energies: dict[int, float], number: int, module: nn.Module, inpu
     a, b = layer.lora_A[TRAINED_ADAPTER].weight, layer.lora_B[TRAINED_ADAPTER].weight
     with torch.no_grad():
         x = inputs[0].reshape(-1, a.shape[1]).to(a.dtype)
-        energies[number] += float(
-            (layer.scaling[TRAINED_ADAPTER] * (x @ a.T @ b.T)).to(widest_float(x.device)).square().sum()
-        )
+        update = (layer.scaling[TRAINED_ADAPTER] * (x @ a.T @ b.T)).to(widest_float(x.device))
+        energies[number] += float(update.square().sum())
 
 
 def _layer(name: str) -> int:
