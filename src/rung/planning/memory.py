@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from rung.config.method import BASE_CHANGING_METHODS, QloraConfig, front_virtual_tokens
 from rung.config.run import RunConfig
-from rung.planning.architecture import DTYPE_BYTES, ModelShape
+from rung.planning.architecture import DTYPE_BYTES, ModelShape, is_hub_id
 from rung.planning.method_cost import (
     MethodCost,
     activation_bytes_per_token,
@@ -39,6 +39,8 @@ CUDA_CONTEXT_BYTES = 600 * 2**20
 """Memory of the CUDA context, its kernels and the workspaces of cuBLAS (assumed, not measured)."""
 CUDA_TOKENS = 16_384
 """Largest `auto` budget on a card. Products reach full rate with a few thousand rows (assumed, not measured)."""
+CUDA_RESERVE = 0.05
+"""Share of a card's available memory that the `auto` budget leaves free: the plan is an estimate (not measured)."""
 CUDA_TOKENS_STEP = 256
 """The `auto` budget of a card is a multiple of this many tokens."""
 TILE_LOGITS = 512 * 2048
@@ -196,13 +198,14 @@ def tokens_that_fit(
 ) -> int:
     """The `auto` budget of a card: the most tokens whose plan fits into `available` bytes, at least `MIN_TOKENS`.
 
-    `micro_batch` gives everything but the tokens. Half of them count as supervised.
+    `micro_batch` gives everything but the tokens. Half of them count as supervised, and `CUDA_RESERVE` is left free.
     """
+    limit = available * (1.0 - CUDA_RESERVE)
 
     def is_too_large(steps: int) -> bool:
         tokens = steps * CUDA_TOKENS_STEP
         batch = replace(micro_batch, tokens=tokens, supervised_tokens=int(tokens * SUPERVISED_SHARE))
-        return estimate_memory(config, shape, batch, auxiliary).required_bytes > available
+        return estimate_memory(config, shape, batch, auxiliary).required_bytes > limit
 
     # Memory grows with the tokens, so the first budget that is too large can be bisected.
     first_too_large = bisect_left(range(CUDA_TOKENS // CUDA_TOKENS_STEP + 1), True, lo=1, key=is_too_large)
@@ -445,6 +448,10 @@ def _loading_terms(config: RunConfig, shape: ModelShape, compute: str) -> Sequen
     kind, stored, loaded = config.method.kind, shape.stored_dtype, _resident_dtype(config, shape, compute)
     resident = weight_terms(config, shape, compute)
     file = Term("file", DTYPE_BYTES[stored] * shape.parameters, f"{stored}, as it is mapped", mapped=True)
+    if kind == "qlora" and not (config.model.name.endswith(".gguf") or is_hub_id(config.model.name)):
+        # Each matrix is read from the mapped file, widened and quantized before the next.
+        largest = max(m.inputs * m.outputs for m in shape.matrices)
+        return (file, *resident, Term("copies", 2 * 4 * largest, "of the matrix that is quantized"))
     if stored != loaded:
         copies = Term("copies", DTYPE_BYTES[loaded] * shape.parameters, f"of all of it, as {loaded}")
         return (file, copies) if kind not in ("full", "qlora") else (copies, *resident)
