@@ -10,6 +10,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+# Before anything asks torch for a card: on a machine with one, the tests run on its processor unless they are told.
+if os.environ.get("RUNG_TEST_DEVICE", "cpu") == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -23,6 +27,22 @@ TEXT = [
     "User: How many apples are there?\nAssistant: There are 12 apples, and 3 more make 15.\n",
     "the answer is that of the user and the assistant, in the system of the tool\n",
 ]
+
+
+@pytest.fixture(autouse=True)
+def _on_the_test_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `RUNG_TEST_DEVICE`, tensors that tests make, and batches that are packed for no device, are on it too."""
+    from models import DEVICE
+
+    if DEVICE.type == "cpu":
+        return
+    import torch
+
+    from rung.training import packing
+
+    torch.set_default_device(DEVICE)
+    on_device = packing._to_tensor
+    monkeypatch.setattr(packing, "_to_tensor", lambda parts, device: on_device(parts, device or DEVICE))
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rung.models import attention
 
+DEVICE = torch.device(os.environ.get("RUNG_TEST_DEVICE", "cpu"))
+"""Where the tests' models are: cpu, or a graphics card with `RUNG_TEST_DEVICE=cuda`."""
 VOCABULARY = 320
 _LLAMA_LIKE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -66,4 +69,4 @@ def tiny_model(
             width = 0.1 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
             parameter.copy_(center + width * noise)
     model.requires_grad_(False)
-    return model.eval()
+    return model.eval().to(DEVICE)
