@@ -264,3 +264,20 @@ def test_no_temporaries_of_the_optimizer_are_planned(model: Any) -> None:
     stage = next(s for s in estimate_memory(config, shape, on_card).stages if s.name == "optimizer")
     assert {t.name for t in stage.terms} >= {"weights", "moments", "gradients"}
     assert "temporaries" not in {t.name for t in stage.terms}
+
+
+def test_the_table_of_cards_is_that_of_the_plan(model: Any) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
+    for name, device in DEVICES.items():
+        if f"| {name} |" not in page:
+            continue
+        cells = [name, f"{device.memory / 2**30:.1f} GiB"]
+        for shape, kind in (("8b", "lora"), ("8b", "qlora"), ("70b", "qlora")):
+            advice = plan(config_of(model(shape), kind), name)
+            size = f"{advice.plan.memory.required_bytes / 1e9:.0f} GB"
+            cells.append(f"{advice.micro_batch.tokens:,} tokens, {size}" if advice.plan.fits else f"no: {size}")
+        assert f"| {' | '.join(cells)} |" in page
+    # The sentence about full fine-tuning in parts.
+    for processes, tokens in ((2, "1,536"), (8, "15,360")):
+        advice = plan(config_of(model("8b"), "full", sharded=True), "a100", processes)
+        assert f"{advice.micro_batch.tokens:,}" == tokens and f"({tokens}" in page
