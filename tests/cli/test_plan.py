@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from processes import inside
+from rung.commands import plan as plans
 from rung.config.io import load_config
 from rung.planning.advise import advise, parse_size
-from rung.planning.devices import DEVICES
+from rung.planning.devices import DEVICES, Device
 from rung.runs import checks
 
 LIGHT = """
@@ -129,6 +130,27 @@ def test_it_is_read_by_people(large: Path, capsys: Any) -> None:
     assert "It does not fit" in out and "'method={kind: lora}'" in out
     for term in ("weights", "gradients", "moments", "activations", "libraries", "peak"):
         assert term in out
+
+
+def test_the_device_of_a_plan_is_named(large: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The card of this machine where it has one and nothing else is asked for."""
+    lora = "method={kind: lora}"
+    card = Device("NVIDIA A100-SXM4-80GB", 80 * 2**30, 312e12)
+    monkeypatch.setattr(plans, "find_local_device", lambda: card)
+    for options, name, devices in (
+        ((), "NVIDIA A100-SXM4-80GB, 80.0 GiB", 1),
+        (("--device", "cpu"), "the processor of this machine", 1),
+        (("--memory", "24GiB"), "the processor of this machine", 1),
+        (("--device", "l40s", "--devices", "4"), "4 x l40s, 45.0 GiB each", 4),
+        (("--device", "h200", "--memory", "60GiB"), "h200, 60.0 GiB", 1),
+    ):
+        assert f"device   {name}" in inside(capsys, "plan", large, lora, *options)[1]
+        said = json.loads(inside(capsys, "plan", large, lora, *options, "--json")[1])
+        assert said["devices"] == devices and (said["device"] == "cpu") == ("processor" in name)
+    code, out, _ = inside(capsys, "plan", large, "method={kind: qlora}", "--device", "t4", "data.max_length=2048")
+    assert code == 0 and "rung eval does not: it needs" in out and "evaluation.batch" in out
+    code, _, err = inside(capsys, "plan", large, "method={kind: qlora}", "--device", "h100", "--devices", "2")
+    assert code == 3 and "quantized base in several processes" in err
 
 
 def test_a_run_ends_with_plan_and_reality(config: Path, tmp_path: Path, capsys: Any) -> None:

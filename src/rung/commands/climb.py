@@ -279,8 +279,7 @@ class Climb:
         is_started = is_run_folder(folder)
         if is_started and read_manifest(folder)["status"] == "finished":
             return open_run(folder)
-        # Training changes this base, so it must not be offered to the next rung.
-        base, self._cached_base = self._pristine_base(), None
+        base = self._base_to_train(config)
         run_data = data(base)
         policy, _ = train_on_data(config, base, run_data, StartMode(resume=is_started))
         return LoadedRun(policy, run_data.chat, config, "run")
@@ -295,7 +294,7 @@ class Climb:
         config = rung_run_config(self.config, rung, str(folder), self.config.seed)
 
         def train(trial: RunConfig, stop_check: StopCheck) -> None:
-            base, self._cached_base = self._pristine_base(), None
+            base = self._base_to_train(trial)
             train_on_data(trial, base, self._data_for(trial, base, data), stop_check=stop_check)
 
         return search_settings(config, search, rung, folder, len(data.train.rows), train)
@@ -394,6 +393,14 @@ class Climb:
         base_cost, cost = read_result(base_folder), _training_cost(folder)
         totals = {name: cost[name] + base_cost[name] for name in ("train_seconds", "disk_bytes")}
         self._score(open_run(folder), self._prompts.for_rung(base_rung, None), folder, on_top.label, {**cost, **totals})
+
+    def _base_to_train(self, config: RunConfig) -> BaseModel:
+        """A base for one run. Training changes it, so it must not be offered to the next rung."""
+        if config.method.kind == "qlora":
+            self._cached_base = None  # only one base may be in memory, and this one is quantized from its file
+            return load_base_on_device(config.model, config.method)
+        base, self._cached_base = self._pristine_base(), None
+        return base
 
     def _pristine_base(self) -> BaseModel:
         """A base that no rung has trained; loaded again if the last one was used."""

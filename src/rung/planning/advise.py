@@ -92,6 +92,8 @@ class Advice:
     """The result of `rung plan`."""
 
     shape: ModelShape
+    device: Device | None
+    """The card that the run is planned for; None for the processor of this machine."""
     micro_batch: MicroBatch
     data_volume: DataVolume | None
     """None if the data is missing and no amount was given."""
@@ -108,6 +110,8 @@ class Advice:
             change = {"overrides": list(c.overrides), "costs": c.cost, "plan": c.plan.to_json()}
         return {
             "parameters": self.shape.parameters,
+            "device": self.device.name if self.device else "cpu",
+            "devices": self.micro_batch.processes,
             "compute": self.micro_batch.compute_dtype,
             "tokens_per_micro_batch": self.micro_batch.tokens,
             "tokens": self.data_volume and self.data_volume.tokens,
@@ -161,7 +165,7 @@ def advise(
         candidates = (CheapestChange(overrides, costs, plan(changed)) for overrides, costs, changed in changes)
         change = next((c for c in candidates if c.plan.fits), None)
     other_plans = tuple(plan(other) for other in alternatives(config) if not process_refusal(other, processes))
-    return Advice(shape, micro_batch, volume, throughput, own_plan, other_plans, change)
+    return Advice(shape, device, micro_batch, volume, throughput, own_plan, other_plans, change)
 
 
 def process_refusal(config: RunConfig, processes: int) -> PlanError | None:

@@ -34,6 +34,7 @@ def plan_lines(advice: Advice, where: str) -> list[str]:
     facts = {
         "model": f"{format_count(shape.parameters)} parameters: {shape.layers} layers of width {shape.width:,}, "
         f"{shape.stored_dtype} on disk, computed in {work.compute_dtype}",
+        "device": _device(advice),
         "at once": f"{work.tokens:,} tokens",
         "data": _data(advice),
         "rate": _rate(advice),
@@ -42,6 +43,14 @@ def plan_lines(advice: Advice, where: str) -> list[str]:
     lines = ["", where, *name_value_table(facts), "", *render_lines(lambda _: [_stages(run_plan)]), ""]
     lines += render_lines(lambda _: [_methods(advice)])
     return [*lines, "", *_verdict(advice)]
+
+
+def _device(advice: Advice) -> str:
+    processes = advice.micro_batch.processes
+    count = f"{processes} x " if processes > 1 else ""
+    if advice.device is None:
+        return f"{count}the processor of this machine"
+    return f"{count}{advice.device.name}, {advice.device.memory / 2**30:.1f} GiB{' each' if processes > 1 else ''}"
 
 
 def _data(advice: Advice) -> str:
@@ -108,12 +117,21 @@ def _methods(advice: Advice) -> Any:
     return table
 
 
+def _too_large_evaluation(run_plan: RunPlan, limit: int) -> list[str]:
+    evaluation = next(stage for stage in run_plan.follow_up if stage.name == "evaluation")
+    needed = evaluation.bytes + run_plan.memory.footprint
+    if needed <= limit:
+        return []
+    return [f"rung eval does not: it needs {format_bytes(needed)}, and less with a smaller evaluation.batch."]
+
+
 def _verdict(advice: Advice) -> list[str]:
     run_plan = advice.plan
     if run_plan.limit is None:
         return ["--memory 24GiB or --device h100 says what fits."]
     if run_plan.fits:
-        return [f"It fits: {format_bytes(run_plan.memory.required_bytes)} of {format_bytes(run_plan.limit)}."]
+        fits = f"It fits: {format_bytes(run_plan.memory.required_bytes)} of {format_bytes(run_plan.limit)}."
+        return [fits, *_too_large_evaluation(run_plan, run_plan.limit)]
     needed = format_bytes(run_plan.memory.required_bytes)
     lines = [f"It does not fit: it needs {needed}, of {format_bytes(run_plan.limit)}."]
     if advice.change is None:
