@@ -35,8 +35,9 @@ class TrainingConfig(Config):
     examples_per_step: PositiveInt = 16
     """Data rows per optimizer step."""
     tokens_per_micro_batch: Annotated[int, Field(ge=16)] | Literal["auto", "probe"] = "auto"
-    """Tokens computed at once. Affects memory and speed, not the result. `auto`: from the shape of the model; `probe`:
-    measured once on this machine and stored in run.json, so that a resume uses the same value."""
+    """Tokens computed at once. Affects memory and speed, not the result. `auto`: from the shape of the model, and on a
+    graphics card what fits into its free memory; `probe`: measured once. The value is stored in run.json, so that a
+    resume uses the same."""
     packing: Literal["tree", "flat", "none"] = "tree"
     """`tree`: packed rows, shared prefixes of the documents of a step computed once; `flat`: packed whole documents;
     `none`: one document at a time. The result is the same; the slower ones are for comparisons and debugging."""

@@ -35,6 +35,7 @@ from rung.objectives.registry import make_objective
 from rung.objectives.reward import RewardObjective
 from rung.planning.advise import assumed_micro_batch, auto_budget, auxiliary_shapes
 from rung.planning.memory import estimate_memory
+from rung.report.formatting import format_bytes
 from rung.runs import checks
 from rung.runs.artifact import pad_token_outside_stops, write_origin, write_tokenizer_files
 from rung.runs.auxiliary_models import AuxiliaryModels, load_auxiliary_models, reward_function
@@ -369,9 +370,12 @@ def _try_longest(trainer: Trainer, data: RunData) -> None:
     """The last part of gate 2: the longest row of the data, which may be longer than all rows of the first step."""
     if isinstance(data.train, PromptDataset):
         return
-    row = data.train.longest_row()
-    seconds = try_longest(trainer.policy, trainer.method, trainer.objective, row, trainer.pack, trainer.budget)
-    trainer.record_gate(Gate("step0.longest", "passed", f"{max(map(len, row)):,} tokens in {seconds:.1f} s", "memory"))
+    row, policy = data.train.longest_row(), trainer.policy
+    reset_peak_memory(policy.device)
+    seconds = try_longest(policy, trainer.method, trainer.objective, row, trainer.pack, trainer.budget)
+    peak = format_bytes(peak_memory_bytes(policy.device))
+    measured = f"{max(map(len, row)):,} tokens in {seconds:.1f} s, {peak} at the peak"
+    trainer.record_gate(Gate("step0.longest", "passed", measured, "memory"))
 
 
 def micro_batch_tokens(config: RunConfig, base: BaseModel) -> int:
