@@ -21,7 +21,7 @@ from rung.methods.adapter_merging import LowRankFactors
 from rung.methods.lora_init import check_rank, loftq
 from rung.models.bfloat16_storage import keeps_bfloat16_weights
 from rung.models.fused_modules import linear_weight
-from rung.models.streaming import layer_linears, linears_are_replaced, placement_of, stored_linear
+from rung.models.streaming import clear_placement, layer_linears, placement_of, stored_linear
 from rung.models.targets import select_linears
 
 BLOCK_SIZE = 64
@@ -101,7 +101,7 @@ def quantize(model: PreTrainedModel, config: QloraConfig) -> dict[str, LowRankFa
         model.set_submodule(name, quantized)
         # Frees the dense matrix now: the table of linears still refers to the module.
         module.weight = None
-    linears_are_replaced(model)
+    clear_placement(model)
     # peft reads this flag to choose the layers for quantized linears.
     setattr(model, _FLAGS[config.bits], True)
     return starts

@@ -61,7 +61,7 @@ def stored_linear(model: nn.Module, tensor: Tensor | None) -> Tensor | None:
     return _placed(tensor.detach(), placement)
 
 
-def linears_are_replaced(model: nn.Module) -> None:
+def clear_placement(model: nn.Module) -> None:
     """Say that the model can compute: no linear is stored any more."""
     if placement_of(model) is not None:
         delattr(model, _ATTRIBUTE)

@@ -24,6 +24,7 @@ from rung.planning.architecture import ModelShape, read_shape
 from rung.planning.devices import Device
 from rung.planning.memory import (
     CPU_DOCUMENT_BYTES,
+    CUDA_TOKENS,
     SUPERVISED_SHARE,
     MemoryEstimate,
     MicroBatch,
@@ -190,9 +191,10 @@ def auto_budget(config: RunConfig, shape: ModelShape, device: Device | None, pro
     """
     if device is None:
         return tokens_per_micro_batch(shape, "cpu"), CPU_DOCUMENT_BYTES
-    compute = compute_type(config.model, device)
+    compute, is_probed = compute_type(config.model, device), config.training.tokens_per_micro_batch == "probe"
     batch = MicroBatch(compute, 0, 0, device="cuda", processes=processes)
-    tokens = tokens_that_fit(config, shape, batch, device.memory, auxiliary_shapes(config))
+    most = CANDIDATE_BUDGETS["cuda"][-1] if is_probed else CUDA_TOKENS
+    tokens = tokens_that_fit(config, shape, batch, device.memory, auxiliary_shapes(config), most=most)
     return tokens, document_bytes_that_fit(shape, compute, tokens)
 
 
@@ -200,9 +202,8 @@ def assumed_micro_batch(config: RunConfig, shape: ModelShape, device: Device | N
     """The largest micro-batch that the budget allows, before anything has been tokenized."""
     setting, kind = config.training.tokens_per_micro_batch, "cpu" if device is None else "cuda"
     budget, document_bytes = auto_budget(config, shape, device, processes)
-    if setting == "probe":
-        largest = CANDIDATE_BUDGETS[kind][-1]
-        budget = largest if device is None else min(largest, budget)
+    if setting == "probe" and device is None:
+        budget = CANDIDATE_BUDGETS["cpu"][-1]
     elif isinstance(setting, int):
         budget = setting
     max_length = config.data.max_length or 0

@@ -195,8 +195,10 @@ def tokens_that_fit(
     micro_batch: MicroBatch,
     available: int,
     auxiliary: Mapping[str, ModelShape] | None = None,
+    *,
+    most: int = CUDA_TOKENS,
 ) -> int:
-    """The `auto` budget of a card: the most tokens whose plan fits into `available` bytes, at least `MIN_TOKENS`.
+    """The `auto` budget of a card: up to `most` tokens whose plan fits into `available` bytes, at least `MIN_TOKENS`.
 
     `micro_batch` gives everything but the tokens. Half of them count as supervised, and `CUDA_RESERVE` is left free.
     """
@@ -208,7 +210,7 @@ def tokens_that_fit(
         return estimate_memory(config, shape, batch, auxiliary).required_bytes > limit
 
     # Memory grows with the tokens, so the first budget that is too large can be bisected.
-    first_too_large = bisect_left(range(CUDA_TOKENS // CUDA_TOKENS_STEP + 1), True, lo=1, key=is_too_large)
+    first_too_large = bisect_left(range(most // CUDA_TOKENS_STEP + 1), True, lo=1, key=is_too_large)
     return max(MIN_TOKENS, (first_too_large - 1) * CUDA_TOKENS_STEP)
 
 
