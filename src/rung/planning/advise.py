@@ -304,9 +304,13 @@ def _with_settings(config: RunConfig, section: str, **settings: Any) -> RunConfi
 
 
 def _candidate_changes(config: RunConfig, micro_batch: MicroBatch) -> Iterator[tuple[tuple[str, ...], str, RunConfig]]:
-    """Changes in order of cost: first those that cost only time, last another method."""
+    """Changes in order of cost: first those that cost only time, last another method.
+
+    On a card `auto` is down to the smallest micro-batch already, and takes more again where a change leaves room.
+    """
     current_tokens = micro_batch.tokens
-    for tokens in (4096, 2048, 1024, 512, 256, 128):
+    adapts = micro_batch.device == "cuda" and config.training.tokens_per_micro_batch == "auto"
+    for tokens in (128,) if adapts else (4096, 2048, 1024, 512, 256, 128):
         if (config.data.max_length or 0) <= tokens < current_tokens:
             changed = _with_settings(config, "training", tokens_per_micro_batch=tokens)
             yield (f"training.tokens_per_micro_batch={tokens}",), "speed alone", changed
@@ -315,25 +319,25 @@ def _candidate_changes(config: RunConfig, micro_batch: MicroBatch) -> Iterator[t
         yield ("model.sharded=true",), "a gather of each layer in every pass", sharded
     # Further changes assume the smallest micro-batch, because that saving costs least.
     smallest = min(SMALL_MICRO_BATCH, current_tokens)
-    first = f"training.tokens_per_micro_batch={smallest}"
-    small = _with_settings(config, "training", tokens_per_micro_batch=smallest)
+    first = () if adapts else (f"training.tokens_per_micro_batch={smallest}",)
+    small = config if adapts else _with_settings(config, "training", tokens_per_micro_batch=smallest)
     if config.training.optimizer.state_dtype != "int8":
         optimizer = config.training.optimizer.model_copy(update={"state_dtype": "int8"})
         changed = _with_settings(small, "training", optimizer=optimizer)
-        yield (first, "training.optimizer.state_dtype=int8"), "moments rounded to 8 bits", changed
+        yield (*first, "training.optimizer.state_dtype=int8"), "moments rounded to 8 bits", changed
     for length in (2048, 1024, 512, 256):
         if config.data.max_length and length < config.data.max_length:
             changed = _with_settings(small, "data", max_length=length)
-            yield (first, f"data.max_length={length}"), "longer documents", changed
+            yield (*first, f"data.max_length={length}"), "longer documents", changed
     for rank in (8, 4):
         if (config.method.adapter_rank or 0) > rank:
             changed = _with_settings(small, "method", rank=rank)
-            yield (first, f"method.rank={rank}"), "what an adapter can hold", changed
+            yield (*first, f"method.rank={rank}"), "what an adapter can hold", changed
     for kind, settings in (("lora", {}), ("qlora", {"bits": 8}), ("qlora", {}), ("prompt", {})):
         if kind != config.method.kind or settings:
             method = METHOD_CONFIGS[kind].model_validate(settings)
             override = ", ".join(f"{key}: {value}" for key, value in {"kind": kind, **settings}.items())
-            yield (first, f"method={{{override}}}"), "another method", small.model_copy(update={"method": method})
+            yield (*first, f"method={{{override}}}"), "another method", small.model_copy(update={"method": method})
 
 
 def parse_size(text: str | None) -> int | None:
