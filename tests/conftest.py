@@ -31,16 +31,13 @@ TEXT = [
 
 @pytest.fixture(autouse=True)
 def _on_the_test_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `RUNG_TEST_DEVICE`, tensors that tests make, and batches that are packed for no device, are on it too."""
+    """With `RUNG_TEST_DEVICE`, batches that are packed for no device are on it, as the tests' models are."""
     from models import DEVICE
 
     if DEVICE.type == "cpu":
         return
-    import torch
-
     from rung.training import packing
 
-    torch.set_default_device(DEVICE)
     on_device = packing._to_tensor
     monkeypatch.setattr(packing, "_to_tensor", lambda parts, device: on_device(parts, device or DEVICE))
 

@@ -18,7 +18,7 @@ GOALS = {("1B", 2048): "50 %", ("8B", 2048): "60 %", ("8B", 8192): "60 %"}
 CLAIMS = {
     "parity": "log-probabilities and gradients equal the processor's float64, on tiny models of every proved shape",
     "trees": "attention over segment trees equals masks written out, with windows, prefixes and grouped keys",
-    "syncs": "supervised fine-tuning never waits for the card",
+    "syncs": "the passes of supervised fine-tuning never wait for the card",
     "exactness": "packed or alone, tree or flat, decoded or read: the differences in bfloat16 are rounding",
 }
 
@@ -41,8 +41,9 @@ def page(report: dict[str, Any]) -> str:
         section = sections.get(name)
         if section is None or not has_card:
             lines.append(NOT_MEASURED)
-        elif section["state"] == "failed":
-            lines.append(f"Failed: {section.get('error', 'see the JSON')}")
+        elif "results" not in section:
+            failed = section["state"] == "failed"
+            lines.append(f"{'Failed' if failed else NOT_MEASURED}: {section.get('error', 'see the JSON')}")
         else:
             lines += table(section["results"], limits)
     return "\n".join(lines) + "\n"
@@ -90,22 +91,27 @@ def _ceilings(results: dict[str, Any], limits: dict[str, Any]) -> list[str]:
 def _lora(results: dict[str, Any], limits: dict[str, Any]) -> list[str]:
     rows = []
     for row in results["rows"]:
-        limit = limits["flops"] / row["flops_per_token"] if limits else None
+        limit = limits["flops"] / row["flops_per_token"] if limits and "flops_per_token" in row else None
         share = f"{row['tokens_per_second'] / limit:.0%}" if limit else ""
         goal = GOALS.get((row["shape"], row["length"]), "") if row["learned"] == 1.0 and row["fused"] else ""
         fused = "yes" if row["fused"] else "no"
-        cells = (row["shape"], f"{row['length']:,}", row["learned"], fused, _speed(row), _memory(row))
+        tokens = f"{row['length']:,}", f"{row['step_tokens']:,}"
+        cells = (row["shape"], *tokens, row["learned"], fused, _speed(row), _memory(row))
         rows.append((*cells, f"{limit:,.0f}" if limit else "", share, goal))
-    heads = ("shape", "tokens of a document", "learned", "Rung's functions", "tokens/s", "peak")
+    heads = ("shape", "tokens of a document", "of a step", "learned", "Rung's functions", "tokens/s", "peak")
     return _table((*heads, "limit tokens/s", "share", "goal"), rows)
 
 
 def _peers(results: dict[str, Any], limits: dict[str, Any]) -> list[str]:
     rows = [
-        (row["shape"], f"{row['length']:,}", _yes(row["checkpointing"]), _yes(row["liger"]), _speed(row), _memory(row))
+        (
+            *(row["shape"], f"{row['length']:,}", f"{row['step_tokens']:,}", _yes(row["checkpointing"])),
+            *(_yes(row["liger"]), _speed(row), _memory(row)),
+        )
         for row in results["rows"]
     ]
-    return _table(("shape", "tokens of a document", "checkpointing", "Liger", "tokens/s", "peak"), rows)
+    heads = ("shape", "tokens of a document", "of a step", "checkpointing", "Liger", "tokens/s", "peak")
+    return _table(heads, rows)
 
 
 def _yes(flag: bool) -> str:
@@ -113,16 +119,20 @@ def _yes(flag: bool) -> str:
 
 
 def _qlora(results: dict[str, Any], limits: dict[str, Any]) -> list[str]:
-    rows = [(row["shape"], "Rung" if row["fused"] else "peft", _speed(row), _memory(row)) for row in results["rows"]]
-    return _table(("shape", "functions", "tokens/s", "peak"), rows)
+    rows = [
+        (row["shape"], "Rung" if row["fused"] else "peft", f"{row['step_tokens']:,}", _speed(row), _memory(row))
+        for row in results["rows"]
+    ]
+    return _table(("shape", "functions", "tokens of a step", "tokens/s", "peak"), rows)
 
 
 def _phi2(results: dict[str, Any], limits: dict[str, Any]) -> list[str]:
-    rows = [
-        (row["method"], _speed(row), _memory(row), f"{row['first_loss']:.2f} to {row['last_loss']:.2f}")
-        for row in results["rows"]
-    ]
+    rows = [(row["method"], _speed(row), _memory(row), _losses(row)) for row in results["rows"]]
     return _table(("method", "tokens/s", "peak", "loss of six steps"), rows)
+
+
+def _losses(row: dict[str, Any]) -> str:
+    return f"{row['first_loss']:.2f} to {row['last_loss']:.2f}" if "last_loss" in row else ""
 
 
 def _alignment(results: dict[str, Any], limits: dict[str, Any]) -> list[str]:
@@ -130,15 +140,16 @@ def _alignment(results: dict[str, Any], limits: dict[str, Any]) -> list[str]:
     rows = []
     for row in results["rows"]:
         other = flat.get(row["objective"])
-        ratio = f"{other['milliseconds'] / row['milliseconds']:.2f}x" if other else ""
+        is_measured = other is not None and "milliseconds" in other and "milliseconds" in row
+        ratio = f"{other['milliseconds'] / row['milliseconds']:.2f}x" if is_measured else ""
         rows.append((row["objective"], row["packing"], f"{row['computed_tokens']:,}", _speed(row), _memory(row), ratio))
     heads = ("objective", "packing", "tokens computed", "tokens/s of documents", "peak", "beside flat")
     return _table(heads, rows)
 
 
 def _decoding(results: dict[str, Any], limits: dict[str, Any]) -> list[str]:
-    rows = [(row["shape"], row["rows"], f"{row['tokens_per_second']:,.0f}") for row in results["rows"]]
-    return _table(("shape", "rows at once", "new tokens/s"), rows)
+    rows = [(row["shape"], row["rows"], _speed(row)) for row in results["rows"]]
+    return _table(("shape", "answers at once", "new tokens/s"), rows)
 
 
 def _profile(results: dict[str, Any], limits: dict[str, Any]) -> list[str]:
@@ -153,7 +164,7 @@ TABLES: tuple[tuple[str, str, Callable[[dict[str, Any], dict[str, Any]], list[st
     ("QLoRA, 4 bits, 2,048 tokens a document", "qlora", _qlora),
     ("Phi-2's shape, one document of 1,024 tokens", "phi-2", _phi2),
     ("Preferences and reinforcement, prompts of 1,024 and answers of 256 tokens", "alignment", _alignment),
-    ("Decoding after 1,024 tokens", "decoding", _decoding),
+    ("Decoding: answers to one prompt of 1,024 tokens", "decoding", _decoding),
     ("Where the time of a LoRA step goes", "profile", _profile),
 )
 

@@ -137,8 +137,9 @@ class Steps:
 def measure(bench: Bench, work: Callable[[], Any], tokens: int) -> dict[str, Any]:
     """Milliseconds of a call, tokens per second and the peak of memory, after calls that warm it up."""
     warm, timed = (WARM_STEPS, TIMED_STEPS) if bench.has_card and not bench.quick else (2, 5)
-    for _ in range(warm):
-        work()
+    for number in range(warm):
+        if number == 0 or not bench.out_of_time:
+            work()
     synchronize(bench.device)
     reset_peak_memory(bench.device)
     milliseconds = list[float]()
@@ -167,6 +168,16 @@ def _timed(bench: Bench, work: Callable[[], Any]) -> float:
     end.record()
     end.synchronize()
     return float(begin.elapsed_time(end))
+
+
+def attempt(row: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A row with what `work` found, or with the reason why it found nothing: one row must not cost the others."""
+    try:
+        return {**row, **work()}
+    except Exception as error:  # a missing library, memory, a kernel that another version does not have
+        return {**row, "not_measured": f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}"}
+    finally:
+        free()
 
 
 def free() -> None:

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
@@ -172,6 +172,11 @@ def _lock(file: IO[bytes]) -> None:
 
 def unlock_and_remove(path: Path, file: IO[bytes]) -> None:
     """Remove a locked file of this process and release its lock."""
+    if os.name == "nt":  # where an open file cannot be removed; another process may have locked it meanwhile
+        file.close()
+        with suppress(PermissionError):
+            path.unlink(missing_ok=True)
+        return
     path.unlink(missing_ok=True)  # before the release: afterwards it may be the lock of another process
     file.close()
 

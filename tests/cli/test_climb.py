@@ -128,7 +128,7 @@ def test_a_finished_climb_is_printed_without_a_model(
     settings = ["climb.rungs=[zero_shot, lora]", "--json"]
     _, first, _ = inside(capsys, "climb", climb, *settings)
 
-    monkeypatch.setattr("rung.runs.train.load_base_on_device", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("rung.runs.train.load_base_to_train", lambda *_: pytest.fail("a model was loaded"))
     code, again, _ = inside(capsys, "climb", climb, *settings)
     assert code == 0 and json.loads(again) == json.loads(first)
 

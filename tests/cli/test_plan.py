@@ -140,7 +140,8 @@ def test_the_device_of_a_plan_is_named(large: Path, capsys: Any, monkeypatch: py
     for options, name, devices in (
         ((), "NVIDIA A100-SXM4-80GB, 80.0 GiB", 1),
         (("--device", "cpu"), "the processor of this machine", 1),
-        (("--memory", "24GiB"), "the processor of this machine", 1),
+        (("--device", "CPU", "--memory", "24GiB"), "the processor of this machine", 1),
+        (("--memory", "24GiB"), "NVIDIA A100-SXM4-80GB, 24.0 GiB", 1),
         (("--device", "l40s", "--devices", "4"), "4 x l40s, 45.0 GiB each", 4),
         (("--device", "h200", "--memory", "60GiB"), "h200, 60.0 GiB", 1),
     ):
@@ -150,7 +151,11 @@ def test_the_device_of_a_plan_is_named(large: Path, capsys: Any, monkeypatch: py
     code, out, _ = inside(capsys, "plan", large, "method={kind: qlora}", "--device", "t4", "data.max_length=2048")
     assert code == 0 and "rung eval does not: it needs" in out and "evaluation.batch" in out
     code, _, err = inside(capsys, "plan", large, "method={kind: qlora}", "--device", "h100", "--devices", "2")
-    assert code == 3 and "quantized base in several processes" in err
+    assert code == 3 and "quantized base in several processes" in err and "--devices" in err
+    large_steps = "training.tokens_per_micro_batch=20000"
+    for name, tokens in (("l40s", 8192), ("rtx4090", 2048)):
+        out = inside(capsys, "plan", large, lora, large_steps, "--device", name)[1]
+        assert f"  training.tokens_per_micro_batch={tokens}\n" in out, out
 
 
 def test_a_run_ends_with_plan_and_reality(config: Path, tmp_path: Path, capsys: Any) -> None:

@@ -38,7 +38,8 @@ from rung.types import ON_POLICY, Example
 
 REWARD = {"kind": "exact"}
 METHODS: dict[str, dict[str, Any]] = {
-    **{kind: {} for kind in METHOD_CONFIGS if kind not in ("peft", "qlora")},
+    **{kind: {} for kind in METHOD_CONFIGS if kind != "qlora"},
+    "peft": {"config": {"peft_type": "IA3", "feedforward_modules": []}},
     **{kind: {"virtual_tokens": 3} for kind in ("prompt", "prefix", "p_tuning")},
 }
 

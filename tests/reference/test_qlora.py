@@ -18,14 +18,16 @@ from naive import distance, gradients
 from rung.config.method import LoraConfig, QloraConfig
 from rung.config.model import ModelConfig
 from rung.config.objective import SftConfig
+from rung.config.run import RunConfig
 from rung.config.training import OptimizerConfig
 from rung.methods.lora import Lora
 from rung.methods.qlora import dense_weight, dequantize_base, is_quantized
 from rung.methods.registry import attach_method
 from rung.models.load import load_base
-from rung.models.policy import Policy
+from rung.models.policy import NoMethod, Policy
 from rung.models.streaming import layer_linears, placement_of
 from rung.objectives.sft import SftObjective
+from rung.runs import load
 from rung.training.gates import check_decoding, check_identity, check_packing, frozen_digest
 from rung.training.optimizer import make_optimizer, set_learning_rate
 from rung.training.packing import pack, pack_separately
@@ -223,3 +225,39 @@ def test_a_base_quantized_from_its_file_is_the_one_that_was_loaded_whole(
     assert all(first[name].dtype is second[name].dtype for name in first)
     batch = pack(documents(), 1000)[0]
     assert torch.equal(*(policy.logprobs(batch) for policy in policies))
+
+
+def test_a_base_in_its_file_is_not_used_before_it_is_quantized(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tiny_model(**WIDE).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    base = load_base(ModelConfig(name=str(tmp_path), dtype="float32"), stream_linears=True)
+    with pytest.raises(RuntimeError, match="still in their file"):
+        base.share_weights()
+    with pytest.raises(RuntimeError, match="still in their file"):
+        Policy(base, NoMethod()).logprobs(pack(documents(), 1000)[0])
+    assert isinstance(Policy(base, attach_method(base.model, QloraConfig(), seed=0)), Policy)
+    base.share_weights()
+
+
+@pytest.mark.parametrize(
+    ("objective", "streams"),
+    [
+        ({"kind": "sft"}, True),
+        ({"kind": "preference"}, True),
+        ({"kind": "grpo", "reward": {"kind": "exact"}}, True),
+        ({"kind": "grpo", "reward": {"kind": "model", "run": "runs/reward"}}, False),
+        ({"kind": "ppo", "reward": {"kind": "exact"}}, False),  # the value model shares the base
+    ],
+    ids=str,
+)
+def test_a_base_that_other_models_share_is_loaded_whole(
+    objective: dict[str, Any], streams: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"data": {"path": "x"}, "output": "y", "method": {"kind": "qlora"}, "objective": objective}
+    asked: list[bool] = []
+    monkeypatch.setattr(load, "load_base", lambda config, device, stream_linears: asked.append(stream_linears))
+    load.load_base_to_train(RunConfig.model_validate(values))
+    load.load_base_to_train(RunConfig.model_validate({**values, "method": {"kind": "lora"}}))
+    assert asked == [streams, False]

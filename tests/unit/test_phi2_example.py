@@ -86,19 +86,22 @@ def test_its_runs_on_a_small_model_of_its_kind(
 def test_a_base_of_the_hub_comes_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     asked: list[Any] = []
 
-    def snapshot(hub_id: str, allow_patterns: list[str]) -> str:
-        asked.append((hub_id, tuple(allow_patterns)))
+    def snapshot(hub_id: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((hub_id, tuple(allow_patterns), revision))
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda hub_id, file: None)
     assert base_folder(PHI) is None
     assert download_base("phi-2") == tmp_path and asked[0][0] == "microsoft/phi-2"
+    assert download_base("phi-2", "v1") == tmp_path and [revision for *_, revision in asked] == [None, "v1"]
     assert not any("bin" in pattern or pattern == "*" for pattern in asked[0][1])
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda hub_id, file: str(tmp_path / file))
+    assert base_folder(PHI) is None  # the config alone is no base
+    (tmp_path / "model.safetensors").touch()
     assert base_folder(PHI) == tmp_path
 
-    def offline(hub_id: str, allow_patterns: list[str]) -> str:
+    def offline(hub_id: str, revision: str | None, allow_patterns: list[str]) -> str:
         raise OSError("no network\nand a long story")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)

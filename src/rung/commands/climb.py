@@ -40,7 +40,14 @@ from rung.results import CurvePoint, ForgettingComparison, ForgettingResult, Lad
 from rung.runs import checks
 from rung.runs.checks import DoesNotFitError
 from rung.runs.dataset import RunData, read_splits, tokenize_splits
-from rung.runs.load import LoadedRun, dequantize_if_configured, device, load_base_on_device, open_run
+from rung.runs.load import (
+    LoadedRun,
+    dequantize_if_configured,
+    device,
+    load_base_on_device,
+    load_base_to_train,
+    open_run,
+)
 from rung.runs.train import StartMode, train_on_data
 from rung.training.memory_use import reset_peak_memory
 from rung.training.run_folder import RunFolder, StopCheck, is_climb, read_manifest, write_json
@@ -104,6 +111,7 @@ class Climb:
         with closing(self._acquire_folder()) as folder:
             facts = {"data": first_data.summary(), "fingerprints": self._fingerprints}
             folder.update(climb=True, status="running", **facts)
+            del base  # or it would stay in memory beside the base of every rung
             return self._measure_all(folder, data)
 
     def _acquire_folder(self) -> RunFolder:
@@ -398,7 +406,7 @@ class Climb:
         """A base for one run. Training changes it, so it must not be offered to the next rung."""
         if config.method.kind == "qlora":
             self._cached_base = None  # only one base may be in memory, and this one is quantized from its file
-            return load_base_on_device(config.model, config.method)
+            return load_base_to_train(config)
         base, self._cached_base = self._pristine_base(), None
         return base
 

@@ -26,16 +26,13 @@ def plan(
 
     `memory` is the memory of each device, for example `24GiB`; `device` a known card, for example `h100`, or `cpu`;
     `devices` the number of processes, each with a device of its own; `tokens` the tokens of an epoch, for data files
-    that are not here. Without `device` and `memory` the plan is for the first graphics card of this machine, and
-    without a card for its processor. `Advice.plan.fits` says whether the config's own method fits.
+    that are not here. Without `device` the plan is for the first graphics card of this machine, and without a card for
+    its processor. `Advice.plan.fits` says whether the config's own method fits.
 
     Raises `ConfigError` for a config, a size or a device that cannot be read, `PlanError` for a run that several
     processes cannot share.
     """
     limit = parse_size(memory)
-    if device is None and memory is None:
-        card = find_local_device()
-    else:
-        card = None if device == "cpu" else parse_device(device)
+    card = find_local_device() if device is None else parse_device(device)
     run_config = resolve_config(config, overrides)
     return advise(run_config, limit=limit, device=card, processes=devices, tokens=tokens)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rung.config.support import model_refusal
 from rung.errors import PlanError
+from rung.models.streaming import placement_of
 from rung.planning.architecture import ModelShape, shape_from_config
 
 
@@ -38,6 +39,8 @@ class BaseModel:
 
         Call it on a base as loaded, before a method is attached.
         """
+        if placement_of(self.model) is not None:
+            raise RuntimeError("the linears of this base are still in their file: nothing can share them")
         # deepcopy takes a tensor from this memo instead of copying it, so only the modules are duplicated (a few MB).
         memo: dict[int, Tensor] = {id(t): t for t in self.model.buffers()}
         # New Parameter objects over the same memory: widening one of them to float32 leaves the other copy unchanged.

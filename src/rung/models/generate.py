@@ -23,11 +23,10 @@ from rung.models.base_model import widest_float
 from rung.models.kv_cache import Prefix, new_cache
 from rung.models.policy import Policy, model_inputs
 from rung.models.tree_attention import concatenate_kv
+from rung.planning.memory import PREFILL_TOKENS
 
 Callback = Callable[[int], None]
 """Receives tokens, or numbers of prompts."""
-PREFILL_TOKENS = 16_384
-"""Prompt tokens encoded at once: long prompts run in smaller batches, so that memory does not grow with length."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,10 +51,11 @@ def load_base(config: ModelConfig, *, device: torch.device | None = None, stream
         full_model = {"name": config.student_of, "student_of": None, "layers": None}
         teacher = load_base(config.model_copy(update=full_model), device=device, stream_linears=stream_linears)
         return drop_layers(teacher, config.layers or "every_other")
-    source = _resolve_name(config.name)
+    source = _resolve_name(config.name, config.revision)
     if isinstance(source, Path) and is_run_folder(source):
         return _load_run_as_base(config, source, device)
-    if config.revision is not None and isinstance(source, Path):
+    is_of_hub = config.name in CATALOG and CATALOG[config.name].hub_id is not None
+    if config.revision is not None and isinstance(source, Path) and not is_of_hub:
         reason = "a revision is one of a hub id, and this base is a file here"
         raise ConfigError(reason, where="model.revision", given=config.revision, hint="leave model.revision out")
     compute = compute_dtype(config.dtype, device)
@@ -106,10 +107,10 @@ def base_files(config: ModelConfig) -> Path | None:
     return folder if any(folder.glob("*.safetensors")) else None
 
 
-def _resolve_name(name: str) -> Path | str:
+def _resolve_name(name: str, revision: str | None = None) -> Path | str:
     """Return a folder or GGUF file on disk, or a hub id. Raises `ConfigError` for anything else."""
     if name in CATALOG:
-        return download_base(name)
+        return download_base(name, revision)
     path = Path(name).expanduser()
     if path.is_dir():
         if is_run_folder(path) or (path / "config.json").exists():

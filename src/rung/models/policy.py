@@ -21,6 +21,7 @@ from rung.errors import PlanError
 from rung.models.base_model import BaseModel, widest_float
 from rung.models.layers import recompute_layers, record_layer_input, start_from_layer
 from rung.models.logprobs import LogitTransform, token_logprobs
+from rung.models.streaming import placement_of
 from rung.models.tree_attention import KeysValues, KVByLayer, concatenate_kv
 from rung.types import CachedHidden, Example, LossTerm, PackedBatch, Segment, SharedPrefix
 
@@ -154,6 +155,8 @@ class Policy:
 
         `indivisible`: the row cannot be split, so some layers may recompute; other rows follow the token budget.
         """
+        if placement_of(self.model) is not None:
+            raise RuntimeError("the linears of this base are still in their file: a method has to quantize them first")
         # The trunk without the head: logits of a whole row are never made.
         trunk = getattr(self.model, self.model.base_model_prefix)
         recompute = self.layers_to_recompute(len(inputs)) if indivisible and torch.is_grad_enabled() else range(0)

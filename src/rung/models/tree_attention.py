@@ -62,7 +62,7 @@ def attend_tree(
     if is_flat and has_flat_kernel(query_1HTD.device) and query_1HTD.dtype in (torch.bfloat16, torch.float16):
         return _attend_flat(query_1HTD, key_1KTD, value_1KTD, tuple(segments), params)
     same_width = query_1HTD.shape[-1] == value_1KTD.shape[-1]  # the CPU kernel requires it
-    if device == "cpu" and params.softcap is None and not params.dropout and same_width:
+    if _on_processor(query_1HTD.device) and params.softcap is None and not params.dropout and same_width:
         tensors = (query_1HTD, key_1KTD, value_1KTD, *(prefix or (None, None)))
         return _FlashTree.apply(tuple(segments), params, *tensors)  # type: ignore[no-any-return, no-untyped-call]
     # The general path: softcap, dropout, unequal widths, or trees on another device.
@@ -73,6 +73,10 @@ def attend_tree(
         key, value = (repeat_kv(kv.gather(path, rows), groups) for kv in (keys, values))
         outputs.append(attend(query_1HTD[:, :, rows], key, value, mask, params))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+
+
+def _on_processor(device: torch.device) -> bool:
+    return device.type == "cpu"
 
 
 def has_flat_kernel(device: torch.device) -> bool:

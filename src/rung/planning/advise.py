@@ -138,7 +138,7 @@ def advise(
     `limit` is in bytes of each process, `tokens` counts one epoch, `device` None means the processor of this machine.
     Raises `ConfigError` for a model without a config, `PlanError` for a run that several processes cannot share.
     """
-    if error := process_refusal(config, processes):
+    if error := process_refusal(config, processes, "--devices"):
         raise error
     shape, volume = read_shape(config.model), guess_data_volume(config)
     if tokens is not None:
@@ -169,13 +169,16 @@ def advise(
     return Advice(shape, device, micro_batch, volume, throughput, own_plan, other_plans, change)
 
 
-def process_refusal(config: RunConfig, processes: int) -> PlanError | None:
-    """Why this many processes cannot share a run: a combination that does not work, or that is not tested."""
+def process_refusal(config: RunConfig, processes: int, where: str = "WORLD_SIZE") -> PlanError | None:
+    """Why this many processes cannot share a run: a combination that does not work, or that is not tested.
+
+    `where` is the setting that asked for them.
+    """
     if processes < 2:
         return None
     generates_answers = config.objective.on_policy_share > 0.0
     if refusal := multi_process_refusal(config.method.kind, own_answers=generates_answers):
-        return PlanError(refusal, where="WORLD_SIZE", given=processes, hint="run it in one process")
+        return PlanError(refusal, where=where, given=processes, hint="run it in one process")
     if config.model.sharded:
         reference, moments = config.objective.reference_model, config.training.optimizer.state_dtype
         if refusal := sharding_refusal(config.method.kind, config.objective.kind, reference=reference, moments=moments):
@@ -310,7 +313,7 @@ def _candidate_changes(config: RunConfig, micro_batch: MicroBatch) -> Iterator[t
     """
     current_tokens = micro_batch.tokens
     adapts = micro_batch.device == "cuda" and config.training.tokens_per_micro_batch == "auto"
-    for tokens in (128,) if adapts else (4096, 2048, 1024, 512, 256, 128):
+    for tokens in (128,) if adapts else (16_384, 8192, 4096, 2048, 1024, 512, 256, 128):
         if (config.data.max_length or 0) <= tokens < current_tokens:
             changed = _with_settings(config, "training", tokens_per_micro_batch=tokens)
             yield (f"training.tokens_per_micro_batch={tokens}",), "speed alone", changed

@@ -7,6 +7,7 @@ importing torch would take seconds. `commands.plan` looks devices up, `planning.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from rung.errors import ConfigError, did_you_mean
 
 MiB = 2**20
-_QUERY_SECONDS = 10
+_QUERY_SECONDS = 3
 """A driver that does not answer within this time counts as no card."""
 
 
@@ -50,24 +51,29 @@ _DEVICES = (
 DEVICES = {device.name: device for device in _DEVICES}
 
 
-def parse_device(name: str | None) -> Device | None:
-    """Look up a device. Raises `ConfigError` for an unknown one."""
-    if name is None or name.lower() in DEVICES:
-        return None if name is None else DEVICES[name.lower()]
-    suggestion = did_you_mean(name.lower(), list(DEVICES))
+def parse_device(name: str) -> Device | None:
+    """Look up a card; None for `cpu`. Raises `ConfigError` for an unknown name."""
+    known = {**DEVICES, "cpu": None}
+    if name.lower() in known:
+        return known[name.lower()]
+    suggestion = did_you_mean(name.lower(), list(known))
     hint = f"did you mean {suggestion}?" if suggestion else "give --memory for another"
-    raise ConfigError("no such device", where="--device", given=name, allowed=", ".join(DEVICES), hint=hint)
+    raise ConfigError("no such device", where="--device", given=name, allowed=", ".join(known), hint=hint)
 
 
 def find_local_device() -> Device | None:
-    """The first NVIDIA card of this machine, as its driver describes it; None without one."""
+    """The first NVIDIA card that this process may use, as its driver describes it; None without one."""
     program = shutil.which("nvidia-smi")
-    if program is None:
+    # As CUDA reads it: an empty value or -1 hides all cards, and the first entry is the first card.
+    number = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    if program is None or number in ("", "-1"):
         return None
-    command = [program, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits", "--id=0"]
+    command = [program, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits", f"--id={number}"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=_QUERY_SECONDS, check=True)  # noqa: S603 - fixed arguments
         name, mebibytes, capability = (field.strip() for field in answer.stdout.splitlines()[0].split(","))
+        if int(mebibytes) <= 0:
+            return None
         return describe_device(name, int(mebibytes) * MiB, tuple(map(int, capability.split("."))))
     # A driver without a card, or of another version than its tools, answers with an error text.
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
@@ -81,4 +87,6 @@ def describe_device(name: str, memory: int, capability: tuple[int, ...]) -> Devi
     """
     words = name.lower().replace("-", " ").replace("rtx ", "rtx").split()
     known = next((device for key, device in DEVICES.items() if key.split("-")[0] in words), None)
+    if "laptop" in words or {"h100", "pcie"} <= set(words):
+        known = None  # slower than the card of that name
     return Device(name, memory, known.flops if known else None, "bfloat16" if capability >= (8, 0) else "float32")

@@ -12,8 +12,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from rung.config.method import BASE_CHANGING_METHODS, QloraConfig, front_virtual_tokens
+from rung.config.method import BASE_CHANGING_METHODS, MixtureConfig, QloraConfig, front_virtual_tokens
 from rung.config.run import RunConfig
 from rung.planning.architecture import DTYPE_BYTES, ModelShape, is_hub_id
 from rung.planning.method_cost import (
@@ -43,6 +44,8 @@ CUDA_RESERVE = 0.05
 """Share of a card's available memory that the `auto` budget leaves free: the plan is an estimate (not measured)."""
 CUDA_TOKENS_STEP = 256
 """The `auto` budget of a card is a multiple of this many tokens."""
+PREFILL_TOKENS = 16_384
+"""Prompt tokens that decoding encodes at once: long prompts run in smaller batches, so that memory does not grow."""
 TILE_LOGITS = 512 * 2048
 """Logits in one tile of the head, as in `models/logprobs.py`."""
 NF4_BYTES = 0.5 + 1 / 64
@@ -118,6 +121,8 @@ class MicroBatch:
     """Device type: cpu or cuda."""
     processes: int = 1
     """Processes that share the run, each with a device of its own."""
+    context_tokens: int = 0
+    """Shared tokens before each segment of a tree, summed over its segments: a card copies their keys and values."""
     document_bytes: int | None = None
     """Activation bytes that one document may take before its lowest layers are recomputed; None: no limit."""
 
@@ -157,7 +162,9 @@ class MemoryEstimate:
         """Memory of `rung eval` and `rung merge`, each in a new process; `length` is that of a prompt."""
         changes_base = config.method.kind in BASE_CHANGING_METHODS
         adapter = Term("adapter", 0 if changes_base else 4 * self.cost.stored_parameters, "float32")
-        rows, tokens = config.evaluation.batch, int(config.data.max_length or length)
+        tokens = int(config.data.max_length or length)
+        # Decoding takes no more prompts at once than this many tokens.
+        rows = min(config.evaluation.batch, max(1, PREFILL_TOKENS // max(1, tokens)))
         scratch = DTYPE_BYTES[compute] * rows * tokens * 4 * (shape.mlp + shape.width)
         evaluation_terms = (
             *(*weight_terms(config, shape, compute), adapter),
@@ -216,11 +223,17 @@ def tokens_that_fit(
 
 def document_bytes_that_fit(shape: ModelShape, compute: str, tokens: int) -> int:
     """Activation bytes of a document where a micro-batch of `tokens` fits: a longer one recomputes layers."""
-    return tokens * activation_bytes_per_token(shape, compute)
+    return tokens * activation_bytes_per_token(shape, compute, device="cuda")
 
 
 def layers_to_recompute(
-    shape: ModelShape, tokens: int, compute: str = "float32", *, lowest: int = 0, limit: int | None
+    shape: ModelShape,
+    tokens: int,
+    compute: str = "float32",
+    *,
+    lowest: int = 0,
+    limit: int | None,
+    device: str = "cpu",
 ) -> range:
     """The layers that a document of `tokens` tokens must recompute so that its activations fit into `limit` bytes.
 
@@ -228,7 +241,7 @@ def layers_to_recompute(
     """
     if limit is None:
         return range(lowest, lowest)
-    trained_layers, layer_bytes = shape.layers - lowest, layer_bytes_per_token(shape, compute)
+    trained_layers, layer_bytes = shape.layers - lowest, layer_bytes_per_token(shape, compute, device)
     saved_bytes = tokens * (layer_bytes - DTYPE_BYTES[compute] * shape.width)
     excess_bytes = max(0, tokens * trained_layers * layer_bytes - limit)
     return range(lowest, lowest + min(trained_layers, -(-excess_bytes // saved_bytes)))
@@ -349,16 +362,22 @@ def _resident_terms(
 def _step_terms(config: RunConfig, shape: ModelShape, cost: MethodCost, micro_batch: MicroBatch) -> Sequence[Term]:
     """Further memory of a step, at the end of the forward pass of its last micro-batch."""
     method, compute = config.method, micro_batch.compute_dtype
-    bytes_per_token = activation_bytes_per_token(shape, compute, lowest=min(cost.lowest_layer, shape.layers - 1))
+    lowest, device = min(cost.lowest_layer, shape.layers - 1), "cpu" if micro_batch.device == "cpu" else "cuda"
+    bytes_per_token = activation_bytes_per_token(shape, compute, lowest=lowest, device=device)
     method_bytes = method_bytes_per_token(method, shape, compute)
     bytes_per_token += method_bytes
     tokens, width = micro_batch.tokens + front_virtual_tokens(method), DTYPE_BYTES[compute]
-    activations = int(bytes_per_token * tokens * (1.0 if config.model.fused else UNFUSED_FACTOR))
+    factor = 1.0 if config.model.fused else UNFUSED_FACTOR
+    activations = int(bytes_per_token * tokens * factor)
+    if device != "cpu":
+        copies = 2 * shape.query * width * micro_batch.context_tokens
+        activations += (shape.layers - lowest) * copies
     source = f"{bytes_per_token:,} bytes for each of {tokens:,} tokens"
     if micro_batch.documents == 1 and (recomputed := _recomputed_layers(config, shape, cost, micro_batch)):
         # A recomputed layer stores its input alone, also of what the method adds to it.
-        layer_bytes = layer_bytes_per_token(shape, compute) + method_bytes // (shape.layers - cost.lowest_layer)
-        activations = max(0, activations - recomputed * (layer_bytes - width * shape.width) * tokens)
+        layer_bytes = layer_bytes_per_token(shape, compute, device) + method_bytes // (shape.layers - cost.lowest_layer)
+        saved_bytes = int(layer_bytes * factor) - width * shape.width
+        activations = max(0, activations - recomputed * saved_bytes * tokens)
         source += f", {recomputed} layers recomputed"
     gradients = 4 * (cost.trainable or 0)
     # Gradients are allocated as activations are freed, so only the excess adds to the peak.
@@ -386,11 +405,17 @@ _PRODUCTS = Term("products", PRODUCT_BUFFER_BYTES, "buffers of matrix products (
 
 
 def _recomputed_layers(config: RunConfig, shape: ModelShape, cost: MethodCost, micro_batch: MicroBatch) -> int:
-    """Layers that a single document recomputes; none in a sharded model, whose ranks must run equally often."""
-    if config.model.sharded and micro_batch.processes > 1:
+    """Layers that a single document recomputes.
+
+    None in a sharded model, whose ranks must run equally often, nor where a router's load is balanced.
+    """
+    balances = isinstance(config.method, MixtureConfig) and config.method.balance_weight > 0.0
+    if balances or (config.model.sharded and micro_batch.processes > 1):
         return 0
-    lowest, limit = min(cost.lowest_layer, shape.layers), micro_batch.document_bytes
-    return len(layers_to_recompute(shape, micro_batch.tokens, micro_batch.compute_dtype, lowest=lowest, limit=limit))
+    device = "cpu" if micro_batch.device == "cpu" else "cuda"
+    options: dict[str, Any] = {"lowest": min(cost.lowest_layer, shape.layers), "limit": micro_batch.document_bytes}
+    options |= {"compute": micro_batch.compute_dtype, "device": device}
+    return len(layers_to_recompute(shape, micro_batch.tokens, **options))
 
 
 def _sharded(

@@ -113,15 +113,21 @@ _BY_KIND: dict[str, Any] = {
 }
 
 
-def layer_bytes_per_token(shape: ModelShape, compute: str = "float32") -> int:
+def layer_bytes_per_token(shape: ModelShape, compute: str = "float32", device: str = "cpu") -> int:
     """Bytes a token that one layer of the base stores for the backward pass."""
     # Inputs of norms, attention with its output, gate and up: what the fused functions store.
-    return 2 * (shape.width + shape.query + shape.kv + shape.mlp) * DTYPE_BYTES[compute]
+    numbers = 2 * (shape.width + shape.query + shape.kv + shape.mlp)
+    if device != "cpu":
+        # torch's attention stores keys and values repeated for all heads, and its output before it is joined.
+        numbers += 2 * (shape.query - shape.kv) + shape.query
+    return numbers * DTYPE_BYTES[compute]
 
 
-def activation_bytes_per_token(shape: ModelShape, compute: str = "float32", *, lowest: int = 0) -> int:
+def activation_bytes_per_token(
+    shape: ModelShape, compute: str = "float32", *, lowest: int = 0, device: str = "cpu"
+) -> int:
     """Bytes a token of all layers from `lowest` on; layers below the lowest trainable one store nothing."""
-    return (shape.layers - lowest) * layer_bytes_per_token(shape, compute)
+    return (shape.layers - lowest) * layer_bytes_per_token(shape, compute, device)
 
 
 def method_bytes_per_token(config: Any, shape: ModelShape, compute: str = "float32") -> int:

@@ -24,7 +24,7 @@ from rung.models.policy import Policy
 from rung.planning.advise import advise, auxiliary_shapes, compute_type, process_refusal
 from rung.planning.architecture import read_shape
 from rung.planning.devices import Device, describe_device
-from rung.planning.memory import MIN_TOKENS, MemoryEstimate, MicroBatch, estimate_memory
+from rung.planning.memory import CUDA_CONTEXT_BYTES, MIN_TOKENS, MemoryEstimate, MicroBatch, estimate_memory
 from rung.planning.throughput import DataVolume, record_throughput, token_flops
 from rung.report.formatting import format_bytes
 from rung.runs.dataset import RunData
@@ -32,6 +32,7 @@ from rung.training.distributed import World
 from rung.training.memory_use import free_memory, peak_memory_bytes
 from rung.training.run_folder import total_steps
 from rung.training.trainer import Trainer
+from rung.types import PackedBatch
 
 
 def check_tasks(config: RunConfig, data: RunData) -> None:
@@ -102,16 +103,40 @@ def plan_run(config: RunConfig, trainer: Trainer, data: RunData, *, beyond: bool
 
     Raises `DoesNotFitError` if less memory is free, unless `beyond` is set.
     """
-    device, compute = trainer.policy.device, str(trainer.policy.base.compute_dtype).removeprefix("torch.")
+    device = trainer.policy.device
+    estimate, micro_batch = _plan_of_rows(config, trainer, data)
+    available = free_memory(device) if device.type == "cuda" else None
+    # Before the rows were packed, `auto` did not know how much their trees share: a card copies what branches share.
+    while available and estimate.required_bytes > available and config.training.tokens_per_micro_batch == "auto":
+        if trainer.budget <= MIN_TOKENS:
+            break
+        trainer.set_budget(max(MIN_TOKENS, trainer.budget * 3 // 4))
+        estimate, micro_batch = _plan_of_rows(config, trainer, data)
+    _refuse(config, estimate, device, beyond=beyond)
+    return estimate, micro_batch
+
+
+def _plan_of_rows(config: RunConfig, trainer: Trainer, data: RunData) -> PlannedRun:
+    """The estimate for the run's own rows, packed with its budget."""
+    policy, compute = trainer.policy, str(trainer.policy.base.compute_dtype).removeprefix("torch.")
     # Rollouts have no documents yet, so a full budget is assumed, half of it answers.
     if isinstance(data.train, PromptDataset):
-        micro_batch = MicroBatch(compute, trainer.budget, trainer.budget // 2, device=device.type)
+        micro_batch = MicroBatch(compute, trainer.budget, trainer.budget // 2, device=policy.device.type)
     else:
         micro_batch = _largest_micro_batch(trainer, data.train, compute)
     micro_batch = replace(micro_batch, document_bytes=trainer.document_bytes)
-    estimate = estimate_memory(config, trainer.policy.base.shape, micro_batch, auxiliary_shapes(config))
-    _refuse(config, estimate, device, beyond=beyond)
-    return estimate, micro_batch
+    return estimate_memory(config, policy.base.shape, micro_batch, auxiliary_shapes(config)), micro_batch
+
+
+def _shared_context(batch: PackedBatch) -> int:
+    """Tokens before each segment of a packed row, ancestors and prefix, summed over the segments."""
+    depth = list[int]()
+    prefix = 0 if batch.prefix is None else len(batch.prefix.ids)
+    for segment in batch.segments:
+        parent = segment.parent
+        before = prefix if parent is None else depth[parent] + batch.segments[parent].end - batch.segments[parent].start
+        depth.append(before)
+    return sum(depth)
 
 
 def _largest_micro_batch(trainer: Trainer, data: TokenizedDataset, compute: str) -> MicroBatch:
@@ -133,6 +158,7 @@ def _largest_micro_batch(trainer: Trainer, data: TokenizedDataset, compute: str)
         documents=len(largest.documents),
         batches=min(map(len, windows)),
         device=trainer.policy.device.type,
+        context_tokens=max(_shared_context(batch) for batch in (largest, *batches)),
     )
 
 
@@ -165,6 +191,8 @@ def measured_vs_planned(
         volume = DataVolume(tokens, supervised, length, is_counted=True)
         rate = token_flops(config, shape, volume, estimate.cost) * tokens * micro_batch.compute_ratio / seconds
         record_throughput(str(manifest.get("compute_dtype")), rate, f"{config.method.kind} on {config.model.name}")
-    saving = peak_memory_bytes(device)
-    measured = {"loading": loading, "steps": manifest.get("peak_memory_bytes"), "saving": saving}
+    stages = {"loading": loading, "steps": manifest.get("peak_memory_bytes"), "saving": peak_memory_bytes(device)}
+    # A plan of a card counts the context, which torch's allocator does not see.
+    context = CUDA_CONTEXT_BYTES if device.type == "cuda" else 0
+    measured = {name: size and size + context for name, size in stages.items()}
     return {**estimate.to_json(), "measured": measured}

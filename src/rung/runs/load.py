@@ -18,9 +18,8 @@ import numpy as np
 import torch
 
 from rung.config.io import parse_config
-from rung.config.method import MethodConfig
 from rung.config.model import WITHOUT_RUN_SETTINGS, ModelConfig
-from rung.config.objective import RewardConfig
+from rung.config.objective import ModelRewardConfig, RewardConfig
 from rung.config.run import RunConfig
 from rung.console import status
 from rung.data.chat import ChatTemplate
@@ -40,7 +39,6 @@ from rung.models.fused_modules import install_fused_forwards
 from rung.models.generate import Sampling, generate
 from rung.models.load import check_fingerprint, load_base, load_tokenizer
 from rung.models.policy import NoMethod, Policy
-from rung.models.streaming import placement_of
 from rung.objectives.reward import RewardObjective, ScoreHead
 from rung.runs.artifact import check_origin, check_prompt
 from rung.runs.dataset import load_library
@@ -56,14 +54,17 @@ def device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def load_base_on_device(config: ModelConfig, method: MethodConfig | None = None) -> BaseModel:
-    """The base of a config, on the device in use.
-
-    Where `method` quantizes it, its linears stay in their file until the method is attached.
-    """
-    stream_linears = method is not None and method.kind == "qlora"
+def load_base_on_device(config: ModelConfig, *, stream_linears: bool = False) -> BaseModel:
+    """The base of a config, on the device in use; `stream_linears` as in `models.load.load_base`."""
     with status(f"loading {config.student_of or config.name}"):
         return load_base(config, device=device(), stream_linears=stream_linears)
+
+
+def load_base_to_train(config: RunConfig) -> BaseModel:
+    """The base of a run. One that the method quantizes stays in its file until then, unless other models share it."""
+    objective = config.objective
+    shares = objective.kind == "ppo" or isinstance(objective.reward, ModelRewardConfig)
+    return load_base_on_device(config.model, stream_linears=config.method.kind == "qlora" and not shares)
 
 
 def library_of_target(name: str | Path) -> Library | None:
@@ -217,7 +218,8 @@ def _load_run(path: Path, base: BaseModel | None) -> tuple[Policy, ChatTemplate,
         check_prompt(path / "model", chat)
         return Policy(base, NoMethod()), chat, config
     require_undamaged(path / "adapter")
-    base = load_base_on_device(config.model, config.method) if base is None else base
+    if base is None:
+        base = load_base_on_device(config.model, stream_linears=config.method.kind == "qlora")
     check_fingerprint(manifest, base, path)
     check_origin(path / "adapter", base)
     method = attach_method(base.model, config.method, seed=config.seed, fused=config.model.fused)
@@ -231,8 +233,7 @@ def _load_run(path: Path, base: BaseModel | None) -> tuple[Policy, ChatTemplate,
 
 def share_base_if_same(run: Path, base: BaseModel | None) -> BaseModel | None:
     """A base that shares the weights of `base`, if the adapter of the run belongs on it; otherwise None."""
-    # Linears that are still in their file belong to the method that will quantize them.
-    if base is None or placement_of(base.model) is not None or not (run / "adapter").is_dir():
+    if base is None or not (run / "adapter").is_dir():
         return None
     # Compared by fingerprint and not by name: the same name may hold other weights today.
     return base.share_weights() if read_manifest(run)["fingerprints"]["base"] == base.fingerprint else None

@@ -40,7 +40,7 @@ from rung.runs import checks
 from rung.runs.artifact import pad_token_outside_stops, write_origin, write_tokenizer_files
 from rung.runs.auxiliary_models import AuxiliaryModels, load_auxiliary_models, reward_function
 from rung.runs.dataset import RunData, read_splits, tokenize_splits
-from rung.runs.load import device, load_base_on_device
+from rung.runs.load import device, load_base_to_train
 from rung.runs.reward_head import write_score_head
 from rung.training import gates
 from rung.training import run_folder as folders
@@ -86,7 +86,7 @@ def train_run(config: RunConfig, start: StartMode = NEW_RUN, world: World = SING
     splits = read_splits(config)
     if world.size == 1:
         checks.refuse_if_too_large(config, device(), beyond=start.beyond_memory)
-    base = load_base_on_device(config.model, config.method)
+    base = load_base_to_train(config)
     data = world.rank0_first(lambda: tokenize_splits(config, splits, base))  # the other ranks read the cache
     _, folder = train_on_data(config, base, data, start, world=world)
     world.barrier()
@@ -96,7 +96,7 @@ def train_run(config: RunConfig, start: StartMode = NEW_RUN, world: World = SING
 def dry_run(config: RunConfig) -> dict[str, Any]:
     """Everything up to the first step: data, model, preflight. Writes nothing."""
     splits = read_splits(config)
-    base = load_base_on_device(config.model, config.method)
+    base = load_base_to_train(config)
     data = tokenize_splits(config, splits, base)
     checks.check_tasks(config, data)
     checks.check_lottery(config, len(data.train.rows))
@@ -284,8 +284,9 @@ def _pass_gates(trainer: Trainer, data: RunData) -> None:
     if not probe:
         raise DataError("no training rows are left", hint="look at the counts of: rung data check")
     head_parameters = sum(p.numel() for p in trainer.objective.trainable().values())
-    # Packed as the steps are, so that the gates test what trains.
-    batches = trainer.pack(probe, sum(map(len, probe)))
+    # Packed as the steps are, so that the gates test what trains: into several batches, so that a prefix of all of them
+    # runs ahead.
+    batches = trainer.pack(probe, max(max(map(len, probe)), sum(map(len, probe)) // 2))
     results = (
         gates.check_trainable(method, trainer.optimizer_state.optimizer, head_parameters),
         gates.check_identity(policy, method, batches),
@@ -388,5 +389,5 @@ def _token_budget(config: RunConfig, base: BaseModel, world: World) -> tuple[int
     setting = config.training.tokens_per_micro_batch
     fitting, document_bytes = auto_budget(config, base.shape, checks.local_card(device()), world.size)
     # The cards of the ranks may differ in what is free; the run has one budget, so that a resume can keep it.
-    fitting = min(world.gather(fitting))
+    fitting, document_bytes = min(world.gather(fitting)), min(world.gather(document_bytes))
     return (setting if isinstance(setting, int) else fitting), document_bytes

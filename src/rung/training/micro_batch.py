@@ -86,7 +86,7 @@ def _time_accumulation(policy: Policy, objective: Objective, window: Sequence[Pa
     synchronize(policy.device)
     start = time.perf_counter()
     # dropout draws numbers here: the run must draw the same ones with and without a measurement
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(device_type=policy.device.type if policy.device.type == "mps" else "cuda"):
         accumulate(policy, objective, window)
     synchronize(policy.device)
     return time.perf_counter() - start
