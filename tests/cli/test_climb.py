@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from processes import inside
+from rung.runs import load
 from rung.training.run_folder import read_items, write_items
 
 
@@ -217,3 +220,25 @@ def test_rungs_with_virtual_tokens_inside_stand_beside_others(config: Path, tmp_
     assert code == 0, err
     code, out, err = inside(capsys, "eval", run, "--json")
     assert code == 0, err
+
+
+def test_no_rung_holds_the_base_of_another(
+    config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two bases on a card one is too many: each is gone before the next is loaded."""
+    loaded: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    genuine = load.load_base
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        gc.collect()
+        alive.append(sum(reference() is not None for reference in loaded))
+        base = genuine(*arguments, **options)
+        loaded.append(weakref.ref(base.model))
+        return base
+
+    monkeypatch.setattr(load, "load_base", noted)
+    rungs = "climb.rungs=[zero_shot, lora, {kind: full}]"
+    code, _, err = inside(capsys, "climb", config, rungs, "training.max_steps=1", "evaluation.limit=4")
+    assert code == 0, err
+    assert len(alive) == 2 and alive == [0, 0]
