@@ -508,3 +508,8 @@ def test_the_longest_row_comes_first(
     assert inside(capsys, "train", config, *given, "method.dropout=0.2", "--overwrite")[0] == 0
     tried = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(without[name], tried[name]) for name in without)
+
+
+def test_a_model_that_nobody_shares_is_said_to_be_held_whole(config: Path, capsys: Any) -> None:
+    code, _, err = inside(capsys, "train", config, "model.sharded=true", "training.max_steps=1")
+    assert code == 0 and "model.sharded shares the model over several processes: this one is alone" in err

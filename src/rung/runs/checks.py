@@ -55,6 +55,8 @@ def check_processes(config: RunConfig, world: World) -> None:
     """Refuse combinations that do not work, or are not tested, in several processes."""
     if error := process_refusal(config, world.size):
         raise error
+    if config.model.sharded and world.size == 1:
+        print_status("model.sharded shares the model over several processes: this one is alone and holds all of it")
 
 
 def check_lottery(config: RunConfig, rows: int) -> None:
