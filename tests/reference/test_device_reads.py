@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -118,6 +119,8 @@ def test_no_objective_reads_a_value(name: str, compute: torch.dtype) -> None:
 def test_no_method_reads_a_value(kind: str) -> None:
     examples = documents(3, count=9, shared=MIN_PREFIX_AHEAD + 9)
     if kind == "qlora":
+        if Version(torch.__version__) < Version("2.13"):
+            pytest.skip("fake tensors of this torch do not know bitsandbytes' parameters")
         model = tiny_model(hidden_size=64, intermediate_size=128)
         method = attach_method(model, METHOD_CONFIGS[kind](), seed=0)  # type: ignore[arg-type]
         policy = policy_of(model, method)
