@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F  # noqa: N812
 from transformers.models.llama import modeling_llama
 
 from benchmarks.gpu.workbench import (
@@ -138,18 +139,8 @@ def _unchanged_llama() -> Iterator[None]:
 
 
 def _peer(bench: Bench, row: dict[str, Any]) -> dict[str, Any]:
-    from peft import LoraConfig, get_peft_model
-
-    model, length = random_model(bench, row["shape"], implementation="sdpa"), row["length"]
-    if row["liger"]:
-        import_module("liger_kernel.transformers").apply_liger_kernel_to_llama(model=model)
-    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
-    if row["checkpointing"]:
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=bench.has_card)
+    model, optimizer = _peft_model(bench, row["shape"], liger=row["liger"], checkpointing=row["checkpointing"])
+    parameters, length = [p for p in model.parameters() if p.requires_grad], row["length"]
     tokens = max(length, row["step_tokens"] // length * length)
     ids = torch.randint(3, model.config.vocab_size, (tokens // length, length), device=bench.device)
 
@@ -193,7 +184,7 @@ def _phi2_run(bench: Bench, name: str, kind: str) -> dict[str, Any]:
 
 
 def alignment(bench: Bench) -> dict[str, Any]:
-    """A preference step and a reinforcement step, their prompts shared or unrolled."""
+    """A preference and a reinforcement step: prompts shared, unrolled, and in a padded batch as TRL computes them."""
     name = bench.shape("1B")
     policy = random_policy(bench, name, rank=RANK)
     rows = []
@@ -210,7 +201,58 @@ def alignment(bench: Bench) -> dict[str, Any]:
             row = {"objective": label, "packing": packing, "computed_tokens": sum(len(b.ids) for b in batches)}
             step = partial(Steps(policy, objective).take, batches)
             rows.append(attempt(row, partial(measure, bench, step, tokens)))
+    del policy
+    for label, answers in (("dpo", 2), ("grpo", 8)):
+        if not bench.out_of_time:
+            free()
+            row = {"objective": label, "packing": "transformers + peft, a batch of all answers"}
+            examples = _answers(name, bench.tokens(1024), bench.tokens(256), answers)
+            row["computed_tokens"] = sum(map(len, examples))
+            rows.append(attempt(row, partial(_batched, bench, name, label, examples)))
     return {"passed": True, "rows": rows}
+
+
+def _batched(bench: Bench, name: str, objective: str, examples: Sequence[Example]) -> dict[str, Any]:
+    """A step on all answers in one batch, logits of the answers alone: what TRL's trainers compute, without them."""
+    model, optimizer = _peft_model(bench, name)
+    ids = torch.tensor(np.stack([e.ids for e in examples]), dtype=torch.long, device=bench.device)
+    answer = examples[0].predictions
+    advantage = torch.tensor([e.columns["advantage"][0] for e in examples], dtype=torch.float32, device=bench.device)
+
+    def logprobs() -> torch.Tensor:
+        with torch.autocast(bench.device.type, dtype=torch.bfloat16):
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=answer + 1).logits[:, :-1]
+        return -F.cross_entropy(logits.float().transpose(1, 2), ids[:, -answer:], reduction="none")
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        if objective == "grpo":
+            own = logprobs()
+            loss = -(torch.exp(own - own.detach()) * advantage[:, None]).mean()
+        else:
+            with torch.no_grad(), model.disable_adapter():
+                reference = logprobs().sum(1)
+            margin = logprobs().sum(1) - reference
+            loss = -F.logsigmoid(0.1 * (margin[::2] - margin[1::2])).mean()
+        loss.backward()
+        optimizer.step()
+
+    return measure(bench, step, ids.numel())
+
+
+def _peft_model(bench: Bench, name: str, *, liger: bool = False, checkpointing: bool = False) -> tuple[Any, Any]:
+    """A random model of transformers with peft's LoRA, in training mode, and its optimizer."""
+    from peft import LoraConfig, get_peft_model
+
+    model = random_model(bench, name, implementation="sdpa")
+    if liger:
+        import_module("liger_kernel.transformers").apply_liger_kernel_to_llama(model=model)
+    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    parameters = [p for p in model.train().parameters() if p.requires_grad]
+    return model, torch.optim.AdamW(parameters, lr=1e-4, fused=bench.has_card)
 
 
 def _answers(name: str, prompt: int, answer: int, count: int) -> list[Example]:
