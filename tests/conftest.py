@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,17 +30,20 @@ TEXT = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _on_the_test_device(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def _on_the_test_device() -> Iterator[None]:
     """With `RUNG_TEST_DEVICE`, batches that are packed for no device are on it, as the tests' models are."""
     from models import DEVICE
 
     if DEVICE.type == "cpu":
+        yield
         return
     from rung.training import packing
 
     on_device = packing._to_tensor
-    monkeypatch.setattr(packing, "_to_tensor", lambda parts, device: on_device(parts, device or DEVICE))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "_to_tensor", lambda parts, device: on_device(parts, device or DEVICE))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -103,7 +103,7 @@ def plan(
     device: Annotated[
         str | None, typer.Option(help="A known graphics card, for example h100, or cpu; default: that of this machine.")
     ] = None,
-    devices: Annotated[int, typer.Option(min=1, help="Processes, each with a device of its own.")] = 1,
+    devices: Annotated[int, typer.Option(min=1, help="Processes, each on its own device.")] = 1,
     tokens: Annotated[float | None, typer.Option(min=1, max=1e18, help="Tokens per epoch, if known.")] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -25,7 +25,7 @@ def plan(
     """Estimate memory and time of a run, for its own method and for all others.
 
     `memory` is the memory of each device, for example `24GiB`; `device` a known card, for example `h100`, or `cpu`;
-    `devices` the number of processes, each with a device of its own; `tokens` the tokens of an epoch, for data files
+    `devices` the number of processes, each on its own device; `tokens` the tokens of an epoch, for data files
     that are not here. Without `device` the plan is for the first graphics card of this machine, and without a card for
     its processor. `Advice.plan.fits` says whether the config's own method fits.
 

@@ -26,7 +26,7 @@ class Wheel(Config):
 
 
 class KnownBase(Config):
-    """A base model with a name of its own; it comes from a wheel or from the hub."""
+    """A base model that Rung knows by name; it comes from a wheel or from the hub."""
 
     name: str
     wheel: Wheel | None = None

@@ -54,10 +54,6 @@ def load_base(config: ModelConfig, *, device: torch.device | None = None, stream
     source = _resolve_name(config.name, config.revision)
     if isinstance(source, Path) and is_run_folder(source):
         return _load_run_as_base(config, source, device)
-    is_of_hub = config.name in CATALOG and CATALOG[config.name].hub_id is not None
-    if config.revision is not None and isinstance(source, Path) and not is_of_hub:
-        reason = "a revision is one of a hub id, and this base is a file here"
-        raise ConfigError(reason, where="model.revision", given=config.revision, hint="leave model.revision out")
     compute = compute_dtype(config.dtype, device)
     stored = stored_dtype(source) if isinstance(source, Path) and source.is_dir() else None
     # Only the fused functions widen a bfloat16 weight; transformers' linear would refuse the mixed types.
@@ -81,7 +77,7 @@ def load_base(config: ModelConfig, *, device: torch.device | None = None, stream
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
     """Load only the tokenizer, no weights."""
-    source = _resolve_name(config.student_of or config.name)
+    source = _resolve_name(config.student_of or config.name, config.revision)
     if isinstance(source, Path) and is_run_folder(source):
         folder = next((source / name for name in ("model", "adapter") if (source / name).is_dir()), source)
         return _from_pretrained(AutoTokenizer, folder, None)
@@ -108,9 +104,17 @@ def base_files(config: ModelConfig) -> Path | None:
 
 
 def _resolve_name(name: str, revision: str | None = None) -> Path | str:
-    """Return a folder or GGUF file on disk, or a hub id. Raises `ConfigError` for anything else."""
-    if name in CATALOG:
+    """Return a folder or GGUF file on disk, or a hub id.
+
+    Raises `ConfigError` for anything else, and for a revision of what is not on the hub.
+    """
+    if name in CATALOG and CATALOG[name].hub_id is not None:
         return download_base(name, revision)
+    if revision is not None and not is_hub_id(name):
+        reason = "a revision is one of a hub id, and this base is a file here"
+        raise ConfigError(reason, where="model.revision", given=revision, hint="leave model.revision out")
+    if name in CATALOG:
+        return download_base(name)
     path = Path(name).expanduser()
     if path.is_dir():
         if is_run_folder(path) or (path / "config.json").exists():

@@ -1,9 +1,9 @@
 """Bases whose linears stay in their file until a method has quantized them, one matrix at a time.
 
 Loaded the usual way, a base would be on the device in full before it is quantized: 141 GB for 70 billion parameters.
-Here the linears of the layers stay on the host, in the dtype of the file (safetensors files are mapped, so they take no
-memory of their own), while everything else goes to the device. Such a base cannot compute until the linears have been
-replaced. `models/load.py` calls `leave_linears_stored`, `methods/qlora.py` takes the weights with `stored_linear`.
+Here the linears of the layers stay on the host, in the dtype of the file (safetensors files are mapped, so the system
+can reclaim their memory), while everything else goes to the device. Such a base cannot compute until `clear_placement`.
+`models/load.py` calls `leave_linears_stored`, `methods/qlora.py` takes the weights with `stored_linear`.
 """
 
 from __future__ import annotations

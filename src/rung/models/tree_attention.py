@@ -76,6 +76,7 @@ def attend_tree(
 
 
 def _on_processor(device: torch.device) -> bool:
+    """Whether `_FlashTree` runs: its kernel is torch's for processors. A test takes the other path."""
     return device.type == "cpu"
 
 

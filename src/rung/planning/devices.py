@@ -70,7 +70,7 @@ def find_local_device() -> Device | None:
         return None
     command = [program, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits", f"--id={number}"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=_QUERY_SECONDS, check=True)  # noqa: S603 - fixed arguments
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=_QUERY_SECONDS, check=True)  # noqa: S603 - no shell
         name, mebibytes, capability = (field.strip() for field in answer.stdout.splitlines()[0].split(","))
         if int(mebibytes) <= 0:
             return None

@@ -120,7 +120,7 @@ class MicroBatch:
     device: str = "cpu"
     """Device type: cpu or cuda."""
     processes: int = 1
-    """Processes that share the run, each with a device of its own."""
+    """Processes that share the run, each on its own device."""
     context_tokens: int = 0
     """Shared tokens before each segment of a tree, summed over its segments: a card copies their keys and values."""
     document_bytes: int | None = None
@@ -253,11 +253,11 @@ def estimate_memory(
     """Memory of the stages of `rung train`; `auxiliary` holds the shapes of further models by purpose."""
     cost, compute = method_cost(config.method, shape), micro_batch.compute_dtype
     on_card = micro_batch.device == "cuda"
-    whole = _resident_terms(config, shape, cost, compute, auxiliary or {})
-    resident, step = whole, _step_terms(config, shape, cost, micro_batch)
+    resident = _resident_terms(config, shape, cost, compute, auxiliary or {})
+    step = _step_terms(config, shape, cost, micro_batch)
     gradients = Term("gradients", 4 * (cost.trainable or 0), "float32")
     if micro_batch.processes > 1 and config.model.sharded:
-        resident, gradients = _sharded(config, shape, micro_batch.processes, [*whole, gradients])
+        resident, gradients = _sharded(config, shape, micro_batch.processes, [*resident, gradients])
         step = (
             *(gradients if term.name == "gradients" else term for term in step),
             _gathered_term(config, shape, compute),
@@ -284,9 +284,9 @@ def estimate_memory(
     stages.append(Stage("saving", tuple(trained) if on_card else (*trained, copies)))
     if not on_card:
         return MemoryEstimate(tuple(stages), cost)
-    # Files are mapped and libraries loaded in the memory of the host.
-    on_host = [replace(s, terms=tuple(t for t in s.terms if t.name not in ("file", "bitsandbytes"))) for s in stages]
-    return MemoryEstimate(tuple(on_host), cost, CUDA_CONTEXT_BYTES, "CUDA context, kernels, workspaces (assumed)")
+    # Files are mapped and libraries loaded in the memory of the host, which is not planned.
+    of_card = (replace(s, terms=tuple(t for t in s.terms if t.name not in ("file", "bitsandbytes"))) for s in stages)
+    return MemoryEstimate(tuple(of_card), cost, CUDA_CONTEXT_BYTES, "CUDA context, kernels, workspaces (assumed)")
 
 
 def decoding_terms(shape: ModelShape, rows: int, tokens: int, compute: str) -> Sequence[Term]:
@@ -362,7 +362,7 @@ def _resident_terms(
 def _step_terms(config: RunConfig, shape: ModelShape, cost: MethodCost, micro_batch: MicroBatch) -> Sequence[Term]:
     """Further memory of a step, at the end of the forward pass of its last micro-batch."""
     method, compute = config.method, micro_batch.compute_dtype
-    lowest, device = min(cost.lowest_layer, shape.layers - 1), "cpu" if micro_batch.device == "cpu" else "cuda"
+    lowest, device = min(cost.lowest_layer, shape.layers - 1), micro_batch.device
     bytes_per_token = activation_bytes_per_token(shape, compute, lowest=lowest, device=device)
     method_bytes = method_bytes_per_token(method, shape, compute)
     bytes_per_token += method_bytes
@@ -390,18 +390,15 @@ def _step_terms(config: RunConfig, shape: ModelShape, cost: MethodCost, micro_ba
     head += {"full": 3 if shape.tied else 2, "head": 1}.get(method.kind, 0) * 4 * shape.embedding_parameters
     share = _fragmentation(config, shape, micro_batch)
     # cuBLAS's workspaces count as part of the context.
-    products = () if micro_batch.device == "cuda" else (_PRODUCTS,)
+    products = Term("products", PRODUCT_BUFFER_BYTES, "buffers of matrix products (measured)")
     return (
         Term("gradients", gradients, "float32"),
         Term("activations", activations, source),
         Term("head", head, "vectors of the learned tokens, tiles, its gradient where it moves"),
         Term("scratch", scratch, "what one layer makes and forgets"),
         Term("holes", int(share * (activations + scratch)), f"{share:.0%}: what the allocator cannot use again"),
-        *products,
+        *(() if device == "cuda" else (products,)),
     )
-
-
-_PRODUCTS = Term("products", PRODUCT_BUFFER_BYTES, "buffers of matrix products (measured)")
 
 
 def _recomputed_layers(config: RunConfig, shape: ModelShape, cost: MethodCost, micro_batch: MicroBatch) -> int:
@@ -412,9 +409,8 @@ def _recomputed_layers(config: RunConfig, shape: ModelShape, cost: MethodCost, m
     balances = isinstance(config.method, MixtureConfig) and config.method.balance_weight > 0.0
     if balances or (config.model.sharded and micro_batch.processes > 1):
         return 0
-    device = "cpu" if micro_batch.device == "cpu" else "cuda"
     options: dict[str, Any] = {"lowest": min(cost.lowest_layer, shape.layers), "limit": micro_batch.document_bytes}
-    options |= {"compute": micro_batch.compute_dtype, "device": device}
+    options |= {"compute": micro_batch.compute_dtype, "device": micro_batch.device}
     return len(layers_to_recompute(shape, micro_batch.tokens, **options))
 
 
@@ -425,17 +421,14 @@ def _sharded(
 
     Under `full` weights, gradients and moments are divided, and otherwise only the layers' weights.
     """
-    layers = shape.layers * shape.linear_parameters
-    share = layers / (layers + shape.embedding_parameters * (1 if shape.tied else 2))
-    divided = (
-        {"weights", "gradients", "moments", "reference"} if config.method.kind == "full" else {"weights", "reference"}
-    )
+    layers, outside = shape.layers * shape.linear_parameters, shape.embedding_parameters * (1 if shape.tied else 2)
+    trained = {"weights", "gradients", "moments"} if config.method.kind == "full" else set[str]()
 
     def rows(term: Term) -> Term:
-        if term.name not in divided:
+        if term.name not in {*trained, "weights", "reference"}:
             return term
         # Embeddings and head are whole where they do not move.
-        whole = 0.0 if config.method.kind == "full" and term.name != "reference" else 1.0 - share
+        whole = 0.0 if term.name in trained else outside / (layers + outside)
         size = int(term.bytes * (whole + (1.0 - whole) / processes))
         return replace(term, bytes=size, source=f"{term.source}; its rows in one of {processes} processes")
 

@@ -90,8 +90,8 @@ def local_card(device: torch.device) -> Device | None:
 def refuse_if_too_large(config: RunConfig, device: torch.device, *, beyond: bool) -> None:
     """Raise `DoesNotFitError`, before anything is loaded, if not even the smallest micro-batch fits."""
     # Half of the tokens supervised is a guess: the rows are not tokenized yet.
-    compute, kind = compute_type(config.model, local_card(device)), "cuda" if device.type == "cuda" else "cpu"
-    smallest = MicroBatch(compute, MIN_TOKENS, MIN_TOKENS // 2, device=kind)
+    compute = compute_type(config.model, local_card(device))
+    smallest = MicroBatch(compute, MIN_TOKENS, MIN_TOKENS // 2, device=device.type)
     estimate = estimate_memory(config, read_shape(config.model), smallest, auxiliary_shapes(config))
     _refuse(config, estimate, device, beyond=beyond)
 

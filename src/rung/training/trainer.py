@@ -128,8 +128,8 @@ class Trainer:
         self.lowest_trained_layer = lowest_trainable_layer(self.policy.model, self.method.trainable())
         if self.method.supports_recompute():
             lowest, compute = self.lowest_trained_layer, str(self.policy.base.compute_dtype).removeprefix("torch.")
-            device = "cpu" if self.policy.device.type == "cpu" else "cuda"
-            options: Any = {"compute": compute, "lowest": lowest, "limit": self.document_bytes, "device": device}
+            options: Any = {"compute": compute, "lowest": lowest, "limit": self.document_bytes}
+            options["device"] = self.policy.device.type
             self.policy.layers_to_recompute = partial(layers_to_recompute, self.policy.base.shape, **options)
 
     @property
