@@ -335,3 +335,11 @@ def test_what_a_card_stores_of_a_layer_is_what_is_planned(
     planned += 4 * 2 * shape.query * _shared_context(batch) + len(batch.ids) * 4 * 7 * 2
     assert saved[1] - saved[0] == pytest.approx(planned, rel=0.12)
     assert (shared > 0) == (_shared_context(batch) > 0)
+
+
+def test_a_base_that_other_models_share_is_planned_beside_the_quantized_one(model: Any) -> None:
+    ppo = {"kind": "ppo", "reward": {"kind": "exact"}}
+    alone, shared = (plan(config_of(model("8b"), "qlora", **more), "h200") for more in ({}, {"objective": ppo}))
+    names = [{t.name: t.bytes for t in advice.plan.memory.stages[1].terms} for advice in (alone, shared)]
+    assert "shared base" not in names[0] and names[1]["shared base"] == 2 * 32 * 218_103_808
+    assert "shared base" in {t.name for t in shared.plan.memory.stages[0].terms}

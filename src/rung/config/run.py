@@ -14,7 +14,7 @@ from rung.config.data import DataConfig
 from rung.config.evaluation import EvaluationConfig
 from rung.config.method import LoraConfig, LowRankConfig, MethodConfig, inserted_token_ids
 from rung.config.model import ModelConfig
-from rung.config.objective import COMPARISON_KINDS, ROLLOUT_KINDS, ObjectiveConfig, SftConfig
+from rung.config.objective import COMPARISON_KINDS, ROLLOUT_KINDS, ModelRewardConfig, ObjectiveConfig, SftConfig
 from rung.config.training import TrainingConfig
 
 
@@ -89,6 +89,11 @@ class RunConfig(Config):
         """Whether the run or one of its rungs retrieves passages."""
         default_context = self.evaluation.context
         return "retrieved" in {default_context, *(r.context_of(default_context) for r in self.climb.rungs)}
+
+    @property
+    def shares_base(self) -> bool:
+        """Whether a value or reward model is attached to the base too, which must then stay as it was loaded."""
+        return self.objective.kind == "ppo" or isinstance(self.objective.reward, ModelRewardConfig)
 
     @property
     def learning_rate(self) -> float:

@@ -346,6 +346,7 @@ def _resident_terms(
 ) -> Sequence[Term]:
     """Memory from the first step to the last."""
     terms, trainable = [*weight_terms(config, shape, compute), *_library_terms(config)], cost.trainable or 0
+    terms += _shared_base_terms(config, shape, compute)
     if config.method.kind != "full":
         terms.append(Term("adapter", 4 * cost.stored_parameters, "float32, and the frozen half where there is one"))
     # Two moments for each parameter, of one byte or of four.
@@ -357,6 +358,15 @@ def _resident_terms(
         width = DTYPE_BYTES[_resident_dtype(config, other, compute)]
         terms.append(Term(name, width * other.parameters, "a second model"))
     return terms
+
+
+def _shared_base_terms(config: RunConfig, shape: ModelShape, compute: str) -> Sequence[Term]:
+    """The layers as they were loaded, where a value or reward model needs them beside the quantized ones."""
+    if config.method.kind != "qlora" or not config.shares_base:
+        return ()
+    width = DTYPE_BYTES[_resident_dtype(config, shape, compute)]
+    size = width * shape.layers * shape.linear_parameters
+    return (Term("shared base", size, "the layers as they were loaded, for the value or the reward model"),)
 
 
 def _step_terms(config: RunConfig, shape: ModelShape, cost: MethodCost, micro_batch: MicroBatch) -> Sequence[Term]:
@@ -460,7 +470,11 @@ def _card_loading_terms(config: RunConfig, shape: ModelShape, compute: str) -> S
         return resident
     # A matrix arrives as it is in the file, is widened and quantized: 8-bit copies are as large at most.
     largest = max(m.inputs * m.outputs for m in shape.matrices)
-    return (*resident, Term("copies", 8 * largest, "the matrix that is quantized, as it is read and in float32"))
+    return (
+        *resident,
+        *_shared_base_terms(config, shape, compute),
+        Term("copies", 8 * largest, "the matrix that is quantized, as it is read and in float32"),
+    )
 
 
 def _loading_terms(config: RunConfig, shape: ModelShape, compute: str) -> Sequence[Term]:
@@ -468,7 +482,8 @@ def _loading_terms(config: RunConfig, shape: ModelShape, compute: str) -> Sequen
     kind, stored, loaded = config.method.kind, shape.stored_dtype, _resident_dtype(config, shape, compute)
     resident = weight_terms(config, shape, compute)
     file = Term("file", DTYPE_BYTES[stored] * shape.parameters, f"{stored}, as it is mapped", mapped=True)
-    if kind == "qlora" and not (config.model.name.endswith(".gguf") or is_hub_id(config.model.name)):
+    is_converted = config.model.name.endswith(".gguf") or is_hub_id(config.model.name) or config.shares_base
+    if kind == "qlora" and not is_converted:
         # Each matrix is read from the mapped file, widened and quantized before the next.
         largest = max(m.inputs * m.outputs for m in shape.matrices)
         return (file, *resident, Term("copies", 2 * 4 * largest, "of the matrix that is quantized"))

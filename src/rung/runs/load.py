@@ -19,7 +19,7 @@ import torch
 
 from rung.config.io import parse_config
 from rung.config.model import WITHOUT_RUN_SETTINGS, ModelConfig
-from rung.config.objective import ModelRewardConfig, RewardConfig
+from rung.config.objective import RewardConfig
 from rung.config.run import RunConfig
 from rung.console import status
 from rung.data.chat import ChatTemplate
@@ -62,9 +62,7 @@ def load_base_on_device(config: ModelConfig, *, stream_linears: bool = False) ->
 
 def load_base_to_train(config: RunConfig) -> BaseModel:
     """The base of a run. One that the method quantizes stays in its file until then, unless other models share it."""
-    objective = config.objective
-    shares = objective.kind == "ppo" or isinstance(objective.reward, ModelRewardConfig)
-    return load_base_on_device(config.model, stream_linears=config.method.kind == "qlora" and not shares)
+    return load_base_on_device(config.model, stream_linears=config.method.kind == "qlora" and not config.shares_base)
 
 
 def library_of_target(name: str | Path) -> Library | None:
