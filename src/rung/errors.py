@@ -72,6 +72,10 @@ class GateError(RungError):
     exit_code = REFUSED
 
 
+class NoSignalError(GateError):
+    """A run ended without anything to learn from: every group of answers had equal rewards."""
+
+
 def did_you_mean(word: str, known: list[str]) -> str | None:
     """The nearest of `known`, or None when nothing is near."""
     near = get_close_matches(word, known, n=1, cutoff=0.6)

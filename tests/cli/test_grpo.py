@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,16 @@ def test_a_killed_run_makes_the_same_answers(rewarded: Path, tmp_path: Path, cap
 
 
 def test_rewards_that_are_all_alike_teach_nothing(rewarded: Path, tmp_path: Path, capsys: Any) -> None:
-    """Said as such, not as tensors that failed to move."""
+    """Said as it happens and at the end; the run has a status of its own and saves no weights, which are the base's."""
     path = f"objective.reward.path={tmp_path}/mine.py:same"
-    code, _, err = inside(capsys, "train", rewarded, path, "objective.beta=0")
-    assert code == 0 and "gate movement: not reached" in err
-    assert all(e["all_right"] == 1.0 for e in log(tmp_path / "run"))
+    code, _, err = inside(capsys, "train", rewarded, path, "objective.beta=0", "training.max_steps=2")
+    assert code == 3 and "step 1: all rewards of a group are equal" in err, err
+    assert "gate movement: not reached (0 of 2 steps" in err and "in none of 2 steps" in err
+    entries, manifest = log(tmp_path / "run"), json.loads((tmp_path / "run" / "run.json").read_text())
+    assert len(entries) == 2 and all(e["all_right"] == 1.0 for e in entries)
+    assert manifest["status"] == "no_signal" and not (tmp_path / "run" / "adapter").exists()
+    code, _, err = inside(capsys, "report", tmp_path / "run")
+    assert code == 0 and "Nothing was learned" in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,14 @@ def test_a_killed_run_goes_on_with_its_values_and_its_penalty(short: Path, tmp_p
     assert betas[0] == betas[1] and len(set(betas[0])) > 1
 
 
+def test_equal_rewards_teach_ppo_nothing(short: Path, tmp_path: Path, capsys: Any) -> None:
+    """Whitening scales the errors of the value model to 1: without this check the policy would follow noise."""
+    (tmp_path / "mine.py").write_text("def same(answer, row):\n    return 1.0\n")
+    path = f"objective.reward.path={tmp_path}/mine.py:same"
+    code, _, err = inside(capsys, "train", short, path, "training.max_steps=4")
+    assert code == 3 and "in none of 4 steps did the rewards of a group differ" in err, err
+
+
 def test_a_rollout_is_left_when_the_policy_runs_away(short: Path, tmp_path: Path, capsys: Any) -> None:
     settings = ("objective.stops.target_kl=1e-6", "training.max_steps=8", "objective.rollout.num_iterations=4")
     assert inside(capsys, "train", short, *settings)[0] == 0

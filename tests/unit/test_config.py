@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import rung
+from rung.config.base import Config
 from rung.config.climb import RungConfig
 from rung.config.io import (
     RENAMED_KEYS,
@@ -47,6 +49,44 @@ def test_a_mapping_replaces_and_a_dotted_key_changes(file: Path) -> None:
     assert (replaced["rank"], replaced["alpha"]) == (16, 4.0)
     assert load_config(file, ["method.layers=[1, 2]", "evaluation.limit=5"]).config.evaluation.limit == 5
     assert load_config(file, ["training.max_steps=null"]).config.training.max_steps is None
+
+
+def test_one_rollout_setting_leaves_the_other_defaults_of_the_objective(file: Path) -> None:
+    """PPO takes four epochs of two minibatches; with 1 and 1 its ratio is always 1 and clipping never acts."""
+    for section in ("rollout: {max_new_tokens: 64}", "rollout: {max_new_tokens: 64, batch: 8}"):
+        rollout = load_config(
+            file, [f"objective={{kind: ppo, {reward.replace('=', ': ')}, {section}}}"]
+        ).config.objective.rollout
+        assert rollout is not None
+        assert (rollout.num_generations, rollout.num_iterations, rollout.num_minibatches) == (1, 4, 2)
+        assert rollout.max_new_tokens == 64
+    distill = "objective={kind: distill, teacher: x, on_policy: 0.5, rollout: {max_new_tokens: 64}}"
+    config = load_config(file, [distill]).config.objective
+    assert config.rollout is not None and config.rollout.num_generations == 1
+    in_python = rung.PpoConfig(reward=rung.VerifierConfig(kind="exact"), rollout=rung.RolloutConfig(temperature=0.7))
+    assert (in_python.rollout.temperature, in_python.rollout.num_iterations, in_python.rollout.num_minibatches) == (
+        0.7,
+        4,
+        2,
+    )
+
+
+def _config_classes(base: type[Config] = Config) -> list[type[Config]]:
+    return [c for child in base.__subclasses__() for c in (child, *_config_classes(child))]
+
+
+def test_every_nested_section_keeps_the_defaults_of_its_parent() -> None:
+    """Of a section whose defaults depend on the config around it, one setting changes that setting alone."""
+    with_own_defaults = []
+    for parent in _config_classes():
+        for name, field in parent.model_fields.items():
+            if isinstance(field.default, Config) and field.default.model_fields_set:
+                with_own_defaults.append((parent.__name__, name))
+                for setting in type(field.default).model_fields:
+                    value = getattr(field.default, setting)
+                    merged = parent._merge_section_defaults({name: {setting: value}})[name]  # type: ignore[operator]
+                    assert type(field.default)(**merged) == field.default, (parent, name, setting)
+    assert set(with_own_defaults) == {("PpoConfig", "rollout"), ("DistillConfig", "rollout")}
 
 
 def test_origins_are_shown(file: Path) -> None:

@@ -6,7 +6,8 @@ its help texts and JSON schema from docstrings below the fields, so that documen
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -17,6 +18,26 @@ class Config(BaseModel):
     # frozen: overrides and rungs build new configs. allow_inf_nan: YAML has .inf and .nan, run.json cannot hold them
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _merge_section_defaults(cls, values: Any) -> Any:
+        """Fill a nested section, of which only some settings are given, with the defaults that this class gives it.
+
+        PPO's rollouts have other defaults than GRPO's: without this, one setting would reset the others to the defaults
+        of the section's own class.
+        """
+        if not isinstance(values, Mapping):
+            return values
+        merged = dict(values)
+        for name, field in cls.model_fields.items():
+            default, value = field.default, values.get(name)
+            if not isinstance(default, Config) or not isinstance(value, Mapping | type(default)):
+                continue
+            # only what this class sets: the rest are defaults of the section itself
+            if defaults := {n: getattr(default, n) for n in default.model_fields_set}:
+                merged[name] = {**defaults, **_settings_of(value)}
+        return merged
+
     @model_validator(mode="after")
     def _run_check(self) -> Self:
         self._check()
@@ -24,6 +45,13 @@ class Config(BaseModel):
 
     def _check(self) -> None:
         """Raise `ValueError` for settings that do not go together; called once all fields are valid."""
+
+
+def _settings_of(section: Mapping[str, Any] | Config) -> dict[str, Any]:
+    """The settings of a section that were given, without its defaults."""
+    if isinstance(section, Config):
+        return {name: getattr(section, name) for name in section.model_fields_set}
+    return dict(section)
 
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]

@@ -328,7 +328,7 @@ class DistillConfig(ObjectiveBase):
     def _check(self) -> None:
         if self.beta != 0.5 and self.divergence != "jsd":
             raise ValueError("beta is for divergence: jsd")
-        if self.rollout != RolloutConfig(num_generations=1) and not self.on_policy:
+        if self.rollout != type(self).model_fields["rollout"].default and not self.on_policy:
             raise ValueError("rollout is for on_policy above 0")
         if self.rollout.num_generations != 1 or self.rollout.num_minibatches != 1 or self.rollout.truncation_penalty:
             raise ValueError("a student gives one answer to a row, in one step: leave answers, minibatches and cut")

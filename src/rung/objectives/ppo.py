@@ -60,6 +60,8 @@ class PpoObjective(Objective):
         # Changes during a run if `adaptive_kl` is set, so checkpoints hold it.
         self.beta = config.beta
         self.rollout_metrics: dict[str, float] = {}
+        # Lowest and highest reward of the run so far, which checkpoints hold: equal rewards teach nothing.
+        self.reward_range: tuple[float, float] | None = None
 
     def begin(self, policy: Policy, seed: int) -> None:
         """Create a random value head unless `initial_head` is set."""
@@ -75,12 +77,14 @@ class PpoObjective(Objective):
         return [] if self.value_model is None else [self.value_model]
 
     def state(self) -> dict[str, float]:
-        """The KL coefficient, which adapts during a run."""
-        return {"beta": self.beta}
+        """The KL coefficient, which adapts during a run, and the range of the rewards so far."""
+        ends = () if self.reward_range is None else zip(("reward_low", "reward_high"), self.reward_range, strict=True)
+        return {"beta": self.beta, **dict(ends)}
 
     def load_state(self, state: Mapping[str, float]) -> None:
-        """Restore the KL coefficient."""
+        """Restore what `state` returned."""
         self.beta = state["beta"]
+        self.reward_range = (state["reward_low"], state["reward_high"]) if "reward_low" in state else None
 
     def values(self, policy: Policy, batch: PackedBatch) -> Tensor:
         """Values before each token of the answers, [N]."""
@@ -114,8 +118,12 @@ class PpoObjective(Objective):
         return [dict(zip(names, c, strict=True)) for c in zip(old, values, advantages, returns, strict=True)]
 
     def has_signal(self, examples: Sequence[Example]) -> bool:
-        """Whether some token has a nonzero advantage."""
-        return any(bool(e.columns["advantage"].any()) for e in examples)
+        """Whether some token has a nonzero advantage and rewards have differed so far.
+
+        With equal rewards the advantages are errors of the value model, which whitening would scale to 1.
+        """
+        lowest, highest = self.reward_range or (0.0, 0.0)
+        return lowest < highest and any(bool(e.columns["advantage"].any()) for e in examples)
 
     def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
         """One term of the policy, one of the values, and one of the entropy if `entropy` is set."""
@@ -166,6 +174,8 @@ class PpoObjective(Objective):
     def _record_rollout(
         self, rollout: Rollout, logratios: Sequence[Floats], values: Sequence[Floats], returns: list[Floats]
     ) -> None:
+        ends = (*(self.reward_range or ()), *rollout.rewards)
+        self.reward_range = (float(min(ends)), float(max(ends)))
         all_returns, all_values = np.concatenate(returns), np.concatenate([np.asarray(v) for v in values])
         # Explained variance: 1 if the values predict the returns, 0 or less if they are useless.
         variance = float(all_returns.var())

@@ -281,6 +281,8 @@ def _run_status(run: RunResult) -> StatusSection:
     if state == "interrupted":
         text = f"Stopped by the user after {steps}; its checkpoint is saved."
         return StatusSection("warn", "Interrupted", text, commands=commands)
+    if state == "no_signal":
+        return StatusSection("bad", "Nothing was learned", f"{steps}.", (run.error or "",), commands)
     # a killed process cannot write its end: `running` on disk may mean either
     if state != "failed":
         text = "It was running when this page was made. If nothing runs any more, it was killed."

@@ -333,6 +333,8 @@ def loss_unit(config: Mapping[str, Any]) -> str:
 def commands_after_run(run: results.RunResult, output: str) -> list[str]:
     """Next commands for the state of a run, each with its reason."""
     quoted = shlex.quote(output)
+    if run.status == "no_signal":
+        return ["rung train CONFIG --overwrite  # starts anew, with other prompts or another reward"]
     if run.status != "finished":
         return ["rung train CONFIG --resume  # continues from the last checkpoint, with the same config"]
     if run.config.get("objective", {}).get("kind") == "reward":

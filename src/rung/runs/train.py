@@ -21,7 +21,7 @@ from rung.config.support import TESTED_MODELS, UNTESTED_DEVICES
 from rung.console import Interrupted, print_status, status
 from rung.data.chat import ChatTemplate
 from rung.data.tokenize import PromptDataset
-from rung.errors import CheckpointError, DataError, RungError
+from rung.errors import CheckpointError, DataError, NoSignalError, RungError
 from rung.evaluation.reward_model import score_reward_model
 from rung.files import find_damage, is_run_folder, write_folder
 from rung.methods.protocol import Method
@@ -224,6 +224,9 @@ def _train(config: RunConfig, trainer: Trainer, data: RunData, *, resume: bool) 
     except Interrupted:
         folder.update(status="interrupted", **trainer.summary())
         print_status(f"saved after step {trainer.progress.step} in {folder.path}; --resume continues from there")
+        raise
+    except NoSignalError as error:
+        folder.update(status="no_signal", error=str(error), **trainer.summary())
         raise
     except RungError as error:
         folder.update(status="failed", error=str(error))

@@ -250,6 +250,8 @@ class Progress:
     tokens: int = 0
     loss: float = math.nan
     skipped: int = 0
+    steps_with_signal: int = 0
+    """Steps whose documents had something to learn from: for rewards, groups of answers that differ in them."""
     best: float | None = None
     """Lowest validation loss so far, in nats per token."""
     best_step: int = 0

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rung.config.training import TrainingConfig
 from rung.console import Interrupted, ProgressBar, interruptible, print_status
-from rung.errors import DataError
+from rung.errors import DataError, NoSignalError
 from rung.files import find_damage
 from rung.methods.protocol import Method, TrainableSet
 from rung.models.layers import layers_of, lowest_trainable_layer
@@ -195,7 +195,8 @@ class Trainer:
     def run(self, train: Sequence[Row], validation: Sequence[Row]) -> Progress:
         """Take every remaining step over the data rows.
 
-        Raises `Interrupted` after saving a checkpoint, `GateError` where a gate fails, `DataError` without rows.
+        Raises `Interrupted` after saving a checkpoint, `GateError` where a gate fails, `DataError` without rows,
+        `NoSignalError` where no step had anything to learn from.
         """
         if not train:
             raise DataError("no training rows are left", hint="look at the counts of: rung data check")
@@ -237,7 +238,10 @@ class Trainer:
                 self.frozen_cache = None  # frees its file too
         # too few steps for a verdict: run.json says so instead of lacking the gate
         if movement is not None and movement.gate is None:
-            self.record_gate(Gate("movement", "not_reached", "fewer than two steps", "all, 0"))
+            reason = f"{self.progress.steps_with_signal} of {self.progress.step} steps had something to learn from"
+            self.record_gate(Gate("movement", "not_reached", f"{reason}, and the check needs two", "all, 0"))
+        if not self.progress.steps_with_signal:
+            raise self._no_signal_error()
         self._keep_best()
         return self.progress
 
@@ -326,8 +330,8 @@ class Trainer:
         self._advance(float(loss), tokens, seconds, stop_reason)
         if not is_finite:
             skip_step(self.folder, self.progress, examples, float(loss), float(norm))
-        elif movement is not None and stop_reason is None and self.objective.has_signal(examples):
-            self._observe(movement, selection, examples)
+        elif stop_reason is None:
+            self._note_signal(movement, selection, examples)
         numbers = (float(loss), rate, float(norm), tokens, seconds)
         metrics = {**rollout_metrics, **self._gathered_metrics()}
         step_metrics = StepMetrics(*numbers, objective=metrics, skipped=not is_finite, stop_reason=stop_reason)
@@ -366,6 +370,28 @@ class Trainer:
         self.progress.seconds += seconds
         self.progress.tokens += tokens
         self.progress.loss = loss
+
+    def _note_signal(
+        self, movement: MovementGate | None, selection: TrainableSet | None, examples: Sequence[Example]
+    ) -> None:
+        """Count a step that had something to learn from and show it to gate 3; print that a step had nothing."""
+        if not self.objective.has_signal(examples):
+            # at powers of two only: a run without a signal would print as many lines as it has steps
+            if (count := self.progress.step - self.progress.steps_with_signal) & (count - 1) == 0:
+                print_status(f"step {self.progress.step}: all rewards of a group are equal, so it teaches nothing")
+            return
+        self.progress.steps_with_signal += 1
+        if movement is not None:
+            self._observe(movement, selection, examples)
+
+    def _no_signal_error(self) -> NoSignalError:
+        summary = f"in none of {self.progress.step:,} steps did the rewards of a group differ: nothing was learned"
+        hint = (
+            "the reward is always the same: take prompts that the model sometimes answers right, a reward with more "
+            "steps between wrong and right, more answers per prompt (objective.rollout.num_generations), or train with "
+            "objective sft first; log.jsonl has the rewards of every step"
+        )
+        return NoSignalError(summary, where=str(self.folder.path), hint=hint)
 
     def _observe(self, movement: MovementGate, selection: TrainableSet | None, examples: Sequence[Example]) -> None:
         """Feed gate 3. Parameters of tasks without a document in this step cannot have received a gradient."""
