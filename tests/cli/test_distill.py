@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,30 @@ def test_an_adapter_on_a_student_and_a_resume(taught: Path, tmp_path: Path, caps
     settings = ["method={kind: lora, rank: 4}", objective, "training.checkpoint_every=3", "training.learning_rate=1e-2"]
     _, parts = goes_on_as_if_never_stopped(capsys, taught, settings, tmp_path, 3)
     assert inside(capsys, "eval", parts, "--limit", 3)[0] == 0  # opened again: the student is built anew
+
+
+def test_teacher_states_are_kept_only_for_a_second_epoch_and_in_the_cache_folder(
+    taught: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One epoch would write states that nothing reads; the system's temporary folder may be memory."""
+    folders: list[Any] = []
+
+    def temporary_file(*arguments: Any, **options: Any) -> Any:
+        folders.append(options.get("dir"))
+        return tempfile.TemporaryFile(*arguments, **options)
+
+    monkeypatch.setattr("rung.objectives.distill.TemporaryFile", temporary_file)
+    objective = f"objective={{kind: distill, teacher: {tmp_path / 'teacher'}}}"
+    settings = (objective, "method={kind: lora, rank: 4}", "training.max_steps=null", "training.examples_per_step=30")
+    assert inside(capsys, "train", taught, *settings, f"output={tmp_path / 'one'}")[0] == 0
+    assert folders == []
+    epochs = "training.epochs=2"
+    assert inside(capsys, "train", taught, *settings, epochs, f"output={tmp_path / 'two'}")[0] == 0
+    assert folders == [tmp_path / "cache"]
+    no_room = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("rung.training.frozen_layer_cache.shutil.disk_usage", lambda _: no_room)
+    code, _, err = inside(capsys, "train", taught, *settings, epochs, f"output={tmp_path / 'full'}")
+    assert code == 0 and len(folders) == 1 and "teacher's states are computed in every epoch" in err, err
 
 
 @pytest.mark.parametrize(

@@ -344,7 +344,7 @@ def test_resume_on_other_data_is_refused(config: Path, questions: Path, tmp_path
     (run / "run.json").write_text(json.dumps({**manifest(run), "status": "running"}))
     mine.write_text(questions.read_text().replace("apples", "plums"))
     code, _, err = inside(capsys, "train", config, *settings, "--resume")
-    assert code == 3 and "its data" in err
+    assert code == 3 and "cannot resume: data changed since" in err
 
 
 def unfinished(run: Path) -> None:
@@ -513,3 +513,31 @@ def test_the_longest_row_comes_first(
 def test_a_model_that_nobody_shares_is_said_to_be_held_whole(config: Path, capsys: Any) -> None:
     code, _, err = inside(capsys, "train", config, "model.sharded=true", "training.max_steps=1")
     assert code == 0 and "model.sharded shares the model over several processes: this one is alone" in err
+
+
+def test_a_resume_keeps_the_compute_type_and_refuses_another_device(
+    config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` chooses by the processor: a run that goes on elsewhere must not change its type without a gate."""
+
+    def processor(*, multiplies_bfloat16: bool) -> None:
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: multiplies_bfloat16)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: multiplies_bfloat16)
+
+    settings = ("model.dtype=auto", "training.checkpoint_every=3")
+    processor(multiplies_bfloat16=False)
+    assert inside(capsys, "train", config, *settings)[0] == 0
+    assert manifest(tmp_path / "run")["fingerprints"]["compute_dtype"] == "float32"
+    run_json = tmp_path / "run" / "run.json"
+    run_json.write_text(json.dumps({**manifest(tmp_path / "run"), "status": "running"}))
+    first = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    processor(multiplies_bfloat16=True)
+    code, _, err = inside(capsys, "train", config, *settings, "--resume")
+    assert code == 0 and "resumed from" in err, err
+    assert manifest(tmp_path / "run")["compute_dtype"] == "float32"
+    second = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    fingerprints = {**manifest(tmp_path / "run")["fingerprints"], "device": "cuda"}
+    run_json.write_text(json.dumps({**manifest(tmp_path / "run"), "status": "running", "fingerprints": fingerprints}))
+    code, _, err = inside(capsys, "train", config, *settings, "--resume")
+    assert code == 3 and "device: cuda then, cpu now" in err, err

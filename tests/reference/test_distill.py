@@ -104,6 +104,9 @@ def test_the_teacher_is_asked_once_for_a_document(monkeypatch: pytest.MonkeyPatc
     for keep in (True, False):
         teacher = policy_of(tiny_model(seed=5))
         objective = distill(teacher, cache_teacher_states=keep)
+        assert objective.cached_state_width() == (teacher.model.config.hidden_size if keep else 0)
+        if keep:
+            objective.open_state_cache()
         first = mean_loss(policy, objective, pack(examples, 10_000))
         asked: list[int] = []
         own = teacher.hidden_states

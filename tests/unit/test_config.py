@@ -54,21 +54,17 @@ def test_a_mapping_replaces_and_a_dotted_key_changes(file: Path) -> None:
 def test_one_rollout_setting_leaves_the_other_defaults_of_the_objective(file: Path) -> None:
     """PPO takes four epochs of two minibatches; with 1 and 1 its ratio is always 1 and clipping never acts."""
     for section in ("rollout: {max_new_tokens: 64}", "rollout: {max_new_tokens: 64, batch: 8}"):
-        rollout = load_config(
-            file, [f"objective={{kind: ppo, {reward.replace('=', ': ')}, {section}}}"]
-        ).config.objective.rollout
+        objective = f"objective={{kind: ppo, reward: {{kind: exact}}, {section}}}"
+        rollout = load_config(file, [objective]).config.objective.rollout
         assert rollout is not None
         assert (rollout.num_generations, rollout.num_iterations, rollout.num_minibatches) == (1, 4, 2)
         assert rollout.max_new_tokens == 64
     distill = "objective={kind: distill, teacher: x, on_policy: 0.5, rollout: {max_new_tokens: 64}}"
     config = load_config(file, [distill]).config.objective
     assert config.rollout is not None and config.rollout.num_generations == 1
-    in_python = rung.PpoConfig(reward=rung.VerifierConfig(kind="exact"), rollout=rung.RolloutConfig(temperature=0.7))
-    assert (in_python.rollout.temperature, in_python.rollout.num_iterations, in_python.rollout.num_minibatches) == (
-        0.7,
-        4,
-        2,
-    )
+    given = rung.RolloutConfig(temperature=0.7)
+    in_python = rung.PpoConfig(reward=rung.VerifierConfig(kind="exact"), rollout=given).rollout
+    assert (in_python.temperature, in_python.num_iterations, in_python.num_minibatches) == (0.7, 4, 2)
 
 
 def _config_classes(base: type[Config] = Config) -> list[type[Config]]:

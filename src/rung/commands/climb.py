@@ -23,6 +23,7 @@ from rung.config.climb import UNTUNED, OnTopConfig, RungConfig
 from rung.config.evaluation import Context
 from rung.config.io import ConfigSource, config_to_dict, on_top_run_config, resolve_config, rung_run_config
 from rung.config.method import FullConfig
+from rung.config.model import ModelConfig
 from rung.config.run import RunConfig
 from rung.console import print_status
 from rung.data.chat import ChatTemplate
@@ -44,6 +45,8 @@ from rung.runs.load import (
     LoadedRun,
     dequantize_if_configured,
     device,
+    hardware_fingerprints,
+    keep_compute_dtype,
     load_base_on_device,
     load_base_to_train,
     open_run,
@@ -101,8 +104,9 @@ class Climb:
         task = None if forgetting is None else forgetting_task(self.config, forgetting, self.config.evaluation.limit)
         if prompts.library is not None:
             self._check_fingerprint("documents", prompts.library.fingerprint)
-        self._cached_base = base = load_base_on_device(self.config.model)
-        self._check_fingerprint("base", base.fingerprint)
+        self._cached_base = base = load_base_on_device(self._model_config)
+        for name, value in {"base": base.fingerprint, **hardware_fingerprints(base)}.items():
+            self._check_fingerprint(name, value)
         data = {context: self._shared_data(context, base) for context in prompts.contexts}
         first_data = next(iter(data.values()))
         prompts.check_room(first_data.chat, base.context - self.config.evaluation.max_new_tokens)
@@ -125,6 +129,11 @@ class Climb:
         ladder = self._ladder()
         folder.update(status="finished", ladder=ladder.to_json())
         return ladder
+
+    @property
+    def _model_config(self) -> ModelConfig:
+        """The model settings, with the compute type that a climb that resumes began with."""
+        return (keep_compute_dtype(self.config, self.path) if self._resume else self.config).model
 
     @cached_property
     def _splits(self) -> Splits:
@@ -213,7 +222,8 @@ class Climb:
         if recorded.get(name, fingerprint) != fingerprint:
             verb = "have" if name == "documents" else "has"
             summary = f"the {name} {verb} changed since this climb began"
-            raise CheckpointError(summary, where=str(self.path), hint="start anew with --overwrite")
+            given = f"{recorded[name]} then, {fingerprint} now"
+            raise CheckpointError(summary, where=str(self.path), given=given, hint="start anew with --overwrite")
 
     def _rung_folders(self, rung: AnyRung) -> list[Path]:
         """The folders of a rung's results, one for each training seed."""
@@ -394,7 +404,8 @@ class Climb:
         if not (is_started and read_manifest(folder)["status"] == "finished"):
             # The model of the base rung is another than the cached base, and only one may be in memory.
             self._cached_base = None
-            splits, base = read_splits(config), load_base_on_device(config.model)
+            model = config.model.model_copy(update={"dtype": self._model_config.dtype})
+            splits, base = read_splits(config), load_base_on_device(model)
             data = tokenize_splits(config, splits, base, self._prompts.library)
             train_on_data(config, base, data, StartMode(resume=is_started))
         # To have this rung one must also train and keep the one below it.
@@ -406,14 +417,14 @@ class Climb:
         """A base for one run. Training changes it, so it must not be offered to the next rung."""
         if config.method.kind == "qlora":
             self._cached_base = None  # only one base may be in memory, and this one is quantized from its file
-            return load_base_to_train(config)
+            return load_base_to_train(config.model_copy(update={"model": self._model_config}))
         base, self._cached_base = self._pristine_base(), None
         return base
 
     def _pristine_base(self) -> BaseModel:
         """A base that no rung has trained; loaded again if the last one was used."""
         if self._cached_base is None:
-            self._cached_base = load_base_on_device(self.config.model)
+            self._cached_base = load_base_on_device(self._model_config)
         return self._cached_base
 
 

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from rung.config.objective import DistillConfig
+from rung.errors import CheckpointError
+from rung.files import cache_folder
 from rung.models.distillation_loss import DistillTargets, Distribution, distillation_loss, divergence_function
 from rung.models.policy import Policy, document_key
 from rung.objectives.protocol import Objective, entries_of
@@ -46,10 +48,13 @@ class DistillObjective(Objective):
             raise RuntimeError("a distillation without a teacher computes nothing")
         return self._teacher
 
-    def begin(self, policy: Policy, seed: int) -> None:
-        """Create the cache of teacher states if the config asks for it."""
-        if self.config.cache_teacher_states:
-            self.teacher_states = TeacherStateCache()
+    def cached_state_width(self) -> int:
+        """Width of the teacher, if the config asks for its states to be cached."""
+        return int(self.teacher.model.config.hidden_size) if self.config.cache_teacher_states else 0
+
+    def open_state_cache(self) -> None:
+        """Keep the teacher's states of documents of the data."""
+        self.teacher_states = TeacherStateCache()
 
     def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
         """A term of the divergence with the cross-entropy, and one of hidden states if `cosine` is set."""
@@ -116,10 +121,13 @@ def _is_generated(document: Example) -> bool:
 
 
 class TeacherStateCache:
-    """Hidden states by document, in a temporary file without a name."""
+    """Hidden states by document, in a file without a name in Rung's cache folder."""
 
     def __init__(self) -> None:
-        self.file: Any = TemporaryFile(prefix="rung-teacher-")
+        # Not the system's temporary folder, which is often memory.
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file: Any = TemporaryFile(prefix="rung-teacher-", dir=folder)
         # Closed when the cache is collected; the file has no name, so a killed process leaves nothing.
         finalize(self, self.file.close)
         self.locations: dict[int, tuple[int, np.dtype[Any], tuple[int, ...]]] = {}
@@ -136,6 +144,11 @@ class TeacherStateCache:
         start = self.file.seek(0, 2)
         # numpy has no bfloat16.
         values = (states.float() if states.dtype is torch.bfloat16 else states).cpu().numpy()
-        values.tofile(self.file)
-        self.file.flush()
+        try:
+            values.tofile(self.file)
+            self.file.flush()
+        except OSError as error:
+            summary = f"could not write the teacher's states: {error}"
+            hint = "set objective.cache_teacher_states: false"
+            raise CheckpointError(summary, where=str(cache_folder()), hint=hint) from error
         self.locations[key] = start, values.dtype, values.shape

@@ -72,6 +72,14 @@ class Objective(Protocol):
         """Evaluate the batches of `kl_examples`; called without gradient, before the batches of the step."""
         return
 
+    def cached_state_width(self) -> int:
+        """Width of hidden states that the objective can keep for each prediction from epoch to epoch; 0: none."""
+        return 0
+
+    def open_state_cache(self) -> None:
+        """Keep these states from now on; called where rows come again and the disk has room for them."""
+        return
+
     def rollout_columns(self, policy: Policy, rollout: Rollout) -> list[Mapping[str, np.ndarray]]:
         """Per-token values of the answers that are fixed before learning from them; by document, by name."""
         return [{} for _ in rollout.documents]

@@ -65,6 +65,23 @@ def load_base_to_train(config: RunConfig) -> BaseModel:
     return load_base_on_device(config.model, stream_linears=config.method.kind == "qlora" and not config.shares_base)
 
 
+def keep_compute_dtype(config: RunConfig, folder: Path) -> RunConfig:
+    """The config with the compute type that the run or climb in `folder` began with, where the setting is `auto`.
+
+    Other processors choose another type: half a run in each would be a run that nobody asked for.
+    """
+    recorded = read_manifest(folder) if is_run_folder(folder) else {}
+    recorded_dtype = recorded.get("fingerprints", {}).get("compute_dtype", recorded.get("compute_dtype"))
+    if config.model.dtype != "auto" or recorded_dtype not in ("float32", "bfloat16"):
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": recorded_dtype})})
+
+
+def hardware_fingerprints(base: BaseModel) -> dict[str, str]:
+    """What a resume must find again besides data and weights: the compute type and the type of the device."""
+    return {"compute_dtype": str(base.compute_dtype).removeprefix("torch."), "device": base.model.device.type}
+
+
 def library_of_target(name: str | Path) -> Library | None:
     """The library of a run that was trained on retrieved passages; None for other runs and for bases."""
     return _library_of_config(config_of_run(Path(name))) if target_kind(name) == "run" else None

@@ -40,7 +40,7 @@ from rung.runs import checks
 from rung.runs.artifact import pad_token_outside_stops, write_origin, write_tokenizer_files
 from rung.runs.auxiliary_models import AuxiliaryModels, load_auxiliary_models, reward_function
 from rung.runs.dataset import RunData, read_splits, tokenize_splits
-from rung.runs.load import device, load_base_to_train
+from rung.runs.load import device, hardware_fingerprints, keep_compute_dtype, load_base_to_train
 from rung.runs.reward_head import write_score_head
 from rung.training import gates
 from rung.training import run_folder as folders
@@ -84,9 +84,10 @@ def train_run(config: RunConfig, start: StartMode = NEW_RUN, world: World = SING
     if manifest is not None:
         return manifest
     splits = read_splits(config)
+    load_config = keep_compute_dtype(config, output) if start.resume else config
     if world.size == 1:
-        checks.refuse_if_too_large(config, device(), beyond=start.beyond_memory)
-    base = load_base_to_train(config)
+        checks.refuse_if_too_large(load_config, device(), beyond=start.beyond_memory)
+    base = load_base_to_train(load_config)
     data = world.rank0_first(lambda: tokenize_splits(config, splits, base))  # the other ranks read the cache
     _, folder = train_on_data(config, base, data, start, world=world)
     world.barrier()
@@ -133,7 +134,8 @@ def train_on_data(
     checks.check_processes(config, world)
     checks.check_tasks(config, data)
     checks.check_lottery(config, len(data.train.rows))
-    models = load_auxiliary_models(config, base, data.chat)
+    load_config = keep_compute_dtype(config, Path(config.output)) if start.resume else config
+    models = load_auxiliary_models(load_config, base, data.chat)
     method = attach_method(base.model, config.method, seed=config.seed, fused=config.model.fused)
     policy = Policy(base, method, models.reference)
     with closing(_acquire_folder(config, world, start)) as folder:
@@ -247,18 +249,21 @@ def _record_start(config: RunConfig, trainer: Trainer, data: RunData, models: Au
     unfused_count = _report_unusual(policy, method, config)
     text_fingerprint = hashlib.sha256(data.chat.identity().encode()).hexdigest()
     data_fingerprints = {"base": policy.base.fingerprint, "data": data.splits.fingerprint, "text": text_fingerprint}
-    fingerprints = {**models.fingerprints, **data_fingerprints}
+    hardware = hardware_fingerprints(policy.base)
+    fingerprints = {**models.fingerprints, **data_fingerprints, **hardware}
     world.assert_equal({**fingerprints, "versions": folders.versions()})
+    # gates do not run again at a resume: another compute type or device would train unchecked
     recorded_fingerprints = folder.manifest.get("fingerprints", fingerprints)
     if changed := [name for name, value in fingerprints.items() if recorded_fingerprints.get(name) != value]:
-        summary = f"what this run began with has changed: its {' and '.join(changed)}"
-        raise CheckpointError(summary, where=config.output, hint="start anew with --overwrite")
+        summary = f"cannot resume: {' and '.join(changed)} changed since this run started"
+        values = ((name, recorded_fingerprints.get(name), fingerprints[name]) for name in changed)
+        given = "; ".join(f"{name}: {earlier} then, {current} now" for name, earlier, current in values)
+        raise CheckpointError(summary, where=config.output, given=given, hint="start anew with --overwrite")
     for key in ("error", "not_finite"):  # of the earlier attempt that this run resumes
         folder.manifest.pop(key, None)
     if folder.writes:
         (folder.path / folders.NOT_FINITE_FILE).unlink(missing_ok=True)
-    compute_dtype = str(policy.base.compute_dtype).removeprefix("torch.")
-    facts = {"device": policy.device.type, "compute_dtype": compute_dtype, "learning_rate": config.learning_rate}
+    facts = {**hardware, "learning_rate": config.learning_rate}
     facts |= {"not_fused": unfused_count, "moves": coverage(policy.model, method.trainable()), "processes": world.size}
     folder.update(status="running", fingerprints=fingerprints, data=data.summary(), **facts)
 

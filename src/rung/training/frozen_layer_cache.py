@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -31,14 +31,17 @@ SAMPLED_ROWS = 1000
 """Rows whose lengths are read to estimate the size of all states: reading every row would decode the whole data set."""
 
 
-def has_disk_space(rows: Sequence[Sequence[Example]], width: int) -> bool:
-    """Whether the states of all rows fit into half of the free disk space; prints a line where they do not."""
-    sampled_lengths = [sum(map(len, rows[i])) for i in range(0, len(rows), max(1, len(rows) // SAMPLED_ROWS))]
+def has_disk_space(
+    rows: Sequence[Sequence[Example]], width: int, name: str, size: Callable[[Example], int] = len
+) -> bool:
+    """Whether `size` states per document fit into half of the free disk space; prints a line where they do not."""
+    sampled_rows = (rows[i] for i in range(0, len(rows), max(1, len(rows) // SAMPLED_ROWS)))
+    sampled_lengths = [sum(map(size, row)) for row in sampled_rows]
     needed_bytes = int(np.mean(sampled_lengths) * len(rows) * 4 * width)
     # 4 bytes: float32, the widest compute type of a run. The other half is left to checkpoints and other processes
     fits = needed_bytes <= shutil.disk_usage(cache_folder()).free // 2
     if not fits:
-        print_status(f"some layers do not move, but keeping their states would take {needed_bytes / 1e9:.0f} GB")
+        print_status(f"{name} are computed in every epoch: keeping them would take {needed_bytes / 1e9:.0f} GB of disk")
     return fits
 
 

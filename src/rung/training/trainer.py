@@ -211,6 +211,7 @@ class Trainer:
         self.first_example = train[0]
         self.policy.model.train()
         self.frozen_cache = self._frozen_layer_cache(train)
+        self._open_state_cache(train)
         try:
             sampling = nullcontext() if self.rollouts is None else self.rollouts.sampling()
             with sampling, interruptible() as stopping, ProgressBar("train", final_step, self.progress.step) as bar:
@@ -285,15 +286,26 @@ class Trainer:
             return True
         return False
 
+    def _repeats_rows(self, train: Sequence[Row]) -> bool:
+        """Whether some row comes more than once, so that what is computed for it can be kept."""
+        windows = -(-total_steps(self.config, len(train), self.steps_per_window) // self.steps_per_window)
+        return windows > -(-len(train) // self.config.examples_per_step)
+
+    def _open_state_cache(self, train: Sequence[Row]) -> None:
+        """Let the objective keep states of other models, where documents come again and the disk has room."""
+        width = self.objective.cached_state_width()
+        if width and self._repeats_rows(train):
+            if has_disk_space(train, width, "the teacher's states", lambda example: example.predictions):
+                self.objective.open_state_cache()
+
     def _frozen_layer_cache(self, train: Sequence[Row]) -> FrozenLayerCache | None:
         """A cache for the frozen lower layers, where documents pass them more than once and the disk has room."""
         if self.rollouts is not None or self.world.sharded:
             return None  # rollout documents are new each time; with sharding all ranks must run all layers
         steps_per_epoch, layer = -(-len(train) // self.config.examples_per_step), self.lowest_trained_layer
-        is_used = self.config.cache_frozen_layers and layer > 0
-        if not is_used or total_steps(self.config, len(train)) <= steps_per_epoch:
+        if not (self.config.cache_frozen_layers and layer > 0 and self._repeats_rows(train)):
             return None
-        if not has_disk_space(train, self.policy.model.config.hidden_size):
+        if not has_disk_space(train, self.policy.model.config.hidden_size, "the states of frozen layers"):
             return None
         print_status(f"layers below {layer} do not move: each document passes them once")
         cache = FrozenLayerCache(self.policy, layer, self.budget, share_prefixes=self.share_prefixes)
