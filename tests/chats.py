@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rung.data.chat import PLAIN_TEMPLATE
+from rung.data.template import PLAIN_TEMPLATE
 from rung.types import Message, Record, Source
 
 AT = Source("d.jsonl", 3)

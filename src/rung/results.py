@@ -498,6 +498,8 @@ class LadderRow(Result):
     kind: str = ""
     sees: str = ""
     """Content of the prompt besides the question."""
+    cut_off: float = 0.0
+    """Share of the answers that were cut at `evaluation.max_new_tokens`."""
     scores: dict[str, Estimate] = {}
     gain: Estimate | None = None
     """Paired difference to the rung below, in points of the deciding metric; None for the lowest."""

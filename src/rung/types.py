@@ -38,6 +38,12 @@ class Message:
     tool_calls: str | None = None
     name: str | None = None
     """Name of the tool on a `tool` turn, if the data has one."""
+    reasoning: str | None = None
+    """Thoughts before the answer of an assistant turn, which the template writes in its own form."""
+    tool_call_id: str | None = None
+    """On a `tool` turn: id of the call that it answers."""
+    is_learned: bool = True
+    """False for an assistant turn that the data marks as not to be learned; it stays part of the conversation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +53,8 @@ class Candidate:
     content: str
     score: float
     """Higher is better; same scale as the score of the record."""
+    tool_calls: str | None = None
+    reasoning: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

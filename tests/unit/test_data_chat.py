@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from chats import AT, GEMMA, LLAMA2, LLAMA3, REASONING, TEMPLATES, ZEPHYR, metaspace, record, with_template
 from rung.config.data import LossOn
-from rung.data.chat import PLAIN_TEMPLATE, ChatTemplate
+from rung.data.chat import ChatTemplate
+from rung.data.template import PLAIN_TEMPLATE
 from rung.data.tokenize import TokenizedDataset, preflight, tokenize_records
 from rung.errors import ConfigError, DataError, GateError
 from rung.types import Candidate, Example, Message, Record

@@ -7,8 +7,9 @@ from transformers import PreTrainedTokenizerFast
 
 from chats import AT, REASONING, TEMPLATES, metaspace, record, with_template
 from rung.config.method import PTuningConfig, front_virtual_tokens, inserted_token_ids
-from rung.data.chat import PLAIN_TEMPLATE, ChatTemplate
+from rung.data.chat import ChatTemplate
 from rung.data.prompt_positions import MARKS, PromptPositions
+from rung.data.template import PLAIN_TEMPLATE
 from rung.data.tokenize import preflight, tokenize_records
 from rung.errors import DataError
 from rung.types import Message, Record

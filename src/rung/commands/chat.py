@@ -56,7 +56,7 @@ class ChatModel:
                 sys.stdout.flush()
 
         limited = Sampling(min(sampling.max_new_tokens, max_new_tokens), sampling.temperature, sampling.seed)
-        on_token, stop_ids = print_token if stream else None, chat.stop_ids
+        on_token, stop_ids = print_token if stream else None, chat.generation_stop_ids
         with self.prepare_turn():
             answers = generate(policy, [prompt], stop_ids=stop_ids, sampling=limited, task=self.task, on_token=on_token)
         # Without the stop token, which the template writes again when the turn becomes part of the next prompt.

@@ -28,6 +28,8 @@ from rung.training.run_folder import read_json, write_json
 
 CONTEXT_LABELS = {"given": "context", "withheld": "closed book", "retrieved": "retrieved passages"}
 """What the ladder calls each setting of `context`; it names none where no row has a context."""
+MAX_CUT_OFF = 0.1
+"""Share of cut answers above which a verdict warns: beyond it cut answers alone can be a difference of 0.1."""
 AnyRung = RungConfig | OnTopConfig
 _COMPARED_COSTS = ("seconds_per_query", "prompt_tokens", "disk_bytes")
 
@@ -95,6 +97,8 @@ def build_ladder(
         return paired_gain(tables[lower_index], tables[upper_index], clusters, weights=weights, seed=seed)
 
     rows = [_row(config, m, gain_between(i - 1, i) if i else None) for i, m in enumerate(measured_rungs)]
+    if warning := _cut_off_warning(rows):
+        verdict = verdict.replace(text=f"{verdict.text}\n{warning}")
     return Ladder(
         metric=metric,
         examples=len(first.items),
@@ -107,6 +111,15 @@ def build_ladder(
         folder=config.output,
         report=str(Path(config.output) / "report.html"),
     )
+
+
+def _cut_off_warning(rows: Sequence[LadderRow]) -> str:
+    """What a verdict says of rungs whose answers were cut too often to be compared; empty where none were."""
+    cut_rungs = [f"{row.rung} ({row.cut_off:.0%})" for row in rows if row.cut_off > MAX_CUT_OFF]
+    if not cut_rungs:
+        return ""
+    remedy = "raise it before you trust this verdict"
+    return f"Answers of {', '.join(cut_rungs)} were cut at evaluation.max_new_tokens and score as they stand: {remedy}."
 
 
 GainFunction = Callable[[int, int], Estimate]
@@ -180,6 +193,7 @@ def _row(config: RunConfig, measured_rung: MeasuredRung, gain: Estimate | None) 
         rung=rung.label,
         kind=rung.kind,
         sees=_prompt_contents(costs[0]),
+        cut_off=float(np.mean([e.cut_off / max(1, len(e.items)) for e in evaluations])),
         scores={name: measured_rung.score(name) for name in config.evaluation.metrics},
         gain=gain,
         trainable_parameters=int(costs[0]["trainable_parameters"]),

@@ -36,7 +36,7 @@ def check_data(file: str, *, show: int, model: str | None) -> tuple[dict[str, An
     if show and base is None:
         # Supervised tokens can only be shown with some tokenizer; the default model's is as good as any.
         base = ModelConfig()
-    chat = ChatTemplate(load_tokenizer(base), base.template) if base else None
+    chat = ChatTemplate.of_model(load_tokenizer(base), base) if base else None
     report = inspect_data(target, chat)
     # Captured: the caller decides where the lines are printed.
     console = Console()

@@ -23,7 +23,7 @@ from rung.config.model import ModelConfig
 from rung.console import ProgressBar, print_status
 from rung.data.chat import ChatTemplate
 from rung.data.formats import load_records
-from rung.data.messages import for_template
+from rung.data.template import for_template
 from rung.data.tokenize import PromptDataset, tokenize_prompts
 from rung.errors import CheckpointError, ConfigError
 from rung.evaluation.prompting import PromptFormat
@@ -200,7 +200,10 @@ def _open_models(target: str, request: GenerateRequest) -> tuple[Policy, ChatTem
         model = open_run(path, generator_base)
         policy, chat = model.policy, model.chat
     else:
-        policy, chat = Policy(generator_base, NoMethod()), ChatTemplate(generator_base.tokenizer)
+        policy, chat = (
+            Policy(generator_base, NoMethod()),
+            ChatTemplate(generator_base.tokenizer, end_ids=generator_base.end_ids),
+        )
     if request.reference is not None:
         policy.reference = _reference(request.reference, config, base)
         if policy.reference.base.tokenizer.get_vocab() != chat.tokenizer.get_vocab():
@@ -239,7 +242,7 @@ def _sample_answers(
     if journal.results:
         print_status(f"going on after {len(journal.results):,} of {len(chunks):,} parts, kept in {journal.path}")
     answers: list[GeneratedAnswer] = []
-    answer_batch = partial(generate_by_task, policy, stop_ids=chat.stop_ids, batch_size=ANSWERS_PER_BATCH)
+    answer_batch = partial(generate_by_task, policy, stop_ids=chat.generation_stop_ids, batch_size=ANSWERS_PER_BATCH)
     with ProgressBar("generate", len(prompts.examples)) as bar:
         for number, chunk in enumerate(chunks):
             # Chunks are numbered, not appended: the seed of a chunk and its place follow from the number.

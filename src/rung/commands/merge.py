@@ -18,7 +18,6 @@ import torch
 
 from rung.commands.merge_shards import merge_shards, read_updates
 from rung.config.method import LoraConfig, LowRankConfig
-from rung.config.model import ModelConfig
 from rung.config.run import RunConfig
 from rung.console import print_status
 from rung.data.chat import ChatTemplate
@@ -27,14 +26,14 @@ from rung.files import require_undamaged, write_folder
 from rung.methods.protocol import Method
 from rung.methods.registry import attach_method
 from rung.models.base_model import BaseModel, fingerprint
-from rung.models.load import base_files, load_tokenizer
+from rung.models.load import base_files
 from rung.models.policy import Policy
 from rung.planning.architecture import read_shape
 from rung.planning.memory import BASELINE_RSS
 from rung.report.formatting import format_bytes
 from rung.results import MergeResult
 from rung.runs.artifact import check_parity, check_prompt, logprobs_in_fresh_process, write_tokenizer_files
-from rung.runs.load import config_of_run, dequantize, load_base_on_device, open_run
+from rung.runs.load import config_of_run, dequantize, load_base_on_device, open_run, saved_chat
 from rung.training import gates
 from rung.training.memory_use import free_memory
 from rung.training.packing import pack_separately
@@ -144,7 +143,7 @@ def _merge_by_shard(run: Path, folder: Path, onto: MergeBase) -> MergeResult:
     # The model is never loaded here, so the files themselves are compared with the run's base.
     if fingerprint(base, None) != manifest["fingerprints"]["base"]:
         raise CheckpointError("this adapter was trained on another base", where=str(run), given=str(base))
-    updates, chat = read_updates(run / "adapter"), ChatTemplate(load_tokenizer(ModelConfig(name=str(run))))
+    updates, chat = read_updates(run / "adapter"), saved_chat(run)
     check_prompt(run / "adapter", chat)
     # `write_folder` renames the folder only after `fill`, so a failed gate leaves nothing behind.
     proofs: list[tuple[Gate, float]] = []

@@ -26,10 +26,8 @@ from transformers.pytorch_utils import Conv1D
 
 from rung.config.io import load_config
 from rung.config.method import FullConfig, LoraConfig, MethodConfig
-from rung.config.model import ModelConfig
 from rung.config.objective import ROLLOUT_KINDS
 from rung.config.run import RunConfig
-from rung.data.chat import ChatTemplate
 from rung.errors import CheckpointError, ConfigError, PlanError
 from rung.files import require_undamaged, write_folder
 from rung.methods import adapter_merging
@@ -39,7 +37,7 @@ from rung.methods.protocol import Method
 from rung.methods.registry import attach_method
 from rung.models.base_model import BaseModel
 from rung.models.fused_modules import install_fused_forwards
-from rung.models.load import check_fingerprint, load_tokenizer
+from rung.models.load import check_fingerprint
 from rung.models.policy import Policy
 from rung.models.targets import layer_number, roles_of
 from rung.objectives.registry import make_objective
@@ -47,7 +45,7 @@ from rung.results import FuseResult
 from rung.runs.artifact import write_origin, write_tokenizer_files
 from rung.runs.auxiliary_models import load_reference
 from rung.runs.dataset import read_splits, tokenize_splits
-from rung.runs.load import config_of_run, load_base_on_device
+from rung.runs.load import config_of_run, load_base_on_device, saved_chat
 from rung.runs.train import micro_batch_tokens
 from rung.training.packing import pack_lazily
 from rung.training.run_folder import is_climb, read_json, read_manifest, versions, write_json
@@ -355,7 +353,7 @@ def _write(run: Path, config: RunConfig, base: BaseModel, method: Method, facts:
     """Write the run folder, which is like that of a trained run; `run` is one of those that were combined."""
     folder = Path(config.output)
     # From a run and not from the base: the template is the one that all of them were trained with.
-    chat = ChatTemplate(load_tokenizer(ModelConfig(name=str(run))))
+    chat = saved_chat(run)
 
     def fill(staging: Path) -> None:
         method.save(staging)

@@ -13,6 +13,7 @@ ComparisonFormat = Literal["preference", "ranked", "rated", "unpaired_preference
 # `rung.data.formats` reads each of them; `auto` chooses by the columns of all rows
 Format = Literal["auto", AnswerFormat, ComparisonFormat, "prompt_only"]
 LossOn = Literal["answer", "assistant_turns", "all"]
+UnknownFields = Literal["error", "ignore"]
 
 
 class WeightedPath(Config):
@@ -53,6 +54,9 @@ class DataConfig(Config):
     """For documents longer than `max_length`: stop, leave the row out, or shorten the prompt."""
     rejects: Literal["error", "drop"] = "error"
     """For rows that cannot be read as an example: stop, or leave them out."""
+    unknown_fields: UnknownFields = "error"
+    """For fields of a turn that nothing reads, for example a date beside role and content: refuse the row, or leave
+    the fields out and count them."""
     overlap: Literal["error", "drop_train"] = "error"
     """For training prompts that also occur in the validation or test split: stop, or leave out the training rows."""
     loss_on: LossOn = "answer"

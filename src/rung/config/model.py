@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from datetime import date
+from typing import Any, Literal
 
-from pydantic import NonNegativeInt
+from pydantic import Field, NonNegativeInt
 
 from rung.config.base import Config
 
@@ -29,6 +30,12 @@ class ModelConfig(Config):
     """Compute type. `auto`: float32 on CPUs without AVX512-BF16 or AMX, where bfloat16 is many times slower."""
     template: str = "auto"
     """Chat template. `auto`: that of the tokenizer; `plain`: Rung's own, for bases without one; or a .jinja file."""
+    template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables of the chat template, for example {enable_thinking: false}. Saved with the run as part of its
+    template."""
+    template_date: date | None = None
+    """Date in place of today's, where the template writes it; default: 2024-07-26. A date that changes with the day
+    would make training and serving differ."""
     fused: bool = True
     """Use Rung's fused functions, which keep fewer activations and share inputs. false: the forward of transformers and
     peft, slower, with the same result within rounding; for comparisons and debugging."""

@@ -143,7 +143,8 @@ class FunctionRewardConfig(Config):
 
     kind: Literal["function"] = "function"
     path: str = Field(default=..., pattern=r"^.+\.py:[A-Za-z_]\w*$")
-    """`file.py:name`; the row has the keys question, expected, context, task and group."""
+    """`file.py:name`; the row has the keys question, expected, context, task, group, reasoning, and for rows that end
+    in tool calls `expects_calls` and `calls`."""
 
 
 class ModelRewardConfig(Config):

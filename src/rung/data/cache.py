@@ -26,7 +26,7 @@ from rung.errors import CheckpointError
 from rung.files import cache_folder, read_safetensors_header, safetensors_header
 from rung.types import Record
 
-CODE_VERSION = 4
+CODE_VERSION = 5
 """Increase it with every change of what chat.py, tokenize.py or token_store.py produce."""
 _TENSORS = {"ids": "I32", "supervised": "BOOL", "texts": "U8", "rows": "U8", "dropped": "I64", "trimmed": "I64"}
 """Tensors of a file in their order, all flat, with their types."""

@@ -10,39 +10,46 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from datetime import date
+from functools import cached_property
 from itertools import chain
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
 
 from rung.config.data import LossOn
-from rung.data.messages import for_template, renders_unchanged, rewritten_answer_error, unstable_template_error
+from rung.config.model import ModelConfig
 from rung.data.prompt_positions import PromptPositions
+from rung.data.template import (
+    REASONING_FIELDS,
+    for_template,
+    read_template,
+    renders_unchanged,
+    rewritten_answer_error,
+    unstable_template_error,
+    with_fixed_date,
+    with_variables,
+)
+from rung.data.tool_calls import (
+    Reader,
+    calls_of_message,
+    canonical_calls,
+    probe_calls,
+    same_but_for_types,
+    tool_call_reader,
+)
 from rung.errors import ConfigError, DataError
 from rung.types import Message, Record, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PLAIN_TEMPLATE = """\
-{%- if tools -%}{{ 'Tools: ' + (tools | tojson) + '\\n\\n' }}{%- endif -%}
-{%- for message in messages -%}
-{%- if message.role == 'system' -%}{{ message.content + '\\n\\n' }}
-{%- elif message.role == 'user' -%}{{ 'User: ' + message.content + '\\n' }}
-{%- elif message.role == 'tool' -%}{{ 'Tool: ' + message.content + '\\n' }}
-{%- else -%}{{ 'Assistant: ' + message.content }}
-{%- if message.tool_calls -%}{{ message.tool_calls | tojson }}{%- endif -%}{{ eos_token + '\\n' }}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}
-"""
-"""`model.template: plain`, for base models without a template. The stop is the tokenizer's end-of-text token."""
-
 # A word no template writes by itself: its position in the rendered text shows where an answer stands.
 _SENTINEL = "RungSentinel"
-_CALL = '[{"type": "function", "function": {"name": "f", "arguments": {"x": "1"}}}]'
+_CALL = '[{"type": "function", "id": "call00000", "function": {"name": "f", "arguments": {"x": "1"}}}]'
+_REASONING_TAGS = (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]"))
+"""What models write around reasoning: Qwen, DeepSeek and most others; some tunes; Mistral."""
 
 
 class TextPart(NamedTuple):
@@ -50,6 +57,16 @@ class TextPart(NamedTuple):
 
     text: str
     supervised: bool
+    excluded: bool = False
+    """Not learned even where all tokens are (`data.loss_on: all`): an answer that the data marks so."""
+
+
+class ParsedAnswer(NamedTuple):
+    """A generated answer with its reasoning set apart."""
+
+    text: str
+    """The answer without reasoning and surrounding white space; empty where the model never came to its answer."""
+    reasoning: str = ""
 
 
 class _AnswerEnding(NamedTuple):
@@ -68,6 +85,9 @@ class ChatTemplate:
         tokenizer: a fast tokenizer of transformers.
         template: `auto` (the tokenizer's own), `plain` (`PLAIN_TEMPLATE`), or the path of a .jinja file.
         positions: virtual tokens inside the conversation; None for most methods.
+        variables: values of variables that the template reads, such as `enable_thinking`.
+        day: date in place of today's, where the template writes it; default: a fixed one.
+        end_ids: further tokens at which the model ends a text, from its generation config.
 
     Raises:
         ConfigError: no template, a broken one, one without a stop token, or one that begins with two BOS.
@@ -77,9 +97,18 @@ class ChatTemplate:
     """The Jinja text in use; published models carry it."""
     stop_ids: tuple[int, ...]
     """Tokens that end an assistant turn, found in the rendered template; the first ends a plain answer."""
+    generation_stop_ids: tuple[int, ...]
+    """Tokens at which generation ends: those of the template, then the end-of-text tokens of tokenizer and model."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, template: str = "auto", positions: PromptPositions | None = None
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        template: str = "auto",
+        positions: PromptPositions | None = None,
+        *,
+        variables: Mapping[str, Any] | None = None,
+        day: date | None = None,
+        end_ids: Collection[int] = (),
     ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError("the tokenizer is not a fast one", given=type(tokenizer).__name__)
@@ -92,11 +121,26 @@ class ChatTemplate:
         # The order matters: rendering needs the template, endings need the control tokens, and the probes must run
         # before virtual tokens are set, because they show the template alone.
         self._anchor = self._find_anchor()
-        self.template = self._read_template(template)
+        text = with_fixed_date(read_template(tokenizer, template, adds_bos=self.adds_bos), day)
+        self.template = with_variables(text, variables or {})
         self._control_ids = _control_tokens(tokenizer)
+        self._answer_opening = ""
         self._endings, self._answer_prefix = self._probe_endings(template)
         self.positions = positions
         self.stop_ids = tuple(dict.fromkeys(e.stop_id for e in self._endings))
+        own_ends = [i for i in (self.eos_id, *end_ids) if i is not None]
+        self.generation_stop_ids = tuple(dict.fromkeys((*self.stop_ids, *own_ends)))
+
+    @staticmethod
+    def of_model(
+        tokenizer: PreTrainedTokenizerFast,
+        config: ModelConfig,
+        end_ids: Collection[int] = (),
+        positions: PromptPositions | None = None,
+    ) -> ChatTemplate:
+        """The template of a base under the settings of its config."""
+        variables, day = config.template_kwargs, config.template_date
+        return ChatTemplate(tokenizer, config.template, positions, variables=variables, day=day, end_ids=end_ids)
 
     def without_virtual_tokens(self) -> ChatTemplate:
         """The same template without virtual tokens: the input of the untuned model."""
@@ -117,11 +161,80 @@ class ChatTemplate:
 
     def assistant_text(self, ids: Sequence[int]) -> str:
         """Generated ids as the text of the turn: cut at the first stop, without what the template writes around it."""
-        # eos as well: a base model may end a text its own way before tuning
-        stops = {*self.stop_ids, self.eos_id}
-        end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+        # a base model may end a text its own way before tuning
+        end = next((i for i, token in enumerate(ids) if token in self.generation_stop_ids), len(ids))
         text = self.decode([ids[:end]], mid_document=True)[0].removeprefix(self._answer_prefix)
         return text.removesuffix(self._endings[0].before_stop) if end < len(ids) else text
+
+    def parsed_answer(self, ids: Sequence[int]) -> ParsedAnswer:
+        """Generated ids as an answer and the reasoning before it, which is between tags that models write.
+
+        The opening tag may be part of the prompt. Reasoning without its closing tag leaves an empty answer.
+        """
+        text = self.assistant_text(ids).strip()
+        for opening, closing in _REASONING_TAGS:
+            begins = text.startswith(opening)
+            if not begins and not self._answer_opening.endswith(opening):
+                continue
+            reasoning, closed, answer = text.removeprefix(opening).partition(closing)
+            # a prompt may open the tag and a tuned model answer at once: only its own opening tag promises a closing
+            if closed or begins:
+                return ParsedAnswer(answer.strip(), reasoning.strip())
+        return ParsedAnswer(text)
+
+    @property
+    def reads_tool_calls(self) -> bool:
+        """Whether tool calls can be read from answers in this template's form."""
+        return self._tool_call_reader is not None
+
+    def canonical_calls(self, text: str) -> str | None:
+        """The tool calls in an answer as text that is equal for equal calls; None where there is no call.
+
+        Raises `ConfigError` for a template whose calls cannot be read.
+        """
+        calls = self._require_tool_call_reader()(text)
+        return canonical_calls(calls) if calls else None
+
+    def expected_calls(self, record: Record) -> str | None:
+        """The tool calls that end a record, as `canonical_calls` reads them; None for a record that ends without.
+
+        Raises `ConfigError` as `canonical_calls`, and `DataError` for calls that this template does not keep.
+        """
+        answer = record.messages[-1]
+        if not answer.tool_calls:
+            return None
+        read = self._require_tool_call_reader()
+        calls = read(self._answer_body(self.split_conversation(record, "answer")[-1].text))
+        if not same_but_for_types(calls, calls_of_message(answer.tool_calls)):
+            hint = "set model.template to a .jinja file that writes calls as JSON"
+            summary = "the chat template writes these tool calls in a form that cannot be read back and compared"
+            raise DataError(summary, where=str(record.source), given=answer.tool_calls, hint=hint)
+        return canonical_calls(calls)
+
+    @cached_property
+    def _tool_call_reader(self) -> Reader | None:
+        question = Message("user", "Q")
+        try:
+            bodies = [
+                self._answer_body(self._rendered_answer([question, Message("assistant", "", probe_calls(count))]))
+                for count in (1, 2)
+            ]
+        except DataError:
+            return None
+        return tool_call_reader(*bodies)
+
+    def _require_tool_call_reader(self) -> Reader:
+        if self._tool_call_reader is None:
+            summary = "tool calls in the form of this chat template cannot be read, so they cannot be compared"
+            hint = "set model.template to a .jinja file that writes calls as JSON, or evaluation.metrics: [perplexity]"
+            raise ConfigError(summary, where="model.template", hint=hint)
+        return self._tool_call_reader
+
+    def _rendered_answer(self, turns: Sequence[Message]) -> str:
+        """What the template writes for the last turn, stop included."""
+        prompt, full = self._render(turns[:-1], generation=True), self._render(turns)
+        answer = full[len(prompt) :] if full.startswith(prompt) else full
+        return answer[: len(answer) - len(self._text_after_stop(full, None))]
 
     def split_conversation(self, record: Record, loss_on: LossOn) -> list[TextPart]:
         """Split a rendered conversation into prompt and answer pieces; it ends with its last stop.
@@ -131,23 +244,39 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses the row, or what it wrote before an answer changes afterwards.
         """
-        last = len(record.messages) - 1
+        turns, rest = record.messages, (record.context, record.tools, record.source)
         parts: list[TextPart] = []
         prefix = ""
-        for i in range(last + 1) if loss_on == "assistant_turns" else (last,):
-            if record.messages[i].role != "assistant":
-                continue
-            turns, rest = record.messages, (record.context, record.tools, record.source)
+        for i in self._answers_to_split(record, loss_on):
             prompt, full = self._render(turns[:i], *rest, generation=True), self._render(turns[: i + 1], *rest)
             # both must be prefixes, or the training text differs from the prompts of inference
             if not (full.startswith(prompt) and prompt.startswith(prefix)):
                 raise unstable_template_error(record.source, i, loss_on, rewrites_history=full.startswith(prompt))
             answer = full[len(prompt) : len(full) - len(self._text_after_stop(full, record.source))]
-            if not renders_unchanged(self._answer_body(answer), record.messages[i], self._answer_prefix):
+            if not renders_unchanged(self._answer_body(answer), turns[i], self._answer_prefix):
                 raise rewritten_answer_error(record.source, i, self._answer_body(answer))
-            parts += [TextPart(prompt[len(prefix) :], False), TextPart(answer, True)]
+            learned = turns[i].is_learned
+            parts += [TextPart(prompt[len(prefix) :], False), TextPart(answer, learned, excluded=not learned)]
             prefix = prompt + answer
         return parts
+
+    @staticmethod
+    def _answers_to_split(record: Record, loss_on: LossOn) -> list[int]:
+        """The turns that need parts of their own: learned answers, and answers to exclude where all is learned."""
+        turns = record.messages
+        answers, last = [i for i, m in enumerate(turns) if m.role == "assistant"], len(turns) - 1
+        if loss_on == "assistant_turns":
+            indices = [i for i in answers if turns[i].is_learned]
+        elif loss_on == "all":
+            indices = [i for i in answers if i == last or not turns[i].is_learned]
+        else:
+            indices = [last]
+        if not indices or not turns[indices[-1]].is_learned:
+            learned = "its last answer" if loss_on != "assistant_turns" else "any of its answers"
+            summary = f"nothing is learned of this row: {learned} is marked as not to be learned (weight 0)"
+            hint = "leave the row out, or set data.loss_on: assistant_turns to learn its other answers"
+            raise DataError(summary, where=str(record.source), hint=hint)
+        return indices
 
     def _answer_body(self, answer: str) -> str:
         """The answer text before the stop, without marks of virtual tokens."""
@@ -215,27 +344,6 @@ class ChatTemplate:
         newline, bare, anchored = self._encode_texts(["\n", "a", "\na"])
         return newline if anchored[: len(newline)] == newline and anchored[len(newline) :] != bare else []
 
-    def _read_template(self, choice: str) -> str:
-        if choice == "plain":
-            if self.tokenizer.eos_token is None:
-                summary = "the tokenizer has no end-of-text token to stop at"
-                raise ConfigError(summary, where="model.template", given=choice)
-            # the model was pretrained with a BOS only where its tokenizer adds one
-            return ("{{- bos_token -}}\n" if self.adds_bos else "") + PLAIN_TEMPLATE
-        if choice == "auto":
-            tokenizer_template = self.tokenizer.chat_template
-            if isinstance(tokenizer_template, dict):
-                tokenizer_template = tokenizer_template.get("default")
-            if tokenizer_template:
-                return str(tokenizer_template)
-            summary, allowed = "the tokenizer has no chat template", "auto, plain, or a .jinja file"
-            hint = "set model.template: plain"
-            raise ConfigError(summary, where="model.template", given=choice, allowed=allowed, hint=hint)
-        if not choice.endswith(".jinja") or not Path(choice).is_file():
-            allowed = "auto, plain, or an existing .jinja file"
-            raise ConfigError("no such template", where="model.template", given=choice, allowed=allowed)
-        return Path(choice).read_text(encoding="utf-8")
-
     def _render(
         self,
         messages: Sequence[Message],
@@ -248,9 +356,12 @@ class ChatTemplate:
         turns = [for_template(m) for m in messages]
         where = str(source) if source else None
         # Jinja ignores variables a template never uses: tools would silently vanish from the prompt
-        for name, present in (("tools", tools), ("tool_calls", any(m.tool_calls for m in messages))):
-            if present and name not in self.template:
-                summary = f"the row has {name}, but the chat template never shows them"
+        has_reasoning = any(m.reasoning for m in messages)
+        fields = {"tools": tools, "tool_calls": any(m.tool_calls for m in messages), "reasoning": has_reasoning}
+        for name, present in fields.items():
+            names = REASONING_FIELDS if name == "reasoning" else (name,)
+            if present and not any(field in self.template for field in names):
+                summary = f"the row has {name}, but the chat template never shows it"
                 hint = "set model.template: plain, or a .jinja file that writes them"
                 raise DataError(summary, where=where, hint=hint)
         if context:
@@ -286,6 +397,7 @@ class ChatTemplate:
         except DataError as error:
             summary = f"the chat template is broken: {error.summary}"
             raise ConfigError(summary, where="model.template", given=choice) from error
+        self._answer_opening = opening.rstrip()
         body, sentinel, tail = full.rpartition(_SENTINEL)
         ending = self._find_ending(tail)
         if not sentinel or ending is None:
@@ -325,13 +437,14 @@ class ChatTemplate:
         stop = max((t for t in self._control_ids if body.endswith(t)), key=len, default=None)
         return _AnswerEnding("", stop, text[len(body) :], self._control_ids[stop]) if stop else None
 
-    def _text_after_stop(self, full: str, source: Source) -> str:
+    def _text_after_stop(self, full: str, source: Source | None) -> str:
         for ending in self._endings:
             if full.endswith(ending.stop + ending.after_stop):
                 return ending.after_stop
         summary = "the template ends this answer without a stop token"
         allowed = " or ".join(repr(e.stop + e.after_stop) for e in self._endings)
-        raise DataError(summary, where=str(source), given=repr(full[-60:]), allowed=allowed)
+        where = None if source is None else str(source)
+        raise DataError(summary, where=where, given=repr(full[-60:]), allowed=allowed)
 
 
 def with_context(context: str, question: str) -> str:

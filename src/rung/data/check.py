@@ -105,7 +105,10 @@ class DataReport:
         return {
             "ok": self.ok,
             "formats": {
-                path: {"format": d.format, "mapping": d.mapping, "columns": d.counts, "unused": list(d.unused)}
+                path: {
+                    **{"format": d.format, "mapping": d.mapping, "columns": d.counts, "unused": list(d.unused)},
+                    "turn_fields": d.turn_fields,
+                }
                 for path, d in self.detections.items()
             },
             "rows": {"kept": self.kept_count, "rejected": len(self.rejected_rows)},

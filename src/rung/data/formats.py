@@ -9,13 +9,14 @@ of all rows, so a source whose first row misleads is read twice. `splits` and `c
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from rung.config.data import DataConfig, Format
 from rung.data.byte_store import MappedSequence
-from rung.data.messages import conversation, key_text, optional_text, parse_weight, text_of, tools_text
+from rung.data.conversations import conversation
+from rung.data.messages import TurnFields, key_text, optional_text, parse_weight, text_of, tools_text
 from rung.data.read import ParsedRow, RejectedRow, Row, stream_rows
 from rung.data.records import Records, RecordWriter
 from rung.errors import DataError, did_you_mean
@@ -28,29 +29,46 @@ class FormatColumns(NamedTuple):
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
     answer: str | None = None
+    alternative: tuple[str, ...] = ()
+    """Other columns that do as well as the required ones."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """All names, that of the weight included."""
-        return (*self.required, *self.optional, "weight")
+        return tuple(dict.fromkeys((*self.required, *self.alternative, *self.optional, "weight")))
+
+    def missing(self, columns: Collection[str], map: Mapping[str, str]) -> list[str]:
+        """Columns of the file that the format needs and that are not among these."""
+        readings = [[map.get(name, name) for name in names] for names in (self.required, self.alternative) if names]
+        missing = [[column for column in reading if column not in columns] for reading in readings]
+        return min(missing, key=len)
+
+
+_PROMPT_COLUMNS = ("input", "context", "system", "tools")
+"""Optional columns of formats with a prompt and its answers."""
 
 
 FORMATS: dict[Format, FormatColumns] = {
     "messages": FormatColumns(("messages",), ("tools",)),
     "sharegpt": FormatColumns(("conversations",), ("system", "tools")),
     "alpaca": FormatColumns(("instruction", "output"), ("input", "system", "history"), "output"),
-    "prompt_completion": FormatColumns(("prompt", "completion"), (), "completion"),
+    "prompt_completion": FormatColumns(("prompt", "completion"), ("tools",), "completion"),
     "question_answer": FormatColumns(("question", "answer"), ("context", "system"), "answer"),
     "text": FormatColumns(("text",)),
-    "preference": FormatColumns(("prompt", "chosen", "rejected"), ("input", "context", "system", "margin")),
-    "ranked": FormatColumns(("prompt", "ranked"), ("input", "context", "system")),
-    "rated": FormatColumns(("prompt", "answers", "scores"), ("input", "context", "system")),
-    "unpaired_preference": FormatColumns(("prompt", "completion", "label"), ("input", "context", "system")),
-    "prompt_only": FormatColumns(("prompt",), ("input", "context", "system")),
+    "preference": FormatColumns(("prompt", "chosen", "rejected"), (*_PROMPT_COLUMNS, "margin")),
+    "ranked": FormatColumns(("prompt", "ranked"), _PROMPT_COLUMNS),
+    "rated": FormatColumns(("prompt", "answers", "scores"), _PROMPT_COLUMNS),
+    "unpaired_preference": FormatColumns(
+        ("prompt", "completion", "label"), _PROMPT_COLUMNS, alternative=("messages", "label")
+    ),
+    "prompt_only": FormatColumns(("prompt",), _PROMPT_COLUMNS),
 }
 # Unused columns with these names make a detected format ambiguous: they may be the answers.
 _ANSWER_LIKE = frozenset({"answer", "answers", "output", "completion", "response", "target", "gold", "solution"})
 _LABEL_LIKE = _ANSWER_LIKE | {"label", "category", "class"}
+_LABEL = "label"
+_LABEL_VALUES = frozenset({"true", "false", "0", "1"})
+"""Values, as text in lower case, of a column that says which answers are good."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +81,8 @@ class DetectedFormat:
     counts: dict[str, int]
     """Rows with a value per column of the file."""
     rows: int
+    turn_fields: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Turns with each field, by what became of it: read, ignored or refused. Empty for rows without turns."""
 
     @property
     def unused(self) -> tuple[str, ...]:
@@ -72,7 +92,10 @@ class DetectedFormat:
     def __str__(self) -> str:
         mapping_text = ", ".join(f"{n} <- {c} ({self.counts[c]} of {self.rows} rows)" for n, c in self.mapping.items())
         unused_text = f"; not read: {', '.join(self.unused)}" if self.unused else ""
-        return f"{self.format}: {mapping_text}{unused_text}"
+        fields_text = "".join(
+            f"; fields of turns {name}: {_listed(c, 'turns')}" for name, c in self.turn_fields.items()
+        )
+        return f"{self.format}: {mapping_text}{unused_text}{fields_text}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +114,8 @@ class ColumnCensus:
     def __init__(self) -> None:
         self.counts = Counter[str]()
         self.rows = 0
+        self.labels_answers = True
+        """Whether all values of a column called label, if there is one, say that an answer is good or bad."""
 
     def add(self, row: Row) -> None:
         """Count one row."""
@@ -98,6 +123,9 @@ class ColumnCensus:
         # a column that is always null still counts as present, with 0 rows; Counter.update takes four times as long
         for column, value in row.items():
             self.counts[str(column)] += value is not None
+        label = row.get(_LABEL)
+        if self.labels_answers and label is not None and str(label).strip().lower() not in _LABEL_VALUES:
+            self.labels_answers = False
 
 
 def detect(
@@ -112,7 +140,7 @@ def detect(
     _check_names(path, map, group, counts)
     fitting_formats = _fitting_formats(map, counts) if format == "auto" else [format]
     # A named format must have its columns; a format to be detected may not have two readings.
-    if format != "auto" and (missing_columns := [c for c in FORMATS[format].required if map.get(c, c) not in counts]):
+    if format != "auto" and (missing_columns := FORMATS[format].missing(counts, map)):
         raise _unknown_format_error(path, counts, f"no column {missing_columns[0]!r}, which the format {format} needs")
     if not fitting_formats:
         raise _unknown_format_error(path, counts, "the columns fit no known format")
@@ -129,13 +157,22 @@ def detect(
     if format == "auto" and (competing := _competing_columns(detection, map)):
         summary = f"{competing[0]!r} and {competing[1]!r} could both be what is to be learned"
         raise _ambiguous_format_error(path, counts, summary)
+    if format == "auto" and detected_format != "text" and _LABEL in detection.unused and census.labels_answers:
+        if census.counts[_LABEL]:
+            raise _labeled_answers_error(path, counts, detected_format)
     return detection
 
 
 def to_record(
-    format: Format, row: Row, source: Source, map: Mapping[str, str], group: str | None = None, task: str | None = None
+    format: Format,
+    row: Row,
+    source: Source,
+    map: Mapping[str, str],
+    group: str | None = None,
+    task: str | None = None,
+    fields: TurnFields | None = None,
 ) -> Record:
-    """Convert one row into a record; `group` and `task` are column names.
+    """Convert one row into a record; `group` and `task` are column names, `fields` counts the fields of its turns.
 
     Raises:
         DataError: with the reason why this row cannot be an example; its `summary` is only the reason.
@@ -151,7 +188,7 @@ def to_record(
         if format == "text":
             text = text_of(get("text"), "text")
             return Record((), source, group=group_key, weight=weight, text=text, task=task_name)
-        messages, candidates = conversation(format, get)
+        messages, candidates = conversation(format, get, fields or TurnFields())
         optional = FORMATS[format].optional
         return Record(
             messages,
@@ -198,6 +235,7 @@ def read_records(config: DataConfig, path: str, *, held_out: bool = False) -> Lo
     # the guess from the first row was wrong: convert again with what all rows showed
     if (reading.format, reading.group) != (detection.format, group):
         reading = _SourceReader(config, path, (detection.format, group))
+    detection = replace(detection, turn_fields=reading.turn_fields.summary())
     if config.task is not None:
         detection = replace(detection, mapping={**detection.mapping, "task": config.task})
     return LoadedRows(reading.records, reading.rejected_rows, detection, path)
@@ -213,6 +251,7 @@ class _SourceReader:
     def __init__(self, config: DataConfig, path: str, known_format: tuple[Format, str | None] | None = None) -> None:
         self.name = path
         self.census = ColumnCensus()
+        self.turn_fields = TurnFields(config.unknown_fields)
         self.format: Format | None = None
         self.group: str | None = None
         self._known_format = known_format
@@ -235,7 +274,10 @@ class _SourceReader:
         if self.format is None:
             return None  # the second pass converts it
         try:
-            writer.add(to_record(self.format, item.row, item.source, self._config.map, self.group, self._config.task))
+            config = self._config
+            writer.add(
+                to_record(self.format, item.row, item.source, config.map, self.group, config.task, self.turn_fields)
+            )
         except DataError as error:
             return error.summary
         return None
@@ -261,7 +303,7 @@ def _fitting_formats(map: Mapping[str, str], counts: Mapping[str, Any]) -> list[
     Columns called label or prompt are too common to identify `unpaired_preference` and `prompt_only`.
     """
     detectable = {name: c for name, c in FORMATS.items() if name not in ("unpaired_preference", "prompt_only")}
-    with_columns = (name for name, c in detectable.items() if all(map.get(r, r) in counts for r in c.required))
+    with_columns = (name for name, c in detectable.items() if not c.missing(counts, map))
     return [name for name in with_columns if set(map) <= set(FORMATS[name].names)]
 
 
@@ -289,7 +331,11 @@ def _check_names(path: str, map: Mapping[str, str], group: str | None, counts: M
 
 
 def _listed_counts(counts: Mapping[Any, int]) -> str:
-    return ", ".join(f"{name} ({n} rows)" for name, n in counts.items())
+    return _listed(counts, "rows")
+
+
+def _listed(counts: Mapping[Any, int], unit: str) -> str:
+    return ", ".join(f"{name} ({n} {unit})" for name, n in counts.items())
 
 
 def _unknown_format_error(
@@ -302,6 +348,16 @@ def _unknown_format_error(
 
 def _missing_column_error(path: str, counts: Mapping[str, int], setting: str, column: str) -> DataError:
     return _unknown_format_error(path, counts, f"{setting} names a column that is not there: {column!r}")
+
+
+def _labeled_answers_error(path: str, counts: Mapping[str, int], format: Format) -> DataError:
+    """The error for answers beside a column that says which of them are good: bad ones would be learned too."""
+    summary = "ambiguous: the column 'label' may say which answers are good, and all of them would be learned"
+    hint = (
+        f"set data.format: unpaired_preference (with objective: {{kind: preference, loss: kto}}) to use it, or "
+        f"data.format: {format} to learn every answer"
+    )
+    return DataError(summary, where=path, given=f"columns {_listed_counts(counts)}", hint=hint)
 
 
 def _ambiguous_format_error(path: str, counts: Mapping[str, int], summary: str) -> DataError:

@@ -1,21 +1,24 @@
-"""Conversion of the values of a row into checked turns and compared answers.
+"""Conversion of lists of turns, as other tools write them, into checked `Message`s.
 
 Everything is validated here, so that the rest of the package can trust a `Record`. All functions raise `DataError`
 with the bare reason; `formats` adds the line of the row. Strict on purpose: a number where text belongs is refused
-with a hint instead of converted, because a silently converted label trains the wrong thing.
+with a hint instead of converted, and so is a field of a turn that nothing reads, because both would train something
+else than the row says. `conversations` and `candidates` build rows from these functions.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
-from rung.config.data import Format, LossOn
+from rung.config.data import UnknownFields
 from rung.data.read import parse_json
 from rung.errors import DataError
-from rung.types import Candidate, Message, MessageRole, Record, Source
+from rung.types import Message, MessageRole, Record
 
 Getter = Callable[[str], Any]
 """Maps Rung's name of a column to the value in the row; None where there is none."""
@@ -32,64 +35,45 @@ _NEXT_ROLES: dict[MessageRole | None, tuple[MessageRole, ...]] = {
 }
 
 
-def conversation(format: Format, get: Getter) -> tuple[tuple[Message, ...], list[Candidate]]:
-    """The checked turns of a row, and in comparison formats all its answers, best first.
-
-    The best answer is that of the last turn; rows without answers end in an empty one.
-    """
-    candidates = parse_answers(format, get)
-    if candidates or format == "prompt_only":
-        answer = candidates[0].content if candidates else ""
-        messages = (*_prompt(get), Message("assistant", answer))
-    else:
-        messages = _messages(format, get)
-    check_order(messages)
-    return messages, candidates
+_WEIGHT_FIELDS = ("weight", "loss", "train")
+"""Fields that say whether an answer is learned: OpenAI's 0 or 1, and truth values under the names of other trainers."""
+_REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+_KNOWN_FIELDS = frozenset({"role", "content", "from", "value", *_WEIGHT_FIELDS})
+_ROLE_FIELDS: dict[MessageRole, frozenset[str]] = {
+    "system": frozenset(),
+    "user": frozenset(),
+    "assistant": frozenset({"tool_calls", "function_call", *_REASONING_FIELDS}),
+    "tool": frozenset({"tool_call_id", "name"}),
+}
 
 
-def _messages(format: Format, get: Getter) -> tuple[Message, ...]:
-    match format:
-        case "messages":
-            return from_messages(get("messages"))
-        case "sharegpt":
-            return (*_system(get), *from_sharegpt(get("conversations")))
-        case "alpaca":
-            question = _with_input(get("instruction"), "instruction", get)
-            answer = text_of(get("output"), "output")
-            return (*_system(get), *from_history(get("history")), *_question_answer_turns(question, answer))
-        case "prompt_completion":
-            prompt, completion = get("prompt"), get("completion")
-            if isinstance(prompt, list) and isinstance(completion, list):
-                return (*from_messages(prompt, "prompt"), *from_messages(completion, "completion"))
-            if isinstance(prompt, list) or isinstance(completion, list):
-                raise DataError("prompt and completion must both be text or both be lists of messages")
-            return _question_answer_turns(text_of(prompt, "prompt"), text_of(completion, "completion"))
-        case _:
-            pair = _question_answer_turns(text_of(get("question"), "question"), text_of(get("answer"), "answer"))
-            return (*_system(get), *pair)
+class TurnFields:
+    """Counts the fields of turns, and refuses or ignores those that nothing reads (`data.unknown_fields`)."""
 
+    def __init__(self, unknown: UnknownFields = "error") -> None:
+        self.unknown = unknown
+        self.read, self.ignored, self.refused = Counter[str](), Counter[str](), Counter[str]()
 
-def _prompt(get: Getter) -> tuple[Message, ...]:
-    prompt = get("prompt")
-    if isinstance(prompt, list):
-        return (*_system(get), *from_messages(prompt, "prompt"))
-    question = _with_input(prompt, "prompt", get)
-    return (*_system(get), Message("user", question))
+    def check(self, turn: Mapping[str, Any], role: MessageRole, name: str) -> None:
+        """Raise `DataError` for a field with a value that no turn of this role has, unless they are to be ignored."""
+        known_fields = _KNOWN_FIELDS | _ROLE_FIELDS[role]
+        for field, value in turn.items():
+            # an empty field says nothing: exports write null refusals and empty lists of calls into every turn
+            if value is None or value in ("", [], {}):
+                continue
+            if field in known_fields:
+                self.read[field] += 1
+            elif self.unknown == "ignore":
+                self.ignored[field] += 1
+            else:
+                self.refused[field] += 1
+                remedy = "data.unknown_fields: ignore leaves such fields out"
+                raise DataError(f"{name} has a field {field!r} that is not read for role {role}; {remedy}")
 
-
-def _with_input(value: object, name: str, get: Getter) -> str:
-    """The question, followed by the column `input` where there is one."""
-    question, extra = text_of(value, name), optional_text(get("input"), "input")
-    return f"{question}\n{extra}" if extra else question
-
-
-def _question_answer_turns(question: str, answer: str) -> tuple[Message, Message]:
-    return Message("user", question), Message("assistant", answer)
-
-
-def _system(get: Getter) -> tuple[Message, ...]:
-    system = optional_text(get("system"), "system")
-    return (Message("system", system),) if system else ()
+    def summary(self) -> dict[str, dict[str, int]]:
+        """Turns with each field, by what became of it; without fields of no turn."""
+        counts = {"read": self.read, "ignored": self.ignored, "refused": self.refused}
+        return {name: dict(counter) for name, counter in counts.items() if counter}
 
 
 def text_of(value: object, name: str) -> str:
@@ -131,27 +115,29 @@ def encodable(value: str, name: str) -> str:
     return value
 
 
-def from_messages(value: object, name: str = "messages") -> tuple[Message, ...]:
-    """A list of {role, content, tool_calls, name} objects, or its JSON text, as turns; their order is not checked."""
-    return tuple(_message(item, f"{name}[{i}]") for i, item in enumerate(_list(value, name)))
+def from_messages(value: object, name: str, fields: TurnFields) -> tuple[Message, ...]:
+    """A list of {role, content, ...} objects, or its JSON text, as turns; their order is not checked."""
+    return tuple(_message(item, f"{name}[{i}]", fields) for i, item in enumerate(_list(value, name)))
 
 
-def from_sharegpt(value: object) -> tuple[Message, ...]:
-    """A list of {from, value} objects as turns."""
+def from_sharegpt(value: object, fields: TurnFields) -> tuple[Message, ...]:
+    """A list of {from, value, ...} objects as turns."""
     turns = []
     for i, item in enumerate(_list(value, "conversations")):
+        name = f"conversations[{i}]"
         if not isinstance(item, Mapping):
-            raise DataError(f"conversations[{i}] is a {_type_name(item)}, not an object with from and value")
+            raise DataError(f"{name} is a {_type_name(item)}, not an object with from and value")
         role, content = item.get("from"), item.get("value")
         # ShareGPT writes a tool call as a turn of a role of its own
         if role == "function_call":
-            calls = _json_value(text_of(content, f"value of conversations[{i}]"), f"value of conversations[{i}]")
-            turns.append(Message("assistant", "", tool_calls=tool_calls_text(calls)))
+            fields.check(item, "assistant", name)
+            calls = _json_value(text_of(content, f"value of {name}"), f"value of {name}")
+            turns.append(Message("assistant", "", tool_calls_text(calls), is_learned=_is_learned(item, name)))
         elif isinstance(role, str) and role in _SHAREGPT_ROLES:
-            turns.append(_turn(_SHAREGPT_ROLES[role], content, f"conversations[{i}]"))
+            turns.append(_message({**item, "role": _SHAREGPT_ROLES[role], "content": content}, name, fields))
         else:
             known_roles = ", ".join([*_SHAREGPT_ROLES, "function_call"])
-            raise DataError(f"unknown role {role!r} in conversations[{i}]; known: {known_roles}")
+            raise DataError(f"unknown role {role!r} in {name}; known: {known_roles}")
     return tuple(turns)
 
 
@@ -203,30 +189,63 @@ def check_order(messages: Sequence[Message]) -> None:
         raise DataError(f"the last turn is {messages[-1].role}, not assistant")
 
 
-def _message(item: object, name: str) -> Message:
+def _message(item: object, name: str, fields: TurnFields) -> Message:
     if not isinstance(item, Mapping):
         raise DataError(f"{name} is a {_type_name(item)}, not an object with role and content")
-    role = next((r for r in ROLES if r == item.get("role")), None)
+    # OpenAI's name of the role before tools had ids
+    role_name = "tool" if item.get("role") == "function" else item.get("role")
+    role = next((r for r in ROLES if r == role_name), None)
     if role is None:
         raise DataError(f"unknown role {item.get('role')!r} in {name}; known: {', '.join(ROLES)}")
+    fields.check(item, role, name)
     content = item.get("content")
     if isinstance(content, list):
         content = _joined_parts(content, name)
-    calls = item.get("tool_calls")
-    if calls and role == "assistant":
+    is_learned = _is_learned(item, name)
+    if role != "assistant":
+        tool, call_id = (optional_text(item.get(key), key) for key in ("name", "tool_call_id"))
+        is_tool = role == "tool"
+        return _turn(role, content, name, tool if is_tool else None, call_id if is_tool else None)
+    calls = item.get("tool_calls") or item.get("function_call")
+    if item.get("tool_calls") and item.get("function_call"):
+        raise DataError(f"{name} has both tool_calls and function_call")
+    reasoning = _reasoning(item, name)
+    if calls:
         text = "" if content is None else content
         if not isinstance(text, str):
             raise DataError(f"content of {name} is a {_type_name(text)}, not text")
-        return Message(role, encodable(text, name), tool_calls=tool_calls_text(calls))
-    return _turn(role, content, name, tool=item.get("name") if role == "tool" else None)
+        calls_text = tool_calls_text(calls)
+        return Message(role, encodable(text, name), calls_text, reasoning=reasoning, is_learned=is_learned)
+    return replace(_turn(role, content, name), reasoning=reasoning, is_learned=is_learned)
 
 
-def _turn(role: MessageRole, content: object, name: str, tool: object = None) -> Message:
-    tool = encodable(tool, "name") if isinstance(tool, str) else None
+def _is_learned(item: Mapping[str, Any], name: str) -> bool:
+    """Whether an answer is to be learned, by its weight of 0 or 1 or a truth value."""
+    values = {field: item[field] for field in _WEIGHT_FIELDS if item.get(field) not in (None, "")}
+    for field, value in values.items():
+        if value not in (0, 1):  # truth values are 0 and 1 too
+            hint = "a turn is learned or not; the column weight says how often a row counts"
+            raise DataError(f"{field} of {name} is {short_repr(value)}, not 0 or 1: {hint}")
+    if len({bool(value) for value in values.values()}) > 1:
+        raise DataError(f"{name} says both that it is learned and that it is not: {', '.join(values)}")
+    return all(values.values())
+
+
+def _reasoning(item: Mapping[str, Any], name: str) -> str | None:
+    """The reasoning before an answer, under any of its names."""
+    texts = {text for field in _REASONING_FIELDS if (text := optional_text(item.get(field), f"{field} of {name}"))}
+    if len(texts) > 1:
+        raise DataError(f"{name} has two different texts as reasoning")
+    return texts.pop() if texts else None
+
+
+def _turn(
+    role: MessageRole, content: object, name: str, tool: str | None = None, call_id: str | None = None
+) -> Message:
     if content == "" and role in ("system", "tool"):  # an empty tool result or system prompt carries information
-        return Message(role, "", name=tool)
+        return Message(role, "", name=tool, tool_call_id=call_id)
     noun = {"user": "question", "assistant": "answer"}.get(role, "content")
-    return Message(role, text_of(content, f"{noun} in {name}"), name=tool)
+    return Message(role, text_of(content, f"{noun} in {name}"), name=tool, tool_call_id=call_id)
 
 
 def _joined_parts(parts: Sequence[object], name: str) -> str:
@@ -276,96 +295,19 @@ def _type_name(value: object) -> str:
     return {"dict": "object", "str": "text", "NoneType": "null"}.get(type(value).__name__, type(value).__name__)
 
 
-def for_template(message: Message) -> dict[str, Any]:
-    """A turn in the form that chat templates expect."""
-    turn: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.tool_calls:
-        turn["tool_calls"] = json.loads(message.tool_calls)
-    if message.name:
-        turn["name"] = message.name
-    return turn
-
-
-def renders_unchanged(rendered: str, message: Message, answer_prefix: str) -> bool:
-    """Whether a template wrote the answer of the row unchanged, ignoring white space.
-
-    `answer_prefix` is what it writes before every answer. Tool calls pass: templates write them in their own form.
-    """
-    # white space is ignored because many templates strip answers
-    rendered, content, prefix = ("".join(text.split()) for text in (rendered, message.content, answer_prefix))
-    return bool(message.tool_calls) or rendered in (content, prefix + content)
-
-
-def unstable_template_error(source: Source, turn: int, loss_on: LossOn, *, rewrites_history: bool) -> DataError:
-    """The error for a template whose training text differs from its inference text."""
-    fault = "opens this answer otherwise than it writes it"
-    if rewrites_history:
-        fault = "rewrites earlier turns when a later one comes"
-    hint = "set model.template to a .jinja file that keeps the history as it was generated"
-    if loss_on == "assistant_turns":
-        hint = f"set data.loss_on: answer, or give each turn a row of its own; or {hint}"
-    summary = f"turn {turn + 1}: the template {fault}, so the training text is not what the model will see"
-    return DataError(summary, where=str(source), hint=hint)
-
-
-def rewritten_answer_error(source: Source, turn: int, rendered: str) -> DataError:
-    """The error for an answer that a template changes."""
-    summary = f"turn {turn + 1}: the template writes another answer than the row has"
-    hint = "set model.template to a .jinja file that keeps answers whole, reasoning included, or change the rows"
-    return DataError(summary, where=str(source), given=repr(rendered), hint=hint)
-
-
 MAX_SHOWN_CHARACTERS = 60
 """Characters of a wrong value quoted in a message."""
 
 
-def parse_answers(format: Format, get: Getter) -> list[Candidate]:
-    """The answers of a row of a comparison format, best first; an empty list for other formats.
-
-    A pair scores 1 and 0, or its margin and 0; a ranking of k answers k - 1 down to 0; ratings keep their scores; a
-    labelled answer scores 1 or 0. Raises `DataError` for rows that compare nothing.
-    """
-    if format == "preference":
-        margin = 1.0 if get("margin") is None else _score(get("margin"))
-        if margin <= 0.0:
-            raise DataError(f"the margin is {margin:g}: the chosen answer would be no better than the rejected one")
-        chosen, rejected = _answer(get("chosen"), "chosen"), _answer(get("rejected"), "rejected")
-        if chosen == rejected:
-            raise DataError("chosen and rejected are the same")
-        candidates = [Candidate(chosen, margin), Candidate(rejected, 0.0)]
-    elif format == "ranked":
-        texts = [_answer(value, "ranked") for value in _answer_list(get("ranked"), "ranked")]
-        candidates = [Candidate(text, float(len(texts) - 1 - rank)) for rank, text in enumerate(texts)]
-    elif format == "rated":
-        texts = [_answer(value, "answers") for value in _answer_list(get("answers"), "answers")]
-        scores = [_score(value) for value in _answer_list(get("scores"), "scores")]
-        if len(texts) != len(scores):
-            raise DataError(f"{len(texts)} answers and {len(scores)} scores")
-        # a stable sort: equal ratings keep the order of the file
-        candidates = sorted(map(Candidate, texts, scores), key=lambda r: -r.score)
-    elif format == "unpaired_preference":
-        return [Candidate(_answer(get("completion"), "completion"), _label(get("label")))]
-    else:
-        return []
-    if len(candidates) < 2:
-        raise DataError("one answer has nothing to be compared with")
-    # equal texts with different scores would push one sequence up and down at once
-    if len({r.content for r in candidates}) < len(candidates):
-        raise DataError("two of the answers are the same")
-    if candidates[0].score == candidates[-1].score:
-        raise DataError("all answers have the same score")
-    return candidates
-
-
 def parse_weight(value: object) -> float:
     """How often a row counts; numbers in text are accepted. Raises `DataError` unless it is positive and finite."""
-    number = 1.0 if value is None else _number(value)
+    number = 1.0 if value is None else number_of(value)
     if not 0 < number < math.inf:
-        raise DataError(f"weight is {_short_repr(value)}, not a positive number")
+        raise DataError(f"weight is {short_repr(value)}, not a positive number")
     return number
 
 
-def _number(value: object) -> float:
+def number_of(value: object) -> float:
     """The value as float; NaN for booleans, words, and integers beyond the range of floats."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return math.nan
@@ -375,40 +317,10 @@ def _number(value: object) -> float:
         return math.nan
 
 
-def _short_repr(value: object) -> str:
+def short_repr(value: object) -> str:
+    """A wrong value as messages quote it."""
     text = repr(value)
     return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
-
-
-def _answer(value: object, name: str) -> str:
-    """An answer as text, as a message, or as a list with one message."""
-    # TRL's conversational format: chosen and rejected are lists of messages
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if isinstance(value, dict):
-        (message,) = from_messages([value], name)
-        if message.role != "assistant":
-            raise DataError(f"{name} is a turn of the {message.role}, not an answer")
-        return message.content
-    return text_of(value, name)
-
-
-def _label(value: object) -> float:
-    if value not in (0, 1):  # True and False among them
-        raise DataError(f"label is {value!r}, not true or false")
-    return float(bool(value))
-
-
-def _score(value: object) -> float:
-    if isinstance(value, str) or not math.isfinite(number := _number(value)):
-        raise DataError(f"a score is {_short_repr(value)}, not a number")
-    return number
-
-
-def _answer_list(value: object, name: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise DataError(f"{name} is no list")
-    return value
 
 
 def expected_text(record: Record) -> str:

@@ -118,13 +118,26 @@ class RecordWriter:
 
 def encode_record(record: Record) -> bytes:
     """The content of a record as one line of JSON, without its source."""
-    turns = [(m.role, m.content, m.tool_calls, m.name) for m in record.messages]
+    turns = [_encode_turn(m) for m in record.messages]
     # Appended only where they are set: fingerprints of data without them stay those of earlier versions.
     optional_fields: list[Any] = [] if record.task is None else [record.task]
     if record.score is not None or record.candidates:
-        optional_fields = [record.task, record.score, [(r.content, r.score) for r in record.candidates]]
+        optional_fields = [record.task, record.score, [_encode_candidate(c) for c in record.candidates]]
     fields = [turns, record.context, record.tools, record.group, record.weight, record.text, *optional_fields]
     return json.dumps(fields).encode() + b"\n"
+
+
+def _encode_turn(message: Message) -> tuple[Any, ...]:
+    """A turn as a list; the later fields only where they are set, so that fingerprints of earlier versions stay."""
+    extras = (message.reasoning, message.tool_call_id, message.is_learned)
+    required = (message.role, message.content, message.tool_calls, message.name)
+    return required if extras == (None, None, True) else (*required, *extras)
+
+
+def _encode_candidate(candidate: Candidate) -> tuple[Any, ...]:
+    extras = (candidate.tool_calls, candidate.reasoning)
+    required = (candidate.content, candidate.score)
+    return required if extras == (None, None) else (*required, *extras)
 
 
 def _decode_record(line: bytes, source: Source) -> Record:
@@ -136,8 +149,9 @@ def _decode_record(line: bytes, source: Source) -> Record:
 
 def character_count(record: Record) -> int:
     """Total length of all texts of a record."""
-    turns = sum(len(m.content) for m in record.messages) + sum(len(r.content) for r in record.candidates)
-    return len(record.text or "") + len(record.context or "") + turns
+    turns: list[Message | Candidate] = [*record.messages, *record.candidates]
+    characters = (len(t.content) + len(t.tool_calls or "") + len(t.reasoning or "") for t in turns)
+    return len(record.text or "") + len(record.context or "") + sum(characters)
 
 
 def encoded_lines(records: Iterable[Record]) -> Iterator[bytes]:

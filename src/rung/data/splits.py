@@ -263,5 +263,6 @@ def _set_summary(loaded: LoadedRows, weight: float | None) -> dict[str, object]:
         "mapping": loaded.detection.mapping,
         "kept": len(loaded.records),
         "rejected": len(loaded.rejected_rows),
+        **({"ignored_fields": dict(ignored)} if (ignored := loaded.detection.turn_fields.get("ignored")) else {}),
         "rejected_first": [str(r) for r in loaded.rejected_rows[:10]],
     }

@@ -24,7 +24,7 @@ from rung.data.chat import ChatTemplate, TextPart
 from rung.data.records import character_count
 from rung.data.token_store import OWN_ANSWER, TokenColumns, TokenColumnWriter, TokenizedDataset, TokenizedDocument
 from rung.errors import ConfigError, DataError, GateError
-from rung.types import Example, Record
+from rung.types import Example, Message, Record
 
 Overflow = Literal["error", "drop", "trim_prompt"]
 
@@ -205,7 +205,7 @@ def _variants(records: Iterable[Record], with_candidates: bool) -> Iterator[_Ans
             raise DataError("this row compares nothing", where=str(record.source), hint=hint)
         yield _AnswerVariant(record_index, OWN_ANSWER, record)
         for i, candidate in enumerate(record.candidates if with_candidates else ()):
-            answer = replace(record.messages[-1], content=candidate.content)
+            answer = Message("assistant", candidate.content, candidate.tool_calls, reasoning=candidate.reasoning)
             variant = replace(record, messages=(*record.messages[:-1], answer), candidates=())
             yield _AnswerVariant(record_index, i, variant)
 
@@ -253,11 +253,14 @@ def _conversation(
     """Concatenate the ids of all parts."""
     ids = list(chain.from_iterable(pieces))
     # the first token has no predecessor that could predict it
-    supervised = np.repeat([p.supervised or learn_all for p in parts], [len(piece) for piece in pieces])
+    learned = [p.supervised or (learn_all and not p.excluded) for p in parts]
+    supervised = np.repeat(learned, [len(piece) for piece in pieces])
     supervised[0] = False
     if chat.positions is not None:  # no model can predict virtual tokens
         supervised &= np.array(ids) < chat.positions.first_id
-    return TokenizedDocument(ids, supervised, len(pieces[0]), "".join(p.text for p in parts if p.supervised))
+    # all that precedes the first learned answer; where all tokens are learned, what precedes the last one
+    prompt_length = sum(map(len, pieces[:-1])) if learn_all else len(pieces[0])
+    return TokenizedDocument(ids, supervised, prompt_length, "".join(p.text for p in parts if p.supervised))
 
 
 def _too_long_error(description: str, too_long: Sequence[int], limit: int, records: Sequence[Record]) -> DataError:
@@ -309,9 +312,10 @@ def _preflight_fault(chat: ChatTemplate, example: Example, start: int) -> str | 
     if not (supervised[-1] and at_stop[-1]):
         return f"does not end in a supervised stop token (one of {stops})"
     # A stop followed by more of the same answer was written there by the data: it would teach to stop early.
-    early_stops = at_stop[:-1] & supervised[:-1] & supervised[1:]
+    early_stops = np.isin(example.ids, chat.generation_stop_ids)[:-1] & supervised[:-1] & supervised[1:]
     if start > 0 and early_stops[start:].any():
-        return "the answer holds a stop token of the template"
+        token = int(example.ids[start:-1][early_stops[start:]][0])
+        return f"the answer holds a stop token of the {'template' if token in chat.stop_ids else 'model'}"
     return None
 
 

@@ -8,7 +8,7 @@ not hide a difference. `runs.load`, `commands.climb` and `commands.forgetting` c
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rung.config.evaluation import EvaluationConfig
+from rung.config.evaluation import EvaluationConfig, MetricName
 from rung.console import ProgressBar
-from rung.data.chat import ChatTemplate
+from rung.data.chat import ChatTemplate, ParsedAnswer
 from rung.data.messages import expected_text
 from rung.errors import DataError
 from rung.evaluation.prompting import PromptFormat
@@ -35,6 +35,7 @@ from rung.training.run_folder import read_items, write_items
 from rung.types import Example, Record, Source
 
 PERPLEXITY = "perplexity"
+MetricFunction = Callable[[str, str], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,8 @@ class ScoredItem:
     """The context shown with the question."""
     expected: str = ""
     answer: str = ""
+    """Without the reasoning before it, which is not scored."""
+    reasoning: str = ""
     scores: dict[str, float] = field(default_factory=dict)
     prompt_tokens: int = 0
     stopped: bool = True
@@ -75,6 +78,11 @@ class Evaluation:
     def prompt_tokens(self) -> float:
         """Mean tokens of a prompt: a cost of every query."""
         return float(np.mean([item.prompt_tokens for item in self.items]))
+
+    @property
+    def cut_off(self) -> int:
+        """Answers that were truncated at `max_new_tokens`."""
+        return sum(not item.stopped for item in self.items)
 
     def scores(self, metric: str) -> NDArray[np.float64]:
         """Score of each item; nats per token for perplexity."""
@@ -103,7 +111,7 @@ class Evaluation:
             "clusters": len(set(self.clusters)),
             "prompt_tokens": round(self.prompt_tokens, 1),
             "seconds_per_query": round(self.seconds_per_query, 4),
-            "cut_off": sum(not item.stopped for item in self.items),
+            "cut_off": self.cut_off,
         }
 
     def write(self, path: Path) -> None:
@@ -139,8 +147,11 @@ def evaluate(
     # virtual tokens take positions of the context too
     max_prompt_tokens = policy.base.context - policy.method.virtual_tokens - config.max_new_tokens
     prompts = prompt_ids(chat, records, prompt_format, max_prompt_tokens)
-    answers, stopped, seconds = [""] * len(records), [True] * len(records), 0.0
+    expected_calls: list[str | None] = [None] * len(records)
+    answers, stopped, seconds = [ParsedAnswer("")] * len(records), [True] * len(records), 0.0
     if metrics:
+        # before anything is generated: a template whose calls cannot be compared would score 0 for every model
+        expected_calls = [chat.expected_calls(record) for record in records]
         # what a method puts before a prompt, such as virtual tokens, may differ from task to task
         tasks = [record.task for record in records]
         answers, stopped, seconds = _generate_answers(policy, chat, prompts, tasks, config, title)
@@ -157,17 +168,38 @@ def evaluate(
             question=record.question,
             context=record.context,
             expected=expected_text(record),
-            answer=answer,
-            scores={name: metric(answer, expected_text(record)) for name, metric in metrics.items()},
+            answer=answer.text,
+            reasoning=answer.reasoning,
+            scores=_scores(chat, metrics, answer.text, record, calls),
             prompt_tokens=len(prompt),
             stopped=ended,
             nats=likelihood[0],
             answer_tokens=likelihood[1],
         )
-        for record, prompt, answer, ended, likelihood in zip(records, prompts, answers, stopped, nats, strict=True)
+        for record, prompt, answer, calls, ended, likelihood in zip(
+            *(records, prompts, answers, expected_calls, stopped, nats), strict=True
+        )
     )
     # max: no division by zero for an empty split
     return Evaluation(items, seconds / max(1, len(items)), config.metrics)
+
+
+def _scores(
+    chat: ChatTemplate,
+    metrics: Mapping[MetricName, MetricFunction],
+    answer: str,
+    record: Record,
+    expected_calls: str | None,
+) -> dict[str, float]:
+    """Scores of an answer; tool calls are compared as calls, by metrics that compare words as their canonical text."""
+    if expected_calls is None:
+        return {name: metric(answer, expected_text(record)) for name, metric in metrics.items()}
+    calls = chat.canonical_calls(answer)
+    is_equal = float(calls == expected_calls)
+    return {
+        name: is_equal if METRICS[name].binary else metric(calls or answer, expected_calls)
+        for name, metric in metrics.items()
+    }
 
 
 def prompt_ids(
@@ -197,16 +229,15 @@ def _generate_answers(
     tasks: Sequence[str | None],
     config: EvaluationConfig,
     title: str,
-) -> tuple[list[str], list[bool], float]:
+) -> tuple[list[ParsedAnswer], list[bool], float]:
     start_time = time.perf_counter()
     with ProgressBar(title, len(prompts)) as bar:
-        stops, sampling = chat.stop_ids, Sampling(config.max_new_tokens)
+        stops, sampling = chat.generation_stop_ids, Sampling(config.max_new_tokens)
         answers = generate_by_task(
             policy, prompts, tasks, stop_ids=stops, sampling=sampling, batch_size=config.batch, on_batch=bar.advance
         )
     seconds = time.perf_counter() - start_time
-    texts = [chat.assistant_text(a.all_tokens).strip() for a in answers]
-    return texts, [a.stopped for a in answers], seconds
+    return [chat.parsed_answer(a.all_tokens) for a in answers], [a.stopped for a in answers], seconds
 
 
 @torch.no_grad()

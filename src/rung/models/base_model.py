@@ -53,6 +53,14 @@ class BaseModel:
         return int(self.model.get_input_embeddings().weight.shape[0])
 
     @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens at which the model ends a text, by its generation config and its config; Llama 3 has three."""
+        configs = (getattr(self.model, "generation_config", None), self.model.config)
+        values = [getattr(config, "eos_token_id", None) for config in configs]
+        ids = (i for value in values for i in (value if isinstance(value, list | tuple) else [value]))
+        return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
+
+    @property
     def shape(self) -> ModelShape:
         """Layer counts and widths, from which memory is planned."""
         return shape_from_config(self.model.config.to_dict())

@@ -330,6 +330,12 @@ def loss_unit(config: Mapping[str, Any]) -> str:
     return LOSS_UNITS.get(str(config.get("objective", {}).get("kind")), "nats per token")
 
 
+def cut_off_text(shares: Mapping[str, float]) -> str:
+    """Rungs with answers that were cut, as one line; empty where none were."""
+    cut_rungs = [f"{rung} {share:.0%}" for rung, share in shares.items() if share]
+    return f"answers cut at evaluation.max_new_tokens: {', '.join(cut_rungs)}" if cut_rungs else ""
+
+
 def commands_after_run(run: results.RunResult, output: str) -> list[str]:
     """Next commands for the state of a run, each with its reason."""
     quoted = shlex.quote(output)

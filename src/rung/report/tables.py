@@ -44,7 +44,9 @@ def ladder_lines(ladder: results.Ladder) -> list[str]:
     verdict_text = Text(verdict.text, style=_TONE["recommended" if verdict.recommended else "safe"])
     size = f"{ladder.examples} held-out questions in {ladder.clusters} clusters; intervals are 95 %, gains paired"
     skipped = [f"not measured: {rung.rung}, {rung.why}" for rung in ladder.skipped_rungs]
-    facts = [Text(line, style="dim") for line in (size, *_retrieval_lines(ladder.rows), *skipped)]
+    cut_off = summaries.cut_off_text({row.rung: row.cut_off for row in ladder.rows})
+    lines_of_facts = (size, *_retrieval_lines(ladder.rows), *([cut_off] if cut_off else []), *skipped)
+    facts = [Text(line, style="dim") for line in lines_of_facts]
     findings = [ladder.next_rung and ladder.next_rung.text, *(d.text for d in ladder.diagnoses)]
     findings += [result.text for result in ladder.forgetting]
     notes = [verdict_text, *(Text(finding) for finding in findings if finding)]

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from rung.data.chat import ChatTemplate
 from rung.errors import CheckpointError, GateError
@@ -31,8 +32,6 @@ KNOWN_PROMPT_FILE = "rung_prompt.json"
 """File with a conversation and its token ids."""
 KNOWN_CONVERSATION = "What does it cost,  in 2024, for 12 of them: 3.50 or 42? Straße 7, 東京 🙂"
 """Digits, repeated spaces, and characters of one to four bytes: the places where tokenizers differ."""
-DATE_FUNCTION = "strftime_now"
-"""A template that calls this writes the current date, so its prompts change from day to day."""
 
 
 def write_origin(target: Path, chat: ChatTemplate, base: BaseModel) -> None:
@@ -55,7 +54,7 @@ def check_origin(folder: Path, base: BaseModel) -> None:
 
 def check_prompt(folder: Path, chat: ChatTemplate) -> None:
     """Raise `CheckpointError` if the known conversation gives other token ids than when the weights were saved."""
-    if not (folder / KNOWN_PROMPT_FILE).exists() or DATE_FUNCTION in chat.template:
+    if not (folder / KNOWN_PROMPT_FILE).exists():
         return
     known_prompt = read_json(folder / KNOWN_PROMPT_FILE)
     ids = chat.prompt_ids([Message(turn["role"], turn["content"]) for turn in known_prompt["messages"]])
@@ -94,8 +93,18 @@ def write_tokenizer_files(target: Path, chat: ChatTemplate, pad_id: int | None =
         tokenizer.chat_template, tokenizer.pad_token = original
     # `generate` needs some pad token; a stop token is transformers' own choice for tokenizers without one.
     pad = tokenizer.pad_token_id if pad_id is None else pad_id
-    config = GenerationConfig(eos_token_id=list(chat.stop_ids), pad_token_id=chat.stop_ids[0] if pad is None else pad)
+    # a model that was just written has the sampling settings of its base there
+    has_settings = (target / GENERATION_CONFIG_NAME).is_file()
+    config = GenerationConfig.from_pretrained(target) if has_settings else GenerationConfig()
+    config.eos_token_id, config.pad_token_id = list(chat.generation_stop_ids), chat.stop_ids[0] if pad is None else pad
     config.save_pretrained(target)
+
+
+def saved_end_ids(folder: Path) -> tuple[int, ...]:
+    """The end-of-text tokens in the generation config of a folder; none without one."""
+    file = folder / GENERATION_CONFIG_NAME
+    ids = read_json(file).get("eos_token_id") if file.is_file() else None
+    return tuple(ids) if isinstance(ids, list) else () if ids is None else (int(ids),)
 
 
 LOGPROBS_SCRIPT = """

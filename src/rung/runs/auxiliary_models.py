@@ -18,7 +18,7 @@ from rung.config.model import WITHOUT_RUN_SETTINGS
 from rung.config.objective import DistillConfig, FunctionRewardConfig, ModelRewardConfig, PpoConfig
 from rung.config.run import RunConfig
 from rung.console import print_status
-from rung.data.chat import ChatTemplate
+from rung.data.chat import ChatTemplate, ParsedAnswer
 from rung.data.tokenize import PromptDataset
 from rung.errors import ConfigError, PlanError
 from rung.evaluation.reward_model import RewardScorer
@@ -189,16 +189,31 @@ def reward_function(source: RewardSource, chat: ChatTemplate, prompts: PromptDat
         return lambda documents, answers: source(documents, budget)
 
     def verify(documents: Sequence[Example], answers: Sequence[GeneratedAnswer]) -> list[float]:
-        texts = [chat.assistant_text(answer.all_tokens).strip() for answer in answers]
-        return [source(text, reward_row(prompts.records[d.row])) for text, d in zip(texts, documents, strict=True)]
+        parsed_answers = [chat.parsed_answer(answer.all_tokens) for answer in answers]
+        pairs = zip(parsed_answers, documents, strict=True)
+        return [source(a.text, reward_row(prompts.records[d.row], a, chat)) for a, d in pairs]
 
     return verify
 
 
-def reward_row(record: Record) -> dict[str, Any]:
-    """The fields of a record that a reward function gets."""
+def reward_row(record: Record, answer: ParsedAnswer, chat: ChatTemplate) -> dict[str, Any]:
+    """The fields of a record that a reward function gets, with the parts of the answer that its text does not show.
+
+    Where the expected answer is a tool call, `expected` is its canonical text and `calls` that of the calls in the
+    answer; `chat` reads both.
+    """
     fields = {name: getattr(record, name) for name in ("question", "context", "task", "group")}
-    return {**fields, "expected": record.answer, "source": str(record.source)}
+    # a function of the user's may read calls that Rung cannot; other rewards were refused before the run
+    expected_calls = chat.expected_calls(record) if chat.reads_tool_calls else None
+    calls = None if expected_calls is None else chat.canonical_calls(answer.text)
+    return {
+        **fields,
+        "expected": record.answer if expected_calls is None else expected_calls,
+        "expects_calls": expected_calls is not None,
+        "calls": calls,
+        "reasoning": answer.reasoning,
+        "source": str(record.source),
+    }
 
 
 def _shared_base(run: Path, base: BaseModel, config: RunConfig) -> BaseModel | None:

@@ -79,7 +79,8 @@ def with_contexts(context: Context, records: Records, library: Library | None) -
 
 def tokenize_splits(config: RunConfig, splits: Splits, base: BaseModel, library: Library | None = None) -> RunData:
     """Tokenized training and validation data, cached, with gate 1 passed and with the contexts of the evaluation."""
-    chat = ChatTemplate(base.tokenizer, config.model.template, virtual_token_positions(config.method, base.vocab_size))
+    positions = virtual_token_positions(config.method, base.vocab_size)
+    chat = ChatTemplate.of_model(base.tokenizer, config.model, base.end_ids, positions)
     max_tokens = max_document_tokens(config, base)
     context = config.evaluation.context
     if context == "retrieved" and library is None:
@@ -151,6 +152,12 @@ def _prompt_only_data(config: RunConfig, splits: Splits, chat: ChatTemplate, max
             if record.is_prompt_only or record.is_undesirable:
                 summary = "this reward compares with the expected answer, and this row has none"
                 raise DataError(summary, where=str(record.source), given=f"objective.reward.kind: {source.kind}")
+            if source.kind == "regex" and record.messages[-1].tool_calls:
+                summary = "a pattern cannot compare tool calls, and this row ends in one"
+                hint = "take objective.reward: {kind: exact}, which compares parsed calls, or {kind: function}"
+                raise DataError(summary, where=str(record.source), hint=hint)
+            # now and not at the first rollout: a template may write calls in a form that is not read
+            chat.expected_calls(record)
     tokenize = partial(tokenize_prompts, chat, max_length=max_tokens, overflow=config.data.overflow)
     with status("tokenizing"):
         train, validation = tokenize(splits.train), tokenize(splits.validation) if splits.validation else None

@@ -40,7 +40,7 @@ from rung.models.generate import Sampling, generate
 from rung.models.load import check_fingerprint, load_base, load_tokenizer
 from rung.models.policy import NoMethod, Policy
 from rung.objectives.reward import RewardObjective, ScoreHead
-from rung.runs.artifact import check_origin, check_prompt
+from rung.runs.artifact import check_origin, check_prompt, saved_end_ids
 from rung.runs.dataset import load_library
 from rung.runs.reward_head import read_score_head
 from rung.training.run_folder import is_climb, read_manifest
@@ -144,7 +144,7 @@ class LoadedRun:
         if room < 1:
             raise DataError("the prompt is longer than the model's context", given=f"{len(prompt):,} tokens")
         sampling = Sampling(min(max_new_tokens, room), temperature, seed)
-        answers = generate(self.policy, [prompt], stop_ids=self.chat.stop_ids, sampling=sampling, task=task)
+        answers = generate(self.policy, [prompt], stop_ids=self.chat.generation_stop_ids, sampling=sampling, task=task)
         return self.chat.assistant_text(answers[0].ids).strip()
 
 
@@ -229,7 +229,7 @@ def _load_run(path: Path, base: BaseModel | None) -> tuple[Policy, ChatTemplate,
             model_name = path / "model"
             require_undamaged(model_name)
         base = load_base_on_device(ModelConfig(name=str(model_name), dtype=config.model.dtype))
-        chat = ChatTemplate(base.tokenizer)
+        chat = ChatTemplate(base.tokenizer, end_ids=base.end_ids)
         check_prompt(path / "model", chat)
         return Policy(base, NoMethod()), chat, config
     require_undamaged(path / "adapter")
@@ -241,9 +241,16 @@ def _load_run(path: Path, base: BaseModel | None) -> tuple[Policy, ChatTemplate,
     method.load(path / "adapter")
     # The saved tokenizer and not that of the base: its template is the one of the training.
     tokenizer = load_tokenizer(ModelConfig(name=str(path)))
-    chat = ChatTemplate(tokenizer, positions=virtual_token_positions(config.method, base.vocab_size))
+    positions = virtual_token_positions(config.method, base.vocab_size)
+    chat = ChatTemplate(tokenizer, positions=positions, end_ids=base.end_ids)
     check_prompt(path / "adapter", chat)
     return Policy(base, method), chat, config
+
+
+def saved_chat(run: Path) -> ChatTemplate:
+    """The template that a finished run with an adapter was trained with; its base is not loaded."""
+    tokenizer = load_tokenizer(ModelConfig(name=str(run)))
+    return ChatTemplate(tokenizer, end_ids=saved_end_ids(run / "adapter"))
 
 
 def share_base_if_same(run: Path, base: BaseModel | None) -> BaseModel | None:
@@ -277,7 +284,7 @@ def open_runs(paths: Sequence[Path]) -> dict[str, LoadedRun]:
 def open_base(config: ModelConfig) -> LoadedRun:
     """A base without a run, ready to answer."""
     base = load_base_on_device(config)
-    return LoadedRun(Policy(base, NoMethod()), ChatTemplate(base.tokenizer, config.template))
+    return LoadedRun(Policy(base, NoMethod()), ChatTemplate.of_model(base.tokenizer, config, base.end_ids))
 
 
 def test_records(config: RunConfig, splits: Splits) -> Records:

@@ -279,7 +279,9 @@ def _rollouts(
     if source is not None and isinstance(prompts, PromptDataset):
         held_out = data.validation if isinstance(data.validation, PromptDataset) else prompts
         train, validation = (reward_function(source, chat, part, budget) for part in (prompts, held_out))
-    return RolloutSource(policy, objective, objective.rollout, chat.stop_ids, train, validation, config.seed, budget)
+    return RolloutSource(
+        policy, objective, objective.rollout, chat.generation_stop_ids, train, validation, config.seed, budget
+    )
 
 
 def _pass_gates(trainer: Trainer, data: RunData) -> None:

@@ -20,7 +20,9 @@ from rung.errors import ConfigError, DataError
 from rung.scoring.metrics import METRICS, normalized, numeric
 
 Row = Mapping[str, Any]
-"""`question`, `expected`, `context`, `task`, `group`, and `source` (path and line of the row)."""
+"""`question`, `expected`, `context`, `task`, `group`, `source` (path and line), and `reasoning`, which is
+what the model wrote before its answer. `expects_calls` is True where the row ends in tool calls: `expected` is then
+their canonical text (JSON with sorted keys), and `calls` that of the calls in the answer, or None."""
 Verifier = Callable[[str, Row], float]
 
 
@@ -31,7 +33,13 @@ def make_verifier(config: VerifierConfig | RegexRewardConfig | FunctionRewardCon
     if isinstance(config, FunctionRewardConfig):
         return _function_verifier(config.path)
     metric = METRICS[config.kind].function
-    return lambda answer, row: float(metric(answer, row["expected"]))
+
+    def verify(answer: str, row: Row) -> float:
+        if row.get("expects_calls"):
+            return float(row["calls"] == row["expected"])
+        return float(metric(answer, row["expected"]))
+
+    return verify
 
 
 def needs_expected_answer(config: VerifierConfig | RegexRewardConfig | FunctionRewardConfig) -> bool:

@@ -1,0 +1,170 @@
+"""Tool calls in the form that a chat template writes, read back, so that calls are compared and not their text.
+
+A call is the same whatever the order of its arguments, the white space and the template, so metrics and rewards compare
+parsed calls. How a template writes a call is found by rendering a probe, not configured per model. Three forms cover
+the templates of the field: JSON objects (Qwen, Llama 3, Granite), a name followed by a JSON object (Mistral, DeepSeek,
+gpt-oss), and one element for each argument (Qwen3-Coder, GLM). Another form is not read, and its rows are refused where
+calls would have to be compared.
+"""
+
+from __future__ import annotations
+
+import json
+import os.path
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from rung.data.read import parse_json
+
+Calls = list[dict[str, Any]]
+"""Parsed calls, each {name, arguments}."""
+Reader = Callable[[str], Calls]
+
+PROBE_NAME = "rung_probe"
+_PROBE_ARGUMENTS = {"first_key": "first value", "second_key": "second value"}
+_ARGUMENT_KEYS = ("arguments", "parameters")
+_DECODER = json.JSONDecoder()
+
+
+def probe_calls(count: int) -> str:
+    """Tool calls as a `Message` holds them, for `tool_call_reader`."""
+    function = {"name": PROBE_NAME, "arguments": _PROBE_ARGUMENTS}
+    return json.dumps([{"type": "function", "id": f"call{i:05d}", "function": function} for i in range(count)])
+
+
+def tool_call_reader(one_call: str, two_calls: str) -> Reader | None:
+    """How to read the calls of a template that writes `probe_calls(1)` and `probe_calls(2)` as these answers.
+
+    None where no form reads both back.
+    """
+    probe = {"name": PROBE_NAME, "arguments": _PROBE_ARGUMENTS}
+    for reader in (read_json_calls, _name_and_json_reader(one_call), _argument_reader(one_call)):
+        if reader is not None and reader(one_call) == [probe] and reader(two_calls) == [probe, probe]:
+            return reader
+    return None
+
+
+def calls_of_message(tool_calls: str) -> Calls:
+    """The calls of a `Message`."""
+    return [
+        {"name": call["function"]["name"], "arguments": call["function"]["arguments"]}
+        for call in json.loads(tool_calls)
+    ]
+
+
+def canonical_calls(calls: Calls) -> str:
+    """Text that is equal for equal calls: keys sorted, whole numbers as integers, calls of one turn in any order."""
+    return "[" + ", ".join(sorted(json.dumps(_plain(call), sort_keys=True, ensure_ascii=False) for call in calls)) + "]"
+
+
+def same_but_for_types(first: Calls, second: Calls) -> bool:
+    """Whether calls are equal where an argument's text and its JSON value count as one: `"3"` and 3."""
+    return canonical_calls([_typed(call) for call in first]) == canonical_calls([_typed(call) for call in second])
+
+
+def read_json_calls(text: str) -> Calls:
+    """All calls that stand in a text as JSON objects with a name and arguments, also within lists."""
+    return [call for value, _ in _json_values(text) for call in _calls_in(value)]
+
+
+def _json_values(text: str) -> Iterator[tuple[Any, int]]:
+    """JSON objects and lists in a text, outermost ones, each with the position behind it."""
+    position = 0
+    while match := re.compile(r"[{\[]").search(text, position):
+        try:
+            value, position = _DECODER.raw_decode(text, match.start())
+        except (ValueError, RecursionError):
+            position = match.start() + 1
+            continue
+        yield value, position
+
+
+def _calls_in(value: Any) -> Calls:
+    if isinstance(value, list):
+        return [call for item in value for call in _calls_in(item)]
+    if not isinstance(value, Mapping):
+        return []
+    function = value.get("function", value)
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        return []
+    arguments = next((function[key] for key in _ARGUMENT_KEYS if key in function), None)
+    if isinstance(arguments, str):
+        # OpenAI writes arguments as JSON text
+        arguments = _typed(arguments)
+    return [{"name": function["name"], "arguments": arguments}] if isinstance(arguments, Mapping) else []
+
+
+def _name_and_json_reader(one_call: str) -> Reader | None:
+    """The reader of names that JSON arguments follow, with what stands around the name in the probe."""
+    before, name, after = one_call.partition(PROBE_NAME)
+    start = after.find("{")
+    if not name or start < 0:
+        return None
+    # the last characters before the name are enough to find it, and are the same before a second call
+    opening, separator = re.escape(before[-8:]), re.escape(after[:start])
+    pattern = re.compile(rf"{opening}([\w.\-]+){separator}(?=\{{)")
+
+    def read(text: str) -> Calls:
+        calls = []
+        for match in pattern.finditer(text):
+            try:
+                arguments, _ = _DECODER.raw_decode(text, match.end())
+            except (ValueError, RecursionError):
+                continue
+            calls.append({"name": match[1], "arguments": arguments})
+        return calls
+
+    return read
+
+
+def _argument_reader(one_call: str) -> Reader | None:
+    """The reader of calls with one element for each argument; values that are JSON are read as JSON."""
+    keys, values = list(_PROBE_ARGUMENTS), list(_PROBE_ARGUMENTS.values())
+    order = (PROBE_NAME, keys[0], values[0], keys[1], values[1])
+    pieces, rest = [], one_call
+    for text in order:
+        before, found, rest = rest.partition(text)
+        if not found:
+            return None
+        pieces.append(before)
+    opening, after_name, after_key, between, after_second_key = pieces
+    # what closes an argument is what follows both the first and the last
+    closing = os.path.commonprefix([between, rest])
+    if not (after_key and closing) or after_second_key != after_key:
+        return None
+    call = re.compile(rf"{re.escape(opening[-8:])}([\w.\-]+)(?=\W)")
+    first_key, next_key = re.compile(re.escape(after_name)), re.compile(re.escape(between[len(closing) :]))
+    argument = re.compile(rf"(.+?){re.escape(after_key)}(.*?){re.escape(closing)}", re.DOTALL)
+
+    def read(text: str) -> Calls:
+        calls = []
+        for match in call.finditer(text):
+            arguments, position = {}, first_key.match(text, match.end())
+            while position and (element := argument.match(text, position.end())):
+                arguments[element[1]] = _typed(element[2])
+                position = next_key.match(text, element.end())
+            calls.append({"name": match[1], "arguments": arguments})
+        return calls
+
+    return read
+
+
+def _typed(value: Any) -> Any:
+    """The value with texts that are JSON replaced by what they mean."""
+    if isinstance(value, Mapping):
+        return {key: _typed(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_typed(item) for item in value]
+    try:
+        return parse_json(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
