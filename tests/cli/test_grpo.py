@@ -71,6 +71,39 @@ def test_rewards_that_are_all_alike_teach_nothing(rewarded: Path, tmp_path: Path
     assert code == 0 and "Nothing was learned" in (tmp_path / "run" / "report.html").read_text()
 
 
+CALLING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_rows_that_end_in_a_tool_call(rewarded: Path, tmp_path: Path, capsys: Any) -> None:
+    """A function sees the calls of row and answer; a pattern compares nothing, and a template may hide them."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    turns = [{"role": "user", "content": "call f"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    (tmp_path / "calls.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(16)))
+    (tmp_path / "calling.jinja").write_text(CALLING)
+    (tmp_path / "hiding.jinja").write_text(CALLING.replace("c.function | tojson", "c.function.name"))
+    (tmp_path / "mine.py").write_text(
+        "def few(answer, row):\n"
+        '    assert row[\'expected\'] == \'[{"arguments": {"x": 1}, "name": "f"}]\', row\n'
+        "    assert row['expects_calls'] and row['calls'] is None, row\n"
+        "    return -len(answer) / 8\n"
+    )
+    data = (f"data={{path: {tmp_path}/calls.jsonl, validation: 0, test: 0, overlap: error}}", "training.max_steps=1")
+    calling, hiding = (f"model.template={tmp_path}/{name}.jinja" for name in ("calling", "hiding"))
+    code, _, err = inside(capsys, "train", rewarded, *data, calling)
+    assert code == 0, err
+    for template, reward, reason in (
+        (calling, "{kind: regex, pattern: '(a)'}", "a pattern cannot compare tool calls"),
+        (hiding, "{kind: exact}", "cannot be read, so they cannot be compared"),
+    ):
+        refused = (f"objective.reward={reward}", f"output={tmp_path}/other")
+        code, _, err = inside(capsys, "train", rewarded, *data, template, *refused)
+        assert code == 2 and reason in err, err
+
+
 @pytest.mark.parametrize(
     ("setting", "said"),
     [

@@ -52,7 +52,8 @@ def test_run_folder(config: Path, tmp_path: Path) -> None:
     assert (run / "report.html").stat().st_size > 5_000
     assert not list(run.glob(".*")) and not (run / "checkpoints").exists()
     saved = json.loads((run / "adapter" / "generation_config.json").read_text())
-    assert saved["eos_token_id"] == [4]  # <|im_end|>, which is not the tokenizer's eos
+    # <|im_end|>, then the tokenizer's own end of text
+    assert saved["eos_token_id"] == [4, 2]
 
 
 def test_short_run_says_that_movement_was_not_reached(config: Path, tmp_path: Path, capsys: Any) -> None:
@@ -259,7 +260,7 @@ def test_states_that_the_disk_has_no_room_for_are_not_kept(
     monkeypatch.setattr("rung.training.frozen_layer_cache.shutil.disk_usage", lambda _: free)
     settings = ["method.layers=[1]", "training.max_steps=null", "training.epochs=2"]
     code, _, err = inside(capsys, "train", config, *settings)
-    assert code == 0 and "keeping their states would take" in err and "trunk" not in manifest(tmp_path / "run")
+    assert code == 0 and "keeping them would take" in err and "trunk" not in manifest(tmp_path / "run")
 
 
 def test_a_probed_micro_batch_is_kept_by_a_resume(
@@ -541,3 +542,18 @@ def test_a_resume_keeps_the_compute_type_and_refuses_another_device(
     run_json.write_text(json.dumps({**manifest(tmp_path / "run"), "status": "running", "fingerprints": fingerprints}))
     code, _, err = inside(capsys, "train", config, *settings, "--resume")
     assert code == 3 and "device: cuda then, cpu now" in err, err
+
+
+def test_end_tokens_of_the_model_are_published(config: Path, tiny_base: Path, tmp_path: Path, capsys: Any) -> None:
+    """Llama 3 names three; the published config had only the one of the template."""
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    generation = json.loads((base / "generation_config.json").read_text())
+    settings = {**generation, "eos_token_id": [2, 9, 10], "do_sample": True, "temperature": 0.6}
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    assert inside(capsys, "train", config, f"model.name={base}", "training.max_steps=2")[0] == 0
+    saved = json.loads((tmp_path / "run" / "adapter" / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [4, 2, 9, 10]
+    code, _, err = inside(capsys, "merge", tmp_path / "run", tmp_path / "merged")
+    assert code == 0, err
+    merged = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert merged["eos_token_id"] == [4, 2, 9, 10] and merged["temperature"] == 0.6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,17 @@ def test_a_margin_says_how_much_better(margin: object, said: str) -> None:
 
 
 def test_labels_are_read_only_where_they_are_asked_for() -> None:
-    """A column of that name may hold a class."""
+    """A column of that name may hold a class, or say that an answer is bad: then every answer would be learned."""
     row = {"prompt": "p", "completion": "c", "label": False}
-    assert detect("d.jsonl", rows(row), {}).format == "prompt_completion" and convert(row).score is None
+    of_class = {**row, "label": "billing"}
+    assert detect("d.jsonl", rows(of_class), {}).format == "prompt_completion" and convert(of_class).score is None
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    for answers in (row, {"messages": turns, "label": False}, {"question": "q", "answer": "a", "label": "True"}):
+        with pytest.raises(DataError, match="all of them would be learned"):
+            detect("d.jsonl", rows(answers), {})
+    assert detect("d.jsonl", rows({"messages": turns, "label": False}), {}, "messages").format == "messages"
+    unpaired = to_record("unpaired_preference", {"messages": turns, "label": "false"}, AT, {})
+    assert unpaired.is_undesirable and (unpaired.question, unpaired.answer) == ("q", "a")
     bad = to_record("unpaired_preference", row, AT, {})
     assert (
         bad.score == 0.0
@@ -132,6 +141,8 @@ def test_labels_are_read_only_where_they_are_asked_for() -> None:
     for label in ("good", None, 2):
         with pytest.raises(DataError, match="not true or false"):
             to_record("unpaired_preference", {**row, "label": label}, AT, {})
+    for label, score in (("True", 1.0), ("1", 1.0), ("false", 0.0), (0, 0.0)):
+        assert to_record("unpaired_preference", {**row, "label": label}, AT, {}).score == score
 
 
 def test_optional_columns() -> None:
@@ -328,3 +339,76 @@ def test_the_column_of_the_task_counts_as_read(tmp_path: Path) -> None:
     file.write_text('{"question": "q", "answer": "a", "kind": "sum"}\n')
     found = load_records(DataConfig(path=str(file), task="kind"), str(file))
     assert found.detection.mapping["task"] == "kind" and found.records[0].task == "sum"
+
+
+def test_fields_of_a_turn_are_honored_or_refused() -> None:
+    """They vanished without a word: turns marked as not to be learned were learned."""
+    call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turns = [
+        {"role": "user", "content": "q", "name": None, "weight": 0},
+        {"role": "assistant", "content": "", "tool_calls": [call], "weight": 0, "refusal": None},
+        {"role": "tool", "content": "r", "tool_call_id": "call00001", "name": "f"},
+        {"role": "assistant", "content": "a", "reasoning_content": "because", "weight": 1},
+    ]
+    messages = to_record("messages", {"messages": turns}, AT, {}).messages
+    assert [m.is_learned for m in messages] == [True, False, True, True]
+    assert (messages[2].tool_call_id, messages[2].name, messages[3].reasoning) == ("call00001", "f", "because")
+    for name in ("thinking", "reasoning"):
+        answer = {"role": "assistant", "content": "a", name: "because", "loss": True}
+        assert to_record("messages", {"messages": [turns[0], answer]}, AT, {}).messages[1].reasoning == "because"
+    shares = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 0}]}
+    assert not to_record("sharegpt", shares, AT, {}).messages[1].is_learned
+    old = {"role": "assistant", "content": "Let me look.", "function_call": {"name": "f", "arguments": "{}"}}
+    called = to_record("messages", {"messages": [turns[0], old]}, AT, {}).messages[1]
+    assert called.content == "Let me look." and json.loads(called.tool_calls or "")[0]["function"]["name"] == "f"
+
+
+@pytest.mark.parametrize(
+    ("field", "reason"),
+    [
+        ({"date": "2024-01-01"}, "field 'date' that is not read for role assistant"),
+        ({"tool_call_id": "x"}, "field 'tool_call_id' that is not read"),
+        ({"weight": 0.5}, "weight of messages[1] is 0.5, not 0 or 1"),
+        ({"weight": 1, "loss": False}, "both that it is learned and that it is not"),
+        ({"reasoning": "x", "thinking": "y"}, "two different texts as reasoning"),
+    ],
+)
+def test_fields_that_nothing_reads_are_refused_by_name(field: dict[str, Any], reason: str) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", **field}]
+    with pytest.raises(DataError, match=re.escape(reason)):
+        to_record("messages", {"messages": turns}, AT, {})
+
+
+def test_ignored_fields_are_counted(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "date": "today", "weight": 1}]
+    file = tmp_path / "d.jsonl"
+    file.write_text((json.dumps({"messages": turns}) + "\n") * 3)
+    loaded = load_records(DataConfig(path=str(file), unknown_fields="ignore"), str(file))
+    fields = {"read": {"role": 6, "content": 6, "weight": 3}, "ignored": {"date": 3}}
+    assert len(loaded.records) == 3 and loaded.detection.turn_fields == fields
+    assert "fields of turns ignored: date (3 turns)" in str(loaded.detection)
+    with pytest.raises(DataError, match="3 of 3 rows cannot be used") as refusal:
+        load_records(DataConfig(path=str(file)), str(file))
+    assert "data.unknown_fields: ignore" in str(refusal.value)
+
+
+def test_compared_answers_keep_their_tool_calls() -> None:
+    """The text of `chosen` alone was learned, and two answers that are only calls were the same."""
+
+    def answer(function: str) -> list[dict[str, Any]]:
+        call = {"type": "function", "function": {"name": function, "arguments": "{}"}}
+        return [{"role": "assistant", "content": "", "tool_calls": [call]}]
+
+    row = {"prompt": "q", "chosen": answer("f"), "rejected": answer("g"), "tools": [{"name": "f"}, {"name": "g"}]}
+    record = to_record("preference", row, AT, {})
+    assert "f" in (record.messages[-1].tool_calls or "") and "g" in (record.candidates[0].tool_calls or "")
+    assert record.tools == json.dumps(row["tools"])
+    again = next(iter(Records.from_records([record])))
+    assert again == record
+    with pytest.raises(DataError, match="the same"):
+        to_record("preference", {**row, "rejected": answer("f")}, AT, {})
+    pair = {"prompt": "q", "completion": "a", "tools": [{"name": "f"}]}
+    assert to_record("prompt_completion", pair, AT, {}).tools is not None
+    assert (
+        to_record("preference", {"prompt": "q", "chosen": "a", "rejected": "b", "margin": "2.5"}, AT, {}).score == 2.5
+    )

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pandas
 import pytest
+from transformers import PreTrainedTokenizerFast
 
+from rung.data.chat import ChatTemplate
 from rung.errors import CheckpointError
-from rung.evaluation.evaluate import Evaluation, ScoredItem
+from rung.evaluation.evaluate import Evaluation, ScoredItem, _scores
+from rung.scoring.metrics import METRICS
 from rung.training.run_folder import read_items, write_items
+from rung.types import Message, Record, Source
 
 
 def item(line: int, **changes: object) -> ScoredItem:
@@ -41,3 +45,18 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
         read_items(path)
     write_items(path, [], {"metrics": []})
     assert read_items(path) == ([], {"metrics": []})
+
+
+def test_the_right_call_scores_1_by_every_metric(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """The expected JSON was compared with the template's own form: 0 for every rung."""
+    chat = ChatTemplate(tiny_tokenizer, "plain")
+    call = '[{"type": "function", "function": {"name": "f", "arguments": {"x": 1, "y": "a b"}}}]'
+    record = Record((Message("user", "q"), Message("assistant", "", call)), Source("d.jsonl", 1))
+    metrics = {name: METRICS[name].function for name in ("exact", "normalized", "numeric", "token_f1")}
+    answer = chat.split_conversation(record, "answer")[-1].text
+    turned = answer.replace('"x": 1, "y": "a b"', '"y": "a b", "x": 1')
+    expected = chat.expected_calls(record)
+    assert turned != answer and set(_scores(chat, metrics, turned, record, expected).values()) == {1.0}
+    wrong = _scores(chat, metrics, answer.replace("a b", "a c"), record, expected)
+    assert [wrong[name] for name in ("exact", "normalized", "numeric")] == [0.0] * 3 and 0 < wrong["token_f1"] < 1
+    assert set(_scores(chat, metrics, "", record, expected).values()) == {0.0}

@@ -28,6 +28,15 @@ def test_metrics(kind: str, answer: str, worth: float) -> None:
     assert make_verifier(VerifierConfig(kind=kind))(answer.strip() if kind != "exact" else answer, ROW) == worth  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", ["exact", "normalized", "numeric"])
+def test_a_reward_for_saying_nothing(kind: str) -> None:
+    """Rows that end in a tool call had an empty expected answer: nothing was worth 1 and the right call 0."""
+    verify, call = make_verifier(VerifierConfig(kind=kind)), '[{"arguments": {"x": 1}, "name": "f"}]'  # type: ignore[arg-type]
+    row = {**ROW, "expected": call, "expects_calls": True}
+    assert verify("<call>f(x=1)", {**row, "calls": call}) == 1.0
+    assert verify("", {**row, "calls": None}) == verify(call, {**row, "calls": call.replace("1", "2")}) == 0.0
+
+
 def test_patterns() -> None:
     """Without a group a pattern must occur; with one it must catch the expected answer, as text or as a number."""
     assert make_verifier(RegexRewardConfig(pattern=r"^The answer"))("The answer is 9", ROW) == 1.0

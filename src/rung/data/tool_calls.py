@@ -25,6 +25,7 @@ PROBE_NAME = "rung_probe"
 _PROBE_ARGUMENTS = {"first_key": "first value", "second_key": "second value"}
 _ARGUMENT_KEYS = ("arguments", "parameters")
 _DECODER = json.JSONDecoder()
+_BRACKET = re.compile(r"[{\[]")
 
 
 def probe_calls(count: int) -> str:
@@ -71,10 +72,12 @@ def read_json_calls(text: str) -> Calls:
 def _json_values(text: str) -> Iterator[tuple[Any, int]]:
     """JSON objects and lists in a text, outermost ones, each with the position behind it."""
     position = 0
-    while match := re.compile(r"[{\[]").search(text, position):
+    while match := _BRACKET.search(text, position):
         try:
             value, position = _DECODER.raw_decode(text, match.start())
-        except (ValueError, RecursionError):
+        except RecursionError:
+            return  # every further bracket would nest almost as deeply: minutes for a text that is no call
+        except ValueError:
             position = match.start() + 1
             continue
         yield value, position

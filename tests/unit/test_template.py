@@ -1,0 +1,159 @@
+"""Templates with variables, dates, reasoning and turns that are not to be learned."""
+
+from __future__ import annotations
+
+from datetime import date
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from chats import AT, with_template
+from rung.config.data import LossOn
+from rung.data.chat import ChatTemplate, ParsedAnswer
+from rung.data.template import with_fixed_date, with_variables
+from rung.data.tokenize import preflight, tokenize_records
+from rung.errors import ConfigError, DataError
+from rung.types import Message, Record
+
+# as Qwen 3 does: reasoning of the last turn, an empty block where thinking is switched off
+THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.reasoning_content and loop.last %}{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}{% endif %}"
+    "{{ m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+DATED = (
+    "{% if date_string is not defined and strftime_now is defined %}"
+    "{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string + '\n' }}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def conversation(*turns: Message) -> Record:
+    return Record(turns, AT)
+
+
+def learned(chat: ChatTemplate, record: Record, loss_on: LossOn) -> str:
+    tokenized = tokenize_records(chat, [record], loss_on=loss_on)
+    assert preflight(chat, tokenized).failing == 0
+    example = tokenized.examples[0]
+    return chat.decode([example.ids[example.supervised].tolist()])[0]
+
+
+def test_turns_marked_as_not_to_be_learned_are_not_learned(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    chat = ChatTemplate(tiny_tokenizer)
+    turns = (
+        *(Message("user", "one"), Message("assistant", "first", is_learned=False)),
+        *(Message("user", "two"), Message("assistant", "second")),
+    )
+    assert learned(chat, conversation(*turns), "answer") == "second<|im_end|>"
+    assert learned(chat, conversation(*turns), "assistant_turns") == "second<|im_end|>"
+    everything = learned(chat, conversation(*turns), "all")
+    assert "first" not in everything and all(word in everything for word in ("one", "two", "second"))
+    for loss_on, wanted in (("assistant_turns", "first<|im_end|>"), ("answer", None), ("all", None)):
+        other = (turns[0], Message("assistant", "first"), turns[2], Message("assistant", "second", is_learned=False))
+        if wanted is not None:
+            assert learned(chat, conversation(*other), loss_on) == wanted  # type: ignore[arg-type]
+            continue
+        with pytest.raises(DataError, match="nothing is learned of this row"):
+            learned(chat, conversation(*other), loss_on)  # type: ignore[arg-type]
+
+
+def test_reasoning_goes_through_the_template(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    chat = ChatTemplate(with_template(tiny_tokenizer, THINKING))
+    row = conversation(Message("user", "2+2?"), Message("assistant", "4", reasoning="two and two"))
+    assert learned(chat, row, "answer") == "<think>\ntwo and two\n</think>\n\n4<|im_end|>"
+    with pytest.raises(DataError, match="the row has reasoning, but the chat template never shows it"):
+        learned(ChatTemplate(tiny_tokenizer), row, "answer")
+    drops = THINKING.replace("m.reasoning_content and loop.last", "m.reasoning_content and false")
+    with pytest.raises(DataError, match="another answer"):
+        learned(ChatTemplate(with_template(tiny_tokenizer, drops)), row, "answer")
+    assert "<think>two and two</think>" in learned(ChatTemplate(tiny_tokenizer, "plain"), row, "answer")
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [
+        ("<think>\nhm, 5?\n</think>\n\n4", ParsedAnswer("4", "hm, 5?")),
+        ("<think>\n\n</think>\n\n4", ParsedAnswer("4", "")),
+        ("[THINK]hm[/THINK]4", ParsedAnswer("4", "hm")),
+        ("<think>\nhm, cut off bef", ParsedAnswer("", "hm, cut off bef")),
+        ("4 <think>x</think>", ParsedAnswer("4 <think>x</think>")),
+        ("4", ParsedAnswer("4")),
+    ],
+)
+def test_reasoning_is_set_apart_from_the_answer(
+    text: str, parsed: ParsedAnswer, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The think block was scored as the answer, so that every thinking model scored 0."""
+    chat = ChatTemplate(with_template(tiny_tokenizer, THINKING))
+    assert chat.parsed_answer(chat.encode([text], mid_document=True)[0]) == parsed
+
+
+def test_a_prompt_may_open_the_reasoning(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """DeepSeek R1's prompt ends in the opening tag; a tuned model may answer at once all the same."""
+    opened = THINKING.split("{% if enable_thinking")[0] + "{{ '<think>\n' }}{% endif %}"
+    end = "{{ ('<think>\n\n</think>\n\n' if m.role == 'assistant') }}{{ m.content + "
+    opened = opened.replace("{{ m.content + ", end)
+    chat = ChatTemplate(with_template(tiny_tokenizer, opened))
+    ids = chat.encode(["hm, 5?\n</think>\n\n4", "4"], mid_document=True)
+    assert [chat.parsed_answer(row) for row in ids] == [ParsedAnswer("4", "hm, 5?"), ParsedAnswer("4")]
+
+
+def test_variables_of_a_template(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer = with_template(tiny_tokenizer, THINKING)
+    question = [Message("user", "2+2?")]
+    off = ChatTemplate(tokenizer, variables={"enable_thinking": False})
+    prompt = off.decode([off.prompt_ids(question)])[0]
+    assert prompt.endswith("<think>\n\n</think>\n\n") and off.identity() != ChatTemplate(tokenizer).identity()
+    expected = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "2+2?"}], add_generation_prompt=True, tokenize=False, enable_thinking=False
+    )
+    assert prompt == expected
+    # a tokenizer that is saved with this template renders the same anywhere
+    assert ChatTemplate(with_template(tiny_tokenizer, off.template)).prompt_ids(question) == off.prompt_ids(question)
+    with pytest.raises(ConfigError, match="never reads it"):
+        ChatTemplate(tokenizer, variables={"enable_thought": False})
+    with pytest.raises(ConfigError, match="has a value for it already"):
+        ChatTemplate(with_template(tiny_tokenizer, off.template), variables={"enable_thinking": True})
+
+
+@pytest.mark.parametrize("value", [None, True, 3, 2.5, 'a "quoted"\n\\ line é', ["x", {"y": None}], {"k": [1, "2"]}])
+def test_any_value_of_a_variable(value: object, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    template = with_variables("\n{{ given | tojson }}", {"given": value})
+    render = lambda text, **more: tiny_tokenizer.apply_chat_template(  # noqa: E731
+        [{"role": "user", "content": "q"}], chat_template=text, tokenize=False, **more
+    )
+    assert render(template) == render("\n{{ given | tojson }}", given=value)
+
+
+def test_a_template_has_the_same_date_every_day(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Cached rows kept the day they were tokenized, and prompts had today's."""
+    tokenizer = with_template(tiny_tokenizer, DATED)
+    question = [Message("user", "q")]
+    chat = ChatTemplate(tokenizer)
+    assert "strftime_now" not in chat.template
+    assert chat.decode([chat.prompt_ids(question)])[0].startswith("26 Jul 2024\n")
+    later = ChatTemplate(tokenizer, day=date(2026, 1, 2))
+    assert later.decode([later.prompt_ids(question)])[0].startswith("02 Jan 2026\n")
+    assert later.identity() != chat.identity()
+    by_name = ChatTemplate(tokenizer, variables={"date_string": "today"})
+    assert by_name.decode([by_name.prompt_ids(question)])[0].startswith("today\n")
+    with pytest.raises(ConfigError, match="writes no date"):
+        ChatTemplate(tiny_tokenizer, day=date(2026, 1, 2))
+    with pytest.raises(ConfigError, match="cannot be fixed"):
+        with_fixed_date("{% set f = '%d' %}{{ strftime_now(f) }}", None)
+
+
+def test_generation_ends_where_the_model_ends_a_text(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Tokens behind the model's own end were learned from, and the judged text ended before them."""
+    other_end = tiny_tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    chat = ChatTemplate(tiny_tokenizer, end_ids=[other_end])
+    assert chat.generation_stop_ids == (*chat.stop_ids, tiny_tokenizer.eos_token_id, other_end)
+    assert chat.stop_ids[0] not in (tiny_tokenizer.eos_token_id, other_end)
+    ids = chat.encode(["yes<end_of_turn>no"], mid_document=True)[0]
+    assert chat.assistant_text(ids) == "yes"
+    row = conversation(Message("user", "q"), Message("assistant", "yes<end_of_turn>no"))
+    with pytest.raises(Exception, match="the answer holds a stop token of the model"):
+        preflight(chat, tokenize_records(chat, [row]))
