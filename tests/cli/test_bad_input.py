@@ -6,10 +6,14 @@ import json
 import resource
 import shutil
 import sys
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from processes import files_below, inside, process
 
@@ -216,6 +220,85 @@ def test_a_base_whose_config_is_wrong(
     (base / "config.json").write_text(json.dumps({**known, **changes}))
     code, _, err = inside(capsys, "train", config, f"model.name={base}")
     assert code in (2, 3) and "Traceback" not in err and "base" in err
+
+
+def _drop(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+
+
+def _untie_without_head(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    config["tie_word_embeddings"] = False
+    tensors.pop("lm_head.weight", None)
+
+
+def _fewer_layers(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    config["num_hidden_layers"] = 1
+
+
+def _stray_scales(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    tensors["model.layers.0.mlp.up_proj.weight_scale"] = torch.ones(1)
+
+
+def _another_prefix(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    for name in list(tensors):
+        tensors[f"base_model.{name}"] = tensors.pop(name)
+
+
+def _another_shape(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    config["intermediate_size"] += 8
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        (_drop, "1 missing in the file: model.layers.1.mlp.up_proj.weight"),
+        (_untie_without_head, "1 missing in the file: lm_head.weight"),
+        (_fewer_layers, "in the file, but not in the model of its config: model.layers.1.input_layernorm.weight"),
+        (_stray_scales, "model.layers.0.mlp.up_proj.weight_scale"),
+        (_another_prefix, "missing in the file"),
+        (_another_shape, "of another shape than the config says: model.layers.0.mlp.down_proj.weight"),
+    ],
+)
+def test_a_base_whose_file_does_not_match_its_config(
+    damage: Any, name: str, config: Path, tiny_base: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """It trained on random weights, others at every load, and ended well."""
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    tensors, settings = load_file(base / "model.safetensors"), json.loads((base / "config.json").read_text())
+    damage(tensors, settings)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    (base / "config.json").write_text(json.dumps(settings))
+    code, _, err = inside(capsys, "train", config, f"model.name={base}")
+    assert code == 2 and name in err and not (tmp_path / "run").exists(), err
+
+
+def test_a_base_without_one_of_its_shards(config: Path, tiny_base: Path, tmp_path: Path, capsys: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    (base / "model.safetensors").unlink()
+    model.save_pretrained(base, max_shard_size="100KB")
+    assert inside(capsys, "train", config, f"model.name={base}", "training.max_steps=2")[0] == 0
+    shards = sorted(base.glob("model-*.safetensors"))
+    tensors = load_file(shards[1])
+    removed = sorted(tensors)[0]
+    save_file({n: t for n, t in tensors.items() if n != removed}, shards[1], metadata={"format": "pt"})
+    code, _, err = inside(capsys, "train", config, f"model.name={base}", f"output={tmp_path / 'other'}")
+    assert code == 2 and removed in err, err
+
+
+def test_an_adapter_with_tensors_too_many_is_no_base(config: Path, tmp_path: Path, capsys: Any) -> None:
+    """peft drops them without a word, and the model is another than the one that was trained."""
+    assert inside(capsys, "train", config, "training.max_steps=2")[0] == 0
+    file = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    save_file({**tensors, name.replace("layers.0", "layers.7"): tensors[name].clone()}, file)
+    manifest = file.parent / "manifest.json"
+    hashes = json.loads(manifest.read_text())
+    hashes["files"][file.name] = sha256(file.read_bytes()).hexdigest()
+    manifest.write_text(json.dumps(hashes))
+    code, _, err = inside(capsys, "train", config, f"model.name={tmp_path / 'run'}", f"output={tmp_path / 'next'}")
+    assert code == 3 and "does not describe" in err, err
 
 
 def test_without_bitsandbytes(config: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rung.config.support import model_refusal
-from rung.errors import PlanError
+from rung.errors import ConfigError, PlanError
 from rung.models.streaming import placement_of
 from rung.planning.architecture import ModelShape, shape_from_config
 
@@ -107,6 +108,30 @@ def fingerprint(source: Path | str, config: Any) -> str:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
+
+
+def require_all_weights(report: Mapping[str, Any], source: object) -> None:
+    """Raise `ConfigError` unless the tensors of a file and those of its model are the same.
+
+    `report` is transformers' own of the load, without tied heads and buffers that it knows. A tensor that is missing
+    has random values, others at every load; one too many belongs to a model that the config does not describe.
+    """
+    faults = {
+        "missing in the file": report.get("missing_keys"),
+        "in the file, but not in the model of its config": report.get("unexpected_keys"),
+        "of another shape than the config says": report.get("mismatched_keys"),
+    }
+    parts = []
+    for fault, keys in faults.items():
+        # a mismatch is a tuple of the name and both shapes
+        if names := sorted(key if isinstance(key, str) else str(key[0]) for key in keys or ()):
+            parts.append(f"{len(names)} {fault}: {', '.join(names[:3])}")
+    if not parts:
+        return
+    given = "; ".join(parts)
+    hint = "the file is damaged or incomplete, or config.json belongs to another model: fetch both again"
+    summary = "the weights are not those of the model that config.json describes"
+    raise ConfigError(summary, where="model.name", given=f"{source}: {given}", hint=hint)
 
 
 def prepare_config(config: Any) -> None:

@@ -6,14 +6,18 @@ Dequantized weights take the memory of an ordinary model; quantized training is 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast
 
 from rung.errors import ConfigError, RungError
-from rung.models.base_model import NO_REMOTE_CODE, LoadedWeights, prepare_config
+from rung.models.base_model import NO_REMOTE_CODE, LoadedWeights, prepare_config, require_all_weights
+
+_LAYER = re.compile(r"blk\.(\d+)\.")
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
@@ -31,13 +35,29 @@ def load_gguf(path: Path, dtype: torch.dtype) -> LoadedWeights:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, **NO_REMOTE_CODE)
         prepare_config(config)
         options = {"config": config, "quantization_config": GgufConfig(dequantize=True), "dtype": dtype}
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options, **NO_REMOTE_CODE)
+        options["output_loading_info"] = True
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, **options, **NO_REMOTE_CODE
+        )
+        require_all_weights(report, path)
+        _require_all_layers(path, config)
         return model, gguf_tokenizer(path)
     except RungError:
         raise
     except Exception as error:  # the reader raises many types for a file that is not GGUF
         reason = f"this GGUF file cannot be read: {first_line(error)}"
         raise ConfigError(reason, where="model.name", given=str(path)) from error
+
+
+def _require_all_layers(path: Path, config: Any) -> None:
+    """Raise `ConfigError` for layers in the file beyond those of its metadata, which transformers passes over."""
+    from gguf import GGUFReader
+
+    numbers = [int(match[1]) for t in GGUFReader(str(path)).tensors if (match := _LAYER.match(t.name))]
+    if (layers := max(numbers, default=-1) + 1) != config.num_hidden_layers:
+        summary = "the tensors of this GGUF file are not those of its metadata"
+        given = f"{layers} layers of tensors, {config.num_hidden_layers} in the metadata"
+        raise ConfigError(summary, where="model.name", given=f"{path}: {given}")
 
 
 def gguf_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,9 +27,17 @@ from transformers.utils import logging
 from rung.config.model import ModelConfig
 from rung.config.model_catalog import CATALOG
 from rung.errors import CheckpointError, ConfigError, PlanError, did_you_mean
-from rung.files import is_run_folder, require_undamaged
+from rung.files import is_run_folder, read_safetensors_header, require_undamaged
 from rung.models import attention
-from rung.models.base_model import NO_REMOTE_CODE, BaseModel, LoadedWeights, compute_dtype, fingerprint, prepare_config
+from rung.models.base_model import (
+    NO_REMOTE_CODE,
+    BaseModel,
+    LoadedWeights,
+    compute_dtype,
+    fingerprint,
+    prepare_config,
+    require_all_weights,
+)
 from rung.models.bfloat16_storage import compute_in_float32, stored_dtype
 from rung.models.download import download_base
 from rung.models.fused_modules import install_fused_forwards
@@ -140,11 +149,14 @@ def _load_weights(source: Path | str, revision: str | None, dtype: torch.dtype) 
     config = _from_pretrained(AutoConfig, source, revision)
     prepare_config(config)
     options = {"config": config, "dtype": dtype, "attn_implementation": attention.NAME, "use_safetensors": True}
+    # mismatched shapes are reported below with the rest, by name
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, **options, **NO_REMOTE_CODE)
+        model, report = AutoModelForCausalLM.from_pretrained(source, revision=revision, **options, **NO_REMOTE_CODE)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, **NO_REMOTE_CODE)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(first_line(error), where="model.name", given=str(source)) from error
+    require_all_weights(report, source)
     return model, tokenizer
 
 
@@ -221,12 +233,24 @@ def _load_run_as_base(config: ModelConfig, run: Path, device: torch.device | Non
         from peft import PeftModel
 
         try:
-            model = PeftModel.from_pretrained(base.model, str(folder)).merge_and_unload().to(compute)
+            adapter = PeftModel.from_pretrained(base.model, str(folder))
+            _require_adapter_tensors(adapter, folder)
+            model = adapter.merge_and_unload().to(compute)
         except (UserWarning, RuntimeError) as error:
             raise CheckpointError(f"this adapter does not fit its base: {error}", where=str(run)) from error
     # The merged model has no file; base and adapter identify it.
     weights_hash = hashlib.sha256(f"{base.fingerprint} {fingerprint(folder, None)}".encode()).hexdigest()
     return _prepare_base((model, load_tokenizer(config)), config, weights_hash, compute, device)
+
+
+def _require_adapter_tensors(adapter: Any, folder: Path) -> None:
+    """Raise `CheckpointError` for tensors of an adapter file that peft did not load; it drops them without a word."""
+    from peft import get_peft_model_state_dict
+
+    stored = {name for file in folder.glob("*.safetensors") for name in read_safetensors_header(file)[0]}
+    if left_over := sorted(stored - {"__metadata__"} - set(get_peft_model_state_dict(adapter))):
+        summary = "this adapter has tensors that its config does not describe"
+        raise CheckpointError(summary, where=str(folder), given=", ".join(left_over[:3]))
 
 
 def classifier_keys(folder: Path) -> tuple[str, set[str]] | None:
