@@ -173,7 +173,11 @@ def learn_weights(base: BaseModel, updates: Sequence[Factors], plan: FusePlan) -
     objective = make_objective(task.objective)
     install_fused_forwards(base.model, method.linear_params)
     # Packed once: all evaluations read the same rows, and only the factors change.
-    batches = list(pack_lazily(data.train.examples, micro_batch_tokens(task, base), device=policy.device))
+    batches = list(
+        pack_lazily(
+            data.train.examples, micro_batch_tokens(task, base), device=policy.device, boundary=policy.rope_boundary
+        )
+    )
     losses: dict[Weights, float] = {}
 
     def loss(weights: np.ndarray) -> float:

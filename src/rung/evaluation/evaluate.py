@@ -256,7 +256,7 @@ def _answer_nats(
     budget = tokens_per_micro_batch(policy.base.shape, policy.device.type)
     nats_and_tokens: dict[Source, tuple[float, int]] = {}
     share_prefixes = not has_flat_kernel(policy.device)
-    batches = pack(examples, budget, share_prefixes=share_prefixes, device=policy.device)
+    batches = pack(examples, budget, share_prefixes=share_prefixes, device=policy.device, boundary=policy.rope_boundary)
     for batch in policy.iterate_batches(batches):  # shared worked examples are computed once
         nats = sum_by_document(batch, -policy.logprobs(batch)).tolist()
         nats_and_tokens |= {d.source: (n, d.predictions) for d, n in zip(batch.documents, nats, strict=True)}

@@ -57,7 +57,9 @@ def score_reward_model(
     scores, lengths = list[float](), list[int]()
     share_prefixes = not has_flat_kernel(policy.device)
     # in slices: a preference set may be larger than memory
-    batches = pack_lazily(examples, budget, share_prefixes=share_prefixes, device=policy.device)
+    batches = pack_lazily(
+        examples, budget, share_prefixes=share_prefixes, device=policy.device, boundary=policy.rope_boundary
+    )
     for batch in policy.iterate_batches(batches):
         pairs, batch_scores = answer_pairs(batch), objective.scores(policy, batch).tolist()
         tokens = [int(d.supervised.sum()) for d in batch.documents]

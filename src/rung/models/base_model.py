@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rung.config.support import model_refusal
 from rung.errors import ConfigError, PlanError
+from rung.models.rotary import rope_boundary
 from rung.models.streaming import placement_of
 from rung.planning.architecture import ModelShape, shape_from_config
 
@@ -65,6 +66,11 @@ class BaseModel:
     def shape(self) -> ModelShape:
         """Layer counts and widths, from which memory is planned."""
         return shape_from_config(self.model.config.to_dict())
+
+    @property
+    def rope_boundary(self) -> int | None:
+        """Longest document in tokens before the rotary frequencies change; None for most models."""
+        return rope_boundary(self.model.config)
 
     @property
     def context(self) -> int:

@@ -10,9 +10,9 @@ Suffixes: B rows, S slots (padding and the row's tokens, without the prefix), V 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os.path import commonprefix
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from rung.errors import PlanError
 from rung.models.base_model import widest_float
 from rung.models.kv_cache import Prefix, new_cache
 from rung.models.policy import Policy, model_inputs
+from rung.models.rotary import long_tokens
 from rung.models.tree_attention import concatenate_kv
 from rung.planning.memory import PREFILL_TOKENS
 
@@ -81,6 +82,71 @@ def generate(
     `on_batch` receives the number of prompts just answered. Raises `ValueError` for an empty prompt, `PlanError` for a
     virtual token inside a prompt that this policy has not learned.
     """
+    options = _Options(stop_ids, batch_size, task, on_token, on_batch)
+    if (boundary := policy.rope_boundary) is None or not prompts:
+        return _generate(policy, prompts, [sampling.max_new_tokens] * len(prompts), sampling, options)
+    return _generate_across(boundary, policy, prompts, sampling, options)
+
+
+class _Options(NamedTuple):
+    """Arguments of `generate` that are the same for all of its parts."""
+
+    stop_ids: Sequence[int]
+    batch_size: int
+    task: str | None
+    on_token: Callback | None
+    on_batch: Callback | None
+
+
+def _generate_across(
+    boundary: int, policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampling, options: _Options
+) -> list[GeneratedAnswer]:
+    """`generate` for a model whose rotary frequencies change where a document grows beyond `boundary` tokens.
+
+    Prompts of each side are answered apart. An answer that reaches the boundary goes on as a prompt of its own: all
+    its keys are computed again, as transformers does for Phi-3.
+    """
+    virtual_count, per_prompt = policy.method.virtual_tokens, sampling.answers_per_prompt
+    lengths = [virtual_count + len(prompt) for prompt in prompts]
+    if virtual_count and max(lengths) + sampling.max_new_tokens > boundary:
+        reason = "the frequencies of virtual tokens would change while the model answers"
+        given = f"{max(lengths) + sampling.max_new_tokens} tokens with {virtual_count} virtual ones"
+        raise PlanError(reason, given=given, allowed=f"at most {boundary}")
+    answers: dict[int, list[GeneratedAnswer]] = {}
+    for is_long in (False, True):
+        side = [i for i, length in enumerate(lengths) if (length > boundary) == is_long]
+        if not side:
+            continue
+        # the call that chooses a token reads all tokens before it
+        limits = [sampling.max_new_tokens if is_long else boundary - lengths[i] + 1 for i in side]
+        limits = [min(limit, sampling.max_new_tokens) for limit in limits]
+        with long_tokens(policy.model, is_long):
+            part = _generate(policy, [prompts[i] for i in side], limits, sampling, options)
+        answers |= {i: part[k * per_prompt : (k + 1) * per_prompt] for k, i in enumerate(side)}
+    flat = [answer for i in range(len(prompts)) for answer in answers[i]]
+    crossing = [k for k, a in enumerate(flat) if not a.stopped and len(a.ids) < sampling.max_new_tokens]
+    if not crossing:
+        return flat
+    longer = [[*prompts[k // per_prompt], *flat[k].ids] for k in crossing]
+    limits = [sampling.max_new_tokens - len(flat[k].ids) for k in crossing]
+    # another seed: the same numbers drawn twice would be one sample
+    next_sampling = replace(sampling, seed=sampling.seed + 1, answers_per_prompt=1)
+    with long_tokens(policy.model, True):
+        rest = _generate(policy, longer, limits, next_sampling, options._replace(on_batch=None))
+    for k, answer in zip(crossing, rest, strict=True):
+        ids, logprobs = [*flat[k].ids, *answer.ids], [*flat[k].logprobs, *answer.logprobs]
+        flat[k] = GeneratedAnswer(ids, answer.stop, logprobs)
+    return flat
+
+
+def _generate(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    sampling: Sampling,
+    options: _Options,
+) -> list[GeneratedAnswer]:
+    """`generate`, with at most `limits` new tokens for each prompt."""
     if any(not prompt for prompt in prompts):
         raise ValueError("a prompt needs at least one token")
     id_count = policy.base.vocab_size + policy.method.inserted_tokens
@@ -89,7 +155,8 @@ def generate(
     answers_by_prompt: list[list[GeneratedAnswer]] = [[] for _ in prompts]
     prefix_length = _common_prefix_length(prompts)
     virtual_count = policy.method.virtual_tokens
-    max_length = virtual_count + max(map(len, prompts), default=0) + sampling.max_new_tokens
+    totals = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
+    max_length = virtual_count + max(totals, default=0)
     if max_length > _sliding_window(policy):
         if virtual_count:
             reason = "virtual tokens would leave the model's sliding window while it answers"
@@ -101,16 +168,16 @@ def generate(
     # One generator for the whole call: answers depend on the seed and on the batches, not on earlier calls.
     generator = torch.Generator(policy.device).manual_seed(sampling.seed)
     with policy.autocast():
-        prefix, start = _encode_prefix(policy, prompts[0][:prefix_length], task), virtual_count + prefix_length
+        prefix, start = _encode_prefix(policy, prompts[0][:prefix_length], options.task), virtual_count + prefix_length
         per_prompt, lengths = sampling.answers_per_prompt, [len(prompt) - prefix_length for prompt in prompts]
-        decoding = _Decoding(policy, prefix, frozenset(stop_ids), sampling, generator)
-        for rows in _batches(order, lengths, max(1, batch_size // per_prompt)):
+        decoding = _Decoding(policy, prefix, frozenset(options.stop_ids), sampling, generator)
+        for rows in _batches(order, lengths, max(1, options.batch_size // per_prompt)):
             suffixes = [list(prompts[i][prefix_length:]) for i in rows]
-            batch_answers = decoding.run(suffixes, start, task, on_token)
+            batch_answers = decoding.run(suffixes, [limits[i] for i in rows], start, options.task, options.on_token)
             for slot, i in enumerate(rows):
                 answers_by_prompt[i] = batch_answers[slot * per_prompt : (slot + 1) * per_prompt]
-            if on_batch is not None:
-                on_batch(len(rows))
+            if options.on_batch is not None:
+                options.on_batch(len(rows))
     return [answer for prompt_answers in answers_by_prompt for answer in prompt_answers]
 
 
@@ -146,9 +213,9 @@ class _Decoding:
     generator: torch.Generator
 
     def run(
-        self, suffixes: list[list[int]], start: int, task: str | None, on_token: Callback | None
+        self, suffixes: list[list[int]], limits: list[int], start: int, task: str | None, on_token: Callback | None
     ) -> list[GeneratedAnswer]:
-        """Answers to prompts whose suffixes start at position `start`."""
+        """Answers of at most `limits` tokens to prompts whose suffixes start at position `start`."""
         slots, device, self.cache = max(map(len, suffixes)), self.policy.device, new_cache()
         # Left padding: the last slot of every row predicts.
         ids_BS = torch.tensor([[0] * (slots - len(s)) + s for s in suffixes], device=device)
@@ -159,10 +226,11 @@ class _Decoding:
         per_prompt = self.sampling.answers_per_prompt
         count = per_prompt * len(positions)
         self.active_rows = list(range(count))
+        self.limits = [limit for limit in limits for _ in range(per_prompt)]
         self.tokens: list[list[int]] = [[] for _ in range(count)]
         self.logprobs: list[list[float]] = [[] for _ in range(count)]
         self.stops: list[int | None] = [None] * count
-        for step in range(self.sampling.max_new_tokens):
+        for step in range(max(limits)):
             out = _run_model(self.policy, inputs, positions, self.cache, self.prefix, attention_mask=self.mask_BS)
             logits = out.logits[:, -1].float()
             # After the prompts: each prompt is encoded once, then its row is repeated for every answer.
@@ -208,7 +276,8 @@ class _Decoding:
                 self.stops[row] = token
                 continue
             self.tokens[row].append(token)
-            kept_positions.append(position)
+            if len(self.tokens[row]) < self.limits[row]:
+                kept_positions.append(position)
             if on_token is not None:
                 on_token(token)
         self.active_rows = [self.active_rows[position] for position in kept_positions]

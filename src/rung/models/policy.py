@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from hashlib import blake2b
-from itertools import chain, groupby
+from itertools import chain, compress, groupby
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from rung.errors import PlanError
 from rung.models.base_model import BaseModel, widest_float
 from rung.models.layers import recompute_layers, record_layer_input, start_from_layer
 from rung.models.logprobs import LogitTransform, token_logprobs
+from rung.models.rotary import follow_document_lengths, long_tokens
 from rung.models.streaming import placement_of
 from rung.models.tree_attention import KeysValues, KVByLayer, concatenate_kv
 from rung.types import CachedHidden, Example, LossTerm, PackedBatch, Segment, SharedPrefix
@@ -76,6 +78,8 @@ class Policy:
     def __init__(self, base: BaseModel, method: PolicyMethod, reference: Policy | None = None) -> None:
         self.base, self.method, self.model = base, method, base.model
         self.logit_map = LogitTransform.of(base.model.config)
+        if base.rope_boundary is not None:
+            follow_document_lengths(base.model, base.rope_boundary)
         self.layers_to_recompute: Callable[[int], range] = lambda tokens: range(0)
         """Layers that a document of this many tokens recomputes in the backward pass, so that it fits in memory."""
         self.reference = reference
@@ -110,10 +114,10 @@ class Policy:
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """Last hidden state of every token, [T, H], after the final norm."""
-        context_kv = self._context_kv(batch.prefix, batch.task)
+        context_kv = self._context_kv(batch.prefix, batch.task, batch)
         # Documents start after the virtual tokens, as they do in peft.
         positions = batch.positions + self.method.virtual_tokens
-        with self._skip_cached_layers(batch.cached_hidden):
+        with self._skip_cached_layers(batch.cached_hidden), self._long_tokens(batch):
             inputs, indivisible = self.embed(batch.ids, batch.task), batch.holds_one_data_row
             return self._run_layers(inputs, positions, batch.segments, indivisible=indivisible, shared=context_kv)
 
@@ -141,9 +145,26 @@ class Policy:
     def hidden_states_entering(self, batch: PackedBatch, layer: int) -> Tensor:
         """Hidden states [T, H] that enter `layer`, counted from 0; the number of layers means the final norm."""
         # A method with virtual tokens trains layer 0, so nothing below it is cached and none are added here.
-        with record_layer_input(self.model, layer) as states:
+        with record_layer_input(self.model, layer) as states, self._long_tokens(batch):
             self._run_layers(batch.ids, batch.positions, batch.segments, indivisible=False)
             return states()
+
+    @property
+    def rope_boundary(self) -> int | None:
+        """Longest document in tokens before the model's rotary frequencies change; None for most models."""
+        return self.base.rope_boundary
+
+    def _long_tokens(self, batch: PackedBatch, *, of_prefix: bool = False) -> AbstractContextManager[None]:
+        """Tell the rotary modules which tokens of a row, or of its prefix, belong to documents beyond the boundary."""
+        if (boundary := self.rope_boundary) is None:
+            return nullcontext()
+        is_long = [len(document) + self.method.virtual_tokens > boundary for document in batch.documents]
+        if of_prefix or len(set(is_long)) == 1:
+            return long_tokens(self.model, is_long[0])
+        mask = np.zeros(len(batch.ids), dtype=bool)
+        for positions in compress(batch.rows, is_long):
+            mask[positions] = True
+        return long_tokens(self.model, torch.from_numpy(mask).to(batch.ids.device))
 
     def _skip_cached_layers(self, cached: CachedHidden | None) -> AbstractContextManager[None]:
         return nullcontext() if cached is None else start_from_layer(self.model, cached.layer, cached.states)
@@ -229,7 +250,7 @@ class Policy:
         self._run_layers(inputs, positions, segments, indivisible=True, shared=context_kv, capture=kv_by_layer)
         return kv_by_layer
 
-    def _context_kv(self, prefix: SharedPrefix | None, task: str | None) -> KVByLayer | None:
+    def _context_kv(self, prefix: SharedPrefix | None, task: str | None, batch: PackedBatch) -> KVByLayer | None:
         """Keys and values that precede every root of a row: virtual tokens, then the prefix."""
         virtual = self.virtual_kv(task)
         if prefix is None:
@@ -238,7 +259,8 @@ class Policy:
         if prefix is not self._active_prefix:
             raise RuntimeError("rows with a shared prefix run inside Policy.iterate_batches or Policy.shared_prefix")
         if self._method_off not in self._prefix_cache:
-            with self._skip_cached_layers(prefix.cached_hidden):
+            # documents with one prefix are of one kind
+            with self._skip_cached_layers(prefix.cached_hidden), self._long_tokens(batch, of_prefix=True):
                 kv_by_layer = self.prefix_kv(self.embed(prefix.ids, task), self.method.virtual_tokens, virtual)
             self._prefix_cache[self._method_off] = PrefixCache(kv_by_layer)
         prefix_kv = self._prefix_cache[self._method_off].leaves

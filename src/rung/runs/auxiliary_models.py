@@ -81,6 +81,7 @@ def load_reference(config: RunConfig, base: BaseModel) -> Policy | None:
     reference = load_base_on_device(model)
     if reference.tokenizer.get_vocab() != base.tokenizer.get_vocab():
         raise ConfigError("the reference has another vocabulary", where="objective.reference", given=name)
+    _require_same_rope_boundary(reference, base, "objective.reference")
     return Policy(reference, NoMethod())
 
 
@@ -97,10 +98,18 @@ def load_teacher(config: RunConfig, base: BaseModel) -> Policy | None:
         ids = f"{token!r} is {teacher_ids.get(token)} and {student_ids.get(token)}"
         summary = f"teacher and student have other tokens: {ids}"
         raise ConfigError(summary, where="objective.teacher", given=objective.teacher)
+    _require_same_rope_boundary(teacher, base, "objective.teacher")
     widths = [int(m.get_input_embeddings().weight.shape[1]) for m in (base.model, teacher.model)]
     if objective.cosine and widths[0] != widths[1]:
         raise ConfigError("hidden states of other widths have no angle", where="objective.cosine", given=widths)
     return Policy(teacher, NoMethod())
+
+
+def _require_same_rope_boundary(other: BaseModel, base: BaseModel, where: str) -> None:
+    """Raise `ConfigError` for a second model on the same packed rows whose rotary frequencies change elsewhere."""
+    if other.rope_boundary not in (None, base.rope_boundary):
+        given = f"beyond {other.rope_boundary:,} tokens, and the trained model's {base.rope_boundary or 'never'}"
+        raise ConfigError("rotary frequencies of both models change at different lengths", where=where, given=given)
 
 
 def _digest(files: Sequence[Path]) -> str:

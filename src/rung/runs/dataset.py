@@ -119,6 +119,9 @@ def max_document_tokens(config: RunConfig, base: BaseModel) -> int:
     """Largest number of tokens of a document."""
     # Virtual tokens in front take positions of the context; those inside the text are part of the document.
     room = base.context - front_virtual_tokens(config.method)
+    # virtual tokens are computed once for all documents, so they need one set of rotary frequencies
+    if front_virtual_tokens(config.method) and base.rope_boundary is not None:
+        room = base.rope_boundary - front_virtual_tokens(config.method)
     return min(config.data.max_length or room, room)
 
 

@@ -53,7 +53,7 @@ from rung.training.step import CalibrationBatch
 from rung.training.trainer import Trainer
 
 PROBE_DOCUMENTS = 4
-"""Training documents that the step-0 gates compute with: the shortest ones, which cost little."""
+"""Training documents that the step-0 gates compute with: the shortest ones, which cost little, and the longest."""
 
 
 class StartMode(NamedTuple):
@@ -289,8 +289,10 @@ def _pass_gates(trainer: Trainer, data: RunData) -> None:
     policy, method = trainer.policy, trainer.method
     trainer.folder.gate(Gate("preflight", "passed", data.preflight.to_json(), "0 failing rows"))
     print_status(f"gate preflight: passed ({data.preflight.failing} of {data.preflight.rows} rows failing; limit 0)")
-    shortest = np.argsort(data.train.lengths, kind="stable")[:PROBE_DOCUMENTS]
-    probe = [data.train.examples[int(i)] for i in shortest]
+    # the longest too: what depends on the length of a document shows in short ones least
+    by_length = np.argsort(data.train.lengths, kind="stable")
+    probe_indices = dict.fromkeys([*by_length[: PROBE_DOCUMENTS - 1].tolist(), *by_length[-1:].tolist()])
+    probe = [data.train.examples[i] for i in probe_indices]
     if not probe:
         raise DataError("no training rows are left", hint="look at the counts of: rung data check")
     head_parameters = sum(p.numel() for p in trainer.objective.trainable().values())

@@ -13,7 +13,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -78,8 +78,8 @@ class FrozenLayerCache:
         missing = [d for key, d in documents.items() if key not in self.entries]
         if not missing:
             return
-        device = self.policy.device
-        for batch in pack_together(missing, self.budget, share_prefixes=self.share_prefixes, device=device):
+        options: Any = {"share_prefixes": self.share_prefixes, "device": self.policy.device}
+        for batch in pack_together(missing, self.budget, boundary=self.policy.rope_boundary, **options):
             states = self.policy.hidden_states_entering(batch, self.layer).cpu()
             for document, rows in zip(batch.documents, batch.rows, strict=True):
                 # bytes of any dtype: numpy has no bfloat16

@@ -108,7 +108,7 @@ def check_decoding(policy: Policy, probe: Sequence[Example], tokens: int = 4) ->
     differences = list[Tensor]()
     for task in {example.task for example in probe}:
         examples = [example for example in probe if example.task == task]
-        prompts = [example.ids[: max(1, int(example.supervised.argmax()))].tolist() for example in examples]
+        prompts = [_decodable_prompt(policy, example, tokens) for example in examples]
         # no stop ids: an answer that stops early would leave fewer tokens to compare
         answers = generate(policy, prompts, stop_ids=(), sampling=Sampling(tokens), task=task)
         for prompt, answer, example in zip(prompts, answers, examples, strict=True):
@@ -117,6 +117,17 @@ def check_decoding(policy: Policy, probe: Sequence[Example], tokens: int = 4) ->
             read_logprobs_N = policy.logprobs(pack_separately([full_document], policy.device)[0])
             differences.append(read_logprobs_N.cpu() - torch.tensor(answer.logprobs))
     return compare_logprobs("step0.decoding", torch.cat(differences), policy)
+
+
+def _decodable_prompt(policy: Policy, example: Example, tokens: int) -> list[int]:
+    """The prompt of a document, without its end where the answer would leave the context or change the frequencies."""
+    prompt: list[int] = example.ids[: max(1, int(example.supervised.argmax()))].tolist()
+    virtual_count = policy.method.virtual_tokens
+    limits = [policy.base.context - virtual_count]
+    # decoded, the first tokens of an answer across the boundary have other frequencies than the document has
+    if (boundary := policy.rope_boundary) is not None and len(prompt) + virtual_count <= boundary:
+        limits.append(boundary - virtual_count)
+    return prompt[: max(1, min(limits) - tokens)]
 
 
 def frozen_digest(model: nn.Module) -> dict[str, int]:

@@ -29,12 +29,22 @@ MIN_PREFIX_AHEAD = 64
 
 
 def pack(
-    examples: Sequence[Example], budget: int, *, share_prefixes: bool = True, device: torch.device | None = None
+    examples: Sequence[Example],
+    budget: int,
+    *,
+    share_prefixes: bool = True,
+    device: torch.device | None = None,
+    boundary: int | None = None,
 ) -> list[PackedBatch]:
     """Batches of at most `budget` computed tokens that together hold all examples; a longer document has its own.
 
     Batches with the same `prefix` are adjacent; its tokens are not part of their rows. No batch mixes tasks.
+    `boundary` is the policy's `rope_boundary`: longer documents share no prefix with others.
     """
+    if boundary is not None:
+        parts = _split_by_length(examples, boundary)
+        shared = (pack(part, budget, share_prefixes=share_prefixes and same, device=device) for part, same in parts)
+        return list(chain.from_iterable(shared))
     tasks = {example.task for example in examples}
     if not tasks:
         return []
@@ -58,9 +68,18 @@ def pack(
 
 
 def pack_together(
-    examples: Sequence[Example], budget: int, *, share_prefixes: bool = True, device: torch.device | None = None
+    examples: Sequence[Example],
+    budget: int,
+    *,
+    share_prefixes: bool = True,
+    device: torch.device | None = None,
+    boundary: int | None = None,
 ) -> list[PackedBatch]:
     """Like `pack`, but without prefixes that run ahead and without a split by task."""
+    if boundary is not None:
+        parts = _split_by_length(examples, boundary)
+        shared = (pack_together(p, budget, share_prefixes=share_prefixes and same, device=device) for p, same in parts)
+        return list(chain.from_iterable(shared))
     ordered, common = _sorted_by_tokens(examples)
     group = _PrefixGroup(ordered, common if share_prefixes else [0] * len(ordered), 0)
     return _pack_group(group, budget, partial(_build_batch, share_prefixes=share_prefixes, device=device))
@@ -74,18 +93,37 @@ def pack_separately(examples: Sequence[Example], device: torch.device | None = N
 
 
 def pack_lazily(
-    examples: Iterable[Example], budget: int, *, share_prefixes: bool = True, device: torch.device | None = None
+    examples: Iterable[Example],
+    budget: int,
+    *,
+    share_prefixes: bool = True,
+    device: torch.device | None = None,
+    boundary: int | None = None,
 ) -> Iterator[PackedBatch]:
     """Batches of a data set of any size; only one slice of `SLICE_DOCUMENTS` documents is in memory at once."""
     slice_: list[Example] = []
     for example in examples:
         # cut between data rows only
         if len(slice_) >= SLICE_DOCUMENTS and _from_different_rows(slice_[-1], example):
-            yield from pack(slice_, budget, share_prefixes=share_prefixes, device=device)
+            yield from pack(slice_, budget, share_prefixes=share_prefixes, device=device, boundary=boundary)
             slice_ = []
         slice_.append(example)
     if slice_:
-        yield from pack(slice_, budget, share_prefixes=share_prefixes, device=device)
+        yield from pack(slice_, budget, share_prefixes=share_prefixes, device=device, boundary=boundary)
+
+
+def _split_by_length(examples: Sequence[Example], boundary: int) -> list[tuple[list[Example], bool]]:
+    """Examples of rows within, beyond and on both sides of a length, and whether all of them are on one side.
+
+    The keys and values of a prefix are others in a document beyond the boundary (`models/rotary.py`).
+    """
+    sides: dict[int, set[bool]] = {}
+    for i, example in enumerate(examples):
+        sides.setdefault(example.row if example.row >= 0 else -1 - i, set()).add(len(example) > boundary)
+    parts: dict[tuple[bool, ...], list[Example]] = {}
+    for i, example in enumerate(examples):
+        parts.setdefault(tuple(sorted(sides[example.row if example.row >= 0 else -1 - i])), []).append(example)
+    return [(part, len(key) == 1) for key, part in sorted(parts.items())]
 
 
 def largest_first(batches: Sequence[PackedBatch]) -> list[PackedBatch]:

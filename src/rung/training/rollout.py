@@ -127,9 +127,20 @@ class RolloutSource:
 
     def _check_decoder(self, documents: Sequence[Example], answers: Sequence[GeneratedAnswer]) -> Gate:
         """Gate: the decoder's log-probabilities of its samples equal those that the loss computes."""
-        pairs = zip(self._values_by_document(documents, self.policy.logprobs), answers, strict=True)
-        differences = [torch.as_tensor(scored - np.array(answer.logprobs)) for scored, answer in pairs]
+        scored_documents = self._values_by_document(documents, self.policy.logprobs)
+        differences = [
+            torch.as_tensor(scored - np.array(answer.logprobs))
+            for document, scored, answer in zip(documents, scored_documents, answers, strict=True)
+            if not self._crosses_rope_boundary(document, answer)
+        ]
+        if not differences:
+            return Gate("rollout.distribution", "not_reached", "every answer changes the rotary frequencies", "none")
         return compare_logprobs("rollout.distribution", torch.cat(differences), self.policy)
+
+    def _crosses_rope_boundary(self, document: Example, answer: GeneratedAnswer) -> bool:
+        """Whether the first tokens of an answer were drawn with other frequencies than those of the document."""
+        boundary, length = self.policy.rope_boundary, len(document) + self.policy.method.virtual_tokens
+        return boundary is not None and length - len(answer.all_tokens) <= boundary < length
 
     def _answer(self, prompts: Sequence[Example], sampling: Sampling) -> tuple[list[Example], list[GeneratedAnswer]]:
         """Documents and answers, in the order of the prompts; the answers to one prompt are adjacent."""

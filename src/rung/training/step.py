@@ -130,7 +130,9 @@ def values_by_document(
     device = readers[0].device
     share_prefixes = not has_flat_kernel(device)  # without gradient nothing distinguishes copies of a prefix
     token_budget = max(budget, *map(len, documents))
-    batches: Iterable[PackedBatch] = pack(documents, token_budget, share_prefixes=share_prefixes, device=device)
+    batches: Iterable[PackedBatch] = pack(
+        documents, token_budget, share_prefixes=share_prefixes, device=device, boundary=readers[0].rope_boundary
+    )
     for reader in readers:
         batches = reader.iterate_batches(batches)
     for batch in batches:
@@ -144,7 +146,7 @@ class CalibrationBatch:
     def __init__(self, policy: Policy, objective: Objective, examples: Sequence[Example], budget: int) -> None:
         self.policy, self.objective = policy, objective
         # prefixes are not shared: activation statistics must count every token of every document
-        self.batches = pack(examples, budget, share_prefixes=False, device=policy.device)
+        self.batches = pack(examples, budget, share_prefixes=False, device=policy.device, boundary=policy.rope_boundary)
         self.tokenizer = policy.base.tokenizer
         self.tokens = sum(len(batch.ids) for batch in self.batches)
 

@@ -271,7 +271,9 @@ class Trainer:
         """Pack documents into batches as the config says."""
         if self.config.packing == "none":
             return pack_separately(examples, self.policy.device)
-        return largest_first(pack(examples, budget, share_prefixes=self.share_prefixes, device=self.policy.device))
+        boundary, device = self.policy.rope_boundary, self.policy.device
+        share_prefixes = self.share_prefixes
+        return largest_first(pack(examples, budget, share_prefixes=share_prefixes, device=device, boundary=boundary))
 
     def _can_share_prefixes(self) -> bool:
         """Whether shared prefixes are computed once; prints the reason where the config asks for it in vain."""
@@ -451,7 +453,9 @@ class Trainer:
             batches = (batch for row in validation for batch in pack_separately(row, self.policy.device))
         else:
             examples = chain.from_iterable(validation)
-            batches = pack_lazily(examples, self.budget, share_prefixes=self.share_prefixes, device=self.policy.device)
+            boundary, device = self.policy.rope_boundary, self.policy.device
+            options: Any = {"share_prefixes": self.share_prefixes, "device": device, "boundary": boundary}
+            batches = pack_lazily(examples, self.budget, **options)
         self.objective.take_metrics()  # of the last training step, already in its entry
         return mean_loss(self.policy, self.objective, batches, self.world, self.filler_batch), self._gathered_metrics()
 
