@@ -19,6 +19,7 @@ from scipy import special  # type: ignore[import-untyped,unused-ignore]
 
 from rung.results import Estimate, LadderStep, RungVerdict, Verdict
 from rung.scoring import stats
+from rung.scoring.intervals import ALPHA
 from rung.scoring.significance import Floats, holm
 from rung.scoring.stats import Clusters, Weights
 
@@ -63,12 +64,14 @@ def recommend(
         raise ValueError("a verdict needs at least one rung and a margin of at least 0")
     # nats are better when lower
     sign = -1.0 if in_nats else 1.0
-    measured_rungs = [_measure(name, scores, clusters, weights, seed) for name, scores in rungs]
+    measured_rungs = [_measure(name, scores, clusters, weights, in_nats=in_nats) for name, scores in rungs]
     # max returns the first of equal means: the lower rung
     best = max(measured_rungs, key=lambda m: sign * m.score.mean)
     rung_verdicts = []
     for rung in measured_rungs:
-        difference = stats.paired_difference(best.items, rung.items, clusters, seed, weights=weights)
+        difference = stats.paired_difference(
+            best.items, rung.items, clusters, seed, weights=weights, bounded=_is_bounded(in_nats)
+        )
         if rung is best:
             # the best minus itself is exactly zero: no bound for small samples applies
             difference = difference.replace(low=0.0, high=0.0, method="identity", p_value=None)
@@ -79,57 +82,103 @@ def recommend(
         if reason == "cannot tell":
             gain = sign * (rung.items - best.items)
             seed_variance = rung.seed_variance + best.seed_variance
-            item_count = stats.examples_needed(gain, margin, clusters, weights=weights, seed_variance=seed_variance)
+            item_count = stats.examples_needed(
+                gain, margin, clusters, weights=weights, seed_variance=seed_variance, bounded=_is_bounded(in_nats)
+            )
             # more than there are: this many were not enough
             item_count = item_count and _round_up(max(item_count, len(gain) + 1))
         enough = reason not in ("worse", "cannot tell")
         fields = {"difference": difference, "reason": reason, "enough": enough, "examples_needed": item_count}
         rung_verdicts.append(RungVerdict(name=rung.name, score=rung.score, **fields))
     verdict = _conclude(tuple(rung_verdicts), best.name, margin, target, in_nats)
-    steps = _steps(measured_rungs, clusters, weights, seed)
+    steps = _steps(measured_rungs, clusters, weights, seed, in_nats=in_nats)
     return verdict.replace(steps=steps, text=f"{verdict.text}{_steps_without_difference(steps, in_nats)}")
 
 
-def rung_score(table: ArrayLike, clusters: Clusters = None, *, weights: Weights = None, seed: int = 0) -> Estimate:
-    """Score of one rung from [items] or [training seeds, items], with the variance between seeds."""
-    return _measure("", table, clusters, weights, seed).score
+def rung_score(
+    table: ArrayLike, clusters: Clusters = None, *, weights: Weights = None, seed: int = 0, in_nats: bool = False
+) -> Estimate:
+    """Score of one rung from [items] or [training seeds, items], with the variance between seeds.
+
+    `seed` is without effect: nothing is drawn.
+    """
+    return _measure("", table, clusters, weights, in_nats=in_nats).score
 
 
 def paired_gain(
-    lower: ArrayLike, upper: ArrayLike, clusters: Clusters = None, *, weights: Weights = None, seed: int = 0
+    lower: ArrayLike,
+    upper: ArrayLike,
+    clusters: Clusters = None,
+    *,
+    weights: Weights = None,
+    seed: int = 0,
+    in_nats: bool = False,
 ) -> Estimate:
     """Paired difference of two rungs, upper minus lower, the spread between training seeds included, with its p-value.
 
-    The p-value is that of sign flips over clusters; with several training seeds that of Welch's t, whose variance is
-    the clustered one plus that of the seeds.
+    The p-value is that of sign flips over clusters; with several training seeds that of Welch's t if it is larger,
+    whose variance is the clustered one plus that of the seeds.
     """
-    first, second = (_measure("", table, clusters, weights, seed) for table in (lower, upper))
-    return _gain(first, second, clusters, weights, seed)
+    first, second = (_measure("", table, clusters, weights, in_nats=in_nats) for table in (lower, upper))
+    return _gain(first, second, clusters, weights, seed, in_nats=in_nats)
 
 
-def _gain(first: _MeasuredRung, second: _MeasuredRung, clusters: Clusters, weights: Weights, seed: int) -> Estimate:
-    difference = stats.paired_difference(first.items, second.items, clusters, seed, weights=weights)
-    seed_variance = first.seed_variance + second.seed_variance
-    # exact where possible; flipping signs cannot represent the variance between seeds
-    if seed_variance == 0.0:
-        p = stats.sign_flip_p_value(first.items, second.items, clusters, weights=weights, seed=seed)
-    else:
-        total = stats.clustered_error(second.items - first.items, clusters, weights=weights) ** 2 + seed_variance
-        t = abs(difference.mean) / math.sqrt(total)
-        p = 2 * float(special.stdtr(_degrees_of_freedom(total, first, second), -t))
+def _gain(
+    first: _MeasuredRung, second: _MeasuredRung, clusters: Clusters, weights: Weights, seed: int, *, in_nats: bool
+) -> Estimate:
+    difference = stats.paired_difference(
+        first.items, second.items, clusters, seed, weights=weights, bounded=_is_bounded(in_nats)
+    )
+    # exact where possible
+    p = stats.sign_flip_p_value(first.items, second.items, clusters, weights=weights, seed=seed)
+    # flipping signs cannot represent the variance between seeds, which makes no difference surer
+    if first.seed_variance + second.seed_variance > 0.0:
+        total, df = _variance_with_seeds(first, second, clusters, weights)
+        p = max(p, 2 * float(special.stdtr(df, -abs(difference.mean) / math.sqrt(total))))
     return _with_seed_variance(difference, first, second).replace(p_value=p)
 
 
-def _steps(rungs: Sequence[_MeasuredRung], clusters: Clusters, weights: Weights, seed: int) -> tuple[LadderStep, ...]:
+def _variance_with_seeds(
+    first: _MeasuredRung, second: _MeasuredRung, clusters: Clusters, weights: Weights
+) -> tuple[float, float]:
+    """Variance of a difference from clusters and seeds, and its degrees of freedom (Welch and Satterthwaite).
+
+    The clusters have C - 1 of them: a variance from three clusters is no surer for the seeds beside it.
+    """
+    gain = second.items - first.items
+    c = len(stats.cluster_sums(clusters, gain)[0])
+    of_items = stats.clustered_error(gain, clusters, weights=weights) ** 2 * c / max(1, c - 1)
+    total = of_items + first.seed_variance + second.seed_variance
+    parts = of_items**2 / max(1, c - 1) + sum(
+        m.seed_variance**2 / (m.seeds - 1) for m in (first, second) if m.seeds > 1
+    )
+    return total, total**2 / parts
+
+
+def _is_bounded(in_nats: bool) -> bool | None:
+    # nats within 0 and 1 are no shares; other scores show by themselves whether they are
+    return False if in_nats else None
+
+
+def _steps(
+    rungs: Sequence[_MeasuredRung], clusters: Clusters, weights: Weights, seed: int, *, in_nats: bool
+) -> tuple[LadderStep, ...]:
     pairs = list(pairwise(rungs))
-    gains = [_gain(first, second, clusters, weights, seed) for first, second in pairs]
+    gains = [_gain(first, second, clusters, weights, seed, in_nats=in_nats) for first, second in pairs]
     corrected = holm([gain.p_value for gain in gains if gain.p_value is not None])
     steps = []
     for (first, second), gain, p in zip(pairs, gains, corrected, strict=True):
         variance = first.seed_variance + second.seed_variance
-        items = second.items - first.items
-        detectable = stats.detectable_difference(items, clusters, weights=weights, seed_variance=variance)
-        fields = {"difference": gain, "p_holm": p, "differs": p <= stats.ALPHA, "detectable": detectable}
+        detectable = stats.detectable_difference(
+            second.items - first.items,
+            clusters,
+            weights=weights,
+            seed_variance=variance,
+            degrees_of_freedom=_variance_with_seeds(first, second, clusters, weights)[1] if variance else None,
+            tests=len(pairs),
+            bounded=_is_bounded(in_nats),
+        )
+        fields = {"difference": gain, "p_holm": p, "differs": p <= ALPHA, "detectable": detectable}
         steps.append(LadderStep(lower=first.name, upper=second.name, **fields))
     return tuple(steps)
 
@@ -147,13 +196,15 @@ def _steps_without_difference(steps: Sequence[LadderStep], in_nats: bool) -> str
     return f" No sure difference between {'; between '.join(descriptions)}." if descriptions else ""
 
 
-def _measure(name: str, scores: ArrayLike, clusters: Clusters, weights: Weights, seed: int) -> _MeasuredRung:
+def _measure(
+    name: str, scores: ArrayLike, clusters: Clusters, weights: Weights, *, in_nats: bool = False
+) -> _MeasuredRung:
     table = np.atleast_2d(np.asarray(scores, dtype=np.float64))
     seeds, items = len(table), table.mean(axis=0)
     # weighted as the score itself, or seeds would scatter around another mean
     means = np.average(table, axis=1, weights=None if weights is None else np.asarray(weights, dtype=np.float64))
     variance = float(means.var(ddof=1)) / seeds if seeds > 1 else 0.0
-    score = stats.score_interval(items, clusters, weights=weights, seed=seed)
+    score = stats.score_interval(items, clusters, weights=weights, bounded=_is_bounded(in_nats))
     rung = _MeasuredRung(name, items, variance, seeds, score)
     return replace(rung, score=_with_seed_variance(score, rung))
 
@@ -170,9 +221,9 @@ def _with_seed_variance(estimate: Estimate, *sources: _MeasuredRung) -> Estimate
     if seed_variance == 0.0 or not math.isfinite(estimate.high - estimate.low):
         return estimate
     total = ((estimate.high - estimate.low) / 2 / stats.Z) ** 2 + seed_variance
-    stretch = float(special.stdtrit(_degrees_of_freedom(total, *sources), 1 - stats.ALPHA / 2)) / stats.Z
+    stretch = float(special.stdtrit(_degrees_of_freedom(total, *sources), 1 - ALPHA / 2)) / stats.Z
     mean, seed_half = estimate.mean, stats.Z * math.sqrt(seed_variance)
-    # each side on its own: bootstrap intervals are not symmetric
+    # each side on its own: intervals near 0 and 1 are not symmetric
     left, right = (stretch * math.hypot(side, seed_half) for side in (mean - estimate.low, estimate.high - mean))
     return estimate.replace(low=mean - left, high=mean + right, method=f"{estimate.method} and training seeds")
 
