@@ -106,9 +106,10 @@ def _agreement_share(table: CountTable) -> Floats:
 def _interval(tables: CountTable, clusters: Clusters, chance: Callable[[CountTable], Floats]) -> Estimate:
     """Chance-corrected agreement of all items with its interval.
 
-    The union of two intervals: that of the raw agreement (`intervals.bounded_mean`) with the observed chance, which
-    holds near 0 and 1 and where all agree, and that of the statistic itself, chance included, over clusters
-    (`_chance_included`).
+    Of raw agreement that is `intervals.bounded_mean`. Else it is that of the statistic over clusters, chance included
+    (`_chance_included`). Where fewer than `MIN_RESAMPLED_CLUSTERS` clusters hold the rarer of agreement and
+    disagreement that one is too narrow, and the union with the first, at the observed chance, takes its place; where no
+    cluster does, the first alone.
     """
     is_rated = tables.sum(axis=(1, 2)) > 0
     if not is_rated.any():
@@ -126,11 +127,11 @@ def _interval(tables: CountTable, clusters: Clusters, chance: Callable[[CountTab
     sizes = Sizes(by_cluster.sum(axis=(1, 2)), kish(kept.sum(axis=(1, 2))), capped=_all_or_none(kept))
     _, *ends = bounded_mean(np.trace(by_cluster, axis1=1, axis2=2), sizes)
     low, high = (float(_chance_corrected(float(end), chance_agreement)) for end in ends)
-    method = "clopper-pearson, chance as it was"
-    # without chance or spread the statistic is the raw agreement, and its own interval says nothing more
-    if chance_agreement > 0 and np.ptp(_agreement_share(by_cluster)) > TINY:
+    method, shares = "clopper-pearson, chance as it was", _agreement_share(by_cluster)
+    if chance_agreement > 0 and np.ptp(shares) > TINY:
         own_low, own_high, method = _chance_included(sums, value, chance_agreement, chance)
-        low, high = min(low, own_low), max(high, own_high)
+        is_extreme = min((shares > TINY).sum(), (shares < 1 - TINY).sum()) < MIN_RESAMPLED_CLUSTERS
+        low, high = (min(low, own_low), max(high, own_high)) if is_extreme else (own_low, own_high)
     return Estimate(mean=value, low=low, high=high, examples=n, clusters=c, method=method)
 
 

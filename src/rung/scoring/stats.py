@@ -20,6 +20,7 @@ from scipy import special  # type: ignore[import-untyped,unused-ignore]
 from rung.results import Estimate
 from rung.scoring.intervals import (
     ALPHA,
+    SIGN_TEST_MINIMUM,
     TINY,
     Sizes,
     bounded_difference,
@@ -152,19 +153,21 @@ def examples_needed(
     chance would ask for infinitely many. `seed_variance` does not shrink with n, so it is taken from d^2 first.
     None: no number of items is enough, because the seeds scatter too much.
 
-    For scores on [0, 1] at least log(0.025) / log(1 - margin) clusters, 72 for a margin of 0.05: with fewer the
-    interval reaches beyond -margin even if nothing differs, so a small observed variance must not promise less.
+    For scores on [0, 1] of which fewer than `SIGN_TEST_MINIMUM` clusters differ it is at least log(0.025) /
+    log(1 - margin) clusters, 72 for a margin of 0.05: with fewer the interval reaches beyond -margin even if nothing
+    differs, so that the small variance of a few must not promise less.
     """
     values, sizes = _scores(differences), _weights(weights, differences)
     n, error = len(values), clustered_error(values, clusters, weights=sizes)
-    least = 2
-    if np.abs(values).max() <= 1 if bounded is None else bounded:
-        if margin <= 0 and error == 0.0 and abs(values[0]) <= TINY:
+    sums, totals = cluster_sums(clusters, values * sizes, sizes)
+    differing, least = int((np.abs(sums / totals) > TINY).sum()), 2
+    is_bounded = bool(np.abs(values).max() <= 1) if bounded is None else bounded
+    if is_bounded and differing < SIGN_TEST_MINIMUM:
+        # without a margin no number shows that nothing differs
+        if margin <= 0 and not differing:
             return None
-        if margin > 0:
-            per_cluster = n / len(cluster_sums(clusters, sizes)[0])
-            cluster_count = 1 if margin >= 1 else math.log(ALPHA / 2) / math.log1p(-margin)
-            least = max(least, math.ceil(per_cluster * cluster_count))
+        cluster_count = 1 if margin >= 1 else math.log(ALPHA / 2) / math.log1p(-margin) if margin > 0 else 0
+        least = max(least, math.ceil(n / len(sums) * cluster_count))
     factor = (Z + POWER_Z) ** 2
     distance = max(abs(float(np.average(values, weights=sizes)) + margin), margin / 2)
     effect = distance**2 - factor * seed_variance
