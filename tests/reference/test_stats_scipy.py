@@ -116,7 +116,7 @@ def test_intervals_agree_with_the_clustered_error_of_miller(bounded: bool) -> No
 def test_intervals_of_independent_binary_scores_cover(n: int, share: float) -> None:
     """Exact, no simulation: the probability of every outcome whose interval holds the truth.
 
-    Clopper-Pearson's is at least 0.95 everywhere; Wilson's, used before, falls to 0.92 on this grid.
+    Clopper-Pearson's is at least 0.95 everywhere; Wilson's falls to 0.90 on this grid.
     """
     low, high = clopper_pearson(np.arange(n + 1) / n, n)
     assert stats.binom.pmf(np.flatnonzero((low <= share) & (share <= high)), n, share).sum() >= 0.95
