@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from rung.scoring.intervals import clopper_pearson
+from rung.scoring.recommendation import paired_gain, rung_score
 from rung.scoring.significance import holm, mcnemar, sign_flips
 from rung.scoring.stats import (
     clustered_error,
@@ -227,8 +228,9 @@ def test_the_detectable_difference_by_hand() -> None:
     assert detectable_difference(gains) == pytest.approx(expected, rel=1e-12)
     doubled, ids = np.repeat(gains, 2), np.repeat(np.arange(12), 2).tolist()
     assert detectable_difference(doubled, ids) == pytest.approx(expected, rel=1e-12)  # copies inform of nothing
-    with_seeds = detectable_difference(gains, seed_variance=0.01)
-    assert with_seeds == pytest.approx(factor * math.hypot(sd / math.sqrt(12), 0.1), rel=1e-12)
+    of_seeds = stats.t.ppf(1 - level / 2, 3) + stats.t.ppf(0.8, 3)
+    with_seeds = detectable_difference(gains, seed_variance=0.0004, seed_degrees_of_freedom=3)
+    assert with_seeds == pytest.approx(math.hypot(expected, of_seeds * 0.02), rel=1e-12)
     assert detectable_difference([0.5] * 9) is None and detectable_difference([0.3, 0.5], ["a", "a"]) is None
     # six gains and losses of 1 among six: only 1.35 would be found, which no scores on [0, 1] differ by
     assert detectable_difference(gains[:6]) is None
@@ -243,3 +245,28 @@ def test_few_clusters_find_the_detectable_difference_four_times_in_five(c: int) 
     assert least is not None
     found = sum(sign_flips(rng.normal(least, 1.0, size=c)) <= 0.05 for _ in range(runs)) / runs
     assert found == pytest.approx(0.8, abs=0.06)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 3.0])
+def test_two_training_seeds_are_covered(ratio: float) -> None:
+    """Seeds that scatter `ratio` times as much as the items: one t by Welch and Satterthwaite covers 0.87 at 3."""
+    rng, runs, n, hits, alarms = np.random.default_rng(int(10 * ratio)), 250, 30, 0, 0
+    for _ in range(runs):
+        items = rng.normal(0.0, 1.0, size=n)
+        table = items + ratio / math.sqrt(n) * math.sqrt(2) * rng.normal(size=(2, 1)) + rng.normal(0, 1e-6, size=(2, n))
+        score, gain = rung_score(table, in_nats=True), paired_gain(np.zeros(n), table, in_nats=True)
+        hits += score.low <= 0.0 <= score.high
+        alarms += gain.p_value is not None and gain.p_value <= 0.05
+    assert hits / runs >= 0.94 and alarms / runs <= 0.055
+
+
+def test_a_p_value_with_seeds_is_the_level_at_which_the_interval_reaches_zero() -> None:
+    rng = np.random.default_rng(0)
+    items = rng.normal(0.5, 1.0, size=40)
+    table = np.stack([items - 0.1, items + 0.1, items + 0.3])
+    p = paired_gain(np.zeros(40), table, in_nats=True).p_value
+    mean, of_items = table.mean(), table.mean(axis=0).std(ddof=1) / math.sqrt(40)
+    of_seeds = table.mean(axis=1).std(ddof=1) / math.sqrt(3)
+    assert p is not None and p < 0.5
+    half = math.hypot(stats.t.ppf(1 - p / 2, 39) * of_items, stats.t.ppf(1 - p / 2, 2) * of_seeds)
+    assert half == pytest.approx(mean, rel=1e-9)

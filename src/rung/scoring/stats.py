@@ -180,7 +180,7 @@ def detectable_difference(
     *,
     weights: Weights = None,
     seed_variance: float = 0.0,
-    degrees_of_freedom: float | None = None,
+    seed_degrees_of_freedom: float = math.inf,
     tests: int = 1,
     bounded: bool | None = None,
 ) -> float | None:
@@ -189,9 +189,10 @@ def detectable_difference(
     `tests` is the number of tests that Holm's correction is for: a difference counts as found at 0.05 / tests, where it
     is found whatever the other tests say. Two conditions, of which the larger difference counts:
 
-    - (t_{1 - level / 2} + t_{0.8}) * error, t with C - 1 degrees of freedom or `degrees_of_freedom` (Bloom 1995: 2.8
-      standard errors where clusters are many), the error that of `clustered_error` times sqrt(C / (C - 1)) and with the
-      variance of the seeds. `level` is the largest p-value of C sign flips that is at most 0.05 / tests.
+    - (t_{1 - level / 2} + t_{0.8}) * error, t with C - 1 degrees of freedom (Bloom 1995: 2.8 standard errors where
+      clusters are many), the error that of `clustered_error` times sqrt(C / (C - 1)). `level` is the largest p-value of
+      C sign flips that is at most 0.05 / tests. The same of the seeds' variance, with its own degrees of freedom, is
+      added in squares.
     - at least k clusters must differ, k the fewest with 2 / 2^k <= 0.05 / tests, 6 for one test: differences that C
       clusters show with 80 % probability in k or more of them, times the size of a differing cluster. That size is the
       mean of those observed and of one that differs completely; without bounds there is none to assume.
@@ -217,11 +218,11 @@ def detectable_difference(
         return None
     # p-values of C sign flips are multiples of 1 / 2^(C-1)
     level = math.floor(ALPHA / tests * 2 ** (c - 1)) / 2 ** (c - 1) if c < COARSE_CLUSTERS else ALPHA / tests
-    df = c - 1 if degrees_of_freedom is None else degrees_of_freedom
-    factor = float(t_quantile(df, 1 - level / 2) + t_quantile(df, POWER))
+    of_items = float(t_quantile(c - 1, 1 - level / 2) + t_quantile(c - 1, POWER))
     if c == needed:  # all clusters must agree in sign
-        factor = max(factor, math.sqrt(c) * NormalDist().inv_cdf(POWER ** (1 / c)))
-    smallest = max(fewest, factor * math.sqrt(variance + seed_variance))
+        of_items = max(of_items, math.sqrt(c) * NormalDist().inv_cdf(POWER ** (1 / c)))
+    of_seeds = float(t_quantile(seed_degrees_of_freedom, 1 - level / 2) + t_quantile(seed_degrees_of_freedom, POWER))
+    smallest = max(fewest, math.hypot(of_items * math.sqrt(variance), of_seeds * math.sqrt(seed_variance)))
     # scores on [0, 1] cannot differ by more than 1
     return None if is_bounded and smallest > 1 else smallest
 
