@@ -49,7 +49,7 @@ class Estimate(Result):
     examples: int = 0
     clusters: int = 0
     method: str = ""
-    """How the interval was computed, for example `wilson` or `cluster bootstrap`."""
+    """How the interval was computed, for example `clopper-pearson` or `t on clusters`."""
     p_value: float | None = None
     """Of a difference, two-sided: exact McNemar for binary scores without clusters, or a test that replaced it."""
 

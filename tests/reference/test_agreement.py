@@ -101,8 +101,9 @@ def test_clusters_widen_the_interval_and_copies_change_nothing() -> None:
 def test_full_agreement_is_never_certain_and_one_label_says_nothing() -> None:
     same = ["a", "b"] * 10
     found = cohen_kappa(same, same)
-    assert (found.mean, found.high, found.method) == (1.0, 1.0, "wilson floor")
-    assert found.low == pytest.approx((0.8388 - 0.5) / 0.5, abs=1e-3)  # Wilson's 20 of 20, beyond the chance of 0.5
+    assert (found.mean, found.high, found.method) == (1.0, 1.0, "clopper-pearson, chance as it was")
+    # Clopper-Pearson's 20 of 20, 0.025^(1/20) = 0.8316, beyond the chance of 0.5
+    assert found.low == pytest.approx((0.8316 - 0.5) / 0.5, abs=1e-3)
     assert fleiss_kappa([[x, x] for x in same]).low == pytest.approx(found.low)
     nothing = krippendorff_alpha([["a", "a"]] * 5)
     assert math.isnan(nothing.mean) and nothing.to_json()["mean"] is None and nothing.method.startswith("undefined")
@@ -139,3 +140,16 @@ def test_real_pandalm_annotators(real_data: Path) -> None:
     ratings = list(zip(*raters, strict=True))
     assert round(fleiss_kappa(ratings, clusters).mean, 3) == 0.864
     assert krippendorff_alpha(ratings, clusters).mean == pytest.approx(0.864, abs=1e-3)
+
+
+def test_few_clusters_and_few_disagreements_do_not_narrow_an_interval() -> None:
+    """One disagreement in 40 lowers the bound of full agreement; four clusters get Student's t, not percentiles."""
+    same = ["a", "b"] * 20
+    almost = [*same[:-1], "a"]
+    assert cohen_kappa(same, almost).low < cohen_kappa(same, same).low
+    assert percent_agreement(list(zip(same, almost, strict=True))).low == pytest.approx(0.8684, abs=5e-5)  # 39 of 40
+    rng = np.random.default_rng(0)
+    second = [a if rng.random() < 0.7 else "b" for a in same]
+    few, many = cohen_kappa(same, second, [i // 10 for i in range(40)]), cohen_kappa(same, second)
+    assert few.method == "t on clusters" and few.clusters == 4
+    assert few.high - few.low > many.high - many.low

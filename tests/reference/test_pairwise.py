@@ -91,6 +91,16 @@ def test_the_length_controlled_interval_covers() -> None:
     assert 0.9 <= hits / runs <= 1.0
 
 
+def test_below_eight_clusters_length_control_gives_no_bound() -> None:
+    """Percentiles of refits on so few clusters cover 0.5 to 0.9; of one loss in 40 the raw rate's interval is wider."""
+    apart = [float(i) for i in range(28)]
+    few = length_controlled([1.0, 0.0, 1.0, 1.0] * 7, apart, [str(i // 4) for i in range(28)])
+    assert (few.low, few.high, few.method) == (0.0, 1.0, "unbounded")
+    outcomes = [0.0] + [1.0] * 39
+    rare, raw = length_controlled(outcomes, list(range(40)), None), score_interval(outcomes)
+    assert rare.mean - rare.low >= raw.mean - raw.low - 1e-12
+
+
 def test_length_control_without_anything_to_control() -> None:
     assert length_controlled([1.0] * 20, range(20), None) == score_interval([1.0] * 20, binary=True)
     assert length_controlled([1.0, 0.0, 0.5], [4, 4, 4], None).mean == 0.5

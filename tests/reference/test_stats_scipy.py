@@ -8,41 +8,82 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from rung.scoring.intervals import clopper_pearson
+from rung.scoring.recommendation import paired_gain, rung_score
 from rung.scoring.significance import holm, mcnemar, sign_flips
 from rung.scoring.stats import (
-    cluster_bootstrap,
     clustered_error,
     detectable_difference,
     paired_difference,
-    resample,
+    score_interval,
     sign_flip_p_value,
-    t_interval,
-    wilson,
 )
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 1), (1, 1), (0, 20), (3, 7), (81, 263), (999, 1000)])
-def test_wilson_equals_scipy(successes: int, n: int) -> None:
-    expected = stats.binomtest(successes, n).proportion_ci(method="wilson")
-    found = wilson(successes, n)
+def test_independent_binary_scores_get_scipys_clopper_pearson(successes: int, n: int) -> None:
+    expected = stats.binomtest(successes, n).proportion_ci(method="exact")
+    found = score_interval([1] * successes + [0] * (n - successes))
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
 @pytest.mark.parametrize(
     ("successes", "n", "low", "high"),
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+    [(81, 263, 0.2527, 0.3676), (15, 148, 0.0578, 0.1617), (0, 20, 0.0, 0.1684), (1, 29, 0.0009, 0.1776)],
 )
-def test_wilson_equals_the_published_examples(successes: int, n: int, low: float, high: float) -> None:
-    # Newcombe 1998, Two-sided confidence intervals for the single proportion, table I, method 3.
-    found = wilson(successes, n)
-    assert (found.low, found.high) == pytest.approx((low, high), abs=5e-5)
+def test_clopper_pearson_equals_the_published_examples(successes: int, n: int, low: float, high: float) -> None:
+    # Newcombe 1998, Two-sided confidence intervals for the single proportion, table I, method 5.
+    found = clopper_pearson(successes / n, n)
+    assert found == pytest.approx((low, high), abs=5e-5)
 
 
 def test_t_equals_scipy() -> None:
     scores = np.random.default_rng(1).beta(2, 5, size=23)
     expected = stats.t.interval(0.95, 22, loc=scores.mean(), scale=stats.sem(scores))
-    found = t_interval(scores)
+    found = score_interval(scores, bounded=False)
     assert (found.low, found.high) == pytest.approx(expected, rel=1e-12)
+    doubled = score_interval(np.repeat(scores, 2), np.repeat(np.arange(23), 2).tolist(), bounded=False)
+    assert (doubled.low, doubled.high) == pytest.approx(expected, rel=1e-12)
+
+
+def korn_and_graubard(counts: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
+    """Loops over clusters: the effective number of the docstring of `intervals.effective_number`, then scipy's beta."""
+    n, c, p = sizes.sum(), len(sizes), counts.sum() / sizes.sum()
+    by_clusters = sum((k - m * p) ** 2 for k, m in zip(counts, sizes, strict=True)) / n**2 * c / (c - 1)
+    deff = by_clusters / (p * (1 - p) / (n - 1))
+    fewest, rarer = n**2 / sum(m**2 for m in sizes), min(int((counts > 0).sum()), int((counts < sizes).sum()))
+    deff = (rarer * deff + n / fewest) / (rarer + 1)
+    effective = min(n, max(fewest, n / deff * (stats.t.ppf(0.975, n - 1) / stats.t.ppf(0.975, c - 1)) ** 2))
+    x = p * effective
+    return stats.beta.ppf(0.025, x, effective - x + 1), stats.beta.ppf(0.975, x + 1, effective - x)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_clustered_shares_equal_the_effective_number_in_loops(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 9, size=int(rng.integers(3, 30)))
+    counts = np.maximum(1, rng.binomial(sizes, rng.beta(1, 3, size=len(sizes)))) - (rng.random(len(sizes)) < 0.4)
+    scores = [float(i < k) for k, m in zip(counts, sizes, strict=True) for i in range(m)]
+    found = score_interval(scores, np.repeat(np.arange(len(sizes)), sizes).tolist())
+    assert (found.low, found.high) == pytest.approx(korn_and_graubard(counts, sizes), rel=1e-9)
+
+
+@pytest.mark.parametrize(("gains", "losses", "n"), [(9, 1, 60), (6, 0, 50), (25, 15, 80), (20, 0, 20)])
+def test_paired_shares_of_independent_items_equal_mover_by_scipy(gains: int, losses: int, n: int) -> None:
+    """Zou and Donner 2008 with Clopper-Pearson of gains and losses, and the multinomial's correlation of the two."""
+    ends = [stats.binomtest(k, n).proportion_ci(method="exact") for k in (gains, losses)]
+    g, v = gains / n, losses / n
+    half_more = [(k + 0.5) / (n + 1.5) for k in (gains, losses)]
+    r = -math.sqrt(math.prod(m / (1 - m) for m in half_more))
+    if 0 < gains < n and losses:
+        r = min(r, -math.sqrt(g * v / ((1 - g) * (1 - v))) * n / (n - 1))
+    low = (
+        g
+        - v
+        - math.sqrt((g - ends[0].low) ** 2 + (ends[1].high - v) ** 2 - 2 * r * (g - ends[0].low) * (ends[1].high - v))
+    )
+    found = paired_difference([0] * gains + [1] * losses + [0] * (n - gains - losses), [1] * gains + [0] * (n - gains))
+    assert found.low == pytest.approx(low, rel=1e-9)
 
 
 @pytest.mark.parametrize(("gained", "lost"), [(9, 1), (1, 9), (5, 5), (25, 15), (86, 150), (3, 0)])
@@ -62,66 +103,31 @@ def clustered(rng: np.random.Generator, clusters: int, spread: float) -> tuple[n
     return (rng.random(len(ids)) < rates[ids]).astype(float), ids
 
 
-def test_the_bootstrap_agrees_with_the_clustered_error_of_miller() -> None:
+@pytest.mark.parametrize("bounded", [True, False])
+def test_intervals_agree_with_the_clustered_error_of_miller(bounded: bool) -> None:
     scores, ids = clustered(np.random.default_rng(2), 200, spread=0.3)
-    found = cluster_bootstrap(scores, ids)
+    found = score_interval(scores, ids, bounded=bounded)
     half = (found.high - found.low) / 2
     assert half / stats.t.ppf(0.975, 199) == pytest.approx(clustered_error(scores, ids), rel=0.04)
     assert clustered_error(scores, ids) > 1.3 * clustered_error(scores)  # the clusters matter in these data
 
 
-def test_the_bootstrap_error_is_the_spread_of_the_replicates(monkeypatch: pytest.MonkeyPatch) -> None:
-    # lighteval at HEAD 2026-05-05 divides it by sqrt(replicates) again: 32 times too small at 1,000.
-    scores = np.random.default_rng(3).random(400)
-    with monkeypatch.context() as fewer:
-        fewer.setattr("rung.scoring.stats.SAMPLES", 1_000)
-        replicates = resample(scores, np.ones(400), seed=0)
-    assert replicates.shape == (1_000,)
-    assert replicates.std() == pytest.approx(scores.std() / 20, rel=0.08)
-    found = cluster_bootstrap(scores, None)
-    assert (found.high - found.low) / 2 == pytest.approx(1.96 * scores.std() / 20, rel=0.05)
+@pytest.mark.parametrize("n", [2, 5, 20, 50, 200])
+@pytest.mark.parametrize("share", [0.005, 0.05, 0.2, 0.5])
+def test_intervals_of_independent_binary_scores_cover(n: int, share: float) -> None:
+    """Exact, no simulation: the probability of every outcome whose interval holds the truth.
 
-
-def test_equal_clusters_without_correlation_give_the_t_interval() -> None:
-    scores = np.random.default_rng(4).normal(size=15)
-    bootstrap, t = cluster_bootstrap(scores, None), t_interval(scores)
-    assert bootstrap.high - bootstrap.low == pytest.approx(t.high - t.low, rel=0.1)
-    plain = np.quantile(resample(scores, np.ones(15), 0), [0.025, 0.975])
-    assert np.ptp(plain) < 0.92 * (t.high - t.low)  # what the expanded percentiles repair
-
-
-@pytest.mark.parametrize("n", [20, 50, 200])
-@pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
-def test_wilson_covers(n: int, share: float) -> None:
-    # Exact, no simulation: the probability of every outcome whose interval holds the truth.
-    intervals = [wilson(k, n) for k in range(n + 1)]
-    covered = sum(stats.binom.pmf(k, n, share) for k, i in enumerate(intervals) if i.low <= share <= i.high)
-    assert 0.90 <= covered <= 0.98
-
-
-@pytest.mark.parametrize("clusters", [10, 40])
-def test_the_cluster_bootstrap_covers_where_wilson_does_not(clusters: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rung.scoring.stats.SAMPLES", 1_000)
-    rng, runs, hits, wilson_hits = np.random.default_rng(5), 300, 0, 0
-    truth = np.clip(rng.normal(0.6, 0.4, size=10**6), 0, 1).mean()
-    for run in range(runs):
-        scores, ids = clustered(rng, clusters, spread=0.4)
-        found = cluster_bootstrap(scores, ids, run)
-        naive = wilson(scores.sum(), len(scores))
-        hits += found.low <= truth <= found.high
-        wilson_hits += naive.low <= truth <= naive.high
-    assert 0.90 <= hits / runs <= 0.98
-    assert wilson_hits / runs < 0.90
+    Clopper-Pearson's is at least 0.95 everywhere; Wilson's falls to 0.90 on this grid.
+    """
+    low, high = clopper_pearson(np.arange(n + 1) / n, n)
+    assert stats.binom.pmf(np.flatnonzero((low <= share) & (share <= high)), n, share).sum() >= 0.95
 
 
 @pytest.mark.parametrize(
     ("gain", "loss", "atleast", "atmost"),
     [(0.2, 0.1, 0.90, 0.98), (0.05, 0.05, 0.92, 1.0), (0.04, 0.0, 0.93, 1.0), (0.0, 0.01, 0.93, 1.0)],
 )
-def test_the_paired_interval_covers(
-    gain: float, loss: float, atleast: float, atmost: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("rung.scoring.stats.SAMPLES", 1_000)
+def test_the_paired_interval_covers(gain: float, loss: float, atleast: float, atmost: float) -> None:
     rng, runs, hits = np.random.default_rng(6), 400, 0
     for run in range(runs):
         draw = rng.random(60)
@@ -214,13 +220,53 @@ def test_the_detectable_difference_is_found_four_times_in_five() -> None:
 
 
 def test_the_detectable_difference_by_hand() -> None:
-    gains = [0.0, 1.0, 0.0, -1.0, 1.0, 0.0]
-    sd = np.std(gains, ddof=1)
-    expected = (stats.t.ppf(0.975, 5) + stats.t.ppf(0.8, 5)) * sd / math.sqrt(6)
+    """Twelve clusters: level floor(0.05 * 2^11) / 2^11 = 102 / 2048, the largest p-value of sign flips up to 0.05."""
+    gains = [0.0, 1.0, 0.0, -1.0, 1.0, 0.0] * 2
+    sd, level = np.std(gains, ddof=1), 102 / 2048
+    factor = stats.t.ppf(1 - level / 2, 11) + stats.t.ppf(0.8, 11)
+    expected = factor * sd / math.sqrt(12)
     assert detectable_difference(gains) == pytest.approx(expected, rel=1e-12)
-    doubled, ids = np.repeat(gains, 2), np.repeat(np.arange(6), 2).tolist()
+    doubled, ids = np.repeat(gains, 2), np.repeat(np.arange(12), 2).tolist()
     assert detectable_difference(doubled, ids) == pytest.approx(expected, rel=1e-12)  # copies inform of nothing
-    with_seeds = detectable_difference(gains, seed_variance=0.04)
-    assert with_seeds == pytest.approx(math.hypot(expected, expected / (sd / math.sqrt(6)) * 0.2), rel=1e-12)
-    assert detectable_difference([0.0] * 59) == pytest.approx(1 - 0.05 ** (1 / 59))
+    of_seeds = stats.t.ppf(1 - level / 2, 3) + stats.t.ppf(0.8, 3)
+    with_seeds = detectable_difference(gains, seed_variance=0.0004, seed_degrees_of_freedom=3)
+    assert with_seeds == pytest.approx(math.hypot(expected, of_seeds * 0.02), rel=1e-12)
     assert detectable_difference([0.5] * 9) is None and detectable_difference([0.3, 0.5], ["a", "a"]) is None
+    # six gains and losses of 1 among six: only 1.35 would be found, which no scores on [0, 1] differ by
+    assert detectable_difference(gains[:6]) is None
+
+
+@pytest.mark.parametrize("c", [6, 8, 12])
+def test_few_clusters_find_the_detectable_difference_four_times_in_five(c: int) -> None:
+    """Sign flips of normal gains; the t formula alone, 1.43 standard deviations for 6 clusters, is found 64 in 100."""
+    rng, runs = np.random.default_rng(c), 400
+    gains = rng.normal(size=c)
+    least = detectable_difference(gains / gains.std(ddof=1), bounded=False)
+    assert least is not None
+    found = sum(sign_flips(rng.normal(least, 1.0, size=c)) <= 0.05 for _ in range(runs)) / runs
+    assert found == pytest.approx(0.8, abs=0.06)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 3.0])
+def test_two_training_seeds_are_covered(ratio: float) -> None:
+    """Seeds that scatter `ratio` times as much as the items: one t by Welch and Satterthwaite covers 0.87 at 3."""
+    rng, runs, n, hits, alarms = np.random.default_rng(int(10 * ratio)), 250, 30, 0, 0
+    for _ in range(runs):
+        items = rng.normal(0.0, 1.0, size=n)
+        table = items + ratio / math.sqrt(n) * math.sqrt(2) * rng.normal(size=(2, 1)) + rng.normal(0, 1e-6, size=(2, n))
+        score, gain = rung_score(table, in_nats=True), paired_gain(np.zeros(n), table, in_nats=True)
+        hits += score.low <= 0.0 <= score.high
+        alarms += gain.p_value is not None and gain.p_value <= 0.05
+    assert hits / runs >= 0.94 and alarms / runs <= 0.055
+
+
+def test_a_p_value_with_seeds_is_the_level_at_which_the_interval_reaches_zero() -> None:
+    rng = np.random.default_rng(0)
+    items = rng.normal(0.5, 1.0, size=40)
+    table = np.stack([items - 0.1, items + 0.1, items + 0.3])
+    p = paired_gain(np.zeros(40), table, in_nats=True).p_value
+    mean, of_items = table.mean(), table.mean(axis=0).std(ddof=1) / math.sqrt(40)
+    of_seeds = table.mean(axis=1).std(ddof=1) / math.sqrt(3)
+    assert p is not None and p < 0.5
+    half = math.hypot(stats.t.ppf(1 - p / 2, 39) * of_items, stats.t.ppf(1 - p / 2, 2) * of_seeds)
+    assert half == pytest.approx(mean, rel=1e-9)

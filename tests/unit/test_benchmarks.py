@@ -11,12 +11,14 @@ from benchmarks.flops import Document, Trained, step_flops
 from benchmarks.rows import make_pairs, read_pairs
 from benchmarks.runner import Store
 from benchmarks.sides import speed, weights
+from benchmarks.study import judge_rules
 from benchmarks.workloads import WORKLOADS, Training
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import tiny_model
 from rung.config.io import parse_config
 from rung.planning.architecture import shape_from_config
+from rung.results import Estimate
 
 LENGTH = 13
 
@@ -91,3 +93,14 @@ def test_every_training_workload_is_a_valid_config(key: str) -> None:
     assert isinstance(work, Training)
     config = parse_config(work.config("rows.jsonl", "run"), key)
     assert config.objective.kind == work.objective and config.training.examples_per_step == work.examples_per_step
+
+
+def test_thirteen_rules_are_judged_together() -> None:
+    """By Holm the second smallest of 13 p-values counts 12 times: 0.0077 is 0.092 and proves nothing."""
+    p_values = [0.0001, 0.0077, 0.011, 0.036, *[0.5] * 9]
+    gains = [Estimate(mean=0.2, low=0.1, high=0.3, p_value=p) for p in p_values]
+    rows = judge_rules([f"rule {i}" for i in range(13)], gains)
+    assert [row[-1] for row in rows] == ["holds", *["cannot tell"] * 12]
+    assert rows[1][2:4] == ["0.0077", "0.092"]
+    worse = Estimate(mean=-0.2, low=-0.3, high=-0.1, p_value=0.001)
+    assert judge_rules(["a rule"], [worse])[0][-1] == "does not hold"

@@ -271,7 +271,7 @@ def test_a_scored_run_shows_scores_and_answers(tmp_path: Path) -> None:
     write_json(folder / "run.json", {**manifest, "metrics": {"scores": scored, "prompt_tokens": 120.0, "cut_off": 4}})
     shown = page(folder)
     assert "some of each 60, 10 here" in shown.text and "right 20" in shown.text and "Answers, side" not in shown.text
-    assert "0.33" in shown.text and "[0.23, 0.46]" in shown.text and "this run 4 of 60" in shown.text
+    assert "0.33" in shown.text and "[0.22, 0.47]" in shown.text and "this run 4 of 60" in shown.text
     assert "rung eval" not in shown.text
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rung.config.evaluation import RetrievalConfig
 from rung.errors import ConfigError, DataError
 from rung.evaluation.retrieval import Bm25Index, Library, query_words, read_documents, row_contexts, split_passages
-from rung.scoring.stats import wilson
+from rung.scoring.stats import score_interval
 from rung.types import Message, Record, Source
 
 
@@ -132,7 +132,7 @@ def test_a_hit_is_the_rows_own_context_or_the_answer() -> None:
     told = found.hit_rate([Record(**{**_fields(row), "source": Source("f", i)}) for i, row in enumerate(rows)])
     assert told["hits"] == 3 and told["without_passages"] == 1
     assert (told["judged_by_context"], told["judged_by_answer"]) == (4, 3)
-    assert told["hit_rate"] == wilson(3, 7).to_json()
+    assert told["hit_rate"] == score_interval([1.0] * 3 + [0.0] * 4, binary=True).to_json()
     for i, expected in enumerate([True, True, False, False, True, False, False]):
         assert found.hit_rate([rows[i]])["hits"] == expected, i
     assert told["chunk_words"] == 10 and told["passages"] == len(found.passages)

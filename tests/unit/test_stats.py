@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from rung.results import Verdict
 from rung.scoring.recommendation import paired_gain, recommend, rung_score
 from rung.scoring.significance import holm, mcnemar
 from rung.scoring.stats import (
-    cluster_bootstrap,
     clustered_error,
     detectable_difference,
     examples_needed,
@@ -21,8 +21,6 @@ from rung.scoring.stats import (
     ratio_interval,
     score_interval,
     sign_flip_p_value,
-    t_interval,
-    wilson,
 )
 
 
@@ -34,73 +32,77 @@ def bounds(estimate: object) -> tuple[float, float]:
 
 
 def test_known_values() -> None:
-    assert bounds(wilson(8, 10)) == pytest.approx((0.490, 0.943), abs=5e-4)
-    assert bounds(t_interval([1, 2, 3, 4, 5])) == pytest.approx((3 - 1.963, 3 + 1.963), abs=5e-4)
+    assert bounds(score_interval([1] * 8 + [0] * 2)) == pytest.approx((0.4439, 0.9748), abs=5e-5)
+    assert bounds(score_interval([1, 2, 3, 4, 5])) == pytest.approx((3 - 1.963, 3 + 1.963), abs=5e-4)
     assert clustered_error([0, 1, 0, 1], ["a", "a", "b", "b"]) == 0.0
     assert clustered_error([0, 0, 1, 1], ["a", "a", "b", "b"]) == pytest.approx(math.sqrt(2) / 4)
     assert mcnemar([1] * 9 + [0], [0] * 9 + [1]) == pytest.approx(0.0215, abs=5e-5)
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0, 0.5])
-def test_clusters_that_agree_fall_back_to_wilson_on_their_number(share: float) -> None:
-    ids = [i // 4 for i in range(40)]
-    scores = [float(i % 4 < 4 * share) for i in range(40)]
-    found = score_interval(scores, ids, binary=True)
-    assert found.method == "wilson floor"
-    assert bounds(found) == bounds(wilson(10 * share, 10))
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_clusters_that_agree_count_as_one_item_each(share: float) -> None:
+    """All wrong or all right in 10 clusters is Clopper-Pearson's 0 or 10 of 10: 1 - 0.025^(1/10) = 0.3085 wide."""
+    found = score_interval([share] * 40, [i // 4 for i in range(40)], binary=True)
+    assert found.method == "clopper-pearson, effective number"
+    assert bounds(found) == bounds(score_interval([share] * 10))
+    assert found.high - found.low == pytest.approx(0.3085, abs=5e-5)
     assert (found.examples, found.clusters) == (40, 10)
 
 
 @pytest.mark.parametrize("score", [0.0, 1.0, 0.4])
 def test_one_item_is_never_certain(score: float) -> None:
-    for found in (t_interval([score]), cluster_bootstrap([score], ["a"])):
+    for found in (score_interval([score]), score_interval([score], ["a"]), score_interval([score], bounded=False)):
         assert found.low <= score <= found.high
         assert found.high - found.low > 0.7
 
 
 def test_without_spread_and_bounds_nothing_is_known_and_json_says_null() -> None:
-    found = t_interval([3.0, 3.0])
-    assert bounds(found) == (-math.inf, math.inf)
+    found = score_interval([3.0, 3.0])
+    assert bounds(found) == (-math.inf, math.inf) and found.method == "unbounded"
     assert found.to_json()["low"] is None
     assert json.loads(json.dumps(found.to_json(), allow_nan=False))["mean"] == 3.0
 
 
 def test_the_method_follows_the_data() -> None:
     scores = [0.0, 1.0, 1.0, 0.0, 1.0]
-    assert score_interval(scores, binary=True).method == "wilson"
-    assert score_interval([0.1, 0.5, 0.2], binary=False).method == "t"
-    assert score_interval(scores, list("abcde"), binary=True).method == "wilson"
-    assert score_interval(scores, list("aabcd"), binary=True).method == "cluster bootstrap"
+    assert score_interval(scores, binary=True).method == "clopper-pearson"
+    assert score_interval([0.1, 0.5, 0.2], binary=False).method == "clopper-pearson, effective number"
+    assert score_interval([0.1, 1.5, 0.2], binary=False).method == "t"
+    assert score_interval([0.1, 0.5, 0.2], bounded=False).method == "t"
+    assert score_interval([0.1, 1.5, 0.2], list("aab")).method == "t on clusters"
+    assert score_interval(scores, list("abcde"), binary=True).method == "clopper-pearson"
+    assert score_interval(scores, list("aabcd"), binary=True).method == "clopper-pearson, effective number"
     assert score_interval(scores, ["a", None, None, None, None], binary=True).clusters == 5
     with pytest.raises(ValueError, match="binary"):
         score_interval([0.5, 1.0], binary=True)
 
 
-def test_the_same_seed_gives_the_same_interval_and_order_of_ids_does_not_matter() -> None:
+@pytest.mark.parametrize("bounded", [True, False])
+def test_names_and_order_of_clusters_do_not_matter(bounded: bool) -> None:
     scores, ids = np.random.default_rng(0).random(30), [i // 3 for i in range(30)]
-    one = cluster_bootstrap(scores, ids, seed=1)
-    assert one == cluster_bootstrap(scores, [f"filing {i}" for i in ids], seed=1)
-    assert bounds(one) != bounds(cluster_bootstrap(scores, ids, seed=2))
+    one = score_interval(scores, ids, bounded=bounded)
+    assert one == score_interval(scores, [f"filing {i}" for i in ids], bounded=bounded)
+    other_way = score_interval(scores[::-1], ids[::-1], bounded=bounded)
+    assert bounds(one) == pytest.approx(bounds(other_way), rel=1e-12)
 
 
 def test_weights_count_an_item_many_times() -> None:
-    weighted = cluster_bootstrap([0.2, 0.8, 0.5], None, weights=[1, 3, 2])
-    repeated = cluster_bootstrap([0.2, 0.8, 0.8, 0.8, 0.5, 0.5], list("abbbcc"))
+    weighted = score_interval([0.2, 0.8, 0.5], weights=[1, 3, 2], bounded=False)
+    repeated = score_interval([0.2, 0.8, 0.8, 0.8, 0.5, 0.5], list("abbbcc"), bounded=False)
     assert (weighted.mean, *bounds(weighted)) == pytest.approx((repeated.mean, *bounds(repeated)))
 
 
 @pytest.mark.parametrize("bad", [[], [math.nan], [[0.0, 1.0]], [math.inf, 1.0]])
 def test_scores_that_are_none_are_refused(bad: list[float]) -> None:
     with pytest.raises(ValueError, match="finite"):
-        t_interval(bad)
+        score_interval(bad)
 
 
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: wilson(3, 2),
-        lambda: wilson(0, 0),
-        lambda: cluster_bootstrap([0.0, 1.0], ["a"]),
+        lambda: score_interval([0.0, 1.0], ["a"]),
+        lambda: score_interval([0.0, 1.0], weights=[1.0, 0.0]),
         lambda: ratio_interval([1.0, 2.0], [3, 0]),
         lambda: mcnemar([0.5, 1.0], [1.0, 1.0]),
         lambda: paired_difference([0.0, 1.0], [1.0]),
@@ -138,13 +140,18 @@ def test_the_difference_is_second_minus_first_and_pairing_narrows_it() -> None:
 
 
 def test_two_systems_that_agree_everywhere_may_still_differ() -> None:
+    """The bound is 1 - 0.025^(1/n), 0.060 for 60 items, each end missing with probability 0.025.
+
+    Not the rule of three, 1 - 0.05^(1/n): a true gain just beyond that is missed with probability 0.05 where nothing
+    differs, and again where more differ than expected. For 29 items and a gain of 0.1 both together are 0.065.
+    """
     scores = [0.0, 1.0] * 30
     found = paired_difference(scores, scores)
-    assert bounds(found) == pytest.approx((-(1 - 0.05 ** (1 / 60)), 1 - 0.05 ** (1 / 60)))
-    assert found.high == pytest.approx(3 / 60, rel=0.05)  # the rule of three
+    assert bounds(found) == pytest.approx((-(1 - 0.025 ** (1 / 60)), 1 - 0.025 ** (1 / 60)))
     assert found.p_value == 1.0
-    clustered = paired_difference(scores, scores, [i // 6 for i in range(60)])
-    assert clustered.high == pytest.approx(1 - 0.05 ** (1 / 10))
+    blocks = [float(i // 6 % 2) for i in range(60)]
+    clustered = paired_difference(blocks, blocks, [i // 6 for i in range(60)])
+    assert clustered.high == pytest.approx(1 - 0.025 ** (1 / 10))
     assert clustered.p_value is None
 
 
@@ -159,7 +166,8 @@ def test_five_wins_and_no_loss_do_not_exclude_zero_but_six_do() -> None:
 def test_a_constant_gain_is_not_certain() -> None:
     found = paired_difference([0.0] * 20, [1.0] * 20)
     assert found.mean == found.high == 1.0
-    assert found.low == pytest.approx(2 * 0.025 ** (1 / 20) - 1)  # Clopper-Pearson at 20 of 20
+    # Clopper-Pearson at 20 of 20, 0.832, bounds the gain, and its complement the loss; fully opposed they give 0.663
+    assert 2 * 0.025 ** (1 / 20) - 1 < found.low < 0.025 ** (1 / 20)
     assert bounds(paired_difference([2.0, 3.0], [3.0, 4.0])) == (-math.inf, math.inf)
 
 
@@ -179,12 +187,114 @@ def test_examples_needed_is_the_formula() -> None:
     assert examples_needed(on_the_margin, 0.05) == math.ceil(7.8489 * differences.var() / 0.025**2)
 
 
-def test_examples_needed_without_spread_is_the_rule_of_three() -> None:
-    assert examples_needed([0.0] * 10, 0.05) == 59
-    assert examples_needed([0.0] * 10, 0.05, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]) == 117
+def test_examples_needed_is_never_less_than_the_interval_takes_where_nothing_differs() -> None:
+    """log(0.025) / log(0.95) = 71.9 items: with 72 the interval of two equal systems lies within 0.05.
+
+    59, which the rule of three gives, would leave its end at -0.061.
+    """
+    assert examples_needed([0.0] * 10, 0.05) == 72
+    assert examples_needed([0.0] * 10, 0.05, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]) == 144
     assert examples_needed([0.0] * 10, 0.0) is None
-    zeros = np.zeros(59)
+    zeros = np.zeros(72)
     assert paired_difference(zeros, zeros).low >= -0.05 > paired_difference(zeros[1:], zeros[1:]).low
+    # one gain in 40 is less evidence than none: it asked for 41 items before
+    assert examples_needed([1.0] + [0.0] * 39, 0.05) == 72
+
+
+# --- few clusters, and scores near 0 and 1 ---
+
+
+@pytest.mark.parametrize("c", [1, 2, 3, 4, 5])
+def test_below_six_clusters_no_interval_excludes_zero(c: int) -> None:
+    """False positives were 32, 19, 8 and 6 % at 2 to 5 clusters: a unanimous sign test has p = 2 / 2^5 at best."""
+    rng = np.random.default_rng(c)
+    ids = np.repeat(np.arange(c), 6).tolist()
+    for run in range(40):
+        first, second = ((rng.random(6 * c) < np.repeat(rng.random(c), 6)).astype(float) for _ in range(2))
+        assert not paired_difference(first, second, ids, run).excludes_zero
+        nats = rng.normal(2.0, 0.5, size=6 * c)
+        assert not paired_difference(nats, nats + rng.normal(size=6 * c), ids, run).excludes_zero
+    assert not paired_difference([0.0] * c, [1.0] * c).excludes_zero
+
+
+@pytest.mark.parametrize("c", [2, 3, 4, 5])
+def test_intervals_of_few_clusters_cover(c: int) -> None:
+    """Percentile bootstraps of 2 to 5 clusters cover 0.52, 0.75, 0.89 and 0.90 of their own means."""
+    rng, runs = np.random.default_rng(c), 200
+    ids, hits, nats_hits = np.repeat(np.arange(c), 6).tolist(), 0, 0
+    for _ in range(runs):
+        rates = rng.beta(0.5, 0.5, size=c)
+        found = score_interval((rng.random(6 * c) < np.repeat(rates, 6)).astype(float), ids)
+        hits += found.low <= 0.5 <= found.high
+        nats = np.repeat(rng.normal(2.0, 0.5, size=c), 6) + rng.normal(0.0, 0.1, size=6 * c)
+        perplexity = ratio_interval(nats * 10, np.full(6 * c, 10), ids)
+        nats_hits += perplexity.low <= math.exp(2.0) <= perplexity.high
+    # 0.95 of 200 within three standard errors
+    assert hits / runs >= 0.904 and nats_hits / runs >= 0.904
+
+
+FILINGS = [i % 34 for i in range(184)]
+"""184 questions of 34 filings, as in the demo."""
+
+
+@pytest.mark.parametrize("right", range(1, 25))
+def test_one_right_answer_never_makes_an_interval_narrower_than_that_of_independent_items(right: int) -> None:
+    """1 of 184 in 34 clusters ended at 0.017 before and at 0.10 without it; 184 independent items end at 0.030."""
+    scores = [1.0] * right + [0.0] * (184 - right)
+    clustered, independent = score_interval(scores, FILINGS), score_interval(scores)
+    assert clustered.low <= independent.low + 1e-12 and clustered.high >= independent.high - 1e-12
+    if right == 1:
+        assert independent.high == pytest.approx(0.030, abs=5e-4) and 0.03 < clustered.high < 0.104
+    wrong = score_interval([1 - s for s in scores], FILINGS)
+    assert bounds(wrong) == pytest.approx((1 - clustered.high, 1 - clustered.low), abs=1e-9)
+
+
+def test_a_ladder_does_not_contradict_itself() -> None:
+    """No right answer and five: the gain ended at 0.28 where the better score itself ended at 0.05."""
+    none, five = np.zeros(184), np.r_[np.ones(5), np.zeros(179)]
+    gain, lower, upper = paired_difference(none, five, FILINGS), *(score_interval(s, FILINGS) for s in (none, five))
+    assert gain.high <= upper.high and gain.low >= upper.low - lower.high
+    assert gain.low < 0 < gain.high < 0.08
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_no_gain_exceeds_what_both_scores_allow(seed: int) -> None:
+    """Second high minus first low, and the reverse, where no sign test extends the interval to zero."""
+    rng = np.random.default_rng(seed)
+    c, rate = int(rng.integers(2, 40)), float(rng.choice([0.01, 0.05, 0.5, 0.97]))
+    ids = rng.integers(c, size=5 * c).tolist()
+    first, second = ((rng.random(5 * c) < rate).astype(float) for _ in range(2))
+    if seed % 2:
+        first, second = (np.clip(s + rng.choice([0, 0.1, -0.2], size=5 * c), 0, 1) for s in (first, second))
+    gain, a, b = paired_difference(first, second, ids), score_interval(first, ids), score_interval(second, ids)
+    assert gain.low >= min(0.0, b.low - a.high) - 1e-12
+    assert gain.high <= max(0.0, b.high - a.low) + 1e-12
+    assert gain.low <= gain.mean <= gain.high and abs(gain.mean - (b.mean - a.mean)) < 1e-12
+
+
+# --- what a test would find ---
+
+
+def test_where_nothing_differs_the_detectable_difference_is_what_the_sign_test_finds() -> None:
+    """34 clusters: six must differ, all alike; P(Bin(34, q) >= 6) = 0.8 at q = 0.223. The rule of three said 0.084."""
+    least = detectable_difference([0.0] * 34)
+    assert least == pytest.approx(0.223, abs=5e-4)
+    assert stats.binom.sf(5, 34, least) == pytest.approx(0.8, abs=1e-9)
+    # one item that differs makes no smaller difference detectable than six clusters of its kind
+    one = detectable_difference([1.0] + [0.0] * 33)
+    assert one is not None and one == pytest.approx(0.223, abs=5e-4)
+    assert detectable_difference([0.0] * 5) is None
+    assert detectable_difference([0.0] * 34, bounded=False) is None
+
+
+def test_a_ladder_tells_differences_that_are_found_after_holms_correction() -> None:
+    """Four steps are each tested at 0.05 / 4, where the sign test needs 8 clusters: 0.286 instead of 0.223."""
+    rungs = [(str(i), np.zeros(34)) for i in range(4)] + [("best", np.r_[np.ones(20), np.zeros(14)])]
+    steps = recommend(rungs, margin=0.05).steps
+    assert steps[0].detectable == pytest.approx(0.2865, abs=5e-4)
+    assert stats.binom.sf(7, 34, steps[0].detectable) == pytest.approx(0.8, abs=1e-9)
+    two = recommend(rungs[3:], margin=0.05).steps
+    assert two[0].detectable is not None and two[0].detectable < steps[3].detectable  # type: ignore[operator]
 
 
 # --- the verdict ---
@@ -312,7 +422,7 @@ def test_steps_carry_raw_and_corrected_p_values_and_what_would_have_shown() -> N
     ) and second.difference.p_value == sign_flip_p_value(same, high, ids)
     assert [first.p_holm, second.p_holm] == holm([first.difference.p_value, second.difference.p_value])
     assert (first.differs, second.differs) == (False, True)
-    assert first.detectable == detectable_difference(same - low, ids)
+    assert first.detectable == detectable_difference(same - low, ids, tests=2)
     said = f"No sure difference between few and zero (p = {first.p_holm:.2g}, smallest that would show: "
     assert found.text.endswith(f"{said}{first.detectable:.2g}).")
     told = json.loads(json.dumps(found.to_json(), allow_nan=False))["steps"]

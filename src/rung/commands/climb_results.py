@@ -52,8 +52,9 @@ class MeasuredRung:
         # With one seed the evaluation's own interval, which for perplexity is that of a ratio of sums.
         if len(self.evaluations) == 1:
             return first.interval(metric)
-        score = rung_score(self.table(metric), first.clusters, weights=first.weights(metric))
-        if metric != PERPLEXITY:
+        in_nats = metric == PERPLEXITY
+        score = rung_score(self.table(metric), first.clusters, weights=first.weights(metric), in_nats=in_nats)
+        if not in_nats:
             return score
         # `rung_score` works in nats per token; a ladder shows perplexities.
         return score.replace(mean=math.exp(score.mean), low=math.exp(score.low), high=math.exp(score.high))
@@ -94,7 +95,8 @@ def build_ladder(
     verdict = recommend(scores, margin, target, clusters=clusters, weights=weights, in_nats=in_nats, seed=seed)
 
     def gain_between(lower_index: int, upper_index: int) -> Estimate:
-        return paired_gain(tables[lower_index], tables[upper_index], clusters, weights=weights, seed=seed)
+        pair = tables[lower_index], tables[upper_index]
+        return paired_gain(*pair, clusters, weights=weights, seed=seed, in_nats=in_nats)
 
     rows = [_row(config, m, gain_between(i - 1, i) if i else None) for i, m in enumerate(measured_rungs)]
     if warning := _cut_off_warning(rows):

@@ -15,7 +15,7 @@ from rung.commands.evaluate import evaluate_on_task, evaluation_task, task_name
 from rung.commands.judge import judge_pairs
 from rung.config.io import ConfigSource
 from rung.errors import ConfigError
-from rung.evaluation.evaluate import Evaluation
+from rung.evaluation.evaluate import PERPLEXITY, Evaluation
 from rung.evaluation.judge import AnswerPair
 from rung.files import write_text
 from rung.results import ComparisonResult, MetricComparison
@@ -73,7 +73,9 @@ def paired_scores(before: Evaluation, after: Evaluation, metric: str, seed: int)
     """Both scores, and after minus before with the smallest detectable difference; perplexity in nats per token."""
     scores, weights, clusters = (before.scores(metric), after.scores(metric)), after.weights(metric), after.clusters
     # Clusters are the same on both sides, token counts only with the same tokenizer: those of `after` weight the items.
-    difference = paired_gain(*scores, clusters, weights=weights, seed=seed)
-    detectable = detectable_difference(scores[1] - scores[0], clusters, weights=weights)
+    in_nats = metric == PERPLEXITY
+    difference = paired_gain(*scores, clusters, weights=weights, seed=seed, in_nats=in_nats)
+    bounded = False if in_nats else None
+    detectable = detectable_difference(scores[1] - scores[0], clusters, weights=weights, bounded=bounded)
     scores_of = {"before": before.interval(metric), "after": after.interval(metric)}
     return MetricComparison(**scores_of, difference=difference, detectable=detectable)

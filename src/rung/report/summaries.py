@@ -381,6 +381,8 @@ def _score(estimate: Estimate | None, digits: int) -> Cell:
 def _gain(estimate: Estimate | None, digits: int, corrected: float | None, *, lower_is_better: bool) -> Cell:
     if estimate is None:
         return Cell(MISSING)
-    tone = ("bad" if (estimate.low > 0) == lower_is_better else "good") if estimate.excludes_zero else ""
+    # a color is a claim, and the steps of a ladder make several: the corrected p-value decides where there is one
+    is_sure = estimate.excludes_zero and (corrected is None or corrected <= 0.05)
+    tone = ("bad" if (estimate.low > 0) == lower_is_better else "good") if is_sure else ""
     mean = format_fixed(estimate.mean, digits, signed=True)
     return Cell(mean, format_bounds(estimate, digits), format_p_value(corrected), tone)

@@ -14,8 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rung.results import Estimate
+from rung.scoring.intervals import TINY, Sizes, bounded_mean, kish, t_quantile
 from rung.scoring.significance import Floats, batch_sizes
-from rung.scoring.stats import SAMPLES, TINY, Clusters, cluster_sums, expanded_percentiles, wilson
+from rung.scoring.stats import (
+    MIN_RESAMPLED_CLUSTERS,
+    SAMPLES,
+    Clusters,
+    cluster_sums,
+    expanded_percentiles,
+    is_binary,
+)
 
 Label = Hashable | None
 """Label of an item by a rater; None if missing."""
@@ -96,39 +104,66 @@ def _agreement_share(table: CountTable) -> Floats:
 
 
 def _interval(tables: CountTable, clusters: Clusters, chance: Callable[[CountTable], Floats]) -> Estimate:
-    """Chance-corrected agreement of all items with its interval, clusters resampled.
+    """Chance-corrected agreement of all items with its interval.
 
-    If the replicates have no spread (all agree) the interval is Wilson's for the raw agreement on the number of
-    clusters, with the observed chance. A replicate with only one label counts as 0, nothing beyond chance.
+    Of raw agreement that is `intervals.bounded_mean`. Else it is that of the statistic over clusters, chance included
+    (`_chance_included`). Where fewer than `MIN_RESAMPLED_CLUSTERS` clusters hold the rarer of agreement and
+    disagreement that one is too narrow, and the union with the first, at the observed chance, takes its place; where no
+    cluster does, the first alone.
     """
     is_rated = tables.sum(axis=(1, 2)) > 0
     if not is_rated.any():
         raise ValueError("no item was rated by two")
-    k = tables.shape[-1]
+    k, kept = tables.shape[-1], tables[is_rated]
     # summed by cluster first: a replicate is then one matrix product instead of a pass over the items
-    sums = np.stack(cluster_sums(_filter_clusters(clusters, is_rated), *tables[is_rated].reshape(-1, k * k).T), axis=1)
+    sums = np.stack(cluster_sums(_filter_clusters(clusters, is_rated), *kept.reshape(-1, k * k).T), axis=1)
     n, c, total_table = int(is_rated.sum()), len(sums), sums.sum(axis=0).reshape(k, k)
     agreement, chance_agreement = float(_agreement_share(total_table)), float(chance(total_table))
     if 1.0 - chance_agreement < TINY:
         method = "undefined: only one label occurs"
         return Estimate(mean=math.nan, low=-math.inf, high=math.inf, examples=n, clusters=c, method=method)
     value = float(_chance_corrected(agreement, chance_agreement))
-    if np.ptp(_agreement_share(sums.reshape(c, k, k))) < TINY:
-        # min: rounding may put a perfect agreement just above 1
-        floor = wilson(min(agreement, 1.0) * c, c)
-        low, high = (float(_chance_corrected(bound, chance_agreement)) for bound in (floor.low, floor.high))
-        return Estimate(mean=value, low=low, high=high, examples=n, clusters=c, method="wilson floor")
-    rng, values, agreements = np.random.default_rng(0), [], []
+    by_cluster = sums.reshape(c, k, k)
+    sizes = Sizes(by_cluster.sum(axis=(1, 2)), kish(kept.sum(axis=(1, 2))), capped=_all_or_none(kept))
+    _, *ends = bounded_mean(np.trace(by_cluster, axis1=1, axis2=2), sizes)
+    low, high = (float(_chance_corrected(float(end), chance_agreement)) for end in ends)
+    method, shares = "clopper-pearson, chance as it was", _agreement_share(by_cluster)
+    if chance_agreement > 0 and np.ptp(shares) > TINY:
+        own_low, own_high, method = _chance_included(sums, value, chance_agreement, chance)
+        is_extreme = min((shares > TINY).sum(), (shares < 1 - TINY).sum()) < MIN_RESAMPLED_CLUSTERS
+        low, high = (min(low, own_low), max(high, own_high)) if is_extreme else (own_low, own_high)
+    return Estimate(mean=value, low=low, high=high, examples=n, clusters=c, method=method)
+
+
+def _chance_included(
+    sums: Floats, value: float, chance_agreement: float, chance: Callable[[CountTable], Floats]
+) -> tuple[float, float, str]:
+    """Ends of the statistic's own interval and its method; `sums` are the tables of the clusters, [C, K * K].
+
+    Clusters resampled, expanded percentiles; below `MIN_RESAMPLED_CLUSTERS` Student's t of the jackknife, within -1
+    and 1. A replicate with only one label counts as 0, nothing beyond chance.
+    """
+    c, k = len(sums), math.isqrt(sums.shape[1])
+    if c < MIN_RESAMPLED_CLUSTERS:
+        without = (sums.sum(axis=0) - sums).reshape(c, k, k)
+        values = np.nan_to_num(_chance_corrected(_agreement_share(without), chance(without)), nan=0.0)
+        half = float(t_quantile(c - 1)) * math.sqrt(float(((values - value) ** 2).sum()) * (c - 1) / c)
+        return max(value - half, -1.0), min(value + half, 1.0), "t on clusters"
+    rng, replicates, agreements = np.random.default_rng(0), [], []
     for rows in batch_sizes(SAMPLES, c):
         resampled_tables = (rng.multinomial(c, np.full(c, 1.0 / c), size=rows) @ sums).reshape(rows, k, k)
         agreements.append(_agreement_share(resampled_tables))
-        values.append(np.nan_to_num(_chance_corrected(agreements[-1], chance(resampled_tables)), nan=0.0))
-    replicates, method = np.concatenate(values), "cluster bootstrap"
-    if np.ptp(replicates) < TINY:  # a rater with one label for everything has kappa 0 in every resample
-        replicates = _chance_corrected(np.concatenate(agreements), chance_agreement)
+        replicates.append(np.nan_to_num(_chance_corrected(agreements[-1], chance(resampled_tables)), nan=0.0))
+    values, method = np.concatenate(replicates), "cluster bootstrap"
+    if np.ptp(values) < TINY:  # a rater with one label for everything has kappa 0 in every resample
+        values = _chance_corrected(np.concatenate(agreements), chance_agreement)
         method = "cluster bootstrap, chance as it was"
-    low, high = expanded_percentiles(replicates, c)
-    return Estimate(mean=value, low=low, high=high, examples=n, clusters=c, method=method)
+    return (*expanded_percentiles(values, c), method)
+
+
+def _all_or_none(tables: CountTable) -> bool:
+    """Whether on each item all pairs of raters agree or none does: then agreement is a share of right and wrong."""
+    return is_binary(np.round(_agreement_share(tables), 12))
 
 
 def _pair_counts(ratings: Ratings) -> CountTable:

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from rung.results import Estimate, JudgeAgreement, Preference
 from rung.scoring.agreement import Label, cohen_kappa, krippendorff_alpha, percent_agreement
 from rung.scoring.significance import Floats, batch_sizes
-from rung.scoring.stats import Clusters, expanded_percentiles, score_interval
+from rung.scoring.stats import MIN_RESAMPLED_CLUSTERS, Clusters, expanded_percentiles, score_interval
 
 Outcome = Literal["first", "second", "tie"]
 OUTCOMES: tuple[Outcome, ...] = ("first", "second", "tie")
@@ -84,8 +84,9 @@ def length_controlled(outcomes: ArrayLike, differences: ArrayLike, clusters: Clu
 
     Logistic regression of outcomes [P] (1, 0.5, 0) on tanh((difference of lengths) / (its standard deviation)); the
     rate is the sigmoid of the constant. The interval refits on resampled clusters: the error of the fit is in it, which
-    an error of predicted preferences leaves out. Where all outcomes or all lengths are the same, length explains
-    nothing and the raw rate is returned.
+    an error of predicted preferences leaves out. On neither side is it narrower than that of the raw rate, for refits
+    miss what a sample near 0 or 1 did not show. Where all outcomes or all lengths are the same, length explains nothing
+    and the raw rate is returned. Below `MIN_RESAMPLED_CLUSTERS` clusters only 0 and 1 bound it.
     """
     y, d = np.asarray(outcomes, dtype=np.float64), np.asarray(differences, dtype=np.float64)
     if len(y) != len(d) or len(y) == 0:
@@ -99,14 +100,17 @@ def length_controlled(outcomes: ArrayLike, differences: ArrayLike, clusters: Clu
     if clusters is not None:
         cluster_index = np.unique([str(c) for c in clusters], return_inverse=True)[1]
     c = int(cluster_index.max()) + 1
+    rate = float(_sigmoid(fit_logistic(x, y, np.ones((1, len(y))))[0, 0]))
+    if c < MIN_RESAMPLED_CLUSTERS:
+        return Estimate(mean=rate, low=0.0, high=1.0, examples=len(y), clusters=c, method="unbounded")
     rng, rates = np.random.default_rng(seed), []
     for rows in batch_sizes(REFITS, len(y), 1_000_000):
         # counts per cluster as weights: all fits of a slice run as one batch
         cluster_counts = rng.multinomial(c, np.full(c, 1.0 / c), size=rows)
         rates.append(_sigmoid(fit_logistic(x, y, cluster_counts[:, cluster_index].astype(np.float64))[:, 0]))
-    rate = float(_sigmoid(fit_logistic(x, y, np.ones((1, len(y))))[0, 0]))
-    # one cluster cannot be resampled, so nothing is known but that a rate lies in [0, 1]
-    low, high = expanded_percentiles(np.concatenate(rates), c) if c > 1 else (0.0, 1.0)
+    low, high = expanded_percentiles(np.concatenate(rates), c)
+    raw = score_interval(y, clusters)
+    low, high = min(low, max(0.0, rate - (raw.mean - raw.low))), max(high, min(1.0, rate + (raw.high - raw.mean)))
     return Estimate(mean=rate, low=low, high=high, examples=len(y), clusters=c, method="refitted cluster bootstrap")
 
 

@@ -1,9 +1,10 @@
 """Uncertainty of scores: 95 % intervals of one system, of the difference of two, and of a ratio.
 
 Scores are stored per item, and everything here is a pure function of them. Items of one cluster (a filing, a document)
-are not independent, so complete clusters are resampled. An interval never has zero width: if a sample has no spread, an
-exact bound replaces it, and if no bound exists it is infinite (null in JSON). That makes intervals on small test sets
-wide on purpose. `evaluation`, `recommendation`, `agreement` and `pairwise` build on it.
+are not independent, so variances are those of complete clusters. An interval never has zero width: if a sample has no
+spread, an exact bound replaces it, and if no bound exists it is infinite (null in JSON). That makes intervals on small
+test sets wide on purpose; how often they hold the truth is a table in docs/evidence.md. The formulas are in
+`intervals`; `evaluation`, `recommendation`, `agreement` and `pairwise` build on this module.
 """
 
 from __future__ import annotations
@@ -17,7 +18,18 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special  # type: ignore[import-untyped,unused-ignore]
 
 from rung.results import Estimate
-from rung.scoring.significance import Floats, batch_sizes, mcnemar, sign_flips
+from rung.scoring.intervals import (
+    ALPHA,
+    SIGN_TEST_MINIMUM,
+    TINY,
+    Sizes,
+    bounded_difference,
+    bounded_mean,
+    kish,
+    student_ratio,
+    t_quantile,
+)
+from rung.scoring.significance import Floats, mcnemar, sign_flips
 
 Clusters = Sequence[Hashable] | None
 """One cluster id per item. An item with id None is its own cluster; None instead of ids means no clusters."""
@@ -25,83 +37,50 @@ Clusters = Sequence[Hashable] | None
 Weights = ArrayLike | None
 """One positive weight per item; None: all the same."""
 
-ALPHA = 0.05
 Z = NormalDist().inv_cdf(1 - ALPHA / 2)
-POWER_Z = NormalDist().inv_cdf(0.8)
+POWER = 0.8
+"""Probability with which a detectable difference is found (Bloom 1995; Cohen 1988)."""
+POWER_Z = NormalDist().inv_cdf(POWER)
 SAMPLES = 10_000
-TINY = 1e-12  # tolerance for cluster means that are equal except for rounding
-SIGN_TEST_MINIMUM = 6
-"""Below six differing clusters even a unanimous sign test has p > 0.05, so no interval may exclude zero."""
-
-
-def wilson(successes: float, n: float) -> Estimate:
-    """Score interval of a proportion (Wilson 1927). 8 of 10 is [0.490, 0.943]; 0 of 20 is [0, 0.161].
-
-    `n` may be an effective number, such as a number of clusters.
-    """
-    if not 0 <= successes <= n or n <= 0:
-        raise ValueError(f"needs 0 <= successes <= n and n > 0, got {successes} of {n}")
-    share = successes / n
-    center = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-    # exactly 0 and 1 at the ends, where rounding would leave 1e-17
-    low = 0.0 if successes == 0 else center - half
-    high = 1.0 if successes == n else center + half
-    return Estimate(mean=share, low=low, high=high, examples=int(n), clusters=int(n), method="wilson")
-
-
-def t_interval(scores: ArrayLike) -> Estimate:
-    """Student's interval of a mean of independent scores. 1, 2, 3, 4, 5 is 3 +- 1.963.
-
-    Without spread (or with one item) it falls back to Wilson on the number of items, see `cluster_bootstrap`.
-    """
-    values = _scores(scores)
-    n = len(values)
-    mean = float(values.mean())
-    # Student's interval would have zero width
-    if np.ptp(values) == 0:
-        return _interval_without_spread(values, mean, n)
-    half = float(special.stdtrit(n - 1, 1 - ALPHA / 2) * values.std(ddof=1) / math.sqrt(n))
-    return Estimate(mean=mean, low=mean - half, high=mean + half, examples=n, clusters=n, method="t")
-
-
-def cluster_bootstrap(scores: ArrayLike, clusters: Clusters, seed: int = 0, *, weights: Weights = None) -> Estimate:
-    """A (weighted) mean with its interval, clusters resampled with replacement.
-
-    Expanded percentile interval (Hesterberg 2015, arXiv 1411.5279, section 5.3): the plain percentile is too narrow by
-    about sqrt((C-1)/C) * z/t with C clusters, so wider percentiles of the replicates are taken. Not BCa: its
-    acceleration is estimated from C numbers and is noise at the few dozen clusters of a usual test set.
-
-    Where all clusters agree (all right, all wrong) the bootstrap has no width. For scores within 0 and 1 Wilson on the
-    number of *clusters* takes its place: no distribution on [0, 1] with that mean varies more than a binary one.
-    """
-    values, sizes = _scores(scores), _weights(weights, scores)
-    sums, totals = cluster_sums(clusters, values * sizes, sizes)
-    mean, c = float(sums.sum() / totals.sum()), len(sums)
-    # without spread between clusters every replicate is the same
-    if np.ptp(sums / totals) < TINY:
-        return _interval_without_spread(values, mean, c)
-    low, high = expanded_percentiles(resample(sums, totals, seed), c)
-    return Estimate(mean=mean, low=low, high=high, examples=len(values), clusters=c, method="cluster bootstrap")
+COARSE_CLUSTERS = 30
+"""From here on p-values of sign flips are so fine that the level is the nominal one."""
+MIN_RESAMPLED_CLUSTERS = 8
+"""Below it no bootstrap interval is given: percentiles of so few clusters cover 0.5 to 0.9 (docs/evidence.md)."""
 
 
 def score_interval(
-    scores: ArrayLike, clusters: Clusters = None, *, binary: bool | None = None, weights: Weights = None, seed: int = 0
+    scores: ArrayLike,
+    clusters: Clusters = None,
+    *,
+    binary: bool | None = None,
+    weights: Weights = None,
+    seed: int = 0,
+    bounded: bool | None = None,
 ) -> Estimate:
-    """The right interval for one system; `binary`: None where the scores themselves decide.
+    """Mean score of one system with its interval. 8 of 10 is [0.4439, 0.9748]; 0 of 20 clusters is [0, 0.1684].
 
-    Cluster bootstrap when some cluster holds several items (or items have weights), else Wilson for binary scores,
-    else t: normal-theory intervals are too narrow for shares at a few hundred items (Bowyer et al. 2025).
+    Scores on [0, 1]: Clopper-Pearson at an effective number of items (`intervals.bounded_mean`), which for independent
+    scores of 0 and 1 is their number. Others: Student's t on the clusters (`intervals.student_ratio`).
+
+    `binary` True raises ValueError for other scores than 0 and 1. `bounded` says whether a score can lie outside
+    [0, 1], as nats can; None where the scores themselves decide. `seed` is without effect: nothing is drawn.
     """
-    values = _scores(scores)
-    # Wilson and t assume independent items of equal weight
-    if weights is not None or _has_clusters(clusters, len(values)):
-        return cluster_bootstrap(values, clusters, seed, weights=weights)
+    values, sizes = _scores(scores), _weights(weights, scores)
     if binary and not is_binary(values):
         raise ValueError("scores said to be binary hold something else than 0 and 1")
-    if binary or (binary is None and is_binary(values)):
-        return wilson(float(values.sum()), len(values))
-    return t_interval(values)
+    codes = _cluster_codes(clusters, len(values))
+    table = _table_sizes(codes, sizes, capped=is_binary(values))
+    sums = _sum_by(codes, values * sizes)
+    if _is_in_unit_range(values) if bounded is None else bounded:
+        mean, low, high = (float(x) for x in bounded_mean(sums, table))
+        method = "clopper-pearson"
+        if table.clusters < len(values) or weights is not None or not table.capped:
+            method += ", effective number"
+    else:
+        mean, low, high = (float(x) for x in student_ratio(sums, table))
+        method = "t" if table.clusters == len(values) and weights is None else "t on clusters"
+        method = method if math.isfinite(high) else "unbounded"
+    return Estimate(mean=mean, low=low, high=high, examples=len(values), clusters=table.clusters, method=method)
 
 
 def paired_difference(
@@ -112,46 +91,50 @@ def paired_difference(
     *,
     weights: Weights = None,
     ids: tuple[Sequence[Hashable], Sequence[Hashable]] | None = None,
+    bounded: bool | None = None,
 ) -> Estimate:
-    """Second minus first on the same items, clusters resampled (Miller 2024, arXiv 2411.00640, on paired differences).
+    """Second minus first on the same items (Miller 2024, arXiv 2411.00640, on paired differences).
 
-    `ids` are the items' names in both lists; unequal ones, or unequal lengths, raise ValueError. Where fewer than
-    `SIGN_TEST_MINIMUM` clusters differ, the interval is widened to the bound of `_discordant_bound`: two systems that
-    agree on all 60 items may still differ by 0.049 (the rule of three, 3/n).
+    Scores on [0, 1]: `intervals.bounded_difference`; two systems that agree on all 60 items may still differ by 0.060.
+    Others: Student's t of the clusters' differences. An interval excludes zero only where the sign flips of
+    `sign_flip_p_value` do too, else it is extended to zero: below `SIGN_TEST_MINIMUM` differing clusters it never does.
+
+    `ids` are the items' names in both lists; unequal ones, or unequal lengths, raise ValueError. `bounded` as in
+    `score_interval`; `seed` is that of random sign flips.
     """
     a, b = _scores(first), _scores(second)
     if len(a) != len(b) or (ids is not None and list(ids[0]) != list(ids[1])):
         raise ValueError(f"not the same items: {len(a)} and {len(b)} scores; a comparison is paired or it is none")
-    gain, sizes = b - a, _weights(weights, a)
-    sums, totals = cluster_sums(clusters, gain * sizes, sizes)
-    mean, c, per_cluster = float(sums.sum() / totals.sum()), len(sums), sums / totals
-    low, high, method = -math.inf, math.inf, "unbounded"
-    if has_spread := bool(np.ptp(per_cluster) > TINY):
-        low, high = expanded_percentiles(resample(sums, totals, seed), c)
-        method = "paired cluster bootstrap"
-    differing_count = int((np.abs(per_cluster) > TINY).sum())
-    # few differing clusters: percentiles are too narrow there, and may exclude zero after five wins
-    if _is_in_unit_range(np.concatenate([a, b])) and (not has_spread or differing_count < min(SIGN_TEST_MINIMUM, c)):
-        floor_low, floor_high = _discordant_bound(per_cluster)
-        low, high = (min(low, floor_low), max(high, floor_high)) if has_spread else (floor_low, floor_high)
-        method = "exact bound on differing clusters"
+    gain, sizes, codes = b - a, _weights(weights, a), _cluster_codes(clusters, len(a))
+    both_binary = is_binary(a) and is_binary(b)
+    table = _table_sizes(codes, sizes, capped=both_binary)
+    if _is_in_unit_range(np.concatenate([a, b])) if bounded is None else bounded:
+        columns = (a, b, np.maximum(gain, 0.0), np.maximum(-gain, 0.0))
+        scores_a, scores_b, gains, losses = (_sum_by(codes, column * sizes) for column in columns)
+        interval = bounded_difference(scores_a, scores_b, gains, losses, table)
+        method = "MOVER of gains and losses"
+    else:
+        interval = student_ratio(_sum_by(codes, gain * sizes), table)
+        method = "paired t on clusters" if math.isfinite(interval[2]) else "unbounded"
+    mean, low, high = (float(x) for x in interval)
+    # intervals of few clusters exclude zero more often than one time in twenty; the sign test does not
+    if (low > 0 or high < 0) and sign_flip_p_value(a, b, clusters, weights=weights, seed=seed) > ALPHA:
+        low, high = min(low, 0.0), max(high, 0.0)
     # McNemar's test assumes independent items
-    mcnemar_applies = weights is None and is_binary(a) and is_binary(b) and not _has_clusters(clusters, len(a))
-    p_value = mcnemar(a, b) if mcnemar_applies else None
-    return Estimate(mean=mean, low=low, high=high, examples=len(a), clusters=c, method=method, p_value=p_value)
+    p_value = mcnemar(a, b) if both_binary and weights is None and table.clusters == len(a) else None
+    fields = {"examples": len(a), "clusters": table.clusters, "method": method}
+    return Estimate(mean=mean, low=low, high=high, p_value=p_value, **fields)
 
 
 def ratio_interval(totals: ArrayLike, counts: ArrayLike, clusters: Clusters = None) -> Estimate:
     """Perplexity exp(sum of nats / sum of tokens) of items with `totals` nats over `counts` tokens.
 
-    The ratio of sums, not the mean of ratios: items are weighted by length. The interval is the exponential of that of
-    the cluster bootstrap. 2 * log(8) nats over 2 tokens is perplexity 8.
+    The ratio of sums, not the mean of ratios: items are weighted by length. The interval is the exponential of that by
+    Student's t on the clusters' nats. 2 * log(8) nats over 2 tokens is perplexity 8.
     """
     tokens = _weights(counts, totals)
-    logs = cluster_bootstrap(_scores(totals) / tokens, clusters, weights=tokens)
-    if logs.method != "cluster bootstrap":  # nats have no upper bound, so there is no exact bound without spread
-        return logs.replace(mean=math.exp(logs.mean), low=0.0, high=math.inf, method="unbounded")
-    return logs.replace(mean=math.exp(logs.mean), low=math.exp(logs.low), high=math.exp(logs.high))
+    logs = score_interval(_scores(totals) / tokens, clusters, weights=tokens, bounded=False)
+    return logs.replace(mean=math.exp(logs.mean), low=math.exp(logs.low), high=_exp(logs.high))
 
 
 def examples_needed(
@@ -161,47 +144,87 @@ def examples_needed(
     *,
     weights: Weights = None,
     seed_variance: float = 0.0,
+    bounded: bool | None = None,
 ) -> int | None:
     """Items, clustered as here, that decide with 80 % power on which side of -`margin` the difference lies.
 
     n = (z_{0.975} + z_{0.8})^2 V / d^2 (Miller 2024, sample-size formula), where V = n * clustered error^2 and d is the
     distance of the observed mean difference from -margin, but at least half the margin: a mean that sits on it by
     chance would ask for infinitely many. `seed_variance` does not shrink with n, so it is taken from d^2 first.
-    None: no number of items is enough, because the seeds scatter too much. Without spread it is the rule of three:
-    log(0.05) / log(1 - margin) clusters, 59 for a margin of 0.05.
+    None: no number of items is enough, because the seeds scatter too much.
+
+    For scores on [0, 1] of which fewer than `SIGN_TEST_MINIMUM` clusters differ it is at least log(0.025) /
+    log(1 - margin) clusters, 72 for a margin of 0.05: with fewer the interval reaches beyond -margin even if nothing
+    differs, so that the small variance of a few must not promise less.
     """
     values, sizes = _scores(differences), _weights(weights, differences)
     n, error = len(values), clustered_error(values, clusters, weights=sizes)
-    if error == 0.0 and abs(values[0]) <= TINY:
-        if margin <= 0:
+    sums, totals = cluster_sums(clusters, values * sizes, sizes)
+    differing, least = int((np.abs(sums / totals) > TINY).sum()), 2
+    is_bounded = bool(np.abs(values).max() <= 1) if bounded is None else bounded
+    if is_bounded and differing < SIGN_TEST_MINIMUM:
+        # without a margin no number shows that nothing differs
+        if margin <= 0 and not differing:
             return None
-        per_cluster = n / len(cluster_sums(clusters, sizes)[0])
-        return math.ceil(per_cluster * (1 if margin >= 1 else math.log(ALPHA) / math.log1p(-margin)))
+        cluster_count = 1 if margin >= 1 else math.log(ALPHA / 2) / math.log1p(-margin) if margin > 0 else 0
+        least = max(least, math.ceil(n / len(sums) * cluster_count))
     factor = (Z + POWER_Z) ** 2
     distance = max(abs(float(np.average(values, weights=sizes)) + margin), margin / 2)
     effect = distance**2 - factor * seed_variance
-    return max(2, math.ceil(factor * n * error**2 / effect)) if effect > 0 else None
+    return max(least, math.ceil(factor * n * error**2 / effect)) if effect > 0 else None
 
 
 def detectable_difference(
-    differences: ArrayLike, clusters: Clusters = None, *, weights: Weights = None, seed_variance: float = 0.0
+    differences: ArrayLike,
+    clusters: Clusters = None,
+    *,
+    weights: Weights = None,
+    seed_variance: float = 0.0,
+    seed_degrees_of_freedom: float = math.inf,
+    tests: int = 1,
+    bounded: bool | None = None,
 ) -> float | None:
-    """The smallest true difference that a test on these items detects with 80 % power, in points of the metric.
+    """The smallest true difference that the sign flips of these clusters find with 80 % power, in points of the metric.
 
-    (t_{0.975} + t_{0.8}) * error, t with C - 1 degrees of freedom (Bloom 1995: 2.8 standard errors where clusters are
-    many), the error clustered as in `clustered_error` times sqrt(C / (C - 1)) and with the variance of the seeds.
-    If no cluster differs it is the exact rule of three, 1 - 0.05^(1/C), for scores within 0 and 1. None for a single
-    cluster, and if all differ equally: the spread is unknown.
+    `tests` is the number of tests that Holm's correction is for: a difference counts as found at 0.05 / tests, where it
+    is found whatever the other tests say. Two conditions, of which the larger difference counts:
+
+    - (t_{1 - level / 2} + t_{0.8}) * error, t with C - 1 degrees of freedom (Bloom 1995: 2.8 standard errors where
+      clusters are many), the error that of `clustered_error` times sqrt(C / (C - 1)). `level` is the largest p-value of
+      C sign flips that is at most 0.05 / tests. The same of the seeds' variance, with its own degrees of freedom, is
+      added in squares.
+    - at least k clusters must differ, k the fewest with 2 / 2^k <= 0.05 / tests, 6 for one test: differences that C
+      clusters show with 80 % probability in k or more of them, times the size of a differing cluster. That size is the
+      mean of those observed and of one that differs completely; without bounds there is none to assume.
+
+    34 clusters of which none differs: 0.223. None where no difference would be found, because 2 / 2^C > 0.05 / tests or
+    because it would exceed 1, and where the spread is unknown.
     """
     values, sizes = _scores(differences), _weights(weights, differences)
-    c = len(cluster_sums(clusters, sizes)[0])
-    if not np.abs(values).max() > TINY:
-        return float(1.0 - ALPHA ** (1.0 / c))
-    variance = clustered_error(values, clusters, weights=sizes) ** 2
-    if c < 2 or variance + seed_variance <= TINY**2:
+    sums, totals = cluster_sums(clusters, values * sizes, sizes)
+    c, sizes_of_change = len(sums), np.abs(sums / totals)
+    differing = sizes_of_change > TINY
+    needed = math.ceil(math.log2(2 * tests / ALPHA))
+    if c < needed:
         return None
-    factor = float(special.stdtrit(c - 1, 1 - ALPHA / 2) + special.stdtrit(c - 1, 0.8))
-    return factor * math.sqrt(variance * c / (c - 1) + seed_variance)
+    is_bounded = bool(np.abs(values).max() <= 1) if bounded is None else bounded
+    # P(at least k of C clusters differ) = I_q(k, C - k + 1), the regularized incomplete beta function
+    share = float(special.betaincinv(needed, c - needed + 1, POWER))
+    fewest = share * float((1.0 + sizes_of_change[differing].sum()) / (1 + differing.sum())) if is_bounded else 0.0
+    if not differing.any():
+        return fewest or None
+    variance = clustered_error(values, clusters, weights=sizes) ** 2 * c / (c - 1)
+    if variance + seed_variance <= TINY**2:
+        return None
+    # p-values of C sign flips are multiples of 1 / 2^(C-1)
+    level = math.floor(ALPHA / tests * 2 ** (c - 1)) / 2 ** (c - 1) if c < COARSE_CLUSTERS else ALPHA / tests
+    of_items = float(t_quantile(c - 1, 1 - level / 2) + t_quantile(c - 1, POWER))
+    if c == needed:  # all clusters must agree in sign
+        of_items = max(of_items, math.sqrt(c) * NormalDist().inv_cdf(POWER ** (1 / c)))
+    of_seeds = float(t_quantile(seed_degrees_of_freedom, 1 - level / 2) + t_quantile(seed_degrees_of_freedom, POWER))
+    smallest = max(fewest, math.hypot(of_items * math.sqrt(variance), of_seeds * math.sqrt(seed_variance)))
+    # scores on [0, 1] cannot differ by more than 1
+    return None if is_bounded and smallest > 1 else smallest
 
 
 def sign_flip_p_value(
@@ -224,16 +247,6 @@ def clustered_error(scores: ArrayLike, clusters: Clusters = None, *, weights: We
     return float(np.sqrt((residuals**2).sum()) / sizes.sum())
 
 
-def resample(sums: Floats, sizes: Floats, seed: int) -> Floats:
-    """Ratio sum(sums) / sum(sizes) of draws of clusters with replacement, shape [`SAMPLES`].
-
-    The standard error is the standard deviation of these, not that over sqrt(`SAMPLES`).
-    """
-    rng, c = np.random.default_rng(seed), len(sums)
-    batches = (rng.integers(c, size=(rows, c)) for rows in batch_sizes(SAMPLES, c))
-    return np.concatenate([sums[draws].sum(axis=1) / sizes[draws].sum(axis=1) for draws in batches])
-
-
 def is_binary(scores: Floats) -> bool:
     """True if only 0 and 1 occur."""
     return bool(np.isin(scores, (0.0, 1.0)).all())
@@ -247,31 +260,19 @@ def expanded_percentiles(replicates: Floats, c: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _interval_without_spread(values: Floats, mean: float, units: int) -> Estimate:
-    sizes = {"examples": len(values), "clusters": units}
-    if not _is_in_unit_range(values):
-        return Estimate(mean=mean, low=-math.inf, high=math.inf, method="unbounded", **sizes)
-    floor = wilson(min(mean, 1.0) * units, units)
-    return floor.replace(mean=mean, method="wilson floor", **sizes)
-
-
 def _is_in_unit_range(values: Floats) -> bool:
     return bool(values.min() >= 0 and values.max() <= 1)
 
 
-def _discordant_bound(per_cluster: Floats) -> tuple[float, float]:
-    """Bounds of a mean difference within [-1, 1] when few of the clusters differ at all.
+def _table_sizes(codes: NDArray[np.intp], weights: Floats, *, capped: bool) -> Sizes:
+    return Sizes(weights=_sum_by(codes, weights), items=kish(weights), capped=capped)
 
-    The difference is q (2 t - 1): a share q of clusters differs, a share t of those for the better. q is held below its
-    one-sided 95 % Clopper-Pearson bound and t within its two-sided one; the corners bound the difference. With no
-    differing cluster among C that is +-(1 - 0.05^(1/C)), the exact form of the rule of three.
-    """
-    c, better, worse = len(per_cluster), int((per_cluster > TINY).sum()), int((per_cluster < -TINY).sum())
-    differing_count = better + worse
-    q = 1.0 if differing_count == c else float(special.betaincinv(differing_count + 1, c - differing_count, 1 - ALPHA))
-    low_t = float(special.betaincinv(better, worse + 1, ALPHA / 2)) if better else 0.0
-    high_t = float(special.betaincinv(better + 1, worse, 1 - ALPHA / 2)) if worse else 1.0
-    return q * (2 * low_t - 1), q * (2 * high_t - 1)
+
+def _exp(logarithm: float) -> float:
+    try:
+        return math.exp(logarithm)
+    except OverflowError:
+        return math.inf
 
 
 def _cluster_codes(clusters: Clusters, n: int) -> NDArray[np.intp]:
@@ -288,11 +289,11 @@ def _cluster_codes(clusters: Clusters, n: int) -> NDArray[np.intp]:
 def cluster_sums(clusters: Clusters, *columns: Floats) -> list[Floats]:
     """Sum of each column within each cluster."""
     codes = _cluster_codes(clusters, len(columns[0]))
-    return [np.bincount(codes, weights=column).astype(np.float64) for column in columns]
+    return [_sum_by(codes, column) for column in columns]
 
 
-def _has_clusters(clusters: Clusters, n: int) -> bool:
-    return bool(_cluster_codes(clusters, n).max() + 1 < n)
+def _sum_by(codes: NDArray[np.intp], column: Floats) -> Floats:
+    return np.bincount(codes, weights=column).astype(np.float64)
 
 
 def _scores(scores: ArrayLike) -> Floats:
