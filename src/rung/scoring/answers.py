@@ -1,0 +1,391 @@
+r"""Values that answers state beyond a plain number: fractions, powers, roots, tuples, sets, intervals, dates and times.
+
+`read_value` finds the value that an answer ends in. Plain numbers go straight to `quantities`, so that the usual
+financial answer costs no more than one search for structure. Everything else is cut into spans of numbers, single
+letters, operators and brackets, and parsed by descent: to an exact number where that can be computed, to a tuple of
+values, or to text without spaces, which only equals the same text. There is no symbolic algebra: `x + 1` is not `1 + x`
+(the `math` metric knows).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+from rung.scoring.arithmetic import (
+    CLOSE,
+    CONSTANTS,
+    FUNCTIONS,
+    MAX_DEPTH,
+    OPEN,
+    OPERATORS,
+    SEPARATORS,
+    SIGNS,
+    Token,
+    evaluate,
+    joined,
+    tokenize,
+)
+from rung.scoring.dates import Moment, moments
+from rung.scoring.latex import boxed, plain_math
+from rung.scoring.quantities import MAX_DIGITS, QUANTITY, Quantity, quantities_agree, quantity, read_marks, read_quantity
+
+MAX_CHARACTERS = 20_000
+"""Only the end of a longer text is read for structure: the result stands there, and hostile text costs time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compound:
+    """Several values: a tuple, set, interval, list, matrix, ratio, date or time."""
+
+    kind: str
+    """The brackets and separators as written, or that of a `dates.Moment`."""
+    parts: tuple[Value, ...]
+    numbers: tuple[int, ...] = ()
+    """Of a date, time or ratio."""
+
+    @property
+    def is_date(self) -> bool:
+        """Like a year, it is the answer only where there is no other number."""
+        return self.kind in ("date", "figures")
+
+
+class Expression(NamedTuple):
+    """Text that has no value of its own, without spaces and layout."""
+
+    text: str
+
+
+Value = Quantity | Compound | Expression
+
+# What the plain reader does not know. Cheap, since every answer is searched; a needless hit costs time alone.
+_STRUCTURE = re.compile(
+    r"[\\^_{}\[\]=<>*+|/\u00d7\u00f7\u00b7\u22c5\u221a\u03c0\u221e\u00b1\u222a\u2264\u2265\u2260\u2044]"
+    r"|[\u00b2\u00b3\u00b9\u2070-\u2079\u00bc-\u00be\u2153-\u215e]"
+    r"|\d(?:\s?:\s?\d|e[-+]?\d|\s*[-\u2013\u2212]\s*[\d(]|\s+[-\u2013\u2212]\s|\s?[;$]|\s\d|,(?!\d{3}(?!\d))\s*[-\u2013\u2212$(\u20ac\d]"
+    r"|\s?[ap]\.?m\b|[ac-jln-z](?![a-z]))"
+    r"|[-\u2013\u2212]\s+\d",
+    re.IGNORECASE,
+)
+_GROUPED = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_CALCULATION = re.compile(r"<<[^<>]{0,200}>>")  # calculator marks of GSM8K
+_STATED = re.compile(r"\banswer(?:\s+is|\s*:)\s*:?\s*", re.IGNORECASE)
+_POWER = re.compile(r"\^\s*\(?-?\d+\)?")  # of a word, such as a unit
+_AROUND = " \t\r\n.,;:!?*'\"`"
+_ENUMERATOR = re.compile(r"(?<!\S)\(?[A-Ea-e]\)\s+(?=[-\d(\\$])")  # `(a) 5`
+_KNOWN_NAMES = FUNCTIONS | CONSTANTS.keys() | {"and", "or"}
+_MARKS_ALONE = frozenset("%\u00b0")
+_MATHEMATICAL = OPERATORS | OPEN.keys() | CLOSE | SEPARATORS | SIGNS | _MARKS_ALONE | CONSTANTS.keys() | {"us$"}
+_STRUCTURING = frozenset("*/^_=<>|[\u2774\u27e6\u221a\u03c0\u221e\u00b1\u222a\u2264\u2265\u2260")
+_PREFIXES = frozenset("+-\u221a\u00b1|")
+_INFIX = frozenset("+-*/^_=<>\u00b1\u2264\u2265\u2260")
+_BINDING = frozenset("^_(")
+
+
+def read_value(text: str) -> Value | None:
+    r"""The value that an answer states; None for a text without one.
+
+    That is the first behind the first `####` (Cobbe et al. 2021: what a model writes behind it is no answer), the
+    content of the last `\boxed{}` (Hendrycks et al. 2021), the whole text, or of the values in its sentences the last
+    with a currency, percent or scale mark, else the last that is no date, else the last.
+    """
+    if "####" in text:
+        final = text.split("####", 2)[1][:MAX_CHARACTERS]
+        if (whole := _read_whole(final.strip().split("\n")[0])) is not None:
+            return whole
+        if values := _values(final):
+            return values[0]
+    if not _STRUCTURE.search(text):
+        plain = quantity(text)
+        # `May 3, 2023` is a date, `in 2023` a year
+        dated = moments(text) if plain is not None and plain.is_date else []
+        return _moment(dated[-1]) if dated else plain
+    text = text[-MAX_CHARACTERS:]
+    if content := boxed(text):
+        return _read_whole(content) or _select(_values(content)) or Expression(joined(tokenize(plain_math(content))))
+    return _read_whole(text) or _select(_values(text))
+
+
+def final_texts(text: str) -> list[str]:
+    r"""What a text may say is its answer: all of it, the line behind the first `####`, the last box, and what it states."""
+    final = text.split("####", 2)[1].strip().split("\n")[0] if "####" in text else None
+    return [text, *(part for part in (final, boxed(text), stated_answer(text)) if part)]
+
+
+def stated_answer(text: str) -> str | None:
+    """What follows the last `answer is` or `answer:`, up to the end of the sentence; None if there is none."""
+    last = None
+    for last in _STATED.finditer(text[-MAX_CHARACTERS:]):
+        pass
+    if last is None:
+        return None
+    rest = text[-MAX_CHARACTERS:][last.end() :]
+    return re.split(r"\.\s|\n", rest, maxsplit=1)[0].strip().removesuffix(".")
+
+
+def values_agree(first: Value, second: Value) -> bool:
+    """Whether two values are equal: quantities by `quantities_agree`, compounds part by part, expressions as text."""
+    if isinstance(first, Quantity) and isinstance(second, Quantity):
+        return quantities_agree(first, second)
+    if isinstance(first, Compound) and isinstance(second, Compound):
+        if {first.kind, second.kind} == {"time", "clock"}:
+            return _clock_agrees(first, second)
+        if (first.kind, first.numbers, len(first.parts)) != (second.kind, second.numbers, len(second.parts)):
+            return False
+        if first.kind.startswith("\u2774"):
+            return _same_set(first.parts, list(second.parts))
+        return all(map(values_agree, first.parts, second.parts))
+    return isinstance(first, Expression) and first == second
+
+
+def _same_set(parts: Sequence[Value], remaining: list[Value]) -> bool:
+    for part in parts:
+        match = next((i for i, other in enumerate(remaining) if values_agree(part, other)), None)
+        if match is None:
+            return False
+        del remaining[match]
+    return True
+
+
+def _clock_agrees(first: Compound, second: Compound) -> bool:
+    """`3:30` may stand for 3:30 am and 3:30 pm; `15:30` for the latter alone."""
+    plain, clock = (first, second) if first.kind == "time" else (second, first)
+    hour, twelve = plain.numbers[0], clock.numbers[0]
+    return plain.numbers[1:] == clock.numbers[1:] and (hour == twelve or (0 < hour <= 12 and hour % 12 == twelve % 12))
+
+
+def _moment(moment: Moment) -> Compound:
+    return Compound(moment.kind, (), moment.numbers)
+
+
+def _has_mark(value: Value) -> bool:
+    if isinstance(value, Quantity):
+        return value.has_mark
+    return isinstance(value, Compound) and any(map(_has_mark, value.parts))
+
+
+def _select(values: Sequence[Value]) -> Value | None:
+    """As `quantities.select_quantity`, of all values."""
+    last: Value | None = None
+    for value in reversed(values):
+        if _has_mark(value):
+            return value
+        if last is None or (_is_date(last) and not _is_date(value)):
+            last = value
+    return last
+
+
+def _is_date(value: Value) -> bool:
+    return not isinstance(value, Expression) and value.is_date
+
+
+def _plain_text(text: str) -> str:
+    return _ENUMERATOR.sub("", plain_math(_CALCULATION.sub(" ", text)))
+
+
+def _read_whole(text: str) -> Value | None:
+    """The value of a text that is nothing but mathematics, or a date or time; None for prose and for plain numbers."""
+    plain = _plain_text(text).strip(_AROUND)
+    tokens = tokenize(plain)
+    if not tokens:
+        return None
+    if (found := moments(plain)) and (found[0].start, found[0].end) == (0, len(plain)):
+        return _moment(found[0])
+    if not all(map(_is_mathematical, tokens)) or not _is_structured(tokens):
+        return None
+    return _parse(tokens, plain, is_whole=True)
+
+
+def _is_mathematical(token: Token) -> bool:
+    text = token.text
+    if token.kind == "name":
+        return len(text) == 1 or text[0] == "\\" or text.lower() in _KNOWN_NAMES
+    return token.kind == "number" or text in _MATHEMATICAL
+
+
+def _is_structured(tokens: Sequence[Token]) -> bool:
+    """Whether there is more than a plain number with its sign, brackets and marks."""
+    numbers = sum(token.kind == "number" for token in tokens)
+    names = [token for token in tokens if token.kind == "name" and token.text.lower() not in ("and", "or")]
+    if numbers == 1 and len(names) == 1 and tokens[-1] == names[0] and names[0].text in "kmbKMB" and len(tokens) < 4:
+        return False  # 3k is three thousand
+    marks = {token.text for token in tokens if token.kind == "mark"}
+    has_powers = any(token.kind == "number" and "e" in token.text.lower() for token in tokens)
+    if not _has_number(tokens) and not (marks - set("()")):
+        return False  # (A) is a choice
+    return bool(numbers > 1 or names or has_powers or marks & _STRUCTURING)
+
+
+def _parse(tokens: Sequence[Token], plain: str, *, is_whole: bool = False, depth: int = 0) -> Value:
+    """The value of mathematics: an equation's right side, several values, a range, a number, or the text itself."""
+    texts = [token.text for token in tokens]
+    if is_whole and "=" in texts and (right := _right_side(tokens)):
+        return _parse(right, plain)
+    parts, separators = _split(tokens, SEPARATORS | {"and", "or"})
+    if separators and depth < MAX_DEPTH:
+        kind = "".join(sorted({"," if s in ("and", "or") else s for s in separators}))
+        return Compound(kind, tuple(_parse(part, plain, depth=depth + 1) for part in parts if part))
+    if depth < MAX_DEPTH and _is_one_group(tokens):
+        parts, separators = _split(tokens[1:-1], SEPARATORS)
+        if separators or texts[0] != "(":
+            kind = texts[0] + "".join(sorted(set(separators))) + texts[-1]
+            return Compound(kind, tuple(_parse(part, plain, depth=depth + 1) for part in parts if part))
+    return _range(tokens, plain) or _number(tokens, plain) or Expression(joined(tokens))
+
+
+def _right_side(tokens: Sequence[Token]) -> Sequence[Token] | None:
+    """Behind the last equals sign, where everything before it is a name or a number: `x = 5`, `f(x) = 5`, `6 * 9 = 54`."""
+    parts, _ = _split(tokens, {"="}, nested=True)
+    for left in parts[:-1]:
+        is_name = [t.kind for t in left] in (["name"], ["name", "mark", "name", "mark"])
+        if left and not is_name and evaluate(left) is None:
+            return None
+    return parts[-1] or None
+
+
+def _split(tokens: Sequence[Token], separators: Collection[str], *, nested: bool = False) -> tuple[list[list[Token]], list[str]]:
+    """The tokens between separators outside of brackets, and the separators."""
+    parts: list[list[Token]] = [[]]
+    seen: list[str] = []
+    depth = 0
+    for token in tokens:
+        depth += (token.text in OPEN) - (token.text in CLOSE)
+        if token.text in separators and (nested or depth == 0):
+            parts.append([])
+            seen.append(token.text)
+        else:
+            parts[-1].append(token)
+    return parts, seen
+
+
+def _is_one_group(tokens: Sequence[Token]) -> bool:
+    """Whether the first bracket is closed by the last token; intervals may end in another bracket."""
+    depth = 0
+    for i, token in enumerate(tokens):
+        depth += (token.text in OPEN) - (token.text in CLOSE)
+        if depth == 0:
+            return len(tokens) > 1 and i == len(tokens) - 1 and token.text in CLOSE
+    return False
+
+
+def _range(tokens: Sequence[Token], plain: str) -> Compound | None:
+    """`380-412`, `$3 - $5 million`: numbers with hyphens between them are no difference."""
+    bare = [token for token in tokens if token.text not in SIGNS]
+    kinds = [token.kind == "number" for token in bare]
+    if len(bare) < 3 or len(bare) % 2 == 0 or not all(kinds[::2]) or any(t.text != "-" for t in bare[1::2]):
+        return None
+    currency = next((token.text for token in tokens if token.text in SIGNS), None)
+    values = [evaluate([token]) for token in bare[::2]]
+    return Compound("-", tuple(read_marks(v, plain, tokens[-1].end, currency)[0] for v in values if v is not None))
+
+
+def _number(tokens: Sequence[Token], plain: str) -> Quantity | None:
+    """The quantity of an expression with the marks around it."""
+    sign = next((token for token in tokens[:2] if token.text in SIGNS), None)
+    core = [token for token in tokens if token is not sign]
+    while core and core[-1].text in _MARKS_ALONE:
+        core.pop()
+    value = evaluate(core) if core else None
+    if value is None:
+        return None
+    quantity, end = read_marks(value, plain, core[-1].end, sign.text if sign else None)
+    return quantity if end >= tokens[-1].end else None
+
+
+def _values(text: str) -> list[Value]:
+    """The values in the sentences of a text, in order."""
+    plain = _plain_text(text)
+    spans: list[tuple[int, int, Value]] = [(m.start, m.end, _moment(m)) for m in moments(plain)]
+    covered = [(start, end) for start, end, _ in spans]
+    for run in _runs(tokenize(plain)):
+        start, end = run[0].start, run[-1].end
+        if _is_structured(run) and _has_number(run) and not any(start < e and s < end for s, e in covered):
+            value = _parse(run, plain, is_whole=True)
+            # the marks of a number or range behind it are part of it
+            if not isinstance(value, Expression):
+                end = read_marks(0, plain, end)[1]
+            spans.append((start, end, value))
+    for start, end, _ in spans:
+        plain = plain[:start] + " " * (end - start) + plain[end:]
+    plain = _POWER.sub(lambda m: " " * len(m[0]), plain)
+    found = [(match.start(), read_quantity(match)) for match in QUANTITY.finditer(plain) if len(match["numeral"]) <= MAX_DIGITS]
+    return [value for _, value in sorted([*((s, v) for s, _, v in spans), *found], key=lambda pair: pair[0])]
+
+
+def _has_number(tokens: Sequence[Token]) -> bool:
+    return any(token.kind == "number" or token.text in CONSTANTS for token in tokens)
+
+
+def _runs(tokens: Sequence[Token]) -> Iterator[Sequence[Token]]:
+    """The longest sequences of tokens that are mathematics in a sentence: `It is (5, 4), or 3/2.` has two."""
+    run: list[Token] = []
+    depth = 0
+    for i, token in enumerate(tokens):
+        if _continues(tokens, i, run, depth):
+            run.append(token)
+            depth += (token.text in OPEN) - (token.text in CLOSE)
+            continue
+        yield from _trimmed(run)
+        starts = _continues(tokens, i, [], 0)
+        run, depth = ([token], int(token.text in OPEN)) if starts else ([], 0)
+    yield from _trimmed(run)
+
+
+def _continues(tokens: Sequence[Token], i: int, run: Sequence[Token], depth: int) -> bool:
+    token, before = tokens[i], tokens[i - 1] if i else None
+    behind = tokens[i + 1] if i + 1 < len(tokens) else None
+    is_glued = before is not None and before.end == token.start
+    if token.kind == "number":
+        if is_glued and before is not None and before.kind == "name":
+            return False  # Q4, FY2023
+        # two numbers side by side are one only as 1 4/5
+        is_mixed = i + 2 < len(tokens) and tokens[i + 1].text == "/" and tokens[i + 2].kind == "number"
+        return not (run and run[-1].kind == "number") or (is_mixed and "." not in run[-1].text)
+    if token.kind == "mark":
+        if token.text in SEPARATORS:
+            return depth > 0 or (bool(run) and token.text == "\u222a")
+        if token.text in CLOSE:
+            return depth > 0
+        if token.text in CONSTANTS:
+            return True
+        if token.text in SIGNS:
+            return not (run and run[-1].kind == "number")
+        # a dash between words: `Revenue - 412`
+        if token.text in "+-" and not run:
+            return behind is not None and behind.start == token.end and not is_glued
+        return (token.text in OPERATORS and token.text != ":" and (bool(run) or token.text in _PREFIXES)) or token.text in OPEN
+    if not _is_mathematical(token) or token.text.lower() in ("and", "or"):
+        return False
+    if len(token.text) > 1 or token.text in CONSTANTS:
+        return True
+    if behind is not None and behind.end > behind.start == token.end and behind.kind == "number":
+        return False
+    if is_glued and before is not None and before.kind == "number" and token.text in "kmbKMB":
+        return False
+    touches = is_glued and bool(run) or (behind is not None and behind.start == token.end and behind.text in _BINDING)
+    return touches or any(t is not None and t.text in _INFIX for t in (run[-1] if run else None, behind))
+
+
+def _trimmed(run: Sequence[Token]) -> Iterator[Sequence[Token]]:
+    """A run without operators at its ends, cut at brackets that nothing opens or closes."""
+    opened: list[int] = []
+    cuts: list[int] = []
+    for i, token in enumerate(run):
+        if token.text in OPEN:
+            opened.append(i)
+        elif token.text in CLOSE and opened:
+            opened.pop()
+        elif token.text in CLOSE:
+            cuts.append(i)
+    edges = [-1, *sorted(cuts + opened), len(run)]
+    for start, end in pairwise(edges):
+        part = list(run[start + 1 : end])
+        while part and (part[-1].text in OPERATORS | SIGNS or part[-1].text in SEPARATORS):
+            part.pop()
+        while part and part[0].text not in _PREFIXES and part[0].text in OPERATORS | SEPARATORS:
+            del part[0]
+        if part:
+            yield part
