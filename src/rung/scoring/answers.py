@@ -65,8 +65,9 @@ Value = Quantity | Compound | Expression
 _STRUCTURE = re.compile(
     r"[\\^_{}\[\]=<>*+|/\u00d7\u00f7\u00b7\u22c5\u221a\u03c0\u221e\u00b1\u222a\u2264\u2265\u2260\u2044]"
     r"|[\u00b2\u00b3\u00b9\u2070-\u2079\u00bc-\u00be\u2153-\u215e]"
-    r"|\d(?:\s?:\s?\d|e[-+]?\d|\s*[-\u2013\u2212]\s*[\d(]|\s+[-\u2013\u2212]\s|\s?[;$]|\s\d|,(?!\d{3}(?!\d))\s*[-\u2013\u2212$(\u20ac\d]"
-    r"|\s?[ap]\.?m\b|[ac-jln-z](?![a-z]))"
+    r"|\S\$(?!\d)|(?<![a-z])[a-z]\s?[-\u2013\u2212]\s?\d"
+    r"|\d(?:\s?:\s?\d|\s(?:and|or)\s+[-$]?\d|e[-+]?\d|\s*[-\u2013\u2212]\s*[\d(]|\s+[-\u2013\u2212]\s|\s?[;$]|\s\d|,(?!\d{3}(?!\d))\s*[-\u2013\u2212$(\u20ac\d]"
+    r"|\s?[ap]\.?m\b|\s?[ac-jln-z](?![a-z]))"
     r"|[-\u2013\u2212]\s+\d",
     re.IGNORECASE,
 )

@@ -30,7 +30,7 @@ _FIGURES = re.compile(
 _TIME = re.compile(
     r"(?<![\w:.,/])(\d{1,2})(?::([0-5]\d)(?::([0-5]\d))?(?![\d:])(?:\s?([ap])\.?m\b\.?)?|\s?([ap])\.?m\b\.?)", re.IGNORECASE
 )
-_RATIO = re.compile(r"(?<![\w:.,])\d{1,15}(?:\.\d{1,15})?(?:(?::|\s:\s)\d{1,15}(?:\.\d{1,15})?)+(?![\w:])")
+_RATIO = re.compile(r"(?<![\w:.,])\d{1,15}(?:\.\d{1,15})?(?:(?::|\s:\s)\d{1,15}(?:\.\d{1,15})?){1,4}(?![\w:])")
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 
 

@@ -16,8 +16,10 @@ MAX_GROUP_CHARACTERS = 2000
 
 # `\left(`, `\!` and the like change the look alone
 _LAYOUT = re.compile(
-    r"\\(?:left|right|displaystyle|textstyle|limits|nolimits|[bB]igg?[lrm]?|quad|qquad)(?![A-Za-z])|\\[!,;:> ]|~"
+    r"\\(?:displaystyle|textstyle|limits|nolimits|[bB]igg?[lrm]?|quad|qquad)(?![A-Za-z])|\\[!,;:> ]|~"
 )
+# nothing, not a space: the minus of `-\left(` belongs to the bracket
+_SIZE = re.compile(r"\\(?:left|right)(?![A-Za-z])")
 _THOUSANDS = re.compile(r"\{,\}\s*|,\\!\s*")
 _FRACTION = re.compile(r"\\[dtc]?frac(?![A-Za-z])\s*")
 _ROOT_OF_DIGIT = re.compile(r"\\sqrt\s*(\d)")
@@ -94,7 +96,7 @@ def _plain_latex(text: str) -> str:
     # rows of a matrix; before spaces, as "\\ " is one
     text = _THOUSANDS.sub(",", text.replace("\\\\", " ; "))
     text = _MATH.sub(" ", text)
-    text = _LAYOUT.sub(" ", text)
+    text = _LAYOUT.sub(" ", _SIZE.sub("", text))
     if "\\" not in text and "{" not in text:
         return text
     text = _ENVIRONMENT.sub(lambda m: " \u27e6 " if m[1] == "begin" else " \u27e7 ", text)

@@ -15,6 +15,7 @@ from typing import Any
 
 from rung.scoring.answers import Value, final_texts, read_value, stated_answer, values_agree
 from rung.scoring.latex import plain_math
+from rung.scoring.math_answers import math
 from rung.scoring.quantities import Quantity, change_direction, quantities_agree
 from rung.scoring.words import letter_tokens, normalize, tokens
 
@@ -131,7 +132,7 @@ def _rouge_scorer() -> Any:
 
 
 METRICS: dict[str, Metric] = {
-    **{function.__name__: Metric(function, binary=True) for function in (exact, normalized, numeric)},
+    **{function.__name__: Metric(function, binary=True) for function in (exact, normalized, numeric, math)},
     **{function.__name__: Metric(function, binary=False) for function in (token_f1, rouge_l)},
 }
 """All metrics that compare two texts. Perplexity does not: see `stats.ratio_interval`."""
