@@ -15,7 +15,15 @@ from typing import Any, NamedTuple
 
 from rung.config.data import DataConfig, Format
 from rung.data.byte_store import MappedSequence
-from rung.data.messages import conversation, key_text, optional_text, parse_weight, text_of, tools_text
+from rung.data.messages import (
+    conversation,
+    key_text,
+    optional_text,
+    parse_references,
+    parse_weight,
+    text_of,
+    tools_text,
+)
 from rung.data.read import ParsedRow, RejectedRow, Row, stream_rows
 from rung.data.records import Records, RecordWriter
 from rung.errors import DataError, did_you_mean
@@ -36,11 +44,11 @@ class FormatColumns(NamedTuple):
 
 
 FORMATS: dict[Format, FormatColumns] = {
-    "messages": FormatColumns(("messages",), ("tools",)),
-    "sharegpt": FormatColumns(("conversations",), ("system", "tools")),
-    "alpaca": FormatColumns(("instruction", "output"), ("input", "system", "history"), "output"),
-    "prompt_completion": FormatColumns(("prompt", "completion"), (), "completion"),
-    "question_answer": FormatColumns(("question", "answer"), ("context", "system"), "answer"),
+    "messages": FormatColumns(("messages",), ("tools", "references")),
+    "sharegpt": FormatColumns(("conversations",), ("system", "tools", "references")),
+    "alpaca": FormatColumns(("instruction", "output"), ("input", "system", "history", "references"), "output"),
+    "prompt_completion": FormatColumns(("prompt", "completion"), ("references",), "completion"),
+    "question_answer": FormatColumns(("question", "answer"), ("context", "system", "references"), "answer"),
     "text": FormatColumns(("text",)),
     "preference": FormatColumns(("prompt", "chosen", "rejected"), ("input", "context", "system", "margin")),
     "ranked": FormatColumns(("prompt", "ranked"), ("input", "context", "system")),
@@ -163,6 +171,7 @@ def to_record(
             task=task_name,
             score=candidates[0].score if candidates else None,
             candidates=tuple(candidates[1:]),
+            references=parse_references(get("references")) if "references" in optional else (),
         )
     except DataError as error:
         # helpers know the reason but not the line

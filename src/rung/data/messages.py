@@ -411,6 +411,22 @@ def _answer_list(value: object, name: str) -> list[Any]:
     return value
 
 
+def parse_references(value: object) -> tuple[str, ...]:
+    """Further accepted answers: a list of texts, in csv its JSON text. Empty without a value.
+
+    Raises:
+        DataError: it is no list, or one of them is no text.
+    """
+    if value is None or value == "":
+        return ()
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise DataError(f"references is the text {_short_repr(value)}, not a list of answers") from error
+    return tuple(text_of(item, "reference") for item in _answer_list(value, "references"))
+
+
 def expected_text(record: Record) -> str:
     """The expected answer; for a tool call its JSON text."""
     return record.answer or record.messages[-1].tool_calls or ""

@@ -28,7 +28,7 @@ from rung.models.policy import Policy, sum_by_document
 from rung.models.tree_attention import has_flat_kernel
 from rung.planning.memory import tokens_per_micro_batch
 from rung.results import Estimate
-from rung.scoring.metrics import METRICS
+from rung.scoring.metrics import METRICS, best_score
 from rung.scoring.stats import ratio_interval, score_interval
 from rung.training.packing import pack
 from rung.training.run_folder import read_items, write_items
@@ -48,6 +48,8 @@ class ScoredItem:
     context: str | None = None
     """The context shown with the question."""
     expected: str = ""
+    references: Sequence[str] = ()
+    """Further accepted answers."""
     answer: str = ""
     scores: dict[str, float] = field(default_factory=dict)
     prompt_tokens: int = 0
@@ -115,7 +117,9 @@ class Evaluation:
     def read(path: Path) -> Evaluation:
         """Read what `write` wrote."""
         items, metadata = read_items(path)
-        scored_items = tuple(ScoredItem(**item) for item in items)
+        scored_items = tuple(
+            ScoredItem(**{**item, "references": tuple(item.get("references") or ())}) for item in items
+        )
         return Evaluation(scored_items, metadata["seconds_per_query"], tuple(metadata["metrics"]))
 
 
@@ -158,7 +162,11 @@ def evaluate(
             context=record.context,
             expected=expected_text(record),
             answer=answer,
-            scores={name: metric(answer, expected_text(record)) for name, metric in metrics.items()},
+            references=record.references,
+            scores={
+                name: best_score(metric, answer, expected_text(record), record.references)
+                for name, metric in metrics.items()
+            },
             prompt_tokens=len(prompt),
             stopped=ended,
             nats=likelihood[0],

@@ -197,7 +197,7 @@ def reward_function(source: RewardSource, chat: ChatTemplate, prompts: PromptDat
 
 def reward_row(record: Record) -> dict[str, Any]:
     """The fields of a record that a reward function gets."""
-    fields = {name: getattr(record, name) for name in ("question", "context", "task", "group")}
+    fields = {name: getattr(record, name) for name in ("question", "references", "context", "task", "group")}
     return {**fields, "expected": record.answer, "source": str(record.source)}
 
 

@@ -31,10 +31,18 @@ from rung.scoring.arithmetic import (
 )
 from rung.scoring.dates import Moment, moments
 from rung.scoring.latex import boxed, plain_math
-from rung.scoring.quantities import MAX_DIGITS, QUANTITY, Quantity, quantities_agree, quantity, read_marks, read_quantity
+from rung.scoring.quantities import (
+    MAX_DIGITS,
+    QUANTITY,
+    Quantity,
+    quantities_agree,
+    quantity,
+    read_marks,
+    read_quantity,
+)
 
 MAX_CHARACTERS = 20_000
-"""Only the end of a longer text is read for structure: the result stands there, and hostile text costs time."""
+"""Only the end of a longer text is read: the result stands there, and hostile text costs time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +82,10 @@ _STRUCTURE = re.compile(
 _GROUPED = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _CALCULATION = re.compile(r"<<[^<>]{0,200}>>")  # calculator marks of GSM8K
 _STATED = re.compile(r"\banswer(?:\s+is|\s*:)\s*:?\s*", re.IGNORECASE)
-_POWER = re.compile(r"\^\s*\(?-?\d+\)?")  # of a word, such as a unit
+_POWER = re.compile(r"\^\s*\(?-?(\d)")  # of a word, such as a unit
 _AROUND = " \t\r\n.,;:!?*'\"`"
 _ENUMERATOR = re.compile(r"(?<!\S)\(?[A-Ea-e]\)\s+(?=[-\d(\\$])")  # `(a) 5`
+_VARIABLE = re.compile(r"[A-Za-z\u0391-\u03c9]\Z")
 _KNOWN_NAMES = FUNCTIONS | CONSTANTS.keys() | {"and", "or"}
 _MARKS_ALONE = frozenset("%\u00b0")
 _MATHEMATICAL = OPERATORS | OPEN.keys() | CLOSE | SEPARATORS | SIGNS | _MARKS_ALONE | CONSTANTS.keys() | {"us$"}
@@ -94,36 +103,38 @@ def read_value(text: str) -> Value | None:
     with a currency, percent or scale mark, else the last that is no date, else the last.
     """
     if "####" in text:
-        final = text.split("####", 2)[1][:MAX_CHARACTERS]
-        if (whole := _read_whole(final.strip().split("\n")[0])) is not None:
-            return whole
-        if values := _values(final):
-            return values[0]
+        final = text.split("####", 2)[1].strip()[:MAX_CHARACTERS]
+        # the line alone first: what is run on is longer
+        for part in dict.fromkeys((final.split("\n")[0], final)):
+            value = _read_whole(part) or next(iter(_values(part)), None) if _STRUCTURE.search(part) else quantity(part)
+            if value is not None:
+                return value
+    text = text[-MAX_CHARACTERS:]
     if not _STRUCTURE.search(text):
         plain = quantity(text)
         # `May 3, 2023` is a date, `in 2023` a year
         dated = moments(text) if plain is not None and plain.is_date else []
         return _moment(dated[-1]) if dated else plain
-    text = text[-MAX_CHARACTERS:]
     if content := boxed(text):
         return _read_whole(content) or _select(_values(content)) or Expression(joined(tokenize(plain_math(content))))
-    return _read_whole(text) or _select(_values(text))
+    # `The answer is 3, 4.`: both, where a sentence without these words has two values
+    stated = stated_answer(text)
+    return _read_whole(text) or (_read_whole(stated) if stated else None) or _select(_values(text))
 
 
 def final_texts(text: str) -> list[str]:
-    r"""What a text may say is its answer: all of it, the line behind the first `####`, the last box, and what it states."""
+    r"""What a text may say is its answer: all of it, the line behind the first `####`, the last box, what it states."""
     final = text.split("####", 2)[1].strip().split("\n")[0] if "####" in text else None
     return [text, *(part for part in (final, boxed(text), stated_answer(text)) if part)]
 
 
 def stated_answer(text: str) -> str | None:
     """What follows the last `answer is` or `answer:`, up to the end of the sentence; None if there is none."""
-    last = None
-    for last in _STATED.finditer(text[-MAX_CHARACTERS:]):
-        pass
-    if last is None:
+    text = text[-MAX_CHARACTERS:]
+    ends = [match.end() for match in _STATED.finditer(text)]
+    if not ends:
         return None
-    rest = text[-MAX_CHARACTERS:][last.end() :]
+    rest = text[ends[-1] :]
     return re.split(r"\.\s|\n", rest, maxsplit=1)[0].strip().removesuffix(".")
 
 
@@ -203,7 +214,7 @@ def _read_whole(text: str) -> Value | None:
 def _is_mathematical(token: Token) -> bool:
     text = token.text
     if token.kind == "name":
-        return len(text) == 1 or text[0] == "\\" or text.lower() in _KNOWN_NAMES
+        return bool(_VARIABLE.match(text)) or text[0] == "\\" or text.lower() in _KNOWN_NAMES
     return token.kind == "number" or text in _MATHEMATICAL
 
 
@@ -238,7 +249,7 @@ def _parse(tokens: Sequence[Token], plain: str, *, is_whole: bool = False, depth
 
 
 def _right_side(tokens: Sequence[Token]) -> Sequence[Token] | None:
-    """Behind the last equals sign, where everything before it is a name or a number: `x = 5`, `f(x) = 5`, `6 * 9 = 54`."""
+    """Behind the last equals sign, where all before it are names or numbers: `x = 5`, `f(x) = 5`, `6 * 9 = 54`."""
     parts, _ = _split(tokens, {"="}, nested=True)
     for left in parts[:-1]:
         is_name = [t.kind for t in left] in (["name"], ["name", "mark", "name", "mark"])
@@ -247,7 +258,9 @@ def _right_side(tokens: Sequence[Token]) -> Sequence[Token] | None:
     return parts[-1] or None
 
 
-def _split(tokens: Sequence[Token], separators: Collection[str], *, nested: bool = False) -> tuple[list[list[Token]], list[str]]:
+def _split(
+    tokens: Sequence[Token], separators: Collection[str], *, nested: bool = False
+) -> tuple[list[list[Token]], list[str]]:
     """The tokens between separators outside of brackets, and the separators."""
     parts: list[list[Token]] = [[]]
     seen: list[str] = []
@@ -287,6 +300,8 @@ def _number(tokens: Sequence[Token], plain: str) -> Quantity | None:
     """The quantity of an expression with the marks around it."""
     sign = next((token for token in tokens[:2] if token.text in SIGNS), None)
     core = [token for token in tokens if token is not sign]
+    if len(core) > 2 and core[-2].text == "\u00b0" and core[-1].text in "CF":
+        core.pop()
     while core and core[-1].text in _MARKS_ALONE:
         core.pop()
     value = evaluate(core) if core else None
@@ -311,9 +326,12 @@ def _values(text: str) -> list[Value]:
             spans.append((start, end, value))
     for start, end, _ in spans:
         plain = plain[:start] + " " * (end - start) + plain[end:]
-    plain = _POWER.sub(lambda m: " " * len(m[0]), plain)
-    found = [(match.start(), read_quantity(match)) for match in QUANTITY.finditer(plain) if len(match["numeral"]) <= MAX_DIGITS]
-    return [value for _, value in sorted([*((s, v) for s, _, v in spans), *found], key=lambda pair: pair[0])]
+    powers = {match.start(1) for match in _POWER.finditer(plain)}
+    placed = [(start, value) for start, _, value in spans]
+    for match in QUANTITY.finditer(plain):
+        if len(match["numeral"]) <= MAX_DIGITS and match.start("numeral") not in powers:
+            placed.append((match.start(), read_quantity(match)))
+    return [value for _, value in sorted(placed, key=lambda pair: pair[0])]
 
 
 def _has_number(tokens: Sequence[Token]) -> bool:
@@ -336,38 +354,52 @@ def _runs(tokens: Sequence[Token]) -> Iterator[Sequence[Token]]:
 
 
 def _continues(tokens: Sequence[Token], i: int, run: Sequence[Token], depth: int) -> bool:
+    """Whether token i belongs to the run before it, or begins one."""
     token, before = tokens[i], tokens[i - 1] if i else None
     behind = tokens[i + 1] if i + 1 < len(tokens) else None
-    is_glued = before is not None and before.end == token.start
+    if token.text in CONSTANTS:
+        return True
     if token.kind == "number":
-        if is_glued and before is not None and before.kind == "name":
+        if before is not None and before.kind == "name" and before.end == token.start:
             return False  # Q4, FY2023
         # two numbers side by side are one only as 1 4/5
         is_mixed = i + 2 < len(tokens) and tokens[i + 1].text == "/" and tokens[i + 2].kind == "number"
         return not (run and run[-1].kind == "number") or (is_mixed and "." not in run[-1].text)
     if token.kind == "mark":
-        if token.text in SEPARATORS:
-            return depth > 0 or (bool(run) and token.text == "\u222a")
-        if token.text in CLOSE:
-            return depth > 0
-        if token.text in CONSTANTS:
-            return True
-        if token.text in SIGNS:
-            return not (run and run[-1].kind == "number")
-        # a dash between words: `Revenue - 412`
-        if token.text in "+-" and not run:
-            return behind is not None and behind.start == token.end and not is_glued
-        return (token.text in OPERATORS and token.text != ":" and (bool(run) or token.text in _PREFIXES)) or token.text in OPEN
+        return _mark_continues(token, before, behind, run, depth)
+    return _name_continues(token, before, behind, run)
+
+
+def _mark_continues(token: Token, before: Token | None, behind: Token | None, run: Sequence[Token], depth: int) -> bool:
+    text = token.text
+    if text in SEPARATORS:
+        return depth > 0 or (bool(run) and text == "\u222a")
+    if text in CLOSE:
+        return depth > 0
+    if text in SIGNS:
+        return not (run and run[-1].kind == "number")
+    # a sign touches its number, a dash between words does not: `Revenue - 412`
+    if text in "+-" and not run:
+        is_free = before is None or before.end < token.start
+        return is_free and behind is not None and behind.start == token.end
+    return text in OPEN or (text in OPERATORS and text != ":" and (bool(run) or text in _PREFIXES))
+
+
+def _name_continues(token: Token, before: Token | None, behind: Token | None, run: Sequence[Token]) -> bool:
     if not _is_mathematical(token) or token.text.lower() in ("and", "or"):
         return False
-    if len(token.text) > 1 or token.text in CONSTANTS:
+    if len(token.text) > 1:
         return True
-    if behind is not None and behind.end > behind.start == token.end and behind.kind == "number":
-        return False
-    if is_glued and before is not None and before.kind == "number" and token.text in "kmbKMB":
-        return False
-    touches = is_glued and bool(run) or (behind is not None and behind.start == token.end and behind.text in _BINDING)
-    return touches or any(t is not None and t.text in _INFIX for t in (run[-1] if run else None, behind))
+    is_glued = before is not None and before.end == token.start
+    is_glued_behind = behind is not None and behind.start == token.end
+    if behind is not None and is_glued_behind and behind.kind == "number":
+        return False  # Q4
+    if before is not None and is_glued and before.kind == "number" and token.text in "kmbKMB":
+        return False  # 3k
+    # a letter alone is a word: `a`, `I`
+    if (is_glued and run) or (behind is not None and is_glued_behind and behind.text in _BINDING):
+        return True
+    return any(neighbor is not None and neighbor.text in _INFIX for neighbor in (run[-1] if run else None, behind))
 
 
 def _trimmed(run: Sequence[Token]) -> Iterator[Sequence[Token]]:

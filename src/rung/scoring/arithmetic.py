@@ -40,6 +40,8 @@ FUNCTIONS = frozenset(
 
 
 class Token(NamedTuple):
+    """One token, its kind (number, name or mark) and where it stands."""
+
     text: str
     kind: str
     start: int
@@ -213,11 +215,9 @@ def _raised(base: Number, exponent: Number) -> Number:
         if abs(exponent) * _bits(base) > 2 * MAX_BITS:
             raise _NotANumberError
         return _shortened(Fraction(base) ** exponent)
-    value = float(base) ** float(exponent)
-    # a root of a negative number is complex
-    if isinstance(value, complex):
-        raise _NotANumberError
-    return value
+    if base < 0 and exponent != int(exponent):
+        raise _NotANumberError  # complex
+    return math.pow(base, exponent)
 
 
 def _shortened(number: Number) -> Number:

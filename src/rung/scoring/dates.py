@@ -1,7 +1,7 @@
 """Dates, times of day and ratios in a text: `3:30 pm`, `May 3, 2023`, `2023-05-03`, `16:9`.
 
-Their numbers are parts of one value: none of them alone is what the text says. A date of figures with slashes is kept in
-the order in which it is written, since 3/5/2023 is in March or in May.
+Their numbers are parts of one value: none of them alone is what the text says. A date of figures with slashes is kept
+in the order in which it is written, since 3/5/2023 is in March or in May.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _FIGURES = re.compile(
     r"(?<![\w./-])(?:([12]\d{3})([-/.])(\d{1,2})\2(\d{1,2})|(\d{1,2})([-/.])(\d{1,2})\6((?:\d\d){1,2}))(?![\w/-]|\.\d)"
 )
 _TIME = re.compile(
-    r"(?<![\w:.,/])(\d{1,2})(?::([0-5]\d)(?::([0-5]\d))?(?![\d:])(?:\s?([ap])\.?m\b\.?)?|\s?([ap])\.?m\b\.?)", re.IGNORECASE
+    r"(?<![\w:.,/])(\d{1,2})(?::([0-5]\d)(?::([0-5]\d))?(?![\d:])(?:\s?([ap])\.?m\b\.?)?|\s?([ap])\.?m\b\.?)",
+    re.IGNORECASE,
 )
 _RATIO = re.compile(r"(?<![\w:.,])\d{1,15}(?:\.\d{1,15})?(?:(?::|\s:\s)\d{1,15}(?:\.\d{1,15})?){1,4}(?![\w:])")
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
@@ -47,7 +48,9 @@ class Moment(NamedTuple):
 def moments(text: str) -> list[Moment]:
     """All dates, times and ratios of a text, in order, none within another."""
     kept: list[Moment] = []
-    for moment in sorted((*_named(text), *_figures(text), *_times(text), *_ratios(text)), key=lambda m: (m.start, -m.end)):
+    for moment in sorted(
+        (*_named(text), *_figures(text), *_times(text), *_ratios(text)), key=lambda m: (m.start, -m.end)
+    ):
         if not kept or moment.start >= kept[-1].end:
             kept.append(moment)
     return kept

@@ -15,9 +15,7 @@ MAX_GROUP_CHARACTERS = 2000
 """Length up to which the end of a group is looked for."""
 
 # `\left(`, `\!` and the like change the look alone
-_LAYOUT = re.compile(
-    r"\\(?:displaystyle|textstyle|limits|nolimits|[bB]igg?[lrm]?|quad|qquad)(?![A-Za-z])|\\[!,;:> ]|~"
-)
+_LAYOUT = re.compile(r"\\(?:displaystyle|textstyle|limits|nolimits|[bB]igg?[lrm]?|quad|qquad)(?![A-Za-z])|\\[!,;:> ]|~")
 # nothing, not a space: the minus of `-\left(` belongs to the bracket
 _SIZE = re.compile(r"\\(?:left|right)(?![A-Za-z])")
 _THOUSANDS = re.compile(r"\{,\}\s*|,\\!\s*")
@@ -69,7 +67,7 @@ _OPERATORS = str.maketrans("\u00d7\u00b7\u22c5\u00f7\u2044\u2212\u2013\u223c\u22
 
 
 def plain_math(text: str) -> str:
-    """The text without LaTeX: commands as characters, groups as brackets, sets in ornamental braces (U+2774, U+2775)."""
+    """The text without LaTeX: commands are characters, groups in brackets, sets in ornamental braces (U+2774)."""
     if "\\" in text or "{" in text or "$" in text:
         text = _plain_latex(text)
     if not text.isascii():

@@ -1,4 +1,4 @@
-r"""The `math` metric: answers compared by math-verify (Kydlicek 2025), which parses LaTeX with a grammar and asks sympy.
+r"""The `math` metric: answers compared by math-verify, which parses LaTeX with a grammar and asks sympy.
 
 It knows what `numeric` does not: `x + 1` is `1 + x`, `\{1, 2\}` is `\{2, 1\}`. The price is milliseconds an answer, and
 that a hostile answer such as a tower of powers keeps sympy busy for hours inside one C call, where no signal reaches
@@ -101,7 +101,9 @@ class _Worker:
         self._process, self._owner = process, os.getpid()
         if not self._ask(process, "", START_TIMEOUT):
             self.close()
-            raise ConfigError("math-verify does not start", given=" ".join(command), hint="python -c 'import math_verify'")
+            raise ConfigError(
+                "math-verify does not start", given=" ".join(command), hint="python -c 'import math_verify'"
+            )
         return process
 
     @staticmethod

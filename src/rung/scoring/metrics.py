@@ -8,12 +8,12 @@ alone. `evaluation.evaluate` scores with `METRICS`, `verifiers` makes rewards of
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
 
-from rung.scoring.answers import Value, final_texts, read_value, stated_answer, values_agree
+from rung.scoring.answers import Value, final_texts, read_value, values_agree
 from rung.scoring.latex import plain_math
 from rung.scoring.math_answers import math
 from rung.scoring.quantities import Quantity, change_direction, quantities_agree
@@ -32,6 +32,13 @@ class Metric:
 def exact(answer: str, expected: str) -> float:
     """1 when the texts are equal except for outer whitespace, else 0. Case and punctuation count."""
     return float(answer.strip() == expected.strip())
+
+
+def best_score(
+    metric: Callable[[str, str], float], answer: str, expected: str, references: Iterable[str] = ()
+) -> float:
+    """The best score over all accepted answers (Rajpurkar et al. 2016, section 6.1)."""
+    return max(float(metric(answer, accepted)) for accepted in (expected, *references))
 
 
 def normalized(answer: str, expected: str) -> float:
@@ -65,11 +72,6 @@ def numeric(answer: str, expected: str) -> float:
     given = read_value(answer)
     if isinstance(wanted, Quantity):
         return float(isinstance(given, Quantity) and _same_quantity(given, wanted, answer, expected))
-    if given is not None and values_agree(given, wanted):
-        return 1.0
-    # several values that a sentence states: `The answer is 3, 4.`
-    stated = stated_answer(answer)
-    given = read_value(stated) if stated else None
     return float(given is not None and values_agree(given, wanted))
 
 

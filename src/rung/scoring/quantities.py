@@ -1,8 +1,8 @@
 """Quantities: the number that a text states, with its sign, scale, currency, percent mark and unit.
 
-One regular expression reads numbers as financial texts write them, in one pass without nested repetition, since rewards
-score millions of answers. Fractions, powers, tuples, dates and times are read by `scoring.expressions`, which falls back
-to this file for plain numbers.
+One regular expression reads numbers as financial texts write them, in one pass without nested repetition, since
+rewards score millions of answers. Fractions, powers, tuples, dates and times are read by `scoring.answers`, which falls
+back to this file for plain numbers.
 """
 
 from __future__ import annotations
@@ -84,7 +84,11 @@ _UNITS: dict[str, dict[str, tuple[float, str]]] = {
     # of a length in days that depends on which
     "months": {"month": (1.0, "months"), "year": (12.0, "years")},
     "angle": {"degree": (1.0, "degrees"), "radian": (180.0 / math.pi, "radians|rad")},
-    "volume": {"ml": (1e-3, "millilit(?:er|re)s?"), "liter": (1.0, "liters|litres?"), "gallon": (3.785411784, "gallons")},
+    "volume": {
+        "ml": (1e-3, "millilit(?:er|re)s?"),
+        "liter": (1.0, "liters|litres?"),
+        "gallon": (3.785411784, "gallons"),
+    },
 }
 # one group a unit, numbered: the name of the group is no spelling
 _UNIT_OF_GROUP = [(dimension, factor) for dimension, units in _UNITS.items() for factor, _ in units.values()]
@@ -131,7 +135,7 @@ MONTH = (
     r"|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\b\.?"
 )
 _DATE = re.compile(
-    rf"(?:\b(?:in|for|during|since|year|fiscal|fy|ended|{MONTH})(?:\ \d\d?,)?\s*|\()(?:19|20)\d\d\Z"
+    rf"(?:\b(?:in|for|during|since|year|fiscal|fy|ended|{MONTH})(?:\ \d\d?(?:st|nd|rd|th)?,)?\s*|\()(?:19|20)\d\d\Z"
     rf"|\b{MONTH}\ \d\d?\Z",
     re.IGNORECASE,
 )
@@ -167,7 +171,7 @@ class Quantity:
         return self.numeral if self.scale is None else self.numeral * self.scale
 
     def __abs__(self) -> Quantity:
-        return replace(self, numeral=abs(self.numeral))
+        return replace(self, numeral=-self.numeral) if self.numeral < 0 else self
 
     @property
     def has_mark(self) -> bool:
@@ -265,7 +269,7 @@ def _is_date(match: re.Match[str]) -> bool:
 
 
 def quantities_agree(first: Quantity, second: Quantity) -> bool:
-    """Whether two quantities are equal; a side without currency, scale, percent mark or unit leaves it to the question."""
+    """Whether two quantities are equal; a side without currency, scale, percent or unit leaves it to the question."""
     if first.currency and second.currency and first.currency != second.currency:
         return False
     if first.unit and second.unit and first.unit != second.unit:

@@ -17,10 +17,13 @@ from typing import Any
 
 from rung.config.objective import FunctionRewardConfig, RegexRewardConfig, VerifierConfig
 from rung.errors import ConfigError, DataError
-from rung.scoring.metrics import METRICS, normalized, numeric
+from rung.scoring.answers import read_value
+from rung.scoring.math_answers import require_math_verify
+from rung.scoring.metrics import METRICS, best_score, normalized, numeric
 
 Row = Mapping[str, Any]
-"""`question`, `expected`, `context`, `task`, `group`, and `source` (path and line of the row)."""
+"""`question`, `expected`, `references` (further accepted answers), `context`, `task`, `group`, and `source` (path and
+line of the row)."""
 Verifier = Callable[[str, Row], float]
 
 
@@ -31,7 +34,9 @@ def make_verifier(config: VerifierConfig | RegexRewardConfig | FunctionRewardCon
     if isinstance(config, FunctionRewardConfig):
         return _function_verifier(config.path)
     metric = METRICS[config.kind].function
-    return lambda answer, row: float(metric(answer, row["expected"]))
+    if config.kind == "math":
+        require_math_verify("objective.reward.kind")
+    return lambda answer, row: best_score(metric, answer, row["expected"], row.get("references", ()))
 
 
 def needs_expected_answer(config: VerifierConfig | RegexRewardConfig | FunctionRewardConfig) -> bool:
@@ -46,11 +51,19 @@ def _pattern_verifier(pattern: re.Pattern[str]) -> Verifier:
         match = pattern.search(answer)
         if match is None or not pattern.groups:
             return float(match is not None)
-        # the group extracts the answer from its format, and then either metric may accept it
-        text = match.group(1) or ""
-        return max(normalized(text, row["expected"]), numeric(text, row["expected"]))
+        # the group extracts the answer from its format
+        return best_score(_same_answer, match.group(1) or "", row["expected"], row.get("references", ()))
 
     return verify
+
+
+def _same_answer(text: str, expected: str) -> float:
+    """`numeric` where the expected answer states a value, else `normalized`.
+
+    Not the better of both: they disagree where `normalized` drops the brackets or signs that make another value.
+    """
+    metric = normalized if read_value(expected) is None else numeric
+    return metric(text, expected)
 
 
 def _function_verifier(path: str) -> Verifier:

@@ -1,4 +1,4 @@
-"""Words of a text, for the metrics that compare words: what punctuation is, and where words end in scripts without spaces.
+"""Words of a text, for the metrics that compare words: what punctuation is, and where a word ends without a space.
 
 Python's `str.split` and rouge-score's tokenizer know spaces and ASCII: a Chinese sentence is one word to the first and
 no word to the second, so that a wrong answer and a right one get the same score.
@@ -61,7 +61,7 @@ def _split_at_punctuation(text: str) -> tuple[str, str, str]:
 
 
 def tokens(text: str) -> tuple[str, ...]:
-    """The words of `normalize`; in scripts without spaces each character is one (MLQA, Lewis et al. 2020, section 5)."""
+    """The words of `normalize`; in scripts without spaces each character is one (MLQA, Lewis et al. 2020)."""
     words = normalize(text)
     if text.isascii():
         return words
