@@ -69,17 +69,19 @@ class Expression(NamedTuple):
 
 Value = Quantity | Compound | Expression
 
-# What the plain reader does not know. Cheap, since every answer is searched; a needless hit costs time alone.
-_STRUCTURE = re.compile(
-    r"[\\^_{}\[\]=<>*+|/\u00d7\u00f7\u00b7\u22c5\u221a\u03c0\u221e\u00b1\u222a\u2264\u2265\u2260\u2044]"
-    r"|[\u00b2\u00b3\u00b9\u2070-\u2079\u00bc-\u00be\u2153-\u215e]"
-    r"|\S\$(?!\d)|(?<![a-z])[a-z]\s?[-\u2013\u2212]\s?\d"
-    r"|\d(?:\s?:\s?\d|\s(?:and|or)\s+[-$]?\d|e[-+]?\d|\s*[-\u2013\u2212]\s*[\d(]|\s+[-\u2013\u2212]\s|\s?[;$]|\s\d|,(?!\d{3}(?!\d))\s*[-\u2013\u2212$(\u20ac\d]"
-    r"|\s?[ap]\.?m\b|\s?[ac-jln-z](?![a-z]))"
-    r"|[-\u2013\u2212]\s+\d",
-    re.IGNORECASE,
+# What the plain reader does not know. Every answer is searched, so each pattern begins with a set of characters, which
+# `re` looks for without trying the pattern; a needless hit costs time alone.
+_SYMBOLS = re.compile(
+    r"[\\^_{}\[\]=<>*+|/\u00d7\u00f7\u00b7\u22c5\u221a\u03c0\u221e\u00b1\u222a\u2264\u2265\u2260\u2044"
+    r"\u00b2\u00b3\u00b9\u2070-\u2079\u00bc-\u00be\u2153-\u215e]"
 )
-_GROUPED = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_BEHIND_DIGIT = re.compile(
+    r"\d(?:\s?:\s?\d|[eE][-+]?\d|\s*[-\u2013\u2212]\s*[\d(]|\s+[-\u2013\u2212]\s|\s?[;$]|\s\d|\s(?:and|or)\s+[-$]?\d"
+    r"|,(?!\d{3}(?!\d))\s*[-\u2013\u2212$(\u20ac\d]|\s?[apAP]\.?[mM]\b|\s?[ac-jln-zAC-JLN-Z](?![A-Za-z]))"
+)
+_BEFORE_DASH = re.compile(r"[-\u2013\u2212](?:(?<=\b[A-Za-z].)\s?|(?<=\b[A-Za-z]\s.)\s?|\s+)\d")
+_BEHIND_BRACKET = re.compile(r"\)\s*[-\u2013\u2212(]")
+_BEHIND_FORMULA = re.compile(r"\$(?<=\S.)(?!\d)")
 _CALCULATION = re.compile(r"<<[^<>]{0,200}>>")  # calculator marks of GSM8K
 _STATED = re.compile(r"\banswer(?:\s+is|\s*:)\s*:?\s*", re.IGNORECASE)
 _POWER = re.compile(r"\^\s*\(?-?(\d)")  # of a word, such as a unit
@@ -106,11 +108,11 @@ def read_value(text: str) -> Value | None:
         final = text.split("####", 2)[1].strip()[:MAX_CHARACTERS]
         # the line alone first: what is run on is longer
         for part in dict.fromkeys((final.split("\n")[0], final)):
-            value = _read_whole(part) or next(iter(_values(part)), None) if _STRUCTURE.search(part) else quantity(part)
+            value = _read_whole(part) or next(iter(_values(part)), None) if _has_structure(part) else quantity(part)
             if value is not None:
                 return value
     text = text[-MAX_CHARACTERS:]
-    if not _STRUCTURE.search(text):
+    if not _has_structure(text):
         plain = quantity(text)
         # `May 3, 2023` is a date, `in 2023` a year
         dated = moments(text) if plain is not None and plain.is_date else []
@@ -120,6 +122,13 @@ def read_value(text: str) -> Value | None:
     # `The answer is 3, 4.`: both, where a sentence without these words has two values
     stated = stated_answer(text)
     return _read_whole(text) or (_read_whole(stated) if stated else None) or _select(_values(text))
+
+
+def _has_structure(text: str) -> bool:
+    """Whether a text may state more than plain numbers."""
+    if _SYMBOLS.search(text) or _BEHIND_DIGIT.search(text) or _BEFORE_DASH.search(text):
+        return True
+    return bool((")" in text and _BEHIND_BRACKET.search(text)) or ("$" in text and _BEHIND_FORMULA.search(text)))
 
 
 def final_texts(text: str) -> list[str]:

@@ -15,7 +15,7 @@ MEMORY = 2 << 30
 
 def compare(answer: str, expected: str) -> bool | None:
     """Whether the answer is the expected one; None if math-verify cannot read the expected one."""
-    from math_verify import parse, verify  # type: ignore[import-not-found,unused-ignore]
+    from math_verify import parse, verify
 
     # without its own time limits, which are signals: the parent kills this process
     try:

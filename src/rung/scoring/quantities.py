@@ -117,7 +117,7 @@ _MARKS = rf"""
 _MARKS_BEHIND = re.compile(_MARKS, re.VERBOSE | re.IGNORECASE)
 QUANTITY = re.compile(
     rf"""
-    (?<![^\W{UNSPACED}])(?<!\.)                    # FY2023, Q4 and 1.2.3 contain no separate number
+    (?<![A-Za-z0-9_.])(?<![^\W{UNSPACED}])         # FY2023, Q4 and 1.2.3 contain no separate number
     (?P<loss>(?:loss|deficit)\ of\ )?
     (?P<open>\()? (?P<minus>[-\u2212\u2013])?
     (?:(?P<before>{"|".join(map(re.escape, sorted(_BEFORE, key=len, reverse=True)))})\s*)?
@@ -219,7 +219,10 @@ def read_quantity(match: re.Match[str]) -> Quantity:
     in_brackets = (groups["open"] or groups["open_late"]) and (groups["close"] or groups["close_late"])
     negative = groups["minus"] or groups["minus_late"] or in_brackets or groups["loss"]
     number = parse_numeral(groups["numeral"])
-    quantity = _marked(-number if negative else number, groups, groups["before"], read_unit(match.string, match.end()))
+    # money and percentages have no other unit
+    is_measure = not (groups["before"] or groups["after"] or groups["percent"])
+    unit = read_unit(match.string, match.end()) if is_measure else None
+    quantity = _marked(-number if negative else number, groups, groups["before"], unit)
     # the sign is dropped: the hyphen of `May-2023` is no minus
     if not quantity.has_mark and _is_date(match):
         return Quantity(number, is_date=True)
