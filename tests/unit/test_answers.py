@@ -151,6 +151,10 @@ def test_the_last_box_is_the_answer() -> None:
         ("The answer is 3, 4.", "3, 4", 1),
         ("3 and 4", "3, 4", 1),
         ("A", "(A)", 1),
+        ("She has $43 - $18 = $25", "25", 1),
+        ("$1000-($150+$300+$250) = $300 are left", "300", 1),
+        ("Alyssa ate 100/5 = 5A/5 or 20 = A.", "20", 1),
+        ("Sam memorized 4+6=10 digits of pi.", "10", 1),
         ("B", "(A)", 0),
     ],
 )

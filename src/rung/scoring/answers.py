@@ -258,13 +258,21 @@ def _parse(tokens: Sequence[Token], plain: str, *, is_whole: bool = False, depth
 
 
 def _right_side(tokens: Sequence[Token]) -> Sequence[Token] | None:
-    """Behind the last equals sign, where all before it are names or numbers: `x = 5`, `f(x) = 5`, `6 * 9 = 54`."""
+    """What an equation states: `x = 5`, `f(x) = 5`, `$6 * 9 = $54` the right side, `20 = x` the left. Else None."""
     parts, _ = _split(tokens, {"="}, nested=True)
-    for left in parts[:-1]:
-        is_name = [t.kind for t in left] in (["name"], ["name", "mark", "name", "mark"])
-        if left and not is_name and evaluate(left) is None:
-            return None
-    return parts[-1] or None
+    *left, right = parts
+    if [token.kind for token in right] == ["name"] and len(left) == 1 and _is_arithmetic(left[0]):
+        return left[0]
+    is_result = all(not part or _is_name(part) or _is_arithmetic(part) for part in left)
+    return right if right and is_result else None
+
+
+def _is_name(tokens: Sequence[Token]) -> bool:
+    return [token.kind for token in tokens] in (["name"], ["name", "mark", "name", "mark"])
+
+
+def _is_arithmetic(tokens: Sequence[Token]) -> bool:
+    return evaluate([token for token in tokens if token.text not in SIGNS | _MARKS_ALONE]) is not None
 
 
 def _split(
@@ -327,7 +335,7 @@ def _values(text: str) -> list[Value]:
     covered = [(start, end) for start, end, _ in spans]
     for run in _runs(tokenize(plain)):
         start, end = run[0].start, run[-1].end
-        if _is_structured(run) and _has_number(run) and not any(start < e and s < end for s, e in covered):
+        if _is_structured(run) and _states_number(run) and not any(start < e and s < end for s, e in covered):
             value = _parse(run, plain, is_whole=True)
             # the marks of a number or range behind it are part of it
             if not isinstance(value, Expression):
@@ -341,6 +349,11 @@ def _values(text: str) -> list[Value]:
         if len(match["numeral"]) <= MAX_DIGITS and match.start("numeral") not in powers:
             placed.append((match.start(), read_quantity(match)))
     return [value for _, value in sorted(placed, key=lambda pair: pair[0])]
+
+
+def _states_number(run: Sequence[Token]) -> bool:
+    """`digits of pi` do not."""
+    return any(token.kind == "number" or token.text in "\u03c0\u221e" for token in run)
 
 
 def _has_number(tokens: Sequence[Token]) -> bool:
