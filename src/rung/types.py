@@ -80,6 +80,8 @@ class Record:
     """Rating of the answer, for data with compared or rated answers."""
     candidates: tuple[Candidate, ...] = ()
     """Other answers to the same prompt. The answer in `messages` is the best."""
+    references: tuple[str, ...] = ()
+    """Further answers that are accepted: metrics and rewards take the best score over the answer and these."""
 
     @property
     def question(self) -> str:

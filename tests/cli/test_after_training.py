@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from builders import documents
 from models import tiny_model
 from processes import inside
+from rung.commands.evaluate import evaluate_on_task, evaluation_task
 from rung.config.model import ModelConfig
 from rung.data.chat import ChatTemplate
 from rung.errors import CheckpointError, ConfigError
@@ -50,6 +51,23 @@ def test_eval_of_a_base_on_a_task(config: Path, tiny_base: Path, capsys: Any) ->
     assert code == 0 and json.loads(out)["examples"] == 4
     code, _, err = inside(capsys, "eval", tiny_base)
     assert code == 2 and "--config" in err
+
+
+def test_an_answer_may_have_several_references(config: Path, questions: Path, tiny_base: Path, tmp_path: Path) -> None:
+    """The score is the best over all of them; what the model says is known after a first pass."""
+    file = tmp_path / "questions.jsonl"
+    rows = [json.loads(line) for line in questions.read_text().splitlines()]
+    evaluations, said = [], {}
+    for _ in range(2):
+        file.write_text("".join(json.dumps({**row, **said.get(row["question"], {})}) + "\n" for row in rows))
+        overrides = [f"data.path={file}", "evaluation.metrics=[exact,token_f1]"]
+        task, _, records, _ = evaluation_task(str(tiny_base), config=config, overrides=overrides, limit=4)
+        evaluations.append(evaluate_on_task(str(tiny_base), task, records))
+        said = {item.question: {"references": ["none", item.answer]} for item in evaluations[-1].items}
+    first, second = evaluations
+    assert first.scores("exact").tolist() == [0.0] * 4 and second.scores("exact").tolist() == [1.0] * 4
+    assert [item.answer for item in first.items] == [item.answer for item in second.items]
+    assert all(item.references == ("none", item.answer) for item in second.items)
 
 
 def test_perplexity_against_transformers(run: Path, config: Path, tiny_base: Path, capsys: Any) -> None:

@@ -301,6 +301,21 @@ def test_an_adapter_with_tensors_too_many_is_no_base(config: Path, tmp_path: Pat
     assert code == 3 and "does not describe" in err, err
 
 
+def test_without_math_verify(config: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    """The metric and the reward that need it say how to get it, before anything is loaded."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    monkeypatch.setattr("rung.models.load._load_weights", None)
+    reward = "objective={kind: grpo, reward: {kind: math}}"
+    for verb, asked in (
+        ("train", "evaluation.metrics=[math]"),
+        ("climb", "evaluation.metrics=[math]"),
+        ("train", reward),
+    ):
+        code, _, err = inside(capsys, verb, config, asked)
+        assert code == 2 and "rung[math]" in err, err
+    assert not (tmp_path / "run").exists()
+
+
 def test_without_bitsandbytes(config: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     """What needs it says how to get it; everything else does without."""
     for name in ("bitsandbytes", "bitsandbytes.optim"):

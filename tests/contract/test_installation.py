@@ -41,8 +41,8 @@ def assert_within_floors(versions: dict[str, str]) -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("tool", ["vllm", "sglang", "unsloth"])
 def test_it_installs_beside(tool: str, tmp_path: Path) -> None:
-    versions = resolve(tmp_path / "report.json", ".[quantized,remote]", tool)
-    assert {"rung", tool, "bitsandbytes", "openai"} <= versions.keys()
+    versions = resolve(tmp_path / "report.json", ".[math,quantized,remote]", tool)
+    assert {"rung", tool, "bitsandbytes", "math-verify", "openai"} <= versions.keys()
     assert_within_floors(versions)
 
 
@@ -60,8 +60,9 @@ def test_its_dependencies_have_wheels_for_every_python(python: str, tmp_path: Pa
 def test_the_oldest_versions_are_the_floors_that_are_declared() -> None:
     pins = dict(line.split("==") for line in (ROOT / "constraints-oldest.txt").read_text().splitlines() if "==" in line)
     extras = PROJECT["optional-dependencies"]
-    for requirement in [*PROJECT["dependencies"], *extras["remote"]]:
+    for requirement in [*PROJECT["dependencies"], *extras["remote"], *extras["math"]]:
         name, floor = requirement.split(",")[0].split(">=")
+        name = name.split("[")[0]
         assert Version(pins[name]) == Version(floor)
     for name, floor in FLOORS.items():
         assert pins[name].startswith(".".join(map(str, floor)))

@@ -12,7 +12,7 @@ import pytest
 from rung.config.data import DataConfig, Format
 from rung.data.formats import FORMATS, ColumnCensus, detect, load_records, to_record
 from rung.data.read import Row
-from rung.data.records import Records
+from rung.data.records import Records, encode_record
 from rung.errors import DataError
 from rung.types import Candidate, Message, Record, Source
 
@@ -42,6 +42,44 @@ def user(text: str) -> dict[str, Any]:
 
 def assistant(text: str | None, **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": text, **more}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [user("q"), assistant("a")]},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"instruction": "q", "output": "a"},
+        {"prompt": "q", "completion": "a"},
+        {"question": "q", "answer": "a"},
+    ],
+)
+def test_references_are_further_accepted_answers(row: Row) -> None:
+    """They are kept with the record, on disk too, and the answer that is learned stays the same."""
+    for value in (["b", "c"], '["b", "c"]'):
+        record = convert({**row, "references": value})
+        assert record.references == ("b", "c") and record.answer == "a"
+        assert list(Records.from_records([record])) == [record]
+    for nothing in (None, "", []):
+        assert convert({**row, "references": nothing}).references == ()
+    plain = convert(row)
+    assert encode_record(convert({**row, "references": []})) == encode_record(plain)
+    for wrong, reason in (
+        ("b", "not a list"),
+        ([1], "reference is the number 1"),
+        ([""], "empty reference"),
+        (3, "no list"),
+    ):
+        with pytest.raises(DataError, match=reason):
+            convert({**row, "references": wrong})
+
+
+def test_references_may_have_any_column_name() -> None:
+    """The answers of SQuAD are called so; unmapped, that column could be what is to be learned."""
+    row = {"question": "q", "answer": "a", "answers": ["b"]}
+    assert convert(row, {"references": "answers"}).references == ("b",)
+    with pytest.raises(DataError, match="could both be"):
+        convert(row)
 
 
 @pytest.mark.parametrize(
@@ -412,3 +450,10 @@ def test_compared_answers_keep_their_tool_calls() -> None:
     assert (
         to_record("preference", {"prompt": "q", "chosen": "a", "rejected": "b", "margin": "2.5"}, AT, {}).score == 2.5
     )
+
+
+def test_references_beside_a_tool_call_are_refused() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    with pytest.raises(DataError, match="references are texts"):
+        to_record("messages", {"messages": turns, "references": ["a"]}, AT, {})

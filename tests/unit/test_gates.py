@@ -233,7 +233,7 @@ def test_movement_counts_anew_what_begins_anew() -> None:
     assert [gate and gate.state for gate in found] == [None, None, "passed"]
 
 
-@pytest.mark.parametrize(("packing", "count"), [("tree", 2), ("flat", 2), ("none", 4)])
+@pytest.mark.parametrize(("packing", "count"), [("tree", 3), ("flat", 3), ("none", 4)])
 def test_gates_test_the_packing_that_trains(
     packing: str, count: int, config: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,12 +25,21 @@ def item(line: int, **changes: object) -> ScoredItem:
 
 
 def test_items_come_back_and_pandas_reads_them(tmp_path: Path) -> None:
-    made = Evaluation((item(1), item(2, group="a", nats=2.5, answer_tokens=3)), 0.25, ("exact", "token_f1"))
+    made = Evaluation(
+        (item(1), item(2, group="a", nats=2.5, answer_tokens=3, references=("\u00e8", "e"))),
+        0.25,
+        ("exact", "token_f1"),
+    )
     made.write(tmp_path / "items.parquet")
     assert Evaluation.read(tmp_path / "items.parquet") == made
     table = pandas.read_parquet(tmp_path / "items.parquet")
     assert table["score.token_f1"].tolist() == [0.5, 0.5] and table["stopped"].tolist() == [False, True]
+    assert [list(names) for names in table["references"]] == [[], ["\u00e8", "e"]]
     assert list(tmp_path.iterdir()) == [tmp_path / "items.parquet"]
+    # a list that is empty in every row has no type of its own
+    plain = Evaluation((item(1), item(2)), 0.25, ("exact",))
+    plain.write(tmp_path / "items.parquet")
+    assert Evaluation.read(tmp_path / "items.parquet") == plain
 
 
 def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:

@@ -49,6 +49,31 @@ def test_patterns() -> None:
         RegexRewardConfig(pattern="(")
 
 
+def test_a_group_catches_a_quantity_and_not_a_part_of_it() -> None:
+    """`either metric may accept it`: 3/2 for 1/2, and (2, x) for [2, x]."""
+    boxed = make_verifier(RegexRewardConfig(pattern=r"^answer: (.*)$"))
+    for answer, expected in (
+        ("3/2", "1/2"),
+        ("(5, 4)", "(3, 4)"),
+        (r"2\pi", "2"),
+        ("3:30", "2:30"),
+        ("(2,x)", "[2,x]"),
+    ):
+        assert boxed(f"answer: {answer}", {**ROW, "expected": expected}) == 0.0
+        assert boxed(f"answer: {expected}", {**ROW, "expected": expected}) == 1.0
+    assert boxed("answer: 0.5", {**ROW, "expected": "1/2"}) == 1.0
+    assert boxed("answer: Not disclosed.", {**ROW, "expected": "not disclosed"}) == 1.0
+
+
+@pytest.mark.parametrize("kind", ["exact", "normalized", "numeric"])
+def test_each_of_several_references_is_right(kind: str) -> None:
+    verify = make_verifier(VerifierConfig(kind=kind))  # type: ignore[arg-type]
+    row = {**ROW, "references": ("8", "9")}
+    assert verify("7", row) == verify("9", row) == 1.0
+    assert verify("6", row) == 0.0
+    assert make_verifier(RegexRewardConfig(pattern=r"(\d+)"))("it is 8", row) == 1.0
+
+
 def test_a_function_of_ones_own(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(

@@ -228,8 +228,12 @@ def _prompt_columns(record: Record) -> dict[str, Any]:
     turns = record.messages[:-1]
     is_single_question = len(turns) == 1 and turns[0].role == "user"
     prompt: Any = turns[0].content if is_single_question else [{"role": m.role, "content": m.content} for m in turns]
-    columns = {"tools": record.tools or None, "context": record.context, "expected": record.answer or None}
-    columns |= {"group": record.group, "task": record.task}
+    columns: dict[str, Any] = {
+        "tools": record.tools or None,
+        "context": record.context,
+        "expected": record.answer or None,
+    }
+    columns |= {"references": list(record.references) or None, "group": record.group, "task": record.task}
     return {"prompt": prompt, **{name: value for name, value in columns.items() if value is not None}}
 
 

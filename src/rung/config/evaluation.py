@@ -11,7 +11,7 @@ from rung.config.judge import JudgeConfig
 
 Context = Literal["given", "withheld", "retrieved"]
 
-MetricName = Literal["exact", "normalized", "numeric", "token_f1", "rouge_l", "perplexity"]
+MetricName = Literal["exact", "normalized", "numeric", "math", "token_f1", "rouge_l", "perplexity"]
 
 
 class RetrievalConfig(Config):
@@ -42,7 +42,7 @@ class EvaluationConfig(Config):
     """How greedy answers to held-out questions are generated and scored."""
 
     metrics: tuple[MetricName, ...] = Field(default=("exact", "numeric"), min_length=1)
-    """Metrics to report; decisions use the first one."""
+    """Metrics to report; decisions use the first one. `math` needs `pip install 'rung[math]'`."""
     instruction: str | None = None
     """System prompt of the untuned rungs: the best one you have, for a fair comparison. Tuned rungs do not use it."""
     shots: NonNegativeInt = 4

@@ -116,13 +116,13 @@ class RewardConfig(ObjectiveBase):
 
 
 class VerifierConfig(Config):
-    """Reward 1 for an answer that a metric accepts against the expected answer, else 0; metrics: docs/guide.md."""
+    """Reward 1 for an answer that a metric accepts against an accepted answer, else 0; metrics: docs/guide.md."""
 
-    kind: Literal["exact", "normalized", "numeric"]
+    kind: Literal["exact", "normalized", "numeric", "math"]
 
 
 class RegexRewardConfig(Config):
-    """Reward 1 for an answer that contains a pattern, else 0; a group in it must equal the expected answer."""
+    """Reward 1 for an answer that contains a pattern, else 0; a group in it must equal an accepted answer."""
 
     kind: Literal["regex"] = "regex"
     pattern: str = Field(default=..., min_length=1)
@@ -143,8 +143,8 @@ class FunctionRewardConfig(Config):
 
     kind: Literal["function"] = "function"
     path: str = Field(default=..., pattern=r"^.+\.py:[A-Za-z_]\w*$")
-    """`file.py:name`; the row has the keys question, expected, context, task, group, reasoning, and for rows that end
-    in tool calls `expects_calls` and `calls`."""
+    """`file.py:name`; the row has the keys question, expected, references, context, task, group, reasoning, and for
+    rows that end in tool calls `expects_calls` and `calls`."""
 
 
 class ModelRewardConfig(Config):

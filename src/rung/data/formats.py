@@ -16,7 +16,15 @@ from typing import Any, NamedTuple
 from rung.config.data import DataConfig, Format
 from rung.data.byte_store import MappedSequence
 from rung.data.conversations import conversation
-from rung.data.messages import TurnFields, key_text, optional_text, parse_weight, text_of, tools_text
+from rung.data.messages import (
+    TurnFields,
+    key_text,
+    optional_text,
+    parse_references,
+    parse_weight,
+    text_of,
+    tools_text,
+)
 from rung.data.read import ParsedRow, RejectedRow, Row, stream_rows
 from rung.data.records import Records, RecordWriter
 from rung.errors import DataError, did_you_mean
@@ -49,11 +57,11 @@ _PROMPT_COLUMNS = ("input", "context", "system", "tools")
 
 
 FORMATS: dict[Format, FormatColumns] = {
-    "messages": FormatColumns(("messages",), ("tools",)),
-    "sharegpt": FormatColumns(("conversations",), ("system", "tools")),
-    "alpaca": FormatColumns(("instruction", "output"), ("input", "system", "history"), "output"),
-    "prompt_completion": FormatColumns(("prompt", "completion"), ("tools",), "completion"),
-    "question_answer": FormatColumns(("question", "answer"), ("context", "system"), "answer"),
+    "messages": FormatColumns(("messages",), ("tools", "references")),
+    "sharegpt": FormatColumns(("conversations",), ("system", "tools", "references")),
+    "alpaca": FormatColumns(("instruction", "output"), ("input", "system", "history", "references"), "output"),
+    "prompt_completion": FormatColumns(("prompt", "completion"), ("tools", "references"), "completion"),
+    "question_answer": FormatColumns(("question", "answer"), ("context", "system", "references"), "answer"),
     "text": FormatColumns(("text",)),
     "preference": FormatColumns(("prompt", "chosen", "rejected"), (*_PROMPT_COLUMNS, "margin")),
     "ranked": FormatColumns(("prompt", "ranked"), _PROMPT_COLUMNS),
@@ -189,6 +197,9 @@ def to_record(
             text = text_of(get("text"), "text")
             return Record((), source, group=group_key, weight=weight, text=text, task=task_name)
         messages, candidates = conversation(format, get, fields or TurnFields())
+        references = parse_references(get("references")) if "references" in FORMATS[format].optional else ()
+        if references and messages[-1].tool_calls:
+            raise DataError("references are texts, and this row ends in a tool call, which is compared as a call")
         optional = FORMATS[format].optional
         return Record(
             messages,
@@ -200,6 +211,7 @@ def to_record(
             task=task_name,
             score=candidates[0].score if candidates else None,
             candidates=tuple(candidates[1:]),
+            references=references,
         )
     except DataError as error:
         # helpers know the reason but not the line

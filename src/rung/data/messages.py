@@ -323,6 +323,24 @@ def short_repr(value: object) -> str:
     return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
 
 
+def parse_references(value: object) -> tuple[str, ...]:
+    """Further accepted answers: a list of texts, in csv its JSON text. Empty without a value.
+
+    Raises:
+        DataError: it is no list, or one of them is no text.
+    """
+    if value is None or value == "":
+        return ()
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise DataError(f"references is the text {short_repr(value)}, not a list of answers") from error
+    if not isinstance(value, list):
+        raise DataError("references is no list")
+    return tuple(text_of(item, "reference") for item in value)
+
+
 def expected_text(record: Record) -> str:
     """The expected answer; for a tool call its JSON text."""
     return record.answer or record.messages[-1].tool_calls or ""

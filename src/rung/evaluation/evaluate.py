@@ -28,7 +28,7 @@ from rung.models.policy import Policy, sum_by_document
 from rung.models.tree_attention import has_flat_kernel
 from rung.planning.memory import tokens_per_micro_batch
 from rung.results import Estimate
-from rung.scoring.metrics import METRICS
+from rung.scoring.metrics import METRICS, best_score
 from rung.scoring.stats import ratio_interval, score_interval
 from rung.training.packing import pack
 from rung.training.run_folder import read_items, write_items
@@ -49,6 +49,8 @@ class ScoredItem:
     context: str | None = None
     """The context shown with the question."""
     expected: str = ""
+    references: Sequence[str] = ()
+    """Further accepted answers."""
     answer: str = ""
     """Without the reasoning before it, which is not scored."""
     reasoning: str = ""
@@ -123,7 +125,9 @@ class Evaluation:
     def read(path: Path) -> Evaluation:
         """Read what `write` wrote."""
         items, metadata = read_items(path)
-        scored_items = tuple(ScoredItem(**item) for item in items)
+        scored_items = tuple(
+            ScoredItem(**{**item, "references": tuple(item.get("references") or ())}) for item in items
+        )
         return Evaluation(scored_items, metadata["seconds_per_query"], tuple(metadata["metrics"]))
 
 
@@ -169,6 +173,7 @@ def evaluate(
             context=record.context,
             expected=expected_text(record),
             answer=answer.text,
+            references=record.references,
             reasoning=answer.reasoning,
             scores=_scores(chat, metrics, answer.text, record, calls),
             prompt_tokens=len(prompt),
@@ -193,7 +198,8 @@ def _scores(
 ) -> dict[str, float]:
     """Scores of an answer; tool calls are compared as calls, by metrics that compare words as their canonical text."""
     if expected_calls is None:
-        return {name: metric(answer, expected_text(record)) for name, metric in metrics.items()}
+        expected = expected_text(record)
+        return {name: best_score(metric, answer, expected, record.references) for name, metric in metrics.items()}
     calls = chat.canonical_calls(answer)
     is_equal = float(calls == expected_calls)
     return {

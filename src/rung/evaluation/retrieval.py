@@ -162,7 +162,7 @@ class Library:
         """Hit rate over records that still have their own contexts, as JSON.
 
         A question is a hit when one of its passages contains the row's own context or, where the context is longer than
-        a passage, was cut from it; for a row without context, when one contains the expected answer (Karpukhin et al.
+        a passage, was cut from it; for a row without context, when one contains an accepted answer (Karpukhin et al.
         2020, arXiv 2004.04906, section 5). Texts are compared word by word.
         """
         hits, by_context, without_passages, seconds = [], 0, 0, 0.0
@@ -171,10 +171,11 @@ class Library:
             start_time = time.perf_counter()
             passage_ids = self.find(record.question)
             seconds += time.perf_counter() - start_time
-            context, answer = (_normalize_spaces(query_words(t)) for t in (record.context or "", expected_text(record)))
+            texts = (record.context or "", expected_text(record), *record.references)
+            context, *answers = (_normalize_spaces(query_words(text)) for text in texts)
             by_context += bool(context)
             without_passages += not passage_ids
-            hits.append(any(self._hit(i, context, answer) for i in passage_ids))
+            hits.append(any(self._hit(i, context, answer) for i in passage_ids for answer in answers))
         clusters = [record.group if record.group is not None else str(record.source) for record in records]
         return {
             "hit_rate": score_interval([float(hit) for hit in hits], clusters, binary=True).to_json(),

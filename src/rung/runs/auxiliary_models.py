@@ -211,7 +211,7 @@ def reward_row(record: Record, answer: ParsedAnswer, chat: ChatTemplate) -> dict
     Where the expected answer is a tool call, `expected` is its canonical text and `calls` that of the calls in the
     answer; `chat` reads both.
     """
-    fields = {name: getattr(record, name) for name in ("question", "context", "task", "group")}
+    fields = {name: getattr(record, name) for name in ("question", "references", "context", "task", "group")}
     # a function of the user's may read calls that Rung cannot; other rewards were refused before the run
     expected_calls = chat.expected_calls(record) if chat.reads_tool_calls else None
     calls = None if expected_calls is None else chat.canonical_calls(answer.text)

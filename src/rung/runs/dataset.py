@@ -14,7 +14,7 @@ from typing import Any
 
 from rung.config.evaluation import Context, RetrievalConfig
 from rung.config.method import front_virtual_tokens
-from rung.config.objective import ModelRewardConfig
+from rung.config.objective import ModelRewardConfig, VerifierConfig
 from rung.config.run import RunConfig
 from rung.console import status
 from rung.data.cache import cached_examples
@@ -28,6 +28,7 @@ from rung.errors import DataError
 from rung.evaluation.retrieval import Library, read_documents, row_contexts
 from rung.models.base_model import BaseModel
 from rung.objectives.registry import make_objective
+from rung.scoring.math_answers import require_math_verify
 from rung.scoring.verifiers import needs_expected_answer
 from rung.types import Example
 
@@ -50,7 +51,11 @@ class RunData:
 
 
 def read_splits(config: RunConfig) -> Splits:
-    """The three splits of the data. Needs no model, so bad data is refused before one is loaded."""
+    """The three splits of the data. Needs no model, so bad data and missing extras are refused before one is loaded."""
+    if "math" in config.evaluation.metrics:
+        require_math_verify("evaluation.metrics")
+    if isinstance(config.objective.reward, VerifierConfig) and config.objective.reward.kind == "math":
+        require_math_verify("objective.reward.kind")
     with status("reading data"):
         return load_data(config.data, config.seed)
 

@@ -17,12 +17,14 @@ from typing import Any
 
 from rung.config.objective import FunctionRewardConfig, RegexRewardConfig, VerifierConfig
 from rung.errors import ConfigError, DataError
-from rung.scoring.metrics import METRICS, normalized, numeric
+from rung.scoring.answers import read_value
+from rung.scoring.math_answers import require_math_verify
+from rung.scoring.metrics import METRICS, best_score, normalized, numeric
 
 Row = Mapping[str, Any]
-"""`question`, `expected`, `context`, `task`, `group`, `source` (path and line), and `reasoning`, which is
-what the model wrote before its answer. `expects_calls` is True where the row ends in tool calls: `expected` is then
-their canonical text (JSON with sorted keys), and `calls` that of the calls in the answer, or None."""
+"""`question`, `expected`, `references` (further accepted answers), `context`, `task`, `group`, `source` (path, line) and
+`reasoning`: what the model wrote before its answer. `expects_calls` is True where the row ends in tool calls; then
+`expected` is their canonical text (JSON with sorted keys), and `calls` that of the calls in the answer, or None."""
 Verifier = Callable[[str, Row], float]
 
 
@@ -33,11 +35,13 @@ def make_verifier(config: VerifierConfig | RegexRewardConfig | FunctionRewardCon
     if isinstance(config, FunctionRewardConfig):
         return _function_verifier(config.path)
     metric = METRICS[config.kind].function
+    if config.kind == "math":
+        require_math_verify("objective.reward.kind")
 
     def verify(answer: str, row: Row) -> float:
         if row.get("expects_calls"):
             return float(row["calls"] == row["expected"])
-        return float(metric(answer, row["expected"]))
+        return best_score(metric, answer, row["expected"], row.get("references", ()))
 
     return verify
 
@@ -54,11 +58,19 @@ def _pattern_verifier(pattern: re.Pattern[str]) -> Verifier:
         match = pattern.search(answer)
         if match is None or not pattern.groups:
             return float(match is not None)
-        # the group extracts the answer from its format, and then either metric may accept it
-        text = match.group(1) or ""
-        return max(normalized(text, row["expected"]), numeric(text, row["expected"]))
+        # the group extracts the answer from its format
+        return best_score(_same_answer, match.group(1) or "", row["expected"], row.get("references", ()))
 
     return verify
+
+
+def _same_answer(text: str, expected: str) -> float:
+    """`numeric` where the expected answer states a value, else `normalized`.
+
+    Not the better of both: they disagree where `normalized` drops the brackets or signs that make another value.
+    """
+    metric = normalized if read_value(expected) is None else numeric
+    return metric(text, expected)
 
 
 def _function_verifier(path: str) -> Verifier:

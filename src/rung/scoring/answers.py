@@ -1,0 +1,446 @@
+r"""Values that answers state beyond a plain number: fractions, powers, roots, tuples, sets, intervals, dates and times.
+
+`read_value` finds the value that an answer ends in. Plain numbers go straight to `quantities`, so that the usual
+financial answer costs no more than one search for structure. Everything else is cut into spans of numbers, single
+letters, operators and brackets, and parsed by descent: to an exact number where that can be computed, to a tuple of
+values, or to text without spaces, which only equals the same text. There is no symbolic algebra: `x + 1` is not `1 + x`
+(the `math` metric knows).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+from rung.scoring.arithmetic import (
+    CLOSE,
+    CONSTANTS,
+    FUNCTIONS,
+    MAX_DEPTH,
+    OPEN,
+    OPERATORS,
+    SEPARATORS,
+    SIGNS,
+    Token,
+    evaluate,
+    joined,
+    tokenize,
+)
+from rung.scoring.dates import Moment, moments
+from rung.scoring.latex import boxed, plain_math
+from rung.scoring.quantities import (
+    MAX_DIGITS,
+    QUANTITY,
+    Quantity,
+    quantities_agree,
+    quantity,
+    read_marks,
+    read_quantity,
+)
+
+MAX_CHARACTERS = 20_000
+"""Only the end of a longer text is read: the result stands there, and hostile text costs time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compound:
+    """Several values: a tuple, set, interval, list, matrix, ratio, date or time."""
+
+    kind: str
+    """The brackets and separators as written, or that of a `dates.Moment`."""
+    parts: tuple[Value, ...]
+    numbers: tuple[int, ...] = ()
+    """Of a date, time or ratio."""
+
+    @property
+    def is_date(self) -> bool:
+        """Like a year, it is the answer only where there is no other number."""
+        return self.kind in ("date", "figures")
+
+
+class Expression(NamedTuple):
+    """Text that has no value of its own, without spaces and layout."""
+
+    text: str
+
+
+Value = Quantity | Compound | Expression
+
+# What the plain reader does not know. Every answer is searched, so each pattern begins with a set of characters, which
+# `re` looks for without trying the pattern; a needless hit costs time alone.
+_SYMBOLS = re.compile(
+    r"[\\^_{}\[\]=<>*+|/\u00d7\u00f7\u00b7\u22c5\u221a\u03c0\u221e\u00b1\u222a\u2264\u2265\u2260\u2044"
+    r"\u00b2\u00b3\u00b9\u2070-\u2079\u00bc-\u00be\u2153-\u215e]"
+)
+_BEHIND_DIGIT = re.compile(
+    r"\d(?:\s?:\s?\d|[eE][-+]?\d|\s*[-\u2013\u2212]\s*[\d(]|\s+[-\u2013\u2212]\s|\s?[;$]|\s\d|\s(?:and|or)\s+[-$]?\d"
+    r"|,(?!\d{3}(?!\d))\s*[-\u2013\u2212$(\u20ac\d]|\s?[apAP]\.?[mM]\b|\s?[ac-jln-zAC-JLN-Z](?![A-Za-z]))"
+)
+_BEFORE_DASH = re.compile(r"[-\u2013\u2212](?:(?<=\b[A-Za-z].)\s?|(?<=\b[A-Za-z]\s.)\s?|\s+)\d")
+_BEHIND_BRACKET = re.compile(r"\)\s*[-\u2013\u2212(]")
+_BEHIND_FORMULA = re.compile(r"\$(?<=\S.)(?!\d)")
+_CALCULATION = re.compile(r"<<[^<>]{0,200}>>")  # calculator marks of GSM8K
+_STATED = re.compile(r"\banswer(?:\s+is|\s*:)\s*:?\s*", re.IGNORECASE)
+_POWER = re.compile(r"\^\s*\(?-?(\d)")  # of a word, such as a unit
+_AROUND = " \t\r\n.,;:!?*'\"`"
+_ENUMERATOR = re.compile(r"(?<!\S)\(?[A-Ea-e]\)\s+(?=[-\d(\\$])")  # `(a) 5`
+_VARIABLE = re.compile(r"[A-Za-z\u0391-\u03c9]\Z")
+_KNOWN_NAMES = FUNCTIONS | CONSTANTS.keys() | {"and", "or"}
+_MARKS_ALONE = frozenset("%\u00b0")
+_MATHEMATICAL = OPERATORS | OPEN.keys() | CLOSE | SEPARATORS | SIGNS | _MARKS_ALONE | CONSTANTS.keys() | {"us$"}
+_STRUCTURING = frozenset("*/^_=<>|[\u2774\u27e6\u221a\u03c0\u221e\u00b1\u222a\u2264\u2265\u2260")
+_PREFIXES = frozenset("+-\u221a\u00b1|")
+_INFIX = frozenset("+-*/^_=<>\u00b1\u2264\u2265\u2260")
+_BINDING = frozenset("^_(")
+
+
+def read_value(text: str) -> Value | None:
+    r"""The value that an answer states; None for a text without one.
+
+    That is the first behind the first `####` (Cobbe et al. 2021: what a model writes behind it is no answer), the
+    content of the last `\boxed{}` (Hendrycks et al. 2021), the whole text, or of the values in its sentences the last
+    with a currency, percent or scale mark, else the last that is no date, else the last.
+    """
+    if "####" in text:
+        final = text.split("####", 2)[1].strip()[:MAX_CHARACTERS]
+        # the line alone first: what is run on is longer
+        for part in dict.fromkeys((final.split("\n")[0], final)):
+            value = _read_whole(part) or next(iter(_values(part)), None) if _has_structure(part) else quantity(part)
+            if value is not None:
+                return value
+    text = text[-MAX_CHARACTERS:]
+    if not _has_structure(text):
+        plain = quantity(text)
+        # `May 3, 2023` is a date, `in 2023` a year
+        dated = moments(text) if plain is not None and plain.is_date else []
+        return _moment(dated[-1]) if dated else plain
+    if content := boxed(text):
+        return _read_whole(content) or _select(_values(content)) or Expression(joined(tokenize(plain_math(content))))
+    # `The answer is 3, 4.`: both, where a sentence without these words has two values
+    stated = stated_answer(text)
+    return _read_whole(text) or (_read_whole(stated) if stated else None) or _select(_values(text))
+
+
+def _has_structure(text: str) -> bool:
+    """Whether a text may state more than plain numbers."""
+    if _SYMBOLS.search(text) or _BEHIND_DIGIT.search(text) or _BEFORE_DASH.search(text):
+        return True
+    return bool((")" in text and _BEHIND_BRACKET.search(text)) or ("$" in text and _BEHIND_FORMULA.search(text)))
+
+
+def final_texts(text: str) -> list[str]:
+    r"""What a text may say is its answer: all of it, the line behind the first `####`, the last box, what it states."""
+    final = text.split("####", 2)[1].strip().split("\n")[0] if "####" in text else None
+    return [text, *(part for part in (final, boxed(text), stated_answer(text)) if part)]
+
+
+def stated_answer(text: str) -> str | None:
+    """What follows the last `answer is` or `answer:`, up to the end of the sentence; None if there is none."""
+    text = text[-MAX_CHARACTERS:]
+    ends = [match.end() for match in _STATED.finditer(text)]
+    if not ends:
+        return None
+    rest = text[ends[-1] :]
+    return re.split(r"\.\s|\n", rest, maxsplit=1)[0].strip().removesuffix(".")
+
+
+def values_agree(first: Value, second: Value) -> bool:
+    """Whether two values are equal: quantities by `quantities_agree`, compounds part by part, expressions as text."""
+    if isinstance(first, Quantity) and isinstance(second, Quantity):
+        return quantities_agree(first, second)
+    if isinstance(first, Compound) and isinstance(second, Compound):
+        if {first.kind, second.kind} == {"time", "clock"}:
+            return _clock_agrees(first, second)
+        if (first.kind, first.numbers, len(first.parts)) != (second.kind, second.numbers, len(second.parts)):
+            return False
+        if first.kind.startswith("\u2774"):
+            return _same_set(first.parts, list(second.parts))
+        return all(map(values_agree, first.parts, second.parts))
+    return isinstance(first, Expression) and first == second
+
+
+def _same_set(parts: Sequence[Value], remaining: list[Value]) -> bool:
+    for part in parts:
+        match = next((i for i, other in enumerate(remaining) if values_agree(part, other)), None)
+        if match is None:
+            return False
+        del remaining[match]
+    return True
+
+
+def _clock_agrees(first: Compound, second: Compound) -> bool:
+    """`3:30` may stand for 3:30 am and 3:30 pm; `15:30` for the latter alone."""
+    plain, clock = (first, second) if first.kind == "time" else (second, first)
+    hour, twelve = plain.numbers[0], clock.numbers[0]
+    return plain.numbers[1:] == clock.numbers[1:] and (hour == twelve or (0 < hour <= 12 and hour % 12 == twelve % 12))
+
+
+def _moment(moment: Moment) -> Compound:
+    return Compound(moment.kind, (), moment.numbers)
+
+
+def _has_mark(value: Value) -> bool:
+    if isinstance(value, Quantity):
+        return value.has_mark
+    return isinstance(value, Compound) and any(map(_has_mark, value.parts))
+
+
+def _select(values: Sequence[Value]) -> Value | None:
+    """As `quantities.select_quantity`, of all values."""
+    last: Value | None = None
+    for value in reversed(values):
+        if _has_mark(value):
+            return value
+        if last is None or (_is_date(last) and not _is_date(value)):
+            last = value
+    return last
+
+
+def _is_date(value: Value) -> bool:
+    return not isinstance(value, Expression) and value.is_date
+
+
+def _plain_text(text: str) -> str:
+    return _ENUMERATOR.sub("", plain_math(_CALCULATION.sub(" ", text)))
+
+
+def _read_whole(text: str) -> Value | None:
+    """The value of a text that is nothing but mathematics, or a date or time; None for prose and for plain numbers."""
+    plain = _plain_text(text).strip(_AROUND)
+    tokens = tokenize(plain)
+    if not tokens:
+        return None
+    if (found := moments(plain)) and (found[0].start, found[0].end) == (0, len(plain)):
+        return _moment(found[0])
+    if not all(map(_is_mathematical, tokens)) or not _is_structured(tokens):
+        return None
+    return _parse(tokens, plain, is_whole=True)
+
+
+def _is_mathematical(token: Token) -> bool:
+    text = token.text
+    if token.kind == "name":
+        return bool(_VARIABLE.match(text)) or text[0] == "\\" or text.lower() in _KNOWN_NAMES
+    return token.kind == "number" or text in _MATHEMATICAL
+
+
+def _is_structured(tokens: Sequence[Token]) -> bool:
+    """Whether there is more than a plain number with its sign, brackets and marks."""
+    numbers = sum(token.kind == "number" for token in tokens)
+    names = [token for token in tokens if token.kind == "name" and token.text.lower() not in ("and", "or")]
+    if numbers == 1 and len(names) == 1 and tokens[-1] == names[0] and names[0].text in "kmbKMB" and len(tokens) < 4:
+        return False  # 3k is three thousand
+    marks = {token.text for token in tokens if token.kind == "mark"}
+    has_powers = any(token.kind == "number" and "e" in token.text.lower() for token in tokens)
+    if not _has_number(tokens) and not (marks - set("()")):
+        return False  # (A) is a choice
+    return bool(numbers > 1 or names or has_powers or marks & _STRUCTURING)
+
+
+def _parse(tokens: Sequence[Token], plain: str, *, is_whole: bool = False, depth: int = 0) -> Value:
+    """The value of mathematics: an equation's right side, several values, a range, a number, or the text itself."""
+    texts = [token.text for token in tokens]
+    if is_whole and "=" in texts and (right := _right_side(tokens)):
+        return _parse(right, plain)
+    parts, separators = _split(tokens, SEPARATORS | {"and", "or"})
+    if separators and depth < MAX_DEPTH:
+        kind = "".join(sorted({"," if s in ("and", "or") else s for s in separators}))
+        return Compound(kind, tuple(_parse(part, plain, depth=depth + 1) for part in parts if part))
+    if depth < MAX_DEPTH and _is_one_group(tokens):
+        parts, separators = _split(tokens[1:-1], SEPARATORS)
+        if separators or texts[0] != "(":
+            kind = texts[0] + "".join(sorted(set(separators))) + texts[-1]
+            return Compound(kind, tuple(_parse(part, plain, depth=depth + 1) for part in parts if part))
+    return _range(tokens, plain) or _number(tokens, plain) or Expression(joined(tokens))
+
+
+def _right_side(tokens: Sequence[Token]) -> Sequence[Token] | None:
+    """What an equation states: `x = 5`, `f(x) = 5`, `$6 * 9 = $54` the right side, `20 = x` the left. Else None."""
+    parts, _ = _split(tokens, {"="}, nested=True)
+    *left, right = parts
+    if [token.kind for token in right] == ["name"] and len(left) == 1 and _is_arithmetic(left[0]):
+        return left[0]
+    is_result = all(not part or _is_name(part) or _is_arithmetic(part) for part in left)
+    return right if right and is_result else None
+
+
+def _is_name(tokens: Sequence[Token]) -> bool:
+    return [token.kind for token in tokens] in (["name"], ["name", "mark", "name", "mark"])
+
+
+def _is_arithmetic(tokens: Sequence[Token]) -> bool:
+    return evaluate([token for token in tokens if token.text not in SIGNS | _MARKS_ALONE]) is not None
+
+
+def _split(
+    tokens: Sequence[Token], separators: Collection[str], *, nested: bool = False
+) -> tuple[list[list[Token]], list[str]]:
+    """The tokens between separators outside of brackets, and the separators."""
+    parts: list[list[Token]] = [[]]
+    seen: list[str] = []
+    depth = 0
+    for token in tokens:
+        depth += (token.text in OPEN) - (token.text in CLOSE)
+        if token.text in separators and (nested or depth == 0):
+            parts.append([])
+            seen.append(token.text)
+        else:
+            parts[-1].append(token)
+    return parts, seen
+
+
+def _is_one_group(tokens: Sequence[Token]) -> bool:
+    """Whether the first bracket is closed by the last token; intervals may end in another bracket."""
+    depth = 0
+    for i, token in enumerate(tokens):
+        depth += (token.text in OPEN) - (token.text in CLOSE)
+        if depth == 0:
+            return len(tokens) > 1 and i == len(tokens) - 1 and token.text in CLOSE
+    return False
+
+
+def _range(tokens: Sequence[Token], plain: str) -> Compound | None:
+    """`380-412`, `$3 - $5 million`: numbers with hyphens between them are no difference."""
+    bare = [token for token in tokens if token.text not in SIGNS]
+    kinds = [token.kind == "number" for token in bare]
+    if len(bare) < 3 or len(bare) % 2 == 0 or not all(kinds[::2]) or any(t.text != "-" for t in bare[1::2]):
+        return None
+    currency = next((token.text for token in tokens if token.text in SIGNS), None)
+    values = [evaluate([token]) for token in bare[::2]]
+    return Compound("-", tuple(read_marks(v, plain, tokens[-1].end, currency)[0] for v in values if v is not None))
+
+
+def _number(tokens: Sequence[Token], plain: str) -> Quantity | None:
+    """The quantity of an expression with the marks around it."""
+    sign = next((token for token in tokens[:2] if token.text in SIGNS), None)
+    core = [token for token in tokens if token is not sign]
+    if len(core) > 2 and core[-2].text == "\u00b0" and core[-1].text in "CF":
+        core.pop()
+    while core and core[-1].text in _MARKS_ALONE:
+        core.pop()
+    value = evaluate(core) if core else None
+    if value is None:
+        return None
+    quantity, end = read_marks(value, plain, core[-1].end, sign.text if sign else None)
+    return quantity if end >= tokens[-1].end else None
+
+
+def _values(text: str) -> list[Value]:
+    """The values in the sentences of a text, in order."""
+    plain = _plain_text(text)
+    spans: list[tuple[int, int, Value]] = [(m.start, m.end, _moment(m)) for m in moments(plain)]
+    covered = [(start, end) for start, end, _ in spans]
+    for run in _runs(tokenize(plain)):
+        start, end = run[0].start, run[-1].end
+        if _is_structured(run) and _states_number(run) and not any(start < e and s < end for s, e in covered):
+            value = _parse(run, plain, is_whole=True)
+            # the marks of a number or range behind it are part of it
+            if not isinstance(value, Expression):
+                end = read_marks(0, plain, end)[1]
+            spans.append((start, end, value))
+    for start, end, _ in spans:
+        plain = plain[:start] + " " * (end - start) + plain[end:]
+    powers = {match.start(1) for match in _POWER.finditer(plain)}
+    placed = [(start, value) for start, _, value in spans]
+    for match in QUANTITY.finditer(plain):
+        if len(match["numeral"]) <= MAX_DIGITS and match.start("numeral") not in powers:
+            placed.append((match.start(), read_quantity(match)))
+    return [value for _, value in sorted(placed, key=lambda pair: pair[0])]
+
+
+def _states_number(run: Sequence[Token]) -> bool:
+    """`digits of pi` do not."""
+    return any(token.kind == "number" or token.text in "\u03c0\u221e" for token in run)
+
+
+def _has_number(tokens: Sequence[Token]) -> bool:
+    return any(token.kind == "number" or token.text in CONSTANTS for token in tokens)
+
+
+def _runs(tokens: Sequence[Token]) -> Iterator[Sequence[Token]]:
+    """The longest sequences of tokens that are mathematics in a sentence: `It is (5, 4), or 3/2.` has two."""
+    run: list[Token] = []
+    depth = 0
+    for i, token in enumerate(tokens):
+        if _continues(tokens, i, run, depth):
+            run.append(token)
+            depth += (token.text in OPEN) - (token.text in CLOSE)
+            continue
+        yield from _trimmed(run)
+        starts = _continues(tokens, i, [], 0)
+        run, depth = ([token], int(token.text in OPEN)) if starts else ([], 0)
+    yield from _trimmed(run)
+
+
+def _continues(tokens: Sequence[Token], i: int, run: Sequence[Token], depth: int) -> bool:
+    """Whether token i belongs to the run before it, or begins one."""
+    token, before = tokens[i], tokens[i - 1] if i else None
+    behind = tokens[i + 1] if i + 1 < len(tokens) else None
+    if token.text in CONSTANTS:
+        return True
+    if token.kind == "number":
+        if before is not None and before.kind == "name" and before.end == token.start:
+            return False  # Q4, FY2023
+        # two numbers side by side are one only as 1 4/5
+        is_mixed = i + 2 < len(tokens) and tokens[i + 1].text == "/" and tokens[i + 2].kind == "number"
+        return not (run and run[-1].kind == "number") or (is_mixed and "." not in run[-1].text)
+    if token.kind == "mark":
+        return _mark_continues(token, before, behind, run, depth)
+    return _name_continues(token, before, behind, run)
+
+
+def _mark_continues(token: Token, before: Token | None, behind: Token | None, run: Sequence[Token], depth: int) -> bool:
+    text = token.text
+    if text in SEPARATORS:
+        return depth > 0 or (bool(run) and text == "\u222a")
+    if text in CLOSE:
+        return depth > 0
+    if text in SIGNS:
+        return not (run and run[-1].kind == "number")
+    # a sign touches its number, a dash between words does not: `Revenue - 412`
+    if text in "+-" and not run:
+        is_free = before is None or before.end < token.start
+        return is_free and behind is not None and behind.start == token.end
+    return text in OPEN or (text in OPERATORS and text != ":" and (bool(run) or text in _PREFIXES))
+
+
+def _name_continues(token: Token, before: Token | None, behind: Token | None, run: Sequence[Token]) -> bool:
+    if not _is_mathematical(token) or token.text.lower() in ("and", "or"):
+        return False
+    if len(token.text) > 1:
+        return True
+    is_glued = before is not None and before.end == token.start
+    is_glued_behind = behind is not None and behind.start == token.end
+    if behind is not None and is_glued_behind and behind.kind == "number":
+        return False  # Q4
+    if before is not None and is_glued and before.kind == "number" and token.text in "kmbKMB":
+        return False  # 3k
+    # a letter alone is a word: `a`, `I`
+    if (is_glued and run) or (behind is not None and is_glued_behind and behind.text in _BINDING):
+        return True
+    return any(neighbor is not None and neighbor.text in _INFIX for neighbor in (run[-1] if run else None, behind))
+
+
+def _trimmed(run: Sequence[Token]) -> Iterator[Sequence[Token]]:
+    """A run without operators at its ends, cut at brackets that nothing opens or closes."""
+    opened: list[int] = []
+    cuts: list[int] = []
+    for i, token in enumerate(run):
+        if token.text in OPEN:
+            opened.append(i)
+        elif token.text in CLOSE and opened:
+            opened.pop()
+        elif token.text in CLOSE:
+            cuts.append(i)
+    edges = [-1, *sorted(cuts + opened), len(run)]
+    for start, end in pairwise(edges):
+        part = list(run[start + 1 : end])
+        while part and (part[-1].text in OPERATORS | SIGNS or part[-1].text in SEPARATORS):
+            part.pop()
+        while part and part[0].text not in _PREFIXES and part[0].text in OPERATORS | SEPARATORS:
+            del part[0]
+        if part:
+            yield part
