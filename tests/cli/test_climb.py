@@ -65,6 +65,22 @@ def test_finished_rungs_are_not_repeated(climb: Path, tmp_path: Path, capsys: An
     assert code == 3 and "climb.rungs" in err
 
 
+def test_a_verdict_over_cut_answers_says_so(climb: Path, tmp_path: Path, capsys: Any) -> None:
+    """A random model never stops; where no answer is cut the verdict says nothing of it."""
+    settings = ("climb.rungs=[zero_shot]", "evaluation.limit=4")
+    code, out, err = inside(capsys, "climb", climb, *settings, "--json")
+    assert code == 0, err
+    ladder = json.loads(out)
+    assert ladder["rows"][0]["cut_off"] > 0.1
+    share = f"{ladder['rows'][0]['cut_off']:.0%}"
+    assert f"Answers of zero_shot ({share}) were cut at evaluation.max_new_tokens" in ladder["verdict"]["text"]
+    result = tmp_path / "run" / "rungs" / "zero_shot" / "items.parquet"
+    items, metadata = read_items(result)
+    write_items(result, [{**item, "stopped": True} for item in items], metadata)
+    again = json.loads(inside(capsys, "climb", climb, *settings, "--json")[1])
+    assert again["rows"][0]["cut_off"] == 0.0 and "were cut" not in again["verdict"]["text"]
+
+
 def test_seeds_widen_and_make_runs_of_their_own(climb: Path, tmp_path: Path, capsys: Any) -> None:
     settings = ["climb.rungs=[zero_shot, lora]", "climb.seeds=2", "evaluation.metrics=[token_f1]"]
     code, out, err = inside(capsys, "climb", climb, *settings, "--json")

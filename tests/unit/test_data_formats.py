@@ -11,6 +11,7 @@ import pytest
 
 from rung.config.data import DataConfig, Format
 from rung.data.formats import FORMATS, ColumnCensus, detect, load_records, to_record
+from rung.data.messages import message_to_json
 from rung.data.read import Row
 from rung.data.records import Records, encode_record
 from rung.errors import DataError
@@ -457,3 +458,16 @@ def test_references_beside_a_tool_call_are_refused() -> None:
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     with pytest.raises(DataError, match="references are texts"):
         to_record("messages", {"messages": turns, "references": ["a"]}, AT, {})
+
+
+def test_a_turn_is_written_as_it_is_read() -> None:
+    """Generated rows lost the tool calls, names and ids of their prompts."""
+    call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    turns = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": [call], "reasoning_content": "because", "weight": 0},
+        {"role": "tool", "content": "r", "name": "f", "tool_call_id": "call00001"},
+        {"role": "assistant", "content": "a"},
+    ]
+    messages = to_record("messages", {"messages": turns}, AT, {}).messages
+    assert [message_to_json(message) for message in messages] == turns

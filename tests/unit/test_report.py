@@ -265,13 +265,15 @@ def test_a_single_run_shows_what_applies(tmp_path: Path) -> None:
 def test_a_scored_run_shows_scores_and_answers(tmp_path: Path) -> None:
     folder = a_run(tmp_path / "run")
     right = np.arange(ITEMS) % 3 == 0
-    write_items(folder / "items.parquet", items(right, 0, lambda i: "What was the"), {})
+    thoughts = [{**item, "reasoning": "a thought"} for item in items(right, 0, lambda i: "What was the")]
+    write_items(folder / "items.parquet", thoughts, {})
     manifest = json.loads((folder / "run.json").read_text())
     scored = {"exact": score_interval(right.astype(float), binary=True).to_json()}
     write_json(folder / "run.json", {**manifest, "metrics": {"scores": scored, "prompt_tokens": 120.0, "cut_off": 4}})
     shown = page(folder)
     assert "some of each 60, 10 here" in shown.text and "right 20" in shown.text and "Answers, side" not in shown.text
     assert "0.33" in shown.text and "[0.22, 0.47]" in shown.text and "this run 4 of 60" in shown.text
+    assert "reasoning, not scored" in shown.text and "a thought" in shown.text
     assert "rung eval" not in shown.text
 
 

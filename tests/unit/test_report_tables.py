@@ -81,6 +81,14 @@ def test_the_ladder_fits_and_loses_nothing(width: int) -> None:
     assert "> lora" in text and "  zero_shot" in text and "\x1b" not in text
 
 
+def test_cut_answers_stand_in_the_ladder(width: int) -> None:
+    """A model that thinks was cut inside its reasoning, and nothing in the terminal said so."""
+    rows = [{**row, "cut_off": share} for row, share in zip(LADDER["rows"], (0.5, 0.0, 0.02), strict=True)]
+    text = "\n".join(ladder_lines(Ladder.model_validate({**LADDER, "rows": rows})))
+    assert "answers cut at evaluation.max_new_tokens: zero_shot 50%, lora 2%" in text
+    assert "answers cut" not in "\n".join(ladder_lines(Ladder.model_validate(LADDER)))
+
+
 def test_a_wide_ladder_is_one_line_a_rung(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     (line,) = [line for line in ladder_lines(Ladder.model_validate(LADDER)) if line.startswith("> lora")]

@@ -23,7 +23,7 @@ from rung.config.model import ModelConfig
 from rung.console import ProgressBar, print_status
 from rung.data.chat import ChatTemplate
 from rung.data.formats import load_records
-from rung.data.template import for_template
+from rung.data.messages import expected_text, message_to_json
 from rung.data.tokenize import PromptDataset, tokenize_prompts
 from rung.errors import CheckpointError, ConfigError
 from rung.evaluation.prompting import PromptFormat
@@ -227,11 +227,11 @@ def _prompt_columns(record: Record) -> dict[str, Any]:
     """The columns of a prompt, named as Rung's data formats read them."""
     turns = record.messages[:-1]
     is_single_question = len(turns) == 1 and turns[0].role == "user"
-    prompt: Any = turns[0].content if is_single_question else [{"role": m.role, "content": m.content} for m in turns]
+    prompt: Any = turns[0].content if is_single_question else [message_to_json(turn) for turn in turns]
     columns: dict[str, Any] = {
         "tools": record.tools or None,
         "context": record.context,
-        "expected": record.answer or None,
+        "expected": expected_text(record) or None,
     }
     columns |= {"references": list(record.references) or None, "group": record.group, "task": record.task}
     return {"prompt": prompt, **{name: value for name, value in columns.items() if value is not None}}
@@ -352,7 +352,7 @@ def _chat_request(record: Record, index: int, request: GenerateRequest) -> ChatR
     settings |= {"max_tokens": sampling.max_new_tokens, "seed": chunk_seed(sampling.seed, index) % 2**31}
     if record.tools:
         settings["tools"] = json.loads(record.tools)
-    return ChatRequest([for_template(turn) for turn in turns], settings)
+    return ChatRequest([message_to_json(turn) for turn in turns], settings)
 
 
 def _failures_error(records: Sequence[Record], failures: Sequence[FailedRequest], output: Path) -> CheckpointError:

@@ -341,6 +341,19 @@ def parse_references(value: object) -> tuple[str, ...]:
     return tuple(text_of(item, "reference") for item in value)
 
 
+def message_to_json(message: Message) -> dict[str, Any]:
+    """A turn as `from_messages` reads it, with every field that is set."""
+    fields = {
+        "tool_calls": json.loads(message.tool_calls) if message.tool_calls else None,
+        "name": message.name,
+        "reasoning_content": message.reasoning,
+        "tool_call_id": message.tool_call_id,
+        "weight": None if message.is_learned else 0,
+    }
+    present = {name: value for name, value in fields.items() if value is not None}
+    return {"role": message.role, "content": message.content, **present}
+
+
 def expected_text(record: Record) -> str:
     """The expected answer; for a tool call its JSON text."""
     return record.answer or record.messages[-1].tool_calls or ""

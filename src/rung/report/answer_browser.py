@@ -39,6 +39,8 @@ class ShownAnswer:
     marks: tuple[MetricMark, ...]
     context: str | None = None
     """Context of this rung, where it differs from the context shown with the question."""
+    reasoning: str = ""
+    """Text before the answer, which is not scored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +186,8 @@ def _example(row: Sequence[Item], labels: Sequence[str], metrics: Sequence[str],
     for label, item in zip(labels, row, strict=True):
         text, stopped, item_context = item.get("answer", ""), bool(item.get("stopped", True)), item.get("context")
         shown_context = None if item_context == context else item_context
-        answers.append(ShownAnswer(label, text, stopped, _marks(item, metrics), shown_context))
+        reasoning = item.get("reasoning") or ""
+        answers.append(ShownAnswer(label, text, stopped, _marks(item, metrics), shown_context, reasoning))
     question, expected = first.get("question", ""), first.get("expected", "")
     shown = (question, context, expected, tuple(answers), tuple(filters))
     return ShownExample(first["source"], first.get("group"), *shown)

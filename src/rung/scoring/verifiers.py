@@ -22,8 +22,8 @@ from rung.scoring.math_answers import require_math_verify
 from rung.scoring.metrics import METRICS, best_score, normalized, numeric
 
 Row = Mapping[str, Any]
-"""`question`, `expected`, `references` (further accepted answers), `context`, `task`, `group`, `source` (path, line) and
-`reasoning`: what the model wrote before its answer. `expects_calls` is True where the row ends in tool calls; then
+"""`question`, `expected`, `references` (further accepted answers), `context`, `task`, `group`, `source` (path, line),
+and `reasoning`: what the model wrote before its answer. `expects_calls` is True where the row ends in tool calls; then
 `expected` is their canonical text (JSON with sorted keys), and `calls` that of the calls in the answer, or None."""
 Verifier = Callable[[str, Row], float]
 
