@@ -51,7 +51,7 @@ _MODULES = {
     "config.run": ("RunConfig",),
     "config.training": ("OptimizerConfig", "TrainingConfig"),
     "console": ("Interrupted",),
-    "errors": ("CheckpointError", "ConfigError", "DataError", "GateError", "PlanError", "RungError"),
+    "errors": ("CheckpointError", "ConfigError", "DataError", "GateError", "NoSignalError", "PlanError", "RungError"),
     "models.generate": ("Sampling",),
     "planning.advise": ("Advice",),
     "results": (

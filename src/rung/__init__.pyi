@@ -56,6 +56,7 @@ from rung.errors import CheckpointError as CheckpointError
 from rung.errors import ConfigError as ConfigError
 from rung.errors import DataError as DataError
 from rung.errors import GateError as GateError
+from rung.errors import NoSignalError as NoSignalError
 from rung.errors import PlanError as PlanError
 from rung.errors import RungError as RungError
 from rung.models.generate import Sampling as Sampling

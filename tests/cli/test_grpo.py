@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,22 @@ def test_rewards_that_are_all_alike_teach_nothing(rewarded: Path, tmp_path: Path
     assert manifest["status"] == "no_signal" and not (tmp_path / "run" / "adapter").exists()
     code, _, err = inside(capsys, "report", tmp_path / "run")
     assert code == 0 and "Nothing was learned" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_answers_end_where_the_model_ends_a_text(rewarded: Path, tiny_base: Path, tmp_path: Path, capsys: Any) -> None:
+    """Tokens behind the model's own end of text were learned, while the judged text ended before them."""
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    generation = json.loads((base / "generation_config.json").read_text())
+    # every token ends a text: an answer is one token, and all of it is learned
+    (base / "generation_config.json").write_text(json.dumps({**generation, "eos_token_id": list(range(320))}))
+    (tmp_path / "mine.py").write_text(
+        "def few(answer, row):\n    few.calls = getattr(few, 'calls', 0) + 1\n    return few.calls % 2\n"
+    )
+    code, _, err = inside(capsys, "train", rewarded, f"model.name={base}", "training.max_steps=2")
+    assert code == 0, err
+    assert [(e["answer_tokens"], e["cut"]) for e in log(tmp_path / "run")] == [(1.0, 0.0)] * 2
+    code, out, err = inside(capsys, "eval", tmp_path / "run", "--limit", 3, "--json")
+    assert code == 0 and json.loads(out)["cut_off"] == 0, err
 
 
 CALLING = (

@@ -31,7 +31,10 @@ PUBLIC = {
         *("Advice", "ComparisonResult", "Estimate", "EvaluationResult", "ForgettingComparison", "FuseResult"),
         *("GateResult", "GenerationResult", "Ladder", "LoadedRun", "MergeResult", "MetricComparison", "RunResult"),
     ],
-    "errors": ["CheckpointError", "ConfigError", "DataError", "GateError", "Interrupted", "PlanError", "RungError"],
+    "errors": [
+        *("CheckpointError", "ConfigError", "DataError", "GateError", "Interrupted", "NoSignalError", "PlanError"),
+        "RungError",
+    ],
     "version": ["__version__"],
 }
 """Every exported member. A name that is added or taken away is added or taken away here, on purpose."""
