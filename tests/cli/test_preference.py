@@ -123,7 +123,7 @@ def test_another_reference_under_the_same_name_is_noticed(compared: Path, tmp_pa
     (tmp_path / "run" / "run.json").write_text(json.dumps({**run, "status": "interrupted"}))
     assert inside(capsys, "train", compared, *sft, "seed=5", "--overwrite")[0] == 0
     code, _, err = inside(capsys, "train", compared, *given, "--resume")
-    assert code == 3 and "its reference" in err
+    assert code == 3 and "cannot resume: reference changed" in err
 
 
 @pytest.mark.parametrize("objective", ["beta: 0.5", "loss: kto, sft: 0.1, beta: 0.5", "loss: orpo"])

@@ -13,6 +13,7 @@ from peft import PeftModelForSequenceClassification
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from builders import example
+from models import tiny_model
 from processes import inside, log
 from rung.evaluation.reward_model import RewardScorer
 from rung.runs.load import open_reward_model
@@ -123,3 +124,15 @@ def test_transformers_scores_the_stop_whatever_the_tokenizer_pads_with(
     with torch.no_grad():
         found = theirs.eval()(ids, attention_mask=(ids != saved.pad_token_id).long()).logits[:, 0].tolist()
     assert found == pytest.approx(ours, abs=1e-5)
+
+
+def test_a_full_reward_model_on_an_untied_base(compared: Path, tiny_base: Path, tmp_path: Path, capsys: Any) -> None:
+    """The published classifier has no output head, which the score does not read."""
+    model = tiny_model(max_position_embeddings=512, tie_word_embeddings=False)
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    model.save_pretrained(base)
+    settings = ("objective={kind: reward}", "method={kind: full}", "training.max_steps=2", f"model.name={base}")
+    code, _, err = inside(capsys, "train", compared, *settings)
+    assert code == 0, err
+    code, _, err = inside(capsys, "eval", tmp_path / "run")
+    assert code == 0, err

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -116,15 +116,16 @@ def fingerprint(source: Path | str, config: Any) -> str:
     return digest.hexdigest()
 
 
-def require_all_weights(report: Mapping[str, Any], source: object) -> None:
+def require_all_weights(report: Mapping[str, Any], source: object, heads: Collection[str] = ()) -> None:
     """Raise `ConfigError` unless the tensors of a file and those of its model are the same.
 
     `report` is transformers' own of the load, without tied heads and buffers that it knows. A tensor that is missing
-    has random values, others at every load; one too many belongs to a model that the config does not describe.
+    has random values, others at every load; one too many belongs to a model that the config does not describe. `heads`
+    are tensors that may be in one of the two only, because the caller reads or ignores them.
     """
     faults = {
-        "missing in the file": report.get("missing_keys"),
-        "in the file, but not in the model of its config": report.get("unexpected_keys"),
+        "missing in the file": set(report.get("missing_keys") or ()) - set(heads),
+        "in the file, but not in the model of its config": set(report.get("unexpected_keys") or ()) - set(heads),
         "of another shape than the config says": report.get("mismatched_keys"),
     }
     parts = []

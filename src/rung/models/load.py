@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +47,26 @@ from rung.models.layers import drop_layers
 from rung.models.streaming import LinearPlacement, leave_linears_stored
 from rung.planning.architecture import is_hub_id
 
+LOAD_REPORT_LOGGER = logging.get_logger("transformers.modeling_utils")
 
-def load_base(config: ModelConfig, *, device: torch.device | None = None, stream_linears: bool = False) -> BaseModel:
+
+def load_base(
+    config: ModelConfig,
+    *,
+    device: torch.device | None = None,
+    stream_linears: bool = False,
+    heads: Collection[str] = (),
+) -> BaseModel:
     """Load model and tokenizer with Rung's attention, in eval mode, with no trainable parameter.
 
     `stream_linears` leaves the linears of the layers in their file, for a method that quantizes all of them; until then
-    the base cannot compute (`models/streaming.py`). Raises `ConfigError` for an unknown name, `PlanError` for an
+    the base cannot compute (`models/streaming.py`). `heads` are tensors that its files may have or lack.
+    Raises `ConfigError` for an unknown name and for tensors that are not those of the model, `PlanError` for an
     unsupported architecture.
     """
     attention.register()
     logging.disable_progress_bar()  # a bar that lasts half a second clutters stderr
+    LOAD_REPORT_LOGGER.setLevel("ERROR")  # its report of tensors is an error here, with a remedy
     if config.student_of is not None:
         full_model = {"name": config.student_of, "student_of": None, "layers": None}
         teacher = load_base(config.model_copy(update=full_model), device=device, stream_linears=stream_linears)
@@ -69,11 +80,11 @@ def load_base(config: ModelConfig, *, device: torch.device | None = None, stream
     keep_bfloat16 = config.fused and compute is torch.float32 and stored is torch.bfloat16
     loaded = torch.bfloat16 if keep_bfloat16 else compute
     read_as = stored if stream_linears and stored is not None else loaded
-    model, tokenizer = _load_weights(source, config.revision, read_as)
+    model, tokenizer = _load_weights(source, config.revision, read_as, heads)
     # Loading in 16 bits rounded a buffer that is not in the file (a scale, a frequency): load again in float32.
     if compute is torch.float32 and read_as is not compute and any(b.dtype is read_as for b in model.buffers()):
         read_as, loaded, keep_bfloat16 = compute, compute, False
-        model, _ = _load_weights(source, config.revision, compute)
+        model, _ = _load_weights(source, config.revision, compute, heads)
     if keep_bfloat16:
         compute_in_float32(model)
     placement = None
@@ -143,7 +154,9 @@ def _resolve_name(name: str, revision: str | None = None) -> Path | str:
     raise ConfigError("no such model", where="model.name", given=name, allowed=allowed, hint=hint)
 
 
-def _load_weights(source: Path | str, revision: str | None, dtype: torch.dtype) -> LoadedWeights:
+def _load_weights(
+    source: Path | str, revision: str | None, dtype: torch.dtype, heads: Collection[str] = ()
+) -> LoadedWeights:
     if isinstance(source, Path) and source.suffix.lower() == ".gguf":
         return load_gguf(source, dtype)
     config = _from_pretrained(AutoConfig, source, revision)
@@ -156,7 +169,7 @@ def _load_weights(source: Path | str, revision: str | None, dtype: torch.dtype) 
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, **NO_REMOTE_CODE)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(first_line(error), where="model.name", given=str(source)) from error
-    require_all_weights(report, source)
+    require_all_weights(report, source, heads)
     return model, tokenizer
 
 

@@ -8,7 +8,7 @@ template gives plausible answers and no error. Checking hashes costs one pass ov
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -42,7 +42,7 @@ from rung.models.policy import NoMethod, Policy
 from rung.objectives.reward import RewardObjective, ScoreHead
 from rung.runs.artifact import check_origin, check_prompt, saved_end_ids
 from rung.runs.dataset import load_library
-from rung.runs.reward_head import read_score_head
+from rung.runs.reward_head import HEAD_KEY, OUTPUT_HEADS, read_score_head
 from rung.training.run_folder import is_climb, read_manifest
 from rung.types import Message, Record
 
@@ -54,10 +54,10 @@ def device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def load_base_on_device(config: ModelConfig, *, stream_linears: bool = False) -> BaseModel:
-    """The base of a config, on the device in use; `stream_linears` as in `models.load.load_base`."""
+def load_base_on_device(config: ModelConfig, *, stream_linears: bool = False, heads: Collection[str] = ()) -> BaseModel:
+    """The base of a config, on the device in use; the other arguments as in `models.load.load_base`."""
     with status(f"loading {config.student_of or config.name}"):
-        return load_base(config, device=device(), stream_linears=stream_linears)
+        return load_base(config, device=device(), stream_linears=stream_linears, heads=heads)
 
 
 def load_base_to_train(config: RunConfig) -> BaseModel:
@@ -223,12 +223,13 @@ def _load_run(path: Path, base: BaseModel | None) -> tuple[Policy, ChatTemplate,
     config = parse_config(manifest["config"], str(path / "run.json"))
     # A full run is a model of its own, with its own tokenizer and template.
     if (path / "model").is_dir():
-        model_name = path
+        model_name, heads = path, set[str]()
         # `load_base` refuses a reward run as a base, so its model is named as a plain folder, which is checked here.
         if config.objective.kind == "reward":
-            model_name = path / "model"
+            # a classifier has a score in place of the output head
+            model_name, heads = path / "model", {HEAD_KEY, *OUTPUT_HEADS}
             require_undamaged(model_name)
-        base = load_base_on_device(ModelConfig(name=str(model_name), dtype=config.model.dtype))
+        base = load_base_on_device(ModelConfig(name=str(model_name), dtype=config.model.dtype), heads=heads)
         chat = ChatTemplate(base.tokenizer, end_ids=base.end_ids)
         check_prompt(path / "model", chat)
         return Policy(base, NoMethod()), chat, config

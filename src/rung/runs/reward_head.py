@@ -22,6 +22,8 @@ from rung.models.load import classifier_keys
 from rung.training.run_folder import read_json, write_json
 
 HEAD_KEY = "score.weight"
+OUTPUT_HEADS = ("lm_head.weight", "lm_head.bias", "embed_out.weight")
+"""Tensors of output heads, which a classifier has not."""
 HEAD_FILE = "score.safetensors"
 """File of the head for models without a sequence classification in transformers."""
 
