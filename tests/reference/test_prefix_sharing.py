@@ -71,8 +71,8 @@ def test_a_broken_prefix_is_noticed(broken: str, monkeypatch: pytest.MonkeyPatch
     if broken == "poisoned":
         own = Policy._context_kv
 
-        def poisoned(self: Policy, prefix: object, task: object) -> object:
-            leaves = own(self, prefix, task)  # type: ignore[arg-type]
+        def poisoned(self: Policy, prefix: object, task: object, batch: object) -> object:
+            leaves = own(self, prefix, task, batch)  # type: ignore[arg-type]
             leaves[0][1].data[..., 3, :] += 0.5
             return leaves
 

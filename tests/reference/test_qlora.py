@@ -257,7 +257,7 @@ def test_a_base_that_other_models_share_is_loaded_whole(
 ) -> None:
     values = {"data": {"path": "x"}, "output": "y", "method": {"kind": "qlora"}, "objective": objective}
     asked: list[bool] = []
-    monkeypatch.setattr(load, "load_base", lambda config, device, stream_linears: asked.append(stream_linears))
+    monkeypatch.setattr(load, "load_base", lambda config, device, stream_linears, heads: asked.append(stream_linears))
     load.load_base_to_train(RunConfig.model_validate(values))
     load.load_base_to_train(RunConfig.model_validate({**values, "method": {"kind": "lora"}}))
     assert asked == [streams, False]
