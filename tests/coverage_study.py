@@ -24,8 +24,16 @@ LEAST_COVERAGE, MOST_ALARMS = 0.94, 0.055
 CLUSTERS = (2, 3, 4, 5, 6, 8, 12, 20, 34, 40)
 RATES = (0.005, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5)
 CORRELATIONS = (0.0, 0.05, 0.2, 0.5, 0.8, 1.0)
-ITEMS = ("one", "six", "1 to 11", "25")
-"""Items of a cluster."""
+ITEMS = ("one", "six", "1 to 11", "25", "pareto")
+"""Items of a cluster; `pareto`: 1 to 200 with tail 1, so that a few clusters hold most items."""
+FRACTIONS = {
+    "nearly all 0.9": lambda rng, shape: np.where(rng.random(shape) < 0.02, 0.0, 0.9),
+    "0.8 to 1, rarely 0": lambda rng, shape: np.where(rng.random(shape) < 0.02, 0.0, rng.uniform(0.8, 1.0, shape)),
+    "beta(2, 2)": lambda rng, shape: rng.beta(2.0, 2.0, shape),
+    "beta(0.3, 0.3)": lambda rng, shape: rng.beta(0.3, 0.3, shape),
+}
+"""Laws of independent scores that are fractions, such as token F1."""
+FRACTION_MEANS = {"nearly all 0.9": 0.882, "0.8 to 1, rarely 0": 0.882, "beta(2, 2)": 0.5, "beta(0.3, 0.3)": 0.5}
 CHANGES = {
     "none is better": lambda p: (p, p, 0.0),
     "none, a third changes": lambda p: (p / 3, p / 3, p / 3),
@@ -79,8 +87,16 @@ def measure_score(cell: Cell, samples: int, rng: np.random.Generator, seeds: int
     """Coverage of `bounded_mean`; with several training `seeds` an item's score is the mean of as many answers."""
     weights = draw_sizes(cell, samples, rng)
     sums = draw(weights * seeds, (cell.rate, 1 - cell.rate), cell.rho, rng)[0] / seeds
-    _, low, high = bounded_mean(sums, sizes_of(weights, capped=seeds == 1))
+    _, low, high = bounded_mean(sums, sizes_of(weights))
     return Measured(float(((low <= cell.rate) & (cell.rate <= high)).mean()), float((high - low).mean()))
+
+
+def measure_fractions(law: str, items: int, samples: int, rng: np.random.Generator) -> float:
+    """Coverage of `bounded_mean` for independent fractions."""
+    scores = FRACTIONS[law](rng, (samples, items))
+    _, low, high = bounded_mean(scores, sizes_of(np.ones((samples, items))))
+    mean = FRACTION_MEANS[law]
+    return float(((low <= mean) & (mean <= high)).mean())
 
 
 def measure_change(cell: Cell, samples: int, rng: np.random.Generator) -> Measured:
@@ -90,7 +106,7 @@ def measure_change(cell: Cell, samples: int, rng: np.random.Generator) -> Measur
     both = max(0.0, min(both, 1.0 - gained - lost))
     shares = (gained, lost, both, max(0.0, 1.0 - gained - lost - both))
     gains, losses, right, _ = draw(weights, shares, cell.rho, rng)
-    interval = bounded_difference(losses + right, gains + right, gains, losses, sizes_of(weights, capped=True))
+    interval = bounded_difference(losses + right, gains + right, gains, losses, sizes_of(weights))
     p = np.array([p_value(row) for row in gains - losses])
     return judge_difference(interval, p, gained - lost)
 
@@ -116,7 +132,7 @@ def measure_ratio(
         length = rng.integers(5, 50, size=tokens.shape) * (i < count)
         tokens += length
         nats += length * (truth + 0.5 * (effect + np.sqrt(1 - rho) * rng.normal(size=tokens.shape)))
-    interval = student_ratio(nats, Sizes(tokens, np.asarray(count.sum(axis=1), dtype=float), capped=False))
+    interval = student_ratio(nats, Sizes(tokens, np.asarray(count.sum(axis=1), dtype=float)))
     p = np.zeros(samples) if change is None else np.array([sign_flips(row) for row in nats])
     return judge_difference(interval, p, truth)
 
@@ -126,12 +142,14 @@ def draw_sizes(cell: Cell, samples: int, rng: np.random.Generator) -> np.ndarray
     shape = (samples, cell.clusters)
     if cell.items == "1 to 11":
         return rng.integers(1, 12, size=shape).astype(float)
+    if cell.items == "pareto":
+        return np.minimum(np.floor(1.0 / rng.random(shape)), 200.0)
     return np.full(shape, {"one": 1.0, "six": 6.0, "25": 25.0}[cell.items])
 
 
-def sizes_of(weights: np.ndarray, *, capped: bool) -> Sizes:
+def sizes_of(weights: np.ndarray) -> Sizes:
     """Items of equal weight."""
-    return Sizes(weights, np.asarray(weights.sum(axis=-1)), capped)
+    return Sizes(weights, np.asarray(weights.sum(axis=-1)))
 
 
 def draw(counts: np.ndarray, shares: tuple[float, ...], rho: float, rng: np.random.Generator) -> list[np.ndarray]:

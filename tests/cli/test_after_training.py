@@ -230,7 +230,7 @@ def test_full_run_loads_in_plain_transformers(config: Path, tmp_path: Path, caps
     policy, chat = run.policy, run.chat
     assert (plain(row).logits - policy.model(row, use_cache=False).logits).abs().max() < 1e-5
     assert AutoTokenizer.from_pretrained(folder).chat_template == chat.template
-    assert plain.generation_config.eos_token_id == [4]
+    assert plain.generation_config.eos_token_id == [4, 2]
 
 
 def test_a_base_without_template_learns_to_stop(

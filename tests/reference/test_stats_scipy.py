@@ -52,8 +52,11 @@ def korn_and_graubard(counts: np.ndarray, sizes: np.ndarray) -> tuple[float, flo
     by_clusters = sum((k - m * p) ** 2 for k, m in zip(counts, sizes, strict=True)) / n**2 * c / (c - 1)
     deff = by_clusters / (p * (1 - p) / (n - 1))
     fewest, rarer = n**2 / sum(m**2 for m in sizes), min(int((counts > 0).sum()), int((counts < sizes).sum()))
+    rates = counts / sizes
+    rarer = min(rarer, sum(abs(rate - sorted(rates)[c // 2]) > 1e-12 for rate in rates))
     deff = (rarer * deff + n / fewest) / (rarer + 1)
-    effective = min(n, max(fewest, n / deff * (stats.t.ppf(0.975, n - 1) / stats.t.ppf(0.975, c - 1)) ** 2))
+    few = (stats.t.ppf(0.975, n - 1) / stats.t.ppf(0.975, fewest - 1)) ** 2
+    effective = min(n, max(fewest, n / deff * few))
     x = p * effective
     return stats.beta.ppf(0.025, x, effective - x + 1), stats.beta.ppf(0.975, x + 1, effective - x)
 

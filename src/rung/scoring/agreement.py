@@ -22,7 +22,6 @@ from rung.scoring.stats import (
     Clusters,
     cluster_sums,
     expanded_percentiles,
-    is_binary,
 )
 
 Label = Hashable | None
@@ -124,7 +123,7 @@ def _interval(tables: CountTable, clusters: Clusters, chance: Callable[[CountTab
         return Estimate(mean=math.nan, low=-math.inf, high=math.inf, examples=n, clusters=c, method=method)
     value = float(_chance_corrected(agreement, chance_agreement))
     by_cluster = sums.reshape(c, k, k)
-    sizes = Sizes(by_cluster.sum(axis=(1, 2)), kish(kept.sum(axis=(1, 2))), capped=_all_or_none(kept))
+    sizes = Sizes(by_cluster.sum(axis=(1, 2)), kish(kept.sum(axis=(1, 2))))
     _, *ends = bounded_mean(np.trace(by_cluster, axis1=1, axis2=2), sizes)
     low, high = (float(_chance_corrected(float(end), chance_agreement)) for end in ends)
     method, shares = "clopper-pearson, chance as it was", _agreement_share(by_cluster)
@@ -159,11 +158,6 @@ def _chance_included(
         values = _chance_corrected(np.concatenate(agreements), chance_agreement)
         method = "cluster bootstrap, chance as it was"
     return (*expanded_percentiles(values, c), method)
-
-
-def _all_or_none(tables: CountTable) -> bool:
-    """Whether on each item all pairs of raters agree or none does: then agreement is a share of right and wrong."""
-    return is_binary(np.round(_agreement_share(tables), 12))
 
 
 def _pair_counts(ratings: Ratings) -> CountTable:

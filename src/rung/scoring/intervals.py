@@ -33,8 +33,6 @@ class Sizes:
     """Sum of the items' weights in each cluster, [..., C]."""
     items: Floats
     """Number of items, (sum w)^2 / sum w^2 where they are weighted (Kish 1965), [...]."""
-    capped: bool
-    """Whether all scores are 0 or 1: then no more items can be effective than there are."""
 
     @property
     def clusters(self) -> int:
@@ -78,12 +76,14 @@ def bounded_mean(sums: Floats, sizes: Sizes) -> tuple[Floats, Floats, Floats]:
 def effective_number(parts: list[Floats], sizes: Sizes) -> Floats:
     """Number of independent items that inform as much as these clusters, [...]; `parts` are sums per cluster [..., C].
 
-    n / deff * (t_{n-1} / t_{C-1})^2, t the 97.5 % quantiles (Korn and Graubard 1998): deff is the variance by
-    clusters over that of n independent items, summed over the parts. It is averaged with its largest value, n over the
-    effective number of clusters, which counts as `PRIOR_CLUSTERS` clusters against the k clusters that hold the rarer
-    outcome: where nothing differs deff is not estimable, and where one item differs it is an estimate from one. The
-    result is at least the number of clusters (items of a cluster are no more than all alike) and, if `sizes.capped`,
-    at most that of the items.
+    n / deff * (t_{n-1} / t_{E-1})^2, t the 97.5 % quantiles and E the effective clusters (Korn and Graubard 1998): deff
+    is the variance by clusters over that of n independent items, summed over the parts. It is averaged with its largest
+    value, n over the effective number of clusters, which counts as `PRIOR_CLUSTERS` clusters against the k clusters
+    that hold the rarer outcome: where nothing differs deff is not estimable, and where one item differs it is an
+    estimate from one. The
+    result is at least the number of clusters (items of a cluster are no more than all alike) and at most that of the
+    items, as Korn and Graubard have it: fractions that scatter less than 0 and 1 would inform more, but a sample of
+    nearly equal ones says little of rare low scores.
     """
     c, n, clusters = sizes.clusters, sizes.items, sizes.effective_clusters
     if c == 1:
@@ -94,13 +94,25 @@ def effective_number(parts: list[Floats], sizes: Sizes) -> Floats:
         residuals = sums - sizes.weights * mean[..., None]
         variance += (residuals**2).sum(axis=-1) / sizes.total**2 * c / (c - 1)
         binomial += mean * (1.0 - mean)
-        # the rarer outcome: right answers where most are wrong, wrong ones where most are right
-        deciding += np.minimum((rates > TINY).sum(axis=-1), (rates < 1.0 - TINY).sum(axis=-1))
+        deciding += _deciding_clusters(rates)
     design_effect = variance * (n - 1) / np.maximum(binomial, TINY)
     shrunk = (deciding * design_effect + PRIOR_CLUSTERS * n / clusters) / (deciding + PRIOR_CLUSTERS)
-    few_clusters = (t_quantile(np.maximum(n - 1, c - 1)) / t_quantile(c - 1)) ** 2
-    number = np.maximum(n / np.maximum(shrunk, TINY) * few_clusters, clusters)
-    return np.minimum(number, n) if sizes.capped else number
+    # the effective clusters: where a few hold most of the weight, they are as good as alone
+    degrees = np.maximum(clusters - 1, TINY)
+    few_clusters = (t_quantile(np.maximum(n - 1, degrees)) / t_quantile(degrees)) ** 2
+    return np.clip(n / np.maximum(shrunk, TINY) * few_clusters, clusters, np.maximum(n, clusters))
+
+
+def _deciding_clusters(rates: Floats) -> Floats:
+    """Clusters that hold the rarer outcome, [...]: those whose mean is not the most common one of 0, 1 and all others.
+
+    Right answers where most are wrong, wrong ones where most are right. Where the scores are fractions, the clusters
+    that differ from the value that most of them have: a sample of nearly equal scores says little of rare other ones.
+    """
+    at_ends = np.minimum((rates > TINY).sum(axis=-1), (rates < 1.0 - TINY).sum(axis=-1))
+    ordered = np.sort(rates, axis=-1)
+    middle = ordered[..., rates.shape[-1] // 2][..., None]
+    return np.asarray(np.minimum(at_ends, (np.abs(rates - middle) > TINY).sum(axis=-1)))
 
 
 def bounded_difference(

@@ -69,12 +69,12 @@ def score_interval(
     if binary and not is_binary(values):
         raise ValueError("scores said to be binary hold something else than 0 and 1")
     codes = _cluster_codes(clusters, len(values))
-    table = _table_sizes(codes, sizes, capped=is_binary(values))
+    table = _table_sizes(codes, sizes)
     sums = _sum_by(codes, values * sizes)
     if _is_in_unit_range(values) if bounded is None else bounded:
         mean, low, high = (float(x) for x in bounded_mean(sums, table))
         method = "clopper-pearson"
-        if table.clusters < len(values) or weights is not None or not table.capped:
+        if table.clusters < len(values) or weights is not None or not is_binary(values):
             method += ", effective number"
     else:
         mean, low, high = (float(x) for x in student_ratio(sums, table))
@@ -107,7 +107,7 @@ def paired_difference(
         raise ValueError(f"not the same items: {len(a)} and {len(b)} scores; a comparison is paired or it is none")
     gain, sizes, codes = b - a, _weights(weights, a), _cluster_codes(clusters, len(a))
     both_binary = is_binary(a) and is_binary(b)
-    table = _table_sizes(codes, sizes, capped=both_binary)
+    table = _table_sizes(codes, sizes)
     if _is_in_unit_range(np.concatenate([a, b])) if bounded is None else bounded:
         columns = (a, b, np.maximum(gain, 0.0), np.maximum(-gain, 0.0))
         scores_a, scores_b, gains, losses = (_sum_by(codes, column * sizes) for column in columns)
@@ -264,8 +264,8 @@ def _is_in_unit_range(values: Floats) -> bool:
     return bool(values.min() >= 0 and values.max() <= 1)
 
 
-def _table_sizes(codes: NDArray[np.intp], weights: Floats, *, capped: bool) -> Sizes:
-    return Sizes(weights=_sum_by(codes, weights), items=kish(weights), capped=capped)
+def _table_sizes(codes: NDArray[np.intp], weights: Floats) -> Sizes:
+    return Sizes(weights=_sum_by(codes, weights), items=kish(weights))
 
 
 def _exp(logarithm: float) -> float:
