@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from models import tiny_model
 from processes import files_below, inside, process
 
 GOOD = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(30)]
@@ -270,6 +271,21 @@ def test_a_base_whose_file_does_not_match_its_config(
     (base / "config.json").write_text(json.dumps(settings))
     code, _, err = inside(capsys, "train", config, f"model.name={base}")
     assert code == 2 and name in err and not (tmp_path / "run").exists(), err
+
+
+def test_masks_of_old_files_are_no_weights(config: Path, tmp_path: Path, tiny_base: Path, capsys: Any) -> None:
+    """transformers stored causal masks with GPT-2 for years."""
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    (base / "model.safetensors").unlink()
+    tiny_model("gpt2").save_pretrained(base)
+    tensors = load_file(base / "model.safetensors")
+    for i in range(2):
+        tensors[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 256, 256)
+        tensors[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    settings = (f"model.name={base}", "training.max_steps=1", "data.max_length=200")
+    code, _, err = inside(capsys, "train", config, *settings)
+    assert code == 0, err
 
 
 def test_a_base_without_one_of_its_shards(config: Path, tiny_base: Path, tmp_path: Path, capsys: Any) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from rung.config.data import DataConfig, Format
 from rung.data.formats import FORMATS, ColumnCensus, detect, load_records, to_record
-from rung.data.messages import message_to_json
+from rung.data.messages import TurnFields, message_to_json, tool_calls_text
 from rung.data.read import Row
 from rung.data.records import Records, encode_record
 from rung.errors import DataError
@@ -165,9 +165,15 @@ def test_labels_are_read_only_where_they_are_asked_for() -> None:
     of_class = {**row, "label": "billing"}
     assert detect("d.jsonl", rows(of_class), {}).format == "prompt_completion" and convert(of_class).score is None
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    for answers in (row, {"messages": turns, "label": False}, {"question": "q", "answer": "a", "label": "True"}):
-        with pytest.raises(DataError, match="all of them would be learned"):
-            detect("d.jsonl", rows(answers), {})
+    beside = ({"label": False}, {"label": "True"}, {"kto_tag": True}, {"is_correct": 0}, {"label": "bad"})
+    for answers in ({"prompt": "p", "completion": "c"}, {"messages": turns}, {"question": "q", "answer": "a"}):
+        for column in beside:
+            with pytest.raises(DataError, match="all of them would be learned"):
+                detect("d.jsonl", rows({**answers, **column}), {})
+        assert detect("d.jsonl", rows({**answers, "is_correct": "yes, mostly"}), {}).rows == 1
+    for answers in ({"messages": turns}, {"question": "q", "answer": "a"}):
+        with pytest.raises(DataError, match="'chosen' and 'rejected' stand beside answers"):
+            detect("d.jsonl", rows({**answers, "chosen": "a", "rejected": "b"}), {})
     assert detect("d.jsonl", rows({"messages": turns, "label": False}), {}, "messages").format == "messages"
     unpaired = to_record("unpaired_preference", {"messages": turns, "label": "false"}, AT, {})
     assert unpaired.is_undesirable and (unpaired.question, unpaired.answer) == ("q", "a")
@@ -423,7 +429,7 @@ def test_ignored_fields_are_counted(tmp_path: Path) -> None:
     file = tmp_path / "d.jsonl"
     file.write_text((json.dumps({"messages": turns}) + "\n") * 3)
     loaded = load_records(DataConfig(path=str(file), unknown_fields="ignore"), str(file))
-    fields = {"read": {"role": 6, "content": 6, "weight": 3}, "ignored": {"date": 3}}
+    fields = {"read": {"role": 6, "content": 6}, "honored": {"weight": 3}, "ignored": {"date": 3}}
     assert len(loaded.records) == 3 and loaded.detection.turn_fields == fields
     assert "fields of turns ignored: date (3 turns)" in str(loaded.detection)
     with pytest.raises(DataError, match="3 of 3 rows cannot be used") as refusal:
@@ -471,3 +477,46 @@ def test_a_turn_is_written_as_it_is_read() -> None:
     ]
     messages = to_record("messages", {"messages": turns}, AT, {}).messages
     assert [message_to_json(message) for message in messages] == turns
+
+
+@pytest.mark.parametrize("name", ["arguments", "parameters", "args", "input"])
+def test_arguments_of_a_call_are_read_under_any_of_their_names(name: str) -> None:
+    """Under another name than OpenAI's they vanished, and a call without arguments was learned."""
+    for call in ({"name": "f", name: {"x": 1}}, {"type": "function", "function": {"name": "f", name: '{"x": 1}'}}):
+        assert json.loads(tool_calls_text(call))[0]["function"] == {"name": "f", "arguments": {"x": 1}}
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        ({"name": "f", "arguments": [1]}, "not an object"),
+        ({"name": "f", "arguments": 3}, "not an object"),
+        ({"name": "", "arguments": {}}, "names no function"),
+        ({"name": "f", "arguments": {}, "parameters": {"x": 1}}, "twice"),
+        ({"name": "f", "kwargs": {"x": 1}}, "'kwargs', which nothing reads"),
+    ],
+)
+def test_calls_that_would_lose_something_are_refused(call: dict[str, Any], reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        tool_calls_text(call)
+
+
+def test_older_names_of_tools_and_roles() -> None:
+    turns = [
+        {"role": "developer", "content": "s"},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
+        {"role": "function", "name": "f", "content": "r"},
+        {"role": "assistant", "content": "a", "training": False},
+    ]
+    record = to_record("messages", {"messages": turns, "functions": [{"name": "f"}]}, AT, {})
+    assert [m.role for m in record.messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert json.loads(record.tools or "") == [{"type": "function", "function": {"name": "f"}}]
+    assert not record.messages[-1].is_learned
+    shares = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 0}]
+    fields = TurnFields()
+    to_record("sharegpt", {"conversations": shares}, AT, {}, fields=fields)
+    assert fields.summary() == {"read": {"from": 2, "value": 2}, "honored": {"weight 0": 1}}
+    with pytest.raises(DataError, match="name it weight"):
+        odd = {"role": "assistant", "content": "a", "loss_mask": 0.5}
+        to_record("messages", {"messages": [turns[1], odd]}, AT, {})

@@ -99,6 +99,24 @@ def test_a_prompt_may_open_the_reasoning(tiny_tokenizer: PreTrainedTokenizerFast
     chat = ChatTemplate(with_template(tiny_tokenizer, opened))
     ids = chat.encode(["hm, 5?\n</think>\n\n4", "4"], mid_document=True)
     assert [chat.parsed_answer(row) for row in ids] == [ParsedAnswer("4", "hm, 5?"), ParsedAnswer("4")]
+    # cut inside its reasoning, it has no answer: its last number would be scored
+    cut = chat.encode(["First I get 42. Then"], mid_document=True)[0]
+    assert chat.parsed_answer(cut, stopped=False) == ParsedAnswer("", "First I get 42. Then")
+
+
+def test_reasoning_is_read_as_the_template_writes_it(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """gpt-oss writes channels: its reasoning was scored as the answer."""
+    channels = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role }}"
+        "{% if m.thinking %}{{ '<|channel|>analysis<|message|>' + m.thinking }}"
+        "{{ '<|end|><|start|>assistant' }}{% endif %}"
+        "{{ '<|channel|>final<|message|>' + m.content + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+    )
+    chat = ChatTemplate(with_template(tiny_tokenizer, channels))
+    row = conversation(Message("user", "2+2?"), Message("assistant", "4", reasoning="two and two"))
+    answer = chat.split_conversation(row, "answer")[-1].text
+    assert chat.parsed_answer(chat.encode([answer], mid_document=True)[0]) == ParsedAnswer("4", "two and two")
 
 
 def test_variables_of_a_template(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -115,11 +133,16 @@ def test_variables_of_a_template(tiny_tokenizer: PreTrainedTokenizerFast) -> Non
     assert ChatTemplate(with_template(tiny_tokenizer, off.template)).prompt_ids(question) == off.prompt_ids(question)
     with pytest.raises(ConfigError, match="never reads it"):
         ChatTemplate(tokenizer, variables={"enable_thought": False})
-    with pytest.raises(ConfigError, match="has a value for it already"):
+    again = ChatTemplate(with_template(tiny_tokenizer, off.template), variables={"enable_thinking": False})
+    assert again.template == off.template
+    for name in ("messages", "add_generation_prompt", "bos_token"):
+        with pytest.raises(ConfigError, match="set by what is rendered"):
+            ChatTemplate(tokenizer, variables={name: False})
+    with pytest.raises(ConfigError, match="has another value for it already"):
         ChatTemplate(with_template(tiny_tokenizer, off.template), variables={"enable_thinking": True})
 
 
-@pytest.mark.parametrize("value", [None, True, 3, 2.5, 'a "quoted"\n\\ line é', ["x", {"y": None}], {"k": [1, "2"]}])
+@pytest.mark.parametrize("value", [None, True, 3, 2.5, 'a "quoted"\n\\ line é 😀', ["x", {"y": None}], {"k": [1, "2"]}])
 def test_any_value_of_a_variable(value: object, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     template = with_variables("\n{{ given | tojson }}", {"given": value})
     render = lambda text, **more: tiny_tokenizer.apply_chat_template(  # noqa: E731

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from chats import AT, with_template
 from rung.data.chat import ChatTemplate
-from rung.data.tool_calls import canonical_calls, read_json_calls
+from rung.data.tool_calls import canonical_calls, probe_calls, tool_call_reader
 from rung.errors import ConfigError, DataError
 from rung.types import Message, Record
 
@@ -115,7 +115,56 @@ def test_canonical_form() -> None:
     assert canonical_calls(first[:1]) != canonical_calls([{"name": "f", "arguments": {"a": "1", "b": []}}])
 
 
+ONE_CALL = (
+    "{% for c in m.tool_calls or [] %}{% if loop.length > 1 %}{{ raise_exception('single calls only') }}{% endif %}"
+    '{{ \'{"name": "\' + c.function.name + \'", "parameters": \' }}'
+    "{{ (c.function.arguments | tojson) + '}' }}{% endfor %}"
+)
+FIRST_CALL = (
+    "{% if m.tool_calls %}{{ '<|channel|>commentary to=functions.' + m.tool_calls[0].function.name }}"
+    "{{ ' <|constrain|>json<|message|>' + (m.tool_calls[0].function.arguments | tojson) }}{% endif %}"
+)
+WITH_IDS = (
+    "{% for c in m.tool_calls or [] %}{{ '[TOOL_CALLS]' + c.function.name }}"
+    "{{ '[CALL_ID]' + (c.id or 'none') + '[ARGS]' }}"
+    "{{ c.function.arguments | tojson }}{% endfor %}"
+)
+AS_TEXT = "{% for c in m.tool_calls or [] %}{{ '<call>' + c.function.name + '<sep>' + c.function.arguments + '</call>' }}{% endfor %}"
+PYTHON_VALUES = CALLS["xml"].replace("v | tojson", "v | string")
+
+
+@pytest.mark.parametrize("form", [ONE_CALL, FIRST_CALL, WITH_IDS, AS_TEXT, PYTHON_VALUES])
+def test_forms_of_real_templates(form: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Llama 3.1 refuses a second call, gpt-oss leaves it out, Mistral Small writes ids, DeepSeek adds text, Qwen 3.5
+    writes `True`."""
+    chat = chat_of(tiny_tokenizer, form)
+    wanted = record(calls(("f", {"x": "a", "exact": True})))
+    answer = chat.split_conversation(record(calls(("f", {"exact": True, "x": "a"}))), "answer")[-1].text
+    assert chat.canonical_calls(answer) == chat.expected_calls(wanted)
+    assert chat.canonical_calls(answer.replace("a", "b")) != chat.expected_calls(wanted)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '{"name": "f", "arguments": {"x": 1}}',
+        'I could call {"name": "f", "arguments": {"x": 1}} but will not.',
+        '<tool_call>\n{"name": "f", "arguments": {"x": 1}}',
+        '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>\n<tool_call>\n{"name": "f", "argum',
+        '<tool_call>\n{"name": "f", "arguments": {"x": 1\n</tool_call>',
+    ],
+)
+def test_only_the_form_of_the_template_is_a_call(answer: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """No server would run these: a reward for them would teach calls without their tags."""
+    chat = chat_of(tiny_tokenizer, "hermes")
+    expected = chat.expected_calls(record(calls(("f", {"x": 1}))))
+    assert chat.canonical_calls('<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>') == expected
+    assert chat.canonical_calls(answer) != expected
+
+
 def test_a_hostile_answer_takes_no_time() -> None:
     """100,000 opening brackets: each could begin a value."""
+    read = tool_call_reader(*(probe_calls(count) for count in (1, 2)))
+    assert read is not None
     for text in ("[" * 100_000, '{"name": ' * 20_000, "{" * 50_000 + '"'):
-        assert read_json_calls(text) == []
+        assert read(text) == []

@@ -121,7 +121,8 @@ def _cut_off_warning(rows: Sequence[LadderRow]) -> str:
     if not cut_rungs:
         return ""
     remedy = "raise it before you trust this verdict"
-    return f"Answers of {', '.join(cut_rungs)} were cut at evaluation.max_new_tokens and score as they stand: {remedy}."
+    fault = "were cut at evaluation.max_new_tokens and are scored by the text they have"
+    return f"Answers of {', '.join(cut_rungs)} {fault}: {remedy}."
 
 
 GainFunction = Callable[[int, int], Estimate]

@@ -28,6 +28,7 @@ from rung.data.template import (
     renders_unchanged,
     rewritten_answer_error,
     unstable_template_error,
+    with_arguments_as_text,
     with_fixed_date,
     with_variables,
 )
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 # A word no template writes by itself: its position in the rendered text shows where an answer stands.
 _SENTINEL = "RungSentinel"
+_REASONING_SENTINEL = "RungThought"
 _CALL = '[{"type": "function", "id": "call00000", "function": {"name": "f", "arguments": {"x": "1"}}}]'
 _REASONING_TAGS = (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]"))
 """What models write around reasoning: Qwen, DeepSeek and most others; some tunes; Mistral."""
@@ -166,21 +168,36 @@ class ChatTemplate:
         text = self.decode([ids[:end]], mid_document=True)[0].removeprefix(self._answer_prefix)
         return text.removesuffix(self._endings[0].before_stop) if end < len(ids) else text
 
-    def parsed_answer(self, ids: Sequence[int]) -> ParsedAnswer:
+    def parsed_answer(self, ids: Sequence[int], *, stopped: bool = True) -> ParsedAnswer:
         """Generated ids as an answer and the reasoning before it, which is between tags that models write.
 
-        The opening tag may be part of the prompt. Reasoning without its closing tag leaves an empty answer.
+        The opening tag may be part of the prompt. Reasoning without its closing tag leaves an empty answer; so does an
+        answer that was cut (`stopped` is False) where the prompt opens the tag.
         """
         text = self.assistant_text(ids).strip()
-        for opening, closing in _REASONING_TAGS:
+        for opening, closing in self._reasoning_tags:
             begins = text.startswith(opening)
             if not begins and not self._answer_opening.endswith(opening):
                 continue
             reasoning, closed, answer = text.removeprefix(opening).partition(closing)
-            # a prompt may open the tag and a tuned model answer at once: only its own opening tag promises a closing
-            if closed or begins:
+            # a tuned model may answer at once where the prompt opens the tag: then a complete answer has no closing tag
+            if closed or begins or not stopped:
                 return ParsedAnswer(answer.strip(), reasoning.strip())
         return ParsedAnswer(text)
+
+    @cached_property
+    def _reasoning_tags(self) -> tuple[tuple[str, str], ...]:
+        """What stands around reasoning: in this template first, then as other models write it."""
+        try:
+            turns = [Message("user", "Q"), Message("assistant", _SENTINEL, reasoning=_REASONING_SENTINEL)]
+            answer = self._rendered_answer(turns)
+        except DataError:
+            return _REASONING_TAGS
+        opening, found, rest = answer.partition(_REASONING_SENTINEL)
+        closing = rest.partition(_SENTINEL)[0].strip()
+        # nothing before it: the prompt opens it, with a tag that other models write too
+        own = ((opening.strip(), closing),) if found and opening.strip() and closing else ()
+        return (*own, *_REASONING_TAGS)
 
     @property
     def reads_tool_calls(self) -> bool:
@@ -214,14 +231,15 @@ class ChatTemplate:
     @cached_property
     def _tool_call_reader(self) -> Reader | None:
         question = Message("user", "Q")
-        try:
-            bodies = [
-                self._answer_body(self._rendered_answer([question, Message("assistant", "", probe_calls(count))]))
-                for count in (1, 2)
-            ]
-        except DataError:
-            return None
-        return tool_call_reader(*bodies)
+        bodies: list[str | None] = []
+        for count in (1, 2):
+            try:
+                answer = self._rendered_answer([question, Message("assistant", "", probe_calls(count))])
+                bodies.append(self._answer_body(answer))
+            except DataError:
+                # some templates take one call a turn
+                bodies.append(None)
+        return None if bodies[0] is None else tool_call_reader(bodies[0], bodies[1])
 
     def _require_tool_call_reader(self) -> Reader:
         if self._tool_call_reader is None:
@@ -372,13 +390,7 @@ class ChatTemplate:
         if self.positions is not None:
             turns = self.positions.with_marks(turns, where)
         try:
-            text = self.tokenizer.apply_chat_template(
-                turns,
-                tools=json.loads(tools) if tools else None,
-                chat_template=self.template,
-                add_generation_prompt=generation,
-                tokenize=False,
-            )
+            text = self._apply(turns, tools, generation=generation)
         # templates fail in many ways: raise_exception, a missing key, a method that a value lacks
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             summary, roles = f"the chat template refuses this conversation: {error}", " ".join(m.role for m in messages)
@@ -387,6 +399,18 @@ class ChatTemplate:
         if self.positions is None:
             return str(text)
         return self.positions.with_answer_mark(str(text), turns, self._answer_prefix, generation=generation)
+
+    def _apply(self, turns: list[dict[str, Any]], tools: str | None, *, generation: bool) -> str:
+        schemas: Any = json.loads(tools) if tools else None
+        options = {"tools": schemas, "chat_template": self.template, "add_generation_prompt": generation}
+        try:
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, **options))
+        except TypeError:
+            # DeepSeek's template puts arguments together with text, as OpenAI writes them
+            as_text = [with_arguments_as_text(turn) for turn in turns]
+            if as_text == turns:
+                raise
+            return str(self.tokenizer.apply_chat_template(as_text, tokenize=False, **options))
 
     def _probe_endings(self, choice: str) -> tuple[list[_AnswerEnding], str]:
         """Render sentinel answers and extract what the template writes around them."""

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
-from rung.config.data import DataConfig, Format
+from rung.config.data import AnswerFormat, DataConfig, Format
 from rung.data.byte_store import MappedSequence
 from rung.data.conversations import conversation
 from rung.data.messages import (
@@ -24,6 +24,7 @@ from rung.data.messages import (
     parse_weight,
     text_of,
     tools_text,
+    wrapped_functions,
 )
 from rung.data.read import ParsedRow, RejectedRow, Row, stream_rows
 from rung.data.records import Records, RecordWriter
@@ -43,7 +44,9 @@ class FormatColumns(NamedTuple):
     @property
     def names(self) -> tuple[str, ...]:
         """All names, that of the weight included."""
-        return tuple(dict.fromkeys((*self.required, *self.alternative, *self.optional, "weight")))
+        # OpenAI's name of the schemas before tools
+        functions = ("functions",) if "tools" in self.optional else ()
+        return tuple(dict.fromkeys((*self.required, *self.alternative, *self.optional, *functions, "weight")))
 
     def missing(self, columns: Collection[str], map: Mapping[str, str]) -> list[str]:
         """Columns of the file that the format needs and that are not among these."""
@@ -74,9 +77,11 @@ FORMATS: dict[Format, FormatColumns] = {
 # Unused columns with these names make a detected format ambiguous: they may be the answers.
 _ANSWER_LIKE = frozenset({"answer", "answers", "output", "completion", "response", "target", "gold", "solution"})
 _LABEL_LIKE = _ANSWER_LIKE | {"label", "category", "class"}
-_LABEL = "label"
-_LABEL_VALUES = frozenset({"true", "false", "0", "1"})
-"""Values, as text in lower case, of a column that says which answers are good."""
+_LABELS = frozenset({"label", "kto_tag", "is_correct", "correct", "is_good", "good", "desirable", "is_desirable"})
+_LABELS |= {"accepted", "is_preferred", "preferred", "thumbs_up"}
+"""Columns that may say which answers are good, where all of their values are among these."""
+_LABEL_VALUES = frozenset({"true", "false", "0", "1", "good", "bad"})
+"""As text in lower case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +127,8 @@ class ColumnCensus:
     def __init__(self) -> None:
         self.counts = Counter[str]()
         self.rows = 0
-        self.labels_answers = True
-        """Whether all values of a column called label, if there is one, say that an answer is good or bad."""
+        self.other_labels: set[str] = set()
+        """Columns of `_LABELS` with values that do not say whether an answer is good."""
 
     def add(self, row: Row) -> None:
         """Count one row."""
@@ -131,9 +136,9 @@ class ColumnCensus:
         # a column that is always null still counts as present, with 0 rows; Counter.update takes four times as long
         for column, value in row.items():
             self.counts[str(column)] += value is not None
-        label = row.get(_LABEL)
-        if self.labels_answers and label is not None and str(label).strip().lower() not in _LABEL_VALUES:
-            self.labels_answers = False
+        for column in _LABELS.intersection(row).difference(self.other_labels):
+            if row[column] is not None and str(row[column]).strip().lower() not in _LABEL_VALUES:
+                self.other_labels.add(column)
 
 
 def detect(
@@ -165,10 +170,20 @@ def detect(
     if format == "auto" and (competing := _competing_columns(detection, map)):
         summary = f"{competing[0]!r} and {competing[1]!r} could both be what is to be learned"
         raise _ambiguous_format_error(path, counts, summary)
-    if format == "auto" and detected_format != "text" and _LABEL in detection.unused and census.labels_answers:
-        if census.counts[_LABEL]:
-            raise _labeled_answers_error(path, counts, detected_format)
+    if format == "auto" and detected_format in get_args(AnswerFormat) and detected_format != "text":
+        _refuse_ambiguous_answers(path, census, detection)
     return detection
+
+
+def _refuse_ambiguous_answers(path: str, census: ColumnCensus, detection: DetectedFormat) -> None:
+    """Raise `DataError` for columns that may say that some answers are bad, or that other answers are the good ones."""
+    unused = set(detection.unused)
+    if {"chosen", "rejected"} <= unused:
+        summary = "'chosen' and 'rejected' stand beside answers, and could be what is to be learned"
+        raise _ambiguous_format_error(path, census.counts, summary)
+    labels = sorted(c for c in _LABELS & unused - census.other_labels if census.counts[c])
+    if labels:
+        raise _labeled_answers_error(path, census.counts, detection.format, labels[0])
 
 
 def to_record(
@@ -205,7 +220,7 @@ def to_record(
             messages,
             source,
             context=optional_text(get("context"), "context") if "context" in optional else None,
-            tools=tools_text(get("tools")) if "tools" in optional else None,
+            tools=tools_text(get("tools") or wrapped_functions(get("functions"))) if "tools" in optional else None,
             group=group_key,
             weight=weight,
             task=task_name,
@@ -362,11 +377,12 @@ def _missing_column_error(path: str, counts: Mapping[str, int], setting: str, co
     return _unknown_format_error(path, counts, f"{setting} names a column that is not there: {column!r}")
 
 
-def _labeled_answers_error(path: str, counts: Mapping[str, int], format: Format) -> DataError:
+def _labeled_answers_error(path: str, counts: Mapping[str, int], format: Format, label: str) -> DataError:
     """The error for answers beside a column that says which of them are good: bad ones would be learned too."""
-    summary = "ambiguous: the column 'label' may say which answers are good, and all of them would be learned"
+    summary = f"ambiguous: the column {label!r} may say which answers are good, and all of them would be learned"
+    mapping = "" if label == "label" else f" and data.map: {{label: {label}}}"
     hint = (
-        f"set data.format: unpaired_preference (with objective: {{kind: preference, loss: kto}}) to use it, or "
+        f"set data.format: unpaired_preference{mapping} (objective: {{kind: preference, loss: kto}}) to use it, or "
         f"data.format: {format} to learn every answer"
     )
     return DataError(summary, where=path, given=f"columns {_listed_counts(counts)}", hint=hint)

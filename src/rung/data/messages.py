@@ -35,7 +35,9 @@ _NEXT_ROLES: dict[MessageRole | None, tuple[MessageRole, ...]] = {
 }
 
 
-_WEIGHT_FIELDS = ("weight", "loss", "train")
+_ARGUMENT_FIELDS = ("arguments", "parameters", "args", "input")
+"""Names of the arguments of a call: OpenAI's, Llama's, LangChain's and Anthropic's."""
+_WEIGHT_FIELDS = ("weight", "loss", "train", "training", "loss_weight")
 """Fields that say whether an answer is learned: OpenAI's 0 or 1, and truth values under the names of other trainers."""
 _REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 _KNOWN_FIELDS = frozenset({"role", "content", "from", "value", *_WEIGHT_FIELDS})
@@ -52,7 +54,8 @@ class TurnFields:
 
     def __init__(self, unknown: UnknownFields = "error") -> None:
         self.unknown = unknown
-        self.read, self.ignored, self.refused = Counter[str](), Counter[str](), Counter[str]()
+        self.read, self.honored = Counter[str](), Counter[str]()
+        self.ignored, self.refused = Counter[str](), Counter[str]()
 
     def check(self, turn: Mapping[str, Any], role: MessageRole, name: str) -> None:
         """Raise `DataError` for a field with a value that no turn of this role has, unless they are to be ignored."""
@@ -61,18 +64,26 @@ class TurnFields:
             # an empty field says nothing: exports write null refusals and empty lists of calls into every turn
             if value is None or value in ("", [], {}):
                 continue
-            if field in known_fields:
+            if field in _ROLE_FIELDS[role] or (field in _WEIGHT_FIELDS and role == "assistant"):
+                self.honored[f"{field} 0" if field in _WEIGHT_FIELDS and value in (0, "0") else field] += 1
+            elif field in known_fields:
                 self.read[field] += 1
             elif self.unknown == "ignore":
                 self.ignored[field] += 1
             else:
                 self.refused[field] += 1
                 remedy = "data.unknown_fields: ignore leaves such fields out"
+                if "loss" in field or "mask" in field or "weight" in field:
+                    remedy = "name it weight, 0 or 1, if it says whether the answer is learned"
                 raise DataError(f"{name} has a field {field!r} that is not read for role {role}; {remedy}")
 
     def summary(self) -> dict[str, dict[str, int]]:
-        """Turns with each field, by what became of it; without fields of no turn."""
-        counts = {"read": self.read, "ignored": self.ignored, "refused": self.refused}
+        """Turns with each field, by what became of it; without fields of no turn.
+
+        Read is what every turn has, honored what changes how a turn is learned or shown; `weight 0` counts the answers
+        that are not learned.
+        """
+        counts = {"read": self.read, "honored": self.honored, "ignored": self.ignored, "refused": self.refused}
         return {name: dict(counter) for name, counter in counts.items() if counter}
 
 
@@ -134,7 +145,9 @@ def from_sharegpt(value: object, fields: TurnFields) -> tuple[Message, ...]:
             calls = _json_value(text_of(content, f"value of {name}"), f"value of {name}")
             turns.append(Message("assistant", "", tool_calls_text(calls), is_learned=_is_learned(item, name)))
         elif isinstance(role, str) and role in _SHAREGPT_ROLES:
-            turns.append(_message({**item, "role": _SHAREGPT_ROLES[role], "content": content}, name, fields))
+            fields.check(item, _SHAREGPT_ROLES[role], name)
+            turn = {**item, "role": _SHAREGPT_ROLES[role], "content": content}
+            turns.append(_message(turn, name, fields=None))
         else:
             known_roles = ", ".join([*_SHAREGPT_ROLES, "function_call"])
             raise DataError(f"unknown role {role!r} in {name}; known: {known_roles}")
@@ -169,6 +182,12 @@ def tools_text(value: object) -> str | None:
     return encodable(json.dumps(value, ensure_ascii=False), "tools")
 
 
+def wrapped_functions(value: object) -> list[dict[str, Any]] | None:
+    """OpenAI's older list of function schemas as tools."""
+    value = _json_value(value, "functions") if isinstance(value, str) and value else value
+    return [{"type": "function", "function": schema} for schema in value] if isinstance(value, list) else None
+
+
 def check_order(messages: Sequence[Message]) -> None:
     """Refuse conversations that cannot be trained on.
 
@@ -189,15 +208,16 @@ def check_order(messages: Sequence[Message]) -> None:
         raise DataError(f"the last turn is {messages[-1].role}, not assistant")
 
 
-def _message(item: object, name: str, fields: TurnFields) -> Message:
+def _message(item: object, name: str, fields: TurnFields | None) -> Message:
     if not isinstance(item, Mapping):
         raise DataError(f"{name} is a {_type_name(item)}, not an object with role and content")
-    # OpenAI's name of the role before tools had ids
-    role_name = "tool" if item.get("role") == "function" else item.get("role")
+    # OpenAI's names: `function` before tools had ids, `developer` for the system turn of its reasoning models
+    role_name = {"function": "tool", "developer": "system"}.get(str(item.get("role")), item.get("role"))
     role = next((r for r in ROLES if r == role_name), None)
     if role is None:
         raise DataError(f"unknown role {item.get('role')!r} in {name}; known: {', '.join(ROLES)}")
-    fields.check(item, role, name)
+    if fields is not None:
+        fields.check(item, role, name)
     content = item.get("content")
     if isinstance(content, list):
         content = _joined_parts(content, name)
@@ -260,12 +280,23 @@ def _tool_call(call: object) -> dict[str, Any]:
         raise DataError(f"a tool call is a {_type_name(call)}, not an object")
     # OpenAI nests name and arguments under `function`, other exports do not
     function = call.get("function", call)
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
         raise DataError("a tool call names no function")
-    arguments = function.get("arguments", {})
+    known_fields = {"name", "id", "type", "index", *_ARGUMENT_FIELDS, *(("function",) if function is not call else ())}
+    unknown_fields = sorted({*call, *function} - known_fields)
+    if any(fields.get(name) for name in unknown_fields for fields in (call, function)):
+        raise DataError(f"a tool call has a field {unknown_fields[0]!r}, which nothing reads")
+    given = [function[name] for name in _ARGUMENT_FIELDS if function.get(name) is not None]
+    if len(given) > 1:
+        raise DataError(
+            f"a tool call has its arguments twice: {', '.join(n for n in _ARGUMENT_FIELDS if n in function)}"
+        )
+    arguments = given[0] if given else {}
     if isinstance(arguments, str):
         # OpenAI writes arguments as JSON text; templates expect the object
         arguments = _json_value(arguments, "arguments of a tool call") if arguments else {}
+    if not isinstance(arguments, Mapping):
+        raise DataError(f"arguments of a tool call are a {_type_name(arguments)}, not an object")
     call_id = {key: value for key, value in call.items() if key == "id"} if "function" in call else {}
     return {**call_id, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 

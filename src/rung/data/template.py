@@ -42,6 +42,8 @@ DEFAULT_DATE = date(2024, 7, 26)
 _DATE_CALL = re.compile(r"strftime_now\(\s*(?:'(?P<single>[^'\\]*)'|\"(?P<double>[^\"\\]*)\")\s*\)")
 _DATE_FUNCTION = re.compile(r"strftime_now\s*\(")
 _DATE_TEST = re.compile(r"strftime_now\s+is\s+defined")
+RENDERER_NAMES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"})
+"""Variables of a template that are not settings."""
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """Names under which templates read the reasoning of a turn: Qwen and GLM, gpt-oss, and others."""
 
@@ -74,10 +76,13 @@ def with_variables(template: str, variables: Mapping[str, Any]) -> str:
 
     Raises `ConfigError` for a name that the template never reads, and for one that it was given before.
     """
+    variables = {n: v for n, v in variables.items() if f"{_assignment(n)} {_literal(v)} %}}" not in template}
     for name in variables:
         where = f"model.template_kwargs.{name}"
+        if name in RENDERER_NAMES:
+            raise ConfigError("this is set by what is rendered, not by a config", where=where, given=name)
         if template.startswith(_assignment(name)) or ("}" + _assignment(name)) in template:
-            summary = "this template has a value for it already, from the run that it was trained in"
+            summary = "this template has another value for it already, from the run that it was trained in"
             raise ConfigError(summary, where=where, hint="leave it out, or name the base of that run")
         if not re.search(rf"\b{re.escape(name)}\b", template):
             raise ConfigError("the chat template never reads it", where=where, given=name)
@@ -119,7 +124,8 @@ def _literal(value: Any) -> str:
         return "{" + ", ".join(f"{_literal(str(name))}: {_literal(item)}" for name, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_literal, value)) + "]"
-    return json.dumps(value)
+    # not as escapes: Jinja would read half of a character beyond 16 bits
+    return json.dumps(value, ensure_ascii=False)
 
 
 def for_template(message: Message) -> dict[str, Any]:
@@ -131,6 +137,17 @@ def for_template(message: Message) -> dict[str, Any]:
         turn |= dict.fromkeys(REASONING_FIELDS, message.reasoning)
     optional = {"name": message.name, "tool_call_id": message.tool_call_id}
     return turn | {name: value for name, value in optional.items() if value}
+
+
+def with_arguments_as_text(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn whose tool calls have their arguments as JSON text, for templates that add them to text."""
+    if "tool_calls" not in turn:
+        return turn
+
+    def as_text(function: dict[str, Any]) -> dict[str, Any]:
+        return {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+
+    return {**turn, "tool_calls": [{**call, "function": as_text(call["function"])} for call in turn["tool_calls"]]}
 
 
 def renders_unchanged(rendered: str, message: Message, answer_prefix: str) -> bool:
@@ -155,6 +172,8 @@ def unstable_template_error(source: Source, turn: int, loss_on: LossOn, *, rewri
     if rewrites_history:
         fault = "rewrites earlier turns when a later one comes"
     hint = "set model.template to a .jinja file that keeps the history as it was generated"
+    if not rewrites_history:
+        hint += ", give the rows their reasoning (reasoning_content), or change model.template_kwargs"
     if loss_on == "assistant_turns":
         hint = f"set data.loss_on: answer, or give each turn a row of its own; or {hint}"
     summary = f"turn {turn + 1}: the template {fault}, so the training text is not what the model will see"

@@ -23,7 +23,14 @@ Reader = Callable[[str], Calls]
 
 PROBE_NAME = "rung_probe"
 _PROBE_ARGUMENTS = {"first_key": "first value", "second_key": "second value"}
+PROBE_ID = "call{:05d}"
+MARK = 16
+"""Characters before and after a call that are compared: enough for a tag."""
+UNREADABLE: dict[str, Any] = {"name": "", "arguments": {}}
+"""In place of a call that was opened and cannot be read; no function has this name."""
 _ARGUMENT_KEYS = ("arguments", "parameters")
+_PYTHON_VALUES = {"True": True, "False": False, "None": None}
+"""What templates write that put values into text as Python does."""
 _DECODER = json.JSONDecoder()
 _BRACKET = re.compile(r"[{\[]")
 
@@ -31,17 +38,20 @@ _BRACKET = re.compile(r"[{\[]")
 def probe_calls(count: int) -> str:
     """Tool calls as a `Message` holds them, for `tool_call_reader`."""
     function = {"name": PROBE_NAME, "arguments": _PROBE_ARGUMENTS}
-    return json.dumps([{"type": "function", "id": f"call{i:05d}", "function": function} for i in range(count)])
+    return json.dumps([{"type": "function", "id": PROBE_ID.format(i), "function": function} for i in range(count)])
 
 
-def tool_call_reader(one_call: str, two_calls: str) -> Reader | None:
+def tool_call_reader(one_call: str, two_calls: str | None) -> Reader | None:
     """How to read the calls of a template that writes `probe_calls(1)` and `probe_calls(2)` as these answers.
 
-    None where no form reads both back.
+    `two_calls` is None for a template that refuses them, and has one call where the template writes only the first.
+    None where no form reads the probes back.
     """
     probe = {"name": PROBE_NAME, "arguments": _PROBE_ARGUMENTS}
-    for reader in (read_json_calls, _name_and_json_reader(one_call), _argument_reader(one_call)):
-        if reader is not None and reader(one_call) == [probe] and reader(two_calls) == [probe, probe]:
+    for reader in (_json_reader(one_call), _name_and_json_reader(one_call), _argument_reader(one_call)):
+        if reader is None or reader(one_call) != [probe]:
+            continue
+        if two_calls is None or reader(two_calls) in ([probe], [probe, probe]):
             return reader
     return None
 
@@ -64,13 +74,30 @@ def same_but_for_types(first: Calls, second: Calls) -> bool:
     return canonical_calls([_typed(call) for call in first]) == canonical_calls([_typed(call) for call in second])
 
 
-def read_json_calls(text: str) -> Calls:
-    """All calls that stand in a text as JSON objects with a name and arguments, also within lists."""
-    return [call for value, _ in _json_values(text) for call in _calls_in(value)]
+def _json_reader(one_call: str) -> Reader | None:
+    """The reader of calls that are JSON, between what the template writes before and after the probe.
+
+    JSON without these marks is no call: no server would run it.
+    """
+    spans = [(start, end) for value, start, end in _json_values(one_call) if _calls_in(value)]
+    if len(spans) != 1:
+        return None
+    opening, closing = one_call[: spans[0][0]].strip()[-MARK:], one_call[spans[0][1] :].strip()[:MARK]
+
+    def read(text: str) -> Calls:
+        calls, opened = [], text.count(opening) if opening else 0
+        for value, start, end in _json_values(text):
+            if text[:start].rstrip().endswith(opening) and text[end:].lstrip().startswith(closing):
+                calls += _calls_in(value)
+                opened -= 1
+        # a call that was opened and cannot be read is a wrong call, not none
+        return calls if opened <= 0 else [*calls, UNREADABLE]
+
+    return read
 
 
-def _json_values(text: str) -> Iterator[tuple[Any, int]]:
-    """JSON objects and lists in a text, outermost ones, each with the position behind it."""
+def _json_values(text: str) -> Iterator[tuple[Any, int, int]]:
+    """JSON objects and lists in a text, outermost ones, each with its start and end."""
     position = 0
     while match := _BRACKET.search(text, position):
         try:
@@ -80,7 +107,7 @@ def _json_values(text: str) -> Iterator[tuple[Any, int]]:
         except ValueError:
             position = match.start() + 1
             continue
-        yield value, position
+        yield value, match.start(), position
 
 
 def _calls_in(value: Any) -> Calls:
@@ -105,7 +132,9 @@ def _name_and_json_reader(one_call: str) -> Reader | None:
     if not name or start < 0:
         return None
     # the last characters before the name are enough to find it, and are the same before a second call
-    opening, separator = re.escape(before[-8:]), re.escape(after[:start])
+    opening = re.escape(before[-8:])
+    # an id of the call stands there in some templates, another for every call
+    separator = re.escape(after[:start]).replace(re.escape(PROBE_ID.format(0)), r"[\w\-]*")
     pattern = re.compile(rf"{opening}([\w.\-]+){separator}(?=\{{)")
 
     def read(text: str) -> Calls:
@@ -159,6 +188,8 @@ def _typed(value: Any) -> Any:
         return {key: _typed(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_typed(item) for item in value]
+    if isinstance(value, str) and value in _PYTHON_VALUES:
+        return _PYTHON_VALUES[value]
     try:
         return parse_json(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):

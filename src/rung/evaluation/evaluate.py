@@ -243,7 +243,7 @@ def _generate_answers(
             policy, prompts, tasks, stop_ids=stops, sampling=sampling, batch_size=config.batch, on_batch=bar.advance
         )
     seconds = time.perf_counter() - start_time
-    return [chat.parsed_answer(a.all_tokens) for a in answers], [a.stopped for a in answers], seconds
+    return [chat.parsed_answer(a.all_tokens, stopped=a.stopped) for a in answers], [a.stopped for a in answers], seconds
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,6 +80,9 @@ class BaseModel:
         return int(getattr(self.model.config, "max_position_embeddings", None) or 2**20)
 
 
+_OLD_BUFFER = re.compile(r"(^|\.)attn\.(bias|masked_bias)$")
+"""Causal masks that transformers stored with GPT-2, GPT-J and their kin until 4.27; the code computes them."""
+
 LoadedWeights = tuple[PreTrainedModel, PreTrainedTokenizerFast]
 NO_REMOTE_CODE: dict[str, Any] = {"trust_remote_code": False}
 """Code shipped with a model never runs. Without this argument transformers would ask at the terminal."""
@@ -125,7 +129,9 @@ def require_all_weights(report: Mapping[str, Any], source: object, heads: Collec
     """
     faults = {
         "missing in the file": set(report.get("missing_keys") or ()) - set(heads),
-        "in the file, but not in the model of its config": set(report.get("unexpected_keys") or ()) - set(heads),
+        "in the file, but not in the model of its config": {
+            name for name in report.get("unexpected_keys") or () if name not in heads and not _OLD_BUFFER.search(name)
+        },
         "of another shape than the config says": report.get("mismatched_keys"),
     }
     parts = []

@@ -134,7 +134,7 @@ def score_lines(result: results.EvaluationResult) -> list[str]:
     size = f"{result.examples:,} held-out questions in {result.clusters:,} clusters, 95 % intervals"
     output = ["", encodable_on_terminal(f"{result.target}: {size}"), *name_value_table(lines)]
     if cut := result.cut_off:
-        advice = "answers were cut at evaluation.max_new_tokens: raise it, or they count as they stand."
+        advice = "answers were cut at evaluation.max_new_tokens and are scored by the text they have: raise it."
         output += ["", f"{cut:,} {advice}"]
     return output
 

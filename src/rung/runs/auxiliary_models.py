@@ -20,6 +20,7 @@ from rung.config.run import RunConfig
 from rung.console import print_status
 from rung.data.chat import ChatTemplate, ParsedAnswer
 from rung.data.tokenize import PromptDataset
+from rung.data.tool_calls import calls_of_message, canonical_calls
 from rung.errors import ConfigError, PlanError
 from rung.evaluation.reward_model import RewardScorer
 from rung.methods.registry import attach_method
@@ -197,28 +198,37 @@ def reward_function(source: RewardSource, chat: ChatTemplate, prompts: PromptDat
     if isinstance(source, RewardScorer):
         return lambda documents, answers: source(documents, budget)
 
+    expected_calls: dict[int, str | None] = {}
+
     def verify(documents: Sequence[Example], answers: Sequence[GeneratedAnswer]) -> list[float]:
-        parsed_answers = [chat.parsed_answer(answer.all_tokens) for answer in answers]
-        pairs = zip(parsed_answers, documents, strict=True)
-        return [source(a.text, reward_row(prompts.records[d.row], a, chat)) for a, d in pairs]
+        rewards = []
+        for document, generated in zip(documents, answers, strict=True):
+            record = prompts.records[document.row]
+            if document.row not in expected_calls:
+                # a function of the user's may read calls that Rung cannot; other rewards were refused before the run
+                expected_calls[document.row] = chat.expected_calls(record) if chat.reads_tool_calls else None
+            answer = chat.parsed_answer(generated.all_tokens, stopped=generated.stopped)
+            calls = chat.canonical_calls(answer.text) if expected_calls[document.row] else None
+            rewards.append(source(answer.text, reward_row(record, answer, expected_calls[document.row], calls)))
+        return rewards
 
     return verify
 
 
-def reward_row(record: Record, answer: ParsedAnswer, chat: ChatTemplate) -> dict[str, Any]:
+def reward_row(record: Record, answer: ParsedAnswer, expected_calls: str | None, calls: str | None) -> dict[str, Any]:
     """The fields of a record that a reward function gets, with the parts of the answer that its text does not show.
 
-    Where the expected answer is a tool call, `expected` is its canonical text and `calls` that of the calls in the
-    answer; `chat` reads both.
+    `expected_calls` and `calls` are the canonical tool calls of the record and of the answer. Where the template's
+    calls cannot be read, `expected` has those of the record and `calls` is None.
     """
     fields = {name: getattr(record, name) for name in ("question", "references", "context", "task", "group")}
-    # a function of the user's may read calls that Rung cannot; other rewards were refused before the run
-    expected_calls = chat.expected_calls(record) if chat.reads_tool_calls else None
-    calls = None if expected_calls is None else chat.canonical_calls(answer.text)
+    tool_calls = record.messages[-1].tool_calls
+    if tool_calls and expected_calls is None:
+        expected_calls = canonical_calls(calls_of_message(tool_calls))
     return {
         **fields,
         "expected": record.answer if expected_calls is None else expected_calls,
-        "expects_calls": expected_calls is not None,
+        "expects_calls": bool(tool_calls),
         "calls": calls,
         "reasoning": answer.reasoning,
         "source": str(record.source),
