@@ -95,8 +95,7 @@ def quantize(model: PreTrainedModel, config: QloraConfig) -> dict[str, LowRankFa
         quantized = quantize_linear(weight, bias)
         if name in loftq_names:
             check_rank("loftq", config.rank, name, *weight.shape)
-            scale = (config.alpha or 2.0 * config.rank) / (config.rank**0.5 if config.rslora else config.rank)
-            starts[name] = loftq(weight, dense_weight(quantized), config.rank, scale)
+            starts[name] = loftq(weight, dense_weight(quantized), config.rank, config.scale_at(config.rank))
         quantized.transposed = isinstance(module, Conv1D)  # type: ignore[assignment]
         model.set_submodule(name, quantized)
         # Frees the dense matrix now: the table of linears still refers to the module.
