@@ -246,8 +246,8 @@ class GrpoConfig(ReinforcementBase):
     2024, eq. 3); `dr_grpo`: neither of the two, which removes the bias by length and difficulty (Liu et al. 2025);
     `rloo`: baseline is the mean of the other answers, loss on whole answers (Ahmadian et al. 2024, eq. 7)."""
     beta: NonNegativeFloat | None = None
-    """Weight of the KL divergence to the reference, in nats; with 0 no reference is loaded. Default by `loss`: per token
-    0.04 (grpo) and 0 (dr_grpo), per answer 0.03 (rloo)."""
+    """Weight of the KL divergence to the reference, in nats; with 0 no reference is loaded. Default by `loss`: 0.04
+    (grpo) and 0 (dr_grpo) per token, 0.03 (rloo) per answer."""
     clip: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """Clip range of the probability ratio to the policy that generated the answers."""
     rollout: RolloutConfig = RolloutConfig()
