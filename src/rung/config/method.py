@@ -49,6 +49,13 @@ class MethodBase(Config):
         """Dropout rate on the input of the adapters."""
         return 0.0
 
+    def widens_base(self, compute: str) -> bool:
+        """Whether the method holds a base stored in bfloat16 in float32, where products run in `compute`.
+
+        Methods ask it before they widen the base, and plans count by it.
+        """
+        return False
+
 
 class WeightMethodBase(MethodBase):
     """A method that trains weights of the base or of adapters, without virtual tokens."""
@@ -75,6 +82,10 @@ class FullConfig(WeightMethodBase):
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 5e-5
     kind: Literal["full"] = "full"
+
+    def widens_base(self, compute: str) -> bool:
+        """Always: updates smaller than a rounding step of bfloat16 would be lost."""
+        return True
 
 
 class HeadConfig(WeightMethodBase):
@@ -106,6 +117,10 @@ class LowRankConfig(WeightMethodBase):
     def adapter_dropout(self) -> float:
         """The setting `dropout`."""
         return self.dropout
+
+    def widens_base(self, compute: str) -> bool:
+        """With DoRA in float32: peft computes the norms of columns in the dtype of the stored weight."""
+        return self.dora and compute == "float32"
 
     def scale_at(self, rank: int) -> float:
         """Factor of B A in a layer of this rank: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
@@ -315,6 +330,10 @@ class PeftTunerConfig(WeightMethodBase):
     """As for lora."""
     starts_as_base: bool = True
     """Whether a fresh adapter leaves the base unchanged; the step-0 gate then checks it."""
+
+    def widens_base(self, compute: str) -> bool:
+        """Always: peft's tuners compute in the dtype of the stored weights."""
+        return True
 
 
 class BottleneckConfig(WeightMethodBase):

@@ -90,8 +90,7 @@ class Lora(Method):
         saved, names = config.modules_to_save, dict(model.named_modules())
         self.full_module_names = [name for name in names if name.rsplit(".", 1)[-1] in saved]
         """Full names of fully trained modules; peft matches a short name with every module that ends with it."""
-        if config.dora and keeps_bfloat16_weights(model):
-            # DoRA: peft computes column norms in the dtype of the stored weight.
+        if keeps_bfloat16_weights(model) and config.widens_base("float32"):
             model.float()
         try:
             targets = [model.get_submodule(name) for name in self.names]
