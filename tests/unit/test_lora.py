@@ -161,7 +161,7 @@ def test_the_identity_gate_gives_way_only_where_a_start_is_subtracted(init: str,
 def test_eva_is_32_times_smaller_and_each_start_has_its_authors_scale(init: str, scale: float) -> None:
     """At rank 16; the scale that peft multiplies by, also in layers of other ranks."""
     config = LoraConfig(init=init, rank=16, rank_pattern={"down": 8})  # type: ignore[arg-type]
-    method = attach_method(tiny_model(), config, seed=0)
+    method = attach_method(tiny_model(hidden_size=128), config, seed=0)
     assert {layer.scaling["default"] for layer in method.layers().values()} == {scale}
 
 

@@ -58,7 +58,7 @@ def attend_tree(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         query_1HTD, key_1KTD, value_1KTD = query_1HTD.to(dtype), key_1KTD.to(dtype), value_1KTD.to(dtype)
-        prefix = prefix and (prefix[0].to(dtype), prefix[1].to(dtype))
+    prefix = prefix and (prefix[0].to(key_1KTD.dtype), prefix[1].to(value_1KTD.dtype))
     is_flat = prefix is None and all(s.parent is None for s in segments)
     if is_flat and has_flat_kernel(query_1HTD.device) and query_1HTD.dtype in (torch.bfloat16, torch.float16):
         return _attend_flat(query_1HTD, key_1KTD, value_1KTD, tuple(segments), params)
