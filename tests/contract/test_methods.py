@@ -57,7 +57,7 @@ VARIANTS: list[tuple[str, dict[str, object]]] = [
     ("lora", {"init": "orthogonal", "rank": 8}),
     ("lora", {"modules_to_save": ("lm_head",), "targets": ("o", "down")}),
     ("lora", {"init": "pissa", "rank": 4}),
-    ("lora", {"init": "olora", "rank": 4, "rslora": True}),
+    ("lora", {"init": "olora", "rank": 4, "rslora": True, "alpha": 8.0}),
     ("lora", {"init": "eva", "rank": 4}),
     ("lora", {"init": "corda", "rank": 4, "alpha": 3.0}),
     ("lora", {"init": "lora_ga", "rank": 4, "modules_to_save": ("lm_head",)}),

@@ -122,3 +122,20 @@ def test_unknown_attention_arguments_are_refused() -> None:
     q = torch.zeros(1, 1, 2, 4)
     with pytest.raises(PlanError, match="s_aux"):
         attention.tree_attention(torch.nn.Identity(), q, q, q, None, s_aux=torch.zeros(1))
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_gradients_of_a_part_shared_by_many_documents_add_up_in_float32(softcap: float | None) -> None:
+    """256 documents behind one prompt in bfloat16, on both paths, against float64; the bound is one rounding, 2^-8."""
+    draw = torch.Generator().manual_seed(0)
+    segments = (Segment(0, 4, None), *(Segment(4 + i, 5 + i, 0) for i in range(256)))
+    tensors = [torch.randn(1, 2, 260, 8, generator=draw).bfloat16() for _ in range(3)]
+    upstream = 0.1 + torch.rand(1, 260, 2, 8, generator=draw).bfloat16()
+    gradients = []
+    for dtype in (torch.float64, torch.bfloat16):
+        query, key, value = (t.to(dtype).requires_grad_() for t in tensors)
+        out = attend_tree(query, key, value, segments, None, AttentionParams(None, softcap, None))
+        (out * upstream.to(dtype)).sum().backward()
+        gradients.append(value.grad[:, :, :4].double())
+    exact, ours = gradients
+    assert float((ours - exact).norm() / exact.norm()) < 2.0**-8

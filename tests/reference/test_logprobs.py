@@ -92,3 +92,23 @@ def test_autocast_bfloat16_keeps_the_gradient_near() -> None:
             token_logprobs(h, head, target, LogitTransform()).sum().backward()
         gradients.append(h.grad)
     assert (gradients[0] - gradients[1]).norm() / gradients[0].norm() < 2e-2  # bfloat16 has 8 bits of mantissa
+
+
+def test_tiles_of_a_trainable_head_add_up_in_float32_on_bfloat16_states() -> None:
+    """75 tiles of the vocabulary, and slices of entries: the sums round no more than their products do.
+
+    The bound is the rounding of one bfloat16 product (2^-8) with the float64 gradient of the same rounded inputs.
+    """
+    torch.manual_seed(0)
+    vocabulary, width, entries = 75 * 8, 16, 64 * 8
+    h = torch.randn(entries, width).bfloat16()
+    head = nn.Linear(width, vocabulary, bias=True).bfloat16()
+    target = torch.randint(vocabulary, (entries,))
+    gradients = []
+    for dtype in (torch.float64, torch.bfloat16):
+        states, copy = h.to(dtype).requires_grad_(), nn.Linear(width, vocabulary).to(dtype)
+        copy.load_state_dict(head.state_dict())
+        token_logprobs(states, copy, target, LogitTransform(), tile=TileSize(8, 8)).sum().backward()
+        gradients.append([states.grad, copy.weight.grad, copy.bias.grad])
+    for exact, ours in zip(*gradients, strict=True):
+        assert float((ours.double() - exact).norm() / exact.norm()) < 2.0**-8

@@ -92,3 +92,13 @@ def test_a_prefix_is_forgotten_after_its_rows() -> None:
     assert abs(mean_loss(policy, SftObjective(SftConfig()), batches) - before) > 1e-3
     with pytest.raises(RuntimeError, match="shared prefix"):
         policy.logprobs(batches[0])
+
+
+def test_a_prefix_adds_up_the_gradients_of_its_micro_batches_in_float32() -> None:
+    """513 micro-batches behind one prefix of bfloat16 keys: 1 + 512 / 512 is 2; in bfloat16 the sum stayed 1."""
+    source = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
+    cache = policy_module.PrefixCache({0: (source * 1.0,)})
+    for addend in [1.0, *[2.0**-9] * 512]:
+        (cache.leaves[0][0].to(torch.bfloat16) * addend).sum().backward()
+    cache.backward()
+    assert source.grad is not None and source.grad.tolist() == [2.0, 2.0, 2.0]

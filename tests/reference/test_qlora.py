@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from builders import documents, in_one_batch, policy_of, tuned
 from models import tiny_model
@@ -261,3 +261,11 @@ def test_a_base_that_other_models_share_is_loaded_whole(
     load.load_base_to_train(RunConfig.model_validate(values))
     load.load_base_to_train(RunConfig.model_validate({**values, "method": {"kind": "lora"}}))
     assert asked == [streams, False]
+
+
+def test_eight_bits_have_the_outlier_threshold_of_transformers() -> None:
+    """It was 0.0, which rounds the columns of outliers to 8 bits on a card."""
+    _, method = qlora(bits=8)
+    expected = BitsAndBytesConfig(load_in_8bit=True).llm_int8_threshold
+    assert expected == 6.0
+    assert {m.state.threshold for m in quantized(method.model)} == {expected}  # type: ignore[union-attr]

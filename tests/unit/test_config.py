@@ -19,6 +19,7 @@ from rung.config.io import (
     parse_config,
     rung_run_config,
 )
+from rung.config.objective import GrpoConfig, PreferenceConfig
 from rung.errors import ConfigError, RungError, did_you_mean
 
 TEXT = """\
@@ -190,3 +191,26 @@ def test_a_former_value_is_refused_with_its_present_name(file: Path, key: str, o
     with pytest.raises(ConfigError) as caught:
         load_config(file, [value])
     assert caught.value.hint == f"it is called {RENAMED_VALUES[old]} now"
+
+
+@pytest.mark.parametrize(
+    ("loss", "beta"),
+    [
+        *((loss, 0.1) for loss in ("dpo", "ipo", "hinge", "robust", "orpo", "kto", "apo_zero")),
+        ("simpo", 2.0),
+        ("sigmoid_norm", 5.0),  # of nats per token; it had 0.1, that of whole answers
+    ],
+)
+def test_a_loss_of_nats_per_token_has_a_beta_of_its_own(loss: str, beta: float) -> None:
+    smoothing = {"label_smoothing": 0.1} if loss == "robust" else {}
+    assert PreferenceConfig(loss=loss, **smoothing).resolved_beta == beta  # type: ignore[arg-type]
+    assert PreferenceConfig(loss=loss, beta=0.3, **smoothing).resolved_beta == 0.3  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("loss", "beta"), [("grpo", 0.04), ("dr_grpo", 0.0), ("rloo", 0.03)])
+def test_a_variant_of_grpo_has_the_beta_of_its_paper(loss: str, beta: float) -> None:
+    """RLOO's divergence is of whole answers and GRPO's per token; Dr. GRPO has none, so it loads no reference."""
+    config = GrpoConfig(loss=loss, reward={"kind": "exact"})  # type: ignore[arg-type]
+    assert config.kl_weight == beta
+    assert (config.reference_model is None) == (beta == 0.0)
+    assert GrpoConfig(loss=loss, beta=0.2, reward={"kind": "exact"}).kl_weight == 0.2  # type: ignore[arg-type]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -12,7 +14,7 @@ from rung.config.layers import resolve_layers
 from rung.config.method import METHOD_CONFIGS, LoraConfig
 from rung.config.objective import SftConfig
 from rung.config.training import OptimizerConfig
-from rung.errors import ConfigError
+from rung.errors import CheckpointError, ConfigError
 from rung.methods.registry import attach_method
 from rung.models.targets import layer_number
 from rung.objectives.sft import SftObjective
@@ -140,3 +142,62 @@ def test_the_identity_gate_gives_way_only_where_a_start_is_subtracted(init: str,
     gate = check_identity(calibrated(policy_of(method.model, method), method), method, in_one_batch(documents()))
     assert gate is not None and gate.state == "passed"
     assert gate.limit == pytest.approx(2e-3 if subtracts else 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("init", "scale"),
+    [
+        ("default", 2.0),
+        ("gaussian", 2.0),
+        ("orthogonal", 2.0),
+        ("pissa", 1.0),  # lora_alpha is lora_r (Meng et al. 2024, section 5)
+        ("corda", 1.0),
+        ("corda_knowledge", 1.0),
+        ("olora", 1.0),  # 16 at every rank
+        ("lora_ga", 2.0),  # 16 at rank 8
+        ("eva", 1.0 / 16.0),  # rows of norm 1: it was 2, 32 times as much
+    ],
+)
+def test_eva_is_32_times_smaller_and_each_start_has_its_authors_scale(init: str, scale: float) -> None:
+    """At rank 16; the scale that peft multiplies by, also in layers of other ranks."""
+    config = LoraConfig(init=init, rank=16, rank_pattern={"down": 8})  # type: ignore[arg-type]
+    method = attach_method(tiny_model(hidden_size=128), config, seed=0)
+    assert {layer.scaling["default"] for layer in method.layers().values()} == {scale}
+
+
+def test_loftq_makes_up_for_the_error_at_scale_1() -> None:
+    method = attach_method(tiny_model(), METHOD_CONFIGS["qlora"](init="loftq", rank=4), seed=0)
+    assert {layer.scaling["default"] for layer in method.layers().values()} == {1.0}
+
+
+def test_rslora_keeps_one_alpha_so_that_its_scale_falls_with_the_root_of_the_rank() -> None:
+    """alpha / sqrt(rank) with alpha = 2 rank was 2 sqrt(rank): it grew with the rank, 16 at rank 64."""
+    config = LoraConfig(rank=16, rank_pattern={"down": 4}, rslora=True)
+    method = attach_method(tiny_model(), config, seed=0)
+    found = {method.ranks[name]: layer.scaling["default"] for name, layer in method.layers().items()}
+    assert found == {16: 2.0, 4: 4.0}
+    scales = {rank: LoraConfig(rank=rank, rslora=True).scale_at(rank) for rank in (4, 16, 64, 256)}
+    assert scales == {4: 4.0, 16: 2.0, 64: 1.0, 256: 0.5}
+
+
+@pytest.mark.parametrize("init", ["eva", "pissa", "olora", "corda"])
+def test_rslora_and_a_start_of_its_own_alpha_want_it_set(init: str) -> None:
+    with pytest.raises(ValidationError, match="set alpha"):
+        LoraConfig(init=init, rslora=True)  # type: ignore[arg-type]
+    assert LoraConfig(init=init, rslora=True, alpha=4.0).scale_at(16) == 1.0  # type: ignore[arg-type]
+
+
+def test_an_adapter_of_another_scale_is_refused(tmp_path: Path) -> None:
+    """A config without alpha, whose default has changed since: B A would be multiplied by 1/4 instead of 2."""
+    _, method = tuned("lora", init="eva", rank=4, alpha=8.0)
+    method.save(tmp_path)
+    other = attach_method(tiny_model(), LoraConfig(init="eva", rank=4), seed=0)
+    with pytest.raises(CheckpointError, match=r"another scale(.|\n)*alpha"):
+        other.load(tmp_path)
+    attach_method(tiny_model(), LoraConfig(init="eva", rank=4, alpha=8.0), seed=0).load(tmp_path)
+
+
+@pytest.mark.parametrize(("placement", "scale"), [("houlsby", 1.0), ("pfeiffer", 1.0), ("parallel", 4.0)])
+def test_a_parallel_adapter_has_the_scale_of_its_paper(placement: str, scale: float) -> None:
+    method = attach_method(tiny_model(), METHOD_CONFIGS["bottleneck"](placement=placement, width=4), seed=0)
+    assert {m.scale for m in method.model.modules() if hasattr(m, "down") and hasattr(m, "up")} == {scale}

@@ -129,7 +129,11 @@ WITH_IDS = (
     "{{ '[CALL_ID]' + (c.id or 'none') + '[ARGS]' }}"
     "{{ c.function.arguments | tojson }}{% endfor %}"
 )
-AS_TEXT = "{% for c in m.tool_calls or [] %}{{ '<call>' + c.function.name + '<sep>' + c.function.arguments + '</call>' }}{% endfor %}"
+AS_TEXT = (
+    "{% for c in m.tool_calls or [] %}"
+    "{{ '<call>' + c.function.name + '<sep>' + c.function.arguments + '</call>' }}"
+    "{% endfor %}"
+)
 PYTHON_VALUES = CALLS["xml"].replace("v | tojson", "v | string")
 
 

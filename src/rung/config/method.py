@@ -49,6 +49,13 @@ class MethodBase(Config):
         """Dropout rate on the input of the adapters."""
         return 0.0
 
+    def widens_base(self, compute: str) -> bool:
+        """Whether the method holds a base stored in bfloat16 in float32, where products run in `compute`.
+
+        Methods ask it before they widen the base, and plans count by it.
+        """
+        return False
+
 
 class WeightMethodBase(MethodBase):
     """A method that trains weights of the base or of adapters, without virtual tokens."""
@@ -75,6 +82,10 @@ class FullConfig(WeightMethodBase):
 
     DEFAULT_LEARNING_RATE: ClassVar[float] = 5e-5
     kind: Literal["full"] = "full"
+
+    def widens_base(self, compute: str) -> bool:
+        """Always: updates smaller than a rounding step of bfloat16 would be lost."""
+        return True
 
 
 class HeadConfig(WeightMethodBase):
@@ -107,12 +118,32 @@ class LowRankConfig(WeightMethodBase):
         """The setting `dropout`."""
         return self.dropout
 
+    def widens_base(self, compute: str) -> bool:
+        """With DoRA in float32: peft computes the norms of columns in the dtype of the stored weight."""
+        return self.dora and compute == "float32"
+
+    def scale_at(self, rank: int) -> float:
+        """Factor of B A in a layer of this rank: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
+
+        Where `alpha` is not set, layers of other ranks have the scale of `rank`; with rsLoRA they have its alpha.
+        LoRA of rank 16 gives 2, EVA 1/16 and rsLoRA 2.
+        """
+        divisor_rank = self.rank if self.alpha is None and not self.rslora else rank
+        return self.resolved_alpha / (divisor_rank**0.5 if self.rslora else divisor_rank)
+
+    @property
+    def resolved_alpha(self) -> float:
+        """The setting `alpha`, or its default, for a layer of the default rank."""
+        return default_alpha(self.rank, self.init, rslora=self.rslora) if self.alpha is None else self.alpha
+
     rank: PositiveInt = 16
     """Rank of the update: columns of B. Trainable parameters grow linearly with it."""
     rank_pattern: dict[Annotated[str, Field(pattern=_RANK_KEY)], PositiveInt] = {}
     """Other ranks by role (down), layer (3) or both (3.down); the most specific entry applies."""
     alpha: PositiveFloat | None = None
-    """Numerator of the scale: the update is multiplied by alpha / rank. Default: twice the rank of each layer."""
+    """Numerator of the scale: the update is multiplied by alpha / rank. Default by `init`: 1 for eva, 16 for olora,
+    the rank for pissa, corda and loftq, else twice the rank, and the same scale in layers of other ranks; with
+    `rslora` 8 for every rank."""
     dropout: Fraction = 0.0
     """Dropout on the input of the adapter. Above 0, prefixes are not shared: every copy is dropped differently."""
     targets: tuple[LinearRole, ...] = Field(default=ALL_LINEAR, min_length=1)
@@ -121,7 +152,7 @@ class LowRankConfig(WeightMethodBase):
     """Layers with an adapter: numbers from 0, a range (15-29), or first, middle, last for a third of the layers;
     default: all."""
     rslora: bool = False
-    """Scale by alpha / sqrt(rank) (Kalajdzievski 2023, eq. 4)."""
+    """Scale by alpha / sqrt(rank), with one alpha for every rank (Kalajdzievski 2023, eq. 4)."""
     dora: bool = False
     """Train magnitude and direction of the weights separately (DoRA, Liu et al. 2024, eq. 5)."""
     init: Init = "default"
@@ -140,6 +171,8 @@ class LowRankConfig(WeightMethodBase):
     """Names of modules that are trained in full and saved with the adapter, for example [lm_head]."""
 
     def _check(self) -> None:
+        if self.rslora and self.alpha is None and self.init in (*FIXED_ALPHAS, *ALPHA_IS_RANK):
+            raise ValueError(f"rslora and init {self.init} have different defaults of alpha: set alpha")
         if self.init in SUBTRACTED_INITS and self.dora:
             raise ValueError(f"init {self.init} subtracts its start, which a direction learned apart (dora) has not")
         if self.init in SUBTRACTED_INITS and self.dropout:
@@ -194,6 +227,23 @@ SUBTRACTED_INITS = frozenset({"pissa", "olora", "corda", "corda_knowledge", "lor
 """Initial updates that are not zero; a frozen half of the adapter subtracts them (decision 0013)."""
 CALIBRATED_INITS = frozenset[str](get_args(CalibratedInit))
 """Initializations computed before the first step from weights, activations or gradients."""
+# docs/defaults.md has the source of each
+FIXED_ALPHAS = {"eva": 1.0, "olora": 16.0}
+"""Default `alpha` of initializations whose authors keep it for every rank."""
+ALPHA_IS_RANK = frozenset({"pissa", "corda", "corda_knowledge", "loftq"})
+"""Initializations that are a part of the weights, or of their error, at scale 1: alpha equals the rank."""
+RSLORA_ALPHA = 8.0
+"""Default `alpha` with rsLoRA: that of peft, which gives rank 16 the scale of LoRA."""
+
+
+def default_alpha(rank: int, init: str, *, rslora: bool) -> float:
+    """Default of `alpha`. A start of other units has another default: EVA's rows have norm 1, at any width.
+
+    Known values at rank 16: LoRA 32, EVA 1, PiSSA 16, rsLoRA 8.
+    """
+    if rslora:
+        return RSLORA_ALPHA
+    return FIXED_ALPHAS.get(init, float(rank) if init in ALPHA_IS_RANK else 2.0 * rank)
 
 
 class LayerLotteryConfig(Config):
@@ -281,6 +331,10 @@ class PeftTunerConfig(WeightMethodBase):
     starts_as_base: bool = True
     """Whether a fresh adapter leaves the base unchanged; the step-0 gate then checks it."""
 
+    def widens_base(self, compute: str) -> bool:
+        """Always: peft's tuners compute in the dtype of the stored weights."""
+        return True
+
 
 class BottleneckConfig(WeightMethodBase):
     """A narrow network after or parallel to each block: x + up(activation(down(x))) (Houlsby et al. 2019, sec. 2.1)."""
@@ -295,10 +349,15 @@ class BottleneckConfig(WeightMethodBase):
     """Width of the bottleneck. Trainable parameters grow linearly with it."""
     activation: Literal["relu", "gelu", "silu", "tanh"] = "gelu"
     """Activation between down and up projection."""
-    scale: PositiveFloat = 1.0
-    """Factor of the adapter output; He et al. use 4 for `parallel`."""
+    scale: PositiveFloat | None = None
+    """Factor of the adapter output. Default: 4 for `parallel` (He et al. 2022, section 4.6), else 1."""
     layers: Layers = None
     """As for lora."""
+
+    @property
+    def resolved_scale(self) -> float:
+        """The resolved `scale`."""
+        return (4.0 if self.placement == "parallel" else 1.0) if self.scale is None else self.scale
 
 
 class PromptConfig(VirtualTokenBase):

@@ -44,6 +44,9 @@ class SftConfig(ObjectiveBase):
 PreferenceLoss = Literal["dpo", "ipo", "hinge", "robust", "simpo", "orpo", "kto", "apo_zero", "sigmoid_norm"]
 REFERENCE_FREE = frozenset({"simpo", "orpo"})
 """Losses without a reference model."""
+# docs/defaults.md has the source of each
+_BETAS = {"simpo": 2.0, "sigmoid_norm": 5.0}
+_GRPO_BETAS = {"grpo": 0.04, "dr_grpo": 0.0, "rloo": 0.03}
 COMPARISON_KINDS = frozenset({"preference", "reward"})
 """Objectives on rows with several answers."""
 ROLLOUT_KINDS = frozenset({"grpo", "ppo"})
@@ -60,8 +63,8 @@ class PreferenceConfig(ObjectiveBase):
     loss: PreferenceLoss = "dpo"
     """Loss of the difference h between the log-ratios of the answers; see docs/objectives/preference.md."""
     beta: PositiveFloat | None = None
-    """Factor of the log-ratios: small values let the policy move far from the reference. Default: 2 for simpo, 0.1 for
-    all others."""
+    """Factor of the log-ratios: small values let the policy move far from the reference. Default: 0.1, for differences
+    in nats per token 2 (simpo) and 5 (sigmoid_norm)."""
     margin: NonNegativeFloat = 0.5
     """For simpo: target difference in nats per token (gamma / beta, Meng et al. 2024, eq. 6)."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
@@ -93,7 +96,7 @@ class PreferenceConfig(ObjectiveBase):
     @property
     def resolved_beta(self) -> float:
         """The resolved `beta`."""
-        return (2.0 if self.loss == "simpo" else 0.1) if self.beta is None else self.beta
+        return _BETAS.get(self.loss, 0.1) if self.beta is None else self.beta
 
     @property
     def sft_weight(self) -> float:
@@ -209,7 +212,7 @@ class ReinforcementBase(ObjectiveBase):
 
     reward: RewardSourceConfig = Field(default=...)
     """Source of the rewards."""
-    beta: NonNegativeFloat = 0.0
+    beta: NonNegativeFloat | None = None
     """Weight of the KL divergence to the reference; with 0 no reference is loaded."""
     reference: str = Field(default="base", min_length=1)
     """As for preference."""
@@ -220,9 +223,14 @@ class ReinforcementBase(ObjectiveBase):
         return 1.0
 
     @property
+    def kl_weight(self) -> float:
+        """The resolved `beta`."""
+        return self.beta or 0.0
+
+    @property
     def reference_model(self) -> str | None:
         """The reference; None with `beta` 0."""
-        return self.reference if self.beta else None
+        return self.reference if self.kl_weight else None
 
 
 class GrpoConfig(ReinforcementBase):
@@ -237,17 +245,23 @@ class GrpoConfig(ReinforcementBase):
     """`grpo`: advantages divided by the standard deviation of the group, mean over the tokens of an answer (Shao et al.
     2024, eq. 3); `dr_grpo`: neither of the two, which removes the bias by length and difficulty (Liu et al. 2025);
     `rloo`: baseline is the mean of the other answers, loss on whole answers (Ahmadian et al. 2024, eq. 7)."""
-    beta: NonNegativeFloat = 0.04
-    """Weight of the KL divergence to the reference, in nats; with 0 no reference is loaded."""
+    beta: NonNegativeFloat | None = None
+    """Weight of the KL divergence to the reference, in nats; with 0 no reference is loaded. Default by `loss`: 0.04
+    (grpo) and 0 (dr_grpo) per token, 0.03 (rloo) per answer."""
     clip: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """Clip range of the probability ratio to the policy that generated the answers."""
     rollout: RolloutConfig = RolloutConfig()
     """How answers are generated."""
 
+    @property
+    def kl_weight(self) -> float:
+        """The resolved `beta`."""
+        return _GRPO_BETAS[self.loss] if self.beta is None else self.beta
+
     def _check(self) -> None:
         if self.rollout.num_generations < 2:
             raise ValueError("a group needs rollout.num_generations of at least 2")
-        if self.reference != "base" and not self.beta:
+        if self.reference != "base" and not self.kl_weight:
             raise ValueError("beta: 0 knows no reference")
 
 
@@ -259,7 +273,7 @@ class PpoConfig(ReinforcementBase):
 
     LEARNING_RATE_SCALE: ClassVar[float] = 0.1
     kind: Literal["ppo"] = "ppo"
-    beta: NonNegativeFloat = 0.05
+    beta: NonNegativeFloat | None = 0.05
     """Subtracted from the reward per nat of log-ratio to the reference, token by token; with 0 no reference is
     loaded."""
     adaptive_kl: AdaptiveKlConfig | None = None
@@ -286,7 +300,7 @@ class PpoConfig(ReinforcementBase):
     """How answers are generated."""
 
     def _check(self) -> None:
-        if not self.beta and (self.reference != "base" or self.adaptive_kl is not None):
+        if not self.kl_weight and (self.reference != "base" or self.adaptive_kl is not None):
             raise ValueError("beta: 0 knows no reference, and nothing to adapt")
         if self.value == "reward" and self.reward.kind != "model":
             raise ValueError("value: reward needs reward: {kind: model, run: ...}")

@@ -85,9 +85,8 @@ def lora_updates(state: Mapping[str, Tensor], config: Mapping[str, Any], where: 
         rank = _pattern_value(config.get("rank_pattern"), module, config["r"])
         if set(half) != {"A", "B"} or half["B"].shape[1] != half["A"].shape[0] or half["A"].shape[0] != rank:
             raise CheckpointError("half of this update is missing or of another rank", where=where, given=module)
-        alpha = _pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"])
-        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        updates[module] = SavedUpdate(half["A"], half["B"], scale, bool(config.get("fan_in_fan_out")))
+        scale, transposed = saved_scale(config, module), bool(config.get("fan_in_fan_out"))
+        updates[module] = SavedUpdate(half["A"], half["B"], scale, transposed)
     targets = config.get("target_modules")
     names = targets if isinstance(targets, list) else []
     unmatched = [name for name in names if not any(m == name or m.endswith(f".{name}") for m in updates)]
@@ -95,6 +94,13 @@ def lora_updates(state: Mapping[str, Tensor], config: Mapping[str, Any], where: 
         given = ", ".join(unmatched[:3])
         raise CheckpointError("the adapter lacks updates that it names", where=where, given=given)
     return updates
+
+
+def saved_scale(config: Mapping[str, Any], module: str) -> float:
+    """Factor of B A that the settings of a saved LoRA give a module."""
+    rank = _pattern_value(config.get("rank_pattern"), module, config["r"])
+    alpha = _pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"])
+    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
 def _pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:

@@ -47,7 +47,7 @@ class BottleneckAdapter(nn.Module):
         dtype = torch.promote_types(reference.dtype, torch.float32)
         self.down = nn.Linear(features, config.width, device=reference.device, dtype=dtype)
         self.up = nn.Linear(config.width, features, device=reference.device, dtype=dtype)
-        self.activation, self.scale = _ACTIVATIONS[config.activation], config.scale
+        self.activation, self.scale = _ACTIVATIONS[config.activation], config.resolved_scale
         nn.init.normal_(self.down.weight, std=INIT_STD)
         for zero_parameter in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero_parameter)

@@ -59,7 +59,7 @@ class Full(_TrainsBase):
 
     def __init__(self, model: PreTrainedModel, config: FullConfig) -> None:
         has_half_precision = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
-        # Updates smaller than a bfloat16 rounding step would be lost. Products may still run in bfloat16.
+        # As `FullConfig.widens_base` says. Products may still run in bfloat16.
         self.model = (model.float() if has_half_precision else model).requires_grad_(True)
         self.unused_head_parameters = 0
         """Parameters of an untied head that the objective does not read."""

@@ -26,9 +26,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rung.config.method import CALIBRATED_INITS, SUBTRACTED_INITS, LowRankConfig, QloraConfig
-from rung.errors import ConfigError
+from rung.errors import CheckpointError, ConfigError
 from rung.methods import lora_init as starts
-from rung.methods.adapter_files import CONFIG, read_state, write_peft_files
+from rung.methods.adapter_files import CONFIG, read_state, saved_scale, write_peft_files
 from rung.methods.adapter_merging import LowRankFactors
 from rung.methods.lora_init import input_second_moments, weight_gradients
 from rung.methods.protocol import CalibrationData, Method, TrainableSet
@@ -90,8 +90,7 @@ class Lora(Method):
         saved, names = config.modules_to_save, dict(model.named_modules())
         self.full_module_names = [name for name in names if name.rsplit(".", 1)[-1] in saved]
         """Full names of fully trained modules; peft matches a short name with every module that ends with it."""
-        if config.dora and keeps_bfloat16_weights(model):
-            # DoRA: peft computes column norms in the dtype of the stored weight.
+        if keeps_bfloat16_weights(model) and config.widens_base("float32"):
             model.float()
         try:
             targets = [model.get_submodule(name) for name in self.names]
@@ -237,10 +236,18 @@ class Lora(Method):
         write_peft_files(folder, self._state(), config)
 
     def load(self, folder: Path) -> None:
-        """Load what `save` wrote; missing or unexpected keys raise `CheckpointError`."""
+        """Load what `save` wrote; missing or unexpected keys and another scale raise `CheckpointError`."""
+        settings = json.loads((folder / CONFIG).read_text())
         # A lottery saves only the winners' linears.
         if self.layer_schedule is not None:
-            self.keep_only_modules(set(json.loads((folder / CONFIG).read_text())["target_modules"]))
+            self.keep_only_modules(set(settings["target_modules"]))
+        for name in self.active_names:
+            # B A is trained for one scale; a config whose default has changed since would multiply it by another.
+            saved, scale = saved_scale(settings, name), self.config.scale_at(self.ranks[name])
+            if not math.isclose(saved, scale, rel_tol=1e-6):
+                hint = f"set method.alpha so that B A is multiplied by {saved:g}"
+                reason = f"the update of {name} was trained for another scale"
+                raise CheckpointError(reason, where=str(folder), given=scale, allowed=f"{saved:g}", hint=hint)
         state = read_state(folder, self._state())
         for adapter, half in _split_halves(state).items() if self.subtracts else [(TRAINED_ADAPTER, state)]:
             without_peft_warnings(set_peft_model_state_dict, self.peft, half, adapter_name=adapter)
@@ -266,14 +273,13 @@ class Lora(Method):
 
     def _config(self, modules_to_save: list[str]) -> LoraConfig:
         config = self.config
-        # Without an alpha the scale is 2 for every rank, also where `rank_pattern` sets another one.
-        alpha = 2.0 * config.rank if config.alpha is None else config.alpha
         other_ranks = {name: rank for name, rank in self.ranks.items() if rank != config.rank}
+        alphas = {name: config.scale_at(rank) * rank for name, rank in other_ranks.items()}
         return LoraConfig(
             r=config.rank,
-            lora_alpha=alpha,
+            lora_alpha=config.resolved_alpha,
             rank_pattern=other_ranks,
-            alpha_pattern={name: 2.0 * rank for name, rank in other_ranks.items()} if config.alpha is None else {},
+            alpha_pattern=alphas if config.alpha is None and not config.rslora else {},
             lora_dropout=config.dropout,
             target_modules=self.names,
             use_rslora=config.rslora,

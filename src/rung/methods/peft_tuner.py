@@ -36,8 +36,7 @@ class PeftTuner(Method):
         self.model, self.config = model, config
         self.starts_as_base = config.starts_as_base
         peft_config = _peft_config(model, config)
-        # peft's tuners compute in the dtype of the stored weights.
-        model.float()
+        model.float()  # as `PeftTunerConfig.widens_base` says
         try:
             self.peft: peft.PeftModel = without_peft_warnings(peft.get_peft_model, model, peft_config)
         # peft raises any of these for a config that does not fit the model.

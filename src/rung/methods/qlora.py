@@ -26,6 +26,10 @@ from rung.models.targets import select_linears
 
 BLOCK_SIZE = 64
 """Weights that share one scale."""
+OUTLIER_THRESHOLD = 6.0
+"""Columns of the inputs with a magnitude of at least this are not rounded to 8 bits (Dettmers et al. 2022, LLM.int8(),
+section 3.2; transformers' `llm_int8_threshold`). On a card bitsandbytes chooses them anew for every batch; on a
+processor it rounds no inputs."""
 _FLAGS = {4: "is_loaded_in_4bit", 8: "is_loaded_in_8bit"}
 
 
@@ -95,8 +99,7 @@ def quantize(model: PreTrainedModel, config: QloraConfig) -> dict[str, LowRankFa
         quantized = quantize_linear(weight, bias)
         if name in loftq_names:
             check_rank("loftq", config.rank, name, *weight.shape)
-            scale = (config.alpha or 2.0 * config.rank) / (config.rank**0.5 if config.rslora else config.rank)
-            starts[name] = loftq(weight, dense_weight(quantized), config.rank, scale)
+            starts[name] = loftq(weight, dense_weight(quantized), config.rank, config.scale_at(config.rank))
         quantized.transposed = isinstance(module, Conv1D)  # type: ignore[assignment]
         model.set_submodule(name, quantized)
         # Frees the dense matrix now: the table of linears still refers to the module.
@@ -123,7 +126,8 @@ def _to_four_bits(config: QloraConfig, compute_dtype: torch.dtype, weight: Tenso
 
 def _to_eight_bits(weight: Tensor, bias: Tensor | None) -> nn.Module:
     bnb, (outputs, inputs) = require_bitsandbytes(), weight.shape
-    linear = bnb.nn.Linear8bitLt(inputs, outputs, bias=bias is not None, has_fp16_weights=False, device="meta")
+    options = {"has_fp16_weights": False, "threshold": OUTLIER_THRESHOLD, "device": "meta"}
+    linear = bnb.nn.Linear8bitLt(inputs, outputs, bias=bias is not None, **options)
     linear.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(weight.device)
     # On a processor bitsandbytes rounds inputs in evaluation but not in training, so evaluation would measure another
     # model than the one that was trained.

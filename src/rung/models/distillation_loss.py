@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rung.models.logprobs import LogitTransform, head_tensors
-from rung.models.onednn_matmul import linear, matmul, product_dtype
+from rung.models.onednn_matmul import linear, matmul, product_dtype, wide_zeros
 
 ENTRIES_PER_SLICE = 128
 """Entries in one slice: 25 MB for a float32 tensor of logits over a vocabulary of 49,152."""
@@ -136,7 +136,8 @@ class _DistillationLoss(torch.autograd.Function):
         weight, bias = weight_VH.to(dtype), None if bias_V is None else bias_V.to(dtype)
         needs_grad = tuple(need and with_grad for need in ctx.needs_input_grad[2:])
         wanted = zip(tensors, needs_grad, strict=True)
-        grads = tuple(torch.zeros_like(p) if p is not None and want else None for p, want in wanted)
+        # Float32 whatever the head is stored in: the slices' gradients of it are added up.
+        grads = tuple(wide_zeros(p) if p is not None and want else None for p, want in wanted)
         n, factory = len(h_NH), {"dtype": wide_dtype, "device": h_NH.device}
         output = DistillOutput(torch.zeros((), **factory), torch.zeros(n, **factory), torch.zeros(n, **factory))
         with torch.autocast(h_NH.device.type, enabled=False):
@@ -152,9 +153,9 @@ class _DistillationLoss(torch.autograd.Function):
                 output.divergence_N[rows], output.logprob_N[rows] = divergence_N, logprob_N
                 if any(needs_grad):
                     (d_z,) = torch.autograd.grad(slice_output.total, z)
-                    _accumulate_grads(grads, rows, d_z.to(dtype), h, weight)
+                    _accumulate_grads(grads, rows, d_z, h, weight)
         # The gradients themselves are saved; the backward pass only multiplies them by the incoming scalar.
-        ctx.save_for_backward(*grads)
+        ctx.save_for_backward(*(g if g is None else g.to(p.dtype) for g, p in zip(grads, tensors, strict=True)))
         ctx.mark_non_differentiable(output.divergence_N, output.logprob_N)
         return output
 
@@ -164,12 +165,13 @@ class _DistillationLoss(torch.autograd.Function):
         return None, None, *(None if g is None else g * grad for g in ctx.saved_tensors)
 
 
-def _accumulate_grads(grads: Sequence[Tensor | None], rows: slice, d_z: Tensor, h: Tensor, weight: Tensor) -> None:
-    """Add the gradients of one slice to those of hidden states, weight and bias."""
+def _accumulate_grads(grads: Sequence[Tensor | None], rows: slice, wide_d_z: Tensor, h: Tensor, weight: Tensor) -> None:
+    """Add the gradients of one slice to those of hidden states, weight and bias; products in the dtype of `h`."""
     grad_h, grad_weight, grad_bias = grads
+    d_z = wide_d_z.to(h.dtype)
     if grad_h is not None:
         grad_h[rows] = matmul(d_z, weight).to(grad_h.dtype)
     if grad_weight is not None:
         grad_weight += matmul(d_z.T, h)
     if grad_bias is not None:
-        grad_bias += d_z.sum(0)
+        grad_bias += wide_d_z.sum(0)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rung.models.onednn_matmul import linear, matmul, product_dtype
+from rung.models.onednn_matmul import linear, matmul, product_dtype, wide_zeros
 
 
 class TileSize(NamedTuple):
@@ -102,24 +102,31 @@ class _TokenLogprobs(torch.autograd.Function):
             return None, None, None, direction_NH * grad_N[:, None].to(direction_NH.dtype), None, None
         if h_NH is None:
             return (None,) * 6
-        needs = zip((h_NH, weight_VH, bias_V), ctx.needs_input_grad[3:], strict=True)
-        grad_h, grad_w, grad_b = (torch.zeros_like(tensor) if need else None for tensor, need in needs)
+        need_h, need_w, need_b = ctx.needs_input_grad[3:]
+        grad_h = torch.empty_like(h_NH) if need_h else None
+        # Sums over tiles are float32: in bfloat16 75 tiles of a vocabulary would lose more than their products.
+        grad_w, grad_b = (wide_zeros(p) if need else None for p, need in ((weight_VH, need_w), (bias_V, need_b)))
         head = _Head(weight_VH, bias_V, ctx.logit_map, ctx.product_dtype, ctx.tile.columns)
         for rows in _slices(len(h_NH), ctx.tile.entries):
             hidden, grad, target = h_NH[rows].to(ctx.product_dtype), grad_N[rows, None], target_N[rows]
+            d_hidden = wide_zeros(hidden)
             for columns, weight, logits in head.tiles(hidden, lse_N.dtype):
                 slope = ctx.logit_map.derivative(logits)
                 # -softmax, plus 1 at the target: the gradient of log p with respect to the logits.
                 d_z = logits.sub_(lse_N[rows, None]).exp_().neg_()
                 in_tile, index = _targets_in_columns(target, columns)
                 d_z.scatter_add_(1, index[:, None], in_tile[:, None].to(d_z.dtype))
-                d_z = d_z.mul_(slope).mul_(grad).to(ctx.product_dtype)
-                if grad_h is not None:
-                    grad_h[rows] += matmul(d_z, weight)
-                if grad_w is not None:
-                    grad_w[columns] += matmul(d_z.T, hidden)
+                d_z = d_z.mul_(slope).mul_(grad)
                 if grad_b is not None:
                     grad_b[columns] += d_z.sum(0)
+                d_z = d_z.to(ctx.product_dtype)
+                if grad_h is not None:
+                    d_hidden += matmul(d_z, weight)
+                if grad_w is not None:
+                    grad_w[columns] += matmul(d_z.T, hidden)
+            if grad_h is not None:
+                grad_h[rows] = d_hidden.to(grad_h.dtype)
+        grad_w, grad_b = (g if g is None else g.to(p.dtype) for g, p in ((grad_w, weight_VH), (grad_b, bias_V)))
         return None, None, None, grad_h, grad_w, grad_b
 
 

@@ -44,6 +44,11 @@ def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, weight.dtype)
 
 
+def wide_zeros(tensor: Tensor) -> Tensor:
+    """Zeros of its shape to add to, in float32 or wider: many small addends are lost in 16 bits."""
+    return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+
+
 def _onednn_supports(x: Tensor) -> bool:
     """Whether to call oneDNN: it has no float64, and torch sends bfloat16 to it already."""
     return x.dtype is torch.float32 and x.device.type == "cpu" and x.numel() > 0 and bool(torch.backends.mkldnn.enabled)

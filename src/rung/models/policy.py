@@ -327,14 +327,18 @@ class PrefixCache:
     def backward(self) -> None:
         """Back-propagate the gradients that the leaves collected."""
         computed, leaves = (list(chain(*by_layer.values())) for by_layer in (self.computed, self.leaves))
-        pairs = [(tensor, leaf.grad) for tensor, leaf in zip(computed, leaves, strict=True) if leaf.grad is not None]
+        both = zip(computed, leaves, strict=True)
+        pairs = [(tensor, leaf.grad.to(tensor.dtype)) for tensor, leaf in both if leaf.grad is not None]
         # One call for all layers: their graph is shared and would be freed by the first call.
         if pairs:
             torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
 
 
 def _detached_leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_(tensor.requires_grad)
+    if not tensor.requires_grad:
+        return tensor.detach()
+    # Float32: a leaf adds up the gradients of all micro-batches of a step. Attention casts it to the type of its keys.
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)).requires_grad_()
 
 
 def sum_by_document(batch: PackedBatch, values_N: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.utils import is_flash_attn_2_available
 
+from rung.models.onednn_matmul import wide_zeros
 from rung.types import Segment
 
 KeysValues = tuple[Tensor, Tensor]
@@ -57,7 +58,7 @@ def attend_tree(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         query_1HTD, key_1KTD, value_1KTD = query_1HTD.to(dtype), key_1KTD.to(dtype), value_1KTD.to(dtype)
-        prefix = prefix and (prefix[0].to(dtype), prefix[1].to(dtype))
+    prefix = prefix and (prefix[0].to(key_1KTD.dtype), prefix[1].to(value_1KTD.dtype))
     is_flat = prefix is None and all(s.parent is None for s in segments)
     if is_flat and has_flat_kernel(query_1HTD.device) and query_1HTD.dtype in (torch.bfloat16, torch.float16):
         return _attend_flat(query_1HTD, key_1KTD, value_1KTD, tuple(segments), params)
@@ -67,10 +68,12 @@ def attend_tree(
         return _FlashTree.apply(tuple(segments), params, *tensors)  # type: ignore[no-any-return, no-untyped-call]
     # The general path: softcap, dropout, unequal widths, or trees on another device.
     keys, values = SplitKV(key_1KTD, prefix and prefix[0]), SplitKV(value_1KTD, prefix and prefix[1])
-    groups = query_1HTD.shape[1] // key_1KTD.shape[1]
+    if not is_flat and torch.is_grad_enabled():
+        keys, values = keys.widened(), values.widened()
+    groups, dtype = query_1HTD.shape[1] // key_1KTD.shape[1], query_1HTD.dtype
     outputs = []
     for rows, path, mask in _iterate_segments(segments, keys.prefix_length, params.window, query_1HTD.device):
-        key, value = (repeat_kv(kv.gather(path, rows), groups) for kv in (keys, values))
+        key, value = (repeat_kv(kv.gather(path, rows).to(dtype), groups) for kv in (keys, values))
         outputs.append(attend(query_1HTD[:, :, rows], key, value, mask, params))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
@@ -133,7 +136,7 @@ class _FlashTree(torch.autograd.Function):
         query, key, value, prefix_key, prefix_value, out_1THD, *lses = ctx.saved_tensors
         groups = query.shape[1] // key.shape[1]
         keys, values = SplitKV(key, prefix_key), SplitKV(value, prefix_value)
-        d_query, d_keys, d_values = torch.empty_like(query), keys.zeros(), values.zeros()
+        d_query, d_keys, d_values = torch.empty_like(query), keys.zeros(), values.zeros()  # a sum over segments
         visits = _iterate_segments(ctx.segments, keys.prefix_length, ctx.params.window, query.device)
         for lse, (rows, path, mask) in zip(lses, visits, strict=True):
             key_value = [repeat_kv(kv.gather(path, rows), groups) for kv in (keys, values)]
@@ -145,7 +148,8 @@ class _FlashTree(torch.autograd.Function):
             d_query[:, :, rows] = d_q
             d_keys.scatter_add(_sum_kv_groups(d_k, groups), path, rows)
             d_values.scatter_add(_sum_kv_groups(d_v, groups), path, rows)
-        return None, None, d_query, d_keys.row, d_values.row, d_keys.prefix, d_values.prefix
+        d_row, d_prefix = (d_keys.row, d_values.row), (d_keys.prefix, d_values.prefix)
+        return None, None, d_query, *(d if d is None else d.to(query.dtype) for d in (*d_row, *d_prefix))
 
 
 class SplitKV:
@@ -156,8 +160,13 @@ class SplitKV:
         self.prefix_length = 0 if prefix_1KPD is None else prefix_1KPD.shape[2]
 
     def zeros(self) -> SplitKV:
-        """Zeros of the same shapes, to add gradients to."""
-        return SplitKV(torch.zeros_like(self.row), None if self.prefix is None else torch.zeros_like(self.prefix))
+        """Zeros of the same shapes to add gradients to, float32: a shared part gets those of all its documents."""
+        return SplitKV(wide_zeros(self.row), None if self.prefix is None else wide_zeros(self.prefix))
+
+    def widened(self) -> SplitKV:
+        """The same in float32 or wider: autograd adds up the gradients of shared parts in their own dtype."""
+        widest = torch.promote_types(self.row.dtype, torch.float32)
+        return SplitKV(self.row.to(widest), None if self.prefix is None else self.prefix.to(widest))
 
     def gather(self, path: Sequence[Segment], rows: slice) -> Tensor:
         """Concatenate what a segment attends to: prefix, ancestors and itself, [1, K, S, D]."""

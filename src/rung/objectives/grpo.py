@@ -60,14 +60,14 @@ class GrpoObjective(Objective):
         # With one step per rollout the ratio is 1, so the sampling policy need not be evaluated.
         if self.config.rollout.steps > 1:
             store_column(columns, "old", rollout.evaluate_documents(policy.logprobs))
-        if self.config.beta:
+        if self.config.kl_weight:
             store_column(columns, "reference", rollout.evaluate_documents(policy.reference_logprobs))
         # RLOO puts the divergence into the reward of an answer, not into the loss.
-        if self.config.beta and self.config.loss == "rloo":
+        if self.config.kl_weight and self.config.loss == "rloo":
             is_stored = "old" in columns[0]
             logprobs = [c["old"] for c in columns] if is_stored else rollout.evaluate_documents(policy.logprobs)
             divergences = [float((a - c["reference"]).sum()) for a, c in zip(logprobs, columns, strict=True)]
-            rewards = rewards - self.config.beta * np.array(divergences)
+            rewards = rewards - self.config.kl_weight * np.array(divergences)
         advantages = np.zeros(len(documents))
         groups = np.array([d.row for d in documents])
         for row in np.unique(groups):
@@ -93,9 +93,9 @@ class GrpoObjective(Objective):
             losses_D = clipped_surrogate(total_D, sum_by_document(batch, advantage_N) / tokens_D, self.config.clip)
         else:
             losses_N = clipped_surrogate(logprobs_N - old_N, advantage_N, self.config.clip)
-            if self.config.beta:
+            if self.config.kl_weight:
                 reference_N = columns["reference"].to(logprobs_N.dtype)
-                losses_N = losses_N + self.config.beta * kl_estimate(logprobs_N, reference_N)
+                losses_N = losses_N + self.config.kl_weight * kl_estimate(logprobs_N, reference_N)
             # Dr. GRPO divides by a constant: a mean over tokens would make long wrong answers cheap.
             divisor = tokens_D if self.config.loss == "grpo" else self.config.rollout.max_new_tokens
             losses_D = sum_by_document(batch, losses_N) / divisor

@@ -58,7 +58,7 @@ class PpoObjective(Objective):
         super().__init__(config)
         self.rollout, self.value_model, self.initial_head = config.rollout, value_model, value_head
         # Changes during a run if `adaptive_kl` is set, so checkpoints hold it.
-        self.beta = config.beta
+        self.beta = config.kl_weight
         self.rollout_metrics: dict[str, float] = {}
         # Lowest and highest reward of the run so far, which checkpoints hold: equal rewards teach nothing.
         self.reward_range: tuple[float, float] | None = None
@@ -96,7 +96,7 @@ class PpoObjective(Objective):
         old = rollout.evaluate_documents(policy.logprobs)
         values = rollout.evaluate_documents(lambda batch: self.values(policy, batch))
         logratios = [np.zeros_like(reward) for reward in old]
-        if self.config.beta:
+        if self.config.kl_weight:
             logratios = [a - b for a, b in zip(old, rollout.evaluate_documents(policy.reference_logprobs), strict=True)]
         advantages, returns = [], []
         for reward, logratio, value in zip(rollout.rewards, logratios, values, strict=True):

@@ -101,6 +101,24 @@ class ModelShape:
         return sum(m.parameters for m in self.matrices)
 
     @property
+    def matrix_parameters(self) -> int:
+        """Parameters of the matrices of all layers, without biases."""
+        return self.layers * sum(m.inputs * m.outputs for m in self.matrices)
+
+    def other_bytes(self, width: int, vector_width: int) -> int:
+        """Bytes of everything else: norms, biases, embeddings, positions and an untied head.
+
+        Plain embeddings and the head have `width` bytes a number, as matrices have. Norms, biases and embeddings of a
+        class of their own (Gemma's, OPT's positions) have `vector_width`: they are widened once (decision 0010).
+        """
+        plain_positions = self.context * self.width if self.kind == "gpt2" else 0
+        biases = sum(m.outputs for m in self.matrices if m.bias)
+        vectors = self.layers * (self.norm_parameters + biases) + self.other_parameters - plain_positions
+        embeddings = (vector_width if self.kind.startswith("gemma") else width) * self.embedding_parameters
+        head = 0 if self.tied else width * self.embedding_parameters
+        return embeddings + head + width * plain_positions + vector_width * vectors
+
+    @property
     def embedding_parameters(self) -> int:
         """Parameters of the embeddings, and of an untied head."""
         return self.vocabulary * self.width

@@ -300,14 +300,12 @@ def decoding_terms(shape: ModelShape, rows: int, tokens: int, compute: str) -> S
 
 def weight_terms(config: RunConfig, shape: ModelShape, compute: str) -> Sequence[Term]:
     """Memory of the base during training."""
-    if config.method.kind == "full":
-        return (Term("weights", 4 * shape.parameters, "float32: what moves is never narrower"),)
-    width = DTYPE_BYTES[_resident_dtype(config, shape, compute)]
-    # Norms and biases are widened once; only matrices stay bfloat16.
-    vector_width = 2 if compute == "bfloat16" else 4
-    linear_parameters = shape.layers * shape.linear_parameters
-    non_linear_bytes = width * shape.embedding_parameters * (1 if shape.tied else 2)
-    non_linear_bytes += vector_width * (shape.layers * shape.norm_parameters + shape.other_parameters)
+    if config.method.widens_base(compute):
+        moves = config.method.kind == "full"
+        source = "float32: what moves is never narrower" if moves else "float32: the method widens its base"
+        return (Term("weights", 4 * shape.parameters, source),)
+    width, vector_width = DTYPE_BYTES[_resident_dtype(config, shape, compute)], 2 if compute == "bfloat16" else 4
+    linear_parameters, non_linear_bytes = shape.matrix_parameters, shape.other_bytes(width, vector_width)
     if not isinstance(config.method, QloraConfig):
         is_widened = width == 2 and vector_width == 4
         source = "bfloat16 as in the file, widened where it is used" if is_widened else f"{width} bytes each"
@@ -334,6 +332,11 @@ def _resident_dtype(config: RunConfig, shape: ModelShape, compute: str) -> str:
     return "bfloat16" if stays_bfloat16 else "float32"
 
 
+def _base_dtype(config: RunConfig, shape: ModelShape, compute: str) -> str:
+    """The dtype of the run's own base, which its method may hold wider than it was loaded."""
+    return "float32" if config.method.widens_base(compute) else _resident_dtype(config, shape, compute)
+
+
 def _library_terms(config: RunConfig) -> Sequence[Term]:
     """Libraries that not every run imports."""
     if config.method.kind != "qlora" and config.training.optimizer.state_dtype != "int8":
@@ -356,7 +359,8 @@ def _resident_terms(
         terms.append(Term("value", 16 * trainable, "the value model's own adapter, its gradients and moments"))
     for name, other in auxiliary.items():
         width = DTYPE_BYTES[_resident_dtype(config, other, compute)]
-        terms.append(Term(name, width * other.parameters, "a second model"))
+        size = width * other.matrix_parameters + other.other_bytes(width, 2 if compute == "bfloat16" else 4)
+        terms.append(Term(name, size, "a second model"))
     return terms
 
 
@@ -449,7 +453,7 @@ def _sharded(
 def _gathered_term(config: RunConfig, shape: ModelShape, compute: str) -> Term:
     """What is gathered at once: a layer that computes and the next one, under `full` also gradients and embeddings."""
     if config.method.kind != "full":
-        width = DTYPE_BYTES[_resident_dtype(config, shape, compute)]
+        width = DTYPE_BYTES[_base_dtype(config, shape, compute)]
         return Term("gathered", 2 * width * shape.linear_parameters, "two layers")
     matrices = 3 * shape.linear_parameters + 2 * shape.embedding_parameters
     return Term("gathered", 4 * matrices, "two layers, the gradient of one; the embeddings and their gradient")
@@ -480,6 +484,7 @@ def _card_loading_terms(config: RunConfig, shape: ModelShape, compute: str) -> S
 def _loading_terms(config: RunConfig, shape: ModelShape, compute: str) -> Sequence[Term]:
     """Memory of loading. Files are mapped: weights in the requested dtype are not copied, but read when needed."""
     kind, stored, loaded = config.method.kind, shape.stored_dtype, _resident_dtype(config, shape, compute)
+    is_widened = loaded == "bfloat16" and config.method.widens_base(compute)
     resident = weight_terms(config, shape, compute)
     file = Term("file", DTYPE_BYTES[stored] * shape.parameters, f"{stored}, as it is mapped", mapped=True)
     is_converted = config.model.name.endswith(".gguf") or is_hub_id(config.model.name) or config.shares_base
@@ -489,7 +494,7 @@ def _loading_terms(config: RunConfig, shape: ModelShape, compute: str) -> Sequen
         return (file, *resident, Term("copies", 2 * 4 * largest, "of the matrix that is quantized"))
     if stored != loaded:
         copies = Term("copies", DTYPE_BYTES[loaded] * shape.parameters, f"of all of it, as {loaded}")
-        return (file, copies) if kind not in ("full", "qlora") else (copies, *resident)
+        return (copies, *resident) if is_widened or kind == "qlora" else (file, copies)
     # Every page of the file is read while its weights are converted.
-    reads_file = kind == "qlora" or (kind == "full" and loaded == "bfloat16")
+    reads_file = kind == "qlora" or is_widened
     return (file, *resident) if reads_file else resident

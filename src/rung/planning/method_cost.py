@@ -57,8 +57,12 @@ def _full(config: Any, shape: ModelShape) -> MethodCost:
 
 
 def _head(config: Any, shape: ModelShape) -> MethodCost:
-    weight, bias = shape.embedding_parameters, shape.vocabulary if shape.kind == "phi" else 0
-    return MethodCost(weight + bias, largest_tensor=weight, lowest_layer=shape.layers)
+    return MethodCost(_head_parameters(shape), largest_tensor=shape.embedding_parameters, lowest_layer=shape.layers)
+
+
+def _head_parameters(shape: ModelShape) -> int:
+    # Phi's head has a bias.
+    return shape.embedding_parameters + (shape.vocabulary if shape.kind == "phi" else 0)
 
 
 def _low_rank(config: LowRankConfig, shape: ModelShape) -> MethodCost:
@@ -66,11 +70,12 @@ def _low_rank(config: LowRankConfig, shape: ModelShape) -> MethodCost:
     ranked_linears = [(rank_at(config, layer, m.roles), m) for layer in layers for m in linears]
     adapter = sum(rank * (m.inputs + m.outputs) + (m.outputs if config.dora else 0) for rank, m in ranked_linears)
     largest = max((rank * max(m.inputs, m.outputs) for rank, m in ranked_linears), default=0)
-    full_module_count = sum(name in ("lm_head", "embed_tokens", "wte") for name in config.modules_to_save)
-    full_modules = shape.embedding_parameters * full_module_count
+    sizes = {"lm_head": _head_parameters(shape), **dict.fromkeys(("embed_tokens", "wte"), shape.embedding_parameters)}
+    full_modules = sum(sizes.get(name, 0) for name in config.modules_to_save)
+    full_matrix = shape.embedding_parameters if full_modules else 0
     # A nonzero start is stored twice (decision 0013).
     frozen_parameters = adapter if config.init in SUBTRACTED_INITS else 0
-    return MethodCost(adapter + full_modules, frozen_parameters, max(largest, full_modules), min(layers))
+    return MethodCost(adapter + full_modules, frozen_parameters, max(largest, full_matrix), min(layers))
 
 
 def _mixture(config: MixtureConfig, shape: ModelShape) -> MethodCost:

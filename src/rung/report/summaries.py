@@ -15,7 +15,7 @@ from typing import Any
 
 from rung import results
 from rung.config.climb import UNTUNED
-from rung.config.method import BASE_CHANGING_METHODS, LOW_RANK_METHODS
+from rung.config.method import BASE_CHANGING_METHODS, LOW_RANK_METHODS, default_alpha
 from rung.report.formatting import (
     MISSING,
     decimals,
@@ -159,9 +159,10 @@ def _lora_text(method: Json) -> str:
     ranks, init = method.get("rank_pattern") or {}, method.get("init", "default")
     ratio, sampled = method.get("loraplus_lr_ratio", 1.0), method.get("lisa_n_layers")
     lottery = f"LoRA on the {method.get('lottery', {}).get('choose')} layers,"
+    alpha = method.get("alpha") or default_alpha(rank, init, rslora=bool(method.get("rslora")))
     names = {"qlora": f"QLoRA on {method.get('bits')} bits,", "lottery": lottery}
     parts = [
-        f"{names.get(str(method.get('kind')), 'LoRA')} rank {rank}, alpha {method.get('alpha') or 2 * rank:g}",
+        f"{names.get(str(method.get('kind')), 'LoRA')} rank {rank}, alpha {alpha:g}",
         ", ".join(f"{place}: {place_rank}" for place, place_rank in ranks.items()),
         "all linear layers" if set(targets) == ALL_ROLES else "on " + " ".join(map(str, targets)),
         _layers_text(method.get("layers")),
