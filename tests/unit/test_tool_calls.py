@@ -115,6 +115,19 @@ def test_canonical_form() -> None:
     assert canonical_calls(first[:1]) != canonical_calls([{"name": "f", "arguments": {"a": "1", "b": []}}])
 
 
+# Qwen 3 writes an empty thought before the first call
+AFTER_A_THOUGHT = "{% if m.tool_calls %}{{ '<think>\n\n</think>\n' }}{% endif %}" + CALLS["hermes"]
+
+
+def test_what_stands_before_the_first_call_alone_is_no_mark(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    chat = chat_of(tiny_tokenizer, AFTER_A_THOUGHT)
+    wanted = record(calls(("f", {"x": 1}), ("g", {})))
+    expected = chat.expected_calls(wanted)
+    texts = ('{"name": "g", "arguments": {}}', '{"name": "f", "arguments": {"x": 1}}')
+    without_thought = "\n".join(f"<tool_call>\n{text}\n</tool_call>" for text in texts)
+    assert chat.canonical_calls(without_thought) == expected
+
+
 ONE_CALL = (
     "{% for c in m.tool_calls or [] %}{% if loop.length > 1 %}{{ raise_exception('single calls only') }}{% endif %}"
     '{{ \'{"name": "\' + c.function.name + \'", "parameters": \' }}'

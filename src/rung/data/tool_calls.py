@@ -48,7 +48,7 @@ def tool_call_reader(one_call: str, two_calls: str | None) -> Reader | None:
     None where no form reads the probes back.
     """
     probe = {"name": PROBE_NAME, "arguments": _PROBE_ARGUMENTS}
-    for reader in (_json_reader(one_call), _name_and_json_reader(one_call), _argument_reader(one_call)):
+    for reader in (_json_reader(one_call, two_calls), _name_and_json_reader(one_call), _argument_reader(one_call)):
         if reader is None or reader(one_call) != [probe]:
             continue
         if two_calls is None or reader(two_calls) in ([probe], [probe, probe]):
@@ -74,15 +74,20 @@ def same_but_for_types(first: Calls, second: Calls) -> bool:
     return canonical_calls([_typed(call) for call in first]) == canonical_calls([_typed(call) for call in second])
 
 
-def _json_reader(one_call: str) -> Reader | None:
-    """The reader of calls that are JSON, between what the template writes before and after the probe.
+def _json_reader(one_call: str, two_calls: str | None) -> Reader | None:
+    """The reader of calls that are JSON, between what the template writes before and after each of them.
 
     JSON without these marks is no call: no server would run it.
     """
-    spans = [(start, end) for value, start, end in _json_values(one_call) if _calls_in(value)]
-    if len(spans) != 1:
+    around = [_texts_around_calls(text) for text in (one_call, two_calls) if text is not None]
+    if len(around[0]) != 1:
         return None
-    opening, closing = one_call[: spans[0][0]].strip()[-MARK:], one_call[spans[0][1] :].strip()[:MARK]
+    before, after = (texts[0] for texts in zip(*around[0], strict=True))
+    if len(around) > 1 and len(around[1]) > 1:
+        # what stands before the first call alone, such as an empty thought, is no mark of a call
+        before = os.path.commonprefix([before[::-1], around[1][1][0][::-1]])[::-1]
+        after = os.path.commonprefix([after, around[1][0][1]])
+    opening, closing = before.strip().rpartition("\n")[2][-MARK:], after.strip().partition("\n")[0][:MARK]
 
     def read(text: str) -> Calls:
         calls, opened = [], text.count(opening) if opening else 0
@@ -94,6 +99,13 @@ def _json_reader(one_call: str) -> Reader | None:
         return calls if opened <= 0 else [*calls, UNREADABLE]
 
     return read
+
+
+def _texts_around_calls(text: str) -> list[tuple[str, str]]:
+    """The text before and after each JSON value with a call."""
+    return [
+        (text[:start].rstrip(), text[end:].lstrip()) for value, start, end in _json_values(text) if _calls_in(value)
+    ]
 
 
 def _json_values(text: str) -> Iterator[tuple[Any, int, int]]:
