@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
-from rung.scoring.answers import Value, final_texts, read_value, values_agree
+from rung.scoring.answers import MAX_READ, Value, ends_in, final_texts, read_value, read_values, values_agree
 from rung.scoring.latex import plain_math
 from rung.scoring.math_answers import math
+from rung.scoring.opposites import Side, contradicts, sides
 from rung.scoring.quantities import Quantity, change_direction, quantities_agree
 from rung.scoring.words import letter_tokens, normalize, tokens
 
@@ -66,13 +67,13 @@ def numeric(answer: str, expected: str) -> float:
     """
     if answer.strip() == expected.strip():
         return 1.0
-    wanted = _expected_value(expected)
-    if wanted is None:
+    wanted = _read_expected(expected)
+    if not wanted.values:
         return _same_words(answer, expected)
-    given = read_value(answer)
-    if isinstance(wanted, Quantity):
-        return float(isinstance(given, Quantity) and _same_quantity(given, wanted, answer, expected))
-    return float(given is not None and values_agree(given, wanted))
+    if len(wanted.values) == 1 and isinstance(wanted.values[0], Quantity):
+        given = read_value(answer)
+        return float(given is not None and _agree(given, wanted, answer) and not _contradicts(answer, wanted, given))
+    return _same_values(answer, expected, wanted)
 
 
 def token_f1(answer: str, expected: str) -> float:
@@ -98,18 +99,51 @@ def rouge_l(answer: str, expected: str) -> float:
     return float(_rouge_scorer().score(expected, answer)["rougeL"].fmeasure)
 
 
+class _Expected(NamedTuple):
+    """What an expected answer states."""
+
+    values: tuple[Value, ...]
+    direction: int
+    sides: tuple[Side, ...]
+
+
 # rewards compare many answers with one expected answer
 @lru_cache(maxsize=4096)
-def _expected_value(text: str) -> Value | None:
-    return read_value(text)
+def _read_expected(text: str) -> _Expected:
+    values = read_values(text)
+    return _Expected(values, change_direction(text), tuple(sides(text[-MAX_READ:])) if values else ())
 
 
-def _same_quantity(given: Quantity, wanted: Quantity, answer: str, expected: str) -> bool:
-    # `fell by 3` may be written as -3 or as 3: only magnitude and direction are comparable
-    if direction := change_direction(expected):
-        opposite = (change_direction(answer) or (-1 if given.numeral < 0 else 0)) == -direction
+def _agree(given: Value, wanted: _Expected, answer: str) -> bool:
+    return _directed(wanted.direction and change_direction(answer), wanted.direction)(given, wanted.values[0])
+
+
+def _directed(stated: int, direction: int) -> Callable[[Value, Value], bool]:
+    """How two values are compared where the expected answer states a direction and the answer another, or none (0)."""
+
+    def agree(given: Value, wanted: Value) -> bool:
+        # `fell by 3` may be written as -3 or as 3: only magnitude and direction are comparable
+        if not direction or not isinstance(given, Quantity) or not isinstance(wanted, Quantity):
+            return values_agree(given, wanted)
+        opposite = (stated or (-1 if given.numeral < 0 else 0)) == -direction
         return not opposite and quantities_agree(abs(given), abs(wanted))
-    return quantities_agree(given, wanted)
+
+    return agree
+
+
+def _contradicts(answer: str, wanted: _Expected, *given: Value) -> bool:
+    numbers = [number for value in given if isinstance(value, Quantity) for number in (value.numeral, value.value)]
+    return bool(wanted.sides) and contradicts(answer, wanted.sides, numbers)
+
+
+def _same_values(answer: str, expected: str, wanted: _Expected) -> float:
+    """Of an expected answer that is not one plain quantity."""
+    given = read_value(answer) if len(wanted.values) == 1 else None
+    if given is None or not values_agree(given, wanted.values[0]):
+        agree = _directed(wanted.direction and change_direction(answer), wanted.direction)
+        if not ends_in(answer, wanted.values, agree):
+            return _same_words(answer, expected) if len(wanted.values) > 1 else 0.0
+    return float(not _contradicts(answer, wanted))
 
 
 def _same_words(answer: str, expected: str) -> float:
