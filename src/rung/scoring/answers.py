@@ -38,14 +38,14 @@ from rung.scoring.quantities import (
     read_marks,
     read_quantity,
 )
-from rung.scoring.spans import MARKS_ALONE, has_number, is_mathematical, is_structured, runs
+from rung.scoring.spans import MARKS_ALONE, is_mathematical, is_structured, runs
 
 MAX_CHARACTERS = 20_000
 """Only the end of a longer text is searched for a marker: the result stands there, and hostile text costs time."""
-MAX_READ = 6_000
-"""Of that, characters that are read as plain numbers: a second for a million, and no answer may cost 0.05 s."""
+MAX_READ = 3_000
+"""Of that, characters that are read as plain numbers: a numeral of one digit costs 20 microseconds."""
 MAX_STRUCTURED = 1_500
-"""And as mathematics, at 15 to 20 microseconds a character."""
+"""And as mathematics, at 15 to 20 microseconds a character: no answer costs more than 0.05 s."""
 MAX_LISTED_WORDS = 12
 """Words of an expected answer of which every quantity counts: `at least 3 hours and 20 minutes, but no more than 5` has
 10. A worked solution has more (those of GSM8K 10 to 400, and a marker before the result); its last quantity counts."""
@@ -112,6 +112,8 @@ _STATED = re.compile(r"\banswer(?:\s+is|\s*:)\s*:?\s*", re.IGNORECASE)
 _POWER = re.compile(r"\^\s*\(?-?(\d)")  # of a word, such as a unit
 _AROUND = " \t\r\n.,;:!?*'\"`"
 _ENUMERATOR = re.compile(r"(?<!\S)\(?[A-Ea-e]\)\s+(?=[-\d(\\$])")  # `(a) 5`
+
+
 def read_value(text: str) -> Value | None:
     r"""The value that an answer states; None for a text without one.
 
@@ -119,15 +121,14 @@ def read_value(text: str) -> Value | None:
     content of the last `\boxed{}` (Hendrycks et al. 2021), the whole text, or of the values in its sentences the last
     with a currency, percent or scale mark, else the last that is no date, else the last.
     """
-    text = _cleaned(text)
     if "####" in text:
-        final = text.split("####", 2)[1].strip()[:MAX_STRUCTURED]
+        final = _cleaned(text.split("####", 2)[1].strip()[:MAX_STRUCTURED])
         # the line alone first: what is run on is longer
         for part in dict.fromkeys((final.split("\n")[0], final)):
             value = _read_whole(part) or next(iter(_values(part)), None) if _has_structure(part) else quantity(part)
             if value is not None:
                 return value
-    text = _end(text, MAX_CHARACTERS)
+    text = _cleaned(_end(text, MAX_CHARACTERS))
     content = boxed(text)
     text = _end(text, MAX_READ)
     if not content and not _has_structure(text):
@@ -138,6 +139,9 @@ def read_value(text: str) -> Value | None:
     text = _end(text, MAX_STRUCTURED)
     if content:
         content = content[:MAX_STRUCTURED]
+        plain = None if _has_structure(content) else quantity(content)
+        if plain is not None and not plain.is_date:
+            return plain
         return _read_whole(content) or _select(_values(content)) or Expression(joined(tokenize(plain_math(content))))
     # `The answer is 3, 4.`: both, where a sentence without these words has two values
     stated = stated_answer(text)
@@ -160,7 +164,7 @@ def read_values(text: str) -> tuple[Value, ...]:
 
 
 def ends_in(text: str, wanted: Sequence[Value], agree: Callable[[Value, Value], bool]) -> bool:
-    """Whether the last values of a text are the wanted ones, in their order; a list or range counts as its parts.
+    """Whether the last values of a text are the wanted ones, in their order; a list counts as its parts.
 
     A single list is not a single range: `3, 5` is not `3 to 5`.
     """
@@ -182,7 +186,10 @@ def _ends_in(values: Sequence[Value], wanted: Sequence[Value], agree: Callable[[
 
 
 def _parts(value: Value) -> Sequence[Value]:
-    return value.parts if isinstance(value, Compound) and value.kind in (",", "-") else (value,)
+    """Of a list, and of a range such as `$5-6 million`, which may be written as `$5 million to $6 million`."""
+    if not isinstance(value, Compound) or value.kind not in (",", "-"):
+        return (value,)
+    return value.parts if value.kind == "," or all(map(_has_mark, value.parts)) else (value,)
 
 
 def _is_same_ratio(first: Value, second: Value) -> bool:
@@ -197,10 +204,10 @@ def _is_same_ratio(first: Value, second: Value) -> bool:
 
 def _concluding(text: str) -> str:
     r"""The part that is the answer: the line behind the first `####`, the last box, else all of it."""
-    text = _cleaned(text)
     if "####" in text and (final := text.split("####", 2)[1].strip().split("\n")[0]):
-        return final
-    return boxed(_end(text, MAX_CHARACTERS)) or text
+        return _cleaned(final[:MAX_STRUCTURED])
+    text = _cleaned(_end(text, MAX_CHARACTERS))
+    return boxed(text) or text
 
 
 def _listed(text: str) -> list[Value]:
@@ -452,5 +459,3 @@ def _values(text: str) -> list[Value]:
 def _states_number(run: Sequence[Token]) -> bool:
     """`digits of pi` do not."""
     return any(token.kind == "number" or token.text in "\u03c0\u221e" for token in run)
-
-

@@ -27,7 +27,7 @@ class Metric:
 
     function: Callable[[str, str], float]
     binary: bool
-    """Only 0 and 1 occur, so Wilson's interval and McNemar's test apply."""
+    """Only 0 and 1 occur: a rate, whose interval is exact (Clopper-Pearson) and whose pairs are tested by McNemar."""
 
 
 def exact(answer: str, expected: str) -> float:
@@ -52,17 +52,24 @@ def normalized(answer: str, expected: str) -> float:
 
 
 def numeric(answer: str, expected: str) -> float:
-    """1 when the quantity in the answer is the expected one, else 0: `$1.2bn` equals `USD 1,200 million`.
+    """1 when the answer states the expected quantity, else 0: `$1.2bn` equals `USD 1,200 million`.
 
-    Which number counts: the first after the last `####`; else the last with a currency, percent or scale mark; else
-    the last that is not part of a date (see `Quantity.is_date`); else the last. Digits glued to letters (FY2023, Q4)
-    are no number. Brackets, a minus (ASCII or U+2212) and `loss of` make it negative. Points are decimals, commas
-    group thousands.
+    Which number counts: the first behind the first `####`; else the one in the last box; else the last with a currency,
+    percent or scale mark; else the last that is no date (see `Quantity.is_date`); else the last. A fraction, power,
+    root, tuple, set, range, date or time is read as a whole (`answers.read_value`), and so is `5 feet 10 inches`.
+    Digits glued to letters (FY2023, Q4) are no number. Brackets, a minus (as a sign or a word), `negative` and `loss
+    of` make it negative. Points are decimals; commas, apostrophes and narrow spaces group thousands.
 
-    What is equal: the same value after scaling, within 1e-6 relative. A side without a scale, or with no mark at all
-    facing a percentage, is also right when the bare numerals agree (`412` for `USD 412 million`, `12.5` for `12.5%`).
-    Two different currencies never agree. Where the expected answer states a direction (`fell by 3`), magnitudes are
-    compared and the opposite direction (`rose by 3`) is wrong. When the expected answer holds no number, the score is
+    What is equal: two numbers that are written exactly (whole numbers, fractions, up to two decimals) only where they
+    are the same, others within 1e-6 relative. A side without a scale, a unit, or any mark facing a percentage is also
+    right when the bare numerals agree (`412` for `USD 412 million`, `12.5` for `12.5%`). Two different currencies never
+    agree. Where the expected answer states a direction (`fell by 3`), magnitudes are compared and the opposite
+    direction (`rose by 3`) is wrong; so is an opposite beside the number (`at most 5` for `at least 5`, 10 BC for 10
+    AD).
+
+    Where the expected answer has several numbers that count (`3 of 5`, `3 dogs and 4 cats`), the answer must end in all
+    of them, in their order, or have the same words: one alone is wrong. Only of an expected answer with more than
+    `answers.MAX_LISTED_WORDS` words, a worked solution, the last one is enough. Without a number the score is
     `normalized`, so that `Not disclosed.` can be right.
     """
     if answer.strip() == expected.strip():
@@ -107,6 +114,10 @@ class _Expected(NamedTuple):
     sides: tuple[Side, ...]
 
 
+_MAX_EXTRA = 2_000
+"""Characters of layout and LaTeX that an answer may have beyond four times its expected answer: words cost time."""
+
+
 # rewards compare many answers with one expected answer
 @lru_cache(maxsize=4096)
 def _read_expected(text: str) -> _Expected:
@@ -133,7 +144,7 @@ def _directed(stated: int, direction: int) -> Callable[[Value, Value], bool]:
 
 def _contradicts(answer: str, wanted: _Expected, *given: Value) -> bool:
     numbers = [number for value in given if isinstance(value, Quantity) for number in (value.numeral, value.value)]
-    return bool(wanted.sides) and contradicts(answer, wanted.sides, numbers)
+    return bool(wanted.sides) and contradicts(answer[-MAX_READ:], wanted.sides, numbers)
 
 
 def _same_values(answer: str, expected: str, wanted: _Expected) -> float:
@@ -149,7 +160,9 @@ def _same_values(answer: str, expected: str, wanted: _Expected) -> float:
 def _same_words(answer: str, expected: str) -> float:
     """`normalized`, of the answer or of what it states as its answer."""
     expected_words = normalize(plain_math(expected))
-    return float(any(normalize(plain_math(text)) == expected_words for text in final_texts(answer)))
+    longest = _MAX_EXTRA + 4 * len(expected)
+    texts = [text for text in final_texts(answer) if len(text) <= longest]
+    return float(any(normalize(plain_math(text)) == expected_words for text in texts))
 
 
 class _LetterTokenizer:

@@ -22,6 +22,7 @@ _AROUND_MONEY = SIGNS | MARKS_ALONE | frozenset("()+-")
 
 
 def is_mathematical(token: Token) -> bool:
+    """Whether a token may be part of mathematics: a number, an operator, one letter, a command or a function."""
     text = token.text
     if token.kind == "name":
         return bool(_VARIABLE.match(text)) or text[0] == "\\" or text.lower() in _KNOWN_NAMES
@@ -43,12 +44,15 @@ def is_structured(tokens: Sequence[Token]) -> bool:
 
 def _is_scaled(tokens: Sequence[Token], name: Token) -> bool:
     before = tokens[tokens.index(name) - 1] if tokens[0] != name else None
-    return before is not None and before.kind == "number" and name.text in "kmbKMB"
+    if before is None or before.kind != "number":
+        return False
+    # 5 g are grams, 5g may be five times g
+    return name.text in "kmbKMB" or (name.text in "gh" and before.end < name.start)
 
 
 def has_number(tokens: Sequence[Token]) -> bool:
+    """Whether there is a number or a constant."""
     return any(token.kind == "number" or token.text in CONSTANTS for token in tokens)
-
 
 
 def runs(tokens: Sequence[Token]) -> Iterator[Sequence[Token]]:
