@@ -97,7 +97,8 @@ _MINUS = re.compile(
     r"\s+(?=[$\u20ac\u00a3]?\.?\d)",
     re.IGNORECASE,
 )
-# groups of thousands by the International System of Units, and as in Switzerland; a single space is ambiguous
+# groups of thousands by a thin space (BIPM, SI Brochure, 9th edition, 5.4.4), and as in Switzerland; one ASCII space
+# between two numbers is ambiguous, and separates thousands only at the start of a text
 _GROUPS = re.compile(
     r"(?<![\w.,'\u2019])\d{1,3}(?:(?:[\u00a0\u2009\u202f]\d{3})+|(?:['\u2019]\d{3})+|(?: \d{3}){2,})"
     r"(?![\w'\u2019]|[ \u00a0\u2009\u202f]\d)"
@@ -173,7 +174,9 @@ def ends_in(text: str, wanted: Sequence[Value], agree: Callable[[Value, Value], 
         return agree(listed[0], wanted[0]) or _is_same_ratio(listed[0], wanted[0])
     parts = [part for value in wanted for part in _parts(value)]
     plain = [value for value in listed if not _is_date(value)]
-    return any(_ends_in(values, parts, agree) for values in (_counted(listed), plain, listed))
+    # several dates, as in `2019 and 2018`, may follow other numbers
+    pools = (_counted(listed), plain, listed) if len(wanted) > 1 else (_counted(listed), plain)
+    return any(_ends_in(values, parts, agree) for values in pools)
 
 
 def _ends_in(values: Sequence[Value], wanted: Sequence[Value], agree: Callable[[Value, Value], bool]) -> bool:
