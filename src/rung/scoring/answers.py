@@ -130,7 +130,7 @@ def read_value(text: str) -> Value | None:
             if value is not None:
                 return value
     text = _cleaned(_end(text, MAX_CHARACTERS))
-    content = boxed(text)
+    content = boxed(text) if "\\boxed" in text else None
     text = _end(text, MAX_READ)
     if not content and not _has_structure(text):
         plain = quantity(text)

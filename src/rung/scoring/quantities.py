@@ -217,8 +217,12 @@ def select_quantity(candidates: Sequence[Quantity]) -> Quantity | None:
 
 def quantities(text: str) -> list[Quantity]:
     """All numbers of a text, in order."""
-    found = [(m.start(), m.end(), read_quantity(m)) for m in QUANTITY.finditer(text) if len(m["numeral"]) <= MAX_DIGITS]
-    return [quantity for _, _, quantity in join_measures(text, found)]
+    matches = [match for match in QUANTITY.finditer(text) if len(match["numeral"]) <= MAX_DIGITS]
+    found = [read_quantity(match) for match in matches]
+    if len(found) < 2 or not any(quantity.unit for quantity in found):
+        return found
+    placed = [(match.start(), match.end(), quantity) for match, quantity in zip(matches, found, strict=True)]
+    return [quantity for _, _, quantity in join_measures(text, placed)]
 
 
 def join_measures(text: str, found: Sequence[tuple[int, int, Found]]) -> list[tuple[int, int, Found]]:
@@ -298,7 +302,7 @@ def _marked(number: Number, groups: Mapping[str, str | None], before: str | None
         percent=bool(groups.get("percent")),
         currency=_CURRENCY[currency.lower()] if currency else None,
         unit=unit,
-        meters=_METERS.get(scale) if scale and not (currency or groups.get("percent")) else None,
+        meters=_METERS.get(scale) if scale and not currency else None,
     )
 
 
