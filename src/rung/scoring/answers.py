@@ -99,6 +99,7 @@ _MINUS = re.compile(
 )
 # groups of thousands by a thin space (BIPM, SI Brochure, 9th edition, 5.4.4), and as in Switzerland; one ASCII space
 # between two numbers is ambiguous, and separates thousands only at the start of a text
+_GROUP = re.compile(r"\d[ \u00a0\u2009\u202f'\u2019]\d{3}")
 _GROUPS = re.compile(
     r"(?<![\w.,'\u2019])\d{1,3}(?:(?:[\u00a0\u2009\u202f]\d{3})+|(?:['\u2019]\d{3})+|(?: \d{3}){2,})"
     r"(?![\w'\u2019]|[ \u00a0\u2009\u202f]\d)"
@@ -326,9 +327,14 @@ def _is_date(value: Value) -> bool:
 
 
 def _plain_text(text: str) -> str:
-    plain = plain_math(_CALCULATION.sub(" ", _POWER_OF.sub("^", text)))
-    plain = _GROUPS.sub(_without_separators, _WHOLE_GROUPS.sub(_without_separators, plain))
-    return _ENUMERATOR.sub("", _TIMES_TEN.sub("*", plain))
+    if "**" in text:
+        text = _POWER_OF.sub("^", text)
+    plain = plain_math(_CALCULATION.sub(" ", text))
+    if _GROUP.search(plain):
+        plain = _GROUPS.sub(_without_separators, _WHOLE_GROUPS.sub(_without_separators, plain))
+    if "^" in plain:
+        plain = _TIMES_TEN.sub("*", plain)
+    return _ENUMERATOR.sub("", plain)
 
 
 def _without_separators(match: re.Match[str]) -> str:
