@@ -116,6 +116,43 @@ def test_numeric_knows_equal_quantities(one: str, other: str) -> None:
     assert numeric(one, other) == numeric(other, one) == 1.0
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("1 000 000", "1000000"),
+        ("1\u202f000\u202f000", "1000000"),
+        ("1\u00a0000\u00a0000", "1000000"),
+        ("It is 1 234 567 km", "1234567 km"),
+        ("\u20ac1 000", "1000 EUR"),
+        ("1'234", "1234"),
+        ("1\u2019234\u2019567", "1,234,567"),
+        ("minus 5", "-5"),
+        ("negative 5", "-5"),
+        ("The answer is minus 5.", "-5"),
+        ("6 x 10^4", "60000"),
+        ("5.0 x 10\u00b3", "5000"),
+        ("10**3", "1000"),
+        ("{1,2}", "{2,1}"),
+        (r"\{1, 2\}", "{1, 2}"),
+        ("10 to 20", "10-20"),
+        ("between 10 and 20", "10-20"),
+        ("5 million to 6 million", "5-6 million"),
+        ("3:1", "3 to 1"),
+        ("**\u00a3(8.1m)**", "\u00a3(8.1m)"),
+        ("The loss was **\u00a3(8.1m)**.", "\u00a3(8.1m)"),
+        ("2 hours and 20 minutes", "140 minutes"),
+        ("5 feet, 10 inches", "70 inches"),
+        ("5 km", "5000 m"),
+        ("5 kg", "5000 g"),
+        ("5 mm", "0.5 cm"),
+        ("$5m", "$5mm"),
+    ],
+)
+def test_numeric_knows_equal_forms(one: str, other: str) -> None:
+    """Groups of thousands by spaces, words for a minus, plain braces and Markdown made other numbers of them."""
+    assert numeric(one, other) == numeric(other, one) == 1.0
+
+
 def test_the_first_marker_is_the_answer() -> None:
     """A model that goes on with the next question does not lose, and one that adds an answer does not win."""
     assert numeric("so 18\n#### 18\n\nQuestion: more?\n#### 7", "6 + 12 = 18\n#### 18") == 1.0
@@ -319,6 +356,29 @@ def test_hostile_text_of_100_kb_costs_less_than_two_seconds(text: str) -> None:
     start = time.process_time()
     numeric("The answer is " + long, "5")
     assert time.process_time() - start < 2.0
+
+
+DEGENERATE = [
+    "1,", "3!", "1 ", "1. ", "$1 ", "x+1=", "a1", "3 to 5 ", "3 hours ", "at least 5 ", "5 or more ", "{1,2} ",
+    "**5** ", r"\{", "answer is ", "minus 5 ", "1 000 ", "between 3 and ", "1'000", "{,", "5 feet 1 inch ", "**",
+    "10**",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [6_000, 120_000])
+def test_a_degenerate_answer_costs_no_more_than_50_ms(size: int) -> None:
+    """Repeated text of a model that does not stop took 0.2 to 0.6 s: every reward of a step waits for it."""
+    answers = [text * (size // len(text)) for text in DEGENERATE] + ["{" * (size // 2) + "1"]
+    for answer in answers:
+        for expected in ("3 of 5", "at least 5", "Paris"):
+            # again where another process had the core
+            assert any(seconds(answer, expected) < 0.05 for _ in range(4)), (answer[:20], expected)
+
+
+def seconds(answer: str, expected: str) -> float:
+    start = time.process_time()
+    numeric(answer, expected)
+    return time.process_time() - start
 
 
 def test_a_number_too_large_is_text() -> None:

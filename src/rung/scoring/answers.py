@@ -10,18 +10,14 @@ values, or to text without spaces, which only equals the same text. There is no 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 from rung.scoring.arithmetic import (
     CLOSE,
-    CONSTANTS,
-    FUNCTIONS,
     MAX_DEPTH,
     OPEN,
-    OPERATORS,
     SEPARATORS,
     SIGNS,
     Token,
@@ -35,14 +31,24 @@ from rung.scoring.quantities import (
     MAX_DIGITS,
     QUANTITY,
     Quantity,
+    join_measures,
+    quantities,
     quantities_agree,
     quantity,
     read_marks,
     read_quantity,
 )
+from rung.scoring.spans import MARKS_ALONE, is_mathematical, is_structured, runs
 
 MAX_CHARACTERS = 20_000
-"""Only the end of a longer text is read: the result stands there, and hostile text costs time."""
+"""Only the end of a longer text is searched for a marker: the result stands there, and hostile text costs time."""
+MAX_READ = 3_000
+"""Of that, characters that are read as plain numbers: a numeral of one digit costs 20 microseconds."""
+MAX_STRUCTURED = 1_500
+"""And as mathematics, at 15 to 20 microseconds a character: no answer costs more than 0.05 s."""
+MAX_LISTED_WORDS = 12
+"""Words of an expected answer of which every quantity counts: `at least 3 hours and 20 minutes, but no more than 5` has
+10. A worked solution has more (those of GSM8K 10 to 400, and a marker before the result); its last quantity counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,24 +83,37 @@ _SYMBOLS = re.compile(
 )
 _BEHIND_DIGIT = re.compile(
     r"\d(?:\s?:\s?\d|[eE][-+]?\d|\s*[-\u2013\u2212]\s*[\d(]|\s+[-\u2013\u2212]\s|\s?[;$]|\s\d|\s(?:and|or)\s+[-$]?\d"
-    r"|,(?!\d{3}(?!\d))\s*[-\u2013\u2212$(\u20ac\d]|\s?[apAP]\.?[mM]\b|\s?[ac-jln-zAC-JLN-Z](?![A-Za-z]))"
+    r"|['\u2019]\d{3}|,(?!\d{3}(?!\d))\s*[-\u2013\u2212$(\u20ac\d]|\s?[apAP]\.?[mM]\b|\s?[ac-jln-zAC-JLN-Z](?![A-Za-z]))"
 )
 _BEFORE_DASH = re.compile(r"[-\u2013\u2212](?:(?<=\b[A-Za-z].)\s?|(?<=\b[A-Za-z]\s.)\s?|\s+)\d")
 _BEHIND_BRACKET = re.compile(r"\)\s*[-\u2013\u2212(]")
 _BEHIND_FORMULA = re.compile(r"\$(?<=\S.)(?!\d)")
 _CALCULATION = re.compile(r"<<[^<>]{0,200}>>")  # calculator marks of GSM8K
+# `**$5**`, but neither `10**3` nor `2 ** 3 ** 4`
+_EMPHASIS = re.compile(r"(?<![\w)*])\*\*(?=[^\s*])([^*\n]{1,300})(?<=\S)\*\*(?!\w)")
+# not `10 minus 5` nor `cost minus 5`
+_MINUS = re.compile(
+    r"(?:\bnegative|(?<![\w)%]\s)(?<![\w)%])minus|(?<=\b(?:is|of|to|at|by|be)\s)minus|(?<=\bwas\s)minus)"
+    r"\s+(?=[$\u20ac\u00a3]?\.?\d)",
+    re.IGNORECASE,
+)
+# groups of thousands by a thin space (BIPM, SI Brochure, 9th edition, 5.4.4), and as in Switzerland; one ASCII space
+# between two numbers is ambiguous, and separates thousands only at the start of a text
+_GROUP = re.compile(r"\d[ \u00a0\u2009\u202f'\u2019]\d{3}")
+_GROUPS = re.compile(
+    r"(?<![\w.,'\u2019])\d{1,3}(?:(?:[\u00a0\u2009\u202f]\d{3})+|(?:['\u2019]\d{3})+|(?: \d{3}){2,})"
+    r"(?![\w'\u2019]|[ \u00a0\u2009\u202f]\d)"
+)
+_WHOLE_GROUPS = re.compile(r"\A\s*(?:[A-Z]{3}\s|[-$\u20ac\u00a3]{1,2})?\d{1,3} \d{3}(?![\w-]| \d)")
+_GROUP_SEPARATOR = re.compile(r"(?<=\d)[ \u00a0\u2009\u202f'\u2019](?=\d)")
+_TIMES_TEN = re.compile(r"(?<=\d)\s*x\s*(?=10\s*\^)", re.IGNORECASE)
+_POWER_OF = re.compile(r"(?<=[\d)])\s*\*\*\s*(?=[-(\d])")
+_TO = re.compile(r"(?<=\d)\s+to\s+(?=[-$\u20ac\u00a3]?\d)")
+_BETWEEN = re.compile(r"\bbetween\s+([$\u20ac\u00a3]?[\d,.]{1,30})\s+and\s+(?=[$\u20ac\u00a3]?\d)", re.IGNORECASE)
 _STATED = re.compile(r"\banswer(?:\s+is|\s*:)\s*:?\s*", re.IGNORECASE)
 _POWER = re.compile(r"\^\s*\(?-?(\d)")  # of a word, such as a unit
 _AROUND = " \t\r\n.,;:!?*'\"`"
 _ENUMERATOR = re.compile(r"(?<!\S)\(?[A-Ea-e]\)\s+(?=[-\d(\\$])")  # `(a) 5`
-_VARIABLE = re.compile(r"[A-Za-z\u0391-\u03c9]\Z")
-_KNOWN_NAMES = FUNCTIONS | CONSTANTS.keys() | {"and", "or"}
-_MARKS_ALONE = frozenset("%\u00b0")
-_MATHEMATICAL = OPERATORS | OPEN.keys() | CLOSE | SEPARATORS | SIGNS | _MARKS_ALONE | CONSTANTS.keys() | {"us$"}
-_STRUCTURING = frozenset("*/^_=<>|[\u2774\u27e6\u221a\u03c0\u221e\u00b1\u222a\u2264\u2265\u2260")
-_PREFIXES = frozenset("+-\u221a\u00b1|")
-_INFIX = frozenset("+-*/^_=<>\u00b1\u2264\u2265\u2260")
-_BINDING = frozenset("^_(")
 
 
 def read_value(text: str) -> Value | None:
@@ -105,23 +124,127 @@ def read_value(text: str) -> Value | None:
     with a currency, percent or scale mark, else the last that is no date, else the last.
     """
     if "####" in text:
-        final = text.split("####", 2)[1].strip()[:MAX_CHARACTERS]
+        final = _cleaned(text.split("####", 2)[1].strip()[:MAX_STRUCTURED])
         # the line alone first: what is run on is longer
         for part in dict.fromkeys((final.split("\n")[0], final)):
             value = _read_whole(part) or next(iter(_values(part)), None) if _has_structure(part) else quantity(part)
             if value is not None:
                 return value
-    text = text[-MAX_CHARACTERS:]
-    if not _has_structure(text):
+    text = _cleaned(_end(text, MAX_CHARACTERS))
+    content = boxed(text) if "\\boxed" in text else None
+    text = _end(text, MAX_READ)
+    if not content and not _has_structure(text):
         plain = quantity(text)
         # `May 3, 2023` is a date, `in 2023` a year
         dated = moments(text) if plain is not None and plain.is_date else []
         return _moment(dated[-1]) if dated else plain
-    if content := boxed(text):
+    text = _end(text, MAX_STRUCTURED)
+    if content:
+        content = content[:MAX_STRUCTURED]
+        plain = None if _has_structure(content) else quantity(content)
+        if plain is not None and not plain.is_date:
+            return plain
         return _read_whole(content) or _select(_values(content)) or Expression(joined(tokenize(plain_math(content))))
     # `The answer is 3, 4.`: both, where a sentence without these words has two values
     stated = stated_answer(text)
     return _read_whole(text) or (_read_whole(stated) if stated else None) or _select(_values(text))
+
+
+def read_values(text: str) -> tuple[Value, ...]:
+    """The values that an expected answer consists of; empty for a text without one.
+
+    Behind a marker, or in a text of up to `MAX_LISTED_WORDS` words: those with a currency, percent or scale mark, else
+    those that are no dates, else all. Of a longer text the value of `read_value`.
+    """
+    part = _concluding(text)
+    if len(part.split(None, MAX_LISTED_WORDS + 1)) <= MAX_LISTED_WORDS:
+        values = _counted(_listed(part))
+        if len(values) > 1 or (values and isinstance(values[0], Compound)):
+            return tuple(values)
+    value = read_value(text)
+    return () if value is None else (value,)
+
+
+def ends_in(text: str, wanted: Sequence[Value], agree: Callable[[Value, Value], bool]) -> bool:
+    """Whether the last values of a text are the wanted ones, in their order; a list counts as its parts.
+
+    A single list is not a single range: `3, 5` is not `3 to 5`.
+    """
+    listed = _listed(_concluding(text))
+    if len(listed) == len(wanted) == 1:
+        return agree(listed[0], wanted[0]) or _is_same_ratio(listed[0], wanted[0])
+    parts = [part for value in wanted for part in _parts(value)]
+    plain = [value for value in listed if not _is_date(value)]
+    # several dates, as in `2019 and 2018`, may follow other numbers
+    pools = (_counted(listed), plain, listed) if len(wanted) > 1 else (_counted(listed), plain)
+    return any(_ends_in(values, parts, agree) for values in pools)
+
+
+def _ends_in(values: Sequence[Value], wanted: Sequence[Value], agree: Callable[[Value, Value], bool]) -> bool:
+    given: list[Value] = []
+    for value in reversed(values):
+        if len(given) < len(wanted):
+            given = [*_parts(value), *given]
+    # the parts of a longer list are not the wanted list
+    return len(given) == len(wanted) and all(map(agree, given, wanted))
+
+
+def _parts(value: Value) -> Sequence[Value]:
+    """Of a list, and of a range such as `$5-6 million`, which may be written as `$5 million to $6 million`."""
+    if not isinstance(value, Compound) or value.kind not in (",", "-"):
+        return (value,)
+    return value.parts if value.kind == "," or all(map(_has_mark, value.parts)) else (value,)
+
+
+def _is_same_ratio(first: Value, second: Value) -> bool:
+    """`3 to 1` is read as a range, and may be the ratio 3:1."""
+    kinds = {value.kind: value for value in (first, second) if isinstance(value, Compound)}
+    if kinds.keys() != {"ratio", "-"} or len(kinds["-"].parts) != len(kinds["ratio"].numbers):
+        return False
+    numbers = [part.value for part in kinds["-"].parts if isinstance(part, Quantity)]
+    pairs = list(zip(numbers, kinds["ratio"].numbers, strict=False))
+    return len(pairs) == len(kinds["ratio"].numbers) and all(a * pairs[0][1] == b * pairs[0][0] for a, b in pairs)
+
+
+def _concluding(text: str) -> str:
+    r"""The part that is the answer: the line behind the first `####`, the last box, else all of it."""
+    if "####" in text and (final := text.split("####", 2)[1].strip().split("\n")[0]):
+        return _cleaned(final[:MAX_STRUCTURED])
+    text = _cleaned(_end(text, MAX_CHARACTERS))
+    return boxed(text) or text
+
+
+def _listed(text: str) -> list[Value]:
+    """All values of a text, in order, with `3 to 5` and `between 3 and 5` as ranges."""
+    text = _BETWEEN.sub(r"\1-", _TO.sub("-", _end(text, MAX_READ)))
+    if not _has_structure(text):
+        plain = quantities(text)
+        return list(plain) if any(not value.is_date for value in plain) else _values(text)
+    text = _end(text, MAX_STRUCTURED)
+    stated = stated_answer(text)
+    whole = _read_whole(text) or (_read_whole(stated) if stated else None)
+    return [whole] if whole else _values(text)
+
+
+def _counted(values: Sequence[Value]) -> Sequence[Value]:
+    return [v for v in values if _has_mark(v)] or [v for v in values if not _is_date(v)] or values
+
+
+def _cleaned(text: str) -> str:
+    """The text without Markdown's emphasis, and with a sign in place of the word `minus`."""
+    if "**" in text:
+        text = _EMPHASIS.sub(r"\1", text)
+    if "inus " in text or "egative " in text:
+        text = _MINUS.sub("-", text)
+    return text
+
+
+def _end(text: str, length: int) -> str:
+    """The last characters of a text, from the first whole word."""
+    if len(text) <= length:
+        return text
+    text = text[-length:]
+    return text.partition(" ")[2] or text
 
 
 def _has_structure(text: str) -> bool:
@@ -204,7 +327,18 @@ def _is_date(value: Value) -> bool:
 
 
 def _plain_text(text: str) -> str:
-    return _ENUMERATOR.sub("", plain_math(_CALCULATION.sub(" ", text)))
+    if "**" in text:
+        text = _POWER_OF.sub("^", text)
+    plain = plain_math(_CALCULATION.sub(" ", text))
+    if _GROUP.search(plain):
+        plain = _GROUPS.sub(_without_separators, _WHOLE_GROUPS.sub(_without_separators, plain))
+    if "^" in plain:
+        plain = _TIMES_TEN.sub("*", plain)
+    return _ENUMERATOR.sub("", plain)
+
+
+def _without_separators(match: re.Match[str]) -> str:
+    return _GROUP_SEPARATOR.sub("", match[0])
 
 
 def _read_whole(text: str) -> Value | None:
@@ -215,29 +349,9 @@ def _read_whole(text: str) -> Value | None:
         return None
     if (found := moments(plain)) and (found[0].start, found[0].end) == (0, len(plain)):
         return _moment(found[0])
-    if not all(map(_is_mathematical, tokens)) or not _is_structured(tokens):
+    if not all(map(is_mathematical, tokens)) or not is_structured(tokens):
         return None
     return _parse(tokens, plain, is_whole=True)
-
-
-def _is_mathematical(token: Token) -> bool:
-    text = token.text
-    if token.kind == "name":
-        return bool(_VARIABLE.match(text)) or text[0] == "\\" or text.lower() in _KNOWN_NAMES
-    return token.kind == "number" or text in _MATHEMATICAL
-
-
-def _is_structured(tokens: Sequence[Token]) -> bool:
-    """Whether there is more than a plain number with its sign, brackets and marks."""
-    numbers = sum(token.kind == "number" for token in tokens)
-    names = [token for token in tokens if token.kind == "name" and token.text.lower() not in ("and", "or")]
-    if numbers == 1 and len(names) == 1 and tokens[-1] == names[0] and names[0].text in "kmbKMB" and len(tokens) < 4:
-        return False  # 3k is three thousand
-    marks = {token.text for token in tokens if token.kind == "mark"}
-    has_powers = any(token.kind == "number" and "e" in token.text.lower() for token in tokens)
-    if not _has_number(tokens) and not (marks - set("()")):
-        return False  # (A) is a choice
-    return bool(numbers > 1 or names or has_powers or marks & _STRUCTURING)
 
 
 def _parse(tokens: Sequence[Token], plain: str, *, is_whole: bool = False, depth: int = 0) -> Value:
@@ -272,7 +386,7 @@ def _is_name(tokens: Sequence[Token]) -> bool:
 
 
 def _is_arithmetic(tokens: Sequence[Token]) -> bool:
-    return evaluate([token for token in tokens if token.text not in SIGNS | _MARKS_ALONE]) is not None
+    return evaluate([token for token in tokens if token.text not in SIGNS | MARKS_ALONE]) is not None
 
 
 def _split(
@@ -319,7 +433,7 @@ def _number(tokens: Sequence[Token], plain: str) -> Quantity | None:
     core = [token for token in tokens if token is not sign]
     if len(core) > 2 and core[-2].text == "\u00b0" and core[-1].text in "CF":
         core.pop()
-    while core and core[-1].text in _MARKS_ALONE:
+    while core and core[-1].text in MARKS_ALONE:
         core.pop()
     value = evaluate(core) if core else None
     if value is None:
@@ -333,9 +447,9 @@ def _values(text: str) -> list[Value]:
     plain = _plain_text(text)
     spans: list[tuple[int, int, Value]] = [(m.start, m.end, _moment(m)) for m in moments(plain)]
     covered = [(start, end) for start, end, _ in spans]
-    for run in _runs(tokenize(plain)):
+    for run in runs(tokenize(plain)):
         start, end = run[0].start, run[-1].end
-        if _is_structured(run) and _states_number(run) and not any(start < e and s < end for s, e in covered):
+        if is_structured(run) and _states_number(run) and not any(start < e and s < end for s, e in covered):
             value = _parse(run, plain, is_whole=True)
             # the marks of a number or range behind it are part of it
             if not isinstance(value, Expression):
@@ -344,103 +458,13 @@ def _values(text: str) -> list[Value]:
     for start, end, _ in spans:
         plain = plain[:start] + " " * (end - start) + plain[end:]
     powers = {match.start(1) for match in _POWER.finditer(plain)}
-    placed = [(start, value) for start, _, value in spans]
+    placed = list(spans)
     for match in QUANTITY.finditer(plain):
         if len(match["numeral"]) <= MAX_DIGITS and match.start("numeral") not in powers:
-            placed.append((match.start(), read_quantity(match)))
-    return [value for _, value in sorted(placed, key=lambda pair: pair[0])]
+            placed.append((match.start(), match.end(), read_quantity(match)))
+    return [value for _, _, value in join_measures(plain, sorted(placed, key=lambda found: found[0]))]
 
 
 def _states_number(run: Sequence[Token]) -> bool:
     """`digits of pi` do not."""
     return any(token.kind == "number" or token.text in "\u03c0\u221e" for token in run)
-
-
-def _has_number(tokens: Sequence[Token]) -> bool:
-    return any(token.kind == "number" or token.text in CONSTANTS for token in tokens)
-
-
-def _runs(tokens: Sequence[Token]) -> Iterator[Sequence[Token]]:
-    """The longest sequences of tokens that are mathematics in a sentence: `It is (5, 4), or 3/2.` has two."""
-    run: list[Token] = []
-    depth = 0
-    for i, token in enumerate(tokens):
-        if _continues(tokens, i, run, depth):
-            run.append(token)
-            depth += (token.text in OPEN) - (token.text in CLOSE)
-            continue
-        yield from _trimmed(run)
-        starts = _continues(tokens, i, [], 0)
-        run, depth = ([token], int(token.text in OPEN)) if starts else ([], 0)
-    yield from _trimmed(run)
-
-
-def _continues(tokens: Sequence[Token], i: int, run: Sequence[Token], depth: int) -> bool:
-    """Whether token i belongs to the run before it, or begins one."""
-    token, before = tokens[i], tokens[i - 1] if i else None
-    behind = tokens[i + 1] if i + 1 < len(tokens) else None
-    if token.text in CONSTANTS:
-        return True
-    if token.kind == "number":
-        if before is not None and before.kind == "name" and before.end == token.start:
-            return False  # Q4, FY2023
-        # two numbers side by side are one only as 1 4/5
-        is_mixed = i + 2 < len(tokens) and tokens[i + 1].text == "/" and tokens[i + 2].kind == "number"
-        return not (run and run[-1].kind == "number") or (is_mixed and "." not in run[-1].text)
-    if token.kind == "mark":
-        return _mark_continues(token, before, behind, run, depth)
-    return _name_continues(token, before, behind, run)
-
-
-def _mark_continues(token: Token, before: Token | None, behind: Token | None, run: Sequence[Token], depth: int) -> bool:
-    text = token.text
-    if text in SEPARATORS:
-        return depth > 0 or (bool(run) and text == "\u222a")
-    if text in CLOSE:
-        return depth > 0
-    if text in SIGNS:
-        return not (run and run[-1].kind == "number")
-    # a sign touches its number, a dash between words does not: `Revenue - 412`
-    if text in "+-" and not run:
-        is_free = before is None or before.end < token.start
-        return is_free and behind is not None and behind.start == token.end
-    return text in OPEN or (text in OPERATORS and text != ":" and (bool(run) or text in _PREFIXES))
-
-
-def _name_continues(token: Token, before: Token | None, behind: Token | None, run: Sequence[Token]) -> bool:
-    if not _is_mathematical(token) or token.text.lower() in ("and", "or"):
-        return False
-    if len(token.text) > 1:
-        return True
-    is_glued = before is not None and before.end == token.start
-    is_glued_behind = behind is not None and behind.start == token.end
-    if behind is not None and is_glued_behind and behind.kind == "number":
-        return False  # Q4
-    if before is not None and is_glued and before.kind == "number" and token.text in "kmbKMB":
-        return False  # 3k
-    # a letter alone is a word: `a`, `I`
-    if (is_glued and run) or (behind is not None and is_glued_behind and behind.text in _BINDING):
-        return True
-    return any(neighbor is not None and neighbor.text in _INFIX for neighbor in (run[-1] if run else None, behind))
-
-
-def _trimmed(run: Sequence[Token]) -> Iterator[Sequence[Token]]:
-    """A run without operators at its ends, cut at brackets that nothing opens or closes."""
-    opened: list[int] = []
-    cuts: list[int] = []
-    for i, token in enumerate(run):
-        if token.text in OPEN:
-            opened.append(i)
-        elif token.text in CLOSE and opened:
-            opened.pop()
-        elif token.text in CLOSE:
-            cuts.append(i)
-    edges = [-1, *sorted(cuts + opened), len(run)]
-    for start, end in pairwise(edges):
-        part = list(run[start + 1 : end])
-        while part and (part[-1].text in OPERATORS | SIGNS or part[-1].text in SEPARATORS):
-            part.pop()
-        while part and part[0].text not in _PREFIXES and part[0].text in OPERATORS | SEPARATORS:
-            del part[0]
-        if part:
-            yield part

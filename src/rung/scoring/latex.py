@@ -22,6 +22,8 @@ _THOUSANDS = re.compile(r"\{,\}\s*|,\\!\s*")
 _FRACTION = re.compile(r"\\[dtc]?frac(?![A-Za-z])\s*")
 _ROOT_OF_DIGIT = re.compile(r"\\sqrt\s*(\d)")
 _BRACE = re.compile(r"\\?[{}]")
+# `{1, 2}` is a set, the argument of a command or an index is none
+_PLAIN_SET = re.compile(r"(?<![\w}\])^_\\])\{([^{},]{0,300},[^{}]{0,300})\}")
 _WHOLE_AHEAD = re.compile(r"(?<![\w.^_{])\d+\s*\Z")
 _TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|mbox|math(?:rm|bf|it|sf|tt)|operatorname|boxed|fbox)\s*(?:\{([^{}]*)\}|(?=\{))"
@@ -104,7 +106,7 @@ def _plain_latex(text: str) -> str:
     text = _TEXT.sub(lambda m: f" {m[1] or ''} ", text) if "\\" in text else text
     text = _ROOT_OF_DIGIT.sub(r"\\sqrt{\1}", _fractions(text))
     text = _COMMAND.sub(_command, text)
-    text = _DEGREE.sub("\u00b0", text)
+    text = _PLAIN_SET.sub("\u2774\\1\u2775", _DEGREE.sub("\u00b0", text))
     return text.replace("\u2774", "\u2774 ").replace("{", "(").replace("}", ")")
 
 

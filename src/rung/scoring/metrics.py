@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
-from rung.scoring.answers import Value, final_texts, read_value, values_agree
+from rung.scoring.answers import MAX_READ, Value, ends_in, final_texts, read_value, read_values, values_agree
 from rung.scoring.latex import plain_math
 from rung.scoring.math_answers import math
+from rung.scoring.opposites import Side, contradicts, sides
 from rung.scoring.quantities import Quantity, change_direction, quantities_agree
 from rung.scoring.words import letter_tokens, normalize, tokens
 
@@ -26,7 +27,7 @@ class Metric:
 
     function: Callable[[str, str], float]
     binary: bool
-    """Only 0 and 1 occur, so Wilson's interval and McNemar's test apply."""
+    """Only 0 and 1 occur: a rate, whose interval is exact (Clopper-Pearson) and whose pairs are tested by McNemar."""
 
 
 def exact(answer: str, expected: str) -> float:
@@ -51,28 +52,35 @@ def normalized(answer: str, expected: str) -> float:
 
 
 def numeric(answer: str, expected: str) -> float:
-    """1 when the quantity in the answer is the expected one, else 0: `$1.2bn` equals `USD 1,200 million`.
+    """1 when the answer states the expected quantity, else 0: `$1.2bn` equals `USD 1,200 million`.
 
-    Which number counts: the first after the last `####`; else the last with a currency, percent or scale mark; else
-    the last that is not part of a date (see `Quantity.is_date`); else the last. Digits glued to letters (FY2023, Q4)
-    are no number. Brackets, a minus (ASCII or U+2212) and `loss of` make it negative. Points are decimals, commas
-    group thousands.
+    Which number counts: the first behind the first `####`; else the one in the last box; else the last with a currency,
+    percent or scale mark; else the last that is no date (see `Quantity.is_date`); else the last. A fraction, power,
+    root, tuple, set, range, date or time is read as a whole (`answers.read_value`), and so is `5 feet 10 inches`.
+    Digits glued to letters (FY2023, Q4) are no number. Brackets, a minus (as a sign or a word), `negative` and `loss
+    of` make it negative. Points are decimals; commas, apostrophes and narrow spaces group thousands.
 
-    What is equal: the same value after scaling, within 1e-6 relative. A side without a scale, or with no mark at all
-    facing a percentage, is also right when the bare numerals agree (`412` for `USD 412 million`, `12.5` for `12.5%`).
-    Two different currencies never agree. Where the expected answer states a direction (`fell by 3`), magnitudes are
-    compared and the opposite direction (`rose by 3`) is wrong. When the expected answer holds no number, the score is
+    What is equal: two numbers that are written exactly (whole numbers, fractions, up to two decimals) only where they
+    are the same, others within 1e-6 relative. A side without a scale, a unit, or any mark facing a percentage is also
+    right when the bare numerals agree (`412` for `USD 412 million`, `12.5` for `12.5%`). Two different currencies never
+    agree. Where the expected answer states a direction (`fell by 3`), magnitudes are compared and the opposite
+    direction (`rose by 3`) is wrong; so is an opposite beside the number (`at most 5` for `at least 5`, 10 BC for 10
+    AD).
+
+    Where the expected answer has several numbers that count (`3 of 5`, `3 dogs and 4 cats`), the answer must end in all
+    of them, in their order, or have the same words: one alone is wrong. Only of an expected answer with more than
+    `answers.MAX_LISTED_WORDS` words, a worked solution, the last one is enough. Without a number the score is
     `normalized`, so that `Not disclosed.` can be right.
     """
     if answer.strip() == expected.strip():
         return 1.0
-    wanted = _expected_value(expected)
-    if wanted is None:
+    wanted = _read_expected(expected)
+    if not wanted.values:
         return _same_words(answer, expected)
-    given = read_value(answer)
-    if isinstance(wanted, Quantity):
-        return float(isinstance(given, Quantity) and _same_quantity(given, wanted, answer, expected))
-    return float(given is not None and values_agree(given, wanted))
+    if len(wanted.values) == 1 and isinstance(wanted.values[0], Quantity):
+        given = read_value(answer)
+        return float(given is not None and _agree(given, wanted, answer) and not _contradicts(answer, wanted, given))
+    return _same_values(answer, expected, wanted)
 
 
 def token_f1(answer: str, expected: str) -> float:
@@ -98,24 +106,63 @@ def rouge_l(answer: str, expected: str) -> float:
     return float(_rouge_scorer().score(expected, answer)["rougeL"].fmeasure)
 
 
+class _Expected(NamedTuple):
+    """What an expected answer states."""
+
+    values: tuple[Value, ...]
+    direction: int
+    sides: tuple[Side, ...]
+
+
+_MAX_EXTRA = 2_000
+"""Characters of layout and LaTeX that an answer may have beyond four times its expected answer: words cost time."""
+
+
 # rewards compare many answers with one expected answer
 @lru_cache(maxsize=4096)
-def _expected_value(text: str) -> Value | None:
-    return read_value(text)
+def _read_expected(text: str) -> _Expected:
+    values = read_values(text)
+    return _Expected(values, change_direction(text), tuple(sides(text[-MAX_READ:])) if values else ())
 
 
-def _same_quantity(given: Quantity, wanted: Quantity, answer: str, expected: str) -> bool:
-    # `fell by 3` may be written as -3 or as 3: only magnitude and direction are comparable
-    if direction := change_direction(expected):
-        opposite = (change_direction(answer) or (-1 if given.numeral < 0 else 0)) == -direction
+def _agree(given: Value, wanted: _Expected, answer: str) -> bool:
+    return _directed(wanted.direction and change_direction(answer), wanted.direction)(given, wanted.values[0])
+
+
+def _directed(stated: int, direction: int) -> Callable[[Value, Value], bool]:
+    """How two values are compared where the expected answer states a direction and the answer another, or none (0)."""
+
+    def agree(given: Value, wanted: Value) -> bool:
+        # `fell by 3` may be written as -3 or as 3: only magnitude and direction are comparable
+        if not direction or not isinstance(given, Quantity) or not isinstance(wanted, Quantity):
+            return values_agree(given, wanted)
+        opposite = (stated or (-1 if given.numeral < 0 else 0)) == -direction
         return not opposite and quantities_agree(abs(given), abs(wanted))
-    return quantities_agree(given, wanted)
+
+    return agree
+
+
+def _contradicts(answer: str, wanted: _Expected, *given: Value) -> bool:
+    numbers = [number for value in given if isinstance(value, Quantity) for number in (value.numeral, value.value)]
+    return bool(wanted.sides) and contradicts(answer[-MAX_READ:], wanted.sides, numbers)
+
+
+def _same_values(answer: str, expected: str, wanted: _Expected) -> float:
+    """Of an expected answer that is not one plain quantity."""
+    given = read_value(answer) if len(wanted.values) == 1 else None
+    if given is None or not values_agree(given, wanted.values[0]):
+        agree = _directed(wanted.direction and change_direction(answer), wanted.direction)
+        if not ends_in(answer, wanted.values, agree):
+            return _same_words(answer, expected) if len(wanted.values) > 1 else 0.0
+    return float(not _contradicts(answer, wanted))
 
 
 def _same_words(answer: str, expected: str) -> float:
     """`normalized`, of the answer or of what it states as its answer."""
     expected_words = normalize(plain_math(expected))
-    return float(any(normalize(plain_math(text)) == expected_words for text in final_texts(answer)))
+    longest = _MAX_EXTRA + 4 * len(expected)
+    texts = [text for text in final_texts(answer) if len(text) <= longest]
+    return float(any(normalize(plain_math(text)) == expected_words for text in texts))
 
 
 class _LetterTokenizer:

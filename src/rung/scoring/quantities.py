@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 from rung.scoring.words import UNSPACED
 
@@ -21,6 +21,7 @@ RELATIVE_TOLERANCE = 1e-6
 MAX_DIGITS = 100
 """Longer numerals are no quantity, but text: reading them takes quadratic time, and floats end at 308."""
 
+Found = TypeVar("Found")
 Number = int | Fraction | float
 """Exact where it is written exactly: whole numbers, fractions, and up to two decimals, as money has."""
 
@@ -68,7 +69,7 @@ _UNITS: dict[str, dict[str, tuple[float, str]]] = {
     },
     "mass": {
         "mg": (1e-3, "milligrams?"),
-        "gram": (1.0, "grams"),
+        "gram": (1.0, "grams|g"),
         "kg": (1e3, "kilograms?"),
         # NIST SP 811, appendix B.8; `pounds` is a currency here
         "oz": (28.349523125, "ounces?"),
@@ -77,7 +78,7 @@ _UNITS: dict[str, dict[str, tuple[float, str]]] = {
     "time": {
         "sec": (1.0, "seconds?"),
         "min": (60.0, "minutes?|mins"),
-        "hour": (3600.0, "hours|hrs?"),
+        "hour": (3600.0, "hours|hrs?|h"),
         "day": (86400.0, "days"),
         "week": (604800.0, "weeks"),
     },
@@ -98,6 +99,10 @@ _UNIT = re.compile(
     + r")\b)(?:\s*(?:\^\s*\(?|(?=[\u00b2\u00b3]))([23\u00b2\u00b3])\)?)?",
     re.IGNORECASE,
 )
+_JOINS = re.compile(r"(?:,|,?\s+and\b)?\s*")
+_MAX_BETWEEN = 30
+"""Characters between two parts of a measure: the longest unit and `, and `."""
+_METERS = {"m": 1.0, "mm": 1e-3}
 _POWERS = {None: 1, "square": 2, "sq": 2, "sq.": 2, "cubic": 3, "2": 2, "3": 3, "\u00b2": 2, "\u00b3": 3}
 
 
@@ -135,7 +140,9 @@ MONTH = (
     r"|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\b\.?"
 )
 _DATE = re.compile(
-    rf"(?:\b(?:in|for|during|since|year|fiscal|fy|ended|{MONTH})(?:\ \d\d?(?:st|nd|rd|th)?,)?\s*|\()(?:19|20)\d\d\Z"
+    rf"(?:\b(?:in|for|during|since|year|fiscal|fy|ended|{MONTH})(?:\ \d\d?(?:st|nd|rd|th)?,)?\s*|\()"
+    # both years of `in 2022 and 2023`
+    rf"(?:(?:19|20)\d\d,?\ (?:and|or|to)\ )?(?:19|20)\d\d\Z"
     rf"|\b{MONTH}\ \d\d?\Z",
     re.IGNORECASE,
 )
@@ -164,11 +171,21 @@ class Quantity:
     is_date: bool = False
     """A year after a word for time (`in 2023`, `FY 2023`, `(2023)`), or a day or year next to a month's name."""
     unit: Unit | None = field(default=None, compare=False)
+    meters: float | None = field(default=None, compare=False)
+    """Of a scale written `m` or `mm`: the meters that it is beside a length, where it is no million."""
 
     @property
     def value(self) -> Number:
         """The scaled number: 412 million is 4.12e8, 12.5% is 12.5."""
         return self.numeral if self.scale is None else self.numeral * self.scale
+
+    @property
+    def _length(self) -> float | None:
+        """In meters, where `m` and `mm` may be read as units and not as millions."""
+        if self.meters is not None:
+            return float(self.numeral) * self.meters
+        is_length = self.unit is not None and (self.unit.dimension, self.unit.power) == ("length", 1)
+        return _in_own_unit(self) if is_length else None
 
     def __abs__(self) -> Quantity:
         return replace(self, numeral=-self.numeral) if self.numeral < 0 else self
@@ -200,7 +217,41 @@ def select_quantity(candidates: Sequence[Quantity]) -> Quantity | None:
 
 def quantities(text: str) -> list[Quantity]:
     """All numbers of a text, in order."""
-    return [read_quantity(match) for match in QUANTITY.finditer(text) if len(match["numeral"]) <= MAX_DIGITS]
+    matches = [match for match in QUANTITY.finditer(text) if len(match["numeral"]) <= MAX_DIGITS]
+    found = [read_quantity(match) for match in matches]
+    if len(found) < 2 or not any(quantity.unit for quantity in found):
+        return found
+    placed = [(match.start(), match.end(), quantity) for match, quantity in zip(matches, found, strict=True)]
+    return [quantity for _, _, quantity in join_measures(text, placed)]
+
+
+def join_measures(text: str, found: Sequence[tuple[int, int, Found]]) -> list[tuple[int, int, Found]]:
+    """The values found in a text and where they stand, `5 feet 10 inches` as one: 70 inches."""
+    joined: list[tuple[int, int, Found]] = []
+    for start, end, value in found:
+        if joined and isinstance(value, Quantity) and value.unit and isinstance(joined[-1][2], Quantity):
+            whole = _joined(joined[-1][2], text[joined[-1][1] : start], value)
+            if whole is not None:
+                joined[-1] = (joined[-1][0], end, cast("Found", whole))
+                continue
+        joined.append((start, end, value))
+    return joined
+
+
+def _joined(first: Quantity, between: str, second: Quantity) -> Quantity | None:
+    """Two parts of one measure, the larger unit first; None if they are two quantities."""
+    large, small = first.unit, second.unit
+    if not large or not small or (large.dimension, large.power, small.power) != (small.dimension, 1, 1):
+        return None
+    ratio = round(large.factor / small.factor)
+    is_whole = math.isclose(ratio, large.factor / small.factor, rel_tol=1e-9)
+    unit = _UNIT.match(between) if len(between) <= _MAX_BETWEEN else None
+    if unit is None or not _JOINS.fullmatch(between, unit.end()) or first.scale or second.scale:
+        return None
+    if ratio < 2 or not is_whole or not 0 <= second.numeral < ratio:
+        return None
+    rest = -second.numeral if first.numeral < 0 else second.numeral
+    return Quantity(first.numeral * ratio + rest, unit=small)
 
 
 def parse_numeral(numeral: str) -> Number:
@@ -251,6 +302,7 @@ def _marked(number: Number, groups: Mapping[str, str | None], before: str | None
         percent=bool(groups.get("percent")),
         currency=_CURRENCY[currency.lower()] if currency else None,
         unit=unit,
+        meters=_METERS.get(scale) if scale and not currency else None,
     )
 
 
@@ -281,6 +333,11 @@ def quantities_agree(first: Quantity, second: Quantity) -> bool:
         return math.isclose(_in_own_unit(first), _in_own_unit(second), rel_tol=RELATIVE_TOLERANCE)
     if _differ_in_kind(first, second) or _differ_in_kind(second, first):
         return False
+    if _is_scaled_beside_unit(first, second) or _is_scaled_beside_unit(second, first):
+        # 5 km are neither 5 m nor 5 million of what the question asks for, 5000 m are
+        one, other = first._length, second._length
+        same_length = one is not None and other is not None and math.isclose(one, other, rel_tol=RELATIVE_TOLERANCE)
+        return same_length or numbers_agree(first.value, second.value)
     same_numeral = numbers_agree(first.numeral, second.numeral)
     if first.percent != second.percent:  # percent is a unit of its own, but a number without any mark may stand for it
         return same_numeral and not (first.has_mark and second.has_mark)
@@ -306,6 +363,10 @@ def _differ_in_kind(first: Quantity, second: Quantity) -> bool:
     """36 degrees are neither 36 dollars nor 36 %."""
     is_measure = first.unit and not (first.currency or first.percent)
     return bool(is_measure and not second.unit and (second.currency or second.percent))
+
+
+def _is_scaled_beside_unit(first: Quantity, second: Quantity) -> bool:
+    return bool(first.unit and not first.scale and second.scale and not second.unit)
 
 
 def _in_own_unit(quantity: Quantity) -> float:
