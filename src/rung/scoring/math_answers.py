@@ -33,16 +33,19 @@ def math(answer: str, expected: str) -> float:
     r"""1 when math-verify finds the answer equal to the expected one, else 0: `\frac{1}{2}` equals `0.5` and `2/4`.
 
     What is compared: the line behind the first `####`, else the last `\boxed{}` or formula, else the last number. An
-    expected answer that math-verify cannot read is compared by words, as `normalized` does. A comparison that takes
+    expected answer that math-verify cannot read, or with several numbers among words, is compared by words, as
+    `normalized` does. A comparison that takes
     longer than `TIMEOUT` or needs more than 2 GiB scores 0. Raises `ConfigError` without the extra `math`.
     """
     if answer.strip() == expected.strip():
         return 1.0
     if not answer.strip():
         return 0.0
-    verdict = _WORKER.compare(_formula(answer), _formula(expected))
-    if verdict is not None:
-        return float(verdict)
+    # of several numbers among words, as in `2 hours and 20 minutes`, math-verify would compare the last alone
+    if not _has_numbers_among_words(expected):
+        verdict = _WORKER.compare(_formula(answer), _formula(expected))
+        if verdict is not None:
+            return float(verdict)
     expected_words = normalize(plain_math(expected))
     return float(any(normalize(plain_math(text)) == expected_words for text in final_texts(answer)))
 
@@ -52,6 +55,14 @@ def require_math_verify(where: str) -> None:
     if importlib.util.find_spec("math_verify") is None:
         hint = "pip install 'rung[math]'"
         raise ConfigError("the metric math needs math-verify", where=where, given="math", hint=hint)
+
+
+def _has_numbers_among_words(text: str) -> bool:
+    if "####" in text or "\\" in text or "$" in text:
+        return False
+    words = text.split()
+    is_word = [len(word) > 1 and word.strip(".,;:").isalpha() for word in words]
+    return any(is_word) and sum(any(c.isdigit() for c in word) for word in words) > 1
 
 
 def _formula(text: str) -> str:
