@@ -95,6 +95,11 @@ class Record:
         return self.score is not None and self.score <= 0.0 and not self.candidates
 
     @property
+    def is_excluded(self) -> bool:
+        """Whether the data marks the final answer as not to be learned: there is nothing to imitate or expect."""
+        return bool(self.messages) and not self.messages[-1].is_learned
+
+    @property
     def is_prompt_only(self) -> bool:
         """Whether the record has no answer."""
         return bool(self.messages) and not self.answer and not self.messages[-1].tool_calls

@@ -528,3 +528,20 @@ def test_scores_stand_beside_those_without_what_was_learned_from(
     (tmp_path / "run" / "run.json").write_text(json.dumps(manifest))
     code, out, _ = inside(capsys, "eval", tmp_path / "run", "--config", task, "--json")
     assert code == 0 and "unknown" in json.loads(out)["contamination"]
+
+
+def test_answers_that_are_not_to_be_learned_are_not_expected(config: Path, tmp_path: Path, capsys: Any) -> None:
+    """A test row whose final answer has weight 0 is left out of the scores, not scored or refused."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a", "weight": i % 2}]}
+        for i in range(8)
+    ]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert inside(capsys, "train", config, "training.max_steps=1")[0] == 0
+    task = tmp_path / "task.yaml"
+    other = tmp_path / "train.jsonl"
+    other.write_text(json.dumps(rows[1]).replace("q1", "another") + "\n")
+    data = f"{{path: {other}, validation: 0, test: {tmp_path / 'test.jsonl'}}}"
+    task.write_text(f"data: {data}\nevaluation: {{metrics: [exact]}}\noutput: x\n")
+    code, out, err = inside(capsys, "eval", tmp_path / "run", "--config", task, "--json")
+    assert code == 0 and json.loads(out)["examples"] == 4, err

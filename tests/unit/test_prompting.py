@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from math import e
 
@@ -75,3 +76,10 @@ def test_shots_of_its_own_stand_before_each_question() -> None:
     )
     assert [m.content for m in framing.turns(first)] == ["Be brief.", "two", "answer 1", "one"]
     assert [m.content for m in framing.turns(third)] == ["Be brief.", "one", "answer 0", "three"]
+
+
+def test_answers_that_are_not_to_be_learned_are_no_examples() -> None:
+    train = rows("one", "two", "three")
+    excluded = replace(train[1], messages=(train[1].messages[0], replace(train[1].messages[1], is_learned=False)))
+    shots = choose_shots([train[0], excluded, train[2]], 2, seed=0)
+    assert {shot.question for shot in shots} == {"one", "three"}

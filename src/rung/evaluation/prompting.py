@@ -138,8 +138,9 @@ def _words(train: Sequence[Record], rows: NDArray[np.int64]) -> list[list[str]]:
 
 def _usable_records(train: Sequence[Record], count: int) -> NDArray[np.int64]:
     distinct = distinct_conversations(train)  # a weighted row is in the split several times
-    # an answer labelled as undesirable is no example to follow
-    usable: NDArray[np.int64] = distinct[[not train[int(i)].is_undesirable for i in distinct]]
+    # an answer that is labeled as undesirable or not to be learned is no example to follow
+    records = (train[int(i)] for i in distinct)
+    usable: NDArray[np.int64] = distinct[[not (record.is_undesirable or record.is_excluded) for record in records]]
     if len(usable) < count:
         summary = f"{count} worked examples are wanted and the training split has {len(usable)} rows"
         raise DataError(summary, where="evaluation.shots")

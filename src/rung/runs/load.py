@@ -304,8 +304,9 @@ def _limited_records(config: RunConfig, split: Records, name: str) -> Records:
         share_or_file = getattr(config.data, name)
         summary = f"there is no {name} split to score on"
         raise ConfigError(summary, where=where, given=share_or_file, hint=f"set {where}: 0.1")
-    # An undesirable answer is not the expected one.
-    indices = np.flatnonzero([not (record.is_undesirable or record.is_prompt_only) for record in split])
+    # An undesirable answer, or one that is not to be learned, is not the expected one.
+    without_expected = (record.is_undesirable or record.is_prompt_only or record.is_excluded for record in split)
+    indices = np.flatnonzero([not is_without for is_without in without_expected])
     if not len(indices):
         raise ConfigError(f"no row of the {name} split has an answer to expect", where=where)
     # The first of one permutation, so that a larger limit adds items to those of a smaller one. Sorted, so that the
