@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from processes import log
 from zygote import Zygote
 
-OWN_ANSWERS = "reward: {kind: function, path: '%s:few'}, rollout: {num_generations: 4, max_new_tokens: 6}"
+ROLLOUT = "num_generations: 4, max_new_tokens: 6, num_iterations: 1, num_minibatches: 1"
+OWN_ANSWERS = f"reward: {{kind: function, path: '%s:few'}}, rollout: {{{ROLLOUT}}}"
 OBJECTIVES = {
     "sft": "{kind: sft}",
     "dpo": "{kind: preference, beta: 0.5}",

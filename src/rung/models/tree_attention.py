@@ -136,7 +136,9 @@ class _FlashTree(torch.autograd.Function):
         query, key, value, prefix_key, prefix_value, out_1THD, *lses = ctx.saved_tensors
         groups = query.shape[1] // key.shape[1]
         keys, values = SplitKV(key, prefix_key), SplitKV(value, prefix_value)
-        d_query, d_keys, d_values = torch.empty_like(query), keys.zeros(), values.zeros()  # a sum over segments
+        # each part of a flat row gets one gradient: a sum, in float32, is only that of a part that segments share
+        is_shared = prefix_key is not None or any(s.parent is not None for s in ctx.segments)
+        d_query, d_keys, d_values = torch.empty_like(query), keys.zeros(wide=is_shared), values.zeros(wide=is_shared)
         visits = _iterate_segments(ctx.segments, keys.prefix_length, ctx.params.window, query.device)
         for lse, (rows, path, mask) in zip(lses, visits, strict=True):
             key_value = [repeat_kv(kv.gather(path, rows), groups) for kv in (keys, values)]
@@ -159,9 +161,10 @@ class SplitKV:
         self.row, self.prefix = row_1KTD, prefix_1KPD
         self.prefix_length = 0 if prefix_1KPD is None else prefix_1KPD.shape[2]
 
-    def zeros(self) -> SplitKV:
-        """Zeros of the same shapes to add gradients to, float32: a shared part gets those of all its documents."""
-        return SplitKV(wide_zeros(self.row), None if self.prefix is None else wide_zeros(self.prefix))
+    def zeros(self, *, wide: bool) -> SplitKV:
+        """Zeros of the same shapes to add gradients to; `wide`: float32, for the sum over all documents of a part."""
+        zeros = wide_zeros if wide else torch.zeros_like
+        return SplitKV(zeros(self.row), None if self.prefix is None else zeros(self.prefix))
 
     def widened(self) -> SplitKV:
         """The same in float32 or wider: autograd adds up the gradients of shared parts in their own dtype."""
