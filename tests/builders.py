@@ -99,3 +99,13 @@ def rows(seed: int = 0, count: int = 5, *, answers: int = 2, shared: int = 0) ->
             one = example([*prompt, *own], len(prompt), weight=1.0 + row % 2, line=row + 1)
             made.append(replace(one, row=row, score=float(answers - place)))
     return made
+
+
+def greedy_by_transformers(
+    model: PreTrainedModel, prompt: Sequence[int], tokens: int, stops: Sequence[int]
+) -> list[int]:
+    """The greedy answer of transformers' own generate, with the stop that ended it."""
+    row = torch.tensor([list(prompt)])
+    options = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": list(stops), "pad_token_id": 0}
+    answer: list[int] = model.generate(row, attention_mask=torch.ones_like(row), **options)[0, len(prompt) :].tolist()  # type: ignore[operator]
+    return answer

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from processes import goes_on_as_if_never_stopped, inside, log
+from rung.runs.load import load_base_on_device
 
 
 @pytest.fixture
@@ -68,6 +70,24 @@ def test_teacher_states_are_kept_only_for_a_second_epoch_and_in_the_cache_folder
     monkeypatch.setattr("rung.training.frozen_layer_cache.shutil.disk_usage", lambda _: no_room)
     code, _, err = inside(capsys, "train", taught, *settings, epochs, f"output={tmp_path / 'full'}")
     assert code == 0 and len(folders) == 1 and "teacher's states are computed in every epoch" in err, err
+
+
+def test_the_teacher_computes_as_the_student_does(
+    taught: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that resumes on another processor keeps its type; `auto` would choose another for its teacher."""
+    dtypes: list[str] = []
+
+    def load(config: Any, **options: Any) -> Any:
+        dtypes.append(config.dtype)
+        return load_base_on_device(config, **options)
+
+    monkeypatch.setattr("rung.runs.auxiliary_models.load_base_on_device", load)
+    for feature in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, feature, lambda: False)
+    objective = f"objective={{kind: distill, teacher: {tmp_path / 'teacher'}}}"
+    settings = (objective, "model.dtype=auto", "training.max_steps=1")
+    assert inside(capsys, "train", taught, *settings)[0] == 0 and dtypes == ["float32"]
 
 
 @pytest.mark.parametrize(

@@ -541,7 +541,7 @@ def test_a_resume_keeps_the_compute_type_and_refuses_another_device(
     fingerprints = {**manifest(tmp_path / "run")["fingerprints"], "device": "cuda"}
     run_json.write_text(json.dumps({**manifest(tmp_path / "run"), "status": "running", "fingerprints": fingerprints}))
     code, _, err = inside(capsys, "train", config, *settings, "--resume")
-    assert code == 3 and "device: cuda then, cpu now" in err, err
+    assert code == 3 and "device: cuda at its start, cpu now" in err, err
 
 
 def test_end_tokens_of_the_model_are_published(config: Path, tiny_base: Path, tmp_path: Path, capsys: Any) -> None:

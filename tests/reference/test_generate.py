@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from builders import policy_of, tuned
+from builders import greedy_by_transformers, policy_of, tuned
 from models import SHAPES, tiny_model
 from rung.models.generate import Sampling, _batches, _common_prefix_length, generate
 
@@ -18,16 +18,7 @@ def test_greedy_answers_equal_those_of_transformers(shape: str, prompts: list[li
     model = tiny_model(shape, dtype=torch.float64)
     answers = generate(policy_of(model), prompts, stop_ids=[2, 17], sampling=Sampling(9), batch_size=3)
     for prompt, answer in zip(prompts, answers, strict=True):
-        row = torch.tensor([prompt])
-        theirs = model.generate(
-            row,
-            attention_mask=torch.ones_like(row),
-            max_new_tokens=9,
-            do_sample=False,
-            eos_token_id=[2, 17],
-            pad_token_id=0,
-        )
-        expected = theirs[0, len(prompt) :].tolist()
+        expected = greedy_by_transformers(model, prompt, 9, [2, 17])
         assert answer.stopped == (expected[-1] in (2, 17))
         assert answer.ids == (expected[:-1] if answer.stopped else expected)
         assert len(answer.logprobs) == len(expected)

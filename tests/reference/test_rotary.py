@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from builders import example, policy_of
+from builders import example, greedy_by_transformers, policy_of
 from models import tiny_model
 from rung.config.method import LoraConfig
 from rung.config.objective import SftConfig
@@ -149,16 +149,7 @@ def test_an_answer_that_crosses_the_boundary(shared: int) -> None:
     prompts = [[*prefix, *rng.integers(3, 320, n - shared).tolist()] for n in lengths]
     answers = generate(policy_of(model), prompts, stop_ids=[2, 17], sampling=Sampling(12), batch_size=3)
     for prompt, answer in zip(prompts, answers, strict=True):
-        row = torch.tensor([prompt])
-        theirs = phi3().generate(
-            row,
-            attention_mask=torch.ones_like(row),
-            max_new_tokens=12,
-            do_sample=False,
-            eos_token_id=[2, 17],
-            pad_token_id=0,
-        )
-        expected = theirs[0, len(prompt) :].tolist()
+        expected = greedy_by_transformers(phi3(), prompt, 12, [2, 17])
         assert answer.all_tokens == expected, (len(prompt), answer.all_tokens, expected)
         assert len(answer.logprobs) == len(expected)
     sampled = generate(policy_of(model), prompts, stop_ids=[2], sampling=Sampling(12, 1.0, 3, answers_per_prompt=2))

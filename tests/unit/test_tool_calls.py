@@ -165,6 +165,7 @@ def test_forms_of_real_templates(form: str, tiny_tokenizer: PreTrainedTokenizerF
     "answer",
     [
         '{"name": "f", "arguments": {"x": 1}}',
+        '<tool_call>\n{"name": "f", "parameters": {"x": 1}}\n</tool_call>',
         'I could call {"name": "f", "arguments": {"x": 1}} but will not.',
         '<tool_call>\n{"name": "f", "arguments": {"x": 1}}',
         '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>\n<tool_call>\n{"name": "f", "argum',

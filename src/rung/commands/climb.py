@@ -23,7 +23,6 @@ from rung.config.climb import UNTUNED, OnTopConfig, RungConfig
 from rung.config.evaluation import Context
 from rung.config.io import ConfigSource, config_to_dict, on_top_run_config, resolve_config, rung_run_config
 from rung.config.method import FullConfig
-from rung.config.model import ModelConfig
 from rung.config.run import RunConfig
 from rung.console import print_status
 from rung.data.chat import ChatTemplate
@@ -104,7 +103,7 @@ class Climb:
         task = None if forgetting is None else forgetting_task(self.config, forgetting, self.config.evaluation.limit)
         if prompts.library is not None:
             self._check_fingerprint("documents", prompts.library.fingerprint)
-        self._cached_base = base = load_base_on_device(self._model_config)
+        self._cached_base = base = load_base_on_device(self._with_recorded_dtype(self.config).model)
         for name, value in {"base": base.fingerprint, **hardware_fingerprints(base)}.items():
             self._check_fingerprint(name, value)
         data = {context: self._shared_data(context, base) for context in prompts.contexts}
@@ -130,10 +129,9 @@ class Climb:
         folder.update(status="finished", ladder=ladder.to_json())
         return ladder
 
-    @property
-    def _model_config(self) -> ModelConfig:
-        """The model settings, with the compute type that a climb that resumes began with."""
-        return (keep_compute_dtype(self.config, self.path) if self._resume else self.config).model
+    def _with_recorded_dtype(self, config: RunConfig) -> RunConfig:
+        """The config with the compute type that a climb that resumes began with."""
+        return keep_compute_dtype(config, self.path) if self._resume else config
 
     @cached_property
     def _splits(self) -> Splits:
@@ -222,7 +220,7 @@ class Climb:
         if recorded.get(name, fingerprint) != fingerprint:
             verb = "have" if name == "documents" else "has"
             summary = f"the {name} {verb} changed since this climb began"
-            given = f"{recorded[name]} then, {fingerprint} now"
+            given = f"{recorded[name]} at its start, {fingerprint} now"
             raise CheckpointError(summary, where=str(self.path), given=given, hint="start anew with --overwrite")
 
     def _rung_folders(self, rung: AnyRung) -> list[Path]:
@@ -404,8 +402,7 @@ class Climb:
         if not (is_started and read_manifest(folder)["status"] == "finished"):
             # The model of the base rung is another than the cached base, and only one may be in memory.
             self._cached_base = None
-            model = config.model.model_copy(update={"dtype": self._model_config.dtype})
-            splits, base = read_splits(config), load_base_on_device(model)
+            splits, base = read_splits(config), load_base_on_device(self._with_recorded_dtype(config).model)
             data = tokenize_splits(config, splits, base, self._prompts.library)
             train_on_data(config, base, data, StartMode(resume=is_started))
         # To have this rung one must also train and keep the one below it.
@@ -417,14 +414,14 @@ class Climb:
         """A base for one run. Training changes it, so it must not be offered to the next rung."""
         if config.method.kind == "qlora":
             self._cached_base = None  # only one base may be in memory, and this one is quantized from its file
-            return load_base_to_train(config.model_copy(update={"model": self._model_config}))
+            return load_base_to_train(self._with_recorded_dtype(config))
         base, self._cached_base = self._pristine_base(), None
         return base
 
     def _pristine_base(self) -> BaseModel:
         """A base that no rung has trained; loaded again if the last one was used."""
         if self._cached_base is None:
-            self._cached_base = load_base_on_device(self._model_config)
+            self._cached_base = load_base_on_device(self._with_recorded_dtype(self.config).model)
         return self._cached_base
 
 

@@ -200,10 +200,8 @@ def _open_models(target: str, request: GenerateRequest) -> tuple[Policy, ChatTem
         model = open_run(path, generator_base)
         policy, chat = model.policy, model.chat
     else:
-        policy, chat = (
-            Policy(generator_base, NoMethod()),
-            ChatTemplate(generator_base.tokenizer, end_ids=generator_base.end_ids),
-        )
+        policy = Policy(generator_base, NoMethod())
+        chat = ChatTemplate(generator_base.tokenizer, end_ids=generator_base.end_ids)
     if request.reference is not None:
         policy.reference = _reference(request.reference, config, base)
         if policy.reference.base.tokenizer.get_vocab() != chat.tokenizer.get_vocab():

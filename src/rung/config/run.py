@@ -84,6 +84,10 @@ class RunConfig(Config):
         if kind == "ppo" and inserted_token_ids(self.method, 0):
             raise ValueError("a value model cannot read virtual tokens inside the text: put all of them in front")
 
+    def with_compute_dtype(self, dtype: str) -> RunConfig:
+        """The config with this compute type in place of `model.dtype`, for example of `auto`."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"dtype": dtype})})
+
     @property
     def retrieves(self) -> bool:
         """Whether the run or one of its rungs retrieves passages."""

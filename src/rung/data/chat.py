@@ -130,8 +130,8 @@ class ChatTemplate:
         self._endings, self._answer_prefix = self._probe_endings(template)
         self.positions = positions
         self.stop_ids = tuple(dict.fromkeys(e.stop_id for e in self._endings))
-        own_ends = [i for i in (self.eos_id, *end_ids) if i is not None]
-        self.generation_stop_ids = tuple(dict.fromkeys((*self.stop_ids, *own_ends)))
+        model_end_ids = [i for i in (self.eos_id, *end_ids) if i is not None]
+        self.generation_stop_ids = tuple(dict.fromkeys((*self.stop_ids, *model_end_ids)))
 
     @staticmethod
     def of_model(
@@ -193,11 +193,11 @@ class ChatTemplate:
             answer = self._rendered_answer(turns)
         except DataError:
             return _REASONING_TAGS
-        opening, found, rest = answer.partition(_REASONING_SENTINEL)
+        opening, sentinel, rest = answer.partition(_REASONING_SENTINEL)
         closing = rest.partition(_SENTINEL)[0].strip()
         # nothing before it: the prompt opens it, with a tag that other models write too
-        own = ((opening.strip(), closing),) if found and opening.strip() and closing else ()
-        return (*own, *_REASONING_TAGS)
+        is_complete = sentinel and opening.strip() and closing
+        return ((opening.strip(), closing), *_REASONING_TAGS) if is_complete else _REASONING_TAGS
 
     @property
     def reads_tool_calls(self) -> bool:
@@ -280,7 +280,7 @@ class ChatTemplate:
 
     @staticmethod
     def _answers_to_split(record: Record, loss_on: LossOn) -> list[int]:
-        """The turns that need parts of their own: learned answers, and answers to exclude where all is learned."""
+        """The turns that become separate parts: learned answers, and answers to exclude where all is learned."""
         turns = record.messages
         answers, last = [i for i, m in enumerate(turns) if m.role == "assistant"], len(turns) - 1
         if loss_on == "assistant_turns":

@@ -17,6 +17,7 @@ from typing import Any, get_args
 
 from rung.config.data import UnknownFields
 from rung.data.read import parse_json
+from rung.data.template import REASONING_FIELDS
 from rung.errors import DataError
 from rung.types import Message, MessageRole, Record
 
@@ -39,12 +40,11 @@ _ARGUMENT_FIELDS = ("arguments", "parameters", "args", "input")
 """Names of the arguments of a call: OpenAI's, Llama's, LangChain's and Anthropic's."""
 _WEIGHT_FIELDS = ("weight", "loss", "train", "training", "loss_weight")
 """Fields that say whether an answer is learned: OpenAI's 0 or 1, and truth values under the names of other trainers."""
-_REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 _KNOWN_FIELDS = frozenset({"role", "content", "from", "value", *_WEIGHT_FIELDS})
 _ROLE_FIELDS: dict[MessageRole, frozenset[str]] = {
     "system": frozenset(),
     "user": frozenset(),
-    "assistant": frozenset({"tool_calls", "function_call", *_REASONING_FIELDS}),
+    "assistant": frozenset({"tool_calls", "function_call", *REASONING_FIELDS}),
     "tool": frozenset({"tool_call_id", "name"}),
 }
 
@@ -253,7 +253,7 @@ def _is_learned(item: Mapping[str, Any], name: str) -> bool:
 
 def _reasoning(item: Mapping[str, Any], name: str) -> str | None:
     """The reasoning before an answer, under any of its names."""
-    texts = {text for field in _REASONING_FIELDS if (text := optional_text(item.get(field), f"{field} of {name}"))}
+    texts = {text for field in REASONING_FIELDS if (text := optional_text(item.get(field), f"{field} of {name}"))}
     if len(texts) > 1:
         raise DataError(f"{name} has two different texts as reasoning")
     return texts.pop() if texts else None
@@ -286,12 +286,12 @@ def _tool_call(call: object) -> dict[str, Any]:
     unknown_fields = sorted({*call, *function} - known_fields)
     if any(fields.get(name) for name in unknown_fields for fields in (call, function)):
         raise DataError(f"a tool call has a field {unknown_fields[0]!r}, which nothing reads")
-    given = [function[name] for name in _ARGUMENT_FIELDS if function.get(name) is not None]
-    if len(given) > 1:
+    values = [function[name] for name in _ARGUMENT_FIELDS if function.get(name) is not None]
+    if len(values) > 1:
         raise DataError(
             f"a tool call has its arguments twice: {', '.join(n for n in _ARGUMENT_FIELDS if n in function)}"
         )
-    arguments = given[0] if given else {}
+    arguments = values[0] if values else {}
     if isinstance(arguments, str):
         # OpenAI writes arguments as JSON text; templates expect the object
         arguments = _json_value(arguments, "arguments of a tool call") if arguments else {}

@@ -38,14 +38,14 @@ PLAIN_TEMPLATE = """\
 """`model.template: plain`, for base models without a template. The stop is the tokenizer's end-of-text token."""
 
 DEFAULT_DATE = date(2024, 7, 26)
-"""Date in templates that write today's: the one that Meta's template of Llama 3.1 has where no clock is at hand."""
+"""Date in templates that write today's: the fallback of Meta's template of Llama 3.1."""
 _DATE_CALL = re.compile(r"strftime_now\(\s*(?:'(?P<single>[^'\\]*)'|\"(?P<double>[^\"\\]*)\")\s*\)")
 _DATE_FUNCTION = re.compile(r"strftime_now\s*\(")
 _DATE_TEST = re.compile(r"strftime_now\s+is\s+defined")
 RENDERER_NAMES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"})
 """Variables of a template that are not settings."""
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-"""Names under which templates read the reasoning of a turn: Qwen and GLM, gpt-oss, and others."""
+"""Names of the reasoning of a turn, in rows and in templates: Qwen and GLM, gpt-oss, and others."""
 
 
 def read_template(tokenizer: PreTrainedTokenizerFast, choice: str, *, adds_bos: bool) -> str:

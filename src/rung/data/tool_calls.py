@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os.path
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rung.data.read import parse_json
@@ -87,13 +87,14 @@ def _json_reader(one_call: str, two_calls: str | None) -> Reader | None:
         # what stands before the first call alone, such as an empty thought, is no mark of a call
         before = os.path.commonprefix([before[::-1], around[1][1][0][::-1]])[::-1]
         after = os.path.commonprefix([after, around[1][0][1]])
+    keys = [key for key in _ARGUMENT_KEYS if f'"{key}"' in one_call]
     opening, closing = before.strip().rpartition("\n")[2][-MARK:], after.strip().partition("\n")[0][:MARK]
 
     def read(text: str) -> Calls:
         calls, opened = [], text.count(opening) if opening else 0
         for value, start, end in _json_values(text):
             if text[:start].rstrip().endswith(opening) and text[end:].lstrip().startswith(closing):
-                calls += _calls_in(value)
+                calls += _calls_in(value, keys)
                 opened -= 1
         # a call that was opened and cannot be read is a wrong call, not none
         return calls if opened <= 0 else [*calls, UNREADABLE]
@@ -103,9 +104,8 @@ def _json_reader(one_call: str, two_calls: str | None) -> Reader | None:
 
 def _texts_around_calls(text: str) -> list[tuple[str, str]]:
     """The text before and after each JSON value with a call."""
-    return [
-        (text[:start].rstrip(), text[end:].lstrip()) for value, start, end in _json_values(text) if _calls_in(value)
-    ]
+    spans = [(start, end) for value, start, end in _json_values(text) if _calls_in(value, _ARGUMENT_KEYS)]
+    return [(text[:start].rstrip(), text[end:].lstrip()) for start, end in spans]
 
 
 def _json_values(text: str) -> Iterator[tuple[Any, int, int]]:
@@ -122,15 +122,16 @@ def _json_values(text: str) -> Iterator[tuple[Any, int, int]]:
         yield value, match.start(), position
 
 
-def _calls_in(value: Any) -> Calls:
+def _calls_in(value: Any, keys: Sequence[str]) -> Calls:
+    """The calls in a JSON value; `keys` are the names of their arguments."""
     if isinstance(value, list):
-        return [call for item in value for call in _calls_in(item)]
+        return [call for item in value for call in _calls_in(item, keys)]
     if not isinstance(value, Mapping):
         return []
     function = value.get("function", value)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         return []
-    arguments = next((function[key] for key in _ARGUMENT_KEYS if key in function), None)
+    arguments = next((function[key] for key in keys if key in function), None)
     if isinstance(arguments, str):
         # OpenAI writes arguments as JSON text
         arguments = _typed(arguments)
@@ -145,7 +146,7 @@ def _name_and_json_reader(one_call: str) -> Reader | None:
         return None
     # the last characters before the name are enough to find it, and are the same before a second call
     opening = re.escape(before[-8:])
-    # an id of the call stands there in some templates, another for every call
+    # some templates write the id of the call here, which differs from call to call
     separator = re.escape(after[:start]).replace(re.escape(PROBE_ID.format(0)), r"[\w\-]*")
     pattern = re.compile(rf"{opening}([\w.\-]+){separator}(?=\{{)")
 
@@ -168,8 +169,8 @@ def _argument_reader(one_call: str) -> Reader | None:
     order = (PROBE_NAME, keys[0], values[0], keys[1], values[1])
     pieces, rest = [], one_call
     for text in order:
-        before, found, rest = rest.partition(text)
-        if not found:
+        before, match, rest = rest.partition(text)
+        if not match:
             return None
         pieces.append(before)
     opening, after_name, after_key, between, after_second_key = pieces

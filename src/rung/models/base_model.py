@@ -51,6 +51,11 @@ class BaseModel:
         return replace(self, model=copy.deepcopy(self.model, memo))
 
     @property
+    def dtype_name(self) -> str:
+        """The compute type as configs name it."""
+        return str(self.compute_dtype).removeprefix("torch.")
+
+    @property
     def vocab_size(self) -> int:
         """Rows of the input embeddings: ids from here on are virtual tokens."""
         return int(self.model.get_input_embeddings().weight.shape[0])

@@ -103,7 +103,7 @@ def _generate_across(
 ) -> list[GeneratedAnswer]:
     """`generate` for a model whose rotary frequencies change where a document grows beyond `boundary` tokens.
 
-    Prompts of each side are answered apart. An answer that reaches the boundary goes on as a prompt of its own: all
+    Prompts of each side are answered apart. An answer that reaches the boundary continues as a longer prompt: all
     its keys are computed again, as transformers does for Phi-3.
     """
     virtual_count, per_prompt = policy.method.virtual_tokens, sampling.answers_per_prompt

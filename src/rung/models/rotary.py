@@ -29,8 +29,8 @@ def rope_boundary(config: Any) -> int | None:
     scaled = [p for p in by_layer_type if p.get("rope_type") == "longrope"]
     if not scaled:
         return None
-    own = getattr(config, "original_max_position_embeddings", None)
-    boundary = min(int(p.get("original_max_position_embeddings", own)) for p in scaled)
+    config_boundary = getattr(config, "original_max_position_embeddings", None)
+    boundary = min(int(p.get("original_max_position_embeddings", config_boundary)) for p in scaled)
     return boundary if boundary < int(config.max_position_embeddings) else None
 
 

@@ -74,12 +74,12 @@ def keep_compute_dtype(config: RunConfig, folder: Path) -> RunConfig:
     recorded_dtype = recorded.get("fingerprints", {}).get("compute_dtype", recorded.get("compute_dtype"))
     if config.model.dtype != "auto" or recorded_dtype not in ("float32", "bfloat16"):
         return config
-    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": recorded_dtype})})
+    return config.with_compute_dtype(recorded_dtype)
 
 
 def hardware_fingerprints(base: BaseModel) -> dict[str, str]:
     """What a resume must find again besides data and weights: the compute type and the type of the device."""
-    return {"compute_dtype": str(base.compute_dtype).removeprefix("torch."), "device": base.model.device.type}
+    return {"compute_dtype": base.dtype_name, "device": base.model.device.type}
 
 
 def library_of_target(name: str | Path) -> Library | None:

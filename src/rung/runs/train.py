@@ -134,8 +134,7 @@ def train_on_data(
     checks.check_processes(config, world)
     checks.check_tasks(config, data)
     checks.check_lottery(config, len(data.train.rows))
-    load_config = keep_compute_dtype(config, Path(config.output)) if start.resume else config
-    models = load_auxiliary_models(load_config, base, data.chat)
+    models = load_auxiliary_models(config, base, data.chat)
     method = attach_method(base.model, config.method, seed=config.seed, fused=config.model.fused)
     policy = Policy(base, method, models.reference)
     with closing(_acquire_folder(config, world, start)) as folder:
@@ -257,7 +256,7 @@ def _record_start(config: RunConfig, trainer: Trainer, data: RunData, models: Au
     if changed := [name for name, value in fingerprints.items() if recorded_fingerprints.get(name) != value]:
         summary = f"cannot resume: {' and '.join(changed)} changed since this run started"
         values = ((name, recorded_fingerprints.get(name), fingerprints[name]) for name in changed)
-        given = "; ".join(f"{name}: {earlier} then, {current} now" for name, earlier, current in values)
+        given = "; ".join(f"{name}: {earlier} at its start, {current} now" for name, earlier, current in values)
         raise CheckpointError(summary, where=config.output, given=given, hint="start anew with --overwrite")
     for key in ("error", "not_finite"):  # of the earlier attempt that this run resumes
         folder.manifest.pop(key, None)

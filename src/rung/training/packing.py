@@ -117,13 +117,15 @@ def _split_by_length(examples: Sequence[Example], boundary: int) -> list[tuple[l
 
     The keys and values of a prefix are others in a document beyond the boundary (`models/rotary.py`).
     """
+    # a document without a row is a row by itself
+    row_keys = [example.row if example.row >= 0 else -1 - i for i, example in enumerate(examples)]
     sides: dict[int, set[bool]] = {}
-    for i, example in enumerate(examples):
-        sides.setdefault(example.row if example.row >= 0 else -1 - i, set()).add(len(example) > boundary)
+    for key, example in zip(row_keys, examples, strict=True):
+        sides.setdefault(key, set()).add(len(example) > boundary)
     parts: dict[tuple[bool, ...], list[Example]] = {}
-    for i, example in enumerate(examples):
-        parts.setdefault(tuple(sorted(sides[example.row if example.row >= 0 else -1 - i])), []).append(example)
-    return [(part, len(key) == 1) for key, part in sorted(parts.items())]
+    for key, example in zip(row_keys, examples, strict=True):
+        parts.setdefault(tuple(sorted(sides[key])), []).append(example)
+    return [(part, len(sides_of_part) == 1) for sides_of_part, part in sorted(parts.items())]
 
 
 def largest_first(batches: Sequence[PackedBatch]) -> list[PackedBatch]:

@@ -127,7 +127,7 @@ class Trainer:
         self.share_prefixes = self._can_share_prefixes()
         self.lowest_trained_layer = lowest_trainable_layer(self.policy.model, self.method.trainable())
         if self.method.supports_recompute():
-            lowest, compute = self.lowest_trained_layer, str(self.policy.base.compute_dtype).removeprefix("torch.")
+            lowest, compute = self.lowest_trained_layer, self.policy.base.dtype_name
             options: Any = {"compute": compute, "lowest": lowest, "limit": self.document_bytes}
             options["device"] = self.policy.device.type
             self.policy.layers_to_recompute = partial(layers_to_recompute, self.policy.base.shape, **options)
@@ -271,9 +271,12 @@ class Trainer:
         """Pack documents into batches as the config says."""
         if self.config.packing == "none":
             return pack_separately(examples, self.policy.device)
-        boundary, device = self.policy.rope_boundary, self.policy.device
-        share_prefixes = self.share_prefixes
-        return largest_first(pack(examples, budget, share_prefixes=share_prefixes, device=device, boundary=boundary))
+        return largest_first(pack(examples, budget, **self._packing_options))
+
+    @property
+    def _packing_options(self) -> dict[str, Any]:
+        device, boundary = self.policy.device, self.policy.rope_boundary
+        return {"share_prefixes": self.share_prefixes, "device": device, "boundary": boundary}
 
     def _can_share_prefixes(self) -> bool:
         """Whether shared prefixes are computed once; prints the reason where the config asks for it in vain."""
@@ -453,9 +456,7 @@ class Trainer:
             batches = (batch for row in validation for batch in pack_separately(row, self.policy.device))
         else:
             examples = chain.from_iterable(validation)
-            boundary, device = self.policy.rope_boundary, self.policy.device
-            options: Any = {"share_prefixes": self.share_prefixes, "device": device, "boundary": boundary}
-            batches = pack_lazily(examples, self.budget, **options)
+            batches = pack_lazily(examples, self.budget, **self._packing_options)
         self.objective.take_metrics()  # of the last training step, already in its entry
         return mean_loss(self.policy, self.objective, batches, self.world, self.filler_batch), self._gathered_metrics()
 
