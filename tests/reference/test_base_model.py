@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from rung.config.model import ModelConfig
 from rung.data.chat import ChatTemplate
-from rung.errors import DataError
+from rung.errors import ConfigError, DataError
 from rung.models.base_model import BaseModel
 from rung.models.download import download_base
 from rung.models.generate import Sampling, generate
+from rung.models.gguf_reader import require_all_layers
 from rung.models.load import load_base
 from rung.models.policy import NoMethod, Policy
 from rung.types import Message
@@ -52,3 +55,24 @@ def test_the_fingerprint_does_not_depend_on_the_compute_type(base: BaseModel) ->
 
 def test_a_second_fetch_is_the_same_folder(base: BaseModel) -> None:
     assert isinstance(download_base("smollm2-135m"), Path)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_a_gguf_file_has_the_layers_of_its_metadata(layers: int, tmp_path: Path) -> None:
+    """transformers passes over tensors of further layers, and draws those of missing ones."""
+    from gguf import GGUFWriter
+
+    file = tmp_path / "tiny.gguf"
+    writer = GGUFWriter(file, "llama")
+    for number in range(2):
+        writer.add_tensor(f"blk.{number}.attn_norm.weight", np.ones(8, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    config = SimpleNamespace(num_hidden_layers=layers)
+    if layers == 2:
+        require_all_layers(file, config)
+        return
+    with pytest.raises(ConfigError, match=f"2 layers of tensors, {layers} in the metadata"):
+        require_all_layers(file, config)

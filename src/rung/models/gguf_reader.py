@@ -40,7 +40,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> LoadedWeights:
             path.parent, gguf_file=path.name, **options, **NO_REMOTE_CODE
         )
         require_all_weights(report, path)
-        _require_all_layers(path, config)
+        require_all_layers(path, config)
         return model, gguf_tokenizer(path)
     except RungError:
         raise
@@ -49,7 +49,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> LoadedWeights:
         raise ConfigError(reason, where="model.name", given=str(path)) from error
 
 
-def _require_all_layers(path: Path, config: Any) -> None:
+def require_all_layers(path: Path, config: Any) -> None:
     """Raise `ConfigError` for layers in the file beyond those of its metadata, which transformers passes over."""
     from gguf import GGUFReader
 
