@@ -3,7 +3,8 @@
     python tests/server.py LOG RULES     prints its port; each request is a line of LOG
 
 RULES is a JSON object, read anew at every request: `fail` names, by a word of the question, how many times it fails
-and how (a status, `drop`, `garbage`, `empty`); `key` is the key that is asked for; `slow` seconds go by for an answer;
+and how (a status, `drop`, `garbage`, `empty`, a URL to redirect to); `key` is the key that is asked for; `slow` seconds
+pass before an answer;
 with `judge` it prefers the answer with more apples in it, and writes no verdict on box 6.
 """
 
@@ -41,7 +42,8 @@ class Handler(BaseHTTPRequestHandler):
         with LOCK:
             ON_THE_WAY[0] -= 1
             with self.log_file.open("a") as log:
-                log.write(json.dumps({"question": question, "at_once": at_once, "how": how, "asked": asked}) + "\n")
+                line = {"question": question, "at_once": at_once, "how": how, "asked": asked}
+                log.write(json.dumps({**line, "headers": dict(self.headers)}) + "\n")
         if how == "drop":
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
@@ -49,6 +51,8 @@ class Handler(BaseHTTPRequestHandler):
             self._send(200, b"{not json")
         elif how == "empty":
             self._send(200, json.dumps(answer(asked, 0)).encode())
+        elif isinstance(how, str) and how.startswith("http"):
+            self._send(307, b"", Location=how)
         elif how is None:
             said = verdict(question) if rules.get("judge") else None
             self._send(200, json.dumps(answer(asked, asked.get("n", 1), said)).encode())
@@ -65,11 +69,13 @@ class Handler(BaseHTTPRequestHandler):
                     return how
         return None
 
-    def _send(self, status: int, body: bytes) -> None:
+    def _send(self, status: int, body: bytes, **headers: str) -> None:
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.send_header("retry-after-ms", "10")
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
 

@@ -7,12 +7,15 @@ more. All packages that write use this module; torch is imported only where tens
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
@@ -112,11 +115,13 @@ def _sha256(path: Path) -> str:
 
 
 def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    # Windows, and some network and FUSE file systems, cannot flush a folder; a file that cannot be flushed is an error
+    with suppress(OSError) if path.is_dir() else nullcontext():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _replace(new: Path, folder: Path) -> None:
@@ -130,8 +135,39 @@ def _replace(new: Path, folder: Path) -> None:
     shutil.rmtree(old)
 
 
-def lock_file(path: Path) -> IO[bytes]:
-    """Open and lock a file; closing it, or the end of the process, releases the lock.
+@dataclass(frozen=True)
+class LockedFile:
+    """An open file that is locked by this process; `close` and the end of the process release the lock."""
+
+    path: Path
+    file: IO[bytes]
+    """Open for appending."""
+    owner: Path | None = None
+    """The file that stands for the lock where the file system has no locks."""
+
+    def close(self) -> None:
+        """Release the lock; the file stays."""
+        self.file.close()
+        self._remove_owner()
+
+    def remove(self) -> None:
+        """Remove the file and release the lock."""
+        if os.name == "nt":  # where an open file cannot be removed; another process may have locked it meanwhile
+            self.file.close()
+            with suppress(PermissionError):
+                self.path.unlink(missing_ok=True)
+        else:
+            self.path.unlink(missing_ok=True)  # before the release: afterwards it may be the lock of another process
+            self.file.close()
+        self._remove_owner()
+
+    def _remove_owner(self) -> None:
+        if self.owner is not None:
+            self.owner.unlink(missing_ok=True)
+
+
+def lock_file(path: Path) -> LockedFile:
+    """Open and lock a file, creating it where it is missing.
 
     Raises `CheckpointError` where another process holds the lock or the file cannot be written.
     """
@@ -143,22 +179,41 @@ def lock_file(path: Path) -> IO[bytes]:
         except OSError as error:
             raise CheckpointError(f"could not write here: {error.strerror}", where=str(path.parent)) from error
         try:
-            _lock(file)
-        except OSError:
+            owner = None if _lock(file) else _create_owner_file(path)
+        except OSError as error:
             file.close()
-            what = "another process is at work here"
-            raise CheckpointError(what, where=str(path.parent), hint="wait for it, or name another output") from None
+            hint = str(error) or "wait for it, or name another output"
+            raise CheckpointError("another process is at work here", where=str(path.parent), hint=hint) from None
+        locked = LockedFile(path, file, owner)
         if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
-            return file
-        file.close()  # the previous holder removed this file between open and flock: lock the new one
+            return locked
+        locked.close()  # the previous holder removed this file between open and flock: lock the new one
 
 
 _LOCKED_BYTE = 2**40
 """The byte that is locked on Windows, where nobody can read a locked one: beyond the end of every file."""
 
 
-def _lock(file: IO[bytes]) -> None:
-    """Lock an open file, not a file that merely exists: the kernel releases it when the process is killed."""
+_HELD_ERRORS = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+"""Errors of a lock that another process holds; all others mean that the file system has no locks."""
+
+
+def _lock(file: IO[bytes]) -> bool:
+    """Lock an open file, not a file that merely exists: the kernel releases it when the process is killed.
+
+    Returns False where the file system has no locks (Lustre without `flock`, some network and FUSE file systems).
+    Raises `BlockingIOError` where another process holds the lock.
+    """
+    try:
+        _lock_by_kernel(file)
+    except OSError as error:
+        if error.errno in _HELD_ERRORS:
+            raise BlockingIOError from None
+        return False
+    return True
+
+
+def _lock_by_kernel(file: IO[bytes]) -> None:
     try:
         import fcntl
     except ImportError:  # on Windows
@@ -170,15 +225,58 @@ def _lock(file: IO[bytes]) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def unlock_and_remove(path: Path, file: IO[bytes]) -> None:
-    """Remove a locked file of this process and release its lock."""
-    if os.name == "nt":  # where an open file cannot be removed; another process may have locked it meanwhile
-        file.close()
-        with suppress(PermissionError):
-            path.unlink(missing_ok=True)
-        return
-    path.unlink(missing_ok=True)  # before the release: afterwards it may be the lock of another process
-    file.close()
+OWNER_SUFFIX = ".owner"
+"""Ends the name of the file beside a locked file that names the process which holds it."""
+
+
+def _create_owner_file(path: Path) -> Path:
+    """Take a lock that is a file: the one that creates it holds it.
+
+    No kernel removes it after a kill, so it names host and process: that of a dead process on this host is taken over.
+    Raises `BlockingIOError` with the remedy where another process holds it.
+    """
+    owner, content = path.with_name(path.name + OWNER_SUFFIX), f"{os.getpid()} {socket.gethostname()}"
+    for _ in range(2):
+        try:
+            with owner.open("x", encoding="utf-8") as file:
+                file.write(content)
+        except FileExistsError:
+            holder = _read_owner(owner)
+            if _is_alive(holder):
+                remedy = f"this file system has no locks; if process {holder or '(unknown)'} is gone, remove {owner}"
+                raise BlockingIOError(remedy) from None
+            # renamed first: of two processes that find the dead owner, the second must not remove the file of the first
+            abandoned = owner.with_name(f"{owner.name}.{os.getpid()}")
+            with suppress(FileNotFoundError):
+                os.replace(owner, abandoned)
+                if _read_owner(abandoned) == holder:
+                    abandoned.unlink()
+                else:
+                    os.replace(abandoned, owner)
+        else:
+            return owner
+    raise BlockingIOError
+
+
+def _read_owner(owner: Path) -> str:
+    try:
+        return owner.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+
+
+def _is_alive(holder: str) -> bool:
+    """Whether the process of an owner file may still run; always assumed of one on another host."""
+    number, _, host = holder.partition(" ")
+    if not number.isdecimal() or host != socket.gethostname() or os.name == "nt":
+        return True
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # a process of another user
+        return True
+    return True
 
 
 def write_text(path: Path, text: str) -> None:
@@ -210,7 +308,8 @@ class Journal:
         self.path = path
         # a digest: the request may be long, and only equality matters
         request_digest = sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
-        self._file = lock_file(path)
+        self._lock = lock_file(path)
+        self._file = self._lock.file
         content = path.read_bytes()
         # up to the last newline: what follows was cut off by a kill
         complete_lines = content[: content.rfind(b"\n") + 1]
@@ -219,11 +318,11 @@ class Journal:
             existing_digest = header["asked"]
             self.results: dict[str, Any] = {line["key"]: line["value"] for line in entries}
         except (ValueError, KeyError, TypeError) as error:
-            self._file.close()
+            self._lock.close()
             raise CheckpointError(f"this is no journal: {error}", where=str(path), hint="remove it") from None
         if existing_digest != request_digest:
-            self._file.close()
-            what = "what was begun here was asked for otherwise"
+            self._lock.close()
+            what = "this journal belongs to a different request"
             raise CheckpointError(what, where=str(path), hint="remove it, or write to another file")
         # removes the cut line, so that the next entry starts on a line of its own
         self._file.truncate(len(complete_lines))
@@ -237,11 +336,11 @@ class Journal:
 
     def close(self) -> None:
         """Release the lock; the file stays."""
-        self._file.close()
+        self._lock.close()
 
     def remove(self) -> None:
         """Remove the journal: all results are stored elsewhere."""
-        unlock_and_remove(self.path, self._file)
+        self._lock.remove()
 
     def _append(self, entry: dict[str, Any]) -> None:
         try:

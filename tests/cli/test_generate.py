@@ -170,4 +170,4 @@ def test_a_journal_of_another_request(tiny_base: Path, questions: Path, tmp_path
     )
     Journal(tmp_path / ".a.jsonl.journal", {"of": "something else"}).close()
     code, _, err = inside(capsys, *asked)
-    assert code == 3 and "asked for otherwise" in err and not (tmp_path / "a.jsonl").exists()
+    assert code == 3 and "belongs to a different request" in err and not (tmp_path / "a.jsonl").exists()

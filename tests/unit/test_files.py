@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import socket
 import subprocess
 import sys
 from contextlib import closing
@@ -11,19 +14,70 @@ from pathlib import Path
 import pytest
 
 from rung.errors import CheckpointError
-from rung.files import Journal, lock_file, recover_interrupted_writes, unlock_and_remove, write_text
+from rung.files import OWNER_SUFFIX, Journal, lock_file, recover_interrupted_writes, write_text
+from rung.training.run_folder import RunFolder
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     again = f"from rung.files import lock_file; from pathlib import Path; lock_file(Path({str(tmp_path / 'x')!r}))"
-    with lock_file(tmp_path / "x"):
+    with closing(lock_file(tmp_path / "x")):
         with pytest.raises(CheckpointError, match="another process"):
             lock_file(tmp_path / "x")
         other = subprocess.run([sys.executable, "-c", again], capture_output=True, text=True, check=False)
         assert other.returncode != 0 and "another process is at work here" in other.stderr
     assert subprocess.run([sys.executable, "-c", again], check=False).returncode == 0
-    unlock_and_remove(tmp_path / "x", lock_file(tmp_path / "x"))
+    lock_file(tmp_path / "x").remove()
     assert not (tmp_path / "x").exists()
+
+
+@pytest.fixture
+def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that refuses locks, as Lustre does without its `flock` option."""
+
+    def flock(file: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_a_file_system_without_locks(tmp_path: Path) -> None:
+    """It was reported as another process at work, and refused every run."""
+    path, owner = tmp_path / "x", tmp_path / f"x{OWNER_SUFFIX}"
+    with closing(lock_file(path)) as locked:
+        locked.file.write(b"first")
+        assert owner.read_text() == f"{os.getpid()} {socket.gethostname()}"
+        with pytest.raises(CheckpointError, match="another process is at work") as error:
+            lock_file(path)
+        assert f"remove {owner}" in str(error.value)
+    assert not owner.exists() and path.read_bytes() == b"first"
+    with closing(Journal(tmp_path / "j", {"n": 1})) as journal:
+        journal.add("0", 1)
+    lock_file(path).remove()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["j"]
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_the_owner_file_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
+    path, owner = tmp_path / "x", tmp_path / f"x{OWNER_SUFFIX}"
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        dead.wait()
+    owner.write_text(f"{dead.pid} {socket.gethostname()}")
+    lock_file(path).close()
+    # nobody here can say whether a process of another host is alive, nor one whose name is still being written
+    for content in (f"{dead.pid} elsewhere", ""):
+        owner.write_text(content)
+        with pytest.raises(CheckpointError, match="another process is at work"):
+            lock_file(path)
+        assert owner.read_text() == content
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_a_run_folder_without_locks(tmp_path: Path) -> None:
+    with closing(RunFolder.acquire(tmp_path / "run", {"seed": 1}, resume=False, overwrite=False)):
+        with pytest.raises(CheckpointError, match="another process is at work"):
+            RunFolder.acquire(tmp_path / "run", {"seed": 1}, resume=True, overwrite=False)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["run.json"]
 
 
 def test_what_was_made_is_there_after_a_stop_and_a_torn_line_is_not(tmp_path: Path) -> None:
@@ -46,7 +100,7 @@ def test_what_was_made_is_there_after_a_stop_and_a_torn_line_is_not(tmp_path: Pa
 def test_a_journal_of_something_else_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "made.journal"
     Journal(path, {"n": 3}).close()
-    with pytest.raises(CheckpointError, match="asked for otherwise"):
+    with pytest.raises(CheckpointError, match="belongs to a different request"):
         Journal(path, {"n": 4})
     for text in ("hello\n", '{"asked": 1}\n[1]\n', "3\n"):
         path.write_text(text)

@@ -26,6 +26,9 @@ from rung.errors import ConfigError, did_you_mean
 
 KeyPath = tuple[str | int, ...]
 MAX_CONFIG_BYTES = 2**20  # YAML is slow: a data file given by mistake should fail at once
+MAX_CONFIG_NODES = 100_000
+"""Largest number of YAML nodes of a config with its aliases written out; ten aliases of ten aliases each, ten levels
+deep, are 329 bytes and ten billion nodes."""
 DATA_SUFFIXES = frozenset({".jsonl", ".csv", ".parquet"})
 """Suffixes of data files, which are never configs."""
 # names that pydantic puts into error locations for members of unions of plain types
@@ -187,8 +190,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     except OSError as error:
         raise ConfigError(str(error.strerror), where=str(path)) from error
     try:
-        root = yaml.compose(text, Loader=_Loader)
-        raw = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with one more number format
+        root, raw = _parse_yaml(text, str(path))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"not valid YAML: {error.problem}", where=f"{path} line {line}") from None
@@ -201,6 +203,26 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     except (ValueError, TypeError, RecursionError):  # an anchor that contains itself, a mapping as a key
         raise ConfigError("this nests in itself or has keys that are no text", where=str(path)) from None
     return raw, {(): str(path), **dict(_key_origins(root, (), str(path)) if root else {})}
+
+
+def _parse_yaml(text: str, where: str) -> tuple[yaml.Node | None, Any]:
+    """The nodes of a YAML text and its value. Raises `ConfigError` where aliases make it too large, yaml's errors."""
+    root = yaml.compose(text, Loader=_Loader)
+    if root is not None and (count := _expanded_size(root, {})) > MAX_CONFIG_NODES:
+        summary = "this is too large to be a config: aliases (*name) repeat what their anchors hold"
+        given = f"{count:,} values" if count < 10**12 else "more than 10^12 values"
+        raise ConfigError(summary, where=where, given=given, allowed=f"{MAX_CONFIG_NODES:,}")
+    return root, yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with one more number format
+
+
+def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Number of nodes of a tree whose aliases are written out; each node is visited once. `sizes`: by id."""
+    if id(node) not in sizes:
+        sizes[id(node)] = 1  # of a node within itself, which is refused later
+        children = [part for entry in node.value for part in (entry if isinstance(entry, tuple) else (entry,))]
+        is_scalar = isinstance(node, yaml.ScalarNode)
+        sizes[id(node)] = 1 if is_scalar else 1 + sum(_expanded_size(child, sizes) for child in children)
+    return sizes[id(node)]
 
 
 def _key_origins(node: yaml.Node, key_path: KeyPath, path: str) -> Iterator[tuple[KeyPath, str]]:
@@ -233,8 +255,8 @@ def _apply_override(raw: dict[str, Any], origins: dict[KeyPath, str], override: 
         hint = "for example training.epochs=2"
         raise ConfigError("an override is key=value", where="command line", given=override, hint=hint)
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with one more number format
-    except yaml.YAMLError:
+        _, value = _parse_yaml(text, "command line")
+    except (yaml.YAMLError, RecursionError, ValueError):
         raise ConfigError("this value is not valid YAML", where="command line", given=override) from None
     parent = raw
     for key in keys[:-1]:

@@ -56,7 +56,10 @@ class TrainingConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     """Settings of AdamW."""
     checkpoint_every: PositiveInt | None = None
-    """Optimizer steps between checkpoints; default: saved only on an interrupt."""
+    """Optimizer steps between checkpoints; default: by time alone. Checkpoints by steps stay after the run."""
+    checkpoint_minutes: PositiveFloat | None = 15.0
+    """A checkpoint is also saved once this many minutes have passed since the last one; null: none by time. An
+    interrupt or an error saves one in any case."""
     eval_every: PositiveInt | None = None
     """Optimizer steps between measurements of the validation loss; default: measured at the end only."""
     patience: NonNegativeInt | None = None

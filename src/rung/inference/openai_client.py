@@ -11,18 +11,32 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
+from ipaddress import ip_address
 from itertools import islice
 from typing import Any
+from urllib.parse import urlsplit
 
 from rung.errors import CheckpointError, ConfigError, PlanError
 from rung.files import Journal
 
-API_KEY_VARIABLES = ("RUNG_API_KEY", "OPENAI_API_KEY")
-"""Environment variables with the API key; it is never written to a file or message."""
+API_KEY_VARIABLE = "RUNG_API_KEY"
+"""Environment variable with the API key for the server that is asked; it is never written to a file or message."""
+OPENAI_HOST, OPENAI_KEY_VARIABLE = "api.openai.com", "OPENAI_API_KEY"
+"""OpenAI's host, the only one that gets the key which other programs keep in `OPENAI_API_KEY`: the server's name may
+come from a config or a run folder that somebody else wrote."""
+ALLOW_HTTP_VARIABLE = "RUNG_ALLOW_HTTP"
+"""Environment variable that allows plain http to other machines; not a setting, which a config could carry."""
 DEFAULT_CONCURRENCY = 8
 """Concurrent requests by default."""
+NO_KEY = "none"
+SENT_HEADERS = frozenset(
+    {"host", "accept", "accept-encoding", "connection", "user-agent", "content-type", "content-length", "authorization"}
+)
+"""Headers that other servers than OpenAI's get."""
 QUEUED_PER_WORKER = 4
 """Submitted requests per concurrent one: enough to keep all workers busy, few enough to cancel quickly."""
 
@@ -80,7 +94,8 @@ def ask_server(
     answers = {int(number): [ServerAnswer(*fields) for fields in rows] for number, rows in journal.results.items()}
     failures: list[FailedRequest] = []
     unanswered = (number for number in range(len(requests)) if number not in answers)
-    ask_one = _make_client(server)
+    client = _make_client(server)
+    ask_one = partial(_ask_one, client, server)
     in_flight: dict[Future[list[ServerAnswer]], int] = {}
 
     def record_result(future: Future[list[ServerAnswer]]) -> None:
@@ -94,7 +109,7 @@ def ask_server(
         journal.add(str(number), [[a.text, a.stopped] for a in answers[number]])
         on_answer()
 
-    with ThreadPoolExecutor(server.concurrency) as pool:
+    with closing(client), ThreadPoolExecutor(server.concurrency) as pool:
         try:
             # a bounded queue instead of submitting all: memory, and a stop that does not wait for thousands
             while True:
@@ -117,40 +132,89 @@ class _RefusedError(Exception):
     """The server rejects one request for good; others may succeed."""
 
 
-def _make_client(server: Server) -> Callable[[ChatRequest], list[ServerAnswer]]:
-    """A function that sends one request, with one client for all threads."""
+def _make_client(server: Server) -> Any:
+    """One client for all threads."""
     try:
         openai: Any = import_module("openai")
     except ImportError as error:
         raise PlanError("asking a server needs its client", given="http", hint="pip install 'rung[remote]'") from error
+    _refuse_plain_http(server.url)
     # local servers need no key, but the client refuses to start without one
-    key = next((os.environ[name] for name in API_KEY_VARIABLES if os.environ.get(name)), "none")
-    client = openai.OpenAI(base_url=server.url, api_key=key, max_retries=server.retries, timeout=server.timeout)
+    key = _api_key(server.url) or NO_KEY
+    # A redirect would send the prompts to a server that nobody named.
+    hooks = {} if _is_openai(server.url) else {"event_hooks": {"request": [partial(_keep_own_headers, key)]}}
+    transport = openai.DefaultHttpxClient(follow_redirects=False, **hooks)
+    options = {"max_retries": server.retries, "timeout": server.timeout, "http_client": transport}
+    return openai.OpenAI(base_url=server.url, api_key=key, **options)
+
+
+def _keep_own_headers(key: str, request: Any) -> None:
+    """Remove what the client adds from variables of OpenAI's own: organization, project and further headers."""
+    for name in list(request.headers):
+        if name.lower() not in SENT_HEADERS:
+            del request.headers[name]
+    request.headers["authorization"] = f"Bearer {key}"
+
+
+def _ask_one(client: Any, server: Server, request: ChatRequest) -> list[ServerAnswer]:
+    """The answers to one request; `_RefusedError` where it fails for good, a `RungError` where all others would too."""
+    openai: Any = import_module("openai")
+    key = client.api_key
 
     # servers quote the key or whole pages in errors: both must stay out of logs
     def clean(error: Exception) -> str:
-        return " ".join(str(error).split()).replace(key, "***")[:300] if key != "none" else str(error)[:300]
+        return " ".join(str(error).split()).replace(key, "***")[:300] if key != NO_KEY else str(error)[:300]
 
-    def ask_one(request: ChatRequest) -> list[ServerAnswer]:
-        try:
-            messages = list(request.messages)
-            answer = client.chat.completions.create(model=server.model, messages=messages, **request.settings)
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            summary = f"the server refuses the key in {' or '.join(API_KEY_VARIABLES)}: {clean(error)}"
-            raise ConfigError(summary, where=server.url) from None
-        except openai.NotFoundError as error:
-            raise ConfigError(f"no such model there: {clean(error)}", where=server.url, given=server.model) from None
-        except openai.APIConnectionError as error:  # a timeout is one, too
-            summary = f"the server cannot be reached, after {server.retries} further tries: {clean(error)}"
-            hint = "the answers so far are kept: the same command continues"
-            raise CheckpointError(summary, where=server.url, hint=hint) from None
-        except openai.OpenAIError as error:
-            raise _RefusedError(f"{type(error).__name__}: {clean(error)}") from None
-        except ValueError as error:
-            raise _RefusedError(f"the answer is not JSON: {clean(error)}") from None
-        return _parse_answer(answer, int(request.settings.get("n", 1)))
+    try:
+        messages = list(request.messages)
+        answer = client.chat.completions.create(model=server.model, messages=messages, **request.settings)
+    except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+        summary = f"the server refuses the key in {API_KEY_VARIABLE}: {clean(error)}"
+        hint = None if key != NO_KEY else f"put the key of this server into the environment: {API_KEY_VARIABLE}=..."
+        raise ConfigError(summary, where=server.url, hint=hint) from None
+    except openai.NotFoundError as error:
+        raise ConfigError(f"no such model there: {clean(error)}", where=server.url, given=server.model) from None
+    except openai.APIConnectionError as error:  # a timeout is one, too
+        summary = f"the server cannot be reached, after {server.retries} further tries: {clean(error)}"
+        hint = "the answers so far are kept: the same command continues"
+        raise CheckpointError(summary, where=server.url, hint=hint) from None
+    except openai.APIStatusError as error:
+        if 300 <= error.status_code < 400:
+            target = error.response.headers.get("location")
+            summary, hint = "the server redirects, which is not followed", "give the URL that answers"
+            raise ConfigError(summary, where=server.url, given=target, hint=hint) from None
+        raise _RefusedError(f"{type(error).__name__}: {clean(error)}") from None
+    except openai.OpenAIError as error:
+        raise _RefusedError(f"{type(error).__name__}: {clean(error)}") from None
+    except ValueError as error:
+        raise _RefusedError(f"the answer is not JSON: {clean(error)}") from None
+    return _parse_answer(answer, int(request.settings.get("n", 1)))
 
-    return ask_one
+
+def _is_openai(url: str) -> bool:
+    address = urlsplit(url)
+    return address.scheme == "https" and address.hostname == OPENAI_HOST
+
+
+def _api_key(url: str) -> str | None:
+    """The key for the server at this URL, None without one."""
+    own_key = os.environ.get(API_KEY_VARIABLE)
+    return own_key or (os.environ.get(OPENAI_KEY_VARIABLE) if _is_openai(url) else None) or None
+
+
+def _refuse_plain_http(url: str) -> None:
+    """Raise `ConfigError` for plain http to another machine: prompts, answers and key would cross the network open."""
+    address = urlsplit(url)
+    host = address.hostname or ""
+    if address.scheme != "http" or host == "localhost" or os.environ.get(ALLOW_HTTP_VARIABLE) == "1":
+        return
+    try:
+        is_loopback = ip_address(host).is_loopback
+    except ValueError:  # a name
+        is_loopback = host.endswith(".localhost")
+    if not is_loopback:
+        hint = f"use https, a tunnel to localhost, or {ALLOW_HTTP_VARIABLE}=1 for a network that you trust"
+        raise ConfigError("plain http to another machine: everybody between could read along", given=url, hint=hint)
 
 
 def _parse_answer(answer: Any, expected_count: int) -> list[ServerAnswer]:

