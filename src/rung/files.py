@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from safetensors import SafetensorError
 
-from rung.errors import CheckpointError, GateError
+from rung.errors import CheckpointError, ConfigError, GateError
 
 MANIFEST = "manifest.json"
 RUN_FILE = "run.json"
@@ -359,6 +359,20 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rung"
 
 
+CONVERSION_VERSION = 2
+"""Increase it with every change to what a converted GGUF file holds: folders of another version are not used."""
+
+
+def converted_gguf_folder(file: Path) -> Path:
+    """Folder in the cache for the model that a GGUF file is converted into; it need not exist.
+
+    Path, size and time of change identify the file: a hash of its content would take seconds at every command.
+    """
+    status = file.stat()
+    key = sha256(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:12]
+    return cache_folder() / "models" / f"{file.stem}-{key}-{CONVERSION_VERSION}"
+
+
 def is_run_folder(path: str | Path) -> bool:
     """Whether a folder holds a run or a climb, finished or not."""
     # the first file of a run: it exists before the first step and after a kill
@@ -382,6 +396,46 @@ def read_safetensors_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
     return header, 8 + length
+
+
+_GIT_LFS_START = b"version https://git-lfs"
+
+
+def check_safetensors(file: Path) -> dict[str, dict[str, Any]]:
+    """The tensors of a safetensors file by name, without `__metadata__`; its bytes are counted, and no tensor is read.
+
+    Raises `ConfigError` with the remedy for a file that is damaged, cut off or something else.
+    """
+    hint = "fetch the file again, and compare its size with that of the source"
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(len(_GIT_LFS_START))
+        if start == _GIT_LFS_START:
+            summary, hint = "this is the pointer of a file in Git LFS, not the file", "run: git lfs pull"
+            raise ConfigError(summary, where=str(file), hint=hint)
+        header, data_start = read_safetensors_header(file)
+        size = file.stat().st_size
+    except OSError as error:
+        raise ConfigError(f"this file cannot be read: {error.strerror}", where=str(file)) from error
+    except ValueError as error:
+        reason = f"this is no safetensors file: {error}"
+        if start.lstrip()[:1] == b"<":
+            reason = "this is a web page, not a safetensors file"
+        raise ConfigError(reason, where=str(file), hint=hint) from error
+    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    try:
+        end = data_start + max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
+        complete = all(
+            isinstance(entry["dtype"], str) and isinstance(entry["shape"], list) for entry in tensors.values()
+        )
+    except (KeyError, TypeError, ValueError, IndexError):
+        complete = False
+    if not complete:
+        raise ConfigError("this is no safetensors file: its header describes no tensors", where=str(file), hint=hint)
+    if size < end:
+        given, allowed = f"{size:,} bytes", f"{end:,} bytes, by its header"
+        raise ConfigError("this file is cut off", where=str(file), given=given, allowed=allowed, hint=hint)
+    return tensors
 
 
 def safetensors_header(

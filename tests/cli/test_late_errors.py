@@ -185,7 +185,7 @@ def test_checkpoints_by_time(config: Path, tmp_path: Path, capsys: Any, monkeypa
     assert "no checkpoint, and the run goes on:" in err and "No space left" in err
     assert checkpoints(tmp_path / "run") == []
     saved.clear()
-    code, _, err = inside(capsys, "train", config, "training.checkpoint_minutes=null", "--overwrite")
+    code, _, err = inside(capsys, "train", config, "training.checkpoint_every=null", "--overwrite")
     assert code == 0 and saved == []
 
 

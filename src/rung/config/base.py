@@ -54,6 +54,8 @@ def _settings_of(section: Mapping[str, Any] | Config) -> dict[str, Any]:
     return dict(section)
 
 
+MAX_SEED = 2**63 - 2
+"""Largest seed: torch takes 64 bits, and some generators take the seed and the number after it."""
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 LinearRole = Literal["q", "k", "v", "o", "gate", "up", "down"]
 # roles instead of module names: the same config fits every architecture (`models.targets` maps them)

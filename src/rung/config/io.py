@@ -308,7 +308,11 @@ def _explain(error: ValidationError, raw: dict[str, Any], origins: Mapping[KeyPa
     message = problem["msg"].removeprefix("Value error, ")
     current_name = RENAMED_VALUES.get(str(problem["input"])) if problem["type"] == "literal_error" else None
     hint = f"it is called {current_name} now" if current_name else None
-    return ConfigError(f"{name}: {message[:1].lower()}{message[1:]}", where=where, given=problem["input"], hint=hint)
+    # a check of several settings has a whole section as its input, and its message names them
+    is_of_section = problem["type"] == "value_error" and isinstance(problem["input"], Mapping | BaseModel)
+    given = None if is_of_section else problem["input"]
+    summary = f"{message[:1].lower()}{message[1:]}"
+    return ConfigError(f"{name}: {summary}" if name else summary, where=where, given=given, hint=hint)
 
 
 def _hint_for_unknown(key_path: KeyPath, known_settings: list[str]) -> str | None:

@@ -6,9 +6,11 @@ loaded. Checks that need data, a model or a device are in `runs.checks`.
 
 from __future__ import annotations
 
-from pydantic import Field, NonNegativeInt
+from typing import Annotated
 
-from rung.config.base import Config
+from pydantic import Field
+
+from rung.config.base import MAX_SEED, Config
 from rung.config.climb import WITH_SHOTS, ClimbConfig
 from rung.config.data import DataConfig
 from rung.config.evaluation import EvaluationConfig
@@ -37,7 +39,7 @@ class RunConfig(Config):
     """The ladder of rungs, for `rung climb`."""
     output: str = Field(default=..., min_length=1)
     """Folder of the run."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
     """Seed of the order of rows, the initialization and the choice of worked examples."""
 
     def _check(self) -> None:

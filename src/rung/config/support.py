@@ -6,6 +6,9 @@ One table instead of checks in many places: documentation and tests read the sam
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 # state-space and recurrent models: a state cannot be masked per document as attention can
 _SEGMENT_FREE = "its layers carry state from token to token, which packing cannot isolate"
 
@@ -31,6 +34,16 @@ def model_refusal(model_type: str, *, encoder_decoder: bool) -> str | None:
     if encoder_decoder:
         return "encoder-decoder models are not supported: a segment tree has one row of tokens, they need two"
     return MODEL_REFUSALS.get(model_type)
+
+
+def quantization_refusal(config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Why a model with this config.json cannot be a base because its weights are quantized, and the remedy; or None."""
+    settings = config.get("quantization_config")
+    if not settings:
+        return None
+    kind = settings.get("quant_method") if isinstance(settings, Mapping) else None
+    reason = f"the weights of this model are quantized ({kind or 'quantization_config'}), which nothing here widens"
+    return reason, "take the model that it was made from; `method: {kind: qlora}` quantizes that while it loads"
 
 
 PROCESS_REFUSALS = {

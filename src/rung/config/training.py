@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from rung.config.base import Config, Fraction
 
@@ -23,6 +24,18 @@ class OptimizerConfig(Config):
     state_dtype: Literal["float32", "int8"] = "float32"
     """Type of both moments. `int8`: 8 bits (Dettmers et al. 2022; needs bitsandbytes), on a graphics card in pageable
     memory; tensors of fewer than 4,096 elements stay in float32."""
+
+
+_MINUTES = re.compile(r"(\d+(?:\.\d+)?) ?min")
+
+
+def _require_interval(value: object) -> object:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    match = _MINUTES.fullmatch(value) if isinstance(value, str) else None
+    if match is None or float(match[1]) <= 0:
+        raise ValueError("a number of optimizer steps, or minutes such as 15min")
+    return value
 
 
 class TrainingConfig(Config):
@@ -55,11 +68,9 @@ class TrainingConfig(Config):
     """Gradients are clipped to this norm; null: no clipping."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Settings of AdamW."""
-    checkpoint_every: PositiveInt | None = None
-    """Optimizer steps between checkpoints; default: by time alone. Checkpoints by steps stay after the run."""
-    checkpoint_minutes: PositiveFloat | None = 15.0
-    """A checkpoint is also saved once this many minutes have passed since the last one; null: none by time. An
-    interrupt or an error saves one in any case."""
+    checkpoint_every: Annotated[int | str | None, BeforeValidator(_require_interval)] = "15min"
+    """Between checkpoints: optimizer steps (`500`) or minutes (`15min`). Those by steps stay after the run, those by
+    time are removed. null: none on the way. An interrupt or an error saves one in any case."""
     eval_every: PositiveInt | None = None
     """Optimizer steps between measurements of the validation loss; default: measured at the end only."""
     patience: NonNegativeInt | None = None
@@ -67,6 +78,17 @@ class TrainingConfig(Config):
     weights."""
     save_total_limit: PositiveInt = 2
     """Number of newest checkpoints kept; the one with the best validation loss is kept in addition."""
+
+    @property
+    def checkpoint_steps(self) -> int | None:
+        """Optimizer steps between checkpoints; None where they come by time."""
+        return self.checkpoint_every if isinstance(self.checkpoint_every, int) else None
+
+    @property
+    def checkpoint_seconds(self) -> float | None:
+        """Seconds between checkpoints; None where they come by steps."""
+        match = _MINUTES.fullmatch(self.checkpoint_every) if isinstance(self.checkpoint_every, str) else None
+        return 60.0 * float(match[1]) if match else None
 
     def _check(self) -> None:
         if self.patience is not None and self.eval_every is None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from rung.config.support import model_refusal
+from rung.config.support import model_refusal, quantization_refusal
 from rung.errors import ConfigError, PlanError
 from rung.models.rotary import rope_boundary
 from rung.models.streaming import placement_of
@@ -155,10 +155,12 @@ def require_all_weights(report: Mapping[str, Any], source: object, heads: Collec
 def prepare_config(config: Any) -> None:
     """Turn off the dropout that a base ships with (GPT-2, Phi-2: 0.1): packed and unpacked runs would differ.
 
-    Raises `PlanError` with the reason if Rung cannot train this architecture.
+    Raises `PlanError` with the reason if Rung cannot train this architecture, `ConfigError` for quantized weights.
     """
     if reason := model_refusal(config.model_type, encoder_decoder=bool(getattr(config, "is_encoder_decoder", False))):
         raise PlanError(reason, where="model.name", given=config.model_type)
+    if refusal := quantization_refusal(config.to_dict()):
+        raise ConfigError(refusal[0], where="model.name", hint=refusal[1])
     for name in ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "dropout"):
         if isinstance(getattr(config, name, None), float):
             setattr(config, name, 0.0)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers.pytorch_utils import Conv1D
 
-from rung.files import read_safetensors_header
+from rung.files import check_safetensors
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -30,7 +30,7 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
     """
     dtypes = set()
     for file in folder.glob("*.safetensors"):
-        dtypes |= {entry["dtype"] for entry in read_safetensors_header(file)[0].values() if "dtype" in entry}
+        dtypes |= {entry["dtype"] for entry in check_safetensors(file).values()}
     return _DTYPES.get(dtypes.pop()) if len(dtypes) == 1 else None
 
 

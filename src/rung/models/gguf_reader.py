@@ -45,7 +45,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> LoadedWeights:
     except RungError:
         raise
     except Exception as error:  # the reader raises many types for a file that is not GGUF
-        reason = f"this GGUF file cannot be read: {first_line(error)}"
+        reason = f"this GGUF file cannot be read: {message_of(error)}"
         raise ConfigError(reason, where="model.name", given=str(path)) from error
 
 
@@ -80,6 +80,10 @@ def gguf_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its type name if it has no text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+MAX_MESSAGE_CHARACTERS = 300
+
+
+def message_of(error: Exception) -> str:
+    """An error's text in one line, cut where it is long, or its type name if it has no text."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MAX_MESSAGE_CHARACTERS else f"{text[:MAX_MESSAGE_CHARACTERS]}..."

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,11 @@ from transformers.utils import logging
 
 from rung.config.model import ModelConfig
 from rung.config.model_catalog import CATALOG
+from rung.console import print_status
 from rung.errors import CheckpointError, ConfigError, PlanError, did_you_mean
-from rung.files import is_run_folder, read_safetensors_header, require_undamaged
+from rung.files import check_safetensors, is_run_folder, read_safetensors_header, require_undamaged
 from rung.models import attention
+from rung.models.base_folder import TOKENIZER_FILES, check_base_folder, check_tokenizer, require_finite_weights
 from rung.models.base_model import (
     NO_REMOTE_CODE,
     BaseModel,
@@ -40,14 +43,17 @@ from rung.models.base_model import (
     require_all_weights,
 )
 from rung.models.bfloat16_storage import compute_in_float32, stored_dtype
-from rung.models.download import download_base
+from rung.models.download import convert_gguf_once, download_base
 from rung.models.fused_modules import install_fused_forwards
-from rung.models.gguf_reader import first_line, gguf_tokenizer, load_gguf
+from rung.models.gguf_reader import gguf_tokenizer, load_gguf, message_of
 from rung.models.layers import drop_layers
 from rung.models.streaming import LinearPlacement, leave_linears_stored
-from rung.planning.architecture import is_hub_id
-
-LOAD_REPORT_LOGGER = logging.get_logger("transformers.modeling_utils")
+from rung.planning.architecture import (
+    adapter_base_name,
+    adapter_config,
+    is_adapter_folder,
+)
+from rung.planning.hub import hub_error, hub_options, is_hub_id
 
 
 def load_base(
@@ -65,8 +71,6 @@ def load_base(
     unsupported architecture.
     """
     attention.register()
-    logging.disable_progress_bar()  # a bar that lasts half a second clutters stderr
-    LOAD_REPORT_LOGGER.setLevel("ERROR")  # its report of tensors is an error here, with a remedy
     if config.student_of is not None:
         full_model = {"name": config.student_of, "student_of": None, "layers": None}
         teacher = load_base(config.model_copy(update=full_model), device=device, stream_linears=stream_linears)
@@ -74,6 +78,12 @@ def load_base(
     source = _resolve_name(config.name, config.revision)
     if isinstance(source, Path) and is_run_folder(source):
         return _load_run_as_base(config, source, device)
+    if isinstance(source, Path) and is_adapter_folder(source):
+        return _load_adapter_as_base(config, source, device)
+    original, source = source, _converted(source)
+    if isinstance(source, Path) and source.is_dir():
+        check_base_folder(source)
+        check_tokenizer(source)
     compute = compute_dtype(config.dtype, device)
     stored = stored_dtype(source) if isinstance(source, Path) and source.is_dir() else None
     # Only the fused functions widen a bfloat16 weight; transformers' linear would refuse the mixed types.
@@ -85,13 +95,14 @@ def load_base(
     if compute is torch.float32 and read_as is not compute and any(b.dtype is read_as for b in model.buffers()):
         read_as, loaded, keep_bfloat16 = compute, compute, False
         model, _ = _load_weights(source, config.revision, compute, heads)
+    require_finite_weights(model, original)
     if keep_bfloat16:
         compute_in_float32(model)
     placement = None
     if stream_linears:
         placement = LinearPlacement(device or torch.device("cpu"), loaded, compute)
     _set_known_template(tokenizer, config.name)
-    weights_hash = fingerprint(source, model.config)
+    weights_hash = fingerprint(original, model.config)
     return _prepare_base((model, tokenizer), config, weights_hash, compute, device, placement)
 
 
@@ -101,8 +112,13 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
     if isinstance(source, Path) and is_run_folder(source):
         folder = next((source / name for name in ("model", "adapter") if (source / name).is_dir()), source)
         return _from_pretrained(AutoTokenizer, folder, None)
+    if isinstance(source, Path) and is_adapter_folder(source):
+        return _adapter_tokenizer(config, source)
+    source = _converted(source)
     if isinstance(source, Path) and source.suffix.lower() == ".gguf":
         return gguf_tokenizer(source)
+    if isinstance(source, Path):
+        check_tokenizer(source)
     tokenizer = _from_pretrained(AutoTokenizer, source, config.revision)
     _set_known_template(tokenizer, config.student_of or config.name)
     return tokenizer
@@ -119,7 +135,8 @@ def base_files(config: ModelConfig) -> Path | None:
     source = None if config.student_of is not None else _resolve_name(config.name)
     if not isinstance(source, Path):
         return None
-    folder = source / "model" if is_run_folder(source) else source
+    converted = _converted(source)
+    folder = source / "model" if is_run_folder(source) else Path(converted)
     return folder if any(folder.glob("*.safetensors")) else None
 
 
@@ -137,9 +154,9 @@ def _resolve_name(name: str, revision: str | None = None) -> Path | str:
         return download_base(name)
     path = Path(name).expanduser()
     if path.is_dir():
-        if is_run_folder(path) or (path / "config.json").exists():
+        if is_run_folder(path) or (path / "config.json").exists() or is_adapter_folder(path):
             return path
-        reason = "this folder holds neither a model (config.json) nor a run (run.json)"
+        reason = "this folder holds no model (config.json), adapter (adapter_config.json) or run (run.json)"
         raise ConfigError(reason, where="model.name", given=name)
     if path.is_file():
         if path.suffix.lower() == ".gguf":
@@ -164,24 +181,53 @@ def _load_weights(
     options = {"config": config, "dtype": dtype, "attn_implementation": attention.NAME, "use_safetensors": True}
     # mismatched shapes are reported below with the rest, by name
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    if isinstance(source, str):
+        options |= hub_options()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(source, revision=revision, **options, **NO_REMOTE_CODE)
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, **NO_REMOTE_CODE)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(first_line(error), where="model.name", given=str(source)) from error
+        with quiet_transformers():
+            model, report = AutoModelForCausalLM.from_pretrained(source, revision=revision, **options, **NO_REMOTE_CODE)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        if isinstance(source, str):
+            raise hub_error(source, error) from error
+        raise ConfigError(message_of(error), where="model.name", given=str(source)) from error
+    tokenizer = _from_pretrained(AutoTokenizer, source, revision)
     require_all_weights(report, source, heads)
     return model, tokenizer
 
 
 def _from_pretrained(auto_class: Any, source: Path | str, revision: str | None) -> Any:
     try:
-        return auto_class.from_pretrained(source, revision=revision, **NO_REMOTE_CODE)
+        with quiet_transformers():
+            options = hub_options() if isinstance(source, str) else {}
+            return auto_class.from_pretrained(source, revision=revision, **options, **NO_REMOTE_CODE)
     except Exception as error:  # a damaged folder raises many types of exception
-        network_hint = "hub ids need a network; folders, GGUF files and `rung models` do not"
-        hint = network_hint if isinstance(source, str) else None
+        hint = None
         if "trust_remote_code" in str(error):
             hint = "code that comes with a model never runs here: take a model that transformers knows"
-        raise ConfigError(first_line(error), where="model.name", given=str(source), hint=hint) from error
+        elif isinstance(source, str):
+            raise hub_error(source, error) from error
+        raise ConfigError(message_of(error), where="model.name", given=str(source), hint=hint) from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Inside, transformers prints no progress bars and no tables of tensors, whose faults are errors here."""
+    verbosity, shows_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shows_bars:
+            logging.enable_progress_bar()
+
+
+def _converted(source: Path | str) -> Path | str:
+    """The folder that a GGUF file was converted into, for a GGUF file that the disk has room for; else the source."""
+    if isinstance(source, Path) and source.suffix.lower() == ".gguf":
+        return convert_gguf_once(source) or source
+    return source
 
 
 def _prepare_base(
@@ -238,6 +284,42 @@ def _load_run_as_base(config: ModelConfig, run: Path, device: torch.device | Non
         raise PlanError(reason, where="model.name", given=f"{run}, {peft_type}", allowed=allowed)
     base = load_base(ModelConfig.model_validate({**manifest["config"]["model"], "dtype": config.dtype}), device=device)
     check_fingerprint(manifest, base, run)
+    return _merge_into_base(config, base, folder, load_tokenizer(config), device)
+
+
+def _load_adapter_as_base(config: ModelConfig, folder: Path, device: torch.device | None) -> BaseModel:
+    """Load the adapter of another tool, as peft saves it, as a base: the model that it names, with it merged."""
+    adapter_base = adapter_base_name(folder)
+    if (peft_type := adapter_config(folder).get("peft_type")) != "LORA":
+        reason = "this adapter cannot be folded into its base, so it is no base for another run"
+        raise PlanError(reason, where="model.name", given=f"{folder}, {peft_type}", allowed="LORA")
+    if not any(folder.glob("*.safetensors")):
+        hint = "save it again with peft, whose save_pretrained writes adapter_model.safetensors"
+        reason = "this adapter has no adapter_model.safetensors, and a pickle is not read"
+        raise ConfigError(reason, where=str(folder), hint=hint)
+    for file in folder.glob("*.safetensors"):
+        check_safetensors(file)
+    print_status(f"the base is {adapter_base} with the adapter in {folder}")
+    base = load_base(config.model_copy(update={"name": adapter_base}), device=device)
+    return _merge_into_base(config, base, folder, _adapter_tokenizer(config, folder), device)
+
+
+def _adapter_tokenizer(config: ModelConfig, folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer that was saved with an adapter, else that of its base."""
+    if any((folder / name).exists() for name in TOKENIZER_FILES):
+        return _from_pretrained(AutoTokenizer, folder, None)
+    return load_tokenizer(config.model_copy(update={"name": adapter_base_name(folder), "student_of": None}))
+
+
+def _merge_into_base(
+    config: ModelConfig,
+    base: BaseModel,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    device: torch.device | None,
+) -> BaseModel:
+    """The base with the LoRA adapter of `folder` merged. Raises `CheckpointError` where it does not fit."""
+    compute = compute_dtype(config.dtype, device)
     base.model.float()  # in bfloat16 the sum would round B A away
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft calls a deprecated transformers name
@@ -249,11 +331,12 @@ def _load_run_as_base(config: ModelConfig, run: Path, device: torch.device | Non
             adapter = PeftModel.from_pretrained(base.model, str(folder))
             _require_adapter_tensors(adapter, folder)
             model = adapter.merge_and_unload().to(compute)
-        except (UserWarning, RuntimeError) as error:
-            raise CheckpointError(f"this adapter does not fit its base: {error}", where=str(run)) from error
+        except (UserWarning, RuntimeError, ValueError, KeyError, TypeError) as error:
+            summary = f"this adapter does not fit its base: {message_of(error)}"
+            raise CheckpointError(summary, where=str(folder), given=base.name) from error
     # The merged model has no file; base and adapter identify it.
     weights_hash = hashlib.sha256(f"{base.fingerprint} {fingerprint(folder, None)}".encode()).hexdigest()
-    return _prepare_base((model, load_tokenizer(config)), config, weights_hash, compute, device)
+    return _prepare_base((model, tokenizer), config, weights_hash, compute, device)
 
 
 def _require_adapter_tensors(adapter: Any, folder: Path) -> None:

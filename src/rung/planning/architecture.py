@@ -17,10 +17,12 @@ from rung.config.base import LinearRole
 from rung.config.layers import student_layers
 from rung.config.model import ModelConfig
 from rung.config.model_catalog import CATALOG
-from rung.config.support import model_refusal
+from rung.config.support import model_refusal, quantization_refusal
 from rung.errors import CheckpointError, ConfigError, PlanError, did_you_mean
-from rung.files import is_run_folder, read_safetensors_header
+from rung.files import check_safetensors, converted_gguf_folder, is_run_folder
+from rung.planning.hub import hub_config_path, is_hub_id
 
+ADAPTER_CONFIG = "adapter_config.json"
 _QKV: tuple[LinearRole, ...] = ("q", "k", "v")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _UNTIED_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gpt_neox", "olmo2", "granite"})
@@ -142,11 +144,16 @@ def read_shape(config: ModelConfig) -> ModelShape:
         return shape_from_config(CATALOG[config.name].config)
     file = Path(config.name).expanduser()
     if file.suffix.lower() == ".gguf" and file.is_file():
-        return _shape_from_gguf(file)
+        converted = converted_gguf_folder(file)
+        if not (converted / "config.json").exists():
+            return read_gguf_shape(file)
+        return shape_from_config(json.loads((converted / "config.json").read_text()), "float32")
     folder = _model_folder(config)
     if folder is not None and is_run_folder(folder):
         return _shape_from_run(folder)
-    path = folder / "config.json" if folder is not None else _hub_config_path(config)
+    if folder is not None and is_adapter_folder(folder):
+        return read_shape(config.model_copy(update={"name": adapter_base_name(folder)}))
+    path = folder / "config.json" if folder is not None else hub_config_path(config)
     try:
         model_json = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -164,10 +171,12 @@ def shape_from_config(config: Mapping[str, Any], stored: str | None = None) -> M
     kind = str(config.get("model_type", "llama"))
     if reason := model_refusal(kind, encoder_decoder=bool(config.get("is_encoder_decoder"))):
         raise PlanError(reason, where="model.name", given=kind)
+    if refusal := quantization_refusal(config):
+        raise ConfigError(refusal[0], where="model.name", hint=refusal[1])
     try:
         return _shape(kind, config, stored or _declared_dtype(config))
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        reason = f"this config lacks a number that memory follows from: {error}"
+        reason = f"this config lacks a number that the size of the model follows from: {error}"
         raise ConfigError(reason, where="config.json", given=kind) from error
 
 
@@ -183,6 +192,10 @@ def _shape(kind: str, config: Mapping[str, Any], stored: str) -> ModelShape:
     # Old architectures have no such setting, and a stray one in a config is ignored by transformers.
     kv_heads = heads if kind in _MULTI_HEAD_TYPES else number("num_key_value_heads", default=heads)
     head_width = number("head_dim", default=width // heads)
+    # a model without layers has nothing to train, and zero heads no width
+    for name, value in (("hidden_size", width), ("num_hidden_layers", layers), ("num_attention_heads", heads)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}")
     mlp = number("intermediate_size", "ffn_dim", "n_inner", default=4 * width)
     vocabulary = number("vocab_size")
     context = number("max_position_embeddings", "n_positions", default=2**20)
@@ -241,15 +254,10 @@ def stored_type(folder: Path) -> str | None:
     """The dtype of most weights in a model folder's safetensors files; None without such files."""
     bytes_by_dtype = Counter[str]()
     for file in sorted(folder.glob("*.safetensors")):
-        try:
-            header, _ = read_safetensors_header(file)
-        except ValueError as error:
-            raise ConfigError(f"this is no safetensors file: {error}", where=str(file)) from error
-        for entry in header.values():
-            if "dtype" in entry:
-                # By bytes: a few float32 norms in a bfloat16 file do not decide.
-                start, end = entry["data_offsets"]
-                bytes_by_dtype[entry["dtype"]] += end - start
+        for entry in check_safetensors(file).values():
+            # By bytes: a few float32 norms in a bfloat16 file do not decide.
+            start, end = entry["data_offsets"]
+            bytes_by_dtype[entry["dtype"]] += end - start
     names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
     return names.get(bytes_by_dtype.most_common(1)[0][0]) if bytes_by_dtype else None
 
@@ -264,10 +272,10 @@ def _declared_dtype(config: Mapping[str, Any]) -> str:
 def _model_folder(config: ModelConfig) -> Path | None:
     """The model's folder on this disk; None for a hub id."""
     path = Path(config.name).expanduser()
-    if path.is_dir() and (is_run_folder(path) or (path / "config.json").exists()):
+    if path.is_dir() and (is_run_folder(path) or (path / "config.json").exists() or is_adapter_folder(path)):
         return path
     if path.exists():
-        reason = "this holds neither a model (config.json) nor a run (run.json)"
+        reason = "this holds no model (config.json), adapter (adapter_config.json) or run (run.json)"
         raise ConfigError(reason, where="model.name", given=config.name)
     if is_hub_id(config.name):
         return None
@@ -276,9 +284,39 @@ def _model_folder(config: ModelConfig) -> Path | None:
     raise ConfigError("no such model", where="model.name", given=config.name, hint=hint)
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a name that is no path here is owner/name; an existing parent folder means a mistyped path."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).parent.exists()
+def is_adapter_folder(path: Path) -> bool:
+    """Whether a folder holds an adapter as peft saves it, and no model."""
+    return (path / ADAPTER_CONFIG).exists() and not (path / "config.json").exists()
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """The content of an adapter's config. Raises `ConfigError` where it cannot be read."""
+    try:
+        content = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"this config cannot be read: {error}", where=str(folder / ADAPTER_CONFIG)) from error
+    if not isinstance(content, dict):
+        raise ConfigError("this config is no object", where=str(folder / ADAPTER_CONFIG))
+    return content
+
+
+def adapter_base_name(folder: Path) -> str:
+    """The model that an adapter was trained on, by its own config: a folder here or a hub id.
+
+    Raises `ConfigError` where it names none, or a folder that is not here.
+    """
+    name = adapter_config(folder).get("base_model_name_or_path")
+    hint = "set base_model_name_or_path in this file to the folder or hub id of its base"
+    where = str(folder / ADAPTER_CONFIG)
+    if not isinstance(name, str) or not name:
+        raise ConfigError("this adapter does not say which model it belongs to", where=where, hint=hint)
+    path = Path(name).expanduser()
+    if not (path.is_dir() or path.is_file() or name in CATALOG or is_hub_id(name)):
+        raise ConfigError("the base of this adapter is not here", where=where, given=name, hint=hint)
+    if path.is_dir() and is_adapter_folder(path):
+        summary = "the base of this adapter is an adapter itself"
+        raise ConfigError(summary, where=where, given=name, hint="merge that one into its base first")
+    return name
 
 
 def _shape_from_run(folder: Path) -> ModelShape:
@@ -296,7 +334,7 @@ def _shape_from_run(folder: Path) -> ModelShape:
     return read_shape(model_config)
 
 
-def _shape_from_gguf(file: Path) -> ModelShape:
+def read_gguf_shape(file: Path) -> ModelShape:
     """Shape from llama.cpp's keys; the loaded weights are float32."""
     from gguf import GGUFReader
 
@@ -313,17 +351,3 @@ def _shape_from_gguf(file: Path) -> ModelShape:
     vocabulary = max(tensors.get("token_embd.weight", [0]))
     config = {"model_type": kind, "vocab_size": vocabulary, "tie_word_embeddings": "output.weight" not in tensors}
     return shape_from_config({**config, **settings}, "float32")
-
-
-def _hub_config_path(config: ModelConfig) -> Path:
-    """The config of a hub id, from the cache or downloaded now; no weights are downloaded."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(config.name, "config.json", revision=config.revision))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        given = f"{config.name}: {str(error).splitlines()[0]}"
-        hint = "give a folder with its config.json; nothing else of the model is needed to plan"
-        reason = "the config of this model is not here and cannot be brought"
-        raise ConfigError(reason, where="model.name", given=given, hint=hint) from error

@@ -16,7 +16,8 @@ from typing import Any
 
 from rung.config.method import BASE_CHANGING_METHODS, MixtureConfig, QloraConfig, front_virtual_tokens
 from rung.config.run import RunConfig
-from rung.planning.architecture import DTYPE_BYTES, ModelShape, is_hub_id
+from rung.planning.architecture import DTYPE_BYTES, ModelShape
+from rung.planning.hub import is_hub_id
 from rung.planning.method_cost import (
     MethodCost,
     activation_bytes_per_token,

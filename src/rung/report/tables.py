@@ -34,6 +34,8 @@ from rung.report.formatting import (
 from rung.report.summaries import PrintedRung
 from rung.results import Estimate
 
+MIN_PREDICTABLE_BYTES = 2**24
+"""Peak memory beyond that of the libraries (16 MiB) from which its relative error says something of the plan."""
 _TONE = {"good": "green", "bad": "red", "recommended": "bold green", "safe": "bold yellow", "best": "bold"}
 
 
@@ -96,7 +98,10 @@ def _memory(run: results.RunResult) -> str:
         return f"{format_bytes(run.peak_memory_bytes)} at the peak"
     peak, planned = plan.measured_peak, format_bytes(plan.peak_bytes)
     # relative to what the plan can predict: the footprint of the libraries is measured, not planned
-    relative_error = (plan.peak_bytes - peak) / max(1, peak - plan.footprint_bytes)
+    predictable = peak - plan.footprint_bytes
+    if predictable < MIN_PREDICTABLE_BYTES:
+        return f"{format_bytes(peak)} at the peak, most of it the libraries'; planned {planned}"
+    relative_error = (plan.peak_bytes - peak) / predictable
     return f"{format_bytes(peak)} at the peak; planned {planned} ({relative_error:+.0%} of what is not the libraries')"
 
 

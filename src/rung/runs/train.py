@@ -236,7 +236,7 @@ def _train(config: RunConfig, trainer: Trainer, data: RunData, *, resume: bool) 
         message = str(error) if isinstance(error, RungError) else f"{type(error).__name__}: {error}"
         folder.update(status="failed", error=message)
         raise
-    if is_rank0 and config.training.checkpoint_every is None:
+    if is_rank0 and config.training.checkpoint_steps is None:
         # they were for a resume alone, and the run is complete
         checkpoint.remove_old_checkpoints(trainer.checkpoints, keep=0)
     folder.update(status="finished", metrics={"validation_loss": trainer.progress.validation})

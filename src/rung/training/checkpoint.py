@@ -56,12 +56,12 @@ class CheckpointWriter:
     _due: float = math.inf
 
     def restart_timer(self) -> None:
-        """Count the minutes of `checkpoint_minutes` from now on."""
-        minutes = self.config.checkpoint_minutes
-        self._due = math.inf if minutes is None else time.monotonic() + 60.0 * minutes
+        """Count the time until the next checkpoint from now on."""
+        seconds = self.config.checkpoint_seconds
+        self._due = math.inf if seconds is None else time.monotonic() + seconds
 
     def is_time(self) -> bool:
-        """Whether `checkpoint_minutes` have passed since the last checkpoint of this process."""
+        """Whether a checkpoint is due by time; never where checkpoints come by steps."""
         return time.monotonic() >= self._due
 
     def keep_resume_point(self) -> None:

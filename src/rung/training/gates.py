@@ -194,10 +194,10 @@ class MovementGate:
         return Gate("movement", "passed", measured, "all, 0")
 
 
-def enforce(gate: Gate) -> Gate:
-    """Raise `GateError` for a failed gate."""
+def enforce(gate: Gate, hint: str | None = None) -> Gate:
+    """Raise `GateError` for a failed gate, with a hint where the cause may be a setting."""
     if gate.state == "failed":
-        raise GateError(f"gate {gate.name} failed", given=gate.measured, allowed=str(gate.limit))
+        raise GateError(f"gate {gate.name} failed", given=gate.measured, allowed=str(gate.limit), hint=hint)
     return gate
 
 
@@ -234,8 +234,13 @@ SKIPS_BEFORE_STOP = 3
 """The run ends at this many steps in a row whose loss or gradient was not finite; fewer are skipped."""
 
 
-def skip_step(folder: RunFolder, progress: Progress, examples: Sequence[Example], loss: float, norm: float) -> None:
-    """Count a skipped step. Raises `GateError` at the third in a row and writes its documents to `NOT_FINITE_FILE`."""
+def skip_step(
+    folder: RunFolder, progress: Progress, examples: Sequence[Example], loss: float, norm: float, rate: float
+) -> None:
+    """Count a skipped step at this learning rate.
+
+    Raises `GateError` at the third in a row, and writes its documents to `NOT_FINITE_FILE`.
+    """
     progress.skipped += 1
     print_status(f"step {progress.step} skipped: loss {loss}, gradient norm {norm}")
     if progress.skipped < SKIPS_BEFORE_STOP:
@@ -246,7 +251,7 @@ def skip_step(folder: RunFolder, progress: Progress, examples: Sequence[Example]
     folder.update(not_finite={"step": progress.step, "rows": [str(example.source) for example in examples]})
     summary = f"loss or gradient was not finite in {SKIPS_BEFORE_STOP} steps running"
     given = f"loss {loss}, gradient norm {norm}; the last step's documents stand in {NOT_FINITE_FILE}"
-    hint = "lower training.learning_rate, or look at those rows"
+    hint = f"the learning rate is {rate:g}: lower training.learning_rate, or look at those rows"
     raise GateError(summary, where=str(folder.path), given=given, hint=hint)
 
 

@@ -259,7 +259,7 @@ class Trainer:
             self.writer.save()
             raise Interrupted
         # not after the last step: the artifact is written next
-        if not is_last and self._is_due(self.config.checkpoint_every):
+        if not is_last and self._is_due(self.config.checkpoint_steps):
             self.writer.save()
         elif not is_last and is_time:
             self.writer.save_by_time()
@@ -367,7 +367,7 @@ class Trainer:
         if self._at_checkpoint_boundary:
             self.writer.keep_resume_point()  # what follows changes no weight
         if not is_finite:
-            skip_step(self.folder, self.progress, examples, float(loss), float(norm))
+            skip_step(self.folder, self.progress, examples, float(loss), float(norm), rate)
         elif stop_reason is None:
             self._note_signal(movement, selection, examples)
         numbers = (float(loss), rate, float(norm), tokens, seconds)
@@ -454,7 +454,12 @@ class Trainer:
         """Record a gate, then enforce it: run.json must hold the gate that ends a run."""
         self.folder.gate(gate)
         print_status(str(gate))
-        enforce(gate)
+        hint = None
+        # parameters that overflow do not move any more either, and nothing in their names says why
+        if gate.name == "movement":
+            rate, loss = f"{self.peak_rate:g}", f"{self.progress.loss:.4g}"
+            hint = f"the learning rate is {rate} and the loss {loss}: if the loss jumped, lower training.learning_rate"
+        enforce(gate, hint)
 
     def _validate_and_log(self, validation: Sequence[Row], entry: dict[str, Any], final_step: int) -> str | None:
         """Measure the validation loss where it is due, and log the step. Returns the reason to end the run, or None."""
