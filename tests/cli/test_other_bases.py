@@ -22,7 +22,8 @@ from rung.config.model import ModelConfig
 from rung.errors import CheckpointError, ConfigError, PlanError
 from rung.models import download
 from rung.models.base_folder import require_finite_weights
-from rung.models.load import load_base, quiet_transformers
+from rung.models.base_model import quiet_transformers
+from rung.models.load import load_base
 from rung.planning import hub
 from rung.planning.architecture import read_shape
 

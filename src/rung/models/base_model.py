@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from rung.config.support import model_refusal, quantization_refusal
 from rung.errors import ConfigError, PlanError
@@ -91,6 +93,20 @@ _OLD_BUFFER = re.compile(r"(^|\.)attn\.(bias|masked_bias)$")
 LoadedWeights = tuple[PreTrainedModel, PreTrainedTokenizerFast]
 NO_REMOTE_CODE: dict[str, Any] = {"trust_remote_code": False}
 """Code shipped with a model never runs. Without this argument transformers would ask at the terminal."""
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Inside, transformers prints no progress bars and no tables of tensors, whose faults are errors here."""
+    verbosity, shows_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shows_bars:
+            logging.enable_progress_bar()
 
 
 def compute_dtype(name: str, device: torch.device | None = None) -> torch.dtype:

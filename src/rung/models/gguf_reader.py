@@ -6,7 +6,10 @@ Dequantized weights take the memory of an ordinary model; quantized training is 
 
 from __future__ import annotations
 
+import io
 import re
+import sys
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,13 @@ from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast
 
 from rung.errors import ConfigError, RungError
-from rung.models.base_model import NO_REMOTE_CODE, LoadedWeights, prepare_config, require_all_weights
+from rung.models.base_model import (
+    NO_REMOTE_CODE,
+    LoadedWeights,
+    prepare_config,
+    quiet_transformers,
+    require_all_weights,
+)
 
 _LAYER = re.compile(r"blk\.(\d+)\.")
 
@@ -25,8 +34,9 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     model, tokenizer = load_gguf(gguf, torch.float32)
     # The repaired tokenizer pads with another token than the file says.
     model.config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def load_gguf(path: Path, dtype: torch.dtype) -> LoadedWeights:
@@ -36,9 +46,12 @@ def load_gguf(path: Path, dtype: torch.dtype) -> LoadedWeights:
         prepare_config(config)
         options = {"config": config, "quantization_config": GgufConfig(dequantize=True), "dtype": dtype}
         options["output_loading_info"] = True
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, **options, **NO_REMOTE_CODE
-        )
+        # its progress bar obeys no setting of transformers: shown on a terminal, and no lines of it in a log file
+        hidden = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
+        with quiet_transformers(), hidden:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, **options, **NO_REMOTE_CODE
+            )
         require_all_weights(report, path)
         require_all_layers(path, config)
         return model, gguf_tokenizer(path)

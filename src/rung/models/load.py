@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import logging
 
 from rung.config.model import ModelConfig
 from rung.config.model_catalog import CATALOG
@@ -40,6 +38,7 @@ from rung.models.base_model import (
     compute_dtype,
     fingerprint,
     prepare_config,
+    quiet_transformers,
     require_all_weights,
 )
 from rung.models.bfloat16_storage import compute_in_float32, stored_dtype
@@ -207,20 +206,6 @@ def _from_pretrained(auto_class: Any, source: Path | str, revision: str | None) 
         elif isinstance(source, str):
             raise hub_error(source, error) from error
         raise ConfigError(message_of(error), where="model.name", given=str(source), hint=hint) from error
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Inside, transformers prints no progress bars and no tables of tensors, whose faults are errors here."""
-    verbosity, shows_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shows_bars:
-            logging.enable_progress_bar()
 
 
 def _converted(source: Path | str) -> Path | str:
