@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,24 @@ def test_an_adapter_that_is_no_base_says_why(
     adapter_with(adapter, **changes)
     with pytest.raises(error, match=words):
         load_base(ModelConfig(name=str(adapter), dtype="float32"))
+
+
+@pytest.mark.parametrize("changes", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}])
+def test_an_adapter_on_tied_embeddings_is_refused(changes: dict[str, Any], tiny_base: Path, tmp_path: Path) -> None:
+    """A merge into the head would change the embeddings as well, and the merged file has one matrix for both."""
+    from peft import LoraConfig, get_peft_model
+
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    with quiet_transformers():
+        tiny_model(tie_word_embeddings=True).save_pretrained(base)
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft says itself that this leads to complications
+        get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": ["q_proj"], **changes})).save_pretrained(
+            tmp_path / "adapter"
+        )
+    with pytest.raises(PlanError, match="which its base holds as one matrix"):
+        load_base(ModelConfig(name=str(tmp_path / "adapter"), dtype="float32"))
 
 
 def test_an_adapter_whose_tensors_are_a_pickle_is_not_read(adapter: Path) -> None:

@@ -305,6 +305,7 @@ def _merge_into_base(
 ) -> BaseModel:
     """The base with the LoRA adapter of `folder` merged. Raises `CheckpointError` where it does not fit."""
     compute = compute_dtype(config.dtype, device)
+    _refuse_tied_embeddings(base, folder)
     base.model.float()  # in bfloat16 the sum would round B A away
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft calls a deprecated transformers name
@@ -322,6 +323,23 @@ def _merge_into_base(
     # The merged model has no file; base and adapter identify it.
     weights_hash = hashlib.sha256(f"{base.fingerprint} {fingerprint(folder, None)}".encode()).hexdigest()
     return _prepare_base((model, tokenizer), config, weights_hash, compute, device)
+
+
+def _refuse_tied_embeddings(base: BaseModel, folder: Path) -> None:
+    """Raise `PlanError` for an adapter on the embeddings or the head of a model that ties them.
+
+    A merge would change both, and a file of the merged model has one matrix for two (peft issue 2018).
+    """
+    model: Any = base.model
+    if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
+        return
+    tied_modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    tied_names = {name.rpartition(".")[2] for name, module in model.named_modules() if module in tied_modules}
+    stored = {name for file in folder.glob("*.safetensors") for name in read_safetensors_header(file)[0]}
+    if changed := sorted(name for name in stored if tied_names & set(name.split("."))):
+        summary = "this adapter changes the embeddings or the head, which its base holds as one matrix"
+        hint = "train it on linears of the layers alone (target_modules without lm_head and embed_tokens)"
+        raise PlanError(summary, where=str(folder), given=changed[0], hint=hint)
 
 
 def _require_adapter_tensors(adapter: Any, folder: Path) -> None:
