@@ -94,7 +94,9 @@ def test_selected_and_joined_records_keep_their_sources() -> None:
     both = Records.concatenate([own, other, own[2:]])
     assert both == [*ROWS, replace(ROWS[0], source=Source("f.json", 9)), *ROWS[2:]]
     assert Records.concatenate([]) == [] and Records.concatenate([own]) is own
-    assert both.indices_from_path("e.csv").tolist() == [2, 3, 5, 6] and both.indices_from_path("f.json").tolist() == [4]
+    assert both.indices_from_files({"e.csv"}).tolist() == [2, 3, 5, 6] and both.indices_from_files(
+        {"f.json"}
+    ).tolist() == [4]
     assert [both.source(i) for i in (1, 4)] == [ROWS[1].source, Source("f.json", 9)]
 
 

@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from rung.config.climb import OnTopConfig, RungConfig
+from rung.config.data_files import data_suffix
 from rung.config.method import METHOD_CONFIGS, LayerLotteryConfig
 from rung.config.model import WITHOUT_RUN_SETTINGS
 from rung.config.run import RunConfig
@@ -26,8 +27,6 @@ from rung.errors import ConfigError, did_you_mean
 
 KeyPath = tuple[str | int, ...]
 MAX_CONFIG_BYTES = 2**20  # YAML is slow: a data file given by mistake should fail at once
-DATA_SUFFIXES = frozenset({".jsonl", ".csv", ".parquet"})
-"""Suffixes of data files, which are never configs."""
 # names that pydantic puts into error locations for members of unions of plain types
 _TYPE_TAGS = frozenset({"str", "float", "int", "bool"})
 _UNION_GROUPS = frozenset({("method",), ("objective",), ("objective", "reward")})
@@ -167,7 +166,8 @@ def describe_config(loaded: LoadedConfig) -> str:
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
-    if path.suffix in DATA_SUFFIXES and path.exists():
+    # not .json: JSON is YAML
+    if data_suffix(path) not in (None, ".json") and path.exists():
         hint = "write a config whose data.path names this file"
         raise ConfigError("this is data where a config is asked for", where=str(path), allowed="YAML", hint=hint)
     try:

@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from rung.config.data import AnswerFormat, DataConfig, Format
+from rung.console import print_status
 from rung.data.byte_store import MappedSequence
 from rung.data.conversations import conversation
 from rung.data.messages import (
@@ -96,6 +98,8 @@ class DetectedFormat:
     rows: int
     turn_fields: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Turns with each field, by what became of it: read, ignored or refused. Empty for rows without turns."""
+    notes: tuple[str, ...] = ()
+    """What was assumed, converted or not read, as sentences."""
 
     @property
     def unused(self) -> tuple[str, ...]:
@@ -108,7 +112,8 @@ class DetectedFormat:
         fields_text = "".join(
             f"; fields of turns {name}: {_listed(c, 'turns')}" for name, c in self.turn_fields.items()
         )
-        return f"{self.format}: {mapping_text}{unused_text}{fields_text}"
+        notes_text = "".join(f"; {note}" for note in self.notes)
+        return f"{self.format}: {mapping_text}{unused_text}{fields_text}{notes_text}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +124,11 @@ class LoadedRows:
     rejected_rows: Sequence[RejectedRow]
     detection: DetectedFormat
     path: str
+
+    @property
+    def files(self) -> frozenset[str]:
+        """Files of the records; for a set that is not in files of rows its name."""
+        return frozenset(path for _, path in self.records.origins)
 
 
 class ColumnCensus:
@@ -240,6 +250,8 @@ def load_records(config: DataConfig, path: str, *, held_out: bool = False) -> Lo
         DataError: the source cannot be read, rows are rejected and `data.rejects` is `error`, or no row remains.
     """
     loaded = read_records(config, path, held_out=held_out)
+    for note in loaded.detection.notes:
+        print_status(note if path in note else f"{path}: {note}")
     if loaded.rejected_rows and (config.rejects == "error" or not loaded.records):
         raise _rejection_error(loaded)
     return loaded
@@ -262,7 +274,8 @@ def read_records(config: DataConfig, path: str, *, held_out: bool = False) -> Lo
     # the guess from the first row was wrong: convert again with what all rows showed
     if (reading.format, reading.group) != (detection.format, group):
         reading = _SourceReader(config, path, (detection.format, group))
-    detection = replace(detection, turn_fields=reading.turn_fields.summary())
+    notes = (*reading.notes, *reading.turn_fields.conversions())
+    detection = replace(detection, turn_fields=reading.turn_fields.summary(), notes=notes)
     if config.task is not None:
         detection = replace(detection, mapping={**detection.mapping, "task": config.task})
     return LoadedRows(reading.records, reading.rejected_rows, detection, path)
@@ -277,19 +290,19 @@ class _SourceReader:
 
     def __init__(self, config: DataConfig, path: str, known_format: tuple[Format, str | None] | None = None) -> None:
         self.name = path
+        self.notes: list[str] = []
         self.census = ColumnCensus()
-        self.turn_fields = TurnFields(config.unknown_fields)
+        self.turn_fields = TurnFields(config.unknown_fields, config.roles)
         self.format: Format | None = None
         self.group: str | None = None
         self._known_format = known_format
         self._config = config
         writer, rejected_rows = RecordWriter(), RecordWriter()
-        for item in stream_rows(path):
+        for item in stream_rows(path, self.notes.append):
             reason = item.reason if isinstance(item, RejectedRow) else self._convert(item, writer)
             if reason is not None:
                 # on disk too, as a record of that text: a file may have millions of bad rows
                 rejected_rows.add(Record((), item.source, text=reason))
-            self.name = item.source.path
         self.records = writer.records()
         self.rejected_rows = MappedSequence(lambda r: RejectedRow(r.source, r.text), rejected_rows.records())
 
@@ -317,7 +330,9 @@ class _SourceReader:
 
 def _rejection_error(loaded: LoadedRows) -> DataError:
     count, kept_count = len(loaded.rejected_rows), len(loaded.records)
-    lines = [f"line {r.source.line}: {r.reason}" for r in loaded.rejected_rows[:10]]
+    # of a folder or a pattern the file too
+    is_one_file = all(r.source.path == str(Path(loaded.path)) for r in loaded.rejected_rows[:10])
+    lines = [f"line {r.source.line}: {r.reason}" if is_one_file else str(r) for r in loaded.rejected_rows[:10]]
     remainder = [f"and {count - 10} more"] if count > 10 else []
     remedy = "mend them, or set data.rejects: drop" if kept_count else "no row is left; check data.format and data.map"
     hint = "\n  ".join([*lines, *remainder, remedy])

@@ -52,8 +52,10 @@ _ROLE_FIELDS: dict[MessageRole, frozenset[str]] = {
 class TurnFields:
     """Counts the fields of turns, and refuses or ignores those that nothing reads (`data.unknown_fields`)."""
 
-    def __init__(self, unknown: UnknownFields = "error") -> None:
+    def __init__(self, unknown: UnknownFields = "error", roles: Mapping[str, MessageRole] | None = None) -> None:
         self.unknown = unknown
+        self.roles = dict(roles or {})
+        self.converted = Counter[str]()
         self.read, self.honored = Counter[str](), Counter[str]()
         self.ignored, self.refused = Counter[str](), Counter[str]()
 
@@ -76,6 +78,10 @@ class TurnFields:
                 if "loss" in field or "mask" in field or "weight" in field:
                     remedy = "name it weight, 0 or 1, if it says whether the answer is learned"
                 raise DataError(f"{name} has a field {field!r} that is not read for role {role}; {remedy}")
+
+    def conversions(self) -> tuple[str, ...]:
+        """What was converted to text, with counts, as sentences."""
+        return tuple(f"{name}: {count}" for name, count in self.converted.items())
 
     def summary(self) -> dict[str, dict[str, int]]:
         """Turns with each field, by what became of it; without fields of no turn.
