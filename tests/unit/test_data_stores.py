@@ -251,7 +251,7 @@ def test_a_flipped_byte_anywhere_is_noticed(
 
 def test_a_first_row_that_misleads_costs_a_second_pass_and_nothing_else(tmp_path: Path) -> None:
     file = tmp_path / "d.jsonl"
-    rows = [{"question": "q"}, {"question": "q", "answer": "a", "g": 1}, {"question": "r", "answer": 4, "g": 1}]
+    rows = [{"question": "q"}, {"question": "q", "answer": "a", "g": 1}, {"question": "r", "answer": [4], "g": 1}]
     file.write_text("\n".join(map(json.dumps, rows)))
     loaded = load_records(DataConfig(path=str(file), rejects="drop", group="g"), str(file))
     assert [(r.source.line, r.group) for r in loaded.records] == [(2, "1")]

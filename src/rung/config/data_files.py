@@ -137,7 +137,7 @@ def _saved_dataset(path: str) -> SavedDataset | None:
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(f"dataset_dict.json cannot be read: {error}", where=str(folder), hint="save it anew") from error
     if (split or "train") not in splits:
-        hint = f"name one: {folder}:{splits[0]}" if splits else None
+        hint = f"name one, for example {folder}:{next(iter(splits), 'test')}"
         raise DataError("no such split", where=path, given=split or "train", allowed=", ".join(splits), hint=hint)
     return SavedDataset(folder / (split or "train"))
 

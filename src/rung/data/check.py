@@ -26,6 +26,7 @@ from rung.data.splits import (
     duplicate_pairs,
     overlapping_pairs,
     refuse_shared_files,
+    refuse_unused_roles,
     source_pairs,
     weighted_paths,
 )
@@ -156,6 +157,7 @@ def inspect_data(target: str | DataConfig, chat: ChatTemplate | None = None) -> 
     sets = [read_records(config, p.path) for p in weighted_paths(config)]
     refuse_shared_files(sets)
     files = {name: read_records(config, path, held_out=True) for name, path in config.held_out_files.items()}
+    refuse_unused_roles(config, [*sets, *files.values()])
     records = Records.concatenate([loaded.records for loaded in sets])
     rejected_rows = [row for loaded in (*sets, *files.values()) for row in loaded.rejected_rows]
     # before the split: the splits below are those of the rows that remain once all faults are mended or dropped

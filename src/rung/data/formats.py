@@ -9,16 +9,18 @@ of all rows, so a source whose first row misleads is read twice. `splits` and `c
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 from rung.config.data import AnswerFormat, DataConfig, Format
 from rung.console import print_status
 from rung.data.byte_store import MappedSequence
+from rung.data.columns import FORMATS, SYNONYMS, column_of, foreign_shape, propose_map, yaml_map
 from rung.data.conversations import conversation
 from rung.data.messages import (
+    Getter,
     TurnFields,
     key_text,
     optional_text,
@@ -33,49 +35,6 @@ from rung.data.records import Records, RecordWriter
 from rung.errors import DataError, did_you_mean
 from rung.types import Record, Source
 
-
-class FormatColumns(NamedTuple):
-    """Rung's names of a format's columns."""
-
-    required: tuple[str, ...]
-    optional: tuple[str, ...] = ()
-    answer: str | None = None
-    alternative: tuple[str, ...] = ()
-    """Other columns that do as well as the required ones."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All names, that of the weight included."""
-        # OpenAI's name of the schemas before tools
-        functions = ("functions",) if "tools" in self.optional else ()
-        return tuple(dict.fromkeys((*self.required, *self.alternative, *self.optional, *functions, "weight")))
-
-    def missing(self, columns: Collection[str], map: Mapping[str, str]) -> list[str]:
-        """Columns of the file that the format needs and that are not among these."""
-        readings = [[map.get(name, name) for name in names] for names in (self.required, self.alternative) if names]
-        missing = [[column for column in reading if column not in columns] for reading in readings]
-        return min(missing, key=len)
-
-
-_PROMPT_COLUMNS = ("input", "context", "system", "tools")
-"""Optional columns of formats with a prompt and its answers."""
-
-
-FORMATS: dict[Format, FormatColumns] = {
-    "messages": FormatColumns(("messages",), ("tools", "references")),
-    "sharegpt": FormatColumns(("conversations",), ("system", "tools", "references")),
-    "alpaca": FormatColumns(("instruction", "output"), ("input", "system", "history", "references"), "output"),
-    "prompt_completion": FormatColumns(("prompt", "completion"), ("tools", "references"), "completion"),
-    "question_answer": FormatColumns(("question", "answer"), ("context", "system", "references"), "answer"),
-    "text": FormatColumns(("text",)),
-    "preference": FormatColumns(("prompt", "chosen", "rejected"), (*_PROMPT_COLUMNS, "margin")),
-    "ranked": FormatColumns(("prompt", "ranked"), _PROMPT_COLUMNS),
-    "rated": FormatColumns(("prompt", "answers", "scores"), _PROMPT_COLUMNS),
-    "unpaired_preference": FormatColumns(
-        ("prompt", "completion", "label"), _PROMPT_COLUMNS, alternative=("messages", "label")
-    ),
-    "prompt_only": FormatColumns(("prompt",), _PROMPT_COLUMNS),
-}
 # Unused columns with these names make a detected format ambiguous: they may be the answers.
 _ANSWER_LIKE = frozenset({"answer", "answers", "output", "completion", "response", "target", "gold", "solution"})
 _LABEL_LIKE = _ANSWER_LIKE | {"label", "category", "class"}
@@ -98,6 +57,8 @@ class DetectedFormat:
     rows: int
     turn_fields: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Turns with each field, by what became of it: read, ignored or refused. Empty for rows without turns."""
+    roles: Mapping[str, int] = field(default_factory=dict)
+    """Turns with each role of `data.roles`, by its name in the file."""
     notes: tuple[str, ...] = ()
     """What was assumed, converted or not read, as sentences."""
 
@@ -164,22 +125,37 @@ def detect(
     fitting_formats = _fitting_formats(map, counts) if format == "auto" else [format]
     # A named format must have its columns; a format to be detected may not have two readings.
     if format != "auto" and (missing_columns := FORMATS[format].missing(counts, map)):
-        raise _unknown_format_error(path, counts, f"no column {missing_columns[0]!r}, which the format {format} needs")
+        summary = f"no column {missing_columns[0]!r}, which the format {format} needs"
+        raise _unknown_format_error(path, counts, summary, _map_remedy(propose_map(counts, format)))
+    if format == "auto" and not map and (remedy := foreign_shape(counts)):
+        raise _unknown_format_error(path, counts, "the columns are those of another kind of rows", remedy)
     if not fitting_formats:
-        raise _unknown_format_error(path, counts, "the columns fit no known format")
+        proposal = propose_map(counts)
+        remedy = _map_remedy(proposal)
+        if "prompt" in counts:
+            remedy = f"{remedy}; or, " if proposal else ""
+            remedy += "for rows without answers, set data.format: prompt_only"
+        raise _unknown_format_error(path, counts, "the columns fit no known format", remedy)
     if len(fitting_formats) > 1:
-        readings = {f: counts[map.get(FORMATS[f].required[0], FORMATS[f].required[0])] for f in fitting_formats}
-        raise _ambiguous_format_error(path, counts, "the rows can be read as " + _listed_counts(readings))
+        readings = {f: counts[_first_column(f, map, counts)] for f in fitting_formats}
+        remedy = " or ".join(f"data.format: {f}" for f in fitting_formats)
+        raise _ambiguous_format_error(path, counts, f"the rows can be read as {_listed_counts(readings)}", remedy)
     detected_format = fitting_formats[0]
-    names = FORMATS[detected_format].names
-    mapping = {name: map.get(name, name) for name in names if map.get(name, name) in counts}
+    names = FORMATS[detected_format].names_read(counts, map)
+    mapping = {name: column for name in names if (column := column_of(name, map)) in counts and column is not None}
     if group:
         # not part of a format: any column can be the group
         mapping["group"] = group
     detection = DetectedFormat(detected_format, mapping, dict(counts), census.rows)
     if format == "auto" and (competing := _competing_columns(detection, map)):
         summary = f"{competing[0]!r} and {competing[1]!r} could both be what is to be learned"
-        raise _ambiguous_format_error(path, counts, summary)
+        name = FORMATS[detected_format].answer
+        maps = [{"question": "text", "answer": competing[1]}] if name is None else [{name: c} for c in competing]
+        remedy = " or ".join(f"data: {{map: {yaml_map(choice)}}}" for choice in maps)
+        remedy = remedy if name else f"data.format: text or {remedy}"
+        raise _ambiguous_format_error(path, counts, summary, remedy)
+    if format == "auto" and detected_format == "preference":
+        _refuse_unread_prompt(path, census, detection)
     if format == "auto" and detected_format in get_args(AnswerFormat) and detected_format != "text":
         _refuse_ambiguous_answers(path, census, detection)
     return detection
@@ -190,10 +166,41 @@ def _refuse_ambiguous_answers(path: str, census: ColumnCensus, detection: Detect
     unused = set(detection.unused)
     if {"chosen", "rejected"} <= unused:
         summary = "'chosen' and 'rejected' stand beside answers, and could be what is to be learned"
-        raise _ambiguous_format_error(path, census.counts, summary)
+        remedy = f"data.format: preference or data.format: {detection.format}"
+        raise _ambiguous_format_error(path, census.counts, summary, remedy)
+    rejected = next((c for c in detection.counts if c.lower() in ("rejected", *SYNONYMS["rejected"])), None)
+    if rejected in unused:
+        asked = {"messages": "messages", "sharegpt": "conversations"}.get(detection.format)
+        map = {"chosen": detection.mapping[str(FORMATS[detection.format].answer)]} if asked is None else {}
+        question = FORMATS[detection.format].required[0]
+        map |= {"prompt": detection.mapping[question]} if asked is None else {}
+        map |= {} if asked in (None, "messages") else {"messages": asked}
+        map |= {"rejected": rejected} if rejected != "rejected" else {}
+        remedy = f"data: {{format: preference, map: {yaml_map(map)}}} or data.format: {detection.format}"
+        summary = f"{rejected!r} may be an answer that is worse than the one that would be learned"
+        raise _ambiguous_format_error(path, census.counts, summary, remedy)
     labels = sorted(c for c in _LABELS & unused - census.other_labels if census.counts[c])
     if labels:
         raise _labeled_answers_error(path, census.counts, detection.format, labels[0])
+
+
+def _refuse_unread_prompt(path: str, census: ColumnCensus, detection: DetectedFormat) -> None:
+    """Raise `DataError` for pairs without the column `prompt` beside one that may be it under another name."""
+    if detection.mapping.keys() & {"prompt", "conversations", "instruction", "messages"}:
+        return
+    column = next((c for name in SYNONYMS["prompt"] for c in detection.counts if c.lower() == name), None)
+    if column is not None:
+        summary = f"{column!r} may be the prompt of 'chosen' and 'rejected'"
+        remedy = f"data: {{map: {yaml_map({'prompt': column})}}}, or data.format: preference to take what both share"
+        raise _ambiguous_format_error(path, census.counts, summary, remedy)
+
+
+def _first_column(format: Format, map: Mapping[str, str], counts: Mapping[str, int]) -> str:
+    return str(column_of(FORMATS[format].names_read(counts, map)[0], map))
+
+
+_MEDIA_COLUMNS = ("images", "audios", "videos")
+"""Columns with which LLaMA-Factory, ms-swift and TRL put pictures, sounds and films into the text."""
 
 
 def to_record(
@@ -210,19 +217,23 @@ def to_record(
     Raises:
         DataError: with the reason why this row cannot be an example; its `summary` is only the reason.
     """
+    fields = fields or TurnFields()
 
     def get(name: str) -> Any:
-        return row.get(map.get(name, name))
+        column = column_of(name, map)
+        return None if column is None else row.get(column)
 
     try:
+        if media := next((c for c in _MEDIA_COLUMNS if row.get(c)), None):
+            raise DataError(f"{media} belong to this row, and only text is read: leave it out (data.rejects: drop)")
         weight = parse_weight(get("weight"))
         group_key = None if group is None else key_text(row.get(group), "group", group)
         task_name = None if task is None else key_text(row.get(task), "task", task)
         if format == "text":
             text = text_of(get("text"), "text")
             return Record((), source, group=group_key, weight=weight, text=text, task=task_name)
-        messages, candidates = conversation(format, get, fields or TurnFields())
-        references = parse_references(get("references")) if "references" in FORMATS[format].optional else ()
+        messages, candidates = conversation(format, get, fields)
+        references = parse_references(get("references"), fields) if "references" in FORMATS[format].optional else ()
         if references and messages[-1].tool_calls:
             raise DataError("references are texts, and this row ends in a tool call, which is compared as a call")
         optional = FORMATS[format].optional
@@ -230,7 +241,7 @@ def to_record(
             messages,
             source,
             context=optional_text(get("context"), "context") if "context" in optional else None,
-            tools=tools_text(get("tools") or wrapped_functions(get("functions"))) if "tools" in optional else None,
+            tools=_tools(get) if "tools" in optional else None,
             group=group_key,
             weight=weight,
             task=task_name,
@@ -241,6 +252,13 @@ def to_record(
     except DataError as error:
         # helpers know the reason but not the line
         raise DataError(error.summary, where=str(source)) from error
+
+
+def _tools(get: Getter) -> str | None:
+    prompt = get("prompt")
+    # OpenAI's pairs have them beside the messages of the prompt
+    inner = prompt.get("tools") if isinstance(prompt, Mapping) else None
+    return tools_text(get("tools") or wrapped_functions(get("functions")) or inner)
 
 
 def load_records(config: DataConfig, path: str, *, held_out: bool = False) -> LoadedRows:
@@ -275,7 +293,8 @@ def read_records(config: DataConfig, path: str, *, held_out: bool = False) -> Lo
     if (reading.format, reading.group) != (detection.format, group):
         reading = _SourceReader(config, path, (detection.format, group))
     notes = (*reading.notes, *reading.turn_fields.conversions())
-    detection = replace(detection, turn_fields=reading.turn_fields.summary(), notes=notes)
+    fields = reading.turn_fields
+    detection = replace(detection, turn_fields=fields.summary(), roles=dict(fields.used_roles), notes=notes)
     if config.task is not None:
         detection = replace(detection, mapping={**detection.mapping, "task": config.task})
     return LoadedRows(reading.records, reading.rejected_rows, detection, path)
@@ -346,7 +365,15 @@ def _fitting_formats(map: Mapping[str, str], counts: Mapping[str, Any]) -> list[
     """
     detectable = {name: c for name, c in FORMATS.items() if name not in ("unpaired_preference", "prompt_only")}
     with_columns = (name for name, c in detectable.items() if not c.missing(counts, map))
-    return [name for name in with_columns if set(map) <= set(FORMATS[name].names)]
+    fitting = [name for name in with_columns if set(map) <= set(FORMATS[name].names)]
+    if "preference" in fitting and FORMATS["preference"].missing(counts, map, (FORMATS["preference"].required,)):
+        # LLaMA-Factory's pairs: a conversation that ends with the question
+        if fitting == ["sharegpt", "preference"]:
+            return ["preference"]
+        # answers beside a pair are an error of their own
+        if {"chosen", "rejected"} <= set(counts) and set(fitting) & (set(get_args(AnswerFormat)) - {"text"}):
+            fitting.remove("preference")
+    return fitting
 
 
 def _competing_columns(detection: DetectedFormat, map: Mapping[str, str]) -> tuple[str, str] | None:
@@ -380,10 +407,14 @@ def _listed(counts: Mapping[Any, int], unit: str) -> str:
     return ", ".join(f"{name} ({n} {unit})" for name, n in counts.items())
 
 
-def _unknown_format_error(
-    path: str, counts: Mapping[str, int], summary: str, remedy: str = "name the columns with data.map"
-) -> DataError:
-    hint = f"{remedy}, for example data.map: {{question: query, answer: gold}}"
+def _map_remedy(map: Mapping[str, str] | None) -> str:
+    """How columns are named: with a proposed map, or with an example."""
+    example = map or {"question": "query", "answer": "gold"}
+    return f"name the columns with data.map, for example data: {{map: {yaml_map(example)}}}"
+
+
+def _unknown_format_error(path: str, counts: Mapping[str, int], summary: str, remedy: str | None = None) -> DataError:
+    hint = remedy or _map_remedy(None)
     allowed = "; ".join(f"{f} ({', '.join(c.required)})" for f, c in FORMATS.items())
     return DataError(summary, where=path, given=f"columns {_listed_counts(counts)}", allowed=allowed, hint=hint)
 
@@ -403,6 +434,5 @@ def _labeled_answers_error(path: str, counts: Mapping[str, int], format: Format,
     return DataError(summary, where=path, given=f"columns {_listed_counts(counts)}", hint=hint)
 
 
-def _ambiguous_format_error(path: str, counts: Mapping[str, int], summary: str) -> DataError:
-    remedy = "decide with data.format, or with data.map"
-    return _unknown_format_error(path, counts, f"ambiguous: {summary}", remedy)
+def _ambiguous_format_error(path: str, counts: Mapping[str, int], summary: str, remedy: str) -> DataError:
+    return _unknown_format_error(path, counts, f"ambiguous: {summary}", f"decide with {remedy}")

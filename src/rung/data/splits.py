@@ -180,6 +180,7 @@ def load_data(config: DataConfig, seed: int) -> Splits:
     sets = [_load_set(config, p) for p in paths]
     refuse_shared_files(sets)
     files = {name: load_records(config, path, held_out=True) for name, path in config.held_out_files.items()}
+    refuse_unused_roles(config, [*sets, *files.values()])
     records = Records.concatenate([loaded.records for loaded in sets])
     splits = split(records, config, {name: loaded.records for name, loaded in files.items()})
     # after the split: repeated rows must not change which rows are held out, or count as duplicates
@@ -216,6 +217,14 @@ def refuse_shared_files(sets: Sequence[LoadedRows]) -> None:
             hint = "name each file in one set, with its weight"
             summary = f"data.path names a file in two sets: {first.path} and {second.path}"
             raise ConfigError(summary, given=shared[0], hint=hint)
+
+
+def refuse_unused_roles(config: DataConfig, sources: Iterable[LoadedRows]) -> None:
+    """Raise `ConfigError` for a name in `data.roles` that no turn has: a misspelled one would do nothing."""
+    used = {name for loaded in sources for name in loaded.detection.roles}
+    if unused := sorted(set(config.roles) - used):
+        hint = "leave it out, or correct it"
+        raise ConfigError("data.roles names a role that no turn has", given=unused[0], hint=hint)
 
 
 def repeat_by_weight(records: Records, weights: Iterable[tuple[Collection[str], float]]) -> Records:
