@@ -81,6 +81,11 @@ _Loader.add_implicit_resolver(
 )
 
 
+def is_config_name(name: str) -> bool:
+    """Whether a name is that of a config, where a command takes a data file or a config."""
+    return name.endswith((".yaml", ".yml"))
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     """Read a config and apply `key=value` overrides. Raises `ConfigError`."""
     source = Path(path)

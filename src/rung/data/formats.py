@@ -9,7 +9,8 @@ of all rows, so a source whose first row misleads is read twice. `splits` and `c
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -298,6 +299,23 @@ def read_records(config: DataConfig, path: str, *, held_out: bool = False) -> Lo
     if config.task is not None:
         detection = replace(detection, mapping={**detection.mapping, "task": config.task})
     return LoadedRows(reading.records, reading.rejected_rows, detection, path)
+
+
+@contextmanager
+def naming_config(place: str, file: str, option: str | None = None) -> Iterator[None]:
+    """Inside, errors that propose settings of `data` say where a command that was given a file takes them.
+
+    `place` is where the command takes a config, `option` what it offers by itself.
+    """
+    try:
+        yield
+    except DataError as error:
+        if "data:" not in str(error.hint) and "data." not in str(error.hint):
+            raise
+        lines = [str(error.hint), f"settings of data stand in a config: {place}, with data.path: {file} and an output"]
+        hint = "\n  ".join([*lines, *([option] if option else [])])
+        parts = {"where": error.where, "given": error.given, "allowed": error.allowed, "hint": hint}
+        raise DataError(error.summary, **parts) from error  # type: ignore[arg-type]
 
 
 class _SourceReader:

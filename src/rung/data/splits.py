@@ -176,9 +176,7 @@ def load_data(config: DataConfig, seed: int) -> Splits:
         ConfigError: a set is named twice, or the shares leave nothing to train on.
         DataError: a source or row cannot be used, a split is empty, or splits overlap, by the policies of the config.
     """
-    paths = weighted_paths(config)
-    sets = [_load_set(config, p) for p in paths]
-    refuse_shared_files(sets)
+    paths, sets = weighted_paths(config), load_sets(config)
     files = {name: load_records(config, path, held_out=True) for name, path in config.held_out_files.items()}
     refuse_unused_roles(config, [*sets, *files.values()])
     records = Records.concatenate([loaded.records for loaded in sets])
@@ -193,6 +191,18 @@ def load_data(config: DataConfig, seed: int) -> Splits:
         "held_out_files": {name: _set_summary(loaded, None) for name, loaded in files.items()},
     }
     return replace(splits, train=train, notes=notes)
+
+
+def load_sets(config: DataConfig) -> list[LoadedRows]:
+    """All rows of each data set of a config, neither split nor weighted.
+
+    Raises:
+        ConfigError: a set or a file is named twice.
+        DataError: a set cannot be read, or a row by `data.rejects`.
+    """
+    sets = [_load_set(config, path) for path in weighted_paths(config)]
+    refuse_shared_files(sets)
+    return sets
 
 
 def weighted_paths(config: DataConfig) -> tuple[WeightedPath, ...]:
