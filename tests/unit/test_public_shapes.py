@@ -298,6 +298,13 @@ SHAPES = [
         "prompt and response", {"prompt": "q", "response": "a"}, "prompt_completion", QA, refusal="completion: response"
     ),
     Shape("Instruction and Output", {"Instruction": "q", "Output": "a"}, "alpaca", QA, refusal="output: Output"),
+    Shape(
+        "Open-Orca/OpenOrca",
+        {"id": "1", "system_prompt": "s", "question": "q", "response": "a"},
+        "question_answer",
+        [("system", "s"), *QA],
+        refusal="data: {map: {answer: response, system: system_prompt}}",
+    ),
     Shape("input and output", {"input": "q", "output": "a"}, "question_answer", QA, refusal="question: input"),
     Shape("a classification", {"text": "q", "label": "a"}, "question_answer", QA, refusal="answer: label"),
     Shape("a dialogue", {"dialogue": [u("q"), a("a")]}, "messages", QA, refusal="messages: dialogue"),
@@ -348,8 +355,19 @@ def test_public_shapes_are_read_or_refused_with_what_to_type(shape: Shape, tmp_p
         ({"prompt": "q", "completions": ["a", "b"], "labels": [True, False]}, "labels of single steps"),
         ({"messages": [u("q <image>"), a("a")], "images": ["a.png"]}, "images belong to this row"),
         ({"messages": [u("q")], "reference_answer": "a"}, "{format: prompt_only, map: {prompt: messages}}"),
-        ({"question": "q", "answer": "a", "rejected": "w"}, "map: {chosen: answer, prompt: question}"),
+        ({"question": "q", "answer": "a", "rejected": "w"}, "map: {prompt: question, chosen: answer}"),
         ({"text": "t", "chosen": "a", "rejected": "b"}, "ambiguous"),
+        ({"question": "q", "choices": ["a", "b"], "answer": 1}, "may be the number of one of the choices"),
+        ({"question": "q", "options": {"A": "a"}, "answer": 1.0}, "may be the number of one of the options"),
+        ({"question": "q", "choices": {"label": ["A"], "text": ["a"]}, "answerKey": "A"}, "text of the right one"),
+        (
+            {"id": "1", "context": "c", "question": "q", "answers": {"text": ["a"], "answer_start": [3]}},
+            "as references",
+        ),
+        ({"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 0}, "the better one as chosen"),
+        ({"contents": [{"role": "user", "parts": [{"text": "q"}]}]}, "write messages with role and content"),
+        ({"question": "q", "answer": ["a", "b"]}, "other accepted answers go into the column references"),
+        ({"conversations": [{"human": "q", "assistant": "a"}]}, "conversations[0] has no role"),
     ],
 )
 def test_other_shapes_are_refused_with_a_reason(row: dict[str, Any], reason: str, tmp_path: Path) -> None:
@@ -357,6 +375,18 @@ def test_other_shapes_are_refused_with_a_reason(row: dict[str, Any], reason: str
     with pytest.raises(DataError) as caught:
         load_records(DataConfig(path=path), path)
     assert reason in str(caught.value)
+
+
+def test_a_second_remedy_keeps_the_map_of_the_first(tmp_path: Path) -> None:
+    """MATH-500: the question is named by a map, and then two columns could be the answer."""
+    path = write(tmp_path, {"problem": "q", "solution": "s", "answer": "a", "level": 3})
+    settings: dict[str, Any] = {}
+    for said in ("fit no known format", "'answer' and 'solution' could both"):
+        with pytest.raises(DataError, match=said) as caught:
+            load_records(DataConfig(path=path, **settings), path)
+        settings = settings_to_paste(caught.value, "question_answer")
+    (record,) = load_records(DataConfig(path=path, **settings), path).records
+    assert (record.question, record.answer) == ("q", "a")
 
 
 def test_openai_reinforcement_rows_are_prompts_with_their_expected_answer(tmp_path: Path) -> None:

@@ -94,7 +94,9 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "prompt": ("question", "query", "problem", "input", "user", "human"),
     "completion": ("response", "answer", "output"),
     "output": ("response", "completion", "answer"),
-    "messages": ("conversation", "dialogue", "dialog", "chat", "turns"),
+    "messages": ("conversation", "dialogue", "dialog", "chat"),
+    "system": ("system_prompt", "system_message"),
+    "context": ("passage",),
     "chosen": ("preferred_output", "chosen_response", "preferred", "accepted"),
     "rejected": ("rejected_response", "non_preferred_output", "rejected_messages", "rejected_answer", "dispreferred"),
 }
@@ -108,6 +110,18 @@ FOREIGN_SHAPES: dict[frozenset[str], str] = {
     "with its turns as messages",
     frozenset({"role", "text"}): "each row may be one turn of a conversation: write one row for each conversation, "
     "with its turns as messages, or set data.format: text",
+    frozenset({"contents"}): "contents with parts (Gemini's) are not read: write messages with role and content",
+    frozenset({"question", "context", "answers"}): "answers with their places (SQuAD's) are not read: write the first "
+    "text as answer, and all of them as references",
+    **dict.fromkeys(
+        map(frozenset, (("choices", "answerKey"), ("endings", "label"))),
+        "write the choices into the question, and the text of the right one as answer",
+    ),
+    **dict.fromkeys(
+        map(frozenset, (("response_0", "response_1"), ("response_a", "response_b"), ("human_ref_A", "human_ref_B"))),
+        "write the better one as chosen, the other as rejected, and the question as prompt",
+    ),
+    frozenset({"conversation_a", "conversation_b"}): "write the better one as chosen and the other as rejected",
 }
 """Columns of shapes that would lose their meaning, and what to do."""
 _PROPOSED: tuple[Format, ...] = (
@@ -143,7 +157,6 @@ def _proposal(names: tuple[str, ...], format: Format, columns: Collection[str]) 
     proposal: dict[str, str] = {}
     for name in (*names, *FORMATS[format].optional):
         near = [c for wanted in (name, *SYNONYMS.get(name, ())) for c in columns if c.lower() == wanted]
-        near = near if name in names else [c for c in near if c.lower() == name]
         column = name if name in columns else next((c for c in near if c not in proposal.values()), None)
         if column is not None:
             proposal[name] = column

@@ -149,14 +149,9 @@ def detect(
         mapping["group"] = group
     detection = DetectedFormat(detected_format, mapping, dict(counts), census.rows)
     if format == "auto" and (competing := _competing_columns(detection, map)):
-        summary = f"{competing[0]!r} and {competing[1]!r} could both be what is to be learned"
-        name = FORMATS[detected_format].answer
-        maps = [{"question": "text", "answer": competing[1]}] if name is None else [{name: c} for c in competing]
-        remedy = " or ".join(f"data: {{map: {yaml_map(choice)}}}" for choice in maps)
-        remedy = remedy if name else f"data.format: text or {remedy}"
-        raise _ambiguous_format_error(path, counts, summary, remedy)
+        raise _competing_error(path, counts, competing, FORMATS[detected_format].answer, map)
     if format == "auto" and detected_format == "preference":
-        _refuse_unread_prompt(path, census, detection)
+        _refuse_unread_prompt(path, census, detection, map)
     if format == "auto" and detected_format in get_args(AnswerFormat) and detected_format != "text":
         _refuse_ambiguous_answers(path, census, detection)
     return detection
@@ -171,13 +166,8 @@ def _refuse_ambiguous_answers(path: str, census: ColumnCensus, detection: Detect
         raise _ambiguous_format_error(path, census.counts, summary, remedy)
     rejected = next((c for c in detection.counts if c.lower() in ("rejected", *SYNONYMS["rejected"])), None)
     if rejected in unused:
-        asked = {"messages": "messages", "sharegpt": "conversations"}.get(detection.format)
-        map = {"chosen": detection.mapping[str(FORMATS[detection.format].answer)]} if asked is None else {}
-        question = FORMATS[detection.format].required[0]
-        map |= {"prompt": detection.mapping[question]} if asked is None else {}
-        map |= {} if asked in (None, "messages") else {"messages": asked}
-        map |= {"rejected": rejected} if rejected != "rejected" else {}
-        remedy = f"data: {{format: preference, map: {yaml_map(map)}}} or data.format: {detection.format}"
+        pair = yaml_map(_pair_columns(detection, str(rejected)))
+        remedy = f"data: {{format: preference, map: {pair}}} or data.format: {detection.format}"
         summary = f"{rejected!r} may be an answer that is worse than the one that would be learned"
         raise _ambiguous_format_error(path, census.counts, summary, remedy)
     labels = sorted(c for c in _LABELS & unused - census.other_labels if census.counts[c])
@@ -185,14 +175,23 @@ def _refuse_ambiguous_answers(path: str, census: ColumnCensus, detection: Detect
         raise _labeled_answers_error(path, census.counts, detection.format, labels[0])
 
 
-def _refuse_unread_prompt(path: str, census: ColumnCensus, detection: DetectedFormat) -> None:
+def _pair_columns(detection: DetectedFormat, rejected: str) -> dict[str, str]:
+    """The map that makes a pair of the columns of an answer and one of a worse answer."""
+    asked, answer = FORMATS[detection.format].required[0], FORMATS[detection.format].answer
+    map = {"prompt": detection.mapping[asked], "chosen": detection.mapping[answer]} if answer else {}
+    map = map or {"messages": detection.mapping[asked]}
+    return {name: column for name, column in {**map, "rejected": rejected}.items() if name != column}
+
+
+def _refuse_unread_prompt(path: str, census: ColumnCensus, detection: DetectedFormat, map: Mapping[str, str]) -> None:
     """Raise `DataError` for pairs without the column `prompt` beside one that may be it under another name."""
     if detection.mapping.keys() & {"prompt", "conversations", "instruction", "messages"}:
         return
     column = next((c for name in SYNONYMS["prompt"] for c in detection.counts if c.lower() == name), None)
     if column is not None:
         summary = f"{column!r} may be the prompt of 'chosen' and 'rejected'"
-        remedy = f"data: {{map: {yaml_map({'prompt': column})}}}, or data.format: preference to take what both share"
+        choice = yaml_map({**map, "prompt": column})
+        remedy = f"data: {{map: {choice}}}, or data.format: preference to take what both share"
         raise _ambiguous_format_error(path, census.counts, summary, remedy)
 
 
@@ -202,6 +201,19 @@ def _first_column(format: Format, map: Mapping[str, str], counts: Mapping[str, i
 
 _MEDIA_COLUMNS = ("images", "audios", "videos")
 """Columns with which LLaMA-Factory, ms-swift and TRL put pictures, sounds and films into the text."""
+
+
+_CHOICE_COLUMNS = ("choices", "options", "endings")
+"""Columns of multiple choice, whose answer may be the number of a choice (MMLU's is, from 0)."""
+
+
+def _refuse_choice_number(answer: object, row: Row) -> None:
+    """Raise `DataError` for a number as answer beside choices: the number would be learned instead of the choice."""
+    if not isinstance(answer, int | float):
+        return
+    if column := next((c for c in _CHOICE_COLUMNS if isinstance(row.get(c), list | dict)), None):
+        remedy = "write the text of the choice as answer, and the choices into the question"
+        raise DataError(f"the answer {answer} may be the number of one of the {column}: {remedy}")
 
 
 def to_record(
@@ -233,6 +245,7 @@ def to_record(
         if format == "text":
             text = text_of(get("text"), "text")
             return Record((), source, group=group_key, weight=weight, text=text, task=task_name)
+        _refuse_choice_number(get(FORMATS[format].answer or ""), row)
         messages, candidates = conversation(format, get, fields)
         references = parse_references(get("references"), fields) if "references" in FORMATS[format].optional else ()
         if references and messages[-1].tool_calls:
@@ -402,6 +415,15 @@ def _competing_columns(detection: DetectedFormat, map: Mapping[str, str]) -> tup
     answer_names = _LABEL_LIKE if detection.format == "text" else _ANSWER_LIKE if answer else frozenset[str]()
     competitor = next((c for c in detection.unused if c.lower() in answer_names), None)
     return (answer or "text", competitor) if competitor else None
+
+
+def _competing_error(
+    path: str, counts: Mapping[str, int], columns: tuple[str, str], answer: str | None, map: Mapping[str, str]
+) -> DataError:
+    maps = [{**map, answer: column} for column in columns] if answer else [{"question": "text", "answer": columns[1]}]
+    choices = [f"data: {{map: {yaml_map(choice)}}}" for choice in maps]
+    summary = f"{columns[0]!r} and {columns[1]!r} could both be what is to be learned"
+    return _ambiguous_format_error(path, counts, summary, " or ".join(["data.format: text"] * (not answer) + choices))
 
 
 def _check_names(path: str, map: Mapping[str, str], group: str | None, counts: Mapping[str, int]) -> None:

@@ -82,6 +82,8 @@ class TurnFields:
                 return mapped
             if (role := _ROLES_BY_NAME.get(role_name)) is not None:
                 return role
+        if role_name is None:
+            raise DataError(f"{name} has no role: a turn has role and content, or from and value")
         known = ", ".join([*_ROLES_BY_NAME, *sorted(_CALL_ROLES)])
         remedy = ""
         if isinstance(role_name, str) and role_name:
@@ -150,7 +152,9 @@ def text_of(value: object, name: str, numbers: Callable[[str], None] | None = No
     if is_parts(value):
         value = _joined_parts(value, name)
     if not isinstance(value, str):
-        raise DataError(f"{name} is a {_type_name(value)}, not text")
+        is_answers = isinstance(value, list) and value and all(isinstance(item, str) for item in value)
+        remedy = "; other accepted answers go into the column references" if is_answers and name == "answer" else ""
+        raise DataError(f"{name} is a {_type_name(value)}, not text{remedy}")
     if not value.strip():
         raise DataError(f"empty {name}")
     return encodable(value, name)

@@ -257,11 +257,13 @@ def _load_json(file: Path) -> list[Any]:
         raise DataError(summary, where=f"{file} line {error.lineno}", hint=hint) from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"refused JSON: {error}", where=str(file)) from error
-    if isinstance(value, dict):
-        value = value.get("data")
-    if not isinstance(value, list):
-        raise DataError("not a list of objects", where=str(file), allowed='[{...}, ...] or {"data": [{...}, ...]}')
-    return value
+    rows = value.get("data") if isinstance(value, dict) else value
+    if not isinstance(rows, list):
+        lists = [name for name, item in value.items() if isinstance(item, list)] if isinstance(value, dict) else []
+        hint = f"write the list under {lists[0]!r} into a file of its own" if lists else None
+        allowed = '[{...}, ...] or {"data": [{...}, ...]}'
+        raise DataError("not a list of objects", where=str(file), allowed=allowed, hint=hint)
+    return rows
 
 
 def _read_csv(file: Path, note: Note) -> Iterator[ReadItem]:
@@ -287,10 +289,13 @@ def _read_csv(file: Path, note: Note) -> Iterator[ReadItem]:
                 elif fields:
                     yield start, _MalformedRow(f"{len(fields)} fields, but the header names {len(header)}")
     except csv.Error as error:
-        raise DataError(f"broken CSV: {error}", where=f"{file} line {next_start}", hint="check the quotes") from error
+        raise DataError(f"broken CSV: {error}", where=f"{file} line {next_start}", hint=_QUOTES_HINT) from error
 
 
 _SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}
+
+
+_QUOTES_HINT = "check the quotes: a field that begins with one ends with one, and those inside are doubled"
 
 
 def _declared_separator(first_line: str) -> str | None:
