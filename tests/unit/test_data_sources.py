@@ -199,6 +199,9 @@ def test_folders_of_several_kinds_or_splits_are_refused_and_named(tmp_path: Path
     write(empty / "notes.txt", "x")
     assert "holds no data file" in refusal(str(empty)) and "notes.txt" in refusal(str(empty))
     assert "no data file matches" in refusal(f"{held}/*.csv") and "train-0.jsonl" in refusal(f"{held}/*.csv")
+    write(empty / "inner" / "a.jsonl", lines(questions(2)))
+    assert f"{empty}/**/*.parquet" in refusal(str(empty)) and len(read_rows(f"{empty}/**/*.jsonl")[0]) == 2
+    assert "no data is named" in refusal("")  # it would be the current folder
     write(held / "train-2.jsonl", "")
     assert "train-2.jsonl: the file is empty" in refusal(f"{held}/train*.jsonl")
 

@@ -47,7 +47,8 @@ class DataFiles:
         """What is not read, for the user."""
         if not self.skipped:
             return None
-        return f"{len(self.paths)} data files of {self.paths[0].parent}; not read: {_listed(self.skipped)}"
+        files = "data file" if len(self.paths) == 1 else "data files"
+        return f"{len(self.paths)} {files} of {self.paths[0].parent}; not read: {_listed(self.skipped)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,9 @@ def find_data(path: str) -> DataFiles | SavedDataset | None:
     Raises:
         DataError: nothing is there, a file is empty or of an unknown kind, or a folder holds no data or several kinds.
     """
+    if not path:
+        # an empty path would be the current folder
+        raise DataError("no data is named", where="data.path", hint="name a file, a folder or a pattern")
     if (saved := _saved_dataset(path)) is not None:
         return saved
     file = Path(path)
@@ -160,7 +164,10 @@ def _files_of_folder(folder: Path) -> DataFiles:
     ]
     if not files:
         found = _listed([f"{p.name}/" if p.is_dir() else p.name for p in entries])
-        raise DataError("this folder holds no data file", where=str(folder), allowed=KINDS, hint=f"it holds: {found}")
+        hint = f"it holds: {found}"
+        if any(p.is_dir() for p in entries):
+            hint += f"; folders in it are read by a pattern, for example {folder}/**/*.parquet"
+        raise DataError("this folder holds no data file", where=str(folder), allowed=KINDS, hint=hint)
     _refuse_kinds(files, str(folder))
     splits = {word: file.name for file in files if (word := _split_word(file)) is not None}
     if len(splits) > 1:

@@ -228,7 +228,7 @@ def _holds_texts(path: Path) -> bool:
         return path.suffix.lower() in TEXT_SUFFIXES
     texts, rows = _text_files(path), sorted(p for p in path.iterdir() if p.is_file() and data_suffix(p))
     if texts and rows:
-        hint = f"name one kind by a pattern: {path}/*{texts[0].suffix} or {path}/*{data_suffix(rows[0])}"
+        hint = f"name one kind by a pattern: {path}/**/*{texts[0].suffix} or {path}/*{data_suffix(rows[0])}"
         given = f"{texts[0].name}, {rows[0].name}"
         raise DataError("this folder holds texts and files of rows", where=str(path), given=given, hint=hint)
     return not rows
