@@ -107,11 +107,13 @@ def test_datasets_name_with_config_and_split(monkeypatch: pytest.MonkeyPatch) ->
     assert read_rows("gsm8k")[0][0].row == {"question": "q", "answer": "a"}
     read_rows("glue/mrpc:test")
     read_rows("openai/gsm8k/main:test")
+    read_rows("gsm8k:train[:100]")  # no pattern of files
     assert asked == [
         ("gsm8k", None, "train"),
         ("glue/mrpc", None, "test"),
         ("glue", "mrpc", "test"),
         ("openai/gsm8k", "main", "test"),
+        ("gsm8k", None, "train[:100]"),
     ]
 
 

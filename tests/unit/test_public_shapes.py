@@ -307,6 +307,20 @@ SHAPES = [
     ),
     Shape("input and output", {"input": "q", "output": "a"}, "question_answer", QA, refusal="question: input"),
     Shape("a classification", {"text": "q", "label": "a"}, "question_answer", QA, refusal="answer: label"),
+    Shape(
+        "conversations with a label",
+        {"conversations": shared(("human", "q"), ("gpt", "a")), "kto_tag": True},
+        "unpaired_preference",
+        QA,
+        refusal="data: {format: unpaired_preference, map: {messages: conversations, label: kto_tag}}",
+    ),
+    Shape(
+        "answers that were judged",
+        {"question": "q", "answer": "a", "is_correct": True},
+        "unpaired_preference",
+        QA,
+        refusal="map: {prompt: question, completion: answer, label: is_correct}",
+    ),
     Shape("a dialogue", {"dialogue": [u("q"), a("a")]}, "messages", QA, refusal="messages: dialogue"),
 ]
 
@@ -446,6 +460,10 @@ def test_numbers_and_truth_values_are_answers_as_written_and_counted(tmp_path: P
     assert report.to_json()["formats"][str(file)]["notes"] == list(notes)
     records = load_records(DataConfig(path=str(file)), str(file)).records
     assert [r.answer for r in records] == [*values[:-1], "text"] and [r.question for r in records[:2]] == ["0", "1"]
+    with file.open("a") as rows:
+        rows.write('{"question": 9, "answer": null}\n')
+    kept = load_records(DataConfig(path=str(file), rejects="drop"), str(file)).detection.notes
+    assert kept == notes  # a row that is left out is not counted
     listed = tmp_path / "d.json"
     listed.write_text('[{"question": "q", "answer": 1.10}]')
     assert load_records(DataConfig(path=str(listed)), str(listed)).records[0].answer == "1.10"

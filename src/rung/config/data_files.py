@@ -69,7 +69,9 @@ def data_suffix(path: Path) -> str | None:
 
 def is_pattern(path: str) -> bool:
     """Whether a path is a pattern of several files, such as `data/*.jsonl`."""
-    return any(character in path for character in "*?[") and not Path(path).exists()
+    # a part of a split of a `datasets` set has brackets too: name:train[:100]
+    has_brackets = "[" in path and (":" not in path or data_suffix(Path(path)) is not None)
+    return (has_brackets or "*" in path or "?" in path) and not Path(path).exists()
 
 
 def find_data(path: str) -> DataFiles | SavedDataset | None:

@@ -166,21 +166,22 @@ def _refuse_ambiguous_answers(path: str, census: ColumnCensus, detection: Detect
         raise _ambiguous_format_error(path, census.counts, summary, remedy)
     rejected = next((c for c in detection.counts if c.lower() in ("rejected", *SYNONYMS["rejected"])), None)
     if rejected in unused:
-        pair = yaml_map(_pair_columns(detection, str(rejected)))
+        pair = yaml_map(_columns_as(detection, "chosen", {"rejected": str(rejected)}))
         remedy = f"data: {{format: preference, map: {pair}}} or data.format: {detection.format}"
         summary = f"{rejected!r} may be an answer that is worse than the one that would be learned"
         raise _ambiguous_format_error(path, census.counts, summary, remedy)
     labels = sorted(c for c in _LABELS & unused - census.other_labels if census.counts[c])
     if labels:
-        raise _labeled_answers_error(path, census.counts, detection.format, labels[0])
+        raise _labeled_answers_error(path, detection, labels[0])
 
 
-def _pair_columns(detection: DetectedFormat, rejected: str) -> dict[str, str]:
-    """The map that makes a pair of the columns of an answer and one of a worse answer."""
+def _columns_as(detection: DetectedFormat, answer_name: str, others: Mapping[str, str]) -> dict[str, str]:
+    """The map that reads the columns of an answer as those of a comparison, and others beside them."""
     asked, answer = FORMATS[detection.format].required[0], FORMATS[detection.format].answer
-    map = {"prompt": detection.mapping[asked], "chosen": detection.mapping[answer]} if answer else {}
-    map = map or {"messages": detection.mapping[asked]}
-    return {name: column for name, column in {**map, "rejected": rejected}.items() if name != column}
+    map = {"messages": detection.mapping[asked]}
+    if answer:
+        map = {"prompt": detection.mapping[asked], answer_name: detection.mapping[answer]}
+    return {name: column for name, column in {**map, **others}.items() if name != column}
 
 
 def _refuse_unread_prompt(path: str, census: ColumnCensus, detection: DetectedFormat, map: Mapping[str, str]) -> None:
@@ -363,12 +364,12 @@ class _SourceReader:
         self.census.add(item.row)
         if self.format is None:
             return None  # the second pass converts it
+        config, fields = self._config, self.turn_fields
+        converted = fields.converted.copy()
         try:
-            config = self._config
-            writer.add(
-                to_record(self.format, item.row, item.source, config.map, self.group, config.task, self.turn_fields)
-            )
+            writer.add(to_record(self.format, item.row, item.source, config.map, self.group, config.task, fields))
         except DataError as error:
+            fields.converted = converted  # only of the rows that are kept
             return error.summary
         return None
 
@@ -463,15 +464,18 @@ def _missing_column_error(path: str, counts: Mapping[str, int], setting: str, co
     return _unknown_format_error(path, counts, f"{setting} names a column that is not there: {column!r}")
 
 
-def _labeled_answers_error(path: str, counts: Mapping[str, int], format: Format, label: str) -> DataError:
+def _labeled_answers_error(path: str, detection: DetectedFormat, label: str) -> DataError:
     """The error for answers beside a column that says which of them are good: bad ones would be learned too."""
     summary = f"ambiguous: the column {label!r} may say which answers are good, and all of them would be learned"
-    mapping = "" if label == "label" else f" and data.map: {{label: {label}}}"
+    map = _columns_as(detection, "completion", {"label": label})
+    settings = "data.format: unpaired_preference"
+    if map:
+        settings = f"data: {{format: unpaired_preference, map: {yaml_map(map)}}}"
     hint = (
-        f"set data.format: unpaired_preference{mapping} (objective: {{kind: preference, loss: kto}}) to use it, or "
-        f"data.format: {format} to learn every answer"
+        f"set {settings} (objective: {{kind: preference, loss: kto}}) to use it, or "
+        f"data.format: {detection.format} to learn every answer"
     )
-    return DataError(summary, where=path, given=f"columns {_listed_counts(counts)}", hint=hint)
+    return DataError(summary, where=path, given=f"columns {_listed_counts(detection.counts)}", hint=hint)
 
 
 def _ambiguous_format_error(path: str, counts: Mapping[str, int], summary: str, remedy: str) -> DataError:
