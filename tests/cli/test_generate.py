@@ -202,6 +202,7 @@ def test_hints_about_the_data_name_what_this_command_takes(
     given = ("--data", config, "--n", 1, "--max-new-tokens", 3, "-o", tmp_path / "a.jsonl")
     assert inside(capsys, "generate", tiny_base, *given)[0] == 0
     assert [row["prompt"] for row in read(tmp_path / "a.jsonl")] == ["what is 0?", "what is 1?"]
-    with pytest.raises(DataError, match="no such file") as plain:  # a file that is missing needs no config
-        load_prompts(tmp_path / "b.jsonl", str(tmp_path / "nothing.jsonl"), request)
+    (tmp_path / "data.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"did you mean data\.jsonl") as plain:  # a missing file needs no config
+        load_prompts(tmp_path / "b.jsonl", str(tmp_path / "dota.jsonl"), request)
     assert "CONFIG" not in str(plain.value)

@@ -391,6 +391,12 @@ def test_other_shapes_are_refused_with_a_reason(row: dict[str, Any], reason: str
     assert reason in str(caught.value)
 
 
+def test_columns_of_foreign_shapes_beside_others_say_nothing(tmp_path: Path) -> None:
+    path = write(tmp_path, {"question": "q", "answer": True, "contents": "c", "segments": [], "choices": ["a", "b"]})
+    (record,) = load_records(DataConfig(path=path), path).records
+    assert (record.question, record.answer) == ("q", "true")
+
+
 def test_a_second_remedy_keeps_the_map_of_the_first(tmp_path: Path) -> None:
     """MATH-500: the question is named by a map, and then two columns could be the answer."""
     path = write(tmp_path, {"problem": "q", "solution": "s", "answer": "a", "level": 3})

@@ -8,6 +8,7 @@ of all rows, so a source whose first row misleads is read twice. `splits` and `c
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -128,7 +129,8 @@ def detect(
     if format != "auto" and (missing_columns := FORMATS[format].missing(counts, map)):
         summary = f"no column {missing_columns[0]!r}, which the format {format} needs"
         raise _unknown_format_error(path, counts, summary, _map_remedy(propose_map(counts, format)))
-    if format == "auto" and not map and (remedy := foreign_shape(counts)):
+    # single turns and nodes of a tree have a text too
+    if format == "auto" and not map and fitting_formats in ([], ["text"]) and (remedy := foreign_shape(counts)):
         raise _unknown_format_error(path, counts, "the columns are those of another kind of rows", remedy)
     if not fitting_formats:
         proposal = propose_map(counts)
@@ -202,15 +204,13 @@ def _first_column(format: Format, map: Mapping[str, str], counts: Mapping[str, i
 
 _MEDIA_COLUMNS = ("images", "audios", "videos")
 """Columns with which LLaMA-Factory, ms-swift and TRL put pictures, sounds and films into the text."""
-
-
 _CHOICE_COLUMNS = ("choices", "options", "endings")
 """Columns of multiple choice, whose answer may be the number of a choice (MMLU's is, from 0)."""
 
 
 def _refuse_choice_number(answer: object, row: Row) -> None:
     """Raise `DataError` for a number as answer beside choices: the number would be learned instead of the choice."""
-    if not isinstance(answer, int | float):
+    if not isinstance(answer, int | float) or isinstance(answer, bool):
         return
     if column := next((c for c in _CHOICE_COLUMNS if isinstance(row.get(c), list | dict)), None):
         remedy = "write the text of the choice as answer, and the choices into the question"
@@ -315,6 +315,9 @@ def read_records(config: DataConfig, path: str, *, held_out: bool = False) -> Lo
     return LoadedRows(reading.records, reading.rejected_rows, detection, path)
 
 
+_SETTING_OF_DATA = re.compile(rf"\bdata(: \{{|\.({'|'.join(DataConfig.model_fields)})\b)")
+
+
 @contextmanager
 def naming_config(place: str, file: str, option: str | None = None) -> Iterator[None]:
     """Inside, errors that propose settings of `data` say where a command that was given a file takes them.
@@ -324,7 +327,7 @@ def naming_config(place: str, file: str, option: str | None = None) -> Iterator[
     try:
         yield
     except DataError as error:
-        if "data:" not in str(error.hint) and "data." not in str(error.hint):
+        if not _SETTING_OF_DATA.search(str(error.hint)):
             raise
         lines = [str(error.hint), f"settings of data stand in a config: {place}, with data.path: {file} and an output"]
         hint = "\n  ".join([*lines, *([option] if option else [])])
