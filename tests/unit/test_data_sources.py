@@ -120,6 +120,7 @@ def test_other_kinds_of_archives_say_what_to_do(tmp_path: Path) -> None:
         ("d.parquet.gz", "unpack it to d.parquet"),
         ("d.gz", "name what is inside, for example d.jsonl.gz"),
         ("d.xlsx", "save a table as .csv"),
+        ("d.txt", 'write each text as {"text": ...}'),
     ):
         assert expected in refusal(write(tmp_path / name, b"x"))
 

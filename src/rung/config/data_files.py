@@ -111,6 +111,8 @@ def _kind_hint(file: Path) -> str | None:
             return f"parquet is compressed inside: unpack it to {file.stem}"
         is_archive = inner in _ARCHIVES
         return "unpack it" if is_archive else f"name what is inside, for example {Path(file.stem).stem}.jsonl{suffix}"
+    if suffix in (".txt", ".md"):
+        return 'write each text as {"text": ...} on a line of a .jsonl file'
     return "save a table as .csv" if suffix in (".xlsx", ".xls", ".ods") else None
 
 

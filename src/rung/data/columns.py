@@ -110,6 +110,12 @@ FOREIGN_SHAPES: dict[frozenset[str], str] = {
     "with its turns as messages",
     frozenset({"role", "text"}): "each row may be one turn of a conversation: write one row for each conversation, "
     "with its turns as messages, or set data.format: text",
+    frozenset(
+        {"message_tree_id", "prompt"}
+    ): "each row is a tree of turns: write one row for each path, with its turns as messages",
+    frozenset({"paragraphs"}): "questions inside of documents (SQuAD's) are not read: write one row for each question",
+    frozenset({"instruction", "instances"}): "several answers inside of a row are not read: write one row for each "
+    "instance, with instruction, input and output",
     frozenset({"contents"}): "contents with parts (Gemini's) are not read: write messages with role and content",
     frozenset({"question", "context", "answers"}): "answers with their places (SQuAD's) are not read: write the first "
     "text as answer, and all of them as references",
@@ -118,7 +124,11 @@ FOREIGN_SHAPES: dict[frozenset[str], str] = {
         "write the choices into the question, and the text of the right one as answer",
     ),
     **dict.fromkeys(
-        map(frozenset, (("response_0", "response_1"), ("response_a", "response_b"), ("human_ref_A", "human_ref_B"))),
+        (
+            frozenset(f"{name}{end}" for end in ends)
+            for name in ("response", "response_", "human_ref_")
+            for ends in ("01", "12", "ab", "AB")
+        ),
         "write the better one as chosen, the other as rejected, and the question as prompt",
     ),
     frozenset({"conversation_a", "conversation_b"}): "write the better one as chosen and the other as rejected",
