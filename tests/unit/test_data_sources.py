@@ -207,6 +207,16 @@ def test_folders_of_several_kinds_or_splits_are_refused_and_named(tmp_path: Path
     assert "train-2.jsonl: the file is empty" in refusal(f"{held}/train*.jsonl")
 
 
+def test_tables_with_other_columns_are_no_shards(tmp_path: Path) -> None:
+    """Two tables that lie in one folder are rarely one set: half of the rows would lack their columns."""
+    write(tmp_path / "a.csv", "question,answer\n1,2\n")
+    write(tmp_path / "b.csv", "answer,question\n4,3\n")
+    assert [r.row for r in read_rows(str(tmp_path))[0]][1] == {"question": "3", "answer": "4"}
+    write(tmp_path / "c.csv", "question,note\n5,6\n")
+    said = refusal(str(tmp_path))
+    assert "c.csv: other columns than" in said and "given: note, question" in said and "a.csv" in said
+
+
 def test_a_rejected_row_of_a_folder_names_its_file(tmp_path: Path) -> None:
     folder = shards(tmp_path / "data")
     write(folder / "part-1.jsonl", lines(questions(2)) + "broken\n")

@@ -101,38 +101,47 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "rejected": ("rejected_response", "non_preferred_output", "rejected_messages", "rejected_answer", "dispreferred"),
 }
 """Columns of public data sets that a message proposes, in lower case."""
-FOREIGN_SHAPES: dict[frozenset[str], str] = {
-    frozenset({"segments"}): "segments of raw text (Axolotl's input_output) are not read: write messages, "
-    "with weight 0 in turns that are not to be learned",
-    frozenset({"completions", "labels"}): "labels of single steps are not read: write prompt, completion and label, "
-    "with data.format: unpaired_preference",
-    frozenset({"message_id", "parent_id", "text"}): "each row is one turn of a tree: write one row for each path, "
-    "with its turns as messages",
-    frozenset({"role", "text"}): "each row may be one turn of a conversation: write one row for each conversation, "
-    "with its turns as messages, or set data.format: text",
-    frozenset(
-        {"message_tree_id", "prompt"}
-    ): "each row is a tree of turns: write one row for each path, with its turns as messages",
-    frozenset({"paragraphs"}): "questions inside of documents (SQuAD's) are not read: write one row for each question",
-    frozenset({"instruction", "instances"}): "several answers inside of a row are not read: write one row for each "
-    "instance, with instruction, input and output",
-    frozenset({"contents"}): "contents with parts (Gemini's) are not read: write messages with role and content",
-    frozenset({"question", "context", "answers"}): "answers with their places (SQuAD's) are not read: write the first "
-    "text as answer, and all of them as references",
-    **dict.fromkeys(
-        map(frozenset, (("choices", "answerKey"), ("endings", "label"))),
-        "write the choices into the question, and the text of the right one as answer",
+_PATHS = "write one row for each path, with its turns as messages"
+_CHOICES = "write the choices into the question, and the text of the right one as answer"
+_PAIRS = "write the better one as chosen, the other as rejected, and the question as prompt"
+FOREIGN_SHAPES: tuple[tuple[tuple[str, ...], str], ...] = (
+    (
+        ("segments",),
+        "segments of raw text (Axolotl's input_output) are not read: write messages, with weight 0 in turns "
+        "that are not to be learned",
     ),
-    **dict.fromkeys(
-        (
-            frozenset(f"{name}{end}" for end in ends)
-            for name in ("response", "response_", "human_ref_")
-            for ends in ("01", "12", "ab", "AB")
-        ),
-        "write the better one as chosen, the other as rejected, and the question as prompt",
+    (
+        ("completions", "labels"),
+        "labels of single steps are not read: write prompt, completion and label, "
+        "with data.format: unpaired_preference",
     ),
-    frozenset({"conversation_a", "conversation_b"}): "write the better one as chosen and the other as rejected",
-}
+    (("message_id", "parent_id", "text"), f"each row is one turn of a tree: {_PATHS}"),
+    (("message_tree_id", "prompt"), f"each row is a tree of turns: {_PATHS}"),
+    (
+        ("role", "text"),
+        "each row may be one turn of a conversation: write one row for each conversation, "
+        "with its turns as messages, or set data.format: text",
+    ),
+    (("paragraphs",), "questions inside of documents (SQuAD's) are not read: write one row for each question"),
+    (
+        ("question", "context", "answers"),
+        "answers with their places (SQuAD's) are not read: write the first text "
+        "as answer, and all of them as references",
+    ),
+    (
+        ("instruction", "instances"),
+        "several answers inside of a row are not read: write one row for each instance, "
+        "with instruction, input and output",
+    ),
+    (("contents",), "contents with parts (Gemini's) are not read: write messages with role and content"),
+    (("choices", "answerKey"), _CHOICES),
+    (("endings", "label"), _CHOICES),
+    *(
+        ((f"{name}{first}", f"{name}{second}"), _PAIRS)
+        for name in ("response", "response_", "human_ref_", "conversation_")
+        for first, second in ("01", "12", "ab", "AB")
+    ),
+)
 """Columns of shapes that would lose their meaning, and what to do."""
 _PROPOSED: tuple[Format, ...] = (
     "question_answer",
@@ -147,7 +156,7 @@ _PROPOSED: tuple[Format, ...] = (
 
 def foreign_shape(columns: Collection[str]) -> str | None:
     """What to do with rows of a known shape that is not read; None for others."""
-    return next((remedy for names, remedy in FOREIGN_SHAPES.items() if names <= set(columns)), None)
+    return next((remedy for names, remedy in FOREIGN_SHAPES if set(names) <= set(columns)), None)
 
 
 def propose_map(columns: Collection[str], format: Format = "auto") -> dict[str, str] | None:

@@ -113,8 +113,28 @@ def _open_files(files: DataFiles, note: Note) -> Iterator[tuple[str, Iterator[Re
             note(text)
         separators.add(text)
 
+    tables: dict[Path, set[str]] = {}
     for file in files.paths:
-        yield str(file), _READERS[str(data_suffix(file)).split(".")[1]](file, note_once)
+        kind = str(data_suffix(file)).split(".")[1]
+        items = _READERS[kind](file, note_once)
+        yield str(file), _with_equal_columns(file, items, tables) if kind in _TABLES else items
+
+
+_TABLES = frozenset({"csv", "tsv", "parquet"})
+"""Kinds of files whose rows all have the same columns."""
+
+
+def _with_equal_columns(file: Path, items: Iterator[ReadItem], tables: dict[Path, set[str]]) -> Iterator[ReadItem]:
+    """The rows of a table; raises `DataError` where the tables before it have other columns: it is no part of them."""
+    for line, value in items:
+        if isinstance(value, dict) and file not in tables:
+            tables[file] = set(value)
+            first = next(iter(tables))
+            if tables[first] != tables[file]:
+                given, allowed = (", ".join(sorted(tables[table])) for table in (file, first))
+                hint = "name the files of one table by a pattern, or each as a set of a mixture"
+                raise DataError(f"other columns than {first}", where=str(file), given=given, allowed=allowed, hint=hint)
+        yield line, value
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> Row:
