@@ -107,8 +107,8 @@ _PAIRS = "write the better one as chosen, the other as rejected, and the questio
 FOREIGN_SHAPES: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         ("segments",),
-        "segments of raw text (Axolotl's input_output) are not read: write messages, with weight 0 in turns "
-        "that are not to be learned",
+        "segments of raw text (Axolotl's input_output) are not read: write messages, with weight 0 "
+        "in turns that are not to be learned",
     ),
     (
         ("completions", "labels"),
