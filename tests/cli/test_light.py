@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 import time
@@ -45,23 +46,21 @@ def test_a_check_without_a_model_imports_nothing_heavy(small_file: Path) -> None
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def seconds(times: int, *arguments: str) -> float:
-    """The shortest time of a command: others may work on this machine."""
-    measured = []
-    for _ in range(times):
-        started = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "rung", *arguments], capture_output=True, check=True)
-        measured.append(time.perf_counter() - started)
-    return min(measured)
-
-
 def test_help_within_half_a_second() -> None:
-    assert seconds(5, "--help") < 0.5
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "rung", "--help"], capture_output=True, check=True)
+        times.append(time.perf_counter() - started)
+    assert min(times) < 0.5, times
 
 
 def test_a_small_file_is_checked_within_a_second_and_a_half(small_file: Path) -> None:
-    """It took 8 to 10 seconds, because torch was imported for a tokenizer that nobody had named."""
-    assert seconds(2, "data", "check", str(small_file)) < 1.5
+    """It took 8 to 10 seconds. Time of the processor: other tests run beside this one."""
+    before = os.times()
+    subprocess.run([sys.executable, "-m", "rung", "data", "check", str(small_file)], capture_output=True, check=True)
+    after = os.times()
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 1.5
 
 
 def test_importing_rung_is_light() -> None:
