@@ -13,9 +13,10 @@ BASES = {
     *("Protocol", "PolicyMethod", "Method", "Objective", "Config", "Result", "BaseModel", "Module", "Function"),
     *("MethodBase", "WeightMethodBase", "VirtualTokenBase", "LowRankConfig", "ObjectiveBase", "ReinforcementBase"),
     *("NamedTuple", "TypedDict", "DynamicLayer", "SafeLoader", "Sequence", "LazySequence", "PeftConfig"),
-    *("BaseTuner", "BaseTunerLayer", "StrEnum", "Exception", "Preference"),
+    *("BaseTuner", "BaseTunerLayer", "StrEnum", "Exception", "Preference", "float"),
 }
-"""Inheritance stays with protocols (sequences are), configs, torch modules and functions, peft's tuners, exceptions."""
+"""Inheritance stays with protocols (sequences are), configs, torch modules and functions, peft's tuners, exceptions,
+and one number that keeps its digits."""
 
 
 def main() -> int:

@@ -229,7 +229,7 @@ def chat(
 @app.command()
 def generate(  # noqa: PLR0913 -- options of a command line, each named where it is given
     target: Annotated[str, typer.Argument(help="Run folder, base model, or URL of a server.", metavar="RUN")],
-    data: Annotated[str, typer.Option(help="Data file with the prompts.")],
+    data: Annotated[str, typer.Option(help="Data file with the prompts, or a config that says how it is read.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Output jsonl file.")],
     n: Annotated[int, typer.Option(min=1, help="Answers per prompt.")] = 4,
     temperature: Temperature = 1.0,

@@ -34,7 +34,10 @@ DATA: dict[str, tuple[str, list[str]]] = {
     "broken JSON on line 17": (changed(17, '{"question": "q", "answer": '), ["line 17", "JSON", "data.rejects"]),
     "a row without an answer": (changed(9, {"question": "q"}), ["line 9", "no answer", "data.rejects"]),
     "an empty answer": (changed(9, {"question": "q", "answer": "  "}), ["line 9", "empty answer"]),
-    "a label that is not text": (changed(4, {"question": "q", "answer": 7}), ["line 4", "number 7", "quote it"]),
+    "a label that is not text": (
+        changed(4, {"question": "q", "answer": ["7"]}),
+        ["line 4", "answer is a list, not text"],
+    ),
     "two columns that could be the answer": (
         lines([{**row, "output": "other"} for row in GOOD]),
         ["answer", "output", "map"],

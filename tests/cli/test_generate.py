@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ import pytest
 
 from builders import example
 from processes import inside, start
-from rung.commands.generate import chunk_seed
+from rung.commands.forgetting import forgetting_task
+from rung.commands.generate import GenerateRequest, chunk_seed, load_prompts
+from rung.config.data import DataConfig
+from rung.config.run import RunConfig
+from rung.errors import ConfigError, DataError
 from rung.files import Journal
 from rung.models.generate import Sampling, generate
 from rung.runs.load import open_run
@@ -171,3 +176,33 @@ def test_a_journal_of_another_request(tiny_base: Path, questions: Path, tmp_path
     Journal(tmp_path / ".a.jsonl.journal", {"of": "something else"}).close()
     code, _, err = inside(capsys, *asked)
     assert code == 3 and "belongs to a different request" in err and not (tmp_path / "a.jsonl").exists()
+
+
+def test_hints_about_the_data_name_what_this_command_takes(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They named `data.map`, which this command lacks; a config has it, and is taken in place of the file."""
+    file = tmp_path / "asked.jsonl"
+    file.write_text("".join(json.dumps({"Query": f"what is {i}?"}) + "\n" for i in range(2)))
+    request = GenerateRequest()
+    with pytest.raises(DataError, match=r"data\.map(?s:.*)--data CONFIG\.yaml, with data\.path: (?s:.*)--format does"):
+        load_prompts(tmp_path / "a.jsonl", str(file), request)
+    with pytest.raises(DataError, match=r"data\.map(?s:.*)a config in its place"):
+        forgetting_task(RunConfig(data=DataConfig(path=str(file)), output="x"), str(file), None)
+    code, _, err = inside(capsys, "data", "check", file)
+    assert code == 2 and f"rung data check CONFIG.yaml, with data.path: {file}" in err
+    config = tmp_path / "asked.yaml"
+    config.write_text(f"data: {{path: {file}, format: prompt_only, map: {{prompt: Query}}}}\noutput: runs/x\n")
+    assert [r.question for r in load_prompts(tmp_path / "a.jsonl", str(config), request)] == [
+        "what is 0?",
+        "what is 1?",
+    ]
+    with pytest.raises(ConfigError, match="a config says the format itself"):
+        load_prompts(tmp_path / "a.jsonl", str(config), replace(request, format="prompt_only"))
+    given = ("--data", config, "--n", 1, "--max-new-tokens", 3, "-o", tmp_path / "a.jsonl")
+    assert inside(capsys, "generate", tiny_base, *given)[0] == 0
+    assert [row["prompt"] for row in read(tmp_path / "a.jsonl")] == ["what is 0?", "what is 1?"]
+    (tmp_path / "data.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"did you mean data\.jsonl") as plain:  # a missing file needs no config
+        load_prompts(tmp_path / "b.jsonl", str(tmp_path / "dota.jsonl"), request)
+    assert "CONFIG" not in str(plain.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import signal
@@ -344,6 +345,27 @@ def test_resume_on_other_data_is_refused(config: Path, questions: Path, tmp_path
     run = tmp_path / "run"
     (run / "run.json").write_text(json.dumps({**manifest(run), "status": "running"}))
     mine.write_text(questions.read_text().replace("apples", "plums"))
+    code, _, err = inside(capsys, "train", config, *settings, "--resume")
+    assert code == 3 and "cannot resume: data changed since" in err
+
+
+def test_resume_on_another_shard_is_refused(config: Path, questions: Path, tmp_path: Path, capsys: Any) -> None:
+    """All files of a folder are the data of the run, and what it reads of a folder is printed and recorded."""
+    folder, rows = tmp_path / "shards", questions.read_text().splitlines(keepends=True)
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"part-{i}.jsonl.gz").write_bytes(gzip.compress("".join(rows[40 * i : 40 * i + 40]).encode()))
+    (folder / "README.md").write_text("# Boxes")
+    settings = [f"data.path={folder}", "training.checkpoint_every=2", "training.max_steps=2"]
+    code, _, err = inside(capsys, "train", config, *settings)
+    note = f"3 data files of {folder}; not read: README.md"
+    assert code == 0 and note in err
+    (recorded,) = manifest(tmp_path / "run")["data"]["splits"]["sets"]
+    assert recorded["kept"] == 120 and recorded["notes"] == [note]
+    unfinished(tmp_path / "run")
+    assert inside(capsys, "train", config, *settings, "--resume")[0] == 0
+    unfinished(tmp_path / "run")
+    (folder / "part-2.jsonl.gz").write_bytes(gzip.compress("".join(rows[81:]).encode()))
     code, _, err = inside(capsys, "train", config, *settings, "--resume")
     assert code == 3 and "cannot resume: data changed since" in err
 

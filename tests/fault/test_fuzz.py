@@ -75,6 +75,10 @@ COLUMNS = (
     "rejected",
     "completion",
     "text",
+    "conversations",
+    "instruction",
+    "rejected_response",
+    "images",
     "score",
     "weight",
     "tools",
@@ -84,6 +88,8 @@ ROW = st.one_of(
     st.fixed_dictionaries({"question": TEXT, "answer": TEXT}),
     st.fixed_dictionaries({"messages": st.lists(TURN, max_size=4)}),
     st.fixed_dictionaries({"prompt": VALUE, "chosen": TEXT, "rejected": TEXT}),
+    st.fixed_dictionaries({"chosen": st.lists(TURN, max_size=3), "rejected": st.lists(TURN, max_size=3)}),
+    st.fixed_dictionaries({"conversations": st.lists(TURN, max_size=3), "chosen": VALUE, "rejected": VALUE}),
     VALUE,
 )
 LINE = st.one_of(ROW.map(lambda row: _encoded(row)), st.binary(max_size=20).map(lambda b: b.replace(b"\n", b"")))

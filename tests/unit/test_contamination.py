@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rung.config.data import DataConfig
+from rung.data import deduplication
 from rung.data.contamination import contamination
 from rung.data.deduplication import JACCARD_THRESHOLD, fuzzy_duplicates, jaccard, prompt_words, shingles
 from rung.data.formats import load_records
@@ -57,7 +58,12 @@ def test_similarity_is_exact_and_counts_shingles() -> None:
     assert found.jaccard == jaccard(LONG, f"{LONG} now") and found.text == LONG
 
 
-def test_what_minhash_finds_is_what_comparing_all_pairs_finds() -> None:
+@pytest.mark.parametrize("compared_pairs", [0, 10**9])
+def test_what_minhash_finds_is_what_comparing_all_pairs_finds(
+    compared_pairs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few pairs are all compared, of many those with equal bands of their signatures; both find the same."""
+    monkeypatch.setattr(deduplication, "MAX_COMPARED_PAIRS", compared_pairs)
     rng = np.random.default_rng(0)
     train = [" ".join(rng.choice(WORDS, size=rng.integers(3, 25))) for _ in range(150)]
     changed = []

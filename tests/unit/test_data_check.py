@@ -38,7 +38,7 @@ def printed(thing: object) -> str:
 
 def test_report_of_a_mixed_file(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     rows: list[Any] = [{"question": f"question [{i}]", "answer": "yes" if i % 2 else "no it is not"} for i in range(40)]
-    rows += ["broken", {"question": "q", "answer": 3}, {"question": "Question  [5]", "answer": "no"}]
+    rows += ["broken", {"question": "q", "context": 3, "answer": "a"}, {"question": "Question  [5]", "answer": "no"}]
     rows += [{"question": "stop", "answer": "a <|im_end|> b"}]
     report = inspect_data(write(tmp_path, "d.jsonl", rows))
     assert (report.kept_count, len(report.rejected_rows), report.supervised_share) == (42, 2, None)
@@ -55,7 +55,7 @@ def test_report_of_a_mixed_file(tmp_path: Path, tiny_tokenizer: PreTrainedTokeni
     data = with_tokens.to_json()
     assert json.loads(json.dumps(data)) == data and data["rejected"][1]["line"] == 42
     text = printed(with_tokens)
-    assert "41 kept, 3 rejected" in text and "line 42: answer is the number 3" in text
+    assert "41 kept, 3 rejected" in text and "line 42: context is the number 3" in text
 
 
 def test_overlap_and_near_duplicates_across_files(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def assistant(text: str | None, **more: Any) -> dict[str, Any]:
 )
 def test_references_are_further_accepted_answers(row: Row) -> None:
     """They are kept with the record, on disk too, and the answer that is learned stays the same."""
+    assert convert({**row, "references": [1, True]}).references == ("1", "true")
     for value in (["b", "c"], '["b", "c"]'):
         record = convert({**row, "references": value})
         assert record.references == ("b", "c") and record.answer == "a"
@@ -67,7 +68,7 @@ def test_references_are_further_accepted_answers(row: Row) -> None:
     assert encode_record(convert({**row, "references": []})) == encode_record(plain)
     for wrong, reason in (
         ("b", "not a list"),
-        ([1], "reference is the number 1"),
+        ([[1]], "reference is a list"),
         ([""], "empty reference"),
         (3, "no list"),
     ):
@@ -230,8 +231,7 @@ def test_tools_are_json_text_and_arguments_are_parsed() -> None:
     [
         ({"question": "q", "answer": None}, "no answer"),
         ({"question": "q", "answer": "  "}, "empty answer"),
-        ({"question": "q", "answer": 42}, 'answer is the number 42, not text: quote it ("42")'),
-        ({"question": "q", "answer": True}, "answer is the truth value True"),
+        ({"question": "q", "answer": 4.2}, "answer is the number 4.2 of a binary file"),
         ({"question": "q", "answer": ["a"]}, "answer is a list, not text"),
         ({"question": "", "answer": "a"}, "empty question"),
         ({"question": "q", "answer": "\ud83d"}, "lone surrogate"),
@@ -260,6 +260,7 @@ def test_tools_are_json_text_and_arguments_are_parsed() -> None:
         ({"instruction": "i", "output": "o", "history": [["q"]]}, "history[0] is not a pair"),
         ({"prompt": "p", "completion": [assistant("c")]}, "both be text or both be lists"),
         ({"text": ""}, "empty text"),
+        ({"text": 42}, 'text is the number 42, not text: quote it ("42")'),
     ],
 )
 def test_bad_rows_say_why(row: Row, reason: str) -> None:
@@ -318,11 +319,11 @@ def test_map_or_format_decides() -> None:
 def test_rejects_policy(tmp_path: Path) -> None:
     file = tmp_path / "d.jsonl"
     good = '{"question": "q", "answer": "a"}'
-    file.write_text("\n".join([good, *['{"question": "q", "answer": 4}'] * 12, "broken", good]))
+    file.write_text("\n".join([good, *['{"question": "q", "answer": [4]}'] * 12, "broken", good]))
     with pytest.raises(DataError) as caught:
         load_records(DataConfig(path=str(file)), str(file))
     text = str(caught.value)
-    assert "13 of 15 rows cannot be used" in text and "line 2: answer is the number 4" in text
+    assert "13 of 15 rows cannot be used" in text and "line 2: answer is a list" in text
     assert "line 11:" in text and "line 12:" not in text and "and 3 more" in text and "data.rejects: drop" in text
     loaded = load_records(DataConfig(path=str(file), rejects="drop"), str(file))
     assert [r.source.line for r in loaded.records] == [1, 15]
@@ -330,7 +331,7 @@ def test_rejects_policy(tmp_path: Path) -> None:
     detection = loaded.detection
     assert detection.format == "question_answer"
     assert detection.mapping == {"question": "question", "answer": "answer"}
-    file.write_text('{"question": "q", "answer": 4}')
+    file.write_text('{"question": "q", "answer": [4]}')
     with pytest.raises(DataError, match="no row is left"):
         load_records(DataConfig(path=str(file), rejects="drop"), str(file))
 

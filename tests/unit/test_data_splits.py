@@ -173,10 +173,10 @@ def test_mixture_weighs_training_rows_only(tmp_path: Path) -> None:
 
 def test_fractional_weight_does_not_depend_on_the_order_of_the_file() -> None:
     own = records(101)
-    half = repeat_by_weight(own, {"d.jsonl": 0.5})
+    half = repeat_by_weight(own, [({"d.jsonl"}, 0.5)])
     assert len(half) == 50 and len(set(half)) == 50
-    assert set(half) == set(repeat_by_weight(own[::-1], {"d.jsonl": 0.5}))
-    assert Counter(Counter(repeat_by_weight(own, {"d.jsonl": 1.5})).values()) == {1: 51, 2: 50}
+    assert set(half) == set(repeat_by_weight(own[::-1], [({"d.jsonl"}, 0.5)]))
+    assert Counter(Counter(repeat_by_weight(own, [({"d.jsonl"}, 1.5)])).values()) == {1: 51, 2: 50}
 
 
 def test_a_set_named_twice_is_refused() -> None:

@@ -94,7 +94,9 @@ def test_selected_and_joined_records_keep_their_sources() -> None:
     both = Records.concatenate([own, other, own[2:]])
     assert both == [*ROWS, replace(ROWS[0], source=Source("f.json", 9)), *ROWS[2:]]
     assert Records.concatenate([]) == [] and Records.concatenate([own]) is own
-    assert both.indices_from_path("e.csv").tolist() == [2, 3, 5, 6] and both.indices_from_path("f.json").tolist() == [4]
+    assert both.indices_from_files({"e.csv"}).tolist() == [2, 3, 5, 6] and both.indices_from_files(
+        {"f.json"}
+    ).tolist() == [4]
     assert [both.source(i) for i in (1, 4)] == [ROWS[1].source, Source("f.json", 9)]
 
 
@@ -249,7 +251,7 @@ def test_a_flipped_byte_anywhere_is_noticed(
 
 def test_a_first_row_that_misleads_costs_a_second_pass_and_nothing_else(tmp_path: Path) -> None:
     file = tmp_path / "d.jsonl"
-    rows = [{"question": "q"}, {"question": "q", "answer": "a", "g": 1}, {"question": "r", "answer": 4, "g": 1}]
+    rows = [{"question": "q"}, {"question": "q", "answer": "a", "g": 1}, {"question": "r", "answer": [4], "g": 1}]
     file.write_text("\n".join(map(json.dumps, rows)))
     loaded = load_records(DataConfig(path=str(file), rejects="drop", group="g"), str(file))
     assert [(r.source.line, r.group) for r in loaded.records] == [(2, "1")]

@@ -6,20 +6,20 @@ itself is in `data/check.py`; this file resolves what to inspect and renders the
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from rung.config.data import DataConfig
-from rung.config.io import load_config
+from rung.config.io import is_config_name, load_config
 from rung.config.model import ModelConfig
 from rung.data.chat import ChatTemplate
 from rung.data.check import colored_tokens, inspect_data
-from rung.data.formats import read_records
+from rung.data.formats import naming_config, read_records
 from rung.data.splits import weighted_paths
 from rung.data.tokenize import tokenize_records
-from rung.models.load import load_tokenizer
 
 
 def check_data(file: str, *, show: int, model: str | None) -> tuple[dict[str, Any], list[str]]:
@@ -30,14 +30,15 @@ def check_data(file: str, *, show: int, model: str | None) -> tuple[dict[str, An
     """
     base = ModelConfig(name=model) if model else None
     target: str | DataConfig = file
-    if file.endswith((".yaml", ".yml")):
+    if is_config_name(file):
         config = load_config(file).config
         target, base = config.data, base or config.model
     if show and base is None:
         # Supervised tokens can only be shown with some tokenizer; the default model's is as good as any.
         base = ModelConfig()
-    chat = ChatTemplate.of_model(load_tokenizer(base), base) if base else None
-    report = inspect_data(target, chat)
+    chat = _chat_of(base) if base else None
+    with naming_config("rung data check CONFIG.yaml", file) if isinstance(target, str) else nullcontext():
+        report = inspect_data(target, chat)
     # Captured: the caller decides where the lines are printed.
     console = Console()
     with console.capture() as capture:
@@ -46,6 +47,12 @@ def check_data(file: str, *, show: int, model: str | None) -> tuple[dict[str, An
             for text in _colored_rows(target, chat, show):
                 console.print(text)
     return report.to_json(), capture.get().splitlines()
+
+
+def _chat_of(base: ModelConfig) -> ChatTemplate:
+    from rung.models.load import load_tokenizer  # not at the top: torch and transformers take eight seconds
+
+    return ChatTemplate.of_model(load_tokenizer(base), base)
 
 
 def _colored_rows(target: str | DataConfig, chat: ChatTemplate, count: int) -> list[Text]:

@@ -16,11 +16,11 @@ import numpy as np
 from rung.commands.compare import paired_results
 from rung.config.data import DataConfig
 from rung.config.evaluation import EvaluationConfig
-from rung.config.io import load_config
+from rung.config.io import is_config_name, load_config
 from rung.config.run import RunConfig
 from rung.console import print_status
 from rung.data.chat import ChatTemplate
-from rung.data.formats import load_records
+from rung.data.formats import load_records, naming_config
 from rung.data.records import Records
 from rung.data.tokenize import tokenize_records
 from rung.errors import ConfigError
@@ -76,13 +76,15 @@ def forgetting_task(config: RunConfig, data: str, limit: int | None) -> Forgetti
 
     Raises `DataError` and `ConfigError` if there are no records.
     """
-    if Path(data).suffix in (".yaml", ".yml"):
+    if is_config_name(data):
         task = load_config(data).config
         if limit is not None:
             task = task.model_copy(update={"evaluation": task.evaluation.model_copy(update={"limit": limit})})
         records, evaluation, seed = test_records(task, read_splits(task)), task.evaluation, task.seed
     else:
-        records = _sample_records(load_records(DataConfig(path=data), data).records, limit)
+        with naming_config("a config in its place", data):
+            loaded = load_records(DataConfig(path=data), data)
+        records = _sample_records(loaded.records, limit)
         # The instruction of the config was written for its own task, not for this data.
         evaluation, seed = config.evaluation.model_copy(update={"instruction": None}), config.seed
     # Perplexity is always measured: it moves long before an answer changes.

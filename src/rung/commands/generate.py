@@ -19,11 +19,14 @@ from typing import Any, get_args
 import numpy as np
 
 from rung.config.data import DataConfig, Format
+from rung.config.io import is_config_name, load_config
 from rung.config.model import ModelConfig
 from rung.console import ProgressBar, print_status
 from rung.data.chat import ChatTemplate
-from rung.data.formats import load_records
+from rung.data.formats import LoadedRows, naming_config
 from rung.data.messages import expected_text, message_to_json
+from rung.data.records import Records
+from rung.data.splits import load_sets
 from rung.data.tokenize import PromptDataset, tokenize_prompts
 from rung.errors import CheckpointError, ConfigError
 from rung.evaluation.prompting import PromptFormat
@@ -74,6 +77,7 @@ def generate(
 ) -> GenerationResult:
     """Sample answers to the prompts of a data file and write one row for each prompt to `output`.
 
+    `data` may be a config, whose `data` section then says how the rows are read; its splits and weights do not count.
     `target` is a run, a base, or the URL of an OpenAI-compatible server, which needs `model`, the model's name on it;
     `concurrency` is the number of requests in flight, 8 by default. Generation is saved incrementally: the same call
     resumes it after a stop. Raises `ConfigError` if the output exists already.
@@ -122,8 +126,18 @@ def load_prompts(output: Path, data: str, request: GenerateRequest) -> list[Reco
     # Refused before the data is read: an earlier output may have cost hours and is never overwritten.
     if output.exists():
         raise ConfigError("this file exists already", where="--output", given=output)
-    records = load_records(DataConfig(path=data, format=request.format), data).records
+    records = Records.concatenate([loaded.records for loaded in _load_rows(data, request)])
     return [records[i] for i in range(min(len(records), request.limit or len(records)))]
+
+
+def _load_rows(data: str, request: GenerateRequest) -> list[LoadedRows]:
+    if is_config_name(data):
+        if request.format != "auto":
+            hint = "set data.format in the config"
+            raise ConfigError("a config says the format itself", where="--format", given=request.format, hint=hint)
+        return load_sets(load_config(data).config.data)
+    with naming_config("--data CONFIG.yaml", data, "--format does for data.format"):
+        return load_sets(DataConfig(path=data, format=request.format))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ class WeightedPath(Config):
     """One data set of a mixture."""
 
     path: str
-    """A .jsonl, .json, .csv or .parquet file, or the name of a Hugging Face `datasets` data set."""
+    """As `data.path`: a file, a pattern, a folder of files, or the name of a Hugging Face `datasets` data set."""
     weight: PositiveFloat = 1.0
     """How often each training row appears per epoch; 0.5 takes half of the rows. Applied after the split."""
     group: str | None = None
@@ -33,11 +33,14 @@ class DataConfig(Config):
     """Data sets, splits, and how rows become supervised tokens."""
 
     path: str | tuple[WeightedPath, ...] = Field(default=...)
-    """A file, a `datasets` name, or a list of {path, weight}."""
+    """A file of rows (.jsonl, .ndjson, .json, .csv, .tsv, .parquet; text also as .gz, .bz2 or .zst), a pattern such as
+    data/*.jsonl, a folder of such files or of `save_to_disk`, a `datasets` name, or a list of {path, weight}."""
     format: Format = "auto"
     """Row format. `auto` detects it from all rows and refuses ambiguous data."""
     map: dict[str, str] = Field(default_factory=dict)
     """Column names that differ: {Rung's name: column in the file}, for example {question: query, answer: gold}."""
+    roles: dict[str, Literal["system", "user", "assistant", "tool"]] = Field(default_factory=dict)
+    """Names of roles in the file that Rung does not know: {name in the file: role}, for example {bot: assistant}."""
     validation: Fraction | str = 0.1
     """Share of the rows held out for validation, or a file; 0: no validation split."""
     test: Fraction | str = 0.1

@@ -18,9 +18,8 @@ class RetrievalConfig(Config):
     """Passages retrieved by BM25, which replace the context of a row."""
 
     documents: str | None = None
-    """A folder of .txt and .md files, one such file, or a .jsonl, .json, .csv or .parquet file or a `datasets` name
-    with a text in every row. Default: the contexts of all rows of the run, of all splits and regardless of
-    `data.limit`."""
+    """A folder or a pattern of .txt and .md files, one such file, or rows as in `data.path` with a text in every row.
+    Default: the contexts of all rows of the run, of all splits and regardless of `data.limit`."""
     column: str | None = None
     """Column of the texts where documents are rows; default: `text`."""
     chunk_words: PositiveInt = 200

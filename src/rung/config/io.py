@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from rung.config.climb import OnTopConfig, RungConfig
+from rung.config.data_files import data_suffix
 from rung.config.method import METHOD_CONFIGS, LayerLotteryConfig
 from rung.config.model import WITHOUT_RUN_SETTINGS
 from rung.config.run import RunConfig
@@ -29,8 +30,6 @@ MAX_CONFIG_BYTES = 2**20  # YAML is slow: a data file given by mistake should fa
 MAX_CONFIG_NODES = 100_000
 """Largest number of YAML nodes of a config with its aliases written out; ten aliases of ten aliases each, ten levels
 deep, are 329 bytes and ten billion nodes."""
-DATA_SUFFIXES = frozenset({".jsonl", ".csv", ".parquet"})
-"""Suffixes of data files, which are never configs."""
 # names that pydantic puts into error locations for members of unions of plain types
 _TYPE_TAGS = frozenset({"str", "float", "int", "bool"})
 _UNION_GROUPS = frozenset({("method",), ("objective",), ("objective", "reward")})
@@ -83,6 +82,11 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
+
+
+def is_config_name(name: str) -> bool:
+    """Whether a name is that of a config, where a command takes a data file or a config."""
+    return name.endswith((".yaml", ".yml"))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -170,7 +174,8 @@ def describe_config(loaded: LoadedConfig) -> str:
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
-    if path.suffix in DATA_SUFFIXES and path.exists():
+    # not .json: JSON is YAML
+    if data_suffix(path) not in (None, ".json") and path.exists():
         hint = "write a config whose data.path names this file"
         raise ConfigError("this is data where a config is asked for", where=str(path), allowed="YAML", hint=hint)
     try:

@@ -24,6 +24,8 @@ from rung.data.prompt_positions import PromptPositions
 from rung.data.template import (
     REASONING_FIELDS,
     for_template,
+    greeting_error,
+    is_greeting,
     read_template,
     renders_unchanged,
     rewritten_answer_error,
@@ -266,7 +268,11 @@ class ChatTemplate:
         parts: list[TextPart] = []
         prefix = ""
         for i in self._answers_to_split(record, loss_on):
-            prompt, full = self._render(turns[:i], *rest, generation=True), self._render(turns[: i + 1], *rest)
+            full = self._render(turns[: i + 1], *rest)
+            if is_greeting(turns, i):
+                prompt = self._text_before_greeting(full, record.source)
+            else:
+                prompt = self._render(turns[:i], *rest, generation=True)
             # both must be prefixes, or the training text differs from the prompts of inference
             if not (full.startswith(prompt) and prompt.startswith(prefix)):
                 raise unstable_template_error(record.source, i, loss_on, rewrites_history=full.startswith(prompt))
@@ -277,6 +283,16 @@ class ChatTemplate:
             parts += [TextPart(prompt[len(prefix) :], False), TextPart(answer, learned, excluded=not learned)]
             prefix = prompt + answer
         return parts
+
+    def _text_before_greeting(self, full: str, source: Source) -> str:
+        """The text up to an answer before the first question; transformers renders no prompt without turns."""
+        question = [Message("user", "Q")]
+        # what the template writes to open an answer, whatever comes before it
+        opening = self._render(question, generation=True).removeprefix(self._render(question))
+        before, found, _ = full.partition(opening) if opening else ("", "", "")
+        if not found or self.positions is not None:
+            raise greeting_error(source)
+        return before + opening
 
     @staticmethod
     def _answers_to_split(record: Record, loss_on: LossOn) -> list[int]:
@@ -373,6 +389,8 @@ class ChatTemplate:
     ) -> str:
         turns = [for_template(m) for m in messages]
         where = str(source) if source else None
+        start = next((i for i, m in enumerate(messages) if m.role != "system"), 0)
+        has_greeting = is_greeting(messages, start)
         # Jinja ignores variables a template never uses: tools would silently vanish from the prompt
         has_reasoning = any(m.reasoning for m in messages)
         fields = {"tools": tools, "tool_calls": any(m.tool_calls for m in messages), "reasoning": has_reasoning}
@@ -384,9 +402,10 @@ class ChatTemplate:
                 raise DataError(summary, where=where, hint=hint)
         if context:
             first_user = next((t for t in turns if t["role"] == "user"), None)
-            if first_user is None:
+            if first_user is not None:
+                first_user["content"] = with_context(context, first_user["content"])
+            elif not has_greeting:  # else the question comes later
                 raise DataError("a context, but no user turn to put it in front of", where=where)
-            first_user["content"] = with_context(context, first_user["content"])
         if self.positions is not None:
             turns = self.positions.with_marks(turns, where)
         try:
@@ -396,6 +415,10 @@ class ChatTemplate:
             summary, roles = f"the chat template refuses this conversation: {error}", " ".join(m.role for m in messages)
             hint = "change the row, or set model.template: plain or a .jinja file"
             raise DataError(summary, where=where, given=roles, hint=hint) from error
+        if has_greeting and messages[start].content.strip() not in str(text):
+            summary = "the chat template leaves out the greeting, the answer before the first question"
+            hint = "leave the turn out, or set model.template: plain or a .jinja file that writes it"
+            raise DataError(summary, where=where, hint=hint)
         if self.positions is None:
             return str(text)
         return self.positions.with_answer_mark(str(text), turns, self._answer_prefix, generation=generation)

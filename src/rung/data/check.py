@@ -21,7 +21,15 @@ from rung.data.deduplication import JACCARD_THRESHOLD, FuzzyMatch, HashSet, Ngra
 from rung.data.formats import DetectedFormat, read_records
 from rung.data.read import RejectedRow
 from rung.data.records import Records, character_count
-from rung.data.splits import assign_splits, duplicate_pairs, overlapping_pairs, source_pairs, weighted_paths
+from rung.data.splits import (
+    assign_splits,
+    duplicate_pairs,
+    overlapping_pairs,
+    refuse_shared_files,
+    refuse_unused_roles,
+    source_pairs,
+    weighted_paths,
+)
 from rung.data.tokenize import TokenizeOptions, preflight, tokenize_prompts, tokenize_records
 from rung.errors import DataError, GateError
 from rung.types import Example, Record
@@ -108,6 +116,7 @@ class DataReport:
                 path: {
                     **{"format": d.format, "mapping": d.mapping, "columns": d.counts, "unused": list(d.unused)},
                     "turn_fields": d.turn_fields,
+                    "notes": list(d.notes),
                 }
                 for path, d in self.detections.items()
             },
@@ -146,7 +155,9 @@ def inspect_data(target: str | DataConfig, chat: ChatTemplate | None = None) -> 
     """
     config = DataConfig(path=target) if isinstance(target, str) else target
     sets = [read_records(config, p.path) for p in weighted_paths(config)]
+    refuse_shared_files(sets)
     files = {name: read_records(config, path, held_out=True) for name, path in config.held_out_files.items()}
+    refuse_unused_roles(config, [*sets, *files.values()])
     records = Records.concatenate([loaded.records for loaded in sets])
     rejected_rows = [row for loaded in (*sets, *files.values()) for row in loaded.rejected_rows]
     # before the split: the splits below are those of the rows that remain once all faults are mended or dropped

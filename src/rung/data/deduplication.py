@@ -8,7 +8,7 @@ rows only, so memory follows the held-out split and not the training data. Used 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, groupby
@@ -193,6 +193,11 @@ BANDS, BAND_ROWS = 25, 5
 """Bands and rows of the signature. A pair of similarity s is compared with probability 1 - (1 - s^5)^25: 0.99995
 at 0.8."""
 
+MAX_COMPARED_PAIRS = 10_000
+"""Pairs of rows up to which each is compared: 0.2 s for texts of 300 characters, and datasketch imports in 0.7 s."""
+MAX_COMPARED_CHARACTERS = 1 << 18
+"""Characters of the held-out rows up to which their sets of shingles are kept: some 60 bytes each, 16 MB."""
+
 
 @dataclass(frozen=True, slots=True)
 class FuzzyMatch:
@@ -215,28 +220,58 @@ def fuzzy_duplicates(train: Records, held_out: Records) -> tuple[FuzzyMatch, ...
     Only signatures of the held-out rows are kept; training rows are read one at a time (Broder 1997; banding as in
     Leskovec et al., Mining of Massive Datasets, section 3.4).
     """
-    from datasketch import MinHashLSH
-
     held_out_texts = list(_shingled_texts(held_out))
-    index = MinHashLSH(num_perm=BANDS * BAND_ROWS, params=(BANDS, BAND_ROWS))
-    for i, (_, text) in enumerate(held_out_texts):
-        if text:
-            index.insert(i, _signature(text))
+    similar_rows = _compare_all if _is_small(len(train), held_out_texts) else _compare_candidates
+    similarities_of = similar_rows([text for _, text in held_out_texts])
     best: dict[int, tuple[float, str, str]] = {}
     for source, text in _shingled_texts(train):
-        for i in index.query(_signature(text)) if text else ():
-            # MinHash only proposes candidates; the similarity reported is exact
-            similarity = jaccard(held_out_texts[i][1], text)
+        for i, similarity in similarities_of(text) if text else ():
             if similarity >= JACCARD_THRESHOLD and similarity > best.get(i, (0.0,))[0]:
                 best[i] = similarity, source, text
     matches = [FuzzyMatch(held_out_texts[i][0], source, s, text) for i, (s, source, text) in sorted(best.items())]
     return tuple(sorted(matches, key=lambda match: -match.jaccard))
 
 
+def _is_small(train_rows: int, held_out_texts: Sequence[tuple[str, str]]) -> bool:
+    """Whether all pairs are compared at once: their sets of shingles are then in memory."""
+    characters = sum(len(text) for _, text in held_out_texts)
+    return train_rows * len(held_out_texts) <= MAX_COMPARED_PAIRS and characters <= MAX_COMPARED_CHARACTERS
+
+
+_Similarities = Callable[[str], Iterator[tuple[int, float]]]
+"""Gives the texts to compare one with, by their index, and the similarity of each."""
+
+
+def _compare_all(texts: Sequence[str]) -> _Similarities:
+    sets = [(i, shingles(text)) for i, text in enumerate(texts) if text]
+
+    def similarities(text: str) -> Iterator[tuple[int, float]]:
+        own = shingles(text)
+        return ((i, _set_similarity(other, own)) for i, other in sets)
+
+    return similarities
+
+
+def _compare_candidates(texts: Sequence[str]) -> _Similarities:
+    from datasketch import MinHashLSH  # not at the top: it imports scipy, which takes longer than a small comparison
+
+    index = MinHashLSH(num_perm=BANDS * BAND_ROWS, params=(BANDS, BAND_ROWS))
+    for i, text in enumerate(texts):
+        if text:
+            index.insert(i, _signature(text))
+    # MinHash only proposes candidates; the similarity reported is exact
+    return lambda text: ((i, jaccard(texts[i], text)) for i in index.query(_signature(text)))
+
+
 def jaccard(first: str, second: str) -> float:
     """Size of the intersection of the shingle sets over the size of their union: 1 for equal texts."""
-    a, b = shingles(first), shingles(second)
-    return len(a & b) / len(a | b)
+    return _set_similarity(shingles(first), shingles(second))
+
+
+def _set_similarity(a: set[str], b: set[str]) -> float:
+    # the union without building it: most pairs share little, and this is called for each pair of a small set
+    shared = len(a & b)
+    return shared / (len(a) + len(b) - shared)
 
 
 def shingles(text: str) -> set[str]:

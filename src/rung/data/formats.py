@@ -8,15 +8,21 @@ of all rows, so a source whose first row misleads is read twice. `splits` and `c
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, get_args
+from pathlib import Path
+from typing import Any, get_args
 
 from rung.config.data import AnswerFormat, DataConfig, Format
+from rung.console import print_status
 from rung.data.byte_store import MappedSequence
+from rung.data.columns import FORMATS, SYNONYMS, column_of, foreign_shape, propose_map, yaml_map
 from rung.data.conversations import conversation
 from rung.data.messages import (
+    Getter,
     TurnFields,
     key_text,
     optional_text,
@@ -31,49 +37,6 @@ from rung.data.records import Records, RecordWriter
 from rung.errors import DataError, did_you_mean
 from rung.types import Record, Source
 
-
-class FormatColumns(NamedTuple):
-    """Rung's names of a format's columns."""
-
-    required: tuple[str, ...]
-    optional: tuple[str, ...] = ()
-    answer: str | None = None
-    alternative: tuple[str, ...] = ()
-    """Other columns that do as well as the required ones."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All names, that of the weight included."""
-        # OpenAI's name of the schemas before tools
-        functions = ("functions",) if "tools" in self.optional else ()
-        return tuple(dict.fromkeys((*self.required, *self.alternative, *self.optional, *functions, "weight")))
-
-    def missing(self, columns: Collection[str], map: Mapping[str, str]) -> list[str]:
-        """Columns of the file that the format needs and that are not among these."""
-        readings = [[map.get(name, name) for name in names] for names in (self.required, self.alternative) if names]
-        missing = [[column for column in reading if column not in columns] for reading in readings]
-        return min(missing, key=len)
-
-
-_PROMPT_COLUMNS = ("input", "context", "system", "tools")
-"""Optional columns of formats with a prompt and its answers."""
-
-
-FORMATS: dict[Format, FormatColumns] = {
-    "messages": FormatColumns(("messages",), ("tools", "references")),
-    "sharegpt": FormatColumns(("conversations",), ("system", "tools", "references")),
-    "alpaca": FormatColumns(("instruction", "output"), ("input", "system", "history", "references"), "output"),
-    "prompt_completion": FormatColumns(("prompt", "completion"), ("tools", "references"), "completion"),
-    "question_answer": FormatColumns(("question", "answer"), ("context", "system", "references"), "answer"),
-    "text": FormatColumns(("text",)),
-    "preference": FormatColumns(("prompt", "chosen", "rejected"), (*_PROMPT_COLUMNS, "margin")),
-    "ranked": FormatColumns(("prompt", "ranked"), _PROMPT_COLUMNS),
-    "rated": FormatColumns(("prompt", "answers", "scores"), _PROMPT_COLUMNS),
-    "unpaired_preference": FormatColumns(
-        ("prompt", "completion", "label"), _PROMPT_COLUMNS, alternative=("messages", "label")
-    ),
-    "prompt_only": FormatColumns(("prompt",), _PROMPT_COLUMNS),
-}
 # Unused columns with these names make a detected format ambiguous: they may be the answers.
 _ANSWER_LIKE = frozenset({"answer", "answers", "output", "completion", "response", "target", "gold", "solution"})
 _LABEL_LIKE = _ANSWER_LIKE | {"label", "category", "class"}
@@ -96,6 +59,10 @@ class DetectedFormat:
     rows: int
     turn_fields: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Turns with each field, by what became of it: read, ignored or refused. Empty for rows without turns."""
+    roles: Mapping[str, int] = field(default_factory=dict)
+    """Turns with each role of `data.roles`, by its name in the file."""
+    notes: tuple[str, ...] = ()
+    """What was assumed, converted or not read, as sentences."""
 
     @property
     def unused(self) -> tuple[str, ...]:
@@ -108,7 +75,8 @@ class DetectedFormat:
         fields_text = "".join(
             f"; fields of turns {name}: {_listed(c, 'turns')}" for name, c in self.turn_fields.items()
         )
-        return f"{self.format}: {mapping_text}{unused_text}{fields_text}"
+        notes_text = "".join(f"; {note}" for note in self.notes)
+        return f"{self.format}: {mapping_text}{unused_text}{fields_text}{notes_text}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +87,11 @@ class LoadedRows:
     rejected_rows: Sequence[RejectedRow]
     detection: DetectedFormat
     path: str
+
+    @property
+    def files(self) -> frozenset[str]:
+        """Files of the records; for a set that is not in files of rows its name."""
+        return frozenset(path for _, path in self.records.origins)
 
 
 class ColumnCensus:
@@ -154,22 +127,33 @@ def detect(
     fitting_formats = _fitting_formats(map, counts) if format == "auto" else [format]
     # A named format must have its columns; a format to be detected may not have two readings.
     if format != "auto" and (missing_columns := FORMATS[format].missing(counts, map)):
-        raise _unknown_format_error(path, counts, f"no column {missing_columns[0]!r}, which the format {format} needs")
+        summary = f"no column {missing_columns[0]!r}, which the format {format} needs"
+        raise _unknown_format_error(path, counts, summary, _map_remedy(propose_map(counts, format)))
+    # single turns and nodes of a tree have a text too
+    if format == "auto" and not map and fitting_formats in ([], ["text"]) and (remedy := foreign_shape(counts)):
+        raise _unknown_format_error(path, counts, "the columns are those of another kind of rows", remedy)
     if not fitting_formats:
-        raise _unknown_format_error(path, counts, "the columns fit no known format")
+        proposal = propose_map(counts)
+        remedy = _map_remedy(proposal)
+        if "prompt" in counts:
+            remedy = f"{remedy}; or, " if proposal else ""
+            remedy += "for rows without answers, set data.format: prompt_only"
+        raise _unknown_format_error(path, counts, "the columns fit no known format", remedy)
     if len(fitting_formats) > 1:
-        readings = {f: counts[map.get(FORMATS[f].required[0], FORMATS[f].required[0])] for f in fitting_formats}
-        raise _ambiguous_format_error(path, counts, "the rows can be read as " + _listed_counts(readings))
+        readings = {f: counts[_first_column(f, map, counts)] for f in fitting_formats}
+        remedy = " or ".join(f"data.format: {f}" for f in fitting_formats)
+        raise _ambiguous_format_error(path, counts, f"the rows can be read as {_listed_counts(readings)}", remedy)
     detected_format = fitting_formats[0]
-    names = FORMATS[detected_format].names
-    mapping = {name: map.get(name, name) for name in names if map.get(name, name) in counts}
+    names = FORMATS[detected_format].names_read(counts, map)
+    mapping = {name: column for name in names if (column := column_of(name, map)) in counts and column is not None}
     if group:
         # not part of a format: any column can be the group
         mapping["group"] = group
     detection = DetectedFormat(detected_format, mapping, dict(counts), census.rows)
     if format == "auto" and (competing := _competing_columns(detection, map)):
-        summary = f"{competing[0]!r} and {competing[1]!r} could both be what is to be learned"
-        raise _ambiguous_format_error(path, counts, summary)
+        raise _competing_error(path, counts, competing, FORMATS[detected_format].answer, map)
+    if format == "auto" and detected_format == "preference":
+        _refuse_unread_prompt(path, census, detection, map)
     if format == "auto" and detected_format in get_args(AnswerFormat) and detected_format != "text":
         _refuse_ambiguous_answers(path, census, detection)
     return detection
@@ -180,10 +164,57 @@ def _refuse_ambiguous_answers(path: str, census: ColumnCensus, detection: Detect
     unused = set(detection.unused)
     if {"chosen", "rejected"} <= unused:
         summary = "'chosen' and 'rejected' stand beside answers, and could be what is to be learned"
-        raise _ambiguous_format_error(path, census.counts, summary)
+        remedy = f"data.format: preference or data.format: {detection.format}"
+        raise _ambiguous_format_error(path, census.counts, summary, remedy)
+    rejected = next((c for c in detection.counts if c.lower() in ("rejected", *SYNONYMS["rejected"])), None)
+    if rejected in unused:
+        pair = yaml_map(_columns_as(detection, "chosen", {"rejected": str(rejected)}))
+        remedy = f"data: {{format: preference, map: {pair}}} or data.format: {detection.format}"
+        summary = f"{rejected!r} may be an answer that is worse than the one that would be learned"
+        raise _ambiguous_format_error(path, census.counts, summary, remedy)
     labels = sorted(c for c in _LABELS & unused - census.other_labels if census.counts[c])
     if labels:
-        raise _labeled_answers_error(path, census.counts, detection.format, labels[0])
+        raise _labeled_answers_error(path, detection, labels[0])
+
+
+def _columns_as(detection: DetectedFormat, answer_name: str, others: Mapping[str, str]) -> dict[str, str]:
+    """The map that reads the columns of an answer as those of a comparison, and others beside them."""
+    asked, answer = FORMATS[detection.format].required[0], FORMATS[detection.format].answer
+    map = {"messages": detection.mapping[asked]}
+    if answer:
+        map = {"prompt": detection.mapping[asked], answer_name: detection.mapping[answer]}
+    return {name: column for name, column in {**map, **others}.items() if name != column}
+
+
+def _refuse_unread_prompt(path: str, census: ColumnCensus, detection: DetectedFormat, map: Mapping[str, str]) -> None:
+    """Raise `DataError` for pairs without the column `prompt` beside one that may be it under another name."""
+    if detection.mapping.keys() & {"prompt", "conversations", "instruction", "messages"}:
+        return
+    column = next((c for name in SYNONYMS["prompt"] for c in detection.counts if c.lower() == name), None)
+    if column is not None:
+        summary = f"{column!r} may be the prompt of 'chosen' and 'rejected'"
+        choice = yaml_map({**map, "prompt": column})
+        remedy = f"data: {{map: {choice}}}, or data.format: preference to take what both share"
+        raise _ambiguous_format_error(path, census.counts, summary, remedy)
+
+
+def _first_column(format: Format, map: Mapping[str, str], counts: Mapping[str, int]) -> str:
+    return str(column_of(FORMATS[format].names_read(counts, map)[0], map))
+
+
+_MEDIA_COLUMNS = ("images", "audios", "videos")
+"""Columns with which LLaMA-Factory, ms-swift and TRL put pictures, sounds and films into the text."""
+_CHOICE_COLUMNS = ("choices", "options", "endings")
+"""Columns of multiple choice, whose answer may be the number of a choice (MMLU's is, from 0)."""
+
+
+def _refuse_choice_number(answer: object, row: Row) -> None:
+    """Raise `DataError` for a number as answer beside choices: the number would be learned instead of the choice."""
+    if not isinstance(answer, int | float) or isinstance(answer, bool):
+        return
+    if column := next((c for c in _CHOICE_COLUMNS if isinstance(row.get(c), list | dict)), None):
+        remedy = "write the text of the choice as answer, and the choices into the question"
+        raise DataError(f"the answer {answer} may be the number of one of the {column}: {remedy}")
 
 
 def to_record(
@@ -200,19 +231,24 @@ def to_record(
     Raises:
         DataError: with the reason why this row cannot be an example; its `summary` is only the reason.
     """
+    fields = fields or TurnFields()
 
     def get(name: str) -> Any:
-        return row.get(map.get(name, name))
+        column = column_of(name, map)
+        return None if column is None else row.get(column)
 
     try:
+        if media := next((c for c in _MEDIA_COLUMNS if row.get(c)), None):
+            raise DataError(f"{media} belong to this row, and only text is read: leave it out (data.rejects: drop)")
         weight = parse_weight(get("weight"))
         group_key = None if group is None else key_text(row.get(group), "group", group)
         task_name = None if task is None else key_text(row.get(task), "task", task)
         if format == "text":
             text = text_of(get("text"), "text")
             return Record((), source, group=group_key, weight=weight, text=text, task=task_name)
-        messages, candidates = conversation(format, get, fields or TurnFields())
-        references = parse_references(get("references")) if "references" in FORMATS[format].optional else ()
+        _refuse_choice_number(get(FORMATS[format].answer or ""), row)
+        messages, candidates = conversation(format, get, fields)
+        references = parse_references(get("references"), fields) if "references" in FORMATS[format].optional else ()
         if references and messages[-1].tool_calls:
             raise DataError("references are texts, and this row ends in a tool call, which is compared as a call")
         optional = FORMATS[format].optional
@@ -220,7 +256,7 @@ def to_record(
             messages,
             source,
             context=optional_text(get("context"), "context") if "context" in optional else None,
-            tools=tools_text(get("tools") or wrapped_functions(get("functions"))) if "tools" in optional else None,
+            tools=_tools(get) if "tools" in optional else None,
             group=group_key,
             weight=weight,
             task=task_name,
@@ -233,6 +269,13 @@ def to_record(
         raise DataError(error.summary, where=str(source)) from error
 
 
+def _tools(get: Getter) -> str | None:
+    prompt = get("prompt")
+    # OpenAI's pairs have them beside the messages of the prompt
+    inner = prompt.get("tools") if isinstance(prompt, Mapping) else None
+    return tools_text(get("tools") or wrapped_functions(get("functions")) or inner)
+
+
 def load_records(config: DataConfig, path: str, *, held_out: bool = False) -> LoadedRows:
     """Read one source of a data config and apply `data.rejects`. In a held-out file the `group` column may be absent.
 
@@ -240,6 +283,8 @@ def load_records(config: DataConfig, path: str, *, held_out: bool = False) -> Lo
         DataError: the source cannot be read, rows are rejected and `data.rejects` is `error`, or no row remains.
     """
     loaded = read_records(config, path, held_out=held_out)
+    for note in loaded.detection.notes:
+        print_status(note if path in note else f"{path}: {note}")
     if loaded.rejected_rows and (config.rejects == "error" or not loaded.records):
         raise _rejection_error(loaded)
     return loaded
@@ -262,10 +307,32 @@ def read_records(config: DataConfig, path: str, *, held_out: bool = False) -> Lo
     # the guess from the first row was wrong: convert again with what all rows showed
     if (reading.format, reading.group) != (detection.format, group):
         reading = _SourceReader(config, path, (detection.format, group))
-    detection = replace(detection, turn_fields=reading.turn_fields.summary())
+    notes = (*reading.notes, *reading.turn_fields.conversions())
+    fields = reading.turn_fields
+    detection = replace(detection, turn_fields=fields.summary(), roles=dict(fields.used_roles), notes=notes)
     if config.task is not None:
         detection = replace(detection, mapping={**detection.mapping, "task": config.task})
     return LoadedRows(reading.records, reading.rejected_rows, detection, path)
+
+
+_SETTING_OF_DATA = re.compile(rf"\bdata(: \{{|\.({'|'.join(DataConfig.model_fields)})\b)")
+
+
+@contextmanager
+def naming_config(place: str, file: str, option: str | None = None) -> Iterator[None]:
+    """Inside, errors that propose settings of `data` say where a command that was given a file takes them.
+
+    `place` is where the command takes a config, `option` what it offers by itself.
+    """
+    try:
+        yield
+    except DataError as error:
+        if not _SETTING_OF_DATA.search(str(error.hint)):
+            raise
+        lines = [str(error.hint), f"settings of data stand in a config: {place}, with data.path: {file} and an output"]
+        hint = "\n  ".join([*lines, *([option] if option else [])])
+        parts = {"where": error.where, "given": error.given, "allowed": error.allowed, "hint": hint}
+        raise DataError(error.summary, **parts) from error  # type: ignore[arg-type]
 
 
 class _SourceReader:
@@ -277,19 +344,19 @@ class _SourceReader:
 
     def __init__(self, config: DataConfig, path: str, known_format: tuple[Format, str | None] | None = None) -> None:
         self.name = path
+        self.notes: list[str] = []
         self.census = ColumnCensus()
-        self.turn_fields = TurnFields(config.unknown_fields)
+        self.turn_fields = TurnFields(config.unknown_fields, config.roles)
         self.format: Format | None = None
         self.group: str | None = None
         self._known_format = known_format
         self._config = config
         writer, rejected_rows = RecordWriter(), RecordWriter()
-        for item in stream_rows(path):
+        for item in stream_rows(path, self.notes.append):
             reason = item.reason if isinstance(item, RejectedRow) else self._convert(item, writer)
             if reason is not None:
                 # on disk too, as a record of that text: a file may have millions of bad rows
                 rejected_rows.add(Record((), item.source, text=reason))
-            self.name = item.source.path
         self.records = writer.records()
         self.rejected_rows = MappedSequence(lambda r: RejectedRow(r.source, r.text), rejected_rows.records())
 
@@ -300,12 +367,12 @@ class _SourceReader:
         self.census.add(item.row)
         if self.format is None:
             return None  # the second pass converts it
+        config, fields = self._config, self.turn_fields
+        converted = fields.converted.copy()
         try:
-            config = self._config
-            writer.add(
-                to_record(self.format, item.row, item.source, config.map, self.group, config.task, self.turn_fields)
-            )
+            writer.add(to_record(self.format, item.row, item.source, config.map, self.group, config.task, fields))
         except DataError as error:
+            fields.converted = converted  # only of the rows that are kept
             return error.summary
         return None
 
@@ -317,7 +384,9 @@ class _SourceReader:
 
 def _rejection_error(loaded: LoadedRows) -> DataError:
     count, kept_count = len(loaded.rejected_rows), len(loaded.records)
-    lines = [f"line {r.source.line}: {r.reason}" for r in loaded.rejected_rows[:10]]
+    # of a folder or a pattern the file too
+    is_one_file = all(r.source.path == str(Path(loaded.path)) for r in loaded.rejected_rows[:10])
+    lines = [f"line {r.source.line}: {r.reason}" if is_one_file else str(r) for r in loaded.rejected_rows[:10]]
     remainder = [f"and {count - 10} more"] if count > 10 else []
     remedy = "mend them, or set data.rejects: drop" if kept_count else "no row is left; check data.format and data.map"
     hint = "\n  ".join([*lines, *remainder, remedy])
@@ -331,7 +400,15 @@ def _fitting_formats(map: Mapping[str, str], counts: Mapping[str, Any]) -> list[
     """
     detectable = {name: c for name, c in FORMATS.items() if name not in ("unpaired_preference", "prompt_only")}
     with_columns = (name for name, c in detectable.items() if not c.missing(counts, map))
-    return [name for name in with_columns if set(map) <= set(FORMATS[name].names)]
+    fitting = [name for name in with_columns if set(map) <= set(FORMATS[name].names)]
+    if "preference" in fitting and FORMATS["preference"].missing(counts, map, (FORMATS["preference"].required,)):
+        # LLaMA-Factory's pairs: a conversation that ends with the question
+        if fitting == ["sharegpt", "preference"]:
+            return ["preference"]
+        # answers beside a pair are an error of their own
+        if {"chosen", "rejected"} <= set(counts) and set(fitting) & (set(get_args(AnswerFormat)) - {"text"}):
+            fitting.remove("preference")
+    return fitting
 
 
 def _competing_columns(detection: DetectedFormat, map: Mapping[str, str]) -> tuple[str, str] | None:
@@ -342,6 +419,15 @@ def _competing_columns(detection: DetectedFormat, map: Mapping[str, str]) -> tup
     answer_names = _LABEL_LIKE if detection.format == "text" else _ANSWER_LIKE if answer else frozenset[str]()
     competitor = next((c for c in detection.unused if c.lower() in answer_names), None)
     return (answer or "text", competitor) if competitor else None
+
+
+def _competing_error(
+    path: str, counts: Mapping[str, int], columns: tuple[str, str], answer: str | None, map: Mapping[str, str]
+) -> DataError:
+    maps = [{**map, answer: column} for column in columns] if answer else [{"question": "text", "answer": columns[1]}]
+    choices = [f"data: {{map: {yaml_map(choice)}}}" for choice in maps]
+    summary = f"{columns[0]!r} and {columns[1]!r} could both be what is to be learned"
+    return _ambiguous_format_error(path, counts, summary, " or ".join(["data.format: text"] * (not answer) + choices))
 
 
 def _check_names(path: str, map: Mapping[str, str], group: str | None, counts: Mapping[str, int]) -> None:
@@ -365,10 +451,14 @@ def _listed(counts: Mapping[Any, int], unit: str) -> str:
     return ", ".join(f"{name} ({n} {unit})" for name, n in counts.items())
 
 
-def _unknown_format_error(
-    path: str, counts: Mapping[str, int], summary: str, remedy: str = "name the columns with data.map"
-) -> DataError:
-    hint = f"{remedy}, for example data.map: {{question: query, answer: gold}}"
+def _map_remedy(map: Mapping[str, str] | None) -> str:
+    """How columns are named: with a proposed map, or with an example."""
+    example = map or {"question": "query", "answer": "gold"}
+    return f"name the columns with data.map, for example data: {{map: {yaml_map(example)}}}"
+
+
+def _unknown_format_error(path: str, counts: Mapping[str, int], summary: str, remedy: str | None = None) -> DataError:
+    hint = remedy or _map_remedy(None)
     allowed = "; ".join(f"{f} ({', '.join(c.required)})" for f, c in FORMATS.items())
     return DataError(summary, where=path, given=f"columns {_listed_counts(counts)}", allowed=allowed, hint=hint)
 
@@ -377,17 +467,19 @@ def _missing_column_error(path: str, counts: Mapping[str, int], setting: str, co
     return _unknown_format_error(path, counts, f"{setting} names a column that is not there: {column!r}")
 
 
-def _labeled_answers_error(path: str, counts: Mapping[str, int], format: Format, label: str) -> DataError:
+def _labeled_answers_error(path: str, detection: DetectedFormat, label: str) -> DataError:
     """The error for answers beside a column that says which of them are good: bad ones would be learned too."""
     summary = f"ambiguous: the column {label!r} may say which answers are good, and all of them would be learned"
-    mapping = "" if label == "label" else f" and data.map: {{label: {label}}}"
+    map = _columns_as(detection, "completion", {"label": label})
+    settings = "data.format: unpaired_preference"
+    if map:
+        settings = f"data: {{format: unpaired_preference, map: {yaml_map(map)}}}"
     hint = (
-        f"set data.format: unpaired_preference{mapping} (objective: {{kind: preference, loss: kto}}) to use it, or "
-        f"data.format: {format} to learn every answer"
+        f"set {settings} (objective: {{kind: preference, loss: kto}}) to use it, or "
+        f"data.format: {detection.format} to learn every answer"
     )
-    return DataError(summary, where=path, given=f"columns {_listed_counts(counts)}", hint=hint)
+    return DataError(summary, where=path, given=f"columns {_listed_counts(detection.counts)}", hint=hint)
 
 
-def _ambiguous_format_error(path: str, counts: Mapping[str, int], summary: str) -> DataError:
-    remedy = "decide with data.format, or with data.map"
-    return _unknown_format_error(path, counts, f"ambiguous: {summary}", remedy)
+def _ambiguous_format_error(path: str, counts: Mapping[str, int], summary: str, remedy: str) -> DataError:
+    return _unknown_format_error(path, counts, f"ambiguous: {summary}", f"decide with {remedy}")

@@ -1,9 +1,9 @@
 """Conversion of lists of turns, as other tools write them, into checked `Message`s.
 
 Everything is validated here, so that the rest of the package can trust a `Record`. All functions raise `DataError`
-with the bare reason; `formats` adds the line of the row. Strict on purpose: a number where text belongs is refused
-with a hint instead of converted, and so is a field of a turn that nothing reads, because both would train something
-else than the row says. `conversations` and `candidates` build rows from these functions.
+with the bare reason; `formats` adds the line of the row. Strict on purpose: a field of a turn that nothing reads is
+refused, because a row would train something else than it says; a number is taken as a text only where it is certain how
+it was written, and counted. `conversations`, `pairs` and `candidates` build rows from these functions.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any, TypeGuard, get_args
 
 from rung.config.data import UnknownFields
-from rung.data.read import parse_json
+from rung.data.read import WrittenFloat, parse_json
 from rung.data.template import REASONING_FIELDS
 from rung.errors import DataError
 from rung.types import Message, MessageRole, Record
@@ -24,12 +24,24 @@ from rung.types import Message, MessageRole, Record
 Getter = Callable[[str], Any]
 """Maps Rung's name of a column to the value in the row; None where there is none."""
 ROLES: tuple[MessageRole, ...] = get_args(MessageRole)
-_SHAREGPT_ROLES: dict[str, MessageRole] = {"human": "user", "user": "user", "gpt": "assistant"}
-_SHAREGPT_ROLES |= {"assistant": "assistant", "system": "system", "observation": "tool", "tool": "tool"}
+_ROLES_BY_NAME: dict[str, MessageRole] = {
+    **{role: role for role in ROLES},
+    # OpenAI's: `function` before tools had ids, `developer` for the system turn of its reasoning models
+    **{"function": "tool", "developer": "system"},
+    # ShareGPT's and LLaMA-Factory's, then ms-swift's
+    **{"human": "user", "gpt": "assistant", "observation": "tool", "tool_response": "tool"},
+}
+_CALL_ROLES = frozenset({"function_call", "tool_call"})
+"""Roles of turns that are a tool call: ShareGPT's and ms-swift's."""
+_LIKELY_ROLES: dict[str, MessageRole] = {
+    **dict.fromkeys(("user", "human", "prompter", "question", "customer"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "model", "ai", "chatgpt", "bard", "bing", "claude"), "assistant"),
+}
+"""Roles of other names, in lower case, that a message proposes."""
 # Roles that may follow a role. A system turn comes first only: many templates refuse it elsewhere.
 _NEXT_ROLES: dict[MessageRole | None, tuple[MessageRole, ...]] = {
-    None: ("system", "user"),
-    "system": ("user",),
+    None: ("system", "user", "assistant"),
+    "system": ("user", "assistant"),
     "user": ("assistant",),
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
@@ -50,12 +62,35 @@ _ROLE_FIELDS: dict[MessageRole, frozenset[str]] = {
 
 
 class TurnFields:
-    """Counts the fields of turns, and refuses or ignores those that nothing reads (`data.unknown_fields`)."""
+    """Counts the fields of turns and converted values; refuses or ignores fields that nothing reads.
 
-    def __init__(self, unknown: UnknownFields = "error") -> None:
+    `unknown` is `data.unknown_fields`; `roles` is `data.roles`.
+    """
+
+    def __init__(self, unknown: UnknownFields = "error", roles: Mapping[str, MessageRole] | None = None) -> None:
         self.unknown = unknown
+        self.roles = dict(roles or {})
+        self.converted, self.used_roles = Counter[str](), Counter[str]()
         self.read, self.honored = Counter[str](), Counter[str]()
         self.ignored, self.refused = Counter[str](), Counter[str]()
+
+    def role_of(self, role_name: object, name: str) -> MessageRole:
+        """The role of a turn by the name that it has in the row. Raises `DataError` for an unknown one."""
+        if isinstance(role_name, str):
+            if (mapped := self.roles.get(role_name)) is not None:
+                self.used_roles[role_name] += 1
+                return mapped
+            if (role := _ROLES_BY_NAME.get(role_name)) is not None:
+                return role
+        if role_name is None:
+            raise DataError(f"{name} has no role: a turn has role and content, or from and value")
+        known = ", ".join([*_ROLES_BY_NAME, *sorted(_CALL_ROLES)])
+        remedy = ""
+        if isinstance(role_name, str) and role_name:
+            likely = _LIKELY_ROLES.get(role_name.lower(), "user")
+            quoted = json.dumps(role_name, ensure_ascii=False)
+            remedy = f"; say which it is, for example data.roles: {{{quoted}: {likely}}}"
+        raise DataError(f"unknown role {role_name!r} in {name}; known: {known}{remedy}")
 
     def check(self, turn: Mapping[str, Any], role: MessageRole, name: str) -> None:
         """Raise `DataError` for a field with a value that no turn of this role has, unless they are to be ignored."""
@@ -77,6 +112,19 @@ class TurnFields:
                     remedy = "name it weight, 0 or 1, if it says whether the answer is learned"
                 raise DataError(f"{name} has a field {field!r} that is not read for role {role}; {remedy}")
 
+    def answers(self, kind: str) -> None:
+        """Count an answer that was a number or a truth value."""
+        self.converted[f"answers that were {kind}"] += 1
+
+    def questions(self, kind: str) -> None:
+        """Count a question or a tool's result that was a number or a truth value."""
+        self.converted[f"questions that were {kind}"] += 1
+
+    def conversions(self) -> tuple[str, ...]:
+        """What was converted to text, with counts, as sentences."""
+        roles = {f"turns of role {name!r}, read as {self.roles[name]}": n for name, n in self.used_roles.items()}
+        return tuple(f"{name}: {count}" for name, count in {**self.converted, **roles}.items())
+
     def summary(self) -> dict[str, dict[str, int]]:
         """Turns with each field, by what became of it; without fields of no turn.
 
@@ -87,27 +135,50 @@ class TurnFields:
         return {name: dict(counter) for name, counter in counts.items() if counter}
 
 
-def text_of(value: object, name: str) -> str:
-    """The value as text that can be used for training.
+def text_of(value: object, name: str, numbers: Callable[[str], None] | None = None) -> str:
+    """The value as text that can be used for training; parts of the type text are joined.
+
+    With `numbers`, numbers and truth values are accepted as their JSON text, and `numbers` counts their type.
 
     Raises:
         DataError: it is missing, empty, not text, or not encodable.
     """
     if value is None:
         raise DataError(f"no {name}")
-    # not converted: a program that wrote numbers may have turned `007` into 7 before
     if isinstance(value, bool | int | float):
-        raise DataError(f'{name} is the {_type_name(value)} {value}, not text: quote it ("{value}")')
+        if numbers is None:
+            raise DataError(f'{name} is the {_type_name(value)} {value}, not text: quote it ("{value}")')
+        return _number_text(value, name, numbers)
+    if is_parts(value):
+        value = _joined_parts(value, name)
     if not isinstance(value, str):
-        raise DataError(f"{name} is a {_type_name(value)}, not text")
+        is_answers = isinstance(value, list) and value and all(isinstance(item, str) for item in value)
+        remedy = "; other accepted answers go into the column references" if is_answers and name == "answer" else ""
+        raise DataError(f"{name} is a {_type_name(value)}, not text{remedy}")
     if not value.strip():
         raise DataError(f"empty {name}")
     return encodable(value, name)
 
 
-def optional_text(value: object, name: str) -> str | None:
+def is_parts(value: object) -> TypeGuard[list[Mapping[str, Any]]]:
+    """Whether a value is content in parts, such as [{"type": "text", "text": ...}], and no list of turns."""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(part, Mapping) and "type" in part and not {"role", "from"} & set(part) for part in value)
+
+
+def _number_text(value: bool | int | float, name: str, numbers: Callable[[str], None]) -> str:
+    if isinstance(value, float) and not isinstance(value, WrittenFloat):
+        # a column of whole numbers with gaps is stored as 7.0 by many programs
+        reason = "and whether it was written so is unknown: store the column as text"
+        raise DataError(f"{name} is the number {value} of a binary file, {reason}")
+    numbers("true or false" if isinstance(value, bool) else "numbers")
+    return value.text if isinstance(value, WrittenFloat) else json.dumps(value)
+
+
+def optional_text(value: object, name: str, numbers: Callable[[str], None] | None = None) -> str | None:
     """Like `text_of`, but a missing or empty value is None."""
-    return None if value is None or value == "" else text_of(value, name)
+    return None if value is None or value == "" else text_of(value, name, numbers)
 
 
 def key_text(value: object, column_kind: str, name: str) -> str:
@@ -127,40 +198,18 @@ def encodable(value: str, name: str) -> str:
 
 
 def from_messages(value: object, name: str, fields: TurnFields) -> tuple[Message, ...]:
-    """A list of {role, content, ...} objects, or its JSON text, as turns; their order is not checked."""
+    """A list of {role, content, ...} or {from, value, ...} objects, or its JSON text, as turns in any order."""
     return tuple(_message(item, f"{name}[{i}]", fields) for i, item in enumerate(_list(value, name)))
 
 
-def from_sharegpt(value: object, fields: TurnFields) -> tuple[Message, ...]:
-    """A list of {from, value, ...} objects as turns."""
-    turns = []
-    for i, item in enumerate(_list(value, "conversations")):
-        name = f"conversations[{i}]"
-        if not isinstance(item, Mapping):
-            raise DataError(f"{name} is a {_type_name(item)}, not an object with from and value")
-        role, content = item.get("from"), item.get("value")
-        # ShareGPT writes a tool call as a turn of a role of its own
-        if role == "function_call":
-            fields.check(item, "assistant", name)
-            calls = _json_value(text_of(content, f"value of {name}"), f"value of {name}")
-            turns.append(Message("assistant", "", tool_calls_text(calls), is_learned=_is_learned(item, name)))
-        elif isinstance(role, str) and role in _SHAREGPT_ROLES:
-            fields.check(item, _SHAREGPT_ROLES[role], name)
-            turn = {**item, "role": _SHAREGPT_ROLES[role], "content": content}
-            turns.append(_message(turn, name, fields=None))
-        else:
-            known_roles = ", ".join([*_SHAREGPT_ROLES, "function_call"])
-            raise DataError(f"unknown role {role!r} in {name}; known: {known_roles}")
-    return tuple(turns)
-
-
-def from_history(value: object) -> tuple[Message, ...]:
+def from_history(value: object, fields: TurnFields) -> tuple[Message, ...]:
     """Alpaca's list of [question, answer] pairs as turns."""
     turns: list[Message] = []
     for i, pair in enumerate(_list(value, "history") if value else ()):
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
             raise DataError(f"history[{i}] is not a pair of question and answer")
-        turns += [_turn("user", pair[0], f"history[{i}]"), _turn("assistant", pair[1], f"history[{i}]")]
+        name = f"history[{i}]"
+        turns += [_turn("user", pair[0], name, fields), _turn("assistant", pair[1], name, fields)]
     return tuple(turns)
 
 
@@ -188,15 +237,22 @@ def wrapped_functions(value: object) -> list[dict[str, Any]] | None:
     return [{"type": "function", "function": schema} for schema in value] if isinstance(value, list) else None
 
 
-def check_order(messages: Sequence[Message]) -> None:
+def check_order(messages: Sequence[Message], column: str = "messages") -> None:
     """Refuse conversations that cannot be trained on.
 
     Raises:
         DataError: no assistant turn, a last turn of another role, or turns in an order that no template supports.
     """
+    remedy = f"rows without answers are read with data: {{format: prompt_only, map: {{prompt: {column}}}}}"
     if not any(m.role == "assistant" for m in messages):
-        raise DataError("no assistant turn")
+        raise DataError(f"no assistant turn; {remedy}")
     previous: Message | None = None
+    start = next((i for i, message in enumerate(messages) if message.role != "system"), 0)
+    # a greeting is an answer to nobody: something must be asked after it
+    if messages[start].role == "assistant" and (
+        messages[start].tool_calls or not any(m.role == "user" for m in messages)
+    ):
+        raise DataError(f"wrong role order: turn {start + 1} is assistant at the start")
     for i, message in enumerate(messages):
         if message.role not in _NEXT_ROLES[previous.role if previous else None]:
             position_text = f"after {previous.role}" if previous else "at the start"
@@ -205,38 +261,45 @@ def check_order(messages: Sequence[Message]) -> None:
             raise DataError(f"wrong role order: turn {i + 1} is tool, but the turn before calls none")
         previous = message
     if messages[-1].role != "assistant":
-        raise DataError(f"the last turn is {messages[-1].role}, not assistant")
+        raise DataError(f"the last turn is {messages[-1].role}, not assistant; {remedy}")
 
 
-def _message(item: object, name: str, fields: TurnFields | None) -> Message:
+def _message(item: object, name: str, fields: TurnFields) -> Message:
     if not isinstance(item, Mapping):
-        raise DataError(f"{name} is a {_type_name(item)}, not an object with role and content")
-    # OpenAI's names: `function` before tools had ids, `developer` for the system turn of its reasoning models
-    role_name = {"function": "tool", "developer": "system"}.get(str(item.get("role")), item.get("role"))
-    role = next((r for r in ROLES if r == role_name), None)
-    if role is None:
-        raise DataError(f"unknown role {item.get('role')!r} in {name}; known: {', '.join(ROLES)}")
-    if fields is not None:
-        fields.check(item, role, name)
-    content = item.get("content")
-    if isinstance(content, list):
-        content = _joined_parts(content, name)
+        raise DataError(f"{name} is a {_type_name(item)}, not an object with role and content, or from and value")
+    role_name = _one_of(item, ("role", "from"), name)
+    content = _one_of(item, ("content", "value"), name)
+    # ShareGPT writes a tool call as a turn of a role of its own
+    if isinstance(role_name, str) and role_name in _CALL_ROLES and role_name not in fields.roles:
+        fields.check(item, "assistant", name)
+        calls = _json_value(text_of(content, f"content of {name}"), f"content of {name}")
+        return Message("assistant", "", tool_calls_text(calls), is_learned=_is_learned(item, name))
+    role = fields.role_of(role_name, name)
+    fields.check(item, role, name)
     is_learned = _is_learned(item, name)
     if role != "assistant":
         tool, call_id = (optional_text(item.get(key), key) for key in ("name", "tool_call_id"))
         is_tool = role == "tool"
-        return _turn(role, content, name, tool if is_tool else None, call_id if is_tool else None)
+        return _turn(role, content, name, fields, tool if is_tool else None, call_id if is_tool else None)
     calls = item.get("tool_calls") or item.get("function_call")
     if item.get("tool_calls") and item.get("function_call"):
         raise DataError(f"{name} has both tool_calls and function_call")
     reasoning = _reasoning(item, name)
     if calls:
-        text = "" if content is None else content
+        text = "" if content is None else _joined_parts(content, name) if isinstance(content, list) else content
         if not isinstance(text, str):
             raise DataError(f"content of {name} is a {_type_name(text)}, not text")
         calls_text = tool_calls_text(calls)
         return Message(role, encodable(text, name), calls_text, reasoning=reasoning, is_learned=is_learned)
-    return replace(_turn(role, content, name), reasoning=reasoning, is_learned=is_learned)
+    return replace(_turn(role, content, name, fields), reasoning=reasoning, is_learned=is_learned)
+
+
+def _one_of(item: Mapping[str, Any], names: tuple[str, str], name: str) -> Any:
+    """The value of a field that has two names; an object with different values under both is refused."""
+    values = [item[field] for field in names if item.get(field) is not None]
+    if len(values) > 1 and values[0] != values[1]:
+        raise DataError(f"{name} has different values as {names[0]} and {names[1]}")
+    return values[0] if values else None
 
 
 def _is_learned(item: Mapping[str, Any], name: str) -> bool:
@@ -260,19 +323,35 @@ def _reasoning(item: Mapping[str, Any], name: str) -> str | None:
 
 
 def _turn(
-    role: MessageRole, content: object, name: str, tool: str | None = None, call_id: str | None = None
+    role: MessageRole,
+    content: object,
+    name: str,
+    fields: TurnFields,
+    tool: str | None = None,
+    call_id: str | None = None,
 ) -> Message:
+    if isinstance(content, list):
+        content = _joined_parts(content, f"content of {name}")
     if content == "" and role in ("system", "tool"):  # an empty tool result or system prompt carries information
         return Message(role, "", name=tool, tool_call_id=call_id)
     noun = {"user": "question", "assistant": "answer"}.get(role, "content")
-    return Message(role, text_of(content, f"{noun} in {name}"), name=tool, tool_call_id=call_id)
+    numbers = {"assistant": fields.answers, "system": None}.get(role, fields.questions)
+    return Message(role, text_of(content, f"{noun} in {name}", numbers), name=tool, tool_call_id=call_id)
+
+
+_TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
+"""Types of text parts: those of chat completions, and of OpenAI's responses."""
 
 
 def _joined_parts(parts: Sequence[object], name: str) -> str:
-    texts = [p.get("text") for p in parts if isinstance(p, Mapping) and p.get("type", "text") == "text"]
-    if len(texts) != len(parts) or not all(isinstance(t, str) for t in texts):
-        raise DataError(f"content of {name} has parts that are not text")
-    return "".join(str(t) for t in texts)
+    texts: list[str] = []
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else f"bare {_type_name(part)}"
+        if not isinstance(part, Mapping) or kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
+            remedy = "only text is read: leave the row out (data.rejects: drop), or the part"
+            raise DataError(f"{name} has parts that are not text, of the type {kind}; {remedy}")
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 def _tool_call(call: object) -> dict[str, Any]:
@@ -354,7 +433,7 @@ def short_repr(value: object) -> str:
     return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
 
 
-def parse_references(value: object) -> tuple[str, ...]:
+def parse_references(value: object, fields: TurnFields) -> tuple[str, ...]:
     """Further accepted answers: a list of texts, in csv its JSON text. Empty without a value.
 
     Raises:
@@ -364,12 +443,12 @@ def parse_references(value: object) -> tuple[str, ...]:
         return ()
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except ValueError as error:
             raise DataError(f"references is the text {short_repr(value)}, not a list of answers") from error
     if not isinstance(value, list):
         raise DataError("references is no list")
-    return tuple(text_of(item, "reference") for item in value)
+    return tuple(text_of(item, "reference", fields.answers) for item in value)
 
 
 def message_to_json(message: Message) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Readers: files and `datasets` names as raw rows, each with its line. Nothing is dropped without a reason.
+"""Readers: files, folders of shards and `datasets` names as raw rows, each with its line. No row vanishes unsaid.
 
 Own readers for .jsonl, .json and .csv instead of pandas or `datasets`, which guess types (`007` becomes 7), drop line
 numbers and load the file into memory. They are strict and stream one row at a time, but slower than pyarrow. `formats`
@@ -11,16 +11,17 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterator
-from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TextIO
+from typing import Any, NamedTuple, NoReturn
 
+from rung.config.data_files import KINDS, DataFiles, SavedDataset, data_suffix, find_data
+from rung.console import print_status
+from rung.data.text_files import open_utf8
 from rung.errors import DataError
 from rung.types import Source
 
 Row = dict[str, Any]
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 CHUNK_CHARACTERS = 1 << 20
 """Characters of a .json file read at once."""
 PARQUET_BATCH_ROWS = 256
@@ -56,76 +57,84 @@ ReadItem = tuple[int, object]
 """A line and its value: a row, a `_MalformedRow`, or another value that is no row."""
 
 
-def stream_rows(path: str) -> Iterator[ParsedRow | RejectedRow]:
-    """Read a .jsonl, .json, .csv or .parquet file, or a `datasets` name (`name`, `name:split`, `name/config:split`).
+Note = Callable[[str], None]
+"""Takes a sentence about what is assumed or not read."""
 
-    One row at a time, in the order of the source; only a .json file that is not a plain list is loaded into memory. A
-    broken line of a .jsonl or .csv file is a rejected row; the caller's policy decides about it.
+
+def stream_rows(path: str, note: Note = print_status) -> Iterator[ParsedRow | RejectedRow]:
+    """Read a file of rows, a pattern or a folder of such files, a folder of `save_to_disk`, or a `datasets` name.
+
+    Names: `name`, `name:split`, `name/config:split`; a saved `DatasetDict` is `folder:split`. One row at a time, in the
+    order of the source; only a .json file that is not a plain list is loaded into memory. A broken line of a text file
+    is a rejected row; the caller's policy decides about it. `note` gets what is assumed and which files are not read.
 
     Raises:
-        DataError: the source is missing, a folder, empty, undecodable, or no row of it can be read.
+        DataError: the source is missing, empty, undecodable, of several kinds, or no row of it can be read.
     """
-    name, items = _open_source(path)
     readable_count = rejected_count = 0
     first_rejected: RejectedRow | None = None
-    for line, value in items:
-        source = Source(name, line)
-        if isinstance(value, dict):
-            readable_count += 1
-            yield ParsedRow(source, value)
-            continue
-        reason = f"not an object with columns but a {type(value).__name__}"
-        rejected_row = RejectedRow(source, value.reason if isinstance(value, _MalformedRow) else reason)
-        # remembered for the error below: by then the caller has consumed the stream
-        first_rejected = first_rejected or rejected_row
-        rejected_count += 1
-        yield rejected_row
+    for name, items in _open_source(path, note):
+        for line, value in items:
+            source = Source(name, line)
+            if isinstance(value, dict):
+                readable_count += 1
+                yield ParsedRow(source, value)
+                continue
+            reason = f"not an object with columns but a {type(value).__name__}"
+            rejected_row = RejectedRow(source, value.reason if isinstance(value, _MalformedRow) else reason)
+            # remembered for the error below: by then the caller has consumed the stream
+            first_rejected = first_rejected or rejected_row
+            rejected_count += 1
+            yield rejected_row
     if not readable_count:
         example = f"; the first: {first_rejected}" if first_rejected else ""
         raise DataError(f"holds no readable row{example}", where=path, given=f"{rejected_count} rejected rows")
 
 
-def _open_source(path: str) -> tuple[str, Iterator[ReadItem]]:
-    file = Path(path)
-    reader = _READERS.get(file.suffix.lower())
-    if file.is_dir():
-        files = ", ".join(sorted(p.name for p in file.iterdir() if p.suffix in SUFFIXES)[:10])
-        raise DataError("is a folder, not a file", where=path, hint=f"it holds: {files or 'no data file'}")
-    if not file.exists():
-        # a path, not a hub name: asking the hub would only wait for the network
-        if reader or path.startswith(("/", "./", "../", "~")):
-            _missing_file_error(file)
-        return path, _read_hub(path)
-    if reader is None:
-        raise DataError("unknown kind of file", where=path, given=file.suffix, allowed=", ".join(SUFFIXES))
-    if file.stat().st_size == 0:
-        raise DataError("the file is empty", where=path)
-    return str(file), reader(file)
+def _open_source(path: str, note: Note) -> Iterator[tuple[str, Iterator[ReadItem]]]:
+    """Each file of a source with its rows; of a set that is not in files of rows its name."""
+    found = find_data(path)
+    if found is None:
+        yield path, _read_hub(path)
+    elif isinstance(found, SavedDataset):
+        yield path, _read_saved(found.folder)
+    else:
+        if found.note:
+            note(found.note)
+        yield from _open_files(found, note)
 
 
-def _missing_file_error(file: Path) -> NoReturn:
-    folder = file.parent
-    if not folder.is_dir():
-        raise DataError("no such file, and no such folder", where=str(file), given=str(folder))
-    names = [p.name for p in folder.iterdir() if p.is_file()]
-    similar = get_close_matches(file.name, names, n=3, cutoff=0.5)
-    data_files = sorted(n for n in names if n.endswith(SUFFIXES))[:10]
-    hint = f"did you mean {', '.join(similar)}?" if similar else f"data files there: {', '.join(data_files) or 'none'}"
-    raise DataError("no such file", where=str(file), hint=hint)
+def _open_files(files: DataFiles, note: Note) -> Iterator[tuple[str, Iterator[ReadItem]]]:
+    separators: set[str] = set()
+
+    def note_once(text: str) -> None:
+        # one line for all shards
+        if not separators:
+            note(text)
+        separators.add(text)
+
+    tables: dict[Path, set[str]] = {}
+    for file in files.paths:
+        kind = str(data_suffix(file)).split(".")[1]
+        items = _READERS[kind](file, note_once)
+        yield str(file), _with_equal_columns(file, items, tables) if kind in _TABLES else items
 
 
-def _open_utf8(file: Path, newline: str) -> TextIO:
-    """Open the file as text after checking all of it: no row is used of a file that is not UTF-8."""
-    # checked by line, to name the line: the text layer decodes in blocks and knows no line number
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                summary = f"byte 0x{line[error.start]:02x} is not UTF-8 ({error.reason})"
-                raise DataError(summary, where=f"{file} line {number}", hint="save the file as UTF-8") from error
-    # utf-8-sig: Excel writes a byte order mark, which would become part of the first column's name
-    return file.open(encoding="utf-8-sig", newline=newline)
+_TABLES = frozenset({"csv", "tsv", "parquet"})
+"""Kinds of files whose rows all have the same columns."""
+
+
+def _with_equal_columns(file: Path, items: Iterator[ReadItem], tables: dict[Path, set[str]]) -> Iterator[ReadItem]:
+    """The rows of a table; raises `DataError` where the tables before it have other columns: it is no part of them."""
+    for line, value in items:
+        if isinstance(value, dict) and file not in tables:
+            tables[file] = set(value)
+            first = next(iter(tables))
+            if tables[first] != tables[file]:
+                given, allowed = (", ".join(sorted(tables[table])) for table in (file, first))
+                hint = "name the files of one table by a pattern, or each as a set of a mixture"
+                raise DataError(f"other columns than {first}", where=str(file), given=given, allowed=allowed, hint=hint)
+        yield line, value
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> Row:
@@ -142,21 +151,39 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
+class WrittenFloat(float):
+    """A number of a JSON text that keeps its digits as written: 1.10 is 1.1 as a number and 1.10 as an answer."""
+
+    text: str
+
+    def __new__(cls, text: str) -> WrittenFloat:
+        """The number of a text, which is kept."""
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+
 def parse_json(text: str) -> Any:
-    """Strict JSON: NaN, infinities and duplicate keys are refused with a ValueError."""
-    return json.loads(text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
+    """Strict JSON: NaN, infinities and duplicate keys are refused with a ValueError. Floats are `WrittenFloat`s."""
+    return json.loads(
+        text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant, parse_float=WrittenFloat
+    )
 
 
 BLANK_CHARACTERS = " \t\n\r\v\f"
 """Characters of a blank line. Python's strip removes more, such as control characters: those are broken rows."""
 
 
-def _read_jsonl(file: Path) -> Iterator[ReadItem]:
+def _read_jsonl(file: Path, note: Note) -> Iterator[ReadItem]:
+    is_first = True
     # Lines end in \n alone: U+2028 and U+0085 are legal inside JSON strings.
-    with _open_utf8(file, newline="\n") as lines:
+    with open_utf8(file, newline="\n") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip(BLANK_CHARACTERS):
                 continue
+            if is_first:
+                _refuse_json_file(file, number, line.strip(BLANK_CHARACTERS))
+                is_first = False
             try:
                 # \r alone is taken off too: files from Windows end lines in \r\n
                 yield number, parse_json(line.rstrip("\n").rstrip("\r"))
@@ -166,7 +193,19 @@ def _read_jsonl(file: Path) -> Iterator[ReadItem]:
                 yield number, _MalformedRow(f"refused JSON: {error}")
 
 
-def _read_json(file: Path) -> Iterator[ReadItem]:
+def _refuse_json_file(file: Path, number: int, line: str) -> None:
+    """Raise `DataError` where the first line is that of a .json file: its last rows alone would be read."""
+    # a list of one line whose elements are no objects is a row that is rejected like any other
+    if line.startswith("[") and (line == "[" or line[1:].lstrip().startswith("{")):
+        name = file.name.replace(".ndjson", ".json").replace(".jsonl", ".json")
+        hint = f"a JSON list is .json: rename the file to {name}"
+        raise DataError("this is one JSON list, not one object per line", where=f"{file} line {number}", hint=hint)
+    if line == "{":
+        hint = "write each object on a line of its own, or all of them as a JSON list in a .json file"
+        raise DataError("this object does not end on its line", where=f"{file} line {number}", hint=hint)
+
+
+def _read_json(file: Path, note: Note) -> Iterator[ReadItem]:
     number = 0
     try:
         for number, item in enumerate(_elements(file), start=1):
@@ -181,8 +220,10 @@ def _elements(file: Path) -> Iterator[Any]:
     Raises:
         ValueError: the file is not a list, or broken.
     """
-    decoder = json.JSONDecoder(object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
-    with _open_utf8(file, newline="") as text:
+    decoder = json.JSONDecoder(
+        object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant, parse_float=WrittenFloat
+    )
+    with open_utf8(file, newline="") as text:
         buffer = text.read(CHUNK_CHARACTERS)
         position = _skip_space(buffer, 0)
         if not buffer.startswith("[", position):
@@ -224,42 +265,85 @@ def _skip_space(text: str, position: int) -> int:
 
 
 def _load_json(file: Path) -> list[Any]:
-    with _open_utf8(file, newline="") as stream:
+    with open_utf8(file, newline="") as stream:
         text = stream.read()
     try:
         value = parse_json(text)
     except json.JSONDecodeError as error:
         # the typical mistake: JSON Lines in a file called .json
-        hint = "one object per line is .jsonl: rename the file" if error.msg == "Extra data" else None
+        name = file.name.replace(".json", ".jsonl")
+        hint = f"one object per line is .jsonl: rename the file to {name}" if error.msg == "Extra data" else None
         summary = f"broken JSON: {error.msg} (column {error.colno})"
         raise DataError(summary, where=f"{file} line {error.lineno}", hint=hint) from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"refused JSON: {error}", where=str(file)) from error
-    if isinstance(value, dict):
-        value = value.get("data")
-    if not isinstance(value, list):
-        raise DataError("not a list of objects", where=str(file), allowed='[{...}, ...] or {"data": [{...}, ...]}')
-    return value
+    rows = value.get("data") if isinstance(value, dict) else value
+    if not isinstance(rows, list):
+        lists = [name for name, item in value.items() if isinstance(item, list)] if isinstance(value, dict) else []
+        hint = f"write the list under {lists[0]!r} into a file of its own" if lists else None
+        allowed = '[{...}, ...] or {"data": [{...}, ...]}'
+        raise DataError("not a list of objects", where=str(file), allowed=allowed, hint=hint)
+    return rows
 
 
-def _read_csv(file: Path) -> Iterator[ReadItem]:
+def _read_csv(file: Path, note: Note) -> Iterator[ReadItem]:
     csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, refuses long contexts
     next_start = 1
     try:
-        with _open_utf8(file, newline="") as lines:
-            reader = csv.reader(lines, strict=True)
+        with open_utf8(file, newline="") as lines:
+            first, skipped_lines = lines.readline(), 0
+            separator = _declared_separator(first)
+            if separator is not None:
+                first, skipped_lines = lines.readline(), 1
+            separator = separator or _separator(file, first, note)
+            reader = csv.reader(chain([first], lines), strict=True, delimiter=separator)
             header = next(reader, [])
             if duplicates := sorted({name for name in header if header.count(name) > 1}):
-                raise DataError(f"column {duplicates[0]!r} stands twice in the header", where=f"{file} line 1")
-            next_start = reader.line_num + 1
+                where = f"{file} line {1 + skipped_lines}"
+                raise DataError(f"column {duplicates[0]!r} stands twice in the header", where=where)
+            next_start = reader.line_num + skipped_lines + 1
             for fields in reader:
-                start, next_start = next_start, reader.line_num + 1
+                start, next_start = next_start, reader.line_num + skipped_lines + 1
                 if len(fields) == len(header):
                     yield start, dict(zip(header, fields, strict=True))
                 elif fields:
                     yield start, _MalformedRow(f"{len(fields)} fields, but the header names {len(header)}")
     except csv.Error as error:
-        raise DataError(f"broken CSV: {error}", where=f"{file} line {next_start}", hint="check the quotes") from error
+        raise DataError(f"broken CSV: {error}", where=f"{file} line {next_start}", hint=_QUOTES_HINT) from error
+
+
+_SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}
+
+
+_QUOTES_HINT = "check the quotes: a field that begins with one ends with one, and those inside are doubled"
+
+
+def _declared_separator(first_line: str) -> str | None:
+    """The separator that Excel's first line `sep=;` declares."""
+    match = re.fullmatch(r"sep=([,;\t])\s*", first_line)
+    return match[1] if match else None
+
+
+def _separator(file: Path, header: str, note: Note) -> str:
+    """The separator of a header; only one that stands in it alone is assumed. Raises `DataError` where two do."""
+    unquoted = re.sub(r'"[^"]*("|$)', "", header)
+    present = [separator for separator in _SEPARATORS if separator in unquoted]
+    if str(data_suffix(file)).startswith(".tsv"):
+        if present and "\t" not in present:
+            hint = f"this looks {_SEPARATORS[present[0]]}-separated: rename it to {file.name.replace('.tsv', '.csv')}"
+            raise DataError("the header of this .tsv file has no tab", where=f"{file} line 1", hint=hint)
+        return "\t"
+    if len(present) > 1:
+        likely = max(present, key=unquoted.count)
+        hint = "put column names that contain the other mark in quotes"
+        if likely != ",":
+            hint = f"this looks {_SEPARATORS[likely]}-separated: {hint}"
+        names = " and ".join(f"a {_SEPARATORS[separator]}" for separator in present)
+        raise DataError(f"{names} could both separate the columns", where=f"{file} line 1", given=header, hint=hint)
+    separator = present[0] if present else ","
+    if separator != ",":
+        note(f"{file} is read as {_SEPARATORS[separator]}-separated: its header has no comma")
+    return separator
 
 
 def _prune_nulls(value: Any) -> Any:
@@ -275,7 +359,7 @@ def _prune_fields(row: Row) -> Row:
     return {name: _prune_nulls(value) for name, value in row.items()}
 
 
-def _read_parquet(file: Path) -> Iterator[ReadItem]:
+def _read_parquet(file: Path, note: Note) -> Iterator[ReadItem]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -289,6 +373,20 @@ def _read_parquet(file: Path) -> Iterator[ReadItem]:
     finally:
         # arrow's pool keeps freed pages, which would count as memory of the training run
         pa.default_memory_pool().release_unused()
+
+
+def _read_saved(folder: Path) -> Iterator[ReadItem]:
+    import datasets  # not at the top: it takes a second to import
+
+    try:
+        dataset = datasets.load_from_disk(str(folder))
+        yield from enumerate(map(_prune_fields, dataset), start=1)
+    except Exception as error:  # cache, arrow and decoders of images each raise their own kinds
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        hint = "save it anew, or as a .parquet file"
+        raise DataError(
+            "this folder of `save_to_disk` cannot be read", where=str(folder), given=reason, hint=hint
+        ) from error
 
 
 def _hub_candidates(name: str) -> list[tuple[str, str | None]]:
@@ -318,12 +416,17 @@ def _read_hub(path: str) -> Iterator[ReadItem]:
                 break  # the other reading of the name would only wait through the same retries
     if dataset is None:
         summary = "neither a file here nor a `datasets` set that can be reached"
-        allowed = f"a {', '.join(SUFFIXES)} file, or name, name:split, name/config:split"
+        allowed = f"{KINDS}, a pattern or folder of them, or name, name:split, name/config:split"
         hint = "without a network, save the set as a file and give its path"
         # the first reading of the name is the likelier one
         raise DataError(summary, where=path, given=reasons[0], allowed=allowed, hint=hint)
     yield from enumerate(map(_prune_fields, dataset), start=1)
 
 
-_Reader = Callable[[Path], Iterator[ReadItem]]
-_READERS: dict[str, _Reader] = dict(zip(SUFFIXES, (_read_jsonl, _read_json, _read_csv, _read_parquet), strict=True))
+_READERS: dict[str, Callable[[Path, Note], Iterator[ReadItem]]] = {
+    **dict.fromkeys(("jsonl", "ndjson"), _read_jsonl),
+    **dict.fromkeys(("csv", "tsv"), _read_csv),
+    "json": _read_json,
+    "parquet": _read_parquet,
+}
+"""Reader by the kind that the first part of a suffix names."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import struct
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from hashlib import sha256
 from typing import Any, Literal
 
@@ -79,9 +79,9 @@ class Records(LazySequence[Record]):
                 file, path = self.origins[origin]
                 yield file.read(start, size), Source(path, line)
 
-    def indices_from_path(self, path: str) -> np.ndarray:
-        """Indices of the records from this path."""
-        origin_ids = [number for number, (_, origin_path) in enumerate(self.origins) if origin_path == path]
+    def indices_from_files(self, files: Collection[str]) -> np.ndarray:
+        """Indices of the records from these files."""
+        origin_ids = [number for number, (_, path) in enumerate(self.origins) if path in files]
         # several origins may have one path: each concatenated part has its own
         return np.flatnonzero(np.isin(self.rows["origin"], origin_ids))
 

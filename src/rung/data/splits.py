@@ -7,7 +7,7 @@ and the limit come after the split and touch training rows only. `runs.dataset` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import combinations
@@ -176,13 +176,13 @@ def load_data(config: DataConfig, seed: int) -> Splits:
         ConfigError: a set is named twice, or the shares leave nothing to train on.
         DataError: a source or row cannot be used, a split is empty, or splits overlap, by the policies of the config.
     """
-    paths = weighted_paths(config)
-    sets = [_load_set(config, p) for p in paths]
+    paths, sets = weighted_paths(config), load_sets(config)
     files = {name: load_records(config, path, held_out=True) for name, path in config.held_out_files.items()}
+    refuse_unused_roles(config, [*sets, *files.values()])
     records = Records.concatenate([loaded.records for loaded in sets])
     splits = split(records, config, {name: loaded.records for name, loaded in files.items()})
     # after the split: repeated rows must not change which rows are held out, or count as duplicates
-    weights = {str(Path(p.path)): p.weight for p in paths}
+    weights = [(loaded.files, p.weight) for loaded, p in zip(sets, paths, strict=True)]
     train = limit_records(repeat_by_weight(splits.train, weights), config.limit, seed)
     notes = {
         **splits.notes,
@@ -193,6 +193,18 @@ def load_data(config: DataConfig, seed: int) -> Splits:
     return replace(splits, train=train, notes=notes)
 
 
+def load_sets(config: DataConfig) -> list[LoadedRows]:
+    """All rows of each data set of a config, neither split nor weighted.
+
+    Raises:
+        ConfigError: a set or a file is named twice.
+        DataError: a set cannot be read, or a row by `data.rejects`.
+    """
+    sets = [_load_set(config, path) for path in weighted_paths(config)]
+    refuse_shared_files(sets)
+    return sets
+
+
 def weighted_paths(config: DataConfig) -> tuple[WeightedPath, ...]:
     """The data sets of a config; a single path has weight 1.
 
@@ -200,7 +212,7 @@ def weighted_paths(config: DataConfig) -> tuple[WeightedPath, ...]:
         ConfigError: no set, or one named twice.
     """
     paths = (WeightedPath(path=config.path),) if isinstance(config.path, str) else config.path
-    names = [str(Path(p.path)) for p in paths]  # normalized as in the source of every record
+    names = [str(Path(p.path)) for p in paths]
     if not names:
         raise ConfigError("data.path names no data set", allowed="a path, or a list of {path, weight}")
     if duplicates := [n for n in names if names.count(n) > 1]:
@@ -208,15 +220,34 @@ def weighted_paths(config: DataConfig) -> tuple[WeightedPath, ...]:
     return paths
 
 
-def repeat_by_weight(records: Records, weights: Mapping[str, float]) -> Records:
+def refuse_shared_files(sets: Sequence[LoadedRows]) -> None:
+    """Raise `ConfigError` for a file that two sets name, for example by a pattern: its rows would count twice."""
+    for first, second in combinations(sets, 2):
+        if shared := sorted(first.files & second.files):
+            hint = "name each file in one set, with its weight"
+            summary = f"data.path names a file in two sets: {first.path} and {second.path}"
+            raise ConfigError(summary, given=shared[0], hint=hint)
+
+
+def refuse_unused_roles(config: DataConfig, sources: Iterable[LoadedRows]) -> None:
+    """Raise `ConfigError` for a name in `data.roles` that no turn has: a misspelled one would do nothing."""
+    used = {name for loaded in sources for name in loaded.detection.roles}
+    if unused := sorted(set(config.roles) - used):
+        hint = "leave it out, or correct it"
+        raise ConfigError("data.roles names a role that no turn has", given=unused[0], hint=hint)
+
+
+def repeat_by_weight(records: Records, weights: Iterable[tuple[Collection[str], float]]) -> Records:
     """Repeat the records of each set `weight` times; a fraction is taken evenly in the order of their hashes.
+
+    `weights` has the files of each set.
 
     Weight 2 gives every record twice, 0.5 every second one, 1.5 every one once and every second one twice. Within a set
     the order of the file is kept.
     """
     selections = [np.empty(0, dtype=np.int64)]
-    for path, weight in weights.items():
-        set_rows = records.indices_from_path(path)
+    for files, weight in weights:
+        set_rows = records.indices_from_files(files)
         full_copies, fraction = floor(weight), weight - floor(weight)
         selections += [set_rows] * full_copies
         if fraction:
@@ -264,5 +295,6 @@ def _set_summary(loaded: LoadedRows, weight: float | None) -> dict[str, object]:
         "kept": len(loaded.records),
         "rejected": len(loaded.rejected_rows),
         **({"ignored_fields": dict(ignored)} if (ignored := loaded.detection.turn_fields.get("ignored")) else {}),
+        **({"notes": list(loaded.detection.notes)} if loaded.detection.notes else {}),
         "rejected_first": [str(r) for r in loaded.rejected_rows[:10]],
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,6 +177,19 @@ def unstable_template_error(source: Source, turn: int, loss_on: LossOn, *, rewri
     if loss_on == "assistant_turns":
         hint = f"set data.loss_on: answer, or give each turn a row of its own; or {hint}"
     summary = f"turn {turn + 1}: the template {fault}, so the training text is not what the model will see"
+    return DataError(summary, where=str(source), hint=hint)
+
+
+def is_greeting(turns: Sequence[Message], i: int) -> bool:
+    """Whether a turn is an answer before the first question."""
+    before = turns[:i]
+    return i < len(turns) and turns[i].role == "assistant" and all(turn.role == "system" for turn in before)
+
+
+def greeting_error(source: Source) -> DataError:
+    """The error for a greeting that is to be learned or kept from it, where the template hides its beginning."""
+    summary = "the template does not show where the answer before the first question begins, so it cannot be learned"
+    hint = "set data.loss_on: answer, which learns the last answer alone, or leave the turn out"
     return DataError(summary, where=str(source), hint=hint)
 
 

@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from glob import glob
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rung.config.data_files import KINDS, data_suffix, is_pattern
 from rung.config.evaluation import RetrievalConfig
 from rung.data.chat import with_context
 from rung.data.messages import expected_text
-from rung.data.read import SUFFIXES, RejectedRow, stream_rows
+from rung.data.read import RejectedRow, stream_rows
 from rung.data.records import Records
 from rung.errors import ConfigError, DataError
 from rung.scoring.stats import score_interval
@@ -202,7 +204,7 @@ def read_documents(config: RetrievalConfig) -> list[str]:
     Raises `DataError` for a folder without documents, a file that is not UTF-8, and a row without text.
     """
     path = Path(config.documents or "")
-    if path.is_dir() or path.suffix.lower() in TEXT_SUFFIXES:
+    if _holds_texts(path):
         if config.column is not None:
             summary = "column names one of a file of rows, and these are texts"
             raise ConfigError(summary, where="evaluation.retrieve.column", given=config.column, hint="leave it out")
@@ -220,15 +222,32 @@ def read_documents(config: RetrievalConfig) -> list[str]:
     return texts
 
 
-def _read_texts(path: Path) -> list[str]:
-    if not path.exists():
-        raise DataError("no such file", where=str(path), hint="evaluation.retrieve.documents names it")
+def _holds_texts(path: Path) -> bool:
+    """Whether a path names files of one document each, not files of rows. Raises `DataError` for a folder of both."""
+    if not path.is_dir():
+        return path.suffix.lower() in TEXT_SUFFIXES
+    texts, rows = _text_files(path), sorted(p for p in path.iterdir() if p.is_file() and data_suffix(p))
+    if texts and rows:
+        hint = f"name one kind by a pattern: {path}/**/*{texts[0].suffix} or {path}/*{data_suffix(rows[0])}"
+        given = f"{texts[0].name}, {rows[0].name}"
+        raise DataError("this folder holds texts and files of rows", where=str(path), given=given, hint=hint)
+    return not rows
+
+
+def _text_files(path: Path) -> list[Path]:
+    found = map(Path, glob(str(path), recursive=True)) if is_pattern(str(path)) else path.rglob("*")
     # sorted: the order of a folder differs between file systems, and ties go to the earlier passage
-    text_files = sorted(p for p in path.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES and p.is_file())
-    files = text_files if path.is_dir() else [path]
+    return sorted(p for p in found if p.suffix.lower() in TEXT_SUFFIXES and p.is_file())
+
+
+def _read_texts(path: Path) -> list[str]:
+    if not path.exists() and not is_pattern(str(path)):
+        raise DataError("no such file", where=str(path), hint="evaluation.retrieve.documents names it")
+    files = [path] if path.is_file() else _text_files(path)
     if not files:
-        allowed = f"{' and '.join(TEXT_SUFFIXES)} files, or a {', '.join(SUFFIXES)} file of rows"
-        raise DataError("this folder holds no document", where=str(path), allowed=allowed)
+        allowed = f"{' and '.join(TEXT_SUFFIXES)} files, or files of rows ({KINDS})"
+        summary = "this folder holds no document" if path.is_dir() else "no document matches"
+        raise DataError(summary, where=str(path), allowed=allowed)
     texts = []
     for file in files:
         try:

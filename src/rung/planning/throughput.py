@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rung.config.data_files import COMPRESSIONS, SavedDataset, find_data
 from rung.config.run import RunConfig
+from rung.errors import DataError
 from rung.files import cache_folder, write_text
 from rung.planning.architecture import ModelShape
 from rung.planning.devices import Device
@@ -27,6 +29,8 @@ from rung.planning.method_cost import MethodCost
 
 CHARACTERS_PER_TOKEN = 4.0
 """Rough value for English text; divides a file's size before anything has been tokenized."""
+COMPRESSION_RATIO = 3.1
+"""Characters per byte of a compressed file: GSM8K's training rows, 1,110,789 bytes, are 357,677 after gzip -6."""
 DEFAULT_DOCUMENT_TOKENS = 300.0
 """Assumed tokens of a document before the data is read."""
 MFU = 0.4
@@ -51,13 +55,25 @@ def guess_data_volume(config: RunConfig) -> DataVolume | None:
     """Data volume from the file sizes and the config's splits and limit; None if no file exists."""
     paths = [config.data.path] if isinstance(config.data.path, str) else [source.path for source in config.data.path]
     shares = [s for s in (config.data.validation, config.data.test) if isinstance(s, float | int)]
-    characters = sum(Path(path).stat().st_size for path in paths if Path(path).is_file())
+    characters = sum(map(_estimated_characters, paths))
     if not characters:
         return None
     tokens = characters / CHARACTERS_PER_TOKEN * max(0.0, 1.0 - sum(shares))
     if config.data.limit is not None:
         tokens = min(tokens, config.data.limit * DEFAULT_DOCUMENT_TOKENS)
     return DataVolume(tokens)
+
+
+def _estimated_characters(path: str) -> float:
+    """Characters of a source by the sizes of its files; 0 for what is not in files, or not there."""
+    try:
+        found = find_data(path)
+    except DataError:
+        return 0.0  # the plan says nothing of the data; reading them says what is wrong
+    if found is None:
+        return 0.0
+    files = [file for file in found.folder.iterdir()] if isinstance(found, SavedDataset) else found.paths
+    return sum(f.stat().st_size * (COMPRESSION_RATIO if f.suffix.lower() in COMPRESSIONS else 1.0) for f in files)
 
 
 def run_flops(
