@@ -91,3 +91,42 @@ def test_nothing_heavy_is_imported_by_the_other_metrics() -> None:
         "assert not {'math_verify', 'sympy', 'antlr4', 'torch'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@needs_math_verify
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (r"$\frac{1}{2^{99}}$", r"$\frac{1}{2^{98}}$"),
+        (r"$\frac{1}{2004!}$", r"$\frac{1}{2006!}$"),
+        (r"$\frac{2^{2005}+1}{3 \cdot 2^{2006}}$", r"$\frac{1}{3 \cdot 2^{2006}}$"),
+        ("0", r"$\frac{1}{2^{99}}$"),
+        (r"$1 + \frac{1}{\mathrm{e}}$", r"$1 - \frac{1}{\mathrm{e}}$"),
+        (r"$1, 2, \ldots, n$", r"$1, 3, 5, \ldots, 2n-1$"),
+    ],
+)
+def test_different_answers_that_math_verify_takes_for_equal(answer: str, expected: str) -> None:
+    """It takes differences below 1e-15 for nothing, and reads only the beginning of some formulas."""
+    assert math(answer, expected) == 0.0
+    assert math(f"The answer is {expected}", expected) == 1.0
+
+
+@needs_math_verify
+@pytest.mark.parametrize(
+    ("answer", "expected", "score"),
+    [
+        (r"\boxed{2}. Wait, \boxed{3}", "3", 1),
+        (r"\boxed{35 cm} then \boxed{4}", "4", 1),
+        (r"C is wrong \boxed{C} ... \boxed{\text{E}}", "E", 1),
+        (r"$x=\boxed{1}$ or $x=\boxed{2}$", "1, 2", 1),
+        (r"\boxed{1}, \boxed{2}", "2", 0),
+        ("pi/2", r"\dfrac{\pi}{2}", 1),
+        ("-2*pi", r"-2\pi", 1),
+        ("-1 + exp(16)", "e^{16} - 1", 1),
+        (r"1/\mathrm{e}", "1/e", 1),
+        ("0.333333", r"\frac13", 1),
+        ("pie", "pi", 0),
+    ],
+)
+def test_the_last_box_counts_and_names_of_sympy_are_read(answer: str, expected: str, score: float) -> None:
+    assert math(answer, expected) == score

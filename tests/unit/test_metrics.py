@@ -252,3 +252,13 @@ def test_a_text_with_words_never_normalizes_to_nothing(text: str) -> None:
 def test_the_table_names_what_it_holds() -> None:
     assert list(METRICS) == ["exact", "normalized", "numeric", "math", "token_f1", "rouge_l"]
     assert all(metric.function.__name__ == name and metric.function.__doc__ for name, metric in METRICS.items())
+
+
+@pytest.mark.parametrize(("answer", "score"), [("( B )", 1), ("[ b ].", 1), ("( C )", 0)])
+def test_spaces_inside_brackets_say_nothing(answer: str, score: float) -> None:
+    assert METRICS["normalized"].function(answer, "(B)") == score
+    assert METRICS["normalized"].function("( 37 )", "(37)") == 1 and METRICS["normalized"].function("( 37 )", "37") == 0
+
+
+def test_a_frame_is_a_box() -> None:
+    assert METRICS["numeric"].function(r"\fbox{42} of 50 apples", "42") == 1

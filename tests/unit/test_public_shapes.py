@@ -639,3 +639,87 @@ def test_proposed_maps_are_of_columns_that_are_there_and_of_names_that_are_read(
         proposal = propose_map(columns)
         assert proposal and set(proposal.values()) <= set(columns)
         assert set(proposal) <= {name for format in FORMATS.values() for name in format.names}
+
+
+@pytest.mark.parametrize(
+    ("row", "map"),
+    [
+        ({"id": 1, "chat_rounds": [u("q"), a("a")]}, {"messages": "chat_rounds"}),
+        ({"id": 1, "dialogue_turns": shared(("human", "q"), ("gpt", "a"))}, {"messages": "dialogue_turns"}),
+        ({"TEXT": "t", "SOURCE": "s"}, {"text": "TEXT"}),
+        ({"completion": "t"}, {"text": "completion"}),
+        ({"question": "q", "pos_answer": "a", "neg_answer": "w"}, {"prompt": "question", "chosen": "pos_answer"}),
+    ],
+)
+def test_columns_are_proposed_by_what_they_hold_and_by_names_of_public_sets(
+    tmp_path: Path, row: dict[str, Any], map: dict[str, str]
+) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_text(json.dumps(row))
+    with pytest.raises(DataError) as caught:
+        load_records(DataConfig(path=str(file)), str(file))
+    hint = str(caught.value.hint)
+    proposed = yaml.safe_load(hint[hint.index("data: ") + len("data: ") :])["map"]
+    assert map.items() <= proposed.items()
+    load_records(DataConfig(path=str(file), map=proposed), str(file))
+
+
+def test_a_conversation_beside_a_pair_may_be_its_prompt(tmp_path: Path) -> None:
+    """Axolotl writes the prompt of a pair as `conversation`."""
+    file = tmp_path / "d.jsonl"
+    file.write_text(json.dumps({"conversation": [u("q")], "chosen": a("a"), "rejected": a("w")}))
+    with pytest.raises(DataError, match="map: {prompt: conversation}"):
+        load_records(DataConfig(path=str(file)), str(file))
+    (record,) = load_records(DataConfig(path=str(file), map={"prompt": "conversation"}), str(file)).records
+    assert (record.question, record.answer) == ("q", "a")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": json.dumps([u("q"), a("a")]), "rejected": json.dumps([u("q"), a("w")])},
+        {"prompt": json.dumps([u("q")]), "chosen": json.dumps([a("a")]), "rejected": json.dumps(a("w"))},
+        {"prompt": json.dumps([u("q")]), "completion": json.dumps([a("a")])},
+    ],
+)
+def test_turns_as_json_in_a_table_are_turns_and_counted(row: dict[str, str]) -> None:
+    """A table keeps a list as its text; the answer that would be learned was that text."""
+    fields = TurnFields()
+    record = to_record("preference" if "chosen" in row else "prompt_completion", row, AT, {}, fields=fields)
+    assert [(m.role, m.content) for m in record.messages] == QA
+    assert "were turns as JSON" in fields.conversions()[0]
+
+
+def test_answers_that_are_json_stay_text() -> None:
+    answer = json.dumps([{"role": "admin", "content": "x"}])
+    row = {"prompt": "q", "chosen": answer, "rejected": "[1, 2]"}
+    record = to_record("preference", row, AT, {})
+    assert (record.answer, record.candidates[0].content) == (answer, "[1, 2]")
+    record = to_record("prompt_completion", {"prompt": "q", "completion": json.dumps([a("x")])}, AT, {})
+    assert record.answer == json.dumps([a("x")])
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "reason"),
+    [
+        ("alpaca", {"instruction": "i", "output": {"age": 57}}, "output is an object, not text; write it as text"),
+        ("alpaca", {"instruction": "i", "input": {"x": 1}, "output": "o"}, "input is an object, not text; write it"),
+        ("preference", {"prompt": "q", "chosen": {"answer": "a"}, "rejected": "w"}, "an object without a role"),
+        ("prompt_completion", {"prompt": "", "completion": "c"}, "write answers to nothing as plain text"),
+        ("messages", {"messages": "USER: q\nASSISTANT: a"}, "write a list of turns, each with its role and content"),
+        ("messages", {"messages": {"role": ["user"], "content": ["q"]}}, "an object, not a list; write one object"),
+    ],
+)
+def test_refused_values_say_what_to_write(format: Format, row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(DataError) as caught:
+        to_record(format, row, AT, {})
+    assert reason in caught.value.summary
+
+
+def test_rows_without_a_margin_beside_others_are_told(tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    pair = {"chosen": "a", "rejected": "w"}
+    file.write_text(json.dumps({"prompt": "q", **pair, "margin": 2}) + "\n" + json.dumps({"prompt": "r", **pair}))
+    assert read_records(DataConfig(path=str(file)), str(file)).detection.notes == (
+        "rows without a value in 'margin', whose margin is 1: 1 of 2",
+    )

@@ -186,3 +186,12 @@ def test_a_hostile_answer_takes_no_time() -> None:
     assert read is not None
     for text in ("[" * 100_000, '{"name": ' * 20_000, "{" * 50_000 + '"'):
         assert read(text) == []
+
+
+def test_an_opened_call_with_other_names_is_a_wrong_call_and_not_none(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """`parameters` where the template writes `arguments`: a server finds no arguments."""
+    chat = chat_of(tiny_tokenizer, "hermes")
+    called = '<tool_call>\n{"name": "f", "%s": {"x": 1}}\n</tool_call>'
+    assert chat.canonical_calls(called % "arguments") == '[{"arguments": {"x": 1}, "name": "f"}]'
+    wrong = chat.canonical_calls(called % "parameters")
+    assert wrong is not None and wrong != chat.canonical_calls(called % "arguments")

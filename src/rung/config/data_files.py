@@ -112,7 +112,8 @@ def _kind_hint(file: Path) -> str | None:
         is_archive = inner in _ARCHIVES
         return "unpack it" if is_archive else f"name what is inside, for example {Path(file.stem).stem}.jsonl{suffix}"
     if suffix in (".txt", ".md"):
-        return 'write each text as {"text": ...} on a line of a .jsonl file'
+        lines = f"where each line is a JSON object already, rename it to {file.stem}.jsonl"
+        return f'write each text as {{"text": ...}} on a line of a .jsonl file; {lines}'
     return "save a table as .csv" if suffix in (".xlsx", ".xls", ".ods") else None
 
 

@@ -81,6 +81,8 @@ def parse_answer(value: object, name: str, fields: TurnFields) -> Message:
     if isinstance(value, list) and len(value) == 1 and not is_parts(value):
         value = value[0]
     if isinstance(value, dict):
+        if not {"role", "from"} & set(value):
+            raise DataError(f"{name} is an object without a role: write its text as {name}")
         (message,) = from_messages([value], name, fields)
         if message.role != "assistant":
             raise DataError(f"{name} is a turn of the {message.role}, not an answer")

@@ -97,8 +97,12 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "messages": ("conversation", "dialogue", "dialog", "chat"),
     "system": ("system_prompt", "system_message"),
     "context": ("passage",),
-    "chosen": ("preferred_output", "chosen_response", "preferred", "accepted"),
-    "rejected": ("rejected_response", "non_preferred_output", "rejected_messages", "rejected_answer", "dispreferred"),
+    "chosen": ("preferred_output", "chosen_response", "preferred", "accepted", "pos_answer", "positive", "pos"),
+    "rejected": (
+        *("rejected_response", "non_preferred_output", "rejected_messages", "rejected_answer", "dispreferred"),
+        *("neg_answer", "negative", "neg"),
+    ),
+    "text": ("content", "document", "article", "body", "completion", "response"),
 }
 """Columns of public data sets that a message proposes, in lower case."""
 _PATHS = "write one row for each path, with its turns as messages"
@@ -150,8 +154,18 @@ _PROPOSED: tuple[Format, ...] = (
     "preference",
     "messages",
     "sharegpt",
+    "text",
 )
 """Formats that are proposed, the likelier of equals first."""
+
+
+_KNOWN_NAMES = frozenset(name for columns in FORMATS.values() for name in columns.names)
+
+
+def holds_turns(value: object) -> bool:
+    """Whether the value of a column is a list of turns."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and any(names <= set(first) for names in ({"role", "content"}, {"from", "value"}))
 
 
 def foreign_shape(columns: Collection[str]) -> str | None:
@@ -159,11 +173,16 @@ def foreign_shape(columns: Collection[str]) -> str | None:
     return next((remedy for names, remedy in FOREIGN_SHAPES if set(names) <= set(columns)), None)
 
 
-def propose_map(columns: Collection[str], format: Format = "auto") -> dict[str, str] | None:
-    """The map that makes a format of these columns by names that differ in case or are synonyms; None without one."""
+def propose_map(
+    columns: Collection[str], format: Format = "auto", turns: Collection[str] = ()
+) -> dict[str, str] | None:
+    """The map that makes a format of these columns by names that differ in case or are synonyms; None without one.
+
+    `turns` are columns that hold lists of turns, whatever their names.
+    """
     formats = _PROPOSED if format == "auto" else (format,)
     proposals = [
-        proposal for f in formats for names in FORMATS[f].readings if (proposal := _proposal(names, f, columns))
+        proposal for f in formats for names in FORMATS[f].readings if (proposal := _proposal(names, f, columns, turns))
     ]
     if not proposals:
         return None
@@ -172,10 +191,14 @@ def propose_map(columns: Collection[str], format: Format = "auto") -> dict[str, 
     return {name: column for name, column in best.items() if name != column} or None
 
 
-def _proposal(names: tuple[str, ...], format: Format, columns: Collection[str]) -> dict[str, str] | None:
+def _proposal(
+    names: tuple[str, ...], format: Format, columns: Collection[str], turns: Collection[str]
+) -> dict[str, str] | None:
     proposal: dict[str, str] = {}
     for name in (*names, *FORMATS[format].optional):
         near = [c for wanted in (name, *SYNONYMS.get(name, ())) for c in columns if c.lower() == wanted]
+        # prompts and compared answers are lists of turns too, and have names that say so
+        near += [c for c in turns if c not in _KNOWN_NAMES] if name == "messages" else ()
         column = name if name in columns else next((c for c in near if c not in proposal.values()), None)
         if column is not None:
             proposal[name] = column

@@ -7,20 +7,22 @@ One function per shape of row; `messages` reads the turns, `candidates` and `pai
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from rung.config.data import Format
 from rung.data.candidates import pair_candidates, parse_answer, parse_answers, parse_label
 from rung.data.messages import (
     Getter,
     TurnFields,
-    check_order,
     from_history,
     from_messages,
     is_parts,
     optional_text,
     text_of,
+    turns_of_text,
 )
 from rung.data.pairs import Pair, Turns, read_pair, transcript_turns, with_shared
+from rung.data.turn_order import check_order
 from rung.errors import DataError
 from rung.types import Candidate, Message
 
@@ -112,6 +114,9 @@ def _messages(format: Format, get: Getter, fields: TurnFields) -> Turns:
 
 
 def _prompt_completion(prompt: object, completion: object, fields: TurnFields) -> Turns:
+    prompt = turns_of_text(prompt, "prompt", fields)
+    if isinstance(prompt, list):  # a completion alone may be meant as JSON
+        completion = turns_of_text(completion, "completion", fields)
     if isinstance(prompt, list) and not is_parts(prompt):
         turns = from_messages(prompt, "prompt", fields)
         if isinstance(completion, list) and not is_parts(completion):
@@ -124,7 +129,7 @@ def _prompt_completion(prompt: object, completion: object, fields: TurnFields) -
 
 
 def _prompt(get: Getter, fields: TurnFields) -> Turns:
-    prompt = get("prompt")
+    prompt: Any = turns_of_text(get("prompt"), "prompt", fields)
     # OpenAI's pairs have the prompt and its tools in one object
     if isinstance(prompt, Mapping) and "messages" in prompt:
         prompt = prompt["messages"]

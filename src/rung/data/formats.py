@@ -19,7 +19,7 @@ from typing import Any, get_args
 from rung.config.data import AnswerFormat, DataConfig, Format
 from rung.console import print_status
 from rung.data.byte_store import MappedSequence
-from rung.data.columns import FORMATS, SYNONYMS, column_of, foreign_shape, propose_map, yaml_map
+from rung.data.columns import FORMATS, SYNONYMS, column_of, foreign_shape, holds_turns, propose_map, yaml_map
 from rung.data.conversations import conversation
 from rung.data.messages import (
     Getter,
@@ -100,12 +100,16 @@ class ColumnCensus:
     def __init__(self) -> None:
         self.counts = Counter[str]()
         self.rows = 0
+        self.turns: dict[str, None] = {}
+        """Columns that hold lists of turns, in order; looked for in the first row."""
         self.other_labels: set[str] = set()
         """Columns of `_LABELS` with values that do not say whether an answer is good."""
 
     def add(self, row: Row) -> None:
         """Count one row."""
         self.rows += 1
+        if self.rows == 1:
+            self.turns = {str(name): None for name, value in row.items() if holds_turns(value)}
         # a column that is always null still counts as present, with 0 rows; Counter.update takes four times as long
         for column, value in row.items():
             self.counts[str(column)] += value is not None
@@ -133,7 +137,7 @@ def detect(
     if format == "auto" and not map and fitting_formats in ([], ["text"]) and (remedy := foreign_shape(counts)):
         raise _unknown_format_error(path, counts, "the columns are those of another kind of rows", remedy)
     if not fitting_formats:
-        proposal = propose_map(counts)
+        proposal = propose_map(counts, turns=census.turns)
         remedy = _map_remedy(proposal)
         if "prompt" in counts:
             remedy = f"{remedy}; or, " if proposal else ""
@@ -190,7 +194,8 @@ def _refuse_unread_prompt(path: str, census: ColumnCensus, detection: DetectedFo
     """Raise `DataError` for pairs without the column `prompt` beside one that may be it under another name."""
     if detection.mapping.keys() & {"prompt", "conversations", "instruction", "messages"}:
         return
-    column = next((c for name in SYNONYMS["prompt"] for c in detection.counts if c.lower() == name), None)
+    names = (*SYNONYMS["prompt"], *SYNONYMS["messages"])
+    column = next((c for name in names for c in detection.counts if c.lower() == name), None)
     if column is not None:
         summary = f"{column!r} may be the prompt of 'chosen' and 'rejected'"
         choice = yaml_map({**map, "prompt": column})
@@ -307,12 +312,18 @@ def read_records(config: DataConfig, path: str, *, held_out: bool = False) -> Lo
     # the guess from the first row was wrong: convert again with what all rows showed
     if (reading.format, reading.group) != (detection.format, group):
         reading = _SourceReader(config, path, (detection.format, group))
-    notes = (*reading.notes, *reading.turn_fields.conversions())
+    notes = (*reading.notes, *reading.turn_fields.conversions(), *_missing_margins(detection))
     fields = reading.turn_fields
     detection = replace(detection, turn_fields=fields.summary(), roles=dict(fields.used_roles), notes=notes)
     if config.task is not None:
         detection = replace(detection, mapping={**detection.mapping, "task": config.task})
     return LoadedRows(reading.records, reading.rejected_rows, detection, path)
+
+
+def _missing_margins(detection: DetectedFormat) -> tuple[str, ...]:
+    column = detection.mapping.get("margin")
+    missing = 0 if column is None else detection.rows - detection.counts[column]
+    return (f"rows without a value in {column!r}, whose margin is 1: {missing} of {detection.rows}",) if missing else ()
 
 
 _SETTING_OF_DATA = re.compile(rf"\bdata(: \{{|\.({'|'.join(DataConfig.model_fields)})\b)")

@@ -18,6 +18,7 @@ from typing import Any, TypeGuard, get_args
 from rung.config.data import UnknownFields
 from rung.data.read import WrittenFloat, parse_json
 from rung.data.template import REASONING_FIELDS
+from rung.data.turn_order import with_calls
 from rung.errors import DataError
 from rung.types import Message, MessageRole, Record
 
@@ -38,14 +39,6 @@ _LIKELY_ROLES: dict[str, MessageRole] = {
     **dict.fromkeys(("assistant", "gpt", "bot", "model", "ai", "chatgpt", "bard", "bing", "claude"), "assistant"),
 }
 """Roles of other names, in lower case, that a message proposes."""
-# Roles that may follow a role. A system turn comes first only: many templates refuse it elsewhere.
-_NEXT_ROLES: dict[MessageRole | None, tuple[MessageRole, ...]] = {
-    None: ("system", "user", "assistant"),
-    "system": ("user", "assistant"),
-    "user": ("assistant",),
-    "assistant": ("user", "tool"),
-    "tool": ("assistant", "tool"),
-}
 
 
 _ARGUMENT_FIELDS = ("arguments", "parameters", "args", "input")
@@ -154,9 +147,13 @@ def text_of(value: object, name: str, numbers: Callable[[str], None] | None = No
     if not isinstance(value, str):
         is_answers = isinstance(value, list) and value and all(isinstance(item, str) for item in value)
         remedy = "; other accepted answers go into the column references" if is_answers and name == "answer" else ""
-        raise DataError(f"{name} is a {_type_name(value)}, not text{remedy}")
+        if isinstance(value, Mapping):
+            remedy = "; write it as text, such as its JSON in quotes: its spaces and the order of its keys are learned"
+        raise DataError(f"{name} is {_a_type(value)}, not text{remedy}")
     if not value.strip():
-        raise DataError(f"empty {name}")
+        is_question = name in ("prompt", "question", "instruction")
+        remedy = ": ask something, or write answers to nothing as plain text, in a column text" if is_question else ""
+        raise DataError(f"empty {name}{remedy}")
     return encodable(value, name)
 
 
@@ -198,8 +195,24 @@ def encodable(value: str, name: str) -> str:
 
 
 def from_messages(value: object, name: str, fields: TurnFields) -> tuple[Message, ...]:
-    """A list of {role, content, ...} or {from, value, ...} objects, or its JSON text, as turns in any order."""
-    return tuple(_message(item, f"{name}[{i}]", fields) for i, item in enumerate(_list(value, name)))
+    """A list of {role, content, ...} or {from, value, ...} objects, or its JSON text, as turns in any order.
+
+    A call that is a turn of its own, as ShareGPT and ms-swift write them, is part of an answer or a call before it.
+    """
+    turns: list[Message] = []
+    for i, item in enumerate(_list(value, name)):
+        turn = _message(item, f"{name}[{i}]", fields)
+        if turns and _is_call_turn(item, fields) and turns[-1].role == "assistant":
+            turns[-1] = with_calls(turns[-1], turn, f"{name}[{i}]")
+            fields.converted["calls in turns of their own, read as part of the turn before"] += 1
+        else:
+            turns.append(turn)
+    return tuple(turns)
+
+
+def _is_call_turn(item: object, fields: TurnFields) -> bool:
+    role = (item.get("role") or item.get("from")) if isinstance(item, Mapping) else None
+    return isinstance(role, str) and role in _CALL_ROLES and role not in fields.roles
 
 
 def from_history(value: object, fields: TurnFields) -> tuple[Message, ...]:
@@ -237,42 +250,39 @@ def wrapped_functions(value: object) -> list[dict[str, Any]] | None:
     return [{"type": "function", "function": schema} for schema in value] if isinstance(value, list) else None
 
 
-def check_order(messages: Sequence[Message], column: str = "messages") -> None:
-    """Refuse conversations that cannot be trained on.
+def turns_of_text(value: object, name: str, fields: TurnFields) -> object:
+    """The turns that a text is as JSON, as tables have them, counted by `fields`; other values as they are."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    try:
+        parsed = parse_json(value)
+    except (ValueError, RecursionError):
+        return value
+    turns = parsed if isinstance(parsed, list) else [parsed]
+    # an answer may be JSON: it is a conversation where each of its objects has a known role and a content
+    if not turns or not all(isinstance(turn, Mapping) and _is_turn(turn, fields) for turn in turns):
+        return value
+    fields.converted[f"texts in {name} that were turns as JSON"] += 1
+    return parsed
 
-    Raises:
-        DataError: no assistant turn, a last turn of another role, or turns in an order that no template supports.
-    """
-    remedy = f"rows without answers are read with data: {{format: prompt_only, map: {{prompt: {column}}}}}"
-    if not any(m.role == "assistant" for m in messages):
-        raise DataError(f"no assistant turn; {remedy}")
-    previous: Message | None = None
-    start = next((i for i, message in enumerate(messages) if message.role != "system"), 0)
-    # a greeting is an answer to nobody: something must be asked after it
-    if messages[start].role == "assistant" and (
-        messages[start].tool_calls or not any(m.role == "user" for m in messages)
-    ):
-        raise DataError(f"wrong role order: turn {start + 1} is assistant at the start")
-    for i, message in enumerate(messages):
-        if message.role not in _NEXT_ROLES[previous.role if previous else None]:
-            position_text = f"after {previous.role}" if previous else "at the start"
-            raise DataError(f"wrong role order: turn {i + 1} is {message.role} {position_text}")
-        if message.role == "tool" and previous and previous.role == "assistant" and not previous.tool_calls:
-            raise DataError(f"wrong role order: turn {i + 1} is tool, but the turn before calls none")
-        previous = message
-    if messages[-1].role != "assistant":
-        raise DataError(f"the last turn is {messages[-1].role}, not assistant; {remedy}")
+
+def _is_turn(item: Mapping[str, Any], fields: TurnFields) -> bool:
+    roles = {*_ROLES_BY_NAME, *_CALL_ROLES, *fields.roles}
+    return any(
+        item.get(role) in roles and content in item for role, content in (("role", "content"), ("from", "value"))
+    )
 
 
 def _message(item: object, name: str, fields: TurnFields) -> Message:
     if not isinstance(item, Mapping):
-        raise DataError(f"{name} is a {_type_name(item)}, not an object with role and content, or from and value")
+        raise DataError(f"{name} is {_a_type(item)}, not an object with role and content, or from and value")
     role_name = _one_of(item, ("role", "from"), name)
     content = _one_of(item, ("content", "value"), name)
     # ShareGPT writes a tool call as a turn of a role of its own
-    if isinstance(role_name, str) and role_name in _CALL_ROLES and role_name not in fields.roles:
+    if _is_call_turn(item, fields):
         fields.check(item, "assistant", name)
-        calls = _json_value(text_of(content, f"content of {name}"), f"content of {name}")
+        is_json = isinstance(content, list | Mapping) and not is_parts(content)
+        calls = content if is_json else _json_value(text_of(content, f"content of {name}"), f"content of {name}")
         return Message("assistant", "", tool_calls_text(calls), is_learned=_is_learned(item, name))
     role = fields.role_of(role_name, name)
     fields.check(item, role, name)
@@ -288,7 +298,7 @@ def _message(item: object, name: str, fields: TurnFields) -> Message:
     if calls:
         text = "" if content is None else _joined_parts(content, name) if isinstance(content, list) else content
         if not isinstance(text, str):
-            raise DataError(f"content of {name} is a {_type_name(text)}, not text")
+            raise DataError(f"content of {name} is {_a_type(text)}, not text")
         calls_text = tool_calls_text(calls)
         return Message(role, encodable(text, name), calls_text, reasoning=reasoning, is_learned=is_learned)
     return replace(_turn(role, content, name, fields), reasoning=reasoning, is_learned=is_learned)
@@ -349,6 +359,8 @@ def _joined_parts(parts: Sequence[object], name: str) -> str:
         kind = part.get("type", "text") if isinstance(part, Mapping) else f"bare {_type_name(part)}"
         if not isinstance(part, Mapping) or kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
             remedy = "only text is read: leave the row out (data.rejects: drop), or the part"
+            if kind in ("tool_use", "tool_result"):
+                remedy = "write calls as tool_calls of the turn, and each result as a turn of role tool"
             raise DataError(f"{name} has parts that are not text, of the type {kind}; {remedy}")
         texts.append(part["text"])
     return "".join(texts)
@@ -356,7 +368,7 @@ def _joined_parts(parts: Sequence[object], name: str) -> str:
 
 def _tool_call(call: object) -> dict[str, Any]:
     if not isinstance(call, Mapping):
-        raise DataError(f"a tool call is a {_type_name(call)}, not an object")
+        raise DataError(f"a tool call is {_a_type(call)}, not an object")
     # OpenAI nests name and arguments under `function`, other exports do not
     function = call.get("function", call)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
@@ -375,16 +387,19 @@ def _tool_call(call: object) -> dict[str, Any]:
         # OpenAI writes arguments as JSON text; templates expect the object
         arguments = _json_value(arguments, "arguments of a tool call") if arguments else {}
     if not isinstance(arguments, Mapping):
-        raise DataError(f"arguments of a tool call are a {_type_name(arguments)}, not an object")
+        raise DataError(f"arguments of a tool call are {_a_type(arguments)}, not an object")
     call_id = {key: value for key, value in call.items() if key == "id"} if "function" in call else {}
     return {**call_id, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
 def _list(value: object, name: str) -> list[Any]:
     if isinstance(value, str):
+        if value.strip()[:1] not in ("[", "{"):
+            raise DataError(f"{name} is text and is not JSON: write a list of turns, each with its role and content")
         value = _json_value(value, name)
     if not isinstance(value, list):
-        raise DataError(f"no {name}" if value is None else f"{name} is a {_type_name(value)}, not a list")
+        remedy = "; write one object for each turn, with its role and content"
+        raise DataError(f"no {name}" if value is None else f"{name} is {_a_type(value)}, not a list{remedy}")
     if not value:
         raise DataError(f"empty {name}")
     return value
@@ -403,6 +418,11 @@ def _type_name(value: object) -> str:
     if isinstance(value, int | float):
         return "number"
     return {"dict": "object", "str": "text", "NoneType": "null"}.get(type(value).__name__, type(value).__name__)
+
+
+def _a_type(value: object) -> str:
+    name = _type_name(value)
+    return name if name == "null" else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 MAX_SHOWN_CHARACTERS = 60

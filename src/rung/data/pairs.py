@@ -11,7 +11,7 @@ import re
 from typing import NamedTuple
 
 from rung.data.candidates import parse_answer
-from rung.data.messages import Getter, TurnFields, from_messages, is_parts
+from rung.data.messages import Getter, TurnFields, from_messages, is_parts, turns_of_text
 from rung.errors import DataError
 from rung.types import Message, MessageRole
 
@@ -91,6 +91,7 @@ def transcript_turns(text: str, name: str) -> Turns | None:
 
 
 def _turns(value: object, name: str, fields: TurnFields) -> Turns:
+    value = turns_of_text(value, name, fields)
     if isinstance(value, str) and (turns := transcript_turns(value, name)) is not None:
         if not turns[-1].content:
             raise DataError(f"the last turn of {name} is empty")

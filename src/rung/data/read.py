@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from rung.config.data_files import KINDS, DataFiles, SavedDataset, data_suffix, find_data
 from rung.console import print_status
+from rung.data.file_hints import COMMA_AT_THE_END, json_hint, refuse_other_content
 from rung.data.text_files import open_utf8
 from rung.errors import DataError
 from rung.types import Source
@@ -81,6 +82,8 @@ def stream_rows(path: str, note: Note = print_status) -> Iterator[ParsedRow | Re
                 yield ParsedRow(source, value)
                 continue
             reason = f"not an object with columns but a {type(value).__name__}"
+            if isinstance(value, list) and value and isinstance(value[0], dict):
+                reason += '; a list of turns is written as {"messages": [...]}'
             rejected_row = RejectedRow(source, value.reason if isinstance(value, _MalformedRow) else reason)
             # remembered for the error below: by then the caller has consumed the stream
             first_rejected = first_rejected or rejected_row
@@ -188,13 +191,15 @@ def _read_jsonl(file: Path, note: Note) -> Iterator[ReadItem]:
                 # \r alone is taken off too: files from Windows end lines in \r\n
                 yield number, parse_json(line.rstrip("\n").rstrip("\r"))
             except json.JSONDecodeError as error:
-                yield number, _MalformedRow(f"broken JSON: {error.msg} (column {error.colno})")
+                remedy = f": {COMMA_AT_THE_END}" if line.rstrip().endswith("},") else ""
+                yield number, _MalformedRow(f"broken JSON: {error.msg} (column {error.colno}){remedy}")
             except (ValueError, RecursionError) as error:
                 yield number, _MalformedRow(f"refused JSON: {error}")
 
 
 def _refuse_json_file(file: Path, number: int, line: str) -> None:
     """Raise `DataError` where the first line is that of a .json file: its last rows alone would be read."""
+    refuse_other_content(file, line)
     # a list of one line whose elements are no objects is a row that is rejected like any other
     if line.startswith("[") and (line == "[" or line[1:].lstrip().startswith("{")):
         name = file.name.replace(".ndjson", ".json").replace(".jsonl", ".json")
@@ -267,20 +272,20 @@ def _skip_space(text: str, position: int) -> int:
 def _load_json(file: Path) -> list[Any]:
     with open_utf8(file, newline="") as stream:
         text = stream.read()
+    refuse_other_content(file, text[:200])
     try:
         value = parse_json(text)
     except json.JSONDecodeError as error:
-        # the typical mistake: JSON Lines in a file called .json
-        name = file.name.replace(".json", ".jsonl")
-        hint = f"one object per line is .jsonl: rename the file to {name}" if error.msg == "Extra data" else None
         summary = f"broken JSON: {error.msg} (column {error.colno})"
-        raise DataError(summary, where=f"{file} line {error.lineno}", hint=hint) from error
+        raise DataError(summary, where=f"{file} line {error.lineno}", hint=json_hint(file, text, error)) from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"refused JSON: {error}", where=str(file)) from error
     rows = value.get("data") if isinstance(value, dict) else value
     if not isinstance(rows, list):
         lists = [name for name, item in value.items() if isinstance(item, list)] if isinstance(value, dict) else []
         hint = f"write the list under {lists[0]!r} into a file of its own" if lists else None
+        if isinstance(value, dict) and not lists:
+            hint = "one object is one row: put it into a list, [{...}]"
         allowed = '[{...}, ...] or {"data": [{...}, ...]}'
         raise DataError("not a list of objects", where=str(file), allowed=allowed, hint=hint)
     return rows
@@ -292,6 +297,7 @@ def _read_csv(file: Path, note: Note) -> Iterator[ReadItem]:
     try:
         with open_utf8(file, newline="") as lines:
             first, skipped_lines = lines.readline(), 0
+            refuse_other_content(file, first)
             separator = _declared_separator(first)
             if separator is not None:
                 first, skipped_lines = lines.readline(), 1
@@ -312,7 +318,7 @@ def _read_csv(file: Path, note: Note) -> Iterator[ReadItem]:
         raise DataError(f"broken CSV: {error}", where=f"{file} line {next_start}", hint=_QUOTES_HINT) from error
 
 
-_SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}
+_SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "pipe"}
 
 
 _QUOTES_HINT = "check the quotes: a field that begins with one ends with one, and those inside are doubled"
@@ -320,7 +326,7 @@ _QUOTES_HINT = "check the quotes: a field that begins with one ends with one, an
 
 def _declared_separator(first_line: str) -> str | None:
     """The separator that Excel's first line `sep=;` declares."""
-    match = re.fullmatch(r"sep=([,;\t])\s*", first_line)
+    match = re.fullmatch(r"sep=([,;\t|])\s*", first_line)
     return match[1] if match else None
 
 

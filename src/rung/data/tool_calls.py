@@ -94,8 +94,10 @@ def _json_reader(one_call: str, two_calls: str | None) -> Reader | None:
         calls, opened = [], text.count(opening) if opening else 0
         for value, start, end in _json_values(text):
             if text[:start].rstrip().endswith(opening) and text[end:].lstrip().startswith(closing):
-                calls += _calls_in(value, keys)
-                opened -= 1
+                found = _calls_in(value, keys)
+                calls += found
+                # under another name of the arguments than the template's no server would find them
+                opened -= bool(found)
         # a call that was opened and cannot be read is a wrong call, not none
         return calls if opened <= 0 else [*calls, UNREADABLE]
 

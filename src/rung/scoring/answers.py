@@ -120,8 +120,8 @@ def read_value(text: str) -> Value | None:
     r"""The value that an answer states; None for a text without one.
 
     That is the first behind the first `####` (Cobbe et al. 2021: what a model writes behind it is no answer), the
-    content of the last `\boxed{}` (Hendrycks et al. 2021), the whole text, or of the values in its sentences the last
-    with a currency, percent or scale mark, else the last that is no date, else the last.
+    content of the last `\boxed{}` or `\fbox{}` (Hendrycks et al. 2021), the whole text, or of the values in its
+    sentences the last with a currency, percent or scale mark, else the last that is no date, else the last.
     """
     if "####" in text:
         final = _cleaned(text.split("####", 2)[1].strip()[:MAX_STRUCTURED])
@@ -131,7 +131,7 @@ def read_value(text: str) -> Value | None:
             if value is not None:
                 return value
     text = _cleaned(_end(text, MAX_CHARACTERS))
-    content = boxed(text) if "\\boxed" in text else None
+    content = boxed(text)
     text = _end(text, MAX_READ)
     if not content and not _has_structure(text):
         plain = quantity(text)

@@ -28,6 +28,10 @@ _WHOLE_AHEAD = re.compile(r"(?<![\w.^_{])\d+\s*\Z")
 _TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|mbox|math(?:rm|bf|it|sf|tt)|operatorname|boxed|fbox)\s*(?:\{([^{}]*)\}|(?=\{))"
 )
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
+_BOX_JOINT = re.compile(r"[\s$,;]*(?:\\text\s*\{)?\s*(?:and|or)?\s*\}?[\s$,;]*(?:[A-Za-z]\s*=\s*)?")
+MAX_JOINT = 30
+"""Characters between two boxes that are one answer, such as `, \\text{ and } `."""
 _ENVIRONMENT = re.compile(r"\\(begin|end)\s*\{([A-Za-z]*matrix|array)\}(?:\{[lcr|]{0,20}\})?")
 _MATH = re.compile(r"\$\$|\\[()\[\]]|(?<!\\)\$(?=[^\s$][^$\n]{0,300}(?<=[^\s\\])\$(?![\w$]))|(?<=[^\s\\])\$(?![\w$])")
 _COMMAND = re.compile(r"\\([A-Za-z]+|.)")
@@ -80,16 +84,34 @@ def plain_math(text: str) -> str:
 
 
 def boxed(text: str) -> str | None:
-    r"""Content of the last `\boxed{}`, where Hendrycks et al. 2021 (MATH) put the answer; None if there is none."""
-    start = text.rfind("\\boxed")
-    if start < 0:
+    r"""Content of the last `\boxed{}` or `\fbox{}`, where MATH (Hendrycks et al. 2021) has its answers, or None."""
+    opening = max((match.end() for match in _BOX.finditer(text)), default=-1)
+    if opening < 0:
         return None
-    opening = start + len("\\boxed")
     if text[opening : opening + 1] != "{":
         # \boxed 5 and \boxed5
         return text[opening:].split("$")[0].split("\n")[0].strip() or None
     end = _group_end(text, opening)
     return text[opening + 1 : end - 1].strip() if end else None
+
+
+def last_boxes(text: str) -> str | None:
+    r"""The last `\boxed{}` with those before it that nothing but a comma, `and` or `or` separates; None without one.
+
+    A box before other text is an attempt or a step: `\boxed{2}. Wait, \boxed{3}` is 3.
+    """
+    boxes = [match.span() for match in _BOX.finditer(text)]
+    if not boxes:
+        return None
+    first, opening = boxes.pop()
+    end = _group_end(text, opening) or len(text)
+    while boxes:
+        start, opening = boxes.pop()
+        closing = _group_end(text, opening)
+        if closing is None or first - closing > MAX_JOINT or not _BOX_JOINT.fullmatch(text[closing:first]):
+            break
+        first = start
+    return text[first:end]
 
 
 def _plain_latex(text: str) -> str:

@@ -12,6 +12,7 @@ import atexit
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from typing import IO, Any
 
 from rung.errors import ConfigError
 from rung.scoring.answers import MAX_CHARACTERS, final_texts
-from rung.scoring.latex import plain_math
+from rung.scoring.latex import last_boxes, plain_math
 from rung.scoring.words import normalize
 
 TIMEOUT = 5.0
@@ -32,9 +33,9 @@ START_TIMEOUT = 120.0
 def math(answer: str, expected: str) -> float:
     r"""1 when math-verify finds the answer equal to the expected one, else 0: `\frac{1}{2}` equals `0.5` and `2/4`.
 
-    What is compared: the line behind the first `####`, else the last `\boxed{}` or formula, else the last number. An
-    expected answer that math-verify cannot read, or with several numbers among words, is compared by words, as
-    `normalized` does. A comparison that takes
+    What is compared: the line behind the first `####`, else the last `\boxed{}` (boxes that a comma or `and` joins are
+    one answer) or formula, else the last number. An expected answer that math-verify cannot read as a whole, with an
+    ellipsis, or with several numbers among words, is compared by words, as `normalized` does. A comparison that takes
     longer than `TIMEOUT` or needs more than 2 GiB scores 0. Raises `ConfigError` without the extra `math`.
     """
     if answer.strip() == expected.strip():
@@ -42,8 +43,10 @@ def math(answer: str, expected: str) -> float:
     if not answer.strip():
         return 0.0
     # of several numbers among words, as in `2 hours and 20 minutes`, math-verify would compare the last alone
-    if not _has_numbers_among_words(expected):
-        verdict = _WORKER.compare(_formula(answer), _formula(expected))
+    # and of `1, 2, \ldots, n` it would read a part
+    formula = _formula(expected)
+    if not _has_numbers_among_words(expected) and not _ELLIPSIS.search(formula):
+        verdict = _WORKER.compare(_formula(answer), formula)
         if verdict is not None:
             return float(verdict)
     expected_words = normalize(plain_math(expected))
@@ -68,9 +71,23 @@ def _has_numbers_among_words(text: str) -> bool:
 def _formula(text: str) -> str:
     """The part of a text that is compared, between the delimiters that math-verify looks for."""
     text = text.split("####", 2)[1].strip().split("\n")[0] if "####" in text else text[-MAX_CHARACTERS:]
+    # math-verify reads `\mathrm{e}` as the end of the formula, and all boxes of a text as one set
+    text = _UPRIGHT_LETTER.sub(r"\1", last_boxes(text) or text)
     has_delimiters = "$" in text.replace("\\$", "") or any(mark in text for mark in ("\\boxed", "\\(", "\\["))
     is_prose = len(text.split()) > 1 and any(len(word) > 1 and word.isalpha() for word in text.split())
-    return text if has_delimiters or (is_prose and "\\" not in text) else f"${text.strip().removesuffix('.')}$"
+    if has_delimiters or (is_prose and "\\" not in text):
+        return text
+    return f"${_ASCII_NAME.sub(_as_command, text.strip().removesuffix('.'))}$"
+
+
+_UPRIGHT_LETTER = re.compile(r"\\(?:mathrm|operatorname)\s*\{\s*([A-Za-z])\s*\}")
+_ASCII_NAME = re.compile(r"(?<![A-Za-z\\])(?:pi(?![A-Za-z])|(?:exp|sin|cos|tan|log|ln)(?=\())")
+"""Names of the language of sympy, which LaTeX would read as products of letters."""
+_ELLIPSIS = re.compile(r"\\[lc]?dots(?![A-Za-z])|\u2026|\.\.\.")
+
+
+def _as_command(match: re.Match[str]) -> str:
+    return f"\\{match[0]} " if match[0] == "pi" else f"\\{match[0]}"
 
 
 class _Worker:

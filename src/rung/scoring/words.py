@@ -17,6 +17,7 @@ UNSPACED = (
 """Character ranges of scripts that write no space between words: Thai, Lao, Myanmar, Khmer, Kana, Han (Unicode 15.1,
 UAX 14, classes ID and SA)."""
 
+_INSIDE_BRACKETS = re.compile(r"(?<=[(\[])\s+|\s+(?=[)\]])")
 _ARTICLES = frozenset({"a", "an", "the"})
 _SPLIT_UNSPACED = re.compile(f"[{UNSPACED}][\u0300-\u036f\u3099\u309a]?|[^{UNSPACED}]+")
 _ASCII_TOKEN = re.compile(r"[a-z0-9]+")
@@ -37,6 +38,8 @@ def normalize(text: str) -> tuple[str, ...]:
     Punctuation is the Unicode category P, in every script, without the characters that decide what a word or a number
     is. Articles stay when there is nothing else, or the choice `A` would equal an empty answer.
     """
+    # the brackets of `( B )` belong to the word, as in `(B)`
+    text = _INSIDE_BRACKETS.sub("", text)
     if text.isascii():
         around_words, around_numbers = _ASCII_AROUND_WORDS, _ASCII_AROUND_NUMBERS
         text = text.lower()
