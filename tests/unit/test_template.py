@@ -179,4 +179,4 @@ def test_generation_ends_where_the_model_ends_a_text(tiny_tokenizer: PreTrainedT
     assert chat.assistant_text(ids) == "yes"
     row = conversation(Message("user", "q"), Message("assistant", "yes<end_of_turn>no"))
     with pytest.raises(Exception, match="the answer holds a stop token of the model"):
-        preflight(chat, tokenize_records(chat, [row]))
+        preflight(chat, tokenize_records(chat.with_control_tokens("keep"), [row]))

@@ -40,7 +40,7 @@ class ChatModel:
     def answer(self, sampling: Sampling, *, stream: bool) -> str:
         """Answer the last turn and remember the answer. Raises `DataError` if the conversation is too long."""
         policy, chat = self.model.policy, self.model.chat
-        prompt = chat.prompt_ids(self.turns)
+        prompt = chat.with_control_tokens(None).prompt_ids(self.turns)
         max_new_tokens = policy.base.context - policy.method.virtual_tokens - len(prompt)
         if max_new_tokens < 1:
             raise DataError("the conversation is longer than the model's context", hint="/new starts over")

@@ -18,7 +18,8 @@ from rung.data.chat import ChatTemplate
 from rung.data.check import colored_tokens, inspect_data
 from rung.data.formats import read_records
 from rung.data.splits import weighted_paths
-from rung.data.tokenize import tokenize_records
+from rung.data.tokenize import TokenizeOptions, tokenize_records
+from rung.errors import DataError
 from rung.models.load import load_tokenizer
 
 
@@ -51,9 +52,16 @@ def check_data(file: str, *, show: int, model: str | None) -> tuple[dict[str, An
 def _colored_rows(target: str | DataConfig, chat: ChatTemplate, count: int) -> list[Text]:
     """The first rows as text, with the supervised tokens colored."""
     config = target if isinstance(target, DataConfig) else DataConfig(path=target)
+    chat = chat.with_control_tokens(config.control_tokens)
     records = read_records(config, weighted_paths(config)[0].path).records[:count]
     if not records:
         return []
     # The options of a training run, so that the colors show what would be learned.
-    tokenized = tokenize_records(chat, records, loss_on=config.loss_on, with_candidates=records[0].score is not None)
+    options: TokenizeOptions = {"loss_on": config.loss_on, "rejects": "drop"}
+    options["with_candidates"] = records[0].score is not None
+    try:
+        tokenized = tokenize_records(chat, records, **options)
+    # the report above names these rows
+    except DataError:
+        return []
     return [Text.assemble((f"{e.source}\n", "bold"), colored_tokens(e, chat), "\n") for e in tokenized.examples]

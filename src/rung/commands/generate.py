@@ -101,7 +101,8 @@ def generate_answers(target: str, data: str, output: Path, request: GenerateRequ
     records = load_prompts(output, data, request)
     policy, chat, scorer = _open_models(target, request)
     max_prompt_tokens = policy.base.context - policy.method.virtual_tokens - request.sampling.max_new_tokens
-    prompts = tokenize_prompts(chat, records, max_length=max_prompt_tokens, overflow="error")
+    foreign = chat.with_control_tokens(None)
+    prompts = tokenize_prompts(foreign, records, max_length=max_prompt_tokens, overflow="error")
     with closing(_journal(output, target, policy, prompts, request.sampling)) as journal:
         answers = _sample_answers(policy, chat, prompts, request.sampling, journal)
         documents = _documents(prompts, answers, request.sampling.answers_per_prompt)

@@ -18,8 +18,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from rung.config.data import LossOn
+from rung.config.data import ControlTokens, LossOn
 from rung.config.model import ModelConfig
+from rung.data.control_tokens import (
+    OPENING_MARK,
+    ControlTokenText,
+    possible_stops,
+    require_whole_marks,
+    split_marked,
+    text_control_tokens,
+    without_marks,
+)
 from rung.data.prompt_positions import PromptPositions
 from rung.data.template import (
     REASONING_FIELDS,
@@ -120,18 +129,23 @@ class ChatTemplate:
         self.adds_bos = self.bos_id is not None and tokenizer("a")["input_ids"][:1] == [self.bos_id]
         """Whether the tokenizer itself prepends a BOS: then documents without a template get one too."""
         self.positions: PromptPositions | None = None
+        self.control_tokens: ControlTokens | None = None
+        """`data.control_tokens` of the rows that are rendered; prompts of other origin have None."""
+        self.control_text = ControlTokenText(tokenizer, {})
         # The order matters: rendering needs the template, endings need the control tokens, and the probes must run
         # before virtual tokens are set, because they show the template alone.
         self._anchor = self._find_anchor()
         text = with_fixed_date(read_template(tokenizer, template, adds_bos=self.adds_bos), day)
         self.template = with_variables(text, variables or {})
-        self._control_ids = _control_tokens(tokenizer)
+        self._control_ids = possible_stops(tokenizer)
         self._answer_opening = ""
         self._endings, self._answer_prefix = self._probe_endings(template)
         self.positions = positions
         self.stop_ids = tuple(dict.fromkeys(e.stop_id for e in self._endings))
         model_end_ids = [i for i in (self.eos_id, *end_ids) if i is not None]
         self.generation_stop_ids = tuple(dict.fromkeys((*self.stop_ids, *model_end_ids)))
+        # last: probes are the template's own text
+        self.control_text = ControlTokenText(tokenizer, text_control_tokens(tokenizer, self.generation_stop_ids))
 
     @staticmethod
     def of_model(
@@ -150,6 +164,12 @@ class ChatTemplate:
         plain = copy.copy(self)
         plain.positions = None
         return plain
+
+    def with_control_tokens(self, policy: ControlTokens | None) -> ChatTemplate:
+        """The same template for rows with this setting of `data.control_tokens`; None for text of any other origin."""
+        other = copy.copy(self)
+        other.control_tokens = policy
+        return other
 
     def prompt_ids(self, turns: Sequence[Message], context: str | None = None, tools: str | None = None) -> list[int]:
         """Ids of the prompt with the opening of the answer and virtual tokens; special tokens are the template's only.
@@ -263,10 +283,13 @@ class ChatTemplate:
             DataError: the template refuses the row, or what it wrote before an answer changes afterwards.
         """
         turns, rest = record.messages, (record.context, record.tools, record.source)
+        # once for all turns: each is rendered several times
+        marks = self.control_text.may_occur_in(turns, record.context, record.tools)
         parts: list[TextPart] = []
         prefix = ""
         for i in self._answers_to_split(record, loss_on):
-            prompt, full = self._render(turns[:i], *rest, generation=True), self._render(turns[: i + 1], *rest)
+            prompt = self._render(turns[:i], *rest, generation=True, marks=marks)
+            full = self._render(turns[: i + 1], *rest, marks=marks)
             # both must be prefixes, or the training text differs from the prompts of inference
             if not (full.startswith(prompt) and prompt.startswith(prefix)):
                 raise unstable_template_error(record.source, i, loss_on, rewrites_history=full.startswith(prompt))
@@ -297,10 +320,20 @@ class ChatTemplate:
         return indices
 
     def _answer_body(self, answer: str) -> str:
-        """The answer text before the stop, without marks of virtual tokens."""
+        """The answer text before the stop, without marks of virtual tokens and of control tokens in the text."""
         ending = next(e for e in self._endings if answer.endswith(e.stop))
-        text = answer.removesuffix(ending.stop).removesuffix(ending.before_stop)
+        text = without_marks(answer.removesuffix(ending.stop).removesuffix(ending.before_stop))
         return text if self.positions is None else "".join(self.positions.split_at_marks(text)[::2])
+
+    def plain_text_part(self, text: str) -> TextPart:
+        """A plain text as a part; its control tokens are text unless they are kept."""
+        keep = self.control_tokens == "keep"
+        return TextPart(self.control_text.mark(text, keep=keep), True)
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """The tokens at which generation ends, as text."""
+        return tuple(text for text, i in self.control_text.tokens.items() if i in self.generation_stop_ids)
 
     def encode(self, texts: Sequence[str], mid_document: bool | Sequence[bool] = False) -> list[list[int]]:
         """Ids of each text, without added special tokens: the template has written them.
@@ -310,15 +343,27 @@ class ChatTemplate:
         byte-level vocabularies need no such anchor.
         """
         mid_document = [mid_document] * len(texts) if isinstance(mid_document, bool) else mid_document
-        if self.positions is None:
+        if self.positions is None and not any(OPENING_MARK in text for text in texts):
             return self._encode_anchored(texts, mid_document)
-        segments = [self.positions.split_at_marks(text) for text in texts]
-        flags = [f or i > 0 for parts, f in zip(segments, mid_document, strict=True) for i in range(0, len(parts), 2)]
+        rows: list[list[list[int] | int]] = []  # ids, or the number of a text that is encoded below
+        plain: list[str] = []
+        flags: list[bool] = []
         # one tokenizer call for all segments: the fast tokenizer is parallel only within a call
-        encoded = iter(self._encode_anchored([text for parts in segments for text in parts[::2]], flags))
-        ids_of_mark = self.positions.ids_of_mark
-        rows = ((ids_of_mark(p) if i % 2 else next(encoded) for i, p in enumerate(parts)) for parts in segments)
-        return [list(chain.from_iterable(row)) for row in rows]
+        for text, is_mid in zip(texts, mid_document, strict=True):
+            rows.append([])
+            for i, part in enumerate([text] if self.positions is None else self.positions.split_at_marks(text)):
+                if i % 2 and self.positions is not None:
+                    rows[-1].append(list(self.positions.ids_of_mark(part)))
+                    continue
+                for k, piece in enumerate(split_marked(part)):
+                    if k % 2:
+                        rows[-1].append(self.control_text.ids_as_text(piece, self._anchor))
+                        continue
+                    rows[-1].append(len(plain))
+                    plain.append(piece)
+                    flags.append(is_mid or i > 0 or k > 0)
+        encoded = self._encode_anchored(plain, flags)
+        return [list(chain.from_iterable(encoded[x] if isinstance(x, int) else x for x in row)) for row in rows]
 
     def _encode_anchored(self, texts: Sequence[str], mid_document: Sequence[bool]) -> list[list[int]]:
         if not self._anchor:
@@ -348,7 +393,8 @@ class ChatTemplate:
             backend.pop(state, None)
         special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
         virtual_ids = [sorted(self.positions.ids.items())] if self.positions else []
-        return json.dumps([backend, special, self.template, *virtual_ids], sort_keys=True)
+        policy = [] if self.control_tokens is None else [self.control_tokens]
+        return json.dumps([backend, special, self.template, *virtual_ids, *policy], sort_keys=True)
 
     def _encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
@@ -370,7 +416,10 @@ class ChatTemplate:
         source: Source | None = None,
         *,
         generation: bool = False,
+        marks: bool | None = None,
     ) -> str:
+        if marks is None:
+            marks = self.control_text.may_occur_in(messages, context, tools)
         turns = [for_template(m) for m in messages]
         where = str(source) if source else None
         # Jinja ignores variables a template never uses: tools would silently vanish from the prompt
@@ -387,21 +436,28 @@ class ChatTemplate:
             if first_user is None:
                 raise DataError("a context, but no user turn to put it in front of", where=where)
             first_user["content"] = with_context(context, first_user["content"])
+        schemas: Any = json.loads(tools) if tools else None
+        marked_turns, marked_schemas = turns, schemas
+        if marks:
+            keep = self.control_tokens == "keep"
+            marked_turns, marked_schemas = (self.control_text.mark(x, keep=keep) for x in (turns, schemas))
+        is_marked = (marked_turns, marked_schemas) != (turns, schemas)
         if self.positions is not None:
-            turns = self.positions.with_marks(turns, where)
+            turns, marked_turns = (self.positions.with_marks(t, where) for t in (turns, marked_turns))
         try:
-            text = self._apply(turns, tools, generation=generation)
+            text = self._apply(marked_turns, marked_schemas, generation=generation)
+            if is_marked:
+                text = require_whole_marks(text, self._apply(turns, schemas, generation=generation), where)
         # templates fail in many ways: raise_exception, a missing key, a method that a value lacks
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             summary, roles = f"the chat template refuses this conversation: {error}", " ".join(m.role for m in messages)
             hint = "change the row, or set model.template: plain or a .jinja file"
             raise DataError(summary, where=where, given=roles, hint=hint) from error
         if self.positions is None:
-            return str(text)
-        return self.positions.with_answer_mark(str(text), turns, self._answer_prefix, generation=generation)
+            return text
+        return self.positions.with_answer_mark(text, turns, self._answer_prefix, generation=generation)
 
-    def _apply(self, turns: list[dict[str, Any]], tools: str | None, *, generation: bool) -> str:
-        schemas: Any = json.loads(tools) if tools else None
+    def _apply(self, turns: list[dict[str, Any]], schemas: Any, *, generation: bool) -> str:
         options = {"tools": schemas, "chat_template": self.template, "add_generation_prompt": generation}
         try:
             return str(self.tokenizer.apply_chat_template(turns, tokenize=False, **options))
@@ -474,10 +530,3 @@ class ChatTemplate:
 def with_context(context: str, question: str) -> str:
     """A question preceded by its context."""
     return f"{context}\n\n{question}"
-
-
-def _control_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    """Tokens that can be a stop: special tokens, and added tokens that are not just white space."""
-    added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special or t.content.strip()}
-    special = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-    return {**added, **{str(text): int(i) for text, i in special}}

@@ -8,9 +8,9 @@ a single bad row can stop a run after hours. Bad rows are listed with their line
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -37,6 +37,9 @@ LENGTH_BIAS_THRESHOLD = 0.2
 """Distance from 0.5 of the share of pairs won by the longer answer from which the report warns about length."""
 MAX_SHOWN = 10
 """Rows of each kind listed in the printed report; the JSON has all."""
+
+
+_TREATMENTS = {"text": "encoded as text", "keep": "kept as control tokens", "drop": "the rows left out"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,8 @@ class DataReport:
     """None for data without compared answers."""
     supervised_share: float | None
     """Supervised tokens over all tokens; None without a tokenizer."""
+    control_tokens: Mapping[str, Any] = field(default_factory=dict)
+    """Rows with control tokens in their text, and what is done with them; empty without such rows or a tokenizer."""
 
     @property
     def ok(self) -> bool:
@@ -108,6 +113,7 @@ class DataReport:
                 path: {
                     **{"format": d.format, "mapping": d.mapping, "columns": d.counts, "unused": list(d.unused)},
                     "turn_fields": d.turn_fields,
+                    "removed_end_tokens": dict(d.removed_end_tokens),
                 }
                 for path, d in self.detections.items()
             },
@@ -122,6 +128,7 @@ class DataReport:
             "diversity": asdict(self.diversity) if self.diversity else None,
             "compared": asdict(self.answer_lengths) if self.answer_lengths else None,
             "supervised_share": self.supervised_share,
+            "control_tokens": dict(self.control_tokens),
         }
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -150,7 +157,10 @@ def inspect_data(target: str | DataConfig, chat: ChatTemplate | None = None) -> 
     records = Records.concatenate([loaded.records for loaded in sets])
     rejected_rows = [row for loaded in (*sets, *files.values()) for row in loaded.rejected_rows]
     # before the split: the splits below are those of the rows that remain once all faults are mended or dropped
-    records, lengths, supervised_share = _measure(records, chat, config.loss_on, rejected_rows)
+    if chat is not None and config.control_tokens is not None:
+        chat = chat.with_control_tokens(config.control_tokens)
+    measured = _measure(records, chat, config.loss_on, rejected_rows)
+    records = measured.records
     files_or_shares: dict[str, float | Records] = {**config.held_out_shares, **{n: f.records for n, f in files.items()}}
     parts = assign_splits(records, **files_or_shares)
     held_out = Records.concatenate([parts.validation, parts.test])
@@ -160,14 +170,15 @@ def inspect_data(target: str | DataConfig, chat: ChatTemplate | None = None) -> 
         kept_count=len(records) + sum(len(loaded.records) for loaded in files.values()),
         rejected_rows=tuple(sorted(rejected_rows, key=lambda r: r.source)),
         splits={"train": len(parts.train), "validation": len(parts.validation), "test": len(parts.test)},
-        lengths=lengths,
+        lengths=measured.lengths,
         duplicates=source_pairs(records, records, duplicate_pairs(records)),
         overlap=source_pairs(parts.train, held_out, overlapping_pairs(parts.train, held_out)),
         ngram_matches=matches.ngrams,
         fuzzy_matches=matches.fuzzy,
         diversity=_diversity(records),
         answer_lengths=_answer_lengths(records),
-        supervised_share=supervised_share,
+        supervised_share=measured.supervised_share,
+        control_tokens=measured.control_tokens,
     )
 
 
@@ -196,16 +207,24 @@ def _token_pieces(example: Example, chat: ChatTemplate) -> Iterator[tuple[str, b
             pending = []
 
 
+class _Measured(NamedTuple):
+    records: Records
+    lengths: Lengths | None
+    supervised_share: float | None = None
+    control_tokens: Mapping[str, Any] = {}
+
+
 def _measure(
     records: Records, chat: ChatTemplate | None, loss_on: LossOn, rejected_rows: list[RejectedRow]
-) -> tuple[Records, Lengths | None, float | None]:
+) -> _Measured:
     """Lengths and supervised share; rows that the template or the preflight refuses move to `rejected_rows`."""
     if chat is None or not records:
         # without a tokenizer, characters are the only unit available
         sizes = np.fromiter(map(character_count, records), dtype=np.int64, count=len(records))
-        return records, _lengths(sizes, "characters"), None
+        return _Measured(records, _lengths(sizes, "characters"))
     if records[0].is_prompt_only:
-        return records, _lengths(tokenize_prompts(chat, records).lengths, "tokens"), None
+        prompts = tokenize_prompts(chat, records)
+        return _Measured(records, _lengths(prompts.lengths, "tokens"), None, _control_notes(prompts.notes, chat))
     options: TokenizeOptions = {"loss_on": loss_on, "with_candidates": records[0].score is not None}
     try:
         tokenized = tokenize_records(chat, records, **options)
@@ -214,10 +233,17 @@ def _measure(
     except (DataError, GateError):
         records = records.select(np.array([not _is_refused(r, chat, loss_on, rejected_rows) for r in records]))
         if not records:
-            return records, None, None
+            return _Measured(records, None)
         tokenized = tokenize_records(chat, records, **options)
     share = tokenized.supervised_tokens / int(tokenized.lengths.sum())
-    return records, _lengths(tokenized.lengths, "tokens"), share
+    notes = _control_notes(tokenized.columns.notes, chat)
+    return _Measured(records, _lengths(tokenized.lengths, "tokens"), share, notes)
+
+
+def _control_notes(notes: Mapping[str, Any], chat: ChatTemplate) -> Mapping[str, Any]:
+    if "control_tokens" not in notes:
+        return {}
+    return {"treated": chat.control_tokens or "text", **notes["control_tokens"]}
 
 
 def _is_refused(record: Record, chat: ChatTemplate, loss_on: LossOn, rejected_rows: list[RejectedRow]) -> bool:
@@ -293,6 +319,9 @@ def _table(report: DataReport) -> Table:
         verdict = "length alone may be what is learned" if is_biased else "of either length"
         lengths = f"longer in {c.longer:.0%} of {c.pairs} pairs, {c.typical:.2f} times as long in the median one"
         table.add_row("better answers", f"{lengths}: {verdict}")
+    if found := report.control_tokens:
+        tokens = ", ".join(f"{token} ({rows:,} rows)" for token, rows in found["rows_with"].items())
+        table.add_row("control tokens", escape(f"in {found['rows']:,} rows, {_TREATMENTS[found['treated']]}: {tokens}"))
     table.add_row("duplicate prompts", str(len(report.duplicates)))
     table.add_row("train prompts held out", str(len(report.overlap)))
     for n, matches in report.ngram_matches.items():

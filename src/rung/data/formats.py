@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, get_args
 
 from rung.config.data import AnswerFormat, DataConfig, Format
 from rung.data.byte_store import MappedSequence
+from rung.data.control_tokens import candidates_without_end_tokens, without_end_tokens
 from rung.data.conversations import conversation
 from rung.data.messages import (
     TurnFields,
@@ -96,6 +97,8 @@ class DetectedFormat:
     rows: int
     turn_fields: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Turns with each field, by what became of it: read, ignored or refused. Empty for rows without turns."""
+    removed_end_tokens: Mapping[str, int] = field(default_factory=dict)
+    """Answers that ended in each end token, which was removed (`data.control_tokens`)."""
 
     @property
     def unused(self) -> tuple[str, ...]:
@@ -108,7 +111,9 @@ class DetectedFormat:
         fields_text = "".join(
             f"; fields of turns {name}: {_listed(c, 'turns')}" for name, c in self.turn_fields.items()
         )
-        return f"{self.format}: {mapping_text}{unused_text}{fields_text}"
+        removed = self.removed_end_tokens
+        ends_text = f"; removed from the ends of answers: {_listed(removed, 'answers')}" if removed else ""
+        return f"{self.format}: {mapping_text}{unused_text}{fields_text}{ends_text}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +216,12 @@ def to_record(
         if format == "text":
             text = text_of(get("text"), "text")
             return Record((), source, group=group_key, weight=weight, text=text, task=task_name)
-        messages, candidates = conversation(format, get, fields or TurnFields())
+        fields = fields or TurnFields()
+        messages, candidates = conversation(format, get, fields)
+        if fields.removes_end_tokens:
+            messages, removed = without_end_tokens(messages)
+            candidates, removed_of_others = candidates_without_end_tokens(candidates)
+            fields.removed_end_tokens.update(removed_of_others if candidates else removed)
         references = parse_references(get("references")) if "references" in FORMATS[format].optional else ()
         if references and messages[-1].tool_calls:
             raise DataError("references are texts, and this row ends in a tool call, which is compared as a call")
@@ -262,7 +272,9 @@ def read_records(config: DataConfig, path: str, *, held_out: bool = False) -> Lo
     # the guess from the first row was wrong: convert again with what all rows showed
     if (reading.format, reading.group) != (detection.format, group):
         reading = _SourceReader(config, path, (detection.format, group))
-    detection = replace(detection, turn_fields=reading.turn_fields.summary())
+    turn_fields = reading.turn_fields
+    removed = dict(turn_fields.removed_end_tokens)
+    detection = replace(detection, turn_fields=turn_fields.summary(), removed_end_tokens=removed)
     if config.task is not None:
         detection = replace(detection, mapping={**detection.mapping, "task": config.task})
     return LoadedRows(reading.records, reading.rejected_rows, detection, path)
@@ -278,7 +290,8 @@ class _SourceReader:
     def __init__(self, config: DataConfig, path: str, known_format: tuple[Format, str | None] | None = None) -> None:
         self.name = path
         self.census = ColumnCensus()
-        self.turn_fields = TurnFields(config.unknown_fields)
+        removes_end_tokens = config.control_tokens in (None, "text")
+        self.turn_fields = TurnFields(config.unknown_fields, removes_end_tokens=removes_end_tokens)
         self.format: Format | None = None
         self.group: str | None = None
         self._known_format = known_format

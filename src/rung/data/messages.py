@@ -50,10 +50,14 @@ _ROLE_FIELDS: dict[MessageRole, frozenset[str]] = {
 
 
 class TurnFields:
-    """Counts the fields of turns, and refuses or ignores those that nothing reads (`data.unknown_fields`)."""
+    """Counts the fields of turns, and refuses or ignores those that nothing reads (`data.unknown_fields`).
 
-    def __init__(self, unknown: UnknownFields = "error") -> None:
-        self.unknown = unknown
+    It also counts the end tokens that are removed from the ends of answers, if they are (`data.control_tokens`).
+    """
+
+    def __init__(self, unknown: UnknownFields = "error", *, removes_end_tokens: bool = True) -> None:
+        self.unknown, self.removes_end_tokens = unknown, removes_end_tokens
+        self.removed_end_tokens = Counter[str]()
         self.read, self.honored = Counter[str](), Counter[str]()
         self.ignored, self.refused = Counter[str](), Counter[str]()
 

@@ -264,5 +264,6 @@ def _set_summary(loaded: LoadedRows, weight: float | None) -> dict[str, object]:
         "kept": len(loaded.records),
         "rejected": len(loaded.rejected_rows),
         **({"ignored_fields": dict(ignored)} if (ignored := loaded.detection.turn_fields.get("ignored")) else {}),
+        **({"removed_end_tokens": dict(ends)} if (ends := loaded.detection.removed_end_tokens) else {}),
         "rejected_first": [str(r) for r in loaded.rejected_rows[:10]],
     }

@@ -7,8 +7,9 @@ for one row. `tokenize` writes the columns, `cache` stores them, `training.packi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +37,55 @@ class TokenizedDocument(NamedTuple):
     expected_text: str
 
 
+MAX_REJECTED_SHOWN = 10
+"""Rows that could not be rendered, with their reasons, in `run.json`; the count has all."""
+
+
+@dataclass
+class RowNotes:
+    """What was done with rows that have control tokens in their text, and with rows that cannot be rendered."""
+
+    control_tokens: Counter[str] = field(default_factory=Counter)
+    """Rows with each control token in their text."""
+    control_rows: set[int] = field(default_factory=set)
+    control_rows_dropped: set[int] = field(default_factory=set)
+    """Rows left out under `data.control_tokens: drop`."""
+    removed_end_tokens: Counter[str] = field(default_factory=Counter)
+    """Answers without the end token of the template that stood at their end."""
+    rejected_rows: dict[str, str] = field(default_factory=dict)
+    """Sources and reasons of rows left out under `data.rejects: drop`."""
+
+    def count_control_tokens(self, row: int, tokens: Iterable[str]) -> None:
+        """Count a row once for each of its control tokens."""
+        # the answers of a row come one after the other, and share its prompt
+        if row not in self.control_rows:
+            self.control_tokens.update(set(tokens))
+            self.control_rows.add(row)
+
+    def reject(self, source: Source, reason: str) -> None:
+        """Note a row that cannot be rendered."""
+        self.rejected_rows.setdefault(str(source), reason)
+
+    @property
+    def rejected_first(self) -> list[str]:
+        """The first rows that cannot be rendered, with their reasons."""
+        return [f"{source}: {reason}" for source, reason in list(self.rejected_rows.items())[:MAX_REJECTED_SHOWN]]
+
+    def to_json(self) -> dict[str, Any]:
+        """The counts, empty where nothing was found."""
+        notes: dict[str, Any] = {}
+        if self.control_rows:
+            notes["control_tokens"] = {
+                "rows": len(self.control_rows),
+                "rows_left_out": len(self.control_rows_dropped),
+                "rows_with": dict(self.control_tokens.most_common()),
+                "removed_from_answer_ends": dict(self.removed_end_tokens.most_common()),
+            }
+        if self.rejected_rows:
+            notes["not_rendered"] = {"rows": len(self.rejected_rows), "first": self.rejected_first}
+        return notes
+
+
 @dataclass(frozen=True, slots=True)
 class TokenColumns:
     """Documents as flat bytes: int32 ids, one byte of supervision per token, and the expected texts in UTF-8."""
@@ -49,6 +99,8 @@ class TokenColumns:
     boundary_checked: int
     boundary_differences: int
     """Rows, out of `boundary_checked`, with other ids when tokenized as one piece. Reported, never used."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """`RowNotes` as JSON."""
 
     def text(self, row: np.void) -> str:
         """The expected text of a row."""
@@ -83,23 +135,25 @@ class TokenColumnWriter:
         self._rows += np.array(row, ROW_DTYPE).tobytes()
         self._tokens += length
 
-    def columns(self, dropped: np.ndarray, trimmed: np.ndarray, checked: int, differences: int) -> TokenColumns:
+    def columns(
+        self, dropped: np.ndarray, trimmed: np.ndarray, checked: int, differences: int, notes: RowNotes
+    ) -> TokenColumns:
         """All documents; nothing can be added afterwards."""
         ids, supervised, texts = (ByteRange(f, 0, f.size) for f in (self._ids, self._supervised, self._texts))
         rows = np.frombuffer(self._rows, ROW_DTYPE)
-        return TokenColumns(ids, supervised, texts, rows, dropped, trimmed, checked, differences)
+        return TokenColumns(ids, supervised, texts, rows, dropped, trimmed, checked, differences, notes.to_json())
 
 
 class StoredExamples(LazySequence[Example]):
     """Examples read from disk; source, weight, group and task come from the records."""
 
     def __init__(self, columns: TokenColumns, records: Sequence[Record]) -> None:
-        self._columns, self._records, self.rows = columns, records, columns.rows
+        self._columns, self.records, self.rows = columns, records, columns.rows
 
     def at(self, i: int) -> Example:
         """Read one example; its arrays are copies that belong to the caller."""
         record_index, token, _, length, *_, candidate_index = self.rows[i].tolist()
-        record = self._records[record_index]
+        record = self.records[record_index]
         ids = np.frombuffer(self._columns.ids.read(4 * token, 4 * length), dtype="<i4").copy()
         supervised = np.frombuffer(self._columns.supervised.read(token, length), dtype=bool).copy()
         score = record.score if candidate_index == OWN_ANSWER else record.candidates[candidate_index].score
@@ -111,7 +165,7 @@ class TokenizedDataset:
     """Tokenized examples, read from disk on access."""
 
     columns: TokenColumns
-    examples: Sequence[Example]
+    examples: StoredExamples
     """The documents of `columns` with the sources, weights and groups of their records."""
     from_cache: bool = False
 
@@ -133,6 +187,17 @@ class TokenizedDataset:
         starts = np.append(np.flatnonzero(np.diff(record_indices, prepend=-1)), len(record_indices))
         spans = np.lib.stride_tricks.sliding_window_view(starts, 2)
         return MappedSequence(lambda span: list(self.examples[slice(*span.tolist())]), spans)
+
+    def without_documents(self, failing: Mapping[int, str]) -> TokenizedDataset:
+        """The data set without the rows of these documents; their reasons are noted."""
+        rows = self.columns.rows
+        kept = rows[~np.isin(rows["record"], rows["record"][list(failing)])]
+        earlier = self.columns.notes.get("not_rendered", {"rows": 0, "first": []})
+        count = earlier["rows"] + len(np.unique(rows["record"][list(failing)]))
+        first = [*earlier["first"], *failing.values()][:MAX_REJECTED_SHOWN]
+        notes = {**self.columns.notes, "not_rendered": {"rows": count, "first": first}}
+        columns = replace(self.columns, rows=kept, notes=notes)
+        return TokenizedDataset(columns, StoredExamples(columns, self.examples.records), self.from_cache)
 
     def longest_row(self) -> list[Example]:
         """The row with the longest document, for the memory test before the first step."""
@@ -168,4 +233,5 @@ class TokenizedDataset:
             "boundary_checked": self.columns.boundary_checked,
             "boundary_differences": self.columns.boundary_differences,
             "from_cache": self.from_cache,
+            **self.columns.notes,
         }

@@ -23,7 +23,7 @@ from rung.data.prompt_positions import virtual_token_positions
 from rung.data.records import Records
 from rung.data.splits import Splits, load_data
 from rung.data.token_store import TokenizedDataset
-from rung.data.tokenize import Preflight, PromptDataset, preflight, tokenize_prompts
+from rung.data.tokenize import Preflight, PromptDataset, preflight, tokenize_prompts, without_failing_rows
 from rung.errors import DataError
 from rung.evaluation.retrieval import Library, read_documents, row_contexts
 from rung.models.base_model import BaseModel
@@ -86,6 +86,7 @@ def tokenize_splits(config: RunConfig, splits: Splits, base: BaseModel, library:
     """Tokenized training and validation data, cached, with gate 1 passed and with the contexts of the evaluation."""
     positions = virtual_token_positions(config.method, base.vocab_size)
     chat = ChatTemplate.of_model(base.tokenizer, config.model, base.end_ids, positions)
+    chat = chat.with_control_tokens(config.data.control_tokens)
     max_tokens = max_document_tokens(config, base)
     context = config.evaluation.context
     if context == "retrieved" and library is None:
@@ -135,9 +136,14 @@ def tokenize_for_objective(
 ) -> TokenizedDataset:
     """The tokenized records of a run, as its objective needs them. Raises `DataError` for rows of too few answers."""
     objective = make_objective(config.objective)
-    tokenize = partial(cached_examples, chat, records, loss_on=config.data.loss_on, overflow=config.data.overflow)
+    data = config.data
+    tokenize = partial(
+        cached_examples, chat, records, loss_on=data.loss_on, overflow=data.overflow, rejects=data.rejects
+    )
     with status("tokenizing"):
         dataset = tokenize(max_length=max_tokens, with_candidates=objective.compares_answers)
+        if data.rejects == "drop":
+            dataset = without_failing_rows(chat, dataset)
     if (incomplete_row := dataset.first_row_with_fewer(objective.min_answers)) is not None:
         hint = "labelled answers are for loss: kto; pairs, rankings and ratings for all others"
         raise DataError("this row has one answer and nothing to compare it with", where=str(incomplete_row), hint=hint)
@@ -166,7 +172,8 @@ def _prompt_only_data(config: RunConfig, splits: Splits, chat: ChatTemplate, max
                 raise DataError(summary, where=str(record.source), hint=hint)
             # now and not at the first rollout: a template may write calls in a form that is not read
             chat.expected_calls(record)
-    tokenize = partial(tokenize_prompts, chat, max_length=max_tokens, overflow=config.data.overflow)
+    rejects, overflow = config.data.rejects, config.data.overflow
+    tokenize = partial(tokenize_prompts, chat, max_length=max_tokens, overflow=overflow, rejects=rejects)
     with status("tokenizing"):
         train, validation = tokenize(splits.train), tokenize(splits.validation) if splits.validation else None
     return RunData(splits, chat, train, validation, train.preflight())
