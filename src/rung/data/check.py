@@ -17,13 +17,14 @@ import numpy as np
 from rung.config.data import DataConfig, LossOn
 from rung.data.byte_store import chunks
 from rung.data.contamination import contamination
-from rung.data.deduplication import JACCARD_THRESHOLD, FuzzyMatch, HashSet, NgramMatch, ngram_hashes, words
+from rung.data.deduplication import JACCARD_THRESHOLD, FuzzyMatch, HashSet, NgramMatch, ngram_hashes
 from rung.data.formats import DetectedFormat, read_records
 from rung.data.read import RejectedRow
 from rung.data.records import Records, character_count
 from rung.data.splits import assign_splits, duplicate_pairs, overlapping_pairs, source_pairs, weighted_paths
 from rung.data.tokenize import TokenizeOptions, preflight, tokenize_prompts, tokenize_records
 from rung.errors import DataError, GateError
+from rung.scoring.words import search_words
 from rung.types import Example, Record
 
 if TYPE_CHECKING:
@@ -272,7 +273,7 @@ def _diversity(records: Records) -> Diversity | None:
     answer_hashes, row_indices = array("q"), array("q")
     indexed_answers = ((i, answer) for i, answer in enumerate(r.answer for r in records) if answer)
     for chunk in chunks(indexed_answers, lambda x: len(x[1]), count=1024, limit=1 << 20):
-        answer_words = [words(answer) for _, answer in chunk]
+        answer_words = [search_words(answer) for _, answer in chunk]
         for n, ngrams in ngram_sets.items():
             ngrams.add(ngram_hashes(answer_words, n)[0])
         answer_hashes.extend(hash(answer) for _, answer in chunk)
