@@ -14,6 +14,7 @@ from rich.text import Text
 from rung.config.data import DataConfig
 from rung.config.io import load_config
 from rung.config.model import ModelConfig
+from rung.console import StyledLine, plain
 from rung.data.chat import ChatTemplate
 from rung.data.check import colored_tokens, inspect_data
 from rung.data.formats import read_records
@@ -46,7 +47,7 @@ def check_data(file: str, *, show: int, model: str | None) -> tuple[dict[str, An
         if show and chat:
             for text in _colored_rows(target, chat, show):
                 console.print(text)
-    return report.to_json(), capture.get().splitlines()
+    return report.to_json(), [StyledLine(line) for line in capture.get().removesuffix("\n").split("\n")]
 
 
 def _colored_rows(target: str | DataConfig, chat: ChatTemplate, count: int) -> list[Text]:
@@ -64,4 +65,4 @@ def _colored_rows(target: str | DataConfig, chat: ChatTemplate, count: int) -> l
     # the report above names these rows
     except DataError:
         return []
-    return [Text.assemble((f"{e.source}\n", "bold"), colored_tokens(e, chat), "\n") for e in tokenized.examples]
+    return [plain(f"{e.source}\n", "bold") + colored_tokens(e, chat) + plain("\n") for e in tokenized.examples]

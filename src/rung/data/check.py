@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from rung.config.data import DataConfig, LossOn
+from rung.console import TextTable, plain, visible
 from rung.data.byte_store import chunks
 from rung.data.contamination import contamination
 from rung.data.deduplication import JACCARD_THRESHOLD, FuzzyMatch, HashSet, NgramMatch, ngram_hashes
@@ -29,7 +30,6 @@ from rung.types import Example, Record
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
-    from rich.table import Table
     from rich.text import Text
 
     from rung.data.chat import ChatTemplate
@@ -134,14 +134,12 @@ class DataReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Print the numbers, then the rows behind them."""
-        from rich.markup import escape
-
         yield _table(self)
         for title, lines in _detail_lines(self).items():
             if lines:
                 yield ""
-                yield f"[bold]{title}[/bold]"
-                yield from (f"  {escape(line)}" for line in lines[:MAX_SHOWN])
+                yield plain(title, "bold")
+                yield from (plain(f"  {line}") for line in lines[:MAX_SHOWN])
                 if len(lines) > MAX_SHOWN:
                     yield f"  and {len(lines) - MAX_SHOWN} more"
 
@@ -185,12 +183,10 @@ def inspect_data(target: str | DataConfig, chat: ChatTemplate | None = None) -> 
 
 def colored_tokens(example: Example, chat: ChatTemplate) -> Text:
     """The document as text: supervised tokens green, all others dimmed, neighboring tokens in two shades."""
-    from rich.text import Text
-
     shades = {True: ("bold green", "bold bright_green"), False: ("dim", "dim italic")}
-    text = Text()
+    text = plain("")
     for i, (piece, is_supervised) in enumerate(_token_pieces(example, chat)):
-        text.append(piece, style=shades[is_supervised][i % 2])
+        text.append(visible(piece), style=shades[is_supervised][i % 2])
     return text
 
 
@@ -298,13 +294,10 @@ def _answer_lengths(records: Records) -> AnswerLengths | None:
     return AnswerLengths(len(values), float(((values > 1) + 0.5 * (values == 1)).mean()), float(np.median(values)))
 
 
-def _table(report: DataReport) -> Table:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+def _table(report: DataReport) -> TextTable:
+    table = TextTable(show_header=False, box=None, padding=(0, 2, 0, 0))
     for path, detection in report.detections.items():
-        table.add_row(escape(path), escape(str(detection)))
+        table.add_row(path, str(detection))
     table.add_row("rows", f"{report.kept_count} kept, {len(report.rejected_rows)} rejected")
     table.add_row("splits", ", ".join(f"{name} {n}" for name, n in report.splits.items()))
     if size := report.lengths:
@@ -314,7 +307,7 @@ def _table(report: DataReport) -> Table:
         table.add_row("supervised", f"{report.supervised_share:.1%} of the tokens")
     if d := report.diversity:
         table.add_row("distinct-1, distinct-2", f"{d.distinct_1:.3f}, {d.distinct_2:.3f} of the answers' words")
-        table.add_row("most common answer", escape(f"{d.most_common_share:.1%}: {d.most_common[:60]!r}"))
+        table.add_row("most common answer", f"{d.most_common_share:.1%}: {d.most_common[:60]!r}")
     if c := report.answer_lengths:
         is_biased = abs(c.longer - 0.5) > LENGTH_BIAS_THRESHOLD
         verdict = "length alone may be what is learned" if is_biased else "of either length"
@@ -322,7 +315,7 @@ def _table(report: DataReport) -> Table:
         table.add_row("better answers", f"{lengths}: {verdict}")
     if found := report.control_tokens:
         tokens = ", ".join(f"{token} ({rows:,} rows)" for token, rows in found["rows_with"].items())
-        table.add_row("control tokens", escape(f"in {found['rows']:,} rows, {_TREATMENTS[found['treated']]}: {tokens}"))
+        table.add_row("control tokens", f"in {found['rows']:,} rows, {_TREATMENTS[found['treated']]}: {tokens}")
     table.add_row("duplicate prompts", str(len(report.duplicates)))
     table.add_row("train prompts held out", str(len(report.overlap)))
     for n, matches in report.ngram_matches.items():
