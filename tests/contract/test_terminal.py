@@ -150,6 +150,7 @@ def test_data_check_of_hostile_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(data_check_command, "load_tokenizer", lambda config: tiny_tokenizer)
+    monkeypatch.setattr(data_check_command, "load_end_ids", lambda config: ())
     rows: list[dict[str, Any]] = [
         {"question": f"{i} {ALL[:-8]}".replace("\ud800", ""), "answer": t} for i, t in enumerate(HOSTILE)
     ]

@@ -21,7 +21,7 @@ from rung.data.formats import read_records
 from rung.data.splits import weighted_paths
 from rung.data.tokenize import TokenizeOptions, tokenize_records
 from rung.errors import DataError
-from rung.models.load import load_tokenizer
+from rung.models.load import load_end_ids, load_tokenizer
 
 
 def check_data(file: str, *, show: int, model: str | None) -> tuple[dict[str, Any], list[str]]:
@@ -38,7 +38,7 @@ def check_data(file: str, *, show: int, model: str | None) -> tuple[dict[str, An
     if show and base is None:
         # Supervised tokens can only be shown with some tokenizer; the default model's is as good as any.
         base = ModelConfig()
-    chat = ChatTemplate.of_model(load_tokenizer(base), base) if base else None
+    chat = ChatTemplate.of_model(load_tokenizer(base), base, load_end_ids(base)) if base else None
     report = inspect_data(target, chat)
     # Captured: the caller decides where the lines are printed.
     console = Console()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import date
 from functools import cached_property
 from itertools import chain
@@ -20,6 +21,13 @@ from jinja2 import TemplateError
 
 from rung.config.data import ControlTokens, LossOn
 from rung.config.model import ModelConfig
+from rung.data.answer_form import (
+    REASONING_SENTINEL,
+    REASONING_TAGS,
+    SENTINEL,
+    AnswerForm,
+    read_answer_form,
+)
 from rung.data.control_tokens import (
     OPENING_MARK,
     ControlTokenText,
@@ -55,13 +63,6 @@ from rung.types import Message, Record, Source
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# A word no template writes by itself: its position in the rendered text shows where an answer stands.
-_SENTINEL = "RungSentinel"
-_REASONING_SENTINEL = "RungThought"
-_CALL = '[{"type": "function", "id": "call00000", "function": {"name": "f", "arguments": {"x": "1"}}}]'
-_REASONING_TAGS = (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]"))
-"""What models write around reasoning: Qwen, DeepSeek and most others; some tunes; Mistral."""
-
 
 class TextPart(NamedTuple):
     """A piece of a document that is tokenized separately."""
@@ -78,15 +79,6 @@ class ParsedAnswer(NamedTuple):
     text: str
     """The answer without reasoning and surrounding white space; empty where the model never came to its answer."""
     reasoning: str = ""
-
-
-class _AnswerEnding(NamedTuple):
-    """What a template writes after an answer: text before the stop, the stop, and text up to the next turn."""
-
-    before_stop: str  # between the answer and the stop
-    stop: str
-    after_stop: str
-    stop_id: int
 
 
 class ChatTemplate:
@@ -137,15 +129,15 @@ class ChatTemplate:
         self._anchor = self._find_anchor()
         text = with_fixed_date(read_template(tokenizer, template, adds_bos=self.adds_bos), day)
         self.template = with_variables(text, variables or {})
-        self._control_ids = possible_stops(tokenizer)
-        self._answer_opening = ""
-        self._endings, self._answer_prefix = self._probe_endings(template)
+        self._form = AnswerForm()
+        self._form = self._read_form(template, possible_stops(tokenizer), end_ids)
         self.positions = positions
-        self.stop_ids = tuple(dict.fromkeys(e.stop_id for e in self._endings))
+        self.stop_ids = tuple(dict.fromkeys(e.stop_id for e in self._form.endings))
         model_end_ids = [i for i in (self.eos_id, *end_ids) if i is not None]
         self.generation_stop_ids = tuple(dict.fromkeys((*self.stop_ids, *model_end_ids)))
         # last: probes are the template's own text
-        self.control_text = ControlTokenText(tokenizer, text_control_tokens(tokenizer, self.generation_stop_ids))
+        tokens = text_control_tokens(tokenizer, self.generation_stop_ids, self._form.frame_tokens)
+        self.control_text = ControlTokenText(tokenizer, tokens)
 
     @staticmethod
     def of_model(
@@ -164,6 +156,16 @@ class ChatTemplate:
         plain = copy.copy(self)
         plain.positions = None
         return plain
+
+    def _read_form(self, choice: str, stops: Mapping[str, int], end_ids: Collection[int]) -> AnswerForm:
+        form = read_answer_form(self._render, stops, end_ids, choice)
+        try:
+            # here and not at the first row: a template that doubles the BOS is a config error, not a data error
+            probe = self._render([Message("user", "Q"), Message("assistant", SENTINEL)])
+            self.check_bos(self._encode_texts([probe])[0], "model.template")
+        except DataError as error:
+            raise ConfigError(error.summary, where="model.template", hint=error.hint) from error
+        return form
 
     def with_control_tokens(self, policy: ControlTokens | None) -> ChatTemplate:
         """The same template for rows with this setting of `data.control_tokens`; None for text of any other origin."""
@@ -185,8 +187,8 @@ class ChatTemplate:
         """Generated ids as the text of the turn: cut at the first stop, without what the template writes around it."""
         # a base model may end a text its own way before tuning
         end = next((i for i, token in enumerate(ids) if token in self.generation_stop_ids), len(ids))
-        text = self.decode([ids[:end]], mid_document=True)[0].removeprefix(self._answer_prefix)
-        return text.removesuffix(self._endings[0].before_stop) if end < len(ids) else text
+        text = self.decode([ids[:end]], mid_document=True)[0].removeprefix(self._form.prefix)
+        return text.removesuffix(self._form.endings[0].before_stop) if end < len(ids) else text
 
     def parsed_answer(self, ids: Sequence[int], *, stopped: bool = True) -> ParsedAnswer:
         """Generated ids as an answer and the reasoning before it, which is between tags that models write.
@@ -197,7 +199,7 @@ class ChatTemplate:
         text = self.assistant_text(ids).strip()
         for opening, closing in self._reasoning_tags:
             begins = text.startswith(opening)
-            if not begins and not self._answer_opening.endswith(opening):
+            if not begins and not self._form.opening.endswith(opening):
                 continue
             reasoning, closed, answer = text.removeprefix(opening).partition(closing)
             # a tuned model may answer at once where the prompt opens the tag: then a complete answer has no closing tag
@@ -209,15 +211,15 @@ class ChatTemplate:
     def _reasoning_tags(self) -> tuple[tuple[str, str], ...]:
         """What stands around reasoning: in this template first, then as other models write it."""
         try:
-            turns = [Message("user", "Q"), Message("assistant", _SENTINEL, reasoning=_REASONING_SENTINEL)]
+            turns = [Message("user", "Q"), Message("assistant", SENTINEL, reasoning=REASONING_SENTINEL)]
             answer = self._rendered_answer(turns)
         except DataError:
-            return _REASONING_TAGS
-        opening, sentinel, rest = answer.partition(_REASONING_SENTINEL)
-        closing = rest.partition(_SENTINEL)[0].strip()
+            return REASONING_TAGS
+        opening, sentinel, rest = answer.partition(REASONING_SENTINEL)
+        closing = rest.partition(SENTINEL)[0].strip()
         # nothing before it: the prompt opens it, with a tag that other models write too
         is_complete = sentinel and opening.strip() and closing
-        return ((opening.strip(), closing), *_REASONING_TAGS) if is_complete else _REASONING_TAGS
+        return ((opening.strip(), closing), *REASONING_TAGS) if is_complete else REASONING_TAGS
 
     @property
     def reads_tool_calls(self) -> bool:
@@ -290,12 +292,17 @@ class ChatTemplate:
         for i in self._answers_to_split(record, loss_on):
             prompt = self._render(turns[:i], *rest, generation=True, marks=marks)
             full = self._render(turns[: i + 1], *rest, marks=marks)
+            opened, turn = prompt, turns[i]
+            reopens = bool(self._form.dropped_opening) and prompt.endswith(self._form.dropped_opening)
+            if reopens:
+                opened, turn = prompt.removesuffix(self._form.dropped_opening), replace(turn, reasoning=None)
             # both must be prefixes, or the training text differs from the prompts of inference
-            if not (full.startswith(prompt) and prompt.startswith(prefix)):
-                raise unstable_template_error(record.source, i, loss_on, rewrites_history=full.startswith(prompt))
-            answer = full[len(prompt) : len(full) - len(self._text_after_stop(full, record.source))]
-            if not renders_unchanged(self._answer_body(answer), turns[i], self._answer_prefix):
+            if not (full.startswith(opened) and prompt.startswith(prefix)):
+                raise unstable_template_error(record.source, i, loss_on, rewrites_history=full.startswith(opened))
+            answer = full[len(opened) : len(full) - len(self._text_after_stop(full, record.source))]
+            if not renders_unchanged(self._answer_body(answer), turn, self._form.prefix):
                 raise rewritten_answer_error(record.source, i, self._answer_body(answer))
+            answer = self._form.reopened(answer, turns[i].reasoning) if reopens else answer
             learned = turns[i].is_learned
             parts += [TextPart(prompt[len(prefix) :], False), TextPart(answer, learned, excluded=not learned)]
             prefix = prompt + answer
@@ -321,7 +328,7 @@ class ChatTemplate:
 
     def _answer_body(self, answer: str) -> str:
         """The answer text before the stop, without marks of virtual tokens and of control tokens in the text."""
-        ending = next(e for e in self._endings if answer.endswith(e.stop))
+        ending = next(e for e in self._form.endings if answer.endswith(e.stop))
         text = without_marks(answer.removesuffix(ending.stop).removesuffix(ending.before_stop))
         return text if self.positions is None else "".join(self.positions.split_at_marks(text)[::2])
 
@@ -422,15 +429,7 @@ class ChatTemplate:
             marks = self.control_text.may_occur_in(messages, context, tools)
         turns = [for_template(m) for m in messages]
         where = str(source) if source else None
-        # Jinja ignores variables a template never uses: tools would silently vanish from the prompt
-        has_reasoning = any(m.reasoning for m in messages)
-        fields = {"tools": tools, "tool_calls": any(m.tool_calls for m in messages), "reasoning": has_reasoning}
-        for name, present in fields.items():
-            names = REASONING_FIELDS if name == "reasoning" else (name,)
-            if present and not any(field in self.template for field in names):
-                summary = f"the row has {name}, but the chat template never shows it"
-                hint = "set model.template: plain, or a .jinja file that writes them"
-                raise DataError(summary, where=where, hint=hint)
+        self._require_shown(messages, tools, where)
         if context:
             first_user = next((t for t in turns if t["role"] == "user"), None)
             if first_user is None:
@@ -453,9 +452,24 @@ class ChatTemplate:
             summary, roles = f"the chat template refuses this conversation: {error}", " ".join(m.role for m in messages)
             hint = "change the row, or set model.template: plain or a .jinja file"
             raise DataError(summary, where=where, given=roles, hint=hint) from error
+        if self._form.next_role is not None and not generation and messages[-1].role == "assistant":
+            text += self._form.next_role[bool(messages[-1].tool_calls)]
         if self.positions is None:
             return text
-        return self.positions.with_answer_mark(text, turns, self._answer_prefix, generation=generation)
+        return self.positions.with_answer_mark(text, turns, self._form.prefix, generation=generation)
+
+    def _require_shown(self, messages: Sequence[Message], tools: str | None, where: str | None) -> None:
+        """Raise `DataError` for a part of a row that the template does not know."""
+        # Jinja ignores variables a template never uses: tools would silently vanish from the prompt. Reasoning that the
+        # prompt opens is written by `split_conversation`.
+        has_reasoning = any(m.reasoning for m in messages) and not self._form.dropped_opening
+        fields = {"tools": tools, "tool_calls": any(m.tool_calls for m in messages), "reasoning": has_reasoning}
+        for name, present in fields.items():
+            names = REASONING_FIELDS if name == "reasoning" else (name,)
+            if present and not any(field in self.template for field in names):
+                summary = f"the row has {name}, but the chat template never shows it"
+                hint = "set model.template: plain, or a .jinja file that writes them"
+                raise DataError(summary, where=where, hint=hint)
 
     def _apply(self, turns: list[dict[str, Any]], schemas: Any, *, generation: bool) -> str:
         options = {"tools": schemas, "chat_template": self.template, "add_generation_prompt": generation}
@@ -468,61 +482,12 @@ class ChatTemplate:
                 raise
             return str(self.tokenizer.apply_chat_template(as_text, tokenize=False, **options))
 
-    def _probe_endings(self, choice: str) -> tuple[list[_AnswerEnding], str]:
-        """Render sentinel answers and extract what the template writes around them."""
-        question = Message("user", "Q")
-        try:
-            opening = self._render([question], generation=True)
-            full = self._render([question, Message("assistant", _SENTINEL)])
-        except DataError as error:
-            summary = f"the chat template is broken: {error.summary}"
-            raise ConfigError(summary, where="model.template", given=choice) from error
-        self._answer_opening = opening.rstrip()
-        body, sentinel, tail = full.rpartition(_SENTINEL)
-        ending = self._find_ending(tail)
-        if not sentinel or ending is None:
-            fault = "ends an answer without a stop token" if sentinel else "leaves answers out"
-            allowed = "a special token after every assistant turn"
-            hint = "set model.template: plain, or a .jinja file that writes one"
-            summary = f"the chat template {fault}"
-            raise ConfigError(summary, where="model.template", given=tail or choice, allowed=allowed, hint=hint)
-        try:
-            # here and not at the first row: a template that doubles the BOS is a config error, not a data error
-            self.check_bos(self._encode_texts([full])[0], "model.template")
-        except DataError as error:
-            raise ConfigError(error.summary, where="model.template", hint=error.hint) from error
-        endings = [ending]
-        # listed only where it differs, so that the first ending stays that of a plain answer
-        call_ending = self._tool_call_ending(question)
-        if call_ending and (call_ending.stop, call_ending.after_stop) != (ending.stop, ending.after_stop):
-            endings.append(call_ending)
-        return endings, body.removeprefix(opening) if body.startswith(opening) else ""
-
-    def _find_ending(self, tail: str) -> _AnswerEnding | None:
-        # the earliest control token, and of two at one position the longer: `<|end|>` may be a prefix of another
-        matches = [(tail.find(text), -len(text), text) for text in self._control_ids if text in tail]
-        if not matches:
-            return None
-        position, _, stop = min(matches)
-        return _AnswerEnding(tail[:position], stop, tail[position + len(stop) :], self._control_ids[stop])
-
-    def _tool_call_ending(self, question: Message) -> _AnswerEnding | None:
-        """Some templates end a turn with a tool call by another stop; others do not support tools at all (None)."""
-        try:
-            text = self._render([question, Message("assistant", "", tool_calls=_CALL)])
-        except DataError:
-            return None
-        # no sentinel can stand in a call, so the stop is the control token at the end of the text
-        body = text.rstrip()
-        stop = max((t for t in self._control_ids if body.endswith(t)), key=len, default=None)
-        return _AnswerEnding("", stop, text[len(body) :], self._control_ids[stop]) if stop else None
-
     def _text_after_stop(self, full: str, source: Source | None) -> str:
-        for ending in self._endings:
+        for ending in self._form.endings:
             if full.endswith(ending.stop + ending.after_stop):
                 return ending.after_stop
         summary = "the template ends this answer without a stop token"
-        allowed = " or ".join(repr(e.stop + e.after_stop) for e in self._endings)
+        allowed = " or ".join(repr(e.stop + e.after_stop) for e in self._form.endings)
         where = None if source is None else str(source)
         raise DataError(summary, where=where, given=repr(full[-60:]), allowed=allowed)
 

@@ -46,11 +46,18 @@ def possible_stops(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     return {**added, **{str(text): int(i) for text, i in special}}
 
 
-def text_control_tokens(tokenizer: PreTrainedTokenizerFast, stop_ids: Collection[int]) -> dict[str, int]:
-    """Tokens that text must not become: special ones and stops, not `<think>` and others that models write."""
+def text_control_tokens(
+    tokenizer: PreTrainedTokenizerFast, stop_ids: Collection[int], frame: Collection[str] = ()
+) -> dict[str, int]:
+    """Tokens that text must not become: special ones, stops, and those that the template writes around turns.
+
+    `<think>`, `<tool_call>` and others that models write stay tokens where the tokenizer does not call them special.
+    """
     special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
     special |= {str(token) for token in tokenizer.all_special_tokens}
-    return {text: i for text, i in possible_stops(tokenizer).items() if text in special or i in stop_ids}
+    return {
+        text: i for text, i in possible_stops(tokenizer).items() if text in special or text in frame or i in stop_ids
+    }
 
 
 class ControlTokenText:
