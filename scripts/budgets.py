@@ -14,8 +14,10 @@ BASES = {
     *("MethodBase", "WeightMethodBase", "VirtualTokenBase", "LowRankConfig", "ObjectiveBase", "ReinforcementBase"),
     *("NamedTuple", "TypedDict", "DynamicLayer", "SafeLoader", "Sequence", "LazySequence", "PeftConfig"),
     *("BaseTuner", "BaseTunerLayer", "StrEnum", "Exception", "Preference"),
+    "str",
 }
-"""Inheritance stays with protocols (sequences are), configs, torch modules and functions, peft's tuners, exceptions."""
+"""Inheritance stays with protocols (sequences are), configs, torch modules and functions, peft's tuners, exceptions, and
+`str` for a line that is safe to print as it is: every table gives lines, and they are joined and searched as text."""
 
 
 def main() -> int:

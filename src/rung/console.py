@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -50,12 +50,9 @@ def plain(text: object, style: str = "") -> Text:
     return Text(visible(str(text)), style)
 
 
-class TextTable(Table):
-    """A table of rich whose cells are text and never markup."""
-
-    def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
-        """Add a row; strings are shown as they are."""
-        super().add_row(*(plain(cell) if isinstance(cell, str) else cell for cell in cells), **options)
+def add_text_row(table: Table, *cells: str | Text) -> None:
+    """Add a row to a table of rich; strings are shown as they are, without markup."""
+    table.add_row(*(plain(cell) if isinstance(cell, str) else cell for cell in cells))
 
 
 def text_panel(text: str, title: str, width: int) -> Panel:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from rung.config.data import DataConfig, LossOn
-from rung.console import TextTable, plain, visible
+from rung.console import add_text_row, plain, visible
 from rung.data.byte_store import chunks
 from rung.data.contamination import contamination
 from rung.data.deduplication import JACCARD_THRESHOLD, FuzzyMatch, HashSet, NgramMatch, ngram_hashes
@@ -30,6 +30,7 @@ from rung.types import Example, Record
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.table import Table
     from rich.text import Text
 
     from rung.data.chat import ChatTemplate
@@ -294,33 +295,35 @@ def _answer_lengths(records: Records) -> AnswerLengths | None:
     return AnswerLengths(len(values), float(((values > 1) + 0.5 * (values == 1)).mean()), float(np.median(values)))
 
 
-def _table(report: DataReport) -> TextTable:
-    table = TextTable(show_header=False, box=None, padding=(0, 2, 0, 0))
+def _table(report: DataReport) -> Table:
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for path, detection in report.detections.items():
-        table.add_row(path, str(detection))
-    table.add_row("rows", f"{report.kept_count} kept, {len(report.rejected_rows)} rejected")
-    table.add_row("splits", ", ".join(f"{name} {n}" for name, n in report.splits.items()))
+        add_text_row(table, path, str(detection))
+    add_text_row(table, "rows", f"{report.kept_count} kept, {len(report.rejected_rows)} rejected")
+    add_text_row(table, "splits", ", ".join(f"{name} {n}" for name, n in report.splits.items()))
     if size := report.lengths:
         spread = f"min {size.minimum}, median {size.median:g}, p95 {size.p95:g}, max {size.maximum}"
-        table.add_row("length", f"{spread} {size.unit}")
+        add_text_row(table, "length", f"{spread} {size.unit}")
     if report.supervised_share is not None:
-        table.add_row("supervised", f"{report.supervised_share:.1%} of the tokens")
+        add_text_row(table, "supervised", f"{report.supervised_share:.1%} of the tokens")
     if d := report.diversity:
-        table.add_row("distinct-1, distinct-2", f"{d.distinct_1:.3f}, {d.distinct_2:.3f} of the answers' words")
-        table.add_row("most common answer", f"{d.most_common_share:.1%}: {d.most_common[:60]!r}")
+        add_text_row(table, "distinct-1, distinct-2", f"{d.distinct_1:.3f}, {d.distinct_2:.3f} of the answers' words")
+        add_text_row(table, "most common answer", f"{d.most_common_share:.1%}: {d.most_common[:60]!r}")
     if c := report.answer_lengths:
         is_biased = abs(c.longer - 0.5) > LENGTH_BIAS_THRESHOLD
         verdict = "length alone may be what is learned" if is_biased else "of either length"
         lengths = f"longer in {c.longer:.0%} of {c.pairs} pairs, {c.typical:.2f} times as long in the median one"
-        table.add_row("better answers", f"{lengths}: {verdict}")
+        add_text_row(table, "better answers", f"{lengths}: {verdict}")
     if found := report.control_tokens:
         tokens = ", ".join(f"{token} ({rows:,} rows)" for token, rows in found["rows_with"].items())
-        table.add_row("control tokens", f"in {found['rows']:,} rows, {_TREATMENTS[found['treated']]}: {tokens}")
-    table.add_row("duplicate prompts", str(len(report.duplicates)))
-    table.add_row("train prompts held out", str(len(report.overlap)))
+        add_text_row(table, "control tokens", f"in {found['rows']:,} rows, {_TREATMENTS[found['treated']]}: {tokens}")
+    add_text_row(table, "duplicate prompts", str(len(report.duplicates)))
+    add_text_row(table, "train prompts held out", str(len(report.overlap)))
     for n, matches in report.ngram_matches.items():
-        table.add_row(f"held-out rows sharing {n} words", str(len(matches)))
-    table.add_row(f"held-out rows {JACCARD_THRESHOLD:.0%} the same", str(len(report.fuzzy_matches)))
+        add_text_row(table, f"held-out rows sharing {n} words", str(len(matches)))
+    add_text_row(table, f"held-out rows {JACCARD_THRESHOLD:.0%} the same", str(len(report.fuzzy_matches)))
     return table
 
 

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console, RenderableType
+from rich.table import Table
 
-from rung.console import StyledLine, TextTable, plain
+from rung.console import StyledLine, plain
 
 if TYPE_CHECKING:  # the models of all results take 45 ms to import, which `rung plan` does not need
     from rung.results import Estimate
@@ -119,9 +120,9 @@ PIPE_WIDTH = 120
 """Width without a terminal: one line per rung, for logs and grep."""
 
 
-def empty_table(heads: Sequence[str], gap: int = 1, text_columns: Collection[int] = (0,)) -> TextTable:
+def empty_table(heads: Sequence[str], gap: int = 1, text_columns: Collection[int] = (0,)) -> Table:
     """An empty table; `text_columns` are left-aligned text, all others right-aligned numbers."""
-    table = TextTable(box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold", show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold", show_edge=False)
     for number, head in enumerate(heads):
         # numbers never wrap: half a number in the next line reads as another number
         is_text = number in text_columns

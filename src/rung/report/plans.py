@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.text import Text
 
-from rung.console import plain
+from rung.console import add_text_row, plain
 from rung.planning.advise import Advice, RunPlan
 from rung.report.formatting import (
     empty_table,
@@ -82,7 +82,7 @@ def _stages(run_plan: RunPlan) -> Any:
     table = empty_table(["memory", "", "from"], gap=2, text_columns=(0, 2))
 
     def add(name: Text, size: float, note: Text, size_style: str = "") -> None:
-        table.add_row(name, plain(format_bytes(size), size_style), note)
+        add_text_row(table, name, plain(format_bytes(size), size_style), note)
 
     for stage in memory.stages:
         largest = stage is memory.largest_stage
@@ -114,7 +114,7 @@ def _methods(advice: Advice) -> Any:
         row = [plain(("> " if is_configured else "  ") + plan.method), *map(plain, cells)]
         if plan.fits is not None:
             row.append(plain("yes" if plan.fits else "no", style=_TONE[plan.fits]))
-        table.add_row(*row)
+        add_text_row(table, *row)
     return table
 
 

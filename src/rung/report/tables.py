@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rung import results
-from rung.console import plain
+from rung.console import add_text_row, plain
 from rung.report import summaries
 from rung.report.formatting import (
     decimals,
@@ -156,7 +156,7 @@ def _wide(rows: Sequence[PrintedRung], metrics: Sequence[str], *, gap: int) -> T
     for row in rows:
         scores = [plain(str(cell)) for cell in row.scores[:2]]
         cost = [row.trainable, row.train, row.memory, row.tokens, row.seconds]
-        ladder.add_row(_label(row), *scores, _gain(row, " "), *map(plain, cost))
+        add_text_row(ladder, _label(row), *scores, _gain(row, " "), *map(plain, cost))
     return ladder
 
 
@@ -173,7 +173,7 @@ def _stacked(rows: Sequence[PrintedRung], metrics: Sequence[str], detail: str = 
         cells.append(_gain(row, "\n"))
         if with_cost:
             cells += map(plain, (f"{row.trainable}\n{row.train}", row.memory, f"{row.tokens} tok\n{row.seconds}"))
-        ladder.add_row(_label(row, "\n"), *cells)
+        add_text_row(ladder, _label(row, "\n"), *cells)
     return ladder
 
 
