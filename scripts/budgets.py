@@ -16,8 +16,8 @@ BASES = {
     *("BaseTuner", "BaseTunerLayer", "StrEnum", "Exception", "Preference"),
     "str",
 }
-"""Inheritance stays with protocols (sequences are), configs, torch modules and functions, peft's tuners, exceptions, and
-`str` for a line that is safe to print as it is: every table gives lines, and they are joined and searched as text."""
+"""Inheritance stays with protocols (sequences are), configs, torch modules and functions, peft's tuners, exceptions,
+and `str` for a line that is safe to print as it is: every table gives lines, which are joined and searched as text."""
 
 
 def main() -> int:

@@ -23,6 +23,7 @@ from rung.data.formats import DetectedFormat, read_records
 from rung.data.read import RejectedRow
 from rung.data.records import Records, character_count
 from rung.data.splits import assign_splits, duplicate_pairs, overlapping_pairs, source_pairs, weighted_paths
+from rung.data.token_store import describe_notes
 from rung.data.tokenize import TokenizeOptions, preflight, tokenize_prompts, tokenize_records
 from rung.errors import DataError, GateError
 from rung.scoring.words import search_words
@@ -39,9 +40,6 @@ LENGTH_BIAS_THRESHOLD = 0.2
 """Distance from 0.5 of the share of pairs won by the longer answer from which the report warns about length."""
 MAX_SHOWN = 10
 """Rows of each kind listed in the printed report; the JSON has all."""
-
-
-_TREATMENTS = {"text": "encoded as text", "keep": "kept as control tokens", "drop": "the rows left out"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,9 +314,9 @@ def _table(report: DataReport) -> Table:
         verdict = "length alone may be what is learned" if is_biased else "of either length"
         lengths = f"longer in {c.longer:.0%} of {c.pairs} pairs, {c.typical:.2f} times as long in the median one"
         add_text_row(table, "better answers", f"{lengths}: {verdict}")
-    if found := report.control_tokens:
-        tokens = ", ".join(f"{token} ({rows:,} rows)" for token, rows in found["rows_with"].items())
-        add_text_row(table, "control tokens", f"in {found['rows']:,} rows, {_TREATMENTS[found['treated']]}: {tokens}")
+    found = report.control_tokens
+    for name, text in describe_notes({"control_tokens": found} if found else {}, found.get("treated")).items():
+        add_text_row(table, name, text)
     add_text_row(table, "duplicate prompts", str(len(report.duplicates)))
     add_text_row(table, "train prompts held out", str(len(report.overlap)))
     for n, matches in report.ngram_matches.items():

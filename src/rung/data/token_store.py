@@ -86,6 +86,23 @@ class RowNotes:
         return notes
 
 
+_TREATMENTS = {"text": "encoded as text", "keep": "kept as control tokens", "drop": "the rows are left out"}
+
+
+def describe_notes(notes: Mapping[str, Any], policy: str | None) -> dict[str, str]:
+    """What `RowNotes` say, for people; `policy` is `data.control_tokens`. Empty where nothing was found."""
+    lines: dict[str, str] = {}
+    if found := notes.get("control_tokens"):
+        tokens = ", ".join(f"{token} ({rows:,} rows)" for token, rows in found["rows_with"].items())
+        lines["control tokens"] = f"in the text of {found['rows']:,} rows, {_TREATMENTS[policy or 'text']}: {tokens}"
+        if removed := found["removed_from_answer_ends"]:
+            tokens = ", ".join(f"{token} ({answers:,})" for token, answers in removed.items())
+            lines["removed from the ends of answers"] = tokens
+    if rejected := notes.get("not_rendered"):
+        lines["not rendered"] = f"{rejected['rows']:,} rows left out (data.rejects: drop), first {rejected['first'][0]}"
+    return lines
+
+
 @dataclass(frozen=True, slots=True)
 class TokenColumns:
     """Documents as flat bytes: int32 ids, one byte of supervision per token, and the expected texts in UTF-8."""
