@@ -226,7 +226,7 @@ def test_rows_with_control_tokens_are_refused_under_error(tiny_tokenizer: PreTra
     with pytest.raises(DataError, match=r"d.jsonl line 3: the row contains the control tokens <\|im_end\|>(?s:.*)text"):
         tokenize_records(chat, HOSTILE)
     dropped = tokenize_records(chat, HOSTILE, rejects="drop")
-    assert len(dropped.examples) == 1 and dropped.summary()["not_rendered"]["rows"] == 1  # all of one source line
+    assert len(dropped.examples) == 1 and dropped.summary()["not_rendered"]["rows"] == 3
     prompts = tokenize_prompts(chat, HOSTILE, rejects="drop")
     assert len(prompts.examples) == 3 and prompts.summary()["not_rendered"]["rows"] == 1
 

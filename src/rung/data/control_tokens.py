@@ -31,6 +31,8 @@ _MARKS = OPENING_MARK + CLOSING_MARK
 # A mark that the text itself contains is marked as well, so that splitting gives back every text.
 _MARKED = re.compile(f"{OPENING_MARK}([^{_MARKS}]+|[{_MARKS}]){CLOSING_MARK}")
 
+MAX_KNOWN_CHARACTERS = 64
+"""Longest text whose ids are remembered: longer than control tokens are."""
 END_TOKENS = (
     *("</s>", "<eos>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>"),
     *("<end_of_turn>", "<|return|>", "<|END_OF_TURN_TOKEN|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|eot|>"),
@@ -155,6 +157,9 @@ class ControlTokenText:
                     raise DataError(summary, hint="set data.control_tokens: drop, or keep")
                 halves = text[: len(text) // 2], text[len(text) // 2 :]
                 ids = [i for half in halves for i in self.ids_as_text(half, anchor)]
+            # a whole text, which a normalizer would change, comes once
+            if len(text) > MAX_KNOWN_CHARACTERS:
+                return ids
             self._known_ids[text] = ids
         return self._known_ids[text]
 

@@ -43,46 +43,53 @@ MAX_REJECTED_SHOWN = 10
 
 @dataclass
 class RowNotes:
-    """What was done with rows that have control tokens in their text, and with rows that cannot be rendered."""
+    """What was done with rows that have control tokens in their text, and with rows that cannot be rendered.
+
+    Counts and a few examples, whatever the number of rows. The answers of a row come one after the other, so that the
+    last row is enough to count each once.
+    """
 
     control_tokens: Counter[str] = field(default_factory=Counter)
     """Rows with each control token in their text."""
-    control_rows: set[int] = field(default_factory=set)
-    control_rows_dropped: set[int] = field(default_factory=set)
+    control_rows: int = 0
+    control_rows_dropped: int = 0
     """Rows left out under `data.control_tokens: drop`."""
     removed_end_tokens: Counter[str] = field(default_factory=Counter)
     """Answers without the end token of the template that stood at their end."""
-    rejected_rows: dict[str, str] = field(default_factory=dict)
+    rejected_rows: int = 0
+    rejected_first: list[str] = field(default_factory=list)
     """Sources and reasons of rows left out under `data.rejects: drop`."""
+    _last_control_row: int = -1
+    _last_rejected_row: int = -1
 
-    def count_control_tokens(self, row: int, tokens: Iterable[str]) -> None:
+    def count_control_tokens(self, row: int, tokens: Iterable[str], *, dropped: bool) -> None:
         """Count a row once for each of its control tokens."""
-        # the answers of a row come one after the other, and share its prompt
-        if row not in self.control_rows:
+        if row != self._last_control_row:
+            self._last_control_row = row
             self.control_tokens.update(set(tokens))
-            self.control_rows.add(row)
+            self.control_rows += 1
+            self.control_rows_dropped += dropped
 
-    def reject(self, source: Source, reason: str) -> None:
+    def reject(self, row: int, source: Source, reason: str) -> None:
         """Note a row that cannot be rendered."""
-        self.rejected_rows.setdefault(str(source), reason)
-
-    @property
-    def rejected_first(self) -> list[str]:
-        """The first rows that cannot be rendered, with their reasons."""
-        return [f"{source}: {reason}" for source, reason in list(self.rejected_rows.items())[:MAX_REJECTED_SHOWN]]
+        if row != self._last_rejected_row:
+            self._last_rejected_row = row
+            self.rejected_rows += 1
+            if len(self.rejected_first) < MAX_REJECTED_SHOWN:
+                self.rejected_first.append(f"{source}: {reason}")
 
     def to_json(self) -> dict[str, Any]:
         """The counts, empty where nothing was found."""
         notes: dict[str, Any] = {}
         if self.control_rows:
             notes["control_tokens"] = {
-                "rows": len(self.control_rows),
-                "rows_left_out": len(self.control_rows_dropped),
+                "rows": self.control_rows,
+                "rows_left_out": self.control_rows_dropped,
                 "rows_with": dict(self.control_tokens.most_common()),
                 "removed_from_answer_ends": dict(self.removed_end_tokens.most_common()),
             }
         if self.rejected_rows:
-            notes["not_rendered"] = {"rows": len(self.rejected_rows), "first": self.rejected_first}
+            notes["not_rendered"] = {"rows": self.rejected_rows, "first": self.rejected_first}
         return notes
 
 

@@ -265,9 +265,12 @@ class _DocumentReader:
                 if parts is None:
                     yield variant, None
                     continue
-                yield variant, self._document(variant.record, parts, [next(pieces) for _ in parts])
+                yield variant, self._document(variant, parts, [next(pieces) for _ in parts])
 
-    def _document(self, record: Record, parts: list[TextPart], ids: list[list[int]]) -> TokenizedDocument | None:
+    def _document(
+        self, variant: _AnswerVariant, parts: list[TextPart], ids: list[list[int]]
+    ) -> TokenizedDocument | None:
+        record = variant.record
         try:
             if record.text is None:
                 document = _conversation(self.chat, parts, ids, learn_all=self.loss_on == "all")
@@ -275,7 +278,7 @@ class _DocumentReader:
                 document = _plain_text(self.chat, record, ids[0])
             self.chat.check_bos(document.ids, str(record.source))
         except DataError as error:
-            self._reject(record, error)
+            self._reject(variant.record_index, record, error)
             return None
         return document
 
@@ -285,7 +288,7 @@ class _DocumentReader:
             record = self._with_control_tokens(variant.record_index, variant.record)
             return None if record is None else _parts(self.chat, record, self.loss_on)
         except DataError as error:
-            self._reject(variant.record, error)
+            self._reject(variant.record_index, variant.record, error)
             return None
 
     def prompt_ids(self, row: int, record: Record) -> list[int] | None:
@@ -296,7 +299,7 @@ class _DocumentReader:
                 return None
             return self.chat.prompt_ids(turns, context=record.context, tools=record.tools)
         except DataError as error:
-            self._reject(record, error)
+            self._reject(row, record, error)
             return None
 
     def _with_control_tokens(self, row: int, record: Record) -> Record | None:
@@ -309,9 +312,8 @@ class _DocumentReader:
             raise plain_text_error(found)
         if policy == "error":
             raise refused_error(found)
-        self.notes.count_control_tokens(row, found)
+        self.notes.count_control_tokens(row, found, dropped=policy == "drop")
         if policy == "drop":
-            self.notes.control_rows_dropped.add(row)
             return None
         if policy == "keep":
             return record
@@ -319,19 +321,19 @@ class _DocumentReader:
         self.notes.removed_end_tokens.update(removed)
         return replace(record, messages=messages)
 
-    def _reject(self, record: Record, error: DataError) -> None:
+    def _reject(self, row: int, record: Record, error: DataError) -> None:
         if not self._drops_rejects:
             details: dict[str, Any] = {"given": error.given, "allowed": error.allowed, "hint": error.hint}
             raise DataError(error.summary, where=error.where or str(record.source), **details) from error
-        self.notes.reject(record.source, error.summary)
+        self.notes.reject(row, record.source, error.summary)
 
 
 def _nothing_left_error(kind: str, notes: RowNotes, too_long: int, total: int) -> DataError:
     given = f"{too_long} of {total} dropped for their length"
-    if rows := len(notes.control_rows_dropped):
+    if rows := notes.control_rows_dropped:
         given += f", {rows} for their control tokens (data.control_tokens: drop)"
     if notes.rejected_rows:
-        given += f", {len(notes.rejected_rows)} rejected (data.rejects: drop)"
+        given += f", {notes.rejected_rows} rejected (data.rejects: drop)"
     return DataError(f"no {kind} is left", given=given, hint="\n  ".join(notes.rejected_first) or None)
 
 

@@ -119,7 +119,9 @@ class Library:
 
     @cached_property
     def _plain_words(self) -> list[list[str]]:
-        return [plain_words(passage) for passage in self.passages]
+        # the same lists where no pairs are made, which saves their memory
+        pairs = zip(self.passages, self._words, strict=True)
+        return [words if passage.isascii() else plain_words(passage) for passage, words in pairs]
 
     @cached_property
     def _index(self) -> Bm25Index:
