@@ -8,15 +8,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 FILE_LINES, FUNCTION_LINES, PARAMETERS, FIELDS = 500, 60, 8, 15
+MORE_FIELDS = {"DataConfig": 16}
+"""Configs with more fields: what becomes of a row is one decision after the other, and a group of some of them would
+only hide where the others are."""
 SOURCE = Path(__file__).parent.parent / "src" / "rung"
 BASES = {
     *("Protocol", "PolicyMethod", "Method", "Objective", "Config", "Result", "BaseModel", "Module", "Function"),
     *("MethodBase", "WeightMethodBase", "VirtualTokenBase", "LowRankConfig", "ObjectiveBase", "ReinforcementBase"),
     *("NamedTuple", "TypedDict", "DynamicLayer", "SafeLoader", "Sequence", "LazySequence", "PeftConfig"),
-    *("BaseTuner", "BaseTunerLayer", "StrEnum", "Exception", "Preference", "float"),
+    *("BaseTuner", "BaseTunerLayer", "StrEnum", "Exception", "Preference"),
+    *("float", "str"),
 }
 """Inheritance stays with protocols (sequences are), configs, torch modules and functions, peft's tuners, exceptions,
-and one number that keeps its digits."""
+one number that keeps its digits, and `str` for a line that is safe to print as it is: every table gives lines, which
+are joined and searched as text."""
 
 
 def main() -> int:
@@ -67,8 +72,9 @@ def check_class(name: str, node: ast.ClassDef) -> Iterator[str]:
         "ReinforcementBase",
     }:
         fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and "ClassVar" not in ast.unparse(n.annotation)]
-        if len(fields) > FIELDS:
-            yield f"{name}:{node.lineno} {node.name}: {len(fields)} fields, at most {FIELDS}"
+        limit = MORE_FIELDS.get(node.name, FIELDS)
+        if len(fields) > limit:
+            yield f"{name}:{node.lineno} {node.name}: {len(fields)} fields, at most {limit}"
     strange = {b for b in bases if b not in BASES and not b.startswith("_") and not b.endswith("Error")}
     if strange - {"KeyboardInterrupt"}:
         yield f"{name}:{node.lineno} {node.name} inherits from {', '.join(sorted(strange))}"

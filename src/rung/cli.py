@@ -16,6 +16,7 @@ import typer
 
 from rung import __version__
 from rung.commands.exit_codes import exit_code_of, exit_process
+from rung.console import print_lines
 from rung.errors import REFUSED, ConfigError, PlanError, did_you_mean
 
 app = typer.Typer(
@@ -325,7 +326,7 @@ def schema() -> None:
     """Print the JSON schema of configs, for editors."""
     from rung.config.run import RunConfig
 
-    typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
+    print_lines([json.dumps(RunConfig.model_json_schema(), indent=2)])
 
 
 @app.command()
@@ -335,12 +336,12 @@ def show(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fals
 
     loaded = load_config(config, overrides or ())
     value = {"config": config_to_dict(loaded.config), "origins": dict(loaded.origins)}
-    _show(value, describe_config(loaded).splitlines(), as_json)
+    _show(value, describe_config(loaded).rstrip("\n").split("\n"), as_json)
 
 
 def _version(requested: bool) -> None:
     if requested:
-        typer.echo(f"rung {__version__}")
+        print_lines([f"rung {__version__}"])
         raise typer.Exit
 
 
@@ -373,4 +374,4 @@ def _exit_code(arguments: list[str]) -> int:
 def _show(value: Any, lines: list[str], as_json: bool) -> None:
     """Print one JSON object, or lines for people."""
     # default=str: paths, for example, have no JSON form
-    typer.echo(json.dumps(value, indent=2, default=str) if as_json else "\n".join(lines))
+    print_lines([json.dumps(value, indent=2, default=str)] if as_json else lines)

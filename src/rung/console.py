@@ -1,30 +1,92 @@
-"""Status lines, progress bars and interrupts of a running command, on stderr.
+"""What a command prints: results on stdout, status lines and progress bars on stderr; and interrupts.
 
 stdout carries results only, so that `--json` can be piped. On a terminal rich draws a live bar; on a pipe a few plain
-lines are printed instead, so that log files stay short. Every long command uses this module.
+lines are printed instead, so that log files stay short. Text of data and models passes `visible`, here and nowhere
+else, so that no answer can be rich's markup or move the cursor (tests/contract/test_terminal.py).
 """
 
 from __future__ import annotations
 
 import os
+import re
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
+from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 # no highlighting: numbers and paths in messages keep one color. `distributed` sets `quiet` on all ranks but 0
 console = Console(stderr=True, highlight=False)
 
 
+# Control characters but newline and tab (escape sequences of terminals begin with one), controls of the direction of
+# writing, which make text read as another, and halves of characters, which no encoding knows.
+_NOT_SHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    r"""Text of data, models and paths as it may be printed: what a terminal or a browser would obey is an escape.
+
+    Newlines and tabs stay; `visible("\x1b[2J")` is the six characters `\x1b[2J`.
+    """
+    return _NOT_SHOWN.sub(_escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def plain(text: object, style: str = "") -> Text:
+    """`visible` text for rich, without markup: brackets are brackets."""
+    return Text(visible(str(text)), style)
+
+
+def add_text_row(table: Table, *cells: str | Text) -> None:
+    """Add a row to a table of rich; strings are shown as they are, without markup."""
+    table.add_row(*(plain(cell) if isinstance(cell, str) else cell for cell in cells))
+
+
+def text_panel(text: str, title: str, width: int) -> Panel:
+    """A box around a text."""
+    return Panel(plain(text), title=plain(title), width=width)
+
+
+class StyledLine(str):
+    """A line rendered from `plain` text, with the colors of the terminal: the only escape sequences printed."""
+
+
+def encodable_on_terminal(line: str) -> str:
+    """The line in the encoding of the terminal: a result must not be lost to a UnicodeEncodeError."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return line.encode(encoding, "replace").decode(encoding)
+
+
+def print_lines(lines: Iterable[str], file: IO[str] | None = None) -> None:
+    """Print lines for people, on stdout if no file is given."""
+    for line in lines:
+        text = line if isinstance(line, StyledLine) else visible(line)
+        print(encodable_on_terminal(text) if file is None else text, file=file)
+
+
+def write_text(text: str) -> None:
+    """Write a piece of a model's answer to stdout at once."""
+    sys.stdout.write(encodable_on_terminal(visible(text)))
+    sys.stdout.flush()
+
+
 def print_status(text: str) -> None:
     """Print one line for the user."""
-    # no markup: brackets in paths and messages are text. Soft wrap: a line stays one line in log files
-    console.print(text, markup=False, soft_wrap=True)
+    # soft wrap: a line stays one line in log files
+    console.print(plain(text), soft_wrap=True)
 
 
 class ProgressBar:
@@ -33,10 +95,10 @@ class ProgressBar:
     def __init__(self, title: str, total: int, done: int = 0) -> None:
         self.title, self.total, self.done = title, total, done
         self._live = console.is_terminal
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        disable = not self._live
-        self._progress = Progress(*columns, TextColumn("{task.fields[numbers]}"), console=console, disable=disable)
-        self._task = self._progress.add_task(title, total=total, completed=done, numbers="")
+        title_column, numbers = (TextColumn(f"{{task.{x}}}", markup=False) for x in ("description", "fields[numbers]"))
+        columns = (title_column, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), numbers)
+        self._progress = Progress(*columns, console=console, disable=not self._live)
+        self._task = self._progress.add_task(visible(title), total=total, completed=done, numbers="")
 
     def __enter__(self) -> ProgressBar:
         self._progress.start()
@@ -49,7 +111,7 @@ class ProgressBar:
         """Advance by `count`; `numbers` are shown next to the bar."""
         previous = self.done
         self.done += count
-        text = "  ".join(f"{name} {value}" for name, value in numbers.items())
+        text = visible("  ".join(f"{name} {value}" for name, value in numbers.items()))
         self._progress.update(self._task, completed=self.done, numbers=text)
         # 1: totals below ten print a line at every step
         tenth = max(1, self.total // 10)
@@ -61,7 +123,7 @@ class ProgressBar:
 def status(title: str) -> Iterator[None]:
     """Show a title while the block runs: a spinner on a terminal, else one line."""
     if console.is_terminal:
-        with console.status(title):
+        with console.status(plain(title)):
             yield
     else:
         print_status(title)

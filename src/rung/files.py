@@ -432,9 +432,10 @@ def check_safetensors(file: Path) -> dict[str, dict[str, Any]]:
         complete = False
     if not complete:
         raise ConfigError("this is no safetensors file: its header describes no tensors", where=str(file), hint=hint)
-    if size < end:
+    if size != end:
         given, allowed = f"{size:,} bytes", f"{end:,} bytes, by its header"
-        raise ConfigError("this file is cut off", where=str(file), given=given, allowed=allowed, hint=hint)
+        summary = "this file is cut off" if size < end else "this file goes on behind its tensors"
+        raise ConfigError(summary, where=str(file), given=given, allowed=allowed, hint=hint)
     return tensors
 
 

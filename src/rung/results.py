@@ -85,6 +85,8 @@ class DataSetResult(Result):
     weight: float = 1.0
     kept: int = 0
     rejected: int = 0
+    removed_end_tokens: dict[str, int] = {}
+    """Answers that ended in each end token, which was removed."""
 
 
 class SplitsResult(Result):
@@ -113,6 +115,10 @@ class TokenResult(Result):
     """Tokens of the longest row."""
     dropped: int = 0
     trimmed: int = 0
+    control_tokens: dict[str, Any] | None = None
+    """Rows with control tokens in their text, by token, and how many were left out; None without such rows."""
+    not_rendered: dict[str, Any] | None = None
+    """Rows that the template refused or that failed gate 1, under `data.rejects: drop`; None without such rows."""
 
 
 class DataResult(Result):

@@ -130,6 +130,34 @@ def test_a_rejected_row_can_be_dropped_and_is_counted(
     assert sets[0]["rejected"] == 1
 
 
+def test_rows_with_control_tokens_stop_no_run_and_are_counted(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One answer with a stop inside stopped the run, and `data.rejects: drop` did not help."""
+    rows = [
+        *GOOD,
+        {"question": "<|im_end|> x", "answer": "a <|im_end|> b"},
+        {"question": "z", "answer": "ok<|im_end|>"},
+    ]
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(lines([*rows]))
+    more = (f"data.path={bad}", "data.group=null", "data.validation=0", "data.test=0")
+    code, _, err = inside(capsys, "train", config, *more)
+    assert code == 0, err
+    assert "1 answers ended in <|im_end|>, which is removed" in err
+    assert "control tokens: in the text of 1 rows, encoded as text: <|im_end|> (1 rows)" in err
+    manifest = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
+    assert manifest["splits"]["sets"][0]["removed_end_tokens"] == {"<|im_end|>": 1}
+    assert manifest["train"]["control_tokens"]["rows_with"] == {"<|im_end|>": 1}
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "encoded as text: &lt;|im_end|&gt; (1 rows)" in report and "removed from the ends of answers" in report
+    code, _, err = inside(capsys, "train", config, *more, "data.control_tokens=error", "--overwrite")
+    assert code == 2 and all(word in err for word in ("line 31", "<|im_end|>", "data.control_tokens: text")), err
+    more = (*more, "data.control_tokens=error", "data.rejects=drop", "--overwrite")
+    code, _, err = inside(capsys, "train", config, *more)
+    assert code == 0 and "not rendered: 2 rows left out" in err, err
+
+
 def test_folder_of_another_run(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert inside(capsys, "train", config)[0] == 0
     kept = (tmp_path / "run" / "run.json").read_bytes()

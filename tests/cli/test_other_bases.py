@@ -68,6 +68,10 @@ def cut(folder: Path) -> None:
     weights(folder).write_bytes(content[: len(content) // 2])
 
 
+def too_long(folder: Path) -> None:
+    weights(folder).write_bytes(weights(folder).read_bytes() + bytes(100))
+
+
 def missing_shard(folder: Path) -> None:
     weights(folder).rename(folder / "model-00001-of-00002.safetensors")
     names = {"model.embed_tokens.weight": "model-00001-of-00002.safetensors", "x": "model-00002-of-00002.safetensors"}
@@ -81,6 +85,7 @@ def pickled(folder: Path) -> None:
 
 FAULTS: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "cut off": (cut, ("model.safetensors: this file is cut off", "by its header", "fetch the file again")),
+    "too long": (too_long, ("model.safetensors: this file goes on behind its tensors", "fetch the file again")),
     "empty": (lambda f: weights(f).write_bytes(b""), ("model.safetensors: this is no safetensors file",)),
     "a web page": (lambda f: weights(f).write_text("<!doctype html>" * 9), ("web page", "fetch the file again")),
     "git lfs": (lambda f: weights(f).write_text("version https://git-lfs.github.com/spec/v1\n"), ("git lfs pull",)),

@@ -150,6 +150,9 @@ def test_what_belongs_to_openai_goes_to_no_other_server(
     [
         ("https://api.openai.com/v1", None, "open", "open"),
         ("https://api.openai.com/v1", "own", "open", "own"),
+        ("https://eu.api.openai.com/v1", None, "open", "open"),
+        ("https://evilapi.openai.com.example.org/v1", None, "open", None),
+        ("https://xapi.openai.com/v1", None, "open", None),
         ("http://api.openai.com/v1", None, "open", None),
         ("https://api.openai.com.example.org/v1", None, "open", None),
         ("https://example.org/api.openai.com/v1", None, "open", None),

@@ -19,6 +19,7 @@ from chats import TEMPLATES, with_template
 from rung.config.data import DataConfig
 from rung.config.io import config_to_dict, load_config
 from rung.data.chat import ChatTemplate
+from rung.data.control_tokens import without_end_token
 from rung.data.formats import load_records, read_records
 from rung.data.records import Records
 from rung.data.splits import assign_splits
@@ -183,7 +184,9 @@ def check_spans(cases: int, tokenizer: PreTrainedTokenizerFast) -> None:
                 found.expected_texts[0]
             ]
             answers = [
-                text for i, text in enumerate(contents) if i % 2 and (loss_on != "answer" or i == len(contents) - 1)
+                without_end_token(text, chat.stop_texts)[0]  # as exports leave them
+                for i, text in enumerate(contents)
+                if i % 2 and (loss_on != "answer" or i == len(contents) - 1)
             ]
             assert all("".join(text.split()) in "".join(found.expected_texts[0].split()) for text in answers)
 

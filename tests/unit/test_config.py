@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 import rung
+from rung.config import io as config_io
 from rung.config.base import Config
 from rung.config.climb import RungConfig
 from rung.config.io import (
+    OTHER_TOOLS_KEYS,
     RENAMED_KEYS,
     RENAMED_VALUES,
     config_to_dict,
     describe_config,
     load_config,
     parse_config,
+    resolve_config,
     rung_run_config,
 )
 from rung.config.objective import GrpoConfig, PreferenceConfig
+from rung.config.run import RunConfig
+from rung.config.training import TrainingConfig
 from rung.errors import ConfigError, RungError, did_you_mean
 
 TEXT = """\
@@ -214,3 +220,25 @@ def test_a_variant_of_grpo_has_the_beta_of_its_paper(loss: str, beta: float) -> 
     assert config.kl_weight == beta
     assert (config.reference_model is None) == (beta == 0.0)
     assert GrpoConfig(loss=loss, beta=0.2, reward={"kind": "exact"}).kl_weight == 0.2  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", OTHER_TOOLS_KEYS)
+def test_a_name_of_another_tool_is_told_its_name_here(name: str) -> None:
+    """Wherever it stands: people paste the sections of the config that they have."""
+    given = {"data": {"path": "x.jsonl"}, "output": "x"}
+    known = set(TrainingConfig.model_fields)
+    for raw in ({**given, name: 1}, {**given, "training": {name: 1}}):
+        if name in RunConfig.model_fields or ("training" in raw and name in known):
+            continue
+        with pytest.raises(ConfigError) as error:
+            resolve_config(raw)
+        assert error.value.hint == f"here it is {OTHER_TOOLS_KEYS[name]}"
+
+
+def test_names_for_other_tools_exist() -> None:
+    for target in OTHER_TOOLS_KEYS.values():
+        for setting in re.split(" or ", target.partition(": ")[0]):
+            section, _, key = setting.partition(".")
+            info = RunConfig.model_fields[section]
+            classes = config_io._config_classes(info.annotation)
+            assert not key or any(key in c.model_fields for c in classes), setting

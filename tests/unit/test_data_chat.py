@@ -220,7 +220,7 @@ def test_exactly_one_bos(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
         for ids in (chat.prompt_ids(row.messages[:1]), one(chat, row).ids.tolist(), one(chat, text).ids.tolist()):
             assert ids[0] == 1 and ids.count(1) == 1
     with pytest.raises(DataError, match="two BOS"):
-        tokenize_records(ChatTemplate(adding), [replace(text, text="<s><s>x")])
+        tokenize_records(ChatTemplate(adding).with_control_tokens("keep"), [replace(text, text="<s><s>x")])
     assert 1 not in ChatTemplate(tiny_tokenizer, "plain").prompt_ids(row.messages[:1])
 
 
@@ -236,7 +236,7 @@ def test_plain_text_is_learned_whole(chat: ChatTemplate) -> None:
 def test_a_stop_inside_an_answer_fails_preflight(chat: ChatTemplate) -> None:
     for loss_on in ("answer", "assistant_turns", "all"):
         with pytest.raises(GateError, match="the answer holds a stop token"):
-            one(chat, record("q", "a <|im_end|> b"), loss_on)  # type: ignore[arg-type]
+            one(chat.with_control_tokens("keep"), record("q", "a <|im_end|> b"), loss_on)  # type: ignore[arg-type]
 
 
 def broken(tokenized: TokenizedDataset, **change: Any) -> TokenizedDataset:

@@ -44,9 +44,10 @@ def test_report_of_a_mixed_file(tmp_path: Path, tiny_tokenizer: PreTrainedTokeni
     assert (report.kept_count, len(report.rejected_rows), report.supervised_share) == (42, 2, None)
     assert report.lengths is not None and report.lengths.unit == "characters"
     assert not report.ok and sum(report.splits.values()) == 42
-    with_tokens = inspect_data(write(tmp_path, "d.jsonl", rows), ChatTemplate(tiny_tokenizer))
+    chat = ChatTemplate(tiny_tokenizer).with_control_tokens("keep")
+    with_tokens = inspect_data(write(tmp_path, "d.jsonl", rows), chat)
     assert [r.source.line for r in with_tokens.rejected_rows] == [41, 42, 44]
-    assert with_tokens.rejected_rows[-1].reason == "the answer holds a stop token of the template"
+    assert with_tokens.rejected_rows[-1].reason.startswith("the answer holds a stop token of the template;")
     assert with_tokens.lengths is not None and with_tokens.lengths.unit == "tokens"
     assert with_tokens.supervised_share is not None and 0 < with_tokens.supervised_share < 0.5
     assert [a.rpartition(" ")[2] for pair in with_tokens.duplicates for a in pair] == ["43", "6"]
@@ -92,9 +93,8 @@ def test_colored_shows_every_byte_and_what_is_learned(tiny_tokenizer: PreTrained
 
 
 def test_a_chat_that_refuses_every_row_still_reports(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    report = inspect_data(
-        write(tmp_path, "d.jsonl", [{"question": "q", "answer": "<|im_end|> x"}]), ChatTemplate(tiny_tokenizer)
-    )
+    chat = ChatTemplate(tiny_tokenizer).with_control_tokens("keep")
+    report = inspect_data(write(tmp_path, "d.jsonl", [{"question": "q", "answer": "<|im_end|> x"}]), chat)
     assert (report.kept_count, report.lengths, report.supervised_share) == (0, None, None)
 
 

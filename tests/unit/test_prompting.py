@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rung.evaluation.prompting import PromptFormat, choose_shots, coverage_shots, nearest_shots
-from rung.evaluation.retrieval import Bm25Index, query_words
+from rung.evaluation.retrieval import Bm25Index
+from rung.scoring.words import search_words
 from rung.types import Message, Record, Source
 
 TEXTS = st.lists(st.lists(st.sampled_from("abcdefgh"), max_size=5), min_size=1, max_size=7)
@@ -53,7 +54,7 @@ def rows(*questions: str) -> list[Record]:
 
 def test_nearest_are_bm25s_best_with_the_nearest_last() -> None:
     train = rows("red apples", "green pears", "what is red?", "red apples", "what are apples?", "!")
-    scores = Bm25Index([query_words(r.question) for r in train]).scores(query_words("what are red apples?"))
+    scores = Bm25Index([search_words(r.question) for r in train]).scores(search_words("what are red apples?"))
     nearest = nearest_shots(train, 3)
     (asked,) = rows("What are RED apples?")
     order = sorted(range(6), key=lambda i: (-scores[i], i))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from rung.config.method import LoraConfig, LotteryConfig
+from rung.console import print_lines
 from rung.report import plots
 from rung.report.formatting import (
     decimals,
@@ -151,7 +152,7 @@ def test_a_result_is_not_lost_to_an_ascii_terminal(monkeypatch: pytest.MonkeyPat
         ladder_lines(Ladder.model_validate(LADDER)),
         run_lines(RunResult.model_validate({**RUN, "error": "naïve"}), "runs/é", "runs/é/report.html"),
     ):
-        "\n".join(lines).encode("ascii")
+        print_lines(lines)  # raised UnicodeEncodeError
 
 
 def test_run_lines_say_what_was_measured_and_what_is_next() -> None:

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from rung.config.evaluation import RetrievalConfig
 from rung.errors import ConfigError, DataError
-from rung.evaluation.retrieval import Bm25Index, Library, query_words, read_documents, row_contexts, split_passages
+from rung.evaluation.retrieval import Bm25Index, Library, read_documents, row_contexts, split_passages
 from rung.scoring.stats import score_interval
+from rung.scoring.words import search_words
 from rung.types import Message, Record, Source
 
 
@@ -58,7 +59,7 @@ def test_texts_without_words_are_never_found(texts: list[list[str]]) -> None:
 
 
 def test_words_of_any_script() -> None:
-    assert query_words("Straße FY2023: 41.5% — 売上, ﬁnance\u00a0Ⅳ") == [
+    assert search_words("Straße FY2023: 41.5% — 売上, ﬁnance\u00a0Ⅳ") == [
         "strasse",
         "fy2023",
         "41",
@@ -67,7 +68,7 @@ def test_words_of_any_script() -> None:
         "finance",
         "iv",
     ]
-    assert query_words("STRASSE") == query_words("straße") and query_words("?! … \n") == []
+    assert search_words("STRASSE") == search_words("straße") and search_words("?! … \n") == []
 
 
 @given(st.integers(0, 40), st.integers(1, 9), st.data())
@@ -105,7 +106,7 @@ def test_what_is_found_stands_in_place_of_the_context_best_first() -> None:
     shown = found.with_passages(record("which APPLES are red?", context="something else"))
     ranked = sorted(
         range(3),
-        key=lambda i: -lucene(query_words("which apples are red"), [query_words(p) for p in found.passages])[i],
+        key=lambda i: -lucene(search_words("which apples are red"), [search_words(p) for p in found.passages])[i],
     )
     assert shown.context == "\n\n".join(found.passages[i] for i in ranked[:2])
     assert shown.messages == record("which APPLES are red?").messages

@@ -7,7 +7,6 @@ answer. `cli.py` makes one `Conversation`.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -15,8 +14,8 @@ from pathlib import Path
 
 from rich.columns import Columns
 from rich.console import Console
-from rich.panel import Panel
 
+from rung.console import plain, text_panel, write_text
 from rung.errors import ConfigError, DataError
 from rung.models.generate import Sampling, generate
 from rung.runs.load import LoadedRun, library_of_target, open_base, open_target, refuse_climb
@@ -40,7 +39,7 @@ class ChatModel:
     def answer(self, sampling: Sampling, *, stream: bool) -> str:
         """Answer the last turn and remember the answer. Raises `DataError` if the conversation is too long."""
         policy, chat = self.model.policy, self.model.chat
-        prompt = chat.prompt_ids(self.turns)
+        prompt = chat.with_control_tokens(None).prompt_ids(self.turns)
         max_new_tokens = policy.base.context - policy.method.virtual_tokens - len(prompt)
         if max_new_tokens < 1:
             raise DataError("the conversation is longer than the model's context", hint="/new starts over")
@@ -52,8 +51,7 @@ class ChatModel:
             printed_ids.append(token)
             text = chat.assistant_text(printed_ids)
             if not text.endswith("\ufffd"):  # half a character: wait for its other bytes
-                sys.stdout.write(text[len(previous_text.rstrip("\ufffd")) :])
-                sys.stdout.flush()
+                write_text(text[len(previous_text.rstrip("\ufffd")) :])
 
         limited = Sampling(min(sampling.max_new_tokens, max_new_tokens), sampling.temperature, sampling.seed)
         on_token, stop_ids = print_token if stream else None, chat.generation_stop_ids
@@ -94,7 +92,7 @@ class Conversation:
             self.say(question)
             return
         names = " and ".join(speaker.name for speaker in self.speakers)
-        console.print(f"talking to {names}; an empty line leaves, /new starts over")
+        console.print(plain(f"talking to {names}; an empty line leaves, /new starts over"))
         while True:
             try:
                 line = console.input("[bold]you[/bold] > ")
@@ -108,7 +106,7 @@ class Conversation:
             try:
                 self.say(line)
             except DataError as error:
-                console.print(str(error), markup=False)
+                console.print(plain(error))
 
     def say(self, text: str) -> None:
         """Ask every model a question and print the answers."""
@@ -128,12 +126,12 @@ class Conversation:
     def _answer(self) -> None:
         if len(self.speakers) == 1:
             self.speakers[0].answer(self.sampling, stream=True)
-            sys.stdout.write("\n")
+            write_text("\n")
             return
         # Two answers stand side by side, so neither can be streamed.
         answers = [(s.name, s.answer(self.sampling, stream=False)) for s in self.speakers]
         width = max(20, console.width // 2 - 2)
-        console.print(Columns([Panel(answer, title=name, width=width) for name, answer in answers]))
+        console.print(Columns([text_panel(answer, name, width) for name, answer in answers]))
 
 
 def _open_models(target: str, compare: bool) -> list[ChatModel]:

@@ -15,11 +15,13 @@ from rich.text import Text
 from rung.config.data import DataConfig
 from rung.config.io import is_config_name, load_config
 from rung.config.model import ModelConfig
+from rung.console import StyledLine, plain
 from rung.data.chat import ChatTemplate
 from rung.data.check import colored_tokens, inspect_data
 from rung.data.formats import naming_config, read_records
 from rung.data.splits import weighted_paths
-from rung.data.tokenize import tokenize_records
+from rung.data.tokenize import TokenizeOptions, tokenize_records
+from rung.errors import DataError
 
 
 def check_data(file: str, *, show: int, model: str | None) -> tuple[dict[str, Any], list[str]]:
@@ -46,21 +48,31 @@ def check_data(file: str, *, show: int, model: str | None) -> tuple[dict[str, An
         if show and chat:
             for text in _colored_rows(target, chat, show):
                 console.print(text)
-    return report.to_json(), capture.get().splitlines()
+    return report.to_json(), [StyledLine(line) for line in capture.get().removesuffix("\n").split("\n")]
 
 
 def _chat_of(base: ModelConfig) -> ChatTemplate:
-    from rung.models.load import load_tokenizer  # not at the top: torch and transformers take eight seconds
+    from rung.models.load import (  # not at the top: torch and transformers take eight seconds
+        load_end_ids,
+        load_tokenizer,
+    )
 
-    return ChatTemplate.of_model(load_tokenizer(base), base)
+    return ChatTemplate.of_model(load_tokenizer(base), base, load_end_ids(base))
 
 
 def _colored_rows(target: str | DataConfig, chat: ChatTemplate, count: int) -> list[Text]:
     """The first rows as text, with the supervised tokens colored."""
     config = target if isinstance(target, DataConfig) else DataConfig(path=target)
+    chat = chat.with_control_tokens(config.control_tokens)
     records = read_records(config, weighted_paths(config)[0].path).records[:count]
     if not records:
         return []
     # The options of a training run, so that the colors show what would be learned.
-    tokenized = tokenize_records(chat, records, loss_on=config.loss_on, with_candidates=records[0].score is not None)
-    return [Text.assemble((f"{e.source}\n", "bold"), colored_tokens(e, chat), "\n") for e in tokenized.examples]
+    options: TokenizeOptions = {"loss_on": config.loss_on, "rejects": "drop"}
+    options["with_candidates"] = records[0].score is not None
+    try:
+        tokenized = tokenize_records(chat, records, **options)
+    # the report above names these rows
+    except DataError:
+        return []
+    return [plain(f"{e.source}\n", "bold") + colored_tokens(e, chat) + plain("\n") for e in tokenized.examples]

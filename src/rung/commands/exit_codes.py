@@ -6,6 +6,7 @@ without a traceback, any other exception is a bug and shows all of it. `cli.py` 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from typing import NoReturn
 
 import typer
 
+from rung.console import print_lines
 from rung.errors import RungError
 
 BUG, INTERRUPTED = 1, 130
@@ -28,23 +30,25 @@ def exit_code_of(verb: Callable[[], int | None], *, as_json: bool) -> int:
         code = verb()
     except RungError as error:
         if as_json:
-            typer.echo(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code}))
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            print_lines([json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code})])
+        print_lines([f"{type(error).__name__}: {error}"], sys.stderr)
         return error.exit_code
     # click's own text and code, as users of other command lines know them.
     except USAGE as error:
-        error.show()  # type: ignore[attr-defined]
+        message = io.StringIO()
+        error.show(file=message)  # type: ignore[attr-defined]
+        print_lines([message.getvalue().rstrip("\n")], sys.stderr)
         return int(error.exit_code)  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted", file=sys.stderr)
+        print_lines(["interrupted"], sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # `rung ... | head` closes the pipe: no error. Without the redirection the flush at exit would raise it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception:
-        traceback.print_exc()
-        print("\nThis is a bug in Rung: the traceback above is what a report needs.", file=sys.stderr)
+        report = "This is a bug in Rung: the traceback above is what a report needs."
+        print_lines([traceback.format_exc(), report], sys.stderr)
         return BUG
     return int(code or 0)
 

@@ -144,6 +144,8 @@ def _measure(model: EvaluatedModel, records: Records, evaluation: EvaluationConf
 
 def _perplexity_of_texts(policy: Policy, chat: ChatTemplate, records: Records, max_tokens: int) -> Evaluation:
     """Perplexity of plain texts; every token but the first is predicted."""
+    # both models read the same tokens, and nobody has to decide what the author of the texts meant
+    chat = chat.with_control_tokens(chat.control_tokens or "text")
     documents = list(tokenize_records(chat, records, loss_on="all", max_length=max_tokens, overflow="drop").examples)
     budget = tokens_per_micro_batch(policy.base.shape, policy.device.type)
 

@@ -27,6 +27,7 @@ from rung.data.formats import LoadedRows, naming_config
 from rung.data.messages import expected_text, message_to_json
 from rung.data.records import Records
 from rung.data.splits import load_sets
+from rung.data.token_store import describe_notes
 from rung.data.tokenize import PromptDataset, tokenize_prompts
 from rung.errors import CheckpointError, ConfigError
 from rung.evaluation.prompting import PromptFormat
@@ -105,7 +106,10 @@ def generate_answers(target: str, data: str, output: Path, request: GenerateRequ
     records = load_prompts(output, data, request)
     policy, chat, scorer = _open_models(target, request)
     max_prompt_tokens = policy.base.context - policy.method.virtual_tokens - request.sampling.max_new_tokens
-    prompts = tokenize_prompts(chat, records, max_length=max_prompt_tokens, overflow="error")
+    foreign = chat.with_control_tokens(None)
+    prompts = tokenize_prompts(foreign, records, max_length=max_prompt_tokens, overflow="error")
+    for name, text in describe_notes(prompts.notes, None).items():
+        print_status(f"{name}: {text}")
     with closing(_journal(output, target, policy, prompts, request.sampling)) as journal:
         answers = _sample_answers(policy, chat, prompts, request.sampling, journal)
         documents = _documents(prompts, answers, request.sampling.answers_per_prompt)

@@ -14,6 +14,7 @@ ComparisonFormat = Literal["preference", "ranked", "rated", "unpaired_preference
 Format = Literal["auto", AnswerFormat, ComparisonFormat, "prompt_only"]
 LossOn = Literal["answer", "assistant_turns", "all"]
 UnknownFields = Literal["error", "ignore"]
+ControlTokens = Literal["text", "error", "drop", "keep"]
 
 
 class WeightedPath(Config):
@@ -56,10 +57,14 @@ class DataConfig(Config):
     overflow: Literal["error", "drop", "trim_prompt"] = "error"
     """For documents longer than `max_length`: stop, leave the row out, or shorten the prompt."""
     rejects: Literal["error", "drop"] = "error"
-    """For rows that cannot be read as an example: stop, or leave them out."""
+    """For rows that cannot be read or rendered as an example: stop, or leave them out."""
     unknown_fields: UnknownFields = "error"
     """For fields of a turn that nothing reads, for example a date beside role and content: refuse the row, or leave
     the fields out and count them."""
+    control_tokens: ControlTokens | None = None
+    """For control tokens of the tokenizer in the text of a row, such as <|im_end|> in a question: encode them as text,
+    stop, leave the row out, or keep them as control tokens. Default: text in conversations, whose end tokens at the end
+    of answers are removed; a plain text with control tokens is a row that cannot be read."""
     overlap: Literal["error", "drop_train"] = "error"
     """For training prompts that also occur in the validation or test split: stop, or leave out the training rows."""
     loss_on: LossOn = "answer"

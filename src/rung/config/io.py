@@ -66,6 +66,45 @@ RENAMED_VALUES = {"label": "unpaired_preference", "prompt": "prompt_only", "norm
 """Former names of formats and metrics."""
 
 
+OTHER_TOOLS_KEYS = {
+    **dict.fromkeys(("model_name_or_path", "base_model", "model_id", "pretrained_model_name_or_path"), "model.name"),
+    **dict.fromkeys(("dataset", "datasets", "train_file", "dataset_name", "data_path"), "data.path"),
+    **dict.fromkeys(("output_dir", "save_dir"), "output"),
+    **dict.fromkeys(("bf16", "fp16", "torch_dtype"), "model.dtype"),
+    "chat_template": "model.template",
+    **dict.fromkeys(
+        ("max_seq_length", "max_seq_len", "sequence_len", "cutoff_len", "model_max_length"), "data.max_length"
+    ),
+    **dict.fromkeys(("val_set_size", "test_size", "validation_split"), "data.validation"),
+    **dict.fromkeys(("train_on_inputs", "completion_only_loss", "assistant_only_loss"), "data.loss_on"),
+    **dict.fromkeys(("num_train_epochs", "num_epochs"), "training.epochs"),
+    # a step has so many rows however they are cut: the micro-batch follows from the memory
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch_size", "batch_size"),
+        "training.examples_per_step",
+    ),
+    "lr": "training.learning_rate",
+    **dict.fromkeys(("lr_scheduler_type", "lr_scheduler"), "training.schedule"),
+    "warmup_steps": "training.warmup_ratio",
+    **dict.fromkeys(("max_grad_clip", "gradient_clipping"), "training.max_grad_norm"),
+    **dict.fromkeys(("save_steps", "save_strategy", "saves_per_epoch"), "training.checkpoint_every"),
+    **dict.fromkeys(("eval_steps", "eval_strategy", "evals_per_epoch"), "training.eval_every"),
+    **dict.fromkeys(("early_stopping_patience", "load_best_model_at_end"), "training.patience"),
+    **dict.fromkeys(("sample_packing", "group_by_length"), "training.packing"),
+    **dict.fromkeys(("optim", "optimizer_type"), "training.optimizer"),
+    **dict.fromkeys(("r", "lora_r", "lora_rank"), "method.rank"),
+    "lora_alpha": "method.alpha",
+    "lora_dropout": "method.dropout",
+    **dict.fromkeys(("target_modules", "lora_target", "lora_target_modules"), "method.targets"),
+    **dict.fromkeys(("use_dora", "use_rslora"), "method.dora or method.rslora"),
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization_bit"), "method.kind: qlora"),
+    **dict.fromkeys(("finetuning_type", "adapter", "train_type", "peft_config"), "method.kind"),
+    **dict.fromkeys(("pref_beta", "dpo_beta"), "objective.beta"),
+    **dict.fromkeys(("pref_loss", "loss_type", "rlhf_type", "stage"), "objective"),
+}
+"""Names of settings in transformers, TRL, peft, LLaMA-Factory, Axolotl and ms-swift, and what they are called here."""
+
+
 @dataclass(frozen=True)
 class LoadedConfig:
     """A valid config and the origin of each value."""
@@ -325,6 +364,8 @@ def _hint_for_unknown(key_path: KeyPath, known_settings: list[str]) -> str | Non
     *parent, name = map(str, key_path)
     if current_name := RENAMED_KEYS.get(_dotted(["*" if isinstance(step, int) else step for step in key_path])):
         return f"it is called {current_name} now"
+    if name in OTHER_TOOLS_KEYS and name not in known_settings:
+        return f"here it is {OTHER_TOOLS_KEYS[name]}"
     kinds = [kind for kind, c in METHOD_CONFIGS.items() if parent == ["method"] and name in c.model_fields]
     if kinds:
         return f"it is a setting of {', '.join(kinds)}; an override method={{kind: ...}} replaces the whole group"

@@ -26,7 +26,7 @@ from rung.errors import CheckpointError
 from rung.files import cache_folder, read_safetensors_header, safetensors_header
 from rung.types import Record
 
-CODE_VERSION = 5
+CODE_VERSION = 6
 """Increase it with every change of what chat.py, tokenize.py or token_store.py produce."""
 _TENSORS = {"ids": "I32", "supervised": "BOOL", "texts": "U8", "rows": "U8", "dropped": "I64", "trimmed": "I64"}
 """Tensors of a file in their order, all flat, with their types."""
@@ -64,7 +64,7 @@ def _store(path: Path, columns: TokenColumns) -> None:
     for name in ("rows", "dropped", "trimmed"):
         data = getattr(columns, name).tobytes()
         ranges[name] = ByteRange(tables, tables.append(data), len(data))
-    boundary = json.dumps([columns.boundary_checked, columns.boundary_differences])
+    boundary = json.dumps([columns.boundary_checked, columns.boundary_differences, columns.notes])
     header = safetensors_header(
         ((name, dtype, [ranges[name].size // _WIDTHS[dtype]], ranges[name].size) for name, dtype in _TENSORS.items()),
         {"boundary": boundary, "sha256": _checksum(ranges, boundary)},

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import date
 from functools import cached_property
 from itertools import chain
@@ -18,8 +19,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from rung.config.data import LossOn
+from rung.config.data import ControlTokens, LossOn
 from rung.config.model import ModelConfig
+from rung.data.answer_form import (
+    REASONING_SENTINEL,
+    REASONING_TAGS,
+    SENTINEL,
+    AnswerForm,
+    read_answer_form,
+)
+from rung.data.control_tokens import (
+    OPENING_MARK,
+    ControlTokenText,
+    possible_stops,
+    require_whole_marks,
+    split_marked,
+    text_control_tokens,
+    without_marks,
+)
 from rung.data.prompt_positions import PromptPositions
 from rung.data.template import (
     REASONING_FIELDS,
@@ -48,13 +65,6 @@ from rung.types import Message, Record, Source
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# A word no template writes by itself: its position in the rendered text shows where an answer stands.
-_SENTINEL = "RungSentinel"
-_REASONING_SENTINEL = "RungThought"
-_CALL = '[{"type": "function", "id": "call00000", "function": {"name": "f", "arguments": {"x": "1"}}}]'
-_REASONING_TAGS = (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]"))
-"""What models write around reasoning: Qwen, DeepSeek and most others; some tunes; Mistral."""
-
 
 class TextPart(NamedTuple):
     """A piece of a document that is tokenized separately."""
@@ -71,15 +81,6 @@ class ParsedAnswer(NamedTuple):
     text: str
     """The answer without reasoning and surrounding white space; empty where the model never came to its answer."""
     reasoning: str = ""
-
-
-class _AnswerEnding(NamedTuple):
-    """What a template writes after an answer: text before the stop, the stop, and text up to the next turn."""
-
-    before_stop: str  # between the answer and the stop
-    stop: str
-    after_stop: str
-    stop_id: int
 
 
 class ChatTemplate:
@@ -122,18 +123,23 @@ class ChatTemplate:
         self.adds_bos = self.bos_id is not None and tokenizer("a")["input_ids"][:1] == [self.bos_id]
         """Whether the tokenizer itself prepends a BOS: then documents without a template get one too."""
         self.positions: PromptPositions | None = None
+        self.control_tokens: ControlTokens | None = None
+        """`data.control_tokens` of the rows that are rendered; prompts of other origin have None."""
+        self.control_text = ControlTokenText(tokenizer, {})
         # The order matters: rendering needs the template, endings need the control tokens, and the probes must run
         # before virtual tokens are set, because they show the template alone.
         self._anchor = self._find_anchor()
         text = with_fixed_date(read_template(tokenizer, template, adds_bos=self.adds_bos), day)
         self.template = with_variables(text, variables or {})
-        self._control_ids = _control_tokens(tokenizer)
-        self._answer_opening = ""
-        self._endings, self._answer_prefix = self._probe_endings(template)
+        self._form = AnswerForm()
+        self._form = self._read_form(template, possible_stops(tokenizer), end_ids)
         self.positions = positions
-        self.stop_ids = tuple(dict.fromkeys(e.stop_id for e in self._endings))
+        self.stop_ids = tuple(dict.fromkeys(e.stop_id for e in self._form.endings))
         model_end_ids = [i for i in (self.eos_id, *end_ids) if i is not None]
         self.generation_stop_ids = tuple(dict.fromkeys((*self.stop_ids, *model_end_ids)))
+        # last: probes are the template's own text
+        tokens = text_control_tokens(tokenizer, self.generation_stop_ids, self._form.frame_tokens)
+        self.control_text = ControlTokenText(tokenizer, tokens)
 
     @staticmethod
     def of_model(
@@ -153,6 +159,22 @@ class ChatTemplate:
         plain.positions = None
         return plain
 
+    def _read_form(self, choice: str, stops: Mapping[str, int], end_ids: Collection[int]) -> AnswerForm:
+        form = read_answer_form(self._render, stops, end_ids, choice)
+        try:
+            # here and not at the first row: a template that doubles the BOS is a config error, not a data error
+            probe = self._render([Message("user", "Q"), Message("assistant", SENTINEL)])
+            self.check_bos(self._encode_texts([probe])[0], "model.template")
+        except DataError as error:
+            raise ConfigError(error.summary, where="model.template", hint=error.hint) from error
+        return form
+
+    def with_control_tokens(self, policy: ControlTokens | None) -> ChatTemplate:
+        """The same template for rows with this setting of `data.control_tokens`; None for text of any other origin."""
+        other = copy.copy(self)
+        other.control_tokens = policy
+        return other
+
     def prompt_ids(self, turns: Sequence[Message], context: str | None = None, tools: str | None = None) -> list[int]:
         """Ids of the prompt with the opening of the answer and virtual tokens; special tokens are the template's only.
 
@@ -167,8 +189,8 @@ class ChatTemplate:
         """Generated ids as the text of the turn: cut at the first stop, without what the template writes around it."""
         # a base model may end a text its own way before tuning
         end = next((i for i, token in enumerate(ids) if token in self.generation_stop_ids), len(ids))
-        text = self.decode([ids[:end]], mid_document=True)[0].removeprefix(self._answer_prefix)
-        return text.removesuffix(self._endings[0].before_stop) if end < len(ids) else text
+        text = self.decode([ids[:end]], mid_document=True)[0].removeprefix(self._form.prefix)
+        return text.removesuffix(self._form.endings[0].before_stop) if end < len(ids) else text
 
     def parsed_answer(self, ids: Sequence[int], *, stopped: bool = True) -> ParsedAnswer:
         """Generated ids as an answer and the reasoning before it, which is between tags that models write.
@@ -179,7 +201,7 @@ class ChatTemplate:
         text = self.assistant_text(ids).strip()
         for opening, closing in self._reasoning_tags:
             begins = text.startswith(opening)
-            if not begins and not self._answer_opening.endswith(opening):
+            if not begins and not self._form.opening.endswith(opening):
                 continue
             reasoning, closed, answer = text.removeprefix(opening).partition(closing)
             # a tuned model may answer at once where the prompt opens the tag: then a complete answer has no closing tag
@@ -191,15 +213,15 @@ class ChatTemplate:
     def _reasoning_tags(self) -> tuple[tuple[str, str], ...]:
         """What stands around reasoning: in this template first, then as other models write it."""
         try:
-            turns = [Message("user", "Q"), Message("assistant", _SENTINEL, reasoning=_REASONING_SENTINEL)]
+            turns = [Message("user", "Q"), Message("assistant", SENTINEL, reasoning=REASONING_SENTINEL)]
             answer = self._rendered_answer(turns)
         except DataError:
-            return _REASONING_TAGS
-        opening, sentinel, rest = answer.partition(_REASONING_SENTINEL)
-        closing = rest.partition(_SENTINEL)[0].strip()
+            return REASONING_TAGS
+        opening, sentinel, rest = answer.partition(REASONING_SENTINEL)
+        closing = rest.partition(SENTINEL)[0].strip()
         # nothing before it: the prompt opens it, with a tag that other models write too
         is_complete = sentinel and opening.strip() and closing
-        return ((opening.strip(), closing), *_REASONING_TAGS) if is_complete else _REASONING_TAGS
+        return ((opening.strip(), closing), *REASONING_TAGS) if is_complete else REASONING_TAGS
 
     @property
     def reads_tool_calls(self) -> bool:
@@ -265,20 +287,27 @@ class ChatTemplate:
             DataError: the template refuses the row, or what it wrote before an answer changes afterwards.
         """
         turns, rest = record.messages, (record.context, record.tools, record.source)
+        # once for all turns: each is rendered several times
+        marks = self.control_text.may_occur_in(turns, record.context, record.tools)
         parts: list[TextPart] = []
         prefix = ""
         for i in self._answers_to_split(record, loss_on):
-            full = self._render(turns[: i + 1], *rest)
+            full = self._render(turns[: i + 1], *rest, marks=marks)
             if is_greeting(turns, i):
                 prompt = self._text_before_greeting(full, record.source)
             else:
-                prompt = self._render(turns[:i], *rest, generation=True)
+                prompt = self._render(turns[:i], *rest, generation=True, marks=marks)
+            opened, turn = prompt, turns[i]
+            reopens = bool(self._form.dropped_opening) and prompt.endswith(self._form.dropped_opening)
+            if reopens:
+                opened, turn = prompt.removesuffix(self._form.dropped_opening), replace(turn, reasoning=None)
             # both must be prefixes, or the training text differs from the prompts of inference
-            if not (full.startswith(prompt) and prompt.startswith(prefix)):
-                raise unstable_template_error(record.source, i, loss_on, rewrites_history=full.startswith(prompt))
-            answer = full[len(prompt) : len(full) - len(self._text_after_stop(full, record.source))]
-            if not renders_unchanged(self._answer_body(answer), turns[i], self._answer_prefix):
+            if not (full.startswith(opened) and prompt.startswith(prefix)):
+                raise unstable_template_error(record.source, i, loss_on, rewrites_history=full.startswith(opened))
+            answer = full[len(opened) : len(full) - len(self._text_after_stop(full, record.source))]
+            if not renders_unchanged(self._answer_body(answer), turn, self._form.prefix):
                 raise rewritten_answer_error(record.source, i, self._answer_body(answer))
+            answer = self._form.reopened(answer, turns[i].reasoning) if reopens else answer
             learned = turns[i].is_learned
             parts += [TextPart(prompt[len(prefix) :], False), TextPart(answer, learned, excluded=not learned)]
             prefix = prompt + answer
@@ -313,10 +342,20 @@ class ChatTemplate:
         return indices
 
     def _answer_body(self, answer: str) -> str:
-        """The answer text before the stop, without marks of virtual tokens."""
-        ending = next(e for e in self._endings if answer.endswith(e.stop))
-        text = answer.removesuffix(ending.stop).removesuffix(ending.before_stop)
+        """The answer text before the stop, without marks of virtual tokens and of control tokens in the text."""
+        ending = next(e for e in self._form.endings if answer.endswith(e.stop))
+        text = without_marks(answer.removesuffix(ending.stop).removesuffix(ending.before_stop))
         return text if self.positions is None else "".join(self.positions.split_at_marks(text)[::2])
+
+    def plain_text_part(self, text: str) -> TextPart:
+        """A plain text as a part; its control tokens are text unless they are kept."""
+        keep = self.control_tokens == "keep"
+        return TextPart(self.control_text.mark(text, keep=keep), True)
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """The tokens at which generation ends, as text."""
+        return tuple(text for text, i in self.control_text.tokens.items() if i in self.generation_stop_ids)
 
     def encode(self, texts: Sequence[str], mid_document: bool | Sequence[bool] = False) -> list[list[int]]:
         """Ids of each text, without added special tokens: the template has written them.
@@ -326,15 +365,27 @@ class ChatTemplate:
         byte-level vocabularies need no such anchor.
         """
         mid_document = [mid_document] * len(texts) if isinstance(mid_document, bool) else mid_document
-        if self.positions is None:
+        if self.positions is None and not any(OPENING_MARK in text for text in texts):
             return self._encode_anchored(texts, mid_document)
-        segments = [self.positions.split_at_marks(text) for text in texts]
-        flags = [f or i > 0 for parts, f in zip(segments, mid_document, strict=True) for i in range(0, len(parts), 2)]
+        rows: list[list[list[int] | int]] = []  # ids, or the number of a text that is encoded below
+        plain: list[str] = []
+        flags: list[bool] = []
         # one tokenizer call for all segments: the fast tokenizer is parallel only within a call
-        encoded = iter(self._encode_anchored([text for parts in segments for text in parts[::2]], flags))
-        ids_of_mark = self.positions.ids_of_mark
-        rows = ((ids_of_mark(p) if i % 2 else next(encoded) for i, p in enumerate(parts)) for parts in segments)
-        return [list(chain.from_iterable(row)) for row in rows]
+        for text, is_mid in zip(texts, mid_document, strict=True):
+            rows.append([])
+            for i, part in enumerate([text] if self.positions is None else self.positions.split_at_marks(text)):
+                if i % 2 and self.positions is not None:
+                    rows[-1].append(list(self.positions.ids_of_mark(part)))
+                    continue
+                for k, piece in enumerate(split_marked(part)):
+                    if k % 2:
+                        rows[-1].append(self.control_text.ids_as_text(piece, self._anchor))
+                        continue
+                    rows[-1].append(len(plain))
+                    plain.append(piece)
+                    flags.append(is_mid or i > 0 or k > 0)
+        encoded = self._encode_anchored(plain, flags)
+        return [list(chain.from_iterable(encoded[x] if isinstance(x, int) else x for x in row)) for row in rows]
 
     def _encode_anchored(self, texts: Sequence[str], mid_document: Sequence[bool]) -> list[list[int]]:
         if not self._anchor:
@@ -364,7 +415,8 @@ class ChatTemplate:
             backend.pop(state, None)
         special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
         virtual_ids = [sorted(self.positions.ids.items())] if self.positions else []
-        return json.dumps([backend, special, self.template, *virtual_ids], sort_keys=True)
+        policy = [] if self.control_tokens is None else [self.control_tokens]
+        return json.dumps([backend, special, self.template, *virtual_ids, *policy], sort_keys=True)
 
     def _encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
@@ -386,13 +438,54 @@ class ChatTemplate:
         source: Source | None = None,
         *,
         generation: bool = False,
+        marks: bool | None = None,
     ) -> str:
+        if marks is None:
+            marks = self.control_text.may_occur_in(messages, context, tools)
         turns = [for_template(m) for m in messages]
         where = str(source) if source else None
         start = next((i for i, m in enumerate(messages) if m.role != "system"), 0)
         has_greeting = is_greeting(messages, start)
-        # Jinja ignores variables a template never uses: tools would silently vanish from the prompt
-        has_reasoning = any(m.reasoning for m in messages)
+        self._require_shown(messages, tools, where)
+        if context:
+            first_user = next((t for t in turns if t["role"] == "user"), None)
+            if first_user is not None:
+                first_user["content"] = with_context(context, first_user["content"])
+            elif not has_greeting:  # else the question comes later
+                raise DataError("a context, but no user turn to put it in front of", where=where)
+        schemas: Any = json.loads(tools) if tools else None
+        marked_turns, marked_schemas = turns, schemas
+        if marks:
+            keep = self.control_tokens == "keep"
+            marked_turns, marked_schemas = (self.control_text.mark(x, keep=keep) for x in (turns, schemas))
+        is_marked = (marked_turns, marked_schemas) != (turns, schemas)
+        if self.positions is not None:
+            turns, marked_turns = (self.positions.with_marks(t, where) for t in (turns, marked_turns))
+        try:
+            text = unmarked = self._apply(marked_turns, marked_schemas, generation=generation)
+            if is_marked:
+                unmarked = self._apply(turns, schemas, generation=generation)
+                text = require_whole_marks(text, unmarked, where)
+        # templates fail in many ways: raise_exception, a missing key, a method that a value lacks
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            summary, roles = f"the chat template refuses this conversation: {error}", " ".join(m.role for m in messages)
+            hint = "change the row, or set model.template: plain or a .jinja file"
+            raise DataError(summary, where=where, given=roles, hint=hint) from error
+        if has_greeting and messages[start].content.strip() not in unmarked:
+            summary = "the chat template leaves out the greeting, the answer before the first question"
+            hint = "leave the turn out, or set model.template: plain or a .jinja file that writes it"
+            raise DataError(summary, where=where, hint=hint)
+        if self._form.next_role is not None and not generation and messages[-1].role == "assistant":
+            text += self._form.next_role[bool(messages[-1].tool_calls)]
+        if self.positions is None:
+            return text
+        return self.positions.with_answer_mark(text, turns, self._form.prefix, generation=generation)
+
+    def _require_shown(self, messages: Sequence[Message], tools: str | None, where: str | None) -> None:
+        """Raise `DataError` for a part of a row that the template does not know."""
+        # Jinja ignores variables a template never uses: tools would silently vanish from the prompt. Reasoning that the
+        # prompt opens is written by `split_conversation`.
+        has_reasoning = any(m.reasoning for m in messages) and not self._form.dropped_opening
         fields = {"tools": tools, "tool_calls": any(m.tool_calls for m in messages), "reasoning": has_reasoning}
         for name, present in fields.items():
             names = REASONING_FIELDS if name == "reasoning" else (name,)
@@ -400,31 +493,8 @@ class ChatTemplate:
                 summary = f"the row has {name}, but the chat template never shows it"
                 hint = "set model.template: plain, or a .jinja file that writes them"
                 raise DataError(summary, where=where, hint=hint)
-        if context:
-            first_user = next((t for t in turns if t["role"] == "user"), None)
-            if first_user is not None:
-                first_user["content"] = with_context(context, first_user["content"])
-            elif not has_greeting:  # else the question comes later
-                raise DataError("a context, but no user turn to put it in front of", where=where)
-        if self.positions is not None:
-            turns = self.positions.with_marks(turns, where)
-        try:
-            text = self._apply(turns, tools, generation=generation)
-        # templates fail in many ways: raise_exception, a missing key, a method that a value lacks
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            summary, roles = f"the chat template refuses this conversation: {error}", " ".join(m.role for m in messages)
-            hint = "change the row, or set model.template: plain or a .jinja file"
-            raise DataError(summary, where=where, given=roles, hint=hint) from error
-        if has_greeting and messages[start].content.strip() not in str(text):
-            summary = "the chat template leaves out the greeting, the answer before the first question"
-            hint = "leave the turn out, or set model.template: plain or a .jinja file that writes it"
-            raise DataError(summary, where=where, hint=hint)
-        if self.positions is None:
-            return str(text)
-        return self.positions.with_answer_mark(str(text), turns, self._answer_prefix, generation=generation)
 
-    def _apply(self, turns: list[dict[str, Any]], tools: str | None, *, generation: bool) -> str:
-        schemas: Any = json.loads(tools) if tools else None
+    def _apply(self, turns: list[dict[str, Any]], schemas: Any, *, generation: bool) -> str:
         options = {"tools": schemas, "chat_template": self.template, "add_generation_prompt": generation}
         try:
             return str(self.tokenizer.apply_chat_template(turns, tokenize=False, **options))
@@ -435,61 +505,12 @@ class ChatTemplate:
                 raise
             return str(self.tokenizer.apply_chat_template(as_text, tokenize=False, **options))
 
-    def _probe_endings(self, choice: str) -> tuple[list[_AnswerEnding], str]:
-        """Render sentinel answers and extract what the template writes around them."""
-        question = Message("user", "Q")
-        try:
-            opening = self._render([question], generation=True)
-            full = self._render([question, Message("assistant", _SENTINEL)])
-        except DataError as error:
-            summary = f"the chat template is broken: {error.summary}"
-            raise ConfigError(summary, where="model.template", given=choice) from error
-        self._answer_opening = opening.rstrip()
-        body, sentinel, tail = full.rpartition(_SENTINEL)
-        ending = self._find_ending(tail)
-        if not sentinel or ending is None:
-            fault = "ends an answer without a stop token" if sentinel else "leaves answers out"
-            allowed = "a special token after every assistant turn"
-            hint = "set model.template: plain, or a .jinja file that writes one"
-            summary = f"the chat template {fault}"
-            raise ConfigError(summary, where="model.template", given=tail or choice, allowed=allowed, hint=hint)
-        try:
-            # here and not at the first row: a template that doubles the BOS is a config error, not a data error
-            self.check_bos(self._encode_texts([full])[0], "model.template")
-        except DataError as error:
-            raise ConfigError(error.summary, where="model.template", hint=error.hint) from error
-        endings = [ending]
-        # listed only where it differs, so that the first ending stays that of a plain answer
-        call_ending = self._tool_call_ending(question)
-        if call_ending and (call_ending.stop, call_ending.after_stop) != (ending.stop, ending.after_stop):
-            endings.append(call_ending)
-        return endings, body.removeprefix(opening) if body.startswith(opening) else ""
-
-    def _find_ending(self, tail: str) -> _AnswerEnding | None:
-        # the earliest control token, and of two at one position the longer: `<|end|>` may be a prefix of another
-        matches = [(tail.find(text), -len(text), text) for text in self._control_ids if text in tail]
-        if not matches:
-            return None
-        position, _, stop = min(matches)
-        return _AnswerEnding(tail[:position], stop, tail[position + len(stop) :], self._control_ids[stop])
-
-    def _tool_call_ending(self, question: Message) -> _AnswerEnding | None:
-        """Some templates end a turn with a tool call by another stop; others do not support tools at all (None)."""
-        try:
-            text = self._render([question, Message("assistant", "", tool_calls=_CALL)])
-        except DataError:
-            return None
-        # no sentinel can stand in a call, so the stop is the control token at the end of the text
-        body = text.rstrip()
-        stop = max((t for t in self._control_ids if body.endswith(t)), key=len, default=None)
-        return _AnswerEnding("", stop, text[len(body) :], self._control_ids[stop]) if stop else None
-
     def _text_after_stop(self, full: str, source: Source | None) -> str:
-        for ending in self._endings:
+        for ending in self._form.endings:
             if full.endswith(ending.stop + ending.after_stop):
                 return ending.after_stop
         summary = "the template ends this answer without a stop token"
-        allowed = " or ".join(repr(e.stop + e.after_stop) for e in self._endings)
+        allowed = " or ".join(repr(e.stop + e.after_stop) for e in self._form.endings)
         where = None if source is None else str(source)
         raise DataError(summary, where=where, given=repr(full[-60:]), allowed=allowed)
 
@@ -497,10 +518,3 @@ class ChatTemplate:
 def with_context(context: str, question: str) -> str:
     """A question preceded by its context."""
     return f"{context}\n\n{question}"
-
-
-def _control_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    """Tokens that can be a stop: special tokens, and added tokens that are not just white space."""
-    added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special or t.content.strip()}
-    special = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-    return {**added, **{str(text): int(i) for text, i in special}}

@@ -8,16 +8,17 @@ a single bad row can stop a run after hours. Bad rows are listed with their line
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from rung.config.data import DataConfig, LossOn
+from rung.console import add_text_row, plain, visible
 from rung.data.byte_store import chunks
 from rung.data.contamination import contamination
-from rung.data.deduplication import JACCARD_THRESHOLD, FuzzyMatch, HashSet, NgramMatch, ngram_hashes, words
+from rung.data.deduplication import JACCARD_THRESHOLD, FuzzyMatch, HashSet, NgramMatch, ngram_hashes
 from rung.data.formats import DetectedFormat, read_records
 from rung.data.read import RejectedRow
 from rung.data.records import Records, character_count
@@ -30,8 +31,10 @@ from rung.data.splits import (
     source_pairs,
     weighted_paths,
 )
+from rung.data.token_store import describe_notes
 from rung.data.tokenize import TokenizeOptions, preflight, tokenize_prompts, tokenize_records
 from rung.errors import DataError, GateError
+from rung.scoring.words import search_words
 from rung.types import Example, Record
 
 if TYPE_CHECKING:
@@ -102,6 +105,8 @@ class DataReport:
     """None for data without compared answers."""
     supervised_share: float | None
     """Supervised tokens over all tokens; None without a tokenizer."""
+    control_tokens: Mapping[str, Any] = field(default_factory=dict)
+    """Rows with control tokens in their text, and what is done with them; empty without such rows or a tokenizer."""
 
     @property
     def ok(self) -> bool:
@@ -117,6 +122,7 @@ class DataReport:
                     **{"format": d.format, "mapping": d.mapping, "columns": d.counts, "unused": list(d.unused)},
                     "turn_fields": d.turn_fields,
                     "notes": list(d.notes),
+                    "removed_end_tokens": dict(d.removed_end_tokens),
                 }
                 for path, d in self.detections.items()
             },
@@ -131,18 +137,17 @@ class DataReport:
             "diversity": asdict(self.diversity) if self.diversity else None,
             "compared": asdict(self.answer_lengths) if self.answer_lengths else None,
             "supervised_share": self.supervised_share,
+            "control_tokens": dict(self.control_tokens),
         }
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Print the numbers, then the rows behind them."""
-        from rich.markup import escape
-
         yield _table(self)
         for title, lines in _detail_lines(self).items():
             if lines:
                 yield ""
-                yield f"[bold]{title}[/bold]"
-                yield from (f"  {escape(line)}" for line in lines[:MAX_SHOWN])
+                yield plain(title, "bold")
+                yield from (plain(f"  {line}") for line in lines[:MAX_SHOWN])
                 if len(lines) > MAX_SHOWN:
                     yield f"  and {len(lines) - MAX_SHOWN} more"
 
@@ -161,7 +166,10 @@ def inspect_data(target: str | DataConfig, chat: ChatTemplate | None = None) -> 
     records = Records.concatenate([loaded.records for loaded in sets])
     rejected_rows = [row for loaded in (*sets, *files.values()) for row in loaded.rejected_rows]
     # before the split: the splits below are those of the rows that remain once all faults are mended or dropped
-    records, lengths, supervised_share = _measure(records, chat, config.loss_on, rejected_rows)
+    if chat is not None and config.control_tokens is not None:
+        chat = chat.with_control_tokens(config.control_tokens)
+    measured = _measure(records, chat, config.loss_on, rejected_rows)
+    records = measured.records
     files_or_shares: dict[str, float | Records] = {**config.held_out_shares, **{n: f.records for n, f in files.items()}}
     parts = assign_splits(records, **files_or_shares)
     held_out = Records.concatenate([parts.validation, parts.test])
@@ -171,25 +179,24 @@ def inspect_data(target: str | DataConfig, chat: ChatTemplate | None = None) -> 
         kept_count=len(records) + sum(len(loaded.records) for loaded in files.values()),
         rejected_rows=tuple(sorted(rejected_rows, key=lambda r: r.source)),
         splits={"train": len(parts.train), "validation": len(parts.validation), "test": len(parts.test)},
-        lengths=lengths,
+        lengths=measured.lengths,
         duplicates=source_pairs(records, records, duplicate_pairs(records)),
         overlap=source_pairs(parts.train, held_out, overlapping_pairs(parts.train, held_out)),
         ngram_matches=matches.ngrams,
         fuzzy_matches=matches.fuzzy,
         diversity=_diversity(records),
         answer_lengths=_answer_lengths(records),
-        supervised_share=supervised_share,
+        supervised_share=measured.supervised_share,
+        control_tokens=measured.control_tokens,
     )
 
 
 def colored_tokens(example: Example, chat: ChatTemplate) -> Text:
     """The document as text: supervised tokens green, all others dimmed, neighboring tokens in two shades."""
-    from rich.text import Text
-
     shades = {True: ("bold green", "bold bright_green"), False: ("dim", "dim italic")}
-    text = Text()
+    text = plain("")
     for i, (piece, is_supervised) in enumerate(_token_pieces(example, chat)):
-        text.append(piece, style=shades[is_supervised][i % 2])
+        text.append(visible(piece), style=shades[is_supervised][i % 2])
     return text
 
 
@@ -207,16 +214,24 @@ def _token_pieces(example: Example, chat: ChatTemplate) -> Iterator[tuple[str, b
             pending = []
 
 
+class _Measured(NamedTuple):
+    records: Records
+    lengths: Lengths | None
+    supervised_share: float | None = None
+    control_tokens: Mapping[str, Any] = {}
+
+
 def _measure(
     records: Records, chat: ChatTemplate | None, loss_on: LossOn, rejected_rows: list[RejectedRow]
-) -> tuple[Records, Lengths | None, float | None]:
+) -> _Measured:
     """Lengths and supervised share; rows that the template or the preflight refuses move to `rejected_rows`."""
     if chat is None or not records:
         # without a tokenizer, characters are the only unit available
         sizes = np.fromiter(map(character_count, records), dtype=np.int64, count=len(records))
-        return records, _lengths(sizes, "characters"), None
+        return _Measured(records, _lengths(sizes, "characters"))
     if records[0].is_prompt_only:
-        return records, _lengths(tokenize_prompts(chat, records).lengths, "tokens"), None
+        prompts = tokenize_prompts(chat, records)
+        return _Measured(records, _lengths(prompts.lengths, "tokens"), None, _control_notes(prompts.notes, chat))
     options: TokenizeOptions = {"loss_on": loss_on, "with_candidates": records[0].score is not None}
     try:
         tokenized = tokenize_records(chat, records, **options)
@@ -225,10 +240,17 @@ def _measure(
     except (DataError, GateError):
         records = records.select(np.array([not _is_refused(r, chat, loss_on, rejected_rows) for r in records]))
         if not records:
-            return records, None, None
+            return _Measured(records, None)
         tokenized = tokenize_records(chat, records, **options)
     share = tokenized.supervised_tokens / int(tokenized.lengths.sum())
-    return records, _lengths(tokenized.lengths, "tokens"), share
+    notes = _control_notes(tokenized.columns.notes, chat)
+    return _Measured(records, _lengths(tokenized.lengths, "tokens"), share, notes)
+
+
+def _control_notes(notes: Mapping[str, Any], chat: ChatTemplate) -> Mapping[str, Any]:
+    if "control_tokens" not in notes:
+        return {}
+    return {"treated": chat.control_tokens or "text", **notes["control_tokens"]}
 
 
 def _is_refused(record: Record, chat: ChatTemplate, loss_on: LossOn, rejected_rows: list[RejectedRow]) -> bool:
@@ -257,7 +279,7 @@ def _diversity(records: Records) -> Diversity | None:
     answer_hashes, row_indices = array("q"), array("q")
     indexed_answers = ((i, answer) for i, answer in enumerate(r.answer for r in records) if answer)
     for chunk in chunks(indexed_answers, lambda x: len(x[1]), count=1024, limit=1 << 20):
-        answer_words = [words(answer) for _, answer in chunk]
+        answer_words = [search_words(answer) for _, answer in chunk]
         for n, ngrams in ngram_sets.items():
             ngrams.add(ngram_hashes(answer_words, n)[0])
         answer_hashes.extend(hash(answer) for _, answer in chunk)
@@ -283,32 +305,34 @@ def _answer_lengths(records: Records) -> AnswerLengths | None:
 
 
 def _table(report: DataReport) -> Table:
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for path, detection in report.detections.items():
-        table.add_row(escape(path), escape(str(detection)))
-    table.add_row("rows", f"{report.kept_count} kept, {len(report.rejected_rows)} rejected")
-    table.add_row("splits", ", ".join(f"{name} {n}" for name, n in report.splits.items()))
+        add_text_row(table, path, str(detection))
+    add_text_row(table, "rows", f"{report.kept_count} kept, {len(report.rejected_rows)} rejected")
+    add_text_row(table, "splits", ", ".join(f"{name} {n}" for name, n in report.splits.items()))
     if size := report.lengths:
         spread = f"min {size.minimum}, median {size.median:g}, p95 {size.p95:g}, max {size.maximum}"
-        table.add_row("length", f"{spread} {size.unit}")
+        add_text_row(table, "length", f"{spread} {size.unit}")
     if report.supervised_share is not None:
-        table.add_row("supervised", f"{report.supervised_share:.1%} of the tokens")
+        add_text_row(table, "supervised", f"{report.supervised_share:.1%} of the tokens")
     if d := report.diversity:
-        table.add_row("distinct-1, distinct-2", f"{d.distinct_1:.3f}, {d.distinct_2:.3f} of the answers' words")
-        table.add_row("most common answer", escape(f"{d.most_common_share:.1%}: {d.most_common[:60]!r}"))
+        add_text_row(table, "distinct-1, distinct-2", f"{d.distinct_1:.3f}, {d.distinct_2:.3f} of the answers' words")
+        add_text_row(table, "most common answer", f"{d.most_common_share:.1%}: {d.most_common[:60]!r}")
     if c := report.answer_lengths:
         is_biased = abs(c.longer - 0.5) > LENGTH_BIAS_THRESHOLD
         verdict = "length alone may be what is learned" if is_biased else "of either length"
         lengths = f"longer in {c.longer:.0%} of {c.pairs} pairs, {c.typical:.2f} times as long in the median one"
-        table.add_row("better answers", f"{lengths}: {verdict}")
-    table.add_row("duplicate prompts", str(len(report.duplicates)))
-    table.add_row("train prompts held out", str(len(report.overlap)))
+        add_text_row(table, "better answers", f"{lengths}: {verdict}")
+    found = report.control_tokens
+    for name, text in describe_notes({"control_tokens": found} if found else {}, found.get("treated")).items():
+        add_text_row(table, name, text)
+    add_text_row(table, "duplicate prompts", str(len(report.duplicates)))
+    add_text_row(table, "train prompts held out", str(len(report.overlap)))
     for n, matches in report.ngram_matches.items():
-        table.add_row(f"held-out rows sharing {n} words", str(len(matches)))
-    table.add_row(f"held-out rows {JACCARD_THRESHOLD:.0%} the same", str(len(report.fuzzy_matches)))
+        add_text_row(table, f"held-out rows sharing {n} words", str(len(matches)))
+    add_text_row(table, f"held-out rows {JACCARD_THRESHOLD:.0%} the same", str(len(report.fuzzy_matches)))
     return table
 
 

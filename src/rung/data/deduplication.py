@@ -7,7 +7,6 @@ rows only, so memory follows the held-out split and not the training data. Used 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,11 +17,11 @@ import numpy as np
 
 from rung.data.byte_store import chunks
 from rung.data.records import Records, character_count
+from rung.scoring.words import readable, search_words
 from rung.types import Record
 
 NGRAM_WORDS = (8, 13)
 """Lengths of n-grams: 13 as in GPT-3's contamination study (Brown et al. 2020, appendix C), 8 as a weaker signal."""
-_WORD = re.compile(r"\w+")
 # odd, so that multiplication modulo 2^64 is invertible and no word is lost
 _HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 # hashes collected between two sorts: 8 MB
@@ -43,11 +42,6 @@ class NgramMatch:
 
     def __str__(self) -> str:
         return f"{self.held_out} ~ {self.train} ({self.containment:.0%}): {self.matched}"
-
-
-def words(text: str) -> list[str]:
-    """The words of a text, casefolded, without punctuation."""
-    return _WORD.findall(text.casefold())
 
 
 def ngram_hashes(texts: Sequence[list[str]], n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -162,7 +156,7 @@ def _overlap(held_out_words: list[str], train_words: list[str], n: int) -> tuple
         return None
     runs = (list(run) for is_shared, run in groupby(range(len(shared)), shared.__getitem__) if is_shared)
     longest = max(runs, key=len)
-    return sum(shared) / len(shared), " ".join(held_out_words[longest[0] : longest[-1] + n])
+    return sum(shared) / len(shared), readable(held_out_words[longest[0] : longest[-1] + n])
 
 
 def _chunked_words(records: Records) -> Iterator[tuple[int, list[list[str]]]]:
@@ -176,9 +170,9 @@ def _chunked_words(records: Records) -> Iterator[tuple[int, list[list[str]]]]:
 def prompt_words(record: Record) -> list[str]:
     """Words of the context and of the turns before the answer. System turns are left out: rows share them by design."""
     if record.text is not None:
-        return words(record.text)
+        return search_words(record.text)
     turns = [m.content for m in record.messages[:-1] if m.role != "system"]
-    return words(" ".join([record.context or "", *turns]))
+    return search_words(" ".join([record.context or "", *turns]))
 
 
 def _ngrams(prompt: list[str], n: int) -> list[str]:
@@ -281,7 +275,7 @@ def shingles(text: str) -> set[str]:
 
 def _shingled_texts(records: Records) -> Iterator[tuple[str, str]]:
     for record in records:
-        yield str(record.source), " ".join(prompt_words(record))
+        yield str(record.source), readable(prompt_words(record))
 
 
 def _signature(text: str) -> Any:

@@ -20,6 +20,7 @@ from rung.config.data import AnswerFormat, DataConfig, Format
 from rung.console import print_status
 from rung.data.byte_store import MappedSequence
 from rung.data.columns import FORMATS, SYNONYMS, column_of, foreign_shape, holds_turns, propose_map, yaml_map
+from rung.data.control_tokens import candidates_without_end_tokens, without_end_tokens
 from rung.data.conversations import conversation
 from rung.data.messages import (
     Getter,
@@ -63,6 +64,8 @@ class DetectedFormat:
     """Turns with each role of `data.roles`, by its name in the file."""
     notes: tuple[str, ...] = ()
     """What was assumed, converted or not read, as sentences."""
+    removed_end_tokens: Mapping[str, int] = field(default_factory=dict)
+    """Answers that ended in each end token, which was removed (`data.control_tokens`)."""
 
     @property
     def unused(self) -> tuple[str, ...]:
@@ -76,7 +79,9 @@ class DetectedFormat:
             f"; fields of turns {name}: {_listed(c, 'turns')}" for name, c in self.turn_fields.items()
         )
         notes_text = "".join(f"; {note}" for note in self.notes)
-        return f"{self.format}: {mapping_text}{unused_text}{fields_text}{notes_text}"
+        removed = self.removed_end_tokens
+        ends_text = f"; removed from the ends of answers: {_listed(removed, 'answers')}" if removed else ""
+        return f"{self.format}: {mapping_text}{unused_text}{fields_text}{ends_text}{notes_text}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,8 +256,13 @@ def to_record(
         if format == "text":
             text = text_of(get("text"), "text")
             return Record((), source, group=group_key, weight=weight, text=text, task=task_name)
+        fields = fields or TurnFields()
         _refuse_choice_number(get(FORMATS[format].answer or ""), row)
         messages, candidates = conversation(format, get, fields)
+        if fields.removes_end_tokens:
+            messages, removed = without_end_tokens(messages)
+            candidates, removed_of_others = candidates_without_end_tokens(candidates)
+            fields.removed_end_tokens.update(removed_of_others if candidates else removed)
         references = parse_references(get("references"), fields) if "references" in FORMATS[format].optional else ()
         if references and messages[-1].tool_calls:
             raise DataError("references are texts, and this row ends in a tool call, which is compared as a call")
@@ -314,7 +324,13 @@ def read_records(config: DataConfig, path: str, *, held_out: bool = False) -> Lo
         reading = _SourceReader(config, path, (detection.format, group))
     notes = (*reading.notes, *reading.turn_fields.conversions(), *_missing_margins(detection))
     fields = reading.turn_fields
-    detection = replace(detection, turn_fields=fields.summary(), roles=dict(fields.used_roles), notes=notes)
+    detection = replace(
+        detection,
+        turn_fields=fields.summary(),
+        roles=dict(fields.used_roles),
+        removed_end_tokens=dict(fields.removed_end_tokens),
+        notes=notes,
+    )
     if config.task is not None:
         detection = replace(detection, mapping={**detection.mapping, "task": config.task})
     return LoadedRows(reading.records, reading.rejected_rows, detection, path)
@@ -357,7 +373,8 @@ class _SourceReader:
         self.name = path
         self.notes: list[str] = []
         self.census = ColumnCensus()
-        self.turn_fields = TurnFields(config.unknown_fields, config.roles)
+        removes_end_tokens = config.control_tokens in (None, "text")
+        self.turn_fields = TurnFields(config.unknown_fields, config.roles, removes_end_tokens=removes_end_tokens)
         self.format: Format | None = None
         self.group: str | None = None
         self._known_format = known_format

@@ -57,13 +57,21 @@ _ROLE_FIELDS: dict[MessageRole, frozenset[str]] = {
 class TurnFields:
     """Counts the fields of turns and converted values; refuses or ignores fields that nothing reads.
 
-    `unknown` is `data.unknown_fields`; `roles` is `data.roles`.
+    `unknown` is `data.unknown_fields`; `roles` is `data.roles`. The end tokens that are removed from the ends of
+    answers are counted too, if they are (`data.control_tokens`).
     """
 
-    def __init__(self, unknown: UnknownFields = "error", roles: Mapping[str, MessageRole] | None = None) -> None:
-        self.unknown = unknown
+    def __init__(
+        self,
+        unknown: UnknownFields = "error",
+        roles: Mapping[str, MessageRole] | None = None,
+        *,
+        removes_end_tokens: bool = True,
+    ) -> None:
+        self.unknown, self.removes_end_tokens = unknown, removes_end_tokens
         self.roles = dict(roles or {})
         self.converted, self.used_roles = Counter[str](), Counter[str]()
+        self.removed_end_tokens = Counter[str]()
         self.read, self.honored = Counter[str](), Counter[str]()
         self.ignored, self.refused = Counter[str](), Counter[str]()
 

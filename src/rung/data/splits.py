@@ -296,5 +296,6 @@ def _set_summary(loaded: LoadedRows, weight: float | None) -> dict[str, object]:
         "rejected": len(loaded.rejected_rows),
         **({"ignored_fields": dict(ignored)} if (ignored := loaded.detection.turn_fields.get("ignored")) else {}),
         **({"notes": list(loaded.detection.notes)} if loaded.detection.notes else {}),
+        **({"removed_end_tokens": dict(ends)} if (ends := loaded.detection.removed_end_tokens) else {}),
         "rejected_first": [str(r) for r in loaded.rejected_rows[:10]],
     }

@@ -11,7 +11,7 @@ import os
 import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, groupby
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
@@ -21,12 +21,21 @@ from numpy.typing import NDArray
 from rung.config.data import LossOn
 from rung.data.byte_store import chunks
 from rung.data.chat import ChatTemplate, TextPart
+from rung.data.control_tokens import plain_text_error, refused_error, treatment, without_end_tokens, without_marks
 from rung.data.records import character_count
-from rung.data.token_store import OWN_ANSWER, TokenColumns, TokenColumnWriter, TokenizedDataset, TokenizedDocument
+from rung.data.token_store import (
+    OWN_ANSWER,
+    RowNotes,
+    TokenColumns,
+    TokenColumnWriter,
+    TokenizedDataset,
+    TokenizedDocument,
+)
 from rung.errors import ConfigError, DataError, GateError
 from rung.types import Example, Message, Record
 
 Overflow = Literal["error", "drop", "trim_prompt"]
+Rejects = Literal["error", "drop"]
 
 
 class TokenizeOptions(TypedDict, total=False):
@@ -36,9 +45,12 @@ class TokenizeOptions(TypedDict, total=False):
     max_length: int | None
     overflow: Overflow
     with_candidates: bool
+    rejects: Rejects
 
 
-TOKENIZE_DEFAULTS = TokenizeOptions(loss_on="answer", max_length=None, overflow="error", with_candidates=False)
+TOKENIZE_DEFAULTS = TokenizeOptions(
+    loss_on="answer", max_length=None, overflow="error", with_candidates=False, rejects="error"
+)
 CHUNK = 512
 """Maximum of rows tokenized or decoded in one call."""
 CHUNK_CHARACTERS = 1 << 20
@@ -78,9 +90,12 @@ def tokenize_records(
 ) -> TokenizedDataset:
     """Tokenize records and mark their supervised tokens; `with_candidates` adds the other answers of each record.
 
+    Under `rejects: drop` rows that cannot be rendered are left out and counted.
+
     Raises:
-        DataError: the template refuses a row or rewrites its history, a document is too long under `error`, no
-            document is left, or there are no records.
+        DataError: the template refuses a row or rewrites its history, a row has control tokens that the setting of the
+            template (`ChatTemplate.control_tokens`) refuses, a document is too long under `error`, no document is left,
+            or there are no records.
     """
     return tokenize_columns(chat, records, **options).dataset(records)
 
@@ -94,9 +109,13 @@ def tokenize_columns(chat: ChatTemplate, records: Sequence[Record], **options: U
     too_long, untrimmable = array("q"), array("q")  # record and length, one after the other
     limit = sys.maxsize if max_length is None else max_length
     # All answers of a record are kept or dropped together: half a pair compares nothing.
-    all_documents = _documents(chat, _variants(records, options["with_candidates"]), loss_on)
+    rows_of_answers = _DocumentReader(chat, loss_on, drops_rejects=options["rejects"] == "drop")
+    all_documents = rows_of_answers.documents(_variants(records, options["with_candidates"]))
     for i, row in groupby(all_documents, key=lambda pair: pair[0].record_index):
-        variants, documents = zip(*row, strict=True)
+        variants, row_documents = zip(*row, strict=True)
+        documents = tuple(d for d in row_documents if d is not None)
+        if len(documents) < len(variants):
+            continue
         length = max(len(d.ids) for d in documents)
         if length > limit:
             too_long.extend((i, length))
@@ -120,14 +139,15 @@ def tokenize_columns(chat: ChatTemplate, records: Sequence[Record], **options: U
     if not len(writer):
         if not len(records):
             raise DataError("there are no rows to tokenize")
-        raise DataError("no document is left", given=f"{len(too_long) // 2} of {len(records)} dropped for their length")
+        raise _nothing_left_error("document", rows_of_answers.notes, len(too_long) // 2, len(records))
     # evenly spaced over the file, because sources are often sorted
     step = max(1, -(-len(conversations) // BOUNDARY_SAMPLE))
     sample = (records[i] for i in conversations[::step])
     too_long_table, empty_table = np.array(too_long, dtype=np.int64).reshape(-1, 2), np.empty((0, 2), dtype=np.int64)
     dropped_table = too_long_table if overflow == "drop" else empty_table
     trimmed_table = too_long_table if overflow == "trim_prompt" else empty_table
-    return writer.columns(dropped_table, trimmed_table, *_count_boundary_differences(chat, sample, loss_on))
+    boundary = _count_boundary_differences(chat, sample, loss_on)
+    return writer.columns(dropped_table, trimmed_table, *boundary, rows_of_answers.notes)
 
 
 def _trim_prompt(chat: ChatTemplate, documents: Sequence[TokenizedDocument], limit: int) -> TokenizedDocument | None:
@@ -159,9 +179,37 @@ def preflight(chat: ChatTemplate, tokenized: TokenizedDataset) -> Preflight:
     Raises:
         GateError: with the first ten failing rows and what is wrong with each.
     """
-    failing_count = normalized_count = 0
+    failing, normalized_count = _preflight_failures(chat, tokenized)
+    total = len(tokenized.examples)
+    if failing:
+        summary = f"preflight: {len(failing)} of {total} rows would not train what they say"
+        messages = [f"{tokenized.examples[i].source}: {reason}" for i, reason in list(failing.items())[:10]]
+        raise GateError(summary, hint="\n  ".join(messages))
+    return Preflight(
+        rows=total,
+        failing=0,
+        tokens=int(tokenized.lengths.sum()),
+        supervised_tokens=tokenized.supervised_tokens,
+        normalized=normalized_count,
+        boundary_checked=tokenized.columns.boundary_checked,
+        boundary_differences=tokenized.columns.boundary_differences,
+    )
+
+
+def without_failing_rows(chat: ChatTemplate, tokenized: TokenizedDataset) -> TokenizedDataset:
+    """The data set without the rows that fail gate 1, which are counted (`data.rejects: drop`)."""
+    failing, _ = _preflight_failures(chat, tokenized)
+    # a data set of which nothing would be left fails gate 1 as a whole
+    if not failing or len(failing) == len(tokenized.examples):
+        return tokenized
+    return tokenized.without_documents({i: f"{tokenized.examples[i].source}: {r}" for i, r in failing.items()})
+
+
+def _preflight_failures(chat: ChatTemplate, tokenized: TokenizedDataset) -> tuple[dict[int, str], int]:
+    """Documents that fail gate 1 with their reasons, and the number of those that only a normalizer changed."""
+    failing: dict[int, str] = {}
+    normalized_count = number = 0
     normalizer = chat.tokenizer.backend_tokenizer.normalizer
-    messages: list[str] = []
     rows = zip(tokenized.examples, tokenized.expected_texts, tokenized.compared_starts, strict=True)
     for chunk in chunks(rows, lambda row: len(row[0]), count=CHUNK, limit=CHUNK_CHARACTERS):
         for (example, expected, start), text in zip(chunk, _decode_supervised(chat, chunk), strict=True):
@@ -173,21 +221,9 @@ def preflight(chat: ChatTemplate, tokenized: TokenizedDataset) -> Preflight:
                 else:
                     reason = _describe_difference(text, expected)
             if reason is not None:
-                failing_count += 1
-                messages += [f"{example.source}: {reason}"] if failing_count <= 10 else []
-    total = len(tokenized.examples)
-    if failing_count:
-        summary = f"preflight: {failing_count} of {total} rows would not train what they say"
-        raise GateError(summary, hint="\n  ".join(messages))
-    return Preflight(
-        rows=total,
-        failing=0,
-        tokens=int(tokenized.lengths.sum()),
-        supervised_tokens=tokenized.supervised_tokens,
-        normalized=normalized_count,
-        boundary_checked=tokenized.columns.boundary_checked,
-        boundary_differences=tokenized.columns.boundary_differences,
-    )
+                failing[number] = reason
+            number += 1
+    return failing, normalized_count
 
 
 def _variants(records: Iterable[Record], with_candidates: bool) -> Iterator[_AnswerVariant]:
@@ -210,25 +246,99 @@ def _variants(records: Iterable[Record], with_candidates: bool) -> Iterator[_Ans
             yield _AnswerVariant(record_index, i, variant)
 
 
-def _documents(
-    chat: ChatTemplate, variants: Iterable[_AnswerVariant], loss_on: LossOn
-) -> Iterator[tuple[_AnswerVariant, TokenizedDocument]]:
-    for chunk in chunks(variants, lambda v: character_count(v.record), count=CHUNK, limit=CHUNK_CHARACTERS):
-        rows_of_parts = [_parts(chat, v.record, loss_on) for v in chunk]
-        # one call for all pieces of the chunk; they come back in order
-        pieces = iter(_encode_pieces(chat, rows_of_parts))
-        for variant, parts in zip(chunk, rows_of_parts, strict=True):
-            record, ids = variant.record, [next(pieces) for _ in parts]
+class _DocumentReader:
+    """Documents of records, and notes on their control tokens and on rows that are left out."""
+
+    def __init__(self, chat: ChatTemplate, loss_on: LossOn, *, drops_rejects: bool) -> None:
+        self.chat, self.loss_on, self._drops_rejects = chat, loss_on, drops_rejects
+        self.notes = RowNotes()
+
+    def documents(
+        self, variants: Iterable[_AnswerVariant]
+    ) -> Iterator[tuple[_AnswerVariant, TokenizedDocument | None]]:
+        """Each variant with its document; None for a row that is left out."""
+        for chunk in chunks(variants, lambda v: character_count(v.record), count=CHUNK, limit=CHUNK_CHARACTERS):
+            rows_of_parts = [self._parts(variant) for variant in chunk]
+            # one call for all pieces of the chunk; they come back in order
+            pieces = iter(_encode_pieces(self.chat, [parts for parts in rows_of_parts if parts is not None]))
+            for variant, parts in zip(chunk, rows_of_parts, strict=True):
+                if parts is None:
+                    yield variant, None
+                    continue
+                yield variant, self._document(variant, parts, [next(pieces) for _ in parts])
+
+    def _document(
+        self, variant: _AnswerVariant, parts: list[TextPart], ids: list[list[int]]
+    ) -> TokenizedDocument | None:
+        record = variant.record
+        try:
             if record.text is None:
-                document = _conversation(chat, parts, ids, learn_all=loss_on == "all")
+                document = _conversation(self.chat, parts, ids, learn_all=self.loss_on == "all")
             else:
-                document = _plain_text(chat, record, ids[0])
-            chat.check_bos(document.ids, str(record.source))
-            yield variant, document
+                document = _plain_text(self.chat, record, ids[0])
+            self.chat.check_bos(document.ids, str(record.source))
+        except DataError as error:
+            self._reject(variant.record_index, record, error)
+            return None
+        return document
+
+    def _parts(self, variant: _AnswerVariant) -> list[TextPart] | None:
+        """The parts of a row; None for one that is left out. Raises `DataError` where such rows are errors."""
+        try:
+            record = self._with_control_tokens(variant.record_index, variant.record)
+            return None if record is None else _parts(self.chat, record, self.loss_on)
+        except DataError as error:
+            self._reject(variant.record_index, variant.record, error)
+            return None
+
+    def prompt_ids(self, row: int, record: Record) -> list[int] | None:
+        """Ids of the prompt of a row; None for one that is left out. Raises `DataError` where such rows are errors."""
+        turns = record.messages[:-1]
+        try:
+            if self._with_control_tokens(row, replace(record, messages=turns)) is None:
+                return None
+            return self.chat.prompt_ids(turns, context=record.context, tools=record.tools)
+        except DataError as error:
+            self._reject(row, record, error)
+            return None
+
+    def _with_control_tokens(self, row: int, record: Record) -> Record | None:
+        """The record as it is learned under `data.control_tokens`; None if it is left out."""
+        found = self.chat.control_text.found_in(record)
+        if not found:
+            return record
+        policy = treatment(self.chat.control_tokens, is_plain_text=record.text is not None)
+        if policy is None:
+            raise plain_text_error(found)
+        if policy == "error":
+            raise refused_error(found)
+        self.notes.count_control_tokens(row, found, dropped=policy == "drop")
+        if policy == "drop":
+            return None
+        if policy == "keep":
+            return record
+        messages, removed = without_end_tokens(record.messages, self.chat.stop_texts)
+        self.notes.removed_end_tokens.update(removed)
+        return replace(record, messages=messages)
+
+    def _reject(self, row: int, record: Record, error: DataError) -> None:
+        if not self._drops_rejects:
+            details: dict[str, Any] = {"given": error.given, "allowed": error.allowed, "hint": error.hint}
+            raise DataError(error.summary, where=error.where or str(record.source), **details) from error
+        self.notes.reject(row, record.source, error.summary)
+
+
+def _nothing_left_error(kind: str, notes: RowNotes, too_long: int, total: int) -> DataError:
+    given = f"{too_long} of {total} dropped for their length"
+    if rows := notes.control_rows_dropped:
+        given += f", {rows} for their control tokens (data.control_tokens: drop)"
+    if notes.rejected_rows:
+        given += f", {notes.rejected_rows} rejected (data.rejects: drop)"
+    return DataError(f"no {kind} is left", given=given, hint="\n  ".join(notes.rejected_first) or None)
 
 
 def _parts(chat: ChatTemplate, record: Record, loss_on: LossOn) -> list[TextPart]:
-    return [TextPart(record.text, True)] if record.text is not None else chat.split_conversation(record, loss_on)
+    return [chat.plain_text_part(record.text)] if record.text is not None else chat.split_conversation(record, loss_on)
 
 
 def _plain_text(chat: ChatTemplate, record: Record, ids: list[int]) -> TokenizedDocument:
@@ -240,10 +350,14 @@ def _plain_text(chat: ChatTemplate, record: Record, ids: list[int]) -> Tokenized
         raise ConfigError("plain text needs an end-of-text token, and the tokenizer has none", where=str(record.source))
     # as the tokenizer itself would do; not if the text already begins with one
     bos_ids = [chat.bos_id] if chat.adds_bos and chat.bos_id is not None and ids[:1] != [chat.bos_id] else []
-    document_ids = [*bos_ids, *ids, chat.eos_id]
+    # control tokens that are kept may end the text already
+    eos_ids = [] if ids[-1:] == [chat.eos_id] else [chat.eos_id]
+    document_ids = [*bos_ids, *ids, *eos_ids]
     supervised = np.ones(len(document_ids), dtype=bool)
     supervised[0] = False
-    expected = f"{chat.tokenizer.bos_token if bos_ids else ''}{record.text}{chat.tokenizer.eos_token}"
+    expected = (
+        f"{chat.tokenizer.bos_token if bos_ids else ''}{record.text}{chat.tokenizer.eos_token if eos_ids else ''}"
+    )
     return TokenizedDocument(document_ids, supervised, 0, expected)
 
 
@@ -260,7 +374,9 @@ def _conversation(
         supervised &= np.array(ids) < chat.positions.first_id
     # all that precedes the first learned answer; where all tokens are learned, what precedes the last one
     prompt_length = sum(map(len, pieces[:-1])) if learn_all else len(pieces[0])
-    return TokenizedDocument(ids, supervised, prompt_length, "".join(p.text for p in parts if p.supervised))
+    return TokenizedDocument(
+        ids, supervised, prompt_length, without_marks("".join(p.text for p in parts if p.supervised))
+    )
 
 
 def _too_long_error(description: str, too_long: Sequence[int], limit: int, records: Sequence[Record]) -> DataError:
@@ -315,7 +431,8 @@ def _preflight_fault(chat: ChatTemplate, example: Example, start: int) -> str | 
     early_stops = np.isin(example.ids, chat.generation_stop_ids)[:-1] & supervised[:-1] & supervised[1:]
     if start > 0 and early_stops[start:].any():
         token = int(example.ids[start:-1][early_stops[start:]][0])
-        return f"the answer holds a stop token of the {'template' if token in chat.stop_ids else 'model'}"
+        owner = "template" if token in chat.stop_ids else "model"
+        return f"the answer holds a stop token of the {owner}; data.control_tokens: text makes text of it"
     return None
 
 
@@ -337,6 +454,8 @@ class PromptDataset:
     records: list[Record]
     """The record of each prompt."""
     dropped_count: int
+    notes: dict[str, Any] = field(default_factory=dict)
+    """`RowNotes` as JSON."""
 
     @property
     def rows(self) -> list[list[Example]]:
@@ -352,7 +471,7 @@ class PromptDataset:
         """Counts for `run.json`."""
         lengths = self.lengths
         counts = {"examples": len(lengths), "tokens": int(lengths.sum()), "supervised_tokens": 0}
-        return {**counts, "longest": int(lengths.max()), "dropped": self.dropped_count, "trimmed": 0}
+        return {**counts, "longest": int(lengths.max()), "dropped": self.dropped_count, "trimmed": 0, **self.notes}
 
     def preflight(self) -> Preflight:
         """Gate 1 always passes: prompts have no supervised tokens that could be wrong."""
@@ -361,20 +480,27 @@ class PromptDataset:
 
 
 def tokenize_prompts(
-    chat: ChatTemplate, records: Sequence[Record], max_length: int = sys.maxsize, overflow: Overflow = "error"
+    chat: ChatTemplate,
+    records: Sequence[Record],
+    max_length: int = sys.maxsize,
+    overflow: Overflow = "error",
+    rejects: Rejects = "error",
 ) -> PromptDataset:
     """Every question as rendered up to the beginning of the answer, at most `max_length` tokens.
 
-    Raises `DataError` for rows without turns, and for prompts that are too long unless `overflow` is `drop`.
+    Raises `DataError` for rows without turns, for prompts that are too long unless `overflow` is `drop`, and for rows
+    that cannot be rendered unless `rejects` is.
     """
     examples: list[Example] = []
     kept_records: list[Record] = []
     too_long: list[tuple[Record, int]] = []
-    for record in records:
+    reader = _DocumentReader(chat, "answer", drops_rejects=rejects == "drop")
+    for i, record in enumerate(records):
         if not record.messages:
             hint = "give rows with a question"
             raise DataError("plain text has no question to answer", where=str(record.source), hint=hint)
-        prompt_ids = chat.prompt_ids(record.messages[:-1], context=record.context, tools=record.tools)
+        if (prompt_ids := reader.prompt_ids(i, record)) is None:
+            continue
         if len(prompt_ids) > max_length:
             too_long.append((record, len(prompt_ids)))
             continue
@@ -390,5 +516,5 @@ def tokenize_prompts(
         summary = f"{len(too_long)} of {len(records)} prompts leave no room for an answer"
         raise DataError(summary, given=f"at most {max_length} tokens", hint="\n  ".join(lines))
     if not examples:
-        raise DataError("no prompt is left", given=f"{len(too_long)} dropped for their length")
-    return PromptDataset(examples, kept_records, len(too_long))
+        raise _nothing_left_error("prompt", reader.notes, len(too_long), len(records))
+    return PromptDataset(examples, kept_records, len(too_long), reader.notes.to_json())

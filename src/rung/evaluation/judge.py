@@ -134,7 +134,9 @@ def judge_by_logprobs(policy: Policy, chat: ChatTemplate) -> AskJudge:
         return sum_by_document(batch, policy.logprobs(batch)).tolist()
 
     def ask(prompts: Sequence[tuple[Message, ...]]) -> list[JudgeVerdict]:
-        ids = [chat.prompt_ids(turns) for turns in prompts]
+        # answers to judge are text, whatever the judge was trained on
+        as_text = chat.with_control_tokens(None)
+        ids = [as_text.prompt_ids(turns) for turns in prompts]
         fitting = [i for i, prompt in enumerate(ids) if len(prompt) <= max_prompt_tokens]
         documents = [_document(ids[i], ending, i) for i in fitting for ending in endings]
         budget = tokens_per_micro_batch(policy.base.shape, policy.device.type)

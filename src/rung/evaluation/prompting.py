@@ -18,7 +18,8 @@ from rung.config.climb import ExampleSelection
 from rung.data.chat import with_context
 from rung.data.records import distinct_conversations
 from rung.errors import DataError
-from rung.evaluation.retrieval import Bm25Index, query_words
+from rung.evaluation.retrieval import Bm25Index
+from rung.scoring.words import search_words
 from rung.types import Message, Record
 
 Shots = tuple[Record, ...]
@@ -93,7 +94,7 @@ def nearest_shots(train: Sequence[Record], count: int) -> Callable[[Record], Sho
 
     def nearest(record: Record) -> Shots:
         # a stable sort, so that ties do not depend on numpy's algorithm
-        order = np.argsort(-index.scores(query_words(record.question)), kind="stable")[:count]
+        order = np.argsort(-index.scores(search_words(record.question)), kind="stable")[:count]
         return tuple(train[int(usable[i])] for i in order[::-1])
 
     return nearest
@@ -133,7 +134,7 @@ def coverage_shots(texts: Sequence[Sequence[str]], count: int) -> list[int]:
 
 def _words(train: Sequence[Record], rows: NDArray[np.int64]) -> list[list[str]]:
     """Words of the questions."""
-    return [query_words(train[int(i)].question) for i in rows]
+    return [search_words(train[int(i)].question) for i in rows]
 
 
 def _usable_records(train: Sequence[Record], count: int) -> NDArray[np.int64]:

@@ -7,9 +7,7 @@ the right passage is retrieved, so that a weak score can be attributed to the se
 
 from __future__ import annotations
 
-import re
 import time
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,19 +27,11 @@ from rung.data.read import RejectedRow, stream_rows
 from rung.data.records import Records
 from rung.errors import ConfigError, DataError
 from rung.scoring.stats import score_interval
+from rung.scoring.words import piece_spans, plain_words, search_words
 from rung.types import Record
 
 # the usual values, also bm25s's defaults; not tuned, because tuning would need validation questions
 K1, B = 1.5, 0.75
-_WORD = re.compile(r"\w+")
-
-
-def query_words(text: str) -> list[str]:
-    """Runs of letters and digits, normalized (NFKC) and casefolded.
-
-    No stemming and no stop words: all languages that separate words are treated equally.
-    """
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 class Bm25Index:
@@ -75,16 +65,16 @@ class Bm25Index:
 
 TEXT_SUFFIXES = (".txt", ".md")
 """Suffixes of files that contain one document each."""
-_PIECE = re.compile(r"\S+")
 
 
 def split_passages(text: str, size: int, overlap: int) -> list[str]:
-    """Passages of `size` words (separated by white space), each unchanged, including line breaks.
+    """Passages of `size` words, each unchanged, including line breaks.
 
+    Words are what white space separates; in scripts without spaces each character is one (`words.piece_spans`).
     Neighboring passages share `overlap` words; the last two share more, so that no passage is a short remainder. A text
     of at most `size` words is one passage; a text without words has none.
     """
-    spans = [match.span() for match in _PIECE.finditer(text)]
+    spans = piece_spans(text)
     if len(spans) <= size:
         return [text.strip()] if spans else []
     starts = [*range(0, len(spans) - size, size - overlap), len(spans) - size]
@@ -112,7 +102,7 @@ class Library:
         total = empty = duplicates = 0
         for document in documents:
             total += 1
-            pieces = list(filter(query_words, split_passages(document, config.chunk_words, config.overlap)))
+            pieces = list(filter(search_words, split_passages(document, config.chunk_words, config.overlap)))
             empty += not pieces
             for passage in pieces:
                 # white space apart, or the same passage in two layouts would take two of the top k
@@ -127,7 +117,13 @@ class Library:
 
     @cached_property
     def _words(self) -> list[list[str]]:
-        return [query_words(passage) for passage in self.passages]
+        return [search_words(passage) for passage in self.passages]
+
+    @cached_property
+    def _plain_words(self) -> list[list[str]]:
+        # the same lists where no pairs are made, which saves their memory
+        pairs = zip(self.passages, self._words, strict=True)
+        return [words if passage.isascii() else plain_words(passage) for passage, words in pairs]
 
     @cached_property
     def _index(self) -> Bm25Index:
@@ -141,7 +137,7 @@ class Library:
 
     def find(self, question: str) -> list[int]:
         """Indices of the passages for a question, best first; empty if it shares no word with any."""
-        return self._index.best(query_words(question), self.config.top_k)
+        return self._index.best(search_words(question), self.config.top_k)
 
     def with_passages(self, record: Record) -> Record:
         """The record with the passages for its question, best first, as its context."""
@@ -174,7 +170,8 @@ class Library:
             passage_ids = self.find(record.question)
             seconds += time.perf_counter() - start_time
             texts = (record.context or "", expected_text(record), *record.references)
-            context, *answers = (_normalize_spaces(query_words(text)) for text in texts)
+            # characters, not pairs: an answer of one character has no pair
+            context, *answers = (_normalize_spaces(plain_words(text)) for text in texts)
             by_context += bool(context)
             without_passages += not passage_ids
             hits.append(any(self._hit(i, context, answer) for i in passage_ids for answer in answers))
@@ -192,7 +189,7 @@ class Library:
         }
 
     def _hit(self, i: int, context: str, answer: str) -> bool:
-        passage = _normalize_spaces(self._words[i])
+        passage = _normalize_spaces(self._plain_words[i])
         if context:
             return context in passage or (self.longer[i] and passage in context)
         return bool(answer) and answer in passage

@@ -193,7 +193,8 @@ def _ask_one(client: Any, server: Server, request: ChatRequest) -> list[ServerAn
 
 def _is_openai(url: str) -> bool:
     address = urlsplit(url)
-    return address.scheme == "https" and address.hostname == OPENAI_HOST
+    host = address.hostname or ""
+    return address.scheme == "https" and (host == OPENAI_HOST or host.endswith("." + OPENAI_HOST))  # eu.api.openai.com
 
 
 def _api_key(url: str) -> str | None:

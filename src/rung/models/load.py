@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -121,6 +122,26 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
     tokenizer = _from_pretrained(AutoTokenizer, source, config.revision)
     _set_known_template(tokenizer, config.student_of or config.name)
     return tokenizer
+
+
+def load_end_ids(config: ModelConfig) -> tuple[int, ...]:
+    """The tokens at which a model ends a text, by its generation config and its config, as `BaseModel.end_ids`.
+
+    No weights are loaded. Empty for a GGUF file, whose tokenizer knows its only end token.
+    """
+    source = _resolve_name(config.student_of or config.name, config.revision)
+    if isinstance(source, Path) and is_run_folder(source):
+        source = next((source / name for name in ("model", "adapter") if (source / name).is_dir()), source)
+    if isinstance(source, Path) and source.suffix.lower() == ".gguf":
+        return ()
+    ids: list[int] = []
+    for config_class in (GenerationConfig, AutoConfig):
+        try:
+            value = config_class.from_pretrained(source, revision=config.revision, **NO_REMOTE_CODE).eos_token_id
+        except Exception:  # noqa: S112 -- a folder may have only one of them, or neither
+            continue
+        ids += value if isinstance(value, list | tuple) else [] if value is None else [value]
+    return tuple(dict.fromkeys(map(int, ids)))
 
 
 def _set_known_template(tokenizer: PreTrainedTokenizerFast, name: str) -> None:

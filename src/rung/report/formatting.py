@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
-from rich.text import Text
+
+from rung.console import StyledLine, plain
 
 if TYPE_CHECKING:  # the models of all results take 45 ms to import, which `rung plan` does not need
     from rung.results import Estimate
@@ -125,12 +126,12 @@ def empty_table(heads: Sequence[str], gap: int = 1, text_columns: Collection[int
     for number, head in enumerate(heads):
         # numbers never wrap: half a number in the next line reads as another number
         is_text = number in text_columns
-        table.add_column(Text(head), justify="left" if is_text else "right", no_wrap=not is_text)
+        table.add_column(plain(head), justify="left" if is_text else "right", no_wrap=not is_text)
     return table
 
 
 def render_lines(parts: Callable[[Console], Sequence[RenderableType]]) -> list[str]:
-    """The output of a console with the width and colors of the terminal, as lines."""
+    """The output of a console with the width and colors of the terminal, as lines; text of data must be `plain`."""
     # any stream: in `rung climb | less` stdout is a pipe, but a person reads it in a terminal
     attached = any(os.isatty(stream) for stream in (0, 1, 2)) or "COLUMNS" in os.environ
     width = Console().width if attached else PIPE_WIDTH
@@ -138,17 +139,11 @@ def render_lines(parts: Callable[[Console], Sequence[RenderableType]]) -> list[s
     # colors only if stdout itself is a terminal: files must not contain escape codes
     console = Console(file=buffer, width=width, force_terminal=sys.stdout.isatty(), highlight=False)
     console.print(*parts(console), sep="\n")
-    return [encodable_on_terminal(line.rstrip()) for line in buffer.getvalue().splitlines()]
+    return [StyledLine(line.rstrip()) for line in buffer.getvalue().removesuffix("\n").split("\n")]
 
 
 def name_value_table(lines: Mapping[str, str]) -> list[str]:
     """Lines of names on the left and aligned values on the right."""
     width = max(map(len, lines))
     hanging = "\n" + " " * (width + 4)
-    return [encodable_on_terminal(f"  {name:<{width}}  {text}".replace("\n", hanging)) for name, text in lines.items()]
-
-
-def encodable_on_terminal(line: str) -> str:
-    """The line in the encoding of the terminal: a result must not be lost to a UnicodeEncodeError."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return line.encode(encoding, "replace").decode(encoding)
+    return [f"  {name:<{width}}  {text}".replace("\n", hanging) for name, text in lines.items()]

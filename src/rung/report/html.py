@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
 
+from rung.console import visible
 from rung.files import write_bytes
 from rung.report import sections
 from rung.report.answer_browser import FIRST_ITEMS, ITEMS_PER_FILTER, browse_answers
@@ -51,11 +53,16 @@ def render_page(source: ReportSource) -> str:
 def _template() -> Template:
     loader = FileSystemLoader(Path(__file__).parent)
     # StrictUndefined: a misspelled name in the template raises, instead of leaving a gap in the page
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, finalize=html_text)
     environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters["minus"] = _typeset_minus
     environment.filters["present"] = _without_missing
     return environment.get_template("template.html")
+
+
+def html_text(value: Any) -> Any:
+    """A value of the page: text as `visible` shows it, which the template then escapes; markup of the report itself."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _typeset_minus(text: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.text import Text
 
+from rung.console import add_text_row, plain
 from rung.planning.advise import Advice, RunPlan
 from rung.report.formatting import (
     empty_table,
@@ -81,19 +82,19 @@ def _stages(run_plan: RunPlan) -> Any:
     table = empty_table(["memory", "", "from"], gap=2, text_columns=(0, 2))
 
     def add(name: Text, size: float, note: Text, size_style: str = "") -> None:
-        table.add_row(name, Text(format_bytes(size), size_style), note)
+        add_text_row(table, name, plain(format_bytes(size), size_style), note)
 
     for stage in memory.stages:
         largest = stage is memory.largest_stage
-        add(Text(f"{'> ' if largest else '  '}{stage.name}", "bold" if largest else ""), stage.bytes, Text())
+        add(plain(f"{'> ' if largest else '  '}{stage.name}", "bold" if largest else ""), stage.bytes, plain(""))
         # only the peak decides whether a run fits
         for term in stage.terms if largest else ():
-            add(Text(f"    {term.name}"), term.bytes, Text(term.source, "dim"))
-    add(Text("  libraries"), memory.footprint, Text(memory.footprint_source))
-    add(Text("  peak", "bold"), memory.peak, Text(f"in {memory.largest_stage.name}"), "bold")
+            add(plain(f"    {term.name}"), term.bytes, plain(term.source, "dim"))
+    add(plain("  libraries"), memory.footprint, plain(memory.footprint_source))
+    add(plain("  peak", "bold"), memory.peak, plain(f"in {memory.largest_stage.name}"), "bold")
     for stage in run_plan.follow_up:
         # another process: it loads the libraries again
-        add(Text(f"  {stage.name}"), stage.bytes + memory.footprint, Text(FOLLOW_UP_NOTES[stage.name], "dim"))
+        add(plain(f"  {stage.name}"), stage.bytes + memory.footprint, plain(FOLLOW_UP_NOTES[stage.name], "dim"))
     return table
 
 
@@ -110,10 +111,10 @@ def _methods(advice: Advice) -> Any:
         sizes = (base, states, terms.get("activations", 0), plan.memory.required_bytes)
         cells = [format_count(plan.trainable), *map(format_bytes, sizes), format_duration(plan.seconds)]
         is_configured = plan.method == advice.plan.method
-        row = [Text(("> " if is_configured else "  ") + plan.method), *map(Text, cells)]
+        row = [plain(("> " if is_configured else "  ") + plan.method), *map(plain, cells)]
         if plan.fits is not None:
-            row.append(Text("yes" if plan.fits else "no", style=_TONE[plan.fits]))
-        table.add_row(*row)
+            row.append(plain("yes" if plan.fits else "no", style=_TONE[plan.fits]))
+        add_text_row(table, *row)
     return table
 
 

@@ -19,6 +19,7 @@ from markupsafe import Markup, escape
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from rung.console import visible
 from rung.report.formatting import decimals, format_estimate
 from rung.results import Estimate, RungVerdict
 
@@ -202,6 +203,7 @@ def _legend(axes: Any) -> None:
 
 # Long labels would squeeze the plot: the full name is in the table and in the text alternative.
 def _clip(label: str, limit: int = 22) -> str:
+    label = visible(label)
     return label if len(label) <= limit else label[: limit - 1] + "…"
 
 
@@ -229,4 +231,4 @@ def _svg(name: str, draw: DrawFunction, height: float, text: str) -> Markup:
     scope = re.sub(r"\W+", "-", name)
     content = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{scope}-", content)
     box = view.group() if view else ""
-    return Markup(f'<svg class="plot" role="img" {box} aria-label="{escape(text)}">{content}</svg>')  # noqa: S704
+    return Markup(f'<svg class="plot" role="img" {box} aria-label="{escape(visible(text))}">{content}</svg>')  # noqa: S704

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import yaml
 from markupsafe import Markup
 
+from rung.data.token_store import describe_notes
 from rung.report import plots, summaries
 from rung.report.formatting import MISSING, format_bytes, format_count, format_duration, format_loss
 from rung.report.run_reader import PERPLEXITY, LoggedRun, ReportSource
@@ -225,7 +226,9 @@ def data(source: ReportSource) -> Pairs:
     for number, data_set in enumerate(splits.sets, start=1):
         weight = f", weight {data_set.weight:g}" if data_set.weight != 1.0 else ""
         counts = f"{data_set.kept:,} rows kept, {data_set.rejected:,} rejected{weight}"
-        lines["file" if number == 1 else f"file {number}"] = f"{data_set.path}: {counts}"
+        removed = ", ".join(f"{token} ({answers:,})" for token, answers in data_set.removed_end_tokens.items())
+        ends = f"; removed from the ends of answers: {removed}" if removed else ""
+        lines["file" if number == 1 else f"file {number}"] = f"{data_set.path}: {counts}{ends}"
     for name, split in splits.by_name().items():
         copies = f", {split.duplicate_prompts:,} duplicate prompts" if split.duplicate_prompts else ""
         lines[name] = f"{split.rows:,} rows in {split.groups:,} groups{copies}"
@@ -238,6 +241,8 @@ def data(source: ReportSource) -> Pairs:
         lines["training tokens"] = f"{train.tokens:,}, {share}"
         lines["longest row"] = f"{train.longest:,} tokens"
         lines["dropped or trimmed"] = f"{train.dropped:,} dropped, {train.trimmed:,} trimmed for length"
+        notes = {"control_tokens": train.control_tokens, "not_rendered": train.not_rendered}
+        lines |= describe_notes(notes, source.result.config.get("data", {}).get("control_tokens"))
     if source.result.contamination:
         lines |= summaries.contamination_text(source.result.contamination)
     fingerprints = {name: value for name, value in source.result.fingerprints.items() if value}

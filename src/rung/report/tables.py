@@ -16,11 +16,11 @@ from rich.table import Table
 from rich.text import Text
 
 from rung import results
+from rung.console import add_text_row, plain
 from rung.report import summaries
 from rung.report.formatting import (
     decimals,
     empty_table,
-    encodable_on_terminal,
     format_bytes,
     format_count,
     format_duration,
@@ -43,16 +43,16 @@ def ladder_lines(ladder: results.Ladder) -> list[str]:
     """The ladder, the verdict, the path of the report and next commands."""
     metrics, verdict = list(ladder.rows[0].scores), ladder.verdict
     rows = summaries.printed_rungs([(row.rung, row) for row in ladder.rows], metrics, verdict)
-    verdict_text = Text(verdict.text, style=_TONE["recommended" if verdict.recommended else "safe"])
+    verdict_text = plain(verdict.text, style=_TONE["recommended" if verdict.recommended else "safe"])
     size = f"{ladder.examples} held-out questions in {ladder.clusters} clusters; intervals are 95 %, gains paired"
     skipped = [f"not measured: {rung.rung}, {rung.why}" for rung in ladder.skipped_rungs]
     cut_off = summaries.cut_off_text({row.rung: row.cut_off for row in ladder.rows})
     lines_of_facts = (size, *_retrieval_lines(ladder.rows), *([cut_off] if cut_off else []), *skipped)
-    facts = [Text(line, style="dim") for line in lines_of_facts]
+    facts = [plain(line, style="dim") for line in lines_of_facts]
     findings = [ladder.next_rung and ladder.next_rung.text, *(d.text for d in ladder.diagnoses)]
     findings += [result.text for result in ladder.forgetting]
-    notes = [verdict_text, *(Text(finding) for finding in findings if finding)]
-    lines = render_lines(lambda console: [_fitting_layout(rows, metrics, console), *facts, Text(), *notes])
+    notes = [verdict_text, *(plain(finding) for finding in findings if finding)]
+    lines = render_lines(lambda console: [_fitting_layout(rows, metrics, console), *facts, plain(""), *notes])
     return ["", *lines, *_report_and_commands(ladder.report, summaries.commands_after_climb(ladder))]
 
 
@@ -87,7 +87,7 @@ def run_lines(run: results.RunResult, output: str, report: str) -> list[str]:
         lines[summaries.artifact_folder(run, "").strip("/")] = summaries.artifact_folder(run, output)
     if run.error:
         lines["error"] = run.error
-    head = encodable_on_terminal(f"{run.status}: {output}")
+    head = f"{run.status}: {output}"
     commands = summaries.commands_after_run(run, output)
     return ["", head, *name_value_table(lines), *_report_and_commands(report, commands)]
 
@@ -128,7 +128,7 @@ def dry_run_lines(result: results.PreviewResult) -> list[str]:
 def score_lines(result: results.EvaluationResult) -> list[str]:
     """Scores with intervals and the cost of a query; for a reward model its health."""
     if result.reward is not None:
-        return ["", encodable_on_terminal(f"{result.target}: {result.summary}")]
+        return ["", f"{result.target}: {result.summary}"]
     lines = {name: format_estimate(estimate) for name, estimate in result.scores.items()}
     if result.retrieval:
         lines["retrieved"] = f"the right passage for {summaries.retrieved_text(result.retrieval)}"
@@ -137,7 +137,7 @@ def score_lines(result: results.EvaluationResult) -> list[str]:
     seconds = format_significant(result.seconds_per_query or 0.0)
     lines["a query"] = f"{result.prompt_tokens:,.0f} prompt tokens, {seconds} s"
     size = f"{result.examples:,} held-out questions in {result.clusters:,} clusters, 95 % intervals"
-    output = ["", encodable_on_terminal(f"{result.target}: {size}"), *name_value_table(lines)]
+    output = ["", f"{result.target}: {size}", *name_value_table(lines)]
     if cut := result.cut_off:
         advice = "answers were cut at evaluation.max_new_tokens and are scored by the text they have: raise it."
         output += ["", f"{cut:,} {advice}"]
@@ -159,9 +159,9 @@ def _wide(rows: Sequence[PrintedRung], metrics: Sequence[str], *, gap: int) -> T
     heads = ["rung", *(f"{metric}\n[95 %]" for metric in metrics[:2]), "gain on the\nrung below", "train-\nable"]
     ladder = empty_table([*heads, "training\ntime", "peak\nmemory", "prompt\ntokens", "per\nquery"], gap)
     for row in rows:
-        scores = [Text(str(cell)) for cell in row.scores[:2]]
+        scores = [plain(str(cell)) for cell in row.scores[:2]]
         cost = [row.trainable, row.train, row.memory, row.tokens, row.seconds]
-        ladder.add_row(_label(row), *scores, _gain(row, " "), *map(Text, cost))
+        add_text_row(ladder, _label(row), *scores, _gain(row, " "), *map(plain, cost))
     return ladder
 
 
@@ -172,31 +172,31 @@ def _stacked(rows: Sequence[PrintedRung], metrics: Sequence[str], detail: str = 
     cost_heads = ["trainable,\ntime", "peak\nmemory", "per\nquery"] if with_cost else []
     ladder = empty_table([*heads, "gain on the\nrung below", *cost_heads], 0)
     for row in rows:
-        cells = [Text(f"{row.scores[0].mean}\n{row.scores[0].bounds}")]
+        cells = [plain(f"{row.scores[0].mean}\n{row.scores[0].bounds}")]
         for cell in row.scores[1 : 1 + len(second)]:
-            cells.append(Text(f"{cell.mean}\n{cell.bounds}" if detail == "interval" else cell.mean))
+            cells.append(plain(f"{cell.mean}\n{cell.bounds}" if detail == "interval" else cell.mean))
         cells.append(_gain(row, "\n"))
         if with_cost:
-            cells += map(Text, (f"{row.trainable}\n{row.train}", row.memory, f"{row.tokens} tok\n{row.seconds}"))
-        ladder.add_row(_label(row, "\n"), *cells)
+            cells += map(plain, (f"{row.trainable}\n{row.train}", row.memory, f"{row.tokens} tok\n{row.seconds}"))
+        add_text_row(ladder, _label(row, "\n"), *cells)
     return ladder
 
 
 def _gain(row: PrintedRung, separator: str) -> Text:
-    return Text(separator.join(filter(None, (row.gain.mean, row.gain.bounds))), style=_TONE.get(row.gain.tone, ""))
+    return plain(separator.join(filter(None, (row.gain.mean, row.gain.bounds))), style=_TONE.get(row.gain.tone, ""))
 
 
 def _label(row: PrintedRung, line_break: str = "") -> Text:
     """The name, marked if the verdict points at it; plain text even if it contains rich markup."""
     mark = "> " if row.note in ("recommended", "safe") else "  "
     note = f"{line_break}  {row.note}" if line_break and row.note else ""
-    return Text(f"{mark}{row.rung}{note}", style=_TONE.get(row.note, ""))
+    return plain(f"{mark}{row.rung}{note}", style=_TONE.get(row.note, ""))
 
 
 def _report_and_commands(report: str, commands: Sequence[str]) -> list[str]:
     """Path of the report and next commands; commands are never wrapped, so that they can be copied."""
     lines = [f"report  {report}", *(f"{'' if i else 'next':<6}  {command}" for i, command in enumerate(commands))]
-    return ["", *map(encodable_on_terminal, lines)]
+    return ["", *lines]
 
 
 NOTABLE_LENGTH_EFFECT = 0.1
@@ -206,10 +206,10 @@ NOTABLE_LENGTH_EFFECT = 0.1
 def comparison_lines(result: results.ComparisonResult) -> list[str]:
     """Comparison of two systems: each metric, then the judge's preferences."""
     size = f"{result.examples:,} held-out questions in {result.clusters:,} clusters, 95 % intervals, paired"
-    lines = ["", encodable_on_terminal(f"{result.target} against {result.baseline}: {size}")]
+    lines = ["", f"{result.target} against {result.baseline}: {size}"]
     lines += name_value_table({name: metric_text(name, metric) for name, metric in result.metrics.items()})
     if judge := result.judge:
-        head = encodable_on_terminal(f"preferred by the judge {judge.model}")
+        head = f"preferred by the judge {judge.model}"
         lines += ["", head, *name_value_table(_judge(judge))]
     return lines
 
@@ -217,7 +217,7 @@ def comparison_lines(result: results.ComparisonResult) -> list[str]:
 def forgetting_lines(result: results.ForgettingComparison) -> list[str]:
     """Comparison of a run with its base on unrelated data."""
     size = f"{result.examples:,} rows in {result.clusters:,} clusters, 95 % intervals, run minus base"
-    lines = ["", encodable_on_terminal(f"{result.target} on {result.forgetting}: {size}")]
+    lines = ["", f"{result.target} on {result.forgetting}: {size}"]
     lines += name_value_table({name: metric_text(name, metric) for name, metric in result.metrics.items()})
     if result.dropped:
         lines.append(f"  {result.dropped:,} texts were longer than the model's context and left out")

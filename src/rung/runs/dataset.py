@@ -7,7 +7,7 @@ splitting is in `data`, retrieval in `evaluation/retrieval.py`. `runs/train.py`,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,14 +16,14 @@ from rung.config.evaluation import Context, RetrievalConfig
 from rung.config.method import front_virtual_tokens
 from rung.config.objective import ModelRewardConfig, VerifierConfig
 from rung.config.run import RunConfig
-from rung.console import status
+from rung.console import print_status, status
 from rung.data.cache import cached_examples
 from rung.data.chat import ChatTemplate
 from rung.data.prompt_positions import virtual_token_positions
 from rung.data.records import Records
 from rung.data.splits import Splits, load_data
-from rung.data.token_store import TokenizedDataset
-from rung.data.tokenize import Preflight, PromptDataset, preflight, tokenize_prompts
+from rung.data.token_store import TokenizedDataset, describe_notes
+from rung.data.tokenize import Preflight, PromptDataset, preflight, tokenize_prompts, without_failing_rows
 from rung.errors import DataError
 from rung.evaluation.retrieval import Library, read_documents, row_contexts
 from rung.models.base_model import BaseModel
@@ -57,7 +57,11 @@ def read_splits(config: RunConfig) -> Splits:
     if isinstance(config.objective.reward, VerifierConfig) and config.objective.reward.kind == "math":
         require_math_verify("objective.reward.kind")
     with status("reading data"):
-        return load_data(config.data, config.seed)
+        splits = load_data(config.data, config.seed)
+    for loaded in (*splits.notes["sets"], *splits.notes["held_out_files"].values()):
+        for token, answers in loaded.get("removed_end_tokens", {}).items():
+            print_status(f"{loaded['path']}: {answers:,} answers ended in {token}, which is removed")
+    return splits
 
 
 def load_library(config: RunConfig, splits: Splits | None = None) -> Library:
@@ -86,6 +90,7 @@ def tokenize_splits(config: RunConfig, splits: Splits, base: BaseModel, library:
     """Tokenized training and validation data, cached, with gate 1 passed and with the contexts of the evaluation."""
     positions = virtual_token_positions(config.method, base.vocab_size)
     chat = ChatTemplate.of_model(base.tokenizer, config.model, base.end_ids, positions)
+    chat = chat.with_control_tokens(config.data.control_tokens)
     max_tokens = max_document_tokens(config, base)
     context = config.evaluation.context
     if context == "retrieved" and library is None:
@@ -135,13 +140,24 @@ def tokenize_for_objective(
 ) -> TokenizedDataset:
     """The tokenized records of a run, as its objective needs them. Raises `DataError` for rows of too few answers."""
     objective = make_objective(config.objective)
-    tokenize = partial(cached_examples, chat, records, loss_on=config.data.loss_on, overflow=config.data.overflow)
+    data = config.data
+    tokenize = partial(
+        cached_examples, chat, records, loss_on=data.loss_on, overflow=data.overflow, rejects=data.rejects
+    )
     with status("tokenizing"):
         dataset = tokenize(max_length=max_tokens, with_candidates=objective.compares_answers)
+        if data.rejects == "drop":
+            dataset = without_failing_rows(chat, dataset)
+    _print_notes(dataset.columns.notes, chat)
     if (incomplete_row := dataset.first_row_with_fewer(objective.min_answers)) is not None:
         hint = "labelled answers are for loss: kto; pairs, rankings and ratings for all others"
         raise DataError("this row has one answer and nothing to compare it with", where=str(incomplete_row), hint=hint)
     return dataset
+
+
+def _print_notes(notes: Mapping[str, Any], chat: ChatTemplate) -> None:
+    for name, text in describe_notes(notes, chat.control_tokens).items():
+        print_status(f"{name}: {text}")
 
 
 def tokenize_held_out(config: RunConfig, chat: ChatTemplate, records: Records, base: BaseModel) -> TokenizedDataset:
@@ -166,7 +182,9 @@ def _prompt_only_data(config: RunConfig, splits: Splits, chat: ChatTemplate, max
                 raise DataError(summary, where=str(record.source), hint=hint)
             # now and not at the first rollout: a template may write calls in a form that is not read
             chat.expected_calls(record)
-    tokenize = partial(tokenize_prompts, chat, max_length=max_tokens, overflow=config.data.overflow)
+    rejects, overflow = config.data.rejects, config.data.overflow
+    tokenize = partial(tokenize_prompts, chat, max_length=max_tokens, overflow=overflow, rejects=rejects)
     with status("tokenizing"):
         train, validation = tokenize(splits.train), tokenize(splits.validation) if splits.validation else None
+    _print_notes(train.notes, chat)
     return RunData(splits, chat, train, validation, train.preflight())

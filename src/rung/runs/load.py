@@ -139,7 +139,8 @@ class LoadedRun:
             turns[-1] = replace(turns[-1], content=self.library.prepend_passages(turns[-1].content))
         if task is not None and task not in self.tasks:
             raise ConfigError("this model learned no such task", given=task, allowed=", ".join(self.tasks) or "none")
-        prompt = self.chat.prompt_ids(turns, context=context)
+        # whatever the training data was: nobody who asks may open turns
+        prompt = self.chat.with_control_tokens(None).prompt_ids(turns, context=context)
         room = self.policy.base.context - self.policy.method.virtual_tokens - len(prompt)
         if room < 1:
             raise DataError("the prompt is longer than the model's context", given=f"{len(prompt):,} tokens")
@@ -232,7 +233,7 @@ def _load_run(path: Path, base: BaseModel | None) -> tuple[Policy, ChatTemplate,
         base = load_base_on_device(ModelConfig(name=str(model_name), dtype=config.model.dtype), heads=heads)
         chat = ChatTemplate(base.tokenizer, end_ids=base.end_ids)
         check_prompt(path / "model", chat)
-        return Policy(base, NoMethod()), chat, config
+        return Policy(base, NoMethod()), chat.with_control_tokens(config.data.control_tokens), config
     require_undamaged(path / "adapter")
     if base is None:
         base = load_base_on_device(config.model, stream_linears=config.method.kind == "qlora")
@@ -245,7 +246,7 @@ def _load_run(path: Path, base: BaseModel | None) -> tuple[Policy, ChatTemplate,
     positions = virtual_token_positions(config.method, base.vocab_size)
     chat = ChatTemplate(tokenizer, positions=positions, end_ids=base.end_ids)
     check_prompt(path / "adapter", chat)
-    return Policy(base, method), chat, config
+    return Policy(base, method), chat.with_control_tokens(config.data.control_tokens), config
 
 
 def saved_chat(run: Path) -> ChatTemplate:
