@@ -648,6 +648,11 @@ def test_proposed_maps_are_of_columns_that_are_there_and_of_names_that_are_read(
         ({"id": 1, "dialogue_turns": shared(("human", "q"), ("gpt", "a"))}, {"messages": "dialogue_turns"}),
         ({"TEXT": "t", "SOURCE": "s"}, {"text": "TEXT"}),
         ({"completion": "t"}, {"text": "completion"}),
+        ({"question": "q", "ground_truth": "a", "model": "m"}, {"answer": "ground_truth"}),
+        (
+            {"chosen_messages": [u("q"), a("a")], "rejected_messages": [u("q"), a("w")]},
+            {"chosen": "chosen_messages", "rejected": "rejected_messages"},
+        ),
         ({"question": "q", "pos_answer": "a", "neg_answer": "w"}, {"prompt": "question", "chosen": "pos_answer"}),
     ],
 )
@@ -723,3 +728,12 @@ def test_rows_without_a_margin_beside_others_are_told(tmp_path: Path) -> None:
     assert read_records(DataConfig(path=str(file)), str(file)).detection.notes == (
         "rows without a value in 'margin', whose margin is 1: 1 of 2",
     )
+
+
+def test_rows_of_questions_alone_are_proposed_as_prompts(tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_text(json.dumps({"question": "q", "sample_id": 7}))
+    with pytest.raises(DataError, match="prompt_only, map: {prompt: question}"):
+        load_records(DataConfig(path=str(file)), str(file))
+    config = DataConfig(path=str(file), format="prompt_only", map={"prompt": "question"})
+    assert [r.question for r in load_records(config, str(file)).records] == ["q"]

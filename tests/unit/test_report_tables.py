@@ -166,6 +166,12 @@ def test_run_lines_say_what_was_measured_and_what_is_next() -> None:
     assert "failed: r" in failed and "--resume" in failed and "adapter" not in failed and "None" not in failed
 
 
+def test_rows_that_their_length_left_out_or_changed_are_told() -> None:
+    data = {"splits": {"train": {"rows": 35}}, "train": {"supervised_tokens": 56, "dropped": 7, "trimmed": 2}}
+    text = "\n".join(run_lines(RunResult.model_validate({**RUN, "data": data}), "r", "r/report.html"))
+    assert "35 rows, 56 supervised tokens; 7 too long and left out; 2 with a shortened prompt" in " ".join(text.split())
+
+
 def test_dry_run_lines() -> None:
     found = {
         "splits": {

@@ -66,9 +66,3 @@ def test_another_order_says_what_to_write(turns: list[dict[str, Any]], remedy: s
     with pytest.raises(DataError) as caught:
         read(*turns)
     assert "wrong role order" in caught.value.summary and caught.value.summary.endswith(remedy)
-
-
-def test_calls_in_parts_say_where_calls_are_written() -> None:
-    part = {"type": "tool_use", "name": "f", "input": {}}
-    with pytest.raises(DataError, match="write calls as tool_calls of the turn"):
-        read(USER, {"role": "assistant", "content": [part]}, ANSWER)

@@ -11,7 +11,8 @@ import math
 from typing import Any
 
 from rung.config.data import Format
-from rung.data.messages import Getter, TurnFields, from_messages, is_parts, number_of, short_repr, text_of
+from rung.data.content_parts import is_parts
+from rung.data.messages import Getter, TurnFields, from_messages, number_of, short_repr, text_of
 from rung.errors import DataError
 from rung.types import Candidate, Message
 

@@ -87,7 +87,10 @@ FORMATS: dict[Format, FormatColumns] = {
 }
 
 _QUESTION_LIKE = ("query", "problem", "prompt", "instruction", "input", "user", "human", "q")
-_ANSWER_LIKE = ("response", "output", "completion", "target", "gold", "solution", "reply", "assistant", "a")
+_ANSWER_LIKE = (
+    *("response", "output", "completion", "target", "gold", "solution", "reply", "assistant", "a"),
+    *("ground_truth", "expected_output"),
+)
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "question": _QUESTION_LIKE,
     "answer": _ANSWER_LIKE,
@@ -97,7 +100,10 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "messages": ("conversation", "dialogue", "dialog", "chat"),
     "system": ("system_prompt", "system_message"),
     "context": ("passage",),
-    "chosen": ("preferred_output", "chosen_response", "preferred", "accepted", "pos_answer", "positive", "pos"),
+    "chosen": (
+        *("preferred_output", "chosen_response", "preferred", "accepted", "chosen_messages"),
+        *("pos_answer", "positive", "pos"),
+    ),
     "rejected": (
         *("rejected_response", "non_preferred_output", "rejected_messages", "rejected_answer", "dispreferred"),
         *("neg_answer", "negative", "neg"),
@@ -137,6 +143,11 @@ FOREIGN_SHAPES: tuple[tuple[tuple[str, ...], str], ...] = (
         "several answers inside of a row are not read: write one row for each instance, "
         "with instruction, input and output",
     ),
+    (
+        ("question_id", "turns"),
+        "questions of several turns (MT-bench's) are not read: write the first as prompt, "
+        "with data.format: prompt_only",
+    ),
     (("contents",), "contents with parts (Gemini's) are not read: write messages with role and content"),
     (("choices", "answerKey"), _CHOICES),
     (("endings", "label"), _CHOICES),
@@ -160,6 +171,7 @@ _PROPOSED: tuple[Format, ...] = (
 
 
 _KNOWN_NAMES = frozenset(name for columns in FORMATS.values() for name in columns.names)
+_KNOWN_NAMES |= {synonym for name, synonyms in SYNONYMS.items() if name != "messages" for synonym in synonyms}
 
 
 def holds_turns(value: object) -> bool:

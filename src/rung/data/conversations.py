@@ -11,12 +11,12 @@ from typing import Any
 
 from rung.config.data import Format
 from rung.data.candidates import pair_candidates, parse_answer, parse_answers, parse_label
+from rung.data.content_parts import is_parts
 from rung.data.messages import (
     Getter,
     TurnFields,
     from_history,
     from_messages,
-    is_parts,
     optional_text,
     text_of,
     turns_of_text,

@@ -13,9 +13,10 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeGuard, get_args
+from typing import Any, get_args
 
 from rung.config.data import UnknownFields
+from rung.data.content_parts import is_parts, joined_parts, split_answer, type_name
 from rung.data.read import WrittenFloat, parse_json
 from rung.data.template import REASONING_FIELDS
 from rung.data.turn_order import with_calls
@@ -148,10 +149,10 @@ def text_of(value: object, name: str, numbers: Callable[[str], None] | None = No
         raise DataError(f"no {name}")
     if isinstance(value, bool | int | float):
         if numbers is None:
-            raise DataError(f'{name} is the {_type_name(value)} {value}, not text: quote it ("{value}")')
+            raise DataError(f'{name} is the {type_name(value)} {value}, not text: quote it ("{value}")')
         return _number_text(value, name, numbers)
     if is_parts(value):
-        value = _joined_parts(value, name)
+        value = joined_parts(value, name)
     if not isinstance(value, str):
         is_answers = isinstance(value, list) and value and all(isinstance(item, str) for item in value)
         remedy = "; other accepted answers go into the column references" if is_answers and name == "answer" else ""
@@ -163,13 +164,6 @@ def text_of(value: object, name: str, numbers: Callable[[str], None] | None = No
         remedy = ": ask something, or write answers to nothing as plain text, in a column text" if is_question else ""
         raise DataError(f"empty {name}{remedy}")
     return encodable(value, name)
-
-
-def is_parts(value: object) -> TypeGuard[list[Mapping[str, Any]]]:
-    """Whether a value is content in parts, such as [{"type": "text", "text": ...}], and no list of turns."""
-    if not isinstance(value, list) or not value:
-        return False
-    return all(isinstance(part, Mapping) and "type" in part and not {"role", "from"} & set(part) for part in value)
 
 
 def _number_text(value: bool | int | float, name: str, numbers: Callable[[str], None]) -> str:
@@ -299,12 +293,17 @@ def _message(item: object, name: str, fields: TurnFields) -> Message:
         tool, call_id = (optional_text(item.get(key), key) for key in ("name", "tool_call_id"))
         is_tool = role == "tool"
         return _turn(role, content, name, fields, tool if is_tool else None, call_id if is_tool else None)
+    if is_parts(content):
+        content, given = split_answer(content, name)
+        if twice := next((field for field in given if item.get(field)), None):
+            raise DataError(f"{name} has {twice} as a field and in the parts of its content")
+        item = {**item, **given}
     calls = item.get("tool_calls") or item.get("function_call")
     if item.get("tool_calls") and item.get("function_call"):
         raise DataError(f"{name} has both tool_calls and function_call")
     reasoning = _reasoning(item, name)
     if calls:
-        text = "" if content is None else _joined_parts(content, name) if isinstance(content, list) else content
+        text = "" if content is None else joined_parts(content, name) if isinstance(content, list) else content
         if not isinstance(text, str):
             raise DataError(f"content of {name} is {_a_type(text)}, not text")
         calls_text = tool_calls_text(calls)
@@ -349,29 +348,12 @@ def _turn(
     call_id: str | None = None,
 ) -> Message:
     if isinstance(content, list):
-        content = _joined_parts(content, f"content of {name}")
+        content = joined_parts(content, f"content of {name}")
     if content == "" and role in ("system", "tool"):  # an empty tool result or system prompt carries information
         return Message(role, "", name=tool, tool_call_id=call_id)
     noun = {"user": "question", "assistant": "answer"}.get(role, "content")
     numbers = {"assistant": fields.answers, "system": None}.get(role, fields.questions)
     return Message(role, text_of(content, f"{noun} in {name}", numbers), name=tool, tool_call_id=call_id)
-
-
-_TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
-"""Types of text parts: those of chat completions, and of OpenAI's responses."""
-
-
-def _joined_parts(parts: Sequence[object], name: str) -> str:
-    texts: list[str] = []
-    for part in parts:
-        kind = part.get("type", "text") if isinstance(part, Mapping) else f"bare {_type_name(part)}"
-        if not isinstance(part, Mapping) or kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
-            remedy = "only text is read: leave the row out (data.rejects: drop), or the part"
-            if kind in ("tool_use", "tool_result"):
-                remedy = "write calls as tool_calls of the turn, and each result as a turn of role tool"
-            raise DataError(f"{name} has parts that are not text, of the type {kind}; {remedy}")
-        texts.append(part["text"])
-    return "".join(texts)
 
 
 def _tool_call(call: object) -> dict[str, Any]:
@@ -420,16 +402,8 @@ def _json_value(value: str, name: str) -> Any:
         raise DataError(f"{name} is not JSON: {error}") from error
 
 
-def _type_name(value: object) -> str:
-    if isinstance(value, bool):
-        return "truth value"
-    if isinstance(value, int | float):
-        return "number"
-    return {"dict": "object", "str": "text", "NoneType": "null"}.get(type(value).__name__, type(value).__name__)
-
-
 def _a_type(value: object) -> str:
-    name = _type_name(value)
+    name = type_name(value)
     return name if name == "null" else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 

@@ -11,7 +11,8 @@ import re
 from typing import NamedTuple
 
 from rung.data.candidates import parse_answer
-from rung.data.messages import Getter, TurnFields, from_messages, is_parts, turns_of_text
+from rung.data.content_parts import is_parts
+from rung.data.messages import Getter, TurnFields, from_messages, turns_of_text
 from rung.errors import DataError
 from rung.types import Message, MessageRole
 

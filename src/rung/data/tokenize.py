@@ -334,7 +334,8 @@ def _nothing_left_error(kind: str, notes: RowNotes, too_long: int, total: int) -
         given += f", {rows} for their control tokens (data.control_tokens: drop)"
     if notes.rejected_rows:
         given += f", {notes.rejected_rows} rejected (data.rejects: drop)"
-    return DataError(f"no {kind} is left", given=given, hint="\n  ".join(notes.rejected_first) or None)
+    hints = ["raise data.max_length, or set data.overflow: trim_prompt"] if too_long else []
+    return DataError(f"no {kind} is left", given=given, hint="\n  ".join([*notes.rejected_first, *hints]) or None)
 
 
 def _parts(chat: ChatTemplate, record: Record, loss_on: LossOn) -> list[TextPart]:

@@ -83,6 +83,7 @@ def run_lines(run: results.RunResult, output: str, report: str) -> list[str]:
     if (train := run.data.splits.train) and train.rows:
         supervised = run.data.train.supervised_tokens if run.data.train else 0
         lines["data"] = f"{train.rows:,} " + (f"rows, {supervised:,} supervised tokens" if supervised else "prompts")
+        lines["data"] += _changed_for_length(run.data.train)
     if run.status == "finished":
         lines[summaries.artifact_folder(run, "").strip("/")] = summaries.artifact_folder(run, output)
     if run.error:
@@ -90,6 +91,11 @@ def run_lines(run: results.RunResult, output: str, report: str) -> list[str]:
     head = f"{run.status}: {output}"
     commands = summaries.commands_after_run(run, output)
     return ["", head, *name_value_table(lines), *_report_and_commands(report, commands)]
+
+
+def _changed_for_length(part: results.TokenResult | None) -> str:
+    counts = {"too long and left out": part.dropped, "with a shortened prompt": part.trimmed} if part else {}
+    return "".join(f"; {count:,} {name}" for name, count in counts.items() if count)
 
 
 def _memory(run: results.RunResult) -> str:
