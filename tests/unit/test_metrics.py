@@ -262,3 +262,11 @@ def test_spaces_inside_brackets_say_nothing(answer: str, score: float) -> None:
 
 def test_a_frame_is_a_box() -> None:
     assert METRICS["numeric"].function(r"\fbox{42} of 50 apples", "42") == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["정답: C", "答案：C", "答え: C。", "Réponse : C", "Antwort: C.", "Ответ: C", "The answer is C."]
+)
+def test_an_answer_is_stated_in_any_of_these_languages(text: str) -> None:
+    function = METRICS["numeric"].function
+    assert (function(text, "C"), function(text, "D")) == (1, 0)

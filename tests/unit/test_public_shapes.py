@@ -685,6 +685,7 @@ def test_a_conversation_beside_a_pair_may_be_its_prompt(tmp_path: Path) -> None:
         {"chosen": json.dumps([u("q"), a("a")]), "rejected": json.dumps([u("q"), a("w")])},
         {"prompt": json.dumps([u("q")]), "chosen": json.dumps([a("a")]), "rejected": json.dumps(a("w"))},
         {"prompt": json.dumps([u("q")]), "completion": json.dumps([a("a")])},
+        {"chosen": json.dumps({"messages": [u("q"), a("a")]}), "rejected": json.dumps({"messages": [u("q"), a("w")]})},
     ],
 )
 def test_turns_as_json_in_a_table_are_turns_and_counted(row: dict[str, str]) -> None:
@@ -693,6 +694,12 @@ def test_turns_as_json_in_a_table_are_turns_and_counted(row: dict[str, str]) -> 
     record = to_record("preference" if "chosen" in row else "prompt_completion", row, AT, {}, fields=fields)
     assert [(m.role, m.content) for m in record.messages] == QA
     assert "were turns as JSON" in fields.conversions()[0]
+
+
+def test_tools_inside_of_json_are_not_lost() -> None:
+    text = json.dumps({"messages": [u("q"), a("a")], "tools": [{"name": "f"}]})
+    with pytest.raises(DataError, match="write the tools in a column tools"):
+        to_record("preference", {"chosen": text, "rejected": text}, AT, {})
 
 
 def test_answers_that_are_json_stay_text() -> None:

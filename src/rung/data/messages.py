@@ -260,6 +260,10 @@ def turns_of_text(value: object, name: str, fields: TurnFields) -> object:
         parsed = parse_json(value)
     except (ValueError, RecursionError):
         return value
+    if isinstance(parsed, Mapping) and isinstance(parsed.get("messages"), list):
+        if parsed.get("tools"):
+            raise DataError(f"{name} is the JSON of messages with their tools: write the tools in a column tools")
+        parsed = parsed["messages"]
     turns = parsed if isinstance(parsed, list) else [parsed]
     # an answer may be JSON: it is a conversation where each of its objects has a known role and a content
     if not turns or not all(isinstance(turn, Mapping) and _is_turn(turn, fields) for turn in turns):

@@ -110,7 +110,12 @@ _TIMES_TEN = re.compile(r"(?<=\d)\s*x\s*(?=10\s*\^)", re.IGNORECASE)
 _POWER_OF = re.compile(r"(?<=[\d)])\s*\*\*\s*(?=[-(\d])")
 _TO = re.compile(r"(?<=\d)\s+to\s+(?=[-$\u20ac\u00a3]?\d)")
 _BETWEEN = re.compile(r"\bbetween\s+([$\u20ac\u00a3]?[\d,.]{1,30})\s+and\s+(?=[$\u20ac\u00a3]?\d)", re.IGNORECASE)
-_STATED = re.compile(r"\banswer(?:\s+is|\s*:)\s*:?\s*", re.IGNORECASE)
+# `answer:` in Korean, Chinese, Japanese, French, German, Spanish, Italian, Portuguese and Russian too
+_STATED = re.compile(
+    r"(?:\banswer(?:\s+is|\s*[:\uff1a])|(?:\uc815\ub2f5|\u7b54\u6848|\u7b54\u3048|\br\u00e9ponse|\bantwort|\brespuesta|\brisposta"
+    r"|\bresposta|\b\u043e\u0442\u0432\u0435\u0442)\s*[:\uff1a])\s*:?\s*",
+    re.IGNORECASE,
+)
 _POWER = re.compile(r"\^\s*\(?-?(\d)")  # of a word, such as a unit
 _AROUND = " \t\r\n.,;:!?*'\"`"
 _ENUMERATOR = re.compile(r"(?<!\S)\(?[A-Ea-e]\)\s+(?=[-\d(\\$])")  # `(a) 5`
