@@ -740,7 +740,7 @@ def test_rows_without_a_margin_beside_others_are_told(tmp_path: Path) -> None:
 def test_rows_of_questions_alone_are_proposed_as_prompts(tmp_path: Path) -> None:
     file = tmp_path / "d.jsonl"
     file.write_text(json.dumps({"question": "q", "sample_id": 7}))
-    with pytest.raises(DataError, match="prompt_only, map: {prompt: question}"):
+    with pytest.raises(DataError, match="data.format: prompt_only and data.map: {prompt: question}"):
         load_records(DataConfig(path=str(file)), str(file))
     config = DataConfig(path=str(file), format="prompt_only", map={"prompt": "question"})
     assert [r.question for r in load_records(config, str(file)).records] == ["q"]

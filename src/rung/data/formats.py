@@ -149,7 +149,7 @@ def detect(
             remedy = f"{remedy}; or, " if proposal else ""
             remedy += "for rows without answers, set data.format: prompt_only"
         elif prompts and not proposal:
-            remedy = f"for rows without answers, set data: {{format: prompt_only, map: {yaml_map(prompts)}}}"
+            remedy = f"for rows without answers, set data.format: prompt_only and data.map: {yaml_map(prompts)}"
         raise _unknown_format_error(path, counts, "the columns fit no known format", remedy)
     if len(fitting_formats) > 1:
         readings = {f: counts[_first_column(f, map, counts)] for f in fitting_formats}
