@@ -384,6 +384,7 @@ def test_public_shapes_are_read_or_refused_with_what_to_type(shape: Shape, tmp_p
         ({"title": "t", "paragraphs": [{"context": "c", "qas": []}]}, "one row for each question"),
         ({"instruction": "q", "instances": [{"input": "", "output": "a"}]}, "one row for each instance"),
         ({"contents": [{"role": "user", "parts": [{"text": "q"}]}]}, "write messages with role and content"),
+        ({"question_id": 81, "category": "c", "turns": ["q", "r"]}, "with data.format: prompt_only"),
         ({"question": "q", "answer": ["a", "b"]}, "other accepted answers go into the column references"),
         ({"conversations": [{"human": "q", "assistant": "a"}]}, "conversations[0] has no role"),
     ],
