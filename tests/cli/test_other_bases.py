@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from models import tiny_model
 from processes import inside
 from rung.config.model import ModelConfig
+from rung.config.support import model_refusal
 from rung.errors import CheckpointError, ConfigError, PlanError
 from rung.models import download
 from rung.models.base_folder import require_finite_weights
@@ -137,6 +138,20 @@ def test_a_model_without_layers_is_refused(tiny_base: Path, tmp_path: Path) -> N
     with_config(num_hidden_layers=0)(folder)
     with pytest.raises(ConfigError, match="num_hidden_layers is 0"):
         read_shape(ModelConfig(name=str(folder)))
+
+
+@pytest.mark.parametrize("kind", ["linear_attention", "conv", "mamba"])
+def test_layers_that_carry_state_are_refused_whatever_the_architecture(
+    kind: str, config: Path, tiny_base: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Hybrids (Qwen 3.5, LFM2) ended in an error of a library; their layers read tokens of other packed documents."""
+    folder = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    with_config(layer_types=["full_attention", kind])(folder)
+    code, _, err = inside(capsys, "train", config, f"model.name={folder}")
+    assert code == 3 and "carry state from token to token" in err and f"layer_types: {kind}" in err, err
+    assert model_refusal({"model_type": "llama", "layer_types": ["full_attention", "sliding_attention"]}) is None
+    with_config(layer_types=["full_attention", "full_attention"])(folder)
+    assert load_base(ModelConfig(name=str(folder), dtype="float32")).context == 512
 
 
 @pytest.mark.parametrize("seed", [2**63 - 1, 2**64, 2**65, -1])

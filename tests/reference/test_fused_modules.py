@@ -15,7 +15,7 @@ from naive import distance, gradients, naive, naive_loss
 from rung.config.objective import SftConfig
 from rung.config.training import OptimizerConfig
 from rung.models import fused_ops
-from rung.models.fused_modules import install_fused_forwards, plain_linear_params, remove_fused_forwards
+from rung.models.fused_modules import _fuse_norm, install_fused_forwards, plain_linear_params, remove_fused_forwards
 from rung.models.fused_ops import ACTIVATIONS, LinearParams, gated, gated_linear, linears, rms_norm
 from rung.objectives.sft import SftObjective
 from rung.training.optimizer import make_optimizer
@@ -224,6 +224,21 @@ def test_a_norm_of_another_formula_keeps_its_own_forward() -> None:
             return 2.0 * rms_norm(x, self.weight, self.eps)
 
     assert install_fused_forwards(nn.Sequential(OddRMSNorm()))["norms"] == 0
+
+
+def test_a_norm_that_needs_a_gate_keeps_its_own_forward() -> None:
+    """Qwen 3.5's: fusing called it with one argument."""
+
+    class GatedRMSNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.variance_epsilon = nn.Parameter(torch.ones(8)), 1e-6
+
+        def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+            return self.weight * x * gate
+
+    module = GatedRMSNorm()
+    assert not _fuse_norm(module) and "forward" not in vars(module)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import constants
 
 from builders import read_rows
+from rung.data.read import stream_rows
 from rung.errors import DataError
+from rung.planning import hub
 
 
 def write(folder: Path, name: str, content: str | bytes) -> str:
@@ -122,5 +126,26 @@ def test_unreachable_datasets_name_is_a_data_error(monkeypatch: pytest.MonkeyPat
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr("rung.data.read.hub_is_reachable", lambda: True)
     with pytest.raises(DataError, match=r"neither a file here(?s:.*)no route(?s:.*)save the set as a file"):
         read_rows("a/b")
+
+
+def test_a_name_of_the_hub_without_a_network_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The hub's client tried for half a minute, with a line on stderr for each try."""
+
+    def refuse(*arguments: object, **options: object) -> object:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(hub, "getproxies", dict)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    hub.hub_is_reachable.cache_clear()
+    start = time.perf_counter()
+    with pytest.raises(DataError, match="the hub cannot be reached") as error:
+        list(stream_rows("owner/some-set"))
+    assert time.perf_counter() - start < 5.0 and "save the set as a file" in str(error.value)
+    assert "Retrying" not in capfd.readouterr().err
+    # a program around Rung keeps its own settings
+    assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE

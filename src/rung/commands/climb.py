@@ -28,7 +28,7 @@ from rung.console import print_status
 from rung.data.chat import ChatTemplate
 from rung.data.records import Records
 from rung.data.splits import Splits
-from rung.errors import CheckpointError, ConfigError, PlanError, RungError
+from rung.errors import CheckpointError, ConfigError, PlanError
 from rung.evaluation.evaluate import PERPLEXITY, Evaluation, evaluate
 from rung.evaluation.prompting import PromptFormat
 from rung.files import is_run_folder
@@ -171,8 +171,8 @@ class Climb:
         except KeyboardInterrupt:
             folder.update(status="interrupted")
             raise
-        except RungError as error:
-            folder.update(status="failed", error=str(error))
+        except Exception as error:
+            folder.record_failure(error)
             raise
         return self._finish(folder)
 

@@ -29,11 +29,18 @@ TESTED_MODELS = ("llama", "qwen2", "qwen3", "mistral", "phi", "phi3", "gemma", "
 """Architectures with a test that packed logits equal unpacked ones. Others are checked by the step-0 gate only."""
 
 
-def model_refusal(model_type: str, *, encoder_decoder: bool) -> str | None:
-    """Why this architecture cannot be trained here, or None."""
-    if encoder_decoder:
+ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+"""Kinds of layers, as `layer_types` of a config names them, that see other tokens through attention alone."""
+
+
+def model_refusal(config: Mapping[str, Any]) -> str | None:
+    """Why a model with this config.json cannot be trained here, or None."""
+    if config.get("is_encoder_decoder"):
         return "encoder-decoder models are not supported: a segment tree has one row of tokens, they need two"
-    return MODEL_REFUSALS.get(model_type)
+    # hybrids are many and have no name in common: linear attention, convolutions, state-space layers
+    if other_layers := sorted({str(kind) for kind in config.get("layer_types") or ()} - ATTENTION_LAYERS):
+        return f"{_SEGMENT_FREE} (layer_types: {', '.join(other_layers)})"
+    return MODEL_REFUSALS.get(str(config.get("model_type")))
 
 
 def quantization_refusal(config: Mapping[str, Any]) -> tuple[str, str] | None:

@@ -20,6 +20,7 @@ from rung.console import print_status
 from rung.data.file_hints import COMMA_AT_THE_END, json_hint, refuse_other_content
 from rung.data.text_files import open_utf8
 from rung.errors import DataError
+from rung.planning.hub import hub_is_reachable, without_retries
 from rung.types import Source
 
 Row = dict[str, Any]
@@ -414,7 +415,8 @@ def _read_hub(path: str) -> Iterator[ReadItem]:
     dataset = None
     for candidate, config in _hub_candidates(name):
         try:
-            dataset = datasets.load_dataset(candidate, config, split=split or "train")
+            with without_retries():
+                dataset = datasets.load_dataset(candidate, config, split=split or "train")
             break
         except Exception as error:  # hub, cache, network and builder each raise their own kinds
             reasons.append(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
@@ -422,6 +424,8 @@ def _read_hub(path: str) -> Iterator[ReadItem]:
                 break  # the other reading of the name would only wait through the same retries
     if dataset is None:
         summary = "neither a file here nor a `datasets` set that can be reached"
+        if not hub_is_reachable():
+            summary, reasons = "no such file, and the hub cannot be reached for a `datasets` set of this name", [path]
         allowed = f"{KINDS}, a pattern or folder of them, or name, name:split, name/config:split"
         hint = "without a network, save the set as a file and give its path"
         # the first reading of the name is the likelier one

@@ -173,7 +173,7 @@ def prepare_config(config: Any) -> None:
 
     Raises `PlanError` with the reason if Rung cannot train this architecture, `ConfigError` for quantized weights.
     """
-    if reason := model_refusal(config.model_type, encoder_decoder=bool(getattr(config, "is_encoder_decoder", False))):
+    if reason := model_refusal(config.to_dict()):
         raise PlanError(reason, where="model.name", given=config.model_type)
     if refusal := quantization_refusal(config.to_dict()):
         raise ConfigError(refusal[0], where="model.name", hint=refusal[1])

@@ -8,6 +8,7 @@ the memory and time of a step. A trunk written here would be faster still, but f
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
@@ -149,7 +150,7 @@ def _fuse_norm(module: nn.Module) -> bool:
     if "RMSNorm" not in type(module).__name__ or not isinstance(eps, float) or not isinstance(weight, nn.Parameter):
         return False
     # A module on the meta device has no values to compare.
-    if weight.dim() != 1 or weight.device.type == "meta":
+    if weight.dim() != 1 or weight.device.type == "meta" or not _takes_one_tensor(module):
         return False
     generator = torch.Generator().manual_seed(0)
     probe, random_weight = (torch.randn(n, len(weight), generator=generator).to(weight) for n in (4, 1))
@@ -164,6 +165,12 @@ def _fuse_norm(module: nn.Module) -> bool:
             module.forward = _FusedNorm(module, eps, offset)
             return True
     return False
+
+
+def _takes_one_tensor(module: nn.Module) -> bool:
+    """Whether the forward needs one argument: a norm that is multiplied by a gate needs two."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters) == 1
 
 
 class _FusedNorm:

@@ -169,7 +169,7 @@ def shape_from_config(config: Mapping[str, Any], stored: str | None = None) -> M
     if not isinstance(config, Mapping):
         raise ConfigError("this config is no object", where="config.json", given=type(config).__name__)
     kind = str(config.get("model_type", "llama"))
-    if reason := model_refusal(kind, encoder_decoder=bool(config.get("is_encoder_decoder"))):
+    if reason := model_refusal(config):
         raise PlanError(reason, where="model.name", given=kind)
     if refusal := quantization_refusal(config):
         raise ConfigError(refusal[0], where="model.name", hint=refusal[1])

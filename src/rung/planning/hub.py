@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import re
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,27 @@ def hub_is_reachable() -> bool:
     except OSError:
         return False
     return True
+
+
+@contextmanager
+def without_retries() -> Iterator[None]:
+    """Inside, `datasets` and the hub's client ask no server where none can be reached; their caches are read."""
+    if hub_is_reachable():
+        yield
+        return
+    import datasets
+    from huggingface_hub import constants
+
+    # read from the environment when the libraries are imported, which other code may have done before
+    settings: list[Any] = [constants, datasets.config]
+    previous = [module.HF_HUB_OFFLINE for module in settings]
+    try:
+        for module in settings:
+            module.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for module, value in zip(settings, previous, strict=True):
+            module.HF_HUB_OFFLINE = value
 
 
 def hub_options() -> dict[str, Any]:

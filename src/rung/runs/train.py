@@ -23,7 +23,7 @@ from rung.config.support import TESTED_MODELS, UNTESTED_DEVICES
 from rung.console import Interrupted, print_status, status
 from rung.data.chat import ChatTemplate
 from rung.data.tokenize import PromptDataset
-from rung.errors import CheckpointError, DataError, NoSignalError, RungError
+from rung.errors import CheckpointError, DataError, NoSignalError
 from rung.evaluation.reward_model import score_reward_model
 from rung.files import find_damage, is_run_folder, write_folder
 from rung.methods.protocol import Method
@@ -143,8 +143,8 @@ def train_on_data(
         trainer = _trainer(config, policy, data, folder, models, world, stop_check)
         try:
             plan = checks.plan_run(config, trainer, data, beyond=start.beyond_memory) if world.size == 1 else None
-        except RungError as error:
-            folder.update(status="failed", error=str(error))
+        except Exception as error:
+            folder.record_failure(error)
             raise
         loading_bytes = peak_memory_bytes(policy.device)
         _train(config, trainer, data, resume=start.resume)
@@ -231,10 +231,11 @@ def _train(config: RunConfig, trainer: Trainer, data: RunData, *, resume: bool) 
     except NoSignalError as error:
         folder.update(status="no_signal", error=str(error), **trainer.summary())
         raise
+    except KeyboardInterrupt:  # a second Ctrl-C, which does not wait for the step
+        folder.update(status="interrupted")
+        raise
     except Exception as error:
-        # also a fault of Rung's own or of a library: run.json must not say that the run is still at work
-        message = str(error) if isinstance(error, RungError) else f"{type(error).__name__}: {error}"
-        folder.update(status="failed", error=message)
+        folder.record_failure(error)
         raise
     if is_rank0 and config.training.checkpoint_steps is None:
         # they were for a resume alone, and the run is complete

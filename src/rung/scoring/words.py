@@ -104,13 +104,8 @@ def plain_words(text: str) -> list[str]:
 
     No stemming and no stop words: all languages are treated equally.
     """
-    if text.isascii():
-        return _ASCII_WORD.findall(text.lower())
-    text = unicodedata.normalize("NFKC", text).casefold().translate(_JOINERS)
-    words: list[str] = _patterns().word.findall(text)
-    if _ANY_UNSPACED.search(text) is None:
-        return words
-    return [part for word in words for part in _characters_apart(word)]
+    words, is_spaced = _runs_of_letters(text)
+    return words if is_spaced else [part for word in words for part in _characters_apart(word)]
 
 
 def search_words(text: str) -> list[str]:
@@ -119,13 +114,16 @@ def search_words(text: str) -> list[str]:
     Single characters are shared by most texts of a language, and pairs need no dictionary (Luk and Kwok 2002, section
     3.2; Lucene's CJKBigramFilter). A run of three characters A, B and C gives the words AB and BC.
     """
+    words, is_spaced = _runs_of_letters(text)
+    return words if is_spaced else [part for word in words for part in _pairs(_characters_apart(word))]
+
+
+def _runs_of_letters(text: str) -> tuple[list[str], bool]:
+    """Runs of letters, digits and `_` of a text, and whether spaces stand between all of its words."""
     if text.isascii():
-        return _ASCII_WORD.findall(text.lower())
+        return _ASCII_WORD.findall(text.lower()), True
     text = unicodedata.normalize("NFKC", text).casefold().translate(_JOINERS)
-    words: list[str] = _patterns().word.findall(text)
-    if _ANY_UNSPACED.search(text) is None:
-        return words
-    return [part for word in words for part in _pairs(_characters_apart(word))]
+    return _patterns().word.findall(text), _ANY_UNSPACED.search(text) is None
 
 
 def readable(words: Sequence[str]) -> str:

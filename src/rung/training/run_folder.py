@@ -150,6 +150,11 @@ class RunFolder:
         self.manifest.update(values)
         self.write()
 
+    def record_failure(self, error: Exception) -> None:
+        """Record what ended the run; also a fault of Rung or of a library, or run.json would say that it still runs."""
+        message = str(error) if isinstance(error, RungError) else f"{type(error).__name__}: {error}"
+        self.update(status="failed", error=message)
+
     def gate(self, gate: Gate) -> None:
         """Record the result of a gate; it replaces an earlier result of the same name."""
         other_gates = [other for other in self.manifest["gates"] if other["name"] != gate.name]
