@@ -13,6 +13,7 @@ import pytest
 
 from builders import read_rows
 from rung.errors import DataError
+from rung.planning import hub
 
 
 def write(folder: Path, name: str, content: str | bytes) -> str:
@@ -115,6 +116,14 @@ def test_datasets_name_with_config_and_split(monkeypatch: pytest.MonkeyPatch) ->
         ("openai/gsm8k", "main", "test"),
         ("gsm8k", None, "train[:100]"),
     ]
+
+
+def test_a_datasets_name_without_a_network_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client tried for 23 seconds a name."""
+    monkeypatch.setattr(hub, "hub_is_reachable", lambda: False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    with pytest.raises(DataError, match=r"neither a file here(?s:.*)OfflineModeIsEnabled"):
+        read_rows("owner/no_such_set")
 
 
 def test_unreachable_datasets_name_is_a_data_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ refused and named. `data.read` reads the files, `evaluation.retrieval` uses the 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,6 +84,7 @@ def find_data(path: str) -> DataFiles | SavedDataset | None:
     if not path:
         # an empty path would be the current folder
         raise DataError("no data is named", where="data.path", hint="name a file, a folder or a pattern")
+    path = os.path.expanduser(path)  # no shell has read a path of a config
     if (saved := _saved_dataset(path)) is not None:
         return saved
     file = Path(path)
