@@ -325,3 +325,12 @@ def test_a_path_below_the_home_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "rows.jsonl").write_text("{}")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert find_data("~/rows.jsonl") == find_data(str(tmp_path / "rows.jsonl"))
+
+
+@pytest.mark.parametrize("pattern", ["", "/*.jsonl"])
+def test_a_link_to_a_shard_that_is_gone_is_refused(tmp_path: Path, pattern: str) -> None:
+    """Its rows were missing, and a line among others named it as not read."""
+    (tmp_path / "a.jsonl").write_text("{}")
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match="b.jsonl: this link points to nothing"):
+        find_data(f"{tmp_path}{pattern}")
