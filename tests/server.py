@@ -3,9 +3,9 @@
     python tests/server.py LOG RULES     prints its port; each request is a line of LOG
 
 RULES is a JSON object, read anew at every request: `fail` names, by a word of the question, how many times it fails
-and how (a status, `drop`, `garbage`, `empty`, a URL to redirect to); `key` is the key that is asked for; `slow` seconds
-pass before an answer;
-with `judge` it prefers the answer with more apples in it, and writes no verdict on box 6.
+and how (a status, `drop`, `garbage`, `empty`, a URL to redirect to, or {"body": ...}, which is sent as it is); `key` is
+the key that is asked for; `slow` seconds pass before an answer; with `judge` it prefers the answer with more apples in
+it, and writes no verdict on box 6.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
         elif how == "garbage":
             self._send(200, b"{not json")
+        elif isinstance(how, dict):
+            self._send(200, how["body"].encode())
         elif how == "empty":
             self._send(200, json.dumps(answer(asked, 0)).encode())
         elif isinstance(how, str) and how.startswith("http"):

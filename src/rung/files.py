@@ -227,6 +227,8 @@ def _lock_by_kernel(file: IO[bytes]) -> None:
 
 OWNER_SUFFIX = ".owner"
 """Ends the name of the file beside a locked file that names the process which holds it."""
+TAKEOVER_SUFFIX = ".takeover"
+"""Ends the name of the file beside an owner file that exists while the file of a dead process is removed."""
 
 
 def _create_owner_file(path: Path) -> Path:
@@ -245,17 +247,28 @@ def _create_owner_file(path: Path) -> Path:
             if _is_alive(holder):
                 remedy = f"this file system has no locks; if process {holder or '(unknown)'} is gone, remove {owner}"
                 raise BlockingIOError(remedy) from None
-            # renamed first: of two processes that find the dead owner, the second must not remove the file of the first
-            abandoned = owner.with_name(f"{owner.name}.{os.getpid()}")
-            with suppress(FileNotFoundError):
-                os.replace(owner, abandoned)
-                if _read_owner(abandoned) == holder:
-                    abandoned.unlink()
-                else:
-                    os.replace(abandoned, owner)
+            _remove_dead_owner(owner, holder)
         else:
             return owner
     raise BlockingIOError
+
+
+def _remove_dead_owner(owner: Path, holder: str) -> None:
+    """Remove the owner file of a dead process. Raises `BlockingIOError` with the remedy where another process does.
+
+    One process at a time: a second one that found the same dead owner would remove the file of the first, which is the
+    owner by then.
+    """
+    takeover = owner.with_name(owner.name + TAKEOVER_SUFFIX)
+    try:
+        takeover.touch(exist_ok=False)
+    except FileExistsError:
+        raise BlockingIOError(f"another process takes this lock over; if none does, remove {takeover}") from None
+    try:
+        if _read_owner(owner) == holder:
+            owner.unlink()
+    finally:
+        takeover.unlink()
 
 
 def _read_owner(owner: Path) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import resource
 import shutil
 import sys
@@ -17,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from models import tiny_model
 from processes import files_below, inside, process
+from rung.commands.exit_codes import exit_code_of
 
 GOOD = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(30)]
 
@@ -388,3 +391,35 @@ def test_without_bitsandbytes(config: Path, tmp_path: Path, capsys: Any, monkeyp
 def test_a_wrong_command_line_is_the_users(arguments: tuple[str, ...], capsys: Any) -> None:
     code, _, err = inside(capsys, *arguments)
     assert code == 2 and "Traceback" not in err and "bug" not in err and err.strip()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("data", "check", f"{'x' * 300}.jsonl"), ("eval", "x" * 300), ("chat", "x" * 300, "--question", "a")],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_name_that_is_too_long_is_the_users(arguments: tuple[str, ...], capsys: Any) -> None:
+    code, _, err = inside(capsys, *arguments)
+    assert code == 2 and "File name too long" in err and "bug" not in err, err
+
+
+def test_an_output_that_is_too_long_is_the_users(config: Path, tmp_path: Path, capsys: Any) -> None:
+    code, _, err = inside(capsys, "train", config, f"output={tmp_path / ('x' * 300)}")
+    assert code == 2 and "File name too long" in err and "bug" not in err, err
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.EACCES, 3), (errno.ENOSPC, 3), (errno.ELOOP, 2), (errno.EBADF, 1)])
+def test_rights_and_disks_are_no_bug(number: int, code: int, capsys: Any) -> None:
+    def fail() -> int:
+        raise OSError(number, os.strerror(number), "/some/file")
+
+    assert exit_code_of(fail, as_json=False) == code
+    err = capsys.readouterr().err
+    assert ("bug in Rung" in err) is (code == 1) and "/some/file" in err
+
+
+def test_a_mistyped_run_is_no_base(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "run.json").write_text("{}")
+    code, _, err = inside(capsys, "eval", tmp_path / "frist")
+    assert code == 2 and "no run is here" in err and f"did you mean {tmp_path / 'first'}?" in err, err

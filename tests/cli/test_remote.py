@@ -17,7 +17,7 @@ import pytest
 from processes import inside, start
 from rung.errors import CheckpointError, ConfigError
 from rung.files import Journal
-from rung.inference.openai_client import ChatRequest, Server, _api_key, _refuse_plain_http, ask_server
+from rung.inference.openai_client import ChatRequest, Server, _api_key, _check_url, ask_server
 
 
 @dataclass
@@ -182,14 +182,14 @@ def test_plain_http_stays_on_this_machine(
     assert not (tmp_path / "a.jsonl").exists()
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "[::1]", "localhost", "model.localhost"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "[::1]", "localhost", "model.localhost", "0.0.0.0"])  # noqa: S104
 def test_plain_http_to_this_machine_needs_no_leave(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RUNG_ALLOW_HTTP", raising=False)
-    _refuse_plain_http(f"http://{host}:8000/v1")
+    _check_url(f"http://{host}:8000/v1")
     with pytest.raises(ConfigError):
-        _refuse_plain_http("http://10.0.0.5:8000/v1")
+        _check_url("http://10.0.0.5:8000/v1")
     monkeypatch.setenv("RUNG_ALLOW_HTTP", "1")
-    _refuse_plain_http("http://10.0.0.5:8000/v1")
+    _check_url("http://10.0.0.5:8000/v1")
 
 
 def test_a_redirect_is_not_followed(local: Local, ten: Path, tmp_path: Path, capsys: Any) -> None:
@@ -207,6 +207,45 @@ def test_answers_that_come_with_a_refusal_are_kept(local: Local, ten: Path, tmp_
     answered = {r["question"] for r in local.requests() if r["how"] is None}
     kept = (tmp_path / ".a.jsonl.journal").read_text().splitlines()[1:]
     assert len(kept) == len(answered) >= 4
+
+
+def _body(content: object) -> dict[str, str]:
+    return {"body": json.dumps({"choices": [{"finish_reason": "stop", "message": {"content": content}}]})}
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "two"}], "two"),
+        ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "ab"),
+        ("half \ud800 a character", "half \ufffd a character"),
+    ],
+)
+def test_answers_in_parts_or_with_halves_of_characters_are_text(
+    content: object, text: str, local: Local, ten: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Parts were written as their Python form, and half a character ended the command after all answers were paid."""
+    local.rule(fail={"2": [9, _body(content)]})
+    code, _, err = inside(capsys, *asking(local, ten, tmp_path / "a.jsonl", "--n", 1))
+    assert code == 0, err
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert rows[2]["answers"] == [text]
+
+
+@pytest.mark.parametrize("body", [_body(5), _body([]), _body([5]), {"body": '{"choices": 5}'}, {"body": "[" * 99999}])
+def test_an_answer_of_another_form_fails_its_request_alone(
+    body: dict[str, str], local: Local, ten: Path, tmp_path: Path, capsys: Any
+) -> None:
+    local.rule(fail={"2": [9, body]})
+    code, _, err = inside(capsys, *asking(local, ten, tmp_path / "a.jsonl", "--n", 1))
+    assert code == 3 and "1 of 10 prompts got no answer" in err, err
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://127.0.0.1:9/v1\n", "http://", "https://", "http://h:99999/v1"])
+def test_what_is_no_url_is_refused(url: str, ten: Path, tmp_path: Path, capsys: Any) -> None:
+    arguments = ("generate", url, "--model", "big", "--data", ten, "-o", tmp_path / "a.jsonl")
+    code, _, err = inside(capsys, *arguments)
+    assert code == 2 and "this is no URL" in err and "http://localhost:8000/v1" in err, err
 
 
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:

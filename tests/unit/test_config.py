@@ -242,3 +242,19 @@ def test_names_for_other_tools_exist() -> None:
             info = RunConfig.model_fields[section]
             classes = config_io._config_classes(info.annotation)
             assert not key or any(key in c.model_fields for c in classes), setting
+
+
+@pytest.mark.parametrize("override", ["training.max_steps=on", "seed=no", "training.learning_rate=yes"])
+def test_a_truth_value_is_no_number(file: Path, override: str) -> None:
+    """`max_steps: on` was one step."""
+    with pytest.raises(ConfigError, match=r"is (true|false), a truth value"):
+        load_config(file, [override])
+    assert load_config(file, ["model.fused=no"]).config.model.fused is False
+
+
+def test_the_output_is_a_path_of_the_user(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shell has read it: a folder of the name ~ was made."""
+    monkeypatch.setenv("HOME", "/home/of/user")
+    assert load_config(file, ["output=~/runs/a"]).config.output == "/home/of/user/runs/a"
+    with pytest.raises(ConfigError, match="output: .*NUL"):
+        load_config(file, [r'output="a\0b"'])

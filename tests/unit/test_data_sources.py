@@ -17,6 +17,7 @@ import pytest
 
 from builders import read_rows
 from rung.config.data import DataConfig, WeightedPath
+from rung.config.data_files import find_data
 from rung.config.evaluation import RetrievalConfig
 from rung.config.io import load_config
 from rung.config.run import RunConfig
@@ -317,3 +318,19 @@ def test_parquet_shards(tmp_path: Path) -> None:
         pq.write_table(pa.Table.from_pylist(questions(2, 2 * i)), tmp_path / f"part-{i}.parquet")
     rows = read_rows(str(tmp_path))[0]
     assert [r.row for r in rows] == questions(4) and rows[3].source == Source(str(tmp_path / "part-1.parquet"), 2)
+
+
+def test_a_path_below_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A config's path is read by no shell."""
+    (tmp_path / "rows.jsonl").write_text("{}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_data("~/rows.jsonl") == find_data(str(tmp_path / "rows.jsonl"))
+
+
+@pytest.mark.parametrize("pattern", ["", "/*.jsonl"])
+def test_a_link_to_a_shard_that_is_gone_is_refused(tmp_path: Path, pattern: str) -> None:
+    """Its rows were missing, and a line among others named it as not read."""
+    (tmp_path / "a.jsonl").write_text("{}")
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match="b.jsonl: this link points to nothing"):
+        find_data(f"{tmp_path}{pattern}")

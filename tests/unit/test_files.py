@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from rung import files
 from rung.errors import CheckpointError
 from rung.files import OWNER_SUFFIX, Journal, lock_file, recover_interrupted_writes, write_text
 from rung.training.run_folder import RunFolder
@@ -70,6 +71,31 @@ def test_the_owner_file_of_a_killed_process_is_taken_over(tmp_path: Path) -> Non
         with pytest.raises(CheckpointError, match="another process is at work"):
             lock_file(path)
         assert owner.read_text() == content
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_a_lock_that_was_taken_over_meanwhile_is_never_set_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its owner file was moved away for a moment and then back; a third process could take the lock meanwhile."""
+    path, owner = tmp_path / "x", tmp_path / f"x{OWNER_SUFFIX}"
+    dead_holder, new_holder = f"4194305 {socket.gethostname()}", f"{os.getpid()} {socket.gethostname()}"
+    owner.write_text(dead_holder)
+    is_alive, read_owner = files._is_alive, files._read_owner
+
+    def taken_over_now(holder: str) -> bool:
+        owner.write_text(new_holder)  # by another process, after this one has read the name of the dead one
+        return holder != dead_holder and is_alive(holder)
+
+    def reading(file: Path) -> str:
+        assert owner.exists()
+        return read_owner(file)
+
+    monkeypatch.setattr(files, "_is_alive", taken_over_now)
+    monkeypatch.setattr(files, "_read_owner", reading)
+    with pytest.raises(CheckpointError, match="another process is at work"):
+        lock_file(path)
+    assert owner.read_text() == new_holder and sorted(p.name for p in tmp_path.iterdir()) == ["x", owner.name]
 
 
 @pytest.mark.usefixtures("without_locks")

@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rung.config.io import ConfigSource, resolve_config
+from rung.config.model_catalog import CATALOG
 from rung.config.objective import RewardConfig
 from rung.config.run import RunConfig
 from rung.data.contamination import contamination
 from rung.data.records import Records
-from rung.errors import ConfigError, RungError
+from rung.errors import ConfigError, RungError, did_you_mean
 from rung.evaluation.evaluate import Evaluation, ScoredItem
 from rung.evaluation.reward_model import score_reward_model
 from rung.files import is_run_folder
 from rung.results import EvaluationResult, RewardModelHealth
 from rung.runs.dataset import load_library, read_splits, tokenize_held_out, with_contexts
-from rung.runs.load import config_of_run, open_reward_model, open_target, refuse_climb, score, test_records
+from rung.runs.load import config_of_run, open_reward_model, open_target, refuse_climb, score, target_kind, test_records
 from rung.runs.train import micro_batch_tokens
 from rung.training.run_folder import RunFolder, read_manifest
 
@@ -106,6 +107,17 @@ class EvaluationTask(NamedTuple):
     """Hit rate of the retrieval; empty if nothing is retrieved."""
 
 
+def _no_task_error(target: str) -> ConfigError:
+    """The error for a target that is no run, where no config names a task: a base, or the mistyped path of a run."""
+    folder = Path(target).parent
+    runs = [str(p) for p in folder.iterdir() if is_run_folder(p)] if folder.is_dir() else []
+    suggestion = did_you_mean(target, runs)
+    hint = "name one with --config CONFIG" + (f", or did you mean {suggestion}?" if suggestion else "")
+    if Path(target).exists() or target in CATALOG or target_kind(target) == "server":
+        return ConfigError("a base has no task of its own", given=target, hint=hint)
+    return ConfigError("no run is here, and a base has no task of its own", given=target, hint=hint)
+
+
 def evaluation_task(
     target: str, *, config: ConfigSource | None, overrides: Sequence[str], limit: int | None
 ) -> EvaluationTask:
@@ -114,8 +126,7 @@ def evaluation_task(
     if overrides and config is None:
         raise ConfigError("overrides go with --config", given=" ".join(overrides))
     if config is None and not is_run_folder(target):
-        hint = "name one with --config CONFIG"
-        raise ConfigError("a base has no task of its own", given=str(Path(target)), hint=hint)
+        raise _no_task_error(target)
     task = config_of_run(Path(target)) if config is None else resolve_config(config, overrides)
     if limit is not None:
         task = task.model_copy(update={"evaluation": task.evaluation.model_copy(update={"limit": limit})})

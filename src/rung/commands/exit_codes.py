@@ -6,6 +6,7 @@ without a traceback, any other exception is a bug and shows all of it. `cli.py` 
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -17,9 +18,14 @@ from typing import NoReturn
 import typer
 
 from rung.console import print_lines
-from rung.errors import RungError
+from rung.errors import CheckpointError, ConfigError, RungError
 
 BUG, INTERRUPTED = 1, 130
+_NAME_ERRORS = (errno.ENAMETOOLONG, errno.ELOOP)
+_SYSTEM_ERRORS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EMFILE),
+)
+"""Errors of rights, disks and limits of the system: no change of Rung's code would mend them."""
 USAGE: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 """The exception of a wrong command line. Found through typer, which may bundle a click of its own."""
 
@@ -29,10 +35,7 @@ def exit_code_of(verb: Callable[[], int | None], *, as_json: bool) -> int:
     try:
         code = verb()
     except RungError as error:
-        if as_json:
-            print_lines([json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code})])
-        print_lines([f"{type(error).__name__}: {error}"], sys.stderr)
-        return error.exit_code
+        return _refuse(error, as_json)
     # click's own text and code, as users of other command lines know them.
     except USAGE as error:
         message = io.StringIO()
@@ -46,11 +49,28 @@ def exit_code_of(verb: Callable[[], int | None], *, as_json: bool) -> int:
         # `rung ... | head` closes the pipe: no error. Without the redirection the flush at exit would raise it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception:
+    except Exception as error:
+        if (fault := _fault_of_system(error)) is not None:
+            return _refuse(fault, as_json)
         report = "This is a bug in Rung: the traceback above is what a report needs."
         print_lines([traceback.format_exc(), report], sys.stderr)
         return BUG
     return int(code or 0)
+
+
+def _refuse(error: RungError, as_json: bool) -> int:
+    if as_json:
+        print_lines([json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code})])
+    print_lines([f"{type(error).__name__}: {error}"], sys.stderr)
+    return error.exit_code
+
+
+def _fault_of_system(error: Exception) -> RungError | None:
+    """An error of names, rights or disks that nothing below has reported; None for all others, which may be bugs."""
+    if not isinstance(error, OSError) or error.errno not in (*_NAME_ERRORS, *_SYSTEM_ERRORS):
+        return None
+    where = None if error.filename is None else str(error.filename)
+    return (ConfigError if error.errno in _NAME_ERRORS else CheckpointError)(str(error.strerror), where=where)
 
 
 def exit_process(code: int) -> NoReturn:

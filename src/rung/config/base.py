@@ -7,7 +7,7 @@ its help texts and JSON schema from docstrings below the fields, so that documen
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -38,6 +38,18 @@ class Config(BaseModel):
                 merged[name] = {**defaults, **_settings_of(value)}
         return merged
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_truth_values(cls, values: Any) -> Any:
+        """Refuse true and false where a number is asked for: pydantic would read them as 1 and 0.
+
+        YAML reads yes, no, on and off as truth values, so that `max_steps: on` was one step.
+        """
+        for name, field in cls.model_fields.items() if isinstance(values, Mapping) else ():
+            if isinstance(value := values.get(name), bool) and not _takes_truth_values(field.annotation):
+                raise ValueError(f"{name} is {str(value).lower()}, a truth value (YAML reads yes, no, on and off so)")
+        return values
+
     @model_validator(mode="after")
     def _run_check(self) -> Self:
         self._check()
@@ -45,6 +57,20 @@ class Config(BaseModel):
 
     def _check(self) -> None:
         """Raise `ValueError` for settings that do not go together; called once all fields are valid."""
+
+
+def _takes_truth_values(annotation: Any) -> bool:
+    """Whether a field of this type has truth values of its own, or is no number, which pydantic itself refuses."""
+    members = _flat_types(annotation)
+    return bool in members or True in members or False in members or not {int, float} & set(members)
+
+
+def _flat_types(annotation: Any) -> list[Any]:
+    """The types in a union and the values in a literal, without their annotations."""
+    inner = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        inner = inner[:1]
+    return [t for part in inner for t in _flat_types(part)] if inner else [annotation]
 
 
 def _settings_of(section: Mapping[str, Any] | Config) -> dict[str, Any]:

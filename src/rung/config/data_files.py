@@ -8,6 +8,7 @@ refused and named. `data.read` reads the files, `evaluation.retrieval` uses the 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,6 +84,7 @@ def find_data(path: str) -> DataFiles | SavedDataset | None:
     if not path:
         # an empty path would be the current folder
         raise DataError("no data is named", where="data.path", hint="name a file, a folder or a pattern")
+    path = os.path.expanduser(path)  # no shell has read a path of a config
     if (saved := _saved_dataset(path)) is not None:
         return saved
     file = Path(path)
@@ -124,6 +126,14 @@ def _refuse_empty(files: Sequence[Path]) -> None:
             raise DataError("the file is empty", where=str(file), hint=hint)
 
 
+def _refuse_broken_links(entries: Sequence[Path]) -> None:
+    """Raise `DataError` for a link to a data file that is gone: its rows would be missing."""
+    for entry in entries:
+        if entry.is_symlink() and not entry.exists() and data_suffix(entry):
+            given, hint = os.readlink(entry), "fetch what it points to, or remove the link"
+            raise DataError("this link points to nothing", where=str(entry), given=given, hint=hint)
+
+
 def _saved_dataset(path: str) -> SavedDataset | None:
     folder, split = Path(path), ""
     # the last colon: a drive of Windows has one too
@@ -153,6 +163,7 @@ def _saved_dataset(path: str) -> SavedDataset | None:
 
 def _matching_files(pattern: str) -> DataFiles:
     matches = sorted(Path(name) for name in glob(pattern, recursive=True))
+    _refuse_broken_links(matches)
     files = [path for path in matches if path.is_file() and data_suffix(path)]
     if not files:
         folder = next((p for p in Path(pattern).parents if not is_pattern(str(p))), Path())
@@ -164,6 +175,7 @@ def _matching_files(pattern: str) -> DataFiles:
 
 def _files_of_folder(folder: Path) -> DataFiles:
     entries = sorted(folder.iterdir())
+    _refuse_broken_links(entries)
     files = [
         p for p in entries if p.is_file() and data_suffix(p) and p.name not in _METADATA and not p.name.startswith(".")
     ]

@@ -259,7 +259,6 @@ def to_record(
         if format == "text":
             text = text_of(get("text"), "text")
             return Record((), source, group=group_key, weight=weight, text=text, task=task_name)
-        fields = fields or TurnFields()
         _refuse_choice_number(get(FORMATS[format].answer or ""), row)
         messages, candidates = conversation(format, get, fields)
         if fields.removes_end_tokens:

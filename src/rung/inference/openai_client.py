@@ -9,6 +9,7 @@ synchronous, and a few dozen requests need no more. `commands.generate` and `com
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
@@ -20,6 +21,7 @@ from itertools import islice
 from typing import Any
 from urllib.parse import urlsplit
 
+from rung.console import visible
 from rung.errors import CheckpointError, ConfigError, PlanError
 from rung.files import Journal
 
@@ -32,11 +34,13 @@ ALLOW_HTTP_VARIABLE = "RUNG_ALLOW_HTTP"
 """Environment variable that allows plain http to other machines; not a setting, which a config could carry."""
 DEFAULT_CONCURRENCY = 8
 """Concurrent requests by default."""
+_URL_HINT = "for example http://localhost:8000/v1 or https://api.openai.com/v1"
 NO_KEY = "none"
 SENT_HEADERS = frozenset(
     {"host", "accept", "accept-encoding", "connection", "user-agent", "content-type", "content-length", "authorization"}
 )
 """Headers that other servers than OpenAI's get."""
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 QUEUED_PER_WORKER = 4
 """Submitted requests per concurrent one: enough to keep all workers busy, few enough to cancel quickly."""
 
@@ -138,7 +142,7 @@ def _make_client(server: Server) -> Any:
         openai: Any = import_module("openai")
     except ImportError as error:
         raise PlanError("asking a server needs its client", given="http", hint="pip install 'rung[remote]'") from error
-    _refuse_plain_http(server.url)
+    _check_url(server.url)
     # local servers need no key, but the client refuses to start without one
     key = _api_key(server.url) or NO_KEY
     # A redirect would send the prompts to a server that nobody named.
@@ -186,7 +190,7 @@ def _ask_one(client: Any, server: Server, request: ChatRequest) -> list[ServerAn
         raise _RefusedError(f"{type(error).__name__}: {clean(error)}") from None
     except openai.OpenAIError as error:
         raise _RefusedError(f"{type(error).__name__}: {clean(error)}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _RefusedError(f"the answer is not JSON: {clean(error)}") from None
     return _parse_answer(answer, int(request.settings.get("n", 1)))
 
@@ -203,14 +207,24 @@ def _api_key(url: str) -> str | None:
     return own_key or (os.environ.get(OPENAI_KEY_VARIABLE) if _is_openai(url) else None) or None
 
 
-def _refuse_plain_http(url: str) -> None:
-    """Raise `ConfigError` for plain http to another machine: prompts, answers and key would cross the network open."""
-    address = urlsplit(url)
-    host = address.hostname or ""
+def _check_url(url: str) -> None:
+    """Raise `ConfigError` for what is no URL, and for plain http to another machine.
+
+    Prompts, answers and key would cross the network open.
+    """
+    try:
+        address = urlsplit(url)
+        host, port = address.hostname, address.port
+    except ValueError as error:
+        raise ConfigError(f"this is no URL: {error}", given=url, hint=_URL_HINT) from error
+    if not host or port == 0 or visible(url) != url or url != url.strip():
+        raise ConfigError("this is no URL of a server", given=url, hint=_URL_HINT)
     if address.scheme != "http" or host == "localhost" or os.environ.get(ALLOW_HTTP_VARIABLE) == "1":
         return
     try:
-        is_loopback = ip_address(host).is_loopback
+        host_address = ip_address(host)
+        # servers print 0.0.0.0 as their own address: a connection to it stays on this machine
+        is_loopback = host_address.is_loopback or host_address.is_unspecified
     except ValueError:  # a name
         is_loopback = host.endswith(".localhost")
     if not is_loopback:
@@ -219,8 +233,27 @@ def _refuse_plain_http(url: str) -> None:
 
 
 def _parse_answer(answer: Any, expected_count: int) -> list[ServerAnswer]:
-    choices = list(getattr(answer, "choices", None) or ())
-    texts = [getattr(choice.message, "content", None) for choice in choices if getattr(choice, "message", None)]
-    if len(texts) != expected_count or any(text is None for text in texts):
+    # the client does not check types: of a server that answers in another form any value may come
+    choices = getattr(answer, "choices", None)
+    choices = choices if isinstance(choices, list) else []
+    texts = [_text_of(getattr(getattr(choice, "message", None), "content", None)) for choice in choices]
+    if len(texts) != expected_count or None in texts:
         raise _RefusedError(f"{len(texts)} answers where {expected_count} were asked for, or one without text")
-    return [ServerAnswer(str(text), c.finish_reason == "stop") for text, c in zip(texts, choices, strict=True)]
+    return [
+        ServerAnswer(str(text), getattr(choice, "finish_reason", None) == "stop")
+        for text, choice in zip(texts, choices, strict=True)
+    ]
+
+
+def _text_of(content: object) -> str | None:
+    """The text of an answer; None without one. Parts of the type text are joined, and reasoning is left out.
+
+    Mistral's reasoning models answer in parts (`thinking`, then `text`). Half a character becomes U+FFFD: a file in
+    UTF-8 cannot hold it, and the answer has been paid for.
+    """
+    if isinstance(content, list):
+        # of an extension of OpenAI's API the client makes no objects
+        parts = [part for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
+        texts = [part.get("text") for part in parts]
+        content = "".join(map(str, texts)) if texts and all(isinstance(text, str) for text in texts) else None
+    return _HALF_CHARACTER.sub("\ufffd", content) if isinstance(content, str) else None

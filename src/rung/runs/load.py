@@ -151,7 +151,7 @@ class LoadedRun:
 
 def target_kind(name: str | Path) -> TargetKind:
     """What a name stands for: the folder of a run or climb, the URL of a server, or else a base."""
-    if str(name).startswith(("http://", "https://")):
+    if str(name).lower().startswith(("http://", "https://")):
         return "server"
     if not is_run_folder(name):
         return "base"

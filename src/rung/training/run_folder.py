@@ -27,6 +27,7 @@ from rung.config.training import TrainingConfig
 from rung.errors import CheckpointError, ConfigError, RungError
 from rung.files import (
     OWNER_SUFFIX,
+    TAKEOVER_SUFFIX,
     LockedFile,
     is_run_folder,
     lock_file,
@@ -48,7 +49,7 @@ FORMAT_VERSION = 1
 """Version of `run.json`, raised with every change that an earlier version would misread."""
 LOCK_FILE = ".lock"
 """File that a process locks while it works in the folder."""
-LOCK_FILES = (LOCK_FILE, LOCK_FILE + OWNER_SUFFIX)
+LOCK_FILES = (LOCK_FILE, LOCK_FILE + OWNER_SUFFIX, LOCK_FILE + OWNER_SUFFIX + TAKEOVER_SUFFIX)
 
 
 @dataclass(frozen=True, slots=True)
