@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -382,3 +384,13 @@ def test_a_model_saved_in_shards_is_read(tmp_path: Path, tiny_base: Path) -> Non
         tiny_model(max_position_embeddings=512).save_pretrained(folder, max_shard_size="40KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     assert load_base(ModelConfig(name=str(folder), dtype="float32")).context == 512
+
+
+def test_what_a_killed_conversion_left_is_removed_after_a_day(tmp_path: Path) -> None:
+    old, young = tmp_path / ".fetch-old", tmp_path / ".fetch-young"
+    for folder in (old, young):
+        folder.mkdir()
+        (folder / "model.gguf").write_bytes(b"x")
+    os.utime(old, (time.time() - 2 * download.ABANDONED_SECONDS,) * 2)
+    download._remove_abandoned(tmp_path)
+    assert not old.exists() and young.exists()

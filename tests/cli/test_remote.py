@@ -182,7 +182,10 @@ def test_plain_http_stays_on_this_machine(
     assert not (tmp_path / "a.jsonl").exists()
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "[::1]", "localhost", "model.localhost", "0.0.0.0"])  # noqa: S104
+@pytest.mark.parametrize(
+    "host",
+    ["127.0.0.1", "127.1.2.3", "[::1]", "localhost", "localhost.", "model.localhost", "0.0.0.0"],  # noqa: S104
+)
 def test_plain_http_to_this_machine_needs_no_leave(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RUNG_ALLOW_HTTP", raising=False)
     _check_url(f"http://{host}:8000/v1")

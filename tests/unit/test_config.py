@@ -258,3 +258,32 @@ def test_the_output_is_a_path_of_the_user(file: Path, monkeypatch: pytest.Monkey
     assert load_config(file, ["output=~/runs/a"]).config.output == "/home/of/user/runs/a"
     with pytest.raises(ConfigError, match="output: .*NUL"):
         load_config(file, [r'output="a\0b"'])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("10", 10),
+        ("-3", -3),
+        ("0", 0),
+        ("1_000", 1000),
+        ("0x10", 16),
+        ("1.5", 1.5),
+        (".5", 0.5),
+        ("1e-4", 1e-4),
+        ("2.0e3", 2e3),
+    ],
+)
+def test_numbers_of_a_config(text: str, value: float) -> None:
+    _, parsed = config_io._parse_yaml(text, "here")
+    assert parsed == value and type(parsed) is type(value)
+
+
+def test_a_time_is_no_number() -> None:
+    """YAML 1.1 reads 1:30 as 90 and 010 as 8, without a word."""
+    given = {"data": {"path": "x.jsonl"}, "output": "x"}
+    with pytest.raises(ConfigError, match="max_steps"):
+        resolve_config(given, ["training.max_steps=1:30"])
+    with pytest.raises(ConfigError, match="learning_rate"):
+        resolve_config(given, ["training.learning_rate=1:30.5"])
+    assert resolve_config(given, ["seed=010"]).seed == 10

@@ -121,14 +121,6 @@ def test_datasets_name_with_config_and_split(monkeypatch: pytest.MonkeyPatch) ->
     ]
 
 
-def test_a_datasets_name_without_a_network_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its client tried for 23 seconds a name."""
-    monkeypatch.setattr(hub, "hub_is_reachable", lambda: False)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    with pytest.raises(DataError, match=r"neither a file here(?s:.*)OfflineModeIsEnabled"):
-        read_rows("owner/no_such_set")
-
-
 def test_unreachable_datasets_name_is_a_data_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object, **__: object) -> Any:
         raise ConnectionError("no route\nto host")

@@ -334,3 +334,12 @@ def test_a_link_to_a_shard_that_is_gone_is_refused(tmp_path: Path, pattern: str)
     (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone")
     with pytest.raises(DataError, match="b.jsonl: this link points to nothing"):
         find_data(f"{tmp_path}{pattern}")
+
+
+def test_two_links_to_one_file_are_refused(tmp_path: Path) -> None:
+    """Its rows counted twice, and only the number of equal prompts showed it."""
+    (tmp_path / "a.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "a.jsonl")
+    for path in (tmp_path, tmp_path / "*.jsonl"):
+        with pytest.raises(DataError, match=r"two names of one file(?s:.*)a\.jsonl and b\.jsonl"):
+            find_data(str(path))

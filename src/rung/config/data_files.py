@@ -203,6 +203,12 @@ def _split_word(file: Path) -> str | None:
 
 def _refuse_kinds(files: Sequence[Path], where: str) -> None:
     _refuse_empty(files)
+    by_target: dict[Path, Path] = {}
+    for file in files:
+        if (other := by_target.setdefault(file.resolve(), file)) is not file:
+            given = f"{other.name} and {file.name}"
+            hint = "remove one of the links, or name the files"
+            raise DataError("two names of one file, whose rows would count twice", where=where, given=given, hint=hint)
     examples: dict[str, Path] = {}
     for file in files:
         examples.setdefault(str(data_suffix(file)), file)

