@@ -114,32 +114,24 @@ class LoadedConfig:
     """Dotted name -> `file line N` or `command line`; names that are missing have their default."""
 
 
+_INTEGER = re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0b[01_]+|0x[0-9a-fA-F_]+)$")
+_NUMBER = re.compile(
+    r"^(?:[-+]?[0-9][0-9_]*(?:\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[eE][-+]?[0-9]+)|[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
+
+
 class _Loader(yaml.SafeLoader):
-    """A SafeLoader that reads 1e-4 as a number (YAML 1.1 requires 1.0e-4)."""
+    """A SafeLoader with the numbers of YAML 1.2: 1e-4 is one, and 1:30 (90 in YAML 1.1) and 010 (8) are text."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
-# 1:30 is 90 in YAML 1.1, and 010 is 8: both are text here, which no number setting takes for another number
-_NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBER_TAGS]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int",
-    re.compile(r"^(?:[-+]?0b[0-1_]+|[-+]?(?:0|[1-9][0-9_]*)|[-+]?0x[0-9a-fA-F_]+)$"),
-    list("-+0123456789"),
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^(?:[-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
-        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-    ),
-    list("-+0123456789."),
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789."))
 
 
 def is_config_name(name: str) -> bool:
@@ -275,7 +267,7 @@ def _parse_yaml(text: str, where: str) -> tuple[yaml.Node | None, Any]:
         summary = "this is too large to be a config: aliases (*name) repeat what their anchors hold"
         given = f"{count:,} values" if count < 10**12 else "more than 10^12 values"
         raise ConfigError(summary, where=where, given=given, allowed=f"{MAX_CONFIG_NODES:,}")
-    return root, yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with one more number format
+    return root, yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with the numbers of YAML 1.2
 
 
 def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
