@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import time
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -366,18 +368,28 @@ DEGENERATE = [
 
 
 @pytest.mark.parametrize("size", [6_000, 120_000])
-def test_a_degenerate_answer_costs_no_more_than_50_ms(size: int) -> None:
-    """Repeated text of a model that does not stop took 0.2 to 0.6 s: every reward of a step waits for it."""
+def test_a_degenerate_answer_costs_no_more_than_7_searches_of_120_kb(size: int) -> None:
+    """Repeated text of a model that does not stop took 0.2 to 0.6 s: every reward of a step waits for it.
+
+    Seven searches are 50 ms where the dearest of these answers costs 19 ms, and more on a slower or shared processor.
+    """
     answers = [text * (size // len(text)) for text in DEGENERATE] + ["{" * (size // 2) + "1"]
     for answer in answers:
         for expected in ("3 of 5", "at least 5", "Paris"):
             # again where another process had the core
-            assert any(seconds(answer, expected) < 0.05 for _ in range(4)), (answer[:20], expected)
+            assert any(seconds(lambda a=answer, e=expected: numeric(a, e)) < 7 * seconds(search) for _ in range(4)), (
+                answer[:20],
+                expected,
+            )
 
 
-def seconds(answer: str, expected: str) -> float:
+def search() -> None:
+    re.findall(r"(?:\d+|[a-z]+)\s?[!%]?", "3!a bc " * 17_000)
+
+
+def seconds(work: Callable[[], object]) -> float:
     start = time.process_time()
-    numeric(answer, expected)
+    work()
     return time.process_time() - start
 
 
